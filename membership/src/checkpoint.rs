@@ -1,0 +1,159 @@
+//! Putting a checkpoint together from the files that its writers report.
+//!
+//! 1. A checkpoint is complete when each of its files was reported, all with the same digest of the state.
+//! 2. A file reported twice is no harm: the same state gives the same bytes.
+//! 3. Two digests for one position are a divergence and never make a checkpoint.
+
+use std::collections::BTreeMap;
+
+use crate::types::Position;
+
+/// A file of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredFile {
+    /// Its name in the checkpoint's folder.
+    pub file: String,
+    /// Its length.
+    pub bytes: u64,
+    /// blake3 of its content, in hex.
+    pub blake3: String,
+}
+
+/// A report that a file of a checkpoint is on the storage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WrittenPart {
+    /// Steps done when the state was taken.
+    pub step: u64,
+    /// Phases done of the next step.
+    pub phase: u32,
+    /// The file's index among the checkpoint's files.
+    pub index: u32,
+    /// How many files the checkpoint has.
+    pub count: u32,
+    /// The file.
+    pub file: StoredFile,
+    /// blake3 of the whole state, in hex.
+    pub state_digest: String,
+}
+
+/// A whole checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The phases committed in it.
+    pub position: Position,
+    /// Steps done.
+    pub step: u64,
+    /// Phases done of the next step.
+    pub phase: u32,
+    /// All its files, by index.
+    pub files: Vec<StoredFile>,
+    /// blake3 of the whole state, in hex.
+    pub state_digest: String,
+}
+
+impl Checkpoint {
+    /// The folder of a checkpoint of `step` steps and `phase` phases of the next.
+    pub fn folder_of(step: u64, phase: u32) -> String {
+        match phase {
+            0 => format!("step-{step:08}"),
+            _ => format!("step-{step:08}-phase-{phase}"),
+        }
+    }
+
+    /// The folder of this checkpoint.
+    pub fn folder(&self) -> String {
+        Checkpoint::folder_of(self.step, self.phase)
+    }
+
+    /// The files that hold the state, in order; the others are made from it for other readers.
+    pub fn state_files(&self) -> Vec<StoredFile> {
+        let is_state = |file: &&StoredFile| file.file.starts_with("state-");
+        self.files.iter().filter(is_state).cloned().collect()
+    }
+}
+
+/// Two writers reported different states for one position.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PartConflict {
+    /// The step at which they differ.
+    pub step: u64,
+}
+
+/// The checkpoints that are being put together.
+#[derive(Debug, Default)]
+pub struct Assembly {
+    open: BTreeMap<(u64, u32), Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    count: u32,
+    state_digest: String,
+    files: BTreeMap<u32, StoredFile>,
+}
+
+impl Assembly {
+    /// Takes a report; returns the checkpoint that it completes.
+    pub fn add(
+        &mut self,
+        part: WrittenPart,
+        phases_per_step: u32,
+    ) -> Result<Option<Checkpoint>, PartConflict> {
+        let key = (part.step, part.phase);
+        let open = self.open.entry(key).or_insert_with(|| Open {
+            count: part.count,
+            state_digest: part.state_digest.clone(),
+            files: BTreeMap::new(),
+        });
+        if open.state_digest != part.state_digest || open.count != part.count {
+            return Err(PartConflict { step: part.step });
+        }
+        if part.index < part.count {
+            open.files.insert(part.index, part.file);
+        }
+        if open.files.len() < open.count as usize {
+            return Ok(None);
+        }
+        let position = part.step * u64::from(phases_per_step) + u64::from(part.phase);
+        Ok(self.open.remove(&key).map(|open| Checkpoint {
+            position: Position(position),
+            step: part.step,
+            phase: part.phase,
+            files: open.files.into_values().collect(),
+            state_digest: open.state_digest,
+        }))
+    }
+
+    /// Forgets what is older than a committed checkpoint; returns the steps that were given up.
+    pub fn forget_before(&mut self, step: u64, phase: u32) -> Vec<u64> {
+        let kept = self.open.split_off(&(step, phase));
+        std::mem::replace(&mut self.open, kept).into_keys().map(|(step, _)| step).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn part(index: u32, digest: &str) -> WrittenPart {
+        let file = StoredFile { file: format!("state-{index}"), bytes: 1, blake3: "h".into() };
+        WrittenPart { step: 3, phase: 0, index, count: 2, file, state_digest: digest.into() }
+    }
+
+    #[test]
+    fn a_checkpoint_is_complete_with_its_last_file_and_duplicates_do_no_harm() {
+        let mut assembly = Assembly::default();
+        assert_eq!(assembly.add(part(1, "d"), 2), Ok(None));
+        assert_eq!(assembly.add(part(1, "d"), 2), Ok(None));
+        let done = assembly.add(part(0, "d"), 2).unwrap().unwrap();
+        assert_eq!((done.position, done.files.len()), (Position(6), 2));
+        assert_eq!(done.folder(), "step-00000003");
+    }
+
+    #[test]
+    fn two_states_for_one_position_are_a_conflict() {
+        let mut assembly = Assembly::default();
+        assembly.add(part(0, "d"), 2).unwrap();
+        assert_eq!(assembly.add(part(1, "e"), 2), Err(PartConflict { step: 3 }));
+    }
+}

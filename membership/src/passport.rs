@@ -1,0 +1,60 @@
+//! What a worker's bits depend on besides the job and the data.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+/// Named facts about a worker's build, machine and arithmetic. Workers of equal passports compute equal bits.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Passport(pub BTreeMap<String, String>);
+
+/// One item in which two passports differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The item.
+    pub item: String,
+    /// What the run was started with; empty where that has no such item.
+    pub expected: String,
+    /// What the refused worker has; empty where it has no such item.
+    pub found: String,
+}
+
+impl Passport {
+    /// The items in which `other` differs, in order of their names.
+    pub fn differences(&self, other: &Passport) -> Vec<Difference> {
+        let items: BTreeSet<&String> = self.0.keys().chain(other.0.keys()).collect();
+        let value = |passport: &Passport, item: &String| passport.0.get(item).cloned().unwrap_or_default();
+        items
+            .into_iter()
+            .filter(|item| self.0.get(*item) != other.0.get(*item))
+            .map(|item| Difference {
+                item: item.clone(),
+                expected: value(self, item),
+                found: value(other, item),
+            })
+            .collect()
+    }
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is {:?} here and {:?} in the run", self.item, self.found, self.expected)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn passport(items: &[(&str, &str)]) -> Passport {
+        Passport(items.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect())
+    }
+
+    #[test]
+    fn differences_name_changed_and_missing_items() {
+        let run = passport(&[("build", "1"), ("cpu", "AVX512"), ("data", "x")]);
+        let other = passport(&[("build", "1"), ("cpu", "AVX2"), ("device", "cuda")]);
+        let items: Vec<String> = run.differences(&other).into_iter().map(|d| d.item).collect();
+        assert_eq!(items, ["cpu", "data", "device"]);
+        assert!(run.differences(&run.clone()).is_empty());
+    }
+}

@@ -1,0 +1,532 @@
+//! Between the wire and the domain. The only place that knows both.
+
+use std::time::Duration;
+
+use ganglion_membership::{
+    Checkpoint, Fault, Generation, Group, LoadedFacts, Member, Passport, Plan, PlanKind, Position,
+    Rank, Start, StoredFile, Term, WorkerId, WrittenPart,
+};
+use serde::de::DeserializeOwned;
+use serde::de::value::{Error as ValueError, StrDeserializer};
+
+use crate::job::{self, Job, Length};
+use crate::message::{
+    Activity, Assignment, FromWorker, Hello, MetricsRow, SampleGrid, ToWorker, Welcome,
+};
+use crate::wire;
+
+/// The longest text that a peer may send where people read it, in bytes. The rest is cut off.
+const TEXT_LIMIT: usize = 4096;
+
+/// A message breaks the contract.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("malformed message: {0}")]
+pub struct Malformed(pub String);
+
+fn malformed(what: &str) -> Malformed {
+    Malformed(what.to_string())
+}
+
+fn required<T>(field: Option<T>, name: &str) -> Result<T, Malformed> {
+    field.ok_or_else(|| Malformed(format!("{name} is missing")))
+}
+
+fn clipped(mut text: String) -> String {
+    if text.len() > TEXT_LIMIT {
+        let cut = (0..=TEXT_LIMIT).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        text.truncate(cut);
+    }
+    text
+}
+
+// ---- A worker's messages -----------------------------------------------------------------------------------------
+
+impl FromWorker {
+    /// The message on the wire.
+    pub fn to_wire(self, term: Term) -> wire::SessionRequest {
+        use wire::session_request::Message;
+        let message = match self {
+            FromWorker::Hello(hello) => Message::Hello(wire::Hello {
+                protocol: hello.protocol,
+                spawn_token: hello.spawn_token.unwrap_or_default(),
+                host: hello.host,
+                pid: hello.pid,
+            }),
+            FromWorker::Loaded(facts) => Message::Loaded(wire::Loaded {
+                passport: facts.passport.0,
+                samples: facts.samples,
+                sees_storage: facts.sees_storage,
+                phases_per_step: facts.phases_per_step,
+            }),
+            FromWorker::Ready(generation, position) => Message::Ready(wire::Ready {
+                generation: generation.0,
+                position: position.map(|position| position.0),
+            }),
+            FromWorker::Fault(generation, fault) => fault_to_wire(generation, fault),
+            FromWorker::Heartbeat(position, activity) => Message::Heartbeat(wire::Heartbeat {
+                position: position.0,
+                activity: activity_to_wire(activity).into(),
+            }),
+            FromWorker::Metrics(row) => Message::Metrics(row_to_wire(row)),
+            FromWorker::PartWritten(part) => Message::PartWritten(wire::PartWritten {
+                step: part.step,
+                phase: part.phase,
+                index: part.index,
+                count: part.count,
+                file: Some(file_to_wire(part.file)),
+                state_digest: part.state_digest,
+            }),
+            FromWorker::PartDelayed(step, file, detail) => {
+                Message::PartDelayed(wire::PartDelayed { step, file, detail })
+            }
+            FromWorker::Samples(grid) => Message::Samples(wire::SampleGrid {
+                step: grid.step,
+                png: grid.png,
+                width: grid.width,
+                height: grid.height,
+                channels: grid.channels,
+            }),
+            FromWorker::Finished(generation, position, complete) => Message::Finished(
+                wire::Finished { generation: generation.0, position: position.0, complete },
+            ),
+            FromWorker::InputError(detail) => Message::InputError(wire::InputError { detail }),
+        };
+        wire::SessionRequest { term: term.0, message: Some(message) }
+    }
+
+    /// Reads a message and the term that it carries.
+    pub fn from_wire(request: wire::SessionRequest) -> Result<(Term, FromWorker), Malformed> {
+        use wire::session_request::Message;
+        let message = match required(request.message, "message")? {
+            Message::Hello(hello) => FromWorker::Hello(Hello {
+                protocol: hello.protocol,
+                spawn_token: Some(hello.spawn_token).filter(|token| !token.is_empty()),
+                host: clipped(hello.host),
+                pid: hello.pid,
+            }),
+            Message::Loaded(loaded) => FromWorker::Loaded(loaded_from_wire(loaded)?),
+            Message::Ready(ready) => {
+                FromWorker::Ready(Generation(ready.generation), ready.position.map(Position))
+            }
+            Message::Fault(fault) => {
+                FromWorker::Fault(Generation(fault.generation), fault_from_wire(fault)?)
+            }
+            Message::Heartbeat(heartbeat) => FromWorker::Heartbeat(
+                Position(heartbeat.position),
+                activity_from_wire(heartbeat.activity())?,
+            ),
+            Message::Metrics(row) => FromWorker::Metrics(row_from_wire(row)),
+            Message::PartWritten(part) => FromWorker::PartWritten(WrittenPart {
+                step: part.step,
+                phase: part.phase,
+                index: part.index,
+                count: part.count,
+                file: file_from_wire(required(part.file, "file")?)?,
+                state_digest: digest(part.state_digest)?,
+            }),
+            Message::PartDelayed(part) => {
+                FromWorker::PartDelayed(part.step, clipped(part.file), clipped(part.detail))
+            }
+            Message::Samples(grid) => FromWorker::Samples(SampleGrid {
+                step: grid.step,
+                png: grid.png,
+                width: grid.width,
+                height: grid.height,
+                channels: grid.channels,
+            }),
+            Message::Finished(finished) => FromWorker::Finished(
+                Generation(finished.generation),
+                Position(finished.position),
+                finished.complete,
+            ),
+            Message::InputError(error) => FromWorker::InputError(clipped(error.detail)),
+        };
+        Ok((Term(request.term), message))
+    }
+}
+
+fn loaded_from_wire(loaded: wire::Loaded) -> Result<LoadedFacts, Malformed> {
+    if loaded.samples == 0 || loaded.phases_per_step == 0 {
+        return Err(malformed("loaded without samples or phases"));
+    }
+    if loaded.passport.is_empty() || loaded.passport.len() > 64 {
+        return Err(malformed("a passport has 1 to 64 items"));
+    }
+    let items = loaded.passport.into_iter().map(|(item, value)| (clipped(item), clipped(value)));
+    Ok(LoadedFacts {
+        passport: Passport(items.collect()),
+        samples: loaded.samples,
+        sees_storage: loaded.sees_storage,
+        phases_per_step: loaded.phases_per_step,
+    })
+}
+
+fn fault_to_wire(generation: Generation, fault: Fault) -> wire::session_request::Message {
+    let (kind, detail) = match fault {
+        Fault::Peer => (wire::FaultKind::Peer, String::new()),
+        Fault::Timeout => (wire::FaultKind::Timeout, String::new()),
+        Fault::Diverged(detail) => (wire::FaultKind::Diverged, detail),
+        Fault::Internal(detail) => (wire::FaultKind::Internal, detail),
+    };
+    let fault = wire::Fault { generation: generation.0, kind: kind.into(), detail };
+    wire::session_request::Message::Fault(fault)
+}
+
+fn fault_from_wire(fault: wire::Fault) -> Result<Fault, Malformed> {
+    Ok(match fault.kind() {
+        wire::FaultKind::Peer => Fault::Peer,
+        wire::FaultKind::Timeout => Fault::Timeout,
+        wire::FaultKind::Diverged => Fault::Diverged(clipped(fault.detail)),
+        wire::FaultKind::Internal => Fault::Internal(clipped(fault.detail)),
+        wire::FaultKind::Unspecified => return Err(malformed("unknown kind of fault")),
+    })
+}
+
+fn activity_to_wire(activity: Activity) -> wire::Activity {
+    match activity {
+        Activity::Computing => wire::Activity::Computing,
+        Activity::Waiting => wire::Activity::Waiting,
+        Activity::Resting => wire::Activity::Resting,
+    }
+}
+
+fn activity_from_wire(activity: wire::Activity) -> Result<Activity, Malformed> {
+    Ok(match activity {
+        wire::Activity::Computing => Activity::Computing,
+        wire::Activity::Waiting => Activity::Waiting,
+        wire::Activity::Resting => Activity::Resting,
+        wire::Activity::Unspecified => return Err(malformed("unknown activity")),
+    })
+}
+
+fn row_to_wire(row: MetricsRow) -> wire::MetricsRow {
+    wire::MetricsRow {
+        step: row.step,
+        time: row.time,
+        generation: row.generation,
+        world_size: row.world_size,
+        loss_discriminator: row.loss_discriminator,
+        loss_generator: row.loss_generator,
+        images_per_second: row.images_per_second,
+        images_seen: row.images_seen,
+    }
+}
+
+fn row_from_wire(row: wire::MetricsRow) -> MetricsRow {
+    MetricsRow {
+        step: row.step,
+        time: row.time,
+        generation: row.generation,
+        world_size: row.world_size,
+        loss_discriminator: row.loss_discriminator,
+        loss_generator: row.loss_generator,
+        images_per_second: row.images_per_second,
+        images_seen: row.images_seen,
+    }
+}
+
+fn file_to_wire(file: StoredFile) -> wire::StoredFile {
+    wire::StoredFile { file: file.file, bytes: file.bytes, blake3: file.blake3 }
+}
+
+fn file_from_wire(file: wire::StoredFile) -> Result<StoredFile, Malformed> {
+    // The name becomes part of a path on the coordinator's machine.
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if file.file.is_empty() || file.file.starts_with('.') || !file.file.chars().all(allowed) {
+        return Err(Malformed(format!("{:?} is not the name of a checkpoint's file", file.file)));
+    }
+    Ok(StoredFile { file: file.file, bytes: file.bytes, blake3: digest(file.blake3)? })
+}
+
+fn digest(hex: String) -> Result<String, Malformed> {
+    let is_digest = hex.len() == 64 && hex.bytes().all(|c| c.is_ascii_hexdigit());
+    is_digest.then_some(hex).ok_or_else(|| malformed("a digest is 64 hexadecimal digits"))
+}
+
+// ---- The coordinator's messages ----------------------------------------------------------------------------------
+
+impl ToWorker {
+    /// The message on the wire.
+    pub fn to_wire(self, term: Term) -> wire::SessionResponse {
+        use wire::session_response::Message;
+        let message = match self {
+            ToWorker::Welcome(welcome) => Message::Welcome(wire::Welcome {
+                worker: welcome.worker.0,
+                run: welcome.run,
+                job: Some(job_to_wire(&welcome.job)),
+                storage: welcome.storage,
+            }),
+            ToWorker::Assignment(assignment) => {
+                Message::Assignment(assignment_to_wire(assignment))
+            }
+            ToWorker::Plan(plan) => {
+                let kind = match plan.kind {
+                    PlanKind::Regroup => wire::PlanKind::Regroup,
+                    PlanKind::Stop => wire::PlanKind::Stop,
+                };
+                Message::Plan(wire::Plan { number: plan.number, kind: kind.into() })
+            }
+            ToWorker::Abort(generation, reason) => {
+                Message::Abort(wire::Abort { generation: generation.0, reason })
+            }
+            ToWorker::MetricsRecorded(step) => {
+                Message::MetricsRecorded(wire::MetricsRecorded { step })
+            }
+            ToWorker::Reject(reason) => Message::Reject(wire::Reject { reason }),
+            ToWorker::Release => Message::Release(wire::Release {}),
+        };
+        wire::SessionResponse { term: term.0, message: Some(message) }
+    }
+
+    /// Reads a message and the term that it carries.
+    pub fn from_wire(response: wire::SessionResponse) -> Result<(Term, ToWorker), Malformed> {
+        use wire::session_response::Message;
+        let term = Term(response.term);
+        let message = match required(response.message, "message")? {
+            Message::Welcome(welcome) => ToWorker::Welcome(Box::new(Welcome {
+                term,
+                worker: WorkerId(welcome.worker),
+                run: welcome.run,
+                job: job_from_wire(required(welcome.job, "job")?)?,
+                storage: welcome.storage,
+            })),
+            Message::Assignment(assignment) => {
+                ToWorker::Assignment(assignment_from_wire(assignment)?)
+            }
+            Message::Plan(plan) => {
+                let kind = match plan.kind() {
+                    wire::PlanKind::Regroup => PlanKind::Regroup,
+                    wire::PlanKind::Stop => PlanKind::Stop,
+                    wire::PlanKind::Unspecified => return Err(malformed("unknown kind of plan")),
+                };
+                ToWorker::Plan(Plan { number: plan.number, kind })
+            }
+            Message::Abort(abort) => {
+                ToWorker::Abort(Generation(abort.generation), clipped(abort.reason))
+            }
+            Message::MetricsRecorded(recorded) => ToWorker::MetricsRecorded(recorded.step),
+            Message::Reject(reject) => ToWorker::Reject(clipped(reject.reason)),
+            Message::Release(_) => ToWorker::Release,
+        };
+        Ok((term, message))
+    }
+}
+
+fn assignment_to_wire(assignment: Assignment) -> wire::Assignment {
+    use wire::assignment::Start as WireStart;
+    let group = assignment.group;
+    let start = match group.start {
+        Start::Fresh => WireStart::Fresh(wire::FreshStart {}),
+        Start::Healed(source) => WireStart::Healed(wire::HealedStart { source: source.0 }),
+        Start::Checkpoint(source, checkpoint) => WireStart::Checkpoint(wire::CheckpointStart {
+            source: source.0,
+            step: checkpoint.step,
+            phase: checkpoint.phase,
+            files: checkpoint.files.into_iter().map(file_to_wire).collect(),
+            state_digest: checkpoint.state_digest,
+        }),
+    };
+    let member = |member: Member| wire::Member {
+        worker: member.worker.0,
+        first_shard: member.shards.start,
+        shards: member.shards.end - member.shards.start,
+        writes_parts: member.writes_parts,
+    };
+    wire::Assignment {
+        generation: group.generation.0,
+        rank: assignment.rank,
+        members: group.members.into_iter().map(member).collect(),
+        position: group.position.0,
+        start: Some(start),
+        reduce_timeout_ms: u64::try_from(assignment.reduce_timeout.as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malformed> {
+    use wire::assignment::Start as WireStart;
+    let position = Position(assignment.position);
+    let start = match required(assignment.start, "start")? {
+        WireStart::Fresh(_) => Start::Fresh,
+        WireStart::Healed(healed) => Start::Healed(Rank(healed.source)),
+        WireStart::Checkpoint(from) => {
+            let files: Result<_, _> = from.files.into_iter().map(file_from_wire).collect();
+            let checkpoint = Checkpoint {
+                position,
+                step: from.step,
+                phase: from.phase,
+                files: files?,
+                state_digest: digest(from.state_digest)?,
+            };
+            Start::Checkpoint(Rank(from.source), checkpoint)
+        }
+    };
+    let mut members = Vec::with_capacity(assignment.members.len());
+    let mut next_shard = 0;
+    for member in assignment.members {
+        let end = member.first_shard.checked_add(member.shards);
+        let end = end.filter(|end| member.first_shard == next_shard && *end > next_shard);
+        next_shard = end.ok_or_else(|| malformed("the data shards of the ranks do not follow each other"))?;
+        members.push(Member {
+            worker: WorkerId(member.worker),
+            shards: member.first_shard..next_shard,
+            writes_parts: member.writes_parts,
+        });
+    }
+    let source = match &start {
+        Start::Healed(source) | Start::Checkpoint(source, _) => source.0,
+        Start::Fresh => 0,
+    };
+    if assignment.rank.max(source) as usize >= members.len() {
+        return Err(malformed("a rank beyond the group"));
+    }
+    Ok(Assignment {
+        group: Group { generation: Generation(assignment.generation), members, position, start },
+        rank: assignment.rank,
+        reduce_timeout: Duration::from_millis(assignment.reduce_timeout_ms),
+    })
+}
+
+// ---- The job -----------------------------------------------------------------------------------------------------
+
+fn from_name<T: DeserializeOwned>(name: &str, key: &str) -> Result<T, Malformed> {
+    let parsed: Result<T, ValueError> = T::deserialize(StrDeserializer::new(name));
+    parsed.map_err(|error| Malformed(format!("{key}: {error}")))
+}
+
+fn job_to_wire(job: &Job) -> wire::Job {
+    let length = match job.job.length {
+        Length::Steps(steps) => wire::job::Length::Steps(steps),
+        Length::Epochs(epochs) => wire::job::Length::Epochs(epochs),
+    };
+    wire::Job {
+        name: job.job.name.clone(),
+        seed: job.job.seed,
+        length: Some(length),
+        data_shards: job.job.data_shards,
+        shard_batch: job.job.shard_batch,
+        threads: job.job.threads,
+        failure_deadline: job.job.failure_deadline,
+        data: Some(wire::Data {
+            kind: job.data.kind.to_string(),
+            path: job.data.path.as_ref().map(|path| path.to_string_lossy().into_owned()),
+            resize: job.data.resize,
+            crop: job.data.crop,
+            channels: job.data.channels,
+        }),
+        model: Some(wire::Model {
+            kind: job.model.kind.to_string(),
+            latent_dim: job.model.latent_dim,
+            width: job.model.width,
+            ema_half_life_images: job.model.ema_half_life_images,
+        }),
+        loss: Some(wire::Loss {
+            kind: job.loss.kind.to_string(),
+            discriminator_steps: job.loss.discriminator_steps,
+            gradient_penalty: job.loss.gradient_penalty,
+        }),
+        optimizer: Some(wire::Optimizer {
+            kind: job.optimizer.kind.to_string(),
+            learning_rate: job.optimizer.learning_rate,
+            discriminator_learning_rate: job.optimizer.discriminator_learning_rate,
+            beta1: job.optimizer.beta1,
+            beta2: job.optimizer.beta2,
+            epsilon: job.optimizer.epsilon,
+        }),
+        checkpoint: Some(wire::Checkpoint {
+            every_steps: job.checkpoint.every_steps,
+            every_epochs: job.checkpoint.every_epochs,
+            keep_last: job.checkpoint.keep_last,
+            url: job.checkpoint.url.clone(),
+        }),
+        sample: Some(wire::Sample {
+            every_steps: job.sample.every_steps,
+            count: job.sample.count,
+        }),
+        metrics: Some(wire::Metrics { every_steps: job.metrics.every_steps }),
+    }
+}
+
+fn job_from_wire(wire: wire::Job) -> Result<Job, Malformed> {
+    let length = match required(wire.length, "job.length")? {
+        wire::job::Length::Steps(steps) => Length::Steps(steps),
+        wire::job::Length::Epochs(epochs) => Length::Epochs(epochs),
+    };
+    if wire.data_shards == 0 || wire.shard_batch == 0 {
+        return Err(malformed("a job without data shards or samples in them"));
+    }
+    Ok(Job {
+        job: job::General {
+            name: wire.name,
+            seed: wire.seed,
+            length,
+            data_shards: wire.data_shards,
+            shard_batch: wire.shard_batch,
+            threads: wire.threads,
+            failure_deadline: wire.failure_deadline,
+        },
+        data: data_from_wire(required(wire.data, "job.data")?)?,
+        model: model_from_wire(required(wire.model, "job.model")?)?,
+        loss: loss_from_wire(required(wire.loss, "job.loss")?)?,
+        optimizer: optimizer_from_wire(required(wire.optimizer, "job.optimizer")?)?,
+        checkpoint: checkpoint_from_wire(required(wire.checkpoint, "job.checkpoint")?),
+        sample: sample_from_wire(&required(wire.sample, "job.sample")?),
+        metrics: job::Metrics { every_steps: required(wire.metrics, "job.metrics")?.every_steps },
+    })
+}
+
+fn data_from_wire(data: wire::Data) -> Result<job::Data, Malformed> {
+    Ok(job::Data {
+        kind: from_name(&data.kind, "data.kind")?,
+        path: data.path.map(Into::into),
+        resize: data.resize,
+        crop: data.crop,
+        channels: data.channels,
+    })
+}
+
+fn model_from_wire(model: wire::Model) -> Result<job::Model, Malformed> {
+    Ok(job::Model {
+        kind: from_name(&model.kind, "model.kind")?,
+        latent_dim: model.latent_dim,
+        width: model.width,
+        ema_half_life_images: model.ema_half_life_images,
+    })
+}
+
+fn loss_from_wire(loss: wire::Loss) -> Result<job::Loss, Malformed> {
+    if loss.discriminator_steps == 0 {
+        return Err(malformed("a step without a discriminator phase"));
+    }
+    Ok(job::Loss {
+        kind: from_name(&loss.kind, "loss.kind")?,
+        discriminator_steps: loss.discriminator_steps,
+        gradient_penalty: loss.gradient_penalty,
+    })
+}
+
+fn optimizer_from_wire(optimizer: wire::Optimizer) -> Result<job::Optimizer, Malformed> {
+    Ok(job::Optimizer {
+        kind: from_name(&optimizer.kind, "optimizer.kind")?,
+        learning_rate: optimizer.learning_rate,
+        discriminator_learning_rate: optimizer.discriminator_learning_rate,
+        beta1: optimizer.beta1,
+        beta2: optimizer.beta2,
+        epsilon: optimizer.epsilon,
+    })
+}
+
+fn checkpoint_from_wire(checkpoint: wire::Checkpoint) -> job::Checkpoint {
+    job::Checkpoint {
+        every_steps: checkpoint.every_steps,
+        every_epochs: checkpoint.every_epochs,
+        keep_last: checkpoint.keep_last,
+        url: checkpoint.url,
+    }
+}
+
+fn sample_from_wire(sample: &wire::Sample) -> job::Sample {
+    job::Sample { every_steps: sample.every_steps, count: sample.count }
+}
+
+#[cfg(test)]
+mod tests;

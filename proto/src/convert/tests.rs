@@ -1,0 +1,134 @@
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::job::{DataKind, LossKind, ModelKind, OptimizerKind};
+
+fn job() -> Job {
+    Job {
+        job: job::General {
+            name: "n".into(),
+            seed: u64::MAX,
+            length: Length::Epochs(3),
+            data_shards: 6,
+            shard_batch: 4,
+            threads: 1,
+            failure_deadline: 5.0,
+        },
+        data: job::Data {
+            kind: DataKind::Cifar10,
+            path: Some("/data/a b".into()),
+            resize: Some(64),
+            crop: None,
+            channels: 3,
+        },
+        model: job::Model {
+            kind: ModelKind::Dcgan64,
+            latent_dim: 100,
+            width: 64,
+            ema_half_life_images: 10,
+        },
+        loss: job::Loss {
+            kind: LossKind::WassersteinGp,
+            discriminator_steps: 5,
+            gradient_penalty: 10.0,
+        },
+        optimizer: job::Optimizer {
+            kind: OptimizerKind::Adam,
+            learning_rate: 0.1 + 0.2,
+            discriminator_learning_rate: 1e-4,
+            beta1: 0.5,
+            beta2: 0.999,
+            epsilon: 1e-8,
+        },
+        checkpoint: job::Checkpoint { every_steps: 1, every_epochs: 2, keep_last: 3, url: None },
+        sample: job::Sample { every_steps: 7, count: 50 },
+        metrics: job::Metrics { every_steps: 10 },
+    }
+}
+
+#[test]
+fn a_job_survives_the_wire_exactly() {
+    assert_eq!(job_from_wire(job_to_wire(&job())), Ok(job()));
+}
+
+fn file() -> StoredFile {
+    StoredFile { file: "state-00001-of-00002.safetensors".into(), bytes: 9, blake3: "a".repeat(64) }
+}
+
+#[test]
+fn a_workers_messages_survive_the_wire() {
+    let part = WrittenPart {
+        step: 1,
+        phase: 0,
+        index: 1,
+        count: 4,
+        file: file(),
+        state_digest: "b".repeat(64),
+    };
+    let passport = Passport(BTreeMap::from([("cpu".to_string(), "x".to_string())]));
+    let messages = [
+        FromWorker::Hello(Hello { protocol: 1, spawn_token: None, host: "h".into(), pid: 2 }),
+        FromWorker::Loaded(LoadedFacts {
+            passport,
+            samples: 5,
+            sees_storage: true,
+            phases_per_step: 2,
+        }),
+        FromWorker::Ready(Generation(1), None),
+        FromWorker::Ready(Generation(1), Some(Position(7))),
+        FromWorker::Fault(Generation(1), Fault::Timeout),
+        FromWorker::Heartbeat(Position(3), Activity::Waiting),
+        FromWorker::PartWritten(part),
+        FromWorker::Finished(Generation(2), Position(9), true),
+        FromWorker::InputError("no".into()),
+    ];
+    for message in messages {
+        let read = FromWorker::from_wire(message.clone().to_wire(Term(4)));
+        assert_eq!(read, Ok((Term(4), message)));
+    }
+}
+
+#[test]
+fn an_assignment_survives_the_wire_and_overlapping_shards_are_refused() {
+    let member = |worker, shards| Member { worker: WorkerId(worker), shards, writes_parts: true };
+    let checkpoint = Checkpoint {
+        position: Position(8),
+        step: 4,
+        phase: 0,
+        files: vec![file()],
+        state_digest: "c".repeat(64),
+    };
+    let assignment = Assignment {
+        group: Group {
+            generation: Generation(3),
+            members: vec![member(1, 0..2), member(5, 2..6)],
+            position: Position(8),
+            start: Start::Checkpoint(Rank(1), checkpoint),
+        },
+        rank: 1,
+        reduce_timeout: Duration::from_secs(5),
+    };
+    let wire = assignment_to_wire(assignment.clone());
+    assert_eq!(assignment_from_wire(wire.clone()), Ok(assignment));
+    let mut overlapping = wire.clone();
+    overlapping.members[1].first_shard = 1;
+    assert!(assignment_from_wire(overlapping).is_err());
+    let mut beyond = wire;
+    beyond.rank = 2;
+    assert!(assignment_from_wire(beyond).is_err());
+}
+
+#[test]
+fn a_file_name_that_leaves_its_folder_is_refused() {
+    for name in ["../x", "a/b", "", ".run", "a\0b"] {
+        let wire = wire::StoredFile { file: name.into(), bytes: 0, blake3: "a".repeat(64) };
+        assert!(file_from_wire(wire).is_err(), "{name:?}");
+    }
+}
+
+#[test]
+fn an_empty_message_is_malformed_and_long_texts_are_cut() {
+    let empty = wire::SessionRequest { term: 1, message: None };
+    assert!(FromWorker::from_wire(empty).is_err());
+    assert_eq!(clipped("é".repeat(TEXT_LIMIT)).len(), TEXT_LIMIT);
+}

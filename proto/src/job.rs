@@ -1,0 +1,271 @@
+//! The job: everything that decides a run's result, as one TOML file.
+//!
+//! These are the domain types, shared by the coordinator, which reads and checks the file, and the worker, which trains
+//! by it. Every value is already checked when a [`Job`] exists outside of the coordinator's job reader.
+//!
+//! Sizes are counts of samples or updates, shares of memory never; learning rates and betas are dimensionless.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A training job, resolved: defaults filled in, paths absolute.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Job {
+    /// The run as a whole.
+    pub job: General,
+    /// The training samples.
+    pub data: Data,
+    /// The two networks.
+    pub model: Model,
+    /// What the two networks minimise.
+    pub loss: Loss,
+    /// How both are updated.
+    pub optimizer: Optimizer,
+    /// When state is saved, and where.
+    pub checkpoint: Checkpoint,
+    /// When pictures are drawn.
+    pub sample: Sample,
+    /// When metrics are reported.
+    pub metrics: Metrics,
+}
+
+/// Section `[job]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct General {
+    /// Names the run; the run directory defaults to `runs/<name>`.
+    pub name: String,
+    /// Seed of every random draw: weights, order of samples, noise.
+    pub seed: u64,
+    /// How long to train.
+    #[serde(flatten)]
+    pub length: Length,
+    /// V: the fixed number of units of work and of randomness, whatever the number of workers.
+    pub data_shards: u32,
+    /// b: samples of one data shard in one phase. The global batch size is V x b.
+    pub shard_batch: u32,
+    /// Threads inside one tensor operation. Part of the job, because it can change the bits.
+    pub threads: u32,
+    /// How long a silent process is trusted, in seconds. Every other time limit is derived from it.
+    pub failure_deadline: f64,
+}
+
+/// How long a job trains: in steps or in passes over the data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Length {
+    /// Whole GAN iterations.
+    Steps(u64),
+    /// Passes over the data set, rounded up to a whole step.
+    Epochs(u64),
+}
+
+/// Section `[data]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Data {
+    /// The format of the samples.
+    pub kind: DataKind,
+    /// A file or a folder, by kind. `None` only for data bundled with the worker.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Scale each image so that its shorter side has this many pixels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resize: Option<u32>,
+    /// Then cut the central square of this many pixels a side. Follows `resize` where that alone is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crop: Option<u32>,
+    /// Colour channels of images read from a folder, 1 or 3. The other kinds know their own.
+    pub channels: u32,
+}
+
+/// The formats of samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DataKind {
+    /// The 10,000 test digits of MNIST, bundled with the worker.
+    #[serde(rename = "mnist-10k")]
+    Mnist10k,
+    /// IDX image files as MNIST's, plain or gzip-compressed.
+    Idx,
+    /// CIFAR-10's binary version: `data_batch_1.bin` to `data_batch_5.bin`.
+    #[serde(rename = "cifar-10")]
+    Cifar10,
+    /// A folder of PNG and JPEG files, searched recursively.
+    Folder,
+}
+
+/// Section `[model]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Model {
+    /// The pair of networks.
+    pub kind: ModelKind,
+    /// Length of the noise vector that the generator turns into an image.
+    pub latent_dim: u32,
+    /// Width: hidden units of `mlp-28`, the base number of feature maps of the convolutional models.
+    pub width: u32,
+    /// Half-life of the generator's exponential moving average, in images seen.
+    pub ema_half_life_images: u64,
+}
+
+/// The pairs of networks on offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ModelKind {
+    /// Multi-layer perceptrons for 28 x 28 images of one channel.
+    #[serde(rename = "mlp-28")]
+    Mlp28,
+    /// DCGAN (Radford et al., 2015) for 28 x 28 images.
+    #[serde(rename = "dcgan-28")]
+    Dcgan28,
+    /// DCGAN for 64 x 64 images.
+    #[serde(rename = "dcgan-64")]
+    Dcgan64,
+}
+
+/// Section `[loss]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Loss {
+    /// The objective.
+    pub kind: LossKind,
+    /// Discriminator phases in each step.
+    pub discriminator_steps: u32,
+    /// Weight of the gradient penalty of `wasserstein-gp`; the other objectives do not read it.
+    pub gradient_penalty: f64,
+}
+
+/// The objectives on offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LossKind {
+    /// Goodfellow et al. (2014), section 3: G maximises log D(G(z)).
+    NonSaturating,
+    /// Goodfellow et al. (2014), equation 1.
+    Minimax,
+    /// Mao et al. (2017), equation 2 with a = 0, b = c = 1.
+    LeastSquares,
+    /// Lim and Ye (2017), Miyato et al. (2018), equations 16 and 17.
+    Hinge,
+    /// Gulrajani et al. (2017), equation 3.
+    WassersteinGp,
+}
+
+/// Section `[optimizer]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Optimizer {
+    /// The update rule.
+    pub kind: OptimizerKind,
+    /// Step size of the generator, and of the discriminator unless that has its own.
+    pub learning_rate: f64,
+    /// Step size of the discriminator.
+    pub discriminator_learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+}
+
+/// The update rules on offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OptimizerKind {
+    /// Kingma and Ba (2015), algorithm 1.
+    Adam,
+}
+
+/// Section `[checkpoint]`. The last step is always saved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Save after every so many steps; 0 for never.
+    pub every_steps: u64,
+    /// Save after every so many passes over the data; 0 for never.
+    pub every_epochs: u64,
+    /// How many checkpoints to keep; 0 keeps all.
+    pub keep_last: u64,
+    /// Where: a `file://` address or a folder; `checkpoints/` in the run directory when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+}
+
+/// Section `[sample]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Draw a grid of samples after every so many steps and after the last; 0 for never.
+    pub every_steps: u64,
+    /// Samples in a grid.
+    pub count: u32,
+}
+
+/// Section `[metrics]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// Report after every so many steps and after the last.
+    pub every_steps: u64,
+}
+
+impl Job {
+    /// Samples of one phase over all data shards.
+    pub fn global_batch(&self) -> u64 {
+        u64::from(self.job.data_shards) * u64::from(self.job.shard_batch)
+    }
+
+    /// Real samples that one step takes from the stream.
+    pub fn samples_per_step(&self) -> u64 {
+        self.global_batch() * u64::from(self.loss.discriminator_steps)
+    }
+
+    /// The step that ends the run, for a data set of `samples`.
+    pub fn last_step(&self, samples: u64) -> u64 {
+        match self.job.length {
+            Length::Steps(steps) => steps,
+            Length::Epochs(epochs) => self.steps_of_epochs(epochs, samples),
+        }
+    }
+
+    /// The first step after which `epochs` passes over `samples` are complete.
+    pub fn steps_of_epochs(&self, epochs: u64, samples: u64) -> u64 {
+        epochs.saturating_mul(samples).div_ceil(self.samples_per_step())
+    }
+
+    /// Whether a checkpoint is due once `step` steps of a run over `samples` are done.
+    pub fn checkpoint_due(&self, step: u64, samples: u64) -> bool {
+        let by_steps = due(step, self.checkpoint.every_steps);
+        let by_epochs = self.checkpoint.every_epochs != 0 && {
+            // An epoch ends inside this step: a multiple of `every_epochs` passes was completed by it and not before.
+            let period = samples.saturating_mul(self.checkpoint.every_epochs);
+            let seen = step * self.samples_per_step();
+            seen / period > (seen - self.samples_per_step()) / period
+        };
+        step == self.last_step(samples) || by_steps || by_epochs
+    }
+
+    /// Whether a grid of samples is due once `step` steps are done.
+    pub fn sample_due(&self, step: u64, samples: u64) -> bool {
+        self.sample.every_steps != 0
+            && (due(step, self.sample.every_steps) || step == self.last_step(samples))
+    }
+
+    /// Whether a metrics row is due once `step` steps are done.
+    pub fn metrics_due(&self, step: u64, samples: u64) -> bool {
+        due(step, self.metrics.every_steps) || step == self.last_step(samples)
+    }
+}
+
+/// Whether `step` is a multiple of a period that is not zero.
+fn due(step: u64, every: u64) -> bool {
+    every != 0 && step.is_multiple_of(every)
+}
+
+/// Writes the names of the job file's enumerations as the file has them.
+macro_rules! display_as_in_the_file {
+    ($($name:ty),*) => {$(
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.serialize(f)
+            }
+        }
+    )*};
+}
+
+display_as_in_the_file!(DataKind, ModelKind, LossKind, OptimizerKind);

@@ -1,0 +1,22 @@
+//! The wire contract of package `ganglion.v1` and its conversion to the types of the domain.
+//!
+//! The generated messages stay behind [`wire`]; the rest of Ganglion uses [`job::Job`] and the messages of [`message`].
+//! Whatever comes from the wire is checked on the way: see [`Malformed`].
+
+mod convert;
+pub mod job;
+pub mod message;
+
+/// The generated messages, clients and servers.
+#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used)]
+pub mod wire {
+    tonic::include_proto!("ganglion.v1");
+}
+
+pub use convert::Malformed;
+
+/// Version of the contract. A worker that speaks another is refused at its hello.
+pub const PROTOCOL: u32 = 1;
+
+/// The largest message either side accepts, in bytes.
+pub const MESSAGE_LIMIT: usize = 16 << 20;

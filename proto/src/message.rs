@@ -1,0 +1,141 @@
+//! What a worker and the coordinator say to each other, in the domain's types.
+
+use std::time::Duration;
+
+use ganglion_membership::{
+    Fault, Generation, Group, LoadedFacts, Plan, Position, Term, WorkerId, WrittenPart,
+};
+
+use crate::job::Job;
+
+/// A worker's message.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FromWorker {
+    /// It asks to take part.
+    Hello(Hello),
+    /// It has loaded.
+    Loaded(LoadedFacts),
+    /// It is at rest and commits nothing more of the generation.
+    Ready(Generation, Option<Position>),
+    /// It left its group.
+    Fault(Generation, Fault),
+    /// A sign of life.
+    Heartbeat(Position, Activity),
+    /// The figures of a step.
+    Metrics(MetricsRow),
+    /// A file of a checkpoint is on the storage.
+    PartWritten(WrittenPart),
+    /// A file of a checkpoint could not be written yet: step, file, reason.
+    PartDelayed(u64, String, String),
+    /// A grid of generated samples.
+    Samples(SampleGrid),
+    /// It has trained to the end (`true`) or to a planned stop.
+    Finished(Generation, Position, bool),
+    /// The user's input is wrong.
+    InputError(String),
+}
+
+/// The coordinator's message.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ToWorker {
+    /// The worker is taken in.
+    Welcome(Box<Welcome>),
+    /// It is a member of a new generation.
+    Assignment(Assignment),
+    /// A change is planned.
+    Plan(Plan),
+    /// Leave a generation, for a reason.
+    Abort(Generation, String),
+    /// Metrics rows up to this step are on disk.
+    MetricsRecorded(u64),
+    /// It may not take part, for a reason.
+    Reject(String),
+    /// It is not needed any more.
+    Release,
+}
+
+/// How a worker introduces itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Version of the contract.
+    pub protocol: u32,
+    /// What the coordinator gave to a worker that it started; `None` for others.
+    pub spawn_token: Option<String>,
+    /// The machine's name.
+    pub host: String,
+    /// The process on that machine.
+    pub pid: u32,
+}
+
+/// All that a worker needs to load.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Welcome {
+    /// The coordinator's term.
+    pub term: Term,
+    /// The worker's number.
+    pub worker: WorkerId,
+    /// Identifies the run directory.
+    pub run: String,
+    /// The hyperparameters.
+    pub job: Job,
+    /// The address of the checkpoint storage.
+    pub storage: String,
+}
+
+/// A worker's place in a generation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Assignment {
+    /// The generation.
+    pub group: Group,
+    /// This worker's rank.
+    pub rank: u32,
+    /// How long to wait for another member before reporting a fault.
+    pub reduce_timeout: Duration,
+}
+
+/// What a training thread does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// It computes.
+    Computing,
+    /// It waits for other members.
+    Waiting,
+    /// It is at rest, between two groups.
+    Resting,
+}
+
+/// The figures of one reported step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MetricsRow {
+    /// Steps done.
+    pub step: u64,
+    /// When the step was committed: seconds since the Unix epoch.
+    pub time: f64,
+    /// The generation that committed it.
+    pub generation: u64,
+    /// Its size.
+    pub world_size: u32,
+    /// Mean loss of the discriminator over the global batch.
+    pub loss_discriminator: f64,
+    /// Mean loss of the generator over the global batch.
+    pub loss_generator: f64,
+    /// Real images consumed a second since the row before.
+    pub images_per_second: f64,
+    /// Real images consumed since the start of the run.
+    pub images_seen: u64,
+}
+
+/// A grid of generated samples.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SampleGrid {
+    /// Steps done when it was drawn.
+    pub step: u64,
+    /// A PNG file.
+    pub png: Vec<u8>,
+    /// Its width in pixels.
+    pub width: u32,
+    /// Its height in pixels.
+    pub height: u32,
+    /// Its colour channels.
+    pub channels: u32,
+}
