@@ -1,1 +1,61 @@
-//! c10d
+//! Safe Rust over libtorch's own collectives: process groups over Gloo and, with the feature `cuda`, NCCL.
+//!
+//! libtorch carries the engine that PyTorch trains on, `c10d`, but only for C++ and Python. This crate binds it with
+//! what a fault-tolerant trainer needs: typed errors, waits that an abort interrupts at once, buffers that nobody can
+//! touch while a collective has them, and a rendezvous store that is a Rust trait.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use c10d::{Buffer, GlooAddress, GlooOptions, Group, MemoryStore, ReduceOp};
+//! use tch::{Device, Kind};
+//!
+//! # fn main() -> Result<(), c10d::Error> {
+//! let options = GlooOptions {
+//!     rank: 0,
+//!     world_size: 1,
+//!     timeout: Duration::from_secs(10),
+//!     address: GlooAddress::Hostname("127.0.0.1".into()),
+//! };
+//! let group = Group::gloo(options, MemoryStore::new(), "generation 1")?;
+//! let mut buffer = Buffer::zeros(1024, Kind::Float, Device::Cpu)?;
+//! buffer.update(|tensor| tensor.fill_(1.0));
+//! let pending = group.all_reduce(buffer, ReduceOp::Sum)?;
+//! let sum = pending.wait(Duration::from_secs(10))?; // The same buffer, with the sum over all ranks.
+//! # Ok(()) }
+//! ```
+//!
+//! Invariants of the whole crate, each held by tests:
+//! 1. No C++ exception and no Rust panic crosses the language boundary.
+//! 2. An operation ends once, as a result or as an error, and after anything but success its buffers never come back.
+//! 3. Every wait is limited, and an abort ends it at once.
+//! 4. A broken group is never used again; it winds down in the background and leaves nothing behind.
+//!
+//! This is the only crate of the workspace with unsafe code.
+
+pub mod aten;
+mod aten_ffi;
+mod backend;
+mod buffer;
+mod core;
+mod error;
+mod ffi;
+mod flight;
+mod group;
+#[cfg(feature = "cuda")]
+mod nccl;
+#[cfg(feature = "cuda")]
+mod nccl_ffi;
+mod pending;
+mod store;
+mod sync;
+mod tcp_store;
+
+pub use backend::{live_handles, wait_for_handles};
+pub use buffer::Buffer;
+pub use error::{Error, Refused};
+pub use group::{GlooAddress, GlooOptions, Group, ReduceOp};
+#[cfg(feature = "cuda")]
+pub use nccl::NcclOptions;
+pub use pending::{Aborter, Lent, Pending};
+pub use store::{KeyValueStore, MemoryStore, StoreError};
+pub use tcp_store::TcpStore;

@@ -1,1 +1,16 @@
-//! coordinator
+//! The coordinator: hands data shards and hyperparameters to workers, follows their group, keeps the run directory.
+//!
+//! It never links libtorch. Every decision about the group is [`ganglion_membership::Machine`]'s; this crate is the shell
+//! around it: sockets, clock, files and processes.
+#![forbid(unsafe_code)]
+
+pub mod checkpoints;
+pub mod cli;
+pub mod job_file;
+pub mod journal;
+pub mod report;
+pub mod run;
+pub mod run_dir;
+pub mod server;
+pub mod shell;
+pub mod supervisor;

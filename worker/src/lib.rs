@@ -1,1 +1,35 @@
-//! worker
+//! A worker: trains a GAN on its share of the data shards and reduces with the other workers of its group.
+//!
+//! The promise is that the cluster never changes the result. What keeps it, module by module:
+//!
+//! - [`random`]: a draw depends on its key alone.
+//! - [`data`]: sample i of a shard is a number in an endless stream, whoever reads it.
+//! - [`phase`]: a leaf is what one data shard contributes, whoever computes it.
+//! - [`tree`] and [`exchange`]: leaves are summed in one order, for any number of ranks.
+//! - [`commit`]: the only writer of [`state`], and a pure one.
+//! - [`team`]: a group starts from one state, compared before the first phase.
+#![forbid(unsafe_code)]
+
+pub mod archive;
+pub mod checkpoint;
+pub mod commit;
+pub mod data;
+pub mod device;
+pub mod exchange;
+pub mod loss;
+pub mod nn;
+pub mod passport;
+pub mod phase;
+pub mod random;
+pub mod run;
+pub mod sample;
+pub mod session;
+pub mod state;
+pub mod team;
+pub mod trainer;
+pub mod tree;
+
+/// Sets the threads inside one tensor operation, for the calling thread and those that it starts.
+pub fn set_threads(threads: u32) {
+    tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+}

@@ -1,1 +1,119 @@
-fn main() {}
+//! The `worker` program: joins a run, or draws samples from a checkpoint.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use ganglion_worker::device::DeviceChoice;
+use ganglion_worker::run::{Failure, SPAWN_TOKEN, run};
+use ganglion_worker::sample::{Generator, SampleError, grid};
+use tracing_subscriber::EnvFilter;
+
+/// Trains with the other workers of a run, or draws samples from a checkpoint.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    join: Option<Join>,
+}
+
+#[derive(Args)]
+struct Join {
+    /// The run's coordinator, such as http://10.0.0.1:7000.
+    #[arg(long, value_name = "URL")]
+    coordinator: String,
+    /// Where to compute: auto, cpu or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: DeviceChoice,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Draws samples from the generator's moving average.
+    Sample(SampleArguments),
+}
+
+#[derive(Args)]
+struct SampleArguments {
+    /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors.
+    #[arg(long, value_name = "PATH")]
+    checkpoint: PathBuf,
+    /// How many samples.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    count: u32,
+    /// Seed of the noise.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// The picture to write, a PNG file.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log();
+    let result = match (cli.command, cli.join) {
+        (Some(Command::Sample(arguments)), _) => sample(&arguments),
+        (None, Some(join)) => run(&join.coordinator, join.device),
+        (None, None) => Err(Failure::Input("nothing to do; see --help".to_string())),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            tracing::error!("{failure}");
+            ExitCode::from(if matches!(failure, Failure::Input(_)) { 2 } else { 1 })
+        }
+    }
+}
+
+/// Logs to standard error. A coordinator that started this worker adds the time and who we are.
+fn start_log() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    if std::env::var_os(SPAWN_TOKEN).is_some() {
+        log.without_time().with_ansi(false).init();
+    } else {
+        log.init();
+    }
+}
+
+fn sample(arguments: &SampleArguments) -> Result<(), Failure> {
+    let file = generator_file(&arguments.checkpoint)?;
+    let name = file.display().to_string();
+    let bytes = std::fs::read(&file)
+        .map_err(|error| Failure::Input(format!("--checkpoint {name}: {error}")))?;
+    let failed = |error: SampleError| match error {
+        SampleError::Input(detail) => Failure::Input(detail),
+        other => Failure::Other(other.to_string()),
+    };
+    let generator = Generator::read(&name, &bytes).map_err(failed)?;
+    let picture = grid(&generator.draw(arguments.seed, arguments.count), 0).map_err(failed)?;
+    std::fs::write(&arguments.out, picture.png)
+        .map_err(|error| Failure::Input(format!("--out {}: {error}", arguments.out.display())))?;
+    println!("{}", arguments.out.display());
+    Ok(())
+}
+
+/// Finds the weights under a file, a checkpoint's folder, or a run's folder.
+fn generator_file(path: &std::path::Path) -> Result<PathBuf, Failure> {
+    const NAME: &str = "generator_ema.safetensors";
+    if path.is_file() {
+        return Ok(path.to_path_buf());
+    }
+    let latest = |folder: PathBuf| {
+        let name = std::fs::read_to_string(folder.join("latest")).ok()?;
+        Some(folder.join(name.trim()))
+    };
+    let folders =
+        [Some(path.to_path_buf()), latest(path.to_path_buf()), latest(path.join("checkpoints"))];
+    let mut files = folders.into_iter().flatten().map(|folder| folder.join(NAME));
+    files.find(|file| file.is_file()).ok_or_else(|| {
+        Failure::Input(format!(
+            "--checkpoint {}: no {NAME} there; give a folder such as runs/NAME/checkpoints/step-00001000",
+            path.display()
+        ))
+    })
+}

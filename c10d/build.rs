@@ -1,0 +1,51 @@
+//! Compiles the C++ shim against libtorch's headers and tells the linker where libtorch is.
+
+use std::env;
+use std::path::PathBuf;
+
+fn main() {
+    // torch-sys looks for libtorch and hands its folder of libraries on.
+    let lib = env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys exports the folder of libtorch");
+    let lib = PathBuf::from(lib);
+    let torch = lib.parent().expect("libtorch's libraries lie in a folder of libtorch").to_owned();
+    let cuda = env::var_os("CARGO_FEATURE_CUDA").is_some();
+
+    let mut bridges = vec!["src/ffi.rs", "src/aten_ffi.rs"];
+    let mut sources = vec!["error", "handle", "group", "gloo", "store", "aten"];
+    if cuda {
+        bridges.push("src/nccl_ffi.rs");
+        sources.push("nccl");
+    }
+    let mut build = cxx_build::bridges(bridges);
+    build
+        .files(sources.iter().map(|name| format!("shim/{name}.cc")))
+        .include("shim/gloo_names")
+        .include(torch.join("include"))
+        .include(torch.join("include/torch/csrc/api/include"))
+        .define("USE_C10D_GLOO", None)
+        .std("c++17")
+        // libtorch's headers are not warning-free.
+        .warnings(false);
+    if cuda {
+        // The wheels of CUDA and NCCL lie beside libtorch's own, under `nvidia`.
+        let site = torch.parent().expect("libtorch lies in a folder of packages");
+        build
+            .define("USE_C10D_NCCL", None)
+            .include(site.join("nvidia/cu13/include"))
+            .include(site.join("nvidia/nccl/include"));
+    }
+    build.compile("c10d_shim");
+
+    println!("cargo:rustc-link-search=native={}", lib.display());
+    let libraries: &[&str] = &["torch_cpu", "c10"];
+    let cuda_libraries: &[&str] = if cuda { &["torch_cuda", "c10_cuda"] } else { &[] };
+    for library in cuda_libraries.iter().chain(libraries) {
+        println!("cargo:rustc-link-lib={library}");
+    }
+    // For this package's own tests; a binary of another package says so itself.
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+    println!("cargo:rerun-if-changed=shim");
+    println!("cargo:rerun-if-changed=src/ffi.rs");
+    println!("cargo:rerun-if-changed=src/aten_ffi.rs");
+    println!("cargo:rerun-if-changed=src/nccl_ffi.rs");
+}

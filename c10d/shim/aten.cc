@@ -1,0 +1,80 @@
+#include "aten.h"
+
+#include <mutex>
+#include <string>
+
+#include <gnu/libc-version.h>
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Version.h>
+#include <c10/core/GradMode.h>
+#include <torch/version.h>
+
+#include "c10d/src/aten_ffi.rs.h"
+
+namespace c10d_shim {
+
+void fused_adam(
+    const at::Tensor& params,
+    const at::Tensor& grads,
+    const at::Tensor& exp_avg,
+    const at::Tensor& exp_avg_sq,
+    const AdamSettings& settings) {
+  c10::NoGradGuard no_grad;
+  const auto step = at::full({}, settings.step, params.options().dtype(at::kFloat).requires_grad(false));
+  at::_fused_adam_(
+      {params},
+      {grads},
+      {exp_avg},
+      {exp_avg_sq},
+      /*max_exp_avg_sqs=*/{},
+      {step},
+      settings.lr,
+      settings.beta1,
+      settings.beta2,
+      /*weight_decay=*/0.0,
+      settings.eps,
+      /*amsgrad=*/false,
+      /*maximize=*/false);
+}
+
+void set_grad(const at::Tensor& parameter, const at::Tensor& grad) {
+  // The assignment itself checks nothing.
+  TORCH_CHECK(parameter.is_leaf() && parameter.requires_grad(), "only a leaf that requires a gradient has one");
+  TORCH_CHECK(
+      parameter.sizes() == grad.sizes() && parameter.scalar_type() == grad.scalar_type() &&
+          parameter.device() == grad.device(),
+      "the gradient's shape, kind and device must be its parameter's");
+  TORCH_CHECK(!grad.requires_grad(), "a gradient must not itself require a gradient");
+  parameter.mutable_grad() = grad;
+}
+
+rust::Vec<std::uint8_t> default_generator_state() {
+  auto generator = at::detail::getDefaultCPUGenerator();
+  std::lock_guard<std::mutex> guard(generator.mutex());
+  const at::Tensor state = generator.get_state().contiguous();
+  const auto* begin = state.const_data_ptr<std::uint8_t>();
+  rust::Vec<std::uint8_t> bytes;
+  bytes.reserve(static_cast<std::size_t>(state.numel()));
+  for (const auto* byte = begin; byte != begin + state.numel(); ++byte) {
+    bytes.push_back(*byte);
+  }
+  return bytes;
+}
+
+rust::String cpu_capability() { return at::get_cpu_capability(); }
+
+rust::String libtorch_version() { return TORCH_VERSION; }
+
+void set_deterministic(bool deterministic) {
+  at::globalContext().setDeterministicAlgorithms(deterministic, /*warn_only=*/false);
+}
+
+rust::String c_library_version() { return std::string("glibc ") + gnu_get_libc_version(); }
+
+std::unique_ptr<at::Tensor> leaky_relu(const at::Tensor& input, double slope) {
+  return std::make_unique<at::Tensor>(at::leaky_relu(input, slope));
+}
+
+} // namespace c10d_shim

@@ -1,0 +1,31 @@
+// The few functions of ATen that tch has no safe wrapper for.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include <ATen/core/Tensor.h>
+
+#include "error.h"
+#include "rust/cxx.h"
+
+
+namespace c10d_shim {
+
+struct AdamSettings;
+
+void fused_adam(
+    const at::Tensor& params,
+    const at::Tensor& grads,
+    const at::Tensor& exp_avg,
+    const at::Tensor& exp_avg_sq,
+    const AdamSettings& settings);
+void set_grad(const at::Tensor& parameter, const at::Tensor& grad);
+rust::Vec<std::uint8_t> default_generator_state();
+rust::String cpu_capability();
+rust::String libtorch_version();
+void set_deterministic(bool deterministic);
+rust::String c_library_version();
+std::unique_ptr<at::Tensor> leaky_relu(const at::Tensor& input, double slope);
+
+} // namespace c10d_shim

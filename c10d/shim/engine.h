@@ -1,0 +1,37 @@
+// What a group is made of, private to the shim.
+#pragma once
+
+#include <memory>
+#include <mutex>
+
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/distributed/c10d/Store.hpp>
+
+#include "group.h"
+
+namespace c10d_shim {
+
+// Follows one c10d work until it is over.
+class Watch {
+ public:
+  virtual ~Watch() = default;
+  virtual void poll() {}
+};
+
+// One c10d backend with what differs between backends.
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  virtual c10d::Backend& backend() = 0;
+  virtual void close() = 0;
+  virtual bool polls() const = 0;
+  virtual std::unique_ptr<Watch> watch(c10::intrusive_ptr<c10d::Work> work, rust::Box<Signal> signal) = 0;
+  // What is held while an operation is launched: a backend assumes one launching thread.
+  virtual std::mutex& launching() = 0;
+};
+
+// The Rust store under a prefix, as c10d sees it.
+c10::intrusive_ptr<c10d::Store> make_store(
+    rust::Box<StoreHandle> store, rust::Str prefix, std::chrono::milliseconds timeout);
+
+} // namespace c10d_shim

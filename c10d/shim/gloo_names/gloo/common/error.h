@@ -1,0 +1,2 @@
+// Nothing of this header is needed, see the README beside this folder.
+#pragma once

@@ -1,0 +1,120 @@
+#include "group.h"
+
+#include <utility>
+#include <vector>
+
+#include <ATen/ATen.h>
+
+#include "c10d/src/ffi.rs.h"
+#include "engine.h"
+
+namespace c10d_shim {
+namespace {
+
+// A tensor over the same memory with a storage of its own. c10d's works outlive the moment of their completion a
+// little and keep their tensors; so their references do not count as aliases of the buffer that is handed back,
+// and the handle tells when the last of them is gone.
+at::Tensor lend(const at::Tensor& tensor) {
+  auto handle = std::make_shared<Handle>();
+  return at::from_blob(
+      tensor.mutable_data_ptr(),
+      tensor.sizes(),
+      [handle](void*) {},
+      tensor.options(),
+      tensor.device());
+}
+
+std::vector<std::int64_t> to_vector(rust::Slice<const std::int64_t> slice) {
+  return std::vector<std::int64_t>(slice.begin(), slice.end());
+}
+
+// Runs one launch and watches the work that it gives.
+template <typename Launch>
+std::unique_ptr<Work> start(Engine& engine, rust::Box<Signal> signal, Launch&& launch) {
+  std::lock_guard<std::mutex> turn(engine.launching());
+  auto work = launch(engine.backend());
+  return std::make_unique<Work>(engine.watch(std::move(work), std::move(signal)));
+}
+
+} // namespace
+
+Work::Work(std::unique_ptr<Watch> watch) : watch_(std::move(watch)) {}
+Work::~Work() = default;
+void Work::poll() const { watch_->poll(); }
+
+Group::Group(std::unique_ptr<Engine> engine) : engine_(std::move(engine)) {}
+Group::~Group() = default;
+void Group::close() const { engine_->close(); }
+bool Group::polls() const { return engine_->polls(); }
+
+std::unique_ptr<Work> Group::all_reduce(
+    const at::Tensor& tensor, std::uint8_t op, rust::Box<Signal> signal) const {
+  return start(*engine_, std::move(signal), [&](c10d::Backend& backend) {
+    std::vector<at::Tensor> tensors{lend(tensor)};
+    c10d::AllreduceOptions options;
+    options.reduceOp = static_cast<c10d::ReduceOp::RedOpType>(op);
+    return backend.allreduce(tensors, options);
+  });
+}
+
+std::unique_ptr<Work> Group::all_to_all(
+    const at::Tensor& send,
+    rust::Slice<const std::int64_t> send_splits,
+    const at::Tensor& receive,
+    rust::Slice<const std::int64_t> receive_splits,
+    rust::Box<Signal> signal) const {
+  return start(*engine_, std::move(signal), [&](c10d::Backend& backend) {
+    at::Tensor output = lend(receive);
+    at::Tensor input = lend(send);
+    auto output_counts = to_vector(receive_splits);
+    auto input_counts = to_vector(send_splits);
+    return backend.alltoall_base(output, input, output_counts, input_counts, c10d::AllToAllOptions());
+  });
+}
+
+std::unique_ptr<Work> Group::all_gather(
+    const at::Tensor& send, const at::Tensor& receive, rust::Box<Signal> signal) const {
+  return start(*engine_, std::move(signal), [&](c10d::Backend& backend) {
+    at::Tensor output = lend(receive);
+    at::Tensor input = lend(send);
+    return backend._allgather_base(output, input, c10d::AllgatherOptions());
+  });
+}
+
+std::unique_ptr<Work> Group::broadcast(
+    const at::Tensor& tensor, std::int64_t root, rust::Box<Signal> signal) const {
+  return start(*engine_, std::move(signal), [&](c10d::Backend& backend) {
+    std::vector<at::Tensor> tensors{lend(tensor)};
+    c10d::BroadcastOptions options;
+    options.rootRank = root;
+    return backend.broadcast(tensors, options);
+  });
+}
+
+std::unique_ptr<Work> Group::barrier(rust::Box<Signal> signal) const {
+  return start(*engine_, std::move(signal), [&](c10d::Backend& backend) {
+    c10d::BarrierOptions options;
+    options.device = backend.getBoundDeviceId();
+    if (options.device) {
+      options.device_ids = {options.device->index()};
+    }
+    return backend.barrier(options);
+  });
+}
+
+bool is_flat(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.layout() == at::kStrided && tensor.dim() == 1 && tensor.is_contiguous() &&
+      !tensor.requires_grad();
+}
+
+bool is_exclusive(const at::Tensor& tensor) {
+  return tensor.use_count() == 1 && tensor.has_storage() && tensor.storage().use_count() == 1;
+}
+
+std::size_t byte_length(const at::Tensor& tensor) { return tensor.nbytes(); }
+
+std::uint8_t* data_pointer(const at::Tensor& tensor) {
+  return static_cast<std::uint8_t*>(tensor.mutable_data_ptr());
+}
+
+} // namespace c10d_shim

@@ -1,0 +1,131 @@
+//! The few functions of ATen that tch has no safe wrapper for.
+//!
+//! 1. None panics or lets an exception through: what libtorch throws becomes an [`Error`].
+//! 2. [`fused_adam`] on CPU gives the same bits however a flat tensor is cut, as long as the cuts are multiples of 16
+//!    elements: the last few elements of a slice are computed by other instructions.
+
+use tch::Tensor;
+
+use crate::Error;
+use crate::aten_ffi::shim;
+use crate::ffi::at_tensor;
+
+/// The hyperparameters of Adam (Kingma and Ba, 2015, algorithm 1).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Adam {
+    /// The learning rate.
+    pub lr: f64,
+    /// The decay of the first moment.
+    pub beta1: f64,
+    /// The decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+}
+
+/// One step of Adam, in one kernel, in place, without recording gradients. All tensors have one shape, kind and
+/// device; `step` counts from 1.
+///
+/// # Errors
+/// [`Error::Invalid`] for step 0 or tensors that do not match; [`Error::Fatal`] for what libtorch refuses.
+pub fn fused_adam(
+    params: &mut Tensor,
+    grads: &Tensor,
+    exp_avg: &mut Tensor,
+    exp_avg_sq: &mut Tensor,
+    step: u64,
+    adam: Adam,
+) -> Result<(), Error> {
+    if step == 0 {
+        return Err(Error::Invalid("Adam's steps count from 1".into()));
+    }
+    let properties = |tensor: &Tensor| (tensor.size(), tensor.kind(), tensor.device());
+    for other in [grads, exp_avg, exp_avg_sq] {
+        if properties(other) != properties(params) {
+            return Err(Error::Invalid("Adam's tensors must have one shape, kind and device".into()));
+        }
+    }
+    let Adam { lr, beta1, beta2, eps } = adam;
+    // The kernel takes the step as a float: beyond 2^24 it is inexact, where it no longer matters.
+    let settings = shim::AdamSettings { step: step as f64, lr, beta1, beta2, eps };
+    let [params, grads, exp_avg, exp_avg_sq] = [&*params, grads, exp_avg, exp_avg_sq].map(at_tensor);
+    Ok(shim::fused_adam(params, grads, exp_avg, exp_avg_sq, &settings)?)
+}
+
+/// Makes `grad`, usually a view into a flat tensor, the gradient of a leaf, so that backward accumulates in place.
+///
+/// # Errors
+/// [`Error::Fatal`] if the parameter is not a leaf that requires a gradient, or shape, kind or device differ.
+pub fn set_grad(parameter: &Tensor, grad: &Tensor) -> Result<(), Error> {
+    Ok(shim::set_grad(at_tensor(parameter), at_tensor(grad))?)
+}
+
+/// The state of libtorch's default generator for CPUs, to see whether anything draws from it.
+///
+/// # Errors
+/// [`Error::Fatal`] for what libtorch refuses.
+pub fn default_generator_state() -> Result<Vec<u8>, Error> {
+    Ok(shim::default_generator_state()?)
+}
+
+/// The instruction set that libtorch's CPU kernels use here, such as `AVX512`.
+///
+/// # Errors
+/// [`Error::Fatal`] for what libtorch refuses.
+pub fn cpu_capability() -> Result<String, Error> {
+    Ok(shim::cpu_capability()?)
+}
+
+/// The version of libtorch that this crate was compiled against.
+///
+/// # Errors
+/// None in practice.
+pub fn libtorch_version() -> Result<String, Error> {
+    Ok(shim::libtorch_version()?)
+}
+
+/// Whether operations without a deterministic implementation shall fail, in this process.
+///
+/// # Errors
+/// [`Error::Fatal`] for what libtorch refuses.
+pub fn set_deterministic(deterministic: bool) -> Result<(), Error> {
+    Ok(shim::set_deterministic(deterministic)?)
+}
+
+/// The name and version of the C library at run time, such as `glibc 2.36`.
+///
+/// # Errors
+/// None in practice.
+pub fn c_library_version() -> Result<String, Error> {
+    Ok(shim::c_library_version()?)
+}
+
+/// max(x, slope x), elementwise and differentiable. tch's own has a fixed slope of 0.01.
+///
+/// # Errors
+/// [`Error::Fatal`] for what libtorch refuses.
+pub fn leaky_relu(input: &Tensor, slope: f64) -> Result<Tensor, Error> {
+    let output = shim::leaky_relu(at_tensor(input), slope)?.into_raw();
+    // SAFETY: the pointer comes from `new at::Tensor` and nobody else has it; tch deletes it when the tensor is dropped.
+    Ok(unsafe { Tensor::from_ptr(output.cast()) })
+}
+
+/// A hash (XXH3, 64 bits) of a contiguous tensor's bytes. A tensor on another device is copied to the CPU first.
+///
+/// # Errors
+/// [`Error::Invalid`] for a tensor that is not contiguous.
+pub fn fingerprint(tensor: &Tensor, seed: u64) -> Result<u64, Error> {
+    if !tensor.is_contiguous() {
+        return Err(Error::Invalid("only a contiguous tensor has a fingerprint".into()));
+    }
+    let on_cpu = tensor.f_to_device(tch::Device::Cpu)?;
+    let bytes = on_cpu.numel() * on_cpu.kind().elt_size_in_bytes();
+    if bytes == 0 {
+        return Ok(xxhash_rust::xxh3::xxh3_64_with_seed(&[], seed));
+    }
+    // SAFETY: a contiguous, non-empty tensor on the CPU has `bytes` initialised bytes from `data_ptr` on, which live as
+    // long as `on_cpu`. Nothing on this thread writes to them before the slice is gone; a tensor that another thread
+    // writes to must not be handed in, as for any other operation of libtorch.
+    let bytes = unsafe { std::slice::from_raw_parts(on_cpu.data_ptr().cast::<u8>(), bytes) };
+    Ok(xxhash_rust::xxh3::xxh3_64_with_seed(bytes, seed))
+}

@@ -1,0 +1,36 @@
+//! The bridge to the C++ shim for the ATen functions.
+
+#[cxx::bridge(namespace = "c10d_shim")]
+pub(crate) mod shim {
+    /// The scalars of one Adam step.
+    struct AdamSettings {
+        step: f64,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        eps: f64,
+    }
+
+    unsafe extern "C++" {
+        include!("c10d/shim/aten.h");
+
+        #[namespace = "at"]
+        type Tensor = crate::ffi::shim::Tensor;
+
+        fn fused_adam(
+            params: &Tensor,
+            grads: &Tensor,
+            exp_avg: &Tensor,
+            exp_avg_sq: &Tensor,
+            settings: &AdamSettings,
+        ) -> Result<()>;
+        fn set_grad(parameter: &Tensor, grad: &Tensor) -> Result<()>;
+        fn default_generator_state() -> Result<Vec<u8>>;
+        fn cpu_capability() -> Result<String>;
+        fn libtorch_version() -> Result<String>;
+        fn set_deterministic(deterministic: bool) -> Result<()>;
+        fn c_library_version() -> Result<String>;
+        fn leaky_relu(input: &Tensor, slope: f64) -> Result<UniquePtr<Tensor>>;
+    }
+    impl UniquePtr<Tensor> {}
+}

@@ -1,0 +1,75 @@
+//! A group of the shim together with all that must not be freed before it.
+//!
+//! 1. Destroying a group blocks until its works are over, so it happens on a thread of its own.
+//! 2. Buffers parked here are freed only after the group is destroyed: until then libtorch may read or write them.
+
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use cxx::UniquePtr;
+
+use crate::Buffer;
+use crate::ffi::shim;
+use crate::sync::{lock, milliseconds};
+
+/// What was lent to one operation, and libtorch's side of it. The work goes before the buffers.
+pub(crate) struct Loan {
+    pub(crate) work: Option<Arc<UniquePtr<shim::Work>>>,
+    pub(crate) buffers: Vec<Buffer>,
+}
+
+/// The parts in the order in which they have to be dropped.
+struct Parts {
+    group: UniquePtr<shim::Group>,
+    parked: Vec<Loan>,
+}
+
+/// One group of the shim; dropping the last reference winds it down in the background.
+pub(crate) struct Backend {
+    group: UniquePtr<shim::Group>,
+    parked: Mutex<Vec<Loan>>,
+}
+
+impl Backend {
+    pub(crate) fn new(group: UniquePtr<shim::Group>) -> Arc<Backend> {
+        Arc::new(Backend { group, parked: Mutex::default() })
+    }
+
+    pub(crate) fn group(&self) -> &shim::Group {
+        &self.group
+    }
+
+    /// Keeps what an unfinished operation may still use.
+    pub(crate) fn park(&self, loan: Loan) {
+        lock(&self.parked).push(loan);
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        let group = std::mem::replace(&mut self.group, UniquePtr::null());
+        let parked = std::mem::take(&mut *lock(&self.parked));
+        let parts = Parts { group, parked };
+        // Without a thread to spare the closure is dropped here, and with it the parts, which blocks but is right.
+        let _ = thread::Builder::new().name("c10d-wind-down".into()).spawn(move || drop_in_order(parts));
+    }
+}
+
+fn drop_in_order(parts: Parts) {
+    let Parts { group, parked } = parts;
+    drop(group);
+    drop(parked);
+}
+
+/// The number of groups, works and loans of memory that libtorch has not let go of yet, in this process.
+pub fn live_handles() -> usize {
+    shim::live_handles()
+}
+
+/// Waits until no handle is left, at most so long, and returns how many are left.
+///
+/// Call it before the process ends: libtorch does not like to be torn down while a group still winds down.
+pub fn wait_for_handles(timeout: Duration) -> usize {
+    shim::wait_for_handles(milliseconds(timeout))
+}

@@ -1,0 +1,291 @@
+//! Process groups and their collectives.
+//!
+//! 1. All ranks of a group launch the same operations in the same order; the group cannot check that.
+//! 2. Arguments are checked before anything is lent, and a refusal gives the buffers back.
+//! 3. A group that is dropped with operations in flight is aborted; one that is idle is closed gently.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cxx::UniquePtr;
+use tch::{Device, Kind};
+
+use crate::core::Core;
+use crate::error::Refused;
+use crate::ffi::{at_tensor, shim};
+use crate::flight::Signal;
+use crate::pending::{Aborter, Lent, Parts, Pending};
+use crate::store::{KeyValueStore, StoreHandle};
+use crate::sync::milliseconds;
+use crate::{Buffer, Error};
+
+/// The address that a rank's peers reach it at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GlooAddress {
+    /// A host name or IP address of this machine.
+    Hostname(String),
+    /// A network interface of this machine, such as `eth0`.
+    Interface(String),
+}
+
+/// What a Gloo group is made with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GlooOptions {
+    /// This process's place in the group, from 0.
+    pub rank: usize,
+    /// The number of ranks, at least 1.
+    pub world_size: usize,
+    /// The limit for finding the peers, and Gloo's own limit for each operation. It also bounds how long an aborted
+    /// group winds down.
+    pub timeout: Duration,
+    /// Where the peers reach this rank.
+    pub address: GlooAddress,
+}
+
+/// How elements are combined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReduceOp {
+    /// a + b, in the backend's own order.
+    Sum,
+    /// a * b.
+    Product,
+    /// The smaller one.
+    Min,
+    /// The larger one.
+    Max,
+}
+
+impl ReduceOp {
+    /// The value of `c10d::ReduceOp::RedOpType`.
+    fn code(self) -> u8 {
+        match self {
+            ReduceOp::Sum => 0,
+            ReduceOp::Product => 2,
+            ReduceOp::Min => 3,
+            ReduceOp::Max => 4,
+        }
+    }
+}
+
+/// The kinds of elements that both Gloo and NCCL carry.
+const KINDS: [Kind; 8] = [
+    Kind::Uint8,
+    Kind::Int8,
+    Kind::Int,
+    Kind::Int64,
+    Kind::Half,
+    Kind::BFloat16,
+    Kind::Float,
+    Kind::Double,
+];
+
+/// A set of processes (or threads) that exchange buffers. See the crate's documentation for an example.
+pub struct Group {
+    core: Arc<Core>,
+    rank: usize,
+    world_size: usize,
+    device: Device,
+}
+
+type Started = Result<UniquePtr<shim::Work>, cxx::Exception>;
+
+impl Group {
+    /// Forms a group over Gloo, for buffers on CPUs. Blocks until all ranks have connected to each other. The prefix
+    /// keeps groups in one store apart and must be new for each.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for options that cannot be, [`Error::Timeout`] if a rank did not come, [`Error::PeerLost`]
+    /// if one went away meanwhile, [`Error::Fatal`] for an unusable address, or what the store answered.
+    pub fn gloo(options: GlooOptions, store: Arc<dyn KeyValueStore>, prefix: &str) -> Result<Group, Error> {
+        let GlooOptions { rank, world_size, timeout, address } = options;
+        let (small_rank, small_size) = check_ranks(rank, world_size, timeout)?;
+        let (hostname, interface) = match &address {
+            GlooAddress::Hostname(name) => (name.as_str(), ""),
+            GlooAddress::Interface(name) => ("", name.as_str()),
+        };
+        if hostname.is_empty() && interface.is_empty() {
+            return Err(Error::Invalid("an empty address".into()));
+        }
+        let store = Box::new(StoreHandle(store));
+        let limit = milliseconds(timeout);
+        let group = shim::gloo_group(small_rank, small_size, limit, hostname, interface, store, prefix)?;
+        Ok(Group::new(group, rank, world_size, Device::Cpu))
+    }
+
+    pub(crate) fn new(group: UniquePtr<shim::Group>, rank: usize, world_size: usize, device: Device) -> Group {
+        Group { core: Core::new(group), rank, world_size, device }
+    }
+
+    /// This process's place in the group.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    /// The device whose buffers this group takes.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Whether the group still takes operations.
+    pub fn is_open(&self) -> bool {
+        self.core.is_open()
+    }
+
+    /// A handle that ends this group's operations from any thread.
+    pub fn aborter(&self) -> Aborter {
+        Aborter::new(&self.core)
+    }
+
+    /// Combines the ranks' buffers element by element; each rank gets the result in its buffer.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Aliased`] or [`Error::Aborted`], with the buffer back.
+    pub fn all_reduce(&self, buffer: Buffer, op: ReduceOp) -> Result<Pending<Buffer>, Refused<Buffer>> {
+        let check = self.check(&[&buffer]).and_then(|()| check_filled(&buffer));
+        self.launch(buffer, check, |group, buffers, signal| {
+            group.all_reduce(at_tensor(buffers[0].tensor()), op.code(), signal)
+        })
+    }
+
+    /// Sends `send_splits[r]` elements to each rank r, in order, and receives `receive_splits[r]` from it. The splits
+    /// may be ragged or 0; what rank a sends to b must be what b expects from a.
+    ///
+    /// # Errors
+    /// As for [`all_reduce`](Group::all_reduce), with both buffers back.
+    pub fn all_to_all(
+        &self,
+        send: Buffer,
+        send_splits: &[usize],
+        receive: Buffer,
+        receive_splits: &[usize],
+    ) -> Result<Pending<(Buffer, Buffer)>, Refused<(Buffer, Buffer)>> {
+        let splits = self.check(&[&send, &receive]).and_then(|()| {
+            let send_splits = self.check_splits("send", &send, send_splits)?;
+            let receive_splits = self.check_splits("receive", &receive, receive_splits)?;
+            Ok((send_splits, receive_splits))
+        });
+        let (check, (send_splits, receive_splits)) = match splits {
+            Ok(splits) => (Ok(()), splits),
+            Err(error) => (Err(error), Default::default()),
+        };
+        self.launch((send, receive), check, |group, buffers, signal| {
+            let [send, receive] = [0, 1].map(|i: usize| at_tensor(buffers[i].tensor()));
+            group.all_to_all(send, &send_splits, receive, &receive_splits, signal)
+        })
+    }
+
+    /// Gives each rank all ranks' `send` buffers, one after the other, in `receive`, which is `world_size` times as
+    /// long.
+    ///
+    /// # Errors
+    /// As for [`all_reduce`](Group::all_reduce), with both buffers back.
+    pub fn all_gather(
+        &self,
+        send: Buffer,
+        receive: Buffer,
+    ) -> Result<Pending<(Buffer, Buffer)>, Refused<(Buffer, Buffer)>> {
+        let check = self.check(&[&send, &receive]).and_then(|()| check_filled(&send)).and_then(|()| {
+            let (had, needed) = (receive.numel(), self.world_size.saturating_mul(send.numel()));
+            require(had == needed, || format!("{had} elements to receive {needed}"))
+        });
+        self.launch((send, receive), check, |group, buffers, signal| {
+            let [send, receive] = [0, 1].map(|i: usize| at_tensor(buffers[i].tensor()));
+            group.all_gather(send, receive, signal)
+        })
+    }
+
+    /// Copies the root's buffer to all ranks.
+    ///
+    /// # Errors
+    /// As for [`all_reduce`](Group::all_reduce), with the buffer back.
+    pub fn broadcast(&self, buffer: Buffer, root: usize) -> Result<Pending<Buffer>, Refused<Buffer>> {
+        let size = self.world_size;
+        let check = self.check(&[&buffer]).and_then(|()| check_filled(&buffer)).and_then(|()| {
+            require(root < size, || format!("root {root} in a group of {size}"))
+        });
+        // A root that does not fit was refused above.
+        let root = i64::try_from(root).unwrap_or(i64::MAX);
+        self.launch(buffer, check, |group, buffers, signal| {
+            group.broadcast(at_tensor(buffers[0].tensor()), root, signal)
+        })
+    }
+
+    /// Ends when all ranks have launched it.
+    ///
+    /// # Errors
+    /// [`Error::Aborted`].
+    pub fn barrier(&self) -> Result<Pending<()>, Refused<()>> {
+        self.launch((), Ok(()), |group, _, signal| group.barrier(signal))
+    }
+
+    fn launch<T: Lent>(
+        &self,
+        lent: T,
+        check: Result<(), Error>,
+        start: impl FnOnce(&shim::Group, &[Buffer], Box<Signal>) -> Started,
+    ) -> Result<Pending<T>, Refused<T>> {
+        if let Err(error) = check {
+            return Err(Refused { error, buffers: lent });
+        }
+        match self.core.launch(lent.into_buffers(), start) {
+            Ok(launched) => Ok(Pending::new(Arc::clone(&self.core), launched)),
+            Err((error, buffers)) => Err(Refused { error, buffers: T::from_buffers(buffers) }),
+        }
+    }
+
+    /// What holds for the buffers of every collective.
+    fn check(&self, buffers: &[&Buffer]) -> Result<(), Error> {
+        for buffer in buffers {
+            buffer.check()?;
+            let (kind, device) = (buffer.kind(), buffer.device());
+            require(device == self.device, || format!("a buffer on {device:?} in a group on {:?}", self.device))?;
+            require(KINDS.contains(&kind), || format!("elements of kind {kind:?} cannot be exchanged"))?;
+            require(kind == buffers[0].kind(), || "buffers of different kinds".into())?;
+        }
+        Ok(())
+    }
+
+    fn check_splits(&self, name: &str, buffer: &Buffer, splits: &[usize]) -> Result<Vec<i64>, Error> {
+        let (count, size) = (splits.len(), self.world_size);
+        require(count == size, || format!("{count} {name} splits in a group of {size}"))?;
+        let sum = splits.iter().try_fold(0_usize, |sum, split| sum.checked_add(*split));
+        let numel = buffer.numel();
+        require(sum == Some(numel), || format!("{name} splits {splits:?} of {numel} elements"))?;
+        // No split exceeds the sum, which is a tensor's length.
+        Ok(splits.iter().map(|split| i64::try_from(*split).unwrap_or(i64::MAX)).collect())
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.core.close();
+    }
+}
+
+impl std::fmt::Debug for Group {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Group { rank, world_size, device, .. } = self;
+        write!(formatter, "Group {{ rank: {rank}, world_size: {world_size}, device: {device:?} }}")
+    }
+}
+
+fn require(condition: bool, otherwise: impl FnOnce() -> String) -> Result<(), Error> {
+    if condition { Ok(()) } else { Err(Error::Invalid(otherwise())) }
+}
+
+fn check_filled(buffer: &Buffer) -> Result<(), Error> {
+    require(buffer.numel() > 0, || "an empty buffer".into())
+}
+
+/// The rank and size as c10d counts them.
+pub(crate) fn check_ranks(rank: usize, world_size: usize, timeout: Duration) -> Result<(i32, i32), Error> {
+    require(rank < world_size, || format!("rank {rank} in a group of {world_size}"))?;
+    require(!timeout.is_zero(), || "a time limit of zero".into())?;
+    let small = |number| i32::try_from(number).map_err(|_| Error::Invalid(format!("{number} ranks")));
+    Ok((small(rank)?, small(world_size)?))
+}

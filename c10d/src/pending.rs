@@ -1,0 +1,153 @@
+//! Operations in flight, and how to end them early.
+//!
+//! 1. Every wait is limited.
+//! 2. A wait returns at once when its group is aborted, whatever libtorch is doing.
+//! 3. After an abort, a timeout or a failure the buffers never come back.
+
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use crate::core::{Core, Launched};
+use crate::flight::Outcome;
+use crate::sync::deadline;
+use crate::{Buffer, Error};
+
+/// How often a backend that does not tell by itself is asked whether an operation is over.
+const POLL_INTERVAL: Duration = Duration::from_micros(50);
+
+mod sealed {
+    use crate::Buffer;
+
+    /// How what was lent is taken apart and put together again.
+    pub trait Parts: Sized {
+        fn into_buffers(self) -> Vec<Buffer>;
+        fn from_buffers(buffers: Vec<Buffer>) -> Self;
+    }
+}
+pub(crate) use sealed::Parts;
+
+/// What can be lent to an operation: nothing, a buffer, or two.
+pub trait Lent: Parts {}
+
+impl<T: Parts> Lent for T {}
+
+const COUNT: &str = "as many buffers come back as were lent";
+
+impl Parts for () {
+    fn into_buffers(self) -> Vec<Buffer> {
+        Vec::new()
+    }
+    fn from_buffers(_: Vec<Buffer>) {}
+}
+
+impl Parts for Buffer {
+    fn into_buffers(self) -> Vec<Buffer> {
+        vec![self]
+    }
+    fn from_buffers(buffers: Vec<Buffer>) -> Buffer {
+        let [buffer] = <[Buffer; 1]>::try_from(buffers).expect(COUNT);
+        buffer
+    }
+}
+
+impl Parts for (Buffer, Buffer) {
+    fn into_buffers(self) -> Vec<Buffer> {
+        vec![self.0, self.1]
+    }
+    fn from_buffers(buffers: Vec<Buffer>) -> (Buffer, Buffer) {
+        let [send, receive] = <[Buffer; 2]>::try_from(buffers).expect(COUNT);
+        (send, receive)
+    }
+}
+
+/// An operation in flight, which holds the buffers `T` until it has succeeded.
+///
+/// Dropping it gives the buffers up: the operation goes on, and they are freed once it is over.
+#[must_use = "the operation's buffers come back through wait"]
+pub struct Pending<T: Lent> {
+    core: Arc<Core>,
+    launched: Launched,
+    lent: std::marker::PhantomData<fn() -> T>,
+}
+
+impl<T: Lent> Pending<T> {
+    pub(crate) fn new(core: Arc<Core>, launched: Launched) -> Pending<T> {
+        Pending { core, launched, lent: std::marker::PhantomData }
+    }
+
+    /// Waits until the operation has succeeded, and returns its buffers.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`], [`Error::PeerLost`], [`Error::Aborted`] or [`Error::Fatal`]. Each of them breaks the group:
+    /// its other operations are aborted, and later ones are refused as [`Error::Aborted`].
+    pub fn wait(self, timeout: Duration) -> Result<T, Error> {
+        let outcome = match self.sleep_until(deadline(timeout)) {
+            Some(outcome) => outcome,
+            None => self.launched.flight.settle(Err(Error::Timeout)),
+        };
+        match outcome {
+            Ok(()) => Ok(T::from_buffers(self.core.claim(self.launched.id))),
+            Err(error) => {
+                self.core.abort();
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether the operation is over, one way or another, so that `wait` would not sleep.
+    pub fn is_done(&self) -> bool {
+        self.poll();
+        self.launched.flight.outcome().is_some()
+    }
+
+    fn poll(&self) {
+        if let Some(work) = &self.launched.work {
+            work.poll();
+        }
+    }
+
+    fn sleep_until(&self, end: Instant) -> Option<Outcome> {
+        if self.launched.work.is_none() {
+            return self.launched.flight.wait_until(end);
+        }
+        loop {
+            self.poll();
+            let now = Instant::now();
+            let outcome = self.launched.flight.wait_until(end.min(now + POLL_INTERVAL));
+            if outcome.is_some() || now >= end {
+                return outcome;
+            }
+        }
+    }
+}
+
+impl<T: Lent> Drop for Pending<T> {
+    fn drop(&mut self) {
+        self.core.abandon(self.launched.id);
+    }
+}
+
+impl<T: Lent> std::fmt::Debug for Pending<T> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let outcome = self.launched.flight.outcome();
+        formatter.debug_struct("Pending").field("id", &self.launched.id).field("outcome", &outcome).finish()
+    }
+}
+
+/// Ends all operations of one group from any thread. It does not keep the group alive.
+#[derive(Clone)]
+pub struct Aborter(Weak<Core>);
+
+impl Aborter {
+    pub(crate) fn new(core: &Arc<Core>) -> Aborter {
+        Aborter(Arc::downgrade(core))
+    }
+
+    /// Wakes everyone who waits for an operation of the group, with [`Error::Aborted`], then cuts its connections so
+    /// that the peers notice. Later operations are refused. Doing it again, or after the group is gone, does nothing.
+    pub fn abort(&self) {
+        if let Some(core) = self.0.upgrade() {
+            core.abort();
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! What happens when a group breaks: aborts, timeouts, lost peers. One test function, because the number of live
+//! handles is the process's own.
+
+mod common;
+
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use c10d::{Error, Group, ReduceOp};
+use common::{GLOO_LIMIT, LONG, assert_nothing_left, buffer_of, checks, groups, on_ranks, values_of};
+
+/// The old groups are gone after Gloo's own limit; the rest is for a busy machine.
+const WIND_DOWN: Duration = Duration::from_secs(10);
+
+/// How long a waiter may sleep on after an abort.
+const ABORT_LIMIT: Duration = Duration::from_millis(50);
+
+#[test]
+fn groups_break_cleanly() {
+    abort_frees_a_distant_waiter_a_hundred_times();
+    assert_nothing_left(WIND_DOWN);
+    after_an_abort_a_new_group_reduces();
+    an_abort_ends_many_operations();
+    a_finished_operation_survives_an_abort();
+    a_timeout_is_a_timeout();
+    the_backends_own_timeout_is_a_timeout();
+    a_lost_peer_is_noticed_by_all();
+    a_dropped_group_frees_its_waiter();
+    dropped_operations_leave_nothing();
+    an_abort_races_with_results();
+    assert_nothing_left(WIND_DOWN);
+}
+
+fn reduce(group: &Group) -> Result<Vec<f32>, Error> {
+    let pending = group.all_reduce(buffer_of(&[1.0; 1000]), ReduceOp::Sum)?;
+    pending.wait(LONG).map(|buffer| values_of(&buffer))
+}
+
+/// Crate invariant 3. Rank 0 is dead: it never takes part. Rank 2 is not its neighbour in the ring.
+fn abort_frees_a_distant_waiter_a_hundred_times() {
+    let mut latencies: Vec<_> = (0..100).map(one_abort).collect();
+    latencies.sort();
+    println!("abort to wait's return: median {:?}, worst {:?}", latencies[50], latencies[99]);
+    assert!(latencies[99] < ABORT_LIMIT, "{latencies:?}");
+}
+
+fn one_abort(repetition: u32) -> Duration {
+    let groups = groups(4, GLOO_LIMIT);
+    let (launched, all_launched) = mpsc::channel();
+    thread::scope(|scope| {
+        let survivors: Vec<_> = groups[1..]
+            .iter()
+            .map(|group| {
+                let launched = launched.clone();
+                scope.spawn(move || {
+                    let pending = group.all_reduce(buffer_of(&[1.0; 1000]), ReduceOp::Sum).unwrap();
+                    launched.send(()).unwrap();
+                    let outcome = pending.wait(LONG).map(drop);
+                    (outcome, Instant::now())
+                })
+            })
+            .collect();
+        all_launched.iter().take(survivors.len()).for_each(drop);
+        // Some waiters are met on their way to sleep, others asleep.
+        thread::sleep(Duration::from_micros(u64::from(repetition % 10) * 300));
+        let start = Instant::now();
+        groups[2].aborter().abort();
+        let (outcomes, ends): (Vec<_>, Vec<_>) =
+            survivors.into_iter().map(|thread| thread.join().unwrap()).unzip();
+        assert_eq!(outcomes[1], Err(Error::Aborted));
+        // The others were not aborted: they notice that rank 2 cut its connections.
+        assert!(outcomes.iter().all(Result::is_err), "{outcomes:?}");
+        ends[1].saturating_duration_since(start)
+    })
+}
+
+/// Crate invariant 4.
+fn after_an_abort_a_new_group_reduces() {
+    let old = groups(3, GLOO_LIMIT);
+    let pending = old[1].all_reduce(buffer_of(&[1.0]), ReduceOp::Sum).unwrap();
+    old.iter().for_each(|group| group.aborter().abort());
+    assert_eq!(pending.wait(LONG).map(drop), Err(Error::Aborted));
+    for group in &old {
+        assert!(!group.is_open());
+        let refused = group.all_reduce(buffer_of(&[2.0]), ReduceOp::Sum).unwrap_err();
+        assert_eq!(refused.error, Error::Aborted);
+        assert_eq!(values_of(&refused.buffers), [2.0]);
+        assert_eq!(group.barrier().unwrap_err().error, Error::Aborted);
+    }
+    assert!(c10d::live_handles() > 0, "the old group is still winding down");
+    on_ranks(3, checks::every_collective);
+    on_ranks(2, checks::every_collective);
+}
+
+fn an_abort_ends_many_operations() {
+    let groups = groups(2, GLOO_LIMIT);
+    let pending: Vec<_> =
+        (0..20).map(|_| groups[0].all_reduce(buffer_of(&[1.0]), ReduceOp::Sum).unwrap()).collect();
+    groups[0].aborter().abort();
+    for pending in pending {
+        assert!(pending.is_done());
+        assert_eq!(pending.wait(Duration::ZERO).map(drop), Err(Error::Aborted));
+    }
+}
+
+/// Crate invariant 2: what ended as a result stays one.
+fn a_finished_operation_survives_an_abort() {
+    let groups = groups(2, GLOO_LIMIT);
+    let pending: Vec<_> = groups
+        .iter()
+        .map(|group| group.all_reduce(buffer_of(&[1.0; 10]), ReduceOp::Sum).unwrap())
+        .collect();
+    let end = Instant::now() + LONG;
+    while !pending.iter().all(c10d::Pending::is_done) {
+        assert!(Instant::now() < end);
+        thread::yield_now();
+    }
+    groups.iter().for_each(|group| group.aborter().abort());
+    drop(groups);
+    for pending in pending {
+        assert_eq!(values_of(&pending.wait(Duration::ZERO).unwrap()), [2.0; 10]);
+    }
+}
+
+fn a_timeout_is_a_timeout() {
+    let groups = groups(2, GLOO_LIMIT);
+    let first = groups[0].all_reduce(buffer_of(&[1.0]), ReduceOp::Sum).unwrap();
+    let second = groups[0].barrier().unwrap();
+    let start = Instant::now();
+    assert_eq!(first.wait(Duration::from_millis(30)).map(drop), Err(Error::Timeout));
+    assert!(start.elapsed() >= Duration::from_millis(30));
+    // It breaks the whole group.
+    assert_eq!(second.wait(LONG), Err(Error::Aborted));
+    assert_eq!(groups[0].barrier().unwrap_err().error, Error::Aborted);
+}
+
+fn the_backends_own_timeout_is_a_timeout() {
+    let groups = groups(2, Duration::from_secs(1));
+    assert_eq!(reduce(&groups[0]), Err(Error::Timeout));
+    assert_eq!(reduce(&groups[0]), Err(Error::Aborted));
+}
+
+/// Rank 0 goes away; its neighbours see it, break their groups, and so the rank opposite sees it too.
+fn a_lost_peer_is_noticed_by_all() {
+    let mut groups = groups(4, Duration::from_secs(30));
+    let dead = groups.remove(0);
+    thread::scope(|scope| {
+        let survivors: Vec<_> = groups.iter().map(|group| scope.spawn(|| reduce(group))).collect();
+        let start = Instant::now();
+        drop(dead);
+        let outcomes: Vec<_> = survivors.into_iter().map(|thread| thread.join().unwrap()).collect();
+        println!("a dropped peer was noticed by all after {:?}: {outcomes:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(5));
+        for outcome in outcomes {
+            let Err(Error::PeerLost(detail)) = outcome else { panic!("{outcome:?}") };
+            assert!(!detail.is_empty() && !detail.contains('\n'), "{detail}");
+        }
+    });
+}
+
+fn a_dropped_group_frees_its_waiter() {
+    let mut groups = groups(2, GLOO_LIMIT);
+    let group = groups.remove(0);
+    let pending = group.all_reduce(buffer_of(&[1.0]), ReduceOp::Sum).unwrap();
+    let aborter = group.aborter();
+    drop(group);
+    assert_eq!(pending.wait(LONG).map(drop), Err(Error::Aborted));
+    // Both are harmless on a group that is gone.
+    aborter.abort();
+    aborter.clone().abort();
+}
+
+fn dropped_operations_leave_nothing() {
+    on_ranks(2, |group| {
+        for _ in 0..50 {
+            drop(group.all_reduce(buffer_of(&[1.0]), ReduceOp::Sum).unwrap());
+        }
+        assert_eq!(reduce(group), Ok(vec![2.0; 1000]));
+    });
+}
+
+/// Crate invariant 2: an abort at a random moment of a stream of operations gives only right sums or aborts.
+fn an_abort_races_with_results() {
+    for repetition in 0..30 {
+        let groups = groups(2, GLOO_LIMIT);
+        thread::scope(|scope| {
+            for group in &groups {
+                scope.spawn(move || {
+                    while let Ok(sum) = reduce(group) {
+                        assert_eq!(sum, vec![2.0; 1000]);
+                    }
+                    assert!(!group.is_open());
+                });
+            }
+            thread::sleep(Duration::from_micros(repetition * 100));
+            groups[0].aborter().abort();
+        });
+    }
+}

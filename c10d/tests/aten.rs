@@ -1,0 +1,116 @@
+//! The ATen functions: against plain computations, and without panics.
+
+use c10d::Error;
+use c10d::aten::{self, Adam};
+use tch::{Device, Kind, Tensor};
+
+const ADAM: Adam = Adam { lr: 2e-4, beta1: 0.5, beta2: 0.999, eps: 1e-8 };
+
+/// Parameters and both moments.
+struct Flat([Tensor; 3]);
+
+impl Flat {
+    fn new(length: usize) -> Flat {
+        let values: Vec<f32> = (0..length).map(|i| (i as f32 * 0.37).sin()).collect();
+        let zeros = || Tensor::zeros([values.len() as i64], (Kind::Float, Device::Cpu));
+        Flat([Tensor::from_slice(&values), zeros(), zeros()])
+    }
+
+    fn step(&mut self, grads: &Tensor, step: u64) {
+        let [params, exp_avg, exp_avg_sq] = &mut self.0;
+        aten::fused_adam(params, grads, exp_avg, exp_avg_sq, step, ADAM).unwrap();
+    }
+
+    fn bits(&self) -> Vec<u32> {
+        self.0.iter().flat_map(|tensor| Vec::<f32>::try_from(tensor).unwrap()).map(f32::to_bits).collect()
+    }
+}
+
+fn grads(length: usize, step: u64) -> Vec<f32> {
+    (0..length).map(|i| ((i as f32 + 1.0) * step as f32 * 0.11).cos()).collect()
+}
+
+/// Kingma and Ba, algorithm 1, in double precision.
+fn reference(param: f64, grads: impl Iterator<Item = f64>) -> f64 {
+    let (mut param, mut m, mut v) = (param, 0.0, 0.0);
+    for (step, grad) in (1..).zip(grads) {
+        m = ADAM.beta1 * m + (1.0 - ADAM.beta1) * grad;
+        v = ADAM.beta2 * v + (1.0 - ADAM.beta2) * grad * grad;
+        let (m_hat, v_hat) = (m / (1.0 - ADAM.beta1.powi(step)), v / (1.0 - ADAM.beta2.powi(step)));
+        param -= ADAM.lr * m_hat / (v_hat.sqrt() + ADAM.eps);
+    }
+    param
+}
+
+#[test]
+fn fused_adam_is_adam() {
+    let length = 1003;
+    let mut flat = Flat::new(length);
+    let start = Vec::<f32>::try_from(&flat.0[0]).unwrap();
+    (1..=10).for_each(|step| flat.step(&Tensor::from_slice(&grads(length, step)), step));
+    let end = Vec::<f32>::try_from(&flat.0[0]).unwrap();
+    for i in 0..length {
+        let wanted = reference(f64::from(start[i]), (1..=10).map(|step| f64::from(grads(length, step)[i])));
+        assert!((f64::from(end[i]) - wanted).abs() < 1e-6, "{i}: {} and {wanted}", end[i]);
+    }
+}
+
+/// The module's invariant 2.
+#[test]
+fn fused_adam_does_not_depend_on_cuts_at_multiples_of_16() {
+    let length = 16 * 5000;
+    let cuts = [0, 16, 48, 16 * 77, 16 * 78, 16 * 3001, length];
+    let (mut whole, cut) = (Flat::new(length), Flat::new(length));
+    for step in 1..=3 {
+        let grads = Tensor::from_slice(&grads(length, step));
+        whole.step(&grads, step);
+        for range in cuts.windows(2) {
+            let part = |tensor: &Tensor| tensor.narrow(0, range[0] as i64, (range[1] - range[0]) as i64);
+            Flat([0, 1, 2].map(|i| part(&cut.0[i]))).step(&part(&grads), step);
+        }
+    }
+    assert!(whole.bits() == cut.bits());
+}
+
+#[test]
+fn backward_accumulates_in_the_view_that_was_set() {
+    let flat = Tensor::zeros([6], (Kind::Float, Device::Cpu));
+    let parameter = Tensor::from_slice(&[1.0_f32, 2.0, 3.0]).set_requires_grad(true);
+    aten::set_grad(&parameter, &flat.narrow(0, 2, 3)).unwrap();
+    for _ in 0..2 {
+        (&parameter * &parameter).sum(Kind::Float).backward();
+    }
+    assert_eq!(Vec::<f32>::try_from(&flat).unwrap(), [0.0, 0.0, 4.0, 8.0, 12.0, 0.0]);
+}
+
+/// The module's invariant 1.
+#[test]
+fn mistakes_become_errors() {
+    let of = |length: i64| Tensor::zeros([length], (Kind::Float, Device::Cpu));
+    let fatal = |result| matches!(result, Err(Error::Fatal(detail)) if !detail.contains('\n'));
+    assert!(fatal(aten::set_grad(&of(3), &of(3))));
+    assert!(fatal(aten::set_grad(&of(3).set_requires_grad(true), &of(4))));
+    assert!(fatal(aten::set_grad(&of(3).set_requires_grad(true), &of(3).set_requires_grad(true))));
+    let zero = aten::fused_adam(&mut of(3), &of(3), &mut of(3), &mut of(3), 0, ADAM);
+    assert!(matches!(zero, Err(Error::Invalid(_))));
+    let ragged = aten::fused_adam(&mut of(3), &of(4), &mut of(3), &mut of(3), 1, ADAM);
+    assert!(matches!(ragged, Err(Error::Invalid(_))));
+    let whole = || Tensor::zeros([3], (Kind::Int, Device::Cpu));
+    assert!(fatal(aten::fused_adam(&mut whole(), &whole(), &mut whole(), &mut whole(), 1, ADAM)));
+}
+
+#[test]
+fn the_default_generator_moves_only_when_drawn_from() {
+    let before = aten::default_generator_state().unwrap();
+    assert_eq!(before, aten::default_generator_state().unwrap());
+    drop(Tensor::randn([1], (Kind::Float, Device::Cpu)));
+    assert_ne!(before, aten::default_generator_state().unwrap());
+}
+
+#[test]
+fn libtorch_says_what_it_is() {
+    assert_eq!(aten::libtorch_version().unwrap(), "2.11.0");
+    assert!(!aten::cpu_capability().unwrap().is_empty());
+    aten::set_deterministic(true).unwrap();
+    aten::set_deterministic(false).unwrap();
+}

@@ -1,0 +1,137 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Parser, ValueEnum};
+use ganglion_proto::job::Job;
+
+/// Trains a GAN data-parallel on many workers, with the same result for any number of them.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Cli {
+    /// The job. Without it: the MLP GAN on the bundled digits.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Workers to start on this machine: a number, or auto for one a GPU. 0 starts none and waits for others.
+    #[arg(long, default_value = "1", value_name = "N|auto")]
+    pub workers: Workers,
+    /// Where the run lives; the same folder again resumes it. Default: runs/NAME, by the job's name.
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// Sets a key of the job, such as --set job.steps=500. May be given many times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Where workers find this coordinator. Default: a free port of 127.0.0.1, the same when a run resumes.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub listen: Option<String>,
+    /// Allow --listen on an address that other machines reach, without TLS. Whoever reaches it can join the run.
+    #[arg(long)]
+    pub insecure: bool,
+    /// How logs are written.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+/// How logs are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    Text,
+    /// An object a line.
+    Json,
+}
+
+/// How many workers to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Workers {
+    /// So many.
+    Count(u32),
+    /// One a GPU, or one a few cores.
+    Auto,
+}
+
+impl FromStr for Workers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Workers::Auto),
+            _ => text
+                .parse()
+                .map(Workers::Count)
+                .map_err(|_| "give a number of workers, such as 4, or auto".to_string()),
+        }
+    }
+}
+
+impl Cli {
+    /// How many workers to start for a job.
+    pub fn local_workers(&self, job: &Job) -> Result<u32, String> {
+        let shards = job.job.data_shards;
+        match self.workers {
+            Workers::Count(count) if count <= shards => Ok(count),
+            Workers::Count(count) => Err(format!(
+                "--workers {count}: more than the job's {shards} data shards; start at most {shards}, or set \
+                 job.data_shards, which changes the result"
+            )),
+            Workers::Auto => {
+                let devices = match gpus() {
+                    0 => cores() / job.job.threads.max(1),
+                    gpus => gpus,
+                };
+                Ok(devices.clamp(1, shards))
+            }
+        }
+    }
+
+    /// Where to listen: the address given, or one that `last_port` completes.
+    pub fn listen_address(&self, last_port: Option<u16>) -> Result<SocketAddr, String> {
+        let Some(text) = &self.listen else {
+            return Ok(([127, 0, 0, 1], last_port.unwrap_or(0)).into());
+        };
+        let wrong = |reason: String| format!("--listen {text}: {reason}; give HOST:PORT, such as 127.0.0.1:7000");
+        let addresses = std::net::ToSocketAddrs::to_socket_addrs(text.as_str());
+        let address = addresses.map_err(|error| wrong(error.to_string()))?.next();
+        let address = address.ok_or_else(|| wrong("no such address".to_string()))?;
+        if !address.ip().is_loopback() && !self.insecure {
+            return Err(format!(
+                "--listen {text}: other machines reach this address and the connection is not encrypted; on a network \
+                 that you trust add --insecure, else listen on 127.0.0.1 and use a tunnel"
+            ));
+        }
+        Ok(address)
+    }
+}
+
+fn gpus() -> u32 {
+    let Ok(devices) = std::fs::read_dir("/dev") else { return 0 };
+    let is_gpu = |name: &str| {
+        name.strip_prefix("nvidia").is_some_and(|number| number.parse::<u32>().is_ok())
+    };
+    let names = devices.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    u32::try_from(names.filter(|name| is_gpu(name)).count()).unwrap_or(0)
+}
+
+fn cores() -> u32 {
+    std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cli(arguments: &[&str]) -> Cli {
+        Cli::parse_from([&["coordinator"], arguments].concat())
+    }
+
+    #[test]
+    fn an_address_that_others_reach_needs_consent() {
+        assert!(cli(&["--listen", "0.0.0.0:7000"]).listen_address(None).is_err());
+        let consented = cli(&["--listen", "0.0.0.0:7000", "--insecure"]).listen_address(None);
+        assert_eq!(consented, Ok(([0, 0, 0, 0], 7000).into()));
+        assert_eq!(cli(&[]).listen_address(Some(7001)), Ok(([127, 0, 0, 1], 7001).into()));
+        assert!(cli(&["--listen", "nonsense"]).listen_address(None).unwrap_err().contains("HOST:PORT"));
+    }
+}

@@ -1,0 +1,283 @@
+//! The job file: reads a TOML file and overrides of it into a [`Job`], and writes the resolved job back.
+//!
+//! 1. All errors of a job show at once, each with its place, its key, what is wrong and how to mend it.
+//! 2. A [`Job`] that leaves here is whole and checked: defaults filled in, paths absolute, sizes within limits.
+//! 3. Reading what [`render`] wrote gives the same job.
+
+mod sections;
+mod settings;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use ganglion_proto::job::Job;
+use settings::Settings;
+
+/// The job that runs when the user names none.
+const EMBEDDED: &str = include_str!(concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../configs/mnist-mlp.toml"
+));
+/// The default name of that job's run.
+const EMBEDDED_NAME: &str = "mnist-mlp";
+
+/// The keys that may change when a run resumes: how long it goes on, how often it reports, how patient it is. None of
+/// them moves a bit of the state at a given step.
+const CHANGEABLE: &[&str] = &[
+    "job.steps",
+    "job.epochs",
+    "job.failure_deadline",
+    "checkpoint.every_steps",
+    "checkpoint.every_epochs",
+    "checkpoint.keep_last",
+    "checkpoint.url",
+    "sample.every_steps",
+    "sample.count",
+    "metrics.every_steps",
+];
+
+/// Where a job comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The job built into the program: the MLP GAN on the bundled digits.
+    Embedded,
+    /// A TOML file.
+    File(PathBuf),
+}
+
+/// Where a wrong setting was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A line of a file, counted from 1.
+    Line {
+        /// The file as the user named it.
+        file: String,
+        /// The line.
+        line: usize,
+    },
+    /// A file as a whole: something is missing in it.
+    File(String),
+    /// An override, as the user wrote it.
+    Override(String),
+}
+
+/// One thing that is wrong with a job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobError {
+    /// Where it was given.
+    pub place: Place,
+    /// The key, such as `job.steps`; empty where the text as a whole is wrong.
+    pub key: String,
+    /// What is wrong, and how to mend it.
+    pub problem: String,
+}
+
+/// Everything that is wrong with a job. Its `Display` is a block with a line for each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobErrors(pub Vec<JobError>);
+
+/// A key that differs between two jobs although it must not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The key, such as `job.seed`.
+    pub key: String,
+    /// The value that the run was started with, as TOML, or `not set`.
+    pub recorded: String,
+    /// The value given now, as TOML, or `not set`.
+    pub given: String,
+}
+
+/// Reads a job and applies `overrides`, each `key=value`.
+///
+/// Relative paths start at the job file's folder; those of overrides and of the embedded job at the current one. An
+/// override of `job.steps` replaces the file's `job.epochs`, and the other way round.
+///
+/// # Errors
+/// All errors of the file and of the overrides.
+pub fn read(source: &Source, overrides: &[String]) -> Result<Job, JobErrors> {
+    match source {
+        Source::Embedded => {
+            let text = Text {
+                file: "built-in mnist-mlp.toml",
+                folder: Path::new(""),
+                default_name: Some(EMBEDDED_NAME),
+                text: EMBEDDED,
+            };
+            text.resolve(overrides, true)
+        }
+        Source::File(path) => read_file(path, overrides, true),
+    }
+}
+
+/// Reads a job file, with or without a look at whether its data exists.
+fn read_file(path: &Path, overrides: &[String], check_paths: bool) -> Result<Job, JobErrors> {
+    let file = path.display().to_string();
+    let unreadable = |problem: String| {
+        JobErrors(vec![JobError {
+            place: Place::File(file.clone()),
+            key: String::new(),
+            problem,
+        }])
+    };
+    let bytes = std::fs::read(path).map_err(|error| {
+        unreadable(format!(
+            "cannot be read: {error}; name a job file, such as those in configs/"
+        ))
+    })?;
+    let text = String::from_utf8(bytes)
+        .map_err(|_| unreadable("is not UTF-8 text; save it as UTF-8".to_owned()))?;
+    let stem = path.file_stem().map(|stem| stem.to_string_lossy());
+    let text = Text {
+        file: &file,
+        folder: path.parent().unwrap_or(Path::new("")),
+        default_name: stem.as_deref(),
+        text: &text,
+    };
+    text.resolve(overrides, check_paths)
+}
+
+/// A job as text, and what its settings refer to.
+struct Text<'a> {
+    file: &'a str,
+    folder: &'a Path,
+    default_name: Option<&'a str>,
+    text: &'a str,
+}
+
+impl Text<'_> {
+    fn resolve(&self, overrides: &[String], check_paths: bool) -> Result<Job, JobErrors> {
+        let mut settings =
+            Settings::parse(self.file, self.folder, self.text).map_err(JobErrors::sorted)?;
+        settings.add_overrides(overrides);
+        let job = sections::read(&mut settings, self.default_name, check_paths);
+        let errors = settings.finish();
+        if errors.is_empty() {
+            Ok(job)
+        } else {
+            Err(JobErrors::sorted(errors))
+        }
+    }
+}
+
+/// The resolved job as TOML, for the run directory.
+pub fn render(job: &Job) -> String {
+    let body =
+        toml::to_string(job).expect("a checked job has UTF-8 paths and numbers that TOML can hold");
+    format!(
+        "# The job of this run as it was resolved: defaults filled in, paths absolute. A coordinator that\n\
+         # resumes the run compares this file with the job given, so do not edit it.\n\n{body}"
+    )
+}
+
+/// Reads back what [`render`] wrote. Whether the data still exists is not looked at.
+///
+/// # Errors
+/// All errors, where the text was damaged or edited.
+pub fn parse_resolved(text: &str) -> Result<Job, JobErrors> {
+    let text = Text {
+        file: "job.toml",
+        folder: Path::new("/"),
+        default_name: None,
+        text,
+    };
+    text.resolve(&[], false)
+}
+
+/// The keys that differ and must not when a run resumes, by name. Empty means that `given` may go on with the run.
+pub fn differences(recorded: &Job, given: &Job) -> Vec<Difference> {
+    let (recorded, given) = (flat(recorded), flat(given));
+    let mut keys: Vec<&String> = recorded.keys().chain(given.keys()).collect();
+    keys.sort();
+    keys.dedup();
+    keys.into_iter()
+        .filter(|key| !CHANGEABLE.contains(&key.as_str()))
+        .filter(|key| recorded.get(*key) != given.get(*key))
+        .map(|key| Difference {
+            key: key.clone(),
+            recorded: shown(recorded.get(key)),
+            given: shown(given.get(key)),
+        })
+        .collect()
+}
+
+/// A job as a table from full keys to values.
+fn flat(job: &Job) -> toml::Table {
+    let sections = toml::Table::try_from(job).expect("a checked job can be written as TOML");
+    let mut flat = toml::Table::new();
+    for (section, keys) in sections {
+        let toml::Value::Table(keys) = keys else {
+            unreachable!("a job consists of sections");
+        };
+        for (key, value) in keys {
+            flat.insert(format!("{section}.{key}"), value);
+        }
+    }
+    flat
+}
+
+fn shown(value: Option<&toml::Value>) -> String {
+    value.map_or("not set".to_owned(), toml::Value::to_string)
+}
+
+impl Place {
+    /// Sorts a file as a whole before its lines, and overrides last.
+    fn order(&self) -> (u8, usize) {
+        match self {
+            Place::File(_) => (0, 0),
+            Place::Line { line, .. } => (1, *line),
+            Place::Override(_) => (2, 0),
+        }
+    }
+}
+
+impl JobErrors {
+    /// Those of the file by line, then those of the overrides.
+    fn sorted(mut errors: Vec<JobError>) -> Self {
+        errors.sort_by_key(|error| error.place.order());
+        JobErrors(errors)
+    }
+}
+
+impl fmt::Display for JobError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.place {
+            Place::Line { file, line } => write!(f, "{file}:{line}: ")?,
+            Place::File(file) => write!(f, "{file}: ")?,
+            // The override already names its key.
+            Place::Override(pair) => return write!(f, "--set {pair}: {}", self.problem),
+        }
+        if !self.key.is_empty() {
+            write!(f, "{}: ", self.key)?;
+        }
+        f.write_str(&self.problem)
+    }
+}
+
+impl fmt::Display for JobErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines: Vec<String> = self.0.iter().map(JobError::to_string).collect();
+        f.write_str(&lines.join("\n"))?;
+        match self.0.len() {
+            0 | 1 => Ok(()),
+            count => write!(f, "\n{count} errors in the job"),
+        }
+    }
+}
+
+impl std::error::Error for JobErrors {}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Difference {
+            key,
+            recorded,
+            given,
+        } = self;
+        write!(
+            f,
+            "{key}: the run was started with {recorded}, but given is {given}"
+        )
+    }
+}

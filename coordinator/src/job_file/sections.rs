@@ -1,0 +1,449 @@
+//! What each section of a job file means: its keys, their limits and their defaults.
+//!
+//! A reader takes every key even where an earlier one was wrong, so that all errors show at once and no known key is
+//! mistaken for an unknown one.
+
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+use ganglion_proto::job::{
+    Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind,
+    Optimizer, OptimizerKind, Sample,
+};
+
+use super::settings::Settings;
+
+/// More steps than this are a slip of the keyboard.
+const MAX_STEPS: u64 = 1_000_000_000_000;
+/// More passes over the data than this are a slip of the keyboard.
+const MAX_EPOCHS: u64 = 1_000_000;
+/// Numbers of samples stay below this, so that sums of them cannot overflow.
+const MAX_SAMPLES: u64 = 1 << 62;
+/// TOML's integers end there.
+const MAX_SEED: u64 = i64::MAX.unsigned_abs();
+/// The longest name of a run, in bytes; it names a folder.
+const MAX_NAME_BYTES: usize = 64;
+
+const DATA_KINDS: &[(&str, DataKind)] = &[
+    ("mnist-10k", DataKind::Mnist10k),
+    ("idx", DataKind::Idx),
+    ("cifar-10", DataKind::Cifar10),
+    ("folder", DataKind::Folder),
+];
+const MODEL_KINDS: &[(&str, ModelKind)] = &[
+    ("mlp-28", ModelKind::Mlp28),
+    ("dcgan-28", ModelKind::Dcgan28),
+    ("dcgan-64", ModelKind::Dcgan64),
+];
+const LOSS_KINDS: &[(&str, LossKind)] = &[
+    ("non-saturating", LossKind::NonSaturating),
+    ("minimax", LossKind::Minimax),
+    ("least-squares", LossKind::LeastSquares),
+    ("hinge", LossKind::Hinge),
+    ("wasserstein-gp", LossKind::WassersteinGp),
+];
+const OPTIMIZER_KINDS: &[(&str, OptimizerKind)] = &[("adam", OptimizerKind::Adam)];
+
+/// The number of steps or samples that a cadence may span; 0 means never.
+const CADENCE: RangeInclusive<u64> = 0..=MAX_STEPS;
+
+/// Reads all sections. The result has meaning only if `settings` ends without an error.
+pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_paths: bool) -> Job {
+    let general = general(settings, default_name);
+    let data = data(settings, check_paths);
+    let model = model(settings);
+    let loss = loss(settings);
+    let job = Job {
+        optimizer: optimizer(settings, loss.kind),
+        checkpoint: checkpoint(settings),
+        sample: sample(settings),
+        metrics: metrics(settings),
+        job: general,
+        data,
+        model,
+        loss,
+    };
+    check_image(settings, &job);
+    check_samples(settings, &job);
+    job
+}
+
+fn general(settings: &mut Settings, default_name: Option<&str>) -> General {
+    General {
+        name: name(settings, default_name),
+        seed: settings.whole_or("job.seed", 0..=MAX_SEED, 0),
+        length: length(settings),
+        data_shards: settings.whole_or("job.data_shards", 1..=65_536, 8),
+        shard_batch: settings.whole_or("job.shard_batch", 1..=65_536, 8),
+        threads: settings.whole_or("job.threads", 1..=1024, 1),
+        failure_deadline: settings.number_or("job.failure_deadline", 0.5..=3600.0, 5.0),
+    }
+}
+
+/// The run's name, by default that of the file.
+fn name(settings: &mut Settings, default_name: Option<&str>) -> String {
+    let given = settings.text("job.name", "my-first-gan");
+    if !settings.sound(&["job.name"]) {
+        return String::new();
+    }
+    let rule = format!(
+        "1 to {MAX_NAME_BYTES} of A-Z a-z 0-9 . _ - and no dot in front, for it names the run's \
+             folder"
+    );
+    match (&given, default_name) {
+        (Some(name), _) if !is_name(name) => {
+            settings.fault(
+                "job.name",
+                format!("\"{name}\" is no name; write {rule}, such as \"my-first-gan\""),
+            );
+        }
+        (None, Some(stem)) if !is_name(stem) => {
+            settings.fault(
+                "job.name",
+                format!(
+                    "missing, and the file's own name \"{stem}\" cannot serve; add name = \
+                     \"...\" of {rule}"
+                ),
+            );
+        }
+        (None, None) => settings.fault("job.name", "missing; add name = \"my-first-gan\""),
+        _ => {}
+    }
+    given.unwrap_or_else(|| default_name.unwrap_or_default().to_owned())
+}
+
+fn is_name(name: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=MAX_NAME_BYTES).contains(&name.len())
+        && !name.starts_with('.')
+        && name.bytes().all(allowed)
+}
+
+fn length(settings: &mut Settings) -> Length {
+    settings.override_either("job.steps", "job.epochs");
+    let steps = settings.whole("job.steps", 1..=MAX_STEPS, 20_000);
+    let epochs = settings.whole("job.epochs", 1..=MAX_EPOCHS, 10);
+    match (
+        settings.is_given("job.steps"),
+        settings.is_given("job.epochs"),
+    ) {
+        (true, true) if settings.sound(&["job.steps", "job.epochs"]) => settings.fault(
+            "job.epochs",
+            "given together with job.steps; keep one of them",
+        ),
+        (false, false) => settings.fault(
+            "job.steps",
+            "missing, and so is job.epochs; say how long to train, for example steps = 20000 in \
+                 [job]",
+        ),
+        _ => {}
+    }
+    match epochs {
+        Some(epochs) => Length::Epochs(epochs),
+        None => Length::Steps(steps.unwrap_or(1)),
+    }
+}
+
+fn data(settings: &mut Settings, check_paths: bool) -> Data {
+    let kind = settings.choice("data.kind", DATA_KINDS);
+    if kind.is_none() && settings.sound(&["data.kind"]) {
+        settings.fault(
+            "data.kind",
+            "missing; add for example kind = \"mnist-10k\" in [data], the digits that need no \
+                 download",
+        );
+    }
+    let path = settings.text("data.path", "../data/images");
+    let path = path.and_then(|path| settings.absolute("data.path", &path));
+    if let Some(kind) = kind {
+        check_path(settings, kind, path.as_deref(), check_paths);
+    }
+    let resize = settings.whole("data.resize", 1..=4096, 64);
+    let crop = settings.whole("data.crop", 1..=4096, 64);
+    let channels = settings.whole("data.channels", 1..=3, 3);
+    Data {
+        kind: kind.unwrap_or(DataKind::Mnist10k),
+        path,
+        resize,
+        crop: crop.or(resize),
+        channels: check_channels(settings, kind, channels),
+    }
+}
+
+/// Holds a path against what its kind of data needs.
+fn check_path(settings: &mut Settings, kind: DataKind, path: Option<&Path>, check_paths: bool) {
+    let needed = match kind {
+        DataKind::Mnist10k => None,
+        DataKind::Idx => Some("an IDX file of images, or the folder that holds it"),
+        DataKind::Cifar10 => Some("the folder that holds data_batch_1.bin to data_batch_5.bin"),
+        DataKind::Folder => Some("a folder of PNG or JPEG files"),
+    };
+    let name = name_of(DATA_KINDS, kind);
+    let problem = match (needed, path) {
+        (None, Some(_)) => {
+            format!(
+                "given, but \"{name}\" comes with the program; remove it, or set data.kind = \
+                     \"idx\" to read it"
+            )
+        }
+        (Some(needed), None) if settings.sound(&["data.path"]) => {
+            format!("missing; \"{name}\" needs path = \"...\" in [data], {needed}")
+        }
+        (Some(needed), Some(path)) if check_paths && !is_readable(kind, path) => {
+            let state = if path.exists() {
+                "is no folder"
+            } else {
+                "does not exist"
+            };
+            let shown = path.display();
+            format!("{shown} {state}; \"{name}\" needs {needed}")
+        }
+        _ => return,
+    };
+    settings.fault("data.path", problem);
+}
+
+/// Whether a path is what its kind reads, as far as its type tells.
+fn is_readable(kind: DataKind, path: &Path) -> bool {
+    match kind {
+        DataKind::Mnist10k | DataKind::Idx => path.exists(),
+        DataKind::Cifar10 | DataKind::Folder => path.is_dir(),
+    }
+}
+
+/// The channels of a kind of data: only a folder's are the user's to choose.
+fn check_channels(settings: &mut Settings, kind: Option<DataKind>, given: Option<u32>) -> u32 {
+    if given == Some(2) {
+        settings.fault(
+            "data.channels",
+            "must be 1 for grey or 3 for colour, but is 2",
+        );
+    }
+    let own = match kind {
+        Some(DataKind::Mnist10k | DataKind::Idx) => 1,
+        Some(DataKind::Cifar10) => 3,
+        Some(DataKind::Folder) | None => return given.unwrap_or(3),
+    };
+    if let (Some(kind), Some(given)) = (kind, given)
+        && given != own
+        && settings.sound(&["data.channels"])
+    {
+        let name = name_of(DATA_KINDS, kind);
+        settings.fault(
+            "data.channels",
+            format!("is {given}, but \"{name}\" has {own}; remove it"),
+        );
+    }
+    own
+}
+
+fn model(settings: &mut Settings) -> Model {
+    let kind = settings.choice("model.kind", MODEL_KINDS);
+    let kind = kind.unwrap_or(ModelKind::Mlp28);
+    let width = match kind {
+        ModelKind::Mlp28 => 256,
+        ModelKind::Dcgan28 | ModelKind::Dcgan64 => 64,
+    };
+    Model {
+        kind,
+        latent_dim: settings.whole_or("model.latent_dim", 1..=65_536, 100),
+        width: settings.whole_or("model.width", 1..=8192, width),
+        ema_half_life_images: settings.whole_or(
+            "model.ema_half_life_images",
+            1..=MAX_STEPS,
+            10_000,
+        ),
+    }
+}
+
+fn loss(settings: &mut Settings) -> Loss {
+    let kind = settings.choice("loss.kind", LOSS_KINDS);
+    let kind = kind.unwrap_or(LossKind::NonSaturating);
+    // Gulrajani et al. (2017), algorithm 1: five updates of the critic for one of the generator.
+    let discriminator_steps = if kind == LossKind::WassersteinGp {
+        5
+    } else {
+        1
+    };
+    Loss {
+        kind,
+        discriminator_steps: settings.whole_or(
+            "loss.discriminator_steps",
+            1..=100,
+            discriminator_steps,
+        ),
+        gradient_penalty: settings.number_or("loss.gradient_penalty", 0.0..=1e6, 10.0),
+    }
+}
+
+fn optimizer(settings: &mut Settings, loss: LossKind) -> Optimizer {
+    // Gulrajani et al. (2017), algorithm 1, and Radford et al. (2015), section 4.
+    let (beta1, beta2) = match loss {
+        LossKind::WassersteinGp => (0.0, 0.9),
+        _ => (0.5, 0.999),
+    };
+    let kind = settings.choice("optimizer.kind", OPTIMIZER_KINDS);
+    let learning_rate = settings.number_or("optimizer.learning_rate", 0.0..=10.0, 2e-4);
+    Optimizer {
+        kind: kind.unwrap_or(OptimizerKind::Adam),
+        learning_rate,
+        discriminator_learning_rate: settings.number_or(
+            "optimizer.discriminator_learning_rate",
+            0.0..=10.0,
+            learning_rate,
+        ),
+        beta1: settings.number_or("optimizer.beta1", 0.0..1.0, beta1),
+        beta2: settings.number_or("optimizer.beta2", 0.0..1.0, beta2),
+        epsilon: settings.number_or("optimizer.epsilon", 1e-16..=1.0, 1e-8),
+    }
+}
+
+fn checkpoint(settings: &mut Settings) -> Checkpoint {
+    let every_epochs = settings.whole("checkpoint.every_epochs", 0..=MAX_EPOCHS, 1);
+    // Who asks for epochs alone does not want the default's steps as well.
+    let every_steps = if every_epochs > Some(0) { 0 } else { 1000 };
+    let url = settings.text("checkpoint.url", "file:///mnt/checkpoints");
+    Checkpoint {
+        every_steps: settings.whole_or("checkpoint.every_steps", CADENCE, every_steps),
+        every_epochs: every_epochs.unwrap_or(0),
+        keep_last: settings.whole_or("checkpoint.keep_last", 0..=1_000_000, 3),
+        url: url.and_then(|url| address(settings, url)),
+    }
+}
+
+/// The place of checkpoints: a `file:///` address as it is, a folder made absolute.
+fn address(settings: &mut Settings, url: String) -> Option<String> {
+    match url.split_once("://") {
+        Some(("file", path)) if path.starts_with('/') => Some(url),
+        Some(_) => {
+            settings.fault(
+                "checkpoint.url",
+                format!(
+                    "cannot write to \"{url}\"; give a folder, or an address that starts \
+                     with file:///"
+                ),
+            );
+            None
+        }
+        None => {
+            let folder: PathBuf = settings.absolute("checkpoint.url", &url)?;
+            folder.to_str().map(str::to_owned)
+        }
+    }
+}
+
+fn sample(settings: &mut Settings) -> Sample {
+    Sample {
+        every_steps: settings.whole_or("sample.every_steps", CADENCE, 1000),
+        count: settings.whole_or("sample.count", 1..=1024, 50),
+    }
+}
+
+fn metrics(settings: &mut Settings) -> Metrics {
+    Metrics {
+        every_steps: settings.whole_or("metrics.every_steps", 1..=MAX_STEPS, 10),
+    }
+}
+
+/// Holds the image that leaves the data pipeline against the one that the model takes, as far as the job tells: the size
+/// of other people's files shows only when they are read.
+fn check_image(settings: &mut Settings, job: &Job) {
+    let keys = [
+        "data.kind",
+        "data.resize",
+        "data.crop",
+        "data.channels",
+        "model.kind",
+    ];
+    if !settings.sound(&keys) {
+        return;
+    }
+    check_side(settings, job);
+    if job.model.kind == ModelKind::Mlp28 && job.data.channels != 1 {
+        let model = name_of(MODEL_KINDS, job.model.kind);
+        let data = name_of(DATA_KINDS, job.data.kind);
+        settings.fault(
+            "model.kind",
+            format!(
+                "\"{model}\" takes images of 1 channel, but data.kind = \"{data}\" gives {}; \
+                 choose \"dcgan-28\", or for a folder data.channels = 1",
+                job.data.channels
+            ),
+        );
+    }
+}
+
+fn check_side(settings: &mut Settings, job: &Job) {
+    let model = name_of(MODEL_KINDS, job.model.kind);
+    let data = name_of(DATA_KINDS, job.data.kind);
+    let side = match job.model.kind {
+        ModelKind::Mlp28 | ModelKind::Dcgan28 => 28,
+        ModelKind::Dcgan64 => 64,
+    };
+    let own = match job.data.kind {
+        DataKind::Mnist10k => Some(28),
+        DataKind::Cifar10 => Some(32),
+        DataKind::Idx | DataKind::Folder => None,
+    };
+    let whole = job.data.resize.or(own);
+    let cut = job.data.crop.or(whole);
+    let key = if settings.is_given("data.crop") {
+        "data.crop"
+    } else {
+        "data.resize"
+    };
+    match (whole, cut) {
+        (Some(whole), Some(cut)) if cut > whole => settings.fault(
+            "data.crop",
+            format!(
+                "cuts {cut} pixels out of an image with a shorter side of {whole}; make \
+                 data.resize at least {cut}"
+            ),
+        ),
+        (_, Some(cut)) if cut != side && settings.is_given(key) => settings.fault(
+            key,
+            format!(
+                "gives images of {cut} x {cut}, but model.kind = \"{model}\" takes {side} x \
+                 {side}; set it to {side}"
+            ),
+        ),
+        (_, Some(cut)) if cut != side => settings.fault(
+            "model.kind",
+            format!(
+                "\"{model}\" takes images of {side} x {side}, but \"{data}\" has {cut} x \
+                 {cut}; set data.resize = {side}"
+            ),
+        ),
+        _ => {}
+    }
+}
+
+/// Numbers samples ahead: the last one of the run must have a number.
+fn check_samples(settings: &mut Settings, job: &Job) {
+    let keys = [
+        "job.steps",
+        "job.data_shards",
+        "job.shard_batch",
+        "loss.discriminator_steps",
+    ];
+    let Length::Steps(steps) = job.job.length else {
+        return;
+    };
+    let samples = steps.checked_mul(job.samples_per_step());
+    if settings.sound(&keys) && samples.is_none_or(|samples| samples > MAX_SAMPLES) {
+        let per_step = job.samples_per_step();
+        settings.fault(
+            "job.steps",
+            format!(
+                "{steps} steps of {per_step} samples are more than {MAX_SAMPLES} samples; \
+                 train for fewer steps"
+            ),
+        );
+    }
+}
+
+/// The name of a choice in its table.
+fn name_of<T: PartialEq>(choices: &[(&'static str, T)], choice: T) -> &'static str {
+    let entry = choices.iter().find(|(_, each)| *each == choice);
+    entry.expect("the table lists every variant").0
+}

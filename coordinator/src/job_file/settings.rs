@@ -1,0 +1,521 @@
+//! The settings that a job file and its overrides give, before they mean anything.
+//!
+//! The readers in `sections` take each key with its type and its limits; whatever is wrong is noted and reading goes on,
+//! so that one run of the coordinator shows every error.
+//!
+//! 1. A setting that nobody took is an unknown key: the list of known keys is the list of keys taken.
+//! 2. An override replaces the file's setting of the same key, and its errors name the override, not a line.
+//! 3. A key is at fault at most once; checks over several keys are skipped where one of them is at fault.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::ops::{Bound, RangeBounds, RangeInclusive};
+use std::path::{Component, Path, PathBuf};
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::{JobError, Place};
+
+/// One key as the user gave it.
+struct Setting<'t> {
+    value: DeValue<'t>,
+    place: Place,
+}
+
+/// All keys that the user gave, by their full name such as `job.steps`, and the errors found so far.
+pub(super) struct Settings<'t> {
+    file: String,
+    folder: PathBuf,
+    given: BTreeMap<String, Setting<'t>>,
+    /// The sections of the file, empty ones too, and where each begins.
+    headers: Vec<(String, Place)>,
+    known: Vec<&'static str>,
+    errors: Vec<JobError>,
+}
+
+impl<'t> Settings<'t> {
+    /// Reads the text of `file`, whose relative paths start at `folder`. Text that is not TOML leaves no settings, only
+    /// errors: what a recovering parser makes of the rest would mostly be false alarms.
+    pub(super) fn parse(file: &str, folder: &Path, text: &'t str) -> Result<Self, Vec<JobError>> {
+        let mut settings = Settings {
+            file: file.to_owned(),
+            folder: folder.to_owned(),
+            given: BTreeMap::new(),
+            headers: Vec::new(),
+            known: Vec::new(),
+            errors: Vec::new(),
+        };
+        let (table, errors) = DeTable::parse_recoverable(text);
+        if !errors.is_empty() {
+            return Err(errors
+                .iter()
+                .map(|error| settings.syntax_error(error, text))
+                .collect());
+        }
+        settings.add_file(table.into_inner(), text);
+        Ok(settings)
+    }
+
+    fn syntax_error(&self, error: &toml::de::Error, text: &str) -> JobError {
+        let start = error.span().map_or(0, |span| span.start);
+        let rendered = error.to_string();
+        let indented: String = rendered
+            .trim_end()
+            .lines()
+            .map(|line| format!("\n    {line}"))
+            .collect();
+        JobError {
+            place: Place::Line {
+                file: self.file.clone(),
+                line: line_of(text, start),
+            },
+            key: String::new(),
+            problem: format!("not valid TOML{indented}"),
+        }
+    }
+
+    fn add_file(&mut self, table: DeTable<'t>, text: &str) {
+        for (section, value) in table {
+            let place = self.place_of(&section, text);
+            match value.into_inner() {
+                DeValue::Table(keys) => {
+                    self.headers.push((section.get_ref().to_string(), place));
+                    for (key, value) in keys {
+                        let name = format!("{}.{}", section.get_ref(), key.get_ref());
+                        let place = self.place_of(&key, text);
+                        let value = value.into_inner();
+                        self.given.insert(name, Setting { value, place });
+                    }
+                }
+                value => {
+                    let name = section.get_ref().to_string();
+                    self.given.insert(name, Setting { value, place });
+                }
+            }
+        }
+    }
+
+    fn place_of<T>(&self, key: &Spanned<T>, text: &str) -> Place {
+        Place::Line {
+            file: self.file.clone(),
+            line: line_of(text, key.span().start),
+        }
+    }
+
+    /// Adds overrides of the form `key=value`, the last of a key winning. The value is TOML or else plain text.
+    pub(super) fn add_overrides(&mut self, overrides: &'t [String]) {
+        for pair in overrides {
+            let place = Place::Override(pair.clone());
+            let Some((key, text)) = pair.split_once('=') else {
+                self.errors.push(JobError {
+                    place,
+                    key: String::new(),
+                    problem: "has no value; write --set key=value".to_owned(),
+                });
+                continue;
+            };
+            let value = match DeValue::parse(text.trim()) {
+                Ok(value) => value.into_inner(),
+                Err(_) => DeValue::String(text.into()),
+            };
+            self.given
+                .insert(key.trim().to_owned(), Setting { value, place });
+        }
+    }
+
+    /// Where two keys exclude each other and an override gives one, forgets what the file says of the other.
+    pub(super) fn override_either(&mut self, one: &str, other: &str) {
+        match (self.is_overridden(one), self.is_overridden(other)) {
+            (true, false) => self.given.remove(other),
+            (false, true) => self.given.remove(one),
+            _ => None,
+        };
+    }
+
+    fn is_overridden(&self, key: &str) -> bool {
+        let place = self.given.get(key).map(|setting| &setting.place);
+        matches!(place, Some(Place::Override(_)))
+    }
+
+    /// Whether the user gave `key`, rightly or not.
+    pub(super) fn is_given(&self, key: &str) -> bool {
+        self.given.contains_key(key)
+    }
+
+    /// Whether none of `keys` is at fault so far.
+    pub(super) fn sound(&self, keys: &[&str]) -> bool {
+        !self
+            .errors
+            .iter()
+            .any(|error| keys.contains(&error.key.as_str()))
+    }
+
+    /// Notes what is wrong with `key`, at the place where it was given or else in the file as a whole.
+    pub(super) fn fault(&mut self, key: &str, problem: impl Into<String>) {
+        let place = match self.given.get(key) {
+            Some(setting) => setting.place.clone(),
+            None => Place::File(self.file.clone()),
+        };
+        self.errors.push(JobError {
+            place,
+            key: key.to_owned(),
+            problem: problem.into(),
+        });
+    }
+
+    /// Takes `key` as a whole number within `limits`, `default` standing in.
+    pub(super) fn whole_or<T>(
+        &mut self,
+        key: &'static str,
+        limits: RangeInclusive<T>,
+        default: T,
+    ) -> T
+    where
+        T: Copy + Display + PartialOrd + TryFrom<i128>,
+    {
+        self.whole(key, limits, default).unwrap_or(default)
+    }
+
+    /// Takes `key` as a whole number within `limits`.
+    pub(super) fn whole<T>(
+        &mut self,
+        key: &'static str,
+        limits: RangeInclusive<T>,
+        example: T,
+    ) -> Option<T>
+    where
+        T: Copy + Display + PartialOrd + TryFrom<i128>,
+    {
+        let found = match self.take(key)? {
+            DeValue::Integer(integer) => integer,
+            other => return self.wrong_type(key, "a whole number", &example, &other),
+        };
+        // A number too long even for 128 bits is out of every range.
+        let value = i128::from_str_radix(found.as_str(), found.radix()).ok();
+        let value = value.and_then(|value| T::try_from(value).ok());
+        let within = value.filter(|value| limits.contains(value));
+        if within.is_none() {
+            let (low, high) = (limits.start(), limits.end());
+            self.fault(
+                key,
+                format!("must be from {low} to {high}, but is {found}; choose a value in between"),
+            );
+        }
+        within
+    }
+
+    /// Takes `key` as a number within `limits`, `default` standing in. A whole number will do.
+    pub(super) fn number_or(
+        &mut self,
+        key: &'static str,
+        limits: impl RangeBounds<f64>,
+        default: f64,
+    ) -> f64 {
+        self.number(key, limits, default).unwrap_or(default)
+    }
+
+    fn number(
+        &mut self,
+        key: &'static str,
+        limits: impl RangeBounds<f64>,
+        example: f64,
+    ) -> Option<f64> {
+        let text = match self.take(key)? {
+            DeValue::Float(float) => float.as_str().to_owned(),
+            DeValue::Integer(integer) if integer.radix() == 10 => integer.as_str().to_owned(),
+            other => return self.wrong_type(key, "a number", &example, &other),
+        };
+        let value: Option<f64> = text.parse().ok();
+        // Comparisons with a NaN are false, so that no range contains it.
+        let within = value.filter(|value| limits.contains(value));
+        if within.is_none() {
+            let range = describe(&limits);
+            self.fault(
+                key,
+                format!("must be {range}, but is {text}; try {example}"),
+            );
+        }
+        within
+    }
+
+    /// Takes `key` as text that is not empty.
+    pub(super) fn text(&mut self, key: &'static str, example: &str) -> Option<String> {
+        match self.take(key)? {
+            DeValue::String(text) if text.is_empty() => {
+                self.fault(key, format!("is empty; write for example \"{example}\""));
+                None
+            }
+            DeValue::String(text) => Some(text.into_owned()),
+            other => {
+                let example = format!("\"{example}\"");
+                self.wrong_type(key, "text in quotes", &example, &other)
+            }
+        }
+    }
+
+    /// Takes `key` as one of the names in `choices`.
+    pub(super) fn choice<T: Copy>(
+        &mut self,
+        key: &'static str,
+        choices: &[(&'static str, T)],
+    ) -> Option<T> {
+        let text = self.text(key, choices[0].0)?;
+        let chosen = choices.iter().find(|(name, _)| *name == text);
+        if chosen.is_none() {
+            let problem = format!("there is no \"{text}\"; choose one of {}", names(choices));
+            self.fault(key, problem);
+        }
+        chosen.map(|(_, choice)| *choice)
+    }
+
+    /// The absolute form of a path given as `key`: in a file, relative paths start at the file's folder, in an override
+    /// at the current one. A leading `..` leaves the folder that the file really lies in, links resolved, so that one
+    /// place has one name; links anywhere else stay, for they may lead elsewhere on another machine.
+    pub(super) fn absolute(&mut self, key: &str, path: &str) -> Option<PathBuf> {
+        let folder = match self.given.get(key).map(|setting| &setting.place) {
+            Some(Place::Override(_)) => PathBuf::new(),
+            _ => self.folder.clone(),
+        };
+        let absolute = from_folder(&folder, Path::new(path));
+        match absolute {
+            Ok(path) if path.to_str().is_some() => Some(path),
+            Ok(path) => {
+                let shown = path.display();
+                self.fault(key, format!("{shown} is not UTF-8; rename the folder"));
+                None
+            }
+            Err(error) => {
+                self.fault(
+                    key,
+                    format!("cannot be made absolute: {error}; give an absolute path"),
+                );
+                None
+            }
+        }
+    }
+
+    /// All errors; keys that nobody took are among them.
+    pub(super) fn finish(mut self) -> Vec<JobError> {
+        self.find_unknown_keys();
+        self.find_unknown_sections();
+        self.errors
+    }
+
+    fn find_unknown_keys(&mut self) {
+        let is_unknown = |key: &&String| !self.known.contains(&key.as_str());
+        let unknown: Vec<String> = self.given.keys().filter(is_unknown).cloned().collect();
+        for key in unknown {
+            let section = key.split_once('.').map(|(section, _)| section);
+            let problem = match section {
+                Some(section) if self.sections().contains(&section) => self.unknown_key(&key),
+                None => self.unknown_key(&key),
+                // A section of the file is reported as such, once.
+                Some(_) if !self.is_overridden(&key) => continue,
+                Some(section) => self.unknown_section(section),
+            };
+            self.fault(&key, problem);
+        }
+    }
+
+    fn find_unknown_sections(&mut self) {
+        for (section, place) in std::mem::take(&mut self.headers) {
+            if !self.sections().contains(&section.as_str()) {
+                let problem = self.unknown_section(&section);
+                self.errors.push(JobError {
+                    place,
+                    key: section,
+                    problem,
+                });
+            }
+        }
+    }
+
+    fn unknown_key(&self, key: &str) -> String {
+        if self.sections().contains(&key) {
+            return format!("is a section; write [{key}] and its keys below");
+        }
+        let (section, name) = key.split_once('.').unwrap_or(("", key));
+        // The right name in the wrong section is one slip, as a wrong letter is.
+        let slips = |known: &str| {
+            let (known_section, known_name) = known.split_once('.').unwrap_or(("", known));
+            distance(name, known_name) + usize::from(section != known_section)
+        };
+        let nearest = self.known.iter().min_by_key(|known| slips(known));
+        match nearest {
+            Some(known) if slips(known) <= 1 + name.len() / 4 => {
+                format!("unknown key; did you mean {known}?")
+            }
+            _ if section.is_empty() => {
+                let sections = self.sections().join("], [");
+                format!("unknown key; keys stand in one of the sections [{sections}]")
+            }
+            _ => {
+                let prefix = format!("{section}.");
+                let keys: Vec<&str> = self
+                    .known
+                    .iter()
+                    .filter_map(|known| known.strip_prefix(prefix.as_str()))
+                    .collect();
+                format!("unknown key; [{section}] has {}", keys.join(", "))
+            }
+        }
+    }
+
+    fn unknown_section(&self, section: &str) -> String {
+        let sections = self.sections();
+        let nearest = sections.iter().min_by_key(|known| distance(section, known));
+        match nearest {
+            Some(known) if distance(section, known) <= 1 + section.len() / 4 => {
+                format!("unknown section; did you mean [{known}]?")
+            }
+            _ => format!("unknown section; there are [{}]", sections.join("], [")),
+        }
+    }
+
+    /// The names of the known sections, in the order of their first key.
+    fn sections(&self) -> Vec<&'static str> {
+        let mut sections: Vec<&str> = Vec::new();
+        for known in &self.known {
+            let section = known.split('.').next().unwrap_or_default();
+            if !sections.contains(&section) {
+                sections.push(section);
+            }
+        }
+        sections
+    }
+
+    fn take(&mut self, key: &'static str) -> Option<DeValue<'t>> {
+        self.known.push(key);
+        self.given.get(key).map(|setting| setting.value.clone())
+    }
+
+    fn wrong_type<T>(
+        &mut self,
+        key: &str,
+        expected: &str,
+        example: &impl Display,
+        found: &DeValue<'_>,
+    ) -> Option<T> {
+        let found = shown(found);
+        self.fault(
+            key,
+            format!("expected {expected}, such as {example}, but found {found}"),
+        );
+        None
+    }
+}
+
+/// The names in a table of choices, quoted.
+fn names<T>(choices: &[(&'static str, T)]) -> String {
+    let quoted: Vec<String> = choices
+        .iter()
+        .map(|(name, _)| format!("\"{name}\""))
+        .collect();
+    quoted.join(", ")
+}
+
+/// The line, counted from 1, that holds a byte of a text.
+fn line_of(text: &str, offset: usize) -> usize {
+    let before = &text.as_bytes()[..offset.min(text.len())];
+    1 + before.iter().filter(|byte| **byte == b'\n').count()
+}
+
+/// A value as it stands in a message.
+fn shown(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::String(text) => format!("the text \"{text}\""),
+        DeValue::Integer(integer) => format!("the whole number {integer}"),
+        DeValue::Float(float) => format!("the number {float}"),
+        DeValue::Boolean(value) => format!("{value}"),
+        DeValue::Datetime(time) => format!("the date {time}"),
+        DeValue::Array(_) => "a list".to_owned(),
+        DeValue::Table(_) => "a section".to_owned(),
+    }
+}
+
+/// A range of numbers in words.
+fn describe(limits: &impl RangeBounds<f64>) -> String {
+    let low = match limits.start_bound() {
+        Bound::Included(low) => format!("at least {low:?}"),
+        Bound::Excluded(low) => format!("above {low:?}"),
+        Bound::Unbounded => return "any number".to_owned(),
+    };
+    match limits.end_bound() {
+        Bound::Included(high) => format!("{low} and at most {high:?}"),
+        Bound::Excluded(high) => format!("{low} and below {high:?}"),
+        Bound::Unbounded => low,
+    }
+}
+
+/// The absolute form of a path that starts at `folder`.
+fn from_folder(folder: &Path, path: &Path) -> std::io::Result<PathBuf> {
+    let path = path.strip_prefix(".").unwrap_or(path);
+    if !path.starts_with("..") {
+        let absolute = std::path::absolute(folder.join(path))?;
+        // Without a slash at the end, which would make one place look like two.
+        return Ok(absolute.components().collect());
+    }
+    let mut absolute = std::path::absolute(folder.join("."))?.canonicalize()?;
+    let mut rest = path.components();
+    loop {
+        let mut ahead = rest.clone();
+        match ahead.next() {
+            Some(Component::ParentDir) => absolute.pop(),
+            _ => return Ok(absolute.join(rest.as_path()).components().collect()),
+        };
+        rest = ahead;
+    }
+}
+
+/// The least number of letters to insert, delete or replace to turn one word into the other (Levenshtein, 1966).
+fn distance(one: &str, other: &str) -> usize {
+    let other: Vec<char> = other.chars().collect();
+    let mut row: Vec<usize> = (0..=other.len()).collect();
+    for (i, letter) in one.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, wanted) in other.iter().enumerate() {
+            let replaced = diagonal + usize::from(letter != *wanted);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[other.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn distance_counts_slips() {
+        assert_eq!(distance("step", "steps"), 1);
+        assert_eq!(distance("kitten", "sitting"), 3);
+        assert_eq!(distance("", "abc"), 3);
+    }
+
+    #[test]
+    fn a_leading_parent_leaves_the_real_folder() {
+        let root = tempfile::tempdir().unwrap();
+        let real = root.path().canonicalize().unwrap().join("project/configs");
+        std::fs::create_dir_all(&real).unwrap();
+        let link = root.path().join("link");
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        let data = real.parent().unwrap().join("data");
+        for parent in ["../data", ".././data/", "./../data"] {
+            let absolute = from_folder(&link, Path::new(parent)).unwrap();
+            assert_eq!(absolute.to_str(), data.to_str());
+        }
+        assert_eq!(
+            from_folder(&link, Path::new("data")).unwrap(),
+            link.join("data")
+        );
+        let here = from_folder(&link, Path::new("./data")).unwrap();
+        assert_eq!(here, link.join("data"));
+        assert_eq!(
+            from_folder(&link, Path::new("/data/")).unwrap().to_str(),
+            Some("/data")
+        );
+    }
+}

@@ -1,0 +1,469 @@
+//! Tests of the job reader as a whole.
+
+use super::*;
+use ganglion_proto::job::{DataKind, Length, LossKind, ModelKind};
+use proptest::prelude::*;
+
+/// The smallest job on bundled data.
+const SMALL: &str = "[job]\nname = \"small\"\nsteps = 10\n[data]\nkind = \"mnist-10k\"\n";
+
+fn resolve(text: &str, overrides: &[&str]) -> Result<Job, JobErrors> {
+    let text = Text {
+        file: "configs/x.toml",
+        folder: Path::new("/jobs"),
+        default_name: Some("x"),
+        text,
+    };
+    let overrides: Vec<String> = overrides.iter().map(|pair| (*pair).to_owned()).collect();
+    text.resolve(&overrides, false)
+}
+
+/// The error block of a job that must not resolve.
+fn errors(text: &str, overrides: &[&str]) -> String {
+    resolve(text, overrides).unwrap_err().to_string()
+}
+
+fn assert_error(text: &str, overrides: &[&str], expected: &str) {
+    let errors = errors(text, overrides);
+    assert!(
+        errors.contains(expected),
+        "{expected:?} is not in:\n{errors}"
+    );
+}
+
+#[test]
+fn every_job_in_configs_is_right_apart_from_data_to_download() {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    let mut count = 0;
+    for entry in std::fs::read_dir(configs).unwrap() {
+        let path = entry.unwrap().path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "toml")
+        {
+            let job = read_file(&path, &[], false).unwrap_or_else(|errors| panic!("{errors}"));
+            assert_eq!(
+                Some(job.job.name.as_str()),
+                path.file_stem().unwrap().to_str()
+            );
+            assert_eq!(parse_resolved(&render(&job)).unwrap(), job);
+            count += 1;
+        }
+    }
+    assert!(count >= 4);
+}
+
+#[test]
+fn the_embedded_job_runs_from_anywhere() {
+    let job = read(&Source::Embedded, &["job.steps=3".to_owned()]).unwrap();
+    assert_eq!(job.job.name, "mnist-mlp");
+    assert_eq!(job.job.length, Length::Steps(3));
+    assert_eq!(job.data.kind, DataKind::Mnist10k);
+    assert_eq!((job.job.data_shards, job.job.shard_batch), (8, 8));
+}
+
+/// The comments of the default job name every default, so that overriding a kind brings that kind's own defaults.
+#[test]
+fn kinds_bring_their_defaults_to_the_embedded_job() {
+    let set = ["loss.kind=wasserstein-gp", "model.kind=dcgan-28"].map(str::to_owned);
+    let job = read(&Source::Embedded, &set).unwrap();
+    assert_eq!(job.loss.kind, LossKind::WassersteinGp);
+    assert_eq!(job.loss.discriminator_steps, 5);
+    assert_eq!((job.optimizer.beta1, job.optimizer.beta2), (0.0, 0.9));
+    assert_eq!((job.model.kind, job.model.width), (ModelKind::Dcgan28, 64));
+}
+
+#[test]
+fn defaults_fill_what_is_not_given() {
+    let text = "[job]\nepochs = 2\n[data]\nkind = \"mnist-10k\"\n";
+    let job = resolve(text, &[]).unwrap();
+    let expected = r#"
+        [job]
+        name = "x"
+        seed = 0
+        epochs = 2
+        data_shards = 8
+        shard_batch = 8
+        threads = 1
+        failure_deadline = 5.0
+        [data]
+        kind = "mnist-10k"
+        channels = 1
+        [model]
+        kind = "mlp-28"
+        latent_dim = 100
+        width = 256
+        ema_half_life_images = 10000
+        [loss]
+        kind = "non-saturating"
+        discriminator_steps = 1
+        gradient_penalty = 10.0
+        [optimizer]
+        kind = "adam"
+        learning_rate = 2e-4
+        discriminator_learning_rate = 2e-4
+        beta1 = 0.5
+        beta2 = 0.999
+        epsilon = 1e-8
+        [checkpoint]
+        every_steps = 1000
+        every_epochs = 0
+        keep_last = 3
+        [sample]
+        every_steps = 1000
+        count = 50
+        [metrics]
+        every_steps = 10
+    "#;
+    assert_eq!(flat(&job), flat(&toml::from_str(expected).unwrap()));
+}
+
+#[test]
+fn defaults_follow_other_keys() {
+    let job = resolve(
+        SMALL,
+        &["optimizer.learning_rate=1e-3", "checkpoint.every_epochs=2"],
+    )
+    .unwrap();
+    assert_eq!(job.optimizer.discriminator_learning_rate, 1e-3);
+    assert_eq!(
+        (job.checkpoint.every_steps, job.checkpoint.every_epochs),
+        (0, 2)
+    );
+    let both = ["checkpoint.every_epochs=2", "checkpoint.every_steps=5"];
+    assert_eq!(resolve(SMALL, &both).unwrap().checkpoint.every_steps, 5);
+    let never = ["checkpoint.every_epochs=0"];
+    assert_eq!(resolve(SMALL, &never).unwrap().checkpoint.every_steps, 1000);
+    let folder = [
+        "data.kind=folder",
+        "data.path=/pictures",
+        "data.resize=64",
+        "model.kind=dcgan-64",
+    ];
+    let job = resolve(SMALL, &folder).unwrap();
+    assert_eq!((job.data.channels, job.data.crop), (3, Some(64)));
+}
+
+/// Invariant 1.
+#[test]
+fn all_errors_show_at_once_in_order_of_their_lines() {
+    let text = "[job]\nname = \"a/b\"\nstep = 3\nepochs = \"many\"\n\n[optimzer]\nkind = 1\nbeta1 = 2\n\
+                [data]\nkind = \"mnist\"\n[sample]\ncount = 2000\n";
+    assert_eq!(
+        errors(text, &["metrics.every_steps=0"]),
+        "configs/x.toml:2: job.name: \"a/b\" is no name; write 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front, for it \
+         names the run's folder, such as \"my-first-gan\"\n\
+         configs/x.toml:3: job.step: unknown key; did you mean job.steps?\n\
+         configs/x.toml:4: job.epochs: expected a whole number, such as 10, but found the text \"many\"\n\
+         configs/x.toml:6: optimzer: unknown section; did you mean [optimizer]?\n\
+         configs/x.toml:10: data.kind: there is no \"mnist\"; choose one of \"mnist-10k\", \"idx\", \"cifar-10\", \
+         \"folder\"\n\
+         configs/x.toml:12: sample.count: must be from 1 to 1024, but is 2000; choose a value in between\n\
+         --set metrics.every_steps=0: must be from 1 to 1000000000000, but is 0; choose a value in between\n\
+         7 errors in the job"
+    );
+}
+
+#[test]
+fn unknown_keys_come_with_the_nearest_known_one() {
+    let cases = [
+        ("data.steps=1", "did you mean job.steps?"),
+        ("steps=1", "did you mean job.steps?"),
+        ("job.sede=1", "did you mean job.seed?"),
+        ("optimizer.lr=1", "[optimizer] has kind, learning_rate"),
+        ("jobs.steps=1", "did you mean [job]?"),
+        ("network.depth=1", "there are [job], [data]"),
+        ("job=1", "write [job] and its keys below"),
+        ("job.steps.x=1", "unknown key"),
+    ];
+    for (pair, expected) in cases {
+        assert_error(SMALL, &[pair], &format!("--set {pair}: "));
+        assert_error(SMALL, &[pair], expected);
+    }
+    let empty = format!("{SMALL}[networks]\n");
+    assert_error(&empty, &[], "configs/x.toml:6: networks: unknown section");
+    assert_error(
+        "steps = 3\n",
+        &[],
+        "configs/x.toml:1: steps: unknown key; did you mean job.steps?",
+    );
+}
+
+#[test]
+fn types_and_ranges_are_checked() {
+    let cases = [
+        (
+            "job.steps=1.5",
+            "expected a whole number, such as 20000, but found the number 1.5",
+        ),
+        ("job.steps=true", "but found true"),
+        ("job.steps=[1]", "but found a list"),
+        (
+            "job.steps=99999999999999999999999999999999999999999",
+            "must be from 1 to",
+        ),
+        ("job.seed=-1", "must be from 0 to"),
+        (
+            "job.name=7",
+            "expected text in quotes, such as \"my-first-gan\", but found the whole number 7",
+        ),
+        ("job.name=.hidden", "is no name"),
+        (
+            "job.failure_deadline=0.1",
+            "must be at least 0.5 and at most 3600.0, but is 0.1",
+        ),
+        (
+            "optimizer.beta1=1",
+            "must be at least 0.0 and below 1.0, but is 1",
+        ),
+        ("optimizer.learning_rate=nan", "but is nan"),
+        (
+            "optimizer.learning_rate=fast",
+            "expected a number, such as 0.0002",
+        ),
+        ("loss.gradient_penalty=-1", "must be at least 0.0"),
+        ("loss.kind=", "is empty"),
+        ("loss.kind=wgan", "\"hinge\", \"wasserstein-gp\""),
+        ("data.channels=2", "must be 1 for grey or 3 for colour"),
+        ("data.channels=3", "but \"mnist-10k\" has 1; remove it"),
+        ("checkpoint.url=s3://bucket", "file:///"),
+        ("checkpoint.url=file://here", "file:///"),
+        ("job.steps", "write --set key=value"),
+    ];
+    for (pair, expected) in cases {
+        assert_error(SMALL, &[pair], expected);
+    }
+    let big = [
+        "job.steps=1000000000000 ",
+        "job.data_shards=65536",
+        "job.shard_batch=65536",
+    ];
+    assert_error(SMALL, &big, "are more than");
+}
+
+#[test]
+fn an_override_of_one_length_replaces_the_other() {
+    let length = |overrides: &[&str]| resolve(SMALL, overrides).map(|job| job.job.length);
+    assert_eq!(length(&["job.epochs=3"]), Ok(Length::Epochs(3)));
+    assert_eq!(length(&["job.steps=4"]), Ok(Length::Steps(4)));
+    assert_eq!(
+        length(&["job.steps=4", "job.steps=5"]),
+        Ok(Length::Steps(5))
+    );
+    assert_error(
+        SMALL,
+        &["job.steps=4", "job.epochs=3"],
+        "given together with job.steps",
+    );
+    let both = SMALL.replace("steps = 10", "steps = 10\nepochs = 2");
+    assert_error(&both, &[], "configs/x.toml:4: job.epochs: given together");
+    assert_error(
+        "[data]\nkind = \"mnist-10k\"\n",
+        &[],
+        "configs/x.toml: job.steps: missing",
+    );
+}
+
+#[test]
+fn syntax_errors_show_the_place() {
+    let two = errors("[job]\nsteps = 1\nsteps = 2\n[data\n", &[]);
+    let first = two.find("configs/x.toml:3: ").unwrap();
+    assert!(two.find("configs/x.toml:4: ").unwrap() > first, "{two}");
+    let errors = errors("[job]\nsteps = = 3\n", &[]);
+    assert!(
+        errors.starts_with("configs/x.toml:2: not valid TOML\n"),
+        "{errors}"
+    );
+    assert!(
+        errors.contains("steps = = 3") && errors.contains('^'),
+        "{errors}"
+    );
+}
+
+#[test]
+fn images_must_fit_the_model() {
+    let cases: [(&[&str], &str); 6] = [
+        (
+            &["data.resize=64"],
+            "--set data.resize=64: gives images of 64 x 64, but model.kind = \"mlp-28\" takes 28 x 28",
+        ),
+        (
+            &["model.kind=dcgan-64"],
+            "has 28 x 28; set data.resize = 64",
+        ),
+        (
+            &["data.crop=32"],
+            "cuts 32 pixels out of an image with a shorter side of 28",
+        ),
+        (
+            &["data.resize=32", "data.crop=20"],
+            "--set data.crop=20: gives images of 20 x 20",
+        ),
+        (
+            &["data.kind=cifar-10", "data.path=/c", "data.crop=28"],
+            "takes images of 1 channel",
+        ),
+        (
+            &["data.kind=folder", "data.path=/c", "model.kind=mlp-28"],
+            "takes images of 1 channel",
+        ),
+    ];
+    for (overrides, expected) in cases {
+        assert_error(SMALL, overrides, expected);
+    }
+    resolve(SMALL, &["data.resize=32", "data.crop=28"]).unwrap();
+    resolve(
+        SMALL,
+        &["data.kind=idx", "data.path=/any", "model.kind=dcgan-64"],
+    )
+    .unwrap();
+    let folder = [
+        "data.kind=folder",
+        "data.path=/c",
+        "data.channels=1",
+        "data.resize=30",
+        "data.crop=28",
+    ];
+    resolve(SMALL, &folder).unwrap();
+    // A slip in one key is not reported again as a mismatch with another.
+    assert!(!errors(SMALL, &["model.kind=dcgan64", "data.resize=64"]).contains("takes"));
+}
+
+/// Invariant 2.
+#[test]
+fn paths_start_at_the_file_or_where_the_user_is() {
+    let text = "[job]\nsteps = 1\n[data]\nkind = \"idx\"\npath = \"digits\"\n[checkpoint]\nurl = \"kept\"\n";
+    let job = resolve(text, &[]).unwrap();
+    assert_eq!(job.data.path.as_deref(), Some(Path::new("/jobs/digits")));
+    assert_eq!(job.checkpoint.url.as_deref(), Some("/jobs/kept"));
+    let here = std::env::current_dir().unwrap();
+    let job = resolve(text, &["data.path=digits", "checkpoint.url=file:///kept"]).unwrap();
+    assert_eq!(job.data.path, Some(here.join("digits")));
+    assert_eq!(job.checkpoint.url.as_deref(), Some("file:///kept"));
+}
+
+#[test]
+fn data_must_be_where_it_is_said_to_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("my job.toml");
+    let text = "[job]\nsteps = 1\n[data]\nkind = \"cifar-10\"\npath = \"cifar\"\nresize = 64\n[model]\nkind = \"dcgan-64\"\n";
+    std::fs::write(&file, text).unwrap();
+    let source = Source::File(file.clone());
+    let named = ["job.name=mine".to_owned()];
+    let shown = file.display();
+    let errors = read(&source, &named).unwrap_err().to_string();
+    assert!(
+        errors.starts_with(&format!("{shown}:5: data.path: ")),
+        "{errors}"
+    );
+    assert!(
+        errors.contains("cifar does not exist; \"cifar-10\" needs the folder"),
+        "{errors}"
+    );
+    std::fs::write(dir.path().join("cifar"), "").unwrap();
+    assert!(
+        read(&source, &named)
+            .unwrap_err()
+            .to_string()
+            .contains("is no folder")
+    );
+    std::fs::remove_file(dir.path().join("cifar")).unwrap();
+    std::fs::create_dir(dir.path().join("cifar")).unwrap();
+    assert_eq!(
+        read(&source, &named).unwrap().data.path,
+        Some(dir.path().join("cifar"))
+    );
+
+    let errors = read(&source, &[]).unwrap_err().to_string();
+    assert!(
+        errors.contains("the file's own name \"my job\" cannot serve"),
+        "{errors}"
+    );
+    let missing = Source::File(dir.path().join("no.toml"));
+    assert!(
+        read(&missing, &[])
+            .unwrap_err()
+            .to_string()
+            .contains("no.toml: cannot be read: ")
+    );
+    assert_error(
+        SMALL,
+        &["data.kind=folder"],
+        "data.path: missing; \"folder\" needs path",
+    );
+    assert_error(
+        SMALL,
+        &["data.path=/x"],
+        "comes with the program; remove it",
+    );
+}
+
+#[test]
+fn a_run_goes_on_only_with_the_job_it_was_started_with() {
+    let recorded = resolve(SMALL, &[]).unwrap();
+    let changeable = [
+        "job.epochs=7",
+        "job.failure_deadline=9",
+        "checkpoint.every_steps=1",
+        "checkpoint.every_epochs=1",
+        "checkpoint.keep_last=1",
+        "checkpoint.url=/elsewhere",
+        "sample.every_steps=1",
+        "sample.count=1",
+        "metrics.every_steps=1",
+    ];
+    assert_eq!(
+        differences(&recorded, &resolve(SMALL, &changeable).unwrap()),
+        []
+    );
+    let given = resolve(SMALL, &["job.seed=1", "data.kind=idx", "data.path=/d"]).unwrap();
+    let shown: Vec<String> = differences(&recorded, &given)
+        .iter()
+        .map(Difference::to_string)
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            "data.kind: the run was started with \"mnist-10k\", but given is \"idx\"",
+            "data.path: the run was started with not set, but given is \"/d\"",
+            "job.seed: the run was started with 0, but given is 1",
+        ]
+    );
+}
+
+/// A hand on `job.toml` is noticed and named.
+#[test]
+fn a_damaged_resolved_job_is_refused() {
+    let text = render(&resolve(SMALL, &[]).unwrap()).replace("seed = 0", "seed = -4");
+    let errors = parse_resolved(&text).unwrap_err().to_string();
+    assert!(
+        errors.starts_with("job.toml:") && errors.contains("job.seed: must be"),
+        "{errors}"
+    );
+}
+
+proptest! {
+    /// Invariant 3.
+    #[test]
+    fn the_resolved_job_reads_back_the_same(
+        seed in 0..=i64::MAX, rate in 1e-12..10.0_f64, beta in 0.0..1.0_f64, deadline in 0.5..3600.0_f64,
+        path in "/[^\u{0}/]{1,20}", loss in 0..5_usize, epochs in proptest::bool::ANY,
+    ) {
+        let kind = ["non-saturating", "minimax", "least-squares", "hinge", "wasserstein-gp"][loss];
+        let mut job = resolve(SMALL, &[
+            &format!("job.seed={seed}"),
+            &format!("optimizer.learning_rate={rate:?}"),
+            &format!("optimizer.beta1={beta:?}"),
+            &format!("job.failure_deadline={deadline:?}"),
+            &format!("loss.kind={kind}"),
+            if epochs { "job.epochs=3" } else { "job.steps=3" },
+            "data.kind=idx",
+            "data.path=/placeholder",
+        ]).unwrap();
+        prop_assert_eq!((job.optimizer.learning_rate, job.optimizer.beta1), (rate, beta));
+        job.data.path = Some(Path::new(&path).components().collect());
+        let back = parse_resolved(&render(&job)).unwrap();
+        prop_assert_eq!(differences(&job, &back), []);
+        prop_assert_eq!(back, job);
+    }
+}

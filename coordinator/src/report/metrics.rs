@@ -1,0 +1,366 @@
+//! `metrics.jsonl`: a line for each reported step of a run, once each, across deaths of workers and of the coordinator.
+//!
+//! 1. A step has at most one row. What training computed (step, images seen, losses) comes first in a row; a step that
+//!    is recomputed must give the same bytes there. Time, rates and the group that computed it may differ.
+//! 2. A row may come after a later one: rows wait on their worker for an acknowledgement, which may come late.
+//!
+//! Memory: 16 bytes a row, for an index from steps to lines; the rows themselves stay in the file.
+
+use std::fmt;
+use std::io;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::line_file::LineFile;
+
+/// What is known of one step once it is committed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// The step, counted from 1.
+    pub step: u64,
+    /// When its last phase was committed, in seconds of Unix time.
+    pub time: f64,
+    /// The generation of the group that committed it.
+    pub generation: u64,
+    /// The number of workers in that group.
+    pub world_size: u32,
+    /// The discriminator's loss, a mean over the samples of its last phase.
+    pub loss_discriminator: f64,
+    /// The generator's loss, a mean over the samples of its phase.
+    pub loss_generator: f64,
+    /// Real images taken per second, over all workers.
+    pub images_per_second: f64,
+    /// Real images taken since the run began.
+    pub images_seen: u64,
+    /// Passes over the data since the run began.
+    pub epoch: f64,
+}
+
+/// The part of a row that a step determines.
+#[derive(Serialize)]
+struct Computed {
+    step: u64,
+    images_seen: u64,
+    loss_discriminator: f64,
+    loss_generator: f64,
+}
+
+/// The part of a row that tells how it came about, and what follows from the other part.
+#[derive(Serialize)]
+struct Circumstances {
+    epoch: f64,
+    time: f64,
+    generation: u64,
+    world_size: u32,
+    images_per_second: f64,
+}
+
+/// What `record` did with a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recorded {
+    /// Wrote it.
+    New,
+    /// Nothing: the step has the same row already.
+    Same,
+}
+
+/// A recomputed step gave something else than the recorded one: the promise of equal results is broken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Breach {
+    /// The step.
+    pub step: u64,
+    /// What the file has of it: the step, the images seen and both losses, as JSON.
+    pub recorded: String,
+    /// The same of the recomputed row.
+    pub recomputed: String,
+}
+
+/// Why a row could not be recorded.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The file cannot be written or read. The row is not in it.
+    #[error("metrics.jsonl: {0}")]
+    Io(#[from] io::Error),
+    /// The step has another row already, which stays.
+    #[error("{0}")]
+    Breach(Breach),
+}
+
+/// The open file. See the module.
+#[derive(Debug)]
+pub struct MetricsLog {
+    lines: LineFile,
+    /// Each recorded step and the offset of its line in bytes, by step.
+    index: Vec<(u64, u64)>,
+}
+
+impl MetricsLog {
+    /// Opens or creates the file, cuts a torn last line and learns which steps it has.
+    ///
+    /// # Errors
+    /// The file cannot be opened, or a line that is whole is no row of metrics.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        #[derive(Deserialize)]
+        struct Stepped {
+            step: u64,
+        }
+        let mut index = Vec::new();
+        let lines = LineFile::open(path, |offset, line| {
+            let row: Stepped = serde_json::from_slice(line).map_err(|error| {
+                let number = index.len() + 1;
+                let problem = format!("{}:{number}: no row of metrics: {error}", path.display());
+                io::Error::new(io::ErrorKind::InvalidData, problem)
+            })?;
+            index.push((row.step, offset));
+            Ok(())
+        })?;
+        index.sort_unstable();
+        Ok(MetricsLog { lines, index })
+    }
+
+    /// The greatest recorded step.
+    pub fn last_step(&self) -> Option<u64> {
+        self.index.last().map(|(step, _)| *step)
+    }
+
+    /// Writes a row, unless its step is recorded already.
+    ///
+    /// # Errors
+    /// [`RecordError::Breach`] if the step is recorded with another result.
+    pub fn record(&mut self, row: &Row) -> Result<Recorded, RecordError> {
+        let computed = row.computed();
+        match self.index.binary_search_by_key(&row.step, |entry| entry.0) {
+            Ok(found) => {
+                let recorded = self.lines.line_at(self.index[found].1)?;
+                compare(row.step, &recorded, computed).map_err(RecordError::Breach)
+            }
+            Err(place) => {
+                let line = format!("{computed},{}", row.circumstances());
+                let offset = self.lines.append(line.into_bytes())?;
+                self.index.insert(place, (row.step, offset));
+                Ok(Recorded::New)
+            }
+        }
+    }
+}
+
+/// Holds a recomputed row against the recorded line, as bytes: a number read back from text need not be the same.
+fn compare(step: u64, recorded: &[u8], computed: String) -> Result<Recorded, Breach> {
+    let rest = recorded.strip_prefix(computed.as_bytes());
+    if rest.is_some_and(|rest| rest.starts_with(b",")) {
+        return Ok(Recorded::Same);
+    }
+    let recorded = String::from_utf8_lossy(recorded);
+    let part = recorded.split(",\"epoch\"").next().unwrap_or_default();
+    Err(Breach {
+        step,
+        recorded: format!("{part}}}"),
+        recomputed: format!("{computed}}}"),
+    })
+}
+
+impl Row {
+    /// The first part of the row's line, from its opening brace on.
+    fn computed(&self) -> String {
+        let mut part = to_json(&Computed {
+            step: self.step,
+            images_seen: self.images_seen,
+            loss_discriminator: self.loss_discriminator,
+            loss_generator: self.loss_generator,
+        });
+        part.pop();
+        part
+    }
+
+    /// The second part of the row's line, up to its closing brace.
+    fn circumstances(&self) -> String {
+        let mut part = to_json(&Circumstances {
+            epoch: self.epoch,
+            time: self.time,
+            generation: self.generation,
+            world_size: self.world_size,
+            images_per_second: self.images_per_second,
+        });
+        part.remove(0);
+        part
+    }
+}
+
+/// Numbers that are not finite become null.
+fn to_json(part: &impl Serialize) -> String {
+    serde_json::to_string(part).expect("a struct of numbers can be written as JSON")
+}
+
+impl fmt::Display for Breach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "step {} was recomputed with another result: recorded {}, recomputed {}",
+            self.step, self.recorded, self.recomputed
+        )
+    }
+}
+
+#[cfg(test)]
+pub(super) fn row_of(step: u64) -> Row {
+    Row {
+        step,
+        time: 1_700_000_000.5,
+        generation: 3,
+        world_size: 2,
+        loss_discriminator: 1.25,
+        loss_generator: 0.1 + 0.2,
+        images_per_second: 8123.4,
+        images_seen: step * 64,
+        epoch: 0.5,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    fn log() -> (tempfile::TempDir, std::path::PathBuf, MetricsLog) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let log = MetricsLog::open(&path).unwrap();
+        (dir, path, log)
+    }
+
+    fn rows(path: &Path) -> Vec<Value> {
+        let text = std::fs::read_to_string(path).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn a_row_has_every_column() {
+        let (_dir, path, mut log) = log();
+        assert_eq!(log.record(&row_of(10)).unwrap(), Recorded::New);
+        let expected = serde_json::json!({
+            "step": 10, "time": 1_700_000_000.5, "generation": 3, "world_size": 2, "loss_discriminator": 1.25,
+            "loss_generator": 0.1 + 0.2, "images_per_second": 8123.4, "images_seen": 640, "epoch": 0.5,
+        });
+        assert_eq!(rows(&path), [expected]);
+    }
+
+    /// Invariant 1, also across a restart.
+    #[test]
+    fn a_recomputed_row_is_not_written_twice() {
+        let (_dir, path, mut log) = log();
+        for step in [10, 20, 30] {
+            log.record(&row_of(step)).unwrap();
+        }
+        let again = Row {
+            time: 1_800_000_000.0,
+            generation: 4,
+            world_size: 1,
+            images_per_second: 1.0,
+            ..row_of(20)
+        };
+        assert_eq!(log.record(&again).unwrap(), Recorded::Same);
+        let mut log = MetricsLog::open(&path).unwrap();
+        assert_eq!(log.record(&again).unwrap(), Recorded::Same);
+        assert_eq!(log.record(&row_of(40)).unwrap(), Recorded::New);
+        assert_eq!(log.last_step(), Some(40));
+        assert_eq!(rows(&path).len(), 4);
+    }
+
+    /// Invariant 1: one unit in the last place is a difference, and the recorded row stays.
+    #[test]
+    fn a_different_row_is_a_breach() {
+        let (_dir, path, mut log) = log();
+        log.record(&row_of(10)).unwrap();
+        let other = [
+            Row {
+                loss_generator: 0.3,
+                ..row_of(10)
+            },
+            Row {
+                loss_discriminator: -1.25,
+                ..row_of(10)
+            },
+            Row {
+                loss_discriminator: f64::NAN,
+                ..row_of(10)
+            },
+            Row {
+                images_seen: 64,
+                ..row_of(10)
+            },
+        ];
+        for row in other {
+            let RecordError::Breach(breach) = log.record(&row).unwrap_err() else {
+                panic!("not a breach");
+            };
+            assert_eq!(breach.step, 10);
+            assert_ne!(breach.recorded, breach.recomputed);
+            let recorded: Value = serde_json::from_str(&breach.recorded).unwrap();
+            assert_eq!(recorded["loss_discriminator"], 1.25);
+            serde_json::from_str::<Value>(&breach.recomputed).unwrap();
+        }
+        assert_eq!(rows(&path).len(), 1);
+    }
+
+    #[test]
+    fn a_longer_number_with_the_same_beginning_is_a_breach() {
+        let (_dir, _path, mut log) = log();
+        log.record(&Row {
+            loss_generator: 0.125,
+            ..row_of(1)
+        })
+        .unwrap();
+        let shorter = Row {
+            loss_generator: 0.12,
+            ..row_of(1)
+        };
+        assert!(matches!(log.record(&shorter), Err(RecordError::Breach(_))));
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_null() {
+        let (_dir, path, mut log) = log();
+        let row = Row {
+            loss_generator: f64::NAN,
+            images_per_second: f64::INFINITY,
+            ..row_of(1)
+        };
+        log.record(&row).unwrap();
+        assert_eq!(log.record(&row).unwrap(), Recorded::Same);
+        assert_eq!(rows(&path)[0]["loss_generator"], Value::Null);
+        assert_eq!(rows(&path)[0]["images_per_second"], Value::Null);
+    }
+
+    /// Invariant 2.
+    #[test]
+    fn a_late_row_is_recorded() {
+        let (_dir, path, mut log) = log();
+        for step in [10, 30, 20] {
+            assert_eq!(log.record(&row_of(step)).unwrap(), Recorded::New);
+        }
+        let mut log = MetricsLog::open(&path).unwrap();
+        for step in [10, 20, 30] {
+            assert_eq!(log.record(&row_of(step)).unwrap(), Recorded::Same);
+        }
+        assert_eq!(log.last_step(), Some(30));
+    }
+
+    #[test]
+    fn a_torn_row_is_written_again_and_a_damaged_one_is_named() {
+        let (_dir, path, mut log) = log();
+        log.record(&row_of(1)).unwrap();
+        log.record(&row_of(2)).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, &text[..text.len() - 5]).unwrap();
+        let mut log = MetricsLog::open(&path).unwrap();
+        assert_eq!(log.record(&row_of(2)).unwrap(), Recorded::New);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+
+        std::fs::write(&path, format!("{text}garbage\n")).unwrap();
+        let error = MetricsLog::open(&path).unwrap_err().to_string();
+        assert!(error.contains("metrics.jsonl:3: "), "{error}");
+    }
+}

@@ -1,0 +1,11 @@
+//! What a run tells its user: metrics rows, events, TensorBoard curves and pictures, a progress line.
+//!
+//! Metrics and events are files of JSON, a line each, that outlive every process. Everything here is called from the
+//! coordinator's loop; nothing has a thread, sleeps or decides anything.
+
+mod line_file;
+
+pub mod events;
+pub mod metrics;
+pub mod progress;
+pub mod tensorboard;

@@ -1,0 +1,311 @@
+//! How far a run is, on standard error: a bar on a terminal, elsewhere a line every few seconds.
+//!
+//! 1. Rows drive everything. Times come from the rows, which carry when their step was committed; there is no clock, no
+//!    thread and no sleep in here, and a run that stands still prints nothing.
+//! 2. Whatever else writes to standard error goes through a [`Screen`], so that it does not tear the bar.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::time::Duration;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::metrics::Row;
+
+/// Seconds of training between two plain lines.
+const PLAIN_PERIOD_SECONDS: f64 = 10.0;
+/// The weight of the newest row in the average pace.
+const PACE_WEIGHT: f64 = 0.1;
+
+/// Standard error, shared by the bar and by everything else that is written there.
+///
+/// Each write lifts the bar for a moment. A tracing subscriber writes an event at once, so that
+/// `with_writer(move || screen.clone())` keeps the log and the bar apart.
+#[derive(Clone, Debug)]
+pub struct Screen {
+    bars: MultiProgress,
+    is_terminal: bool,
+}
+
+impl Screen {
+    /// Standard error, with a bar only if it is a terminal.
+    pub fn stderr(is_terminal: bool) -> Self {
+        let target = if is_terminal {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        Screen {
+            bars: MultiProgress::with_draw_target(target),
+            is_terminal,
+        }
+    }
+
+    /// Runs something that writes to the terminal, with the bar out of its way.
+    pub fn suspend<R>(&self, write: impl FnOnce() -> R) -> R {
+        self.bars.suspend(write)
+    }
+
+    /// Prints a line. Nobody can be told if standard error is closed, and training does not depend on it.
+    fn print(&self, line: &str) {
+        self.suspend(|| writeln!(io::stderr().lock(), "{line}"))
+            .ok();
+    }
+}
+
+impl Write for Screen {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.suspend(|| io::stderr().lock().write(bytes))
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.suspend(|| io::stderr().lock().write_all(bytes))
+    }
+
+    /// In one write, so that the bar does not come back in the middle of a line.
+    fn write_fmt(&mut self, text: fmt::Arguments<'_>) -> io::Result<()> {
+        self.write_all(text.to_string().as_bytes())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().lock().flush()
+    }
+}
+
+/// The progress of one run. See the module.
+#[derive(Debug)]
+pub struct Progress {
+    screen: Screen,
+    bar: Option<ProgressBar>,
+    total_steps: u64,
+    pace: Pace,
+    /// When a plain line was last printed, by its row, in seconds of Unix time.
+    printed: Option<f64>,
+}
+
+impl Progress {
+    /// Shows a run of `total_steps` that stands at `start_step`.
+    pub fn new(screen: &Screen, total_steps: u64, start_step: u64) -> Self {
+        let bar = screen.is_terminal.then(|| {
+            let bar = screen.bars.add(ProgressBar::new(total_steps));
+            let style = ProgressStyle::with_template("{bar:24.cyan/dim} {msg}");
+            bar.set_style(style.expect("the template is well formed"));
+            bar.set_position(start_step);
+            bar.set_message(format!("step {start_step}/{total_steps}"));
+            bar
+        });
+        Progress {
+            screen: screen.clone(),
+            bar,
+            total_steps,
+            pace: Pace::default(),
+            printed: None,
+        }
+    }
+
+    /// Shows a row of metrics. Rows that were shown before a fault may come again.
+    pub fn row(&mut self, row: &Row) {
+        self.pace.add(row.step, row.time);
+        let line = self.line(row);
+        if let Some(bar) = &self.bar {
+            bar.set_position(row.step);
+            bar.set_message(line);
+        } else if self.is_due(row) {
+            self.screen.print(&line);
+        }
+    }
+
+    /// Prints a line above the bar.
+    pub fn message(&mut self, text: &str) {
+        self.screen.print(text);
+    }
+
+    /// Takes the bar away and prints a last line, which an empty text leaves out.
+    pub fn finish(self, text: &str) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+        if !text.is_empty() {
+            self.screen.print(text);
+        }
+    }
+
+    /// Whether a plain line is due: for the first row, the last, and those in between that are far enough apart. A clock
+    /// that was set back counts as far enough.
+    fn is_due(&mut self, row: &Row) -> bool {
+        let is_near = self
+            .printed
+            .is_some_and(|time| (time..time + PLAIN_PERIOD_SECONDS).contains(&row.time));
+        let is_due = !is_near || row.step >= self.total_steps;
+        if is_due {
+            self.printed = Some(row.time);
+        }
+        is_due
+    }
+
+    fn line(&self, row: &Row) -> String {
+        let total = self.total_steps;
+        let percent = u128::from(row.step) * 100 / u128::from(total.max(1));
+        let rest = total.saturating_sub(row.step);
+        let eta = match self.pace.duration_of(rest) {
+            Some(eta) if rest > 0 => format!("  ETA {}", short(eta)),
+            _ => String::new(),
+        };
+        format!(
+            "step {}/{total}  {percent}%  {} images/s  loss D {:.3} G {:.3}  workers {}{eta}",
+            row.step,
+            grouped(row.images_per_second),
+            row.loss_discriminator,
+            row.loss_generator,
+            row.world_size,
+        )
+    }
+}
+
+/// How long a step takes, averaged over the rows so far with the newest weighing most.
+#[derive(Debug, Default)]
+struct Pace {
+    last: Option<(u64, f64)>,
+    seconds_per_step: Option<f64>,
+}
+
+impl Pace {
+    /// Learns that `step` was committed at `time`. Steps that come again, and a clock that was set back, teach nothing.
+    fn add(&mut self, step: u64, time: f64) {
+        let last = self.last.replace((step, time));
+        let Some((last_step, last_time)) = last else {
+            return;
+        };
+        if step <= last_step || time < last_time {
+            return;
+        }
+        let newest = (time - last_time) / as_f64(step - last_step);
+        let average = self.seconds_per_step.unwrap_or(newest);
+        self.seconds_per_step = Some(average + PACE_WEIGHT * (newest - average));
+    }
+
+    /// How long so many steps will take; unknown before the second row.
+    fn duration_of(&self, steps: u64) -> Option<Duration> {
+        let seconds = self.seconds_per_step? * as_f64(steps);
+        Duration::try_from_secs_f64(seconds).ok()
+    }
+}
+
+/// A count as a number for estimates, where the last digits of a huge one do not matter.
+fn as_f64(count: u64) -> f64 {
+    count as f64
+}
+
+/// A number rounded to a whole one, its digits grouped by three.
+fn grouped(number: f64) -> String {
+    let digits = format!("{number:.0}");
+    if !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return digits;
+    }
+    let mut grouped = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+/// A duration in its two largest units.
+fn short(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{minutes}m {:02}s", seconds % 60),
+        3600..86_400 => format!("{hours}h {:02}m", minutes % 60),
+        _ => format!("{days}d {:02}h", hours % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::metrics::row_of;
+    use super::*;
+
+    fn progress(total_steps: u64) -> Progress {
+        Progress::new(&Screen::stderr(false), total_steps, 0)
+    }
+
+    fn row(step: u64, time: f64) -> Row {
+        Row {
+            time,
+            ..row_of(step)
+        }
+    }
+
+    #[test]
+    fn a_line_tells_all() {
+        let mut progress = progress(20_000);
+        progress.pace.add(1190, 100.0);
+        progress.pace.add(1200, 100.05);
+        assert_eq!(
+            progress.line(&row_of(1200)),
+            "step 1200/20000  6%  8,123 images/s  loss D 1.250 G 0.300  workers 2  ETA 1m 34s"
+        );
+        assert!(!progress.line(&row_of(20_000)).contains("ETA"));
+    }
+
+    /// Invariant 1.
+    #[test]
+    fn plain_lines_are_spaced_by_the_time_of_the_rows() {
+        let mut progress = progress(100);
+        let mut due = |step, time| progress.is_due(&row(step, time));
+        assert!(due(1, 1000.0));
+        assert!(!due(2, 1009.9));
+        assert!(due(3, 1010.0));
+        assert!(!due(4, 1015.0));
+        // The clock was set back.
+        assert!(due(5, 500.0));
+        assert!(!due(6, 501.0));
+        assert!(due(100, 502.0));
+    }
+
+    #[test]
+    fn the_pace_follows_the_rows_and_survives_repetitions() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.duration_of(10), None);
+        pace.add(10, 100.0);
+        pace.add(20, 105.0);
+        assert_eq!(pace.duration_of(10), Some(Duration::from_secs(5)));
+        pace.add(10, 106.0);
+        pace.add(10, 50.0);
+        assert_eq!(pace.duration_of(10), Some(Duration::from_secs(5)));
+        pace.add(20, 60.0);
+        assert_eq!(pace.duration_of(10), Some(Duration::from_millis(5500)));
+    }
+
+    #[test]
+    fn a_terminal_shows_a_bar_and_nothing_panics() {
+        for is_terminal in [false, true] {
+            let screen = Screen::stderr(is_terminal);
+            let mut progress = Progress::new(&screen, 10, 2);
+            for step in 3..=10 {
+                progress.row(&row_of(step));
+            }
+            progress.message("a message");
+            writeln!(screen.clone(), "a log line").unwrap();
+            progress.finish("done");
+        }
+    }
+
+    #[test]
+    fn numbers_are_easy_to_read() {
+        assert_eq!(grouped(8123.4), "8,123");
+        assert_eq!(grouped(999.6), "1,000");
+        assert_eq!(grouped(12.0), "12");
+        assert_eq!(grouped(1_234_567.0), "1,234,567");
+        assert_eq!(grouped(f64::NAN), "NaN");
+        let short_of = |seconds| short(Duration::from_secs(seconds));
+        assert_eq!(short_of(59), "59s");
+        assert_eq!(short_of(90), "1m 30s");
+        assert_eq!(short_of(7500), "2h 05m");
+        assert_eq!(short_of(200_000), "2d 07h");
+    }
+}

@@ -1,0 +1,245 @@
+//! A coordinator's life, from its command line to its exit code.
+
+use std::io::IsTerminal;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::PathBuf;
+
+use ganglion_membership::{Checkpoint, Outcome, Recovered, Term};
+use ganglion_proto::job::Job;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tracing_subscriber::EnvFilter;
+
+use crate::checkpoints::Checkpoints;
+use crate::cli::{Cli, LogFormat};
+use crate::job_file::{self, Source};
+use crate::journal::{Fact, Journal, JournalError};
+use crate::report::progress::Screen;
+use crate::run_dir::{RunDir, RunDirError};
+use crate::server::{Store, serve};
+use crate::shell::{Ended, Parts, Shell, ShellError, StopSignal, records::Records};
+
+/// Messages that may wait for the shell.
+const INPUTS: usize = 4096;
+
+/// Why a coordinator ended before its run did.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The user's input is wrong: exit code 2.
+    #[error("{0}")]
+    Input(String),
+    /// Stopped after a clean checkpoint: exit code 130 or 143.
+    #[error("stopped; the same command goes on from step {step}")]
+    Stopped {
+        /// Exit code.
+        code: u8,
+        /// Steps saved.
+        step: u64,
+    },
+    /// Anything else: exit code 1.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl Failure {
+    /// The process's exit code.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Input(_) => 2,
+            Failure::Stopped { code, .. } => *code,
+            Failure::Other(_) => 1,
+        }
+    }
+}
+
+impl From<JournalError> for Failure {
+    fn from(error: JournalError) -> Self {
+        Failure::Other(error.to_string())
+    }
+}
+
+impl From<RunDirError> for Failure {
+    fn from(error: RunDirError) -> Self {
+        match error {
+            RunDirError::Input(_) => Failure::Input(error.to_string()),
+            RunDirError::Held { .. } => Failure::Other(error.to_string()),
+        }
+    }
+}
+
+impl From<ShellError> for Failure {
+    fn from(error: ShellError) -> Self {
+        Failure::Other(error.to_string())
+    }
+}
+
+/// Runs a coordinator until its run ends. Returns the last line to print.
+pub async fn run(cli: Cli) -> Result<String, Failure> {
+    let screen = Screen::stderr(std::io::stderr().is_terminal());
+    start_log(&screen, cli.log_format);
+    let source = cli.config.clone().map_or(Source::Embedded, Source::File);
+    let job = job_file::read(&source, &cli.overrides).map_err(|errors| Failure::Input(errors.to_string()))?;
+    let local_workers = cli.local_workers(&job).map_err(Failure::Input)?;
+    cli.listen_address(None).map_err(Failure::Input)?;
+
+    let folder = cli.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&job.job.name));
+    let run_dir = RunDir::hold(&folder)?;
+    run_dir.settle_job(&job)?;
+    let mut journal = Journal::open(&run_dir.path("journal.sqlite"))?;
+    let run = run_name(&mut journal)?;
+    let default_storage = run_dir.path("checkpoints").display().to_string();
+    let storage = job.checkpoint.url.clone().unwrap_or(default_storage);
+    let checkpoints = Checkpoints::open(&storage, &run).map_err(Failure::Input)?;
+    let mut records = Records::open(job.clone(), run_dir.folder(), screen)
+        .map_err(|error| Failure::Input(format!("{}: {error}", run_dir.folder().display())))?;
+    let recovered = recover(&journal, &checkpoints, &mut records)?;
+    if let Some(line) = finished(&journal, &job, recovered.checkpoint.as_ref(), &run_dir)? {
+        return Ok(line);
+    }
+
+    let term = journal.begin_term()?;
+    let (listener, address) = listen(&cli, &mut journal).await?;
+    let url = format!("http://{}", SocketAddr::new(reachable(address.ip()), address.port()));
+    records.event("coordinator_started", json!({ "term": term.0, "pid": std::process::id(), "address": url }));
+    records.message(&format!(
+        "run {} in {}; other workers join with: worker --coordinator {url}",
+        job.job.name,
+        run_dir.folder().display()
+    ));
+    let parts = Parts {
+        store: Store::new(term),
+        folder: run_dir.folder().to_path_buf(),
+        job: job.clone(),
+        term,
+        run,
+        journal,
+        checkpoints,
+        recovered,
+        local_workers,
+        url,
+        records,
+    };
+    let ended = supervise(parts, listener, term).await?;
+    conclude(ended, &job, &run_dir, &storage)
+}
+
+/// Serves and runs the shell until the run ends.
+async fn supervise(parts: Parts, listener: TcpListener, term: Term) -> Result<Ended, Failure> {
+    let (inputs, receiver) = mpsc::channel(INPUTS);
+    let (shutdown, stopping) = watch::channel(false);
+    let server = tokio::spawn(serve(listener, term, inputs, parts.store.clone(), stopping));
+    let ended = Shell::new(parts).run(receiver).await?;
+    let _ = shutdown.send(true);
+    server.abort();
+    Ok(ended)
+}
+
+fn run_name(journal: &mut Journal) -> Result<String, Failure> {
+    if let Some(run) = journal.fact(Fact::Run)? {
+        return Ok(run);
+    }
+    let run = crate::supervisor::new_token().map_err(|error| Failure::Other(error.to_string()))?;
+    journal.set_fact(Fact::Run, &run)?;
+    Ok(run)
+}
+
+fn recover(journal: &Journal, checkpoints: &Checkpoints, records: &mut Records) -> Result<Recovered, Failure> {
+    let (checkpoint, damaged) =
+        checkpoints.newest_valid().map_err(|error| Failure::Other(format!("checkpoints: {error}")))?;
+    for damage in damaged {
+        let instead = checkpoint.as_ref().map_or("the start".to_string(), Checkpoint::folder);
+        records.message(&format!(
+            "warning: checkpoint {} is damaged ({}); going on from {instead}",
+            damage.folder, damage.reason
+        ));
+        let fields = json!({ "folder": damage.folder, "reason": damage.reason, "instead": instead });
+        records.event("checkpoint_damaged", fields);
+    }
+    Ok(Recovered { generation: journal.last_generation()?, checkpoint, passport: journal.passport()? })
+}
+
+/// The line for a run that has nothing left to do.
+fn finished(
+    journal: &Journal,
+    job: &Job,
+    checkpoint: Option<&Checkpoint>,
+    run_dir: &RunDir,
+) -> Result<Option<String>, Failure> {
+    let samples = journal.fact(Fact::Samples)?.and_then(|samples| samples.parse().ok());
+    let (Some(samples), Some(checkpoint)) = (samples, checkpoint) else { return Ok(None) };
+    let last_step = job.last_step(samples);
+    if checkpoint.step < last_step {
+        return Ok(None);
+    }
+    Ok(Some(format!(
+        "run {} in {} is finished: step {} of {last_step}, state_digest {}; raise job.steps to train on",
+        job.job.name,
+        run_dir.folder().display(),
+        checkpoint.step,
+        checkpoint.state_digest
+    )))
+}
+
+async fn listen(cli: &Cli, journal: &mut Journal) -> Result<(TcpListener, SocketAddr), Failure> {
+    let last_port = journal.fact(Fact::Port)?.and_then(|port| port.parse().ok());
+    let wanted = cli.listen_address(last_port).map_err(Failure::Input)?;
+    let listener = match TcpListener::bind(wanted).await {
+        Ok(listener) => Ok(listener),
+        Err(error) if cli.listen.is_none() && last_port.is_some() => {
+            tracing::warn!("port {} of the last time: {error}; taking another", wanted.port());
+            TcpListener::bind(SocketAddr::new(wanted.ip(), 0)).await
+        }
+        Err(error) => Err(error),
+    };
+    let listener = listener.map_err(|error| {
+        Failure::Input(format!("--listen {wanted}: {error}; choose another port, or 0 for any that is free"))
+    })?;
+    let address = listener.local_addr().map_err(|error| Failure::Other(error.to_string()))?;
+    journal.set_fact(Fact::Port, &address.port().to_string())?;
+    Ok((listener, address))
+}
+
+/// The address by which others reach a listener: this machine's own, where that listens on all.
+fn reachable(address: IpAddr) -> IpAddr {
+    if !address.is_unspecified() {
+        return address;
+    }
+    // Connecting a datagram socket sends nothing; it only chooses a route. The target is reserved for documentation.
+    let routed = UdpSocket::bind(("0.0.0.0", 0)).and_then(|socket| {
+        socket.connect(("192.0.2.1", 9))?;
+        socket.local_addr()
+    });
+    routed.map_or(IpAddr::from([127, 0, 0, 1]), |local| local.ip())
+}
+
+fn conclude(ended: Ended, job: &Job, run_dir: &RunDir, storage: &str) -> Result<String, Failure> {
+    match ended.outcome {
+        Outcome::Complete => Ok(format!("run {} is complete: checkpoints in {storage}, samples in {}", job.job.name, run_dir.path("samples").display())),
+        Outcome::Stopped(position) => {
+            let per_step = u64::from(job.loss.discriminator_steps) + 1;
+            let code = match ended.signal {
+                Some(StopSignal::Terminate) => 143,
+                _ => 130,
+            };
+            Err(Failure::Stopped { code, step: position.map_or(0, |position| position.0 / per_step) })
+        }
+        Outcome::InputWrong(detail) => Err(Failure::Input(detail)),
+        Outcome::Failed(reason) => Err(Failure::Other(format!(
+            "{reason}; the same command goes on from the newest checkpoint"
+        ))),
+    }
+}
+
+fn start_log(screen: &Screen, format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    let screen = screen.clone();
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_writer(move || screen.clone());
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+}

@@ -1,0 +1,118 @@
+//! The run directory: who holds it, what it is called inside, and whose it is.
+//!
+//! 1. One coordinator holds a run directory at a time, by a lock that the system frees when the process ends.
+//! 2. A run directory belongs to one job for ever; only what cannot change the result may change.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use ganglion_proto::job::Job;
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::job_file;
+
+/// Why a run directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RunDirError {
+    /// The user's choice is wrong: exit code 2.
+    #[error("{0}")]
+    Input(String),
+    /// Another coordinator holds it: exit code 1.
+    #[error("run directory {}: held by another coordinator ({holder}); stop that one, or choose another --run-dir", folder.display())]
+    Held {
+        /// The directory.
+        folder: PathBuf,
+        /// What the holder wrote about itself.
+        holder: String,
+    },
+}
+
+/// A run directory that this process holds.
+pub struct RunDir {
+    folder: PathBuf,
+    /// Freed when the process ends, however it ends.
+    _lock: Flock<File>,
+}
+
+impl RunDir {
+    /// Creates the directory if need be and takes its lock.
+    pub fn hold(folder: &Path) -> Result<RunDir, RunDirError> {
+        let unusable = |error: std::io::Error| {
+            let folder = folder.display();
+            RunDirError::Input(format!(
+                "--run-dir {folder}: {error}; choose a folder that this user can write to"
+            ))
+        };
+        fs::create_dir_all(folder).map_err(unusable)?;
+        let folder = folder.canonicalize().map_err(unusable)?;
+        let lock_file = folder.join("lock");
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(false).open(lock_file);
+        let mut lock = match Flock::lock(file.map_err(unusable)?, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => lock,
+            Err((mut file, _)) => {
+                let mut holder = String::new();
+                let _ = file.read_to_string(&mut holder);
+                return Err(RunDirError::Held { folder, holder: holder.trim().to_string() });
+            }
+        };
+        let host = nix::unistd::gethostname()
+            .map_or_else(|_| "unknown".to_string(), |host| host.to_string_lossy().into_owned());
+        lock.set_len(0).map_err(unusable)?;
+        lock.rewind().map_err(unusable)?;
+        writeln!(lock, "process {} on {host}", std::process::id()).map_err(unusable)?;
+        let run_dir = RunDir { folder, _lock: lock };
+        for folder in ["samples", "tensorboard"] {
+            fs::create_dir_all(run_dir.path(folder)).map_err(unusable)?;
+        }
+        Ok(run_dir)
+    }
+
+    /// A file or folder in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// The directory.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Writes the resolved job, or, in a directory that has one, checks that nothing changed that decides the result.
+    pub fn settle_job(&self, job: &Job) -> Result<(), RunDirError> {
+        let file = self.path("job.toml");
+        let input = |what: String| RunDirError::Input(format!("{}: {what}", file.display()));
+        if file.exists() {
+            let text = fs::read_to_string(&file).map_err(|error| input(error.to_string()))?;
+            let recorded = job_file::parse_resolved(&text)
+                .map_err(|error| input(format!("not a job of this version:\n{error}")))?;
+            let differences = job_file::differences(&recorded, job);
+            if !differences.is_empty() {
+                let lines: Vec<String> =
+                    differences.iter().map(|difference| format!("  {difference}")).collect();
+                return Err(input(format!(
+                    "this run directory belongs to another job:\n{}\n  choose another --run-dir or job.name, or \
+                     restore these settings",
+                    lines.join("\n")
+                )));
+            }
+        }
+        write_whole(&file, job_file::render(job).as_bytes()).map_err(|error| input(error.to_string()))
+    }
+}
+
+/// Writes a file so that a reader finds the old content or the new, also after a crash.
+pub fn write_whole(file: &Path, content: &[u8]) -> std::io::Result<()> {
+    let mut name = file.file_name().unwrap_or_default().to_os_string();
+    name.push(".new");
+    let new = file.with_file_name(name);
+    let mut written = File::create(&new)?;
+    written.write_all(content)?;
+    written.sync_all()?;
+    fs::rename(&new, file)?;
+    match file.parent() {
+        Some(folder) => File::open(folder)?.sync_all(),
+        None => Ok(()),
+    }
+}

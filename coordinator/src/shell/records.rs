@@ -1,0 +1,192 @@
+//! What the run leaves for its users: metrics, events, TensorBoard, pictures, progress.
+//!
+//! 1. A row is acknowledged only once it is written; until then it waits here and with the workers.
+//! 2. A failure to write any of these never stops the run. It is told once, and once more when it works again.
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use ganglion_membership::{Checkpoint, Outcome};
+use ganglion_proto::job::Job;
+use ganglion_proto::message::{MetricsRow, SampleGrid};
+use serde::Serialize;
+
+use super::StopSignal;
+use crate::journal::now;
+use crate::report::events::EventLog;
+use crate::report::metrics::{MetricsLog, RecordError, Recorded, Row};
+use crate::report::progress::{Progress, Screen};
+use crate::report::tensorboard::{Png, TensorBoard};
+use crate::run_dir::write_whole;
+
+/// Rows that may wait for a storage that fails. Workers keep them too.
+const WAITING_LIMIT: usize = 1 << 16;
+
+/// All records of a run.
+pub struct Records {
+    job: Job,
+    folder: PathBuf,
+    screen: Screen,
+    progress: Option<Progress>,
+    metrics: MetricsLog,
+    events: EventLog,
+    tensorboard: TensorBoard,
+    waiting: VecDeque<Row>,
+    /// The newest recorded step that workers have not been told of.
+    unacknowledged: Option<u64>,
+    samples: u64,
+    failing: bool,
+}
+
+impl Records {
+    /// Opens the records in a run directory.
+    pub fn open(job: Job, folder: &Path, screen: Screen) -> io::Result<Records> {
+        Ok(Records {
+            metrics: MetricsLog::open(&folder.join("metrics.jsonl"))?,
+            events: EventLog::open(&folder.join("events.jsonl"))?,
+            tensorboard: TensorBoard::create(&folder.join("tensorboard"))?,
+            job,
+            folder: folder.to_path_buf(),
+            screen,
+            progress: None,
+            waiting: VecDeque::new(),
+            unacknowledged: None,
+            samples: 1,
+            failing: false,
+        })
+    }
+
+    /// Records an event.
+    pub fn event(&mut self, kind: &str, fields: impl Serialize) {
+        let written = self.events.append(now(), kind, fields);
+        self.note("events.jsonl", written);
+    }
+
+    /// Tells people something, above the progress bar.
+    pub fn message(&mut self, text: &str) {
+        match &mut self.progress {
+            Some(progress) => progress.message(text),
+            None => self.screen.suspend(|| eprintln!("{text}")),
+        }
+    }
+
+    /// The size of the data set is known: from now on there is a bar.
+    pub fn loaded(&mut self, samples: u64, from: Option<&Checkpoint>) {
+        self.samples = samples.max(1);
+        if self.progress.is_none() {
+            let first = from.map_or(0, |checkpoint| checkpoint.step);
+            self.progress = Some(Progress::new(&self.screen, self.job.last_step(samples), first));
+        }
+    }
+
+    /// Takes a row of the workers.
+    pub fn take_row(&mut self, row: MetricsRow) {
+        #[allow(clippy::cast_precision_loss)] // counts of images are far below 2^53
+        let epoch = row.images_seen as f64 / self.samples as f64;
+        if self.waiting.len() >= WAITING_LIMIT {
+            return;
+        }
+        self.waiting.push_back(Row {
+            step: row.step,
+            time: row.time,
+            generation: row.generation,
+            world_size: row.world_size,
+            loss_discriminator: row.loss_discriminator,
+            loss_generator: row.loss_generator,
+            images_per_second: row.images_per_second,
+            images_seen: row.images_seen,
+            epoch,
+        });
+        self.write_rows();
+    }
+
+    /// Writes what waits; returns the newest recorded step if it was not returned before.
+    pub fn catch_up(&mut self) -> Option<u64> {
+        self.write_rows();
+        let flushed = self.tensorboard.flush();
+        self.note("tensorboard", flushed);
+        self.unacknowledged.take()
+    }
+
+    fn write_rows(&mut self) {
+        while let Some(row) = self.waiting.front() {
+            let recorded = match self.metrics.record(row) {
+                Ok(recorded) => recorded,
+                Err(RecordError::Io(error)) => return self.note("metrics.jsonl", Err(error)),
+                Err(RecordError::Breach(breach)) => {
+                    let text = breach.to_string();
+                    self.message(&format!("warning: {text}"));
+                    self.event("metrics_breach", serde_json::json!({ "detail": text }));
+                    Recorded::Same
+                }
+            };
+            let Some(row) = self.waiting.pop_front() else { return };
+            self.unacknowledged = self.unacknowledged.max(Some(row.step));
+            if let Some(progress) = &mut self.progress {
+                progress.row(&row);
+            }
+            if let Recorded::New = recorded {
+                let drawn = self.draw(&row);
+                self.note("tensorboard", drawn);
+            }
+        }
+    }
+
+    fn draw(&mut self, row: &Row) -> io::Result<()> {
+        for (tag, value) in [
+            ("loss/discriminator", row.loss_discriminator),
+            ("loss/generator", row.loss_generator),
+            ("throughput/images_per_second", row.images_per_second),
+            ("cluster/world_size", f64::from(row.world_size)),
+        ] {
+            self.tensorboard.scalar(tag, row.step, row.time, value)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps a grid of samples as a picture and shows it in TensorBoard.
+    pub fn take_samples(&mut self, grid: SampleGrid) {
+        let name = format!("step-{:08}.png", grid.step);
+        let written = write_whole(&self.folder.join("samples").join(&name), &grid.png);
+        self.note("samples", written);
+        let image =
+            Png { bytes: &grid.png, height: grid.height, width: grid.width, channels: grid.channels };
+        let drawn = self.tensorboard.image_png("samples", grid.step, now(), image);
+        self.note("tensorboard", drawn);
+        self.event("samples", serde_json::json!({ "step": grid.step, "file": format!("samples/{name}") }));
+    }
+
+    /// The newest recorded step; 0 before the first.
+    pub fn last_step(&self) -> u64 {
+        self.metrics.last_step().unwrap_or(0)
+    }
+
+    /// Says how the run ended.
+    pub fn finish(&mut self, outcome: &Outcome, signal: Option<StopSignal>) {
+        let (kind, detail) = match outcome {
+            Outcome::Complete => ("complete", String::new()),
+            Outcome::Stopped(_) => ("stopped", signal.map(|signal| format!("{signal:?}")).unwrap_or_default()),
+            Outcome::InputWrong(detail) => ("input_error", detail.clone()),
+            Outcome::Failed(detail) => ("failed", detail.clone()),
+        };
+        self.event("run_ended", serde_json::json!({ "outcome": kind, "detail": detail }));
+        self.catch_up();
+        if let Some(progress) = self.progress.take() {
+            progress.finish(kind);
+        }
+    }
+
+    /// Tells of the first failure and of the first success after it.
+    fn note(&mut self, what: &str, written: io::Result<()>) {
+        match written {
+            Ok(()) => self.failing = false,
+            Err(_) if self.failing => {}
+            Err(error) => {
+                self.failing = true;
+                let text = format!("warning: cannot write {what}: {error}; trying again");
+                self.message(&text);
+            }
+        }
+    }
+}

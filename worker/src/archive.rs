@@ -1,0 +1,208 @@
+//! Saving in the background: a thread that writes checkpoint files and draws sample grids while training goes on.
+//!
+//! 1. Training waits for this thread only when two checkpoints are already waiting, and never while the storage fails.
+//! 2. A storage that fails is tried again until it works or a newer checkpoint is there. The last one is never given up.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ganglion_proto::job::Job;
+use ganglion_proto::message::FromWorker;
+use object_store::ObjectStore;
+
+use crate::checkpoint::{CheckpointError, Files, Snapshot, state_digest};
+use crate::nn::Models;
+use crate::sample;
+use crate::session::Session;
+use crate::state::StateLayout;
+
+/// Checkpoints that may wait.
+const WAITING_LIMIT: usize = 2;
+/// The longest pause between two attempts.
+const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What to do with a snapshot.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// The state.
+    pub snapshot: Arc<Snapshot>,
+    /// Files of its checkpoint to write, by index.
+    pub files: Vec<usize>,
+    /// Whether to draw a grid.
+    pub samples: bool,
+}
+
+/// What the background thread needs.
+pub struct Context {
+    /// The job.
+    pub job: Job,
+    /// Its networks.
+    pub models: Models,
+    /// Their state's layout.
+    pub layout: StateLayout,
+    /// The checkpoint storage's root.
+    pub storage: Arc<dyn ObjectStore>,
+    /// Where to report.
+    pub session: Arc<Session>,
+}
+
+/// The training thread's end.
+pub struct Archive {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Order>,
+    busy: bool,
+    failing: bool,
+    closed: bool,
+}
+
+impl Archive {
+    /// Starts the thread.
+    pub fn start(context: Context) -> std::io::Result<Archive> {
+        let shared = Arc::new(Shared::default());
+        let theirs = shared.clone();
+        std::thread::Builder::new().name("archive".to_string()).spawn(move || theirs.serve(&context))?;
+        Ok(Archive { shared })
+    }
+
+    /// Hands an order over.
+    pub fn push(&self, order: Order) {
+        let mut queue = self.shared.lock();
+        while queue.waiting.len() >= WAITING_LIMIT && !queue.failing {
+            queue = self.shared.wait(queue);
+        }
+        if queue.waiting.len() >= WAITING_LIMIT {
+            queue.waiting.pop_back();
+        }
+        queue.waiting.push_back(order);
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until all is written; gives up when `abandon` says so.
+    pub fn drain(&self, abandon: impl Fn() -> bool) {
+        let mut queue = self.shared.lock();
+        while (queue.busy || !queue.waiting.is_empty()) && !abandon() {
+            queue = self.shared.wait(queue);
+        }
+    }
+}
+
+impl Drop for Archive {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a change, or a little while: whoever waits looks again at what it waits for.
+    fn wait<'a>(&self, queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
+        let waited = self.changed.wait_timeout(queue, Duration::from_millis(200));
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn serve(&self, context: &Context) {
+        crate::set_threads(context.job.job.threads);
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        let runtime = runtime.expect("a runtime without drivers needs nothing of the system");
+        while let Some(order) = self.next() {
+            if order.samples {
+                let grid = sample::grid_of(&context.job, &context.models, &context.layout, &order.snapshot);
+                match grid {
+                    Ok(grid) => context.session.send(FromWorker::Samples(grid)),
+                    Err(error) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),
+                }
+            }
+            runtime.block_on(self.write(context, &order));
+            self.lock().busy = false;
+            self.changed.notify_all();
+        }
+    }
+
+    fn next(&self) -> Option<Order> {
+        let mut queue = self.lock();
+        loop {
+            if let Some(order) = queue.waiting.pop_front() {
+                queue.busy = true;
+                self.changed.notify_all();
+                return Some(order);
+            }
+            if queue.closed {
+                return None;
+            }
+            queue = self.wait(queue);
+        }
+    }
+
+    async fn write(&self, context: &Context, order: &Order) {
+        if order.files.is_empty() {
+            return;
+        }
+        let digest = state_digest(&context.layout, &order.snapshot);
+        let files = Files {
+            storage: &*context.storage,
+            job: &context.job,
+            models: &context.models,
+            layout: &context.layout,
+        };
+        for index in &order.files {
+            let mut pause = Duration::from_millis(500);
+            loop {
+                match files.write(&order.snapshot, &digest, *index).await {
+                    Ok(part) => {
+                        context.session.send(FromWorker::PartWritten(part));
+                        break;
+                    }
+                    Err(error) => {
+                        self.report_delay(context, order, &error);
+                        if self.give_up(pause) {
+                            return;
+                        }
+                        pause = (pause * 2).min(PAUSE_LIMIT);
+                    }
+                }
+            }
+        }
+        self.lock().failing = false;
+    }
+
+    fn report_delay(&self, context: &Context, order: &Order, error: &CheckpointError) {
+        let file = match error {
+            CheckpointError::Storage { file, .. } => file.clone(),
+            CheckpointError::Corrupt(_) => String::new(),
+        };
+        let mut causes = vec![error.to_string()];
+        let mut source = std::error::Error::source(error);
+        while let Some(cause) = source {
+            causes.push(cause.to_string());
+            source = cause.source();
+        }
+        let detail = causes.pop().unwrap_or_default();
+        context.session.send(FromWorker::PartDelayed(order.snapshot.step, file, detail));
+    }
+
+    /// Pauses after a failure; returns whether a newer checkpoint replaces the one that failed.
+    fn give_up(&self, pause: Duration) -> bool {
+        let mut queue = self.lock();
+        queue.failing = true;
+        self.changed.notify_all();
+        let newer = |queue: &Queue| queue.closed || queue.waiting.iter().any(|order| !order.files.is_empty());
+        let waited = self.changed.wait_timeout_while(queue, pause, |queue| !newer(queue));
+        let queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+        newer(&queue)
+    }
+}

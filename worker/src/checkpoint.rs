@@ -1,0 +1,339 @@
+//! The files of a checkpoint: what is in them, how they are written and read.
+//!
+//! 1. Every file is a function of (job, state): its content does not depend on who writes it or on how many workers
+//!    there are, so a checkpoint of any cluster has the same bytes.
+//! 2. A file appears whole or not at all. One that is there already with the same content is done.
+//! 3. A reader takes no file whose hash is not the manifest's, and no state whose digest is not.
+
+use std::collections::BTreeMap;
+
+use ganglion_membership::{Checkpoint, Position, StoredFile, WrittenPart};
+use ganglion_proto::job::Job;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use tch::{Device, Kind, Tensor};
+
+use crate::nn::Models;
+use crate::state::{Counters, NamedTensor, StateLayout};
+
+/// State parts are about this large, within the limits of [`part_count`].
+const PART_BYTES: usize = 64 << 20;
+
+/// A copy of the state, off the training device.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Steps done.
+    pub step: u64,
+    /// Phases done of the next step.
+    pub phase: u32,
+    /// The state's buffer, as little-endian floats.
+    pub flat: Vec<u8>,
+    /// The counters.
+    pub counters: Counters,
+}
+
+/// A problem with a checkpoint's files.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The storage failed; it may work later.
+    #[error("{file}: {source}")]
+    Storage {
+        /// The file.
+        file: String,
+        /// What the storage said.
+        source: object_store::Error,
+    },
+    /// A file or the whole is not what it should be.
+    #[error("{0}")]
+    Corrupt(String),
+}
+
+/// A file to be written.
+struct Planned {
+    name: String,
+    content: Content,
+}
+
+enum Content {
+    State { tensors: Vec<NamedTensor>, with_counters: bool },
+    Generator(Vec<NamedTensor>),
+    Index(BTreeMap<String, String>),
+}
+
+/// The tensors that hold the counters, by name.
+fn counter_tensors(counters: &Counters) -> [(&'static str, [u8; 8]); 2] {
+    [
+        ("counters.ledger", counters.ledger.to_le_bytes()),
+        ("counters.position", counters.position.0.to_le_bytes()),
+    ]
+}
+
+/// How many parts hold the state: a function of the job, and not of the workers that write them.
+fn part_count(layout: &StateLayout, data_shards: u32) -> usize {
+    (4 * layout.len).div_ceil(PART_BYTES).max(4).min(data_shards as usize).min(layout.tensors().len())
+}
+
+fn part_name(index: usize, parts: usize) -> String {
+    format!("state-{:05}-of-{parts:05}.safetensors", index + 1)
+}
+
+fn plan(layout: &StateLayout, data_shards: u32) -> Vec<Planned> {
+    let parts = part_count(layout, data_shards);
+    let mut dealt: Vec<(usize, Vec<NamedTensor>)> = vec![(0, Vec::new()); parts];
+    let mut tensors = layout.tensors();
+    // The largest first, each to the part with the least; a stable sort keeps this a function of the layout.
+    tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.range.len()));
+    for tensor in tensors {
+        let least = dealt.iter_mut().min_by_key(|(floats, _)| *floats).expect("at least one part");
+        least.0 += tensor.range.len();
+        least.1.push(tensor);
+    }
+    let mut weight_map: BTreeMap<String, String> = counter_tensors(&Counters::default())
+        .map(|(name, _)| (name.to_string(), part_name(0, parts)))
+        .into();
+    let mut files = Vec::new();
+    for (index, (_, tensors)) in dealt.into_iter().enumerate() {
+        let name = part_name(index, parts);
+        weight_map.extend(tensors.iter().map(|tensor| (tensor.name.clone(), name.clone())));
+        files.push(Planned { name, content: Content::State { tensors, with_counters: index == 0 } });
+    }
+    let ema = layout.tensors().into_iter().filter(|tensor| tensor.name.starts_with("ema."));
+    let generator = "generator_ema.safetensors".to_string();
+    files.push(Planned { name: generator, content: Content::Generator(ema.collect()) });
+    let index = "state.safetensors.index.json".to_string();
+    files.push(Planned { name: index, content: Content::Index(weight_map) });
+    files
+}
+
+/// How many files a checkpoint has.
+pub fn file_count(layout: &StateLayout, data_shards: u32) -> usize {
+    part_count(layout, data_shards) + 2
+}
+
+/// blake3 over all tensors by name, in hex: name, NUL, dtype, NUL, rank and shape as u64, elements; little-endian.
+pub fn state_digest(layout: &StateLayout, snapshot: &Snapshot) -> String {
+    let counters = counter_tensors(&snapshot.counters);
+    let mut tensors: BTreeMap<&str, (Dtype, Vec<i64>, &[u8])> = BTreeMap::new();
+    for (name, bytes) in &counters {
+        tensors.insert(name, (Dtype::I64, vec![1], bytes));
+    }
+    let named = layout.tensors();
+    for tensor in &named {
+        tensors.insert(&tensor.name, (Dtype::F32, tensor.shape.clone(), floats(snapshot, tensor)));
+    }
+    let mut hasher = blake3::Hasher::new();
+    for (name, (dtype, shape, bytes)) in tensors {
+        hasher.update(name.as_bytes()).update(&[0]).update(dtype.to_string().as_bytes()).update(&[0]);
+        hasher.update(&(shape.len() as u64).to_le_bytes());
+        for size in shape {
+            hasher.update(&size.to_le_bytes());
+        }
+        hasher.update(bytes);
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+fn floats<'a>(snapshot: &'a Snapshot, tensor: &NamedTensor) -> &'a [u8] {
+    &snapshot.flat[4 * tensor.range.start..4 * tensor.range.end]
+}
+
+fn view<'a>(dtype: Dtype, shape: &[i64], bytes: &'a [u8]) -> TensorView<'a> {
+    let shape = shape.iter().map(|size| usize::try_from(*size).expect("sizes are positive")).collect();
+    TensorView::new(dtype, shape, bytes).expect("a tensor has as many bytes as its shape says")
+}
+
+/// Writes the files of a checkpoint, and reads them.
+pub struct Files<'a> {
+    /// The storage's root.
+    pub storage: &'a dyn ObjectStore,
+    /// The job.
+    pub job: &'a Job,
+    /// Its networks.
+    pub models: &'a Models,
+    /// Their state's layout.
+    pub layout: &'a StateLayout,
+}
+
+impl Files<'_> {
+    /// The content of file `index` of a checkpoint.
+    fn render(&self, snapshot: &Snapshot, state_digest: &str, planned: &Planned) -> Vec<u8> {
+        let text = |key: &str, value: String| (key.to_string(), value);
+        match &planned.content {
+            Content::State { tensors, with_counters } => {
+                let counters = counter_tensors(&snapshot.counters);
+                let counters = counters.iter().filter(|_| *with_counters);
+                let views = counters
+                    .map(|(name, bytes)| (name.to_string(), view(Dtype::I64, &[1], bytes)))
+                    .chain(tensors.iter().map(|tensor| {
+                        (tensor.name.clone(), view(Dtype::F32, &tensor.shape, floats(snapshot, tensor)))
+                    }));
+                let about = [
+                    text("format", "pt".to_string()),
+                    text("step", snapshot.step.to_string()),
+                    text("phase", snapshot.phase.to_string()),
+                    text("state_digest", state_digest.to_string()),
+                ];
+                serialize(views, about.into())
+            }
+            Content::Generator(tensors) => {
+                let views = tensors.iter().map(|tensor| {
+                    let name = tensor.name.trim_start_matches("ema.").to_string();
+                    (name, view(Dtype::F32, &tensor.shape, floats(snapshot, tensor)))
+                });
+                serialize(views, crate::sample::describe(self.job, self.models, snapshot.step))
+            }
+            Content::Index(weight_map) => {
+                let named: usize = self.layout.tensors().iter().map(|tensor| 4 * tensor.range.len()).sum();
+                let total_size = named + 16;
+                let index = serde_json::json!({
+                    "metadata": { "total_size": total_size },
+                    "weight_map": weight_map,
+                });
+                format!("{index:#}\n").into_bytes()
+            }
+        }
+    }
+
+    /// Writes file `index` of a checkpoint and says so.
+    pub async fn write(
+        &self,
+        snapshot: &Snapshot,
+        state_digest: &str,
+        index: usize,
+    ) -> Result<WrittenPart, CheckpointError> {
+        let planned = plan(self.layout, self.job.job.data_shards);
+        let count = planned.len();
+        let planned = &planned[index];
+        let content = self.render(snapshot, state_digest, planned);
+        let file = StoredFile {
+            file: planned.name.clone(),
+            bytes: content.len() as u64,
+            blake3: blake3::hash(&content).to_hex().to_string(),
+        };
+        let folder = Checkpoint::folder_of(snapshot.step, snapshot.phase);
+        self.put(&folder, &file, content).await?;
+        let small = |n: usize| u32::try_from(n).expect("a checkpoint has few files");
+        Ok(WrittenPart {
+            step: snapshot.step,
+            phase: snapshot.phase,
+            index: small(index),
+            count: small(count),
+            file,
+            state_digest: state_digest.to_string(),
+        })
+    }
+
+    async fn put(&self, folder: &str, file: &StoredFile, content: Vec<u8>) -> Result<(), CheckpointError> {
+        let path = Path::from(folder).join(file.file.as_str());
+        let failed = |source| CheckpointError::Storage { file: path.to_string(), source };
+        let payload = PutPayload::from(content);
+        let create = PutOptions::from(PutMode::Create);
+        match self.storage.put_opts(&path, payload.clone(), create).await {
+            Ok(_) => return Ok(()),
+            Err(object_store::Error::AlreadyExists { .. }) => {}
+            Err(error) => return Err(failed(error)),
+        }
+        // Another worker, or an earlier life of the run, came here: the same state gives the same bytes.
+        let there = self.storage.get(&path).await.map_err(failed)?.bytes().await.map_err(failed)?;
+        if blake3::hash(&there).to_hex().to_string() != file.blake3 {
+            tracing::warn!("{path} is damaged; writing it again");
+            self.storage.put(&path, payload).await.map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Reads the state of a checkpoint.
+    pub async fn read(&self, checkpoint: &Checkpoint) -> Result<Snapshot, CheckpointError> {
+        let mut snapshot = Snapshot {
+            step: checkpoint.step,
+            phase: checkpoint.phase,
+            flat: vec![0; 4 * self.layout.len],
+            counters: Counters::default(),
+        };
+        let mut missing: BTreeMap<String, NamedTensor> =
+            self.layout.tensors().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
+        for file in checkpoint.state_files() {
+            let path = Path::from(checkpoint.folder()).join(file.file.as_str());
+            let failed = |source| CheckpointError::Storage { file: path.to_string(), source };
+            let bytes = self.storage.get(&path).await.map_err(failed)?.bytes().await.map_err(failed)?;
+            if blake3::hash(&bytes).to_hex().to_string() != file.blake3 {
+                return Err(CheckpointError::Corrupt(format!("{path} does not have the manifest's hash")));
+            }
+            let corrupt = |error| CheckpointError::Corrupt(format!("{path}: {error}"));
+            let tensors = SafeTensors::deserialize(&bytes).map_err(|error| corrupt(error.to_string()))?;
+            for (name, tensor) in tensors.iter() {
+                take_tensor(&mut snapshot, &mut missing, name, tensor.data()).map_err(corrupt)?;
+            }
+        }
+        if let Some(name) = missing.keys().next() {
+            return Err(CheckpointError::Corrupt(format!("{} lacks {name}", checkpoint.folder())));
+        }
+        if state_digest(self.layout, &snapshot) != checkpoint.state_digest {
+            let what = format!("{} does not have the manifest's state digest", checkpoint.folder());
+            return Err(CheckpointError::Corrupt(what));
+        }
+        Ok(snapshot)
+    }
+}
+
+fn take_tensor(
+    snapshot: &mut Snapshot,
+    missing: &mut BTreeMap<String, NamedTensor>,
+    name: &str,
+    data: &[u8],
+) -> Result<(), String> {
+    let number = || data.try_into().map(u64::from_le_bytes).map_err(|_| format!("{name} is not one number"));
+    match name {
+        "counters.position" => snapshot.counters.position = Position(number()?),
+        "counters.ledger" => snapshot.counters.ledger = number()?,
+        _ => {
+            let tensor = missing.remove(name).ok_or_else(|| format!("{name} is not in this job's model"))?;
+            let place = &mut snapshot.flat[4 * tensor.range.start..4 * tensor.range.end];
+            if place.len() != data.len() {
+                return Err(format!("{name} does not have this job's shape"));
+            }
+            place.copy_from_slice(data);
+        }
+    }
+    Ok(())
+}
+
+/// safetensors with its metadata in order, so that the same tensors give the same bytes.
+fn serialize<'a>(
+    tensors: impl Iterator<Item = (String, TensorView<'a>)>,
+    about: BTreeMap<String, String>,
+) -> Vec<u8> {
+    let bytes = safetensors::serialize(tensors, None).expect("names are unique and sizes fit");
+    with_metadata(&bytes, &about)
+}
+
+/// Puts the metadata into a file's header. The library keeps it in a hash map, whose order changes from run to run.
+fn with_metadata(bytes: &[u8], about: &BTreeMap<String, String>) -> Vec<u8> {
+    let length = u64::from_le_bytes(bytes[..8].try_into().expect("a header starts with its length"));
+    let end = 8 + usize::try_from(length).expect("a header is small");
+    let tensors = std::str::from_utf8(&bytes[8..end]).expect("a header is JSON").trim_end();
+    let about = serde_json::to_string(about).expect("texts can be written");
+    let mut header = format!("{{\"__metadata__\":{about},{}", &tensors[1..]);
+    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.as_bytes());
+    file.extend(&bytes[end..]);
+    file
+}
+
+/// Copies a flat tensor of floats into bytes.
+pub fn to_bytes(flat: &Tensor) -> Vec<u8> {
+    let flat = flat.to_device(Device::Cpu).contiguous().view_dtype(Kind::Uint8);
+    let mut bytes = vec![0; flat.numel()];
+    flat.copy_data(&mut bytes, flat.numel());
+    bytes
+}
+
+/// The flat tensor of floats whose bytes these are.
+pub fn from_bytes(bytes: &[u8]) -> Tensor {
+    Tensor::from_slice(bytes).view_dtype(Kind::Float)
+}
+
+#[cfg(test)]
+mod tests;

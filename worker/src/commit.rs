@@ -1,0 +1,83 @@
+//! Committing a phase: the only writer of state while a run trains.
+//!
+//! 1. `commit` is a function of (job, state, phase, reduced leaf, ledger); it draws nothing and reads no clock.
+//! 2. Every optimizer call covers one whole module, whatever the number of workers.
+
+use c10d::aten::{Adam, fused_adam};
+use ganglion_proto::job::Job;
+use tch::{Tensor, no_grad};
+
+use crate::phase::{LeafLayout, Phase};
+use crate::state::{Module, State, narrow};
+
+/// Weight of the new batch in running statistics, PyTorch's default.
+const MOMENTUM: f64 = 0.1;
+
+/// The half-life of the moving average grows with the run up to the job's: Karras et al., StyleGAN2-ADA (2020) and its
+/// released training loop, where it is at most this share of the images seen.
+const EMA_RAMP_UP: f64 = 0.05;
+
+/// Applies the mean leaf of `phase` to the state. `ledger` is the hash sum of the real samples in it.
+pub fn commit(job: &Job, state: &mut State, phase: Phase, layout: &LeafLayout, mean: &Tensor, ledger: u64) -> Result<(), c10d::Error> {
+    update_parameters(job, state, phase.module, &narrow(mean, layout.gradient()))?;
+    no_grad(|| {
+        for statistics in layout.statistics() {
+            let mut buffers = state.section(state.layout.module(phase.module).buffer_range());
+            let _ = buffers.lerp_(&narrow(mean, statistics), MOMENTUM);
+        }
+        if phase.module == Module::Generator {
+            update_average(job, state);
+        }
+    });
+    state.counters.position.0 += 1;
+    state.counters.ledger = state.counters.ledger.wrapping_add(ledger);
+    Ok(())
+}
+
+fn update_parameters(job: &Job, state: &State, module: Module, gradient: &Tensor) -> Result<(), c10d::Error> {
+    let sections = state.layout.module(module);
+    let optimizer = &job.optimizer;
+    let steps_before = state.counters.position.0 / phases_per_step(job);
+    let (lr, updates_before) = match module {
+        Module::Generator => (optimizer.learning_rate, steps_before),
+        Module::Discriminator => {
+            let this_step = state.counters.position.0 % phases_per_step(job);
+            let updates = steps_before * u64::from(job.loss.discriminator_steps) + this_step;
+            (optimizer.discriminator_learning_rate, updates)
+        }
+    };
+    let adam = Adam { lr, beta1: optimizer.beta1, beta2: optimizer.beta2, eps: optimizer.epsilon };
+    fused_adam(
+        &mut state.section(sections.parameter_range()),
+        gradient,
+        &mut state.section(sections.exp_avg_range()),
+        &mut state.section(sections.exp_avg_sq_range()),
+        updates_before + 1,
+        adam,
+    )
+}
+
+fn update_average(job: &Job, state: &State) {
+    let steps = state.counters.position.0 / phases_per_step(job) + 1;
+    let mut average = state.section(state.layout.ema_range());
+    let generator = state.section(state.layout.generator.weight_range());
+    let _ = average.lerp_(&generator, 1.0 - average_decay(job, steps));
+}
+
+/// Share of the old average that stays after `steps` steps.
+fn average_decay(job: &Job, steps: u64) -> f64 {
+    // Counts of images are far below 2^53, so these conversions are exact.
+    #[allow(clippy::cast_precision_loss)]
+    let (batch, seen, half_life) = (
+        job.global_batch() as f64,
+        (steps * job.global_batch()) as f64,
+        job.model.ema_half_life_images as f64,
+    );
+    let half_life = half_life.min(seen * EMA_RAMP_UP);
+    if half_life <= 0.0 { 0.0 } else { libm::exp2(-batch / half_life) }
+}
+
+/// Phases of one step.
+pub fn phases_per_step(job: &Job) -> u64 {
+    u64::from(job.loss.discriminator_steps) + 1
+}

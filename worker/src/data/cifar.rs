@@ -1,0 +1,117 @@
+//! The binary version of CIFAR-10: records of a label and 3 x 32 x 32 bytes of pixels, one plane for each channel.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use super::{DataError, MAX_BYTES_IN_MEMORY, Memory};
+
+const SIDE: u32 = 32;
+const PLANE_BYTES: usize = 32 * 32;
+const CHANNELS: usize = 3;
+const RECORD_BYTES: usize = 1 + CHANNELS * PLANE_BYTES;
+const LABELS: u8 = 10;
+
+/// Reads one file, or the five training files of a folder.
+pub(super) fn open(path: &Path) -> Result<Memory, DataError> {
+    let is_folder = fs::metadata(path)
+        .map_err(|error| DataError::reading(path, error))?
+        .is_dir();
+    let files = if is_folder {
+        batches(path)?
+    } else {
+        vec![path.to_path_buf()]
+    };
+    let mut bytes = Vec::new();
+    for file in &files {
+        append(file, &mut bytes)?;
+    }
+    Ok(Memory {
+        width: SIDE,
+        height: SIDE,
+        channels: CHANNELS,
+        bytes,
+    })
+}
+
+/// The training files of a folder, in their order.
+fn batches(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
+    let files: Vec<PathBuf> = (1..=5)
+        .map(|batch| folder.join(format!("data_batch_{batch}.bin")))
+        .collect();
+    let missing: Vec<String> = files
+        .iter()
+        .filter(|file| !file.is_file())
+        .map(|file| file.file_name().unwrap_or_default().display().to_string())
+        .collect();
+    if missing.is_empty() {
+        return Ok(files);
+    }
+    Err(DataError::Input(format!(
+        "{}: {} missing, expected data_batch_1.bin to data_batch_5.bin; set data.path to the \
+         folder that the binary version of CIFAR-10 unpacks to (cifar-10-batches-bin), or to one \
+         such file",
+        folder.display(),
+        missing.join(", ")
+    )))
+}
+
+/// Reads a file's records and adds their pixels, height x width x channels.
+fn append(path: &Path, pixels: &mut Vec<u8>) -> Result<(), DataError> {
+    let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
+    let mut records = Vec::new();
+    let room = MAX_BYTES_IN_MEMORY.saturating_sub(pixels.len() as u64);
+    file.take(room + 1)
+        .read_to_end(&mut records)
+        .map_err(|error| DataError::reading(path, error))?;
+    check(&records, room)
+        .map_err(|wrong| DataError::Input(format!("{}: {wrong}", path.display())))?;
+    pixels.reserve_exact(records.len());
+    for record in records.chunks_exact(RECORD_BYTES) {
+        for at in 1..=PLANE_BYTES {
+            pixels.extend([
+                record[at],
+                record[at + PLANE_BYTES],
+                record[at + 2 * PLANE_BYTES],
+            ]);
+        }
+    }
+    Ok(())
+}
+
+/// What is wrong with a file's content, if anything.
+fn check(records: &[u8], room: u64) -> Result<(), String> {
+    let found = records.len();
+    if records.starts_with(&[0x1f, 0x8b]) {
+        return Err("found a gzip archive, expected the files inside; unpack it".to_owned());
+    }
+    if found as u64 > room {
+        return Err(format!(
+            "found more than {room} bytes, which do not fit into memory; use data.kind = \"folder\""
+        ));
+    }
+    if found == 0 {
+        return Err(
+            "found an empty file, expected CIFAR-10 records; get the file again".to_owned(),
+        );
+    }
+    if !found.is_multiple_of(RECORD_BYTES) {
+        return Err(format!(
+            "found {found} bytes, expected a multiple of {RECORD_BYTES} (a label and 3 x 32 x 32 \
+             pixels); the file is cut off or not CIFAR-10's binary version"
+        ));
+    }
+    // The labels are not used, but they tell a file of another format whose length happens to fit.
+    match records
+        .chunks_exact(RECORD_BYTES)
+        .map(|record| record[0])
+        .enumerate()
+        .find(|&(_, label)| label >= LABELS)
+    {
+        Some((record, label)) => Err(format!(
+            "found label {label} in record {record}, expected 0 to 9; the file is damaged or not \
+             CIFAR-10's binary version"
+        )),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,336 @@
+//! A folder of PNG and JPEG files, searched recursively, decoded when a sample is read.
+//!
+//! Invariants:
+//! 1. Samples are in the order of their relative paths, compared as bytes with `/` between names, whatever the order in
+//!    which the file system lists them. Names that begin with a dot and other endings do not count; links are followed.
+//! 2. Opening reads only the first bytes of a file, where its size in pixels is written. So memory holds the paths and no
+//!    pixels.
+//! 3. A file is taken as it is stored: alpha is dropped, orientation tags are not followed, 16 bits become 8.
+
+use std::fs::{self, File};
+use std::io::{Cursor, Read};
+use std::path::{Path, PathBuf};
+
+use image::{DynamicImage, ImageFormat, ImageReader};
+
+use super::framing::{Framing, Image};
+use super::{DataError, ImageShape};
+
+/// Bytes of a file that are read when the folder is opened, and that the fingerprint covers.
+const HEAD_BYTES: u64 = 16 << 10;
+
+/// Longest file that is read. Decoded, an image may take 512 MiB, the decoder's own limit.
+const MAX_FILE_BYTES: u64 = 256 << 20;
+
+/// The files of a data set.
+#[derive(Debug)]
+pub(super) struct Folder {
+    /// Sorted by relative path.
+    files: Vec<PathBuf>,
+    /// 1 or 3.
+    channels: usize,
+}
+
+/// A folder with what was learnt while opening it.
+pub(super) struct Opened {
+    pub(super) folder: Folder,
+    /// The shape of every framed image.
+    pub(super) shape: ImageShape,
+    /// Hash of the relative paths, lengths, sizes in pixels and heads of the files.
+    pub(super) content: blake3::Hash,
+}
+
+/// Searches a folder and checks that all its images have one size once they are framed.
+pub(super) fn open(root: &Path, channels: u32, framing: &Framing) -> Result<Opened, DataError> {
+    let channels = match channels {
+        1 => 1,
+        3 => 3,
+        other => {
+            return Err(DataError::Input(format!(
+                "data.channels = {other}, expected 1 (grey) or 3 (colour)"
+            )));
+        }
+    };
+    let mut files = Vec::new();
+    search(root, Vec::new(), &mut Vec::new(), &mut files)?;
+    files.sort();
+    if files.is_empty() || u32::try_from(files.len()).is_err() {
+        return Err(DataError::Input(format!(
+            "{}: found {} images, expected 1 to {} files *.png, *.jpg or *.jpeg; set data.path to \
+             the folder that holds them",
+            root.display(),
+            files.len(),
+            u32::MAX
+        )));
+    }
+    let (shape, content) = survey(&files, channels, framing)?;
+    let files = files.into_iter().map(|found| found.path).collect();
+    Ok(Opened {
+        folder: Folder { files, channels },
+        shape,
+        content,
+    })
+}
+
+/// An image file. Compares by its relative path.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Found {
+    /// The names on the way from the root, with `/` between them.
+    relative: Vec<u8>,
+    path: PathBuf,
+}
+
+/// Adds all images below `folder`. `ancestors` are the folders on the way to it, without links.
+fn search(
+    folder: &Path,
+    relative: Vec<u8>,
+    ancestors: &mut Vec<PathBuf>,
+    files: &mut Vec<Found>,
+) -> Result<(), DataError> {
+    let failed = |error| DataError::reading(folder, error);
+    let real = folder.canonicalize().map_err(failed)?;
+    if ancestors.contains(&real) {
+        return Err(DataError::Input(format!(
+            "{}: found a link to a folder that holds it, expected a tree; remove the link",
+            folder.display()
+        )));
+    }
+    ancestors.push(real);
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let (path, name) = (entry.path(), entry.file_name());
+        let name = name.as_encoded_bytes();
+        if name.starts_with(b".") {
+            continue;
+        }
+        let mut below = relative.clone();
+        below.extend(name);
+        if path.is_dir() {
+            below.push(b'/');
+            search(&path, below, ancestors, files)?;
+        } else if is_image(&path) {
+            files.push(Found {
+                relative: below,
+                path,
+            });
+        }
+    }
+    ancestors.pop();
+    Ok(())
+}
+
+fn is_image(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| {
+        ["png", "jpg", "jpeg"]
+            .iter()
+            .any(|known| ending.eq_ignore_ascii_case(known))
+    })
+}
+
+/// Reads the heads of all files: the shape that they share once framed, and a hash.
+fn survey(
+    files: &[Found],
+    channels: usize,
+    framing: &Framing,
+) -> Result<(ImageShape, blake3::Hash), DataError> {
+    let mut content = blake3::Hasher::new();
+    let mut first: Option<(Head, (usize, usize))> = None;
+    for found in files {
+        let head = Head::read(&found.path)?;
+        content.update(&(found.relative.len() as u64).to_le_bytes());
+        content.update(&found.relative);
+        content.update(&head.length.to_le_bytes());
+        content.update(&head.width.to_le_bytes());
+        content.update(&head.height.to_le_bytes());
+        content.update(&head.bytes);
+
+        let size = framing
+            .output_size(head.height, head.width)
+            .map_err(|wrong| input(&found.path, &wrong))?;
+        match &first {
+            None => first = Some((head, size)),
+            Some((_, first_size)) if *first_size == size => {}
+            Some((first, _)) => {
+                return Err(DataError::Input(format!(
+                    "found images of different sizes, {} of {} x {} pixels and {} of {} x {} \
+                     (width x height), expected one; set data.resize to the size to train on",
+                    files[0].path.display(),
+                    first.width,
+                    first.height,
+                    found.path.display(),
+                    head.width,
+                    head.height
+                )));
+            }
+        }
+    }
+    let (_, (height, width)) = first.expect("the search found a file");
+    Ok((
+        ImageShape {
+            channels,
+            height,
+            width,
+        },
+        content.finalize(),
+    ))
+}
+
+/// What a file's beginning tells.
+struct Head {
+    bytes: Vec<u8>,
+    /// Bytes in the whole file.
+    length: u64,
+    width: u32,
+    height: u32,
+}
+
+impl Head {
+    fn read(path: &Path) -> Result<Head, DataError> {
+        let (file, length) = open_file(path)?;
+        let mut bytes = Vec::new();
+        file.take(HEAD_BYTES)
+            .read_to_end(&mut bytes)
+            .map_err(|error| DataError::reading(path, error))?;
+        let (width, height) = match dimensions(&bytes) {
+            // A colour profile or a preview may come first.
+            Err(_) if length > HEAD_BYTES => dimensions(&read_file(path)?),
+            found => found,
+        }
+        .map_err(|wrong| corrupt(path, &wrong))?;
+        Ok(Head {
+            bytes,
+            length,
+            width,
+            height,
+        })
+    }
+}
+
+impl Folder {
+    pub(super) fn len(&self) -> usize {
+        self.files.len()
+    }
+
+    /// Decodes and frames image `index`.
+    pub(super) fn read(
+        &self,
+        index: usize,
+        framing: &Framing,
+        shape: ImageShape,
+        out: &mut [f32],
+    ) -> Result<(), DataError> {
+        let path = &self.files[index];
+        let image = decode(&read_file(path)?).map_err(|wrong| corrupt(path, &wrong))?;
+        let (width, height) = (image.width(), image.height());
+        let size = framing
+            .output_size(height, width)
+            .map_err(|wrong| input(path, &wrong))?;
+        if size != (shape.height, shape.width) {
+            return Err(input(
+                path,
+                &format!(
+                    "found {width} x {height} pixels, another size than at the start; do not \
+                     change data in use"
+                ),
+            ));
+        }
+        let bytes = match self.channels {
+            1 => image.into_luma8().into_raw(),
+            _ => image.into_rgb8().into_raw(),
+        };
+        framing.render(
+            &Image {
+                width,
+                height,
+                channels: self.channels,
+                bytes: &bytes,
+            },
+            out,
+        );
+        Ok(())
+    }
+}
+
+/// Width and height in pixels, from a file's first bytes.
+fn dimensions(bytes: &[u8]) -> Result<(u32, u32), String> {
+    reader(bytes)?
+        .into_dimensions()
+        .map_err(|error| error.to_string())
+}
+
+fn decode(bytes: &[u8]) -> Result<DynamicImage, String> {
+    let reader = reader(bytes)?;
+    // The decoder fills what is missing with grey and says nothing.
+    if reader.format() == Some(ImageFormat::Jpeg) && !has_end(bytes) {
+        return Err("the file is cut off".to_owned());
+    }
+    reader.decode().map_err(|error| error.to_string())
+}
+
+/// A decoder by the content: the ending of a file's name is often wrong.
+fn reader(bytes: &[u8]) -> Result<ImageReader<Cursor<&[u8]>>, String> {
+    let reader = ImageReader::new(Cursor::new(bytes))
+        .with_guessed_format()
+        .map_err(|error| error.to_string())?;
+    match reader.format() {
+        Some(ImageFormat::Png | ImageFormat::Jpeg) => Ok(reader),
+        _ => Err("the content is neither PNG nor JPEG".to_owned()),
+    }
+}
+
+/// Whether the last scan of a JPEG file is followed by the end marker. Neither marker can be part of the coded pixels.
+fn has_end(bytes: &[u8]) -> bool {
+    const START_OF_SCAN: [u8; 2] = [0xff, 0xda];
+    const END_OF_IMAGE: [u8; 2] = [0xff, 0xd9];
+    let last_end = bytes.windows(2).rposition(|marker| marker == END_OF_IMAGE);
+    last_end.is_some_and(|end| {
+        !bytes[end..]
+            .windows(2)
+            .any(|marker| marker == START_OF_SCAN)
+    })
+}
+
+/// A whole file.
+fn read_file(path: &Path) -> Result<Vec<u8>, DataError> {
+    let (file, length) = open_file(path)?;
+    let mut bytes = Vec::new();
+    // The file may have grown since its length was asked.
+    file.take(length)
+        .read_to_end(&mut bytes)
+        .map_err(|error| DataError::reading(path, error))?;
+    Ok(bytes)
+}
+
+/// Opens a file whose length, in bytes, is within the limits.
+fn open_file(path: &Path) -> Result<(File, u64), DataError> {
+    let failed = |error| DataError::reading(path, error);
+    // Asked before opening, because to open a pipe is to wait for its writer.
+    if !fs::metadata(path).map_err(failed)?.is_file() {
+        return Err(input(
+            path,
+            "found neither a file nor a folder, expected an image; remove it",
+        ));
+    }
+    let file = File::open(path).map_err(failed)?;
+    let length = file.metadata().map_err(failed)?.len();
+    if length > MAX_FILE_BYTES {
+        return Err(input(
+            path,
+            &format!(
+                "found {length} bytes, expected an image of at most {MAX_FILE_BYTES}; remove it"
+            ),
+        ));
+    }
+    Ok((file, length))
+}
+
+fn corrupt(path: &Path, wrong: &str) -> DataError {
+    input(
+        path,
+        &format!("cannot decode the image, {wrong}; remove the file or get it again"),
+    )
+}
+
+fn input(path: &Path, wrong: &str) -> DataError {
+    DataError::Input(format!("{}: {wrong}", path.display()))
+}

@@ -1,0 +1,284 @@
+//! The training samples: where they come from, in which order, and how they reach the training loop.
+//!
+//! [`DataSet`] turns an index into pixels. [`SampleStream`] turns a number of the job's endless stream into an index.
+//! [`Prefetcher`] joins both on a thread of its own, so that the training loop finds its next batch ready.
+//!
+//! Invariants:
+//! 1. The pixels of a sample are a function of the `[data]` section, the files and the sample's index. Neither the
+//!    order in which a file system lists its entries nor the time of a read enters.
+//! 2. No content of a file causes a panic, nor an allocation larger than the file justifies: a header is checked against
+//!    what follows it, and all sizes have limits.
+//! 3. An image is bytes, height x width x channels, until its framing writes it as `f32`, channels x height x width.
+
+mod cifar;
+mod folder;
+mod framing;
+mod idx;
+mod prefetch;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use ganglion_proto::job::{Data, DataKind};
+
+use folder::Folder;
+use framing::{Framing, Image};
+pub use prefetch::{Batch, Plan, Prefetcher};
+pub use stream::{SampleStream, ledger_term, stream_position};
+
+/// Longest side of an image as the networks see it, in pixels.
+const MAX_SIDE: u32 = 8192;
+
+/// Most bytes of pixels that a data set may keep in memory.
+const MAX_BYTES_IN_MEMORY: u64 = 16 << 30;
+
+/// Why samples cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// The job or the files are not what they must be, and only the user can mend that. The message names the file,
+    /// what was found, what was expected, and the fix.
+    #[error("{0}")]
+    Input(String),
+    /// The system failed to do its part. The same input may well work at another time.
+    #[error("cannot read {}: {source}", path.display())]
+    System {
+        /// The file or folder in question.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// No batch is left to take: the plan is done, or an error that was already returned ended it.
+    #[error("no batch is left to take")]
+    Finished,
+}
+
+impl DataError {
+    /// Sorts a failure to read `path` by who can mend it.
+    fn reading(path: &Path, source: io::Error) -> DataError {
+        use io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
+        let path = path.to_path_buf();
+        match source.kind() {
+            NotFound | PermissionDenied | IsADirectory | NotADirectory => {
+                DataError::Input(format!(
+                    "cannot read {}: {source}; correct data.path",
+                    path.display()
+                ))
+            }
+            _ => DataError::System { path, source },
+        }
+    }
+}
+
+/// The shape of a sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ImageShape {
+    /// Colour channels.
+    pub channels: usize,
+    /// Rows of pixels.
+    pub height: usize,
+    /// Pixels in a row.
+    pub width: usize,
+}
+
+impl ImageShape {
+    /// Numbers in a sample.
+    pub fn numel(&self) -> usize {
+        self.channels * self.height * self.width
+    }
+}
+
+impl fmt::Display for ImageShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} x {} x {}", self.channels, self.height, self.width)
+    }
+}
+
+/// All samples of a job, by index.
+#[derive(Debug)]
+pub struct DataSet {
+    source: Source,
+    framing: Framing,
+    shape: ImageShape,
+    len: usize,
+    fingerprint: [u8; 32],
+}
+
+/// Where images are before they are framed.
+#[derive(Debug)]
+enum Source {
+    Memory(Memory),
+    Folder(Folder),
+}
+
+/// Images of one size, all in memory.
+#[derive(Debug)]
+struct Memory {
+    width: u32,
+    height: u32,
+    channels: usize,
+    /// Images x height x width x channels, at least one image.
+    bytes: Vec<u8>,
+}
+
+impl Memory {
+    fn image_bytes(&self) -> usize {
+        self.width as usize * self.height as usize * self.channels
+    }
+
+    fn image(&self, index: usize) -> Image<'_> {
+        let size = self.image_bytes();
+        Image {
+            width: self.width,
+            height: self.height,
+            channels: self.channels,
+            bytes: &self.bytes[index * size..][..size],
+        }
+    }
+}
+
+impl DataSet {
+    /// Opens the data of section `[data]` and checks them as far as that needs no decoding of images.
+    ///
+    /// Data in one file are read as a whole; of a folder of images only the heads of its files.
+    ///
+    /// # Errors
+    /// [`DataError::Input`] if the section or the files are wrong, [`DataError::System`] if the system fails.
+    pub fn open(source: &Data) -> Result<DataSet, DataError> {
+        let framing = Framing::new(source)?;
+        match source.kind {
+            DataKind::Mnist10k if source.path.is_some() => Err(DataError::Input(
+                "data.path is set, but data.kind = \"mnist-10k\" is bundled with the worker and \
+                 has no path; remove data.path or set data.kind to the format of that file"
+                    .to_owned(),
+            )),
+            DataKind::Mnist10k => {
+                DataSet::in_memory(idx::bundled()?, "the bundled digits", framing)
+            }
+            DataKind::Idx => {
+                let path = required_path(source)?;
+                DataSet::in_memory(idx::open(path)?, &path.display().to_string(), framing)
+            }
+            DataKind::Cifar10 => {
+                let path = required_path(source)?;
+                DataSet::in_memory(cifar::open(path)?, &path.display().to_string(), framing)
+            }
+            DataKind::Folder => {
+                let folder::Opened {
+                    folder,
+                    shape,
+                    content,
+                } = folder::open(required_path(source)?, source.channels, &framing)?;
+                let len = folder.len();
+                Ok(DataSet::new(
+                    Source::Folder(folder),
+                    framing,
+                    shape,
+                    len,
+                    content,
+                ))
+            }
+        }
+    }
+
+    fn in_memory(memory: Memory, name: &str, framing: Framing) -> Result<DataSet, DataError> {
+        let (height, width) = framing
+            .output_size(memory.height, memory.width)
+            .map_err(|wrong| DataError::Input(format!("{name}: {wrong}")))?;
+        let shape = ImageShape {
+            channels: memory.channels,
+            height,
+            width,
+        };
+        let len = memory.bytes.len() / memory.image_bytes();
+        let mut content = blake3::Hasher::new();
+        content.update(&memory.height.to_le_bytes());
+        content.update(&memory.width.to_le_bytes());
+        content.update(&memory.bytes);
+        Ok(DataSet::new(
+            Source::Memory(memory),
+            framing,
+            shape,
+            len,
+            content.finalize(),
+        ))
+    }
+
+    fn new(
+        source: Source,
+        framing: Framing,
+        shape: ImageShape,
+        len: usize,
+        content: blake3::Hash,
+    ) -> DataSet {
+        let mut hasher = blake3::Hasher::new_derive_key("ganglion 2026 data set");
+        for size in [shape.channels, shape.height, shape.width, len] {
+            hasher.update(&(size as u64).to_le_bytes());
+        }
+        hasher.update(&framing.to_bytes());
+        hasher.update(content.as_bytes());
+        DataSet {
+            source,
+            framing,
+            shape,
+            len,
+            fingerprint: hasher.finalize().into(),
+        }
+    }
+
+    /// The number of samples, at least 1 and less than 2^32.
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "a data set that opened is never empty"
+    )]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The shape of every sample.
+    pub fn shape(&self) -> ImageShape {
+        self.shape
+    }
+
+    /// Writes sample `index` to `out`: channels x height x width, each number in [-1, 1] (byte / 127.5 - 1).
+    ///
+    /// # Errors
+    /// A file of a folder that cannot be decoded, or that is not what it was when the data set was opened.
+    ///
+    /// # Panics
+    /// If `index` is not below [`len`](Self::len), or `out` is not [`ImageShape::numel`] long.
+    pub fn read(&self, index: usize, out: &mut [f32]) -> Result<(), DataError> {
+        assert!(index < self.len, "sample {index} of {}", self.len);
+        assert_eq!(out.len(), self.shape.numel(), "a sample is {}", self.shape);
+        match &self.source {
+            Source::Memory(memory) => {
+                self.framing.render(&memory.image(index), out);
+                Ok(())
+            }
+            Source::Folder(folder) => folder.read(index, &self.framing, self.shape, out),
+        }
+    }
+
+    /// Identifies the samples: data sets with equal fingerprints give equal samples.
+    ///
+    /// Covers the number of samples, their shape and framing. Of data in memory it covers every byte. Of a folder it
+    /// covers each file's relative path, length, image size and first 16 KiB, which open with the header anyway: reading a
+    /// hundred gigabytes of pictures at each start would cost more than the rare change behind the first 16 KiB that
+    /// keeps the length.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        self.fingerprint
+    }
+}
+
+fn required_path(source: &Data) -> Result<&Path, DataError> {
+    source.path.as_deref().ok_or_else(|| {
+        DataError::Input(
+            "data.path is missing; set it to the file or folder of the samples, or set data.kind \
+             = \"mnist-10k\" for the bundled digits"
+                .to_owned(),
+        )
+    })
+}

@@ -1,0 +1,214 @@
+//! Reading ahead: a thread that fills batches in the order in which the training loop asks for them.
+//!
+//! Invariants:
+//! 1. Batches come in the order of (step, phase), each exactly once; within a batch, samples lie in the order of shards and
+//!    then of the stream. Nothing of this depends on timing.
+//! 2. Memory is bounded: besides the batches that the caller keeps there are at most `depth` + 1, and a recycled buffer
+//!    is used before a new one is made.
+//! 3. The thread ends before the prefetcher's drop returns, at the latest when the sample that it reads is done.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::thread::{self, JoinHandle};
+
+use super::{DataError, DataSet, SampleStream, ledger_term, stream_position};
+
+/// What to read ahead: all discriminator phases from (`first_step`, `first_phase`) up to step `end_step`, exclusive.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The job's seed.
+    pub seed: u64,
+    /// V: data shards of the job.
+    pub data_shards: u32,
+    /// b: samples of one data shard in one phase.
+    pub shard_batch: u32,
+    /// Discriminator phases in each step.
+    pub phases: u32,
+    /// The data shards to read for.
+    pub shards: Range<u32>,
+    /// The step of the first batch.
+    pub first_step: u64,
+    /// The discriminator phase of the first batch; the steps after the first begin at phase 0.
+    pub first_phase: u32,
+    /// The step before which to stop.
+    pub end_step: u64,
+    /// How many batches may lie ready.
+    pub depth: usize,
+}
+
+impl Plan {
+    /// The (step, phase) of every batch, in order.
+    fn batches(&self) -> impl Iterator<Item = (u64, u32)> + use<> {
+        let &Plan {
+            first_step,
+            first_phase,
+            end_step,
+            phases,
+            ..
+        } = self;
+        (first_step..end_step).flat_map(move |step| {
+            let first = if step == first_step { first_phase } else { 0 };
+            (first..phases).map(move |phase| (step, phase))
+        })
+    }
+}
+
+/// The real samples of one discriminator phase.
+#[derive(Debug)]
+pub struct Batch {
+    /// The step that they are for.
+    pub step: u64,
+    /// The discriminator phase inside the step.
+    pub phase: u32,
+    /// (Shards x `shard_batch`) x channels x height x width, in the order of shards, in [-1, 1].
+    pub pixels: Vec<f32>,
+    /// Sum mod 2^64 of [`ledger_term`] over the samples that were read.
+    pub ledger: u64,
+}
+
+/// Batches read ahead of the training loop.
+#[derive(Debug)]
+pub struct Prefetcher {
+    /// `None` only inside `drop`.
+    batches: Option<Receiver<Result<Batch, DataError>>>,
+    spent: Sender<Vec<f32>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Prefetcher {
+    /// Starts to read.
+    ///
+    /// # Panics
+    /// If the plan's shards are not among its `data_shards`, or the system cannot start a thread.
+    pub fn start(dataset: Arc<DataSet>, plan: Plan) -> Prefetcher {
+        assert!(
+            plan.shards.end <= plan.data_shards,
+            "shards {:?} of {}",
+            plan.shards,
+            plan.data_shards
+        );
+        let (filled, batches) = sync_channel(plan.depth);
+        let (spent, reusable) = channel();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stream = SampleStream::new(plan.seed, dataset.len() as u64);
+        let reader = Reader {
+            dataset,
+            plan,
+            stream,
+            filled,
+            reusable,
+            stop: Arc::clone(&stop),
+        };
+        let thread = thread::Builder::new()
+            .name("prefetch".to_owned())
+            .spawn(move || reader.run())
+            .expect("a process that trains can start one more thread");
+        Prefetcher {
+            batches: Some(batches),
+            spent,
+            stop,
+            thread: Some(thread),
+        }
+    }
+
+    /// The next batch, as soon as it is read.
+    ///
+    /// # Errors
+    /// What went wrong in reading it, once; [`DataError::Finished`] afterwards and once all batches of the plan are taken.
+    ///
+    /// # Panics
+    /// With the panic of the reading thread, if there was one.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "an iterator's caller would have to handle the end twice"
+    )]
+    pub fn next(&mut self) -> Result<Batch, DataError> {
+        let batches = self.batches.as_ref().expect("only drop takes the receiver");
+        batches.recv().unwrap_or_else(|_| {
+            if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
+                std::panic::resume_unwind(panic);
+            }
+            Err(DataError::Finished)
+        })
+    }
+
+    /// Gives a batch's memory back for later batches. It may come from another prefetcher.
+    pub fn recycle(&self, batch: Batch) {
+        // Without the thread no batch is to come, so the memory is not needed.
+        let _ = self.spent.send(batch.pixels);
+    }
+}
+
+impl Drop for Prefetcher {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // Frees a thread that waits for room.
+        self.batches = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic was already printed by the thread, and a second one in a drop would end the process.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The thread's side.
+struct Reader {
+    dataset: Arc<DataSet>,
+    plan: Plan,
+    stream: SampleStream,
+    filled: SyncSender<Result<Batch, DataError>>,
+    reusable: Receiver<Vec<f32>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Reader {
+    fn run(mut self) {
+        for (step, phase) in self.plan.batches() {
+            let Some(batch) = self.read(step, phase).transpose() else {
+                return;
+            };
+            let failed = batch.is_err();
+            if self.filled.send(batch).is_err() || failed {
+                return;
+            }
+        }
+    }
+
+    /// Reads one batch; `None` when told to stop.
+    fn read(&mut self, step: u64, phase: u32) -> Result<Option<Batch>, DataError> {
+        let Plan {
+            data_shards,
+            shard_batch,
+            phases,
+            ref shards,
+            ..
+        } = self.plan;
+        let numel = self.dataset.shape().numel();
+        let mut pixels = self.reusable.try_recv().unwrap_or_default();
+        pixels.resize(shards.len() * shard_batch as usize * numel, 0.0);
+        let mut ledger = 0_u64;
+        let numbers = shards.clone().flat_map(|shard| {
+            let first = stream_position(step, phase, phases, data_shards, shard, shard_batch);
+            first..first + u64::from(shard_batch)
+        });
+        for (q, out) in numbers.zip(pixels.chunks_exact_mut(numel)) {
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let sample = self.stream.sample(q);
+            let index = usize::try_from(sample)
+                .expect("a sample's index is below the length of the data set");
+            self.dataset.read(index, out)?;
+            ledger = ledger.wrapping_add(ledger_term(q, sample));
+        }
+        Ok(Some(Batch {
+            step,
+            phase,
+            pixels,
+            ledger,
+        }))
+    }
+}

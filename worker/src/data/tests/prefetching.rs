@@ -1,0 +1,149 @@
+//! Reading ahead.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::*;
+
+/// Seven samples of one pixel, sample i with byte i.
+fn seven() -> Arc<DataSet> {
+    let bytes = idx_bytes(0x0803, [7, 1, 1], &[0, 1, 2, 3, 4, 5, 6]);
+    Arc::new(open_bytes(DataKind::Idx, &bytes).unwrap())
+}
+
+fn plan() -> Plan {
+    Plan {
+        seed: 5,
+        data_shards: 4,
+        shard_batch: 3,
+        phases: 2,
+        shards: 1..3,
+        first_step: 10,
+        first_phase: 1,
+        end_step: 13,
+        depth: 2,
+    }
+}
+
+#[test]
+fn batches_come_in_order_with_the_samples_of_the_stream() {
+    for depth in [0, 1, 8] {
+        let mut prefetcher = Prefetcher::start(seven(), Plan { depth, ..plan() });
+        let mut stream = SampleStream::new(5, 7);
+        for (step, phase) in [(10, 1), (11, 0), (11, 1), (12, 0), (12, 1)] {
+            let batch = prefetcher.next().unwrap();
+            assert_eq!((batch.step, batch.phase), (step, phase));
+            let mut ledger = 0_u64;
+            let mut samples = Vec::new();
+            for shard in 1..3 {
+                let first = stream_position(step, phase, 2, 4, shard, 3);
+                for q in first..first + 3 {
+                    let sample = stream.sample(q);
+                    samples.push(f32::from(u8::try_from(sample).unwrap()) / 127.5 - 1.0);
+                    ledger = ledger.wrapping_add(ledger_term(q, sample));
+                }
+            }
+            assert_eq!(batch.pixels, samples);
+            assert_eq!(batch.ledger, ledger);
+            prefetcher.recycle(batch);
+        }
+        assert!(matches!(prefetcher.next(), Err(DataError::Finished)));
+        assert!(matches!(prefetcher.next(), Err(DataError::Finished)));
+    }
+}
+
+#[test]
+fn the_ledger_does_not_depend_on_the_split() {
+    let ledger = |shards| {
+        let mut prefetcher = Prefetcher::start(seven(), Plan { shards, ..plan() });
+        prefetcher.next().unwrap().ledger
+    };
+    let whole = ledger(0..4);
+    assert_eq!(whole, ledger(0..1).wrapping_add(ledger(1..4)));
+    assert_eq!(ledger(2..2), 0);
+}
+
+/// Invariant 2 of the prefetcher: recycled memory goes round. Depth 0 hands over one by one, so after the first
+/// batches each further one lies in memory that was given back.
+#[test]
+fn memory_is_used_again() {
+    let mut prefetcher = Prefetcher::start(
+        seven(),
+        Plan {
+            depth: 0,
+            end_step: 1000,
+            ..plan()
+        },
+    );
+    let mut buffers = BTreeSet::new();
+    for _ in 0..100 {
+        let batch = prefetcher.next().unwrap();
+        buffers.insert(batch.pixels.as_ptr().addr());
+        prefetcher.recycle(batch);
+    }
+    // One with the caller, one being filled, and one in between.
+    assert!(buffers.len() <= 3, "{} buffers", buffers.len());
+}
+
+#[test]
+fn memory_from_another_split_fits() {
+    let mut wide = Prefetcher::start(
+        seven(),
+        Plan {
+            shards: 0..4,
+            ..plan()
+        },
+    );
+    let mut narrow = Prefetcher::start(
+        seven(),
+        Plan {
+            shards: 1..2,
+            depth: 0,
+            ..plan()
+        },
+    );
+    narrow.recycle(wide.next().unwrap());
+    for _ in 0..5 {
+        assert_eq!(narrow.next().unwrap().pixels.len(), 3);
+    }
+}
+
+/// Invariant 3 of the prefetcher: the data set is free again, so the thread is gone.
+#[test]
+fn dropping_ends_the_thread() {
+    for (depth, taken) in [(0, 0), (1, 1), (3, 4), (100, 0)] {
+        let dataset = seven();
+        let endless = Plan {
+            depth,
+            end_step: u64::MAX,
+            ..plan()
+        };
+        let mut prefetcher = Prefetcher::start(Arc::clone(&dataset), endless);
+        for _ in 0..taken {
+            prefetcher.next().unwrap();
+        }
+        drop(prefetcher);
+        assert_eq!(Arc::strong_count(&dataset), 1);
+    }
+}
+
+#[test]
+fn an_error_of_reading_arrives_once() {
+    let folder = picture_folder(&[("a.png", 4, 4)]);
+    let dataset = Arc::new(DataSet::open(&data(DataKind::Folder, folder.path())).unwrap());
+    fs::write(folder.path().join("a.png"), "damaged in the meantime").unwrap();
+    let mut prefetcher = Prefetcher::start(dataset, plan());
+    assert_says(
+        &refusal(prefetcher.next()),
+        &["a.png: cannot decode the image"],
+    );
+    assert!(matches!(prefetcher.next(), Err(DataError::Finished)));
+}
+
+#[test]
+fn a_data_set_can_be_shared() {
+    fn shared<T: Send + Sync>() {}
+    shared::<DataSet>();
+    shared::<DataError>();
+    shared::<Batch>();
+}

@@ -1,0 +1,149 @@
+//! The order of samples.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// The numbers that the shards of a range read in one phase.
+fn numbers(step: u64, phase: u32, job: [u32; 3], shards: Range<u32>) -> Vec<u64> {
+    let [phases, data_shards, batch] = job;
+    shards
+        .flat_map(|shard| {
+            let first = stream_position(step, phase, phases, data_shards, shard, batch);
+            first..first + u64::from(batch)
+        })
+        .collect()
+}
+
+#[test]
+fn positions_count_without_gaps() {
+    let mut next = 0;
+    for step in 0..3 {
+        for phase in 0..2 {
+            for q in numbers(step, phase, [2, 5, 7], 0..5) {
+                assert_eq!(q, next);
+                next += 1;
+            }
+        }
+    }
+    assert_eq!(
+        stream_position(1_000_000, 1, 2, 8, 3, 64),
+        ((1_000_000 * 2 + 1) * 8 + 3) * 64
+    );
+}
+
+#[test]
+#[should_panic(expected = "fewer than 2^64 samples")]
+fn positions_do_not_wrap() {
+    stream_position(u64::MAX / 2, 0, 4, 1, 0, 1);
+}
+
+proptest! {
+    /// Invariant 1 of the stream, whether or not the batch divides the number of samples.
+    #[test]
+    fn every_epoch_is_a_permutation(seed: u64, len in 1..300_u64, batch in 1..70_u32) {
+        let mut stream = SampleStream::new(seed, len);
+        let job = [1, 1, batch];
+        let steps = (3 * len).div_ceil(u64::from(batch));
+        let taken = (0..steps).flat_map(|step| numbers(step, 0, job, 0..1));
+        let samples: Vec<u64> = taken.map(|q| stream.sample(q)).collect();
+        let len = usize::try_from(len).unwrap();
+        for epoch in samples.chunks_exact(len) {
+            let mut sorted = epoch.to_vec();
+            sorted.sort_unstable();
+            prop_assert!(sorted.iter().copied().eq(0..len as u64));
+        }
+    }
+
+    /// Invariant 2 of the stream: a split over workers changes neither a shard's batch nor the whole.
+    #[test]
+    fn no_split_changes_the_samples(
+        seed: u64,
+        len in 1..100_u64,
+        data_shards in 1..17_u32,
+        batch in 1..5_u32,
+        phases in 1..4_u32,
+        step in 0..1000_u64,
+        mut cuts in prop::collection::vec(0..17_u32, 0..6),
+    ) {
+        let job = [phases, data_shards, batch];
+        let phase = phases - 1;
+        let mut alone = SampleStream::new(seed, len);
+        let all = numbers(step, phase, job, 0..data_shards);
+        let whole: Vec<u64> = all.into_iter().map(|q| alone.sample(q)).collect();
+
+        cuts.iter_mut().for_each(|cut| *cut = (*cut).min(data_shards));
+        cuts.extend([0, data_shards]);
+        cuts.sort_unstable();
+        let mut split = Vec::new();
+        for range in cuts.windows(2) {
+            // Each worker has its own stream, which has seen only its own shards.
+            let mut stream = SampleStream::new(seed, len);
+            let share = numbers(step, phase, job, range[0]..range[1]);
+            split.extend(share.into_iter().map(|q| stream.sample(q)));
+        }
+        prop_assert_eq!(split, whole);
+    }
+
+    /// Invariant 2 of the stream: the past of a stream does not show.
+    #[test]
+    fn a_stream_has_no_memory(
+        seed: u64,
+        len in 1..50_u64,
+        asked in prop::collection::vec(0..500_u64, 1..50),
+    ) {
+        let mut stream = SampleStream::new(seed, len);
+        for q in asked {
+            prop_assert_eq!(stream.sample(q), SampleStream::new(seed, len).sample(q));
+        }
+    }
+}
+
+/// Invariant 3 of the stream: computed once, by another program, from the description in the module.
+#[test]
+fn the_order_never_changes() {
+    let mut stream = SampleStream::new(42, 10);
+    let samples: Vec<u64> = (0..20).map(|q| stream.sample(q)).collect();
+    assert_eq!(samples[..10], [8, 1, 9, 7, 0, 6, 5, 4, 2, 3]);
+    assert_eq!(samples[10..], [4, 0, 8, 2, 9, 3, 1, 5, 7, 6]);
+    assert_eq!(ledger_term(1, 2), 0x7ef6_99fc_cf6d_3265);
+    let mut long = SampleStream::new(7, 10_000);
+    let samples = [0, 1, 2, 9_998, 9_999].map(|place| long.sample(30_000 + place));
+    assert_eq!(samples, [3083, 3786, 284, 4165, 5413]);
+}
+
+#[test]
+fn other_seeds_and_epochs_give_other_orders() {
+    let order = |seed, epoch: u64| {
+        let mut stream = SampleStream::new(seed, 1000);
+        (0..1000)
+            .map(|place| stream.sample(epoch * 1000 + place))
+            .collect::<Vec<u64>>()
+    };
+    assert_ne!(order(1, 0), order(2, 0));
+    assert_ne!(order(1, 0), order(1, 1));
+    assert_eq!(order(1, 1), order(1, 1));
+}
+
+/// A chi-squared test of the sample at the first place: 15 degrees of freedom, seeds fixed.
+#[test]
+fn each_sample_is_as_likely_at_the_first_place() {
+    let mut counts = BTreeMap::<u64, f64>::new();
+    for seed in 0..16_000 {
+        *counts
+            .entry(SampleStream::new(seed, 16).sample(0))
+            .or_default() += 1.0;
+    }
+    assert_eq!(counts.len(), 16);
+    let chi_squared: f64 = counts
+        .values()
+        .map(|count| (count - 1000.0).powi(2) / 1000.0)
+        .sum();
+    assert!(
+        chi_squared < 37.7,
+        "chi-squared {chi_squared} has a probability below 0.001"
+    );
+}

@@ -1,0 +1,301 @@
+//! Summing leaves over all data shards, and with them agreeing on where everyone is.
+//!
+//! Each rank sums the leaves of its own shards up to the maximal nodes of the tree, sends every other rank its chunk of
+//! these sums, finishes its own chunk in tree order, divides it once by the global batch, and gathers all chunks. The
+//! result has the same bits for any number of ranks.
+//!
+//! 1. A rank sends its chunk of the mean only after it committed the phase before (the call order gives that), so ranks
+//!    differ by one phase at most.
+//! 2. With the chunk goes a [`Trailer`]; a reduce whose trailers differ is an error and is never committed.
+//! 3. Buffers lent to a collective that failed are gone; a new group has new ones.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use c10d::{Buffer, Group};
+use tch::{Device, Kind, Tensor, no_grad};
+
+use crate::phase::{LeafBuffer, LeafLayout};
+use crate::state::{ALIGNMENT, align, narrow};
+use crate::tree::{Node, cover, fold};
+
+/// What a rank says of itself with each reduce. All ranks must agree on all but the last field.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Trailer {
+    /// The generation it trains in.
+    pub generation: u64,
+    /// The phases it has committed.
+    pub position: u64,
+    /// Hash of what its last commit made.
+    pub fingerprint: u64,
+    /// The planned change that it knows of; 0 for none. A change happens when all know of the same.
+    pub plan: u64,
+    /// Hash sum of the real samples in its leaves of this phase.
+    pub ledger: u64,
+}
+
+/// The mean leaf over the global batch, and what came with it.
+pub struct Reduced {
+    /// Laid out as a leaf, with room to spare behind it.
+    pub mean: Tensor,
+    /// The hash sum of all real samples in it.
+    pub ledger: u64,
+    /// The planned change that all ranks know of; 0 for none.
+    pub agreed_plan: u64,
+}
+
+/// Why a reduce gave no result.
+#[derive(Debug, thiserror::Error)]
+pub enum ReduceError {
+    /// A collective failed.
+    #[error(transparent)]
+    Collective(#[from] c10d::Error),
+    /// Ranks disagree about where they are or what they hold.
+    #[error("rank {rank} is at {theirs:?} and rank {own_rank} at {ours:?}")]
+    Disagreement {
+        /// This rank.
+        own_rank: usize,
+        /// What it says.
+        ours: Trailer,
+        /// The other rank.
+        rank: usize,
+        /// What that says.
+        theirs: Trailer,
+    },
+    /// A leaf could not be computed.
+    #[error("{0}")]
+    Leaf(String),
+}
+
+impl<T> From<c10d::Refused<T>> for ReduceError {
+    fn from(refused: c10d::Refused<T>) -> Self {
+        ReduceError::Collective(refused.error)
+    }
+}
+
+/// How data shards are dealt to the ranks of a group.
+#[derive(Clone, Debug)]
+pub struct Deal {
+    /// V.
+    pub data_shards: u32,
+    /// Each rank's shards.
+    pub shards: Vec<Range<u32>>,
+    /// This rank.
+    pub rank: usize,
+}
+
+impl Deal {
+    /// The shards of this rank.
+    pub fn own(&self) -> Range<u32> {
+        self.shards[self.rank].clone()
+    }
+
+    fn world_size(&self) -> usize {
+        self.shards.len()
+    }
+}
+
+/// Reduces leaves of one module's phases within one group.
+pub struct Exchange {
+    deal: Deal,
+    layout: LeafLayout,
+    divisor: Tensor,
+    device: Device,
+    /// Floats of a rank's chunk.
+    chunk: usize,
+    /// Each rank's nodes.
+    nodes: Vec<Vec<Node>>,
+    pool: Vec<LeafBuffer>,
+    lent: Option<Lendable>,
+    mean: Tensor,
+}
+
+/// What collectives borrow.
+struct Lendable {
+    /// By destination, then by node: that destination's chunk of the node's sum.
+    sums: Buffer,
+    /// By node, over all ranks: this rank's chunk.
+    received: Buffer,
+    /// This rank's chunk of the mean, and its trailer.
+    part: Buffer,
+    /// By rank: its part.
+    gathered: Buffer,
+}
+
+impl Exchange {
+    /// Memory for reduces of one module's leaves, `global_batch` samples each.
+    pub fn new(deal: Deal, layout: LeafLayout, global_batch: u64, device: Device) -> Result<Exchange, c10d::Error> {
+        let world_size = deal.world_size();
+        let chunk = align(layout.len().div_ceil(world_size));
+        let nodes: Vec<Vec<Node>> =
+            deal.shards.iter().map(|range| cover(range.clone(), deal.data_shards)).collect();
+        let all_nodes: usize = nodes.iter().map(Vec::len).sum();
+        let zeros = |numel| Buffer::zeros(numel, Kind::Float, device);
+        let lent = Lendable {
+            sums: zeros(world_size * nodes[deal.rank].len() * chunk)?,
+            received: zeros(all_nodes * chunk)?,
+            part: zeros(chunk + ALIGNMENT)?,
+            gathered: zeros(world_size * (chunk + ALIGNMENT))?,
+        };
+        // The divisor is a tensor, because some devices multiply by the inverse of a plain number.
+        #[allow(clippy::cast_precision_loss)]
+        let divisor = Tensor::from(global_batch as f32).to_device(device);
+        let mean = Tensor::zeros([signed(world_size * chunk)], (Kind::Float, device));
+        Ok(Exchange { deal, layout, divisor, device, chunk, nodes, pool: Vec::new(), lent: Some(lent), mean })
+    }
+
+    /// The layout of the leaves.
+    pub fn layout(&self) -> &LeafLayout {
+        &self.layout
+    }
+
+    /// Where the leaves are.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Sums the leaves of all shards and divides by the global batch. `leaf` fills a buffer with the leaf of a shard.
+    pub fn reduce(
+        &mut self,
+        group: &Group,
+        timeout: Duration,
+        trailer: Trailer,
+        mut leaf: impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
+        waiting: impl FnOnce(),
+    ) -> Result<Reduced, ReduceError> {
+        let mut lent = self.lent.take().ok_or(c10d::Error::Aborted)?;
+        self.sum_own_leaves(&mut lent.sums, &mut leaf)?;
+        waiting();
+        if self.deal.world_size() == 1 {
+            std::mem::swap(&mut lent.sums, &mut lent.received);
+        } else {
+            let chunks = |nodes: &Vec<Node>| nodes.len() * self.chunk;
+            let sent = vec![chunks(&self.nodes[self.deal.rank]); self.deal.world_size()];
+            let received: Vec<usize> = self.nodes.iter().map(chunks).collect();
+            let pending = group.all_to_all(lent.sums, &sent, lent.received, &received)?;
+            (lent.sums, lent.received) = pending.wait(timeout)?;
+        }
+        self.finish_own_chunk(&mut lent.received, &mut lent.part, trailer);
+        if self.deal.world_size() == 1 {
+            std::mem::swap(&mut lent.part, &mut lent.gathered);
+        } else {
+            let pending = group.all_gather(lent.part, lent.gathered)?;
+            (lent.part, lent.gathered) = pending.wait(timeout)?;
+        }
+        let reduced = self.read(&lent.gathered, trailer);
+        self.lent = Some(lent);
+        reduced
+    }
+
+    fn sum_own_leaves(
+        &mut self,
+        sums: &mut Buffer,
+        leaf: &mut impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
+    ) -> Result<(), ReduceError> {
+        let (layout, capacity, device) = (&self.layout, self.deal.world_size() * self.chunk, self.device);
+        let own = &self.nodes[self.deal.rank];
+        let pool = std::cell::RefCell::new(&mut self.pool);
+        for (place, node) in own.iter().enumerate() {
+            let mut compute = |node: Node| -> Result<Option<LeafBuffer>, ReduceError> {
+                if node.level > 0 {
+                    return Ok(None);
+                }
+                let spare = pool.borrow_mut().pop();
+                let mut buffer = spare.unwrap_or_else(|| LeafBuffer::new(layout, capacity, device));
+                leaf(node.index, &mut buffer).map_err(ReduceError::Leaf)?;
+                Ok(Some(buffer))
+            };
+            let mut add = |mut left: LeafBuffer, right: LeafBuffer| {
+                let _ = no_grad(|| left.flat.g_add_(&right.flat));
+                pool.borrow_mut().push(right);
+                left
+            };
+            let sum = fold(*node, self.deal.data_shards, &mut compute, &mut add)?;
+            let sum = sum.expect("a node of the cover has leaves");
+            let by_destination = [signed(self.deal.world_size()), signed(own.len()), signed(self.chunk)];
+            sums.update(|sums| {
+                let mut place = sums.view(by_destination).select(1, signed(place));
+                place.copy_(&sum.flat.view([by_destination[0], by_destination[2]]));
+            });
+            pool.borrow_mut().push(sum);
+        }
+        Ok(())
+    }
+
+    fn finish_own_chunk(&self, received: &mut Buffer, part: &mut Buffer, trailer: Trailer) {
+        let nodes: Vec<Node> = self.nodes.iter().flatten().copied().collect();
+        let sum = received.update(|received| {
+            let sums = received.view([signed(nodes.len()), signed(self.chunk)]);
+            let mut at_hand = |node: Node| -> Result<Option<Tensor>, std::convert::Infallible> {
+                Ok(nodes.iter().position(|known| *known == node).map(|at| sums.get(signed(at))))
+            };
+            let mut add = |mut left: Tensor, right: Tensor| no_grad(|| left.g_add_(&right));
+            let leaves = self.deal.data_shards;
+            match fold(Node::root(leaves), leaves, &mut at_hand, &mut add) {
+                Ok(sum) => sum.expect("there is at least one leaf"),
+                Err(never) => match never {},
+            }
+            .divide(&self.divisor)
+        });
+        part.update(|part| {
+            narrow(part, 0..self.chunk).copy_(&sum);
+            narrow(part, self.chunk..self.chunk + ALIGNMENT).copy_(&trailer.to_tensor());
+        });
+    }
+
+    fn read(&mut self, gathered: &Buffer, ours: Trailer) -> Result<Reduced, ReduceError> {
+        let ranks = self.deal.world_size();
+        let rows = gathered.tensor().view([signed(ranks), signed(self.chunk + ALIGNMENT)]);
+        let tails = rows.narrow(1, signed(self.chunk), signed(ALIGNMENT)).contiguous();
+        let trailers = Trailer::from_tensor(&tails.to_device(Device::Cpu));
+        let known = |trailer: &Trailer| Trailer { plan: 0, ledger: 0, ..*trailer };
+        for (rank, theirs) in trailers.iter().enumerate() {
+            if known(theirs) != known(&ours) {
+                return Err(ReduceError::Disagreement { own_rank: self.deal.rank, ours, rank, theirs: *theirs });
+            }
+        }
+        self.mean.view([signed(ranks), signed(self.chunk)]).copy_(&rows.narrow(1, 0, signed(self.chunk)));
+        let all_know = trailers.iter().all(|trailer| trailer.plan == ours.plan);
+        Ok(Reduced {
+            mean: self.mean.shallow_clone(),
+            ledger: trailers.iter().fold(0, |sum, trailer| sum.wrapping_add(trailer.ledger)),
+            agreed_plan: if all_know { ours.plan } else { 0 },
+        })
+    }
+}
+
+fn signed(n: usize) -> i64 {
+    i64::try_from(n).expect("a tensor has fewer than 2^63 elements")
+}
+
+impl Trailer {
+    fn words(self) -> [u64; 8] {
+        [self.generation, self.position, self.fingerprint, self.plan, self.ledger, 0, 0, 0]
+    }
+
+    /// As [`ALIGNMENT`] floats that are only ever copied.
+    fn to_tensor(self) -> Tensor {
+        let bytes: Vec<u8> = self.words().iter().flat_map(|word| word.to_le_bytes()).collect();
+        Tensor::from_slice(&bytes).view_dtype(Kind::Float)
+    }
+
+    /// Reads one trailer from each [`ALIGNMENT`] floats.
+    fn from_tensor(tensor: &Tensor) -> Vec<Trailer> {
+        let bytes = Vec::<u8>::try_from(tensor.flatten(0, -1).view_dtype(Kind::Uint8));
+        let bytes = bytes.expect("a contiguous tensor of bytes on the CPU");
+        let word = |row: &[u8], at: usize| {
+            u64::from_le_bytes(row[8 * at..8 * (at + 1)].try_into().expect("8 bytes"))
+        };
+        let trailer = |row: &[u8]| Trailer {
+            generation: word(row, 0),
+            position: word(row, 1),
+            fingerprint: word(row, 2),
+            plan: word(row, 3),
+            ledger: word(row, 4),
+        };
+        bytes.chunks_exact(4 * ALIGNMENT).map(trailer).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,72 @@
+//! The objectives. The only file that knows their mathematics.
+//!
+//! D(x) is the discriminator's logit, s the logistic function. Every function takes logits of shape (n, 1) and returns
+//! the *sum* over the n samples as a scalar: the mean over the global batch is taken once, after all leaves are summed.
+//! Logits go through softplus, never through a logarithm of a probability: -log s(x) = softplus(-x).
+
+use ganglion_proto::job::{Loss, LossKind};
+use tch::{Kind, Tensor};
+
+/// What the discriminator minimises.
+///
+/// The gradient penalty of `wasserstein-gp` is [`gradient_penalty`], added by the caller.
+pub fn discriminator(kind: LossKind, real: &Tensor, fake: &Tensor) -> Tensor {
+    match kind {
+        // Goodfellow et al. (2014), equation 1: maximise log s(D(x)) + log(1 - s(D(G(z)))).
+        LossKind::NonSaturating | LossKind::Minimax => {
+            real.neg().softplus().sum(Kind::Float) + fake.softplus().sum(Kind::Float)
+        }
+        // Mao et al. (2017), equation 2, with a = 0 and b = 1.
+        LossKind::LeastSquares => (square_sum(&(real - 1.0)) + square_sum(fake)) * 0.5,
+        // Miyato et al. (2018), equation 16.
+        LossKind::Hinge => real.neg().g_add_scalar(1.0).relu().sum(Kind::Float) + fake.g_add_scalar(1.0).relu().sum(Kind::Float),
+        // Gulrajani et al. (2017), equation 3, the first two terms.
+        LossKind::WassersteinGp => fake.sum(Kind::Float) - real.sum(Kind::Float),
+    }
+}
+
+/// What the generator minimises.
+pub fn generator(kind: LossKind, fake: &Tensor) -> Tensor {
+    match kind {
+        // Goodfellow et al. (2014), section 3: maximise log s(D(G(z))).
+        LossKind::NonSaturating => fake.neg().softplus().sum(Kind::Float),
+        // Equation 1: minimise log(1 - s(D(G(z)))).
+        LossKind::Minimax => -fake.softplus().sum(Kind::Float),
+        // Mao et al. (2017), equation 2, with c = 1.
+        LossKind::LeastSquares => square_sum(&(fake - 1.0)) * 0.5,
+        // Miyato et al. (2018), equation 17; Gulrajani et al. (2017).
+        LossKind::Hinge | LossKind::WassersteinGp => -fake.sum(Kind::Float),
+    }
+}
+
+/// Weighted sum over the samples of (|grad D(x)| - 1)^2 at x = e real + (1 - e) fake.
+///
+/// Gulrajani et al. (2017), equation 3, the last term. `places` are the e of each sample, shape (n), in [0, 1).
+/// `logits` is the discriminator. The result can be differentiated by its parameters.
+pub fn gradient_penalty(
+    weight: f64,
+    real: &Tensor,
+    fake: &Tensor,
+    places: &Tensor,
+    logits: impl FnOnce(&Tensor) -> Tensor,
+) -> Tensor {
+    let places = places.view([-1, 1, 1, 1]);
+    let between = fake.lerp_tensor(real, &places).detach().set_requires_grad(true);
+    let sum = logits(&between).sum(Kind::Float);
+    let gradients = Tensor::run_backward(&[sum], &[&between], true, true);
+    let squares = gradients[0].pow_tensor_scalar(2).flatten(1, -1);
+    let norms = squares.sum_dim_intlist([1i64].as_slice(), false, Kind::Float).sqrt();
+    square_sum(&(norms - 1.0)) * weight
+}
+
+/// Whether a job's discriminator loss has a gradient penalty.
+pub fn has_gradient_penalty(loss: &Loss) -> bool {
+    loss.kind == LossKind::WassersteinGp && loss.gradient_penalty != 0.0
+}
+
+fn square_sum(x: &Tensor) -> Tensor {
+    x.pow_tensor_scalar(2).sum(Kind::Float)
+}
+
+#[cfg(test)]
+mod tests;

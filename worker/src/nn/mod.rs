@@ -1,0 +1,223 @@
+//! Networks as lists of layers over tensors that somebody else owns.
+//!
+//! 1. A forward pass reads parameters and buffers and writes neither: batch statistics are handed out, to be committed
+//!    with the phase that they belong to.
+//! 2. A network knows the names and shapes of its tensors; where they live is the state's business.
+
+mod models;
+
+pub use models::{Models, UnsuitableData};
+
+use tch::Tensor;
+
+/// Epsilon of batch normalisation, PyTorch's default.
+const BATCH_NORM_EPSILON: f64 = 1e-5;
+
+/// One layer. Sizes are counts of features; kernels are square, in pixels.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)] // the fields say it by their names
+pub enum Layer {
+    /// Fully connected: (n, inputs) to (n, outputs).
+    Linear { inputs: i64, outputs: i64 },
+    /// Convolution without bias: (n, inputs, h, w) to (n, outputs, h', w').
+    Conv { inputs: i64, outputs: i64, kernel: i64, stride: i64, padding: i64 },
+    /// Transposed convolution without bias.
+    ConvTranspose { inputs: i64, outputs: i64, kernel: i64, stride: i64, padding: i64 },
+    /// Batch normalisation (Ioffe and Szegedy, 2015) over (n, features, h, w).
+    BatchNorm { features: i64 },
+    /// max(x, slope x).
+    LeakyRelu { slope: f64 },
+    /// max(x, 0).
+    Relu,
+    /// Hyperbolic tangent.
+    Tanh,
+    /// Gives each sample this shape.
+    Reshape(Vec<i64>),
+}
+
+/// How a parameter or buffer starts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[allow(missing_docs)] // the fields say it by their names
+pub enum Init {
+    /// All the same.
+    Constant(f32),
+    /// U[-bound, bound).
+    Uniform { bound: f32 },
+    /// N(mean, deviation).
+    Normal { mean: f32, deviation: f32 },
+}
+
+/// A tensor of a network.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorSpec {
+    /// Its name in checkpoints, `<layer>.weight` and the like.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<i64>,
+    /// How it starts.
+    pub init: Init,
+}
+
+impl TensorSpec {
+    /// Elements.
+    pub fn numel(&self) -> usize {
+        usize::try_from(self.shape.iter().product::<i64>()).expect("shapes are positive")
+    }
+}
+
+/// What batch normalisation does with its buffers.
+pub enum Mode<'a> {
+    /// Normalise by the batch and hand out its mean and unbiased variance, in the order of the network's buffers.
+    Batch(&'a mut Vec<Tensor>),
+    /// Normalise by the running mean and variance in the network's buffers.
+    Running(&'a [Tensor]),
+}
+
+/// A feed-forward network.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Network {
+    layers: Vec<Layer>,
+}
+
+impl Network {
+    /// A network of these layers.
+    pub fn new(layers: Vec<Layer>) -> Self {
+        Network { layers }
+    }
+
+    /// Whether any layer looks at the whole batch.
+    pub fn has_batch_norm(&self) -> bool {
+        self.layers.iter().any(|layer| matches!(layer, Layer::BatchNorm { .. }))
+    }
+
+    /// The tensors that are trained, in the order in which the layers use them.
+    pub fn parameters(&self) -> Vec<TensorSpec> {
+        let mut specs = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mut add = |kind: &str, shape: &[i64], init| {
+                let name = format!("{index}.{kind}");
+                specs.push(TensorSpec { name, shape: shape.to_vec(), init });
+            };
+            // DCGAN's weights, Radford et al. (2015), section 3.
+            let normal = Init::Normal { mean: 0.0, deviation: 0.02 };
+            match *layer {
+                Layer::Linear { inputs, outputs } => {
+                    let init = Init::Uniform { bound: linear_bound(inputs) };
+                    add("weight", &[outputs, inputs], init);
+                    add("bias", &[outputs], init);
+                }
+                Layer::Conv { inputs, outputs, kernel, .. } => {
+                    add("weight", &[outputs, inputs, kernel, kernel], normal);
+                }
+                Layer::ConvTranspose { inputs, outputs, kernel, .. } => {
+                    add("weight", &[inputs, outputs, kernel, kernel], normal);
+                }
+                Layer::BatchNorm { features } => {
+                    add("weight", &[features], Init::Normal { mean: 1.0, deviation: 0.02 });
+                    add("bias", &[features], Init::Constant(0.0));
+                }
+                _ => {}
+            }
+        }
+        specs
+    }
+
+    /// The tensors that follow the batches without being trained.
+    pub fn buffers(&self) -> Vec<TensorSpec> {
+        let mut specs = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            if let Layer::BatchNorm { features } = *layer {
+                let mut add = |kind: &str, start| {
+                    let (name, shape) = (format!("{index}.{kind}"), vec![features]);
+                    specs.push(TensorSpec { name, shape, init: Init::Constant(start) });
+                };
+                add("running_mean", 0.0);
+                add("running_var", 1.0);
+            }
+        }
+        specs
+    }
+
+    /// The network's output for a batch.
+    ///
+    /// `parameters` are in the order of [`Network::parameters`].
+    pub fn forward(&self, input: &Tensor, parameters: &[Tensor], mode: &mut Mode) -> Tensor {
+        let mut parameters = parameters.iter();
+        let mut next = || parameters.next().expect("a tensor for each of the network's parameters");
+        let mut buffers_used = 0;
+        let mut x = input.shallow_clone();
+        for layer in &self.layers {
+            x = match layer {
+                Layer::Linear { .. } => x.linear(next(), Some(next())),
+                Layer::Conv { stride, padding, .. } => {
+                    x.conv2d(next(), None::<Tensor>, [*stride, *stride], [*padding, *padding], [1, 1], 1)
+                }
+                Layer::ConvTranspose { stride, padding, .. } => x.conv_transpose2d(
+                    next(),
+                    None::<Tensor>,
+                    [*stride, *stride],
+                    [*padding, *padding],
+                    [0, 0],
+                    1,
+                    [1, 1],
+                ),
+                Layer::BatchNorm { .. } => {
+                    let normalised = batch_norm(&x, next(), next(), mode, buffers_used);
+                    buffers_used += 2;
+                    normalised
+                }
+                Layer::LeakyRelu { slope } => leaky_relu(&x, *slope),
+                Layer::Relu => x.relu(),
+                Layer::Tanh => x.tanh(),
+                Layer::Reshape(shape) => {
+                    let mut whole = vec![x.size()[0]];
+                    whole.extend(shape);
+                    x.reshape(whole)
+                }
+            };
+        }
+        x
+    }
+}
+
+/// PyTorch's default for linear layers: Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(n), 1/sqrt(n)).
+fn linear_bound(inputs: i64) -> f32 {
+    let inputs = f32::from(u16::try_from(inputs).unwrap_or(u16::MAX));
+    1.0 / inputs.sqrt()
+}
+
+fn leaky_relu(x: &Tensor, slope: f64) -> Tensor {
+    c10d::aten::leaky_relu(x, slope).expect("an activation takes any tensor")
+}
+
+fn batch_norm(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    mode: &mut Mode,
+    buffer: usize,
+) -> Tensor {
+    match mode {
+        Mode::Running(buffers) => {
+            let (mean, variance) = (&buffers[buffer], &buffers[buffer + 1]);
+            let (weight, bias) = (Some(weight), Some(bias));
+            x.native_batch_norm(weight, bias, Some(mean), Some(variance), false, 0.0, BATCH_NORM_EPSILON).0
+        }
+        Mode::Batch(statistics) => {
+            let none = None::<&Tensor>;
+            let (out, mean, inverse) =
+                x.native_batch_norm(Some(weight), Some(bias), none, none, true, 0.0, BATCH_NORM_EPSILON);
+            let samples: i64 = x.size().iter().product::<i64>() / x.size()[1];
+            let samples = i32::try_from(samples).map_or(f64::from(i32::MAX), f64::from);
+            let (mean, inverse) = (mean.detach(), inverse.detach());
+            // The kernel hands out 1 / sqrt(variance + epsilon) of the biased variance.
+            let biased = inverse.pow_tensor_scalar(-2) - BATCH_NORM_EPSILON;
+            statistics.push(mean);
+            statistics.push(biased * (samples / (samples - 1.0).max(1.0)));
+            out
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

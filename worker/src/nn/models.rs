@@ -1,0 +1,154 @@
+//! The pairs of networks on offer.
+
+use ganglion_proto::job::{Model, ModelKind};
+
+use super::{Layer, Network};
+use crate::data::ImageShape;
+
+/// A generator and a discriminator that fit each other and the data.
+#[derive(Clone, Debug)]
+pub struct Models {
+    /// Noise (n, latent_dim) to images (n, channels, height, width) in [-1, 1].
+    pub generator: Network,
+    /// Images to logits (n, 1).
+    pub discriminator: Network,
+    /// Length of the noise vector.
+    pub latent_dim: usize,
+    /// The images.
+    pub shape: ImageShape,
+}
+
+/// The data's images are not what the model draws.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "model.kind: {model} draws images of {wanted}, and the data has {found}; choose another model, or set \
+     data.resize and data.crop"
+)]
+pub struct UnsuitableData {
+    model: ModelKind,
+    wanted: String,
+    found: ImageShape,
+}
+
+impl Models {
+    /// The networks of a job, for images of a shape.
+    pub fn new(model: &Model, shape: ImageShape) -> Result<Models, UnsuitableData> {
+        let (side, channels) = match model.kind {
+            ModelKind::Mlp28 => (28, Some(1)),
+            ModelKind::Dcgan28 => (28, None),
+            ModelKind::Dcgan64 => (64, None),
+        };
+        let fits = shape.height == side
+            && shape.width == side
+            && channels.is_none_or(|channels| shape.channels == channels);
+        if !fits {
+            let channels = channels.map_or("any number of channels".to_string(), |n| n.to_string());
+            let wanted = format!("{channels} x {side} x {side}");
+            return Err(UnsuitableData { model: model.kind, wanted, found: shape });
+        }
+        let (latent, width) = (i64::from(model.latent_dim), i64::from(model.width));
+        let channels = if shape.channels == 1 { 1 } else { 3 };
+        let (generator, discriminator) = match model.kind {
+            ModelKind::Mlp28 => mlp_28(latent, width),
+            ModelKind::Dcgan28 => dcgan_28(latent, width, channels),
+            ModelKind::Dcgan64 => dcgan_64(latent, width, channels),
+        };
+        Ok(Models {
+            generator: Network::new(generator),
+            discriminator: Network::new(discriminator),
+            latent_dim: model.latent_dim as usize,
+            shape,
+        })
+    }
+}
+
+const LEAKY: Layer = Layer::LeakyRelu { slope: 0.2 };
+
+/// Multi-layer perceptrons: latent-width-width-784 and 784-width-width-1.
+fn mlp_28(latent: i64, width: i64) -> (Vec<Layer>, Vec<Layer>) {
+    let linear = |inputs, outputs| Layer::Linear { inputs, outputs };
+    let generator = vec![
+        linear(latent, width),
+        LEAKY,
+        linear(width, width),
+        LEAKY,
+        linear(width, 784),
+        Layer::Tanh,
+        Layer::Reshape(vec![1, 28, 28]),
+    ];
+    let discriminator = vec![
+        Layer::Reshape(vec![784]),
+        linear(784, width),
+        LEAKY,
+        linear(width, width),
+        LEAKY,
+        linear(width, 1),
+    ];
+    (generator, discriminator)
+}
+
+/// A convolution that halves each side, or its transpose that doubles it.
+const HALVING: (i64, i64, i64) = (4, 2, 1);
+/// A convolution that covers a whole map, or its transpose that starts one.
+const fn covering(kernel: i64) -> (i64, i64, i64) {
+    (kernel, 1, 0)
+}
+
+fn up(inputs: i64, outputs: i64, (kernel, stride, padding): (i64, i64, i64)) -> Layer {
+    Layer::ConvTranspose { inputs, outputs, kernel, stride, padding }
+}
+
+fn down(inputs: i64, outputs: i64, (kernel, stride, padding): (i64, i64, i64)) -> Layer {
+    Layer::Conv { inputs, outputs, kernel, stride, padding }
+}
+
+fn norm(features: i64) -> Layer {
+    Layer::BatchNorm { features }
+}
+
+/// DCGAN in two doublings from a 7 x 7 map.
+fn dcgan_28(latent: i64, width: i64, channels: i64) -> (Vec<Layer>, Vec<Layer>) {
+    let generator = vec![
+        Layer::Reshape(vec![latent, 1, 1]),
+        up(latent, 4 * width, covering(7)),
+        norm(4 * width),
+        Layer::Relu,
+        up(4 * width, 2 * width, HALVING),
+        norm(2 * width),
+        Layer::Relu,
+        up(2 * width, channels, HALVING),
+        Layer::Tanh,
+    ];
+    let discriminator = vec![
+        down(channels, 2 * width, HALVING),
+        LEAKY,
+        down(2 * width, 4 * width, HALVING),
+        norm(4 * width),
+        LEAKY,
+        down(4 * width, 1, covering(7)),
+        Layer::Reshape(vec![1]),
+    ];
+    (generator, discriminator)
+}
+
+/// DCGAN in four doublings from a 4 x 4 map, Radford et al. (2015), figure 1.
+fn dcgan_64(latent: i64, width: i64, channels: i64) -> (Vec<Layer>, Vec<Layer>) {
+    let mut generator = vec![Layer::Reshape(vec![latent, 1, 1])];
+    let mut inputs = latent;
+    for (outputs, shape) in
+        [(8 * width, covering(4)), (4 * width, HALVING), (2 * width, HALVING), (width, HALVING)]
+    {
+        generator.extend([up(inputs, outputs, shape), norm(outputs), Layer::Relu]);
+        inputs = outputs;
+    }
+    generator.extend([up(width, channels, HALVING), Layer::Tanh]);
+
+    let mut discriminator = vec![down(channels, width, HALVING), LEAKY];
+    let mut inputs = width;
+    for outputs in [2 * width, 4 * width, 8 * width] {
+        discriminator.extend([down(inputs, outputs, HALVING), norm(outputs), LEAKY]);
+        inputs = outputs;
+    }
+    discriminator.extend([down(8 * width, 1, covering(4)), Layer::Reshape(vec![1])]);
+    (generator, discriminator)
+}

@@ -1,0 +1,64 @@
+//! What this worker's bits depend on, and proof of it.
+
+use ganglion_membership::Passport;
+use ganglion_proto::job::Job;
+use tch::{Device, Tensor, no_grad};
+
+use crate::checkpoint::to_bytes;
+use crate::commit::commit;
+use crate::data::DataSet;
+use crate::nn::Models;
+use crate::phase::{LeafBuffer, LeafLayout, Leaves, phases};
+use crate::random::{Key, Purpose};
+use crate::state::{Module, State, StateLayout};
+
+/// Takes the passport: names of the build and the machine's kind, and hashes of what this job's arithmetic gives here.
+pub fn take(job: &Job, models: &Models, layout: &StateLayout, data: &DataSet, device: Device) -> Result<Passport, c10d::Error> {
+    let (forward_backward, commits) = probe(job, models, layout, device)?;
+    let items = [
+        ("build", env!("CARGO_PKG_VERSION").to_string()),
+        ("c_library", c10d::aten::c_library_version()?),
+        ("cpu_capability", c10d::aten::cpu_capability()?),
+        ("data", hex(&data.fingerprint())),
+        ("device", if device.is_cuda() { "cuda" } else { "cpu" }.to_string()),
+        ("hash_commit", commits),
+        ("hash_forward_backward", forward_backward),
+        ("libtorch", c10d::aten::libtorch_version()?),
+        ("threads", job.job.threads.to_string()),
+    ];
+    Ok(Passport(items.into_iter().map(|(item, value)| (item.to_string(), value)).collect()))
+}
+
+/// Runs each kind of phase once from the initial state, on stand-ins for images, and hashes what comes out.
+fn probe(job: &Job, models: &Models, layout: &StateLayout, device: Device) -> Result<(String, String), c10d::Error> {
+    let mut state = State::initial(layout.clone(), job.job.seed, device);
+    let leaves = Leaves { job, models, device };
+    let mut leaf_hash = blake3::Hasher::new();
+    for phase in phases(job) {
+        let first_of_its_kind = phase.index == 0 || phase.module == Module::Generator;
+        if !first_of_its_kind {
+            continue;
+        }
+        let leaf_layout = LeafLayout::new(models, layout, phase.module);
+        let mut leaf = LeafBuffer::new(&leaf_layout, leaf_layout.len(), device);
+        let real = stand_ins(job, models, device);
+        leaves.compute(phase, 0, 0, &state, Some(&real), &mut leaf)?;
+        leaf_hash.update(&to_bytes(&leaf.flat));
+        commit(job, &mut state, phase, &leaf_layout, &leaf.flat, 0)?;
+    }
+    let state_hash = blake3::hash(&to_bytes(&state.flat));
+    Ok((hex(leaf_hash.finalize().as_bytes()), hex(state_hash.as_bytes())))
+}
+
+fn stand_ins(job: &Job, models: &Models, device: Device) -> Tensor {
+    let (shape, batch) = (models.shape, job.job.shard_batch as usize);
+    let key = Key { seed: job.job.seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
+    let signed = |n: usize| i64::try_from(n).expect("an image is small");
+    let sizes = [signed(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
+    no_grad(|| key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes).to_device(device))
+}
+
+/// The first 16 digits: enough to tell two apart, short enough to read.
+fn hex(hash: &[u8; 32]) -> String {
+    blake3::Hash::from_bytes(*hash).to_hex()[..16].to_string()
+}

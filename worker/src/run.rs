@@ -1,0 +1,144 @@
+//! A worker's life, from its hello to its exit code.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ganglion_membership::LoadedFacts;
+use ganglion_proto::message::FromWorker;
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
+use tch::Device;
+
+use crate::archive::{Archive, Context};
+use crate::data::{DataError, DataSet};
+use crate::device::DeviceChoice;
+use crate::nn::Models;
+use crate::passport;
+use crate::session::{ConnectError, End, Session};
+use crate::state::StateLayout;
+use crate::trainer::Trainer;
+
+/// The environment variable by which the coordinator gives its own workers their token.
+pub const SPAWN_TOKEN: &str = "GANGLION_SPAWN_TOKEN";
+
+/// Why a worker ended before it was released.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The user's input is wrong: exit code 2.
+    #[error("{0}")]
+    Input(String),
+    /// Anything else: exit code 1.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl From<ConnectError> for Failure {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Address { .. } => Failure::Input(error.to_string()),
+            ConnectError::Unreachable { .. } | ConnectError::Refused(_) => Failure::Other(error.to_string()),
+        }
+    }
+}
+
+/// Takes part in the run of the coordinator at `url` until it ends.
+pub fn run(url: &str, device: DeviceChoice) -> Result<(), Failure> {
+    let device = device.resolve().map_err(Failure::Input)?;
+    let token = std::env::var(SPAWN_TOKEN).ok();
+    let session = Arc::new(Session::open(url, token)?);
+    let mut trainer = match load(&session, device) {
+        Ok(trainer) => trainer,
+        Err(Failure::Input(detail)) => {
+            session.send(FromWorker::InputError(detail.clone()));
+            // The coordinator ends the session once it has read this.
+            session.wait_for_end(Duration::from_secs(5));
+            return Err(Failure::Input(detail));
+        }
+        Err(other) => return Err(other),
+    };
+    loop {
+        let assignment = match session.next_assignment() {
+            Ok(assignment) => assignment,
+            Err(End::Released) => return Ok(()),
+            Err(End::Rejected(reason)) => return Err(Failure::Other(reason)),
+            Err(End::Lost(reason)) => {
+                return Err(Failure::Other(format!("lost the coordinator: {reason}")));
+            }
+        };
+        let group = &assignment.group;
+        tracing::info!(
+            "generation {}: rank {} of {} with data shards {:?} from position {}",
+            group.generation,
+            assignment.rank,
+            group.members.len(),
+            group.members[assignment.rank as usize].shards,
+            group.position,
+        );
+        let rest = trainer.take_part(&assignment);
+        trainer.tell(&assignment, rest);
+    }
+}
+
+/// Opens the data, builds the networks, proves the arithmetic.
+fn load(session: &Arc<Session>, device: Device) -> Result<Trainer, Failure> {
+    let welcome = session.welcome();
+    let job = welcome.job.clone();
+    crate::set_threads(job.job.threads);
+    tch::set_num_interop_threads(1);
+    c10d::aten::set_deterministic(true).map_err(|error| Failure::Other(error.to_string()))?;
+    let data = DataSet::open(&job.data).map_err(|error| match error {
+        DataError::Input(detail) => Failure::Input(detail),
+        other => Failure::Other(other.to_string()),
+    })?;
+    let samples = data.len() as u64;
+    if job.global_batch() > samples {
+        return Err(Failure::Input(format!(
+            "job.data_shards x job.shard_batch is {} samples, more than the {samples} of the data; lower one of them",
+            job.global_batch()
+        )));
+    }
+    let models =
+        Models::new(&job.model, data.shape()).map_err(|error| Failure::Input(error.to_string()))?;
+    let layout = StateLayout::new(&models);
+    let (storage, sees_storage) = open_storage(&welcome.storage, &welcome.run);
+    let passport = passport::take(&job, &models, &layout, &data, device)
+        .map_err(|error| Failure::Other(error.to_string()))?;
+    let phases_per_step = job.loss.discriminator_steps + 1;
+    let facts = LoadedFacts { passport, samples, sees_storage, phases_per_step };
+    let context = Context {
+        job: job.clone(),
+        models: models.clone(),
+        layout: layout.clone(),
+        storage: storage.clone(),
+        session: session.clone(),
+    };
+    let archive = Archive::start(context).map_err(|error| Failure::Other(error.to_string()))?;
+    session.send(FromWorker::Loaded(facts));
+    Ok(Trainer {
+        job,
+        models,
+        layout,
+        data: Arc::new(data),
+        device,
+        session: session.clone(),
+        storage,
+        archive,
+        held: None,
+    })
+}
+
+/// Opens the checkpoint storage; tells whether it is the run's own.
+fn open_storage(address: &str, run: &str) -> (Arc<dyn ObjectStore>, bool) {
+    let folder = address.strip_prefix("file://").unwrap_or(address);
+    let Ok(storage) = LocalFileSystem::new_with_prefix(folder) else {
+        return (Arc::new(InMemory::new()), false);
+    };
+    let storage: Arc<dyn ObjectStore> = Arc::new(storage.with_fsync(true));
+    let runtime = tokio::runtime::Builder::new_current_thread().build();
+    let runtime = runtime.expect("a runtime without drivers needs nothing of the system");
+    let marker = runtime.block_on(async { storage.get(&Path::from(".run")).await?.bytes().await });
+    let sees = marker.is_ok_and(|bytes| bytes.as_ref() == run.as_bytes());
+    (storage, sees)
+}

@@ -1,0 +1,109 @@
+//! The coordinator's store, as the place where a group's members find each other.
+
+use std::time::Duration;
+
+use c10d::{KeyValueStore, StoreError};
+use ganglion_membership::{Generation, Term};
+use ganglion_proto::wire::store_service_client::StoreServiceClient;
+use ganglion_proto::wire::{
+    AddRequest, CompareSetRequest, ContainsRequest, DeleteRequest, GetRequest, Key, SetRequest,
+};
+use tokio::runtime::Handle;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Status};
+
+/// How long an answer to a request that does not wait may take.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// The keys of one generation. Its calls block, so they must not come from the session's thread.
+pub struct GrpcStore {
+    client: StoreServiceClient<Channel>,
+    runtime: Handle,
+    term: Term,
+    generation: Generation,
+}
+
+impl GrpcStore {
+    /// The store behind a channel.
+    pub fn new(channel: Channel, runtime: Handle, term: Term, generation: Generation) -> Self {
+        GrpcStore { client: StoreServiceClient::new(channel), runtime, term, generation }
+    }
+
+    fn key(&self, name: &str) -> Key {
+        Key { term: self.term.0, generation: self.generation.0, name: name.to_string() }
+    }
+
+    fn ask<M, R, F>(
+        &self,
+        message: M,
+        limit: Duration,
+        call: impl FnOnce(StoreServiceClient<Channel>, Request<M>) -> F,
+    ) -> Result<R, StoreError>
+    where
+        F: Future<Output = Result<tonic::Response<R>, Status>>,
+    {
+        let mut request = Request::new(message);
+        request.set_timeout(limit);
+        let answer = self.runtime.block_on(async {
+            tokio::time::timeout(limit, call(self.client.clone(), request)).await
+        });
+        match answer {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) if status.code() == Code::DeadlineExceeded => Err(StoreError::Timeout),
+            Ok(Err(status)) => Err(StoreError::Unreachable(status.message().to_string())),
+            Err(_) => Err(StoreError::Timeout),
+        }
+    }
+}
+
+impl KeyValueStore for GrpcStore {
+    fn set(&self, key: &str, value: &[u8]) -> Result<(), StoreError> {
+        let message = SetRequest { key: Some(self.key(key)), value: value.to_vec() };
+        self.ask(message, ANSWER_LIMIT, |mut client, request| async move { client.set(request).await })?;
+        Ok(())
+    }
+
+    fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>, StoreError> {
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        let message = GetRequest { key: Some(self.key(key)), timeout_ms };
+        let limit = timeout.saturating_add(ANSWER_LIMIT);
+        let answer =
+            self.ask(message, limit, |mut client, request| async move { client.get(request).await })?;
+        Ok(answer.value)
+    }
+
+    fn add(&self, key: &str, amount: i64) -> Result<i64, StoreError> {
+        let message = AddRequest { key: Some(self.key(key)), delta: amount };
+        let answer =
+            self.ask(message, ANSWER_LIMIT, |mut client, request| async move { client.add(request).await })?;
+        Ok(answer.value)
+    }
+
+    fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>, StoreError> {
+        let message = CompareSetRequest {
+            key: Some(self.key(key)),
+            expected: expected.to_vec(),
+            desired: desired.to_vec(),
+        };
+        let answer = self.ask(message, ANSWER_LIMIT, |mut client, request| async move {
+            client.compare_set(request).await
+        })?;
+        Ok(answer.value)
+    }
+
+    fn delete(&self, key: &str) -> Result<bool, StoreError> {
+        let message = DeleteRequest { key: Some(self.key(key)) };
+        let answer = self.ask(message, ANSWER_LIMIT, |mut client, request| async move {
+            client.delete(request).await
+        })?;
+        Ok(answer.existed)
+    }
+
+    fn contains(&self, keys: &[&str]) -> Result<bool, StoreError> {
+        let message = ContainsRequest { keys: keys.iter().map(|name| self.key(name)).collect() };
+        let answer = self.ask(message, ANSWER_LIMIT, |mut client, request| async move {
+            client.contains(request).await
+        })?;
+        Ok(answer.all)
+    }
+}

@@ -1,0 +1,311 @@
+//! The state of training: one flat buffer of f32 and two counters.
+//!
+//! 1. Nothing in the state depends on the cluster: it is a function of the job, the data and the position.
+//! 2. Each tensor starts on a 64-byte boundary of the buffer. The gaps hold +0.0 for ever, and no reader sees them.
+//! 3. [`crate::commit`] is the only writer while a run trains.
+//!
+//! The buffer holds, in this order: for the generator and then for the discriminator, the parameters, the buffers of
+//! batch normalisation and Adam's two moments; then the moving average of the generator's parameters and buffers.
+
+use std::ops::Range;
+
+use ganglion_membership::Position;
+use tch::{Device, Kind, Tensor};
+
+use crate::nn::{Init, Models, Network, TensorSpec};
+use crate::random::{Key, Purpose};
+
+/// Floats in 64 bytes: the grid on which tensors, chunks and optimizer slices lie.
+pub const ALIGNMENT: usize = 16;
+
+/// Rounds up to the grid.
+pub fn align(numel: usize) -> usize {
+    numel.next_multiple_of(ALIGNMENT)
+}
+
+/// Which of the two networks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Module {
+    /// Noise to images.
+    Generator,
+    /// Images to logits.
+    Discriminator,
+}
+
+/// Where tensors lie in a flat buffer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Layout {
+    entries: Vec<(TensorSpec, usize)>,
+    len: usize,
+}
+
+impl Layout {
+    /// Lays tensors out one after the other.
+    pub fn new(specs: Vec<TensorSpec>) -> Layout {
+        let mut len = 0;
+        let place = |spec: TensorSpec| {
+            let offset = len;
+            len += align(spec.numel());
+            (spec, offset)
+        };
+        let entries = specs.into_iter().map(place).collect();
+        Layout { entries, len }
+    }
+
+    /// Floats in all, gaps included: a multiple of [`ALIGNMENT`].
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no tensor.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Each tensor and its offset in floats.
+    pub fn entries(&self) -> impl Iterator<Item = (&TensorSpec, usize)> {
+        self.entries.iter().map(|(spec, offset)| (spec, *offset))
+    }
+
+    /// The tensors, as views of `flat`.
+    pub fn views(&self, flat: &Tensor) -> Vec<Tensor> {
+        let view = |(spec, offset): &(TensorSpec, usize)| {
+            narrow(flat, *offset..*offset + spec.numel()).view(spec.shape.as_slice())
+        };
+        self.entries.iter().map(view).collect()
+    }
+}
+
+/// The part of a flat tensor that holds these elements.
+pub fn narrow(flat: &Tensor, range: Range<usize>) -> Tensor {
+    let signed = |n: usize| i64::try_from(n).expect("a tensor has fewer than 2^63 elements");
+    flat.narrow(0, signed(range.start), signed(range.len()))
+}
+
+/// Where one network's sections lie in the state's buffer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sections {
+    /// The parameters, within their section.
+    pub parameters: Layout,
+    /// The buffers, within theirs.
+    pub buffers: Layout,
+    start: usize,
+}
+
+impl Sections {
+    fn new(network: &Network, start: usize) -> Sections {
+        Sections {
+            parameters: Layout::new(network.parameters()),
+            buffers: Layout::new(network.buffers()),
+            start,
+        }
+    }
+
+    /// Place of the parameters in the state's buffer.
+    pub fn parameter_range(&self) -> Range<usize> {
+        self.start..self.start + self.parameters.len()
+    }
+
+    /// Place of the buffers, right behind the parameters.
+    pub fn buffer_range(&self) -> Range<usize> {
+        let start = self.parameter_range().end;
+        start..start + self.buffers.len()
+    }
+
+    /// Place of parameters and buffers together: all that a forward pass reads.
+    pub fn weight_range(&self) -> Range<usize> {
+        self.start..self.buffer_range().end
+    }
+
+    /// Place of Adam's first moments.
+    pub fn exp_avg_range(&self) -> Range<usize> {
+        let start = self.buffer_range().end;
+        start..start + self.parameters.len()
+    }
+
+    /// Place of Adam's second moments.
+    pub fn exp_avg_sq_range(&self) -> Range<usize> {
+        let start = self.exp_avg_range().end;
+        start..start + self.parameters.len()
+    }
+}
+
+/// A tensor of the state by its name in checkpoints.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedTensor {
+    /// The name.
+    pub name: String,
+    /// The shape.
+    pub shape: Vec<i64>,
+    /// Where its elements are in the state's buffer.
+    pub range: Range<usize>,
+}
+
+/// The layout of a whole state.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StateLayout {
+    /// The generator's sections.
+    pub generator: Sections,
+    /// The discriminator's.
+    pub discriminator: Sections,
+    /// Floats in the buffer.
+    pub len: usize,
+    ema_start: usize,
+}
+
+impl StateLayout {
+    /// The layout for a pair of networks.
+    pub fn new(models: &Models) -> StateLayout {
+        let generator = Sections::new(&models.generator, 0);
+        let discriminator =
+            Sections::new(&models.discriminator, generator.exp_avg_sq_range().end);
+        let ema_start = discriminator.exp_avg_sq_range().end;
+        let len = ema_start + generator.weight_range().len();
+        StateLayout { generator, discriminator, len, ema_start }
+    }
+
+    /// One network's sections.
+    pub fn module(&self, module: Module) -> &Sections {
+        match module {
+            Module::Generator => &self.generator,
+            Module::Discriminator => &self.discriminator,
+        }
+    }
+
+    /// Place of the generator's moving average: its parameters, then its buffers.
+    pub fn ema_range(&self) -> Range<usize> {
+        self.ema_start..self.len
+    }
+
+    /// Every tensor of the buffer by name, in the order of the buffer.
+    pub fn tensors(&self) -> Vec<NamedTensor> {
+        let mut tensors = Vec::new();
+        let mut add = |prefix: &str, layout: &Layout, start: usize| {
+            tensors.extend(layout.entries().map(|(spec, offset)| NamedTensor {
+                name: format!("{prefix}.{}", spec.name),
+                shape: spec.shape.clone(),
+                range: start + offset..start + offset + spec.numel(),
+            }));
+        };
+        for (name, sections) in
+            [("generator", &self.generator), ("discriminator", &self.discriminator)]
+        {
+            let moment = |kind: &str| format!("optimizer.{name}.{kind}");
+            add(name, &sections.parameters, sections.parameter_range().start);
+            add(name, &sections.buffers, sections.buffer_range().start);
+            add(&moment("exp_avg"), &sections.parameters, sections.exp_avg_range().start);
+            add(&moment("exp_avg_sq"), &sections.parameters, sections.exp_avg_sq_range().start);
+        }
+        add("ema", &self.generator.parameters, self.ema_start);
+        add("ema", &self.generator.buffers, self.ema_start + self.generator.parameters.len());
+        tensors
+    }
+}
+
+/// What is not a float.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Committed phases.
+    pub position: Position,
+    /// Sum mod 2^64 of the hashes of (place in the stream, sample) of every real sample committed.
+    pub ledger: u64,
+}
+
+/// The state at a position.
+pub struct State {
+    /// Where things are in `flat`.
+    pub layout: StateLayout,
+    /// The buffer, on the training device.
+    pub flat: Tensor,
+    /// The counters.
+    pub counters: Counters,
+    generator: ModuleViews,
+    discriminator: ModuleViews,
+}
+
+struct ModuleViews {
+    trainable: Vec<Tensor>,
+    frozen: Vec<Tensor>,
+    weights: Tensor,
+}
+
+impl State {
+    /// A state of zeros, to be filled.
+    pub fn zeros(layout: StateLayout, device: Device) -> State {
+        let len = i64::try_from(layout.len).expect("a state has fewer than 2^63 floats");
+        let flat = Tensor::zeros([len], (Kind::Float, device));
+        let views = |sections: &Sections| {
+            let parameters = narrow(&flat, sections.parameter_range());
+            let views = || sections.parameters.views(&parameters).into_iter().map(|view| view.detach());
+            ModuleViews {
+                trainable: views().map(|view| view.set_requires_grad(true)).collect(),
+                frozen: views().collect(),
+                weights: parameters.detach(),
+            }
+        };
+        let (generator, discriminator) = (views(&layout.generator), views(&layout.discriminator));
+        State { layout, flat, counters: Counters::default(), generator, discriminator }
+    }
+
+    /// The state at position 0: weights drawn from the seed, the average equal to the generator.
+    pub fn initial(layout: StateLayout, seed: u64, device: Device) -> State {
+        let state = State::zeros(layout, device);
+        for (phase, module) in [(0, Module::Generator), (1, Module::Discriminator)] {
+            let sections = state.layout.module(module).clone();
+            let weights = sections.weight_range();
+            let specs = sections.parameters.entries().chain(
+                sections.buffers.entries().map(|(s, offset)| (s, sections.parameters.len() + offset)),
+            );
+            for (shard, (spec, offset)) in (0..).zip(specs) {
+                let key = Key { seed, step: 0, phase, shard, purpose: Purpose::Weights };
+                let start = weights.start + offset;
+                narrow(&state.flat, start..start + spec.numel()).copy_(&initial_values(key, spec));
+            }
+        }
+        let generator = narrow(&state.flat, state.layout.generator.weight_range());
+        narrow(&state.flat, state.layout.ema_range()).copy_(&generator);
+        state
+    }
+
+    /// A network's parameters as autograd's leaves.
+    pub fn trainable(&self, module: Module) -> &[Tensor] {
+        &self.views(module).trainable
+    }
+
+    /// A network's parameters as constants: a backward pass computes no gradient for them.
+    pub fn frozen(&self, module: Module) -> &[Tensor] {
+        &self.views(module).frozen
+    }
+
+    /// A network's parameters, flat.
+    pub fn parameters(&self, module: Module) -> &Tensor {
+        &self.views(module).weights
+    }
+
+    fn views(&self, module: Module) -> &ModuleViews {
+        match module {
+            Module::Generator => &self.generator,
+            Module::Discriminator => &self.discriminator,
+        }
+    }
+
+    /// A part of the buffer.
+    pub fn section(&self, range: Range<usize>) -> Tensor {
+        narrow(&self.flat, range)
+    }
+}
+
+fn initial_values(key: Key, spec: &TensorSpec) -> Tensor {
+    match spec.init {
+        Init::Constant(value) => {
+            Tensor::full([i64::try_from(spec.numel()).expect("fewer than 2^63")], f64::from(value), (Kind::Float, Device::Cpu))
+        }
+        Init::Uniform { bound } => key.uniform(-bound, bound, spec.numel()),
+        Init::Normal { mean, deviation } => {
+            key.normal(spec.numel()) * f64::from(deviation) + f64::from(mean)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

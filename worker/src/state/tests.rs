@@ -1,0 +1,44 @@
+use ganglion_proto::job::{Model, ModelKind};
+
+use super::*;
+use crate::data::ImageShape;
+
+fn layout(kind: ModelKind, side: usize) -> StateLayout {
+    let model = Model { kind, latent_dim: 10, width: 8, ema_half_life_images: 1 };
+    let shape = ImageShape { channels: 1, height: side, width: side };
+    StateLayout::new(&Models::new(&model, shape).unwrap())
+}
+
+#[test]
+fn tensors_are_named_once_aligned_and_apart() {
+    for (kind, side) in [(ModelKind::Mlp28, 28), (ModelKind::Dcgan28, 28), (ModelKind::Dcgan64, 64)] {
+        let layout = layout(kind, side);
+        let tensors = layout.tensors();
+        let mut names: Vec<&String> = tensors.iter().map(|tensor| &tensor.name).collect();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), tensors.len());
+        let mut end = 0;
+        for tensor in &tensors {
+            assert_eq!(tensor.range.start, align(end), "{}", tensor.name);
+            end = tensor.range.end;
+        }
+        assert_eq!(align(end), layout.len);
+    }
+}
+
+#[test]
+fn the_initial_state_depends_on_the_seed_alone() {
+    let state = |seed| State::initial(layout(ModelKind::Dcgan28, 28), seed, Device::Cpu).flat;
+    assert!(state(1).equal(&state(1)));
+    assert!(!state(1).equal(&state(2)));
+}
+
+#[test]
+fn views_share_the_buffer() {
+    let state = State::initial(layout(ModelKind::Mlp28, 28), 1, Device::Cpu);
+    let first = state.layout.generator.parameter_range().start;
+    let _ = tch::no_grad(|| narrow(&state.flat, first..first + 1).fill_(42.0));
+    assert_eq!(state.frozen(Module::Generator)[0].double_value(&[0, 0]), 42.0);
+    assert_eq!(state.trainable(Module::Generator)[0].double_value(&[0, 0]), 42.0);
+}

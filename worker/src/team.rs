@@ -1,0 +1,247 @@
+//! One generation of the group, from its forming to its end.
+//!
+//! 1. The first collective compares who everyone thinks they are; a worker that belongs elsewhere is found before it can
+//!    touch anyone's state.
+//! 2. State comes from one member by broadcast, into spare memory; it replaces the receiver's only when all of it arrived
+//!    and its fingerprint is right. Until then the receiver keeps what it had.
+//! 3. Before the first phase all members have compared the fingerprint of the whole state.
+
+use std::time::Duration;
+
+use c10d::{Buffer, GlooAddress, GlooOptions, Group};
+use ganglion_membership::{Position, Start};
+use ganglion_proto::job::Job;
+use ganglion_proto::message::{Activity, Assignment};
+use tch::{Device, Kind, Tensor, no_grad};
+
+use crate::exchange::{Deal, Exchange, ReduceError, Reduced, Trailer};
+use crate::nn::Models;
+use crate::phase::{LeafBuffer, LeafLayout, Phase};
+use crate::session::Session;
+use crate::state::{ALIGNMENT, Counters, Module, State, StateLayout, narrow};
+
+/// What goes with the state without being part of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Carried {
+    /// The mean losses of the last discriminator and generator phases, for the row of a step that a change of the group
+    /// cut in two.
+    pub losses: [f32; 2],
+}
+
+/// A group of workers that reduce together.
+pub struct Team {
+    /// The ranks and their shards.
+    pub deal: Deal,
+    /// The generation.
+    pub generation: u64,
+    group: Group,
+    timeout: Duration,
+    generator: Exchange,
+    discriminator: Exchange,
+}
+
+/// Why a team could not be formed, or its work not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum TeamError {
+    /// A collective, or what was said in it.
+    #[error(transparent)]
+    Reduce(#[from] ReduceError),
+    /// The real samples could not be read.
+    #[error(transparent)]
+    Data(#[from] crate::data::DataError),
+    /// Members hold different states, or belong to different groups.
+    #[error("{0}")]
+    Diverged(String),
+}
+
+impl From<c10d::Error> for TeamError {
+    fn from(error: c10d::Error) -> Self {
+        TeamError::Reduce(error.into())
+    }
+}
+
+impl<T> From<c10d::Refused<T>> for TeamError {
+    fn from(refused: c10d::Refused<T>) -> Self {
+        refused.error.into()
+    }
+}
+
+impl Team {
+    /// Meets the other members of an assignment.
+    pub fn form(
+        assignment: &Assignment,
+        session: &Session,
+        job: &Job,
+        models: &Models,
+        layout: &StateLayout,
+        device: Device,
+    ) -> Result<Team, TeamError> {
+        let generation = assignment.group.generation;
+        let deal = Deal {
+            data_shards: job.job.data_shards,
+            shards: assignment.group.members.iter().map(|member| member.shards.clone()).collect(),
+            rank: assignment.rank as usize,
+        };
+        let address = match std::env::var("GLOO_SOCKET_IFNAME") {
+            Ok(interface) => GlooAddress::Interface(interface),
+            Err(_) => GlooAddress::Hostname(session.local_address().to_string()),
+        };
+        let options = GlooOptions {
+            rank: deal.rank,
+            world_size: deal.shards.len(),
+            timeout: assignment.reduce_timeout,
+            address,
+        };
+        let group = Group::gloo(options, session.store(generation), "gloo")?;
+        session.watch_group(generation, group.aborter());
+        let exchange = |module| {
+            let leaf = LeafLayout::new(models, layout, module);
+            Exchange::new(deal.clone(), leaf, job.global_batch(), device)
+        };
+        let (generator, discriminator) = (exchange(Module::Generator)?, exchange(Module::Discriminator)?);
+        let timeout = assignment.reduce_timeout;
+        let generation = generation.0;
+        let team = Team { deal, generation, group, timeout, generator, discriminator };
+        team.compare("group", &identity(session, assignment))?;
+        Ok(team)
+    }
+
+    /// Gives every member the state of the assignment's position. `held` is what this member holds or has read; the
+    /// member that the assignment names as the source must have it. It stays as it was if this fails on the way.
+    pub fn start(
+        &self,
+        start: &Start,
+        position: Position,
+        layout: &StateLayout,
+        seed: u64,
+        held: &mut Option<(State, Carried)>,
+        device: Device,
+    ) -> Result<(), TeamError> {
+        match start {
+            Start::Fresh => {
+                *held = Some((State::initial(layout.clone(), seed, device), Carried::default()));
+            }
+            Start::Healed(source) | Start::Checkpoint(source, _) => {
+                self.broadcast(source.0 as usize, layout, held, device)?;
+            }
+        }
+        let Some((state, _)) = held else {
+            return Err(TeamError::Diverged("the source of the state has none".to_string()));
+        };
+        if state.counters.position != position {
+            let what = format!("the state is at position {}, not {position}", state.counters.position);
+            return Err(TeamError::Diverged(what));
+        }
+        let whole = [position.0, state.counters.ledger, c10d::aten::fingerprint(&state.flat, 0)?];
+        self.compare("state", &whole)
+    }
+
+    fn broadcast(
+        &self,
+        source: usize,
+        layout: &StateLayout,
+        held: &mut Option<(State, Carried)>,
+        device: Device,
+    ) -> Result<(), TeamError> {
+        if self.deal.shards.len() == 1 {
+            return Ok(());
+        }
+        let mut spare = Buffer::zeros(layout.len + ALIGNMENT, Kind::Float, device)?;
+        if let Some((state, carried)) = held.as_ref().filter(|_| self.deal.rank == source) {
+            let tail = carried.to_tensor(state.counters, c10d::aten::fingerprint(&state.flat, 0)?);
+            spare.update(|spare| {
+                narrow(spare, 0..layout.len).copy_(&state.flat);
+                narrow(spare, layout.len..layout.len + ALIGNMENT).copy_(&tail);
+            });
+        }
+        let spare = self.group.broadcast(spare, source)?.wait(self.timeout)?;
+        let tail = narrow(spare.tensor(), layout.len..layout.len + ALIGNMENT).to_device(Device::Cpu);
+        let (counters, carried, fingerprint) = Carried::from_tensor(&tail);
+        let received = narrow(spare.tensor(), 0..layout.len);
+        if c10d::aten::fingerprint(&received, 0)? != fingerprint {
+            return Err(TeamError::Diverged("a broadcast state does not have its fingerprint".to_string()));
+        }
+        let (state, known) =
+            held.get_or_insert_with(|| (State::zeros(layout.clone(), device), Carried::default()));
+        no_grad(|| state.flat.copy_(&received));
+        (state.counters, *known) = (counters, carried);
+        Ok(())
+    }
+
+    /// Sums the leaves of a phase over all members.
+    pub fn reduce(
+        &mut self,
+        phase: Phase,
+        mut trailer: Trailer,
+        session: &Session,
+        leaf: impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
+    ) -> Result<Reduced, TeamError> {
+        trailer.generation = self.generation;
+        let exchange = match phase.module {
+            Module::Generator => &mut self.generator,
+            Module::Discriminator => &mut self.discriminator,
+        };
+        session.set_activity(Activity::Computing);
+        let waiting = || session.set_activity(Activity::Waiting);
+        match exchange.reduce(&self.group, self.timeout, trailer, leaf, waiting) {
+            Ok(reduced) => Ok(reduced),
+            Err(error @ ReduceError::Disagreement { .. }) => Err(TeamError::Diverged(error.to_string())),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The layout of a module's leaves.
+    pub fn leaf_layout(&self, module: Module) -> &LeafLayout {
+        match module {
+            Module::Generator => self.generator.layout(),
+            Module::Discriminator => self.discriminator.layout(),
+        }
+    }
+
+    /// Whether all members have the same words.
+    fn compare(&self, what: &str, words: &[u64]) -> Result<(), TeamError> {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut own = Buffer::zeros(bytes.len(), Kind::Uint8, self.generator.device())?;
+        own.update(|own| own.copy_(&Tensor::from_slice(&bytes)));
+        let all = Buffer::zeros(bytes.len() * self.deal.shards.len(), Kind::Uint8, self.generator.device())?;
+        let (_, all) = self.group.all_gather(own, all)?.wait(self.timeout)?;
+        let all = Vec::<u8>::try_from(all.tensor().to_device(Device::Cpu)).expect("bytes on the CPU");
+        match all.chunks_exact(bytes.len()).position(|theirs| theirs != bytes) {
+            None => Ok(()),
+            Some(rank) => Err(TeamError::Diverged(format!(
+                "rank {rank} and rank {} differ in their {what} at the start of generation {}",
+                self.deal.rank, self.generation
+            ))),
+        }
+    }
+}
+
+/// What the members of one group have in common and no other group has.
+fn identity(session: &Session, assignment: &Assignment) -> [u64; 5] {
+    let welcome = session.welcome();
+    let hash = |bytes: &[u8]| xxhash_rust::xxh3::xxh3_64(bytes);
+    let members: Vec<u8> =
+        assignment.group.members.iter().flat_map(|member| member.worker.0.to_le_bytes()).collect();
+    let group = &assignment.group;
+    [hash(welcome.run.as_bytes()), welcome.term.0, group.generation.0, group.position.0, hash(&members)]
+}
+
+impl Carried {
+    fn to_tensor(self, counters: Counters, fingerprint: u64) -> Tensor {
+        let mut bytes = Vec::with_capacity(4 * ALIGNMENT);
+        for word in [counters.position.0, counters.ledger, fingerprint] {
+            bytes.extend(word.to_le_bytes());
+        }
+        self.losses.iter().for_each(|loss| bytes.extend(loss.to_le_bytes()));
+        bytes.resize(4 * ALIGNMENT, 0);
+        Tensor::from_slice(&bytes).view_dtype(Kind::Float)
+    }
+
+    fn from_tensor(tensor: &Tensor) -> (Counters, Carried, u64) {
+        let bytes = Vec::<u8>::try_from(tensor.view_dtype(Kind::Uint8)).expect("bytes on the CPU");
+        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        let loss = |at: usize| f32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+        let counters = Counters { position: Position(word(0)), ledger: word(8) };
+        (counters, Carried { losses: [loss(24), loss(28)] }, word(16))
+    }
+}

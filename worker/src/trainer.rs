@@ -1,0 +1,336 @@
+//! The training loop.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use ganglion_membership::{Checkpoint, Fault, PlanKind, Position, Rank, Start};
+use ganglion_proto::job::Job;
+use ganglion_proto::message::{Assignment, FromWorker, MetricsRow};
+use object_store::ObjectStore;
+use tch::{Device, Tensor, no_grad};
+
+use crate::archive::{Archive, Order};
+use crate::checkpoint::{Files, Snapshot, file_count, from_bytes, to_bytes};
+use crate::commit::commit;
+use crate::data::{Batch, DataError, DataSet, Plan, Prefetcher};
+use crate::exchange::{ReduceError, Trailer};
+use crate::nn::Models;
+use crate::phase::{Leaves, Phase, phases};
+use crate::session::Session;
+use crate::state::{Counters, Module, State, StateLayout};
+use crate::team::{Carried, Team, TeamError};
+
+/// Batches that are read ahead.
+const READ_AHEAD: usize = 4;
+
+/// Everything a worker trains with, and the state that it holds.
+pub struct Trainer {
+    /// The job.
+    pub job: Job,
+    /// Its networks.
+    pub models: Models,
+    /// Their state's layout.
+    pub layout: StateLayout,
+    /// The training samples.
+    pub data: Arc<DataSet>,
+    /// Where to compute.
+    pub device: Device,
+    /// The coordinator.
+    pub session: Arc<Session>,
+    /// Where checkpoints live.
+    pub storage: Arc<dyn ObjectStore>,
+    /// Who writes them.
+    pub archive: Archive,
+    /// The state after the newest commit; none before the first assignment.
+    pub held: Option<(State, Carried)>,
+}
+
+/// Why a generation ended for this worker.
+#[derive(Debug)]
+pub enum Rest {
+    /// The job's last step is done (`complete`), or a planned stop.
+    Finished {
+        /// Whether the job's last step is done.
+        complete: bool,
+    },
+    /// All members agreed to rest here.
+    Planned,
+    /// The coordinator, or this worker's own end of the session, broke the group up.
+    Aborted,
+    /// The user's data is wrong.
+    InputWrong(String),
+    /// Something went wrong.
+    Fault(Fault),
+}
+
+/// Where a run of steps is, for its reports.
+struct Pace {
+    since: Instant,
+    images: u64,
+}
+
+impl Trainer {
+    /// Takes part in one generation until it ends.
+    pub fn take_part(&mut self, assignment: &Assignment) -> Rest {
+        match self.train(assignment) {
+            Ok(rest) => rest,
+            Err(TeamError::Data(DataError::Input(detail))) => Rest::InputWrong(detail),
+            Err(TeamError::Diverged(detail)) => Rest::Fault(Fault::Diverged(detail)),
+            Err(TeamError::Reduce(ReduceError::Collective(error))) => match error {
+                c10d::Error::Aborted => Rest::Aborted,
+                c10d::Error::PeerLost(detail) => {
+                    tracing::info!("lost a peer: {detail}");
+                    Rest::Fault(Fault::Peer)
+                }
+                c10d::Error::Timeout { .. } => Rest::Fault(Fault::Timeout),
+                other => Rest::Fault(Fault::Internal(other.to_string())),
+            },
+            Err(error) => Rest::Fault(Fault::Internal(error.to_string())),
+        }
+    }
+
+    /// The position of the state that this worker holds.
+    pub fn position(&self) -> Option<Position> {
+        self.held.as_ref().map(|(state, _)| state.counters.position)
+    }
+
+    fn train(&mut self, assignment: &Assignment) -> Result<Rest, TeamError> {
+        let group = &assignment.group;
+        if let Start::Checkpoint(source, checkpoint) = &group.start
+            && source.0 == assignment.rank
+        {
+            self.held = Some(self.read(checkpoint)?);
+        }
+        let (job, models, layout) = (&self.job, &self.models, &self.layout);
+        let mut team = Team::form(assignment, &self.session, job, models, layout, self.device)?;
+        let seed = job.job.seed;
+        team.start(&group.start, group.position, layout, seed, &mut self.held, self.device)?;
+        let Some((mut state, mut carried)) = self.held.take() else {
+            return Err(TeamError::Diverged("a group started without a state".to_string()));
+        };
+        let rest = self.train_with(assignment, &mut team, &mut state, &mut carried);
+        self.held = Some((state, carried));
+        rest
+    }
+
+    fn read(&self, checkpoint: &Checkpoint) -> Result<(State, Carried), TeamError> {
+        let files = Files { storage: &*self.storage, job: &self.job, models: &self.models, layout: &self.layout };
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        let runtime = runtime.expect("a runtime without drivers needs nothing of the system");
+        let read = runtime.block_on(files.read(checkpoint));
+        let snapshot = read.map_err(|error| ReduceError::Leaf(error.to_string()))?;
+        let mut state = State::zeros(self.layout.clone(), self.device);
+        no_grad(|| state.flat.copy_(&from_bytes(&snapshot.flat)));
+        state.counters = snapshot.counters;
+        Ok((state, Carried::default()))
+    }
+
+    /// The loop: step by step, phase by phase, until the job or the group ends.
+    fn train_with(
+        &mut self,
+        assignment: &Assignment,
+        team: &mut Team,
+        state: &mut State,
+        carried: &mut Carried,
+    ) -> Result<Rest, TeamError> {
+        if assignment.rank == 0 {
+            self.session.report_kept();
+        }
+        let phases = phases(&self.job);
+        let last_step = self.job.last_step(self.data.len() as u64);
+        let mut batches = self.read_ahead(team, state.counters, last_step);
+        let mut pace = Pace { since: Instant::now(), images: 0 };
+        let mut fingerprint = 0;
+        let mut stopping = false;
+        let (mut step, mut first) = place(state.counters, &phases);
+        while step < last_step && !stopping {
+            for phase in &phases[first..] {
+                let agreed = self.run_phase(team, state, carried, *phase, &mut fingerprint, &mut batches)?;
+                match self.session.plan_kind(agreed).filter(|_| agreed != 0) {
+                    Some(PlanKind::Regroup) => return Ok(Rest::Planned),
+                    Some(PlanKind::Stop) => stopping = true,
+                    None => {}
+                }
+            }
+            (step, first) = place(state.counters, &phases);
+            self.report(assignment, state, carried, &mut pace, stopping);
+        }
+        self.finish(assignment, state, step == last_step)
+    }
+
+    fn read_ahead(&self, team: &Team, counters: Counters, end_step: u64) -> Prefetcher {
+        let phases = phases(&self.job);
+        let (first_step, first_phase) = place(counters, &phases);
+        let discriminator_phases = self.job.loss.discriminator_steps;
+        let first_phase = u32::try_from(first_phase).expect("a step has few phases");
+        // In the middle of a step only the generator's phase may be left, which reads no data.
+        let skip = first_phase >= discriminator_phases;
+        let plan = Plan {
+            seed: self.job.job.seed,
+            data_shards: self.job.job.data_shards,
+            shard_batch: self.job.job.shard_batch,
+            phases: discriminator_phases,
+            shards: team.deal.own(),
+            first_step: first_step + u64::from(skip),
+            first_phase: if skip { 0 } else { first_phase },
+            end_step,
+            depth: READ_AHEAD,
+        };
+        Prefetcher::start(self.data.clone(), plan)
+    }
+
+    /// One phase: this rank's leaves, the sum of all, the commit. Returns the plan on which all members agree.
+    fn run_phase(
+        &self,
+        team: &mut Team,
+        state: &mut State,
+        carried: &mut Carried,
+        phase: Phase,
+        fingerprint: &mut u64,
+        batches: &mut Prefetcher,
+    ) -> Result<u64, TeamError> {
+        let leaves = Leaves { job: &self.job, models: &self.models, device: self.device };
+        let step = state.counters.position.0 / phases_in(&self.job);
+        let batch = match phase.module {
+            Module::Discriminator => {
+                Some(batches.next()?)
+            }
+            Module::Generator => None,
+        };
+        let real = batch.as_ref().map(|batch| self.real_images(batch));
+        let first_shard = team.deal.own().start;
+        let trailer = Trailer {
+            generation: 0,
+            position: state.counters.position.0,
+            fingerprint: *fingerprint,
+            plan: self.session.plan(),
+            ledger: batch.as_ref().map_or(0, |batch| batch.ledger),
+        };
+        let leaf = |shard: u32, out: &mut crate::phase::LeafBuffer| {
+            let own = real.as_ref().map(|real| real.get(i64::from(shard - first_shard)));
+            leaves
+                .compute(phase, step, shard, state, own.as_ref(), out)
+                .map_err(|error| error.to_string())
+        };
+        let reduced = team.reduce(phase, trailer, &self.session, leaf)?;
+        let layout = team.leaf_layout(phase.module);
+        commit(&self.job, state, phase, layout, &reduced.mean, reduced.ledger)?;
+        *fingerprint = c10d::aten::fingerprint(state.parameters(phase.module), state.counters.position.0)?;
+        let loss = crate::state::narrow(&reduced.mean, layout.loss()..layout.loss() + 1);
+        carried.losses[usize::from(phase.module == Module::Generator)] = f32::try_from(loss).unwrap_or(f32::NAN);
+        self.session.set_position(state.counters.position);
+        if let Some(batch) = batch {
+            batches.recycle(batch);
+        }
+        Ok(reduced.agreed_plan)
+    }
+
+    /// A batch's images by shard: (shards, b, c, h, w).
+    fn real_images(&self, batch: &Batch) -> Tensor {
+        let signed = |n: usize| i64::try_from(n).expect("an image is small");
+        let shape = self.data.shape();
+        let batch_size = i64::from(self.job.job.shard_batch);
+        let sizes = [-1, batch_size, signed(shape.channels), signed(shape.height), signed(shape.width)];
+        Tensor::from_slice(&batch.pixels).view(sizes).to_device(self.device)
+    }
+
+    /// After a step: metrics, samples, checkpoints. None of them blocks.
+    fn report(&self, assignment: &Assignment, state: &State, carried: &Carried, pace: &mut Pace, stopping: bool) {
+        let samples = self.data.len() as u64;
+        let step = state.counters.position.0 / phases_in(&self.job);
+        pace.images += self.job.samples_per_step();
+        if self.job.metrics_due(step, samples) || stopping {
+            self.session.report(Rank(assignment.rank), self.row(assignment, step, carried, pace));
+            *pace = Pace { since: Instant::now(), images: 0 };
+        }
+        // The last state, of the job or before a stop, is saved by `finish`.
+        let last = stopping || step == self.job.last_step(samples);
+        if !last {
+            let checkpoint = self.job.checkpoint_due(step, samples);
+            self.save(assignment, state, checkpoint, self.job.sample_due(step, samples));
+        }
+    }
+
+    fn row(&self, assignment: &Assignment, step: u64, carried: &Carried, pace: &Pace) -> MetricsRow {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let seconds = pace.since.elapsed().as_secs_f64().max(1e-9);
+        #[allow(clippy::cast_precision_loss)] // images between two rows are far below 2^53
+        let images_per_second = pace.images as f64 / seconds;
+        MetricsRow {
+            step,
+            time: now.as_secs_f64(),
+            generation: assignment.group.generation.0,
+            world_size: u32::try_from(assignment.group.members.len()).unwrap_or(u32::MAX),
+            loss_discriminator: f64::from(carried.losses[0]),
+            loss_generator: f64::from(carried.losses[1]),
+            images_per_second,
+            images_seen: step * self.job.samples_per_step(),
+        }
+    }
+
+    fn save(&self, assignment: &Assignment, state: &State, checkpoint: bool, samples: bool) {
+        let files = if checkpoint { self.files_to_write(assignment) } else { Vec::new() };
+        // Every member could draw the same grid: the first one does.
+        let samples = samples && assignment.rank == 0;
+        if files.is_empty() && !samples {
+            return;
+        }
+        let position = state.counters.position.0;
+        let snapshot = Snapshot {
+            step: position / phases_in(&self.job),
+            phase: u32::try_from(position % phases_in(&self.job)).expect("a step has few phases"),
+            flat: to_bytes(&state.flat),
+            counters: state.counters,
+        };
+        self.archive.push(Order { snapshot: Arc::new(snapshot), files, samples });
+    }
+
+    /// This member's share of a checkpoint's files: they are dealt to all members that see the storage.
+    fn files_to_write(&self, assignment: &Assignment) -> Vec<usize> {
+        let members = &assignment.group.members;
+        if !members[assignment.rank as usize].writes_parts {
+            return Vec::new();
+        }
+        let writers = members.iter().filter(|member| member.writes_parts).count();
+        let before = members[..assignment.rank as usize].iter().filter(|member| member.writes_parts);
+        let first = before.count();
+        (first..file_count(&self.layout, self.job.job.data_shards)).step_by(writers).collect()
+    }
+
+    /// Saves the last state and waits until it is on the storage.
+    fn finish(&self, assignment: &Assignment, state: &State, complete: bool) -> Result<Rest, TeamError> {
+        let samples = complete && self.job.sample.every_steps != 0;
+        self.save(assignment, state, true, samples);
+        self.archive.drain(|| self.session.end().is_some());
+        Ok(Rest::Finished { complete })
+    }
+
+    /// Tells the coordinator how this worker's part in a generation ended.
+    pub fn tell(&self, assignment: &Assignment, rest: Rest) {
+        let generation = assignment.group.generation;
+        let position = self.position();
+        match (rest, position) {
+            (Rest::Finished { complete }, Some(position)) => {
+                self.session.send(FromWorker::Finished(generation, position, complete));
+            }
+            (Rest::InputWrong(detail), _) => self.session.send(FromWorker::InputError(detail)),
+            (Rest::Fault(fault), _) => {
+                tracing::info!("leaving generation {generation}: {fault:?}");
+                self.session.send(FromWorker::Fault(generation, fault));
+                self.session.send(FromWorker::Ready(generation, position));
+            }
+            _ => self.session.send(FromWorker::Ready(generation, position)),
+        }
+    }
+}
+
+fn phases_in(job: &Job) -> u64 {
+    crate::commit::phases_per_step(job)
+}
+
+/// The step that a position is in, and the index of its next phase.
+fn place(counters: Counters, phases: &[Phase]) -> (u64, usize) {
+    let per_step = phases.len() as u64;
+    let phase = usize::try_from(counters.position.0 % per_step).expect("a step has few phases");
+    (counters.position.0 / per_step, phase)
+}
