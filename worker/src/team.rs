@@ -82,17 +82,7 @@ impl Team {
             shards: assignment.group.members.iter().map(|member| member.shards.clone()).collect(),
             rank: assignment.rank as usize,
         };
-        let address = match std::env::var("GLOO_SOCKET_IFNAME") {
-            Ok(interface) => GlooAddress::Interface(interface),
-            Err(_) => GlooAddress::Hostname(session.local_address().to_string()),
-        };
-        let options = GlooOptions {
-            rank: deal.rank,
-            world_size: deal.shards.len(),
-            timeout: assignment.reduce_timeout,
-            address,
-        };
-        let group = Group::gloo(options, session.store(generation), "gloo")?;
+        let group = meet(&deal, assignment, session, device)?;
         session.watch_group(generation, group.aborter());
         let exchange = |module| {
             let leaf = LeafLayout::new(models, layout, module);
@@ -214,6 +204,27 @@ impl Team {
             ))),
         }
     }
+}
+
+/// Forms the process group: NCCL between GPUs, Gloo between CPUs.
+fn meet(
+    deal: &Deal,
+    assignment: &Assignment,
+    session: &Session,
+    device: Device,
+) -> Result<Group, c10d::Error> {
+    let (rank, world_size, timeout) = (deal.rank, deal.shards.len(), assignment.reduce_timeout);
+    let store = session.store(assignment.group.generation);
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        return Group::nccl(c10d::NcclOptions { rank, world_size, timeout, device }, store, "nccl");
+    }
+    debug_assert!(!device.is_cuda(), "only a build with CUDA chooses a GPU");
+    let address = match std::env::var("GLOO_SOCKET_IFNAME") {
+        Ok(interface) => GlooAddress::Interface(interface),
+        Err(_) => GlooAddress::Hostname(session.local_address().to_string()),
+    };
+    Group::gloo(GlooOptions { rank, world_size, timeout, address }, store, "gloo")
 }
 
 /// What the members of one group have in common and no other group has.

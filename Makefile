@@ -1,0 +1,80 @@
+# One front door. `make demo` trains the main job on the bundled digits, `make test` passes the tests;
+# both set up what they need first.
+
+TORCH_VERSION := 2.11.0
+CUDA_RUNTIME := nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85
+PYTHON ?= python3
+CARGO ?= cargo
+DEMO_DIR ?= runs/demo
+WORKERS ?= 2
+TOOLS := .tools
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test check fmt lint docs licences proto-lint clean
+
+help: ## Show what there is to make.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# ---- Set-up ----------------------------------------------------------------------------------------------------------
+
+ifneq ($(LIBTORCH)$(LIBTORCH_USE_PYTORCH),)
+setup: ## Get libtorch (CUDA=1: with CUDA). An existing LIBTORCH or LIBTORCH_USE_PYTORCH=1 is respected.
+	@echo "using the libtorch of the environment"
+else ifeq ($(CUDA),1)
+setup: .libtorch/cuda-$(TORCH_VERSION)
+else
+setup: $(if $(wildcard .libtorch/cuda-$(TORCH_VERSION)),,.libtorch/cpu-$(TORCH_VERSION))
+endif
+
+# The wheel's libraries name two CUDA libraries even where no GPU is used; the rest of CUDA is left out.
+.libtorch/cpu-$(TORCH_VERSION):
+	@echo "getting libtorch $(TORCH_VERSION) for CPUs (about 600 MB)"
+	@rm -rf .libtorch
+	@$(PYTHON) -m pip install --quiet --target .libtorch --no-deps torch==$(TORCH_VERSION) $(CUDA_RUNTIME)
+	@touch $@
+
+.libtorch/cuda-$(TORCH_VERSION):
+	@echo "getting libtorch $(TORCH_VERSION) with CUDA (about 4.5 GB)"
+	@rm -rf .libtorch
+	@$(PYTHON) -m pip install --quiet --target .libtorch torch==$(TORCH_VERSION) 'nvidia-cuda-crt==13.0.*'
+	@touch $@
+
+build: setup ## Build the programs.
+	$(CARGO) build --release --locked --workspace $(if $(CUDA),--features ganglion-worker/cuda)
+
+# ---- Use -------------------------------------------------------------------------------------------------------------
+
+demo: build ## Train the MLP GAN on real digits with two workers, then draw 50 digits.
+	target/release/coordinator --workers $(WORKERS) --run-dir $(DEMO_DIR)
+	target/release/worker sample --checkpoint $(DEMO_DIR) --count 50 --seed 7 --out $(DEMO_DIR)/digits.png
+
+# ---- Checks ----------------------------------------------------------------------------------------------------------
+
+test: build ## Run all tests.
+	$(CARGO) test --release --locked --workspace
+
+check: fmt lint docs licences proto-lint test ## Everything that must be clean before a change lands.
+
+fmt:
+	$(CARGO) fmt --all --check
+
+lint: setup
+	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
+
+docs: setup
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --locked --workspace --no-deps
+
+licences: $(TOOLS)/bin/cargo-deny
+	$(TOOLS)/bin/cargo-deny --offline check licenses bans sources
+
+$(TOOLS)/bin/cargo-deny:
+	$(CARGO) install --quiet --locked --root $(TOOLS) cargo-deny
+
+proto-lint: $(TOOLS)/buf/bin/buf
+	cd proto && ../$(TOOLS)/buf/bin/buf lint
+
+$(TOOLS)/buf/bin/buf:
+	$(PYTHON) -m pip install --quiet --target $(TOOLS)/buf buf-bin
+
+clean: ## Remove what was built. Set-up and runs stay.
+	$(CARGO) clean
