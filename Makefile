@@ -50,8 +50,14 @@ demo: build ## Train the MLP GAN on real digits with two workers, then draw 50 d
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
 
-test: build ## Run all tests.
+test: build $(TOOLS)/python ## Run all tests.
 	$(CARGO) test --release --locked --workspace
+
+# What reads our files in Python, for the test that they can be read.
+$(TOOLS)/python:
+	@echo "getting safetensors and TensorBoard for Python (about 60 MB)"
+	@$(PYTHON) -m pip install --quiet --target $@.new safetensors==0.8.0 numpy tensorboard==2.21.0 setuptools
+	@mv $@.new $@
 
 check: fmt lint docs licences proto-lint test ## Everything that must be clean before a change lands.
 

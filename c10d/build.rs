@@ -1,7 +1,7 @@
 //! Compiles the C++ shim against libtorch's headers and tells the linker where libtorch is.
 
-use std::env;
 use std::path::PathBuf;
+use std::{env, fs};
 
 fn main() {
     // torch-sys looks for libtorch and hands its folder of libraries on.
@@ -18,7 +18,8 @@ fn main() {
     }
     let mut build = cxx_build::bridges(bridges);
     build
-        .files(sources.iter().map(|name| format!("shim/{name}.cc")))
+        .file(as_one_unit(&sources))
+        .include(".")
         .include("shim/gloo_names")
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"))
@@ -48,4 +49,12 @@ fn main() {
     println!("cargo:rerun-if-changed=src/ffi.rs");
     println!("cargo:rerun-if-changed=src/aten_ffi.rs");
     println!("cargo:rerun-if-changed=src/nccl_ffi.rs");
+}
+
+/// A source that includes the others: the compiler needs far longer to read libtorch's headers than the shim.
+fn as_one_unit(sources: &[&str]) -> PathBuf {
+    let unit = PathBuf::from(env::var_os("OUT_DIR").expect("cargo gives build scripts a folder")).join("shim.cc");
+    let includes = sources.iter().map(|name| format!("#include \"shim/{name}.cc\"\n"));
+    fs::write(&unit, includes.collect::<String>()).expect("cargo's folder can be written to");
+    unit
 }

@@ -53,7 +53,12 @@ pub(crate) mod shim {
             receive: &Tensor,
             signal: Box<Signal>,
         ) -> Result<UniquePtr<Work>>;
-        fn broadcast(self: &Group, tensor: &Tensor, root: i64, signal: Box<Signal>) -> Result<UniquePtr<Work>>;
+        fn broadcast(
+            self: &Group,
+            tensor: &Tensor,
+            root: i64,
+            signal: Box<Signal>,
+        ) -> Result<UniquePtr<Work>>;
         fn barrier(self: &Group, signal: Box<Signal>) -> Result<UniquePtr<Work>>;
 
         fn gloo_group(

@@ -14,7 +14,7 @@ use crate::core::Core;
 use crate::error::Refused;
 use crate::ffi::{at_tensor, shim};
 use crate::flight::Signal;
-use crate::pending::{Aborter, Lent, Parts, Pending};
+use crate::pending::{Aborter, Lent, Pending};
 use crate::store::{KeyValueStore, StoreHandle};
 use crate::sync::milliseconds;
 use crate::{Buffer, Error};
@@ -68,16 +68,8 @@ impl ReduceOp {
 }
 
 /// The kinds of elements that both Gloo and NCCL carry.
-const KINDS: [Kind; 8] = [
-    Kind::Uint8,
-    Kind::Int8,
-    Kind::Int,
-    Kind::Int64,
-    Kind::Half,
-    Kind::BFloat16,
-    Kind::Float,
-    Kind::Double,
-];
+const KINDS: [Kind; 8] =
+    [Kind::Uint8, Kind::Int8, Kind::Int, Kind::Int64, Kind::Half, Kind::BFloat16, Kind::Float, Kind::Double];
 
 /// A set of processes (or threads) that exchange buffers. See the crate's documentation for an example.
 pub struct Group {
@@ -112,7 +104,12 @@ impl Group {
         Ok(Group::new(group, rank, world_size, Device::Cpu))
     }
 
-    pub(crate) fn new(group: UniquePtr<shim::Group>, rank: usize, world_size: usize, device: Device) -> Group {
+    pub(crate) fn new(
+        group: UniquePtr<shim::Group>,
+        rank: usize,
+        world_size: usize,
+        device: Device,
+    ) -> Group {
         Group { core: Core::new(group), rank, world_size, device }
     }
 
@@ -205,9 +202,10 @@ impl Group {
     /// As for [`all_reduce`](Group::all_reduce), with the buffer back.
     pub fn broadcast(&self, buffer: Buffer, root: usize) -> Result<Pending<Buffer>, Refused<Buffer>> {
         let size = self.world_size;
-        let check = self.check(&[&buffer]).and_then(|()| check_filled(&buffer)).and_then(|()| {
-            require(root < size, || format!("root {root} in a group of {size}"))
-        });
+        let check = self
+            .check(&[&buffer])
+            .and_then(|()| check_filled(&buffer))
+            .and_then(|()| require(root < size, || format!("root {root} in a group of {size}")));
         // A root that does not fit was refused above.
         let root = i64::try_from(root).unwrap_or(i64::MAX);
         self.launch(buffer, check, |group, buffers, signal| {
@@ -243,7 +241,9 @@ impl Group {
         for buffer in buffers {
             buffer.check()?;
             let (kind, device) = (buffer.kind(), buffer.device());
-            require(device == self.device, || format!("a buffer on {device:?} in a group on {:?}", self.device))?;
+            require(device == self.device, || {
+                format!("a buffer on {device:?} in a group on {:?}", self.device)
+            })?;
             require(KINDS.contains(&kind), || format!("elements of kind {kind:?} cannot be exchanged"))?;
             require(kind == buffers[0].kind(), || "buffers of different kinds".into())?;
         }

@@ -122,9 +122,8 @@ impl KeyValueStore for MemoryStore {
                 .and_then(|text| text.parse::<i64>().ok())
                 .ok_or_else(|| StoreError::Fatal(format!("{key} does not hold a number")))?,
         };
-        let sum = current
-            .checked_add(amount)
-            .ok_or_else(|| StoreError::Fatal(format!("{key} would overflow")))?;
+        let sum =
+            current.checked_add(amount).ok_or_else(|| StoreError::Fatal(format!("{key} would overflow")))?;
         values.insert(key.to_owned(), sum.to_string().into_bytes());
         self.changed.notify_all();
         Ok(sum)

@@ -52,7 +52,8 @@ fn every_kind_travels() {
             assert!(is(&all, 6.0), "{kind:?}");
             let splits = if group.rank() == 0 { [[50, 150], [50, 50]] } else { [[50, 150], [150, 150]] };
             let receive = make(splits[1].iter().sum());
-            let (_, part) = group.all_to_all(all, &splits[0], receive, &splits[1]).unwrap().wait(LONG).unwrap();
+            let (_, part) =
+                group.all_to_all(all, &splits[0], receive, &splits[1]).unwrap().wait(LONG).unwrap();
             assert!(is(&part, 6.0), "{kind:?}");
             let copy = group.broadcast(make(10), 1).unwrap().wait(LONG).unwrap();
             assert!(is(&copy, 3.0), "{kind:?}");

@@ -50,7 +50,10 @@ impl Checkpoints {
     pub fn open(address: &str, run: &str) -> Result<Checkpoints, String> {
         let folder = PathBuf::from(address.strip_prefix("file://").unwrap_or(address));
         let unusable = |error: io::Error| {
-            format!("checkpoint.url {}: {error}; choose a folder that this user can write to", folder.display())
+            format!(
+                "checkpoint.url {}: {error}; choose a folder that this user can write to",
+                folder.display()
+            )
         };
         fs::create_dir_all(&folder).map_err(unusable)?;
         let marker = folder.join(".run");
@@ -58,7 +61,9 @@ impl Checkpoints {
             Ok(owner) if owner == run => {}
             Ok(_) => {
                 let folder = folder.display();
-                return Err(format!("checkpoint.url {folder}: holds another run's checkpoints; choose another folder"));
+                return Err(format!(
+                    "checkpoint.url {folder}: holds another run's checkpoints; choose another folder"
+                ));
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 write_whole(&marker, run.as_bytes()).map_err(unusable)?;

@@ -91,7 +91,8 @@ impl Cli {
         let Some(text) = &self.listen else {
             return Ok(([127, 0, 0, 1], last_port.unwrap_or(0)).into());
         };
-        let wrong = |reason: String| format!("--listen {text}: {reason}; give HOST:PORT, such as 127.0.0.1:7000");
+        let wrong =
+            |reason: String| format!("--listen {text}: {reason}; give HOST:PORT, such as 127.0.0.1:7000");
         let addresses = std::net::ToSocketAddrs::to_socket_addrs(text.as_str());
         let address = addresses.map_err(|error| wrong(error.to_string()))?.next();
         let address = address.ok_or_else(|| wrong("no such address".to_string()))?;
@@ -107,9 +108,7 @@ impl Cli {
 
 fn gpus() -> u32 {
     let Ok(devices) = std::fs::read_dir("/dev") else { return 0 };
-    let is_gpu = |name: &str| {
-        name.strip_prefix("nvidia").is_some_and(|number| number.parse::<u32>().is_ok())
-    };
+    let is_gpu = |name: &str| name.strip_prefix("nvidia").is_some_and(|number| number.parse::<u32>().is_ok());
     let names = devices.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
     u32::try_from(names.filter(|name| is_gpu(name)).count()).unwrap_or(0)
 }

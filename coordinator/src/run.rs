@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
 
-use ganglion_membership::{Checkpoint, Outcome, Recovered, Term};
+use ganglion_membership::{Checkpoint, Generation, Outcome, Recovered, Term};
 use ganglion_proto::job::Job;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -85,8 +85,10 @@ pub async fn run(cli: Cli) -> Result<String, Failure> {
 
     let folder = cli.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&job.job.name));
     let run_dir = RunDir::hold(&folder)?;
-    run_dir.settle_job(&job)?;
     let mut journal = Journal::open(&run_dir.path("journal.sqlite"))?;
+    // Until a first group was formed nothing was trained, and a mistake in the job may still be mended.
+    let begun = journal.last_generation()? > Generation(0);
+    run_dir.settle_job(&job, begun)?;
     let run = run_name(&mut journal)?;
     let default_storage = run_dir.path("checkpoints").display().to_string();
     let storage = job.checkpoint.url.clone().unwrap_or(default_storage);
@@ -101,7 +103,8 @@ pub async fn run(cli: Cli) -> Result<String, Failure> {
     let term = journal.begin_term()?;
     let (listener, address) = listen(&cli, &mut journal).await?;
     let url = format!("http://{}", SocketAddr::new(reachable(address.ip()), address.port()));
-    records.event("coordinator_started", json!({ "term": term.0, "pid": std::process::id(), "address": url }));
+    records
+        .event("coordinator_started", json!({ "term": term.0, "pid": std::process::id(), "address": url }));
     records.message(&format!(
         "run {} in {}; other workers join with: worker --coordinator {url}",
         job.job.name,
@@ -144,7 +147,11 @@ fn run_name(journal: &mut Journal) -> Result<String, Failure> {
     Ok(run)
 }
 
-fn recover(journal: &Journal, checkpoints: &Checkpoints, records: &mut Records) -> Result<Recovered, Failure> {
+fn recover(
+    journal: &Journal,
+    checkpoints: &Checkpoints,
+    records: &mut Records,
+) -> Result<Recovered, Failure> {
     let (checkpoint, damaged) =
         checkpoints.newest_valid().map_err(|error| Failure::Other(format!("checkpoints: {error}")))?;
     for damage in damaged {
@@ -156,7 +163,9 @@ fn recover(journal: &Journal, checkpoints: &Checkpoints, records: &mut Records) 
         let fields = json!({ "folder": damage.folder, "reason": damage.reason, "instead": instead });
         records.event("checkpoint_damaged", fields);
     }
-    Ok(Recovered { generation: journal.last_generation()?, checkpoint, passport: journal.passport()? })
+    let generation = journal.last_generation()?;
+    let passport = if generation > Generation(0) { journal.passport()? } else { None };
+    Ok(Recovered { generation, checkpoint, passport })
 }
 
 /// The line for a run that has nothing left to do.
@@ -215,7 +224,11 @@ fn reachable(address: IpAddr) -> IpAddr {
 
 fn conclude(ended: Ended, job: &Job, run_dir: &RunDir, storage: &str) -> Result<String, Failure> {
     match ended.outcome {
-        Outcome::Complete => Ok(format!("run {} is complete: checkpoints in {storage}, samples in {}", job.job.name, run_dir.path("samples").display())),
+        Outcome::Complete => Ok(format!(
+            "run {} is complete: checkpoints in {storage}, samples in {}",
+            job.job.name,
+            run_dir.path("samples").display()
+        )),
         Outcome::Stopped(position) => {
             let per_step = u64::from(job.loss.discriminator_steps) + 1;
             let code = match ended.signal {
@@ -225,9 +238,9 @@ fn conclude(ended: Ended, job: &Job, run_dir: &RunDir, storage: &str) -> Result<
             Err(Failure::Stopped { code, step: position.map_or(0, |position| position.0 / per_step) })
         }
         Outcome::InputWrong(detail) => Err(Failure::Input(detail)),
-        Outcome::Failed(reason) => Err(Failure::Other(format!(
-            "{reason}; the same command goes on from the newest checkpoint"
-        ))),
+        Outcome::Failed(reason) => {
+            Err(Failure::Other(format!("{reason}; the same command goes on from the newest checkpoint")))
+        }
     }
 }
 

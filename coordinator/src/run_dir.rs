@@ -79,11 +79,11 @@ impl RunDir {
         &self.folder
     }
 
-    /// Writes the resolved job, or, in a directory that has one, checks that nothing changed that decides the result.
-    pub fn settle_job(&self, job: &Job) -> Result<(), RunDirError> {
+    /// Writes the resolved job; where a run has begun, first checks that nothing changed that decides its result.
+    pub fn settle_job(&self, job: &Job, begun: bool) -> Result<(), RunDirError> {
         let file = self.path("job.toml");
         let input = |what: String| RunDirError::Input(format!("{}: {what}", file.display()));
-        if file.exists() {
+        if begun && file.exists() {
             let text = fs::read_to_string(&file).map_err(|error| input(error.to_string()))?;
             let recorded = job_file::parse_resolved(&text)
                 .map_err(|error| input(format!("not a job of this version:\n{error}")))?;

@@ -51,7 +51,8 @@ impl Supervisor {
         let own = std::env::current_exe()?.canonicalize()?;
         let program = own.with_file_name("worker");
         if !program.is_file() {
-            let what = format!("{}: no such program; build it with `cargo build --release`", program.display());
+            let what =
+                format!("{}: no such program; build it with `cargo build --release`", program.display());
             return Err(io::Error::new(io::ErrorKind::NotFound, what));
         }
         Ok(Supervisor { program, exits, children: BTreeMap::new() })

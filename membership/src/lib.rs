@@ -22,8 +22,8 @@ mod types;
 
 pub use checkpoint::{Assembly, Checkpoint, PartConflict, StoredFile, WrittenPart};
 pub use machine::{
-    Action, Event, Fault, Group, LoadedFacts, Loss, Machine, Member, Outcome, Plan, PlanKind,
-    Recovered, Rejection, Settings, Start,
+    Action, Event, Fault, Group, LoadedFacts, Loss, Machine, Member, Outcome, Plan, PlanKind, Recovered,
+    Rejection, Settings, Start,
 };
 pub use passport::{Difference, Passport};
 pub use shards::shard_ranges;

@@ -325,8 +325,7 @@ impl Machine {
             Stage::Regrouping { until } => Some(until),
             _ => None,
         };
-        let silence =
-            self.workers.values().map(|w| w.last_heard + self.settings.failure_deadline).min();
+        let silence = self.workers.values().map(|w| w.last_heard + self.settings.failure_deadline).min();
         regroup.into_iter().chain(silence).min()
     }
 
@@ -352,8 +351,7 @@ impl Machine {
             actions.push(Action::Reject(worker, Rejection::Ending));
             return;
         }
-        let entry =
-            Worker { facts: None, last_heard: self.now, rest: Rest::Ready(None), finished: false };
+        let entry = Worker { facts: None, last_heard: self.now, rest: Rest::Ready(None), finished: false };
         self.workers.insert(worker, entry);
     }
 
@@ -469,13 +467,7 @@ impl Machine {
         }
     }
 
-    fn fault(
-        &mut self,
-        worker: WorkerId,
-        generation: Generation,
-        fault: Fault,
-        actions: &mut Vec<Action>,
-    ) {
+    fn fault(&mut self, worker: WorkerId, generation: Generation, fault: Fault, actions: &mut Vec<Action>) {
         if !self.concerns_newest(worker, generation) {
             return;
         }
@@ -521,8 +513,7 @@ impl Machine {
 
     fn form(&mut self, actions: &mut Vec<Action>) {
         let loaded = self.workers.iter().filter(|(_, worker)| worker.facts.is_some());
-        let ids: Vec<WorkerId> =
-            loaded.map(|(id, _)| *id).take(self.settings.data_shards as usize).collect();
+        let ids: Vec<WorkerId> = loaded.map(|(id, _)| *id).take(self.settings.data_shards as usize).collect();
         let world_size = u32::try_from(ids.len()).expect("a group is at most V workers");
         let members: Vec<Member> = ids
             .into_iter()
@@ -596,8 +587,7 @@ impl Machine {
         }
         let members = self.present_members();
         if members.iter().all(|id| self.workers[id].finished) {
-            let outcome =
-                if complete { Outcome::Complete } else { Outcome::Stopped(Some(position)) };
+            let outcome = if complete { Outcome::Complete } else { Outcome::Stopped(Some(position)) };
             self.stage = Stage::Closing { outcome };
             self.close_if_saved(position, actions);
         }
@@ -709,9 +699,7 @@ impl Machine {
     }
 
     fn concerns_newest(&self, worker: WorkerId, generation: Generation) -> bool {
-        generation == self.last_generation
-            && self.is_member(worker)
-            && self.workers.contains_key(&worker)
+        generation == self.last_generation && self.is_member(worker) && self.workers.contains_key(&worker)
     }
 
     fn is_member(&self, worker: WorkerId) -> bool {

@@ -12,9 +12,8 @@ pub fn shard_ranges(data_shards: u32, world_size: u32) -> Vec<Range<u32>> {
         "{world_size} ranks cannot share {data_shards} data shards"
     );
     let (shards, ranks) = (u64::from(data_shards), u64::from(world_size));
-    let cut = |rank: u64| {
-        u32::try_from(rank * shards / ranks).expect("a cut is at most the number of shards")
-    };
+    let cut =
+        |rank: u64| u32::try_from(rank * shards / ranks).expect("a cut is at most the number of shards");
     (0..ranks).map(|rank| cut(rank)..cut(rank + 1)).collect()
 }
 

@@ -3,16 +3,14 @@
 use std::time::Duration;
 
 use ganglion_membership::{
-    Checkpoint, Fault, Generation, Group, LoadedFacts, Member, Passport, Plan, PlanKind, Position,
-    Rank, Start, StoredFile, Term, WorkerId, WrittenPart,
+    Checkpoint, Fault, Generation, Group, LoadedFacts, Member, Passport, Plan, PlanKind, Position, Rank,
+    Start, StoredFile, Term, WorkerId, WrittenPart,
 };
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as ValueError, StrDeserializer};
 
 use crate::job::{self, Job, Length};
-use crate::message::{
-    Activity, Assignment, FromWorker, Hello, MetricsRow, SampleGrid, ToWorker, Welcome,
-};
+use crate::message::{Activity, Assignment, FromWorker, Hello, MetricsRow, SampleGrid, ToWorker, Welcome};
 use crate::wire;
 
 /// The longest text that a peer may send where people read it, in bytes. The rest is cut off.
@@ -86,9 +84,9 @@ impl FromWorker {
                 height: grid.height,
                 channels: grid.channels,
             }),
-            FromWorker::Finished(generation, position, complete) => Message::Finished(
-                wire::Finished { generation: generation.0, position: position.0, complete },
-            ),
+            FromWorker::Finished(generation, position, complete) => {
+                Message::Finished(wire::Finished { generation: generation.0, position: position.0, complete })
+            }
             FromWorker::InputError(detail) => Message::InputError(wire::InputError { detail }),
         };
         wire::SessionRequest { term: term.0, message: Some(message) }
@@ -108,13 +106,10 @@ impl FromWorker {
             Message::Ready(ready) => {
                 FromWorker::Ready(Generation(ready.generation), ready.position.map(Position))
             }
-            Message::Fault(fault) => {
-                FromWorker::Fault(Generation(fault.generation), fault_from_wire(fault)?)
+            Message::Fault(fault) => FromWorker::Fault(Generation(fault.generation), fault_from_wire(fault)?),
+            Message::Heartbeat(heartbeat) => {
+                FromWorker::Heartbeat(Position(heartbeat.position), activity_from_wire(heartbeat.activity())?)
             }
-            Message::Heartbeat(heartbeat) => FromWorker::Heartbeat(
-                Position(heartbeat.position),
-                activity_from_wire(heartbeat.activity())?,
-            ),
             Message::Metrics(row) => FromWorker::Metrics(row_from_wire(row)),
             Message::PartWritten(part) => FromWorker::PartWritten(WrittenPart {
                 step: part.step,
@@ -256,9 +251,7 @@ impl ToWorker {
                 job: Some(job_to_wire(&welcome.job)),
                 storage: welcome.storage,
             }),
-            ToWorker::Assignment(assignment) => {
-                Message::Assignment(assignment_to_wire(assignment))
-            }
+            ToWorker::Assignment(assignment) => Message::Assignment(assignment_to_wire(assignment)),
             ToWorker::Plan(plan) => {
                 let kind = match plan.kind {
                     PlanKind::Regroup => wire::PlanKind::Regroup,
@@ -269,9 +262,7 @@ impl ToWorker {
             ToWorker::Abort(generation, reason) => {
                 Message::Abort(wire::Abort { generation: generation.0, reason })
             }
-            ToWorker::MetricsRecorded(step) => {
-                Message::MetricsRecorded(wire::MetricsRecorded { step })
-            }
+            ToWorker::MetricsRecorded(step) => Message::MetricsRecorded(wire::MetricsRecorded { step }),
             ToWorker::Reject(reason) => Message::Reject(wire::Reject { reason }),
             ToWorker::Release => Message::Release(wire::Release {}),
         };
@@ -290,9 +281,7 @@ impl ToWorker {
                 job: job_from_wire(required(welcome.job, "job")?)?,
                 storage: welcome.storage,
             })),
-            Message::Assignment(assignment) => {
-                ToWorker::Assignment(assignment_from_wire(assignment)?)
-            }
+            Message::Assignment(assignment) => ToWorker::Assignment(assignment_from_wire(assignment)?),
             Message::Plan(plan) => {
                 let kind = match plan.kind() {
                     wire::PlanKind::Regroup => PlanKind::Regroup,
@@ -301,9 +290,7 @@ impl ToWorker {
                 };
                 ToWorker::Plan(Plan { number: plan.number, kind })
             }
-            Message::Abort(abort) => {
-                ToWorker::Abort(Generation(abort.generation), clipped(abort.reason))
-            }
+            Message::Abort(abort) => ToWorker::Abort(Generation(abort.generation), clipped(abort.reason)),
             Message::MetricsRecorded(recorded) => ToWorker::MetricsRecorded(recorded.step),
             Message::Reject(reject) => ToWorker::Reject(clipped(reject.reason)),
             Message::Release(_) => ToWorker::Release,
@@ -438,10 +425,7 @@ fn job_to_wire(job: &Job) -> wire::Job {
             keep_last: job.checkpoint.keep_last,
             url: job.checkpoint.url.clone(),
         }),
-        sample: Some(wire::Sample {
-            every_steps: job.sample.every_steps,
-            count: job.sample.count,
-        }),
+        sample: Some(wire::Sample { every_steps: job.sample.every_steps, count: job.sample.count }),
         metrics: Some(wire::Metrics { every_steps: job.metrics.every_steps }),
     }
 }

@@ -1,1 +1,244 @@
-//! tests
+//! What the end-to-end tests share: real coordinators and workers, each run in a folder of its own.
+//!
+//! 1. Nothing sleeps and hopes: a test waits for an event of the run, at most [`LIMIT`].
+//! 2. Nothing is left behind: processes are killed and folders removed when their owner is dropped.
+#![forbid(unsafe_code)]
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How long anything may take before a test gives up on it.
+pub const LIMIT: Duration = Duration::from_secs(120);
+/// How often a file or a process is looked at.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// A multi-layer perceptron that trains in a millisecond or two a step.
+pub const SMALL_MLP: &[&str] = &["model.width=16", "model.latent_dim=8", "job.shard_batch=2"];
+/// A convolutional pair with batch normalisation, as small.
+pub const SMALL_DCGAN: &[&str] =
+    &["model.kind=dcgan-28", "model.width=4", "model.latent_dim=8", "job.shard_batch=2"];
+
+/// The program of that name, built if need be.
+pub fn program(name: &str) -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        let test = std::env::current_exe().expect("a test knows its program");
+        let folder = test.ancestors().nth(2).expect("test programs are in target/<profile>/deps");
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--locked", "-p", "ganglion-coordinator", "-p", "ganglion-worker"]);
+        if folder.ends_with("release") {
+            build.arg("--release");
+        }
+        let built = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs tests");
+        assert!(built.success(), "the programs do not build");
+        folder.to_path_buf()
+    });
+    folder.join(name)
+}
+
+/// A run directory, and the settings of its job.
+pub struct Run {
+    root: TempDir,
+    settings: Vec<String>,
+}
+
+impl Run {
+    /// A new run of the default job with these settings, each `key=value`.
+    pub fn new(settings: &[&[&str]]) -> Run {
+        let root = tempfile::tempdir().expect("a temporary folder");
+        let settings = settings.concat().into_iter().map(str::to_string).collect();
+        Run { root, settings }
+    }
+
+    /// Changes a setting, for coordinators started from now on.
+    pub fn set(&mut self, setting: &str) {
+        self.settings.push(setting.to_string());
+    }
+
+    /// A file or folder of the run directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join("run").join(name)
+    }
+
+    /// A file or folder beside the run directory.
+    pub fn beside(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    /// Starts a coordinator with so many local workers.
+    pub fn start(&self, workers: u32) -> Process {
+        self.start_with(&["--workers", &workers.to_string()])
+    }
+
+    /// Starts a coordinator with these arguments.
+    pub fn start_with(&self, arguments: &[&str]) -> Process {
+        let mut command = Command::new(program("coordinator"));
+        command.arg("--run-dir").arg(self.path("")).args(arguments);
+        for setting in &self.settings {
+            command.args(["--set", setting]);
+        }
+        Process::start(command)
+    }
+
+    /// Trains to the end with so many local workers; returns the digest of the last state.
+    pub fn complete(&self, workers: u32) -> String {
+        let ended = self.start(workers).wait();
+        assert_eq!(ended.code, Some(0), "{}", ended.output);
+        self.digest()
+    }
+
+    /// The digest of the newest checkpoint.
+    pub fn digest(&self) -> String {
+        let manifest = fs::read(self.newest_checkpoint().join("manifest.json")).expect("a manifest");
+        let manifest: Value = serde_json::from_slice(&manifest).expect("a manifest is JSON");
+        manifest["state_digest"].as_str().expect("a digest is text").to_string()
+    }
+
+    /// The folder of the newest checkpoint.
+    pub fn newest_checkpoint(&self) -> PathBuf {
+        let latest = fs::read_to_string(self.path("checkpoints/latest")).expect("a checkpoint");
+        self.path("checkpoints").join(latest.trim())
+    }
+
+    /// All events so far.
+    pub fn events(&self) -> Vec<Value> {
+        lines(&self.path("events.jsonl"))
+    }
+
+    /// All rows of metrics so far.
+    pub fn rows(&self) -> Vec<Value> {
+        lines(&self.path("metrics.jsonl"))
+    }
+
+    /// Waits for an event of a kind that `is` wanted.
+    pub fn wait_for(&self, kind: &str, is: impl Fn(&Value) -> bool) -> Value {
+        let wanted = |event: &Value| event["kind"] == kind && is(event);
+        eventually(kind, || self.events().into_iter().find(wanted))
+    }
+
+    /// Waits until a step was reported, and returns the newest that was.
+    pub fn wait_for_step(&self, step: u64) -> u64 {
+        let newest = || self.rows().iter().filter_map(|row| row["step"].as_u64()).max();
+        eventually("a step", || newest().filter(|newest| *newest >= step))
+    }
+
+    /// The process ids of the members of a generation, by rank.
+    pub fn pids(&self, generation: u64) -> Vec<i32> {
+        let formed = self.wait_for("generation_formed", |event| event["generation"] == generation);
+        let members = formed["members"].as_array().expect("members");
+        members
+            .iter()
+            .map(|member| i32::try_from(member["pid"].as_i64().expect("a pid")).expect("a pid"))
+            .collect()
+    }
+}
+
+/// Polls until there is something.
+pub fn eventually<T>(what: &str, look: impl Fn() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(start.elapsed() < LIMIT, "no {what} in {} s", LIMIT.as_secs());
+        sleep(LOOK);
+    }
+}
+
+/// Reads a file of JSON lines; its last line may be under way.
+fn lines(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    whole.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect()
+}
+
+/// Sends a signal to a process.
+pub fn send(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).expect("the process is there");
+}
+
+/// Whether a process runs: there, and not only waiting to be reaped.
+pub fn is_running(pid: i32) -> bool {
+    let state = fs::read_to_string(format!("/proc/{pid}/stat")).ok();
+    state.is_some_and(|stat| !stat.rsplit(')').next().unwrap_or_default().starts_with(" Z"))
+}
+
+/// A coordinator or a worker.
+pub struct Process {
+    child: Child,
+    output: TempDir,
+}
+
+/// How a process ended.
+pub struct Ended {
+    /// Its exit code, unless a signal ended it.
+    pub code: Option<i32>,
+    /// All that it printed.
+    pub output: String,
+}
+
+impl Process {
+    /// Starts a command; what it prints is kept.
+    pub fn start(mut command: Command) -> Process {
+        let output = tempfile::tempdir().expect("a temporary folder");
+        let file = File::create(output.path().join("output")).expect("a file");
+        command.stdin(Stdio::null()).stderr(file.try_clone().expect("a handle")).stdout(file);
+        Process { child: command.spawn().expect("the program starts"), output }
+    }
+
+    /// A worker that joins the run at `url`.
+    pub fn worker(url: &str) -> Process {
+        Process::worker_with(url, &[])
+    }
+
+    /// A worker with variables of the environment of its own.
+    pub fn worker_with(url: &str, variables: &[(&str, &str)]) -> Process {
+        let mut command = Command::new(program("worker"));
+        command.args(["--coordinator", url]).envs(variables.iter().copied());
+        Process::start(command)
+    }
+
+    /// Its id.
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a pid")
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        send(self.pid(), signal);
+    }
+
+    /// What it has printed so far.
+    pub fn output(&self) -> String {
+        fs::read_to_string(self.output.path().join("output")).expect("its output")
+    }
+
+    /// Waits for its end.
+    pub fn wait(mut self) -> Ended {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is our child") {
+                return Ended { code: ExitStatus::code(&status), output: self.output() };
+            }
+            assert!(start.elapsed() < LIMIT, "it does not end; it printed:\n{}", self.output());
+            sleep(LOOK);
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Its workers notice that it is gone.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -89,9 +89,8 @@ fn plan(layout: &StateLayout, data_shards: u32) -> Vec<Planned> {
         least.0 += tensor.range.len();
         least.1.push(tensor);
     }
-    let mut weight_map: BTreeMap<String, String> = counter_tensors(&Counters::default())
-        .map(|(name, _)| (name.to_string(), part_name(0, parts)))
-        .into();
+    let mut weight_map: BTreeMap<String, String> =
+        counter_tensors(&Counters::default()).map(|(name, _)| (name.to_string(), part_name(0, parts))).into();
     let mut files = Vec::new();
     for (index, (_, tensors)) in dealt.into_iter().enumerate() {
         let name = part_name(index, parts);
@@ -334,6 +333,3 @@ pub fn to_bytes(flat: &Tensor) -> Vec<u8> {
 pub fn from_bytes(bytes: &[u8]) -> Tensor {
     Tensor::from_slice(bytes).view_dtype(Kind::Float)
 }
-
-#[cfg(test)]
-mod tests;

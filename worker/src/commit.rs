@@ -18,7 +18,14 @@ const MOMENTUM: f64 = 0.1;
 const EMA_RAMP_UP: f64 = 0.05;
 
 /// Applies the mean leaf of `phase` to the state. `ledger` is the hash sum of the real samples in it.
-pub fn commit(job: &Job, state: &mut State, phase: Phase, layout: &LeafLayout, mean: &Tensor, ledger: u64) -> Result<(), c10d::Error> {
+pub fn commit(
+    job: &Job,
+    state: &mut State,
+    phase: Phase,
+    layout: &LeafLayout,
+    mean: &Tensor,
+    ledger: u64,
+) -> Result<(), c10d::Error> {
     update_parameters(job, state, phase.module, &narrow(mean, layout.gradient()))?;
     no_grad(|| {
         for statistics in layout.statistics() {

@@ -34,7 +34,8 @@ impl FromStr for DeviceChoice {
 impl DeviceChoice {
     /// The device, if this machine and this build have it.
     pub fn resolve(self) -> Result<Device, String> {
-        let gpus = if cfg!(feature = "cuda") { usize::try_from(Cuda::device_count()).unwrap_or(0) } else { 0 };
+        let gpus =
+            if cfg!(feature = "cuda") { usize::try_from(Cuda::device_count()).unwrap_or(0) } else { 0 };
         match self {
             DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Auto if gpus == 0 => Ok(Device::Cpu),

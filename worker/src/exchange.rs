@@ -124,7 +124,12 @@ struct Lendable {
 
 impl Exchange {
     /// Memory for reduces of one module's leaves, `global_batch` samples each.
-    pub fn new(deal: Deal, layout: LeafLayout, global_batch: u64, device: Device) -> Result<Exchange, c10d::Error> {
+    pub fn new(
+        deal: Deal,
+        layout: LeafLayout,
+        global_batch: u64,
+        device: Device,
+    ) -> Result<Exchange, c10d::Error> {
         let world_size = deal.world_size();
         let chunk = align(layout.len().div_ceil(world_size));
         let nodes: Vec<Vec<Node>> =
@@ -251,7 +256,12 @@ impl Exchange {
         let known = |trailer: &Trailer| Trailer { plan: 0, ledger: 0, ..*trailer };
         for (rank, theirs) in trailers.iter().enumerate() {
             if known(theirs) != known(&ours) {
-                return Err(ReduceError::Disagreement { own_rank: self.deal.rank, ours, rank, theirs: *theirs });
+                return Err(ReduceError::Disagreement {
+                    own_rank: self.deal.rank,
+                    ours,
+                    rank,
+                    theirs: *theirs,
+                });
             }
         }
         self.mean.view([signed(ranks), signed(self.chunk)]).copy_(&rows.narrow(1, 0, signed(self.chunk)));

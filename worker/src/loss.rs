@@ -14,14 +14,14 @@ pub fn discriminator(kind: LossKind, real: &Tensor, fake: &Tensor) -> Tensor {
     match kind {
         // Goodfellow et al. (2014), equation 1: maximise log s(D(x)) + log(1 - s(D(G(z)))).
         LossKind::NonSaturating | LossKind::Minimax => {
-            real.neg().softplus().sum(Kind::Float) + fake.softplus().sum(Kind::Float)
+            total(&real.neg().softplus()) + total(&fake.softplus())
         }
         // Mao et al. (2017), equation 2, with a = 0 and b = 1.
         LossKind::LeastSquares => (square_sum(&(real - 1.0)) + square_sum(fake)) * 0.5,
         // Miyato et al. (2018), equation 16.
-        LossKind::Hinge => real.neg().g_add_scalar(1.0).relu().sum(Kind::Float) + fake.g_add_scalar(1.0).relu().sum(Kind::Float),
+        LossKind::Hinge => total(&(real.neg() + 1.0).relu()) + total(&(fake + 1.0).relu()),
         // Gulrajani et al. (2017), equation 3, the first two terms.
-        LossKind::WassersteinGp => fake.sum(Kind::Float) - real.sum(Kind::Float),
+        LossKind::WassersteinGp => total(fake) - total(real),
     }
 }
 
@@ -29,13 +29,13 @@ pub fn discriminator(kind: LossKind, real: &Tensor, fake: &Tensor) -> Tensor {
 pub fn generator(kind: LossKind, fake: &Tensor) -> Tensor {
     match kind {
         // Goodfellow et al. (2014), section 3: maximise log s(D(G(z))).
-        LossKind::NonSaturating => fake.neg().softplus().sum(Kind::Float),
+        LossKind::NonSaturating => total(&fake.neg().softplus()),
         // Equation 1: minimise log(1 - s(D(G(z)))).
-        LossKind::Minimax => -fake.softplus().sum(Kind::Float),
+        LossKind::Minimax => -total(&fake.softplus()),
         // Mao et al. (2017), equation 2, with c = 1.
         LossKind::LeastSquares => square_sum(&(fake - 1.0)) * 0.5,
         // Miyato et al. (2018), equation 17; Gulrajani et al. (2017).
-        LossKind::Hinge | LossKind::WassersteinGp => -fake.sum(Kind::Float),
+        LossKind::Hinge | LossKind::WassersteinGp => -total(fake),
     }
 }
 
@@ -52,10 +52,9 @@ pub fn gradient_penalty(
 ) -> Tensor {
     let places = places.view([-1, 1, 1, 1]);
     let between = fake.lerp_tensor(real, &places).detach().set_requires_grad(true);
-    let sum = logits(&between).sum(Kind::Float);
-    let gradients = Tensor::run_backward(&[sum], &[&between], true, true);
-    let squares = gradients[0].pow_tensor_scalar(2).flatten(1, -1);
-    let norms = squares.sum_dim_intlist([1i64].as_slice(), false, Kind::Float).sqrt();
+    let gradients = Tensor::run_backward(&[total(&logits(&between))], &[&between], true, true);
+    // The norm's own derivative is 0 at 0, where that of a square root is infinite.
+    let norms = gradients[0].flatten(1, -1).norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
     square_sum(&(norms - 1.0)) * weight
 }
 
@@ -64,8 +63,12 @@ pub fn has_gradient_penalty(loss: &Loss) -> bool {
     loss.kind == LossKind::WassersteinGp && loss.gradient_penalty != 0.0
 }
 
+fn total(x: &Tensor) -> Tensor {
+    x.sum(None::<Kind>)
+}
+
 fn square_sum(x: &Tensor) -> Tensor {
-    x.pow_tensor_scalar(2).sum(Kind::Float)
+    total(&x.square())
 }
 
 #[cfg(test)]

@@ -72,7 +72,8 @@ fn main() -> ExitCode {
 /// Logs to standard error. A coordinator that started this worker adds the time and who we are.
 fn start_log() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let log =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     if std::env::var_os(SPAWN_TOKEN).is_some() {
         log.without_time().with_ansi(false).init();
     } else {
@@ -83,8 +84,8 @@ fn start_log() {
 fn sample(arguments: &SampleArguments) -> Result<(), Failure> {
     let file = generator_file(&arguments.checkpoint)?;
     let name = file.display().to_string();
-    let bytes = std::fs::read(&file)
-        .map_err(|error| Failure::Input(format!("--checkpoint {name}: {error}")))?;
+    let bytes =
+        std::fs::read(&file).map_err(|error| Failure::Input(format!("--checkpoint {name}: {error}")))?;
     let failed = |error: SampleError| match error {
         SampleError::Input(detail) => Failure::Input(detail),
         other => Failure::Other(other.to_string()),
@@ -107,8 +108,7 @@ fn generator_file(path: &std::path::Path) -> Result<PathBuf, Failure> {
         let name = std::fs::read_to_string(folder.join("latest")).ok()?;
         Some(folder.join(name.trim()))
     };
-    let folders =
-        [Some(path.to_path_buf()), latest(path.to_path_buf()), latest(path.join("checkpoints"))];
+    let folders = [Some(path.to_path_buf()), latest(path.to_path_buf()), latest(path.join("checkpoints"))];
     let mut files = folders.into_iter().flatten().map(|folder| folder.join(NAME));
     files.find(|file| file.is_file()).ok_or_else(|| {
         Failure::Input(format!(

@@ -13,7 +13,13 @@ use crate::random::{Key, Purpose};
 use crate::state::{Module, State, StateLayout};
 
 /// Takes the passport: names of the build and the machine's kind, and hashes of what this job's arithmetic gives here.
-pub fn take(job: &Job, models: &Models, layout: &StateLayout, data: &DataSet, device: Device) -> Result<Passport, c10d::Error> {
+pub fn take(
+    job: &Job,
+    models: &Models,
+    layout: &StateLayout,
+    data: &DataSet,
+    device: Device,
+) -> Result<Passport, c10d::Error> {
     let (forward_backward, commits) = probe(job, models, layout, device)?;
     let items = [
         ("build", env!("CARGO_PKG_VERSION").to_string()),
@@ -30,7 +36,12 @@ pub fn take(job: &Job, models: &Models, layout: &StateLayout, data: &DataSet, de
 }
 
 /// Runs each kind of phase once from the initial state, on stand-ins for images, and hashes what comes out.
-fn probe(job: &Job, models: &Models, layout: &StateLayout, device: Device) -> Result<(String, String), c10d::Error> {
+fn probe(
+    job: &Job,
+    models: &Models,
+    layout: &StateLayout,
+    device: Device,
+) -> Result<(String, String), c10d::Error> {
     let mut state = State::initial(layout.clone(), job.job.seed, device);
     let leaves = Leaves { job, models, device };
     let mut leaf_hash = blake3::Hasher::new();

@@ -48,15 +48,17 @@ impl LeafLayout {
     /// The layout of `module`'s leaves.
     pub fn new(models: &Models, layout: &StateLayout, module: Module) -> LeafLayout {
         let sections = layout.module(module);
-        LeafLayout {
-            parameters: sections.parameters.clone(),
-            buffers: sections.buffers.clone(),
-            // With batch normalisation the discriminator sees real and fake samples apart.
-            passes: match module {
-                Module::Discriminator if models.discriminator.has_batch_norm() => 2,
-                _ => 1,
-            },
-        }
+        // With batch normalisation the discriminator sees real and fake samples apart.
+        let passes = match module {
+            Module::Discriminator if models.discriminator.has_batch_norm() => 2,
+            _ => 1,
+        };
+        LeafLayout::of(sections.parameters.clone(), sections.buffers.clone(), passes)
+    }
+
+    /// A layout for these parameters, and for the batch statistics of so many passes.
+    pub fn of(parameters: Layout, buffers: Layout, passes: usize) -> LeafLayout {
+        LeafLayout { parameters, buffers, passes }
     }
 
     /// Place of the gradient.
@@ -123,7 +125,15 @@ pub struct Leaves<'a> {
 
 impl Leaves<'_> {
     /// Fills `out` with the leaf of `shard`. `real` are its b samples in a discriminator phase, (b, c, h, w).
-    pub fn compute(&self, phase: Phase, step: u64, shard: u32, state: &State, real: Option<&Tensor>, out: &mut LeafBuffer) -> Result<(), c10d::Error> {
+    pub fn compute(
+        &self,
+        phase: Phase,
+        step: u64,
+        shard: u32,
+        state: &State,
+        real: Option<&Tensor>,
+        out: &mut LeafBuffer,
+    ) -> Result<(), c10d::Error> {
         let _ = out.flat.zero_();
         for (parameter, gradient) in state.trainable(phase.module).iter().zip(&out.gradients) {
             c10d::aten::set_grad(parameter, gradient)?;
@@ -146,7 +156,13 @@ impl Leaves<'_> {
         Ok(())
     }
 
-    fn discriminator_loss(&self, key: Key, state: &State, real: &Tensor, statistics: &mut Vec<Tensor>) -> Tensor {
+    fn discriminator_loss(
+        &self,
+        key: Key,
+        state: &State,
+        real: &Tensor,
+        statistics: &mut Vec<Tensor>,
+    ) -> Tensor {
         let fake = no_grad(|| self.generate(key, state.frozen(Module::Generator), &mut Vec::new()));
         let network = &self.models.discriminator;
         let parameters = state.trainable(Module::Discriminator);

@@ -53,8 +53,7 @@ impl Key {
     /// `count` draws of N(0, 1), as a flat tensor of f32 on the CPU.
     pub fn normal(&self, count: usize) -> Tensor {
         let mut generator = self.generator();
-        let values: Vec<f32> =
-            (0..count).map(|_| StandardNormal.sample(&mut generator)).collect();
+        let values: Vec<f32> = (0..count).map(|_| StandardNormal.sample(&mut generator)).collect();
         Tensor::from_slice(&values)
     }
 

@@ -99,8 +99,7 @@ fn load(session: &Arc<Session>, device: Device) -> Result<Trainer, Failure> {
             job.global_batch()
         )));
     }
-    let models =
-        Models::new(&job.model, data.shape()).map_err(|error| Failure::Input(error.to_string()))?;
+    let models = Models::new(&job.model, data.shape()).map_err(|error| Failure::Input(error.to_string()))?;
     let layout = StateLayout::new(&models);
     let (storage, sees_storage) = open_storage(&welcome.storage, &welcome.run);
     let passport = passport::take(&job, &models, &layout, &data, device)

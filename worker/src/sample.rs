@@ -53,7 +53,12 @@ pub fn describe(job: &Job, models: &Models, step: u64) -> BTreeMap<String, Strin
 }
 
 /// The grid that a job asks for, from a state.
-pub fn grid_of(job: &Job, models: &Models, layout: &StateLayout, snapshot: &Snapshot) -> Result<SampleGrid, SampleError> {
+pub fn grid_of(
+    job: &Job,
+    models: &Models,
+    layout: &StateLayout,
+    snapshot: &Snapshot,
+) -> Result<SampleGrid, SampleError> {
     let range = layout.ema_range();
     let average = from_bytes(&snapshot.flat[4 * range.start..4 * range.end]);
     let sections = &layout.generator;
@@ -75,14 +80,21 @@ impl Generator {
             .map_err(|error| input(format!("not a safetensors file: {error}")))?;
         let about = header.metadata().clone().unwrap_or_default();
         let text = |key: &str| {
-            about.get(key).ok_or_else(|| input(format!("its header lacks {key}; give a generator_ema.safetensors")))
+            about
+                .get(key)
+                .ok_or_else(|| input(format!("its header lacks {key}; give a generator_ema.safetensors")))
         };
         let number = |key: &str| -> Result<u32, SampleError> {
             text(key)?.parse().map_err(|_| input(format!("its {key} is not a number")))
         };
         let kind = serde_json::from_value(serde_json::Value::from(text("model")?.as_str()))
             .map_err(|error| input(error.to_string()))?;
-        let model = Model { kind, latent_dim: number("latent_dim")?, width: number("width")?, ema_half_life_images: 0 };
+        let model = Model {
+            kind,
+            latent_dim: number("latent_dim")?,
+            width: number("width")?,
+            ema_half_life_images: 0,
+        };
         let side = number("height")? as usize;
         let shape = ImageShape { channels: number("channels")? as usize, height: side, width: side };
         let models = Models::new(&model, shape).map_err(|error| input(error.to_string()))?;
@@ -122,8 +134,7 @@ impl Generator {
 
 /// Lays images (n, c, h, w) in [-1, 1] out in rows of ten.
 pub fn grid(images: &Tensor, step: u64) -> Result<SampleGrid, SampleError> {
-    let size: Vec<u32> =
-        images.size().iter().map(|n| u32::try_from(*n).expect("a grid is small")).collect();
+    let size: Vec<u32> = images.size().iter().map(|n| u32::try_from(*n).expect("a grid is small")).collect();
     let (count, channels, height, width) = (size[0], size[1], size[2], size[3]);
     let columns = count.min(10);
     let rows = count.div_ceil(columns.max(1));
@@ -145,7 +156,9 @@ pub fn grid(images: &Tensor, step: u64) -> Result<SampleGrid, SampleError> {
             for x in 0..width {
                 let from = at(image, y, x);
                 match &mut canvas {
-                    DynamicImage::ImageLuma8(gray) => gray.put_pixel(left + x, top + y, image::Luma([pixels[from]])),
+                    DynamicImage::ImageLuma8(gray) => {
+                        gray.put_pixel(left + x, top + y, image::Luma([pixels[from]]))
+                    }
                     DynamicImage::ImageRgb8(rgb) => {
                         let colour = [pixels[from], pixels[from + 1], pixels[from + 2]];
                         rgb.put_pixel(left + x, top + y, image::Rgb(colour));

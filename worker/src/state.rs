@@ -157,8 +157,7 @@ impl StateLayout {
     /// The layout for a pair of networks.
     pub fn new(models: &Models) -> StateLayout {
         let generator = Sections::new(&models.generator, 0);
-        let discriminator =
-            Sections::new(&models.discriminator, generator.exp_avg_sq_range().end);
+        let discriminator = Sections::new(&models.discriminator, generator.exp_avg_sq_range().end);
         let ema_start = discriminator.exp_avg_sq_range().end;
         let len = ema_start + generator.weight_range().len();
         StateLayout { generator, discriminator, len, ema_start }
@@ -187,9 +186,7 @@ impl StateLayout {
                 range: start + offset..start + offset + spec.numel(),
             }));
         };
-        for (name, sections) in
-            [("generator", &self.generator), ("discriminator", &self.discriminator)]
-        {
+        for (name, sections) in [("generator", &self.generator), ("discriminator", &self.discriminator)] {
             let moment = |kind: &str| format!("optimizer.{name}.{kind}");
             add(name, &sections.parameters, sections.parameter_range().start);
             add(name, &sections.buffers, sections.buffer_range().start);
@@ -253,9 +250,10 @@ impl State {
         for (phase, module) in [(0, Module::Generator), (1, Module::Discriminator)] {
             let sections = state.layout.module(module).clone();
             let weights = sections.weight_range();
-            let specs = sections.parameters.entries().chain(
-                sections.buffers.entries().map(|(s, offset)| (s, sections.parameters.len() + offset)),
-            );
+            let specs = sections
+                .parameters
+                .entries()
+                .chain(sections.buffers.entries().map(|(s, offset)| (s, sections.parameters.len() + offset)));
             for (shard, (spec, offset)) in (0..).zip(specs) {
                 let key = Key { seed, step: 0, phase, shard, purpose: Purpose::Weights };
                 let start = weights.start + offset;
@@ -297,13 +295,13 @@ impl State {
 
 fn initial_values(key: Key, spec: &TensorSpec) -> Tensor {
     match spec.init {
-        Init::Constant(value) => {
-            Tensor::full([i64::try_from(spec.numel()).expect("fewer than 2^63")], f64::from(value), (Kind::Float, Device::Cpu))
-        }
+        Init::Constant(value) => Tensor::full(
+            [i64::try_from(spec.numel()).expect("fewer than 2^63")],
+            f64::from(value),
+            (Kind::Float, Device::Cpu),
+        ),
         Init::Uniform { bound } => key.uniform(-bound, bound, spec.numel()),
-        Init::Normal { mean, deviation } => {
-            key.normal(spec.numel()) * f64::from(deviation) + f64::from(mean)
-        }
+        Init::Normal { mean, deviation } => key.normal(spec.numel()) * f64::from(deviation) + f64::from(mean),
     }
 }
 

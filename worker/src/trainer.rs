@@ -114,7 +114,8 @@ impl Trainer {
     }
 
     fn read(&self, checkpoint: &Checkpoint) -> Result<(State, Carried), TeamError> {
-        let files = Files { storage: &*self.storage, job: &self.job, models: &self.models, layout: &self.layout };
+        let files =
+            Files { storage: &*self.storage, job: &self.job, models: &self.models, layout: &self.layout };
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         let runtime = runtime.expect("a runtime without drivers needs nothing of the system");
         let read = runtime.block_on(files.read(checkpoint));
@@ -192,9 +193,7 @@ impl Trainer {
         let leaves = Leaves { job: &self.job, models: &self.models, device: self.device };
         let step = state.counters.position.0 / phases_in(&self.job);
         let batch = match phase.module {
-            Module::Discriminator => {
-                Some(batches.next()?)
-            }
+            Module::Discriminator => Some(batches.next()?),
             Module::Generator => None,
         };
         let real = batch.as_ref().map(|batch| self.real_images(batch));
@@ -208,16 +207,15 @@ impl Trainer {
         };
         let leaf = |shard: u32, out: &mut crate::phase::LeafBuffer| {
             let own = real.as_ref().map(|real| real.get(i64::from(shard - first_shard)));
-            leaves
-                .compute(phase, step, shard, state, own.as_ref(), out)
-                .map_err(|error| error.to_string())
+            leaves.compute(phase, step, shard, state, own.as_ref(), out).map_err(|error| error.to_string())
         };
         let reduced = team.reduce(phase, trailer, &self.session, leaf)?;
         let layout = team.leaf_layout(phase.module);
         commit(&self.job, state, phase, layout, &reduced.mean, reduced.ledger)?;
         *fingerprint = c10d::aten::fingerprint(state.parameters(phase.module), state.counters.position.0)?;
         let loss = crate::state::narrow(&reduced.mean, layout.loss()..layout.loss() + 1);
-        carried.losses[usize::from(phase.module == Module::Generator)] = f32::try_from(loss).unwrap_or(f32::NAN);
+        carried.losses[usize::from(phase.module == Module::Generator)] =
+            f32::try_from(loss).unwrap_or(f32::NAN);
         self.session.set_position(state.counters.position);
         if let Some(batch) = batch {
             batches.recycle(batch);
@@ -235,7 +233,14 @@ impl Trainer {
     }
 
     /// After a step: metrics, samples, checkpoints. None of them blocks.
-    fn report(&self, assignment: &Assignment, state: &State, carried: &Carried, pace: &mut Pace, stopping: bool) {
+    fn report(
+        &self,
+        assignment: &Assignment,
+        state: &State,
+        carried: &Carried,
+        pace: &mut Pace,
+        stopping: bool,
+    ) {
         let samples = self.data.len() as u64;
         let step = state.counters.position.0 / phases_in(&self.job);
         pace.images += self.job.samples_per_step();

@@ -47,8 +47,10 @@ fn exchanges(group: &Group) {
     let send_splits: Vec<_> = ranks.clone().map(|to| split(rank, to)).collect();
     let receive_splits: Vec<_> = ranks.clone().map(|from| split(from, rank)).collect();
     let tag = |from: usize, to: usize, i: usize| (from * 10_000 + to * 1000 + i) as f32;
-    let sent: Vec<_> = ranks.clone().flat_map(|to| (0..split(rank, to)).map(move |i| tag(rank, to, i))).collect();
-    let wanted: Vec<_> = ranks.flat_map(|from| (0..split(from, rank)).map(move |i| tag(from, rank, i))).collect();
+    let sent: Vec<_> =
+        ranks.clone().flat_map(|to| (0..split(rank, to)).map(move |i| tag(rank, to, i))).collect();
+    let wanted: Vec<_> =
+        ranks.flat_map(|from| (0..split(from, rank)).map(move |i| tag(from, rank, i))).collect();
     let receive = Buffer::zeros(wanted.len(), Kind::Float, Device::Cpu).unwrap();
     let pending = group.all_to_all(buffer_of(&sent), &send_splits, receive, &receive_splits).unwrap();
     let (send, receive) = pending.wait(LONG).unwrap();

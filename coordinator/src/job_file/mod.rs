@@ -16,10 +16,7 @@ use ganglion_proto::job::Job;
 use settings::Settings;
 
 /// The job that runs when the user names none.
-const EMBEDDED: &str = include_str!(concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/../configs/mnist-mlp.toml"
-));
+const EMBEDDED: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/mnist-mlp.toml"));
 /// The default name of that job's run.
 const EMBEDDED_NAME: &str = "mnist-mlp";
 
@@ -115,19 +112,13 @@ pub fn read(source: &Source, overrides: &[String]) -> Result<Job, JobErrors> {
 fn read_file(path: &Path, overrides: &[String], check_paths: bool) -> Result<Job, JobErrors> {
     let file = path.display().to_string();
     let unreadable = |problem: String| {
-        JobErrors(vec![JobError {
-            place: Place::File(file.clone()),
-            key: String::new(),
-            problem,
-        }])
+        JobErrors(vec![JobError { place: Place::File(file.clone()), key: String::new(), problem }])
     };
     let bytes = std::fs::read(path).map_err(|error| {
-        unreadable(format!(
-            "cannot be read: {error}; name a job file, such as those in configs/"
-        ))
+        unreadable(format!("cannot be read: {error}; name a job file, such as those in configs/"))
     })?;
-    let text = String::from_utf8(bytes)
-        .map_err(|_| unreadable("is not UTF-8 text; save it as UTF-8".to_owned()))?;
+    let text =
+        String::from_utf8(bytes).map_err(|_| unreadable("is not UTF-8 text; save it as UTF-8".to_owned()))?;
     let stem = path.file_stem().map(|stem| stem.to_string_lossy());
     let text = Text {
         file: &file,
@@ -148,23 +139,17 @@ struct Text<'a> {
 
 impl Text<'_> {
     fn resolve(&self, overrides: &[String], check_paths: bool) -> Result<Job, JobErrors> {
-        let mut settings =
-            Settings::parse(self.file, self.folder, self.text).map_err(JobErrors::sorted)?;
+        let mut settings = Settings::parse(self.file, self.folder, self.text).map_err(JobErrors::sorted)?;
         settings.add_overrides(overrides);
         let job = sections::read(&mut settings, self.default_name, check_paths);
         let errors = settings.finish();
-        if errors.is_empty() {
-            Ok(job)
-        } else {
-            Err(JobErrors::sorted(errors))
-        }
+        if errors.is_empty() { Ok(job) } else { Err(JobErrors::sorted(errors)) }
     }
 }
 
 /// The resolved job as TOML, for the run directory.
 pub fn render(job: &Job) -> String {
-    let body =
-        toml::to_string(job).expect("a checked job has UTF-8 paths and numbers that TOML can hold");
+    let body = toml::to_string(job).expect("a checked job has UTF-8 paths and numbers that TOML can hold");
     format!(
         "# The job of this run as it was resolved: defaults filled in, paths absolute. A coordinator that\n\
          # resumes the run compares this file with the job given, so do not edit it.\n\n{body}"
@@ -176,12 +161,7 @@ pub fn render(job: &Job) -> String {
 /// # Errors
 /// All errors, where the text was damaged or edited.
 pub fn parse_resolved(text: &str) -> Result<Job, JobErrors> {
-    let text = Text {
-        file: "job.toml",
-        folder: Path::new("/"),
-        default_name: None,
-        text,
-    };
+    let text = Text { file: "job.toml", folder: Path::new("/"), default_name: None, text };
     text.resolve(&[], false)
 }
 
@@ -270,14 +250,7 @@ impl std::error::Error for JobErrors {}
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Difference {
-            key,
-            recorded,
-            given,
-        } = self;
-        write!(
-            f,
-            "{key}: the run was started with {recorded}, but given is {given}"
-        )
+        let Difference { key, recorded, given } = self;
+        write!(f, "{key}: the run was started with {recorded}, but given is {given}")
     }
 }

@@ -7,8 +7,8 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use ganglion_proto::job::{
-    Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind,
-    Optimizer, OptimizerKind, Sample,
+    Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind, Optimizer,
+    OptimizerKind, Sample,
 };
 
 use super::settings::Settings;
@@ -30,11 +30,8 @@ const DATA_KINDS: &[(&str, DataKind)] = &[
     ("cifar-10", DataKind::Cifar10),
     ("folder", DataKind::Folder),
 ];
-const MODEL_KINDS: &[(&str, ModelKind)] = &[
-    ("mlp-28", ModelKind::Mlp28),
-    ("dcgan-28", ModelKind::Dcgan28),
-    ("dcgan-64", ModelKind::Dcgan64),
-];
+const MODEL_KINDS: &[(&str, ModelKind)] =
+    &[("mlp-28", ModelKind::Mlp28), ("dcgan-28", ModelKind::Dcgan28), ("dcgan-64", ModelKind::Dcgan64)];
 const LOSS_KINDS: &[(&str, LossKind)] = &[
     ("non-saturating", LossKind::NonSaturating),
     ("minimax", LossKind::Minimax),
@@ -92,10 +89,8 @@ fn name(settings: &mut Settings, default_name: Option<&str>) -> String {
     );
     match (&given, default_name) {
         (Some(name), _) if !is_name(name) => {
-            settings.fault(
-                "job.name",
-                format!("\"{name}\" is no name; write {rule}, such as \"my-first-gan\""),
-            );
+            settings
+                .fault("job.name", format!("\"{name}\" is no name; write {rule}, such as \"my-first-gan\""));
         }
         (None, Some(stem)) if !is_name(stem) => {
             settings.fault(
@@ -114,23 +109,17 @@ fn name(settings: &mut Settings, default_name: Option<&str>) -> String {
 
 fn is_name(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    (1..=MAX_NAME_BYTES).contains(&name.len())
-        && !name.starts_with('.')
-        && name.bytes().all(allowed)
+    (1..=MAX_NAME_BYTES).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(allowed)
 }
 
 fn length(settings: &mut Settings) -> Length {
     settings.override_either("job.steps", "job.epochs");
     let steps = settings.whole("job.steps", 1..=MAX_STEPS, 20_000);
     let epochs = settings.whole("job.epochs", 1..=MAX_EPOCHS, 10);
-    match (
-        settings.is_given("job.steps"),
-        settings.is_given("job.epochs"),
-    ) {
-        (true, true) if settings.sound(&["job.steps", "job.epochs"]) => settings.fault(
-            "job.epochs",
-            "given together with job.steps; keep one of them",
-        ),
+    match (settings.is_given("job.steps"), settings.is_given("job.epochs")) {
+        (true, true) if settings.sound(&["job.steps", "job.epochs"]) => {
+            settings.fault("job.epochs", "given together with job.steps; keep one of them")
+        }
         (false, false) => settings.fault(
             "job.steps",
             "missing, and so is job.epochs; say how long to train, for example steps = 20000 in \
@@ -190,11 +179,7 @@ fn check_path(settings: &mut Settings, kind: DataKind, path: Option<&Path>, chec
             format!("missing; \"{name}\" needs path = \"...\" in [data], {needed}")
         }
         (Some(needed), Some(path)) if check_paths && !is_readable(kind, path) => {
-            let state = if path.exists() {
-                "is no folder"
-            } else {
-                "does not exist"
-            };
+            let state = if path.exists() { "is no folder" } else { "does not exist" };
             let shown = path.display();
             format!("{shown} {state}; \"{name}\" needs {needed}")
         }
@@ -214,10 +199,7 @@ fn is_readable(kind: DataKind, path: &Path) -> bool {
 /// The channels of a kind of data: only a folder's are the user's to choose.
 fn check_channels(settings: &mut Settings, kind: Option<DataKind>, given: Option<u32>) -> u32 {
     if given == Some(2) {
-        settings.fault(
-            "data.channels",
-            "must be 1 for grey or 3 for colour, but is 2",
-        );
+        settings.fault("data.channels", "must be 1 for grey or 3 for colour, but is 2");
     }
     let own = match kind {
         Some(DataKind::Mnist10k | DataKind::Idx) => 1,
@@ -229,10 +211,7 @@ fn check_channels(settings: &mut Settings, kind: Option<DataKind>, given: Option
         && settings.sound(&["data.channels"])
     {
         let name = name_of(DATA_KINDS, kind);
-        settings.fault(
-            "data.channels",
-            format!("is {given}, but \"{name}\" has {own}; remove it"),
-        );
+        settings.fault("data.channels", format!("is {given}, but \"{name}\" has {own}; remove it"));
     }
     own
 }
@@ -248,11 +227,7 @@ fn model(settings: &mut Settings) -> Model {
         kind,
         latent_dim: settings.whole_or("model.latent_dim", 1..=65_536, 100),
         width: settings.whole_or("model.width", 1..=8192, width),
-        ema_half_life_images: settings.whole_or(
-            "model.ema_half_life_images",
-            1..=MAX_STEPS,
-            10_000,
-        ),
+        ema_half_life_images: settings.whole_or("model.ema_half_life_images", 1..=MAX_STEPS, 10_000),
     }
 }
 
@@ -260,18 +235,10 @@ fn loss(settings: &mut Settings) -> Loss {
     let kind = settings.choice("loss.kind", LOSS_KINDS);
     let kind = kind.unwrap_or(LossKind::NonSaturating);
     // Gulrajani et al. (2017), algorithm 1: five updates of the critic for one of the generator.
-    let discriminator_steps = if kind == LossKind::WassersteinGp {
-        5
-    } else {
-        1
-    };
+    let discriminator_steps = if kind == LossKind::WassersteinGp { 5 } else { 1 };
     Loss {
         kind,
-        discriminator_steps: settings.whole_or(
-            "loss.discriminator_steps",
-            1..=100,
-            discriminator_steps,
-        ),
+        discriminator_steps: settings.whole_or("loss.discriminator_steps", 1..=100, discriminator_steps),
         gradient_penalty: settings.number_or("loss.gradient_penalty", 0.0..=1e6, 10.0),
     }
 }
@@ -340,21 +307,13 @@ fn sample(settings: &mut Settings) -> Sample {
 }
 
 fn metrics(settings: &mut Settings) -> Metrics {
-    Metrics {
-        every_steps: settings.whole_or("metrics.every_steps", 1..=MAX_STEPS, 10),
-    }
+    Metrics { every_steps: settings.whole_or("metrics.every_steps", 1..=MAX_STEPS, 10) }
 }
 
 /// Holds the image that leaves the data pipeline against the one that the model takes, as far as the job tells: the size
 /// of other people's files shows only when they are read.
 fn check_image(settings: &mut Settings, job: &Job) {
-    let keys = [
-        "data.kind",
-        "data.resize",
-        "data.crop",
-        "data.channels",
-        "model.kind",
-    ];
+    let keys = ["data.kind", "data.resize", "data.crop", "data.channels", "model.kind"];
     if !settings.sound(&keys) {
         return;
     }
@@ -387,11 +346,7 @@ fn check_side(settings: &mut Settings, job: &Job) {
     };
     let whole = job.data.resize.or(own);
     let cut = job.data.crop.or(whole);
-    let key = if settings.is_given("data.crop") {
-        "data.crop"
-    } else {
-        "data.resize"
-    };
+    let key = if settings.is_given("data.crop") { "data.crop" } else { "data.resize" };
     match (whole, cut) {
         (Some(whole), Some(cut)) if cut > whole => settings.fault(
             "data.crop",
@@ -420,12 +375,7 @@ fn check_side(settings: &mut Settings, job: &Job) {
 
 /// Numbers samples ahead: the last one of the run must have a number.
 fn check_samples(settings: &mut Settings, job: &Job) {
-    let keys = [
-        "job.steps",
-        "job.data_shards",
-        "job.shard_batch",
-        "loss.discriminator_steps",
-    ];
+    let keys = ["job.steps", "job.data_shards", "job.shard_batch", "loss.discriminator_steps"];
     let Length::Steps(steps) = job.job.length else {
         return;
     };

@@ -48,10 +48,7 @@ impl<'t> Settings<'t> {
         };
         let (table, errors) = DeTable::parse_recoverable(text);
         if !errors.is_empty() {
-            return Err(errors
-                .iter()
-                .map(|error| settings.syntax_error(error, text))
-                .collect());
+            return Err(errors.iter().map(|error| settings.syntax_error(error, text)).collect());
         }
         settings.add_file(table.into_inner(), text);
         Ok(settings)
@@ -60,16 +57,9 @@ impl<'t> Settings<'t> {
     fn syntax_error(&self, error: &toml::de::Error, text: &str) -> JobError {
         let start = error.span().map_or(0, |span| span.start);
         let rendered = error.to_string();
-        let indented: String = rendered
-            .trim_end()
-            .lines()
-            .map(|line| format!("\n    {line}"))
-            .collect();
+        let indented: String = rendered.trim_end().lines().map(|line| format!("\n    {line}")).collect();
         JobError {
-            place: Place::Line {
-                file: self.file.clone(),
-                line: line_of(text, start),
-            },
+            place: Place::Line { file: self.file.clone(), line: line_of(text, start) },
             key: String::new(),
             problem: format!("not valid TOML{indented}"),
         }
@@ -97,10 +87,7 @@ impl<'t> Settings<'t> {
     }
 
     fn place_of<T>(&self, key: &Spanned<T>, text: &str) -> Place {
-        Place::Line {
-            file: self.file.clone(),
-            line: line_of(text, key.span().start),
-        }
+        Place::Line { file: self.file.clone(), line: line_of(text, key.span().start) }
     }
 
     /// Adds overrides of the form `key=value`, the last of a key winning. The value is TOML or else plain text.
@@ -119,8 +106,7 @@ impl<'t> Settings<'t> {
                 Ok(value) => value.into_inner(),
                 Err(_) => DeValue::String(text.into()),
             };
-            self.given
-                .insert(key.trim().to_owned(), Setting { value, place });
+            self.given.insert(key.trim().to_owned(), Setting { value, place });
         }
     }
 
@@ -145,10 +131,7 @@ impl<'t> Settings<'t> {
 
     /// Whether none of `keys` is at fault so far.
     pub(super) fn sound(&self, keys: &[&str]) -> bool {
-        !self
-            .errors
-            .iter()
-            .any(|error| keys.contains(&error.key.as_str()))
+        !self.errors.iter().any(|error| keys.contains(&error.key.as_str()))
     }
 
     /// Notes what is wrong with `key`, at the place where it was given or else in the file as a whole.
@@ -157,20 +140,11 @@ impl<'t> Settings<'t> {
             Some(setting) => setting.place.clone(),
             None => Place::File(self.file.clone()),
         };
-        self.errors.push(JobError {
-            place,
-            key: key.to_owned(),
-            problem: problem.into(),
-        });
+        self.errors.push(JobError { place, key: key.to_owned(), problem: problem.into() });
     }
 
     /// Takes `key` as a whole number within `limits`, `default` standing in.
-    pub(super) fn whole_or<T>(
-        &mut self,
-        key: &'static str,
-        limits: RangeInclusive<T>,
-        default: T,
-    ) -> T
+    pub(super) fn whole_or<T>(&mut self, key: &'static str, limits: RangeInclusive<T>, default: T) -> T
     where
         T: Copy + Display + PartialOrd + TryFrom<i128>,
     {
@@ -178,12 +152,7 @@ impl<'t> Settings<'t> {
     }
 
     /// Takes `key` as a whole number within `limits`.
-    pub(super) fn whole<T>(
-        &mut self,
-        key: &'static str,
-        limits: RangeInclusive<T>,
-        example: T,
-    ) -> Option<T>
+    pub(super) fn whole<T>(&mut self, key: &'static str, limits: RangeInclusive<T>, example: T) -> Option<T>
     where
         T: Copy + Display + PartialOrd + TryFrom<i128>,
     {
@@ -215,12 +184,7 @@ impl<'t> Settings<'t> {
         self.number(key, limits, default).unwrap_or(default)
     }
 
-    fn number(
-        &mut self,
-        key: &'static str,
-        limits: impl RangeBounds<f64>,
-        example: f64,
-    ) -> Option<f64> {
+    fn number(&mut self, key: &'static str, limits: impl RangeBounds<f64>, example: f64) -> Option<f64> {
         let text = match self.take(key)? {
             DeValue::Float(float) => float.as_str().to_owned(),
             DeValue::Integer(integer) if integer.radix() == 10 => integer.as_str().to_owned(),
@@ -231,10 +195,7 @@ impl<'t> Settings<'t> {
         let within = value.filter(|value| limits.contains(value));
         if within.is_none() {
             let range = describe(&limits);
-            self.fault(
-                key,
-                format!("must be {range}, but is {text}; try {example}"),
-            );
+            self.fault(key, format!("must be {range}, but is {text}; try {example}"));
         }
         within
     }
@@ -255,11 +216,7 @@ impl<'t> Settings<'t> {
     }
 
     /// Takes `key` as one of the names in `choices`.
-    pub(super) fn choice<T: Copy>(
-        &mut self,
-        key: &'static str,
-        choices: &[(&'static str, T)],
-    ) -> Option<T> {
+    pub(super) fn choice<T: Copy>(&mut self, key: &'static str, choices: &[(&'static str, T)]) -> Option<T> {
         let text = self.text(key, choices[0].0)?;
         let chosen = choices.iter().find(|(name, _)| *name == text);
         if chosen.is_none() {
@@ -286,10 +243,7 @@ impl<'t> Settings<'t> {
                 None
             }
             Err(error) => {
-                self.fault(
-                    key,
-                    format!("cannot be made absolute: {error}; give an absolute path"),
-                );
+                self.fault(key, format!("cannot be made absolute: {error}; give an absolute path"));
                 None
             }
         }
@@ -322,11 +276,7 @@ impl<'t> Settings<'t> {
         for (section, place) in std::mem::take(&mut self.headers) {
             if !self.sections().contains(&section.as_str()) {
                 let problem = self.unknown_section(&section);
-                self.errors.push(JobError {
-                    place,
-                    key: section,
-                    problem,
-                });
+                self.errors.push(JobError { place, key: section, problem });
             }
         }
     }
@@ -352,11 +302,8 @@ impl<'t> Settings<'t> {
             }
             _ => {
                 let prefix = format!("{section}.");
-                let keys: Vec<&str> = self
-                    .known
-                    .iter()
-                    .filter_map(|known| known.strip_prefix(prefix.as_str()))
-                    .collect();
+                let keys: Vec<&str> =
+                    self.known.iter().filter_map(|known| known.strip_prefix(prefix.as_str())).collect();
                 format!("unknown key; [{section}] has {}", keys.join(", "))
             }
         }
@@ -398,20 +345,14 @@ impl<'t> Settings<'t> {
         found: &DeValue<'_>,
     ) -> Option<T> {
         let found = shown(found);
-        self.fault(
-            key,
-            format!("expected {expected}, such as {example}, but found {found}"),
-        );
+        self.fault(key, format!("expected {expected}, such as {example}, but found {found}"));
         None
     }
 }
 
 /// The names in a table of choices, quoted.
 fn names<T>(choices: &[(&'static str, T)]) -> String {
-    let quoted: Vec<String> = choices
-        .iter()
-        .map(|(name, _)| format!("\"{name}\""))
-        .collect();
+    let quoted: Vec<String> = choices.iter().map(|(name, _)| format!("\"{name}\"")).collect();
     quoted.join(", ")
 }
 
@@ -507,15 +448,9 @@ mod tests {
             let absolute = from_folder(&link, Path::new(parent)).unwrap();
             assert_eq!(absolute.to_str(), data.to_str());
         }
-        assert_eq!(
-            from_folder(&link, Path::new("data")).unwrap(),
-            link.join("data")
-        );
+        assert_eq!(from_folder(&link, Path::new("data")).unwrap(), link.join("data"));
         let here = from_folder(&link, Path::new("./data")).unwrap();
         assert_eq!(here, link.join("data"));
-        assert_eq!(
-            from_folder(&link, Path::new("/data/")).unwrap().to_str(),
-            Some("/data")
-        );
+        assert_eq!(from_folder(&link, Path::new("/data/")).unwrap().to_str(), Some("/data"));
     }
 }

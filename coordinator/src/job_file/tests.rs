@@ -8,12 +8,7 @@ use proptest::prelude::*;
 const SMALL: &str = "[job]\nname = \"small\"\nsteps = 10\n[data]\nkind = \"mnist-10k\"\n";
 
 fn resolve(text: &str, overrides: &[&str]) -> Result<Job, JobErrors> {
-    let text = Text {
-        file: "configs/x.toml",
-        folder: Path::new("/jobs"),
-        default_name: Some("x"),
-        text,
-    };
+    let text = Text { file: "configs/x.toml", folder: Path::new("/jobs"), default_name: Some("x"), text };
     let overrides: Vec<String> = overrides.iter().map(|pair| (*pair).to_owned()).collect();
     text.resolve(&overrides, false)
 }
@@ -25,10 +20,7 @@ fn errors(text: &str, overrides: &[&str]) -> String {
 
 fn assert_error(text: &str, overrides: &[&str], expected: &str) {
     let errors = errors(text, overrides);
-    assert!(
-        errors.contains(expected),
-        "{expected:?} is not in:\n{errors}"
-    );
+    assert!(errors.contains(expected), "{expected:?} is not in:\n{errors}");
 }
 
 #[test]
@@ -37,15 +29,9 @@ fn every_job_in_configs_is_right_apart_from_data_to_download() {
     let mut count = 0;
     for entry in std::fs::read_dir(configs).unwrap() {
         let path = entry.unwrap().path();
-        if path
-            .extension()
-            .is_some_and(|extension| extension == "toml")
-        {
+        if path.extension().is_some_and(|extension| extension == "toml") {
             let job = read_file(&path, &[], false).unwrap_or_else(|errors| panic!("{errors}"));
-            assert_eq!(
-                Some(job.job.name.as_str()),
-                path.file_stem().unwrap().to_str()
-            );
+            assert_eq!(Some(job.job.name.as_str()), path.file_stem().unwrap().to_str());
             assert_eq!(parse_resolved(&render(&job)).unwrap(), job);
             count += 1;
         }
@@ -120,26 +106,14 @@ fn defaults_fill_what_is_not_given() {
 
 #[test]
 fn defaults_follow_other_keys() {
-    let job = resolve(
-        SMALL,
-        &["optimizer.learning_rate=1e-3", "checkpoint.every_epochs=2"],
-    )
-    .unwrap();
+    let job = resolve(SMALL, &["optimizer.learning_rate=1e-3", "checkpoint.every_epochs=2"]).unwrap();
     assert_eq!(job.optimizer.discriminator_learning_rate, 1e-3);
-    assert_eq!(
-        (job.checkpoint.every_steps, job.checkpoint.every_epochs),
-        (0, 2)
-    );
+    assert_eq!((job.checkpoint.every_steps, job.checkpoint.every_epochs), (0, 2));
     let both = ["checkpoint.every_epochs=2", "checkpoint.every_steps=5"];
     assert_eq!(resolve(SMALL, &both).unwrap().checkpoint.every_steps, 5);
     let never = ["checkpoint.every_epochs=0"];
     assert_eq!(resolve(SMALL, &never).unwrap().checkpoint.every_steps, 1000);
-    let folder = [
-        "data.kind=folder",
-        "data.path=/pictures",
-        "data.resize=64",
-        "model.kind=dcgan-64",
-    ];
+    let folder = ["data.kind=folder", "data.path=/pictures", "data.resize=64", "model.kind=dcgan-64"];
     let job = resolve(SMALL, &folder).unwrap();
     assert_eq!((job.data.channels, job.data.crop), (3, Some(64)));
 }
@@ -182,45 +156,23 @@ fn unknown_keys_come_with_the_nearest_known_one() {
     }
     let empty = format!("{SMALL}[networks]\n");
     assert_error(&empty, &[], "configs/x.toml:6: networks: unknown section");
-    assert_error(
-        "steps = 3\n",
-        &[],
-        "configs/x.toml:1: steps: unknown key; did you mean job.steps?",
-    );
+    assert_error("steps = 3\n", &[], "configs/x.toml:1: steps: unknown key; did you mean job.steps?");
 }
 
 #[test]
 fn types_and_ranges_are_checked() {
     let cases = [
-        (
-            "job.steps=1.5",
-            "expected a whole number, such as 20000, but found the number 1.5",
-        ),
+        ("job.steps=1.5", "expected a whole number, such as 20000, but found the number 1.5"),
         ("job.steps=true", "but found true"),
         ("job.steps=[1]", "but found a list"),
-        (
-            "job.steps=99999999999999999999999999999999999999999",
-            "must be from 1 to",
-        ),
+        ("job.steps=99999999999999999999999999999999999999999", "must be from 1 to"),
         ("job.seed=-1", "must be from 0 to"),
-        (
-            "job.name=7",
-            "expected text in quotes, such as \"my-first-gan\", but found the whole number 7",
-        ),
+        ("job.name=7", "expected text in quotes, such as \"my-first-gan\", but found the whole number 7"),
         ("job.name=.hidden", "is no name"),
-        (
-            "job.failure_deadline=0.1",
-            "must be at least 0.5 and at most 3600.0, but is 0.1",
-        ),
-        (
-            "optimizer.beta1=1",
-            "must be at least 0.0 and below 1.0, but is 1",
-        ),
+        ("job.failure_deadline=0.1", "must be at least 0.5 and at most 3600.0, but is 0.1"),
+        ("optimizer.beta1=1", "must be at least 0.0 and below 1.0, but is 1"),
         ("optimizer.learning_rate=nan", "but is nan"),
-        (
-            "optimizer.learning_rate=fast",
-            "expected a number, such as 0.0002",
-        ),
+        ("optimizer.learning_rate=fast", "expected a number, such as 0.0002"),
         ("loss.gradient_penalty=-1", "must be at least 0.0"),
         ("loss.kind=", "is empty"),
         ("loss.kind=wgan", "\"hinge\", \"wasserstein-gp\""),
@@ -233,11 +185,7 @@ fn types_and_ranges_are_checked() {
     for (pair, expected) in cases {
         assert_error(SMALL, &[pair], expected);
     }
-    let big = [
-        "job.steps=1000000000000 ",
-        "job.data_shards=65536",
-        "job.shard_batch=65536",
-    ];
+    let big = ["job.steps=1000000000000 ", "job.data_shards=65536", "job.shard_batch=65536"];
     assert_error(SMALL, &big, "are more than");
 }
 
@@ -246,22 +194,11 @@ fn an_override_of_one_length_replaces_the_other() {
     let length = |overrides: &[&str]| resolve(SMALL, overrides).map(|job| job.job.length);
     assert_eq!(length(&["job.epochs=3"]), Ok(Length::Epochs(3)));
     assert_eq!(length(&["job.steps=4"]), Ok(Length::Steps(4)));
-    assert_eq!(
-        length(&["job.steps=4", "job.steps=5"]),
-        Ok(Length::Steps(5))
-    );
-    assert_error(
-        SMALL,
-        &["job.steps=4", "job.epochs=3"],
-        "given together with job.steps",
-    );
+    assert_eq!(length(&["job.steps=4", "job.steps=5"]), Ok(Length::Steps(5)));
+    assert_error(SMALL, &["job.steps=4", "job.epochs=3"], "given together with job.steps");
     let both = SMALL.replace("steps = 10", "steps = 10\nepochs = 2");
     assert_error(&both, &[], "configs/x.toml:4: job.epochs: given together");
-    assert_error(
-        "[data]\nkind = \"mnist-10k\"\n",
-        &[],
-        "configs/x.toml: job.steps: missing",
-    );
+    assert_error("[data]\nkind = \"mnist-10k\"\n", &[], "configs/x.toml: job.steps: missing");
 }
 
 #[test]
@@ -270,14 +207,8 @@ fn syntax_errors_show_the_place() {
     let first = two.find("configs/x.toml:3: ").unwrap();
     assert!(two.find("configs/x.toml:4: ").unwrap() > first, "{two}");
     let errors = errors("[job]\nsteps = = 3\n", &[]);
-    assert!(
-        errors.starts_with("configs/x.toml:2: not valid TOML\n"),
-        "{errors}"
-    );
-    assert!(
-        errors.contains("steps = = 3") && errors.contains('^'),
-        "{errors}"
-    );
+    assert!(errors.starts_with("configs/x.toml:2: not valid TOML\n"), "{errors}");
+    assert!(errors.contains("steps = = 3") && errors.contains('^'), "{errors}");
 }
 
 #[test]
@@ -287,43 +218,18 @@ fn images_must_fit_the_model() {
             &["data.resize=64"],
             "--set data.resize=64: gives images of 64 x 64, but model.kind = \"mlp-28\" takes 28 x 28",
         ),
-        (
-            &["model.kind=dcgan-64"],
-            "has 28 x 28; set data.resize = 64",
-        ),
-        (
-            &["data.crop=32"],
-            "cuts 32 pixels out of an image with a shorter side of 28",
-        ),
-        (
-            &["data.resize=32", "data.crop=20"],
-            "--set data.crop=20: gives images of 20 x 20",
-        ),
-        (
-            &["data.kind=cifar-10", "data.path=/c", "data.crop=28"],
-            "takes images of 1 channel",
-        ),
-        (
-            &["data.kind=folder", "data.path=/c", "model.kind=mlp-28"],
-            "takes images of 1 channel",
-        ),
+        (&["model.kind=dcgan-64"], "has 28 x 28; set data.resize = 64"),
+        (&["data.crop=32"], "cuts 32 pixels out of an image with a shorter side of 28"),
+        (&["data.resize=32", "data.crop=20"], "--set data.crop=20: gives images of 20 x 20"),
+        (&["data.kind=cifar-10", "data.path=/c", "data.crop=28"], "takes images of 1 channel"),
+        (&["data.kind=folder", "data.path=/c", "model.kind=mlp-28"], "takes images of 1 channel"),
     ];
     for (overrides, expected) in cases {
         assert_error(SMALL, overrides, expected);
     }
     resolve(SMALL, &["data.resize=32", "data.crop=28"]).unwrap();
-    resolve(
-        SMALL,
-        &["data.kind=idx", "data.path=/any", "model.kind=dcgan-64"],
-    )
-    .unwrap();
-    let folder = [
-        "data.kind=folder",
-        "data.path=/c",
-        "data.channels=1",
-        "data.resize=30",
-        "data.crop=28",
-    ];
+    resolve(SMALL, &["data.kind=idx", "data.path=/any", "model.kind=dcgan-64"]).unwrap();
+    let folder = ["data.kind=folder", "data.path=/c", "data.channels=1", "data.resize=30", "data.crop=28"];
     resolve(SMALL, &folder).unwrap();
     // A slip in one key is not reported again as a mismatch with another.
     assert!(!errors(SMALL, &["model.kind=dcgan64", "data.resize=64"]).contains("takes"));
@@ -352,50 +258,20 @@ fn data_must_be_where_it_is_said_to_be() {
     let named = ["job.name=mine".to_owned()];
     let shown = file.display();
     let errors = read(&source, &named).unwrap_err().to_string();
-    assert!(
-        errors.starts_with(&format!("{shown}:5: data.path: ")),
-        "{errors}"
-    );
-    assert!(
-        errors.contains("cifar does not exist; \"cifar-10\" needs the folder"),
-        "{errors}"
-    );
+    assert!(errors.starts_with(&format!("{shown}:5: data.path: ")), "{errors}");
+    assert!(errors.contains("cifar does not exist; \"cifar-10\" needs the folder"), "{errors}");
     std::fs::write(dir.path().join("cifar"), "").unwrap();
-    assert!(
-        read(&source, &named)
-            .unwrap_err()
-            .to_string()
-            .contains("is no folder")
-    );
+    assert!(read(&source, &named).unwrap_err().to_string().contains("is no folder"));
     std::fs::remove_file(dir.path().join("cifar")).unwrap();
     std::fs::create_dir(dir.path().join("cifar")).unwrap();
-    assert_eq!(
-        read(&source, &named).unwrap().data.path,
-        Some(dir.path().join("cifar"))
-    );
+    assert_eq!(read(&source, &named).unwrap().data.path, Some(dir.path().join("cifar")));
 
     let errors = read(&source, &[]).unwrap_err().to_string();
-    assert!(
-        errors.contains("the file's own name \"my job\" cannot serve"),
-        "{errors}"
-    );
+    assert!(errors.contains("the file's own name \"my job\" cannot serve"), "{errors}");
     let missing = Source::File(dir.path().join("no.toml"));
-    assert!(
-        read(&missing, &[])
-            .unwrap_err()
-            .to_string()
-            .contains("no.toml: cannot be read: ")
-    );
-    assert_error(
-        SMALL,
-        &["data.kind=folder"],
-        "data.path: missing; \"folder\" needs path",
-    );
-    assert_error(
-        SMALL,
-        &["data.path=/x"],
-        "comes with the program; remove it",
-    );
+    assert!(read(&missing, &[]).unwrap_err().to_string().contains("no.toml: cannot be read: "));
+    assert_error(SMALL, &["data.kind=folder"], "data.path: missing; \"folder\" needs path");
+    assert_error(SMALL, &["data.path=/x"], "comes with the program; remove it");
 }
 
 #[test]
@@ -412,15 +288,9 @@ fn a_run_goes_on_only_with_the_job_it_was_started_with() {
         "sample.count=1",
         "metrics.every_steps=1",
     ];
-    assert_eq!(
-        differences(&recorded, &resolve(SMALL, &changeable).unwrap()),
-        []
-    );
+    assert_eq!(differences(&recorded, &resolve(SMALL, &changeable).unwrap()), []);
     let given = resolve(SMALL, &["job.seed=1", "data.kind=idx", "data.path=/d"]).unwrap();
-    let shown: Vec<String> = differences(&recorded, &given)
-        .iter()
-        .map(Difference::to_string)
-        .collect();
+    let shown: Vec<String> = differences(&recorded, &given).iter().map(Difference::to_string).collect();
     assert_eq!(
         shown,
         [
@@ -436,10 +306,7 @@ fn a_run_goes_on_only_with_the_job_it_was_started_with() {
 fn a_damaged_resolved_job_is_refused() {
     let text = render(&resolve(SMALL, &[]).unwrap()).replace("seed = 0", "seed = -4");
     let errors = parse_resolved(&text).unwrap_err().to_string();
-    assert!(
-        errors.starts_with("job.toml:") && errors.contains("job.seed: must be"),
-        "{errors}"
-    );
+    assert!(errors.starts_with("job.toml:") && errors.contains("job.seed: must be"), "{errors}");
 }
 
 proptest! {

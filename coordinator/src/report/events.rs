@@ -82,11 +82,7 @@ mod tests {
         let path = dir.path().join("events.jsonl");
         let mut log = EventLog::open(&path).unwrap();
         assert_eq!(log.last(), None);
-        let lost = Lost {
-            worker: 2,
-            pid: Some(77),
-            rate: f64::NAN,
-        };
+        let lost = Lost { worker: 2, pid: Some(77), rate: f64::NAN };
         log.append(1.5, "worker_lost", lost).unwrap();
         log.append(2.0, "finished", ()).unwrap();
         let fields = serde_json::json!({"reason": "two\nlines"});
@@ -114,11 +110,7 @@ mod tests {
     fn opening_cuts_a_torn_event_and_tells_the_last_whole_one() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events.jsonl");
-        std::fs::write(
-            &path,
-            "{\"time\":1.0,\"kind\":\"a\",\"id\":7}\n{\"time\":2.0,\"ki",
-        )
-        .unwrap();
+        std::fs::write(&path, "{\"time\":1.0,\"kind\":\"a\",\"id\":7}\n{\"time\":2.0,\"ki").unwrap();
         let mut log = EventLog::open(&path).unwrap();
         assert_eq!(log.last().unwrap()["id"], 7);
         log.append(2.0, "b", ()).unwrap();

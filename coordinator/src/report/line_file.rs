@@ -18,15 +18,8 @@ pub(super) struct LineFile {
 
 impl LineFile {
     /// Opens or creates a file, gives each whole line to `visit` with its offset in bytes, and cuts off a torn last one.
-    pub(super) fn open(
-        path: &Path,
-        mut visit: impl FnMut(u64, &[u8]) -> io::Result<()>,
-    ) -> io::Result<Self> {
-        let file = OpenOptions::new()
-            .read(true)
-            .append(true)
-            .create(true)
-            .open(path)?;
+    pub(super) fn open(path: &Path, mut visit: impl FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<Self> {
+        let file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
         let mut reader = BufReader::new(&file);
         let mut line = Vec::new();
         let mut end = 0;
@@ -90,10 +83,7 @@ mod tests {
         for torn in ["", "{", "{\"c\":3}"] {
             std::fs::write(&path, format!("{whole}{torn}")).unwrap();
             let lines = lines_of(&path);
-            assert_eq!(
-                lines,
-                [(0, "{\"a\":1}".to_owned()), (8, "{\"b\":2}".to_owned())]
-            );
+            assert_eq!(lines, [(0, "{\"a\":1}".to_owned()), (8, "{\"b\":2}".to_owned())]);
             assert_eq!(std::fs::read_to_string(&path).unwrap(), whole);
         }
     }

@@ -153,11 +153,7 @@ fn compare(step: u64, recorded: &[u8], computed: String) -> Result<Recorded, Bre
     }
     let recorded = String::from_utf8_lossy(recorded);
     let part = recorded.split(",\"epoch\"").next().unwrap_or_default();
-    Err(Breach {
-        step,
-        recorded: format!("{part}}}"),
-        recomputed: format!("{computed}}}"),
-    })
+    Err(Breach { step, recorded: format!("{part}}}"), recomputed: format!("{computed}}}") })
 }
 
 impl Row {
@@ -231,9 +227,7 @@ mod tests {
 
     fn rows(path: &Path) -> Vec<Value> {
         let text = std::fs::read_to_string(path).unwrap();
-        text.lines()
-            .map(|line| serde_json::from_str(line).unwrap())
-            .collect()
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     #[test]
@@ -254,13 +248,8 @@ mod tests {
         for step in [10, 20, 30] {
             log.record(&row_of(step)).unwrap();
         }
-        let again = Row {
-            time: 1_800_000_000.0,
-            generation: 4,
-            world_size: 1,
-            images_per_second: 1.0,
-            ..row_of(20)
-        };
+        let again =
+            Row { time: 1_800_000_000.0, generation: 4, world_size: 1, images_per_second: 1.0, ..row_of(20) };
         assert_eq!(log.record(&again).unwrap(), Recorded::Same);
         let mut log = MetricsLog::open(&path).unwrap();
         assert_eq!(log.record(&again).unwrap(), Recorded::Same);
@@ -275,22 +264,10 @@ mod tests {
         let (_dir, path, mut log) = log();
         log.record(&row_of(10)).unwrap();
         let other = [
-            Row {
-                loss_generator: 0.3,
-                ..row_of(10)
-            },
-            Row {
-                loss_discriminator: -1.25,
-                ..row_of(10)
-            },
-            Row {
-                loss_discriminator: f64::NAN,
-                ..row_of(10)
-            },
-            Row {
-                images_seen: 64,
-                ..row_of(10)
-            },
+            Row { loss_generator: 0.3, ..row_of(10) },
+            Row { loss_discriminator: -1.25, ..row_of(10) },
+            Row { loss_discriminator: f64::NAN, ..row_of(10) },
+            Row { images_seen: 64, ..row_of(10) },
         ];
         for row in other {
             let RecordError::Breach(breach) = log.record(&row).unwrap_err() else {
@@ -308,26 +285,15 @@ mod tests {
     #[test]
     fn a_longer_number_with_the_same_beginning_is_a_breach() {
         let (_dir, _path, mut log) = log();
-        log.record(&Row {
-            loss_generator: 0.125,
-            ..row_of(1)
-        })
-        .unwrap();
-        let shorter = Row {
-            loss_generator: 0.12,
-            ..row_of(1)
-        };
+        log.record(&Row { loss_generator: 0.125, ..row_of(1) }).unwrap();
+        let shorter = Row { loss_generator: 0.12, ..row_of(1) };
         assert!(matches!(log.record(&shorter), Err(RecordError::Breach(_))));
     }
 
     #[test]
     fn numbers_that_are_not_finite_are_null() {
         let (_dir, path, mut log) = log();
-        let row = Row {
-            loss_generator: f64::NAN,
-            images_per_second: f64::INFINITY,
-            ..row_of(1)
-        };
+        let row = Row { loss_generator: f64::NAN, images_per_second: f64::INFINITY, ..row_of(1) };
         log.record(&row).unwrap();
         assert_eq!(log.record(&row).unwrap(), Recorded::Same);
         assert_eq!(rows(&path)[0]["loss_generator"], Value::Null);

@@ -30,15 +30,8 @@ pub struct Screen {
 impl Screen {
     /// Standard error, with a bar only if it is a terminal.
     pub fn stderr(is_terminal: bool) -> Self {
-        let target = if is_terminal {
-            ProgressDrawTarget::stderr()
-        } else {
-            ProgressDrawTarget::hidden()
-        };
-        Screen {
-            bars: MultiProgress::with_draw_target(target),
-            is_terminal,
-        }
+        let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        Screen { bars: MultiProgress::with_draw_target(target), is_terminal }
     }
 
     /// Runs something that writes to the terminal, with the bar out of its way.
@@ -48,8 +41,7 @@ impl Screen {
 
     /// Prints a line. Nobody can be told if standard error is closed, and training does not depend on it.
     fn print(&self, line: &str) {
-        self.suspend(|| writeln!(io::stderr().lock(), "{line}"))
-            .ok();
+        self.suspend(|| writeln!(io::stderr().lock(), "{line}")).ok();
     }
 }
 
@@ -94,13 +86,7 @@ impl Progress {
             bar.set_message(format!("step {start_step}/{total_steps}"));
             bar
         });
-        Progress {
-            screen: screen.clone(),
-            bar,
-            total_steps,
-            pace: Pace::default(),
-            printed: None,
-        }
+        Progress { screen: screen.clone(), bar, total_steps, pace: Pace::default(), printed: None }
     }
 
     /// Shows a row of metrics. Rows that were shown before a fault may come again.
@@ -133,9 +119,8 @@ impl Progress {
     /// Whether a plain line is due: for the first row, the last, and those in between that are far enough apart. A clock
     /// that was set back counts as far enough.
     fn is_due(&mut self, row: &Row) -> bool {
-        let is_near = self
-            .printed
-            .is_some_and(|time| (time..time + PLAIN_PERIOD_SECONDS).contains(&row.time));
+        let is_near =
+            self.printed.is_some_and(|time| (time..time + PLAIN_PERIOD_SECONDS).contains(&row.time));
         let is_due = !is_near || row.step >= self.total_steps;
         if is_due {
             self.printed = Some(row.time);
@@ -234,10 +219,7 @@ mod tests {
     }
 
     fn row(step: u64, time: f64) -> Row {
-        Row {
-            time,
-            ..row_of(step)
-        }
+        Row { time, ..row_of(step) }
     }
 
     #[test]

@@ -90,9 +90,7 @@ impl TensorBoard {
             host.to_string_lossy(),
             std::process::id()
         );
-        let mut board = TensorBoard {
-            file: BufWriter::new(create_numbered(dir, &stem)?),
-        };
+        let mut board = TensorBoard { file: BufWriter::new(create_numbered(dir, &stem)?) };
         board.write(&Event {
             wall_time: now.as_secs_f64(),
             file_version: Some("brain.Event:2".to_owned()),
@@ -106,16 +104,9 @@ impl TensorBoard {
     ///
     /// # Errors
     /// The file cannot be written.
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "TensorBoard's scalars have single precision"
-    )]
+    #[expect(clippy::cast_possible_truncation, reason = "TensorBoard's scalars have single precision")]
     pub fn scalar(&mut self, tag: &str, step: u64, wall_time: f64, value: f64) -> io::Result<()> {
-        let value = Value {
-            tag: tag.to_owned(),
-            simple_value: Some(value as f32),
-            image: None,
-        };
+        let value = Value { tag: tag.to_owned(), simple_value: Some(value as f32), image: None };
         self.summary(step, wall_time, value)
     }
 
@@ -123,13 +114,7 @@ impl TensorBoard {
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn image_png(
-        &mut self,
-        tag: &str,
-        step: u64,
-        wall_time: f64,
-        image: Png,
-    ) -> io::Result<()> {
+    pub fn image_png(&mut self, tag: &str, step: u64, wall_time: f64, image: Png) -> io::Result<()> {
         let side = |pixels: u32| i32::try_from(pixels).unwrap_or(i32::MAX);
         let image = Image {
             height: side(image.height),
@@ -137,11 +122,7 @@ impl TensorBoard {
             colorspace: side(image.channels),
             encoded_image_string: image.bytes.to_vec(),
         };
-        let value = Value {
-            tag: tag.to_owned(),
-            simple_value: None,
-            image: Some(image),
-        };
+        let value = Value { tag: tag.to_owned(), simple_value: None, image: Some(image) };
         self.summary(step, wall_time, value)
     }
 
@@ -192,9 +173,7 @@ fn record(data: &[u8]) -> Vec<u8> {
 
 /// The CRC-32C of some data, turned and shifted as TFRecords want it, so that a checksum of checksums is no weaker.
 fn masked_crc(data: &[u8]) -> u32 {
-    crc32c::crc32c(data)
-        .rotate_right(15)
-        .wrapping_add(0xa282_ead8)
+    crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 #[cfg(test)]
@@ -219,11 +198,8 @@ mod tests {
     /// The bytes that every event file of TensorFlow starts with, apart from the time: a length of 24 and its masked CRC.
     #[test]
     fn the_masked_crc_is_tensorflows() {
-        let event = Event {
-            wall_time: 1.0,
-            file_version: Some("brain.Event:2".to_owned()),
-            ..Event::default()
-        };
+        let event =
+            Event { wall_time: 1.0, file_version: Some("brain.Event:2".to_owned()), ..Event::default() };
         let record = record(&event.encode_to_vec());
         assert_eq!(record[..8], 24_u64.to_le_bytes());
         assert_eq!(record[8..12], [0xa3, 0x7f, 0x4b, 0x22]);
@@ -236,33 +212,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut board = TensorBoard::create(dir.path()).unwrap();
         board.scalar("loss/generator", 7, 100.5, 0.0).unwrap();
-        let image = Png {
-            bytes: b"not really a PNG",
-            height: 2,
-            width: 3,
-            channels: 1,
-        };
+        let image = Png { bytes: b"not really a PNG", height: 2, width: 3, channels: 1 };
         board.image_png("samples", 7, 101.0, image).unwrap();
         board.flush().unwrap();
-        let path = fs::read_dir(dir.path())
-            .unwrap()
-            .next()
-            .unwrap()
-            .unwrap()
-            .path();
+        let path = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
         let events = events(&fs::read(path).unwrap());
         assert_eq!(events.len(), 3);
         assert_eq!(events[0].file_version.as_deref(), Some("brain.Event:2"));
         assert_eq!((events[1].step, events[1].wall_time), (7, 100.5));
         let scalar = &events[1].summary.as_ref().unwrap().value[0];
-        assert_eq!(
-            (scalar.tag.as_str(), scalar.simple_value),
-            ("loss/generator", Some(0.0))
-        );
-        let image = events[2].summary.as_ref().unwrap().value[0]
-            .image
-            .clone()
-            .unwrap();
+        assert_eq!((scalar.tag.as_str(), scalar.simple_value), ("loss/generator", Some(0.0)));
+        let image = events[2].summary.as_ref().unwrap().value[0].image.clone().unwrap();
         assert_eq!((image.height, image.width, image.colorspace), (2, 3, 1));
         assert_eq!(image.encoded_image_string, b"not really a PNG");
     }

@@ -54,9 +54,8 @@ pub async fn serve(
 ) -> Result<(), tonic::transport::Error> {
     let sessions = Sessions { term, inputs: inputs.clone() };
     let sessions = SessionServiceServer::new(sessions).max_decoding_message_size(MESSAGE_LIMIT);
-    let incoming = TcpListenerStream::new(listener).map(|stream| {
-        stream.and_then(|stream| stream.set_nodelay(true).map(|()| stream))
-    });
+    let incoming = TcpListenerStream::new(listener)
+        .map(|stream| stream.and_then(|stream| stream.set_nodelay(true).map(|()| stream)));
     Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))

@@ -10,9 +10,8 @@ use std::time::Duration;
 use ganglion_membership::{Generation, Term};
 use ganglion_proto::wire::store_service_server::StoreService;
 use ganglion_proto::wire::{
-    AddRequest, AddResponse, CompareSetRequest, CompareSetResponse, ContainsRequest,
-    ContainsResponse, DeleteRequest, DeleteResponse, GetRequest, GetResponse, Key, SetRequest,
-    SetResponse,
+    AddRequest, AddResponse, CompareSetRequest, CompareSetResponse, ContainsRequest, ContainsResponse,
+    DeleteRequest, DeleteResponse, GetRequest, GetResponse, Key, SetRequest, SetResponse,
 };
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
@@ -65,7 +64,11 @@ impl Store {
     }
 
     /// The values of a key's generation, if that is the one served, and the key's name.
-    fn open<'a>(&self, entries: &'a mut Entries, key: Option<Key>) -> Result<(&'a mut BTreeMap<String, Vec<u8>>, String), Status> {
+    fn open<'a>(
+        &self,
+        entries: &'a mut Entries,
+        key: Option<Key>,
+    ) -> Result<(&'a mut BTreeMap<String, Vec<u8>>, String), Status> {
         let key = key.ok_or_else(|| Status::invalid_argument("key is missing"))?;
         if key.term != self.shared.term.0 || key.generation != entries.generation.0 {
             let newest = entries.generation;
@@ -78,7 +81,12 @@ impl Store {
         Ok((&mut entries.values, key.name))
     }
 
-    fn put(&self, values: &mut BTreeMap<String, Vec<u8>>, name: String, value: Vec<u8>) -> Result<(), Status> {
+    fn put(
+        &self,
+        values: &mut BTreeMap<String, Vec<u8>>,
+        name: String,
+        value: Vec<u8>,
+    ) -> Result<(), Status> {
         if name.len() + value.len() > ENTRY_LIMIT || values.len() >= KEY_LIMIT {
             return Err(Status::resource_exhausted("the store is full or the entry too large"));
         }
@@ -137,7 +145,10 @@ impl StoreService for Store {
         Ok(Response::new(AddResponse { value }))
     }
 
-    async fn compare_set(&self, request: Request<CompareSetRequest>) -> Result<Response<CompareSetResponse>, Status> {
+    async fn compare_set(
+        &self,
+        request: Request<CompareSetRequest>,
+    ) -> Result<Response<CompareSetResponse>, Status> {
         let request = request.into_inner();
         let mut entries = self.entries();
         let (values, name) = self.open(&mut entries, request.key)?;
@@ -159,7 +170,10 @@ impl StoreService for Store {
         Ok(Response::new(DeleteResponse { existed }))
     }
 
-    async fn contains(&self, request: Request<ContainsRequest>) -> Result<Response<ContainsResponse>, Status> {
+    async fn contains(
+        &self,
+        request: Request<ContainsRequest>,
+    ) -> Result<Response<ContainsResponse>, Status> {
         let mut entries = self.entries();
         let mut all = true;
         for key in request.into_inner().keys {

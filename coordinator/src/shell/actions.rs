@@ -110,8 +110,7 @@ impl Shell {
             if let Some(supervisor) = &self.supervisor {
                 supervisor.rename(member.worker, &format!("rank {rank}"));
             }
-            let assignment =
-                Assignment { group: group.clone(), rank, reduce_timeout: self.reduce_timeout() };
+            let assignment = Assignment { group: group.clone(), rank, reduce_timeout: self.reduce_timeout() };
             self.send(member.worker, ToWorker::Assignment(assignment));
         }
         Ok(())

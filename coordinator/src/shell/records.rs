@@ -150,8 +150,7 @@ impl Records {
         let name = format!("step-{:08}.png", grid.step);
         let written = write_whole(&self.folder.join("samples").join(&name), &grid.png);
         self.note("samples", written);
-        let image =
-            Png { bytes: &grid.png, height: grid.height, width: grid.width, channels: grid.channels };
+        let image = Png { bytes: &grid.png, height: grid.height, width: grid.width, channels: grid.channels };
         let drawn = self.tensorboard.image_png("samples", grid.step, now(), image);
         self.note("tensorboard", drawn);
         self.event("samples", serde_json::json!({ "step": grid.step, "file": format!("samples/{name}") }));
@@ -166,7 +165,9 @@ impl Records {
     pub fn finish(&mut self, outcome: &Outcome, signal: Option<StopSignal>) {
         let (kind, detail) = match outcome {
             Outcome::Complete => ("complete", String::new()),
-            Outcome::Stopped(_) => ("stopped", signal.map(|signal| format!("{signal:?}")).unwrap_or_default()),
+            Outcome::Stopped(_) => {
+                ("stopped", signal.map(|signal| format!("{signal:?}")).unwrap_or_default())
+            }
             Outcome::InputWrong(detail) => ("input_error", detail.clone()),
             Outcome::Failed(detail) => ("failed", detail.clone()),
         };

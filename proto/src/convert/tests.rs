@@ -21,17 +21,8 @@ fn job() -> Job {
             crop: None,
             channels: 3,
         },
-        model: job::Model {
-            kind: ModelKind::Dcgan64,
-            latent_dim: 100,
-            width: 64,
-            ema_half_life_images: 10,
-        },
-        loss: job::Loss {
-            kind: LossKind::WassersteinGp,
-            discriminator_steps: 5,
-            gradient_penalty: 10.0,
-        },
+        model: job::Model { kind: ModelKind::Dcgan64, latent_dim: 100, width: 64, ema_half_life_images: 10 },
+        loss: job::Loss { kind: LossKind::WassersteinGp, discriminator_steps: 5, gradient_penalty: 10.0 },
         optimizer: job::Optimizer {
             kind: OptimizerKind::Adam,
             learning_rate: 0.1 + 0.2,
@@ -57,23 +48,12 @@ fn file() -> StoredFile {
 
 #[test]
 fn a_workers_messages_survive_the_wire() {
-    let part = WrittenPart {
-        step: 1,
-        phase: 0,
-        index: 1,
-        count: 4,
-        file: file(),
-        state_digest: "b".repeat(64),
-    };
+    let part =
+        WrittenPart { step: 1, phase: 0, index: 1, count: 4, file: file(), state_digest: "b".repeat(64) };
     let passport = Passport(BTreeMap::from([("cpu".to_string(), "x".to_string())]));
     let messages = [
         FromWorker::Hello(Hello { protocol: 1, spawn_token: None, host: "h".into(), pid: 2 }),
-        FromWorker::Loaded(LoadedFacts {
-            passport,
-            samples: 5,
-            sees_storage: true,
-            phases_per_step: 2,
-        }),
+        FromWorker::Loaded(LoadedFacts { passport, samples: 5, sees_storage: true, phases_per_step: 2 }),
         FromWorker::Ready(Generation(1), None),
         FromWorker::Ready(Generation(1), Some(Position(7))),
         FromWorker::Fault(Generation(1), Fault::Timeout),

@@ -14,31 +14,18 @@ const LABELS: u8 = 10;
 
 /// Reads one file, or the five training files of a folder.
 pub(super) fn open(path: &Path) -> Result<Memory, DataError> {
-    let is_folder = fs::metadata(path)
-        .map_err(|error| DataError::reading(path, error))?
-        .is_dir();
-    let files = if is_folder {
-        batches(path)?
-    } else {
-        vec![path.to_path_buf()]
-    };
+    let is_folder = fs::metadata(path).map_err(|error| DataError::reading(path, error))?.is_dir();
+    let files = if is_folder { batches(path)? } else { vec![path.to_path_buf()] };
     let mut bytes = Vec::new();
     for file in &files {
         append(file, &mut bytes)?;
     }
-    Ok(Memory {
-        width: SIDE,
-        height: SIDE,
-        channels: CHANNELS,
-        bytes,
-    })
+    Ok(Memory { width: SIDE, height: SIDE, channels: CHANNELS, bytes })
 }
 
 /// The training files of a folder, in their order.
 fn batches(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
-    let files: Vec<PathBuf> = (1..=5)
-        .map(|batch| folder.join(format!("data_batch_{batch}.bin")))
-        .collect();
+    let files: Vec<PathBuf> = (1..=5).map(|batch| folder.join(format!("data_batch_{batch}.bin"))).collect();
     let missing: Vec<String> = files
         .iter()
         .filter(|file| !file.is_file())
@@ -61,19 +48,12 @@ fn append(path: &Path, pixels: &mut Vec<u8>) -> Result<(), DataError> {
     let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
     let mut records = Vec::new();
     let room = MAX_BYTES_IN_MEMORY.saturating_sub(pixels.len() as u64);
-    file.take(room + 1)
-        .read_to_end(&mut records)
-        .map_err(|error| DataError::reading(path, error))?;
-    check(&records, room)
-        .map_err(|wrong| DataError::Input(format!("{}: {wrong}", path.display())))?;
+    file.take(room + 1).read_to_end(&mut records).map_err(|error| DataError::reading(path, error))?;
+    check(&records, room).map_err(|wrong| DataError::Input(format!("{}: {wrong}", path.display())))?;
     pixels.reserve_exact(records.len());
     for record in records.chunks_exact(RECORD_BYTES) {
         for at in 1..=PLANE_BYTES {
-            pixels.extend([
-                record[at],
-                record[at + PLANE_BYTES],
-                record[at + 2 * PLANE_BYTES],
-            ]);
+            pixels.extend([record[at], record[at + PLANE_BYTES], record[at + 2 * PLANE_BYTES]]);
         }
     }
     Ok(())
@@ -91,9 +71,7 @@ fn check(records: &[u8], room: u64) -> Result<(), String> {
         ));
     }
     if found == 0 {
-        return Err(
-            "found an empty file, expected CIFAR-10 records; get the file again".to_owned(),
-        );
+        return Err("found an empty file, expected CIFAR-10 records; get the file again".to_owned());
     }
     if !found.is_multiple_of(RECORD_BYTES) {
         return Err(format!(

@@ -65,11 +65,7 @@ pub(super) fn open(root: &Path, channels: u32, framing: &Framing) -> Result<Open
     }
     let (shape, content) = survey(&files, channels, framing)?;
     let files = files.into_iter().map(|found| found.path).collect();
-    Ok(Opened {
-        folder: Folder { files, channels },
-        shape,
-        content,
-    })
+    Ok(Opened { folder: Folder { files, channels }, shape, content })
 }
 
 /// An image file. Compares by its relative path.
@@ -109,10 +105,7 @@ fn search(
             below.push(b'/');
             search(&path, below, ancestors, files)?;
         } else if is_image(&path) {
-            files.push(Found {
-                relative: below,
-                path,
-            });
+            files.push(Found { relative: below, path });
         }
     }
     ancestors.pop();
@@ -120,11 +113,8 @@ fn search(
 }
 
 fn is_image(path: &Path) -> bool {
-    path.extension().is_some_and(|ending| {
-        ["png", "jpg", "jpeg"]
-            .iter()
-            .any(|known| ending.eq_ignore_ascii_case(known))
-    })
+    path.extension()
+        .is_some_and(|ending| ["png", "jpg", "jpeg"].iter().any(|known| ending.eq_ignore_ascii_case(known)))
 }
 
 /// Reads the heads of all files: the shape that they share once framed, and a hash.
@@ -144,9 +134,8 @@ fn survey(
         content.update(&head.height.to_le_bytes());
         content.update(&head.bytes);
 
-        let size = framing
-            .output_size(head.height, head.width)
-            .map_err(|wrong| input(&found.path, &wrong))?;
+        let size =
+            framing.output_size(head.height, head.width).map_err(|wrong| input(&found.path, &wrong))?;
         match &first {
             None => first = Some((head, size)),
             Some((_, first_size)) if *first_size == size => {}
@@ -165,14 +154,7 @@ fn survey(
         }
     }
     let (_, (height, width)) = first.expect("the search found a file");
-    Ok((
-        ImageShape {
-            channels,
-            height,
-            width,
-        },
-        content.finalize(),
-    ))
+    Ok((ImageShape { channels, height, width }, content.finalize()))
 }
 
 /// What a file's beginning tells.
@@ -188,21 +170,14 @@ impl Head {
     fn read(path: &Path) -> Result<Head, DataError> {
         let (file, length) = open_file(path)?;
         let mut bytes = Vec::new();
-        file.take(HEAD_BYTES)
-            .read_to_end(&mut bytes)
-            .map_err(|error| DataError::reading(path, error))?;
+        file.take(HEAD_BYTES).read_to_end(&mut bytes).map_err(|error| DataError::reading(path, error))?;
         let (width, height) = match dimensions(&bytes) {
             // A colour profile or a preview may come first.
             Err(_) if length > HEAD_BYTES => dimensions(&read_file(path)?),
             found => found,
         }
         .map_err(|wrong| corrupt(path, &wrong))?;
-        Ok(Head {
-            bytes,
-            length,
-            width,
-            height,
-        })
+        Ok(Head { bytes, length, width, height })
     }
 }
 
@@ -222,9 +197,7 @@ impl Folder {
         let path = &self.files[index];
         let image = decode(&read_file(path)?).map_err(|wrong| corrupt(path, &wrong))?;
         let (width, height) = (image.width(), image.height());
-        let size = framing
-            .output_size(height, width)
-            .map_err(|wrong| input(path, &wrong))?;
+        let size = framing.output_size(height, width).map_err(|wrong| input(path, &wrong))?;
         if size != (shape.height, shape.width) {
             return Err(input(
                 path,
@@ -238,24 +211,14 @@ impl Folder {
             1 => image.into_luma8().into_raw(),
             _ => image.into_rgb8().into_raw(),
         };
-        framing.render(
-            &Image {
-                width,
-                height,
-                channels: self.channels,
-                bytes: &bytes,
-            },
-            out,
-        );
+        framing.render(&Image { width, height, channels: self.channels, bytes: &bytes }, out);
         Ok(())
     }
 }
 
 /// Width and height in pixels, from a file's first bytes.
 fn dimensions(bytes: &[u8]) -> Result<(u32, u32), String> {
-    reader(bytes)?
-        .into_dimensions()
-        .map_err(|error| error.to_string())
+    reader(bytes)?.into_dimensions().map_err(|error| error.to_string())
 }
 
 fn decode(bytes: &[u8]) -> Result<DynamicImage, String> {
@@ -269,9 +232,8 @@ fn decode(bytes: &[u8]) -> Result<DynamicImage, String> {
 
 /// A decoder by the content: the ending of a file's name is often wrong.
 fn reader(bytes: &[u8]) -> Result<ImageReader<Cursor<&[u8]>>, String> {
-    let reader = ImageReader::new(Cursor::new(bytes))
-        .with_guessed_format()
-        .map_err(|error| error.to_string())?;
+    let reader =
+        ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| error.to_string())?;
     match reader.format() {
         Some(ImageFormat::Png | ImageFormat::Jpeg) => Ok(reader),
         _ => Err("the content is neither PNG nor JPEG".to_owned()),
@@ -283,11 +245,7 @@ fn has_end(bytes: &[u8]) -> bool {
     const START_OF_SCAN: [u8; 2] = [0xff, 0xda];
     const END_OF_IMAGE: [u8; 2] = [0xff, 0xd9];
     let last_end = bytes.windows(2).rposition(|marker| marker == END_OF_IMAGE);
-    last_end.is_some_and(|end| {
-        !bytes[end..]
-            .windows(2)
-            .any(|marker| marker == START_OF_SCAN)
-    })
+    last_end.is_some_and(|end| !bytes[end..].windows(2).any(|marker| marker == START_OF_SCAN))
 }
 
 /// A whole file.
@@ -295,9 +253,7 @@ fn read_file(path: &Path) -> Result<Vec<u8>, DataError> {
     let (file, length) = open_file(path)?;
     let mut bytes = Vec::new();
     // The file may have grown since its length was asked.
-    file.take(length)
-        .read_to_end(&mut bytes)
-        .map_err(|error| DataError::reading(path, error))?;
+    file.take(length).read_to_end(&mut bytes).map_err(|error| DataError::reading(path, error))?;
     Ok(bytes)
 }
 
@@ -306,29 +262,21 @@ fn open_file(path: &Path) -> Result<(File, u64), DataError> {
     let failed = |error| DataError::reading(path, error);
     // Asked before opening, because to open a pipe is to wait for its writer.
     if !fs::metadata(path).map_err(failed)?.is_file() {
-        return Err(input(
-            path,
-            "found neither a file nor a folder, expected an image; remove it",
-        ));
+        return Err(input(path, "found neither a file nor a folder, expected an image; remove it"));
     }
     let file = File::open(path).map_err(failed)?;
     let length = file.metadata().map_err(failed)?.len();
     if length > MAX_FILE_BYTES {
         return Err(input(
             path,
-            &format!(
-                "found {length} bytes, expected an image of at most {MAX_FILE_BYTES}; remove it"
-            ),
+            &format!("found {length} bytes, expected an image of at most {MAX_FILE_BYTES}; remove it"),
         ));
     }
     Ok((file, length))
 }
 
 fn corrupt(path: &Path, wrong: &str) -> DataError {
-    input(
-        path,
-        &format!("cannot decode the image, {wrong}; remove the file or get it again"),
-    )
+    input(path, &format!("cannot decode the image, {wrong}; remove the file or get it again"))
 }
 
 fn input(path: &Path, wrong: &str) -> DataError {

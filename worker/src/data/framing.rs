@@ -75,9 +75,7 @@ impl Framing {
     pub(super) fn output_size(self, height: u32, width: u32) -> Result<(usize, usize), String> {
         let found = format!("found images of {width} x {height} pixels (width x height)");
         match self {
-            _ if height == 0 || width == 0 => {
-                Err(format!("{found}, which have no pixels; remove them"))
-            }
+            _ if height == 0 || width == 0 => Err(format!("{found}, which have no pixels; remove them")),
             Framing::Whole if height.max(width) > MAX_SIDE => Err(format!(
                 "{found}, expected at most {MAX_SIDE} a side; set data.resize to the size to \
                  train on"
@@ -88,9 +86,7 @@ impl Framing {
                 height.min(width)
             )),
             Framing::Whole => Ok((height as usize, width as usize)),
-            Framing::Crop(crop) | Framing::Resize { crop, .. } => {
-                Ok((crop as usize, crop as usize))
-            }
+            Framing::Crop(crop) | Framing::Resize { crop, .. } => Ok((crop as usize, crop as usize)),
         }
     }
 
@@ -117,12 +113,8 @@ impl Framing {
             }
             Framing::Resize { side, crop } => {
                 let scaled = scale(image, &window(image, side, crop), crop);
-                let scaled = Image {
-                    width: crop,
-                    height: crop,
-                    channels: image.channels,
-                    bytes: scaled.buffer(),
-                };
+                let scaled =
+                    Image { width: crop, height: crop, channels: image.channels, bytes: scaled.buffer() };
                 write_planes(&scaled, 0, 0, crop as usize, out);
             }
         }
@@ -133,39 +125,29 @@ impl Framing {
 fn window(image: &Image<'_>, side: u32, crop: u32) -> Window {
     let shorter = image.width.min(image.height);
     let span = |length: u32| {
-        let scaled =
-            (u64::from(length) * u64::from(side) + u64::from(shorter / 2)) / u64::from(shorter);
+        let scaled = (u64::from(length) * u64::from(side) + u64::from(shorter / 2)) / u64::from(shorter);
         // Exact: the scaled length is below 2^32 x 2^13.
         let ratio = f64::from(length) / scaled as f64;
         let start = ((scaled - u64::from(crop)) / 2) as f64 * ratio;
         // Rounding may put the end a hair beyond the image, which the scaler would refuse.
-        (
-            start,
-            (f64::from(crop) * ratio).min(f64::from(length) - start),
-        )
+        (start, (f64::from(crop) * ratio).min(f64::from(length) - start))
     };
     let ((left, width), (top, height)) = (span(image.width), span(image.height));
-    Window {
-        left,
-        top,
-        width,
-        height,
-    }
+    Window { left, top, width, height }
 }
 
 /// Scales a window of an image to a square of `side` pixels.
 fn scale(image: &Image<'_>, window: &Window, side: u32) -> Canvas<'static> {
-    let pixel = if image.channels == 1 {
-        PixelType::U8
-    } else {
-        PixelType::U8x3
-    };
-    let source = ImageRef::new(image.width, image.height, image.bytes, pixel)
-        .expect("an image has all its bytes");
+    let pixel = if image.channels == 1 { PixelType::U8 } else { PixelType::U8x3 };
+    let source =
+        ImageRef::new(image.width, image.height, image.bytes, pixel).expect("an image has all its bytes");
     let mut scaled = Canvas::new(side, side, pixel);
-    let options = ResizeOptions::new()
-        .resize_alg(ResizeAlg::Convolution(FilterType::Bilinear))
-        .crop(window.left, window.top, window.width, window.height);
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).crop(
+        window.left,
+        window.top,
+        window.width,
+        window.height,
+    );
     Resizer::new()
         .resize(&source, &mut scaled, &options)
         .expect("the window lies inside the image and both have the same kind of pixels");
@@ -200,52 +182,29 @@ mod tests {
     /// Invariant 1, against the two operations done one after the other.
     #[test]
     fn resize_with_crop_is_a_resize_then_a_crop() {
-        for (width, height, side, crop) in [
-            (37, 23, 16, 11),
-            (23, 38, 9, 9),
-            (5, 4, 32, 31),
-            (64, 64, 64, 20),
-        ] {
+        for (width, height, side, crop) in
+            [(37, 23, 16, 11), (23, 38, 9, 9), (5, 4, 32, 31), (64, 64, 64, 20)]
+        {
             for channels in [1, 3] {
                 let bytes = noise(width, height, channels);
-                let image = Image {
-                    width,
-                    height,
-                    channels,
-                    bytes: &bytes,
-                };
+                let image = Image { width, height, channels, bytes: &bytes };
                 let crop_numel = crop as usize * crop as usize * channels;
 
                 let shorter = width.min(height);
-                let (full_width, full_height) = (
-                    (width * side + shorter / 2) / shorter,
-                    (height * side + shorter / 2) / shorter,
-                );
-                let pixel = if channels == 1 {
-                    PixelType::U8
-                } else {
-                    PixelType::U8x3
-                };
+                let (full_width, full_height) =
+                    ((width * side + shorter / 2) / shorter, (height * side + shorter / 2) / shorter);
+                let pixel = if channels == 1 { PixelType::U8 } else { PixelType::U8x3 };
                 let source = ImageRef::new(width, height, &bytes, pixel).unwrap();
                 let mut full = Canvas::new(full_width, full_height, pixel);
-                let options =
-                    ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
+                let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
                 Resizer::new().resize(&source, &mut full, &options).unwrap();
-                let full = Image {
-                    width: full_width,
-                    height: full_height,
-                    channels,
-                    bytes: full.buffer(),
-                };
+                let full = Image { width: full_width, height: full_height, channels, bytes: full.buffer() };
                 let mut expected = vec![0.0; crop_numel];
                 Framing::Crop(crop).render(&full, &mut expected);
 
                 let mut found = vec![0.0; crop_numel];
                 Framing::Resize { side, crop }.render(&image, &mut found);
-                assert_eq!(
-                    found, expected,
-                    "{width} x {height} to {side}, cut to {crop}"
-                );
+                assert_eq!(found, expected, "{width} x {height} to {side}, cut to {crop}");
             }
         }
     }
@@ -255,12 +214,7 @@ mod tests {
     fn scaled_bits_never_change() {
         let bytes = noise(37, 23, 3);
         let mut out = vec![0.0; 3 * 11 * 11];
-        let image = Image {
-            width: 37,
-            height: 23,
-            channels: 3,
-            bytes: &bytes,
-        };
+        let image = Image { width: 37, height: 23, channels: 3, bytes: &bytes };
         Framing::Resize { side: 16, crop: 11 }.render(&image, &mut out);
         let raw: Vec<u8> = out.iter().flat_map(|value| value.to_le_bytes()).collect();
         assert_eq!(
@@ -272,12 +226,7 @@ mod tests {
     #[test]
     fn the_cut_is_central_and_planar() {
         let bytes: Vec<u8> = (0..4 * 3 * 3).collect();
-        let image = Image {
-            width: 4,
-            height: 3,
-            channels: 3,
-            bytes: &bytes,
-        };
+        let image = Image { width: 4, height: 3, channels: 3, bytes: &bytes };
         let mut out = vec![0.0; 3];
         Framing::Crop(1).render(&image, &mut out);
         // Row 1, column 1: pixel 5, whose channels are bytes 15 to 17.

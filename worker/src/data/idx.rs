@@ -16,10 +16,8 @@ const MAGIC_LABELS: u32 = 0x0000_0801;
 const HEADER_BYTES: usize = 16;
 
 /// The 10,000 test digits of MNIST.
-static BUNDLED: &[u8] = include_bytes!(concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/../data/mnist-10k/t10k-images-idx3-ubyte.gz"
-));
+static BUNDLED: &[u8] =
+    include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../data/mnist-10k/t10k-images-idx3-ubyte.gz"));
 
 /// The digits that come with the worker.
 pub(super) fn bundled() -> Result<Memory, DataError> {
@@ -29,11 +27,7 @@ pub(super) fn bundled() -> Result<Memory, DataError> {
 /// Reads a file, or the file of a folder that holds the training images.
 pub(super) fn open(path: &Path) -> Result<Memory, DataError> {
     let failed = |error| DataError::reading(path, error);
-    let path = if fs::metadata(path).map_err(failed)?.is_dir() {
-        &choose(path)?
-    } else {
-        path
-    };
+    let path = if fs::metadata(path).map_err(failed)?.is_dir() { &choose(path)? } else { path };
     let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
     read(BufReader::new(file), path)
 }
@@ -52,9 +46,7 @@ fn choose(folder: &Path) -> Result<PathBuf, DataError> {
     names.sort();
     // A file next to its own compressed form is one file; sorting put the plain one first.
     names.dedup_by(|later, earlier| plain(later) == plain(earlier));
-    let train = names
-        .iter()
-        .find(|name| plain(name).starts_with("train-images"));
+    let train = names.iter().find(|name| plain(name).starts_with("train-images"));
     match (train, names.as_slice()) {
         (Some(train), _) => Ok(folder.join(train)),
         (None, [only]) => Ok(folder.join(only)),
@@ -83,17 +75,13 @@ fn is_images(name: &str) -> bool {
 
 /// Reads a whole file, whatever its compression. `path` is for messages.
 fn read(mut reader: impl BufRead, path: &Path) -> Result<Memory, DataError> {
-    let start = reader
-        .fill_buf()
-        .map_err(|error| DataError::reading(path, error))?;
+    let start = reader.fill_buf().map_err(|error| DataError::reading(path, error))?;
     if start.starts_with(&[0x1f, 0x8b]) {
         decode(MultiGzDecoder::new(reader), path).map_err(|error| match error {
-            DataError::System { source, .. } if is_corruption(&source) => {
-                DataError::Input(format!(
-                    "{}: the gzip data are corrupt or cut off ({source}); get the file again",
-                    path.display()
-                ))
-            }
+            DataError::System { source, .. } if is_corruption(&source) => DataError::Input(format!(
+                "{}: the gzip data are corrupt or cut off ({source}); get the file again",
+                path.display()
+            )),
             other => other,
         })
     } else {
@@ -110,16 +98,9 @@ fn is_corruption(error: &io::Error) -> bool {
 /// Reads the uncompressed bytes of a file and checks all that its header says.
 fn decode(mut reader: impl Read, path: &Path) -> Result<Memory, DataError> {
     let name = path.display();
-    let failed = |source| DataError::System {
-        path: path.to_path_buf(),
-        source,
-    };
+    let failed = |source| DataError::System { path: path.to_path_buf(), source };
     let mut header = Vec::with_capacity(HEADER_BYTES);
-    reader
-        .by_ref()
-        .take(HEADER_BYTES as u64)
-        .read_to_end(&mut header)
-        .map_err(failed)?;
+    reader.by_ref().take(HEADER_BYTES as u64).read_to_end(&mut header).map_err(failed)?;
     let [images, height, width] =
         parse_header(&header).map_err(|wrong| DataError::Input(format!("{name}: {wrong}")))?;
 
@@ -133,10 +114,7 @@ fn decode(mut reader: impl Read, path: &Path) -> Result<Memory, DataError> {
     }
     // One byte more than announced tells whether anything follows. Memory grows with what is really there.
     let mut bytes = Vec::new();
-    reader
-        .take(expected + 1)
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
+    reader.take(expected + 1).read_to_end(&mut bytes).map_err(failed)?;
     let found = bytes.len() as u64;
     if found < expected {
         return Err(DataError::Input(format!(
@@ -150,12 +128,7 @@ fn decode(mut reader: impl Read, path: &Path) -> Result<Memory, DataError> {
              ({images} images of {width} x {height}); the file is damaged, get it again"
         )));
     }
-    Ok(Memory {
-        width,
-        height,
-        channels: 1,
-        bytes,
-    })
+    Ok(Memory { width, height, channels: 1, bytes })
 }
 
 /// The numbers of images, rows and columns, or what is wrong with the header.
@@ -167,16 +140,13 @@ fn parse_header(header: &[u8]) -> Result<[u32; 3], String> {
             header.len()
         ));
     };
-    let word = |at: usize| {
-        u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
-    };
+    let word = |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
     let [magic, images, height, width] = [word(0), word(4), word(8), word(12)];
     match magic {
         MAGIC_IMAGES => {}
         MAGIC_LABELS => {
             return Err(
-                "found labels, expected images; set data.path to the *-images-idx3-ubyte file"
-                    .to_owned(),
+                "found labels, expected images; set data.path to the *-images-idx3-ubyte file".to_owned()
             );
         }
         _ => {
@@ -187,9 +157,7 @@ fn parse_header(header: &[u8]) -> Result<[u32; 3], String> {
         }
     }
     if images == 0 {
-        return Err(
-            "found no images, expected at least one; set data.path to another file".to_owned(),
-        );
+        return Err("found no images, expected at least one; set data.path to another file".to_owned());
     }
     if !(1..=MAX_SIDE).contains(&height) || !(1..=MAX_SIDE).contains(&width) {
         return Err(format!(

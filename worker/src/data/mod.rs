@@ -63,10 +63,7 @@ impl DataError {
         let path = path.to_path_buf();
         match source.kind() {
             NotFound | PermissionDenied | IsADirectory | NotADirectory => {
-                DataError::Input(format!(
-                    "cannot read {}: {source}; correct data.path",
-                    path.display()
-                ))
+                DataError::Input(format!("cannot read {}: {source}; correct data.path", path.display()))
             }
             _ => DataError::System { path, source },
         }
@@ -155,9 +152,7 @@ impl DataSet {
                  has no path; remove data.path or set data.kind to the format of that file"
                     .to_owned(),
             )),
-            DataKind::Mnist10k => {
-                DataSet::in_memory(idx::bundled()?, "the bundled digits", framing)
-            }
+            DataKind::Mnist10k => DataSet::in_memory(idx::bundled()?, "the bundled digits", framing),
             DataKind::Idx => {
                 let path = required_path(source)?;
                 DataSet::in_memory(idx::open(path)?, &path.display().to_string(), framing)
@@ -167,19 +162,10 @@ impl DataSet {
                 DataSet::in_memory(cifar::open(path)?, &path.display().to_string(), framing)
             }
             DataKind::Folder => {
-                let folder::Opened {
-                    folder,
-                    shape,
-                    content,
-                } = folder::open(required_path(source)?, source.channels, &framing)?;
+                let folder::Opened { folder, shape, content } =
+                    folder::open(required_path(source)?, source.channels, &framing)?;
                 let len = folder.len();
-                Ok(DataSet::new(
-                    Source::Folder(folder),
-                    framing,
-                    shape,
-                    len,
-                    content,
-                ))
+                Ok(DataSet::new(Source::Folder(folder), framing, shape, len, content))
             }
         }
     }
@@ -188,23 +174,13 @@ impl DataSet {
         let (height, width) = framing
             .output_size(memory.height, memory.width)
             .map_err(|wrong| DataError::Input(format!("{name}: {wrong}")))?;
-        let shape = ImageShape {
-            channels: memory.channels,
-            height,
-            width,
-        };
+        let shape = ImageShape { channels: memory.channels, height, width };
         let len = memory.bytes.len() / memory.image_bytes();
         let mut content = blake3::Hasher::new();
         content.update(&memory.height.to_le_bytes());
         content.update(&memory.width.to_le_bytes());
         content.update(&memory.bytes);
-        Ok(DataSet::new(
-            Source::Memory(memory),
-            framing,
-            shape,
-            len,
-            content.finalize(),
-        ))
+        Ok(DataSet::new(Source::Memory(memory), framing, shape, len, content.finalize()))
     }
 
     fn new(
@@ -220,20 +196,11 @@ impl DataSet {
         }
         hasher.update(&framing.to_bytes());
         hasher.update(content.as_bytes());
-        DataSet {
-            source,
-            framing,
-            shape,
-            len,
-            fingerprint: hasher.finalize().into(),
-        }
+        DataSet { source, framing, shape, len, fingerprint: hasher.finalize().into() }
     }
 
     /// The number of samples, at least 1 and less than 2^32.
-    #[expect(
-        clippy::len_without_is_empty,
-        reason = "a data set that opened is never empty"
-    )]
+    #[expect(clippy::len_without_is_empty, reason = "a data set that opened is never empty")]
     pub fn len(&self) -> usize {
         self.len
     }

@@ -41,13 +41,7 @@ pub struct Plan {
 impl Plan {
     /// The (step, phase) of every batch, in order.
     fn batches(&self) -> impl Iterator<Item = (u64, u32)> + use<> {
-        let &Plan {
-            first_step,
-            first_phase,
-            end_step,
-            phases,
-            ..
-        } = self;
+        let &Plan { first_step, first_phase, end_step, phases, .. } = self;
         (first_step..end_step).flat_map(move |step| {
             let first = if step == first_step { first_phase } else { 0 };
             (first..phases).map(move |phase| (step, phase))
@@ -84,34 +78,17 @@ impl Prefetcher {
     /// # Panics
     /// If the plan's shards are not among its `data_shards`, or the system cannot start a thread.
     pub fn start(dataset: Arc<DataSet>, plan: Plan) -> Prefetcher {
-        assert!(
-            plan.shards.end <= plan.data_shards,
-            "shards {:?} of {}",
-            plan.shards,
-            plan.data_shards
-        );
+        assert!(plan.shards.end <= plan.data_shards, "shards {:?} of {}", plan.shards, plan.data_shards);
         let (filled, batches) = sync_channel(plan.depth);
         let (spent, reusable) = channel();
         let stop = Arc::new(AtomicBool::new(false));
         let stream = SampleStream::new(plan.seed, dataset.len() as u64);
-        let reader = Reader {
-            dataset,
-            plan,
-            stream,
-            filled,
-            reusable,
-            stop: Arc::clone(&stop),
-        };
+        let reader = Reader { dataset, plan, stream, filled, reusable, stop: Arc::clone(&stop) };
         let thread = thread::Builder::new()
             .name("prefetch".to_owned())
             .spawn(move || reader.run())
             .expect("a process that trains can start one more thread");
-        Prefetcher {
-            batches: Some(batches),
-            spent,
-            stop,
-            thread: Some(thread),
-        }
+        Prefetcher { batches: Some(batches), spent, stop, thread: Some(thread) }
     }
 
     /// The next batch, as soon as it is read.
@@ -179,13 +156,7 @@ impl Reader {
 
     /// Reads one batch; `None` when told to stop.
     fn read(&mut self, step: u64, phase: u32) -> Result<Option<Batch>, DataError> {
-        let Plan {
-            data_shards,
-            shard_batch,
-            phases,
-            ref shards,
-            ..
-        } = self.plan;
+        let Plan { data_shards, shard_batch, phases, ref shards, .. } = self.plan;
         let numel = self.dataset.shape().numel();
         let mut pixels = self.reusable.try_recv().unwrap_or_default();
         pixels.resize(shards.len() * shard_batch as usize * numel, 0.0);
@@ -199,16 +170,11 @@ impl Reader {
                 return Ok(None);
             }
             let sample = self.stream.sample(q);
-            let index = usize::try_from(sample)
-                .expect("a sample's index is below the length of the data set");
+            let index =
+                usize::try_from(sample).expect("a sample's index is below the length of the data set");
             self.dataset.read(index, out)?;
             ledger = ledger.wrapping_add(ledger_term(q, sample));
         }
-        Ok(Some(Batch {
-            step,
-            phase,
-            pixels,
-            ledger,
-        }))
+        Ok(Some(Batch { step, phase, pixels, ledger }))
     }
 }

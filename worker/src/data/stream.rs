@@ -31,15 +31,8 @@ impl SampleStream {
     /// # Panics
     /// Unless `len` is from 1 to 2^32 - 1.
     pub fn new(seed: u64, len: u64) -> SampleStream {
-        assert!(
-            (1..=u64::from(u32::MAX)).contains(&len),
-            "a stream over {len} samples"
-        );
-        SampleStream {
-            seed,
-            len,
-            recent: Vec::with_capacity(2),
-        }
+        assert!((1..=u64::from(u32::MAX)).contains(&len), "a stream over {len} samples");
+        SampleStream { seed, len, recent: Vec::with_capacity(2) }
     }
 
     /// The index, below `len`, of the sample with number `q`.
@@ -53,8 +46,7 @@ impl SampleStream {
             Some(at) => self.recent[..=at].rotate_right(1),
             None => {
                 self.recent.truncate(1);
-                self.recent
-                    .insert(0, (epoch, permutation(self.seed, epoch, self.len)));
+                self.recent.insert(0, (epoch, permutation(self.seed, epoch, self.len)));
             }
         }
         &self.recent[0].1
@@ -102,11 +94,8 @@ pub fn stream_position(
     shard: u32,
     shard_batch: u32,
 ) -> u64 {
-    let nested = |outer: u64, size: u32, inner: u32| {
-        outer
-            .checked_mul(u64::from(size))?
-            .checked_add(u64::from(inner))
-    };
+    let nested =
+        |outer: u64, size: u32, inner: u32| outer.checked_mul(u64::from(size))?.checked_add(u64::from(inner));
     nested(step, phases, phase)
         .and_then(|phase| nested(phase, data_shards, shard))
         .and_then(|shard| nested(shard, shard_batch, 0))

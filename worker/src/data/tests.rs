@@ -21,23 +21,11 @@ use tempfile::TempDir;
 use super::*;
 
 fn data(kind: DataKind, path: &Path) -> Data {
-    Data {
-        kind,
-        path: Some(path.to_path_buf()),
-        resize: None,
-        crop: None,
-        channels: 3,
-    }
+    Data { kind, path: Some(path.to_path_buf()), resize: None, crop: None, channels: 3 }
 }
 
 fn bundled() -> Data {
-    Data {
-        kind: DataKind::Mnist10k,
-        path: None,
-        resize: None,
-        crop: None,
-        channels: 1,
-    }
+    Data { kind: DataKind::Mnist10k, path: None, resize: None, crop: None, channels: 1 }
 }
 
 /// The message of a refusal, which must be the user's to mend.
@@ -92,9 +80,7 @@ fn picture(width: u32, height: u32, seed: u8) -> RgbImage {
 
 fn encoded(image: &RgbImage, format: ImageFormat) -> Vec<u8> {
     let mut bytes = Cursor::new(Vec::new());
-    DynamicImage::from(image.clone())
-        .write_to(&mut bytes, format)
-        .unwrap();
+    DynamicImage::from(image.clone()).write_to(&mut bytes, format).unwrap();
     bytes.into_inner()
 }
 
@@ -104,11 +90,7 @@ fn picture_folder(pictures: &[(&str, u32, u32)]) -> TempDir {
     for (seed, &(name, width, height)) in (1..).zip(pictures) {
         let path = folder.path().join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(
-            path,
-            encoded(&picture(width, height, seed), ImageFormat::Png),
-        )
-        .unwrap();
+        fs::write(path, encoded(&picture(width, height, seed), ImageFormat::Png)).unwrap();
     }
     folder
 }
@@ -116,10 +98,6 @@ fn picture_folder(pictures: &[(&str, u32, u32)]) -> TempDir {
 /// Channels x height x width of a picture, in [-1, 1].
 fn planes(image: &RgbImage) -> Vec<f32> {
     (0..3)
-        .flat_map(|channel| {
-            image
-                .pixels()
-                .map(move |pixel| f32::from(pixel[channel]) / 127.5 - 1.0)
-        })
+        .flat_map(|channel| image.pixels().map(move |pixel| f32::from(pixel[channel]) / 127.5 - 1.0))
         .collect()
 }

@@ -1,0 +1,163 @@
+//! The exchange over real groups, its ranks on threads of this process.
+
+use std::sync::Arc;
+use std::thread;
+
+use c10d::{GlooAddress, GlooOptions, MemoryStore};
+use ganglion_membership::shard_ranges;
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::TestRunner;
+
+use super::*;
+use crate::nn::{Init, TensorSpec};
+use crate::state::Layout;
+
+const LIMIT: Duration = Duration::from_secs(30);
+/// Not a power of two, so that the division rounds.
+const GLOBAL_BATCH: u64 = 24;
+
+/// A leaf of one parameter of so many elements.
+fn layout(numel: usize) -> LeafLayout {
+    let shape = vec![signed(numel)];
+    let spec = TensorSpec { name: "p".to_string(), shape, init: Init::Constant(0.0) };
+    LeafLayout::of(Layout::new(vec![spec]), Layout::default(), 1)
+}
+
+/// Runs `part` as each rank of a group that shares `data_shards`; the results come in rank order.
+fn as_ranks<R: Send>(data_shards: u32, world_size: u32, part: impl Fn(Deal, Group) -> R + Sync) -> Vec<R> {
+    let store = MemoryStore::new();
+    let shards = shard_ranges(data_shards, world_size);
+    let rank_part = |rank: usize| {
+        let deal = Deal { data_shards, shards: shards.clone(), rank };
+        let options = GlooOptions {
+            rank,
+            world_size: world_size as usize,
+            timeout: LIMIT,
+            address: GlooAddress::Hostname("127.0.0.1".to_string()),
+        };
+        let group = Group::gloo(options, Arc::clone(&store) as Arc<_>, "test").unwrap();
+        part(deal, group)
+    };
+    thread::scope(|scope| {
+        let ranks: Vec<_> =
+            (0..world_size as usize).map(|rank| scope.spawn(move || rank_part(rank))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+fn floats(tensor: &Tensor, len: usize) -> Vec<f32> {
+    Vec::try_from(narrow(tensor, 0..len)).unwrap()
+}
+
+/// The definition, element by element and level by level from the leaves up.
+fn definition(leaves: &[Vec<f32>]) -> Vec<u32> {
+    let element = |at: usize| {
+        let mut level: Vec<f32> = leaves.iter().map(|leaf| leaf[at]).collect();
+        while level.len() > 1 {
+            let pair = |pair: &[f32]| if let [a, b] = pair { a + b } else { pair[0] };
+            level = level.chunks(2).map(pair).collect();
+        }
+        (level[0] / 24.0).to_bits()
+    };
+    (0..leaves[0].len()).map(element).collect()
+}
+
+/// Values whose sums depend on the order: all magnitudes, both zeros, denormals.
+fn awkward() -> impl Strategy<Value = f32> {
+    prop_oneof![
+        4 => any::<f32>().prop_filter("finite", |value| value.is_finite()),
+        3 => -1.0f32..1.0,
+        1 => Just(0.0f32),
+        1 => Just(-0.0f32),
+        1 => (1u32..1 << 23).prop_map(f32::from_bits),
+        1 => (1u32..1 << 23).prop_map(|bits| -f32::from_bits(bits)),
+    ]
+}
+
+/// Module invariant: the same bits for any number of ranks, on real groups.
+#[test]
+fn any_world_size_gives_the_bits_of_the_definition() {
+    let mut runner = TestRunner::deterministic();
+    for data_shards in 1..=16 {
+        // 1, 14, 27, ...: lengths that fill no chunk evenly.
+        let layout = layout(13 * data_shards as usize - 12);
+        let len = layout.len();
+        let leaf = prop::collection::vec(awkward(), len);
+        let tree = prop::collection::vec(leaf, data_shards as usize).new_tree(&mut runner).unwrap();
+        let leaves = tree.current();
+        let expected = definition(&leaves);
+        for world_size in 1..=data_shards {
+            let means = as_ranks(data_shards, world_size, |deal, group| {
+                let mut exchange = Exchange::new(deal, layout.clone(), GLOBAL_BATCH, Device::Cpu).unwrap();
+                let fill = |shard: u32, out: &mut LeafBuffer| {
+                    narrow(&out.flat, 0..len).copy_(&Tensor::from_slice(&leaves[shard as usize]));
+                    Ok(())
+                };
+                let reduced = exchange.reduce(&group, LIMIT, Trailer::default(), fill, || {}).unwrap();
+                floats(&reduced.mean, len).into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            });
+            for (rank, mean) in means.iter().enumerate() {
+                assert!(*mean == expected, "rank {rank} of {world_size} with {data_shards} data shards");
+            }
+        }
+    }
+}
+
+/// Two ranks whose trailers are made by `trailer`, and what each gets from one reduce.
+fn reduce_with(trailer: impl Fn(usize) -> Trailer + Sync) -> Vec<Result<(u64, u64), String>> {
+    as_ranks(2, 2, |deal, group| {
+        let ours = trailer(deal.rank);
+        let mut exchange = Exchange::new(deal, layout(5), GLOBAL_BATCH, Device::Cpu).unwrap();
+        let reduced = exchange.reduce(&group, LIMIT, ours, |_, _| Ok(()), || {});
+        reduced.map(|reduced| (reduced.ledger, reduced.agreed_plan)).map_err(|error| error.to_string())
+    })
+}
+
+/// Module invariant 2.
+#[test]
+fn trailers_that_differ_are_an_error_on_both_ranks() {
+    let agreed = Trailer { generation: 3, position: 7, fingerprint: 9, plan: 0, ledger: 0 };
+    let others = [
+        Trailer { generation: 4, ..agreed },
+        Trailer { position: 8, ..agreed },
+        Trailer { fingerprint: 8, ..agreed },
+    ];
+    for other in others {
+        let results = reduce_with(|rank| if rank == 0 { agreed } else { other });
+        for result in results {
+            let error = result.unwrap_err();
+            assert!(error.contains("rank 0") && error.contains("rank 1"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_plan_counts_once_all_know_it_and_ledgers_add_up() {
+    let trailer = |plan, ledger| Trailer { plan, ledger, ..Trailer::default() };
+    let one_knows = reduce_with(|rank| trailer(rank as u64, u64::MAX));
+    assert_eq!(one_knows, [Ok((u64::MAX - 1, 0)), Ok((u64::MAX - 1, 0))]);
+    let all_know = reduce_with(|rank| trailer(5, rank as u64));
+    assert_eq!(all_know, [Ok((1, 5)), Ok((1, 5))]);
+}
+
+/// Module invariant 3, and a group's end is told as what it is.
+#[test]
+fn a_failed_reduce_leaves_nothing_to_reduce_with() {
+    as_ranks(2, 2, |deal, group| {
+        let rank = deal.rank;
+        let mut exchange = Exchange::new(deal, layout(5), GLOBAL_BATCH, Device::Cpu).unwrap();
+        let fill =
+            |_: u32, _: &mut LeafBuffer| if rank == 0 { Ok(()) } else { Err("a bad leaf".to_string()) };
+        if rank == 1 {
+            let error = exchange.reduce(&group, LIMIT, Trailer::default(), fill, || {}).err().unwrap();
+            assert_eq!(error.to_string(), "a bad leaf");
+            group.aborter().abort();
+        } else {
+            let first = exchange.reduce(&group, LIMIT, Trailer::default(), fill, || {});
+            assert!(matches!(first.err(), Some(ReduceError::Collective(_))));
+        }
+        let again = exchange.reduce(&group, LIMIT, Trailer::default(), fill, || {}).err().unwrap();
+        assert!(matches!(again, ReduceError::Collective(c10d::Error::Aborted)), "{again:?}");
+    });
+}

@@ -190,13 +190,7 @@ fn leaky_relu(x: &Tensor, slope: f64) -> Tensor {
     c10d::aten::leaky_relu(x, slope).expect("an activation takes any tensor")
 }
 
-fn batch_norm(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
-    mode: &mut Mode,
-    buffer: usize,
-) -> Tensor {
+fn batch_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, mode: &mut Mode, buffer: usize) -> Tensor {
     match mode {
         Mode::Running(buffers) => {
             let (mean, variance) = (&buffers[buffer], &buffers[buffer + 1]);

@@ -30,8 +30,7 @@ fn every_model_maps_noise_to_images_and_images_to_logits() {
         assert_eq!(images.size(), [4, channels, side, side]);
         assert_eq!(statistics.len(), models.generator.buffers().len());
         let mode = &mut Mode::Batch(&mut statistics);
-        let logits =
-            models.discriminator.forward(&images, &ones(&models.discriminator.parameters()), mode);
+        let logits = models.discriminator.forward(&images, &ones(&models.discriminator.parameters()), mode);
         assert_eq!(logits.size(), [4, 1]);
     }
 }
@@ -40,7 +39,8 @@ fn every_model_maps_noise_to_images_and_images_to_logits() {
 fn batch_statistics_are_the_mean_and_the_unbiased_variance() {
     let network = Network::new(vec![Layer::BatchNorm { features: 2 }]);
     let x = Tensor::from_slice(&[1f32, 5.0, 2.0, 7.0, 6.0, 9.0]).view([3, 2, 1, 1]);
-    let parameters = [Tensor::ones([2], (Kind::Float, Device::Cpu)), Tensor::zeros([2], (Kind::Float, Device::Cpu))];
+    let parameters =
+        [Tensor::ones([2], (Kind::Float, Device::Cpu)), Tensor::zeros([2], (Kind::Float, Device::Cpu))];
     let mut statistics = Vec::new();
     let out = network.forward(&x, &parameters, &mut Mode::Batch(&mut statistics));
     let close = |tensor: &Tensor, values: [f64; 2]| {
@@ -58,5 +58,8 @@ fn images_that_do_not_fit_the_model_are_refused_with_both_shapes() {
     let model = Model { kind: ModelKind::Mlp28, latent_dim: 10, width: 8, ema_half_life_images: 1 };
     let error = Models::new(&model, ImageShape { channels: 3, height: 32, width: 32 }).unwrap_err();
     let text = error.to_string();
-    assert!(text.contains("mlp-28") && text.contains("3 x 32 x 32") && text.contains("1 x 28 x 28"), "{text}");
+    assert!(
+        text.contains("mlp-28") && text.contains("3 x 32 x 32") && text.contains("1 x 28 x 28"),
+        "{text}"
+    );
 }

@@ -97,8 +97,7 @@ fn endpoint(url: &str) -> Result<(Endpoint, SocketAddr), ConnectError> {
 
 /// The address of this machine on the way to another: what its peers can reach as well.
 fn local_address_towards(address: SocketAddr) -> IpAddr {
-    let any: SocketAddr =
-        if address.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
+    let any: SocketAddr = if address.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
     // Connecting a datagram socket sends nothing; it only chooses a route.
     let routed = UdpSocket::bind(any).and_then(|socket| {
         socket.connect(address)?;

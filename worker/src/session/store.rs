@@ -44,9 +44,9 @@ impl GrpcStore {
     {
         let mut request = Request::new(message);
         request.set_timeout(limit);
-        let answer = self.runtime.block_on(async {
-            tokio::time::timeout(limit, call(self.client.clone(), request)).await
-        });
+        let answer = self
+            .runtime
+            .block_on(async { tokio::time::timeout(limit, call(self.client.clone(), request)).await });
         match answer {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) if status.code() == Code::DeadlineExceeded => Err(StoreError::Timeout),
@@ -93,17 +93,19 @@ impl KeyValueStore for GrpcStore {
 
     fn delete(&self, key: &str) -> Result<bool, StoreError> {
         let message = DeleteRequest { key: Some(self.key(key)) };
-        let answer = self.ask(message, ANSWER_LIMIT, |mut client, request| async move {
-            client.delete(request).await
-        })?;
+        let answer = self
+            .ask(message, ANSWER_LIMIT, |mut client, request| async move { client.delete(request).await })?;
         Ok(answer.existed)
     }
 
     fn contains(&self, keys: &[&str]) -> Result<bool, StoreError> {
         let message = ContainsRequest { keys: keys.iter().map(|name| self.key(name)).collect() };
-        let answer = self.ask(message, ANSWER_LIMIT, |mut client, request| async move {
-            client.contains(request).await
-        })?;
+        let answer =
+            self.ask(
+                message,
+                ANSWER_LIMIT,
+                |mut client, request| async move { client.contains(request).await },
+            )?;
         Ok(answer.all)
     }
 }

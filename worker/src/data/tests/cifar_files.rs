@@ -16,18 +16,8 @@ fn record(label: u8, first: u8) -> Vec<u8> {
 fn a_file_opens_planar() {
     let dataset = open_bytes(DataKind::Cifar10, &[record(3, 10), record(9, 20)].concat()).unwrap();
     assert_eq!(dataset.len(), 2);
-    assert_eq!(
-        dataset.shape(),
-        ImageShape {
-            channels: 3,
-            height: 32,
-            width: 32
-        }
-    );
-    let expected: Vec<f32> = record(9, 20)[1..]
-        .iter()
-        .map(|&byte| f32::from(byte) / 127.5 - 1.0)
-        .collect();
+    assert_eq!(dataset.shape(), ImageShape { channels: 3, height: 32, width: 32 });
+    let expected: Vec<f32> = record(9, 20)[1..].iter().map(|&byte| f32::from(byte) / 127.5 - 1.0).collect();
     assert_eq!(read(&dataset, 1), expected);
 }
 
@@ -40,16 +30,12 @@ fn a_folder_is_its_five_training_files_in_order() {
     }
     fs::write(folder.path().join("test_batch.bin"), record(0, 99)).unwrap();
     let message = refusal(DataSet::open(&data(DataKind::Cifar10, folder.path())));
-    assert_says(
-        &message,
-        &["data_batch_5.bin missing", "cifar-10-batches-bin"],
-    );
+    assert_says(&message, &["data_batch_5.bin missing", "cifar-10-batches-bin"]);
 
     fs::write(folder.path().join("data_batch_5.bin"), record(0, 5)).unwrap();
     let dataset = DataSet::open(&data(DataKind::Cifar10, folder.path())).unwrap();
-    let second_pixels: Vec<f32> = (0..dataset.len())
-        .map(|index| ((read(&dataset, index)[1] + 1.0) * 127.5).round())
-        .collect();
+    let second_pixels: Vec<f32> =
+        (0..dataset.len()).map(|index| ((read(&dataset, index)[1] + 1.0) * 127.5).round()).collect();
     assert_eq!(second_pixels, [1.0, 2.0, 3.0, 4.0, 5.0]);
 }
 
@@ -58,14 +44,8 @@ fn damaged_files_are_refused() {
     let whole = record(0, 1);
     let cases: [(Vec<u8>, &[&str]); 4] = [
         (vec![], &["empty file"]),
-        (
-            whole[..3000].to_vec(),
-            &["found 3000 bytes", "multiple of 3073"],
-        ),
-        (
-            [&whole[..], &record(10, 1)].concat(),
-            &["label 10 in record 1", "expected 0 to 9"],
-        ),
+        (whole[..3000].to_vec(), &["found 3000 bytes", "multiple of 3073"]),
+        ([&whole[..], &record(10, 1)].concat(), &["label 10 in record 1", "expected 0 to 9"]),
         (gzip(&whole), &["gzip archive", "unpack it"]),
     ];
     for (bytes, parts) in cases {

@@ -8,14 +8,7 @@ use super::*;
 fn the_bundled_digits_open() {
     let dataset = DataSet::open(&bundled()).unwrap();
     assert_eq!(dataset.len(), 10_000);
-    assert_eq!(
-        dataset.shape(),
-        ImageShape {
-            channels: 1,
-            height: 28,
-            width: 28
-        }
-    );
+    assert_eq!(dataset.shape(), ImageShape { channels: 1, height: 28, width: 28 });
     assert_eq!(dataset.shape().to_string(), "1 x 28 x 28");
     let mut extremes = (0, 0);
     let mut sum = 0.0;
@@ -36,25 +29,13 @@ fn the_bundled_digits_open() {
 #[test]
 fn the_fingerprint_is_of_the_samples_and_their_framing() {
     let whole = DataSet::open(&bundled()).unwrap();
-    let file = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../data/mnist-10k/t10k-images-idx3-ubyte.gz"
-    );
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../data/mnist-10k/t10k-images-idx3-ubyte.gz");
     let same = DataSet::open(&data(DataKind::Idx, Path::new(file))).unwrap();
     assert_eq!(whole.fingerprint(), same.fingerprint());
-    let framings = [
-        (Some(14), None),
-        (None, Some(14)),
-        (Some(28), Some(14)),
-        (None, None),
-    ];
+    let framings = [(Some(14), None), (None, Some(14)), (Some(28), Some(14)), (None, None)];
     let fingerprints: BTreeSet<[u8; 32]> = framings
         .into_iter()
-        .map(|(resize, crop)| Data {
-            resize,
-            crop,
-            ..bundled()
-        })
+        .map(|(resize, crop)| Data { resize, crop, ..bundled() })
         .map(|framed| DataSet::open(&framed).unwrap().fingerprint())
         .collect();
     assert_eq!(fingerprints.len(), 4);
@@ -64,10 +45,7 @@ fn the_fingerprint_is_of_the_samples_and_their_framing() {
 fn a_path_for_the_bundled_digits_is_refused() {
     let source = data(DataKind::Mnist10k, Path::new("mine"));
     let message = refusal(DataSet::open(&source));
-    assert_says(
-        &message,
-        &["data.path is set", "mnist-10k", "remove data.path"],
-    );
+    assert_says(&message, &["data.path is set", "mnist-10k", "remove data.path"]);
 }
 
 #[test]
@@ -76,13 +54,6 @@ fn other_kinds_need_a_path() {
         let message = refusal(DataSet::open(&Data { kind, ..bundled() }));
         assert_says(&message, &["data.path is missing; set it"]);
         let message = refusal(DataSet::open(&data(kind, Path::new("/no/such/place"))));
-        assert_says(
-            &message,
-            &[
-                "cannot read /no/such/place",
-                "No such file",
-                "correct data.path",
-            ],
-        );
+        assert_says(&message, &["cannot read /no/such/place", "No such file", "correct data.path"]);
     }
 }

@@ -20,26 +20,11 @@ fn files_are_sorted_by_relative_path() {
     fs::write(folder.path().join(".cache/e.png"), "no image").unwrap();
     let dataset = open(&folder).unwrap();
     assert_eq!(dataset.len(), 6);
-    assert_eq!(
-        dataset.shape(),
-        ImageShape {
-            channels: 3,
-            height: 4,
-            width: 4
-        }
-    );
+    assert_eq!(dataset.shape(), ImageShape { channels: 3, height: 4, width: 4 });
     for (index, name) in names.iter().enumerate() {
         // The content is PNG under every name: the content counts.
-        let seed = (1..)
-            .zip(&shuffled)
-            .find(|(_, picture)| picture.0 == *name)
-            .unwrap()
-            .0;
-        assert_eq!(
-            read(&dataset, index),
-            planes(&picture(4, 4, seed)),
-            "{name}"
-        );
+        let seed = (1..).zip(&shuffled).find(|(_, picture)| picture.0 == *name).unwrap().0;
+        assert_eq!(read(&dataset, index), planes(&picture(4, 4, seed)), "{name}");
     }
 }
 
@@ -47,25 +32,11 @@ fn files_are_sorted_by_relative_path() {
 fn jpeg_files_are_read() {
     let folder = TempDir::new().unwrap();
     let flat = RgbImage::from_pixel(16, 8, image::Rgb([200, 100, 50]));
-    fs::write(
-        folder.path().join("flat.jpg"),
-        encoded(&flat, ImageFormat::Jpeg),
-    )
-    .unwrap();
+    fs::write(folder.path().join("flat.jpg"), encoded(&flat, ImageFormat::Jpeg)).unwrap();
     let dataset = open(&folder).unwrap();
-    assert_eq!(
-        dataset.shape(),
-        ImageShape {
-            channels: 3,
-            height: 8,
-            width: 16
-        }
-    );
+    assert_eq!(dataset.shape(), ImageShape { channels: 3, height: 8, width: 16 });
     for (found, expected) in read(&dataset, 0).iter().zip(planes(&flat)) {
-        assert!(
-            (found - expected).abs() < 0.05,
-            "{found} is not near {expected}"
-        );
+        assert!((found - expected).abs() < 0.05, "{found} is not near {expected}");
     }
 }
 
@@ -84,88 +55,40 @@ fn channels_are_converted() {
     let expected = planes(&RgbImage::from_pixel(3, 2, image::Rgb([7, 7, 7])));
     assert_eq!(read(&colour, 2), expected);
 
-    let source = Data {
-        channels: 1,
-        ..data(DataKind::Folder, folder.path())
-    };
+    let source = Data { channels: 1, ..data(DataKind::Folder, folder.path()) };
     let grey = DataSet::open(&source).unwrap();
-    assert_eq!(
-        grey.shape(),
-        ImageShape {
-            channels: 1,
-            height: 2,
-            width: 3
-        }
-    );
+    assert_eq!(grey.shape(), ImageShape { channels: 1, height: 2, width: 3 });
     assert_eq!(read(&grey, 2), vec![7.0 / 127.5 - 1.0; 6]);
     assert_ne!(grey.fingerprint(), colour.fingerprint());
 
-    let message = refusal(DataSet::open(&Data {
-        channels: 2,
-        ..source
-    }));
-    assert_says(
-        &message,
-        &["data.channels = 2", "expected 1 (grey) or 3 (colour)"],
-    );
+    let message = refusal(DataSet::open(&Data { channels: 2, ..source }));
+    assert_says(&message, &["data.channels = 2", "expected 1 (grey) or 3 (colour)"]);
 }
 
 #[test]
 fn mixed_sizes_need_a_resize_or_a_crop() {
     let folder = picture_folder(&[("a.png", 8, 6), ("b.png", 8, 6), ("c/d.png", 5, 9)]);
     let message = refusal(open(&folder));
-    assert_says(
-        &message,
-        &["a.png of 8 x 6", "c/d.png of 5 x 9", "set data.resize"],
-    );
+    assert_says(&message, &["a.png of 8 x 6", "c/d.png of 5 x 9", "set data.resize"]);
 
-    for (resize, crop, side) in [
-        (Some(7), None, 7),
-        (Some(7), Some(4), 4),
-        (None, Some(5), 5),
-    ] {
-        let source = Data {
-            resize,
-            crop,
-            ..data(DataKind::Folder, folder.path())
-        };
+    for (resize, crop, side) in [(Some(7), None, 7), (Some(7), Some(4), 4), (None, Some(5), 5)] {
+        let source = Data { resize, crop, ..data(DataKind::Folder, folder.path()) };
         let dataset = DataSet::open(&source).unwrap();
-        assert_eq!(
-            dataset.shape(),
-            ImageShape {
-                channels: 3,
-                height: side,
-                width: side
-            }
-        );
+        assert_eq!(dataset.shape(), ImageShape { channels: 3, height: side, width: side });
         for index in 0..3 {
             read(&dataset, index);
         }
     }
 
-    let source = Data {
-        crop: Some(6),
-        ..data(DataKind::Folder, folder.path())
-    };
+    let source = Data { crop: Some(6), ..data(DataKind::Folder, folder.path()) };
     let message = refusal(DataSet::open(&source));
-    assert_says(
-        &message,
-        &[
-            "c/d.png: ",
-            "5 x 9",
-            "too small for data.crop = 6",
-            "at most 5",
-        ],
-    );
+    assert_says(&message, &["c/d.png: ", "5 x 9", "too small for data.crop = 6", "at most 5"]);
 }
 
 #[test]
 fn a_folder_without_images_is_refused() {
     let folder = picture_folder(&[(".hidden.png", 2, 2), ("picture.webp", 2, 2)]);
-    assert_says(
-        &refusal(open(&folder)),
-        &["found 0 images", "*.png, *.jpg or *.jpeg", "set data.path"],
-    );
+    assert_says(&refusal(open(&folder)), &["found 0 images", "*.png, *.jpg or *.jpeg", "set data.path"]);
     let file = picture_folder(&[("a.png", 2, 2)]).keep().join("a.png");
     let message = refusal(DataSet::open(&data(DataKind::Folder, &file)));
     assert_says(&message, &["a.png", "Not a directory", "correct data.path"]);
@@ -179,10 +102,7 @@ fn a_damaged_head_is_found_at_open() {
         let folder = picture_folder(&[("a.png", 9, 9)]);
         fs::write(folder.path().join("broken.png"), bytes).unwrap();
         let message = refusal(open(&folder));
-        assert_says(
-            &message,
-            &["broken.png: cannot decode the image", "remove the file"],
-        );
+        assert_says(&message, &["broken.png: cannot decode the image", "remove the file"]);
     }
 }
 
@@ -191,18 +111,11 @@ fn a_file_that_is_cut_off_is_found_when_it_is_read() {
     for format in [ImageFormat::Png, ImageFormat::Jpeg] {
         let whole = encoded(&picture(64, 64, 1), format);
         let folder = TempDir::new().unwrap();
-        fs::write(
-            folder.path().join("cut.png"),
-            &whole[..whole.len() * 9 / 10],
-        )
-        .unwrap();
+        fs::write(folder.path().join("cut.png"), &whole[..whole.len() * 9 / 10]).unwrap();
         let dataset = open(&folder).unwrap();
         let mut out = vec![0.0; dataset.shape().numel()];
         let message = refusal(dataset.read(0, &mut out));
-        assert_says(
-            &message,
-            &["cut.png: cannot decode the image", "remove the file"],
-        );
+        assert_says(&message, &["cut.png: cannot decode the image", "remove the file"]);
     }
 }
 
@@ -214,10 +127,7 @@ fn a_file_that_changes_its_size_is_refused() {
     fs::write(folder.path().join("a.png"), other).unwrap();
     let mut out = vec![0.0; dataset.shape().numel()];
     let message = refusal(dataset.read(0, &mut out));
-    assert_says(
-        &message,
-        &["a.png: found 6 x 8 pixels, another size", "do not change"],
-    );
+    assert_says(&message, &["a.png: found 6 x 8 pixels, another size", "do not change"]);
 }
 
 #[test]
@@ -255,10 +165,7 @@ fn links_are_followed_but_not_in_circles() {
     symlink(target.path().join("x"), folder.path().join("linked")).unwrap();
     assert_eq!(open(&folder).unwrap().len(), 2);
     symlink(folder.path(), folder.path().join("circle")).unwrap();
-    assert_says(
-        &refusal(open(&folder)),
-        &["circle: found a link to a folder that holds it"],
-    );
+    assert_says(&refusal(open(&folder)), &["circle: found a link to a folder that holds it"]);
     fs::remove_file(folder.path().join("circle")).unwrap();
     symlink("/no/such/file", folder.path().join("broken.png")).unwrap();
     assert_says(&refusal(open(&folder)), &["broken.png", "No such file"]);

@@ -3,35 +3,17 @@
 use super::*;
 
 fn framed(resize: Option<u32>, crop: Option<u32>) -> Result<DataSet, DataError> {
-    DataSet::open(&Data {
-        resize,
-        crop,
-        ..bundled()
-    })
+    DataSet::open(&Data { resize, crop, ..bundled() })
 }
 
 #[test]
 fn crop_follows_resize() {
-    for (resize, crop, side) in [
-        (Some(32), None, 32),
-        (Some(14), None, 14),
-        (Some(32), Some(24), 24),
-        (None, Some(20), 20),
-    ] {
+    for (resize, crop, side) in
+        [(Some(32), None, 32), (Some(14), None, 14), (Some(32), Some(24), 24), (None, Some(20), 20)]
+    {
         let dataset = framed(resize, crop).unwrap();
-        assert_eq!(
-            dataset.shape(),
-            ImageShape {
-                channels: 1,
-                height: side,
-                width: side
-            }
-        );
-        assert!(
-            read(&dataset, 7)
-                .iter()
-                .all(|pixel| (-1.0..=1.0).contains(pixel))
-        );
+        assert_eq!(dataset.shape(), ImageShape { channels: 1, height: side, width: side });
+        assert!(read(&dataset, 7).iter().all(|pixel| (-1.0..=1.0).contains(pixel)));
     }
 }
 
@@ -43,26 +25,10 @@ fn a_resize_to_the_same_size_changes_nothing() {
 
 #[test]
 fn sizes_that_cannot_be_are_refused() {
-    assert_says(
-        &refusal(framed(Some(0), None)),
-        &["data.resize = 0", "set it from 1 to 8192"],
-    );
-    assert_says(
-        &refusal(framed(None, Some(9000))),
-        &["data.crop = 9000", "set it from 1 to 8192"],
-    );
+    assert_says(&refusal(framed(Some(0), None)), &["data.resize = 0", "set it from 1 to 8192"]);
+    assert_says(&refusal(framed(None, Some(9000))), &["data.crop = 9000", "set it from 1 to 8192"]);
     let message = refusal(framed(Some(24), Some(28)));
-    assert_says(
-        &message,
-        &[
-            "data.crop = 28",
-            "data.resize = 24",
-            "set data.crop to at most 24",
-        ],
-    );
+    assert_says(&message, &["data.crop = 28", "data.resize = 24", "set data.crop to at most 24"]);
     let message = refusal(framed(None, Some(32)));
-    assert_says(
-        &message,
-        &["bundled digits", "28 x 28", "data.crop = 32", "at most 28"],
-    );
+    assert_says(&message, &["bundled digits", "28 x 28", "data.crop = 32", "at most 28"]);
 }

@@ -7,32 +7,18 @@ use super::*;
 const IMAGES: u32 = 0x0803;
 
 fn two_images() -> Vec<u8> {
-    idx_bytes(
-        IMAGES,
-        [2, 2, 3],
-        &[0, 51, 102, 153, 204, 255, 1, 2, 3, 4, 5, 6],
-    )
+    idx_bytes(IMAGES, [2, 2, 3], &[0, 51, 102, 153, 204, 255, 1, 2, 3, 4, 5, 6])
 }
 
 #[test]
 fn plain_and_compressed_are_equal() {
     let plain = open_bytes(DataKind::Idx, &two_images()).unwrap();
     let compressed = open_bytes(DataKind::Idx, &gzip(&two_images())).unwrap();
-    assert_eq!(
-        plain.shape(),
-        ImageShape {
-            channels: 1,
-            height: 2,
-            width: 3
-        }
-    );
+    assert_eq!(plain.shape(), ImageShape { channels: 1, height: 2, width: 3 });
     assert_eq!(plain.len(), 2);
     assert_eq!(plain.fingerprint(), compressed.fingerprint());
     assert_eq!(read(&plain, 0), read(&compressed, 0));
-    assert_eq!(
-        read(&plain, 0),
-        [0.0, 51.0, 102.0, 153.0, 204.0, 255.0].map(|b: f32| b / 127.5 - 1.0)
-    );
+    assert_eq!(read(&plain, 0), [0.0, 51.0, 102.0, 153.0, 204.0, 255.0].map(|b: f32| b / 127.5 - 1.0));
     assert_eq!(read(&plain, 0)[0].to_bits(), (-1.0_f32).to_bits());
     assert_eq!(read(&plain, 0)[5].to_bits(), 1.0_f32.to_bits());
 }
@@ -53,32 +39,14 @@ fn wrong_headers_are_refused() {
     let huge = u32::MAX;
     assert_refused(&[
         (vec![], &["found 0 bytes", "header of 16"]),
-        (
-            whole[..15].to_vec(),
-            &["found 15 bytes", "header of 16", "cut off"],
-        ),
-        (
-            headed(0x0801, [2, 2, 3]),
-            &["found labels", "images-idx3-ubyte"],
-        ),
-        (
-            headed(0x0804, [2, 2, 3]),
-            &["0x00000804", "expected 0x00000803", "set data.kind"],
-        ),
+        (whole[..15].to_vec(), &["found 15 bytes", "header of 16", "cut off"]),
+        (headed(0x0801, [2, 2, 3]), &["found labels", "images-idx3-ubyte"]),
+        (headed(0x0804, [2, 2, 3]), &["0x00000804", "expected 0x00000803", "set data.kind"]),
         (headed(IMAGES, [0, 2, 3]), &["found no images"]),
         (headed(IMAGES, [2, 0, 3]), &["3 x 0 pixels", "1 to 8192"]),
-        (
-            headed(IMAGES, [2, 2, huge]),
-            &["4294967295 x 2 pixels", "1 to 8192"],
-        ),
-        (
-            headed(IMAGES, [huge, 8192, 8192]),
-            &["4294967295 images", "do not fit into memory"],
-        ),
-        (
-            headed(IMAGES, [60_000, 28, 28]),
-            &["found 12 bytes", "expected 47040000", "cut off"],
-        ),
+        (headed(IMAGES, [2, 2, huge]), &["4294967295 x 2 pixels", "1 to 8192"]),
+        (headed(IMAGES, [huge, 8192, 8192]), &["4294967295 images", "do not fit into memory"]),
+        (headed(IMAGES, [60_000, 28, 28]), &["found 12 bytes", "expected 47040000", "cut off"]),
     ]);
 }
 
@@ -91,18 +59,9 @@ fn damaged_contents_are_refused() {
     flipped[checksum] ^= 1;
     let corrupt: &[&str] = &["gzip data are corrupt or cut off", "get the file again"];
     assert_refused(&[
-        (
-            whole[..27].to_vec(),
-            &["found 11 bytes", "expected 12 (2 images of 3 x 2)"],
-        ),
-        (
-            [&whole[..], b"x"].concat(),
-            &["more than the 12 bytes", "damaged"],
-        ),
-        (
-            gzip(&[&whole[..], b"x"].concat()),
-            &["more than the 12 bytes", "damaged"],
-        ),
+        (whole[..27].to_vec(), &["found 11 bytes", "expected 12 (2 images of 3 x 2)"]),
+        ([&whole[..], b"x"].concat(), &["more than the 12 bytes", "damaged"]),
+        (gzip(&[&whole[..], b"x"].concat()), &["more than the 12 bytes", "damaged"]),
         (gzip(&whole[..27]), &["found 11 bytes", "expected 12"]),
         (compressed[..compressed.len() - 4].to_vec(), corrupt),
         (compressed[..14].to_vec(), corrupt),
@@ -115,11 +74,7 @@ fn folder_of(names: &[&str]) -> TempDir {
     let folder = TempDir::new().unwrap();
     for (value, name) in (1..).zip(names) {
         let plain = idx_bytes(IMAGES, [1, 1, 1], &[value]);
-        let bytes = if name.ends_with(".gz") {
-            gzip(&plain)
-        } else {
-            plain
-        };
+        let bytes = if name.ends_with(".gz") { gzip(&plain) } else { plain };
         fs::write(folder.path().join(name), bytes).unwrap();
     }
     folder
@@ -135,24 +90,12 @@ fn chosen(names: &[&str]) -> f32 {
 #[test]
 fn a_folder_stands_for_its_training_images_or_its_only_ones() {
     let labels = "train-labels-idx1-ubyte";
-    assert_eq!(
-        chosen(&[labels, "t10k-images-idx3-ubyte", "train-images-idx3-ubyte"]),
-        3.0
-    );
-    assert_eq!(
-        chosen(&["train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"]),
-        1.0
-    );
-    assert_eq!(
-        chosen(&["train-images.idx3-ubyte", "t10k-images.idx3-ubyte"]),
-        1.0
-    );
+    assert_eq!(chosen(&[labels, "t10k-images-idx3-ubyte", "train-images-idx3-ubyte"]), 3.0);
+    assert_eq!(chosen(&["train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"]), 1.0);
+    assert_eq!(chosen(&["train-images.idx3-ubyte", "t10k-images.idx3-ubyte"]), 1.0);
     assert_eq!(chosen(&[labels, "emnist-images-idx3-ubyte.gz"]), 2.0);
     assert_eq!(chosen(&["faces.idx3-ubyte"]), 1.0);
-    assert_eq!(
-        chosen(&["t10k-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte"]),
-        2.0
-    );
+    assert_eq!(chosen(&["t10k-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte"]), 2.0);
 }
 
 #[test]
@@ -160,16 +103,10 @@ fn a_folder_with_several_or_none_is_refused() {
     let folder = folder_of(&["b-images-idx3-ubyte", "a-images-idx3-ubyte.gz"]);
     let message = refusal(DataSet::open(&data(DataKind::Idx, folder.path())));
     let listed = "(a-images-idx3-ubyte.gz, b-images-idx3-ubyte)";
-    assert_says(
-        &message,
-        &["several IDX files", listed, "set data.path to one of them"],
-    );
+    assert_says(&message, &["several IDX files", listed, "set data.path to one of them"]);
     let folder = folder_of(&["t10k-labels-idx1-ubyte"]);
     let message = refusal(DataSet::open(&data(DataKind::Idx, folder.path())));
-    assert_says(
-        &message,
-        &["found no IDX file of images", "set data.path to the file"],
-    );
+    assert_says(&message, &["found no IDX file of images", "set data.path to the file"]);
 }
 
 proptest! {

@@ -67,14 +67,7 @@ fn the_ledger_does_not_depend_on_the_split() {
 /// batches each further one lies in memory that was given back.
 #[test]
 fn memory_is_used_again() {
-    let mut prefetcher = Prefetcher::start(
-        seven(),
-        Plan {
-            depth: 0,
-            end_step: 1000,
-            ..plan()
-        },
-    );
+    let mut prefetcher = Prefetcher::start(seven(), Plan { depth: 0, end_step: 1000, ..plan() });
     let mut buffers = BTreeSet::new();
     for _ in 0..100 {
         let batch = prefetcher.next().unwrap();
@@ -87,21 +80,8 @@ fn memory_is_used_again() {
 
 #[test]
 fn memory_from_another_split_fits() {
-    let mut wide = Prefetcher::start(
-        seven(),
-        Plan {
-            shards: 0..4,
-            ..plan()
-        },
-    );
-    let mut narrow = Prefetcher::start(
-        seven(),
-        Plan {
-            shards: 1..2,
-            depth: 0,
-            ..plan()
-        },
-    );
+    let mut wide = Prefetcher::start(seven(), Plan { shards: 0..4, ..plan() });
+    let mut narrow = Prefetcher::start(seven(), Plan { shards: 1..2, depth: 0, ..plan() });
     narrow.recycle(wide.next().unwrap());
     for _ in 0..5 {
         assert_eq!(narrow.next().unwrap().pixels.len(), 3);
@@ -113,11 +93,7 @@ fn memory_from_another_split_fits() {
 fn dropping_ends_the_thread() {
     for (depth, taken) in [(0, 0), (1, 1), (3, 4), (100, 0)] {
         let dataset = seven();
-        let endless = Plan {
-            depth,
-            end_step: u64::MAX,
-            ..plan()
-        };
+        let endless = Plan { depth, end_step: u64::MAX, ..plan() };
         let mut prefetcher = Prefetcher::start(Arc::clone(&dataset), endless);
         for _ in 0..taken {
             prefetcher.next().unwrap();
@@ -133,10 +109,7 @@ fn an_error_of_reading_arrives_once() {
     let dataset = Arc::new(DataSet::open(&data(DataKind::Folder, folder.path())).unwrap());
     fs::write(folder.path().join("a.png"), "damaged in the meantime").unwrap();
     let mut prefetcher = Prefetcher::start(dataset, plan());
-    assert_says(
-        &refusal(prefetcher.next()),
-        &["a.png: cannot decode the image"],
-    );
+    assert_says(&refusal(prefetcher.next()), &["a.png: cannot decode the image"]);
     assert!(matches!(prefetcher.next(), Err(DataError::Finished)));
 }
 

@@ -29,10 +29,7 @@ fn positions_count_without_gaps() {
             }
         }
     }
-    assert_eq!(
-        stream_position(1_000_000, 1, 2, 8, 3, 64),
-        ((1_000_000 * 2 + 1) * 8 + 3) * 64
-    );
+    assert_eq!(stream_position(1_000_000, 1, 2, 8, 3, 64), ((1_000_000 * 2 + 1) * 8 + 3) * 64);
 }
 
 #[test]
@@ -119,9 +116,7 @@ fn the_order_never_changes() {
 fn other_seeds_and_epochs_give_other_orders() {
     let order = |seed, epoch: u64| {
         let mut stream = SampleStream::new(seed, 1000);
-        (0..1000)
-            .map(|place| stream.sample(epoch * 1000 + place))
-            .collect::<Vec<u64>>()
+        (0..1000).map(|place| stream.sample(epoch * 1000 + place)).collect::<Vec<u64>>()
     };
     assert_ne!(order(1, 0), order(2, 0));
     assert_ne!(order(1, 0), order(1, 1));
@@ -133,17 +128,9 @@ fn other_seeds_and_epochs_give_other_orders() {
 fn each_sample_is_as_likely_at_the_first_place() {
     let mut counts = BTreeMap::<u64, f64>::new();
     for seed in 0..16_000 {
-        *counts
-            .entry(SampleStream::new(seed, 16).sample(0))
-            .or_default() += 1.0;
+        *counts.entry(SampleStream::new(seed, 16).sample(0)).or_default() += 1.0;
     }
     assert_eq!(counts.len(), 16);
-    let chi_squared: f64 = counts
-        .values()
-        .map(|count| (count - 1000.0).powi(2) / 1000.0)
-        .sum();
-    assert!(
-        chi_squared < 37.7,
-        "chi-squared {chi_squared} has a probability below 0.001"
-    );
+    let chi_squared: f64 = counts.values().map(|count| (count - 1000.0).powi(2) / 1000.0).sum();
+    assert!(chi_squared < 37.7, "chi-squared {chi_squared} has a probability below 0.001");
 }

@@ -1,0 +1,154 @@
+//! The files of a checkpoint, over a storage in memory.
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use common::{Bench, content, job, save};
+use ganglion_membership::Checkpoint;
+use ganglion_proto::job::{LossKind, ModelKind};
+use ganglion_worker::checkpoint::{CheckpointError, Files, Snapshot, file_count, state_digest, to_bytes};
+use object_store::ObjectStoreExt;
+use object_store::memory::InMemory;
+use object_store::path::Path;
+use safetensors::SafeTensors;
+
+fn snapshot(bench: &Bench) -> Snapshot {
+    let mut counters = bench.state.counters;
+    (counters.position.0, counters.ledger) = (15, 0xdead_beef_0123_4567);
+    Snapshot { step: 5, phase: 0, flat: to_bytes(&bench.state.flat), counters }
+}
+
+fn files<'a>(bench: &'a Bench, storage: &'a InMemory) -> Files<'a> {
+    Files { storage, job: &bench.job, models: &bench.models, layout: &bench.layout }
+}
+
+fn bench() -> Bench {
+    Bench::new(job(ModelKind::Dcgan28, LossKind::NonSaturating))
+}
+
+async fn flip_a_bit(storage: &InMemory, checkpoint: &Checkpoint, file: &str) {
+    let mut bytes = content(storage, checkpoint, file).await;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    let path = Path::from(checkpoint.folder()).join(file);
+    storage.put(&path, bytes.into()).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_was_written_is_read_back() {
+    let (bench, storage) = (bench(), InMemory::new());
+    let (files, snapshot) = (files(&bench, &storage), snapshot(&bench));
+    let saved = save(&files, &snapshot).await;
+    assert_eq!((saved.position.0, saved.folder().as_str()), (15, "step-00000005"));
+    let read = files.read(&saved).await.unwrap();
+    assert!(read.flat == snapshot.flat && read.counters == snapshot.counters);
+}
+
+/// Module invariant 1.
+#[tokio::test]
+async fn the_bytes_do_not_depend_on_who_writes_them_or_in_which_order() {
+    let (bench, one, other) = (bench(), InMemory::new(), InMemory::new());
+    let snapshot = snapshot(&bench);
+    let saved = save(&files(&bench, &one), &snapshot).await;
+    let digest = state_digest(&bench.layout, &snapshot);
+    for index in (0..file_count(&bench.layout, 4)).rev() {
+        files(&bench, &other).write(&snapshot, &digest, index).await.unwrap();
+    }
+    for file in &saved.files {
+        let (one, other) =
+            (content(&one, &saved, &file.file).await, content(&other, &saved, &file.file).await);
+        assert!(one == other, "{}", file.file);
+        assert_eq!(blake3::hash(&one).to_hex().as_str(), file.blake3);
+    }
+}
+
+/// The digest as the contract spells it out, from the files alone.
+#[tokio::test]
+async fn the_digest_follows_from_the_files() {
+    let (bench, storage) = (bench(), InMemory::new());
+    let saved = save(&files(&bench, &storage), &snapshot(&bench)).await;
+    let mut tensors = BTreeMap::new();
+    for file in saved.state_files() {
+        let bytes = content(&storage, &saved, &file.file).await;
+        for (name, tensor) in SafeTensors::deserialize(&bytes).unwrap().iter() {
+            let mut record = [name.as_bytes(), b"\0", tensor.dtype().to_string().as_bytes(), b"\0"].concat();
+            record.extend((tensor.shape().len() as u64).to_le_bytes());
+            tensor.shape().iter().for_each(|size| record.extend((*size as u64).to_le_bytes()));
+            record.extend(tensor.data());
+            assert!(tensors.insert(name.to_string(), record).is_none(), "{name} is in two files");
+        }
+    }
+    let records: Vec<u8> = tensors.into_values().flatten().collect();
+    assert_eq!(blake3::hash(&records).to_hex().as_str(), saved.state_digest);
+}
+
+#[tokio::test]
+async fn the_digest_depends_on_every_element_and_counter() {
+    let bench = bench();
+    let snapshot = snapshot(&bench);
+    let digest = state_digest(&bench.layout, &snapshot);
+    for tensor in bench.layout.tensors() {
+        let mut other = snapshot.clone();
+        other.flat[4 * tensor.range.end - 1] ^= 0x80;
+        assert_ne!(state_digest(&bench.layout, &other), digest, "the sign of the last of {}", tensor.name);
+    }
+    let mut other = snapshot.clone();
+    other.counters.ledger += 1;
+    assert_ne!(state_digest(&bench.layout, &other), digest);
+}
+
+#[tokio::test]
+async fn the_index_maps_every_tensor_to_its_file() {
+    let (bench, storage) = (bench(), InMemory::new());
+    let saved = save(&files(&bench, &storage), &snapshot(&bench)).await;
+    let index = content(&storage, &saved, "state.safetensors.index.json").await;
+    let index: serde_json::Value = serde_json::from_slice(&index).unwrap();
+    let (mut total, mut count) = (0, 0);
+    for file in saved.state_files() {
+        let bytes = content(&storage, &saved, &file.file).await;
+        for (name, tensor) in SafeTensors::deserialize(&bytes).unwrap().iter() {
+            assert_eq!(index["weight_map"][name], file.file.as_str());
+            total += tensor.data().len();
+            count += 1;
+        }
+    }
+    assert_eq!(index["metadata"]["total_size"], total);
+    assert_eq!(index["weight_map"].as_object().unwrap().len(), count);
+}
+
+/// Module invariant 3.
+#[tokio::test]
+async fn a_flipped_bit_is_found_and_the_file_named() {
+    let (bench, storage) = (bench(), InMemory::new());
+    let files = files(&bench, &storage);
+    let saved = save(&files, &snapshot(&bench)).await;
+    let part = &saved.state_files()[1].file;
+    flip_a_bit(&storage, &saved, part).await;
+    let Err(CheckpointError::Corrupt(what)) = files.read(&saved).await else { panic!("it was not noticed") };
+    assert!(what.contains(part), "{what}");
+}
+
+/// Module invariant 2.
+#[tokio::test]
+async fn a_damaged_file_is_written_again_and_a_good_one_is_left() {
+    let (bench, storage) = (bench(), InMemory::new());
+    let (files, snapshot) = (files(&bench, &storage), snapshot(&bench));
+    let saved = save(&files, &snapshot).await;
+    flip_a_bit(&storage, &saved, &saved.files[0].file).await;
+    let written = |file: &str| Path::from(saved.folder()).join(file);
+    let untouched = storage.head(&written(&saved.files[1].file)).await.unwrap();
+    assert_eq!(save(&files, &snapshot).await, saved);
+    assert!(files.read(&saved).await.is_ok());
+    let now = storage.head(&written(&saved.files[1].file)).await.unwrap();
+    assert_eq!(now.e_tag, untouched.e_tag);
+}
+
+#[tokio::test]
+async fn a_checkpoint_of_another_model_is_refused() {
+    let storage = InMemory::new();
+    let (wide, narrow) = (bench(), Bench::new(job(ModelKind::Mlp28, LossKind::NonSaturating)));
+    let saved = save(&files(&wide, &storage), &snapshot(&wide)).await;
+    let error = files(&narrow, &storage).read(&saved).await.unwrap_err();
+    assert!(matches!(error, CheckpointError::Corrupt(_)), "{error}");
+}

@@ -1,0 +1,112 @@
+//! What several tests need: small jobs, and all that one phase takes.
+#![allow(dead_code)] // each test program uses its own share
+
+use ganglion_membership::{Assembly, Checkpoint as Saved};
+use ganglion_proto::job::{
+    Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind, Optimizer,
+    OptimizerKind, Sample,
+};
+use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
+use ganglion_worker::data::ImageShape;
+use ganglion_worker::nn::Models;
+use ganglion_worker::phase::{LeafBuffer, LeafLayout, Leaves, Phase};
+use ganglion_worker::random::{Key, Purpose};
+use ganglion_worker::state::{Module, State, StateLayout};
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
+use tch::{Device, Tensor};
+
+/// A job small enough to compute in milliseconds.
+pub fn job(model: ModelKind, loss: LossKind) -> Job {
+    Job {
+        job: General {
+            name: "small".to_string(),
+            seed: 7,
+            length: Length::Steps(4),
+            data_shards: 4,
+            shard_batch: 3,
+            threads: 1,
+            failure_deadline: 5.0,
+        },
+        data: Data { kind: DataKind::Mnist10k, path: None, resize: None, crop: None, channels: 1 },
+        model: Model { kind: model, latent_dim: 5, width: 4, ema_half_life_images: 1000 },
+        loss: Loss { kind: loss, discriminator_steps: 2, gradient_penalty: 10.0 },
+        optimizer: Optimizer {
+            kind: OptimizerKind::Adam,
+            learning_rate: 2e-4,
+            discriminator_learning_rate: 2e-4,
+            beta1: 0.5,
+            beta2: 0.999,
+            epsilon: 1e-8,
+        },
+        checkpoint: Checkpoint { every_steps: 2, every_epochs: 0, keep_last: 3, url: None },
+        sample: Sample { every_steps: 2, count: 4 },
+        metrics: Metrics { every_steps: 1 },
+    }
+}
+
+/// All that one worker computes phases of a job with.
+pub struct Bench {
+    pub job: Job,
+    pub models: Models,
+    pub layout: StateLayout,
+    pub state: State,
+}
+
+impl Bench {
+    /// The state of the job's seed.
+    pub fn new(job: Job) -> Bench {
+        let side = if job.model.kind == ModelKind::Dcgan64 { 64 } else { 28 };
+        let models = Models::new(&job.model, ImageShape { channels: 1, height: side, width: side }).unwrap();
+        let layout = StateLayout::new(&models);
+        let state = State::initial(layout.clone(), job.job.seed, Device::Cpu);
+        Bench { job, models, layout, state }
+    }
+
+    /// Where things lie in a module's leaves.
+    pub fn leaf_layout(&self, module: Module) -> LeafLayout {
+        LeafLayout::new(&self.models, &self.layout, module)
+    }
+
+    /// Stand-ins for a shard's real images.
+    pub fn real(&self) -> Tensor {
+        let (shape, batch) = (self.models.shape, self.job.job.shard_batch as usize);
+        let key = Key { seed: 1, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
+        let signed = |n: usize| i64::try_from(n).unwrap();
+        let sizes = [signed(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
+        key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes)
+    }
+
+    /// The leaf of a shard in a phase of step 0.
+    pub fn leaf(&self, phase: Phase, shard: u32) -> LeafBuffer {
+        let layout = self.leaf_layout(phase.module);
+        let mut leaf = LeafBuffer::new(&layout, layout.len(), Device::Cpu);
+        let leaves = Leaves { job: &self.job, models: &self.models, device: Device::Cpu };
+        let real = (phase.module == Module::Discriminator).then(|| self.real());
+        leaves.compute(phase, 0, shard, &self.state, real.as_ref(), &mut leaf).unwrap();
+        leaf
+    }
+}
+
+/// A flat tensor's floats, as bits.
+pub fn bits(tensor: &Tensor) -> Vec<u32> {
+    Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+/// Writes all files of a checkpoint.
+pub async fn save(files: &Files<'_>, snapshot: &Snapshot) -> Saved {
+    let digest = state_digest(files.layout, snapshot);
+    let mut assembly = Assembly::default();
+    let mut saved = None;
+    for index in 0..file_count(files.layout, files.job.job.data_shards) {
+        let part = files.write(snapshot, &digest, index).await.unwrap();
+        saved = assembly.add(part, files.job.loss.discriminator_steps + 1).unwrap();
+    }
+    saved.expect("the last file completes the checkpoint")
+}
+
+/// The content of a file of a checkpoint.
+pub async fn content(storage: &dyn ObjectStore, checkpoint: &Saved, file: &str) -> Vec<u8> {
+    let path = Path::from(checkpoint.folder()).join(file);
+    storage.get(&path).await.unwrap().bytes().await.unwrap().to_vec()
+}

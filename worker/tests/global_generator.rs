@@ -1,0 +1,37 @@
+//! libtorch's global generator never moves. A test program of its own: the generator is the process's.
+
+mod common;
+
+use c10d::aten::default_generator_state;
+use common::{Bench, job};
+use ganglion_proto::job::{LossKind, ModelKind};
+use ganglion_worker::checkpoint::{Snapshot, to_bytes};
+use ganglion_worker::commit::commit;
+use ganglion_worker::phase::phases;
+use ganglion_worker::sample::grid_of;
+
+#[test]
+fn training_and_sampling_never_draw_from_libtorch() {
+    let before = default_generator_state().unwrap();
+    let jobs = [
+        job(ModelKind::Mlp28, LossKind::NonSaturating),
+        job(ModelKind::Mlp28, LossKind::WassersteinGp),
+        job(ModelKind::Dcgan28, LossKind::Hinge),
+        job(ModelKind::Dcgan64, LossKind::LeastSquares),
+    ];
+    for job in jobs {
+        let mut bench = Bench::new(job);
+        for phase in phases(&bench.job) {
+            let leaf = bench.leaf(phase, 0);
+            let layout = bench.leaf_layout(phase.module);
+            commit(&bench.job, &mut bench.state, phase, &layout, &leaf.flat, 0).unwrap();
+        }
+        let (flat, counters) = (to_bytes(&bench.state.flat), bench.state.counters);
+        let snapshot = Snapshot { step: 1, phase: 0, flat, counters };
+        grid_of(&bench.job, &bench.models, &bench.layout, &snapshot).unwrap();
+        assert!(default_generator_state().unwrap() == before, "{:?}", bench.job.model.kind);
+    }
+    // The check can fail: a draw does move it.
+    let _ = tch::Tensor::rand([1], (tch::Kind::Float, tch::Device::Cpu));
+    assert!(default_generator_state().unwrap() != before);
+}

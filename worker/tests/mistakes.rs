@@ -1,0 +1,169 @@
+//! Six mistakes that a first GAN makes, each of which would still let the program run.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{Bench, bits, job};
+use ganglion_proto::job::{LossKind, ModelKind};
+use ganglion_worker::checkpoint::{Files, Snapshot, to_bytes};
+use ganglion_worker::data::{DataSet, Plan, Prefetcher};
+use ganglion_worker::loss;
+use ganglion_worker::nn::Mode;
+use ganglion_worker::phase::phases;
+use ganglion_worker::state::Module;
+use object_store::memory::InMemory;
+use safetensors::SafeTensors;
+use tch::{Kind, Tensor};
+
+const KINDS: [LossKind; 5] = [
+    LossKind::NonSaturating,
+    LossKind::Minimax,
+    LossKind::LeastSquares,
+    LossKind::Hinge,
+    LossKind::WassersteinGp,
+];
+
+/// 1. A discriminator that ends in as many outputs as an image has pixels.
+#[test]
+fn a_discriminator_gives_one_logit_an_image() {
+    for kind in [ModelKind::Mlp28, ModelKind::Dcgan28, ModelKind::Dcgan64] {
+        let bench = Bench::new(job(kind, LossKind::NonSaturating));
+        let frozen = bench.state.frozen(Module::Discriminator);
+        let mode = &mut Mode::Batch(&mut Vec::new());
+        let logits = bench.models.discriminator.forward(&bench.real(), frozen, mode);
+        assert_eq!(logits.size(), [3, 1], "{kind}");
+    }
+}
+
+/// 2. A loss that takes logits for probabilities: it has no value outside of [0, 1].
+#[test]
+fn the_loss_takes_any_logit_and_is_the_cross_entropy_of_its_sigmoid() {
+    let (real, fake) = (Tensor::from_slice(&[2.0f32, -0.5]), Tensor::from_slice(&[-1.0f32, 3.0]));
+    let cross_entropy = -real.sigmoid().log().sum(Kind::Float) - fake.neg().sigmoid().log().sum(Kind::Float);
+    let found = loss::discriminator(LossKind::NonSaturating, &real, &fake);
+    assert!((found - cross_entropy).abs().double_value(&[]) < 1e-5);
+    for far in [-300.0f32, 300.0] {
+        let logit = Tensor::from_slice(&[far]).set_requires_grad(true);
+        for kind in KINDS {
+            let sum = loss::discriminator(kind, &logit, &logit) + loss::generator(kind, &logit);
+            let gradients = Tensor::run_backward(&[&sum], &[&logit], false, false);
+            let finite = sum.isfinite().int64_value(&[]) & gradients[0].isfinite().all().int64_value(&[]);
+            assert_eq!(finite, 1, "{kind} at {far}: {sum:?} {:?}", gradients[0]);
+        }
+    }
+}
+
+/// 3. A generator that is trained on the labels of fakes: it learns to be found out.
+#[test]
+fn a_generator_learns_to_be_taken_for_real() {
+    for kind in KINDS {
+        let logits = Tensor::from_slice(&[-2.0f32, 0.0, 0.5]).set_requires_grad(true);
+        let gradients = Tensor::run_backward(&[loss::generator(kind, &logits)], &[&logits], false, false);
+        // Less loss with a greater logit, for every sample.
+        assert!(gradients[0].max().double_value(&[]) < 0.0, "{kind}: {:?}", gradients[0]);
+        let real = Tensor::from_slice(&[0.0f32]);
+        let of_d = loss::discriminator(kind, &real, &logits);
+        let gradients = Tensor::run_backward(&[of_d], &[&logits], false, false);
+        assert!(gradients[0].min().double_value(&[]) >= 0.0, "{kind}: {:?}", gradients[0]);
+    }
+}
+
+/// 4. Nothing detached: each network's update leaks into the other's gradient.
+#[test]
+fn a_phase_computes_gradients_of_its_own_network_only() {
+    for (model, loss) in [
+        (ModelKind::Mlp28, LossKind::NonSaturating),
+        (ModelKind::Dcgan28, LossKind::NonSaturating),
+        (ModelKind::Mlp28, LossKind::WassersteinGp),
+    ] {
+        let bench = Bench::new(job(model, loss));
+        let phases = phases(&bench.job);
+        let (of_d, of_g) = (phases[0], phases[2]);
+        let d_leaf = bench.leaf(of_d, 1);
+        let untouched = |module| bench.state.trainable(module).iter().all(|p| !p.grad().defined());
+        assert!(untouched(Module::Generator), "{model}: a discriminator phase reached the generator");
+        let before = bits(&d_leaf.flat);
+        let g_leaf = bench.leaf(of_g, 1);
+        assert!(bits(&d_leaf.flat) == before, "{model}: the generator's phase reached the discriminator");
+        for (leaf, phase) in [(&d_leaf, of_d), (&g_leaf, of_g)] {
+            let gradient = leaf.flat.narrow(
+                0,
+                0,
+                i64::try_from(bench.leaf_layout(phase.module).gradient().end).unwrap(),
+            );
+            assert!(gradient.abs().sum(Kind::Float).double_value(&[]) > 0.0, "{model}, {:?}", phase.module);
+        }
+    }
+}
+
+/// A leaf is a function of its key and the state: computed again, after others, it has the same bits.
+#[test]
+fn a_leaf_has_the_same_bits_whatever_was_computed_before() {
+    for kind in [ModelKind::Mlp28, ModelKind::Dcgan28] {
+        let bench = Bench::new(job(kind, LossKind::NonSaturating));
+        for phase in phases(&bench.job) {
+            let first = bits(&bench.leaf(phase, 2).flat);
+            let other = bits(&bench.leaf(phase, 3).flat);
+            assert!(first != other, "{kind}: two data shards with the same noise");
+            assert!(bits(&bench.leaf(phase, 2).flat) == first, "{kind}, {phase:?}");
+        }
+    }
+}
+
+/// 5. A new iterator in every step: all steps see the first batch.
+#[test]
+fn each_step_sees_other_samples_until_the_epoch_is_over() {
+    let job = job(ModelKind::Mlp28, LossKind::NonSaturating);
+    let data = Arc::new(DataSet::open(&job.data).unwrap());
+    let plan = Plan {
+        seed: job.job.seed,
+        data_shards: 4,
+        shard_batch: 25,
+        phases: 1,
+        shards: 0..4,
+        first_step: 0,
+        first_phase: 0,
+        end_step: 200,
+        depth: 2,
+    };
+    let numel = data.shape().numel();
+    let mut batches = Prefetcher::start(data, plan);
+    let mut epochs = [Vec::new(), Vec::new()];
+    for step in 0..200 {
+        let batch = batches.next().unwrap();
+        let bytes = |image: &[f32]| image.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+        let hashes = batch.pixels.chunks_exact(numel).map(|image| blake3::hash(&bytes(image)).to_hex());
+        epochs[step / 100].extend(hashes);
+        batches.recycle(batch);
+    }
+    assert!(epochs[0] != epochs[1], "each epoch has an order of its own");
+    epochs.iter_mut().for_each(|epoch| epoch.sort());
+    assert!(epochs[0] == epochs[1], "each epoch has the same 10,000 images");
+}
+
+/// 6. A checkpoint under a key that is no name, so that nothing finds it again.
+#[tokio::test]
+async fn a_checkpoint_names_every_tensor_and_brings_the_state_back() {
+    let bench = Bench::new(job(ModelKind::Mlp28, LossKind::NonSaturating));
+    let storage = InMemory::new();
+    let files = Files { storage: &storage, job: &bench.job, models: &bench.models, layout: &bench.layout };
+    let (flat, counters) = (to_bytes(&bench.state.flat), bench.state.counters);
+    let snapshot = Snapshot { step: 0, phase: 0, flat, counters };
+    let checkpoint = common::save(&files, &snapshot).await;
+    let mut names = Vec::new();
+    for file in checkpoint.state_files() {
+        let bytes = common::content(&storage, &checkpoint, &file.file).await;
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        names.extend(tensors.names().into_iter().map(str::to_string));
+    }
+    for wanted in [
+        "generator.0.weight",
+        "discriminator.5.bias",
+        "optimizer.generator.exp_avg.0.weight",
+        "counters.position",
+    ] {
+        assert!(names.iter().any(|name| name == wanted), "{wanted} is not in {names:?}");
+    }
+    assert!(files.read(&checkpoint).await.unwrap().flat == snapshot.flat);
+}
