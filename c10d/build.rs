@@ -53,7 +53,8 @@ fn main() {
 
 /// A source that includes the others: the compiler needs far longer to read libtorch's headers than the shim.
 fn as_one_unit(sources: &[&str]) -> PathBuf {
-    let unit = PathBuf::from(env::var_os("OUT_DIR").expect("cargo gives build scripts a folder")).join("shim.cc");
+    let unit =
+        PathBuf::from(env::var_os("OUT_DIR").expect("cargo gives build scripts a folder")).join("shim.cc");
     let includes = sources.iter().map(|name| format!("#include \"shim/{name}.cc\"\n"));
     fs::write(&unit, includes.collect::<String>()).expect("cargo's folder can be written to");
     unit

@@ -79,7 +79,7 @@ fn a_truncated_or_corrupt_idx_file_is_refused_and_a_mended_one_trains() {
     let file = folder.path().join("digits-idx3-ubyte");
     for (bytes, says) in [
         (idx(0x803, 100, 99 * 784), "100"),
-        (idx(0x801, 100, 100 * 784), "magic"),
+        (idx(0x801, 100, 100 * 784), "labels"),
         (b"\x1f\x8b\x08\x00garbage".to_vec(), "gzip"),
         (Vec::new(), "empty"),
     ] {

@@ -168,6 +168,10 @@ impl Exchange {
         mut leaf: impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
         waiting: impl FnOnce(),
     ) -> Result<Reduced, ReduceError> {
+        // A rank that is alone exchanges nothing, so nothing else would tell it.
+        if !group.is_open() {
+            return Err(c10d::Error::Aborted.into());
+        }
         let mut lent = self.lent.take().ok_or(c10d::Error::Aborted)?;
         self.sum_own_leaves(&mut lent.sums, &mut leaf)?;
         waiting();

@@ -105,5 +105,5 @@ mod tests {
         assert_eq!(drawn, PINNED);
     }
 
-    const PINNED: [u32; 4] = [0, 0, 0, 0];
+    const PINNED: [u32; 4] = [0xbf2e_b571, 0xbeaa_a143, 0xbf9a_5bb2, 0xbfa7_c763];
 }

@@ -17,7 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use c10d::{Aborter, KeyValueStore};
-use ganglion_membership::{Generation, Plan, PlanKind, Position, Rank};
+use ganglion_membership::{Generation, Plan, Position, Rank};
 use ganglion_proto::message::{Activity, Assignment, FromWorker, MetricsRow, Welcome};
 use tokio::sync::mpsc::UnboundedSender;
 use tonic::transport::Channel;
@@ -54,7 +54,6 @@ struct Shared {
     changed: Condvar,
     position: AtomicU64,
     activity: AtomicU8,
-    plan: AtomicU64,
 }
 
 #[derive(Default)]
@@ -118,14 +117,9 @@ impl Session {
         waited.unwrap_or_else(PoisonError::into_inner).0.end.clone()
     }
 
-    /// The number of the newest plan for the current group; 0 for none. Costs one atomic read.
-    pub fn plan(&self) -> u64 {
-        self.shared.plan.load(Ordering::Acquire)
-    }
-
-    /// What plan `number` asks for.
-    pub fn plan_kind(&self, number: u64) -> Option<PlanKind> {
-        self.shared.lock().plan.filter(|plan| plan.number == number).map(|plan| plan.kind)
+    /// The newest plan for the current group.
+    pub fn plan(&self) -> Option<Plan> {
+        self.shared.lock().plan
     }
 
     /// Lets an abort of `generation` reach this group from now on; an abort that came earlier does so at once.
@@ -160,7 +154,7 @@ impl Session {
         self.shared.lock().rows.push_back(row);
     }
 
-    /// Sends all kept rows again, after a change of the group made this worker rank 0.
+    /// Sends all kept rows again. After a change of the group nobody knows which of them arrived, and who has them all.
     pub fn report_kept(&self) {
         let rows: Vec<MetricsRow> = self.shared.lock().rows.iter().cloned().collect();
         rows.into_iter().for_each(|row| self.send(FromWorker::Metrics(row)));
@@ -182,7 +176,6 @@ impl Shared {
     fn take_assignment(&self, assignment: Assignment) {
         let mut inbox = self.lock();
         inbox.plan = None;
-        self.plan.store(0, Ordering::Release);
         inbox.assignment = Some(assignment);
         self.changed.notify_all();
     }
@@ -191,7 +184,6 @@ impl Shared {
         let mut inbox = self.lock();
         if inbox.plan.is_none_or(|known| known.number < plan.number) {
             inbox.plan = Some(plan);
-            self.plan.store(plan.number, Ordering::Release);
         }
     }
 

@@ -134,29 +134,44 @@ impl Trainer {
         state: &mut State,
         carried: &mut Carried,
     ) -> Result<Rest, TeamError> {
-        if assignment.rank == 0 {
-            self.session.report_kept();
-        }
+        self.catch_up(assignment, state);
         let phases = phases(&self.job);
         let last_step = self.job.last_step(self.data.len() as u64);
         let mut batches = self.read_ahead(team, state.counters, last_step);
         let mut pace = Pace { since: Instant::now(), images: 0 };
         let mut fingerprint = 0;
-        let mut stopping = false;
+        let mut agreed = None;
         let (mut step, mut first) = place(state.counters, &phases);
-        while step < last_step && !stopping {
+        while step < last_step && agreed != Some(PlanKind::Stop) {
             for phase in &phases[first..] {
-                let agreed = self.run_phase(team, state, carried, *phase, &mut fingerprint, &mut batches)?;
-                match self.session.plan_kind(agreed).filter(|_| agreed != 0) {
-                    Some(PlanKind::Regroup) => return Ok(Rest::Planned),
-                    Some(PlanKind::Stop) => stopping = true,
-                    None => {}
+                let plan = self.run_phase(team, state, carried, *phase, &mut fingerprint, &mut batches)?;
+                agreed = plan.or(agreed);
+                if agreed == Some(PlanKind::Regroup) {
+                    break;
                 }
             }
             (step, first) = place(state.counters, &phases);
-            self.report(assignment, state, carried, &mut pace, stopping);
+            if first == 0 {
+                self.report(assignment, state, carried, &mut pace, agreed == Some(PlanKind::Stop));
+            }
+            if agreed == Some(PlanKind::Regroup) {
+                return Ok(Rest::Planned);
+            }
         }
         self.finish(assignment, state, step == last_step)
+    }
+
+    /// Makes up for reports that a change of the group cut short: a member that was healed past the end of a step did
+    /// not report it, and one that was lost did not save its share of a checkpoint.
+    fn catch_up(&self, assignment: &Assignment, state: &State) {
+        self.session.report_kept();
+        let samples = self.data.len() as u64;
+        let (step, phase) = place(state.counters, &phases(&self.job));
+        let at_the_end_of_a_step = phase == 0 && (1..self.job.last_step(samples)).contains(&step);
+        if at_the_end_of_a_step && matches!(assignment.group.start, Start::Healed(_)) {
+            let checkpoint = self.job.checkpoint_due(step, samples);
+            self.save(assignment, state, checkpoint, self.job.sample_due(step, samples));
+        }
     }
 
     fn read_ahead(&self, team: &Team, counters: Counters, end_step: u64) -> Prefetcher {
@@ -180,7 +195,7 @@ impl Trainer {
         Prefetcher::start(self.data.clone(), plan)
     }
 
-    /// One phase: this rank's leaves, the sum of all, the commit. Returns the plan on which all members agree.
+    /// One phase: this rank's leaves, the sum of all, the commit. Returns what all members agree to do then.
     fn run_phase(
         &self,
         team: &mut Team,
@@ -189,7 +204,7 @@ impl Trainer {
         phase: Phase,
         fingerprint: &mut u64,
         batches: &mut Prefetcher,
-    ) -> Result<u64, TeamError> {
+    ) -> Result<Option<PlanKind>, TeamError> {
         let leaves = Leaves { job: &self.job, models: &self.models, device: self.device };
         let step = state.counters.position.0 / phases_in(&self.job);
         let batch = match phase.module {
@@ -198,11 +213,12 @@ impl Trainer {
         };
         let real = batch.as_ref().map(|batch| self.real_images(batch));
         let first_shard = team.deal.own().start;
+        let plan = self.session.plan();
         let trailer = Trailer {
             generation: 0,
             position: state.counters.position.0,
             fingerprint: *fingerprint,
-            plan: self.session.plan(),
+            plan: plan.map_or(0, |plan| plan.number),
             ledger: batch.as_ref().map_or(0, |batch| batch.ledger),
         };
         let leaf = |shard: u32, out: &mut crate::phase::LeafBuffer| {
@@ -220,7 +236,8 @@ impl Trainer {
         if let Some(batch) = batch {
             batches.recycle(batch);
         }
-        Ok(reduced.agreed_plan)
+        // The plan as it went into the trailer: a newer one may be here by now.
+        Ok(plan.filter(|plan| plan.number == reduced.agreed_plan).map(|plan| plan.kind))
     }
 
     /// A batch's images by shard: (shards, b, c, h, w).

@@ -148,7 +148,12 @@ impl Records {
     /// Keeps a grid of samples as a picture and shows it in TensorBoard.
     pub fn take_samples(&mut self, grid: SampleGrid) {
         let name = format!("step-{:08}.png", grid.step);
-        let written = write_whole(&self.folder.join("samples").join(&name), &grid.png);
+        let file = self.folder.join("samples").join(&name);
+        if std::fs::read(&file).is_ok_and(|known| known == grid.png) {
+            // Drawn again after a change of the group.
+            return;
+        }
+        let written = write_whole(&file, &grid.png);
         self.note("samples", written);
         let image = Png { bytes: &grid.png, height: grid.height, width: grid.width, channels: grid.channels };
         let drawn = self.tensorboard.image_png("samples", grid.step, now(), image);

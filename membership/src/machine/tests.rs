@@ -215,7 +215,7 @@ fn messages_of_an_older_generation_change_nothing() {
 #[test]
 fn a_silent_worker_is_dropped_and_one_that_gives_signs_is_not() {
     let mut bench = Bench::training(2);
-    let actions = bench.wait(DEADLINE * 2, &[1]);
+    let actions = bench.wait(DEADLINE * 3 / 2, &[1]);
     assert_eq!(actions[0], Action::Drop(WorkerId(2)));
     assert!(!actions.contains(&Action::Drop(WorkerId(1))));
 }
