@@ -71,6 +71,9 @@ impl ReduceOp {
 const KINDS: [Kind; 8] =
     [Kind::Uint8, Kind::Int8, Kind::Int, Kind::Int64, Kind::Half, Kind::BFloat16, Kind::Float, Kind::Double];
 
+/// An operation in flight, or why it was not started, with the buffers back.
+pub type Launch<T> = Result<Pending<T>, Refused<T>>;
+
 /// A set of processes (or threads) that exchange buffers. See the crate's documentation for an example.
 pub struct Group {
     core: Arc<Core>,
@@ -142,7 +145,7 @@ impl Group {
     ///
     /// # Errors
     /// [`Error::Invalid`], [`Error::Aliased`] or [`Error::Aborted`], with the buffer back.
-    pub fn all_reduce(&self, buffer: Buffer, op: ReduceOp) -> Result<Pending<Buffer>, Refused<Buffer>> {
+    pub fn all_reduce(&self, buffer: Buffer, op: ReduceOp) -> Launch<Buffer> {
         let check = self.check(&[&buffer]).and_then(|()| check_filled(&buffer));
         self.launch(buffer, check, |group, buffers, signal| {
             group.all_reduce(at_tensor(buffers[0].tensor()), op.code(), signal)
@@ -160,7 +163,7 @@ impl Group {
         send_splits: &[usize],
         receive: Buffer,
         receive_splits: &[usize],
-    ) -> Result<Pending<(Buffer, Buffer)>, Refused<(Buffer, Buffer)>> {
+    ) -> Launch<(Buffer, Buffer)> {
         let splits = self.check(&[&send, &receive]).and_then(|()| {
             let send_splits = self.check_splits("send", &send, send_splits)?;
             let receive_splits = self.check_splits("receive", &receive, receive_splits)?;
@@ -181,11 +184,7 @@ impl Group {
     ///
     /// # Errors
     /// As for [`all_reduce`](Group::all_reduce), with both buffers back.
-    pub fn all_gather(
-        &self,
-        send: Buffer,
-        receive: Buffer,
-    ) -> Result<Pending<(Buffer, Buffer)>, Refused<(Buffer, Buffer)>> {
+    pub fn all_gather(&self, send: Buffer, receive: Buffer) -> Launch<(Buffer, Buffer)> {
         let check = self.check(&[&send, &receive]).and_then(|()| check_filled(&send)).and_then(|()| {
             let (had, needed) = (receive.numel(), self.world_size.saturating_mul(send.numel()));
             require(had == needed, || format!("{had} elements to receive {needed}"))
@@ -200,7 +199,7 @@ impl Group {
     ///
     /// # Errors
     /// As for [`all_reduce`](Group::all_reduce), with the buffer back.
-    pub fn broadcast(&self, buffer: Buffer, root: usize) -> Result<Pending<Buffer>, Refused<Buffer>> {
+    pub fn broadcast(&self, buffer: Buffer, root: usize) -> Launch<Buffer> {
         let size = self.world_size;
         let check = self
             .check(&[&buffer])
@@ -217,7 +216,7 @@ impl Group {
     ///
     /// # Errors
     /// [`Error::Aborted`].
-    pub fn barrier(&self) -> Result<Pending<()>, Refused<()>> {
+    pub fn barrier(&self) -> Launch<()> {
         self.launch((), Ok(()), |group, _, signal| group.barrier(signal))
     }
 
@@ -226,7 +225,7 @@ impl Group {
         lent: T,
         check: Result<(), Error>,
         start: impl FnOnce(&shim::Group, &[Buffer], Box<Signal>) -> Started,
-    ) -> Result<Pending<T>, Refused<T>> {
+    ) -> Launch<T> {
         if let Err(error) = check {
             return Err(Refused { error, buffers: lent });
         }

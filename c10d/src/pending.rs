@@ -144,7 +144,8 @@ impl Aborter {
     }
 
     /// Wakes everyone who waits for an operation of the group, with [`Error::Aborted`], then cuts its connections. A
-    /// peer notices if it is just waiting for this rank; one that waits for another rank has to be aborted too. Later operations are refused. Doing it again, or after the group is gone, does nothing.
+    /// peer notices if it is just waiting for this rank; one that waits for another rank has to be aborted too. Later
+    /// operations are refused. Doing it again, or after the group is gone, does nothing.
     pub fn abort(&self) {
         if let Some(core) = self.0.upgrade() {
             core.abort();

@@ -1,5 +1,6 @@
 //! What happens when a group breaks: aborts, timeouts, lost peers. One test function, because the number of live
 //! handles is the process's own.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
 

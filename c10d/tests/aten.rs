@@ -1,4 +1,5 @@
 //! The ATen functions: against plain computations, and without panics.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 use c10d::Error;
 use c10d::aten::{self, Adam};

@@ -1,4 +1,5 @@
 //! Each collective gives the right result, for every size of group, in threads.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
 

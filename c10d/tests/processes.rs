@@ -1,4 +1,5 @@
 //! Groups of processes, one of which is killed. The test binary runs itself again as each of the ranks.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
 

@@ -29,6 +29,8 @@ use records::Records;
 
 /// How often waiting writes are tried again and recorded rows are acknowledged.
 const CHORES: Duration = Duration::from_secs(1);
+/// Signals this close are one request: a launcher may signal a process and then its whole group.
+const ONE_REQUEST: Duration = Duration::from_secs(1);
 
 /// Which signal asked for a stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +93,8 @@ pub struct Shell {
     /// Manifests that could not be written yet.
     uncommitted: Vec<Checkpoint>,
     signal: Option<StopSignal>,
+    /// When `signal` came.
+    signalled: Instant,
     started: Instant,
     outcome: Option<Outcome>,
 }
@@ -135,6 +139,7 @@ impl Shell {
             workers: BTreeMap::new(),
             uncommitted: Vec::new(),
             signal: None,
+            signalled: Instant::now(),
             started: Instant::now(),
             outcome: None,
         }
@@ -321,11 +326,14 @@ impl Shell {
     }
 
     fn stop(&mut self, signal: StopSignal) -> Result<(), ShellError> {
+        if self.signal.is_some() && self.signalled.elapsed() < ONE_REQUEST {
+            return Ok(());
+        }
         if self.signal.is_some() {
             self.outcome = Some(Outcome::Failed("stopped at once by a second signal".to_string()));
             return Ok(());
         }
-        self.signal = Some(signal);
+        (self.signal, self.signalled) = (Some(signal), Instant::now());
         self.records.message("stopping: saving a checkpoint after this step (once more to stop at once)");
         self.records.event("stop_requested", json!({}));
         self.handle(Event::StopRequested)

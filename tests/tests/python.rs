@@ -1,4 +1,5 @@
 //! What Python's own readers make of a run: safetensors and TensorBoard.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

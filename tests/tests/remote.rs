@@ -1,4 +1,5 @@
 //! Workers that nobody started here: as on other machines.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 use std::net::TcpListener;
 

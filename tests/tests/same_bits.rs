@@ -1,4 +1,5 @@
 //! The promise: the cluster never changes the result.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 use ganglion_tests::{Process, Run, SMALL_DCGAN, SMALL_MLP};
 use nix::sys::signal::Signal;
@@ -100,6 +101,8 @@ fn a_run_that_is_interrupted_saves_and_goes_on_to_the_same_bits() {
         let run = Run::new(&[SMALL_MLP, LONG]);
         let coordinator = run.start(2);
         let before = run.wait_for_step(100);
+        coordinator.signal(signal);
+        // As a launcher does that signals the process and its group.
         coordinator.signal(signal);
         let ended = coordinator.wait();
         assert_eq!(ended.code, Some(code), "{}", ended.output);

@@ -1,4 +1,5 @@
 //! Checkpoints on storage that fails, and what is read from them.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
 //! Wrong input: a clear message, exit code 2 where the user must mend it, and nothing lost.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;
 use std::net::TcpListener;

@@ -82,7 +82,7 @@ impl Trainer {
                     tracing::info!("lost a peer: {detail}");
                     Rest::Fault(Fault::Peer)
                 }
-                c10d::Error::Timeout { .. } => Rest::Fault(Fault::Timeout),
+                c10d::Error::Timeout => Rest::Fault(Fault::Timeout),
                 other => Rest::Fault(Fault::Internal(other.to_string())),
             },
             Err(error) => Rest::Fault(Fault::Internal(error.to_string())),

@@ -1,4 +1,5 @@
 //! The files of a checkpoint, over a storage in memory.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
 

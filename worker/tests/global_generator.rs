@@ -1,4 +1,5 @@
 //! libtorch's global generator never moves. A test program of its own: the generator is the process's.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Six mistakes that a first GAN makes, each of which would still let the program run.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
 
