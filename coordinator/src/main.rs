@@ -12,7 +12,7 @@ fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: cannot start: {error}");
+            say(&mut std::io::stderr(), &format!("error: cannot start: {error}"));
             return ExitCode::FAILURE;
         }
     };
@@ -21,12 +21,17 @@ fn main() -> ExitCode {
     runtime.shutdown_background();
     match result {
         Ok(line) => {
-            println!("{line}");
+            say(&mut std::io::stdout(), &line);
             ExitCode::SUCCESS
         }
         Err(failure) => {
-            eprintln!("error: {failure}");
+            say(&mut std::io::stderr(), &format!("error: {failure}"));
             ExitCode::from(failure.exit_code())
         }
     }
+}
+
+/// Prints a line. Nobody can be told if the terminal or the pipe is gone, and the exit code says the same.
+fn say(to: &mut impl std::io::Write, line: &str) {
+    let _ = writeln!(to, "{line}");
 }

@@ -176,9 +176,8 @@ impl Shell {
             return Ok(());
         }
         let mut supervisor = Supervisor::new(exits)?;
-        for local_rank in 0..self.local_workers {
-            let token = crate::supervisor::new_token()?;
-            let pid = supervisor.spawn(&self.url, local_rank, token)?;
+        for _ in 0..self.local_workers {
+            let (pid, local_rank) = supervisor.spawn(&self.url)?;
             self.records.event("worker_started", json!({ "pid": pid, "local_rank": local_rank }));
         }
         self.supervisor = Some(supervisor);
@@ -240,7 +239,7 @@ impl Shell {
             json!({ "worker": worker.0, "host": hello.host, "pid": hello.pid, "local": local }),
         );
         self.workers.insert(worker, Connected { outbox, host: hello.host, pid: hello.pid });
-        self.handle(Event::Hello(worker))?;
+        self.handle(Event::Hello { worker, local })?;
         Ok(worker)
     }
 
@@ -299,16 +298,19 @@ impl Shell {
     }
 
     fn lose(&mut self, worker: WorkerId, loss: Loss) -> Result<(), ShellError> {
-        if let Some(lost) = self.workers.remove(&worker) {
-            let how = match &loss {
-                Loss::Session => "its session ended",
-                Loss::Exited(status) => status,
-                Loss::Silent => "it was silent for too long",
-            };
-            let fields = json!({ "worker": worker.0, "pid": lost.pid, "reason": how });
-            self.records.event("worker_lost", fields);
-        }
+        self.forget(worker, &loss);
         self.handle(Event::Lost(worker, loss))
+    }
+
+    /// Notes that a worker is gone, if it was still there.
+    fn forget(&mut self, worker: WorkerId, loss: &Loss) {
+        let Some(lost) = self.workers.remove(&worker) else { return };
+        let how = match loss {
+            Loss::Session => "its session ended",
+            Loss::Exited(status) | Loss::Failed(status) => status,
+            Loss::Silent => "it was silent for too long",
+        };
+        self.records.event("worker_lost", json!({ "worker": worker.0, "pid": lost.pid, "reason": how }));
     }
 
     fn reaped(&mut self, exit: Exited) -> Result<(), ShellError> {
@@ -319,9 +321,24 @@ impl Shell {
             let detail = exit.status.split_once(": ").map_or(exit.status.as_str(), |(_, detail)| detail);
             return self.handle(Event::InputWrong(detail.to_string()));
         }
-        match worker {
-            Some(worker) => self.lose(worker, Loss::Exited(exit.status)),
-            None => self.handle(Event::LocalFailed(format!("a local worker ended with {}", exit.status))),
+        let number = worker.map(|worker| worker.0);
+        self.records
+            .event("worker_exited", json!({ "worker": number, "pid": exit.pid, "status": exit.status }));
+        if let Some(worker) = worker {
+            self.forget(worker, &Loss::Exited(exit.status.clone()));
+        }
+        self.handle(Event::Reaped { worker, status: exit.status })
+    }
+
+    /// Starts a local worker; one that cannot be started counts as one that ended at once.
+    pub(super) fn spawn(&mut self) -> Result<(), ShellError> {
+        let Some(supervisor) = &mut self.supervisor else { return Ok(()) };
+        match supervisor.spawn(&self.url) {
+            Ok((pid, local_rank)) => {
+                self.records.event("worker_started", json!({ "pid": pid, "local_rank": local_rank }));
+                Ok(())
+            }
+            Err(error) => self.handle(Event::Reaped { worker: None, status: format!("no start: {error}") }),
         }
     }
 

@@ -26,6 +26,8 @@ pub const EXIT_LIMIT: Duration = Duration::from_secs(10);
 pub struct Exited {
     /// Its token.
     pub token: String,
+    /// Its process.
+    pub pid: u32,
     /// How, for people.
     pub status: String,
     /// Whether it says that the user's input is wrong.
@@ -41,6 +43,8 @@ pub struct Supervisor {
 
 struct ChildHandle {
     pid: u32,
+    /// Its number on this machine, by which it chooses a GPU.
+    local_rank: u32,
     name: Arc<Mutex<String>>,
     worker: Option<WorkerId>,
 }
@@ -58,8 +62,12 @@ impl Supervisor {
         Ok(Supervisor { program, exits, children: BTreeMap::new() })
     }
 
-    /// Starts a worker that connects to `url`, as number `local_rank` on this machine.
-    pub fn spawn(&mut self, url: &str, local_rank: u32, token: String) -> io::Result<u32> {
+    /// Starts a worker that connects to `url`; returns its process and its number on this machine, the lowest free one.
+    pub fn spawn(&mut self, url: &str) -> io::Result<(u32, u32)> {
+        let token = new_token()?;
+        let taken: Vec<u32> = self.children.values().map(|child| child.local_rank).collect();
+        let local_rank =
+            (0..).find(|rank| !taken.contains(rank)).expect("there are fewer children than numbers");
         let mut child = Command::new(&self.program)
             .args(["--coordinator", url])
             .env("GANGLION_SPAWN_TOKEN", &token)
@@ -72,9 +80,10 @@ impl Supervisor {
         let pid = child.id().unwrap_or_default();
         let name = Arc::new(Mutex::new(format!("local worker {local_rank}")));
         let lines = child.stderr.take();
-        self.children.insert(token.clone(), ChildHandle { pid, name: name.clone(), worker: None });
+        self.children
+            .insert(token.clone(), ChildHandle { pid, local_rank, name: name.clone(), worker: None });
         tokio::spawn(watch(child, lines, name, token, self.exits.clone()));
-        Ok(pid)
+        Ok((pid, local_rank))
     }
 
     /// Notes which worker showed `token`; returns whether it is one of ours and still alone with it.
@@ -143,13 +152,14 @@ async fn watch(
             }
         }
     }
+    let pid = child.id().unwrap_or_default();
     let status = child.wait().await;
     let input_error = status.as_ref().is_ok_and(|status| status.code() == Some(2));
     let mut status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
     if let Some(words) = last_words {
         status = format!("{status}: {words}");
     }
-    let _ = exits.send(Exited { token, status, input_error });
+    let _ = exits.send(Exited { token, pid, status, input_error });
 }
 
 /// Logs a worker's line at the level that the worker gave it; returns the text of an error.

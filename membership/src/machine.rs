@@ -8,8 +8,11 @@
 //! 4. A message about another generation than the newest changes nothing.
 //! 5. A fault goes before a planned change, and a requested stop survives it.
 //! 6. Workers are released only once the last checkpoint is committed.
+//! 7. When all members are lost, the next generation starts from the newest checkpoint, and only once each of their
+//!    processes is known to have ended.
+//! 8. A local worker that ends is replaced, later and later if its replacements do not last, and not for ever.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -18,10 +21,17 @@ use crate::passport::{Difference, Passport};
 use crate::shards::shard_ranges;
 use crate::types::{Generation, Position, Rank, Time, WorkerId};
 
+/// A member that lasted this long was fit to work; one that ends sooner may do so again.
+const FIT: Duration = Duration::from_secs(1);
+/// The pause before the second replacement in a row that does not last; it doubles from there.
+const PAUSE: Duration = Duration::from_millis(250);
+/// So many replacements in a row may fail to last.
+const REPLACEMENTS: u32 = 8;
+
 /// What the machine is told once, at its start.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Workers that the coordinator starts itself; training waits for all of them.
+    /// Workers that the coordinator starts itself and replaces when they end; training waits for all of them.
     pub local_workers: u32,
     /// V, which no group is larger than.
     pub data_shards: u32,
@@ -57,7 +67,12 @@ pub struct LoadedFacts {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A worker asks to take part. Its id is new.
-    Hello(WorkerId),
+    Hello {
+        /// The worker.
+        worker: WorkerId,
+        /// Whether the coordinator started it.
+        local: bool,
+    },
     /// It has loaded and is at rest without state.
     Loaded(WorkerId, LoadedFacts),
     /// It is at rest and commits nothing more of the generation. It holds the state of a position, or none yet.
@@ -68,8 +83,13 @@ pub enum Event {
     Heartbeat(WorkerId),
     /// It is gone.
     Lost(WorkerId, Loss),
-    /// A worker process that the coordinator started ended before it said hello, with an exit status.
-    LocalFailed(String),
+    /// A process that the coordinator started ended.
+    Reaped {
+        /// Its worker, if it said hello.
+        worker: Option<WorkerId>,
+        /// Its exit status.
+        status: String,
+    },
     /// A file of a checkpoint is on the storage.
     PartWritten(WorkerId, WrittenPart),
     /// A manifest is on the storage.
@@ -111,10 +131,12 @@ pub enum Fault {
 pub enum Loss {
     /// Its session ended.
     Session,
-    /// Its process ended, with this exit status.
+    /// Its process ended, with this exit status. Comes from [`Event::Reaped`].
     Exited(String),
     /// It was silent beyond the deadline.
     Silent,
+    /// It said why it cannot go on. Comes from [`Fault::Internal`].
+    Failed(String),
 }
 
 /// What to do about it.
@@ -146,6 +168,10 @@ pub enum Action {
     Commit(Checkpoint),
     /// Report that the files of a step's checkpoint were never complete.
     AbandonCheckpoint(u64),
+    /// Start a worker process in the place of one that ended.
+    Spawn,
+    /// Tell people that a local worker is not replaced any more, and why.
+    GiveUpReplacing(String),
     /// Tell a worker to exit.
     Release(WorkerId),
     /// End a worker's session, and its process if it is ours.
@@ -242,7 +268,23 @@ pub struct Machine {
     passport: Option<Passport>,
     checkpoint: Option<Checkpoint>,
     assembly: Assembly,
+    locals: Locals,
     now: Time,
+}
+
+/// The processes that the coordinator started.
+#[derive(Debug)]
+struct Locals {
+    /// Every worker that was ever one of them.
+    workers: BTreeSet<WorkerId>,
+    /// Those that are lost to the group and whose processes have not been seen to end, and when those are killed.
+    lingering: BTreeMap<WorkerId, Time>,
+    /// Processes that run.
+    running: u32,
+    /// Replacements in a row that did not last.
+    failures: u32,
+    /// When the next may be started.
+    next_spawn: Time,
 }
 
 #[derive(Debug)]
@@ -251,6 +293,8 @@ struct Worker {
     last_heard: Time,
     rest: Rest,
     finished: bool,
+    /// When it became a member of a group.
+    member_since: Option<Time>,
 }
 
 /// What a worker last said of its part in the newest generation.
@@ -274,8 +318,16 @@ enum Stage {
 impl Machine {
     /// A machine at its start.
     pub fn new(settings: Settings, recovered: Recovered) -> Self {
+        let locals = Locals {
+            workers: BTreeSet::new(),
+            lingering: BTreeMap::new(),
+            running: settings.local_workers,
+            failures: 0,
+            next_spawn: Time::ZERO,
+        };
         Machine {
             settings,
+            locals,
             workers: BTreeMap::new(),
             stage: Stage::Gathering,
             group: None,
@@ -297,7 +349,7 @@ impl Machine {
         }
         self.heard_from(&event);
         match event {
-            Event::Hello(worker) => self.hello(worker, actions),
+            Event::Hello { worker, local } => self.hello(worker, local, actions),
             Event::Loaded(worker, facts) => self.loaded(worker, facts, actions),
             Event::Ready(worker, generation, position) => {
                 self.ready(worker, generation, position, actions);
@@ -307,7 +359,7 @@ impl Machine {
             }
             Event::Heartbeat(_) | Event::Tick => {}
             Event::Lost(worker, loss) => self.lost(worker, &loss, actions),
-            Event::LocalFailed(status) => self.local_failed(&status, actions),
+            Event::Reaped { worker, status } => self.reaped(worker, status, actions),
             Event::PartWritten(worker, part) => self.part_written(worker, part, actions),
             Event::CheckpointCommitted(checkpoint) => self.committed(checkpoint, actions),
             Event::Finished { worker, generation, position, complete } => {
@@ -317,6 +369,7 @@ impl Machine {
             Event::StopRequested => self.stop_requested(actions),
         }
         self.drop_silent(actions);
+        self.replace(actions);
     }
 
     /// When [`Event::Tick`] is due at the latest.
@@ -326,7 +379,9 @@ impl Machine {
             _ => None,
         };
         let silence = self.workers.values().map(|w| w.last_heard + self.settings.failure_deadline).min();
-        regroup.into_iter().chain(silence).min()
+        let spawn = self.misses_a_local().then_some(self.locals.next_spawn);
+        let kill = self.locals.lingering.values().min().copied();
+        regroup.into_iter().chain(silence).chain(spawn).chain(kill).min()
     }
 
     /// The newest group.
@@ -346,12 +401,21 @@ impl Machine {
 
     // ---- Workers come and go -------------------------------------------------------------------------------------
 
-    fn hello(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
+    fn hello(&mut self, worker: WorkerId, local: bool, actions: &mut Vec<Action>) {
         if matches!(self.stage, Stage::Closing { .. }) {
             actions.push(Action::Reject(worker, Rejection::Ending));
             return;
         }
-        let entry = Worker { facts: None, last_heard: self.now, rest: Rest::Ready(None), finished: false };
+        if local {
+            self.locals.workers.insert(worker);
+        }
+        let entry = Worker {
+            facts: None,
+            last_heard: self.now,
+            rest: Rest::Ready(None),
+            finished: false,
+            member_since: None,
+        };
         self.workers.insert(worker, entry);
     }
 
@@ -365,6 +429,7 @@ impl Machine {
                 let differences = passport.differences(&facts.passport);
                 if !differences.is_empty() {
                     self.workers.remove(&worker);
+                    self.locals.failures += u32::from(self.locals.workers.contains(&worker));
                     actions.push(Action::Reject(worker, Rejection::Passport(differences)));
                     return;
                 }
@@ -383,12 +448,18 @@ impl Machine {
     }
 
     fn lost(&mut self, worker: WorkerId, loss: &Loss, actions: &mut Vec<Action>) {
-        if self.workers.remove(&worker).is_none() {
-            return;
+        let Some(entry) = self.workers.remove(&worker) else { return };
+        if self.locals.workers.contains(&worker) {
+            let lasted = entry.member_since.is_some_and(|since| self.now >= since + FIT);
+            self.locals.failures = if lasted { 0 } else { self.locals.failures + 1 };
+            if !matches!(loss, Loss::Exited(_)) {
+                self.locals.lingering.insert(worker, self.now + self.settings.failure_deadline);
+            }
         }
         let what = match loss {
             Loss::Session => format!("worker {worker} closed its session"),
             Loss::Exited(status) => format!("worker {worker} ended with {status}"),
+            Loss::Failed(detail) => format!("worker {worker} failed: {detail}"),
             Loss::Silent => format!(
                 "worker {worker} was silent for {:.1} s",
                 self.settings.failure_deadline.as_secs_f64()
@@ -401,16 +472,65 @@ impl Machine {
                 // Its files of the last checkpoint may be missing: whoever is left writes them again.
                 self.regroup(&what, actions);
             }
-            Stage::Gathering if self.settings.local_workers > 0 => self.local_failed(&what, actions),
+            Stage::Gathering if self.locals.workers.contains(&worker) => {
+                self.fail_before_the_first_group(&what, actions);
+            }
             _ => {}
         }
     }
 
-    fn local_failed(&mut self, status: &str, actions: &mut Vec<Action>) {
-        // Before the first group a local worker that cannot start will not start better the next time.
-        if self.stage == Stage::Gathering {
-            self.end(Outcome::Failed(format!("{status} before training began")), actions);
+    /// Before the first group a local worker that cannot start will not start better the next time.
+    fn fail_before_the_first_group(&mut self, what: &str, actions: &mut Vec<Action>) {
+        if self.stage == Stage::Gathering && self.group.is_none() {
+            self.end(Outcome::Failed(format!("{what} before training began")), actions);
         }
+    }
+
+    fn reaped(&mut self, worker: Option<WorkerId>, status: String, actions: &mut Vec<Action>) {
+        self.locals.running = self.locals.running.saturating_sub(1);
+        match worker {
+            Some(worker) => {
+                self.locals.lingering.remove(&worker);
+                self.lost(worker, &Loss::Exited(status.clone()), actions);
+            }
+            None => {
+                self.locals.failures += 1;
+                self.fail_before_the_first_group(&format!("a local worker ended with {status}"), actions);
+            }
+        }
+        let failures = self.locals.failures;
+        let pause =
+            if failures < 2 { Duration::ZERO } else { PAUSE * 2u32.pow((failures - 2).min(REPLACEMENTS)) };
+        self.locals.next_spawn = self.now + pause;
+        if failures > REPLACEMENTS && self.stage != Stage::Ended {
+            let what =
+                format!("{failures} local workers in a row did not last; the last one ended with {status}");
+            if self.present_members().is_empty() {
+                self.end(Outcome::Failed(what), actions);
+            } else {
+                actions.push(Action::GiveUpReplacing(what));
+            }
+        } else if self.stage == Stage::Gathering {
+            self.form_if_gathered(actions);
+        }
+    }
+
+    /// Starts what is missing of the local workers.
+    fn replace(&mut self, actions: &mut Vec<Action>) {
+        while self.misses_a_local() && self.now >= self.locals.next_spawn {
+            self.locals.running += 1;
+            actions.push(Action::Spawn);
+        }
+    }
+
+    fn misses_a_local(&self) -> bool {
+        let going_on =
+            matches!(self.stage, Stage::Training { .. } | Stage::Regrouping { .. } | Stage::Gathering);
+        going_on
+            && self.group.is_some()
+            && !self.stop_requested
+            && self.locals.running < self.settings.local_workers
+            && self.locals.failures <= REPLACEMENTS
     }
 
     fn drop_silent(&mut self, actions: &mut Vec<Action>) {
@@ -424,6 +544,12 @@ impl Machine {
         for worker in silent {
             actions.push(Action::Drop(worker));
             self.lost(worker, &Loss::Silent, actions);
+        }
+        for (worker, kill_at) in &mut self.locals.lingering {
+            if self.now >= *kill_at {
+                *kill_at = self.now + deadline;
+                actions.push(Action::Drop(*worker));
+            }
         }
         if let Stage::Regrouping { until } = self.stage
             && self.now >= until
@@ -439,7 +565,7 @@ impl Machine {
 
     fn form_if_gathered(&mut self, actions: &mut Vec<Action>) {
         let loaded = self.workers.values().filter(|w| w.facts.is_some()).count();
-        let all_loaded = loaded == self.workers.len();
+        let all_loaded = loaded == self.workers.len() && self.locals.lingering.is_empty();
         if all_loaded && loaded >= (self.settings.local_workers as usize).max(1) {
             self.form(actions);
         }
@@ -474,10 +600,8 @@ impl Machine {
         match fault {
             Fault::Diverged(detail) => self.end(Outcome::Failed(detail), actions),
             Fault::Internal(detail) => {
-                let what = format!("worker {worker} failed: {detail}");
                 actions.push(Action::Drop(worker));
-                self.workers.remove(&worker);
-                self.regroup(&what, actions);
+                self.lost(worker, &Loss::Failed(detail), actions);
             }
             Fault::Peer => self.regroup(&format!("worker {worker} lost a peer"), actions),
             Fault::Timeout => {
@@ -503,11 +627,18 @@ impl Machine {
         if !self.unready_members().is_empty() {
             return;
         }
-        if self.present_members().is_empty() {
+        let members = self.group.iter().flat_map(|group| &group.members);
+        let all_local =
+            members.map(|member| member.worker).all(|worker| self.locals.workers.contains(&worker));
+        if !self.present_members().is_empty() {
+            self.form(actions);
+        } else if all_local && !self.stop_requested && self.locals.failures <= REPLACEMENTS {
+            self.stage = Stage::Gathering;
+            self.form_if_gathered(actions);
+        } else {
+            // A worker of another machine may still train: only its own clock ends it.
             let outcome = format!("{what}, and no worker is left that holds the state");
             self.end(Outcome::Failed(outcome), actions);
-        } else {
-            self.form(actions);
         }
     }
 
@@ -531,6 +662,10 @@ impl Machine {
         for worker in self.workers.values_mut() {
             worker.rest = Rest::Busy;
             worker.finished = false;
+        }
+        for member in &members {
+            let entry = self.workers.get_mut(&member.worker).expect("members are present");
+            entry.member_since.get_or_insert(self.now);
         }
         let group = Group { generation: self.last_generation, members, position, start };
         self.group = Some(group.clone());

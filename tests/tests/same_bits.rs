@@ -113,36 +113,55 @@ fn a_run_that_is_interrupted_saves_and_goes_on_to_the_same_bits() {
     }
 }
 
-#[test]
-fn a_killed_worker_changes_nothing() {
-    let reference = long_reference();
+/// Kills these ranks of the first group at once and waits for the end; returns the run.
+fn with_ranks_hit(workers: u32, ranks: &[usize], signal: Signal) -> Run {
     let run = Run::new(&[SMALL_MLP, LONG]);
-    let coordinator = run.start(3);
-    run.wait_for_step(100);
-    ganglion_tests::send(run.pids(1)[1], Signal::SIGKILL);
+    let coordinator = run.start(workers);
+    run.wait_for("checkpoint", |_| true);
+    let pids = run.pids(1);
+    ranks.iter().for_each(|rank| ganglion_tests::send(pids[*rank], signal));
     let ended = coordinator.wait();
     assert_eq!(ended.code, Some(0), "{}", ended.output);
-    assert!(run.pids(2).len() == 2, "two go on");
-    reference.equals("a run that lost a worker", &run.digest());
     assert_every_step_once(&run);
+    for rank in ranks {
+        assert!(!ganglion_tests::is_running(pids[*rank]), "rank {rank} was left behind");
+    }
+    run
+}
+
+fn world_sizes(run: &Run) -> Vec<u64> {
+    let formed = run.events().into_iter().filter(|event| event["kind"] == "generation_formed");
+    formed.map(|event| event["world_size"].as_u64().unwrap()).collect()
 }
 
 #[test]
-fn a_run_that_lost_all_workers_says_so_and_resumes_from_its_checkpoint() {
+fn killed_workers_change_nothing_and_are_replaced() {
     let reference = long_reference();
-    let run = Run::new(&[SMALL_MLP, LONG]);
-    let coordinator = run.start(2);
-    run.wait_for("checkpoint", |_| true);
-    run.pids(1).into_iter().for_each(|pid| ganglion_tests::send(pid, Signal::SIGKILL));
-    let ended = coordinator.wait();
-    assert_eq!(ended.code, Some(1), "{}", ended.output);
-    assert!(
-        ended.output.contains("no worker is left") && ended.output.contains("same command"),
-        "{}",
-        ended.output
-    );
-    reference.equals("a run that lost all workers", &run.complete(1));
-    assert_every_step_once(&run);
+    for ranks in [&[1][..], &[0], &[0, 2]] {
+        let run = with_ranks_hit(3, ranks, Signal::SIGKILL);
+        reference.equals(&format!("a run that lost ranks {ranks:?}"), &run.digest());
+        let sizes = world_sizes(&run);
+        assert_eq!(sizes[..2], [3, 3 - ranks.len() as u64], "the survivors go on at once");
+        assert_eq!(sizes.last(), Some(&3), "the lost are replaced: {sizes:?}");
+    }
+}
+
+#[test]
+fn a_hung_worker_is_killed_and_replaced() {
+    let reference = long_reference();
+    let run = with_ranks_hit(2, &[1], Signal::SIGSTOP);
+    reference.equals("a run with a hung worker", &run.digest());
+    run.wait_for("worker_dropped", |_| true);
+    assert_eq!(world_sizes(&run)[..2], [2, 1]);
+}
+
+#[test]
+fn when_all_workers_are_killed_the_newest_checkpoint_goes_on() {
+    let reference = long_reference();
+    let run = with_ranks_hit(2, &[0, 1], Signal::SIGKILL);
+    reference.equals("a run that lost all workers", &run.digest());
+    let second = run.wait_for("generation_formed", |event| event["generation"] == 2);
+    assert!(second["start"].as_str().unwrap().starts_with("step-"), "{second}");
 }
 
 #[test]

@@ -72,8 +72,12 @@ fn main() -> ExitCode {
 /// Logs to standard error. A coordinator that started this worker adds the time and who we are.
 fn start_log() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let log =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        // A dead coordinator takes the pipe along; complaining about that would need the pipe.
+        .log_internal_errors(false);
     if std::env::var_os(SPAWN_TOKEN).is_some() {
         log.without_time().with_ansi(false).init();
     } else {

@@ -40,7 +40,7 @@ impl Screen {
     }
 
     /// Prints a line. Nobody can be told if standard error is closed, and training does not depend on it.
-    fn print(&self, line: &str) {
+    pub fn print(&self, line: &str) {
         self.suspend(|| writeln!(io::stderr().lock(), "{line}")).ok();
     }
 }

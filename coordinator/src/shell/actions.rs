@@ -29,6 +29,11 @@ impl Shell {
             Action::AbandonCheckpoint(step) => {
                 self.records.event("checkpoint_abandoned", json!({ "step": step }));
             }
+            Action::Spawn => self.spawn()?,
+            Action::GiveUpReplacing(reason) => {
+                self.records.message(&format!("warning: not replacing local workers any more: {reason}"));
+                self.records.event("replacing_given_up", json!({ "reason": reason }));
+            }
             Action::Release(worker) => self.send(worker, ToWorker::Release),
             Action::Drop(worker) => {
                 self.workers.remove(&worker);

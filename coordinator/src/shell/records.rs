@@ -67,7 +67,7 @@ impl Records {
     pub fn message(&mut self, text: &str) {
         match &mut self.progress {
             Some(progress) => progress.message(text),
-            None => self.screen.suspend(|| eprintln!("{text}")),
+            None => self.screen.print(text),
         }
     }
 

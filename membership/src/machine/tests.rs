@@ -12,6 +12,8 @@ const PHASES: u32 = 2;
 struct Bench {
     machine: Machine,
     now: Time,
+    /// Whether those that join are the coordinator's own.
+    local: bool,
 }
 
 fn settings(local_workers: u32, data_shards: u32) -> Settings {
@@ -43,7 +45,11 @@ fn checkpoint(step: u64) -> Checkpoint {
 
 impl Bench {
     fn new(local_workers: u32, data_shards: u32, recovered: Recovered) -> Bench {
-        Bench { machine: Machine::new(settings(local_workers, data_shards), recovered), now: Time::ZERO }
+        Bench {
+            machine: Machine::new(settings(local_workers, data_shards), recovered),
+            now: Time::ZERO,
+            local: false,
+        }
     }
 
     /// A group of workers 1 to `count` in generation 1.
@@ -63,7 +69,7 @@ impl Bench {
     }
 
     fn join(&mut self, worker: u64) -> Vec<Action> {
-        let mut actions = self.handle(Event::Hello(WorkerId(worker)));
+        let mut actions = self.handle(Event::Hello { worker: WorkerId(worker), local: self.local });
         actions.extend(self.handle(Event::Loaded(WorkerId(worker), facts("A"))));
         actions
     }
@@ -151,7 +157,7 @@ fn a_run_with_a_checkpoint_starts_from_it() {
 #[test]
 fn another_passport_is_refused_and_told_what_differs() {
     let mut bench = Bench::training(2);
-    bench.handle(Event::Hello(WorkerId(3)));
+    bench.handle(Event::Hello { worker: WorkerId(3), local: false });
     let actions = bench.handle(Event::Loaded(WorkerId(3), facts("B")));
     let [Action::Reject(WorkerId(3), Rejection::Passport(differences))] = actions.as_slice() else {
         panic!("{actions:?}");
@@ -188,12 +194,90 @@ fn a_checkpoint_that_is_newer_than_every_member_goes_first() {
     assert_eq!(formed(&actions).unwrap().start, Start::Healed(Rank(0)));
 }
 
+/// Invariant 7: a worker of another machine may train on although its session ended.
 #[test]
-fn when_nobody_is_left_the_run_ends() {
+fn when_no_member_is_left_and_one_was_not_ours_the_run_ends() {
     let mut bench = Bench::training(2);
-    bench.handle(Event::Lost(WorkerId(1), Loss::Exited("signal: 9".to_string())));
-    let actions = bench.handle(Event::Lost(WorkerId(2), Loss::Exited("signal: 9".to_string())));
+    bench.handle(Event::Lost(WorkerId(1), Loss::Session));
+    let actions = bench.handle(Event::Lost(WorkerId(2), Loss::Session));
     assert!(matches!(ended(&actions), Some(Outcome::Failed(_))), "{actions:?}");
+}
+
+fn reaped(worker: u64) -> Event {
+    Event::Reaped { worker: Some(WorkerId(worker)), status: "signal: 9".to_string() }
+}
+
+/// A group of local workers 1 to `count`, which have trained for a while.
+fn training_locally(count: u32) -> Bench {
+    let mut bench = Bench::new(count, 8, Recovered::default());
+    bench.local = true;
+    let ids: Vec<u64> = (1..=u64::from(count)).collect();
+    ids.iter().for_each(|id| drop(bench.join(*id)));
+    bench.wait(FIT * 2, &ids);
+    bench
+}
+
+/// Invariant 8.
+#[test]
+fn a_local_worker_that_ends_is_replaced_while_the_others_go_on() {
+    let mut bench = training_locally(2);
+    let actions = bench.handle(reaped(1));
+    assert!(actions.contains(&Action::Spawn), "{actions:?}");
+    assert_eq!(members(formed(&bench.ready(2, 10)).unwrap()), [2]);
+    let actions = bench.join(3);
+    assert!(matches!(&actions[..], [Action::Announce { .. }]), "{actions:?}");
+    let actions = bench.ready(2, 12);
+    assert_eq!(members(formed(&actions).unwrap()), [2, 3]);
+}
+
+/// Invariant 7.
+#[test]
+fn when_all_local_members_are_dead_the_checkpoint_goes_on_once_all_were_reaped() {
+    let mut bench = training_locally(2);
+    bench.handle(Event::CheckpointCommitted(checkpoint(9)));
+    bench.handle(Event::Lost(WorkerId(1), Loss::Session));
+    let actions = bench.handle(Event::Lost(WorkerId(2), Loss::Session));
+    assert_eq!(ended(&actions), None);
+    assert!(bench.handle(reaped(1)).contains(&Action::Spawn));
+    bench.join(3);
+    assert!(bench.handle(reaped(2)).contains(&Action::Spawn));
+    let actions = bench.join(4);
+    let group = formed(&actions).unwrap();
+    assert_eq!((members(group), group.position), (vec![3, 4], Position(18)));
+    assert!(matches!(group.start, Start::Checkpoint(..)));
+}
+
+#[test]
+fn a_local_worker_that_lost_its_session_and_does_not_end_is_killed() {
+    let mut bench = training_locally(2);
+    bench.handle(Event::Lost(WorkerId(1), Loss::Session));
+    bench.ready(2, 10);
+    let actions = bench.wait(DEADLINE * 3 / 2, &[2]);
+    assert!(actions.contains(&Action::Drop(WorkerId(1))), "{actions:?}");
+    assert!(!actions.contains(&Action::Spawn), "its place is not free before it has ended");
+}
+
+/// Invariant 8.
+#[test]
+fn replacements_that_do_not_last_come_later_and_later_and_then_no_more() {
+    let mut bench = training_locally(2);
+    let mut spawned = bench.handle(reaped(1)).contains(&Action::Spawn);
+    bench.ready(2, 10);
+    let mut pauses = Vec::new();
+    let mut gave_up = false;
+    while !gave_up {
+        let died_at = bench.now;
+        while !spawned {
+            spawned = bench.wait(Duration::from_millis(100), &[2]).contains(&Action::Spawn);
+            assert!(bench.now < died_at + Duration::from_secs(600), "no replacement");
+        }
+        pauses.push(bench.now - died_at);
+        let actions = bench.handle(Event::Reaped { worker: None, status: "exit status: 1".to_string() });
+        spawned = actions.contains(&Action::Spawn);
+        gave_up = actions.iter().any(|action| matches!(action, Action::GiveUpReplacing(_)));
+    }
+    assert!(pauses.is_sorted() && pauses.len() == 9, "{pauses:?}");
+    assert!(!bench.wait(Duration::from_secs(600), &[2]).contains(&Action::Spawn));
 }
 
 /// Invariant 4.
@@ -311,7 +395,7 @@ fn two_digests_of_one_step_end_the_run() {
 #[test]
 fn a_group_that_cannot_save_is_not_formed() {
     let mut bench = Bench::new(1, 8, Recovered::default());
-    bench.handle(Event::Hello(WorkerId(1)));
+    bench.handle(Event::Hello { worker: WorkerId(1), local: true });
     let blind = LoadedFacts { sees_storage: false, ..facts("A") };
     let actions = bench.handle(Event::Loaded(WorkerId(1), blind));
     assert!(matches!(ended(&actions), Some(Outcome::Failed(what)) if what.contains("checkpoint.url")));
