@@ -36,7 +36,7 @@ endif
 .libtorch/cuda-$(TORCH_VERSION):
 	@echo "getting libtorch $(TORCH_VERSION) with CUDA (about 4.5 GB)"
 	@rm -rf .libtorch
-	@$(PYTHON) -m pip install --quiet --target .libtorch torch==$(TORCH_VERSION) 'nvidia-cuda-crt==13.0.*'
+	@$(PYTHON) -m pip install --quiet --target .libtorch torch==$(TORCH_VERSION) 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*'
 	@touch $@
 
 build: setup ## Build the programs.
