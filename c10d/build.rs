@@ -10,13 +10,11 @@ fn main() {
     let torch = lib.parent().expect("libtorch's libraries lie in a folder of libtorch").to_owned();
     let cuda = env::var_os("CARGO_FEATURE_CUDA").is_some();
 
-    let mut bridges = vec!["src/ffi.rs", "src/aten_ffi.rs"];
     let mut sources = vec!["error", "handle", "group", "gloo", "store", "aten"];
     if cuda {
-        bridges.push("src/nccl_ffi.rs");
         sources.push("nccl");
     }
-    let mut build = cxx_build::bridges(bridges);
+    let mut build = cxx_build::bridges(["src/ffi.rs", "src/aten_ffi.rs"]);
     build
         .file(as_one_unit(&sources))
         .include(".")
@@ -48,7 +46,6 @@ fn main() {
     println!("cargo:rerun-if-changed=shim");
     println!("cargo:rerun-if-changed=src/ffi.rs");
     println!("cargo:rerun-if-changed=src/aten_ffi.rs");
-    println!("cargo:rerun-if-changed=src/nccl_ffi.rs");
 }
 
 /// A source that includes the others: the compiler needs far longer to read libtorch's headers than the shim.

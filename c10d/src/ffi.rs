@@ -22,6 +22,7 @@ pub(crate) mod shim {
 
     unsafe extern "C++" {
         include!("c10d/shim/group.h");
+        include!("c10d/shim/nccl.h");
         include!("c10d/shim/store.h");
 
         #[namespace = "at"]
@@ -60,6 +61,16 @@ pub(crate) mod shim {
             signal: Box<Signal>,
         ) -> Result<UniquePtr<Work>>;
         fn barrier(self: &Group, signal: Box<Signal>) -> Result<UniquePtr<Work>>;
+
+        #[cfg(feature = "cuda")]
+        fn nccl_group(
+            rank: i32,
+            world_size: i32,
+            timeout_ms: u64,
+            device: i8,
+            store: Box<StoreHandle>,
+            prefix: &str,
+        ) -> Result<UniquePtr<Group>>;
 
         fn gloo_group(
             rank: i32,

@@ -43,8 +43,6 @@ mod flight;
 mod group;
 #[cfg(feature = "cuda")]
 mod nccl;
-#[cfg(feature = "cuda")]
-mod nccl_ffi;
 mod pending;
 mod store;
 mod sync;

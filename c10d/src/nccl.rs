@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use tch::Device;
 
+use crate::ffi::shim;
 use crate::group::check_ranks;
-use crate::nccl_ffi::shim;
 use crate::store::{KeyValueStore, StoreHandle};
 use crate::sync::milliseconds;
 use crate::{Error, Group};

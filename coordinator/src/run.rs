@@ -250,6 +250,7 @@ fn start_log(screen: &Screen, format: LogFormat) {
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
         .log_internal_errors(false)
         .with_writer(move || screen.clone());
     match format {

@@ -1,6 +1,7 @@
 //! The `worker` program: joins a run, or draws samples from a checkpoint.
 #![forbid(unsafe_code)]
 
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -63,23 +64,34 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            tracing::error!("{failure}");
+            if spawned() {
+                // The coordinator tells people.
+                tracing::error!("{failure}");
+            } else {
+                let _ = writeln!(std::io::stderr(), "error: {failure}");
+            }
             ExitCode::from(if matches!(failure, Failure::Input(_)) { 2 } else { 1 })
         }
     }
 }
 
-/// Logs to standard error. A coordinator that started this worker adds the time and who we are.
+/// Whether a coordinator started this worker. It then adds the time and who we are to our log.
+fn spawned() -> bool {
+    std::env::var_os(SPAWN_TOKEN).is_some()
+}
+
+/// Logs to standard error.
 fn start_log() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
         // A dead coordinator takes the pipe along; complaining about that would need the pipe.
         .log_internal_errors(false);
-    if std::env::var_os(SPAWN_TOKEN).is_some() {
-        log.without_time().with_ansi(false).init();
+    if spawned() {
+        log.without_time().init();
     } else {
         log.init();
     }
@@ -98,7 +110,7 @@ fn sample(arguments: &SampleArguments) -> Result<(), Failure> {
     let picture = grid(&generator.draw(arguments.seed, arguments.count), 0).map_err(failed)?;
     std::fs::write(&arguments.out, picture.png)
         .map_err(|error| Failure::Input(format!("--out {}: {error}", arguments.out.display())))?;
-    println!("{}", arguments.out.display());
+    let _ = writeln!(std::io::stdout(), "{}", arguments.out.display());
     Ok(())
 }
 
