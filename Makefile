@@ -71,7 +71,7 @@ docs: setup
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --locked --workspace --no-deps
 
 licences: $(TOOLS)/bin/cargo-deny
-	$(TOOLS)/bin/cargo-deny --offline check licenses bans sources
+	$(TOOLS)/bin/cargo-deny --locked check licenses bans sources
 
 $(TOOLS)/bin/cargo-deny:
 	$(CARGO) install --quiet --locked --root $(TOOLS) cargo-deny

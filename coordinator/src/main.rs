@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ganglion_coordinator::cli::Cli;
-use ganglion_coordinator::run::run;
+use ganglion_coordinator::run::{Failure, run};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -25,7 +25,8 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(failure) => {
-            say(&mut std::io::stderr(), &format!("error: {failure}"));
+            let prefix = if matches!(failure, Failure::Stopped { .. }) { "" } else { "error: " };
+            say(&mut std::io::stderr(), &format!("{prefix}{failure}"));
             ExitCode::from(failure.exit_code())
         }
     }

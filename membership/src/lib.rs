@@ -13,6 +13,8 @@
 //!    Ended <--------------------------- Closing
 //!              last checkpoint committed
 //! ```
+//!
+//! Regrouping goes back to Gathering when no member is left: the newest checkpoint then goes on.
 
 mod checkpoint;
 mod machine;

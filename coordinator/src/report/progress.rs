@@ -106,13 +106,10 @@ impl Progress {
         self.screen.print(text);
     }
 
-    /// Takes the bar away and prints a last line, which an empty text leaves out.
-    pub fn finish(self, text: &str) {
+    /// Takes the bar away.
+    pub fn finish(self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
-        }
-        if !text.is_empty() {
-            self.screen.print(text);
         }
     }
 
@@ -273,7 +270,7 @@ mod tests {
             }
             progress.message("a message");
             writeln!(screen.clone(), "a log line").unwrap();
-            progress.finish("done");
+            progress.finish();
         }
     }
 

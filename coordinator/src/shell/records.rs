@@ -179,7 +179,7 @@ impl Records {
         self.event("run_ended", serde_json::json!({ "outcome": kind, "detail": detail }));
         self.catch_up();
         if let Some(progress) = self.progress.take() {
-            progress.finish(kind);
+            progress.finish();
         }
     }
 
