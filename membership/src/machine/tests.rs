@@ -406,11 +406,14 @@ fn a_group_that_cannot_save_is_not_formed() {
 /// What a model worker may do next, chosen by a number.
 #[derive(Clone, Copy, Debug)]
 enum Move {
-    Join,
+    /// Whether the coordinator started it.
+    Join(bool),
     Train(u64),
     GetReady(u64),
     Fault(u64),
     Die(u64),
+    /// The process of a local worker that died a while ago is seen to have ended.
+    Reap,
     Late(u64),
     Pass(u32),
     Stop,
@@ -418,11 +421,12 @@ enum Move {
 
 fn moves() -> impl Strategy<Value = Move> {
     prop_oneof![
-        4 => Just(Move::Join),
+        4 => any::<bool>().prop_map(Move::Join),
         6 => (0..6u64).prop_map(Move::Train),
         8 => (0..6u64).prop_map(Move::GetReady),
         2 => (0..6u64).prop_map(Move::Fault),
-        2 => (0..6u64).prop_map(Move::Die),
+        3 => (0..6u64).prop_map(Move::Die),
+        2 => Just(Move::Reap),
         2 => (0..6u64).prop_map(Move::Late),
         3 => (1..2000u32).prop_map(Move::Pass),
         1 => Just(Move::Stop),
@@ -433,6 +437,7 @@ fn moves() -> impl Strategy<Value = Move> {
 #[derive(Clone, Debug)]
 struct ModelWorker {
     id: u64,
+    local: bool,
     held: Option<u64>,
     /// The generation that it trains in.
     group: Option<Generation>,
@@ -442,6 +447,8 @@ struct ModelWorker {
 struct World {
     bench: Bench,
     workers: Vec<ModelWorker>,
+    /// Local workers that are dead, which the coordinator has not seen.
+    unreaped: Vec<u64>,
     next_id: u64,
     highest: Generation,
     ended: bool,
@@ -452,6 +459,7 @@ impl World {
         World {
             bench: Bench::new(0, 4, Recovered::default()),
             workers: Vec::new(),
+            unreaped: Vec::new(),
             next_id: 1,
             highest: Generation(0),
             ended: false,
@@ -463,9 +471,10 @@ impl World {
         let pick =
             |workers: &[ModelWorker], worker| (!workers.is_empty()).then(|| at(worker) % workers.len());
         let actions = match step {
-            Move::Join => {
-                self.workers.push(ModelWorker { id: self.next_id, held: None, group: None });
+            Move::Join(local) => {
+                self.workers.push(ModelWorker { id: self.next_id, local, held: None, group: None });
                 self.next_id += 1;
+                self.bench.local = local;
                 self.bench.join(self.next_id - 1)
             }
             Move::Train(lead) => {
@@ -489,8 +498,15 @@ impl World {
             Move::Die(worker) => match pick(&self.workers, worker) {
                 Some(index) => {
                     let dead = self.workers.remove(index);
+                    if dead.local {
+                        self.unreaped.push(dead.id);
+                    }
                     self.bench.handle(Event::Lost(WorkerId(dead.id), Loss::Session))
                 }
+                None => Vec::new(),
+            },
+            Move::Reap => match self.unreaped.pop() {
+                Some(worker) => self.bench.handle(reaped(worker)),
                 None => Vec::new(),
             },
             Move::Late(worker) => {
@@ -537,8 +553,10 @@ impl World {
             match action {
                 Action::Form(group) => self.check_group(group),
                 Action::Drop(worker) => {
-                    // Only one that does not get ready is dropped: all of these give signs of life.
-                    self.workers.retain(|known| known.id != worker.0);
+                    // One that does not get ready, for all give signs of life; or one that is dead already.
+                    let dropped = self.workers.iter().position(|known| known.id == worker.0);
+                    let dropped = dropped.map(|index| self.workers.remove(index));
+                    self.unreaped.extend(dropped.filter(|worker| worker.local).map(|worker| worker.id));
                 }
                 Action::End(_) => self.ended = true,
                 _ => {}
@@ -561,6 +579,13 @@ impl World {
             Start::Fresh => assert_eq!(highest, None),
             Start::Checkpoint(..) => panic!("there is no checkpoint"),
         }
+        if highest.is_none() {
+            assert!(
+                self.unreaped.is_empty(),
+                "invariant 7: {:?} may still train at {group:?}",
+                self.unreaped
+            );
+        }
         let mut shards: Vec<u32> = group.members.iter().flat_map(|member| member.shards.clone()).collect();
         shards.sort_unstable();
         assert_eq!(shards, [0, 1, 2, 3]);
@@ -574,7 +599,7 @@ impl World {
 }
 
 proptest! {
-    /// Invariants 1 to 4, whatever happens in whatever order.
+    /// Invariants 1 to 4 and 7, whatever happens in whatever order.
     #[test]
     fn invariants_hold_under_random_events(moves in prop::collection::vec(moves(), 1..200)) {
         let mut world = World::new();
