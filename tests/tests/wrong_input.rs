@@ -82,7 +82,7 @@ fn a_truncated_or_corrupt_idx_file_is_refused_and_a_mended_one_trains() {
         (idx(0x803, 100, 99 * 784), "100"),
         (idx(0x801, 100, 100 * 784), "labels"),
         (b"\x1f\x8b\x08\x00garbage".to_vec(), "gzip"),
-        (Vec::new(), "empty"),
+        (Vec::new(), "cut off"),
     ] {
         fs::write(&file, bytes).unwrap();
         let (_, ended) = with_data("idx", &file, &[]);
