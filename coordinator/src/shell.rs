@@ -175,12 +175,17 @@ impl Shell {
         if self.local_workers == 0 {
             return Ok(());
         }
-        let mut supervisor = Supervisor::new(exits)?;
+        self.supervisor = Some(Supervisor::new(exits)?);
         for _ in 0..self.local_workers {
-            let (pid, local_rank) = supervisor.spawn(&self.url)?;
-            self.records.event("worker_started", json!({ "pid": pid, "local_rank": local_rank }));
+            self.start_worker()?;
         }
-        self.supervisor = Some(supervisor);
+        Ok(())
+    }
+
+    fn start_worker(&mut self) -> std::io::Result<()> {
+        let Some(supervisor) = &mut self.supervisor else { return Ok(()) };
+        let (pid, local_rank) = supervisor.spawn(&self.url)?;
+        self.records.event("worker_started", json!({ "pid": pid, "local_rank": local_rank }));
         Ok(())
     }
 
@@ -330,14 +335,10 @@ impl Shell {
         self.handle(Event::Reaped { worker, status: exit.status })
     }
 
-    /// Starts a local worker; one that cannot be started counts as one that ended at once.
-    pub(super) fn spawn(&mut self) -> Result<(), ShellError> {
-        let Some(supervisor) = &mut self.supervisor else { return Ok(()) };
-        match supervisor.spawn(&self.url) {
-            Ok((pid, local_rank)) => {
-                self.records.event("worker_started", json!({ "pid": pid, "local_rank": local_rank }));
-                Ok(())
-            }
+    /// Replaces a local worker; one that cannot be started counts as one that ended at once.
+    pub(super) fn replace(&mut self) -> Result<(), ShellError> {
+        match self.start_worker() {
+            Ok(()) => Ok(()),
             Err(error) => self.handle(Event::Reaped { worker: None, status: format!("no start: {error}") }),
         }
     }

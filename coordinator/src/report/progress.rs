@@ -39,7 +39,7 @@ impl Screen {
         self.bars.suspend(write)
     }
 
-    /// Prints a line. Nobody can be told if standard error is closed, and training does not depend on it.
+    /// Prints a line above the bar. Nobody can be told if standard error is closed, and training does not depend on it.
     pub fn print(&self, line: &str) {
         self.suspend(|| writeln!(io::stderr().lock(), "{line}")).ok();
     }
@@ -99,11 +99,6 @@ impl Progress {
         } else if self.is_due(row) {
             self.screen.print(&line);
         }
-    }
-
-    /// Prints a line above the bar.
-    pub fn message(&mut self, text: &str) {
-        self.screen.print(text);
     }
 
     /// Takes the bar away.
@@ -268,7 +263,7 @@ mod tests {
             for step in 3..=10 {
                 progress.row(&row_of(step));
             }
-            progress.message("a message");
+            screen.print("a message");
             writeln!(screen.clone(), "a log line").unwrap();
             progress.finish();
         }

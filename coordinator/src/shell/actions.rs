@@ -29,7 +29,7 @@ impl Shell {
             Action::AbandonCheckpoint(step) => {
                 self.records.event("checkpoint_abandoned", json!({ "step": step }));
             }
-            Action::Spawn => self.spawn()?,
+            Action::Spawn => self.replace()?,
             Action::GiveUpReplacing(reason) => {
                 self.records.message(&format!("warning: not replacing local workers any more: {reason}"));
                 self.records.event("replacing_given_up", json!({ "reason": reason }));

@@ -65,10 +65,7 @@ impl Records {
 
     /// Tells people something, above the progress bar.
     pub fn message(&mut self, text: &str) {
-        match &mut self.progress {
-            Some(progress) => progress.message(text),
-            None => self.screen.print(text),
-        }
+        self.screen.print(text);
     }
 
     /// The size of the data set is known: from now on there is a bar.
