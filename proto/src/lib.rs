@@ -1,11 +1,13 @@
 //! The wire contract of package `ganglion.v1` and its conversion to the types of the domain.
 //!
 //! The generated messages stay behind [`wire`]; the rest of Ganglion uses [`job::Job`] and the messages of [`message`].
+//! What a run agrees on besides messages is here as well: the order of its samples ([`stream`]).
 //! Whatever comes from the wire is checked on the way: see [`Malformed`].
 
 mod convert;
 pub mod job;
 pub mod message;
+pub mod stream;
 
 /// The generated messages, clients and servers.
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used)]

@@ -1,7 +1,8 @@
 //! The training samples: where they come from, in which order, and how they reach the training loop.
 //!
-//! [`DataSet`] turns an index into pixels. [`SampleStream`] turns a number of the job's endless stream into an index.
-//! [`Prefetcher`] joins both on a thread of its own, so that the training loop finds its next batch ready.
+//! [`DataSet`] turns an index into pixels. [`SampleStream`](ganglion_proto::stream::SampleStream) turns a
+//! number of the job's endless stream into an index. [`Prefetcher`] joins both on a thread of its own, so that the
+//! training loop finds its next batch ready.
 //!
 //! Invariants:
 //! 1. The pixels of a sample are a function of the `[data]` section, the files and the sample's index. Neither the
@@ -15,7 +16,6 @@ mod folder;
 mod framing;
 mod idx;
 mod prefetch;
-mod stream;
 #[cfg(test)]
 mod tests;
 
@@ -28,7 +28,6 @@ use ganglion_proto::job::{Data, DataKind};
 use folder::Folder;
 use framing::{Framing, Image};
 pub use prefetch::{Batch, Plan, Prefetcher};
-pub use stream::{SampleStream, ledger_term, stream_position};
 
 /// Longest side of an image as the networks see it, in pixels.
 const MAX_SIDE: u32 = 8192;

@@ -13,7 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 
-use super::{DataError, DataSet, SampleStream, ledger_term, stream_position};
+use ganglion_proto::stream::{SampleStream, ledger_term, stream_position};
+
+use super::{DataError, DataSet};
 
 /// What to read ahead: all discriminator phases from (`first_step`, `first_phase`) up to step `end_step`, exclusive.
 #[derive(Clone, Debug)]

@@ -6,7 +6,6 @@ mod folders;
 mod framings;
 mod idx_files;
 mod prefetching;
-mod streams;
 
 use std::fs;
 use std::io::{Cursor, Write};

@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use ganglion_proto::stream::{SampleStream, ledger_term, stream_position};
+
 use super::*;
 
 /// Seven samples of one pixel, sample i with byte i.

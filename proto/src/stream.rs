@@ -113,3 +113,6 @@ pub fn ledger_term(q: u64, sample: u64) -> u64 {
     let first = hash.as_bytes().first_chunk().expect("a hash has 32 bytes");
     u64::from_le_bytes(*first)
 }
+
+#[cfg(test)]
+mod tests;
