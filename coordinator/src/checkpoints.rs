@@ -8,28 +8,10 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use ganglion_membership::{Checkpoint, Position, StoredFile};
-use serde::{Deserialize, Serialize};
+use ganglion_membership::{Checkpoint, StoredFile};
+use ganglion_proto::manifest;
 
 use crate::run_dir::write_whole;
-
-/// The manifest of a checkpoint, as in `manifest.json`.
-#[derive(Debug, Serialize, Deserialize)]
-struct Manifest {
-    step: u64,
-    phase: u32,
-    position: u64,
-    state_digest: String,
-    parts: Vec<ManifestFile>,
-    exports: Vec<ManifestFile>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct ManifestFile {
-    file: String,
-    bytes: u64,
-    blake3: String,
-}
 
 /// A folder of checkpoints.
 pub struct Checkpoints {
@@ -81,18 +63,7 @@ impl Checkpoints {
 
     /// Makes a checkpoint valid: its manifest, then `latest`. Repeating it does no harm.
     pub fn commit(&self, checkpoint: &Checkpoint) -> io::Result<()> {
-        let (parts, exports) =
-            checkpoint.files.iter().map(ManifestFile::of).partition(|file| file.file.starts_with("state-"));
-        let manifest = Manifest {
-            step: checkpoint.step,
-            phase: checkpoint.phase,
-            position: checkpoint.position.0,
-            state_digest: checkpoint.state_digest.clone(),
-            parts,
-            exports,
-        };
-        let mut text = serde_json::to_string_pretty(&manifest)?;
-        text.push('\n');
+        let text = manifest::render(checkpoint);
         let folder = checkpoint.folder();
         write_whole(&self.folder.join(&folder).join("manifest.json"), text.as_bytes())?;
         write_whole(&self.folder.join("latest"), format!("{folder}\n").as_bytes())
@@ -132,16 +103,7 @@ impl Checkpoints {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(format!("manifest.json: {error}")),
         };
-        let manifest: Manifest =
-            serde_json::from_str(&text).map_err(|error| format!("manifest.json: {error}"))?;
-        let files = manifest.parts.into_iter().chain(manifest.exports).map(StoredFile::from);
-        let checkpoint = Checkpoint {
-            position: Position(manifest.position),
-            step: manifest.step,
-            phase: manifest.phase,
-            files: files.collect(),
-            state_digest: manifest.state_digest,
-        };
+        let checkpoint = manifest::parse(&text).map_err(|error| error.to_string())?;
         if checkpoint.folder() != folder {
             return Err(format!("manifest.json is of {}", checkpoint.folder()));
         }
@@ -182,21 +144,10 @@ fn check(folder: &Path, file: &StoredFile) -> Result<(), String> {
     }
 }
 
-impl ManifestFile {
-    fn of(file: &StoredFile) -> ManifestFile {
-        ManifestFile { file: file.file.clone(), bytes: file.bytes, blake3: file.blake3.clone() }
-    }
-}
-
-impl From<ManifestFile> for StoredFile {
-    fn from(file: ManifestFile) -> Self {
-        StoredFile { file: file.file, bytes: file.bytes, blake3: file.blake3 }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ganglion_membership::Position;
 
     fn storage() -> (tempfile::TempDir, Checkpoints) {
         let folder = tempfile::tempdir().unwrap();

@@ -1,11 +1,13 @@
 //! The wire contract of package `ganglion.v1` and its conversion to the types of the domain.
 //!
 //! The generated messages stay behind [`wire`]; the rest of Ganglion uses [`job::Job`] and the messages of [`message`].
-//! What a run agrees on besides messages is here as well: the order of its samples ([`stream`]).
+//! What a run agrees on besides messages is here as well: the order of its samples ([`stream`]) and the form of a
+//! checkpoint's manifest ([`manifest`]).
 //! Whatever comes from the wire is checked on the way: see [`Malformed`].
 
 mod convert;
 pub mod job;
+pub mod manifest;
 pub mod message;
 pub mod stream;
 
