@@ -204,6 +204,7 @@ fn row_to_wire(row: MetricsRow) -> wire::MetricsRow {
         loss_generator: row.loss_generator,
         images_per_second: row.images_per_second,
         images_seen: row.images_seen,
+        ledger: row.ledger,
     }
 }
 
@@ -217,6 +218,7 @@ fn row_from_wire(row: wire::MetricsRow) -> MetricsRow {
         loss_generator: row.loss_generator,
         images_per_second: row.images_per_second,
         images_seen: row.images_seen,
+        ledger: row.ledger,
     }
 }
 

@@ -123,6 +123,8 @@ pub struct MetricsRow {
     pub images_per_second: f64,
     /// Real images consumed since the start of the run.
     pub images_seen: u64,
+    /// The state's ledger after the step: which samples were committed up to it.
+    pub ledger: u64,
 }
 
 /// A grid of generated samples.

@@ -262,7 +262,7 @@ impl Trainer {
         let step = state.counters.position.0 / phases_in(&self.job);
         pace.images += self.job.samples_per_step();
         if self.job.metrics_due(step, samples) || stopping {
-            self.session.report(Rank(assignment.rank), self.row(assignment, step, carried, pace));
+            self.session.report(Rank(assignment.rank), self.row(assignment, state.counters, carried, pace));
             *pace = Pace { since: Instant::now(), images: 0 };
         }
         // The last state, of the job or before a stop, is saved by `finish`.
@@ -273,7 +273,8 @@ impl Trainer {
         }
     }
 
-    fn row(&self, assignment: &Assignment, step: u64, carried: &Carried, pace: &Pace) -> MetricsRow {
+    fn row(&self, assignment: &Assignment, counters: Counters, carried: &Carried, pace: &Pace) -> MetricsRow {
+        let step = counters.position.0 / phases_in(&self.job);
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let seconds = pace.since.elapsed().as_secs_f64().max(1e-9);
         #[allow(clippy::cast_precision_loss)] // images between two rows are far below 2^53
@@ -287,6 +288,7 @@ impl Trainer {
             loss_generator: f64::from(carried.losses[1]),
             images_per_second,
             images_seen: step * self.job.samples_per_step(),
+            ledger: counters.ledger,
         }
     }
 

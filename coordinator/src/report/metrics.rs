@@ -1,6 +1,6 @@
 //! `metrics.jsonl`: a line for each reported step of a run, once each, across deaths of workers and of the coordinator.
 //!
-//! 1. A step has at most one row. What training computed (step, images seen, losses) comes first in a row; a step that
+//! 1. A step has at most one row. What training computed (step, images seen, ledger, losses) comes first in a row; a step that
 //!    is recomputed must give the same bytes there. Time, rates and the group that computed it may differ.
 //! 2. A row may come after a later one: rows wait on their worker for an acknowledgement, which may come late.
 //!
@@ -33,6 +33,8 @@ pub struct Row {
     pub images_per_second: f64,
     /// Real images taken since the run began.
     pub images_seen: u64,
+    /// The state's ledger after the step: which samples were committed up to it.
+    pub ledger: u64,
     /// Passes over the data since the run began.
     pub epoch: f64,
 }
@@ -42,6 +44,8 @@ pub struct Row {
 struct Computed {
     step: u64,
     images_seen: u64,
+    /// 16 hexadecimal digits: many readers of JSON round numbers beyond 2^53.
+    ledger: String,
     loss_discriminator: f64,
     loss_generator: f64,
 }
@@ -70,7 +74,7 @@ pub enum Recorded {
 pub struct Breach {
     /// The step.
     pub step: u64,
-    /// What the file has of it: the step, the images seen and both losses, as JSON.
+    /// What the file has of it: the step, the images seen, the ledger and both losses, as JSON.
     pub recorded: String,
     /// The same of the recomputed row.
     pub recomputed: String,
@@ -162,6 +166,7 @@ impl Row {
         let mut part = to_json(&Computed {
             step: self.step,
             images_seen: self.images_seen,
+            ledger: format!("{:016x}", self.ledger),
             loss_discriminator: self.loss_discriminator,
             loss_generator: self.loss_generator,
         });
@@ -209,6 +214,7 @@ pub(super) fn row_of(step: u64) -> Row {
         loss_generator: 0.1 + 0.2,
         images_per_second: 8123.4,
         images_seen: step * 64,
+        ledger: 0xfeed << 32 | step,
         epoch: 0.5,
     }
 }
@@ -236,7 +242,8 @@ mod tests {
         assert_eq!(log.record(&row_of(10)).unwrap(), Recorded::New);
         let expected = serde_json::json!({
             "step": 10, "time": 1_700_000_000.5, "generation": 3, "world_size": 2, "loss_discriminator": 1.25,
-            "loss_generator": 0.1 + 0.2, "images_per_second": 8123.4, "images_seen": 640, "epoch": 0.5,
+            "loss_generator": 0.1 + 0.2, "images_per_second": 8123.4, "images_seen": 640, "ledger": "0000feed0000000a",
+            "epoch": 0.5,
         });
         assert_eq!(rows(&path), [expected]);
     }
@@ -268,6 +275,7 @@ mod tests {
             Row { loss_discriminator: -1.25, ..row_of(10) },
             Row { loss_discriminator: f64::NAN, ..row_of(10) },
             Row { images_seen: 64, ..row_of(10) },
+            Row { ledger: 1, ..row_of(10) },
         ];
         for row in other {
             let RecordError::Breach(breach) = log.record(&row).unwrap_err() else {

@@ -93,6 +93,7 @@ impl Records {
             loss_generator: row.loss_generator,
             images_per_second: row.images_per_second,
             images_seen: row.images_seen,
+            ledger: row.ledger,
             epoch,
         });
         self.write_rows();

@@ -50,6 +50,17 @@ fn file() -> StoredFile {
 fn a_workers_messages_survive_the_wire() {
     let part =
         WrittenPart { step: 1, phase: 0, index: 1, count: 4, file: file(), state_digest: "b".repeat(64) };
+    let row = MetricsRow {
+        step: 1,
+        time: 2.5,
+        generation: 3,
+        world_size: 4,
+        loss_discriminator: 5.5,
+        loss_generator: 6.5,
+        images_per_second: 7.5,
+        images_seen: 8,
+        ledger: u64::MAX,
+    };
     let passport = Passport(BTreeMap::from([("cpu".to_string(), "x".to_string())]));
     let messages = [
         FromWorker::Hello(Hello { protocol: 1, spawn_token: None, host: "h".into(), pid: 2 }),
@@ -59,6 +70,7 @@ fn a_workers_messages_survive_the_wire() {
         FromWorker::Fault(Generation(1), Fault::Timeout),
         FromWorker::Heartbeat(Position(3), Activity::Waiting),
         FromWorker::PartWritten(part),
+        FromWorker::Metrics(row),
         FromWorker::Finished(Generation(2), Position(9), true),
         FromWorker::InputError("no".into()),
     ];
