@@ -100,7 +100,7 @@ pub async fn run(cli: Cli) -> Result<String, Failure> {
         return Ok(line);
     }
 
-    let term = journal.begin_term()?;
+    let term = journal.begin_term(job.metrics.every_steps)?;
     let (listener, address) = listen(&cli, &mut journal).await?;
     let url = format!("http://{}", SocketAddr::new(reachable(address.ip()), address.port()));
     records

@@ -1,0 +1,145 @@
+//! The journal as a reader finds it, also while a coordinator writes it.
+//!
+//! 1. Nothing is written: no table, no column, no file beside the journal that was not there.
+//! 2. All tables are read at one moment.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
+
+use super::{Fact, JournalError, RecordedMember, RecordedStart};
+
+/// All that a run's coordinators decided, oldest first.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    /// Samples in the data set, once a worker has loaded it.
+    pub samples: Option<u64>,
+    /// The terms.
+    pub terms: Vec<TermRow>,
+    /// The term in which each worker was admitted, by worker.
+    pub workers: BTreeMap<u64, u64>,
+    /// The generations.
+    pub generations: Vec<GenerationRow>,
+    /// The committed checkpoints.
+    pub checkpoints: Vec<CheckpointRow>,
+}
+
+/// One start of a coordinator.
+#[derive(Clone, Debug)]
+pub struct TermRow {
+    /// Its number.
+    pub term: u64,
+    /// A metrics row was due after every so many steps; 0 where that is not known.
+    pub metrics_every_steps: u64,
+}
+
+/// One membership of the group.
+#[derive(Clone, Debug)]
+pub struct GenerationRow {
+    /// Its number.
+    pub generation: u64,
+    /// The term that formed it.
+    pub term: u64,
+    /// The position from which it trained.
+    pub position: u64,
+    /// Where its state came from; none where the text is not one of ours.
+    pub start: Option<RecordedStart>,
+    /// Its members by rank; none where the text is not one of ours.
+    pub members: Vec<RecordedMember>,
+    /// Why it was formed; empty where that is not known.
+    pub cause: String,
+}
+
+/// One committed checkpoint.
+#[derive(Clone, Debug)]
+pub struct CheckpointRow {
+    /// Steps done in it.
+    pub step: u64,
+    /// Phases done of the next step.
+    pub phase: u64,
+    /// The count of committed phases.
+    pub position: u64,
+    /// blake3 of the state, in hex.
+    pub state_digest: String,
+    /// The newest generation when it was committed; 0 where that is not known.
+    pub generation: u64,
+}
+
+impl History {
+    /// Reads a journal.
+    pub fn read(file: &Path) -> Result<History, JournalError> {
+        let mut connection = open(file)?;
+        let moment = connection.transaction()?;
+        let mut history = History::default();
+        if !moment.table_exists(None, "facts")? {
+            return Ok(history);
+        }
+        let samples = "SELECT value FROM facts WHERE name = ?1";
+        let samples: Option<String> =
+            moment.query_row(samples, [Fact::Samples.name()], |row| row.get(0)).optional()?;
+        history.samples = samples.and_then(|samples| samples.parse().ok());
+        history.terms = rows(&moment, "terms", ["term", "metrics_every_steps"], |row| {
+            Ok(TermRow { term: row.get(0)?, metrics_every_steps: row.get(1)? })
+        })?;
+        let workers = rows(&moment, "workers", ["worker", "term"], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        history.workers = workers.into_iter().collect();
+        let columns = ["generation", "term", "position", "start", "members", "cause"];
+        history.generations = rows(&moment, "generations", columns, generation)?;
+        let columns = ["position", "step", "phase", "state_digest", "generation"];
+        history.checkpoints = rows(&moment, "checkpoints", columns, checkpoint)?;
+        Ok(history)
+    }
+}
+
+fn open(file: &Path) -> Result<Connection, JournalError> {
+    let mut flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut log = file.as_os_str().to_os_string();
+    log.push("-wal");
+    if Path::new(&log).exists() {
+        return Ok(Connection::open_with_flags(file, flags)?);
+    }
+    // Nobody writes. SQLite would nevertheless make the log's two files to read, which a folder may not allow.
+    flags |= OpenFlags::SQLITE_OPEN_URI;
+    let escaped = file.to_string_lossy().replace('%', "%25").replace('?', "%3f").replace('#', "%23");
+    Ok(Connection::open_with_flags(format!("file:{escaped}?immutable=1"), flags)?)
+}
+
+/// A table's rows, in the order of its first column. A column that the table does not have is taken as not known: 0.
+fn rows<T, const N: usize>(
+    connection: &Connection,
+    table: &str,
+    columns: [&str; N],
+    read: impl Fn(&Row<'_>) -> rusqlite::Result<T>,
+) -> Result<Vec<T>, JournalError> {
+    let mut known = Vec::new();
+    for column in columns {
+        known.push(if connection.column_exists(None, table, column)? { column } else { "0" });
+    }
+    let query = format!("SELECT {} FROM {table} ORDER BY {}", known.join(", "), columns[0]);
+    let mut statement = connection.prepare(&query)?;
+    let rows = statement.query_map([], |row| read(row))?.collect::<rusqlite::Result<_>>()?;
+    Ok(rows)
+}
+
+fn generation(row: &Row<'_>) -> rusqlite::Result<GenerationRow> {
+    let (start, members): (String, String) = (row.get(3)?, row.get(4)?);
+    Ok(GenerationRow {
+        generation: row.get(0)?,
+        term: row.get(1)?,
+        position: row.get(2)?,
+        start: serde_json::from_str(&start).ok(),
+        members: serde_json::from_str(&members).unwrap_or_default(),
+        cause: row.get(5).unwrap_or_default(),
+    })
+}
+
+fn checkpoint(row: &Row<'_>) -> rusqlite::Result<CheckpointRow> {
+    Ok(CheckpointRow {
+        position: row.get(0)?,
+        step: row.get(1)?,
+        phase: row.get(2)?,
+        state_digest: row.get(3)?,
+        generation: row.get(4)?,
+    })
+}
