@@ -4,13 +4,16 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use ganglion_proto::job::Job;
 
 /// Trains a GAN data-parallel on many workers, with the same result for any number of them.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
+    /// What to do instead of training.
+    #[command(subcommand)]
+    pub command: Option<Command>,
     /// The job. Without it: the MLP GAN on the bundled digits.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -32,6 +35,18 @@ pub struct Cli {
     /// How logs are written.
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
+}
+
+/// What a coordinator does besides training.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Proves from a run's files that nothing was lost, doubled or changed. Reads only, also while the run goes on.
+    ///
+    /// Prints a line for each claim. Exit code 0: all hold; 1: one does not; 2: RUN is no run directory.
+    Audit {
+        /// The run directory.
+        run: PathBuf,
+    },
 }
 
 /// How logs are written.
@@ -123,6 +138,14 @@ mod tests {
 
     fn cli(arguments: &[&str]) -> Cli {
         Cli::parse_from([&["coordinator"], arguments].concat())
+    }
+
+    #[test]
+    fn a_command_stands_alone() {
+        assert!(cli(&["--workers", "2"]).command.is_none());
+        let Some(Command::Audit { run }) = cli(&["audit", "runs/x"]).command else { panic!("an audit") };
+        assert_eq!(run, PathBuf::from("runs/x"));
+        assert!(Cli::try_parse_from(["coordinator", "--workers", "2", "audit", "runs/x"]).is_err());
     }
 
     #[test]

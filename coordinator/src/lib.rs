@@ -4,6 +4,7 @@
 //! around it: sockets, clock, files and processes.
 #![forbid(unsafe_code)]
 
+pub mod audit;
 pub mod checkpoints;
 pub mod cli;
 pub mod job_file;

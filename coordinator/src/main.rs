@@ -4,11 +4,28 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ganglion_coordinator::cli::Cli;
+use ganglion_coordinator::audit::audit;
+use ganglion_coordinator::cli::{Cli, Command};
 use ganglion_coordinator::run::{Failure, run};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let mut cli = Cli::parse();
+    match cli.command.take() {
+        None => train(cli),
+        Some(Command::Audit { run }) => match audit(&run) {
+            Ok(report) => {
+                say(&mut std::io::stdout(), &report.to_string());
+                if report.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            }
+            Err(error) => {
+                say(&mut std::io::stderr(), &format!("error: {error}"));
+                ExitCode::from(2)
+            }
+        },
+    }
+}
+
+fn train(cli: Cli) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

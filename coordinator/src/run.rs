@@ -230,7 +230,7 @@ fn conclude(ended: Ended, job: &Job, run_dir: &RunDir, storage: &str) -> Result<
             run_dir.path("samples").display()
         )),
         Outcome::Stopped(position) => {
-            let per_step = u64::from(job.loss.discriminator_steps) + 1;
+            let per_step = job.phases_per_step();
             let code = match ended.signal {
                 Some(StopSignal::Terminate) => 143,
                 _ => 130,

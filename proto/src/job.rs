@@ -210,6 +210,17 @@ impl Job {
         u64::from(self.job.data_shards) * u64::from(self.job.shard_batch)
     }
 
+    /// Updates of one step: those of the discriminator, then one of the generator.
+    pub fn phases_per_step(&self) -> u64 {
+        u64::from(self.loss.discriminator_steps) + 1
+    }
+
+    /// Real samples that were taken from the stream by the first `position` phases.
+    pub fn samples_before(&self, position: u64) -> u64 {
+        let (steps, phases) = (position / self.phases_per_step(), position % self.phases_per_step());
+        steps * self.samples_per_step() + phases * self.global_batch()
+    }
+
     /// Real samples that one step takes from the stream.
     pub fn samples_per_step(&self) -> u64 {
         self.global_batch() * u64::from(self.loss.discriminator_steps)

@@ -86,5 +86,5 @@ fn average_decay(job: &Job, steps: u64) -> f64 {
 
 /// Phases of one step.
 pub fn phases_per_step(job: &Job) -> u64 {
-    u64::from(job.loss.discriminator_steps) + 1
+    job.phases_per_step()
 }

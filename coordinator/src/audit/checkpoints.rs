@@ -1,0 +1,240 @@
+//! Claims about the checkpoints on the storage.
+//!
+//! 1. A checkpoint that is removed while it is read is none. It loses its manifest first, by which that is seen.
+//! 2. A checkpoint with a damaged file is judged by nothing else: its state is not what was saved.
+//!
+//! Memory: the files of one checkpoint at a time.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::Path;
+
+use ganglion_membership::Checkpoint;
+use safetensors::tensor::{SafeTensors, TensorView};
+
+use super::Claim;
+use super::evidence::Evidence;
+
+/// All checkpoints that have a manifest, by folder.
+pub(super) struct Whole(Vec<(String, Found)>);
+
+enum Found {
+    /// It was removed meanwhile.
+    Gone,
+    /// What is wrong with its files.
+    Damaged(Vec<String>),
+    /// All files are what the manifest says.
+    Intact { files: usize, bytes: u64, state: Result<State, String> },
+}
+
+/// What a checkpoint's files hold.
+pub(super) struct State {
+    /// blake3 over all its tensors.
+    pub(super) digest: String,
+    /// The count of committed phases in the state itself.
+    pub(super) position: u64,
+    /// The ledger in the state itself.
+    pub(super) ledger: u64,
+}
+
+impl Whole {
+    /// Reads every file of every checkpoint.
+    pub(super) fn read(evidence: &Evidence) -> Whole {
+        let found = evidence.manifests.iter().map(|(folder, manifest)| {
+            let path = evidence.storage.join(folder);
+            let found = match manifest {
+                Ok(checkpoint) => Found::read(&path, checkpoint),
+                Err(reason) => Found::Damaged(vec![reason.clone()]),
+            };
+            let gone = !path.join("manifest.json").exists();
+            (folder.clone(), if gone { Found::Gone } else { found })
+        });
+        Whole(found.collect())
+    }
+
+    /// The states that could be read, by folder.
+    pub(super) fn states(&self) -> impl Iterator<Item = (&str, &State)> {
+        self.0.iter().filter_map(|(folder, found)| match found {
+            Found::Intact { state: Ok(state), .. } => Some((folder.as_str(), state)),
+            _ => None,
+        })
+    }
+}
+
+impl Found {
+    fn read(path: &Path, checkpoint: &Checkpoint) -> Found {
+        let (mut damaged, mut parts, mut bytes) = (Vec::new(), Vec::new(), 0);
+        for file in &checkpoint.files {
+            let content = match read_inside(path, &file.file) {
+                Ok(content) => content,
+                Err(error) => {
+                    damaged.push(format!("{}: {error}", file.file));
+                    continue;
+                }
+            };
+            if content.len() as u64 != file.bytes || blake3::hash(&content).to_hex().as_str() != file.blake3 {
+                damaged.push(format!("{} does not have the manifest's hash", file.file));
+            } else if file.file.starts_with("state-") {
+                parts.push(content);
+                bytes += file.bytes;
+            } else {
+                bytes += file.bytes;
+            }
+        }
+        if !damaged.is_empty() {
+            return Found::Damaged(damaged);
+        }
+        Found::Intact { files: checkpoint.files.len(), bytes, state: State::of(&parts) }
+    }
+}
+
+/// Reads a file of a folder. A manifest that names another place is not followed there.
+fn read_inside(folder: &Path, file: &str) -> io::Result<Vec<u8>> {
+    if file.contains('/') || file == ".." {
+        return Err(io::Error::new(ErrorKind::InvalidInput, "not a name of a file in the folder"));
+    }
+    fs::read(folder.join(file))
+}
+
+impl State {
+    /// Reads the state that is in these parts.
+    pub(super) fn of(parts: &[Vec<u8>]) -> Result<State, String> {
+        let mut tensors: BTreeMap<String, TensorView<'_>> = BTreeMap::new();
+        for part in parts {
+            let part = SafeTensors::deserialize(part).map_err(|error| error.to_string())?;
+            for (name, tensor) in part.tensors() {
+                if tensors.insert(name.clone(), tensor).is_some() {
+                    return Err(format!("{name} is in two parts"));
+                }
+            }
+        }
+        let counter = |name: &str| {
+            let tensor = tensors.get(name).ok_or_else(|| format!("no part has {name}"))?;
+            tensor.data().try_into().map(u64::from_le_bytes).map_err(|_| format!("{name} is not one number"))
+        };
+        let (position, ledger) = (counter("counters.position")?, counter("counters.ledger")?);
+        Ok(State { digest: digest(&tensors), position, ledger })
+    }
+}
+
+/// blake3 over all tensors by name, in hex: name, NUL, dtype, NUL, rank and shape as u64, elements; little-endian.
+fn digest(tensors: &BTreeMap<String, TensorView<'_>>) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for (name, tensor) in tensors {
+        hasher
+            .update(name.as_bytes())
+            .update(&[0])
+            .update(tensor.dtype().to_string().as_bytes())
+            .update(&[0]);
+        hasher.update(&(tensor.shape().len() as u64).to_le_bytes());
+        for size in tensor.shape() {
+            hasher.update(&(*size as u64).to_le_bytes());
+        }
+        hasher.update(tensor.data());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// Every file of a checkpoint has the length and the hash that its manifest says.
+pub(super) fn files_are_whole(whole: &Whole) -> Claim {
+    let mut claim = Claim::new("every file of a checkpoint has its manifest's hash");
+    let [mut checkpoints, mut all_files, mut gone] = [0; 3];
+    let mut all_bytes = 0;
+    for (folder, found) in &whole.0 {
+        match found {
+            Found::Gone => gone += 1,
+            Found::Damaged(reasons) => {
+                reasons.iter().for_each(|reason| claim.breach(format!("checkpoint {folder}: {reason}")));
+            }
+            Found::Intact { files, bytes, .. } => {
+                checkpoints += 1;
+                all_files += files;
+                all_bytes += bytes;
+            }
+        }
+    }
+    let removed = if gone == 0 { String::new() } else { format!("; {gone} removed meanwhile") };
+    claim.of(format!("{all_files} files, {all_bytes} bytes, of {checkpoints} checkpoints{removed}"))
+}
+
+/// The state in a checkpoint's parts has the manifest's digest, and is of the manifest's position, which is the end of its
+/// step and phases.
+pub(super) fn states_have_their_digests(evidence: &Evidence, whole: &Whole) -> Claim {
+    let mut claim = Claim::new("every state in a checkpoint has its manifest's digest and position");
+    let mut judged = 0;
+    for ((folder, found), (_, manifest)) in whole.0.iter().zip(&evidence.manifests) {
+        let (Found::Intact { state, .. }, Ok(checkpoint)) = (found, manifest) else { continue };
+        judged += 1;
+        let state = match state {
+            Ok(state) => state,
+            Err(reason) => {
+                claim.breach(format!("checkpoint {folder}: {reason}"));
+                continue;
+            }
+        };
+        claim.expect(state.digest == checkpoint.state_digest, || {
+            format!("checkpoint {folder}: its tensors give {}, not {}", state.digest, checkpoint.state_digest)
+        });
+        let position = evidence.end_of(checkpoint.step).saturating_add(u64::from(checkpoint.phase));
+        claim.expect(state.position == checkpoint.position.0 && state.position == position, || {
+            format!(
+                "checkpoint {folder}: its state is at position {}, its manifest at {}, its step and phase at {position}",
+                state.position, checkpoint.position
+            )
+        });
+    }
+    claim.of(format!("{judged} states"))
+}
+
+/// Each checkpoint with a manifest was journaled before, with the same position and digest.
+pub(super) fn journal_agrees(evidence: &Evidence) -> Claim {
+    let mut claim = Claim::new("every checkpoint is as it was journaled");
+    let mut present = 0;
+    for (folder, manifest) in &evidence.manifests {
+        let Ok(checkpoint) = manifest else { continue };
+        present += 1;
+        claim.expect(checkpoint.folder() == *folder, || {
+            format!("checkpoint {folder} has the manifest of {}", checkpoint.folder())
+        });
+        let at = (checkpoint.step, u64::from(checkpoint.phase));
+        let row = evidence.history.checkpoints.iter().find(|row| (row.step, row.phase) == at);
+        match row {
+            None => claim.breach(format!("checkpoint {folder} was never journaled")),
+            Some(row) => {
+                claim.expect(row.state_digest == checkpoint.state_digest, || {
+                    format!("checkpoint {folder} is journaled with digest {}", row.state_digest)
+                });
+                claim.expect(row.position == checkpoint.position.0, || {
+                    format!("checkpoint {folder} is journaled at position {}", row.position)
+                });
+            }
+        }
+    }
+    let absent = evidence.history.checkpoints.len().saturating_sub(present);
+    claim.of(format!("{present} present, {absent} journaled and removed, or not written yet"))
+}
+
+/// `latest` names a checkpoint that is there, and none newer was told to people. A manifest may be newer by the moment
+/// between the two writes, in which a coordinator can also die.
+pub(super) fn latest_is_newest(evidence: &Evidence) -> Claim {
+    let mut claim = Claim::new("latest names the newest checkpoint");
+    let told = evidence.events_of("checkpoint");
+    let told = told.filter_map(|event| Some(evidence.end_of(event.step?).saturating_add(event.phase?))).max();
+    let Some(latest) = &evidence.latest else {
+        claim.expect(told.is_none(), || "there is no latest, though a checkpoint was committed".to_string());
+        return claim.of("no checkpoint yet".to_string());
+    };
+    let named = evidence.checkpoints().find(|checkpoint| checkpoint.folder() == *latest);
+    match named {
+        None => claim.breach(format!("latest names {latest}, which is no checkpoint")),
+        Some(named) => claim.expect(told.is_none_or(|told| told <= named.position.0), || {
+            let told = told.unwrap_or(0);
+            format!(
+                "latest names {latest} at position {}, though one at {told} was committed",
+                named.position
+            )
+        }),
+    }
+    claim.of(latest.clone())
+}

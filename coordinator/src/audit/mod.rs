@@ -1,0 +1,119 @@
+//! `coordinator audit`: proves from a run's files alone that nothing was lost, doubled or changed.
+//!
+//! 1. Nothing is written, and no coordinator or worker is asked: the files are the evidence, the job is the measure.
+//! 2. What is written later is read first: the records before the checkpoints, these before the journal, which knows
+//!    each decision before anything else does. So on a directory that is in use no file tells of what the journal of
+//!    this reading does not know.
+//! 3. What a run that goes on is in the middle of is no breach: a breach there must show again some seconds later.
+//! 4. A claim says what it was shown for. What cannot be decided from the files is counted, never passed over.
+
+mod checkpoints;
+mod evidence;
+mod groups;
+mod ledger;
+mod lineage;
+mod rows;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::path::Path;
+use std::time::Duration;
+
+use evidence::Evidence;
+pub use evidence::NoRun;
+
+/// Longer than a coordinator takes to write what it has decided, and than its workers take to repeat a report.
+const SECOND_LOOK: Duration = Duration::from_secs(3);
+
+/// What an audit found, a claim a line.
+#[derive(Debug)]
+pub struct Report(Vec<Claim>);
+
+/// A statement about the run, and what the files say to it.
+#[derive(Debug)]
+struct Claim {
+    statement: &'static str,
+    /// What it was shown for.
+    figures: String,
+    /// What speaks against it.
+    breaches: Vec<String>,
+}
+
+/// Audits a run directory.
+pub fn audit(run: &Path) -> Result<Report, NoRun> {
+    let evidence = Evidence::read(run)?;
+    let report = judge(&evidence);
+    if report.holds() || evidence.ended() {
+        return Ok(report);
+    }
+    std::thread::sleep(SECOND_LOOK);
+    Ok(judge(&Evidence::read(run)?))
+}
+
+fn judge(evidence: &Evidence) -> Report {
+    let whole = checkpoints::Whole::read(evidence);
+    Report(vec![
+        groups::numbers_grow(evidence),
+        groups::shards_are_dealt(evidence),
+        groups::events_agree(evidence),
+        lineage::starts_follow(evidence),
+        lineage::recomputed_steps_are_equal(evidence),
+        rows::every_step_has_one(evidence),
+        rows::are_of_their_generation(evidence),
+        ledger::every_sample_was_committed_once(evidence, &whole),
+        checkpoints::files_are_whole(&whole),
+        checkpoints::states_have_their_digests(evidence, &whole),
+        checkpoints::journal_agrees(evidence),
+        checkpoints::latest_is_newest(evidence),
+    ])
+}
+
+impl Report {
+    /// Whether all claims hold.
+    pub fn holds(&self) -> bool {
+        self.0.iter().all(|claim| claim.breaches.is_empty())
+    }
+}
+
+impl Claim {
+    fn new(statement: &'static str) -> Claim {
+        Claim { statement, figures: String::new(), breaches: Vec::new() }
+    }
+
+    /// Notes what speaks against the claim.
+    fn breach(&mut self, what: String) {
+        self.breaches.push(what);
+    }
+
+    /// Notes what speaks against the claim unless a condition holds.
+    fn expect(&mut self, holds: bool, otherwise: impl FnOnce() -> String) {
+        if !holds {
+            self.breach(otherwise());
+        }
+    }
+
+    /// The claim, shown for these figures.
+    fn of(mut self, figures: String) -> Claim {
+        self.figures = figures;
+        self
+    }
+}
+
+impl fmt::Display for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Claim { statement, figures, breaches } = self;
+        match breaches.as_slice() {
+            [] => write!(f, "ok    {statement}: {figures}"),
+            [only] => write!(f, "BREACH {statement}: {only}"),
+            [first, others @ ..] => write!(f, "BREACH {statement}: {first} (and {} more)", others.len()),
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines: Vec<String> = self.0.iter().map(Claim::to_string).collect();
+        f.write_str(&lines.join("\n"))
+    }
+}

@@ -1,0 +1,121 @@
+//! Claims about the rows of metrics.
+//!
+//! Which steps must have a row: `metrics.every_steps` may change from term to term, so each term's is journaled, and a
+//! step must have a row if it is a multiple of the one of a generation that is known to have committed it. Known is, of
+//! a generation, all from its start up to the greatest of
+//! - the position at which a member healed the generation after it,
+//! - the end of a step that was recorded for it,
+//! - the position of a checkpoint that was committed while it was the newest.
+//!
+//! The last step of a run that ended as complete must have one too. Others may: a stop reports its step.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::Claim;
+use super::evidence::{Evidence, Row};
+use crate::journal::{GenerationRow, RecordedStart};
+
+/// Every step that was to be reported has exactly one row.
+pub(super) fn every_step_has_one(evidence: &Evidence) -> Claim {
+    let mut claim = Claim::new("every reported step has one row");
+    claim.breaches.extend(evidence.rows.damaged.iter().cloned());
+    let mut steps = BTreeSet::new();
+    for row in &evidence.rows.whole {
+        claim.expect(steps.insert(row.step), || format!("metrics.jsonl has step {} twice", row.step));
+    }
+    let mut due = BTreeSet::new();
+    let reached = reached(evidence);
+    for row in &evidence.history.generations {
+        let every = cadence(evidence, row);
+        let phases = evidence.job.phases_per_step();
+        let (first, last) = (row.position / phases + 1, reached[&row.generation] / phases);
+        if every > 0 {
+            let multiples = (first.div_ceil(every)..=last / every).map(|multiple| multiple * every);
+            // More than there are rows need not be looked at: one is missing then, however far a damaged number reaches.
+            due.extend(multiples.take(steps.len() + 1));
+        }
+    }
+    due.extend(last_step(evidence));
+    let missing: Vec<u64> = due.difference(&steps).copied().collect();
+    if let [first, ..] = missing.as_slice() {
+        claim.breach(format!("metrics.jsonl lacks step {first}{}", others(missing.len() - 1)));
+    }
+    let unknown = evidence.history.terms.iter().filter(|row| row.metrics_every_steps == 0).count();
+    let last = steps.last().copied().unwrap_or(0);
+    claim.of(format!(
+        "{} rows up to step {last}, {} of them due; {unknown} terms did not journal which are",
+        steps.len(),
+        due.len()
+    ))
+}
+
+fn others(count: usize) -> String {
+    if count == 0 { String::new() } else { format!(" and {count} more that were due") }
+}
+
+fn cadence(evidence: &Evidence, row: &GenerationRow) -> u64 {
+    let term = evidence.history.terms.iter().find(|term| term.term == row.term);
+    term.map_or(0, |term| term.metrics_every_steps)
+}
+
+/// The position that each generation is known to have reached.
+fn reached(evidence: &Evidence) -> BTreeMap<u64, u64> {
+    let history = &evidence.history;
+    let mut reached: BTreeMap<u64, u64> =
+        history.generations.iter().map(|row| (row.generation, row.position)).collect();
+    let mut raise = |generation: u64, position: u64| {
+        reached.entry(generation).and_modify(|known| *known = position.max(*known));
+    };
+    for pair in history.generations.windows(2) {
+        if let Some(RecordedStart::Healed { .. }) = pair[1].start {
+            raise(pair[0].generation, pair[1].position);
+        }
+    }
+    evidence.rows.whole.iter().for_each(|row| raise(row.generation, evidence.end_of(row.step)));
+    history.checkpoints.iter().for_each(|row| raise(row.generation, row.position));
+    reached
+}
+
+/// The step of the newest checkpoint, of a run that ended as complete.
+fn last_step(evidence: &Evidence) -> Option<u64> {
+    let last = evidence.events.whole.last()?;
+    let complete = last.kind == "run_ended" && last.outcome.as_deref() == Some("complete");
+    let newest = evidence.history.checkpoints.last()?;
+    complete.then_some(newest.step)
+}
+
+/// Each row is one that the generation in it can have committed: after its start, with as many workers as it has. And it
+/// counts the images that the job takes up to its step.
+pub(super) fn are_of_their_generation(evidence: &Evidence) -> Claim {
+    let mut claim = Claim::new("each row is of a generation that can have committed it");
+    let generations: BTreeMap<u64, &GenerationRow> =
+        evidence.history.generations.iter().map(|row| (row.generation, row)).collect();
+    let mut seen = BTreeSet::new();
+    for row in &evidence.rows.whole {
+        let Row { step, generation, .. } = row;
+        seen.insert(generation);
+        match generations.get(generation) {
+            None => {
+                claim.breach(format!("step {step} is of generation {generation}, which was never formed"))
+            }
+            Some(formed) => {
+                claim.expect(evidence.end_of(*step) > formed.position, || {
+                    let start = formed.position;
+                    format!("step {step} is of generation {generation}, which started after it, at position {start}")
+                });
+                let workers = formed.members.len();
+                claim.expect(row.world_size == workers as u64, || {
+                    format!(
+                        "step {step} tells of {} workers, generation {generation} had {workers}",
+                        row.world_size
+                    )
+                });
+            }
+        }
+        let images = step.saturating_mul(evidence.job.samples_per_step());
+        claim.expect(row.images_seen == images, || {
+            format!("step {step} tells of {} images, the job takes {images}", row.images_seen)
+        });
+    }
+    claim.of(format!("{} rows of {} generations", evidence.rows.whole.len(), seen.len()))
+}
