@@ -110,6 +110,15 @@ pub fn leaky_relu(input: &Tensor, slope: f64) -> Result<Tensor, Error> {
     Ok(unsafe { Tensor::from_ptr(output.cast()) })
 }
 
+/// Whether a tensor of floats holds neither an infinity nor a NaN. A contiguous tensor of `f32` on a CPU is read once, by
+/// its bits, and nothing is allocated; another goes through `isfinite`.
+///
+/// # Errors
+/// [`Error::Fatal`] for a tensor that holds no floats, and for what libtorch refuses.
+pub fn all_finite(tensor: &Tensor) -> Result<bool, Error> {
+    Ok(shim::all_finite(at_tensor(tensor))?)
+}
+
 /// A hash (XXH3, 64 bits) of a contiguous tensor's bytes. A tensor on another device is copied to the CPU first.
 ///
 /// # Errors

@@ -31,6 +31,7 @@ pub(crate) mod shim {
         fn set_deterministic(deterministic: bool) -> Result<()>;
         fn c_library_version() -> Result<String>;
         fn leaky_relu(input: &Tensor, slope: f64) -> Result<UniquePtr<Tensor>>;
+        fn all_finite(tensor: &Tensor) -> Result<bool>;
     }
     impl UniquePtr<Tensor> {}
 }

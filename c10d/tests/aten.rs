@@ -115,3 +115,57 @@ fn libtorch_says_what_it_is() {
     aten::set_deterministic(true).unwrap();
     aten::set_deterministic(false).unwrap();
 }
+
+/// Every element decides, wherever it is; numbers at the limits are numbers.
+#[test]
+fn one_infinity_or_nan_anywhere_is_found() {
+    let quiet_nan_of_another_payload = f32::from_bits(0xffc0_1234);
+    let signalling_nan = f32::from_bits(0x7f80_0001);
+    let odd = [f32::NAN, quiet_nan_of_another_payload, signalling_nan, f32::INFINITY, f32::NEG_INFINITY];
+    let numbers = [0.0, -0.0, f32::MAX, f32::MIN, f32::MIN_POSITIVE, f32::from_bits(1), -f32::from_bits(1)];
+    for length in [1, 2, 3, 15, 16, 17, 63, 64, 65, 1003] {
+        let clean: Vec<f32> = numbers.iter().copied().cycle().take(length).collect();
+        assert!(aten::all_finite(&Tensor::from_slice(&clean)).unwrap(), "{length} numbers");
+        for at in [0, length / 2, length - 1] {
+            for value in odd {
+                let mut dirty = clean.clone();
+                dirty[at] = value;
+                let found = !aten::all_finite(&Tensor::from_slice(&dirty)).unwrap();
+                assert!(found, "{value} ({:#x}) at {at} of {length}", value.to_bits());
+            }
+        }
+    }
+    assert!(aten::all_finite(&Tensor::zeros([0], (Kind::Float, Device::Cpu))).unwrap());
+}
+
+/// A view is judged by its own elements, from any offset, and other kinds and strides take the other path.
+#[test]
+fn only_the_elements_of_a_view_are_judged() {
+    let values = Tensor::from_slice(&[f32::NAN, 1.0, 2.0, 3.0, f32::INFINITY, 4.0]);
+    assert!(aten::all_finite(&values.narrow(0, 1, 3)).unwrap());
+    assert!(!aten::all_finite(&values.narrow(0, 1, 4)).unwrap());
+    let columns = values.view([2, 3]);
+    assert!(aten::all_finite(&columns.select(1, 2)).unwrap());
+    assert!(!aten::all_finite(&columns.select(1, 1)).unwrap());
+    assert!(aten::all_finite(&Tensor::from_slice(&[f64::MAX])).unwrap());
+    assert!(!aten::all_finite(&Tensor::from_slice(&[1.0, f64::NAN])).unwrap());
+    let parameter = values.narrow(0, 1, 3).set_requires_grad(true);
+    assert!(aten::all_finite(&parameter).unwrap());
+    assert!(matches!(aten::all_finite(&Tensor::from_slice(&[1_i64])), Err(Error::Fatal(_))));
+}
+
+/// What the check costs. Run with `--ignored --nocapture`.
+#[test]
+#[ignore = "prints a time"]
+fn the_time_of_a_check() {
+    let tensor = Tensor::ones([500_000], (Kind::Float, Device::Cpu));
+    let mut times: Vec<_> = (0..1000)
+        .map(|_| {
+            let start = std::time::Instant::now();
+            assert!(aten::all_finite(&tensor).unwrap());
+            start.elapsed()
+        })
+        .collect();
+    times.sort();
+    println!("500,000 floats: median {:?}, fastest {:?}", times[500], times[0]);
+}

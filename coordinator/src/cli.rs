@@ -47,6 +47,32 @@ pub enum Command {
         /// The run directory.
         run: PathBuf,
     },
+    /// Shows a run that goes on: its step, and its workers with their numbers.
+    Status(RunChoice),
+    /// Lets a worker leave with nothing done again. A local one is not replaced.
+    Drain {
+        /// The worker's number, as `coordinator status` shows it.
+        worker: u64,
+        /// Which run.
+        #[command(flatten)]
+        run: RunChoice,
+    },
+    /// Sets how many workers the coordinator runs on its own machine.
+    Scale {
+        /// How many; at most the job's data shards.
+        workers: u32,
+        /// Which run.
+        #[command(flatten)]
+        run: RunChoice,
+    },
+}
+
+/// Which run is meant.
+#[derive(Debug, clap::Args)]
+pub struct RunChoice {
+    /// The run directory.
+    #[arg(long, value_name = "DIR", default_value = "runs/mnist-mlp")]
+    pub run_dir: PathBuf,
 }
 
 /// How logs are written.

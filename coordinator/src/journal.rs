@@ -10,11 +10,12 @@ mod history;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use ganglion_membership::{Checkpoint, Generation, Group, Passport, Start, Term, WorkerId};
+use ganglion_membership::{
+    Cause, Checkpoint, Generation, Group, Member, Passport, Position, Start, Term, WorkerId,
+};
+pub use history::{CheckpointRow, GenerationRow, History, TermRow};
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
-
-pub use history::{CheckpointRow, GenerationRow, History, TermRow};
 
 /// The tables. A newer layout gets a new `user_version`.
 const SCHEMA: &str = "
@@ -25,20 +26,26 @@ const SCHEMA: &str = "
         term INTEGER PRIMARY KEY, started REAL NOT NULL, pid INTEGER NOT NULL,
         metrics_every_steps INTEGER NOT NULL DEFAULT 0);
     CREATE TABLE IF NOT EXISTS workers (
-        worker INTEGER PRIMARY KEY, term INTEGER NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL);
+        worker INTEGER PRIMARY KEY, term INTEGER NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL,
+        token TEXT);
+    CREATE TABLE IF NOT EXISTS children (
+        token TEXT PRIMARY KEY, term INTEGER NOT NULL, local_rank INTEGER NOT NULL,
+        pid INTEGER, started INTEGER, ended INTEGER NOT NULL DEFAULT 0);
     CREATE TABLE IF NOT EXISTS generations (
         generation INTEGER PRIMARY KEY, term INTEGER NOT NULL, position INTEGER NOT NULL,
         start TEXT NOT NULL, members TEXT NOT NULL, cause TEXT NOT NULL DEFAULT '');
+    CREATE TABLE IF NOT EXISTS skips (position INTEGER PRIMARY KEY);
     CREATE TABLE IF NOT EXISTS checkpoints (
         step INTEGER NOT NULL, phase INTEGER NOT NULL, position INTEGER NOT NULL,
         state_digest TEXT NOT NULL, generation INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (step, phase));
-    PRAGMA user_version = 1;
+    PRAGMA user_version = 2;
 ";
 
 /// The columns that came after the tables: table, column, definition.
-const ADDED: [(&str, &str, &str); 3] = [
+const ADDED: [(&str, &str, &str); 4] = [
     ("terms", "metrics_every_steps", "INTEGER NOT NULL DEFAULT 0"),
     ("generations", "cause", "TEXT NOT NULL DEFAULT ''"),
+    ("workers", "token", "TEXT"),
     ("checkpoints", "generation", "INTEGER NOT NULL DEFAULT 0"),
 ];
 
@@ -63,6 +70,23 @@ pub enum Fact {
     Passport,
     /// Samples in the data set.
     Samples,
+    /// The newest generation whose states must not be used.
+    Condemned,
+}
+
+/// A process that some coordinator of the run started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChildRow {
+    /// What it shows in its hello.
+    pub token: String,
+    /// Its number on this machine.
+    pub local_rank: u32,
+    /// The process and the time of its start, by the system's clock; `None` if the coordinator died before it knew.
+    pub process: Option<(u32, u64)>,
+    /// The newest worker that it said hello as.
+    pub worker: Option<WorkerId>,
+    /// Whether it was seen to end.
+    pub ended: bool,
 }
 
 impl Fact {
@@ -72,6 +96,7 @@ impl Fact {
             Fact::Port => "port",
             Fact::Passport => "passport",
             Fact::Samples => "samples",
+            Fact::Condemned => "condemned",
         }
     }
 }
@@ -99,31 +124,115 @@ impl Journal {
     }
 
     /// Gives a worker its number.
-    pub fn admit(&mut self, term: Term, host: &str, pid: u32) -> Result<WorkerId, JournalError> {
-        let next = "INSERT INTO workers SELECT COALESCE(MAX(worker), 0) + 1, ?1, ?2, ?3 FROM workers";
-        self.connection.execute(next, params![term.0, host, pid])?;
+    pub fn admit(
+        &mut self,
+        term: Term,
+        host: &str,
+        pid: u32,
+        token: Option<&str>,
+    ) -> Result<WorkerId, JournalError> {
+        let next = "INSERT INTO workers (worker, term, host, pid, token)
+            SELECT COALESCE(MAX(worker), 0) + 1, ?1, ?2, ?3, ?4 FROM workers";
+        self.connection.execute(next, params![term.0, host, pid, token])?;
         let newest = "SELECT MAX(worker) FROM workers";
         Ok(WorkerId(self.connection.query_row(newest, [], |row| row.get(0))?))
     }
 
+    /// Records that a process is about to be started.
+    pub fn spawning(&mut self, term: Term, token: &str, local_rank: u32) -> Result<(), JournalError> {
+        let row = "INSERT INTO children (token, term, local_rank) VALUES (?1, ?2, ?3)";
+        self.connection.execute(row, params![token, term.0, local_rank])?;
+        Ok(())
+    }
+
+    /// Records which process it became.
+    pub fn spawned(&mut self, token: &str, pid: u32, started: u64) -> Result<(), JournalError> {
+        let row = "UPDATE children SET pid = ?2, started = ?3 WHERE token = ?1";
+        self.connection.execute(row, params![token, pid, started])?;
+        Ok(())
+    }
+
+    /// Records that it ended.
+    pub fn ended(&mut self, token: &str) -> Result<(), JournalError> {
+        self.connection.execute("UPDATE children SET ended = 1 WHERE token = ?1", [token])?;
+        Ok(())
+    }
+
+    /// All processes that coordinators of the run started.
+    pub fn children(&self) -> Result<Vec<ChildRow>, JournalError> {
+        let mut rows = self.connection.prepare(
+            "SELECT token, local_rank, pid, started, ended,
+                (SELECT MAX(worker) FROM workers WHERE workers.token = children.token) FROM children",
+        )?;
+        let rows = rows.query_map([], |row| {
+            let (pid, started): (Option<u32>, Option<u64>) = (row.get(2)?, row.get(3)?);
+            Ok(ChildRow {
+                token: row.get(0)?,
+                local_rank: row.get(1)?,
+                process: pid.zip(started),
+                ended: row.get(4)?,
+                worker: row.get::<_, Option<u64>>(5)?.map(WorkerId),
+            })
+        })?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
     /// Records a generation.
-    pub fn form(&mut self, term: Term, group: &Group) -> Result<(), JournalError> {
+    pub fn form(&mut self, term: Term, group: &Group, cause: &Cause) -> Result<(), JournalError> {
         let members = group.members.iter().map(|member| RecordedMember {
             worker: member.worker.0,
             shards: [member.shards.start, member.shards.end],
+            writes_parts: member.writes_parts,
         });
         let members: Vec<RecordedMember> = members.collect();
         self.connection.execute(
-            "INSERT INTO generations (generation, term, position, start, members) VALUES (?1, ?2, ?3, ?4, ?5)",
+            "INSERT INTO generations (generation, term, position, start, members, cause)
+                VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
             params![
                 group.generation.0,
                 term.0,
                 group.position.0,
                 to_json(&RecordedStart::of(&group.start)),
-                to_json(&members)
+                to_json(&members),
+                cause.to_string()
             ],
         )?;
         Ok(())
+    }
+
+    /// The newest generation, but for where its state came from, which nobody needs any more.
+    pub fn last_group(&self) -> Result<Option<Group>, JournalError> {
+        let query = "SELECT generation, position, members FROM generations ORDER BY generation DESC LIMIT 1";
+        let row = self.connection.query_row(query, [], |row| {
+            Ok((row.get::<_, u64>(0)?, row.get::<_, u64>(1)?, row.get::<_, String>(2)?))
+        });
+        let Some((generation, position, members)) = row.optional()? else { return Ok(None) };
+        let members: Vec<RecordedMember> = serde_json::from_str(&members).unwrap_or_default();
+        let member = |row: RecordedMember| Member {
+            worker: WorkerId(row.worker),
+            shards: row.shards[0]..row.shards[1],
+            writes_parts: row.writes_parts,
+        };
+        Ok(Some(Group {
+            generation: Generation(generation),
+            members: members.into_iter().map(member).collect(),
+            position: Position(position),
+            start: Start::Fresh,
+            skips: Vec::new(),
+        }))
+    }
+
+    /// Records that a phase may be skipped. Repeating it does no harm.
+    pub fn allow_skip(&mut self, position: Position) -> Result<(), JournalError> {
+        self.connection.execute("INSERT OR IGNORE INTO skips VALUES (?1)", [position.0])?;
+        Ok(())
+    }
+
+    /// The phases that may be skipped.
+    pub fn skips(&self) -> Result<Vec<Position>, JournalError> {
+        let mut rows = self.connection.prepare("SELECT position FROM skips ORDER BY position")?;
+        let rows = rows.query_map([], |row| Ok(Position(row.get(0)?)))?;
+        Ok(rows.collect::<Result<_, _>>()?)
     }
 
     /// The newest generation; 0 before the first.
@@ -215,6 +324,9 @@ pub struct RecordedMember {
     pub worker: u64,
     /// Its data shards: the first, and the one behind the last.
     pub shards: [u32; 2],
+    /// Whether it writes checkpoint files.
+    #[serde(default)]
+    pub writes_parts: bool,
 }
 
 fn to_json(value: &impl Serialize) -> String {
@@ -232,21 +344,49 @@ mod tests {
         let file = folder.path().join("journal.sqlite");
         let mut journal = Journal::open(&file).unwrap();
         assert_eq!(journal.begin_term(1).unwrap(), Term(1));
-        assert_eq!(journal.admit(Term(1), "h", 7).unwrap(), WorkerId(1));
+        assert_eq!(journal.admit(Term(1), "h", 7, None).unwrap(), WorkerId(1));
         journal.set_fact(Fact::Port, "7000").unwrap();
         drop(journal);
         let mut journal = Journal::open(&file).unwrap();
         assert_eq!(journal.begin_term(1).unwrap(), Term(2));
-        assert_eq!(journal.admit(Term(2), "h", 8).unwrap(), WorkerId(2));
+        assert_eq!(journal.admit(Term(2), "h", 8, None).unwrap(), WorkerId(2));
         assert_eq!(journal.fact(Fact::Port).unwrap().as_deref(), Some("7000"));
         assert_eq!(journal.fact(Fact::Run).unwrap(), None);
         assert_eq!(journal.last_generation().unwrap(), Generation(0));
     }
 
+    #[test]
+    fn the_newest_group_and_its_processes_are_found_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("journal.sqlite");
+        let mut journal = Journal::open(&file).unwrap();
+        journal.spawning(Term(1), "t", 3).unwrap();
+        journal.spawned("t", 77, 5).unwrap();
+        journal.spawning(Term(1), "u", 4).unwrap();
+        let worker = journal.admit(Term(1), "h", 77, Some("t")).unwrap();
+        let members = vec![Member { worker, shards: 0..8, writes_parts: true }];
+        let group = Group {
+            generation: Generation(4),
+            members,
+            position: Position(9),
+            start: Start::Fresh,
+            skips: Vec::new(),
+        };
+        journal.form(Term(1), &group, &Cause::Gathered).unwrap();
+        drop(journal);
+        let mut journal = Journal::open(&file).unwrap();
+        assert_eq!(journal.last_group().unwrap(), Some(group));
+        let [t, u] = &journal.children().unwrap()[..] else { panic!() };
+        assert_eq!((t.process, t.worker, t.local_rank, t.ended), (Some((77, 5)), Some(worker), 3, false));
+        assert_eq!((u.process, u.worker), (None, None));
+        journal.ended("t").unwrap();
+        assert!(journal.children().unwrap()[0].ended);
+    }
+
     fn group(generation: u64, start: Start) -> Group {
         let member = |worker, shards| Member { worker: WorkerId(worker), shards, writes_parts: true };
         let members = vec![member(1, 0..2), member(2, 2..4)];
-        Group { generation: Generation(generation), members, position: Position(6), start }
+        Group { generation: Generation(generation), members, position: Position(6), start, skips: Vec::new() }
     }
 
     fn saved(state_digest: &str) -> Checkpoint {
@@ -261,13 +401,13 @@ mod tests {
         let file = folder.path().join("journal.sqlite");
         let mut journal = Journal::open(&file).unwrap();
         let term = journal.begin_term(5).unwrap();
-        let worker = journal.admit(term, "h", 7).unwrap();
+        let worker = journal.admit(term, "h", 7, None).unwrap();
         journal.set_fact(Fact::Samples, "100").unwrap();
-        journal.form(term, &group(1, Start::Fresh)).unwrap();
+        journal.form(term, &group(1, Start::Fresh), &Cause::Gathered).unwrap();
         journal.commit(&saved("d")).unwrap();
-        journal.form(term, &group(2, Start::Healed(Rank(1)))).unwrap();
+        journal.form(term, &group(2, Start::Healed(Rank(1))), &Cause::Gathered).unwrap();
         journal.commit(&saved("e")).unwrap();
-        journal.form(term, &group(3, Start::Checkpoint(Rank(0), saved("d")))).unwrap();
+        journal.form(term, &group(3, Start::Checkpoint(Rank(0), saved("d"))), &Cause::Gathered).unwrap();
         for open in [true, false] {
             if !open {
                 journal = Journal::open(&folder.path().join("other.sqlite")).unwrap();
@@ -280,7 +420,10 @@ mod tests {
             let state_digest = "d".to_string();
             let from = RecordedStart::Checkpoint { rank: 0, step: 3, phase: 0, state_digest };
             assert_eq!(starts, [RecordedStart::Fresh, RecordedStart::Healed { rank: 1 }, from]);
-            assert_eq!(history.generations[1].members[1], RecordedMember { worker: 2, shards: [2, 4] });
+            assert_eq!(
+                history.generations[1].members[1],
+                RecordedMember { worker: 2, shards: [2, 4], writes_parts: true }
+            );
             let [kept] = history.checkpoints.as_slice() else { panic!("one checkpoint") };
             assert_eq!((kept.state_digest.as_str(), kept.generation, kept.position), ("d", 1, 6));
         }

@@ -9,6 +9,7 @@ pub mod checkpoints;
 pub mod cli;
 pub mod job_file;
 pub mod journal;
+pub mod operate;
 pub mod report;
 pub mod run;
 pub mod run_dir;

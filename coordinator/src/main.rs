@@ -6,12 +6,13 @@ use std::process::ExitCode;
 use clap::Parser;
 use ganglion_coordinator::audit::audit;
 use ganglion_coordinator::cli::{Cli, Command};
+use ganglion_coordinator::operate::{Question, operate};
 use ganglion_coordinator::run::{Failure, run};
 
 fn main() -> ExitCode {
     let mut cli = Cli::parse();
     match cli.command.take() {
-        None => train(cli),
+        None => conclude(block_on(run(cli))),
         Some(Command::Audit { run }) => match audit(&run) {
             Ok(report) => {
                 say(&mut std::io::stdout(), &report.to_string());
@@ -22,20 +23,26 @@ fn main() -> ExitCode {
                 ExitCode::from(2)
             }
         },
+        Some(Command::Status(run)) => conclude(block_on(operate(&run.run_dir, Question::Status))),
+        Some(Command::Drain { worker, run }) => {
+            conclude(block_on(operate(&run.run_dir, Question::Drain(worker))))
+        }
+        Some(Command::Scale { workers, run }) => {
+            conclude(block_on(operate(&run.run_dir, Question::Scale(workers))))
+        }
     }
 }
 
-fn train(cli: Cli) -> ExitCode {
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            say(&mut std::io::stderr(), &format!("error: cannot start: {error}"));
-            return ExitCode::FAILURE;
-        }
-    };
-    let result = runtime.block_on(run(cli));
+fn block_on(future: impl Future<Output = Result<String, Failure>>) -> Result<String, Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.map_err(|error| Failure::Other(format!("cannot start: {error}")))?;
+    let result = runtime.block_on(future);
     // A client that holds its stream open does not keep the process.
     runtime.shutdown_background();
+    result
+}
+
+fn conclude(result: Result<String, Failure>) -> ExitCode {
     match result {
         Ok(line) => {
             say(&mut std::io::stdout(), &line);

@@ -4,7 +4,9 @@ use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
 
-use ganglion_membership::{Checkpoint, Generation, Outcome, Recovered, Term};
+use std::time::Duration;
+
+use ganglion_membership::{Checkpoint, Generation, Limits, Outcome, Recovered, Term};
 use ganglion_proto::job::Job;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -15,10 +17,12 @@ use crate::checkpoints::Checkpoints;
 use crate::cli::{Cli, LogFormat};
 use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal, JournalError};
+use crate::operate::{ACCESS_FILE, Access};
 use crate::report::progress::Screen;
 use crate::run_dir::{RunDir, RunDirError};
 use crate::server::{Store, serve};
 use crate::shell::{Ended, Parts, Shell, ShellError, StopSignal, records::Records};
+use crate::supervisor::{Supervisor, new_token};
 
 /// Messages that may wait for the shell.
 const INPUTS: usize = 4096;
@@ -88,21 +92,32 @@ pub async fn run(cli: Cli) -> Result<String, Failure> {
     let mut journal = Journal::open(&run_dir.path("journal.sqlite"))?;
     // Until a first group was formed nothing was trained, and a mistake in the job may still be mended.
     let begun = journal.last_generation()? > Generation(0);
-    run_dir.settle_job(&job, begun)?;
+    let job_changed = run_dir.settle_job(&job, begun)?;
     let run = run_name(&mut journal)?;
     let default_storage = run_dir.path("checkpoints").display().to_string();
     let storage = job.checkpoint.url.clone().unwrap_or(default_storage);
     let checkpoints = Checkpoints::open(&storage, &run).map_err(Failure::Input)?;
     let mut records = Records::open(job.clone(), run_dir.folder(), screen)
         .map_err(|error| Failure::Input(format!("{}: {error}", run_dir.folder().display())))?;
-    let recovered = recover(&journal, &checkpoints, &mut records)?;
+    let mut recovered = recover(&journal, &checkpoints, &mut records)?;
+    recovered.job_changed = job_changed;
     if let Some(line) = finished(&journal, &job, recovered.checkpoint.as_ref(), &run_dir)? {
         return Ok(line);
     }
 
+    let other = |error: std::io::Error| Failure::Other(error.to_string());
+    let (exits, exited) = mpsc::unbounded_channel();
+    let mut supervisor = Supervisor::new(exits).map_err(other)?;
+    if local_workers > 0 {
+        supervisor.check_program().map_err(other)?;
+    }
+    adopt(&mut journal, &mut supervisor, &mut recovered)?;
     let term = journal.begin_term(job.metrics.every_steps)?;
     let (listener, address) = listen(&cli, &mut journal).await?;
     let url = format!("http://{}", SocketAddr::new(reachable(address.ip()), address.port()));
+    let access = Access { address: url.clone(), token: new_token().map_err(other)? };
+    let text = serde_json::to_string(&access).map_err(|error| Failure::Other(error.to_string()))?;
+    run_dir.write_secret(ACCESS_FILE, &text)?;
     records
         .event("coordinator_started", json!({ "term": term.0, "pid": std::process::id(), "address": url }));
     records.message(&format!(
@@ -110,6 +125,7 @@ pub async fn run(cli: Cli) -> Result<String, Failure> {
         job.job.name,
         run_dir.folder().display()
     ));
+    records.message(&Limits::derive(Duration::from_secs_f64(job.job.failure_deadline)).to_string());
     let parts = Parts {
         store: Store::new(term),
         folder: run_dir.folder().to_path_buf(),
@@ -122,16 +138,23 @@ pub async fn run(cli: Cli) -> Result<String, Failure> {
         local_workers,
         url,
         records,
+        supervisor,
+        exited,
     };
-    let ended = supervise(parts, listener, term).await?;
+    let ended = supervise(parts, listener, term, access.token).await?;
     conclude(ended, &job, &run_dir, &storage)
 }
 
 /// Serves and runs the shell until the run ends.
-async fn supervise(parts: Parts, listener: TcpListener, term: Term) -> Result<Ended, Failure> {
+async fn supervise(
+    parts: Parts,
+    listener: TcpListener,
+    term: Term,
+    admin_token: String,
+) -> Result<Ended, Failure> {
     let (inputs, receiver) = mpsc::channel(INPUTS);
     let (shutdown, stopping) = watch::channel(false);
-    let server = tokio::spawn(serve(listener, term, inputs, parts.store.clone(), stopping));
+    let server = tokio::spawn(serve(listener, term, inputs, parts.store.clone(), admin_token, stopping));
     let ended = Shell::new(parts).run(receiver).await?;
     let _ = shutdown.send(true);
     server.abort();
@@ -142,7 +165,7 @@ fn run_name(journal: &mut Journal) -> Result<String, Failure> {
     if let Some(run) = journal.fact(Fact::Run)? {
         return Ok(run);
     }
-    let run = crate::supervisor::new_token().map_err(|error| Failure::Other(error.to_string()))?;
+    let run = new_token().map_err(|error| Failure::Other(error.to_string()))?;
     journal.set_fact(Fact::Run, &run)?;
     Ok(run)
 }
@@ -163,9 +186,34 @@ fn recover(
         let fields = json!({ "folder": damage.folder, "reason": damage.reason, "instead": instead });
         records.event("checkpoint_damaged", fields);
     }
-    let generation = journal.last_generation()?;
-    let passport = if generation > Generation(0) { journal.passport()? } else { None };
-    Ok(Recovered { generation, checkpoint, passport })
+    let group = journal.last_group()?;
+    let passport = if group.is_some() { journal.passport()? } else { None };
+    let condemned = journal.fact(Fact::Condemned)?.and_then(|text| text.parse().ok()).map(Generation);
+    let skips = journal.skips()?;
+    Ok(Recovered { group, condemned, skips, checkpoint, passport, ..Recovered::default() })
+}
+
+/// Takes the local workers of earlier terms over that still run, and notes which members of the newest group do not.
+fn adopt(
+    journal: &mut Journal,
+    supervisor: &mut Supervisor,
+    recovered: &mut Recovered,
+) -> Result<(), Failure> {
+    let members: Vec<_> =
+        recovered.group.iter().flat_map(|group| &group.members).map(|member| member.worker).collect();
+    for child in journal.children()? {
+        if supervisor.adopt(&child) {
+            recovered.running += 1;
+            recovered.locals.extend(child.worker);
+        } else {
+            // One whose process is not known may yet say hello; it is not waited for.
+            if child.process.is_some() {
+                journal.ended(&child.token)?;
+            }
+            recovered.dead.extend(child.worker.filter(|worker| members.contains(worker)));
+        }
+    }
+    Ok(())
 }
 
 /// The line for a run that has nothing left to do.

@@ -5,6 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use ganglion_proto::job::Job;
@@ -79,14 +80,26 @@ impl RunDir {
         &self.folder
     }
 
+    /// Writes a file that only this user can read.
+    pub fn write_secret(&self, name: &str, text: &str) -> Result<(), RunDirError> {
+        let file = self.path(name);
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let written = options.open(&file).and_then(|mut opened| opened.write_all(text.as_bytes()));
+        written.map_err(|error| RunDirError::Input(format!("{}: {error}", file.display())))
+    }
+
     /// Writes the resolved job; where a run has begun, first checks that nothing changed that decides its result.
-    pub fn settle_job(&self, job: &Job, begun: bool) -> Result<(), RunDirError> {
+    /// Returns whether anything changed at all.
+    pub fn settle_job(&self, job: &Job, begun: bool) -> Result<bool, RunDirError> {
         let file = self.path("job.toml");
         let input = |what: String| RunDirError::Input(format!("{}: {what}", file.display()));
+        let mut changed = true;
         if begun && file.exists() {
             let text = fs::read_to_string(&file).map_err(|error| input(error.to_string()))?;
             let recorded = job_file::parse_resolved(&text)
                 .map_err(|error| input(format!("not a job of this version:\n{error}")))?;
+            changed = recorded != *job;
             let differences = job_file::differences(&recorded, job);
             if !differences.is_empty() {
                 let lines: Vec<String> =
@@ -98,7 +111,8 @@ impl RunDir {
                 )));
             }
         }
-        write_whole(&file, job_file::render(job).as_bytes()).map_err(|error| input(error.to_string()))
+        write_whole(&file, job_file::render(job).as_bytes()).map_err(|error| input(error.to_string()))?;
+        Ok(changed)
     }
 }
 

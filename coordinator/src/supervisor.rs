@@ -1,22 +1,29 @@
-//! The workers that this coordinator starts itself.
+//! The workers that run on the coordinator's machine because a coordinator of this run started them.
 //!
 //! 1. A worker runs in a process group of its own, so an interrupt from the terminal reaches the coordinator alone.
-//! 2. Each has a token that it shows in its hello; nobody else can take its place.
-//! 3. Nothing a worker writes is lost: each line goes to the coordinator's log with the worker's rank.
+//! 2. Each has a token that it shows in its hello; nobody else can take its place. The token is journaled before the
+//!    process exists, so a later coordinator knows it.
+//! 3. A worker outlives a crash of its coordinator; the next one takes it over, by process number and time of start.
+//! 4. What a worker writes goes to the coordinator's log with the worker's rank. One that was taken over has lost its
+//!    pipe: what it has to say of itself it says in its session.
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ganglion_membership::WorkerId;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::mpsc::UnboundedSender;
+
+use crate::journal::ChildRow;
 
 /// How long a worker that was told to exit may take.
 pub const EXIT_LIMIT: Duration = Duration::from_secs(10);
@@ -42,32 +49,48 @@ pub struct Supervisor {
 }
 
 struct ChildHandle {
-    pid: u32,
+    /// The process itself: its number may be given to another once it was reaped.
+    process: Option<Arc<OwnedFd>>,
     /// Its number on this machine, by which it chooses a GPU.
     local_rank: u32,
     name: Arc<Mutex<String>>,
     worker: Option<WorkerId>,
 }
 
+/// A process that was started.
+pub struct Spawned {
+    /// Its number.
+    pub pid: u32,
+    /// When it was started, by the system's clock.
+    pub started: u64,
+}
+
 impl Supervisor {
-    /// Finds the `worker` program next to this one. Ends of processes go to `exits`.
+    /// Ends of processes go to `exits`.
     pub fn new(exits: UnboundedSender<Exited>) -> io::Result<Supervisor> {
         let own = std::env::current_exe()?.canonicalize()?;
-        let program = own.with_file_name("worker");
-        if !program.is_file() {
-            let what =
-                format!("{}: no such program; build it with `cargo build --release`", program.display());
-            return Err(io::Error::new(io::ErrorKind::NotFound, what));
-        }
-        Ok(Supervisor { program, exits, children: BTreeMap::new() })
+        Ok(Supervisor { program: own.with_file_name("worker"), exits, children: BTreeMap::new() })
     }
 
-    /// Starts a worker that connects to `url`; returns its process and its number on this machine, the lowest free one.
-    pub fn spawn(&mut self, url: &str) -> io::Result<(u32, u32)> {
-        let token = new_token()?;
+    /// Whether the `worker` program is where it is looked for, next to this one.
+    pub fn check_program(&self) -> io::Result<()> {
+        if self.program.is_file() {
+            return Ok(());
+        }
+        let what =
+            format!("{}: no such program; build it with `cargo build --release`", self.program.display());
+        Err(io::Error::new(io::ErrorKind::NotFound, what))
+    }
+
+    /// The lowest number on this machine that no worker has.
+    pub fn free_rank(&self) -> u32 {
         let taken: Vec<u32> = self.children.values().map(|child| child.local_rank).collect();
-        let local_rank =
-            (0..).find(|rank| !taken.contains(rank)).expect("there are fewer children than numbers");
+        (0..).find(|rank| !taken.contains(rank)).expect("there are fewer children than numbers")
+    }
+
+    /// Starts a worker that connects to `url`.
+    pub fn spawn(&mut self, url: &str, token: String, local_rank: u32) -> io::Result<Spawned> {
+        self.check_program()?;
         let mut child = Command::new(&self.program)
             .args(["--coordinator", url])
             .env("GANGLION_SPAWN_TOKEN", &token)
@@ -80,21 +103,39 @@ impl Supervisor {
         let pid = child.id().unwrap_or_default();
         let name = Arc::new(Mutex::new(format!("local worker {local_rank}")));
         let lines = child.stderr.take();
-        self.children
-            .insert(token.clone(), ChildHandle { pid, local_rank, name: name.clone(), worker: None });
+        let handle =
+            ChildHandle { process: open(pid).map(Arc::new), local_rank, name: name.clone(), worker: None };
+        self.children.insert(token.clone(), handle);
         tokio::spawn(watch(child, lines, name, token, self.exits.clone()));
-        Ok((pid, local_rank))
+        Ok(Spawned { pid, started: start_time(pid).unwrap_or_default() })
     }
 
-    /// Notes which worker showed `token`; returns whether it is one of ours and still alone with it.
-    pub fn claim(&mut self, token: &str, worker: WorkerId) -> bool {
-        match self.children.get_mut(token) {
-            Some(child) if child.worker.is_none() => {
-                child.worker = Some(worker);
-                true
-            }
-            _ => false,
+    /// Takes over a process of an earlier coordinator; returns whether it still runs.
+    pub fn adopt(&mut self, row: &ChildRow) -> bool {
+        let Some((pid, started)) = row.process else { return false };
+        // First the handle, then the look at the clock: the number cannot be given to another in between.
+        let Some(process) = open(pid).map(Arc::new) else { return false };
+        if row.ended || start_time(pid) != Some(started) {
+            return false;
         }
+        let handle = ChildHandle {
+            process: Some(process.clone()),
+            local_rank: row.local_rank,
+            name: Arc::default(),
+            worker: row.worker,
+        };
+        self.children.insert(row.token.clone(), handle);
+        tokio::spawn(watch_adopted(process, pid, row.token.clone(), self.exits.clone()));
+        true
+    }
+
+    /// Notes which worker showed `token`; returns whether it is one of ours.
+    pub fn claim(&mut self, token: &str, worker: WorkerId) -> bool {
+        let child = self.children.get_mut(token);
+        child.is_some_and(|child| {
+            child.worker = Some(worker);
+            true
+        })
     }
 
     /// Names a worker in the log from now on.
@@ -112,26 +153,49 @@ impl Supervisor {
 
     /// Kills a worker if it is ours.
     pub fn kill(&self, worker: WorkerId) {
-        let ours = self.children.values().filter(|child| child.worker == Some(worker));
-        ours.for_each(|child| signal(child.pid, Signal::SIGKILL));
+        self.children.values().filter(|child| child.worker == Some(worker)).for_each(ChildHandle::kill);
     }
 
     /// Kills all that are left.
     pub fn kill_all(&self) {
-        self.children.values().for_each(|child| signal(child.pid, Signal::SIGKILL));
+        self.children.values().for_each(ChildHandle::kill);
     }
 
-    /// Whether any is left.
+    /// Whether a worker is ours.
+    pub fn has(&self, worker: WorkerId) -> bool {
+        self.children.values().any(|child| child.worker == Some(worker))
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.children.len()
+    }
+
+    /// Whether none is left.
     pub fn is_empty(&self) -> bool {
         self.children.is_empty()
     }
 }
 
-fn signal(pid: u32, signal: Signal) {
-    // A child keeps its number until it is reaped, and a reaped child is not in the table.
-    if let Ok(pid) = i32::try_from(pid) {
-        let _ = kill(Pid::from_raw(pid), signal);
+impl ChildHandle {
+    fn kill(&self) {
+        if let Some(process) = &self.process {
+            let _ = pidfd_send_signal(process, Signal::KILL);
+        }
     }
+}
+
+fn open(pid: u32) -> Option<OwnedFd> {
+    let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
+    pidfd_open(pid, PidfdFlags::NONBLOCK).ok()
+}
+
+/// When a process was started, in the system's ticks since it booted. See proc(5), /proc/pid/stat, field 22.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the program's name in parentheses, which may hold anything.
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_whitespace().nth(19)?.parse().ok()
 }
 
 /// Follows one child: its log lines, then its end.
@@ -162,6 +226,17 @@ async fn watch(
     let _ = exits.send(Exited { token, pid, status, input_error });
 }
 
+/// Waits for the end of a process that is not a child of this one. Its exit status is for its parent alone.
+async fn watch_adopted(process: Arc<OwnedFd>, pid: u32, token: String, exits: UnboundedSender<Exited>) {
+    let wait = move || {
+        let mut ends = [PollFd::new(&process, PollFlags::IN)];
+        while poll(&mut ends, None) == Err(Errno::INTR) {}
+    };
+    let _ = tokio::task::spawn_blocking(wait).await;
+    let status = "an unknown status: it was started by an earlier coordinator".to_string();
+    let _ = exits.send(Exited { token, pid, status, input_error: false });
+}
+
 /// Logs a worker's line at the level that the worker gave it; returns the text of an error.
 fn forward(name: &str, line: &str) -> Option<String> {
     let (level, text) = line.trim_start().split_once(' ').unwrap_or(("", line));
@@ -185,4 +260,36 @@ pub fn new_token() -> io::Result<String> {
     let mut bytes = [0u8; 16];
     std::io::Read::read_exact(&mut std::fs::File::open(Path::new("/dev/urandom"))?, &mut bytes)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(pid: u32, started: u64) -> ChildRow {
+        ChildRow {
+            token: "t".to_string(),
+            local_rank: 1,
+            process: Some((pid, started)),
+            worker: Some(WorkerId(7)),
+            ended: false,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_process_of_an_earlier_coordinator_is_known_by_number_and_start() {
+        let mut process = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = process.id();
+        let started = start_time(pid).unwrap();
+        let (exits, mut exited) = tokio::sync::mpsc::unbounded_channel();
+        let mut supervisor = Supervisor::new(exits).unwrap();
+        assert!(!supervisor.adopt(&row(pid, started + 1)), "another process has its number now");
+        assert!(supervisor.adopt(&row(pid, started)));
+        assert_eq!(supervisor.free_rank(), 0);
+        supervisor.kill(WorkerId(7));
+        let exit = exited.recv().await.unwrap();
+        assert_eq!((supervisor.reaped(&exit.token), exit.pid), (Some(WorkerId(7)), pid));
+        process.wait().unwrap();
+        assert!(!supervisor.adopt(&row(pid, started)), "it has ended");
+    }
 }

@@ -5,28 +5,36 @@
 //! clock and the sockets, journals each decision and carries it out.
 //!
 //! ```text
-//!              all expected are loaded              fault, loss, planned join
+//!              all expected are loaded              fault, loss, planned change
 //!  Gathering ---------------------------> Training ----------------------------> Regrouping
-//!      |                                   |    ^                                    |
-//!      | stop                  all finished|    +------------------------------------+
-//!      v                                   v          all members ready or dead
-//!    Ended <--------------------------- Closing
-//!              last checkpoint committed
+//!   |     ^                                |  ^  ^                                |      |
+//!   |     | all dead or past their lease   |  |  +--------------------------------+      |
+//!   |     +-------- Reconnecting ----------|--+           all members ready or lost      |
+//!   | stop               ^   members back  | all finished                                |
+//!   v                    |                 v                                             |
+//! Ended <----------------|------------- Closing                                          |
+//!        last checkpoint committed                                                       |
+//!                        +---------------------------------------------------------------+
+//!                                      no member is left, and not all are known dead
 //! ```
 //!
-//! Regrouping goes back to Gathering when no member is left: the newest checkpoint then goes on.
+//! A new coordinator of a run that trained begins in Reconnecting.
 
 mod checkpoint;
+mod events;
+mod limits;
 mod machine;
 mod passport;
 mod shards;
 mod types;
 
 pub use checkpoint::{Assembly, Checkpoint, PartConflict, StoredFile, WrittenPart};
-pub use machine::{
-    Action, Event, Fault, Group, LoadedFacts, Loss, Machine, Member, Outcome, Plan, PlanKind, Recovered,
-    Rejection, Settings, Start,
+pub use events::{
+    Action, Activity, Cause, Event, Fault, Group, LoadedFacts, Loss, Member, Outcome, Plan, PlanKind,
+    Progress, Recovered, Rejection, Rested, Settings, Start,
 };
+pub use limits::Limits;
+pub use machine::Machine;
 pub use passport::{Difference, Passport};
 pub use shards::shard_ranges;
 pub use types::{Generation, Position, Rank, Term, Time, WorkerId};

@@ -3,18 +3,20 @@
 use std::time::Duration;
 
 use ganglion_membership::{
-    Checkpoint, Fault, Generation, Group, LoadedFacts, Member, Passport, Plan, PlanKind, Position, Rank,
-    Start, StoredFile, Term, WorkerId, WrittenPart,
+    Activity, Checkpoint, Fault, Generation, Group, LoadedFacts, Member, Passport, Plan, PlanKind, Position,
+    Progress, Rank, Rested, Start, StoredFile, Term, WorkerId, WrittenPart,
 };
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as ValueError, StrDeserializer};
 
 use crate::job::{self, Job, Length};
-use crate::message::{Activity, Assignment, FromWorker, Hello, MetricsRow, SampleGrid, ToWorker, Welcome};
+use crate::message::{Assignment, FromWorker, Hello, MetricsRow, Resume, SampleGrid, ToWorker, Welcome};
 use crate::wire;
 
 /// The longest text that a peer may send where people read it, in bytes. The rest is cut off.
 const TEXT_LIMIT: usize = 4096;
+/// The slowest leaf that is believed.
+const SLOWEST_LEAF: Duration = Duration::from_secs(3600);
 
 /// A message breaks the contract.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -44,12 +46,7 @@ impl FromWorker {
     pub fn to_wire(self, term: Term) -> wire::SessionRequest {
         use wire::session_request::Message;
         let message = match self {
-            FromWorker::Hello(hello) => Message::Hello(wire::Hello {
-                protocol: hello.protocol,
-                spawn_token: hello.spawn_token.unwrap_or_default(),
-                host: hello.host,
-                pid: hello.pid,
-            }),
+            FromWorker::Hello(hello) => Message::Hello(hello_to_wire(hello)),
             FromWorker::Loaded(facts) => Message::Loaded(wire::Loaded {
                 passport: facts.passport.0,
                 samples: facts.samples,
@@ -61,9 +58,11 @@ impl FromWorker {
                 position: position.map(|position| position.0),
             }),
             FromWorker::Fault(generation, fault) => fault_to_wire(generation, fault),
-            FromWorker::Heartbeat(position, activity) => Message::Heartbeat(wire::Heartbeat {
-                position: position.0,
-                activity: activity_to_wire(activity).into(),
+            FromWorker::Heartbeat(progress) => Message::Heartbeat(wire::Heartbeat {
+                position: progress.position.0,
+                activity: activity_to_wire(progress.activity).into(),
+                leaves: progress.leaves,
+                slowest_leaf_us: u64::try_from(progress.slowest_leaf.as_micros()).unwrap_or(u64::MAX),
             }),
             FromWorker::Metrics(row) => Message::Metrics(row_to_wire(row)),
             FromWorker::PartWritten(part) => Message::PartWritten(wire::PartWritten {
@@ -84,10 +83,14 @@ impl FromWorker {
                 height: grid.height,
                 channels: grid.channels,
             }),
+            FromWorker::PhaseSkipped(position, detail) => {
+                Message::PhaseSkipped(wire::PhaseSkipped { position: position.0, detail })
+            }
             FromWorker::Finished(generation, position, complete) => {
                 Message::Finished(wire::Finished { generation: generation.0, position: position.0, complete })
             }
             FromWorker::InputError(detail) => Message::InputError(wire::InputError { detail }),
+            FromWorker::Leave => Message::Leave(wire::Leave {}),
         };
         wire::SessionRequest { term: term.0, message: Some(message) }
     }
@@ -96,20 +99,18 @@ impl FromWorker {
     pub fn from_wire(request: wire::SessionRequest) -> Result<(Term, FromWorker), Malformed> {
         use wire::session_request::Message;
         let message = match required(request.message, "message")? {
-            Message::Hello(hello) => FromWorker::Hello(Hello {
-                protocol: hello.protocol,
-                spawn_token: Some(hello.spawn_token).filter(|token| !token.is_empty()),
-                host: clipped(hello.host),
-                pid: hello.pid,
-            }),
+            Message::Hello(hello) => FromWorker::Hello(hello_from_wire(hello)),
             Message::Loaded(loaded) => FromWorker::Loaded(loaded_from_wire(loaded)?),
             Message::Ready(ready) => {
                 FromWorker::Ready(Generation(ready.generation), ready.position.map(Position))
             }
             Message::Fault(fault) => FromWorker::Fault(Generation(fault.generation), fault_from_wire(fault)?),
-            Message::Heartbeat(heartbeat) => {
-                FromWorker::Heartbeat(Position(heartbeat.position), activity_from_wire(heartbeat.activity())?)
-            }
+            Message::Heartbeat(heartbeat) => FromWorker::Heartbeat(Progress {
+                position: Position(heartbeat.position),
+                leaves: heartbeat.leaves,
+                activity: activity_from_wire(heartbeat.activity())?,
+                slowest_leaf: Duration::from_micros(heartbeat.slowest_leaf_us).min(SLOWEST_LEAF),
+            }),
             Message::Metrics(row) => FromWorker::Metrics(row_from_wire(row)),
             Message::PartWritten(part) => FromWorker::PartWritten(WrittenPart {
                 step: part.step,
@@ -129,14 +130,58 @@ impl FromWorker {
                 height: grid.height,
                 channels: grid.channels,
             }),
+            Message::PhaseSkipped(skipped) => {
+                FromWorker::PhaseSkipped(Position(skipped.position), clipped(skipped.detail))
+            }
             Message::Finished(finished) => FromWorker::Finished(
                 Generation(finished.generation),
                 Position(finished.position),
                 finished.complete,
             ),
             Message::InputError(error) => FromWorker::InputError(clipped(error.detail)),
+            Message::Leave(_) => FromWorker::Leave,
         };
         Ok((Term(request.term), message))
+    }
+}
+
+fn hello_to_wire(hello: Hello) -> wire::Hello {
+    let rested = |rest: Rested| wire::Rested {
+        position: rest.position.map(|position| position.0),
+        finished: rest.finished,
+    };
+    wire::Hello {
+        protocol: hello.protocol,
+        spawn_token: hello.spawn_token.unwrap_or_default(),
+        host: hello.host,
+        pid: hello.pid,
+        address: hello.address,
+        resume: hello.resume.map(|resume| wire::Resume {
+            run: resume.run,
+            worker: resume.worker.0,
+            term: resume.term.0,
+            generation: resume.generation.0,
+            rested: resume.rest.map(rested),
+        }),
+    }
+}
+
+fn hello_from_wire(hello: wire::Hello) -> Hello {
+    let rested =
+        |rest: wire::Rested| Rested { position: rest.position.map(Position), finished: rest.finished };
+    Hello {
+        protocol: hello.protocol,
+        spawn_token: Some(hello.spawn_token).filter(|token| !token.is_empty()),
+        host: clipped(hello.host),
+        pid: hello.pid,
+        address: clipped(hello.address),
+        resume: hello.resume.map(|resume| Resume {
+            run: clipped(resume.run),
+            worker: WorkerId(resume.worker),
+            term: Term(resume.term),
+            generation: Generation(resume.generation),
+            rest: resume.rested.map(rested),
+        }),
     }
 }
 
@@ -157,13 +202,21 @@ fn loaded_from_wire(loaded: wire::Loaded) -> Result<LoadedFacts, Malformed> {
 }
 
 fn fault_to_wire(generation: Generation, fault: Fault) -> wire::session_request::Message {
-    let (kind, detail) = match fault {
-        Fault::Peer => (wire::FaultKind::Peer, String::new()),
-        Fault::Timeout => (wire::FaultKind::Timeout, String::new()),
-        Fault::Diverged(detail) => (wire::FaultKind::Diverged, detail),
-        Fault::Internal(detail) => (wire::FaultKind::Internal, detail),
+    let at = match &fault {
+        Fault::NonFinite { position, .. } => position.0,
+        _ => 0,
     };
-    let fault = wire::Fault { generation: generation.0, kind: kind.into(), detail };
+    let (kind, detail, ranks) = match fault {
+        Fault::Peer => (wire::FaultKind::Peer, String::new(), Vec::new()),
+        Fault::Timeout => (wire::FaultKind::Timeout, String::new(), Vec::new()),
+        Fault::Links(ranks) => (wire::FaultKind::Links, String::new(), ranks),
+        Fault::Diverged(detail) => (wire::FaultKind::Diverged, detail, Vec::new()),
+        Fault::Internal(detail) => (wire::FaultKind::Internal, detail, Vec::new()),
+        Fault::NonFinite { detail, stop: false, .. } => (wire::FaultKind::NonFinite, detail, Vec::new()),
+        Fault::NonFinite { detail, stop: true, .. } => (wire::FaultKind::NonFiniteStop, detail, Vec::new()),
+    };
+    let ranks = ranks.into_iter().map(|rank| rank.0).collect();
+    let fault = wire::Fault { generation: generation.0, kind: kind.into(), detail, ranks, position: at };
     wire::session_request::Message::Fault(fault)
 }
 
@@ -171,8 +224,14 @@ fn fault_from_wire(fault: wire::Fault) -> Result<Fault, Malformed> {
     Ok(match fault.kind() {
         wire::FaultKind::Peer => Fault::Peer,
         wire::FaultKind::Timeout => Fault::Timeout,
+        wire::FaultKind::Links => Fault::Links(fault.ranks.into_iter().map(Rank).collect()),
         wire::FaultKind::Diverged => Fault::Diverged(clipped(fault.detail)),
         wire::FaultKind::Internal => Fault::Internal(clipped(fault.detail)),
+        kind @ (wire::FaultKind::NonFinite | wire::FaultKind::NonFiniteStop) => Fault::NonFinite {
+            position: Position(fault.position),
+            detail: clipped(fault.detail),
+            stop: kind == wire::FaultKind::NonFiniteStop,
+        },
         wire::FaultKind::Unspecified => return Err(malformed("unknown kind of fault")),
     })
 }
@@ -205,6 +264,7 @@ fn row_to_wire(row: MetricsRow) -> wire::MetricsRow {
         images_per_second: row.images_per_second,
         images_seen: row.images_seen,
         ledger: row.ledger,
+        skipped: row.skipped,
     }
 }
 
@@ -219,6 +279,7 @@ fn row_from_wire(row: wire::MetricsRow) -> MetricsRow {
         images_per_second: row.images_per_second,
         images_seen: row.images_seen,
         ledger: row.ledger,
+        skipped: row.skipped,
     }
 }
 
@@ -261,12 +322,16 @@ impl ToWorker {
                 };
                 Message::Plan(wire::Plan { number: plan.number, kind: kind.into() })
             }
-            ToWorker::Abort(generation, reason) => {
-                Message::Abort(wire::Abort { generation: generation.0, reason })
+            ToWorker::Abort { generation, reason, probe } => {
+                Message::Abort(wire::Abort { generation: generation.0, reason, probe })
             }
             ToWorker::MetricsRecorded(step) => Message::MetricsRecorded(wire::MetricsRecorded { step }),
             ToWorker::Reject(reason) => Message::Reject(wire::Reject { reason }),
             ToWorker::Release => Message::Release(wire::Release {}),
+            ToWorker::Pulse => Message::Pulse(wire::Pulse {}),
+            ToWorker::CheckpointRecorded(step, phase) => {
+                Message::CheckpointRecorded(wire::CheckpointRecorded { step, phase })
+            }
         };
         wire::SessionResponse { term: term.0, message: Some(message) }
     }
@@ -292,10 +357,16 @@ impl ToWorker {
                 };
                 ToWorker::Plan(Plan { number: plan.number, kind })
             }
-            Message::Abort(abort) => ToWorker::Abort(Generation(abort.generation), clipped(abort.reason)),
+            Message::Abort(abort) => ToWorker::Abort {
+                generation: Generation(abort.generation),
+                reason: clipped(abort.reason),
+                probe: abort.probe,
+            },
             Message::MetricsRecorded(recorded) => ToWorker::MetricsRecorded(recorded.step),
             Message::Reject(reject) => ToWorker::Reject(clipped(reject.reason)),
             Message::Release(_) => ToWorker::Release,
+            Message::Pulse(_) => ToWorker::Pulse,
+            Message::CheckpointRecorded(at) => ToWorker::CheckpointRecorded(at.step, at.phase),
         };
         Ok((term, message))
     }
@@ -315,19 +386,20 @@ fn assignment_to_wire(assignment: Assignment) -> wire::Assignment {
             state_digest: checkpoint.state_digest,
         }),
     };
-    let member = |member: Member| wire::Member {
+    let member = |(member, address): (Member, String)| wire::Member {
         worker: member.worker.0,
         first_shard: member.shards.start,
         shards: member.shards.end - member.shards.start,
         writes_parts: member.writes_parts,
+        address,
     };
     wire::Assignment {
         generation: group.generation.0,
         rank: assignment.rank,
-        members: group.members.into_iter().map(member).collect(),
+        members: group.members.into_iter().zip(assignment.addresses).map(member).collect(),
         position: group.position.0,
         start: Some(start),
-        reduce_timeout_ms: u64::try_from(assignment.reduce_timeout.as_millis()).unwrap_or(u64::MAX),
+        skips: group.skips.into_iter().map(|position| position.0).collect(),
     }
 }
 
@@ -350,6 +422,7 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
         }
     };
     let mut members = Vec::with_capacity(assignment.members.len());
+    let mut addresses = Vec::with_capacity(assignment.members.len());
     let mut next_shard = 0;
     for member in assignment.members {
         let end = member.first_shard.checked_add(member.shards);
@@ -360,6 +433,7 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
             shards: member.first_shard..next_shard,
             writes_parts: member.writes_parts,
         });
+        addresses.push(clipped(member.address));
     }
     let source = match &start {
         Start::Healed(source) | Start::Checkpoint(source, _) => source.0,
@@ -369,9 +443,15 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
         return Err(malformed("a rank beyond the group"));
     }
     Ok(Assignment {
-        group: Group { generation: Generation(assignment.generation), members, position, start },
+        group: Group {
+            generation: Generation(assignment.generation),
+            members,
+            position,
+            start,
+            skips: assignment.skips.into_iter().map(Position).collect(),
+        },
         rank: assignment.rank,
-        reduce_timeout: Duration::from_millis(assignment.reduce_timeout_ms),
+        addresses,
     })
 }
 
@@ -395,6 +475,7 @@ fn job_to_wire(job: &Job) -> wire::Job {
         shard_batch: job.job.shard_batch,
         threads: job.job.threads,
         failure_deadline: job.job.failure_deadline,
+        non_finite: job.job.non_finite.to_string(),
         data: Some(wire::Data {
             kind: job.data.kind.to_string(),
             path: job.data.path.as_ref().map(|path| path.to_string_lossy().into_owned()),
@@ -449,6 +530,7 @@ fn job_from_wire(wire: wire::Job) -> Result<Job, Malformed> {
             shard_batch: wire.shard_batch,
             threads: wire.threads,
             failure_deadline: wire.failure_deadline,
+            non_finite: from_name(&wire.non_finite, "job.non_finite")?,
         },
         data: data_from_wire(required(wire.data, "job.data")?)?,
         model: model_from_wire(required(wire.model, "job.model")?)?,

@@ -49,6 +49,20 @@ pub struct General {
     pub threads: u32,
     /// How long a silent process is trusted, in seconds. Every other time limit is derived from it.
     pub failure_deadline: f64,
+    /// What to do with a phase whose reduced gradient, statistics or loss is not finite.
+    pub non_finite: NonFinite,
+}
+
+/// What to do with a phase that reduced to an infinity or a NaN. Part of the job, because it changes the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NonFinite {
+    /// Commit the phase without changing the networks.
+    Skip,
+    /// Compute the phase again, from the newest checkpoint on, and skip it only if it is not finite again.
+    RollBack,
+    /// End the run.
+    Stop,
 }
 
 /// How long a job trains: in steps or in passes over the data.
@@ -279,4 +293,4 @@ macro_rules! display_as_in_the_file {
     )*};
 }
 
-display_as_in_the_file!(DataKind, ModelKind, LossKind, OptimizerKind);
+display_as_in_the_file!(NonFinite, DataKind, ModelKind, LossKind, OptimizerKind);

@@ -1,9 +1,7 @@
 //! What a worker and the coordinator say to each other, in the domain's types.
 
-use std::time::Duration;
-
 use ganglion_membership::{
-    Fault, Generation, Group, LoadedFacts, Plan, Position, Term, WorkerId, WrittenPart,
+    Fault, Generation, Group, LoadedFacts, Plan, Position, Progress, Rested, Term, WorkerId, WrittenPart,
 };
 
 use crate::job::Job;
@@ -20,7 +18,7 @@ pub enum FromWorker {
     /// It left its group.
     Fault(Generation, Fault),
     /// A sign of life.
-    Heartbeat(Position, Activity),
+    Heartbeat(Progress),
     /// The figures of a step.
     Metrics(MetricsRow),
     /// A file of a checkpoint is on the storage.
@@ -29,10 +27,14 @@ pub enum FromWorker {
     PartDelayed(u64, String, String),
     /// A grid of generated samples.
     Samples(SampleGrid),
+    /// The phase that started at a position was skipped: what is not finite.
+    PhaseSkipped(Position, String),
     /// It has trained to the end (`true`) or to a planned stop.
     Finished(Generation, Position, bool),
     /// The user's input is wrong.
     InputError(String),
+    /// Its machine wants it to end.
+    Leave,
 }
 
 /// The coordinator's message.
@@ -44,14 +46,25 @@ pub enum ToWorker {
     Assignment(Assignment),
     /// A change is planned.
     Plan(Plan),
-    /// Leave a generation, for a reason.
-    Abort(Generation, String),
+    /// Leave a generation, for a reason; and find out (`probe`) who of it cannot be reached.
+    Abort {
+        /// The generation.
+        generation: Generation,
+        /// Why, for people.
+        reason: String,
+        /// Whether to find out who cannot be reached.
+        probe: bool,
+    },
     /// Metrics rows up to this step are on disk.
     MetricsRecorded(u64),
     /// It may not take part, for a reason.
     Reject(String),
     /// It is not needed any more.
     Release,
+    /// A heartbeat was read.
+    Pulse,
+    /// Nothing more is needed for the checkpoint of this step and phase, and those before.
+    CheckpointRecorded(u64, u32),
 }
 
 /// How a worker introduces itself.
@@ -65,6 +78,25 @@ pub struct Hello {
     pub host: String,
     /// The process on that machine.
     pub pid: u32,
+    /// Where other workers find out whether they reach it: HOST:PORT.
+    pub address: String,
+    /// Who it was, if its session had begun before and ended.
+    pub resume: Option<Resume>,
+}
+
+/// What a worker whose session ended says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resume {
+    /// The run that it belongs to.
+    pub run: String,
+    /// Its number.
+    pub worker: WorkerId,
+    /// The highest term that welcomed it.
+    pub term: Term,
+    /// The newest generation that it was assigned to.
+    pub generation: Generation,
+    /// What it is at rest with; `None` while it may commit.
+    pub rest: Option<Rested>,
 }
 
 /// All that a worker needs to load.
@@ -89,19 +121,8 @@ pub struct Assignment {
     pub group: Group,
     /// This worker's rank.
     pub rank: u32,
-    /// How long to wait for another member before reporting a fault.
-    pub reduce_timeout: Duration,
-}
-
-/// What a training thread does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activity {
-    /// It computes.
-    Computing,
-    /// It waits for other members.
-    Waiting,
-    /// It is at rest, between two groups.
-    Resting,
+    /// Where each rank is probed: HOST:PORT.
+    pub addresses: Vec<String>,
 }
 
 /// The figures of one reported step.
@@ -125,6 +146,8 @@ pub struct MetricsRow {
     pub images_seen: u64,
     /// The state's ledger after the step: which samples were committed up to it.
     pub ledger: u64,
+    /// Phases skipped in a row, up to the step's end.
+    pub skipped: u64,
 }
 
 /// A grid of generated samples.

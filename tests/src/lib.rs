@@ -1,7 +1,8 @@
 //! What the end-to-end tests share: real coordinators and workers, each run in a folder of its own.
 //!
 //! 1. Nothing sleeps and hopes: a test waits for an event of the run, at most [`LIMIT`].
-//! 2. Nothing is left behind: processes are killed and folders removed when their owner is dropped.
+//! 2. Nothing is left behind: processes are killed and folders removed when their owner is dropped, the local workers of
+//!    a run too, which outlive their coordinator.
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
@@ -57,6 +58,25 @@ impl Run {
         let root = tempfile::tempdir().expect("a temporary folder");
         let settings = settings.concat().into_iter().map(str::to_string).collect();
         Run { root, settings }
+    }
+
+    /// Asks this run's coordinator for something.
+    pub fn ask(&self, arguments: &[&str]) -> Ended {
+        let mut command = Command::new(program("coordinator"));
+        command.args(arguments).arg("--run-dir").arg(self.path(""));
+        Process::start(command).wait()
+    }
+
+    /// Proves the run from its files.
+    #[track_caller]
+    pub fn assert_audited(&self) {
+        let mut command = Command::new(program("coordinator"));
+        let audited = Process::start({
+            command.arg("audit").arg(self.path(""));
+            command
+        })
+        .wait();
+        assert_eq!(audited.code, Some(0), "{}", audited.output);
     }
 
     /// Changes a setting, for coordinators started from now on.
@@ -139,6 +159,48 @@ impl Run {
             .iter()
             .map(|member| i32::try_from(member["pid"].as_i64().expect("a pid")).expect("a pid"))
             .collect()
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        for event in lines(&self.path("events.jsonl")) {
+            let pid = event["pid"].as_i64().filter(|_| event["kind"] == "worker_started");
+            let Some(pid) = pid.and_then(|pid| i32::try_from(pid).ok()) else { continue };
+            // The number may be another process's by now.
+            if fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("worker")) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+    }
+}
+
+/// A digest that must be the same for all, and what it was computed by.
+pub struct Reference {
+    what: String,
+    digest: String,
+}
+
+impl Reference {
+    /// The digest that `what` gave.
+    pub fn new(what: &str, digest: String) -> Reference {
+        Reference { what: what.to_string(), digest }
+    }
+
+    /// The digest of an undisturbed run of a job.
+    pub fn of(settings: &[&[&str]]) -> Reference {
+        Reference::new("an undisturbed run", Run::new(settings).complete(1))
+    }
+
+    /// Asserts that another way came to the same digest.
+    #[track_caller]
+    pub fn equals(&self, what: &str, digest: &str) {
+        assert_eq!(digest, self.digest, "{what} differs from {}", self.what);
+    }
+
+    /// The digest.
+    pub fn digest(&self) -> &str {
+        &self.digest
     }
 }
 
@@ -237,7 +299,6 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Its workers notice that it is gone.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

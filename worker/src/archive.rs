@@ -88,6 +88,12 @@ impl Archive {
         self.shared.changed.notify_all();
     }
 
+    /// Forgets what waits.
+    pub fn discard(&self) {
+        self.shared.lock().waiting.clear();
+        self.shared.changed.notify_all();
+    }
+
     /// Waits until all is written; gives up when `abandon` says so.
     pub fn drain(&self, abandon: impl Fn() -> bool) {
         let mut queue = self.shared.lock();
@@ -164,7 +170,7 @@ impl Shared {
             loop {
                 match files.write(&order.snapshot, &digest, *index).await {
                     Ok(part) => {
-                        context.session.send(FromWorker::PartWritten(part));
+                        context.session.report_part(part);
                         break;
                     }
                     Err(error) => {

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 
 use ganglion_membership::{Checkpoint, Position, StoredFile, WrittenPart};
 use ganglion_proto::job::Job;
+use ganglion_proto::manifest;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -62,10 +63,11 @@ enum Content {
 }
 
 /// The tensors that hold the counters, by name.
-fn counter_tensors(counters: &Counters) -> [(&'static str, [u8; 8]); 2] {
+fn counter_tensors(counters: &Counters) -> [(&'static str, [u8; 8]); 3] {
     [
         ("counters.ledger", counters.ledger.to_le_bytes()),
         ("counters.position", counters.position.0.to_le_bytes()),
+        ("counters.skipped", counters.skipped.to_le_bytes()),
     ]
 }
 
@@ -184,7 +186,8 @@ impl Files<'_> {
             }
             Content::Index(weight_map) => {
                 let named: usize = self.layout.tensors().iter().map(|tensor| 4 * tensor.range.len()).sum();
-                let total_size = named + 16;
+                let counters = counter_tensors(&snapshot.counters);
+                let total_size = named + 8 * counters.len();
                 let index = serde_json::json!({
                     "metadata": { "total_size": total_size },
                     "weight_map": weight_map,
@@ -221,6 +224,25 @@ impl Files<'_> {
             file,
             state_digest: state_digest.to_string(),
         })
+    }
+
+    /// Writes a whole checkpoint, its manifest last; what is there already is left. Returns its folder.
+    pub async fn write_whole(&self, snapshot: &Snapshot) -> Result<String, CheckpointError> {
+        let digest = state_digest(self.layout, snapshot);
+        let count = file_count(self.layout, self.job.job.data_shards);
+        let mut files = Vec::with_capacity(count);
+        for index in 0..count {
+            files.push(self.write(snapshot, &digest, index).await?.file);
+        }
+        let position = snapshot.counters.position;
+        let (step, phase) = (snapshot.step, snapshot.phase);
+        let checkpoint = Checkpoint { position, step, phase, files, state_digest: digest };
+        let path = Path::from(checkpoint.folder()).join("manifest.json");
+        let manifest = PutPayload::from(manifest::render(&checkpoint));
+        match self.storage.put_opts(&path, manifest, PutOptions::from(PutMode::Create)).await {
+            Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => Ok(checkpoint.folder()),
+            Err(source) => Err(CheckpointError::Storage { file: path.to_string(), source }),
+        }
     }
 
     async fn put(&self, folder: &str, file: &StoredFile, content: Vec<u8>) -> Result<(), CheckpointError> {
@@ -286,6 +308,7 @@ fn take_tensor(
     match name {
         "counters.position" => snapshot.counters.position = Position(number()?),
         "counters.ledger" => snapshot.counters.ledger = number()?,
+        "counters.skipped" => snapshot.counters.skipped = number()?,
         _ => {
             let tensor = missing.remove(name).ok_or_else(|| format!("{name} is not in this job's model"))?;
             let place = &mut snapshot.flat[4 * tensor.range.start..4 * tensor.range.end];

@@ -2,6 +2,8 @@
 //!
 //! 1. `commit` is a function of (job, state, phase, reduced leaf, ledger); it draws nothing and reads no clock.
 //! 2. Every optimizer call covers one whole module, whatever the number of workers.
+//! 3. `skip` is a commit: a function of (job, state, phase, ledger). It leaves parameters, moments and running statistics
+//!    as they are; position, ledger and moving average go on, and so does the count by which Adam corrects its bias.
 
 use c10d::aten::{Adam, fused_adam};
 use ganglion_proto::job::Job;
@@ -32,23 +34,35 @@ pub fn commit(
             let mut buffers = state.section(state.layout.module(phase.module).buffer_range());
             let _ = buffers.lerp_(&narrow(mean, statistics), MOMENTUM);
         }
-        if phase.module == Module::Generator {
-            update_average(job, state);
-        }
     });
+    state.counters.skipped = 0;
+    go_on(job, state, phase, ledger);
+    Ok(())
+}
+
+/// Commits `phase` without what it reduced to, which was not finite.
+pub fn skip(job: &Job, state: &mut State, phase: Phase, ledger: u64) {
+    state.counters.skipped += 1;
+    go_on(job, state, phase, ledger);
+}
+
+/// What every commit ends with.
+fn go_on(job: &Job, state: &mut State, phase: Phase, ledger: u64) {
+    if phase.module == Module::Generator {
+        no_grad(|| update_average(job, state));
+    }
     state.counters.position.0 += 1;
     state.counters.ledger = state.counters.ledger.wrapping_add(ledger);
-    Ok(())
 }
 
 fn update_parameters(job: &Job, state: &State, module: Module, gradient: &Tensor) -> Result<(), c10d::Error> {
     let sections = state.layout.module(module);
     let optimizer = &job.optimizer;
-    let steps_before = state.counters.position.0 / phases_per_step(job);
+    let steps_before = state.counters.position.0 / job.phases_per_step();
     let (lr, updates_before) = match module {
         Module::Generator => (optimizer.learning_rate, steps_before),
         Module::Discriminator => {
-            let this_step = state.counters.position.0 % phases_per_step(job);
+            let this_step = state.counters.position.0 % job.phases_per_step();
             let updates = steps_before * u64::from(job.loss.discriminator_steps) + this_step;
             (optimizer.discriminator_learning_rate, updates)
         }
@@ -65,7 +79,7 @@ fn update_parameters(job: &Job, state: &State, module: Module, gradient: &Tensor
 }
 
 fn update_average(job: &Job, state: &State) {
-    let steps = state.counters.position.0 / phases_per_step(job) + 1;
+    let steps = state.counters.position.0 / job.phases_per_step() + 1;
     let mut average = state.section(state.layout.ema_range());
     let generator = state.section(state.layout.generator.weight_range());
     let _ = average.lerp_(&generator, 1.0 - average_decay(job, steps));
@@ -82,9 +96,4 @@ fn average_decay(job: &Job, steps: u64) -> f64 {
     );
     let half_life = half_life.min(seen * EMA_RAMP_UP);
     if half_life <= 0.0 { 0.0 } else { libm::exp2(-batch / half_life) }
-}
-
-/// Phases of one step.
-pub fn phases_per_step(job: &Job) -> u64 {
-    job.phases_per_step()
 }

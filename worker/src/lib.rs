@@ -7,6 +7,7 @@
 //! - [`phase`]: a leaf is what one data shard contributes, whoever computes it.
 //! - [`tree`] and [`exchange`]: leaves are summed in one order, for any number of ranks.
 //! - [`commit`]: the only writer of [`state`], and a pure one.
+//! - [`finite`]: what is not finite is skipped or ends the group, by all members alike.
 //! - [`team`]: a group starts from one state, compared before the first phase.
 #![forbid(unsafe_code)]
 
@@ -16,6 +17,7 @@ pub mod commit;
 pub mod data;
 pub mod device;
 pub mod exchange;
+pub mod finite;
 pub mod loss;
 pub mod nn;
 pub mod passport;

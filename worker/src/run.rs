@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ganglion_membership::LoadedFacts;
+use ganglion_membership::{Fault, LoadedFacts};
 use ganglion_proto::message::FromWorker;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
@@ -18,7 +18,7 @@ use crate::nn::Models;
 use crate::passport;
 use crate::session::{ConnectError, End, Session};
 use crate::state::StateLayout;
-use crate::trainer::Trainer;
+use crate::trainer::{Rest, Trainer};
 
 /// The environment variable by which the coordinator gives its own workers their token.
 pub const SPAWN_TOKEN: &str = "GANGLION_SPAWN_TOKEN";
@@ -63,9 +63,7 @@ pub fn run(url: &str, device: DeviceChoice) -> Result<(), Failure> {
             Ok(assignment) => assignment,
             Err(End::Released) => return Ok(()),
             Err(End::Rejected(reason)) => return Err(Failure::Other(reason)),
-            Err(End::Lost(reason)) => {
-                return Err(Failure::Other(format!("lost the coordinator: {reason}")));
-            }
+            Err(End::Lost(reason)) => return Err(alone(&trainer, &reason)),
         };
         let group = &assignment.group;
         tracing::info!(
@@ -77,8 +75,27 @@ pub fn run(url: &str, device: DeviceChoice) -> Result<(), Failure> {
             group.position,
         );
         let rest = trainer.take_part(&assignment);
+        let failed = match &rest {
+            Rest::Fault(Fault::Internal(detail)) => Some(detail.clone()),
+            _ => None,
+        };
         trainer.tell(&assignment, rest);
+        if let Some(detail) = failed {
+            // The coordinator has read this when it ends the session.
+            session.wait_for_end(session.limits().attempt);
+            return Err(Failure::Other(detail));
+        }
     }
+}
+
+/// The end of a worker whose coordinator does not come back: what it holds is saved for the next one.
+fn alone(trainer: &Trainer, reason: &str) -> Failure {
+    let saved = match trainer.save_alone() {
+        Ok(Some(folder)) => format!("saved {folder} for the next coordinator"),
+        Ok(None) => "there is nothing to save".to_string(),
+        Err(error) => format!("and what this worker holds cannot be saved: {error}"),
+    };
+    Failure::Other(format!("lost the coordinator: {reason}; {saved}"))
 }
 
 /// Opens the data, builds the networks, proves the arithmetic.
@@ -114,7 +131,7 @@ fn load(session: &Arc<Session>, device: Device) -> Result<Trainer, Failure> {
         session: session.clone(),
     };
     let archive = Archive::start(context).map_err(|error| Failure::Other(error.to_string()))?;
-    session.send(FromWorker::Loaded(facts));
+    session.loaded(facts);
     Ok(Trainer {
         job,
         models,
@@ -123,6 +140,7 @@ fn load(session: &Arc<Session>, device: Device) -> Result<Trainer, Failure> {
         device,
         session: session.clone(),
         storage,
+        sees_storage,
         archive,
         held: None,
     })

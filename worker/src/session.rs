@@ -1,14 +1,18 @@
 //! The worker's side of its session with the coordinator.
 //!
 //! A thread of its own keeps the stream alive and answers at once, whatever the training thread does: it takes orders
-//! in, aborts a group that it is told to leave, and sends heartbeats. The training thread asks for its next order when it
-//! is at rest, and looks at the newest plan when it reduces.
+//! in, aborts a group that it is told to leave, sends heartbeats, and finds the coordinator again when the stream ends.
+//! The training thread asks for its next order when it is at rest, and looks at the newest plan when it reduces.
 //!
 //! 1. An abort reaches the group of its generation even when it arrives before that group was formed.
-//! 2. Metrics rows are kept until the coordinator says that they are on disk.
-//! 3. When the coordinator is gone for the grace period, the group is aborted and the worker ends.
+//! 2. Metrics rows and reports of written files are kept until the coordinator says that they are recorded.
+//! 3. Training goes on without a coordinator until the lease is over, and no further: [`Session::may_commit`].
+//! 4. A worker refuses a coordinator of an older term than it has known, and one of another run.
+//! 5. A worker that its coordinator does not know any more gives its group up before it says that it has loaded.
 
 mod client;
+mod lease;
+mod probe;
 mod store;
 
 use std::collections::VecDeque;
@@ -17,12 +21,17 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use c10d::{Aborter, KeyValueStore};
-use ganglion_membership::{Generation, Plan, Position, Rank};
-use ganglion_proto::message::{Activity, Assignment, FromWorker, MetricsRow, Welcome};
+use ganglion_membership::{
+    Activity, Generation, Limits, LoadedFacts, Plan, Position, Progress, Rank, Rested, Term, WrittenPart,
+};
+use ganglion_proto::message::{Assignment, FromWorker, MetricsRow, Resume, Welcome};
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::watch;
 use tonic::transport::Channel;
 
 pub use client::ConnectError;
+use lease::Lease;
+pub use probe::unreachable;
 use store::GrpcStore;
 
 /// How a worker's part in a run ends.
@@ -32,39 +41,52 @@ pub enum End {
     Released,
     /// It may not take part.
     Rejected(String),
-    /// The coordinator is gone.
+    /// The coordinator is gone for longer than the lease.
     Lost(String),
 }
 
 /// An open session.
 pub struct Session {
-    welcome: Welcome,
     shared: Arc<Shared>,
     outbox: UnboundedSender<FromWorker>,
-    channel: Channel,
     runtime: tokio::runtime::Handle,
     /// The address under which this machine reaches the coordinator.
     local_address: std::net::IpAddr,
 }
 
 /// What the training thread and the session's thread share.
-#[derive(Default)]
 struct Shared {
     inbox: Mutex<Inbox>,
     changed: Condvar,
+    /// The newest generation that was aborted.
+    aborted: watch::Sender<Generation>,
+    lease: Lease,
     position: AtomicU64,
     activity: AtomicU8,
+    leaves: AtomicU64,
+    slowest_leaf_us: AtomicU64,
 }
 
-#[derive(Default)]
 struct Inbox {
+    welcome: Welcome,
+    channel: Channel,
+    /// The newest assignment's generation, and the term that gave it.
+    assigned: (Generation, Term),
     assignment: Option<Assignment>,
     plan: Option<Plan>,
-    /// The newest generation that was aborted.
-    aborted: Generation,
+    /// Whether the newest abort asks for a probe.
+    probe: bool,
     group: Option<(Generation, Aborter)>,
+    /// What the training thread is at rest with; `None` while it may commit.
+    rest: Option<Rested>,
+    facts: Option<LoadedFacts>,
+    /// Whether the coordinator waits to hear of `facts` until the training thread is at rest.
+    introduce: bool,
     end: Option<End>,
     rows: VecDeque<MetricsRow>,
+    /// Whether the coordinator gets the rows from this member.
+    reports_rows: bool,
+    parts: VecDeque<WrittenPart>,
 }
 
 impl Session {
@@ -73,9 +95,14 @@ impl Session {
         client::open(url, spawn_token)
     }
 
-    /// What the coordinator said when it took this worker in.
-    pub fn welcome(&self) -> &Welcome {
-        &self.welcome
+    /// What the coordinator said when it took this worker in the last time.
+    pub fn welcome(&self) -> Welcome {
+        self.shared.lock().welcome.clone()
+    }
+
+    /// The time limits of the run.
+    pub fn limits(&self) -> Limits {
+        self.shared.lock().limits()
     }
 
     /// The address under which other machines of the run find this one.
@@ -86,6 +113,12 @@ impl Session {
     /// Sends a message; if the session has ended there is nobody to read it, and [`Session::end`] says so.
     pub fn send(&self, message: FromWorker) {
         let _ = self.outbox.send(message);
+    }
+
+    /// Tells the coordinator that this worker can train.
+    pub fn loaded(&self, facts: LoadedFacts) {
+        self.shared.lock().facts = Some(facts.clone());
+        self.send(FromWorker::Loaded(facts));
     }
 
     /// Waits at rest for the next generation, or the end.
@@ -99,9 +132,28 @@ impl Session {
             if let Some(assignment) = inbox.assignment.take() {
                 return Ok(assignment);
             }
-            // The session's thread watches the coordinator, so this wait ends with the grace period at the latest.
+            // The session's thread watches the lease, so this wait ends with that at the latest.
             let waited = self.shared.changed.wait_timeout(inbox, Duration::from_secs(1));
             inbox = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The training thread is at rest and commits nothing more of a generation.
+    pub fn rested(&self, generation: Generation, rest: Rested) {
+        let mut inbox = self.shared.lock();
+        inbox.group = None;
+        if inbox.assigned.0 == generation {
+            inbox.rest = Some(rest);
+        }
+        let message = match (rest.finished, rest.position) {
+            (Some(complete), Some(position)) => FromWorker::Finished(generation, position, complete),
+            (_, position) => FromWorker::Ready(generation, position),
+        };
+        self.send(message);
+        if std::mem::take(&mut inbox.introduce)
+            && let Some(facts) = inbox.facts.clone()
+        {
+            self.send(FromWorker::Loaded(facts));
         }
     }
 
@@ -122,18 +174,36 @@ impl Session {
         self.shared.lock().plan
     }
 
+    /// Whether a phase may be committed: while the coordinator answers, and until the lease is over when it does not.
+    pub fn may_commit(&self) -> bool {
+        self.shared.lease.holds()
+    }
+
+    /// Whether this worker was told to leave `generation`.
+    pub fn is_aborted(&self, generation: Generation) -> bool {
+        *self.shared.aborted.borrow() >= generation
+    }
+
+    /// Whether it shall find out whom of its last group it cannot reach.
+    pub fn take_probe(&self) -> bool {
+        std::mem::take(&mut self.shared.lock().probe)
+    }
+
     /// Lets an abort of `generation` reach this group from now on; an abort that came earlier does so at once.
     pub fn watch_group(&self, generation: Generation, aborter: Aborter) {
         let mut inbox = self.shared.lock();
-        if inbox.aborted >= generation || inbox.end.is_some() {
+        if self.is_aborted(generation) || inbox.end.is_some() {
             aborter.abort();
         }
         inbox.group = Some((generation, aborter));
     }
 
-    /// The store in which the members of `generation` find each other.
-    pub fn store(&self, generation: Generation) -> Arc<dyn KeyValueStore> {
-        Arc::new(GrpcStore::new(self.channel.clone(), self.runtime.clone(), self.welcome.term, generation))
+    /// The store in which the members of the newest generation find each other, and its term.
+    pub fn store(&self) -> (Arc<dyn KeyValueStore>, Term) {
+        let inbox = self.shared.lock();
+        let ((generation, term), channel) = (inbox.assigned, inbox.channel.clone());
+        let aborted = self.shared.aborted.subscribe();
+        (Arc::new(GrpcStore::new(channel, self.runtime.clone(), term, generation, aborted)), term)
     }
 
     /// Tells the heartbeats where training is.
@@ -146,6 +216,15 @@ impl Session {
         self.shared.activity.store(activity as u8, Ordering::Relaxed);
     }
 
+    /// Tells the heartbeats that a leaf was computed, and how long that took.
+    pub fn leaf_done(&self, took: Duration) {
+        self.shared.leaves.fetch_add(1, Ordering::Relaxed);
+        // One that a pause of the machine made long is forgotten after some hundred others.
+        let known = self.shared.slowest_leaf_us.load(Ordering::Relaxed);
+        let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.shared.slowest_leaf_us.store(took.max(known - known / 256), Ordering::Relaxed);
+    }
+
     /// Keeps a row until it is recorded; rank 0 sends it as well.
     pub fn report(&self, rank: Rank, row: MetricsRow) {
         if rank == Rank(0) {
@@ -154,28 +233,118 @@ impl Session {
         self.shared.lock().rows.push_back(row);
     }
 
-    /// Sends all kept rows again. After a change of the group nobody knows which of them arrived, and who has them all.
-    pub fn report_kept(&self) {
-        let rows: Vec<MetricsRow> = self.shared.lock().rows.iter().cloned().collect();
-        rows.into_iter().for_each(|row| self.send(FromWorker::Metrics(row)));
+    /// Sends all kept rows again, but for those of steps after `step`, which are computed again. After a change of the
+    /// group nobody knows which of them arrived, and who has them all.
+    pub fn report_kept(&self, rank: Rank, step: u64) {
+        let mut inbox = self.shared.lock();
+        inbox.reports_rows = rank == Rank(0);
+        inbox.rows.retain(|row| row.step <= step);
+        inbox.parts.retain(|part| part.step <= step);
+        inbox.rows.iter().for_each(|row| self.send(FromWorker::Metrics(row.clone())));
+    }
+
+    /// Reports a written file, and keeps the report until the checkpoint needs it no more.
+    pub fn report_part(&self, part: WrittenPart) {
+        self.shared.lock().parts.push_back(part.clone());
+        self.send(FromWorker::PartWritten(part));
+    }
+}
+
+impl Inbox {
+    fn limits(&self) -> Limits {
+        Limits::derive(Duration::from_secs_f64(self.welcome.job.job.failure_deadline))
     }
 }
 
 impl Shared {
+    fn new(welcome: Welcome, channel: Channel, lease: Lease) -> Shared {
+        let inbox = Inbox {
+            welcome,
+            channel,
+            assigned: (Generation(0), Term(0)),
+            assignment: None,
+            plan: None,
+            probe: false,
+            group: None,
+            rest: Some(Rested { position: None, finished: None }),
+            facts: None,
+            introduce: false,
+            end: None,
+            rows: VecDeque::new(),
+            reports_rows: false,
+            parts: VecDeque::new(),
+        };
+        Shared {
+            inbox: Mutex::new(inbox),
+            changed: Condvar::new(),
+            aborted: watch::Sender::new(Generation(0)),
+            lease,
+            position: AtomicU64::new(0),
+            activity: AtomicU8::new(Activity::Resting as u8),
+            leaves: AtomicU64::new(0),
+            slowest_leaf_us: AtomicU64::new(0),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inbox> {
         // Nothing panics while it holds the lock, and an inbox is whole at any time.
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn activity(&self) -> Activity {
+    fn progress(&self) -> Progress {
         let stored = self.activity.load(Ordering::Relaxed);
         let all = [Activity::Computing, Activity::Waiting, Activity::Resting];
-        all.into_iter().find(|activity| *activity as u8 == stored).unwrap_or(Activity::Resting)
+        Progress {
+            position: Position(self.position.load(Ordering::Relaxed)),
+            leaves: self.leaves.load(Ordering::Relaxed),
+            activity: all.into_iter().find(|activity| *activity as u8 == stored).unwrap_or_default(),
+            slowest_leaf: Duration::from_micros(self.slowest_leaf_us.load(Ordering::Relaxed)),
+        }
     }
 
-    fn take_assignment(&self, assignment: Assignment) {
+    /// Who this worker is, for a coordinator that may know it.
+    fn resume(&self) -> Resume {
+        let inbox = self.lock();
+        Resume {
+            run: inbox.welcome.run.clone(),
+            worker: inbox.welcome.worker,
+            term: inbox.welcome.term,
+            generation: inbox.assigned.0,
+            rest: inbox.rest,
+        }
+    }
+
+    /// A coordinator took this worker in again: returns what it must hear that it may not have heard.
+    fn welcome_again(&self, welcome: Welcome, channel: Channel) -> Vec<FromWorker> {
         let mut inbox = self.lock();
+        let stranger = welcome.worker != inbox.welcome.worker;
+        (inbox.welcome, inbox.channel) = (welcome, channel);
+        if stranger {
+            tracing::info!("the coordinator takes this worker in anew, as worker {}", inbox.welcome.worker);
+            // An assignment that the training thread has not taken yet fails at once, and then it is at rest.
+            let assigned = inbox.assigned.0;
+            self.abort_locked(&inbox, assigned);
+            inbox.introduce = inbox.rest.is_none();
+        }
+        let mut again = Vec::new();
+        if !inbox.introduce {
+            again.extend(inbox.facts.clone().map(FromWorker::Loaded));
+        }
+        again.extend(inbox.parts.iter().cloned().map(FromWorker::PartWritten));
+        if inbox.reports_rows {
+            again.extend(inbox.rows.iter().cloned().map(FromWorker::Metrics));
+        }
+        again
+    }
+
+    fn take_assignment(&self, term: Term, assignment: Assignment) {
+        let mut inbox = self.lock();
+        if assignment.group.generation <= inbox.assigned.0 {
+            return;
+        }
+        inbox.assigned = (assignment.group.generation, term);
         inbox.plan = None;
+        inbox.rest = None;
         inbox.assignment = Some(assignment);
         self.changed.notify_all();
     }
@@ -187,9 +356,14 @@ impl Shared {
         }
     }
 
-    fn abort(&self, generation: Generation) {
+    fn abort(&self, generation: Generation, probe: bool) {
         let mut inbox = self.lock();
-        inbox.aborted = inbox.aborted.max(generation);
+        inbox.probe |= probe && inbox.assigned.0 == generation;
+        self.abort_locked(&inbox, generation);
+    }
+
+    fn abort_locked(&self, inbox: &Inbox, generation: Generation) {
+        self.aborted.send_modify(|newest| *newest = generation.max(*newest));
         if let Some((watched, aborter)) = &inbox.group
             && *watched <= generation
         {
@@ -201,11 +375,13 @@ impl Shared {
         self.lock().rows.retain(|row| row.step > recorded);
     }
 
+    fn forget_parts(&self, recorded: (u64, u32)) {
+        self.lock().parts.retain(|part| (part.step, part.phase) > recorded);
+    }
+
     fn end(&self, end: End) {
         let mut inbox = self.lock();
-        if let Some((_, aborter)) = &inbox.group {
-            aborter.abort();
-        }
+        self.abort_locked(&inbox, Generation(u64::MAX));
         inbox.end.get_or_insert(end);
         self.changed.notify_all();
     }

@@ -1,4 +1,4 @@
-//! The state of training: one flat buffer of f32 and two counters.
+//! The state of training: one flat buffer of f32 and three counters.
 //!
 //! 1. Nothing in the state depends on the cluster: it is a function of the job, the data and the position.
 //! 2. Each tensor starts on a 64-byte boundary of the buffer. The gaps hold +0.0 for ever, and no reader sees them.
@@ -206,6 +206,8 @@ pub struct Counters {
     pub position: Position,
     /// Sum mod 2^64 of the hashes of (place in the stream, sample) of every real sample committed.
     pub ledger: u64,
+    /// Phases skipped in a row up to here, because what they reduced to was not finite.
+    pub skipped: u64,
 }
 
 /// The state at a position.

@@ -6,19 +6,25 @@
 //!    and its fingerprint is right. Until then the receiver keeps what it had.
 //! 3. Before the first phase all members have compared the fingerprint of the whole state.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
-use c10d::{Buffer, GlooAddress, GlooOptions, Group};
-use ganglion_membership::{Position, Start};
+use c10d::{Buffer, GlooAddress, GlooOptions, Group, KeyValueStore};
+use ganglion_membership::{Activity, Position, Start, Term};
 use ganglion_proto::job::Job;
-use ganglion_proto::message::{Activity, Assignment};
+use ganglion_proto::message::Assignment;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::exchange::{Deal, Exchange, ReduceError, Reduced, Trailer};
+use crate::finite::NonFinite;
 use crate::nn::Models;
 use crate::phase::{LeafBuffer, LeafLayout, Phase};
 use crate::session::Session;
 use crate::state::{ALIGNMENT, Counters, Module, State, StateLayout, narrow};
+
+/// How often a wait looks for an abort.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// What goes with the state without being part of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -34,6 +40,8 @@ pub struct Team {
     pub deal: Deal,
     /// The generation.
     pub generation: u64,
+    /// Positions by which the run was rolled back.
+    pub skips: Vec<Position>,
     group: Group,
     timeout: Duration,
     generator: Exchange,
@@ -49,9 +57,15 @@ pub enum TeamError {
     /// The real samples could not be read.
     #[error(transparent)]
     Data(#[from] crate::data::DataError),
-    /// Members hold different states, or belong to different groups.
+    /// Members hold different states.
     #[error("{0}")]
     Diverged(String),
+    /// Members belong to different groups.
+    #[error("{0}")]
+    Fenced(String),
+    /// What was reduced is not finite and is not to be skipped.
+    #[error(transparent)]
+    NonFinite(#[from] NonFinite),
 }
 
 impl From<c10d::Error> for TeamError {
@@ -82,18 +96,21 @@ impl Team {
             shards: assignment.group.members.iter().map(|member| member.shards.clone()).collect(),
             rank: assignment.rank as usize,
         };
-        let group = meet(&deal, assignment, session, device)?;
+        let (group, term) = meet(&deal, assignment, session, device)?;
         session.watch_group(generation, group.aborter());
         let exchange = |module| {
             let leaf = LeafLayout::new(models, layout, module);
             Exchange::new(deal.clone(), leaf, job.global_batch(), device)
         };
         let (generator, discriminator) = (exchange(Module::Generator)?, exchange(Module::Discriminator)?);
-        let timeout = assignment.reduce_timeout;
-        let generation = generation.0;
-        let team = Team { deal, generation, group, timeout, generator, discriminator };
-        team.compare("group", &identity(session, assignment))?;
-        Ok(team)
+        let timeout = session.limits().reduce;
+        let (generation, skips) = (generation.0, assignment.group.skips.clone());
+        let team = Team { deal, generation, skips, group, timeout, generator, discriminator };
+        match team.compare("group", &identity(session, assignment, term)) {
+            // Nobody's state is wrong: somebody came to the wrong place.
+            Err(TeamError::Diverged(what)) => Err(TeamError::Fenced(what)),
+            compared => compared.map(|()| team),
+        }
     }
 
     /// Gives every member the state of the assignment's position. `held` is what this member holds or has read; the
@@ -122,7 +139,8 @@ impl Team {
             let what = format!("the state is at position {}, not {position}", state.counters.position);
             return Err(TeamError::Diverged(what));
         }
-        let whole = [position.0, state.counters.ledger, c10d::aten::fingerprint(&state.flat, 0)?];
+        let Counters { ledger, skipped, .. } = state.counters;
+        let whole = [position.0, ledger, skipped, c10d::aten::fingerprint(&state.flat, 0)?];
         self.compare("state", &whole)
     }
 
@@ -164,7 +182,7 @@ impl Team {
         phase: Phase,
         mut trailer: Trailer,
         session: &Session,
-        leaf: impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
+        mut leaf: impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
     ) -> Result<Reduced, TeamError> {
         trailer.generation = self.generation;
         let exchange = match phase.module {
@@ -173,6 +191,12 @@ impl Team {
         };
         session.set_activity(Activity::Computing);
         let waiting = || session.set_activity(Activity::Waiting);
+        let leaf = |shard: u32, out: &mut LeafBuffer| {
+            let begun = Instant::now();
+            let done = leaf(shard, out);
+            session.leaf_done(begun.elapsed());
+            done
+        };
         match exchange.reduce(&self.group, self.timeout, trailer, leaf, waiting) {
             Ok(reduced) => Ok(reduced),
             Err(error @ ReduceError::Disagreement { .. }) => Err(TeamError::Diverged(error.to_string())),
@@ -206,41 +230,73 @@ impl Team {
     }
 }
 
-/// Forms the process group: NCCL between GPUs, Gloo between CPUs.
+/// Forms the process group, and tells the term of the coordinator behind it. An abort ends the wait at once.
 fn meet(
     deal: &Deal,
     assignment: &Assignment,
     session: &Session,
     device: Device,
+) -> Result<(Group, Term), c10d::Error> {
+    let (rank, world_size, timeout) = (deal.rank, deal.shards.len(), session.limits().meet);
+    let generation = assignment.group.generation;
+    let (store, term) = session.store();
+    let address = match std::env::var("GLOO_SOCKET_IFNAME") {
+        Ok(interface) => GlooAddress::Interface(interface),
+        Err(_) => GlooAddress::Hostname(session.local_address().to_string()),
+    };
+    let connect = move || connect(rank, world_size, timeout, address, store, device);
+    // libtorch's own wait for peers cannot be interrupted: a thread that is told to leave walks away from it.
+    let (done, met) = mpsc::channel();
+    let waiter = std::thread::Builder::new().name("meet".to_string());
+    waiter
+        .spawn(move || drop(done.send(connect())))
+        .map_err(|error| c10d::Error::Fatal(format!("no thread to meet others: {error}")))?;
+    session.set_activity(Activity::Waiting);
+    loop {
+        match met.recv_timeout(LOOK) {
+            Ok(group) => return Ok((group?, term)),
+            Err(RecvTimeoutError::Timeout) if session.is_aborted(generation) => {
+                return Err(c10d::Error::Aborted);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(c10d::Error::Fatal("the thread that met others panicked".to_string()));
+            }
+        }
+    }
+}
+
+/// NCCL between GPUs, Gloo between CPUs.
+fn connect(
+    rank: usize,
+    world_size: usize,
+    timeout: Duration,
+    address: GlooAddress,
+    store: Arc<dyn KeyValueStore>,
+    device: Device,
 ) -> Result<Group, c10d::Error> {
-    let (rank, world_size, timeout) = (deal.rank, deal.shards.len(), assignment.reduce_timeout);
-    let store = session.store(assignment.group.generation);
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
         return Group::nccl(c10d::NcclOptions { rank, world_size, timeout, device }, store, "nccl");
     }
     debug_assert!(!device.is_cuda(), "only a build with CUDA chooses a GPU");
-    let address = match std::env::var("GLOO_SOCKET_IFNAME") {
-        Ok(interface) => GlooAddress::Interface(interface),
-        Err(_) => GlooAddress::Hostname(session.local_address().to_string()),
-    };
     Group::gloo(GlooOptions { rank, world_size, timeout, address }, store, "gloo")
 }
 
 /// What the members of one group have in common and no other group has.
-fn identity(session: &Session, assignment: &Assignment) -> [u64; 5] {
+fn identity(session: &Session, assignment: &Assignment, term: Term) -> [u64; 5] {
     let welcome = session.welcome();
     let hash = |bytes: &[u8]| xxhash_rust::xxh3::xxh3_64(bytes);
     let members: Vec<u8> =
         assignment.group.members.iter().flat_map(|member| member.worker.0.to_le_bytes()).collect();
     let group = &assignment.group;
-    [hash(welcome.run.as_bytes()), welcome.term.0, group.generation.0, group.position.0, hash(&members)]
+    [hash(welcome.run.as_bytes()), term.0, group.generation.0, group.position.0, hash(&members)]
 }
 
 impl Carried {
     fn to_tensor(self, counters: Counters, fingerprint: u64) -> Tensor {
         let mut bytes = Vec::with_capacity(4 * ALIGNMENT);
-        for word in [counters.position.0, counters.ledger, fingerprint] {
+        for word in [counters.position.0, counters.ledger, counters.skipped, fingerprint] {
             bytes.extend(word.to_le_bytes());
         }
         self.losses.iter().for_each(|loss| bytes.extend(loss.to_le_bytes()));
@@ -252,7 +308,7 @@ impl Carried {
         let bytes = Vec::<u8>::try_from(tensor.view_dtype(Kind::Uint8)).expect("bytes on the CPU");
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         let loss = |at: usize| f32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
-        let counters = Counters { position: Position(word(0)), ledger: word(8) };
-        (counters, Carried { losses: [loss(24), loss(28)] }, word(16))
+        let counters = Counters { position: Position(word(0)), ledger: word(8), skipped: word(16) };
+        (counters, Carried { losses: [loss(32), loss(36)] }, word(24))
     }
 }

@@ -3,20 +3,21 @@
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use ganglion_membership::{Checkpoint, Fault, PlanKind, Position, Rank, Start};
+use ganglion_membership::{Checkpoint, Fault, PlanKind, Position, Rank, Rested, Start};
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{Assignment, FromWorker, MetricsRow};
 use object_store::ObjectStore;
 use tch::{Device, Tensor, no_grad};
 
 use crate::archive::{Archive, Order};
-use crate::checkpoint::{Files, Snapshot, file_count, from_bytes, to_bytes};
-use crate::commit::commit;
+use crate::checkpoint::{CheckpointError, Files, Snapshot, file_count, from_bytes, to_bytes};
+use crate::commit::{commit, skip};
 use crate::data::{Batch, DataError, DataSet, Plan, Prefetcher};
-use crate::exchange::{ReduceError, Trailer};
+use crate::exchange::{ReduceError, Reduced, Trailer};
+use crate::finite::{NonFinite, Verdict, judge};
 use crate::nn::Models;
-use crate::phase::{Leaves, Phase, phases};
-use crate::session::Session;
+use crate::phase::{LeafLayout, Leaves, Phase, phases};
+use crate::session::{Session, unreachable};
 use crate::state::{Counters, Module, State, StateLayout};
 use crate::team::{Carried, Team, TeamError};
 
@@ -39,6 +40,8 @@ pub struct Trainer {
     pub session: Arc<Session>,
     /// Where checkpoints live.
     pub storage: Arc<dyn ObjectStore>,
+    /// Whether that is the run's storage.
+    pub sees_storage: bool,
     /// Who writes them.
     pub archive: Archive,
     /// The state after the newest commit; none before the first assignment.
@@ -76,6 +79,13 @@ impl Trainer {
             Ok(rest) => rest,
             Err(TeamError::Data(DataError::Input(detail))) => Rest::InputWrong(detail),
             Err(TeamError::Diverged(detail)) => Rest::Fault(Fault::Diverged(detail)),
+            Err(TeamError::Fenced(detail)) => {
+                tracing::warn!("{detail}");
+                Rest::Fault(Fault::Peer)
+            }
+            Err(TeamError::NonFinite(NonFinite { position, detail, stop })) => {
+                Rest::Fault(Fault::NonFinite { position, detail, stop })
+            }
             Err(TeamError::Reduce(ReduceError::Collective(error))) => match error {
                 c10d::Error::Aborted => Rest::Aborted,
                 c10d::Error::PeerLost(detail) => {
@@ -94,8 +104,28 @@ impl Trainer {
         self.held.as_ref().map(|(state, _)| state.counters.position)
     }
 
+    /// Saves the state that this worker holds on its own, for a coordinator to come: all files, then the manifest, each
+    /// only if it is not there. Returns the checkpoint's folder, or `None` if there is nothing that it could save.
+    pub fn save_alone(&self) -> Result<Option<String>, CheckpointError> {
+        let Some((state, _)) = self.held.as_ref().filter(|_| self.sees_storage) else { return Ok(None) };
+        if state.counters.position == Position(0) {
+            return Ok(None);
+        }
+        let files =
+            Files { storage: &*self.storage, job: &self.job, models: &self.models, layout: &self.layout };
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        let runtime = runtime.expect("a runtime without drivers needs nothing of the system");
+        runtime.block_on(files.write_whole(&self.snapshot(state))).map(Some)
+    }
+
     fn train(&mut self, assignment: &Assignment) -> Result<Rest, TeamError> {
         let group = &assignment.group;
+        // A new coordinator may have brought other cadences, or more steps.
+        self.job = self.session.welcome().job;
+        if self.position().is_some_and(|held| held > group.position) {
+            // Rolled back: what was held must not be saved any more.
+            self.archive.discard();
+        }
         if let Start::Checkpoint(source, checkpoint) = &group.start
             && source.0 == assignment.rank
         {
@@ -164,7 +194,8 @@ impl Trainer {
     /// Makes up for reports that a change of the group cut short: a member that was healed past the end of a step did
     /// not report it, and one that was lost did not save its share of a checkpoint.
     fn catch_up(&self, assignment: &Assignment, state: &State) {
-        self.session.report_kept();
+        let steps_done = state.counters.position.0 / self.job.phases_per_step();
+        self.session.report_kept(Rank(assignment.rank), steps_done);
         let samples = self.data.len() as u64;
         let (step, phase) = place(state.counters, &phases(&self.job));
         let at_the_end_of_a_step = phase == 0 && (1..self.job.last_step(samples)).contains(&step);
@@ -206,7 +237,7 @@ impl Trainer {
         batches: &mut Prefetcher,
     ) -> Result<Option<PlanKind>, TeamError> {
         let leaves = Leaves { job: &self.job, models: &self.models, device: self.device };
-        let step = state.counters.position.0 / phases_in(&self.job);
+        let step = state.counters.position.0 / self.job.phases_per_step();
         let batch = match phase.module {
             Module::Discriminator => Some(batches.next()?),
             Module::Generator => None,
@@ -226,8 +257,11 @@ impl Trainer {
             leaves.compute(phase, step, shard, state, own.as_ref(), out).map_err(|error| error.to_string())
         };
         let reduced = team.reduce(phase, trailer, &self.session, leaf)?;
+        if !self.session.may_commit() {
+            return Err(c10d::Error::Aborted.into());
+        }
         let layout = team.leaf_layout(phase.module);
-        commit(&self.job, state, phase, layout, &reduced.mean, reduced.ledger)?;
+        self.commit(state, phase, layout, &reduced, &team.skips)?;
         *fingerprint = c10d::aten::fingerprint(state.parameters(phase.module), state.counters.position.0)?;
         let loss = crate::state::narrow(&reduced.mean, layout.loss()..layout.loss() + 1);
         carried.losses[usize::from(phase.module == Module::Generator)] =
@@ -238,6 +272,25 @@ impl Trainer {
         }
         // The plan as it went into the trailer: a newer one may be here by now.
         Ok(plan.filter(|plan| plan.number == reduced.agreed_plan).map(|plan| plan.kind))
+    }
+
+    /// Commits what was reduced, or skips it where it is not finite.
+    fn commit(
+        &self,
+        state: &mut State,
+        phase: Phase,
+        layout: &LeafLayout,
+        reduced: &Reduced,
+        skips: &[Position],
+    ) -> Result<(), TeamError> {
+        match judge(&self.job, state.counters, phase.module, layout, &reduced.mean, skips)? {
+            Verdict::Commit => commit(&self.job, state, phase, layout, &reduced.mean, reduced.ledger)?,
+            Verdict::Skip(detail) => {
+                self.session.send(FromWorker::PhaseSkipped(state.counters.position, detail));
+                skip(&self.job, state, phase, reduced.ledger);
+            }
+        }
+        Ok(())
     }
 
     /// A batch's images by shard: (shards, b, c, h, w).
@@ -259,10 +312,10 @@ impl Trainer {
         stopping: bool,
     ) {
         let samples = self.data.len() as u64;
-        let step = state.counters.position.0 / phases_in(&self.job);
+        let step = state.counters.position.0 / self.job.phases_per_step();
         pace.images += self.job.samples_per_step();
         if self.job.metrics_due(step, samples) || stopping {
-            self.session.report(Rank(assignment.rank), self.row(assignment, state.counters, carried, pace));
+            self.session.report(Rank(assignment.rank), self.row(assignment, state, carried, pace));
             *pace = Pace { since: Instant::now(), images: 0 };
         }
         // The last state, of the job or before a stop, is saved by `finish`.
@@ -273,8 +326,8 @@ impl Trainer {
         }
     }
 
-    fn row(&self, assignment: &Assignment, counters: Counters, carried: &Carried, pace: &Pace) -> MetricsRow {
-        let step = counters.position.0 / phases_in(&self.job);
+    fn row(&self, assignment: &Assignment, state: &State, carried: &Carried, pace: &Pace) -> MetricsRow {
+        let step = state.counters.position.0 / self.job.phases_per_step();
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let seconds = pace.since.elapsed().as_secs_f64().max(1e-9);
         #[allow(clippy::cast_precision_loss)] // images between two rows are far below 2^53
@@ -288,7 +341,8 @@ impl Trainer {
             loss_generator: f64::from(carried.losses[1]),
             images_per_second,
             images_seen: step * self.job.samples_per_step(),
-            ledger: counters.ledger,
+            ledger: state.counters.ledger,
+            skipped: state.counters.skipped,
         }
     }
 
@@ -299,14 +353,17 @@ impl Trainer {
         if files.is_empty() && !samples {
             return;
         }
+        self.archive.push(Order { snapshot: Arc::new(self.snapshot(state)), files, samples });
+    }
+
+    fn snapshot(&self, state: &State) -> Snapshot {
         let position = state.counters.position.0;
-        let snapshot = Snapshot {
-            step: position / phases_in(&self.job),
-            phase: u32::try_from(position % phases_in(&self.job)).expect("a step has few phases"),
+        Snapshot {
+            step: position / self.job.phases_per_step(),
+            phase: u32::try_from(position % self.job.phases_per_step()).expect("a step has few phases"),
             flat: to_bytes(&state.flat),
             counters: state.counters,
-        };
-        self.archive.push(Order { snapshot: Arc::new(snapshot), files, samples });
+        }
     }
 
     /// This member's share of a checkpoint's files: they are dealt to all members that see the storage.
@@ -332,24 +389,38 @@ impl Trainer {
     /// Tells the coordinator how this worker's part in a generation ended.
     pub fn tell(&self, assignment: &Assignment, rest: Rest) {
         let generation = assignment.group.generation;
-        let position = self.position();
-        match (rest, position) {
-            (Rest::Finished { complete }, Some(position)) => {
-                self.session.send(FromWorker::Finished(generation, position, complete));
-            }
-            (Rest::InputWrong(detail), _) => self.session.send(FromWorker::InputError(detail)),
-            (Rest::Fault(fault), _) => {
+        let mut finished = None;
+        match rest {
+            Rest::Finished { complete } => finished = Some(complete),
+            Rest::InputWrong(detail) => return self.session.send(FromWorker::InputError(detail)),
+            Rest::Fault(fault) => {
                 tracing::info!("leaving generation {generation}: {fault:?}");
+                let fault = self.with_links(assignment, fault);
                 self.session.send(FromWorker::Fault(generation, fault));
-                self.session.send(FromWorker::Ready(generation, position));
             }
-            _ => self.session.send(FromWorker::Ready(generation, position)),
+            Rest::Aborted if self.session.take_probe() => {
+                if let links @ Fault::Links(_) = self.with_links(assignment, Fault::Timeout) {
+                    self.session.send(FromWorker::Fault(generation, links));
+                }
+            }
+            Rest::Aborted | Rest::Planned => {}
+        }
+        self.session.rested(generation, Rested { position: self.position(), finished });
+    }
+
+    /// After a wait that was too long: which members cannot be reached, if there are any.
+    fn with_links(&self, assignment: &Assignment, fault: Fault) -> Fault {
+        if fault != Fault::Timeout {
+            return fault;
+        }
+        let lost = unreachable(&assignment.addresses, self.session.limits().attempt);
+        match lost.as_slice() {
+            [] => fault,
+            lost => {
+                Fault::Links(lost.iter().filter_map(|rank| Some(Rank(u32::try_from(*rank).ok()?))).collect())
+            }
         }
     }
-}
-
-fn phases_in(job: &Job) -> u64 {
-    crate::commit::phases_per_step(job)
 }
 
 /// The step that a position is in, and the index of its next phase.

@@ -16,7 +16,7 @@ use safetensors::SafeTensors;
 
 fn snapshot(bench: &Bench) -> Snapshot {
     let mut counters = bench.state.counters;
-    (counters.position.0, counters.ledger) = (15, 0xdead_beef_0123_4567);
+    (counters.position.0, counters.ledger, counters.skipped) = (15, 0xdead_beef_0123_4567, 3);
     Snapshot { step: 5, phase: 0, flat: to_bytes(&bench.state.flat), counters }
 }
 

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use ganglion_membership::{
-    Checkpoint, Generation, Group, Member, Position, Rank, Start, StoredFile, Term, WorkerId,
+    Cause, Checkpoint, Generation, Group, Member, Position, Rank, Start, StoredFile, Term, WorkerId,
 };
 use ganglion_proto::job::Job;
 use ganglion_proto::stream::{SampleStream, ledger_term};
@@ -68,7 +68,13 @@ fn group(generation: u64, position: u64, start: Start, workers: &[u64]) -> Group
         writes_parts: true,
     };
     let members = (0..).zip(workers).map(member).collect();
-    Group { generation: Generation(generation), members, position: Position(position), start }
+    Group {
+        generation: Generation(generation),
+        members,
+        position: Position(position),
+        start,
+        skips: Vec::new(),
+    }
 }
 
 fn row(step: u64, generation: u64, world_size: u64) -> Value {
@@ -163,10 +169,10 @@ impl Story {
             events.push(json!({ "kind": "coordinator_started", "term": term.0 }));
         }
         for _ in 0..3 {
-            journal.admit(Term(1), "h", 7).unwrap();
+            journal.admit(Term(1), "h", 7, None).unwrap();
         }
         for (term, group) in &self.groups {
-            journal.form(Term(*term), group).unwrap();
+            journal.form(Term(*term), group, &Cause::Gathered).unwrap();
             events.push(json!({ "kind": "generation_formed", "generation": group.generation.0,
                 "position": group.position.0, "world_size": group.members.len() }));
             for saved in self.saved.iter().filter(|saved| saved.generation == group.generation.0) {

@@ -7,8 +7,8 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use ganglion_proto::job::{
-    Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind, Optimizer,
-    OptimizerKind, Sample,
+    Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind, NonFinite,
+    Optimizer, OptimizerKind, Sample,
 };
 
 use super::settings::Settings;
@@ -24,6 +24,8 @@ const MAX_SEED: u64 = i64::MAX.unsigned_abs();
 /// The longest name of a run, in bytes; it names a folder.
 const MAX_NAME_BYTES: usize = 64;
 
+const NON_FINITE: &[(&str, NonFinite)] =
+    &[("skip", NonFinite::Skip), ("roll-back", NonFinite::RollBack), ("stop", NonFinite::Stop)];
 const DATA_KINDS: &[(&str, DataKind)] = &[
     ("mnist-10k", DataKind::Mnist10k),
     ("idx", DataKind::Idx),
@@ -74,6 +76,7 @@ fn general(settings: &mut Settings, default_name: Option<&str>) -> General {
         shard_batch: settings.whole_or("job.shard_batch", 1..=65_536, 8),
         threads: settings.whole_or("job.threads", 1..=1024, 1),
         failure_deadline: settings.number_or("job.failure_deadline", 0.5..=3600.0, 5.0),
+        non_finite: settings.choice("job.non_finite", NON_FINITE).unwrap_or(NonFinite::Skip),
     }
 }
 

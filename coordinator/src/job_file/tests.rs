@@ -72,6 +72,7 @@ fn defaults_fill_what_is_not_given() {
         shard_batch = 8
         threads = 1
         failure_deadline = 5.0
+        non_finite = "skip"
         [data]
         kind = "mnist-10k"
         channels = 1
@@ -174,6 +175,7 @@ fn types_and_ranges_are_checked() {
         ("optimizer.learning_rate=nan", "but is nan"),
         ("optimizer.learning_rate=fast", "expected a number, such as 0.0002"),
         ("loss.gradient_penalty=-1", "must be at least 0.0"),
+        ("job.non_finite=ignore", "there is no \"ignore\"; choose one of \"skip\", \"roll-back\", \"stop\""),
         ("loss.kind=", "is empty"),
         ("loss.kind=wgan", "\"hinge\", \"wasserstein-gp\""),
         ("data.channels=2", "must be 1 for grey or 3 for colour"),
@@ -289,13 +291,15 @@ fn a_run_goes_on_only_with_the_job_it_was_started_with() {
         "metrics.every_steps=1",
     ];
     assert_eq!(differences(&recorded, &resolve(SMALL, &changeable).unwrap()), []);
-    let given = resolve(SMALL, &["job.seed=1", "data.kind=idx", "data.path=/d"]).unwrap();
+    let given = ["job.seed=1", "data.kind=idx", "data.path=/d", "job.non_finite=roll-back"];
+    let given = resolve(SMALL, &given).unwrap();
     let shown: Vec<String> = differences(&recorded, &given).iter().map(Difference::to_string).collect();
     assert_eq!(
         shown,
         [
             "data.kind: the run was started with \"mnist-10k\", but given is \"idx\"",
             "data.path: the run was started with not set, but given is \"/d\"",
+            "job.non_finite: the run was started with \"skip\", but given is \"roll-back\"",
             "job.seed: the run was started with 0, but given is 1",
         ]
     );

@@ -35,6 +35,8 @@ pub struct Row {
     pub images_seen: u64,
     /// The state's ledger after the step: which samples were committed up to it.
     pub ledger: u64,
+    /// Phases skipped in a row up to the step's end, because their gradients were not finite.
+    pub skipped: u64,
     /// Passes over the data since the run began.
     pub epoch: f64,
 }
@@ -46,6 +48,8 @@ struct Computed {
     images_seen: u64,
     /// 16 hexadecimal digits: many readers of JSON round numbers beyond 2^53.
     ledger: String,
+    #[serde(skip_serializing_if = "is_zero")]
+    skipped: u64,
     loss_discriminator: f64,
     loss_generator: f64,
 }
@@ -167,6 +171,7 @@ impl Row {
             step: self.step,
             images_seen: self.images_seen,
             ledger: format!("{:016x}", self.ledger),
+            skipped: self.skipped,
             loss_discriminator: self.loss_discriminator,
             loss_generator: self.loss_generator,
         });
@@ -186,6 +191,11 @@ impl Row {
         part.remove(0);
         part
     }
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde hands it over so
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// Numbers that are not finite become null.
@@ -215,6 +225,7 @@ pub(super) fn row_of(step: u64) -> Row {
         images_per_second: 8123.4,
         images_seen: step * 64,
         ledger: 0xfeed << 32 | step,
+        skipped: 0,
         epoch: 0.5,
     }
 }
@@ -276,6 +287,7 @@ mod tests {
             Row { loss_discriminator: f64::NAN, ..row_of(10) },
             Row { images_seen: 64, ..row_of(10) },
             Row { ledger: 1, ..row_of(10) },
+            Row { skipped: 1, ..row_of(10) },
         ];
         for row in other {
             let RecordError::Breach(breach) = log.record(&row).unwrap_err() else {
@@ -306,6 +318,15 @@ mod tests {
         assert_eq!(log.record(&row).unwrap(), Recorded::Same);
         assert_eq!(rows(&path)[0]["loss_generator"], Value::Null);
         assert_eq!(rows(&path)[0]["images_per_second"], Value::Null);
+    }
+
+    #[test]
+    fn skipped_phases_show_only_where_there_are_some() {
+        let (_dir, path, mut log) = log();
+        log.record(&Row { skipped: 3, ..row_of(1) }).unwrap();
+        log.record(&row_of(2)).unwrap();
+        assert_eq!(rows(&path)[0]["skipped"], 3);
+        assert_eq!(rows(&path)[1].get("skipped"), None);
     }
 
     /// Invariant 2.

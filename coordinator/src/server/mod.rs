@@ -6,6 +6,7 @@
 mod store;
 
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use ganglion_membership::{Term, WorkerId};
@@ -13,7 +14,10 @@ use ganglion_proto::message::{FromWorker, Hello, ToWorker};
 use ganglion_proto::wire::admin_service_server::{AdminService, AdminServiceServer};
 use ganglion_proto::wire::session_service_server::{SessionService, SessionServiceServer};
 use ganglion_proto::wire::store_service_server::StoreServiceServer;
-use ganglion_proto::wire::{GetStatusRequest, GetStatusResponse, SessionRequest, SessionResponse};
+use ganglion_proto::wire::{
+    DrainRequest, DrainResponse, GetStatusRequest, GetStatusResponse, ScaleRequest, ScaleResponse,
+    SessionRequest, SessionResponse,
+};
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -32,16 +36,39 @@ const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// Messages to one worker.
 pub type Outbox = mpsc::Sender<ToWorker>;
 
+/// One session of a worker. A worker that comes back has a new one; whatever its older ones still bring is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SessionId(u64);
+
 /// What comes in for the shell.
 pub enum Input {
     /// A worker asks to take part. The answer is its number.
-    Hello(Hello, Outbox, oneshot::Sender<WorkerId>),
+    Hello {
+        /// What it says of itself.
+        hello: Hello,
+        /// Its session.
+        session: SessionId,
+        /// Where messages for it go.
+        outbox: Outbox,
+        /// Its number, or why it is refused.
+        answer: oneshot::Sender<Result<WorkerId, String>>,
+    },
     /// A worker's message.
-    Message(WorkerId, FromWorker),
+    Message(SessionId, WorkerId, FromWorker),
     /// A worker's session ended.
-    Closed(WorkerId),
-    /// Somebody asks how things are.
+    Closed(SessionId, WorkerId),
+    /// An operator asks for something.
+    Admin(AdminInput),
+}
+
+/// What an operator asks for.
+pub enum AdminInput {
+    /// How things are.
     Status(oneshot::Sender<GetStatusResponse>),
+    /// That a worker leaves. The answer is why not.
+    Drain(WorkerId, oneshot::Sender<Result<(), String>>),
+    /// So many local workers. The answer is why not.
+    Scale(u32, oneshot::Sender<Result<(), String>>),
 }
 
 /// Serves until `shutdown` changes.
@@ -50,9 +77,10 @@ pub async fn serve(
     term: Term,
     inputs: mpsc::Sender<Input>,
     store: Store,
+    admin_token: String,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<(), tonic::transport::Error> {
-    let sessions = Sessions { term, inputs: inputs.clone() };
+    let sessions = Sessions { term, inputs: inputs.clone(), opened: AtomicU64::new(0) };
     let sessions = SessionServiceServer::new(sessions).max_decoding_message_size(MESSAGE_LIMIT);
     let incoming = TcpListenerStream::new(listener)
         .map(|stream| stream.and_then(|stream| stream.set_nodelay(true).map(|()| stream)));
@@ -61,7 +89,7 @@ pub async fn serve(
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .add_service(sessions)
         .add_service(StoreServiceServer::new(store))
-        .add_service(AdminServiceServer::new(Admin { inputs }))
+        .add_service(AdminServiceServer::new(Admin { inputs, token: admin_token }))
         .serve_with_incoming_shutdown(incoming, async move {
             let _ = shutdown.changed().await;
         })
@@ -71,6 +99,7 @@ pub async fn serve(
 struct Sessions {
     term: Term,
     inputs: mpsc::Sender<Input>,
+    opened: AtomicU64,
 }
 
 type Responses = Pin<Box<dyn Stream<Item = Result<SessionResponse, Status>> + Send>>;
@@ -91,15 +120,19 @@ impl SessionService for Sessions {
             Err(_) => return Err(Status::deadline_exceeded("no hello came in time")),
         };
         let (outbox, messages) = mpsc::channel(OUTBOX);
-        let (admitted, number) = oneshot::channel();
-        let ended = || Status::unavailable("the coordinator is stopping");
-        self.inputs.send(Input::Hello(hello, outbox, admitted)).await.map_err(|_| ended())?;
-        let worker = number.await.map_err(|_| ended())?;
-        tokio::spawn(read(self.term, worker, requests, self.inputs.clone()));
+        let (answer, admitted) = oneshot::channel();
+        let session = SessionId(self.opened.fetch_add(1, Ordering::Relaxed));
+        self.inputs.send(Input::Hello { hello, session, outbox, answer }).await.map_err(|_| ended())?;
+        let worker = admitted.await.map_err(|_| ended())?.map_err(Status::failed_precondition)?;
+        tokio::spawn(read(self.term, session, worker, requests, self.inputs.clone()));
         let term = self.term;
         let responses = ReceiverStream::new(messages).map(move |message| Ok(message.to_wire(term)));
         Ok(Response::new(Box::pin(responses)))
     }
+}
+
+fn ended() -> Status {
+    Status::unavailable("the coordinator is stopping")
 }
 
 fn hello_of(request: SessionRequest) -> Result<Hello, Status> {
@@ -117,6 +150,7 @@ fn hello_of(request: SessionRequest) -> Result<Hello, Status> {
 /// Passes a worker's messages on until its stream ends or breaks the contract.
 async fn read(
     term: Term,
+    session: SessionId,
     worker: WorkerId,
     mut requests: Streaming<SessionRequest>,
     inputs: mpsc::Sender<Input>,
@@ -124,7 +158,7 @@ async fn read(
     while let Ok(Some(request)) = requests.message().await {
         match FromWorker::from_wire(request) {
             Ok((of, message)) if of == term => {
-                if inputs.send(Input::Message(worker, message)).await.is_err() {
+                if inputs.send(Input::Message(session, worker, message)).await.is_err() {
                     return;
                 }
             }
@@ -135,11 +169,31 @@ async fn read(
             }
         }
     }
-    let _ = inputs.send(Input::Closed(worker)).await;
+    let _ = inputs.send(Input::Closed(session, worker)).await;
 }
 
 struct Admin {
     inputs: mpsc::Sender<Input>,
+    token: String,
+}
+
+impl Admin {
+    /// Only who can read the run directory may change the run.
+    fn authorise<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        let given = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
+        let given = given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+        // Hashes are compared, so that the time it takes tells nothing about the token.
+        if blake3::hash(given.as_bytes()) == blake3::hash(self.token.as_bytes()) {
+            return Ok(());
+        }
+        Err(Status::unauthenticated("the token of the run directory is needed: see admin.json in it"))
+    }
+
+    async fn ask<T>(&self, input: impl FnOnce(oneshot::Sender<T>) -> AdminInput) -> Result<T, Status> {
+        let (answer, answered) = oneshot::channel();
+        self.inputs.send(Input::Admin(input(answer))).await.map_err(|_| ended())?;
+        answered.await.map_err(|_| ended())
+    }
 }
 
 #[tonic::async_trait]
@@ -148,9 +202,20 @@ impl AdminService for Admin {
         &self,
         _request: Request<GetStatusRequest>,
     ) -> Result<Response<GetStatusResponse>, Status> {
-        let (answer, status) = oneshot::channel();
-        let ended = || Status::unavailable("the coordinator is stopping");
-        self.inputs.send(Input::Status(answer)).await.map_err(|_| ended())?;
-        Ok(Response::new(status.await.map_err(|_| ended())?))
+        Ok(Response::new(self.ask(AdminInput::Status).await?))
+    }
+
+    async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+        self.authorise(&request)?;
+        let worker = WorkerId(request.into_inner().worker);
+        let answer = self.ask(|answer| AdminInput::Drain(worker, answer)).await?;
+        answer.map(|()| Response::new(DrainResponse {})).map_err(Status::failed_precondition)
+    }
+
+    async fn scale(&self, request: Request<ScaleRequest>) -> Result<Response<ScaleResponse>, Status> {
+        self.authorise(&request)?;
+        let workers = request.into_inner().workers;
+        let answer = self.ask(|answer| AdminInput::Scale(workers, answer)).await?;
+        answer.map(|()| Response::new(ScaleResponse {})).map_err(Status::failed_precondition)
     }
 }

@@ -1,9 +1,8 @@
 //! Carrying out the machine's decisions.
 
-use std::time::Duration;
-
 use ganglion_membership::{
-    Action, Checkpoint, Event, Group, Outcome, Passport, Plan, PlanKind, Rejection, Start, WorkerId,
+    Action, Cause, Checkpoint, Event, Generation, Group, Outcome, Passport, Plan, PlanKind, Rejection, Start,
+    WorkerId,
 };
 use ganglion_proto::message::{Assignment, ToWorker};
 use serde_json::json;
@@ -16,31 +15,42 @@ impl Shell {
         match action {
             Action::Reject(worker, rejection) => self.reject(worker, &rejection),
             Action::AdoptPassport(passport) => self.adopt(&passport)?,
-            Action::Form(group) => self.form(&group)?,
-            Action::Abort { generation, workers, reason } => {
-                self.records.message(&format!("regrouping: {reason}"));
-                self.records.event("regroup", json!({ "generation": generation.0, "reason": reason }));
-                for worker in workers {
-                    self.send(worker, ToWorker::Abort(generation, reason.clone()));
-                }
+            Action::Condemn(generation) => {
+                self.journal.set_fact(Fact::Condemned, &generation.to_string())?;
+                self.records.event("condemned", json!({ "generation": generation.0 }));
+            }
+            Action::AllowSkip(position) => {
+                self.journal.allow_skip(position)?;
+                self.records.event("skip_allowed", json!({ "position": position.0 }));
+            }
+            Action::Form(group, cause) => self.form(&group, &cause)?,
+            Action::Assign(worker) => self.assign(worker),
+            Action::Abort { generation, workers, cause, probe } => {
+                self.abort(generation, &workers, &cause, probe);
             }
             Action::Announce { plan, workers } => self.announce(plan, &workers),
             Action::Commit(checkpoint) => self.commit(checkpoint)?,
             Action::AbandonCheckpoint(step) => {
                 self.records.event("checkpoint_abandoned", json!({ "step": step }));
             }
-            Action::Spawn => self.replace()?,
+            Action::Spawn => self.spawn()?,
             Action::GiveUpReplacing(reason) => {
                 self.records.message(&format!("warning: not replacing local workers any more: {reason}"));
                 self.records.event("replacing_given_up", json!({ "reason": reason }));
             }
-            Action::Release(worker) => self.send(worker, ToWorker::Release),
-            Action::Drop(worker) => {
+            Action::Keep => self.keep(),
+            Action::Lose(worker, loss) => self.lose(worker, &loss),
+            Action::Release(worker) => {
+                self.send(worker, ToWorker::Release);
+                // Its session ends when it has read that.
                 self.workers.remove(&worker);
-                if let Some(supervisor) = &self.supervisor {
-                    supervisor.kill(worker);
-                }
+            }
+            Action::Drop(worker) => {
+                self.supervisor.kill(worker);
                 self.records.event("worker_dropped", json!({ "worker": worker.0 }));
+                if let Some(connected) = self.workers.get_mut(&worker) {
+                    connected.outbox = None;
+                }
             }
             Action::End(outcome) => self.end(outcome),
         }
@@ -49,12 +59,34 @@ impl Shell {
 
     /// Sends without waiting; a worker whose queue is full has stopped reading and loses its session.
     pub(super) fn send(&mut self, worker: WorkerId, message: ToWorker) {
-        if let Some(connected) = self.workers.get(&worker)
-            && connected.outbox.try_send(message).is_err()
-        {
+        let Some(connected) = self.workers.get_mut(&worker) else { return };
+        let Some(outbox) = &connected.outbox else { return };
+        if outbox.try_send(message).is_err() {
             tracing::warn!("worker {worker} does not read its messages; closing its session");
-            self.workers.remove(&worker);
+            connected.outbox = None;
+            self.deaf.push(worker);
         }
+    }
+
+    pub(super) fn send_to_all(&mut self, message: &ToWorker) {
+        let workers: Vec<WorkerId> = self.workers.keys().copied().collect();
+        workers.into_iter().for_each(|worker| self.send(worker, message.clone()));
+    }
+
+    fn abort(&mut self, generation: Generation, workers: &[WorkerId], cause: &Cause, probe: bool) {
+        self.records.message(&format!("regrouping: {cause}"));
+        self.records.event("regroup", json!({ "generation": generation.0, "reason": cause.to_string() }));
+        for worker in workers {
+            self.send(*worker, ToWorker::Abort { generation, reason: cause.to_string(), probe });
+        }
+    }
+
+    fn keep(&mut self) {
+        let Some(group) = self.machine.group() else { return };
+        let (generation, world_size) = (group.generation, group.members.len());
+        self.records.message(&format!("took over generation {generation}: {world_size} workers train on"));
+        let fields = json!({ "generation": generation.0, "world_size": world_size, "term": self.term.0 });
+        self.records.event("generation_kept", fields);
     }
 
     fn reject(&mut self, worker: WorkerId, rejection: &Rejection) {
@@ -82,8 +114,8 @@ impl Shell {
         Ok(())
     }
 
-    fn form(&mut self, group: &Group) -> Result<(), ShellError> {
-        self.journal.form(self.term, group)?;
+    fn form(&mut self, group: &Group, cause: &Cause) -> Result<(), ShellError> {
+        self.journal.form(self.term, group, cause)?;
         self.store.begin(group.generation);
         let start = match &group.start {
             Start::Fresh => "fresh".to_string(),
@@ -102,7 +134,8 @@ impl Shell {
             "generation_formed",
             json!({
                 "generation": group.generation.0, "world_size": group.members.len(),
-                "position": group.position.0, "start": start, "members": members,
+                "position": group.position.0, "start": start, "cause": cause.to_string(),
+                "members": members,
             }),
         );
         self.records.message(&format!(
@@ -112,18 +145,21 @@ impl Shell {
             if group.members.len() == 1 { "" } else { "s" },
         ));
         for (rank, member) in (0u32..).zip(&group.members) {
-            if let Some(supervisor) = &self.supervisor {
-                supervisor.rename(member.worker, &format!("rank {rank}"));
-            }
-            let assignment = Assignment { group: group.clone(), rank, reduce_timeout: self.reduce_timeout() };
-            self.send(member.worker, ToWorker::Assignment(assignment));
+            self.supervisor.rename(member.worker, &format!("rank {rank}"));
+            self.assign(member.worker);
         }
         Ok(())
     }
 
-    /// Members wait for each other longer than the coordinator waits for any of them: it sees a silent one first.
-    fn reduce_timeout(&self) -> Duration {
-        Duration::from_secs_f64(self.job.job.failure_deadline * 12.0).max(Duration::from_secs(60))
+    /// Tells a member of its place in the newest group.
+    fn assign(&mut self, worker: WorkerId) {
+        let Some(group) = self.machine.group().cloned() else { return };
+        let Some(rank) = group.members.iter().position(|member| member.worker == worker) else { return };
+        let address = |worker: &WorkerId| self.workers.get(worker).map(|known| known.address.clone());
+        let addresses =
+            group.members.iter().map(|member| address(&member.worker).unwrap_or_default()).collect();
+        let rank = u32::try_from(rank).expect("a rank is below V");
+        self.send(worker, ToWorker::Assignment(Assignment { group, rank, addresses }));
     }
 
     fn announce(&mut self, plan: Plan, workers: &[WorkerId]) {
@@ -164,6 +200,7 @@ impl Shell {
         if let Err(error) = self.checkpoints.prune(self.job.checkpoint.keep_last) {
             tracing::warn!("cannot remove old checkpoints: {error}");
         }
+        self.send_to_all(&ToWorker::CheckpointRecorded(checkpoint.step, checkpoint.phase));
         self.handle(Event::CheckpointCommitted(checkpoint))
     }
 

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use ganglion_membership::{Checkpoint, Outcome};
+use ganglion_membership::{Checkpoint, Outcome, Position};
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{MetricsRow, SampleGrid};
 use serde::Serialize;
@@ -36,7 +36,15 @@ pub struct Records {
     /// The newest recorded step that workers have not been told of.
     unacknowledged: Option<u64>,
     samples: u64,
+    skipped: Skipped,
     failing: bool,
+}
+
+/// The skipped phases that were told of.
+#[derive(Default)]
+struct Skipped {
+    newest: Option<Position>,
+    count: u64,
 }
 
 impl Records {
@@ -53,6 +61,7 @@ impl Records {
             waiting: VecDeque::new(),
             unacknowledged: None,
             samples: 1,
+            skipped: Skipped::default(),
             failing: false,
         })
     }
@@ -94,6 +103,7 @@ impl Records {
             images_per_second: row.images_per_second,
             images_seen: row.images_seen,
             ledger: row.ledger,
+            skipped: row.skipped,
             epoch,
         });
         self.write_rows();
@@ -157,6 +167,24 @@ impl Records {
         let drawn = self.tensorboard.image_png("samples", grid.step, now(), image);
         self.note("tensorboard", drawn);
         self.event("samples", serde_json::json!({ "step": grid.step, "file": format!("samples/{name}") }));
+    }
+
+    /// Notes that the phase that started at `position` was skipped. All members say so, and say it again when they compute
+    /// it again: it is noted once. People are told of the first, the second, the fourth and so on.
+    pub fn phase_skipped(&mut self, position: Position, detail: &str) {
+        if self.skipped.newest >= Some(position) {
+            return;
+        }
+        self.skipped = Skipped { newest: Some(position), count: self.skipped.count + 1 };
+        let step = position.0 / self.job.phases_per_step() + 1;
+        let fields = serde_json::json!({ "position": position.0, "step": step, "reason": detail });
+        self.event("phase_skipped", fields);
+        if self.skipped.count.is_power_of_two() {
+            let count = self.skipped.count;
+            self.message(&format!(
+                "warning: {detail}; phase skipped ({count} since the coordinator started)"
+            ));
+        }
     }
 
     /// The newest recorded step; 0 before the first.

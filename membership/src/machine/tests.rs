@@ -1,9 +1,14 @@
-//! The machine by example, then under random events. Numbers refer to the invariants of the module.
+//! The machine by example. Numbers refer to the invariants of the module.
 
-use proptest::prelude::*;
+use std::time::Duration;
 
+use super::locals::FIT;
 use super::*;
-use crate::checkpoint::StoredFile;
+use crate::checkpoint::{StoredFile, WrittenPart};
+use crate::events::{Member, Rested, Start};
+use crate::limits::Limits;
+use crate::shards::shard_ranges;
+use crate::types::{Rank, Term};
 
 const DEADLINE: Duration = Duration::from_secs(5);
 const PHASES: u32 = 2;
@@ -14,10 +19,12 @@ struct Bench {
     now: Time,
     /// Whether those that join are the coordinator's own.
     local: bool,
+    /// What those that are alive say of themselves.
+    progress: Progress,
 }
 
 fn settings(local_workers: u32, data_shards: u32) -> Settings {
-    Settings { local_workers, data_shards, failure_deadline: DEADLINE }
+    Settings { term: Term(1), local_workers, data_shards, limits: Limits::derive(DEADLINE) }
 }
 
 fn facts(cpu: &str) -> LoadedFacts {
@@ -45,11 +52,11 @@ fn checkpoint(step: u64) -> Checkpoint {
 
 impl Bench {
     fn new(local_workers: u32, data_shards: u32, recovered: Recovered) -> Bench {
-        Bench {
-            machine: Machine::new(settings(local_workers, data_shards), recovered),
-            now: Time::ZERO,
-            local: false,
-        }
+        let machine = Machine::new(settings(local_workers, data_shards), recovered);
+        let mut bench = Bench { machine, now: Time::ZERO, local: false, progress: Progress::default() };
+        let spawned = bench.handle(Event::Started);
+        assert_eq!(spawned.iter().filter(|action| **action == Action::Spawn).count(), local_workers as usize);
+        bench
     }
 
     /// A group of workers 1 to `count` in generation 1.
@@ -84,13 +91,18 @@ impl Bench {
         self.handle(Event::Finished { worker, generation, position: Position(position), complete: true })
     }
 
+    /// A process ends, and that is seen.
+    fn end(&mut self, worker: u64) -> Vec<Action> {
+        self.handle(reaped(worker))
+    }
+
     /// Lets time pass in small pieces, as a shell that is awake sees it, while these workers give signs of life.
     fn wait(&mut self, time: Duration, alive: &[u64]) -> Vec<Action> {
         let mut actions = Vec::new();
         for _ in 0..10 {
             self.now += time / 10;
             for worker in alive {
-                actions.extend(self.handle(Event::Heartbeat(WorkerId(*worker))));
+                actions.extend(self.handle(Event::Heartbeat(WorkerId(*worker), self.progress)));
             }
             actions.extend(self.handle(Event::Tick));
         }
@@ -104,7 +116,7 @@ impl Bench {
 
 fn formed(actions: &[Action]) -> Option<&Group> {
     actions.iter().find_map(|action| match action {
-        Action::Form(group) => Some(group),
+        Action::Form(group, _) => Some(group),
         _ => None,
     })
 }
@@ -139,9 +151,12 @@ fn without_local_workers_the_first_that_comes_begins() {
 /// Invariant 1.
 #[test]
 fn generations_go_on_above_the_journals() {
-    let recovered = Recovered { generation: Generation(41), ..Recovered::default() };
+    let recovered = Recovered {
+        dead: vec![WorkerId(7)],
+        ..Recovered { group: Some(group(41, &[7])), ..Recovered::default() }
+    };
     let mut bench = Bench::new(1, 8, recovered);
-    assert_eq!(formed(&bench.join(1)).unwrap().generation, Generation(42));
+    assert_eq!(formed(&bench.join(8)).unwrap().generation, Generation(42));
 }
 
 #[test]
@@ -169,10 +184,9 @@ fn another_passport_is_refused_and_told_what_differs() {
 #[test]
 fn after_a_loss_the_survivors_go_on_from_the_most_advanced() {
     let mut bench = Bench::training(3);
-    let actions = bench.handle(Event::Lost(WorkerId(2), Loss::Session));
-    assert!(
-        matches!(&actions[..], [Action::Abort { workers, .. }] if *workers == [WorkerId(1), WorkerId(3)])
-    );
+    let actions = bench.end(2);
+    let told = |action: &Action| matches!(action, Action::Abort { workers, .. } if *workers == [WorkerId(1), WorkerId(3)]);
+    assert!(actions.iter().any(told), "{actions:?}");
     assert_eq!(formed(&bench.ready(1, 10)), None);
     let actions = bench.ready(3, 11);
     let group = formed(&actions).unwrap();
@@ -186,7 +200,7 @@ fn after_a_loss_the_survivors_go_on_from_the_most_advanced() {
 fn a_checkpoint_that_is_newer_than_every_member_goes_first() {
     let mut bench = Bench::training(2);
     bench.handle(Event::CheckpointCommitted(checkpoint(9)));
-    bench.handle(Event::Lost(WorkerId(1), Loss::Session));
+    bench.end(1);
     let actions = bench.ready(2, 17);
     assert_eq!(formed(&actions).unwrap().start, Start::Checkpoint(Rank(0), checkpoint(9)));
     bench.handle(Event::Fault(WorkerId(2), Generation(2), Fault::Timeout));
@@ -194,13 +208,318 @@ fn a_checkpoint_that_is_newer_than_every_member_goes_first() {
     assert_eq!(formed(&actions).unwrap().start, Start::Healed(Rank(0)));
 }
 
-/// Invariant 7: a worker of another machine may train on although its session ended.
+/// A generation of an earlier coordinator.
+fn group(generation: u64, workers: &[u64]) -> Group {
+    let ranges = shard_ranges(8, u32::try_from(workers.len()).unwrap());
+    let member = |(worker, shards)| Member { worker: WorkerId(worker), shards, writes_parts: true };
+    Group {
+        generation: Generation(generation),
+        members: workers.iter().copied().zip(ranges).map(member).collect(),
+        position: Position(10),
+        start: Start::Fresh,
+        skips: Vec::new(),
+    }
+}
+
+fn resumed(worker: u64, generation: u64, rest: Option<Rested>) -> Event {
+    Event::Resumed { worker: WorkerId(worker), generation: Generation(generation), rest }
+}
+
+/// A new coordinator of a run whose generation 4 has workers 1 and 2, with the newest checkpoint at position 8.
+fn taking_over() -> Bench {
+    let recovered =
+        Recovered { group: Some(group(4, &[1, 2])), checkpoint: Some(checkpoint(4)), ..Recovered::default() };
+    Bench::new(0, 8, recovered)
+}
+
+impl Bench {
+    /// A worker is back and says what it has loaded.
+    fn resume(&mut self, worker: u64, rest: Option<Rested>) -> Vec<Action> {
+        let generation = self.generation();
+        assert!(self.machine.knows(WorkerId(worker), generation));
+        let mut actions = self.handle(resumed(worker, generation.0, rest));
+        actions.extend(self.handle(Event::Loaded(WorkerId(worker), facts("A"))));
+        actions
+    }
+}
+
+/// Invariant 9.
 #[test]
-fn when_no_member_is_left_and_one_was_not_ours_the_run_ends() {
+fn a_group_that_is_whole_goes_on_under_a_new_coordinator() {
+    let mut bench = taking_over();
+    assert_eq!(bench.resume(1, None), [Action::AdoptPassport(facts("A").passport)]);
+    assert_eq!(bench.resume(2, None), [Action::Keep]);
+    assert_eq!(bench.wait(DEADLINE * 2, &[1, 2]), []);
+    assert_eq!(bench.generation(), Generation(4));
+}
+
+#[test]
+fn a_new_coordinator_goes_on_with_those_that_come_back_in_time() {
+    let mut bench = taking_over();
+    bench.resume(2, None);
+    let actions = bench.wait(DEADLINE * 3 / 2, &[2]);
+    assert!(matches!(&actions[..], [Action::Abort { cause: Cause::TakenOver, .. }]), "{actions:?}");
+    let actions = bench.ready(2, 30);
+    let group = formed(&actions).unwrap();
+    assert_eq!((members(group), group.position, group.generation), (vec![2], Position(30), Generation(5)));
+    assert!(!bench.machine.knows(WorkerId(1), Generation(4)), "too late: a stranger now");
+}
+
+#[test]
+fn members_that_rested_without_a_coordinator_regroup_at_once() {
+    let mut bench = taking_over();
+    let rest = |position| Some(Rested { position: Some(Position(position)), finished: None });
+    bench.resume(1, rest(20));
+    let actions = bench.resume(2, rest(21));
+    let group = formed(&actions).unwrap();
+    assert_eq!((group.position, &group.start), (Position(21), &Start::Healed(Rank(1))));
+}
+
+#[test]
+fn members_that_are_back_at_rest_are_heard_out_before_they_regroup() {
+    let recovered =
+        Recovered { group: Some(group(4, &[1, 2])), dead: vec![WorkerId(2)], ..Recovered::default() };
+    let mut bench = Bench::new(0, 8, recovered);
+    let rest = Some(Rested { position: Some(Position(20)), finished: None });
+    let actions = bench.handle(resumed(1, 4, rest));
+    assert!(formed(&actions).is_none() && ended(&actions).is_none(), "{actions:?}");
+    let actions = bench.handle(Event::Loaded(WorkerId(1), facts("A")));
+    assert_eq!(formed(&actions).unwrap().position, Position(20));
+}
+
+/// Invariant 2: a worker of another machine may train on although nobody hears of it.
+#[test]
+fn a_new_coordinator_waits_for_the_lease_before_it_goes_back_to_a_checkpoint() {
+    let mut bench = taking_over();
+    bench.join(3);
+    let lease = Limits::derive(DEADLINE).lease;
+    assert_eq!(bench.wait(lease - DEADLINE, &[3]), []);
+    let actions = bench.wait(DEADLINE * 2, &[3]);
+    let group = formed(&actions).unwrap();
+    assert_eq!((members(group), group.position), (vec![3], Position(8)));
+}
+
+#[test]
+fn a_member_that_never_heard_of_its_generation_makes_a_new_one() {
+    let mut bench = taking_over();
+    bench.resume(1, None);
+    let rest = Some(Rested { position: Some(Position(10)), finished: None });
+    bench.handle(resumed(2, 3, rest));
+    let actions = bench.handle(Event::Loaded(WorkerId(2), facts("A")));
+    assert!(matches!(&actions[..], [Action::Abort { .. }]), "{actions:?}");
+    assert_eq!(members(formed(&bench.ready(1, 10)).unwrap()), [1, 2]);
+}
+
+#[test]
+fn a_run_that_had_finished_is_closed_by_the_new_coordinator() {
+    let mut bench = taking_over();
+    let rest = Some(Rested { position: Some(Position(20)), finished: Some(true) });
+    bench.resume(1, rest);
+    bench.resume(2, rest);
+    bench.handle(Event::PartWritten(WorkerId(1), part(10, 0, "d")));
+    bench.handle(Event::PartWritten(WorkerId(2), part(10, 1, "d")));
+    let actions = bench.handle(Event::CheckpointCommitted(checkpoint(10)));
+    assert_eq!(ended(&actions), Some(&Outcome::Complete));
+}
+
+#[test]
+fn a_stop_that_only_the_last_coordinator_wanted_is_no_stop() {
+    let mut bench = taking_over();
+    let rest = Some(Rested { position: Some(Position(20)), finished: Some(false) });
+    bench.resume(1, rest);
+    let actions = bench.resume(2, rest);
+    assert_eq!(formed(&actions).unwrap().position, Position(20));
+}
+
+/// Invariant 7.
+#[test]
+fn a_member_that_lost_its_session_is_waited_for_and_goes_on() {
     let mut bench = Bench::training(2);
-    bench.handle(Event::Lost(WorkerId(1), Loss::Session));
-    let actions = bench.handle(Event::Lost(WorkerId(2), Loss::Session));
-    assert!(matches!(ended(&actions), Some(Outcome::Failed(_))), "{actions:?}");
+    assert_eq!(bench.handle(Event::Disconnected(WorkerId(1))), []);
+    bench.wait(DEADLINE / 2, &[2]);
+    assert_eq!(bench.handle(resumed(1, 1, None)), []);
+    assert_eq!(bench.wait(DEADLINE * 2, &[1, 2]), []);
+}
+
+#[test]
+fn a_member_that_lost_its_session_and_a_peer_is_lost_at_once() {
+    for fault_first in [false, true] {
+        let mut bench = Bench::training(3);
+        let fault = Event::Fault(WorkerId(1), Generation(1), Fault::Peer);
+        let disconnected = Event::Disconnected(WorkerId(3));
+        let events = if fault_first { [fault, disconnected] } else { [disconnected, fault] };
+        events.into_iter().for_each(|event| drop(bench.handle(event)));
+        bench.ready(1, 4);
+        assert_eq!(members(formed(&bench.ready(2, 4)).unwrap()), [1, 2]);
+    }
+}
+
+/// The coordinator may be the one that is cut off.
+#[test]
+fn when_all_are_silent_at_once_nobody_is_told_to_stop() {
+    let mut bench = Bench::training(2);
+    let actions = bench.wait(DEADLINE * 3 / 2, &[]);
+    assert!(!actions.iter().any(|action| matches!(action, Action::Abort { .. })), "{actions:?}");
+    bench.resume(1, None);
+    assert_eq!(bench.resume(2, None), [Action::Keep]);
+}
+
+#[test]
+fn a_worker_that_leaves_is_let_go_once_the_others_have_its_position() {
+    let mut bench = Bench::training(3);
+    let actions = bench.handle(Event::Leave(WorkerId(1)));
+    assert!(matches!(&actions[..], [Action::Announce { plan, .. }] if plan.kind == PlanKind::Regroup));
+    bench.ready(1, 6);
+    bench.ready(2, 6);
+    let actions = bench.ready(3, 6);
+    let group = formed(&actions).unwrap();
+    assert_eq!((members(group), group.position), (vec![2, 3], Position(6)));
+    assert_eq!(actions.last(), Some(&Action::Release(WorkerId(1))));
+}
+
+#[test]
+fn the_only_member_heals_a_spare_before_it_leaves() {
+    let mut bench = Bench::new(0, 1, Recovered::default());
+    bench.join(1);
+    bench.join(2);
+    bench.handle(Event::Leave(WorkerId(1)));
+    let actions = bench.ready(1, 6);
+    assert_eq!(members(formed(&actions).unwrap()), [1], "with one data shard there is no room to heal");
+}
+
+#[test]
+fn the_only_member_heals_a_joiner_before_it_leaves() {
+    let mut bench = Bench::new(0, 8, Recovered::default());
+    bench.join(1);
+    bench.handle(Event::Leave(WorkerId(1)));
+    bench.join(2);
+    let actions = bench.ready(1, 6);
+    assert_eq!(members(formed(&actions).unwrap()), [1, 2]);
+    assert!(actions.iter().any(|action| matches!(action, Action::Announce { .. })), "{actions:?}");
+    bench.ready(1, 7);
+    let actions = bench.ready(2, 7);
+    assert_eq!(members(formed(&actions).unwrap()), [2]);
+}
+
+#[test]
+fn when_all_leave_they_save_first_and_the_run_waits_for_others() {
+    let mut bench = Bench::new(0, 8, Recovered::default());
+    bench.join(1);
+    let actions = bench.handle(Event::Leave(WorkerId(1)));
+    assert!(matches!(&actions[..], [Action::Announce { plan, .. }] if plan.kind == PlanKind::Stop));
+    let (worker, generation, position) = (WorkerId(1), Generation(1), Position(20));
+    bench.handle(Event::Finished { worker, generation, position, complete: false });
+    let actions = bench.handle(Event::CheckpointCommitted(checkpoint(10)));
+    assert_eq!(actions, [Action::Release(WorkerId(1))]);
+    assert_eq!(formed(&bench.join(2)).unwrap().position, Position(20));
+}
+
+#[test]
+fn scaling_starts_workers_and_lets_the_newest_go() {
+    let mut bench = training_locally(2);
+    let actions = bench.handle(Event::Scale(4));
+    assert_eq!(actions, [Action::Spawn, Action::Spawn]);
+    let actions = bench.handle(Event::Scale(1));
+    assert!(matches!(&actions[..], [Action::Announce { .. }]), "{actions:?}");
+    bench.ready(1, 6);
+    let actions = bench.ready(2, 6);
+    assert_eq!(members(formed(&actions).unwrap()), [1]);
+    assert_eq!(actions.last(), Some(&Action::Release(WorkerId(2))));
+    bench.end(2);
+    bench.join(3);
+    assert!(
+        !bench.machine.workers().any(|worker| worker == WorkerId(3)),
+        "one that was under way is not needed"
+    );
+}
+
+#[test]
+fn a_divergence_rolls_all_back_to_the_newest_checkpoint() {
+    let mut bench = Bench::training(2);
+    bench.handle(Event::CheckpointCommitted(checkpoint(4)));
+    let diverged = Fault::Diverged("rank 0 is not rank 1".to_string());
+    let actions = bench.handle(Event::Fault(WorkerId(1), Generation(1), diverged));
+    assert_eq!(actions[0], Action::Condemn(Generation(1)));
+    bench.ready(1, 20);
+    let actions = bench.ready(2, 21);
+    let group = formed(&actions).unwrap();
+    assert_eq!((group.position, &group.start), (Position(8), &Start::Checkpoint(Rank(0), checkpoint(4))));
+}
+
+#[test]
+fn what_is_not_finite_rolls_all_back_and_may_be_skipped_from_then_on() {
+    let mut bench = Bench::training(2);
+    let fault = |stop| Fault::NonFinite { position: Position(20), detail: "step 10".to_string(), stop };
+    let actions = bench.handle(Event::Fault(WorkerId(1), Generation(1), fault(false)));
+    assert_eq!(actions[..2], [Action::AllowSkip(Position(20)), Action::Condemn(Generation(1))]);
+    assert_eq!(bench.handle(Event::Fault(WorkerId(2), Generation(1), fault(false))), []);
+    bench.ready(1, 20);
+    let actions = bench.ready(2, 20);
+    let group = formed(&actions).unwrap();
+    assert_eq!((&group.start, &group.skips[..]), (&Start::Fresh, &[Position(20)][..]));
+    let actions = bench.handle(Event::Fault(WorkerId(1), Generation(2), fault(true)));
+    assert_eq!(ended(&actions), Some(&Outcome::Failed("step 10".to_string())));
+}
+
+#[test]
+fn a_divergence_is_not_forgotten_by_the_next_coordinator() {
+    let recovered = Recovered {
+        group: Some(group(4, &[1])),
+        condemned: Some(Generation(4)),
+        checkpoint: Some(checkpoint(4)),
+        ..Recovered::default()
+    };
+    let mut bench = Bench::new(0, 8, recovered);
+    bench.resume(1, None);
+    assert_eq!(formed(&bench.ready(1, 30)).unwrap().position, Position(8));
+}
+
+#[test]
+fn a_member_that_beats_and_computes_nothing_is_dropped() {
+    let mut bench = Bench::training(2);
+    let progress = |position, activity| Progress {
+        position: Position(position),
+        leaves: 3,
+        activity,
+        slowest_leaf: Duration::from_millis(10),
+    };
+    bench.progress = progress(2, Activity::Waiting);
+    bench.wait(DEADLINE / 2, &[1]);
+    bench.progress = progress(1, Activity::Computing);
+    bench.wait(DEADLINE / 2, &[2]);
+    let mut actions = Vec::new();
+    for _ in 0..4 {
+        for (worker, position, activity) in [(1, 2, Activity::Waiting), (2, 1, Activity::Computing)] {
+            bench.progress = progress(position, activity);
+            actions.extend(bench.wait(DEADLINE / 4, &[worker]));
+        }
+    }
+    assert!(actions.contains(&Action::Lose(WorkerId(2), Loss::Late)), "{actions:?}");
+    assert!(!actions.contains(&Action::Drop(WorkerId(1))));
+}
+
+#[test]
+fn when_all_wait_for_each_other_the_broken_link_is_found_and_avoided() {
+    let mut bench = Bench::training(3);
+    bench.progress = Progress {
+        position: Position(1),
+        leaves: 3,
+        activity: Activity::Waiting,
+        slowest_leaf: Duration::from_millis(10),
+    };
+    let actions = bench.wait(DEADLINE * 3 / 2, &[1, 2, 3]);
+    assert!(
+        matches!(&actions[..], [Action::Abort { cause: Cause::Stalled, probe: true, .. }]),
+        "{actions:?}"
+    );
+    bench.handle(Event::Fault(WorkerId(1), Generation(1), Fault::Links(vec![Rank(2)])));
+    bench.ready(1, 1);
+    bench.ready(2, 1);
+    let actions = bench.ready(3, 1);
+    assert_eq!(members(formed(&actions).unwrap()), [1, 2], "the newer one of the pair waits");
+    bench.progress.position = Position(2);
+    let actions = bench.wait(Limits::derive(DEADLINE).lease / 2, &[3]);
+    assert!(!actions.iter().any(|action| matches!(action, Action::Announce { .. })), "{actions:?}");
 }
 
 fn reaped(worker: u64) -> Event {
@@ -230,14 +549,14 @@ fn a_local_worker_that_ends_is_replaced_while_the_others_go_on() {
     assert_eq!(members(formed(&actions).unwrap()), [2, 3]);
 }
 
-/// Invariant 7.
+/// Invariant 2.
 #[test]
 fn when_all_local_members_are_dead_the_checkpoint_goes_on_once_all_were_reaped() {
     let mut bench = training_locally(2);
     bench.handle(Event::CheckpointCommitted(checkpoint(9)));
-    bench.handle(Event::Lost(WorkerId(1), Loss::Session));
-    let actions = bench.handle(Event::Lost(WorkerId(2), Loss::Session));
-    assert_eq!(ended(&actions), None);
+    let actions = bench.wait(DEADLINE * 3 / 2, &[]);
+    let dropped = [1, 2].map(|worker| Action::Drop(WorkerId(worker)));
+    assert!(dropped.iter().all(|action| actions.contains(action)), "{actions:?}");
     assert!(bench.handle(reaped(1)).contains(&Action::Spawn));
     bench.join(3);
     assert!(bench.handle(reaped(2)).contains(&Action::Spawn));
@@ -248,13 +567,13 @@ fn when_all_local_members_are_dead_the_checkpoint_goes_on_once_all_were_reaped()
 }
 
 #[test]
-fn a_local_worker_that_lost_its_session_and_does_not_end_is_killed() {
+fn a_local_worker_that_is_silent_is_killed_and_its_place_is_free_once_it_has_ended() {
     let mut bench = training_locally(2);
-    bench.handle(Event::Lost(WorkerId(1), Loss::Session));
-    bench.ready(2, 10);
+    bench.handle(Event::Disconnected(WorkerId(1)));
     let actions = bench.wait(DEADLINE * 3 / 2, &[2]);
     assert!(actions.contains(&Action::Drop(WorkerId(1))), "{actions:?}");
     assert!(!actions.contains(&Action::Spawn), "its place is not free before it has ended");
+    assert!(bench.end(1).contains(&Action::Spawn));
 }
 
 /// Invariant 8.
@@ -340,7 +659,7 @@ fn a_group_grows_to_one_worker_a_data_shard_and_no_further() {
     bench.join(2);
     assert_eq!(bench.join(3), []);
     // It takes the place of one that is lost.
-    bench.handle(Event::Lost(WorkerId(1), Loss::Session));
+    bench.end(1);
     assert_eq!(members(formed(&bench.ready(2, 2)).unwrap()), [2, 3]);
 }
 
@@ -350,9 +669,9 @@ fn a_requested_stop_survives_a_fault() {
     let mut bench = Bench::training(2);
     let actions = bench.handle(Event::StopRequested);
     assert!(matches!(&actions[..], [Action::Announce { plan, .. }] if plan.kind == PlanKind::Stop));
-    bench.handle(Event::Lost(WorkerId(1), Loss::Session));
+    bench.end(1);
     let actions = bench.ready(2, 8);
-    let [Action::Form(_), Action::Announce { plan, workers }] = actions.as_slice() else {
+    let [Action::Form(..), Action::Announce { plan, workers }] = actions.as_slice() else {
         panic!("{actions:?}");
     };
     assert_eq!((plan.kind, workers.as_slice()), (PlanKind::Stop, &[WorkerId(2)][..]));
@@ -379,14 +698,21 @@ fn a_loss_while_closing_makes_the_rest_save_again() {
     let mut bench = Bench::training(2);
     bench.finished(1, 20);
     bench.finished(2, 20);
-    let actions = bench.handle(Event::Lost(WorkerId(2), Loss::Session));
+    let actions = bench.end(2);
     let group = formed(&actions).unwrap();
     assert_eq!((members(group), group.position), (vec![1], Position(20)));
 }
 
 #[test]
-fn two_digests_of_one_step_end_the_run() {
+fn two_digests_of_one_step_roll_all_back_and_end_the_run_if_that_does_not_help() {
     let mut bench = Bench::training(2);
+    for _ in 0..3 {
+        bench.handle(Event::PartWritten(WorkerId(1), part(4, 0, "d")));
+        let actions = bench.handle(Event::PartWritten(WorkerId(2), part(4, 1, "e")));
+        assert_eq!(actions[0], Action::Condemn(bench.generation()));
+        bench.ready(1, 9);
+        assert_eq!(formed(&bench.ready(2, 9)).unwrap().start, Start::Fresh);
+    }
     bench.handle(Event::PartWritten(WorkerId(1), part(4, 0, "d")));
     let actions = bench.handle(Event::PartWritten(WorkerId(2), part(4, 1, "e")));
     assert!(matches!(ended(&actions), Some(Outcome::Failed(what)) if what.contains("step 4")), "{actions:?}");
@@ -399,215 +725,4 @@ fn a_group_that_cannot_save_is_not_formed() {
     let blind = LoadedFacts { sees_storage: false, ..facts("A") };
     let actions = bench.handle(Event::Loaded(WorkerId(1), blind));
     assert!(matches!(ended(&actions), Some(Outcome::Failed(what)) if what.contains("checkpoint.url")));
-}
-
-// ---- Random events ---------------------------------------------------------------------------------------------------
-
-/// What a model worker may do next, chosen by a number.
-#[derive(Clone, Copy, Debug)]
-enum Move {
-    /// Whether the coordinator started it.
-    Join(bool),
-    Train(u64),
-    GetReady(u64),
-    Fault(u64),
-    Die(u64),
-    /// The process of a local worker that died a while ago is seen to have ended.
-    Reap,
-    Late(u64),
-    Pass(u32),
-    Stop,
-}
-
-fn moves() -> impl Strategy<Value = Move> {
-    prop_oneof![
-        4 => any::<bool>().prop_map(Move::Join),
-        6 => (0..6u64).prop_map(Move::Train),
-        8 => (0..6u64).prop_map(Move::GetReady),
-        2 => (0..6u64).prop_map(Move::Fault),
-        3 => (0..6u64).prop_map(Move::Die),
-        2 => Just(Move::Reap),
-        2 => (0..6u64).prop_map(Move::Late),
-        3 => (1..2000u32).prop_map(Move::Pass),
-        1 => Just(Move::Stop),
-    ]
-}
-
-/// A worker as the protocol has it: it commits only in a group that it was assigned to and has not left.
-#[derive(Clone, Debug)]
-struct ModelWorker {
-    id: u64,
-    local: bool,
-    held: Option<u64>,
-    /// The generation that it trains in.
-    group: Option<Generation>,
-}
-
-/// The machine with model workers, and what must hold after each event.
-struct World {
-    bench: Bench,
-    workers: Vec<ModelWorker>,
-    /// Local workers that are dead, which the coordinator has not seen.
-    unreaped: Vec<u64>,
-    next_id: u64,
-    highest: Generation,
-    ended: bool,
-}
-
-impl World {
-    fn new() -> World {
-        World {
-            bench: Bench::new(0, 4, Recovered::default()),
-            workers: Vec::new(),
-            unreaped: Vec::new(),
-            next_id: 1,
-            highest: Generation(0),
-            ended: false,
-        }
-    }
-
-    fn play(&mut self, step: Move) {
-        let at = |worker: u64| usize::try_from(worker).unwrap();
-        let pick =
-            |workers: &[ModelWorker], worker| (!workers.is_empty()).then(|| at(worker) % workers.len());
-        let actions = match step {
-            Move::Join(local) => {
-                self.workers.push(ModelWorker { id: self.next_id, local, held: None, group: None });
-                self.next_id += 1;
-                self.bench.local = local;
-                self.bench.join(self.next_id - 1)
-            }
-            Move::Train(lead) => {
-                self.commit_a_phase(at(lead));
-                Vec::new()
-            }
-            Move::GetReady(worker) => match pick(&self.workers, worker) {
-                Some(index) => self.get_ready(index),
-                None => Vec::new(),
-            },
-            Move::Fault(worker) => match pick(&self.workers, worker) {
-                Some(index) if self.workers[index].group.is_some() => {
-                    let ModelWorker { id, group, .. } = self.workers[index].clone();
-                    let fault = Event::Fault(WorkerId(id), group.unwrap(), Fault::Peer);
-                    let actions = self.bench.handle(fault);
-                    self.check(&actions);
-                    self.get_ready(index)
-                }
-                _ => Vec::new(),
-            },
-            Move::Die(worker) => match pick(&self.workers, worker) {
-                Some(index) => {
-                    let dead = self.workers.remove(index);
-                    if dead.local {
-                        self.unreaped.push(dead.id);
-                    }
-                    self.bench.handle(Event::Lost(WorkerId(dead.id), Loss::Session))
-                }
-                None => Vec::new(),
-            },
-            Move::Reap => match self.unreaped.pop() {
-                Some(worker) => self.bench.handle(reaped(worker)),
-                None => Vec::new(),
-            },
-            Move::Late(worker) => {
-                let old = Generation(self.highest.0.saturating_sub(1));
-                self.bench.handle(Event::Ready(WorkerId(worker), old, Some(Position(1_000_000))))
-            }
-            Move::Pass(milliseconds) => {
-                let alive: Vec<u64> = self.workers.iter().map(|worker| worker.id).collect();
-                self.bench.wait(Duration::from_millis(milliseconds.into()), &alive)
-            }
-            Move::Stop => self.bench.handle(Event::StopRequested),
-        };
-        self.check(&actions);
-    }
-
-    /// Commits in the newest group as a reduce allows it: it needs all members, and a few commit before the rest.
-    fn commit_a_phase(&mut self, lead: usize) {
-        let newest = self.bench.machine.group().map(|group| (group.generation, members(group)));
-        let Some((generation, ids)) = newest else { return };
-        let trains = |worker: &&mut ModelWorker| worker.group == Some(generation) && ids.contains(&worker.id);
-        let mut training: Vec<_> = self.workers.iter_mut().filter(trains).collect();
-        if training.len() < ids.len() {
-            return;
-        }
-        let highest = training.iter().map(|worker| worker.held).max().flatten();
-        if training.iter().any(|worker| worker.held < highest) {
-            training.iter_mut().for_each(|worker| worker.held = highest);
-        } else {
-            let next = highest.map(|held| held + 1);
-            training.iter_mut().take(1 + lead).for_each(|worker| worker.held = next);
-        }
-    }
-
-    fn get_ready(&mut self, index: usize) -> Vec<Action> {
-        let worker = &mut self.workers[index];
-        let Some(generation) = worker.group.take() else { return Vec::new() };
-        let position = worker.held.map(Position);
-        self.bench.handle(Event::Ready(WorkerId(worker.id), generation, position))
-    }
-
-    fn check(&mut self, actions: &[Action]) {
-        for action in actions {
-            assert!(!self.ended, "{action:?} after the end");
-            match action {
-                Action::Form(group) => self.check_group(group),
-                Action::Drop(worker) => {
-                    // One that does not get ready, for all give signs of life; or one that is dead already.
-                    let dropped = self.workers.iter().position(|known| known.id == worker.0);
-                    let dropped = dropped.map(|index| self.workers.remove(index));
-                    self.unreaped.extend(dropped.filter(|worker| worker.local).map(|worker| worker.id));
-                }
-                Action::End(_) => self.ended = true,
-                _ => {}
-            }
-        }
-    }
-
-    fn check_group(&mut self, group: &Group) {
-        assert!(group.generation > self.highest, "invariant 1: {group:?}");
-        self.highest = group.generation;
-        let ids = members(group);
-        for worker in &self.workers {
-            assert!(worker.group.is_none(), "invariant 2: worker {} still trains at {group:?}", worker.id);
-        }
-        let held = |id: u64| self.workers.iter().find(|worker| worker.id == id).unwrap().held;
-        let highest = ids.iter().filter_map(|id| held(*id)).max();
-        assert_eq!(group.position.0, highest.unwrap_or(0), "invariant 3: {group:?}");
-        match &group.start {
-            Start::Healed(rank) => assert_eq!(held(ids[rank.0 as usize]), highest),
-            Start::Fresh => assert_eq!(highest, None),
-            Start::Checkpoint(..) => panic!("there is no checkpoint"),
-        }
-        if highest.is_none() {
-            assert!(
-                self.unreaped.is_empty(),
-                "invariant 7: {:?} may still train at {group:?}",
-                self.unreaped
-            );
-        }
-        let mut shards: Vec<u32> = group.members.iter().flat_map(|member| member.shards.clone()).collect();
-        shards.sort_unstable();
-        assert_eq!(shards, [0, 1, 2, 3]);
-        for worker in &mut self.workers {
-            if ids.contains(&worker.id) {
-                worker.group = Some(group.generation);
-                worker.held = Some(group.position.0);
-            }
-        }
-    }
-}
-
-proptest! {
-    /// Invariants 1 to 4 and 7, whatever happens in whatever order.
-    #[test]
-    fn invariants_hold_under_random_events(moves in prop::collection::vec(moves(), 1..200)) {
-        let mut world = World::new();
-        for step in moves {
-            world.play(step);
-            if world.ended {
-                break;
-            }
-        }
-    }
 }

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::job::{DataKind, LossKind, ModelKind, OptimizerKind};
+use crate::job::{DataKind, LossKind, ModelKind, NonFinite, OptimizerKind};
 
 fn job() -> Job {
     Job {
@@ -13,6 +13,7 @@ fn job() -> Job {
             shard_batch: 4,
             threads: 1,
             failure_deadline: 5.0,
+            non_finite: NonFinite::RollBack,
         },
         data: job::Data {
             kind: DataKind::Cifar10,
@@ -46,6 +47,15 @@ fn file() -> StoredFile {
     StoredFile { file: "state-00001-of-00002.safetensors".into(), bytes: 9, blake3: "a".repeat(64) }
 }
 
+fn hello() -> Hello {
+    Hello { protocol: 1, spawn_token: None, host: "h".into(), pid: 2, address: String::new(), resume: None }
+}
+
+fn resume() -> Resume {
+    let rest = Some(Rested { position: Some(Position(4)), finished: Some(true) });
+    Resume { run: "r".into(), worker: WorkerId(1), term: Term(2), generation: Generation(3), rest }
+}
+
 #[test]
 fn a_workers_messages_survive_the_wire() {
     let part =
@@ -60,15 +70,28 @@ fn a_workers_messages_survive_the_wire() {
         images_per_second: 7.5,
         images_seen: 8,
         ledger: u64::MAX,
+        skipped: 9,
     };
     let passport = Passport(BTreeMap::from([("cpu".to_string(), "x".to_string())]));
+    let non_finite = |stop| Fault::NonFinite { position: Position(6), detail: "x".into(), stop };
     let messages = [
-        FromWorker::Hello(Hello { protocol: 1, spawn_token: None, host: "h".into(), pid: 2 }),
+        FromWorker::Hello(Hello { address: "h:1".into(), resume: Some(resume()), ..hello() }),
+        FromWorker::Hello(hello()),
+        FromWorker::Leave,
+        FromWorker::Fault(Generation(1), Fault::Links(vec![Rank(2), Rank(0)])),
         FromWorker::Loaded(LoadedFacts { passport, samples: 5, sees_storage: true, phases_per_step: 2 }),
         FromWorker::Ready(Generation(1), None),
         FromWorker::Ready(Generation(1), Some(Position(7))),
         FromWorker::Fault(Generation(1), Fault::Timeout),
-        FromWorker::Heartbeat(Position(3), Activity::Waiting),
+        FromWorker::Heartbeat(Progress {
+            position: Position(3),
+            leaves: 4,
+            activity: Activity::Waiting,
+            slowest_leaf: Duration::from_micros(5),
+        }),
+        FromWorker::Fault(Generation(1), non_finite(false)),
+        FromWorker::Fault(Generation(1), non_finite(true)),
+        FromWorker::PhaseSkipped(Position(6), "x".into()),
         FromWorker::PartWritten(part),
         FromWorker::Metrics(row),
         FromWorker::Finished(Generation(2), Position(9), true),
@@ -96,9 +119,10 @@ fn an_assignment_survives_the_wire_and_overlapping_shards_are_refused() {
             members: vec![member(1, 0..2), member(5, 2..6)],
             position: Position(8),
             start: Start::Checkpoint(Rank(1), checkpoint),
+            skips: vec![Position(9), Position(12)],
         },
         rank: 1,
-        reduce_timeout: Duration::from_secs(5),
+        addresses: vec!["a:1".into(), "b:2".into()],
     };
     let wire = assignment_to_wire(assignment.clone());
     assert_eq!(assignment_from_wire(wire.clone()), Ok(assignment));

@@ -1,27 +1,32 @@
-//! The session's thread: one task that reads, writes and keeps time.
+//! The session's thread: one task that finds the coordinator, reads, writes and keeps time.
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use ganglion_membership::{Position, Term};
-use ganglion_proto::message::{FromWorker, Hello, ToWorker, Welcome};
-use ganglion_proto::wire::SessionRequest;
+use ganglion_membership::{Limits, Term};
+use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Welcome};
 use ganglion_proto::wire::session_service_client::SessionServiceClient;
+use ganglion_proto::wire::{SessionRequest, SessionResponse};
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Request, Streaming};
+use tonic::{Code, Request, Streaming};
 
-use super::{End, Session, Shared};
+use super::lease::{Lease, now};
+use super::{End, Session, Shared, probe};
 
-/// How long to look for the coordinator.
+/// How long to look for the coordinator at first.
 const CONNECT_LIMIT: Duration = Duration::from_secs(20);
-/// How long one attempt may take.
+/// How long one attempt may take at first.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(3);
 /// How long to wait for a welcome.
 const WELCOME_LIMIT: Duration = Duration::from_secs(20);
+/// The first pause between two attempts; it doubles.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Why no session came about.
 #[derive(Debug, thiserror::Error)]
@@ -51,30 +56,29 @@ pub enum ConnectError {
     Refused(String),
 }
 
-type Opened = Result<(Welcome, Channel), ConnectError>;
-
 /// Opens a session; returns once the worker is welcome.
 pub fn open(url: &str, spawn_token: Option<String>) -> Result<Session, ConnectError> {
     let (endpoint, address) = endpoint(url)?;
+    let system = |what: &str, error: std::io::Error| ConnectError::Refused(format!("{what}: {error}"));
+    let local_address = data_address().unwrap_or_else(|| local_address_towards(address));
+    let answers = probe::answer(local_address).map_err(|error| system("cannot listen for probes", error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .thread_name("session")
         .enable_all()
         .build()
-        .map_err(|error| ConnectError::Refused(format!("cannot start the session's thread: {error}")))?;
-    let shared = Arc::new(Shared::default());
+        .map_err(|error| system("cannot start the session's thread", error))?;
     let (outbox, outgoing) = unbounded_channel();
     let (opened, welcome) = mpsc::channel();
     let handle = runtime.handle().clone();
-    let task = Task { url: url.to_string(), endpoint, spawn_token, shared: shared.clone() };
-    handle.spawn(task.run(outgoing, opened));
+    let dial = Dial { url: url.to_string(), endpoint, spawn_token, answers: answers.to_string() };
+    handle.spawn(dial.run(outgoing, opened));
     let limit = CONNECT_LIMIT + ATTEMPT_LIMIT + WELCOME_LIMIT;
     let refused = |_| ConnectError::Refused(format!("no welcome from {url} in {} s", limit.as_secs()));
-    let (welcome, channel) = welcome.recv_timeout(limit).map_err(refused)??;
+    let shared = welcome.recv_timeout(limit).map_err(refused)??;
     // The runtime lives as long as the process, as the session does.
     std::mem::forget(runtime);
-    let local_address = local_address_towards(address);
-    Ok(Session { welcome, shared, outbox, channel, runtime: handle, local_address })
+    Ok(Session { shared, outbox, runtime: handle, local_address })
 }
 
 fn endpoint(url: &str) -> Result<(Endpoint, SocketAddr), ConnectError> {
@@ -87,11 +91,7 @@ fn endpoint(url: &str) -> Result<(Endpoint, SocketAddr), ConnectError> {
     let port = uri.port_u16().ok_or_else(|| bad("it has no port".to_string()))?;
     let mut addresses = (host, port).to_socket_addrs().map_err(|error| bad(error.to_string()))?;
     let address = addresses.next().ok_or_else(|| bad("its host has no address".to_string()))?;
-    let endpoint = Endpoint::from(uri)
-        .connect_timeout(ATTEMPT_LIMIT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(Duration::from_secs(10))
-        .keep_alive_timeout(Duration::from_secs(20));
+    let endpoint = Endpoint::from(uri).connect_timeout(ATTEMPT_LIMIT).tcp_nodelay(true);
     Ok((endpoint, address))
 }
 
@@ -106,136 +106,262 @@ fn local_address_towards(address: SocketAddr) -> IpAddr {
     routed.map_or(address.ip(), |local| local.ip())
 }
 
-struct Task {
+/// The address of the interface that reduces go over, if the user named one.
+fn data_address() -> Option<IpAddr> {
+    let wanted = std::env::var("GLOO_SOCKET_IFNAME").ok()?;
+    let addresses = nix::ifaddrs::getifaddrs().ok()?.filter(|found| found.interface_name == wanted);
+    let mut v4 = addresses.filter_map(|found| Some(found.address?.as_sockaddr_in()?.ip()));
+    v4.next().map(IpAddr::from)
+}
+
+/// How to get to the coordinator.
+struct Dial {
     url: String,
     endpoint: Endpoint,
     spawn_token: Option<String>,
-    shared: Arc<Shared>,
+    /// Where this worker answers probes.
+    answers: String,
 }
 
-impl Task {
-    async fn run(self, outgoing: UnboundedReceiver<FromWorker>, opened: mpsc::Sender<Opened>) {
-        let (requests, request_stream) = unbounded_channel();
-        let (channel, mut responses) = match self.connect(&requests, request_stream).await {
-            Ok(connected) => connected,
+/// An open stream.
+struct Connection {
+    channel: Channel,
+    requests: UnboundedSender<SessionRequest>,
+    responses: Streaming<SessionResponse>,
+    welcome: Welcome,
+    /// When the hello was sent, by the boot clock.
+    since: Duration,
+}
+
+/// Why one attempt failed.
+enum Failed {
+    /// It may work later.
+    Later(String),
+    /// It will not.
+    Refused(String),
+}
+
+impl Dial {
+    async fn run(
+        self,
+        outgoing: UnboundedReceiver<FromWorker>,
+        opened: mpsc::Sender<Result<Arc<Shared>, ConnectError>>,
+    ) {
+        let mut connection = match self.first().await {
+            Ok(connection) => connection,
             Err(error) => return drop(opened.send(Err(error))),
         };
-        let welcome = match self.welcome(&mut responses).await {
-            Ok(welcome) => welcome,
-            Err(error) => return drop(opened.send(Err(error))),
-        };
-        let grace = Duration::from_secs_f64(welcome.job.job.failure_deadline);
-        let term = welcome.term;
-        let _ = opened.send(Ok((welcome, channel)));
-        let lost = self.converse(term, grace / 5, outgoing, requests, responses).await;
-        if let Some(reason) = lost {
-            tracing::warn!("lost the coordinator ({reason}); ending in {:.1} s", grace.as_secs_f64());
-            tokio::time::sleep(grace).await;
-            self.shared.end(End::Lost(reason));
+        let lease = Lease::new(connection.since, limits_of(&connection.welcome).lease);
+        let shared = Shared::new(connection.welcome.clone(), connection.channel.clone(), lease);
+        let shared = Arc::new(shared);
+        let _ = opened.send(Ok(shared.clone()));
+        let Ok(asked_to_leave) = signal(SignalKind::terminate()) else { return };
+        let Ok(interrupted) = signal(SignalKind::interrupt()) else { return };
+        let mut talk = Talk { shared, outgoing, signals: [asked_to_leave, interrupted], leaving: None };
+        loop {
+            let Some(reason) = talk.converse(&mut connection).await else { return };
+            tracing::warn!("lost the coordinator: {reason}; training goes on while the lease lasts");
+            match self.find_again(&mut talk, &reason).await {
+                Some(found) => connection = found,
+                None => return talk.shared.end(End::Lost(reason)),
+            }
         }
     }
 
-    async fn connect(
-        &self,
-        requests: &UnboundedSender<SessionRequest>,
-        request_stream: UnboundedReceiver<SessionRequest>,
-    ) -> Result<(Channel, Streaming<ganglion_proto::wire::SessionResponse>), ConnectError> {
-        let channel = self.find_coordinator().await?;
-        let hello = Hello {
-            protocol: PROTOCOL,
-            spawn_token: self.spawn_token.clone(),
-            host: nix::unistd::gethostname()
-                .map_or_else(|_| "unknown".to_string(), |name| name.to_string_lossy().into_owned()),
-            pid: std::process::id(),
-        };
-        let _ = requests.send(FromWorker::Hello(hello).to_wire(Term(0)));
-        let mut client = SessionServiceClient::new(channel.clone())
-            .max_decoding_message_size(MESSAGE_LIMIT)
-            .max_encoding_message_size(MESSAGE_LIMIT);
-        let request = Request::new(UnboundedReceiverStream::new(request_stream));
-        let response = tokio::time::timeout(WELCOME_LIMIT, client.session(request)).await;
-        match response {
-            Ok(Ok(response)) => Ok((channel, response.into_inner())),
-            Ok(Err(status)) => Err(ConnectError::Refused(status.message().to_string())),
-            Err(_) => Err(ConnectError::Refused(format!("{} does not answer", self.url))),
-        }
-    }
-
-    async fn find_coordinator(&self) -> Result<Channel, ConnectError> {
-        let (started, mut attempts, mut pause) = (Instant::now(), 0, Duration::from_millis(50));
+    /// The first connection, for which the coordinator may not be there yet.
+    async fn first(&self) -> Result<Connection, ConnectError> {
+        let (started, mut attempts, mut pause) = (Instant::now(), 0, PAUSE);
         loop {
             attempts += 1;
-            let error = match self.endpoint.connect().await {
-                Ok(channel) => return Ok(channel),
-                Err(error) => error,
+            let reason = match self.attempt(None, WELCOME_LIMIT).await {
+                Ok(connection) => return Ok(connection),
+                Err(Failed::Refused(reason)) => return Err(ConnectError::Refused(reason)),
+                Err(Failed::Later(reason)) => reason,
             };
             if started.elapsed() > CONNECT_LIMIT {
-                let cause = std::error::Error::source(&error).map(ToString::to_string);
-                return Err(ConnectError::Unreachable {
-                    url: self.url.clone(),
-                    attempts,
-                    seconds: started.elapsed().as_secs(),
-                    reason: cause.unwrap_or_else(|| error.to_string()),
-                });
+                let (url, seconds) = (self.url.clone(), started.elapsed().as_secs());
+                return Err(ConnectError::Unreachable { url, attempts, seconds, reason });
             }
-            tracing::debug!("attempt {attempts} to reach {}: {error}", self.url);
+            tracing::debug!("attempt {attempts} to reach {}: {reason}", self.url);
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(2));
         }
     }
 
-    async fn welcome(
-        &self,
-        responses: &mut Streaming<ganglion_proto::wire::SessionResponse>,
-    ) -> Result<Welcome, ConnectError> {
-        let refused = |reason: String| Err(ConnectError::Refused(reason));
-        let response = match tokio::time::timeout(WELCOME_LIMIT, responses.message()).await {
-            Ok(Ok(Some(response))) => response,
-            Ok(Ok(None)) => return refused("the coordinator closed the session".to_string()),
-            Ok(Err(status)) => return refused(status.message().to_string()),
-            Err(_) => return refused(format!("{} does not answer", self.url)),
-        };
-        match ToWorker::from_wire(response) {
-            Ok((_, ToWorker::Welcome(welcome))) => Ok(*welcome),
-            Ok((_, ToWorker::Reject(reason))) => refused(reason),
-            Ok((_, other)) => refused(format!("unexpected {other:?} instead of a welcome")),
-            Err(malformed) => refused(malformed.to_string()),
+    /// Looks for the coordinator, or the next one of the run, until the lease is over.
+    async fn find_again(&self, talk: &mut Talk, reason: &str) -> Option<Connection> {
+        let mut pause = PAUSE;
+        loop {
+            if !talk.shared.lease.holds() || talk.left_alone() {
+                return None;
+            }
+            let resume = talk.shared.resume();
+            let (limits, term) = (talk.shared.lock().limits(), resume.term);
+            match self.attempt(Some(resume), limits.attempt).await {
+                Ok(connection) if connection.welcome.term >= term => return Some(connection),
+                Ok(connection) => {
+                    tracing::warn!(
+                        "a coordinator of term {}, older than {term}, is not ours",
+                        connection.welcome.term
+                    );
+                }
+                Err(Failed::Later(again) | Failed::Refused(again)) => {
+                    tracing::debug!("still without a coordinator after {reason:?}: {again}");
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = talk.asked_to_leave() => {}
+            }
+            pause = (pause * 2).min(limits.heartbeat);
         }
     }
 
-    /// Reads, writes and gives signs of life until the session ends. Returns the reason if the coordinator was lost.
-    async fn converse(
-        &self,
-        term: Term,
-        heartbeat: Duration,
-        mut outgoing: UnboundedReceiver<FromWorker>,
-        requests: UnboundedSender<SessionRequest>,
-        mut responses: Streaming<ganglion_proto::wire::SessionResponse>,
-    ) -> Option<String> {
-        let mut heartbeats = tokio::time::interval(heartbeat);
+    async fn attempt(&self, resume: Option<Resume>, limit: Duration) -> Result<Connection, Failed> {
+        let connected = tokio::time::timeout(limit.min(ATTEMPT_LIMIT), self.endpoint.connect()).await;
+        let channel = match connected {
+            Ok(Ok(channel)) => channel,
+            Ok(Err(error)) => {
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                return Err(Failed::Later(cause.unwrap_or_else(|| error.to_string())));
+            }
+            Err(_) => return Err(Failed::Later("no connection in time".to_string())),
+        };
+        let (requests, stream) = unbounded_channel();
+        let since = now();
+        let _ = requests.send(FromWorker::Hello(self.hello(resume)).to_wire(Term(0)));
+        let mut client = SessionServiceClient::new(channel.clone())
+            .max_decoding_message_size(MESSAGE_LIMIT)
+            .max_encoding_message_size(MESSAGE_LIMIT);
+        let request = Request::new(UnboundedReceiverStream::new(stream));
+        let answered = tokio::time::timeout(limit, async {
+            let mut responses = client.session(request).await?.into_inner();
+            let first = responses.message().await?;
+            Ok((responses, first))
+        });
+        let (responses, first) = match answered.await {
+            Ok(Ok((responses, Some(first)))) => (responses, first),
+            Ok(Ok((_, None))) => return Err(Failed::Later("the coordinator closed the session".to_string())),
+            Ok(Err(status)) => return Err(failed(&status)),
+            Err(_) => return Err(Failed::Later(format!("{} does not answer", self.url))),
+        };
+        match ToWorker::from_wire(first) {
+            Ok((_, ToWorker::Welcome(welcome))) => {
+                Ok(Connection { channel, requests, responses, welcome: *welcome, since })
+            }
+            Ok((_, ToWorker::Reject(reason))) => Err(Failed::Refused(reason)),
+            Ok((_, other)) => Err(Failed::Refused(format!("unexpected {other:?} instead of a welcome"))),
+            Err(malformed) => Err(Failed::Refused(malformed.to_string())),
+        }
+    }
+
+    fn hello(&self, resume: Option<Resume>) -> Hello {
+        Hello {
+            protocol: PROTOCOL,
+            spawn_token: self.spawn_token.clone(),
+            host: nix::unistd::gethostname()
+                .map_or_else(|_| "unknown".to_string(), |name| name.to_string_lossy().into_owned()),
+            pid: std::process::id(),
+            address: self.answers.clone(),
+            resume,
+        }
+    }
+}
+
+fn failed(status: &tonic::Status) -> Failed {
+    let reason = status.message().to_string();
+    match status.code() {
+        Code::FailedPrecondition | Code::InvalidArgument | Code::Unauthenticated | Code::Unimplemented => {
+            Failed::Refused(reason)
+        }
+        _ => Failed::Later(reason),
+    }
+}
+
+async fn asked([terminate, interrupt]: &mut [Signal; 2]) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("asked to end: leaving once the others have what this worker holds");
+}
+
+fn limits_of(welcome: &Welcome) -> Limits {
+    Limits::derive(Duration::from_secs_f64(welcome.job.job.failure_deadline))
+}
+
+/// What is said over the connections of a session, one after the other.
+struct Talk {
+    shared: Arc<Shared>,
+    outgoing: UnboundedReceiver<FromWorker>,
+    signals: [Signal; 2],
+    /// When the machine asked this worker to end.
+    leaving: Option<Instant>,
+}
+
+impl Talk {
+    /// Reads, writes and gives signs of life until the connection or the session ends. Returns why the connection did.
+    async fn converse(&mut self, connection: &mut Connection) -> Option<String> {
+        let (welcome, channel) = (connection.welcome.clone(), connection.channel.clone());
+        let (term, limits) = (welcome.term, limits_of(&welcome));
+        self.shared.lease.prolong(connection.since, limits.lease);
+        let again = self.shared.welcome_again(welcome, channel);
+        let leave = self.leaving.map(|_| FromWorker::Leave);
+        for message in again.into_iter().chain(leave) {
+            let _ = connection.requests.send(message.to_wire(term));
+        }
+        let mut heartbeats = tokio::time::interval(limits.heartbeat);
+        let mut unanswered: VecDeque<Duration> = VecDeque::new();
         loop {
             let message = tokio::select! {
-                response = responses.message() => match response {
+                // What has arrived is read before anybody is blamed for silence.
+                biased;
+                response = connection.responses.message() => match response {
                     Ok(Some(response)) => {
-                        if self.take(term, response) { return None } else { continue }
+                        if self.take(term, response, &mut unanswered, limits) { return None } else { continue }
                     }
                     Ok(None) => return Some("it closed the session".to_string()),
                     Err(status) => return Some(status.message().to_string()),
                 },
-                Some(message) = outgoing.recv() => message,
+                Some(message) = self.outgoing.recv() => message,
                 _ = heartbeats.tick() => {
-                    let position = self.shared.position.load(std::sync::atomic::Ordering::Relaxed);
-                    FromWorker::Heartbeat(Position(position), self.shared.activity())
+                    if unanswered.front().is_some_and(|sent| now() > *sent + limits.deadline) {
+                        return Some("it does not answer".to_string());
+                    }
+                    unanswered.push_back(now());
+                    FromWorker::Heartbeat(self.shared.progress())
+                }
+                () = asked(&mut self.signals) => {
+                    self.leaving.get_or_insert_with(Instant::now);
+                    FromWorker::Leave
                 }
             };
-            if requests.send(message.to_wire(term)).is_err() {
+            if connection.requests.send(message.to_wire(term)).is_err() {
                 return Some("the session's stream is closed".to_string());
             }
         }
     }
 
+    /// Waits until the machine asks this worker to end.
+    async fn asked_to_leave(&mut self) {
+        asked(&mut self.signals).await;
+        self.leaving.get_or_insert_with(Instant::now);
+    }
+
+    /// Whether this worker was asked to end and no coordinator is there that could let it go.
+    fn left_alone(&self) -> bool {
+        let patience = self.shared.lock().limits().deadline;
+        self.leaving.is_some_and(|since| since.elapsed() > patience)
+    }
+
     /// Takes a message of the coordinator; returns whether the session is over.
-    fn take(&self, term: Term, response: ganglion_proto::wire::SessionResponse) -> bool {
+    fn take(
+        &self,
+        term: Term,
+        response: SessionResponse,
+        unanswered: &mut VecDeque<Duration>,
+        limits: Limits,
+    ) -> bool {
         let message = match ToWorker::from_wire(response) {
             Ok((of, message)) if of == term => message,
             Ok((of, _)) => {
@@ -247,18 +373,25 @@ impl Task {
                 return false;
             }
         };
+        let shared = &self.shared;
         match message {
-            ToWorker::Assignment(assignment) => self.shared.take_assignment(assignment),
-            ToWorker::Plan(plan) => self.shared.take_plan(plan),
-            ToWorker::Abort(generation, reason) => {
-                tracing::info!("leaving generation {generation}: {reason}");
-                self.shared.abort(generation);
+            ToWorker::Pulse => {
+                if let Some(sent) = unanswered.pop_front() {
+                    shared.lease.prolong(sent, limits.lease);
+                }
             }
-            ToWorker::MetricsRecorded(step) => self.shared.forget_rows(step),
-            ToWorker::Release => self.shared.end(End::Released),
-            ToWorker::Reject(reason) => self.shared.end(End::Rejected(reason)),
+            ToWorker::Assignment(assignment) => shared.take_assignment(term, assignment),
+            ToWorker::Plan(plan) => shared.take_plan(plan),
+            ToWorker::Abort { generation, reason, probe } => {
+                tracing::info!("leaving generation {generation}: {reason}");
+                shared.abort(generation, probe);
+            }
+            ToWorker::MetricsRecorded(step) => shared.forget_rows(step),
+            ToWorker::CheckpointRecorded(step, phase) => shared.forget_parts((step, phase)),
+            ToWorker::Release => shared.end(End::Released),
+            ToWorker::Reject(reason) => shared.end(End::Rejected(reason)),
             ToWorker::Welcome(_) => tracing::warn!("dropped a second welcome"),
         }
-        self.shared.lock().end.is_some()
+        shared.lock().end.is_some()
     }
 }

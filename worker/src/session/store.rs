@@ -9,6 +9,7 @@ use ganglion_proto::wire::{
     AddRequest, CompareSetRequest, ContainsRequest, DeleteRequest, GetRequest, Key, SetRequest,
 };
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
@@ -21,12 +22,20 @@ pub struct GrpcStore {
     runtime: Handle,
     term: Term,
     generation: Generation,
+    /// The newest generation that the worker was told to leave.
+    aborted: watch::Receiver<Generation>,
 }
 
 impl GrpcStore {
     /// The store behind a channel.
-    pub fn new(channel: Channel, runtime: Handle, term: Term, generation: Generation) -> Self {
-        GrpcStore { client: StoreServiceClient::new(channel), runtime, term, generation }
+    pub fn new(
+        channel: Channel,
+        runtime: Handle,
+        term: Term,
+        generation: Generation,
+        aborted: watch::Receiver<Generation>,
+    ) -> Self {
+        GrpcStore { client: StoreServiceClient::new(channel), runtime, term, generation, aborted }
     }
 
     fn key(&self, name: &str) -> Key {
@@ -44,9 +53,14 @@ impl GrpcStore {
     {
         let mut request = Request::new(message);
         request.set_timeout(limit);
-        let answer = self
-            .runtime
-            .block_on(async { tokio::time::timeout(limit, call(self.client.clone(), request)).await });
+        let mut aborted = self.aborted.clone();
+        let answer = self.runtime.block_on(async {
+            tokio::select! {
+                answer = tokio::time::timeout(limit, call(self.client.clone(), request)) => Some(answer),
+                _ = aborted.wait_for(|newest| *newest >= self.generation) => None,
+            }
+        });
+        let Some(answer) = answer else { return Err(StoreError::Aborted) };
         match answer {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) if status.code() == Code::DeadlineExceeded => Err(StoreError::Timeout),

@@ -3,8 +3,8 @@
 
 use ganglion_membership::{Assembly, Checkpoint as Saved};
 use ganglion_proto::job::{
-    Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind, Optimizer,
-    OptimizerKind, Sample,
+    Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind, NonFinite,
+    Optimizer, OptimizerKind, Sample,
 };
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
 use ganglion_worker::data::ImageShape;
@@ -27,6 +27,7 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
             shard_batch: 3,
             threads: 1,
             failure_deadline: 5.0,
+            non_finite: NonFinite::Skip,
         },
         data: Data { kind: DataKind::Mnist10k, path: None, resize: None, crop: None, channels: 1 },
         model: Model { kind: model, latent_dim: 5, width: 4, ema_half_life_images: 1000 },

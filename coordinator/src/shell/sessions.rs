@@ -1,0 +1,161 @@
+//! Workers' sessions: who they are, and what they say.
+
+use ganglion_membership::{Event, Fault, Loss, WorkerId};
+use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Welcome};
+use serde_json::json;
+
+use super::{Connected, Shell, ShellError};
+use crate::journal::Fact;
+use crate::server::{Outbox, SessionId};
+
+impl Shell {
+    /// Takes a worker in, as who it was if it may go on as that; or says why not.
+    pub(super) fn admit(
+        &mut self,
+        hello: Hello,
+        session: SessionId,
+        outbox: Outbox,
+    ) -> Result<Result<WorkerId, String>, ShellError> {
+        if let Some(refusal) = self.refusal(&hello) {
+            return Ok(Err(refusal));
+        }
+        let known = |resume: &&Resume| self.machine.knows(resume.worker, resume.generation);
+        let resume = hello.resume.as_ref().filter(known).cloned();
+        let token = hello.spawn_token.as_deref();
+        let worker = match &resume {
+            Some(resume) => resume.worker,
+            None => self.journal.admit(self.term, &hello.host, hello.pid, token)?,
+        };
+        let local = token.is_some_and(|token| self.supervisor.claim(token, worker));
+        if token.is_some() && !local {
+            return Ok(Err("its token is of no worker that this coordinator started".to_string()));
+        }
+        let (host, pid, address) = (hello.host, hello.pid, hello.address);
+        let connected = Connected { session, outbox: Some(outbox), host: host.clone(), pid, address };
+        self.workers.insert(worker, connected);
+        let welcome = Welcome {
+            term: self.term,
+            worker,
+            run: self.run.clone(),
+            job: self.job.clone(),
+            storage: self.checkpoints.address(),
+        };
+        self.send(worker, ToWorker::Welcome(Box::new(welcome)));
+        let kind = if resume.is_some() { "worker_resumed" } else { "worker_joined" };
+        self.records.event(kind, json!({ "worker": worker.0, "host": host, "pid": pid, "local": local }));
+        self.handle(match resume {
+            Some(Resume { generation, rest, .. }) => Event::Resumed { worker, generation, rest },
+            None => Event::Hello { worker, local },
+        })?;
+        Ok(Ok(worker))
+    }
+
+    fn refusal(&self, hello: &Hello) -> Option<String> {
+        let resume = hello.resume.as_ref()?;
+        if resume.run != self.run {
+            return Some("this coordinator has another run".to_string());
+        }
+        let newer = resume.term > self.term;
+        newer.then(|| {
+            format!("a coordinator of term {} has this run; this is term {}", resume.term, self.term)
+        })
+    }
+
+    /// A session ended. If it was the worker's newest, the machine hears of it.
+    pub(super) fn closed(&mut self, session: SessionId, worker: WorkerId) -> Result<(), ShellError> {
+        match self.workers.get_mut(&worker) {
+            Some(connected) if connected.session == session && connected.outbox.is_some() => {
+                connected.outbox = None;
+                self.records.event("worker_disconnected", json!({ "worker": worker.0 }));
+                self.handle(Event::Disconnected(worker))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn take_message(
+        &mut self,
+        session: SessionId,
+        worker: WorkerId,
+        message: FromWorker,
+    ) -> Result<(), ShellError> {
+        let current = self.workers.get(&worker);
+        if !current.is_some_and(|current| current.session == session && current.outbox.is_some()) {
+            return Ok(());
+        }
+        match message {
+            FromWorker::Hello(_) => {
+                tracing::warn!("worker {worker} says hello twice; closing its session");
+                self.closed(session, worker)
+            }
+            FromWorker::Loaded(facts) => {
+                self.journal.set_fact(Fact::Samples, &facts.samples.to_string())?;
+                self.records.loaded(facts.samples, self.machine.checkpoint());
+                self.handle(Event::Loaded(worker, facts))
+            }
+            FromWorker::Ready(generation, position) => {
+                self.handle(Event::Ready(worker, generation, position))
+            }
+            FromWorker::Fault(generation, fault) => {
+                self.note_fault(worker, generation.0, &fault);
+                self.handle(Event::Fault(worker, generation, fault))
+            }
+            FromWorker::Heartbeat(progress) => {
+                self.send(worker, ToWorker::Pulse);
+                self.handle(Event::Heartbeat(worker, progress))
+            }
+            FromWorker::Finished(generation, position, complete) => {
+                self.handle(Event::Finished { worker, generation, position, complete })
+            }
+            FromWorker::Leave => {
+                self.records.event("worker_leaves", json!({ "worker": worker.0 }));
+                self.handle(Event::Leave(worker))
+            }
+            FromWorker::InputError(detail) => self.handle(Event::InputWrong(detail)),
+            FromWorker::PartWritten(part) => self.handle(Event::PartWritten(worker, part)),
+            report => {
+                self.take_report(worker, report);
+                Ok(())
+            }
+        }
+    }
+
+    /// What is for people and decides nothing.
+    fn take_report(&mut self, worker: WorkerId, report: FromWorker) {
+        match report {
+            FromWorker::Metrics(row) => self.records.take_row(row),
+            FromWorker::Samples(grid) => self.records.take_samples(grid),
+            FromWorker::PhaseSkipped(position, detail) => self.records.phase_skipped(position, &detail),
+            FromWorker::PartDelayed(step, file, detail) => {
+                self.records.message(&format!(
+                    "warning: the checkpoint of step {step} waits: worker {worker} cannot write {file}: {detail}; trying again"
+                ));
+                let fields = json!({ "worker": worker.0, "step": step, "file": file, "reason": detail });
+                self.records.event("checkpoint_delayed", fields);
+            }
+            _ => {}
+        }
+    }
+
+    fn note_fault(&mut self, worker: WorkerId, generation: u64, fault: &Fault) {
+        let (kind, detail) = match fault {
+            Fault::Peer => ("peer", String::new()),
+            Fault::Timeout => ("timeout", String::new()),
+            Fault::Links(ranks) => {
+                ("links", format!("{:?}", ranks.iter().map(|rank| rank.0).collect::<Vec<_>>()))
+            }
+            Fault::Diverged(detail) => ("diverged", detail.clone()),
+            Fault::Internal(detail) => ("internal", detail.clone()),
+            Fault::NonFinite { detail, .. } => ("non_finite", detail.clone()),
+        };
+        let fields = json!({ "worker": worker.0, "generation": generation, "fault": kind, "detail": detail });
+        self.records.event("fault", fields);
+    }
+
+    /// Notes that a worker is gone, if it was still there.
+    pub(super) fn lose(&mut self, worker: WorkerId, loss: &Loss) {
+        let pid = self.workers.remove(&worker).map(|lost| lost.pid);
+        self.records
+            .event("worker_lost", json!({ "worker": worker.0, "pid": pid, "reason": loss.to_string() }));
+    }
+}

@@ -1,0 +1,73 @@
+//! Every time limit of a run, derived from its one setting.
+
+use std::time::Duration;
+
+/// The limits. See [`Limits::derive`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// How long a silent process is trusted; the setting itself.
+    pub deadline: Duration,
+    /// Between two heartbeats of a worker, and the longest pause between two of its attempts to find its coordinator.
+    pub heartbeat: Duration,
+    /// How long one attempt to reach a process may take.
+    pub attempt: Duration,
+    /// How long members may take to meet in a new group.
+    pub meet: Duration,
+    /// How long members may wait for each other in a reduce. The coordinator sees a late member first.
+    pub reduce: Duration,
+    /// How long workers train without a coordinator. Then they save what they hold and stop by themselves.
+    pub lease: Duration,
+}
+
+impl Limits {
+    /// The shortest deadline that the limits can be derived from: heartbeats of a busy machine come that late.
+    pub const SHORTEST: Duration = Duration::from_millis(200);
+    /// The longest.
+    pub const LONGEST: Duration = Duration::from_secs(3600);
+
+    /// Derives all limits from the failure deadline, which is brought into its bounds first.
+    pub fn derive(failure_deadline: Duration) -> Limits {
+        let deadline = failure_deadline.clamp(Limits::SHORTEST, Limits::LONGEST);
+        Limits {
+            deadline,
+            heartbeat: deadline / 5,
+            attempt: deadline / 2,
+            meet: deadline * 2,
+            reduce: deadline * 12,
+            lease: deadline * 12,
+        }
+    }
+}
+
+impl std::fmt::Display for Limits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let seconds = |limit: Duration| limit.as_secs_f64();
+        write!(
+            f,
+            "failure deadline {} s: heartbeats every {} s, {} s to meet, {} s for a reduce, {} s without a coordinator",
+            seconds(self.deadline),
+            seconds(self.heartbeat),
+            seconds(self.meet),
+            seconds(self.reduce),
+            seconds(self.lease),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_in_the_order_that_the_protocol_needs() {
+        for seconds in [0.0, 0.2, 5.0, 1e9] {
+            let limits = Limits::derive(Duration::from_secs_f64(seconds));
+            // A worker that lost its connection is back before it is given up.
+            assert!(limits.heartbeat + limits.attempt < limits.deadline);
+            // A coordinator sees a late member before the members give up on each other.
+            assert!(limits.deadline < limits.meet && limits.meet < limits.reduce);
+            // A group that only lost its coordinator is not ended by its own waits first.
+            assert!(limits.reduce <= limits.lease);
+        }
+    }
+}

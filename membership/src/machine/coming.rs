@@ -1,0 +1,193 @@
+//! Workers come, come back, leave and are lost.
+
+use super::*;
+use crate::events::Rested;
+
+impl Machine {
+    pub(super) fn hello(&mut self, worker: WorkerId, local: bool, actions: &mut Vec<Action>) {
+        if matches!(self.stage, Stage::Closing { outcome: Some(_) }) {
+            actions.push(Action::Reject(worker, Rejection::Ending));
+            return;
+        }
+        if local {
+            self.locals.workers.insert(worker);
+        }
+        self.workers.insert(worker, Worker::new(self.now));
+    }
+
+    pub(super) fn resumed(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        rest: Option<Rested>,
+        actions: &mut Vec<Action>,
+    ) {
+        self.absent.remove(&worker);
+        let now = self.now;
+        let entry =
+            self.workers.entry(worker).or_insert_with(|| Worker { rest: Rest::Busy, ..Worker::new(now) });
+        entry.connected = true;
+        entry.last_heard = now;
+        entry.progress_since = now;
+        if !self.is_member(worker) {
+            return;
+        }
+        if generation < self.last_generation {
+            self.missed_its_assignment(worker, rest, actions);
+        } else if let Some(rest) = rest {
+            self.rested(worker, rest, actions);
+        } else {
+            self.remind(worker, actions);
+        }
+        if let Stage::Reconnecting { until } = &mut self.stage {
+            until.get_or_insert(now + self.settings.limits.deadline);
+        }
+    }
+
+    /// A member never heard that it is one: whatever it is at rest with, it will commit nothing in the newest generation
+    /// unless it is told of it now.
+    fn missed_its_assignment(&mut self, worker: WorkerId, rest: Option<Rested>, actions: &mut Vec<Action>) {
+        let trains = matches!(self.stage, Stage::Training { .. });
+        if trains && self.formed_here {
+            actions.push(Action::Assign(worker));
+        } else if let Some(rest) = rest {
+            self.rested(worker, Rested { finished: None, ..rest }, actions);
+        } else {
+            // It has not even left an older generation, so nothing that it holds is of use.
+            let rest = Rested { position: None, finished: None };
+            self.abort(vec![worker], Cause::TakenOver, actions);
+            self.rested(worker, rest, actions);
+        }
+    }
+
+    fn rested(&mut self, worker: WorkerId, rest: Rested, actions: &mut Vec<Action>) {
+        let generation = self.last_generation;
+        match (rest.finished, rest.position) {
+            (Some(complete), Some(position)) => {
+                self.finished(worker, generation, position, complete, actions)
+            }
+            _ => self.ready(worker, generation, rest.position, actions),
+        }
+    }
+
+    /// Says again what a member may have missed while its session was away.
+    fn remind(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
+        match &self.stage {
+            Stage::Regrouping { .. } => {
+                let cause = self.cause.clone().unwrap_or(Cause::Planned);
+                self.abort(vec![worker], cause, actions);
+            }
+            Stage::Training { plan: Some(plan) } => {
+                actions.push(Action::Announce { plan: *plan, workers: vec![worker] });
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn loaded(&mut self, worker: WorkerId, facts: LoadedFacts, actions: &mut Vec<Action>) {
+        match &self.passport {
+            None => {
+                self.passport = Some(facts.passport.clone());
+                actions.push(Action::AdoptPassport(facts.passport.clone()));
+            }
+            Some(passport) => {
+                let differences = passport.differences(&facts.passport);
+                if !differences.is_empty() {
+                    self.workers.remove(&worker);
+                    actions.push(Action::Reject(worker, Rejection::Passport(differences)));
+                    if self.locals.workers.contains(&worker) && self.workers.is_empty() {
+                        let what = "this machine's workers would compute other bits than the run".to_string();
+                        self.end(Outcome::Failed(what), actions);
+                    }
+                    return;
+                }
+            }
+        }
+        if let Some(entry) = self.workers.get_mut(&worker) {
+            entry.facts = Some(facts);
+        }
+        self.form_if_ready(actions);
+        self.form_if_gathered(actions);
+    }
+
+    /// A worker whose session ends is only suspected: it may be back within the deadline.
+    pub(super) fn disconnected(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
+        let Some(entry) = self.workers.get_mut(&worker) else { return };
+        entry.connected = false;
+        if matches!(self.stage, Stage::Regrouping { .. }) && matches!(self.cause, Some(Cause::Fault(..))) {
+            self.lose_disconnected(actions);
+        }
+    }
+
+    /// A member that lost its session, and that a peer lost too, is dead or cut off from all.
+    pub(super) fn lose_disconnected(&mut self, actions: &mut Vec<Action>) {
+        for worker in self.unready_members() {
+            if !self.workers[&worker].connected {
+                self.lost(worker, Loss::Session, actions);
+            }
+        }
+    }
+
+    pub(super) fn leave(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
+        let is_member = self.is_member(worker);
+        let Some(entry) = self.workers.get_mut(&worker) else { return };
+        entry.leaving = true;
+        if !is_member || self.stage == Stage::Gathering {
+            self.let_go(worker, actions);
+        }
+    }
+
+    /// Releases a worker that is not needed any more.
+    pub(super) fn let_go(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
+        if self.workers.remove(&worker).is_some() {
+            if self.locals.workers.contains(&worker) {
+                self.locals.failures = 0;
+                self.locals.lingering.insert(worker, self.now + self.settings.limits.deadline);
+            }
+            actions.push(Action::Release(worker));
+        }
+    }
+
+    /// A worker is gone, or as good as gone.
+    pub(super) fn lost(&mut self, worker: WorkerId, loss: Loss, actions: &mut Vec<Action>) {
+        let dead = matches!(loss, Loss::Exited(_) | Loss::Failed(_));
+        if dead {
+            self.absent.remove(&worker);
+        }
+        let Some(entry) = self.workers.remove(&worker) else { return };
+        let is_member = self.is_member(worker);
+        if is_member && !dead {
+            self.absent.insert(worker, entry.last_heard + self.settings.limits.lease);
+        }
+        self.locals.lost(worker, &loss, entry.member_since, self.now, self.settings.limits.deadline);
+        actions.push(Action::Lose(worker, loss.clone()));
+        let cause = Cause::Lost(worker, loss.clone());
+        match self.stage {
+            // While a group closes, its files of the last checkpoint may be missing: whoever is left writes them again.
+            Stage::Training { .. } | Stage::Closing { .. } if is_member => self.regroup(cause, actions),
+            Stage::Regrouping { .. } => self.form_if_ready(actions),
+            Stage::Gathering if self.group.is_none() && self.locals.workers.contains(&worker) => {
+                let what = format!("worker {worker}: {loss}, before training began");
+                self.end(Outcome::Failed(what), actions);
+            }
+            Stage::Gathering => self.form_if_gathered(actions),
+            _ => {}
+        }
+    }
+}
+
+impl Worker {
+    fn new(now: Time) -> Worker {
+        Worker {
+            facts: None,
+            connected: true,
+            last_heard: now,
+            progress: Progress::default(),
+            progress_since: now,
+            rest: Rest::Ready(None),
+            finished: None,
+            leaving: false,
+            member_since: None,
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! Groups form, break and change.
+
+use super::*;
+use crate::events::{Member, Start};
+use crate::shards::shard_ranges;
+use crate::types::Rank;
+
+/// So many divergences in a row, and a machine of the run computes wrongly.
+const DIVERGENCES: u32 = 3;
+/// So many phases may be rolled back by, and the run gets nowhere.
+const SKIPS: usize = 1000;
+
+impl Machine {
+    pub(super) fn form_if_gathered(&mut self, actions: &mut Vec<Action>) {
+        if self.stage != Stage::Gathering {
+            return;
+        }
+        let loaded = self.workers.values().filter(|w| w.facts.is_some()).count();
+        let all_loaded = loaded == self.workers.len() && self.locals.lingering.is_empty();
+        if all_loaded && loaded >= (self.settings.local_workers as usize).max(1) {
+            self.cause = Some(Cause::Gathered);
+            self.form(actions);
+        }
+    }
+
+    pub(super) fn ready(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        position: Option<Position>,
+        actions: &mut Vec<Action>,
+    ) {
+        if !self.concerns_newest(worker, generation) {
+            return;
+        }
+        if let Some(entry) = self.workers.get_mut(&worker) {
+            entry.rest = Rest::Ready(position);
+        }
+        if matches!(self.stage, Stage::Training { .. }) {
+            // The first member to rest for a planned change; the others follow at the same position.
+            self.cause = Some(Cause::Planned);
+            self.stage = Stage::Regrouping { until: self.regroup_limit() };
+        }
+        self.form_if_ready(actions);
+    }
+
+    pub(super) fn fault(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        fault: Fault,
+        actions: &mut Vec<Action>,
+    ) {
+        if !self.concerns_newest(worker, generation) {
+            return;
+        }
+        match fault {
+            Fault::Diverged(detail) => self.diverged(detail, actions),
+            Fault::NonFinite { detail, stop: true, .. } => self.end(Outcome::Failed(detail), actions),
+            Fault::NonFinite { position, detail, .. } => self.not_finite(position, detail, actions),
+            Fault::Internal(detail) => {
+                actions.push(Action::Drop(worker));
+                self.lost(worker, Loss::Failed(detail), actions);
+            }
+            Fault::Peer | Fault::Timeout | Fault::Links(_) => {
+                if let Fault::Links(ranks) = &fault {
+                    self.sever(worker, ranks);
+                }
+                self.regroup(Cause::Fault(worker, fault), actions);
+                self.lose_disconnected(actions);
+            }
+        }
+    }
+
+    /// Members that cannot reach each other are not put into one group for a while.
+    fn sever(&mut self, worker: WorkerId, ranks: &[Rank]) {
+        let until = self.now + self.settings.limits.lease;
+        let members: Vec<WorkerId> = self.members().collect();
+        for peer in ranks.iter().filter_map(|rank| members.get(rank.0 as usize)) {
+            let pair = (worker.min(*peer), worker.max(*peer));
+            if pair.0 != pair.1 {
+                self.severed.insert(pair, until);
+            }
+        }
+    }
+
+    /// Rolls all members back to the newest checkpoint.
+    pub(super) fn diverged(&mut self, detail: String, actions: &mut Vec<Action>) {
+        if self.condemned == Some(self.last_generation) {
+            return;
+        }
+        self.divergences += 1;
+        if self.divergences > DIVERGENCES {
+            let what = format!(
+                "{detail}; {DIVERGENCES} roll-backs did not help: a machine of the run computes wrongly"
+            );
+            return self.end(Outcome::Failed(what), actions);
+        }
+        self.roll_back(Cause::Diverged(detail), actions);
+    }
+
+    /// Rolls all members back, and lets them skip the phase if the same comes out again.
+    fn not_finite(&mut self, position: Position, detail: String, actions: &mut Vec<Action>) {
+        if self.skips.len() >= SKIPS {
+            let what = format!("{detail}; rolled back by {SKIPS} phases already, the run gets nowhere");
+            return self.end(Outcome::Failed(what), actions);
+        }
+        if self.skips.insert(position) {
+            actions.push(Action::AllowSkip(position));
+            self.roll_back(Cause::NonFinite(detail), actions);
+        }
+    }
+
+    fn roll_back(&mut self, cause: Cause, actions: &mut Vec<Action>) {
+        if self.condemned != Some(self.last_generation) {
+            self.condemned = Some(self.last_generation);
+            self.assembly = Assembly::default();
+            actions.push(Action::Condemn(self.last_generation));
+            self.regroup(cause, actions);
+        }
+    }
+
+    /// Breaks the group up, from training or from closing.
+    pub(super) fn regroup(&mut self, cause: Cause, actions: &mut Vec<Action>) {
+        if let Stage::Training { .. } | Stage::Closing { .. } | Stage::Regrouping { .. } = self.stage {
+            let first = !matches!(self.stage, Stage::Regrouping { .. });
+            let planned = self.cause == Some(Cause::Planned);
+            if first {
+                self.stage = Stage::Regrouping { until: self.regroup_limit() };
+            }
+            if first || planned {
+                self.cause = Some(cause.clone());
+                self.abort(self.present_members(), cause, actions);
+            }
+            self.form_if_ready(actions);
+        }
+    }
+
+    fn regroup_limit(&self) -> Time {
+        // An order to leave takes its time to the member, and the answer back; the training thread ends its leaf first.
+        self.now + self.patience().max(self.settings.limits.deadline * 2)
+    }
+
+    pub(super) fn abort(&self, workers: Vec<WorkerId>, cause: Cause, actions: &mut Vec<Action>) {
+        let probe = cause == Cause::Stalled;
+        actions.push(Action::Abort { generation: self.last_generation, workers, cause, probe });
+    }
+
+    pub(super) fn form_if_ready(&mut self, actions: &mut Vec<Action>) {
+        if !matches!(self.stage, Stage::Regrouping { .. }) || !self.unready_members().is_empty() {
+            return;
+        }
+        let present = self.present_members();
+        if present.iter().any(|id| self.workers[id].facts.is_none()) {
+            // It is back and at rest; what it has loaded is under way.
+            return;
+        }
+        if !present.is_empty() {
+            self.form(actions);
+        } else if self.absent.is_empty() {
+            self.stage = Stage::Gathering;
+            if self.stop_requested {
+                self.end_stopped(actions);
+            } else {
+                self.form_if_gathered(actions);
+            }
+        } else {
+            // One of them may still train: only its own clock ends it.
+            self.stage = Stage::Reconnecting { until: None };
+        }
+    }
+
+    fn form(&mut self, actions: &mut Vec<Action>) {
+        let ids = self.next_members();
+        let world_size = u32::try_from(ids.len()).expect("a group is at most V workers");
+        let ranges = shard_ranges(self.settings.data_shards, world_size);
+        let with_shards = ids.into_iter().zip(ranges);
+        let members: Vec<Member> = with_shards
+            .map(|(worker, shards)| Member { worker, shards, writes_parts: self.sees_storage(worker) })
+            .collect();
+        if !members.iter().any(|member| member.writes_parts) {
+            let outcome = "no worker can write to the checkpoint storage; share its folder with the \
+                           workers' machines and name it in checkpoint.url";
+            self.end(Outcome::Failed(outcome.to_string()), actions);
+            return;
+        }
+        let (position, start) = self.choose_start(&members);
+        self.last_generation = Generation(self.last_generation.0 + 1);
+        let cause = self.cause.take().unwrap_or(Cause::Planned);
+        let skips = self.skips.iter().copied().collect();
+        self.begin(
+            Group { generation: self.last_generation, members, position, start, skips },
+            cause,
+            actions,
+        );
+    }
+
+    fn begin(&mut self, group: Group, cause: Cause, actions: &mut Vec<Action>) {
+        for worker in self.workers.values_mut() {
+            worker.rest = Rest::Ready(None);
+            worker.finished = None;
+        }
+        for member in &group.members {
+            let entry = self.workers.get_mut(&member.worker).expect("members are present");
+            entry.rest = Rest::Busy;
+            entry.progress.position = group.position;
+            entry.progress_since = self.now;
+            entry.member_since.get_or_insert(self.now);
+        }
+        self.group = Some(group.clone());
+        self.formed_here = true;
+        self.job_changed = false;
+        self.absent.clear();
+        self.stage = Stage::Training { plan: None };
+        actions.push(Action::Form(group, cause));
+        // Whoever wanted to leave and is not needed as a source any more.
+        let leaving: Vec<WorkerId> = self.workers.keys().copied().filter(|id| self.is_leaving(*id)).collect();
+        for worker in leaving {
+            if !self.is_member(worker) {
+                self.let_go(worker, actions);
+            }
+        }
+    }
+
+    /// Who would be in a group that is formed now, oldest first: all that are loaded and can reach each other, up to V.
+    /// The source of the state is always among them; those that leave only if nobody who stays holds their position.
+    fn next_members(&self) -> Vec<WorkerId> {
+        let source = self.source();
+        let stays = |id: &WorkerId| !self.is_leaving(*id);
+        let advanced = source.and_then(|source| self.rest_position(source));
+        let held_by_one_who_stays = source.is_some_and(|source| stays(&source));
+        let loaded = self.workers.iter().filter(|(_, worker)| worker.facts.is_some()).map(|(id, _)| *id);
+        let anybody_stays = loaded.clone().any(|id| stays(&id));
+        let candidates = loaded
+            .filter(|id| stays(id) || (!held_by_one_who_stays && (advanced.is_some() || !anybody_stays)));
+        let mut chosen: Vec<WorkerId> = source.into_iter().collect();
+        for id in candidates {
+            let reaches = |other: &WorkerId| !self.severed.contains_key(&(id.min(*other), id.max(*other)));
+            if chosen.len() < self.settings.data_shards as usize
+                && !chosen.contains(&id)
+                && chosen.iter().all(reaches)
+            {
+                chosen.push(id);
+            }
+        }
+        chosen.sort_unstable();
+        chosen
+    }
+
+    /// The most advanced member at rest: one that stays goes before one that leaves, then the lowest number.
+    fn source(&self) -> Option<WorkerId> {
+        if self.condemned == Some(self.last_generation) {
+            return None;
+        }
+        let rested = self.present_members().into_iter().filter_map(|id| Some((self.rest_position(id)?, id)));
+        rested
+            .min_by_key(|(position, id)| (std::cmp::Reverse(*position), self.is_leaving(*id), *id))
+            .map(|(_, id)| id)
+    }
+
+    fn choose_start(&self, members: &[Member]) -> (Position, Start) {
+        let rank_of = |is: &dyn Fn(&Member) -> bool| {
+            let index = members.iter().position(is).unwrap_or(0);
+            Rank(u32::try_from(index).expect("a rank is below V"))
+        };
+        let best = self.source().and_then(|source| Some((self.rest_position(source)?, source)));
+        match (best, &self.checkpoint) {
+            (Some((position, source)), checkpoint)
+                if checkpoint.as_ref().is_none_or(|c| c.position <= position) =>
+            {
+                (position, Start::Healed(rank_of(&|member| member.worker == source)))
+            }
+            (_, Some(checkpoint)) => {
+                let reader = rank_of(&|member| member.writes_parts);
+                (checkpoint.position, Start::Checkpoint(reader, checkpoint.clone()))
+            }
+            (_, None) => (Position(0), Start::Fresh),
+        }
+    }
+
+    /// While a group trains: plans what is due, a stop before everything else.
+    pub(super) fn plan_ahead(&mut self, actions: &mut Vec<Action>) {
+        let Stage::Training { plan } = self.stage else { return };
+        let Some(due) = self.due_change() else { return };
+        let known = plan.map(|plan| plan.kind);
+        if known != Some(due) && known != Some(PlanKind::Stop) {
+            self.last_plan += 1;
+            let plan = Plan { number: self.last_plan, kind: due };
+            self.stage = Stage::Training { plan: Some(plan) };
+            actions.push(Action::Announce { plan, workers: self.present_members() });
+        }
+    }
+
+    fn due_change(&self) -> Option<PlanKind> {
+        if self.stop_requested {
+            return Some(PlanKind::Stop);
+        }
+        let members = self.present_members();
+        let leaves = members.iter().any(|id| self.is_leaving(*id));
+        let stays = members.iter().any(|id| !self.is_leaving(*id));
+        let joins = self.joiners(&members);
+        match (leaves, stays || joins) {
+            (true, false) => Some(PlanKind::Stop),
+            (true, true) => Some(PlanKind::Regroup),
+            (false, _) => joins.then_some(PlanKind::Regroup),
+        }
+    }
+
+    /// Whether a worker that is loaded would be taken in.
+    fn joiners(&self, members: &[WorkerId]) -> bool {
+        let staying = members.iter().filter(|id| !self.is_leaving(**id)).count();
+        let leavers_only = staying == 0;
+        let room = members.len() < self.settings.data_shards as usize || leavers_only;
+        let reaches_all = |id: &WorkerId| {
+            members.iter().all(|other| !self.severed.contains_key(&((*id).min(*other), (*id).max(*other))))
+        };
+        let mut loaded = self.workers.iter().filter(|(_, worker)| worker.facts.is_some() && !worker.leaving);
+        room && loaded.any(|(id, _)| !members.contains(id) && reaches_all(id))
+    }
+}

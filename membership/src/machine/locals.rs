@@ -1,0 +1,124 @@
+//! The processes that the coordinator started: how many there are, and when another is due.
+
+use std::time::Duration;
+
+use super::*;
+
+/// A member that lasted this long was fit to work; one that ends sooner may do so again.
+pub(super) const FIT: Duration = Duration::from_secs(1);
+/// The pause before the second replacement in a row that does not last; it doubles from there.
+const PAUSE: Duration = Duration::from_millis(250);
+/// So many replacements in a row may fail to last.
+const REPLACEMENTS: u32 = 8;
+
+#[derive(Debug)]
+pub(super) struct Locals {
+    /// Every worker that was ever one of them.
+    pub(super) workers: BTreeSet<WorkerId>,
+    /// Those that are lost to the group and whose processes have not been seen to end, and when those are killed.
+    pub(super) lingering: BTreeMap<WorkerId, Time>,
+    /// Processes that run.
+    pub(super) running: u32,
+    /// Replacements in a row that did not last.
+    pub(super) failures: u32,
+    /// When the next may be started.
+    next_spawn: Time,
+}
+
+impl Locals {
+    pub(super) fn new(workers: BTreeSet<WorkerId>, running: u32) -> Locals {
+        Locals { workers, lingering: BTreeMap::new(), running, failures: 0, next_spawn: Time::ZERO }
+    }
+
+    pub(super) fn lost(
+        &mut self,
+        worker: WorkerId,
+        loss: &Loss,
+        member_since: Option<Time>,
+        now: Time,
+        patience: Duration,
+    ) {
+        if !self.workers.contains(&worker) {
+            return;
+        }
+        let lasted = member_since.is_some_and(|since| now >= since + FIT);
+        self.failures = if lasted { 0 } else { self.failures + 1 };
+        if !matches!(loss, Loss::Exited(_)) {
+            self.lingering.insert(worker, now + patience);
+        }
+    }
+
+    fn pause(&self) -> Duration {
+        match self.failures {
+            0 | 1 => Duration::ZERO,
+            failures => PAUSE * 2u32.pow((failures - 2).min(REPLACEMENTS)),
+        }
+    }
+
+    fn given_up(&self) -> bool {
+        self.failures > REPLACEMENTS
+    }
+}
+
+impl Machine {
+    pub(super) fn reaped(&mut self, worker: Option<WorkerId>, status: String, actions: &mut Vec<Action>) {
+        self.locals.running = self.locals.running.saturating_sub(1);
+        match worker {
+            Some(worker) => {
+                self.locals.lingering.remove(&worker);
+                self.lost(worker, Loss::Exited(status.clone()), actions);
+            }
+            None => self.locals.failures += 1,
+        }
+        if self.stage == Stage::Ended {
+            return;
+        }
+        if worker.is_none() && self.group.is_none() {
+            // A worker that cannot start will not start better the next time.
+            let what = format!("a local worker ended with {status} before training began");
+            return self.end(Outcome::Failed(what), actions);
+        }
+        self.locals.next_spawn = self.now + self.locals.pause();
+        if self.locals.given_up() {
+            let failures = self.locals.failures;
+            let what =
+                format!("{failures} local workers in a row did not last; the last one ended with {status}");
+            if self.workers.is_empty() {
+                self.end(Outcome::Failed(what), actions);
+            } else {
+                actions.push(Action::GiveUpReplacing(what));
+            }
+        } else {
+            self.form_if_gathered(actions);
+        }
+    }
+
+    /// Starts what is missing of the local workers.
+    pub(super) fn replace(&mut self, actions: &mut Vec<Action>) {
+        while self.misses_a_local() && self.now >= self.locals.next_spawn {
+            self.locals.running += 1;
+            actions.push(Action::Spawn);
+        }
+    }
+
+    fn misses_a_local(&self) -> bool {
+        !matches!(self.stage, Stage::Closing { outcome: Some(_) } | Stage::Ended)
+            && !self.stop_requested
+            && self.locals.running < self.settings.local_workers
+            && !self.locals.given_up()
+    }
+
+    pub(super) fn next_spawn(&self) -> Option<Time> {
+        self.misses_a_local().then_some(self.locals.next_spawn)
+    }
+
+    /// Lets the newest local workers go that are more than are wanted.
+    pub(super) fn shed_locals(&mut self, actions: &mut Vec<Action>) {
+        let is_staying_local = |id: &WorkerId| self.locals.workers.contains(id) && !self.is_leaving(*id);
+        let staying: Vec<WorkerId> = self.workers.keys().copied().filter(is_staying_local).collect();
+        let wanted = self.settings.local_workers as usize;
+        for worker in staying.into_iter().skip(wanted) {
+            self.leave(worker, actions);
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! Checkpoints, and the end of a run.
+
+use super::*;
+use crate::checkpoint::WrittenPart;
+
+impl Machine {
+    pub(super) fn finished(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        position: Position,
+        complete: bool,
+        actions: &mut Vec<Action>,
+    ) {
+        if !self.concerns_newest(worker, generation) {
+            return;
+        }
+        if let Some(entry) = self.workers.get_mut(&worker) {
+            entry.rest = Rest::Ready(Some(position));
+            entry.finished = Some(complete);
+        }
+        self.form_if_ready(actions);
+        self.close_if_finished(actions);
+    }
+
+    /// All members have finished: closes the run, or, for a stop that only an earlier coordinator wanted, goes on.
+    pub(super) fn close_if_finished(&mut self, actions: &mut Vec<Action>) {
+        let Stage::Training { .. } = self.stage else { return };
+        let members = self.present_members();
+        let finished = |id: &WorkerId| self.workers[id].finished;
+        if members.is_empty() || !members.iter().all(|id| finished(id).is_some()) {
+            return;
+        }
+        let position = members.iter().filter_map(|id| self.rest_position(*id)).max();
+        let complete = members.iter().all(|id| finished(id) == Some(true));
+        let all_leave = members.iter().all(|id| self.is_leaving(*id));
+        let outcome = match (complete, self.stop_requested, all_leave) {
+            (true, ..) => Some(Outcome::Complete),
+            (false, true, _) => Some(Outcome::Stopped(position)),
+            (false, false, true) => None,
+            (false, false, false) => return self.regroup(Cause::Planned, actions),
+        };
+        self.stage = Stage::Closing { outcome };
+        self.close_if_saved(actions);
+    }
+
+    fn close_if_saved(&mut self, actions: &mut Vec<Action>) {
+        let Stage::Closing { outcome } = &self.stage else { return };
+        let members = self.present_members();
+        let position = members.iter().filter_map(|id| self.rest_position(*id)).max();
+        let saved = self.checkpoint.as_ref().map(|checkpoint| checkpoint.position);
+        if position.is_none() || saved < position {
+            return;
+        }
+        match outcome.clone() {
+            Some(Outcome::Stopped(_)) => self.end(Outcome::Stopped(saved), actions),
+            Some(outcome) => self.end(outcome, actions),
+            None => self.all_left(&members, actions),
+        }
+    }
+
+    /// Every member wanted to leave and their state is saved: the run waits for others.
+    fn all_left(&mut self, members: &[WorkerId], actions: &mut Vec<Action>) {
+        self.stage = Stage::Gathering;
+        for worker in members {
+            self.let_go(*worker, actions);
+        }
+        self.form_if_gathered(actions);
+    }
+
+    pub(super) fn part_written(&mut self, worker: WorkerId, part: WrittenPart, actions: &mut Vec<Action>) {
+        let Some(facts) = self.workers.get(&worker).and_then(|w| w.facts.as_ref()) else {
+            return;
+        };
+        let newest = self.checkpoint.as_ref().map_or((0, 0), |c| (c.step, c.phase));
+        if (part.step, part.phase) <= newest && self.checkpoint.is_some() {
+            return;
+        }
+        match self.assembly.add(part, facts.phases_per_step) {
+            Ok(None) => {}
+            Ok(Some(checkpoint)) => {
+                let given_up = self.assembly.forget_before(checkpoint.step, checkpoint.phase);
+                actions.extend(given_up.into_iter().map(Action::AbandonCheckpoint));
+                actions.push(Action::Commit(checkpoint));
+            }
+            Err(conflict) => {
+                self.diverged(format!("the workers' states differ at step {}", conflict.step), actions);
+            }
+        }
+    }
+
+    pub(super) fn committed(&mut self, checkpoint: Checkpoint, actions: &mut Vec<Action>) {
+        if self.checkpoint.as_ref().is_none_or(|c| c.position < checkpoint.position) {
+            self.checkpoint = Some(checkpoint);
+            self.divergences = 0;
+        }
+        self.close_if_saved(actions);
+    }
+}

@@ -1,0 +1,188 @@
+//! Time passes: who is silent, late or past its lease.
+
+use std::time::Duration;
+
+use super::*;
+
+impl Machine {
+    /// When [`Event::Tick`] is due at the latest.
+    pub fn deadline(&self) -> Option<Time> {
+        let limits = &self.settings.limits;
+        let stage = match &self.stage {
+            Stage::Regrouping { until } => Some(*until),
+            Stage::Reconnecting { until } => *until,
+            Stage::Training { .. } => {
+                self.present_members().iter().map(|id| self.late_at(&self.workers[id])).min()
+            }
+            _ => None,
+        };
+        let silence = self.workers.values().map(|w| w.last_heard + limits.deadline).min();
+        let kill = self.locals.lingering.values().min().copied();
+        let lease = self.absent.values().min().copied();
+        let severed = self.severed.values().min().copied();
+        // So often that a late tick means that the shell overslept.
+        let awake = (!self.workers.is_empty()).then_some(self.now + limits.deadline / 4);
+        let all = [stage, silence, self.next_spawn(), kill, lease, severed, awake];
+        all.into_iter().flatten().min()
+    }
+
+    pub(super) fn heard_from(&mut self, event: &Event) {
+        let worker = match event {
+            Event::Loaded(worker, _)
+            | Event::Ready(worker, ..)
+            | Event::Fault(worker, ..)
+            | Event::Heartbeat(worker, _)
+            | Event::PartWritten(worker, _)
+            | Event::Finished { worker, .. } => worker,
+            _ => return,
+        };
+        if let Some(entry) = self.workers.get_mut(worker) {
+            entry.last_heard = self.now;
+        }
+    }
+
+    pub(super) fn progressed(&mut self, worker: WorkerId, progress: Progress) {
+        let now = self.now;
+        if let Some(entry) = self.workers.get_mut(&worker)
+            && entry.progress != progress
+        {
+            entry.progress = progress;
+            entry.progress_since = now;
+        }
+    }
+
+    /// A shell that was not run for long must not blame the workers: it has not read their messages yet.
+    pub(super) fn notice_oversleep(&mut self, now: Time) {
+        let slept = now.saturating_sub(self.now);
+        self.now = self.now.max(now);
+        let limits = self.settings.limits;
+        if slept <= limits.deadline / 2 {
+            return;
+        }
+        for worker in self.workers.values_mut() {
+            worker.last_heard = self.now;
+            worker.progress_since = self.now;
+        }
+        match &mut self.stage {
+            Stage::Regrouping { until } => *until = self.now + limits.deadline * 2,
+            Stage::Reconnecting { until: Some(until) } => *until = self.now + limits.deadline,
+            _ => {}
+        }
+    }
+
+    /// How long a step of a worker's progress may take: leaves set the pace, once there are any.
+    pub(super) fn patience(&self) -> Duration {
+        let limits = &self.settings.limits;
+        let slowest = self.workers.values().map(|worker| worker.progress.slowest_leaf).max();
+        slowest.map_or(limits.lease, |slowest| limits.deadline.max(slowest * 10))
+    }
+
+    /// When a member of the group that trains is late. Meeting, healing and the first leaves have more time.
+    fn late_at(&self, worker: &Worker) -> Time {
+        let start = self.group.as_ref().map_or(Position(0), |group| group.position);
+        let warm = worker.progress.position > start && worker.progress.slowest_leaf > Duration::ZERO;
+        worker.progress_since + if warm { self.patience() } else { self.settings.limits.lease }
+    }
+
+    pub(super) fn drop_late(&mut self, actions: &mut Vec<Action>) {
+        self.drop_silent(actions);
+        self.kill_lingering(actions);
+        if let Stage::Training { .. } = self.stage {
+            self.drop_stuck(actions);
+        }
+        if let Stage::Regrouping { until } = self.stage
+            && self.now >= until
+        {
+            for worker in self.unready_members() {
+                actions.push(Action::Drop(worker));
+                self.lost(worker, Loss::Late, actions);
+            }
+        }
+        self.severed.retain(|_, until| *until > self.now);
+    }
+
+    fn drop_silent(&mut self, actions: &mut Vec<Action>) {
+        let deadline = self.settings.limits.deadline;
+        let silent = |worker: &Worker| self.now >= worker.last_heard + deadline;
+        let silent: Vec<WorkerId> =
+            self.workers.iter().filter(|(_, worker)| silent(worker)).map(|(id, _)| *id).collect();
+        let all_members = self.present_members().iter().all(|member| silent.contains(member));
+        if matches!(self.stage, Stage::Training { .. }) && all_members {
+            // The fault may well be on this side: a group that trains on is not told to stop.
+            self.stage = Stage::Reconnecting { until: None };
+        }
+        for worker in silent {
+            if self.workers.contains_key(&worker) {
+                actions.push(Action::Drop(worker));
+                self.lost(worker, Loss::Silent, actions);
+            }
+        }
+    }
+
+    fn kill_lingering(&mut self, actions: &mut Vec<Action>) {
+        let deadline = self.settings.limits.deadline;
+        for (worker, kill_at) in &mut self.locals.lingering {
+            if self.now >= *kill_at {
+                *kill_at = self.now + deadline;
+                actions.push(Action::Drop(*worker));
+            }
+        }
+    }
+
+    /// Late is whoever does not wait for the others. If all wait, a link is broken.
+    fn drop_stuck(&mut self, actions: &mut Vec<Action>) {
+        let busy = self.unready_members();
+        let late = |id: &WorkerId| self.now >= self.late_at(&self.workers[id]);
+        if busy.is_empty() || !busy.iter().any(late) {
+            return;
+        }
+        let waits = |id: &WorkerId| self.workers[id].progress.activity == Activity::Waiting;
+        let stuck: Vec<WorkerId> = busy.iter().copied().filter(|id| late(id) && !waits(id)).collect();
+        if stuck.is_empty() && busy.iter().all(|id| late(id) && waits(id)) {
+            self.regroup(Cause::Stalled, actions);
+        }
+        for worker in stuck {
+            if self.workers.contains_key(&worker) {
+                actions.push(Action::Drop(worker));
+                self.lost(worker, Loss::Late, actions);
+            }
+        }
+    }
+
+    /// Decides about the members that are not here, as far as that can be decided.
+    pub(super) fn judge_absent(&mut self, actions: &mut Vec<Action>) {
+        let now = self.now;
+        self.absent.retain(|_, lease| *lease > now);
+        let Stage::Reconnecting { until } = self.stage else { return };
+        let present = self.present_members();
+        let waited = until.is_some_and(|until| now >= until);
+        if present.is_empty() && self.absent.is_empty() {
+            self.stage = Stage::Gathering;
+            self.form_if_gathered(actions);
+        } else if present.is_empty() && waited && self.stop_requested {
+            self.end_stopped(actions);
+        } else if !present.is_empty() && (self.absent.is_empty() || waited) {
+            self.take_over(&present, actions);
+        }
+    }
+
+    /// All members that may come back are back. If nothing happened to their group, it goes on.
+    fn take_over(&mut self, present: &[WorkerId], actions: &mut Vec<Action>) {
+        let whole = present.len() == self.members().count();
+        let busy = self.unready_members().len();
+        let finished = present.iter().all(|id| self.workers[id].finished == Some(true));
+        let loaded = present.iter().all(|id| self.workers[id].facts.is_some());
+        let usable = self.condemned != Some(self.last_generation) && !self.job_changed;
+        if whole && !loaded {
+            // Their reports are under way; the next one brings us back here.
+            return;
+        }
+        self.stage = Stage::Training { plan: None };
+        if whole && usable && (busy == present.len() || finished) {
+            actions.push(Action::Keep);
+            self.close_if_finished(actions);
+        } else {
+            self.regroup(Cause::TakenOver, actions);
+        }
+    }
+}

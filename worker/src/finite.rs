@@ -1,0 +1,98 @@
+//! Judging what a phase was reduced to, before it is committed.
+//!
+//! 1. The verdict is a function of (job, counters, reduced leaf, skips), and all members hold the same of each, so all
+//!    skip or fault at the same position.
+//! 2. A phase that is not finite is never committed: it is skipped, or the group ends before it.
+//! 3. A phase that is finite is always committed, also one whose position is among the skips. These only *allow* a skip.
+//!    A rolled-back position may have failed because of its own arithmetic, and then the replay fails at it with the same
+//!    bits and it is skipped; or because a device erred once, and then the replay shows what the job really gives. Skipping
+//!    it all the same would write the device's error into the result, and the run would end with other bits than one in
+//!    which nothing failed. So with "roll-back" the result is a function of the job alone, and where no device errs it is
+//!    that of "skip". With "skip" the first reading counts, as with any other wrong number of a device.
+//! 4. More than [`LIMIT`] phases in a row that are not finite end the run: a state that skipping does not change gives
+//!    nothing but more of them.
+
+use ganglion_membership::Position;
+use ganglion_proto::job::{Job, NonFinite as Policy};
+use tch::Tensor;
+
+use crate::phase::LeafLayout;
+use crate::state::{Counters, Module, narrow};
+
+/// So many phases in a row may be skipped.
+pub const LIMIT: u64 = 100;
+
+/// What to do with a reduced leaf.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is finite.
+    Commit,
+    /// It is not, for this reason.
+    Skip(String),
+}
+
+/// A reduced leaf is not finite and may not be skipped.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{detail}")]
+pub struct NonFinite {
+    /// The phases committed before.
+    pub position: Position,
+    /// What is not finite, in which step.
+    pub detail: String,
+    /// Whether the run shall end, instead of going on from the newest checkpoint.
+    pub stop: bool,
+}
+
+/// Judges the mean leaf of a phase of `module`. `skips` are the positions by which the run was rolled back.
+pub fn judge(
+    job: &Job,
+    counters: Counters,
+    module: Module,
+    layout: &LeafLayout,
+    mean: &Tensor,
+    skips: &[Position],
+) -> Result<Verdict, crate::team::TeamError> {
+    if c10d::aten::all_finite(&narrow(mean, 0..layout.len()))? {
+        return Ok(Verdict::Commit);
+    }
+    let position = counters.position;
+    let what = describe(job, position, module, layout, mean)?;
+    let fault = |detail, stop| Err(NonFinite { position, detail, stop }.into());
+    match job.job.non_finite {
+        Policy::Stop => {
+            let advice = "unless a device erred, a run that goes on meets it again";
+            fault(format!("{what}, and job.non_finite is \"stop\"; {advice}"), true)
+        }
+        Policy::RollBack if !skips.contains(&position) => fault(what, false),
+        Policy::RollBack | Policy::Skip if counters.skipped >= LIMIT => {
+            let advice = "start a new run with a smaller optimizer.learning_rate";
+            fault(format!("{what}, as in {LIMIT} phases before it: skipping does not help; {advice}"), true)
+        }
+        Policy::RollBack | Policy::Skip => Ok(Verdict::Skip(what)),
+    }
+}
+
+/// Says what is not finite.
+fn describe(
+    job: &Job,
+    position: Position,
+    module: Module,
+    layout: &LeafLayout,
+    mean: &Tensor,
+) -> Result<String, c10d::Error> {
+    let finite = |range| c10d::aten::all_finite(&narrow(mean, range));
+    let what = if !finite(layout.gradient())? {
+        "gradient"
+    } else if !finite(layout.loss()..layout.loss() + 1)? {
+        "loss"
+    } else {
+        "batch statistics"
+    };
+    let whose = match module {
+        Module::Generator => "generator",
+        Module::Discriminator => "discriminator",
+    };
+    let step = position.0 / job.phases_per_step() + 1;
+    let verb = if what == "batch statistics" { "are" } else { "is" };
+    Ok(format!("the {whose}'s {what} of step {step} {verb} not finite"))
+}

@@ -1,0 +1,60 @@
+//! How long a worker may train without hearing from its coordinator.
+//!
+//! 1. The lease begins when the newest heartbeat was sent that the coordinator answered: the coordinator counts from when
+//!    it read that, which is later. So it never believes a lease to be over that is not.
+//! 2. Time goes on while the machine sleeps.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
+
+/// A lease that is shared by the session, which prolongs it, and the training thread, which asks before it commits.
+#[derive(Debug)]
+pub struct Lease {
+    /// When it ends, in nanoseconds of the boot clock.
+    until: AtomicU64,
+}
+
+impl Lease {
+    /// A lease from a moment on.
+    pub fn new(from: Duration, length: Duration) -> Lease {
+        let lease = Lease { until: AtomicU64::new(0) };
+        lease.prolong(from, length);
+        lease
+    }
+
+    /// Lets it begin at a later moment; an earlier one changes nothing.
+    pub fn prolong(&self, from: Duration, length: Duration) {
+        let until = u64::try_from((from + length).as_nanos()).unwrap_or(u64::MAX);
+        self.until.fetch_max(until, Ordering::Relaxed);
+    }
+
+    /// Whether it is not over.
+    pub fn holds(&self) -> bool {
+        now() < Duration::from_nanos(self.until.load(Ordering::Relaxed))
+    }
+}
+
+/// Time since the machine booted, sleep included.
+pub fn now() -> Duration {
+    // The clock is there since Linux 2.6.39, so it is.
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_prolonged_by_later_moments_only() {
+        let lease = Lease::new(now(), Duration::from_secs(100));
+        assert!(lease.holds());
+        lease.prolong(Duration::ZERO, Duration::ZERO);
+        assert!(lease.holds());
+        let over = Lease::new(Duration::ZERO, Duration::from_nanos(1));
+        assert!(!over.holds());
+        over.prolong(now(), Duration::from_secs(100));
+        assert!(over.holds());
+    }
+}

@@ -1,0 +1,63 @@
+//! Finding out which other workers this one cannot reach.
+//!
+//! A link that drops everything makes a whole group wait, and nobody can tell who waits for whom. So each worker listens on
+//! a port of its own, on the interface of its reduces, and says hello to whoever connects.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::time::Duration;
+
+/// What a worker says to whoever connects.
+const GREETING: &[u8; 8] = b"ganglion";
+
+/// Answers probes on a free port of `address` as long as the process lives; returns where.
+pub fn answer(address: IpAddr) -> std::io::Result<SocketAddr> {
+    let listener = TcpListener::bind((address, 0))?;
+    let bound = listener.local_addr()?;
+    let serve = move || {
+        for stream in listener.incoming().flatten() {
+            // Eight bytes fit into any socket's buffer: this does not wait for the peer.
+            let _ = (&stream).write_all(GREETING);
+        }
+    };
+    std::thread::Builder::new().name("probe".to_string()).spawn(serve)?;
+    Ok(bound)
+}
+
+/// The indices of the addresses that do not answer within `limit`, all asked at once.
+pub fn unreachable(addresses: &[String], limit: Duration) -> Vec<usize> {
+    let ask = |address: &String| {
+        let address = address.clone();
+        std::thread::Builder::new().spawn(move || answers(&address, limit))
+    };
+    let asked: Vec<_> = addresses.iter().map(ask).collect();
+    let heard = asked.into_iter().map(|thread| thread.is_ok_and(|thread| thread.join().unwrap_or(false)));
+    heard.enumerate().filter(|(_, heard)| !heard).map(|(index, _)| index).collect()
+}
+
+fn answers(address: &str, limit: Duration) -> bool {
+    let Ok(mut addresses) = address.to_socket_addrs() else { return false };
+    let Some(address) = addresses.next() else { return false };
+    let greeted = TcpStream::connect_timeout(&address, limit).and_then(|mut stream| {
+        stream.set_read_timeout(Some(limit))?;
+        let mut greeting = [0; GREETING.len()];
+        stream.read_exact(&mut greeting)?;
+        Ok(greeting == *GREETING)
+    });
+    greeted.unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_those_that_do_not_answer_are_found() {
+        let here = answer(IpAddr::from([127, 0, 0, 1])).unwrap();
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        // It takes connections and says nothing.
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addresses = [here, free, silent.local_addr().unwrap()].map(|address| address.to_string());
+        assert_eq!(unreachable(&addresses, Duration::from_millis(300)), [1, 2]);
+    }
+}

@@ -1,0 +1,163 @@
+//! Phases that are not finite: what is judged, by which policy, and what a skip leaves alone.
+#![allow(clippy::unwrap_used)] // a test may panic
+
+mod common;
+
+use common::{Bench, job};
+use ganglion_membership::Position;
+use ganglion_proto::job::{LossKind, ModelKind, NonFinite as Policy};
+use ganglion_worker::checkpoint::{Snapshot, state_digest, to_bytes};
+use ganglion_worker::commit::{commit, skip};
+use ganglion_worker::finite::{LIMIT, NonFinite, Verdict, judge};
+use ganglion_worker::phase::{LeafLayout, Phase, phases};
+use ganglion_worker::state::Module;
+use ganglion_worker::team::TeamError;
+use tch::{Device, Kind, Tensor};
+
+/// With batch normalisation, so that a leaf has statistics.
+fn bench(policy: Policy) -> Bench {
+    let mut job = job(ModelKind::Dcgan28, LossKind::NonSaturating);
+    job.job.non_finite = policy;
+    Bench::new(job)
+}
+
+/// A leaf with `value` at one place.
+fn leaf(layout: &LeafLayout, at: usize, value: f32) -> Tensor {
+    let mut leaf = vec![0.5_f32; layout.len()];
+    leaf[at] = value;
+    Tensor::from_slice(&leaf)
+}
+
+fn of(module: Module, bench: &Bench) -> Phase {
+    phases(&bench.job).into_iter().find(|phase| phase.module == module).unwrap()
+}
+
+fn verdict(bench: &Bench, module: Module, mean: &Tensor, skips: &[Position]) -> Result<Verdict, NonFinite> {
+    let layout = bench.leaf_layout(module);
+    match judge(&bench.job, bench.state.counters, module, &layout, mean, skips) {
+        Ok(verdict) => Ok(verdict),
+        Err(TeamError::NonFinite(fault)) => Err(fault),
+        Err(other) => panic!("{other}"),
+    }
+}
+
+/// The gradient, the statistics and the loss all count, at their first and last element; the room behind a leaf does not.
+#[test]
+fn every_part_of_a_leaf_is_judged_and_named() {
+    let mut bench = bench(Policy::Skip);
+    // The second discriminator phase of step 8.
+    bench.state.counters.position = Position(22);
+    for module in [Module::Generator, Module::Discriminator] {
+        let layout = bench.leaf_layout(module);
+        let gradient = layout.gradient();
+        let (first, last) = (layout.statistics().next().unwrap(), layout.statistics().last().unwrap());
+        for (at, part) in [
+            (gradient.start, "gradient of step 8 is"),
+            (gradient.end - 1, "gradient of step 8 is"),
+            (first.start, "batch statistics of step 8 are"),
+            (last.end - 1, "batch statistics of step 8 are"),
+            (layout.loss(), "loss of step 8 is"),
+        ] {
+            for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let found = verdict(&bench, module, &leaf(&layout, at, value), &[]).unwrap();
+                let whose = format!("{module:?}").to_lowercase();
+                assert_eq!(found, Verdict::Skip(format!("the {whose}'s {part} not finite")));
+            }
+            let largest = leaf(&layout, at, f32::MAX);
+            assert_eq!(verdict(&bench, module, &largest, &[]), Ok(Verdict::Commit));
+        }
+        let behind = Tensor::full([16], f64::NAN, (Kind::Float, Device::Cpu));
+        let roomy = Tensor::cat(&[leaf(&layout, 0, 1.0), behind], 0);
+        assert_eq!(verdict(&bench, module, &roomy, &[]), Ok(Verdict::Commit));
+    }
+}
+
+#[test]
+fn each_policy_has_its_verdict() {
+    let judged = |policy, at, skips: &[Position]| {
+        let mut bench = bench(policy);
+        bench.state.counters.position = Position(at);
+        let mean = leaf(&bench.leaf_layout(Module::Generator), 0, f32::NAN);
+        verdict(&bench, Module::Generator, &mean, skips)
+    };
+    assert!(matches!(judged(Policy::Skip, 5, &[]), Ok(Verdict::Skip(_))));
+    let stopped = judged(Policy::Stop, 5, &[Position(5)]).unwrap_err();
+    assert!(stopped.stop && stopped.position == Position(5), "{stopped:?}");
+    assert!(stopped.detail.contains("gradient of step 2 is not finite, and job.non_finite is \"stop\""));
+    let rolled_back = judged(Policy::RollBack, 5, &[Position(4), Position(6)]).unwrap_err();
+    assert!(!rolled_back.stop && rolled_back.position == Position(5), "{rolled_back:?}");
+    assert!(matches!(judged(Policy::RollBack, 5, &[Position(4), Position(5)]), Ok(Verdict::Skip(_))));
+}
+
+/// Module invariant 3: a position that once failed is committed if it turns out finite.
+#[test]
+fn a_finite_phase_is_committed_even_where_a_skip_is_allowed() {
+    let bench = bench(Policy::RollBack);
+    let finite = leaf(&bench.leaf_layout(Module::Generator), 0, 1.0);
+    assert_eq!(verdict(&bench, Module::Generator, &finite, &[Position(0)]), Ok(Verdict::Commit));
+}
+
+#[test]
+fn too_many_skips_in_a_row_end_the_run() {
+    for (policy, skips) in [(Policy::Skip, &[][..]), (Policy::RollBack, &[Position(0)])] {
+        let mut bench = bench(policy);
+        let layout = bench.leaf_layout(Module::Discriminator);
+        let mean = leaf(&layout, layout.loss(), f32::INFINITY);
+        bench.state.counters.skipped = LIMIT - 1;
+        assert!(matches!(verdict(&bench, Module::Discriminator, &mean, skips), Ok(Verdict::Skip(_))));
+        bench.state.counters.skipped = LIMIT;
+        let fault = verdict(&bench, Module::Discriminator, &mean, skips).unwrap_err();
+        assert!(fault.stop && fault.detail.contains("as in 100 phases before it"), "{fault:?}");
+        assert_eq!(
+            verdict(&bench, Module::Discriminator, &leaf(&layout, 0, 0.0), skips),
+            Ok(Verdict::Commit)
+        );
+    }
+}
+
+/// The average moves after the generator's phase; all else of the buffer keeps its bits.
+#[test]
+fn a_skip_leaves_parameters_moments_and_statistics_alone() {
+    let mut bench = bench(Policy::Skip);
+    // So that the average differs from the generator, and the moments from zero.
+    for phase in phases(&bench.job) {
+        let layout = bench.leaf_layout(phase.module);
+        let mean = leaf(&layout, 0, 2.0);
+        commit(&bench.job, &mut bench.state, phase, &layout, &mean, 5).unwrap();
+    }
+    let average = bench.layout.ema_range().start;
+    for (skips, module) in [(1, Module::Discriminator), (2, Module::Generator)] {
+        let (before, counters) = (to_bytes(&bench.state.flat), bench.state.counters);
+        let phase = of(module, &bench);
+        skip(&bench.job, &mut bench.state, phase, 7);
+        let after = to_bytes(&bench.state.flat);
+        assert!(before[..4 * average] == after[..4 * average], "{module:?}");
+        let average_moved = before[4 * average..] != after[4 * average..];
+        assert_eq!(average_moved, module == Module::Generator);
+        assert_eq!(bench.state.counters.position.0, counters.position.0 + 1);
+        assert_eq!(bench.state.counters.ledger, counters.ledger + 7);
+        assert_eq!(bench.state.counters.skipped, skips);
+    }
+}
+
+#[test]
+fn a_commit_ends_a_row_of_skips() {
+    let mut bench = bench(Policy::Skip);
+    let phase = of(Module::Discriminator, &bench);
+    skip(&bench.job, &mut bench.state, phase, 0);
+    skip(&bench.job, &mut bench.state, phase, 0);
+    let layout = bench.leaf_layout(phase.module);
+    let mean = leaf(&layout, 0, 1.0);
+    commit(&bench.job, &mut bench.state, phase, &layout, &mean, 0).unwrap();
+    assert_eq!((bench.state.counters.skipped, bench.state.counters.position.0), (0, 3));
+}
+
+#[test]
+fn the_count_of_skips_is_part_of_the_digest() {
+    let bench = bench(Policy::Skip);
+    let mut snapshot =
+        Snapshot { step: 0, phase: 0, flat: to_bytes(&bench.state.flat), counters: bench.state.counters };
+    let digest = state_digest(&bench.layout, &snapshot);
+    snapshot.counters.skipped = 1;
+    assert_ne!(state_digest(&bench.layout, &snapshot), digest);
+}
