@@ -61,6 +61,8 @@ pub struct Machine {
     /// Pairs of workers that cannot reach each other, and when that may be tried again.
     severed: BTreeMap<(WorkerId, WorkerId), Time>,
     locals: Locals,
+    /// When the shell last found that it had not been run: sessions that ended around then say nothing of their workers.
+    overslept: Option<Time>,
     now: Time,
 }
 
@@ -136,6 +138,7 @@ impl Machine {
             divergences: 0,
             cause: None,
             severed: BTreeMap::new(),
+            overslept: None,
             now: Time::ZERO,
         }
     }
@@ -151,6 +154,7 @@ impl Machine {
         self.drop_late(actions);
         self.judge_absent(actions);
         self.shed_locals(actions);
+        self.form_if_gathered(actions);
         self.replace(actions);
         self.plan_ahead(actions);
     }
@@ -258,6 +262,12 @@ impl Machine {
     fn unready_members(&self) -> Vec<WorkerId> {
         let present = self.present_members();
         present.into_iter().filter(|id| self.workers[id].rest == Rest::Busy).collect()
+    }
+
+    /// Whom a regroup waits for: a member that is back has to say again what it has loaded.
+    fn awaited_members(&self) -> Vec<WorkerId> {
+        let awaited = |worker: &Worker| worker.rest == Rest::Busy || worker.facts.is_none();
+        self.present_members().into_iter().filter(|id| awaited(&self.workers[id])).collect()
     }
 
     fn rest_position(&self, worker: WorkerId) -> Option<Position> {

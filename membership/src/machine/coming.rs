@@ -23,6 +23,7 @@ impl Machine {
         actions: &mut Vec<Action>,
     ) {
         self.absent.remove(&worker);
+        self.locals.lingering.remove(&worker);
         let now = self.now;
         let entry =
             self.workers.entry(worker).or_insert_with(|| Worker { rest: Rest::Busy, ..Worker::new(now) });
@@ -106,21 +107,28 @@ impl Machine {
         if let Some(entry) = self.workers.get_mut(&worker) {
             entry.facts = Some(facts);
         }
-        self.form_if_ready(actions);
         self.form_if_gathered(actions);
+        self.form_if_ready(actions);
     }
 
     /// A worker whose session ends is only suspected: it may be back within the deadline.
     pub(super) fn disconnected(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
         let Some(entry) = self.workers.get_mut(&worker) else { return };
         entry.connected = false;
-        if matches!(self.stage, Stage::Regrouping { .. }) && matches!(self.cause, Some(Cause::Fault(..))) {
+        if matches!(self.stage, Stage::Regrouping { .. })
+            && matches!(self.cause, Some(Cause::Fault(_, Fault::Peer)))
+        {
             self.lose_disconnected(actions);
         }
     }
 
-    /// A member that lost its session, and that a peer lost too, is dead or cut off from all.
+    /// A member that lost its session, and that a peer lost too, is dead or cut off from all. Unless all sessions ended
+    /// because nobody was here to answer.
     pub(super) fn lose_disconnected(&mut self, actions: &mut Vec<Action>) {
+        let deadline = self.settings.limits.deadline;
+        if self.overslept.is_some_and(|overslept| self.now < overslept + deadline) {
+            return;
+        }
         for worker in self.unready_members() {
             if !self.workers[&worker].connected {
                 self.lost(worker, Loss::Session, actions);

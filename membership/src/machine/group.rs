@@ -36,10 +36,17 @@ impl Machine {
         if let Some(entry) = self.workers.get_mut(&worker) {
             entry.rest = Rest::Ready(position);
         }
-        if matches!(self.stage, Stage::Training { .. }) {
-            // The first member to rest for a planned change; the others follow at the same position.
-            self.cause = Some(Cause::Planned);
-            self.stage = Stage::Regrouping { until: self.regroup_limit() };
+        match self.stage {
+            Stage::Training { plan: Some(Plan { kind: PlanKind::Regroup, .. }) } => {
+                // The first member to rest for a planned change; the others follow at the same position.
+                self.cause = Some(Cause::Planned);
+                self.stage = Stage::Regrouping { until: self.regroup_limit() };
+            }
+            Stage::Training { .. } => {
+                let fault = Fault::Internal("it rests, and its reason was lost on the way".to_string());
+                self.regroup(Cause::Fault(worker, fault), actions);
+            }
+            _ => {}
         }
         self.form_if_ready(actions);
     }
@@ -66,8 +73,11 @@ impl Machine {
                 if let Fault::Links(ranks) = &fault {
                     self.sever(worker, ranks);
                 }
+                let is_reset = fault == Fault::Peer;
                 self.regroup(Cause::Fault(worker, fault), actions);
-                self.lose_disconnected(actions);
+                if is_reset {
+                    self.lose_disconnected(actions);
+                }
             }
         }
     }
@@ -147,26 +157,26 @@ impl Machine {
     }
 
     pub(super) fn form_if_ready(&mut self, actions: &mut Vec<Action>) {
-        if !matches!(self.stage, Stage::Regrouping { .. }) || !self.unready_members().is_empty() {
+        if !matches!(self.stage, Stage::Regrouping { .. }) || !self.awaited_members().is_empty() {
             return;
         }
-        let present = self.present_members();
-        if present.iter().any(|id| self.workers[id].facts.is_none()) {
-            // It is back and at rest; what it has loaded is under way.
-            return;
-        }
-        if !present.is_empty() {
+        if !self.present_members().is_empty() {
             self.form(actions);
         } else if self.absent.is_empty() {
-            self.stage = Stage::Gathering;
-            if self.stop_requested {
-                self.end_stopped(actions);
-            } else {
-                self.form_if_gathered(actions);
-            }
+            self.gather(actions);
         } else {
             // One of them may still train: only its own clock ends it.
             self.stage = Stage::Reconnecting { until: None };
+        }
+    }
+
+    /// Nobody holds a state any more: starts anew, unless all shall stop.
+    pub(super) fn gather(&mut self, actions: &mut Vec<Action>) {
+        self.stage = Stage::Gathering;
+        if self.stop_requested {
+            self.end_stopped(actions);
+        } else {
+            self.form_if_gathered(actions);
         }
     }
 

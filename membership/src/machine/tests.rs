@@ -726,3 +726,132 @@ fn a_group_that_cannot_save_is_not_formed() {
     let actions = bench.handle(Event::Loaded(WorkerId(1), blind));
     assert!(matches!(ended(&actions), Some(Outcome::Failed(what)) if what.contains("checkpoint.url")));
 }
+
+// ---- Found by the simulation -------------------------------------------------------------------------------------
+
+#[test]
+fn a_member_that_waits_longer_than_its_limit_asks_for_no_tick_that_is_due() {
+    let mut bench = Bench::training(2);
+    let progress = |activity| Progress {
+        position: Position(1),
+        leaves: 3,
+        activity,
+        slowest_leaf: Duration::from_millis(10),
+    };
+    bench.progress = progress(Activity::Waiting);
+    bench.wait(DEADLINE / 2, &[1, 2]);
+    for leaves in 0..10 {
+        bench.progress = progress(Activity::Waiting);
+        bench.wait(DEADLINE / 5, &[1]);
+        bench.progress = Progress { leaves, ..progress(Activity::Computing) };
+        bench.wait(DEADLINE / 5, &[2]);
+        assert!(bench.machine.deadline().unwrap() > bench.now);
+    }
+}
+
+#[test]
+fn a_shell_that_sleeps_until_the_next_tick_still_sees_who_is_silent() {
+    let mut bench = Bench::training(2);
+    let mut actions = Vec::new();
+    for _ in 0..20 {
+        bench.now = bench.machine.deadline().unwrap();
+        actions.extend(bench.handle(Event::Tick));
+    }
+    assert!(actions.contains(&Action::Lose(WorkerId(1), Loss::Silent)), "{actions:?}");
+}
+
+#[test]
+fn a_group_is_not_formed_from_members_that_have_not_said_again_what_they_loaded() {
+    let recovered =
+        Recovered { group: Some(group(4, &[1, 2])), dead: vec![WorkerId(2)], ..Recovered::default() };
+    let mut bench = Bench::new(0, 8, recovered);
+    let rest = Some(Rested { position: None, finished: None });
+    assert_eq!(bench.handle(resumed(1, 4, rest)), []);
+    let actions = bench.handle(Event::Loaded(WorkerId(1), facts("A")));
+    assert_eq!(members(formed(&actions).unwrap()), [1]);
+}
+
+#[test]
+fn a_regroup_waits_for_what_a_member_that_is_back_has_loaded() {
+    let mut bench = Bench::training(2);
+    bench.handle(Event::Fault(WorkerId(1), Generation(1), Fault::Timeout));
+    bench.wait(DEADLINE * 3 / 2, &[1]);
+    let rest = Some(Rested { position: Some(Position(7)), finished: None });
+    bench.handle(resumed(2, 1, rest));
+    assert_eq!(formed(&bench.ready(1, 6)), None);
+    let actions = bench.handle(Event::Loaded(WorkerId(2), facts("A")));
+    assert_eq!(formed(&actions).unwrap().start, Start::Healed(Rank(1)));
+}
+
+/// A window that ended when nobody was here is no window for the next one that comes back.
+#[test]
+fn each_time_one_comes_back_the_others_have_a_window() {
+    let mut bench = taking_over();
+    bench.handle(resumed(1, 4, None));
+    bench.wait(DEADLINE * 2, &[]);
+    assert_eq!(bench.resume(1, None), [Action::AdoptPassport(facts("A").passport)]);
+    assert_eq!(bench.resume(2, None), [Action::Keep]);
+}
+
+#[test]
+fn a_requested_stop_ends_the_run_when_the_last_member_is_dead() {
+    let mut bench = training_locally(1);
+    bench.handle(Event::StopRequested);
+    bench.wait(DEADLINE * 3 / 2, &[]);
+    assert_eq!(ended(&bench.end(1)), Some(&Outcome::Stopped(None)));
+}
+
+#[test]
+fn when_the_last_that_was_waited_for_leaves_the_others_begin() {
+    let mut bench = Bench::new(0, 8, Recovered::default());
+    bench.handle(Event::Hello { worker: WorkerId(1), local: false });
+    bench.handle(Event::Hello { worker: WorkerId(2), local: false });
+    assert_eq!(formed(&bench.handle(Event::Loaded(WorkerId(1), facts("A")))), None);
+    assert_eq!(members(formed(&bench.handle(Event::Leave(WorkerId(2)))).unwrap()), [1]);
+}
+
+/// The fault itself may be lost with a session: the others must hear of it all the same.
+#[test]
+fn a_member_that_rests_without_a_plan_breaks_the_group_up() {
+    let mut bench = Bench::training(2);
+    let actions = bench.ready(1, 3);
+    assert!(matches!(&actions[..], [Action::Abort { .. }]), "{actions:?}");
+    assert!(formed(&bench.ready(2, 3)).is_some());
+}
+
+#[test]
+fn those_that_do_not_follow_a_planned_rest_are_told_to() {
+    let mut bench = Bench::training(2);
+    bench.join(3);
+    bench.ready(1, 6);
+    let actions = bench.wait(DEADLINE * 3 / 2, &[1, 2, 3]);
+    assert!(matches!(&actions[..], [Action::Abort { .. }]), "{actions:?}");
+}
+
+#[test]
+fn a_reduce_that_took_too_long_is_no_proof_against_a_lost_session() {
+    let mut bench = Bench::training(2);
+    bench.handle(Event::Disconnected(WorkerId(2)));
+    let actions = bench.handle(Event::Fault(WorkerId(1), Generation(1), Fault::Timeout));
+    assert!(!actions.contains(&Action::Lose(WorkerId(2), Loss::Session)), "{actions:?}");
+}
+
+/// While the shell was not run, all sessions end and members give up on each other.
+#[test]
+fn sessions_that_ended_while_the_shell_was_not_run_are_no_proof() {
+    let mut bench = Bench::training(2);
+    bench.now += DEADLINE * 3;
+    bench.handle(Event::Disconnected(WorkerId(2)));
+    let actions = bench.handle(Event::Fault(WorkerId(1), Generation(1), Fault::Peer));
+    assert!(!actions.contains(&Action::Lose(WorkerId(2), Loss::Session)), "{actions:?}");
+}
+
+#[test]
+fn a_local_member_that_is_back_is_not_killed_for_having_been_away() {
+    let mut bench = training_locally(3);
+    bench.handle(Event::Disconnected(WorkerId(3)));
+    bench.handle(Event::Fault(WorkerId(1), Generation(1), Fault::Peer));
+    bench.resume(3, None);
+    let actions = bench.wait(DEADLINE * 3 / 2, &[1, 2, 3]);
+    assert!(!actions.contains(&Action::Drop(WorkerId(3))), "{actions:?}");
+}

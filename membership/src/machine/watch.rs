@@ -5,14 +5,22 @@ use std::time::Duration;
 use super::*;
 
 impl Machine {
-    /// When [`Event::Tick`] is due at the latest.
+    /// When [`Event::Tick`] is due at the latest. Never so late that a shell that slept until then seems to have overslept.
     pub fn deadline(&self) -> Option<Time> {
+        let awake = self.now + self.settings.limits.deadline / 4;
+        self.next_limit().map(|limit| limit.min(awake))
+    }
+
+    /// When the next limit ends.
+    fn next_limit(&self) -> Option<Time> {
         let limits = &self.settings.limits;
         let stage = match &self.stage {
             Stage::Regrouping { until } => Some(*until),
-            Stage::Reconnecting { until } => *until,
+            Stage::Reconnecting { until } => until.filter(|until| *until > self.now),
             Stage::Training { .. } => {
-                self.present_members().iter().map(|id| self.late_at(&self.workers[id])).min()
+                // Who is late already was judged, and waits for the others: their limits come next.
+                let late = self.unready_members().into_iter().map(|id| self.late_at(&self.workers[&id]));
+                late.filter(|at| *at > self.now).min()
             }
             _ => None,
         };
@@ -20,9 +28,7 @@ impl Machine {
         let kill = self.locals.lingering.values().min().copied();
         let lease = self.absent.values().min().copied();
         let severed = self.severed.values().min().copied();
-        // So often that a late tick means that the shell overslept.
-        let awake = (!self.workers.is_empty()).then_some(self.now + limits.deadline / 4);
-        let all = [stage, silence, self.next_spawn(), kill, lease, severed, awake];
+        let all = [stage, silence, self.next_spawn(), kill, lease, severed];
         all.into_iter().flatten().min()
     }
 
@@ -59,6 +65,7 @@ impl Machine {
         if slept <= limits.deadline / 2 {
             return;
         }
+        self.overslept = Some(self.now);
         for worker in self.workers.values_mut() {
             worker.last_heard = self.now;
             worker.progress_since = self.now;
@@ -90,15 +97,26 @@ impl Machine {
         if let Stage::Training { .. } = self.stage {
             self.drop_stuck(actions);
         }
+        self.hurry(actions);
         if let Stage::Regrouping { until } = self.stage
             && self.now >= until
         {
-            for worker in self.unready_members() {
+            for worker in self.awaited_members() {
                 actions.push(Action::Drop(worker));
                 self.lost(worker, Loss::Late, actions);
             }
         }
         self.severed.retain(|_, until| *until > self.now);
+    }
+
+    /// The first member to rest for a planned change may have had another reason, which was lost on the way: the others
+    /// would wait for it in vain.
+    fn hurry(&mut self, actions: &mut Vec<Action>) {
+        let Stage::Regrouping { until } = self.stage else { return };
+        let soon = self.now + self.settings.limits.deadline >= until;
+        if soon && self.cause == Some(Cause::Planned) && !self.unready_members().is_empty() {
+            self.regroup(Cause::Stalled, actions);
+        }
     }
 
     fn drop_silent(&mut self, actions: &mut Vec<Action>) {
@@ -157,10 +175,12 @@ impl Machine {
         let present = self.present_members();
         let waited = until.is_some_and(|until| now >= until);
         if present.is_empty() && self.absent.is_empty() {
-            self.stage = Stage::Gathering;
-            self.form_if_gathered(actions);
+            self.gather(actions);
         } else if present.is_empty() && waited && self.stop_requested {
             self.end_stopped(actions);
+        } else if present.is_empty() && waited {
+            // Whoever was back is lost again: the next one opens a window of its own.
+            self.stage = Stage::Reconnecting { until: None };
         } else if !present.is_empty() && (self.absent.is_empty() || waited) {
             self.take_over(&present, actions);
         }
@@ -173,7 +193,7 @@ impl Machine {
         let finished = present.iter().all(|id| self.workers[id].finished == Some(true));
         let loaded = present.iter().all(|id| self.workers[id].facts.is_some());
         let usable = self.condemned != Some(self.last_generation) && !self.job_changed;
-        if whole && !loaded {
+        if !loaded {
             // Their reports are under way; the next one brings us back here.
             return;
         }
