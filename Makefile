@@ -7,10 +7,11 @@ PYTHON ?= python3
 CARGO ?= cargo
 DEMO_DIR ?= runs/demo
 WORKERS ?= 2
+MINUTES ?= 10
 TOOLS := .tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test check fmt lint docs licences proto-lint clean
+.PHONY: help setup build demo test chaos check fmt lint docs licences proto-lint clean
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +53,9 @@ demo: build ## Train the MLP GAN on real digits with two workers, then draw 50 d
 
 test: build $(TOOLS)/python ## Run all tests.
 	$(CARGO) test --release --locked --workspace
+
+chaos: build ## Disturb real runs at random, for MINUTES=10, and demand the same bits (SEED=x to repeat).
+	MINUTES=$(MINUTES) $(CARGO) run --release --locked -p ganglion-tests --bin chaos
 
 # What reads our files in Python, for the test that they can be read.
 $(TOOLS)/python:

@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use ganglion_membership::{Checkpoint, StoredFile};
-use ganglion_proto::manifest;
+use ganglion_proto::{failpoint, manifest};
 
 use crate::run_dir::write_whole;
 
@@ -66,6 +66,8 @@ impl Checkpoints {
         let text = manifest::render(checkpoint);
         let folder = checkpoint.folder();
         write_whole(&self.folder.join(&folder).join("manifest.json"), text.as_bytes())?;
+        // Numbered by step: the checkpoint is valid, and `latest` does not name it.
+        failpoint::reached("manifest", checkpoint.step);
         write_whole(&self.folder.join("latest"), format!("{folder}\n").as_bytes())
     }
 

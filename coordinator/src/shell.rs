@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use ganglion_membership::{
     Checkpoint, Event, Limits, Machine, Outcome, Recovered, Settings, Term, Time, WorkerId,
 };
+use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::ToWorker;
 use serde_json::json;
@@ -189,6 +190,8 @@ impl Shell {
         let (token, local_rank) = (new_token()?, self.supervisor.free_rank());
         self.journal.spawning(self.term, &token, local_rank)?;
         let spawned = self.supervisor.spawn(&self.url, token.clone(), local_rank)?;
+        // Numbered by local rank: a process runs, and the journal has its token and not its number.
+        failpoint::reached("spawn", local_rank.into());
         self.journal.spawned(&token, spawned.pid, spawned.started)?;
         self.records.event("worker_started", json!({ "pid": spawned.pid, "local_rank": local_rank }));
         Ok(())

@@ -6,6 +6,7 @@
 //! Whatever comes from the wire is checked on the way: see [`Malformed`].
 
 mod convert;
+pub mod failpoint;
 pub mod job;
 pub mod manifest;
 pub mod message;

@@ -32,8 +32,10 @@ pub const SMALL_DCGAN: &[&str] =
 pub fn program(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
-        let test = std::env::current_exe().expect("a test knows its program");
-        let folder = test.ancestors().nth(2).expect("test programs are in target/<profile>/deps");
+        let own = std::env::current_exe().expect("a test knows its program");
+        let beside = own.parent().expect("a program is in a folder");
+        // Test programs are in target/<profile>/deps, others one up.
+        let folder = if beside.ends_with("deps") { beside.parent().expect("deps is in it") } else { beside };
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--locked", "-p", "ganglion-coordinator", "-p", "ganglion-worker"]);
         if folder.ends_with("release") {
@@ -67,21 +69,43 @@ impl Run {
         Process::start(command).wait()
     }
 
+    /// Audits the run from its files.
+    pub fn audit(&self) -> Ended {
+        let mut command = Command::new(program("coordinator"));
+        command.arg("audit").arg(self.path(""));
+        Process::start(command).wait()
+    }
+
     /// Proves the run from its files.
     #[track_caller]
     pub fn assert_audited(&self) {
-        let mut command = Command::new(program("coordinator"));
-        let audited = Process::start({
-            command.arg("audit").arg(self.path(""));
-            command
-        })
-        .wait();
+        let audited = self.audit();
         assert_eq!(audited.code, Some(0), "{}", audited.output);
     }
 
     /// Changes a setting, for coordinators started from now on.
     pub fn set(&mut self, setting: &str) {
         self.settings.push(setting.to_string());
+    }
+
+    /// Leaves the folder where it is when this is dropped, for people to look at; returns the run directory.
+    pub fn keep(&mut self) -> PathBuf {
+        self.root.disable_cleanup(true);
+        self.path("")
+    }
+
+    /// The processes of the run's workers that are alive.
+    pub fn live_workers(&self) -> Vec<i32> {
+        let known = self.events().into_iter().filter_map(|event| {
+            let kind = event["kind"].as_str()?;
+            let pid =
+                event["pid"].as_i64().filter(|_| kind == "worker_started" || kind == "worker_joined")?;
+            i32::try_from(pid).ok()
+        });
+        let mut pids: Vec<i32> = known.filter(|pid| is_worker(*pid)).collect();
+        pids.sort_unstable();
+        pids.dedup();
+        pids
     }
 
     /// A file or folder of the run directory.
@@ -101,12 +125,23 @@ impl Run {
 
     /// Starts a coordinator with these arguments.
     pub fn start_with(&self, arguments: &[&str]) -> Process {
+        Process::start(self.command(arguments))
+    }
+
+    /// Starts a coordinator with so many local workers and these variables in their environment.
+    pub fn start_in(&self, workers: u32, variables: &[(&str, String)]) -> Process {
+        let mut command = self.command(&["--workers", &workers.to_string()]);
+        command.envs(variables.iter().map(|(name, value)| (name, value)));
+        Process::start(command)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(program("coordinator"));
         command.arg("--run-dir").arg(self.path("")).args(arguments);
         for setting in &self.settings {
             command.args(["--set", setting]);
         }
-        Process::start(command)
+        command
     }
 
     /// Trains to the end with so many local workers; returns the digest of the last state.
@@ -164,15 +199,15 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        for event in lines(&self.path("events.jsonl")) {
-            let pid = event["pid"].as_i64().filter(|_| event["kind"] == "worker_started");
-            let Some(pid) = pid.and_then(|pid| i32::try_from(pid).ok()) else { continue };
-            // The number may be another process's by now.
-            if fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("worker")) {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            }
+        for pid in self.live_workers() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
     }
+}
+
+/// Whether a process runs our program: its number may be another process's by now.
+fn is_worker(pid: i32) -> bool {
+    is_running(pid) && fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("worker"))
 }
 
 /// A digest that must be the same for all, and what it was computed by.
@@ -282,6 +317,11 @@ impl Process {
     /// What it has printed so far.
     pub fn output(&self) -> String {
         fs::read_to_string(self.output.path().join("output")).expect("its output")
+    }
+
+    /// Whether it has not ended.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("it is our child").is_none()
     }
 
     /// Waits for its end.

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::FromWorker;
 use object_store::ObjectStore;
@@ -170,6 +171,8 @@ impl Shared {
             loop {
                 match files.write(&order.snapshot, &digest, *index).await {
                     Ok(part) => {
+                        // Numbered by step: a file is there, and nobody knows of it.
+                        failpoint::reached("checkpoint", part.step);
                         context.session.report_part(part);
                         break;
                     }

@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use c10d::{Buffer, Group};
+use ganglion_proto::failpoint;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::phase::{LeafBuffer, LeafLayout};
@@ -174,6 +175,8 @@ impl Exchange {
         }
         let mut lent = self.lent.take().ok_or(c10d::Error::Aborted)?;
         self.sum_own_leaves(&mut lent.sums, &mut leaf)?;
+        // Numbered by position: the others wait for this rank's sums, then for its chunk of the mean.
+        failpoint::reached("reduce", trailer.position);
         waiting();
         if self.deal.world_size() == 1 {
             std::mem::swap(&mut lent.sums, &mut lent.received);
@@ -185,6 +188,7 @@ impl Exchange {
             (lent.sums, lent.received) = pending.wait(timeout)?;
         }
         self.finish_own_chunk(&mut lent.received, &mut lent.part, trailer);
+        failpoint::reached("gather", trailer.position);
         if self.deal.world_size() == 1 {
             std::mem::swap(&mut lent.part, &mut lent.gathered);
         } else {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use c10d::{Buffer, GlooAddress, GlooOptions, Group, KeyValueStore};
 use ganglion_membership::{Activity, Position, Start, Term};
+use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::Assignment;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -155,6 +156,10 @@ impl Team {
             return Ok(());
         }
         let mut spare = Buffer::zeros(layout.len + ALIGNMENT, Kind::Float, device)?;
+        // Numbered by generation: the source is about to send, a receiver has received and not taken over yet.
+        if self.deal.rank == source {
+            failpoint::reached("heal-source", self.generation);
+        }
         if let Some((state, carried)) = held.as_ref().filter(|_| self.deal.rank == source) {
             let tail = carried.to_tensor(state.counters, c10d::aten::fingerprint(&state.flat, 0)?);
             spare.update(|spare| {
@@ -168,6 +173,9 @@ impl Team {
         let received = narrow(spare.tensor(), 0..layout.len);
         if c10d::aten::fingerprint(&received, 0)? != fingerprint {
             return Err(TeamError::Diverged("a broadcast state does not have its fingerprint".to_string()));
+        }
+        if self.deal.rank != source {
+            failpoint::reached("heal", self.generation);
         }
         let (state, known) =
             held.get_or_insert_with(|| (State::zeros(layout.clone(), device), Carried::default()));

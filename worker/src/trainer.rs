@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use ganglion_membership::{Checkpoint, Fault, PlanKind, Position, Rank, Rested, Start};
+use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{Assignment, FromWorker, MetricsRow};
 use object_store::ObjectStore;
@@ -261,7 +262,10 @@ impl Trainer {
             return Err(c10d::Error::Aborted.into());
         }
         let layout = team.leaf_layout(phase.module);
+        // Numbered by position: this member has all parts of the phase and may be the only one; then it is one ahead.
+        failpoint::reached("commit", state.counters.position.0);
         self.commit(state, phase, layout, &reduced, &team.skips)?;
+        failpoint::reached("committed", state.counters.position.0);
         *fingerprint = c10d::aten::fingerprint(state.parameters(phase.module), state.counters.position.0)?;
         let loss = crate::state::narrow(&reduced.mean, layout.loss()..layout.loss() + 1);
         carried.losses[usize::from(phase.module == Module::Generator)] =

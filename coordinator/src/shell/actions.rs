@@ -4,6 +4,7 @@ use ganglion_membership::{
     Action, Cause, Checkpoint, Event, Generation, Group, Outcome, Passport, Plan, PlanKind, Rejection, Start,
     WorkerId,
 };
+use ganglion_proto::failpoint;
 use ganglion_proto::message::{Assignment, ToWorker};
 use serde_json::json;
 
@@ -116,6 +117,8 @@ impl Shell {
 
     fn form(&mut self, group: &Group, cause: &Cause) -> Result<(), ShellError> {
         self.journal.form(self.term, group, cause)?;
+        // Numbered by generation: journaled, and nobody was told.
+        failpoint::reached("form", group.generation.0);
         self.store.begin(group.generation);
         let start = match &group.start {
             Start::Fresh => "fresh".to_string(),
@@ -147,6 +150,8 @@ impl Shell {
         for (rank, member) in (0u32..).zip(&group.members) {
             self.supervisor.rename(member.worker, &format!("rank {rank}"));
             self.assign(member.worker);
+            // Numbered by generation: perhaps one was told, the others were not.
+            failpoint::reached("assign", group.generation.0);
         }
         Ok(())
     }

@@ -1,0 +1,49 @@
+//! Points at which a test can have a process die.
+//!
+//! With `GANGLION_FAILPOINT=POINT@NUMBER:FILE` in its environment, the first process of a run that comes to the point with
+//! that number (a position, a generation or a step; each point says which) creates the file and kills itself. The others
+//! find the file and go on. Without the variable a point costs one comparison.
+
+use std::fs::OpenOptions;
+use std::sync::OnceLock;
+
+/// The environment variable.
+pub const VARIABLE: &str = "GANGLION_FAILPOINT";
+
+/// What to die of.
+struct Wanted {
+    point: String,
+    number: u64,
+    file: String,
+}
+
+/// A point was reached.
+pub fn reached(point: &str, number: u64) {
+    static WANTED: OnceLock<Option<Wanted>> = OnceLock::new();
+    let Some(wanted) = WANTED.get_or_init(|| parse(&std::env::var(VARIABLE).ok()?)) else { return };
+    if wanted.number == number && wanted.point == point {
+        let first = OpenOptions::new().write(true).create_new(true).open(&wanted.file).is_ok();
+        if first {
+            // As `kill -9` does: nothing is flushed, nobody is told.
+            let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
+        }
+    }
+}
+
+fn parse(text: &str) -> Option<Wanted> {
+    let (at, file) = text.split_once(':')?;
+    let (point, number) = at.split_once('@')?;
+    Some(Wanted { point: point.to_string(), number: number.parse().ok()?, file: file.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_point_is_named_with_its_number_and_file() {
+        let wanted = parse("commit@12:/tmp/a:b").unwrap();
+        assert_eq!((wanted.point.as_str(), wanted.number, wanted.file.as_str()), ("commit", 12, "/tmp/a:b"));
+        assert!(parse("commit").is_none() && parse("commit@x:/f").is_none());
+    }
+}

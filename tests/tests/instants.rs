@@ -1,0 +1,92 @@
+//! Faults at the worst instants: inside a reduce, a commit, a healing, a checkpoint, and between two of the coordinator's
+//! decisions.
+#![allow(clippy::unwrap_used)] // a test may panic
+
+use std::sync::OnceLock;
+
+use ganglion_tests::{Process, Reference, Run, SMALL_DCGAN, SMALL_MLP};
+
+const MLP: &[&str] = &[
+    "job.steps=900",
+    "job.data_shards=6",
+    "job.failure_deadline=2",
+    "metrics.every_steps=1",
+    "checkpoint.every_steps=100",
+];
+const DCGAN: &[&str] = &[
+    "job.steps=150",
+    "job.data_shards=6",
+    "job.failure_deadline=2",
+    "metrics.every_steps=1",
+    "checkpoint.every_steps=50",
+];
+
+fn undisturbed_mlp() -> &'static Reference {
+    static REFERENCE: OnceLock<Reference> = OnceLock::new();
+    REFERENCE.get_or_init(|| Reference::of(&[SMALL_MLP, MLP]))
+}
+
+/// A run in which the first process that comes to a point kills itself.
+fn with_failpoint(settings: &[&[&str]], workers: u32, point: &str) -> (Run, Process) {
+    let run = Run::new(settings);
+    let once = run.beside("once").display().to_string();
+    let variables = [(ganglion_proto::failpoint::VARIABLE, format!("{point}:{once}"))];
+    let coordinator = run.start_in(workers, &variables);
+    (run, coordinator)
+}
+
+#[track_caller]
+fn assert_same(run: &Run, coordinator: Process, reference: &Reference, what: &str) {
+    let ended = coordinator.wait();
+    assert_eq!(ended.code, Some(0), "{what}: {}", ended.output);
+    assert!(run.beside("once").exists(), "nobody came to {what}");
+    reference.equals(&format!("a run with a death at {what}"), &run.digest());
+    run.assert_audited();
+}
+
+#[test]
+fn a_worker_may_die_at_any_instant_of_a_phase() {
+    for point in ["reduce@401", "gather@402", "commit@401", "commit@402", "committed@403"] {
+        let (run, coordinator) = with_failpoint(&[SMALL_MLP, MLP], 3, point);
+        assert_same(&run, coordinator, undisturbed_mlp(), point);
+    }
+}
+
+#[test]
+fn a_worker_of_networks_with_batch_norm_may_die_at_any_instant_of_a_phase() {
+    let reference = Reference::of(&[SMALL_DCGAN, DCGAN]);
+    for point in ["reduce@101", "commit@102", "checkpoint@50"] {
+        let (run, coordinator) = with_failpoint(&[SMALL_DCGAN, DCGAN], 3, point);
+        assert_same(&run, coordinator, &reference, point);
+    }
+}
+
+#[test]
+fn a_worker_may_die_while_it_saves() {
+    for point in ["checkpoint@200", "checkpoint@900"] {
+        let (run, coordinator) = with_failpoint(&[SMALL_MLP, MLP], 3, point);
+        assert_same(&run, coordinator, undisturbed_mlp(), point);
+    }
+}
+
+/// Generation 2 begins when the second of two workers is killed, generation 3 when its replacement is healed.
+#[test]
+fn the_source_or_the_receiver_of_a_healing_may_die_in_its_middle() {
+    for point in ["heal@3", "heal-source@3"] {
+        let (run, coordinator) = with_failpoint(&[SMALL_MLP, MLP], 2, point);
+        run.wait_for_step(100);
+        ganglion_tests::send(run.pids(1)[1], nix::sys::signal::Signal::SIGKILL);
+        assert_same(&run, coordinator, undisturbed_mlp(), point);
+    }
+}
+
+/// The same command, started again, finds a half-done decision.
+#[test]
+fn a_coordinator_may_die_between_two_of_its_decisions() {
+    for point in ["form@1", "assign@1", "spawn@0", "spawn@1", "manifest@300", "manifest@900"] {
+        let (run, coordinator) = with_failpoint(&[SMALL_MLP, MLP], 2, point);
+        assert_eq!(coordinator.wait().code, None, "{point}");
+        let again = run.start(2);
+        assert_same(&run, again, undisturbed_mlp(), point);
+    }
+}
