@@ -71,6 +71,12 @@ impl Checkpoints {
         write_whole(&self.folder.join("latest"), format!("{folder}\n").as_bytes())
     }
 
+    /// The folder that `latest` names.
+    pub fn latest(&self) -> Option<String> {
+        let text = fs::read_to_string(self.folder.join("latest")).ok()?;
+        Some(text.trim().to_string())
+    }
+
     /// The newest checkpoint whose files are whole, and the newer ones that are not.
     pub fn newest_valid(&self) -> io::Result<(Option<Checkpoint>, Vec<Damaged>)> {
         let mut damaged = Vec::new();

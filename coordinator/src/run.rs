@@ -99,19 +99,20 @@ pub async fn run(cli: Cli) -> Result<String, Failure> {
     let checkpoints = Checkpoints::open(&storage, &run).map_err(Failure::Input)?;
     let mut records = Records::open(job.clone(), run_dir.folder(), screen)
         .map_err(|error| Failure::Input(format!("{}: {error}", run_dir.folder().display())))?;
-    let mut recovered = recover(&journal, &checkpoints, &mut records)?;
+    let mut recovered = recover(&mut journal, &checkpoints, &mut records)?;
     recovered.job_changed = job_changed;
-    if let Some(line) = finished(&journal, &job, recovered.checkpoint.as_ref(), &run_dir)? {
-        return Ok(line);
-    }
-
     let other = |error: std::io::Error| Failure::Other(error.to_string());
     let (exits, exited) = mpsc::unbounded_channel();
     let mut supervisor = Supervisor::new(exits).map_err(other)?;
+    adopt(&mut journal, &mut supervisor, &mut recovered)?;
+    if let Some(line) = finished(&journal, &job, recovered.checkpoint.as_ref(), &run_dir)? {
+        // Workers of a coordinator that died before it could release them.
+        supervisor.ask_all_to_end();
+        return Ok(line);
+    }
     if local_workers > 0 {
         supervisor.check_program().map_err(other)?;
     }
-    adopt(&mut journal, &mut supervisor, &mut recovered)?;
     let term = journal.begin_term(job.metrics.every_steps)?;
     let (listener, address) = listen(&cli, &mut journal).await?;
     let url = format!("http://{}", SocketAddr::new(reachable(address.ip()), address.port()));
@@ -170,8 +171,25 @@ fn run_name(journal: &mut Journal) -> Result<String, Failure> {
     Ok(run)
 }
 
+/// The newest checkpoint may be one that an earlier coordinator had no time to announce, or that workers wrote when there
+/// was none.
+fn settle(
+    journal: &mut Journal,
+    checkpoints: &Checkpoints,
+    records: &mut Records,
+    checkpoint: &Checkpoint,
+) -> Result<(), Failure> {
+    if checkpoints.latest().as_deref() == Some(checkpoint.folder().as_str()) {
+        return Ok(());
+    }
+    journal.commit(checkpoint)?;
+    checkpoints.commit(checkpoint).map_err(|error| Failure::Other(format!("checkpoints: {error}")))?;
+    records.checkpoint(checkpoint);
+    Ok(())
+}
+
 fn recover(
-    journal: &Journal,
+    journal: &mut Journal,
     checkpoints: &Checkpoints,
     records: &mut Records,
 ) -> Result<Recovered, Failure> {
@@ -185,6 +203,9 @@ fn recover(
         ));
         let fields = json!({ "folder": damage.folder, "reason": damage.reason, "instead": instead });
         records.event("checkpoint_damaged", fields);
+    }
+    if let Some(checkpoint) = &checkpoint {
+        settle(journal, checkpoints, records, checkpoint)?;
     }
     let group = journal.last_group()?;
     let passport = if group.is_some() { journal.passport()? } else { None };

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ganglion_membership::{
-    Checkpoint, Event, Limits, Machine, Outcome, Recovered, Settings, Term, Time, WorkerId,
+    Action, Checkpoint, Event, Limits, Machine, Outcome, Recovered, Settings, Term, Time, WorkerId,
 };
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
@@ -270,7 +270,12 @@ impl Shell {
             self.send_to_all(&ToWorker::MetricsRecorded(step));
         }
         for checkpoint in std::mem::take(&mut self.uncommitted) {
-            self.commit(checkpoint)?;
+            if self.machine.checkpoint().is_none_or(|newest| newest.position < checkpoint.position) {
+                self.commit(checkpoint)?;
+            } else {
+                // `latest` never goes back.
+                self.act(Action::AbandonCheckpoint(checkpoint.step))?;
+            }
         }
         Ok(())
     }

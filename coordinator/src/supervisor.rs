@@ -156,6 +156,13 @@ impl Supervisor {
         self.children.values().filter(|child| child.worker == Some(worker)).for_each(ChildHandle::kill);
     }
 
+    /// Asks all to end by themselves.
+    pub fn ask_all_to_end(&self) {
+        for process in self.children.values().filter_map(|child| child.process.as_ref()) {
+            let _ = pidfd_send_signal(process, Signal::TERM);
+        }
+    }
+
     /// Kills all that are left.
     pub fn kill_all(&self) {
         self.children.values().for_each(ChildHandle::kill);

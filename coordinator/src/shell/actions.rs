@@ -195,13 +195,7 @@ impl Shell {
             self.uncommitted.push(checkpoint);
             return Ok(());
         }
-        self.records.event(
-            "checkpoint",
-            json!({
-                "step": checkpoint.step, "phase": checkpoint.phase,
-                "folder": checkpoint.folder(), "state_digest": checkpoint.state_digest,
-            }),
-        );
+        self.records.checkpoint(&checkpoint);
         if let Err(error) = self.checkpoints.prune(self.job.checkpoint.keep_last) {
             tracing::warn!("cannot remove old checkpoints: {error}");
         }

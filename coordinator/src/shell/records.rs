@@ -72,6 +72,17 @@ impl Records {
         self.note("events.jsonl", written);
     }
 
+    /// Records that a checkpoint is valid.
+    pub fn checkpoint(&mut self, checkpoint: &Checkpoint) {
+        self.event(
+            "checkpoint",
+            serde_json::json!({
+                "step": checkpoint.step, "phase": checkpoint.phase,
+                "folder": checkpoint.folder(), "state_digest": checkpoint.state_digest,
+            }),
+        );
+    }
+
     /// Tells people something, above the progress bar.
     pub fn message(&mut self, text: &str) {
         self.screen.print(text);
@@ -81,7 +92,7 @@ impl Records {
     pub fn loaded(&mut self, samples: u64, from: Option<&Checkpoint>) {
         self.samples = samples.max(1);
         if self.progress.is_none() {
-            let first = from.map_or(0, |checkpoint| checkpoint.step);
+            let first = from.map_or(0, |checkpoint| checkpoint.step).max(self.last_step());
             self.progress = Some(Progress::new(&self.screen, self.job.last_step(samples), first));
         }
     }
