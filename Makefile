@@ -8,10 +8,11 @@ CARGO ?= cargo
 DEMO_DIR ?= runs/demo
 WORKERS ?= 2
 MINUTES ?= 10
+SEEDS ?= 100000
 TOOLS := .tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test chaos check fmt lint docs licences proto-lint clean
+.PHONY: help setup build demo test simulate chaos check fmt lint docs licences proto-lint clean
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +57,9 @@ test: build $(TOOLS)/python ## Run all tests.
 
 chaos: build ## Disturb real runs at random, for MINUTES=10, and demand the same bits (SEED=x to repeat).
 	MINUTES=$(MINUTES) $(CARGO) run --release --locked -p ganglion-tests --bin chaos
+
+simulate: ## Simulate the group protocol with faults (SEEDS=n, or SEED=x to see one again). Needs no set-up.
+	SEEDS=$(SEEDS) $(CARGO) test --release --locked -p ganglion-membership --test simulation every_seed -- --nocapture
 
 # What reads our files in Python, for the test that they can be read.
 $(TOOLS)/python:

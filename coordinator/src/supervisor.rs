@@ -55,6 +55,8 @@ struct ChildHandle {
     local_rank: u32,
     name: Arc<Mutex<String>>,
     worker: Option<WorkerId>,
+    /// Whether this coordinator gave it that number, or knows it by it.
+    numbered: bool,
 }
 
 /// A process that was started.
@@ -103,8 +105,13 @@ impl Supervisor {
         let pid = child.id().unwrap_or_default();
         let name = Arc::new(Mutex::new(format!("local worker {local_rank}")));
         let lines = child.stderr.take();
-        let handle =
-            ChildHandle { process: open(pid).map(Arc::new), local_rank, name: name.clone(), worker: None };
+        let handle = ChildHandle {
+            process: open(pid).map(Arc::new),
+            local_rank,
+            name: name.clone(),
+            worker: None,
+            numbered: false,
+        };
         self.children.insert(token.clone(), handle);
         tokio::spawn(watch(child, lines, name, token, self.exits.clone()));
         Ok(Spawned { pid, started: start_time(pid).unwrap_or_default() })
@@ -123,6 +130,7 @@ impl Supervisor {
             local_rank: row.local_rank,
             name: Arc::default(),
             worker: row.worker,
+            numbered: false,
         };
         self.children.insert(row.token.clone(), handle);
         tokio::spawn(watch_adopted(process, pid, row.token.clone(), self.exits.clone()));
@@ -131,11 +139,14 @@ impl Supervisor {
 
     /// Notes which worker showed `token`; returns whether it is one of ours.
     pub fn claim(&mut self, token: &str, worker: WorkerId) -> bool {
-        let child = self.children.get_mut(token);
-        child.is_some_and(|child| {
-            child.worker = Some(worker);
-            true
-        })
+        let Some(child) = self.children.get_mut(token) else { return false };
+        (child.worker, child.numbered) = (Some(worker), true);
+        true
+    }
+
+    /// The number that the process with `token` has for this coordinator, if it said hello before.
+    pub fn number(&self, token: &str) -> Option<WorkerId> {
+        self.children.get(token).filter(|child| child.numbered)?.worker
     }
 
     /// Names a worker in the log from now on.

@@ -63,7 +63,9 @@ pub struct LoadedFacts {
 pub enum Event {
     /// The coordinator is there.
     Started,
-    /// A worker asks to take part. Its id is new.
+    /// A worker asks to take part. Its id is new. A local process has one id for as long as its coordinator lives: if it
+    /// says hello again it is resumed, or told to exit once [`Machine::knows`](crate::Machine::knows) its id no more; and
+    /// nothing comes of its hello after [`Event::Reaped`].
     Hello {
         /// The worker.
         worker: WorkerId,

@@ -193,6 +193,11 @@ impl Machine {
         self.checkpoint.as_ref()
     }
 
+    /// The newest generation whose states must not be used.
+    pub fn condemned(&self) -> Option<Generation> {
+        self.condemned
+    }
+
     /// Local workers that are wanted.
     pub fn local_workers(&self) -> u32 {
         self.settings.local_workers

@@ -313,6 +313,7 @@ impl ToWorker {
                 run: welcome.run,
                 job: Some(job_to_wire(&welcome.job)),
                 storage: welcome.storage,
+                condemned: welcome.condemned.0,
             }),
             ToWorker::Assignment(assignment) => Message::Assignment(assignment_to_wire(assignment)),
             ToWorker::Plan(plan) => {
@@ -322,8 +323,8 @@ impl ToWorker {
                 };
                 Message::Plan(wire::Plan { number: plan.number, kind: kind.into() })
             }
-            ToWorker::Abort { generation, reason, probe } => {
-                Message::Abort(wire::Abort { generation: generation.0, reason, probe })
+            ToWorker::Abort { generation, reason, probe, condemned } => {
+                Message::Abort(wire::Abort { generation: generation.0, reason, probe, condemned })
             }
             ToWorker::MetricsRecorded(step) => Message::MetricsRecorded(wire::MetricsRecorded { step }),
             ToWorker::Reject(reason) => Message::Reject(wire::Reject { reason }),
@@ -347,6 +348,7 @@ impl ToWorker {
                 run: welcome.run,
                 job: job_from_wire(required(welcome.job, "job")?)?,
                 storage: welcome.storage,
+                condemned: Generation(welcome.condemned),
             })),
             Message::Assignment(assignment) => ToWorker::Assignment(assignment_from_wire(assignment)?),
             Message::Plan(plan) => {
@@ -361,6 +363,7 @@ impl ToWorker {
                 generation: Generation(abort.generation),
                 reason: clipped(abort.reason),
                 probe: abort.probe,
+                condemned: abort.condemned,
             },
             Message::MetricsRecorded(recorded) => ToWorker::MetricsRecorded(recorded.step),
             Message::Reject(reject) => ToWorker::Reject(clipped(reject.reason)),

@@ -54,6 +54,8 @@ pub enum ToWorker {
         reason: String,
         /// Whether to find out who cannot be reached.
         probe: bool,
+        /// Whether what is held of the generation must not be used.
+        condemned: bool,
     },
     /// Metrics rows up to this step are on disk.
     MetricsRecorded(u64),
@@ -112,6 +114,8 @@ pub struct Welcome {
     pub job: Job,
     /// The address of the checkpoint storage.
     pub storage: String,
+    /// The newest generation whose states must not be used. Whoever was assigned to nothing newer holds nothing.
+    pub condemned: Generation,
 }
 
 /// A worker's place in a generation.

@@ -64,6 +64,8 @@ struct Queue {
     waiting: VecDeque<Order>,
     busy: bool,
     failing: bool,
+    /// Whether what is under way shall not be reported.
+    void: bool,
     closed: bool,
 }
 
@@ -89,9 +91,12 @@ impl Archive {
         self.shared.changed.notify_all();
     }
 
-    /// Forgets what waits.
+    /// Forgets what waits, and reports nothing more of what is under way.
     pub fn discard(&self) {
-        self.shared.lock().waiting.clear();
+        let mut queue = self.shared.lock();
+        queue.waiting.clear();
+        queue.void = queue.busy;
+        drop(queue);
         self.shared.changed.notify_all();
     }
 
@@ -144,7 +149,7 @@ impl Shared {
         let mut queue = self.lock();
         loop {
             if let Some(order) = queue.waiting.pop_front() {
-                queue.busy = true;
+                (queue.busy, queue.void) = (true, false);
                 self.changed.notify_all();
                 return Some(order);
             }
@@ -173,6 +178,9 @@ impl Shared {
                     Ok(part) => {
                         // Numbered by step: a file is there, and nobody knows of it.
                         failpoint::reached("checkpoint", part.step);
+                        if self.lock().void {
+                            return;
+                        }
                         context.session.report_part(part);
                         break;
                     }

@@ -22,7 +22,8 @@ use std::time::Duration;
 
 use c10d::{Aborter, KeyValueStore};
 use ganglion_membership::{
-    Activity, Generation, Limits, LoadedFacts, Plan, Position, Progress, Rank, Rested, Term, WrittenPart,
+    Activity, Fault, Generation, Limits, LoadedFacts, Plan, Position, Progress, Rank, Rested, Term,
+    WrittenPart,
 };
 use ganglion_proto::message::{Assignment, FromWorker, MetricsRow, Resume, Welcome};
 use tokio::sync::mpsc::UnboundedSender;
@@ -79,6 +80,10 @@ struct Inbox {
     group: Option<(Generation, Aborter)>,
     /// What the training thread is at rest with; `None` while it may commit.
     rest: Option<Rested>,
+    /// How the states of the newest generation's members differ, if this worker saw that.
+    differs: Option<String>,
+    /// Whether the state that this worker holds must not be used.
+    void: bool,
     facts: Option<LoadedFacts>,
     /// Whether the coordinator waits to hear of `facts` until the training thread is at rest.
     introduce: bool,
@@ -138,10 +143,34 @@ impl Session {
         }
     }
 
+    /// The members' states differ: what this worker holds must not be used, and the coordinator must hear of it before it
+    /// hears that this worker is at rest.
+    pub fn differs(&self, generation: Generation, detail: String) {
+        let mut inbox = self.shared.lock();
+        inbox.condemn();
+        if inbox.assigned.0 == generation {
+            inbox.differs = Some(detail.clone());
+        }
+        self.send(FromWorker::Fault(generation, Fault::Diverged(detail)));
+    }
+
+    /// Whether the state that this worker holds must not be used.
+    pub fn is_void(&self) -> bool {
+        self.shared.lock().void
+    }
+
+    /// The state that must not be used is gone.
+    pub fn void_is_gone(&self) {
+        self.shared.lock().void = false;
+    }
+
     /// The training thread is at rest and commits nothing more of a generation.
-    pub fn rested(&self, generation: Generation, rest: Rested) {
+    pub fn rested(&self, generation: Generation, mut rest: Rested) {
         let mut inbox = self.shared.lock();
         inbox.group = None;
+        if inbox.void {
+            rest = Rested { position: None, finished: None };
+        }
         if inbox.assigned.0 == generation {
             inbox.rest = Some(rest);
         }
@@ -251,6 +280,15 @@ impl Session {
 }
 
 impl Inbox {
+    /// What is held, and what is still to be reported of it, must not be used.
+    fn condemn(&mut self) {
+        self.void = true;
+        self.parts.clear();
+        if let Some(rest) = &mut self.rest {
+            *rest = Rested { position: None, finished: None };
+        }
+    }
+
     fn limits(&self) -> Limits {
         Limits::derive(Duration::from_secs_f64(self.welcome.job.job.failure_deadline))
     }
@@ -267,6 +305,8 @@ impl Shared {
             probe: false,
             group: None,
             rest: Some(Rested { position: None, finished: None }),
+            differs: None,
+            void: false,
             facts: None,
             introduce: false,
             end: None,
@@ -310,7 +350,7 @@ impl Shared {
             worker: inbox.welcome.worker,
             term: inbox.welcome.term,
             generation: inbox.assigned.0,
-            rest: inbox.rest,
+            rest: inbox.rest.filter(|_| inbox.differs.is_none()),
         }
     }
 
@@ -318,6 +358,9 @@ impl Shared {
     fn welcome_again(&self, welcome: Welcome, channel: Channel) -> Vec<FromWorker> {
         let mut inbox = self.lock();
         let stranger = welcome.worker != inbox.welcome.worker;
+        if inbox.assigned.0 > Generation(0) && inbox.assigned.0 <= welcome.condemned {
+            inbox.condemn();
+        }
         (inbox.welcome, inbox.channel) = (welcome, channel);
         if stranger {
             tracing::info!("the coordinator takes this worker in anew, as worker {}", inbox.welcome.worker);
@@ -331,6 +374,11 @@ impl Shared {
             again.extend(inbox.facts.clone().map(FromWorker::Loaded));
         }
         again.extend(inbox.parts.iter().cloned().map(FromWorker::PartWritten));
+        if let Some(detail) = inbox.differs.clone() {
+            let generation = inbox.assigned.0;
+            again.push(FromWorker::Fault(generation, Fault::Diverged(detail)));
+            again.extend(inbox.rest.map(|rest| FromWorker::Ready(generation, rest.position)));
+        }
         if inbox.reports_rows {
             again.extend(inbox.rows.iter().cloned().map(FromWorker::Metrics));
         }
@@ -345,6 +393,7 @@ impl Shared {
         inbox.assigned = (assignment.group.generation, term);
         inbox.plan = None;
         inbox.rest = None;
+        inbox.differs = None;
         inbox.assignment = Some(assignment);
         self.changed.notify_all();
     }
@@ -356,9 +405,14 @@ impl Shared {
         }
     }
 
-    fn abort(&self, generation: Generation, probe: bool) {
+    fn abort(&self, generation: Generation, probe: bool, condemned: bool) {
         let mut inbox = self.lock();
-        inbox.probe |= probe && inbox.assigned.0 == generation;
+        if inbox.assigned.0 == generation {
+            inbox.probe |= probe;
+            if condemned {
+                inbox.condemn();
+            }
+        }
         self.abort_locked(&inbox, generation);
     }
 

@@ -108,7 +108,8 @@ impl Trainer {
     /// Saves the state that this worker holds on its own, for a coordinator to come: all files, then the manifest, each
     /// only if it is not there. Returns the checkpoint's folder, or `None` if there is nothing that it could save.
     pub fn save_alone(&self) -> Result<Option<String>, CheckpointError> {
-        let Some((state, _)) = self.held.as_ref().filter(|_| self.sees_storage) else { return Ok(None) };
+        let usable = self.sees_storage && !self.session.is_void();
+        let Some((state, _)) = self.held.as_ref().filter(|_| usable) else { return Ok(None) };
         if state.counters.position == Position(0) {
             return Ok(None);
         }
@@ -123,9 +124,13 @@ impl Trainer {
         let group = &assignment.group;
         // A new coordinator may have brought other cadences, or more steps.
         self.job = self.session.welcome().job;
-        if self.position().is_some_and(|held| held > group.position) {
-            // Rolled back: what was held must not be saved any more.
+        let starts_anew = !matches!(group.start, Start::Healed(_));
+        if starts_anew || self.session.is_void() || self.position().is_some_and(|held| held > group.position)
+        {
+            // Rolled back, or condemned: what was held must not be saved or passed on any more.
             self.archive.discard();
+            self.held = None;
+            self.session.void_is_gone();
         }
         if let Start::Checkpoint(source, checkpoint) = &group.start
             && source.0 == assignment.rank
@@ -397,6 +402,11 @@ impl Trainer {
         match rest {
             Rest::Finished { complete } => finished = Some(complete),
             Rest::InputWrong(detail) => return self.session.send(FromWorker::InputError(detail)),
+            Rest::Fault(Fault::Diverged(detail)) => {
+                tracing::warn!("leaving generation {generation}: {detail}");
+                self.archive.discard();
+                self.session.differs(generation, detail);
+            }
             Rest::Fault(fault) => {
                 tracing::info!("leaving generation {generation}: {fault:?}");
                 let fault = self.with_links(assignment, fault);

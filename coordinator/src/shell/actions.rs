@@ -77,8 +77,10 @@ impl Shell {
     fn abort(&mut self, generation: Generation, workers: &[WorkerId], cause: &Cause, probe: bool) {
         self.records.message(&format!("regrouping: {cause}"));
         self.records.event("regroup", json!({ "generation": generation.0, "reason": cause.to_string() }));
+        let condemned = self.machine.condemned() == Some(generation);
         for worker in workers {
-            self.send(*worker, ToWorker::Abort { generation, reason: cause.to_string(), probe });
+            let reason = cause.to_string();
+            self.send(*worker, ToWorker::Abort { generation, reason, probe, condemned });
         }
     }
 

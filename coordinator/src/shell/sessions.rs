@@ -22,6 +22,11 @@ impl Shell {
         let known = |resume: &&Resume| self.machine.knows(resume.worker, resume.generation);
         let resume = hello.resume.as_ref().filter(known).cloned();
         let token = hello.spawn_token.as_deref();
+        if resume.is_none()
+            && let Some(worker) = token.and_then(|token| self.supervisor.number(token))
+        {
+            return Ok(Ok(self.let_go_again(worker, &outbox)));
+        }
         let worker = match &resume {
             Some(resume) => resume.worker,
             None => self.journal.admit(self.term, &hello.host, hello.pid, token)?,
@@ -33,14 +38,7 @@ impl Shell {
         let (host, pid, address) = (hello.host, hello.pid, hello.address);
         let connected = Connected { session, outbox: Some(outbox), host: host.clone(), pid, address };
         self.workers.insert(worker, connected);
-        let welcome = Welcome {
-            term: self.term,
-            worker,
-            run: self.run.clone(),
-            job: self.job.clone(),
-            storage: self.checkpoints.address(),
-        };
-        self.send(worker, ToWorker::Welcome(Box::new(welcome)));
+        self.send(worker, ToWorker::Welcome(Box::new(self.welcome(worker))));
         let kind = if resume.is_some() { "worker_resumed" } else { "worker_joined" };
         self.records.event(kind, json!({ "worker": worker.0, "host": host, "pid": pid, "local": local }));
         self.handle(match resume {
@@ -48,6 +46,25 @@ impl Shell {
             None => Event::Hello { worker, local },
         })?;
         Ok(Ok(worker))
+    }
+
+    fn welcome(&self, worker: WorkerId) -> Welcome {
+        Welcome {
+            term: self.term,
+            worker,
+            run: self.run.clone(),
+            job: self.job.clone(),
+            storage: self.checkpoints.address(),
+            condemned: self.machine.condemned().unwrap_or_default(),
+        }
+    }
+
+    /// A local process has one number as long as this coordinator lives. One that was let go or given up, and did not hear
+    /// of it, hears it now: under a second number nobody would learn that the first one's process ended.
+    fn let_go_again(&self, worker: WorkerId, outbox: &Outbox) -> WorkerId {
+        let _ = outbox.try_send(ToWorker::Welcome(Box::new(self.welcome(worker))));
+        let _ = outbox.try_send(ToWorker::Release);
+        worker
     }
 
     fn refusal(&self, hello: &Hello) -> Option<String> {

@@ -34,7 +34,7 @@ impl Machine {
             return;
         }
         if generation < self.last_generation {
-            self.missed_its_assignment(worker, rest, actions);
+            self.missed_its_assignment(worker, generation, rest, actions);
         } else if let Some(rest) = rest {
             self.rested(worker, rest, actions);
         } else {
@@ -47,12 +47,20 @@ impl Machine {
 
     /// A member never heard that it is one: whatever it is at rest with, it will commit nothing in the newest generation
     /// unless it is told of it now.
-    fn missed_its_assignment(&mut self, worker: WorkerId, rest: Option<Rested>, actions: &mut Vec<Action>) {
+    fn missed_its_assignment(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        rest: Option<Rested>,
+        actions: &mut Vec<Action>,
+    ) {
+        let condemned = self.condemned.is_some_and(|condemned| generation <= condemned);
         let trains = matches!(self.stage, Stage::Training { .. });
         if trains && self.formed_here {
             actions.push(Action::Assign(worker));
         } else if let Some(rest) = rest {
-            self.rested(worker, Rested { finished: None, ..rest }, actions);
+            let position = rest.position.filter(|_| !condemned);
+            self.rested(worker, Rested { position, finished: None }, actions);
         } else {
             // It has not even left an older generation, so nothing that it holds is of use.
             let rest = Rested { position: None, finished: None };

@@ -855,3 +855,27 @@ fn a_local_member_that_is_back_is_not_killed_for_having_been_away() {
     let actions = bench.wait(DEADLINE * 3 / 2, &[1, 2, 3]);
     assert!(!actions.contains(&Action::Drop(WorkerId(3))), "{actions:?}");
 }
+
+/// Its members never heard of the generation that followed the condemned one.
+#[test]
+fn states_of_a_condemned_generation_do_not_come_back_with_a_new_coordinator() {
+    let recovered = Recovered {
+        group: Some(group(5, &[1])),
+        condemned: Some(Generation(4)),
+        checkpoint: Some(checkpoint(4)),
+        ..Recovered::default()
+    };
+    let mut bench = Bench::new(0, 8, recovered);
+    let rest = Some(Rested { position: Some(Position(30)), finished: None });
+    bench.handle(resumed(1, 4, rest));
+    let actions = bench.handle(Event::Loaded(WorkerId(1), facts("A")));
+    assert_eq!(formed(&actions).unwrap().position, Position(8));
+}
+
+#[test]
+fn files_of_a_condemned_generation_make_no_checkpoint() {
+    let mut bench = Bench::training(2);
+    bench.handle(Event::Fault(WorkerId(1), Generation(1), Fault::Diverged("x".to_string())));
+    bench.handle(Event::PartWritten(WorkerId(1), part(4, 0, "e")));
+    assert_eq!(bench.handle(Event::PartWritten(WorkerId(2), part(4, 1, "e"))), []);
+}

@@ -382,9 +382,9 @@ impl Talk {
             }
             ToWorker::Assignment(assignment) => shared.take_assignment(term, assignment),
             ToWorker::Plan(plan) => shared.take_plan(plan),
-            ToWorker::Abort { generation, reason, probe } => {
+            ToWorker::Abort { generation, reason, probe, condemned } => {
                 tracing::info!("leaving generation {generation}: {reason}");
-                shared.abort(generation, probe);
+                shared.abort(generation, probe, condemned);
             }
             ToWorker::MetricsRecorded(step) => shared.forget_rows(step),
             ToWorker::CheckpointRecorded(step, phase) => shared.forget_parts((step, phase)),

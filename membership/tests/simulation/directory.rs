@@ -1,0 +1,144 @@
+//! The run directory, which outlives every process: the journal's rows and the checkpoints' files.
+
+use std::collections::BTreeMap;
+
+use ganglion_membership::{
+    Checkpoint, Generation, Group, Passport, Position, StoredFile, Term, WorkerId, WrittenPart,
+};
+
+use crate::job::{Job, State};
+
+/// A row of the journal.
+#[derive(Clone, Debug)]
+pub enum Row {
+    Term(Term),
+    Worker(WorkerId, Option<u64>),
+    Group(Term, Group),
+    Condemned(Generation),
+    Passport(Passport),
+    Token(u64),
+}
+
+#[derive(Default)]
+pub struct Directory {
+    pub rows: Vec<Row>,
+    pub term: Term,
+    last_worker: u64,
+    last_token: u64,
+    pub group: Option<Group>,
+    pub condemned: Option<Generation>,
+    pub passport: Option<Passport>,
+    /// The workers that each token's process has been, oldest first.
+    pub tokens: BTreeMap<u64, Vec<WorkerId>>,
+    /// Whether writes and reads of checkpoints fail.
+    pub storage_down: bool,
+    /// Files by position, index and digest.
+    pub files: BTreeMap<(u64, u32, String), State>,
+    pub manifests: BTreeMap<u64, Checkpoint>,
+    pub latest: Option<u64>,
+}
+
+impl Directory {
+    pub fn journal(&mut self, row: Row) {
+        match &row {
+            Row::Term(term) => self.term = *term,
+            Row::Worker(worker, token) => {
+                self.last_worker = worker.0;
+                if let Some(token) = token {
+                    self.tokens.entry(*token).or_default().push(*worker);
+                }
+            }
+            Row::Group(_, group) => self.group = Some(group.clone()),
+            Row::Condemned(generation) => self.condemned = Some(*generation),
+            Row::Passport(passport) => self.passport = Some(passport.clone()),
+            Row::Token(token) => {
+                self.last_token = *token;
+                self.tokens.insert(*token, Vec::new());
+            }
+        }
+        self.rows.push(row);
+    }
+
+    pub fn next_worker(&self) -> WorkerId {
+        WorkerId(self.last_worker + 1)
+    }
+
+    pub fn next_token(&self) -> u64 {
+        self.last_token + 1
+    }
+
+    /// The token of the process that a worker is.
+    pub fn token_of(&self, worker: WorkerId) -> Option<u64> {
+        let is = |(_, workers): &(&u64, &Vec<WorkerId>)| workers.contains(&worker);
+        self.tokens.iter().find(is).map(|(token, _)| *token)
+    }
+
+    /// Writes a file, which does no harm where it is there already; `None` while the storage is down.
+    pub fn write_part(&mut self, job: &Job, state: &State, index: u32) -> Option<WrittenPart> {
+        if self.storage_down {
+            return None;
+        }
+        self.files.insert((state.position.0, index, state.digest()), *state);
+        Some(part(job, state, index))
+    }
+
+    /// Writes a manifest where there is none; the one that is there goes before.
+    pub fn write_manifest(&mut self, checkpoint: Checkpoint) -> Option<Checkpoint> {
+        if self.storage_down {
+            return None;
+        }
+        Some(self.manifests.entry(checkpoint.position.0).or_insert(checkpoint).clone())
+    }
+
+    /// Moves `latest`, never back.
+    pub fn move_latest(&mut self, position: Position) {
+        self.latest = Some(self.latest.map_or(position.0, |latest| latest.max(position.0)));
+    }
+
+    /// The most advanced checkpoint whose files are all there.
+    pub fn newest_manifest(&self) -> Option<&Checkpoint> {
+        self.manifests.values().rev().find(|checkpoint| self.is_whole(checkpoint))
+    }
+
+    pub fn is_whole(&self, checkpoint: &Checkpoint) -> bool {
+        let there = |(index, file): (u32, &StoredFile)| {
+            self.files.contains_key(&(checkpoint.position.0, index, file.blake3.clone()))
+        };
+        (0..).zip(&checkpoint.files).all(there)
+    }
+
+    /// What a checkpoint holds; `None` while the storage is down.
+    pub fn load(&self, checkpoint: &Checkpoint) -> Option<State> {
+        let key = (checkpoint.position.0, 0, checkpoint.state_digest.clone());
+        if self.storage_down { None } else { self.files.get(&key).copied() }
+    }
+}
+
+/// The report of a file.
+pub fn part(job: &Job, state: &State, index: u32) -> WrittenPart {
+    let (step, phase) = (state.position.0 / job.phases, state.position.0 % job.phases);
+    WrittenPart {
+        step,
+        phase: u32::try_from(phase).expect("a step has few phases"),
+        index,
+        count: job.parts,
+        file: file(state, index),
+        state_digest: state.digest(),
+    }
+}
+
+fn file(state: &State, index: u32) -> StoredFile {
+    StoredFile { file: format!("state-{index}"), bytes: 1, blake3: state.digest() }
+}
+
+/// A checkpoint that one worker writes alone.
+pub fn whole(job: &Job, state: &State) -> Checkpoint {
+    let first = part(job, state, 0);
+    Checkpoint {
+        position: state.position,
+        step: first.step,
+        phase: first.phase,
+        files: (0..job.parts).map(|index| file(state, index)).collect(),
+        state_digest: first.state_digest,
+    }
+}

@@ -1,0 +1,32 @@
+//! A worker never commits in a generation after it was ready for it.
+
+use std::collections::BTreeMap;
+
+use ganglion_membership::Generation;
+
+use super::{Finding, Invariant, hold};
+use crate::network::Proc;
+use crate::world::{Seen, World};
+
+#[derive(Default)]
+pub struct ReadyIsFinal {
+    rested: BTreeMap<Proc, Generation>,
+}
+
+impl Invariant for ReadyIsFinal {
+    fn see(&mut self, seen: &Seen, _world: &World) -> Finding {
+        match seen {
+            Seen::Rested { proc, generation } => {
+                self.rested.insert(*proc, *generation);
+                Ok(())
+            }
+            Seen::Committed { proc, generation, state, .. } => {
+                let final_since = self.rested.get(proc).is_some_and(|rested| generation <= rested);
+                hold(!final_since, || {
+                    format!("process {proc} commits {} in {generation} after its ready", state.position)
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+}

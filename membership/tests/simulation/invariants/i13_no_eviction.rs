@@ -1,0 +1,28 @@
+//! With delays below the deadline nobody is evicted and no group stalls, pauses of the coordinator included. Below means: a heartbeat's
+//! interval, the longest pause that is not noticed (half a deadline) and two delays are less than a deadline.
+
+use ganglion_membership::{Action, Cause, Loss};
+
+use super::{Finding, Invariant, hold};
+use crate::world::{Seen, World};
+
+pub struct NoEviction;
+
+impl Invariant for NoEviction {
+    fn see(&mut self, seen: &Seen, world: &World) -> Finding {
+        let calm = world.ctx.scenario.calm;
+        match seen {
+            Seen::Decided(Action::Lose(worker, loss)) => {
+                let evicted = !matches!(loss, Loss::Exited(_));
+                // A number that was given to a process that gave up waiting for it is nobody's.
+                let lives =
+                    world.workers.values().any(|process| process.alive && process.id == Some(*worker));
+                hold(!calm || !evicted || !lives, || format!("worker {worker} is evicted: {loss}"))
+            }
+            Seen::Decided(Action::Abort { generation, cause: Cause::Stalled, .. }) => {
+                hold(!calm, || format!("generation {generation} stalls"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
