@@ -129,6 +129,8 @@ impl Team {
             Start::Fresh => {
                 *held = Some((State::initial(layout.clone(), seed, device), Carried::default()));
             }
+            // After a loss the survivors mostly hold the same state already.
+            Start::Healed(_) if self.all_hold(position, held.as_ref())? => return Ok(()),
             Start::Healed(source) | Start::Checkpoint(source, _) => {
                 self.broadcast(source.0 as usize, layout, held, device)?;
             }
@@ -140,9 +142,15 @@ impl Team {
             let what = format!("the state is at position {}, not {position}", state.counters.position);
             return Err(TeamError::Diverged(what));
         }
-        let Counters { ledger, skipped, .. } = state.counters;
-        let whole = [position.0, ledger, skipped, c10d::aten::fingerprint(&state.flat, 0)?];
-        self.compare("state", &whole)
+        self.compare("state", &summary(state)?)
+    }
+
+    /// Whether every member holds the state of a position, and all hold the same. All members get the same answer.
+    fn all_hold(&self, position: Position, held: Option<&(State, Carried)>) -> Result<bool, TeamError> {
+        let held = held.filter(|(state, _)| state.counters.position == position);
+        let own = held.map_or(Ok([u64::MAX; 4]), |(state, _)| summary(state))?;
+        let other = self.first_other(&own)?;
+        Ok(held.is_some() && other.is_none())
     }
 
     fn broadcast(
@@ -222,19 +230,24 @@ impl Team {
 
     /// Whether all members have the same words.
     fn compare(&self, what: &str, words: &[u64]) -> Result<(), TeamError> {
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let mut own = Buffer::zeros(bytes.len(), Kind::Uint8, self.generator.device())?;
-        own.update(|own| own.copy_(&Tensor::from_slice(&bytes)));
-        let all = Buffer::zeros(bytes.len() * self.deal.shards.len(), Kind::Uint8, self.generator.device())?;
-        let (_, all) = self.group.all_gather(own, all)?.wait(self.timeout)?;
-        let all = Vec::<u8>::try_from(all.tensor().to_device(Device::Cpu)).expect("bytes on the CPU");
-        match all.chunks_exact(bytes.len()).position(|theirs| theirs != bytes) {
+        match self.first_other(words)? {
             None => Ok(()),
             Some(rank) => Err(TeamError::Diverged(format!(
                 "rank {rank} and rank {} differ in their {what} at the start of generation {}",
                 self.deal.rank, self.generation
             ))),
         }
+    }
+
+    /// The first rank that has other words than this one.
+    fn first_other(&self, words: &[u64]) -> Result<Option<usize>, TeamError> {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut own = Buffer::zeros(bytes.len(), Kind::Uint8, self.generator.device())?;
+        own.update(|own| own.copy_(&Tensor::from_slice(&bytes)));
+        let all = Buffer::zeros(bytes.len() * self.deal.shards.len(), Kind::Uint8, self.generator.device())?;
+        let (_, all) = self.group.all_gather(own, all)?.wait(self.timeout)?;
+        let all = Vec::<u8>::try_from(all.tensor().to_device(Device::Cpu)).expect("bytes on the CPU");
+        Ok(all.chunks_exact(bytes.len()).position(|theirs| theirs != bytes))
     }
 }
 
@@ -289,6 +302,12 @@ fn connect(
     }
     debug_assert!(!device.is_cuda(), "only a build with CUDA chooses a GPU");
     Group::gloo(GlooOptions { rank, world_size, timeout, address }, store, "gloo")
+}
+
+/// What two equal states have in common.
+fn summary(state: &State) -> Result<[u64; 4], c10d::Error> {
+    let Counters { position, ledger, skipped } = state.counters;
+    Ok([position.0, ledger, skipped, c10d::aten::fingerprint(&state.flat, 0)?])
 }
 
 /// What the members of one group have in common and no other group has.
