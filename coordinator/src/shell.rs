@@ -173,9 +173,10 @@ impl Shell {
                 biased;
                 () = received(&mut interrupt) => self.stop(StopSignal::Interrupt)?,
                 () = received(&mut terminate) => self.stop(StopSignal::Terminate)?,
+                // Before the messages: a flood of those must not keep rows from being acknowledged.
+                _ = chores.tick() => self.do_chores()?,
                 Some(input) = inputs.recv() => self.take(input)?,
                 Some(exit) = self.exited.recv() => self.reaped(exit)?,
-                _ = chores.tick() => self.do_chores()?,
                 () = tokio::time::sleep_until(sleep.into()) => self.handle(Event::Tick)?,
             }
         }

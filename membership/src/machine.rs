@@ -179,6 +179,10 @@ impl Machine {
                 self.finished(worker, generation, position, complete, actions);
             }
             Event::InputWrong(detail) => self.end(Outcome::InputWrong(detail), actions),
+            Event::Unable(worker, detail) => {
+                actions.push(Action::Drop(worker));
+                self.lost(worker, Loss::Failed(detail), actions);
+            }
             Event::StopRequested => self.stop_requested(actions),
         }
     }
@@ -208,6 +212,13 @@ impl Machine {
     pub fn knows(&self, worker: WorkerId, generation: Generation) -> bool {
         let known = self.workers.contains_key(&worker) || self.absent.contains_key(&worker);
         known && generation <= self.last_generation
+    }
+
+    /// Whether a worker is, or was under this coordinator, a member of a group: nobody else has anything to report of
+    /// the run.
+    pub fn has_trained(&self, worker: WorkerId) -> bool {
+        let was_member = self.workers.get(&worker).is_some_and(|worker| worker.member_since.is_some());
+        was_member || self.is_member(worker)
     }
 
     /// All workers that are waited for, trained with, or spare.

@@ -5,6 +5,8 @@
 //!    a run too, which outlive their coordinator.
 #![forbid(unsafe_code)]
 
+pub mod wire;
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};

@@ -1,6 +1,6 @@
 //! Workers' sessions: who they are, and what they say.
 
-use ganglion_membership::{Event, Fault, Loss, WorkerId};
+use ganglion_membership::{Event, Fault, LoadedFacts, Loss, WorkerId};
 use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Welcome};
 use serde_json::json;
 
@@ -22,6 +22,9 @@ impl Shell {
         let known = |resume: &&Resume| self.machine.knows(resume.worker, resume.generation);
         let resume = hello.resume.as_ref().filter(known).cloned();
         let token = hello.spawn_token.as_deref();
+        if resume.as_ref().is_some_and(|resume| !self.supervisor.may_be(resume.worker, token)) {
+            return Ok(Err("only with its token a worker of this coordinator goes on".to_string()));
+        }
         let worker = match &resume {
             Some(resume) => resume.worker,
             None => self.journal.admit(self.term, &hello.host, hello.pid, token)?,
@@ -88,11 +91,7 @@ impl Shell {
                 tracing::warn!("worker {worker} says hello twice; closing its session");
                 self.closed(session, worker)
             }
-            FromWorker::Loaded(facts) => {
-                self.journal.set_fact(Fact::Samples, &facts.samples.to_string())?;
-                self.records.loaded(facts.samples, self.machine.checkpoint());
-                self.handle(Event::Loaded(worker, facts))
-            }
+            FromWorker::Loaded(facts) => self.loaded(worker, facts),
             FromWorker::Ready(generation, position) => {
                 self.handle(Event::Ready(worker, generation, position))
             }
@@ -111,13 +110,37 @@ impl Shell {
                 self.records.event("worker_leaves", json!({ "worker": worker.0 }));
                 self.handle(Event::Leave(worker))
             }
-            FromWorker::InputError(detail) => self.handle(Event::InputWrong(detail)),
+            FromWorker::InputError(detail) => self.input_wrong(worker, detail),
             FromWorker::PartWritten(part) => self.handle(Event::PartWritten(worker, part)),
-            report => {
+            report if self.machine.has_trained(worker) => {
                 self.take_report(worker, report);
                 Ok(())
             }
+            _ => {
+                tracing::warn!("dropped a report of worker {worker}, which has not trained");
+                Ok(())
+            }
         }
+    }
+
+    fn loaded(&mut self, worker: WorkerId, facts: LoadedFacts) -> Result<(), ShellError> {
+        self.handle(Event::Loaded(worker, facts))?;
+        // What a worker of another passport has loaded says nothing of the run.
+        if let Some(samples) = self.machine.samples() {
+            self.journal.set_fact(Fact::Samples, &samples.to_string())?;
+            self.records.loaded(samples, self.machine.checkpoint());
+        }
+        Ok(())
+    }
+
+    /// What is wrong on the machine of a stranger is wrong for it alone, once others train.
+    fn input_wrong(&mut self, worker: WorkerId, detail: String) -> Result<(), ShellError> {
+        let is_needed = self.machine.has_trained(worker) || self.supervisor.has(worker);
+        if is_needed || self.machine.group().is_none() {
+            return self.handle(Event::InputWrong(detail));
+        }
+        self.send(worker, ToWorker::Reject(detail.clone()));
+        self.handle(Event::Unable(worker, detail))
     }
 
     /// What is for people and decides nothing.

@@ -72,6 +72,9 @@ impl Machine {
         let Some(facts) = self.workers.get(&worker).and_then(|w| w.facts.as_ref()) else {
             return;
         };
+        if !self.has_trained(worker) {
+            return;
+        }
         let newest = self.checkpoint.as_ref().map_or((0, 0), |c| (c.step, c.phase));
         if (part.step, part.phase) <= newest && self.checkpoint.is_some() {
             return;

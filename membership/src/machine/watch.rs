@@ -80,7 +80,8 @@ impl Machine {
     /// How long a step of a worker's progress may take: leaves set the pace, once there are any.
     pub(super) fn patience(&self) -> Duration {
         let limits = &self.settings.limits;
-        let slowest = self.workers.values().map(|worker| worker.progress.slowest_leaf).max();
+        let members = self.members().filter_map(|id| self.workers.get(&id));
+        let slowest = members.map(|worker| worker.progress.slowest_leaf).max();
         slowest.map_or(limits.lease, |slowest| limits.deadline.max(slowest * 10))
     }
 
