@@ -96,6 +96,8 @@ pub struct Shell {
     supervisor: Supervisor,
     exited: mpsc::UnboundedReceiver<Exited>,
     workers: BTreeMap<WorkerId, Connected>,
+    /// The recorded size of the data set.
+    samples: Option<u64>,
     /// Workers whose sessions were closed because they do not read.
     deaf: Vec<WorkerId>,
     /// Manifests that could not be written yet.
@@ -151,6 +153,7 @@ impl Shell {
             supervisor: parts.supervisor,
             exited: parts.exited,
             workers: BTreeMap::new(),
+            samples: None,
             deaf: Vec::new(),
             uncommitted: Vec::new(),
             signal: None,

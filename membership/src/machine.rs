@@ -64,6 +64,8 @@ pub struct Machine {
     /// When the shell last found that it had not been run: sessions that ended around then say nothing of their workers.
     overslept: Option<Time>,
     now: Time,
+    /// When all has to be looked at again, as far as was known when that was done the last time.
+    due: Option<Time>,
 }
 
 #[derive(Debug)]
@@ -140,6 +142,7 @@ impl Machine {
             severed: BTreeMap::new(),
             overslept: None,
             now: Time::ZERO,
+            due: None,
         }
     }
 
@@ -150,13 +153,30 @@ impl Machine {
             return;
         }
         self.heard_from(&event);
+        let (routine, decided) = (self.is_routine(&event), actions.len());
         self.take(event, actions);
+        if routine && actions.len() == decided {
+            return;
+        }
         self.drop_late(actions);
         self.judge_absent(actions);
         self.shed_locals(actions);
         self.form_if_gathered(actions);
         self.replace(actions);
         self.plan_ahead(actions);
+        self.due = self.next_due();
+    }
+
+    /// Whether an event, if nothing is decided at once, only moves limits, and only to later: then the many other workers
+    /// need no look. What a group of n
+    /// says in a second must not cost n^2.
+    fn is_routine(&self, event: &Event) -> bool {
+        let routine = match event {
+            Event::Heartbeat(..) | Event::Ready(..) | Event::Fault(..) => true,
+            Event::Loaded(..) => self.stage == Stage::Gathering,
+            _ => false,
+        };
+        routine && self.due.is_some_and(|due| self.now < due)
     }
 
     fn take(&mut self, event: Event, actions: &mut Vec<Action>) {
@@ -277,8 +297,12 @@ impl Machine {
 
     /// Whom a regroup waits for: a member that is back has to say again what it has loaded.
     fn awaited_members(&self) -> Vec<WorkerId> {
+        self.members().filter(|id| self.is_awaited(id)).collect()
+    }
+
+    fn is_awaited(&self, member: &WorkerId) -> bool {
         let awaited = |worker: &Worker| worker.rest == Rest::Busy || worker.facts.is_none();
-        self.present_members().into_iter().filter(|id| awaited(&self.workers[id])).collect()
+        self.workers.get(member).is_some_and(awaited)
     }
 
     fn rest_position(&self, worker: WorkerId) -> Option<Position> {

@@ -126,7 +126,9 @@ impl Shell {
     fn loaded(&mut self, worker: WorkerId, facts: LoadedFacts) -> Result<(), ShellError> {
         self.handle(Event::Loaded(worker, facts))?;
         // What a worker of another passport has loaded says nothing of the run.
-        if let Some(samples) = self.machine.samples() {
+        let samples = self.machine.samples().filter(|samples| self.samples != Some(*samples));
+        if let Some(samples) = samples {
+            self.samples = Some(samples);
             self.journal.set_fact(Fact::Samples, &samples.to_string())?;
             self.records.loaded(samples, self.machine.checkpoint());
         }

@@ -631,6 +631,20 @@ fn a_worker_that_never_trained_changes_nothing_for_those_who_train() {
 }
 
 #[test]
+fn signs_of_life_of_one_do_not_hide_the_silence_of_another() {
+    let mut bench = Bench::training(2);
+    let mut lost = Vec::new();
+    while lost.is_empty() {
+        bench.now += DEADLINE / 20;
+        bench.progress.leaves += 1;
+        let actions = bench.handle(Event::Heartbeat(WorkerId(1), bench.progress));
+        lost.extend(actions.into_iter().filter(|action| matches!(action, Action::Lose(..))));
+        assert!(bench.now <= DEADLINE, "judged when it is due, without a tick");
+    }
+    assert_eq!(lost, [Action::Lose(WorkerId(2), Loss::Silent)]);
+}
+
+#[test]
 fn a_silent_worker_is_dropped_and_one_that_gives_signs_is_not() {
     let mut bench = Bench::training(2);
     let actions = bench.wait(DEADLINE * 3 / 2, &[1]);
