@@ -35,7 +35,12 @@ pub fn program(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
         let test = std::env::current_exe().expect("a test knows its program");
-        let folder = test.ancestors().nth(2).expect("test programs are in target/<profile>/deps");
+        let folder = test.parent().expect("a program is in a folder");
+        if !folder.ends_with("deps") {
+            // No test, but a program beside the others.
+            return folder.to_path_buf();
+        }
+        let folder = folder.parent().expect("test programs are in target/<profile>/deps");
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--locked", "-p", "ganglion-coordinator", "-p", "ganglion-worker"]);
         if folder.ends_with("release") {

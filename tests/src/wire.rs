@@ -2,8 +2,8 @@
 
 use ganglion_membership::{Generation, Term, WorkerId};
 use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Welcome};
-use ganglion_proto::wire::SessionRequest;
 use ganglion_proto::wire::session_service_client::SessionServiceClient;
+use ganglion_proto::wire::{SessionRequest, SessionResponse};
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -39,7 +39,7 @@ pub struct Stranger {
     /// What it was told.
     pub welcome: Welcome,
     requests: UnboundedSender<SessionRequest>,
-    responses: Streaming<ganglion_proto::wire::SessionResponse>,
+    responses: Streaming<SessionResponse>,
 }
 
 impl Stranger {
@@ -83,6 +83,11 @@ impl Stranger {
     pub async fn hear(&mut self) -> Result<Option<ToWorker>, Status> {
         let heard = self.responses.message().await?;
         Ok(heard.map(|response| ToWorker::from_wire(response).expect("a coordinator keeps the contract").1))
+    }
+
+    /// What it hears next, as it is on the wire.
+    pub async fn hear_raw(&mut self) -> Result<Option<SessionResponse>, Status> {
+        self.responses.message().await
     }
 
     /// How its session ends, whatever it hears before.
