@@ -9,10 +9,11 @@ DEMO_DIR ?= runs/demo
 WORKERS ?= 2
 MINUTES ?= 10
 SEEDS ?= 100000
+SESSIONS ?= 100 500 1000 2000
 TOOLS := .tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test simulate chaos check fmt lint docs licences proto-lint clean
+.PHONY: help setup build demo bench-load test simulate chaos check fmt lint docs licences proto-lint clean
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +50,9 @@ build: setup ## Build the programs.
 demo: build ## Train the MLP GAN on real digits with two workers, then draw 50 digits.
 	target/release/coordinator --workers $(WORKERS) --run-dir $(DEMO_DIR)
 	target/release/worker sample --checkpoint $(DEMO_DIR) --count 50 --seed 7 --out $(DEMO_DIR)/digits.png
+
+bench-load: build ## Measure a coordinator with many sessions: SESSIONS="100 500".
+	target/release/load $(SESSIONS)
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
 

@@ -97,6 +97,8 @@ pub struct Shell {
     supervisor: Supervisor,
     exited: mpsc::UnboundedReceiver<Exited>,
     workers: BTreeMap<WorkerId, Connected>,
+    /// The recorded size of the data set.
+    samples: Option<u64>,
     /// Workers whose sessions were closed because they do not read.
     deaf: Vec<WorkerId>,
     /// Manifests that could not be written yet.
@@ -152,6 +154,7 @@ impl Shell {
             supervisor: parts.supervisor,
             exited: parts.exited,
             workers: BTreeMap::new(),
+            samples: None,
             deaf: Vec::new(),
             uncommitted: Vec::new(),
             signal: None,
@@ -174,9 +177,10 @@ impl Shell {
                 biased;
                 () = received(&mut interrupt) => self.stop(StopSignal::Interrupt)?,
                 () = received(&mut terminate) => self.stop(StopSignal::Terminate)?,
+                // Before the messages: a flood of those must not keep rows from being acknowledged.
+                _ = chores.tick() => self.do_chores()?,
                 Some(input) = inputs.recv() => self.take(input)?,
                 Some(exit) = self.exited.recv() => self.reaped(exit)?,
-                _ = chores.tick() => self.do_chores()?,
                 () = tokio::time::sleep_until(sleep.into()) => self.handle(Event::Tick)?,
             }
         }

@@ -157,6 +157,12 @@ impl Supervisor {
         }
     }
 
+    /// Whether whoever shows `token` may be `worker`: if that is one of ours, only with its own.
+    pub fn may_be(&self, worker: WorkerId, token: Option<&str>) -> bool {
+        let mut tokens = self.children.iter().filter(|(_, child)| child.worker == Some(worker));
+        tokens.next().is_none_or(|(own, _)| Some(own.as_str()) == token)
+    }
+
     /// Takes note of an exit; returns the worker that it was, if it had said hello.
     pub fn reaped(&mut self, token: &str) -> Option<WorkerId> {
         self.children.remove(token).and_then(|child| child.worker)

@@ -119,6 +119,8 @@ pub enum Event {
     },
     /// The user's input is wrong in a way that only a worker could see.
     InputWrong(String),
+    /// A worker without which the run goes on cannot take part, and says why.
+    Unable(WorkerId, String),
     /// The user asked for a stop.
     StopRequested,
     /// Time has passed.

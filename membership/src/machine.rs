@@ -64,6 +64,8 @@ pub struct Machine {
     /// When the shell last found that it had not been run: sessions that ended around then say nothing of their workers.
     overslept: Option<Time>,
     now: Time,
+    /// When all has to be looked at again, as far as was known when that was done the last time.
+    due: Option<Time>,
 }
 
 #[derive(Debug)]
@@ -140,6 +142,7 @@ impl Machine {
             severed: BTreeMap::new(),
             overslept: None,
             now: Time::ZERO,
+            due: None,
         }
     }
 
@@ -150,13 +153,30 @@ impl Machine {
             return;
         }
         self.heard_from(&event);
+        let (routine, decided) = (self.is_routine(&event), actions.len());
         self.take(event, actions);
+        if routine && actions.len() == decided {
+            return;
+        }
         self.drop_late(actions);
         self.judge_absent(actions);
         self.shed_locals(actions);
         self.form_if_gathered(actions);
         self.replace(actions);
         self.plan_ahead(actions);
+        self.due = self.next_due();
+    }
+
+    /// Whether an event, if nothing is decided at once, only moves limits, and only to later: then the many other workers
+    /// need no look. What a group of n
+    /// says in a second must not cost n^2.
+    fn is_routine(&self, event: &Event) -> bool {
+        let routine = match event {
+            Event::Heartbeat(..) | Event::Ready(..) | Event::Fault(..) => true,
+            Event::Loaded(..) => self.stage == Stage::Gathering,
+            _ => false,
+        };
+        routine && self.due.is_some_and(|due| self.now < due)
     }
 
     fn take(&mut self, event: Event, actions: &mut Vec<Action>) {
@@ -179,6 +199,10 @@ impl Machine {
                 self.finished(worker, generation, position, complete, actions);
             }
             Event::InputWrong(detail) => self.end(Outcome::InputWrong(detail), actions),
+            Event::Unable(worker, detail) => {
+                actions.push(Action::Drop(worker));
+                self.lost(worker, Loss::Failed(detail), actions);
+            }
             Event::StopRequested => self.stop_requested(actions),
         }
     }
@@ -213,6 +237,13 @@ impl Machine {
     pub fn knows(&self, worker: WorkerId, generation: Generation) -> bool {
         let known = self.workers.contains_key(&worker) || self.absent.contains_key(&worker);
         known && generation <= self.last_generation
+    }
+
+    /// Whether a worker is, or was under this coordinator, a member of a group: nobody else has anything to report of
+    /// the run.
+    pub fn has_trained(&self, worker: WorkerId) -> bool {
+        let was_member = self.workers.get(&worker).is_some_and(|worker| worker.member_since.is_some());
+        was_member || self.is_member(worker)
     }
 
     /// All workers that are waited for, trained with, or spare.
@@ -271,8 +302,12 @@ impl Machine {
 
     /// Whom a regroup waits for: a member that is back has to say again what it has loaded.
     fn awaited_members(&self) -> Vec<WorkerId> {
+        self.members().filter(|id| self.is_awaited(id)).collect()
+    }
+
+    fn is_awaited(&self, member: &WorkerId) -> bool {
         let awaited = |worker: &Worker| worker.rest == Rest::Busy || worker.facts.is_none();
-        self.present_members().into_iter().filter(|id| awaited(&self.workers[id])).collect()
+        self.workers.get(member).is_some_and(awaited)
     }
 
     fn rest_position(&self, worker: WorkerId) -> Option<Position> {

@@ -5,6 +5,8 @@
 //!    a run too, which outlive their coordinator.
 #![forbid(unsafe_code)]
 
+pub mod wire;
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -32,10 +34,13 @@ pub const SMALL_DCGAN: &[&str] =
 pub fn program(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
-        let own = std::env::current_exe().expect("a test knows its program");
-        let beside = own.parent().expect("a program is in a folder");
-        // Test programs are in target/<profile>/deps, others one up.
-        let folder = if beside.ends_with("deps") { beside.parent().expect("deps is in it") } else { beside };
+        let test = std::env::current_exe().expect("a test knows its program");
+        let folder = test.parent().expect("a program is in a folder");
+        if !folder.ends_with("deps") {
+            // No test, but a program beside the others.
+            return folder.to_path_buf();
+        }
+        let folder = folder.parent().expect("test programs are in target/<profile>/deps");
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--locked", "-p", "ganglion-coordinator", "-p", "ganglion-worker"]);
         if folder.ends_with("release") {

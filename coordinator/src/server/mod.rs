@@ -2,7 +2,9 @@
 //!
 //! 1. A client that breaks the contract loses its session and disturbs nothing else.
 //! 2. A client that does not read what it is sent loses its session when its queue is full.
+//! 3. A connection on which nobody speaks HTTP/2 soon is closed, so that none is held for nothing.
 
+mod door;
 mod store;
 
 use std::pin::Pin;
@@ -21,10 +23,10 @@ use ganglion_proto::wire::{
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::Server;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 pub use store::Store;
 
@@ -82,8 +84,7 @@ pub async fn serve(
 ) -> Result<(), tonic::transport::Error> {
     let sessions = Sessions { term, inputs: inputs.clone(), opened: AtomicU64::new(0) };
     let sessions = SessionServiceServer::new(sessions).max_decoding_message_size(MESSAGE_LIMIT);
-    let incoming = TcpListenerStream::new(listener)
-        .map(|stream| stream.and_then(|stream| stream.set_nodelay(true).map(|()| stream)));
+    let incoming = ReceiverStream::new(door::open(listener)).map(Ok::<_, std::io::Error>);
     Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
@@ -114,21 +115,36 @@ impl SessionService for Sessions {
     ) -> Result<Response<Responses>, Status> {
         let mut requests = request.into_inner();
         let hello = match tokio::time::timeout(HELLO_LIMIT, requests.message()).await {
-            Ok(Ok(Some(request))) => hello_of(request)?,
-            Ok(Ok(None)) => return Err(Status::invalid_argument("a session starts with a hello")),
-            Ok(Err(status)) => return Err(status),
-            Err(_) => return Err(Status::deadline_exceeded("no hello came in time")),
+            Ok(Ok(Some(request))) => hello_of(request),
+            Ok(Ok(None)) => Err(Status::invalid_argument("a session starts with a hello")),
+            Ok(Err(status)) => Err(status),
+            Err(_) => Err(Status::deadline_exceeded("no hello came in time")),
         };
+        let hello = hello.map_err(refused)?;
         let (outbox, messages) = mpsc::channel(OUTBOX);
         let (answer, admitted) = oneshot::channel();
         let session = SessionId(self.opened.fetch_add(1, Ordering::Relaxed));
         self.inputs.send(Input::Hello { hello, session, outbox, answer }).await.map_err(|_| ended())?;
-        let worker = admitted.await.map_err(|_| ended())?.map_err(Status::failed_precondition)?;
-        tokio::spawn(read(self.term, session, worker, requests, self.inputs.clone()));
+        let worker = admitted.await.map_err(|_| ended())?;
+        let worker = worker.map_err(|reason| refused(Status::failed_precondition(reason)))?;
+        let (broke, breach) = oneshot::channel();
+        tokio::spawn(read(self.term, session, worker, requests, self.inputs.clone(), broke));
         let term = self.term;
         let responses = ReceiverStream::new(messages).map(move |message| Ok(message.to_wire(term)));
-        Ok(Response::new(Box::pin(responses)))
+        Ok(Response::new(Box::pin(responses.chain(last_word(breach)))))
     }
+}
+
+/// What ends a stream of responses: why the client lost its session, if it broke the contract.
+fn last_word<T>(mut breach: oneshot::Receiver<Status>) -> impl Stream<Item = Result<T, Status>> {
+    // Not awaited: a session may end for other reasons while the client goes on sending.
+    tokio_stream::iter(std::iter::from_fn(move || breach.try_recv().ok().map(Err)))
+}
+
+/// Notes who is turned away, and why.
+fn refused(status: Status) -> Status {
+    tracing::warn!("refused a session: {}", status.message());
+    status
 }
 
 fn ended() -> Status {
@@ -154,8 +170,14 @@ async fn read(
     worker: WorkerId,
     mut requests: Streaming<SessionRequest>,
     inputs: mpsc::Sender<Input>,
+    broke: oneshot::Sender<Status>,
 ) {
-    while let Ok(Some(request)) = requests.message().await {
+    let breach = loop {
+        let request = match requests.message().await {
+            Ok(Some(request)) => request,
+            Ok(None) => break None,
+            Err(status) => break Some(status).filter(is_breach),
+        };
         match FromWorker::from_wire(request) {
             Ok((of, message)) if of == term => {
                 if inputs.send(Input::Message(session, worker, message)).await.is_err() {
@@ -163,13 +185,19 @@ async fn read(
                 }
             }
             Ok((of, _)) => tracing::warn!("dropped a message of worker {worker} of term {of} in term {term}"),
-            Err(malformed) => {
-                tracing::warn!("closing the session of worker {worker}: {malformed}");
-                break;
-            }
+            Err(malformed) => break Some(Status::invalid_argument(malformed.to_string())),
         }
+    };
+    if let Some(breach) = breach {
+        tracing::warn!("closing the session of worker {worker}: {}", breach.message());
+        let _ = broke.send(breach);
     }
     let _ = inputs.send(Input::Closed(session, worker)).await;
+}
+
+/// Whether a stream ended because of what was sent, and not because the connection did.
+fn is_breach(status: &Status) -> bool {
+    std::error::Error::source(status).is_none() && matches!(status.code(), Code::OutOfRange | Code::Internal)
 }
 
 struct Admin {
@@ -186,6 +214,7 @@ impl Admin {
         if blake3::hash(given.as_bytes()) == blake3::hash(self.token.as_bytes()) {
             return Ok(());
         }
+        tracing::warn!("refused an operator without the run directory's token");
         Err(Status::unauthenticated("the token of the run directory is needed: see admin.json in it"))
     }
 

@@ -20,6 +20,8 @@ use tonic::{Request, Response, Status};
 const KEY_LIMIT: usize = 1 << 20;
 /// Bytes of a key's name and value together.
 const ENTRY_LIMIT: usize = 64 << 10;
+/// Bytes of all keys of a generation.
+const STORE_LIMIT: usize = 256 << 20;
 /// The longest wait for a key.
 const WAIT_LIMIT: Duration = Duration::from_secs(600);
 
@@ -40,6 +42,28 @@ struct Shared {
 struct Entries {
     generation: Generation,
     values: BTreeMap<String, Vec<u8>>,
+    /// Bytes of all names and values.
+    bytes: usize,
+}
+
+impl Entries {
+    fn put(&mut self, name: String, value: Vec<u8>) -> Result<(), Status> {
+        let size = name.len() + value.len();
+        let replaced = self.values.get(&name).map_or(0, |old| name.len() + old.len());
+        let bytes = self.bytes - replaced + size;
+        if size > ENTRY_LIMIT || bytes > STORE_LIMIT || self.values.len() >= KEY_LIMIT {
+            return Err(Status::resource_exhausted("the store is full or the entry too large"));
+        }
+        self.values.insert(name, value);
+        self.bytes = bytes;
+        Ok(())
+    }
+
+    fn remove(&mut self, name: &str) -> bool {
+        let removed = self.values.remove(name);
+        self.bytes -= removed.as_ref().map_or(0, |value| name.len() + value.len());
+        removed.is_some()
+    }
 }
 
 impl Store {
@@ -51,7 +75,7 @@ impl Store {
 
     /// Drops all keys and serves a new generation from now on.
     pub fn begin(&self, generation: Generation) {
-        *self.entries() = Entries { generation, values: BTreeMap::new() };
+        *self.entries() = Entries { generation, ..Entries::default() };
         self.changed();
     }
 
@@ -63,12 +87,8 @@ impl Store {
         self.shared.changes.send_modify(|count| *count += 1);
     }
 
-    /// The values of a key's generation, if that is the one served, and the key's name.
-    fn open<'a>(
-        &self,
-        entries: &'a mut Entries,
-        key: Option<Key>,
-    ) -> Result<(&'a mut BTreeMap<String, Vec<u8>>, String), Status> {
+    /// A key's name, if its generation is the one that is served.
+    fn open(&self, entries: &Entries, key: Option<Key>) -> Result<String, Status> {
         let key = key.ok_or_else(|| Status::invalid_argument("key is missing"))?;
         if key.term != self.shared.term.0 || key.generation != entries.generation.0 {
             let newest = entries.generation;
@@ -78,19 +98,11 @@ impl Store {
             );
             return Err(Status::failed_precondition(what));
         }
-        Ok((&mut entries.values, key.name))
+        Ok(key.name)
     }
 
-    fn put(
-        &self,
-        values: &mut BTreeMap<String, Vec<u8>>,
-        name: String,
-        value: Vec<u8>,
-    ) -> Result<(), Status> {
-        if name.len() + value.len() > ENTRY_LIMIT || values.len() >= KEY_LIMIT {
-            return Err(Status::resource_exhausted("the store is full or the entry too large"));
-        }
-        values.insert(name, value);
+    fn put(&self, entries: &mut Entries, name: String, value: Vec<u8>) -> Result<(), Status> {
+        entries.put(name, value)?;
         self.changed();
         Ok(())
     }
@@ -107,8 +119,8 @@ impl StoreService for Store {
     async fn set(&self, request: Request<SetRequest>) -> Result<Response<SetResponse>, Status> {
         let request = request.into_inner();
         let mut entries = self.entries();
-        let (values, name) = self.open(&mut entries, request.key)?;
-        self.put(values, name, request.value)?;
+        let name = self.open(&entries, request.key)?;
+        self.put(&mut entries, name, request.value)?;
         Ok(Response::new(SetResponse {}))
     }
 
@@ -120,9 +132,9 @@ impl StoreService for Store {
         loop {
             changes.mark_unchanged();
             {
-                let mut entries = self.entries();
-                let (values, name) = self.open(&mut entries, request.key.clone())?;
-                if let Some(value) = values.get(&name) {
+                let entries = self.entries();
+                let name = self.open(&entries, request.key.clone())?;
+                if let Some(value) = entries.values.get(&name) {
                     return Ok(Response::new(GetResponse { value: value.clone() }));
                 }
             }
@@ -137,11 +149,11 @@ impl StoreService for Store {
     async fn add(&self, request: Request<AddRequest>) -> Result<Response<AddResponse>, Status> {
         let request = request.into_inner();
         let mut entries = self.entries();
-        let (values, name) = self.open(&mut entries, request.key)?;
-        let value = counter(values.get(&name))?
+        let name = self.open(&entries, request.key)?;
+        let value = counter(entries.values.get(&name))?
             .checked_add(request.delta)
             .ok_or_else(|| Status::out_of_range("the counter is full"))?;
-        self.put(values, name, value.to_string().into_bytes())?;
+        self.put(&mut entries, name, value.to_string().into_bytes())?;
         Ok(Response::new(AddResponse { value }))
     }
 
@@ -151,12 +163,12 @@ impl StoreService for Store {
     ) -> Result<Response<CompareSetResponse>, Status> {
         let request = request.into_inner();
         let mut entries = self.entries();
-        let (values, name) = self.open(&mut entries, request.key)?;
-        let value = match values.get(&name) {
+        let name = self.open(&entries, request.key)?;
+        let value = match entries.values.get(&name) {
             Some(value) if *value != request.expected => value.clone(),
             None if !request.expected.is_empty() => request.expected,
             _ => {
-                self.put(values, name, request.desired.clone())?;
+                self.put(&mut entries, name, request.desired.clone())?;
                 request.desired
             }
         };
@@ -165,8 +177,8 @@ impl StoreService for Store {
 
     async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<DeleteResponse>, Status> {
         let mut entries = self.entries();
-        let (values, name) = self.open(&mut entries, request.into_inner().key)?;
-        let existed = values.remove(&name).is_some();
+        let name = self.open(&entries, request.into_inner().key)?;
+        let existed = entries.remove(&name);
         Ok(Response::new(DeleteResponse { existed }))
     }
 
@@ -174,11 +186,11 @@ impl StoreService for Store {
         &self,
         request: Request<ContainsRequest>,
     ) -> Result<Response<ContainsResponse>, Status> {
-        let mut entries = self.entries();
+        let entries = self.entries();
         let mut all = true;
         for key in request.into_inner().keys {
-            let (values, name) = self.open(&mut entries, Some(key))?;
-            all &= values.contains_key(&name);
+            let name = self.open(&entries, Some(key))?;
+            all &= entries.values.contains_key(&name);
         }
         Ok(Response::new(ContainsResponse { all }))
     }
@@ -222,6 +234,16 @@ mod tests {
         assert_eq!(waiter.await.unwrap().unwrap_err().code(), tonic::Code::FailedPrecondition);
         let set = SetRequest { key: key(2, "k"), value: vec![] };
         assert!(store.set(Request::new(set)).await.is_err());
+    }
+
+    #[test]
+    fn what_all_keys_hold_is_bounded() {
+        let mut entries = Entries { bytes: STORE_LIMIT - 20, ..Entries::default() };
+        entries.put("a".to_string(), vec![0; 9]).unwrap();
+        entries.put("a".to_string(), vec![0; 19]).unwrap();
+        assert!(entries.put("b".to_string(), vec![]).is_err());
+        assert!(entries.remove("a") && !entries.remove("a"));
+        entries.put("b".to_string(), vec![0; 19]).unwrap();
     }
 
     #[tokio::test]

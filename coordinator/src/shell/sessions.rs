@@ -1,6 +1,6 @@
 //! Workers' sessions: who they are, and what they say.
 
-use ganglion_membership::{Event, Fault, Loss, WorkerId};
+use ganglion_membership::{Event, Fault, LoadedFacts, Loss, WorkerId};
 use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Welcome};
 use serde_json::json;
 
@@ -26,6 +26,9 @@ impl Shell {
             && let Some(worker) = token.and_then(|token| self.supervisor.number(token))
         {
             return Ok(Ok(self.let_go_again(worker, &outbox)));
+        }
+        if resume.as_ref().is_some_and(|resume| !self.supervisor.may_be(resume.worker, token)) {
+            return Ok(Err("only with its token a worker of this coordinator goes on".to_string()));
         }
         let worker = match &resume {
             Some(resume) => resume.worker,
@@ -105,11 +108,7 @@ impl Shell {
                 tracing::warn!("worker {worker} says hello twice; closing its session");
                 self.closed(session, worker)
             }
-            FromWorker::Loaded(facts) => {
-                self.journal.set_fact(Fact::Samples, &facts.samples.to_string())?;
-                self.records.loaded(facts.samples, self.machine.checkpoint());
-                self.handle(Event::Loaded(worker, facts))
-            }
+            FromWorker::Loaded(facts) => self.loaded(worker, facts),
             FromWorker::Ready(generation, position) => {
                 self.handle(Event::Ready(worker, generation, position))
             }
@@ -128,13 +127,39 @@ impl Shell {
                 self.records.event("worker_leaves", json!({ "worker": worker.0 }));
                 self.handle(Event::Leave(worker))
             }
-            FromWorker::InputError(detail) => self.handle(Event::InputWrong(detail)),
+            FromWorker::InputError(detail) => self.input_wrong(worker, detail),
             FromWorker::PartWritten(part) => self.handle(Event::PartWritten(worker, part)),
-            report => {
+            report if self.machine.has_trained(worker) => {
                 self.take_report(worker, report);
                 Ok(())
             }
+            _ => {
+                tracing::warn!("dropped a report of worker {worker}, which has not trained");
+                Ok(())
+            }
         }
+    }
+
+    fn loaded(&mut self, worker: WorkerId, facts: LoadedFacts) -> Result<(), ShellError> {
+        self.handle(Event::Loaded(worker, facts))?;
+        // What a worker of another passport has loaded says nothing of the run.
+        let samples = self.machine.samples().filter(|samples| self.samples != Some(*samples));
+        if let Some(samples) = samples {
+            self.samples = Some(samples);
+            self.journal.set_fact(Fact::Samples, &samples.to_string())?;
+            self.records.loaded(samples, self.machine.checkpoint());
+        }
+        Ok(())
+    }
+
+    /// What is wrong on the machine of a stranger is wrong for it alone, once others train.
+    fn input_wrong(&mut self, worker: WorkerId, detail: String) -> Result<(), ShellError> {
+        let is_needed = self.machine.has_trained(worker) || self.supervisor.has(worker);
+        if is_needed || self.machine.group().is_none() {
+            return self.handle(Event::InputWrong(detail));
+        }
+        self.send(worker, ToWorker::Reject(detail.clone()));
+        self.handle(Event::Unable(worker, detail))
     }
 
     /// What is for people and decides nothing.

@@ -157,7 +157,7 @@ impl Machine {
     }
 
     pub(super) fn form_if_ready(&mut self, actions: &mut Vec<Action>) {
-        if !matches!(self.stage, Stage::Regrouping { .. }) || !self.awaited_members().is_empty() {
+        if !matches!(self.stage, Stage::Regrouping { .. }) || self.members().any(|id| self.is_awaited(&id)) {
             return;
         }
         if !self.present_members().is_empty() {
@@ -325,6 +325,11 @@ impl Machine {
             members.iter().all(|other| !self.severed.contains_key(&((*id).min(*other), (*id).max(*other))))
         };
         let mut loaded = self.workers.iter().filter(|(_, worker)| worker.facts.is_some() && !worker.leaving);
-        room && loaded.any(|(id, _)| !members.contains(id) && reaches_all(id))
+        // All members are among the workers.
+        let others = self.workers.len() > members.len();
+        room && others && {
+            let members: BTreeSet<WorkerId> = members.iter().copied().collect();
+            loaded.any(|(id, _)| !members.contains(id) && reaches_all(id))
+        }
     }
 }

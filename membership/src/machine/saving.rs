@@ -72,7 +72,7 @@ impl Machine {
         let Some(facts) = self.workers.get(&worker).and_then(|w| w.facts.as_ref()) else {
             return;
         };
-        if self.condemned == Some(self.last_generation) {
+        if self.condemned == Some(self.last_generation) || !self.has_trained(worker) {
             return;
         }
         let newest = self.checkpoint.as_ref().map_or((0, 0), |c| (c.step, c.phase));

@@ -616,6 +616,35 @@ fn messages_of_an_older_generation_change_nothing() {
 }
 
 #[test]
+fn a_worker_that_never_trained_changes_nothing_for_those_who_train() {
+    let mut bench = Bench::training(1);
+    bench.join(2);
+    let slow = Progress { slowest_leaf: Duration::from_secs(3600), ..Progress::default() };
+    bench.handle(Event::Heartbeat(WorkerId(2), slow));
+    assert_eq!(bench.machine.patience(), DEADLINE, "only members set the pace");
+    bench.handle(Event::PartWritten(WorkerId(1), part(3, 0, "d")));
+    assert_eq!(bench.handle(Event::PartWritten(WorkerId(2), part(3, 1, "e"))), [], "no divergence");
+    let unable = bench.handle(Event::Unable(WorkerId(2), "no data".to_string()));
+    let loss = Loss::Failed("no data".to_string());
+    assert_eq!(unable, [Action::Drop(WorkerId(2)), Action::Lose(WorkerId(2), loss)]);
+    assert_eq!(bench.generation(), Generation(1));
+}
+
+#[test]
+fn signs_of_life_of_one_do_not_hide_the_silence_of_another() {
+    let mut bench = Bench::training(2);
+    let mut lost = Vec::new();
+    while lost.is_empty() {
+        bench.now += DEADLINE / 20;
+        bench.progress.leaves += 1;
+        let actions = bench.handle(Event::Heartbeat(WorkerId(1), bench.progress));
+        lost.extend(actions.into_iter().filter(|action| matches!(action, Action::Lose(..))));
+        assert!(bench.now <= DEADLINE, "judged when it is due, without a tick");
+    }
+    assert_eq!(lost, [Action::Lose(WorkerId(2), Loss::Silent)]);
+}
+
+#[test]
 fn a_silent_worker_is_dropped_and_one_that_gives_signs_is_not() {
     let mut bench = Bench::training(2);
     let actions = bench.wait(DEADLINE * 3 / 2, &[1]);

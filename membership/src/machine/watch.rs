@@ -7,6 +7,11 @@ use super::*;
 impl Machine {
     /// When [`Event::Tick`] is due at the latest. Never so late that a shell that slept until then seems to have overslept.
     pub fn deadline(&self) -> Option<Time> {
+        self.due
+    }
+
+    /// The same, for now.
+    pub(super) fn next_due(&self) -> Option<Time> {
         let awake = self.now + self.settings.limits.deadline / 4;
         self.next_limit().map(|limit| limit.min(awake))
     }
@@ -19,7 +24,9 @@ impl Machine {
             Stage::Reconnecting { until } => until.filter(|until| *until > self.now),
             Stage::Training { .. } => {
                 // Who is late already was judged, and waits for the others: their limits come next.
-                let late = self.unready_members().into_iter().map(|id| self.late_at(&self.workers[&id]));
+                let patience = self.patience();
+                let busy = self.unready_members().into_iter();
+                let late = busy.map(|id| self.late_at(&self.workers[&id], patience));
                 late.filter(|at| *at > self.now).min()
             }
             _ => None,
@@ -80,15 +87,16 @@ impl Machine {
     /// How long a step of a worker's progress may take: leaves set the pace, once there are any.
     pub(super) fn patience(&self) -> Duration {
         let limits = &self.settings.limits;
-        let slowest = self.workers.values().map(|worker| worker.progress.slowest_leaf).max();
+        let members = self.members().filter_map(|id| self.workers.get(&id));
+        let slowest = members.map(|worker| worker.progress.slowest_leaf).max();
         slowest.map_or(limits.lease, |slowest| limits.deadline.max(slowest * 10))
     }
 
     /// When a member of the group that trains is late. Meeting, healing and the first leaves have more time.
-    fn late_at(&self, worker: &Worker) -> Time {
+    fn late_at(&self, worker: &Worker, patience: Duration) -> Time {
         let start = self.group.as_ref().map_or(Position(0), |group| group.position);
         let warm = worker.progress.position > start && worker.progress.slowest_leaf > Duration::ZERO;
-        worker.progress_since + if warm { self.patience() } else { self.settings.limits.lease }
+        worker.progress_since + if warm { patience } else { self.settings.limits.lease }
     }
 
     pub(super) fn drop_late(&mut self, actions: &mut Vec<Action>) {
@@ -150,7 +158,8 @@ impl Machine {
     /// Late is whoever does not wait for the others. If all wait, a link is broken.
     fn drop_stuck(&mut self, actions: &mut Vec<Action>) {
         let busy = self.unready_members();
-        let late = |id: &WorkerId| self.now >= self.late_at(&self.workers[id]);
+        let patience = self.patience();
+        let late = |id: &WorkerId| self.now >= self.late_at(&self.workers[id], patience);
         if busy.is_empty() || !busy.iter().any(late) {
             return;
         }

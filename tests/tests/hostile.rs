@@ -1,0 +1,345 @@
+//! Hostile input on the wire: it is refused, and the run goes on undisturbed.
+#![allow(clippy::unwrap_used)] // a test may panic
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use ganglion_membership::{
+    Fault, Generation, LoadedFacts, Passport, Position, Progress, Rank, StoredFile, Term, WorkerId,
+    WrittenPart,
+};
+use ganglion_proto::message::{FromWorker, Hello, MetricsRow, SampleGrid, ToWorker};
+use ganglion_proto::wire::admin_service_client::AdminServiceClient;
+use ganglion_proto::wire::store_service_client::StoreServiceClient;
+use ganglion_proto::wire::{
+    AddRequest, DrainRequest, GetRequest, GetStatusRequest, Key, ScaleRequest, SessionRequest, SetRequest,
+};
+use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
+use ganglion_tests::wire::{Stranger, connect, hello, resuming};
+use ganglion_tests::{LIMIT, Process, Run, SMALL_MLP, eventually};
+use nix::sys::signal::Signal;
+use tokio::runtime::Runtime;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Status};
+
+const ENDLESS: &[&str] = &["job.steps=1000000", "job.failure_deadline=2", "metrics.every_steps=1"];
+
+/// A run that one local worker trains, to be attacked.
+struct Target {
+    run: Run,
+    coordinator: Process,
+    url: String,
+    runtime: Runtime,
+}
+
+impl Target {
+    fn new() -> Target {
+        let run = Run::new(&[SMALL_MLP, ENDLESS]);
+        let coordinator = run.start(1);
+        let started = run.wait_for("coordinator_started", |_| true);
+        run.wait_for_step(10);
+        let url = started["address"].as_str().unwrap().to_string();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        Target { run, coordinator, url, runtime: runtime.unwrap() }
+    }
+
+    fn channel(&self) -> Channel {
+        self.runtime.block_on(connect(&self.url))
+    }
+
+    fn socket(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.url.strip_prefix("http://").unwrap()).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream
+    }
+
+    fn join(&self, hello: Hello) -> Result<Stranger, Status> {
+        self.runtime.block_on(Stranger::join(self.channel(), hello))
+    }
+
+    fn end_of(&self, stranger: Stranger) -> Result<Option<ToWorker>, Status> {
+        self.runtime.block_on(async { tokio::time::timeout(LIMIT, stranger.end()).await.unwrap() })
+    }
+
+    /// Asserts that a first message is refused, and that the log says so.
+    #[track_caller]
+    fn refuses(&self, first: SessionRequest, code: Code, reason: &str) {
+        let begun = self.runtime.block_on(Stranger::begin(self.channel(), first));
+        let status = begun.err().expect("refused");
+        assert_eq!(status.code(), code, "{status}");
+        assert!(status.message().contains(reason), "{status}");
+        self.logs(reason);
+    }
+
+    /// Waits until the coordinator has logged something.
+    #[track_caller]
+    fn logs(&self, text: &str) {
+        eventually(text, || self.coordinator.output().contains(text).then_some(()));
+    }
+
+    /// Stops the run, and asserts that nothing of the attack is in it.
+    fn assert_undisturbed(self) {
+        let before = self.run.wait_for_step(1);
+        self.run.wait_for_step(before + 50);
+        self.coordinator.signal(Signal::SIGTERM);
+        let ended = self.coordinator.wait();
+        assert_eq!(ended.code, Some(143), "{}", ended.output);
+        let count = |kind: &str| self.run.events().iter().filter(|event| event["kind"] == kind).count();
+        assert_eq!(count("generation_formed"), 1, "{}", ended.output);
+        assert_eq!(count("regroup") + count("condemned") + count("metrics_breach"), 0);
+        self.run.assert_audited();
+        let saved = self.run.events().into_iter().rfind(|event| event["kind"] == "checkpoint").unwrap();
+        let step = saved["step"].as_u64().unwrap();
+        let last = self.run.rows().iter().filter_map(|row| row["step"].as_u64()).max();
+        assert_eq!(last, Some(step), "a row of a step that was never done");
+        let whole = Run::new(&[SMALL_MLP, ENDLESS, &[&format!("job.steps={step}")]]);
+        assert_eq!(self.run.digest(), whole.complete(1));
+    }
+}
+
+fn first(message: FromWorker) -> SessionRequest {
+    message.to_wire(Term(0))
+}
+
+fn facts(items: &[(&str, &str)]) -> LoadedFacts {
+    let item = |(item, value): &(&str, &str)| (item.to_string(), value.to_string());
+    let passport = Passport(items.iter().map(item).collect());
+    LoadedFacts { passport, samples: 7, sees_storage: true, phases_per_step: 2 }
+}
+
+fn part(step: u64) -> WrittenPart {
+    let digest = "0".repeat(64);
+    let file =
+        StoredFile { file: "state-00001-of-00001.safetensors".into(), bytes: 1, blake3: digest.clone() };
+    WrittenPart { step, phase: 0, index: 0, count: 1, file, state_digest: digest }
+}
+
+fn row(step: u64) -> MetricsRow {
+    MetricsRow {
+        step,
+        time: 0.0,
+        generation: 1,
+        world_size: 1,
+        loss_discriminator: 0.0,
+        loss_generator: 0.0,
+        images_per_second: 0.0,
+        images_seen: 0,
+        ledger: 0,
+        skipped: 0,
+    }
+}
+
+/// Everything that a member of a generation may say of it.
+fn claims(generation: Generation) -> Vec<FromWorker> {
+    let (position, what) = (Position(1 << 40), "made up".to_string());
+    let faults = [
+        Fault::Peer,
+        Fault::Timeout,
+        Fault::Links(vec![Rank(0), Rank(u32::MAX)]),
+        Fault::Diverged(what.clone()),
+        Fault::Internal(what.clone()),
+        Fault::NonFinite { position, detail: what.clone(), stop: false },
+        Fault::NonFinite { position, detail: what.clone(), stop: true },
+    ];
+    let mut claims: Vec<FromWorker> =
+        faults.into_iter().map(|fault| FromWorker::Fault(generation, fault)).collect();
+    claims.extend([
+        FromWorker::Ready(generation, Some(position)),
+        FromWorker::Ready(generation, None),
+        FromWorker::Finished(generation, position, true),
+        FromWorker::Finished(generation, position, false),
+        FromWorker::PartWritten(part(1)),
+        FromWorker::PartWritten(part(u64::MAX)),
+        FromWorker::PartDelayed(1, "state".to_string(), what.clone()),
+        FromWorker::Metrics(row(1)),
+        FromWorker::Metrics(row(999_999)),
+        FromWorker::PhaseSkipped(position, what),
+        FromWorker::Samples(SampleGrid { step: 1, png: vec![0; 1 << 20], width: 1, height: 1, channels: 1 }),
+    ]);
+    claims
+}
+
+#[test]
+fn what_does_not_speak_the_protocol_is_shown_out() {
+    let target = Target::new();
+    let nonsense: Vec<u8> = (0..4096u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    for said in [nonsense.clone(), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(), b"PRI * HTTP/3.0".to_vec()]
+    {
+        let mut socket = target.socket();
+        socket.write_all(&said).unwrap();
+        // Closed, or reset because not all of it was read.
+        let mut answer = Vec::new();
+        let _ = socket.read_to_end(&mut answer);
+        assert_eq!(answer, b"", "nothing is answered");
+    }
+    target.logs("does not speak HTTP/2");
+    let mut socket = target.socket();
+    socket.write_all(preface).unwrap();
+    let _ = socket.write_all(&nonsense);
+    // Whatever HTTP/2 answers, it ends.
+    let _ = socket.read_to_end(&mut Vec::new());
+    target.assert_undisturbed();
+}
+
+#[test]
+fn a_session_begins_with_a_hello_that_is_true() {
+    let target = Target::new();
+    let other = Hello { protocol: PROTOCOL + 1, ..hello() };
+    target.refuses(first(FromWorker::Hello(other)), Code::FailedPrecondition, "speaks version 2");
+    for message in claims(Generation(1)).into_iter().chain([FromWorker::Leave]) {
+        target.refuses(first(message), Code::InvalidArgument, "starts with a hello");
+    }
+    let empty = SessionRequest { term: 0, message: None };
+    target.refuses(empty, Code::InvalidArgument, "message is missing");
+    let token = Hello { spawn_token: Some("made up".to_string()), ..hello() };
+    target.refuses(first(FromWorker::Hello(token)), Code::FailedPrecondition, "its token is of no worker");
+    let huge = Hello { host: "x".repeat(MESSAGE_LIMIT + 1), ..hello() };
+    target.refuses(first(FromWorker::Hello(huge)), Code::OutOfRange, "too large");
+
+    let run = target.join(hello()).unwrap().welcome.run;
+    let claim = |run: &str, worker, term, generation| {
+        first(FromWorker::Hello(resuming(run, WorkerId(worker), Term(term), Generation(generation))))
+    };
+    for worker in [1, 2, 99] {
+        target.refuses(claim("other", worker, 1, 1), Code::FailedPrecondition, "another run");
+    }
+    target.refuses(claim(&run, 1, 2, 1), Code::FailedPrecondition, "a coordinator of term 2 has this run");
+    target.refuses(claim(&run, 1, 1, 1), Code::FailedPrecondition, "only with its token");
+    // Whoever claims what cannot be is a stranger like others.
+    for (worker, generation) in [(1, 2), (99, 1), (99, u64::MAX)] {
+        let resuming = resuming(&run, WorkerId(worker), Term(1), Generation(generation));
+        let welcome = target.join(resuming).unwrap().welcome;
+        assert!(welcome.worker != WorkerId(worker), "taken in as worker {worker}");
+    }
+    target.assert_undisturbed();
+}
+
+#[test]
+fn a_worker_that_is_no_member_changes_nothing_whatever_it_claims() {
+    let target = Target::new();
+    let stranger = target.join(hello()).unwrap();
+    for generation in [0, 1, 2, u64::MAX].map(Generation) {
+        for message in claims(generation) {
+            stranger.say_in(Term(0), message.clone());
+            stranger.say_in(Term(2), message.clone());
+            stranger.say(message);
+        }
+    }
+    stranger.say(FromWorker::Heartbeat(Progress { slowest_leaf: Duration::MAX, ..Progress::default() }));
+    stranger.say(FromWorker::Leave);
+    assert_eq!(target.end_of(stranger).unwrap(), Some(ToWorker::Release));
+    target.logs("of term 2 in term 1");
+    target.logs("which has not trained");
+
+    let stranger = target.join(hello()).unwrap();
+    stranger.say(FromWorker::Loaded(facts(&[("data", "other"), ("build", "other")])));
+    let end = target.end_of(stranger).unwrap();
+    assert!(matches!(&end, Some(ToWorker::Reject(reason)) if reason.contains("other bits")), "{end:?}");
+
+    let stranger = target.join(hello()).unwrap();
+    stranger.say(FromWorker::InputError("data.path is not here".to_string()));
+    let end = target.end_of(stranger).unwrap();
+    assert!(matches!(&end, Some(ToWorker::Reject(reason)) if reason.contains("data.path")), "{end:?}");
+    target.assert_undisturbed();
+}
+
+#[test]
+fn who_breaks_the_contract_in_a_session_loses_it() {
+    let target = Target::new();
+    let breaches = [
+        (SessionRequest { term: 1, message: None }, Code::InvalidArgument),
+        (FromWorker::Loaded(facts(&[])).to_wire(Term(1)), Code::InvalidArgument),
+        (FromWorker::InputError("x".repeat(MESSAGE_LIMIT + 1)).to_wire(Term(1)), Code::OutOfRange),
+    ];
+    for (breach, code) in breaches {
+        let stranger = target.join(hello()).unwrap();
+        stranger.say_raw(breach);
+        assert_eq!(target.end_of(stranger).unwrap_err().code(), code);
+    }
+    target.logs("closing the session of worker 4");
+    let stranger = target.join(hello()).unwrap();
+    stranger.say(FromWorker::Hello(hello()));
+    target.end_of(stranger).unwrap();
+    target.logs("says hello twice");
+    target.assert_undisturbed();
+}
+
+#[test]
+fn who_stalls_is_shut_out() {
+    let target = Target::new();
+    // These say nothing, or stop in the middle of a greeting or of a frame.
+    let silent: Vec<TcpStream> = (0..300).map(|_| target.socket()).collect();
+    let mut halting = [target.socket(), target.socket()];
+    halting[0].write_all(b"PRI * HT").unwrap();
+    halting[1].write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0").unwrap();
+    // One says hello and then nothing.
+    let mute = target.join(hello()).unwrap();
+    let lost = target.run.wait_for("worker_lost", |event| event["worker"] == mute.welcome.worker.0);
+    assert_eq!(lost["reason"], "it was silent for too long");
+    target.end_of(mute).unwrap();
+    // One says much and never reads.
+    let deaf = target.join(hello()).unwrap();
+    for _ in 0..100_000 {
+        deaf.say(FromWorker::Heartbeat(Progress::default()));
+    }
+    target.logs(&format!("worker {} does not read its messages", deaf.welcome.worker));
+    for mut socket in silent.into_iter().chain(halting) {
+        // Closed, or reset.
+        let _ = socket.read_to_end(&mut Vec::new());
+    }
+    target.assert_undisturbed();
+}
+
+#[test]
+fn the_store_serves_the_newest_generation_and_what_is_small() {
+    let target = Target::new();
+    let mut store = StoreServiceClient::new(target.channel()).max_encoding_message_size(usize::MAX);
+    let key = |term, generation, name: &str| Some(Key { term, generation, name: name.to_string() });
+    target.runtime.block_on(async {
+        for (term, generation) in [(1, 0), (1, 2), (0, 1), (2, 1), (1, u64::MAX)] {
+            let set = SetRequest { key: key(term, generation, "x"), value: vec![1] };
+            assert_eq!(store.set(set).await.unwrap_err().code(), Code::FailedPrecondition);
+            let get = GetRequest { key: key(term, generation, "x"), timeout_ms: u64::MAX };
+            assert_eq!(store.get(get).await.unwrap_err().code(), Code::FailedPrecondition);
+            let add = AddRequest { key: key(term, generation, "x"), delta: 1 };
+            assert_eq!(store.add(add).await.unwrap_err().code(), Code::FailedPrecondition);
+        }
+        let nameless = SetRequest { key: None, value: vec![] };
+        assert_eq!(store.set(nameless).await.unwrap_err().code(), Code::InvalidArgument);
+        let long = SetRequest { key: key(1, 1, &"k".repeat(100_000)), value: vec![] };
+        assert_eq!(store.set(long).await.unwrap_err().code(), Code::ResourceExhausted);
+        let large = SetRequest { key: key(1, 1, "k"), value: vec![0; 100_000] };
+        assert_eq!(store.set(large).await.unwrap_err().code(), Code::ResourceExhausted);
+        let huge = SetRequest { key: key(1, 1, "k"), value: vec![0; MESSAGE_LIMIT] };
+        assert_eq!(store.set(huge).await.unwrap_err().code(), Code::OutOfRange);
+        let add = |delta| AddRequest { key: key(1, 1, "n"), delta };
+        store.add(add(i64::MAX)).await.unwrap();
+        assert_eq!(store.add(add(1)).await.unwrap_err().code(), Code::OutOfRange);
+    });
+    target.assert_undisturbed();
+}
+
+#[test]
+fn only_who_has_the_token_of_the_run_directory_may_change_the_run() {
+    let target = Target::new();
+    let channel = target.channel();
+    target.runtime.block_on(async {
+        let mut admin = AdminServiceClient::new(channel);
+        for token in [None, Some("Bearer "), Some("Bearer wrong"), Some("wrong"), Some("Basic eDp5")] {
+            let (mut drain, mut scale) =
+                (Request::new(DrainRequest { worker: 1 }), Request::new(ScaleRequest { workers: 0 }));
+            if let Some(token) = token {
+                drain.metadata_mut().insert("authorization", token.parse().unwrap());
+                scale.metadata_mut().insert("authorization", token.parse().unwrap());
+            }
+            assert_eq!(admin.drain(drain).await.unwrap_err().code(), Code::Unauthenticated);
+            assert_eq!(admin.scale(scale).await.unwrap_err().code(), Code::Unauthenticated);
+        }
+        let status = admin.get_status(GetStatusRequest {}).await.unwrap().into_inner();
+        assert_eq!((status.generation, status.workers.len()), (1, 1));
+    });
+    target.logs("refused an operator");
+    target.assert_undisturbed();
+}
