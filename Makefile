@@ -2,15 +2,19 @@
 # both set up what they need first.
 
 TORCH_VERSION := 2.11.0
+TORCHFT := torchft-nightly==2026.10.26
 CUDA_RUNTIME := nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85
 PYTHON ?= python3
 CARGO ?= cargo
 DEMO_DIR ?= runs/demo
 WORKERS ?= 2
 TOOLS := .tools
+KILLS ?= 100
+RESTARTS ?= 20
+SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test check fmt lint docs licences proto-lint clean
+.PHONY: help setup build demo bench-recovery test check fmt lint docs licences proto-lint clean
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +51,19 @@ build: setup ## Build the programs.
 demo: build ## Train the MLP GAN on real digits with two workers, then draw 50 digits.
 	target/release/coordinator --workers $(WORKERS) --run-dir $(DEMO_DIR)
 	target/release/worker sample --checkpoint $(DEMO_DIR) --count 50 --seed 7 --out $(DEMO_DIR)/digits.png
+
+# ---- Measure ---------------------------------------------------------------------------------------------------------
+
+bench-recovery: build $(TOOLS)/bench ## Kill workers and coordinators, and those of others; write docs/recovery.md.
+	target/release/recovery --kills $(KILLS) --restarts $(RESTARTS) --seed $(SEED) --python-path $(TOOLS)/bench \
+		--page docs/recovery.md
+
+# PyTorch for Python loads CUDA's libraries also where there is no GPU, so all of them come along.
+$(TOOLS)/bench:
+	@echo "getting PyTorch and torchft for Python (4.7 GB)"
+	@$(PYTHON) -m pip install --quiet --target $@.new torch==$(TORCH_VERSION) numpy $(TORCHFT) || \
+		$(PYTHON) -m pip install --quiet --target $@.new torch==$(TORCH_VERSION) numpy
+	@mv $@.new $@
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
 

@@ -30,31 +30,27 @@ def perceptron(inputs, outputs, *last):
 class Gan:
     """Two networks and their optimizers. `wrap` makes a network data-parallel."""
 
-    def __init__(self, wrap, wrap_optimizer=lambda optimizer: optimizer):
+    def __init__(self, wrap):
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        networks = perceptron(LATENT, PIXELS, nn.Tanh()), perceptron(PIXELS, 1)
-        self.modules = networks
-        self.generator, self.discriminator = (wrap(network) for network in networks)
-        self.adams = [torch.optim.Adam(network.parameters(), lr=1e-3, betas=(0.5, 0.999)) for network in networks]
-        self.adam_g, self.adam_d = (wrap_optimizer(adam) for adam in self.adams)
+        self.modules = perceptron(LATENT, PIXELS, nn.Tanh()), perceptron(PIXELS, 1)
+        self.generator, self.discriminator = (wrap(module) for module in self.modules)
+        self.adams = [torch.optim.Adam(module.parameters(), lr=1e-3, betas=(0.5, 0.999)) for module in self.modules]
 
-    def step(self, batch):
-        """One step: the discriminator's update, then the generator's."""
+    def discriminator_gradient(self, batch):
+        """Real and fake images in one pass: a reduce less."""
         real = torch.rand(batch, PIXELS) * 2 - 1
-        self.adam_d.zero_grad()
         with torch.no_grad():
             fake = self.modules[0](torch.randn(batch, LATENT))
-        # One pass for both: a reduce less.
+        self.adams[1].zero_grad()
         logits = self.discriminator(torch.cat([real, fake]))
-        loss = softplus(-logits[:batch]).mean() + softplus(logits[batch:]).mean()
-        loss.backward()
-        self.adam_d.step()
+        (softplus(-logits[:batch]).mean() + softplus(logits[batch:]).mean()).backward()
+
+    def generator_gradient(self, batch):
+        """The discriminator only passes it on."""
+        self.adams[0].zero_grad()
         self.modules[1].requires_grad_(False)
-        self.adam_g.zero_grad()
-        loss = softplus(-self.modules[1](self.generator(torch.randn(batch, LATENT)))).mean()
-        loss.backward()
-        self.adam_g.step()
+        softplus(-self.modules[1](self.generator(torch.randn(batch, LATENT)))).mean().backward()
         self.modules[1].requires_grad_(True)
 
     def state_dict(self):

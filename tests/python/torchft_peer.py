@@ -1,37 +1,24 @@
-"""torchft: every process a replica group of its own, as its documentation shows, with the limits that it has by default.
+"""torchft: every process a replica group of its own, with the time limits that it has by default.
 
-`torchft_peer.py lighthouse` serves the quorums and writes its address to the log; `torchft_peer.py RANK` trains.
+torchft_peer.py RANK
+
+Both gradients are taken before one commit. With a quorum for each of the two optimizers a joiner can be at the discriminator's
+turn while the others are at the generator's, and Gloo ends the process.
 """
 
 import os
-import socket
 import sys
 from datetime import timedelta
 
+import torchft
 from gan import GLOBAL_BATCH, Gan, Log
+from torch.distributed import TCPStore
 
 REPLICAS = 4
-JOIN_TIMEOUT_MS = os.environ.get("BENCH_JOIN_TIMEOUT_MS", "10000")
-
-
-def serve():
-    """The lighthouse, with the options of torchft's README."""
-    from torchft._torchft import lighthouse_main
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:%d" % free.getsockname()[1]
-    sys.argv = ["torchft_lighthouse", "--bind", address]
-    sys.argv += ["--min_replicas", "1", "--quorum_tick_ms", "100", "--join_timeout_ms", JOIN_TIMEOUT_MS]
-    Log(-1).write("lighthouse", 0, address="http://" + address)
-    lighthouse_main()
 
 
 def train(rank):
     """Trains until it is killed."""
-    import torchft
-    from torch.distributed import TCPStore
-
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     log, gan = Log(rank), None
     manager = torchft.Manager(
@@ -47,20 +34,17 @@ def train(rank):
         replica_id=f"replica_{rank}_",
         lighthouse_addr=os.environ["BENCH_LIGHTHOUSE"],
     )
-    gan = Gan(
-        lambda network: torchft.DistributedDataParallel(manager, network),
-        lambda adam: torchft.Optimizer(manager, adam),
-    )
+    gan = Gan(lambda module: torchft.DistributedDataParallel(manager, module))
     log.write("start", 0)
     while True:
-        before = manager.current_step()
-        gan.step(GLOBAL_BATCH // REPLICAS)
-        # Each of the two updates of a step is a step of torchft's, and is committed or lost by itself.
-        done = manager.current_step() - before
-        log.write("step" if done == 2 else "lost", manager.current_step(), members=manager.num_participants())
+        manager.start_quorum()
+        gan.discriminator_gradient(GLOBAL_BATCH // REPLICAS)
+        gan.generator_gradient(GLOBAL_BATCH // REPLICAS)
+        committed = manager.should_commit()
+        if committed:
+            for adam in gan.adams:
+                adam.step()
+        log.write("step" if committed else "lost", manager.current_step(), members=manager.num_participants())
 
 
-if sys.argv[1] == "lighthouse":
-    serve()
-else:
-    train(int(sys.argv[1]))
+train(int(sys.argv[1]))

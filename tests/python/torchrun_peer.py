@@ -1,6 +1,8 @@
 """PyTorch's elastic launcher: DDP over Gloo, a checkpoint every so many steps, resumed from after a restart.
 
-torchrun --standalone --nproc-per-node 4 --max-restarts 100 torchrun_peer.py
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 4 --max-restarts 100 torchrun_peer.py
+
+Without that variable a restart finds the addresses of the dead in the launcher's store, and Gloo gives up.
 """
 
 import os
@@ -25,7 +27,10 @@ def main():
         step = saved["step"]
     log.write("start", step)
     while True:
-        gan.step(GLOBAL_BATCH // world_size)
+        gan.discriminator_gradient(GLOBAL_BATCH // world_size)
+        gan.adams[1].step()
+        gan.generator_gradient(GLOBAL_BATCH // world_size)
+        gan.adams[0].step()
         step += 1
         log.write("step", step, members=world_size)
         if step % CHECKPOINT_EVERY == 0 and rank == 0:

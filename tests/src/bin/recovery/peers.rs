@@ -1,6 +1,7 @@
 //! The same for others' trainers, on the same machine with the same model: PyTorch's elastic launcher, and torchft.
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
 use std::thread::sleep;
@@ -176,7 +177,9 @@ fn torchrun(peer: &mut Peer) -> Result<Costs, String> {
     let members = MEMBERS.to_string();
     let launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", &members];
     let launcher = [&launcher[..], &["--max-restarts", "1000", "torchrun_peer.py"]].concat();
-    let launcher = peer.python(&launcher, &[]);
+    // A store that the launcher keeps from one attempt to the next has the addresses of the dead, where Gloo looks for
+    // the living: restarts fail, again and again.
+    let launcher = peer.python(&launcher, &[("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")]);
     let (mut costs, mut since) = (Costs::default(), 0.0);
     for _ in 0..peer.options.peer_kills {
         peer.wait_for("steps", &launcher, |lines| all_step(lines, since))?;
@@ -211,12 +214,22 @@ fn torchrun(peer: &mut Peer) -> Result<Costs, String> {
     Ok(costs)
 }
 
-/// Survivors go on without the dead; a new process is started at once, as a supervisor would.
+/// What deals out torchft's quorums, with the options of its README.
+fn lighthouse(peer: &Peer, address: &str) -> Process {
+    let program = format!("{}/bin/torchft_lighthouse", absolute(peer.python_path));
+    let limits = ["--min_replicas", "1", "--quorum_tick_ms", "100", "--join_timeout_ms", "10000"];
+    peer.python(&[&[&*program, "--bind", address][..], &limits].concat(), &[])
+}
+
+fn free_address() -> std::io::Result<String> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
+}
+
+/// Survivors go on without the dead. The new process is started only then: while it loads, torchft would wait for it too.
 fn torchft(peer: &mut Peer) -> Result<Costs, String> {
-    let lighthouse = peer.python(&["torchft_peer.py", "lighthouse"], &[]);
-    let address =
-        |lines: &[Value]| lines.iter().find_map(|line| line["address"].as_str().map(str::to_string));
-    let address = peer.wait_for("lighthouse", &lighthouse, address)?;
+    let address = free_address().map_err(|error| error.to_string())?;
+    let _lighthouse = lighthouse(peer, &address);
+    let address = format!("http://{address}");
     let start = |peer: &Peer, rank: usize| {
         peer.python(&["torchft_peer.py", &rank.to_string()], &[("BENCH_LIGHTHOUSE", &address)])
     };
@@ -229,7 +242,6 @@ fn torchft(peer: &mut Peer) -> Result<Costs, String> {
         let rank = *peer.random.choose(&ranks);
         let kill = now();
         processes[rank].signal(Signal::SIGKILL);
-        processes[rank] = start(peer, rank);
         let survivor = (rank + 1) % ranks.len();
         let next = |lines: &[Value], after: f64, members: std::ops::RangeInclusive<u64>| {
             let wanted = |line: &Value| is(line, "step", after) && members.contains(&count(line, "members"));
@@ -238,6 +250,7 @@ fn torchft(peer: &mut Peer) -> Result<Costs, String> {
         };
         let all = u64::from(MEMBERS);
         let new = peer.wait_for("step", &processes[survivor], |lines| next(lines, kill, 1..=all - 1))?;
+        processes[rank] = start(peer, rank);
         let full = peer.wait_for("step of all", &processes[survivor], |lines| next(lines, new, all..=all))?;
         let is_lost = |line: &&Value| {
             is(line, "lost", kill) && number(line, "time") <= new && count(line, "rank") == survivor as u64
