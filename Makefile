@@ -2,6 +2,7 @@
 # both set up what they need first.
 
 TORCH_VERSION := 2.11.0
+TORCHFT := torchft-nightly==2026.10.26
 CUDA_RUNTIME := nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85
 PYTHON ?= python3
 CARGO ?= cargo
@@ -11,9 +12,11 @@ MINUTES ?= 10
 SEEDS ?= 100000
 SESSIONS ?= 100 500 1000 2000
 TOOLS := .tools
+KILLS ?= 100
+RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo bench-load test simulate chaos check fmt lint docs licences proto-lint clean
+.PHONY: help setup build demo bench-load bench-recovery test simulate chaos check fmt lint docs licences proto-lint clean
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,8 +54,21 @@ demo: build ## Train the MLP GAN on real digits with two workers, then draw 50 d
 	target/release/coordinator --workers $(WORKERS) --run-dir $(DEMO_DIR)
 	target/release/worker sample --checkpoint $(DEMO_DIR) --count 50 --seed 7 --out $(DEMO_DIR)/digits.png
 
+# ---- Measure ---------------------------------------------------------------------------------------------------------
+
 bench-load: build ## Measure a coordinator with many sessions: SESSIONS="100 500".
 	target/release/load $(SESSIONS)
+
+bench-recovery: build $(TOOLS)/bench ## Kill workers and coordinators, and those of others; write docs/recovery.md.
+	target/release/recovery --kills $(KILLS) --restarts $(RESTARTS) --seed $(or $(SEED),1) --python-path $(TOOLS)/bench \
+		--page docs/recovery.md
+
+# PyTorch for Python loads CUDA's libraries also where there is no GPU, so all of them come along.
+$(TOOLS)/bench:
+	@echo "getting PyTorch and torchft for Python (4.7 GB)"
+	@$(PYTHON) -m pip install --quiet --target $@.new torch==$(TORCH_VERSION) numpy $(TORCHFT) || \
+		$(PYTHON) -m pip install --quiet --target $@.new torch==$(TORCH_VERSION) numpy
+	@mv $@.new $@
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
 

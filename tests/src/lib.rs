@@ -7,7 +7,9 @@
 
 pub mod wire;
 
+use std::cell::RefCell;
 use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
@@ -23,6 +25,8 @@ use tempfile::TempDir;
 pub const LIMIT: Duration = Duration::from_secs(120);
 /// How often a file or a process is looked at.
 const LOOK: Duration = Duration::from_millis(10);
+/// How many lines of a file are looked at again and again: what is waited for is about to happen.
+const RECENT: usize = 1000;
 
 /// A multi-layer perceptron that trains in a millisecond or two a step.
 pub const SMALL_MLP: &[&str] = &["model.width=16", "model.latent_dim=8", "job.shard_batch=2"];
@@ -30,27 +34,32 @@ pub const SMALL_MLP: &[&str] = &["model.width=16", "model.latent_dim=8", "job.sh
 pub const SMALL_DCGAN: &[&str] =
     &["model.kind=dcgan-28", "model.width=4", "model.latent_dim=8", "job.shard_batch=2"];
 
-/// The program of that name, built if need be.
+/// The program of that name: in the folder `GANGLION_BIN`, or next to this program. For tests it is built if need be.
 pub fn program(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    let folder = FOLDER.get_or_init(|| {
-        let test = std::env::current_exe().expect("a test knows its program");
-        let folder = test.parent().expect("a program is in a folder");
-        if !folder.ends_with("deps") {
-            // No test, but a program beside the others.
-            return folder.to_path_buf();
+    FOLDER.get_or_init(|| std::env::var_os("GANGLION_BIN").map_or_else(own_folder, PathBuf::from)).join(name)
+}
+
+fn own_folder() -> PathBuf {
+    let own = std::env::current_exe().expect("a process knows its program");
+    let folder = own.parent().expect("a program is in a folder");
+    match folder.parent() {
+        Some(profile) if folder.ends_with("deps") => {
+            build(profile.ends_with("release"));
+            profile.to_path_buf()
         }
-        let folder = folder.parent().expect("test programs are in target/<profile>/deps");
-        let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--locked", "-p", "ganglion-coordinator", "-p", "ganglion-worker"]);
-        if folder.ends_with("release") {
-            build.arg("--release");
-        }
-        let built = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs tests");
-        assert!(built.success(), "the programs do not build");
-        folder.to_path_buf()
-    });
-    folder.join(name)
+        _ => folder.to_path_buf(),
+    }
+}
+
+fn build(release: bool) {
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--quiet", "--locked", "-p", "ganglion-coordinator", "-p", "ganglion-worker"]);
+    if release {
+        build.arg("--release");
+    }
+    let built = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs tests");
+    assert!(built.success(), "the programs do not build");
 }
 
 /// A run directory, and the settings of its job.
@@ -261,6 +270,49 @@ fn lines(path: &Path) -> Vec<Value> {
     let text = fs::read_to_string(path).unwrap_or_default();
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     whole.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect()
+}
+
+/// A file of JSON lines that grows, of which each line is read once.
+pub struct Tail {
+    path: PathBuf,
+    read: usize,
+    lines: Vec<Value>,
+}
+
+impl Tail {
+    /// Nothing is read yet, and the file need not be there.
+    pub fn new(path: PathBuf) -> Tail {
+        Tail { path, read: 0, lines: Vec::new() }
+    }
+
+    /// All lines so far.
+    pub fn lines(&mut self) -> &[Value] {
+        if let Ok(new) = self.unread() {
+            let whole = new.rfind('\n').map_or("", |end| &new[..=end]);
+            self.read += whole.len();
+            self.lines.extend(whole.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")));
+        }
+        &self.lines
+    }
+
+    fn unread(&self) -> std::io::Result<String> {
+        let mut file = File::open(&self.path)?;
+        file.seek(SeekFrom::Start(self.read as u64))?;
+        let mut new = String::new();
+        file.read_to_string(&mut new)?;
+        Ok(new)
+    }
+
+    /// What the newest line gives that gives something, of the newest [`RECENT`] lines.
+    pub fn newest<T>(&mut self, is: impl Fn(&Value) -> Option<T>) -> Option<T> {
+        self.lines().iter().rev().take(RECENT).find_map(is)
+    }
+
+    /// Waits for a line that gives something.
+    pub fn wait_for<T>(&mut self, what: &str, is: impl Fn(&Value) -> Option<T>) -> T {
+        let tail = RefCell::new(self);
+        eventually(what, || tail.borrow_mut().newest(&is))
+    }
 }
 
 /// Sends a signal to a process.

@@ -1,0 +1,128 @@
+//! Figures and how they are shown.
+
+use std::fmt::Write as _;
+use std::time::SystemTime;
+
+use serde_json::Value;
+
+/// Durations in milliseconds.
+#[derive(Clone, Debug, Default)]
+pub struct Sample(Vec<f64>);
+
+impl Sample {
+    /// Takes seconds; those of moments that never came are left out.
+    pub fn new(seconds: impl IntoIterator<Item = f64>) -> Sample {
+        let mut all: Vec<f64> = seconds.into_iter().filter(|s| s.is_finite()).map(|s| s * 1000.0).collect();
+        all.sort_by(f64::total_cmp);
+        Sample(all)
+    }
+
+    /// The smallest value that this share of all values does not exceed.
+    pub fn quantile(&self, share: f64) -> f64 {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+        let rank = (share * self.0.len() as f64).ceil() as usize; // between 0 and the length
+        self.0.get(rank.max(1) - 1).copied().unwrap_or(f64::NAN)
+    }
+
+    /// The median.
+    pub fn median(&self) -> f64 {
+        self.quantile(0.5)
+    }
+
+    /// A row of a table of spreads; `targets` are shares and the milliseconds that they must stay under.
+    pub fn row(&self, what: &str, targets: &[(f64, f64)]) -> String {
+        let shown: Vec<String> = [0.5, 0.9, 0.99, 1.0].map(|share| ms(self.quantile(share))).to_vec();
+        let verdicts: Vec<String> = targets.iter().map(|target| self.verdict(*target)).collect();
+        format!("| {what} | {} | {} |", shown.join(" | "), verdicts.join(", "))
+    }
+
+    fn verdict(&self, (share, limit): (f64, f64)) -> String {
+        let name = if share == 0.5 { "median".to_string() } else { format!("p{:.0}", share * 100.0) };
+        let verdict = if self.quantile(share) < limit { "met" } else { "**missed**" };
+        format!("{name} < {}: {verdict}", ms(limit))
+    }
+}
+
+/// The head of a table of spreads.
+pub fn spread_head(what: &str) -> String {
+    format!("| {what} | median | p90 | p99 | max | target |\n|---|---|---|---|---|---|")
+}
+
+/// Milliseconds for people.
+pub fn ms(milliseconds: f64) -> String {
+    match milliseconds {
+        none if none.is_nan() => "-".to_string(),
+        long if long >= 9999.5 => format!("{:.1} s", long / 1000.0),
+        short if short < 9.95 => format!("{short:.1} ms"),
+        middle => format!("{middle:.0} ms"),
+    }
+}
+
+/// A part of the table.
+pub struct Section {
+    title: String,
+    lines: Vec<String>,
+    /// Promises that did not hold.
+    pub broken: Vec<String>,
+}
+
+impl Section {
+    /// An empty part. The load before it shows how busy the machine was with other things.
+    pub fn new(title: &str) -> Section {
+        Section { title: title.to_string(), lines: Vec::new(), broken: Vec::new() }
+    }
+
+    /// Adds a line.
+    pub fn line(&mut self, line: impl Into<String>) {
+        self.lines.push(line.into());
+    }
+
+    /// Adds a row that must show zero.
+    pub fn promise_none(&mut self, what: &str, count: u64, of: &str) {
+        let verdict = if count == 0 { "kept" } else { "**broken**" };
+        self.line(format!("| {what} | {count} {of} | promise: 0, {verdict} |"));
+        if count != 0 {
+            self.broken.push(format!("{}: {what}: {count} {of}", self.title));
+        }
+    }
+
+    /// As text: Markdown, which a terminal can show too.
+    pub fn render(&self) -> String {
+        let mut text = format!("### {}\n\n", self.title);
+        for line in &self.lines {
+            let _ = writeln!(text, "{line}");
+        }
+        text
+    }
+}
+
+/// The head of a table of single values.
+pub fn value_head(what: &str) -> String {
+    format!("| {what} | measured | |\n|---|---|---|")
+}
+
+/// Seconds since 1970.
+pub fn now() -> f64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// The mean number of processes that ran or wanted to, over the last minute.
+pub fn load() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or_default().to_string()
+}
+
+/// A number of a line; NaN if it has none.
+pub fn number(line: &Value, key: &str) -> f64 {
+    line[key].as_f64().unwrap_or(f64::NAN)
+}
+
+/// A count of a line; 0 if it has none.
+pub fn count(line: &Value, key: &str) -> u64 {
+    line[key].as_u64().unwrap_or_default()
+}
+
+/// The time of the earliest line that `is` wanted; NaN if there is none.
+pub fn first_time<'a>(lines: impl IntoIterator<Item = &'a Value>, is: impl Fn(&Value) -> bool) -> f64 {
+    lines.into_iter().filter(|line| is(line)).map(|line| number(line, "time")).fold(f64::NAN, f64::min)
+}

@@ -1,0 +1,65 @@
+//! Measures what a death costs, on real processes: of a worker, of the coordinator, and beside them of a process of others'
+//! trainers. Prints a table and writes it into a page.
+//!
+//! 1. A figure comes from the times that the processes themselves wrote, not from when this program looked.
+//! 2. A missed time is marked as missed. Only a broken promise, such as a step done again, makes the exit code 1.
+#![forbid(unsafe_code)]
+
+mod coordinator;
+mod figures;
+mod healthy;
+mod options;
+mod page;
+mod peers;
+mod proxy;
+mod workers;
+
+use std::process::ExitCode;
+
+use figures::Section;
+use options::Options;
+
+fn main() -> ExitCode {
+    let options = match Options::parse(std::env::args().skip(1)) {
+        Ok(options) => options,
+        Err(problem) => {
+            eprintln!("recovery: {problem}");
+            return ExitCode::from(2);
+        }
+    };
+    let sections = measure(&options);
+    if let Some(path) = &options.page
+        && let Err(error) = page::write(path, &page::render(&options, &sections))
+    {
+        eprintln!("recovery: {}: {error}", path.display());
+        return ExitCode::FAILURE;
+    }
+    let broken: Vec<&String> = sections.iter().flat_map(|section| &section.broken).collect();
+    broken.iter().for_each(|promise| eprintln!("broken: {promise}"));
+    if broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// All that is asked for; each part is printed as soon as it is there.
+fn measure(options: &Options) -> Vec<Section> {
+    let mut sections = Vec::new();
+    let mut done = |section: Section| {
+        println!("{}", section.render());
+        sections.push(section);
+    };
+    let mut ours = None;
+    if options.kills > 0 {
+        let measured = workers::measure(options);
+        done(measured.section());
+        ours = Some(measured);
+    }
+    if options.restarts > 0 {
+        done(coordinator::measure(options));
+    }
+    if options.seconds > 0 {
+        done(healthy::measure(options));
+    }
+    if options.peer_kills > 0 {
+        done(peers::measure(options, ours.as_ref()));
+    }
+    sections
+}

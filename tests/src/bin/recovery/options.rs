@@ -1,0 +1,92 @@
+//! What is asked for.
+
+use std::path::PathBuf;
+
+/// How much to measure; 0 leaves a part out.
+#[derive(Debug)]
+pub struct Options {
+    /// Kills of a worker.
+    pub kills: u32,
+    /// Restarts of the coordinator.
+    pub restarts: u32,
+    /// Seconds to watch a job that nothing happens to.
+    pub seconds: u32,
+    /// Kills of a process of each other trainer.
+    pub peer_kills: u32,
+    /// Of the random moments and victims.
+    pub seed: u64,
+    /// The page to write the table into.
+    pub page: Option<PathBuf>,
+    /// Where PyTorch and torchft for Python are.
+    pub python_path: Option<PathBuf>,
+    /// How this program was called.
+    pub command: String,
+}
+
+impl Options {
+    /// Reads `--name value` pairs.
+    pub fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
+        let mut options = Options {
+            kills: 100,
+            restarts: 20,
+            seconds: 60,
+            peer_kills: 5,
+            seed: 1,
+            page: None,
+            python_path: None,
+            command: String::new(),
+        };
+        while let Some(name) = arguments.next() {
+            let value = arguments.next().ok_or_else(|| format!("{name}: no value"))?;
+            options.set(&name, &value)?;
+        }
+        let Options { kills, restarts, seed, .. } = options;
+        options.command = format!("make bench-recovery KILLS={kills} RESTARTS={restarts} SEED={seed}");
+        Ok(options)
+    }
+
+    fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
+        let count = || value.parse().map_err(|_| format!("{name} {value}: no count"));
+        match name {
+            "--kills" => self.kills = count()?,
+            "--restarts" => self.restarts = count()?,
+            "--seconds" => self.seconds = count()?,
+            "--peer-kills" => self.peer_kills = count()?,
+            "--seed" => self.seed = count()?.into(),
+            "--page" => self.page = Some(value.into()),
+            "--python-path" => self.python_path = Some(value.into()),
+            _ => return Err(format!("{name}: no such option")),
+        }
+        Ok(())
+    }
+}
+
+/// Random numbers that a seed repeats: SplitMix64 of Steele, Lea and Flood (2014).
+pub struct Random(pub u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in [0, 1).
+    pub fn fraction(&mut self) -> f64 {
+        f64::from(u32::try_from(self.next() >> 32).unwrap_or_default()) / 4_294_967_296.0
+    }
+
+    /// One of them.
+    pub fn choose<'a, T>(&mut self, from: &'a [T]) -> &'a T {
+        let index = self.next() % from.len() as u64;
+        &from[usize::try_from(index).expect("an index")]
+    }
+
+    /// Sleeps between `least` and `most` seconds.
+    pub fn sleep(&mut self, least: f64, most: f64) {
+        let seconds = least + (most - least) * self.fraction();
+        std::thread::sleep(std::time::Duration::from_secs_f64(seconds));
+    }
+}
