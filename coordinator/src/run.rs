@@ -26,6 +26,8 @@ use crate::supervisor::{Supervisor, new_token};
 
 /// Messages that may wait for the shell.
 const INPUTS: usize = 4096;
+/// How long clients may take at the end to read what they were told.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Why a coordinator ended before its run did.
 #[derive(Debug, thiserror::Error)]
@@ -155,9 +157,11 @@ async fn supervise(
 ) -> Result<Ended, Failure> {
     let (inputs, receiver) = mpsc::channel(INPUTS);
     let (shutdown, stopping) = watch::channel(false);
-    let server = tokio::spawn(serve(listener, term, inputs, parts.store.clone(), admin_token, stopping));
+    let mut server = tokio::spawn(serve(listener, term, inputs, parts.store.clone(), admin_token, stopping));
     let ended = Shell::new(parts).run(receiver).await?;
     let _ = shutdown.send(true);
+    // What workers on other machines were told last is still on its way; one that missed it would wait out its lease.
+    let _ = tokio::time::timeout(FAREWELL, &mut server).await;
     server.abort();
     Ok(ended)
 }
