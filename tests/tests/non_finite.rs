@@ -67,6 +67,21 @@ fn more_than_100_skips_in_a_row_end_the_run_also_across_a_resume() {
     }
 }
 
+/// Each phase that is not finite takes all members back to the start once; then it may be skipped.
+#[test]
+fn rolling_back_comes_to_the_same_bits_as_skipping() {
+    let reference = exploding(&["job.steps=10"]);
+    let digest = reference.complete(1);
+    for workers in [1, 3] {
+        let run = exploding(&["job.steps=10", "job.non_finite=roll-back"]);
+        assert_eq!(run.complete(workers), digest, "{workers} workers");
+        let allowed = run.events().into_iter().filter(|event| event["kind"] == "skip_allowed");
+        let allowed: Vec<u64> = allowed.map(|event| event["position"].as_u64().unwrap()).collect();
+        assert_eq!(allowed, skipped(&reference));
+        run.assert_audited();
+    }
+}
+
 #[test]
 fn a_run_that_shall_stop_says_why_and_stops_there_again() {
     let probe = exploding(&["job.steps=20"]);
