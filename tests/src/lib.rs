@@ -303,7 +303,7 @@ impl Tail {
         Ok(new)
     }
 
-    /// What the newest line gives that gives something, of the newest [`RECENT`] lines.
+    /// What the newest line gives that gives something, among the most recent lines.
     pub fn newest<T>(&mut self, is: impl Fn(&Value) -> Option<T>) -> Option<T> {
         self.lines().iter().rev().take(RECENT).find_map(is)
     }
