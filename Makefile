@@ -10,13 +10,14 @@ DEMO_DIR ?= runs/demo
 WORKERS ?= 2
 MINUTES ?= 10
 SEEDS ?= 100000
+SHELL_SEEDS ?= 1000
 SESSIONS ?= 100 500 1000 2000
 TOOLS := .tools
 KILLS ?= 100
 RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo bench-load bench-recovery test simulate chaos check fmt lint docs licences proto-lint clean
+.PHONY: help setup build demo bench-load bench-recovery test simulate simulate-shell chaos check fmt lint docs licences proto-lint clean
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +81,9 @@ chaos: build ## Disturb real runs at random, for MINUTES=10, and demand the same
 
 simulate: ## Simulate the group protocol with faults (SEEDS=n, or SEED=x to see one again). Needs no set-up.
 	SEEDS=$(SEEDS) $(CARGO) test --release --locked -p ganglion-membership --test simulation every_seed -- --nocapture
+
+simulate-shell: setup ## Simulate coordinator and sessions, with gRPC and journal (SHELL_SEEDS=n, or SEED=x).
+	SEEDS=$(SHELL_SEEDS) $(CARGO) test --release --locked -p ganglion-worker --test simulation every_seed -- --nocapture
 
 # What reads our files in Python, for the test that they can be read.
 $(TOOLS)/python:

@@ -9,7 +9,8 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use ganglion_membership::{Checkpoint, StoredFile};
-use ganglion_proto::{failpoint, manifest};
+use ganglion_proto::message::MetricsRow;
+use ganglion_proto::{failpoint, manifest, rows};
 
 use crate::run_dir::write_whole;
 
@@ -88,6 +89,23 @@ impl Checkpoints {
             }
         }
         Ok((None, damaged))
+    }
+
+    /// The rows that workers left which ended without a coordinator, up to a step.
+    pub fn left_rows(&self, last_step: u64) -> io::Result<Vec<MetricsRow>> {
+        let mut found = Vec::new();
+        for folder in self.folders()? {
+            for entry in fs::read_dir(self.folder.join(folder))? {
+                let entry = entry?;
+                if rows::is_file(&entry.file_name().to_string_lossy()) {
+                    // One that is torn is of a worker that died on the way; others may have left the same rows.
+                    found.extend(rows::decode(&fs::read(entry.path())?).unwrap_or_default());
+                }
+            }
+        }
+        found.retain(|row| row.step <= last_step);
+        found.sort_by_key(|row| row.step);
+        Ok(found)
     }
 
     /// The folders of checkpoints and of attempts at one, oldest first.

@@ -17,6 +17,8 @@ pub use history::{CheckpointRow, GenerationRow, History, TermRow};
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
+use crate::supervisor::Spawned;
+
 /// The tables. A newer layout gets a new `user_version`.
 const SCHEMA: &str = "
     PRAGMA journal_mode = WAL;
@@ -82,7 +84,7 @@ pub struct ChildRow {
     /// Its number on this machine.
     pub local_rank: u32,
     /// The process and the time of its start, by the system's clock; `None` if the coordinator died before it knew.
-    pub process: Option<(u32, u64)>,
+    pub process: Option<Spawned>,
     /// The newest worker that it said hello as.
     pub worker: Option<WorkerId>,
     /// Whether it was seen to end.
@@ -146,9 +148,9 @@ impl Journal {
     }
 
     /// Records which process it became.
-    pub fn spawned(&mut self, token: &str, pid: u32, started: u64) -> Result<(), JournalError> {
+    pub fn spawned(&mut self, token: &str, process: Spawned) -> Result<(), JournalError> {
         let row = "UPDATE children SET pid = ?2, started = ?3 WHERE token = ?1";
-        self.connection.execute(row, params![token, pid, started])?;
+        self.connection.execute(row, params![token, process.pid, process.started])?;
         Ok(())
     }
 
@@ -169,7 +171,7 @@ impl Journal {
             Ok(ChildRow {
                 token: row.get(0)?,
                 local_rank: row.get(1)?,
-                process: pid.zip(started),
+                process: pid.zip(started).map(|(pid, started)| Spawned { pid, started }),
                 ended: row.get(4)?,
                 worker: row.get::<_, Option<u64>>(5)?.map(WorkerId),
             })
@@ -361,7 +363,8 @@ mod tests {
         let file = folder.path().join("journal.sqlite");
         let mut journal = Journal::open(&file).unwrap();
         journal.spawning(Term(1), "t", 3).unwrap();
-        journal.spawned("t", 77, 5).unwrap();
+        let process = Spawned { pid: 77, started: 5 };
+        journal.spawned("t", process).unwrap();
         journal.spawning(Term(1), "u", 4).unwrap();
         let worker = journal.admit(Term(1), "h", 77, Some("t")).unwrap();
         let members = vec![Member { worker, shards: 0..8, writes_parts: true }];
@@ -377,7 +380,7 @@ mod tests {
         let mut journal = Journal::open(&file).unwrap();
         assert_eq!(journal.last_group().unwrap(), Some(group));
         let [t, u] = &journal.children().unwrap()[..] else { panic!() };
-        assert_eq!((t.process, t.worker, t.local_rank, t.ended), (Some((77, 5)), Some(worker), 3, false));
+        assert_eq!((t.process, t.worker, t.local_rank, t.ended), (Some(process), Some(worker), 3, false));
         assert_eq!((u.process, u.worker), (None, None));
         journal.ended("t").unwrap();
         assert!(journal.children().unwrap()[0].ended);

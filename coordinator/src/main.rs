@@ -1,18 +1,25 @@
 //! The `coordinator` program.
 #![forbid(unsafe_code)]
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
 use ganglion_coordinator::audit::audit;
 use ganglion_coordinator::cli::{Cli, Command};
+use ganglion_coordinator::host::System;
 use ganglion_coordinator::operate::{Question, operate};
-use ganglion_coordinator::run::{Failure, run};
+use ganglion_coordinator::report::progress::Screen;
+use ganglion_coordinator::run::{Failure, run, start_log};
 
 fn main() -> ExitCode {
     let mut cli = Cli::parse();
     match cli.command.take() {
-        None => conclude(block_on(run(cli))),
+        None => {
+            let screen = Screen::stderr(std::io::stderr().is_terminal());
+            start_log(&screen, cli.log_format);
+            conclude(block_on(run(cli, &System, screen)))
+        }
         Some(Command::Audit { run }) => match audit(&run) {
             Ok(report) => {
                 say(&mut std::io::stdout(), &report.to_string());

@@ -6,15 +6,17 @@ use std::path::PathBuf;
 
 use std::time::Duration;
 
-use ganglion_membership::{Checkpoint, Generation, Limits, Outcome, Recovered, Term};
+use ganglion_membership::{Checkpoint, Generation, Limits, Outcome, Recovered};
 use ganglion_proto::job::Job;
 use serde_json::json;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
+use tonic::transport::server::Connected;
 use tracing_subscriber::EnvFilter;
 
 use crate::checkpoints::Checkpoints;
 use crate::cli::{Cli, LogFormat};
+use crate::host::Host;
 use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal, JournalError};
 use crate::operate::{ACCESS_FILE, Access};
@@ -80,10 +82,8 @@ impl From<ShellError> for Failure {
     }
 }
 
-/// Runs a coordinator until its run ends. Returns the last line to print.
-pub async fn run(cli: Cli) -> Result<String, Failure> {
-    let screen = Screen::stderr(std::io::stderr().is_terminal());
-    start_log(&screen, cli.log_format);
+/// Runs a coordinator on a machine until its run ends. Returns the last line to print.
+pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, Failure> {
     let source = cli.config.clone().map_or(Source::Embedded, Source::File);
     let job = job_file::read(&source, &cli.overrides).map_err(|errors| Failure::Input(errors.to_string()))?;
     let local_workers = cli.local_workers(&job).map_err(Failure::Input)?;
@@ -105,7 +105,7 @@ pub async fn run(cli: Cli) -> Result<String, Failure> {
     recovered.job_changed = job_changed;
     let other = |error: std::io::Error| Failure::Other(error.to_string());
     let (exits, exited) = mpsc::unbounded_channel();
-    let mut supervisor = Supervisor::new(exits).map_err(other)?;
+    let mut supervisor = Supervisor::new(host.processes().map_err(other)?, exits);
     adopt(&mut journal, &mut supervisor, &mut recovered)?;
     if let Some(line) = finished(&journal, &job, recovered.checkpoint.as_ref(), &run_dir)? {
         // Workers of a coordinator that died before it could release them.
@@ -116,7 +116,7 @@ pub async fn run(cli: Cli) -> Result<String, Failure> {
         supervisor.check_program().map_err(other)?;
     }
     let term = journal.begin_term(job.metrics.every_steps)?;
-    let (listener, address) = listen(&cli, &mut journal).await?;
+    let (incoming, address) = listen(&cli, host, &mut journal).await?;
     let url = format!("http://{}", SocketAddr::new(reachable(address.ip()), address.port()));
     let access = Access { address: url.clone(), token: new_token().map_err(other)? };
     let text = serde_json::to_string(&access).map_err(|error| Failure::Other(error.to_string()))?;
@@ -144,21 +144,26 @@ pub async fn run(cli: Cli) -> Result<String, Failure> {
         supervisor,
         exited,
     };
-    let ended = supervise(parts, listener, term, access.token).await?;
+    let signals = host.signals().map_err(other)?;
+    let ended = supervise(parts, incoming, signals, access.token).await?;
     conclude(ended, &job, &run_dir, &storage)
 }
 
 /// Serves and runs the shell until the run ends.
-async fn supervise(
+async fn supervise<C>(
     parts: Parts,
-    listener: TcpListener,
-    term: Term,
+    incoming: mpsc::Receiver<C>,
+    signals: mpsc::UnboundedReceiver<StopSignal>,
     admin_token: String,
-) -> Result<Ended, Failure> {
+) -> Result<Ended, Failure>
+where
+    C: Connected + AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let (inputs, receiver) = mpsc::channel(INPUTS);
     let (shutdown, stopping) = watch::channel(false);
-    let mut server = tokio::spawn(serve(listener, term, inputs, parts.store.clone(), admin_token, stopping));
-    let ended = Shell::new(parts).run(receiver).await?;
+    let (term, store) = (parts.term, parts.store.clone());
+    let mut server = tokio::spawn(serve(incoming, term, inputs, store, admin_token, stopping));
+    let ended = Shell::new(parts).run(receiver, signals).await?;
     let _ = shutdown.send(true);
     // What workers on other machines were told last is still on its way; one that missed it would wait out its lease.
     let _ = tokio::time::timeout(FAREWELL, &mut server).await;
@@ -192,6 +197,11 @@ fn settle(
     Ok(())
 }
 
+/// The size of the data set, once a worker has loaded it.
+fn known_samples(journal: &Journal) -> Result<Option<u64>, Failure> {
+    Ok(journal.fact(Fact::Samples)?.and_then(|samples| samples.parse().ok()))
+}
+
 fn recover(
     journal: &mut Journal,
     checkpoints: &Checkpoints,
@@ -210,6 +220,9 @@ fn recover(
     }
     if let Some(checkpoint) = &checkpoint {
         settle(journal, checkpoints, records, checkpoint)?;
+        let left = checkpoints.left_rows(checkpoint.step);
+        let left = left.map_err(|error| Failure::Other(format!("checkpoints: {error}")))?;
+        records.take_left_rows(left, known_samples(journal)?);
     }
     let group = journal.last_group()?;
     let passport = if group.is_some() { journal.passport()? } else { None };
@@ -248,7 +261,7 @@ fn finished(
     checkpoint: Option<&Checkpoint>,
     run_dir: &RunDir,
 ) -> Result<Option<String>, Failure> {
-    let samples = journal.fact(Fact::Samples)?.and_then(|samples| samples.parse().ok());
+    let samples = known_samples(journal)?;
     let (Some(samples), Some(checkpoint)) = (samples, checkpoint) else { return Ok(None) };
     let last_step = job.last_step(samples);
     if checkpoint.step < last_step {
@@ -263,23 +276,25 @@ fn finished(
     )))
 }
 
-async fn listen(cli: &Cli, journal: &mut Journal) -> Result<(TcpListener, SocketAddr), Failure> {
+async fn listen<H: Host>(
+    cli: &Cli,
+    host: &H,
+    journal: &mut Journal,
+) -> Result<(mpsc::Receiver<H::Connection>, SocketAddr), Failure> {
     let last_port = journal.fact(Fact::Port)?.and_then(|port| port.parse().ok());
     let wanted = cli.listen_address(last_port).map_err(Failure::Input)?;
-    let listener = match TcpListener::bind(wanted).await {
-        Ok(listener) => Ok(listener),
+    let listening = match host.listen(wanted).await {
         Err(error) if cli.listen.is_none() && last_port.is_some() => {
             tracing::warn!("port {} of the last time: {error}; taking another", wanted.port());
-            TcpListener::bind(SocketAddr::new(wanted.ip(), 0)).await
+            host.listen(SocketAddr::new(wanted.ip(), 0)).await
         }
-        Err(error) => Err(error),
+        listening => listening,
     };
-    let listener = listener.map_err(|error| {
+    let (incoming, address) = listening.map_err(|error| {
         Failure::Input(format!("--listen {wanted}: {error}; choose another port, or 0 for any that is free"))
     })?;
-    let address = listener.local_addr().map_err(|error| Failure::Other(error.to_string()))?;
     journal.set_fact(Fact::Port, &address.port().to_string())?;
-    Ok((listener, address))
+    Ok((incoming, address))
 }
 
 /// The address by which others reach a listener: this machine's own, where that listens on all.
@@ -317,7 +332,8 @@ fn conclude(ended: Ended, job: &Job, run_dir: &RunDir, storage: &str) -> Result<
     }
 }
 
-fn start_log(screen: &Screen, format: LogFormat) {
+/// Starts this process's log, on a screen.
+pub fn start_log(screen: &Screen, format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     let screen = screen.clone();
     let log = tracing_subscriber::fmt()

@@ -12,7 +12,7 @@ mod sessions;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ganglion_membership::{
     Action, Checkpoint, Event, Limits, Machine, Outcome, Recovered, Settings, Term, Time, WorkerId,
@@ -21,8 +21,8 @@ use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::ToWorker;
 use serde_json::json;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::checkpoints::Checkpoints;
 use crate::journal::{Journal, JournalError};
@@ -164,24 +164,25 @@ impl Shell {
         }
     }
 
-    /// Runs until the machine has ended the run, then sees the local workers off.
-    pub async fn run(mut self, mut inputs: mpsc::Receiver<Input>) -> Result<Ended, ShellError> {
+    /// Runs until the machine has ended the run, then sees the local workers off. The user's signals come by `signals`.
+    pub async fn run(
+        mut self,
+        mut inputs: mpsc::Receiver<Input>,
+        mut signals: mpsc::UnboundedReceiver<StopSignal>,
+    ) -> Result<Ended, ShellError> {
         self.handle(Event::Started)?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
         let mut chores = tokio::time::interval(CHORES);
         while self.outcome.is_none() {
             let deadline = self.machine.deadline().map(|time| self.started + time);
             let sleep = deadline.unwrap_or_else(|| Instant::now() + CHORES);
             tokio::select! {
                 biased;
-                () = received(&mut interrupt) => self.stop(StopSignal::Interrupt)?,
-                () = received(&mut terminate) => self.stop(StopSignal::Terminate)?,
+                Some(signal) = signals.recv() => self.stop(signal)?,
                 // Before the messages: a flood of those must not keep rows from being acknowledged.
                 _ = chores.tick() => self.do_chores()?,
                 Some(input) = inputs.recv() => self.take(input)?,
                 Some(exit) = self.exited.recv() => self.reaped(exit)?,
-                () = tokio::time::sleep_until(sleep.into()) => self.handle(Event::Tick)?,
+                () = tokio::time::sleep_until(sleep) => self.handle(Event::Tick)?,
             }
         }
         self.see_off().await;
@@ -196,7 +197,7 @@ impl Shell {
         let spawned = self.supervisor.spawn(&self.url, token.clone(), local_rank)?;
         // Numbered by local rank: a process runs, and the journal has its token and not its number.
         failpoint::reached("spawn", local_rank.into());
-        self.journal.spawned(&token, spawned.pid, spawned.started)?;
+        self.journal.spawned(&token, spawned)?;
         self.records.event("worker_started", json!({ "pid": spawned.pid, "local_rank": local_rank }));
         Ok(())
     }
@@ -290,7 +291,7 @@ impl Shell {
         if matches!(self.outcome, Some(Outcome::Failed(_))) {
             self.supervisor.kill_all();
         }
-        let mut deadline = tokio::time::Instant::now() + EXIT_LIMIT;
+        let mut deadline = Instant::now() + EXIT_LIMIT;
         while !self.supervisor.is_empty() {
             match tokio::time::timeout_at(deadline, self.exited.recv()).await {
                 Ok(Some(exit)) => {
@@ -304,11 +305,5 @@ impl Shell {
                 }
             }
         }
-    }
-}
-
-async fn received(signal: &mut Signal) {
-    if signal.recv().await.is_none() {
-        std::future::pending::<()>().await;
     }
 }

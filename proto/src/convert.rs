@@ -253,7 +253,7 @@ fn activity_from_wire(activity: wire::Activity) -> Result<Activity, Malformed> {
     })
 }
 
-fn row_to_wire(row: MetricsRow) -> wire::MetricsRow {
+pub(crate) fn row_to_wire(row: MetricsRow) -> wire::MetricsRow {
     wire::MetricsRow {
         step: row.step,
         time: row.time,
@@ -268,7 +268,7 @@ fn row_to_wire(row: MetricsRow) -> wire::MetricsRow {
     }
 }
 
-fn row_from_wire(row: wire::MetricsRow) -> MetricsRow {
+pub(crate) fn row_from_wire(row: wire::MetricsRow) -> MetricsRow {
     MetricsRow {
         step: row.step,
         time: row.time,

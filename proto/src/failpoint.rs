@@ -1,8 +1,9 @@
-//! Points at which a test can have a process die.
+//! Points at which a test can have a process die, or one of its threads stand still.
 //!
 //! With `GANGLION_FAILPOINT=POINT@NUMBER:FILE` in its environment, the first process of a run that comes to the point with
 //! that number (a position, a generation or a step; each point says which) creates the file and kills itself. The others
-//! find the file and go on. Without the variable a point costs one comparison.
+//! find the file and go on. With `hang:` before all that, only the thread that comes there stops, for ever. Without the
+//! variable a point costs one comparison.
 
 use std::fs::OpenOptions;
 use std::sync::OnceLock;
@@ -10,8 +11,9 @@ use std::sync::OnceLock;
 /// The environment variable.
 pub const VARIABLE: &str = "GANGLION_FAILPOINT";
 
-/// What to die of.
+/// What to die of, or to hang at.
 struct Wanted {
+    hang: bool,
     point: String,
     number: u64,
     file: String,
@@ -23,6 +25,9 @@ pub fn reached(point: &str, number: u64) {
     let Some(wanted) = WANTED.get_or_init(|| parse(&std::env::var(VARIABLE).ok()?)) else { return };
     if wanted.number == number && wanted.point == point {
         let first = OpenOptions::new().write(true).create_new(true).open(&wanted.file).is_ok();
+        while first && wanted.hang {
+            std::thread::park();
+        }
         if first {
             // As `kill -9` does: nothing is flushed, nobody is told.
             let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
@@ -31,9 +36,10 @@ pub fn reached(point: &str, number: u64) {
 }
 
 fn parse(text: &str) -> Option<Wanted> {
+    let (hang, text) = text.strip_prefix("hang:").map_or((false, text), |rest| (true, rest));
     let (at, file) = text.split_once(':')?;
     let (point, number) = at.split_once('@')?;
-    Some(Wanted { point: point.to_string(), number: number.parse().ok()?, file: file.to_string() })
+    Some(Wanted { hang, point: point.to_string(), number: number.parse().ok()?, file: file.to_string() })
 }
 
 #[cfg(test)]
@@ -44,6 +50,7 @@ mod tests {
     fn a_point_is_named_with_its_number_and_file() {
         let wanted = parse("commit@12:/tmp/a:b").unwrap();
         assert_eq!((wanted.point.as_str(), wanted.number, wanted.file.as_str()), ("commit", 12, "/tmp/a:b"));
+        assert!(!wanted.hang && parse("hang:commit@12:/tmp/a").unwrap().hang);
         assert!(parse("commit").is_none() && parse("commit@x:/f").is_none());
     }
 }

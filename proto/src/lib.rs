@@ -10,6 +10,7 @@ pub mod failpoint;
 pub mod job;
 pub mod manifest;
 pub mod message;
+pub mod rows;
 pub mod stream;
 
 /// The generated messages, clients and servers.

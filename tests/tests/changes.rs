@@ -96,20 +96,31 @@ fn the_last_worker_saves_before_it_leaves_and_the_run_waits_for_another() {
 
 #[test]
 fn a_drained_worker_leaves_and_is_not_replaced() {
-    let reference = undisturbed_mlp();
+    for (settings, reference) in
+        [([SMALL_MLP, LONG], undisturbed_mlp()), ([SMALL_DCGAN, LONG_DCGAN], undisturbed_dcgan())]
+    {
+        let run = Run::new(&settings);
+        let coordinator = run.start(2);
+        run.wait_for_step(20);
+        let drained = run.ask(&["drain", "1"]);
+        assert_eq!(drained.code, Some(0), "{}", drained.output);
+        formed(&run, 1, 1);
+        assert_undisturbed(&run, coordinator, reference, "a run with a drained worker");
+        assert_eq!(run.events().iter().filter(|event| event["kind"] == "worker_started").count(), 2);
+    }
+}
+
+#[test]
+fn operators_see_the_workers_and_are_told_of_a_wrong_number() {
     let run = Run::new(&[SMALL_MLP, LONG]);
-    let coordinator = run.start(2);
+    let coordinator = run.start(1);
     run.wait_for_step(20);
     let status = run.ask(&["status"]);
     assert!(status.code == Some(0) && status.output.contains("worker"), "{}", status.output);
     let unknown = run.ask(&["drain", "77"]);
     assert_eq!(unknown.code, Some(2), "{}", unknown.output);
     assert!(unknown.output.contains("no worker 77"), "{}", unknown.output);
-    let drained = run.ask(&["drain", "1"]);
-    assert_eq!(drained.code, Some(0), "{}", drained.output);
-    formed(&run, 1, 1);
-    assert_undisturbed(&run, coordinator, reference, "a run with a drained worker");
-    assert_eq!(run.events().iter().filter(|event| event["kind"] == "worker_started").count(), 2);
+    assert_undisturbed(&run, coordinator, undisturbed_mlp(), "a run whose status was asked");
 }
 
 #[test]

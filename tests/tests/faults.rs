@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use ganglion_tests::{Process, Reference, Run, SMALL_DCGAN, SMALL_MLP, eventually, is_running, send};
 use nix::sys::signal::Signal;
+use rustix::process::{Pid, Resource, Rlimit};
 
 /// Long enough that faults fall into its middle.
 const LONG: &[&str] =
@@ -84,12 +86,49 @@ fn killed_workers_change_nothing_and_are_replaced() {
 
 #[test]
 fn a_hung_worker_is_killed_and_replaced() {
-    let reference = undisturbed_mlp();
-    for workers in [1, 2] {
-        let run = with_ranks_hit(&[SMALL_MLP, LONG], 1500, workers, &[workers as usize - 1], Signal::SIGSTOP);
-        reference.equals("a run with a hung worker", &run.digest());
-        run.wait_for("worker_dropped", |_| true);
+    let dcgan = Reference::of(&[SMALL_DCGAN, LONG_DCGAN]);
+    let mlp = ([SMALL_MLP, LONG], 1500, undisturbed_mlp());
+    for (settings, steps, reference) in [mlp, ([SMALL_DCGAN, LONG_DCGAN], 250, &dcgan)] {
+        for workers in [1, 2] {
+            let run = with_ranks_hit(&settings, steps, workers, &[workers as usize - 1], Signal::SIGSTOP);
+            reference.equals("a run with a hung worker", &run.digest());
+            run.wait_for("worker_dropped", |_| true);
+        }
     }
+}
+
+#[test]
+fn a_slow_worker_slows_the_others_and_is_not_lost() {
+    let run = Run::new(&[SMALL_MLP, LONG]);
+    let coordinator = run.start(3);
+    run.wait_for("checkpoint", |_| true);
+    let slow = run.pids(1)[1];
+    for _ in 0..30 {
+        send(slow, Signal::SIGSTOP);
+        std::thread::sleep(Duration::from_millis(90));
+        send(slow, Signal::SIGCONT);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_complete(coordinator);
+    undisturbed_mlp().equals("a run with a slow worker", &run.digest());
+    assert_nothing_lost(&run, 1500);
+    assert_eq!(world_sizes(&run), [3], "nobody was lost");
+}
+
+#[test]
+fn a_worker_that_runs_out_of_memory_is_replaced() {
+    let run = Run::new(&[SMALL_MLP, LONG]);
+    let coordinator = run.start(2);
+    run.wait_for("checkpoint", |_| true);
+    let poor = run.pids(1)[0];
+    // From now on it gets no more memory, and the next change of its group needs some.
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    rustix::process::prlimit(Pid::from_raw(poor), Resource::As, none).unwrap();
+    send(run.pids(1)[1], Signal::SIGKILL);
+    run.wait_for("worker_exited", |event| event["pid"] == poor);
+    assert_complete(coordinator);
+    undisturbed_mlp().equals("a run with a worker without memory", &run.digest());
+    assert_nothing_lost(&run, 1500);
 }
 
 #[test]
@@ -161,6 +200,8 @@ fn without_a_coordinator_workers_save_what_they_hold_and_the_next_one_adopts_it(
     assert!(first["start"].as_str().unwrap().starts_with(&format!("step-{newest:08}")), "{first}");
     let whole = Run::new(&[SMALL_MLP, LONG, &[&format!("job.steps={}", newest + 20)]]);
     assert_eq!(run.digest(), whole.complete(1));
+    // Those that nobody recorded lay beside the checkpoint.
+    assert_nothing_lost(&run, newest + 20);
 }
 
 #[test]

@@ -53,6 +53,15 @@ fn a_worker_may_die_at_any_instant_of_a_phase() {
 }
 
 #[test]
+fn a_worker_whose_training_stands_still_is_replaced() {
+    let point = "hang:reduce@401";
+    let (run, coordinator) = with_failpoint(&[SMALL_MLP, MLP], 3, point);
+    assert_same(&run, coordinator, undisturbed_mlp(), point);
+    // Its session went on: it was not silent.
+    run.wait_for("worker_lost", |event| event["reason"] == "it made no progress for too long");
+}
+
+#[test]
 fn a_worker_of_networks_with_batch_norm_may_die_at_any_instant_of_a_phase() {
     let reference = Reference::of(&[SMALL_DCGAN, DCGAN]);
     for point in ["reduce@101", "commit@102", "checkpoint@50"] {

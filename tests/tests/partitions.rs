@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ganglion_tests::{Process, Run, SMALL_MLP, program};
+use ganglion_tests::{Process, Run, SMALL_DCGAN, SMALL_MLP, program};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -88,11 +88,11 @@ impl Network {
         command
     }
 
-    fn coordinator(&self, run: &Run) -> Process {
+    fn coordinator(&self, run: &Run, settings: &[&[&str]]) -> Process {
         let mut command = self.command(0, &program("coordinator"));
         command.arg("--run-dir").arg(run.path("")).args(["--workers", "0", "--insecure"]);
         command.args(["--listen", &format!("{}:{PORT}", Network::address(0))]);
-        for setting in [SMALL_MLP, LONG].concat() {
+        for setting in settings.concat() {
             command.args(["--set", setting]);
         }
         Process::start(command)
@@ -137,6 +137,7 @@ impl Drop for Network {
 
 /// A group on machines of their own.
 struct Cluster {
+    settings: [&'static [&'static str]; 2],
     run: Run,
     coordinator: Process,
     workers: Vec<Process>,
@@ -147,10 +148,15 @@ struct Cluster {
 impl Cluster {
     /// So many workers that train; `None` where there is no right to make machines.
     fn of(workers: usize) -> Option<Cluster> {
+        Cluster::with(workers, [SMALL_MLP, LONG])
+    }
+
+    /// The same for a job of these settings.
+    fn with(workers: usize, settings: [&'static [&'static str]; 2]) -> Option<Cluster> {
         let alone = alone();
         let network = Network::of(workers + 1)?;
-        let run = Run::new(&[SMALL_MLP, LONG]);
-        let coordinator = network.coordinator(&run);
+        let run = Run::new(&settings);
+        let coordinator = network.coordinator(&run, &settings);
         run.wait_for("coordinator_started", |_| true);
         let mut joined = Vec::new();
         for machine in 1..=workers {
@@ -161,7 +167,7 @@ impl Cluster {
         run.wait_for("generation_formed", |event| event["world_size"] == workers as u64);
         let step = run.wait_for_step(1);
         run.wait_for_step(step + 20);
-        Some(Cluster { run, coordinator, workers: joined, network, _alone: alone })
+        Some(Cluster { settings, run, coordinator, workers: joined, network, _alone: alone })
     }
 
     /// Waits for a generation above `above` with exactly these workers; returns its number.
@@ -207,7 +213,8 @@ impl Cluster {
         let mut steps: Vec<u64> = self.run.rows().iter().filter_map(|row| row["step"].as_u64()).collect();
         steps.sort_unstable();
         assert_eq!(steps, (1..=last).collect::<Vec<u64>>(), "a row for each step");
-        let whole = Run::new(&[SMALL_MLP, LONG, &[&format!("job.steps={last}")]]);
+        let [networks, job] = self.settings;
+        let whole = Run::new(&[networks, job, &[&format!("job.steps={last}")]]);
         assert_eq!(self.run.digest(), whole.complete(1), "another result than undisturbed");
     }
 }
@@ -238,13 +245,15 @@ fn of_two_workers_that_do_not_reach_each_other_the_newer_is_left_out_until_they_
 
 #[test]
 fn a_worker_that_is_cut_from_all_is_left_out_until_it_is_back() {
-    let Some(cluster) = Cluster::of(3) else { return };
-    let before = cluster.generation();
-    cluster.network.unplug(2, true);
-    let without = cluster.formed(before, &[1, 3]);
-    cluster.network.unplug(2, false);
-    cluster.sized(without, 3);
-    cluster.assert_same_result();
+    for networks in [SMALL_MLP, SMALL_DCGAN] {
+        let Some(cluster) = Cluster::with(3, [networks, LONG]) else { return };
+        let before = cluster.generation();
+        cluster.network.unplug(2, true);
+        let without = cluster.formed(before, &[1, 3]);
+        cluster.network.unplug(2, false);
+        cluster.sized(without, 3);
+        cluster.assert_same_result();
+    }
 }
 
 #[test]

@@ -7,9 +7,10 @@
 
 use std::collections::BTreeMap;
 
-use ganglion_membership::{Checkpoint, Position, StoredFile, WrittenPart};
+use ganglion_membership::{Checkpoint, Position, StoredFile, WorkerId, WrittenPart};
 use ganglion_proto::job::Job;
-use ganglion_proto::manifest;
+use ganglion_proto::message::MetricsRow;
+use ganglion_proto::{manifest, rows};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -243,6 +244,19 @@ impl Files<'_> {
             Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => Ok(checkpoint.folder()),
             Err(source) => Err(CheckpointError::Storage { file: path.to_string(), source }),
         }
+    }
+
+    /// Leaves the rows that no coordinator has recorded in the folder of a checkpoint that a worker writes alone.
+    pub async fn write_rows(
+        &self,
+        snapshot: &Snapshot,
+        worker: WorkerId,
+        rows: &[MetricsRow],
+    ) -> Result<(), CheckpointError> {
+        let folder = Checkpoint::folder_of(snapshot.step, snapshot.phase);
+        let path = Path::from(folder).join(rows::file_of(worker.0));
+        let written = self.storage.put(&path, PutPayload::from(rows::encode(rows))).await;
+        written.map(drop).map_err(|source| CheckpointError::Storage { file: path.to_string(), source })
     }
 
     async fn put(&self, folder: &str, file: &StoredFile, content: Vec<u8>) -> Result<(), CheckpointError> {

@@ -30,7 +30,8 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
-pub use client::ConnectError;
+pub use client::{Connect, ConnectError, Connecting, Host};
+pub use lease::Clock;
 use lease::Lease;
 pub use probe::unreachable;
 use store::GrpcStore;
@@ -100,6 +101,15 @@ impl Session {
         client::open(url, spawn_token)
     }
 
+    /// The same on a given machine, as a task of the runtime that this is called on.
+    pub async fn open_on(
+        host: Host,
+        url: &str,
+        spawn_token: Option<String>,
+    ) -> Result<Session, ConnectError> {
+        client::begin(url, spawn_token, host).await
+    }
+
     /// What the coordinator said when it took this worker in the last time.
     pub fn welcome(&self) -> Welcome {
         self.shared.lock().welcome.clone()
@@ -126,16 +136,19 @@ impl Session {
         self.send(FromWorker::Loaded(facts));
     }
 
+    /// The next generation, or the end, if it is there.
+    pub fn try_next_assignment(&self) -> Option<Result<Assignment, End>> {
+        self.set_activity(Activity::Resting);
+        self.shared.lock().next()
+    }
+
     /// Waits at rest for the next generation, or the end.
     pub fn next_assignment(&self) -> Result<Assignment, End> {
         self.set_activity(Activity::Resting);
         let mut inbox = self.shared.lock();
         loop {
-            if let Some(end) = &inbox.end {
-                return Err(end.clone());
-            }
-            if let Some(assignment) = inbox.assignment.take() {
-                return Ok(assignment);
+            if let Some(next) = inbox.next() {
+                return next;
             }
             // The session's thread watches the lease, so this wait ends with that at the latest.
             let waited = self.shared.changed.wait_timeout(inbox, Duration::from_secs(1));
@@ -262,6 +275,19 @@ impl Session {
         self.shared.lock().rows.push_back(row);
     }
 
+    /// The same for the row of a step that others have reported, if this worker does not keep it already.
+    pub fn report_unless_kept(&self, rank: Rank, row: MetricsRow) {
+        let is_kept = self.shared.lock().rows.iter().any(|kept| kept.step == row.step);
+        if !is_kept {
+            self.report(rank, row);
+        }
+    }
+
+    /// The rows that no coordinator has recorded, as far as this worker heard.
+    pub fn kept_rows(&self) -> Vec<MetricsRow> {
+        self.shared.lock().rows.iter().cloned().collect()
+    }
+
     /// Sends all kept rows again, but for those of steps after `step`, which are computed again. After a change of the
     /// group nobody knows which of them arrived, and who has them all.
     pub fn report_kept(&self, rank: Rank, step: u64) {
@@ -280,6 +306,10 @@ impl Session {
 }
 
 impl Inbox {
+    fn next(&mut self) -> Option<Result<Assignment, End>> {
+        self.end.clone().map(Err).or_else(|| self.assignment.take().map(Ok))
+    }
+
     /// What is held, and what is still to be reported of it, must not be used.
     fn condemn(&mut self) {
         self.void = true;
@@ -373,15 +403,16 @@ impl Shared {
         if !inbox.introduce {
             again.extend(inbox.facts.clone().map(FromWorker::Loaded));
         }
-        again.extend(inbox.parts.iter().cloned().map(FromWorker::PartWritten));
         if let Some(detail) = inbox.differs.clone() {
             let generation = inbox.assigned.0;
             again.push(FromWorker::Fault(generation, Fault::Diverged(detail)));
             again.extend(inbox.rest.map(|rest| FromWorker::Ready(generation, rest.position)));
         }
+        // Rows go before files: with the last file of the last checkpoint the run may end.
         if inbox.reports_rows {
             again.extend(inbox.rows.iter().cloned().map(FromWorker::Metrics));
         }
+        again.extend(inbox.parts.iter().cloned().map(FromWorker::PartWritten));
         again
     }
 

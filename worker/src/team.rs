@@ -33,6 +33,21 @@ pub struct Carried {
     /// The mean losses of the last discriminator and generator phases, for the row of a step that a change of the group
     /// cut in two.
     pub losses: [f32; 2],
+    /// How the newest step with a row came about, for a member that was healed past its end: it may have to report it.
+    pub newest: Circumstances,
+}
+
+/// How a step with a row came about.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Circumstances {
+    /// The generation that committed it; 0 if nobody knows.
+    pub generation: u64,
+    /// Its size.
+    pub world_size: u32,
+    /// Real images consumed a second since the row before.
+    pub images_per_second: f32,
+    /// When it was committed, in seconds since the Unix epoch.
+    pub time: f64,
 }
 
 /// A group of workers that reduce together.
@@ -327,6 +342,11 @@ impl Carried {
             bytes.extend(word.to_le_bytes());
         }
         self.losses.iter().for_each(|loss| bytes.extend(loss.to_le_bytes()));
+        let Circumstances { generation, world_size, images_per_second, time } = self.newest;
+        bytes.extend(generation.to_le_bytes());
+        bytes.extend(world_size.to_le_bytes());
+        bytes.extend(images_per_second.to_le_bytes());
+        bytes.extend(time.to_le_bytes());
         bytes.resize(4 * ALIGNMENT, 0);
         Tensor::from_slice(&bytes).view_dtype(Kind::Float)
     }
@@ -334,8 +354,15 @@ impl Carried {
     fn from_tensor(tensor: &Tensor) -> (Counters, Carried, u64) {
         let bytes = Vec::<u8>::try_from(tensor.view_dtype(Kind::Uint8)).expect("bytes on the CPU");
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
-        let loss = |at: usize| f32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+        let half = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+        let float = |at: usize| f32::from_bits(half(at));
         let counters = Counters { position: Position(word(0)), ledger: word(8), skipped: word(16) };
-        (counters, Carried { losses: [loss(32), loss(36)] }, word(24))
+        let newest = Circumstances {
+            generation: word(40),
+            world_size: half(48),
+            images_per_second: float(52),
+            time: f64::from_bits(word(56)),
+        };
+        (counters, Carried { losses: [float(32), float(36)], newest }, word(24))
     }
 }

@@ -20,7 +20,7 @@ use crate::nn::Models;
 use crate::phase::{LeafLayout, Leaves, Phase, phases};
 use crate::session::{Session, unreachable};
 use crate::state::{Counters, Module, State, StateLayout};
-use crate::team::{Carried, Team, TeamError};
+use crate::team::{Carried, Circumstances, Team, TeamError};
 
 /// Batches that are read ahead.
 const READ_AHEAD: usize = 4;
@@ -73,6 +73,22 @@ struct Pace {
     images: u64,
 }
 
+impl Pace {
+    /// How the step that was just committed came about.
+    fn circumstances(&self, assignment: &Assignment) -> Circumstances {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let seconds = self.since.elapsed().as_secs_f64().max(1e-9);
+        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // a rate for people
+        let images_per_second = (self.images as f64 / seconds) as f32;
+        Circumstances {
+            generation: assignment.group.generation.0,
+            world_size: u32::try_from(assignment.group.members.len()).unwrap_or(u32::MAX),
+            images_per_second,
+            time: now.as_secs_f64(),
+        }
+    }
+}
+
 impl Trainer {
     /// Takes part in one generation until it ends.
     pub fn take_part(&mut self, assignment: &Assignment) -> Rest {
@@ -105,8 +121,8 @@ impl Trainer {
         self.held.as_ref().map(|(state, _)| state.counters.position)
     }
 
-    /// Saves the state that this worker holds on its own, for a coordinator to come: all files, then the manifest, each
-    /// only if it is not there. Returns the checkpoint's folder, or `None` if there is nothing that it could save.
+    /// Saves the state that this worker holds on its own, for a coordinator to come: the rows that none has recorded, all
+    /// files, then the manifest, each only if it is not there. Returns the checkpoint's folder, or `None` if there is nothing that it could save.
     pub fn save_alone(&self) -> Result<Option<String>, CheckpointError> {
         let usable = self.sees_storage && !self.session.is_void();
         let Some((state, _)) = self.held.as_ref().filter(|_| usable) else { return Ok(None) };
@@ -117,7 +133,11 @@ impl Trainer {
             Files { storage: &*self.storage, job: &self.job, models: &self.models, layout: &self.layout };
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         let runtime = runtime.expect("a runtime without drivers needs nothing of the system");
-        runtime.block_on(files.write_whole(&self.snapshot(state))).map(Some)
+        runtime.block_on(async {
+            let rows = self.session.kept_rows();
+            files.write_rows(&self.snapshot(state), self.session.welcome().worker, &rows).await?;
+            files.write_whole(&self.snapshot(state)).await.map(Some)
+        })
     }
 
     fn train(&mut self, assignment: &Assignment) -> Result<Rest, TeamError> {
@@ -170,7 +190,7 @@ impl Trainer {
         state: &mut State,
         carried: &mut Carried,
     ) -> Result<Rest, TeamError> {
-        self.catch_up(assignment, state);
+        self.catch_up(assignment, state, carried);
         let phases = phases(&self.job);
         let last_step = self.job.last_step(self.data.len() as u64);
         let mut batches = self.read_ahead(team, state.counters, last_step);
@@ -199,13 +219,17 @@ impl Trainer {
 
     /// Makes up for reports that a change of the group cut short: a member that was healed past the end of a step did
     /// not report it, and one that was lost did not save its share of a checkpoint.
-    fn catch_up(&self, assignment: &Assignment, state: &State) {
+    fn catch_up(&self, assignment: &Assignment, state: &State, carried: &Carried) {
         let steps_done = state.counters.position.0 / self.job.phases_per_step();
         self.session.report_kept(Rank(assignment.rank), steps_done);
         let samples = self.data.len() as u64;
         let (step, phase) = place(state.counters, &phases(&self.job));
         let at_the_end_of_a_step = phase == 0 && (1..self.job.last_step(samples)).contains(&step);
         if at_the_end_of_a_step && matches!(assignment.group.start, Start::Healed(_)) {
+            if self.job.metrics_due(step, samples) && carried.newest.generation > 0 {
+                // Whoever healed this member has reported it, and may be gone before anybody recorded it.
+                self.session.report_unless_kept(Rank(assignment.rank), self.row(state, carried));
+            }
             let checkpoint = self.job.checkpoint_due(step, samples);
             self.save(assignment, state, checkpoint, self.job.sample_due(step, samples));
         }
@@ -316,7 +340,7 @@ impl Trainer {
         &self,
         assignment: &Assignment,
         state: &State,
-        carried: &Carried,
+        carried: &mut Carried,
         pace: &mut Pace,
         stopping: bool,
     ) {
@@ -324,7 +348,8 @@ impl Trainer {
         let step = state.counters.position.0 / self.job.phases_per_step();
         pace.images += self.job.samples_per_step();
         if self.job.metrics_due(step, samples) || stopping {
-            self.session.report(Rank(assignment.rank), self.row(assignment, state, carried, pace));
+            carried.newest = pace.circumstances(assignment);
+            self.session.report(Rank(assignment.rank), self.row(state, carried));
             *pace = Pace { since: Instant::now(), images: 0 };
         }
         // The last state, of the job or before a stop, is saved by `finish`.
@@ -335,20 +360,18 @@ impl Trainer {
         }
     }
 
-    fn row(&self, assignment: &Assignment, state: &State, carried: &Carried, pace: &Pace) -> MetricsRow {
+    /// The row of the step that a state is the end of.
+    fn row(&self, state: &State, carried: &Carried) -> MetricsRow {
         let step = state.counters.position.0 / self.job.phases_per_step();
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let seconds = pace.since.elapsed().as_secs_f64().max(1e-9);
-        #[allow(clippy::cast_precision_loss)] // images between two rows are far below 2^53
-        let images_per_second = pace.images as f64 / seconds;
+        let Circumstances { generation, world_size, images_per_second, time } = carried.newest;
         MetricsRow {
             step,
-            time: now.as_secs_f64(),
-            generation: assignment.group.generation.0,
-            world_size: u32::try_from(assignment.group.members.len()).unwrap_or(u32::MAX),
+            time,
+            generation,
+            world_size,
             loss_discriminator: f64::from(carried.losses[0]),
             loss_generator: f64::from(carried.losses[1]),
-            images_per_second,
+            images_per_second: f64::from(images_per_second),
             images_seen: step * self.job.samples_per_step(),
             ledger: state.counters.ledger,
             skipped: state.counters.skipped,

@@ -25,13 +25,19 @@ const PACE_WEIGHT: f64 = 0.1;
 pub struct Screen {
     bars: MultiProgress,
     is_terminal: bool,
+    is_silent: bool,
 }
 
 impl Screen {
     /// Standard error, with a bar only if it is a terminal.
     pub fn stderr(is_terminal: bool) -> Self {
         let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        Screen { bars: MultiProgress::with_draw_target(target), is_terminal }
+        Screen { bars: MultiProgress::with_draw_target(target), is_terminal, is_silent: false }
+    }
+
+    /// A screen that shows nothing.
+    pub fn silent() -> Self {
+        Screen { is_silent: true, ..Screen::stderr(false) }
     }
 
     /// Runs something that writes to the terminal, with the bar out of its way.
@@ -41,7 +47,9 @@ impl Screen {
 
     /// Prints a line above the bar. Nobody can be told if standard error is closed, and training does not depend on it.
     pub fn print(&self, line: &str) {
-        self.suspend(|| writeln!(io::stderr().lock(), "{line}")).ok();
+        if !self.is_silent {
+            self.suspend(|| writeln!(io::stderr().lock(), "{line}")).ok();
+        }
     }
 }
 

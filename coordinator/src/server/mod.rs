@@ -4,7 +4,7 @@
 //! 2. A client that does not read what it is sent loses its session when its queue is full.
 //! 3. A connection on which nobody speaks HTTP/2 soon is closed, so that none is held for nothing.
 
-mod door;
+pub mod door;
 mod store;
 
 use std::pin::Pin;
@@ -21,11 +21,12 @@ use ganglion_proto::wire::{
     SessionRequest, SessionResponse,
 };
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::Server;
+use tonic::transport::server::Connected;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 pub use store::Store;
@@ -73,18 +74,21 @@ pub enum AdminInput {
     Scale(u32, oneshot::Sender<Result<(), String>>),
 }
 
-/// Serves until `shutdown` changes.
-pub async fn serve(
-    listener: TcpListener,
+/// Serves clients whose connections come by `incoming` until `shutdown` changes.
+pub async fn serve<C>(
+    incoming: mpsc::Receiver<C>,
     term: Term,
     inputs: mpsc::Sender<Input>,
     store: Store,
     admin_token: String,
     mut shutdown: watch::Receiver<bool>,
-) -> Result<(), tonic::transport::Error> {
+) -> Result<(), tonic::transport::Error>
+where
+    C: Connected + AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let sessions = Sessions { term, inputs: inputs.clone(), opened: AtomicU64::new(0) };
     let sessions = SessionServiceServer::new(sessions).max_decoding_message_size(MESSAGE_LIMIT);
-    let incoming = ReceiverStream::new(door::open(listener)).map(Ok::<_, std::io::Error>);
+    let incoming = ReceiverStream::new(incoming).map(Ok::<_, std::io::Error>);
     Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))

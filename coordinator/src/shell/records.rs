@@ -120,6 +120,12 @@ impl Records {
         self.write_rows();
     }
 
+    /// Takes the rows that workers left on the storage. Most may be recorded already.
+    pub fn take_left_rows(&mut self, rows: Vec<MetricsRow>, samples: Option<u64>) {
+        self.samples = samples.unwrap_or(1).max(1);
+        rows.into_iter().for_each(|row| self.take_row(row));
+    }
+
     /// Writes what waits; returns the newest recorded step if it was not returned before.
     pub fn catch_up(&mut self) -> Option<u64> {
         self.write_rows();

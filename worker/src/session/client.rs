@@ -2,21 +2,23 @@
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
-use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
 
 use ganglion_membership::{Limits, Term};
 use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Welcome};
 use ganglion_proto::wire::session_service_client::SessionServiceClient;
 use ganglion_proto::wire::{SessionRequest, SessionResponse};
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Streaming};
 
-use super::lease::{Lease, now};
+use super::lease::{Clock, Lease, boot_clock};
 use super::{End, Session, Shared, probe};
 
 /// How long to look for the coordinator at first.
@@ -56,9 +58,28 @@ pub enum ConnectError {
     Refused(String),
 }
 
+/// What a session needs of the machine that the worker runs on. There is one; a simulation has others.
+pub struct Host {
+    /// Its clock.
+    pub clock: Clock,
+    /// Connects to a coordinator.
+    pub connect: Connect,
+    /// What asks the worker to end.
+    pub asked_to_end: UnboundedReceiver<()>,
+    /// The address under which other machines find this one.
+    pub local_address: IpAddr,
+    /// Where this worker answers probes: HOST:PORT.
+    pub answers: String,
+}
+
+/// Connects to an endpoint.
+pub type Connect = Box<dyn Fn(Endpoint) -> Connecting + Send + Sync>;
+/// A connection that is being made.
+pub type Connecting = Pin<Box<dyn Future<Output = Result<Channel, tonic::transport::Error>> + Send>>;
+
 /// Opens a session; returns once the worker is welcome.
 pub fn open(url: &str, spawn_token: Option<String>) -> Result<Session, ConnectError> {
-    let (endpoint, address) = endpoint(url)?;
+    let (_, address) = endpoint(url)?;
     let system = |what: &str, error: std::io::Error| ConnectError::Refused(format!("{what}: {error}"));
     let local_address = data_address().unwrap_or_else(|| local_address_towards(address));
     let answers = probe::answer(local_address).map_err(|error| system("cannot listen for probes", error))?;
@@ -68,17 +89,46 @@ pub fn open(url: &str, spawn_token: Option<String>) -> Result<Session, ConnectEr
         .enable_all()
         .build()
         .map_err(|error| system("cannot start the session's thread", error))?;
-    let (outbox, outgoing) = unbounded_channel();
-    let (opened, welcome) = mpsc::channel();
-    let handle = runtime.handle().clone();
-    let dial = Dial { url: url.to_string(), endpoint, spawn_token, answers: answers.to_string() };
-    handle.spawn(dial.run(outgoing, opened));
-    let limit = CONNECT_LIMIT + ATTEMPT_LIMIT + WELCOME_LIMIT;
-    let refused = |_| ConnectError::Refused(format!("no welcome from {url} in {} s", limit.as_secs()));
-    let shared = welcome.recv_timeout(limit).map_err(refused)??;
+    let session = runtime.block_on(async {
+        let asked_to_end = signals().map_err(|error| system("cannot listen for signals", error))?;
+        let connect: Connect = Box::new(|endpoint| Box::pin(async move { endpoint.connect().await }));
+        let host =
+            Host { clock: boot_clock, connect, asked_to_end, local_address, answers: answers.to_string() };
+        begin(url, spawn_token, host).await
+    });
     // The runtime lives as long as the process, as the session does.
     std::mem::forget(runtime);
-    Ok(Session { shared, outbox, runtime: handle, local_address })
+    session
+}
+
+/// Opens a session on a machine; returns once the worker is welcome.
+pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result<Session, ConnectError> {
+    let (endpoint, _) = endpoint(url)?;
+    let Host { clock, connect, mut asked_to_end, local_address, answers } = host;
+    let dial = Dial { url: url.to_string(), endpoint, spawn_token, clock, connect, answers };
+    let connection = tokio::select! {
+        biased;
+        Some(()) = asked_to_end.recv() => {
+            return Err(ConnectError::Refused("asked to end before a coordinator took this worker in".to_string()));
+        }
+        connection = dial.first() => connection?,
+    };
+    let lease = Lease::new(clock, connection.since, limits_of(&connection.welcome).lease);
+    let shared = Arc::new(Shared::new(connection.welcome.clone(), connection.channel.clone(), lease));
+    let (outbox, outgoing) = unbounded_channel();
+    let talk = Talk { shared: shared.clone(), outgoing, clock, asked_to_end, leaving: None };
+    tokio::spawn(dial.run(connection, talk));
+    Ok(Session { shared, outbox, runtime: tokio::runtime::Handle::current(), local_address })
+}
+
+/// SIGTERM and SIGINT of this process.
+fn signals() -> std::io::Result<UnboundedReceiver<()>> {
+    let (came, asked_to_end) = unbounded_channel();
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        let (mut listener, came) = (signal(kind)?, came.clone());
+        tokio::spawn(async move { while listener.recv().await.is_some() && came.send(()).is_ok() {} });
+    }
+    Ok(asked_to_end)
 }
 
 fn endpoint(url: &str) -> Result<(Endpoint, SocketAddr), ConnectError> {
@@ -119,6 +169,8 @@ struct Dial {
     url: String,
     endpoint: Endpoint,
     spawn_token: Option<String>,
+    clock: Clock,
+    connect: Connect,
     /// Where this worker answers probes.
     answers: String,
 }
@@ -129,7 +181,7 @@ struct Connection {
     requests: UnboundedSender<SessionRequest>,
     responses: Streaming<SessionResponse>,
     welcome: Welcome,
-    /// When the hello was sent, by the boot clock.
+    /// When the hello was sent, by the host's clock.
     since: Duration,
 }
 
@@ -142,22 +194,7 @@ enum Failed {
 }
 
 impl Dial {
-    async fn run(
-        self,
-        outgoing: UnboundedReceiver<FromWorker>,
-        opened: mpsc::Sender<Result<Arc<Shared>, ConnectError>>,
-    ) {
-        let mut connection = match self.first().await {
-            Ok(connection) => connection,
-            Err(error) => return drop(opened.send(Err(error))),
-        };
-        let lease = Lease::new(connection.since, limits_of(&connection.welcome).lease);
-        let shared = Shared::new(connection.welcome.clone(), connection.channel.clone(), lease);
-        let shared = Arc::new(shared);
-        let _ = opened.send(Ok(shared.clone()));
-        let Ok(asked_to_leave) = signal(SignalKind::terminate()) else { return };
-        let Ok(interrupted) = signal(SignalKind::interrupt()) else { return };
-        let mut talk = Talk { shared, outgoing, signals: [asked_to_leave, interrupted], leaving: None };
+    async fn run(self, mut connection: Connection, mut talk: Talk) {
         loop {
             let Some(reason) = talk.converse(&mut connection).await else { return };
             tracing::warn!("lost the coordinator: {reason}; training goes on while the lease lasts");
@@ -218,7 +255,8 @@ impl Dial {
     }
 
     async fn attempt(&self, resume: Option<Resume>, limit: Duration) -> Result<Connection, Failed> {
-        let connected = tokio::time::timeout(limit.min(ATTEMPT_LIMIT), self.endpoint.connect()).await;
+        let connected =
+            tokio::time::timeout(limit.min(ATTEMPT_LIMIT), (self.connect)(self.endpoint.clone())).await;
         let channel = match connected {
             Ok(Ok(channel)) => channel,
             Ok(Err(error)) => {
@@ -228,7 +266,7 @@ impl Dial {
             Err(_) => return Err(Failed::Later("no connection in time".to_string())),
         };
         let (requests, stream) = unbounded_channel();
-        let since = now();
+        let since = (self.clock)();
         let _ = requests.send(FromWorker::Hello(self.hello(resume)).to_wire(Term(0)));
         let mut client = SessionServiceClient::new(channel.clone())
             .max_decoding_message_size(MESSAGE_LIMIT)
@@ -278,14 +316,6 @@ fn failed(status: &tonic::Status) -> Failed {
     }
 }
 
-async fn asked([terminate, interrupt]: &mut [Signal; 2]) {
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    tracing::info!("asked to end: leaving once the others have what this worker holds");
-}
-
 fn limits_of(welcome: &Welcome) -> Limits {
     Limits::derive(Duration::from_secs_f64(welcome.job.job.failure_deadline))
 }
@@ -294,7 +324,8 @@ fn limits_of(welcome: &Welcome) -> Limits {
 struct Talk {
     shared: Arc<Shared>,
     outgoing: UnboundedReceiver<FromWorker>,
-    signals: [Signal; 2],
+    clock: Clock,
+    asked_to_end: UnboundedReceiver<()>,
     /// When the machine asked this worker to end.
     leaving: Option<Instant>,
 }
@@ -325,14 +356,15 @@ impl Talk {
                 },
                 Some(message) = self.outgoing.recv() => message,
                 _ = heartbeats.tick() => {
-                    if unanswered.front().is_some_and(|sent| now() > *sent + limits.deadline) {
+                    let now = (self.clock)();
+                    if unanswered.front().is_some_and(|sent| now > *sent + limits.deadline) {
                         return Some("it does not answer".to_string());
                     }
-                    unanswered.push_back(now());
+                    unanswered.push_back(now);
                     FromWorker::Heartbeat(self.shared.progress())
                 }
-                () = asked(&mut self.signals) => {
-                    self.leaving.get_or_insert_with(Instant::now);
+                Some(()) = self.asked_to_end.recv() => {
+                    self.note_leaving();
                     FromWorker::Leave
                 }
             };
@@ -344,7 +376,14 @@ impl Talk {
 
     /// Waits until the machine asks this worker to end.
     async fn asked_to_leave(&mut self) {
-        asked(&mut self.signals).await;
+        match self.asked_to_end.recv().await {
+            Some(()) => self.note_leaving(),
+            None => std::future::pending().await,
+        }
+    }
+
+    fn note_leaving(&mut self) {
+        tracing::info!("asked to end: leaving once the others have what this worker holds");
         self.leaving.get_or_insert_with(Instant::now);
     }
 

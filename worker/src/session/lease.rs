@@ -12,14 +12,18 @@ use nix::time::{ClockId, clock_gettime};
 /// A lease that is shared by the session, which prolongs it, and the training thread, which asks before it commits.
 #[derive(Debug)]
 pub struct Lease {
-    /// When it ends, in nanoseconds of the boot clock.
+    /// When it ends, in nanoseconds of its clock.
     until: AtomicU64,
+    clock: Clock,
 }
+
+/// Tells the time since some moment in the past. It goes on while the machine sleeps.
+pub type Clock = fn() -> Duration;
 
 impl Lease {
     /// A lease from a moment on.
-    pub fn new(from: Duration, length: Duration) -> Lease {
-        let lease = Lease { until: AtomicU64::new(0) };
+    pub fn new(clock: Clock, from: Duration, length: Duration) -> Lease {
+        let lease = Lease { until: AtomicU64::new(0), clock };
         lease.prolong(from, length);
         lease
     }
@@ -32,12 +36,12 @@ impl Lease {
 
     /// Whether it is not over.
     pub fn holds(&self) -> bool {
-        now() < Duration::from_nanos(self.until.load(Ordering::Relaxed))
+        (self.clock)() < Duration::from_nanos(self.until.load(Ordering::Relaxed))
     }
 }
 
 /// Time since the machine booted, sleep included.
-pub fn now() -> Duration {
+pub fn boot_clock() -> Duration {
     // The clock is there since Linux 2.6.39, so it is.
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }
@@ -48,13 +52,13 @@ mod tests {
 
     #[test]
     fn a_lease_is_prolonged_by_later_moments_only() {
-        let lease = Lease::new(now(), Duration::from_secs(100));
+        let lease = Lease::new(boot_clock, boot_clock(), Duration::from_secs(100));
         assert!(lease.holds());
         lease.prolong(Duration::ZERO, Duration::ZERO);
         assert!(lease.holds());
-        let over = Lease::new(Duration::ZERO, Duration::from_nanos(1));
+        let over = Lease::new(boot_clock, Duration::ZERO, Duration::from_nanos(1));
         assert!(!over.holds());
-        over.prolong(now(), Duration::from_secs(100));
+        over.prolong(boot_clock(), Duration::from_secs(100));
         assert!(over.holds());
     }
 }

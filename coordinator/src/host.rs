@@ -1,0 +1,62 @@
+//! What a coordinator needs of the machine that it runs on: a socket, processes, signals. The clock is tokio's.
+
+use std::io;
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tonic::transport::server::Connected;
+
+use crate::server::door;
+use crate::shell::StopSignal;
+use crate::supervisor::{Processes, SystemProcesses};
+
+/// A machine. There is one; a simulation has others.
+pub trait Host {
+    /// A client's connection.
+    type Connection: Connected + AsyncRead + AsyncWrite + Send + Unpin + 'static;
+
+    /// Listens on an address; returns the connections that come in, and the address with its port.
+    fn listen(
+        &self,
+        wanted: SocketAddr,
+    ) -> impl Future<Output = io::Result<(mpsc::Receiver<Self::Connection>, SocketAddr)>>;
+
+    /// The machine's processes.
+    fn processes(&self) -> io::Result<Box<dyn Processes>>;
+
+    /// What asks this process to stop.
+    fn signals(&self) -> io::Result<mpsc::UnboundedReceiver<StopSignal>>;
+}
+
+/// This machine.
+pub struct System;
+
+impl Host for System {
+    type Connection = TcpStream;
+
+    async fn listen(&self, wanted: SocketAddr) -> io::Result<(mpsc::Receiver<TcpStream>, SocketAddr)> {
+        let listener = TcpListener::bind(wanted).await?;
+        let address = listener.local_addr()?;
+        Ok((door::open(listener), address))
+    }
+
+    fn processes(&self) -> io::Result<Box<dyn Processes>> {
+        Ok(Box::new(SystemProcesses::new()?))
+    }
+
+    fn signals(&self) -> io::Result<mpsc::UnboundedReceiver<StopSignal>> {
+        let (came, signals) = mpsc::unbounded_channel();
+        let kinds = [
+            (SignalKind::interrupt(), StopSignal::Interrupt),
+            (SignalKind::terminate(), StopSignal::Terminate),
+        ];
+        for (kind, stop) in kinds {
+            let (mut listener, came) = (signal(kind)?, came.clone());
+            tokio::spawn(async move { while listener.recv().await.is_some() && came.send(stop).is_ok() {} });
+        }
+        Ok(signals)
+    }
+}

@@ -1,0 +1,203 @@
+//! Real processes, held by a file descriptor each.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, ChildStderr, Command};
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::{Exited, Process, Processes, Spawned, StartOrder};
+
+/// Starts the `worker` program next to this one.
+pub struct SystemProcesses {
+    program: PathBuf,
+}
+
+impl SystemProcesses {
+    /// Looks for this program's own folder.
+    pub fn new() -> io::Result<SystemProcesses> {
+        let own = std::env::current_exe()?.canonicalize()?;
+        Ok(SystemProcesses { program: own.with_file_name("worker") })
+    }
+}
+
+impl Processes for SystemProcesses {
+    fn check_program(&self) -> io::Result<()> {
+        if self.program.is_file() {
+            return Ok(());
+        }
+        let what =
+            format!("{}: no such program; build it with `cargo build --release`", self.program.display());
+        Err(io::Error::new(io::ErrorKind::NotFound, what))
+    }
+
+    fn start(&mut self, order: StartOrder) -> io::Result<(Box<dyn Process>, Spawned)> {
+        self.check_program()?;
+        let mut child = Command::new(&self.program)
+            .args(["--coordinator", &order.url])
+            .env("GANGLION_SPAWN_TOKEN", &order.token)
+            .env("LOCAL_RANK", order.local_rank.to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .spawn()?;
+        let pid = child.id().unwrap_or_default();
+        let lines = child.stderr.take();
+        // Before anybody waits for it, so the number is still its own.
+        let handle = Handle(open(pid).map(Arc::new));
+        let spawned = Spawned { pid, started: start_time(pid).unwrap_or_default() };
+        tokio::spawn(watch(child, lines, order.name, order.token, order.exits));
+        Ok((Box::new(handle), spawned))
+    }
+
+    fn find(
+        &mut self,
+        token: &str,
+        process: Spawned,
+        exits: UnboundedSender<Exited>,
+    ) -> Option<Box<dyn Process>> {
+        let Spawned { pid, started } = process;
+        // First the handle, then the look at the clock: the number cannot be given to another in between.
+        let handle = Arc::new(open(pid)?);
+        if start_time(pid) != Some(started) {
+            return None;
+        }
+        tokio::spawn(watch_adopted(handle.clone(), pid, token.to_string(), exits));
+        Some(Box::new(Handle(Some(handle))))
+    }
+}
+
+/// The process itself; `None` on a system that gives no such handles.
+struct Handle(Option<Arc<OwnedFd>>);
+
+impl Handle {
+    fn send(&self, signal: Signal) {
+        if let Some(process) = &self.0 {
+            let _ = pidfd_send_signal(process, signal);
+        }
+    }
+}
+
+impl Process for Handle {
+    fn kill(&self) {
+        self.send(Signal::KILL);
+    }
+
+    fn ask_to_end(&self) {
+        self.send(Signal::TERM);
+    }
+}
+
+fn open(pid: u32) -> Option<OwnedFd> {
+    let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
+    pidfd_open(pid, PidfdFlags::NONBLOCK).ok()
+}
+
+/// When a process was started, in the system's ticks since it booted. See proc(5), /proc/pid/stat, field 22.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the program's name in parentheses, which may hold anything.
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// Follows one child: its log lines, then its end.
+async fn watch(
+    mut child: Child,
+    lines: Option<ChildStderr>,
+    name: Arc<Mutex<String>>,
+    token: String,
+    exits: UnboundedSender<Exited>,
+) {
+    let mut last_words = None;
+    if let Some(lines) = lines {
+        let mut lines = BufReader::new(lines).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            let name = name.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            if let Some(error) = forward(&name, &line) {
+                last_words = Some(error);
+            }
+        }
+    }
+    let pid = child.id().unwrap_or_default();
+    let status = child.wait().await;
+    let input_error = status.as_ref().is_ok_and(|status| status.code() == Some(2));
+    let mut status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
+    if let Some(words) = last_words {
+        status = format!("{status}: {words}");
+    }
+    let _ = exits.send(Exited { token, pid, status, input_error });
+}
+
+/// Waits for the end of a process that is not a child of this one. Its exit status is for its parent alone.
+async fn watch_adopted(process: Arc<OwnedFd>, pid: u32, token: String, exits: UnboundedSender<Exited>) {
+    let wait = move || {
+        let mut ends = [PollFd::new(&process, PollFlags::IN)];
+        while poll(&mut ends, None) == Err(Errno::INTR) {}
+    };
+    let _ = tokio::task::spawn_blocking(wait).await;
+    let status = "an unknown status: it was started by an earlier coordinator".to_string();
+    let _ = exits.send(Exited { token, pid, status, input_error: false });
+}
+
+/// Logs a worker's line at the level that the worker gave it; returns the text of an error.
+fn forward(name: &str, line: &str) -> Option<String> {
+    let (level, text) = line.trim_start().split_once(' ').unwrap_or(("", line));
+    let text = text.trim();
+    match level {
+        "ERROR" => {
+            // It is told once, as the reason why the worker ended.
+            tracing::debug!(worker = name, "{text}");
+            return Some(text.to_string());
+        }
+        "WARN" => tracing::warn!(worker = name, "{text}"),
+        "INFO" => tracing::info!(worker = name, "{text}"),
+        "DEBUG" | "TRACE" => tracing::debug!(worker = name, "{text}"),
+        _ => tracing::warn!(worker = name, "{}", line.trim_end()),
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use ganglion_membership::WorkerId;
+
+    use super::*;
+    use crate::journal::ChildRow;
+    use crate::supervisor::Supervisor;
+
+    fn row(pid: u32, started: u64) -> ChildRow {
+        ChildRow {
+            token: "t".to_string(),
+            local_rank: 1,
+            process: Some(Spawned { pid, started }),
+            worker: Some(WorkerId(7)),
+            ended: false,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_process_of_an_earlier_coordinator_is_known_by_number_and_start() {
+        let mut process = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = process.id();
+        let started = start_time(pid).unwrap();
+        let (exits, mut exited) = tokio::sync::mpsc::unbounded_channel();
+        let mut supervisor = Supervisor::new(Box::new(SystemProcesses::new().unwrap()), exits);
+        assert!(!supervisor.adopt(&row(pid, started + 1)), "another process has its number now");
+        assert!(supervisor.adopt(&row(pid, started)));
+        assert_eq!(supervisor.free_rank(), 0);
+        supervisor.kill(WorkerId(7));
+        let exit = exited.recv().await.unwrap();
+        assert_eq!((supervisor.reaped(&exit.token), exit.pid), (Some(WorkerId(7)), pid));
+        process.wait().unwrap();
+        assert!(!supervisor.adopt(&row(pid, started)), "it has ended");
+    }
+}

@@ -1,0 +1,190 @@
+//! What is trained here: a job whose state after any number of commits is a pure function, and its files.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use ganglion_membership::{Checkpoint, Position, StoredFile, WorkerId, WrittenPart};
+use ganglion_proto::job::Job;
+use ganglion_proto::message::MetricsRow;
+use ganglion_proto::stream::{SampleStream, ledger_term, stream_position};
+use ganglion_proto::{manifest, rows};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+/// Samples in the data set.
+pub const SAMPLES: u64 = 50;
+/// Files of a checkpoint.
+const FILES: u32 = 2;
+
+/// Spreads a number over all bits.
+pub fn mix(a: u64, b: u64) -> u64 {
+    let mut x = a.rotate_left(23) ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// What a worker holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct State {
+    pub position: Position,
+    pub ledger: u64,
+    pub value: u64,
+}
+
+impl State {
+    /// The state that the seed gives.
+    pub fn fresh(seed: u64) -> State {
+        State { position: Position(0), ledger: 0, value: mix(seed, 1) }
+    }
+
+    /// What members compare.
+    pub fn fingerprint(&self) -> u64 {
+        mix(mix(self.value, self.ledger), self.position.0)
+    }
+
+    /// What one data shard gives to the phase after this state. It depends on the state, as a gradient does.
+    pub fn leaf(&self, shard: u32) -> u64 {
+        mix(self.fingerprint(), u64::from(shard))
+    }
+
+    /// Applies a reduced phase.
+    pub fn commit(&mut self, sum: u64, ledger: u64) {
+        self.value = mix(self.value, sum);
+        self.ledger = self.ledger.wrapping_add(ledger);
+        self.position.0 += 1;
+    }
+
+    /// The step and phase after this state.
+    pub fn place(&self, job: &Job) -> (u64, u32) {
+        let per_step = job.phases_per_step();
+        (self.position.0 / per_step, u32::try_from(self.position.0 % per_step).expect("few phases"))
+    }
+}
+
+/// The ledger's share of some data shards in the phase at a position.
+pub fn ledger(job: &Job, stream: &mut SampleStream, position: Position, shards: std::ops::Range<u32>) -> u64 {
+    let per_step = job.phases_per_step();
+    let phase = u32::try_from(position.0 % per_step).expect("few phases");
+    let phases = job.loss.discriminator_steps;
+    if phase >= phases {
+        return 0;
+    }
+    let (shard_batch, all) = (job.job.shard_batch, job.job.data_shards);
+    let first = |shard| stream_position(position.0 / per_step, phase, phases, all, shard, shard_batch);
+    let numbers = shards.flat_map(|shard| first(shard)..first(shard) + u64::from(shard_batch));
+    numbers.fold(0, |sum: u64, number| sum.wrapping_add(ledger_term(number, stream.sample(number))))
+}
+
+/// The states of an undisturbed run, by position.
+pub fn lineage(job: &Job) -> Vec<State> {
+    let mut stream = SampleStream::new(job.job.seed, SAMPLES);
+    let mut state = State::fresh(job.job.seed);
+    let mut states = vec![state];
+    let shards = 0..job.job.data_shards;
+    for _ in 0..job.last_step(SAMPLES) * job.phases_per_step() {
+        let sum = shards.clone().fold(0, |sum: u64, shard| sum.wrapping_add(state.leaf(shard)));
+        let ledger = ledger(job, &mut stream, state.position, shards.clone());
+        state.commit(sum, ledger);
+        states.push(state);
+    }
+    states
+}
+
+fn tensors(state: &State) -> BTreeMap<&'static str, [u8; 8]> {
+    [
+        ("counters.ledger", state.ledger.to_le_bytes()),
+        ("counters.position", state.position.0.to_le_bytes()),
+        ("model.value", state.value.to_le_bytes()),
+    ]
+    .into()
+}
+
+/// The digest of a state, as checkpoints have it.
+pub fn digest(state: &State) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for (name, bytes) in tensors(state) {
+        hasher.update(name.as_bytes()).update(&[0]).update(b"I64").update(&[0]);
+        hasher.update(&1_u64.to_le_bytes()).update(&1_u64.to_le_bytes()).update(&bytes);
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// Which files a member of a group writes, by the indices of its place among the writers.
+pub fn files_of(place: usize, writers: usize) -> Vec<u32> {
+    (u32::try_from(place).expect("few members")..FILES).step_by(writers).collect()
+}
+
+fn content(state: &State, index: u32) -> (String, Vec<u8>) {
+    let name = format!("state-{:05}-of-{FILES:05}.safetensors", index + 1);
+    let tensors = tensors(state);
+    let mine = tensors.iter().filter(|(name, _)| (index == 0) == name.starts_with("counters"));
+    let views = mine.map(|(name, bytes)| {
+        (*name, TensorView::new(Dtype::I64, vec![1], bytes.as_slice()).expect("it is one number"))
+    });
+    (name, safetensors::serialize(views, None).expect("numbers can be written"))
+}
+
+/// Writes a file of a checkpoint, if it is not there.
+pub fn write_part(storage: &Path, job: &Job, state: &State, index: u32) -> io::Result<WrittenPart> {
+    let (step, phase) = state.place(job);
+    let (file, bytes) = content(state, index);
+    let folder = storage.join(Checkpoint::folder_of(step, phase));
+    fs::create_dir_all(&folder)?;
+    fs::write(folder.join(&file), &bytes)?;
+    let blake3 = blake3::hash(&bytes).to_hex().to_string();
+    let file = StoredFile { file, bytes: bytes.len() as u64, blake3 };
+    Ok(WrittenPart { step, phase, index, count: FILES, file, state_digest: digest(state) })
+}
+
+/// Leaves rows for the next coordinator.
+pub fn write_rows(
+    storage: &Path,
+    job: &Job,
+    state: &State,
+    worker: WorkerId,
+    rows: &[MetricsRow],
+) -> io::Result<()> {
+    let (step, phase) = state.place(job);
+    let folder = storage.join(Checkpoint::folder_of(step, phase));
+    fs::create_dir_all(&folder)?;
+    fs::write(folder.join(rows::file_of(worker.0)), rows::encode(rows))
+}
+
+/// Writes a whole checkpoint, if there is none of that position.
+pub fn write_whole(storage: &Path, job: &Job, state: &State) -> io::Result<()> {
+    let parts: Vec<WrittenPart> =
+        (0..FILES).map(|index| write_part(storage, job, state, index)).collect::<Result<_, _>>()?;
+    let checkpoint = Checkpoint {
+        position: state.position,
+        step: parts[0].step,
+        phase: parts[0].phase,
+        files: parts.iter().map(|part| part.file.clone()).collect(),
+        state_digest: digest(state),
+    };
+    let file = storage.join(checkpoint.folder()).join("manifest.json");
+    if !file.exists() {
+        fs::write(file, manifest::render(&checkpoint))?;
+    }
+    Ok(())
+}
+
+/// Reads a checkpoint.
+pub fn read(storage: &Path, checkpoint: &Checkpoint) -> io::Result<State> {
+    let mut values = BTreeMap::new();
+    for file in checkpoint.state_files() {
+        let bytes = fs::read(storage.join(checkpoint.folder()).join(&file.file))?;
+        let tensors = SafeTensors::deserialize(&bytes).map_err(io::Error::other)?;
+        for (name, tensor) in tensors.tensors() {
+            let bytes = tensor.data().try_into().map_err(io::Error::other)?;
+            values.insert(name, u64::from_le_bytes(bytes));
+        }
+    }
+    let value = |name: &str| values.get(name).copied().ok_or_else(|| io::Error::other(name.to_string()));
+    Ok(State {
+        position: Position(value("counters.position")?),
+        ledger: value("counters.ledger")?,
+        value: value("model.value")?,
+    })
+}

@@ -1,0 +1,70 @@
+//! The simulation of the shell: a real coordinator with its gRPC, its journal and its files, and the real sessions of
+//! workers, on a network and with a clock that a seed decides. Only the training is a model, and the machines.
+//!
+//! At the end the run must be complete, its last state that of an undisturbed run, and its audit clean; on the way no
+//! worker may commit a state that an undisturbed run does not have.
+//!
+//! - `SEEDS=n cargo test --release -p ganglion-worker --test simulation every_seed` runs the seeds 0 to n - 1.
+//! - `SEED=x` with the same command runs one and prints what happens in it.
+
+mod faults;
+mod job;
+mod machine;
+mod net;
+mod operator;
+#[path = "../../../membership/tests/simulation/sweep.rs"]
+mod sweep;
+mod team;
+mod worker;
+mod world;
+
+use std::path::Path;
+
+use sweep::{Run, Simulation};
+use world::World;
+
+const SHELL: Simulation = Simulation { package: "ganglion-worker", seeds: 40, run };
+
+fn run(seed: u64, keep_log: bool) -> Run {
+    // The journal waits for the disk after every row: memory is as good here, nobody loses power.
+    let memory = Path::new("/dev/shm");
+    let parent = if memory.is_dir() { memory.to_path_buf() } else { std::env::temp_dir() };
+    let folder = tempfile::Builder::new().prefix("ganglion-simulation-").tempdir_in(parent);
+    let folder = folder.unwrap_or_else(|error| panic!("no folder for a run: {error}"));
+    let mut world = World::new(seed, &folder.path().join("run"), keep_log);
+    let failure = world.run().err();
+    let happenings = u64::try_from(world.now().as_millis()).expect("a short run");
+    let mut log = world.log.take().unwrap_or_default();
+    if keep_log {
+        log.extend(events(&world.folder));
+    }
+    Run { failure, log, happenings }
+}
+
+/// The run's events, but for when they were and on which machine.
+fn events(folder: &Path) -> Vec<String> {
+    let lines = std::fs::read_to_string(folder.join("events.jsonl")).unwrap_or_default();
+    let shown = lines.lines().map(|line| {
+        let mut event: serde_json::Value = serde_json::from_str(line).expect("an event is JSON");
+        let fields = event.as_object_mut().expect("an event is an object");
+        for name in ["time", "pid", "host"] {
+            fields.remove(name);
+        }
+        event.to_string()
+    });
+    shown.collect()
+}
+
+#[test]
+fn every_seed_comes_to_the_same_end() {
+    SHELL.start();
+}
+
+#[test]
+fn the_same_seed_gives_the_same_log() {
+    for seed in 0..20 {
+        let (first, second) = (SHELL.run(seed, true), SHELL.run(seed, true));
+        assert!(first.log.len() > 5);
+        assert_eq!(first.log, second.log, "seed {seed}");
+    }
+}

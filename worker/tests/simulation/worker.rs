@@ -1,0 +1,189 @@
+//! A worker's process: the real session, and a model of the rest. What the model does is what `run.rs` and `archive.rs` do.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ganglion_membership::{Fault, LoadedFacts, Passport};
+use ganglion_proto::message::FromWorker;
+use ganglion_worker::session::{ConnectError, End, Host, Session};
+use rand::rngs::ChaCha8Rng;
+use rand::{RngExt, SeedableRng};
+use tokio::sync::mpsc;
+
+use crate::job::{self, SAMPLES, State};
+use crate::net::{self, Hub, LINKS};
+use crate::team::{Rest, Trainer};
+
+/// Between two looks at what another thread would wake a real worker for.
+pub const LOOK: Duration = Duration::from_millis(2);
+
+/// What the world and its workers share.
+#[derive(Default)]
+pub struct Shared {
+    /// Whether writes and reads of checkpoints by workers fail.
+    pub storage_down: AtomicBool,
+    /// The states of an undisturbed run.
+    pub lineage: Vec<State>,
+    /// The most advanced position that was committed.
+    pub furthest: AtomicU64,
+    /// What must not happen and did.
+    pub breach: Mutex<Option<String>>,
+}
+
+impl Shared {
+    pub fn breach(&self, what: String) {
+        self.breach.lock().expect("nothing panics with it").get_or_insert(what);
+    }
+}
+
+/// What a process is started with.
+#[derive(Clone)]
+pub struct Start {
+    pub name: String,
+    pub seed: u64,
+    pub url: String,
+    pub token: Option<String>,
+    pub address: IpAddr,
+    /// How long one data shard takes, in milliseconds.
+    pub leaf: u64,
+    pub shared: Arc<Shared>,
+    /// Its computing stands still until then, in milliseconds of the simulation.
+    pub hangs_until: Arc<AtomicU64>,
+    /// Whoever asks it to end: filled in by the process.
+    pub asks: Arc<Mutex<Option<mpsc::UnboundedSender<()>>>>,
+}
+
+/// A process's life.
+pub async fn live(start: Start) {
+    let (asks, asked_to_end) = mpsc::unbounded_channel();
+    *start.asks.lock().expect("nothing panics with it") = Some(asks);
+    let Ok(hub) = Hub::open().await else { return start.shared.breach("no port for links".to_string()) };
+    let host = Host {
+        clock: || turmoil::sim_elapsed().unwrap_or_default(),
+        connect: net::connector(),
+        asked_to_end,
+        local_address: start.address,
+        answers: format!("{}:{LINKS}", start.address),
+    };
+    let session = match Session::open_on(host, &start.url, start.token.clone()).await {
+        Ok(session) => Arc::new(session),
+        Err(ConnectError::Unreachable { .. } | ConnectError::Refused(_)) => return,
+        Err(error) => return start.shared.breach(error.to_string()),
+    };
+    let mut rng = ChaCha8Rng::seed_from_u64(start.seed);
+    tokio::time::sleep(Duration::from_millis(rng.random_range(20..400))).await;
+    let welcome = session.welcome();
+    session.loaded(LoadedFacts {
+        passport: Passport([("build".to_string(), "ours".to_string())].into()),
+        samples: SAMPLES,
+        sees_storage: true,
+        phases_per_step: u32::try_from(welcome.job.phases_per_step()).expect("few phases"),
+    });
+    let archive = Archive::start(session.clone(), start.clone(), storage_of(&welcome.storage));
+    train(Trainer { session, hub, archive, rng, start, held: None }).await;
+}
+
+async fn train(mut trainer: Trainer) {
+    loop {
+        let assignment = match next_assignment(&trainer.session).await {
+            Ok(assignment) => assignment,
+            Err(End::Lost(_)) => return trainer.save_alone(),
+            Err(End::Released) => return,
+            Err(End::Rejected(reason)) => return trainer.start.shared.breach(format!("rejected: {reason}")),
+        };
+        let rest = trainer.take_part(&assignment).await;
+        let failed = matches!(rest, Rest::Fault(Fault::Internal(_)));
+        trainer.tell(&assignment, rest).await;
+        if failed {
+            let patience = trainer.session.limits().attempt;
+            let _ = tokio::time::timeout(patience, ended(&trainer.session)).await;
+            return;
+        }
+    }
+}
+
+async fn next_assignment(session: &Session) -> Result<ganglion_proto::message::Assignment, End> {
+    loop {
+        if let Some(next) = session.try_next_assignment() {
+            return next;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+async fn ended(session: &Session) {
+    while session.end().is_none() {
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Saves in the background.
+pub struct Archive {
+    orders: mpsc::UnboundedSender<(State, Vec<u32>)>,
+    queue: Arc<Queue>,
+    pub storage: PathBuf,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: AtomicU64,
+    /// Orders up to this one are not reported.
+    void: AtomicU64,
+    pushed: AtomicU64,
+}
+
+impl Archive {
+    fn start(session: Arc<Session>, start: Start, storage: PathBuf) -> Archive {
+        let (orders, mut ordered) = mpsc::unbounded_channel::<(State, Vec<u32>)>();
+        let queue = Arc::new(Queue::default());
+        let (theirs, folder) = (queue.clone(), storage.clone());
+        tokio::spawn(async move {
+            let mut rng = ChaCha8Rng::seed_from_u64(start.seed ^ 1);
+            let mut number = 0;
+            while let Some((state, files)) = ordered.recv().await {
+                number += 1;
+                let is_void = || theirs.void.load(Ordering::Relaxed) >= number;
+                for index in files {
+                    tokio::time::sleep(Duration::from_millis(rng.random_range(2..80))).await;
+                    while start.shared.storage_down.load(Ordering::Relaxed) && !is_void() {
+                        let (step, _) = state.place(&session.welcome().job);
+                        session.send(FromWorker::PartDelayed(step, String::new(), "it is down".to_string()));
+                        tokio::time::sleep(Duration::from_millis(150)).await;
+                    }
+                    match job::write_part(&folder, &session.welcome().job, &state, index) {
+                        Ok(part) if !is_void() => session.report_part(part),
+                        Ok(_) => break,
+                        Err(error) => start.shared.breach(format!("cannot write a part: {error}")),
+                    }
+                }
+                theirs.waiting.fetch_sub(1, Ordering::Relaxed);
+            }
+        });
+        Archive { orders, queue, storage }
+    }
+
+    pub fn push(&self, state: State, files: Vec<u32>) {
+        if !files.is_empty() {
+            self.queue.pushed.fetch_add(1, Ordering::Relaxed);
+            self.queue.waiting.fetch_add(1, Ordering::Relaxed);
+            let _ = self.orders.send((state, files));
+        }
+    }
+
+    pub fn discard(&self) {
+        self.queue.void.store(self.queue.pushed.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    pub async fn drain(&self, session: &Session) {
+        while self.queue.waiting.load(Ordering::Relaxed) > 0 && session.end().is_none() {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+fn storage_of(address: &str) -> PathBuf {
+    PathBuf::from(address.strip_prefix("file://").unwrap_or(address))
+}
