@@ -25,8 +25,10 @@ pub fn reached(point: &str, number: u64) {
     let Some(wanted) = WANTED.get_or_init(|| parse(&std::env::var(VARIABLE).ok()?)) else { return };
     if wanted.number == number && wanted.point == point {
         let first = OpenOptions::new().write(true).create_new(true).open(&wanted.file).is_ok();
-        while first && wanted.hang {
-            std::thread::park();
+        if first && wanted.hang {
+            loop {
+                std::thread::park();
+            }
         }
         if first {
             // As `kill -9` does: nothing is flushed, nobody is told.
