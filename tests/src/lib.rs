@@ -5,6 +5,7 @@
 //!    a run too, which outlive their coordinator.
 #![forbid(unsafe_code)]
 
+pub mod measured;
 pub mod wire;
 
 use std::cell::RefCell;

@@ -1,10 +1,11 @@
 //! The coordinator is killed and the same command is given again, again and again.
 
+use ganglion_tests::measured::{load, now};
 use ganglion_tests::{Run, Tail};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::figures::{Sample, Section, count, first_time, load, now, number, spread_head, value_head};
+use crate::figures::{Sample, Section, count, first_time, number, spread_head, value_head};
 use crate::options::{Options, Random};
 use crate::workers::{JOB, MEMBERS, intervals, stop, uneven, wait_for_full};
 

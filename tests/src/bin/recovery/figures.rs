@@ -1,7 +1,6 @@
 //! Figures and how they are shown.
 
 use std::fmt::Write as _;
-use std::time::SystemTime;
 
 use serde_json::Value;
 
@@ -99,17 +98,6 @@ impl Section {
 /// The head of a table of single values.
 pub fn value_head(what: &str) -> String {
     format!("| {what} | measured | |\n|---|---|---|")
-}
-
-/// Seconds since 1970.
-pub fn now() -> f64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
-}
-
-/// The mean number of processes that ran or wanted to, over the last minute.
-pub fn load() -> String {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').next().unwrap_or_default().to_string()
 }
 
 /// A number of a line; NaN if it has none.

@@ -4,11 +4,12 @@ use std::fs;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use ganglion_tests::measured::load;
 use ganglion_tests::{Process, Run, SMALL_MLP, Tail};
 use nix::unistd::{SysconfVar, sysconf};
 use serde_json::Value;
 
-use crate::figures::{Section, count, load, number};
+use crate::figures::{Section, count, number};
 use crate::options::Options;
 use crate::proxy::{Counts, Proxy, Speaker};
 use crate::workers::{MEMBERS, stop};

@@ -7,12 +7,13 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use ganglion_tests::measured::{load, now};
 use ganglion_tests::{Process, Tail, send};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::figures::{Sample, Section, count, first_time, load, ms, now, number};
+use crate::figures::{Sample, Section, count, first_time, ms, number};
 use crate::options::{Options, Random};
 use crate::workers::{MEMBERS, Workers};
 

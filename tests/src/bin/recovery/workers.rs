@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 
+use ganglion_tests::measured::{load, now};
 use ganglion_tests::{Process, Run, Tail, send};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::figures::{Sample, Section, count, first_time, load, now, number, spread_head, value_head};
+use crate::figures::{Sample, Section, count, first_time, number, spread_head, value_head};
 use crate::options::{Options, Random};
 
 /// Members at full strength.

@@ -1,0 +1,48 @@
+//! What every page of measurements tells besides its figures: when, where, under which load.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::process::Command;
+use std::time::SystemTime;
+
+/// Seconds since 1970.
+pub fn now() -> f64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// The mean number of processes that ran or wanted to, over the last minute.
+pub fn load() -> String {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or_default().to_string()
+}
+
+/// Today, and the time.
+pub fn date() -> String {
+    let date = Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]).output();
+    date.map(|said| String::from_utf8_lossy(&said.stdout).trim().to_string()).unwrap_or_default()
+}
+
+/// This machine's cores.
+pub fn machine() -> String {
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let value = |name: &str| cpus.lines().find_map(|line| line.strip_prefix(name)?.split_once(": "));
+    let model = value("model name").map_or("an unknown CPU", |(_, name)| name.trim());
+    let flags = value("flags").map_or("", |(_, flags)| flags);
+    let units = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"];
+    let units: Vec<&str> =
+        units.into_iter().filter(|unit| flags.split(' ').any(|flag| flag == *unit)).collect();
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    format!("{cores} cores of {model} ({})", units.join(", "))
+}
+
+/// Puts a generated part into a page, between two lines of it, and leaves what is written by hand.
+pub fn write_part(path: &Path, begin: &str, end: &str, part: &str) -> io::Result<()> {
+    let page = fs::read_to_string(path)?;
+    let bounds = page.split_once(begin).and_then(|(before, rest)| Some((before, rest.split_once(end)?.1)));
+    let Some((before, after)) = bounds else {
+        let problem = "it has no place for generated text";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
+    };
+    fs::write(path, format!("{before}{begin}\n\n{part}\n\n{end}{after}"))
+}
