@@ -10,7 +10,9 @@ use serde::de::DeserializeOwned;
 use serde::de::value::{Error as ValueError, StrDeserializer};
 
 use crate::job::{self, Job, Length};
-use crate::message::{Assignment, FromWorker, Hello, MetricsRow, Resume, SampleGrid, ToWorker, Welcome};
+use crate::message::{
+    Assignment, FromWorker, Hello, MetricsRow, Profile, Resume, SampleGrid, ToWorker, Welcome,
+};
 use crate::wire;
 
 /// The longest text that a peer may send where people read it, in bytes. The rest is cut off.
@@ -265,10 +267,24 @@ pub(crate) fn row_to_wire(row: MetricsRow) -> wire::MetricsRow {
         images_seen: row.images_seen,
         ledger: row.ledger,
         skipped: row.skipped,
+        discriminator_profile: row.profile.map(|[profile, _]| profile_to_wire(profile)),
+        generator_profile: row.profile.map(|[_, profile]| profile_to_wire(profile)),
     }
 }
 
+fn profile_to_wire(profile: Profile) -> wire::Profile {
+    let Profile { data, compute, wait, commit, other } = profile;
+    wire::Profile { data, compute, wait, commit, other }
+}
+
+fn profile_from_wire(profile: wire::Profile) -> Profile {
+    let wire::Profile { data, compute, wait, commit, other } = profile;
+    Profile { data, compute, wait, commit, other }
+}
+
 pub(crate) fn row_from_wire(row: wire::MetricsRow) -> MetricsRow {
+    let discriminator = row.discriminator_profile.map(profile_from_wire);
+    let generator = row.generator_profile.map(profile_from_wire);
     MetricsRow {
         step: row.step,
         time: row.time,
@@ -280,6 +296,7 @@ pub(crate) fn row_from_wire(row: wire::MetricsRow) -> MetricsRow {
         images_seen: row.images_seen,
         ledger: row.ledger,
         skipped: row.skipped,
+        profile: discriminator.zip(generator).map(|(discriminator, generator)| [discriminator, generator]),
     }
 }
 

@@ -152,6 +152,24 @@ pub struct MetricsRow {
     pub ledger: u64,
     /// Phases skipped in a row, up to the step's end.
     pub skipped: u64,
+    /// Where the time of the discriminator's phases and of the generator's went; `None` if nobody measured it.
+    pub profile: Option<[Profile; 2]>,
+}
+
+/// Where the time of one module's phases went, on one member: milliseconds a step, a mean over the steps since the row
+/// before.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Profile {
+    /// Waiting for samples to be read.
+    pub data: f64,
+    /// Forward and backward passes of the member's data shards, and adding them up.
+    pub compute: f64,
+    /// Waiting for other members in a reduce.
+    pub wait: f64,
+    /// Judging and applying what was reduced.
+    pub commit: f64,
+    /// All else.
+    pub other: f64,
 }
 
 /// A grid of generated samples.

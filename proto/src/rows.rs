@@ -51,6 +51,7 @@ mod tests {
             images_seen: 64 * step,
             ledger: u64::MAX - step,
             skipped: 0,
+            profile: None,
         };
         let rows: Vec<MetricsRow> = (1..4).map(row).collect();
         let content = encode(&rows);

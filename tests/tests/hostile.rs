@@ -127,6 +127,7 @@ fn row(step: u64) -> MetricsRow {
         images_seen: 0,
         ledger: 0,
         skipped: 0,
+        profile: None,
     }
 }
 

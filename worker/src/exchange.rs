@@ -17,6 +17,7 @@ use ganglion_proto::failpoint;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::phase::{LeafBuffer, LeafLayout};
+use crate::profile::Part;
 use crate::state::{ALIGNMENT, align, narrow};
 use crate::tree::{Node, cover, fold};
 
@@ -160,99 +161,115 @@ impl Exchange {
         self.device
     }
 
-    /// Sums the leaves of all shards and divides by the global batch. `leaf` fills a buffer with the leaf of a shard.
+    /// Sums the leaves of all shards and divides by the global batch. `leaf` fills a buffer with the leaf of a shard; `done`
+    /// hears of each part of the work.
     pub fn reduce(
         &mut self,
         group: &Group,
         timeout: Duration,
         trailer: Trailer,
         mut leaf: impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
-        waiting: impl FnOnce(),
+        mut done: impl FnMut(Part),
     ) -> Result<Reduced, ReduceError> {
         // A rank that is alone exchanges nothing, so nothing else would tell it.
         if !group.is_open() {
             return Err(c10d::Error::Aborted.into());
         }
         let mut lent = self.lent.take().ok_or(c10d::Error::Aborted)?;
-        self.sum_own_leaves(&mut lent.sums, &mut leaf)?;
+        let sums = self.sum_own_leaves(&mut leaf)?;
         // Numbered by position: the others wait for this rank's sums, then for its chunk of the mean.
         failpoint::reached("reduce", trailer.position);
-        waiting();
-        if self.deal.world_size() == 1 {
-            std::mem::swap(&mut lent.sums, &mut lent.received);
+        done(Part::Compute);
+        let reduced = if self.deal.world_size() == 1 {
+            Ok(self.finish_alone(sums, trailer))
         } else {
+            self.lay_out(sums, &mut lent.sums);
             let chunks = |nodes: &Vec<Node>| nodes.len() * self.chunk;
             let sent = vec![chunks(&self.nodes[self.deal.rank]); self.deal.world_size()];
             let received: Vec<usize> = self.nodes.iter().map(chunks).collect();
             let pending = group.all_to_all(lent.sums, &sent, lent.received, &received)?;
+            done(Part::Other);
             (lent.sums, lent.received) = pending.wait(timeout)?;
-        }
-        self.finish_own_chunk(&mut lent.received, &mut lent.part, trailer);
-        failpoint::reached("gather", trailer.position);
-        if self.deal.world_size() == 1 {
-            std::mem::swap(&mut lent.part, &mut lent.gathered);
-        } else {
+            done(Part::Wait);
+            self.finish_own_chunk(&mut lent.received, &mut lent.part, trailer);
+            failpoint::reached("gather", trailer.position);
             let pending = group.all_gather(lent.part, lent.gathered)?;
+            done(Part::Other);
             (lent.part, lent.gathered) = pending.wait(timeout)?;
-        }
-        let reduced = self.read(&lent.gathered, trailer);
+            done(Part::Wait);
+            self.read(&lent.gathered, trailer)
+        };
         self.lent = Some(lent);
+        done(Part::Other);
         reduced
     }
 
+    /// The sums of this rank's nodes.
     fn sum_own_leaves(
         &mut self,
-        sums: &mut Buffer,
         leaf: &mut impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
-    ) -> Result<(), ReduceError> {
+    ) -> Result<Vec<LeafBuffer>, ReduceError> {
         let (layout, capacity, device) = (&self.layout, self.deal.world_size() * self.chunk, self.device);
-        let own = &self.nodes[self.deal.rank];
         let pool = std::cell::RefCell::new(&mut self.pool);
-        for (place, node) in own.iter().enumerate() {
-            let mut compute = |node: Node| -> Result<Option<LeafBuffer>, ReduceError> {
-                if node.level > 0 {
-                    return Ok(None);
-                }
-                let spare = pool.borrow_mut().pop();
-                let mut buffer = spare.unwrap_or_else(|| LeafBuffer::new(layout, capacity, device));
-                leaf(node.index, &mut buffer).map_err(ReduceError::Leaf)?;
-                Ok(Some(buffer))
-            };
-            let mut add = |mut left: LeafBuffer, right: LeafBuffer| {
-                let _ = no_grad(|| left.flat.g_add_(&right.flat));
-                pool.borrow_mut().push(right);
-                left
-            };
+        let mut compute = |node: Node| -> Result<Option<LeafBuffer>, ReduceError> {
+            if node.level > 0 {
+                return Ok(None);
+            }
+            let spare = pool.borrow_mut().pop();
+            let mut buffer = spare.unwrap_or_else(|| LeafBuffer::new(layout, capacity, device));
+            leaf(node.index, &mut buffer).map_err(ReduceError::Leaf)?;
+            Ok(Some(buffer))
+        };
+        let mut add = |mut left: LeafBuffer, right: LeafBuffer| {
+            let _ = no_grad(|| left.flat.g_add_(&right.flat));
+            pool.borrow_mut().push(right);
+            left
+        };
+        let sum = |node: &Node| {
             let sum = fold(*node, self.deal.data_shards, &mut compute, &mut add)?;
-            let sum = sum.expect("a node of the cover has leaves");
-            let by_destination = [signed(self.deal.world_size()), signed(own.len()), signed(self.chunk)];
-            sums.update(|sums| {
-                let mut place = sums.view(by_destination).select(1, signed(place));
+            Ok(sum.expect("a node of the cover has leaves"))
+        };
+        self.nodes[self.deal.rank].iter().map(sum).collect()
+    }
+
+    /// A rank that is alone has the sum of all leaves.
+    fn finish_alone(&mut self, sums: Vec<LeafBuffer>, trailer: Trailer) -> Reduced {
+        for sum in sums {
+            let _ = no_grad(|| sum.flat.divide_out(&self.mean, &self.divisor));
+            self.pool.push(sum);
+        }
+        Reduced { mean: self.mean.shallow_clone(), ledger: trailer.ledger, agreed_plan: trailer.plan }
+    }
+
+    /// Puts the sums where the others get their chunks from.
+    fn lay_out(&mut self, sums: Vec<LeafBuffer>, to: &mut Buffer) {
+        let by_destination = [signed(self.deal.world_size()), signed(sums.len()), signed(self.chunk)];
+        for (place, sum) in sums.into_iter().enumerate() {
+            to.update(|to| {
+                let mut place = to.view(by_destination).select(1, signed(place));
                 place.copy_(&sum.flat.view([by_destination[0], by_destination[2]]));
             });
-            pool.borrow_mut().push(sum);
+            self.pool.push(sum);
         }
-        Ok(())
     }
 
     fn finish_own_chunk(&self, received: &mut Buffer, part: &mut Buffer, trailer: Trailer) {
         let nodes: Vec<Node> = self.nodes.iter().flatten().copied().collect();
-        let sum = received.update(|received| {
+        received.update(|received| {
             let sums = received.view([signed(nodes.len()), signed(self.chunk)]);
             let mut at_hand = |node: Node| -> Result<Option<Tensor>, std::convert::Infallible> {
                 Ok(nodes.iter().position(|known| *known == node).map(|at| sums.get(signed(at))))
             };
             let mut add = |mut left: Tensor, right: Tensor| no_grad(|| left.g_add_(&right));
             let leaves = self.deal.data_shards;
-            match fold(Node::root(leaves), leaves, &mut at_hand, &mut add) {
+            let sum = match fold(Node::root(leaves), leaves, &mut at_hand, &mut add) {
                 Ok(sum) => sum.expect("there is at least one leaf"),
                 Err(never) => match never {},
-            }
-            .divide(&self.divisor)
-        });
-        part.update(|part| {
-            narrow(part, 0..self.chunk).copy_(&sum);
-            narrow(part, self.chunk..self.chunk + ALIGNMENT).copy_(&trailer.to_tensor());
+            };
+            part.update(|part| {
+                let _ = sum.divide_out(&narrow(part, 0..self.chunk), &self.divisor);
+                narrow(part, self.chunk..self.chunk + ALIGNMENT).copy_(&trailer.to_tensor());
+            });
         });
     }
 

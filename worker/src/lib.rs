@@ -22,6 +22,7 @@ pub mod loss;
 pub mod nn;
 pub mod passport;
 pub mod phase;
+pub mod profile;
 pub mod random;
 pub mod run;
 pub mod sample;

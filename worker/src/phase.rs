@@ -1,7 +1,7 @@
 //! Phases and their leaves: what one data shard contributes to one update.
 //!
 //! 1. A leaf is a function of (job, state, phase, shard, the shard's real samples): it reads state and writes none.
-//! 2. It is accumulated from +0.0 in a buffer of its own, so that autograd never adds one leaf to another.
+//! 2. It has a buffer of its own, and parameters keep no gradient, so that autograd never adds one leaf to another.
 //! 3. The generator's samples carry no gradient into a discriminator phase, and the discriminator is a constant in the
 //!    generator's phase.
 //!
@@ -134,10 +134,6 @@ impl Leaves<'_> {
         real: Option<&Tensor>,
         out: &mut LeafBuffer,
     ) -> Result<(), c10d::Error> {
-        let _ = out.flat.zero_();
-        for (parameter, gradient) in state.trainable(phase.module).iter().zip(&out.gradients) {
-            c10d::aten::set_grad(parameter, gradient)?;
-        }
         let key = Key { seed: self.job.job.seed, step, phase: phase.index, shard, purpose: Purpose::Noise };
         let mut statistics = Vec::new();
         let loss = match (phase.module, real) {
@@ -145,8 +141,11 @@ impl Leaves<'_> {
             (Module::Discriminator, None) => panic!("a discriminator phase needs real samples"),
             (Module::Generator, _) => self.generator_loss(key, state, &mut statistics),
         };
-        loss.backward();
+        let gradients = Tensor::run_backward(&[&loss], state.trainable(phase.module), false, false);
         no_grad(|| {
+            for (place, gradient) in out.gradients.iter_mut().zip(&gradients) {
+                place.copy_(gradient);
+            }
             let batch = f64::from(self.job.job.shard_batch);
             for (place, statistic) in out.statistics.iter_mut().zip(&statistics) {
                 place.copy_(&(statistic * batch));

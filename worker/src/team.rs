@@ -21,6 +21,7 @@ use crate::exchange::{Deal, Exchange, ReduceError, Reduced, Trailer};
 use crate::finite::NonFinite;
 use crate::nn::Models;
 use crate::phase::{LeafBuffer, LeafLayout, Phase};
+use crate::profile::{Laps, Part};
 use crate::session::Session;
 use crate::state::{ALIGNMENT, Counters, Module, State, StateLayout, narrow};
 
@@ -58,6 +59,8 @@ pub struct Team {
     pub generation: u64,
     /// Positions by which the run was rolled back.
     pub skips: Vec<Position>,
+    /// Where the time goes.
+    pub laps: Laps,
     group: Group,
     timeout: Duration,
     generator: Exchange,
@@ -121,7 +124,8 @@ impl Team {
         let (generator, discriminator) = (exchange(Module::Generator)?, exchange(Module::Discriminator)?);
         let timeout = session.limits().reduce;
         let (generation, skips) = (generation.0, assignment.group.skips.clone());
-        let team = Team { deal, generation, skips, group, timeout, generator, discriminator };
+        let laps = Laps::start();
+        let team = Team { deal, generation, skips, laps, group, timeout, generator, discriminator };
         match team.compare("group", &identity(session, assignment, term)) {
             // Nobody's state is wrong: somebody came to the wrong place.
             Err(TeamError::Diverged(what)) => Err(TeamError::Fenced(what)),
@@ -221,14 +225,20 @@ impl Team {
             Module::Discriminator => &mut self.discriminator,
         };
         session.set_activity(Activity::Computing);
-        let waiting = || session.set_activity(Activity::Waiting);
+        let laps = &mut self.laps;
+        let done = |part: Part| {
+            laps.lap(part);
+            if part == Part::Compute {
+                session.set_activity(Activity::Waiting);
+            }
+        };
         let leaf = |shard: u32, out: &mut LeafBuffer| {
             let begun = Instant::now();
             let done = leaf(shard, out);
             session.leaf_done(begun.elapsed());
             done
         };
-        match exchange.reduce(&self.group, self.timeout, trailer, leaf, waiting) {
+        match exchange.reduce(&self.group, self.timeout, trailer, leaf, done) {
             Ok(reduced) => Ok(reduced),
             Err(error @ ReduceError::Disagreement { .. }) => Err(TeamError::Diverged(error.to_string())),
             Err(error) => Err(error.into()),

@@ -18,6 +18,7 @@ use crate::exchange::{ReduceError, Reduced, Trailer};
 use crate::finite::{NonFinite, Verdict, judge};
 use crate::nn::Models;
 use crate::phase::{LeafLayout, Leaves, Phase, phases};
+use crate::profile::{Laps, Part};
 use crate::session::{Session, unreachable};
 use crate::state::{Counters, Module, State, StateLayout};
 use crate::team::{Carried, Circumstances, Team, TeamError};
@@ -70,16 +71,20 @@ pub enum Rest {
 /// Where a run of steps is, for its reports.
 struct Pace {
     since: Instant,
-    images: u64,
+    steps: u64,
 }
 
 impl Pace {
+    fn start() -> Pace {
+        Pace { since: Instant::now(), steps: 0 }
+    }
+
     /// How the step that was just committed came about.
-    fn circumstances(&self, assignment: &Assignment) -> Circumstances {
+    fn circumstances(&self, assignment: &Assignment, job: &Job) -> Circumstances {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let seconds = self.since.elapsed().as_secs_f64().max(1e-9);
         #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // a rate for people
-        let images_per_second = (self.images as f64 / seconds) as f32;
+        let images_per_second = ((self.steps * job.samples_per_step()) as f64 / seconds) as f32;
         Circumstances {
             generation: assignment.group.generation.0,
             world_size: u32::try_from(assignment.group.members.len()).unwrap_or(u32::MAX),
@@ -194,7 +199,7 @@ impl Trainer {
         let phases = phases(&self.job);
         let last_step = self.job.last_step(self.data.len() as u64);
         let mut batches = self.read_ahead(team, state.counters, last_step);
-        let mut pace = Pace { since: Instant::now(), images: 0 };
+        let mut pace = Pace::start();
         let mut fingerprint = 0;
         let mut agreed = None;
         let (mut step, mut first) = place(state.counters, &phases);
@@ -208,7 +213,8 @@ impl Trainer {
             }
             (step, first) = place(state.counters, &phases);
             if first == 0 {
-                self.report(assignment, state, carried, &mut pace, agreed == Some(PlanKind::Stop));
+                let stopping = agreed == Some(PlanKind::Stop);
+                self.report(assignment, state, carried, &mut pace, &mut team.laps, stopping);
             }
             if agreed == Some(PlanKind::Regroup) {
                 return Ok(Rest::Planned);
@@ -268,11 +274,13 @@ impl Trainer {
     ) -> Result<Option<PlanKind>, TeamError> {
         let leaves = Leaves { job: &self.job, models: &self.models, device: self.device };
         let step = state.counters.position.0 / self.job.phases_per_step();
+        team.laps.begin(phase.module);
         let batch = match phase.module {
             Module::Discriminator => Some(batches.next()?),
             Module::Generator => None,
         };
         let real = batch.as_ref().map(|batch| self.real_images(batch));
+        team.laps.lap(Part::Data);
         let first_shard = team.deal.own().start;
         let plan = self.session.plan();
         let trailer = Trailer {
@@ -300,6 +308,7 @@ impl Trainer {
         carried.losses[usize::from(phase.module == Module::Generator)] =
             f32::try_from(loss).unwrap_or(f32::NAN);
         self.session.set_position(state.counters.position);
+        team.laps.lap(Part::Commit);
         if let Some(batch) = batch {
             batches.recycle(batch);
         }
@@ -342,15 +351,18 @@ impl Trainer {
         state: &State,
         carried: &mut Carried,
         pace: &mut Pace,
+        laps: &mut Laps,
         stopping: bool,
     ) {
         let samples = self.data.len() as u64;
         let step = state.counters.position.0 / self.job.phases_per_step();
-        pace.images += self.job.samples_per_step();
+        pace.steps += 1;
         if self.job.metrics_due(step, samples) || stopping {
-            carried.newest = pace.circumstances(assignment);
-            self.session.report(Rank(assignment.rank), self.row(state, carried));
-            *pace = Pace { since: Instant::now(), images: 0 };
+            carried.newest = pace.circumstances(assignment, &self.job);
+            let profile = Some(laps.take(pace.steps));
+            let row = MetricsRow { profile, ..self.row(state, carried) };
+            self.session.report(Rank(assignment.rank), row);
+            *pace = Pace::start();
         }
         // The last state, of the job or before a stop, is saved by `finish`.
         let last = stopping || step == self.job.last_step(samples);
@@ -375,6 +387,7 @@ impl Trainer {
             images_seen: step * self.job.samples_per_step(),
             ledger: state.counters.ledger,
             skipped: state.counters.skipped,
+            profile: None,
         }
     }
 

@@ -10,6 +10,7 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
+use ganglion_proto::message::Profile;
 use serde::{Deserialize, Serialize};
 
 use super::line_file::LineFile;
@@ -39,6 +40,8 @@ pub struct Row {
     pub skipped: u64,
     /// Passes over the data since the run began.
     pub epoch: f64,
+    /// Where the time of the discriminator's phases and of the generator's went.
+    pub profile: Option<[Profile; 2]>,
 }
 
 /// The part of a row that a step determines.
@@ -62,6 +65,34 @@ struct Circumstances {
     generation: u64,
     world_size: u32,
     images_per_second: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    profile: Option<Profiles>,
+}
+
+/// Milliseconds a step.
+#[derive(Serialize)]
+struct Profiles {
+    discriminator: Parts,
+    generator: Parts,
+}
+
+/// The parts of a phase, with three decimals.
+#[derive(Serialize)]
+struct Parts {
+    data: f64,
+    compute: f64,
+    wait: f64,
+    commit: f64,
+    other: f64,
+}
+
+impl From<Profile> for Parts {
+    fn from(profile: Profile) -> Parts {
+        let [data, compute, wait, commit, other] =
+            [profile.data, profile.compute, profile.wait, profile.commit, profile.other]
+                .map(|milliseconds| (milliseconds * 1000.0).round() / 1000.0);
+        Parts { data, compute, wait, commit, other }
+    }
 }
 
 /// What `record` did with a row.
@@ -187,6 +218,10 @@ impl Row {
             generation: self.generation,
             world_size: self.world_size,
             images_per_second: self.images_per_second,
+            profile: self.profile.map(|[discriminator, generator]| Profiles {
+                discriminator: discriminator.into(),
+                generator: generator.into(),
+            }),
         });
         part.remove(0);
         part
@@ -227,6 +262,7 @@ pub(super) fn row_of(step: u64) -> Row {
         ledger: 0xfeed << 32 | step,
         skipped: 0,
         epoch: 0.5,
+        profile: None,
     }
 }
 
@@ -257,6 +293,16 @@ mod tests {
             "epoch": 0.5,
         });
         assert_eq!(rows(&path), [expected]);
+    }
+
+    #[test]
+    fn a_measured_profile_shows_with_three_decimals_and_decides_nothing() {
+        let (_dir, path, mut log) = log();
+        let profile = Profile { data: 0.0, compute: 12.345_67, wait: 1.5, commit: 0.25, other: 0.1 };
+        log.record(&Row { profile: Some([profile, Profile::default()]), ..row_of(1) }).unwrap();
+        assert_eq!(rows(&path)[0]["profile"]["discriminator"]["compute"], 12.346);
+        assert_eq!(rows(&path)[0]["profile"]["generator"]["wait"], 0.0);
+        assert_eq!(log.record(&row_of(1)).unwrap(), Recorded::Same);
     }
 
     /// Invariant 1, also across a restart.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use ganglion_membership::{Checkpoint, Outcome, Position};
 use ganglion_proto::job::Job;
-use ganglion_proto::message::{MetricsRow, SampleGrid};
+use ganglion_proto::message::{MetricsRow, Profile, SampleGrid};
 use serde::Serialize;
 
 use super::StopSignal;
@@ -116,6 +116,7 @@ impl Records {
             ledger: row.ledger,
             skipped: row.skipped,
             epoch,
+            profile: row.profile,
         });
         self.write_rows();
     }
@@ -166,6 +167,15 @@ impl Records {
             ("cluster/world_size", f64::from(row.world_size)),
         ] {
             self.tensorboard.scalar(tag, row.step, row.time, value)?;
+        }
+        for (module, profile) in ["discriminator", "generator"].iter().zip(row.profile.iter().flatten()) {
+            let Profile { data, compute, wait, commit, other } = *profile;
+            for (part, milliseconds) in
+                [("data", data), ("compute", compute), ("wait", wait), ("commit", commit), ("other", other)]
+            {
+                let tag = format!("milliseconds_of_a_step/{module}_{part}");
+                self.tensorboard.scalar(&tag, row.step, row.time, milliseconds)?;
+            }
         }
         Ok(())
     }

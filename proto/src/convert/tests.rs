@@ -71,6 +71,7 @@ fn a_workers_messages_survive_the_wire() {
         images_seen: 8,
         ledger: u64::MAX,
         skipped: 9,
+        profile: None,
     };
     let passport = Passport(BTreeMap::from([("cpu".to_string(), "x".to_string())]));
     let non_finite = |stop| Fault::NonFinite { position: Position(6), detail: "x".into(), stop };

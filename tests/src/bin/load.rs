@@ -83,6 +83,7 @@ impl Crowd {
             images_seen: 1,
             ledger: 1,
             skipped: 0,
+            profile: None,
         })
     }
 }

@@ -94,7 +94,7 @@ fn any_world_size_gives_the_bits_of_the_definition() {
                     narrow(&out.flat, 0..len).copy_(&Tensor::from_slice(&leaves[shard as usize]));
                     Ok(())
                 };
-                let reduced = exchange.reduce(&group, LIMIT, Trailer::default(), fill, || {}).unwrap();
+                let reduced = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| {}).unwrap();
                 floats(&reduced.mean, len).into_iter().map(f32::to_bits).collect::<Vec<_>>()
             });
             for (rank, mean) in means.iter().enumerate() {
@@ -109,7 +109,7 @@ fn reduce_with(trailer: impl Fn(usize) -> Trailer + Sync) -> Vec<Result<(u64, u6
     as_ranks(2, 2, |deal, group| {
         let ours = trailer(deal.rank);
         let mut exchange = Exchange::new(deal, layout(5), GLOBAL_BATCH, Device::Cpu).unwrap();
-        let reduced = exchange.reduce(&group, LIMIT, ours, |_, _| Ok(()), || {});
+        let reduced = exchange.reduce(&group, LIMIT, ours, |_, _| Ok(()), |_| {});
         reduced.map(|reduced| (reduced.ledger, reduced.agreed_plan)).map_err(|error| error.to_string())
     })
 }
@@ -150,14 +150,14 @@ fn a_failed_reduce_leaves_nothing_to_reduce_with() {
         let fill =
             |_: u32, _: &mut LeafBuffer| if rank == 0 { Ok(()) } else { Err("a bad leaf".to_string()) };
         if rank == 1 {
-            let error = exchange.reduce(&group, LIMIT, Trailer::default(), fill, || {}).err().unwrap();
+            let error = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| {}).err().unwrap();
             assert_eq!(error.to_string(), "a bad leaf");
             group.aborter().abort();
         } else {
-            let first = exchange.reduce(&group, LIMIT, Trailer::default(), fill, || {});
+            let first = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| {});
             assert!(matches!(first.err(), Some(ReduceError::Collective(_))));
         }
-        let again = exchange.reduce(&group, LIMIT, Trailer::default(), fill, || {}).err().unwrap();
+        let again = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| {}).err().unwrap();
         assert!(matches!(again, ReduceError::Collective(c10d::Error::Aborted)), "{again:?}");
     });
 }

@@ -35,6 +35,44 @@ fn every_model_maps_noise_to_images_and_images_to_logits() {
     }
 }
 
+/// A convolution whose kernel covers the map, and its transpose, are computed as products of matrices.
+#[test]
+fn a_covering_convolution_is_libtorchs_with_its_gradients() {
+    tch::manual_seed(1);
+    let random = |shape: &[i64]| Tensor::rand(shape, (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    let none = None::<&Tensor>;
+    let (maps, weight) = (random(&[3, 5, 4, 4]), random(&[2, 5, 4, 4]));
+    let covered = conv(&channels_last(&maps), &weight, 4, 1, 0);
+    let theirs = maps.conv2d(&weight, none, [1, 1], [0, 0], [1, 1], 1);
+    assert_same(&covered, &theirs, &[&maps, &weight]);
+    let (noise, weight) = (random(&[3, 5, 1, 1]), random(&[5, 2, 4, 4]));
+    let covered = conv_transpose(&noise, &weight, 1, 0);
+    let theirs = noise.conv_transpose2d(&weight, none, [1, 1], [0, 0], [0, 0], 1, [1, 1]);
+    assert_same(&covered, &theirs, &[&noise, &weight]);
+}
+
+#[track_caller]
+fn assert_same(ours: &Tensor, theirs: &Tensor, inputs: &[&Tensor]) {
+    assert_eq!(ours.size(), theirs.size());
+    assert!(ours.allclose(theirs, 1e-5, 1e-5, false));
+    // Squares, so that the gradients depend on all that went before.
+    let gradients =
+        |out: &Tensor| Tensor::run_backward(&[out.square().sum(Kind::Float)], inputs, false, false);
+    for (ours, theirs) in gradients(ours).iter().zip(gradients(theirs)) {
+        assert!(ours.allclose(&theirs, 1e-4, 1e-4, false));
+    }
+}
+
+#[test]
+fn images_keep_their_places_with_their_features_together() {
+    for features in [1, 3] {
+        let x = Tensor::arange(2 * features * 12, (Kind::Float, Device::Cpu)).view([2, features, 4, 3]);
+        let last = channels_last(&x);
+        assert!(last.equal(&x));
+        assert_eq!(last.stride(), [12 * features, 1, 3 * features, features]);
+    }
+}
+
 #[test]
 fn batch_statistics_are_the_mean_and_the_unbiased_variance() {
     let network = Network::new(vec![Layer::BatchNorm { features: 2 }]);

@@ -121,6 +121,7 @@ impl Trainer {
         let mut team = Team::form(assignment, &session, &self.hub, &self.start).await?;
         team.start(&job, &mut self.held).await?;
         let (mut state, mut carried) = self.held.expect("a team starts with a state");
+        self.start.shared.begin(group.generation.0, group.position.0);
         let rest = self.train_with(&job, assignment, &mut team, &mut state, &mut carried).await;
         self.held = Some((state, carried));
         rest
@@ -141,7 +142,7 @@ impl Trainer {
         while state.place(job).0 < last_step && agreed != Some(PlanKind::Stop) {
             loop {
                 let plan = self.run_phase(job, team, state, &mut stream).await?;
-                self.note_commit(state);
+                self.start.shared.commit(&self.start.name, assignment.group.generation.0, state);
                 agreed = plan.or(agreed);
                 if agreed == Some(PlanKind::Regroup) || state.place(job).1 == 0 {
                     break;
@@ -157,18 +158,6 @@ impl Trainer {
         self.archive.push(*state, files(assignment));
         self.archive.drain(&self.session).await;
         Ok(Rest::Finished { complete: state.place(job).0 == last_step })
-    }
-
-    fn note_commit(&self, state: &State) {
-        let shared = &self.start.shared;
-        let place = usize::try_from(state.position.0).expect("a short run");
-        if shared.lineage.get(place) != Some(state) {
-            shared.breach(format!(
-                "{} committed {state:?}, which an undisturbed run does not have",
-                self.start.name
-            ));
-        }
-        shared.furthest.fetch_max(state.position.0, Ordering::Relaxed);
     }
 
     async fn run_phase(
@@ -311,6 +300,7 @@ fn row(job: &Job, state: &State, carried: &Carried) -> MetricsRow {
         images_seen: step * job.samples_per_step(),
         ledger: state.ledger,
         skipped: 0,
+        profile: None,
     }
 }
 

@@ -1,5 +1,6 @@
 //! A worker's process: the real session, and a model of the rest. What the model does is what `run.rs` and `archive.rs` do.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -29,11 +30,37 @@ pub struct Shared {
     pub lineage: Vec<State>,
     /// The most advanced position that was committed.
     pub furthest: AtomicU64,
+    /// Where each generation began to train.
+    pub begun: Mutex<BTreeMap<u64, u64>>,
     /// What must not happen and did.
     pub breach: Mutex<Option<String>>,
 }
 
 impl Shared {
+    /// A generation begins to train.
+    pub fn begin(&self, generation: u64, position: u64) {
+        self.begun.lock().expect("nothing panics with it").insert(generation, position);
+    }
+
+    /// A member of a generation committed a phase. It must be one of an undisturbed run's; and once a newer generation
+    /// trains, one that was under way: a member may be one phase ahead of where the newer one began.
+    pub fn commit(&self, name: &str, generation: u64, state: &State) {
+        let place = usize::try_from(state.position.0).expect("a short run");
+        if self.lineage.get(place) != Some(state) {
+            self.breach(format!("{name} committed {state:?}, which an undisturbed run does not have"));
+        }
+        let begun = self.begun.lock().expect("nothing panics with it");
+        let newer = begun.range(generation + 1..).find(|(_, position)| state.position.0 > **position + 1);
+        if let Some((newer, position)) = newer {
+            self.breach(format!(
+                "{name} committed {} in generation {generation}, though {newer} trains from {position}",
+                state.position
+            ));
+        }
+        drop(begun);
+        self.furthest.fetch_max(state.position.0, Ordering::Relaxed);
+    }
+
     pub fn breach(&self, what: String) {
         self.breach.lock().expect("nothing panics with it").get_or_insert(what);
     }
