@@ -69,7 +69,8 @@ fn update_parameters(job: &Job, state: &State, module: Module, gradient: &Tensor
     };
     let adam = Adam { lr, beta1: optimizer.beta1, beta2: optimizer.beta2, eps: optimizer.epsilon };
     fused_adam(
-        &mut state.section(sections.parameter_range()),
+        // Autograd sees that these change.
+        &mut state.parameters(module).shallow_clone(),
         gradient,
         &mut state.section(sections.exp_avg_range()),
         &mut state.section(sections.exp_avg_sq_range()),

@@ -1,8 +1,9 @@
 //! Summing leaves over all data shards, and with them agreeing on where everyone is.
 //!
-//! Each rank sums the leaves of its own shards up to the maximal nodes of the tree, sends every other rank its chunk of
-//! these sums, finishes its own chunk in tree order, divides it once by the global batch, and gathers all chunks. The
-//! result has the same bits for any number of ranks.
+//! Each rank sums the leaves of its own shards up to the maximal nodes of the tree. Then, by chunks, it sends every other
+//! rank its chunk of these sums, finishes its own chunk in tree order, divides it once by the global batch, and gathers all
+//! chunks. Two ranks with one node each send each other the whole sum instead, and both finish all of it: as many bytes, in
+//! one round. The result has the same bits either way, and for any number of ranks.
 //!
 //! 1. A rank sends its chunk of the mean only after it committed the phase before (the call order gives that), so ranks
 //!    differ by one phase at most.
@@ -97,13 +98,34 @@ impl Deal {
     }
 }
 
+/// What happens in a reduce.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// A part of the work is done.
+    Done(Part),
+    /// What this rank contributes is on its way: there is time for other work before the others have answered.
+    Sent,
+}
+
+/// How sums get to the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Route {
+    /// There are no others.
+    Alone,
+    /// The whole sum, in one round.
+    Whole,
+    /// By chunks, in two rounds.
+    Chunks,
+}
+
 /// Reduces leaves of one module's phases within one group.
 pub struct Exchange {
     deal: Deal,
+    route: Route,
     layout: LeafLayout,
     divisor: Tensor,
     device: Device,
-    /// Floats of a rank's chunk.
+    /// Floats that a rank finishes.
     chunk: usize,
     /// Each rank's nodes.
     nodes: Vec<Vec<Node>>,
@@ -112,13 +134,13 @@ pub struct Exchange {
     mean: Tensor,
 }
 
-/// What collectives borrow.
+/// What collectives borrow. What a route does not need is empty.
 struct Lendable {
     /// By destination, then by node: that destination's chunk of the node's sum.
     sums: Buffer,
-    /// By node, over all ranks: this rank's chunk.
+    /// By node, over all ranks: this rank's chunk. Or the other rank's part.
     received: Buffer,
-    /// This rank's chunk of the mean, and its trailer.
+    /// This rank's chunk of the mean, or its whole sum; and its trailer.
     part: Buffer,
     /// By rank: its part.
     gathered: Buffer,
@@ -133,22 +155,41 @@ impl Exchange {
         device: Device,
     ) -> Result<Exchange, c10d::Error> {
         let world_size = deal.world_size();
-        let chunk = align(layout.len().div_ceil(world_size));
         let nodes: Vec<Vec<Node>> =
             deal.shards.iter().map(|range| cover(range.clone(), deal.data_shards)).collect();
+        let route = match world_size {
+            1 => Route::Alone,
+            2 if nodes.iter().all(|nodes| nodes.len() == 1) => Route::Whole,
+            _ => Route::Chunks,
+        };
+        let by_chunks = usize::from(route == Route::Chunks);
+        let whole = usize::from(route == Route::Whole);
+        let chunk = align(layout.len().div_ceil(if route == Route::Chunks { world_size } else { 1 }));
         let all_nodes: usize = nodes.iter().map(Vec::len).sum();
         let zeros = |numel| Buffer::zeros(numel, Kind::Float, device);
         let lent = Lendable {
-            sums: zeros(world_size * nodes[deal.rank].len() * chunk)?,
-            received: zeros(all_nodes * chunk)?,
-            part: zeros(chunk + ALIGNMENT)?,
-            gathered: zeros(world_size * (chunk + ALIGNMENT))?,
+            sums: zeros(by_chunks * world_size * nodes[deal.rank].len() * chunk)?,
+            received: zeros(by_chunks * all_nodes * chunk + whole * (chunk + ALIGNMENT))?,
+            part: zeros((by_chunks + whole) * (chunk + ALIGNMENT))?,
+            gathered: zeros(by_chunks * world_size * (chunk + ALIGNMENT))?,
         };
         // The divisor is a tensor, because some devices multiply by the inverse of a plain number.
         #[allow(clippy::cast_precision_loss)]
         let divisor = Tensor::from(global_batch as f32).to_device(device);
-        let mean = Tensor::zeros([signed(world_size * chunk)], (Kind::Float, device));
-        Ok(Exchange { deal, layout, divisor, device, chunk, nodes, pool: Vec::new(), lent: Some(lent), mean })
+        let capacity = if route == Route::Chunks { world_size * chunk } else { chunk };
+        let mean = Tensor::zeros([signed(capacity)], (Kind::Float, device));
+        Ok(Exchange {
+            deal,
+            route,
+            layout,
+            divisor,
+            device,
+            chunk,
+            nodes,
+            pool: Vec::new(),
+            lent: Some(lent),
+            mean,
+        })
     }
 
     /// The layout of the leaves.
@@ -161,15 +202,15 @@ impl Exchange {
         self.device
     }
 
-    /// Sums the leaves of all shards and divides by the global batch. `leaf` fills a buffer with the leaf of a shard; `done`
-    /// hears of each part of the work.
+    /// Sums the leaves of all shards and divides by the global batch. `leaf` fills a buffer with the leaf of a shard; `on`
+    /// hears of what happens.
     pub fn reduce(
         &mut self,
         group: &Group,
         timeout: Duration,
         trailer: Trailer,
         mut leaf: impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
-        mut done: impl FnMut(Part),
+        mut on: impl FnMut(Moment),
     ) -> Result<Reduced, ReduceError> {
         // A rank that is alone exchanges nothing, so nothing else would tell it.
         if !group.is_open() {
@@ -179,29 +220,80 @@ impl Exchange {
         let sums = self.sum_own_leaves(&mut leaf)?;
         // Numbered by position: the others wait for this rank's sums, then for its chunk of the mean.
         failpoint::reached("reduce", trailer.position);
-        done(Part::Compute);
-        let reduced = if self.deal.world_size() == 1 {
-            Ok(self.finish_alone(sums, trailer))
-        } else {
-            self.lay_out(sums, &mut lent.sums);
-            let chunks = |nodes: &Vec<Node>| nodes.len() * self.chunk;
-            let sent = vec![chunks(&self.nodes[self.deal.rank]); self.deal.world_size()];
-            let received: Vec<usize> = self.nodes.iter().map(chunks).collect();
-            let pending = group.all_to_all(lent.sums, &sent, lent.received, &received)?;
-            done(Part::Other);
-            (lent.sums, lent.received) = pending.wait(timeout)?;
-            done(Part::Wait);
-            self.finish_own_chunk(&mut lent.received, &mut lent.part, trailer);
-            failpoint::reached("gather", trailer.position);
-            let pending = group.all_gather(lent.part, lent.gathered)?;
-            done(Part::Other);
-            (lent.part, lent.gathered) = pending.wait(timeout)?;
-            done(Part::Wait);
-            self.read(&lent.gathered, trailer)
+        on(Moment::Done(Part::Compute));
+        let reduced = match self.route {
+            Route::Alone => {
+                on(Moment::Sent);
+                Ok(self.finish_alone(sums, trailer))
+            }
+            Route::Whole => {
+                self.lay_out_whole(sums, trailer, &mut lent.part);
+                lent = self.swap(group, timeout, lent, &mut on)?;
+                self.finish_whole(&lent, trailer)
+            }
+            Route::Chunks => {
+                self.lay_out(sums, &mut lent.sums);
+                lent = self.scatter(group, timeout, lent, &mut on)?;
+                self.finish_own_chunk(&mut lent.received, &mut lent.part, trailer);
+                failpoint::reached("gather", trailer.position);
+                lent = Exchange::gather(group, timeout, lent, &mut on)?;
+                self.read(&lent.gathered, trailer)
+            }
         };
         self.lent = Some(lent);
-        done(Part::Other);
+        on(Moment::Done(Part::Other));
         reduced
+    }
+
+    /// Sends each rank its chunk of the sums.
+    fn scatter(
+        &self,
+        group: &Group,
+        timeout: Duration,
+        mut lent: Lendable,
+        on: &mut impl FnMut(Moment),
+    ) -> Result<Lendable, ReduceError> {
+        let chunks = |nodes: &Vec<Node>| nodes.len() * self.chunk;
+        let sent = vec![chunks(&self.nodes[self.deal.rank]); self.deal.world_size()];
+        let received: Vec<usize> = self.nodes.iter().map(chunks).collect();
+        let pending = group.all_to_all(lent.sums, &sent, lent.received, &received)?;
+        on(Moment::Done(Part::Other));
+        on(Moment::Sent);
+        (lent.sums, lent.received) = pending.wait(timeout)?;
+        on(Moment::Done(Part::Wait));
+        Ok(lent)
+    }
+
+    /// Gives each of two ranks the other's part.
+    fn swap(
+        &self,
+        group: &Group,
+        timeout: Duration,
+        mut lent: Lendable,
+        on: &mut impl FnMut(Moment),
+    ) -> Result<Lendable, ReduceError> {
+        let mut counts = [self.chunk + ALIGNMENT; 2];
+        counts[self.deal.rank] = 0;
+        let pending = group.all_to_all(lent.part, &counts, lent.received, &counts)?;
+        on(Moment::Done(Part::Other));
+        on(Moment::Sent);
+        (lent.part, lent.received) = pending.wait(timeout)?;
+        on(Moment::Done(Part::Wait));
+        Ok(lent)
+    }
+
+    /// Gives every rank the parts of all.
+    fn gather(
+        group: &Group,
+        timeout: Duration,
+        mut lent: Lendable,
+        on: &mut impl FnMut(Moment),
+    ) -> Result<Lendable, ReduceError> {
+        let pending = group.all_gather(lent.part, lent.gathered)?;
+        on(Moment::Done(Part::Other));
+        (lent.part, lent.gathered) = pending.wait(timeout)?;
+        on(Moment::Done(Part::Wait));
+        Ok(lent)
     }
 
     /// The sums of this rank's nodes.
@@ -209,7 +301,7 @@ impl Exchange {
         &mut self,
         leaf: &mut impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
     ) -> Result<Vec<LeafBuffer>, ReduceError> {
-        let (layout, capacity, device) = (&self.layout, self.deal.world_size() * self.chunk, self.device);
+        let (layout, capacity, device) = (&self.layout, self.mean.numel(), self.device);
         let pool = std::cell::RefCell::new(&mut self.pool);
         let mut compute = |node: Node| -> Result<Option<LeafBuffer>, ReduceError> {
             if node.level > 0 {
@@ -238,7 +330,45 @@ impl Exchange {
             let _ = no_grad(|| sum.flat.divide_out(&self.mean, &self.divisor));
             self.pool.push(sum);
         }
-        Reduced { mean: self.mean.shallow_clone(), ledger: trailer.ledger, agreed_plan: trailer.plan }
+        self.reduced(&[trailer], trailer)
+    }
+
+    /// Puts this rank's one sum where the other gets it from.
+    fn lay_out_whole(&mut self, sums: Vec<LeafBuffer>, trailer: Trailer, part: &mut Buffer) {
+        for sum in sums {
+            part.update(|part| {
+                narrow(part, 0..self.chunk).copy_(&sum.flat);
+                narrow(part, self.chunk..self.chunk + ALIGNMENT).copy_(&trailer.to_tensor());
+            });
+            self.pool.push(sum);
+        }
+    }
+
+    /// Adds the sums of two ranks, in their order.
+    fn finish_whole(&self, lent: &Lendable, ours: Trailer) -> Result<Reduced, ReduceError> {
+        let mut parts = [lent.received.tensor(), lent.received.tensor()];
+        parts[self.deal.rank] = lent.part.tensor();
+        let tail = |part: &Tensor| narrow(part, self.chunk..self.chunk + ALIGNMENT);
+        let trailers = self.trailers(&Tensor::stack(&parts.map(tail), 0), ours)?;
+        no_grad(|| {
+            let [left, right] = parts.map(|part| narrow(part, 0..self.chunk));
+            let _ = left.add_out(&self.mean, &right).divide_(&self.divisor);
+        });
+        Ok(self.reduced(&trailers, ours))
+    }
+
+    /// The sum over all nodes, of which each row has one's.
+    fn sum_nodes(&self, rows: &Tensor) -> Tensor {
+        let nodes: Vec<Node> = self.nodes.iter().flatten().copied().collect();
+        let mut at_hand = |node: Node| -> Result<Option<Tensor>, std::convert::Infallible> {
+            Ok(nodes.iter().position(|known| *known == node).map(|at| rows.get(signed(at))))
+        };
+        let mut add = |mut left: Tensor, right: Tensor| no_grad(|| left.g_add_(&right));
+        let leaves = self.deal.data_shards;
+        match fold(Node::root(leaves), leaves, &mut at_hand, &mut add) {
+            Ok(sum) => sum.expect("there is at least one leaf"),
+            Err(never) => match never {},
+        }
     }
 
     /// Puts the sums where the others get their chunks from.
@@ -254,18 +384,8 @@ impl Exchange {
     }
 
     fn finish_own_chunk(&self, received: &mut Buffer, part: &mut Buffer, trailer: Trailer) {
-        let nodes: Vec<Node> = self.nodes.iter().flatten().copied().collect();
         received.update(|received| {
-            let sums = received.view([signed(nodes.len()), signed(self.chunk)]);
-            let mut at_hand = |node: Node| -> Result<Option<Tensor>, std::convert::Infallible> {
-                Ok(nodes.iter().position(|known| *known == node).map(|at| sums.get(signed(at))))
-            };
-            let mut add = |mut left: Tensor, right: Tensor| no_grad(|| left.g_add_(&right));
-            let leaves = self.deal.data_shards;
-            let sum = match fold(Node::root(leaves), leaves, &mut at_hand, &mut add) {
-                Ok(sum) => sum.expect("there is at least one leaf"),
-                Err(never) => match never {},
-            };
+            let sum = self.sum_nodes(&received.view([-1, signed(self.chunk)]));
             part.update(|part| {
                 let _ = sum.divide_out(&narrow(part, 0..self.chunk), &self.divisor);
                 narrow(part, self.chunk..self.chunk + ALIGNMENT).copy_(&trailer.to_tensor());
@@ -274,28 +394,34 @@ impl Exchange {
     }
 
     fn read(&mut self, gathered: &Buffer, ours: Trailer) -> Result<Reduced, ReduceError> {
-        let ranks = self.deal.world_size();
-        let rows = gathered.tensor().view([signed(ranks), signed(self.chunk + ALIGNMENT)]);
+        let ranks = signed(self.deal.world_size());
+        let rows = gathered.tensor().view([ranks, signed(self.chunk + ALIGNMENT)]);
         let tails = rows.narrow(1, signed(self.chunk), signed(ALIGNMENT)).contiguous();
+        let trailers = self.trailers(&tails, ours)?;
+        self.mean.view([ranks, signed(self.chunk)]).copy_(&rows.narrow(1, 0, signed(self.chunk)));
+        Ok(self.reduced(&trailers, ours))
+    }
+
+    /// The trailers of all ranks, which agree; one a row.
+    fn trailers(&self, tails: &Tensor, ours: Trailer) -> Result<Vec<Trailer>, ReduceError> {
         let trailers = Trailer::from_tensor(&tails.to_device(Device::Cpu));
         let known = |trailer: &Trailer| Trailer { plan: 0, ledger: 0, ..*trailer };
-        for (rank, theirs) in trailers.iter().enumerate() {
-            if known(theirs) != known(&ours) {
-                return Err(ReduceError::Disagreement {
-                    own_rank: self.deal.rank,
-                    ours,
-                    rank,
-                    theirs: *theirs,
-                });
+        match trailers.iter().position(|theirs| known(theirs) != known(&ours)) {
+            None => Ok(trailers),
+            Some(rank) => {
+                let (own_rank, theirs) = (self.deal.rank, trailers[rank]);
+                Err(ReduceError::Disagreement { own_rank, ours, rank, theirs })
             }
         }
-        self.mean.view([signed(ranks), signed(self.chunk)]).copy_(&rows.narrow(1, 0, signed(self.chunk)));
+    }
+
+    fn reduced(&self, trailers: &[Trailer], ours: Trailer) -> Reduced {
         let all_know = trailers.iter().all(|trailer| trailer.plan == ours.plan);
-        Ok(Reduced {
+        Reduced {
             mean: self.mean.shallow_clone(),
             ledger: trailers.iter().fold(0, |sum, trailer| sum.wrapping_add(trailer.ledger)),
             agreed_plan: if all_know { ours.plan } else { 0 },
-        })
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use crate::checkpoint::to_bytes;
 use crate::commit::commit;
 use crate::data::DataSet;
 use crate::nn::Models;
-use crate::phase::{LeafBuffer, LeafLayout, Leaves, phases};
+use crate::phase::{Input, LeafBuffer, LeafLayout, Leaves, phases};
 use crate::random::{Key, Purpose};
 use crate::state::{Module, State, StateLayout};
 
@@ -53,7 +53,11 @@ fn probe(
         let leaf_layout = LeafLayout::new(models, layout, phase.module);
         let mut leaf = LeafBuffer::new(&leaf_layout, leaf_layout.len(), device);
         let real = stand_ins(job, models, device);
-        leaves.compute(phase, 0, 0, &state, Some(&real), &mut leaf)?;
+        let input = match phase.module {
+            Module::Discriminator => Input::Real(&real),
+            Module::Generator => Input::Begun(leaves.begin_generator(phase, 0, 0, &state)),
+        };
+        leaves.compute(phase, 0, 0, &state, input, &mut leaf)?;
         leaf_hash.update(&to_bytes(&leaf.flat));
         commit(job, &mut state, phase, &leaf_layout, &leaf.flat, 0)?;
     }

@@ -113,6 +113,22 @@ impl LeafBuffer {
     }
 }
 
+/// The beginning of a generator's leaf.
+pub struct Begun {
+    /// The data shard.
+    pub shard: u32,
+    fake: Tensor,
+    statistics: Vec<Tensor>,
+}
+
+/// What a leaf is computed from.
+pub enum Input<'a> {
+    /// Real samples, in a discriminator's phase.
+    Real(&'a Tensor),
+    /// What the generator has drawn, in its phase.
+    Begun(Begun),
+}
+
 /// Computes leaves of a job.
 pub struct Leaves<'a> {
     /// The job.
@@ -124,22 +140,34 @@ pub struct Leaves<'a> {
 }
 
 impl Leaves<'_> {
-    /// Fills `out` with the leaf of `shard`. `real` are its b samples in a discriminator phase, (b, c, h, w).
+    /// What the generator's leaf of `shard` begins with, which is all that does not need the discriminator.
+    pub fn begin_generator(&self, phase: Phase, step: u64, shard: u32, state: &State) -> Begun {
+        let mut statistics = Vec::new();
+        let key = self.noise_key(phase, step, shard);
+        let fake = self.generate(key, state.trainable(Module::Generator), &mut statistics);
+        Begun { shard, fake, statistics }
+    }
+
+    /// Fills `out` with the leaf of `shard`, from its b samples in a discriminator phase, (b, c, h, w), or from what it was
+    /// begun with.
     pub fn compute(
         &self,
         phase: Phase,
         step: u64,
         shard: u32,
         state: &State,
-        real: Option<&Tensor>,
+        input: Input<'_>,
         out: &mut LeafBuffer,
     ) -> Result<(), c10d::Error> {
-        let key = Key { seed: self.job.job.seed, step, phase: phase.index, shard, purpose: Purpose::Noise };
         let mut statistics = Vec::new();
-        let loss = match (phase.module, real) {
-            (Module::Discriminator, Some(real)) => self.discriminator_loss(key, state, real, &mut statistics),
-            (Module::Discriminator, None) => panic!("a discriminator phase needs real samples"),
-            (Module::Generator, _) => self.generator_loss(key, state, &mut statistics),
+        let loss = match input {
+            Input::Real(real) => {
+                self.discriminator_loss(self.noise_key(phase, step, shard), state, real, &mut statistics)
+            }
+            Input::Begun(begun) => {
+                statistics = begun.statistics;
+                self.generator_loss(&begun.fake, state)
+            }
         };
         let gradients = Tensor::run_backward(&[&loss], state.trainable(phase.module), false, false);
         no_grad(|| {
@@ -153,6 +181,10 @@ impl Leaves<'_> {
             out.loss.copy_(&loss);
         });
         Ok(())
+    }
+
+    fn noise_key(&self, phase: Phase, step: u64, shard: u32) -> Key {
+        Key { seed: self.job.job.seed, step, phase: phase.index, shard, purpose: Purpose::Noise }
     }
 
     fn discriminator_loss(
@@ -185,10 +217,9 @@ impl Leaves<'_> {
         loss + loss::gradient_penalty(objective.gradient_penalty, real, &fake, &places, penalty)
     }
 
-    fn generator_loss(&self, key: Key, state: &State, statistics: &mut Vec<Tensor>) -> Tensor {
-        let fake = self.generate(key, state.trainable(Module::Generator), statistics);
+    fn generator_loss(&self, fake: &Tensor, state: &State) -> Tensor {
         let frozen = state.frozen(Module::Discriminator);
-        let logits = self.models.discriminator.forward(&fake, frozen, &mut Mode::Batch(&mut Vec::new()));
+        let logits = self.models.discriminator.forward(fake, frozen, &mut Mode::Batch(&mut Vec::new()));
         loss::generator(self.job.loss.kind, &logits)
     }
 

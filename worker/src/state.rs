@@ -234,12 +234,13 @@ impl State {
         let len = i64::try_from(layout.len).expect("a state has fewer than 2^63 floats");
         let flat = Tensor::zeros([len], (Kind::Float, device));
         let views = |sections: &Sections| {
-            let parameters = narrow(&flat, sections.parameter_range());
+            // With a count of changes of its own: a network's commit does not end what was begun with the other network.
+            let parameters = narrow(&flat, sections.parameter_range()).data();
             let views = || sections.parameters.views(&parameters).into_iter().map(|view| view.detach());
             ModuleViews {
                 trainable: views().map(|view| view.set_requires_grad(true)).collect(),
                 frozen: views().collect(),
-                weights: parameters.detach(),
+                weights: parameters.shallow_clone(),
             }
         };
         let (generator, discriminator) = (views(&layout.generator), views(&layout.discriminator));

@@ -17,7 +17,7 @@ use ganglion_proto::job::Job;
 use ganglion_proto::message::Assignment;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::exchange::{Deal, Exchange, ReduceError, Reduced, Trailer};
+use crate::exchange::{Deal, Exchange, Moment, ReduceError, Reduced, Trailer};
 use crate::finite::NonFinite;
 use crate::nn::Models;
 use crate::phase::{LeafBuffer, LeafLayout, Phase};
@@ -211,13 +211,14 @@ impl Team {
         Ok(())
     }
 
-    /// Sums the leaves of a phase over all members.
+    /// Sums the leaves of a phase over all members. `meanwhile` runs once, before the others have answered.
     pub fn reduce(
         &mut self,
         phase: Phase,
         mut trailer: Trailer,
         session: &Session,
         mut leaf: impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
+        mut meanwhile: impl FnMut(),
     ) -> Result<Reduced, TeamError> {
         trailer.generation = self.generation;
         let exchange = match phase.module {
@@ -226,9 +227,11 @@ impl Team {
         };
         session.set_activity(Activity::Computing);
         let laps = &mut self.laps;
-        let done = |part: Part| {
-            laps.lap(part);
-            if part == Part::Compute {
+        let on = |moment: Moment| match moment {
+            Moment::Done(part) => laps.lap(part),
+            Moment::Sent => {
+                meanwhile();
+                laps.lap(Part::Compute);
                 session.set_activity(Activity::Waiting);
             }
         };
@@ -238,7 +241,7 @@ impl Team {
             session.leaf_done(begun.elapsed());
             done
         };
-        match exchange.reduce(&self.group, self.timeout, trailer, leaf, done) {
+        match exchange.reduce(&self.group, self.timeout, trailer, leaf, on) {
             Ok(reduced) => Ok(reduced),
             Err(error @ ReduceError::Disagreement { .. }) => Err(TeamError::Diverged(error.to_string())),
             Err(error) => Err(error.into()),

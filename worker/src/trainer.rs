@@ -17,7 +17,7 @@ use crate::data::{Batch, DataError, DataSet, Plan, Prefetcher};
 use crate::exchange::{ReduceError, Reduced, Trailer};
 use crate::finite::{NonFinite, Verdict, judge};
 use crate::nn::Models;
-use crate::phase::{LeafLayout, Leaves, Phase, phases};
+use crate::phase::{Begun, Input, LeafLayout, Leaves, Phase, phases};
 use crate::profile::{Laps, Part};
 use crate::session::{Session, unreachable};
 use crate::state::{Counters, Module, State, StateLayout};
@@ -66,6 +66,15 @@ pub enum Rest {
     InputWrong(String),
     /// Something went wrong.
     Fault(Fault),
+}
+
+/// What goes from phase to phase while a group trains.
+struct Course {
+    batches: Prefetcher,
+    /// Hash of what the last commit made.
+    fingerprint: u64,
+    /// The beginning of the next leaf, computed while the others were waited for.
+    begun: Option<Begun>,
 }
 
 /// Where a run of steps is, for its reports.
@@ -198,14 +207,14 @@ impl Trainer {
         self.catch_up(assignment, state, carried);
         let phases = phases(&self.job);
         let last_step = self.job.last_step(self.data.len() as u64);
-        let mut batches = self.read_ahead(team, state.counters, last_step);
+        let batches = self.read_ahead(team, state.counters, last_step);
+        let mut course = Course { batches, fingerprint: 0, begun: None };
         let mut pace = Pace::start();
-        let mut fingerprint = 0;
         let mut agreed = None;
         let (mut step, mut first) = place(state.counters, &phases);
         while step < last_step && agreed != Some(PlanKind::Stop) {
             for phase in &phases[first..] {
-                let plan = self.run_phase(team, state, carried, *phase, &mut fingerprint, &mut batches)?;
+                let plan = self.run_phase(team, state, carried, *phase, &mut course)?;
                 agreed = plan.or(agreed);
                 if agreed == Some(PlanKind::Regroup) {
                     break;
@@ -269,14 +278,13 @@ impl Trainer {
         state: &mut State,
         carried: &mut Carried,
         phase: Phase,
-        fingerprint: &mut u64,
-        batches: &mut Prefetcher,
+        course: &mut Course,
     ) -> Result<Option<PlanKind>, TeamError> {
         let leaves = Leaves { job: &self.job, models: &self.models, device: self.device };
         let step = state.counters.position.0 / self.job.phases_per_step();
         team.laps.begin(phase.module);
         let batch = match phase.module {
-            Module::Discriminator => Some(batches.next()?),
+            Module::Discriminator => Some(course.batches.next()?),
             Module::Generator => None,
         };
         let real = batch.as_ref().map(|batch| self.real_images(batch));
@@ -286,15 +294,30 @@ impl Trainer {
         let trailer = Trailer {
             generation: 0,
             position: state.counters.position.0,
-            fingerprint: *fingerprint,
+            fingerprint: course.fingerprint,
             plan: plan.map_or(0, |plan| plan.number),
             ledger: batch.as_ref().map_or(0, |batch| batch.ledger),
         };
+        let (mut begun, mut following) = (course.begun.take(), None);
         let leaf = |shard: u32, out: &mut crate::phase::LeafBuffer| {
             let own = real.as_ref().map(|real| real.get(i64::from(shard - first_shard)));
-            leaves.compute(phase, step, shard, state, own.as_ref(), out).map_err(|error| error.to_string())
+            let input = match &own {
+                Some(own) => Input::Real(own),
+                None => {
+                    let begun = begun.take().filter(|begun| begun.shard == shard);
+                    let begin = || leaves.begin_generator(phase, step, shard, state);
+                    Input::Begun(begun.unwrap_or_else(begin))
+                }
+            };
+            leaves.compute(phase, step, shard, state, input, out).map_err(|error| error.to_string())
         };
-        let reduced = team.reduce(phase, trailer, &self.session, leaf)?;
+        // The generator's next leaf needs nothing of what is being reduced.
+        let meanwhile = || {
+            let next = self.generator_after(phase);
+            following = next.map(|next| leaves.begin_generator(next, step, first_shard, state));
+        };
+        let reduced = team.reduce(phase, trailer, &self.session, leaf, meanwhile)?;
+        course.begun = following;
         if !self.session.may_commit() {
             return Err(c10d::Error::Aborted.into());
         }
@@ -303,17 +326,24 @@ impl Trainer {
         failpoint::reached("commit", state.counters.position.0);
         self.commit(state, phase, layout, &reduced, &team.skips)?;
         failpoint::reached("committed", state.counters.position.0);
-        *fingerprint = c10d::aten::fingerprint(state.parameters(phase.module), state.counters.position.0)?;
+        course.fingerprint =
+            c10d::aten::fingerprint(state.parameters(phase.module), state.counters.position.0)?;
         let loss = crate::state::narrow(&reduced.mean, layout.loss()..layout.loss() + 1);
         carried.losses[usize::from(phase.module == Module::Generator)] =
             f32::try_from(loss).unwrap_or(f32::NAN);
         self.session.set_position(state.counters.position);
         team.laps.lap(Part::Commit);
         if let Some(batch) = batch {
-            batches.recycle(batch);
+            course.batches.recycle(batch);
         }
         // The plan as it went into the trailer: a newer one may be here by now.
         Ok(plan.filter(|plan| plan.number == reduced.agreed_plan).map(|plan| plan.kind))
+    }
+
+    /// The generator's phase, if it comes right after this one.
+    fn generator_after(&self, phase: Phase) -> Option<Phase> {
+        let mut all = phases(&self.job).into_iter();
+        all.find(|next| next.index == phase.index + 1 && next.module == Module::Generator)
     }
 
     /// Commits what was reduced, or skips it where it is not finite.

@@ -9,7 +9,7 @@ use ganglion_proto::job::{
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
 use ganglion_worker::data::ImageShape;
 use ganglion_worker::nn::Models;
-use ganglion_worker::phase::{LeafBuffer, LeafLayout, Leaves, Phase};
+use ganglion_worker::phase::{Input, LeafBuffer, LeafLayout, Leaves, Phase};
 use ganglion_worker::random::{Key, Purpose};
 use ganglion_worker::state::{Module, State, StateLayout};
 use object_store::path::Path;
@@ -83,8 +83,12 @@ impl Bench {
         let layout = self.leaf_layout(phase.module);
         let mut leaf = LeafBuffer::new(&layout, layout.len(), Device::Cpu);
         let leaves = Leaves { job: &self.job, models: &self.models, device: Device::Cpu };
-        let real = (phase.module == Module::Discriminator).then(|| self.real());
-        leaves.compute(phase, 0, shard, &self.state, real.as_ref(), &mut leaf).unwrap();
+        let real = self.real();
+        let input = match phase.module {
+            Module::Discriminator => Input::Real(&real),
+            Module::Generator => Input::Begun(leaves.begin_generator(phase, 0, shard, &self.state)),
+        };
+        leaves.compute(phase, 0, shard, &self.state, input, &mut leaf).unwrap();
         leaf
     }
 }
