@@ -17,7 +17,7 @@ KILLS ?= 100
 RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo bench-load bench-recovery test simulate simulate-shell chaos check fmt lint docs licences proto-lint clean
+.PHONY: help setup build demo bench bench-load bench-recovery test simulate simulate-shell chaos check fmt lint docs licences proto-lint clean
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ demo: build ## Train the MLP GAN on real digits with two workers, then draw 50 d
 	target/release/worker sample --checkpoint $(DEMO_DIR) --count 50 --seed 7 --out $(DEMO_DIR)/digits.png
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------
+
+bench: build $(TOOLS)/bench ## Train beside PyTorch, in turns; write bench/RESULTS.md (ONLY="mlp-28" for some rows).
+	target/release/bench --python-path $(TOOLS)/bench --page bench/RESULTS.md $(if $(ONLY),--only "$(ONLY)")
 
 bench-load: build ## Measure a coordinator with many sessions: SESSIONS="100 500".
 	target/release/load $(SESSIONS)

@@ -143,6 +143,7 @@ fn load(session: &Arc<Session>, device: Device) -> Result<Trainer, Failure> {
         sees_storage,
         archive,
         held: None,
+        unformed: 0,
     })
 }
 

@@ -26,6 +26,10 @@ use crate::team::{Carried, Circumstances, Team, TeamError};
 /// Batches that are read ahead.
 const READ_AHEAD: usize = 4;
 
+/// After so many groups in a row that lost a peer before they trained, a worker looks whom it can reach: a link that is
+/// refused, and not silent, would break one group after the other.
+const UNFORMED: u32 = 3;
+
 /// Everything a worker trains with, and the state that it holds.
 pub struct Trainer {
     /// The job.
@@ -48,6 +52,8 @@ pub struct Trainer {
     pub archive: Archive,
     /// The state after the newest commit; none before the first assignment.
     pub held: Option<(State, Carried)>,
+    /// Groups in a row that did not come to train.
+    pub unformed: u32,
 }
 
 /// Why a generation ended for this worker.
@@ -171,6 +177,7 @@ impl Trainer {
         {
             self.held = Some(self.read(checkpoint)?);
         }
+        self.unformed += 1;
         let (job, models, layout) = (&self.job, &self.models, &self.layout);
         let mut team = Team::form(assignment, &self.session, job, models, layout, self.device)?;
         let seed = job.job.seed;
@@ -178,6 +185,7 @@ impl Trainer {
         let Some((mut state, mut carried)) = self.held.take() else {
             return Err(TeamError::Diverged("a group started without a state".to_string()));
         };
+        self.unformed = 0;
         let rest = self.train_with(assignment, &mut team, &mut state, &mut carried);
         self.held = Some((state, carried));
         rest
@@ -488,9 +496,11 @@ impl Trainer {
         self.session.rested(generation, Rested { position: self.position(), finished });
     }
 
-    /// After a wait that was too long: which members cannot be reached, if there are any.
+    /// After a wait that was too long, or where one group after the other cannot form: which members cannot be reached, if
+    /// there are any.
     fn with_links(&self, assignment: &Assignment, fault: Fault) -> Fault {
-        if fault != Fault::Timeout {
+        let is_refused = fault == Fault::Peer && self.unformed >= UNFORMED;
+        if fault != Fault::Timeout && !is_refused {
             return fault;
         }
         let lost = unreachable(&assignment.addresses, self.session.limits().attempt);

@@ -3,9 +3,9 @@
 //! 1. A **fresh** start is at position 0.
 //! 2. A start from a **checkpoint** is at the position of one that was journaled before, with the same digest. It may lie
 //!    anywhere: all that held more are lost, or the checkpoint holds the most.
-//! 3. A **healed** start is at most one phase behind all that its lineage is known to have reached: the starts and the
-//!    metrics rows since the last start that was not healed. One phase, because members of a group differ by one at
-//!    most: the one that is ahead may report a step, or be named as the source, and be lost with it.
+//! 3. A **healed** start is at most one phase behind what any of its members is known to have held since the last start
+//!    that was not healed: as the source of a start, or as a member of a generation that reported a step. One phase,
+//!    because members of a group differ by one at most. What only the lost have held is lost with them.
 //! 4. Steps beyond a start that goes back are computed again. The coordinator compares each such row with the recorded
 //!    one, and an event tells of a difference.
 
@@ -19,7 +19,7 @@ use crate::journal::{GenerationRow, RecordedStart};
 pub(super) fn starts_follow(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("each generation starts where its state was");
     let recorded = recorded(evidence);
-    let mut reached = None;
+    let mut held: Vec<Held> = Vec::new();
     let [mut fresh, mut healed, mut restored] = [0; 3];
     for row in &evidence.history.generations {
         let wrong = match &row.start {
@@ -34,18 +34,17 @@ pub(super) fn starts_follow(evidence: &Evidence) -> Claim {
             }
             Some(RecordedStart::Healed { rank }) => {
                 healed += 1;
-                behind(row, reached).or_else(|| without_rank(row, *rank))
+                behind(row, &held).or_else(|| without_rank(row, *rank))
             }
             None => Some("its start cannot be read".to_string()),
         };
         if let Some(wrong) = wrong {
             claim.breach(format!("generation {} at position {}: {wrong}", row.generation, row.position));
         }
-        let was_healed = matches!(row.start, Some(RecordedStart::Healed { .. }));
-        reached = reached
-            .filter(|_| was_healed)
-            .max(Some(row.position))
-            .max(recorded.get(&row.generation).copied());
+        if !matches!(row.start, Some(RecordedStart::Healed { .. })) {
+            held.clear();
+        }
+        held.extend(Held::of(row, recorded.get(&row.generation).copied()));
     }
     claim.of(format!("{fresh} fresh, {healed} healed by a member, {restored} from a checkpoint"))
 }
@@ -68,10 +67,38 @@ fn committed(evidence: &Evidence, row: &GenerationRow, at: (u64, u64), digest: &
     late.then(|| format!("the checkpoint of step {step}, phase {phase} was journaled later"))
 }
 
-fn behind(row: &GenerationRow, reached: Option<u64>) -> Option<String> {
-    let Some(reached) = reached else {
+/// A position, and the workers that held its state.
+struct Held {
+    position: u64,
+    workers: Vec<u64>,
+}
+
+impl Held {
+    /// What is known of a generation: its start was its source's, and what it reported was all its members'.
+    fn of(row: &GenerationRow, recorded: Option<u64>) -> impl Iterator<Item = Held> {
+        let all = || row.members.iter().map(|member| member.worker);
+        let source = match row.start {
+            Some(RecordedStart::Healed { rank } | RecordedStart::Checkpoint { rank, .. }) => {
+                Some(rank as usize)
+            }
+            _ => None,
+        };
+        let workers = match source {
+            Some(rank) => all().skip(rank).take(1).collect(),
+            None => all().collect(),
+        };
+        let start = Held { position: row.position, workers };
+        std::iter::once(start).chain(recorded.map(|position| Held { position, workers: all().collect() }))
+    }
+}
+
+fn behind(row: &GenerationRow, held: &[Held]) -> Option<String> {
+    if held.is_empty() {
         return Some("nobody before it can have held a state".to_string());
-    };
+    }
+    let is_member = |worker: &u64| row.members.iter().any(|member| member.worker == *worker);
+    let by_members = held.iter().filter(|held| held.workers.iter().any(is_member));
+    let reached = by_members.map(|held| held.position).max().unwrap_or(0);
     // Invariant 3.
     let behind = row.position + 1 < reached;
     behind.then(|| format!("the ones before it had reached {reached}, and it is from no checkpoint"))

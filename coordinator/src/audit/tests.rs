@@ -335,6 +335,19 @@ fn a_position_that_goes_back_without_a_checkpoint_is_found() {
     story.breaks(STARTS, "generation 2 at position 4: the ones before it had reached 8");
 }
 
+/// All that had more are gone.
+#[test]
+fn a_healed_start_may_be_behind_what_only_the_lost_have_held() {
+    let mut story = Story::new();
+    story.groups[1].1.position = Position(4);
+    for (number, member) in (100..).zip(&mut story.groups[1].1.members) {
+        member.worker = WorkerId(number);
+    }
+    story.write();
+    let report = story.report().to_string();
+    assert!(!report.contains("had reached"), "{report}");
+}
+
 /// The member that was one phase ahead reported a step and was lost.
 #[test]
 fn a_healed_start_may_be_one_phase_behind() {

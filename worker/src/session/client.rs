@@ -117,7 +117,13 @@ pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result
     let shared = Arc::new(Shared::new(connection.welcome.clone(), connection.channel.clone(), lease));
     let (outbox, outgoing) = unbounded_channel();
     let talk = Talk { shared: shared.clone(), outgoing, clock, asked_to_end, leaving: None };
-    tokio::spawn(dial.run(connection, talk));
+    let (task, watched) = (tokio::spawn(dial.run(connection, talk)), shared.clone());
+    tokio::spawn(async move {
+        if let Err(panic) = task.await {
+            // Nobody would prolong the lease or hear of its end.
+            watched.end(End::Lost(format!("the session's thread ended: {panic}")));
+        }
+    });
     Ok(Session { shared, outbox, runtime: tokio::runtime::Handle::current(), local_address })
 }
 

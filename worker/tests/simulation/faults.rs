@@ -63,7 +63,9 @@ pub fn draw(rng: &mut ChaCha8Rng) -> (Scenario, Vec<(Duration, Mishap)>) {
     };
     let shards = rng.random_range(u64::from(total)..=6);
     let (phases, steps) = (rng.random_range(1..=2), rng.random_range(6..=30));
-    let quiet_at = rng.random_range(1000..9000);
+    // Mishaps may last longer than a lease, which has 12 s.
+    let is_long = rng.random_bool(0.15);
+    let quiet_at = if is_long { rng.random_range(20_000..40_000) } else { rng.random_range(1000..9000) };
     // Training alone would take about as long as the mishaps.
     let pace = 4 * quiet_at / ((phases + 1) * steps) * u64::from(total) / shards;
     let settings = vec![
@@ -82,15 +84,19 @@ pub fn draw(rng: &mut ChaCha8Rng) -> (Scenario, Vec<(Duration, Mishap)>) {
         locals,
         remotes: total - locals,
         delay: [2, 20, 100][rng.random_range(0..3)],
-        leaf: pace.clamp(2, 100),
+        leaf: pace.clamp(2, if is_long { 400 } else { 100 }),
         quiet_at: Duration::from_millis(quiet_at),
         settings,
     };
-    let mishaps = draw_mishaps(rng, quiet_at);
+    let mut mishaps = draw_mishaps(rng, quiet_at, is_long);
+    if is_long {
+        // Somebody who may take the place of a worker that is cut off.
+        mishaps.push((Duration::from_millis(rng.random_range(0..quiet_at)), Mishap::Join));
+    }
     (scenario, mishaps)
 }
 
-fn draw_mishaps(rng: &mut ChaCha8Rng, quiet_at: u64) -> Vec<(Duration, Mishap)> {
+fn draw_mishaps(rng: &mut ChaCha8Rng, quiet_at: u64, is_long: bool) -> Vec<(Duration, Mishap)> {
     // A seed has a few kinds of mishaps only, so that they meet more often.
     let kinds: Vec<u32> = (0..rng.random_range(1..=4)).map(|_| rng.random_range(0..18)).collect();
     let count = rng.random_range(0..=8);
@@ -98,13 +104,14 @@ fn draw_mishaps(rng: &mut ChaCha8Rng, quiet_at: u64) -> Vec<(Duration, Mishap)> 
     for _ in 0..count {
         let time = rng.random_range(0..quiet_at);
         let kind = kinds[rng.random_range(0..kinds.len())];
-        mishaps.push((Duration::from_millis(time), draw_mishap(rng, kind)));
+        mishaps.push((Duration::from_millis(time), draw_mishap(rng, kind, is_long)));
     }
     mishaps
 }
 
-fn draw_mishap(rng: &mut ChaCha8Rng, kind: u32) -> Mishap {
+fn draw_mishap(rng: &mut ChaCha8Rng, kind: u32, is_long: bool) -> Mishap {
     let time = match rng.random_range(0..10) {
+        _ if is_long && rng.random_bool(0.5) => rng.random_range(8_000..30_000),
         0..4 => rng.random_range(10..800),
         4..9 => rng.random_range(800..4_000),
         _ => rng.random_range(4_000..16_000),

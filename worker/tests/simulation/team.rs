@@ -59,6 +59,8 @@ pub struct Trainer {
     pub rng: ChaCha8Rng,
     pub start: Start,
     pub held: Option<Held>,
+    /// Groups in a row that did not come to train.
+    pub unformed: u32,
 }
 
 /// A group that has met.
@@ -117,10 +119,12 @@ impl Trainer {
                 job::read(&self.archive.storage, checkpoint).map_err(|error| internal(&error.to_string()))?;
             self.held = Some((read, Carried::default()));
         }
+        self.unformed += 1;
         let session = self.session.clone();
         let mut team = Team::form(assignment, &session, &self.hub, &self.start).await?;
         team.start(&job, &mut self.held).await?;
         let (mut state, mut carried) = self.held.expect("a team starts with a state");
+        self.unformed = 0;
         self.start.shared.begin(group.generation.0, group.position.0);
         let rest = self.train_with(&job, assignment, &mut team, &mut state, &mut carried).await;
         self.held = Some((state, carried));
@@ -267,7 +271,7 @@ impl Trainer {
     }
 
     async fn with_links(&self, assignment: &Assignment, fault: Fault) -> Fault {
-        if fault != Fault::Timeout {
+        if fault != Fault::Timeout && (fault != Fault::Peer || self.unformed < 3) {
             return fault;
         }
         let limit = self.session.limits().attempt;

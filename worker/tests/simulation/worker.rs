@@ -110,7 +110,7 @@ pub async fn live(start: Start) {
         phases_per_step: u32::try_from(welcome.job.phases_per_step()).expect("few phases"),
     });
     let archive = Archive::start(session.clone(), start.clone(), storage_of(&welcome.storage));
-    train(Trainer { session, hub, archive, rng, start, held: None }).await;
+    train(Trainer { session, hub, archive, rng, start, held: None, unformed: 0 }).await;
 }
 
 async fn train(mut trainer: Trainer) {

@@ -25,8 +25,8 @@ struct Options {
     /// Where PyTorch for Python is.
     python_path: PathBuf,
     page: Option<PathBuf>,
-    /// Only rows whose name contains this.
-    only: Option<String>,
+    /// Only rows whose name contains one of these.
+    only: Vec<String>,
     /// How often each contender runs; 0 for as often as the row says.
     rounds: usize,
 }
@@ -55,13 +55,13 @@ fn fail(problem: &str) -> ExitCode {
 }
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
-    let mut options = Options { python_path: ".tools/bench".into(), page: None, only: None, rounds: 0 };
+    let mut options = Options { python_path: ".tools/bench".into(), page: None, only: Vec::new(), rounds: 0 };
     while let Some(name) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{name}: no value"))?;
         match name.as_str() {
             "--python-path" => options.python_path = value.into(),
             "--page" => options.page = Some(value.into()),
-            "--only" => options.only = Some(value),
+            "--only" => options.only.push(value),
             "--rounds" => options.rounds = value.parse().map_err(|_| format!("{name} {value}: no count"))?,
             _ => return Err(format!("{name}: no such option")),
         }
@@ -72,7 +72,8 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String>
 fn measure(options: &Options) -> Result<String, String> {
     let before = load();
     let mut results = Vec::new();
-    for row in ROWS.iter().filter(|row| options.only.as_ref().is_none_or(|only| row.name().contains(only))) {
+    let is_wanted = |row: &Row| options.only.iter().any(|only| row.name().contains(only.as_str()));
+    for row in ROWS.iter().filter(|row| options.only.is_empty() || is_wanted(row)) {
         results.push((row, run_in_turns(row, options)?));
     }
     let head = format!(

@@ -28,9 +28,9 @@ const MLP: Row = Row {
     width: 256,
     batch: 64,
     workers: 1,
-    steps: 500,
+    steps: 400,
     warm_up: 50,
-    rounds: 7,
+    rounds: 3,
     targets: Some([1.6, 1.25]),
 };
 const DCGAN_28: Row = Row {
@@ -40,7 +40,7 @@ const DCGAN_28: Row = Row {
     workers: 1,
     steps: 12,
     warm_up: 2,
-    rounds: 3,
+    rounds: 2,
     targets: None,
 };
 const DCGAN_64: Row = Row { model: "dcgan-64", steps: 6, warm_up: 1, ..DCGAN_28 };
@@ -49,7 +49,7 @@ const DCGAN_64: Row = Row { model: "dcgan-64", steps: 6, warm_up: 1, ..DCGAN_28 
 pub const ROWS: &[Row] = &[
     MLP,
     Row { workers: 2, targets: Some([2.2, 1.5]), ..MLP },
-    Row { workers: 4, targets: None, rounds: 3, ..MLP },
+    Row { workers: 4, targets: None, rounds: 2, ..MLP },
     DCGAN_28,
     Row { workers: 2, targets: Some([1.35, 1.1]), ..DCGAN_28 },
     Row { workers: 2, ..DCGAN_64 },
