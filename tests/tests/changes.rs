@@ -7,7 +7,7 @@ use ganglion_tests::{Process, Reference, Run, SMALL_DCGAN, SMALL_MLP};
 use nix::sys::signal::Signal;
 
 const LONG: &[&str] =
-    &["job.steps=1500", "job.failure_deadline=2", "metrics.every_steps=1", "checkpoint.every_steps=400"];
+    &["job.steps=1100", "job.failure_deadline=2", "metrics.every_steps=1", "checkpoint.every_steps=250"];
 const LONG_DCGAN: &[&str] =
     &["job.steps=250", "job.failure_deadline=2", "metrics.every_steps=1", "checkpoint.every_steps=60"];
 

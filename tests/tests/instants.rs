@@ -81,11 +81,16 @@ fn a_worker_may_die_while_it_saves() {
 /// Generation 2 begins when the second of two workers is killed, generation 3 when its replacement is healed.
 #[test]
 fn the_source_or_the_receiver_of_a_healing_may_die_in_its_middle() {
-    for point in ["heal@3", "heal-source@3"] {
-        let (run, coordinator) = with_failpoint(&[SMALL_MLP, MLP], 2, point);
-        run.wait_for_step(100);
+    let longer: &[&str] = &["job.steps=400"];
+    let settings = [SMALL_DCGAN, DCGAN, longer];
+    let reference = Reference::of(&settings);
+    let mlp = (&[SMALL_MLP, MLP][..], undisturbed_mlp());
+    let dcgan = (&settings[..], &reference);
+    for (point, (settings, reference)) in [("heal@3", mlp), ("heal-source@3", mlp), ("heal@3", dcgan)] {
+        let (run, coordinator) = with_failpoint(settings, 2, point);
+        run.wait_for_step(20);
         ganglion_tests::send(run.pids(1)[1], nix::sys::signal::Signal::SIGKILL);
-        assert_same(&run, coordinator, undisturbed_mlp(), point);
+        assert_same(&run, coordinator, reference, point);
     }
 }
 
