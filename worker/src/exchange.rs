@@ -13,7 +13,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use c10d::{Buffer, Group};
+use c10d::{Buffer, Group, Pending};
 use ganglion_proto::failpoint;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -257,10 +257,7 @@ impl Exchange {
         let sent = vec![chunks(&self.nodes[self.deal.rank]); self.deal.world_size()];
         let received: Vec<usize> = self.nodes.iter().map(chunks).collect();
         let pending = group.all_to_all(lent.sums, &sent, lent.received, &received)?;
-        on(Moment::Done(Part::Other));
-        on(Moment::Sent);
-        (lent.sums, lent.received) = pending.wait(timeout)?;
-        on(Moment::Done(Part::Wait));
+        (lent.sums, lent.received) = Exchange::wait_for_first(pending, timeout, on)?;
         Ok(lent)
     }
 
@@ -275,11 +272,21 @@ impl Exchange {
         let mut counts = [self.chunk + ALIGNMENT; 2];
         counts[self.deal.rank] = 0;
         let pending = group.all_to_all(lent.part, &counts, lent.received, &counts)?;
+        (lent.part, lent.received) = Exchange::wait_for_first(pending, timeout, on)?;
+        Ok(lent)
+    }
+
+    /// Waits for the first round of a reduce, under which there is time for other work.
+    fn wait_for_first(
+        pending: Pending<(Buffer, Buffer)>,
+        timeout: Duration,
+        on: &mut impl FnMut(Moment),
+    ) -> Result<(Buffer, Buffer), ReduceError> {
         on(Moment::Done(Part::Other));
         on(Moment::Sent);
-        (lent.part, lent.received) = pending.wait(timeout)?;
+        let buffers = pending.wait(timeout)?;
         on(Moment::Done(Part::Wait));
-        Ok(lent)
+        Ok(buffers)
     }
 
     /// Gives every rank the parts of all.
@@ -338,7 +345,7 @@ impl Exchange {
         for sum in sums {
             part.update(|part| {
                 narrow(part, 0..self.chunk).copy_(&sum.flat);
-                narrow(part, self.chunk..self.chunk + ALIGNMENT).copy_(&trailer.to_tensor());
+                self.trailer_of(part).copy_(&trailer.to_tensor());
             });
             self.pool.push(sum);
         }
@@ -348,8 +355,8 @@ impl Exchange {
     fn finish_whole(&self, lent: &Lendable, ours: Trailer) -> Result<Reduced, ReduceError> {
         let mut parts = [lent.received.tensor(), lent.received.tensor()];
         parts[self.deal.rank] = lent.part.tensor();
-        let tail = |part: &Tensor| narrow(part, self.chunk..self.chunk + ALIGNMENT);
-        let trailers = self.trailers(&Tensor::stack(&parts.map(tail), 0), ours)?;
+        let tails = parts.map(|part| self.trailer_of(part));
+        let trailers = self.trailers(&Tensor::stack(&tails, 0), ours)?;
         no_grad(|| {
             let [left, right] = parts.map(|part| narrow(part, 0..self.chunk));
             let _ = left.add_out(&self.mean, &right).divide_(&self.divisor);
@@ -388,7 +395,7 @@ impl Exchange {
             let sum = self.sum_nodes(&received.view([-1, signed(self.chunk)]));
             part.update(|part| {
                 let _ = sum.divide_out(&narrow(part, 0..self.chunk), &self.divisor);
-                narrow(part, self.chunk..self.chunk + ALIGNMENT).copy_(&trailer.to_tensor());
+                self.trailer_of(part).copy_(&trailer.to_tensor());
             });
         });
     }
@@ -400,6 +407,11 @@ impl Exchange {
         let trailers = self.trailers(&tails, ours)?;
         self.mean.view([ranks, signed(self.chunk)]).copy_(&rows.narrow(1, 0, signed(self.chunk)));
         Ok(self.reduced(&trailers, ours))
+    }
+
+    /// The place of the trailer in a part.
+    fn trailer_of(&self, part: &Tensor) -> Tensor {
+        narrow(part, self.chunk..self.chunk + ALIGNMENT)
     }
 
     /// The trailers of all ranks, which agree; one a row.

@@ -169,7 +169,7 @@ impl Leaves<'_> {
                 self.generator_loss(&begun.fake, state)
             }
         };
-        let gradients = Tensor::run_backward(&[&loss], state.trainable(phase.module), false, false);
+        let gradients = Tensor::f_run_backward(&[&loss], state.trainable(phase.module), false, false)?;
         no_grad(|| {
             for (place, gradient) in out.gradients.iter_mut().zip(&gradients) {
                 place.copy_(gradient);

@@ -28,7 +28,7 @@ const READ_AHEAD: usize = 4;
 
 /// After so many groups in a row that lost a peer before they trained, a worker looks whom it can reach: a link that is
 /// refused, and not silent, would break one group after the other.
-const UNFORMED: u32 = 3;
+pub const UNFORMED: u32 = 3;
 
 /// Everything a worker trains with, and the state that it holds.
 pub struct Trainer {

@@ -9,6 +9,7 @@ mod directory;
 mod faults;
 mod invariants;
 mod job;
+mod mix;
 mod network;
 mod sweep;
 mod team;

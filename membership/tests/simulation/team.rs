@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use ganglion_membership::{Activity, Fault, Generation, Group, Plan, PlanKind, Position, Start, Term};
 
-use crate::job::{Instant, State, leaf, mix, samples};
+use crate::job::{Instant, State, leaf, samples};
+use crate::mix::mix;
 use crate::network::{ConnId, Node, Packet, Peer, Proc, Trailer, Up};
 use crate::note;
 use crate::worker::{Timer, Worker};

@@ -12,18 +12,12 @@ use ganglion_proto::stream::{SampleStream, ledger_term, stream_position};
 use ganglion_proto::{manifest, rows};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
+use crate::mix::mix;
+
 /// Samples in the data set.
 pub const SAMPLES: u64 = 50;
 /// Files of a checkpoint.
 const FILES: u32 = 2;
-
-/// Spreads a number over all bits.
-pub fn mix(a: u64, b: u64) -> u64 {
-    let mut x = a.rotate_left(23) ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
 
 /// What a worker holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

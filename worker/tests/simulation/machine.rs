@@ -19,8 +19,8 @@ pub struct Table {
     running: BTreeMap<u32, Running>,
     /// Who listens to signals of the coordinator that runs.
     stops: Option<mpsc::UnboundedSender<StopSignal>>,
-    /// Processes that shall be there, with their URL and token.
-    pub to_start: Vec<(u32, String, String)>,
+    /// Processes that shall be there, with their token.
+    pub to_start: Vec<(u32, String)>,
     pub to_kill: Vec<u32>,
     pub to_ask: Vec<u32>,
 }
@@ -84,7 +84,7 @@ impl Processes for Machine {
         let mut table = self.table();
         table.last_pid += 1;
         let pid = table.last_pid;
-        table.to_start.push((pid, order.url, order.token.clone()));
+        table.to_start.push((pid, order.token.clone()));
         table.running.insert(pid, Running { token: order.token, exits: order.exits });
         Ok((Box::new(Handle { pid, machine: self.clone() }), Spawned { pid, started: pid.into() }))
     }

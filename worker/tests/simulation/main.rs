@@ -13,6 +13,8 @@
 mod faults;
 mod job;
 mod machine;
+#[path = "../../../membership/tests/simulation/mix.rs"]
+mod mix;
 mod net;
 mod operator;
 #[path = "../../../membership/tests/simulation/sweep.rs"]

@@ -15,11 +15,13 @@ use ganglion_proto::stream::SampleStream;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use ganglion_proto::wire::{GetRequest, Key, SetRequest};
 use ganglion_worker::session::Session;
+use ganglion_worker::trainer::UNFORMED;
 use rand::RngExt;
 use rand::rngs::ChaCha8Rng;
 use tonic::transport::Endpoint;
 
 use crate::job::{self, SAMPLES, State};
+use crate::mix::mix;
 use crate::net::{self, Hub, LINKS, Link};
 use crate::worker::{Archive, LOOK, Start};
 
@@ -271,7 +273,7 @@ impl Trainer {
     }
 
     async fn with_links(&self, assignment: &Assignment, fault: Fault) -> Fault {
-        if fault != Fault::Timeout && (fault != Fault::Peer || self.unformed < 3) {
+        if fault != Fault::Timeout && (fault != Fault::Peer || self.unformed < UNFORMED) {
             return fault;
         }
         let limit = self.session.limits().attempt;
@@ -338,7 +340,7 @@ impl<'a> Team<'a> {
         team.links = team.interruptible(team.meet(hub, start)).await?;
         team.limit = session.limits().reduce;
         let group = &assignment.group;
-        let members = group.members.iter().fold(7, |hash, member| job::mix(hash, member.worker.0));
+        let members = group.members.iter().fold(7, |hash, member| mix(hash, member.worker.0));
         let identity = [team.term, group.generation.0, group.position.0, members];
         let all = team.all_gather(&identity).await?;
         if all.iter().all(|theirs| *theirs == identity) { Ok(team) } else { Err(peer_lost(())) }

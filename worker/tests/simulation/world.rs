@@ -81,10 +81,9 @@ impl World<'_> {
             .simulation_duration(Duration::from_secs(3600))
             .max_message_latency(Duration::from_millis(scenario.delay))
             .tcp_capacity(4096);
-        let outcome = Outcome::default();
         let mut world = World {
             sim: builder.build(),
-            shared: Arc::new(Shared { lineage: job::lineage(&scenario.job(folder)), ..Shared::default() }),
+            shared: Arc::new(Shared { lineage: job::lineage(&scenario.job()), ..Shared::default() }),
             rng,
             scenario,
             machine: Machine::default(),
@@ -92,16 +91,16 @@ impl World<'_> {
             folder: folder.to_path_buf(),
             quiet: false,
             log: keep_log.then(Vec::new),
-            outcome: outcome.clone(),
+            outcome: Outcome::default(),
             due: BTreeMap::new(),
             started: 0,
             coordinator_is_up: true,
         };
-        world.prepare(mishaps, outcome);
+        world.prepare(mishaps);
         world
     }
 
-    fn prepare(&mut self, mishaps: Vec<(Duration, Mishap)>, outcome: Outcome) {
+    fn prepare(&mut self, mishaps: Vec<(Duration, Mishap)>) {
         self.note(format!("{:?}", self.scenario));
         for (time, mishap) in mishaps {
             self.at(time, Due::Mishap(mishap));
@@ -112,6 +111,7 @@ impl World<'_> {
             self.at(Duration::from_millis(wait), Due::StartRemote);
         }
         let (machine, arguments) = (self.machine.clone(), self.scenario.arguments(&self.folder, PORT));
+        let outcome = self.outcome.clone();
         self.sim.host(COORDINATOR, move || {
             let (machine, arguments, outcome) = (machine.clone(), arguments.clone(), outcome.clone());
             async move {
@@ -222,7 +222,7 @@ impl World<'_> {
                 std::mem::take(&mut table.to_ask),
             )
         };
-        for (pid, _, token) in start {
+        for (pid, token) in start {
             self.start_worker(Some(pid), Some(token));
         }
         for name in self.names_of(&kill) {
@@ -391,10 +391,9 @@ impl Scenario {
     }
 
     /// The job that they make.
-    fn job(&self, folder: &Path) -> Job {
+    fn job(&self) -> Job {
         let overrides: Vec<String> =
             self.settings.iter().map(|(key, value)| format!("{key}={value}")).collect();
-        let _ = folder;
         ganglion_coordinator::job_file::read(&ganglion_coordinator::job_file::Source::Embedded, &overrides)
             .unwrap_or_else(|errors| panic!("the scenario's job is wrong: {errors}"))
     }

@@ -77,9 +77,10 @@ fn measure(options: &Options) -> Result<String, String> {
         results.push((row, run_in_turns(row, options)?));
     }
     let head = format!(
-        "Measured {} on {}, by `make bench`; load average {before} before, {} after. PyTorch is {}.",
+        "Measured {} on {}, by `{}`; load average {before} before, {} after. PyTorch is {}.",
         date(),
         machine(),
+        std::env::args().collect::<Vec<_>>().join(" "),
         load(),
         contenders::version(&options.python_path),
     );
