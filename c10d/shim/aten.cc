@@ -40,17 +40,6 @@ void fused_adam(
       /*maximize=*/false);
 }
 
-void set_grad(const at::Tensor& parameter, const at::Tensor& grad) {
-  // The assignment itself checks nothing.
-  TORCH_CHECK(parameter.is_leaf() && parameter.requires_grad(), "only a leaf that requires a gradient has one");
-  TORCH_CHECK(
-      parameter.sizes() == grad.sizes() && parameter.scalar_type() == grad.scalar_type() &&
-          parameter.device() == grad.device(),
-      "the gradient's shape, kind and device must be its parameter's");
-  TORCH_CHECK(!grad.requires_grad(), "a gradient must not itself require a gradient");
-  parameter.mutable_grad() = grad;
-}
-
 rust::Vec<std::uint8_t> default_generator_state() {
   auto generator = at::detail::getDefaultCPUGenerator();
   std::lock_guard<std::mutex> guard(generator.mutex());
@@ -70,6 +59,8 @@ rust::String libtorch_version() { return TORCH_VERSION; }
 
 void set_deterministic(bool deterministic) {
   at::globalContext().setDeterministicAlgorithms(deterministic, /*warn_only=*/false);
+  // libtorch would also fill each new tensor with NaNs, to show reads of memory that nothing was written to.
+  at::globalContext().setDeterministicFillUninitializedMemory(false);
 }
 
 rust::String c_library_version() { return std::string("glibc ") + gnu_get_libc_version(); }

@@ -20,7 +20,6 @@ void fused_adam(
     const at::Tensor& exp_avg,
     const at::Tensor& exp_avg_sq,
     const AdamSettings& settings);
-void set_grad(const at::Tensor& parameter, const at::Tensor& grad);
 rust::Vec<std::uint8_t> default_generator_state();
 rust::String cpu_capability();
 rust::String libtorch_version();

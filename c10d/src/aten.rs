@@ -52,14 +52,6 @@ pub fn fused_adam(
     Ok(shim::fused_adam(params, grads, exp_avg, exp_avg_sq, &settings)?)
 }
 
-/// Makes `grad`, usually a view into a flat tensor, the gradient of a leaf, so that backward accumulates in place.
-///
-/// # Errors
-/// [`Error::Fatal`] if the parameter is not a leaf that requires a gradient, or shape, kind or device differ.
-pub fn set_grad(parameter: &Tensor, grad: &Tensor) -> Result<(), Error> {
-    Ok(shim::set_grad(at_tensor(parameter), at_tensor(grad))?)
-}
-
 /// The state of libtorch's default generator for CPUs, to see whether anything draws from it.
 ///
 /// # Errors

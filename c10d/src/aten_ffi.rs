@@ -24,7 +24,6 @@ pub(crate) mod shim {
             exp_avg_sq: &Tensor,
             settings: &AdamSettings,
         ) -> Result<()>;
-        fn set_grad(parameter: &Tensor, grad: &Tensor) -> Result<()>;
         fn default_generator_state() -> Result<Vec<u8>>;
         fn cpu_capability() -> Result<String>;
         fn libtorch_version() -> Result<String>;

@@ -73,25 +73,11 @@ fn fused_adam_does_not_depend_on_cuts_at_multiples_of_16() {
     assert!(whole.bits() == cut.bits());
 }
 
-#[test]
-fn backward_accumulates_in_the_view_that_was_set() {
-    let flat = Tensor::zeros([6], (Kind::Float, Device::Cpu));
-    let parameter = Tensor::from_slice(&[1.0_f32, 2.0, 3.0]).set_requires_grad(true);
-    aten::set_grad(&parameter, &flat.narrow(0, 2, 3)).unwrap();
-    for _ in 0..2 {
-        (&parameter * &parameter).sum(Kind::Float).backward();
-    }
-    assert_eq!(Vec::<f32>::try_from(&flat).unwrap(), [0.0, 0.0, 4.0, 8.0, 12.0, 0.0]);
-}
-
 /// The module's invariant 1.
 #[test]
 fn mistakes_become_errors() {
     let of = |length: i64| Tensor::zeros([length], (Kind::Float, Device::Cpu));
     let fatal = |result| matches!(result, Err(Error::Fatal(detail)) if !detail.contains('\n'));
-    assert!(fatal(aten::set_grad(&of(3), &of(3))));
-    assert!(fatal(aten::set_grad(&of(3).set_requires_grad(true), &of(4))));
-    assert!(fatal(aten::set_grad(&of(3).set_requires_grad(true), &of(3).set_requires_grad(true))));
     let zero = aten::fused_adam(&mut of(3), &of(3), &mut of(3), &mut of(3), 0, ADAM);
     assert!(matches!(zero, Err(Error::Invalid(_))));
     let ragged = aten::fused_adam(&mut of(3), &of(4), &mut of(3), &mut of(3), 1, ADAM);

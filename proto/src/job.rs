@@ -51,6 +51,32 @@ pub struct General {
     pub failure_deadline: f64,
     /// What to do with a phase whose reduced gradient, statistics or loss is not finite.
     pub non_finite: NonFinite,
+    /// What forward and backward passes compute in.
+    pub precision: Precision,
+    /// In which order leaves are summed.
+    pub reduction: Reduction,
+    /// Whether only kernels may run that always give the same bits. Without it, two runs may differ.
+    pub deterministic: bool,
+}
+
+/// What forward and backward passes compute in. The state and all sums over samples, leaves and ranks are fp32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// IEEE single precision.
+    Fp32,
+    /// bfloat16 weights and activations, cast from fp32 once a phase; the gradient penalty stays fp32.
+    Bf16,
+}
+
+/// In which order leaves are summed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reduction {
+    /// One fixed binary tree over the data shards: the same bits for any number of workers.
+    Tree,
+    /// The backend's own all-reduce: the bits depend on the number of workers.
+    Ring,
 }
 
 /// What to do with a phase that reduced to an infinity or a NaN. Part of the job, because it changes the result.
@@ -293,4 +319,4 @@ macro_rules! display_as_in_the_file {
     )*};
 }
 
-display_as_in_the_file!(NonFinite, DataKind, ModelKind, LossKind, OptimizerKind);
+display_as_in_the_file!(NonFinite, Precision, Reduction, DataKind, ModelKind, LossKind, OptimizerKind);

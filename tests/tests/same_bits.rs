@@ -36,6 +36,27 @@ fn every_loss_has_the_same_bits_on_1_and_3_workers() {
     }
 }
 
+/// So many data shards that a lone worker draws some samples twice, and three workers none.
+#[test]
+fn twenty_data_shards_have_the_same_bits_on_1_and_3_workers() {
+    for model in [SMALL_MLP, SMALL_DCGAN] {
+        let settings = [model, &["job.steps=2", "job.data_shards=20"]];
+        let reference = Reference::new("1 worker with 20 data shards", Run::new(&settings).complete(1));
+        reference.equals("3 workers with 20 data shards", &Run::new(&settings).complete(3));
+    }
+}
+
+#[test]
+fn bf16_has_the_same_bits_on_1_and_3_workers() {
+    for (model, loss) in [(SMALL_MLP, "wasserstein-gp"), (SMALL_DCGAN, "non-saturating")] {
+        let loss = format!("loss.kind={loss}");
+        let settings = [model, &["job.precision=bf16", "job.steps=2", "job.data_shards=4"], &[loss.as_str()]];
+        let reference =
+            Reference::new(&format!("1 worker in bf16 with {loss}"), Run::new(&settings).complete(1));
+        reference.equals(&format!("3 workers in bf16 with {loss}"), &Run::new(&settings).complete(3));
+    }
+}
+
 #[test]
 fn another_seed_is_another_result() {
     let digest = |seed: &str| Run::new(&[SMALL_MLP, &["job.steps=2"], &[seed]]).complete(1);

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use ganglion_membership::{Checkpoint, Position, StoredFile, WorkerId, WrittenPart};
 use ganglion_proto::job::Job;
 use ganglion_proto::message::MetricsRow;
@@ -159,7 +160,7 @@ pub struct Files<'a> {
 
 impl Files<'_> {
     /// The content of file `index` of a checkpoint.
-    fn render(&self, snapshot: &Snapshot, state_digest: &str, planned: &Planned) -> Vec<u8> {
+    fn render(&self, snapshot: &Snapshot, state_digest: &str, planned: &Planned) -> PutPayload {
         let text = |key: &str, value: String| (key.to_string(), value);
         match &planned.content {
             Content::State { tensors, with_counters } => {
@@ -193,7 +194,7 @@ impl Files<'_> {
                     "metadata": { "total_size": total_size },
                     "weight_map": weight_map,
                 });
-                format!("{index:#}\n").into_bytes()
+                PutPayload::from(format!("{index:#}\n"))
             }
         }
     }
@@ -211,8 +212,8 @@ impl Files<'_> {
         let content = self.render(snapshot, state_digest, planned);
         let file = StoredFile {
             file: planned.name.clone(),
-            bytes: content.len() as u64,
-            blake3: blake3::hash(&content).to_hex().to_string(),
+            bytes: content.content_length() as u64,
+            blake3: hash(&content),
         };
         let folder = Checkpoint::folder_of(snapshot.step, snapshot.phase);
         self.put(&folder, &file, content).await?;
@@ -259,10 +260,9 @@ impl Files<'_> {
         written.map(drop).map_err(|source| CheckpointError::Storage { file: path.to_string(), source })
     }
 
-    async fn put(&self, folder: &str, file: &StoredFile, content: Vec<u8>) -> Result<(), CheckpointError> {
+    async fn put(&self, folder: &str, file: &StoredFile, payload: PutPayload) -> Result<(), CheckpointError> {
         let path = Path::from(folder).join(file.file.as_str());
         let failed = |source| CheckpointError::Storage { file: path.to_string(), source };
-        let payload = PutPayload::from(content);
         let create = PutOptions::from(PutMode::Create);
         match self.storage.put_opts(&path, payload.clone(), create).await {
             Ok(_) => return Ok(()),
@@ -335,27 +335,36 @@ fn take_tensor(
     Ok(())
 }
 
+/// A file's hash, as manifests have it.
+fn hash(payload: &PutPayload) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for chunk in payload {
+        hasher.update(chunk);
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
 /// safetensors with its metadata in order, so that the same tensors give the same bytes.
 fn serialize<'a>(
     tensors: impl Iterator<Item = (String, TensorView<'a>)>,
     about: BTreeMap<String, String>,
-) -> Vec<u8> {
+) -> PutPayload {
     let bytes = safetensors::serialize(tensors, None).expect("names are unique and sizes fit");
-    with_metadata(&bytes, &about)
+    with_metadata(bytes.into(), &about)
 }
 
 /// Puts the metadata into a file's header. The library keeps it in a hash map, whose order changes from run to run.
-fn with_metadata(bytes: &[u8], about: &BTreeMap<String, String>) -> Vec<u8> {
+fn with_metadata(bytes: Bytes, about: &BTreeMap<String, String>) -> PutPayload {
     let length = u64::from_le_bytes(bytes[..8].try_into().expect("a header starts with its length"));
     let end = 8 + usize::try_from(length).expect("a header is small");
     let tensors = std::str::from_utf8(&bytes[8..end]).expect("a header is JSON").trim_end();
     let about = serde_json::to_string(about).expect("texts can be written");
     let mut header = format!("{{\"__metadata__\":{about},{}", &tensors[1..]);
     header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
-    let mut file = (header.len() as u64).to_le_bytes().to_vec();
-    file.extend(header.as_bytes());
-    file.extend(&bytes[end..]);
-    file
+    let mut front = (header.len() as u64).to_le_bytes().to_vec();
+    front.extend(header.as_bytes());
+    // The tensors themselves are not copied once more.
+    PutPayload::from_iter([Bytes::from(front), bytes.slice(end..)])
 }
 
 /// Copies a flat tensor of floats into bytes.

@@ -29,6 +29,7 @@ pub fn commit(
     ledger: u64,
 ) -> Result<(), c10d::Error> {
     update_parameters(job, state, phase.module, &narrow(mean, layout.gradient()))?;
+    state.cast_module(phase.module);
     no_grad(|| {
         for statistics in layout.statistics() {
             let mut buffers = state.section(state.layout.module(phase.module).buffer_range());

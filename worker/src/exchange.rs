@@ -3,7 +3,8 @@
 //! Each rank sums the leaves of its own shards up to the maximal nodes of the tree. Then, by chunks, it sends every other
 //! rank its chunk of these sums, finishes its own chunk in tree order, divides it once by the global batch, and gathers all
 //! chunks. Two ranks with one node each send each other the whole sum instead, and both finish all of it: as many bytes, in
-//! one round. The result has the same bits either way, and for any number of ranks.
+//! one round. The result has the same bits either way, and for any number of ranks. A job may ask for the backend's own
+//! all-reduce instead, whose bits depend on the number of ranks.
 //!
 //! 1. A rank sends its chunk of the mean only after it committed the phase before (the call order gives that), so ranks
 //!    differ by one phase at most.
@@ -13,8 +14,9 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use c10d::{Buffer, Group, Pending};
+use c10d::{Buffer, Group, Lent, Pending, ReduceOp};
 use ganglion_proto::failpoint;
+use ganglion_proto::job::Reduction;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::phase::{LeafBuffer, LeafLayout};
@@ -116,6 +118,8 @@ enum Route {
     Whole,
     /// By chunks, in two rounds.
     Chunks,
+    /// By the backend's all-reduce; the trailers follow.
+    Ring,
 }
 
 /// Reduces leaves of one module's phases within one group.
@@ -136,13 +140,13 @@ pub struct Exchange {
 
 /// What collectives borrow. What a route does not need is empty.
 struct Lendable {
-    /// By destination, then by node: that destination's chunk of the node's sum.
+    /// By destination, then by node: that destination's chunk of the node's sum. Or this rank's trailer alone.
     sums: Buffer,
     /// By node, over all ranks: this rank's chunk. Or the other rank's part.
     received: Buffer,
-    /// This rank's chunk of the mean, or its whole sum; and its trailer.
+    /// This rank's chunk of the mean, or its whole sum; and its trailer, unless that goes alone.
     part: Buffer,
-    /// By rank: its part.
+    /// By rank: its part, or its trailer.
     gathered: Buffer,
 }
 
@@ -152,6 +156,7 @@ impl Exchange {
         deal: Deal,
         layout: LeafLayout,
         global_batch: u64,
+        reduction: Reduction,
         device: Device,
     ) -> Result<Exchange, c10d::Error> {
         let world_size = deal.world_size();
@@ -159,19 +164,21 @@ impl Exchange {
             deal.shards.iter().map(|range| cover(range.clone(), deal.data_shards)).collect();
         let route = match world_size {
             1 => Route::Alone,
+            _ if reduction == Reduction::Ring => Route::Ring,
             2 if nodes.iter().all(|nodes| nodes.len() == 1) => Route::Whole,
             _ => Route::Chunks,
         };
         let by_chunks = usize::from(route == Route::Chunks);
         let whole = usize::from(route == Route::Whole);
+        let ring = usize::from(route == Route::Ring);
         let chunk = align(layout.len().div_ceil(if route == Route::Chunks { world_size } else { 1 }));
         let all_nodes: usize = nodes.iter().map(Vec::len).sum();
         let zeros = |numel| Buffer::zeros(numel, Kind::Float, device);
         let lent = Lendable {
-            sums: zeros(by_chunks * world_size * nodes[deal.rank].len() * chunk)?,
+            sums: zeros(by_chunks * world_size * nodes[deal.rank].len() * chunk + ring * ALIGNMENT)?,
             received: zeros(by_chunks * all_nodes * chunk + whole * (chunk + ALIGNMENT))?,
-            part: zeros((by_chunks + whole) * (chunk + ALIGNMENT))?,
-            gathered: zeros(by_chunks * world_size * (chunk + ALIGNMENT))?,
+            part: zeros((by_chunks + whole) * (chunk + ALIGNMENT) + ring * chunk)?,
+            gathered: zeros(world_size * (by_chunks * (chunk + ALIGNMENT) + ring * ALIGNMENT))?,
         };
         // The divisor is a tensor, because some devices multiply by the inverse of a plain number.
         #[allow(clippy::cast_precision_loss)]
@@ -210,7 +217,7 @@ impl Exchange {
         timeout: Duration,
         trailer: Trailer,
         mut leaf: impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
-        mut on: impl FnMut(Moment),
+        mut on: impl FnMut(Moment) -> Result<(), ReduceError>,
     ) -> Result<Reduced, ReduceError> {
         // A rank that is alone exchanges nothing, so nothing else would tell it.
         if !group.is_open() {
@@ -220,10 +227,10 @@ impl Exchange {
         let sums = self.sum_own_leaves(&mut leaf)?;
         // Numbered by position: the others wait for this rank's sums, then for its chunk of the mean.
         failpoint::reached("reduce", trailer.position);
-        on(Moment::Done(Part::Compute));
+        on(Moment::Done(Part::Compute))?;
         let reduced = match self.route {
             Route::Alone => {
-                on(Moment::Sent);
+                on(Moment::Sent)?;
                 Ok(self.finish_alone(sums, trailer))
             }
             Route::Whole => {
@@ -239,9 +246,14 @@ impl Exchange {
                 lent = Exchange::gather(group, timeout, lent, &mut on)?;
                 self.read(&lent.gathered, trailer)
             }
+            Route::Ring => {
+                self.lay_out_ring(sums, trailer, &mut lent);
+                lent = Exchange::all_reduce(group, timeout, lent, &mut on)?;
+                self.finish_ring(&lent, trailer)
+            }
         };
         self.lent = Some(lent);
-        on(Moment::Done(Part::Other));
+        on(Moment::Done(Part::Other))?;
         reduced
     }
 
@@ -251,7 +263,7 @@ impl Exchange {
         group: &Group,
         timeout: Duration,
         mut lent: Lendable,
-        on: &mut impl FnMut(Moment),
+        on: &mut impl FnMut(Moment) -> Result<(), ReduceError>,
     ) -> Result<Lendable, ReduceError> {
         let chunks = |nodes: &Vec<Node>| nodes.len() * self.chunk;
         let sent = vec![chunks(&self.nodes[self.deal.rank]); self.deal.world_size()];
@@ -267,7 +279,7 @@ impl Exchange {
         group: &Group,
         timeout: Duration,
         mut lent: Lendable,
-        on: &mut impl FnMut(Moment),
+        on: &mut impl FnMut(Moment) -> Result<(), ReduceError>,
     ) -> Result<Lendable, ReduceError> {
         let mut counts = [self.chunk + ALIGNMENT; 2];
         counts[self.deal.rank] = 0;
@@ -276,16 +288,30 @@ impl Exchange {
         Ok(lent)
     }
 
-    /// Waits for the first round of a reduce, under which there is time for other work.
-    fn wait_for_first(
-        pending: Pending<(Buffer, Buffer)>,
+    /// Sums the ranks' sums in the backend's order, and gathers their trailers.
+    fn all_reduce(
+        group: &Group,
         timeout: Duration,
-        on: &mut impl FnMut(Moment),
-    ) -> Result<(Buffer, Buffer), ReduceError> {
-        on(Moment::Done(Part::Other));
-        on(Moment::Sent);
+        mut lent: Lendable,
+        on: &mut impl FnMut(Moment) -> Result<(), ReduceError>,
+    ) -> Result<Lendable, ReduceError> {
+        let reducing = group.all_reduce(lent.part, ReduceOp::Sum)?;
+        lent.part = Exchange::wait_for_first(reducing, timeout, on)?;
+        (lent.sums, lent.gathered) = group.all_gather(lent.sums, lent.gathered)?.wait(timeout)?;
+        on(Moment::Done(Part::Wait))?;
+        Ok(lent)
+    }
+
+    /// Waits for the first round of a reduce, under which there is time for other work.
+    fn wait_for_first<T: Lent>(
+        pending: Pending<T>,
+        timeout: Duration,
+        on: &mut impl FnMut(Moment) -> Result<(), ReduceError>,
+    ) -> Result<T, ReduceError> {
+        on(Moment::Done(Part::Other))?;
+        on(Moment::Sent)?;
         let buffers = pending.wait(timeout)?;
-        on(Moment::Done(Part::Wait));
+        on(Moment::Done(Part::Wait))?;
         Ok(buffers)
     }
 
@@ -294,12 +320,12 @@ impl Exchange {
         group: &Group,
         timeout: Duration,
         mut lent: Lendable,
-        on: &mut impl FnMut(Moment),
+        on: &mut impl FnMut(Moment) -> Result<(), ReduceError>,
     ) -> Result<Lendable, ReduceError> {
         let pending = group.all_gather(lent.part, lent.gathered)?;
-        on(Moment::Done(Part::Other));
+        on(Moment::Done(Part::Other))?;
         (lent.part, lent.gathered) = pending.wait(timeout)?;
-        on(Moment::Done(Part::Wait));
+        on(Moment::Done(Part::Wait))?;
         Ok(lent)
     }
 
@@ -361,6 +387,26 @@ impl Exchange {
             let [left, right] = parts.map(|part| narrow(part, 0..self.chunk));
             let _ = left.add_out(&self.mean, &right).divide_(&self.divisor);
         });
+        Ok(self.reduced(&trailers, ours))
+    }
+
+    /// Puts the sum of this rank's sums where the backend adds to it.
+    fn lay_out_ring(&mut self, sums: Vec<LeafBuffer>, trailer: Trailer, lent: &mut Lendable) {
+        for (place, sum) in sums.into_iter().enumerate() {
+            lent.part.update(
+                |part| {
+                    if place == 0 { part.copy_(&sum.flat) } else { drop(part.g_add_(&sum.flat)) }
+                },
+            );
+            self.pool.push(sum);
+        }
+        lent.sums.update(|own| own.copy_(&trailer.to_tensor()));
+    }
+
+    /// Divides what the backend has summed.
+    fn finish_ring(&self, lent: &Lendable, ours: Trailer) -> Result<Reduced, ReduceError> {
+        let trailers = self.trailers(lent.gathered.tensor(), ours)?;
+        let _ = no_grad(|| lent.part.tensor().divide_out(&self.mean, &self.divisor));
         Ok(self.reduced(&trailers, ours))
     }
 

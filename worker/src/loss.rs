@@ -7,21 +7,34 @@
 use ganglion_proto::job::{Loss, LossKind};
 use tch::{Kind, Tensor};
 
-/// What the discriminator minimises.
+/// What the discriminator minimises: [`on_real`] and [`on_fake`].
 ///
 /// The gradient penalty of `wasserstein-gp` is [`gradient_penalty`], added by the caller.
 pub fn discriminator(kind: LossKind, real: &Tensor, fake: &Tensor) -> Tensor {
+    on_real(kind, real) + on_fake(kind, fake)
+}
+
+/// What the discriminator minimises over real samples.
+pub fn on_real(kind: LossKind, real: &Tensor) -> Tensor {
     match kind {
         // Goodfellow et al. (2014), equation 1: maximise log s(D(x)) + log(1 - s(D(G(z)))).
-        LossKind::NonSaturating | LossKind::Minimax => {
-            total(&real.neg().softplus()) + total(&fake.softplus())
-        }
+        LossKind::NonSaturating | LossKind::Minimax => total(&real.neg().softplus()),
         // Mao et al. (2017), equation 2, with a = 0 and b = 1.
-        LossKind::LeastSquares => (square_sum(&(real - 1.0)) + square_sum(fake)) * 0.5,
+        LossKind::LeastSquares => square_sum(&(real - 1.0)) * 0.5,
         // Miyato et al. (2018), equation 16.
-        LossKind::Hinge => total(&(real.neg() + 1.0).relu()) + total(&(fake + 1.0).relu()),
+        LossKind::Hinge => total(&(real.neg() + 1.0).relu()),
         // Gulrajani et al. (2017), equation 3, the first two terms.
-        LossKind::WassersteinGp => total(fake) - total(real),
+        LossKind::WassersteinGp => -total(real),
+    }
+}
+
+/// What the discriminator minimises over the generator's samples; the equations are those of [`on_real`].
+pub fn on_fake(kind: LossKind, fake: &Tensor) -> Tensor {
+    match kind {
+        LossKind::NonSaturating | LossKind::Minimax => total(&fake.softplus()),
+        LossKind::LeastSquares => square_sum(fake) * 0.5,
+        LossKind::Hinge => total(&(fake + 1.0).relu()),
+        LossKind::WassersteinGp => total(fake),
     }
 }
 

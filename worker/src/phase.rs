@@ -4,6 +4,8 @@
 //! 2. It has a buffer of its own, and parameters keep no gradient, so that autograd never adds one leaf to another.
 //! 3. The generator's samples carry no gradient into a discriminator phase, and the discriminator is a constant in the
 //!    generator's phase.
+//! 4. The samples of a step's last discriminator phase are those of its generator phase too, as in DCGAN's training loop.
+//!    Whether they are kept from the one to the other or drawn again changes no bit.
 //!
 //! A leaf's buffer holds, in this order: the gradient of the summed loss, laid out as the module's parameters; b times
 //! the batch statistics of each pass, laid out as its buffers; the summed loss. All become means over the global batch
@@ -15,7 +17,7 @@ use ganglion_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::loss;
-use crate::nn::{Mode, Models, Network};
+use crate::nn::{Mode, Models};
 use crate::random::{Key, Purpose};
 use crate::state::{ALIGNMENT, Layout, Module, State, StateLayout, narrow};
 
@@ -113,20 +115,27 @@ impl LeafBuffer {
     }
 }
 
-/// The beginning of a generator's leaf.
-pub struct Begun {
+/// What the generator has drawn for a data shard, and how, so that a gradient can go back through it.
+pub struct Drawn {
     /// The data shard.
     pub shard: u32,
     fake: Tensor,
     statistics: Vec<Tensor>,
 }
 
+/// A part of a leaf: of the discriminator's, what comes from real samples, from the generator's, and from the penalty.
+pub struct LeafPart {
+    loss: Tensor,
+    gradients: Vec<Tensor>,
+    statistics: Vec<Tensor>,
+}
+
 /// What a leaf is computed from.
 pub enum Input<'a> {
-    /// Real samples, in a discriminator's phase.
-    Real(&'a Tensor),
+    /// Real samples (b, c, h, w), what is known of their part, and the generator's samples, in a discriminator's phase.
+    Samples(&'a Tensor, Option<LeafPart>, &'a Drawn),
     /// What the generator has drawn, in its phase.
-    Begun(Begun),
+    Drawn(Drawn),
 }
 
 /// Computes leaves of a job.
@@ -140,16 +149,19 @@ pub struct Leaves<'a> {
 }
 
 impl Leaves<'_> {
-    /// What the generator's leaf of `shard` begins with, which is all that does not need the discriminator.
-    pub fn begin_generator(&self, phase: Phase, step: u64, shard: u32, state: &State) -> Begun {
-        let mut statistics = Vec::new();
+    /// Draws the generator's samples for the leaf of `shard`. Under `no_grad` they cannot begin a generator's leaf.
+    pub fn draw(&self, phase: Phase, step: u64, shard: u32, state: &State) -> Drawn {
         let key = self.noise_key(phase, step, shard);
-        let fake = self.generate(key, state.trainable(Module::Generator), &mut statistics);
-        Begun { shard, fake, statistics }
+        let latent = signed(self.models.latent_dim);
+        let noise = key.normal(self.shard_batch() * self.models.latent_dim).view([-1, latent]);
+        let mut statistics = Vec::new();
+        let parameters = state.trainable(Module::Generator);
+        let mode = &mut Mode::Batch(&mut statistics);
+        let fake = self.models.generator.forward(&noise.to_device(self.device), parameters, mode);
+        Drawn { shard, fake, statistics }
     }
 
-    /// Fills `out` with the leaf of `shard`, from its b samples in a discriminator phase, (b, c, h, w), or from what it was
-    /// begun with.
+    /// Fills `out` with the leaf of `shard`.
     pub fn compute(
         &self,
         phase: Phase,
@@ -159,75 +171,105 @@ impl Leaves<'_> {
         input: Input<'_>,
         out: &mut LeafBuffer,
     ) -> Result<(), c10d::Error> {
-        let mut statistics = Vec::new();
-        let loss = match input {
-            Input::Real(real) => {
-                self.discriminator_loss(self.noise_key(phase, step, shard), state, real, &mut statistics)
+        let parts = match input {
+            Input::Samples(real, of_real, drawn) => {
+                let interpolation =
+                    Key { purpose: Purpose::Interpolation, ..self.noise_key(phase, step, shard) };
+                self.discriminator(interpolation, state, real, of_real, &drawn.fake.detach())?
             }
-            Input::Begun(begun) => {
-                statistics = begun.statistics;
-                self.generator_loss(&begun.fake, state)
-            }
+            Input::Drawn(drawn) => vec![self.generator(drawn, state)?],
         };
-        let gradients = Tensor::f_run_backward(&[&loss], state.trainable(phase.module), false, false)?;
-        no_grad(|| {
-            for (place, gradient) in out.gradients.iter_mut().zip(&gradients) {
-                place.copy_(gradient);
-            }
-            let batch = f64::from(self.job.job.shard_batch);
-            for (place, statistic) in out.statistics.iter_mut().zip(&statistics) {
-                place.copy_(&(statistic * batch));
-            }
-            out.loss.copy_(&loss);
-        });
+        no_grad(|| fill(out, &parts, f64::from(self.job.job.shard_batch)));
         Ok(())
     }
 
-    fn noise_key(&self, phase: Phase, step: u64, shard: u32) -> Key {
-        Key { seed: self.job.job.seed, step, phase: phase.index, shard, purpose: Purpose::Noise }
+    /// Whether the samples that the generator draws in a phase are those of its own phase too.
+    pub fn serves_generator(&self, phase: Phase) -> bool {
+        phase.index + 1 == self.job.loss.discriminator_steps
     }
 
-    fn discriminator_loss(
+    /// Whether the discriminator looks at real samples apart from the generator's.
+    pub fn tells_real_apart(&self) -> bool {
+        self.models.discriminator.has_batch_norm()
+    }
+
+    /// The part of a discriminator's leaf that comes from real samples, where it looks at them apart. A commit of the
+    /// generator does not change it.
+    pub fn real_part(&self, state: &State, real: &Tensor) -> Result<LeafPart, c10d::Error> {
+        self.seen(state, real, |logits| loss::on_real(self.job.loss.kind, logits))
+    }
+
+    fn discriminator(
         &self,
-        key: Key,
+        interpolation: Key,
         state: &State,
         real: &Tensor,
-        statistics: &mut Vec<Tensor>,
-    ) -> Tensor {
-        let fake = no_grad(|| self.generate(key, state.frozen(Module::Generator), &mut Vec::new()));
-        let network = &self.models.discriminator;
-        let parameters = state.trainable(Module::Discriminator);
-        let logits = |x: &Tensor, statistics: &mut Vec<Tensor>| {
-            network.forward(x, parameters, &mut Mode::Batch(statistics))
-        };
-        let (on_real, on_fake) = if network.has_batch_norm() {
-            (logits(real, statistics), logits(&fake, statistics))
-        } else {
-            both_at_once(network, parameters, real, &fake)
-        };
+        of_real: Option<LeafPart>,
+        fake: &Tensor,
+    ) -> Result<Vec<LeafPart>, c10d::Error> {
         let objective = &self.job.loss;
-        let loss = loss::discriminator(objective.kind, &on_real, &on_fake);
-        if !loss::has_gradient_penalty(objective) {
-            return loss;
+        let mut parts = if self.tells_real_apart() {
+            let of_real = of_real.map_or_else(|| self.real_part(state, real), Ok)?;
+            vec![of_real, self.seen(state, fake, |logits| loss::on_fake(objective.kind, logits))?]
+        } else {
+            // Without batch normalisation samples do not see each other, so one pass serves real and fake ones.
+            vec![self.seen(state, &Tensor::cat(&[real, fake], 0), |logits| {
+                let halves = logits.chunk(2, 0);
+                loss::discriminator(objective.kind, &halves[0], &halves[1])
+            })?]
+        };
+        if loss::has_gradient_penalty(objective) {
+            parts.push(self.penalty(interpolation, state, real, fake)?);
         }
-        let places = Key { purpose: Purpose::Interpolation, ..key }.uniform(0.0, 1.0, self.shard_batch());
-        let places = places.to_device(self.device);
-        // The statistics of places between real and fake are not the data's.
-        let penalty = |x: &Tensor| logits(x, &mut Vec::new());
-        loss + loss::gradient_penalty(objective.gradient_penalty, real, &fake, &places, penalty)
+        Ok(parts)
     }
 
-    fn generator_loss(&self, fake: &Tensor, state: &State) -> Tensor {
+    /// What the discriminator makes of samples.
+    fn seen(
+        &self,
+        state: &State,
+        samples: &Tensor,
+        loss: impl FnOnce(&Tensor) -> Tensor,
+    ) -> Result<LeafPart, c10d::Error> {
+        let mut statistics = Vec::new();
+        let parameters = state.trainable(Module::Discriminator);
+        let mode = &mut Mode::Batch(&mut statistics);
+        let loss = loss(&self.models.discriminator.forward(samples, parameters, mode));
+        let gradients = Tensor::f_run_backward(&[&loss], parameters, false, false)?;
+        Ok(LeafPart { loss, gradients, statistics })
+    }
+
+    /// The gradient penalty, in fp32. The statistics of places between real and fake are not the data's.
+    fn penalty(
+        &self,
+        interpolation: Key,
+        state: &State,
+        real: &Tensor,
+        fake: &Tensor,
+    ) -> Result<LeafPart, c10d::Error> {
+        let places = interpolation.uniform(0.0, 1.0, self.shard_batch()).to_device(self.device);
+        let parameters = state.master(Module::Discriminator);
+        let logits =
+            |x: &Tensor| self.models.discriminator.forward(x, parameters, &mut Mode::Batch(&mut Vec::new()));
+        let weight = self.job.loss.gradient_penalty;
+        let loss = loss::gradient_penalty(weight, real, fake, &places, logits);
+        let gradients = Tensor::f_run_backward(&[&loss], parameters, false, false)?;
+        Ok(LeafPart { loss, gradients, statistics: Vec::new() })
+    }
+
+    fn generator(&self, drawn: Drawn, state: &State) -> Result<LeafPart, c10d::Error> {
         let frozen = state.frozen(Module::Discriminator);
-        let logits = self.models.discriminator.forward(fake, frozen, &mut Mode::Batch(&mut Vec::new()));
-        loss::generator(self.job.loss.kind, &logits)
+        let mode = &mut Mode::Batch(&mut Vec::new());
+        let logits = self.models.discriminator.forward(&drawn.fake, frozen, mode);
+        let loss = loss::generator(self.job.loss.kind, &logits);
+        let gradients = Tensor::f_run_backward(&[&loss], state.trainable(Module::Generator), false, false)?;
+        Ok(LeafPart { loss, gradients, statistics: drawn.statistics })
     }
 
-    fn generate(&self, key: Key, parameters: &[Tensor], statistics: &mut Vec<Tensor>) -> Tensor {
-        let latent = self.models.latent_dim;
-        let signed = |n: usize| i64::try_from(n).expect("a small count");
-        let noise = key.normal(self.shard_batch() * latent).view([-1, signed(latent)]).to_device(self.device);
-        self.models.generator.forward(&noise, parameters, &mut Mode::Batch(statistics))
+    fn noise_key(&self, phase: Phase, step: u64, shard: u32) -> Key {
+        let last_of_discriminator = self.job.loss.discriminator_steps.saturating_sub(1);
+        let phase = phase.index.min(last_of_discriminator);
+        Key { seed: self.job.job.seed, step, phase, shard, purpose: Purpose::Noise }
     }
 
     fn shard_batch(&self) -> usize {
@@ -235,10 +277,29 @@ impl Leaves<'_> {
     }
 }
 
-/// Without batch normalisation samples do not see each other, so one pass serves real and fake ones.
-fn both_at_once(network: &Network, parameters: &[Tensor], real: &Tensor, fake: &Tensor) -> (Tensor, Tensor) {
-    let both = Tensor::cat(&[real, fake], 0);
-    let logits = network.forward(&both, parameters, &mut Mode::Batch(&mut Vec::new()));
-    let reals = real.size()[0];
-    (logits.narrow(0, 0, reals), logits.narrow(0, reals, fake.size()[0]))
+/// Adds the parts of a leaf up, in their order.
+fn fill(out: &mut LeafBuffer, parts: &[LeafPart], batch: f64) {
+    for (place, at) in out.gradients.iter_mut().zip(0..) {
+        sum_into(place, parts.iter().map(|part| &part.gradients[at]));
+    }
+    let statistics = parts.iter().flat_map(|part| &part.statistics);
+    for (place, statistic) in out.statistics.iter_mut().zip(statistics) {
+        place.copy_(&(statistic * batch));
+    }
+    sum_into(&mut out.loss, parts.iter().map(|part| &part.loss));
+}
+
+/// Puts a sum where it belongs. A parameter that a part of the loss does not depend on has no gradient from it.
+fn sum_into<'a>(place: &mut Tensor, mut terms: impl Iterator<Item = &'a Tensor>) {
+    match terms.find(|term| term.defined()) {
+        Some(first) => place.copy_(first),
+        None => drop(place.zero_()),
+    }
+    for term in terms.filter(|term| term.defined()) {
+        let _ = place.g_add_(term);
+    }
+}
+
+fn signed(n: usize) -> i64 {
+    i64::try_from(n).expect("a small count")
 }

@@ -104,7 +104,8 @@ fn load(session: &Arc<Session>, device: Device) -> Result<Trainer, Failure> {
     let job = welcome.job.clone();
     crate::set_threads(job.job.threads);
     tch::set_num_interop_threads(1);
-    c10d::aten::set_deterministic(true).map_err(|error| Failure::Other(error.to_string()))?;
+    c10d::aten::set_deterministic(job.job.deterministic)
+        .map_err(|error| Failure::Other(error.to_string()))?;
     let data = DataSet::open(&job.data).map_err(|error| match error {
         DataError::Input(detail) => Failure::Input(detail),
         other => Failure::Other(other.to_string()),
@@ -117,7 +118,7 @@ fn load(session: &Arc<Session>, device: Device) -> Result<Trainer, Failure> {
         )));
     }
     let models = Models::new(&job.model, data.shape()).map_err(|error| Failure::Input(error.to_string()))?;
-    let layout = StateLayout::new(&models);
+    let layout = StateLayout::new(&models, job.job.precision);
     let (storage, sees_storage) = open_storage(&welcome.storage, &welcome.run);
     let passport = passport::take(&job, &models, &layout, &data, device)
         .map_err(|error| Failure::Other(error.to_string()))?;

@@ -3,6 +3,8 @@
 //! 1. Nothing in the state depends on the cluster: it is a function of the job, the data and the position.
 //! 2. Each tensor starts on a 64-byte boundary of the buffer. The gaps hold +0.0 for ever, and no reader sees them.
 //! 3. [`crate::commit`] is the only writer while a run trains.
+//! 4. What passes compute with is a function of the state: its parameters, or their cast to the job's precision, which is
+//!    made anew whenever they change.
 //!
 //! The buffer holds, in this order: for the generator and then for the discriminator, the parameters, the buffers of
 //! batch normalisation and Adam's two moments; then the moving average of the generator's parameters and buffers.
@@ -10,7 +12,8 @@
 use std::ops::Range;
 
 use ganglion_membership::Position;
-use tch::{Device, Kind, Tensor};
+use ganglion_proto::job::Precision;
+use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::nn::{Init, Models, Network, TensorSpec};
 use crate::random::{Key, Purpose};
@@ -150,17 +153,19 @@ pub struct StateLayout {
     pub discriminator: Sections,
     /// Floats in the buffer.
     pub len: usize,
+    /// What passes compute in.
+    pub precision: Precision,
     ema_start: usize,
 }
 
 impl StateLayout {
     /// The layout for a pair of networks.
-    pub fn new(models: &Models) -> StateLayout {
+    pub fn new(models: &Models, precision: Precision) -> StateLayout {
         let generator = Sections::new(&models.generator, 0);
         let discriminator = Sections::new(&models.discriminator, generator.exp_avg_sq_range().end);
         let ema_start = discriminator.exp_avg_sq_range().end;
         let len = ema_start + generator.weight_range().len();
-        StateLayout { generator, discriminator, len, ema_start }
+        StateLayout { generator, discriminator, len, precision, ema_start }
     }
 
     /// One network's sections.
@@ -223,9 +228,39 @@ pub struct State {
 }
 
 struct ModuleViews {
+    weights: Tensor,
+    master: Vec<Tensor>,
+    /// In the precision of passes, if that is not fp32.
+    cast: Option<Tensor>,
     trainable: Vec<Tensor>,
     frozen: Vec<Tensor>,
-    weights: Tensor,
+}
+
+impl ModuleViews {
+    fn new(flat: &Tensor, sections: &Sections, precision: Precision) -> ModuleViews {
+        // With a count of changes of its own: a network's commit does not end what was begun with the other network.
+        let weights = narrow(flat, sections.parameter_range()).data();
+        let detached = |flat: &Tensor| -> Vec<Tensor> {
+            sections.parameters.views(flat).into_iter().map(|view| view.detach()).collect()
+        };
+        let cast = (precision == Precision::Bf16).then(|| weights.to_kind(Kind::BFloat16));
+        let computed_with = || -> Vec<Tensor> {
+            let Some(cast) = &cast else { return detached(&weights) };
+            let pairs = detached(&weights).into_iter().zip(detached(cast));
+            let choose =
+                |((spec, _), (exact, cast)): ((&TensorSpec, usize), _)| if spec.exact { exact } else { cast };
+            sections.parameters.entries().zip(pairs).map(choose).collect()
+        };
+        let leaves =
+            |views: Vec<Tensor>| views.into_iter().map(|view| view.set_requires_grad(true)).collect();
+        ModuleViews {
+            master: leaves(detached(&weights)),
+            trainable: leaves(computed_with()),
+            frozen: computed_with(),
+            weights,
+            cast,
+        }
+    }
 }
 
 impl State {
@@ -233,16 +268,7 @@ impl State {
     pub fn zeros(layout: StateLayout, device: Device) -> State {
         let len = i64::try_from(layout.len).expect("a state has fewer than 2^63 floats");
         let flat = Tensor::zeros([len], (Kind::Float, device));
-        let views = |sections: &Sections| {
-            // With a count of changes of its own: a network's commit does not end what was begun with the other network.
-            let parameters = narrow(&flat, sections.parameter_range()).data();
-            let views = || sections.parameters.views(&parameters).into_iter().map(|view| view.detach());
-            ModuleViews {
-                trainable: views().map(|view| view.set_requires_grad(true)).collect(),
-                frozen: views().collect(),
-                weights: parameters.shallow_clone(),
-            }
-        };
+        let views = |sections: &Sections| ModuleViews::new(&flat, sections, layout.precision);
         let (generator, discriminator) = (views(&layout.generator), views(&layout.discriminator));
         State { layout, flat, counters: Counters::default(), generator, discriminator }
     }
@@ -265,10 +291,11 @@ impl State {
         }
         let generator = narrow(&state.flat, state.layout.generator.weight_range());
         narrow(&state.flat, state.layout.ema_range()).copy_(&generator);
+        state.cast();
         state
     }
 
-    /// A network's parameters as autograd's leaves.
+    /// A network's parameters as autograd's leaves, in the precision of passes.
     pub fn trainable(&self, module: Module) -> &[Tensor] {
         &self.views(module).trainable
     }
@@ -276,6 +303,25 @@ impl State {
     /// A network's parameters as constants: a backward pass computes no gradient for them.
     pub fn frozen(&self, module: Module) -> &[Tensor] {
         &self.views(module).frozen
+    }
+
+    /// A network's parameters in fp32, as autograd's leaves.
+    pub fn master(&self, module: Module) -> &[Tensor] {
+        &self.views(module).master
+    }
+
+    /// Casts all parameters to the precision of passes. To be called after the buffer was written as a whole.
+    pub fn cast(&self) {
+        self.cast_module(Module::Generator);
+        self.cast_module(Module::Discriminator);
+    }
+
+    /// Casts a network's parameters to the precision of passes. To be called after they changed.
+    pub fn cast_module(&self, module: Module) {
+        let views = self.views(module);
+        if let Some(cast) = &views.cast {
+            no_grad(|| cast.shallow_clone().copy_(&views.weights));
+        }
     }
 
     /// A network's parameters, flat.

@@ -119,7 +119,7 @@ impl Team {
         session.watch_group(generation, group.aborter());
         let exchange = |module| {
             let leaf = LeafLayout::new(models, layout, module);
-            Exchange::new(deal.clone(), leaf, job.global_batch(), device)
+            Exchange::new(deal.clone(), leaf, job.global_batch(), job.job.reduction, device)
         };
         let (generator, discriminator) = (exchange(Module::Generator)?, exchange(Module::Discriminator)?);
         let timeout = session.limits().reduce;
@@ -218,7 +218,7 @@ impl Team {
         mut trailer: Trailer,
         session: &Session,
         mut leaf: impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
-        mut meanwhile: impl FnMut(),
+        mut meanwhile: impl FnMut() -> Result<(), c10d::Error>,
     ) -> Result<Reduced, TeamError> {
         trailer.generation = self.generation;
         let exchange = match phase.module {
@@ -227,13 +227,16 @@ impl Team {
         };
         session.set_activity(Activity::Computing);
         let laps = &mut self.laps;
-        let on = |moment: Moment| match moment {
-            Moment::Done(part) => laps.lap(part),
-            Moment::Sent => {
-                meanwhile();
-                laps.lap(Part::Compute);
-                session.set_activity(Activity::Waiting);
+        let on = |moment: Moment| {
+            match moment {
+                Moment::Done(part) => laps.lap(part),
+                Moment::Sent => {
+                    meanwhile().map_err(|error| ReduceError::Leaf(error.to_string()))?;
+                    laps.lap(Part::Compute);
+                    session.set_activity(Activity::Waiting);
+                }
             }
+            Ok(())
         };
         let leaf = |shard: u32, out: &mut LeafBuffer| {
             let begun = Instant::now();

@@ -17,7 +17,7 @@ use crate::data::{Batch, DataError, DataSet, Plan, Prefetcher};
 use crate::exchange::{ReduceError, Reduced, Trailer};
 use crate::finite::{NonFinite, Verdict, judge};
 use crate::nn::Models;
-use crate::phase::{Begun, Input, LeafLayout, Leaves, Phase, phases};
+use crate::phase::{Drawn, Input, LeafBuffer, LeafLayout, LeafPart, Leaves, Phase, phases};
 use crate::profile::{Laps, Part};
 use crate::session::{Session, unreachable};
 use crate::state::{Counters, Module, State, StateLayout};
@@ -25,6 +25,10 @@ use crate::team::{Carried, Circumstances, Team, TeamError};
 
 /// Batches that are read ahead.
 const READ_AHEAD: usize = 4;
+
+/// Of so many data shards a worker keeps what the generator has drawn, with all that its backward pass needs, from the
+/// discriminator's phase to its own; for others it is drawn again. More take more memory.
+const KEPT: usize = 8;
 
 /// After so many groups in a row that lost a peer before they trained, a worker looks whom it can reach: a link that is
 /// refused, and not silent, would break one group after the other.
@@ -79,8 +83,17 @@ struct Course {
     batches: Prefetcher,
     /// Hash of what the last commit made.
     fingerprint: u64,
-    /// The beginning of the next leaf, computed while the others were waited for.
-    begun: Option<Begun>,
+    /// What the generator has drawn for its next leaves.
+    drawn: Vec<Drawn>,
+    /// What the next step begins with, made while the others were waited for.
+    ahead: Option<(Samples, LeafPart)>,
+}
+
+/// The real samples of a phase.
+struct Samples {
+    batch: Batch,
+    /// By shard: (shards, b, c, h, w).
+    images: Tensor,
 }
 
 /// Where a run of steps is, for its reports.
@@ -185,6 +198,7 @@ impl Trainer {
         let Some((mut state, mut carried)) = self.held.take() else {
             return Err(TeamError::Diverged("a group started without a state".to_string()));
         };
+        state.cast();
         self.unformed = 0;
         let rest = self.train_with(assignment, &mut team, &mut state, &mut carried);
         self.held = Some((state, carried));
@@ -216,7 +230,7 @@ impl Trainer {
         let phases = phases(&self.job);
         let last_step = self.job.last_step(self.data.len() as u64);
         let batches = self.read_ahead(team, state.counters, last_step);
-        let mut course = Course { batches, fingerprint: 0, begun: None };
+        let mut course = Course { batches, fingerprint: 0, drawn: Vec::new(), ahead: None };
         let mut pace = Pace::start();
         let mut agreed = None;
         let (mut step, mut first) = place(state.counters, &phases);
@@ -291,41 +305,31 @@ impl Trainer {
         let leaves = Leaves { job: &self.job, models: &self.models, device: self.device };
         let step = state.counters.position.0 / self.job.phases_per_step();
         team.laps.begin(phase.module);
-        let batch = match phase.module {
-            Module::Discriminator => Some(course.batches.next()?),
-            Module::Generator => None,
-        };
-        let real = batch.as_ref().map(|batch| self.real_images(batch));
+        let (samples, of_real) = self.samples(phase, course)?;
         team.laps.lap(Part::Data);
-        let first_shard = team.deal.own().start;
         let plan = self.session.plan();
         let trailer = Trailer {
             generation: 0,
             position: state.counters.position.0,
             fingerprint: course.fingerprint,
             plan: plan.map_or(0, |plan| plan.number),
-            ledger: batch.as_ref().map_or(0, |batch| batch.ledger),
+            ledger: samples.as_ref().map_or(0, |samples| samples.batch.ledger),
         };
-        let (mut begun, mut following) = (course.begun.take(), None);
-        let leaf = |shard: u32, out: &mut crate::phase::LeafBuffer| {
-            let own = real.as_ref().map(|real| real.get(i64::from(shard - first_shard)));
-            let input = match &own {
-                Some(own) => Input::Real(own),
-                None => {
-                    let begun = begun.take().filter(|begun| begun.shard == shard);
-                    let begin = || leaves.begin_generator(phase, step, shard, state);
-                    Input::Begun(begun.unwrap_or_else(begin))
-                }
-            };
-            leaves.compute(phase, step, shard, state, input, out).map_err(|error| error.to_string())
+        let own = team.deal.own();
+        let Course { drawn, batches, ahead, .. } = course;
+        let mut work = ShardWork { leaves: &leaves, phase, step, state, drawn, of_real };
+        let leaf = |shard: u32, out: &mut LeafBuffer| {
+            let real = samples.as_ref().map(|samples| samples.images.get(i64::from(shard - own.start)));
+            work.compute(shard, real.as_ref(), out).map_err(|error| error.to_string())
         };
-        // The generator's next leaf needs nothing of what is being reduced.
+        // What the generator's commit does not change can be computed before it.
         let meanwhile = || {
-            let next = self.generator_after(phase);
-            following = next.map(|next| leaves.begin_generator(next, step, first_shard, state));
+            if phase.module == Module::Generator {
+                *ahead = self.look_ahead(&leaves, state, batches)?;
+            }
+            Ok(())
         };
         let reduced = team.reduce(phase, trailer, &self.session, leaf, meanwhile)?;
-        course.begun = following;
         if !self.session.may_commit() {
             return Err(c10d::Error::Aborted.into());
         }
@@ -341,17 +345,44 @@ impl Trainer {
             f32::try_from(loss).unwrap_or(f32::NAN);
         self.session.set_position(state.counters.position);
         team.laps.lap(Part::Commit);
-        if let Some(batch) = batch {
-            course.batches.recycle(batch);
+        if let Some(samples) = samples {
+            course.batches.recycle(samples.batch);
         }
         // The plan as it went into the trailer: a newer one may be here by now.
         Ok(plan.filter(|plan| plan.number == reduced.agreed_plan).map(|plan| plan.kind))
     }
 
-    /// The generator's phase, if it comes right after this one.
-    fn generator_after(&self, phase: Phase) -> Option<Phase> {
-        let mut all = phases(&self.job).into_iter();
-        all.find(|next| next.index == phase.index + 1 && next.module == Module::Generator)
+    /// The real samples of a phase, if it has any, and what was made of the first shard's already.
+    fn samples(
+        &self,
+        phase: Phase,
+        course: &mut Course,
+    ) -> Result<(Option<Samples>, Option<LeafPart>), TeamError> {
+        if phase.module == Module::Generator {
+            return Ok((None, None));
+        }
+        if let Some((samples, of_real)) = course.ahead.take() {
+            return Ok((Some(samples), Some(of_real)));
+        }
+        let batch = course.batches.next()?;
+        Ok((Some(Samples { images: self.real_images(&batch), batch }), None))
+    }
+
+    /// The next step's real samples, and what the discriminator makes of the first shard's, where that can be told without
+    /// the generator's and the samples are there.
+    fn look_ahead(
+        &self,
+        leaves: &Leaves<'_>,
+        state: &State,
+        batches: &mut Prefetcher,
+    ) -> Result<Option<(Samples, LeafPart)>, c10d::Error> {
+        if !leaves.tells_real_apart() {
+            return Ok(None);
+        }
+        let Some(batch) = batches.try_next() else { return Ok(None) };
+        let samples = Samples { images: self.real_images(&batch), batch };
+        let of_real = leaves.real_part(state, &samples.images.get(0))?;
+        Ok(Some((samples, of_real)))
     }
 
     /// Commits what was reduced, or skips it where it is not finite.
@@ -510,6 +541,43 @@ impl Trainer {
                 Fault::Links(lost.iter().filter_map(|rank| Some(Rank(u32::try_from(*rank).ok()?))).collect())
             }
         }
+    }
+}
+
+/// The leaves of one rank in one phase.
+struct ShardWork<'a> {
+    leaves: &'a Leaves<'a>,
+    phase: Phase,
+    step: u64,
+    state: &'a State,
+    drawn: &'a mut Vec<Drawn>,
+    /// What was made of the first shard's real samples already.
+    of_real: Option<LeafPart>,
+}
+
+impl ShardWork<'_> {
+    /// Fills `out` with the leaf of `shard`.
+    fn compute(
+        &mut self,
+        shard: u32,
+        real: Option<&Tensor>,
+        out: &mut LeafBuffer,
+    ) -> Result<(), c10d::Error> {
+        let &mut ShardWork { leaves, phase, step, state, .. } = self;
+        let draw = || leaves.draw(phase, step, shard, state);
+        let Some(real) = real else {
+            let kept = self.drawn.iter().position(|drawn| drawn.shard == shard);
+            let drawn = kept.map_or_else(draw, |at| self.drawn.swap_remove(at));
+            return leaves.compute(phase, step, shard, state, Input::Drawn(drawn), out);
+        };
+        let keep = leaves.serves_generator(phase) && self.drawn.len() < KEPT;
+        let drawn = if keep { draw() } else { no_grad(draw) };
+        let input = Input::Samples(real, self.of_real.take(), &drawn);
+        leaves.compute(phase, step, shard, state, input, out)?;
+        if keep {
+            self.drawn.push(drawn);
+        }
+        Ok(())
     }
 }
 

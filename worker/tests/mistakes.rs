@@ -6,16 +6,24 @@ mod common;
 use std::sync::Arc;
 
 use common::{Bench, bits, job};
-use ganglion_proto::job::{LossKind, ModelKind};
+use ganglion_proto::job::{LossKind, ModelKind, Precision};
 use ganglion_worker::checkpoint::{Files, Snapshot, to_bytes};
 use ganglion_worker::data::{DataSet, Plan, Prefetcher};
 use ganglion_worker::loss;
 use ganglion_worker::nn::Mode;
-use ganglion_worker::phase::phases;
+use ganglion_worker::phase::{Input, LeafBuffer, Leaves, Phase, phases};
 use ganglion_worker::state::Module;
 use object_store::memory::InMemory;
 use safetensors::SafeTensors;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor, no_grad};
+
+const EVERY_ARITHMETIC: [(ModelKind, Precision); 5] = [
+    (ModelKind::Mlp28, Precision::Fp32),
+    (ModelKind::Mlp28, Precision::Bf16),
+    (ModelKind::Dcgan28, Precision::Fp32),
+    (ModelKind::Dcgan28, Precision::Bf16),
+    (ModelKind::Dcgan64, Precision::Fp32),
+];
 
 const KINDS: [LossKind; 5] = [
     LossKind::NonSaturating,
@@ -109,6 +117,63 @@ fn a_leaf_has_the_same_bits_whatever_was_computed_before() {
             let other = bits(&bench.leaf(phase, 3).flat);
             assert!(first != other, "{kind}: two data shards with the same noise");
             assert!(bits(&bench.leaf(phase, 2).flat) == first, "{kind}, {phase:?}");
+        }
+    }
+}
+
+/// The samples that a generator's phase begins with are those of the last discriminator phase, and it does not matter
+/// whether they were kept or drawn again, with the means to go back or without.
+#[test]
+fn samples_are_the_same_kept_or_drawn_again() {
+    for (kind, precision) in EVERY_ARITHMETIC {
+        let mut job = job(kind, LossKind::NonSaturating);
+        job.job.precision = precision;
+        let bench = Bench::new(job);
+        let leaves = Leaves { job: &bench.job, models: &bench.models, device: Device::Cpu };
+        let phases = phases(&bench.job);
+        let leaf = |phase: Phase, input: Input<'_>| {
+            let layout = bench.leaf_layout(phase.module);
+            let mut out = LeafBuffer::new(&layout, layout.len(), Device::Cpu);
+            leaves.compute(phase, 0, 1, &bench.state, input, &mut out).unwrap();
+            bits(&out.flat)
+        };
+        let real = bench.real();
+        let kept = leaves.draw(phases[1], 0, 1, &bench.state);
+        let drawn = no_grad(|| leaves.draw(phases[1], 0, 1, &bench.state));
+        let with_kept = leaf(phases[1], Input::Samples(&real, None, &kept));
+        assert!(with_kept == leaf(phases[1], Input::Samples(&real, None, &drawn)), "{kind}, {precision}");
+        if leaves.tells_real_apart() {
+            let ahead = leaves.real_part(&bench.state, &real).unwrap();
+            let with_ahead = leaf(phases[1], Input::Samples(&real, Some(ahead), &drawn));
+            assert!(with_ahead == with_kept, "{kind}, {precision}: computed ahead");
+        }
+        let again = leaf(phases[2], Input::Drawn(leaves.draw(phases[2], 0, 1, &bench.state)));
+        assert!(leaf(phases[2], Input::Drawn(kept)) == again, "{kind}, {precision}: the generator's");
+    }
+}
+
+/// Passes in bf16 compute what passes in fp32 do, as exactly as bf16 can; the penalty is fp32 in both.
+#[test]
+fn bf16_stays_near_fp32() {
+    for (kind, loss) in [
+        (ModelKind::Mlp28, LossKind::NonSaturating),
+        (ModelKind::Mlp28, LossKind::WassersteinGp),
+        (ModelKind::Dcgan28, LossKind::NonSaturating),
+    ] {
+        let leaf = |precision, module| {
+            let mut job = job(kind, loss);
+            job.job.precision = precision;
+            let bench = Bench::new(job);
+            let phase = phases(&bench.job).into_iter().find(|phase| phase.module == module).unwrap();
+            bench.leaf(phase, 0).flat
+        };
+        for module in [Module::Discriminator, Module::Generator] {
+            let [exact, rounded] =
+                [Precision::Fp32, Precision::Bf16].map(|precision| leaf(precision, module));
+            let relative = (&rounded - &exact).norm().double_value(&[]) / exact.norm().double_value(&[]);
+            assert!(relative > 0.0, "{kind}, {loss}, {module:?}: bf16 rounds");
+            // Eight bits, and batch normalisation over three samples.
+            assert!(relative < 0.1, "{kind}, {loss}, {module:?}: off by {relative}");
         }
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use ganglion_proto::job::{
     Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind, NonFinite,
-    Optimizer, OptimizerKind, Sample,
+    Optimizer, OptimizerKind, Precision, Reduction, Sample,
 };
 
 use super::settings::Settings;
@@ -26,6 +26,8 @@ const MAX_NAME_BYTES: usize = 64;
 
 const NON_FINITE: &[(&str, NonFinite)] =
     &[("skip", NonFinite::Skip), ("roll-back", NonFinite::RollBack), ("stop", NonFinite::Stop)];
+const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];
+const REDUCTIONS: &[(&str, Reduction)] = &[("tree", Reduction::Tree), ("ring", Reduction::Ring)];
 const DATA_KINDS: &[(&str, DataKind)] = &[
     ("mnist-10k", DataKind::Mnist10k),
     ("idx", DataKind::Idx),
@@ -77,6 +79,9 @@ fn general(settings: &mut Settings, default_name: Option<&str>) -> General {
         threads: settings.whole_or("job.threads", 1..=1024, 1),
         failure_deadline: settings.number_or("job.failure_deadline", 0.5..=3600.0, 5.0),
         non_finite: settings.choice("job.non_finite", NON_FINITE).unwrap_or(NonFinite::Skip),
+        precision: settings.choice("job.precision", PRECISIONS).unwrap_or(Precision::Fp32),
+        reduction: settings.choice("job.reduction", REDUCTIONS).unwrap_or(Reduction::Tree),
+        deterministic: settings.flag_or("job.deterministic", true),
     }
 }
 

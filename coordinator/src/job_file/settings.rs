@@ -215,6 +215,15 @@ impl<'t> Settings<'t> {
         }
     }
 
+    /// Takes `key` as true or false, `default` standing in.
+    pub(super) fn flag_or(&mut self, key: &'static str, default: bool) -> bool {
+        match self.take(key) {
+            None => default,
+            Some(DeValue::Boolean(flag)) => flag,
+            Some(other) => self.wrong_type(key, "true or false", &default, &other).unwrap_or(default),
+        }
+    }
+
     /// Takes `key` as one of the names in `choices`.
     pub(super) fn choice<T: Copy>(&mut self, key: &'static str, choices: &[(&'static str, T)]) -> Option<T> {
         let text = self.text(key, choices[0].0)?;

@@ -73,6 +73,9 @@ fn defaults_fill_what_is_not_given() {
         threads = 1
         failure_deadline = 5.0
         non_finite = "skip"
+        precision = "fp32"
+        reduction = "tree"
+        deterministic = true
         [data]
         kind = "mnist-10k"
         channels = 1
@@ -175,6 +178,8 @@ fn types_and_ranges_are_checked() {
         ("optimizer.learning_rate=nan", "but is nan"),
         ("optimizer.learning_rate=fast", "expected a number, such as 0.0002"),
         ("loss.gradient_penalty=-1", "must be at least 0.0"),
+        ("job.deterministic=1", "expected true or false, such as true, but found"),
+        ("job.precision=fp16", "there is no \"fp16\"; choose one of \"fp32\", \"bf16\""),
         ("job.non_finite=ignore", "there is no \"ignore\"; choose one of \"skip\", \"roll-back\", \"stop\""),
         ("loss.kind=", "is empty"),
         ("loss.kind=wgan", "\"hinge\", \"wasserstein-gp\""),

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::job::{DataKind, LossKind, ModelKind, NonFinite, OptimizerKind};
+use crate::job::{DataKind, LossKind, ModelKind, NonFinite, OptimizerKind, Precision, Reduction};
 
 fn job() -> Job {
     Job {
@@ -14,6 +14,9 @@ fn job() -> Job {
             threads: 1,
             failure_deadline: 5.0,
             non_finite: NonFinite::RollBack,
+            precision: Precision::Bf16,
+            reduction: Reduction::Ring,
+            deterministic: true,
         },
         data: job::Data {
             kind: DataKind::Cifar10,

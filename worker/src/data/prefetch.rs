@@ -69,6 +69,8 @@ pub struct Batch {
 pub struct Prefetcher {
     /// `None` only inside `drop`.
     batches: Option<Receiver<Result<Batch, DataError>>>,
+    /// What was received and not taken yet.
+    ready: Option<Result<Batch, DataError>>,
     spent: Sender<Vec<f32>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -90,7 +92,7 @@ impl Prefetcher {
             .name("prefetch".to_owned())
             .spawn(move || reader.run())
             .expect("a process that trains can start one more thread");
-        Prefetcher { batches: Some(batches), spent, stop, thread: Some(thread) }
+        Prefetcher { batches: Some(batches), ready: None, spent, stop, thread: Some(thread) }
     }
 
     /// The next batch, as soon as it is read.
@@ -105,6 +107,9 @@ impl Prefetcher {
         reason = "an iterator's caller would have to handle the end twice"
     )]
     pub fn next(&mut self) -> Result<Batch, DataError> {
+        if let Some(ready) = self.ready.take() {
+            return ready;
+        }
         let batches = self.batches.as_ref().expect("only drop takes the receiver");
         batches.recv().unwrap_or_else(|_| {
             if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
@@ -112,6 +117,14 @@ impl Prefetcher {
             }
             Err(DataError::Finished)
         })
+    }
+
+    /// The next batch if it is read already. What went wrong in reading it is left for [`next`](Prefetcher::next).
+    pub fn try_next(&mut self) -> Option<Batch> {
+        if self.ready.is_none() {
+            self.ready = self.batches.as_ref().and_then(|batches| batches.try_recv().ok());
+        }
+        self.ready.take_if(|batch| batch.is_ok()).and_then(Result::ok)
     }
 
     /// Gives a batch's memory back for later batches. It may come from another prefetcher.

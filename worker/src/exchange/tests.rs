@@ -16,11 +16,12 @@ use crate::state::Layout;
 const LIMIT: Duration = Duration::from_secs(30);
 /// Not a power of two, so that the division rounds.
 const GLOBAL_BATCH: u64 = 24;
+const REDUCTIONS: [Reduction; 2] = [Reduction::Tree, Reduction::Ring];
 
 /// A leaf of one parameter of so many elements.
 fn layout(numel: usize) -> LeafLayout {
     let shape = vec![signed(numel)];
-    let spec = TensorSpec { name: "p".to_string(), shape, init: Init::Constant(0.0) };
+    let spec = TensorSpec { name: "p".to_string(), shape, init: Init::Constant(0.0), exact: false };
     LeafLayout::of(Layout::new(vec![spec]), Layout::default(), 1)
 }
 
@@ -44,6 +45,10 @@ fn as_ranks<R: Send>(data_shards: u32, world_size: u32, part: impl Fn(Deal, Grou
             (0..world_size as usize).map(|rank| scope.spawn(move || rank_part(rank))).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
+}
+
+fn exchange(deal: Deal, layout: LeafLayout, reduction: Reduction) -> Exchange {
+    Exchange::new(deal, layout, GLOBAL_BATCH, reduction, Device::Cpu).unwrap()
 }
 
 fn floats(tensor: &Tensor, len: usize) -> Vec<f32> {
@@ -89,12 +94,12 @@ fn any_world_size_gives_the_bits_of_the_definition() {
         let expected = definition(&leaves);
         for world_size in 1..=data_shards {
             let means = as_ranks(data_shards, world_size, |deal, group| {
-                let mut exchange = Exchange::new(deal, layout.clone(), GLOBAL_BATCH, Device::Cpu).unwrap();
+                let mut exchange = exchange(deal, layout.clone(), Reduction::Tree);
                 let fill = |shard: u32, out: &mut LeafBuffer| {
                     narrow(&out.flat, 0..len).copy_(&Tensor::from_slice(&leaves[shard as usize]));
                     Ok(())
                 };
-                let reduced = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| {}).unwrap();
+                let reduced = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| Ok(())).unwrap();
                 floats(&reduced.mean, len).into_iter().map(f32::to_bits).collect::<Vec<_>>()
             });
             for (rank, mean) in means.iter().enumerate() {
@@ -105,11 +110,14 @@ fn any_world_size_gives_the_bits_of_the_definition() {
 }
 
 /// Two ranks whose trailers are made by `trailer`, and what each gets from one reduce.
-fn reduce_with(trailer: impl Fn(usize) -> Trailer + Sync) -> Vec<Result<(u64, u64), String>> {
+fn reduce_with(
+    reduction: Reduction,
+    trailer: impl Fn(usize) -> Trailer + Sync,
+) -> Vec<Result<(u64, u64), String>> {
     as_ranks(2, 2, |deal, group| {
         let ours = trailer(deal.rank);
-        let mut exchange = Exchange::new(deal, layout(5), GLOBAL_BATCH, Device::Cpu).unwrap();
-        let reduced = exchange.reduce(&group, LIMIT, ours, |_, _| Ok(()), |_| {});
+        let mut exchange = exchange(deal, layout(5), reduction);
+        let reduced = exchange.reduce(&group, LIMIT, ours, |_, _| Ok(()), |_| Ok(()));
         reduced.map(|reduced| (reduced.ledger, reduced.agreed_plan)).map_err(|error| error.to_string())
     })
 }
@@ -123,11 +131,11 @@ fn trailers_that_differ_are_an_error_on_both_ranks() {
         Trailer { position: 8, ..agreed },
         Trailer { fingerprint: 8, ..agreed },
     ];
-    for other in others {
-        let results = reduce_with(|rank| if rank == 0 { agreed } else { other });
+    for (other, reduction) in others.into_iter().flat_map(|other| REDUCTIONS.map(|kind| (other, kind))) {
+        let results = reduce_with(reduction, |rank| if rank == 0 { agreed } else { other });
         for result in results {
             let error = result.unwrap_err();
-            assert!(error.contains("rank 0") && error.contains("rank 1"), "{error}");
+            assert!(error.contains("rank 0") && error.contains("rank 1"), "{reduction}: {error}");
         }
     }
 }
@@ -135,10 +143,36 @@ fn trailers_that_differ_are_an_error_on_both_ranks() {
 #[test]
 fn a_plan_counts_once_all_know_it_and_ledgers_add_up() {
     let trailer = |plan, ledger| Trailer { plan, ledger, ..Trailer::default() };
-    let one_knows = reduce_with(|rank| trailer(rank as u64, u64::MAX));
-    assert_eq!(one_knows, [Ok((u64::MAX - 1, 0)), Ok((u64::MAX - 1, 0))]);
-    let all_know = reduce_with(|rank| trailer(5, rank as u64));
-    assert_eq!(all_know, [Ok((1, 5)), Ok((1, 5))]);
+    for reduction in REDUCTIONS {
+        let one_knows = reduce_with(reduction, |rank| trailer(rank as u64, u64::MAX));
+        assert_eq!(one_knows, [Ok((u64::MAX - 1, 0)), Ok((u64::MAX - 1, 0))], "{reduction}");
+        let all_know = reduce_with(reduction, |rank| trailer(5, rank as u64));
+        assert_eq!(all_know, [Ok((1, 5)), Ok((1, 5))], "{reduction}");
+    }
+}
+
+/// In the backend's order the bits may be others, but all ranks have the same, and the sum is that of all leaves.
+#[test]
+fn a_ring_gives_all_ranks_the_same_mean_of_all_leaves() {
+    let layout = layout(1000);
+    let len = layout.len();
+    let leaf = |shard: u32| Tensor::arange(signed(len), (Kind::Float, Device::Cpu)) * f64::from(shard + 1);
+    for world_size in [1, 2, 3, 5] {
+        let means = as_ranks(5, world_size, |deal, group| {
+            let mut exchange = exchange(deal, layout.clone(), Reduction::Ring);
+            let fill = |shard: u32, out: &mut LeafBuffer| {
+                narrow(&out.flat, 0..len).copy_(&leaf(shard));
+                Ok(())
+            };
+            let reduced = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| Ok(())).unwrap();
+            floats(&reduced.mean, len)
+        });
+        assert!(means.iter().all(|mean| *mean == means[0]), "{world_size} ranks");
+        // 1 + 2 + ... + 5 over the global batch: small whole numbers, so that every order gives the same.
+        let expected: Vec<f32> =
+            (0..u16::try_from(len).unwrap()).map(|at| f32::from(at) * 15.0 / 24.0).collect();
+        assert_eq!(means[0], expected, "{world_size} ranks");
+    }
 }
 
 /// Module invariant 3, and a group's end is told as what it is.
@@ -146,18 +180,18 @@ fn a_plan_counts_once_all_know_it_and_ledgers_add_up() {
 fn a_failed_reduce_leaves_nothing_to_reduce_with() {
     as_ranks(2, 2, |deal, group| {
         let rank = deal.rank;
-        let mut exchange = Exchange::new(deal, layout(5), GLOBAL_BATCH, Device::Cpu).unwrap();
+        let mut exchange = exchange(deal, layout(5), Reduction::Tree);
         let fill =
             |_: u32, _: &mut LeafBuffer| if rank == 0 { Ok(()) } else { Err("a bad leaf".to_string()) };
         if rank == 1 {
-            let error = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| {}).err().unwrap();
+            let error = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| Ok(())).err().unwrap();
             assert_eq!(error.to_string(), "a bad leaf");
             group.aborter().abort();
         } else {
-            let first = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| {});
+            let first = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| Ok(()));
             assert!(matches!(first.err(), Some(ReduceError::Collective(_))));
         }
-        let again = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| {}).err().unwrap();
+        let again = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| Ok(())).err().unwrap();
         assert!(matches!(again, ReduceError::Collective(c10d::Error::Aborted)), "{again:?}");
     });
 }

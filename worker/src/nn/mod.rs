@@ -10,7 +10,7 @@ mod models;
 
 pub use models::{Models, UnsuitableData};
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Epsilon of batch normalisation, PyTorch's default.
 const BATCH_NORM_EPSILON: f64 = 1e-5;
@@ -58,6 +58,8 @@ pub struct TensorSpec {
     pub shape: Vec<i64>,
     /// How it starts.
     pub init: Init,
+    /// Whether it stays fp32 in every precision.
+    pub exact: bool,
 }
 
 impl TensorSpec {
@@ -96,9 +98,10 @@ impl Network {
     pub fn parameters(&self) -> Vec<TensorSpec> {
         let mut specs = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
+            let exact = matches!(layer, Layer::BatchNorm { .. });
             let mut add = |kind: &str, shape: &[i64], init| {
                 let name = format!("{index}.{kind}");
-                specs.push(TensorSpec { name, shape: shape.to_vec(), init });
+                specs.push(TensorSpec { name, shape: shape.to_vec(), init, exact });
             };
             // DCGAN's weights, Radford et al. (2015), section 3.
             let normal = Init::Normal { mean: 0.0, deviation: 0.02 };
@@ -131,7 +134,7 @@ impl Network {
             if let Layer::BatchNorm { features } = *layer {
                 let mut add = |kind: &str, start| {
                     let (name, shape) = (format!("{index}.{kind}"), vec![features]);
-                    specs.push(TensorSpec { name, shape, init: Init::Constant(start) });
+                    specs.push(TensorSpec { name, shape, init: Init::Constant(start), exact: true });
                 };
                 add("running_mean", 0.0);
                 add("running_var", 1.0);
@@ -140,14 +143,15 @@ impl Network {
         specs
     }
 
-    /// The network's output for a batch.
+    /// The network's output for a batch, in fp32.
     ///
-    /// `parameters` are in the order of [`Network::parameters`].
+    /// `parameters` are in the order of [`Network::parameters`]; it is computed in the kind of the first one.
     pub fn forward(&self, input: &Tensor, parameters: &[Tensor], mode: &mut Mode) -> Tensor {
+        let kind = parameters.first().map_or(Kind::Float, Tensor::kind);
         let mut parameters = parameters.iter();
         let mut next = || parameters.next().expect("a tensor for each of the network's parameters");
         let mut buffers_used = 0;
-        let mut x = input.shallow_clone();
+        let mut x = input.to_kind(kind);
         for layer in &self.layers {
             x = match layer {
                 Layer::Linear { .. } => x.linear(next(), Some(next())),
@@ -172,7 +176,7 @@ impl Network {
                 }
             };
         }
-        x
+        x.to_kind(Kind::Float)
     }
 }
 

@@ -4,7 +4,7 @@
 use ganglion_membership::{Assembly, Checkpoint as Saved};
 use ganglion_proto::job::{
     Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind, NonFinite,
-    Optimizer, OptimizerKind, Sample,
+    Optimizer, OptimizerKind, Precision, Reduction, Sample,
 };
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
 use ganglion_worker::data::ImageShape;
@@ -28,6 +28,9 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
             threads: 1,
             failure_deadline: 5.0,
             non_finite: NonFinite::Skip,
+            precision: Precision::Fp32,
+            reduction: Reduction::Tree,
+            deterministic: true,
         },
         data: Data { kind: DataKind::Mnist10k, path: None, resize: None, crop: None, channels: 1 },
         model: Model { kind: model, latent_dim: 5, width: 4, ema_half_life_images: 1000 },
@@ -59,7 +62,7 @@ impl Bench {
     pub fn new(job: Job) -> Bench {
         let side = if job.model.kind == ModelKind::Dcgan64 { 64 } else { 28 };
         let models = Models::new(&job.model, ImageShape { channels: 1, height: side, width: side }).unwrap();
-        let layout = StateLayout::new(&models);
+        let layout = StateLayout::new(&models, job.job.precision);
         let state = State::initial(layout.clone(), job.job.seed, Device::Cpu);
         Bench { job, models, layout, state }
     }
@@ -84,9 +87,10 @@ impl Bench {
         let mut leaf = LeafBuffer::new(&layout, layout.len(), Device::Cpu);
         let leaves = Leaves { job: &self.job, models: &self.models, device: Device::Cpu };
         let real = self.real();
+        let drawn = leaves.draw(phase, 0, shard, &self.state);
         let input = match phase.module {
-            Module::Discriminator => Input::Real(&real),
-            Module::Generator => Input::Begun(leaves.begin_generator(phase, 0, shard, &self.state)),
+            Module::Discriminator => Input::Samples(&real, None, &drawn),
+            Module::Generator => Input::Drawn(drawn),
         };
         leaves.compute(phase, 0, shard, &self.state, input, &mut leaf).unwrap();
         leaf
