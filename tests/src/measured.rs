@@ -26,14 +26,30 @@ pub fn date() -> String {
 /// This machine's cores.
 pub fn machine() -> String {
     let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let value = |name: &str| cpus.lines().find_map(|line| line.strip_prefix(name)?.split_once(": "));
-    let model = value("model name").map_or("an unknown CPU", |(_, name)| name.trim());
-    let flags = value("flags").map_or("", |(_, flags)| flags);
+    let model = cpu_value(&cpus, "model name").unwrap_or("an unknown CPU");
     let units = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"];
-    let units: Vec<&str> =
-        units.into_iter().filter(|unit| flags.split(' ').any(|flag| flag == *unit)).collect();
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    format!("{cores} cores of {model} ({})", units.join(", "))
+    let units: Vec<&str> = units.into_iter().filter(|unit| has_unit(&cpus, unit)).collect();
+    format!("{} cores of {model} ({})", cores(), units.join(", "))
+}
+
+/// How many processes can run at once.
+pub fn cores() -> u32 {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    u32::try_from(cores).unwrap_or(u32::MAX)
+}
+
+/// Whether this machine's CPU has instructions for bf16.
+pub fn computes_bf16() -> bool {
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    ["avx512_bf16", "amx_bf16"].iter().any(|unit| has_unit(&cpus, unit))
+}
+
+fn has_unit(cpus: &str, unit: &str) -> bool {
+    cpu_value(cpus, "flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == unit))
+}
+
+fn cpu_value<'a>(cpus: &'a str, name: &str) -> Option<&'a str> {
+    cpus.lines().find_map(|line| Some(line.strip_prefix(name)?.split_once(": ")?.1.trim()))
 }
 
 /// Puts a generated part into a page, between two lines of it, and leaves what is written by hand.
