@@ -57,8 +57,13 @@ demo: build ## Train the MLP GAN on real digits with two workers, then draw 50 d
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------
 
-bench: build $(TOOLS)/bench ## Train beside PyTorch, in turns; write bench/RESULTS.md (ONLY="mlp-28" for some rows).
-	target/release/bench --python-path $(TOOLS)/bench --page bench/RESULTS.md $(if $(ONLY),--only "$(ONLY)")
+# ONLY selects rows, so alone it leaves the other parts out.
+BENCH_PARTS := $(or $(PARTS),$(if $(ONLY),rows,rows promise growth losses))
+BENCH_NEEDS := $(if $(filter rows losses,$(BENCH_PARTS)),$(TOOLS)/bench)
+
+bench: build $(BENCH_NEEDS) ## Measure training, also beside PyTorch; write bench/RESULTS.md (PARTS="rows growth", ONLY="mlp-28").
+	target/release/bench $(addprefix --,$(BENCH_PARTS)) $(if $(ONLY),--only "$(ONLY)") $(if $(BF16),--bf16) \
+		--python-path $(TOOLS)/bench --page bench/RESULTS.md --pictures docs
 
 bench-load: build ## Measure a coordinator with many sessions: SESSIONS="100 500".
 	target/release/load $(SESSIONS)

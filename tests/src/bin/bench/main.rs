@@ -1,108 +1,100 @@
-//! Measures training beside PyTorch's: the same networks, data, batches and arithmetic, on the same machine, in turns.
-//! Prints a table and writes it into a page.
+//! Measures training: beside PyTorch's (the same networks, data, batches and arithmetic, on the same machine, in turns),
+//! with and without what the promise costs, and as jobs and clusters grow. Prints tables and writes them into a page.
 //!
 //! 1. What is compared runs in alternation, so that a busy moment of the machine hits both; a ratio is the median of the
 //!    ratios of neighbours.
-//! 2. A missed target is shown as missed.
+//! 2. A missed target is shown as missed. Only a run that fails makes the exit code 1, and the others go on.
 #![forbid(unsafe_code)]
 
+mod chart;
 mod contenders;
+mod figures;
+mod growth;
+mod job;
+mod losses;
+mod options;
+mod promise;
 mod rows;
 mod table;
 
-use std::path::PathBuf;
+use std::fs;
 use std::process::ExitCode;
 
-use contenders::Figures;
-use ganglion_tests::measured::{date, load, machine, write_part};
-use rows::{ROWS, Row};
+use ganglion_tests::measured::{date, load, machine, now, write_part};
+use options::{Options, Part};
 
-const BEGIN: &str = "<!-- Written by `make bench`; changes below this line are lost. -->";
 const END: &str = "<!-- Written by hand again. -->";
 
-/// What is asked for.
-struct Options {
-    /// Where PyTorch for Python is.
-    python_path: PathBuf,
-    page: Option<PathBuf>,
-    /// Only rows whose name contains one of these.
-    only: Vec<String>,
-    /// How often each contender runs; 0 for as often as the row says.
-    rounds: usize,
-}
-
 fn main() -> ExitCode {
-    let options = match parse(std::env::args().skip(1)) {
+    let options = Options::parse(std::env::args().skip(1));
+    let options = match options.and_then(|options| check(&options).map(|()| options)) {
         Ok(options) => options,
         Err(problem) => {
             eprintln!("bench: {problem}");
             return ExitCode::from(2);
         }
     };
-    match measure(&options) {
-        Ok(text) => {
-            println!("{text}");
-            let written = options.page.as_ref().map_or(Ok(()), |page| write_part(page, BEGIN, END, &text));
-            written.map_or_else(|error| fail(&error.to_string()), |()| ExitCode::SUCCESS)
-        }
-        Err(problem) => fail(&problem),
-    }
-}
-
-fn fail(problem: &str) -> ExitCode {
-    eprintln!("bench: {problem}");
-    ExitCode::FAILURE
-}
-
-fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
-    let mut options = Options { python_path: ".tools/bench".into(), page: None, only: Vec::new(), rounds: 0 };
-    while let Some(name) = arguments.next() {
-        let value = arguments.next().ok_or_else(|| format!("{name}: no value"))?;
-        match name.as_str() {
-            "--python-path" => options.python_path = value.into(),
-            "--page" => options.page = Some(value.into()),
-            "--only" => options.only.push(value),
-            "--rounds" => options.rounds = value.parse().map_err(|_| format!("{name} {value}: no count"))?,
-            _ => return Err(format!("{name}: no such option")),
+    let mut code = ExitCode::SUCCESS;
+    for part in &options.parts {
+        for problem in carry_out(*part, &options).unwrap_or_else(|problem| vec![problem]) {
+            eprintln!("bench: {}: {}", part.name(), problem.trim_end());
+            code = ExitCode::FAILURE;
         }
     }
-    Ok(options)
+    code
 }
 
-fn measure(options: &Options) -> Result<String, String> {
-    let before = load();
-    let mut results = Vec::new();
-    let is_wanted = |row: &Row| options.only.iter().any(|only| row.name().contains(only.as_str()));
-    for row in ROWS.iter().filter(|row| options.only.is_empty() || is_wanted(row)) {
-        results.push((row, run_in_turns(row, options)?));
+/// Finds mistakes before time is spent.
+fn check(options: &Options) -> Result<(), String> {
+    for part in &options.parts {
+        match part {
+            Part::Rows => drop(rows::wanted(options)?),
+            Part::Promise => drop(promise::wanted(options)?),
+            Part::Growth | Part::Losses => {}
+        }
     }
-    let head = format!(
-        "Measured {} on {}, by `{}`; load average {before} before, {} after. PyTorch is {}.",
+    match options.pictures.iter().find(|folder| !folder.is_dir()) {
+        Some(folder) => Err(format!("--pictures {}: no such folder", folder.display())),
+        None => Ok(()),
+    }
+}
+
+/// Measures a part and writes it into the page; returns the problems of its runs.
+fn carry_out(part: Part, options: &Options) -> Result<Vec<String>, String> {
+    let (load_before, begun) = (load(), now());
+    let report = match part {
+        Part::Rows => rows::measure(options),
+        Part::Promise => promise::measure(options),
+        Part::Growth => growth::measure(options),
+        Part::Losses => losses::measure(options),
+    }?;
+    let peer = match part {
+        Part::Rows | Part::Losses => format!(" PyTorch is {}.", contenders::version(&options.python_path)),
+        Part::Promise | Part::Growth => String::new(),
+    };
+    let mut text = format!(
+        "Measured {} on {}, by `{}`, in {:.0} minutes; load average {load_before} before, {} after.{peer}\n\n{}",
         date(),
         machine(),
-        std::env::args().collect::<Vec<_>>().join(" "),
+        options.command(part),
+        (now() - begun) / 60.0,
         load(),
-        contenders::version(&options.python_path),
+        report.text.trim_end(),
     );
-    Ok(format!("{head}\n\n{}", table::render(&results)))
+    println!("{text}\n");
+    if let (Some(name), Some(folder)) = (part.picture(), &options.pictures) {
+        let path = folder.join(name);
+        fs::write(&path, chart::draw(&report.panels)?)
+            .map_err(|error| format!("{}: {error}", path.display()))?;
+        text = format!("{text}\n\n![The same as a picture](../docs/{name})");
+    }
+    if let Some(page) = &options.page {
+        write_part(page, &begin(part), END, &text).map_err(|error| format!("{}: {error}", page.display()))?;
+    }
+    Ok(report.problems)
 }
 
-/// Runs all contenders of a row one after the other, again and again: rounds of (ours, usual, tuned).
-fn run_in_turns(row: &Row, options: &Options) -> Result<Vec<[Figures; 3]>, String> {
-    let rounds = if options.rounds > 0 { options.rounds } else { row.rounds };
-    let mut all = Vec::new();
-    for round in 1..=rounds {
-        let ours = contenders::ours(row)?;
-        let usual = contenders::peer(row, "usual", &options.python_path)?;
-        let tuned = contenders::peer(row, "tuned", &options.python_path)?;
-        eprintln!(
-            "{}, round {round} of {rounds}: ours {:.1} ms, usual {:.1} ms, tuned {:.1} ms a step",
-            row.name(),
-            ours.step(),
-            usual.step(),
-            tuned.step(),
-        );
-        all.push([ours, usual, tuned]);
-    }
-    Ok(all)
+/// The line of the page after which a part is written.
+fn begin(part: Part) -> String {
+    format!("<!-- Written by `make bench PARTS={}`; changes below this line are lost. -->", part.name())
 }

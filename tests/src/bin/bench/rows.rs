@@ -1,56 +1,159 @@
-//! What is compared, and what it should come to.
+//! Ours beside PyTorch's: what is compared, and what it should come to.
 
-/// A job on so many workers, one data shard each.
+use ganglion_tests::measured::computes_bf16;
+
+use crate::contenders;
+use crate::figures::{Figures, Report, Rounds};
+use crate::job::{DCGAN_28, DCGAN_64, Job, MLP, Precision};
+use crate::options::Options;
+use crate::table;
+
+/// How many times as fast as the usual program the first step should be done.
+pub const FIRST_STEP: f64 = 7.0;
+/// How much of the usual program's memory ours should need.
+pub const RESIDENT: f64 = 0.3;
+
+/// A job that all contenders train.
 pub struct Row {
-    pub model: &'static str,
-    pub width: u32,
-    /// Images of one worker in one step.
-    pub batch: u32,
-    pub workers: u32,
-    pub steps: u64,
-    /// The first steps, which are not counted.
-    pub warm_up: usize,
+    pub job: Job,
     /// How often each contender runs.
-    pub rounds: usize,
-    /// How many times as fast as the usual and the tuned program it should be.
-    pub targets: Option<[f64; 2]>,
+    rounds: usize,
+    /// How many times as fast as the usual program, as it is in fp32, and as the tuned one it should be.
+    targets: Option<[f64; 2]>,
 }
 
-impl Row {
-    pub fn name(&self) -> String {
-        let plural = if self.workers == 1 { "" } else { "s" };
-        format!("{}, {} worker{plural}", self.model, self.workers)
+/// A program that takes part.
+pub struct Contender {
+    pub name: &'static str,
+    /// PyTorch's way; none is ours.
+    way: Option<&'static str>,
+    /// The precision, if it is not the row's.
+    precision: Option<Precision>,
+    /// Its place among the targets of a row.
+    pub target: Option<usize>,
+}
+
+const OURS: Contender = Contender { name: "ours", way: None, precision: None, target: None };
+const USUAL: Contender =
+    Contender { name: "usual DDP", way: Some("usual"), precision: None, target: Some(0) };
+const TUNED: Contender =
+    Contender { name: "tuned DDP", way: Some("tuned"), precision: None, target: Some(1) };
+const FP32: &[Contender] = &[OURS, USUAL, TUNED];
+/// PyTorch's two with autocast, and the usual program as it is: it knows no bf16, and the target means it so.
+const BF16: &[Contender] = &[
+    OURS,
+    Contender { name: "usual + autocast", target: None, ..USUAL },
+    Contender { name: "tuned + autocast", ..TUNED },
+    Contender { name: "usual in fp32", precision: Some(Precision::Fp32), ..USUAL },
+];
+
+/// Who takes part in a precision: first ours, the usual program and the tuned one.
+pub fn contenders_in(precision: Precision) -> &'static [Contender] {
+    match precision {
+        Precision::Fp32 => FP32,
+        Precision::Bf16 => BF16,
     }
 }
 
-const MLP: Row = Row {
-    model: "mlp-28",
-    width: 256,
-    batch: 64,
-    workers: 1,
-    steps: 400,
-    warm_up: 50,
-    rounds: 3,
-    targets: Some([1.6, 1.25]),
-};
-const DCGAN_28: Row = Row {
-    model: "dcgan-28",
-    width: 64,
-    batch: 64,
-    workers: 1,
-    steps: 12,
-    warm_up: 2,
-    rounds: 2,
-    targets: None,
-};
-const DCGAN_64: Row = Row { model: "dcgan-64", steps: 6, warm_up: 1, ..DCGAN_28 };
+impl Contender {
+    fn run(&self, row: &Row, options: &Options) -> Result<Figures, String> {
+        let job = Job { precision: self.precision.unwrap_or(row.job.precision), ..row.job.clone() };
+        let job = job.asked(options);
+        match self.way {
+            None => contenders::ours(&job),
+            Some(way) => contenders::peer(&job, way, &options.python_path),
+        }
+    }
+}
 
-/// All rows. Four workers share the cores of a machine with fewer.
-pub const ROWS: &[Row] = &[
-    MLP,
-    Row { workers: 2, targets: Some([2.2, 1.5]), ..MLP },
-    Row { workers: 4, targets: None, rounds: 2, ..MLP },
-    DCGAN_28,
-    Row { workers: 2, targets: Some([1.35, 1.1]), ..DCGAN_28 },
-    Row { workers: 2, ..DCGAN_64 },
-];
+/// What became of a row.
+pub enum Outcome {
+    Measured(Rounds),
+    NotRun(&'static str),
+}
+
+impl Row {
+    pub const fn new(job: Job, rounds: usize) -> Row {
+        Row { job, rounds, targets: None }
+    }
+
+    pub const fn with_targets(self, usual: f64, tuned: f64) -> Row {
+        Row { targets: Some([usual, tuned]), ..self }
+    }
+
+    pub const fn in_bf16(self) -> Row {
+        Row { job: Job { precision: Precision::Bf16, ..self.job }, ..self }
+    }
+
+    pub fn name(&self) -> String {
+        match self.job.precision {
+            Precision::Fp32 => self.job.name(),
+            Precision::Bf16 => format!("{}, bf16", self.job.name()),
+        }
+    }
+
+    /// How many times as fast as a contender ours should be.
+    pub fn target(&self, contender: &Contender) -> Option<f64> {
+        Some(self.targets?[contender.target?])
+    }
+
+    fn measure(&self, place: &str, options: &Options) -> Result<Outcome, String> {
+        if self.job.precision == Precision::Bf16 && !computes_bf16() && !options.is_bf16_forced {
+            return Ok(Outcome::NotRun("not run: this CPU computes bf16 in software"));
+        }
+        let contenders = contenders_in(self.job.precision);
+        let names: Vec<String> = contenders.iter().map(|contender| contender.name.to_string()).collect();
+        let what = format!("{place} {}", self.name());
+        let run = |contender: usize| contenders[contender].run(self, options);
+        Rounds::run(&what, options.rounds(self.rounds), &names, run).map(Outcome::Measured)
+    }
+}
+
+/// All rows. A round of the larger models takes minutes, so those without a target have few.
+fn rows() -> Vec<Row> {
+    let mlp_4 = Job { steps: 200, ..MLP.on(4) };
+    let dcgan_28_4 = Job { steps: 8, ..DCGAN_28.on(4) };
+    let dcgan_64_4 = Job { steps: 4, ..DCGAN_64.on(4) };
+    vec![
+        Row::new(MLP, 3).with_targets(1.6, 1.25),
+        Row::new(MLP.on(2), 3).with_targets(2.2, 1.5),
+        Row::new(mlp_4.clone(), 2),
+        Row::new(DCGAN_28, 2),
+        Row::new(DCGAN_28.on(2), 3).with_targets(1.35, 1.1),
+        Row::new(dcgan_28_4.clone(), 1),
+        Row::new(DCGAN_64, 1),
+        Row::new(DCGAN_64.on(2), 2),
+        Row::new(dcgan_64_4.clone(), 1),
+        Row::new(MLP, 1).in_bf16(),
+        Row::new(MLP.on(2), 1).in_bf16(),
+        Row::new(mlp_4, 1).in_bf16(),
+        Row::new(DCGAN_28, 1).in_bf16(),
+        Row::new(DCGAN_28.on(2), 3).in_bf16().with_targets(3.0, 1.2),
+        Row::new(dcgan_28_4, 1).in_bf16(),
+        Row::new(DCGAN_64, 1).in_bf16(),
+        Row::new(DCGAN_64.on(2), 3).in_bf16().with_targets(3.0, 1.2),
+        Row::new(dcgan_64_4, 1).in_bf16(),
+    ]
+}
+
+/// The rows that are asked for.
+pub fn wanted(options: &Options) -> Result<Vec<Row>, String> {
+    options.wanted(rows(), Row::name)
+}
+
+/// Measures all rows that are asked for.
+pub fn measure(options: &Options) -> Result<Report, String> {
+    let rows = wanted(options)?;
+    let mut report = Report::default();
+    let mut results = Vec::new();
+    for (place, row) in rows.iter().enumerate() {
+        let outcome = row.measure(&format!("rows {}/{}:", place + 1, rows.len()), options);
+        let outcome = outcome.unwrap_or_else(|problem| {
+            report.problems.push(format!("{}: {problem}", row.name()));
+            Outcome::NotRun("**failed**")
+        });
+        results.push((row, outcome));
+    }
+    report.text = table::render(&results);
+    Ok(report)
+}

@@ -1,0 +1,88 @@
+//! The jobs that are measured.
+
+use ganglion_tests::measured::cores;
+
+use crate::options::Options;
+
+/// In what the networks compute; the optimizer's state stays in fp32.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Precision {
+    Fp32,
+    Bf16,
+}
+
+impl Precision {
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::Fp32 => "fp32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+}
+
+/// A job, and the workers that train it.
+#[derive(Clone, Debug)]
+pub struct Job {
+    pub model: &'static str,
+    pub width: u32,
+    pub precision: Precision,
+    pub workers: u32,
+    pub data_shards: u32,
+    pub shard_batch: u32,
+    pub steps: u64,
+    /// The first steps, which are not counted.
+    pub warm_up: usize,
+    /// More of our own settings, `key=value`.
+    pub settings: &'static [&'static str],
+}
+
+pub const MLP: Job = Job {
+    model: "mlp-28",
+    width: 256,
+    precision: Precision::Fp32,
+    workers: 1,
+    data_shards: 1,
+    shard_batch: 64,
+    steps: 400,
+    warm_up: 50,
+    settings: &[],
+};
+pub const DCGAN_28: Job = Job { model: "dcgan-28", width: 64, steps: 12, warm_up: 2, ..MLP };
+pub const DCGAN_64: Job = Job { model: "dcgan-64", steps: 6, warm_up: 1, ..DCGAN_28 };
+
+impl Job {
+    /// On so many workers, a data shard each.
+    pub const fn on(self, workers: u32) -> Job {
+        Job { workers, data_shards: workers, ..self }
+    }
+
+    pub fn name(&self) -> String {
+        let plural = if self.workers == 1 { "" } else { "s" };
+        format!("{}, {} worker{plural}", self.model, self.workers)
+    }
+
+    /// Images of all workers in one step.
+    pub fn global_batch(&self) -> u32 {
+        self.data_shards * self.shard_batch
+    }
+
+    /// Images a second, from the milliseconds of a step.
+    pub fn images_per_second(&self, step: f64) -> f64 {
+        1e3 * f64::from(self.global_batch()) / step
+    }
+
+    /// Whether its workers share cores of this machine.
+    pub fn is_oversubscribed(&self) -> bool {
+        self.workers > cores()
+    }
+
+    /// With as many steps as were asked for.
+    pub fn asked(self, options: &Options) -> Job {
+        match options.steps {
+            0 => self,
+            steps => {
+                Job { steps, warm_up: self.warm_up.min(usize::try_from(steps / 4).unwrap_or(0)), ..self }
+            }
+        }
+    }
+}
