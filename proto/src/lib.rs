@@ -1,8 +1,8 @@
 //! The wire contract of package `ganglion.v1` and its conversion to the types of the domain.
 //!
 //! The generated messages stay behind [`wire`]; the rest of Ganglion uses [`job::Job`] and the messages of [`message`].
-//! What a run agrees on besides messages is here as well: the order of its samples ([`stream`]) and the form of a
-//! checkpoint's manifest ([`manifest`]).
+//! What a run agrees on besides messages is here as well: the order of its samples ([`stream`]), the form of a
+//! checkpoint's manifest ([`manifest`]) and of a timeline ([`trace`]).
 //! Whatever comes from the wire is checked on the way: see [`Malformed`].
 
 mod convert;
@@ -12,6 +12,7 @@ pub mod manifest;
 pub mod message;
 pub mod rows;
 pub mod stream;
+pub mod trace;
 
 /// The generated messages, clients and servers.
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used)]

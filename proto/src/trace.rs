@@ -1,0 +1,498 @@
+//! A trace: the timeline of a run, for ui.perfetto.dev and chrome://tracing.
+//!
+//! The file has the array form of Chrome's Trace Event Format, an event a line. The coordinator makes it, and all its local
+//! workers append to it.
+//!
+//! 1. The file begins with a bracket and an event; each later line begins with a comma. So only the closing bracket is
+//!    missing while processes write or after they were killed, and the format allows that.
+//! 2. A process hands over whole lines, a block of them in one call, and the system puts each block at the end of the
+//!    file. Nothing is locked: a process that stands still holds nobody up.
+//! 3. Times are whole microseconds of [`now`], rounded down. What follows each other shares a look at the clock, so slices
+//!    of a track do not overlap.
+//! 4. A trace never stops a run: when it cannot be written or has reached [`LIMIT`], that is said once and it ends.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+
+/// About the bytes that a trace may have: viewers hold all of it in memory.
+pub const LIMIT: u64 = 128 << 20;
+/// Bytes of lines that are handed over at once.
+const BLOCK: usize = 16 << 10;
+/// Tracks that a process may have.
+const TRACKS: u32 = 8;
+
+/// The time on a clock that all processes of this machine share: `CLOCK_MONOTONIC`.
+pub fn now() -> Duration {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    debug_assert!(time > Duration::ZERO, "every system has a monotonic clock");
+    time
+}
+
+/// Where this process writes its part of a timeline, or nowhere.
+#[derive(Clone, Default)]
+pub struct Trace(Option<Arc<Shared>>);
+
+struct Shared {
+    path: PathBuf,
+    pid: u32,
+    limit: u64,
+    /// Held by who made the file. Freed when the process ends, however it ends.
+    maker: Option<Flock<File>>,
+    is_on: AtomicBool,
+    sink: Mutex<Sink>,
+}
+
+struct Sink {
+    file: File,
+    block: Vec<u8>,
+}
+
+/// A row of the timeline: what it shows follows or nests.
+#[derive(Clone)]
+pub struct Track {
+    trace: Trace,
+    number: u32,
+}
+
+/// No arguments.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Nothing {}
+
+#[derive(Serialize)]
+struct Event<'a, A> {
+    #[serde(skip_serializing_if = "str::is_empty")]
+    name: &'a str,
+    ph: &'static str,
+    ts: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dur: Option<u64>,
+    pid: u32,
+    tid: u32,
+    /// Last: a viewer may look no further than it must.
+    args: A,
+}
+
+#[derive(Serialize)]
+struct Name<'a> {
+    name: &'a str,
+}
+
+/// What is in a file that shall become a trace.
+enum Content {
+    Nothing,
+    /// A trace whose coordinator was killed.
+    Unfinished,
+    /// A trace that is finished, full or torn.
+    Old,
+    Other,
+}
+
+impl Trace {
+    /// Writes nothing.
+    pub fn off() -> Trace {
+        Trace(None)
+    }
+
+    /// Makes the file for a process of that name and those that [`join`](Trace::join). An unfinished trace is continued,
+    /// an older one replaced.
+    ///
+    /// # Errors
+    /// The file cannot be written, is something else, or another process has made it and still runs.
+    pub fn create(path: &Path, process: &str) -> io::Result<Trace> {
+        Trace::create_up_to(LIMIT, path, process)
+    }
+
+    fn create_up_to(limit: u64, path: &Path, process: &str) -> io::Result<Trace> {
+        let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
+        let lock = Flock::lock(file.try_clone()?, FlockArg::LockExclusiveNonblock)
+            .map_err(|_| io::Error::other("another process writes a trace there; choose another file"))?;
+        let begins = match look(&mut file, limit)? {
+            Content::Other => {
+                return Err(io::Error::other("the file is there and is no trace; choose another one"));
+            }
+            Content::Unfinished => false,
+            Content::Nothing | Content::Old => {
+                file.set_len(0)?;
+                true
+            }
+        };
+        let trace = Trace::write_to(file, path, limit, Some(lock))?;
+        if begins {
+            trace.begin_file(process)?;
+        } else {
+            trace.name(process);
+        }
+        Ok(trace)
+    }
+
+    /// Appends to the file that another process has made.
+    ///
+    /// # Errors
+    /// The file is not there or cannot be written.
+    pub fn join(path: &Path) -> io::Result<Trace> {
+        let file = OpenOptions::new().append(true).open(path)?;
+        Trace::write_to(file, path, LIMIT, None)
+    }
+
+    fn write_to(file: File, path: &Path, limit: u64, maker: Option<Flock<File>>) -> io::Result<Trace> {
+        let shared = Shared {
+            path: path.canonicalize()?,
+            pid: std::process::id(),
+            limit,
+            maker,
+            is_on: AtomicBool::new(true),
+            sink: Mutex::new(Sink { file, block: Vec::with_capacity(2 * BLOCK) }),
+        };
+        Ok(Trace(Some(Arc::new(shared))))
+    }
+
+    fn begin_file(&self, process: &str) -> io::Result<()> {
+        let Some(shared) = &self.0 else { return Ok(()) };
+        self.name(process);
+        let mut sink = shared.lock();
+        // The first event has no comma before it.
+        sink.block.splice(..1, *b"[\n");
+        sink.hand_over().map(drop)
+    }
+
+    /// The file, if there is one that is written to.
+    pub fn path(&self) -> Option<&Path> {
+        self.writer().map(|shared| shared.path.as_path())
+    }
+
+    /// Names this process from now on.
+    pub fn name(&self, process: &str) {
+        self.push("process_name", "M", 0, now(), None, Name { name: process });
+    }
+
+    /// A row of this process. Numbers are below 8.
+    pub fn track(&self, number: u32, name: &str) -> Track {
+        debug_assert!(number < TRACKS, "a process has few tracks");
+        self.push("thread_name", "M", number, now(), None, Name { name });
+        Track { trace: self.clone(), number }
+    }
+
+    /// Hands over what waits.
+    pub fn flush(&self) {
+        if let Some(shared) = self.writer() {
+            shared.hand_over(&mut shared.lock());
+        }
+    }
+
+    /// Ends this process's part, and with that of its maker the file: all others have ended by then.
+    pub fn finish(&self) {
+        let Some(shared) = self.writer() else { return };
+        let mut sink = shared.lock();
+        if shared.maker.is_some() {
+            sink.block.extend(b"]\n");
+        }
+        shared.hand_over(&mut sink);
+        shared.is_on.store(false, Ordering::Relaxed);
+    }
+
+    fn writer(&self) -> Option<&Shared> {
+        self.0.as_deref().filter(|shared| shared.is_on.load(Ordering::Relaxed))
+    }
+
+    fn push(
+        &self,
+        name: &str,
+        ph: &'static str,
+        track: u32,
+        at: Duration,
+        until: Option<Duration>,
+        args: impl Serialize,
+    ) {
+        let Some(shared) = self.writer() else { return };
+        let ts = microseconds(at);
+        let dur = until.map(|until| microseconds(until).saturating_sub(ts));
+        // Viewers take the number of a thread to be its own on the whole machine.
+        let (pid, tid) = (shared.pid, shared.pid.saturating_mul(TRACKS).saturating_add(track));
+        let mut sink = shared.lock();
+        sink.add(&Event { name, ph, ts, dur, pid, tid, args });
+        if sink.block.len() >= BLOCK {
+            shared.hand_over(&mut sink);
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Sink> {
+        self.sink.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn hand_over(&self, sink: &mut Sink) {
+        let path = self.path.display();
+        match sink.hand_over() {
+            Ok(length) if length < self.limit => return,
+            // Everybody comes to the limit; its maker says so for all.
+            Ok(_) if self.maker.is_none() => {}
+            Ok(_) => tracing::warn!(
+                "the trace {path} is full at {} MiB and ends; the run goes on",
+                self.limit >> 20
+            ),
+            Err(error) => tracing::warn!("the trace {path} ends: {error}; the run goes on"),
+        }
+        self.is_on.store(false, Ordering::Relaxed);
+    }
+}
+
+impl Sink {
+    fn add(&mut self, event: &impl Serialize) {
+        let start = self.block.len();
+        self.block.push(b',');
+        match serde_json::to_writer(&mut self.block, event) {
+            Ok(()) => self.block.push(b'\n'),
+            // Arguments that JSON has no form for.
+            Err(_) => self.block.truncate(start),
+        }
+    }
+
+    /// Writes the block; returns the length of the file, to which others add as well.
+    fn hand_over(&mut self) -> io::Result<u64> {
+        let (written, whole) = (self.file.write(&self.block), self.block.len());
+        self.block.clear();
+        let length = self.file.metadata()?.len();
+        let part = written?;
+        if part == whole {
+            return Ok(length);
+        }
+        // A full disk. A torn line would spoil the file, if nobody has written behind it.
+        if self.file.stream_position()? == length {
+            self.file.set_len(length.saturating_sub(part as u64))?;
+        }
+        Err(io::ErrorKind::StorageFull.into())
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if self.is_on.load(Ordering::Relaxed) {
+            let _ = self.lock().hand_over();
+        }
+    }
+}
+
+impl Track {
+    /// Whether anything is written.
+    pub fn is_on(&self) -> bool {
+        self.trace.writer().is_some()
+    }
+
+    /// Something begins, within what has begun before.
+    pub fn begin(&self, at: Duration, name: &str, args: impl Serialize) {
+        self.trace.push(name, "B", self.number, at, None, args);
+    }
+
+    /// What began last ends.
+    pub fn end(&self, at: Duration) {
+        self.trace.push("", "E", self.number, at, None, Nothing {});
+    }
+
+    /// Something that is over. What takes less than a microsecond is left out.
+    pub fn slice(&self, from: Duration, until: Duration, name: &str, args: impl Serialize) {
+        if self.is_on() && microseconds(from) < microseconds(until) {
+            self.trace.push(name, "X", self.number, from, Some(until), args);
+        }
+    }
+
+    /// The slice of what `work` does.
+    pub fn during<T>(&self, name: &str, args: impl Serialize, work: impl FnOnce() -> T) -> T {
+        if !self.is_on() {
+            return work();
+        }
+        let begun = now();
+        let done = work();
+        self.slice(begun, now(), name, args);
+        done
+    }
+
+    /// Something happens now.
+    pub fn instant(&self, name: &str, args: impl Serialize) {
+        self.trace.push(name, "i", self.number, now(), None, args);
+    }
+
+    /// The values of a curve are now these: numbers by name.
+    pub fn values(&self, curve: &str, values: impl Serialize) {
+        self.trace.push(curve, "C", self.number, now(), None, values);
+    }
+
+    /// Hands over what waits, of all tracks.
+    pub fn flush(&self) {
+        self.trace.flush();
+    }
+}
+
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn look(file: &mut File, limit: u64) -> io::Result<Content> {
+    let about = file.metadata()?;
+    if !about.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    if about.len() == 0 {
+        return Ok(Content::Nothing);
+    }
+    let (mut first, mut last) = (Vec::new(), Vec::new());
+    file.seek(SeekFrom::Start(0))?;
+    file.take(3).read_to_end(&mut first)?;
+    file.seek(SeekFrom::Start(about.len().saturating_sub(2)))?;
+    file.take(2).read_to_end(&mut last)?;
+    Ok(match (first.as_slice(), last.as_slice()) {
+        (b"[\n{", b"}\n") if about.len() < limit => Content::Unfinished,
+        (b"[\n{", _) => Content::Old,
+        _ => Content::Other,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn file() -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace.json");
+        (folder, path)
+    }
+
+    fn events(text: &str) -> Vec<Value> {
+        serde_json::from_str(text).unwrap()
+    }
+
+    fn read(path: &Path) -> String {
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    fn us(microseconds: u64) -> Duration {
+        Duration::from_micros(microseconds)
+    }
+
+    #[test]
+    fn a_finished_trace_is_json() {
+        let (_folder, path) = file();
+        let trace = Trace::create(&path, "coordinator").unwrap();
+        let track = trace.track(1, "events");
+        track.begin(us(10), "step 1", json!({ "generation": 2 }));
+        track.slice(us(10), us(17), "compute \"it\"\n", Nothing {});
+        track.slice(us(17), us(17) + Duration::from_nanos(900), "too short", Nothing {});
+        track.end(us(20));
+        track.instant("plan", json!({ "detail": f64::NAN }));
+        track.values("loss", json!({ "generator": 0.5 }));
+        assert_eq!(track.during("work", Nothing {}, || 5), 5);
+        trace.finish();
+        track.instant("too late", Nothing {});
+        let events = events(&read(&path));
+        let kinds: Vec<&str> = events.iter().map(|event| event["ph"].as_str().unwrap()).collect();
+        assert_eq!(kinds[..7], ["M", "M", "B", "X", "E", "i", "C"]);
+        assert_eq!(events[0]["args"]["name"], "coordinator");
+        assert_eq!((&events[3]["ts"], &events[3]["dur"]), (&json!(10), &json!(7)));
+        assert_eq!(events[2]["args"]["generation"], 2);
+        assert!(events[1..].iter().all(|event| event["tid"] == events[1]["tid"]), "of one track");
+    }
+
+    /// Invariant 1. Nothing is flushed by hand: what a block held at the kill is lost, in whole lines.
+    #[test]
+    fn after_a_kill_only_the_closing_bracket_is_missing() {
+        let (_folder, path) = file();
+        let trace = Trace::create(&path, "coordinator").unwrap();
+        let track = trace.track(1, "events");
+        for _ in 0..1000 {
+            track.instant("plan", Nothing {});
+        }
+        let events = events(&format!("{}]", read(&path)));
+        assert!((100..1000).contains(&events.len()), "{}", events.len());
+    }
+
+    /// Invariant 2, with a file of its own for each writer, as processes have.
+    #[test]
+    fn many_writers_keep_each_others_lines_whole() {
+        let (_folder, path) = file();
+        let trace = Trace::create(&path, "coordinator").unwrap();
+        std::thread::scope(|scope| {
+            for writer in 0..4 {
+                let path = &path;
+                scope.spawn(move || {
+                    let trace = Trace::join(path).unwrap();
+                    let track = trace.track(writer, "training");
+                    (0..2000).for_each(|number| track.instant("step", json!({ "number": number })));
+                    trace.finish();
+                });
+            }
+        });
+        trace.finish();
+        let events = events(&read(&path));
+        assert_eq!(events.len(), 1 + 4 * 2001);
+        for writer in 0..4 {
+            let own = events.iter().filter(|event| event["tid"] == std::process::id() * TRACKS + writer);
+            let numbers: Vec<u64> = own.filter_map(|event| event["args"]["number"].as_u64()).collect();
+            assert!(numbers.iter().copied().eq(0..2000));
+        }
+    }
+
+    #[test]
+    fn an_unfinished_trace_is_continued_and_an_older_one_replaced() {
+        let (_folder, path) = file();
+        drop(Trace::create(&path, "first").unwrap());
+        let second = Trace::create(&path, "second").unwrap();
+        assert!(Trace::create(&path, "third").is_err(), "the second one runs");
+        second.finish();
+        drop(second);
+        assert_eq!(events(&read(&path)).len(), 2);
+        Trace::create(&path, "third").unwrap().finish();
+        assert_eq!(events(&read(&path)).len(), 1);
+        std::fs::write(&path, "[\n{\"name\":\"torn").unwrap();
+        Trace::create(&path, "fourth").unwrap().finish();
+        assert_eq!(events(&read(&path)).len(), 1);
+    }
+
+    #[test]
+    fn what_is_no_trace_is_left_alone() {
+        let (folder, path) = file();
+        std::fs::write(&path, "[job]\nname = \"mine\"\n").unwrap();
+        assert!(Trace::create(&path, "coordinator").is_err());
+        assert_eq!(read(&path), "[job]\nname = \"mine\"\n");
+        assert!(Trace::create(folder.path(), "coordinator").is_err());
+        assert!(Trace::create(Path::new("/dev/null"), "coordinator").is_err());
+        assert!(Trace::join(&folder.path().join("missing")).is_err());
+    }
+
+    /// Invariant 4.
+    #[test]
+    fn a_full_trace_ends_and_is_no_more_than_that() {
+        let (_folder, path) = file();
+        let trace = Trace::create_up_to(100 << 10, &path, "coordinator").unwrap();
+        let track = trace.track(1, "events");
+        let mut written = 0;
+        while track.is_on() {
+            track.instant("step", json!({ "number": written }));
+            written += 1;
+            assert!(written < 10_000);
+        }
+        let text = read(&path);
+        assert!((100 << 10..(100 << 10) + 2 * BLOCK).contains(&text.len()), "{}", text.len());
+        trace.finish();
+        assert_eq!(events(&format!("{text}]")).len(), 2 + written);
+        assert_eq!(Trace::off().path(), None);
+    }
+
+    /// Invariant 4, where the system refuses to write.
+    #[test]
+    fn a_trace_that_cannot_be_written_ends() {
+        let trace = Trace::write_to(File::open("/dev/null").unwrap(), Path::new("/dev/null"), LIMIT, None);
+        let track = trace.unwrap().track(1, "events");
+        track.flush();
+        assert!(!track.is_on());
+    }
+}
