@@ -10,7 +10,9 @@ use std::time::Duration;
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::FromWorker;
+use ganglion_proto::trace::{Track, now};
 use object_store::ObjectStore;
+use serde::Serialize;
 
 use crate::checkpoint::{CheckpointError, Files, Snapshot, state_digest};
 use crate::nn::Models;
@@ -34,6 +36,15 @@ pub struct Order {
     pub samples: bool,
 }
 
+/// What a trace tells of the thread's work.
+#[derive(Clone, Copy, Serialize)]
+struct Of {
+    step: u64,
+    /// The file, by index.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<usize>,
+}
+
 /// What the background thread needs.
 pub struct Context {
     /// The job.
@@ -46,6 +57,8 @@ pub struct Context {
     pub storage: Arc<dyn ObjectStore>,
     /// Where to report.
     pub session: Arc<Session>,
+    /// Where a trace shows what the thread does.
+    pub track: Track,
 }
 
 /// The training thread's end.
@@ -133,13 +146,15 @@ impl Shared {
         let runtime = runtime.expect("a runtime without drivers needs nothing of the system");
         while let Some(order) = self.next() {
             if order.samples {
-                let grid = sample::grid_of(&context.job, &context.models, &context.layout, &order.snapshot);
-                match grid {
+                let Context { job, models, layout, track, .. } = context;
+                let draw = || sample::grid_of(job, models, layout, &order.snapshot);
+                match track.during("draw samples", Of { step: order.snapshot.step, file: None }, draw) {
                     Ok(grid) => context.session.send(FromWorker::Samples(grid)),
                     Err(error) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),
                 }
             }
             runtime.block_on(self.write(context, &order));
+            context.track.flush();
             self.lock().busy = false;
             self.changed.notify_all();
         }
@@ -164,7 +179,9 @@ impl Shared {
         if order.files.is_empty() {
             return;
         }
-        let digest = state_digest(&context.layout, &order.snapshot);
+        let of = Of { step: order.snapshot.step, file: None };
+        let hash = || state_digest(&context.layout, &order.snapshot);
+        let digest = context.track.during("hash state", of, hash);
         let files = Files {
             storage: &*context.storage,
             job: &context.job,
@@ -174,7 +191,10 @@ impl Shared {
         for index in &order.files {
             let mut pause = Duration::from_millis(500);
             loop {
-                match files.write(&order.snapshot, &digest, *index).await {
+                let begun = now();
+                let written = files.write(&order.snapshot, &digest, *index).await;
+                context.track.slice(begun, now(), "write file", Of { file: Some(*index), ..of });
+                match written {
                     Ok(part) => {
                         // Numbered by step: a file is there, and nobody knows of it.
                         failpoint::reached("checkpoint", part.step);

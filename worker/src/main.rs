@@ -2,10 +2,11 @@
 #![forbid(unsafe_code)]
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use ganglion_proto::trace::Trace;
 use ganglion_worker::device::DeviceChoice;
 use ganglion_worker::run::{Failure, SPAWN_TOKEN, run};
 use ganglion_worker::sample::{Generator, SampleError, grid};
@@ -29,6 +30,9 @@ struct Join {
     /// Where to compute: auto, cpu or cuda:N.
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
+    /// Write a timeline of what this worker does, for ui.perfetto.dev. A coordinator has an option of the same name.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
@@ -58,7 +62,7 @@ fn main() -> ExitCode {
     start_log();
     let result = match (cli.command, cli.join) {
         (Some(Command::Sample(arguments)), _) => sample(&arguments),
-        (None, Some(join)) => run(&join.coordinator, join.device),
+        (None, Some(arguments)) => join(&arguments),
         (None, None) => Err(Failure::Input("nothing to do; see --help".to_string())),
     };
     match result {
@@ -72,6 +76,25 @@ fn main() -> ExitCode {
             }
             ExitCode::from(if matches!(failure, Failure::Input(_)) { 2 } else { 1 })
         }
+    }
+}
+
+fn join(arguments: &Join) -> Result<(), Failure> {
+    let trace = arguments.trace.as_deref().map_or(Ok(Trace::off()), open_trace)?;
+    let result = run(&arguments.coordinator, arguments.device, &trace);
+    trace.finish();
+    result
+}
+
+/// A coordinator's own worker adds to its trace, and works without one if that cannot be. Others have traces of their own.
+fn open_trace(file: &Path) -> Result<Trace, Failure> {
+    let opened = if spawned() { Trace::join(file) } else { Trace::create(file, "worker") };
+    match opened {
+        Err(error) if spawned() => {
+            tracing::warn!("no trace in {}: {error}", file.display());
+            Ok(Trace::off())
+        }
+        opened => opened.map_err(|error| Failure::Input(format!("--trace {}: {error}", file.display()))),
     }
 }
 
@@ -115,7 +138,7 @@ fn sample(arguments: &SampleArguments) -> Result<(), Failure> {
 }
 
 /// Finds the weights under a file, a checkpoint's folder, or a run's folder.
-fn generator_file(path: &std::path::Path) -> Result<PathBuf, Failure> {
+fn generator_file(path: &Path) -> Result<PathBuf, Failure> {
     const NAME: &str = "generator_ema.safetensors";
     if path.is_file() {
         return Ok(path.to_path_buf());

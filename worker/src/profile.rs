@@ -1,8 +1,11 @@
-//! Where the time of a step goes: always measured, since it costs a look at the clock for each part of a phase.
+//! Where the time of a step goes: always measured, since it costs a look at the clock for each part of a phase. A trace
+//! shows the same laps.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ganglion_proto::message::Profile;
+use ganglion_proto::trace::{Track, now};
+use serde::Serialize;
 
 use crate::state::Module;
 
@@ -21,30 +24,117 @@ pub enum Part {
     Other,
 }
 
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Part::Data => "data",
+            Part::Compute => "compute",
+            Part::Wait => "wait",
+            Part::Commit => "commit",
+            Part::Other => "other",
+        }
+    }
+}
+
 /// A stopwatch whose laps are the parts of phases.
 pub struct Laps {
-    last: Instant,
+    last: Duration,
     module: Module,
     spent: [[Duration; 5]; 2],
+    track: Track,
+    place: Place,
+    /// The step that the track shows as going on.
+    step: Option<u64>,
+}
+
+/// Whose laps they are.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Place {
+    /// The generation.
+    pub generation: u64,
+    /// The rank in it.
+    pub rank: u32,
+}
+
+/// What a trace tells of a phase.
+#[derive(Serialize)]
+struct At {
+    position: u64,
+}
+
+/// What a trace tells of a part.
+#[derive(Serialize)]
+struct Of {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shard: Option<u32>,
 }
 
 impl Laps {
     /// Starts.
-    pub fn start() -> Laps {
-        Laps { last: Instant::now(), module: Module::Discriminator, spent: Default::default() }
+    pub fn start(track: Track, place: Place) -> Laps {
+        Laps {
+            last: now(),
+            module: Module::Discriminator,
+            spent: Default::default(),
+            track,
+            place,
+            step: None,
+        }
     }
 
-    /// A phase of a module begins; what came since the one before belongs to that.
-    pub fn begin(&mut self, module: Module) {
+    /// The phase at a position begins, in the step of that number, counted from 1; what came since the one before belongs
+    /// to that.
+    pub fn begin(&mut self, module: Module, step: u64, position: u64) {
         self.lap(Part::Other);
         self.module = module;
+        if !self.track.is_on() {
+            return;
+        }
+        if self.step.is_some() {
+            self.track.end(self.last);
+        }
+        if self.step != Some(step) {
+            if self.step.replace(step).is_some() {
+                self.track.end(self.last);
+            }
+            self.track.begin(self.last, &format!("step {step}"), self.place);
+        }
+        let name = match module {
+            Module::Discriminator => "discriminator",
+            Module::Generator => "generator",
+        };
+        self.track.begin(self.last, name, At { position });
     }
 
     /// A part was done.
     pub fn lap(&mut self, part: Part) {
-        let now = Instant::now();
-        self.spent[usize::from(self.module == Module::Generator)][part as usize] += now - self.last;
+        self.pass(part, None);
+    }
+
+    /// The leaf of a shard was computed; returns how long it took, with what was added up before it.
+    pub fn leaf(&mut self, shard: u32) -> Duration {
+        self.pass(Part::Compute, Some(shard))
+    }
+
+    fn pass(&mut self, part: Part, shard: Option<u32>) -> Duration {
+        let (last, now) = (self.last, now());
+        let took = now.saturating_sub(last);
+        self.spent[usize::from(self.module == Module::Generator)][part as usize] += took;
         self.last = now;
+        // What comes before the first phase is of none.
+        if self.step.is_some() {
+            self.track.slice(last, now, part.name(), Of { shard });
+        }
+        took
+    }
+
+    /// No phase follows for now.
+    pub fn rest(&mut self) {
+        self.lap(Part::Other);
+        if self.step.take().is_some() {
+            self.track.end(self.last);
+            self.track.end(self.last);
+        }
     }
 
     /// The profile of so many steps, which are then forgotten.
@@ -65,16 +155,25 @@ impl Laps {
     }
 }
 
+impl Drop for Laps {
+    fn drop(&mut self) {
+        self.rest();
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use ganglion_proto::trace::Trace;
+
     use super::*;
 
     #[test]
     fn all_time_belongs_to_one_part_of_one_module() {
-        let mut laps = Laps::start();
+        let mut laps = Laps::start(Trace::off().track(1, "training"), Place { generation: 1, rank: 0 });
         let begun = laps.last;
-        for module in [Module::Discriminator, Module::Generator, Module::Discriminator] {
-            laps.begin(module);
+        for (position, module) in (0..).zip([Module::Discriminator, Module::Generator, Module::Discriminator])
+        {
+            laps.begin(module, 1 + position / 2, position);
             for part in [Part::Data, Part::Compute, Part::Wait, Part::Commit] {
                 laps.lap(part);
             }

@@ -1,14 +1,16 @@
 //! A worker's life, from its hello to its exit code.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ganglion_membership::{Fault, LoadedFacts};
 use ganglion_proto::message::FromWorker;
+use ganglion_proto::trace::{Nothing, Trace, Track};
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
+use serde_json::json;
 use tch::Device;
 
 use crate::archive::{Archive, Context};
@@ -43,12 +45,15 @@ impl From<ConnectError> for Failure {
     }
 }
 
-/// Takes part in the run of the coordinator at `url` until it ends.
-pub fn run(url: &str, device: DeviceChoice) -> Result<(), Failure> {
+/// Takes part in the run of the coordinator at `url` until it ends, and shows on `trace` what it does.
+pub fn run(url: &str, device: DeviceChoice, trace: &Trace) -> Result<(), Failure> {
     let device = device.resolve().map_err(Failure::Input)?;
     let token = std::env::var(SPAWN_TOKEN).ok();
-    let session = Arc::new(Session::open(url, token)?);
-    let mut trainer = match load(&session, device) {
+    let track = trace.track(1, "training");
+    let session = Arc::new(track.during("find coordinator", Nothing {}, || Session::open(url, token))?);
+    introduce(&session, trace, &track);
+    let loaded = track.during("load", Nothing {}, || load(&session, device, trace, &track));
+    let mut trainer = match loaded {
         Ok(trainer) => trainer,
         Err(Failure::Input(detail)) => {
             session.send(FromWorker::InputError(detail.clone()));
@@ -59,13 +64,16 @@ pub fn run(url: &str, device: DeviceChoice) -> Result<(), Failure> {
         Err(other) => return Err(other),
     };
     loop {
-        let assignment = match session.next_assignment() {
+        let assignment = match track.during("at rest", Nothing {}, || session.next_assignment()) {
             Ok(assignment) => assignment,
             Err(End::Released) => return Ok(()),
             Err(End::Rejected(reason)) => return Err(Failure::Other(reason)),
-            Err(End::Lost(reason)) => return Err(alone(&trainer, &reason)),
+            Err(End::Lost(reason)) => {
+                return Err(track.during("save alone", Nothing {}, || alone(&trainer, &reason)));
+            }
         };
         let group = &assignment.group;
+        trace.name(&format!("worker {}", session.welcome().worker));
         tracing::info!(
             "generation {}: rank {} of {} with data shards {:?} from position {}",
             group.generation,
@@ -88,6 +96,14 @@ pub fn run(url: &str, device: DeviceChoice) -> Result<(), Failure> {
     }
 }
 
+/// Tells a trace who this is, and the time by the clock on the wall: that of another machine has another time axis.
+fn introduce(session: &Session, trace: &Trace, track: &Track) {
+    let welcome = session.welcome();
+    trace.name(&format!("worker {}", welcome.worker));
+    let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    track.instant("welcome", json!({ "time": time.as_secs_f64(), "term": welcome.term.0 }));
+}
+
 /// The end of a worker whose coordinator does not come back: what it holds is saved for the next one.
 fn alone(trainer: &Trainer, reason: &str) -> Failure {
     let saved = match trainer.save_alone() {
@@ -99,7 +115,7 @@ fn alone(trainer: &Trainer, reason: &str) -> Failure {
 }
 
 /// Opens the data, builds the networks, proves the arithmetic.
-fn load(session: &Arc<Session>, device: Device) -> Result<Trainer, Failure> {
+fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) -> Result<Trainer, Failure> {
     let welcome = session.welcome();
     let job = welcome.job.clone();
     crate::set_threads(job.job.threads);
@@ -130,6 +146,7 @@ fn load(session: &Arc<Session>, device: Device) -> Result<Trainer, Failure> {
         layout: layout.clone(),
         storage: storage.clone(),
         session: session.clone(),
+        track: trace.track(2, "archive"),
     };
     let archive = Archive::start(context).map_err(|error| Failure::Other(error.to_string()))?;
     session.loaded(facts);
@@ -145,6 +162,7 @@ fn load(session: &Arc<Session>, device: Device) -> Result<Trainer, Failure> {
         archive,
         held: None,
         unformed: 0,
+        track: track.clone(),
     })
 }
 

@@ -6,22 +6,24 @@
 //!    and its fingerprint is right. Until then the receiver keeps what it had.
 //! 3. Before the first phase all members have compared the fingerprint of the whole state.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use c10d::{Buffer, GlooAddress, GlooOptions, Group, KeyValueStore};
 use ganglion_membership::{Activity, Position, Start, Term};
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::Assignment;
+use ganglion_proto::trace::Track;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::exchange::{Deal, Exchange, Moment, ReduceError, Reduced, Trailer};
 use crate::finite::NonFinite;
 use crate::nn::Models;
 use crate::phase::{LeafBuffer, LeafLayout, Phase};
-use crate::profile::{Laps, Part};
+use crate::profile::{Laps, Part, Place};
 use crate::session::Session;
 use crate::state::{ALIGNMENT, Counters, Module, State, StateLayout, narrow};
 
@@ -108,6 +110,7 @@ impl Team {
         models: &Models,
         layout: &StateLayout,
         device: Device,
+        track: &Track,
     ) -> Result<Team, TeamError> {
         let generation = assignment.group.generation;
         let deal = Deal {
@@ -124,7 +127,7 @@ impl Team {
         let (generator, discriminator) = (exchange(Module::Generator)?, exchange(Module::Discriminator)?);
         let timeout = session.limits().reduce;
         let (generation, skips) = (generation.0, assignment.group.skips.clone());
-        let laps = Laps::start();
+        let laps = Laps::start(track.clone(), Place { generation, rank: assignment.rank });
         let team = Team { deal, generation, skips, laps, group, timeout, generator, discriminator };
         match team.compare("group", &identity(session, assignment, term)) {
             // Nobody's state is wrong: somebody came to the wrong place.
@@ -226,25 +229,29 @@ impl Team {
             Module::Discriminator => &mut self.discriminator,
         };
         session.set_activity(Activity::Computing);
-        let laps = &mut self.laps;
+        let laps = RefCell::new(&mut self.laps);
         let on = |moment: Moment| {
             match moment {
-                Moment::Done(part) => laps.lap(part),
+                Moment::Done(part) => laps.borrow_mut().lap(part),
                 Moment::Sent => {
                     meanwhile().map_err(|error| ReduceError::Leaf(error.to_string()))?;
-                    laps.lap(Part::Compute);
+                    laps.borrow_mut().lap(Part::Compute);
                     session.set_activity(Activity::Waiting);
                 }
             }
             Ok(())
         };
         let leaf = |shard: u32, out: &mut LeafBuffer| {
-            let begun = Instant::now();
             let done = leaf(shard, out);
-            session.leaf_done(begun.elapsed());
+            session.leaf_done(laps.borrow_mut().leaf(shard));
             done
         };
-        match exchange.reduce(&self.group, self.timeout, trailer, leaf, on) {
+        let reduced = exchange.reduce(&self.group, self.timeout, trailer, leaf, on);
+        if let Err(ReduceError::Collective(_)) = &reduced {
+            // It was a wait that ended so.
+            self.laps.lap(Part::Wait);
+        }
+        match reduced {
             Ok(reduced) => Ok(reduced),
             Err(error @ ReduceError::Disagreement { .. }) => Err(TeamError::Diverged(error.to_string())),
             Err(error) => Err(error.into()),

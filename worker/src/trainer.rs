@@ -7,7 +7,9 @@ use ganglion_membership::{Checkpoint, Fault, PlanKind, Position, Rank, Rested, S
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{Assignment, FromWorker, MetricsRow};
+use ganglion_proto::trace::{Nothing, Track};
 use object_store::ObjectStore;
+use serde_json::json;
 use tch::{Device, Tensor, no_grad};
 
 use crate::archive::{Archive, Order};
@@ -18,7 +20,7 @@ use crate::exchange::{ReduceError, Reduced, Trailer};
 use crate::finite::{NonFinite, Verdict, judge};
 use crate::nn::Models;
 use crate::phase::{Drawn, Input, LeafBuffer, LeafLayout, LeafPart, Leaves, Phase, phases};
-use crate::profile::{Laps, Part};
+use crate::profile::{Laps, Part, Place};
 use crate::session::{Session, unreachable};
 use crate::state::{Counters, Module, State, StateLayout};
 use crate::team::{Carried, Circumstances, Team, TeamError};
@@ -58,6 +60,8 @@ pub struct Trainer {
     pub held: Option<(State, Carried)>,
     /// Groups in a row that did not come to train.
     pub unformed: u32,
+    /// Where a trace shows what the training thread does.
+    pub track: Track,
 }
 
 /// Why a generation ended for this worker.
@@ -188,13 +192,16 @@ impl Trainer {
         if let Start::Checkpoint(source, checkpoint) = &group.start
             && source.0 == assignment.rank
         {
-            self.held = Some(self.read(checkpoint)?);
+            self.held = Some(self.track.during("read checkpoint", Nothing {}, || self.read(checkpoint))?);
         }
         self.unformed += 1;
-        let (job, models, layout) = (&self.job, &self.models, &self.layout);
-        let mut team = Team::form(assignment, &self.session, job, models, layout, self.device)?;
-        let seed = job.job.seed;
-        team.start(&group.start, group.position, layout, seed, &mut self.held, self.device)?;
+        let (job, models, layout, track) = (&self.job, &self.models, &self.layout, &self.track);
+        let place = Place { generation: group.generation.0, rank: assignment.rank };
+        let form = || Team::form(assignment, &self.session, job, models, layout, self.device, track);
+        let mut team = track.during("form group", place, form)?;
+        let (held, seed) = (&mut self.held, job.job.seed);
+        let start = || team.start(&group.start, group.position, layout, seed, held, self.device);
+        track.during(start_name(&group.start), place, start)?;
         let Some((mut state, mut carried)) = self.held.take() else {
             return Err(TeamError::Diverged("a group started without a state".to_string()));
         };
@@ -251,7 +258,8 @@ impl Trainer {
                 return Ok(Rest::Planned);
             }
         }
-        self.finish(assignment, state, step == last_step)
+        team.laps.rest();
+        self.track.during("save", Nothing {}, || self.finish(assignment, state, step == last_step))
     }
 
     /// Makes up for reports that a change of the group cut short: a member that was healed past the end of a step did
@@ -304,7 +312,7 @@ impl Trainer {
     ) -> Result<Option<PlanKind>, TeamError> {
         let leaves = Leaves { job: &self.job, models: &self.models, device: self.device };
         let step = state.counters.position.0 / self.job.phases_per_step();
-        team.laps.begin(phase.module);
+        team.laps.begin(phase.module, step + 1, state.counters.position.0);
         let (samples, of_real) = self.samples(phase, course)?;
         team.laps.lap(Part::Data);
         let plan = self.session.plan();
@@ -431,6 +439,7 @@ impl Trainer {
             let profile = Some(laps.take(pace.steps));
             let row = MetricsRow { profile, ..self.row(state, carried) };
             self.session.report(Rank(assignment.rank), row);
+            self.track.flush();
             *pace = Pace::start();
         }
         // The last state, of the job or before a stop, is saved by `finish`.
@@ -503,6 +512,11 @@ impl Trainer {
     /// Tells the coordinator how this worker's part in a generation ended.
     pub fn tell(&self, assignment: &Assignment, rest: Rest) {
         let generation = assignment.group.generation;
+        if self.track.is_on() {
+            let args = json!({ "generation": generation.0, "reason": format!("{rest:?}") });
+            self.track.instant("leave group", args);
+            self.track.flush();
+        }
         let mut finished = None;
         match rest {
             Rest::Finished { complete } => finished = Some(complete),
@@ -578,6 +592,15 @@ impl ShardWork<'_> {
             self.drawn.push(drawn);
         }
         Ok(())
+    }
+}
+
+/// What a trace calls the start of a group.
+fn start_name(start: &Start) -> &'static str {
+    match start {
+        Start::Fresh => "draw initial state",
+        Start::Healed(_) => "heal",
+        Start::Checkpoint(..) => "share checkpoint",
     }
 }
 
