@@ -32,6 +32,9 @@ pub struct Cli {
     /// Allow --listen on an address that other machines reach, without TLS. Whoever reaches it can join the run.
     #[arg(long)]
     pub insecure: bool,
+    /// Write a timeline of this coordinator and its local workers, for ui.perfetto.dev; at most 128 MiB of it.
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// How logs are written.
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

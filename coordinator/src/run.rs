@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use ganglion_membership::{Checkpoint, Generation, Limits, Outcome, Recovered};
 use ganglion_proto::job::Job;
+use ganglion_proto::trace::Trace;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
@@ -21,6 +22,7 @@ use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal, JournalError};
 use crate::operate::{ACCESS_FILE, Access};
 use crate::report::progress::Screen;
+use crate::report::timeline::Timeline;
 use crate::run_dir::{RunDir, RunDirError};
 use crate::server::{Store, serve};
 use crate::shell::{Ended, Parts, Shell, ShellError, StopSignal, records::Records};
@@ -112,6 +114,8 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
         supervisor.ask_all_to_end();
         return Ok(line);
     }
+    // Not before: a finished run keeps the trace that it has.
+    records.timeline = open_trace(&cli)?;
     if local_workers > 0 {
         supervisor.check_program().map_err(other)?;
     }
@@ -147,6 +151,13 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     let signals = host.signals().map_err(other)?;
     let ended = supervise(parts, incoming, signals, access.token).await?;
     conclude(ended, &job, &run_dir, &storage)
+}
+
+fn open_trace(cli: &Cli) -> Result<Timeline, Failure> {
+    let Some(file) = &cli.trace else { return Ok(Timeline::new(&Trace::off())) };
+    let trace = Trace::create(file, "coordinator")
+        .map_err(|error| Failure::Input(format!("--trace {}: {error}", file.display())))?;
+    Ok(Timeline::new(&trace))
 }
 
 /// Serves and runs the shell until the run ends.

@@ -194,7 +194,8 @@ impl Shell {
     fn start_worker(&mut self) -> Result<(), ShellError> {
         let (token, local_rank) = (new_token()?, self.supervisor.free_rank());
         self.journal.spawning(self.term, &token, local_rank)?;
-        let spawned = self.supervisor.spawn(&self.url, token.clone(), local_rank)?;
+        let trace = self.records.timeline.path();
+        let spawned = self.supervisor.spawn(&self.url, token.clone(), local_rank, trace)?;
         // Numbered by local rank: a process runs, and the journal has its token and not its number.
         failpoint::reached("spawn", local_rank.into());
         self.journal.spawned(&token, spawned)?;

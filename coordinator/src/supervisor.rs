@@ -11,7 +11,7 @@ mod processes;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -68,6 +68,8 @@ pub struct StartOrder {
     pub token: String,
     /// Its number on this machine, by which it chooses a GPU.
     pub local_rank: u32,
+    /// Where it adds to a trace.
+    pub trace: Option<PathBuf>,
     /// What its lines in the log are marked with.
     pub name: Arc<Mutex<String>>,
     /// Where its end is told.
@@ -116,13 +118,20 @@ impl Supervisor {
         (0..).find(|rank| !taken.contains(rank)).expect("there are fewer children than numbers")
     }
 
-    /// Starts a worker that connects to `url`.
-    pub fn spawn(&mut self, url: &str, token: String, local_rank: u32) -> io::Result<Spawned> {
+    /// Starts a worker that connects to `url` and adds to a trace, if there is one.
+    pub fn spawn(
+        &mut self,
+        url: &str,
+        token: String,
+        local_rank: u32,
+        trace: Option<&Path>,
+    ) -> io::Result<Spawned> {
         let name = Arc::new(Mutex::new(format!("local worker {local_rank}")));
         let order = StartOrder {
             url: url.to_string(),
             token: token.clone(),
             local_rank,
+            trace: trace.map(Path::to_path_buf),
             name: name.clone(),
             exits: self.exits.clone(),
         };

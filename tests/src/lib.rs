@@ -150,7 +150,8 @@ impl Run {
         Process::start(command)
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    /// What starts a coordinator with these arguments.
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(program("coordinator"));
         command.arg("--run-dir").arg(self.path("")).args(arguments);
         for setting in &self.settings {

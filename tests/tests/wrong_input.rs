@@ -135,6 +135,22 @@ fn a_run_directory_that_cannot_be_written_is_named() {
 }
 
 #[test]
+fn a_trace_that_cannot_be_written_is_named_before_anything_is_trained() {
+    let run = Run::new(&[SMALL_MLP, &["job.steps=2"]]);
+    let (missing, other) = (run.beside("no/trace.json"), run.beside("other.json"));
+    fs::write(&other, "{}").unwrap();
+    for (file, says) in [(&missing, "No such file"), (&other, "no trace")] {
+        let file = file.to_str().unwrap();
+        assert_refused(&run.start_with(&["--trace", file]).wait(), 2, &["--trace", file, says]);
+        let mut worker = Command::new(program("worker"));
+        worker.args(["--coordinator", "http://127.0.0.1:1", "--trace", file]);
+        assert_refused(&Process::start(worker).wait(), 2, &["--trace", file, says]);
+    }
+    assert!(run.rows().is_empty());
+    run.complete(1);
+}
+
+#[test]
 fn the_run_directory_of_another_job_is_left_alone() {
     let mut run = Run::new(&[SMALL_MLP, &["job.steps=2"]]);
     let digest = run.complete(1);

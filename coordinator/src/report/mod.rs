@@ -1,4 +1,4 @@
-//! What a run tells its user: metrics rows, events, TensorBoard curves and pictures, a progress line.
+//! What a run tells its user: metrics rows, events, TensorBoard curves and pictures, a progress line, a timeline.
 //!
 //! Metrics and events are files of JSON, a line each, that outlive every process. Everything here is called from the
 //! coordinator's loop; nothing has a thread, sleeps or decides anything.
@@ -9,3 +9,4 @@ pub mod events;
 pub mod metrics;
 pub mod progress;
 pub mod tensorboard;
+pub mod timeline;

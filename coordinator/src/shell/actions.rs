@@ -182,11 +182,11 @@ impl Shell {
 
     /// Makes a checkpoint valid; if the storage fails, tries again later.
     pub(super) fn commit(&mut self, checkpoint: Checkpoint) -> Result<(), ShellError> {
-        let written = self
-            .journal
-            .commit(&checkpoint)
-            .map_err(|error| error.to_string())
-            .and_then(|()| self.checkpoints.commit(&checkpoint).map_err(|error| error.to_string()));
+        let write = || {
+            self.journal.commit(&checkpoint).map_err(|error| error.to_string())?;
+            self.checkpoints.commit(&checkpoint).map_err(|error| error.to_string())
+        };
+        let written = self.records.timeline.during("write manifest", write);
         if let Err(reason) = written {
             self.records.message(&format!(
                 "warning: the checkpoint of step {} waits for its manifest: {reason}; trying again",

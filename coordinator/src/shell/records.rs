@@ -1,4 +1,4 @@
-//! What the run leaves for its users: metrics, events, TensorBoard, pictures, progress.
+//! What the run leaves for its users: metrics, events, TensorBoard, pictures, progress, a timeline.
 //!
 //! 1. A row is acknowledged only once it is written; until then it waits here and with the workers.
 //! 2. A failure to write any of these never stops the run. It is told once, and once more when it works again.
@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use ganglion_membership::{Checkpoint, Outcome, Position};
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{MetricsRow, Profile, SampleGrid};
+use ganglion_proto::trace::Trace;
 use serde::Serialize;
 
 use super::StopSignal;
@@ -18,6 +19,7 @@ use crate::report::events::EventLog;
 use crate::report::metrics::{MetricsLog, RecordError, Recorded, Row};
 use crate::report::progress::{Progress, Screen};
 use crate::report::tensorboard::{Png, TensorBoard};
+use crate::report::timeline::Timeline;
 use crate::run_dir::write_whole;
 
 /// Rows that may wait for a storage that fails. Workers keep them too.
@@ -32,6 +34,8 @@ pub struct Records {
     metrics: MetricsLog,
     events: EventLog,
     tensorboard: TensorBoard,
+    /// The same, with the time that it took.
+    pub timeline: Timeline,
     waiting: VecDeque<Row>,
     /// The newest recorded step that workers have not been told of.
     unacknowledged: Option<u64>,
@@ -54,6 +58,7 @@ impl Records {
             metrics: MetricsLog::open(&folder.join("metrics.jsonl"))?,
             events: EventLog::open(&folder.join("events.jsonl"))?,
             tensorboard: TensorBoard::create(&folder.join("tensorboard"))?,
+            timeline: Timeline::new(&Trace::off()),
             job,
             folder: folder.to_path_buf(),
             screen,
@@ -68,7 +73,9 @@ impl Records {
 
     /// Records an event.
     pub fn event(&mut self, kind: &str, fields: impl Serialize) {
-        let written = self.events.append(now(), kind, fields);
+        let time = now();
+        self.timeline.event(time, kind, &fields);
+        let written = self.events.append(time, kind, fields);
         self.note("events.jsonl", written);
     }
 
@@ -130,6 +137,7 @@ impl Records {
     /// Writes what waits; returns the newest recorded step if it was not returned before.
     pub fn catch_up(&mut self) -> Option<u64> {
         self.write_rows();
+        self.timeline.flush();
         let flushed = self.tensorboard.flush();
         self.note("tensorboard", flushed);
         self.unacknowledged.take()
@@ -153,6 +161,7 @@ impl Records {
                 progress.row(&row);
             }
             if let Recorded::New = recorded {
+                self.timeline.row(&row);
                 let drawn = self.draw(&row);
                 self.note("tensorboard", drawn);
             }
@@ -231,6 +240,7 @@ impl Records {
         };
         self.event("run_ended", serde_json::json!({ "outcome": kind, "detail": detail }));
         self.catch_up();
+        self.timeline.finish();
         if let Some(progress) = self.progress.take() {
             progress.finish();
         }

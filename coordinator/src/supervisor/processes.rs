@@ -1,5 +1,6 @@
 //! Real processes, held by a file descriptor each.
 
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -42,6 +43,7 @@ impl Processes for SystemProcesses {
         self.check_program()?;
         let mut child = Command::new(&self.program)
             .args(["--coordinator", &order.url])
+            .args(order.trace.iter().flat_map(|file| [OsStr::new("--trace"), file.as_os_str()]))
             .env("GANGLION_SPAWN_TOKEN", &order.token)
             .env("LOCAL_RANK", order.local_rank.to_string())
             .stdin(Stdio::null())
