@@ -12,7 +12,7 @@ fn main() {
 
     let mut sources = vec!["error", "handle", "group", "gloo", "store", "aten"];
     if cuda {
-        sources.push("nccl");
+        sources.extend(["nccl", "cuda"]);
     }
     let mut build = cxx_build::bridges(["src/ffi.rs", "src/aten_ffi.rs"]);
     build

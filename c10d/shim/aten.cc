@@ -58,9 +58,13 @@ rust::String cpu_capability() { return at::get_cpu_capability(); }
 rust::String libtorch_version() { return TORCH_VERSION; }
 
 void set_deterministic(bool deterministic) {
-  at::globalContext().setDeterministicAlgorithms(deterministic, /*warn_only=*/false);
-  // libtorch would also fill each new tensor with NaNs, to show reads of memory that nothing was written to.
-  at::globalContext().setDeterministicFillUninitializedMemory(false);
+  auto& context = at::globalContext();
+  context.setDeterministicAlgorithms(deterministic, /*warn_only=*/false);
+  // Filling memory that is about to be written finds bugs and costs a kernel for each tensor.
+  context.setDeterministicFillUninitializedMemory(false);
+  // cuDNN would choose its algorithms by how fast they just were.
+  context.setBenchmarkCuDNN(!deterministic && context.benchmarkCuDNN());
+  context.setDeterministicCuDNN(deterministic);
 }
 
 rust::String c_library_version() { return std::string("glibc ") + gnu_get_libc_version(); }

@@ -20,6 +20,7 @@ void tame_nccl() {
   c10::utils::set_env("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0", /*overwrite=*/true);
   c10::utils::set_env("TORCH_NCCL_ENABLE_MONITORING", "0", /*overwrite=*/true);
   c10::utils::set_env("TORCH_NCCL_BLOCKING_WAIT", "0", /*overwrite=*/true);
+  c10::utils::set_env("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0", /*overwrite=*/true);
   c10::utils::set_env("TORCH_FR_BUFFER_SIZE", "0", /*overwrite=*/false);
 }
 
@@ -62,7 +63,7 @@ class NcclEngine final : public Engine {
   c10d::Backend& backend() override { return *group_; }
   void close() override { group_->abort(); }
   bool polls() const override { return true; }
-  // One for each group: a first launch may wait for the peers to make their communicators.
+  // One for each group: a launch may wait for the peers, since NCCL connects two ranks when they first talk.
   std::mutex& launching() override { return launching_; }
   std::unique_ptr<Watch> watch(c10::intrusive_ptr<c10d::Work> work, rust::Box<Signal> signal) override {
     return std::make_unique<NcclWatch>(std::move(work), std::move(signal));
@@ -88,7 +89,11 @@ std::unique_ptr<Group> nccl_group(
   options->timeout = timeout;
   auto group = c10::make_intrusive<c10d::ProcessGroupNCCL>(
       make_store(std::move(store), prefix, timeout), rank, world_size, std::move(options));
-  group->setBoundDeviceId(at::Device(at::kCUDA, device));
+  const at::Device gpu(at::kCUDA, device);
+  group->setBoundDeviceId(gpu);
+  // Now, and not with the first operation: whoever forms a group expects to wait for the peers, and an abort cannot end
+  // the making of a communicator that does not exist yet.
+  group->eagerConnectSingleDevice(gpu);
   return std::make_unique<Group>(std::make_unique<NcclEngine>(std::move(group)));
 }
 

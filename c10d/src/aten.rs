@@ -76,7 +76,8 @@ pub fn libtorch_version() -> Result<String, Error> {
     Ok(shim::libtorch_version()?)
 }
 
-/// Whether operations without a deterministic implementation shall fail, in this process.
+/// Whether operations shall give the same bits each time, in this process, and fail where they have no such
+/// implementation. With cuDNN it also keeps timings from choosing algorithms.
 ///
 /// # Errors
 /// [`Error::Fatal`] for what libtorch refuses.

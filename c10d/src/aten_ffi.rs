@@ -31,6 +31,13 @@ pub(crate) mod shim {
         fn c_library_version() -> Result<String>;
         fn leaky_relu(input: &Tensor, slope: f64) -> Result<UniquePtr<Tensor>>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;
+
+        include!("c10d/shim/cuda.h");
+
+        #[cfg(feature = "cuda")]
+        fn prepare_cuda() -> Result<()>;
+        #[cfg(feature = "cuda")]
+        fn pci_bus_id(device: i8) -> Result<String>;
     }
     impl UniquePtr<Tensor> {}
 }

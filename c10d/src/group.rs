@@ -15,6 +15,7 @@ use crate::error::Refused;
 use crate::ffi::{at_tensor, shim};
 use crate::flight::Signal;
 use crate::pending::{Aborter, Lent, Pending};
+use crate::staging::{Staged, Use};
 use crate::store::{KeyValueStore, StoreHandle};
 use crate::sync::milliseconds;
 use crate::{Buffer, Error};
@@ -80,6 +81,8 @@ pub struct Group {
     rank: usize,
     world_size: usize,
     device: Device,
+    /// Whether copies of the buffers travel in their place.
+    staged: bool,
 }
 
 type Started = Result<UniquePtr<shim::Work>, cxx::Exception>;
@@ -113,7 +116,16 @@ impl Group {
         world_size: usize,
         device: Device,
     ) -> Group {
-        Group { core: Core::new(group), rank, world_size, device }
+        Group { core: Core::new(group), rank, world_size, device, staged: false }
+    }
+
+    /// The same group, for buffers on `device` from now on. What is in them goes through copies in the CPU's memory, made
+    /// when an operation is launched and read when it is waited for, both on the calling thread. So Gloo serves GPUs too,
+    /// slower than NCCL, also where ranks share one.
+    #[must_use]
+    pub fn staged(mut self, device: Device) -> Group {
+        (self.device, self.staged) = (device, true);
+        self
     }
 
     /// This process's place in the group.
@@ -147,7 +159,7 @@ impl Group {
     /// [`Error::Invalid`], [`Error::Aliased`] or [`Error::Aborted`], with the buffer back.
     pub fn all_reduce(&self, buffer: Buffer, op: ReduceOp) -> Launch<Buffer> {
         let check = self.check(&[&buffer]).and_then(|()| check_filled(&buffer));
-        self.launch(buffer, check, |group, buffers, signal| {
+        self.launch(buffer, &[Use::Both], check, |group, buffers, signal| {
             group.all_reduce(at_tensor(buffers[0].tensor()), op.code(), signal)
         })
     }
@@ -173,7 +185,7 @@ impl Group {
             Ok(splits) => (Ok(()), splits),
             Err(error) => (Err(error), Default::default()),
         };
-        self.launch((send, receive), check, |group, buffers, signal| {
+        self.launch((send, receive), &[Use::Read, Use::Written], check, |group, buffers, signal| {
             let [send, receive] = [0, 1].map(|i: usize| at_tensor(buffers[i].tensor()));
             group.all_to_all(send, &send_splits, receive, &receive_splits, signal)
         })
@@ -189,7 +201,7 @@ impl Group {
             let (had, needed) = (receive.numel(), self.world_size.saturating_mul(send.numel()));
             require(had == needed, || format!("{had} elements to receive {needed}"))
         });
-        self.launch((send, receive), check, |group, buffers, signal| {
+        self.launch((send, receive), &[Use::Read, Use::Written], check, |group, buffers, signal| {
             let [send, receive] = [0, 1].map(|i: usize| at_tensor(buffers[i].tensor()));
             group.all_gather(send, receive, signal)
         })
@@ -207,7 +219,7 @@ impl Group {
             .and_then(|()| require(root < size, || format!("root {root} in a group of {size}")));
         // A root that does not fit was refused above.
         let root = i64::try_from(root).unwrap_or(i64::MAX);
-        self.launch(buffer, check, |group, buffers, signal| {
+        self.launch(buffer, &[Use::Both], check, |group, buffers, signal| {
             group.broadcast(at_tensor(buffers[0].tensor()), root, signal)
         })
     }
@@ -217,21 +229,32 @@ impl Group {
     /// # Errors
     /// [`Error::Aborted`].
     pub fn barrier(&self) -> Launch<()> {
-        self.launch((), Ok(()), |group, _, signal| group.barrier(signal))
+        self.launch((), &[], Ok(()), |group, _, signal| group.barrier(signal))
     }
 
     fn launch<T: Lent>(
         &self,
         lent: T,
+        uses: &'static [Use],
         check: Result<(), Error>,
         start: impl FnOnce(&shim::Group, &[Buffer], Box<Signal>) -> Started,
     ) -> Launch<T> {
         if let Err(error) = check {
             return Err(Refused { error, buffers: lent });
         }
-        match self.core.launch(lent.into_buffers(), start) {
-            Ok(launched) => Ok(Pending::new(Arc::clone(&self.core), launched)),
-            Err((error, buffers)) => Err(Refused { error, buffers: T::from_buffers(buffers) }),
+        let refused = |(error, buffers)| Refused { error, buffers: T::from_buffers(buffers) };
+        let buffers = lent.into_buffers();
+        let (staged, travelling) = if self.staged {
+            let (staged, copies) = Staged::new(buffers, uses).map_err(refused)?;
+            (Some(staged), copies)
+        } else {
+            (None, buffers)
+        };
+        match self.core.launch(travelling, start) {
+            Ok(launched) => Ok(Pending::new(Arc::clone(&self.core), launched, staged)),
+            Err((error, travelling)) => {
+                Err(refused((error, staged.map_or(travelling, Staged::into_buffers))))
+            }
         }
     }
 

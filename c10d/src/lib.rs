@@ -37,6 +37,8 @@ mod aten_ffi;
 mod backend;
 mod buffer;
 mod core;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod error;
 mod ffi;
 mod flight;
@@ -44,6 +46,7 @@ mod group;
 #[cfg(feature = "cuda")]
 mod nccl;
 mod pending;
+mod staging;
 mod store;
 mod sync;
 mod tcp_store;

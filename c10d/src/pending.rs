@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::core::{Core, Launched};
 use crate::flight::Outcome;
+use crate::staging::Staged;
 use crate::sync::deadline;
 use crate::{Buffer, Error};
 
@@ -67,12 +68,14 @@ impl Parts for (Buffer, Buffer) {
 pub struct Pending<T: Lent> {
     core: Arc<Core>,
     launched: Launched,
+    /// What the caller lent, if copies of it travel.
+    staged: Option<Staged>,
     lent: std::marker::PhantomData<fn() -> T>,
 }
 
 impl<T: Lent> Pending<T> {
-    pub(crate) fn new(core: Arc<Core>, launched: Launched) -> Pending<T> {
-        Pending { core, launched, lent: std::marker::PhantomData }
+    pub(crate) fn new(core: Arc<Core>, launched: Launched, staged: Option<Staged>) -> Pending<T> {
+        Pending { core, launched, staged, lent: std::marker::PhantomData }
     }
 
     /// Waits until the operation has succeeded, and returns its buffers.
@@ -80,17 +83,24 @@ impl<T: Lent> Pending<T> {
     /// # Errors
     /// [`Error::Timeout`], [`Error::PeerLost`], [`Error::Aborted`] or [`Error::Fatal`]. Each of them breaks the group:
     /// its other operations are aborted, and later ones are refused as [`Error::Aborted`].
-    pub fn wait(self, timeout: Duration) -> Result<T, Error> {
+    pub fn wait(mut self, timeout: Duration) -> Result<T, Error> {
         let outcome = match self.sleep_until(deadline(timeout)) {
             Some(outcome) => outcome,
             None => self.launched.flight.settle(Err(Error::Timeout)),
         };
-        match outcome {
-            Ok(()) => Ok(T::from_buffers(self.core.claim(self.launched.id))),
-            Err(error) => {
-                self.core.abort();
-                Err(error)
-            }
+        let done = outcome.and_then(|()| self.take_buffers());
+        if done.is_err() {
+            self.core.abort();
+        }
+        done.map(T::from_buffers)
+    }
+
+    /// The caller's buffers, of an operation that has succeeded.
+    fn take_buffers(&mut self) -> Result<Vec<Buffer>, Error> {
+        let came = self.core.claim(self.launched.id);
+        match self.staged.take() {
+            None => Ok(came),
+            Some(staged) => staged.finish(&came),
         }
     }
 

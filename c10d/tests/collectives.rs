@@ -4,7 +4,7 @@
 mod common;
 
 use c10d::{Buffer, ReduceOp};
-use common::{LONG, buffer_of, checks, on_ranks, values_of};
+use common::{LONG, buffer_of, checks, groups, on_ranks, values_of};
 use tch::{Device, Kind};
 
 #[test]
@@ -12,6 +12,36 @@ fn every_collective_is_right_with_one_to_four_ranks() {
     for world_size in 1..=4 {
         on_ranks(world_size, checks::every_collective);
     }
+}
+
+/// What a GPU's buffers go through, with the CPU in the GPU's place.
+#[test]
+fn copies_of_buffers_travel_as_well() {
+    for world_size in 1..=3 {
+        let groups = groups(world_size, LONG);
+        std::thread::scope(|scope| {
+            for group in groups {
+                scope.spawn(move || checks::every_collective(&group.staged(Device::Cpu)));
+            }
+        });
+    }
+}
+
+#[test]
+fn where_copies_travel_the_buffers_come_back_and_are_never_lent() {
+    let [group] = <[_; 1]>::try_from(groups(1, LONG)).unwrap();
+    let group = group.staged(Device::Cpu);
+    let send = buffer_of(&[1.0, 2.0]);
+    let receive = buffer_of(&[7.0, 7.0]);
+    let places = [send.tensor().data_ptr(), receive.tensor().data_ptr()];
+    let pending = group.all_gather(send, receive).unwrap();
+    let (send, receive) = pending.wait(LONG).unwrap();
+    assert_eq!([send.tensor().data_ptr(), receive.tensor().data_ptr()], places);
+    assert_eq!((values_of(&send), values_of(&receive)), (vec![1.0, 2.0], vec![1.0, 2.0]));
+    group.aborter().abort();
+    let refused = group.all_gather(send, receive).unwrap_err();
+    assert_eq!(refused.error, c10d::Error::Aborted);
+    assert_eq!(refused.buffers.0.tensor().data_ptr(), places[0]);
 }
 
 #[test]

@@ -1,0 +1,13 @@
+// What a process that computes on a GPU needs of CUDA; defined only with the feature `cuda`.
+#pragma once
+
+#include <cstdint>
+
+#include "rust/cxx.h"
+
+namespace c10d_shim {
+
+void prepare_cuda();
+rust::String pci_bus_id(std::int8_t device);
+
+} // namespace c10d_shim

@@ -1,0 +1,23 @@
+//! What a process that computes on a GPU needs of CUDA.
+
+use crate::Error;
+use crate::aten_ffi::shim;
+
+/// Settings without which the same kernels may give other bits the next time. Call it before anything else of this crate
+/// or of libtorch, and before another thread may read the environment.
+///
+/// # Errors
+/// None in practice.
+pub fn prepare() -> Result<(), Error> {
+    Ok(shim::prepare_cuda()?)
+}
+
+/// Where a GPU sits in this machine: its address on the PCI bus, such as `0000:17:00.0`. All processes of the machine have
+/// the same for it, whatever GPUs are hidden from them.
+///
+/// # Errors
+/// [`Error::Invalid`] for an index beyond all, [`Error::Fatal`] if there is no such GPU.
+pub fn pci_bus_id(device: usize) -> Result<String, Error> {
+    let index = i8::try_from(device).map_err(|_| Error::Invalid(format!("GPU {device}")))?;
+    Ok(shim::pci_bus_id(index)?)
+}
