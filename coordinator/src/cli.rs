@@ -17,7 +17,8 @@ pub struct Cli {
     /// The job. Without it: the MLP GAN on the bundled digits.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Workers to start on this machine: a number, or auto for one a GPU. 0 starts none and waits for others.
+    /// Workers to start on this machine: a number, or auto for one a GPU (one in all without GPUs). 0 starts none and waits
+    /// for others.
     #[arg(long, default_value = "1", value_name = "N|auto")]
     pub workers: Workers,
     /// Where the run lives; the same folder again resumes it. Default: runs/NAME, by the job's name.
@@ -92,7 +93,7 @@ pub enum LogFormat {
 pub enum Workers {
     /// So many.
     Count(u32),
-    /// One a GPU, or one a few cores.
+    /// One a GPU, or one where there is none.
     Auto,
 }
 
@@ -111,21 +112,19 @@ impl FromStr for Workers {
 }
 
 impl Cli {
-    /// How many workers to start for a job.
-    pub fn local_workers(&self, job: &Job) -> Result<u32, String> {
+    /// How many workers to start for a job, and for `auto` a line that says why so many. `gpus` counts those that workers
+    /// on this machine can use; only `auto` looks at it.
+    pub fn local_workers(&self, job: &Job, gpus: u32) -> Result<(u32, Option<String>), String> {
         let shards = job.job.data_shards;
         match self.workers {
-            Workers::Count(count) if count <= shards => Ok(count),
+            Workers::Count(count) if count <= shards => Ok((count, None)),
             Workers::Count(count) => Err(format!(
                 "--workers {count}: more than the job's {shards} data shards; start at most {shards}, or set \
                  job.data_shards, which changes the result"
             )),
             Workers::Auto => {
-                let devices = match gpus() {
-                    0 => cores() / job.job.threads.max(1),
-                    gpus => gpus,
-                };
-                Ok(devices.clamp(1, shards))
+                let workers = gpus.clamp(1, shards);
+                Ok((workers, Some(explain(workers, gpus))))
             }
         }
     }
@@ -150,15 +149,17 @@ impl Cli {
     }
 }
 
-fn gpus() -> u32 {
-    let Ok(devices) = std::fs::read_dir("/dev") else { return 0 };
-    let is_gpu = |name: &str| name.strip_prefix("nvidia").is_some_and(|number| number.parse::<u32>().is_ok());
-    let names = devices.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-    u32::try_from(names.filter(|name| is_gpu(name)).count()).unwrap_or(0)
-}
-
-fn cores() -> u32 {
-    std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(1))
+/// What `auto` came to.
+fn explain(workers: u32, gpus: u32) -> String {
+    let counted = |count: u32, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+    let workers_say = counted(workers, "worker");
+    match gpus {
+        0 => format!("--workers auto: workers can use no GPU here, so {workers_say} on the CPU"),
+        _ if gpus > workers => {
+            format!("--workers auto: {gpus} GPUs, and {workers_say} for as many data shards")
+        }
+        _ => format!("--workers auto: {}, so {workers_say}", counted(gpus, "GPU")),
+    }
 }
 
 #[cfg(test)]
@@ -175,6 +176,29 @@ mod tests {
         let Some(Command::Audit { run }) = cli(&["audit", "runs/x"]).command else { panic!("an audit") };
         assert_eq!(run, PathBuf::from("runs/x"));
         assert!(Cli::try_parse_from(["coordinator", "--workers", "2", "audit", "runs/x"]).is_err());
+    }
+
+    #[test]
+    fn auto_starts_a_worker_a_gpu_and_says_so() {
+        let job = crate::job_file::read(&crate::job_file::Source::Embedded, &[]).unwrap();
+        for (gpus, workers, says) in [
+            (0, 1, "no GPU here, so 1 worker on the CPU"),
+            (1, 1, "1 GPU, so 1 worker"),
+            (4, 4, "4 GPUs, so 4 workers"),
+            (16, 8, "16 GPUs, and 8 workers for as many data shards"),
+        ] {
+            let (count, why) = cli(&["--workers", "auto"]).local_workers(&job, gpus).unwrap();
+            assert_eq!(count, workers);
+            assert!(why.as_ref().is_some_and(|why| why.ends_with(says)), "{why:?}");
+            assert_eq!(cli(&["--workers", "3"]).local_workers(&job, gpus), Ok((3, None)));
+        }
+    }
+
+    #[test]
+    fn workers_are_a_number_or_auto() {
+        for wrong in ["", "many", "-1", "1.5", "AUTO", "4294967296"] {
+            assert!(Cli::try_parse_from(["coordinator", "--workers", wrong]).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ganglion_membership::{
-    Cause, Checkpoint, Generation, Group, Member, Passport, Position, Start, Term, WorkerId,
+    Backend, Cause, Checkpoint, Generation, Group, Member, Passport, Position, Start, Term, WorkerId,
 };
 pub use history::{CheckpointRow, GenerationRow, History, TermRow};
 use rusqlite::{Connection, OptionalExtension, params};
@@ -35,7 +35,8 @@ const SCHEMA: &str = "
         pid INTEGER, started INTEGER, ended INTEGER NOT NULL DEFAULT 0);
     CREATE TABLE IF NOT EXISTS generations (
         generation INTEGER PRIMARY KEY, term INTEGER NOT NULL, position INTEGER NOT NULL,
-        start TEXT NOT NULL, members TEXT NOT NULL, cause TEXT NOT NULL DEFAULT '');
+        start TEXT NOT NULL, members TEXT NOT NULL, cause TEXT NOT NULL DEFAULT '',
+        backend TEXT NOT NULL DEFAULT 'Gloo');
     CREATE TABLE IF NOT EXISTS skips (position INTEGER PRIMARY KEY);
     CREATE TABLE IF NOT EXISTS checkpoints (
         step INTEGER NOT NULL, phase INTEGER NOT NULL, position INTEGER NOT NULL,
@@ -44,11 +45,12 @@ const SCHEMA: &str = "
 ";
 
 /// The columns that came after the tables: table, column, definition.
-const ADDED: [(&str, &str, &str); 4] = [
+const ADDED: [(&str, &str, &str); 5] = [
     ("terms", "metrics_every_steps", "INTEGER NOT NULL DEFAULT 0"),
     ("generations", "cause", "TEXT NOT NULL DEFAULT ''"),
     ("workers", "token", "TEXT"),
     ("checkpoints", "generation", "INTEGER NOT NULL DEFAULT 0"),
+    ("generations", "backend", "TEXT NOT NULL DEFAULT 'Gloo'"),
 ];
 
 /// The journal cannot be read or written.
@@ -188,15 +190,16 @@ impl Journal {
         });
         let members: Vec<RecordedMember> = members.collect();
         self.connection.execute(
-            "INSERT INTO generations (generation, term, position, start, members, cause)
-                VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            "INSERT INTO generations (generation, term, position, start, members, cause, backend)
+                VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
             params![
                 group.generation.0,
                 term.0,
                 group.position.0,
                 to_json(&RecordedStart::of(&group.start)),
                 to_json(&members),
-                cause.to_string()
+                cause.to_string(),
+                group.backend.to_string()
             ],
         )?;
         Ok(())
@@ -204,11 +207,18 @@ impl Journal {
 
     /// The newest generation, but for where its state came from, which nobody needs any more.
     pub fn last_group(&self) -> Result<Option<Group>, JournalError> {
-        let query = "SELECT generation, position, members FROM generations ORDER BY generation DESC LIMIT 1";
+        let query =
+            "SELECT generation, position, members, backend FROM generations ORDER BY generation DESC LIMIT 1";
         let row = self.connection.query_row(query, [], |row| {
-            Ok((row.get::<_, u64>(0)?, row.get::<_, u64>(1)?, row.get::<_, String>(2)?))
+            Ok((
+                row.get::<_, u64>(0)?,
+                row.get::<_, u64>(1)?,
+                row.get::<_, String>(2)?,
+                row.get::<_, String>(3)?,
+            ))
         });
-        let Some((generation, position, members)) = row.optional()? else { return Ok(None) };
+        let Some((generation, position, members, backend)) = row.optional()? else { return Ok(None) };
+        let is = |known: &Backend| known.to_string() == backend;
         let members: Vec<RecordedMember> = serde_json::from_str(&members).unwrap_or_default();
         let member = |row: RecordedMember| Member {
             worker: WorkerId(row.worker),
@@ -221,6 +231,7 @@ impl Journal {
             position: Position(position),
             start: Start::Fresh,
             skips: Vec::new(),
+            backend: Some(Backend::Nccl).filter(is).unwrap_or_default(),
         }))
     }
 
@@ -374,6 +385,7 @@ mod tests {
             position: Position(9),
             start: Start::Fresh,
             skips: Vec::new(),
+            backend: Backend::Nccl,
         };
         journal.form(Term(1), &group, &Cause::Gathered).unwrap();
         drop(journal);
@@ -389,7 +401,14 @@ mod tests {
     fn group(generation: u64, start: Start) -> Group {
         let member = |worker, shards| Member { worker: WorkerId(worker), shards, writes_parts: true };
         let members = vec![member(1, 0..2), member(2, 2..4)];
-        Group { generation: Generation(generation), members, position: Position(6), start, skips: Vec::new() }
+        Group {
+            generation: Generation(generation),
+            members,
+            position: Position(6),
+            start,
+            skips: Vec::new(),
+            backend: Backend::Gloo,
+        }
     }
 
     fn saved(state_digest: &str) -> Checkpoint {

@@ -16,7 +16,7 @@ use tonic::transport::server::Connected;
 use tracing_subscriber::EnvFilter;
 
 use crate::checkpoints::Checkpoints;
-use crate::cli::{Cli, LogFormat};
+use crate::cli::{Cli, LogFormat, Workers};
 use crate::host::Host;
 use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal, JournalError};
@@ -26,7 +26,7 @@ use crate::report::timeline::Timeline;
 use crate::run_dir::{RunDir, RunDirError};
 use crate::server::{Store, serve};
 use crate::shell::{Ended, Parts, Shell, ShellError, StopSignal, records::Records};
-use crate::supervisor::{Supervisor, new_token};
+use crate::supervisor::{Processes, Supervisor, new_token};
 
 /// Messages that may wait for the shell.
 const INPUTS: usize = 4096;
@@ -88,7 +88,10 @@ impl From<ShellError> for Failure {
 pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, Failure> {
     let source = cli.config.clone().map_or(Source::Embedded, Source::File);
     let job = job_file::read(&source, &cli.overrides).map_err(|errors| Failure::Input(errors.to_string()))?;
-    let local_workers = cli.local_workers(&job).map_err(Failure::Input)?;
+    let other = |error: std::io::Error| Failure::Other(error.to_string());
+    let processes = host.processes().map_err(other)?;
+    let gpus = if cli.workers == Workers::Auto { count_gpus(&*processes)? } else { 0 };
+    let (local_workers, reason) = cli.local_workers(&job, gpus).map_err(Failure::Input)?;
     cli.listen_address(None).map_err(Failure::Input)?;
 
     let folder = cli.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&job.job.name));
@@ -105,9 +108,8 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
         .map_err(|error| Failure::Input(format!("{}: {error}", run_dir.folder().display())))?;
     let mut recovered = recover(&mut journal, &checkpoints, &mut records)?;
     recovered.job_changed = job_changed;
-    let other = |error: std::io::Error| Failure::Other(error.to_string());
     let (exits, exited) = mpsc::unbounded_channel();
-    let mut supervisor = Supervisor::new(host.processes().map_err(other)?, exits);
+    let mut supervisor = Supervisor::new(processes, exits);
     adopt(&mut journal, &mut supervisor, &mut recovered)?;
     if let Some(line) = finished(&journal, &job, recovered.checkpoint.as_ref(), &run_dir)? {
         // Workers of a coordinator that died before it could release them.
@@ -132,6 +134,9 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
         job.job.name,
         run_dir.folder().display()
     ));
+    if let Some(reason) = reason {
+        records.message(&reason);
+    }
     records.message(&Limits::derive(Duration::from_secs_f64(job.job.failure_deadline)).to_string());
     let parts = Parts {
         store: Store::new(term),
@@ -158,6 +163,14 @@ fn open_trace(cli: &Cli) -> Result<Timeline, Failure> {
     let trace = Trace::create(file, "coordinator")
         .map_err(|error| Failure::Input(format!("--trace {}: {error}", file.display())))?;
     Ok(Timeline::new(&trace))
+}
+
+/// The GPUs of this machine, as its workers see them.
+fn count_gpus(processes: &dyn Processes) -> Result<u32, Failure> {
+    let advice = "give a number, such as --workers 1";
+    processes
+        .count_gpus()
+        .map_err(|error| Failure::Other(format!("--workers auto: cannot count the GPUs: {error}; {advice}")))
 }
 
 /// Serves and runs the shell until the run ends.

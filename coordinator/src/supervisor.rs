@@ -41,6 +41,8 @@ pub struct Exited {
 pub trait Processes: Send {
     /// Whether the `worker` program can be started.
     fn check_program(&self) -> io::Result<()>;
+    /// How many GPUs the `worker` program can use here.
+    fn count_gpus(&self) -> io::Result<u32>;
     /// Starts a worker.
     fn start(&mut self, order: StartOrder) -> io::Result<(Box<dyn Process>, Spawned)>;
     /// Finds a worker that was started before, and tells `exits` of its end as well; `None` if it has ended.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
+use crate::backend::Backend;
 use crate::checkpoint::{Checkpoint, WrittenPart};
 use crate::limits::Limits;
 use crate::passport::{Difference, Passport};
@@ -56,6 +57,8 @@ pub struct LoadedFacts {
     pub sees_storage: bool,
     /// Phases of one step.
     pub phases_per_step: u32,
+    /// The GPU that it computes on, by a name that it has on every worker that shares it; `None` for a CPU.
+    pub gpu: Option<String>,
 }
 
 /// What happened.
@@ -363,6 +366,8 @@ pub struct Group {
     /// Positions by which the run was rolled back: a phase that starts at one of them is skipped if what it reduces is
     /// not finite again.
     pub skips: Vec<Position>,
+    /// What its reduces go over.
+    pub backend: Backend,
 }
 
 /// A member of a group.

@@ -20,6 +20,7 @@
 //!
 //! A new coordinator of a run that trained begins in Reconnecting.
 
+mod backend;
 mod checkpoint;
 mod events;
 mod limits;
@@ -28,6 +29,7 @@ mod passport;
 mod shards;
 mod types;
 
+pub use backend::Backend;
 pub use checkpoint::{Assembly, Checkpoint, PartConflict, StoredFile, WrittenPart};
 pub use events::{
     Action, Activity, Cause, Event, Fault, Group, LoadedFacts, Loss, Member, Outcome, Plan, PlanKind,

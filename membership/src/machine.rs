@@ -325,6 +325,10 @@ impl Machine {
         let facts = self.workers.get(&worker).and_then(|w| w.facts.as_ref());
         facts.is_some_and(|facts| facts.sees_storage)
     }
+
+    fn gpu_of(&self, worker: WorkerId) -> Option<&str> {
+        self.workers.get(&worker)?.facts.as_ref()?.gpu.as_deref()
+    }
 }
 
 #[cfg(test)]

@@ -3,15 +3,15 @@
 use std::time::Duration;
 
 use ganglion_membership::{
-    Activity, Checkpoint, Fault, Generation, Group, LoadedFacts, Member, Passport, Plan, PlanKind, Position,
-    Progress, Rank, Rested, Start, StoredFile, Term, WorkerId, WrittenPart,
+    Activity, Backend, Checkpoint, Fault, Generation, Group, LoadedFacts, Member, Passport, Plan, PlanKind,
+    Position, Progress, Rank, Rested, Start, StoredFile, Term, WorkerId, WrittenPart,
 };
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as ValueError, StrDeserializer};
 
 use crate::job::{self, Job, Length};
 use crate::message::{
-    Assignment, FromWorker, Hello, MetricsRow, Profile, Resume, SampleGrid, ToWorker, Welcome,
+    Assignment, FromWorker, GpuUse, Hello, MetricsRow, Profile, Resume, SampleGrid, ToWorker, Welcome,
 };
 use crate::wire;
 
@@ -54,6 +54,7 @@ impl FromWorker {
                 samples: facts.samples,
                 sees_storage: facts.sees_storage,
                 phases_per_step: facts.phases_per_step,
+                gpu: facts.gpu.unwrap_or_default(),
             }),
             FromWorker::Ready(generation, position) => Message::Ready(wire::Ready {
                 generation: generation.0,
@@ -200,6 +201,7 @@ fn loaded_from_wire(loaded: wire::Loaded) -> Result<LoadedFacts, Malformed> {
         samples: loaded.samples,
         sees_storage: loaded.sees_storage,
         phases_per_step: loaded.phases_per_step,
+        gpu: Some(clipped(loaded.gpu)).filter(|gpu| !gpu.is_empty()),
     })
 }
 
@@ -269,6 +271,8 @@ pub(crate) fn row_to_wire(row: MetricsRow) -> wire::MetricsRow {
         skipped: row.skipped,
         discriminator_profile: row.profile.map(|[profile, _]| profile_to_wire(profile)),
         generator_profile: row.profile.map(|[_, profile]| profile_to_wire(profile)),
+        gpu_memory_bytes: row.gpu.memory_bytes,
+        gpu_utilisation: row.gpu.utilisation,
     }
 }
 
@@ -297,6 +301,7 @@ pub(crate) fn row_from_wire(row: wire::MetricsRow) -> MetricsRow {
         ledger: row.ledger,
         skipped: row.skipped,
         profile: discriminator.zip(generator).map(|(discriminator, generator)| [discriminator, generator]),
+        gpu: GpuUse { memory_bytes: row.gpu_memory_bytes, utilisation: row.gpu_utilisation },
     }
 }
 
@@ -420,12 +425,29 @@ fn assignment_to_wire(assignment: Assignment) -> wire::Assignment {
         position: group.position.0,
         start: Some(start),
         skips: group.skips.into_iter().map(|position| position.0).collect(),
+        backend: backend_to_wire(group.backend).into(),
+    }
+}
+
+fn backend_to_wire(backend: Backend) -> wire::Backend {
+    match backend {
+        Backend::Gloo => wire::Backend::Gloo,
+        Backend::Nccl => wire::Backend::Nccl,
+    }
+}
+
+fn backend_from_wire(backend: wire::Backend) -> Result<Backend, Malformed> {
+    match backend {
+        wire::Backend::Gloo => Ok(Backend::Gloo),
+        wire::Backend::Nccl => Ok(Backend::Nccl),
+        wire::Backend::Unspecified => Err(malformed("unknown backend")),
     }
 }
 
 fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malformed> {
     use wire::assignment::Start as WireStart;
     let position = Position(assignment.position);
+    let backend = backend_from_wire(assignment.backend())?;
     let start = match required(assignment.start, "start")? {
         WireStart::Fresh(_) => Start::Fresh,
         WireStart::Healed(healed) => Start::Healed(Rank(healed.source)),
@@ -469,6 +491,7 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
             position,
             start,
             skips: assignment.skips.into_iter().map(Position).collect(),
+            backend,
         },
         rank: assignment.rank,
         addresses,

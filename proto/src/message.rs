@@ -154,6 +154,17 @@ pub struct MetricsRow {
     pub skipped: u64,
     /// Where the time of the discriminator's phases and of the generator's went; `None` if nobody measured it.
     pub profile: Option<[Profile; 2]>,
+    /// How the reporting member's GPU was used.
+    pub gpu: GpuUse,
+}
+
+/// How a GPU is used at a moment, by all its processes. Nothing of it is known without a GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GpuUse {
+    /// Memory in use, in bytes.
+    pub memory_bytes: Option<u64>,
+    /// How much of the time it was busy lately, in percent.
+    pub utilisation: Option<u32>,
 }
 
 /// Where the time of one module's phases went, on one member: milliseconds a step, a mean over the steps since the row

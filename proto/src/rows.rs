@@ -37,6 +37,7 @@ pub fn decode(mut content: &[u8]) -> Result<Vec<MetricsRow>, Malformed> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::message::GpuUse;
 
     #[test]
     fn rows_come_back_with_their_bits_and_a_torn_file_is_refused() {
@@ -52,6 +53,7 @@ mod tests {
             ledger: u64::MAX - step,
             skipped: 0,
             profile: None,
+            gpu: GpuUse { memory_bytes: Some(1), utilisation: None },
         };
         let rows: Vec<MetricsRow> = (1..4).map(row).collect();
         let content = encode(&rows);

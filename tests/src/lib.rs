@@ -150,7 +150,7 @@ impl Run {
         Process::start(command)
     }
 
-    /// What starts a coordinator with these arguments.
+    /// The command of a coordinator with these arguments.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(program("coordinator"));
         command.arg("--run-dir").arg(self.path("")).args(arguments);

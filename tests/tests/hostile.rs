@@ -9,7 +9,7 @@ use ganglion_membership::{
     Fault, Generation, LoadedFacts, Passport, Position, Progress, Rank, StoredFile, Term, WorkerId,
     WrittenPart,
 };
-use ganglion_proto::message::{FromWorker, Hello, MetricsRow, SampleGrid, ToWorker};
+use ganglion_proto::message::{FromWorker, GpuUse, Hello, MetricsRow, SampleGrid, ToWorker};
 use ganglion_proto::wire::admin_service_client::AdminServiceClient;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use ganglion_proto::wire::{
@@ -105,7 +105,7 @@ fn first(message: FromWorker) -> SessionRequest {
 fn facts(items: &[(&str, &str)]) -> LoadedFacts {
     let item = |(item, value): &(&str, &str)| (item.to_string(), value.to_string());
     let passport = Passport(items.iter().map(item).collect());
-    LoadedFacts { passport, samples: 7, sees_storage: true, phases_per_step: 2 }
+    LoadedFacts { passport, samples: 7, sees_storage: true, phases_per_step: 2, gpu: None }
 }
 
 fn part(step: u64) -> WrittenPart {
@@ -128,6 +128,7 @@ fn row(step: u64) -> MetricsRow {
         ledger: 0,
         skipped: 0,
         profile: None,
+        gpu: GpuUse::default(),
     }
 }
 

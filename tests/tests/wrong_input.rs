@@ -124,6 +124,26 @@ fn more_workers_than_data_shards_are_refused() {
 }
 
 #[test]
+fn a_number_of_workers_that_is_none_is_refused() {
+    let run = Run::new(&[]);
+    for wrong in ["many", "-1", "2.5"] {
+        let argument = format!("--workers={wrong}");
+        let ended = run.start_with(&[&argument]).wait();
+        assert_refused(&ended, 2, &[wrong, "give a number of workers, such as 4, or auto"]);
+    }
+    assert!(!run.path("").exists(), "nothing was begun");
+}
+
+#[test]
+fn auto_starts_one_worker_where_workers_can_use_no_gpu() {
+    let run = Run::new(&[SMALL_MLP, &["job.steps=2"]]);
+    let mut command = run.command(&["--workers", "auto"]);
+    command.env("CUDA_VISIBLE_DEVICES", "");
+    let ended = Process::start(command).wait();
+    assert_refused(&ended, 0, &["no GPU here, so 1 worker on the CPU"]);
+}
+
+#[test]
 fn a_run_directory_that_cannot_be_written_is_named() {
     let run = Run::new(&[]);
     let file = run.beside("a-file");

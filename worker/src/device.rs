@@ -34,12 +34,15 @@ impl FromStr for DeviceChoice {
 impl DeviceChoice {
     /// The device, if this machine and this build have it.
     pub fn resolve(self) -> Result<Device, String> {
-        let gpus =
-            if cfg!(feature = "cuda") { usize::try_from(Cuda::device_count()).unwrap_or(0) } else { 0 };
+        self.among(gpus(), |name| std::env::var(name).ok())
+    }
+
+    /// The device on a machine with so many GPUs, with these variables in the environment.
+    fn among(self, gpus: usize, variable: impl Fn(&str) -> Option<String>) -> Result<Device, String> {
         match self {
             DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Auto if gpus == 0 => Ok(Device::Cpu),
-            DeviceChoice::Auto => Ok(Device::Cuda(local_rank() % gpus)),
+            DeviceChoice::Auto => Ok(Device::Cuda(local_rank(variable)? % gpus)),
             DeviceChoice::Cuda(index) if index < gpus => Ok(Device::Cuda(index)),
             DeviceChoice::Cuda(_) if !cfg!(feature = "cuda") => {
                 Err("--device cuda: this worker is built without the feature cuda".to_string())
@@ -51,10 +54,35 @@ impl DeviceChoice {
     }
 }
 
-/// This process's number on its machine, as launchers give it.
-fn local_rank() -> usize {
-    let variable = |name| std::env::var(name).ok().and_then(|value| value.parse().ok());
-    ["LOCAL_RANK", "SLURM_LOCALID"].into_iter().find_map(variable).unwrap_or(0)
+/// How many GPUs this process can use. `CUDA_VISIBLE_DEVICES` hides others.
+pub fn gpus() -> usize {
+    if cfg!(feature = "cuda") { usize::try_from(Cuda::device_count()).unwrap_or(0) } else { 0 }
+}
+
+/// This process's number on its machine, as launchers give it. With more of them than GPUs they share evenly.
+fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Result<usize, String> {
+    let given = ["LOCAL_RANK", "SLURM_LOCALID"].into_iter().find_map(|name| Some((name, variable(name)?)));
+    let Some((name, value)) = given else { return Ok(0) };
+    let wrong = |_| format!("{name}={value}: not a number; it says which GPU to use, so mend it or unset it");
+    value.parse().map_err(wrong)
+}
+
+/// Where a GPU sits: its address on the PCI bus; `None` for a CPU.
+pub fn place(device: Device) -> Result<Option<String>, c10d::Error> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(index) => c10d::cuda::pci_bus_id(index).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// The name of the GPU at a place of this machine, the same in all processes and containers on it, and on no other
+/// machine. NCCL tells GPUs apart by the same two facts.
+pub fn name(place: &str) -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
+    let machine =
+        boot.map(|id| id.trim().to_string()).or_else(|| nix::unistd::gethostname().ok()?.into_string().ok());
+    format!("{}/{place}", machine.unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -69,5 +97,43 @@ mod tests {
         for wrong in ["gpu", "cuda:", "cuda:x", ""] {
             assert!(wrong.parse::<DeviceChoice>().is_err(), "{wrong}");
         }
+    }
+
+    fn auto(gpus: usize, variables: &[(&str, &str)]) -> Result<Device, String> {
+        let variable = |name: &str| {
+            let found = variables.iter().find(|(known, _)| *known == name);
+            found.map(|(_, value)| value.to_string())
+        };
+        DeviceChoice::Auto.among(gpus, variable)
+    }
+
+    #[test]
+    fn local_ranks_are_spread_over_the_gpus() {
+        let of = |rank: usize, gpus| auto(gpus, &[("LOCAL_RANK", &rank.to_string()), ("SLURM_LOCALID", "9")]);
+        assert_eq!([0, 1, 2, 3].map(|rank| of(rank, 4).unwrap()), [0, 1, 2, 3].map(Device::Cuda));
+        let mut workers = [0; 3];
+        for rank in 0..6 {
+            let Device::Cuda(index) = of(rank, 3).unwrap() else { panic!("a GPU") };
+            workers[index] += 1;
+        }
+        assert_eq!(workers, [2; 3]);
+        assert_eq!(auto(4, &[("SLURM_LOCALID", "3")]), Ok(Device::Cuda(3)));
+        assert_eq!(auto(4, &[]), Ok(Device::Cuda(0)));
+        assert_eq!(of(5, 0), Ok(Device::Cpu));
+    }
+
+    #[test]
+    fn a_local_rank_that_is_no_number_is_refused_where_it_decides() {
+        let wrong = auto(2, &[("LOCAL_RANK", "one")]).unwrap_err();
+        assert!(wrong.contains("LOCAL_RANK=one"), "{wrong}");
+        assert_eq!(auto(0, &[("LOCAL_RANK", "one")]), Ok(Device::Cpu));
+    }
+
+    #[test]
+    fn a_gpu_has_one_name_on_its_machine() {
+        assert_eq!(name("0000:17:00.0"), name("0000:17:00.0"));
+        assert_ne!(name("0000:17:00.0"), name("0000:18:00.0"));
+        assert!(!name("").starts_with('/'), "a machine has a name");
+        assert_eq!(place(Device::Cpu), Ok(None));
     }
 }

@@ -18,6 +18,7 @@ pub mod data;
 pub mod device;
 pub mod exchange;
 pub mod finite;
+pub mod gpu;
 pub mod loss;
 pub mod nn;
 pub mod passport;

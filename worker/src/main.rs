@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use ganglion_proto::trace::Trace;
-use ganglion_worker::device::DeviceChoice;
+use ganglion_worker::device::{DeviceChoice, gpus};
 use ganglion_worker::run::{Failure, SPAWN_TOKEN, run};
 use ganglion_worker::sample::{Generator, SampleError, grid};
 use tracing_subscriber::EnvFilter;
@@ -39,6 +39,8 @@ struct Join {
 enum Command {
     /// Draws samples from the generator's moving average.
     Sample(SampleArguments),
+    /// Prints how many GPUs this program can use here.
+    Gpus,
 }
 
 #[derive(Args)]
@@ -62,6 +64,10 @@ fn main() -> ExitCode {
     start_log();
     let result = match (cli.command, cli.join) {
         (Some(Command::Sample(arguments)), _) => sample(&arguments),
+        (Some(Command::Gpus), _) => {
+            let _ = writeln!(std::io::stdout(), "{}", gpus());
+            Ok(())
+        }
         (None, Some(arguments)) => join(&arguments),
         (None, None) => Err(Failure::Input("nothing to do; see --help".to_string())),
     };

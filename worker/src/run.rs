@@ -15,7 +15,8 @@ use tch::Device;
 
 use crate::archive::{Archive, Context};
 use crate::data::{DataError, DataSet};
-use crate::device::DeviceChoice;
+use crate::device::{self, DeviceChoice};
+use crate::gpu::GpuWatch;
 use crate::nn::Models;
 use crate::passport;
 use crate::session::{ConnectError, End, Session};
@@ -47,6 +48,9 @@ impl From<ConnectError> for Failure {
 
 /// Takes part in the run of the coordinator at `url` until it ends, and shows on `trace` what it does.
 pub fn run(url: &str, device: DeviceChoice, trace: &Trace) -> Result<(), Failure> {
+    // First of all: it sets the environment, which threads read.
+    #[cfg(feature = "cuda")]
+    c10d::cuda::prepare().map_err(|error| Failure::Other(error.to_string()))?;
     let device = device.resolve().map_err(Failure::Input)?;
     let token = std::env::var(SPAWN_TOKEN).ok();
     let track = trace.track(1, "training");
@@ -139,7 +143,12 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     let passport = passport::take(&job, &models, &layout, &data, device)
         .map_err(|error| Failure::Other(error.to_string()))?;
     let phases_per_step = job.loss.discriminator_steps + 1;
-    let facts = LoadedFacts { passport, samples, sees_storage, phases_per_step };
+    let other = |error: c10d::Error| Failure::Other(error.to_string());
+    let place = device::place(device).map_err(other)?;
+    let gpu = place.as_deref().map(device::name);
+    let facts = LoadedFacts { passport, samples, sees_storage, phases_per_step, gpu };
+    let watch = place.map(|place| GpuWatch::start(&place)).transpose();
+    let watch = watch.map_err(|error| Failure::Other(error.to_string()))?;
     let context = Context {
         job: job.clone(),
         models: models.clone(),
@@ -160,6 +169,7 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
         storage,
         sees_storage,
         archive,
+        gpu: watch,
         held: None,
         unformed: 0,
         track: track.clone(),

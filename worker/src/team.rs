@@ -12,7 +12,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use c10d::{Buffer, GlooAddress, GlooOptions, Group, KeyValueStore};
-use ganglion_membership::{Activity, Position, Start, Term};
+use ganglion_membership::{Activity, Backend, Position, Start, Term};
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::Assignment;
@@ -303,7 +303,9 @@ fn meet(
         Ok(interface) => GlooAddress::Interface(interface),
         Err(_) => GlooAddress::Hostname(session.local_address().to_string()),
     };
-    let connect = move || connect(rank, world_size, timeout, address, store, device);
+    let backend = assignment.group.backend;
+    let options = GlooOptions { rank, world_size, timeout, address };
+    let connect = move || connect(backend, options, store, device);
     // libtorch's own wait for peers cannot be interrupted: a thread that is told to leave walks away from it.
     let (done, met) = mpsc::channel();
     let waiter = std::thread::Builder::new().name("meet".to_string());
@@ -325,21 +327,26 @@ fn meet(
     }
 }
 
-/// NCCL between GPUs, Gloo between CPUs.
+/// Forms a group over the backend that was decided for all its members.
 fn connect(
-    rank: usize,
-    world_size: usize,
-    timeout: Duration,
-    address: GlooAddress,
+    backend: Backend,
+    options: GlooOptions,
     store: Arc<dyn KeyValueStore>,
     device: Device,
 ) -> Result<Group, c10d::Error> {
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(device) = device {
-        return Group::nccl(c10d::NcclOptions { rank, world_size, timeout, device }, store, "nccl");
+    match (backend, device) {
+        #[cfg(feature = "cuda")]
+        (Backend::Nccl, Device::Cuda(device)) => {
+            let GlooOptions { rank, world_size, timeout, .. } = options;
+            Group::nccl(c10d::NcclOptions { rank, world_size, timeout, device }, store, "nccl")
+        }
+        (Backend::Nccl, _) => {
+            let what = format!("the group reduces over NCCL, and this worker computes on {device:?}");
+            Err(c10d::Error::Fatal(what))
+        }
+        (Backend::Gloo, Device::Cpu) => Group::gloo(options, store, "gloo"),
+        (Backend::Gloo, _) => Ok(Group::gloo(options, store, "gloo")?.staged(device)),
     }
-    debug_assert!(!device.is_cuda(), "only a build with CUDA chooses a GPU");
-    Group::gloo(GlooOptions { rank, world_size, timeout, address }, store, "gloo")
 }
 
 /// What two equal states have in common.

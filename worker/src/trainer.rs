@@ -6,7 +6,7 @@ use std::time::{Instant, SystemTime};
 use ganglion_membership::{Checkpoint, Fault, PlanKind, Position, Rank, Rested, Start};
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
-use ganglion_proto::message::{Assignment, FromWorker, MetricsRow};
+use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow};
 use ganglion_proto::trace::{Nothing, Track};
 use object_store::ObjectStore;
 use serde_json::json;
@@ -18,6 +18,7 @@ use crate::commit::{commit, skip};
 use crate::data::{Batch, DataError, DataSet, Plan, Prefetcher};
 use crate::exchange::{ReduceError, Reduced, Trailer};
 use crate::finite::{NonFinite, Verdict, judge};
+use crate::gpu::GpuWatch;
 use crate::nn::Models;
 use crate::phase::{Drawn, Input, LeafBuffer, LeafLayout, LeafPart, Leaves, Phase, phases};
 use crate::profile::{Laps, Part, Place};
@@ -56,6 +57,8 @@ pub struct Trainer {
     pub sees_storage: bool,
     /// Who writes them.
     pub archive: Archive,
+    /// Who looks at the GPU, if there is one.
+    pub gpu: Option<GpuWatch>,
     /// The state after the newest commit; none before the first assignment.
     pub held: Option<(State, Carried)>,
     /// Groups in a row that did not come to train.
@@ -437,7 +440,8 @@ impl Trainer {
         if self.job.metrics_due(step, samples) || stopping {
             carried.newest = pace.circumstances(assignment, &self.job);
             let profile = Some(laps.take(pace.steps));
-            let row = MetricsRow { profile, ..self.row(state, carried) };
+            let gpu = self.gpu.as_ref().map(GpuWatch::newest).unwrap_or_default();
+            let row = MetricsRow { profile, gpu, ..self.row(state, carried) };
             self.session.report(Rank(assignment.rank), row);
             self.track.flush();
             *pace = Pace::start();
@@ -466,6 +470,7 @@ impl Trainer {
             ledger: state.counters.ledger,
             skipped: state.counters.skipped,
             profile: None,
+            gpu: GpuUse::default(),
         }
     }
 

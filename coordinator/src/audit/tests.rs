@@ -8,7 +8,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use ganglion_membership::{
-    Cause, Checkpoint, Generation, Group, Member, Position, Rank, Start, StoredFile, Term, WorkerId,
+    Backend, Cause, Checkpoint, Generation, Group, Member, Position, Rank, Start, StoredFile, Term, WorkerId,
 };
 use ganglion_proto::job::Job;
 use ganglion_proto::stream::{SampleStream, ledger_term};
@@ -74,6 +74,7 @@ fn group(generation: u64, position: u64, start: Start, workers: &[u64]) -> Group
         position: Position(position),
         start,
         skips: Vec::new(),
+        backend: Backend::Gloo,
     }
 }
 

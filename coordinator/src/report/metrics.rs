@@ -10,7 +10,7 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
-use ganglion_proto::message::Profile;
+use ganglion_proto::message::{GpuUse, Profile};
 use serde::{Deserialize, Serialize};
 
 use super::line_file::LineFile;
@@ -42,6 +42,8 @@ pub struct Row {
     pub epoch: f64,
     /// Where the time of the discriminator's phases and of the generator's went.
     pub profile: Option<[Profile; 2]>,
+    /// How the reporting worker's GPU was used.
+    pub gpu: GpuUse,
 }
 
 /// The part of a row that a step determines.
@@ -65,6 +67,10 @@ struct Circumstances {
     generation: u64,
     world_size: u32,
     images_per_second: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_memory_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_utilisation: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     profile: Option<Profiles>,
 }
@@ -218,6 +224,8 @@ impl Row {
             generation: self.generation,
             world_size: self.world_size,
             images_per_second: self.images_per_second,
+            gpu_memory_bytes: self.gpu.memory_bytes,
+            gpu_utilisation: self.gpu.utilisation,
             profile: self.profile.map(|[discriminator, generator]| Profiles {
                 discriminator: discriminator.into(),
                 generator: generator.into(),
@@ -263,6 +271,7 @@ pub(super) fn row_of(step: u64) -> Row {
         skipped: 0,
         epoch: 0.5,
         profile: None,
+        gpu: GpuUse::default(),
     }
 }
 
@@ -303,6 +312,24 @@ mod tests {
         assert_eq!(rows(&path)[0]["profile"]["discriminator"]["compute"], 12.346);
         assert_eq!(rows(&path)[0]["profile"]["generator"]["wait"], 0.0);
         assert_eq!(log.record(&row_of(1)).unwrap(), Recorded::Same);
+    }
+
+    /// Invariant 1: a row that another worker recomputes tells of another GPU, or of none.
+    #[test]
+    fn a_gpus_use_shows_where_there_is_one_and_decides_nothing() {
+        let (_dir, path, mut log) = log();
+        let gpu = GpuUse { memory_bytes: Some(1 << 34), utilisation: Some(97) };
+        log.record(&Row { gpu, ..row_of(1) }).unwrap();
+        log.record(&Row { gpu: GpuUse { utilisation: None, ..gpu }, ..row_of(2) }).unwrap();
+        assert_eq!(log.record(&row_of(1)).unwrap(), Recorded::Same);
+        let busier = GpuUse { utilisation: Some(98), ..gpu };
+        assert_eq!(log.record(&Row { gpu: busier, ..row_of(1) }).unwrap(), Recorded::Same);
+        let rows = rows(&path);
+        assert_eq!(
+            (&rows[0]["gpu_memory_bytes"], &rows[0]["gpu_utilisation"]),
+            (&(1_u64 << 34).into(), &97.into())
+        );
+        assert_eq!(rows[1].get("gpu_utilisation"), None);
     }
 
     /// Invariant 1, also across a restart.

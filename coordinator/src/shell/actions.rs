@@ -140,14 +140,15 @@ impl Shell {
             json!({
                 "generation": group.generation.0, "world_size": group.members.len(),
                 "position": group.position.0, "start": start, "cause": cause.to_string(),
-                "members": members,
+                "backend": group.backend.to_string(), "members": members,
             }),
         );
         self.records.message(&format!(
-            "generation {}: {} worker{} from {start}",
+            "generation {}: {} worker{} from {start}, over {}",
             group.generation,
             group.members.len(),
             if group.members.len() == 1 { "" } else { "s" },
+            group.backend,
         ));
         for (rank, member) in (0u32..).zip(&group.members) {
             self.supervisor.rename(member.worker, &format!("rank {rank}"));

@@ -124,6 +124,7 @@ impl Records {
             skipped: row.skipped,
             epoch,
             profile: row.profile,
+            gpu: row.gpu,
         });
         self.write_rows();
     }
@@ -176,6 +177,14 @@ impl Records {
             ("cluster/world_size", f64::from(row.world_size)),
         ] {
             self.tensorboard.scalar(tag, row.step, row.time, value)?;
+        }
+        #[allow(clippy::cast_precision_loss)] // a curve for people
+        let memory = row.gpu.memory_bytes.map(|bytes| bytes as f64);
+        let utilisation = row.gpu.utilisation.map(f64::from);
+        for (tag, value) in [("gpu/memory_bytes", memory), ("gpu/utilisation_percent", utilisation)] {
+            if let Some(value) = value {
+                self.tensorboard.scalar(tag, row.step, row.time, value)?;
+            }
         }
         for (module, profile) in ["discriminator", "generator"].iter().zip(row.profile.iter().flatten()) {
             let Profile { data, compute, wait, commit, other } = *profile;

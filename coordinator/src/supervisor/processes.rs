@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -15,6 +16,11 @@ use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{Exited, Process, Processes, Spawned, StartOrder};
+
+/// How long the `worker` program may take to count GPUs: a driver may have to be loaded first.
+const COUNT_LIMIT: Duration = Duration::from_secs(60);
+/// How often it is looked whether it has.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// Starts the `worker` program next to this one.
 pub struct SystemProcesses {
@@ -37,6 +43,35 @@ impl Processes for SystemProcesses {
         let what =
             format!("{}: no such program; build it with `cargo build --release`", self.program.display());
         Err(io::Error::new(io::ErrorKind::NotFound, what))
+    }
+
+    /// Asks the program itself: it counts by the same rules by which it chooses one, `CUDA_VISIBLE_DEVICES` included, and
+    /// without a driver or a build for GPUs it has none.
+    fn count_gpus(&self) -> io::Result<u32> {
+        self.check_program()?;
+        let mut counting = std::process::Command::new(&self.program)
+            .arg("gpus")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let end = Instant::now() + COUNT_LIMIT;
+        while counting.try_wait()?.is_none() {
+            if Instant::now() > end {
+                counting.kill()?;
+                counting.wait()?;
+                let what = format!("`worker gpus` did not end within {} s", COUNT_LIMIT.as_secs());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+            }
+            std::thread::sleep(LOOK);
+        }
+        let said = counting.wait_with_output()?;
+        let text = String::from_utf8_lossy(&said.stdout);
+        text.trim().parse().map_err(|_| {
+            let errors = String::from_utf8_lossy(&said.stderr);
+            let last = errors.lines().last().or(text.lines().last()).unwrap_or_default();
+            io::Error::other(format!("`worker gpus` ended with {}: {last}", said.status))
+        })
     }
 
     fn start(&mut self, order: StartOrder) -> io::Result<(Box<dyn Process>, Spawned)> {
@@ -183,6 +218,57 @@ mod tests {
             process: Some(Spawned { pid, started }),
             worker: Some(WorkerId(7)),
             ended: false,
+        }
+    }
+
+    /// A stand-in for the `worker` program.
+    fn script(folder: &tempfile::TempDir, text: &str) -> SystemProcesses {
+        use std::os::unix::fs::PermissionsExt;
+        let program = folder.path().join("worker");
+        std::fs::write(&program, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        SystemProcesses { program }
+    }
+
+    #[test]
+    fn the_worker_program_counts_the_gpus_and_its_failure_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(script(&folder, "[ \"$1\" = gpus ] && echo 4").count_gpus().unwrap(), 4);
+        let failed = script(&folder, "echo 'no libcudart.so' >&2; exit 127").count_gpus().unwrap_err();
+        assert!(failed.to_string().contains("127: no libcudart.so"), "{failed}");
+        let none = script(&folder, "echo many").count_gpus().unwrap_err();
+        assert!(none.to_string().contains("many"), "{none}");
+        let missing = SystemProcesses { program: folder.path().join("none") };
+        assert!(missing.count_gpus().unwrap_err().to_string().contains("no such program"));
+    }
+
+    /// A number frees its GPU for the next one, and no two workers have the same.
+    #[test]
+    fn a_replacement_takes_the_number_of_the_one_that_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let _entered = runtime.enter();
+        let (exits, mut exited) = tokio::sync::mpsc::unbounded_channel();
+        let processes = script(&folder, "echo \"WARN rank $LOCAL_RANK\" >&2; exec sleep 60");
+        let mut supervisor = Supervisor::new(Box::new(processes), exits);
+        for (rank, token) in ["a", "b", "c", "d"].iter().enumerate() {
+            assert_eq!(supervisor.free_rank() as usize, rank);
+            supervisor.spawn("http://x", token.to_string(), supervisor.free_rank()).unwrap();
+            supervisor.claim(token, WorkerId(rank as u64));
+        }
+        for rank in [2, 1] {
+            supervisor.kill(WorkerId(rank));
+            let exit = runtime.block_on(exited.recv()).unwrap();
+            assert!(supervisor.free_rank() == 4 || rank == 1, "a process that was not reaped keeps its GPU");
+            supervisor.reaped(&exit.token);
+        }
+        assert_eq!(supervisor.free_rank(), 1);
+        supervisor.spawn("http://x", "e".to_string(), 1).unwrap();
+        assert_eq!(supervisor.free_rank(), 2);
+        supervisor.kill_all();
+        while !supervisor.is_empty() {
+            let exit = runtime.block_on(exited.recv()).unwrap();
+            supervisor.reaped(&exit.token);
         }
     }
 

@@ -1,6 +1,7 @@
 //! Groups form, break and change.
 
 use super::*;
+use crate::backend::Backend;
 use crate::events::{Member, Start};
 use crate::shards::shard_ranges;
 use crate::types::Rank;
@@ -198,8 +199,9 @@ impl Machine {
         self.last_generation = Generation(self.last_generation.0 + 1);
         let cause = self.cause.take().unwrap_or(Cause::Planned);
         let skips = self.skips.iter().copied().collect();
+        let backend = Backend::of(members.iter().map(|member| self.gpu_of(member.worker)));
         self.begin(
-            Group { generation: self.last_generation, members, position, start, skips },
+            Group { generation: self.last_generation, members, position, start, skips, backend },
             cause,
             actions,
         );

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::locals::FIT;
 use super::*;
+use crate::backend::Backend;
 use crate::checkpoint::{StoredFile, WrittenPart};
 use crate::events::{Member, Rested, Start};
 use crate::limits::Limits;
@@ -29,7 +30,7 @@ fn settings(local_workers: u32, data_shards: u32) -> Settings {
 
 fn facts(cpu: &str) -> LoadedFacts {
     let passport = Passport([("cpu".to_string(), cpu.to_string())].into());
-    LoadedFacts { passport, samples: 100, sees_storage: true, phases_per_step: PHASES }
+    LoadedFacts { passport, samples: 100, sees_storage: true, phases_per_step: PHASES, gpu: None }
 }
 
 fn file(index: u32) -> StoredFile {
@@ -195,6 +196,27 @@ fn after_a_loss_the_survivors_go_on_from_the_most_advanced() {
     assert_eq!(group.members.iter().map(|m| m.shards.len()).sum::<usize>(), 8);
 }
 
+#[test]
+fn a_group_whose_members_come_to_share_a_gpu_goes_on_over_gloo() {
+    let mut bench = Bench::new(0, 8, Recovered::default());
+    let join = |bench: &mut Bench, worker: u64, gpu: &str| {
+        bench.handle(Event::Hello { worker: WorkerId(worker), local: false });
+        let facts = LoadedFacts { gpu: Some(gpu.to_string()), ..facts("A") };
+        bench.handle(Event::Loaded(WorkerId(worker), facts))
+    };
+    assert_eq!(formed(&join(&mut bench, 1, "a/0")).unwrap().backend, Backend::Nccl);
+    join(&mut bench, 2, "a/0");
+    let shared = bench.ready(1, 4);
+    assert_eq!(
+        formed(&shared).map(|group| (members(group), group.backend)),
+        Some((vec![1, 2], Backend::Gloo))
+    );
+    bench.handle(Event::Leave(WorkerId(2)));
+    bench.ready(1, 6);
+    let apart = bench.ready(2, 6);
+    assert_eq!(formed(&apart).map(|group| (members(group), group.backend)), Some((vec![1], Backend::Nccl)));
+}
+
 /// Invariant 3.
 #[test]
 fn a_checkpoint_that_is_newer_than_every_member_goes_first() {
@@ -218,6 +240,7 @@ fn group(generation: u64, workers: &[u64]) -> Group {
         position: Position(10),
         start: Start::Fresh,
         skips: Vec::new(),
+        backend: Backend::Gloo,
     }
 }
 

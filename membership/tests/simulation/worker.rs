@@ -376,6 +376,7 @@ impl Worker {
                 samples: 1,
                 sees_storage: !self.blind,
                 phases_per_step: u32::try_from(ctx.job.phases).expect("few phases"),
+                gpu: None,
             };
             self.say(Up::Loaded(facts), ctx);
         }

@@ -75,15 +75,18 @@ fn a_workers_messages_survive_the_wire() {
         ledger: u64::MAX,
         skipped: 9,
         profile: None,
+        gpu: GpuUse { memory_bytes: Some(1 << 33), utilisation: Some(0) },
     };
     let passport = Passport(BTreeMap::from([("cpu".to_string(), "x".to_string())]));
+    let loaded = LoadedFacts { passport, samples: 5, sees_storage: true, phases_per_step: 2, gpu: None };
     let non_finite = |stop| Fault::NonFinite { position: Position(6), detail: "x".into(), stop };
     let messages = [
         FromWorker::Hello(Hello { address: "h:1".into(), resume: Some(resume()), ..hello() }),
         FromWorker::Hello(hello()),
         FromWorker::Leave,
         FromWorker::Fault(Generation(1), Fault::Links(vec![Rank(2), Rank(0)])),
-        FromWorker::Loaded(LoadedFacts { passport, samples: 5, sees_storage: true, phases_per_step: 2 }),
+        FromWorker::Loaded(LoadedFacts { gpu: Some("h/0".into()), ..loaded.clone() }),
+        FromWorker::Loaded(loaded),
         FromWorker::Ready(Generation(1), None),
         FromWorker::Ready(Generation(1), Some(Position(7))),
         FromWorker::Fault(Generation(1), Fault::Timeout),
@@ -124,6 +127,7 @@ fn an_assignment_survives_the_wire_and_overlapping_shards_are_refused() {
             position: Position(8),
             start: Start::Checkpoint(Rank(1), checkpoint),
             skips: vec![Position(9), Position(12)],
+            backend: Backend::Nccl,
         },
         rank: 1,
         addresses: vec!["a:1".into(), "b:2".into()],
@@ -133,9 +137,11 @@ fn an_assignment_survives_the_wire_and_overlapping_shards_are_refused() {
     let mut overlapping = wire.clone();
     overlapping.members[1].first_shard = 1;
     assert!(assignment_from_wire(overlapping).is_err());
-    let mut beyond = wire;
+    let mut beyond = wire.clone();
     beyond.rank = 2;
     assert!(assignment_from_wire(beyond).is_err());
+    let unknown = wire::Assignment { backend: 0, ..wire };
+    assert!(assignment_from_wire(unknown).is_err());
 }
 
 #[test]

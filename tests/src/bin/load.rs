@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ganglion_membership::{Activity, Fault, Generation, Limits, LoadedFacts, Passport, Position, Progress};
-use ganglion_proto::message::{FromWorker, MetricsRow};
+use ganglion_proto::message::{FromWorker, GpuUse, MetricsRow};
 use ganglion_proto::wire::session_response::Message;
 use ganglion_proto::wire::{Assignment, SessionResponse};
 use ganglion_tests::wire::{Stranger, connect, hello};
@@ -84,6 +84,7 @@ impl Crowd {
             ledger: 1,
             skipped: 0,
             profile: None,
+            gpu: GpuUse::default(),
         })
     }
 }
@@ -94,7 +95,7 @@ fn seconds(time: SystemTime) -> f64 {
 
 fn facts() -> LoadedFacts {
     let passport = Passport([("build".to_string(), "load".to_string())].into());
-    LoadedFacts { passport, samples: 10_000, sees_storage: true, phases_per_step: 2 }
+    LoadedFacts { passport, samples: 10_000, sees_storage: true, phases_per_step: 2, gpu: None }
 }
 
 /// One session, from its hello to its death or the end.

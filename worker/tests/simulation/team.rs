@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ganglion_membership::{Activity, Fault, PlanKind, Position, Rank, Rested, Start as From};
 use ganglion_proto::job::Job;
-use ganglion_proto::message::{Assignment, FromWorker, MetricsRow};
+use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow};
 use ganglion_proto::stream::SampleStream;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use ganglion_proto::wire::{GetRequest, Key, SetRequest};
@@ -307,6 +307,7 @@ fn row(job: &Job, state: &State, carried: &Carried) -> MetricsRow {
         ledger: state.ledger,
         skipped: 0,
         profile: None,
+        gpu: GpuUse::default(),
     }
 }
 

@@ -108,6 +108,7 @@ pub async fn live(start: Start) {
         samples: SAMPLES,
         sees_storage: true,
         phases_per_step: u32::try_from(welcome.job.phases_per_step()).expect("few phases"),
+        gpu: None,
     });
     let archive = Archive::start(session.clone(), start.clone(), storage_of(&welcome.storage));
     train(Trainer { session, hub, archive, rng, start, held: None, unformed: 0 }).await;
