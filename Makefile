@@ -17,7 +17,7 @@ KILLS ?= 100
 RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo bench bench-load bench-recovery test simulate simulate-shell chaos check fmt lint docs licences proto-lint clean
+.PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test simulate simulate-shell chaos check fmt lint docs licences proto-lint clean
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ BENCH_NEEDS := $(if $(filter rows losses,$(BENCH_PARTS)),$(TOOLS)/bench)
 bench: build $(BENCH_NEEDS) ## Measure training, also beside PyTorch; write bench/RESULTS.md (PARTS="rows growth", ONLY="mlp-28").
 	target/release/bench $(addprefix --,$(BENCH_PARTS)) $(if $(ONLY),--only "$(ONLY)") $(if $(BF16),--bf16) \
 		--python-path $(TOOLS)/bench --page bench/RESULTS.md --pictures docs
+
+bench-gpu: ## Check and measure all that needs a GPU, into OUT=folder (after `make build CUDA=1`; GPU="--device cpu" to try it).
+	$(PYTHON) bench/gpu.py --out $(or $(OUT),bench-gpu) $(GPU)
 
 bench-load: build ## Measure a coordinator with many sessions: SESSIONS="100 500".
 	target/release/load $(SESSIONS)

@@ -1,20 +1,22 @@
-"""The same GANs as PyTorch's users train them, for the comparison of `make bench`.
+"""The same GANs as PyTorch's users train them, for the comparisons of `make bench` and `make bench-gpu`.
 
-Two ways, each data-parallel by DistributedDataParallel over Gloo, one thread a process:
+Two ways, one thread a process, and where torchrun started it data-parallel by DistributedDataParallel over Gloo:
 
 - `usual`: as PyTorch's own DCGAN example has it, wrapped as its DDP tutorial says. Adam with its defaults, the
   discriminator sees real and fake images in two passes, nothing is frozen, a DataLoader feeds it.
 - `tuned`: the fastest that we found to write. Fused Adam, the discriminator frozen in the generator's phase, real and fake
   images in one pass where there is no batch normalisation (one reduce less), gradients as views of DDP's buckets,
-  channels_last for convolutions, data in memory; with `--compile`, torch.compile as well.
+  channels_last for convolutions, data in memory (that of the device); with `--compile`, torch.compile as well: of the
+  networks, or in a process alone of whole losses, which is faster.
 
-Started by torchrun. Rank 0 prints one JSON object: seconds since `--started` to the first step, milliseconds of each
-further step, both losses of each step, and the largest resident memory of its process in MiB.
+Rank 0 prints one JSON object: seconds since `--started` to the first step, milliseconds of each further step, both losses
+of each step, and the largest resident memory of its process in MiB. On a GPU a step ends when the GPU has done all of it.
 """
 
 import argparse
 import gzip
 import json
+import os
 import pathlib
 import time
 
@@ -93,20 +95,36 @@ def digits(path, size):
     return images if size == height else nn.functional.interpolate(images, size=(size, size), mode="bilinear")
 
 
+def is_distributed():
+    return "RANK" in os.environ
+
+
+def data_parallel(net, **keep):
+    return DistributedDataParallel(net, **keep) if is_distributed() else net
+
+
+def share():
+    """This process's rank and the world size."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
 class Usual:
     """As in PyTorch's examples."""
 
     def __init__(self, options, generator, discriminator, images):
-        self.generator, self.discriminator = (DistributedDataParallel(net) for net in (generator, discriminator))
+        self.device = options.device
+        self.generator, self.discriminator = (data_parallel(net) for net in (generator, discriminator))
         self.g_adam, self.d_adam = (
             torch.optim.Adam(net.parameters(), lr=options.learning_rate, betas=(0.5, 0.999))
             for net in (generator, discriminator)
         )
         self.criterion = nn.BCEWithLogitsLoss()
-        self.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16")
+        self.autocast = lambda: torch.autocast(self.device, torch.bfloat16, enabled=options.precision == "bf16")
         self.batch = options.batch
         dataset = TensorDataset(images)
-        self.loader = DataLoader(dataset, options.batch, sampler=DistributedSampler(dataset), drop_last=True)
+        sampler = DistributedSampler(dataset, rank=share()[0], num_replicas=share()[1])
+        pinned = self.device == "cuda"
+        self.loader = DataLoader(dataset, options.batch, sampler=sampler, drop_last=True, pin_memory=pinned)
         self.batches = iter(self.loader)
 
     def next(self):
@@ -114,18 +132,18 @@ class Usual:
         if batch is None:
             self.batches = iter(self.loader)
             batch = next(self.batches)
-        return batch[0]
+        return batch[0].to(self.device, non_blocking=True)
 
     def step(self):
         real = self.next()
-        label = torch.full((self.batch,), 1.0)
+        label = torch.full((self.batch,), 1.0, device=self.device)
         self.discriminator.zero_grad()
         with self.autocast():
             output = self.discriminator(real).view(-1)
             error_real = self.criterion(output.float(), label)
         error_real.backward()
         with self.autocast():
-            fake = self.generator(torch.randn(self.batch, LATENT, 1, 1))
+            fake = self.generator(torch.randn(self.batch, LATENT, 1, 1, device=self.device))
             label.fill_(0.0)
             output = self.discriminator(fake.detach()).view(-1)
             error_fake = self.criterion(output.float(), label)
@@ -148,17 +166,24 @@ class Tuned:
         convolutional = any(isinstance(module, nn.Conv2d) for module in discriminator.modules())
         self.format = torch.channels_last if convolutional else torch.contiguous_format
         self.nets = [net.to(memory_format=self.format) for net in (generator, discriminator)]
-        self.raw = [torch.compile(net) if options.compile else net for net in self.nets]
+        self.device = options.device
+        self.compiles = bool(options.compile)
+        compiled = (lambda what: torch.compile(what, mode=options.compile)) if options.compile else lambda what: what
+        self.raw = [compiled(net) if is_distributed() else net for net in self.nets]
         self.has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in discriminator.modules())
         keep = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-        self.generator, self.discriminator = (DistributedDataParallel(net, **keep) for net in self.raw)
+        self.generator, self.discriminator = (data_parallel(net, **keep) for net in self.raw)
+        parts = (self.draw, self.discriminator_loss, self.generator_loss)
+        if not is_distributed():
+            self.draw, self.discriminator_loss, self.generator_loss = (compiled(part) for part in parts)
         self.adams = [
             torch.optim.Adam(net.parameters(), lr=options.learning_rate, betas=(0.5, 0.999), fused=True)
             for net in self.nets
         ]
-        self.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16")
+        self.autocast = lambda: torch.autocast(self.device, torch.bfloat16, enabled=options.precision == "bf16")
         self.batch = options.batch
-        self.images = images[dist.get_rank() :: dist.get_world_size()].contiguous(memory_format=self.format)
+        rank, world_size = share()
+        self.images = images[rank::world_size].to(self.device).contiguous(memory_format=self.format)
         self.order, self.place = torch.randperm(len(self.images)), 0
 
     def next(self):
@@ -166,30 +191,43 @@ class Tuned:
             self.order, self.place = torch.randperm(len(self.images)), 0
         chosen = self.order[self.place : self.place + self.batch]
         self.place += self.batch
-        return self.images[chosen]
+        return self.images[chosen.to(self.device)]
 
     def noise(self):
-        return torch.randn(self.batch, LATENT, 1, 1)
+        return torch.randn(self.batch, LATENT, 1, 1, device=self.device)
 
-    def step(self):
-        real = self.next()
-        with torch.no_grad(), self.autocast():
-            fake = self.raw[0](self.noise())
-        fake = fake.to(real.dtype).contiguous(memory_format=self.format)
-        self.adams[1].zero_grad(set_to_none=False)
+    def draw(self, noise):
+        with self.autocast():
+            fake = self.raw[0](noise)
+        return fake.to(self.images.dtype).contiguous(memory_format=self.format)
+
+    def discriminator_loss(self, real, fake):
         with self.autocast():
             if self.has_batch_norm:
                 on_real, on_fake = self.discriminator(real), self.discriminator(fake)
             else:
                 on_real, on_fake = self.discriminator(torch.cat([real, fake])).split(self.batch)
-        d_loss = softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
+        return softplus(-on_real.float()).mean() + softplus(on_fake.float()).mean()
+
+    def generator_loss(self, noise):
+        with self.autocast():
+            logits = self.raw[1](self.generator(noise))
+        return softplus(-logits.float()).mean()
+
+    def step(self):
+        if self.compiles:
+            # Tells CUDA graphs that what the step before gave is not needed any more.
+            torch.compiler.cudagraph_mark_step_begin()
+        real = self.next()
+        with torch.no_grad():
+            fake = self.draw(self.noise())
+        self.adams[1].zero_grad(set_to_none=False)
+        d_loss = self.discriminator_loss(real, fake)
         d_loss.backward()
         self.adams[1].step()
         self.nets[1].requires_grad_(False)
         self.adams[0].zero_grad(set_to_none=False)
-        with self.autocast():
-            logits = self.raw[1](self.generator(self.noise()))
-        g_loss = softplus(-logits.float()).mean()
+        g_loss = self.generator_loss(self.noise())
         g_loss.backward()
         self.adams[0].step()
         self.nets[1].requires_grad_(True)
@@ -210,7 +248,8 @@ def options():
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="torch.compile's mode")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--started", type=float, required=True, help="when the command was given, in Unix seconds")
     return parser.parse_args()
@@ -220,22 +259,26 @@ def main():
     chosen = options()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo")
+    if is_distributed():
+        dist.init_process_group("gloo")
     make, size = MODELS[chosen.model]
-    generator, discriminator = (net.apply(initialise) for net in make(chosen.width, 1))
-    torch.manual_seed(dist.get_rank())
+    generator, discriminator = (net.apply(initialise).to(chosen.device) for net in make(chosen.width, 1))
+    torch.manual_seed(share()[0])
     way = {"usual": Usual, "tuned": Tuned}[chosen.way]
     trainer = way(chosen, generator, discriminator, digits(chosen.data, size))
     losses, times, first = [], [], None
     for _ in range(chosen.steps):
         begun = time.perf_counter()
         losses.append(trainer.step())
+        if chosen.device == "cuda":
+            torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - begun))
         first = first or time.time() - chosen.started
-    if dist.get_rank() == 0:
+    if share()[0] == 0:
         figures = {"first_step": first, "steps": times[1:], "losses": losses, "resident": largest_resident_mib()}
         print(json.dumps(figures))
-    dist.destroy_process_group()
+    if is_distributed():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

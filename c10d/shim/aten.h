@@ -27,5 +27,6 @@ void set_deterministic(bool deterministic);
 rust::String c_library_version();
 std::unique_ptr<at::Tensor> leaky_relu(const at::Tensor& input, double slope);
 bool all_finite(const at::Tensor& tensor);
+std::uint64_t weighted_sum(const at::Tensor& tensor);
 
 } // namespace c10d_shim

@@ -2,8 +2,14 @@
 
 #include <array>
 #include <cstdio>
+#include <optional>
 
+#include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/core/GradMode.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <c10/util/env.h>
 
 namespace c10d_shim {
@@ -23,6 +29,25 @@ rust::String pci_bus_id(std::int8_t device) {
       properties->pciBusID,
       properties->pciDeviceID);
   return rust::String(text.data());
+}
+
+// The thread has a stream of its own, so the copy runs beside what others told the GPU to do, and waits for the copy
+// itself, so whoever gets the tensor need not.
+std::unique_ptr<at::Tensor> upload(rust::Slice<const float> values, std::int8_t device) {
+  c10::NoGradGuard no_grad;
+  thread_local std::optional<c10::cuda::CUDAStream> own;
+  if (!own || own->device_index() != device) {
+    own = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device);
+  }
+  const c10::cuda::CUDAStreamGuard guard(*own);
+  const auto count = static_cast<std::int64_t>(values.size());
+  const at::Tensor pinned = at::from_blob(const_cast<float*>(values.data()), {count}, at::kFloat).pin_memory();
+  at::Tensor there = pinned.to(at::Device(at::kCUDA, device), at::kFloat, /*non_blocking=*/true);
+  own->synchronize();
+  // Its memory is this stream's. It must not be used again before the stream that reads it has done so.
+  c10::cuda::CUDACachingAllocator::recordStream(
+      there.storage().data_ptr(), c10::cuda::getDefaultCUDAStream(device));
+  return std::make_unique<at::Tensor>(std::move(there));
 }
 
 } // namespace c10d_shim

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+
+#include <ATen/core/Tensor.h>
 
 #include "rust/cxx.h"
 
@@ -9,5 +12,6 @@ namespace c10d_shim {
 
 void prepare_cuda();
 rust::String pci_bus_id(std::int8_t device);
+std::unique_ptr<at::Tensor> upload(rust::Slice<const float> values, std::int8_t device);
 
 } // namespace c10d_shim

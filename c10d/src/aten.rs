@@ -104,7 +104,7 @@ pub fn leaky_relu(input: &Tensor, slope: f64) -> Result<Tensor, Error> {
 }
 
 /// Whether a tensor of floats holds neither an infinity nor a NaN. A contiguous tensor of `f32` on a CPU is read once, by
-/// its bits, and nothing is allocated; another goes through `isfinite`.
+/// its bits, and nothing is allocated; of another the largest absolute value is taken.
 ///
 /// # Errors
 /// [`Error::Fatal`] for a tensor that holds no floats, and for what libtorch refuses.
@@ -112,13 +112,18 @@ pub fn all_finite(tensor: &Tensor) -> Result<bool, Error> {
     Ok(shim::all_finite(at_tensor(tensor))?)
 }
 
-/// A hash (XXH3, 64 bits) of a contiguous tensor's bytes. A tensor on another device is copied to the CPU first.
+/// A hash of a contiguous tensor's bytes: XXH3 (64 bits) on a CPU. On another device a sum of its 32-bit words, each
+/// times an odd number that belongs to its place, mod 2^64, is taken there and hashed: it tells two tensors apart that
+/// differ in one element for certain, others almost certainly. So hashes of one kind of device can be compared.
 ///
 /// # Errors
 /// [`Error::Invalid`] for a tensor that is not contiguous.
 pub fn fingerprint(tensor: &Tensor, seed: u64) -> Result<u64, Error> {
     if !tensor.is_contiguous() {
         return Err(Error::Invalid("only a contiguous tensor has a fingerprint".into()));
+    }
+    if tensor.device() != tch::Device::Cpu && tensor.kind().elt_size_in_bytes() == 4 {
+        return fingerprint_of_sum(tensor, seed);
     }
     let on_cpu = tensor.f_to_device(tch::Device::Cpu)?;
     let bytes = on_cpu.numel() * on_cpu.kind().elt_size_in_bytes();
@@ -130,4 +135,52 @@ pub fn fingerprint(tensor: &Tensor, seed: u64) -> Result<u64, Error> {
     // writes to must not be handed in, as for any other operation of libtorch.
     let bytes = unsafe { std::slice::from_raw_parts(on_cpu.data_ptr().cast::<u8>(), bytes) };
     Ok(xxhash_rust::xxh3::xxh3_64_with_seed(bytes, seed))
+}
+
+/// The fingerprint of words that are not on a CPU: all that comes to the CPU is their sum.
+fn fingerprint_of_sum(tensor: &Tensor, seed: u64) -> Result<u64, Error> {
+    let sum = shim::weighted_sum(at_tensor(tensor))?;
+    Ok(xxhash_rust::xxh3::xxh3_64_with_seed(&sum.to_le_bytes(), seed))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)] // a test may panic
+mod tests {
+    use super::*;
+
+    /// With a CPU in the other device's place.
+    #[test]
+    fn a_sum_of_weighted_words_tells_tensors_apart() {
+        let values: Vec<f32> = (0..3000_u16).map(|i| f32::from(i).sin()).collect();
+        let of = |values: &[f32]| fingerprint_of_sum(&Tensor::from_slice(values), 1).unwrap();
+        let known = of(&values);
+        assert_eq!(known, of(&values));
+        assert_ne!(known, fingerprint_of_sum(&Tensor::from_slice(&values), 2).unwrap());
+        assert_ne!(known, of(&values[1..]));
+        for (at, bit) in [(0, 0), (1, 31), (1499, 22), (2999, 7)] {
+            let mut other = values.clone();
+            other[at] = f32::from_bits(other[at].to_bits() ^ (1 << bit));
+            assert_ne!(known, of(&other), "bit {bit} of number {at}");
+        }
+        let mut swapped = values.clone();
+        swapped.swap(3, 4);
+        assert_ne!(known, of(&swapped));
+        assert_ne!(of(&[0.0]), of(&[-0.0]));
+        assert_ne!(of(&[f32::NAN, 1.0]), of(&[1.0, f32::NAN]));
+    }
+
+    /// The sum wraps and is the same in any order, so it is the same on any device.
+    #[test]
+    fn a_weighted_sum_is_the_one_that_integers_give() {
+        let mix = |i: i64| {
+            let mut z = i.wrapping_mul(0x9e37_79b9_7f4a_7c15_u64.cast_signed());
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9_u64.cast_signed());
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb_u64.cast_signed());
+            (z ^ (z >> 31)) | 1
+        };
+        let words: Vec<i32> = (1..=5000).map(|i: i32| i.wrapping_mul(0x2545_f491)).collect();
+        let terms = (1..).zip(&words).map(|(i, word)| mix(i).wrapping_mul(i64::from(*word)));
+        let sum = terms.fold(0_i64, i64::wrapping_add).cast_unsigned();
+        assert_eq!(shim::weighted_sum(at_tensor(&Tensor::from_slice(&words))).unwrap(), sum);
+    }
 }

@@ -31,6 +31,7 @@ pub(crate) mod shim {
         fn c_library_version() -> Result<String>;
         fn leaky_relu(input: &Tensor, slope: f64) -> Result<UniquePtr<Tensor>>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;
+        fn weighted_sum(tensor: &Tensor) -> Result<u64>;
 
         include!("c10d/shim/cuda.h");
 
@@ -38,6 +39,8 @@ pub(crate) mod shim {
         fn prepare_cuda() -> Result<()>;
         #[cfg(feature = "cuda")]
         fn pci_bus_id(device: i8) -> Result<String>;
+        #[cfg(feature = "cuda")]
+        fn upload(values: &[f32], device: i8) -> Result<UniquePtr<Tensor>>;
     }
     impl UniquePtr<Tensor> {}
 }

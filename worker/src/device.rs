@@ -4,6 +4,8 @@ use std::str::FromStr;
 
 use tch::{Cuda, Device};
 
+use crate::data::Upload;
+
 /// What the command line asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
@@ -65,6 +67,15 @@ fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Result<usize, String
     let Some((name, value)) = given else { return Ok(0) };
     let wrong = |_| format!("{name}={value}: not a number; it says which GPU to use, so mend it or unset it");
     value.parse().map_err(wrong)
+}
+
+/// What copies samples to a GPU while the one before is trained on; `None` for a CPU.
+pub fn upload(device: Device) -> Option<Upload> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(index) => Some(Box::new(move |pixels| c10d::cuda::upload(pixels, index))),
+        _ => None,
+    }
 }
 
 /// Where a GPU sits: its address on the PCI bus; `None` for a CPU.

@@ -16,6 +16,7 @@ use crate::archive::{Archive, Order};
 use crate::checkpoint::{CheckpointError, Files, Snapshot, file_count, from_bytes, to_bytes};
 use crate::commit::{commit, skip};
 use crate::data::{Batch, DataError, DataSet, Plan, Prefetcher};
+use crate::device;
 use crate::exchange::{ReduceError, Reduced, Trailer};
 use crate::finite::{NonFinite, Verdict, judge};
 use crate::gpu::GpuWatch;
@@ -301,7 +302,7 @@ impl Trainer {
             end_step,
             depth: READ_AHEAD,
         };
-        Prefetcher::start(self.data.clone(), plan)
+        Prefetcher::start_with(self.data.clone(), plan, device::upload(self.device))
     }
 
     /// One phase: this rank's leaves, the sum of all, the commit. Returns what all members agree to do then.
@@ -421,7 +422,10 @@ impl Trainer {
         let shape = self.data.shape();
         let batch_size = i64::from(self.job.job.shard_batch);
         let sizes = [-1, batch_size, signed(shape.channels), signed(shape.height), signed(shape.width)];
-        Tensor::from_slice(&batch.pixels).view(sizes).to_device(self.device)
+        match &batch.uploaded {
+            Some(uploaded) => uploaded.view(sizes),
+            None => Tensor::from_slice(&batch.pixels).view(sizes).to_device(self.device),
+        }
     }
 
     /// After a step: metrics, samples, checkpoints. None of them blocks.

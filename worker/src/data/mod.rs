@@ -27,7 +27,7 @@ use ganglion_proto::job::{Data, DataKind};
 
 use folder::Folder;
 use framing::{Framing, Image};
-pub use prefetch::{Batch, Plan, Prefetcher};
+pub use prefetch::{Batch, Plan, Prefetcher, Upload};
 
 /// Longest side of an image as the networks see it, in pixels.
 const MAX_SIDE: u32 = 8192;
@@ -50,6 +50,9 @@ pub enum DataError {
         /// What the system said.
         source: io::Error,
     },
+    /// Samples that were read cannot be copied to the training device.
+    #[error("cannot copy samples to the training device: {0}")]
+    Upload(String),
     /// No batch is left to take: the plan is done, or an error that was already returned ended it.
     #[error("no batch is left to take")]
     Finished,

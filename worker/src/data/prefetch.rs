@@ -14,6 +14,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 
 use ganglion_proto::stream::{SampleStream, ledger_term, stream_position};
+use tch::Tensor;
 
 use super::{DataError, DataSet};
 
@@ -60,9 +61,14 @@ pub struct Batch {
     pub phase: u32,
     /// (Shards x `shard_batch`) x channels x height x width, in the order of shards, in [-1, 1].
     pub pixels: Vec<f32>,
+    /// The same on the training device, if they were uploaded.
+    pub uploaded: Option<Tensor>,
     /// Sum mod 2^64 of [`ledger_term`] over the samples that were read.
     pub ledger: u64,
 }
+
+/// Copies pixels to the training device, on the reading thread.
+pub type Upload = Box<dyn FnMut(&[f32]) -> Result<Tensor, c10d::Error> + Send>;
 
 /// Batches read ahead of the training loop.
 #[derive(Debug)]
@@ -82,12 +88,20 @@ impl Prefetcher {
     /// # Panics
     /// If the plan's shards are not among its `data_shards`, or the system cannot start a thread.
     pub fn start(dataset: Arc<DataSet>, plan: Plan) -> Prefetcher {
+        Prefetcher::start_with(dataset, plan, None)
+    }
+
+    /// The same, with an upload of what was read.
+    ///
+    /// # Panics
+    /// As [`start`](Prefetcher::start).
+    pub fn start_with(dataset: Arc<DataSet>, plan: Plan, upload: Option<Upload>) -> Prefetcher {
         assert!(plan.shards.end <= plan.data_shards, "shards {:?} of {}", plan.shards, plan.data_shards);
         let (filled, batches) = sync_channel(plan.depth);
         let (spent, reusable) = channel();
         let stop = Arc::new(AtomicBool::new(false));
         let stream = SampleStream::new(plan.seed, dataset.len() as u64);
-        let reader = Reader { dataset, plan, stream, filled, reusable, stop: Arc::clone(&stop) };
+        let reader = Reader { dataset, plan, stream, upload, filled, reusable, stop: Arc::clone(&stop) };
         let thread = thread::Builder::new()
             .name("prefetch".to_owned())
             .spawn(move || reader.run())
@@ -151,6 +165,7 @@ struct Reader {
     dataset: Arc<DataSet>,
     plan: Plan,
     stream: SampleStream,
+    upload: Option<Upload>,
     filled: SyncSender<Result<Batch, DataError>>,
     reusable: Receiver<Vec<f32>>,
     stop: Arc<AtomicBool>,
@@ -190,6 +205,8 @@ impl Reader {
             self.dataset.read(index, out)?;
             ledger = ledger.wrapping_add(ledger_term(q, sample));
         }
-        Ok(Some(Batch { step, phase, pixels, ledger }))
+        let uploaded = self.upload.as_mut().map(|upload| upload(&pixels)).transpose();
+        let uploaded = uploaded.map_err(|error| DataError::Upload(error.to_string()))?;
+        Ok(Some(Batch { step, phase, pixels, uploaded, ledger }))
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use ganglion_proto::stream::{SampleStream, ledger_term, stream_position};
+use tch::Tensor;
 
 use super::*;
 
@@ -52,6 +53,24 @@ fn batches_come_in_order_with_the_samples_of_the_stream() {
         assert!(matches!(prefetcher.next(), Err(DataError::Finished)));
         assert!(matches!(prefetcher.next(), Err(DataError::Finished)));
     }
+}
+
+/// With a copy on the CPU in the place of one on a GPU.
+#[test]
+fn what_is_read_is_uploaded_and_a_failure_of_that_ends_the_batches() {
+    let mut left = 2;
+    let upload = move |pixels: &[f32]| {
+        left -= 1;
+        if left < 0 { Err(c10d::Error::Fatal("full".to_string())) } else { Ok(Tensor::from_slice(pixels)) }
+    };
+    let mut prefetcher = Prefetcher::start_with(seven(), plan(), Some(Box::new(upload)));
+    for _ in 0..2 {
+        let batch = prefetcher.next().unwrap();
+        assert_eq!(Vec::<f32>::try_from(batch.uploaded.as_ref().unwrap()).unwrap(), batch.pixels);
+        prefetcher.recycle(batch);
+    }
+    assert!(matches!(prefetcher.next(), Err(DataError::Upload(detail)) if detail.contains("full")));
+    assert!(matches!(prefetcher.next(), Err(DataError::Finished)));
 }
 
 #[test]
@@ -118,7 +137,8 @@ fn an_error_of_reading_arrives_once() {
 #[test]
 fn a_data_set_can_be_shared() {
     fn shared<T: Send + Sync>() {}
+    fn handed_over<T: Send>() {}
     shared::<DataSet>();
     shared::<DataError>();
-    shared::<Batch>();
+    handed_over::<Batch>();
 }
