@@ -87,6 +87,8 @@ std::unique_ptr<Group> nccl_group(
   const std::chrono::milliseconds timeout(timeout_ms);
   auto options = c10d::ProcessGroupNCCL::Options::create();
   options->timeout = timeout;
+  // Else the first operation would wait for what the making of the communicator did not.
+  options->config.blocking = 1;
   auto group = c10::make_intrusive<c10d::ProcessGroupNCCL>(
       make_store(std::move(store), prefix, timeout), rank, world_size, std::move(options));
   const at::Device gpu(at::kCUDA, device);

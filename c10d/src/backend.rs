@@ -40,6 +40,17 @@ impl Backend {
         &self.group
     }
 
+    /// Cuts the connections. A failure leaves the peers to their own time limits; the waiters here are free already.
+    pub(crate) fn cut(self: Arc<Backend>) {
+        let aside = Arc::clone(&self);
+        // NCCL waits until the GPU has left its kernels, and others may wait for the thread that aborts.
+        let aside = move || drop(aside.group.close());
+        let waits = self.group.polls();
+        if !waits || thread::Builder::new().name("c10d-abort".into()).spawn(aside).is_err() {
+            let _ = self.group.close();
+        }
+    }
+
     /// Keeps what an unfinished operation may still use.
     pub(crate) fn park(&self, loan: Loan) {
         lock(&self.parked).push(loan);

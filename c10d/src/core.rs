@@ -132,8 +132,7 @@ impl Core {
     /// Wakes all waiters with an abort, then cuts the connections. The old group winds down in the background.
     pub(crate) fn abort(&self) {
         let Some(backend) = self.close_registry() else { return };
-        // A failure to cut leaves the peers to their own time limits; the waiters here are free already.
-        let _ = backend.group().close();
+        backend.cut();
     }
 
     /// Closes the group to new operations, aborts and parks those in flight.
