@@ -253,7 +253,7 @@ mod tests {
         let mut supervisor = Supervisor::new(Box::new(processes), exits);
         for (rank, token) in ["a", "b", "c", "d"].iter().enumerate() {
             assert_eq!(supervisor.free_rank() as usize, rank);
-            supervisor.spawn("http://x", token.to_string(), supervisor.free_rank()).unwrap();
+            supervisor.spawn("http://x", token.to_string(), supervisor.free_rank(), None).unwrap();
             supervisor.claim(token, WorkerId(rank as u64));
         }
         for rank in [2, 1] {
@@ -263,7 +263,7 @@ mod tests {
             supervisor.reaped(&exit.token);
         }
         assert_eq!(supervisor.free_rank(), 1);
-        supervisor.spawn("http://x", "e".to_string(), 1).unwrap();
+        supervisor.spawn("http://x", "e".to_string(), 1, None).unwrap();
         assert_eq!(supervisor.free_rank(), 2);
         supervisor.kill_all();
         while !supervisor.is_empty() {
