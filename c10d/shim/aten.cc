@@ -72,8 +72,10 @@ void set_deterministic(bool deterministic) {
 
 rust::String c_library_version() { return std::string("glibc ") + gnu_get_libc_version(); }
 
-std::unique_ptr<at::Tensor> leaky_relu(const at::Tensor& input, double slope) {
-  return std::make_unique<at::Tensor>(at::leaky_relu(input, slope));
+void leaky_relu(const at::Tensor& tensor, double slope) {
+  // Another handle on the same tensor, as its in-place operations want one that can change.
+  at::Tensor same = tensor;
+  at::leaky_relu_(same, slope);
 }
 
 namespace {

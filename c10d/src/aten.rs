@@ -93,14 +93,12 @@ pub fn c_library_version() -> Result<String, Error> {
     Ok(shim::c_library_version()?)
 }
 
-/// max(x, slope x), elementwise and differentiable. tch's own has a fixed slope of 0.01.
+/// max(x, slope x), elementwise, in place and differentiable. tch's own has a fixed slope of 0.01.
 ///
 /// # Errors
 /// [`Error::Fatal`] for what libtorch refuses.
-pub fn leaky_relu(input: &Tensor, slope: f64) -> Result<Tensor, Error> {
-    let output = shim::leaky_relu(at_tensor(input), slope)?.into_raw();
-    // SAFETY: the pointer comes from `new at::Tensor` and nobody else has it; tch deletes it when the tensor is dropped.
-    Ok(unsafe { Tensor::from_ptr(output.cast()) })
+pub fn leaky_relu(tensor: &mut Tensor, slope: f64) -> Result<(), Error> {
+    Ok(shim::leaky_relu(at_tensor(tensor), slope)?)
 }
 
 /// Whether a tensor of floats holds neither an infinity nor a NaN. A contiguous tensor of `f32` on a CPU is read once, by

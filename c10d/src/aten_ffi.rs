@@ -29,7 +29,7 @@ pub(crate) mod shim {
         fn libtorch_version() -> Result<String>;
         fn set_deterministic(deterministic: bool) -> Result<()>;
         fn c_library_version() -> Result<String>;
-        fn leaky_relu(input: &Tensor, slope: f64) -> Result<UniquePtr<Tensor>>;
+        fn leaky_relu(tensor: &Tensor, slope: f64) -> Result<()>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;
         fn weighted_sum(tensor: &Tensor) -> Result<u64>;
 

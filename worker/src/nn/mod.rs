@@ -85,7 +85,13 @@ pub struct Network {
 
 impl Network {
     /// A network of these layers.
+    ///
+    /// # Panics
+    /// If it begins with an activation, which would overwrite the input.
     pub fn new(layers: Vec<Layer>) -> Self {
+        let first = layers.iter().find(|layer| !matches!(layer, Layer::Reshape(_)));
+        let activates = matches!(first, Some(Layer::LeakyRelu { .. } | Layer::Relu | Layer::Tanh));
+        assert!(!activates, "a network begins with something else than an activation");
         Network { layers }
     }
 
@@ -166,9 +172,10 @@ impl Network {
                     buffers_used += 2;
                     normalised
                 }
-                Layer::LeakyRelu { slope } => leaky_relu(&x, *slope),
-                Layer::Relu => x.relu(),
-                Layer::Tanh => x.tanh(),
+                // In place: no backward pass needs what an activation was computed from.
+                Layer::LeakyRelu { slope } => leaky_relu(x, *slope),
+                Layer::Relu => x.relu_(),
+                Layer::Tanh => x.tanh_(),
                 Layer::Reshape(shape) => {
                     let mut whole = vec![x.size()[0]];
                     whole.extend(shape);
@@ -226,8 +233,9 @@ fn conv_transpose(x: &Tensor, weight: &Tensor, stride: i64, padding: i64) -> Ten
     x.conv_transpose2d(weight, None::<Tensor>, stride, padding, [0, 0], 1, [1, 1])
 }
 
-fn leaky_relu(x: &Tensor, slope: f64) -> Tensor {
-    c10d::aten::leaky_relu(x, slope).expect("an activation takes any tensor")
+fn leaky_relu(mut x: Tensor, slope: f64) -> Tensor {
+    c10d::aten::leaky_relu(&mut x, slope).expect("an activation takes any tensor that is no parameter");
+    x
 }
 
 fn batch_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, mode: &mut Mode, buffer: usize) -> Tensor {
