@@ -7,10 +7,13 @@
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/StreamGuard.h>
 #include <c10/cuda/CUDACachingAllocator.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/env.h>
+
+// Nothing here may call CUDA's own library: headers such as CUDAGuard.h do, in functions that are compiled into whoever
+// uses them, and the library lies where only libtorch finds it.
 
 namespace c10d_shim {
 
@@ -39,7 +42,7 @@ std::unique_ptr<at::Tensor> upload(rust::Slice<const float> values, std::int8_t 
   if (!own || own->device_index() != device) {
     own = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device);
   }
-  const c10::cuda::CUDAStreamGuard guard(*own);
+  const c10::StreamGuard guard(own->unwrap());
   const auto count = static_cast<std::int64_t>(values.size());
   const at::Tensor pinned = at::from_blob(const_cast<float*>(values.data()), {count}, at::kFloat).pin_memory();
   at::Tensor there = pinned.to(at::Device(at::kCUDA, device), at::kFloat, /*non_blocking=*/true);

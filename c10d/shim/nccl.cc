@@ -4,7 +4,6 @@
 #include <mutex>
 #include <utility>
 
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/util/env.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 
