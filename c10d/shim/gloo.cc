@@ -62,18 +62,19 @@ class GlooEngine final : public Engine {
 std::unique_ptr<Group> gloo_group(
     std::int32_t rank,
     std::int32_t world_size,
-    std::uint64_t timeout_ms,
+    const GlooLimits& limits,
     rust::Str hostname,
     rust::Str interface,
     rust::Box<StoreHandle> store,
     rust::Str prefix) {
-  const std::chrono::milliseconds timeout(timeout_ms);
+  const std::chrono::milliseconds timeout(limits.meeting_ms);
   auto options = c10d::ProcessGroupGloo::Options::create(timeout);
   options->devices.push_back(
       interface.empty() ? c10d::ProcessGroupGloo::createDeviceForHostname(std::string(hostname))
                         : c10d::ProcessGroupGloo::createDeviceForInterface(std::string(interface)));
   auto group = c10::make_intrusive<Gloo>(
       make_store(std::move(store), prefix, timeout), rank, world_size, std::move(options));
+  group->setTimeout(std::chrono::milliseconds(limits.operation_ms));
   return std::make_unique<Group>(std::make_unique<GlooEngine>(std::move(group)));
 }
 

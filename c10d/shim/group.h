@@ -16,6 +16,7 @@ namespace c10d_shim {
 
 struct Signal;
 struct StoreHandle;
+struct GlooLimits;
 class Engine;
 class Watch;
 
@@ -69,7 +70,7 @@ class Group {
 std::unique_ptr<Group> gloo_group(
     std::int32_t rank,
     std::int32_t world_size,
-    std::uint64_t timeout_ms,
+    const GlooLimits& limits,
     rust::Str hostname,
     rust::Str interface,
     rust::Box<StoreHandle> store,

@@ -20,6 +20,12 @@ pub(crate) mod shim {
         fn wait(self: &StoreHandle, keys: &[&str], timeout_ms: u64) -> Result<()>;
     }
 
+    /// The limits of a Gloo group, in milliseconds.
+    struct GlooLimits {
+        meeting_ms: u64,
+        operation_ms: u64,
+    }
+
     unsafe extern "C++" {
         include!("c10d/shim/group.h");
         include!("c10d/shim/nccl.h");
@@ -75,7 +81,7 @@ pub(crate) mod shim {
         fn gloo_group(
             rank: i32,
             world_size: i32,
-            timeout_ms: u64,
+            limits: &GlooLimits,
             hostname: &str,
             interface: &str,
             store: Box<StoreHandle>,

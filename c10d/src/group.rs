@@ -36,9 +36,10 @@ pub struct GlooOptions {
     pub rank: usize,
     /// The number of ranks, at least 1.
     pub world_size: usize,
-    /// The limit for finding the peers, and Gloo's own limit for each operation. It also bounds how long an aborted
-    /// group winds down.
+    /// The limit for finding the peers.
     pub timeout: Duration,
+    /// Gloo's own limit for each operation. It also bounds how long an aborted group winds down.
+    pub operation_timeout: Duration,
     /// Where the peers reach this rank.
     pub address: GlooAddress,
 }
@@ -95,8 +96,8 @@ impl Group {
     /// [`Error::Invalid`] for options that cannot be, [`Error::Timeout`] if a rank did not come, [`Error::PeerLost`]
     /// if one went away meanwhile, [`Error::Fatal`] for an unusable address, or what the store answered.
     pub fn gloo(options: GlooOptions, store: Arc<dyn KeyValueStore>, prefix: &str) -> Result<Group, Error> {
-        let GlooOptions { rank, world_size, timeout, address } = options;
-        let (small_rank, small_size) = check_ranks(rank, world_size, timeout)?;
+        let GlooOptions { rank, world_size, timeout, operation_timeout, address } = options;
+        let (small_rank, small_size) = check_ranks(rank, world_size, timeout.min(operation_timeout))?;
         let (hostname, interface) = match &address {
             GlooAddress::Hostname(name) => (name.as_str(), ""),
             GlooAddress::Interface(name) => ("", name.as_str()),
@@ -105,8 +106,11 @@ impl Group {
             return Err(Error::Invalid("an empty address".into()));
         }
         let store = Box::new(StoreHandle(store));
-        let limit = milliseconds(timeout);
-        let group = shim::gloo_group(small_rank, small_size, limit, hostname, interface, store, prefix)?;
+        let limits = shim::GlooLimits {
+            meeting_ms: milliseconds(timeout),
+            operation_ms: milliseconds(operation_timeout),
+        };
+        let group = shim::gloo_group(small_rank, small_size, &limits, hostname, interface, store, prefix)?;
         Ok(Group::new(group, rank, world_size, Device::Cpu))
     }
 

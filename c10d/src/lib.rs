@@ -14,6 +14,7 @@
 //!     rank: 0,
 //!     world_size: 1,
 //!     timeout: Duration::from_secs(10),
+//!     operation_timeout: Duration::from_secs(60),
 //!     address: GlooAddress::Hostname("127.0.0.1".into()),
 //! };
 //! let group = Group::gloo(options, MemoryStore::new(), "generation 1")?;

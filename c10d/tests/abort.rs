@@ -4,12 +4,14 @@
 
 mod common;
 
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use c10d::{Error, Group, ReduceOp};
-use common::{GLOO_LIMIT, LONG, assert_nothing_left, buffer_of, checks, groups, on_ranks, values_of};
+use c10d::{Error, GlooOptions, Group, KeyValueStore, MemoryStore, ReduceOp};
+use common::{
+    GLOO_LIMIT, LONG, assert_nothing_left, buffer_of, checks, groups, on_ranks, options, values_of,
+};
 
 /// The old groups are gone after Gloo's own limit; the rest is for a busy machine.
 const WIND_DOWN: Duration = Duration::from_secs(10);
@@ -26,6 +28,7 @@ fn groups_break_cleanly() {
     a_finished_operation_survives_an_abort();
     a_timeout_is_a_timeout();
     the_backends_own_timeout_is_a_timeout();
+    an_operation_may_wait_longer_than_a_meeting();
     a_lost_peer_is_noticed_by_all();
     a_dropped_group_frees_its_waiter();
     dropped_operations_leave_nothing();
@@ -142,6 +145,30 @@ fn the_backends_own_timeout_is_a_timeout() {
     let groups = groups(2, Duration::from_secs(1));
     assert_eq!(reduce(&groups[0]), Err(Error::Timeout));
     assert_eq!(reduce(&groups[0]), Err(Error::Aborted));
+}
+
+/// A rank that comes to an operation late, by more than the limit for finding each other, is not too late.
+fn an_operation_may_wait_longer_than_a_meeting() {
+    let store: Arc<dyn KeyValueStore> = MemoryStore::new();
+    let part = |rank: usize| {
+        let options = GlooOptions { operation_timeout: LONG, ..options(rank, 2, GLOO_LIMIT) };
+        let group = Group::gloo(options, Arc::clone(&store), "late").unwrap();
+        if rank == 1 {
+            thread::sleep(GLOO_LIMIT + Duration::from_millis(500));
+        }
+        reduce(&group)
+    };
+    thread::scope(|scope| {
+        let ranks = [0, 1].map(|rank| {
+            scope.spawn({
+                let part = &part;
+                move || part(rank)
+            })
+        });
+        for rank in ranks {
+            assert_eq!(rank.join().unwrap().unwrap()[0], 2.0);
+        }
+    });
 }
 
 /// Rank 0 goes away; its neighbours see it, break their groups, and so the rank opposite sees it too.

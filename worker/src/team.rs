@@ -296,7 +296,8 @@ fn meet(
     session: &Session,
     device: Device,
 ) -> Result<(Group, Term), c10d::Error> {
-    let (rank, world_size, timeout) = (deal.rank, deal.shards.len(), session.limits().meet);
+    let (rank, world_size) = (deal.rank, deal.shards.len());
+    let limits = session.limits();
     let generation = assignment.group.generation;
     let (store, term) = session.store();
     let address = match std::env::var("GLOO_SOCKET_IFNAME") {
@@ -304,7 +305,9 @@ fn meet(
         Err(_) => GlooAddress::Hostname(session.local_address().to_string()),
     };
     let backend = assignment.group.backend;
-    let options = GlooOptions { rank, world_size, timeout, address };
+    // The same limit as this worker's own waits have: a member that computes for long must not break the group.
+    let (timeout, operation_timeout) = (limits.meet, limits.reduce);
+    let options = GlooOptions { rank, world_size, timeout, operation_timeout, address };
     let connect = move || connect(backend, options, store, device);
     // libtorch's own wait for peers cannot be interrupted: a thread that is told to leave walks away from it.
     let (done, met) = mpsc::channel();
@@ -337,7 +340,7 @@ fn connect(
     match (backend, device) {
         #[cfg(feature = "cuda")]
         (Backend::Nccl, Device::Cuda(device)) => {
-            let GlooOptions { rank, world_size, timeout, .. } = options;
+            let GlooOptions { rank, world_size, operation_timeout: timeout, .. } = options;
             Group::nccl(c10d::NcclOptions { rank, world_size, timeout, device }, store, "nccl")
         }
         (Backend::Nccl, _) => {

@@ -104,6 +104,14 @@ struct Samples {
     images: Tensor,
 }
 
+impl Samples {
+    /// A shard's images, by its place among this rank's. In memory of their own: where they start must not depend on how
+    /// shards are dealt, since kernels may look at alignment.
+    fn of_shard(&self, place: u32) -> Tensor {
+        self.images.get(i64::from(place)).copy()
+    }
+}
+
 /// Where a run of steps is, for its reports.
 struct Pace {
     since: Instant,
@@ -331,7 +339,7 @@ impl Trainer {
         let Course { drawn, batches, ahead, .. } = course;
         let mut work = ShardWork { leaves: &leaves, phase, step, state, drawn, of_real };
         let leaf = |shard: u32, out: &mut LeafBuffer| {
-            let real = samples.as_ref().map(|samples| samples.images.get(i64::from(shard - own.start)));
+            let real = samples.as_ref().map(|samples| samples.of_shard(shard - own.start));
             work.compute(shard, real.as_ref(), out).map_err(|error| error.to_string())
         };
         // What the generator's commit does not change can be computed before it.
@@ -393,7 +401,7 @@ impl Trainer {
         }
         let Some(batch) = batches.try_next() else { return Ok(None) };
         let samples = Samples { images: self.real_images(&batch), batch };
-        let of_real = leaves.real_part(state, &samples.images.get(0))?;
+        let of_real = leaves.real_part(state, &samples.of_shard(0))?;
         Ok(Some((samples, of_real)))
     }
 

@@ -23,7 +23,7 @@ static GROUPS: AtomicU64 = AtomicU64::new(0);
 
 pub fn options(rank: usize, world_size: usize, timeout: Duration) -> GlooOptions {
     let address = GlooAddress::Hostname("127.0.0.1".into());
-    GlooOptions { rank, world_size, timeout, address }
+    GlooOptions { rank, world_size, timeout, operation_timeout: timeout, address }
 }
 
 /// Forms one group among threads of this process, and returns it rank by rank.

@@ -35,6 +35,7 @@ fn as_ranks<R: Send>(data_shards: u32, world_size: u32, part: impl Fn(Deal, Grou
             rank,
             world_size: world_size as usize,
             timeout: LIMIT,
+            operation_timeout: LIMIT,
             address: GlooAddress::Hostname("127.0.0.1".to_string()),
         };
         let group = Group::gloo(options, Arc::clone(&store) as Arc<_>, "test").unwrap();
