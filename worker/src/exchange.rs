@@ -229,10 +229,8 @@ impl Exchange {
         failpoint::reached("reduce", trailer.position);
         on(Moment::Done(Part::Compute))?;
         let reduced = match self.route {
-            Route::Alone => {
-                on(Moment::Sent)?;
-                Ok(self.finish_alone(sums, trailer))
-            }
+            // Nobody is waited for, so nothing is gained by other work now.
+            Route::Alone => Ok(self.finish_alone(sums, trailer)),
             Route::Whole => {
                 self.lay_out_whole(sums, trailer, &mut lent.part);
                 lent = self.swap(group, timeout, lent, &mut on)?;
