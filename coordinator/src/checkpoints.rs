@@ -133,7 +133,7 @@ impl Checkpoints {
         if checkpoint.folder() != folder {
             return Err(format!("manifest.json is of {}", checkpoint.folder()));
         }
-        checkpoint.files.iter().try_for_each(|file| check(&path, file))?;
+        check_files(&path, &checkpoint)?;
         Ok(Some(checkpoint))
     }
 
@@ -156,6 +156,11 @@ impl Checkpoints {
         }
         Ok(())
     }
+}
+
+/// Whether all files of a checkpoint in a folder are there and have the manifest's hashes; otherwise what is wrong.
+pub fn check_files(folder: &Path, checkpoint: &Checkpoint) -> Result<(), String> {
+    checkpoint.files.iter().try_for_each(|file| check(folder, file))
 }
 
 fn check(folder: &Path, file: &StoredFile) -> Result<(), String> {

@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -36,8 +37,8 @@ pub struct Cli {
     /// Write a timeline of this coordinator and its local workers, for ui.perfetto.dev; at most 128 MiB of it.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
-    /// How logs are written.
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    /// How logs are written, those of local workers included.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, env = ganglion_proto::log::VARIABLE)]
     pub log_format: LogFormat,
 }
 
@@ -50,9 +51,40 @@ pub enum Command {
     Audit {
         /// The run directory.
         run: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
-    /// Shows a run that goes on: its step, and its workers with their numbers.
-    Status(RunChoice),
+    /// Shows a run: its step, and while it goes on its workers with their numbers.
+    Status {
+        /// Which run.
+        #[command(flatten)]
+        run: RunChoice,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lists the runs in a folder: how far each is, and whether it goes on.
+    Runs {
+        /// The folder that holds run directories.
+        #[arg(default_value = "runs")]
+        folder: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lists a run's checkpoints with their digests.
+    Checkpoints {
+        /// Which run.
+        #[command(flatten)]
+        run: RunChoice,
+        /// Read every file and compare it with its hash; exit code 1 if one is damaged.
+        #[arg(long)]
+        verify: bool,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Lets a worker leave with nothing done again. A local one is not replaced.
     Drain {
         /// The worker's number, as `coordinator status` shows it.
@@ -68,6 +100,20 @@ pub enum Command {
         /// Which run.
         #[command(flatten)]
         run: RunChoice,
+    },
+    /// Stops a run after a clean checkpoint, and waits until it has stopped. The same command goes on with it.
+    Stop {
+        /// Which run.
+        #[command(flatten)]
+        run: RunChoice,
+        /// How long to wait at most, in seconds. The run stops all the same, only later.
+        #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+        timeout: u64,
+    },
+    /// Prints the completions for a shell, such as `coordinator completions bash > /etc/bash_completion.d/coordinator`.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
     },
 }
 
@@ -86,6 +132,15 @@ pub enum LogFormat {
     Text,
     /// An object a line.
     Json,
+}
+
+impl fmt::Display for LogFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        })
+    }
 }
 
 /// How many workers to start.
@@ -173,7 +228,9 @@ mod tests {
     #[test]
     fn a_command_stands_alone() {
         assert!(cli(&["--workers", "2"]).command.is_none());
-        let Some(Command::Audit { run }) = cli(&["audit", "runs/x"]).command else { panic!("an audit") };
+        let Some(Command::Audit { run, json: false }) = cli(&["audit", "runs/x"]).command else {
+            panic!("an audit")
+        };
         assert_eq!(run, PathBuf::from("runs/x"));
         assert!(Cli::try_parse_from(["coordinator", "--workers", "2", "audit", "runs/x"]).is_err());
     }

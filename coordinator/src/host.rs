@@ -9,6 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tonic::transport::server::Connected;
 
+use crate::cli::LogFormat;
 use crate::server::door;
 use crate::shell::StopSignal;
 use crate::supervisor::{Processes, SystemProcesses};
@@ -32,7 +33,10 @@ pub trait Host {
 }
 
 /// This machine.
-pub struct System;
+pub struct System {
+    /// How this process logs, and the workers that it starts.
+    pub log_format: LogFormat,
+}
 
 impl Host for System {
     type Connection = TcpStream;
@@ -44,7 +48,7 @@ impl Host for System {
     }
 
     fn processes(&self) -> io::Result<Box<dyn Processes>> {
-        Ok(Box::new(SystemProcesses::new()?))
+        Ok(Box::new(SystemProcesses::new(self.log_format)?))
     }
 
     fn signals(&self) -> io::Result<mpsc::UnboundedReceiver<StopSignal>> {

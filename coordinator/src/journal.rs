@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::supervisor::Spawned;
 
-/// The tables. A newer layout gets a new `user_version`.
+/// The tables.
 const SCHEMA: &str = "
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = FULL;
@@ -41,8 +41,10 @@ const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS checkpoints (
         step INTEGER NOT NULL, phase INTEGER NOT NULL, position INTEGER NOT NULL,
         state_digest TEXT NOT NULL, generation INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (step, phase));
-    PRAGMA user_version = 2;
 ";
+
+/// The version of the tables' layout. One that this program does not know is left alone.
+const LAYOUT: u32 = 2;
 
 /// The columns that came after the tables: table, column, definition.
 const ADDED: [(&str, &str, &str); 5] = [
@@ -55,8 +57,17 @@ const ADDED: [(&str, &str, &str); 5] = [
 
 /// The journal cannot be read or written.
 #[derive(Debug, thiserror::Error)]
-#[error("journal.sqlite: {0}")]
-pub struct JournalError(#[from] rusqlite::Error);
+pub enum JournalError {
+    /// SQLite says why.
+    #[error("journal.sqlite: {0}")]
+    Sqlite(#[from] rusqlite::Error),
+    /// A later version of this program wrote it.
+    #[error(
+        "journal.sqlite: its layout is {0}, and this version of the coordinator knows none above {LAYOUT}: the run belongs \
+         to a newer version; go on with that one, or choose another --run-dir"
+    )]
+    Newer(u32),
+}
 
 /// An open journal.
 pub struct Journal {
@@ -109,12 +120,17 @@ impl Journal {
     /// Opens or creates the journal.
     pub fn open(file: &Path) -> Result<Journal, JournalError> {
         let connection = Connection::open(file)?;
+        let layout: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+        if layout > LAYOUT {
+            return Err(JournalError::Newer(layout));
+        }
         connection.execute_batch(SCHEMA)?;
         for (table, column, definition) in ADDED {
             if !connection.column_exists(None, table, column)? {
                 connection.execute_batch(&format!("ALTER TABLE {table} ADD COLUMN {column} {definition}"))?;
             }
         }
+        connection.pragma_update(None, "user_version", LAYOUT)?;
         Ok(Journal { connection })
     }
 
@@ -366,6 +382,20 @@ mod tests {
         assert_eq!(journal.fact(Fact::Port).unwrap().as_deref(), Some("7000"));
         assert_eq!(journal.fact(Fact::Run).unwrap(), None);
         assert_eq!(journal.last_generation().unwrap(), Generation(0));
+    }
+
+    /// A newer version may mean something else by what it wrote.
+    #[test]
+    fn a_journal_of_a_newer_version_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("journal.sqlite");
+        let journal = Journal::open(&file).unwrap();
+        journal.connection.pragma_update(None, "user_version", LAYOUT + 1).unwrap();
+        drop(journal);
+        for _ in 0..2 {
+            let error = Journal::open(&file).err().unwrap();
+            assert!(matches!(error, JournalError::Newer(layout) if layout == LAYOUT + 1), "{error}");
+        }
     }
 
     #[test]

@@ -2,12 +2,15 @@
 #![forbid(unsafe_code)]
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use ganglion_coordinator::audit::audit;
-use ganglion_coordinator::cli::{Cli, Command};
+use ganglion_coordinator::cli::{Cli, Command, RunChoice};
 use ganglion_coordinator::host::System;
+use ganglion_coordinator::inspect;
 use ganglion_coordinator::operate::{Question, operate};
 use ganglion_coordinator::report::progress::Screen;
 use ganglion_coordinator::run::{Failure, run, start_log};
@@ -18,24 +21,45 @@ fn main() -> ExitCode {
         None => {
             let screen = Screen::stderr(std::io::stderr().is_terminal());
             start_log(&screen, cli.log_format);
-            conclude(block_on(run(cli, &System, screen)))
+            let system = System { log_format: cli.log_format };
+            conclude(block_on(run(cli, &system, screen)))
         }
-        Some(Command::Audit { run }) => match audit(&run) {
-            Ok(report) => {
-                say(&mut std::io::stdout(), &report.to_string());
-                if report.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-            }
-            Err(error) => {
-                say(&mut std::io::stderr(), &format!("error: {error}"));
-                ExitCode::from(2)
-            }
-        },
-        Some(Command::Status(run)) => conclude(block_on(operate(&run.run_dir, Question::Status))),
-        Some(Command::Drain { worker, run }) => {
-            conclude(block_on(operate(&run.run_dir, Question::Drain(worker))))
+        Some(command) => serve(command),
+    }
+}
+
+/// Does what is not training.
+fn serve(command: Command) -> ExitCode {
+    let ask = |run: &RunChoice, question| conclude(block_on(operate(&run.run_dir, question)));
+    match command {
+        Command::Audit { run, json } => audited(&run, json),
+        Command::Status { run, json } => ask(&run, Question::Status { json }),
+        Command::Drain { worker, run } => ask(&run, Question::Drain(worker)),
+        Command::Scale { workers, run } => ask(&run, Question::Scale(workers)),
+        Command::Stop { run, timeout } => ask(&run, Question::Stop(Duration::from_secs(timeout))),
+        Command::Runs { folder, json } => conclude(inspect::runs(&folder, json)),
+        Command::Checkpoints { run, verify, json } => {
+            conclude(inspect::checkpoints(&run.run_dir, verify, json))
         }
-        Some(Command::Scale { workers, run }) => {
-            conclude(block_on(operate(&run.run_dir, Question::Scale(workers))))
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "coordinator", &mut script);
+            say(&mut std::io::stdout(), String::from_utf8_lossy(&script).trim_end());
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+fn audited(run: &Path, json: bool) -> ExitCode {
+    match audit(run) {
+        Ok(report) => {
+            let text = if json { inspect::as_json(&report) } else { report.to_string() };
+            say(&mut std::io::stdout(), &text);
+            if report.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            say(&mut std::io::stderr(), &format!("error: {error}"));
+            ExitCode::from(2)
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use ganglion_membership::{Checkpoint, Generation, Limits, Outcome, Recovered};
 use ganglion_proto::job::Job;
+use ganglion_proto::log::{self, JsonLines};
 use ganglion_proto::trace::Trace;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -65,7 +66,10 @@ impl Failure {
 
 impl From<JournalError> for Failure {
     fn from(error: JournalError) -> Self {
-        Failure::Other(error.to_string())
+        match error {
+            JournalError::Newer(_) => Failure::Input(error.to_string()),
+            JournalError::Sqlite(_) => Failure::Other(error.to_string()),
+        }
     }
 }
 
@@ -122,6 +126,8 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
         supervisor.check_program().map_err(other)?;
     }
     let term = journal.begin_term(job.metrics.every_steps)?;
+    log::note("run", job.job.name.as_str());
+    log::note("term", term.0);
     let (incoming, address) = listen(&cli, host, &mut journal).await?;
     let url = format!("http://{}", SocketAddr::new(reachable(address.ip()), address.port()));
     let access = Access { address: url.clone(), token: new_token().map_err(other)? };
@@ -368,6 +374,6 @@ pub fn start_log(screen: &Screen, format: LogFormat) {
         .with_writer(move || screen.clone());
     match format {
         LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
+        LogFormat::Json => log.event_format(JsonLines).init(),
     }
 }

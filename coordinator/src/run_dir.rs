@@ -7,11 +7,16 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ganglion_proto::job::Job;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::job_file;
+
+/// How often a run directory's lock is asked for, and the pause between.
+const LOCK_ATTEMPTS: u32 = 5;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Why a run directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -50,14 +55,11 @@ impl RunDir {
         let lock_file = folder.join("lock");
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).open(lock_file);
-        let mut lock = match Flock::lock(file.map_err(unusable)?, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => lock,
-            Err((mut file, _)) => {
-                let mut holder = String::new();
-                let _ = file.read_to_string(&mut holder);
-                return Err(RunDirError::Held { folder, holder: holder.trim().to_string() });
-            }
-        };
+        let mut lock = lock(file.map_err(unusable)?).map_err(|mut file| {
+            let mut holder = String::new();
+            let _ = file.read_to_string(&mut holder);
+            RunDirError::Held { folder: folder.clone(), holder: holder.trim().to_string() }
+        })?;
         let host = nix::unistd::gethostname()
             .map_or_else(|_| "unknown".to_string(), |host| host.to_string_lossy().into_owned());
         lock.set_len(0).map_err(unusable)?;
@@ -114,6 +116,18 @@ impl RunDir {
         write_whole(&file, job_file::render(job).as_bytes()).map_err(|error| input(error.to_string()))?;
         Ok(changed)
     }
+}
+
+/// Takes a file's lock. Who only looks whether a run goes on has the lock for an instant, so one refusal says nothing.
+fn lock(mut file: File) -> Result<Flock<File>, File> {
+    for _ in 0..LOCK_ATTEMPTS {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((refused, _)) => file = refused,
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    }
+    Err(file)
 }
 
 /// Writes a file so that a reader finds the old content or the new, also after a crash.

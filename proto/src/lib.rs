@@ -2,12 +2,13 @@
 //!
 //! The generated messages stay behind [`wire`]; the rest of Ganglion uses [`job::Job`] and the messages of [`message`].
 //! What a run agrees on besides messages is here as well: the order of its samples ([`stream`]), the form of a
-//! checkpoint's manifest ([`manifest`]) and of a timeline ([`trace`]).
+//! checkpoint's manifest ([`manifest`]), of a timeline ([`trace`]) and of the structured log ([`log`]).
 //! Whatever comes from the wire is checked on the way: see [`Malformed`].
 
 mod convert;
 pub mod failpoint;
 pub mod job;
+pub mod log;
 pub mod manifest;
 pub mod message;
 pub mod rows;

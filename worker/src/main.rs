@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use ganglion_proto::log::{self, JsonLines};
 use ganglion_proto::trace::Trace;
 use ganglion_worker::device::{DeviceChoice, gpus};
 use ganglion_worker::run::{Failure, SPAWN_TOKEN, run};
@@ -33,6 +34,9 @@ struct Join {
     /// Write a timeline of what this worker does, for ui.perfetto.dev. A coordinator has an option of the same name.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// How logs are written: text, or json for an object a line.
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = ["text", "json"], env = log::VARIABLE)]
+    log_format: String,
 }
 
 #[derive(Subcommand)]
@@ -61,7 +65,7 @@ struct SampleArguments {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    start_log();
+    start_log(cli.join.as_ref().is_some_and(|join| join.log_format == "json"));
     let result = match (cli.command, cli.join) {
         (Some(Command::Sample(arguments)), _) => sample(&arguments),
         (Some(Command::Gpus), _) => {
@@ -110,7 +114,7 @@ fn spawned() -> bool {
 }
 
 /// Logs to standard error.
-fn start_log() {
+fn start_log(structured: bool) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -119,7 +123,9 @@ fn start_log() {
         .with_ansi(std::io::stderr().is_terminal())
         // A dead coordinator takes the pipe along; complaining about that would need the pipe.
         .log_internal_errors(false);
-    if spawned() {
+    if structured {
+        log.event_format(JsonLines).init();
+    } else if spawned() {
         log.without_time().init();
     } else {
         log.init();

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ganglion_membership::{Fault, LoadedFacts};
+use ganglion_proto::log;
 use ganglion_proto::message::FromWorker;
 use ganglion_proto::trace::{Nothing, Trace, Track};
 use object_store::local::LocalFileSystem;
@@ -77,6 +78,8 @@ pub fn run(url: &str, device: DeviceChoice, trace: &Trace) -> Result<(), Failure
             }
         };
         let group = &assignment.group;
+        log::note("generation", group.generation.0);
+        log::note("rank", assignment.rank);
         trace.name(&format!("worker {}", session.welcome().worker));
         tracing::info!(
             "generation {}: rank {} of {} with data shards {:?} from position {}",
@@ -104,6 +107,9 @@ pub fn run(url: &str, device: DeviceChoice, trace: &Trace) -> Result<(), Failure
 fn introduce(session: &Session, trace: &Trace, track: &Track) {
     let welcome = session.welcome();
     trace.name(&format!("worker {}", welcome.worker));
+    log::note("run", welcome.job.job.name.as_str());
+    log::note("term", welcome.term.0);
+    log::note("worker", welcome.worker.0);
     let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     track.instant("welcome", json!({ "time": time.as_secs_f64(), "term": welcome.term.0 }));
 }

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use ganglion_membership::{Checkpoint, Fault, PlanKind, Position, Rank, Rested, Start};
-use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow};
 use ganglion_proto::trace::{Nothing, Track};
+use ganglion_proto::{failpoint, log};
 use object_store::ObjectStore;
 use serde_json::json;
 use tch::{Device, Tensor, no_grad};
@@ -325,6 +325,7 @@ impl Trainer {
         let leaves = Leaves { job: &self.job, models: &self.models, device: self.device };
         let step = state.counters.position.0 / self.job.phases_per_step();
         team.laps.begin(phase.module, step + 1, state.counters.position.0);
+        log::note("step", step + 1);
         let (samples, of_real) = self.samples(phase, course)?;
         team.laps.lap(Part::Data);
         let plan = self.session.plan();

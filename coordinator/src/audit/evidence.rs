@@ -149,7 +149,8 @@ impl<T: DeserializeOwned> Lines<T> {
     }
 }
 
-fn storage(run: &Path, job: &Job) -> PathBuf {
+/// Where a run's checkpoints are.
+pub(crate) fn storage(run: &Path, job: &Job) -> PathBuf {
     job.checkpoint.url.as_deref().map_or_else(
         || run.join("checkpoints"),
         |url| PathBuf::from(url.strip_prefix("file://").unwrap_or(url)),
@@ -157,7 +158,7 @@ fn storage(run: &Path, job: &Job) -> PathBuf {
 }
 
 /// The manifests on a storage, by folder. One that is removed meanwhile is none.
-fn manifests(storage: &Path) -> io::Result<Vec<(String, Result<Checkpoint, String>)>> {
+pub(crate) fn manifests(storage: &Path) -> io::Result<Vec<(String, Result<Checkpoint, String>)>> {
     let entries = match fs::read_dir(storage) {
         Ok(entries) => entries,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),

@@ -8,7 +8,7 @@
 //! 4. A claim says what it was shown for. What cannot be decided from the files is counted, never passed over.
 
 mod checkpoints;
-mod evidence;
+pub(crate) mod evidence;
 mod groups;
 mod ledger;
 mod lineage;
@@ -22,16 +22,17 @@ use std::time::Duration;
 
 use evidence::Evidence;
 pub use evidence::NoRun;
+use serde::Serialize;
 
 /// Longer than a coordinator takes to write what it has decided, and than its workers take to repeat a report.
 const SECOND_LOOK: Duration = Duration::from_secs(3);
 
 /// What an audit found, a claim a line.
-#[derive(Debug)]
+#[derive(Debug, Serialize)]
 pub struct Report(Vec<Claim>);
 
 /// A statement about the run, and what the files say to it.
-#[derive(Debug)]
+#[derive(Debug, Serialize)]
 struct Claim {
     statement: &'static str,
     /// What it was shown for.

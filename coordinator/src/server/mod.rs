@@ -18,7 +18,7 @@ use ganglion_proto::wire::session_service_server::{SessionService, SessionServic
 use ganglion_proto::wire::store_service_server::StoreServiceServer;
 use ganglion_proto::wire::{
     DrainRequest, DrainResponse, GetStatusRequest, GetStatusResponse, ScaleRequest, ScaleResponse,
-    SessionRequest, SessionResponse,
+    SessionRequest, SessionResponse, StopRequest, StopResponse,
 };
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -72,6 +72,8 @@ pub enum AdminInput {
     Drain(WorkerId, oneshot::Sender<Result<(), String>>),
     /// So many local workers. The answer is why not.
     Scale(u32, oneshot::Sender<Result<(), String>>),
+    /// That the run stops after a clean checkpoint.
+    Stop(oneshot::Sender<()>),
 }
 
 /// Serves clients whose connections come by `incoming` until `shutdown` changes.
@@ -250,5 +252,11 @@ impl AdminService for Admin {
         let workers = request.into_inner().workers;
         let answer = self.ask(|answer| AdminInput::Scale(workers, answer)).await?;
         answer.map(|()| Response::new(ScaleResponse {})).map_err(Status::failed_precondition)
+    }
+
+    async fn stop(&self, request: Request<StopRequest>) -> Result<Response<StopResponse>, Status> {
+        self.authorise(&request)?;
+        self.ask(AdminInput::Stop).await?;
+        Ok(Response::new(StopResponse {}))
     }
 }

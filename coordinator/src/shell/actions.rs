@@ -4,8 +4,8 @@ use ganglion_membership::{
     Action, Cause, Checkpoint, Event, Generation, Group, Outcome, Passport, Plan, PlanKind, Rejection, Start,
     WorkerId,
 };
-use ganglion_proto::failpoint;
 use ganglion_proto::message::{Assignment, ToWorker};
+use ganglion_proto::{failpoint, log};
 use serde_json::json;
 
 use super::{Shell, ShellError};
@@ -135,6 +135,7 @@ impl Shell {
                 json!({ "rank": rank, "worker": member.worker.0, "pid": pid, "shards": shards })
             })
             .collect();
+        log::note("generation", group.generation.0);
         self.records.event(
             "generation_formed",
             json!({

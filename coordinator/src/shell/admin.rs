@@ -4,7 +4,7 @@ use ganglion_membership::{Event, WorkerId};
 use ganglion_proto::wire::{GetStatusResponse, WorkerStatus};
 use serde_json::json;
 
-use super::{Shell, ShellError};
+use super::{Shell, ShellError, StopSignal};
 use crate::server::AdminInput;
 
 impl Shell {
@@ -18,6 +18,13 @@ impl Shell {
             AdminInput::Scale(workers, answer) => {
                 let possible = self.scale(workers)?;
                 let _ = answer.send(possible);
+            }
+            AdminInput::Stop(answer) => {
+                // Asking twice is no more than asking once: a second signal would stop at once.
+                if self.signal.is_none() {
+                    self.stop(StopSignal::Terminate)?;
+                }
+                let _ = answer.send(());
             }
         }
         Ok(())

@@ -8,12 +8,15 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use ganglion_proto::log;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::mpsc::UnboundedSender;
+
+use crate::cli::LogFormat;
 
 use super::{Exited, Process, Processes, Spawned, StartOrder};
 
@@ -25,13 +28,14 @@ const LOOK: Duration = Duration::from_millis(5);
 /// Starts the `worker` program next to this one.
 pub struct SystemProcesses {
     program: PathBuf,
+    log_format: LogFormat,
 }
 
 impl SystemProcesses {
     /// Looks for this program's own folder.
-    pub fn new() -> io::Result<SystemProcesses> {
+    pub fn new(log_format: LogFormat) -> io::Result<SystemProcesses> {
         let own = std::env::current_exe()?.canonicalize()?;
-        Ok(SystemProcesses { program: own.with_file_name("worker") })
+        Ok(SystemProcesses { program: own.with_file_name("worker"), log_format })
     }
 }
 
@@ -81,6 +85,7 @@ impl Processes for SystemProcesses {
             .args(order.trace.iter().flat_map(|file| [OsStr::new("--trace"), file.as_os_str()]))
             .env("GANGLION_SPAWN_TOKEN", &order.token)
             .env("LOCAL_RANK", order.local_rank.to_string())
+            .env(log::VARIABLE, self.log_format.to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -187,6 +192,9 @@ async fn watch_adopted(process: Arc<OwnedFd>, pid: u32, token: String, exits: Un
 
 /// Logs a worker's line at the level that the worker gave it; returns the text of an error.
 fn forward(name: &str, line: &str) -> Option<String> {
+    if let Some(line) = log::parse(line) {
+        return forward_structured(line);
+    }
     let (level, text) = line.trim_start().split_once(' ').unwrap_or(("", line));
     let text = text.trim();
     match level {
@@ -199,6 +207,21 @@ fn forward(name: &str, line: &str) -> Option<String> {
         "INFO" => tracing::info!(worker = name, "{text}"),
         "DEBUG" | "TRACE" => tracing::debug!(worker = name, "{text}"),
         _ => tracing::warn!(worker = name, "{}", line.trim_end()),
+    }
+    None
+}
+
+/// The same for a line of the structured log: where in the run it was goes along.
+fn forward_structured(line: log::Line) -> Option<String> {
+    let log::Line { level, message, worker, rank, generation, step } = line;
+    match level.as_str() {
+        "ERROR" => {
+            tracing::debug!(worker, rank, generation, step, "{message}");
+            return Some(message);
+        }
+        "WARN" => tracing::warn!(worker, rank, generation, step, "{message}"),
+        "INFO" => tracing::info!(worker, rank, generation, step, "{message}"),
+        _ => tracing::debug!(worker, rank, generation, step, "{message}"),
     }
     None
 }
@@ -227,7 +250,7 @@ mod tests {
         let program = folder.path().join("worker");
         std::fs::write(&program, format!("#!/bin/sh\n{text}\n")).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-        SystemProcesses { program }
+        SystemProcesses { program, log_format: LogFormat::Text }
     }
 
     #[test]
@@ -238,7 +261,7 @@ mod tests {
         assert!(failed.to_string().contains("127: no libcudart.so"), "{failed}");
         let none = script(&folder, "echo many").count_gpus().unwrap_err();
         assert!(none.to_string().contains("many"), "{none}");
-        let missing = SystemProcesses { program: folder.path().join("none") };
+        let missing = SystemProcesses { program: folder.path().join("none"), log_format: LogFormat::Text };
         assert!(missing.count_gpus().unwrap_err().to_string().contains("no such program"));
     }
 
@@ -278,7 +301,7 @@ mod tests {
         let pid = process.id();
         let started = start_time(pid).unwrap();
         let (exits, mut exited) = tokio::sync::mpsc::unbounded_channel();
-        let mut supervisor = Supervisor::new(Box::new(SystemProcesses::new().unwrap()), exits);
+        let mut supervisor = Supervisor::new(Box::new(SystemProcesses::new(LogFormat::Text).unwrap()), exits);
         assert!(!supervisor.adopt(&row(pid, started + 1)), "another process has its number now");
         assert!(supervisor.adopt(&row(pid, started)));
         assert_eq!(supervisor.free_rank(), 0);

@@ -1,0 +1,208 @@
+//! What operators ask of a running coordinator, over its own gRPC: status, drain, scale, stop.
+//!
+//! A coordinator leaves its address and a token in its run directory, in a file that only its user can read.
+
+pub mod table;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use ganglion_proto::wire::admin_service_client::AdminServiceClient;
+use ganglion_proto::wire::{DrainRequest, GetStatusRequest, GetStatusResponse, ScaleRequest, StopRequest};
+use serde::{Deserialize, Serialize};
+use tonic::Request;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::inspect::{Overview, Standing, as_json, is_held, overview};
+use crate::run::Failure;
+use table::Table;
+
+/// The file in the run directory.
+pub const ACCESS_FILE: &str = "admin.json";
+/// How long a coordinator may take to answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// How often it is looked whether a run has stopped.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How a run's coordinator is reached by those who may read its directory.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Access {
+    /// Where it listens.
+    pub address: String,
+    /// What changes to the run need.
+    pub token: String,
+}
+
+/// What is asked.
+#[derive(Debug)]
+pub enum Question {
+    /// How things are, perhaps for a program.
+    Status {
+        /// As JSON.
+        json: bool,
+    },
+    /// That a worker leaves.
+    Drain(u64),
+    /// So many local workers.
+    Scale(u32),
+    /// That the run stops, and so long to wait for that.
+    Stop(Duration),
+}
+
+/// Asks the coordinator of a run, and returns what to print.
+pub async fn operate(folder: &Path, question: Question) -> Result<String, Failure> {
+    match question {
+        Question::Status { json } => status(folder, json).await,
+        Question::Drain(worker) => drain(worker, folder).await,
+        Question::Scale(workers) => scale(workers, folder).await,
+        Question::Stop(limit) => stop(limit, folder).await,
+    }
+}
+
+/// Of a run that no coordinator holds, its files are asked.
+async fn status(folder: &Path, json: bool) -> Result<String, Failure> {
+    if !is_held(folder) {
+        let run = overview(folder)?;
+        return Ok(if json { as_json(&run) } else { at_rest(&run) });
+    }
+    let (mut client, _) = reach(folder).await?;
+    let answer = client.get_status(Request::new(GetStatusRequest {})).await.map_err(refused)?.into_inner();
+    Ok(if json { as_json(&Status::of(&answer)) } else { table(&answer) })
+}
+
+fn at_rest(run: &Overview) -> String {
+    let of = run.last_step.map_or(String::new(), |step| format!(" of {step}"));
+    let saved =
+        run.checkpoint_step.map_or("no checkpoint".to_string(), |step| format!("checkpoint of step {step}"));
+    let next = match run.standing {
+        Standing::Complete => "it is complete".to_string(),
+        standing => format!("it is {}; the same command goes on with it", standing.name()),
+    };
+    format!("run {}: step {}{of}, {saved}; {next}", run.name, run.step)
+}
+
+async fn drain(worker: u64, folder: &Path) -> Result<String, Failure> {
+    let (mut client, access) = reach(folder).await?;
+    client.drain(authorised(DrainRequest { worker }, &access)?).await.map_err(refused)?;
+    Ok(format!("worker {worker} leaves at the next phase"))
+}
+
+async fn scale(workers: u32, folder: &Path) -> Result<String, Failure> {
+    let (mut client, access) = reach(folder).await?;
+    client.scale(authorised(ScaleRequest { workers }, &access)?).await.map_err(refused)?;
+    Ok(format!("the coordinator runs {workers} workers from now on"))
+}
+
+/// Asks a coordinator to stop, and waits until it holds the run no more.
+async fn stop(limit: Duration, folder: &Path) -> Result<String, Failure> {
+    let (mut client, access) = reach(folder).await?;
+    client.stop(authorised(StopRequest {}, &access)?).await.map_err(refused)?;
+    let started = Instant::now();
+    while is_held(folder) {
+        if started.elapsed() > limit {
+            let seconds = limit.as_secs();
+            return Err(Failure::Other(format!(
+                "the run was asked to stop, and goes on after {seconds} s: its step and checkpoint are not done yet"
+            )));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(at_rest(&overview(folder)?))
+}
+
+async fn reach(folder: &Path) -> Result<(AdminServiceClient<Channel>, Access), Failure> {
+    let file = folder.join(ACCESS_FILE);
+    let missing = |reason: String| {
+        Failure::Input(format!(
+            "--run-dir {}: {reason}; give the folder of a run whose coordinator is running",
+            folder.display()
+        ))
+    };
+    let text = std::fs::read_to_string(&file).map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
+    let access: Access =
+        serde_json::from_str(&text).map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
+    let endpoint = Endpoint::from_shared(access.address.clone())
+        .map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?
+        .connect_timeout(ANSWER_LIMIT)
+        .timeout(ANSWER_LIMIT);
+    let channel = endpoint.connect().await.map_err(|_| {
+        Failure::Other(format!("no coordinator answers at {}; is the run still going on?", access.address))
+    })?;
+    Ok((AdminServiceClient::new(channel), access))
+}
+
+fn authorised<T>(message: T, access: &Access) -> Result<Request<T>, Failure> {
+    let mut request = Request::new(message);
+    let token = format!("Bearer {}", access.token).parse();
+    let token = token.map_err(|_| Failure::Input(format!("{ACCESS_FILE}: the token is no text")))?;
+    request.metadata_mut().insert("authorization", token);
+    Ok(request)
+}
+
+#[allow(clippy::needless_pass_by_value)] // as map_err hands it over
+fn refused(status: tonic::Status) -> Failure {
+    match status.code() {
+        tonic::Code::FailedPrecondition | tonic::Code::InvalidArgument => {
+            Failure::Input(status.message().to_string())
+        }
+        _ => Failure::Other(status.message().to_string()),
+    }
+}
+
+/// What a coordinator says, for programs.
+#[derive(Serialize)]
+struct Status<'a> {
+    name: &'a str,
+    standing: Standing,
+    step: u64,
+    last_step: u64,
+    checkpoint_step: u64,
+    generation: u64,
+    term: u64,
+    workers: Vec<WorkerLine<'a>>,
+}
+
+#[derive(Serialize)]
+struct WorkerLine<'a> {
+    worker: u64,
+    rank: Option<u32>,
+    pid: u32,
+    host: &'a str,
+}
+
+impl Status<'_> {
+    fn of(status: &GetStatusResponse) -> Status<'_> {
+        let workers = status.workers.iter().map(|worker| WorkerLine {
+            worker: worker.worker,
+            rank: worker.rank,
+            pid: worker.pid,
+            host: &worker.host,
+        });
+        Status {
+            name: &status.name,
+            standing: Standing::Running,
+            step: status.step,
+            last_step: status.last_step,
+            checkpoint_step: status.checkpoint_step,
+            generation: status.generation,
+            term: status.term,
+            workers: workers.collect(),
+        }
+    }
+}
+
+fn table(status: &GetStatusResponse) -> String {
+    let mut workers = Table::new(&["worker", "rank", "process", "<host"]);
+    for worker in &status.workers {
+        workers.row([
+            worker.worker.to_string(),
+            worker.rank.map_or("-".to_string(), |rank| rank.to_string()),
+            worker.pid.to_string(),
+            worker.host.clone(),
+        ]);
+    }
+    format!(
+        "run {}: step {} of {}, checkpoint of step {}, generation {}, term {}\n{workers}",
+        status.name, status.step, status.last_step, status.checkpoint_step, status.generation, status.term,
+    )
+}

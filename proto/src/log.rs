@@ -1,0 +1,189 @@
+//! The structured log: an object a line, for machines that collect logs.
+//!
+//! 1. Each line says when (`time`, seconds of Unix time), how grave (`level`), what (`message` and the event's own fields),
+//!    and where in the run: what of `run`, `term`, `generation`, `worker`, `rank` and `step` this process knows.
+//! 2. An event's own fields go before what the process knows: a coordinator passes on what its workers log.
+//! 3. A line is one write, and holds no newline but its last byte.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{PoisonError, RwLock};
+use std::time::SystemTime;
+
+use serde_json::{Map, Value};
+use tracing::field::{Field, Visit};
+use tracing::{Event, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+/// The environment variable by which a coordinator has its workers write the structured log.
+pub const VARIABLE: &str = "GANGLION_LOG_FORMAT";
+
+/// What this process knows of its place in the run.
+static PLACE: RwLock<BTreeMap<&str, Value>> = RwLock::new(BTreeMap::new());
+
+/// Notes something that every line says from now on, such as `generation`.
+pub fn note(key: &'static str, value: impl Into<Value>) {
+    PLACE.write().unwrap_or_else(PoisonError::into_inner).insert(key, value.into());
+}
+
+/// Writes an event as a line of the structured log.
+pub struct JsonLines;
+
+impl<S, N> FormatEvent<S, N> for JsonLines
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let mut line = Map::new();
+        line.insert("time".to_string(), unix_time().into());
+        line.insert("level".to_string(), event.metadata().level().to_string().into());
+        event.record(&mut Fields(&mut line));
+        let place = PLACE.read().unwrap_or_else(PoisonError::into_inner);
+        for (key, value) in &*place {
+            if !line.contains_key(*key) {
+                line.insert(key.to_string(), value.clone());
+            }
+        }
+        writeln!(writer, "{}", Value::Object(line))
+    }
+}
+
+fn unix_time() -> f64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// Takes an event's fields.
+struct Fields<'a>(&'a mut Map<String, Value>);
+
+impl Fields<'_> {
+    fn take(&mut self, field: &Field, value: impl Into<Value>) {
+        self.0.insert(field.name().to_string(), value.into());
+    }
+}
+
+impl Visit for Fields<'_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.take(field, format!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.take(field, value);
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.take(field, value);
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.take(field, value);
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.take(field, value);
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.take(field, value);
+    }
+}
+
+/// A line of the structured log, as far as the process that passes it on needs it.
+pub struct Line {
+    /// How grave.
+    pub level: String,
+    /// What.
+    pub message: String,
+    /// Who says it, of those that are known.
+    pub worker: Option<u64>,
+    /// Its rank.
+    pub rank: Option<u64>,
+    /// The generation that it is in.
+    pub generation: Option<u64>,
+    /// The step that it is in.
+    pub step: Option<u64>,
+}
+
+/// Reads a line of the structured log; `None` for any other text.
+pub fn parse(line: &str) -> Option<Line> {
+    let fields: Map<String, Value> = serde_json::from_str(line).ok()?;
+    let text = |key: &str| fields.get(key)?.as_str().map(str::to_string);
+    let number = |key: &str| fields.get(key)?.as_u64();
+    Some(Line {
+        level: text("level")?,
+        message: text("message")?,
+        worker: number("worker"),
+        rank: number("rank"),
+        generation: number("generation"),
+        step: number("step"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn logged(log: impl FnOnce()) -> String {
+        let written = Written::default();
+        let to = written.clone();
+        let subscriber =
+            tracing_subscriber::fmt().event_format(JsonLines).with_writer(move || to.clone()).finish();
+        tracing::subscriber::with_default(subscriber, log);
+        String::from_utf8(written.0.lock().unwrap().clone()).unwrap()
+    }
+
+    #[test]
+    fn a_line_says_where_in_the_run_it_was_and_can_be_passed_on() {
+        note("run", "mnist-mlp");
+        note("rank", 1);
+        let text = logged(|| tracing::warn!(worker = 7, step = 12, delayed = true, "two\nlines"));
+        assert_eq!(text.matches('\n').count(), 1, "{text}");
+        let line: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(
+            (&line["run"], &line["rank"], &line["delayed"]),
+            (&"mnist-mlp".into(), &1.into(), &true.into())
+        );
+        assert!(line["time"].as_f64().unwrap() > 1e9);
+        let line = parse(text.trim_end()).unwrap();
+        assert_eq!((line.level.as_str(), line.message.as_str()), ("WARN", "two\nlines"));
+        assert_eq!((line.worker, line.rank, line.step, line.generation), (Some(7), Some(1), Some(12), None));
+    }
+
+    #[test]
+    fn an_events_own_fields_go_before_what_the_process_knows() {
+        note("rank", 1);
+        let text = logged(|| tracing::info!(rank = 3, "passed on"));
+        assert_eq!(parse(&text).unwrap().rank, Some(3));
+    }
+
+    #[test]
+    fn other_text_is_not_taken_for_a_line() {
+        assert!(
+            parse("WARN something").is_none() && parse("{\"level\":1}").is_none() && parse("[]").is_none()
+        );
+    }
+}
