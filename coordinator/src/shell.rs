@@ -15,11 +15,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ganglion_membership::{
-    Action, Checkpoint, Event, Limits, Machine, Outcome, Recovered, Settings, Term, Time, WorkerId,
+    Action, Checkpoint, Event, Limits, Machine, Outcome, Progress, Recovered, Settings, Term, Time, WorkerId,
 };
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
-use ganglion_proto::message::ToWorker;
+use ganglion_proto::message::{ToWorker, Usage};
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -119,6 +119,10 @@ struct Connected {
     pid: u32,
     /// Where other workers find out whether they reach it.
     address: String,
+    /// What it computes on.
+    device: String,
+    /// When it gave its newest sign of life, and what it said then.
+    heard: Option<(Instant, Progress, Usage)>,
 }
 
 /// The run cannot go on, because of this process or its machine.

@@ -212,6 +212,18 @@ impl Machine {
         self.group.as_ref()
     }
 
+    /// What the group does, in a word for people.
+    pub fn stage(&self) -> &'static str {
+        match self.stage {
+            Stage::Gathering => "gathering",
+            Stage::Reconnecting { .. } => "reconnecting",
+            Stage::Training { .. } => "training",
+            Stage::Regrouping { .. } => "regrouping",
+            Stage::Closing { .. } => "closing",
+            Stage::Ended => "ended",
+        }
+    }
+
     /// The newest committed checkpoint.
     pub fn checkpoint(&self) -> Option<&Checkpoint> {
         self.checkpoint.as_ref()

@@ -11,7 +11,7 @@ use serde::de::value::{Error as ValueError, StrDeserializer};
 
 use crate::job::{self, Job, Length};
 use crate::message::{
-    Assignment, FromWorker, GpuUse, Hello, MetricsRow, Profile, Resume, SampleGrid, ToWorker, Welcome,
+    Assignment, FromWorker, GpuUse, Hello, MetricsRow, Profile, Resume, SampleGrid, ToWorker, Usage, Welcome,
 };
 use crate::wire;
 
@@ -61,11 +61,14 @@ impl FromWorker {
                 position: position.map(|position| position.0),
             }),
             FromWorker::Fault(generation, fault) => fault_to_wire(generation, fault),
-            FromWorker::Heartbeat(progress) => Message::Heartbeat(wire::Heartbeat {
+            FromWorker::Heartbeat(progress, usage) => Message::Heartbeat(wire::Heartbeat {
                 position: progress.position.0,
                 activity: activity_to_wire(progress.activity).into(),
                 leaves: progress.leaves,
                 slowest_leaf_us: u64::try_from(progress.slowest_leaf.as_micros()).unwrap_or(u64::MAX),
+                resident_bytes: usage.resident_bytes,
+                gpu_memory_bytes: usage.gpu.memory_bytes,
+                gpu_utilisation: usage.gpu.utilisation,
             }),
             FromWorker::Metrics(row) => Message::Metrics(row_to_wire(row)),
             FromWorker::PartWritten(part) => Message::PartWritten(wire::PartWritten {
@@ -108,12 +111,7 @@ impl FromWorker {
                 FromWorker::Ready(Generation(ready.generation), ready.position.map(Position))
             }
             Message::Fault(fault) => FromWorker::Fault(Generation(fault.generation), fault_from_wire(fault)?),
-            Message::Heartbeat(heartbeat) => FromWorker::Heartbeat(Progress {
-                position: Position(heartbeat.position),
-                leaves: heartbeat.leaves,
-                activity: activity_from_wire(heartbeat.activity())?,
-                slowest_leaf: Duration::from_micros(heartbeat.slowest_leaf_us).min(SLOWEST_LEAF),
-            }),
+            Message::Heartbeat(heartbeat) => heartbeat_from_wire(&heartbeat)?,
             Message::Metrics(row) => FromWorker::Metrics(row_from_wire(row)),
             Message::PartWritten(part) => FromWorker::PartWritten(WrittenPart {
                 step: part.step,
@@ -166,6 +164,7 @@ fn hello_to_wire(hello: Hello) -> wire::Hello {
             generation: resume.generation.0,
             rested: resume.rest.map(rested),
         }),
+        device: hello.device,
     }
 }
 
@@ -185,6 +184,7 @@ fn hello_from_wire(hello: wire::Hello) -> Hello {
             generation: Generation(resume.generation),
             rest: resume.rested.map(rested),
         }),
+        device: clipped(hello.device),
     }
 }
 
@@ -240,7 +240,19 @@ fn fault_from_wire(fault: wire::Fault) -> Result<Fault, Malformed> {
     })
 }
 
-fn activity_to_wire(activity: Activity) -> wire::Activity {
+fn heartbeat_from_wire(heartbeat: &wire::Heartbeat) -> Result<FromWorker, Malformed> {
+    let progress = Progress {
+        position: Position(heartbeat.position),
+        leaves: heartbeat.leaves,
+        activity: activity_from_wire(heartbeat.activity())?,
+        slowest_leaf: Duration::from_micros(heartbeat.slowest_leaf_us).min(SLOWEST_LEAF),
+    };
+    let gpu = GpuUse { memory_bytes: heartbeat.gpu_memory_bytes, utilisation: heartbeat.gpu_utilisation };
+    Ok(FromWorker::Heartbeat(progress, Usage { resident_bytes: heartbeat.resident_bytes, gpu }))
+}
+
+/// An activity on the wire.
+pub fn activity_to_wire(activity: Activity) -> wire::Activity {
     match activity {
         Activity::Computing => wire::Activity::Computing,
         Activity::Waiting => wire::Activity::Waiting,
@@ -273,6 +285,8 @@ pub(crate) fn row_to_wire(row: MetricsRow) -> wire::MetricsRow {
         generator_profile: row.profile.map(|[_, profile]| profile_to_wire(profile)),
         gpu_memory_bytes: row.gpu.memory_bytes,
         gpu_utilisation: row.gpu.utilisation,
+        score_real: row.scores.map(|[real, _]| real),
+        score_fake: row.scores.map(|[_, fake]| fake),
     }
 }
 
@@ -302,6 +316,7 @@ pub(crate) fn row_from_wire(row: wire::MetricsRow) -> MetricsRow {
         skipped: row.skipped,
         profile: discriminator.zip(generator).map(|(discriminator, generator)| [discriminator, generator]),
         gpu: GpuUse { memory_bytes: row.gpu_memory_bytes, utilisation: row.gpu_utilisation },
+        scores: row.score_real.zip(row.score_fake).map(|(real, fake)| [real, fake]),
     }
 }
 

@@ -21,7 +21,7 @@ pub mod wire {
     tonic::include_proto!("ganglion.v1");
 }
 
-pub use convert::Malformed;
+pub use convert::{Malformed, activity_to_wire};
 
 /// Version of the contract. A worker that speaks another is refused at its hello.
 pub const PROTOCOL: u32 = 1;

@@ -17,8 +17,8 @@ pub enum FromWorker {
     Ready(Generation, Option<Position>),
     /// It left its group.
     Fault(Generation, Fault),
-    /// A sign of life.
-    Heartbeat(Progress),
+    /// A sign of life, and what the worker takes of its machine.
+    Heartbeat(Progress, Usage),
     /// The figures of a step.
     Metrics(MetricsRow),
     /// A file of a checkpoint is on the storage.
@@ -84,6 +84,8 @@ pub struct Hello {
     pub address: String,
     /// Who it was, if its session had begun before and ended.
     pub resume: Option<Resume>,
+    /// What it computes on, for people.
+    pub device: String,
 }
 
 /// What a worker whose session ended says of itself.
@@ -155,6 +157,18 @@ pub struct MetricsRow {
     /// Where the time of the discriminator's phases and of the generator's went; `None` if nobody measured it.
     pub profile: Option<[Profile; 2]>,
     /// How the reporting member's GPU was used.
+    pub gpu: GpuUse,
+    /// What the discriminator says of real samples and of the generator's, means over the global batch; `None` if nobody
+    /// noted it.
+    pub scores: Option<[f64; 2]>,
+}
+
+/// What a worker takes of its machine at a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Memory of its process, in bytes, where the system tells.
+    pub resident_bytes: Option<u64>,
+    /// Its GPU.
     pub gpu: GpuUse,
 }
 

@@ -54,6 +54,7 @@ mod tests {
             skipped: 0,
             profile: None,
             gpu: GpuUse { memory_bytes: Some(1), utilisation: None },
+            scores: Some([0.1 + 0.2, f64::INFINITY]),
         };
         let rows: Vec<MetricsRow> = (1..4).map(row).collect();
         let content = encode(&rows);

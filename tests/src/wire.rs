@@ -19,6 +19,7 @@ pub fn hello() -> Hello {
         pid: std::process::id(),
         address: "127.0.0.1:9".to_string(),
         resume: None,
+        device: "cpu".to_string(),
     }
 }
 

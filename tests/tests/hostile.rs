@@ -9,7 +9,7 @@ use ganglion_membership::{
     Fault, Generation, LoadedFacts, Passport, Position, Progress, Rank, StoredFile, Term, WorkerId,
     WrittenPart,
 };
-use ganglion_proto::message::{FromWorker, GpuUse, Hello, MetricsRow, SampleGrid, ToWorker};
+use ganglion_proto::message::{FromWorker, GpuUse, Hello, MetricsRow, SampleGrid, ToWorker, Usage};
 use ganglion_proto::wire::admin_service_client::AdminServiceClient;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use ganglion_proto::wire::{
@@ -129,6 +129,7 @@ fn row(step: u64) -> MetricsRow {
         skipped: 0,
         profile: None,
         gpu: GpuUse::default(),
+        scores: None,
     }
 }
 
@@ -229,7 +230,8 @@ fn a_worker_that_is_no_member_changes_nothing_whatever_it_claims() {
             stranger.say(message);
         }
     }
-    stranger.say(FromWorker::Heartbeat(Progress { slowest_leaf: Duration::MAX, ..Progress::default() }));
+    let slow = Progress { slowest_leaf: Duration::MAX, ..Progress::default() };
+    stranger.say(FromWorker::Heartbeat(slow, Usage::default()));
     stranger.say(FromWorker::Leave);
     assert_eq!(target.end_of(stranger).unwrap(), Some(ToWorker::Release));
     target.logs("of term 2 in term 1");
@@ -284,7 +286,7 @@ fn who_stalls_is_shut_out() {
     // One says much and never reads.
     let deaf = target.join(hello()).unwrap();
     for _ in 0..100_000 {
-        deaf.say(FromWorker::Heartbeat(Progress::default()));
+        deaf.say(FromWorker::Heartbeat(Progress::default(), Usage::default()));
     }
     target.logs(&format!("worker {} does not read its messages", deaf.welcome.worker));
     for mut socket in silent.into_iter().chain(halting) {

@@ -5,6 +5,7 @@ use std::str::FromStr;
 use tch::{Cuda, Device};
 
 use crate::data::Upload;
+use crate::gpu;
 
 /// What the command line asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +88,23 @@ pub fn place(device: Device) -> Result<Option<String>, c10d::Error> {
     }
 }
 
+/// A device for people: `cuda:0 NVIDIA H100 80GB HBM3`, or `cpu` with the processor's name, where these are known.
+pub fn describe(device: Device) -> String {
+    let (kind, name) = match device {
+        Device::Cuda(index) => {
+            (format!("cuda:{index}"), place(device).ok().flatten().and_then(|place| gpu::model(&place)))
+        }
+        _ => ("cpu".to_string(), processor()),
+    };
+    name.map_or(kind.clone(), |name| format!("{kind} {name}"))
+}
+
+fn processor() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    line.split_once(": ").map(|(_, name)| name.trim().to_string())
+}
+
 /// The name of the GPU at a place of this machine, the same in all processes and containers on it, and on no other
 /// machine. NCCL tells GPUs apart by the same two facts.
 pub fn name(place: &str) -> String {
@@ -138,6 +156,12 @@ mod tests {
         let wrong = auto(2, &[("LOCAL_RANK", "one")]).unwrap_err();
         assert!(wrong.contains("LOCAL_RANK=one"), "{wrong}");
         assert_eq!(auto(0, &[("LOCAL_RANK", "one")]), Ok(Device::Cpu));
+    }
+
+    #[test]
+    fn a_device_says_what_it_is() {
+        assert!(describe(Device::Cpu).starts_with("cpu"), "{}", describe(Device::Cpu));
+        assert!(describe(Device::Cuda(3)).starts_with("cuda:3"), "{}", describe(Device::Cuda(3)));
     }
 
     #[test]

@@ -52,7 +52,7 @@ pub fn judge(
     mean: &Tensor,
     skips: &[Position],
 ) -> Result<Verdict, crate::team::TeamError> {
-    if c10d::aten::all_finite(&narrow(mean, 0..layout.len()))? {
+    if c10d::aten::all_finite(&narrow(mean, layout.decisive()))? {
         return Ok(Verdict::Commit);
     }
     let position = counters.position;

@@ -59,6 +59,11 @@ impl GpuWatch {
     }
 }
 
+/// What a GPU is called by its maker.
+pub fn model(place: &str) -> Option<String> {
+    Nvml::init().ok()?.device_by_pci_bus_id(place).ok()?.name().ok()
+}
+
 /// One look. What the driver does not tell, such as the use of a part of a GPU, stays unknown.
 fn look(driver: &Nvml, place: &str) -> GpuUse {
     let Ok(gpu) = driver.device_by_pci_bus_id(place) else { return GpuUse::default() };

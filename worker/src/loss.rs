@@ -5,7 +5,7 @@
 //! Logits go through softplus, never through a logarithm of a probability: -log s(x) = softplus(-x).
 
 use ganglion_proto::job::{Loss, LossKind};
-use tch::{Kind, Tensor};
+use tch::{Kind, Tensor, no_grad};
 
 /// What the discriminator minimises: [`on_real`] and [`on_fake`].
 ///
@@ -36,6 +36,15 @@ pub fn on_fake(kind: LossKind, fake: &Tensor) -> Tensor {
         LossKind::Hinge => total(&(fake + 1.0).relu()),
         LossKind::WassersteinGp => total(fake),
     }
+}
+
+/// What the discriminator says of samples, for people: D(x) of the paper where the objective takes its output for a logit,
+/// else the output itself. In single precision, without a gradient.
+pub fn score(kind: LossKind, logits: &Tensor) -> Tensor {
+    no_grad(|| match kind {
+        LossKind::NonSaturating | LossKind::Minimax => logits.sigmoid().sum(Kind::Float),
+        LossKind::LeastSquares | LossKind::Hinge | LossKind::WassersteinGp => logits.sum(Kind::Float),
+    })
 }
 
 /// What the generator minimises.

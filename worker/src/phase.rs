@@ -8,8 +8,9 @@
 //!    Whether they are kept from the one to the other or drawn again changes no bit.
 //!
 //! A leaf's buffer holds, in this order: the gradient of the summed loss, laid out as the module's parameters; b times
-//! the batch statistics of each pass, laid out as its buffers; the summed loss. All become means over the global batch
-//! when the sum of the leaves is divided by V x b.
+//! the batch statistics of each pass, laid out as its buffers; the summed loss; in a discriminator's, what it says of the
+//! real samples and of the generator's. All become means over the global batch when the sum of the leaves is divided by
+//! V x b. The scores are for people: nothing is decided by them.
 
 use std::ops::Range;
 
@@ -79,6 +80,16 @@ impl LeafLayout {
         self.parameters.len() + self.passes * self.buffers.len()
     }
 
+    /// Places of the scores of real samples and of the generator's.
+    pub fn scores(&self) -> Range<usize> {
+        self.loss() + 1..self.loss() + 3
+    }
+
+    /// Floats that decide something.
+    pub fn decisive(&self) -> Range<usize> {
+        0..self.loss() + 1
+    }
+
     /// Floats in a leaf: a multiple of [`ALIGNMENT`].
     pub fn len(&self) -> usize {
         self.loss() + ALIGNMENT
@@ -97,6 +108,7 @@ pub struct LeafBuffer {
     gradients: Vec<Tensor>,
     statistics: Vec<Tensor>,
     loss: Tensor,
+    scores: [Tensor; 2],
 }
 
 impl LeafBuffer {
@@ -110,6 +122,7 @@ impl LeafBuffer {
             gradients: layout.parameters.views(&narrow(&flat, layout.gradient())),
             statistics: statistics.flat_map(|range| layout.buffers.views(&narrow(&flat, range))).collect(),
             loss: narrow(&flat, layout.loss()..layout.loss() + 1),
+            scores: [0, 1].map(|at| layout.scores().start + at).map(|at| narrow(&flat, at..at + 1)),
             flat,
         }
     }
@@ -126,6 +139,8 @@ pub struct Drawn {
 /// A part of a leaf: of the discriminator's, what comes from real samples, from the generator's, and from the penalty.
 pub struct LeafPart {
     loss: Tensor,
+    /// Of real samples and of the generator's, where it looks at them.
+    scores: [Option<Tensor>; 2],
     gradients: Vec<Tensor>,
     statistics: Vec<Tensor>,
 }
@@ -196,7 +211,10 @@ impl Leaves<'_> {
     /// The part of a discriminator's leaf that comes from real samples, where it looks at them apart. A commit of the
     /// generator does not change it.
     pub fn real_part(&self, state: &State, real: &Tensor) -> Result<LeafPart, c10d::Error> {
-        self.seen(state, real, |logits| loss::on_real(self.job.loss.kind, logits))
+        let kind = self.job.loss.kind;
+        self.seen(state, real, |logits| {
+            (loss::on_real(kind, logits), [Some(loss::score(kind, logits)), None])
+        })
     }
 
     fn discriminator(
@@ -208,14 +226,19 @@ impl Leaves<'_> {
         fake: &Tensor,
     ) -> Result<Vec<LeafPart>, c10d::Error> {
         let objective = &self.job.loss;
+        let kind = objective.kind;
         let mut parts = if self.tells_real_apart() {
             let of_real = of_real.map_or_else(|| self.real_part(state, real), Ok)?;
-            vec![of_real, self.seen(state, fake, |logits| loss::on_fake(objective.kind, logits))?]
+            let of_fake = self.seen(state, fake, |logits| {
+                (loss::on_fake(kind, logits), [None, Some(loss::score(kind, logits))])
+            })?;
+            vec![of_real, of_fake]
         } else {
             // Without batch normalisation samples do not see each other, so one pass serves real and fake ones.
             vec![self.seen(state, &Tensor::cat(&[real, fake], 0), |logits| {
                 let halves = logits.chunk(2, 0);
-                loss::discriminator(objective.kind, &halves[0], &halves[1])
+                let scores = [0, 1].map(|half| Some(loss::score(kind, &halves[half])));
+                (loss::discriminator(kind, &halves[0], &halves[1]), scores)
             })?]
         };
         if loss::has_gradient_penalty(objective) {
@@ -224,19 +247,19 @@ impl Leaves<'_> {
         Ok(parts)
     }
 
-    /// What the discriminator makes of samples.
+    /// What the discriminator makes of samples: `judge` tells the loss and the scores from its logits.
     fn seen(
         &self,
         state: &State,
         samples: &Tensor,
-        loss: impl FnOnce(&Tensor) -> Tensor,
+        judge: impl FnOnce(&Tensor) -> (Tensor, [Option<Tensor>; 2]),
     ) -> Result<LeafPart, c10d::Error> {
         let mut statistics = Vec::new();
         let parameters = state.trainable(Module::Discriminator);
         let mode = &mut Mode::Batch(&mut statistics);
-        let loss = loss(&self.models.discriminator.forward(samples, parameters, mode));
+        let (loss, scores) = judge(&self.models.discriminator.forward(samples, parameters, mode));
         let gradients = Tensor::f_run_backward(&[&loss], parameters, false, false)?;
-        Ok(LeafPart { loss, gradients, statistics })
+        Ok(LeafPart { loss, scores, gradients, statistics })
     }
 
     /// The gradient penalty, in fp32. The statistics of places between real and fake are not the data's.
@@ -254,7 +277,7 @@ impl Leaves<'_> {
         let weight = self.job.loss.gradient_penalty;
         let loss = loss::gradient_penalty(weight, real, fake, &places, logits);
         let gradients = Tensor::f_run_backward(&[&loss], parameters, false, false)?;
-        Ok(LeafPart { loss, gradients, statistics: Vec::new() })
+        Ok(LeafPart { loss, scores: [None, None], gradients, statistics: Vec::new() })
     }
 
     fn generator(&self, drawn: Drawn, state: &State) -> Result<LeafPart, c10d::Error> {
@@ -263,7 +286,7 @@ impl Leaves<'_> {
         let logits = self.models.discriminator.forward(&drawn.fake, frozen, mode);
         let loss = loss::generator(self.job.loss.kind, &logits);
         let gradients = Tensor::f_run_backward(&[&loss], state.trainable(Module::Generator), false, false)?;
-        Ok(LeafPart { loss, gradients, statistics: drawn.statistics })
+        Ok(LeafPart { loss, scores: [None, None], gradients, statistics: drawn.statistics })
     }
 
     fn noise_key(&self, phase: Phase, step: u64, shard: u32) -> Key {
@@ -287,6 +310,9 @@ fn fill(out: &mut LeafBuffer, parts: &[LeafPart], batch: f64) {
         place.copy_(&(statistic * batch));
     }
     sum_into(&mut out.loss, parts.iter().map(|part| &part.loss));
+    for (of, place) in out.scores.iter_mut().enumerate() {
+        sum_into(place, parts.iter().filter_map(|part| part.scores[of].as_ref()));
+    }
 }
 
 /// Puts a sum where it belongs. A parameter that a part of the loss does not depend on has no gradient from it.

@@ -55,7 +55,9 @@ pub fn run(url: &str, device: DeviceChoice, trace: &Trace) -> Result<(), Failure
     let device = device.resolve().map_err(Failure::Input)?;
     let token = std::env::var(SPAWN_TOKEN).ok();
     let track = trace.track(1, "training");
-    let session = Arc::new(track.during("find coordinator", Nothing {}, || Session::open(url, token))?);
+    let computes_on = device::describe(device);
+    let open = || Session::open(url, token, computes_on);
+    let session = Arc::new(track.during("find coordinator", Nothing {}, open)?);
     introduce(&session, trace, &track);
     let loaded = track.during("load", Nothing {}, || load(&session, device, trace, &track));
     let mut trainer = match loaded {
@@ -153,8 +155,10 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     let place = device::place(device).map_err(other)?;
     let gpu = place.as_deref().map(device::name);
     let facts = LoadedFacts { passport, samples, sees_storage, phases_per_step, gpu };
-    let watch = place.map(|place| GpuWatch::start(&place)).transpose();
-    let watch = watch.map_err(|error| Failure::Other(error.to_string()))?;
+    if let Some(place) = place {
+        let watch = GpuWatch::start(&place).map_err(|error| Failure::Other(error.to_string()))?;
+        session.watch_gpu(watch);
+    }
     let context = Context {
         job: job.clone(),
         models: models.clone(),
@@ -175,7 +179,6 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
         storage,
         sees_storage,
         archive,
-        gpu: watch,
         held: None,
         unformed: 0,
         track: track.clone(),

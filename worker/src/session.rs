@@ -17,7 +17,7 @@ mod store;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use c10d::{Aborter, KeyValueStore};
@@ -25,11 +25,12 @@ use ganglion_membership::{
     Activity, Fault, Generation, Limits, LoadedFacts, Plan, Position, Progress, Rank, Rested, Term,
     WrittenPart,
 };
-use ganglion_proto::message::{Assignment, FromWorker, MetricsRow, Resume, Welcome};
+use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow, Resume, Welcome};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
+use crate::gpu::GpuWatch;
 pub use client::{Connect, ConnectError, Connecting, Host};
 pub use lease::Clock;
 use lease::Lease;
@@ -67,6 +68,8 @@ struct Shared {
     activity: AtomicU8,
     leaves: AtomicU64,
     slowest_leaf_us: AtomicU64,
+    /// Who looks at the GPU, if there is one.
+    gpu: OnceLock<GpuWatch>,
 }
 
 struct Inbox {
@@ -97,8 +100,9 @@ struct Inbox {
 
 impl Session {
     /// Finds the coordinator, says hello, and waits to be taken in.
-    pub fn open(url: &str, spawn_token: Option<String>) -> Result<Session, ConnectError> {
-        client::open(url, spawn_token)
+    /// `device` is what it computes on, for people.
+    pub fn open(url: &str, spawn_token: Option<String>, device: String) -> Result<Session, ConnectError> {
+        client::open(url, spawn_token, device)
     }
 
     /// The same on a given machine, as a task of the runtime that this is called on.
@@ -248,6 +252,16 @@ impl Session {
         (Arc::new(GrpcStore::new(channel, self.runtime.clone(), term, generation, aborted)), term)
     }
 
+    /// Lets the heartbeats tell how a GPU is used. There is one a worker: a second watch changes nothing.
+    pub fn watch_gpu(&self, watch: GpuWatch) {
+        let _ = self.shared.gpu.set(watch);
+    }
+
+    /// How the worker's GPU is used.
+    pub fn gpu_use(&self) -> GpuUse {
+        self.shared.gpu_use()
+    }
+
     /// Tells the heartbeats where training is.
     pub fn set_position(&self, position: Position) {
         self.shared.position.store(position.0, Ordering::Relaxed);
@@ -353,12 +367,17 @@ impl Shared {
             activity: AtomicU8::new(Activity::Resting as u8),
             leaves: AtomicU64::new(0),
             slowest_leaf_us: AtomicU64::new(0),
+            gpu: OnceLock::new(),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inbox> {
         // Nothing panics while it holds the lock, and an inbox is whole at any time.
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn gpu_use(&self) -> GpuUse {
+        self.gpu.get().map(GpuWatch::newest).unwrap_or_default()
     }
 
     fn progress(&self) -> Progress {

@@ -36,6 +36,8 @@ pub struct Carried {
     /// The mean losses of the last discriminator and generator phases, for the row of a step that a change of the group
     /// cut in two.
     pub losses: [f32; 2],
+    /// What the discriminator said of real samples and of the generator's, means over its last phase's.
+    pub scores: [f32; 2],
     /// How the newest step with a row came about, for a member that was healed past its end: it may have to report it.
     pub newest: Circumstances,
 }
@@ -52,6 +54,9 @@ pub struct Circumstances {
     /// When it was committed, in seconds since the Unix epoch.
     pub time: f64,
 }
+
+/// Floats that go with a state when it is broadcast: its counters and what is carried with it.
+const TAIL: usize = 2 * ALIGNMENT;
 
 /// A group of workers that reduce together.
 pub struct Team {
@@ -185,7 +190,7 @@ impl Team {
         if self.deal.shards.len() == 1 {
             return Ok(());
         }
-        let mut spare = Buffer::zeros(layout.len + ALIGNMENT, Kind::Float, device)?;
+        let mut spare = Buffer::zeros(layout.len + TAIL, Kind::Float, device)?;
         // Numbered by generation: the source is about to send, a receiver has received and not taken over yet.
         if self.deal.rank == source {
             failpoint::reached("heal-source", self.generation);
@@ -194,11 +199,11 @@ impl Team {
             let tail = carried.to_tensor(state.counters, c10d::aten::fingerprint(&state.flat, 0)?);
             spare.update(|spare| {
                 narrow(spare, 0..layout.len).copy_(&state.flat);
-                narrow(spare, layout.len..layout.len + ALIGNMENT).copy_(&tail);
+                narrow(spare, layout.len..layout.len + TAIL).copy_(&tail);
             });
         }
         let spare = self.group.broadcast(spare, source)?.wait(self.timeout)?;
-        let tail = narrow(spare.tensor(), layout.len..layout.len + ALIGNMENT).to_device(Device::Cpu);
+        let tail = narrow(spare.tensor(), layout.len..layout.len + TAIL).to_device(Device::Cpu);
         let (counters, carried, fingerprint) = Carried::from_tensor(&tail);
         let received = narrow(spare.tensor(), 0..layout.len);
         if c10d::aten::fingerprint(&received, 0)? != fingerprint {
@@ -369,8 +374,19 @@ fn identity(session: &Session, assignment: &Assignment, term: Term) -> [u64; 5] 
 }
 
 impl Carried {
+    /// Takes the losses and scores of a phase from its mean leaf.
+    pub fn note(&mut self, module: Module, layout: &LeafLayout, mean: &Tensor) {
+        let told = narrow(mean, layout.loss()..layout.scores().end).to_device(Device::Cpu);
+        let told = Vec::<f32>::try_from(told).unwrap_or_default();
+        let [loss, real, fake] = told.try_into().unwrap_or([f32::NAN; 3]);
+        match module {
+            Module::Generator => self.losses[1] = loss,
+            Module::Discriminator => (self.losses[0], self.scores) = (loss, [real, fake]),
+        }
+    }
+
     fn to_tensor(self, counters: Counters, fingerprint: u64) -> Tensor {
-        let mut bytes = Vec::with_capacity(4 * ALIGNMENT);
+        let mut bytes = Vec::with_capacity(4 * TAIL);
         for word in [counters.position.0, counters.ledger, counters.skipped, fingerprint] {
             bytes.extend(word.to_le_bytes());
         }
@@ -380,7 +396,8 @@ impl Carried {
         bytes.extend(world_size.to_le_bytes());
         bytes.extend(images_per_second.to_le_bytes());
         bytes.extend(time.to_le_bytes());
-        bytes.resize(4 * ALIGNMENT, 0);
+        self.scores.iter().for_each(|score| bytes.extend(score.to_le_bytes()));
+        bytes.resize(4 * TAIL, 0);
         Tensor::from_slice(&bytes).view_dtype(Kind::Float)
     }
 
@@ -396,6 +413,10 @@ impl Carried {
             images_per_second: float(52),
             time: f64::from_bits(word(56)),
         };
-        (counters, Carried { losses: [float(32), float(36)], newest }, word(24))
+        (
+            counters,
+            Carried { losses: [float(32), float(36)], scores: [float(64), float(68)], newest },
+            word(24),
+        )
     }
 }

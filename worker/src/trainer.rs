@@ -19,7 +19,6 @@ use crate::data::{Batch, DataError, DataSet, Plan, Prefetcher};
 use crate::device;
 use crate::exchange::{ReduceError, Reduced, Trailer};
 use crate::finite::{NonFinite, Verdict, judge};
-use crate::gpu::GpuWatch;
 use crate::nn::Models;
 use crate::phase::{Drawn, Input, LeafBuffer, LeafLayout, LeafPart, Leaves, Phase, phases};
 use crate::profile::{Laps, Part, Place};
@@ -58,8 +57,6 @@ pub struct Trainer {
     pub sees_storage: bool,
     /// Who writes them.
     pub archive: Archive,
-    /// Who looks at the GPU, if there is one.
-    pub gpu: Option<GpuWatch>,
     /// The state after the newest commit; none before the first assignment.
     pub held: Option<(State, Carried)>,
     /// Groups in a row that did not come to train.
@@ -361,9 +358,7 @@ impl Trainer {
         failpoint::reached("committed", state.counters.position.0);
         course.fingerprint =
             c10d::aten::fingerprint(state.parameters(phase.module), state.counters.position.0)?;
-        let loss = crate::state::narrow(&reduced.mean, layout.loss()..layout.loss() + 1);
-        carried.losses[usize::from(phase.module == Module::Generator)] =
-            f32::try_from(loss).unwrap_or(f32::NAN);
+        carried.note(phase.module, layout, &reduced.mean);
         self.session.set_position(state.counters.position);
         team.laps.lap(Part::Commit);
         if let Some(samples) = samples {
@@ -453,7 +448,7 @@ impl Trainer {
         if self.job.metrics_due(step, samples) || stopping {
             carried.newest = pace.circumstances(assignment, &self.job);
             let profile = Some(laps.take(pace.steps));
-            let gpu = self.gpu.as_ref().map(GpuWatch::newest).unwrap_or_default();
+            let gpu = self.session.gpu_use();
             let row = MetricsRow { profile, gpu, ..self.row(state, carried) };
             self.session.report(Rank(assignment.rank), row);
             self.track.flush();
@@ -484,6 +479,7 @@ impl Trainer {
             skipped: state.counters.skipped,
             profile: None,
             gpu: GpuUse::default(),
+            scores: Some(carried.scores.map(f64::from)),
         }
     }
 

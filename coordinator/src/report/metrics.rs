@@ -1,6 +1,6 @@
 //! `metrics.jsonl`: a line for each reported step of a run, once each, across deaths of workers and of the coordinator.
 //!
-//! 1. A step has at most one row. What training computed (step, images seen, ledger, losses) comes first in a row; a step that
+//! 1. A step has at most one row. What training computed (step, images seen, ledger, losses, scores) comes first in a row; a step that
 //!    is recomputed must give the same bytes there. Time, rates and the group that computed it may differ.
 //! 2. A row may come after a later one: rows wait on their worker for an acknowledgement, which may come late.
 //!
@@ -44,6 +44,9 @@ pub struct Row {
     pub profile: Option<[Profile; 2]>,
     /// How the reporting worker's GPU was used.
     pub gpu: GpuUse,
+    /// What the discriminator says of real samples and of the generator's, means over its last phase; `None` if nobody noted
+    /// it.
+    pub scores: Option<[f64; 2]>,
 }
 
 /// The part of a row that a step determines.
@@ -57,6 +60,10 @@ struct Computed {
     skipped: u64,
     loss_discriminator: f64,
     loss_generator: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    score_real: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    score_fake: Option<f64>,
 }
 
 /// The part of a row that tells how it came about, and what follows from the other part.
@@ -115,7 +122,7 @@ pub enum Recorded {
 pub struct Breach {
     /// The step.
     pub step: u64,
-    /// What the file has of it: the step, the images seen, the ledger and both losses, as JSON.
+    /// What the file has of it: the step, the images seen, the ledger, losses and scores, as JSON.
     pub recorded: String,
     /// The same of the recomputed row.
     pub recomputed: String,
@@ -211,6 +218,8 @@ impl Row {
             skipped: self.skipped,
             loss_discriminator: self.loss_discriminator,
             loss_generator: self.loss_generator,
+            score_real: self.scores.map(|[real, _]| real),
+            score_fake: self.scores.map(|[_, fake]| fake),
         });
         part.pop();
         part
@@ -272,6 +281,7 @@ pub(super) fn row_of(step: u64) -> Row {
         epoch: 0.5,
         profile: None,
         gpu: GpuUse::default(),
+        scores: None,
     }
 }
 
@@ -361,6 +371,7 @@ mod tests {
             Row { images_seen: 64, ..row_of(10) },
             Row { ledger: 1, ..row_of(10) },
             Row { skipped: 1, ..row_of(10) },
+            Row { scores: Some([0.75, 0.25]), ..row_of(10) },
         ];
         for row in other {
             let RecordError::Breach(breach) = log.record(&row).unwrap_err() else {
@@ -400,6 +411,20 @@ mod tests {
         log.record(&row_of(2)).unwrap();
         assert_eq!(rows(&path)[0]["skipped"], 3);
         assert_eq!(rows(&path)[1].get("skipped"), None);
+    }
+
+    #[test]
+    fn scores_show_where_they_were_noted_and_are_part_of_the_result() {
+        let (_dir, path, mut log) = log();
+        let scored = Row { scores: Some([0.75, f64::NAN]), ..row_of(1) };
+        log.record(&scored).unwrap();
+        assert_eq!(log.record(&scored).unwrap(), Recorded::Same);
+        let other = Row { scores: Some([0.5, f64::NAN]), ..row_of(1) };
+        assert!(matches!(log.record(&other), Err(RecordError::Breach(_))));
+        assert_eq!(
+            (&rows(&path)[0]["score_real"], &rows(&path)[0]["score_fake"]),
+            (&0.75.into(), &Value::Null)
+        );
     }
 
     /// Invariant 2.

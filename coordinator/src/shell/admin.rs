@@ -1,10 +1,12 @@
 //! What operators ask for.
 
 use ganglion_membership::{Event, WorkerId};
+use ganglion_proto::activity_to_wire;
 use ganglion_proto::wire::{GetStatusResponse, WorkerStatus};
 use serde_json::json;
 
-use super::{Shell, ShellError, StopSignal};
+use super::records::outcome_name;
+use super::{Connected, Shell, ShellError, StopSignal};
 use crate::server::AdminInput;
 
 impl Shell {
@@ -54,26 +56,51 @@ impl Shell {
         Ok(Ok(()))
     }
 
-    fn status(&self) -> GetStatusResponse {
-        let group = self.machine.group();
-        let rank = |worker: WorkerId| {
-            let rank = group?.members.iter().position(|member| member.worker == worker)?;
-            u32::try_from(rank).ok()
-        };
-        let workers = self.workers.iter().map(|(worker, connected)| WorkerStatus {
-            worker: worker.0,
-            host: connected.host.clone(),
-            pid: connected.pid,
-            rank: rank(*worker),
-        });
+    /// The run as it stands, for all who ask.
+    pub(super) fn status(&self) -> GetStatusResponse {
+        let (group, checkpoint) = (self.machine.group(), self.machine.checkpoint());
+        let world_size = group.map_or(0, |group| group.members.len());
         GetStatusResponse {
             name: self.job.job.name.clone(),
+            run: self.run.clone(),
             term: self.term.0,
             generation: group.map_or(0, |group| group.generation.0),
             step: self.records.last_step(),
             last_step: self.machine.samples().map_or(0, |samples| self.job.last_step(samples)),
-            checkpoint_step: self.machine.checkpoint().map_or(0, |checkpoint| checkpoint.step),
-            workers: workers.collect(),
+            checkpoint_step: checkpoint.map_or(0, |checkpoint| checkpoint.step),
+            state_digest: checkpoint.map_or(String::new(), |checkpoint| checkpoint.state_digest.clone()),
+            stage: self.machine.stage().to_string(),
+            outcome: self.outcome.as_ref().map_or("", outcome_name).to_string(),
+            data_shards: self.job.job.data_shards,
+            phases_per_step: self.job.phases_per_step(),
+            world_size: u32::try_from(world_size).unwrap_or(u32::MAX),
+            failure_deadline: self.job.job.failure_deadline,
+            workers: self.workers.iter().map(|(worker, known)| self.worker_status(*worker, known)).collect(),
+        }
+    }
+
+    fn worker_status(&self, worker: WorkerId, known: &Connected) -> WorkerStatus {
+        let members = self.machine.group().map_or(&[][..], |group| &group.members);
+        let rank = members.iter().position(|member| member.worker == worker);
+        let shards = rank.map_or(0..0, |rank| members[rank].shards.clone());
+        let (progress, usage) =
+            known.heard.map_or_else(Default::default, |(_, progress, usage)| (progress, usage));
+        WorkerStatus {
+            worker: worker.0,
+            host: known.host.clone(),
+            pid: known.pid,
+            rank: rank.and_then(|rank| u32::try_from(rank).ok()),
+            device: known.device.clone(),
+            first_shard: shards.start,
+            shards: shards.end - shards.start,
+            local: self.supervisor.has(worker),
+            connected: known.outbox.is_some(),
+            heartbeat_age: known.heard.map(|(at, ..)| at.elapsed().as_secs_f64()),
+            position: progress.position.0,
+            activity: activity_to_wire(progress.activity).into(),
+            resident_bytes: usage.resident_bytes,
+            gpu_memory_bytes: usage.gpu.memory_bytes,
+            gpu_utilisation: usage.gpu.utilisation,
         }
     }
 }

@@ -51,6 +51,16 @@ struct Skipped {
     count: u64,
 }
 
+/// What an outcome is called.
+pub fn outcome_name(outcome: &Outcome) -> &'static str {
+    match outcome {
+        Outcome::Complete => "complete",
+        Outcome::Stopped(_) => "stopped",
+        Outcome::InputWrong(_) => "input_error",
+        Outcome::Failed(_) => "failed",
+    }
+}
+
 impl Records {
     /// Opens the records in a run directory.
     pub fn open(job: Job, folder: &Path, screen: Screen) -> io::Result<Records> {
@@ -125,6 +135,7 @@ impl Records {
             epoch,
             profile: row.profile,
             gpu: row.gpu,
+            scores: row.scores,
         });
         self.write_rows();
     }
@@ -186,6 +197,9 @@ impl Records {
                 self.tensorboard.scalar(tag, row.step, row.time, value)?;
             }
         }
+        for (tag, value) in ["score/real", "score/fake"].into_iter().zip(row.scores.into_iter().flatten()) {
+            self.tensorboard.scalar(tag, row.step, row.time, value)?;
+        }
         for (module, profile) in ["discriminator", "generator"].iter().zip(row.profile.iter().flatten()) {
             let Profile { data, compute, wait, commit, other } = *profile;
             for (part, milliseconds) in
@@ -239,15 +253,13 @@ impl Records {
 
     /// Says how the run ended.
     pub fn finish(&mut self, outcome: &Outcome, signal: Option<StopSignal>) {
-        let (kind, detail) = match outcome {
-            Outcome::Complete => ("complete", String::new()),
-            Outcome::Stopped(_) => {
-                ("stopped", signal.map(|signal| format!("{signal:?}")).unwrap_or_default())
-            }
-            Outcome::InputWrong(detail) => ("input_error", detail.clone()),
-            Outcome::Failed(detail) => ("failed", detail.clone()),
+        let detail = match outcome {
+            Outcome::Complete => String::new(),
+            Outcome::Stopped(_) => signal.map(|signal| format!("{signal:?}")).unwrap_or_default(),
+            Outcome::InputWrong(detail) | Outcome::Failed(detail) => detail.clone(),
         };
-        self.event("run_ended", serde_json::json!({ "outcome": kind, "detail": detail }));
+        let fields = serde_json::json!({ "outcome": outcome_name(outcome), "detail": detail });
+        self.event("run_ended", fields);
         self.catch_up();
         self.timeline.finish();
         if let Some(progress) = self.progress.take() {

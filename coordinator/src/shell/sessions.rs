@@ -1,8 +1,9 @@
 //! Workers' sessions: who they are, and what they say.
 
-use ganglion_membership::{Event, Fault, LoadedFacts, Loss, WorkerId};
-use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Welcome};
+use ganglion_membership::{Event, Fault, LoadedFacts, Loss, Progress, WorkerId};
+use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcome};
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::{Connected, Shell, ShellError};
 use crate::journal::Fact;
@@ -38,8 +39,10 @@ impl Shell {
         if token.is_some() && !local {
             return Ok(Err("its token is of no worker that this coordinator started".to_string()));
         }
-        let (host, pid, address) = (hello.host, hello.pid, hello.address);
-        let connected = Connected { session, outbox: Some(outbox), host: host.clone(), pid, address };
+        let Hello { host, pid, address, device, .. } = hello;
+        let heard = None;
+        let connected =
+            Connected { session, outbox: Some(outbox), host: host.clone(), pid, address, device, heard };
         self.workers.insert(worker, connected);
         self.send(worker, ToWorker::Welcome(Box::new(self.welcome(worker))));
         let kind = if resume.is_some() { "worker_resumed" } else { "worker_joined" };
@@ -116,7 +119,8 @@ impl Shell {
                 self.note_fault(worker, generation.0, &fault);
                 self.handle(Event::Fault(worker, generation, fault))
             }
-            FromWorker::Heartbeat(progress) => {
+            FromWorker::Heartbeat(progress, usage) => {
+                self.note_heartbeat(worker, progress, usage);
                 self.send(worker, ToWorker::Pulse);
                 self.handle(Event::Heartbeat(worker, progress))
             }
@@ -137,6 +141,12 @@ impl Shell {
                 tracing::warn!("dropped a report of worker {worker}, which has not trained");
                 Ok(())
             }
+        }
+    }
+
+    fn note_heartbeat(&mut self, worker: WorkerId, progress: Progress, usage: Usage) {
+        if let Some(connected) = self.workers.get_mut(&worker) {
+            connected.heard = Some((Instant::now(), progress, usage));
         }
     }
 

@@ -51,7 +51,15 @@ fn file() -> StoredFile {
 }
 
 fn hello() -> Hello {
-    Hello { protocol: 1, spawn_token: None, host: "h".into(), pid: 2, address: String::new(), resume: None }
+    Hello {
+        protocol: 1,
+        spawn_token: None,
+        host: "h".into(),
+        pid: 2,
+        address: String::new(),
+        resume: None,
+        device: "cpu".into(),
+    }
 }
 
 fn resume() -> Resume {
@@ -76,6 +84,7 @@ fn a_workers_messages_survive_the_wire() {
         skipped: 9,
         profile: None,
         gpu: GpuUse { memory_bytes: Some(1 << 33), utilisation: Some(0) },
+        scores: Some([0.75, 0.25]),
     };
     let passport = Passport(BTreeMap::from([("cpu".to_string(), "x".to_string())]));
     let loaded = LoadedFacts { passport, samples: 5, sees_storage: true, phases_per_step: 2, gpu: None };
@@ -90,12 +99,15 @@ fn a_workers_messages_survive_the_wire() {
         FromWorker::Ready(Generation(1), None),
         FromWorker::Ready(Generation(1), Some(Position(7))),
         FromWorker::Fault(Generation(1), Fault::Timeout),
-        FromWorker::Heartbeat(Progress {
-            position: Position(3),
-            leaves: 4,
-            activity: Activity::Waiting,
-            slowest_leaf: Duration::from_micros(5),
-        }),
+        FromWorker::Heartbeat(
+            Progress {
+                position: Position(3),
+                leaves: 4,
+                activity: Activity::Waiting,
+                slowest_leaf: Duration::from_micros(5),
+            },
+            Usage { resident_bytes: Some(6), gpu: GpuUse { memory_bytes: None, utilisation: Some(7) } },
+        ),
         FromWorker::Fault(Generation(1), non_finite(false)),
         FromWorker::Fault(Generation(1), non_finite(true)),
         FromWorker::PhaseSkipped(Position(6), "x".into()),

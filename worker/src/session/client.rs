@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ganglion_membership::{Limits, Term};
-use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Welcome};
+use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcome};
 use ganglion_proto::wire::session_service_client::SessionServiceClient;
 use ganglion_proto::wire::{SessionRequest, SessionResponse};
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
@@ -70,6 +70,10 @@ pub struct Host {
     pub local_address: IpAddr,
     /// Where this worker answers probes: HOST:PORT.
     pub answers: String,
+    /// What it computes on, for people.
+    pub device: String,
+    /// How much memory the worker's process has, where the system tells.
+    pub memory: fn() -> Option<u64>,
 }
 
 /// Connects to an endpoint.
@@ -78,7 +82,7 @@ pub type Connect = Box<dyn Fn(Endpoint) -> Connecting + Send + Sync>;
 pub type Connecting = Pin<Box<dyn Future<Output = Result<Channel, tonic::transport::Error>> + Send>>;
 
 /// Opens a session; returns once the worker is welcome.
-pub fn open(url: &str, spawn_token: Option<String>) -> Result<Session, ConnectError> {
+pub fn open(url: &str, spawn_token: Option<String>, device: String) -> Result<Session, ConnectError> {
     let (_, address) = endpoint(url)?;
     let system = |what: &str, error: std::io::Error| ConnectError::Refused(format!("{what}: {error}"));
     let local_address = data_address().unwrap_or_else(|| local_address_towards(address));
@@ -92,8 +96,8 @@ pub fn open(url: &str, spawn_token: Option<String>) -> Result<Session, ConnectEr
     let session = runtime.block_on(async {
         let asked_to_end = signals().map_err(|error| system("cannot listen for signals", error))?;
         let connect: Connect = Box::new(|endpoint| Box::pin(async move { endpoint.connect().await }));
-        let host =
-            Host { clock: boot_clock, connect, asked_to_end, local_address, answers: answers.to_string() };
+        let (clock, answers, memory) = (boot_clock as Clock, answers.to_string(), resident_bytes as _);
+        let host = Host { clock, connect, asked_to_end, local_address, answers, device, memory };
         begin(url, spawn_token, host).await
     });
     // The runtime lives as long as the process, as the session does.
@@ -104,8 +108,8 @@ pub fn open(url: &str, spawn_token: Option<String>) -> Result<Session, ConnectEr
 /// Opens a session on a machine; returns once the worker is welcome.
 pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result<Session, ConnectError> {
     let (endpoint, _) = endpoint(url)?;
-    let Host { clock, connect, mut asked_to_end, local_address, answers } = host;
-    let dial = Dial { url: url.to_string(), endpoint, spawn_token, clock, connect, answers };
+    let Host { clock, connect, mut asked_to_end, local_address, answers, device, memory } = host;
+    let dial = Dial { url: url.to_string(), endpoint, spawn_token, clock, connect, answers, device };
     let connection = tokio::select! {
         biased;
         Some(()) = asked_to_end.recv() => {
@@ -116,7 +120,7 @@ pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result
     let lease = Lease::new(clock, connection.since, limits_of(&connection.welcome).lease);
     let shared = Arc::new(Shared::new(connection.welcome.clone(), connection.channel.clone(), lease));
     let (outbox, outgoing) = unbounded_channel();
-    let talk = Talk { shared: shared.clone(), outgoing, clock, asked_to_end, leaving: None };
+    let talk = Talk { shared: shared.clone(), outgoing, clock, memory, asked_to_end, leaving: None };
     let (task, watched) = (tokio::spawn(dial.run(connection, talk)), shared.clone());
     tokio::spawn(async move {
         if let Err(panic) = task.await {
@@ -151,6 +155,14 @@ fn endpoint(url: &str) -> Result<(Endpoint, SocketAddr), ConnectError> {
     Ok((endpoint, address))
 }
 
+/// The memory of this process that is in use.
+fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib << 10)
+}
+
 /// The address of this machine on the way to another: what its peers can reach as well.
 fn local_address_towards(address: SocketAddr) -> IpAddr {
     let any: SocketAddr = if address.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
@@ -179,6 +191,7 @@ struct Dial {
     connect: Connect,
     /// Where this worker answers probes.
     answers: String,
+    device: String,
 }
 
 /// An open stream.
@@ -308,6 +321,7 @@ impl Dial {
             pid: std::process::id(),
             address: self.answers.clone(),
             resume,
+            device: self.device.clone(),
         }
     }
 }
@@ -331,6 +345,7 @@ struct Talk {
     shared: Arc<Shared>,
     outgoing: UnboundedReceiver<FromWorker>,
     clock: Clock,
+    memory: fn() -> Option<u64>,
     asked_to_end: UnboundedReceiver<()>,
     /// When the machine asked this worker to end.
     leaving: Option<Instant>,
@@ -367,7 +382,8 @@ impl Talk {
                         return Some("it does not answer".to_string());
                     }
                     unanswered.push_back(now);
-                    FromWorker::Heartbeat(self.shared.progress())
+                    let usage = Usage { resident_bytes: (self.memory)(), gpu: self.shared.gpu_use() };
+                    FromWorker::Heartbeat(self.shared.progress(), usage)
                 }
                 Some(()) = self.asked_to_end.recv() => {
                     self.note_leaving();

@@ -308,6 +308,7 @@ fn row(job: &Job, state: &State, carried: &Carried) -> MetricsRow {
         skipped: 0,
         profile: None,
         gpu: GpuUse::default(),
+        scores: None,
     }
 }
 

@@ -94,6 +94,8 @@ pub async fn live(start: Start) {
         asked_to_end,
         local_address: start.address,
         answers: format!("{}:{LINKS}", start.address),
+        device: "cpu".to_string(),
+        memory: || None,
     };
     let session = match Session::open_on(host, &start.url, start.token.clone()).await {
         Ok(session) => Arc::new(session),
