@@ -31,7 +31,12 @@ pub struct Cli {
     /// Where workers find this coordinator. Default: a free port of 127.0.0.1, the same when a run resumes.
     #[arg(long, value_name = "HOST:PORT")]
     pub listen: Option<String>,
-    /// Allow --listen on an address that other machines reach, without TLS. Whoever reaches it can join the run.
+    /// Where the dashboard is, with /metrics for Prometheus and /healthz. Default: a free port of 127.0.0.1, the same when a
+    /// run resumes.
+    #[arg(long, value_name = "HOST:PORT|off")]
+    pub http: Option<String>,
+    /// Allow --listen and --http on an address that other machines reach, without TLS. Whoever reaches the one can join the
+    /// run, and whoever reaches the other can look at it.
     #[arg(long)]
     pub insecure: bool,
     /// Write a timeline of this coordinator and its local workers, for ui.perfetto.dev; at most 128 MiB of it.

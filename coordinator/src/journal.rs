@@ -81,6 +81,8 @@ pub enum Fact {
     Run,
     /// The port of the last term.
     Port,
+    /// The port of the last term's dashboard.
+    HttpPort,
     /// The passport that the run was started with, as JSON.
     Passport,
     /// Samples in the data set.
@@ -109,6 +111,7 @@ impl Fact {
         match self {
             Fact::Run => "run",
             Fact::Port => "port",
+            Fact::HttpPort => "http_port",
             Fact::Passport => "passport",
             Fact::Samples => "samples",
             Fact::Condemned => "condemned",

@@ -8,6 +8,7 @@ pub mod audit;
 pub mod checkpoints;
 pub mod cli;
 pub mod host;
+pub mod http;
 pub mod inspect;
 pub mod job_file;
 pub mod journal;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use std::time::Duration;
 
-use ganglion_membership::{Checkpoint, Generation, Limits, Outcome, Recovered};
+use ganglion_membership::{Checkpoint, Generation, Limits, Outcome, Recovered, Term};
 use ganglion_proto::job::Job;
 use ganglion_proto::log::{self, JsonLines};
 use ganglion_proto::trace::Trace;
@@ -19,6 +19,7 @@ use tracing_subscriber::EnvFilter;
 use crate::checkpoints::Checkpoints;
 use crate::cli::{Cli, LogFormat, Workers};
 use crate::host::Host;
+use crate::http;
 use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal, JournalError};
 use crate::operate::{ACCESS_FILE, Access};
@@ -130,20 +131,13 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     log::note("term", term.0);
     let (incoming, address) = listen(&cli, host, &mut journal).await?;
     let url = format!("http://{}", SocketAddr::new(reachable(address.ip()), address.port()));
+    let (publisher, view) = watch::channel(None);
+    let site = http::Content { view, chronicle: records.chronicle.clone(), job: &job, run: &run };
+    let dashboard = http::start(cli.http.as_deref(), cli.insecure, &mut journal, &run_dir, site).await?;
     let access = Access { address: url.clone(), token: new_token().map_err(other)? };
     let text = serde_json::to_string(&access).map_err(|error| Failure::Other(error.to_string()))?;
     run_dir.write_secret(ACCESS_FILE, &text)?;
-    records
-        .event("coordinator_started", json!({ "term": term.0, "pid": std::process::id(), "address": url }));
-    records.message(&format!(
-        "run {} in {}; other workers join with: worker --coordinator {url}",
-        job.job.name,
-        run_dir.folder().display()
-    ));
-    if let Some(reason) = reason {
-        records.message(&reason);
-    }
-    records.message(&Limits::derive(Duration::from_secs_f64(job.job.failure_deadline)).to_string());
+    announce(&mut records, &job, term, &url, dashboard.url().as_deref(), reason.as_deref());
     let parts = Parts {
         store: Store::new(term),
         folder: run_dir.folder().to_path_buf(),
@@ -155,13 +149,34 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
         recovered,
         local_workers,
         url,
+        publisher,
         records,
         supervisor,
         exited,
     };
     let signals = host.signals().map_err(other)?;
     let ended = supervise(parts, incoming, signals, access.token).await?;
+    dashboard.farewell().await;
     conclude(ended, &job, &run_dir, &storage)
+}
+
+/// Says where this coordinator is found, and what it goes by.
+fn announce(
+    records: &mut Records,
+    job: &Job,
+    term: Term,
+    url: &str,
+    dashboard: Option<&str>,
+    reason: Option<&str>,
+) {
+    let fields = json!({ "term": term.0, "pid": std::process::id(), "address": url, "dashboard": dashboard });
+    records.event("coordinator_started", fields);
+    let (name, folder) = (&job.job.name, records.folder().display());
+    let join = format!("run {name} in {folder}; other workers join with: worker --coordinator {url}");
+    let dashboard = dashboard.map(|dashboard| format!("dashboard {dashboard}"));
+    let limits = Limits::derive(Duration::from_secs_f64(job.job.failure_deadline)).to_string();
+    let lines = [Some(join), dashboard, reason.map(str::to_string), Some(limits)];
+    lines.into_iter().flatten().for_each(|line| records.message(&line));
 }
 
 fn open_trace(cli: &Cli) -> Result<Timeline, Failure> {

@@ -25,6 +25,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::checkpoints::Checkpoints;
+use crate::http::Publisher;
 use crate::journal::{Journal, JournalError};
 use crate::server::{Input, Outbox, SessionId, Store};
 use crate::supervisor::{EXIT_LIMIT, Exited, Supervisor, new_token};
@@ -73,6 +74,8 @@ pub struct Parts {
     pub local_workers: u32,
     /// Where local workers find this coordinator.
     pub url: String,
+    /// Who is told how things are, each second.
+    pub publisher: Publisher,
     /// The store of the group.
     pub store: Store,
     /// Logs and progress.
@@ -92,6 +95,7 @@ pub struct Shell {
     checkpoints: Checkpoints,
     machine: Machine,
     url: String,
+    publisher: Publisher,
     store: Store,
     records: Records,
     supervisor: Supervisor,
@@ -153,6 +157,7 @@ impl Shell {
             journal: parts.journal,
             checkpoints: parts.checkpoints,
             url: parts.url,
+            publisher: parts.publisher,
             store: parts.store,
             records: parts.records,
             supervisor: parts.supervisor,
@@ -189,6 +194,7 @@ impl Shell {
                 () = tokio::time::sleep_until(sleep) => self.handle(Event::Tick)?,
             }
         }
+        self.publish();
         self.see_off().await;
         let outcome = self.outcome.take().unwrap_or(Outcome::Stopped(None));
         self.records.finish(&outcome, self.signal);
@@ -276,6 +282,7 @@ impl Shell {
     }
 
     fn do_chores(&mut self) -> Result<(), ShellError> {
+        self.publish();
         if let Some(step) = self.records.catch_up() {
             self.send_to_all(&ToWorker::MetricsRecorded(step));
         }

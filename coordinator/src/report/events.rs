@@ -10,10 +10,9 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::line_file::LineFile;
+use super::line_file::{LineFile, Watcher};
 
 /// The open file. See the module.
-#[derive(Debug)]
 pub struct EventLog {
     lines: LineFile,
     last: Option<Map<String, Value>>,
@@ -28,13 +27,13 @@ struct Line<'a, F> {
 }
 
 impl EventLog {
-    /// Opens or creates the file and cuts a torn last line.
+    /// Opens or creates the file and cuts a torn last line. `watcher` is shown all lines, those to come too.
     ///
     /// # Errors
     /// The file cannot be opened, or its last whole line is no event.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub fn open(path: &Path, watcher: Watcher) -> io::Result<Self> {
         let mut last = Vec::new();
-        let lines = LineFile::open(path, |_, line| {
+        let lines = LineFile::open(path, watcher, |_, line| {
             last.clear();
             last.extend_from_slice(line);
             Ok(())
@@ -80,7 +79,7 @@ mod tests {
     fn an_event_is_a_line_with_its_fields() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events.jsonl");
-        let mut log = EventLog::open(&path).unwrap();
+        let mut log = EventLog::open(&path, Box::new(|_| ())).unwrap();
         assert_eq!(log.last(), None);
         let lost = Lost { worker: 2, pid: Some(77), rate: f64::NAN };
         log.append(1.5, "worker_lost", lost).unwrap();
@@ -100,7 +99,7 @@ mod tests {
     fn fields_that_have_no_names_are_refused_and_leave_no_trace() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events.jsonl");
-        let mut log = EventLog::open(&path).unwrap();
+        let mut log = EventLog::open(&path, Box::new(|_| ())).unwrap();
         assert!(log.append(1.0, "odd", 5).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"");
     }
@@ -111,7 +110,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events.jsonl");
         std::fs::write(&path, "{\"time\":1.0,\"kind\":\"a\",\"id\":7}\n{\"time\":2.0,\"ki").unwrap();
-        let mut log = EventLog::open(&path).unwrap();
+        let mut log = EventLog::open(&path, Box::new(|_| ())).unwrap();
         assert_eq!(log.last().unwrap()["id"], 7);
         log.append(2.0, "b", ()).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();

@@ -8,17 +8,24 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::Path;
 
+/// Who is shown every line of a file once, in its order: those that are there when it is opened, then those that are added.
+pub type Watcher = Box<dyn FnMut(&[u8]) + Send>;
+
 /// See the module.
-#[derive(Debug)]
 pub(super) struct LineFile {
     file: File,
+    watcher: Watcher,
     /// The offset in bytes behind the last whole line.
     end: u64,
 }
 
 impl LineFile {
     /// Opens or creates a file, gives each whole line to `visit` with its offset in bytes, and cuts off a torn last one.
-    pub(super) fn open(path: &Path, mut visit: impl FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<Self> {
+    pub(super) fn open(
+        path: &Path,
+        mut watcher: Watcher,
+        mut visit: impl FnMut(u64, &[u8]) -> io::Result<()>,
+    ) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
         let mut reader = BufReader::new(&file);
         let mut line = Vec::new();
@@ -30,10 +37,11 @@ impl LineFile {
                 break;
             }
             visit(end, &line)?;
+            watcher(&line);
             end += length;
         }
         file.set_len(end)?;
-        Ok(LineFile { file, end })
+        Ok(LineFile { file, watcher, end })
     }
 
     /// Adds a line, given without its newline, and returns its offset in bytes.
@@ -47,6 +55,7 @@ impl LineFile {
             return Err(error);
         }
         self.end += line.len() as u64;
+        (self.watcher)(&line[..line.len() - 1]);
         Ok(start)
     }
 
@@ -66,7 +75,7 @@ mod tests {
 
     fn lines_of(path: &Path) -> Vec<(u64, String)> {
         let mut lines = Vec::new();
-        LineFile::open(path, |offset, line| {
+        LineFile::open(path, Box::new(|_| ()), |offset, line| {
             lines.push((offset, String::from_utf8(line.to_vec()).unwrap()));
             Ok(())
         })
@@ -92,7 +101,7 @@ mod tests {
     fn lines_are_read_back_between_appends() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lines");
-        let mut file = LineFile::open(&path, |_, _| Ok(())).unwrap();
+        let mut file = LineFile::open(&path, Box::new(|_| ()), |_, _| Ok(())).unwrap();
         let one = file.append(b"one".to_vec()).unwrap();
         let two = file.append(b"two".to_vec()).unwrap();
         assert_eq!(file.line_at(one).unwrap(), b"one");
@@ -100,5 +109,18 @@ mod tests {
         assert_eq!(file.line_at(three).unwrap(), b"three");
         assert_eq!(file.line_at(two).unwrap(), b"two");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "one\ntwo\nthree\n");
+    }
+
+    #[test]
+    fn a_watcher_is_shown_old_lines_and_new_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lines");
+        std::fs::write(&path, "one\ntwo\nto").unwrap();
+        let (seen, shown) = std::sync::mpsc::channel();
+        let watcher: Watcher =
+            Box::new(move |line| seen.send(String::from_utf8_lossy(line).into_owned()).unwrap());
+        let mut file = LineFile::open(&path, watcher, |_, _| Ok(())).unwrap();
+        file.append(b"three".to_vec()).unwrap();
+        assert_eq!(shown.try_iter().collect::<Vec<_>>(), ["one", "two", "three"]);
     }
 }

@@ -13,7 +13,7 @@ use std::path::Path;
 use ganglion_proto::message::{GpuUse, Profile};
 use serde::{Deserialize, Serialize};
 
-use super::line_file::LineFile;
+use super::line_file::{LineFile, Watcher};
 
 /// What is known of one step once it is committed.
 #[derive(Clone, Debug, PartialEq)]
@@ -140,7 +140,6 @@ pub enum RecordError {
 }
 
 /// The open file. See the module.
-#[derive(Debug)]
 pub struct MetricsLog {
     lines: LineFile,
     /// Each recorded step and the offset of its line in bytes, by step.
@@ -148,17 +147,18 @@ pub struct MetricsLog {
 }
 
 impl MetricsLog {
-    /// Opens or creates the file, cuts a torn last line and learns which steps it has.
+    /// Opens or creates the file, cuts a torn last line and learns which steps it has. `watcher` is shown all lines, those to
+    /// come too.
     ///
     /// # Errors
     /// The file cannot be opened, or a line that is whole is no row of metrics.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub fn open(path: &Path, watcher: Watcher) -> io::Result<Self> {
         #[derive(Deserialize)]
         struct Stepped {
             step: u64,
         }
         let mut index = Vec::new();
-        let lines = LineFile::open(path, |offset, line| {
+        let lines = LineFile::open(path, watcher, |offset, line| {
             let row: Stepped = serde_json::from_slice(line).map_err(|error| {
                 let number = index.len() + 1;
                 let problem = format!("{}:{number}: no row of metrics: {error}", path.display());
@@ -293,7 +293,7 @@ mod tests {
     fn log() -> (tempfile::TempDir, std::path::PathBuf, MetricsLog) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let log = MetricsLog::open(&path).unwrap();
+        let log = MetricsLog::open(&path, Box::new(|_| ())).unwrap();
         (dir, path, log)
     }
 
@@ -352,7 +352,7 @@ mod tests {
         let again =
             Row { time: 1_800_000_000.0, generation: 4, world_size: 1, images_per_second: 1.0, ..row_of(20) };
         assert_eq!(log.record(&again).unwrap(), Recorded::Same);
-        let mut log = MetricsLog::open(&path).unwrap();
+        let mut log = MetricsLog::open(&path, Box::new(|_| ())).unwrap();
         assert_eq!(log.record(&again).unwrap(), Recorded::Same);
         assert_eq!(log.record(&row_of(40)).unwrap(), Recorded::New);
         assert_eq!(log.last_step(), Some(40));
@@ -434,7 +434,7 @@ mod tests {
         for step in [10, 30, 20] {
             assert_eq!(log.record(&row_of(step)).unwrap(), Recorded::New);
         }
-        let mut log = MetricsLog::open(&path).unwrap();
+        let mut log = MetricsLog::open(&path, Box::new(|_| ())).unwrap();
         for step in [10, 20, 30] {
             assert_eq!(log.record(&row_of(step)).unwrap(), Recorded::Same);
         }
@@ -448,12 +448,12 @@ mod tests {
         log.record(&row_of(2)).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, &text[..text.len() - 5]).unwrap();
-        let mut log = MetricsLog::open(&path).unwrap();
+        let mut log = MetricsLog::open(&path, Box::new(|_| ())).unwrap();
         assert_eq!(log.record(&row_of(2)).unwrap(), Recorded::New);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
 
         std::fs::write(&path, format!("{text}garbage\n")).unwrap();
-        let error = MetricsLog::open(&path).unwrap_err().to_string();
+        let error = MetricsLog::open(&path, Box::new(|_| ())).err().unwrap().to_string();
         assert!(error.contains("metrics.jsonl:3: "), "{error}");
     }
 }

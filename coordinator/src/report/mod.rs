@@ -3,8 +3,10 @@
 //! Metrics and events are files of JSON, a line each, that outlive every process. Everything here is called from the
 //! coordinator's loop; nothing has a thread, sleeps or decides anything.
 
-mod line_file;
+pub mod line_file;
 
+pub mod chronicle;
+pub mod curve;
 pub mod events;
 pub mod metrics;
 pub mod progress;

@@ -1,12 +1,16 @@
 //! What operators ask for.
 
+use std::sync::Arc;
+
 use ganglion_membership::{Event, WorkerId};
 use ganglion_proto::activity_to_wire;
 use ganglion_proto::wire::{GetStatusResponse, WorkerStatus};
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::records::outcome_name;
 use super::{Connected, Shell, ShellError, StopSignal};
+use crate::http::View;
 use crate::server::AdminInput;
 
 impl Shell {
@@ -56,8 +60,16 @@ impl Shell {
         Ok(Ok(()))
     }
 
+    /// Shows those who look on how things are. Nobody is waited for.
+    pub(super) fn publish(&self) {
+        if self.publisher.receiver_count() > 0 {
+            let view = View { status: self.status(), at: Instant::now() };
+            self.publisher.send_replace(Some(Arc::new(view)));
+        }
+    }
+
     /// The run as it stands, for all who ask.
-    pub(super) fn status(&self) -> GetStatusResponse {
+    fn status(&self) -> GetStatusResponse {
         let (group, checkpoint) = (self.machine.group(), self.machine.checkpoint());
         let world_size = group.map_or(0, |group| group.members.len());
         GetStatusResponse {

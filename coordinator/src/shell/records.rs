@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use super::StopSignal;
 use crate::journal::now;
+use crate::report::chronicle::Chronicle;
 use crate::report::events::EventLog;
 use crate::report::metrics::{MetricsLog, RecordError, Recorded, Row};
 use crate::report::progress::{Progress, Screen};
@@ -34,6 +35,8 @@ pub struct Records {
     metrics: MetricsLog,
     events: EventLog,
     tensorboard: TensorBoard,
+    /// What all these tell, for those who look on.
+    pub chronicle: Chronicle,
     /// The same, with the time that it took.
     pub timeline: Timeline,
     waiting: VecDeque<Row>,
@@ -64,9 +67,14 @@ pub fn outcome_name(outcome: &Outcome) -> &'static str {
 impl Records {
     /// Opens the records in a run directory.
     pub fn open(job: Job, folder: &Path, screen: Screen) -> io::Result<Records> {
+        let chronicle = Chronicle::default();
+        let (rows, events) = (chronicle.clone(), chronicle.clone());
+        let (rows, events) =
+            (Box::new(move |line: &[u8]| rows.row(line)), Box::new(move |line: &[u8]| events.event(line)));
         Ok(Records {
-            metrics: MetricsLog::open(&folder.join("metrics.jsonl"))?,
-            events: EventLog::open(&folder.join("events.jsonl"))?,
+            metrics: MetricsLog::open(&folder.join("metrics.jsonl"), rows)?,
+            events: EventLog::open(&folder.join("events.jsonl"), events)?,
+            chronicle,
             tensorboard: TensorBoard::create(&folder.join("tensorboard"))?,
             timeline: Timeline::new(&Trace::off()),
             job,
@@ -79,6 +87,11 @@ impl Records {
             skipped: Skipped::default(),
             failing: false,
         })
+    }
+
+    /// The run directory.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// Records an event.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ganglion_membership::{Activity, Fault, Generation, Limits, LoadedFacts, Passport, Position, Progress};
-use ganglion_proto::message::{FromWorker, GpuUse, MetricsRow, Usage};
+use ganglion_proto::message::{self, FromWorker, GpuUse, MetricsRow};
 use ganglion_proto::wire::session_response::Message;
 use ganglion_proto::wire::{Assignment, SessionResponse};
 use ganglion_tests::wire::{Stranger, connect, hello};
@@ -127,7 +127,7 @@ async fn session(crowd: Arc<Crowd>, index: usize, url: String, gate: Arc<Semapho
                 leaves += 1;
                 let (position, slowest_leaf) = (Position(place.position + leaves), Duration::from_millis(1));
                 let progress = Progress { position, leaves, activity: Activity::Computing, slowest_leaf };
-                say(&stranger, FromWorker::Heartbeat(progress, Usage::default()));
+                say(&stranger, FromWorker::Heartbeat(progress, message::Usage::default()));
             }
             _ = rows.tick(), if place.generation > 0 && place.rank == 0 => say(&stranger, crowd.row(place)),
             Ok(()) = load.changed(), if !loaded => {

@@ -379,7 +379,7 @@ impl World<'_> {
 impl Scenario {
     /// The coordinator's command line.
     fn arguments(&self, folder: &Path, port: u16) -> Vec<String> {
-        let mut arguments = vec!["coordinator".to_string(), "--insecure".to_string()];
+        let mut arguments = ["coordinator", "--insecure", "--http", "off"].map(str::to_string).to_vec();
         let mut add = |key: &str, value: String| arguments.extend([key.to_string(), value]);
         add("--run-dir", folder.display().to_string());
         add("--listen", format!("{}:{port}", "192.168.0.1"));

@@ -1,0 +1,190 @@
+//! Whom the site is for.
+//!
+//! 1. Open on a loopback address: whoever is on this machine may look. Then a question must name this machine as its host, so
+//!    that a page elsewhere cannot have a browser here read the site under a name of its own (DNS rebinding).
+//! 2. Guarded, where TLS or a join token is configured: with the token in the file [`TOKEN_FILE`], as
+//!    `Authorization: Bearer`, as `?token=`, or in the cookie that the latter leaves. Probes need none.
+//! 3. Tokens are compared by their hashes, so that the time it takes tells nothing.
+
+use std::io;
+use std::net::SocketAddr;
+
+use axum::http::{HeaderMap, HeaderValue, Uri, header};
+
+use crate::run_dir::{RunDir, RunDirError};
+use crate::supervisor::new_token;
+
+/// The file in the run directory that has the token.
+pub const TOKEN_FILE: &str = "http-token";
+
+/// The rules. See the module.
+#[derive(Debug)]
+pub struct Guard {
+    token: Option<blake3::Hash>,
+    /// The cookie's name: a host's cookies are the same for all its ports, so each run has its own.
+    cookie: String,
+    /// Whether the cookie may only go over TLS.
+    is_secure: bool,
+    /// Whether only this machine is asked by its own names.
+    is_local: bool,
+}
+
+/// What becomes of a question.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// It is answered.
+    Granted,
+    /// It is answered, and the client may show this cookie from now on.
+    GrantedWith(HeaderValue),
+    /// It names another host.
+    WrongHost,
+    /// It has no token, or a wrong one.
+    NoToken,
+}
+
+impl Guard {
+    /// Who may ask is decided by where it is asked.
+    pub fn open(address: SocketAddr) -> Guard {
+        Guard {
+            token: None,
+            cookie: String::new(),
+            is_secure: false,
+            is_local: super::is_local(address.ip()),
+        }
+    }
+
+    /// Whoever has the token may ask.
+    pub fn with_token(token: &str, run: &str, is_secure: bool) -> Guard {
+        let cookie = format!("ganglion-{}", run.get(..8).unwrap_or(run));
+        Guard { token: Some(blake3::hash(token.as_bytes())), cookie, is_secure, is_local: false }
+    }
+
+    /// Whether the site is spoken to over TLS.
+    pub fn is_secure(&self) -> bool {
+        self.is_secure
+    }
+
+    /// Judges a question. `is_probe` is for what tells nothing of the run.
+    pub fn authorise(&self, uri: &Uri, headers: &HeaderMap, is_probe: bool) -> Admission {
+        if is_probe {
+            return Admission::Granted;
+        }
+        if self.is_local && !names_this_machine(headers) {
+            return Admission::WrongHost;
+        }
+        let Some(token) = &self.token else { return Admission::Granted };
+        let is_right = |given: &str| blake3::hash(given.as_bytes()) == *token;
+        let text = |name| headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+        let bearer = text(header::AUTHORIZATION).find_map(|value| value.strip_prefix("Bearer "));
+        let mut cookies = text(header::COOKIE).flat_map(|value| value.split(';'));
+        let shown = cookies.find_map(|cookie| cookie.trim().strip_prefix(&self.cookie)?.strip_prefix('='));
+        if bearer.is_some_and(is_right) || shown.is_some_and(is_right) {
+            return Admission::Granted;
+        }
+        match super::pages::parameter(uri, "token").filter(|given| is_right(given)) {
+            Some(given) => self.cookie_of(given).map_or(Admission::Granted, Admission::GrantedWith),
+            None => Admission::NoToken,
+        }
+    }
+
+    fn cookie_of(&self, token: &str) -> Option<HeaderValue> {
+        let secure = if self.is_secure { "; Secure" } else { "" };
+        let cookie = format!("{}={token}; Path=/; HttpOnly; SameSite=Strict{secure}", self.cookie);
+        HeaderValue::from_str(&cookie).ok()
+    }
+}
+
+fn names_this_machine(headers: &HeaderMap) -> bool {
+    let Some(Ok(host)) = headers.get(header::HOST).map(HeaderValue::to_str) else { return false };
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next(),
+        None => host.split(':').next(),
+    };
+    let name = name.unwrap_or_default();
+    let is_loopback = || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
+    name.eq_ignore_ascii_case("localhost") || is_loopback()
+}
+
+/// The run's token: that of the last time, so that a browser need not ask again, or a new one. It is in [`TOKEN_FILE`], which
+/// only this user can read.
+pub fn keep_token(run_dir: &RunDir) -> Result<String, RunDirError> {
+    let known = std::fs::read_to_string(run_dir.path(TOKEN_FILE)).unwrap_or_default();
+    let is_one = known.len() == 32 && known.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let fresh =
+        || new_token().map_err(|error: io::Error| RunDirError::Input(format!("{TOKEN_FILE}: {error}")));
+    let token = if is_one { known } else { fresh()? };
+    run_dir.write_secret(TOKEN_FILE, &token)?;
+    Ok(token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(header::HeaderName, &str)]) -> HeaderMap {
+        pairs.iter().map(|(name, value)| (name.clone(), value.parse().unwrap())).collect()
+    }
+
+    fn asks(guard: &Guard, uri: &str, pairs: &[(header::HeaderName, &str)]) -> Admission {
+        guard.authorise(&uri.parse().unwrap(), &headers(pairs), false)
+    }
+
+    /// Rule 1.
+    #[test]
+    fn a_loopback_address_is_asked_by_its_own_names() {
+        let guard = Guard::open(([127, 0, 0, 1], 7001).into());
+        for own in ["localhost", "LOCALHOST:7001", "127.0.0.1:7001", "127.8.9.1", "[::1]:7001", "[::1]"] {
+            assert_eq!(asks(&guard, "/", &[(header::HOST, own)]), Admission::Granted, "{own}");
+        }
+        for other in
+            ["evil.example", "localhost.evil.example", "10.0.0.1:7001", "", "[::2]", "127.0.0.1.evil.example"]
+        {
+            assert_eq!(asks(&guard, "/", &[(header::HOST, other)]), Admission::WrongHost, "{other}");
+        }
+        assert_eq!(asks(&guard, "/", &[]), Admission::WrongHost);
+        let reachable = Guard::open(([10, 0, 0, 1], 7001).into());
+        assert_eq!(asks(&reachable, "/", &[(header::HOST, "train.example")]), Admission::Granted);
+        assert_eq!(guard.authorise(&"/healthz".parse().unwrap(), &headers(&[]), true), Admission::Granted);
+    }
+
+    /// Rule 2.
+    #[test]
+    fn a_guarded_site_wants_its_token() {
+        let guard = Guard::with_token("secret", "0123456789", false);
+        let refused = |uri: &str, pairs: &[(header::HeaderName, &str)]| {
+            assert_eq!(asks(&guard, uri, pairs), Admission::NoToken, "{uri} {pairs:?}");
+        };
+        refused("/", &[]);
+        refused("/?token=", &[]);
+        refused("/?token=Secret", &[]);
+        refused("/?xtoken=secret", &[]);
+        refused("/", &[(header::AUTHORIZATION, "secret")]);
+        refused("/", &[(header::AUTHORIZATION, "Bearer secret2")]);
+        refused("/", &[(header::COOKIE, "ganglion-0123456=secret")]);
+        refused("/", &[(header::COOKIE, "ganglion-01234567=other")]);
+        assert_eq!(asks(&guard, "/", &[(header::AUTHORIZATION, "Bearer secret")]), Admission::Granted);
+        let cookie = [(header::COOKIE, "a=b; ganglion-01234567=secret; c=d")];
+        assert_eq!(asks(&guard, "/", &cookie), Admission::Granted);
+        let Admission::GrantedWith(set) = asks(&guard, "/?from=1&token=secret", &[]) else {
+            panic!("no cookie")
+        };
+        assert_eq!(set, "ganglion-01234567=secret; Path=/; HttpOnly; SameSite=Strict");
+        let over_tls = Guard::with_token("secret", "r", true);
+        let Admission::GrantedWith(set) = asks(&over_tls, "/?token=secret", &[]) else { panic!("no cookie") };
+        assert!(set.to_str().unwrap().ends_with("; Secure"), "{set:?}");
+    }
+
+    #[test]
+    fn a_token_is_kept_and_only_this_user_reads_it() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::hold(&dir.path().join("run")).unwrap();
+        let token = keep_token(&run_dir).unwrap();
+        assert_eq!(token.len(), 32);
+        assert_eq!(keep_token(&run_dir).unwrap(), token);
+        let file = run_dir.path(TOKEN_FILE);
+        assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        std::fs::write(&file, "mine").unwrap();
+        assert_ne!(keep_token(&run_dir).unwrap(), "mine");
+    }
+}

@@ -1,0 +1,186 @@
+//! The dashboard, and what machines ask of a coordinator: JSON, Prometheus, probes. All of it is read-only.
+//!
+//! 1. The shell waits for no client: it publishes a view, and the chronicle's lock is held for a moment only.
+//! 2. Nothing that a client does costs more than is bounded here: connections, the time to ask, the size of a question, the
+//!    life of a connection, the size of an answer.
+//! 3. Only GET and HEAD are served, and no body is read.
+//! 4. A page of another site learns nothing: its name is not this host's, and it has no token (`guard`).
+
+mod assets;
+mod guard;
+mod pages;
+mod prometheus;
+mod start;
+pub mod status;
+
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use ganglion_proto::wire::GetStatusResponse;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::report::chronicle::Chronicle;
+pub use guard::{Guard, TOKEN_FILE, keep_token};
+pub use start::{Content, Dashboard, start};
+
+/// Connections at a time. Others wait in the system's queue.
+const CONNECTIONS: usize = 128;
+/// How long a connection may take to become one, such as by a TLS handshake.
+const OPENING_LIMIT: Duration = Duration::from_secs(10);
+/// How long a client may take to ask, and how long it may be silent between two questions.
+const HEADER_LIMIT: Duration = if cfg!(test) { Duration::from_millis(500) } else { Duration::from_secs(10) };
+/// A question's bytes, its headers included.
+const HEADER_BYTES: usize = 16 << 10;
+/// How long a connection lives. A client that goes on opens another.
+const LIFE: Duration = Duration::from_secs(60);
+/// How long the last answer on it may take.
+const LAST_ANSWER: Duration = Duration::from_secs(10);
+/// How long to wait before connections are accepted again when that failed: file descriptors may have run out.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Who asked this lately is still looking.
+const LOOKING: Duration = Duration::from_secs(5);
+/// How long those who look may take to see how the run ended.
+const FAREWELL: Duration = Duration::from_secs(3);
+
+/// The run as the shell published it.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// How things are.
+    pub status: GetStatusResponse,
+    /// When that was.
+    pub at: Instant,
+}
+
+/// What the shell publishes its views by.
+pub type Publisher = watch::Sender<Option<Arc<View>>>;
+
+/// What is served.
+pub struct Site {
+    /// The newest view; none before the shell's first.
+    pub view: watch::Receiver<Option<Arc<View>>>,
+    /// What the run's files tell.
+    pub chronicle: Chronicle,
+    /// Where its pictures are.
+    pub samples: PathBuf,
+    /// The job, as JSON.
+    pub job: serde_json::Value,
+    /// Whom it is for.
+    pub guard: Guard,
+    /// When the status was last asked for, and how the run had ended by then.
+    pub asked: watch::Sender<Option<(Instant, bool)>>,
+}
+
+/// A server that ends with this.
+pub struct Served {
+    /// Where.
+    pub address: SocketAddr,
+    site: Arc<Site>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Served {
+    /// The page's address.
+    pub fn url(&self) -> String {
+        let scheme = if self.site.guard.is_secure() { "https" } else { "http" };
+        format!("{scheme}://{}/", self.address)
+    }
+
+    /// Lets those who look see how the run ended.
+    pub async fn farewell(&self) {
+        let mut asked = self.site.asked.subscribe();
+        let is_looked_at = asked.borrow().is_some_and(|(at, _)| at.elapsed() < LOOKING);
+        if is_looked_at {
+            let seen = asked.wait_for(|asked| asked.is_some_and(|(_, ended)| ended));
+            let _ = timeout(FAREWELL, seen).await;
+        }
+    }
+}
+
+/// Whether only this machine reaches an address.
+pub fn is_local(address: IpAddr) -> bool {
+    address.is_loopback()
+}
+
+/// Serves a site. `secure` makes of a connection what is spoken over, such as by a TLS handshake; [`plainly`] makes nothing.
+pub fn serve<S, F>(
+    listener: TcpListener,
+    site: Site,
+    secure: impl Fn(TcpStream) -> F + Clone + Send + Sync + 'static,
+) -> io::Result<Served>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    F: Future<Output = io::Result<S>> + Send + 'static,
+{
+    let (address, site) = (listener.local_addr()?, Arc::new(site));
+    let router = pages::router(site.clone());
+    let task = tokio::spawn(async move {
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        while let Ok(place) = places.clone().acquire_owned().await {
+            match listener.accept().await {
+                Ok((stream, from)) => {
+                    let (opening, router) = (secure(stream), router.clone());
+                    tokio::spawn(async move {
+                        match timeout(OPENING_LIMIT, opening).await {
+                            Ok(Ok(stream)) => converse(stream, router).await,
+                            Ok(Err(error)) => tracing::debug!("a connection from {from} failed: {error}"),
+                            Err(_) => tracing::debug!("a connection from {from} was not opened in time"),
+                        }
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!("cannot accept a connection to the dashboard: {error}");
+                    sleep(PAUSE).await;
+                }
+            }
+        }
+    });
+    Ok(Served { address, site, task })
+}
+
+/// Speaks over the connection as it is.
+pub async fn plainly(stream: TcpStream) -> io::Result<TcpStream> {
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Answers on one connection until it ends or has lived long enough.
+async fn converse<S>(stream: S, router: Router)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_LIMIT)
+        .max_buf_size(HEADER_BYTES)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let mut connection = pin!(connection);
+    tokio::select! {
+        _ = connection.as_mut() => return,
+        () = sleep(LIFE) => connection.as_mut().graceful_shutdown(),
+    }
+    // A client that does not read its answer is left.
+    let _ = timeout(LAST_ANSWER, connection).await;
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,345 @@
+//! What a run's files tell, at hand for those who look on: curves, events, checkpoints, pictures, counts.
+//!
+//! 1. It is made from the lines of `metrics.jsonl` and `events.jsonl`, those of earlier coordinators first, and from nothing
+//!    else. So a new coordinator shows what the one before showed.
+//! 2. Its memory is bounded, and so is what any question costs. Whoever asks holds the lock for a moment only: nothing waits
+//!    for a client, a file or a process with it.
+//! 3. Nothing is decided by it.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use super::curve::{Bucket, Curve, Point, SERIES};
+
+/// Bytes of events that are kept; older ones are in the file.
+const EVENT_BYTES: usize = 4 << 20;
+/// Checkpoints that are kept.
+const CHECKPOINTS: usize = 32;
+/// Pictures that are known by name.
+const PICTURES: usize = 100_000;
+
+/// The handle; clones share one.
+#[derive(Clone, Debug, Default)]
+pub struct Chronicle(Arc<Mutex<Known>>);
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Known {
+    curve: Curve,
+    /// The row of the greatest step.
+    pub newest: Option<RowLine>,
+    /// Rows so far.
+    pub rows: u64,
+    /// Their numbers and lines.
+    events: VecDeque<(u64, String)>,
+    event_bytes: usize,
+    /// Events so far; the next one's number.
+    pub event_count: u64,
+    /// When the first event was, in seconds of Unix time.
+    pub begun: Option<f64>,
+    /// Events by kind.
+    pub kinds: BTreeMap<String, u64>,
+    /// Faults that workers reported, by kind.
+    pub faults: BTreeMap<String, u64>,
+    /// The newest checkpoints, oldest first.
+    pub checkpoints: VecDeque<CheckpointLine>,
+    pictures: BTreeSet<u64>,
+}
+
+/// A row of metrics, as its line has it.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)] // the columns of metrics.jsonl
+pub struct RowLine {
+    pub step: u64,
+    pub time: f64,
+    pub generation: u64,
+    pub world_size: u32,
+    pub loss_discriminator: Option<f64>,
+    pub loss_generator: Option<f64>,
+    pub score_real: Option<f64>,
+    pub score_fake: Option<f64>,
+    pub images_per_second: Option<f64>,
+    pub images_seen: u64,
+    pub epoch: f64,
+    pub skipped: u64,
+    pub profile: Option<ProfileLines>,
+}
+
+/// Milliseconds a step, of each module's phases.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[allow(missing_docs)]
+pub struct ProfileLines {
+    pub discriminator: ProfileLine,
+    pub generator: ProfileLine,
+}
+
+/// Milliseconds a step.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[allow(missing_docs)]
+pub struct ProfileLine {
+    pub data: f64,
+    pub compute: f64,
+    pub wait: f64,
+    pub commit: f64,
+    pub other: f64,
+}
+
+impl ProfileLine {
+    /// The parts with their names.
+    pub fn parts(&self) -> [(&'static str, f64); 5] {
+        [
+            ("data", self.data),
+            ("compute", self.compute),
+            ("wait", self.wait),
+            ("commit", self.commit),
+            ("other", self.other),
+        ]
+    }
+}
+
+/// A checkpoint, as its event has it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CheckpointLine {
+    /// Steps done in it.
+    pub step: u64,
+    /// When it became valid, in seconds of Unix time.
+    pub time: f64,
+    /// Its folder in the storage.
+    pub folder: String,
+    /// The digest of its state.
+    pub state_digest: String,
+}
+
+/// What is looked at of an event.
+#[derive(Deserialize)]
+struct EventLine<'a> {
+    time: f64,
+    kind: &'a str,
+    #[serde(default)]
+    fault: Option<&'a str>,
+    #[serde(default)]
+    step: Option<u64>,
+}
+
+impl RowLine {
+    fn point(&self) -> Point {
+        let given = |value: Option<f64>| value.unwrap_or(f64::NAN);
+        let of_both = |part: usize| {
+            self.profile
+                .map_or(f64::NAN, |of| of.discriminator.parts()[part].1 + of.generator.parts()[part].1)
+        };
+        let [data, compute, wait, commit, other] = [0, 1, 2, 3, 4].map(of_both);
+        let values: [f64; SERIES.len()] = [
+            given(self.loss_discriminator),
+            given(self.loss_generator),
+            given(self.score_real),
+            given(self.score_fake),
+            given(self.images_per_second),
+            f64::from(self.world_size),
+            data,
+            compute,
+            wait,
+            commit,
+            other,
+        ];
+        Point { step: self.step, time: self.time, values }
+    }
+}
+
+impl Chronicle {
+    /// What is known. Hold it for a moment only: the coordinator's loop waits.
+    pub fn look(&self) -> MutexGuard<'_, Known> {
+        // Nothing panics while it holds the lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a line of `metrics.jsonl`.
+    pub fn row(&self, line: &[u8]) {
+        // Whoever wrote the line checked it; a line of another version without these columns is not drawn.
+        let Ok(row) = serde_json::from_slice::<RowLine>(line) else { return };
+        let mut known = self.look();
+        known.rows += 1;
+        known.curve.add(&row.point());
+        if known.newest.as_ref().is_none_or(|newest| newest.step < row.step) {
+            known.newest = Some(row);
+        }
+    }
+
+    /// Takes a line of `events.jsonl`.
+    pub fn event(&self, line: &[u8]) {
+        let mut known = self.look();
+        let number = known.event_count;
+        known.event_count += 1;
+        let (Ok(text), Ok(event)) =
+            (std::str::from_utf8(line), serde_json::from_slice::<EventLine<'_>>(line))
+        else {
+            return;
+        };
+        known.note(&event, line);
+        known.event_bytes += line.len();
+        known.events.push_back((number, text.to_string()));
+        while known.event_bytes > EVENT_BYTES && known.events.len() > 1 {
+            let gone = known.events.pop_front().map_or(0, |(_, line)| line.len());
+            known.event_bytes -= gone;
+        }
+    }
+}
+
+impl Known {
+    fn note(&mut self, event: &EventLine<'_>, line: &[u8]) {
+        self.begun.get_or_insert(event.time);
+        count(&mut self.kinds, event.kind);
+        match event.kind {
+            "fault" => count(&mut self.faults, event.fault.unwrap_or("unknown")),
+            "samples" => {
+                self.pictures.extend(event.step);
+                if self.pictures.len() > PICTURES {
+                    self.pictures.pop_first();
+                }
+            }
+            "checkpoint" => {
+                let Ok(checkpoint) = serde_json::from_slice::<CheckpointLine>(line) else { return };
+                self.checkpoints.retain(|known| known.step != checkpoint.step);
+                self.checkpoints.push_back(checkpoint);
+                if self.checkpoints.len() > CHECKPOINTS {
+                    self.checkpoints.pop_front();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The rows from a step on, as at most `points` buckets and one.
+    pub fn curve(&self, from: u64, points: usize) -> Vec<Bucket> {
+        self.curve.since(from, points)
+    }
+
+    /// Events from a number on with their numbers, at most `limit` and at most about `bytes` of them.
+    pub fn events(&self, from: u64, limit: usize, bytes: usize) -> Vec<(u64, String)> {
+        let start = self.events.partition_point(|(number, _)| *number < from);
+        let mut size = 0;
+        let fits = |(_, line): &&(u64, String)| {
+            let fits = size < bytes;
+            size += line.len();
+            fits
+        };
+        self.events.range(start..).take(limit).take_while(fits).cloned().collect()
+    }
+
+    /// The oldest event that is kept.
+    pub fn first_event(&self) -> u64 {
+        self.events.front().map_or(self.event_count, |(number, _)| *number)
+    }
+
+    /// Steps with a picture, at most `limit` of them: the first, the newest, and some between.
+    pub fn pictures(&self, limit: usize) -> Vec<u64> {
+        let all: Vec<u64> = self.pictures.iter().copied().collect();
+        if all.len() <= limit || limit < 2 {
+            return all.into_iter().rev().take(limit).rev().collect();
+        }
+        (0..limit).map(|at| all[at * (all.len() - 1) / (limit - 1)]).collect()
+    }
+
+    /// How many events of a kind there were.
+    pub fn count(&self, kind: &str) -> u64 {
+        self.kinds.get(kind).copied().unwrap_or(0)
+    }
+}
+
+/// The kinds are the coordinator's own, so there are few.
+fn count(counts: &mut BTreeMap<String, u64>, kind: &str) {
+    match counts.get_mut(kind) {
+        Some(count) => *count += 1,
+        None => drop(counts.insert(kind.to_string(), 1)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::events::EventLog;
+    use crate::report::metrics::{MetricsLog, Row, row_of};
+
+    /// Invariant 1: lines that were there and lines that are added are taken alike.
+    #[test]
+    fn the_files_tell_the_same_before_and_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let open = |chronicle: &Chronicle| {
+            let (rows, events) = (chronicle.clone(), chronicle.clone());
+            let metrics = MetricsLog::open(&path("metrics.jsonl"), Box::new(move |line| rows.row(line)));
+            let events = EventLog::open(&path("events.jsonl"), Box::new(move |line| events.event(line)));
+            (metrics.unwrap(), events.unwrap())
+        };
+        let first = Chronicle::default();
+        let (mut metrics, mut events) = open(&first);
+        for step in 1..=3 {
+            metrics.record(&Row { scores: Some([0.75, 0.25]), ..row_of(step * 10) }).unwrap();
+        }
+        let fault = serde_json::json!({ "worker": 1, "fault": "peer" });
+        events.append(1.0, "fault", &fault).unwrap();
+        let checkpoint = serde_json::json!({ "step": 20, "folder": "step-00000020", "state_digest": "ab" });
+        events.append(2.0, "checkpoint", &checkpoint).unwrap();
+        events.append(3.0, "samples", serde_json::json!({ "step": 20 })).unwrap();
+        let again = Chronicle::default();
+        let (mut metrics, _events) = open(&again);
+        for chronicle in [&first, &again] {
+            let known = chronicle.look();
+            assert_eq!((known.rows, known.event_count, known.begun), (3, 3, Some(1.0)));
+            assert_eq!((known.count("fault"), known.faults.get("peer")), (1, Some(&1)));
+            assert_eq!(known.checkpoints[0].state_digest, "ab");
+            assert_eq!(known.pictures(10), [20]);
+            assert_eq!(known.curve(0, 10)[2].series[2].mean(), Some(0.75));
+            assert_eq!(known.newest.as_ref().map(|row| row.step), Some(30));
+        }
+        // A row that is recorded already is no new line.
+        metrics.record(&row_of(40)).unwrap();
+        metrics.record(&row_of(40)).unwrap();
+        assert_eq!(again.look().rows, 4);
+    }
+
+    /// Invariant 2.
+    #[test]
+    fn events_come_in_pages_and_the_oldest_go() {
+        let chronicle = Chronicle::default();
+        let filler = "x".repeat(1000);
+        for time in 0..10_000 {
+            chronicle.event(format!(r#"{{"time":{time}.0,"kind":"a","filler":"{filler}"}}"#).as_bytes());
+        }
+        let known = chronicle.look();
+        assert!(known.event_bytes <= EVENT_BYTES && known.event_bytes > EVENT_BYTES / 2);
+        assert_eq!((known.event_count, known.count("a")), (10_000, 10_000));
+        let page = known.events(0, 5, usize::MAX);
+        assert_eq!(page.len(), 5);
+        assert_eq!(page[0].0, known.first_event());
+        assert!(page[0].0 > 0, "the oldest are gone");
+        assert_eq!(known.events(9_998, 5, usize::MAX).len(), 2);
+        assert_eq!(known.events(0, 1000, 2500).len(), 3);
+        assert!(known.events(10_000, 5, usize::MAX).is_empty());
+    }
+
+    #[test]
+    fn many_pictures_are_told_by_some_of_them() {
+        let chronicle = Chronicle::default();
+        (1..=1000).for_each(|step| {
+            chronicle.event(format!(r#"{{"time":1.0,"kind":"samples","step":{step}}}"#).as_bytes());
+        });
+        let some = chronicle.look().pictures(11);
+        assert_eq!((some.len(), some[0], some[10]), (11, 1, 1000));
+        assert_eq!(chronicle.look().pictures(5000).len(), 1000);
+    }
+
+    #[test]
+    fn lines_that_say_something_else_are_passed_over() {
+        let chronicle = Chronicle::default();
+        for line in ["", "{", "[]", "{}", r#"{"time":"x","kind":5}"#, "\u{0}"] {
+            chronicle.event(line.as_bytes());
+            chronicle.row(line.as_bytes());
+        }
+        let known = chronicle.look();
+        assert_eq!((known.event_count, known.events.len()), (6, 0));
+    }
+}

@@ -1,0 +1,271 @@
+//! The curves of a run at every resolution, in bounded memory.
+//!
+//! 1. Level k holds the newest [`KEPT`] buckets of 4^k steps, and the coarsest level all of the run. Taking a row and telling
+//!    a stretch cost a bounded amount of work, however long the run is.
+//! 2. A row that comes late enters the bucket of its step; a level that has let that bucket go leaves it to the coarser ones.
+//! 3. What is not finite, or was not noted, is left out of means and bounds.
+
+use std::collections::VecDeque;
+
+/// What is drawn of a row.
+pub const SERIES: [&str; 11] = [
+    "loss_discriminator",
+    "loss_generator",
+    "score_real",
+    "score_fake",
+    "images_per_second",
+    "world_size",
+    "data",
+    "compute",
+    "wait",
+    "commit",
+    "other",
+];
+/// Buckets that a level holds.
+const KEPT: usize = 2048;
+/// So many buckets of a level are one of the next.
+const FOLD: u64 = 4;
+
+/// The values of one step, in the order of [`SERIES`]; NaN where there is none.
+#[derive(Clone, Copy, Debug)]
+pub struct Point {
+    /// The step.
+    pub step: u64,
+    /// When it was committed, in seconds of Unix time.
+    pub time: f64,
+    /// Its values.
+    pub values: [f64; SERIES.len()],
+}
+
+/// The rows of a stretch of steps, taken together.
+#[derive(Clone, Debug)]
+pub struct Bucket {
+    /// The newest step in it.
+    pub step: u64,
+    /// When that was committed.
+    pub time: f64,
+    /// A summary a series.
+    pub series: [Summary; SERIES.len()],
+}
+
+/// The values of one series in a bucket.
+#[derive(Clone, Copy, Debug)]
+pub struct Summary {
+    sum: f64,
+    count: u64,
+    /// The least.
+    pub low: f64,
+    /// The greatest.
+    pub high: f64,
+}
+
+impl Summary {
+    fn of(value: f64) -> Summary {
+        let value = Some(value).filter(|value| value.is_finite());
+        Summary {
+            sum: value.unwrap_or(0.0),
+            count: value.is_some().into(),
+            low: value.unwrap_or(f64::INFINITY),
+            high: value.unwrap_or(f64::NEG_INFINITY),
+        }
+    }
+
+    fn add(&mut self, other: &Summary) {
+        self.sum += other.sum;
+        self.count += other.count;
+        self.low = self.low.min(other.low);
+        self.high = self.high.max(other.high);
+    }
+
+    /// The mean; `None` of nothing.
+    pub fn mean(&self) -> Option<f64> {
+        #[allow(clippy::cast_precision_loss)] // counts of rows are far below 2^53
+        (self.count > 0).then(|| self.sum / self.count as f64)
+    }
+}
+
+impl Bucket {
+    fn of(point: &Point) -> Bucket {
+        Bucket { step: point.step, time: point.time, series: point.values.map(Summary::of) }
+    }
+
+    fn add(&mut self, other: &Bucket) {
+        if other.step > self.step {
+            (self.step, self.time) = (other.step, other.time);
+        }
+        self.series.iter_mut().zip(&other.series).for_each(|(summary, other)| summary.add(other));
+    }
+}
+
+/// Buckets of one width, by the step that they begin at divided by it.
+#[derive(Debug)]
+struct Level {
+    width: u64,
+    buckets: VecDeque<(u64, Bucket)>,
+}
+
+impl Level {
+    fn add(&mut self, bucket: &Bucket) {
+        let index = bucket.step / self.width;
+        let place = match self.buckets.back() {
+            Some((last, _)) if *last >= index => self.buckets.partition_point(|(known, _)| *known < index),
+            _ => self.buckets.len(),
+        };
+        match self.buckets.get_mut(place) {
+            Some((known, there)) if *known == index => there.add(bucket),
+            _ => self.buckets.insert(place, (index, bucket.clone())),
+        }
+    }
+}
+
+/// All curves of a run. See the module.
+#[derive(Debug)]
+pub struct Curve {
+    levels: Vec<Level>,
+}
+
+impl Default for Curve {
+    fn default() -> Self {
+        Curve { levels: vec![Level { width: 1, buckets: VecDeque::new() }] }
+    }
+}
+
+impl Curve {
+    /// Takes a row. Each step comes once.
+    pub fn add(&mut self, point: &Point) {
+        let bucket = Bucket::of(point);
+        let coarsest = self.levels.len() - 1;
+        for (at, level) in self.levels.iter_mut().enumerate() {
+            let gone = at < coarsest
+                && level.buckets.front().is_some_and(|(first, _)| *first > bucket.step / level.width);
+            if !gone {
+                level.add(&bucket);
+            }
+        }
+        if self.levels[coarsest].buckets.len() > KEPT {
+            self.grow();
+        }
+        for level in &mut self.levels {
+            while level.buckets.len() > KEPT {
+                level.buckets.pop_front();
+            }
+        }
+    }
+
+    /// Adds a level that holds all that the coarsest one does.
+    fn grow(&mut self) {
+        let Some(coarsest) = self.levels.last() else { return };
+        let mut next = Level { width: coarsest.width.saturating_mul(FOLD), buckets: VecDeque::new() };
+        coarsest.buckets.iter().for_each(|(_, bucket)| next.add(bucket));
+        self.levels.push(next);
+    }
+
+    /// The rows from a step on, as at most `points` buckets and one, oldest first.
+    pub fn since(&self, from: u64, points: usize) -> Vec<Bucket> {
+        let reaches = |level: &&Level| {
+            level.buckets.len() < KEPT
+                || level.buckets.front().is_some_and(|(first, _)| first * level.width <= from)
+        };
+        let Some(level) = self.levels.iter().find(reaches).or(self.levels.last()) else { return Vec::new() };
+        let start = level.buckets.partition_point(|(_, bucket)| bucket.step < from);
+        let (Some((first, _)), Some((last, _))) = (level.buckets.get(start), level.buckets.back()) else {
+            return Vec::new();
+        };
+        // By the index and not by the place, so that a bucket does not change its bounds when a row comes.
+        let fold = ((last - first + 1).div_ceil(points.max(1) as u64)).max(1).next_power_of_two();
+        let mut merged: Vec<(u64, Bucket)> = Vec::new();
+        for (index, bucket) in level.buckets.range(start..) {
+            match merged.last_mut() {
+                Some((known, there)) if *known == index / fold => there.add(bucket),
+                _ => merged.push((index / fold, bucket.clone())),
+            }
+        }
+        merged.into_iter().map(|(_, bucket)| bucket).collect()
+    }
+
+    /// The newest row's step; `None` before the first.
+    pub fn last_step(&self) -> Option<u64> {
+        self.levels.first()?.buckets.back().map(|(_, bucket)| bucket.step)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn point(step: u64, value: f64) -> Point {
+        #[allow(clippy::cast_precision_loss)]
+        Point { step, time: step as f64, values: [value; SERIES.len()] }
+    }
+
+    fn curve(steps: impl Iterator<Item = u64>) -> Curve {
+        let mut curve = Curve::default();
+        #[allow(clippy::cast_precision_loss)]
+        steps.for_each(|step| curve.add(&point(step, step as f64)));
+        curve
+    }
+
+    fn steps(buckets: &[Bucket]) -> Vec<u64> {
+        buckets.iter().map(|bucket| bucket.step).collect()
+    }
+
+    #[test]
+    fn a_short_run_is_told_row_by_row() {
+        let curve = curve((1..=50).map(|row| row * 10));
+        assert_eq!(steps(&curve.since(0, 1000)), (1..=50).map(|row| row * 10).collect::<Vec<_>>());
+        assert_eq!(steps(&curve.since(481, 1000)), [490, 500]);
+        assert!(curve.since(501, 10).is_empty());
+        assert!(Curve::default().since(0, 10).is_empty());
+    }
+
+    /// Invariant 1: nothing is left out, nothing grows.
+    #[test]
+    fn a_long_run_is_whole_in_few_buckets() {
+        let curve = curve(1..=1_000_000);
+        for points in [1, 7, 600] {
+            let buckets = curve.since(0, points);
+            assert!(buckets.len() <= points + 1, "{} of {points}", buckets.len());
+            let count: u64 = buckets.iter().map(|bucket| bucket.series[0].count).sum();
+            assert_eq!(count, 1_000_000);
+            assert_eq!(buckets.last().map(|bucket| bucket.step), Some(1_000_000));
+        }
+        assert!(curve.levels.iter().all(|level| level.buckets.len() <= KEPT));
+        // The newest steps are there one by one.
+        assert_eq!(curve.since(999_901, 1000).len(), 100);
+        assert_eq!(curve.since(999_901, 1000)[0].series[0].mean(), Some(999_901.0));
+    }
+
+    #[test]
+    fn a_bucket_tells_mean_and_bounds() {
+        let curve = curve(1..=8);
+        let all = &curve.since(0, 1);
+        let summary = all.last().unwrap().series[0];
+        assert_eq!((summary.mean(), summary.low, summary.high), (Some(8.0), 8.0, 8.0));
+        let first = all[0].series[0];
+        assert_eq!((first.mean(), first.low, first.high), (Some(4.0), 1.0, 7.0));
+    }
+
+    /// Invariant 2.
+    #[test]
+    fn a_late_row_is_in_its_bucket() {
+        let mut curve = curve((1..=10_000).filter(|step| ![5, 9_990].contains(step)));
+        curve.add(&point(9_990, 0.0));
+        curve.add(&point(5, 0.0));
+        let count = |buckets: &[Bucket]| buckets.iter().map(|bucket| bucket.series[0].count).sum::<u64>();
+        assert_eq!(count(&curve.since(0, 100)), 10_000);
+        assert_eq!(steps(&curve.since(9_989, 100)), (9_989..=10_000).collect::<Vec<_>>());
+        assert_eq!(curve.last_step(), Some(10_000));
+    }
+
+    /// Invariant 3.
+    #[test]
+    fn what_is_not_finite_is_left_out() {
+        let mut curve = Curve::default();
+        curve.add(&point(2, f64::NAN));
+        assert_eq!(curve.since(0, 10)[0].series[0].mean(), None);
+        curve.add(&point(3, f64::INFINITY));
+        curve.add(&point(4, 2.0));
+        let both = curve.since(0, 1);
+        assert_eq!(both.iter().filter_map(|bucket| bucket.series[0].mean()).collect::<Vec<_>>(), [2.0]);
+    }
+}
