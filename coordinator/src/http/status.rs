@@ -51,7 +51,7 @@ fn worker_json(worker: &WorkerStatus, failure_deadline: f64) -> Value {
 }
 
 /// A worker's state in a word. Five heartbeats come in a deadline, so three missed ones are worth a word.
-fn health(worker: &WorkerStatus, failure_deadline: f64) -> &'static str {
+pub fn health(worker: &WorkerStatus, failure_deadline: f64) -> &'static str {
     match worker.heartbeat_age {
         _ if !worker.connected => "away",
         None => "new",

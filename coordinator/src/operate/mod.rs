@@ -13,9 +13,10 @@ use serde::{Deserialize, Serialize};
 use tonic::Request;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::http::status;
 use crate::inspect::{Overview, Standing, as_json, is_held, overview};
 use crate::run::Failure;
-use table::Table;
+use table::{Table, size};
 
 /// The file in the run directory.
 pub const ACCESS_FILE: &str = "admin.json";
@@ -67,7 +68,7 @@ async fn status(folder: &Path, json: bool) -> Result<String, Failure> {
     }
     let (mut client, _) = reach(folder).await?;
     let answer = client.get_status(Request::new(GetStatusRequest {})).await.map_err(refused)?.into_inner();
-    Ok(if json { as_json(&Status::of(&answer)) } else { table(&answer) })
+    Ok(if json { as_json(&status_json(&answer)) } else { table(&answer) })
 }
 
 fn at_rest(run: &Overview) -> String {
@@ -150,59 +151,50 @@ fn refused(status: tonic::Status) -> Failure {
 }
 
 /// What a coordinator says, for programs.
-#[derive(Serialize)]
-struct Status<'a> {
-    name: &'a str,
-    standing: Standing,
-    step: u64,
-    last_step: u64,
-    checkpoint_step: u64,
-    generation: u64,
-    term: u64,
-    workers: Vec<WorkerLine<'a>>,
-}
-
-#[derive(Serialize)]
-struct WorkerLine<'a> {
-    worker: u64,
-    rank: Option<u32>,
-    pid: u32,
-    host: &'a str,
-}
-
-impl Status<'_> {
-    fn of(status: &GetStatusResponse) -> Status<'_> {
-        let workers = status.workers.iter().map(|worker| WorkerLine {
-            worker: worker.worker,
-            rank: worker.rank,
-            pid: worker.pid,
-            host: &worker.host,
-        });
-        Status {
-            name: &status.name,
-            standing: Standing::Running,
-            step: status.step,
-            last_step: status.last_step,
-            checkpoint_step: status.checkpoint_step,
-            generation: status.generation,
-            term: status.term,
-            workers: workers.collect(),
-        }
-    }
+fn status_json(status: &GetStatusResponse) -> serde_json::Value {
+    let mut value = status::json(status);
+    value["standing"] = Standing::Running.name().into();
+    value
 }
 
 fn table(status: &GetStatusResponse) -> String {
-    let mut workers = Table::new(&["worker", "rank", "process", "<host"]);
+    let mut workers = Table::new(&[
+        "worker",
+        "rank",
+        "shards",
+        "<device",
+        "step",
+        "<health",
+        "<activity",
+        "memory",
+        "process",
+        "<host",
+    ]);
+    let dash = || "-".to_string();
     for worker in &status.workers {
+        let heard = worker.heartbeat_age.is_some();
+        let shards = worker.first_shard..worker.first_shard + worker.shards;
         workers.row([
             worker.worker.to_string(),
-            worker.rank.map_or("-".to_string(), |rank| rank.to_string()),
+            worker.rank.map_or_else(dash, |rank| rank.to_string()),
+            if shards.is_empty() { dash() } else { format!("{}-{}", shards.start, shards.end - 1) },
+            worker.device.clone(),
+            if heard { (worker.position / status.phases_per_step.max(1)).to_string() } else { dash() },
+            status::health(worker, status.failure_deadline).to_string(),
+            if heard { status::activity(worker.activity()).to_string() } else { dash() },
+            worker.resident_bytes.map_or_else(dash, size),
             worker.pid.to_string(),
             worker.host.clone(),
         ]);
     }
     format!(
-        "run {}: step {} of {}, checkpoint of step {}, generation {}, term {}\n{workers}",
-        status.name, status.step, status.last_step, status.checkpoint_step, status.generation, status.term,
+        "run {}: step {} of {}, {}, checkpoint of step {}, generation {}, term {}\n{workers}",
+        status.name,
+        status.step,
+        status.last_step,
+        status.stage,
+        status.checkpoint_step,
+        status.generation,
+        status.term,
     )
 }
