@@ -8,6 +8,9 @@ use std::str::FromStr;
 use clap::{Parser, Subcommand, ValueEnum};
 use ganglion_proto::job::Job;
 
+use crate::certs::CertsCommand;
+use crate::security::SecurityArguments;
+
 /// Trains a GAN data-parallel on many workers, with the same result for any number of them.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
@@ -39,6 +42,9 @@ pub struct Cli {
     /// run, and whoever reaches the other can look at it.
     #[arg(long)]
     pub insecure: bool,
+    /// Who may connect.
+    #[command(flatten)]
+    pub security: SecurityArguments,
     /// Write a timeline of this coordinator and its local workers, for ui.perfetto.dev; at most 128 MiB of it.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
@@ -90,6 +96,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Makes certificates and a join token.
+    #[command(subcommand)]
+    Certs(CertsCommand),
     /// Lets a worker leave with nothing done again. A local one is not replaced.
     Drain {
         /// The worker's number, as `coordinator status` shows it.
@@ -199,10 +208,10 @@ impl Cli {
         let addresses = std::net::ToSocketAddrs::to_socket_addrs(text.as_str());
         let address = addresses.map_err(|error| wrong(error.to_string()))?.next();
         let address = address.ok_or_else(|| wrong("no such address".to_string()))?;
-        if !address.ip().is_loopback() && !self.insecure {
+        if !address.ip().is_loopback() && !self.insecure && self.security.tls_dir.is_none() {
             return Err(format!(
-                "--listen {text}: other machines reach this address and the connection is not encrypted; on a network \
-                 that you trust add --insecure, else listen on 127.0.0.1 and use a tunnel"
+                "--listen {text}: other machines reach this address and the connection is not encrypted; give --tls-dir \
+                 DIR (`coordinator certs init` makes one), or on a network that you trust --insecure"
             ));
         }
         Ok(address)
@@ -268,6 +277,10 @@ mod tests {
         assert!(cli(&["--listen", "0.0.0.0:7000"]).listen_address(None).is_err());
         let consented = cli(&["--listen", "0.0.0.0:7000", "--insecure"]).listen_address(None);
         assert_eq!(consented, Ok(([0, 0, 0, 0], 7000).into()));
+        let token = cli(&["--listen", "0.0.0.0:7000", "--join-token-file", "token"]).listen_address(None);
+        assert!(token.unwrap_err().contains("not encrypted"), "a token alone hides nothing");
+        let encrypted = cli(&["--listen", "0.0.0.0:7000", "--tls-dir", "certs"]).listen_address(None);
+        assert_eq!(encrypted, Ok(([0, 0, 0, 0], 7000).into()));
         assert_eq!(cli(&[]).listen_address(Some(7001)), Ok(([127, 0, 0, 1], 7001).into()));
         assert!(cli(&["--listen", "nonsense"]).listen_address(None).unwrap_err().contains("HOST:PORT"));
     }

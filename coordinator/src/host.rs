@@ -2,15 +2,18 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tonic::transport::server::Connected;
 
 use crate::cli::LogFormat;
+use crate::server::connection::Connection;
 use crate::server::door;
+use crate::server::tls::Acceptor;
 use crate::shell::StopSignal;
 use crate::supervisor::{Processes, SystemProcesses};
 
@@ -19,10 +22,12 @@ pub trait Host {
     /// A client's connection.
     type Connection: Connected + AsyncRead + AsyncWrite + Send + Unpin + 'static;
 
-    /// Listens on an address; returns the connections that come in, and the address with its port.
+    /// Listens on an address, with TLS if there are certificates; returns the connections that come in, and the address
+    /// with its port.
     fn listen(
         &self,
         wanted: SocketAddr,
+        tls: Option<Arc<Acceptor>>,
     ) -> impl Future<Output = io::Result<(mpsc::Receiver<Self::Connection>, SocketAddr)>>;
 
     /// The machine's processes.
@@ -39,12 +44,16 @@ pub struct System {
 }
 
 impl Host for System {
-    type Connection = TcpStream;
+    type Connection = Connection;
 
-    async fn listen(&self, wanted: SocketAddr) -> io::Result<(mpsc::Receiver<TcpStream>, SocketAddr)> {
+    async fn listen(
+        &self,
+        wanted: SocketAddr,
+        tls: Option<Arc<Acceptor>>,
+    ) -> io::Result<(mpsc::Receiver<Connection>, SocketAddr)> {
         let listener = TcpListener::bind(wanted).await?;
         let address = listener.local_addr()?;
-        Ok((door::open(listener), address))
+        Ok((door::open(listener, tls), address))
     }
 
     fn processes(&self) -> io::Result<Box<dyn Processes>> {

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod audit;
+pub mod certs;
 pub mod checkpoints;
 pub mod cli;
 pub mod host;
@@ -16,6 +17,7 @@ pub mod operate;
 pub mod report;
 pub mod run;
 pub mod run_dir;
+pub mod security;
 pub mod server;
 pub mod shell;
 pub mod supervisor;

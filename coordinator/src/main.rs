@@ -33,6 +33,7 @@ fn serve(command: Command) -> ExitCode {
     let ask = |run: &RunChoice, question| conclude(block_on(operate(&run.run_dir, question)));
     match command {
         Command::Audit { run, json } => audited(&run, json),
+        Command::Certs(command) => conclude(command.run()),
         Command::Status { run, json } => ask(&run, Question::Status { json }),
         Command::Drain { worker, run } => ask(&run, Question::Drain(worker)),
         Command::Scale { workers, run } => ask(&run, Question::Scale(workers)),

@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
-
+use std::sync::Arc;
 use std::time::Duration;
 
 use ganglion_membership::{Checkpoint, Generation, Limits, Outcome, Recovered, Term};
@@ -22,10 +22,13 @@ use crate::host::Host;
 use crate::http;
 use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal, JournalError};
-use crate::operate::{ACCESS_FILE, Access};
+use crate::operate::ACCESS_FILE;
 use crate::report::progress::Screen;
 use crate::report::timeline::Timeline;
 use crate::run_dir::{RunDir, RunDirError};
+use crate::security::Security;
+use crate::server::guard::Guard;
+use crate::server::tls::Acceptor;
 use crate::server::{Store, serve};
 use crate::shell::{Ended, Parts, Shell, ShellError, StopSignal, records::Records};
 use crate::supervisor::{Processes, Supervisor, new_token};
@@ -98,6 +101,7 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     let gpus = if cli.workers == Workers::Auto { count_gpus(&*processes)? } else { 0 };
     let (local_workers, reason) = cli.local_workers(&job, gpus).map_err(Failure::Input)?;
     cli.listen_address(None).map_err(Failure::Input)?;
+    let security = Security::of(&cli.security)?;
 
     let folder = cli.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&job.job.name));
     let run_dir = RunDir::hold(&folder)?;
@@ -129,15 +133,18 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     let term = journal.begin_term(job.metrics.every_steps)?;
     log::note("run", job.job.name.as_str());
     log::note("term", term.0);
-    let (incoming, address) = listen(&cli, host, &mut journal).await?;
-    let url = format!("http://{}", SocketAddr::new(reachable(address.ip()), address.port()));
+    let (incoming, address) = listen(&cli, host, &mut journal, security.acceptor.clone()).await?;
+    let address = SocketAddr::new(reachable(address.ip()), address.port());
+    let url = format!("{}://{address}", security.scheme());
+    let access = security.access(address, new_token().map_err(other)?)?;
+    supervisor.environment = security.environment(access.tls_name.as_deref());
     let (publisher, view) = watch::channel(None);
     let site = http::Content { view, chronicle: records.chronicle.clone(), job: &job, run: &run };
-    let dashboard = http::start(cli.http.as_deref(), cli.insecure, &mut journal, &run_dir, site).await?;
-    let access = Access { address: url.clone(), token: new_token().map_err(other)? };
+    let dashboard = http::start(&cli, &security, &mut journal, &run_dir, site).await?;
     let text = serde_json::to_string(&access).map_err(|error| Failure::Other(error.to_string()))?;
     run_dir.write_secret(ACCESS_FILE, &text)?;
-    announce(&mut records, &job, term, &url, dashboard.url().as_deref(), reason.as_deref());
+    let invitation = format!("{url}{}", security.invitation(access.tls_name.as_deref()));
+    announce(&mut records, &job, term, &url, &invitation, dashboard.url().as_deref(), reason.as_deref());
     let parts = Parts {
         store: Store::new(term),
         folder: run_dir.folder().to_path_buf(),
@@ -155,7 +162,7 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
         exited,
     };
     let signals = host.signals().map_err(other)?;
-    let ended = supervise(parts, incoming, signals, access.token).await?;
+    let ended = supervise(parts, incoming, signals, security.guard(&access.token)).await?;
     dashboard.farewell().await;
     conclude(ended, &job, &run_dir, &storage)
 }
@@ -166,13 +173,14 @@ fn announce(
     job: &Job,
     term: Term,
     url: &str,
+    invitation: &str,
     dashboard: Option<&str>,
     reason: Option<&str>,
 ) {
     let fields = json!({ "term": term.0, "pid": std::process::id(), "address": url, "dashboard": dashboard });
     records.event("coordinator_started", fields);
     let (name, folder) = (&job.job.name, records.folder().display());
-    let join = format!("run {name} in {folder}; other workers join with: worker --coordinator {url}");
+    let join = format!("run {name} in {folder}; other workers join with: worker --coordinator {invitation}");
     let dashboard = dashboard.map(|dashboard| format!("dashboard {dashboard}"));
     let limits = Limits::derive(Duration::from_secs_f64(job.job.failure_deadline)).to_string();
     let lines = [Some(join), dashboard, reason.map(str::to_string), Some(limits)];
@@ -199,7 +207,7 @@ async fn supervise<C>(
     parts: Parts,
     incoming: mpsc::Receiver<C>,
     signals: mpsc::UnboundedReceiver<StopSignal>,
-    admin_token: String,
+    guard: Guard,
 ) -> Result<Ended, Failure>
 where
     C: Connected + AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -207,7 +215,7 @@ where
     let (inputs, receiver) = mpsc::channel(INPUTS);
     let (shutdown, stopping) = watch::channel(false);
     let (term, store) = (parts.term, parts.store.clone());
-    let mut server = tokio::spawn(serve(incoming, term, inputs, store, admin_token, stopping));
+    let mut server = tokio::spawn(serve(incoming, term, inputs, store, guard, stopping));
     let ended = Shell::new(parts).run(receiver, signals).await?;
     let _ = shutdown.send(true);
     // What workers on other machines were told last is still on its way; one that missed it would wait out its lease.
@@ -325,13 +333,14 @@ async fn listen<H: Host>(
     cli: &Cli,
     host: &H,
     journal: &mut Journal,
+    tls: Option<Arc<Acceptor>>,
 ) -> Result<(mpsc::Receiver<H::Connection>, SocketAddr), Failure> {
     let last_port = journal.fact(Fact::Port)?.and_then(|port| port.parse().ok());
     let wanted = cli.listen_address(last_port).map_err(Failure::Input)?;
-    let listening = match host.listen(wanted).await {
+    let listening = match host.listen(wanted, tls.clone()).await {
         Err(error) if cli.listen.is_none() && last_port.is_some() => {
             tracing::warn!("port {} of the last time: {error}; taking another", wanted.port());
-            host.listen(SocketAddr::new(wanted.ip(), 0)).await
+            host.listen(SocketAddr::new(wanted.ip(), 0), tls).await
         }
         listening => listening,
     };

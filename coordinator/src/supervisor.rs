@@ -10,6 +10,7 @@
 mod processes;
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -72,6 +73,8 @@ pub struct StartOrder {
     pub local_rank: u32,
     /// Where it adds to a trace.
     pub trace: Option<PathBuf>,
+    /// Variables of its environment, besides those of this process.
+    pub environment: Vec<(&'static str, OsString)>,
     /// What its lines in the log are marked with.
     pub name: Arc<Mutex<String>>,
     /// Where its end is told.
@@ -92,6 +95,8 @@ pub struct Supervisor {
     processes: Box<dyn Processes>,
     exits: UnboundedSender<Exited>,
     children: BTreeMap<String, ChildHandle>,
+    /// Variables that workers find in their environment.
+    pub environment: Vec<(&'static str, OsString)>,
 }
 
 struct ChildHandle {
@@ -106,7 +111,7 @@ struct ChildHandle {
 impl Supervisor {
     /// Ends of processes go to `exits`.
     pub fn new(processes: Box<dyn Processes>, exits: UnboundedSender<Exited>) -> Supervisor {
-        Supervisor { processes, exits, children: BTreeMap::new() }
+        Supervisor { processes, exits, children: BTreeMap::new(), environment: Vec::new() }
     }
 
     /// Whether the `worker` program can be started.
@@ -134,6 +139,7 @@ impl Supervisor {
             token: token.clone(),
             local_rank,
             trace: trace.map(Path::to_path_buf),
+            environment: self.environment.clone(),
             name: name.clone(),
             exits: self.exits.clone(),
         };

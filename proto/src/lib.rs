@@ -6,6 +6,8 @@
 //! Whatever comes from the wire is checked on the way: see [`Malformed`].
 
 mod convert;
+pub mod credentials;
+pub mod dial;
 pub mod failpoint;
 pub mod job;
 pub mod log;
@@ -19,6 +21,9 @@ pub mod trace;
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used)]
 pub mod wire {
     tonic::include_proto!("ganglion.v1");
+
+    /// Describes all of them, for clients that ask what there is.
+    pub const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("ganglion");
 }
 
 pub use convert::{Malformed, activity_to_wire};

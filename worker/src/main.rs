@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use ganglion_proto::credentials::TlsFiles;
+use ganglion_proto::dial::Credentials;
 use ganglion_proto::log::{self, JsonLines};
 use ganglion_proto::trace::Trace;
 use ganglion_worker::device::{DeviceChoice, gpus};
@@ -25,9 +27,18 @@ struct Cli {
 
 #[derive(Args)]
 struct Join {
-    /// The run's coordinator, such as http://10.0.0.1:7000.
+    /// The run's coordinator, such as https://10.0.0.1:7000, or http:// for one without TLS.
     #[arg(long, value_name = "URL")]
     coordinator: String,
+    /// Speak TLS, also with other workers, with the ca.crt, tls.crt and tls.key of this folder.
+    #[arg(long, value_name = "DIR", env = "GANGLION_TLS_DIR")]
+    tls_dir: Option<PathBuf>,
+    /// The name that the coordinator's certificate is for, if that is not the one in its address.
+    #[arg(long, value_name = "NAME", env = "GANGLION_TLS_NAME")]
+    tls_name: Option<String>,
+    /// The file with the coordinator's join token. GANGLION_JOIN_TOKEN may hold the token itself.
+    #[arg(long, value_name = "FILE", env = "GANGLION_JOIN_TOKEN_FILE")]
+    join_token_file: Option<PathBuf>,
     /// Where to compute: auto, cpu or cuda:N.
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
@@ -91,7 +102,12 @@ fn main() -> ExitCode {
 
 fn join(arguments: &Join) -> Result<(), Failure> {
     let trace = arguments.trace.as_deref().map_or(Ok(Trace::off()), open_trace)?;
-    let result = run(&arguments.coordinator, arguments.device, &trace);
+    let credentials = Credentials {
+        tls: arguments.tls_dir.as_deref().map(TlsFiles::new),
+        name: arguments.tls_name.clone(),
+        token_file: arguments.join_token_file.clone(),
+    };
+    let result = run(&arguments.coordinator, credentials, arguments.device, &trace);
     trace.finish();
     result
 }

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ganglion_membership::{Fault, LoadedFacts};
+use ganglion_proto::credentials::{CA_FILE, CERTIFICATE_FILE, KEY_FILE, TlsFiles};
+use ganglion_proto::dial::Credentials;
 use ganglion_proto::log;
 use ganglion_proto::message::FromWorker;
 use ganglion_proto::trace::{Nothing, Trace, Track};
@@ -41,22 +43,27 @@ pub enum Failure {
 impl From<ConnectError> for Failure {
     fn from(error: ConnectError) -> Self {
         match error {
-            ConnectError::Address { .. } => Failure::Input(error.to_string()),
+            ConnectError::Address { .. } | ConnectError::Credentials { .. } => {
+                Failure::Input(error.to_string())
+            }
             ConnectError::Unreachable { .. } | ConnectError::Refused(_) => Failure::Other(error.to_string()),
         }
     }
 }
 
 /// Takes part in the run of the coordinator at `url` until it ends, and shows on `trace` what it does.
-pub fn run(url: &str, device: DeviceChoice, trace: &Trace) -> Result<(), Failure> {
-    // First of all: it sets the environment, which threads read.
+pub fn run(url: &str, credentials: Credentials, device: DeviceChoice, trace: &Trace) -> Result<(), Failure> {
+    // First of all: these set the environment, which threads read.
+    if let Some(files) = &credentials.tls {
+        encrypt_reduces(files)?;
+    }
     #[cfg(feature = "cuda")]
     c10d::cuda::prepare().map_err(|error| Failure::Other(error.to_string()))?;
     let device = device.resolve().map_err(Failure::Input)?;
     let token = std::env::var(SPAWN_TOKEN).ok();
     let track = trace.track(1, "training");
     let computes_on = device::describe(device);
-    let open = || Session::open(url, token, computes_on);
+    let open = || Session::open(url, credentials, token, computes_on);
     let session = Arc::new(track.during("find coordinator", Nothing {}, open)?);
     introduce(&session, trace, &track);
     let loaded = track.during("load", Nothing {}, || load(&session, device, trace, &track));
@@ -103,6 +110,17 @@ pub fn run(url: &str, device: DeviceChoice, trace: &Trace) -> Result<(), Failure
             return Err(Failure::Other(detail));
         }
     }
+}
+
+/// Lets groups over Gloo speak TLS with the same files.
+fn encrypt_reduces(files: &TlsFiles) -> Result<(), Failure> {
+    let path = |name: &str| {
+        let path = files.path(name);
+        let text = path.to_str().map(str::to_string);
+        text.ok_or_else(|| Failure::Input(format!("--tls-dir: {}: no path in UTF-8", path.display())))
+    };
+    c10d::speak_tls(&path(KEY_FILE)?, &path(CERTIFICATE_FILE)?, &path(CA_FILE)?)
+        .map_err(|error| Failure::Input(format!("--tls-dir: {error}")))
 }
 
 /// Tells a trace who this is, and the time by the clock on the wall: that of another machine has another time axis.

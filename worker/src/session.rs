@@ -25,6 +25,7 @@ use ganglion_membership::{
     Activity, Fault, Generation, Limits, LoadedFacts, Plan, Position, Progress, Rank, Rested, Term,
     WrittenPart,
 };
+use ganglion_proto::dial::Credentials;
 use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow, Resume, Welcome};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
@@ -55,6 +56,7 @@ pub struct Session {
     runtime: tokio::runtime::Handle,
     /// The address under which this machine reaches the coordinator.
     local_address: std::net::IpAddr,
+    credentials: Credentials,
 }
 
 /// What the training thread and the session's thread share.
@@ -101,8 +103,13 @@ struct Inbox {
 impl Session {
     /// Finds the coordinator, says hello, and waits to be taken in.
     /// `device` is what it computes on, for people.
-    pub fn open(url: &str, spawn_token: Option<String>, device: String) -> Result<Session, ConnectError> {
-        client::open(url, spawn_token, device)
+    pub fn open(
+        url: &str,
+        credentials: Credentials,
+        spawn_token: Option<String>,
+        device: String,
+    ) -> Result<Session, ConnectError> {
+        client::open(url, credentials, spawn_token, device)
     }
 
     /// The same on a given machine, as a task of the runtime that this is called on.
@@ -249,7 +256,8 @@ impl Session {
         let inbox = self.shared.lock();
         let ((generation, term), channel) = (inbox.assigned, inbox.channel.clone());
         let aborted = self.shared.aborted.subscribe();
-        (Arc::new(GrpcStore::new(channel, self.runtime.clone(), term, generation, aborted)), term)
+        let token = self.credentials.token().unwrap_or_default();
+        (Arc::new(GrpcStore::new(channel, self.runtime.clone(), token, term, generation, aborted)), term)
     }
 
     /// Lets the heartbeats tell how a GPU is used. There is one a worker: a second watch changes nothing.

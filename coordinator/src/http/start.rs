@@ -5,14 +5,18 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use ganglion_proto::job::Job;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio_rustls::server::TlsStream;
 
 use super::{Guard, Served, Site, View, keep_token, plainly, serve};
+use crate::cli::Cli;
 use crate::journal::{Fact, Journal};
 use crate::report::chronicle::Chronicle;
 use crate::run::Failure;
 use crate::run_dir::RunDir;
+use crate::security::Security;
+use crate::server::tls::Acceptor;
 
 /// What is shown.
 pub struct Content<'a> {
@@ -45,16 +49,16 @@ impl Dashboard {
 
 /// Opens the site where `--http` says. The port is journaled, and the next coordinator takes it again.
 pub async fn start(
-    given: Option<&str>,
-    is_insecure: bool,
+    cli: &Cli,
+    security: &Security,
     journal: &mut Journal,
     run_dir: &RunDir,
     content: Content<'_>,
 ) -> Result<Dashboard, Failure> {
-    // Set where TLS or a join token is configured; a TLS acceptor then takes the place of `plainly`.
-    let (is_guarded, is_secure) = (false, false);
+    let acceptor = security.browsers()?;
+    let (given, is_secure) = (cli.http.as_deref(), acceptor.is_some());
     let last_port = journal.fact(Fact::HttpPort)?.and_then(|port| port.parse().ok());
-    let wanted = address(given, last_port, is_insecure || is_secure).map_err(Failure::Input)?;
+    let wanted = address(given, last_port, cli.insecure || is_secure).map_err(Failure::Input)?;
     let Some(wanted) = wanted else { return Ok(Dashboard(None)) };
     let other = |error: io::Error| Failure::Other(format!("the dashboard cannot be served: {error}"));
     let listener = listen(wanted, given.is_some()).await.map_err(|error| {
@@ -64,7 +68,7 @@ pub async fn start(
     })?;
     let address = listener.local_addr().map_err(other)?;
     journal.set_fact(Fact::HttpPort, &address.port().to_string())?;
-    let guard = match is_guarded {
+    let guard = match security.guards() {
         true => Guard::with_token(&keep_token(run_dir)?, content.run, is_secure),
         false => Guard::open(address),
     };
@@ -76,7 +80,16 @@ pub async fn start(
         guard,
         asked: watch::Sender::new(None),
     };
-    Ok(Dashboard(Some(serve(listener, site, plainly).map_err(other)?)))
+    let served = match acceptor {
+        None => serve(listener, site, plainly),
+        Some(acceptor) => serve(listener, site, move |stream| secretly(stream, acceptor.clone())),
+    };
+    Ok(Dashboard(Some(served.map_err(other)?)))
+}
+
+/// Speaks TLS over the connection.
+async fn secretly(stream: TcpStream, acceptor: Arc<Acceptor>) -> io::Result<TlsStream<TcpStream>> {
+    acceptor.accept(plainly(stream).await?).await
 }
 
 /// Where to serve: an address, one that `last_port` completes, or nowhere.
@@ -98,7 +111,7 @@ fn address(
     if !super::is_local(address.ip()) && !is_allowed {
         return Err(format!(
             "--http {text}: other machines reach this address and the connection is not encrypted; on a network that you \
-             trust add --insecure, else serve on 127.0.0.1 and use a tunnel"
+             trust add --insecure, else give --tls-dir, or serve on 127.0.0.1 and use a tunnel"
         ));
     }
     Ok(Some(address))

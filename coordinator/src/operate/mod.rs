@@ -4,14 +4,16 @@
 
 pub mod table;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use ganglion_proto::credentials::{TLS_DIR, TlsFiles};
+use ganglion_proto::dial::{Credentials, DialError};
 use ganglion_proto::wire::admin_service_client::AdminServiceClient;
 use ganglion_proto::wire::{DrainRequest, GetStatusRequest, GetStatusResponse, ScaleRequest, StopRequest};
 use serde::{Deserialize, Serialize};
 use tonic::Request;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use crate::http::status;
 use crate::inspect::{Overview, Standing, as_json, is_held, overview};
@@ -32,6 +34,25 @@ pub struct Access {
     pub address: String,
     /// What changes to the run need.
     pub token: String,
+    /// The folder of the coordinator's certificate, if it speaks TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_dir: Option<PathBuf>,
+    /// The name that its certificate is for, if that is not the address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_name: Option<String>,
+}
+
+impl Access {
+    /// What an operator shows when connecting: the coordinator's own certificate, unless the environment names another.
+    fn credentials(&self) -> Credentials {
+        let own = self.tls_dir.as_ref();
+        let folder = own.map(|own| std::env::var_os(TLS_DIR).map_or_else(|| own.clone(), PathBuf::from));
+        Credentials {
+            tls: folder.map(|folder| TlsFiles::new(&folder)),
+            name: self.tls_name.clone(),
+            ..Credentials::default()
+        }
+    }
 }
 
 /// What is asked.
@@ -66,8 +87,9 @@ async fn status(folder: &Path, json: bool) -> Result<String, Failure> {
         let run = overview(folder)?;
         return Ok(if json { as_json(&run) } else { at_rest(&run) });
     }
-    let (mut client, _) = reach(folder).await?;
-    let answer = client.get_status(Request::new(GetStatusRequest {})).await.map_err(refused)?.into_inner();
+    let (mut client, access) = reach(folder).await?;
+    let answer = client.get_status(authorised(GetStatusRequest {}, &access)?).await.map_err(refused)?;
+    let answer = answer.into_inner();
     Ok(if json { as_json(&status_json(&answer)) } else { table(&answer) })
 }
 
@@ -122,12 +144,16 @@ async fn reach(folder: &Path) -> Result<(AdminServiceClient<Channel>, Access), F
     let text = std::fs::read_to_string(&file).map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
     let access: Access =
         serde_json::from_str(&text).map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
-    let endpoint = Endpoint::from_shared(access.address.clone())
-        .map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?
-        .connect_timeout(ANSWER_LIMIT)
-        .timeout(ANSWER_LIMIT);
-    let channel = endpoint.connect().await.map_err(|_| {
-        Failure::Other(format!("no coordinator answers at {}; is the run still going on?", access.address))
+    let uri = access.address.parse().map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
+    let credentials = access.credentials();
+    let endpoint = credentials.endpoint(&uri).map_err(|error| missing(error.to_string()))?;
+    let endpoint = endpoint.connect_timeout(ANSWER_LIMIT).timeout(ANSWER_LIMIT);
+    let channel = credentials.connect(endpoint).await.map_err(|error| match error {
+        DialError::Wrong(what) => Failure::Input(format!("the coordinator at {}: {what}", access.address)),
+        DialError::Later(_) => Failure::Other(format!(
+            "no coordinator answers at {}; is the run still going on?",
+            access.address
+        )),
     })?;
     Ok((AdminServiceClient::new(channel), access))
 }

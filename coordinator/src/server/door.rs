@@ -1,32 +1,54 @@
 //! The door: who connects must speak HTTP/2 soon, or is shown out.
 //!
 //! HTTP/2 keeps a connection alive by questions and answers only once both sides have greeted. Before that a client could
-//! hold a connection for ever, and a file descriptor of this process with it.
+//! hold a connection for ever, and a file descriptor of this process with it. Where TLS is spoken its handshake takes the
+//! greeting's place.
+//!
+//! A client without a certificate, or without TLS, is let in as one that may ask for this process's health and nothing else;
+//! so it is told what it lacks, in words.
 
 use std::io::{self, ErrorKind};
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
+use super::connection::{Connection, Place, Room, Shown, Stream};
+use super::throttle::Throttle;
+use super::tls::Acceptor;
+
 /// What every client of HTTP/2 says first.
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// How long it may take.
-const PREFACE_LIMIT: Duration = Duration::from_secs(10);
-/// How often the rest of it is looked for.
+/// What every client of TLS says first: the type of a record with a handshake.
+const HANDSHAKE: u8 = 22;
+/// The answer to such a client where nobody speaks TLS. It is not TLS, and so it understands.
+const NO_TLS: &[u8] = b"this coordinator does not speak TLS\n";
+/// How long greetings may take.
+const GREETING_LIMIT: Duration = Duration::from_secs(10);
+/// How often the rest of one is looked for.
 const LOOK: Duration = Duration::from_millis(20);
 /// How long to wait before connections are accepted again when that failed: file descriptors may have run out.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Lines in the log about one address in a row, and the pause for each further one.
+const COMPLAINTS: (u32, Duration) = (60, Duration::from_secs(10));
 /// Connections that may wait to be served.
 const WAITING: usize = 64;
 
 /// The connections on which a client greets.
-pub fn open(listener: TcpListener) -> mpsc::Receiver<TcpStream> {
+pub fn open(listener: TcpListener, tls: Option<Arc<Acceptor>>) -> mpsc::Receiver<Connection> {
     let (let_in, greeted) = mpsc::channel(WAITING);
+    let hall = Arc::new(Hall { tls, let_in, complaints: Throttle::new(COMPLAINTS.0, COMPLAINTS.1) });
+    let room = Room::new();
     tokio::spawn(async move {
-        while !let_in.is_closed() {
+        while !hall.let_in.is_closed() {
             match listener.accept().await {
-                Ok((stream, from)) => drop(tokio::spawn(receive(stream, from, let_in.clone()))),
+                Ok((stream, from)) => match room.take(from.ip().to_canonical()) {
+                    Ok(place) => drop(tokio::spawn(hall.clone().receive(stream, from, place))),
+                    Err(full) => hall.complain(from, &full),
+                },
                 Err(error) => {
                     tracing::warn!("cannot accept a connection: {error}");
                     tokio::time::sleep(PAUSE).await;
@@ -37,12 +59,66 @@ pub fn open(listener: TcpListener) -> mpsc::Receiver<TcpStream> {
     greeted
 }
 
-async fn receive(stream: TcpStream, from: std::net::SocketAddr, let_in: mpsc::Sender<TcpStream>) {
-    let greeted = tokio::time::timeout(PREFACE_LIMIT, greets(&stream)).await;
-    let greeted = greeted.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()));
-    match greeted.and_then(|()| stream.set_nodelay(true)) {
-        Ok(()) => drop(let_in.send(stream).await),
-        Err(error) => tracing::warn!("closed a connection from {from}, which does not speak HTTP/2: {error}"),
+/// What all clients that come in have in common.
+struct Hall {
+    tls: Option<Arc<Acceptor>>,
+    let_in: mpsc::Sender<Connection>,
+    complaints: Throttle,
+}
+
+impl Hall {
+    async fn receive(self: Arc<Hall>, stream: TcpStream, from: SocketAddr, place: Arc<Place>) {
+        let greeted = tokio::time::timeout(GREETING_LIMIT, greet(stream, self.tls.as_deref())).await;
+        match greeted.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into())) {
+            Ok((stream, shown)) => drop(self.let_in.send(Connection::new(stream, shown, place)).await),
+            Err(error) => self.complain(from, &error.to_string()),
+        }
+    }
+
+    /// Logs that a connection was closed; for those who come again and again not each time.
+    fn complain(&self, from: SocketAddr, why: &str) {
+        let address = from.ip().to_canonical();
+        if self.complaints.allows(address) {
+            self.complaints.note(address);
+            tracing::warn!("closed a connection from {from}: {why}");
+        }
+    }
+}
+
+async fn greet(mut stream: TcpStream, tls: Option<&Acceptor>) -> io::Result<(Stream, Shown)> {
+    stream.set_nodelay(true)?;
+    let speaks_tls = first_byte(&stream).await? == HANDSHAKE;
+    match (tls, speaks_tls) {
+        (Some(tls), true) => {
+            let stream = Box::new(tls.accept(stream).await.map_err(not_greeted)?);
+            let is_member = stream.get_ref().1.peer_certificates().is_some();
+            let shown = if is_member { Shown::Certificate } else { Shown::NoCertificate };
+            Ok((Stream::Tls(stream), shown))
+        }
+        (None, true) => {
+            stream.write_all(NO_TLS).await?;
+            Err(io::Error::new(ErrorKind::InvalidData, "it speaks TLS, and this coordinator does not"))
+        }
+        (tls, false) => {
+            greets(&stream).await.map_err(|error| {
+                io::Error::new(error.kind(), format!("it does not speak HTTP/2: {error}"))
+            })?;
+            let shown = if tls.is_some() { Shown::NoTls } else { Shown::NothingAsked };
+            Ok((Stream::Plain(stream), shown))
+        }
+    }
+}
+
+fn not_greeted(error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("the TLS handshake failed: {error}"))
+}
+
+/// The first byte that a client says; leaves it to be read.
+async fn first_byte(stream: &TcpStream) -> io::Result<u8> {
+    let mut said = [0];
+    match stream.peek(&mut said).await? {
+        0 => Err(ErrorKind::UnexpectedEof.into()),
+        _ => Ok(said[0]),
     }
 }
 

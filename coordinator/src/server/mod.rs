@@ -3,11 +3,18 @@
 //! 1. A client that breaks the contract loses its session and disturbs nothing else.
 //! 2. A client that does not read what it is sent loses its session when its queue is full.
 //! 3. A connection on which nobody speaks HTTP/2 soon is closed, so that none is held for nothing.
+//! 4. Before all services stands the guard; only health is answered to everybody.
+//! 5. Connections, sessions, streams, headers and messages are bounded in number and size.
 
+pub mod connection;
 pub mod door;
+pub mod guard;
 mod store;
+mod throttle;
+pub mod tls;
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -17,24 +24,35 @@ use ganglion_proto::wire::admin_service_server::{AdminService, AdminServiceServe
 use ganglion_proto::wire::session_service_server::{SessionService, SessionServiceServer};
 use ganglion_proto::wire::store_service_server::StoreServiceServer;
 use ganglion_proto::wire::{
-    DrainRequest, DrainResponse, GetStatusRequest, GetStatusResponse, ScaleRequest, ScaleResponse,
-    SessionRequest, SessionResponse, StopRequest, StopResponse,
+    DESCRIPTORS, DrainRequest, DrainResponse, GetStatusRequest, GetStatusResponse, ScaleRequest,
+    ScaleResponse, SessionRequest, SessionResponse, StopRequest, StopResponse,
 };
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 use tonic::{Code, Request, Response, Status, Streaming};
 
+use guard::{Guard, GuardLayer};
 pub use store::Store;
 
 /// Messages to a worker that may wait until it reads them.
 const OUTBOX: usize = 256;
 /// How long a new session may take to say hello.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
+/// Sessions at once, those before their hello included.
+const SESSIONS: usize = 4096;
+/// Calls at once on one connection: a worker has its session and a few keys that it waits for.
+const STREAMS: u32 = 256;
+/// Bytes of a call's headers.
+const HEADERS: u32 = 16 << 10;
+/// Bytes of a message to the store: its largest entry and more.
+const STORE_LIMIT: usize = 1 << 20;
+/// Bytes of an operator's message.
+const ADMIN_LIMIT: usize = 64 << 10;
 
 /// Messages to one worker.
 pub type Outbox = mpsc::Sender<ToWorker>;
@@ -82,21 +100,35 @@ pub async fn serve<C>(
     term: Term,
     inputs: mpsc::Sender<Input>,
     store: Store,
-    admin_token: String,
+    guard: Guard,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<(), tonic::transport::Error>
 where
     C: Connected + AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let sessions = Sessions { term, inputs: inputs.clone(), opened: AtomicU64::new(0) };
+    let room = Arc::new(Semaphore::new(SESSIONS));
+    let sessions = Sessions { term, inputs: inputs.clone(), opened: AtomicU64::new(0), room };
     let sessions = SessionServiceServer::new(sessions).max_decoding_message_size(MESSAGE_LIMIT);
+    let store = StoreServiceServer::new(store).max_decoding_message_size(STORE_LIMIT);
+    let admin = AdminServiceServer::new(Admin { inputs }).max_decoding_message_size(ADMIN_LIMIT);
+    let (_, health) = tonic_health::server::health_reporter();
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .expect("these descriptors were compiled with the services");
     let incoming = ReceiverStream::new(incoming).map(Ok::<_, std::io::Error>);
     Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
+        .max_concurrent_streams(STREAMS)
+        .http2_max_header_list_size(HEADERS)
+        .layer(GuardLayer(Arc::new(guard)))
+        .add_service(health)
+        .add_service(reflection.max_decoding_message_size(ADMIN_LIMIT))
         .add_service(sessions)
-        .add_service(StoreServiceServer::new(store))
-        .add_service(AdminServiceServer::new(Admin { inputs, token: admin_token }))
+        .add_service(store)
+        .add_service(admin)
         .serve_with_incoming_shutdown(incoming, async move {
             let _ = shutdown.changed().await;
         })
@@ -107,6 +139,7 @@ struct Sessions {
     term: Term,
     inputs: mpsc::Sender<Input>,
     opened: AtomicU64,
+    room: Arc<Semaphore>,
 }
 
 type Responses = Pin<Box<dyn Stream<Item = Result<SessionResponse, Status>> + Send>>;
@@ -119,6 +152,9 @@ impl SessionService for Sessions {
         &self,
         request: Request<Streaming<SessionRequest>>,
     ) -> Result<Response<Responses>, Status> {
+        let Ok(place) = self.room.clone().try_acquire_owned() else {
+            return Err(refused(Status::resource_exhausted(format!("{SESSIONS} sessions are open"))));
+        };
         let mut requests = request.into_inner();
         let hello = match tokio::time::timeout(HELLO_LIMIT, requests.message()).await {
             Ok(Ok(Some(request))) => hello_of(request),
@@ -134,7 +170,11 @@ impl SessionService for Sessions {
         let worker = admitted.await.map_err(|_| ended())?;
         let worker = worker.map_err(|reason| refused(Status::failed_precondition(reason)))?;
         let (broke, breach) = oneshot::channel();
-        tokio::spawn(read(self.term, session, worker, requests, self.inputs.clone(), broke));
+        let reading = read(self.term, session, worker, requests, self.inputs.clone(), broke);
+        tokio::spawn(async move {
+            reading.await;
+            drop(place);
+        });
         let term = self.term;
         let responses = ReceiverStream::new(messages).map(move |message| Ok(message.to_wire(term)));
         Ok(Response::new(Box::pin(responses.chain(last_word(breach)))))
@@ -206,24 +246,12 @@ fn is_breach(status: &Status) -> bool {
     std::error::Error::source(status).is_none() && matches!(status.code(), Code::OutOfRange | Code::Internal)
 }
 
+/// What operators ask for; the guard has seen that they may.
 struct Admin {
     inputs: mpsc::Sender<Input>,
-    token: String,
 }
 
 impl Admin {
-    /// Only who can read the run directory may change the run.
-    fn authorise<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        let given = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
-        let given = given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
-        // Hashes are compared, so that the time it takes tells nothing about the token.
-        if blake3::hash(given.as_bytes()) == blake3::hash(self.token.as_bytes()) {
-            return Ok(());
-        }
-        tracing::warn!("refused an operator without the run directory's token");
-        Err(Status::unauthenticated("the token of the run directory is needed: see admin.json in it"))
-    }
-
     async fn ask<T>(&self, input: impl FnOnce(oneshot::Sender<T>) -> AdminInput) -> Result<T, Status> {
         let (answer, answered) = oneshot::channel();
         self.inputs.send(Input::Admin(input(answer))).await.map_err(|_| ended())?;
@@ -241,21 +269,18 @@ impl AdminService for Admin {
     }
 
     async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
-        self.authorise(&request)?;
         let worker = WorkerId(request.into_inner().worker);
         let answer = self.ask(|answer| AdminInput::Drain(worker, answer)).await?;
         answer.map(|()| Response::new(DrainResponse {})).map_err(Status::failed_precondition)
     }
 
     async fn scale(&self, request: Request<ScaleRequest>) -> Result<Response<ScaleResponse>, Status> {
-        self.authorise(&request)?;
         let workers = request.into_inner().workers;
         let answer = self.ask(|answer| AdminInput::Scale(workers, answer)).await?;
         answer.map(|()| Response::new(ScaleResponse {})).map_err(Status::failed_precondition)
     }
 
-    async fn stop(&self, request: Request<StopRequest>) -> Result<Response<StopResponse>, Status> {
-        self.authorise(&request)?;
+    async fn stop(&self, _request: Request<StopRequest>) -> Result<Response<StopResponse>, Status> {
         self.ask(AdminInput::Stop).await?;
         Ok(Response::new(StopResponse {}))
     }

@@ -1,8 +1,8 @@
 //! Carrying out the machine's decisions.
 
 use ganglion_membership::{
-    Action, Cause, Checkpoint, Event, Generation, Group, Outcome, Passport, Plan, PlanKind, Rejection, Start,
-    WorkerId,
+    Action, Backend, Cause, Checkpoint, Event, Generation, Group, Outcome, Passport, Plan, PlanKind,
+    Rejection, Start, WorkerId,
 };
 use ganglion_proto::message::{Assignment, ToWorker};
 use ganglion_proto::{failpoint, log};
@@ -145,11 +145,12 @@ impl Shell {
             }),
         );
         self.records.message(&format!(
-            "generation {}: {} worker{} from {start}, over {}",
+            "generation {}: {} worker{} from {start}, over {}{}",
             group.generation,
             group.members.len(),
             if group.members.len() == 1 { "" } else { "s" },
             group.backend,
+            if self.is_exposed(group) { ", which does not encrypt: fence its network" } else { "" },
         ));
         for (rank, member) in (0u32..).zip(&group.members) {
             self.supervisor.rename(member.worker, &format!("rank {rank}"));
@@ -158,6 +159,11 @@ impl Shell {
             failpoint::reached("assign", group.generation.0);
         }
         Ok(())
+    }
+
+    /// Whether others could read what a group reduces, though this coordinator speaks TLS.
+    fn is_exposed(&self, group: &Group) -> bool {
+        group.backend == Backend::Nccl && group.members.len() > 1 && self.url.starts_with("https://")
     }
 
     /// Tells a member of its place in the newest group.

@@ -83,6 +83,7 @@ impl Processes for SystemProcesses {
         let mut child = Command::new(&self.program)
             .args(["--coordinator", &order.url])
             .args(order.trace.iter().flat_map(|file| [OsStr::new("--trace"), file.as_os_str()]))
+            .envs(order.environment)
             .env("GANGLION_SPAWN_TOKEN", &order.token)
             .env("LOCAL_RANK", order.local_rank.to_string())
             .env(log::VARIABLE, self.log_format.to_string())

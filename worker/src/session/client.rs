@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ganglion_membership::{Limits, Term};
+use ganglion_proto::dial::{Credentials, DialError};
 use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcome};
 use ganglion_proto::wire::session_service_client::SessionServiceClient;
 use ganglion_proto::wire::{SessionRequest, SessionResponse};
@@ -34,11 +35,21 @@ const PAUSE: Duration = Duration::from_millis(20);
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// The address is no address.
-    #[error("--coordinator {url}: {reason}; an address looks like http://10.0.0.1:7000")]
+    #[error(
+        "--coordinator {url}: {reason}; an address looks like https://10.0.0.1:7000, or http:// for a coordinator without TLS"
+    )]
     Address {
         /// What was given.
         url: String,
         /// What is wrong with it.
+        reason: String,
+    },
+    /// Whoever answers there does not accept this worker, or is not to be trusted.
+    #[error("--coordinator {url}: {reason}")]
+    Credentials {
+        /// Where.
+        url: String,
+        /// What is wrong.
         reason: String,
     },
     /// Nobody answers there.
@@ -64,6 +75,8 @@ pub struct Host {
     pub clock: Clock,
     /// Connects to a coordinator.
     pub connect: Connect,
+    /// What it shows when it connects.
+    pub credentials: Credentials,
     /// What asks the worker to end.
     pub asked_to_end: UnboundedReceiver<()>,
     /// The address under which other machines find this one.
@@ -79,11 +92,16 @@ pub struct Host {
 /// Connects to an endpoint.
 pub type Connect = Box<dyn Fn(Endpoint) -> Connecting + Send + Sync>;
 /// A connection that is being made.
-pub type Connecting = Pin<Box<dyn Future<Output = Result<Channel, tonic::transport::Error>> + Send>>;
+pub type Connecting = Pin<Box<dyn Future<Output = Result<Channel, DialError>> + Send>>;
 
 /// Opens a session; returns once the worker is welcome.
-pub fn open(url: &str, spawn_token: Option<String>, device: String) -> Result<Session, ConnectError> {
-    let (_, address) = endpoint(url)?;
+pub fn open(
+    url: &str,
+    credentials: Credentials,
+    spawn_token: Option<String>,
+    device: String,
+) -> Result<Session, ConnectError> {
+    let (_, address) = endpoint(url, &credentials)?;
     let system = |what: &str, error: std::io::Error| ConnectError::Refused(format!("{what}: {error}"));
     let local_address = data_address().unwrap_or_else(|| local_address_towards(address));
     let answers = probe::answer(local_address).map_err(|error| system("cannot listen for probes", error))?;
@@ -95,9 +113,10 @@ pub fn open(url: &str, spawn_token: Option<String>, device: String) -> Result<Se
         .map_err(|error| system("cannot start the session's thread", error))?;
     let session = runtime.block_on(async {
         let asked_to_end = signals().map_err(|error| system("cannot listen for signals", error))?;
-        let connect: Connect = Box::new(|endpoint| Box::pin(async move { endpoint.connect().await }));
+        let dial = credentials.clone();
+        let connect: Connect = Box::new(move |endpoint| Box::pin(dial.clone().connect(endpoint)));
         let (clock, answers, memory) = (boot_clock as Clock, answers.to_string(), resident_bytes as _);
-        let host = Host { clock, connect, asked_to_end, local_address, answers, device, memory };
+        let host = Host { clock, connect, credentials, asked_to_end, local_address, answers, device, memory };
         begin(url, spawn_token, host).await
     });
     // The runtime lives as long as the process, as the session does.
@@ -107,9 +126,19 @@ pub fn open(url: &str, spawn_token: Option<String>, device: String) -> Result<Se
 
 /// Opens a session on a machine; returns once the worker is welcome.
 pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result<Session, ConnectError> {
-    let (endpoint, _) = endpoint(url)?;
-    let Host { clock, connect, mut asked_to_end, local_address, answers, device, memory } = host;
-    let dial = Dial { url: url.to_string(), endpoint, spawn_token, clock, connect, answers, device };
+    let (endpoint, _) = endpoint(url, &host.credentials)?;
+    let Host { clock, connect, credentials, mut asked_to_end, local_address, answers, device, memory } = host;
+    let url = url.to_string();
+    let dial = Dial {
+        url,
+        endpoint,
+        credentials: credentials.clone(),
+        spawn_token,
+        clock,
+        connect,
+        answers,
+        device,
+    };
     let connection = tokio::select! {
         biased;
         Some(()) = asked_to_end.recv() => {
@@ -128,7 +157,8 @@ pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result
             watched.end(End::Lost(format!("the session's thread ended: {panic}")));
         }
     });
-    Ok(Session { shared, outbox, runtime: tokio::runtime::Handle::current(), local_address })
+    let runtime = tokio::runtime::Handle::current();
+    Ok(Session { shared, outbox, runtime, local_address, credentials })
 }
 
 /// SIGTERM and SIGINT of this process.
@@ -141,17 +171,20 @@ fn signals() -> std::io::Result<UnboundedReceiver<()>> {
     Ok(asked_to_end)
 }
 
-fn endpoint(url: &str) -> Result<(Endpoint, SocketAddr), ConnectError> {
+fn endpoint(url: &str, credentials: &Credentials) -> Result<(Endpoint, SocketAddr), ConnectError> {
     let bad = |reason: String| ConnectError::Address { url: url.to_string(), reason };
     let uri: Uri = url.parse().map_err(|error| bad(format!("{error}")))?;
-    if uri.scheme_str() != Some("http") {
-        return Err(bad("it does not start with http://".to_string()));
+    if !matches!(uri.scheme_str(), Some("http" | "https")) {
+        return Err(bad("it does not start with https:// or http://".to_string()));
     }
     let host = uri.host().ok_or_else(|| bad("it has no host".to_string()))?.trim_matches(['[', ']']);
     let port = uri.port_u16().ok_or_else(|| bad("it has no port".to_string()))?;
     let mut addresses = (host, port).to_socket_addrs().map_err(|error| bad(error.to_string()))?;
     let address = addresses.next().ok_or_else(|| bad("its host has no address".to_string()))?;
-    let endpoint = Endpoint::from(uri).connect_timeout(ATTEMPT_LIMIT).tcp_nodelay(true);
+    let endpoint = credentials
+        .endpoint(&uri)
+        .map_err(|error| ConnectError::Credentials { url: url.to_string(), reason: error.to_string() })?;
+    let endpoint = endpoint.connect_timeout(ATTEMPT_LIMIT).tcp_nodelay(true);
     Ok((endpoint, address))
 }
 
@@ -186,6 +219,7 @@ fn data_address() -> Option<IpAddr> {
 struct Dial {
     url: String,
     endpoint: Endpoint,
+    credentials: Credentials,
     spawn_token: Option<String>,
     clock: Clock,
     connect: Connect,
@@ -210,6 +244,17 @@ enum Failed {
     Later(String),
     /// It will not.
     Refused(String),
+    /// It will not before the user has done something about credentials or address.
+    Wrong(String),
+}
+
+impl From<DialError> for Failed {
+    fn from(error: DialError) -> Self {
+        match error {
+            DialError::Later(reason) => Failed::Later(reason),
+            DialError::Wrong(reason) => Failed::Wrong(reason),
+        }
+    }
 }
 
 impl Dial {
@@ -232,6 +277,9 @@ impl Dial {
             let reason = match self.attempt(None, WELCOME_LIMIT).await {
                 Ok(connection) => return Ok(connection),
                 Err(Failed::Refused(reason)) => return Err(ConnectError::Refused(reason)),
+                Err(Failed::Wrong(reason)) => {
+                    return Err(ConnectError::Credentials { url: self.url.clone(), reason });
+                }
                 Err(Failed::Later(reason)) => reason,
             };
             if started.elapsed() > CONNECT_LIMIT {
@@ -261,7 +309,7 @@ impl Dial {
                         connection.welcome.term
                     );
                 }
-                Err(Failed::Later(again) | Failed::Refused(again)) => {
+                Err(Failed::Later(again) | Failed::Refused(again) | Failed::Wrong(again)) => {
                     tracing::debug!("still without a coordinator after {reason:?}: {again}");
                 }
             }
@@ -277,11 +325,7 @@ impl Dial {
         let connected =
             tokio::time::timeout(limit.min(ATTEMPT_LIMIT), (self.connect)(self.endpoint.clone())).await;
         let channel = match connected {
-            Ok(Ok(channel)) => channel,
-            Ok(Err(error)) => {
-                let cause = std::error::Error::source(&error).map(ToString::to_string);
-                return Err(Failed::Later(cause.unwrap_or_else(|| error.to_string())));
-            }
+            Ok(channel) => channel?,
             Err(_) => return Err(Failed::Later("no connection in time".to_string())),
         };
         let (requests, stream) = unbounded_channel();
@@ -290,7 +334,10 @@ impl Dial {
         let mut client = SessionServiceClient::new(channel.clone())
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT);
-        let request = Request::new(UnboundedReceiverStream::new(stream));
+        let mut request = Request::new(UnboundedReceiverStream::new(stream));
+        if let Some(token) = self.credentials.token()? {
+            token.authorise(&mut request);
+        }
         let answered = tokio::time::timeout(limit, async {
             let mut responses = client.session(request).await?.into_inner();
             let first = responses.message().await?;
@@ -329,9 +376,8 @@ impl Dial {
 fn failed(status: &tonic::Status) -> Failed {
     let reason = status.message().to_string();
     match status.code() {
-        Code::FailedPrecondition | Code::InvalidArgument | Code::Unauthenticated | Code::Unimplemented => {
-            Failed::Refused(reason)
-        }
+        Code::Unauthenticated => Failed::Wrong(reason),
+        Code::FailedPrecondition | Code::InvalidArgument | Code::Unimplemented => Failed::Refused(reason),
         _ => Failed::Later(reason),
     }
 }

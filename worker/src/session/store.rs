@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use c10d::{KeyValueStore, StoreError};
 use ganglion_membership::{Generation, Term};
+use ganglion_proto::credentials::JoinToken;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use ganglion_proto::wire::{
     AddRequest, CompareSetRequest, ContainsRequest, DeleteRequest, GetRequest, Key, SetRequest,
@@ -20,6 +21,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 pub struct GrpcStore {
     client: StoreServiceClient<Channel>,
     runtime: Handle,
+    token: Option<JoinToken>,
     term: Term,
     generation: Generation,
     /// The newest generation that the worker was told to leave.
@@ -31,11 +33,12 @@ impl GrpcStore {
     pub fn new(
         channel: Channel,
         runtime: Handle,
+        token: Option<JoinToken>,
         term: Term,
         generation: Generation,
         aborted: watch::Receiver<Generation>,
     ) -> Self {
-        GrpcStore { client: StoreServiceClient::new(channel), runtime, term, generation, aborted }
+        GrpcStore { client: StoreServiceClient::new(channel), runtime, token, term, generation, aborted }
     }
 
     fn key(&self, name: &str) -> Key {
@@ -53,6 +56,9 @@ impl GrpcStore {
     {
         let mut request = Request::new(message);
         request.set_timeout(limit);
+        if let Some(token) = &self.token {
+            token.authorise(&mut request);
+        }
         let mut aborted = self.aborted.clone();
         let answer = self.runtime.block_on(async {
             tokio::select! {

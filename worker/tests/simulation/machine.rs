@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use ganglion_coordinator::host::Host;
+use ganglion_coordinator::server::tls::Acceptor;
 use ganglion_coordinator::shell::StopSignal;
 use ganglion_coordinator::supervisor::{Exited, Process, Processes, Spawned, StartOrder};
 use tokio::sync::mpsc;
@@ -60,7 +61,11 @@ impl Machine {
 impl Host for Machine {
     type Connection = Connection;
 
-    async fn listen(&self, wanted: SocketAddr) -> io::Result<(mpsc::Receiver<Connection>, SocketAddr)> {
+    async fn listen(
+        &self,
+        wanted: SocketAddr,
+        _tls: Option<Arc<Acceptor>>,
+    ) -> io::Result<(mpsc::Receiver<Connection>, SocketAddr)> {
         Ok((net::listen(wanted.port()).await?, wanted))
     }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use ganglion_proto::dial::DialError;
 use ganglion_worker::session::Connect;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
@@ -76,7 +77,8 @@ pub fn connector() -> Connect {
                 let port = uri.port_u16().unwrap_or_default();
                 Ok::<_, io::Error>(TokioIo::new(TcpStream::connect((host, port)).await?))
             };
-            endpoint.connect_with_connector(tower::service_fn(connect)).await
+            let connected = endpoint.connect_with_connector(tower::service_fn(connect)).await;
+            connected.map_err(|error| DialError::Later(error.to_string()))
         })
     })
 }

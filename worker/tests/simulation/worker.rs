@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ganglion_membership::{Fault, LoadedFacts, Passport};
+use ganglion_proto::dial::Credentials;
 use ganglion_proto::message::FromWorker;
 use ganglion_worker::session::{ConnectError, End, Host, Session};
 use rand::rngs::ChaCha8Rng;
@@ -91,6 +92,7 @@ pub async fn live(start: Start) {
     let host = Host {
         clock: || turmoil::sim_elapsed().unwrap_or_default(),
         connect: net::connector(),
+        credentials: Credentials::default(),
         asked_to_end,
         local_address: start.address,
         answers: format!("{}:{LINKS}", start.address),

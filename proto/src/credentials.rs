@@ -1,0 +1,333 @@
+//! What coordinators and workers prove themselves with: certificates and the join token.
+//!
+//! 1. Neither a key nor a token is ever printed.
+//! 2. Files are read for each connection anew, so renewed ones are used from the next connection on.
+//! 3. Who reads certificates also checks that its own is one that others accept, so that a mistake shows where it was made.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio_rustls::rustls;
+use tokio_rustls::rustls::RootCertStore;
+use tokio_rustls::rustls::crypto::CryptoProvider;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use tonic::Request;
+use tonic::metadata::AsciiMetadataValue;
+use webpki::{EndEntityCert, KeyUsage};
+
+/// The authorities whose certificates are accepted.
+pub const CA_FILE: &str = "ca.crt";
+/// The own certificate, with those between it and the authority.
+pub const CERTIFICATE_FILE: &str = "tls.crt";
+/// Its private key.
+pub const KEY_FILE: &str = "tls.key";
+/// Names the folder of these.
+pub const TLS_DIR: &str = "GANGLION_TLS_DIR";
+/// The name that the coordinator's certificate is for, if that is not the one in its address.
+pub const TLS_NAME: &str = "GANGLION_TLS_NAME";
+/// The join token itself.
+pub const JOIN_TOKEN: &str = "GANGLION_JOIN_TOKEN";
+/// Names a file that holds it.
+pub const JOIN_TOKEN_FILE: &str = "GANGLION_JOIN_TOKEN_FILE";
+/// A shorter token could be guessed.
+const SHORTEST_TOKEN: usize = 16;
+
+/// The user's credentials cannot be used: what is wrong with which file, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct CredentialError(String);
+
+impl CredentialError {
+    /// Credentials that could be read and cannot be used.
+    pub fn unusable(error: impl fmt::Display) -> CredentialError {
+        CredentialError(format!("--tls-dir: these certificates cannot be used: {error}"))
+    }
+}
+
+/// The folder with the files of one process's TLS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles(PathBuf);
+
+/// A process's certificate and key, and the authorities that it trusts.
+pub struct Identity {
+    /// Its certificate first.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// The certificate's key.
+    pub key: PrivateKeyDer<'static>,
+    /// Who may sign the certificates of others.
+    pub roots: Arc<RootCertStore>,
+}
+
+impl TlsFiles {
+    /// The files of a folder.
+    pub fn new(folder: &Path) -> TlsFiles {
+        // A process that is started for us may have another working directory.
+        TlsFiles(std::path::absolute(folder).unwrap_or_else(|_| folder.to_path_buf()))
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.0
+    }
+
+    /// The path of one of the files.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// Reads them, and checks that they fit each other and are not out of date.
+    pub fn read(&self) -> Result<Identity, CredentialError> {
+        let unreadable = |name: &str, error: &dyn fmt::Display| {
+            CredentialError(format!(
+                "--tls-dir: {}: {error}; the folder needs {CA_FILE}, {CERTIFICATE_FILE} and {KEY_FILE} in PEM, such as \
+                 `coordinator certs init` makes",
+                self.path(name).display()
+            ))
+        };
+        let certificates = |name: &str| {
+            let text = std::fs::read(self.path(name)).map_err(|error| unreadable(name, &error))?;
+            let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
+            let found = found.map_err(|error| unreadable(name, &error))?;
+            if found.is_empty() {
+                return Err(unreadable(name, &"no certificate in it"));
+            }
+            Ok(found)
+        };
+        let mut roots = RootCertStore::empty();
+        for authority in certificates(CA_FILE)? {
+            roots.add(authority).map_err(|error| unreadable(CA_FILE, &error))?;
+        }
+        let chain = certificates(CERTIFICATE_FILE)?;
+        let key = std::fs::read(self.path(KEY_FILE)).map_err(|error| unreadable(KEY_FILE, &error))?;
+        let key = PrivateKeyDer::from_pem_slice(&key).map_err(|error| unreadable(KEY_FILE, &error))?;
+        let identity = Identity { chain, key, roots: Arc::new(roots) };
+        self.check(&identity)?;
+        Ok(identity)
+    }
+
+    fn check(&self, identity: &Identity) -> Result<(), CredentialError> {
+        let wrong = |why: String| {
+            CredentialError(format!("--tls-dir: {}: {why}", self.path(CERTIFICATE_FILE).display()))
+        };
+        let provider = provider();
+        rustls::sign::CertifiedKey::from_der(identity.chain.clone(), identity.key.clone_key(), &provider)
+            .map_err(|error| wrong(format!("it does not go with {KEY_FILE} beside it: {error}")))?;
+        // Every process is a client of some and a server of others: workers are both to each other.
+        for (purpose, usage) in [("client", KeyUsage::client_auth()), ("server", KeyUsage::server_auth())] {
+            identity.verify(usage, &provider).map_err(|error| wrong(explain(&error, purpose)))?;
+        }
+        Ok(())
+    }
+}
+
+/// What is wrong with a certificate of one's own.
+fn explain(error: &webpki::Error, purpose: &str) -> String {
+    match error {
+        webpki::Error::CertExpired { .. } => {
+            "it has expired, or this machine's clock is wrong; renew it".to_string()
+        }
+        webpki::Error::CertNotValidYet { .. } => {
+            "it is not valid yet; wait, or set this machine's clock".to_string()
+        }
+        webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey => {
+            format!("no authority in {CA_FILE} beside it has signed it; copy both from the same place")
+        }
+        webpki::Error::RequiredEkuNotFoundContext(_) => {
+            format!(
+                "it may not be used as a {purpose}'s; make it with the usages \"server auth\" and \"client auth\""
+            )
+        }
+        other => format!("it cannot be used: {other}"),
+    }
+}
+
+impl Identity {
+    fn verify(&self, usage: KeyUsage, provider: &CryptoProvider) -> Result<(), webpki::Error> {
+        let (own, between) = self.chain.split_first().ok_or(webpki::Error::BadDer)?;
+        let own = EndEntityCert::try_from(own)?;
+        let roots = &self.roots.roots;
+        let algorithms = provider.signature_verification_algorithms.all;
+        let now = UnixTime::since_unix_epoch(now());
+        own.verify_for_usage(algorithms, roots, between, now, usage, None, None).map(drop)
+    }
+
+    /// The names that this certificate is for.
+    pub fn names(&self) -> Vec<String> {
+        let own = self.chain.first().map(EndEntityCert::try_from);
+        let Some(Ok(own)) = own else { return Vec::new() };
+        own.valid_dns_names().map(str::to_string).collect()
+    }
+
+    /// Whether this certificate is for a name or an address.
+    pub fn is_for(&self, name: &rustls::pki_types::ServerName<'_>) -> bool {
+        let own = self.chain.first().map(EndEntityCert::try_from);
+        own.is_some_and(|own| own.is_ok_and(|own| own.verify_is_valid_for_subject_name(name).is_ok()))
+    }
+
+    /// How to connect as this process.
+    pub fn client(self) -> Result<rustls::ClientConfig, rustls::Error> {
+        let builder = rustls::ClientConfig::builder_with_provider(provider());
+        let builder = builder.with_protocol_versions(&[&rustls::version::TLS13])?;
+        let mut config =
+            builder.with_root_certificates(self.roots).with_client_auth_cert(self.chain, self.key)?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Ok(config)
+    }
+}
+
+/// The cryptography that is used: never the process's default, which nobody sets.
+pub fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+fn now() -> Duration {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+}
+
+/// What lets a worker join.
+#[derive(Clone, PartialEq, Eq)]
+pub struct JoinToken(String);
+
+impl fmt::Debug for JoinToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JoinToken(..)")
+    }
+}
+
+impl JoinToken {
+    /// The token in a file, else that of the environment, if there is one.
+    pub fn read(file: Option<&Path>) -> Result<Option<JoinToken>, CredentialError> {
+        if let Some(file) = file {
+            let place = format!("--join-token-file {}", file.display());
+            let text = std::fs::read_to_string(file)
+                .map_err(|error| CredentialError(format!("{place}: {error}; give the file that holds it")))?;
+            return JoinToken::parse(&place, &text).map(Some);
+        }
+        match std::env::var(JOIN_TOKEN) {
+            Ok(text) => JoinToken::parse(JOIN_TOKEN, &text).map(Some),
+            Err(std::env::VarError::NotPresent) => Ok(None),
+            Err(std::env::VarError::NotUnicode(_)) => Err(unusable(JOIN_TOKEN)),
+        }
+    }
+
+    fn parse(place: &str, text: &str) -> Result<JoinToken, CredentialError> {
+        let token = text.trim();
+        if token.len() < SHORTEST_TOKEN || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(unusable(place));
+        }
+        Ok(JoinToken(token.to_string()))
+    }
+
+    /// What a request carries as its `authorization`.
+    pub fn header(&self) -> String {
+        format!("Bearer {}", self.0)
+    }
+
+    /// Adds it to a request.
+    pub fn authorise<T>(&self, request: &mut Request<T>) {
+        // It parses: a token is of printable ASCII.
+        if let Ok(mut header) = self.header().parse::<AsciiMetadataValue>() {
+            header.set_sensitive(true);
+            request.metadata_mut().insert("authorization", header);
+        }
+    }
+}
+
+fn unusable(place: &str) -> CredentialError {
+    CredentialError(format!(
+        "{place}: a join token has at least {SHORTEST_TOKEN} letters, digits and signs, without spaces; `coordinator certs \
+         init` makes one"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, ExtendedKeyUsagePurpose as Purpose, IsCa, Issuer, KeyPair};
+    use time::{Duration, OffsetDateTime};
+
+    use super::*;
+
+    const BOTH: [Purpose; 2] = [Purpose::ServerAuth, Purpose::ClientAuth];
+
+    fn authority() -> (Issuer<'static, KeyPair>, String) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let certificate = params.self_signed(&key).unwrap().pem();
+        (Issuer::new(params, key), certificate)
+    }
+
+    /// Writes a certificate that an authority has signed, and what goes with it.
+    fn write(
+        folder: &Path,
+        authority: &(Issuer<'static, KeyPair>, String),
+        days: [i64; 2],
+        purposes: &[Purpose],
+    ) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["localhost".to_string()]).unwrap();
+        let [from, to] = days.map(|days| OffsetDateTime::now_utc() + Duration::days(days));
+        (params.not_before, params.not_after) = (from, to);
+        params.extended_key_usages = purposes.to_vec();
+        let certificate = params.signed_by(&key, &authority.0).unwrap().pem();
+        for (file, text) in
+            [(CA_FILE, &authority.1), (CERTIFICATE_FILE, &certificate), (KEY_FILE, &key.serialize_pem())]
+        {
+            std::fs::write(folder.join(file), text).unwrap();
+        }
+    }
+
+    #[track_caller]
+    fn assert_says(folder: &Path, words: &[&str]) {
+        let error = TlsFiles::new(folder).read().err().expect("refused").to_string();
+        words.iter().for_each(|word| assert!(error.contains(word), "{word} is not in: {error}"));
+    }
+
+    #[test]
+    fn what_is_wrong_with_certificates_is_told_from_each_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        let (ours, theirs) = (authority(), authority());
+        write(folder, &ours, [-1, 1], &BOTH);
+        assert_eq!(TlsFiles::new(folder).read().unwrap().names(), ["localhost"]);
+        write(folder, &ours, [-2, -1], &BOTH);
+        assert_says(folder, &["tls.crt", "has expired", "renew it"]);
+        write(folder, &ours, [1, 2], &BOTH);
+        assert_says(folder, &["tls.crt", "not valid yet"]);
+        write(folder, &ours, [-1, 1], &[Purpose::ServerAuth]);
+        assert_says(folder, &["may not be used as a client's", "\"client auth\""]);
+        write(folder, &ours, [-1, 1], &[Purpose::ClientAuth]);
+        assert_says(folder, &["may not be used as a server's", "\"server auth\""]);
+        write(folder, &ours, [-1, 1], &BOTH);
+        std::fs::write(folder.join(CA_FILE), &theirs.1).unwrap();
+        assert_says(folder, &["no authority in ca.crt beside it has signed it"]);
+        write(folder, &ours, [-1, 1], &BOTH);
+        std::fs::write(folder.join(KEY_FILE), KeyPair::generate().unwrap().serialize_pem()).unwrap();
+        assert_says(folder, &["does not go with tls.key"]);
+        for (file, text) in [(KEY_FILE, "no key"), (CERTIFICATE_FILE, ""), (CA_FILE, "nothing")] {
+            write(folder, &ours, [-1, 1], &BOTH);
+            std::fs::write(folder.join(file), text).unwrap();
+            assert_says(folder, &[file, "in PEM"]);
+            std::fs::remove_file(folder.join(file)).unwrap();
+            assert_says(folder, &[file, "No such file"]);
+        }
+    }
+
+    #[test]
+    fn a_token_is_long_and_never_shown() {
+        for wrong in ["", "short", "0123456789 abcdef", "0123456789abcd\u{e4}f"] {
+            let error = JoinToken::parse("here", wrong).unwrap_err().to_string();
+            assert!(error.contains("here: a join token has at least 16"), "{error}");
+            assert!(wrong.is_empty() || !error.contains(wrong), "{error}");
+        }
+        let token = JoinToken::parse("here", " 0123456789abcdef\n").unwrap();
+        assert_eq!(token.header(), "Bearer 0123456789abcdef");
+        let mut request = Request::new(());
+        token.authorise(&mut request);
+        let shown = format!("{token:?} {request:?}");
+        assert!(!shown.contains("0123456789"), "{shown}");
+    }
+}

@@ -1,0 +1,204 @@
+//! Connecting to a coordinator, with or without TLS.
+//!
+//! 1. What cannot work however often it is tried is told apart from what may work later.
+//! 2. A connection counts as made only once the coordinator has accepted our certificate. In TLS 1.3 a client's handshake
+//!    is over before that; but in HTTP/2 a server speaks unasked, and it speaks after it.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use hyper_util::rt::TokioIo;
+use tokio::io::AsyncBufReadExt;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{AlertDescription, CertificateError, Error as TlsError};
+use tonic::transport::{Channel, Endpoint, Uri};
+
+use crate::credentials::{CA_FILE, CERTIFICATE_FILE, CredentialError, JoinToken, TlsFiles};
+
+/// What a client has to show.
+#[derive(Clone, Debug, Default)]
+pub struct Credentials {
+    /// Its certificate; without one it connects without TLS.
+    pub tls: Option<TlsFiles>,
+    /// The name that the coordinator's certificate is for, if that is not the one in its address.
+    pub name: Option<String>,
+    /// The file with its join token; without one the environment may hold the token.
+    pub token_file: Option<PathBuf>,
+}
+
+/// Why no connection was made.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum DialError {
+    /// It may work later.
+    #[error("{0}")]
+    Later(String),
+    /// The user's credentials or address are wrong.
+    #[error("{0}")]
+    Wrong(String),
+}
+
+impl From<CredentialError> for DialError {
+    fn from(error: CredentialError) -> Self {
+        DialError::Wrong(error.to_string())
+    }
+}
+
+impl Credentials {
+    /// Checks that an address is one for these credentials, and that they can be used; returns how to connect to it.
+    pub fn endpoint(&self, uri: &Uri) -> Result<Endpoint, DialError> {
+        JoinToken::read(self.token_file.as_deref())?;
+        let secure = uri.scheme_str() == Some("https");
+        match &self.tls {
+            None if secure => Err(DialError::Wrong(
+                "https:// needs a certificate; give --tls-dir DIR, or write http:// if the coordinator runs without TLS"
+                    .to_string(),
+            )),
+            Some(_) if !secure => Err(DialError::Wrong(
+                "with --tls-dir an address begins with https://; leave --tls-dir out if the coordinator runs without TLS"
+                    .to_string(),
+            )),
+            None => Ok(Endpoint::from(uri.clone())),
+            Some(files) => {
+                files.read()?;
+                // The connection that we hand over is encrypted; tonic itself shall not look for TLS.
+                let plain = uri.to_string().replacen("https://", "http://", 1);
+                let endpoint = Endpoint::from_shared(plain).map_err(|error| DialError::Wrong(error.to_string()))?;
+                Ok(endpoint.origin(uri.clone()))
+            }
+        }
+    }
+
+    /// The join token, if there is one.
+    pub fn token(&self) -> Result<Option<JoinToken>, DialError> {
+        Ok(JoinToken::read(self.token_file.as_deref())?)
+    }
+
+    /// Connects to an endpoint that [`Credentials::endpoint`] made.
+    pub async fn connect(self, endpoint: Endpoint) -> Result<Channel, DialError> {
+        let connected = match self.tls {
+            None => endpoint.connect().await,
+            Some(files) => {
+                let dial = Arc::new(Dial { files, name: self.name });
+                let open = move |uri: Uri| {
+                    let dial = dial.clone();
+                    async move { dial.open(&uri).await.map(TokioIo::new) }
+                };
+                endpoint.connect_with_connector(tower::service_fn(open)).await
+            }
+        };
+        connected.map_err(|error| cause(&error))
+    }
+}
+
+/// The reason that we gave ourselves, else the system's.
+fn cause(error: &tonic::transport::Error) -> DialError {
+    let mut deepest: &dyn std::error::Error = error;
+    while let Some(source) = deepest.source() {
+        if let Some(own) = source.downcast_ref::<DialError>() {
+            return own.clone();
+        }
+        deepest = source;
+    }
+    DialError::Later(deepest.to_string())
+}
+
+struct Dial {
+    files: TlsFiles,
+    name: Option<String>,
+}
+
+impl Dial {
+    async fn open(&self, uri: &Uri) -> Result<TlsStream<TcpStream>, DialError> {
+        let later = |error: io::Error| DialError::Later(error.to_string());
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        let stream = TcpStream::connect((host, uri.port_u16().unwrap_or_default())).await.map_err(later)?;
+        stream.set_nodelay(true).map_err(later)?;
+        let expected = self.name.as_deref().unwrap_or(host);
+        let name = ServerName::try_from(expected.to_string())
+            .map_err(|_| DialError::Wrong(format!("{expected} is no name that a certificate can be for")))?;
+        let config = self.files.read()?.client().map_err(|error| DialError::Wrong(error.to_string()))?;
+        let connector = TlsConnector::from(Arc::new(config));
+        let explain = |error: io::Error| self.explain(expected, &error);
+        let mut stream = connector.connect(name, stream).await.map_err(explain)?;
+        if stream.fill_buf().await.map_err(explain)?.is_empty() {
+            return Err(self.explain(expected, &io::ErrorKind::UnexpectedEof.into()));
+        }
+        Ok(stream)
+    }
+
+    /// What a failed handshake means for the user.
+    fn explain(&self, host: &str, error: &io::Error) -> DialError {
+        let ca = self.files.path(CA_FILE).display().to_string();
+        let own = self.files.path(CERTIFICATE_FILE).display().to_string();
+        let tls = error.get_ref().and_then(|error| error.downcast_ref::<TlsError>());
+        DialError::Wrong(match tls {
+            Some(TlsError::InvalidCertificate(wrong)) => untrusted(wrong, host, &ca),
+            Some(TlsError::AlertReceived(alert)) => match refusal(*alert) {
+                Some(why) => format!("the coordinator does not accept {own}: {why}"),
+                None => {
+                    return DialError::Later(format!("the coordinator ended the TLS handshake: {alert:?}"));
+                }
+            },
+            Some(TlsError::InvalidMessage(_)) => {
+                "what answers there does not speak TLS; write http:// and leave --tls-dir \
+                 out, or start the coordinator with --tls-dir"
+                    .to_string()
+            }
+            Some(other) => return DialError::Later(other.to_string()),
+            None => return DialError::Later(format!("the connection ended in the TLS handshake: {error}")),
+        })
+    }
+}
+
+/// Why the coordinator's certificate is not accepted.
+fn untrusted(wrong: &CertificateError, host: &str, ca: &str) -> String {
+    match wrong {
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => format!(
+            "no authority in {ca} has signed the coordinator's certificate; copy ca.crt from where that was made"
+        ),
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+            "the coordinator's certificate has expired, or this machine's clock is wrong; renew it there"
+                .to_string()
+        }
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+            "the coordinator's certificate is not valid yet; wait, or set this machine's clock".to_string()
+        }
+        CertificateError::NotValidForName => not_for(host, ""),
+        CertificateError::NotValidForNameContext { presented, .. } => {
+            not_for(host, &format!(", but for {}", presented.join(", ")))
+        }
+        other => format!("the coordinator's certificate cannot be used: {other}"),
+    }
+}
+
+fn not_for(host: &str, but: &str) -> String {
+    format!(
+        "the coordinator's certificate is not for {host}{but}; connect by a name that it is for, name it with --tls-name, or \
+         make one with `coordinator certs init --host {host}`"
+    )
+}
+
+/// Why the coordinator does not accept a certificate, if that is what its alert means.
+fn refusal(alert: AlertDescription) -> Option<&'static str> {
+    Some(match alert {
+        AlertDescription::UnknownCA | AlertDescription::DecryptError => {
+            "no authority that it trusts has signed it; use one made with the coordinator's"
+        }
+        AlertDescription::CertificateExpired => {
+            "it has expired, or one of the two machines' clocks is wrong; renew it"
+        }
+        AlertDescription::CertificateRequired => "it wants to see one",
+        AlertDescription::BadCertificate
+        | AlertDescription::UnsupportedCertificate
+        | AlertDescription::CertificateRevoked
+        | AlertDescription::CertificateUnknown
+        | AlertDescription::AccessDenied => {
+            "make one with the usages \"server auth\" and \"client auth\", as `coordinator certs init` does"
+        }
+        _ => return None,
+    })
+}

@@ -1,0 +1,71 @@
+//! Certificates and tokens, made by the program that users make them with.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use ganglion_proto::credentials::TlsFiles;
+use ganglion_proto::dial::Credentials;
+use ganglion_tests::{Process, Run, program};
+
+/// What `coordinator certs init` made.
+pub struct Secrets(PathBuf);
+
+impl Secrets {
+    /// Makes them beside a run.
+    pub fn new(run: &Run, name: &str) -> Secrets {
+        let folder = run.beside(name);
+        let mut command = Command::new(program("coordinator"));
+        command.args(["certs", "init", "--dir"]).arg(&folder);
+        let ended = Process::start(command).wait();
+        assert_eq!(ended.code, Some(0), "{}", ended.output);
+        Secrets(folder)
+    }
+
+    /// A file or folder of them.
+    pub fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_string()
+    }
+
+    /// The join token.
+    pub fn token(&self) -> String {
+        std::fs::read_to_string(self.0.join("join-token")).unwrap().trim().to_string()
+    }
+
+    /// What a coordinator with TLS and join token is started with.
+    pub fn coordinator(&self, workers: u32) -> Vec<String> {
+        let workers = workers.to_string();
+        let (folder, token) = (self.path("coordinator"), self.path("join-token"));
+        ["--workers", &workers, "--tls-dir", &folder, "--join-token-file", &token]
+            .map(str::to_string)
+            .to_vec()
+    }
+
+    /// A worker with them.
+    pub fn worker(&self, url: &str) -> Process {
+        worker(url, &["--tls-dir", &self.path("worker"), "--join-token-file", &self.path("join-token")])
+    }
+
+    /// What a worker connects with.
+    pub fn credentials(&self) -> Credentials {
+        let tls = Some(TlsFiles::new(&self.0.join("worker")));
+        Credentials { tls, name: None, token_file: Some(self.0.join("join-token")) }
+    }
+}
+
+/// A worker with these arguments.
+pub fn worker(url: &str, arguments: &[&str]) -> Process {
+    let mut command = Command::new(program("worker"));
+    command.args(["--coordinator", url]).args(arguments);
+    Process::start(command)
+}
+
+/// Starts a coordinator with secrets.
+pub fn start(run: &Run, secrets: &Secrets, workers: u32) -> Process {
+    let arguments = secrets.coordinator(workers);
+    run.start_with(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// Where a run's coordinator is.
+pub fn url(run: &Run) -> String {
+    run.wait_for("coordinator_started", |_| true)["address"].as_str().unwrap().to_string()
+}

@@ -1,0 +1,191 @@
+//! What others can read on the way: of both planes nothing over TLS, and what is looked for without it, so that looking
+//! proves something.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{JoinHandle, spawn};
+use std::time::Duration;
+
+use ganglion_tests::{Process, Run, SMALL_MLP};
+use rustix::net::sockopt::{Timeout, set_socket_recv_buffer_size_force, set_socket_timeout};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
+
+use crate::secrets::{Secrets, start, url, worker};
+
+/// What the job is called: the coordinator tells each worker.
+const NAME: &str = "a-name-that-nobody-else-has";
+
+fn contains(bytes: &[u8], pattern: &[u8]) -> bool {
+    bytes.windows(pattern.len()).any(|window| window == pattern)
+}
+
+/// Passes connections on to a coordinator and keeps all that is said.
+struct Relay {
+    address: String,
+    heard: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Relay {
+    fn start(url: &str) -> Relay {
+        let onward = url.split("://").nth(1).unwrap().to_string();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let heard: Arc<Mutex<Vec<u8>>> = Arc::default();
+        let keep = heard.clone();
+        spawn(move || {
+            for client in listener.incoming().flatten() {
+                let Ok(server) = TcpStream::connect(&onward) else { return };
+                let (back, forth) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                for (from, to) in [(client, forth), (server, back)] {
+                    let keep = keep.clone();
+                    spawn(move || pass_on(from, to, &keep));
+                }
+            }
+        });
+        Relay { address, heard }
+    }
+}
+
+fn pass_on(mut from: TcpStream, mut to: TcpStream, heard: &Mutex<Vec<u8>>) {
+    let mut bytes = [0; 1 << 16];
+    while let Ok(read @ 1..) = from.read(&mut bytes) {
+        heard.lock().unwrap().extend(&bytes[..read]);
+        if to.write_all(&bytes[..read]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+#[test]
+fn what_workers_and_coordinator_say_is_not_to_be_read() {
+    let name = format!("job.name={NAME}");
+    let settings = [SMALL_MLP, &["job.steps=3", name.as_str()]];
+    let trained_through = |run: &Run, coordinator: Process, secrets: Option<&Secrets>| {
+        let relay = Relay::start(&url(run));
+        let worker = match secrets {
+            Some(secrets) => secrets.worker(&format!("https://{}", relay.address)),
+            None => worker(&format!("http://{}", relay.address), &[]),
+        };
+        for process in [worker, coordinator] {
+            let ended = process.wait();
+            assert_eq!(ended.code, Some(0), "{}", ended.output);
+        }
+        let heard = relay.heard.lock().unwrap();
+        heard.clone()
+    };
+    let run = Run::new(&settings);
+    let heard = trained_through(&run, run.start(0), None);
+    let storage = run.path("checkpoints").display().to_string();
+    for said in [NAME, &storage, "state-00001-of-"] {
+        assert!(contains(&heard, said.as_bytes()), "{said} is said, and not to be read without TLS");
+    }
+    let run = Run::new(&settings);
+    let secrets = Secrets::new(&run, "certs");
+    let heard = trained_through(&run, start(&run, &secrets, 0), Some(&secrets));
+    let storage = run.path("checkpoints").display().to_string();
+    assert!(heard.len() > 2000, "{} bytes", heard.len());
+    for said in [NAME, &storage, "state-00001-of-", "ganglion.v1", "Bearer", &secrets.token()] {
+        assert!(!contains(&heard, said.as_bytes()), "{said} can be read over TLS");
+    }
+}
+
+/// Looks for patterns in all that this machine's interfaces carry.
+struct Capture {
+    over: Arc<AtomicBool>,
+    looking: JoinHandle<(usize, Vec<bool>)>,
+}
+
+impl Capture {
+    /// `None` if this process may not.
+    fn start(patterns: Vec<Vec<u8>>) -> Option<Capture> {
+        let protocol = Some(eth::ALL);
+        let socket =
+            socket_with(AddressFamily::PACKET, SocketType::DGRAM, SocketFlags::CLOEXEC, protocol).ok()?;
+        // Nothing may be missed while this thread is not running.
+        let _ = set_socket_recv_buffer_size_force(&socket, 64 << 20);
+        set_socket_timeout(&socket, Timeout::Recv, Some(Duration::from_millis(50))).unwrap();
+        let over = Arc::new(AtomicBool::new(false));
+        let stop = over.clone();
+        let looking = spawn(move || look(&socket, &patterns, &stop));
+        Some(Capture { over, looking })
+    }
+
+    /// The bytes that were seen, and which patterns were among them.
+    fn end(self) -> (usize, Vec<bool>) {
+        self.over.store(true, Ordering::Relaxed);
+        self.looking.join().unwrap()
+    }
+}
+
+fn look(socket: &OwnedFd, patterns: &[Vec<u8>], over: &AtomicBool) -> (usize, Vec<bool>) {
+    let (mut bytes, mut seen, mut found) = (vec![0; 1 << 17], 0, vec![false; patterns.len()]);
+    loop {
+        match recv(socket, &mut bytes[..], RecvFlags::empty()) {
+            Ok((read, _)) => {
+                seen += read;
+                for (pattern, found) in patterns.iter().zip(&mut found) {
+                    *found |= contains(&bytes[..read], pattern);
+                }
+            }
+            // Nothing comes any more, so what was sent has been seen.
+            Err(_) if over.load(Ordering::Relaxed) => return (seen, found),
+            Err(_) => {}
+        }
+    }
+}
+
+/// Pieces of a checkpoint's tensors.
+fn pieces(run: &Run) -> Vec<Vec<u8>> {
+    let files = fs::read_dir(run.newest_checkpoint()).unwrap().flatten();
+    let parts = files.filter(|file| file.file_name().to_string_lossy().starts_with("state-"));
+    let tensors: Vec<u8> = parts
+        .flat_map(|file| {
+            let bytes = fs::read(file.path()).unwrap();
+            let header = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
+            bytes[8 + header..].to_vec()
+        })
+        .collect();
+    let zeros = |piece: &[u8]| piece.iter().filter(|byte| **byte == 0).count();
+    let pieces = tensors.chunks_exact(64).filter(|piece| zeros(piece) < 8);
+    let all: Vec<Vec<u8>> = pieces.map(<[u8]>::to_vec).collect();
+    let apart = all.len() / 16;
+    all.into_iter().step_by(apart.max(1)).collect()
+}
+
+/// Trains a little with one worker, then on with two, of whom one sends the other all weights and moments.
+fn weights_on_the_way(secrets: Option<&str>) -> Option<(usize, usize)> {
+    // Nobody else on this machine trains these weights.
+    let mut run = Run::new(&[SMALL_MLP, &["job.steps=3", "job.seed=918273645", "job.data_shards=4"]]);
+    let secrets = secrets.map(|name| Secrets::new(&run, name));
+    run.complete(1);
+    let pieces = pieces(&run);
+    assert!(pieces.len() >= 8, "{}", pieces.len());
+    run.set("job.steps=6");
+    let capture = Capture::start(pieces)?;
+    let coordinator = match &secrets {
+        Some(secrets) => start(&run, secrets, 2),
+        None => run.start(2),
+    };
+    let ended = coordinator.wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
+    run.wait_for("generation_formed", |event| event["world_size"] == 2);
+    let (seen, found) = capture.end();
+    Some((seen, found.into_iter().filter(|found| *found).count()))
+}
+
+#[test]
+fn weights_and_gradients_are_not_to_be_read() {
+    let Some((_, found)) = weights_on_the_way(None) else {
+        eprintln!("not tested: this process may not look at the network's packets (CAP_NET_RAW)");
+        return;
+    };
+    assert!(found > 0, "weights are sent, and not to be read without TLS");
+    let (seen, found) = weights_on_the_way(Some("certs")).unwrap();
+    assert!(seen > 100_000, "{seen} bytes");
+    assert_eq!(found, 0, "pieces of the weights can be read over TLS");
+}
