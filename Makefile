@@ -17,7 +17,8 @@ KILLS ?= 100
 RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test simulate simulate-shell chaos check fmt lint docs licences proto-lint clean
+.PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test simulate simulate-shell chaos check fmt lint docs licences proto-lint clean \
+	wheel image test-deploy
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -127,3 +128,27 @@ $(TOOLS)/buf/bin/buf:
 
 clean: ## Remove what was built. Set-up and runs stay.
 	$(CARGO) clean
+
+# ---- Deploy ----------------------------------------------------------------------------------------------------------
+
+# Podman or Docker.
+DOCKER ?= $(firstword $(notdir $(shell command -v podman docker)) docker)
+IMAGE_KIND := $(if $(CUDA),cuda,cpu)
+
+wheel: build $(TOOLS)/patchelf ## Pack the programs into dist/ for pip (CUDA=1: for GPUs).
+	$(PYTHON) deploy/wheel/build.py --torch $(TORCH_VERSION) $(if $(CUDA),--cuda cu130) --patchelf $(TOOLS)/patchelf/bin/patchelf
+
+$(TOOLS)/patchelf:
+	@$(PYTHON) -m pip install --quiet --target $@.new patchelf
+	@mv $@.new $@
+
+image: ## Build the container image ganglion:cpu (CUDA=1: ganglion:cuda; IMAGE_ARGS="--build-arg ...").
+	$(DOCKER) build --file deploy/Dockerfile --target $(IMAGE_KIND) --tag ganglion:$(IMAGE_KIND) $(IMAGE_ARGS) .
+
+# Needs Debian's podman, buildah, runc, netavark, aardvark-dns, debootstrap, slurmctld, slurmd, slurm-client and munge.
+test-deploy: wheel $(TOOLS)/compose ## Test the wheel, the container image and Slurm for real (as root; ONLY="wheel slurm").
+	@for part in $(or $(ONLY),wheel compose slurm); do $(PYTHON) tests/deploy/$$part.py || exit 1; done
+
+$(TOOLS)/compose:
+	@$(PYTHON) -m pip install --quiet --target $@.new podman-compose
+	@mv $@.new $@
