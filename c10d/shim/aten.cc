@@ -8,6 +8,7 @@
 #include <utility>
 
 #include <gnu/libc-version.h>
+#include <malloc.h>
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -71,6 +72,8 @@ void set_deterministic(bool deterministic) {
 }
 
 rust::String c_library_version() { return std::string("glibc ") + gnu_get_libc_version(); }
+
+void trim_heap() { malloc_trim(/*pad=*/0); }
 
 void leaky_relu(const at::Tensor& tensor, double slope) {
   // Another handle on the same tensor, as its in-place operations want one that can change.

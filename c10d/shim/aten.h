@@ -25,6 +25,7 @@ rust::String cpu_capability();
 rust::String libtorch_version();
 void set_deterministic(bool deterministic);
 rust::String c_library_version();
+void trim_heap();
 void leaky_relu(const at::Tensor& tensor, double slope);
 bool all_finite(const at::Tensor& tensor);
 std::uint64_t weighted_sum(const at::Tensor& tensor);

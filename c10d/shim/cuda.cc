@@ -53,4 +53,6 @@ std::unique_ptr<at::Tensor> upload(rust::Slice<const float> values, std::int8_t 
   return std::make_unique<at::Tensor>(std::move(there));
 }
 
+void empty_cuda_cache() { c10::cuda::CUDACachingAllocator::emptyCache(); }
+
 } // namespace c10d_shim

@@ -13,5 +13,6 @@ namespace c10d_shim {
 void prepare_cuda();
 rust::String pci_bus_id(std::int8_t device);
 std::unique_ptr<at::Tensor> upload(rust::Slice<const float> values, std::int8_t device);
+void empty_cuda_cache();
 
 } // namespace c10d_shim

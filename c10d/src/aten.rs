@@ -93,6 +93,17 @@ pub fn c_library_version() -> Result<String, Error> {
     Ok(shim::c_library_version()?)
 }
 
+/// Gives memory back to the system that is kept for tensors to come: the C library's, and that of all GPUs. What CUDA takes
+/// for itself stays until the process ends.
+///
+/// # Errors
+/// [`Error::Fatal`] if CUDA reports an earlier error.
+pub fn release_memory() -> Result<(), Error> {
+    #[cfg(feature = "cuda")]
+    shim::empty_cuda_cache()?;
+    Ok(shim::trim_heap()?)
+}
+
 /// max(x, slope x), elementwise, in place and differentiable. tch's own has a fixed slope of 0.01.
 ///
 /// # Errors

@@ -29,6 +29,7 @@ pub(crate) mod shim {
         fn libtorch_version() -> Result<String>;
         fn set_deterministic(deterministic: bool) -> Result<()>;
         fn c_library_version() -> Result<String>;
+        fn trim_heap() -> Result<()>;
         fn leaky_relu(tensor: &Tensor, slope: f64) -> Result<()>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;
         fn weighted_sum(tensor: &Tensor) -> Result<u64>;
@@ -41,6 +42,8 @@ pub(crate) mod shim {
         fn pci_bus_id(device: i8) -> Result<String>;
         #[cfg(feature = "cuda")]
         fn upload(values: &[f32], device: i8) -> Result<UniquePtr<Tensor>>;
+        #[cfg(feature = "cuda")]
+        fn empty_cuda_cache() -> Result<()>;
     }
     impl UniquePtr<Tensor> {}
 }

@@ -45,6 +45,9 @@ pub struct Cli {
     /// Who may connect.
     #[command(flatten)]
     pub security: SecurityArguments,
+    /// Go on answering when the run is complete, until SIGTERM or Ctrl-C.
+    #[arg(long)]
+    pub stay: bool,
     /// Write a timeline of this coordinator and its local workers, for ui.perfetto.dev; at most 128 MiB of it.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,

@@ -120,16 +120,16 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     let (exits, exited) = mpsc::unbounded_channel();
     let mut supervisor = Supervisor::new(processes, exits);
     adopt(&mut journal, &mut supervisor, &mut recovered)?;
-    if let Some(line) = finished(&journal, &job, recovered.checkpoint.as_ref(), &run_dir)? {
+    let done = finished(&journal, &job, recovered.checkpoint.as_ref(), &run_dir)?;
+    match &done {
         // Workers of a coordinator that died before it could release them.
-        supervisor.ask_all_to_end();
-        return Ok(line);
+        Some(_) => supervisor.ask_all_to_end(),
+        None => records.timeline = prepare_to_train(&cli, local_workers, &supervisor)?,
     }
-    // Not before: a finished run keeps the trace that it has.
-    records.timeline = open_trace(&cli)?;
-    if local_workers > 0 {
-        supervisor.check_program().map_err(other)?;
+    if let Some(line) = done.as_ref().filter(|_| !cli.stay) {
+        return Ok(line.clone());
     }
+    let life = Life { found_complete: done.is_some(), samples: known_samples(&journal)?, stay: cli.stay };
     let term = journal.begin_term(job.metrics.every_steps)?;
     log::note("run", job.job.name.as_str());
     log::note("term", term.0);
@@ -162,9 +162,17 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
         exited,
     };
     let signals = host.signals().map_err(other)?;
-    let ended = supervise(parts, incoming, signals, security.guard(&access.token)).await?;
+    let ended = supervise(parts, life, incoming, signals, security.guard(&access.token)).await?;
     dashboard.farewell().await;
-    conclude(ended, &job, &run_dir, &storage)
+    done.map_or_else(|| conclude(ended, &job, &run_dir, &storage), Ok)
+}
+
+/// What only a run needs that is not finished: that one keeps the trace that it has.
+fn prepare_to_train(cli: &Cli, local_workers: u32, supervisor: &Supervisor) -> Result<Timeline, Failure> {
+    if local_workers > 0 {
+        supervisor.check_program().map_err(|error| Failure::Other(error.to_string()))?;
+    }
+    open_trace(cli)
 }
 
 /// Says where this coordinator is found, and what it goes by.
@@ -202,21 +210,40 @@ fn count_gpus(processes: &dyn Processes) -> Result<u32, Failure> {
         .map_err(|error| Failure::Other(format!("--workers auto: cannot count the GPUs: {error}; {advice}")))
 }
 
-/// Serves and runs the shell until the run ends.
+/// What there is to do.
+struct Life {
+    /// Whether the run was complete before.
+    found_complete: bool,
+    /// The size of the data set, as far as it is known.
+    samples: Option<u64>,
+    /// Whether to stay when it is complete.
+    stay: bool,
+}
+
+/// Serves and runs the shell until the run ends, and longer if it shall stay.
 async fn supervise<C>(
     parts: Parts,
+    life: Life,
     incoming: mpsc::Receiver<C>,
-    signals: mpsc::UnboundedReceiver<StopSignal>,
+    mut signals: mpsc::UnboundedReceiver<StopSignal>,
     guard: Guard,
 ) -> Result<Ended, Failure>
 where
     C: Connected + AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let (inputs, receiver) = mpsc::channel(INPUTS);
+    let (inputs, mut receiver) = mpsc::channel(INPUTS);
     let (shutdown, stopping) = watch::channel(false);
     let (term, store) = (parts.term, parts.store.clone());
     let mut server = tokio::spawn(serve(incoming, term, inputs, store, guard, stopping));
-    let ended = Shell::new(parts).run(receiver, signals).await?;
+    let mut shell = Shell::new(parts);
+    let ended = if life.found_complete {
+        shell.found_complete(life.samples)
+    } else {
+        shell.run(&mut receiver, &mut signals).await?
+    };
+    if life.stay && ended.outcome == Outcome::Complete && ended.signal.is_none() {
+        shell.stay(&mut receiver, &mut signals).await?;
+    }
     let _ = shutdown.send(true);
     // What workers on other machines were told last is still on its way; one that missed it would wait out its lease.
     let _ = tokio::time::timeout(FAREWELL, &mut server).await;

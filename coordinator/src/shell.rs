@@ -9,6 +9,7 @@ mod actions;
 mod admin;
 pub mod records;
 mod sessions;
+mod stay;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -112,6 +113,8 @@ pub struct Shell {
     signalled: Instant,
     started: Instant,
     outcome: Option<Outcome>,
+    /// Whether the job's last step is done and saved.
+    is_complete: bool,
 }
 
 /// A worker that the machine knows.
@@ -170,14 +173,15 @@ impl Shell {
             signalled: Instant::now(),
             started: Instant::now(),
             outcome: None,
+            is_complete: false,
         }
     }
 
     /// Runs until the machine has ended the run, then sees the local workers off. The user's signals come by `signals`.
     pub async fn run(
-        mut self,
-        mut inputs: mpsc::Receiver<Input>,
-        mut signals: mpsc::UnboundedReceiver<StopSignal>,
+        &mut self,
+        inputs: &mut mpsc::Receiver<Input>,
+        signals: &mut mpsc::UnboundedReceiver<StopSignal>,
     ) -> Result<Ended, ShellError> {
         self.handle(Event::Started)?;
         let mut chores = tokio::time::interval(CHORES);
@@ -221,6 +225,8 @@ impl Shell {
     fn handle(&mut self, event: Event) -> Result<(), ShellError> {
         let mut actions = Vec::new();
         self.machine.handle(self.now(), event, &mut actions);
+        // Whoever is released together with the run's end is told so.
+        self.is_complete |= actions.contains(&Action::End(Outcome::Complete));
         for action in actions {
             self.act(action)?;
         }

@@ -365,7 +365,7 @@ impl ToWorker {
             }
             ToWorker::MetricsRecorded(step) => Message::MetricsRecorded(wire::MetricsRecorded { step }),
             ToWorker::Reject(reason) => Message::Reject(wire::Reject { reason }),
-            ToWorker::Release => Message::Release(wire::Release {}),
+            ToWorker::Release { complete } => Message::Release(wire::Release { complete }),
             ToWorker::Pulse => Message::Pulse(wire::Pulse {}),
             ToWorker::CheckpointRecorded(step, phase) => {
                 Message::CheckpointRecorded(wire::CheckpointRecorded { step, phase })
@@ -404,7 +404,7 @@ impl ToWorker {
             },
             Message::MetricsRecorded(recorded) => ToWorker::MetricsRecorded(recorded.step),
             Message::Reject(reject) => ToWorker::Reject(clipped(reject.reason)),
-            Message::Release(_) => ToWorker::Release,
+            Message::Release(release) => ToWorker::Release { complete: release.complete },
             Message::Pulse(_) => ToWorker::Pulse,
             Message::CheckpointRecorded(at) => ToWorker::CheckpointRecorded(at.step, at.phase),
         };

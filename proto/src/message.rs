@@ -62,7 +62,10 @@ pub enum ToWorker {
     /// It may not take part, for a reason.
     Reject(String),
     /// It is not needed any more.
-    Release,
+    Release {
+        /// Whether that is because the run is complete.
+        complete: bool,
+    },
     /// A heartbeat was read.
     Pulse,
     /// Nothing more is needed for the checkpoint of this step and phase, and those before.

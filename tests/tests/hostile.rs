@@ -233,7 +233,7 @@ fn a_worker_that_is_no_member_changes_nothing_whatever_it_claims() {
     let slow = Progress { slowest_leaf: Duration::MAX, ..Progress::default() };
     stranger.say(FromWorker::Heartbeat(slow, Usage::default()));
     stranger.say(FromWorker::Leave);
-    assert_eq!(target.end_of(stranger).unwrap(), Some(ToWorker::Release));
+    assert_eq!(target.end_of(stranger).unwrap(), Some(ToWorker::Release { complete: false }));
     target.logs("of term 2 in term 1");
     target.logs("which has not trained");
 

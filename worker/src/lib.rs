@@ -29,6 +29,7 @@ pub mod run;
 pub mod sample;
 pub mod session;
 pub mod state;
+pub mod stay;
 pub mod team;
 pub mod trainer;
 pub mod tree;

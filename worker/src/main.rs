@@ -11,8 +11,9 @@ use ganglion_proto::dial::Credentials;
 use ganglion_proto::log::{self, JsonLines};
 use ganglion_proto::trace::Trace;
 use ganglion_worker::device::{DeviceChoice, gpus};
-use ganglion_worker::run::{Failure, SPAWN_TOKEN, run};
+use ganglion_worker::run::{Failure, Released, SPAWN_TOKEN, run};
 use ganglion_worker::sample::{Generator, SampleError, grid};
+use ganglion_worker::stay::Stay;
 use tracing_subscriber::EnvFilter;
 
 /// Trains with the other workers of a run, or draws samples from a checkpoint.
@@ -42,6 +43,9 @@ struct Join {
     /// Where to compute: auto, cpu or cuda:N.
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
+    /// When the run is complete, give all memory back and stay until SIGTERM or Ctrl-C.
+    #[arg(long)]
+    stay: bool,
     /// Write a timeline of what this worker does, for ui.perfetto.dev. A coordinator has an option of the same name.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -101,6 +105,8 @@ fn main() -> ExitCode {
 }
 
 fn join(arguments: &Join) -> Result<(), Failure> {
+    let stay = arguments.stay.then(Stay::listen).transpose();
+    let stay = stay.map_err(|error| Failure::Other(format!("cannot listen for signals: {error}")))?;
     let trace = arguments.trace.as_deref().map_or(Ok(Trace::off()), open_trace)?;
     let credentials = Credentials {
         tls: arguments.tls_dir.as_deref().map(TlsFiles::new),
@@ -109,7 +115,11 @@ fn join(arguments: &Join) -> Result<(), Failure> {
     };
     let result = run(&arguments.coordinator, credentials, arguments.device, &trace);
     trace.finish();
-    result
+    if let (Released::Complete, Some(stay)) = (result?, stay) {
+        tracing::info!("the run is complete; staying until SIGTERM or Ctrl-C, as --stay says");
+        stay.until_asked_to_end().map_err(|error| Failure::Other(error.to_string()))?;
+    }
+    Ok(())
 }
 
 /// A coordinator's own worker adds to its trace, and works without one if that cannot be. Others have traces of their own.

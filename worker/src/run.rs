@@ -46,13 +46,27 @@ impl From<ConnectError> for Failure {
             ConnectError::Address { .. } | ConnectError::Credentials { .. } => {
                 Failure::Input(error.to_string())
             }
-            ConnectError::Unreachable { .. } | ConnectError::Refused(_) => Failure::Other(error.to_string()),
+            _ => Failure::Other(error.to_string()),
         }
     }
 }
 
-/// Takes part in the run of the coordinator at `url` until it ends, and shows on `trace` what it does.
-pub fn run(url: &str, credentials: Credentials, device: DeviceChoice, trace: &Trace) -> Result<(), Failure> {
+/// Why a worker was let go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Released {
+    /// The run is complete.
+    Complete,
+    /// It, or its machine, was to leave; or the run stopped, and may go on later.
+    ToLeave,
+}
+
+/// Takes part in the run of the coordinator at `url` until it is let go, and shows on `trace` what it does.
+pub fn run(
+    url: &str,
+    credentials: Credentials,
+    device: DeviceChoice,
+    trace: &Trace,
+) -> Result<Released, Failure> {
     // First of all: these set the environment, which threads read.
     if let Some(files) = &credentials.tls {
         encrypt_reduces(files)?;
@@ -64,7 +78,10 @@ pub fn run(url: &str, credentials: Credentials, device: DeviceChoice, trace: &Tr
     let track = trace.track(1, "training");
     let computes_on = device::describe(device);
     let open = || Session::open(url, credentials, token, computes_on);
-    let session = Arc::new(track.during("find coordinator", Nothing {}, open)?);
+    let session = match track.during("find coordinator", Nothing {}, open) {
+        Err(ConnectError::Complete) => return Ok(Released::Complete),
+        opened => Arc::new(opened?),
+    };
     introduce(&session, trace, &track);
     let loaded = track.during("load", Nothing {}, || load(&session, device, trace, &track));
     let mut trainer = match loaded {
@@ -80,7 +97,8 @@ pub fn run(url: &str, credentials: Credentials, device: DeviceChoice, trace: &Tr
     loop {
         let assignment = match track.during("at rest", Nothing {}, || session.next_assignment()) {
             Ok(assignment) => assignment,
-            Err(End::Released) => return Ok(()),
+            Err(End::Released) => return Ok(Released::ToLeave),
+            Err(End::Complete) => return Ok(Released::Complete),
             Err(End::Rejected(reason)) => return Err(Failure::Other(reason)),
             Err(End::Lost(reason)) => {
                 return Err(track.during("save alone", Nothing {}, || alone(&trainer, &reason)));

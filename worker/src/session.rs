@@ -43,6 +43,8 @@ use store::GrpcStore;
 pub enum End {
     /// It is not needed any more.
     Released,
+    /// The run is complete: neither it nor another in its place is needed any more.
+    Complete,
     /// It may not take part.
     Rejected(String),
     /// The coordinator is gone for longer than the lease.

@@ -42,7 +42,8 @@ impl Shell {
             Action::Keep => self.keep(),
             Action::Lose(worker, loss) => self.lose(worker, &loss),
             Action::Release(worker) => {
-                self.send(worker, ToWorker::Release);
+                let complete = self.is_complete;
+                self.send(worker, ToWorker::Release { complete });
                 // Its session ends when it has read that.
                 self.workers.remove(&worker);
             }

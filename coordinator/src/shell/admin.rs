@@ -13,6 +13,9 @@ use super::{Connected, Shell, ShellError, StopSignal};
 use crate::http::View;
 use crate::server::AdminInput;
 
+/// The answer to whoever wants to change a run that is complete.
+const NOTHING_LEFT: &str = "the run is complete, and no worker is left";
+
 impl Shell {
     pub(super) fn administer(&mut self, input: AdminInput) -> Result<(), ShellError> {
         match input {
@@ -27,8 +30,10 @@ impl Shell {
             }
             AdminInput::Stop(answer) => {
                 // Asking twice is no more than asking once: a second signal would stop at once.
-                if self.signal.is_none() {
-                    self.stop(StopSignal::Terminate)?;
+                match self.signal {
+                    None if self.is_complete => self.signal = Some(StopSignal::Terminate),
+                    None => self.stop(StopSignal::Terminate)?,
+                    Some(_) => {}
                 }
                 let _ = answer.send(());
             }
@@ -37,6 +42,9 @@ impl Shell {
     }
 
     fn drain(&mut self, worker: WorkerId) -> Result<Result<(), String>, ShellError> {
+        if self.is_complete {
+            return Ok(Err(NOTHING_LEFT.to_string()));
+        }
         if !self.machine.workers().any(|known| known == worker) {
             let known: Vec<String> = self.machine.workers().map(|worker| worker.to_string()).collect();
             return Ok(Err(format!("there is no worker {worker}; there are: {}", known.join(", "))));
@@ -51,6 +59,9 @@ impl Shell {
     }
 
     fn scale(&mut self, workers: u32) -> Result<Result<(), String>, ShellError> {
+        if self.is_complete {
+            return Ok(Err(NOTHING_LEFT.to_string()));
+        }
         let shards = self.job.job.data_shards;
         if workers > shards {
             return Ok(Err(format!("{workers} workers are more than the job's {shards} data shards")));
@@ -72,17 +83,19 @@ impl Shell {
     fn status(&self) -> GetStatusResponse {
         let (group, checkpoint) = (self.machine.group(), self.machine.checkpoint());
         let world_size = group.map_or(0, |group| group.members.len());
+        let samples = self.machine.samples().or(self.samples);
+        let complete = self.is_complete.then_some("complete");
         GetStatusResponse {
             name: self.job.job.name.clone(),
             run: self.run.clone(),
             term: self.term.0,
             generation: group.map_or(0, |group| group.generation.0),
             step: self.records.last_step(),
-            last_step: self.machine.samples().map_or(0, |samples| self.job.last_step(samples)),
+            last_step: samples.map_or(0, |samples| self.job.last_step(samples)),
             checkpoint_step: checkpoint.map_or(0, |checkpoint| checkpoint.step),
             state_digest: checkpoint.map_or(String::new(), |checkpoint| checkpoint.state_digest.clone()),
             stage: self.machine.stage().to_string(),
-            outcome: self.outcome.as_ref().map_or("", outcome_name).to_string(),
+            outcome: self.outcome.as_ref().map(outcome_name).or(complete).unwrap_or_default().to_string(),
             data_shards: self.job.job.data_shards,
             phases_per_step: self.job.phases_per_step(),
             world_size: u32::try_from(world_size).unwrap_or(u32::MAX),

@@ -69,11 +69,11 @@ impl Shell {
     /// of it, hears it now: under a second number nobody would learn that the first one's process ended.
     fn let_go_again(&self, worker: WorkerId, outbox: &Outbox) -> WorkerId {
         let _ = outbox.try_send(ToWorker::Welcome(Box::new(self.welcome(worker))));
-        let _ = outbox.try_send(ToWorker::Release);
+        let _ = outbox.try_send(ToWorker::Release { complete: false });
         worker
     }
 
-    fn refusal(&self, hello: &Hello) -> Option<String> {
+    pub(super) fn refusal(&self, hello: &Hello) -> Option<String> {
         let resume = hello.resume.as_ref()?;
         if resume.run != self.run {
             return Some("this coordinator has another run".to_string());

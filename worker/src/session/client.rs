@@ -64,6 +64,9 @@ pub enum ConnectError {
         /// The last failure.
         reason: String,
     },
+    /// The coordinator answered that there is nothing left to do.
+    #[error("the run is complete")]
+    Complete,
     /// The coordinator answered but did not take this worker in.
     #[error("{0}")]
     Refused(String),
@@ -246,6 +249,8 @@ enum Failed {
     Refused(String),
     /// It will not before the user has done something about credentials or address.
     Wrong(String),
+    /// There is nothing left to do.
+    Complete,
 }
 
 impl From<DialError> for Failed {
@@ -280,6 +285,7 @@ impl Dial {
                 Err(Failed::Wrong(reason)) => {
                     return Err(ConnectError::Credentials { url: self.url.clone(), reason });
                 }
+                Err(Failed::Complete) => return Err(ConnectError::Complete),
                 Err(Failed::Later(reason)) => reason,
             };
             if started.elapsed() > CONNECT_LIMIT {
@@ -308,6 +314,10 @@ impl Dial {
                         "a coordinator of term {}, older than {term}, is not ours",
                         connection.welcome.term
                     );
+                }
+                Err(Failed::Complete) => {
+                    talk.shared.end(End::Complete);
+                    return None;
                 }
                 Err(Failed::Later(again) | Failed::Refused(again) | Failed::Wrong(again)) => {
                     tracing::debug!("still without a coordinator after {reason:?}: {again}");
@@ -354,6 +364,7 @@ impl Dial {
                 Ok(Connection { channel, requests, responses, welcome: *welcome, since })
             }
             Ok((_, ToWorker::Reject(reason))) => Err(Failed::Refused(reason)),
+            Ok((_, ToWorker::Release { complete: true })) => Err(Failed::Complete),
             Ok((_, other)) => Err(Failed::Refused(format!("unexpected {other:?} instead of a welcome"))),
             Err(malformed) => Err(Failed::Refused(malformed.to_string())),
         }
@@ -495,7 +506,8 @@ impl Talk {
             }
             ToWorker::MetricsRecorded(step) => shared.forget_rows(step),
             ToWorker::CheckpointRecorded(step, phase) => shared.forget_parts((step, phase)),
-            ToWorker::Release => shared.end(End::Released),
+            ToWorker::Release { complete: true } => shared.end(End::Complete),
+            ToWorker::Release { complete: false } => shared.end(End::Released),
             ToWorker::Reject(reason) => shared.end(End::Rejected(reason)),
             ToWorker::Welcome(_) => tracing::warn!("dropped a second welcome"),
         }

@@ -123,7 +123,7 @@ async fn train(mut trainer: Trainer) {
         let assignment = match next_assignment(&trainer.session).await {
             Ok(assignment) => assignment,
             Err(End::Lost(_)) => return trainer.save_alone(),
-            Err(End::Released) => return,
+            Err(End::Released | End::Complete) => return,
             Err(End::Rejected(reason)) => return trainer.start.shared.breach(format!("rejected: {reason}")),
         };
         let rest = trainer.take_part(&assignment).await;

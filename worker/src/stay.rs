@@ -1,0 +1,37 @@
+//! Staying after the run: for those who start a worker again whenever it ends.
+
+use std::io;
+
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// A worker that stays. It hears of signals from when it is made on, so that none is lost between training and waiting.
+pub struct Stay {
+    runtime: Runtime,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stay {
+    /// Listens for SIGTERM and SIGINT. Starts no thread.
+    pub fn listen() -> io::Result<Stay> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        let (terminate, interrupt) = {
+            let _within = runtime.enter();
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
+        };
+        Ok(Stay { runtime, terminate, interrupt })
+    }
+
+    /// Gives back the memory that was kept for training, and waits until one of them came.
+    pub fn until_asked_to_end(mut self) -> Result<(), c10d::Error> {
+        c10d::aten::release_memory()?;
+        self.runtime.block_on(async {
+            tokio::select! {
+                _ = self.terminate.recv() => {}
+                _ = self.interrupt.recv() => {}
+            }
+        });
+        Ok(())
+    }
+}
