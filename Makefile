@@ -18,7 +18,7 @@ RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test simulate simulate-shell chaos check fmt lint docs licences proto-lint clean \
-	wheel image test-deploy
+	wheel image test-deploy test-kubernetes
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -101,6 +101,13 @@ simulate-shell: setup ## Simulate coordinator and sessions, with gRPC and journa
 $(TOOLS)/python:
 	@echo "getting safetensors and TensorBoard for Python (about 60 MB)"
 	@$(PYTHON) -m pip install --quiet --target $@.new safetensors==0.8.0 numpy tensorboard==2.21.0 setuptools
+	@mv $@.new $@
+
+test-kubernetes: $(TOOLS)/kubernetes ## Check the manifests of deploy/kubernetes. Needs kubectl or kustomize, and no cluster.
+	$(PYTHON) tests/deploy/kubernetes.py --packages $(TOOLS)/kubernetes
+
+$(TOOLS)/kubernetes:
+	@$(PYTHON) -m pip install --quiet --target $@.new kubernetes-validate==1.37.0
 	@mv $@.new $@
 
 check: fmt lint docs licences proto-lint test ## Everything that must be clean before a change lands.

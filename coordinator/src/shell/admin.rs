@@ -94,7 +94,7 @@ impl Shell {
             last_step: samples.map_or(0, |samples| self.job.last_step(samples)),
             checkpoint_step: checkpoint.map_or(0, |checkpoint| checkpoint.step),
             state_digest: checkpoint.map_or(String::new(), |checkpoint| checkpoint.state_digest.clone()),
-            stage: self.machine.stage().to_string(),
+            stage: complete.map_or_else(|| self.machine.stage().to_string(), |_| "ended".to_string()),
             outcome: self.outcome.as_ref().map(outcome_name).or(complete).unwrap_or_default().to_string(),
             data_shards: self.job.job.data_shards,
             phases_per_step: self.job.phases_per_step(),
