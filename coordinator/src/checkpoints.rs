@@ -1,22 +1,23 @@
-//! The checkpoint storage: manifests, the newest valid one, and how many are kept.
+//! The run's checkpoint storage: manifests, the newest valid one, and how many are kept.
 //!
 //! 1. A folder without a manifest is no checkpoint.
-//! 2. A manifest is written once, after all its files are there; `latest` moves after that, and is only a hint.
+//! 2. A manifest is created once, after all its files are there; `latest` moves after that, and is only a hint.
 //! 3. Before a run starts from a checkpoint, every file is read and its hash compared.
-
-use std::fs::{self, File};
-use std::io::{self, ErrorKind};
-use std::path::{Path, PathBuf};
+//! 4. A storage that is away says nothing of what is in it: nothing is called damaged or absent because of that.
 
 use ganglion_membership::{Checkpoint, StoredFile};
 use ganglion_proto::message::MetricsRow;
 use ganglion_proto::{failpoint, manifest, rows};
+use ganglion_storage::{
+    Address, Claim, Error, LATEST, MANIFEST, Path, PutPayload, Storage, in_folder, reason,
+};
 
-use crate::run_dir::write_whole;
+use crate::patience::Patience;
 
-/// A folder of checkpoints.
+/// A storage of checkpoints that is the run's.
+#[derive(Clone)]
 pub struct Checkpoints {
-    folder: PathBuf,
+    storage: Storage,
 }
 
 /// A checkpoint that cannot be used, and why.
@@ -28,61 +29,74 @@ pub struct Damaged {
     pub reason: String,
 }
 
+/// A storage that a run cannot use.
+#[derive(Debug, thiserror::Error)]
+pub enum Unusable {
+    /// The user's choice is wrong.
+    #[error("checkpoint.url {0}")]
+    Input(String),
+    /// It was away for too long.
+    #[error("checkpoint.url {0}")]
+    Away(String),
+}
+
 impl Checkpoints {
-    /// Opens a storage for a run, marking it as the run's. `address` is a folder or a `file://` address.
-    pub fn open(address: &str, run: &str) -> Result<Checkpoints, String> {
-        let folder = PathBuf::from(address.strip_prefix("file://").unwrap_or(address));
-        let unusable = |error: io::Error| {
-            format!(
-                "checkpoint.url {}: {error}; choose a folder that this user can write to",
-                folder.display()
-            )
+    /// Opens a storage for a run, marking it as the run's. A folder is made; an object store that is away is waited for.
+    pub async fn open(address: &str, run: &str, patience: &Patience) -> Result<Checkpoints, Unusable> {
+        let input =
+            |address: &dyn std::fmt::Display, what: &str| Unusable::Input(format!("{address}: {what}"));
+        let address = Address::parse(address).map_err(Unusable::Input)?;
+        let is_folder = matches!(address, Address::Folder(_));
+        let unusable = |what: &str| match &address {
+            Address::Folder(folder) => {
+                let what = format!("{what}; choose a folder that this user can write to");
+                input(&folder.display(), &what)
+            }
+            Address::Cloud(url) => {
+                let what =
+                    format!("{what}; name a bucket that is there, and credentials that may write to it");
+                input(url, &what)
+            }
         };
-        fs::create_dir_all(&folder).map_err(unusable)?;
-        let marker = folder.join(".run");
-        match fs::read_to_string(&marker) {
-            Ok(owner) if owner == run => {}
-            Ok(_) => {
-                let folder = folder.display();
-                return Err(format!(
-                    "checkpoint.url {folder}: holds another run's checkpoints; choose another folder"
-                ));
-            }
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                write_whole(&marker, run.as_bytes()).map_err(unusable)?;
-            }
-            Err(error) => return Err(unusable(error)),
+        if let Address::Folder(folder) = &address {
+            std::fs::create_dir_all(folder).map_err(|error| unusable(&error.to_string()))?;
         }
-        let folder = folder.canonicalize().map_err(unusable)?;
-        Ok(Checkpoints { folder })
+        let storage = Storage::open(&address)
+            .map_err(|what| if is_folder { unusable(&what) } else { input(&address, &what) })?;
+        let claimed = patience.wait_for(&storage, async || storage.claim(run).await).await;
+        match claimed {
+            Ok(Claim::Granted) => Ok(Checkpoints { storage }),
+            Ok(Claim::Taken) => Err(input(&address, "holds another run's checkpoints; choose another place")),
+            Ok(Claim::Unsafe) => Err(input(
+                &address,
+                "its server replaces files that it was asked to keep (it ignores If-None-Match); use one that does not",
+            )),
+            Err(error) if storage.is_away(&error) => Err(Unusable::Away(patience.over(&storage, &error))),
+            Err(error) => Err(unusable(&reason(&error))),
+        }
     }
 
-    /// The storage's address for workers.
-    pub fn address(&self) -> String {
-        format!("file://{}", self.folder.display())
+    /// The storage.
+    pub fn storage(&self) -> &Storage {
+        &self.storage
     }
 
     /// Makes a checkpoint valid: its manifest, then `latest`. Repeating it does no harm.
-    pub fn commit(&self, checkpoint: &Checkpoint) -> io::Result<()> {
+    pub async fn commit(&self, checkpoint: &Checkpoint) -> Result<(), Error> {
         let text = manifest::render(checkpoint);
+        let hash = blake3::hash(text.as_bytes()).to_hex();
         let folder = checkpoint.folder();
-        write_whole(&self.folder.join(&folder).join("manifest.json"), text.as_bytes())?;
+        self.storage.create(&in_folder(&folder, MANIFEST), &PutPayload::from(text), hash.as_str()).await?;
         // Numbered by step: the checkpoint is valid, and `latest` does not name it.
         failpoint::reached("manifest", checkpoint.step);
-        write_whole(&self.folder.join("latest"), format!("{folder}\n").as_bytes())
-    }
-
-    /// The folder that `latest` names.
-    pub fn latest(&self) -> Option<String> {
-        let text = fs::read_to_string(self.folder.join("latest")).ok()?;
-        Some(text.trim().to_string())
+        self.storage.replace(&Path::from(LATEST), &PutPayload::from(format!("{folder}\n"))).await
     }
 
     /// The newest checkpoint whose files are whole, and the newer ones that are not.
-    pub fn newest_valid(&self) -> io::Result<(Option<Checkpoint>, Vec<Damaged>)> {
+    pub async fn newest_valid(&self) -> Result<(Option<Checkpoint>, Vec<Damaged>), Error> {
         let mut damaged = Vec::new();
-        for folder in self.folders()?.into_iter().rev() {
-            match self.read(&folder) {
+        for folder in self.storage.checkpoints().await?.into_iter().rev() {
+            match self.read(&folder).await? {
                 Ok(Some(checkpoint)) => return Ok((Some(checkpoint), damaged)),
                 Ok(None) => {}
                 Err(reason) => damaged.push(Damaged { folder, reason }),
@@ -92,101 +106,94 @@ impl Checkpoints {
     }
 
     /// The rows that workers left which ended without a coordinator, up to a step.
-    pub fn left_rows(&self, last_step: u64) -> io::Result<Vec<MetricsRow>> {
+    pub async fn left_rows(&self, last_step: u64) -> Result<Vec<MetricsRow>, Error> {
         let mut found = Vec::new();
-        for folder in self.folders()? {
-            for entry in fs::read_dir(self.folder.join(folder))? {
-                let entry = entry?;
-                if rows::is_file(&entry.file_name().to_string_lossy()) {
+        for folder in self.storage.checkpoints().await? {
+            for file in self.storage.files(&folder).await? {
+                if rows::is_file(&file) {
+                    let content = self.storage.read(&in_folder(&folder, &file)).await?;
                     // One that is torn is of a worker that died on the way; others may have left the same rows.
-                    found.extend(rows::decode(&fs::read(entry.path())?).unwrap_or_default());
+                    found.extend(rows::decode(&content).unwrap_or_default());
                 }
             }
         }
-        found.retain(|row| row.step <= last_step);
+        found.retain(|row: &MetricsRow| row.step <= last_step);
         found.sort_by_key(|row| row.step);
         Ok(found)
     }
 
-    /// The folders of checkpoints and of attempts at one, oldest first.
-    fn folders(&self) -> io::Result<Vec<String>> {
-        let mut folders = Vec::new();
-        for entry in fs::read_dir(&self.folder)? {
-            let name = entry?.file_name().to_string_lossy().into_owned();
-            if name.starts_with("step-") {
-                folders.push(name);
-            }
-        }
-        folders.sort();
-        Ok(folders)
-    }
-
-    /// Reads a folder's manifest and checks its files; `None` where there is no manifest.
-    fn read(&self, folder: &str) -> Result<Option<Checkpoint>, String> {
-        let path = self.folder.join(folder);
-        let text = match fs::read_to_string(path.join("manifest.json")) {
-            Ok(text) => text,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(format!("manifest.json: {error}")),
+    /// Reads a folder's manifest and checks its files; `None` where there is no manifest, and what is wrong where something
+    /// is.
+    async fn read(&self, folder: &str) -> Result<Result<Option<Checkpoint>, String>, Error> {
+        let text = match self.storage.text(&in_folder(folder, MANIFEST)).await {
+            Ok(Some(text)) => text,
+            Ok(None) => return Ok(Ok(None)),
+            Err(error) => return wrong(&self.storage, MANIFEST, error).map(Err),
         };
-        let checkpoint = manifest::parse(&text).map_err(|error| error.to_string())?;
-        if checkpoint.folder() != folder {
-            return Err(format!("manifest.json is of {}", checkpoint.folder()));
-        }
-        check_files(&path, &checkpoint)?;
-        Ok(Some(checkpoint))
+        let checkpoint = match manifest::parse(&text) {
+            Ok(checkpoint) if checkpoint.folder() == folder => checkpoint,
+            Ok(other) => return Ok(Err(format!("{MANIFEST} is of {}", other.folder()))),
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let wrong = check_files(&self.storage, &checkpoint).await?;
+        Ok(wrong.map_or(Ok(Some(checkpoint)), Err))
     }
 
     /// Removes all but the newest `keep` checkpoints (0 keeps all), and what failed attempts before them left.
-    pub fn prune(&self, keep: u64) -> io::Result<()> {
-        let has_manifest = |folder: &String| self.folder.join(folder).join("manifest.json").exists();
-        let folders = self.folders()?;
-        let Some(newest) = folders.iter().rposition(has_manifest) else { return Ok(()) };
+    pub async fn prune(&self, keep: u64) -> Result<(), Error> {
         let mut kept = 0;
-        for folder in folders[..=newest].iter().rev() {
-            if has_manifest(folder) {
-                kept += 1;
-                if keep == 0 || kept <= keep {
-                    continue;
-                }
-                // Without its manifest it is no checkpoint any more, should the rest of the removal fail.
-                fs::remove_file(self.folder.join(folder).join("manifest.json"))?;
+        for folder in self.storage.checkpoints().await?.iter().rev() {
+            if keep == 0 && kept == 2 {
+                // What failed before these went when the older of them was new.
+                return Ok(());
             }
-            fs::remove_dir_all(self.folder.join(folder))?;
+            let is_checkpoint = self.storage.exists(&in_folder(folder, MANIFEST)).await?;
+            if is_checkpoint && (keep == 0 || kept < keep) {
+                kept += 1;
+            } else if kept > 0 {
+                self.storage.remove(folder).await?;
+            }
         }
         Ok(())
     }
 }
 
-/// Whether all files of a checkpoint in a folder are there and have the manifest's hashes; otherwise what is wrong.
-pub fn check_files(folder: &Path, checkpoint: &Checkpoint) -> Result<(), String> {
-    checkpoint.files.iter().try_for_each(|file| check(folder, file))
+/// What is wrong with the files of a checkpoint, if anything: each must be there and have the manifest's hash.
+pub async fn check_files(storage: &Storage, checkpoint: &Checkpoint) -> Result<Option<String>, Error> {
+    for StoredFile { file, blake3, .. } in &checkpoint.files {
+        let damage = match storage.hash(&in_folder(&checkpoint.folder(), file)).await {
+            Ok(hash) if hash == *blake3 => continue,
+            Ok(_) => format!("{file} does not have the manifest's hash"),
+            Err(error) => wrong(storage, file, error)?,
+        };
+        return Ok(Some(damage));
+    }
+    Ok(None)
 }
 
-fn check(folder: &Path, file: &StoredFile) -> Result<(), String> {
-    let failed = |error: io::Error| format!("{}: {error}", file.file);
-    let opened = File::open(folder.join(&file.file)).map_err(failed)?;
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(opened).map_err(failed)?;
-    if hasher.finalize().to_hex().as_str() == file.blake3 {
-        Ok(())
-    } else {
-        Err(format!("{} does not have the manifest's hash", file.file))
-    }
+/// What an error says of a file, unless it only says that the storage is away.
+fn wrong(storage: &Storage, file: &str, error: Error) -> Result<String, Error> {
+    if storage.is_away(&error) { Err(error) } else { Ok(format!("{file}: {}", reason(&error))) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+
     use ganglion_membership::Position;
 
-    fn storage() -> (tempfile::TempDir, Checkpoints) {
+    async fn open(folder: &std::path::Path, run: &str) -> Result<Checkpoints, Unusable> {
+        Checkpoints::open(&folder.display().to_string(), run, &Patience::silent()).await
+    }
+
+    async fn storage() -> (tempfile::TempDir, Checkpoints) {
         let folder = tempfile::tempdir().unwrap();
-        let storage = Checkpoints::open(&folder.path().display().to_string(), "run").unwrap();
+        let storage = open(folder.path(), "run").await.unwrap();
         (folder, storage)
     }
 
-    fn save(storage: &Checkpoints, step: u64) -> Checkpoint {
+    async fn save(folder: &tempfile::TempDir, storage: &Checkpoints, step: u64) -> Checkpoint {
         let content = format!("content of {step}");
         let file = StoredFile {
             file: "state-00001-of-00001.safetensors".to_string(),
@@ -196,52 +203,70 @@ mod tests {
         let state_digest = "d".repeat(64);
         let checkpoint =
             Checkpoint { position: Position(2 * step), step, phase: 0, files: vec![file], state_digest };
-        let folder = storage.folder.join(checkpoint.folder());
+        let folder = folder.path().join(checkpoint.folder());
         fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join(&checkpoint.files[0].file), content).unwrap();
-        storage.commit(&checkpoint).unwrap();
+        storage.commit(&checkpoint).await.unwrap();
         checkpoint
     }
 
-    #[test]
-    fn the_newest_whole_checkpoint_is_found_and_damage_is_reported() {
-        let (folder, storage) = storage();
-        let old = save(&storage, 10);
-        let new = save(&storage, 20);
-        assert_eq!(storage.newest_valid().unwrap().0, Some(new.clone()));
+    #[tokio::test]
+    async fn the_newest_whole_checkpoint_is_found_and_damage_is_reported() {
+        let (folder, storage) = storage().await;
+        let old = save(&folder, &storage, 10).await;
+        let new = save(&folder, &storage, 20).await;
+        assert_eq!(storage.newest_valid().await.unwrap().0, Some(new.clone()));
         let part = folder.path().join(new.folder()).join(&new.files[0].file);
-        fs::write(part, "content of 2O").unwrap();
-        let (found, damaged) = storage.newest_valid().unwrap();
-        assert_eq!(found, Some(old));
-        assert!(damaged[0].reason.contains("hash"), "{damaged:?}");
+        fs::write(&part, "content of 2O").unwrap();
+        for expected in ["hash", "No such file"] {
+            let (found, damaged) = storage.newest_valid().await.unwrap();
+            assert_eq!(found, Some(old.clone()));
+            assert!(damaged[0].reason.contains(expected), "{damaged:?}");
+            let _ = fs::remove_file(&part);
+        }
     }
 
-    #[test]
-    fn a_folder_without_a_manifest_is_no_checkpoint() {
-        let (folder, storage) = storage();
+    /// Computed again, a damaged checkpoint becomes valid again.
+    #[tokio::test]
+    async fn a_damaged_manifest_is_written_again() {
+        let (folder, storage) = storage().await;
+        let new = save(&folder, &storage, 20).await;
+        fs::write(folder.path().join(new.folder()).join(MANIFEST), "{").unwrap();
+        let (found, damaged) = storage.newest_valid().await.unwrap();
+        assert!(found.is_none() && damaged[0].reason.starts_with("manifest.json: "), "{damaged:?}");
+        storage.commit(&new).await.unwrap();
+        assert_eq!(storage.newest_valid().await.unwrap().0, Some(new));
+    }
+
+    #[tokio::test]
+    async fn a_folder_without_a_manifest_is_no_checkpoint() {
+        let (folder, storage) = storage().await;
         fs::create_dir(folder.path().join("step-00000009")).unwrap();
-        let (found, damaged) = storage.newest_valid().unwrap();
+        let (found, damaged) = storage.newest_valid().await.unwrap();
         assert!(found.is_none() && damaged.is_empty());
     }
 
-    #[test]
-    fn pruning_keeps_the_newest_and_later_attempts() {
-        let (folder, storage) = storage();
+    #[tokio::test]
+    async fn pruning_keeps_the_newest_and_later_attempts() {
+        let (folder, storage) = storage().await;
         for step in [10, 20, 30] {
-            save(&storage, step);
+            save(&folder, &storage, step).await;
         }
-        for attempt in ["step-00000015", "step-00000040"] {
+        for attempt in ["step-00000015", "step-00000025", "step-00000040"] {
             fs::create_dir(folder.path().join(attempt)).unwrap();
         }
-        storage.prune(2).unwrap();
-        assert_eq!(storage.folders().unwrap(), ["step-00000020", "step-00000030", "step-00000040"]);
-        assert_eq!(fs::read_to_string(folder.path().join("latest")).unwrap(), "step-00000030\n");
+        storage.prune(2).await.unwrap();
+        let kept = ["step-00000020", "step-00000030", "step-00000040"];
+        assert_eq!(storage.storage().checkpoints().await.unwrap(), kept);
+        assert_eq!(storage.storage().latest().await.unwrap().as_deref(), Some("step-00000030"));
+        storage.prune(0).await.unwrap();
+        assert_eq!(storage.storage().checkpoints().await.unwrap(), kept);
     }
 
-    #[test]
-    fn a_storage_of_another_run_is_refused() {
-        let (folder, _storage) = storage();
-        let error = Checkpoints::open(&folder.path().display().to_string(), "other").err().unwrap();
+    #[tokio::test]
+    async fn a_storage_of_another_run_is_refused() {
+        let (folder, _storage) = storage().await;
+        let error = open(folder.path(), "other").await.err().unwrap().to_string();
         assert!(error.contains("another run"), "{error}");
     }
 }

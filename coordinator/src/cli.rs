@@ -51,6 +51,9 @@ pub struct Cli {
     /// Write a timeline of this coordinator and its local workers, for ui.perfetto.dev; at most 128 MiB of it.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
+    /// Copy metrics, events, samples and TensorBoard's files there in the background: a folder, s3://, gs:// or az://.
+    #[arg(long, value_name = "URL")]
+    pub mirror: Option<String>,
     /// How logs are written, those of local workers included.
     #[arg(long, value_enum, default_value_t = LogFormat::Text, env = ganglion_proto::log::VARIABLE)]
     pub log_format: LogFormat,

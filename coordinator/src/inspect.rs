@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use ganglion_membership::Checkpoint;
+use ganglion_storage::{Error, MANIFEST, Storage, in_folder};
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::audit::evidence::{manifests, storage};
-use crate::checkpoints;
+use crate::audit::evidence::{manifests, open_storage, silent};
+use crate::checkpoints::check_files;
 use crate::job_file;
 use crate::journal::History;
 use crate::operate::table::{Table, ago, size};
@@ -166,7 +167,7 @@ fn last_line(file: &Path) -> Option<Value> {
 }
 
 /// A checkpoint, as its manifest tells it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 struct Listed {
     folder: String,
     step: u64,
@@ -186,51 +187,54 @@ pub fn checkpoints(run: &Path, verify: bool, json: bool) -> Result<String, Failu
         Failure::Input(format!("--run-dir {}: job.toml: {error}; give the folder of a run", run.display()))
     })?;
     let job = job_file::parse_resolved(&text).map_err(|errors| Failure::Input(errors.to_string()))?;
-    let storage = storage(run, &job);
-    let found = manifests(&storage)
-        .map_err(|error| Failure::Other(format!("checkpoints in {}: {error}", storage.display())))?;
-    let listed: Vec<Listed> =
-        found.into_iter().map(|(folder, manifest)| look_at(&storage, folder, manifest, verify)).collect();
+    let storage = open_storage(run, &job).map_err(|error| Failure::Other(error.to_string()))?;
+    let address = storage.storage().address().to_string();
+    let listed = storage.wait(list(storage.storage(), verify));
+    let listed = listed.map_err(|error| Failure::Other(silent(storage.storage(), &error).to_string()))?;
     let damaged: Vec<String> = listed
         .iter()
         .filter_map(|listed| Some(format!("{}: {}", listed.folder, listed.damage.as_ref()?)))
         .collect();
-    let text = if json { as_json(&listed) } else { render(&storage, &listed, verify) };
+    let text = if json { as_json(&listed) } else { render(&address, &listed, verify) };
     if damaged.is_empty() {
         return Ok(text);
     }
     Err(Failure::Other(format!("damaged checkpoints: {}\n{text}", damaged.join("; "))))
 }
 
-fn look_at(storage: &Path, folder: String, manifest: Result<Checkpoint, String>, verify: bool) -> Listed {
-    let path = storage.join(&folder);
-    let written = fs::metadata(path.join("manifest.json")).and_then(|known| known.modified()).ok();
-    let written = written.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs_f64()));
-    match manifest {
-        Ok(checkpoint) => Listed {
+async fn list(storage: &Storage, verify: bool) -> Result<Vec<Listed>, Error> {
+    let mut listed = Vec::new();
+    for (folder, manifest) in manifests(storage).await? {
+        let written = storage.modified(&in_folder(&folder, MANIFEST)).await.ok();
+        let written = written.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs_f64()));
+        listed.push(match manifest {
+            Ok(checkpoint) => {
+                let damage = if verify { check_files(storage, &checkpoint).await? } else { None };
+                Listed::of(checkpoint, written, damage)
+            }
+            Err(damage) => Listed { folder, written, damage: Some(damage), ..Listed::default() },
+        });
+    }
+    Ok(listed)
+}
+
+impl Listed {
+    fn of(checkpoint: Checkpoint, written: Option<f64>, damage: Option<String>) -> Listed {
+        Listed {
+            folder: checkpoint.folder(),
             step: checkpoint.step,
             phase: checkpoint.phase,
             bytes: checkpoint.files.iter().map(|file| file.bytes).sum(),
             written,
-            damage: verify.then(|| checkpoints::check_files(&path, &checkpoint).err()).flatten(),
             state_digest: checkpoint.state_digest,
-            folder,
-        },
-        Err(damage) => Listed {
-            folder,
-            step: 0,
-            phase: 0,
-            bytes: 0,
-            written,
-            state_digest: String::new(),
-            damage: Some(damage),
-        },
+            damage,
+        }
     }
 }
 
-fn render(storage: &Path, listed: &[Listed], verify: bool) -> String {
+fn render(storage: &str, listed: &[Listed], verify: bool) -> String {
     if listed.is_empty() {
-        return format!("no checkpoints in {}", storage.display());
+        return format!("no checkpoints in {storage}");
     }
     let mut table = Table::new(&["<checkpoint", "step", "size", "saved", "<state_digest", "<"]);
     for checkpoint in listed {

@@ -16,13 +16,15 @@ use tokio::sync::{mpsc, watch};
 use tonic::transport::server::Connected;
 use tracing_subscriber::EnvFilter;
 
-use crate::checkpoints::Checkpoints;
+use crate::checkpoints::{Checkpoints, Unusable};
 use crate::cli::{Cli, LogFormat, Workers};
 use crate::host::Host;
 use crate::http;
 use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal, JournalError};
+use crate::mirror::Mirror;
 use crate::operate::ACCESS_FILE;
+use crate::patience::Patience;
 use crate::report::progress::Screen;
 use crate::report::timeline::Timeline;
 use crate::run_dir::{RunDir, RunDirError};
@@ -86,6 +88,15 @@ impl From<RunDirError> for Failure {
     }
 }
 
+impl From<Unusable> for Failure {
+    fn from(error: Unusable) -> Self {
+        match error {
+            Unusable::Input(_) => Failure::Input(error.to_string()),
+            Unusable::Away(_) => Failure::Other(error.to_string()),
+        }
+    }
+}
+
 impl From<ShellError> for Failure {
     fn from(error: ShellError) -> Self {
         Failure::Other(error.to_string())
@@ -110,12 +121,13 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     let begun = journal.last_generation()? > Generation(0);
     let job_changed = run_dir.settle_job(&job, begun)?;
     let run = run_name(&mut journal)?;
-    let default_storage = run_dir.path("checkpoints").display().to_string();
-    let storage = job.checkpoint.url.clone().unwrap_or(default_storage);
-    let checkpoints = Checkpoints::open(&storage, &run).map_err(Failure::Input)?;
+    let patience = Patience::new(screen.clone());
+    let checkpoints = Checkpoints::open(&storage_of(&job, &run_dir), &run, &patience).await?;
+    let mirror =
+        Mirror::start(cli.mirror.as_deref(), &run, run_dir.folder(), &screen).map_err(Failure::Input)?;
     let mut records = Records::open(job.clone(), run_dir.folder(), screen)
         .map_err(|error| Failure::Input(format!("{}: {error}", run_dir.folder().display())))?;
-    let mut recovered = recover(&mut journal, &checkpoints, &mut records)?;
+    let mut recovered = recover(&mut journal, &checkpoints, &mut records, &patience).await?;
     recovered.job_changed = job_changed;
     let (exits, exited) = mpsc::unbounded_channel();
     let mut supervisor = Supervisor::new(processes, exits);
@@ -127,6 +139,7 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
         None => records.timeline = prepare_to_train(&cli, local_workers, &supervisor)?,
     }
     if let Some(line) = done.as_ref().filter(|_| !cli.stay) {
+        mirror.finish().await;
         return Ok(line.clone());
     }
     let life = Life { found_complete: done.is_some(), samples: known_samples(&journal)?, stay: cli.stay };
@@ -163,8 +176,9 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     };
     let signals = host.signals().map_err(other)?;
     let ended = supervise(parts, life, incoming, signals, security.guard(&access.token)).await?;
+    mirror.finish().await;
     dashboard.farewell().await;
-    done.map_or_else(|| conclude(ended, &job, &run_dir, &storage), Ok)
+    done.map_or_else(|| conclude(ended, &job, &run_dir), Ok)
 }
 
 /// What only a run needs that is not finished: that one keeps the trace that it has.
@@ -193,6 +207,11 @@ fn announce(
     let limits = Limits::derive(Duration::from_secs_f64(job.job.failure_deadline)).to_string();
     let lines = [Some(join), dashboard, reason.map(str::to_string), Some(limits)];
     lines.into_iter().flatten().for_each(|line| records.message(&line));
+}
+
+/// Where the run's checkpoints are kept.
+fn storage_of(job: &Job, run_dir: &RunDir) -> String {
+    job.checkpoint.url.clone().unwrap_or_else(|| run_dir.path("checkpoints").display().to_string())
 }
 
 fn open_trace(cli: &Cli) -> Result<Timeline, Failure> {
@@ -262,19 +281,32 @@ fn run_name(journal: &mut Journal) -> Result<String, Failure> {
 
 /// The newest checkpoint may be one that an earlier coordinator had no time to announce, or that workers wrote when there
 /// was none.
-fn settle(
+async fn settle(
     journal: &mut Journal,
     checkpoints: &Checkpoints,
     records: &mut Records,
     checkpoint: &Checkpoint,
+    patience: &Patience,
 ) -> Result<(), Failure> {
-    if checkpoints.latest().as_deref() == Some(checkpoint.folder().as_str()) {
+    let storage = checkpoints.storage();
+    let latest = patience.wait_for(storage, async || storage.latest().await).await;
+    if latest.ok().flatten().as_deref() == Some(checkpoint.folder().as_str()) {
         return Ok(());
     }
     journal.commit(checkpoint)?;
-    checkpoints.commit(checkpoint).map_err(|error| Failure::Other(format!("checkpoints: {error}")))?;
+    let committed = patience.wait_for(storage, async || checkpoints.commit(checkpoint).await).await;
+    committed.map_err(|error| failed(checkpoints, patience, &error))?;
     records.checkpoint(checkpoint);
     Ok(())
+}
+
+/// The checkpoint storage failed a run that starts.
+fn failed(checkpoints: &Checkpoints, patience: &Patience, error: &ganglion_storage::Error) -> Failure {
+    let storage = checkpoints.storage();
+    Failure::Other(match storage.is_away(error) {
+        true => format!("checkpoints: {}", patience.over(storage, error)),
+        false => format!("checkpoints: {}", ganglion_storage::reason(error)),
+    })
 }
 
 /// The size of the data set, once a worker has loaded it.
@@ -282,13 +314,15 @@ fn known_samples(journal: &Journal) -> Result<Option<u64>, Failure> {
     Ok(journal.fact(Fact::Samples)?.and_then(|samples| samples.parse().ok()))
 }
 
-fn recover(
+async fn recover(
     journal: &mut Journal,
     checkpoints: &Checkpoints,
     records: &mut Records,
+    patience: &Patience,
 ) -> Result<Recovered, Failure> {
-    let (checkpoint, damaged) =
-        checkpoints.newest_valid().map_err(|error| Failure::Other(format!("checkpoints: {error}")))?;
+    let storage = checkpoints.storage();
+    let newest = patience.wait_for(storage, async || checkpoints.newest_valid().await).await;
+    let (checkpoint, damaged) = newest.map_err(|error| failed(checkpoints, patience, &error))?;
     for damage in damaged {
         let instead = checkpoint.as_ref().map_or("the start".to_string(), Checkpoint::folder);
         records.message(&format!(
@@ -299,9 +333,9 @@ fn recover(
         records.event("checkpoint_damaged", fields);
     }
     if let Some(checkpoint) = &checkpoint {
-        settle(journal, checkpoints, records, checkpoint)?;
-        let left = checkpoints.left_rows(checkpoint.step);
-        let left = left.map_err(|error| Failure::Other(format!("checkpoints: {error}")))?;
+        settle(journal, checkpoints, records, checkpoint, patience).await?;
+        let left = patience.wait_for(storage, async || checkpoints.left_rows(checkpoint.step).await).await;
+        let left = left.map_err(|error| failed(checkpoints, patience, &error))?;
         records.take_left_rows(left, known_samples(journal)?);
     }
     let group = journal.last_group()?;
@@ -391,11 +425,12 @@ fn reachable(address: IpAddr) -> IpAddr {
     routed.map_or(IpAddr::from([127, 0, 0, 1]), |local| local.ip())
 }
 
-fn conclude(ended: Ended, job: &Job, run_dir: &RunDir, storage: &str) -> Result<String, Failure> {
+fn conclude(ended: Ended, job: &Job, run_dir: &RunDir) -> Result<String, Failure> {
     match ended.outcome {
         Outcome::Complete => Ok(format!(
-            "run {} is complete: checkpoints in {storage}, samples in {}",
+            "run {} is complete: checkpoints in {}, samples in {}",
             job.job.name,
+            storage_of(job, run_dir),
             run_dir.path("samples").display()
         )),
         Outcome::Stopped(position) => {

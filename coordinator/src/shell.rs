@@ -2,7 +2,8 @@
 //!
 //! 1. A decision is journaled before anybody hears of it.
 //! 2. The loop never waits for a worker: a worker that does not read its messages loses its session.
-//! 3. A file that cannot be written is tried again while training goes on; nothing is acknowledged that is not written.
+//! 3. A file that cannot be written is tried again while training goes on; nothing is acknowledged that is not written. The
+//!    loop does not wait for the checkpoint storage: a task of its own does (`keeper.rs`).
 //! 4. Only a worker's newest session is listened to.
 
 mod actions;
@@ -16,7 +17,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ganglion_membership::{
-    Action, Checkpoint, Event, Limits, Machine, Outcome, Progress, Recovered, Settings, Term, Time, WorkerId,
+    Action, Checkpoint, Event, Limits, Machine, Outcome, Position, Progress, Recovered, Settings, Term, Time,
+    WorkerId,
 };
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
@@ -28,6 +30,7 @@ use tokio::time::Instant;
 use crate::checkpoints::Checkpoints;
 use crate::http::Publisher;
 use crate::journal::{Journal, JournalError};
+use crate::keeper::Keeper;
 use crate::server::{Input, Outbox, SessionId, Store};
 use crate::supervisor::{EXIT_LIMIT, Exited, Supervisor, new_token};
 use records::Records;
@@ -93,7 +96,7 @@ pub struct Shell {
     term: Term,
     run: String,
     journal: Journal,
-    checkpoints: Checkpoints,
+    keeper: Keeper,
     machine: Machine,
     url: String,
     publisher: Publisher,
@@ -106,8 +109,10 @@ pub struct Shell {
     samples: Option<u64>,
     /// Workers whose sessions were closed because they do not read.
     deaf: Vec<WorkerId>,
-    /// Manifests that could not be written yet.
-    uncommitted: Vec<Checkpoint>,
+    /// Checkpoints that could not be journaled yet.
+    unjournaled: Vec<Checkpoint>,
+    /// The newest that the keeper was told to make valid.
+    ordered: Option<Position>,
     signal: Option<StopSignal>,
     /// When `signal` came.
     signalled: Instant,
@@ -154,11 +159,11 @@ impl Shell {
         };
         Shell {
             machine: Machine::new(settings, parts.recovered),
+            keeper: Keeper::start(parts.checkpoints, parts.job.checkpoint.keep_last),
             job: parts.job,
             term: parts.term,
             run: parts.run,
             journal: parts.journal,
-            checkpoints: parts.checkpoints,
             url: parts.url,
             publisher: parts.publisher,
             store: parts.store,
@@ -168,7 +173,8 @@ impl Shell {
             workers: BTreeMap::new(),
             samples: None,
             deaf: Vec::new(),
-            uncommitted: Vec::new(),
+            unjournaled: Vec::new(),
+            ordered: None,
             signal: None,
             signalled: Instant::now(),
             started: Instant::now(),
@@ -195,6 +201,7 @@ impl Shell {
                 _ = chores.tick() => self.do_chores()?,
                 Some(input) = inputs.recv() => self.take(input)?,
                 Some(exit) = self.exited.recv() => self.reaped(exit)?,
+                Some(kept) = self.keeper.next() => self.kept(kept)?,
                 () = tokio::time::sleep_until(sleep) => self.handle(Event::Tick)?,
             }
         }
@@ -292,13 +299,8 @@ impl Shell {
         if let Some(step) = self.records.catch_up() {
             self.send_to_all(&ToWorker::MetricsRecorded(step));
         }
-        for checkpoint in std::mem::take(&mut self.uncommitted) {
-            if self.machine.checkpoint().is_none_or(|newest| newest.position < checkpoint.position) {
-                self.commit(checkpoint)?;
-            } else {
-                // `latest` never goes back.
-                self.act(Action::AbandonCheckpoint(checkpoint.step))?;
-            }
+        for checkpoint in std::mem::take(&mut self.unjournaled) {
+            self.commit(checkpoint)?;
         }
         Ok(())
     }

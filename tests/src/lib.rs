@@ -59,6 +59,9 @@ fn build(release: bool) {
     if release {
         build.arg("--release");
     }
+    if cfg!(feature = "cloud") {
+        build.args(["--features", "ganglion-coordinator/cloud,ganglion-worker/cloud"]);
+    }
     let built = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs tests");
     assert!(built.success(), "the programs do not build");
 }

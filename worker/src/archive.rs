@@ -11,7 +11,7 @@ use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::FromWorker;
 use ganglion_proto::trace::{Track, now};
-use object_store::ObjectStore;
+use ganglion_storage::{Pauses, reason};
 use serde::Serialize;
 
 use crate::checkpoint::{CheckpointError, Files, Snapshot, state_digest};
@@ -19,11 +19,10 @@ use crate::nn::Models;
 use crate::sample;
 use crate::session::Session;
 use crate::state::StateLayout;
+use crate::storage::{PAUSES, RunStorage};
 
 /// Checkpoints that may wait.
 const WAITING_LIMIT: usize = 2;
-/// The longest pause between two attempts.
-const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// What to do with a snapshot.
 #[derive(Clone, Debug)]
@@ -53,8 +52,8 @@ pub struct Context {
     pub models: Models,
     /// Their state's layout.
     pub layout: StateLayout,
-    /// The checkpoint storage's root.
-    pub storage: Arc<dyn ObjectStore>,
+    /// The checkpoint storage.
+    pub storage: Arc<RunStorage>,
     /// Where to report.
     pub session: Arc<Session>,
     /// Where a trace shows what the thread does.
@@ -142,8 +141,6 @@ impl Shared {
 
     fn serve(&self, context: &Context) {
         crate::set_threads(context.job.job.threads);
-        let runtime = tokio::runtime::Builder::new_current_thread().build();
-        let runtime = runtime.expect("a runtime without drivers needs nothing of the system");
         while let Some(order) = self.next() {
             if order.samples {
                 let Context { job, models, layout, track, .. } = context;
@@ -153,7 +150,7 @@ impl Shared {
                     Err(error) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),
                 }
             }
-            runtime.block_on(self.write(context, &order));
+            context.storage.wait(self.write(context, &order));
             context.track.flush();
             self.lock().busy = false;
             self.changed.notify_all();
@@ -183,16 +180,19 @@ impl Shared {
         let hash = || state_digest(&context.layout, &order.snapshot);
         let digest = context.track.during("hash state", of, hash);
         let files = Files {
-            storage: &*context.storage,
+            storage: context.storage.storage(),
             job: &context.job,
             models: &context.models,
             layout: &context.layout,
         };
         for index in &order.files {
-            let mut pause = Duration::from_millis(500);
+            let mut pauses = Pauses::new(PAUSES[0], PAUSES[1]);
             loop {
                 let begun = now();
-                let written = files.write(&order.snapshot, &digest, *index).await;
+                let written = match context.storage.check().await {
+                    Ok(()) => files.write(&order.snapshot, &digest, *index).await,
+                    Err(error) => Err(error),
+                };
                 context.track.slice(begun, now(), "write file", Of { file: Some(*index), ..of });
                 match written {
                     Ok(part) => {
@@ -206,10 +206,9 @@ impl Shared {
                     }
                     Err(error) => {
                         self.report_delay(context, order, &error);
-                        if self.give_up(pause) {
+                        if self.give_up(pauses.draw()) {
                             return;
                         }
-                        pause = (pause * 2).min(PAUSE_LIMIT);
                     }
                 }
             }
@@ -218,17 +217,10 @@ impl Shared {
     }
 
     fn report_delay(&self, context: &Context, order: &Order, error: &CheckpointError) {
-        let file = match error {
-            CheckpointError::Storage { file, .. } => file.clone(),
-            CheckpointError::Corrupt(_) => String::new(),
+        let (file, detail) = match error {
+            CheckpointError::Storage { file, source } => (file.clone(), reason(source)),
+            CheckpointError::Corrupt(what) => (String::new(), what.clone()),
         };
-        let mut causes = vec![error.to_string()];
-        let mut source = std::error::Error::source(error);
-        while let Some(cause) = source {
-            causes.push(cause.to_string());
-            source = cause.source();
-        }
-        let detail = causes.pop().unwrap_or_default();
         context.session.send(FromWorker::PartDelayed(order.snapshot.step, file, detail));
     }
 

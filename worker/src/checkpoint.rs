@@ -12,8 +12,7 @@ use ganglion_membership::{Checkpoint, Position, StoredFile, WorkerId, WrittenPar
 use ganglion_proto::job::Job;
 use ganglion_proto::message::MetricsRow;
 use ganglion_proto::{manifest, rows};
-use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use ganglion_storage::{Error, MANIFEST, PutPayload, Storage, in_folder};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tch::{Device, Kind, Tensor};
 
@@ -45,7 +44,7 @@ pub enum CheckpointError {
         /// The file.
         file: String,
         /// What the storage said.
-        source: object_store::Error,
+        source: ganglion_storage::Error,
     },
     /// A file or the whole is not what it should be.
     #[error("{0}")]
@@ -148,8 +147,8 @@ fn view<'a>(dtype: Dtype, shape: &[i64], bytes: &'a [u8]) -> TensorView<'a> {
 
 /// Writes the files of a checkpoint, and reads them.
 pub struct Files<'a> {
-    /// The storage's root.
-    pub storage: &'a dyn ObjectStore,
+    /// The storage.
+    pub storage: &'a Storage,
     /// The job.
     pub job: &'a Job,
     /// Its networks.
@@ -215,8 +214,11 @@ impl Files<'_> {
             bytes: content.content_length() as u64,
             blake3: hash(&content),
         };
-        let folder = Checkpoint::folder_of(snapshot.step, snapshot.phase);
-        self.put(&folder, &file, content).await?;
+        let path = in_folder(&Checkpoint::folder_of(snapshot.step, snapshot.phase), &file.file);
+        // One that is there: another worker, or an earlier life of the run, came here, and the same state gives the same
+        // bytes.
+        let written = self.storage.create(&path, &content, &file.blake3).await;
+        written.map_err(|source| CheckpointError::Storage { file: path.to_string(), source })?;
         let small = |n: usize| u32::try_from(n).expect("a checkpoint has few files");
         Ok(WrittenPart {
             step: snapshot.step,
@@ -239,10 +241,9 @@ impl Files<'_> {
         let position = snapshot.counters.position;
         let (step, phase) = (snapshot.step, snapshot.phase);
         let checkpoint = Checkpoint { position, step, phase, files, state_digest: digest };
-        let path = Path::from(checkpoint.folder()).join("manifest.json");
-        let manifest = PutPayload::from(manifest::render(&checkpoint));
-        match self.storage.put_opts(&path, manifest, PutOptions::from(PutMode::Create)).await {
-            Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => Ok(checkpoint.folder()),
+        let path = in_folder(&checkpoint.folder(), MANIFEST);
+        match self.storage.put_new(&path, &PutPayload::from(manifest::render(&checkpoint))).await {
+            Ok(()) | Err(Error::AlreadyExists { .. }) => Ok(checkpoint.folder()),
             Err(source) => Err(CheckpointError::Storage { file: path.to_string(), source }),
         }
     }
@@ -255,27 +256,9 @@ impl Files<'_> {
         rows: &[MetricsRow],
     ) -> Result<(), CheckpointError> {
         let folder = Checkpoint::folder_of(snapshot.step, snapshot.phase);
-        let path = Path::from(folder).join(rows::file_of(worker.0));
-        let written = self.storage.put(&path, PutPayload::from(rows::encode(rows))).await;
-        written.map(drop).map_err(|source| CheckpointError::Storage { file: path.to_string(), source })
-    }
-
-    async fn put(&self, folder: &str, file: &StoredFile, payload: PutPayload) -> Result<(), CheckpointError> {
-        let path = Path::from(folder).join(file.file.as_str());
-        let failed = |source| CheckpointError::Storage { file: path.to_string(), source };
-        let create = PutOptions::from(PutMode::Create);
-        match self.storage.put_opts(&path, payload.clone(), create).await {
-            Ok(_) => return Ok(()),
-            Err(object_store::Error::AlreadyExists { .. }) => {}
-            Err(error) => return Err(failed(error)),
-        }
-        // Another worker, or an earlier life of the run, came here: the same state gives the same bytes.
-        let there = self.storage.get(&path).await.map_err(failed)?.bytes().await.map_err(failed)?;
-        if blake3::hash(&there).to_hex().to_string() != file.blake3 {
-            tracing::warn!("{path} is damaged; writing it again");
-            self.storage.put(&path, payload).await.map_err(failed)?;
-        }
-        Ok(())
+        let path = in_folder(&folder, &rows::file_of(worker.0));
+        let written = self.storage.replace(&path, &PutPayload::from(rows::encode(rows))).await;
+        written.map_err(|source| CheckpointError::Storage { file: path.to_string(), source })
     }
 
     /// Reads the state of a checkpoint.
@@ -289,9 +272,9 @@ impl Files<'_> {
         let mut missing: BTreeMap<String, NamedTensor> =
             self.layout.tensors().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
         for file in checkpoint.state_files() {
-            let path = Path::from(checkpoint.folder()).join(file.file.as_str());
+            let path = in_folder(&checkpoint.folder(), &file.file);
             let failed = |source| CheckpointError::Storage { file: path.to_string(), source };
-            let bytes = self.storage.get(&path).await.map_err(failed)?.bytes().await.map_err(failed)?;
+            let bytes = self.storage.read(&path).await.map_err(failed)?;
             if blake3::hash(&bytes).to_hex().to_string() != file.blake3 {
                 return Err(CheckpointError::Corrupt(format!("{path} does not have the manifest's hash")));
             }

@@ -30,6 +30,7 @@ pub mod sample;
 pub mod session;
 pub mod state;
 pub mod stay;
+pub mod storage;
 pub mod team;
 pub mod trainer;
 pub mod tree;

@@ -10,11 +10,15 @@ use ganglion_proto::credentials::TlsFiles;
 use ganglion_proto::dial::Credentials;
 use ganglion_proto::log::{self, JsonLines};
 use ganglion_proto::trace::Trace;
+use ganglion_storage::{Address, Blocking, Bytes, LATEST, Path as StoragePath, Storage, reason};
 use ganglion_worker::device::{DeviceChoice, gpus};
 use ganglion_worker::run::{Failure, Released, SPAWN_TOKEN, run};
 use ganglion_worker::sample::{Generator, SampleError, grid};
 use ganglion_worker::stay::Stay;
 use tracing_subscriber::EnvFilter;
+
+/// The averaged generator's file in a checkpoint's folder.
+const GENERATOR: &str = "generator_ema.safetensors";
 
 /// Trains with the other workers of a run, or draws samples from a checkpoint.
 #[derive(Parser)]
@@ -64,9 +68,9 @@ enum Command {
 
 #[derive(Args)]
 struct SampleArguments {
-    /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors.
-    #[arg(long, value_name = "PATH")]
-    checkpoint: PathBuf,
+    /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object store.
+    #[arg(long, value_name = "PATH|URL")]
+    checkpoint: String,
     /// How many samples.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     count: u32,
@@ -159,10 +163,7 @@ fn start_log(structured: bool) {
 }
 
 fn sample(arguments: &SampleArguments) -> Result<(), Failure> {
-    let file = generator_file(&arguments.checkpoint)?;
-    let name = file.display().to_string();
-    let bytes =
-        std::fs::read(&file).map_err(|error| Failure::Input(format!("--checkpoint {name}: {error}")))?;
+    let (name, bytes) = generator(&arguments.checkpoint)?;
     let failed = |error: SampleError| match error {
         SampleError::Input(detail) => Failure::Input(detail),
         other => Failure::Other(other.to_string()),
@@ -175,22 +176,48 @@ fn sample(arguments: &SampleArguments) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Finds the weights under a file, a checkpoint's folder, or a run's folder.
-fn generator_file(path: &Path) -> Result<PathBuf, Failure> {
-    const NAME: &str = "generator_ema.safetensors";
-    if path.is_file() {
-        return Ok(path.to_path_buf());
+/// Finds and reads the weights under a file, a checkpoint's folder, a storage, or a run's folder.
+fn generator(place: &str) -> Result<(String, Bytes), Failure> {
+    let shown = if Address::is_secret(place) { "..." } else { place };
+    let input = |what: &str| Failure::Input(format!("--checkpoint {shown}: {what}"));
+    if Path::new(place).is_file() {
+        let bytes = std::fs::read(place).map_err(|error| input(&error.to_string()))?;
+        return Ok((place.to_string(), bytes.into()));
     }
-    let latest = |folder: PathBuf| {
-        let name = std::fs::read_to_string(folder.join("latest")).ok()?;
-        Some(folder.join(name.trim()))
+    let absent =
+        || input(&format!("no {GENERATOR} there; give a folder such as runs/NAME/checkpoints/step-00001000"));
+    let (root, file) = match place.rsplit_once('/') {
+        Some((root, file)) if file.ends_with(".safetensors") => (root, Some(file)),
+        _ => (place, None),
     };
-    let folders = [Some(path.to_path_buf()), latest(path.to_path_buf()), latest(path.join("checkpoints"))];
-    let mut files = folders.into_iter().flatten().map(|folder| folder.join(NAME));
-    files.find(|file| file.is_file()).ok_or_else(|| {
-        Failure::Input(format!(
-            "--checkpoint {}: no {NAME} there; give a folder such as runs/NAME/checkpoints/step-00001000",
-            path.display()
-        ))
-    })
+    let address = Address::parse(root).map_err(|what| input(&what))?;
+    if matches!(&address, Address::Folder(folder) if !folder.is_dir()) {
+        return Err(absent());
+    }
+    let storage = Storage::open(&address).map_err(|what| input(&what))?;
+    let storage = Blocking::new(storage).map_err(|error| Failure::Other(error.to_string()))?;
+    let found = storage.wait(find(storage.storage(), file));
+    let (name, bytes) = found.map_err(|error| input(&reason(&error)))?.ok_or_else(absent)?;
+    Ok((format!("{root}/{name}"), bytes))
+}
+
+async fn find(
+    storage: &Storage,
+    file: Option<&str>,
+) -> Result<Option<(String, Bytes)>, ganglion_storage::Error> {
+    let mut places = vec![file.unwrap_or(GENERATOR).to_string()];
+    for root in ["", "checkpoints/"] {
+        let latest = StoragePath::from(format!("{root}{LATEST}"));
+        if let (None, Some(folder)) = (file, storage.text(&latest).await?) {
+            places.push(format!("{root}{}/{GENERATOR}", folder.trim()));
+        }
+    }
+    for place in places {
+        match storage.read(&StoragePath::from(place.as_str())).await {
+            Ok(bytes) => return Ok(Some((place, bytes))),
+            Err(ganglion_storage::Error::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
 }

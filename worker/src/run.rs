@@ -9,10 +9,6 @@ use ganglion_proto::dial::Credentials;
 use ganglion_proto::log;
 use ganglion_proto::message::FromWorker;
 use ganglion_proto::trace::{Nothing, Trace, Track};
-use object_store::local::LocalFileSystem;
-use object_store::memory::InMemory;
-use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt};
 use serde_json::json;
 use tch::Device;
 
@@ -24,6 +20,7 @@ use crate::nn::Models;
 use crate::passport;
 use crate::session::{ConnectError, End, Session};
 use crate::state::StateLayout;
+use crate::storage::RunStorage;
 use crate::trainer::{Rest, Trainer};
 
 /// The environment variable by which the coordinator gives its own workers their token.
@@ -183,14 +180,14 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     }
     let models = Models::new(&job.model, data.shape()).map_err(|error| Failure::Input(error.to_string()))?;
     let layout = StateLayout::new(&models, job.job.precision);
-    let (storage, sees_storage) = open_storage(&welcome.storage, &welcome.run);
+    let storage = Arc::new(RunStorage::open(&welcome.storage, &welcome.run).map_err(Failure::Input)?);
     let passport = passport::take(&job, &models, &layout, &data, device)
         .map_err(|error| Failure::Other(error.to_string()))?;
     let phases_per_step = job.loss.discriminator_steps + 1;
     let other = |error: c10d::Error| Failure::Other(error.to_string());
     let place = device::place(device).map_err(other)?;
     let gpu = place.as_deref().map(device::name);
-    let facts = LoadedFacts { passport, samples, sees_storage, phases_per_step, gpu };
+    let facts = LoadedFacts { passport, samples, sees_storage: storage.seen, phases_per_step, gpu };
     if let Some(place) = place {
         let watch = GpuWatch::start(&place).map_err(|error| Failure::Other(error.to_string()))?;
         session.watch_gpu(watch);
@@ -213,24 +210,10 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
         device,
         session: session.clone(),
         storage,
-        sees_storage,
+        reading: None,
         archive,
         held: None,
         unformed: 0,
         track: track.clone(),
     })
-}
-
-/// Opens the checkpoint storage; tells whether it is the run's own.
-fn open_storage(address: &str, run: &str) -> (Arc<dyn ObjectStore>, bool) {
-    let folder = address.strip_prefix("file://").unwrap_or(address);
-    let Ok(storage) = LocalFileSystem::new_with_prefix(folder) else {
-        return (Arc::new(InMemory::new()), false);
-    };
-    let storage: Arc<dyn ObjectStore> = Arc::new(storage.with_fsync(true));
-    let runtime = tokio::runtime::Builder::new_current_thread().build();
-    let runtime = runtime.expect("a runtime without drivers needs nothing of the system");
-    let marker = runtime.block_on(async { storage.get(&Path::from(".run")).await?.bytes().await });
-    let sees = marker.is_ok_and(|bytes| bytes.as_ref() == run.as_bytes());
-    (storage, sees)
 }

@@ -282,6 +282,11 @@ impl Session {
         self.shared.activity.store(activity as u8, Ordering::Relaxed);
     }
 
+    /// Tells the heartbeats that this worker gets on, with something that is no leaf.
+    pub fn progressed(&self) {
+        self.shared.leaves.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Tells the heartbeats that a leaf was computed, and how long that took.
     pub fn leaf_done(&self, took: Duration) {
         self.shared.leaves.fetch_add(1, Ordering::Relaxed);

@@ -3,12 +3,11 @@
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use ganglion_membership::{Checkpoint, Fault, PlanKind, Position, Rank, Rested, Start};
+use ganglion_membership::{Checkpoint, Fault, Generation, PlanKind, Position, Rank, Rested, Start};
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow};
-use ganglion_proto::trace::{Nothing, Track};
+use ganglion_proto::trace::{Nothing, Track, now};
 use ganglion_proto::{failpoint, log};
-use object_store::ObjectStore;
 use serde_json::json;
 use tch::{Device, Tensor, no_grad};
 
@@ -24,6 +23,7 @@ use crate::phase::{Drawn, Input, LeafBuffer, LeafLayout, LeafPart, Leaves, Phase
 use crate::profile::{Laps, Part, Place};
 use crate::session::{Session, unreachable};
 use crate::state::{Counters, Module, State, StateLayout};
+use crate::storage::{Reading, RunStorage};
 use crate::team::{Carried, Circumstances, Team, TeamError};
 
 /// Batches that are read ahead.
@@ -52,9 +52,9 @@ pub struct Trainer {
     /// The coordinator.
     pub session: Arc<Session>,
     /// Where checkpoints live.
-    pub storage: Arc<dyn ObjectStore>,
-    /// Whether that is the run's storage.
-    pub sees_storage: bool,
+    pub storage: Arc<RunStorage>,
+    /// A checkpoint that is being read, or was for a group that did not come to train.
+    pub reading: Option<Reading>,
     /// Who writes them.
     pub archive: Archive,
     /// The state after the newest commit; none before the first assignment.
@@ -170,20 +170,21 @@ impl Trainer {
     /// Saves the state that this worker holds on its own, for a coordinator to come: the rows that none has recorded, all
     /// files, then the manifest, each only if it is not there. Returns the checkpoint's folder, or `None` if there is nothing that it could save.
     pub fn save_alone(&self) -> Result<Option<String>, CheckpointError> {
-        let usable = self.sees_storage && !self.session.is_void();
+        let usable = self.storage.seen && !self.session.is_void();
         let Some((state, _)) = self.held.as_ref().filter(|_| usable) else { return Ok(None) };
         if state.counters.position == Position(0) {
             return Ok(None);
         }
-        let files =
-            Files { storage: &*self.storage, job: &self.job, models: &self.models, layout: &self.layout };
-        let runtime = tokio::runtime::Builder::new_current_thread().build();
-        let runtime = runtime.expect("a runtime without drivers needs nothing of the system");
-        runtime.block_on(async {
-            let rows = self.session.kept_rows();
-            files.write_rows(&self.snapshot(state), self.session.welcome().worker, &rows).await?;
-            files.write_whole(&self.snapshot(state)).await.map(Some)
-        })
+        let (job, models, layout) = (&self.job, &self.models, &self.layout);
+        let files = Files { storage: self.storage.storage(), job, models, layout };
+        let (snapshot, rows) = (self.snapshot(state), self.session.kept_rows());
+        let worker = self.session.welcome().worker;
+        let save = async || {
+            self.storage.check().await?;
+            files.write_rows(&snapshot, worker, &rows).await?;
+            files.write_whole(&snapshot).await.map(Some)
+        };
+        self.storage.wait(self.storage.patiently(save))
     }
 
     fn train(&mut self, assignment: &Assignment) -> Result<Rest, TeamError> {
@@ -201,7 +202,7 @@ impl Trainer {
         if let Start::Checkpoint(source, checkpoint) = &group.start
             && source.0 == assignment.rank
         {
-            self.held = Some(self.track.during("read checkpoint", Nothing {}, || self.read(checkpoint))?);
+            self.held = Some(self.read(assignment.group.generation, checkpoint)?);
         }
         self.unformed += 1;
         let (job, models, layout, track) = (&self.job, &self.models, &self.layout, &self.track);
@@ -221,17 +222,44 @@ impl Trainer {
         rest
     }
 
-    fn read(&self, checkpoint: &Checkpoint) -> Result<(State, Carried), TeamError> {
-        let files =
-            Files { storage: &*self.storage, job: &self.job, models: &self.models, layout: &self.layout };
-        let runtime = tokio::runtime::Builder::new_current_thread().build();
-        let runtime = runtime.expect("a runtime without drivers needs nothing of the system");
-        let read = runtime.block_on(files.read(checkpoint));
-        let snapshot = read.map_err(|error| ReduceError::Leaf(error.to_string()))?;
+    /// Reads a checkpoint, unless the group is given up meanwhile: what was read by then is for the next one.
+    fn read(
+        &mut self,
+        generation: Generation,
+        checkpoint: &Checkpoint,
+    ) -> Result<(State, Carried), TeamError> {
+        let begun = now();
+        let own = |error: CheckpointError| ReduceError::Leaf(error.to_string());
+        let mut reading = self.begin_reading(checkpoint)?;
+        let snapshot = loop {
+            if let Some(read) = reading.poll(&self.storage) {
+                break read.map_err(own)?;
+            }
+            if self.session.is_aborted(generation) {
+                self.reading = Some(reading);
+                return Err(c10d::Error::Aborted.into());
+            }
+            // A storage takes its time; the one that reads is not late.
+            self.session.progressed();
+        };
         let mut state = State::zeros(self.layout.clone(), self.device);
         no_grad(|| state.flat.copy_(&from_bytes(&snapshot.flat)));
         state.counters = snapshot.counters;
+        self.track.slice(begun, now(), "read checkpoint", Nothing {});
         Ok((state, Carried::default()))
+    }
+
+    fn begin_reading(&mut self, checkpoint: &Checkpoint) -> Result<Reading, ReduceError> {
+        let (storage, job, models, layout) =
+            (self.storage.clone(), self.job.clone(), self.models.clone(), self.layout.clone());
+        let wanted = checkpoint.clone();
+        let read = move || {
+            let (storage, job, models, layout) = (&storage, &job, &models, &layout);
+            let files = Files { storage: storage.storage(), job, models, layout };
+            storage.wait(storage.patiently(async || files.read(&wanted).await))
+        };
+        Reading::of(self.reading.take(), checkpoint, read)
+            .map_err(|error| ReduceError::Leaf(format!("cannot read a checkpoint: {error}")))
     }
 
     /// The loop: step by step, phase by phase, until the job or the group ends.

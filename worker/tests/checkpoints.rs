@@ -4,14 +4,13 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 
 use common::{Bench, content, job, save};
 use ganglion_membership::Checkpoint;
 use ganglion_proto::job::{LossKind, ModelKind};
+use ganglion_storage::{Address, Storage, in_folder};
 use ganglion_worker::checkpoint::{CheckpointError, Files, Snapshot, file_count, state_digest, to_bytes};
-use object_store::ObjectStoreExt;
-use object_store::memory::InMemory;
-use object_store::path::Path;
 use safetensors::SafeTensors;
 
 fn snapshot(bench: &Bench) -> Snapshot {
@@ -20,7 +19,7 @@ fn snapshot(bench: &Bench) -> Snapshot {
     Snapshot { step: 5, phase: 0, flat: to_bytes(&bench.state.flat), counters }
 }
 
-fn files<'a>(bench: &'a Bench, storage: &'a InMemory) -> Files<'a> {
+fn files<'a>(bench: &'a Bench, storage: &'a Storage) -> Files<'a> {
     Files { storage, job: &bench.job, models: &bench.models, layout: &bench.layout }
 }
 
@@ -28,17 +27,16 @@ fn bench() -> Bench {
     Bench::new(job(ModelKind::Dcgan28, LossKind::NonSaturating))
 }
 
-async fn flip_a_bit(storage: &InMemory, checkpoint: &Checkpoint, file: &str) {
+async fn flip_a_bit(storage: &Storage, checkpoint: &Checkpoint, file: &str) {
     let mut bytes = content(storage, checkpoint, file).await;
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
-    let path = Path::from(checkpoint.folder()).join(file);
-    storage.put(&path, bytes.into()).await.unwrap();
+    storage.replace(&in_folder(&checkpoint.folder(), file), &bytes.into()).await.unwrap();
 }
 
 #[tokio::test]
 async fn what_was_written_is_read_back() {
-    let (bench, storage) = (bench(), InMemory::new());
+    let (bench, storage) = (bench(), Storage::in_memory());
     let (files, snapshot) = (files(&bench, &storage), snapshot(&bench));
     let saved = save(&files, &snapshot).await;
     assert_eq!((saved.position.0, saved.folder().as_str()), (15, "step-00000005"));
@@ -49,7 +47,7 @@ async fn what_was_written_is_read_back() {
 /// Module invariant 1.
 #[tokio::test]
 async fn the_bytes_do_not_depend_on_who_writes_them_or_in_which_order() {
-    let (bench, one, other) = (bench(), InMemory::new(), InMemory::new());
+    let (bench, one, other) = (bench(), Storage::in_memory(), Storage::in_memory());
     let snapshot = snapshot(&bench);
     let saved = save(&files(&bench, &one), &snapshot).await;
     let digest = state_digest(&bench.layout, &snapshot);
@@ -67,7 +65,7 @@ async fn the_bytes_do_not_depend_on_who_writes_them_or_in_which_order() {
 /// The digest as the contract spells it out, from the files alone.
 #[tokio::test]
 async fn the_digest_follows_from_the_files() {
-    let (bench, storage) = (bench(), InMemory::new());
+    let (bench, storage) = (bench(), Storage::in_memory());
     let saved = save(&files(&bench, &storage), &snapshot(&bench)).await;
     let mut tensors = BTreeMap::new();
     for file in saved.state_files() {
@@ -101,7 +99,7 @@ async fn the_digest_depends_on_every_element_and_counter() {
 
 #[tokio::test]
 async fn the_index_maps_every_tensor_to_its_file() {
-    let (bench, storage) = (bench(), InMemory::new());
+    let (bench, storage) = (bench(), Storage::in_memory());
     let saved = save(&files(&bench, &storage), &snapshot(&bench)).await;
     let index = content(&storage, &saved, "state.safetensors.index.json").await;
     let index: serde_json::Value = serde_json::from_slice(&index).unwrap();
@@ -121,7 +119,7 @@ async fn the_index_maps_every_tensor_to_its_file() {
 /// Module invariant 3.
 #[tokio::test]
 async fn a_flipped_bit_is_found_and_the_file_named() {
-    let (bench, storage) = (bench(), InMemory::new());
+    let (bench, storage) = (bench(), Storage::in_memory());
     let files = files(&bench, &storage);
     let saved = save(&files, &snapshot(&bench)).await;
     let part = &saved.state_files()[1].file;
@@ -133,21 +131,25 @@ async fn a_flipped_bit_is_found_and_the_file_named() {
 /// Module invariant 2.
 #[tokio::test]
 async fn a_damaged_file_is_written_again_and_a_good_one_is_left() {
-    let (bench, storage) = (bench(), InMemory::new());
+    let folder = tempfile::tempdir().unwrap();
+    let storage = Storage::open(&Address::Folder(folder.path().to_path_buf())).unwrap();
+    let bench = bench();
     let (files, snapshot) = (files(&bench, &storage), snapshot(&bench));
     let saved = save(&files, &snapshot).await;
     flip_a_bit(&storage, &saved, &saved.files[0].file).await;
-    let written = |file: &str| Path::from(saved.folder()).join(file);
-    let untouched = storage.head(&written(&saved.files[1].file)).await.unwrap();
+    let inode = |index: usize| {
+        let file = folder.path().join(saved.folder()).join(&saved.files[index].file);
+        std::fs::metadata(file).unwrap().ino()
+    };
+    let (damaged, good) = (inode(0), inode(1));
     assert_eq!(save(&files, &snapshot).await, saved);
     assert!(files.read(&saved).await.is_ok());
-    let now = storage.head(&written(&saved.files[1].file)).await.unwrap();
-    assert_eq!(now.e_tag, untouched.e_tag);
+    assert!(inode(0) != damaged && inode(1) == good);
 }
 
 #[tokio::test]
 async fn a_checkpoint_of_another_model_is_refused() {
-    let storage = InMemory::new();
+    let storage = Storage::in_memory();
     let (wide, narrow) = (bench(), Bench::new(job(ModelKind::Mlp28, LossKind::NonSaturating)));
     let saved = save(&files(&wide, &storage), &snapshot(&wide)).await;
     let error = files(&narrow, &storage).read(&saved).await.unwrap_err();

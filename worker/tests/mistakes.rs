@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use common::{Bench, bits, job};
 use ganglion_proto::job::{LossKind, ModelKind, Precision};
+use ganglion_storage::Storage;
 use ganglion_worker::checkpoint::{Files, Snapshot, to_bytes};
 use ganglion_worker::data::{DataSet, Plan, Prefetcher};
 use ganglion_worker::loss;
 use ganglion_worker::nn::Mode;
 use ganglion_worker::phase::{Input, LeafBuffer, Leaves, Phase, phases};
 use ganglion_worker::state::Module;
-use object_store::memory::InMemory;
 use safetensors::SafeTensors;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -213,7 +213,7 @@ fn each_step_sees_other_samples_until_the_epoch_is_over() {
 #[tokio::test]
 async fn a_checkpoint_names_every_tensor_and_brings_the_state_back() {
     let bench = Bench::new(job(ModelKind::Mlp28, LossKind::NonSaturating));
-    let storage = InMemory::new();
+    let storage = Storage::in_memory();
     let files = Files { storage: &storage, job: &bench.job, models: &bench.models, layout: &bench.layout };
     let (flat, counters) = (to_bytes(&bench.state.flat), bench.state.counters);
     let snapshot = Snapshot { step: 0, phase: 0, flat, counters };

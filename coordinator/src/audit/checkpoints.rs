@@ -6,15 +6,13 @@
 //! Memory: the files of one checkpoint at a time.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::{self, ErrorKind};
-use std::path::Path;
 
 use ganglion_membership::Checkpoint;
+use ganglion_storage::{Bytes, Error, MANIFEST, Storage, in_folder, reason};
 use safetensors::tensor::{SafeTensors, TensorView};
 
-use super::Claim;
-use super::evidence::Evidence;
+use super::evidence::{Evidence, silent};
+use super::{Claim, NoRun};
 
 /// All checkpoints that have a manifest, by folder.
 pub(super) struct Whole(Vec<(String, Found)>);
@@ -40,17 +38,21 @@ pub(super) struct State {
 
 impl Whole {
     /// Reads every file of every checkpoint.
-    pub(super) fn read(evidence: &Evidence) -> Whole {
-        let found = evidence.manifests.iter().map(|(folder, manifest)| {
-            let path = evidence.storage.join(folder);
-            let found = match manifest {
-                Ok(checkpoint) => Found::read(&path, checkpoint),
-                Err(reason) => Found::Damaged(vec![reason.clone()]),
-            };
-            let gone = !path.join("manifest.json").exists();
-            (folder.clone(), if gone { Found::Gone } else { found })
+    pub(super) fn read(evidence: &Evidence) -> Result<Whole, NoRun> {
+        let storage = evidence.storage.storage();
+        let read = evidence.storage.wait(async {
+            let mut all = Vec::new();
+            for (folder, manifest) in &evidence.manifests {
+                let found = match manifest {
+                    Ok(checkpoint) => Found::read(storage, folder, checkpoint).await?,
+                    Err(reason) => Found::Damaged(vec![reason.clone()]),
+                };
+                let gone = !storage.exists(&in_folder(folder, MANIFEST)).await?;
+                all.push((folder.clone(), if gone { Found::Gone } else { found }));
+            }
+            Ok(Whole(all))
         });
-        Whole(found.collect())
+        read.map_err(|error| silent(storage, &error))
     }
 
     /// The states that could be read, by folder.
@@ -63,13 +65,13 @@ impl Whole {
 }
 
 impl Found {
-    fn read(path: &Path, checkpoint: &Checkpoint) -> Found {
+    async fn read(storage: &Storage, folder: &str, checkpoint: &Checkpoint) -> Result<Found, Error> {
         let (mut damaged, mut parts, mut bytes) = (Vec::new(), Vec::new(), 0);
         for file in &checkpoint.files {
-            let content = match read_inside(path, &file.file) {
+            let content = match read_inside(storage, folder, &file.file).await? {
                 Ok(content) => content,
-                Err(error) => {
-                    damaged.push(format!("{}: {error}", file.file));
+                Err(wrong) => {
+                    damaged.push(format!("{}: {wrong}", file.file));
                     continue;
                 }
             };
@@ -83,23 +85,26 @@ impl Found {
             }
         }
         if !damaged.is_empty() {
-            return Found::Damaged(damaged);
+            return Ok(Found::Damaged(damaged));
         }
-        Found::Intact { files: checkpoint.files.len(), bytes, state: State::of(&parts) }
+        Ok(Found::Intact { files: checkpoint.files.len(), bytes, state: State::of(&parts) })
     }
 }
 
-/// Reads a file of a folder. A manifest that names another place is not followed there.
-fn read_inside(folder: &Path, file: &str) -> io::Result<Vec<u8>> {
+/// Reads a file of a folder, or says what is wrong with it. A manifest that names another place is not followed there.
+async fn read_inside(storage: &Storage, folder: &str, file: &str) -> Result<Result<Bytes, String>, Error> {
     if file.contains('/') || file == ".." {
-        return Err(io::Error::new(ErrorKind::InvalidInput, "not a name of a file in the folder"));
+        return Ok(Err("not a name of a file in the folder".to_string()));
     }
-    fs::read(folder.join(file))
+    match storage.read(&in_folder(folder, file)).await {
+        Err(error) if storage.is_away(&error) => Err(error),
+        read => Ok(read.map_err(|error| reason(&error))),
+    }
 }
 
 impl State {
     /// Reads the state that is in these parts.
-    pub(super) fn of(parts: &[Vec<u8>]) -> Result<State, String> {
+    pub(super) fn of(parts: &[Bytes]) -> Result<State, String> {
         let mut tensors: BTreeMap<String, TensorView<'_>> = BTreeMap::new();
         for part in parts {
             let part = SafeTensors::deserialize(part).map_err(|error| error.to_string())?;

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use ganglion_membership::Checkpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::manifest;
+use ganglion_storage::{Address, Blocking, MANIFEST, Storage, in_folder, reason};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -29,7 +30,7 @@ pub(super) struct Evidence {
     /// The checkpoints that have a manifest, by folder.
     pub(super) manifests: Vec<(String, Result<Checkpoint, String>)>,
     /// Where the checkpoints are.
-    pub(super) storage: PathBuf,
+    pub(super) storage: Blocking,
     pub(super) history: History,
 }
 
@@ -96,9 +97,11 @@ impl Evidence {
         let events = Lines::read(&path, &name).map_err(|error| unreadable(&path, error.to_string()))?;
         let (path, name) = lines("metrics.jsonl");
         let rows = Lines::read(&path, &name).map_err(|error| unreadable(&path, error.to_string()))?;
-        let storage = storage(run, &resolved);
-        let latest = fs::read_to_string(storage.join("latest")).ok().map(|latest| latest.trim().to_string());
-        let manifests = manifests(&storage).map_err(|error| unreadable(&storage, error.to_string()))?;
+        let storage = open_storage(run, &resolved)?;
+        let latest = storage.wait(storage.storage().latest());
+        let latest = latest.map_err(|error| silent(storage.storage(), &error))?;
+        let manifests = storage.wait(manifests(storage.storage()));
+        let manifests = manifests.map_err(|error| silent(storage.storage(), &error))?;
         let history = History::read(&journal).map_err(|error| unreadable(run, error.to_string()))?;
         Ok(Evidence { job: resolved, events, rows, latest, manifests, storage, history })
     }
@@ -149,33 +152,42 @@ impl<T: DeserializeOwned> Lines<T> {
     }
 }
 
-/// Where a run's checkpoints are.
-pub(crate) fn storage(run: &Path, job: &Job) -> PathBuf {
-    job.checkpoint.url.as_deref().map_or_else(
-        || run.join("checkpoints"),
-        |url| PathBuf::from(url.strip_prefix("file://").unwrap_or(url)),
-    )
+/// Opens the storage of checkpoints. A folder that is not there yet holds none.
+pub(crate) fn open_storage(run: &Path, job: &Job) -> Result<Blocking, NoRun> {
+    let own = || run.join("checkpoints").display().to_string();
+    let text = job.checkpoint.url.clone().unwrap_or_else(own);
+    let wrong = |what: String| {
+        NoRun(format!("checkpoint.url {text}: {what}; without it nothing is proven of checkpoints"))
+    };
+    let address = Address::parse(&text).map_err(wrong)?;
+    let storage = match &address {
+        Address::Folder(folder) if !folder.exists() => Storage::in_memory(),
+        _ => Storage::open(&address).map_err(wrong)?,
+    };
+    Blocking::new(storage).map_err(|error| wrong(error.to_string()))
+}
+
+/// A storage that does not answer.
+pub(crate) fn silent(storage: &Storage, error: &ganglion_storage::Error) -> NoRun {
+    let (address, reason) = (storage.address(), reason(error));
+    NoRun(format!(
+        "{address}: {reason}; without the checkpoints nothing is proven: audit once they can be read"
+    ))
 }
 
 /// The manifests on a storage, by folder. One that is removed meanwhile is none.
-pub(crate) fn manifests(storage: &Path) -> io::Result<Vec<(String, Result<Checkpoint, String>)>> {
-    let entries = match fs::read_dir(storage) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
+pub(crate) async fn manifests(
+    storage: &Storage,
+) -> ganglion_storage::Result<Vec<(String, Result<Checkpoint, String>)>> {
     let mut manifests = Vec::new();
-    for entry in entries {
-        let folder = entry?.file_name().to_string_lossy().into_owned();
-        if !folder.starts_with("step-") {
-            continue;
-        }
-        match fs::read_to_string(storage.join(&folder).join("manifest.json")) {
-            Ok(text) => manifests.push((folder, manifest::parse(&text).map_err(|error| error.to_string()))),
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {}
-            Err(error) => manifests.push((folder, Err(format!("manifest.json: {error}")))),
-        }
+    for folder in storage.checkpoints().await? {
+        let manifest = match storage.text(&in_folder(&folder, MANIFEST)).await {
+            Ok(Some(text)) => manifest::parse(&text).map_err(|error| error.to_string()),
+            Ok(None) => continue,
+            Err(error) if storage.is_away(&error) => return Err(error),
+            Err(error) => Err(format!("{MANIFEST}: {}", reason(&error))),
+        };
+        manifests.push((folder, manifest));
     }
-    manifests.sort_by(|one, other| one.0.cmp(&other.0));
     Ok(manifests)
 }

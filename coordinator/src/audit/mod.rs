@@ -44,17 +44,17 @@ struct Claim {
 /// Audits a run directory.
 pub fn audit(run: &Path) -> Result<Report, NoRun> {
     let evidence = Evidence::read(run)?;
-    let report = judge(&evidence);
+    let report = judge(&evidence)?;
     if report.holds() || evidence.ended() {
         return Ok(report);
     }
     std::thread::sleep(SECOND_LOOK);
-    Ok(judge(&Evidence::read(run)?))
+    judge(&Evidence::read(run)?)
 }
 
-fn judge(evidence: &Evidence) -> Report {
-    let whole = checkpoints::Whole::read(evidence);
-    Report(vec![
+fn judge(evidence: &Evidence) -> Result<Report, NoRun> {
+    let whole = checkpoints::Whole::read(evidence)?;
+    Ok(Report(vec![
         groups::numbers_grow(evidence),
         groups::shards_are_dealt(evidence),
         groups::events_agree(evidence),
@@ -67,7 +67,7 @@ fn judge(evidence: &Evidence) -> Report {
         checkpoints::states_have_their_digests(evidence, &whole),
         checkpoints::journal_agrees(evidence),
         checkpoints::latest_is_newest(evidence),
-    ])
+    ]))
 }
 
 impl Report {

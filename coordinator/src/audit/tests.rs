@@ -20,6 +20,7 @@ use super::*;
 use crate::checkpoints::Checkpoints;
 use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal};
+use crate::patience::Patience;
 
 const SAMPLES: u64 = 20;
 const PART: &str = "state-00001-of-00001.safetensors";
@@ -109,7 +110,7 @@ impl Saved {
     fn checkpoint(&self) -> Checkpoint {
         let content = self.part();
         let digest =
-            self.digest.clone().unwrap_or_else(|| State::of(std::slice::from_ref(&content)).unwrap().digest);
+            self.digest.clone().unwrap_or_else(|| State::of(&[content.clone().into()]).unwrap().digest);
         let blake3 = blake3::hash(&content).to_hex().to_string();
         let file = StoredFile { file: PART.to_string(), bytes: content.len() as u64, blake3 };
         Checkpoint {
@@ -190,12 +191,16 @@ impl Story {
     }
 
     fn save(&self, saved: &Saved) {
-        let storage = Checkpoints::open(&self.path("checkpoints").display().to_string(), "run").unwrap();
+        let address = self.path("checkpoints").display().to_string();
         let checkpoint = saved.checkpoint();
         let folder = self.path("checkpoints").join(checkpoint.folder());
         fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join(PART), saved.part()).unwrap();
-        storage.commit(&checkpoint).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let storage = Checkpoints::open(&address, "run", &Patience::silent()).await.unwrap();
+            storage.commit(&checkpoint).await.unwrap();
+        });
     }
 
     fn write_lines(&self, name: &str, lines: &[Value]) {
@@ -204,7 +209,7 @@ impl Story {
     }
 
     fn report(&self) -> Report {
-        judge(&Evidence::read(self.folder.path()).unwrap())
+        judge(&Evidence::read(self.folder.path()).unwrap()).unwrap()
     }
 
     #[track_caller]

@@ -11,6 +11,8 @@ use ganglion_proto::job::{
     Optimizer, OptimizerKind, Precision, Reduction, Sample,
 };
 
+use ganglion_storage::Address;
+
 use super::settings::Settings;
 
 /// More steps than this are a slip of the keyboard.
@@ -286,23 +288,23 @@ fn checkpoint(settings: &mut Settings) -> Checkpoint {
     }
 }
 
-/// The place of checkpoints: a `file:///` address as it is, a folder made absolute.
+/// The place of checkpoints: an address as it is, a folder made absolute.
 fn address(settings: &mut Settings, url: String) -> Option<String> {
-    match url.split_once("://") {
-        Some(("file", path)) if path.starts_with('/') => Some(url),
-        Some(_) => {
-            settings.fault(
-                "checkpoint.url",
-                format!(
-                    "cannot write to \"{url}\"; give a folder, or an address that starts \
-                     with file:///"
-                ),
-            );
+    const KEY: &str = "checkpoint.url";
+    match Address::parse(&url) {
+        Ok(Address::Folder(_)) if !url.contains("://") => {
+            let folder: PathBuf = settings.absolute(KEY, &url)?;
+            folder.to_str().map(str::to_owned)
+        }
+        Ok(_) => Some(url),
+        Err(problem) if Address::is_secret(&url) => {
+            settings.conceal(KEY);
+            settings.fault(KEY, problem);
             None
         }
-        None => {
-            let folder: PathBuf = settings.absolute("checkpoint.url", &url)?;
-            folder.to_str().map(str::to_owned)
+        Err(problem) => {
+            settings.fault(KEY, format!("\"{url}\" {problem}"));
+            None
         }
     }
 }

@@ -143,6 +143,13 @@ impl<'t> Settings<'t> {
         self.errors.push(JobError { place, key: key.to_owned(), problem: problem.into() });
     }
 
+    /// Shows nothing of the value that was given for `key`: it holds a secret.
+    pub(super) fn conceal(&mut self, key: &str) {
+        if let Some(Setting { place: Place::Override(pair), .. }) = self.given.get_mut(key) {
+            *pair = format!("{key}=...");
+        }
+    }
+
     /// Takes `key` as a whole number within `limits`, `default` standing in.
     pub(super) fn whole_or<T>(&mut self, key: &'static str, limits: RangeInclusive<T>, default: T) -> T
     where

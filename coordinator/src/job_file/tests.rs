@@ -185,8 +185,8 @@ fn types_and_ranges_are_checked() {
         ("loss.kind=wgan", "\"hinge\", \"wasserstein-gp\""),
         ("data.channels=2", "must be 1 for grey or 3 for colour"),
         ("data.channels=3", "but \"mnist-10k\" has 1; remove it"),
-        ("checkpoint.url=s3://bucket", "file:///"),
-        ("checkpoint.url=file://here", "file:///"),
+        ("checkpoint.url=ftp://bucket", "s3://BUCKET/PREFIX"),
+        ("checkpoint.url=file://here", "\"file://here\" names no absolute folder"),
         ("job.steps", "write --set key=value"),
     ];
     for (pair, expected) in cases {
@@ -253,6 +253,18 @@ fn paths_start_at_the_file_or_where_the_user_is() {
     let job = resolve(text, &["data.path=digits", "checkpoint.url=file:///kept"]).unwrap();
     assert_eq!(job.data.path, Some(here.join("digits")));
     assert_eq!(job.checkpoint.url.as_deref(), Some("file:///kept"));
+}
+
+/// What a user typed goes to logs, credentials must not.
+#[test]
+fn an_address_with_credentials_is_refused_and_not_shown() {
+    let text = "[job]\nsteps = 1\n[checkpoint]\nurl = \"s3://key:hush@bucket/a\"\n";
+    for errors in [errors(text, &[]), errors(SMALL, &["checkpoint.url=s3://key:hush@bucket/a"])] {
+        assert!(errors.contains("checkpoint.url") && errors.contains("credentials"), "{errors}");
+        assert!(!errors.contains("hush"), "{errors}");
+    }
+    let job = resolve(SMALL, &["checkpoint.url=s3://bucket/a"]).unwrap();
+    assert_eq!(job.checkpoint.url.as_deref(), Some("s3://bucket/a"));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The coordinator's part of a trace: events as they are recorded, the life of each group, the curves.
 
 use std::path::Path;
+use std::time::Duration;
 
 use ganglion_proto::trace::{Nothing, Trace, Track, now};
 use serde::Serialize;
@@ -13,6 +14,7 @@ pub struct Timeline {
     trace: Trace,
     events: Track,
     groups: Track,
+    storage: Track,
     /// Whether a group is shown that trains, or regroups.
     is_open: bool,
 }
@@ -30,6 +32,7 @@ impl Timeline {
         Timeline {
             events: trace.track(1, "events"),
             groups: trace.track(2, "groups"),
+            storage: trace.track(3, "storage"),
             trace: trace.clone(),
             is_open: false,
         }
@@ -70,9 +73,9 @@ impl Timeline {
         }
     }
 
-    /// Shows how long some work of the coordinator's loop takes.
-    pub fn during<T>(&self, name: &str, work: impl FnOnce() -> T) -> T {
-        self.events.during(name, Nothing {}, work)
+    /// Shows work on the storage that began at a time and is done now.
+    pub fn stored(&self, name: &str, begun: Duration) {
+        self.storage.slice(begun, now(), name, Nothing {});
     }
 
     /// Shows a row's losses and rate.

@@ -1,5 +1,7 @@
 //! Carrying out the machine's decisions.
 
+use std::cmp::Ordering;
+
 use ganglion_membership::{
     Action, Backend, Cause, Checkpoint, Event, Generation, Group, Outcome, Passport, Plan, PlanKind,
     Rejection, Start, WorkerId,
@@ -10,6 +12,7 @@ use serde_json::json;
 
 use super::{Shell, ShellError};
 use crate::journal::Fact;
+use crate::keeper::Kept;
 
 impl Shell {
     pub(super) fn act(&mut self, action: Action) -> Result<(), ShellError> {
@@ -189,29 +192,47 @@ impl Shell {
         }
     }
 
-    /// Makes a checkpoint valid; if the storage fails, tries again later.
+    /// Journals a checkpoint and has it made valid.
     pub(super) fn commit(&mut self, checkpoint: Checkpoint) -> Result<(), ShellError> {
-        let write = || {
-            self.journal.commit(&checkpoint).map_err(|error| error.to_string())?;
-            self.checkpoints.commit(&checkpoint).map_err(|error| error.to_string())
-        };
-        let written = self.records.timeline.during("write manifest", write);
-        if let Err(reason) = written {
-            self.records.message(&format!(
-                "warning: the checkpoint of step {} waits for its manifest: {reason}; trying again",
-                checkpoint.step
-            ));
-            let fields = json!({ "step": checkpoint.step, "file": "manifest.json", "reason": reason });
-            self.records.event("checkpoint_delayed", fields);
-            self.uncommitted.push(checkpoint);
+        // A new group reports files again that were reported, perhaps of one that is under way. `latest` never goes back.
+        match self.ordered.map(|newest| checkpoint.position.cmp(&newest)) {
+            Some(Ordering::Equal) => return Ok(()),
+            Some(Ordering::Less) => return self.act(Action::AbandonCheckpoint(checkpoint.step)),
+            Some(Ordering::Greater) | None => {}
+        }
+        if let Err(error) = self.journal.commit(&checkpoint) {
+            self.delayed(&checkpoint, &error.to_string());
+            self.unjournaled.push(checkpoint);
             return Ok(());
         }
-        self.records.checkpoint(&checkpoint);
-        if let Err(error) = self.checkpoints.prune(self.job.checkpoint.keep_last) {
-            tracing::warn!("cannot remove old checkpoints: {error}");
+        self.ordered = Some(checkpoint.position);
+        self.keeper.order(checkpoint);
+        Ok(())
+    }
+
+    /// Takes what became of a checkpoint.
+    pub(super) fn kept(&mut self, kept: Kept) -> Result<(), ShellError> {
+        match kept {
+            Kept::Delayed(checkpoint, reason) => {
+                self.delayed(&checkpoint, &reason);
+                Ok(())
+            }
+            Kept::Valid(checkpoint, begun) => {
+                self.records.timeline.stored("write manifest", begun);
+                self.records.checkpoint(&checkpoint);
+                self.send_to_all(&ToWorker::CheckpointRecorded(checkpoint.step, checkpoint.phase));
+                self.handle(Event::CheckpointCommitted(checkpoint))
+            }
         }
-        self.send_to_all(&ToWorker::CheckpointRecorded(checkpoint.step, checkpoint.phase));
-        self.handle(Event::CheckpointCommitted(checkpoint))
+    }
+
+    fn delayed(&mut self, checkpoint: &Checkpoint, reason: &str) {
+        let step = checkpoint.step;
+        self.records.message(&format!(
+            "warning: the checkpoint of step {step} waits for its manifest: {reason}; trying again"
+        ));
+        let fields = json!({ "step": step, "file": "manifest.json", "reason": reason });
+        self.records.event("checkpoint_delayed", fields);
     }
 
     fn end(&mut self, outcome: Outcome) {

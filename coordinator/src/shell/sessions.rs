@@ -60,7 +60,7 @@ impl Shell {
             worker,
             run: self.run.clone(),
             job: self.job.clone(),
-            storage: self.checkpoints.address(),
+            storage: self.keeper.address().to_string(),
             condemned: self.machine.condemned().unwrap_or_default(),
         }
     }

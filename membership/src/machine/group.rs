@@ -191,7 +191,7 @@ impl Machine {
             .collect();
         if !members.iter().any(|member| member.writes_parts) {
             let outcome = "no worker can write to the checkpoint storage; share its folder with the \
-                           workers' machines and name it in checkpoint.url";
+                           workers' machines and name it in checkpoint.url, or give them its credentials";
             self.end(Outcome::Failed(outcome.to_string()), actions);
             return;
         }

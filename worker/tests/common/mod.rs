@@ -6,14 +6,13 @@ use ganglion_proto::job::{
     Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind, NonFinite,
     Optimizer, OptimizerKind, Precision, Reduction, Sample,
 };
+use ganglion_storage::{Storage, in_folder};
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
 use ganglion_worker::data::ImageShape;
 use ganglion_worker::nn::Models;
 use ganglion_worker::phase::{Input, LeafBuffer, LeafLayout, Leaves, Phase};
 use ganglion_worker::random::{Key, Purpose};
 use ganglion_worker::state::{Module, State, StateLayout};
-use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt};
 use tch::{Device, Tensor};
 
 /// A job small enough to compute in milliseconds.
@@ -115,7 +114,6 @@ pub async fn save(files: &Files<'_>, snapshot: &Snapshot) -> Saved {
 }
 
 /// The content of a file of a checkpoint.
-pub async fn content(storage: &dyn ObjectStore, checkpoint: &Saved, file: &str) -> Vec<u8> {
-    let path = Path::from(checkpoint.folder()).join(file);
-    storage.get(&path).await.unwrap().bytes().await.unwrap().to_vec()
+pub async fn content(storage: &Storage, checkpoint: &Saved, file: &str) -> Vec<u8> {
+    storage.read(&in_folder(&checkpoint.folder(), file)).await.unwrap().to_vec()
 }

@@ -1,0 +1,131 @@
+//! Where a storage is, as people write it.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use object_store::ObjectStoreScheme;
+use url::Url;
+
+/// What there is to choose from.
+const CHOICE: &str =
+    "a folder, file:///FOLDER, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX";
+
+/// The address of a storage. It holds no credentials.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// A folder of this machine, or one that it mounts.
+    Folder(PathBuf),
+    /// A place in an object store.
+    Cloud(Url),
+}
+
+impl Address {
+    /// Reads an address.
+    ///
+    /// # Errors
+    /// What is wrong, and how to mend it, without the address: it may hold credentials.
+    pub fn parse(text: &str) -> Result<Address, String> {
+        match text.split_once("://") {
+            None => Ok(Address::Folder(PathBuf::from(text))),
+            // Not percent-encoded: a folder's name as it is.
+            Some(("file", folder)) if folder.starts_with('/') => Ok(Address::Folder(PathBuf::from(folder))),
+            Some(("file", _)) => Err(format!("names no absolute folder; give {CHOICE}")),
+            Some(_) => parse_url(text).map(Address::Cloud),
+        }
+    }
+
+    /// Whether a text holds what looks like credentials, and must not be shown.
+    pub fn is_secret(text: &str) -> bool {
+        text.contains("://") && Url::parse(text).is_ok_and(|url| holds_credentials(&url))
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Folder(folder) => write!(f, "file://{}", folder.display()),
+            Address::Cloud(url) => f.write_str(url.as_str()),
+        }
+    }
+}
+
+fn parse_url(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text).map_err(|error| format!("is no address: {error}; give {CHOICE}"))?;
+    if holds_credentials(&url) {
+        return Err(
+            "holds credentials, or what looks like them (a user and password, or something behind a question mark), \
+             which would end up in logs; remove them and put them into the environment, as docs/storage.md says"
+                .to_string(),
+        );
+    }
+    match ObjectStoreScheme::parse(&url) {
+        Ok((
+            ObjectStoreScheme::AmazonS3
+            | ObjectStoreScheme::GoogleCloudStorage
+            | ObjectStoreScheme::MicrosoftAzure,
+            _,
+        )) => Ok(url),
+        _ => Err(format!("is of no storage that is known here; give {CHOICE}")),
+    }
+}
+
+fn holds_credentials(url: &Url) -> bool {
+    // abfs://CONTAINER@ACCOUNT... has a container where others have a user.
+    let azure = matches!(url.scheme(), "az" | "azure" | "adl" | "abfs" | "abfss");
+    let user = !url.username().is_empty() && !azure;
+    user || url.password().is_some() || url.query().is_some() || url.fragment().is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_folder_or_a_place_in_an_object_store() {
+        for (text, shown) in [
+            ("/a/b c", "file:///a/b c"),
+            ("file:///a/100%", "file:///a/100%"),
+            ("s3://bucket/a/b", "s3://bucket/a/b"),
+            ("s3://bucket", "s3://bucket"),
+            ("gs://bucket/a", "gs://bucket/a"),
+            ("az://container/a", "az://container/a"),
+            (
+                "abfs://container@account.dfs.core.windows.net/a",
+                "abfs://container@account.dfs.core.windows.net/a",
+            ),
+            (
+                "https://account.blob.core.windows.net/container/a",
+                "https://account.blob.core.windows.net/container/a",
+            ),
+        ] {
+            assert_eq!(Address::parse(text).map(|address| address.to_string()).as_deref(), Ok(shown));
+        }
+    }
+
+    #[test]
+    fn what_is_no_storage_is_refused_with_the_choice() {
+        for text in
+            ["file://here", "ftp://host/a", "http://host/a", "https://example.org/a", "memory:///", "s3://"]
+        {
+            let error = Address::parse(text).unwrap_err();
+            assert!(error.contains("s3://BUCKET/PREFIX"), "{text}: {error}");
+        }
+    }
+
+    /// Invariant 4.
+    #[test]
+    fn credentials_are_refused_and_not_shown() {
+        for text in [
+            "s3://key:hush@bucket/a",
+            "s3://hush@bucket/a",
+            "az://container/a?sv=1&sig=hush",
+            "abfs://container:hush@account.dfs.core.windows.net/a",
+            "https://bucket.s3.eu-west-1.amazonaws.com/a#hush",
+        ] {
+            let error = Address::parse(text).unwrap_err();
+            assert!(error.contains("environment") && !error.contains("hush"), "{error}");
+            assert!(Address::is_secret(text));
+        }
+        assert!(!Address::is_secret("s3://bucket/a") && !Address::is_secret("/a?b"));
+    }
+}

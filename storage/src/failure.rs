@@ -1,0 +1,81 @@
+//! What an error of a storage means, and how people read of it.
+
+use std::error::Error as _;
+
+use object_store::Error;
+
+/// A text longer than this is a page of the server's, and cut.
+const LONGEST: usize = 300;
+/// Where a library asks for credentials when the environment has none.
+const METADATA: [&str; 3] = ["169.254.169.254", "169.254.170.2", "metadata.google.internal"];
+
+/// An error in a line: what the system or the server said, without what is around it.
+pub fn reason(error: &Error) -> String {
+    let whole = error.to_string();
+    if asks_the_machine(&whole) {
+        return "no credentials: the environment has none, and the machine gives none".to_string();
+    }
+    if let (Some(code), Some(message)) = (element(&whole, "Code"), element(&whole, "Message")) {
+        return format!("{} ({code})", message.trim_end_matches('.'));
+    }
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    let line: Vec<String> = cause.to_string().split_whitespace().map(str::to_string).collect();
+    line.join(" ").chars().take(LONGEST).collect()
+}
+
+/// Whether the same may work later: the server or the way to it is at fault, not what was asked.
+pub(crate) fn may_pass(error: &Error) -> bool {
+    let Error::Generic { .. } = error else { return matches!(error, Error::JoinError { .. }) };
+    let text = error.to_string();
+    let busy = text.contains("status code: 408") || text.contains("status code: 429");
+    // The status is known to the library only as text.
+    let refused = text.contains("status code: 4") || text.contains("redirect without LOCATION");
+    (busy || !refused) && !asks_the_machine(&text) && error.source().is_some()
+}
+
+fn asks_the_machine(text: &str) -> bool {
+    METADATA.iter().any(|host| text.contains(host))
+}
+
+/// The content of an XML element in an answer.
+fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    let (_, behind) = text.split_once(&format!("<{name}>"))?;
+    Some(behind.split_once(&format!("</{name}>"))?.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn generic(text: &str) -> Error {
+        Error::Generic { store: "S3", source: text.into() }
+    }
+
+    #[test]
+    fn the_server_and_the_way_to_it_may_come_back_and_a_mistake_stays() {
+        let status = |code: &str| format!("Server returned non-2xx status code: {code}: x");
+        for (text, passes) in [
+            (status("503 Service Unavailable"), true),
+            (status("429 Too Many Requests"), true),
+            (status("400 Bad Request"), false),
+            ("tcp connect error: Connection refused".to_string(), true),
+            ("Error performing PUT http://169.254.169.254/latest/api/token in 1s".to_string(), false),
+        ] {
+            assert_eq!(may_pass(&generic(&text)), passes, "{text}");
+        }
+        let missing = Error::NotFound { path: "a".into(), source: "x".into() };
+        assert!(!may_pass(&missing));
+    }
+
+    #[test]
+    fn a_reason_is_what_the_server_says() {
+        let page = "Server returned non-2xx status code: 403 Forbidden: <?xml version=\"1.0\"?>\n<Error><Code>SignatureDoesNotMatch\
+                    </Code><Message>The signature does not match.</Message><StringToSign>hush</StringToSign></Error>";
+        assert_eq!(reason(&generic(page)), "The signature does not match (SignatureDoesNotMatch)");
+        assert_eq!(reason(&generic("a\n  b")), "a b");
+        assert!(reason(&generic("PUT http://169.254.169.254/latest")).starts_with("no credentials"));
+    }
+}

@@ -1,0 +1,182 @@
+//! What lies where in a storage: the one place that knows.
+//!
+//! `.run` names the run that the storage belongs to, `latest` the newest checkpoint. A checkpoint is a folder
+//! `step-00001000`, and is one once it has its `manifest.json`. How that and the workers' left rows look, the `proto` crate
+//! knows.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::time::SystemTime;
+
+use futures_util::TryStreamExt;
+use object_store::path::Path;
+use object_store::{Error, ObjectStore, ObjectStoreExt, PutPayload, Result};
+
+use crate::Storage;
+
+/// The run that a storage belongs to.
+const MARKER: &str = ".run";
+/// The newest checkpoint's folder, and a line's end. A hint.
+pub const LATEST: &str = "latest";
+/// A checkpoint's manifest, in its folder.
+pub const MANIFEST: &str = "manifest.json";
+
+/// A file in a folder of a storage.
+pub fn in_folder(folder: &str, file: &str) -> Path {
+    Path::from(folder).join(file)
+}
+
+/// Whose a storage is after a run claimed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// The run's.
+    Granted,
+    /// Another run's.
+    Taken,
+    /// The run's, but the server replaces a file where it was asked not to.
+    Unsafe,
+}
+
+impl Storage {
+    /// The run that the storage belongs to, if it belongs to one yet.
+    pub async fn owner(&self) -> Result<Option<String>> {
+        self.text(&Path::from(MARKER)).await
+    }
+
+    /// Makes the storage a run's, unless it is another's.
+    pub async fn claim(&self, run: &str) -> Result<Claim> {
+        let (marker, name) = (Path::from(MARKER), PutPayload::from(run.to_string()));
+        if self.owner().await?.is_none() {
+            match self.put_new(&marker, &name).await {
+                Ok(()) | Err(Error::AlreadyExists { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        // If two came at once, the first has it.
+        if self.owner().await?.as_deref() != Some(run) {
+            return Ok(Claim::Taken);
+        }
+        match self.put_new(&marker, &name).await {
+            Err(Error::AlreadyExists { .. }) => Ok(Claim::Granted),
+            other => other.map(|()| Claim::Unsafe),
+        }
+    }
+
+    /// The folder that `latest` names.
+    pub async fn latest(&self) -> Result<Option<String>> {
+        let text = self.text(&Path::from(LATEST)).await?;
+        Ok(text.map(|text| text.trim().to_string()))
+    }
+
+    /// The folders of checkpoints and of attempts at one, oldest first.
+    pub async fn checkpoints(&self) -> Result<Vec<String>> {
+        let listed = self.store.list_with_delimiter(None).await?;
+        let names = listed.common_prefixes.iter().filter_map(|path| path.filename());
+        let mut folders: Vec<String> =
+            names.filter(|name| name.starts_with("step-")).map(str::to_string).collect();
+        folders.sort();
+        Ok(folders)
+    }
+
+    /// The names of the files in a folder, none if it is not there.
+    pub async fn files(&self, folder: &str) -> Result<Vec<String>> {
+        let listed = match self.store.list_with_delimiter(Some(&Path::from(folder))).await {
+            Err(Error::NotFound { .. }) => return Ok(Vec::new()),
+            listed => listed?,
+        };
+        Ok(listed.objects.iter().filter_map(|file| file.location.filename()).map(str::to_string).collect())
+    }
+
+    /// The length of every file, by its name from the storage's root.
+    pub async fn lengths(&self) -> Result<BTreeMap<String, u64>> {
+        let files: Vec<_> = self.store.list(None).try_collect().await?;
+        Ok(files.into_iter().map(|file| (file.location.to_string(), file.size)).collect())
+    }
+
+    /// A small file's text; `None` if it is not there.
+    pub async fn text(&self, path: &Path) -> Result<Option<String>> {
+        match self.read(path).await {
+            Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+            Err(Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// When a file was written.
+    pub async fn modified(&self, path: &Path) -> Result<SystemTime> {
+        Ok(self.store.head(path).await?.last_modified.into())
+    }
+
+    /// Removes a checkpoint. Without its manifest, which goes first, it is none any more, should the rest fail.
+    pub async fn remove(&self, checkpoint: &str) -> Result<()> {
+        match self.store.delete(&in_folder(checkpoint, MANIFEST)).await {
+            Ok(()) | Err(Error::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        if let Some(root) = &self.folder {
+            // With what a writer that died left there under names of its own.
+            let folder = root.join(checkpoint);
+            let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder)).await?;
+            return match removed {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                removed => removed.map_err(|error| Error::Generic { store: "folder", source: error.into() }),
+            };
+        }
+        let files: Vec<_> = self.store.list(Some(&Path::from(checkpoint))).try_collect().await?;
+        let files = files.into_iter().map(|file| Ok(file.location));
+        let removed = self.store.delete_stream(Box::pin(futures_util::stream::iter(files)));
+        removed.try_for_each(|_| std::future::ready(Ok(()))).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Address;
+
+    async fn write(storage: &Storage, folder: &str, file: &str) {
+        storage.replace(&in_folder(folder, file), &PutPayload::from_static(b"x")).await.unwrap();
+    }
+
+    fn storages() -> (tempfile::TempDir, [Storage; 2]) {
+        let folder = tempfile::tempdir().unwrap();
+        let address = Address::Folder(folder.path().to_path_buf());
+        let storages = [Storage::open(&address).unwrap(), Storage::in_memory()];
+        (folder, storages)
+    }
+
+    /// Invariant 3 of the crate.
+    #[tokio::test]
+    async fn a_storage_belongs_to_the_first_run_that_claims_it() {
+        let (_folder, storages) = storages();
+        for storage in storages {
+            assert_eq!(storage.owner().await.unwrap(), None);
+            for _ in 0..2 {
+                assert_eq!(storage.claim("one").await.unwrap(), Claim::Granted);
+                assert_eq!(storage.claim("other").await.unwrap(), Claim::Taken);
+            }
+            assert_eq!(storage.owner().await.unwrap().as_deref(), Some("one"));
+        }
+    }
+
+    #[tokio::test]
+    async fn checkpoints_are_listed_in_order_and_removed_whole() {
+        let (folder, storages) = storages();
+        for storage in storages {
+            for name in ["step-00000020", "step-00000003", "step-00000003-phase-1", "other"] {
+                write(&storage, name, MANIFEST).await;
+                write(&storage, name, "state").await;
+            }
+            storage.replace(&Path::from(LATEST), &PutPayload::from_static(b"step-00000020\n")).await.unwrap();
+            assert_eq!(storage.latest().await.unwrap().as_deref(), Some("step-00000020"));
+            let all = ["step-00000003", "step-00000003-phase-1", "step-00000020"];
+            assert_eq!(storage.checkpoints().await.unwrap(), all);
+            assert_eq!(storage.files("step-00000003").await.unwrap(), [MANIFEST, "state"]);
+            storage.remove("step-00000003").await.unwrap();
+            storage.remove("step-00000003").await.unwrap();
+            assert_eq!(storage.checkpoints().await.unwrap(), all[1..]);
+            assert!(storage.files("step-00000003").await.unwrap().is_empty());
+        }
+        assert!(!folder.path().join("step-00000003").exists());
+    }
+}

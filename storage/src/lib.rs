@@ -1,0 +1,94 @@
+//! The storage of checkpoints: a folder or an object store, by its address. Coordinator and workers share this.
+//!
+//! 1. A file appears whole or not at all, and stays: in a folder it is on the disk, after a power cut too, when the call
+//!    that wrote it returns; an object store promises the same.
+//! 2. A file that is created replaces none. One that is there with the same content is done; with other content it is
+//!    damaged, for a file's content follows from the job and the position, and is written again.
+//! 3. A storage belongs to one run, whose name is in its marker.
+//! 4. What leaves this crate as text shows no credentials; an address that holds some is refused.
+//! 5. No request waits for ever: an object store that does not answer is an error within about half a minute.
+#![forbid(unsafe_code)]
+
+mod address;
+mod blocking;
+#[cfg(feature = "cloud")]
+mod cloud;
+mod failure;
+mod layout;
+mod pause;
+mod transfer;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use object_store::ObjectStore;
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+#[cfg(feature = "cloud")]
+use object_store::prefix::PrefixStore;
+
+pub use address::Address;
+pub use blocking::Blocking;
+pub use bytes::Bytes;
+pub use failure::reason;
+pub use layout::{Claim, LATEST, MANIFEST, in_folder};
+pub use object_store::path::Path;
+pub use object_store::{Error, PutPayload, Result};
+pub use pause::Pauses;
+
+/// An open storage.
+#[derive(Clone, Debug)]
+pub struct Storage {
+    store: Arc<dyn ObjectStore>,
+    address: Address,
+    /// The folder, if it is one: what an object store has no word for is done there.
+    folder: Option<PathBuf>,
+}
+
+impl Storage {
+    /// Opens a storage. A folder must be there; an object store is not asked yet.
+    ///
+    /// # Errors
+    /// What is wrong, and how to mend it.
+    pub fn open(address: &Address) -> std::result::Result<Storage, String> {
+        match address {
+            Address::Folder(folder) => Storage::open_folder(folder),
+            Address::Cloud(url) => Storage::open_cloud(url),
+        }
+    }
+
+    fn open_folder(folder: &std::path::Path) -> std::result::Result<Storage, String> {
+        let opened = LocalFileSystem::new_with_prefix(folder).map_err(|error| reason(&error))?;
+        let folder = folder.canonicalize().map_err(|error| error.to_string())?;
+        let store = Arc::new(opened.with_fsync(true));
+        Ok(Storage { store, address: Address::Folder(folder.clone()), folder: Some(folder) })
+    }
+
+    #[cfg(feature = "cloud")]
+    fn open_cloud(url: &url::Url) -> std::result::Result<Storage, String> {
+        let (store, prefix) = cloud::open(url)?;
+        let store = Arc::new(PrefixStore::new(store, prefix));
+        Ok(Storage { store, address: Address::Cloud(url.clone()), folder: None })
+    }
+
+    #[cfg(not(feature = "cloud"))]
+    fn open_cloud(_: &url::Url) -> std::result::Result<Storage, String> {
+        Err("this program was built for folders only; build it with: make build CLOUD=1".to_string())
+    }
+
+    /// A storage that ends with this process.
+    pub fn in_memory() -> Storage {
+        let address = Address::Folder(PathBuf::from("memory"));
+        Storage { store: Arc::new(InMemory::new()), address, folder: None }
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Whether waiting may help against an error: the storage is away, and may come back. A folder never is.
+    pub fn is_away(&self, error: &Error) -> bool {
+        self.folder.is_none() && failure::may_pass(error)
+    }
+}

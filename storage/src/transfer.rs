@@ -1,0 +1,222 @@
+//! Files to and from a storage.
+//!
+//! 1. A large file goes to an object store in parts, a few at a time, and from it in ranges, so one that is slow delays
+//!    little that has to be sent again. Parts of an upload that failed are removed.
+//! 2. An upload in parts cannot be conditional at its end, so a large file that is created goes under a name of its own
+//!    first, and is copied, in the store, to its name unless that is taken.
+//!
+//! Memory: what is written is not copied; what is only hashed or sent from a file is held a few parts at a time.
+
+use std::io::Read;
+
+use bytes::Bytes;
+use object_store::path::Path;
+use object_store::{Error, ObjectStoreExt, PutMode, PutOptions, PutPayload, Result, WriteMultipart};
+
+use crate::Storage;
+
+/// Files above this are large.
+const PART: usize = 8 << 20;
+/// Parts on their way at once.
+const AT_ONCE: usize = 4;
+/// The most parts that every store takes is 10,000.
+const PARTS: usize = 5000;
+
+impl Storage {
+    /// Writes a file with this hash unless it is there. One that is there with another content is damaged, and is written
+    /// again.
+    pub async fn create(&self, path: &Path, content: &PutPayload, blake3: &str) -> Result<()> {
+        match self.put_new(path, content).await {
+            Err(Error::AlreadyExists { .. }) => {}
+            done => return done,
+        }
+        if self.hash(path).await? != blake3 {
+            tracing::warn!("{path} is damaged; writing it again");
+            self.replace(path, content).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes a file; [`Error::AlreadyExists`] if one is there, whatever is in it.
+    pub async fn put_new(&self, path: &Path, content: &PutPayload) -> Result<()> {
+        if self.folder.is_some() || content.content_length() <= PART {
+            let create = PutOptions::from(PutMode::Create);
+            return self.store.put_opts(path, content.clone(), create).await.map(drop);
+        }
+        if self.exists(path).await? {
+            return Err(Error::AlreadyExists { path: path.to_string(), source: "it is there".into() });
+        }
+        let staged = staged(path);
+        self.put_in_parts(&staged, content).await?;
+        let copied = self.store.copy_if_not_exists(&staged, path).await;
+        // What stays is removed with the folder.
+        let _ = self.store.delete(&staged).await;
+        copied
+    }
+
+    /// Writes a file in place of any that is there.
+    pub async fn replace(&self, path: &Path, content: &PutPayload) -> Result<()> {
+        if self.folder.is_some() || content.content_length() <= PART {
+            return self.store.put(path, content.clone()).await.map(drop);
+        }
+        self.put_in_parts(path, content).await
+    }
+
+    async fn put_in_parts(&self, path: &Path, content: &PutPayload) -> Result<()> {
+        let mut upload = self.begin_upload(path, content.content_length()).await?;
+        for mut piece in content.iter().cloned() {
+            while !piece.is_empty() {
+                let part = piece.split_to(piece.len().min(PART));
+                upload = pushed(upload, part).await?;
+            }
+        }
+        upload.finish().await.map(drop)
+    }
+
+    /// Sends a file of this machine in place of any that is there. One that grows is sent as far as it was.
+    pub async fn send(&self, path: &Path, mut file: std::fs::File) -> Result<()> {
+        let failed = |error: std::io::Error| Error::Generic { store: "file", source: error.into() };
+        let length = usize::try_from(file.metadata().map_err(failed)?.len()).unwrap_or(usize::MAX);
+        let mut next = |left: usize| -> Result<Bytes> {
+            let mut part = vec![0; left.min(PART)];
+            file.read_exact(&mut part).map_err(failed)?;
+            Ok(part.into())
+        };
+        if length <= PART {
+            return self.store.put(path, next(length)?.into()).await.map(drop);
+        }
+        let mut upload = self.begin_upload(path, length).await?;
+        let mut left = length;
+        while left > 0 {
+            let part = match next(left) {
+                Ok(part) => part,
+                Err(error) => {
+                    let _ = upload.abort().await;
+                    return Err(error);
+                }
+            };
+            left -= part.len();
+            upload = pushed(upload, part).await?;
+        }
+        upload.finish().await.map(drop)
+    }
+
+    async fn begin_upload(&self, path: &Path, length: usize) -> Result<WriteMultipart> {
+        let upload = self.store.put_multipart(path).await?;
+        Ok(WriteMultipart::new_with_chunk_size(upload, PART.max(length.div_ceil(PARTS))))
+    }
+
+    /// Whether a file is there.
+    pub async fn exists(&self, path: &Path) -> Result<bool> {
+        match self.store.head(path).await {
+            Ok(_) => Ok(true),
+            Err(Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A file's content.
+    pub async fn read(&self, path: &Path) -> Result<Bytes> {
+        let mut parts = Vec::new();
+        self.each_part(path, |part| parts.push(part)).await?;
+        Ok(if parts.len() == 1 { parts.swap_remove(0) } else { parts.concat().into() })
+    }
+
+    /// blake3 of a file's content, in hex.
+    pub async fn hash(&self, path: &Path) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        self.each_part(path, |part| {
+            hasher.update(&part);
+        })
+        .await?;
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
+    /// Hands a file's parts over in their order.
+    async fn each_part(&self, path: &Path, mut take: impl FnMut(Bytes)) -> Result<()> {
+        let whole = self.store.get(path).await?;
+        let length = whole.meta.size;
+        if length <= PART as u64 {
+            take(whole.bytes().await?);
+            return Ok(());
+        }
+        drop(whole);
+        for start in (0..length).step_by(PART) {
+            take(self.store.get_range(path, start..length.min(start + PART as u64)).await?);
+        }
+        Ok(())
+    }
+}
+
+/// Adds to an upload once there is room; one that fails is removed.
+async fn pushed(mut upload: WriteMultipart, part: Bytes) -> Result<WriteMultipart> {
+    if let Err(error) = upload.wait_for_capacity(AT_ONCE).await {
+        let _ = upload.abort().await;
+        return Err(error);
+    }
+    upload.put(part);
+    Ok(upload)
+}
+
+/// A name beside a file's that nobody else uses.
+fn staged(path: &Path) -> Path {
+    use std::hash::{BuildHasher, RandomState};
+    let own = RandomState::new().hash_one(std::process::id());
+    Path::from(format!("{path}.{own:016x}.new"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn content(length: usize) -> (PutPayload, Bytes, String) {
+        let bytes: Bytes = (0..length).map(|i| (i * i / 7 % 251) as u8).collect::<Vec<u8>>().into();
+        // In two pieces, as a file with a header has them.
+        let (front, rest) = (bytes.slice(..length / 3), bytes.slice(length / 3..));
+        let hash = blake3::hash(&bytes).to_hex().to_string();
+        (PutPayload::from_iter([front, rest]), bytes, hash)
+    }
+
+    fn storages() -> (tempfile::TempDir, [Storage; 2]) {
+        let folder = tempfile::tempdir().unwrap();
+        let address = crate::Address::Folder(folder.path().to_path_buf());
+        let storages = [Storage::open(&address).unwrap(), Storage::in_memory()];
+        (folder, storages)
+    }
+
+    /// Invariant 2 of the crate, for files that go as they are and for large ones.
+    #[tokio::test]
+    async fn a_file_is_created_once_and_written_again_if_it_is_damaged() {
+        let (_folder, storages) = storages();
+        for storage in storages {
+            for length in [0, 5, PART, 2 * PART + 77] {
+                let path = Path::from(format!("step-00000001/{length}"));
+                let (payload, bytes, hash) = content(length);
+                storage.create(&path, &payload, &hash).await.unwrap();
+                assert!(storage.read(&path).await.unwrap() == bytes);
+                let there = storage.put_new(&path, &payload).await;
+                assert!(matches!(there, Err(Error::AlreadyExists { .. })), "{there:?}");
+                storage.create(&path, &payload, &hash).await.unwrap();
+                storage.replace(&path, &PutPayload::from_static(b"damaged")).await.unwrap();
+                storage.create(&path, &payload, &hash).await.unwrap();
+                assert_eq!(storage.hash(&path).await.unwrap(), hash);
+            }
+            let files = storage.files("step-00000001").await.unwrap();
+            assert_eq!(files.len(), 4, "nothing else stays: {files:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_of_this_machine_is_sent_in_parts() {
+        let (folder, storages) = storages();
+        for storage in storages {
+            for length in [0, 9, 2 * PART + 1] {
+                let (_, bytes, _) = content(length);
+                let file = folder.path().join("file");
+                std::fs::write(&file, &bytes).unwrap();
+                storage.send(&Path::from("copy"), std::fs::File::open(&file).unwrap()).await.unwrap();
+                assert!(storage.read(&Path::from("copy")).await.unwrap() == bytes);
+            }
+        }
+    }
+}

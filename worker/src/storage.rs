@@ -1,0 +1,159 @@
+//! The run's checkpoint storage, as a worker reaches it.
+//!
+//! 1. Nothing is written before the storage was seen to be the run's.
+//! 2. A storage that is away when a worker comes is taken for the run's until it can be asked: else a worker that replaces
+//!    a lost one meanwhile would write no checkpoint for as long as it lives.
+//! 3. A checkpoint is read aside: the training thread looks up from it when it is told to leave its group, and goes on with
+//!    what was read in the next one.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ganglion_membership::Checkpoint;
+use ganglion_storage::{Address, Blocking, Pauses, Storage, reason};
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
+
+use crate::checkpoint::{CheckpointError, Snapshot};
+
+/// How long a worker that comes waits for an answer. A refusal takes no longer, one for want of credentials included.
+const FIRST_LIMIT: Duration = Duration::from_secs(40);
+/// How long a storage that is away is waited for by whoever can do nothing else.
+const LIMIT: Duration = Duration::from_secs(600);
+/// The first pause between two attempts, and the longest.
+pub const PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
+
+/// A storage that belongs to a run, or does not.
+pub struct RunStorage {
+    blocking: Blocking,
+    run: String,
+    /// Whether it was seen to be the run's.
+    known: AtomicBool,
+    /// Whether this worker can write to it, as far as is known.
+    pub seen: bool,
+}
+
+impl RunStorage {
+    /// Opens the storage at an address and asks whose it is.
+    ///
+    /// # Errors
+    /// The address cannot be used by this program at all; says why, and how to mend it.
+    pub fn open(address: &str, run: &str) -> Result<RunStorage, String> {
+        let wrong = |what: String| format!("checkpoint.url {address}: {what}");
+        let parsed = Address::parse(address).map_err(wrong)?;
+        let opened = match (&parsed, Storage::open(&parsed)) {
+            // A folder that this machine does not have.
+            (Address::Folder(_), Err(_)) => None,
+            (_, opened) => Some(opened.map_err(wrong)?),
+        };
+        let is_there = opened.is_some();
+        let blocking = Blocking::new(opened.unwrap_or_else(Storage::in_memory));
+        let blocking = blocking.map_err(|error| wrong(error.to_string()))?;
+        let mut storage =
+            RunStorage { blocking, run: run.to_string(), known: AtomicBool::new(false), seen: false };
+        storage.seen = is_there && storage.ask();
+        Ok(storage)
+    }
+
+    fn ask(&self) -> bool {
+        let storage = self.storage();
+        match self.wait(async { timeout(FIRST_LIMIT, storage.owner()).await }) {
+            Ok(Ok(owner)) => {
+                let is_ours = owner.as_ref() == Some(&self.run);
+                self.known.store(is_ours, Ordering::Relaxed);
+                is_ours
+            }
+            Ok(Err(error)) if !storage.is_away(&error) => {
+                let (address, reason) = (storage.address(), reason(&error));
+                tracing::warn!("this worker writes no checkpoints: {address}: {reason}");
+                false
+            }
+            Ok(Err(_)) | Err(_) => {
+                tracing::warn!(
+                    "{} does not answer; it is asked again before something is written",
+                    storage.address()
+                );
+                true
+            }
+        }
+    }
+
+    /// The storage itself.
+    pub fn storage(&self) -> &Storage {
+        self.blocking.storage()
+    }
+
+    /// Waits for something that is done with it.
+    pub fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+        self.blocking.wait(work)
+    }
+
+    /// Sees to it that the storage is the run's, before something is written.
+    pub async fn check(&self) -> Result<(), CheckpointError> {
+        if self.known.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let failed = |source| CheckpointError::Storage { file: "the run's marker".to_string(), source };
+        if self.storage().owner().await.map_err(failed)?.as_ref() != Some(&self.run) {
+            let what = format!("{} is not this run's storage", self.storage().address());
+            return Err(CheckpointError::Corrupt(what));
+        }
+        self.known.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Does something until the storage is not away, for a while at most.
+    pub async fn patiently<T>(
+        &self,
+        work: impl AsyncFn() -> Result<T, CheckpointError>,
+    ) -> Result<T, CheckpointError> {
+        let (started, mut pauses) = (Instant::now(), Pauses::new(PAUSES[0], PAUSES[1]));
+        loop {
+            match work().await {
+                Err(CheckpointError::Storage { file, source })
+                    if self.storage().is_away(&source) && started.elapsed() < LIMIT =>
+                {
+                    tracing::warn!("{file}: {}; trying again", reason(&source));
+                    sleep(pauses.draw()).await;
+                }
+                done => return done,
+            }
+        }
+    }
+}
+
+/// A checkpoint that is being read.
+pub struct Reading {
+    checkpoint: Checkpoint,
+    result: oneshot::Receiver<Result<Snapshot, CheckpointError>>,
+}
+
+impl Reading {
+    /// Goes on with `earlier` if that is of the same checkpoint; else starts to read it by `read`.
+    pub fn of(
+        earlier: Option<Reading>,
+        checkpoint: &Checkpoint,
+        read: impl FnOnce() -> Result<Snapshot, CheckpointError> + Send + 'static,
+    ) -> std::io::Result<Reading> {
+        if let Some(earlier) = earlier.filter(|earlier| earlier.checkpoint == *checkpoint) {
+            return Ok(earlier);
+        }
+        let (done, result) = oneshot::channel();
+        let work = move || drop(done.send(read()));
+        thread::Builder::new().name("read".to_string()).spawn(work)?;
+        Ok(Reading { checkpoint: checkpoint.clone(), result })
+    }
+
+    /// Waits a little; returns what was read once it is there.
+    pub fn poll(&mut self, storage: &Arc<RunStorage>) -> Option<Result<Snapshot, CheckpointError>> {
+        const LOOK: Duration = Duration::from_millis(100);
+        let lost = || CheckpointError::Corrupt("the thread that read the checkpoint is gone".to_string());
+        match storage.wait(async { timeout(LOOK, &mut self.result).await }) {
+            Ok(Ok(read)) => Some(read),
+            Ok(Err(_)) => Some(Err(lost())),
+            Err(_) => None,
+        }
+    }
+}
