@@ -141,7 +141,10 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=media)
 
     def open(self, url):
+        """Loads a page; returns once it is another than the one before."""
+        self.evaluate("window.before = true")
         self.call("Page.navigate", url=url)
+        wait_for(url, lambda: self.evaluate("window.before !== true && document.readyState === 'complete'"))
 
     def evaluate(self, script):
         """The value of an expression in the page."""

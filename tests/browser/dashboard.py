@@ -91,6 +91,7 @@ class Page:
         """How many pixels of a chart are not empty."""
         return self.browser.evaluate(
             f"""(() => {{ const canvas = document.querySelector('#{chart} canvas');
+            if (!canvas || !canvas.width) return 0;
             const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
             let count = 0; for (let at = 3; at < pixels.length; at += 4) if (pixels[at]) count += 1; return count; }})()"""
         )

@@ -13,7 +13,6 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
 
 use super::View;
-use super::status::activity;
 use crate::journal::now;
 use crate::report::chronicle::{Chronicle, Known, RowLine};
 
@@ -229,12 +228,7 @@ fn of_workers(registry: &mut Registry, workers: &[WorkerStatus]) {
     let infos = workers.iter().map(|worker| {
         let rank = worker.rank.map_or(String::new(), |rank| rank.to_string());
         let mut labels = labels(worker);
-        labels.extend([
-            ("rank", rank),
-            ("pid", worker.pid.to_string()),
-            ("device", worker.device.clone()),
-            ("activity", activity(worker.activity()).to_string()),
-        ]);
+        labels.extend([("rank", rank), ("pid", worker.pid.to_string()), ("device", worker.device.clone())]);
         (labels, 1.0)
     });
     gauges(registry, "worker_info", "Who the worker is", infos);

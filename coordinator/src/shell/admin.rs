@@ -1,8 +1,9 @@
 //! What operators ask for.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ganglion_membership::{Event, WorkerId};
+use ganglion_membership::{Event, Member, WorkerId};
 use ganglion_proto::activity_to_wire;
 use ganglion_proto::wire::{GetStatusResponse, WorkerStatus};
 use serde_json::json;
@@ -85,6 +86,12 @@ impl Shell {
         let world_size = group.map_or(0, |group| group.members.len());
         let samples = self.machine.samples().or(self.samples);
         let complete = self.is_complete.then_some("complete");
+        let members = (0u32..).zip(group.map_or(&[][..], |group| &group.members));
+        let places: BTreeMap<WorkerId, (u32, &Member)> =
+            members.map(|(rank, member)| (member.worker, (rank, member))).collect();
+        let worker = |(worker, known): (&WorkerId, &Connected)| {
+            self.worker_status(*worker, known, places.get(worker).copied())
+        };
         GetStatusResponse {
             name: self.job.job.name.clone(),
             run: self.run.clone(),
@@ -100,21 +107,24 @@ impl Shell {
             phases_per_step: self.job.phases_per_step(),
             world_size: u32::try_from(world_size).unwrap_or(u32::MAX),
             failure_deadline: self.job.job.failure_deadline,
-            workers: self.workers.iter().map(|(worker, known)| self.worker_status(*worker, known)).collect(),
+            workers: self.workers.iter().map(worker).collect(),
         }
     }
 
-    fn worker_status(&self, worker: WorkerId, known: &Connected) -> WorkerStatus {
-        let members = self.machine.group().map_or(&[][..], |group| &group.members);
-        let rank = members.iter().position(|member| member.worker == worker);
-        let shards = rank.map_or(0..0, |rank| members[rank].shards.clone());
+    fn worker_status(
+        &self,
+        worker: WorkerId,
+        known: &Connected,
+        place: Option<(u32, &Member)>,
+    ) -> WorkerStatus {
+        let shards = place.map_or(0..0, |(_, member)| member.shards.clone());
         let (progress, usage) =
             known.heard.map_or_else(Default::default, |(_, progress, usage)| (progress, usage));
         WorkerStatus {
             worker: worker.0,
             host: known.host.clone(),
             pid: known.pid,
-            rank: rank.and_then(|rank| u32::try_from(rank).ok()),
+            rank: place.map(|(rank, _)| rank),
             device: known.device.clone(),
             first_shard: shards.start,
             shards: shards.end - shards.start,

@@ -8,6 +8,7 @@ const PERIOD = 1500;
 const ANSWER_LIMIT = 6000;
 const POINTS = 500;
 const EVENTS_SHOWN = 200;
+const EVENTS_KEPT = 50000;
 const FRAME = 160;
 
 const $ = (id) => document.getElementById(id);
@@ -55,18 +56,20 @@ let awaySince = null;
 
 const charts = {
   loss: new Chart($('c-loss'), {
+    smooth: true,
     series: [
       { key: 'loss_discriminator', label: 'D', color: '--d' },
       { key: 'loss_generator', label: 'G', color: '--g' },
     ],
   }),
   score: new Chart($('c-score'), {
+    smooth: true,
     series: [
       { key: 'score_real', label: 'real', color: '--d' },
       { key: 'score_fake', label: 'fake', color: '--g' },
     ],
   }),
-  rate: new Chart($('c-rate'), { grounded: true, series: [{ key: 'images_per_second', label: 'images/s', color: '--d' }] }),
+  rate: new Chart($('c-rate'), { grounded: true, smooth: true, series: [{ key: 'images_per_second', label: 'images/s', color: '--d' }] }),
   time: new Chart($('c-time'), {
     stacked: true,
     unit: ' ms',
@@ -106,6 +109,7 @@ async function look() {
   while (known.next < status.events) {
     const page = await ask(`/api/events?after=${known.next}`);
     for (const { event } of page.events) known.events.push(event);
+    known.events.splice(0, known.events.length - EVENTS_KEPT);
     if (page.next <= known.next) break;
     known.next = page.next;
   }

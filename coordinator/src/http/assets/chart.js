@@ -33,8 +33,8 @@ function quantile(sorted, share) {
 
 export class Chart {
   /** `series`: [{ key, label, color }], where a color names a custom property of CSS. */
-  constructor(card, { series, stacked = false, range = null, grounded = false, unit = '' }) {
-    Object.assign(this, { card, series, stacked, range, grounded, unit, data: null, marks: [], at: null });
+  constructor(card, { series, stacked = false, range = null, grounded = false, smooth = false, unit = '' }) {
+    Object.assign(this, { card, series, stacked, range, grounded, smooth, unit, data: null, marks: [], at: null });
     this.plot = card.querySelector('.plot');
     this.canvas = document.createElement('canvas');
     this.canvas.tabIndex = 0;
@@ -200,18 +200,12 @@ export class Chart {
     for (const one of this.shown()) {
       const { mean } = this.data[one.key];
       ctx.strokeStyle = color(one.color);
-      ctx.lineWidth = 1.6;
-      ctx.lineJoin = 'round';
-      ctx.beginPath();
-      let pen = false;
-      step.forEach((at, i) => {
-        if (mean[i] === null) pen = false;
-        else {
-          ctx[pen ? 'lineTo' : 'moveTo'](x(at), y(mean[i]));
-          pen = true;
-        }
-      });
-      ctx.stroke();
+      if (this.smooth) {
+        ctx.globalAlpha = 0.3;
+        stroke(ctx, step, mean, x, y, 1);
+        ctx.globalAlpha = 1;
+      }
+      stroke(ctx, step, this.smooth ? smoothed(mean) : mean, x, y, 1.6);
       if (step.length === 1 && mean[0] !== null) dot(ctx, x(step[0]), y(mean[0]), color(one.color));
     }
   }
@@ -300,6 +294,33 @@ export class Chart {
     tip.style.left = `${Math.max(8, beyond ? place - 14 - tip.offsetWidth : place + 14)}px`;
     tip.style.top = `${Math.max(8, frame.top + 12)}px`;
   }
+}
+
+function stroke(ctx, step, values, x, y, width) {
+  ctx.lineWidth = width;
+  ctx.lineJoin = 'round';
+  ctx.beginPath();
+  let pen = false;
+  step.forEach((at, i) => {
+    if (values[i] === null) pen = false;
+    else {
+      ctx[pen ? 'lineTo' : 'moveTo'](x(at), y(values[i]));
+      pen = true;
+    }
+  });
+  ctx.stroke();
+}
+
+/** The trend of noisy values: a moving average over a fortieth of them. */
+function smoothed(values) {
+  const keep = 1 - 2 / (Math.max(1, values.length / 40) + 1);
+  let [sum, weight] = [0, 0];
+  return values.map((value) => {
+    if (value === null) return null;
+    sum = keep * sum + (1 - keep) * value;
+    weight = keep * weight + (1 - keep);
+    return weight ? sum / weight : value;
+  });
 }
 
 function dot(ctx, x, y, fill, ring) {
