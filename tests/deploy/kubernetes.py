@@ -21,6 +21,22 @@ OVERLAYS = ROOT / "deploy/kubernetes/overlays"
 VERSION = "1.32"
 LIMIT_SECONDS = 60
 COMPONENT = "app.kubernetes.io/component"
+# What is tried beside the overlays as they are: one of them with a component, and a job to go with it.
+VARIANTS = {
+    "cpu with object-store": """
+resources: [{overlays}/cpu]
+components: [{overlays}/../components/object-store]
+configMapGenerator:
+  - {{name: ganglion-job, namespace: ganglion, behavior: merge, files: [job.toml]}}
+""",
+}
+VARIANT_JOB = """
+[job]
+name = "variant"
+steps = 10
+[checkpoint]
+url = "s3://bucket/run"
+"""
 # Made by people or by cert-manager; docs/kubernetes.md says how.
 SECRETS = {"ganglion-join-token", "ganglion-coordinator-tls", "ganglion-worker-tls"}
 # Those that the restricted profile allows, of the ones that we use.
@@ -35,7 +51,7 @@ class Rendered:
     """The objects of an overlay, by kind and name."""
 
     def __init__(self, overlay, objects):
-        self.overlay = overlay
+        self.overlay = overlay.split()[0]
         self.objects = objects
 
     def of(self, kind):
@@ -208,6 +224,14 @@ def all_see_the_checkpoints(rendered):
         assert len(volumes) == 1, f"{url} is not one volume"
         modes = rendered.one("PersistentVolumeClaim", "ganglion-checkpoints")["spec"]["accessModes"]
         assert modes == ["ReadWriteMany"], "a volume for one node"
+    else:
+        assert not rendered.of("PersistentVolumeClaim"), "a claim that nobody needs"
+        for _, container in rendered.containers():
+            sources = [source["secretRef"]["name"] for source in container["envFrom"]]
+            assert sources == ["ganglion-object-store"], f"{container['name']} has no credentials for {url}"
+        stranger = {"metadata": {"labels": {"app": "other"}}}
+        for pod in rendered.pods():
+            assert admitted(rendered, "Egress", pod, stranger, 443), f"a policy keeps pods from {url}"
 
 
 def connections_are_protected_or_said_not_to_be(rendered):
@@ -274,6 +298,10 @@ def add_secret(rendered):
     rendered.objects.append({"kind": "Secret", "metadata": {"name": "ganglion-join-token"}})
 
 
+def hide_storage(component):
+    return lambda rendered: rendered.container(component).update(volumeMounts=[], envFrom=[])
+
+
 CLAIMS = {
     pods_keep_the_restricted_profile: [
         drop("p.worker.spec.securityContext.seccompProfile"),
@@ -307,7 +335,7 @@ CLAIMS = {
         put("c.worker.volumeMounts.0.name", "other"),
         put("p.coordinator.spec.volumes.0", {"name": "checkpoints", "persistentVolumeClaim": {"claimName": "x"}}),
     ],
-    all_see_the_checkpoints: [put("PersistentVolumeClaim.ganglion-checkpoints.spec.accessModes", ["ReadWriteOnce"])],
+    all_see_the_checkpoints: [hide_storage("worker"), hide_storage("coordinator")],
     connections_are_protected_or_said_not_to_be: [
         put("c.coordinator.readinessProbe.httpGet.path", "/healthz"),
         put("c.worker.env.0.value", "http://elsewhere:7000"),
@@ -358,20 +386,35 @@ def check_schemas(text, packages):
     return wrong if any(line.startswith("INFO") for line in said) else wrong or ["nothing was checked"]
 
 
-def check(overlay, render, packages, yaml):
-    command = [*render, str(OVERLAYS / overlay)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+def render(command, name):
+    """The text of an overlay or a variant; raises ValueError with what is wrong with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = OVERLAYS / name
+        if name in VARIANTS:
+            place = Path(folder).resolve()
+            text = VARIANTS[name].format(overlays=os.path.relpath(OVERLAYS, place))
+            (place / "kustomization.yaml").write_text(text)
+            (place / "job.toml").write_text(VARIANT_JOB)
+        done = subprocess.run([*command, str(place)], capture_output=True, text=True, timeout=LIMIT_SECONDS)
     if done.returncode != 0 or done.stderr:
-        return [f"{' '.join(command)}: {done.stderr.strip()}"]
-    wrong = check_schemas(done.stdout, packages)
-    rendered = Rendered(overlay, [item for item in yaml.safe_load_all(done.stdout) if item])
+        raise ValueError(f"it does not render: {done.stderr.strip()}")
+    return done.stdout
+
+
+def check(name, command, packages, yaml):
+    try:
+        text = render(command, name)
+    except ValueError as error:
+        return [str(error)]
+    wrong = check_schemas(text, packages)
+    rendered = Rendered(name, [item for item in yaml.safe_load_all(text) if item])
     for claim, breaches in CLAIMS.items():
-        name = claim.__name__.replace("_", " ")
+        title = claim.__name__.replace("_", " ")
         broken = holds(claim, rendered)
         if broken:
-            wrong.append(f"{name}: {broken}")
+            wrong.append(f"{title}: {broken}")
         elif not all(notices(claim, breach, rendered) for breach in breaches):
-            wrong.append(f"{name}: the check does not notice when this is broken")
+            wrong.append(f"{title}: the check does not notice when this is broken")
     return wrong
 
 
@@ -385,15 +428,15 @@ def main():
     except ImportError as error:
         print(f"error: --packages {packages}: {error}; pip install --target it kubernetes-validate", file=sys.stderr)
         return 2
-    render = renderer()
-    if render is None:
+    command = renderer()
+    if command is None:
         print("error: neither kustomize nor kubectl is on the PATH; install one of them", file=sys.stderr)
         return 2
     failed = False
-    for overlay in sorted(path.name for path in OVERLAYS.iterdir()):
-        wrong = check(overlay, render, packages, yaml)
+    for name in [*sorted(path.name for path in OVERLAYS.iterdir()), *VARIANTS]:
+        wrong = check(name, command, packages, yaml)
         failed |= bool(wrong)
-        print(f"{overlay}: " + ("\n  ".join(["", *wrong]) if wrong else f"valid in {VERSION}, {len(CLAIMS)} claims hold"))
+        print(f"{name}: " + ("\n  ".join(["", *wrong]) if wrong else f"valid in {VERSION}, {len(CLAIMS)} claims hold"))
     return 1 if failed else 0
 
 
