@@ -1,11 +1,7 @@
 #include <chrono>
-#include <stdexcept>
 #include <string>
 #include <utility>
 
-#include <dlfcn.h>
-
-#include <c10/util/env.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 
 #include "c10d/src/ffi.rs.h"
@@ -80,22 +76,6 @@ std::unique_ptr<Group> gloo_group(
       make_store(std::move(store), prefix, timeout), rank, world_size, std::move(options));
   group->setTimeout(std::chrono::milliseconds(limits.operation_ms));
   return std::make_unique<Group>(std::make_unique<GlooEngine>(std::move(group)));
-}
-
-// Gloo has no other way to be told. The files are read again for each group.
-void gloo_over_tls(rust::Str key, rust::Str certificate, rust::Str authorities) {
-  // Gloo loads it by these names and no others. It would only be missed once a group is made.
-  if (dlopen("libssl.so", RTLD_LAZY) == nullptr && dlopen("libssl.so.1.1", RTLD_LAZY) == nullptr) {
-    throw std::runtime_error(
-        "Gloo over TLS needs OpenSSL under the name libssl.so; install its development package, such as libssl-dev");
-  }
-  const auto set = [](const char* name, const std::string& value) {
-    c10::utils::set_env(name, value.c_str(), /*overwrite=*/true);
-  };
-  set("GLOO_DEVICE_TRANSPORT", "TCP_TLS");
-  set("GLOO_DEVICE_TRANSPORT_TCP_TLS_PKEY", std::string(key));
-  set("GLOO_DEVICE_TRANSPORT_TCP_TLS_CERT", std::string(certificate));
-  set("GLOO_DEVICE_TRANSPORT_TCP_TLS_CA_FILE", std::string(authorities));
 }
 
 } // namespace c10d_shim

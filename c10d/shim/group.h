@@ -76,9 +76,6 @@ std::unique_ptr<Group> gloo_group(
     rust::Box<StoreHandle> store,
     rust::Str prefix);
 
-// Lets all groups that are made from now on speak TLS 1.3 with these files, and with nobody without a certificate.
-void gloo_over_tls(rust::Str key, rust::Str certificate, rust::Str authorities);
-
 // Whether this tensor is dense, contiguous, one-dimensional, without gradient.
 bool is_flat(const at::Tensor& tensor);
 // Whether this is the only tensor object that refers to its memory, and the only reference to it.

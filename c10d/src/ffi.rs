@@ -88,8 +88,6 @@ pub(crate) mod shim {
             prefix: &str,
         ) -> Result<UniquePtr<Group>>;
 
-        fn gloo_over_tls(key: &str, certificate: &str, authorities: &str) -> Result<()>;
-
         fn live_handles() -> usize;
         fn wait_for_handles(timeout_ms: u64) -> usize;
 

@@ -44,19 +44,6 @@ pub struct GlooOptions {
     pub address: GlooAddress,
 }
 
-/// Lets all groups over Gloo that this process makes from now on speak TLS with these files, in PEM: the own private key,
-/// the own certificate and those between it and an authority, the authorities whose certificates are accepted. Each end
-/// asks the other for a certificate; it must be good for clients and servers, and its names are not looked at. The files are
-/// read for each group anew. NCCL does not encrypt.
-///
-/// It sets the environment, so call it before another thread may read that.
-///
-/// # Errors
-/// [`Error::Fatal`] if there is no OpenSSL that Gloo can load. Files that cannot be used show when a group is made.
-pub fn speak_tls(key: &str, certificate: &str, authorities: &str) -> Result<(), Error> {
-    Ok(shim::gloo_over_tls(key, certificate, authorities)?)
-}
-
 /// How elements are combined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReduceOp {

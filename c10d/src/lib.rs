@@ -55,7 +55,7 @@ mod tcp_store;
 pub use backend::{live_handles, wait_for_handles};
 pub use buffer::Buffer;
 pub use error::{Error, Refused};
-pub use group::{GlooAddress, GlooOptions, Group, Launch, ReduceOp, speak_tls};
+pub use group::{GlooAddress, GlooOptions, Group, Launch, ReduceOp};
 #[cfg(feature = "cuda")]
 pub use nccl::NcclOptions;
 pub use pending::{Aborter, Lent, Pending};

@@ -15,6 +15,7 @@ use rcgen::{
     KeyUsagePurpose,
 };
 use time::{Duration, OffsetDateTime};
+use tokio_rustls::rustls::pki_types::ServerName;
 
 use crate::run::Failure;
 use crate::supervisor::new_token;
@@ -75,6 +76,11 @@ impl Init {
                 "it is there already; name a new folder, or remove it if nobody uses it".to_string(),
             ));
         }
+        if let Some(host) = self.hosts.iter().find(|host| !is_name(host)) {
+            return Err(Failure::Input(format!(
+                "--host {host}: no name of a machine; give names such as trainer.example.org, or addresses"
+            )));
+        }
         let authority = match &self.ca {
             None => Authority::new().map_err(failed)?,
             Some(folder) => Authority::read(folder)
@@ -102,7 +108,7 @@ impl Init {
         let local = LOCAL.map(str::to_string);
         let mut hosts: Vec<String> = self.hosts.iter().cloned().chain(local).chain(machine).collect();
         let mut seen = std::collections::BTreeSet::new();
-        hosts.retain(|host| !host.is_empty() && seen.insert(host.clone()));
+        hosts.retain(|host| is_name(host) && seen.insert(host.clone()));
         hosts
     }
 
@@ -112,10 +118,7 @@ impl Init {
         name: &str,
         hosts: Vec<String>,
     ) -> Result<(String, String), Failure> {
-        let wrong = |error: rcgen::Error| {
-            Failure::Input(format!("--host: {error}; give names such as trainer.example.org, or addresses"))
-        };
-        let mut params = CertificateParams::new(hosts).map_err(wrong)?;
+        let mut params = CertificateParams::new(hosts).map_err(failed)?;
         name_it(&mut params, name, self.days);
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         // Workers are servers to each other, and operators use the coordinator's as clients.
@@ -170,6 +173,11 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params
     }
+}
+
+/// Whether a certificate can be for this: a DNS name, perhaps for a whole domain, or an address.
+fn is_name(host: &str) -> bool {
+    ServerName::try_from(host.strip_prefix("*.").unwrap_or(host)).is_ok()
 }
 
 fn name_it(params: &mut CertificateParams, name: &str, days: u32) {

@@ -10,10 +10,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio_rustls::rustls;
-use tokio_rustls::rustls::RootCertStore;
 use tokio_rustls::rustls::crypto::CryptoProvider;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::version::TLS13;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tonic::Request;
 use tonic::metadata::AsciiMetadataValue;
 use webpki::{EndEntityCert, KeyUsage};
@@ -167,13 +169,34 @@ impl Identity {
         own.is_some_and(|own| own.is_ok_and(|own| own.verify_is_valid_for_subject_name(name).is_ok()))
     }
 
-    /// How to connect as this process.
-    pub fn client(self) -> Result<rustls::ClientConfig, rustls::Error> {
-        let builder = rustls::ClientConfig::builder_with_provider(provider());
-        let builder = builder.with_protocol_versions(&[&rustls::version::TLS13])?;
-        let mut config =
-            builder.with_root_certificates(self.roots).with_client_auth_cert(self.chain, self.key)?;
-        config.alpn_protocols = vec![b"h2".to_vec()];
+    /// A name that others can check this certificate by.
+    pub fn peer_name(&self) -> Result<String, CredentialError> {
+        let name = self.names().into_iter().next().map(|name| name.replacen('*', "any", 1));
+        name.ok_or_else(|| CredentialError::unusable("the own one is for no DNS name; make it with one"))
+    }
+
+    /// How to connect as this process, to speak a protocol.
+    pub fn client(self, protocol: &[u8]) -> Result<ClientConfig, CredentialError> {
+        let builder = ClientConfig::builder_with_provider(provider());
+        let builder = builder.with_protocol_versions(&[&TLS13]).map_err(CredentialError::unusable)?;
+        let builder = builder.with_root_certificates(self.roots);
+        let config = builder.with_client_auth_cert(self.chain, self.key);
+        let mut config = config.map_err(CredentialError::unusable)?;
+        config.alpn_protocols = vec![protocol.to_vec()];
+        Ok(config)
+    }
+
+    /// How to be connected to as this process, by those alone who have a certificate.
+    pub fn server(self, protocol: &[u8]) -> Result<ServerConfig, CredentialError> {
+        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots, provider()).build();
+        let verifier = verifier.map_err(CredentialError::unusable)?;
+        let builder = ServerConfig::builder_with_provider(provider());
+        let builder = builder.with_protocol_versions(&[&TLS13]).map_err(CredentialError::unusable)?;
+        let builder = builder.with_client_cert_verifier(verifier);
+        let mut config = builder.with_single_cert(self.chain, self.key).map_err(CredentialError::unusable)?;
+        config.alpn_protocols = vec![protocol.to_vec()];
+        // Nobody comes back to a connection.
+        config.send_tls13_tickets = 0;
         Ok(config)
     }
 }

@@ -120,7 +120,7 @@ impl Dial {
         let expected = self.name.as_deref().unwrap_or(host);
         let name = ServerName::try_from(expected.to_string())
             .map_err(|_| DialError::Wrong(format!("{expected} is no name that a certificate can be for")))?;
-        let config = self.files.read()?.client().map_err(|error| DialError::Wrong(error.to_string()))?;
+        let config = self.files.read()?.client(b"h2")?;
         let connector = TlsConnector::from(Arc::new(config));
         let explain = |error: io::Error| self.explain(expected, &error);
         let mut stream = connector.connect(name, stream).await.map_err(explain)?;

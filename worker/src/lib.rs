@@ -34,6 +34,7 @@ pub mod storage;
 pub mod team;
 pub mod trainer;
 pub mod tree;
+mod tunnel;
 
 /// Sets the threads inside one tensor operation, for the calling thread and those that it starts.
 pub fn set_threads(threads: u32) {

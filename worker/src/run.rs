@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ganglion_membership::{Fault, LoadedFacts};
-use ganglion_proto::credentials::{CA_FILE, CERTIFICATE_FILE, KEY_FILE, TlsFiles};
 use ganglion_proto::dial::Credentials;
 use ganglion_proto::log;
 use ganglion_proto::message::FromWorker;
@@ -64,10 +63,7 @@ pub fn run(
     device: DeviceChoice,
     trace: &Trace,
 ) -> Result<Released, Failure> {
-    // First of all: these set the environment, which threads read.
-    if let Some(files) = &credentials.tls {
-        encrypt_reduces(files)?;
-    }
+    // First of all: it sets the environment, which threads read.
     #[cfg(feature = "cuda")]
     c10d::cuda::prepare().map_err(|error| Failure::Other(error.to_string()))?;
     let device = device.resolve().map_err(Failure::Input)?;
@@ -125,17 +121,6 @@ pub fn run(
             return Err(Failure::Other(detail));
         }
     }
-}
-
-/// Lets groups over Gloo speak TLS with the same files.
-fn encrypt_reduces(files: &TlsFiles) -> Result<(), Failure> {
-    let path = |name: &str| {
-        let path = files.path(name);
-        let text = path.to_str().map(str::to_string);
-        text.ok_or_else(|| Failure::Input(format!("--tls-dir: {}: no path in UTF-8", path.display())))
-    };
-    c10d::speak_tls(&path(KEY_FILE)?, &path(CERTIFICATE_FILE)?, &path(CA_FILE)?)
-        .map_err(|error| Failure::Input(format!("--tls-dir: {error}")))
 }
 
 /// Tells a trace who this is, and the time by the clock on the wall: that of another machine has another time axis.

@@ -38,6 +38,8 @@ use lease::Lease;
 pub use probe::unreachable;
 use store::GrpcStore;
 
+use crate::tunnel::Tunnels;
+
 /// How a worker's part in a run ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
@@ -59,6 +61,8 @@ pub struct Session {
     /// The address under which this machine reaches the coordinator.
     local_address: std::net::IpAddr,
     credentials: Credentials,
+    /// What connects groups over Gloo if this worker speaks TLS.
+    tunnels: Option<Tunnels>,
 }
 
 /// What the training thread and the session's thread share.
@@ -270,6 +274,11 @@ impl Session {
     /// How the worker's GPU is used.
     pub fn gpu_use(&self) -> GpuUse {
         self.shared.gpu_use()
+    }
+
+    /// What connects groups over Gloo if this worker speaks TLS.
+    pub fn tunnels(&self) -> Option<&Tunnels> {
+        self.tunnels.as_ref()
     }
 
     /// Tells the heartbeats where training is.

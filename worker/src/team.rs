@@ -305,15 +305,25 @@ fn meet(
     let limits = session.limits();
     let generation = assignment.group.generation;
     let (store, term) = session.store();
-    let address = match std::env::var("GLOO_SOCKET_IFNAME") {
-        Ok(interface) => GlooAddress::Interface(interface),
-        Err(_) => GlooAddress::Hostname(session.local_address().to_string()),
+    let tunnels = session.tunnels().map(|tunnels| tunnels.group(rank, store.clone())).transpose();
+    let tunnels = tunnels.map_err(|error| c10d::Error::Fatal(format!("no tunnels: {error}")))?;
+    let address = match (&tunnels, std::env::var("GLOO_SOCKET_IFNAME")) {
+        (Some(tunnels), _) => GlooAddress::Hostname(tunnels.loopback().to_string()),
+        (None, Ok(interface)) => GlooAddress::Interface(interface),
+        (None, Err(_)) => GlooAddress::Hostname(session.local_address().to_string()),
     };
     let backend = assignment.group.backend;
     // The same limit as this worker's own waits have: a member that computes for long must not break the group.
     let (timeout, operation_timeout) = (limits.meet, limits.reduce);
     let options = GlooOptions { rank, world_size, timeout, operation_timeout, address };
-    let connect = move || connect(backend, options, store, device);
+    let connect = move || match tunnels.filter(|_| backend == Backend::Gloo) {
+        None => connect(backend, options, store, device),
+        Some(tunnels) => {
+            let group = connect(backend, options, tunnels.clone(), device)?;
+            // Else it would have found other ways than these.
+            tunnels.wait(world_size - 1, timeout).map(|()| group)
+        }
+    };
     // libtorch's own wait for peers cannot be interrupted: a thread that is told to leave walks away from it.
     let (done, met) = mpsc::channel();
     let waiter = std::thread::Builder::new().name("meet".to_string());

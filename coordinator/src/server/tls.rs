@@ -133,7 +133,7 @@ mod tests {
     /// Connects with the certificate of `client`; returns the one that the acceptor shows.
     async fn shown(acceptor: &Acceptor, client: &Path) -> io::Result<CertificateDer<'static>> {
         let (ours, theirs) = tokio::io::duplex(1 << 16);
-        let config = TlsFiles::new(client).read().unwrap().client().unwrap();
+        let config = TlsFiles::new(client).read().unwrap().client(b"h2").unwrap();
         let name = ServerName::try_from("localhost").unwrap();
         let connector = TlsConnector::from(Arc::new(config));
         let (accepted, connected) = tokio::join!(acceptor.accept(ours), connector.connect(name, theirs));

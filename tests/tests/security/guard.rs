@@ -158,8 +158,9 @@ async fn an_address_with_too_many_wrong_tokens_is_not_heard_but_for_those_with_a
     let endpoint = credentials.endpoint(&url.parse().unwrap()).unwrap();
     let token = secrets.token();
     let member = credentials.clone().connect(endpoint.clone()).await.unwrap();
+    // What is admitted learns that there is no such generation.
     let get = |channel: &Channel, token: &str| {
-        let key = Some(Key { term: 1, generation: 0, name: "k".to_string() });
+        let key = Some(Key { term: 1, generation: 9, name: "k".to_string() });
         let request = with(GetRequest { key, timeout_ms: 1 }, Some(token));
         let mut store = StoreServiceClient::new(channel.clone());
         async move { store.get(request).await.unwrap_err().code() }

@@ -21,6 +21,7 @@ use tonic::{Code, Request, Streaming};
 
 use super::lease::{Clock, Lease, boot_clock};
 use super::{End, Session, Shared, probe};
+use crate::tunnel::Tunnels;
 
 /// How long to look for the coordinator at first.
 const CONNECT_LIMIT: Duration = Duration::from_secs(20);
@@ -108,6 +109,8 @@ pub fn open(
     let system = |what: &str, error: std::io::Error| ConnectError::Refused(format!("{what}: {error}"));
     let local_address = data_address().unwrap_or_else(|| local_address_towards(address));
     let answers = probe::answer(local_address).map_err(|error| system("cannot listen for probes", error))?;
+    let tunnels = credentials.tls.clone().map(|files| Tunnels::open(files, local_address)).transpose();
+    let tunnels = tunnels.map_err(|error| system("cannot listen for reduces", error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .thread_name("session")
@@ -124,7 +127,7 @@ pub fn open(
     });
     // The runtime lives as long as the process, as the session does.
     std::mem::forget(runtime);
-    session
+    session.map(|session| Session { tunnels, ..session })
 }
 
 /// Opens a session on a machine; returns once the worker is welcome.
@@ -161,7 +164,7 @@ pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result
         }
     });
     let runtime = tokio::runtime::Handle::current();
-    Ok(Session { shared, outbox, runtime, local_address, credentials })
+    Ok(Session { shared, outbox, runtime, local_address, credentials, tunnels: None })
 }
 
 /// SIGTERM and SIGINT of this process.

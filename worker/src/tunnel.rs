@@ -1,0 +1,388 @@
+//! TLS for reduces over Gloo.
+//!
+//! Gloo has a transport of its own that should encrypt. In libtorch 2.11 it reads the certificates and then makes plain
+//! connections: `tcp::Context::createAndConnectAllPairs` does not ask the encrypting context for its pairs. So each
+//! member's Gloo listens on the loopback interface alone, and tunnels connect them:
+//!
+//! ```text
+//! Gloo of rank 2 -> entry on rank 2's loopback  ==TLS==>  exit of rank 0 -> Gloo of rank 0, on its loopback
+//! ```
+//!
+//! 1. What leaves the machine goes over TLS 1.3 with certificates on both ends. The one that answers shows a certificate for
+//!    the name that it told the group.
+//! 2. A connection reaches only the group whose secret it shows. Secrets are in the group's store, which members alone read.
+//! 3. A group is used only once each of its connections came through here.
+//! 4. When one end of a tunnel breaks, the other does.
+//!
+//! Gloo's ranks find each other's addresses in the store, so the store is where entries are put in their place. Of two ranks
+//! that connects to the other whose address is greater: ranks listen, and have their entries, on 127.64.0.1, 127.64.0.2, ... .
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener as Listener};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use c10d::{KeyValueStore, StoreError};
+use ganglion_proto::credentials::{CredentialError, TlsFiles};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional_with_sizes};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::Semaphore;
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+
+/// What is spoken inside of TLS.
+const PROTOCOL: &[u8] = b"ganglion-tunnel";
+/// How long it may take to connect, to greet, and to show a secret.
+const GREETING_LIMIT: Duration = Duration::from_secs(10);
+/// Clients that may be greeting at once.
+const GREETING: usize = 256;
+/// Bytes that are taken over at once.
+const CHUNK: usize = 256 << 10;
+/// The family of IPv4's addresses, on Linux.
+const AF_INET: u16 = 2;
+/// How long to wait before connections are accepted again when that failed.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Which group a connection belongs to.
+type Secret = [u8; 32];
+
+/// This process's end of all tunnels.
+pub struct Tunnels {
+    shared: Arc<Shared>,
+    /// Threads of their own: what they encrypt must not keep the session's heartbeats.
+    runtime: Runtime,
+}
+
+struct Shared {
+    files: TlsFiles,
+    /// Where others reach the exits.
+    address: SocketAddr,
+    groups: Mutex<BTreeMap<Secret, Exit>>,
+}
+
+/// Where a group's connections come out.
+#[derive(Clone)]
+struct Exit {
+    gloo: SocketAddr,
+    progress: Arc<Progress>,
+}
+
+/// The connections of a group that are through, and why one is not.
+#[derive(Default)]
+struct Progress {
+    state: Mutex<(usize, Option<String>)>,
+    changed: Condvar,
+}
+
+impl Progress {
+    fn note(&self, joined: Result<(), String>) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match joined {
+            Ok(()) => state.0 += 1,
+            Err(why) => state.1 = Some(why),
+        }
+        self.changed.notify_all();
+    }
+}
+
+impl Tunnels {
+    /// Opens the exits, on an address by which other workers reach this machine.
+    pub fn open(files: TlsFiles, address: IpAddr) -> io::Result<Tunnels> {
+        let runtime =
+            Builder::new_multi_thread().worker_threads(2).thread_name("tunnel").enable_all().build()?;
+        let listener = Listener::bind((address, 0))?;
+        listener.set_nonblocking(true)?;
+        let shared = Arc::new(Shared { files, address: listener.local_addr()?, groups: Mutex::default() });
+        let entered = runtime.enter();
+        tokio::spawn(shared.clone().serve(TcpListener::from_std(listener)?));
+        drop(entered);
+        Ok(Tunnels { shared, runtime })
+    }
+
+    /// The store of a group, through which this rank's tunnels are made. It must live as long as the group.
+    pub fn group(&self, rank: usize, store: Arc<dyn KeyValueStore>) -> io::Result<Arc<Tunnelled>> {
+        let mut secret = Secret::default();
+        io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut secret)?;
+        let (shared, runtime) = (self.shared.clone(), self.runtime.handle().clone());
+        let (progress, tasks) = (Arc::default(), Mutex::default());
+        Ok(Arc::new(Tunnelled { shared, runtime, store, rank, secret, progress, tasks }))
+    }
+}
+
+impl Shared {
+    fn groups(&self) -> MutexGuard<'_, BTreeMap<Secret, Exit>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn serve(self: Arc<Shared>, listener: TcpListener) {
+        let greeting = Arc::new(Semaphore::new(GREETING));
+        loop {
+            let (stream, from) = match listener.accept().await {
+                Ok(came) => came,
+                Err(error) => {
+                    tracing::warn!("cannot accept a worker's connection: {error}");
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
+                }
+            };
+            let Ok(place) = greeting.clone().try_acquire_owned() else { continue };
+            let shared = self.clone();
+            tokio::spawn(async move {
+                let greeted = timeout(GREETING_LIMIT, shared.greet(stream)).await;
+                drop(place);
+                match greeted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+                    Ok((peer, exit)) => shared.leave(peer, exit).await,
+                    Err(error) => tracing::warn!("closed a connection from {from} for reduces: {error}"),
+                }
+            });
+        }
+    }
+
+    /// Sees another worker's certificate, and for which group it comes.
+    async fn greet(&self, stream: TcpStream) -> io::Result<(TlsStream<TcpStream>, Exit)> {
+        stream.set_nodelay(true)?;
+        let config = self.files.read().and_then(|own| own.server(PROTOCOL)).map_err(io::Error::other)?;
+        let mut peer = TlsAcceptor::from(Arc::new(config)).accept(stream).await?;
+        if peer.get_ref().1.alpn_protocol() != Some(PROTOCOL) {
+            return Err(io::Error::other("it speaks another protocol"));
+        }
+        let mut secret = Secret::default();
+        peer.read_exact(&mut secret).await?;
+        let exit = self.groups().get(&secret).cloned();
+        let exit = exit.ok_or_else(|| io::Error::other("it comes for a group that is not here"))?;
+        Ok((TlsStream::Server(peer), exit))
+    }
+
+    /// Connects a tunnel's end to this process's Gloo.
+    async fn leave(&self, peer: TlsStream<TcpStream>, exit: Exit) {
+        match TcpStream::connect(exit.gloo).await {
+            Ok(gloo) => {
+                exit.progress.note(Ok(()));
+                join(gloo, peer).await;
+            }
+            // Its group is over.
+            Err(error) => tracing::debug!("no group at the end of a tunnel: {error}"),
+        }
+    }
+
+    /// Connects to the exit of another worker.
+    async fn reach(&self, exit: &Told, secret: Secret) -> io::Result<TlsStream<TcpStream>> {
+        let stream = TcpStream::connect(exit.address).await?;
+        stream.set_nodelay(true)?;
+        let name = ServerName::try_from(exit.name.clone()).map_err(io::Error::other)?;
+        let config = self.files.read().and_then(|own| own.client(PROTOCOL)).map_err(io::Error::other)?;
+        let mut peer = TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
+        peer.write_all(&secret).await?;
+        peer.flush().await?;
+        Ok(TlsStream::Client(peer))
+    }
+}
+
+/// Carries all bytes both ways until both sides have ended, or one has broken.
+async fn join(mut gloo: TcpStream, mut peer: TlsStream<TcpStream>) {
+    if gloo.set_nodelay(true).is_ok() {
+        let _ = copy_bidirectional_with_sizes(&mut gloo, &mut peer, CHUNK, CHUNK).await;
+    }
+}
+
+/// What a member tells the others of its exit.
+#[derive(Debug, PartialEq, Eq)]
+struct Told {
+    secret: Secret,
+    address: SocketAddr,
+    /// The name that its certificate is for.
+    name: String,
+}
+
+impl Told {
+    fn to_bytes(&self) -> Vec<u8> {
+        [&self.secret[..], format!("{} {}", self.address, self.name).as_bytes()].concat()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Told> {
+        let (secret, text) = bytes.split_first_chunk()?;
+        let (address, name) = std::str::from_utf8(text).ok()?.split_once(' ')?;
+        Some(Told { secret: *secret, address: address.parse().ok()?, name: name.to_string() })
+    }
+}
+
+/// A group's store, in which the addresses of other ranks are those of this rank's entries to them.
+pub struct Tunnelled {
+    shared: Arc<Shared>,
+    runtime: tokio::runtime::Handle,
+    store: Arc<dyn KeyValueStore>,
+    rank: usize,
+    secret: Secret,
+    progress: Arc<Progress>,
+    /// The entries.
+    tasks: Mutex<Vec<AbortHandle>>,
+}
+
+impl Tunnelled {
+    /// Where this rank's Gloo listens.
+    pub fn loopback(&self) -> IpAddr {
+        loopback(self.rank).into()
+    }
+
+    /// Waits until so many connections came through.
+    pub fn wait(&self, connections: usize, limit: Duration) -> Result<(), c10d::Error> {
+        let state = self.progress.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let pending = |state: &mut (usize, Option<String>)| state.0 < connections && state.1.is_none();
+        let waited = self.progress.changed.wait_timeout_while(state, limit, pending);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match &state.1 {
+            Some(why) => Err(c10d::Error::PeerLost(why.clone())),
+            None if state.0 < connections => Err(c10d::Error::Timeout),
+            None => Ok(()),
+        }
+    }
+
+    /// Tells the others where connections to this rank's Gloo go, before they can look for it.
+    fn tell(&self, port: u16) -> Result<(), StoreError> {
+        let own = self.shared.files.read().and_then(|own| own.peer_name());
+        let name = own.map_err(|error: CredentialError| StoreError::Unreachable(error.to_string()))?;
+        let exit = Exit { gloo: (self.loopback(), port).into(), progress: self.progress.clone() };
+        self.shared.groups().insert(self.secret, exit);
+        let told = Told { secret: self.secret, address: self.shared.address, name };
+        self.store.set(&key(self.rank), &told.to_bytes())
+    }
+
+    /// Opens an entry to another rank; returns its port.
+    fn enter(&self, rank: usize, limit: Duration) -> Result<u16, StoreError> {
+        let failed = |what: String| StoreError::Unreachable(format!("no tunnel to rank {rank}: {what}"));
+        let told = Told::from_bytes(&self.store.get(&key(rank), limit)?);
+        let told = told.ok_or_else(|| failed("it told no address".to_string()))?;
+        let open = || {
+            let listener = Listener::bind((loopback(rank), 0))?;
+            listener.set_nonblocking(true)?;
+            Ok((listener.local_addr()?.port(), listener))
+        };
+        let (port, listener) = open().map_err(|error: io::Error| failed(error.to_string()))?;
+        let (shared, progress) = (self.shared.clone(), self.progress.clone());
+        let task = self.runtime.spawn(async move {
+            let through = async {
+                let (gloo, _) = TcpListener::from_std(listener)?.accept().await?;
+                let peer = timeout(GREETING_LIMIT, shared.reach(&told, told.secret));
+                Ok((gloo, peer.await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?))
+            };
+            let through =
+                through.await.map_err(|error: io::Error| format!("no tunnel to rank {rank}: {error}"));
+            if let Err(why) = &through {
+                tracing::warn!("{why}");
+            }
+            progress.note(through.as_ref().map(drop).map_err(String::clone));
+            if let Ok((gloo, peer)) = through {
+                join(gloo, peer).await;
+            }
+        });
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).push(task.abort_handle());
+        Ok(port)
+    }
+}
+
+impl Drop for Tunnelled {
+    fn drop(&mut self) {
+        self.shared.groups().remove(&self.secret);
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(AbortHandle::abort);
+    }
+}
+
+impl KeyValueStore for Tunnelled {
+    fn set(&self, key: &str, value: &[u8]) -> Result<(), StoreError> {
+        if let Some((at, rank)) = find(value)
+            && rank == self.rank
+        {
+            self.tell(u16::from_be_bytes([value[at], value[at + 1]]))?;
+        }
+        self.store.set(key, value)
+    }
+
+    fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>, StoreError> {
+        let mut value = self.store.get(key, timeout)?;
+        // The greater one connects; the other waits to be found.
+        if let Some((at, rank)) = find(&value)
+            && rank < self.rank
+        {
+            value[at..at + 2].copy_from_slice(&self.enter(rank, timeout)?.to_be_bytes());
+        }
+        Ok(value)
+    }
+
+    fn add(&self, key: &str, amount: i64) -> Result<i64, StoreError> {
+        self.store.add(key, amount)
+    }
+
+    fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>, StoreError> {
+        self.store.compare_set(key, expected, desired)
+    }
+
+    fn delete(&self, key: &str) -> Result<bool, StoreError> {
+        self.store.delete(key)
+    }
+
+    fn contains(&self, keys: &[&str]) -> Result<bool, StoreError> {
+        self.store.contains(keys)
+    }
+}
+
+fn key(rank: usize) -> String {
+    format!("tunnel/{rank}")
+}
+
+/// Where ranks listen: in the order of the ranks.
+fn loopback(rank: usize) -> Ipv4Addr {
+    let first = u32::from(Ipv4Addr::new(127, 64, 0, 1));
+    Ipv4Addr::from(first + u32::try_from(rank).expect("there are fewer ranks than loopback addresses"))
+}
+
+/// Finds the address of a rank in what Gloo writes to the store, a `sockaddr_in`; returns where its port is, and the rank.
+fn find(value: &[u8]) -> Option<(usize, usize)> {
+    let first = u32::from(loopback(0));
+    value.windows(16).enumerate().find_map(|(at, window)| {
+        let address = u32::from_be_bytes(*window[4..].first_chunk()?);
+        let is_ours = (first..first + (1 << 20)).contains(&address);
+        let is_inet = window[..2] == AF_INET.to_ne_bytes() && window[8..] == [0; 8];
+        (is_ours && is_inet).then_some((at + 2, (address - first) as usize))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(rank: usize, port: u16) -> Vec<u8> {
+        let name = [&7u64.to_ne_bytes()[..], b"machine"].concat();
+        let socket =
+            [&AF_INET.to_ne_bytes()[..], &port.to_be_bytes(), &loopback(rank).octets(), &[0; 120]].concat();
+        [name, socket, vec![1, 2, 3]].concat()
+    }
+
+    #[test]
+    fn addresses_of_ranks_are_found_and_nothing_else_is() {
+        assert!(loopback(0) < loopback(1) && loopback(255) < loopback(256) && loopback(300).is_loopback());
+        for rank in [0, 1, 255, 70_000] {
+            let bytes = address(rank, 4660);
+            let (at, found) = find(&bytes).unwrap();
+            assert_eq!((found, &bytes[at..at + 2]), (rank, &[0x12, 0x34][..]));
+        }
+        let mut other = address(3, 1);
+        let at = find(&other).unwrap().0;
+        other[at + 3] = 0;
+        assert_eq!(find(&other), None, "another address");
+        assert_eq!(find(b"7"), None);
+        assert_eq!(find(&[0; 500]), None);
+    }
+
+    #[test]
+    fn what_is_told_is_understood() {
+        let told = Told { secret: [7; 32], address: ([10, 1, 2, 3], 4).into(), name: "a.b".to_string() };
+        assert_eq!(Told::from_bytes(&told.to_bytes()), Some(told));
+        for wrong in [&b""[..], &[1; 32], &[1; 40]] {
+            assert_eq!(Told::from_bytes(wrong), None);
+        }
+    }
+}
