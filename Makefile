@@ -18,7 +18,7 @@ RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test simulate simulate-shell chaos check fmt lint docs licences proto-lint clean \
-	wheel image test-deploy test-kubernetes
+	wheel image test-browser test-cloud test-deploy test-kubernetes
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,8 +47,10 @@ endif
 	@$(PYTHON) -m pip install --quiet --target .libtorch torch==$(TORCH_VERSION) 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*'
 	@touch $@
 
-build: setup ## Build the programs.
-	$(CARGO) build --release --locked --workspace $(if $(CUDA),--features ganglion-worker/cuda)
+FEATURES := $(if $(CUDA),ganglion-worker/cuda) $(if $(CLOUD),ganglion-coordinator/cloud ganglion-worker/cloud)
+
+build: setup ## Build the programs (CUDA=1: for GPUs; CLOUD=1: with object stores).
+	$(CARGO) build --release --locked --workspace $(if $(strip $(FEATURES)),--features "$(strip $(FEATURES))")
 
 # ---- Use -------------------------------------------------------------------------------------------------------------
 
@@ -109,6 +111,17 @@ test-kubernetes: $(TOOLS)/kubernetes ## Check the manifests of deploy/kubernetes
 $(TOOLS)/kubernetes:
 	@$(PYTHON) -m pip install --quiet --target $@.new kubernetes-validate==1.37.0
 	@mv $@.new $@
+
+test-cloud: build $(TOOLS)/cloud ## Test checkpoints in an object store, with a server that speaks S3.
+	PATH="$(CURDIR)/$(TOOLS)/cloud/bin:$$PATH" PYTHONPATH="$(CURDIR)/$(TOOLS)/cloud" \
+		$(CARGO) test --release --locked -p ganglion-tests --features cloud --test object_store
+
+$(TOOLS)/cloud:
+	@$(PYTHON) -m pip install --quiet --target $@.new 'moto[server]==5.*'
+	@mv $@.new $@
+
+test-browser: build ## Look at the dashboard of a real run with a real browser. Needs Chromium.
+	$(PYTHON) tests/browser/dashboard.py
 
 check: fmt lint docs licences proto-lint test ## Everything that must be clean before a change lands.
 

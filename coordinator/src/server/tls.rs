@@ -153,7 +153,7 @@ mod tests {
         fs::create_dir(&used).unwrap();
         let put =
             |from: &str, file: &str| fs::copy(path(from).join(file), used.join(file)).map(drop).unwrap();
-        ["ca.crt", "tls.crt", "tls.key"].map(|file| put("old/coordinator", file));
+        ["ca.crt", "tls.crt", "tls.key"].iter().for_each(|file| put("old/coordinator", file));
         let acceptor = Acceptor::open(TlsFiles::new(&used), Clients::Members).unwrap();
         let old = shown(&acceptor, &path("old/worker")).await.unwrap();
         assert!(shown(&acceptor, &path("new/worker")).await.is_err(), "another authority");
@@ -161,7 +161,7 @@ mod tests {
         put("new/coordinator", "tls.crt");
         tokio::time::advance(LOOK).await;
         assert_eq!(shown(&acceptor, &path("old/worker")).await.unwrap(), old);
-        ["ca.crt", "tls.key"].map(|file| put("new/coordinator", file));
+        ["ca.crt", "tls.key"].iter().for_each(|file| put("new/coordinator", file));
         tokio::time::advance(LOOK).await;
         assert_ne!(shown(&acceptor, &path("new/worker")).await.unwrap(), old);
         assert!(shown(&acceptor, &path("old/worker")).await.is_err(), "its authority is not ours any more");
