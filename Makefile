@@ -18,7 +18,7 @@ RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test simulate simulate-shell chaos check fmt lint docs licences proto-lint clean \
-	wheel image test-browser test-cloud test-deploy test-kubernetes
+	wheel image check-alerts test-browser test-cloud test-deploy test-kubernetes
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -121,7 +121,12 @@ $(TOOLS)/cloud:
 	@mv $@.new $@
 
 test-browser: build ## Look at the dashboard of a real run with a real browser. Needs Chromium.
-	$(PYTHON) tests/browser/dashboard.py
+	$(PYTHON) tests/browser/dashboard.py --programs target/release
+
+check-alerts: ## Check the alerts and the configuration for Prometheus. Needs promtool.
+	promtool check rules deploy/prometheus/alerts.yml
+	promtool check config deploy/prometheus/prometheus.yml
+	promtool test rules deploy/prometheus/alerts_test.yml
 
 check: fmt lint docs licences proto-lint test ## Everything that must be clean before a change lands.
 

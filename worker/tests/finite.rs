@@ -69,6 +69,10 @@ fn every_part_of_a_leaf_is_judged_and_named() {
         let behind = Tensor::full([16], f64::NAN, (Kind::Float, Device::Cpu));
         let roomy = Tensor::cat(&[leaf(&layout, 0, 1.0), behind], 0);
         assert_eq!(verdict(&bench, module, &roomy, &[]), Ok(Verdict::Commit));
+        // Scores are for people: one that is not finite decides nothing.
+        for at in layout.scores() {
+            assert_eq!(verdict(&bench, module, &leaf(&layout, at, f32::NAN), &[]), Ok(Verdict::Commit));
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 // The page of a run. It asks the coordinator again and again, and shows what it knows while there is none.
 // Whatever comes from outside is put in as text, never as HTML.
 
-import { Chart, brief } from './chart.js';
+import { Chart, figure } from './chart.js';
 import { Timeline } from './timeline.js';
 
 const PERIOD = 1500;
@@ -234,16 +234,16 @@ function secondsPerStep({ step, time }) {
 function showTiles(status, metrics) {
   const at = metrics.step.length - 1;
   const of = (key) => (at < 0 ? null : metrics[key].mean[at]);
-  set('t-rate', brief(of('images_per_second')));
+  set('t-rate', figure(of('images_per_second')));
   set('t-seen', at < 0 ? '\u00a0' : `step ${whole(metrics.step[at])}`);
-  set('t-loss-d', brief(of('loss_discriminator')));
-  set('t-loss-g', brief(of('loss_generator')));
-  set('t-real', brief(of('score_real')));
-  set('t-fake', brief(of('score_fake')));
+  set('t-loss-d', figure(of('loss_discriminator')));
+  set('t-loss-g', figure(of('loss_generator')));
+  set('t-real', figure(of('score_real')));
+  set('t-fake', figure(of('score_fake')));
   const parts = ['data', 'compute', 'wait', 'commit', 'other'].map(of);
   const total = parts.reduce((sum, part) => sum + (part ?? 0), 0);
   set('t-wait', total ? `${Math.round((100 * parts[2]) / total)} %` : '–');
-  set('t-step', total ? `of ${brief(total)} ms a step` : '\u00a0');
+  set('t-step', total ? `of ${figure(total)} ms a step` : '\u00a0');
   const members = status.workers.filter((worker) => worker.rank !== null).length;
   set('t-workers', String(status.workers.length));
   const spare = status.workers.length - members;

@@ -25,6 +25,12 @@ export function brief(value, digits = 3) {
   return size < 1e-3 ? value.toExponential(1) : trim(value.toPrecision(digits));
 }
 
+/** The same with as many digits at any time, for a figure that changes in its place. */
+export function figure(value) {
+  const size = Math.abs(value ?? NaN);
+  return size >= 1e-3 && size < 100 ? value.toPrecision(3) : brief(value);
+}
+
 const trim = (text) => (text.includes('.') ? text.replace(/0+$/, '').replace(/\.$/, '') : text);
 
 function quantile(sorted, share) {
@@ -80,8 +86,8 @@ export class Chart {
     const last = data.step.length - 1;
     const parts = this.series.map((one) => {
       const value = last < 0 ? null : data[one.key].mean[last];
-      one.value.textContent = brief(value);
-      return `${one.label} ${brief(value)}${this.unit}`;
+      one.value.textContent = figure(value);
+      return `${one.label} ${figure(value)}${this.unit}`;
     });
     const title = this.card.querySelector('h2').textContent;
     const where = last < 0 ? 'no steps yet' : `step ${data.step[last].toLocaleString('en')}: ${parts.join(', ')}`;
@@ -283,7 +289,7 @@ export class Chart {
       const row = document.createElement('span');
       row.style.setProperty('--c', `var(${one.color})`);
       const value = document.createElement('b');
-      value.textContent = brief(data[one.key].mean[at], 4) + this.unit;
+      value.textContent = figure(data[one.key].mean[at]) + this.unit;
       row.append(one.label, value);
       tip.append(row);
     }
