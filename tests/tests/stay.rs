@@ -77,7 +77,7 @@ fn a_run_that_is_found_complete_stays_too_and_tells_who_comes() {
     wait_until_it_stays(&coordinator);
     assert_ends_well(Process::worker(&url(&run, 2)));
     let status = run.ask(&["status"]);
-    let whole = "step 5 of 5, checkpoint of step 5";
+    let whole = "step 5 of 5, ended, checkpoint of step 5";
     assert!(status.code == Some(0) && status.output.contains(whole), "{}", status.output);
     coordinator.signal(Signal::SIGINT);
     let said = assert_ends_well(coordinator);
