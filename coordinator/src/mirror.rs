@@ -142,10 +142,9 @@ impl Copier {
                 return;
             }
             let pause = if is_last { AGAIN } else { EVERY.max(begun.elapsed() * REST) };
-            match timeout(pause, ended.changed()).await {
+            if let Ok(Err(_)) = timeout(pause, ended.changed()).await {
                 // Nobody waits: the coordinator ended some other way.
-                Ok(Err(_)) => return,
-                Ok(Ok(())) | Err(_) => {}
+                return;
             }
         }
     }

@@ -23,7 +23,7 @@ use crate::http;
 use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal, JournalError};
 use crate::mirror::Mirror;
-use crate::operate::ACCESS_FILE;
+use crate::operate::{ACCESS_FILE, Access};
 use crate::patience::Patience;
 use crate::report::progress::Screen;
 use crate::report::timeline::Timeline;
@@ -109,8 +109,7 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     let job = job_file::read(&source, &cli.overrides).map_err(|errors| Failure::Input(errors.to_string()))?;
     let other = |error: std::io::Error| Failure::Other(error.to_string());
     let processes = host.processes().map_err(other)?;
-    let gpus = if cli.workers == Workers::Auto { count_gpus(&*processes)? } else { 0 };
-    let (local_workers, reason) = cli.local_workers(&job, gpus).map_err(Failure::Input)?;
+    let (local_workers, reason) = local_workers(&cli, &job, &*processes)?;
     cli.listen_address(None).map_err(Failure::Input)?;
     let security = Security::of(&cli.security)?;
 
@@ -144,8 +143,7 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     }
     let life = Life { found_complete: done.is_some(), samples: known_samples(&journal)?, stay: cli.stay };
     let term = journal.begin_term(job.metrics.every_steps)?;
-    log::note("run", job.job.name.as_str());
-    log::note("term", term.0);
+    name_in_log(&job, term);
     let (incoming, address) = listen(&cli, host, &mut journal, security.acceptor.clone()).await?;
     let address = SocketAddr::new(reachable(address.ip()), address.port());
     let url = format!("{}://{address}", security.scheme());
@@ -154,8 +152,7 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     let (publisher, view) = watch::channel(None);
     let site = http::Content { view, chronicle: records.chronicle.clone(), job: &job, run: &run };
     let dashboard = http::start(&cli, &security, &mut journal, &run_dir, site).await?;
-    let text = serde_json::to_string(&access).map_err(|error| Failure::Other(error.to_string()))?;
-    run_dir.write_secret(ACCESS_FILE, &text)?;
+    leave_access(&run_dir, &access)?;
     let invitation = format!("{url}{}", security.invitation(access.tls_name.as_deref()));
     announce(&mut records, &job, term, &url, &invitation, dashboard.url().as_deref(), reason.as_deref());
     let parts = Parts {
@@ -179,6 +176,23 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     mirror.finish().await;
     dashboard.farewell().await;
     done.map_or_else(|| conclude(ended, &job, &run_dir), Ok)
+}
+
+/// How many workers to start, and what to say of it.
+fn local_workers(cli: &Cli, job: &Job, processes: &dyn Processes) -> Result<(u32, Option<String>), Failure> {
+    let gpus = if cli.workers == Workers::Auto { count_gpus(processes)? } else { 0 };
+    cli.local_workers(job, gpus).map_err(Failure::Input)
+}
+
+fn name_in_log(job: &Job, term: Term) {
+    log::note("run", job.job.name.as_str());
+    log::note("term", term.0);
+}
+
+/// Leaves for operators how this coordinator is reached.
+fn leave_access(run_dir: &RunDir, access: &Access) -> Result<(), Failure> {
+    let text = serde_json::to_string(access).map_err(|error| Failure::Other(error.to_string()))?;
+    Ok(run_dir.write_secret(ACCESS_FILE, &text)?)
 }
 
 /// What only a run needs that is not finished: that one keeps the trace that it has.

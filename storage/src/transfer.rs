@@ -170,7 +170,8 @@ mod tests {
     use super::*;
 
     fn content(length: usize) -> (PutPayload, Bytes, String) {
-        let bytes: Bytes = (0..length).map(|i| (i * i / 7 % 251) as u8).collect::<Vec<u8>>().into();
+        let bytes: Bytes =
+            (0..length).map(|i| u8::try_from(i * i / 7 % 251).unwrap()).collect::<Vec<u8>>().into();
         // In two pieces, as a file with a header has them.
         let (front, rest) = (bytes.slice(..length / 3), bytes.slice(length / 3..));
         let hash = blake3::hash(&bytes).to_hex().to_string();

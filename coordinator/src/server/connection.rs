@@ -1,6 +1,6 @@
 //! A client's connection, and what is known of who is at its other end.
 //!
-//! 1. A client that may do nothing is shown out after [`PATIENCE`].
+//! 1. A client that may do nothing is shown out after `PATIENCE`.
 //! 2. So many connections are open at once, and so many of one address by clients that may do nothing yet.
 
 use std::collections::BTreeMap;
@@ -94,7 +94,7 @@ impl Room {
         let mut files = getrlimit(Resource::Nofile);
         // What a process starts with is meant for those that cannot handle more.
         let more = Rlimit { current: files.maximum, maximum: files.maximum };
-        if setrlimit(Resource::Nofile, more.clone()).is_ok() {
+        if setrlimit(Resource::Nofile, more).is_ok() {
             files = more;
         }
         let files = files.current.and_then(|files| usize::try_from(files).ok()).unwrap_or(usize::MAX);
