@@ -16,6 +16,9 @@ use ganglion_tests::{Ended, Process, Run, SMALL_MLP, eventually, program, send};
 use nix::sys::signal::Signal;
 
 const BUCKET: &str = "bucket";
+/// What this server takes for a signature.
+const SIGNED: &str =
+    "AWS4-HMAC-SHA256 Credential=a/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=a";
 /// A secret that must not appear anywhere.
 const SECRET: &str = "hush-hush-hush";
 
@@ -49,7 +52,8 @@ impl Server {
         let length = content.len();
         write!(
             stream,
-            "{method} /{BUCKET}{rest} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n",
+            "{method} /{BUCKET}{rest} HTTP/1.1\r\nHost: {}\r\nAuthorization: {SIGNED}\r\nConnection: close\r\n\
+             Content-Length: {length}\r\n\r\n",
             self.address
         )
         .unwrap();
