@@ -70,8 +70,12 @@ impl Server {
         let (_, listed) = self.ask("GET", &format!("?list-type=2&prefix={prefix}"), b"");
         let listed = String::from_utf8(listed).unwrap();
         let keys = listed.split("<Key>").skip(1).map(|rest| rest.split("</Key>").next().unwrap());
-        keys.map(|key| (key[prefix.len()..].to_string(), self.ask("GET", &format!("/{key}"), b"").1))
-            .collect()
+        let read = |key: &str| {
+            let (status, content) = self.ask("GET", &format!("/{key}"), b"");
+            assert_eq!(status, 200, "{key}");
+            (key[prefix.len()..].to_string(), content)
+        };
+        keys.map(read).collect()
     }
 
     fn variables(&self) -> Vec<(&'static str, String)> {
@@ -297,6 +301,30 @@ fn training_goes_on_while_the_store_is_away_and_nothing_is_lost() {
     let manifest: serde_json::Value =
         serde_json::from_slice(&there[&format!("{}/manifest.json", latest.trim())]).unwrap();
     assert_eq!(manifest["state_digest"], digest.as_str());
+}
+
+/// The server takes connections and says nothing, while more checkpoints fall due than may wait.
+#[test]
+fn a_store_that_hangs_does_not_hold_training_up() {
+    let job: &[&str] = &["job.steps=5000", "checkpoint.every_steps=100", "metrics.every_steps=10"];
+    let digest = Run::new(&[SMALL_MLP, job]).complete(1);
+    let server = Server::with_bucket();
+    let mut run = Run::new(&[SMALL_MLP, job]);
+    run.set("checkpoint.url=s3://bucket/run");
+    let variables = server.variables();
+    let coordinator = start(&run, &["--workers", "2"], &variables);
+    run.wait_for("checkpoint", |_| true);
+    server.process.signal(Signal::SIGSTOP);
+    let now = run.wait_for_step(1);
+    run.wait_for_step(now + 1000);
+    server.process.signal(Signal::SIGCONT);
+    assert_complete(coordinator);
+    assert_audited(&run, &variables);
+    let groups = run.events().iter().filter(|event| event["kind"] == "generation_formed").count();
+    assert_eq!(groups, 1, "nobody was taken for late");
+    let last = run.events().into_iter().rfind(|event| event["kind"] == "checkpoint").unwrap();
+    let of = (last["step"].as_u64(), last["state_digest"].as_str());
+    assert_eq!(of, (Some(5000), Some(digest.as_str())));
 }
 
 /// The last checkpoint cannot be written: the run waits for it, and ends once it can.

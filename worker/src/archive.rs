@@ -1,11 +1,12 @@
 //! Saving in the background: a thread that writes checkpoint files and draws sample grids while training goes on.
 //!
-//! 1. Training waits for this thread only when two checkpoints are already waiting, and never while the storage fails.
+//! 1. Training waits for this thread only when two checkpoints are already waiting, not so long that it would seem late, and
+//!    never while the storage fails. One that lets training wait that long without an answer fails.
 //! 2. A storage that fails is tried again until it works or a newer checkpoint is there. The last one is never given up.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
@@ -63,6 +64,7 @@ pub struct Context {
 /// The training thread's end.
 pub struct Archive {
     shared: Arc<Shared>,
+    session: Arc<Session>,
 }
 
 #[derive(Default)]
@@ -85,15 +87,22 @@ impl Archive {
     /// Starts the thread.
     pub fn start(context: Context) -> std::io::Result<Archive> {
         let shared = Arc::new(Shared::default());
-        let theirs = shared.clone();
+        let (theirs, session) = (shared.clone(), context.session.clone());
         std::thread::Builder::new().name("archive".to_string()).spawn(move || theirs.serve(&context))?;
-        Ok(Archive { shared })
+        Ok(Archive { shared, session })
     }
 
     /// Hands an order over.
     pub fn push(&self, order: Order) {
+        let limit = Instant::now() + self.session.limits().deadline / 2;
         let mut queue = self.shared.lock();
         while queue.waiting.len() >= WAITING_LIMIT && !queue.failing {
+            if Instant::now() >= limit {
+                queue.failing = true;
+                let (step, detail) = (order.snapshot.step, "the storage takes too long".to_string());
+                self.session.send(FromWorker::PartDelayed(step, "its files".to_string(), detail));
+                break;
+            }
             queue = self.shared.wait(queue);
         }
         if queue.waiting.len() >= WAITING_LIMIT {
