@@ -112,7 +112,8 @@ $(TOOLS)/kubernetes:
 	@$(PYTHON) -m pip install --quiet --target $@.new kubernetes-validate==1.37.0
 	@mv $@.new $@
 
-test-cloud: setup $(TOOLS)/cloud ## Test checkpoints in an object store, with a server that speaks S3.
+test-cloud: $(TOOLS)/cloud ## Test checkpoints in an object store, with a server that speaks S3.
+	@$(MAKE) build CLOUD=1
 	PATH="$(CURDIR)/$(TOOLS)/cloud/bin:$$PATH" PYTHONPATH="$(CURDIR)/$(TOOLS)/cloud" \
 		$(CARGO) test --release --locked -p ganglion-tests --features cloud --test object_store
 

@@ -60,20 +60,16 @@ fn a_worker_that_joins_in_the_middle_changes_nothing() {
 
 #[test]
 fn a_worker_that_is_asked_to_end_leaves_with_nothing_done_again() {
-    for (settings, reference) in
-        [([SMALL_MLP, LONG], undisturbed_mlp()), ([SMALL_DCGAN, LONG_DCGAN], undisturbed_dcgan())]
-    {
-        let run = Run::new(&settings);
-        let coordinator = run.start(2);
-        run.wait_for_step(20);
-        // As a scheduler does that wants the machine back.
-        ganglion_tests::send(run.pids(1)[0], Signal::SIGTERM);
-        assert_eq!(formed(&run, 1, 1)["cause"], "planned");
-        let exited = run.wait_for("worker_exited", |_| true);
-        assert_eq!(exited["status"], "exit status: 0");
-        assert_eq!(formed(&run, 2, 2)["cause"], "planned", "its place is taken by another");
-        assert_undisturbed(&run, coordinator, reference, "a run that a worker left");
-    }
+    let run = Run::new(&[SMALL_DCGAN, LONG_DCGAN]);
+    let coordinator = run.start(2);
+    run.wait_for_step(20);
+    // As a scheduler does that wants the machine back.
+    ganglion_tests::send(run.pids(1)[0], Signal::SIGTERM);
+    assert_eq!(formed(&run, 1, 1)["cause"], "planned");
+    let exited = run.wait_for("worker_exited", |_| true);
+    assert_eq!(exited["status"], "exit status: 0");
+    assert_eq!(formed(&run, 2, 2)["cause"], "planned", "its place is taken by another");
+    assert_undisturbed(&run, coordinator, undisturbed_dcgan(), "a run that a worker left");
 }
 
 #[test]
@@ -96,18 +92,14 @@ fn the_last_worker_saves_before_it_leaves_and_the_run_waits_for_another() {
 
 #[test]
 fn a_drained_worker_leaves_and_is_not_replaced() {
-    for (settings, reference) in
-        [([SMALL_MLP, LONG], undisturbed_mlp()), ([SMALL_DCGAN, LONG_DCGAN], undisturbed_dcgan())]
-    {
-        let run = Run::new(&settings);
-        let coordinator = run.start(2);
-        run.wait_for_step(20);
-        let drained = run.ask(&["drain", "1"]);
-        assert_eq!(drained.code, Some(0), "{}", drained.output);
-        formed(&run, 1, 1);
-        assert_undisturbed(&run, coordinator, reference, "a run with a drained worker");
-        assert_eq!(run.events().iter().filter(|event| event["kind"] == "worker_started").count(), 2);
-    }
+    let run = Run::new(&[SMALL_MLP, LONG]);
+    let coordinator = run.start(2);
+    run.wait_for_step(20);
+    let drained = run.ask(&["drain", "1"]);
+    assert_eq!(drained.code, Some(0), "{}", drained.output);
+    formed(&run, 1, 1);
+    assert_undisturbed(&run, coordinator, undisturbed_mlp(), "a run with a drained worker");
+    assert_eq!(run.events().iter().filter(|event| event["kind"] == "worker_started").count(), 2);
 }
 
 #[test]

@@ -71,8 +71,8 @@ fn killed_workers_change_nothing_and_are_replaced() {
     let dcgan = Reference::of(&[SMALL_DCGAN, LONG_DCGAN]);
     let mlp = ([SMALL_MLP, LONG], 1100, undisturbed_mlp());
     for (settings, steps, reference) in [mlp, ([SMALL_DCGAN, LONG_DCGAN], 250, &dcgan)] {
-        let cases: &[(u32, &[usize])] = &[(4, &[1]), (3, &[0]), (3, &[0, 2])];
-        for (workers, ranks) in &cases[..if steps == 250 { 1 } else { 3 }] {
+        let cases: &[(u32, &[usize])] = &[(4, &[1]), (3, &[0, 2])];
+        for (workers, ranks) in &cases[..if steps == 250 { 1 } else { 2 }] {
             let (workers, ranks) = (*workers, *ranks);
             let run = with_ranks_hit(&settings, steps, workers, ranks, Signal::SIGKILL);
             reference.equals(&format!("a run that lost ranks {ranks:?} of {workers}"), &run.digest());
@@ -86,15 +86,12 @@ fn killed_workers_change_nothing_and_are_replaced() {
 
 #[test]
 fn a_hung_worker_is_killed_and_replaced() {
-    let dcgan = Reference::of(&[SMALL_DCGAN, LONG_DCGAN]);
-    let mlp = ([SMALL_MLP, LONG], 1100, undisturbed_mlp());
-    for (settings, steps, reference) in [mlp, ([SMALL_DCGAN, LONG_DCGAN], 250, &dcgan)] {
-        // The only worker, or one of two.
-        for workers in if steps == 250 { 2..=2 } else { 1..=2 } {
-            let run = with_ranks_hit(&settings, steps, workers, &[workers as usize - 1], Signal::SIGSTOP);
-            reference.equals("a run with a hung worker", &run.digest());
-            run.wait_for("worker_dropped", |_| true);
-        }
+    // The only worker, or one of two.
+    for workers in 1..=2 {
+        let rank = workers as usize - 1;
+        let run = with_ranks_hit(&[SMALL_MLP, LONG], 1100, workers, &[rank], Signal::SIGSTOP);
+        undisturbed_mlp().equals("a run with a hung worker", &run.digest());
+        run.wait_for("worker_dropped", |_| true);
     }
 }
 
@@ -143,23 +140,19 @@ fn when_all_workers_are_killed_the_newest_checkpoint_goes_on() {
 
 #[test]
 fn a_coordinator_that_is_killed_and_started_again_is_no_event_for_its_workers() {
-    let dcgan = Reference::of(&[SMALL_DCGAN, LONG_DCGAN]);
-    let mlp = ([SMALL_MLP, LONG], 1100, undisturbed_mlp());
-    for (settings, steps, reference) in [mlp, ([SMALL_DCGAN, LONG_DCGAN], 250, &dcgan)] {
-        let run = Run::new(&settings);
-        for kill in 1..=3 {
-            let coordinator = run.start(2);
-            run.wait_for_step(steps / 5 * kill);
-            coordinator.signal(Signal::SIGKILL);
-            assert_eq!(coordinator.wait().code, None);
-        }
-        assert_complete(run.start(2));
-        reference.equals("a run that lost its coordinator three times", &run.digest());
-        assert_nothing_lost(&run, steps);
-        assert_eq!(count(&run, "worker_started"), 2, "no worker was restarted");
-        assert_eq!(count(&run, "generation_formed"), 1, "no step was done again");
-        assert_eq!(count(&run, "generation_kept"), 3);
+    let run = Run::new(&[SMALL_MLP, LONG]);
+    for kill in 1..=3 {
+        let coordinator = run.start(2);
+        run.wait_for_step(220 * kill);
+        coordinator.signal(Signal::SIGKILL);
+        assert_eq!(coordinator.wait().code, None);
     }
+    assert_complete(run.start(2));
+    undisturbed_mlp().equals("a run that lost its coordinator three times", &run.digest());
+    assert_nothing_lost(&run, 1100);
+    assert_eq!(count(&run, "worker_started"), 2, "no worker was restarted");
+    assert_eq!(count(&run, "generation_formed"), 1, "no step was done again");
+    assert_eq!(count(&run, "generation_kept"), 3);
 }
 
 #[test]
@@ -207,21 +200,18 @@ fn without_a_coordinator_workers_save_what_they_hold_and_the_next_one_adopts_it(
 
 #[test]
 fn a_run_that_is_interrupted_saves_and_goes_on_to_the_same_bits() {
-    let reference = undisturbed_mlp();
-    for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143)] {
-        let run = Run::new(&[SMALL_MLP, LONG]);
-        let coordinator = run.start(2);
-        let before = run.wait_for_step(100);
-        coordinator.signal(signal);
-        // As a launcher does that signals the process and its group.
-        coordinator.signal(signal);
-        let ended = coordinator.wait();
-        assert_eq!(ended.code, Some(code), "{}", ended.output);
-        let saved = run.wait_for("checkpoint", |_| true)["step"].as_u64().unwrap();
-        assert!(saved >= before && saved < 1100, "stopped at {saved} after {before}");
-        reference.equals(&format!("a run stopped by {signal}"), &run.complete(3));
-        assert_nothing_lost(&run, 1100);
-    }
+    let run = Run::new(&[SMALL_MLP, LONG]);
+    let coordinator = run.start(2);
+    let before = run.wait_for_step(100);
+    coordinator.signal(Signal::SIGINT);
+    // As a launcher does that signals the process and its group.
+    coordinator.signal(Signal::SIGINT);
+    let ended = coordinator.wait();
+    assert_eq!(ended.code, Some(130), "{}", ended.output);
+    let saved = run.wait_for("checkpoint", |_| true)["step"].as_u64().unwrap();
+    assert!(saved >= before && saved < 1100, "stopped at {saved} after {before}");
+    undisturbed_mlp().equals("a run that was interrupted", &run.complete(3));
+    assert_nothing_lost(&run, 1100);
 }
 
 #[test]

@@ -245,15 +245,13 @@ fn of_two_workers_that_do_not_reach_each_other_the_newer_is_left_out_until_they_
 
 #[test]
 fn a_worker_that_is_cut_from_all_is_left_out_until_it_is_back() {
-    for networks in [SMALL_MLP, SMALL_DCGAN] {
-        let Some(cluster) = Cluster::with(3, [networks, LONG]) else { return };
-        let before = cluster.generation();
-        cluster.network.unplug(2, true);
-        let without = cluster.formed(before, &[1, 3]);
-        cluster.network.unplug(2, false);
-        cluster.sized(without, 3);
-        cluster.assert_same_result();
-    }
+    let Some(cluster) = Cluster::with(3, [SMALL_DCGAN, LONG]) else { return };
+    let before = cluster.generation();
+    cluster.network.unplug(2, true);
+    let without = cluster.formed(before, &[1, 3]);
+    cluster.network.unplug(2, false);
+    cluster.sized(without, 3);
+    cluster.assert_same_result();
 }
 
 #[test]
