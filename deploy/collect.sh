@@ -37,7 +37,7 @@ licences=$out/usr/share/doc/ganglion
 mkdir -p "$licences/libtorch"
 cp LICENSE "$licences"
 python3 deploy/notices.py >"$licences/THIRD-PARTY.txt"
-find "$libtorch" -path '*.dist-info/*' \( -iname 'LICENSE*' -o -iname 'NOTICE*' -o -iname 'License.txt' \) |
+find "$libtorch" -type f -path '*.dist-info/*' \( -iname 'LICENSE*' -o -iname 'NOTICE*' -o -iname 'License.txt' \) |
     while read -r text; do
         package=$(basename "${text%%.dist-info/*}")
         cp "$text" "$licences/libtorch/$package-$(basename "$text")"
