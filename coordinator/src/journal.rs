@@ -89,6 +89,8 @@ pub enum Fact {
     Samples,
     /// The newest generation whose states must not be used.
     Condemned,
+    /// The newest generation whose members rest for good.
+    Closed,
 }
 
 /// A process that some coordinator of the run started.
@@ -115,6 +117,7 @@ impl Fact {
             Fact::Passport => "passport",
             Fact::Samples => "samples",
             Fact::Condemned => "condemned",
+            Fact::Closed => "closed",
         }
     }
 }

@@ -354,9 +354,16 @@ async fn recover(
     }
     let group = journal.last_group()?;
     let passport = if group.is_some() { journal.passport()? } else { None };
-    let condemned = journal.fact(Fact::Condemned)?.and_then(|text| text.parse().ok()).map(Generation);
+    let condemned = known_generation(journal, Fact::Condemned)?;
+    let closed = known_generation(journal, Fact::Closed)?;
+    let resting = group.iter().filter(|group| closed == Some(group.generation));
+    let dead = resting.flat_map(|group| &group.members).map(|member| member.worker).collect();
     let skips = journal.skips()?;
-    Ok(Recovered { group, condemned, skips, checkpoint, passport, ..Recovered::default() })
+    Ok(Recovered { group, dead, condemned, skips, checkpoint, passport, ..Recovered::default() })
+}
+
+fn known_generation(journal: &Journal, fact: Fact) -> Result<Option<Generation>, Failure> {
+    Ok(journal.fact(fact)?.and_then(|text| text.parse().ok()).map(Generation))
 }
 
 /// Takes the local workers of earlier terms over that still run, and notes which members of the newest group do not.

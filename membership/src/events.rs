@@ -28,7 +28,7 @@ pub struct Settings {
 pub struct Recovered {
     /// The newest generation in the journal.
     pub group: Option<Group>,
-    /// Its members that are known to have ended.
+    /// Its members that are known to have ended, or to rest for good ([`Action::Close`]).
     pub dead: Vec<WorkerId>,
     /// Workers that an earlier coordinator started and that run on.
     pub locals: Vec<WorkerId>,
@@ -268,6 +268,8 @@ pub enum Action {
     AdoptPassport(Passport),
     /// Record that the states of a generation must not be used.
     Condemn(Generation),
+    /// Record that a generation's members rest for good and what they held is saved: nobody need wait for them any more.
+    Close(Generation),
     /// Record that a phase may be skipped from now on.
     AllowSkip(Position),
     /// Form a generation, and what it follows from: journal it, then tell each member.

@@ -4,6 +4,7 @@
 use std::net::TcpListener;
 
 use ganglion_tests::{Process, Run, SMALL_DCGAN, SMALL_MLP};
+use nix::sys::signal::Signal;
 
 #[test]
 fn two_remote_workers_train_as_local_ones_do() {
@@ -23,6 +24,32 @@ fn two_remote_workers_train_as_local_ones_do() {
         }
         assert_eq!(run.digest(), local);
     }
+}
+
+/// Its lease, 12 deadlines, is longer than this test waits for anything.
+#[test]
+fn nobody_waits_for_workers_that_a_stop_released() {
+    let mut run = Run::new(&[SMALL_MLP, &["job.steps=100000", "job.failure_deadline=20"]]);
+    let start = |run: &Run, term: u64| {
+        let coordinator = run.start(0);
+        let started = run.wait_for("coordinator_started", |event| event["term"] == term);
+        let worker = Process::worker(started["address"].as_str().unwrap());
+        run.wait_for("generation_formed", |event| event["generation"] == term);
+        (coordinator, worker)
+    };
+    let (coordinator, worker) = start(&run, 1);
+    run.wait_for_step(20);
+    coordinator.signal(Signal::SIGTERM);
+    let ended = coordinator.wait();
+    assert_eq!(ended.code, Some(143), "{}", ended.output);
+    assert_eq!(worker.wait().code, Some(0));
+    let stopped = run.wait_for("checkpoint", |_| true)["step"].as_u64().unwrap();
+    run.set(&format!("job.steps={}", stopped + 20));
+    let (coordinator, worker) = start(&run, 2);
+    let ended = coordinator.wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
+    assert_eq!(worker.wait().code, Some(0));
+    run.assert_audited();
 }
 
 #[test]

@@ -23,6 +23,9 @@ impl Shell {
                 self.journal.set_fact(Fact::Condemned, &generation.to_string())?;
                 self.records.event("condemned", json!({ "generation": generation.0 }));
             }
+            Action::Close(generation) => {
+                self.journal.set_fact(Fact::Closed, &generation.to_string())?;
+            }
             Action::AllowSkip(position) => {
                 self.journal.allow_skip(position)?;
                 self.records.event("skip_allowed", json!({ "position": position.0 }));

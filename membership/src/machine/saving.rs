@@ -52,7 +52,9 @@ impl Machine {
         if position.is_none() || saved < position {
             return;
         }
-        match outcome.clone() {
+        let outcome = outcome.clone();
+        actions.push(Action::Close(self.last_generation));
+        match outcome {
             Some(Outcome::Stopped(_)) => self.end(Outcome::Stopped(saved), actions),
             Some(outcome) => self.end(outcome, actions),
             None => self.all_left(&members, actions),

@@ -433,7 +433,7 @@ fn when_all_leave_they_save_first_and_the_run_waits_for_others() {
     let (worker, generation, position) = (WorkerId(1), Generation(1), Position(20));
     bench.handle(Event::Finished { worker, generation, position, complete: false });
     let actions = bench.handle(Event::CheckpointCommitted(checkpoint(10)));
-    assert_eq!(actions, [Action::Release(WorkerId(1))]);
+    assert_eq!(actions, [Action::Close(Generation(1)), Action::Release(WorkerId(1))]);
     assert_eq!(formed(&bench.join(2)).unwrap().position, Position(20));
 }
 
@@ -739,8 +739,8 @@ fn workers_are_released_once_the_last_checkpoint_is_committed() {
     let actions = bench.handle(Event::PartWritten(WorkerId(2), part(10, 1, "d")));
     assert_eq!(actions, [Action::Commit(checkpoint(10))]);
     let actions = bench.handle(Event::CheckpointCommitted(checkpoint(10)));
-    let released = [1, 2].map(|worker| Action::Release(WorkerId(worker)));
-    assert_eq!(actions[..2], released);
+    let [first, second] = [1, 2].map(|worker| Action::Release(WorkerId(worker)));
+    assert_eq!(actions[..3], [Action::Close(Generation(1)), first, second]);
     assert_eq!(ended(&actions), Some(&Outcome::Complete));
 }
 

@@ -362,6 +362,7 @@ impl Coordinator {
             Action::Release(worker) => self.dismiss(worker, Down::Release, ctx),
             Action::AdoptPassport(passport) => ctx.journal(Row::Passport(passport)),
             Action::Condemn(generation) => ctx.journal(Row::Condemned(generation)),
+            Action::Close(generation) => ctx.journal(Row::Closed(generation)),
             Action::Form(group, _) => self.form(group, ctx)?,
             Action::Assign(worker) => self.assign(worker, ctx),
             Action::Abort { generation, workers, cause, probe } => {
@@ -486,10 +487,12 @@ fn recover(workers: &BTreeMap<Proc, Worker>, ctx: &Ctx) -> Recovered {
         let tokens = directory.tokens.iter().filter(|(token, _)| alive.contains(token) == lives);
         tokens.flat_map(|(_, workers)| workers.iter().copied()).collect::<Vec<WorkerId>>()
     };
+    let closed = directory.group.iter().filter(|group| directory.closed == Some(group.generation));
+    let resting = closed.flat_map(|group| &group.members).map(|member| member.worker);
     let running = workers.values().filter(|w| !w.ended && w.token.is_some()).count();
     Recovered {
         group: directory.group.clone(),
-        dead: of(false),
+        dead: of(false).into_iter().chain(resting).collect(),
         locals: of(true),
         running: u32::try_from(running).expect("few processes"),
         condemned: directory.condemned,

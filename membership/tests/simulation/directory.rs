@@ -15,6 +15,7 @@ pub enum Row {
     Worker(WorkerId, Option<u64>),
     Group(Term, Group),
     Condemned(Generation),
+    Closed(Generation),
     Passport(Passport),
     Token(u64),
 }
@@ -27,6 +28,7 @@ pub struct Directory {
     last_token: u64,
     pub group: Option<Group>,
     pub condemned: Option<Generation>,
+    pub closed: Option<Generation>,
     pub passport: Option<Passport>,
     /// The workers that each token's process has been, oldest first.
     pub tokens: BTreeMap<u64, Vec<WorkerId>>,
@@ -50,6 +52,7 @@ impl Directory {
             }
             Row::Group(_, group) => self.group = Some(group.clone()),
             Row::Condemned(generation) => self.condemned = Some(*generation),
+            Row::Closed(generation) => self.closed = Some(*generation),
             Row::Passport(passport) => self.passport = Some(passport.clone()),
             Row::Token(token) => {
                 self.last_token = *token;
