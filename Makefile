@@ -89,6 +89,8 @@ $(TOOLS)/bench:
 
 test: build $(TOOLS)/python ## Run all tests.
 	$(CARGO) test --release --locked --workspace
+	@if command -v kubectl kustomize >/dev/null; then $(MAKE) --no-print-directory test-kubernetes; \
+	else echo "deploy/kubernetes was not checked: that needs kubectl or kustomize"; fi
 
 chaos: build ## Disturb real runs at random, for MINUTES=10, and demand the same bits (SEED=x to repeat).
 	MINUTES=$(MINUTES) $(CARGO) run --release --locked -p ganglion-tests --bin chaos
@@ -172,7 +174,7 @@ image: ## Build the container image ganglion:cpu (CUDA=1: ganglion:cuda; IMAGE_A
 	$(DOCKER) build --file deploy/Dockerfile --target $(IMAGE_KIND) --tag ganglion:$(IMAGE_KIND) $(IMAGE_ARGS) .
 
 # Needs Debian's podman, buildah, runc, netavark, aardvark-dns, debootstrap, slurmctld, slurmd, slurm-client and munge.
-test-deploy: wheel $(TOOLS)/compose ## Test the wheel, the container image and Slurm for real (as root; ONLY="wheel slurm").
+test-deploy: wheel test-kubernetes $(TOOLS)/compose ## Test the wheel, the container image and Slurm for real (as root; ONLY="wheel slurm").
 	@for part in $(or $(ONLY),wheel compose slurm); do $(PYTHON) tests/deploy/$$part.py || exit 1; done
 
 $(TOOLS)/compose:
