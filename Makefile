@@ -89,7 +89,7 @@ $(TOOLS)/bench:
 
 test: build $(TOOLS)/python ## Run all tests.
 	$(CARGO) test --release --locked --workspace
-	@if command -v kubectl kustomize >/dev/null; then $(MAKE) --no-print-directory test-kubernetes; \
+	@if command -v kubectl || command -v kustomize; then $(MAKE) --no-print-directory test-kubernetes; \
 	else echo "deploy/kubernetes was not checked: that needs kubectl or kustomize"; fi
 
 chaos: build ## Disturb real runs at random, for MINUTES=10, and demand the same bits (SEED=x to repeat).
