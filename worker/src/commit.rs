@@ -12,9 +12,6 @@ use tch::{Tensor, no_grad};
 use crate::phase::{LeafLayout, Phase};
 use crate::state::{Module, State, narrow};
 
-/// Weight of the new batch in running statistics, PyTorch's default.
-const MOMENTUM: f64 = 0.1;
-
 /// The half-life of the moving average grows with the run up to the job's: Karras et al., StyleGAN2-ADA (2020) and its
 /// released training loop, where it is at most this share of the images seen.
 const EMA_RAMP_UP: f64 = 0.05;
@@ -32,13 +29,22 @@ pub fn commit(
     state.cast_module(phase.module);
     no_grad(|| {
         for statistics in layout.statistics() {
-            let mut buffers = state.section(state.layout.module(phase.module).buffer_range());
-            let _ = buffers.lerp_(&narrow(mean, statistics), MOMENTUM);
+            follow(state, phase.module, &narrow(mean, statistics));
         }
     });
     state.counters.skipped = 0;
     go_on(job, state, phase, ledger);
     Ok(())
+}
+
+/// Lets a module's buffers follow what one pass of all leaves handed out, on the mean.
+fn follow(state: &State, module: Module, statistics: &Tensor) {
+    let sections = state.layout.module(module);
+    let buffers = state.section(sections.buffer_range());
+    for (range, momentum) in sections.buffers.momenta() {
+        let (mut held, new) = (narrow(&buffers, range.clone()), narrow(statistics, range));
+        let _ = held.lerp_(&new, momentum);
+    }
 }
 
 /// Commits `phase` without what it reduced to, which was not finite.

@@ -2,13 +2,13 @@
 
 use ganglion_membership::Passport;
 use ganglion_proto::job::Job;
-use tch::{Device, Tensor, no_grad};
+use tch::{Device, no_grad};
 
 use crate::checkpoint::to_bytes;
 use crate::commit::commit;
 use crate::data::DataSet;
 use crate::nn::Models;
-use crate::phase::{Input, LeafBuffer, LeafLayout, Leaves, phases};
+use crate::phase::{Input, LeafBuffer, LeafLayout, Leaves, Real, Spot, phases};
 use crate::random::{Key, Purpose};
 use crate::state::{Module, State, StateLayout};
 
@@ -59,12 +59,13 @@ fn probe(
         let leaf_layout = LeafLayout::new(models, layout, phase.module);
         let mut leaf = LeafBuffer::new(&leaf_layout, leaf_layout.len(), device);
         let real = stand_ins(job, models, device);
-        let drawn = leaves.draw(phase, 0, 0, &state);
+        let spot = Spot { phase, step: 0, shard: 0 };
+        let drawn = leaves.draw(spot, &state);
         let input = match phase.module {
             Module::Discriminator => Input::Samples(&real, None, &drawn),
             Module::Generator => Input::Drawn(drawn),
         };
-        leaves.compute(phase, 0, 0, &state, input, &mut leaf)?;
+        leaves.compute(spot, &state, input, &mut leaf)?;
         // Scores are for people. A build that has others computes the same bits.
         let scores = leaf_layout.scores().map(|at| i64::try_from(at).expect("a leaf is small"));
         scores.for_each(|at| drop(leaf.flat.get(at).zero_()));
@@ -75,12 +76,13 @@ fn probe(
     Ok((hex(leaf_hash.finalize().as_bytes()), hex(state_hash.as_bytes())))
 }
 
-fn stand_ins(job: &Job, models: &Models, device: Device) -> Tensor {
+fn stand_ins(job: &Job, models: &Models, device: Device) -> Real {
     let (shape, batch) = (models.shape, job.job.shard_batch as usize);
     let key = Key { seed: job.job.seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
     let signed = |n: usize| i64::try_from(n).expect("an image is small");
     let sizes = [signed(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
-    no_grad(|| key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes).to_device(device))
+    let images = no_grad(|| key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes).to_device(device));
+    Real { images, classes: None }
 }
 
 /// The first 16 digits: enough to tell two apart, short enough to read.

@@ -8,7 +8,7 @@
 //!    Whether they are kept from the one to the other or drawn again changes no bit.
 //!
 //! A leaf's buffer holds, in this order: the gradient of the summed loss, laid out as the module's parameters; b times
-//! the batch statistics of each pass, laid out as its buffers; the summed loss; in a discriminator's, what it says of the
+//! the batch statistics of each pass, laid out as its buffers (for others of its buffers b times what they shall follow); the summed loss; in a discriminator's, what it says of the
 //! real samples and of the generator's. All become means over the global batch when the sum of the leaves is divided by
 //! V x b. The scores are for people: nothing is decided by them.
 
@@ -18,7 +18,7 @@ use ganglion_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::loss;
-use crate::nn::{Mode, Models};
+use crate::nn::{Models, Pass};
 use crate::random::{Key, Purpose};
 use crate::state::{ALIGNMENT, Layout, Module, State, StateLayout, narrow};
 
@@ -29,6 +29,39 @@ pub struct Phase {
     pub index: u32,
     /// What it updates.
     pub module: Module,
+}
+
+/// Where a leaf belongs: its draws are keyed by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spot {
+    /// The phase.
+    pub phase: Phase,
+    /// Steps done before.
+    pub step: u64,
+    /// The data shard.
+    pub shard: u32,
+}
+
+/// The passes of a leaf whose networks' own draws must differ.
+#[derive(Clone, Copy)]
+enum Look {
+    /// The generator, as it draws.
+    Drawing = 0,
+    /// The discriminator, at real samples or at all in one.
+    Real = 1,
+    /// The discriminator, at the generator's samples.
+    Fake = 2,
+    /// The discriminator, for a penalty.
+    Penalty = 3,
+}
+
+/// The real samples of a data shard.
+#[derive(Debug)]
+pub struct Real {
+    /// (b, c, h, w), in [-1, 1].
+    pub images: Tensor,
+    /// Their classes, (b) of int64, where the model is conditional.
+    pub classes: Option<Tensor>,
 }
 
 /// The phases of every step, in order: the discriminator's, then the generator's.
@@ -53,7 +86,7 @@ impl LeafLayout {
         let sections = layout.module(module);
         // With batch normalisation the discriminator sees real and fake samples apart.
         let passes = match module {
-            Module::Discriminator if models.discriminator.has_batch_norm() => 2,
+            Module::Discriminator if models.discriminator.sees_batch() => 2,
             _ => 1,
         };
         LeafLayout::of(sections.parameters.clone(), sections.buffers.clone(), passes)
@@ -147,8 +180,8 @@ pub struct LeafPart {
 
 /// What a leaf is computed from.
 pub enum Input<'a> {
-    /// Real samples (b, c, h, w), what is known of their part, and the generator's samples, in a discriminator's phase.
-    Samples(&'a Tensor, Option<LeafPart>, &'a Drawn),
+    /// Real samples, what is known of their part, and the generator's samples, in a discriminator's phase.
+    Samples(&'a Real, Option<LeafPart>, &'a Drawn),
     /// What the generator has drawn, in its phase.
     Drawn(Drawn),
 }
@@ -164,35 +197,34 @@ pub struct Leaves<'a> {
 }
 
 impl Leaves<'_> {
-    /// Draws the generator's samples for the leaf of `shard`. Under `no_grad` they cannot begin a generator's leaf.
-    pub fn draw(&self, phase: Phase, step: u64, shard: u32, state: &State) -> Drawn {
-        let key = self.noise_key(phase, step, shard);
+    /// Draws the generator's samples for a leaf. Under `no_grad` they cannot begin a generator's leaf.
+    pub fn draw(&self, spot: Spot, state: &State) -> Drawn {
+        // The generator's phase takes the samples of the discriminator's last one.
+        let last = self.job.loss.discriminator_steps.saturating_sub(1);
+        let phase = Phase { index: spot.phase.index.min(last), ..spot.phase };
+        let key = |purpose| self.key(Spot { phase, ..spot }, purpose);
         let latent = signed(self.models.latent_dim);
-        let noise = key.normal(self.shard_batch() * self.models.latent_dim).view([-1, latent]);
-        let mut statistics = Vec::new();
-        let parameters = state.trainable(Module::Generator);
-        let mode = &mut Mode::Batch(&mut statistics);
-        let fake = self.models.generator.forward(&noise.to_device(self.device), parameters, mode);
-        Drawn { shard, fake, statistics }
+        let noise = key(Purpose::Noise).normal(self.shard_batch() * self.models.latent_dim);
+        let noise = noise.view([-1, latent]).to_device(self.device);
+        let (parameters, buffers) = (state.trainable(Module::Generator), state.buffers(Module::Generator));
+        let mut pass = Pass::batch(parameters, buffers, own(key(Purpose::Network), Look::Drawing));
+        let fake = self.models.generator.forward(&noise, &mut pass);
+        Drawn { shard: spot.shard, fake, statistics: pass.statistics }
     }
 
-    /// Fills `out` with the leaf of `shard`.
+    /// Fills `out` with the leaf of `spot`.
     pub fn compute(
         &self,
-        phase: Phase,
-        step: u64,
-        shard: u32,
+        spot: Spot,
         state: &State,
         input: Input<'_>,
         out: &mut LeafBuffer,
     ) -> Result<(), c10d::Error> {
         let parts = match input {
             Input::Samples(real, of_real, drawn) => {
-                let interpolation =
-                    Key { purpose: Purpose::Interpolation, ..self.noise_key(phase, step, shard) };
-                self.discriminator(interpolation, state, real, of_real, &drawn.fake.detach())?
+                self.discriminator(spot, state, real, of_real, &drawn.fake.detach())?
             }
-            Input::Drawn(drawn) => vec![self.generator(drawn, state)?],
+            Input::Drawn(drawn) => vec![self.generator(spot, drawn, state)?],
         };
         no_grad(|| fill(out, &parts, f64::from(self.job.job.shard_batch)));
         Ok(())
@@ -205,94 +237,98 @@ impl Leaves<'_> {
 
     /// Whether the discriminator looks at real samples apart from the generator's.
     pub fn tells_real_apart(&self) -> bool {
-        self.models.discriminator.has_batch_norm()
+        self.models.discriminator.sees_batch()
     }
 
     /// The part of a discriminator's leaf that comes from real samples, where it looks at them apart. A commit of the
     /// generator does not change it.
-    pub fn real_part(&self, state: &State, real: &Tensor) -> Result<LeafPart, c10d::Error> {
+    pub fn real_part(&self, spot: Spot, state: &State, real: &Real) -> Result<LeafPart, c10d::Error> {
         let kind = self.job.loss.kind;
-        self.seen(state, real, |logits| {
+        let pass = self.look(spot, state, Look::Real, state.trainable(Module::Discriminator));
+        self.seen(pass.of(real.classes.as_ref()), &real.images, |logits| {
             (loss::on_real(kind, logits), [Some(loss::score(kind, logits)), None])
         })
     }
 
     fn discriminator(
         &self,
-        interpolation: Key,
+        spot: Spot,
         state: &State,
-        real: &Tensor,
+        real: &Real,
         of_real: Option<LeafPart>,
         fake: &Tensor,
     ) -> Result<Vec<LeafPart>, c10d::Error> {
         let objective = &self.job.loss;
         let kind = objective.kind;
+        let look = |which| self.look(spot, state, which, state.trainable(Module::Discriminator));
         let mut parts = if self.tells_real_apart() {
-            let of_real = of_real.map_or_else(|| self.real_part(state, real), Ok)?;
-            let of_fake = self.seen(state, fake, |logits| {
+            let of_real = of_real.map_or_else(|| self.real_part(spot, state, real), Ok)?;
+            let of_fake = self.seen(look(Look::Fake), fake, |logits| {
                 (loss::on_fake(kind, logits), [None, Some(loss::score(kind, logits))])
             })?;
             vec![of_real, of_fake]
         } else {
-            // Without batch normalisation samples do not see each other, so one pass serves real and fake ones.
-            vec![self.seen(state, &Tensor::cat(&[real, fake], 0), |logits| {
+            // Samples do not see each other, so one pass serves real and fake ones.
+            vec![self.seen(look(Look::Real), &Tensor::cat(&[&real.images, fake], 0), |logits| {
                 let halves = logits.chunk(2, 0);
                 let scores = [0, 1].map(|half| Some(loss::score(kind, &halves[half])));
                 (loss::discriminator(kind, &halves[0], &halves[1]), scores)
             })?]
         };
         if loss::has_gradient_penalty(objective) {
-            parts.push(self.penalty(interpolation, state, real, fake)?);
+            parts.push(self.penalty(spot, state, &real.images, fake)?);
         }
         Ok(parts)
+    }
+
+    /// A pass of the discriminator, by these parameters of it.
+    fn look<'a>(&self, spot: Spot, state: &'a State, which: Look, parameters: &'a [Tensor]) -> Pass<'a> {
+        let key = own(self.key(spot, Purpose::Network), which);
+        Pass::batch(parameters, state.buffers(Module::Discriminator), key)
     }
 
     /// What the discriminator makes of samples: `judge` tells the loss and the scores from its logits.
     fn seen(
         &self,
-        state: &State,
+        mut pass: Pass<'_>,
         samples: &Tensor,
         judge: impl FnOnce(&Tensor) -> (Tensor, [Option<Tensor>; 2]),
     ) -> Result<LeafPart, c10d::Error> {
-        let mut statistics = Vec::new();
-        let parameters = state.trainable(Module::Discriminator);
-        let mode = &mut Mode::Batch(&mut statistics);
-        let (loss, scores) = judge(&self.models.discriminator.forward(samples, parameters, mode));
-        let gradients = Tensor::f_run_backward(&[&loss], parameters, false, false)?;
-        Ok(LeafPart { loss, scores, gradients, statistics })
+        let (loss, scores) = judge(&self.models.discriminator.forward(samples, &mut pass));
+        let gradients = Tensor::f_run_backward(&[&loss], pass.parameters, false, false)?;
+        Ok(LeafPart { loss, scores, gradients, statistics: pass.statistics })
     }
 
     /// The gradient penalty, in fp32. The statistics of places between real and fake are not the data's.
     fn penalty(
         &self,
-        interpolation: Key,
+        spot: Spot,
         state: &State,
         real: &Tensor,
         fake: &Tensor,
     ) -> Result<LeafPart, c10d::Error> {
-        let places = interpolation.uniform(0.0, 1.0, self.shard_batch()).to_device(self.device);
+        let key = self.key(spot, Purpose::Interpolation);
+        let places = key.uniform(0.0, 1.0, self.shard_batch()).to_device(self.device);
         let parameters = state.master(Module::Discriminator);
-        let logits =
-            |x: &Tensor| self.models.discriminator.forward(x, parameters, &mut Mode::Batch(&mut Vec::new()));
+        let mut pass = self.look(spot, state, Look::Penalty, parameters);
+        let logits = |x: &Tensor| self.models.discriminator.forward(x, &mut pass);
         let weight = self.job.loss.gradient_penalty;
         let loss = loss::gradient_penalty(weight, real, fake, &places, logits);
         let gradients = Tensor::f_run_backward(&[&loss], parameters, false, false)?;
         Ok(LeafPart { loss, scores: [None, None], gradients, statistics: Vec::new() })
     }
 
-    fn generator(&self, drawn: Drawn, state: &State) -> Result<LeafPart, c10d::Error> {
-        let frozen = state.frozen(Module::Discriminator);
-        let mode = &mut Mode::Batch(&mut Vec::new());
-        let logits = self.models.discriminator.forward(&drawn.fake, frozen, mode);
+    fn generator(&self, spot: Spot, drawn: Drawn, state: &State) -> Result<LeafPart, c10d::Error> {
+        let mut pass = self.look(spot, state, Look::Fake, state.frozen(Module::Discriminator));
+        let logits = self.models.discriminator.forward(&drawn.fake, &mut pass);
         let loss = loss::generator(self.job.loss.kind, &logits);
         let gradients = Tensor::f_run_backward(&[&loss], state.trainable(Module::Generator), false, false)?;
         Ok(LeafPart { loss, scores: [None, None], gradients, statistics: drawn.statistics })
     }
 
-    fn noise_key(&self, phase: Phase, step: u64, shard: u32) -> Key {
-        let last_of_discriminator = self.job.loss.discriminator_steps.saturating_sub(1);
-        let phase = phase.index.min(last_of_discriminator);
-        Key { seed: self.job.job.seed, step, phase, shard, purpose: Purpose::Noise }
+    fn key(&self, spot: Spot, purpose: Purpose) -> Key {
+        let Spot { phase, step, shard } = spot;
+        Key { seed: self.job.job.seed, step, phase: phase.index, shard, purpose }
     }
 
     fn shard_batch(&self) -> usize {
@@ -324,6 +360,11 @@ fn sum_into<'a>(place: &mut Tensor, mut terms: impl Iterator<Item = &'a Tensor>)
     for term in terms.filter(|term| term.defined()) {
         let _ = place.g_add_(term);
     }
+}
+
+/// The key of a network's own draws in one of a leaf's passes.
+fn own(key: Key, look: Look) -> Key {
+    Key { phase: 4 * key.phase + look as u32, ..key }
 }
 
 fn signed(n: usize) -> i64 {

@@ -22,6 +22,12 @@ pub enum Purpose {
     Samples = 4,
     /// Stand-ins for real images while the passport is taken.
     Probe = 5,
+    /// Classes of generated samples.
+    Classes = 6,
+    /// What augmentation does to each sample.
+    Augmentation = 7,
+    /// A network's own draws; `phase` tells the passes of a leaf apart.
+    Network = 9,
 }
 
 /// Where in the run a draw belongs.

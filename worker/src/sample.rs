@@ -11,7 +11,7 @@ use tch::{Kind, Tensor, no_grad};
 
 use crate::checkpoint::{Snapshot, from_bytes};
 use crate::data::ImageShape;
-use crate::nn::{Mode, Models};
+use crate::nn::{Models, Pass};
 use crate::random::{Key, Purpose};
 use crate::state::{Layout, StateLayout, narrow};
 
@@ -124,8 +124,9 @@ impl Generator {
         let indices: Vec<u32> = (0..count).collect();
         let draw = |indices: &[u32]| {
             let noise: Vec<Tensor> = indices.iter().map(|index| noise(*index)).collect();
-            let mode = &mut Mode::Running(&self.buffers);
-            self.models.generator.forward(&Tensor::stack(&noise, 0), &self.weights, mode)
+            let key = Key { seed, step: 0, phase: 0, shard: indices[0], purpose: Purpose::Network };
+            let mut pass = Pass::running(&self.weights, &self.buffers, key);
+            self.models.generator.forward(&Tensor::stack(&noise, 0), &mut pass)
         };
         let batches: Vec<Tensor> = no_grad(|| indices.chunks(BATCH as usize).map(draw).collect());
         Tensor::cat(&batches, 0)

@@ -6,8 +6,8 @@
 //! 4. What passes compute with is a function of the state: its parameters, or their cast to the job's precision, which is
 //!    made anew whenever they change.
 //!
-//! The buffer holds, in this order: for the generator and then for the discriminator, the parameters, the buffers of
-//! batch normalisation and Adam's two moments; then the moving average of the generator's parameters and buffers.
+//! The buffer holds, in this order: for the generator and then for the discriminator, the parameters, the buffers
+//! (such as batch normalisation's) and Adam's two moments; then the moving average of the generator's parameters and buffers.
 
 use std::ops::Range;
 
@@ -70,6 +70,19 @@ impl Layout {
         self.entries.iter().map(|(spec, offset)| (spec, *offset))
     }
 
+    /// Runs of neighbouring buffers that follow the batches with one momentum.
+    pub fn momenta(&self) -> Vec<(Range<usize>, f64)> {
+        let mut runs: Vec<(Range<usize>, f64)> = Vec::new();
+        for (spec, offset) in self.entries() {
+            let end = offset + align(spec.numel());
+            match runs.last_mut() {
+                Some((run, momentum)) if *momentum == spec.momentum => run.end = end,
+                _ => runs.push((offset..end, spec.momentum)),
+            }
+        }
+        runs
+    }
+
     /// The tensors, as views of `flat`.
     pub fn views(&self, flat: &Tensor) -> Vec<Tensor> {
         let view = |(spec, offset): &(TensorSpec, usize)| {
@@ -96,7 +109,7 @@ pub struct Sections {
 }
 
 impl Sections {
-    fn new(network: &Network, start: usize) -> Sections {
+    fn new(network: &dyn Network, start: usize) -> Sections {
         Sections {
             parameters: Layout::new(network.parameters()),
             buffers: Layout::new(network.buffers()),
@@ -161,8 +174,8 @@ pub struct StateLayout {
 impl StateLayout {
     /// The layout for a pair of networks.
     pub fn new(models: &Models, precision: Precision) -> StateLayout {
-        let generator = Sections::new(&models.generator, 0);
-        let discriminator = Sections::new(&models.discriminator, generator.exp_avg_sq_range().end);
+        let generator = Sections::new(&*models.generator, 0);
+        let discriminator = Sections::new(&*models.discriminator, generator.exp_avg_sq_range().end);
         let ema_start = discriminator.exp_avg_sq_range().end;
         let len = ema_start + generator.weight_range().len();
         StateLayout { generator, discriminator, len, precision, ema_start }
@@ -229,6 +242,7 @@ pub struct State {
 
 struct ModuleViews {
     weights: Tensor,
+    buffers: Vec<Tensor>,
     master: Vec<Tensor>,
     /// In the precision of passes, if that is not fp32.
     cast: Option<Tensor>,
@@ -257,6 +271,7 @@ impl ModuleViews {
             master: leaves(detached(&weights)),
             trainable: leaves(computed_with()),
             frozen: computed_with(),
+            buffers: sections.buffers.views(&narrow(flat, sections.buffer_range()).data()),
             weights,
             cast,
         }
@@ -308,6 +323,11 @@ impl State {
     /// A network's parameters in fp32, as autograd's leaves.
     pub fn master(&self, module: Module) -> &[Tensor] {
         &self.views(module).master
+    }
+
+    /// A network's buffers.
+    pub fn buffers(&self, module: Module) -> &[Tensor] {
+        &self.views(module).buffers
     }
 
     /// Casts all parameters to the precision of passes. To be called after the buffer was written as a whole.

@@ -19,7 +19,7 @@ use crate::device;
 use crate::exchange::{ReduceError, Reduced, Trailer};
 use crate::finite::{NonFinite, Verdict, judge};
 use crate::nn::Models;
-use crate::phase::{Drawn, Input, LeafBuffer, LeafLayout, LeafPart, Leaves, Phase, phases};
+use crate::phase::{Drawn, Input, LeafBuffer, LeafLayout, LeafPart, Leaves, Phase, Real, Spot, phases};
 use crate::profile::{Laps, Part, Place};
 use crate::session::{Session, unreachable};
 use crate::state::{Counters, Module, State, StateLayout};
@@ -99,13 +99,16 @@ struct Samples {
     batch: Batch,
     /// By shard: (shards, b, c, h, w).
     images: Tensor,
+    /// By shard: (shards, b), where the data set has labels.
+    classes: Option<Tensor>,
 }
 
 impl Samples {
-    /// A shard's images, by its place among this rank's. In memory of their own: where they start must not depend on how
+    /// A shard's samples, by its place among this rank's. In memory of their own: where they start must not depend on how
     /// shards are dealt, since kernels may look at alignment.
-    fn of_shard(&self, place: u32) -> Tensor {
-        self.images.get(i64::from(place)).copy()
+    fn of_shard(&self, place: u32) -> Real {
+        let own = |all: &Tensor| all.get(i64::from(place)).copy();
+        Real { images: own(&self.images), classes: self.classes.as_ref().map(own) }
     }
 }
 
@@ -371,7 +374,7 @@ impl Trainer {
         // What the generator's commit does not change can be computed before it.
         let meanwhile = || {
             if phase.module == Module::Generator {
-                *ahead = self.look_ahead(&leaves, state, batches)?;
+                *ahead = self.look_ahead(&leaves, state, batches, own.start)?;
             }
             Ok(())
         };
@@ -409,7 +412,7 @@ impl Trainer {
             return Ok((Some(samples), Some(of_real)));
         }
         let batch = course.batches.next()?;
-        Ok((Some(Samples { images: self.real_images(&batch), batch }), None))
+        Ok((Some(self.samples_of(batch)), None))
     }
 
     /// The next step's real samples, and what the discriminator makes of the first shard's, where that can be told without
@@ -419,13 +422,18 @@ impl Trainer {
         leaves: &Leaves<'_>,
         state: &State,
         batches: &mut Prefetcher,
+        first_shard: u32,
     ) -> Result<Option<(Samples, LeafPart)>, c10d::Error> {
         if !leaves.tells_real_apart() {
             return Ok(None);
         }
         let Some(batch) = batches.try_next() else { return Ok(None) };
-        let samples = Samples { images: self.real_images(&batch), batch };
-        let of_real = leaves.real_part(state, &samples.of_shard(0))?;
+        // The generator's phase, which is under way, is the last of its step.
+        let step = state.counters.position.0 / self.job.phases_per_step() + 1;
+        let phase = phases(&self.job)[0];
+        let samples = self.samples_of(batch);
+        let of_real =
+            leaves.real_part(Spot { phase, step, shard: first_shard }, state, &samples.of_shard(0))?;
         Ok(Some((samples, of_real)))
     }
 
@@ -446,6 +454,14 @@ impl Trainer {
             }
         }
         Ok(())
+    }
+
+    /// A batch's samples by shard.
+    fn samples_of(&self, batch: Batch) -> Samples {
+        let labels = (!batch.labels.is_empty()).then(|| Tensor::from_slice(&batch.labels));
+        let by_shard = |labels: Tensor| labels.view([-1, i64::from(self.job.job.shard_batch)]);
+        let classes = labels.map(|labels| by_shard(labels).to_device(self.device));
+        Samples { images: self.real_images(&batch), classes, batch }
     }
 
     /// A batch's images by shard: (shards, b, c, h, w).
@@ -613,23 +629,19 @@ struct ShardWork<'a> {
 
 impl ShardWork<'_> {
     /// Fills `out` with the leaf of `shard`.
-    fn compute(
-        &mut self,
-        shard: u32,
-        real: Option<&Tensor>,
-        out: &mut LeafBuffer,
-    ) -> Result<(), c10d::Error> {
+    fn compute(&mut self, shard: u32, real: Option<&Real>, out: &mut LeafBuffer) -> Result<(), c10d::Error> {
         let &mut ShardWork { leaves, phase, step, state, .. } = self;
-        let draw = || leaves.draw(phase, step, shard, state);
+        let spot = Spot { phase, step, shard };
+        let draw = || leaves.draw(spot, state);
         let Some(real) = real else {
             let kept = self.drawn.iter().position(|drawn| drawn.shard == shard);
             let drawn = kept.map_or_else(draw, |at| self.drawn.swap_remove(at));
-            return leaves.compute(phase, step, shard, state, Input::Drawn(drawn), out);
+            return leaves.compute(spot, state, Input::Drawn(drawn), out);
         };
         let keep = leaves.serves_generator(phase) && self.drawn.len() < KEPT;
         let drawn = if keep { draw() } else { no_grad(draw) };
         let input = Input::Samples(real, self.of_real.take(), &drawn);
-        leaves.compute(phase, step, shard, state, input, out)?;
+        leaves.compute(spot, state, input, out)?;
         if keep {
             self.drawn.push(drawn);
         }

@@ -11,8 +11,9 @@ use ganglion_storage::Storage;
 use ganglion_worker::checkpoint::{Files, Snapshot, to_bytes};
 use ganglion_worker::data::{DataSet, Plan, Prefetcher};
 use ganglion_worker::loss;
-use ganglion_worker::nn::Mode;
-use ganglion_worker::phase::{Input, LeafBuffer, Leaves, Phase, phases};
+use ganglion_worker::nn::Pass;
+use ganglion_worker::phase::{Input, LeafBuffer, Leaves, Phase, Spot, phases};
+use ganglion_worker::random::{Key, Purpose};
 use ganglion_worker::state::Module;
 use safetensors::SafeTensors;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -39,8 +40,9 @@ fn a_discriminator_gives_one_logit_an_image() {
     for kind in [ModelKind::Mlp28, ModelKind::Dcgan28, ModelKind::Dcgan64] {
         let bench = Bench::new(job(kind, LossKind::NonSaturating));
         let frozen = bench.state.frozen(Module::Discriminator);
-        let mode = &mut Mode::Batch(&mut Vec::new());
-        let logits = bench.models.discriminator.forward(&bench.real(), frozen, mode);
+        let key = Key { seed: 1, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
+        let mut pass = Pass::batch(frozen, bench.state.buffers(Module::Discriminator), key);
+        let logits = bench.models.discriminator.forward(&bench.real().images, &mut pass);
         assert_eq!(logits.size(), [3, 1], "{kind}");
     }
 }
@@ -131,23 +133,24 @@ fn samples_are_the_same_kept_or_drawn_again() {
         let bench = Bench::new(job);
         let leaves = Leaves { job: &bench.job, models: &bench.models, device: Device::Cpu };
         let phases = phases(&bench.job);
+        let spot = |phase| Spot { phase, step: 0, shard: 1 };
         let leaf = |phase: Phase, input: Input<'_>| {
             let layout = bench.leaf_layout(phase.module);
             let mut out = LeafBuffer::new(&layout, layout.len(), Device::Cpu);
-            leaves.compute(phase, 0, 1, &bench.state, input, &mut out).unwrap();
+            leaves.compute(spot(phase), &bench.state, input, &mut out).unwrap();
             bits(&out.flat)
         };
         let real = bench.real();
-        let kept = leaves.draw(phases[1], 0, 1, &bench.state);
-        let drawn = no_grad(|| leaves.draw(phases[1], 0, 1, &bench.state));
+        let kept = leaves.draw(spot(phases[1]), &bench.state);
+        let drawn = no_grad(|| leaves.draw(spot(phases[1]), &bench.state));
         let with_kept = leaf(phases[1], Input::Samples(&real, None, &kept));
         assert!(with_kept == leaf(phases[1], Input::Samples(&real, None, &drawn)), "{kind}, {precision}");
         if leaves.tells_real_apart() {
-            let ahead = leaves.real_part(&bench.state, &real).unwrap();
+            let ahead = leaves.real_part(spot(phases[1]), &bench.state, &real).unwrap();
             let with_ahead = leaf(phases[1], Input::Samples(&real, Some(ahead), &drawn));
             assert!(with_ahead == with_kept, "{kind}, {precision}: computed ahead");
         }
-        let again = leaf(phases[2], Input::Drawn(leaves.draw(phases[2], 0, 1, &bench.state)));
+        let again = leaf(phases[2], Input::Drawn(leaves.draw(spot(phases[2]), &bench.state)));
         assert!(leaf(phases[2], Input::Drawn(kept)) == again, "{kind}, {precision}: the generator's");
     }
 }

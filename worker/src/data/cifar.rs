@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::{DataError, MAX_BYTES_IN_MEMORY, Memory};
+use super::{DataError, Labels, MAX_BYTES_IN_MEMORY, Memory};
 
 const SIDE: u32 = 32;
 const PLANE_BYTES: usize = 32 * 32;
@@ -13,14 +13,15 @@ const RECORD_BYTES: usize = 1 + CHANNELS * PLANE_BYTES;
 const LABELS: u8 = 10;
 
 /// Reads one file, or the five training files of a folder.
-pub(super) fn open(path: &Path) -> Result<Memory, DataError> {
+pub(super) fn open(path: &Path) -> Result<(Memory, Labels), DataError> {
     let is_folder = fs::metadata(path).map_err(|error| DataError::reading(path, error))?.is_dir();
     let files = if is_folder { batches(path)? } else { vec![path.to_path_buf()] };
-    let mut bytes = Vec::new();
+    let (mut bytes, mut labels) = (Vec::new(), Vec::new());
     for file in &files {
-        append(file, &mut bytes)?;
+        append(file, &mut bytes, &mut labels)?;
     }
-    Ok(Memory { width: SIDE, height: SIDE, channels: CHANNELS, bytes })
+    let labels = Labels::new(labels, path.display().to_string());
+    Ok((Memory { width: SIDE, height: SIDE, channels: CHANNELS, bytes }, labels))
 }
 
 /// The training files of a folder, in their order.
@@ -43,8 +44,8 @@ fn batches(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
     )))
 }
 
-/// Reads a file's records and adds their pixels, height x width x channels.
-fn append(path: &Path, pixels: &mut Vec<u8>) -> Result<(), DataError> {
+/// Reads a file's records and adds their labels, and their pixels, height x width x channels.
+fn append(path: &Path, pixels: &mut Vec<u8>, labels: &mut Vec<u32>) -> Result<(), DataError> {
     let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
     let mut records = Vec::new();
     let room = MAX_BYTES_IN_MEMORY.saturating_sub(pixels.len() as u64);
@@ -52,6 +53,7 @@ fn append(path: &Path, pixels: &mut Vec<u8>) -> Result<(), DataError> {
     check(&records, room).map_err(|wrong| DataError::Input(format!("{}: {wrong}", path.display())))?;
     pixels.reserve_exact(records.len());
     for record in records.chunks_exact(RECORD_BYTES) {
+        labels.push(u32::from(record[0]));
         for at in 1..=PLANE_BYTES {
             pixels.extend([record[at], record[at + PLANE_BYTES], record[at + 2 * PLANE_BYTES]]);
         }
@@ -79,7 +81,7 @@ fn check(records: &[u8], room: u64) -> Result<(), String> {
              pixels); the file is cut off or not CIFAR-10's binary version"
         ));
     }
-    // The labels are not used, but they tell a file of another format whose length happens to fit.
+    // The labels also tell a file of another format whose length happens to fit.
     match records
         .chunks_exact(RECORD_BYTES)
         .map(|record| record[0])

@@ -7,6 +7,7 @@
 //!    pixels.
 //! 3. A file is taken as it is stored: alpha is dropped, orientation tags are not followed, 16 bits become 8.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 use image::{DynamicImage, ImageFormat, ImageReader};
 
 use super::framing::{Framing, Image};
-use super::{DataError, ImageShape};
+use super::{DataError, ImageShape, Labels};
 
 /// Bytes of a file that are read when the folder is opened, and that the fingerprint covers.
 const HEAD_BYTES: u64 = 16 << 10;
@@ -38,10 +39,17 @@ pub(super) struct Opened {
     pub(super) shape: ImageShape,
     /// Hash of the relative paths, lengths, sizes in pixels and heads of the files.
     pub(super) content: blake3::Hash,
+    /// The classes of the files, where they were asked for.
+    pub(super) labels: Option<Labels>,
 }
 
 /// Searches a folder and checks that all its images have one size once they are framed.
-pub(super) fn open(root: &Path, channels: u32, framing: &Framing) -> Result<Opened, DataError> {
+pub(super) fn open(
+    root: &Path,
+    channels: u32,
+    framing: &Framing,
+    labelled: bool,
+) -> Result<Opened, DataError> {
     let channels = match channels {
         1 => 1,
         3 => 3,
@@ -64,8 +72,72 @@ pub(super) fn open(root: &Path, channels: u32, framing: &Framing) -> Result<Open
         )));
     }
     let (shape, content) = survey(&files, channels, framing)?;
+    let labels = labelled.then(|| labels(root, &files)).transpose()?;
     let files = files.into_iter().map(|found| found.path).collect();
-    Ok(Opened { folder: Folder { files, channels }, shape, content })
+    Ok(Opened { folder: Folder { files, channels }, shape, content, labels })
+}
+
+/// The file in a folder that may give the classes of its images, as StyleGAN's tools write it.
+const LABELS_FILE: &str = "dataset.json";
+
+/// The classes of a folder's files: those of its `dataset.json`, or else the places of their subfolders in sorted order.
+fn labels(root: &Path, files: &[Found]) -> Result<Labels, DataError> {
+    let list = root.join(LABELS_FILE);
+    if list.is_file() { listed(&list, files) } else { by_subfolder(root, files) }
+}
+
+fn by_subfolder(root: &Path, files: &[Found]) -> Result<Labels, DataError> {
+    let mut names: Vec<&[u8]> = Vec::new();
+    let mut of = Vec::with_capacity(files.len());
+    for found in files {
+        let Some(end) = found.relative.iter().position(|byte| *byte == b'/') else {
+            return Err(input(
+                &found.path,
+                &format!(
+                    "has no class, which model.conditional needs: it lies in no subfolder of {}, where there is no \
+                     {LABELS_FILE}; sort the images into one subfolder a class",
+                    root.display()
+                ),
+            ));
+        };
+        let name = &found.relative[..end];
+        // The files are sorted, so those of one subfolder follow each other, but for names like "a" and "a.b".
+        let at = names.iter().position(|known| *known == name).unwrap_or_else(|| {
+            names.push(name);
+            names.len() - 1
+        });
+        of.push(at);
+    }
+    let mut sorted = names.clone();
+    sorted.sort_unstable();
+    let place = |name: &[u8]| sorted.iter().position(|other| *other == name);
+    let places: Vec<u32> = names
+        .iter()
+        .map(|name| place(name).and_then(|at| u32::try_from(at).ok()).unwrap_or(u32::MAX))
+        .collect();
+    Ok(Labels::new(of.into_iter().map(|at| places[at]).collect(), root.display().to_string()))
+}
+
+/// The classes of `dataset.json`: {"labels": [["00000/img00000000.png", 5], ...]}.
+fn listed(list: &Path, files: &[Found]) -> Result<Labels, DataError> {
+    #[derive(serde::Deserialize)]
+    struct List {
+        labels: Vec<(String, u32)>,
+    }
+    let bytes = read_file(list)?;
+    let parsed: Result<List, _> = serde_json::from_slice(&bytes);
+    let parsed = parsed.map_err(|error| {
+        let wanted = "expected {\"labels\": [[\"FILE\", CLASS], ...]} with whole numbers for classes";
+        input(list, &format!("cannot be read: {error}; {wanted}"))
+    })?;
+    let of: HashMap<&[u8], u32> =
+        parsed.labels.iter().map(|(file, class)| (file.as_bytes(), *class)).collect();
+    let class = |found: &Found| {
+        let missing = || input(list, &format!("gives no class for {}; add it", found.path.display()));
+        of.get(found.relative.as_slice()).copied().ok_or_else(missing)
+    };
+    let of: Result<Vec<u32>, DataError> = files.iter().map(class).collect();
+    Ok(Labels::new(of?, list.display().to_string()))
 }
 
 /// An image file. Compares by its relative path.

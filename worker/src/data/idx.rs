@@ -1,5 +1,5 @@
 //! IDX files of images, the format of MNIST: a header of four big-endian `u32` (magic number, images, rows, columns), then
-//! one byte for each pixel. Plain or compressed with gzip, told apart by their first bytes.
+//! one byte for each pixel. Files of labels: two such numbers (magic number, labels), then one byte for each. Plain or compressed with gzip, told apart by their first bytes.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 
 use flate2::bufread::MultiGzDecoder;
 
-use super::{DataError, MAX_BYTES_IN_MEMORY, MAX_SIDE, Memory};
+use super::{DataError, Labels, MAX_BYTES_IN_MEMORY, MAX_SIDE, Memory};
 
 /// Unsigned bytes in three dimensions.
 const MAGIC_IMAGES: u32 = 0x0000_0803;
 /// Unsigned bytes in one dimension.
 const MAGIC_LABELS: u32 = 0x0000_0801;
 const HEADER_BYTES: usize = 16;
+const LABELS_HEADER_BYTES: usize = 8;
 
 /// The 10,000 test digits of MNIST.
 static BUNDLED: &[u8] =
@@ -24,12 +25,42 @@ pub(super) fn bundled() -> Result<Memory, DataError> {
     read(BUNDLED, Path::new("the bundled t10k-images-idx3-ubyte.gz"))
 }
 
-/// Reads a file, or the file of a folder that holds the training images.
+/// Their labels.
+static BUNDLED_LABELS: &[u8] =
+    include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../data/mnist-10k/t10k-labels-idx1-ubyte.gz"));
+
+/// The labels of the digits that come with the worker.
+pub(super) fn bundled_labels() -> Result<Labels, DataError> {
+    read_labels(BUNDLED_LABELS, Path::new("the bundled t10k-labels-idx1-ubyte.gz"))
+}
+
+/// A file itself, or the file of a folder that holds the training images.
+pub(super) fn file_of(path: &Path) -> Result<PathBuf, DataError> {
+    let is_folder = fs::metadata(path).map_err(|error| DataError::reading(path, error))?.is_dir();
+    if is_folder { choose(path) } else { Ok(path.to_path_buf()) }
+}
+
+/// Reads a file of images.
 pub(super) fn open(path: &Path) -> Result<Memory, DataError> {
-    let failed = |error| DataError::reading(path, error);
-    let path = if fs::metadata(path).map_err(failed)?.is_dir() { &choose(path)? } else { path };
     let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
     read(BufReader::new(file), path)
+}
+
+/// Reads the file of labels that belongs to a file of images by its name, plain or compressed.
+pub(super) fn labels_beside(images: &Path) -> Result<Labels, DataError> {
+    let name = images.file_name().unwrap_or_default().to_string_lossy();
+    let wanted = plain(&name).replace("images", "labels").replace("idx3", "idx1");
+    let places = [wanted.clone(), format!("{wanted}.gz")].map(|name| images.with_file_name(name));
+    let found = places.iter().find(|place| wanted != plain(&name) && place.is_file());
+    let Some(path) = found else {
+        return Err(DataError::Input(format!(
+            "{}: found no file of labels {wanted} or {wanted}.gz beside it, which model.conditional needs; put it \
+             there, or set model.conditional = false",
+            images.display()
+        )));
+    };
+    let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
+    read_labels(BufReader::new(file), path)
 }
 
 /// The file of a folder to train on: the training images by name, else the only file of images.
@@ -73,11 +104,25 @@ fn is_images(name: &str) -> bool {
     name.ends_with("-images-idx3-ubyte") || name.ends_with(".idx3-ubyte")
 }
 
-/// Reads a whole file, whatever its compression. `path` is for messages.
-fn read(mut reader: impl BufRead, path: &Path) -> Result<Memory, DataError> {
+/// Reads a whole file of images, whatever its compression. `path` is for messages.
+fn read(reader: impl BufRead, path: &Path) -> Result<Memory, DataError> {
+    unpacked(reader, path, decode)
+}
+
+/// Reads a whole file of labels, whatever its compression.
+fn read_labels(reader: impl BufRead, path: &Path) -> Result<Labels, DataError> {
+    unpacked(reader, path, decode_labels)
+}
+
+/// Lets `decode` read what a file holds.
+fn unpacked<T>(
+    mut reader: impl BufRead,
+    path: &Path,
+    decode: impl FnOnce(&mut dyn Read, &Path) -> Result<T, DataError>,
+) -> Result<T, DataError> {
     let start = reader.fill_buf().map_err(|error| DataError::reading(path, error))?;
     if start.starts_with(&[0x1f, 0x8b]) {
-        decode(MultiGzDecoder::new(reader), path).map_err(|error| match error {
+        decode(&mut MultiGzDecoder::new(reader), path).map_err(|error| match error {
             DataError::System { source, .. } if is_corruption(&source) => DataError::Input(format!(
                 "{}: the gzip data are corrupt or cut off ({source}); get the file again",
                 path.display()
@@ -85,7 +130,7 @@ fn read(mut reader: impl BufRead, path: &Path) -> Result<Memory, DataError> {
             other => other,
         })
     } else {
-        decode(reader, path)
+        decode(&mut reader, path)
     }
 }
 
@@ -96,11 +141,11 @@ fn is_corruption(error: &io::Error) -> bool {
 }
 
 /// Reads the uncompressed bytes of a file and checks all that its header says.
-fn decode(mut reader: impl Read, path: &Path) -> Result<Memory, DataError> {
+fn decode(mut reader: &mut dyn Read, path: &Path) -> Result<Memory, DataError> {
     let name = path.display();
     let failed = |source| DataError::System { path: path.to_path_buf(), source };
     let mut header = Vec::with_capacity(HEADER_BYTES);
-    reader.by_ref().take(HEADER_BYTES as u64).read_to_end(&mut header).map_err(failed)?;
+    Read::by_ref(&mut reader).take(HEADER_BYTES as u64).read_to_end(&mut header).map_err(failed)?;
     let [images, height, width] =
         parse_header(&header).map_err(|wrong| DataError::Input(format!("{name}: {wrong}")))?;
 
@@ -129,6 +174,33 @@ fn decode(mut reader: impl Read, path: &Path) -> Result<Memory, DataError> {
         )));
     }
     Ok(Memory { width, height, channels: 1, bytes })
+}
+
+/// Reads the uncompressed bytes of a file of labels.
+fn decode_labels(reader: &mut dyn Read, path: &Path) -> Result<Labels, DataError> {
+    let name = path.display();
+    let failed = |source| DataError::System { path: path.to_path_buf(), source };
+    let limit = LABELS_HEADER_BYTES as u64 + u64::from(u32::MAX) + 1;
+    let mut bytes = Vec::new();
+    reader.take(limit).read_to_end(&mut bytes).map_err(failed)?;
+    let header = bytes.first_chunk::<LABELS_HEADER_BYTES>().map(|header| {
+        let word =
+            |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        (word(0), word(4) as usize)
+    });
+    let labels = &bytes[LABELS_HEADER_BYTES.min(bytes.len())..];
+    match header {
+        Some((MAGIC_LABELS, count)) if count == labels.len() => {
+            Ok(Labels::new(labels.iter().map(|label| u32::from(*label)).collect(), name.to_string()))
+        }
+        Some((MAGIC_LABELS, count)) => Err(DataError::Input(format!(
+            "{name}: its header announces {count} labels and {} follow; the file is cut off or damaged, get it again",
+            labels.len()
+        ))),
+        _ => Err(DataError::Input(format!(
+            "{name}: found no IDX file of labels, expected magic number 0x{MAGIC_LABELS:08x}; get the file again"
+        ))),
+    }
 }
 
 /// The numbers of images, rows and columns, or what is wrong with the header.

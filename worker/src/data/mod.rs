@@ -10,11 +10,13 @@
 //! 2. No content of a file causes a panic, nor an allocation larger than the file justifies: a header is checked against
 //!    what follows it, and all sizes have limits.
 //! 3. An image is bytes, height x width x channels, until its framing writes it as `f32`, channels x height x width.
+//! 4. Labels are read only for those who ask for them: a data set without is whole, and its fingerprint knows of none.
 
 mod cifar;
 mod folder;
 mod framing;
 mod idx;
+mod labels;
 mod prefetch;
 #[cfg(test)]
 mod tests;
@@ -27,6 +29,7 @@ use ganglion_proto::job::{Data, DataKind};
 
 use folder::Folder;
 use framing::{Framing, Image};
+use labels::Labels;
 pub use prefetch::{Batch, Plan, Prefetcher, Upload};
 
 /// Longest side of an image as the networks see it, in pixels.
@@ -103,6 +106,7 @@ pub struct DataSet {
     framing: Framing,
     shape: ImageShape,
     len: usize,
+    labels: Option<Labels>,
     fingerprint: [u8; 32],
 }
 
@@ -147,6 +151,19 @@ impl DataSet {
     /// # Errors
     /// [`DataError::Input`] if the section or the files are wrong, [`DataError::System`] if the system fails.
     pub fn open(source: &Data) -> Result<DataSet, DataError> {
+        DataSet::open_as(source, false)
+    }
+
+    /// The same with the class of each sample: from the file of labels beside one of images, CIFAR's records, a folder's
+    /// `dataset.json` or the names of its subfolders.
+    ///
+    /// # Errors
+    /// As [`open`](DataSet::open), and [`DataError::Input`] if a sample has no label.
+    pub fn open_labelled(source: &Data) -> Result<DataSet, DataError> {
+        DataSet::open_as(source, true)
+    }
+
+    fn open_as(source: &Data, labelled: bool) -> Result<DataSet, DataError> {
         let framing = Framing::new(source)?;
         match source.kind {
             DataKind::Mnist10k if source.path.is_some() => Err(DataError::Input(
@@ -154,25 +171,37 @@ impl DataSet {
                  has no path; remove data.path or set data.kind to the format of that file"
                     .to_owned(),
             )),
-            DataKind::Mnist10k => DataSet::in_memory(idx::bundled()?, "the bundled digits", framing),
+            DataKind::Mnist10k => {
+                let labels = labelled.then(idx::bundled_labels).transpose()?;
+                DataSet::in_memory(idx::bundled()?, "the bundled digits", framing, labels)
+            }
             DataKind::Idx => {
-                let path = required_path(source)?;
-                DataSet::in_memory(idx::open(path)?, &path.display().to_string(), framing)
+                let path = &idx::file_of(required_path(source)?)?;
+                let memory = idx::open(path)?;
+                let labels = labelled.then(|| idx::labels_beside(path)).transpose()?;
+                DataSet::in_memory(memory, &path.display().to_string(), framing, labels)
             }
             DataKind::Cifar10 => {
                 let path = required_path(source)?;
-                DataSet::in_memory(cifar::open(path)?, &path.display().to_string(), framing)
+                let (memory, labels) = cifar::open(path)?;
+                let labels = labelled.then_some(labels);
+                DataSet::in_memory(memory, &path.display().to_string(), framing, labels)
             }
             DataKind::Folder => {
-                let folder::Opened { folder, shape, content } =
-                    folder::open(required_path(source)?, source.channels, &framing)?;
+                let folder::Opened { folder, shape, content, labels } =
+                    folder::open(required_path(source)?, source.channels, &framing, labelled)?;
                 let len = folder.len();
-                Ok(DataSet::new(Source::Folder(folder), framing, shape, len, content))
+                DataSet::new(Source::Folder(folder), framing, shape, len, content, labels)
             }
         }
     }
 
-    fn in_memory(memory: Memory, name: &str, framing: Framing) -> Result<DataSet, DataError> {
+    fn in_memory(
+        memory: Memory,
+        name: &str,
+        framing: Framing,
+        labels: Option<Labels>,
+    ) -> Result<DataSet, DataError> {
         let (height, width) = framing
             .output_size(memory.height, memory.width)
             .map_err(|wrong| DataError::Input(format!("{name}: {wrong}")))?;
@@ -182,7 +211,7 @@ impl DataSet {
         content.update(&memory.height.to_le_bytes());
         content.update(&memory.width.to_le_bytes());
         content.update(&memory.bytes);
-        Ok(DataSet::new(Source::Memory(memory), framing, shape, len, content.finalize()))
+        DataSet::new(Source::Memory(memory), framing, shape, len, content.finalize(), labels)
     }
 
     fn new(
@@ -191,20 +220,36 @@ impl DataSet {
         shape: ImageShape,
         len: usize,
         content: blake3::Hash,
-    ) -> DataSet {
+        labels: Option<Labels>,
+    ) -> Result<DataSet, DataError> {
         let mut hasher = blake3::Hasher::new_derive_key("ganglion 2026 data set");
         for size in [shape.channels, shape.height, shape.width, len] {
             hasher.update(&(size as u64).to_le_bytes());
         }
         hasher.update(&framing.to_bytes());
         hasher.update(content.as_bytes());
-        DataSet { source, framing, shape, len, fingerprint: hasher.finalize().into() }
+        let mut fingerprint = hasher.finalize().into();
+        if let Some(labels) = &labels {
+            labels.check(len)?;
+            fingerprint = labels.fingerprint_with(&fingerprint);
+        }
+        Ok(DataSet { source, framing, shape, len, labels, fingerprint })
     }
 
     /// The number of samples, at least 1 and less than 2^32.
     #[expect(clippy::len_without_is_empty, reason = "a data set that opened is never empty")]
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// How many classes the samples have, by their labels; 0 if it was opened without.
+    pub fn classes(&self) -> u32 {
+        self.labels.as_ref().map_or(0, |labels| labels.classes)
+    }
+
+    /// The class of each sample, below [`classes`](Self::classes); empty if it was opened without labels.
+    pub fn labels(&self) -> &[u32] {
+        self.labels.as_ref().map_or(&[], |labels| &labels.of)
     }
 
     /// The shape of every sample.
@@ -233,7 +278,7 @@ impl DataSet {
 
     /// Identifies the samples: data sets with equal fingerprints give equal samples.
     ///
-    /// Covers the number of samples, their shape and framing. Of data in memory it covers every byte. Of a folder it
+    /// Covers the number of samples, their shape and framing, and their labels if it was opened with them. Of data in memory it covers every byte. Of a folder it
     /// covers each file's relative path, length, image size and first 16 KiB, which open with the header anyway: reading a
     /// hundred gigabytes of pictures at each start would cost more than the rare change behind the first 16 KiB that
     /// keeps the length.

@@ -61,7 +61,9 @@ pub struct Batch {
     pub phase: u32,
     /// (Shards x `shard_batch`) x channels x height x width, in the order of shards, in [-1, 1].
     pub pixels: Vec<f32>,
-    /// The same on the training device, if they were uploaded.
+    /// The class of each sample, in the same order; empty if the data set has no labels.
+    pub labels: Vec<i64>,
+    /// The pixels on the training device, if they were uploaded.
     pub uploaded: Option<Tensor>,
     /// Sum mod 2^64 of [`ledger_term`] over the samples that were read.
     pub ledger: u64,
@@ -191,6 +193,7 @@ impl Reader {
         let mut pixels = self.reusable.try_recv().unwrap_or_default();
         pixels.resize(shards.len() * shard_batch as usize * numel, 0.0);
         let mut ledger = 0_u64;
+        let mut labels = Vec::new();
         let numbers = shards.clone().flat_map(|shard| {
             let first = stream_position(step, phase, phases, data_shards, shard, shard_batch);
             first..first + u64::from(shard_batch)
@@ -203,10 +206,11 @@ impl Reader {
             let index =
                 usize::try_from(sample).expect("a sample's index is below the length of the data set");
             self.dataset.read(index, out)?;
+            labels.extend(self.dataset.labels().get(index).copied().map(i64::from));
             ledger = ledger.wrapping_add(ledger_term(q, sample));
         }
         let uploaded = self.upload.as_mut().map(|upload| upload(&pixels)).transpose();
         let uploaded = uploaded.map_err(|error| DataError::Upload(error.to_string()))?;
-        Ok(Some(Batch { step, phase, pixels, uploaded, ledger }))
+        Ok(Some(Batch { step, phase, pixels, labels, uploaded, ledger }))
     }
 }

@@ -5,6 +5,7 @@ mod digits;
 mod folders;
 mod framings;
 mod idx_files;
+mod labelled;
 mod prefetching;
 
 use std::fs;

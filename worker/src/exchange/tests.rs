@@ -21,7 +21,7 @@ const REDUCTIONS: [Reduction; 2] = [Reduction::Tree, Reduction::Ring];
 /// A leaf of one parameter of so many elements.
 fn layout(numel: usize) -> LeafLayout {
     let shape = vec![signed(numel)];
-    let spec = TensorSpec { name: "p".to_string(), shape, init: Init::Constant(0.0), exact: false };
+    let spec = TensorSpec::parameter("p".to_string(), &shape, Init::Constant(0.0));
     LeafLayout::of(Layout::new(vec![spec]), Layout::default(), 1)
 }
 

@@ -1,40 +1,83 @@
-//! Networks as lists of layers over tensors that somebody else owns.
+//! Networks over tensors that somebody else owns.
 //!
-//! 1. A forward pass reads parameters and buffers and writes neither: batch statistics are handed out, to be committed
-//!    with the phase that they belong to.
+//! 1. A forward pass reads parameters and buffers and writes neither: what its buffers shall follow is handed out, to be
+//!    committed with the phase that it belongs to.
 //! 2. A network knows the names and shapes of its tensors; where they live is the state's business.
-//! 3. Between convolutions the features of a pixel lie together (channels last): libtorch's kernels for CPUs, and those for
-//!    GPUs in half precision, are faster on that. Parameters lie as PyTorch has them.
+//! 3. What a pass gives is a function of its input and its [`Pass`]. Random draws come from the pass's key alone.
 
 mod models;
+mod sequential;
+
+use std::fmt;
 
 pub use models::{Models, UnsuitableData};
+pub use sequential::{Layer, Sequential};
 
 use tch::{Kind, Tensor};
 
-/// Epsilon of batch normalisation, PyTorch's default.
-const BATCH_NORM_EPSILON: f64 = 1e-5;
+use crate::random::Key;
 
-/// One layer. Sizes are counts of features; kernels are square, in pixels.
-#[derive(Clone, Debug, PartialEq)]
-#[allow(missing_docs)] // the fields say it by their names
-pub enum Layer {
-    /// Fully connected: (n, inputs) to (n, outputs).
-    Linear { inputs: i64, outputs: i64 },
-    /// Convolution without bias: (n, inputs, h, w) to (n, outputs, h', w').
-    Conv { inputs: i64, outputs: i64, kernel: i64, stride: i64, padding: i64 },
-    /// Transposed convolution without bias.
-    ConvTranspose { inputs: i64, outputs: i64, kernel: i64, stride: i64, padding: i64 },
-    /// Batch normalisation (Ioffe and Szegedy, 2015) over (n, features, h, w).
-    BatchNorm { features: i64 },
-    /// max(x, slope x).
-    LeakyRelu { slope: f64 },
-    /// max(x, 0).
-    Relu,
-    /// Hyperbolic tangent.
-    Tanh,
-    /// Gives each sample this shape.
-    Reshape(Vec<i64>),
+/// A network: which tensors it has, and what it makes of a batch.
+pub trait Network: fmt::Debug + Send + Sync {
+    /// The tensors that are trained, in the order in which a pass gets them.
+    fn parameters(&self) -> Vec<TensorSpec>;
+
+    /// The tensors that follow the batches without being trained, in the order in which a pass gets them.
+    fn buffers(&self) -> Vec<TensorSpec>;
+
+    /// Whether what it makes of a sample depends on the other samples of the batch, as with batch normalisation.
+    fn sees_batch(&self) -> bool;
+
+    /// The network's output for a batch, in fp32, computed in the kind of its first parameter.
+    fn forward(&self, input: &Tensor, pass: &mut Pass<'_>) -> Tensor;
+}
+
+/// What a forward pass computes with, and what it hands out.
+#[derive(Debug)]
+pub struct Pass<'a> {
+    /// In the order of [`Network::parameters`].
+    pub parameters: &'a [Tensor],
+    /// In the order of [`Network::buffers`].
+    pub buffers: &'a [Tensor],
+    /// How the buffers are used.
+    pub mode: Mode,
+    /// The class of each sample, (n) of int64, where the model is conditional.
+    pub classes: Option<&'a Tensor>,
+    /// What the network draws by, if it draws at all. Each pass of a leaf has its own.
+    pub key: Key,
+    /// In [`Mode::Batch`]: what each buffer shall follow, in their order, by this pass.
+    pub statistics: Vec<Tensor>,
+}
+
+impl<'a> Pass<'a> {
+    /// A pass that hands out what its buffers shall follow.
+    pub fn batch(parameters: &'a [Tensor], buffers: &'a [Tensor], key: Key) -> Pass<'a> {
+        Pass { parameters, buffers, mode: Mode::Batch, classes: None, key, statistics: Vec::new() }
+    }
+
+    /// A pass by the buffers as they are.
+    pub fn running(parameters: &'a [Tensor], buffers: &'a [Tensor], key: Key) -> Pass<'a> {
+        Pass { mode: Mode::Running, ..Pass::batch(parameters, buffers, key) }
+    }
+
+    /// The same with the classes of the samples.
+    pub fn of(self, classes: Option<&'a Tensor>) -> Pass<'a> {
+        Pass { classes, ..self }
+    }
+
+    /// What it computes in.
+    pub fn kind(&self) -> Kind {
+        self.parameters.first().map_or(Kind::Float, Tensor::kind)
+    }
+}
+
+/// How a network uses its buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// As in training: batch normalisation goes by the batch and hands out its mean and unbiased variance.
+    Batch,
+    /// As when drawing samples: by the buffers as they are, and nothing is handed out.
+    Running,
 }
 
 /// How a parameter or buffer starts.
@@ -60,204 +103,25 @@ pub struct TensorSpec {
     pub init: Init,
     /// Whether it stays fp32 in every precision.
     pub exact: bool,
+    /// Of a buffer: the weight of what a phase's leaves hand out, on the mean, against what the buffer held before. With 1
+    /// it is replaced. 0 for parameters.
+    pub momentum: f64,
 }
 
 impl TensorSpec {
+    /// A parameter that is cast to the precision of passes.
+    pub fn parameter(name: String, shape: &[i64], init: Init) -> TensorSpec {
+        TensorSpec { name, shape: shape.to_vec(), init, exact: false, momentum: 0.0 }
+    }
+
+    /// A buffer.
+    pub fn buffer(name: String, shape: &[i64], init: Init, momentum: f64) -> TensorSpec {
+        TensorSpec { name, shape: shape.to_vec(), init, exact: true, momentum }
+    }
+
     /// Elements.
     pub fn numel(&self) -> usize {
         usize::try_from(self.shape.iter().product::<i64>()).expect("shapes are positive")
-    }
-}
-
-/// What batch normalisation does with its buffers.
-pub enum Mode<'a> {
-    /// Normalise by the batch and hand out its mean and unbiased variance, in the order of the network's buffers.
-    Batch(&'a mut Vec<Tensor>),
-    /// Normalise by the running mean and variance in the network's buffers.
-    Running(&'a [Tensor]),
-}
-
-/// A feed-forward network.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Network {
-    layers: Vec<Layer>,
-}
-
-impl Network {
-    /// A network of these layers.
-    ///
-    /// # Panics
-    /// If it begins with an activation, which would overwrite the input.
-    pub fn new(layers: Vec<Layer>) -> Self {
-        let first = layers.iter().find(|layer| !matches!(layer, Layer::Reshape(_)));
-        let activates = matches!(first, Some(Layer::LeakyRelu { .. } | Layer::Relu | Layer::Tanh));
-        assert!(!activates, "a network begins with something else than an activation");
-        Network { layers }
-    }
-
-    /// Whether any layer looks at the whole batch.
-    pub fn has_batch_norm(&self) -> bool {
-        self.layers.iter().any(|layer| matches!(layer, Layer::BatchNorm { .. }))
-    }
-
-    /// The tensors that are trained, in the order in which the layers use them.
-    pub fn parameters(&self) -> Vec<TensorSpec> {
-        let mut specs = Vec::new();
-        for (index, layer) in self.layers.iter().enumerate() {
-            let exact = matches!(layer, Layer::BatchNorm { .. });
-            let mut add = |kind: &str, shape: &[i64], init| {
-                let name = format!("{index}.{kind}");
-                specs.push(TensorSpec { name, shape: shape.to_vec(), init, exact });
-            };
-            // DCGAN's weights, Radford et al. (2015), section 3.
-            let normal = Init::Normal { mean: 0.0, deviation: 0.02 };
-            match *layer {
-                Layer::Linear { inputs, outputs } => {
-                    let init = Init::Uniform { bound: linear_bound(inputs) };
-                    add("weight", &[outputs, inputs], init);
-                    add("bias", &[outputs], init);
-                }
-                Layer::Conv { inputs, outputs, kernel, .. } => {
-                    add("weight", &[outputs, inputs, kernel, kernel], normal);
-                }
-                Layer::ConvTranspose { inputs, outputs, kernel, .. } => {
-                    add("weight", &[inputs, outputs, kernel, kernel], normal);
-                }
-                Layer::BatchNorm { features } => {
-                    add("weight", &[features], Init::Normal { mean: 1.0, deviation: 0.02 });
-                    add("bias", &[features], Init::Constant(0.0));
-                }
-                _ => {}
-            }
-        }
-        specs
-    }
-
-    /// The tensors that follow the batches without being trained.
-    pub fn buffers(&self) -> Vec<TensorSpec> {
-        let mut specs = Vec::new();
-        for (index, layer) in self.layers.iter().enumerate() {
-            if let Layer::BatchNorm { features } = *layer {
-                let mut add = |kind: &str, start| {
-                    let (name, shape) = (format!("{index}.{kind}"), vec![features]);
-                    specs.push(TensorSpec { name, shape, init: Init::Constant(start), exact: true });
-                };
-                add("running_mean", 0.0);
-                add("running_var", 1.0);
-            }
-        }
-        specs
-    }
-
-    /// The network's output for a batch, in fp32.
-    ///
-    /// `parameters` are in the order of [`Network::parameters`]; it is computed in the kind of the first one.
-    pub fn forward(&self, input: &Tensor, parameters: &[Tensor], mode: &mut Mode) -> Tensor {
-        let kind = parameters.first().map_or(Kind::Float, Tensor::kind);
-        let mut parameters = parameters.iter();
-        let mut next = || parameters.next().expect("a tensor for each of the network's parameters");
-        let mut buffers_used = 0;
-        let mut x = input.to_kind(kind);
-        for layer in &self.layers {
-            x = match layer {
-                Layer::Linear { .. } => x.linear(next(), Some(next())),
-                Layer::Conv { kernel, stride, padding, .. } => {
-                    conv(&channels_last(&x), next(), *kernel, *stride, *padding)
-                }
-                Layer::ConvTranspose { stride, padding, .. } => {
-                    conv_transpose(&channels_last(&x), next(), *stride, *padding)
-                }
-                Layer::BatchNorm { .. } => {
-                    let normalised = batch_norm(&x, next(), next(), mode, buffers_used);
-                    buffers_used += 2;
-                    normalised
-                }
-                // In place: no backward pass needs what an activation was computed from.
-                Layer::LeakyRelu { slope } => leaky_relu(x, *slope),
-                Layer::Relu => x.relu_(),
-                Layer::Tanh => x.tanh_(),
-                Layer::Reshape(shape) => {
-                    let mut whole = vec![x.size()[0]];
-                    whole.extend(shape);
-                    x.reshape(whole)
-                }
-            };
-        }
-        x.to_kind(Kind::Float)
-    }
-}
-
-/// PyTorch's default for linear layers: Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(n), 1/sqrt(n)).
-fn linear_bound(inputs: i64) -> f32 {
-    let inputs = f32::from(u16::try_from(inputs).unwrap_or(u16::MAX));
-    1.0 / inputs.sqrt()
-}
-
-/// The same images with the features of a pixel together in memory.
-fn channels_last(x: &Tensor) -> Tensor {
-    let [_, features, height, width] = sizes(x);
-    if features == 1 && !x.requires_grad() {
-        // Both orders are the same bytes then; the strides tell the kernels which one is meant.
-        let strides = [height * width, 1, width, 1];
-        return x.contiguous().as_strided(x.size(), strides, None);
-    }
-    x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
-}
-
-fn sizes(x: &Tensor) -> [i64; 4] {
-    x.size().try_into().expect("images have four dimensions")
-}
-
-fn conv(x: &Tensor, weight: &Tensor, kernel: i64, stride: i64, padding: i64) -> Tensor {
-    let [samples, _, height, width] = sizes(x);
-    if padding == 0 && (height, width) == (kernel, kernel) {
-        // The kernel covers the whole map: a product of matrices, several times as fast.
-        let [outputs, ..] = sizes(weight);
-        let rows = |x: &Tensor, count| x.permute([0, 2, 3, 1]).reshape([count, -1]);
-        return rows(x, samples)
-            .matmul(&rows(weight, outputs).transpose(0, 1))
-            .view([samples, outputs, 1, 1]);
-    }
-    x.conv2d(weight, None::<Tensor>, [stride, stride], [padding, padding], [1, 1], 1)
-}
-
-fn conv_transpose(x: &Tensor, weight: &Tensor, stride: i64, padding: i64) -> Tensor {
-    let [samples, inputs, height, width] = sizes(x);
-    if padding == 0 && (height, width) == (1, 1) {
-        // Every sample is one vector, and each feature of it weighs a whole map.
-        let [_, outputs, kernel, _] = sizes(weight);
-        let maps = x.reshape([samples, inputs]).matmul(&weight.reshape([inputs, -1]));
-        return channels_last(&maps.view([samples, outputs, kernel, kernel]));
-    }
-    let (stride, padding) = ([stride, stride], [padding, padding]);
-    x.conv_transpose2d(weight, None::<Tensor>, stride, padding, [0, 0], 1, [1, 1])
-}
-
-fn leaky_relu(mut x: Tensor, slope: f64) -> Tensor {
-    c10d::aten::leaky_relu(&mut x, slope).expect("an activation takes any tensor that is no parameter");
-    x
-}
-
-fn batch_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, mode: &mut Mode, buffer: usize) -> Tensor {
-    match mode {
-        Mode::Running(buffers) => {
-            let (mean, variance) = (&buffers[buffer], &buffers[buffer + 1]);
-            let (weight, bias) = (Some(weight), Some(bias));
-            x.native_batch_norm(weight, bias, Some(mean), Some(variance), false, 0.0, BATCH_NORM_EPSILON).0
-        }
-        Mode::Batch(statistics) => {
-            let none = None::<&Tensor>;
-            let (out, mean, inverse) =
-                x.native_batch_norm(Some(weight), Some(bias), none, none, true, 0.0, BATCH_NORM_EPSILON);
-            let samples: i64 = x.size().iter().product::<i64>() / x.size()[1];
-            let samples = i32::try_from(samples).map_or(f64::from(i32::MAX), f64::from);
-            let (mean, inverse) = (mean.detach(), inverse.detach());
-            // The kernel hands out 1 / sqrt(variance + epsilon) of the biased variance.
-            let biased = inverse.pow_tensor_scalar(-2) - BATCH_NORM_EPSILON;
-            statistics.push(mean);
-            statistics.push(biased * (samples / (samples - 1.0).max(1.0)));
-            out
-        }
     }
 }
 

@@ -1,17 +1,19 @@
 //! The pairs of networks on offer.
 
+use std::sync::Arc;
+
 use ganglion_proto::job::{Model, ModelKind};
 
-use super::{Layer, Network};
+use super::{Layer, Network, Sequential};
 use crate::data::ImageShape;
 
 /// A generator and a discriminator that fit each other and the data.
 #[derive(Clone, Debug)]
 pub struct Models {
     /// Noise (n, latent_dim) to images (n, channels, height, width) in [-1, 1].
-    pub generator: Network,
+    pub generator: Arc<dyn Network>,
     /// Images to logits (n, 1).
-    pub discriminator: Network,
+    pub discriminator: Arc<dyn Network>,
     /// Length of the noise vector.
     pub latent_dim: usize,
     /// The images.
@@ -54,8 +56,8 @@ impl Models {
             ModelKind::Dcgan64 => dcgan_64(latent, width, channels),
         };
         Ok(Models {
-            generator: Network::new(generator),
-            discriminator: Network::new(discriminator),
+            generator: Arc::new(Sequential::new(generator)),
+            discriminator: Arc::new(Sequential::new(discriminator)),
             latent_dim: model.latent_dim as usize,
             shape,
         })

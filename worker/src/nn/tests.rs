@@ -1,8 +1,12 @@
 use ganglion_proto::job::{Model, ModelKind};
 use tch::{Device, Kind};
 
+use super::sequential::{channels_last, conv, conv_transpose};
 use super::*;
 use crate::data::ImageShape;
+use crate::random::Purpose;
+
+const KEY: Key = Key { seed: 1, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
 
 fn models(kind: ModelKind, channels: usize, side: usize) -> Models {
     let model = Model { kind, latent_dim: 10, width: 8, ema_half_life_images: 1 };
@@ -23,14 +27,13 @@ fn every_model_maps_noise_to_images_and_images_to_logits() {
     ] {
         let models = models(kind, channels, side);
         let noise = Tensor::ones([4, 10], (Kind::Float, Device::Cpu));
-        let mut statistics = Vec::new();
-        let mode = &mut Mode::Batch(&mut statistics);
-        let images = models.generator.forward(&noise, &ones(&models.generator.parameters()), mode);
+        let (of_g, of_d) = (ones(&models.generator.parameters()), ones(&models.discriminator.parameters()));
+        let mut pass = Pass::batch(&of_g, &[], KEY);
+        let images = models.generator.forward(&noise, &mut pass);
         let (channels, side) = (i64::try_from(channels).unwrap(), i64::try_from(side).unwrap());
         assert_eq!(images.size(), [4, channels, side, side]);
-        assert_eq!(statistics.len(), models.generator.buffers().len());
-        let mode = &mut Mode::Batch(&mut statistics);
-        let logits = models.discriminator.forward(&images, &ones(&models.discriminator.parameters()), mode);
+        assert_eq!(pass.statistics.len(), models.generator.buffers().len());
+        let logits = models.discriminator.forward(&images, &mut Pass::batch(&of_d, &[], KEY));
         assert_eq!(logits.size(), [4, 1]);
     }
 }
@@ -75,18 +78,19 @@ fn images_keep_their_places_with_their_features_together() {
 
 #[test]
 fn batch_statistics_are_the_mean_and_the_unbiased_variance() {
-    let network = Network::new(vec![Layer::BatchNorm { features: 2 }]);
+    let network = Sequential::new(vec![Layer::BatchNorm { features: 2 }]);
     let x = Tensor::from_slice(&[1f32, 5.0, 2.0, 7.0, 6.0, 9.0]).view([3, 2, 1, 1]);
     let parameters =
         [Tensor::ones([2], (Kind::Float, Device::Cpu)), Tensor::zeros([2], (Kind::Float, Device::Cpu))];
-    let mut statistics = Vec::new();
-    let out = network.forward(&x, &parameters, &mut Mode::Batch(&mut statistics));
+    let mut pass = Pass::batch(&parameters, &[], KEY);
+    let out = network.forward(&x, &mut pass);
+    let statistics = pass.statistics;
     let close = |tensor: &Tensor, values: [f64; 2]| {
         (0..2).all(|i| (tensor.double_value(&[i]) - values[usize::try_from(i).unwrap()]).abs() < 1e-4)
     };
     assert!(close(&statistics[0], [3.0, 7.0]), "{:?}", statistics[0]);
     assert!(close(&statistics[1], [7.0, 4.0]), "{:?}", statistics[1]);
-    let running = network.forward(&x, &parameters, &mut Mode::Running(&statistics));
+    let running = network.forward(&x, &mut Pass::running(&parameters, &statistics, KEY));
     assert!(out.mean(None).double_value(&[]).abs() < 1e-6);
     assert!(running.mean(None).double_value(&[]).abs() < 1e-6);
 }

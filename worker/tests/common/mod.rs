@@ -10,7 +10,7 @@ use ganglion_storage::{Storage, in_folder};
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
 use ganglion_worker::data::ImageShape;
 use ganglion_worker::nn::Models;
-use ganglion_worker::phase::{Input, LeafBuffer, LeafLayout, Leaves, Phase};
+use ganglion_worker::phase::{Input, LeafBuffer, LeafLayout, Leaves, Phase, Real, Spot};
 use ganglion_worker::random::{Key, Purpose};
 use ganglion_worker::state::{Module, State, StateLayout};
 use tch::{Device, Tensor};
@@ -71,13 +71,13 @@ impl Bench {
         LeafLayout::new(&self.models, &self.layout, module)
     }
 
-    /// Stand-ins for a shard's real images.
-    pub fn real(&self) -> Tensor {
+    /// Stand-ins for a shard's real samples.
+    pub fn real(&self) -> Real {
         let (shape, batch) = (self.models.shape, self.job.job.shard_batch as usize);
         let key = Key { seed: 1, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
         let signed = |n: usize| i64::try_from(n).unwrap();
         let sizes = [signed(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
-        key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes)
+        Real { images: key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes), classes: None }
     }
 
     /// The leaf of a shard in a phase of step 0.
@@ -86,12 +86,13 @@ impl Bench {
         let mut leaf = LeafBuffer::new(&layout, layout.len(), Device::Cpu);
         let leaves = Leaves { job: &self.job, models: &self.models, device: Device::Cpu };
         let real = self.real();
-        let drawn = leaves.draw(phase, 0, shard, &self.state);
+        let spot = Spot { phase, step: 0, shard };
+        let drawn = leaves.draw(spot, &self.state);
         let input = match phase.module {
             Module::Discriminator => Input::Samples(&real, None, &drawn),
             Module::Generator => Input::Drawn(drawn),
         };
-        leaves.compute(phase, 0, shard, &self.state, input, &mut leaf).unwrap();
+        leaves.compute(spot, &self.state, input, &mut leaf).unwrap();
         leaf
     }
 }

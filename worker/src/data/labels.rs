@@ -1,0 +1,53 @@
+//! The classes of samples: numbers from 0 on, one for each sample.
+
+use super::DataError;
+
+/// More classes than this are a damaged file.
+const MAX_CLASSES: u32 = 65_536;
+
+/// The labels of a data set.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Labels {
+    /// The class of each sample, by its index.
+    pub(super) of: Vec<u32>,
+    /// One more than the greatest class.
+    pub(super) classes: u32,
+    /// Where they come from, for messages.
+    origin: String,
+}
+
+impl Labels {
+    /// The labels that `origin` gives.
+    pub(super) fn new(of: Vec<u32>, origin: impl Into<String>) -> Labels {
+        let classes = of.iter().max().map_or(0, |greatest| greatest.saturating_add(1));
+        Labels { of, classes, origin: origin.into() }
+    }
+
+    /// Whether each of so many samples has one.
+    pub(super) fn check(&self, samples: usize) -> Result<(), DataError> {
+        let (origin, found) = (&self.origin, self.of.len());
+        if found != samples {
+            return Err(DataError::Input(format!(
+                "{origin}: found {found} labels for {samples} images, expected one each; get both files again"
+            )));
+        }
+        if self.classes > MAX_CLASSES {
+            return Err(DataError::Input(format!(
+                "{origin}: found class {}, expected 0 to {}; number the classes from 0 on",
+                self.classes - 1,
+                MAX_CLASSES - 1
+            )));
+        }
+        Ok(())
+    }
+
+    /// The fingerprint of samples with these labels, given that of the samples.
+    pub(super) fn fingerprint_with(&self, samples: &[u8; 32]) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_derive_key("ganglion 2026 labelled data set");
+        hasher.update(samples);
+        for label in &self.of {
+            hasher.update(&label.to_le_bytes());
+        }
+        hasher.finalize().into()
+    }
+}
