@@ -11,6 +11,16 @@ pub(crate) mod shim {
         eps: f64,
     }
 
+    /// A tensor of a TorchScript module.
+    struct ScriptTensor {
+        name: String,
+        shape: Vec<i64>,
+        kind: String,
+        is_parameter: bool,
+        is_trained: bool,
+        place: usize,
+    }
+
     unsafe extern "C++" {
         include!("c10d/shim/aten.h");
 
@@ -34,6 +44,17 @@ pub(crate) mod shim {
         fn all_finite(tensor: &Tensor) -> Result<bool>;
         fn weighted_sum(tensor: &Tensor) -> Result<u64>;
 
+        include!("c10d/shim/script.h");
+
+        type Script;
+        fn tensors(self: &Script) -> Result<Vec<ScriptTensor>>;
+        fn tensor(self: &Script, index: usize) -> Result<UniquePtr<Tensor>>;
+        fn bind(self: &Script, index: usize, tensor: &Tensor) -> Result<()>;
+        fn run(self: &Script, training: bool, seed: u64, input: &Tensor) -> Result<UniquePtr<Tensor>>;
+        fn last_operation(self: &Script) -> Result<String>;
+        fn save(self: &Script) -> Result<Vec<u8>>;
+        fn load_script(bytes: &[u8]) -> Result<UniquePtr<Script>>;
+
         include!("c10d/shim/cuda.h");
 
         #[cfg(feature = "cuda")]
@@ -47,3 +68,6 @@ pub(crate) mod shim {
     }
     impl UniquePtr<Tensor> {}
 }
+
+// SAFETY: a module is nothing but reference-counted memory and a graph; any thread may run or destroy it, one at a time.
+unsafe impl Send for shim::Script {}

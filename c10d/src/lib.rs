@@ -47,6 +47,7 @@ mod group;
 #[cfg(feature = "cuda")]
 mod nccl;
 mod pending;
+pub mod script;
 mod staging;
 mod store;
 mod sync;
