@@ -18,7 +18,7 @@ RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test simulate simulate-shell chaos check fmt lint docs licences proto-lint clean \
-	wheel image check-alerts test-browser test-cloud test-deploy test-kubernetes
+	wheel image check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -122,6 +122,9 @@ test-cloud: $(TOOLS)/cloud ## Test checkpoints in an object store, with a server
 $(TOOLS)/cloud:
 	@$(PYTHON) -m pip install --quiet --target $@.new 'moto[server]==5.*'
 	@mv $@.new $@
+
+test-pytorch: build $(TOOLS)/bench $(TOOLS)/python ## Train networks written in PyTorch, and load the result back into it.
+	PYTHONPATH="$(CURDIR)/$(TOOLS)/bench:$(CURDIR)/$(TOOLS)/python" $(PYTHON) tests/networks/check.py --programs target/release
 
 test-browser: build ## Look at the dashboard of a real run with a real browser. Needs Chromium.
 	$(PYTHON) tests/browser/dashboard.py --programs target/release

@@ -1,5 +1,6 @@
 //! Between the wire and the domain. The only place that knows both.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ganglion_membership::{
@@ -520,6 +521,10 @@ fn from_name<T: DeserializeOwned>(name: &str, key: &str) -> Result<T, Malformed>
     parsed.map_err(|error| Malformed(format!("{key}: {error}")))
 }
 
+fn path_to_wire(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
 fn job_to_wire(job: &Job) -> wire::Job {
     let length = match job.job.length {
         Length::Steps(steps) => wire::job::Length::Steps(steps),
@@ -539,7 +544,7 @@ fn job_to_wire(job: &Job) -> wire::Job {
         deterministic: job.job.deterministic,
         data: Some(wire::Data {
             kind: job.data.kind.to_string(),
-            path: job.data.path.as_ref().map(|path| path.to_string_lossy().into_owned()),
+            path: job.data.path.as_deref().map(path_to_wire),
             resize: job.data.resize,
             crop: job.data.crop,
             channels: job.data.channels,
@@ -549,6 +554,8 @@ fn job_to_wire(job: &Job) -> wire::Job {
             latent_dim: job.model.latent_dim,
             width: job.model.width,
             ema_half_life_images: job.model.ema_half_life_images,
+            generator: job.model.generator.as_deref().map(path_to_wire),
+            discriminator: job.model.discriminator.as_deref().map(path_to_wire),
         }),
         loss: Some(wire::Loss {
             kind: job.loss.kind.to_string(),
@@ -622,6 +629,8 @@ fn model_from_wire(model: wire::Model) -> Result<job::Model, Malformed> {
         latent_dim: model.latent_dim,
         width: model.width,
         ema_half_life_images: model.ema_half_life_images,
+        generator: model.generator.map(PathBuf::from),
+        discriminator: model.discriminator.map(PathBuf::from),
     })
 }
 

@@ -146,6 +146,12 @@ pub struct Model {
     pub width: u32,
     /// Half-life of the generator's exponential moving average, in images seen.
     pub ema_half_life_images: u64,
+    /// Of `script`: the file of the generator.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generator: Option<PathBuf>,
+    /// Of `script`: the file of the discriminator.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub discriminator: Option<PathBuf>,
 }
 
 /// The pairs of networks on offer.
@@ -160,6 +166,9 @@ pub enum ModelKind {
     /// DCGAN for 64 x 64 images.
     #[serde(rename = "dcgan-64")]
     Dcgan64,
+    /// Two TorchScript files of the user's.
+    #[serde(rename = "script")]
+    Script,
 }
 
 /// Section `[loss]`.

@@ -179,11 +179,15 @@ impl Files<'_> {
                 serialize(views, about.into())
             }
             Content::Generator(tensors) => {
-                let views = tensors.iter().map(|tensor| {
+                let floats = tensors.iter().map(|tensor| {
                     let name = tensor.name.trim_start_matches("ema.").to_string();
                     (name, view(Dtype::F32, &tensor.shape, floats(snapshot, tensor)))
                 });
-                serialize(views, crate::sample::describe(self.job, self.models, snapshot.step))
+                let constants = self.models.generator.constants();
+                let bytes: Vec<Vec<u8>> = constants.iter().map(|one| little_endian(&one.values)).collect();
+                let whole = constants.iter().zip(&bytes);
+                let whole = whole.map(|(one, bytes)| (one.name.clone(), view(Dtype::I64, &one.shape, bytes)));
+                serialize(floats.chain(whole), crate::sample::describe(self.job, self.models, snapshot.step))
             }
             Content::Index(weight_map) => {
                 let named: usize = self.layout.tensors().iter().map(|tensor| 4 * tensor.range.len()).sum();
@@ -325,6 +329,10 @@ fn hash(payload: &PutPayload) -> String {
         hasher.update(chunk);
     }
     hasher.finalize().to_hex().to_string()
+}
+
+fn little_endian(numbers: &[i64]) -> Vec<u8> {
+    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
 /// safetensors with its metadata in order, so that the same tensors give the same bytes.

@@ -9,6 +9,7 @@ use c10d::aten::{Adam, fused_adam};
 use ganglion_proto::job::Job;
 use tch::{Tensor, no_grad};
 
+use crate::nn::Follow;
 use crate::phase::{LeafLayout, Phase};
 use crate::state::{Module, State, narrow};
 
@@ -41,9 +42,12 @@ pub fn commit(
 fn follow(state: &State, module: Module, statistics: &Tensor) {
     let sections = state.layout.module(module);
     let buffers = state.section(sections.buffer_range());
-    for (range, momentum) in sections.buffers.momenta() {
+    for (range, follow) in sections.buffers.follows() {
         let (mut held, new) = (narrow(&buffers, range.clone()), narrow(statistics, range));
-        let _ = held.lerp_(&new, momentum);
+        let _ = match follow {
+            Follow::Towards(momentum) => held.lerp_(&new, momentum),
+            Follow::By => held.g_add_(&new),
+        };
     }
 }
 

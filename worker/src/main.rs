@@ -71,6 +71,9 @@ struct SampleArguments {
     /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object store.
     #[arg(long, value_name = "PATH|URL")]
     checkpoint: String,
+    /// The TorchScript file of the generator, of a run with networks of its own, if it is not where it was.
+    #[arg(long, value_name = "FILE")]
+    generator: Option<PathBuf>,
     /// How many samples.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     count: u32,
@@ -168,7 +171,7 @@ fn sample(arguments: &SampleArguments) -> Result<(), Failure> {
         SampleError::Input(detail) => Failure::Input(detail),
         other => Failure::Other(other.to_string()),
     };
-    let generator = Generator::read(&name, &bytes).map_err(failed)?;
+    let generator = Generator::read(&name, &bytes, arguments.generator.as_deref()).map_err(failed)?;
     let picture = grid(&generator.draw(arguments.seed, arguments.count), 0).map_err(failed)?;
     std::fs::write(&arguments.out, picture.png)
         .map_err(|error| Failure::Input(format!("--out {}: {error}", arguments.out.display())))?;

@@ -260,16 +260,20 @@ impl Leaves<'_> {
     ) -> Result<Vec<LeafPart>, c10d::Error> {
         let objective = &self.job.loss;
         let kind = objective.kind;
-        let look = |which| self.look(spot, state, which, state.trainable(Module::Discriminator));
+        let trainable = state.trainable(Module::Discriminator);
         let mut parts = if self.tells_real_apart() {
             let of_real = of_real.map_or_else(|| self.real_part(spot, state, real), Ok)?;
-            let of_fake = self.seen(look(Look::Fake), fake, |logits| {
+            let committed = state.buffers(Module::Discriminator);
+            let buffers = self.models.discriminator.after(committed, &of_real.statistics);
+            let pass = Pass { buffers: &buffers, ..self.look(spot, state, Look::Fake, trainable) };
+            let of_fake = self.seen(pass, fake, |logits| {
                 (loss::on_fake(kind, logits), [None, Some(loss::score(kind, logits))])
             })?;
             vec![of_real, of_fake]
         } else {
             // Samples do not see each other, so one pass serves real and fake ones.
-            vec![self.seen(look(Look::Real), &Tensor::cat(&[&real.images, fake], 0), |logits| {
+            let pass = self.look(spot, state, Look::Real, trainable);
+            vec![self.seen(pass, &Tensor::cat(&[&real.images, fake], 0), |logits| {
                 let halves = logits.chunk(2, 0);
                 let scores = [0, 1].map(|half| Some(loss::score(kind, &halves[half])));
                 (loss::discriminator(kind, &halves[0], &halves[1]), scores)

@@ -3,8 +3,8 @@
 //! A draw depends on its [`Key`] alone: not on what was drawn before it, nor on the worker, thread or device that asks.
 //! libtorch's global generators are never used. ChaCha8 is counter-based, so a key costs one hash and no warm-up.
 
-use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
+use rand::{Rng, SeedableRng};
 use rand_distr::{Distribution, StandardNormal, Uniform};
 use tch::Tensor;
 
@@ -54,6 +54,11 @@ impl Key {
         hasher.update(&self.shard.to_le_bytes());
         hasher.update(&[self.purpose as u8]);
         ChaCha8Rng::from_seed(*hasher.finalize().as_bytes())
+    }
+
+    /// A number, to seed another generator with.
+    pub fn number(&self) -> u64 {
+        self.generator().next_u64()
     }
 
     /// `count` draws of N(0, 1), as a flat tensor of f32 on the CPU.

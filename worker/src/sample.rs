@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::io::Cursor;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ganglion_proto::job::{Job, Model};
 use ganglion_proto::message::SampleGrid;
@@ -11,7 +13,7 @@ use tch::{Kind, Tensor, no_grad};
 
 use crate::checkpoint::{Snapshot, from_bytes};
 use crate::data::ImageShape;
-use crate::nn::{Models, Pass};
+use crate::nn::{Models, Network, Pass};
 use crate::random::{Key, Purpose};
 use crate::state::{Layout, StateLayout, narrow};
 
@@ -33,13 +35,15 @@ pub enum SampleError {
 
 /// A generator in working order.
 pub struct Generator {
-    models: Models,
+    network: Arc<dyn Network>,
+    latent_dim: usize,
     weights: Vec<Tensor>,
     buffers: Vec<Tensor>,
 }
 
 /// What `generator_ema.safetensors` says of itself: enough to draw without the job.
 pub fn describe(job: &Job, models: &Models, step: u64) -> BTreeMap<String, String> {
+    let script = job.model.generator.as_ref().map(|path| ("generator", path.display().to_string()));
     let items = [
         ("format", "pt".to_string()),
         ("model", job.model.kind.to_string()),
@@ -49,7 +53,7 @@ pub fn describe(job: &Job, models: &Models, step: u64) -> BTreeMap<String, Strin
         ("height", models.shape.height.to_string()),
         ("step", step.to_string()),
     ];
-    items.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
+    items.into_iter().chain(script).map(|(key, value)| (key.to_string(), value)).collect()
 }
 
 /// The grid that a job asks for, from a state.
@@ -64,7 +68,8 @@ pub fn grid_of(
     let sections = &layout.generator;
     let parameters = sections.parameters.len();
     let generator = Generator {
-        models: models.clone(),
+        network: models.generator.clone(),
+        latent_dim: models.latent_dim,
         weights: sections.parameters.views(&narrow(&average, 0..parameters)),
         buffers: sections.buffers.views(&narrow(&average, parameters..range.len())),
     };
@@ -73,8 +78,9 @@ pub fn grid_of(
 }
 
 impl Generator {
-    /// Reads the bytes of a `generator_ema.safetensors`. `file` names it in errors.
-    pub fn read(file: &str, bytes: &[u8]) -> Result<Generator, SampleError> {
+    /// Reads the bytes of a `generator_ema.safetensors`. `file` names it in errors; `script` is the TorchScript that it
+    /// belongs to, if that is not where it was.
+    pub fn read(file: &str, bytes: &[u8], script: Option<&Path>) -> Result<Generator, SampleError> {
         let input = |what: String| SampleError::Input(format!("{file}: {what}"));
         let (_, header) = SafeTensors::read_metadata(bytes)
             .map_err(|error| input(format!("not a safetensors file: {error}")))?;
@@ -94,10 +100,12 @@ impl Generator {
             latent_dim: number("latent_dim")?,
             width: number("width")?,
             ema_half_life_images: 0,
+            generator: script.map(Path::to_path_buf).or_else(|| about.get("generator").map(PathBuf::from)),
+            discriminator: None,
         };
         let side = number("height")? as usize;
         let shape = ImageShape { channels: number("channels")? as usize, height: side, width: side };
-        let models = Models::new(&model, shape).map_err(|error| input(error.to_string()))?;
+        let network = Models::generator_of(&model, shape).map_err(|error| input(error.to_string()))?;
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| input(error.to_string()))?;
         let load = |layout: Layout| -> Result<Vec<Tensor>, SampleError> {
             let load = |spec: &crate::nn::TensorSpec| {
@@ -109,14 +117,14 @@ impl Generator {
             };
             layout.entries().map(|(spec, _)| load(spec)).collect()
         };
-        let weights = load(Layout::new(models.generator.parameters()))?;
-        let buffers = load(Layout::new(models.generator.buffers()))?;
-        Ok(Generator { models, weights, buffers })
+        let weights = load(Layout::new(network.parameters()))?;
+        let buffers = load(Layout::new(network.buffers()))?;
+        Ok(Generator { network, latent_dim: model.latent_dim as usize, weights, buffers })
     }
 
     /// `count` images, (count, c, h, w) in [-1, 1]. Sample i depends on the seed and i alone.
     pub fn draw(&self, seed: u64, count: u32) -> Tensor {
-        let latent = self.models.latent_dim;
+        let latent = self.latent_dim;
         let noise = |index: u32| {
             let key = Key { seed, step: u64::from(index), phase: 0, shard: 0, purpose: Purpose::Samples };
             key.normal(latent)
@@ -126,7 +134,7 @@ impl Generator {
             let noise: Vec<Tensor> = indices.iter().map(|index| noise(*index)).collect();
             let key = Key { seed, step: 0, phase: 0, shard: indices[0], purpose: Purpose::Network };
             let mut pass = Pass::running(&self.weights, &self.buffers, key);
-            self.models.generator.forward(&Tensor::stack(&noise, 0), &mut pass)
+            self.network.forward(&Tensor::stack(&noise, 0), &mut pass)
         };
         let batches: Vec<Tensor> = no_grad(|| indices.chunks(BATCH as usize).map(draw).collect());
         Tensor::cat(&batches, 0)

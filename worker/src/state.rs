@@ -15,7 +15,7 @@ use ganglion_membership::Position;
 use ganglion_proto::job::Precision;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::nn::{Init, Models, Network, TensorSpec};
+use crate::nn::{Follow, Init, Models, Network, TensorSpec};
 use crate::random::{Key, Purpose};
 
 /// Floats in 64 bytes: the grid on which tensors, chunks and optimizer slices lie.
@@ -70,14 +70,14 @@ impl Layout {
         self.entries.iter().map(|(spec, offset)| (spec, *offset))
     }
 
-    /// Runs of neighbouring buffers that follow the batches with one momentum.
-    pub fn momenta(&self) -> Vec<(Range<usize>, f64)> {
-        let mut runs: Vec<(Range<usize>, f64)> = Vec::new();
+    /// Runs of neighbouring buffers that are committed in one way.
+    pub fn follows(&self) -> Vec<(Range<usize>, Follow)> {
+        let mut runs: Vec<(Range<usize>, Follow)> = Vec::new();
         for (spec, offset) in self.entries() {
             let end = offset + align(spec.numel());
             match runs.last_mut() {
-                Some((run, momentum)) if *momentum == spec.momentum => run.end = end,
-                _ => runs.push((offset..end, spec.momentum)),
+                Some((run, follow)) if *follow == spec.follow => run.end = end,
+                _ => runs.push((offset..end, spec.follow)),
             }
         }
         runs
@@ -363,14 +363,17 @@ impl State {
 }
 
 fn initial_values(key: Key, spec: &TensorSpec) -> Tensor {
-    match spec.init {
+    match &spec.init {
         Init::Constant(value) => Tensor::full(
             [i64::try_from(spec.numel()).expect("fewer than 2^63")],
-            f64::from(value),
+            f64::from(*value),
             (Kind::Float, Device::Cpu),
         ),
-        Init::Uniform { bound } => key.uniform(-bound, bound, spec.numel()),
-        Init::Normal { mean, deviation } => key.normal(spec.numel()) * f64::from(deviation) + f64::from(mean),
+        Init::Uniform { bound } => key.uniform(-bound, *bound, spec.numel()),
+        Init::Normal { mean, deviation } => {
+            key.normal(spec.numel()) * f64::from(*deviation) + f64::from(*mean)
+        }
+        Init::Given(values) => Tensor::from_slice(values),
     }
 }
 

@@ -36,8 +36,12 @@ const DATA_KINDS: &[(&str, DataKind)] = &[
     ("cifar-10", DataKind::Cifar10),
     ("folder", DataKind::Folder),
 ];
-const MODEL_KINDS: &[(&str, ModelKind)] =
-    &[("mlp-28", ModelKind::Mlp28), ("dcgan-28", ModelKind::Dcgan28), ("dcgan-64", ModelKind::Dcgan64)];
+const MODEL_KINDS: &[(&str, ModelKind)] = &[
+    ("mlp-28", ModelKind::Mlp28),
+    ("dcgan-28", ModelKind::Dcgan28),
+    ("dcgan-64", ModelKind::Dcgan64),
+    ("script", ModelKind::Script),
+];
 const LOSS_KINDS: &[(&str, LossKind)] = &[
     ("non-saturating", LossKind::NonSaturating),
     ("minimax", LossKind::Minimax),
@@ -54,7 +58,7 @@ const CADENCE: RangeInclusive<u64> = 0..=MAX_STEPS;
 pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_paths: bool) -> Job {
     let general = general(settings, default_name);
     let data = data(settings, check_paths);
-    let model = model(settings);
+    let model = model(settings, check_paths);
     let loss = loss(settings);
     let job = Job {
         optimizer: optimizer(settings, loss.kind),
@@ -68,6 +72,7 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
     };
     check_image(settings, &job);
     check_samples(settings, &job);
+    check_precision(settings, &job);
     job
 }
 
@@ -226,19 +231,46 @@ fn check_channels(settings: &mut Settings, kind: Option<DataKind>, given: Option
     own
 }
 
-fn model(settings: &mut Settings) -> Model {
+fn model(settings: &mut Settings, check_paths: bool) -> Model {
     let kind = settings.choice("model.kind", MODEL_KINDS);
     let kind = kind.unwrap_or(ModelKind::Mlp28);
+    let [generator, discriminator] =
+        ["model.generator", "model.discriminator"].map(|key| script(settings, kind, key, check_paths));
     let width = match kind {
         ModelKind::Mlp28 => 256,
-        ModelKind::Dcgan28 | ModelKind::Dcgan64 => 64,
+        ModelKind::Dcgan28 | ModelKind::Dcgan64 | ModelKind::Script => 64,
     };
     Model {
         kind,
         latent_dim: settings.whole_or("model.latent_dim", 1..=65_536, 100),
         width: settings.whole_or("model.width", 1..=8192, width),
         ema_half_life_images: settings.whole_or("model.ema_half_life_images", 1..=MAX_STEPS, 10_000),
+        generator,
+        discriminator,
     }
+}
+
+/// The file of one of the user's own networks.
+fn script(settings: &mut Settings, kind: ModelKind, key: &'static str, check_paths: bool) -> Option<PathBuf> {
+    let path = settings.text(key, "networks/G.pt").and_then(|path| settings.absolute(key, &path));
+    match (&path, kind) {
+        (Some(_), kind) if kind != ModelKind::Script && settings.sound(&["model.kind"]) => {
+            let name = name_of(MODEL_KINDS, kind);
+            settings.fault(
+                key,
+                format!("given, but model.kind = \"{name}\" has networks of its own; set kind = \"script\""),
+            );
+        }
+        (None, ModelKind::Script) if settings.sound(&[key]) => {
+            settings
+                .fault(key, "missing; \"script\" trains two TorchScript files, generator and discriminator");
+        }
+        (Some(file), ModelKind::Script) if check_paths && !file.is_file() => {
+            settings.fault(key, format!("{} is no file", file.display()));
+        }
+        _ => {}
+    }
+    path
 }
 
 fn loss(settings: &mut Settings) -> Loss {
@@ -320,6 +352,13 @@ fn metrics(settings: &mut Settings) -> Metrics {
     Metrics { every_steps: settings.whole_or("metrics.every_steps", 1..=MAX_STEPS, 10) }
 }
 
+/// What a user's network computes in is the user's.
+fn check_precision(settings: &mut Settings, job: &Job) {
+    if job.model.kind == ModelKind::Script && job.job.precision != Precision::Fp32 {
+        settings.fault("job.precision", "must be \"fp32\" for model.kind = \"script\"; remove it");
+    }
+}
+
 /// Holds the image that leaves the data pipeline against the one that the model takes, as far as the job tells: the size
 /// of other people's files shows only when they are read.
 fn check_image(settings: &mut Settings, job: &Job) {
@@ -348,6 +387,8 @@ fn check_side(settings: &mut Settings, job: &Job) {
     let side = match job.model.kind {
         ModelKind::Mlp28 | ModelKind::Dcgan28 => 28,
         ModelKind::Dcgan64 => 64,
+        // Its networks say so themselves, where they are loaded.
+        ModelKind::Script => return,
     };
     let own = match job.data.kind {
         DataKind::Mnist10k => Some(28),

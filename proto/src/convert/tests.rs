@@ -25,7 +25,14 @@ fn job() -> Job {
             crop: None,
             channels: 3,
         },
-        model: job::Model { kind: ModelKind::Dcgan64, latent_dim: 100, width: 64, ema_half_life_images: 10 },
+        model: job::Model {
+            kind: ModelKind::Dcgan64,
+            latent_dim: 100,
+            width: 64,
+            ema_half_life_images: 10,
+            generator: Some("/networks/G.pt".into()),
+            discriminator: Some("/networks/D.pt".into()),
+        },
         loss: job::Loss { kind: LossKind::WassersteinGp, discriminator_steps: 5, gradient_penalty: 10.0 },
         optimizer: job::Optimizer {
             kind: OptimizerKind::Adam,

@@ -6,11 +6,14 @@
 //! 3. What a pass gives is a function of its input and its [`Pass`]. Random draws come from the pass's key alone.
 
 mod models;
+mod script;
 mod sequential;
 
 use std::fmt;
+use std::sync::Arc;
 
-pub use models::{Models, UnsuitableData};
+pub use models::{Models, UnsuitableModel};
+pub use script::ScriptNetwork;
 pub use sequential::{Layer, Sequential};
 
 use tch::{Kind, Tensor};
@@ -30,6 +33,16 @@ pub trait Network: fmt::Debug + Send + Sync {
 
     /// The network's output for a batch, in fp32, computed in the kind of its first parameter.
     fn forward(&self, input: &Tensor, pass: &mut Pass<'_>) -> Tensor;
+
+    /// The buffers that the next pass of a leaf begins with, after one that handed these statistics out.
+    fn after(&self, buffers: &[Tensor], _statistics: &[Tensor]) -> Vec<Tensor> {
+        buffers.iter().map(Tensor::shallow_clone).collect()
+    }
+
+    /// What its `state_dict` has beside parameters and buffers.
+    fn constants(&self) -> &[Constant] {
+        &[]
+    }
 }
 
 /// What a forward pass computes with, and what it hands out.
@@ -81,7 +94,7 @@ pub enum Mode {
 }
 
 /// How a parameter or buffer starts.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)] // the fields say it by their names
 pub enum Init {
     /// All the same.
@@ -90,6 +103,28 @@ pub enum Init {
     Uniform { bound: f32 },
     /// N(mean, deviation).
     Normal { mean: f32, deviation: f32 },
+    /// As somebody else chose.
+    Given(Arc<[f32]>),
+}
+
+/// A tensor of whole numbers that stays as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Constant {
+    /// Its name in checkpoints.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<i64>,
+    /// Its elements.
+    pub values: Vec<i64>,
+}
+
+/// How a buffer follows what a phase's leaves hand out, on the mean.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Follow {
+    /// Towards it, with this weight against what the buffer held before. With 1 it is replaced.
+    Towards(f64),
+    /// By it.
+    By,
 }
 
 /// A tensor of a network.
@@ -103,20 +138,25 @@ pub struct TensorSpec {
     pub init: Init,
     /// Whether it stays fp32 in every precision.
     pub exact: bool,
-    /// Of a buffer: the weight of what a phase's leaves hand out, on the mean, against what the buffer held before. With 1
-    /// it is replaced. 0 for parameters.
-    pub momentum: f64,
+    /// How a buffer is committed; of no meaning for parameters.
+    pub follow: Follow,
 }
 
 impl TensorSpec {
     /// A parameter that is cast to the precision of passes.
     pub fn parameter(name: String, shape: &[i64], init: Init) -> TensorSpec {
-        TensorSpec { name, shape: shape.to_vec(), init, exact: false, momentum: 0.0 }
+        TensorSpec { name, shape: shape.to_vec(), init, exact: false, follow: Follow::By }
     }
 
-    /// A buffer.
+    /// A buffer that goes towards what a phase's leaves hand out.
     pub fn buffer(name: String, shape: &[i64], init: Init, momentum: f64) -> TensorSpec {
-        TensorSpec { name, shape: shape.to_vec(), init, exact: true, momentum }
+        let follow = Follow::Towards(momentum);
+        TensorSpec { name, shape: shape.to_vec(), init, exact: true, follow }
+    }
+
+    /// A buffer that moves by what a phase's leaves hand out.
+    pub fn moved(name: String, shape: &[i64], init: Init) -> TensorSpec {
+        TensorSpec { name, shape: shape.to_vec(), init, exact: true, follow: Follow::By }
     }
 
     /// Elements.

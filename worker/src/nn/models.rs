@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ganglion_proto::job::{Model, ModelKind};
 
-use super::{Layer, Network, Sequential};
+use super::{Layer, Network, ScriptNetwork, Sequential};
 use crate::data::ImageShape;
 
 /// A generator and a discriminator that fit each other and the data.
@@ -18,6 +18,22 @@ pub struct Models {
     pub latent_dim: usize,
     /// The images.
     pub shape: ImageShape,
+}
+
+/// Why a job's networks cannot be trained on its data.
+#[derive(Debug, thiserror::Error)]
+pub enum UnsuitableModel {
+    /// The data's images are not what the model draws.
+    #[error(transparent)]
+    Data(#[from] UnsuitableData),
+    /// A network of the user's: the key that names it, and what is wrong.
+    #[error("{key}: {what}")]
+    Script {
+        /// `model.generator` or `model.discriminator`.
+        key: &'static str,
+        /// What is wrong, and how to mend it.
+        what: String,
+    },
 }
 
 /// The data's images are not what the model draws.
@@ -34,8 +50,9 @@ pub struct UnsuitableData {
 
 impl Models {
     /// The networks of a job, for images of a shape.
-    pub fn new(model: &Model, shape: ImageShape) -> Result<Models, UnsuitableData> {
+    pub fn new(model: &Model, shape: ImageShape) -> Result<Models, UnsuitableModel> {
         let (side, channels) = match model.kind {
+            ModelKind::Script => return Models::scripts(model, shape),
             ModelKind::Mlp28 => (28, Some(1)),
             ModelKind::Dcgan28 => (28, None),
             ModelKind::Dcgan64 => (64, None),
@@ -46,7 +63,7 @@ impl Models {
         if !fits {
             let channels = channels.map_or("any number of channels".to_string(), |n| n.to_string());
             let wanted = format!("{channels} x {side} x {side}");
-            return Err(UnsuitableData { model: model.kind, wanted, found: shape });
+            return Err(UnsuitableData { model: model.kind, wanted, found: shape }.into());
         }
         let (latent, width) = (i64::from(model.latent_dim), i64::from(model.width));
         let channels = if shape.channels == 1 { 1 } else { 3 };
@@ -54,6 +71,7 @@ impl Models {
             ModelKind::Mlp28 => mlp_28(latent, width),
             ModelKind::Dcgan28 => dcgan_28(latent, width, channels),
             ModelKind::Dcgan64 => dcgan_64(latent, width, channels),
+            ModelKind::Script => unreachable!("handled above"),
         };
         Ok(Models {
             generator: Arc::new(Sequential::new(generator)),
@@ -61,6 +79,33 @@ impl Models {
             latent_dim: model.latent_dim as usize,
             shape,
         })
+    }
+
+    /// The generator alone: that of the user's own networks needs no discriminator.
+    pub fn generator_of(model: &Model, shape: ImageShape) -> Result<Arc<dyn Network>, UnsuitableModel> {
+        match model.kind {
+            ModelKind::Script => Models::script_generator(model, shape),
+            _ => Ok(Models::new(model, shape)?.generator),
+        }
+    }
+
+    /// The user's own networks.
+    fn scripts(model: &Model, shape: ImageShape) -> Result<Models, UnsuitableModel> {
+        let refused = |what| UnsuitableModel::Script { key: "model.discriminator", what };
+        let path = model.discriminator.as_deref().ok_or_else(|| refused("missing".to_string()))?;
+        Ok(Models {
+            generator: Models::script_generator(model, shape)?,
+            discriminator: Arc::new(ScriptNetwork::discriminator(path, shape).map_err(refused)?),
+            latent_dim: model.latent_dim as usize,
+            shape,
+        })
+    }
+
+    fn script_generator(model: &Model, shape: ImageShape) -> Result<Arc<dyn Network>, UnsuitableModel> {
+        let refused = |what| UnsuitableModel::Script { key: "model.generator", what };
+        let path = model.generator.as_deref().ok_or_else(|| refused("missing".to_string()))?;
+        let latent_dim = i64::from(model.latent_dim);
+        Ok(Arc::new(ScriptNetwork::generator(path, latent_dim, shape).map_err(refused)?))
     }
 }
 

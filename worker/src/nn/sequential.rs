@@ -72,7 +72,7 @@ impl Network for Sequential {
             match *layer {
                 Layer::Linear { inputs, outputs } => {
                     let init = Init::Uniform { bound: linear_bound(inputs) };
-                    add("weight", &[outputs, inputs], init);
+                    add("weight", &[outputs, inputs], init.clone());
                     add("bias", &[outputs], init);
                 }
                 Layer::Conv { inputs, outputs, kernel, .. } => {

@@ -9,7 +9,14 @@ use crate::random::Purpose;
 const KEY: Key = Key { seed: 1, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
 
 fn models(kind: ModelKind, channels: usize, side: usize) -> Models {
-    let model = Model { kind, latent_dim: 10, width: 8, ema_half_life_images: 1 };
+    let model = Model {
+        kind,
+        latent_dim: 10,
+        width: 8,
+        ema_half_life_images: 1,
+        generator: None,
+        discriminator: None,
+    };
     Models::new(&model, ImageShape { channels, height: side, width: side }).unwrap()
 }
 
@@ -97,7 +104,14 @@ fn batch_statistics_are_the_mean_and_the_unbiased_variance() {
 
 #[test]
 fn images_that_do_not_fit_the_model_are_refused_with_both_shapes() {
-    let model = Model { kind: ModelKind::Mlp28, latent_dim: 10, width: 8, ema_half_life_images: 1 };
+    let model = Model {
+        kind: ModelKind::Mlp28,
+        latent_dim: 10,
+        width: 8,
+        ema_half_life_images: 1,
+        generator: None,
+        discriminator: None,
+    };
     let error = Models::new(&model, ImageShape { channels: 3, height: 32, width: 32 }).unwrap_err();
     let text = error.to_string();
     assert!(

@@ -4,7 +4,14 @@ use super::*;
 use crate::data::ImageShape;
 
 fn layout(kind: ModelKind, side: usize) -> StateLayout {
-    let model = Model { kind, latent_dim: 10, width: 8, ema_half_life_images: 1 };
+    let model = Model {
+        kind,
+        latent_dim: 10,
+        width: 8,
+        ema_half_life_images: 1,
+        generator: None,
+        discriminator: None,
+    };
     let shape = ImageShape { channels: 1, height: side, width: side };
     StateLayout::new(&Models::new(&model, shape).unwrap(), Precision::Fp32)
 }

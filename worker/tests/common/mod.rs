@@ -32,7 +32,14 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
             deterministic: true,
         },
         data: Data { kind: DataKind::Mnist10k, path: None, resize: None, crop: None, channels: 1 },
-        model: Model { kind: model, latent_dim: 5, width: 4, ema_half_life_images: 1000 },
+        model: Model {
+            kind: model,
+            latent_dim: 5,
+            width: 4,
+            ema_half_life_images: 1000,
+            generator: None,
+            discriminator: None,
+        },
         loss: Loss { kind: loss, discriminator_steps: 2, gradient_penalty: 10.0 },
         optimizer: Optimizer {
             kind: OptimizerKind::Adam,

@@ -1,0 +1,318 @@
+//! Networks that users wrote in Python, as TorchScript.
+//!
+//! 1. Training begins with the parameters and buffers of the file.
+//! 2. A pass begins with the buffers it is given; what it hands out is by how much the module changed each, so that one it
+//!    leaves alone keeps its bits. A second pass of the same leaf begins where the first one ended, as in PyTorch.
+//! 3. What the module draws is seeded by the pass's key.
+//! 4. Whole numbers among the buffers (`num_batches_tracked`) are no part of the state: a module whose result depends on how
+//!    often it ran is refused.
+
+use std::fmt;
+use std::path::Path;
+
+use c10d::script::{Mode as ScriptMode, Script, ScriptTensor};
+use tch::{Device, Kind, Tensor, no_grad};
+
+use super::{Constant, Init, Mode, Network, Pass, TensorSpec};
+use crate::checkpoint::to_bytes;
+use crate::data::ImageShape;
+
+/// What a network is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// Noise to images of this shape.
+    Generator { latent_dim: i64, shape: ImageShape },
+    /// Images of this shape to logits.
+    Discriminator { shape: ImageShape },
+}
+
+/// A TorchScript module that trains.
+pub struct ScriptNetwork {
+    script: Script,
+    role: Role,
+    /// Whether the module takes noise as (n, latent_dim, 1, 1).
+    as_maps: bool,
+    /// Its buffers of whole numbers, in the order of its tensors.
+    constants: Vec<Constant>,
+    parameters: Vec<TensorSpec>,
+    buffers: Vec<TensorSpec>,
+}
+
+/// Why a module cannot be trained: what is wrong, and how to mend it.
+type Refusal = String;
+
+impl ScriptNetwork {
+    /// The generator in a file.
+    pub fn generator(path: &Path, latent_dim: i64, shape: ImageShape) -> Result<ScriptNetwork, Refusal> {
+        ScriptNetwork::open(path, Role::Generator { latent_dim, shape })
+    }
+
+    /// The discriminator in a file.
+    pub fn discriminator(path: &Path, shape: ImageShape) -> Result<ScriptNetwork, Refusal> {
+        let network = ScriptNetwork::open(path, Role::Discriminator { shape })?;
+        if network.script.last_operation().is_ok_and(|operation| operation == "sigmoid") {
+            let path = path.display();
+            return Err(format!(
+                "{path} ends in a sigmoid, and the losses take what comes before it: remove it"
+            ));
+        }
+        Ok(network)
+    }
+
+    fn open(path: &Path, role: Role) -> Result<ScriptNetwork, Refusal> {
+        let said = |what: String| format!("{}: {what}", path.display());
+        let bytes = std::fs::read(path).map_err(|error| said(format!("cannot be read: {error}")))?;
+        let script = Script::load(&bytes).map_err(|error| {
+            said(format!("is no TorchScript; write it with torch.jit.script(module).save(...): {error}"))
+        })?;
+        ScriptNetwork::new(script, role).map_err(said)
+    }
+
+    fn new(script: Script, role: Role) -> Result<ScriptNetwork, Refusal> {
+        let mut network = ScriptNetwork {
+            script,
+            role,
+            as_maps: false,
+            constants: Vec::new(),
+            parameters: Vec::new(),
+            buffers: Vec::new(),
+        };
+        network.take_tensors()?;
+        network.probe()?;
+        Ok(network)
+    }
+
+    /// Sorts the module's tensors, or says which cannot be trained.
+    fn take_tensors(&mut self) -> Result<(), Refusal> {
+        let tensors = self.script.tensors();
+        if !tensors.iter().any(|tensor| tensor.is_parameter) {
+            return Err("has no parameters; save it before torch.jit.freeze".to_string());
+        }
+        for (index, tensor) in tensors.iter().enumerate() {
+            let name = &tensor.name;
+            if let Some(other) = tensors[..index].iter().find(|other| other.is_same(tensor)) {
+                return Err(format!("{} and {name} are one tensor, which is not supported", other.name));
+            }
+            let value = self.script.tensor(index).map_err(|error| error.to_string())?;
+            match (tensor.kind.as_str(), tensor.is_parameter) {
+                ("Float", true) if !tensor.is_trained => {
+                    return Err(format!("{name} wants no gradient; register it as a buffer"));
+                }
+                ("Float", true) => {
+                    self.parameters.push(TensorSpec::parameter(name.clone(), &tensor.shape, given(&value)));
+                }
+                ("Float", false) => {
+                    self.buffers.push(TensorSpec::moved(name.clone(), &tensor.shape, given(&value)));
+                }
+                ("Long", false) => {
+                    let values = value.detach().contiguous().view(-1);
+                    let values = Vec::try_from(values).map_err(|error: tch::TchError| error.to_string())?;
+                    let (name, shape) = (name.clone(), tensor.shape.clone());
+                    self.constants.push(Constant { name, shape, values });
+                }
+                (kind, _) => {
+                    return Err(format!("{name} is of kind {kind}; only 32-bit floats are supported"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs the module on stand-ins, in all the ways in which training will.
+    fn probe(&mut self) -> Result<(), Refusal> {
+        let values = self.script.tensors().len();
+        let own: Result<Vec<Tensor>, _> = (0..values).map(|index| self.script.tensor(index)).collect();
+        let own: Vec<Tensor> =
+            own.map_err(|error| error.to_string())?.iter().map(|t| t.detach().copy()).collect();
+        let input = match self.role {
+            Role::Generator { latent_dim, .. } => Tensor::ones([2, latent_dim], (Kind::Float, Device::Cpu)),
+            Role::Discriminator { shape } => Tensor::ones(sizes(2, shape), (Kind::Float, Device::Cpu)) * 0.5,
+        };
+        let first = self.evaluate(&own, &input);
+        if let (Err(first), Role::Generator { latent_dim, .. }) = (&first, self.role) {
+            self.as_maps = true;
+            if let Err(second) = self.evaluate(&own, &input) {
+                return Err(format!(
+                    "takes noise neither as (n, {latent_dim}), {first}, nor as (n, {latent_dim}, 1, 1), {second}; \
+                     set model.latent_dim"
+                ));
+            }
+        } else {
+            drop(first?);
+        }
+        self.check_evaluation(&own, &input)?;
+        self.check_training(&own, &input)
+    }
+
+    fn evaluate(&self, own: &[Tensor], input: &Tensor) -> Result<Tensor, Refusal> {
+        let run = || self.script.run(own.iter(), &self.shaped(input), ScriptMode::Evaluation);
+        let (output, _) = no_grad(run).map_err(|error| error.to_string())?;
+        self.check_output(&output)?;
+        Ok(output)
+    }
+
+    fn check_output(&self, output: &Tensor) -> Result<(), Refusal> {
+        let found = output.size();
+        if output.kind() != Kind::Float {
+            return Err(format!("its result is of kind {:?}, not of 32-bit floats", output.kind()));
+        }
+        match self.role {
+            Role::Generator { shape, .. } if found != sizes(2, shape) => Err(format!(
+                "of 2 samples it makes {found:?}, and the data has images of {shape}; both must be (n, channels, height, width)"
+            )),
+            Role::Discriminator { .. } if output.numel() != 2 => {
+                Err(format!("of 2 images it makes {found:?}; it must make one number of each"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// In evaluation a module must neither draw nor change: pictures and metrics are functions of the state.
+    fn check_evaluation(&self, own: &[Tensor], input: &Tensor) -> Result<(), Refusal> {
+        let before: Vec<Vec<u8>> = own.iter().map(whole_bytes).collect();
+        let draws = Script::draws(|| {
+            no_grad(|| self.script.run(own.iter(), &self.shaped(input), ScriptMode::Evaluation)).map(drop)
+        });
+        let traced = "use torch.jit.script rather than torch.jit.trace, which keeps the mode it saw";
+        if draws.map_err(|error| error.to_string())? {
+            return Err(format!("draws random numbers in evaluation; {traced}"));
+        }
+        if own.iter().map(whole_bytes).ne(before) {
+            return Err(format!("changes its buffers in evaluation; {traced}"));
+        }
+        Ok(())
+    }
+
+    /// In training it must reach its parameters, and not care how often it ran.
+    fn check_training(&self, own: &[Tensor], input: &Tensor) -> Result<(), Refusal> {
+        let wrong = |error: c10d::Error| format!("in training: {error}");
+        let leaves = |own: &[Tensor]| -> Vec<Tensor> {
+            let pairs = own.iter().zip(self.script.tensors());
+            pairs.map(|(tensor, about)| tensor.copy().set_requires_grad(about.is_trained)).collect()
+        };
+        let train = |tensors: &[Tensor]| {
+            self.script.run(tensors.iter(), &self.shaped(input), ScriptMode::Training { seed: 1 })
+        };
+        let tensors = leaves(own);
+        let (output, after) = train(&tensors).map_err(wrong)?;
+        self.check_output(&output).map_err(|what| format!("in training: {what}"))?;
+        let trained: Vec<&Tensor> = tensors
+            .iter()
+            .zip(self.script.tensors())
+            .filter(|(_, about)| about.is_trained)
+            .map(|(t, _)| t)
+            .collect();
+        let sum = output.sum(Kind::Float);
+        Tensor::f_run_backward(&[&sum], &trained, false, false)
+            .map_err(|error| wrong(c10d::Error::from(error)))?;
+        // The same again, with the whole numbers as the first run left them.
+        let mut again = leaves(own);
+        let buffers = self.script.tensors().iter().enumerate().filter(|(_, about)| !about.is_parameter);
+        for ((index, _), after) in buffers.zip(&after) {
+            if after.kind() == Kind::Int64 {
+                again[index] = after.copy();
+            }
+        }
+        let (second, after_second) = train(&again).map_err(wrong)?;
+        let floats = |all: &[Tensor]| -> Vec<Vec<u8>> {
+            all.iter().filter(|tensor| tensor.kind() == Kind::Float).map(whole_bytes).collect()
+        };
+        if whole_bytes(&second) != whole_bytes(&output) || floats(&after_second) != floats(&after) {
+            return Err(
+                "its result depends on how often it ran, as with BatchNorm(momentum=None), which is not \
+                        supported; set a momentum"
+                    .to_string(),
+            );
+        }
+        Ok(())
+    }
+
+    /// An input as the module takes it.
+    fn shaped(&self, input: &Tensor) -> Tensor {
+        if self.as_maps { input.unsqueeze(-1).unsqueeze(-1) } else { input.shallow_clone() }
+    }
+
+    /// One tensor for each of the module's, from a pass's parameters and copies of its buffers.
+    fn bound(&self, pass: &Pass<'_>) -> Vec<Tensor> {
+        let (mut parameters, mut buffers) = (pass.parameters.iter(), pass.buffers.iter());
+        let device = pass.parameters.first().map_or(Device::Cpu, Tensor::device);
+        let value = |constant: &Constant| {
+            Tensor::from_slice(&constant.values).view(constant.shape.as_slice()).to_device(device)
+        };
+        let mut constants = self.constants.iter().map(value);
+        let tensor = |about: &ScriptTensor| {
+            let next = match (about.is_parameter, about.kind.as_str()) {
+                (true, _) => parameters.next().map(Tensor::shallow_clone),
+                (false, "Float") => buffers.next().map(Tensor::copy),
+                _ => constants.next(),
+            };
+            next.expect("a pass has the tensors that the network asked for")
+        };
+        self.script.tensors().iter().map(tensor).collect()
+    }
+}
+
+impl Network for ScriptNetwork {
+    fn parameters(&self) -> Vec<TensorSpec> {
+        self.parameters.clone()
+    }
+
+    fn buffers(&self) -> Vec<TensorSpec> {
+        self.buffers.clone()
+    }
+
+    /// It may: nobody can tell from outside.
+    fn sees_batch(&self) -> bool {
+        true
+    }
+
+    fn forward(&self, input: &Tensor, pass: &mut Pass<'_>) -> Tensor {
+        let tensors = no_grad(|| self.bound(pass));
+        let mode = match pass.mode {
+            Mode::Batch => ScriptMode::Training { seed: pass.key.number() },
+            Mode::Running => ScriptMode::Evaluation,
+        };
+        let (output, after) = self
+            .script
+            .run(tensors.iter(), &self.shaped(input), mode)
+            .unwrap_or_else(|error| panic!("a module that ran before: {error}"));
+        if pass.mode == Mode::Batch {
+            let after = after.iter().filter(|tensor| tensor.kind() == Kind::Float);
+            let changes = after.zip(pass.buffers).map(|(after, before)| no_grad(|| after.detach() - before));
+            pass.statistics = changes.collect();
+        }
+        match self.role {
+            Role::Generator { .. } => output,
+            Role::Discriminator { .. } => output.reshape([-1, 1]),
+        }
+    }
+
+    fn after(&self, buffers: &[Tensor], statistics: &[Tensor]) -> Vec<Tensor> {
+        buffers.iter().zip(statistics).map(|(before, change)| no_grad(|| before + change)).collect()
+    }
+
+    fn constants(&self) -> &[Constant] {
+        &self.constants
+    }
+}
+
+impl fmt::Debug for ScriptNetwork {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ScriptNetwork").field("role", &self.role).finish_non_exhaustive()
+    }
+}
+
+fn given(value: &Tensor) -> Init {
+    let value = value.detach().contiguous().view(-1);
+    Init::Given(Vec::<f32>::try_from(value).expect("floats on the CPU").into())
+}
+
+fn whole_bytes(tensor: &Tensor) -> Vec<u8> {
+    let tensor = tensor.detach().contiguous().view(-1);
+    if tensor.kind() == Kind::Float { to_bytes(&tensor) } else { to_bytes(&tensor.to_kind(Kind::Double)) }
+}
+
+fn sizes(samples: i64, shape: ImageShape) -> Vec<i64> {
+    let signed = |n: usize| i64::try_from(n).expect("an image is small");
+    vec![samples, signed(shape.channels), signed(shape.height), signed(shape.width)]
+}
