@@ -180,7 +180,7 @@ fn check_path(settings: &mut Settings, kind: DataKind, path: Option<&Path>, chec
         DataKind::Mnist10k => None,
         DataKind::Idx => Some("an IDX file of images, or the folder that holds it"),
         DataKind::Cifar10 => Some("the folder that holds data_batch_1.bin to data_batch_5.bin"),
-        DataKind::Folder => Some("a folder of PNG or JPEG files"),
+        DataKind::Folder => Some("a folder of PNG or JPEG files, or a zip or tar file of them"),
     };
     let name = name_of(DATA_KINDS, kind);
     let problem = match (needed, path) {
@@ -203,11 +203,17 @@ fn check_path(settings: &mut Settings, kind: DataKind, path: Option<&Path>, chec
     settings.fault("data.path", problem);
 }
 
+fn is_archive(path: &Path) -> bool {
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    ["zip", "tar"].iter().any(|known| ending.eq_ignore_ascii_case(known))
+}
+
 /// Whether a path is what its kind reads, as far as its type tells.
 fn is_readable(kind: DataKind, path: &Path) -> bool {
     match kind {
         DataKind::Mnist10k | DataKind::Idx => path.exists(),
-        DataKind::Cifar10 | DataKind::Folder => path.is_dir(),
+        DataKind::Cifar10 => path.is_dir(),
+        DataKind::Folder => path.is_dir() || path.is_file() && is_archive(path),
     }
 }
 

@@ -1,11 +1,13 @@
-//! A folder of PNG and JPEG files, searched recursively, decoded when a sample is read.
+//! PNG and JPEG files in a folder, searched recursively, or in archives; decoded when a sample is read.
 //!
 //! Invariants:
 //! 1. Samples are in the order of their relative paths, compared as bytes with `/` between names, whatever the order in
 //!    which the file system lists them. Names that begin with a dot and other endings do not count; links are followed.
 //! 2. Opening reads only the first bytes of a file, where its size in pixels is written. So memory holds the paths and no
 //!    pixels.
-//! 3. A file is taken as it is stored: alpha is dropped, orientation tags are not followed, 16 bits become 8.
+//! 3. An archive in a folder is a folder of its name; one that `data.path` names is that folder itself, so pictures give the
+//!    same samples packed and unpacked.
+//! 4. A file is taken as it is stored: alpha is dropped, orientation tags are not followed, 16 bits become 8.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -15,6 +17,7 @@ use std::path::{Path, PathBuf};
 use image::{DynamicImage, ImageFormat, ImageReader};
 
 use super::framing::{Framing, Image};
+use super::packed::{self, Member};
 use super::{DataError, ImageShape, Labels};
 
 /// Bytes of a file that are read when the folder is opened, and that the fingerprint covers.
@@ -27,7 +30,7 @@ const MAX_FILE_BYTES: u64 = 256 << 20;
 #[derive(Debug)]
 pub(super) struct Folder {
     /// Sorted by relative path.
-    files: Vec<PathBuf>,
+    files: Vec<Place>,
     /// 1 or 3.
     channels: usize,
 }
@@ -59,9 +62,14 @@ pub(super) fn open(
             )));
         }
     };
-    let mut files = Vec::new();
-    search(root, Vec::new(), &mut Vec::new(), &mut files)?;
-    files.sort();
+    let mut found = Search::default();
+    if packed::is_archive(root) {
+        found.archive(root, &[])?;
+    } else {
+        found.folder(root, Vec::new(), &mut Vec::new())?;
+    }
+    let Search { mut files, notes } = found;
+    files.sort_by(|one, other| one.relative.cmp(&other.relative));
     if files.is_empty() || u32::try_from(files.len()).is_err() {
         return Err(DataError::Input(format!(
             "{}: found {} images, expected 1 to {} files *.png, *.jpg or *.jpeg; set data.path to \
@@ -72,8 +80,8 @@ pub(super) fn open(
         )));
     }
     let (shape, content) = survey(&files, channels, framing)?;
-    let labels = labelled.then(|| labels(root, &files)).transpose()?;
-    let files = files.into_iter().map(|found| found.path).collect();
+    let labels = labelled.then(|| labels(root, &files, &notes)).transpose()?;
+    let files = files.into_iter().map(|found| found.place).collect();
     Ok(Opened { folder: Folder { files, channels }, shape, content, labels })
 }
 
@@ -81,9 +89,37 @@ pub(super) fn open(
 const LABELS_FILE: &str = "dataset.json";
 
 /// The classes of a folder's files: those of its `dataset.json`, or else the places of their subfolders in sorted order.
-fn labels(root: &Path, files: &[Found]) -> Result<Labels, DataError> {
-    let list = root.join(LABELS_FILE);
-    if list.is_file() { listed(&list, files) } else { by_subfolder(root, files) }
+fn labels(root: &Path, files: &[Found], notes: &[Found]) -> Result<Labels, DataError> {
+    if let Some(list) = notes.iter().find(|note| note.relative == LABELS_FILE.as_bytes()) {
+        return listed(&list.place, files);
+    }
+    if notes.is_empty() { by_subfolder(root, files) } else { by_note(root, files, notes) }
+}
+
+/// The classes in files beside the images, such as `0001.cls` for `0001.png`, as WebDataset has them.
+fn by_note(root: &Path, files: &[Found], notes: &[Found]) -> Result<Labels, DataError> {
+    let stem = |relative: &[u8]| relative[..relative.len() - ending(relative).len()].to_vec();
+    let by_stem: HashMap<Vec<u8>, &Place> =
+        notes.iter().map(|note| (stem(&note.relative), &note.place)).collect();
+    let class = |found: &Found| {
+        let shown = found.place.shown();
+        let note = by_stem.get(&stem(&found.relative)).ok_or_else(|| {
+            input(
+                &shown,
+                &format!("has no class, which model.conditional needs: others have a file *.{NOTE}"),
+            )
+        })?;
+        let text = String::from_utf8_lossy(&note.read()?).trim().to_string();
+        text.parse().map_err(|_| input(&note.shown(), &format!("found {text:?}, expected a whole number")))
+    };
+    let of: Result<Vec<u32>, DataError> = files.iter().map(class).collect();
+    Ok(Labels::new(of?, root.display().to_string()))
+}
+
+/// The part of a path from the dot of its ending on; empty without one.
+fn ending(relative: &[u8]) -> &[u8] {
+    let name = relative.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+    name.iter().rposition(|byte| *byte == b'.').map_or(&[], |dot| &name[dot..])
 }
 
 fn by_subfolder(root: &Path, files: &[Found]) -> Result<Labels, DataError> {
@@ -92,7 +128,7 @@ fn by_subfolder(root: &Path, files: &[Found]) -> Result<Labels, DataError> {
     for found in files {
         let Some(end) = found.relative.iter().position(|byte| *byte == b'/') else {
             return Err(input(
-                &found.path,
+                &found.place.shown(),
                 &format!(
                     "has no class, which model.conditional needs: it lies in no subfolder of {}, where there is no \
                      {LABELS_FILE}; sort the images into one subfolder a class",
@@ -119,12 +155,12 @@ fn by_subfolder(root: &Path, files: &[Found]) -> Result<Labels, DataError> {
 }
 
 /// The classes of `dataset.json`: {"labels": [["00000/img00000000.png", 5], ...]}.
-fn listed(list: &Path, files: &[Found]) -> Result<Labels, DataError> {
+fn listed(list: &Place, files: &[Found]) -> Result<Labels, DataError> {
     #[derive(serde::Deserialize)]
     struct List {
         labels: Vec<(String, u32)>,
     }
-    let bytes = read_file(list)?;
+    let (bytes, list) = (list.read()?, &list.shown());
     let parsed: Result<List, _> = serde_json::from_slice(&bytes);
     let parsed = parsed.map_err(|error| {
         let wanted = "expected {\"labels\": [[\"FILE\", CLASS], ...]} with whole numbers for classes";
@@ -133,55 +169,137 @@ fn listed(list: &Path, files: &[Found]) -> Result<Labels, DataError> {
     let of: HashMap<&[u8], u32> =
         parsed.labels.iter().map(|(file, class)| (file.as_bytes(), *class)).collect();
     let class = |found: &Found| {
-        let missing = || input(list, &format!("gives no class for {}; add it", found.path.display()));
+        let missing =
+            || input(list, &format!("gives no class for {}; add it", found.place.shown().display()));
         of.get(found.relative.as_slice()).copied().ok_or_else(missing)
     };
     let of: Result<Vec<u32>, DataError> = files.iter().map(class).collect();
     Ok(Labels::new(of?, list.display().to_string()))
 }
 
-/// An image file. Compares by its relative path.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
+/// Where a file is.
+#[derive(Debug)]
+enum Place {
+    Alone(PathBuf),
+    Packed(Member),
+}
+
+impl Place {
+    /// For people.
+    fn shown(&self) -> PathBuf {
+        match self {
+            Place::Alone(path) => path.clone(),
+            Place::Packed(member) => member.shown(),
+        }
+    }
+
+    /// The whole file.
+    fn read(&self) -> Result<Vec<u8>, DataError> {
+        match self {
+            Place::Alone(path) => read_file(path),
+            Place::Packed(member) => {
+                check_length(&member.shown(), member.length)?;
+                member.head(member.length)
+            }
+        }
+    }
+
+    /// Its first bytes, and how many it has.
+    fn head(&self) -> Result<(Vec<u8>, u64), DataError> {
+        match self {
+            Place::Packed(member) => {
+                check_length(&member.shown(), member.length)?;
+                Ok((member.head(HEAD_BYTES)?, member.length))
+            }
+            Place::Alone(path) => {
+                let (file, length) = open_file(path)?;
+                let mut bytes = Vec::new();
+                let read = file.take(HEAD_BYTES).read_to_end(&mut bytes);
+                read.map_err(|error| DataError::reading(path, error))?;
+                Ok((bytes, length))
+            }
+        }
+    }
+}
+
+/// A file that counts.
 struct Found {
     /// The names on the way from the root, with `/` between them.
     relative: Vec<u8>,
-    path: PathBuf,
+    place: Place,
 }
 
-/// Adds all images below `folder`. `ancestors` are the folders on the way to it, without links.
-fn search(
-    folder: &Path,
-    relative: Vec<u8>,
-    ancestors: &mut Vec<PathBuf>,
-    files: &mut Vec<Found>,
-) -> Result<(), DataError> {
-    let failed = |error| DataError::reading(folder, error);
-    let real = folder.canonicalize().map_err(failed)?;
-    if ancestors.contains(&real) {
-        return Err(DataError::Input(format!(
-            "{}: found a link to a folder that holds it, expected a tree; remove the link",
-            folder.display()
-        )));
-    }
-    ancestors.push(real);
-    for entry in fs::read_dir(folder).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let (path, name) = (entry.path(), entry.file_name());
-        let name = name.as_encoded_bytes();
-        if name.starts_with(b".") {
-            continue;
-        }
-        let mut below = relative.clone();
-        below.extend(name);
-        if path.is_dir() {
-            below.push(b'/');
-            search(&path, below, ancestors, files)?;
-        } else if is_image(&path) {
-            files.push(Found { relative: below, path });
+/// The ending of a file with the class of the image beside it.
+const NOTE: &str = "cls";
+
+/// What lies below the root.
+#[derive(Default)]
+struct Search {
+    /// The images.
+    files: Vec<Found>,
+    /// What tells of their classes.
+    notes: Vec<Found>,
+}
+
+impl Search {
+    fn take(&mut self, relative: Vec<u8>, place: Place) {
+        let name = String::from_utf8_lossy(&relative).into_owned();
+        if is_image(Path::new(&name)) {
+            self.files.push(Found { relative, place });
+        } else if name == LABELS_FILE || Path::new(&name).extension().is_some_and(|ending| ending == NOTE) {
+            self.notes.push(Found { relative, place });
         }
     }
-    ancestors.pop();
-    Ok(())
+
+    /// Adds what is in an archive, below `relative`.
+    fn archive(&mut self, path: &Path, relative: &[u8]) -> Result<(), DataError> {
+        for member in packed::members(path)? {
+            if member.name.split('/').any(|name| name.starts_with('.')) {
+                continue;
+            }
+            self.take([relative, member.name.as_bytes()].concat(), Place::Packed(member));
+        }
+        Ok(())
+    }
+
+    /// Adds what lies below a folder. `ancestors` are the folders on the way to it, without links.
+    fn folder(
+        &mut self,
+        folder: &Path,
+        relative: Vec<u8>,
+        ancestors: &mut Vec<PathBuf>,
+    ) -> Result<(), DataError> {
+        let failed = |error| DataError::reading(folder, error);
+        let real = folder.canonicalize().map_err(failed)?;
+        if ancestors.contains(&real) {
+            return Err(DataError::Input(format!(
+                "{}: found a link to a folder that holds it, expected a tree; remove the link",
+                folder.display()
+            )));
+        }
+        ancestors.push(real);
+        for entry in fs::read_dir(folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let (path, name) = (entry.path(), entry.file_name());
+            let name = name.as_encoded_bytes();
+            if name.starts_with(b".") {
+                continue;
+            }
+            let mut below = relative.clone();
+            below.extend(name);
+            if path.is_dir() {
+                below.push(b'/');
+                self.folder(&path, below, ancestors)?;
+            } else if packed::is_archive(&path) {
+                below.push(b'/');
+                self.archive(&path, &below)?;
+            } else {
+                self.take(below, Place::Alone(path));
+            }
+        }
+        ancestors.pop();
+        Ok(())
+    }
 }
 
 fn is_image(path: &Path) -> bool {
@@ -198,7 +316,7 @@ fn survey(
     let mut content = blake3::Hasher::new();
     let mut first: Option<(Head, (usize, usize))> = None;
     for found in files {
-        let head = Head::read(&found.path)?;
+        let head = Head::read(&found.place)?;
         content.update(&(found.relative.len() as u64).to_le_bytes());
         content.update(&found.relative);
         content.update(&head.length.to_le_bytes());
@@ -206,8 +324,9 @@ fn survey(
         content.update(&head.height.to_le_bytes());
         content.update(&head.bytes);
 
-        let size =
-            framing.output_size(head.height, head.width).map_err(|wrong| input(&found.path, &wrong))?;
+        let size = framing
+            .output_size(head.height, head.width)
+            .map_err(|wrong| input(&found.place.shown(), &wrong))?;
         match &first {
             None => first = Some((head, size)),
             Some((_, first_size)) if *first_size == size => {}
@@ -215,10 +334,10 @@ fn survey(
                 return Err(DataError::Input(format!(
                     "found images of different sizes, {} of {} x {} pixels and {} of {} x {} \
                      (width x height), expected one; set data.resize to the size to train on",
-                    files[0].path.display(),
+                    files[0].place.shown().display(),
                     first.width,
                     first.height,
-                    found.path.display(),
+                    found.place.shown().display(),
                     head.width,
                     head.height
                 )));
@@ -239,16 +358,14 @@ struct Head {
 }
 
 impl Head {
-    fn read(path: &Path) -> Result<Head, DataError> {
-        let (file, length) = open_file(path)?;
-        let mut bytes = Vec::new();
-        file.take(HEAD_BYTES).read_to_end(&mut bytes).map_err(|error| DataError::reading(path, error))?;
+    fn read(place: &Place) -> Result<Head, DataError> {
+        let (bytes, length) = place.head()?;
         let (width, height) = match dimensions(&bytes) {
             // A colour profile or a preview may come first.
-            Err(_) if length > HEAD_BYTES => dimensions(&read_file(path)?),
+            Err(_) if length > HEAD_BYTES => dimensions(&place.read()?),
             found => found,
         }
-        .map_err(|wrong| corrupt(path, &wrong))?;
+        .map_err(|wrong| corrupt(&place.shown(), &wrong))?;
         Ok(Head { bytes, length, width, height })
     }
 }
@@ -266,8 +383,9 @@ impl Folder {
         shape: ImageShape,
         out: &mut [f32],
     ) -> Result<(), DataError> {
-        let path = &self.files[index];
-        let image = decode(&read_file(path)?).map_err(|wrong| corrupt(path, &wrong))?;
+        let place = &self.files[index];
+        let path = &place.shown();
+        let image = decode(&place.read()?).map_err(|wrong| corrupt(path, &wrong))?;
         let (width, height) = (image.width(), image.height());
         let size = framing.output_size(height, width).map_err(|wrong| input(path, &wrong))?;
         if size != (shape.height, shape.width) {
@@ -338,13 +456,18 @@ fn open_file(path: &Path) -> Result<(File, u64), DataError> {
     }
     let file = File::open(path).map_err(failed)?;
     let length = file.metadata().map_err(failed)?.len();
-    if length > MAX_FILE_BYTES {
-        return Err(input(
-            path,
-            &format!("found {length} bytes, expected an image of at most {MAX_FILE_BYTES}; remove it"),
-        ));
-    }
+    check_length(path, length)?;
     Ok((file, length))
+}
+
+fn check_length(path: &Path, length: u64) -> Result<(), DataError> {
+    if length <= MAX_FILE_BYTES {
+        return Ok(());
+    }
+    Err(input(
+        path,
+        &format!("found {length} bytes, expected an image of at most {MAX_FILE_BYTES}; remove it"),
+    ))
 }
 
 fn corrupt(path: &Path, wrong: &str) -> DataError {

@@ -17,6 +17,7 @@ mod folder;
 mod framing;
 mod idx;
 mod labels;
+mod packed;
 mod prefetch;
 #[cfg(test)]
 mod tests;
@@ -240,6 +241,11 @@ impl DataSet {
     #[expect(clippy::len_without_is_empty, reason = "a data set that opened is never empty")]
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Whether reading a sample means decoding a file.
+    fn is_decoded(&self) -> bool {
+        matches!(self.source, Source::Folder(_))
     }
 
     /// How many classes the samples have, by their labels; 0 if it was opened without.

@@ -8,6 +8,7 @@
 //! 3. The thread ends before the prefetcher's drop returns, at the latest when the sample that it reads is done.
 
 use std::ops::Range;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
@@ -129,7 +130,7 @@ impl Prefetcher {
         let batches = self.batches.as_ref().expect("only drop takes the receiver");
         batches.recv().unwrap_or_else(|_| {
             if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
-                std::panic::resume_unwind(panic);
+                resume_unwind(panic);
             }
             Err(DataError::Finished)
         })
@@ -198,19 +199,52 @@ impl Reader {
             let first = stream_position(step, phase, phases, data_shards, shard, shard_batch);
             first..first + u64::from(shard_batch)
         });
+        let mut wanted = Vec::new();
         for (q, out) in numbers.zip(pixels.chunks_exact_mut(numel)) {
-            if self.stop.load(Ordering::Relaxed) {
-                return Ok(None);
-            }
             let sample = self.stream.sample(q);
             let index =
                 usize::try_from(sample).expect("a sample's index is below the length of the data set");
-            self.dataset.read(index, out)?;
+            wanted.push((index, out));
             labels.extend(self.dataset.labels().get(index).copied().map(i64::from));
             ledger = ledger.wrapping_add(ledger_term(q, sample));
+        }
+        if !self.read_all(wanted)? {
+            return Ok(None);
         }
         let uploaded = self.upload.as_mut().map(|upload| upload(&pixels)).transpose();
         let uploaded = uploaded.map_err(|error| DataError::Upload(error.to_string()))?;
         Ok(Some(Batch { step, phase, pixels, labels, uploaded, ledger }))
     }
+
+    /// Reads samples into their places, on several threads where they have to be decoded; false when told to stop.
+    fn read_all(&self, mut wanted: Vec<(usize, &mut [f32])>) -> Result<bool, DataError> {
+        let threads = if self.dataset.is_decoded() { decoders() } else { 1 };
+        let each = wanted.len().div_ceil(threads).max(1);
+        let (dataset, stop) = (&*self.dataset, &*self.stop);
+        let read = |wanted: &mut [(usize, &mut [f32])]| {
+            for (index, out) in wanted {
+                if stop.load(Ordering::Relaxed) {
+                    return Ok(false);
+                }
+                dataset.read(*index, out)?;
+            }
+            Ok(true)
+        };
+        if threads == 1 {
+            return read(&mut wanted);
+        }
+        thread::scope(|scope| {
+            let parts =
+                wanted.chunks_mut(each).map(|part| scope.spawn(move || read(part))).collect::<Vec<_>>();
+            // In the order of the samples, so that of several errors always the same one is told.
+            let parts =
+                parts.into_iter().map(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            parts.collect::<Result<Vec<bool>, _>>().map(|parts| parts.into_iter().all(|whole| whole))
+        })
+    }
+}
+
+/// Threads that decode for one worker: it shares its machine with others, and with its own training.
+fn decoders() -> usize {
+    thread::available_parallelism().map_or(1, |processors| (processors.get() / 2).clamp(1, 8))
 }

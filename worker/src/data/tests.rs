@@ -6,6 +6,7 @@ mod folders;
 mod framings;
 mod idx_files;
 mod labelled;
+mod packed_files;
 mod prefetching;
 
 use std::fs;
