@@ -554,6 +554,10 @@ fn job_to_wire(job: &Job) -> wire::Job {
             latent_dim: job.model.latent_dim,
             width: job.model.width,
             ema_half_life_images: job.model.ema_half_life_images,
+            conditional: job.model.conditional,
+            ema_schedule: job.model.ema_schedule.to_string(),
+            init_from: job.model.init_from.clone(),
+            freeze_discriminator: job.model.freeze_discriminator,
             generator: job.model.generator.as_deref().map(path_to_wire),
             discriminator: job.model.discriminator.as_deref().map(path_to_wire),
         }),
@@ -561,15 +565,14 @@ fn job_to_wire(job: &Job) -> wire::Job {
             kind: job.loss.kind.to_string(),
             discriminator_steps: job.loss.discriminator_steps,
             gradient_penalty: job.loss.gradient_penalty,
+            r1: job.loss.r1,
+            final_r1: job.loss.final_r1,
+            r2: job.loss.r2,
+            final_r2: job.loss.final_r2,
+            penalty_every: job.loss.penalty_every,
         }),
-        optimizer: Some(wire::Optimizer {
-            kind: job.optimizer.kind.to_string(),
-            learning_rate: job.optimizer.learning_rate,
-            discriminator_learning_rate: job.optimizer.discriminator_learning_rate,
-            beta1: job.optimizer.beta1,
-            beta2: job.optimizer.beta2,
-            epsilon: job.optimizer.epsilon,
-        }),
+        optimizer: Some(optimizer_to_wire(&job.optimizer)),
+        augmentation: Some(augmentation_to_wire(&job.augmentation)),
         checkpoint: Some(wire::Checkpoint {
             every_steps: job.checkpoint.every_steps,
             every_epochs: job.checkpoint.every_epochs,
@@ -607,6 +610,7 @@ fn job_from_wire(wire: wire::Job) -> Result<Job, Malformed> {
         model: model_from_wire(required(wire.model, "job.model")?)?,
         loss: loss_from_wire(required(wire.loss, "job.loss")?)?,
         optimizer: optimizer_from_wire(required(wire.optimizer, "job.optimizer")?)?,
+        augmentation: augmentation_from_wire(&required(wire.augmentation, "job.augmentation")?)?,
         checkpoint: checkpoint_from_wire(required(wire.checkpoint, "job.checkpoint")?),
         sample: sample_from_wire(&required(wire.sample, "job.sample")?),
         metrics: job::Metrics { every_steps: required(wire.metrics, "job.metrics")?.every_steps },
@@ -629,19 +633,69 @@ fn model_from_wire(model: wire::Model) -> Result<job::Model, Malformed> {
         latent_dim: model.latent_dim,
         width: model.width,
         ema_half_life_images: model.ema_half_life_images,
+        ema_schedule: from_name(&model.ema_schedule, "model.ema_schedule")?,
+        conditional: model.conditional,
+        init_from: model.init_from,
+        freeze_discriminator: model.freeze_discriminator,
         generator: model.generator.map(PathBuf::from),
         discriminator: model.discriminator.map(PathBuf::from),
     })
 }
 
 fn loss_from_wire(loss: wire::Loss) -> Result<job::Loss, Malformed> {
-    if loss.discriminator_steps == 0 {
-        return Err(malformed("a step without a discriminator phase"));
+    if loss.discriminator_steps == 0 || loss.penalty_every == 0 {
+        return Err(malformed("a step without a discriminator phase, or penalties in every 0 of them"));
     }
     Ok(job::Loss {
         kind: from_name(&loss.kind, "loss.kind")?,
         discriminator_steps: loss.discriminator_steps,
         gradient_penalty: loss.gradient_penalty,
+        r1: loss.r1,
+        final_r1: loss.final_r1,
+        r2: loss.r2,
+        final_r2: loss.final_r2,
+        penalty_every: loss.penalty_every,
+    })
+}
+
+fn optimizer_to_wire(optimizer: &job::Optimizer) -> wire::Optimizer {
+    wire::Optimizer {
+        kind: optimizer.kind.to_string(),
+        learning_rate: optimizer.learning_rate,
+        discriminator_learning_rate: optimizer.discriminator_learning_rate,
+        beta1: optimizer.beta1,
+        beta2: optimizer.beta2,
+        epsilon: optimizer.epsilon,
+        decay_images: optimizer.decay_images,
+        final_learning_rate: optimizer.final_learning_rate,
+        final_discriminator_learning_rate: optimizer.final_discriminator_learning_rate,
+        final_beta2: optimizer.final_beta2,
+    }
+}
+
+fn augmentation_to_wire(augmentation: &job::Augmentation) -> wire::Augmentation {
+    wire::Augmentation {
+        flip: augmentation.flip,
+        kinds: augmentation.kinds.iter().map(ToString::to_string).collect(),
+        probability: augmentation.probability,
+        final_probability: augmentation.final_probability,
+        adaptive: augmentation.adaptive,
+        target: augmentation.target,
+        adjust_images: augmentation.adjust_images,
+    }
+}
+
+fn augmentation_from_wire(augmentation: &wire::Augmentation) -> Result<job::Augmentation, Malformed> {
+    let kind = |name: &String| from_name(name, "augmentation.kinds");
+    let kinds: Result<_, _> = augmentation.kinds.iter().map(kind).collect();
+    Ok(job::Augmentation {
+        flip: augmentation.flip,
+        kinds: kinds?,
+        probability: augmentation.probability,
+        final_probability: augmentation.final_probability,
+        adaptive: augmentation.adaptive,
+        target: augmentation.target,
+        adjust_images: augmentation.adjust_images,
     })
 }
 
@@ -653,6 +707,10 @@ fn optimizer_from_wire(optimizer: wire::Optimizer) -> Result<job::Optimizer, Mal
         beta1: optimizer.beta1,
         beta2: optimizer.beta2,
         epsilon: optimizer.epsilon,
+        decay_images: optimizer.decay_images,
+        final_learning_rate: optimizer.final_learning_rate,
+        final_discriminator_learning_rate: optimizer.final_discriminator_learning_rate,
+        final_beta2: optimizer.final_beta2,
     })
 }
 

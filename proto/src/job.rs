@@ -23,6 +23,8 @@ pub struct Job {
     pub loss: Loss,
     /// How both are updated.
     pub optimizer: Optimizer,
+    /// What samples go through before the discriminator sees them.
+    pub augmentation: Augmentation,
     /// When state is saved, and where.
     pub checkpoint: Checkpoint,
     /// When pictures are drawn.
@@ -146,12 +148,31 @@ pub struct Model {
     pub width: u32,
     /// Half-life of the generator's exponential moving average, in images seen.
     pub ema_half_life_images: u64,
+    /// How it grows to that.
+    pub ema_schedule: EmaSchedule,
+    /// Whether both networks know the classes of samples.
+    pub conditional: bool,
+    /// The checkpoint whose weights the run begins with: a folder, or an address of one. Else they are drawn.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_from: Option<String>,
+    /// So many of the discriminator's first layers stay as they are (Mo et al., 2020, FreezeD).
+    pub freeze_discriminator: u32,
     /// Of `script`: the file of the generator.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generator: Option<PathBuf>,
     /// Of `script`: the file of the discriminator.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discriminator: Option<PathBuf>,
+}
+
+/// How the half-life of the moving average grows with the images seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EmaSchedule {
+    /// It is at most a twentieth of the images seen: Karras et al., StyleGAN2-ADA (2020), and its training loop.
+    RampUp,
+    /// It goes along half a cosine from 0 over `optimizer.decay_images`: Huang et al., R3GAN (2024), and its training loop.
+    Cosine,
 }
 
 /// The pairs of networks on offer.
@@ -166,9 +187,30 @@ pub enum ModelKind {
     /// DCGAN for 64 x 64 images.
     #[serde(rename = "dcgan-64")]
     Dcgan64,
+    /// Residual networks with spectral normalisation (Miyato et al., 2018) for 32 x 32 images.
+    #[serde(rename = "sngan-32")]
+    Sngan32,
+    /// R3GAN (Huang et al., 2024) for 28 x 28 images.
+    #[serde(rename = "r3gan-28")]
+    R3gan28,
+    /// R3GAN for 32 x 32 images.
+    #[serde(rename = "r3gan-32")]
+    R3gan32,
     /// Two TorchScript files of the user's.
     #[serde(rename = "script")]
     Script,
+}
+
+impl ModelKind {
+    /// Pixels a side of the images that it draws; `None` where only its files tell.
+    pub fn side(self) -> Option<u32> {
+        match self {
+            ModelKind::Mlp28 | ModelKind::Dcgan28 | ModelKind::R3gan28 => Some(28),
+            ModelKind::Sngan32 | ModelKind::R3gan32 => Some(32),
+            ModelKind::Dcgan64 => Some(64),
+            ModelKind::Script => None,
+        }
+    }
 }
 
 /// Section `[loss]`.
@@ -180,6 +222,17 @@ pub struct Loss {
     pub discriminator_steps: u32,
     /// Weight of the gradient penalty of `wasserstein-gp`; the other objectives do not read it.
     pub gradient_penalty: f64,
+    /// Weight of half the square of the discriminator's gradient at real samples (Mescheder et al., 2018, equation 9).
+    pub r1: f64,
+    /// What it is after `optimizer.decay_images`.
+    pub final_r1: f64,
+    /// The same at the generator's samples.
+    pub r2: f64,
+    /// What that is after `optimizer.decay_images`.
+    pub final_r2: f64,
+    /// Penalties are computed in every so many discriminator phases, and weigh as many times more (Karras et al.,
+    /// StyleGAN2, 2020, section 3.1).
+    pub penalty_every: u32,
 }
 
 /// The objectives on offer.
@@ -196,6 +249,16 @@ pub enum LossKind {
     Hinge,
     /// Gulrajani et al. (2017), equation 3.
     WassersteinGp,
+    /// Jolicoeur-Martineau (2019) as Huang et al. (2024) take it, equation 2: each real sample is paired with one of the
+    /// generator's.
+    RelativisticPairing,
+}
+
+impl LossKind {
+    /// Whether it looks at pairs of a real sample and one of the generator's, in the generator's phase too.
+    pub fn pairs(self) -> bool {
+        self == LossKind::RelativisticPairing
+    }
 }
 
 /// Section `[optimizer]`.
@@ -213,6 +276,49 @@ pub struct Optimizer {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub epsilon: f64,
+    /// Every setting that has a final value goes there along half a cosine over so many images; 0: it stays.
+    pub decay_images: u64,
+    /// The generator's last step size.
+    pub final_learning_rate: f64,
+    /// The discriminator's.
+    pub final_discriminator_learning_rate: f64,
+    /// The last decay of the second moment.
+    pub final_beta2: f64,
+}
+
+/// Section `[augmentation]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Augmentation {
+    /// Whether real samples are mirrored at random, left to right.
+    pub flip: bool,
+    /// What real samples and the generator's alike go through before the discriminator sees them.
+    pub kinds: Vec<AugmentationKind>,
+    /// How likely each of these is for a sample.
+    pub probability: f64,
+    /// What that is after `optimizer.decay_images`.
+    pub final_probability: f64,
+    /// Whether the probability begins at 0 and follows the discriminator's overfitting instead (Karras et al., 2020).
+    pub adaptive: bool,
+    /// The mean of sign D(x) over real samples that it aims at.
+    pub target: f64,
+    /// It goes from 0 to 1 in so many images at least.
+    pub adjust_images: u64,
+}
+
+/// What augmentation does to a sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AugmentationKind {
+    /// Mirrors it, left to right.
+    Flip,
+    /// Turns it by a multiple of 90 degrees.
+    Rotate90,
+    /// Moves it by up to an eighth of its side, each way.
+    Translation,
+    /// Other brightness, saturation and contrast.
+    Color,
+    /// Blanks a square of half its side.
+    Cutout,
 }
 
 /// The update rules on offer.
@@ -328,4 +434,14 @@ macro_rules! display_as_in_the_file {
     )*};
 }
 
-display_as_in_the_file!(NonFinite, Precision, Reduction, DataKind, ModelKind, LossKind, OptimizerKind);
+display_as_in_the_file!(
+    NonFinite,
+    Precision,
+    Reduction,
+    DataKind,
+    ModelKind,
+    EmaSchedule,
+    LossKind,
+    OptimizerKind,
+    AugmentationKind
+);

@@ -57,6 +57,41 @@ fn bf16_has_the_same_bits_on_1_and_3_workers() {
     }
 }
 
+/// Every family of models with all that it can be told to do, at sizes that take seconds.
+#[test]
+fn every_preset_has_the_same_bits_on_1_to_3_workers() {
+    const PENALTIES: &[&str] = &["loss.r1=0.5", "loss.r2=0.5", "loss.final_r1=0.1", "loss.penalty_every=2"];
+    const SCHEDULES: &[&str] =
+        &["optimizer.decay_images=40", "optimizer.final_learning_rate=1e-5", "optimizer.final_beta2=0.99"];
+    const CONDITIONAL: &[&str] = &["model.conditional=true"];
+    const AUGMENTED: &[&str] =
+        &["augmentation.flip=true", "augmentation.kinds=flip,rotate90,translation,color,cutout"];
+    const ADAPTIVE: &[&str] = &["augmentation.adaptive=true", "augmentation.adjust_images=100"];
+    let r3gan: &[&str] = &["model.kind=r3gan-28", "model.width=8", "model.latent_dim=8"];
+    let sngan: &[&str] = &["model.kind=sngan-32", "model.width=8", "model.latent_dim=8", "data.resize=32"];
+    let dcgan: &[&str] = &["model.kind=dcgan-28", "model.width=4", "model.latent_dim=8"];
+    let pairs: &[&str] = &["loss.kind=relativistic-pairing"];
+    let two: &[&str] = &["loss.discriminator_steps=2"];
+    let cases: [&[&[&str]]; 7] = [
+        &[r3gan, pairs, PENALTIES, SCHEDULES, &["model.ema_schedule=cosine"]],
+        &[r3gan, pairs, two, CONDITIONAL, AUGMENTED, &["augmentation.probability=0.5"]],
+        &[sngan, two, &["loss.kind=hinge"]],
+        &[sngan, two, &["loss.kind=hinge", "loss.r1=0.5"], CONDITIONAL, AUGMENTED, ADAPTIVE],
+        &[dcgan, pairs, PENALTIES],
+        &[dcgan, two, &["loss.r1=0.5", "loss.penalty_every=2"], AUGMENTED, ADAPTIVE],
+        &[SMALL_MLP, &["loss.kind=wasserstein-gp", "loss.penalty_every=2", "job.precision=bf16"], AUGMENTED],
+    ];
+    for case in cases {
+        let settings = [case, &[&["job.steps=4", "job.shard_batch=2", "job.data_shards=4"]]].concat();
+        let what = case.concat().join(" ");
+        let reference = Reference::new(&format!("1 worker with {what}"), Run::new(&settings).complete(1));
+        for workers in [2, 3] {
+            let run = Run::new(&settings).complete(workers);
+            reference.equals(&format!("{workers} workers with {what}"), &run);
+        }
+    }
+}
+
 #[test]
 fn another_seed_is_another_result() {
     let digest = |seed: &str| Run::new(&[SMALL_MLP, &["job.steps=2"], &[seed]]).complete(1);

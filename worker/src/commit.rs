@@ -9,13 +9,11 @@ use c10d::aten::{Adam, fused_adam};
 use ganglion_proto::job::Job;
 use tch::{Tensor, no_grad};
 
+use crate::augment;
 use crate::nn::Follow;
 use crate::phase::{LeafLayout, Phase};
+use crate::schedule::Schedule;
 use crate::state::{Module, State, narrow};
-
-/// The half-life of the moving average grows with the run up to the job's: Karras et al., StyleGAN2-ADA (2020) and its
-/// released training loop, where it is at most this share of the images seen.
-const EMA_RAMP_UP: f64 = 0.05;
 
 /// Applies the mean leaf of `phase` to the state. `ledger` is the hash sum of the real samples in it.
 pub fn commit(
@@ -33,6 +31,9 @@ pub fn commit(
             follow(state, phase.module, &narrow(mean, statistics));
         }
     });
+    if phase.module == augment::CONTROLLED {
+        augment::adjust(job, state, &narrow(mean, layout.signs()), discriminator_updates(job, state) + 1);
+    }
     state.counters.skipped = 0;
     go_on(job, state, phase, ledger);
     Ok(())
@@ -70,15 +71,12 @@ fn update_parameters(job: &Job, state: &State, module: Module, gradient: &Tensor
     let sections = state.layout.module(module);
     let optimizer = &job.optimizer;
     let steps_before = state.counters.position.0 / job.phases_per_step();
+    let schedule = Schedule::after(job, steps_before);
     let (lr, updates_before) = match module {
-        Module::Generator => (optimizer.learning_rate, steps_before),
-        Module::Discriminator => {
-            let this_step = state.counters.position.0 % job.phases_per_step();
-            let updates = steps_before * u64::from(job.loss.discriminator_steps) + this_step;
-            (optimizer.discriminator_learning_rate, updates)
-        }
+        Module::Generator => (schedule.generator_rate(), steps_before),
+        Module::Discriminator => (schedule.discriminator_rate(), discriminator_updates(job, state)),
     };
-    let adam = Adam { lr, beta1: optimizer.beta1, beta2: optimizer.beta2, eps: optimizer.epsilon };
+    let adam = Adam { lr, beta1: optimizer.beta1, beta2: schedule.beta2(), eps: optimizer.epsilon };
     fused_adam(
         // Autograd sees that these change.
         &mut state.parameters(module).shallow_clone(),
@@ -90,22 +88,16 @@ fn update_parameters(job: &Job, state: &State, module: Module, gradient: &Tensor
     )
 }
 
+/// The discriminator's updates before a phase of its own.
+fn discriminator_updates(job: &Job, state: &State) -> u64 {
+    let position = state.counters.position.0;
+    let steps_before = position / job.phases_per_step();
+    steps_before * u64::from(job.loss.discriminator_steps) + position % job.phases_per_step()
+}
+
 fn update_average(job: &Job, state: &State) {
     let steps = state.counters.position.0 / job.phases_per_step() + 1;
     let mut average = state.section(state.layout.ema_range());
     let generator = state.section(state.layout.generator.weight_range());
-    let _ = average.lerp_(&generator, 1.0 - average_decay(job, steps));
-}
-
-/// Share of the old average that stays after `steps` steps.
-fn average_decay(job: &Job, steps: u64) -> f64 {
-    // Counts of images are far below 2^53, so these conversions are exact.
-    #[allow(clippy::cast_precision_loss)]
-    let (batch, seen, half_life) = (
-        job.global_batch() as f64,
-        (steps * job.global_batch()) as f64,
-        job.model.ema_half_life_images as f64,
-    );
-    let half_life = half_life.min(seen * EMA_RAMP_UP);
-    if half_life <= 0.0 { 0.0 } else { libm::exp2(-batch / half_life) }
+    let _ = average.lerp_(&generator, 1.0 - Schedule::after(job, steps).average_decay());
 }

@@ -12,6 +12,8 @@
 #![forbid(unsafe_code)]
 
 pub mod archive;
+pub mod augment;
+pub mod beginning;
 pub mod checkpoint;
 pub mod commit;
 pub mod data;
@@ -27,6 +29,7 @@ pub mod profile;
 pub mod random;
 pub mod run;
 pub mod sample;
+pub mod schedule;
 pub mod session;
 pub mod state;
 pub mod stay;

@@ -11,10 +11,18 @@ use tch::{Kind, Tensor, no_grad};
 ///
 /// The gradient penalty of `wasserstein-gp` is [`gradient_penalty`], added by the caller.
 pub fn discriminator(kind: LossKind, real: &Tensor, fake: &Tensor) -> Tensor {
-    on_real(kind, real) + on_fake(kind, fake)
+    match kind {
+        // Huang et al. (2024), equation 2 with f(t) = -log(1 + e^-t), after Jolicoeur-Martineau (2019): a real sample shall
+        // seem more real than the one it is paired with.
+        LossKind::RelativisticPairing => total(&(fake - real).softplus()),
+        _ => on_real(kind, real) + on_fake(kind, fake),
+    }
 }
 
 /// What the discriminator minimises over real samples.
+///
+/// # Panics
+/// For an objective that looks at pairs: its loss has no part that is one side's alone.
 pub fn on_real(kind: LossKind, real: &Tensor) -> Tensor {
     match kind {
         // Goodfellow et al. (2014), equation 1: maximise log s(D(x)) + log(1 - s(D(G(z)))).
@@ -25,8 +33,11 @@ pub fn on_real(kind: LossKind, real: &Tensor) -> Tensor {
         LossKind::Hinge => total(&(real.neg() + 1.0).relu()),
         // Gulrajani et al. (2017), equation 3, the first two terms.
         LossKind::WassersteinGp => -total(real),
+        LossKind::RelativisticPairing => unreachable!("{APART}"),
     }
 }
+
+const APART: &str = "pairs are not looked at apart";
 
 /// What the discriminator minimises over the generator's samples; the equations are those of [`on_real`].
 pub fn on_fake(kind: LossKind, fake: &Tensor) -> Tensor {
@@ -35,6 +46,7 @@ pub fn on_fake(kind: LossKind, fake: &Tensor) -> Tensor {
         LossKind::LeastSquares => square_sum(fake) * 0.5,
         LossKind::Hinge => total(&(fake + 1.0).relu()),
         LossKind::WassersteinGp => total(fake),
+        LossKind::RelativisticPairing => unreachable!("{APART}"),
     }
 }
 
@@ -43,11 +55,25 @@ pub fn on_fake(kind: LossKind, fake: &Tensor) -> Tensor {
 pub fn score(kind: LossKind, logits: &Tensor) -> Tensor {
     no_grad(|| match kind {
         LossKind::NonSaturating | LossKind::Minimax => logits.sigmoid().sum(Kind::Float),
-        LossKind::LeastSquares | LossKind::Hinge | LossKind::WassersteinGp => logits.sum(Kind::Float),
+        _ => logits.sum(Kind::Float),
     })
 }
 
+/// The sum of the signs of the logits of real samples: how sure the discriminator is of them (Karras et al., 2020, equation
+/// 1). Without a gradient.
+pub fn signs(real: &Tensor) -> Tensor {
+    no_grad(|| real.sign().sum(Kind::Float))
+}
+
+/// What the generator minimises over pairs of a real sample and one of its own: Huang et al. (2024), equation 2.
+pub fn generator_of_pairs(real: &Tensor, fake: &Tensor) -> Tensor {
+    total(&(real - fake).softplus())
+}
+
 /// What the generator minimises.
+///
+/// # Panics
+/// For an objective that looks at pairs, which is [`generator_of_pairs`].
 pub fn generator(kind: LossKind, fake: &Tensor) -> Tensor {
     match kind {
         // Goodfellow et al. (2014), section 3: maximise log s(D(G(z))).
@@ -58,7 +84,17 @@ pub fn generator(kind: LossKind, fake: &Tensor) -> Tensor {
         LossKind::LeastSquares => square_sum(&(fake - 1.0)) * 0.5,
         // Miyato et al. (2018), equation 17; Gulrajani et al. (2017).
         LossKind::Hinge | LossKind::WassersteinGp => -total(fake),
+        LossKind::RelativisticPairing => unreachable!("{APART}"),
     }
+}
+
+/// Weighted sum over the samples of half the square of |grad D(x)| at each x of `images`, whose logits these are.
+///
+/// Mescheder et al. (2018), equations 9 (R1, at real samples) and 10 (R2, at the generator's). `images` must be what the
+/// logits were computed from and have gradients on. The result can be differentiated by the discriminator's parameters.
+pub fn zero_centred_penalty(weight: f64, images: &Tensor, logits: &Tensor) -> Tensor {
+    let gradients = Tensor::run_backward(&[total(logits)], &[images], true, true);
+    square_sum(&gradients[0]) * (0.5 * weight)
 }
 
 /// Weighted sum over the samples of (|grad D(x)| - 1)^2 at x = e real + (1 - e) fake.

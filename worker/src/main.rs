@@ -80,6 +80,9 @@ struct SampleArguments {
     /// Seed of the noise.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Draw this class only, of a conditional model. By default one class follows the other.
+    #[arg(long, value_name = "N")]
+    class: Option<u32>,
     /// The picture to write, a PNG file.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -172,7 +175,22 @@ fn sample(arguments: &SampleArguments) -> Result<(), Failure> {
         other => Failure::Other(other.to_string()),
     };
     let generator = Generator::read(&name, &bytes, arguments.generator.as_deref()).map_err(failed)?;
-    let picture = grid(&generator.draw(arguments.seed, arguments.count), 0).map_err(failed)?;
+    let images = match (arguments.class, generator.classes()) {
+        (None, _) => generator.draw(arguments.seed, arguments.count),
+        (Some(class), classes) if class < classes => {
+            generator.draw_classes(arguments.seed, arguments.count, |_| class)
+        }
+        (Some(class), 0) => {
+            let what = format!("--class {class}: the generator knows no classes; leave --class out");
+            return Err(Failure::Input(what));
+        }
+        (Some(class), classes) => {
+            let what =
+                format!("--class {class}: the generator knows classes 0 to {}; choose one", classes - 1);
+            return Err(Failure::Input(what));
+        }
+    };
+    let picture = grid(&images, 0).map_err(failed)?;
     std::fs::write(&arguments.out, picture.png)
         .map_err(|error| Failure::Input(format!("--out {}: {error}", arguments.out.display())))?;
     let _ = writeln!(std::io::stdout(), "{}", arguments.out.display());

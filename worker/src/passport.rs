@@ -2,7 +2,7 @@
 
 use ganglion_membership::Passport;
 use ganglion_proto::job::Job;
-use tch::{Device, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::checkpoint::to_bytes;
 use crate::commit::commit;
@@ -49,7 +49,8 @@ fn probe(
     job.job.shard_batch = job.job.shard_batch.min(SAMPLES);
     let job = &job;
     let mut state = State::initial(layout.clone(), job.job.seed, device);
-    let leaves = Leaves { job, models, device };
+    let labels: Vec<u32> = (0..models.classes).collect();
+    let leaves = Leaves { job, models, labels: &labels, device };
     let mut leaf_hash = blake3::Hasher::new();
     for phase in phases(job) {
         let first_of_its_kind = phase.index == 0 || phase.module == Module::Generator;
@@ -60,10 +61,10 @@ fn probe(
         let mut leaf = LeafBuffer::new(&leaf_layout, leaf_layout.len(), device);
         let real = stand_ins(job, models, device);
         let spot = Spot { phase, step: 0, shard: 0 };
-        let drawn = leaves.draw(spot, &state);
+        let drawn = leaves.draw(spot, &state, Some(&real));
         let input = match phase.module {
             Module::Discriminator => Input::Samples(&real, None, &drawn),
-            Module::Generator => Input::Drawn(drawn),
+            Module::Generator => Input::Drawn(drawn, Some(&real)),
         };
         leaves.compute(spot, &state, input, &mut leaf)?;
         // Scores are for people. A build that has others computes the same bits.
@@ -82,7 +83,11 @@ fn stand_ins(job: &Job, models: &Models, device: Device) -> Real {
     let signed = |n: usize| i64::try_from(n).expect("an image is small");
     let sizes = [signed(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
     let images = no_grad(|| key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes).to_device(device));
-    Real { images, classes: None }
+    let classes = (models.classes > 0).then(|| {
+        let count = i64::from(models.classes);
+        Tensor::arange(i64::from(job.job.shard_batch), (Kind::Int64, device)).remainder(count)
+    });
+    Real { images, classes }
 }
 
 /// The first 16 digits: enough to tell two apart, short enough to read.

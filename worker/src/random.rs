@@ -75,6 +75,13 @@ impl Key {
         let values: Vec<f32> = (0..count).map(|_| range.sample(&mut generator)).collect();
         Tensor::from_slice(&values)
     }
+
+    /// `count` draws from 0 to `below` - 1.
+    pub fn indices(&self, below: u32, count: usize) -> Vec<u32> {
+        let mut generator = self.generator();
+        let range = Uniform::new(0, below).expect("there is something to choose from");
+        (0..count).map(|_| range.sample(&mut generator)).collect()
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use ganglion_membership::{Fault, LoadedFacts};
 use ganglion_proto::dial::Credentials;
+use ganglion_proto::job::Job;
 use ganglion_proto::log;
 use ganglion_proto::message::FromWorker;
 use ganglion_proto::trace::{Nothing, Trace, Track};
@@ -12,10 +13,11 @@ use serde_json::json;
 use tch::Device;
 
 use crate::archive::{Archive, Context};
+use crate::beginning::Beginning;
 use crate::data::{DataError, DataSet};
 use crate::device::{self, DeviceChoice};
 use crate::gpu::GpuWatch;
-use crate::nn::Models;
+use crate::nn::{Models, layers};
 use crate::passport;
 use crate::session::{ConnectError, End, Session};
 use crate::state::StateLayout;
@@ -144,6 +146,17 @@ fn alone(trainer: &Trainer, reason: &str) -> Failure {
     Failure::Other(format!("lost the coordinator: {reason}; {saved}"))
 }
 
+/// Whether the discriminator has as many layers as shall stay.
+fn check_frozen(job: &Job, models: &Models) -> Result<(), Failure> {
+    let (wanted, there) = (job.model.freeze_discriminator, layers(&models.discriminator.parameters()));
+    if wanted <= there {
+        return Ok(());
+    }
+    Err(Failure::Input(format!(
+        "model.freeze_discriminator is {wanted}, but the discriminator has {there} layers; choose at most {there}"
+    )))
+}
+
 /// Opens the data, builds the networks, proves the arithmetic.
 fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) -> Result<Trainer, Failure> {
     let welcome = session.welcome();
@@ -152,7 +165,8 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     tch::set_num_interop_threads(1);
     c10d::aten::set_deterministic(job.job.deterministic)
         .map_err(|error| Failure::Other(error.to_string()))?;
-    let data = DataSet::open(&job.data).map_err(|error| match error {
+    let open = if job.model.conditional { DataSet::open_labelled } else { DataSet::open };
+    let data = open(&job.data).map_err(|error| match error {
         DataError::Input(detail) => Failure::Input(detail),
         other => Failure::Other(other.to_string()),
     })?;
@@ -163,11 +177,18 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
             job.global_batch()
         )));
     }
-    let models = Models::new(&job.model, data.shape()).map_err(|error| Failure::Input(error.to_string()))?;
-    let layout = StateLayout::new(&models, job.job.precision);
+    let models = Models::with_classes(&job.model, data.shape(), data.classes())
+        .map_err(|error| Failure::Input(error.to_string()))?;
+    check_frozen(&job, &models)?;
+    let layout = StateLayout::of_job(&models, &job);
     let storage = Arc::new(RunStorage::open(&welcome.storage, &welcome.run).map_err(Failure::Input)?);
-    let passport = passport::take(&job, &models, &layout, &data, device)
+    let beginning = job.model.init_from.as_deref().map(|place| Beginning::read(place, &layout)).transpose();
+    let beginning = beginning.map_err(Failure::Input)?;
+    let mut passport = passport::take(&job, &models, &layout, &data, device)
         .map_err(|error| Failure::Other(error.to_string()))?;
+    if let Some(beginning) = &beginning {
+        passport.0.insert("initial_weights".to_string(), beginning.digest().to_string());
+    }
     let phases_per_step = job.loss.discriminator_steps + 1;
     let other = |error: c10d::Error| Failure::Other(error.to_string());
     let place = device::place(device).map_err(other)?;
@@ -191,6 +212,7 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
         job,
         models,
         layout,
+        beginning,
         data: Arc::new(data),
         device,
         session: session.clone(),

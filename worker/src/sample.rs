@@ -5,7 +5,7 @@ use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ganglion_proto::job::{Job, Model};
+use ganglion_proto::job::{EmaSchedule, Job, Model};
 use ganglion_proto::message::SampleGrid;
 use image::{DynamicImage, GrayImage, ImageFormat, RgbImage};
 use safetensors::SafeTensors;
@@ -37,6 +37,7 @@ pub enum SampleError {
 pub struct Generator {
     network: Arc<dyn Network>,
     latent_dim: usize,
+    classes: u32,
     weights: Vec<Tensor>,
     buffers: Vec<Tensor>,
 }
@@ -49,6 +50,7 @@ pub fn describe(job: &Job, models: &Models, step: u64) -> BTreeMap<String, Strin
         ("model", job.model.kind.to_string()),
         ("latent_dim", job.model.latent_dim.to_string()),
         ("width", job.model.width.to_string()),
+        ("classes", models.classes.to_string()),
         ("channels", models.shape.channels.to_string()),
         ("height", models.shape.height.to_string()),
         ("step", step.to_string()),
@@ -70,6 +72,7 @@ pub fn grid_of(
     let generator = Generator {
         network: models.generator.clone(),
         latent_dim: models.latent_dim,
+        classes: models.classes,
         weights: sections.parameters.views(&narrow(&average, 0..parameters)),
         buffers: sections.buffers.views(&narrow(&average, parameters..range.len())),
     };
@@ -95,17 +98,24 @@ impl Generator {
         };
         let kind = serde_json::from_value(serde_json::Value::from(text("model")?.as_str()))
             .map_err(|error| input(error.to_string()))?;
+        // Files of earlier versions know of no classes.
+        let classes = if about.contains_key("classes") { number("classes")? } else { 0 };
         let model = Model {
             kind,
             latent_dim: number("latent_dim")?,
             width: number("width")?,
             ema_half_life_images: 0,
+            ema_schedule: EmaSchedule::RampUp,
+            conditional: classes > 0,
+            init_from: None,
+            freeze_discriminator: 0,
             generator: script.map(Path::to_path_buf).or_else(|| about.get("generator").map(PathBuf::from)),
             discriminator: None,
         };
         let side = number("height")? as usize;
         let shape = ImageShape { channels: number("channels")? as usize, height: side, width: side };
-        let network = Models::generator_of(&model, shape).map_err(|error| input(error.to_string()))?;
+        let network =
+            Models::generator_of(&model, shape, classes).map_err(|error| input(error.to_string()))?;
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| input(error.to_string()))?;
         let load = |layout: Layout| -> Result<Vec<Tensor>, SampleError> {
             let load = |spec: &crate::nn::TensorSpec| {
@@ -119,11 +129,24 @@ impl Generator {
         };
         let weights = load(Layout::new(network.parameters()))?;
         let buffers = load(Layout::new(network.buffers()))?;
-        Ok(Generator { network, latent_dim: model.latent_dim as usize, weights, buffers })
+        Ok(Generator { network, latent_dim: model.latent_dim as usize, classes, weights, buffers })
     }
 
-    /// `count` images, (count, c, h, w) in [-1, 1]. Sample i depends on the seed and i alone.
+    /// How many classes it knows; 0 for none.
+    pub fn classes(&self) -> u32 {
+        self.classes
+    }
+
+    /// `count` images, (count, c, h, w) in [-1, 1]. Sample i depends on the seed and i alone. A conditional generator draws
+    /// one class after the other.
     pub fn draw(&self, seed: u64, count: u32) -> Tensor {
+        let classes = self.classes.max(1);
+        self.draw_classes(seed, count, |index| index % classes)
+    }
+
+    /// The same with the class of each sample, below [`classes`](Self::classes), by its index; a generator that knows no
+    /// classes does not ask.
+    pub fn draw_classes(&self, seed: u64, count: u32, class: impl Fn(u32) -> u32) -> Tensor {
         let latent = self.latent_dim;
         let noise = |index: u32| {
             let key = Key { seed, step: u64::from(index), phase: 0, shard: 0, purpose: Purpose::Samples };
@@ -133,7 +156,9 @@ impl Generator {
         let draw = |indices: &[u32]| {
             let noise: Vec<Tensor> = indices.iter().map(|index| noise(*index)).collect();
             let key = Key { seed, step: 0, phase: 0, shard: indices[0], purpose: Purpose::Network };
-            let mut pass = Pass::running(&self.weights, &self.buffers, key);
+            let classes: Vec<i64> = indices.iter().map(|index| i64::from(class(*index))).collect();
+            let classes = (self.classes > 0).then(|| Tensor::from_slice(&classes));
+            let mut pass = Pass::running(&self.weights, &self.buffers, key).of(classes.as_ref());
             self.network.forward(&Tensor::stack(&noise, 0), &mut pass)
         };
         let batches: Vec<Tensor> = no_grad(|| indices.chunks(BATCH as usize).map(draw).collect());

@@ -7,12 +7,12 @@
 //!    made anew whenever they change.
 //!
 //! The buffer holds, in this order: for the generator and then for the discriminator, the parameters, the buffers
-//! (such as batch normalisation's) and Adam's two moments; then the moving average of the generator's parameters and buffers.
+//! (such as batch normalisation's) and Adam's two moments; then the moving average of the generator's parameters and buffers; then, where it adapts, what controls augmentation.
 
 use std::ops::Range;
 
 use ganglion_membership::Position;
-use ganglion_proto::job::Precision;
+use ganglion_proto::job::{Job, Precision};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::nn::{Follow, Init, Models, Network, TensorSpec};
@@ -169,6 +169,8 @@ pub struct StateLayout {
     /// What passes compute in.
     pub precision: Precision,
     ema_start: usize,
+    /// Where the controller of augmentation is, if the job has one.
+    controller: Option<usize>,
 }
 
 impl StateLayout {
@@ -178,7 +180,22 @@ impl StateLayout {
         let discriminator = Sections::new(&*models.discriminator, generator.exp_avg_sq_range().end);
         let ema_start = discriminator.exp_avg_sq_range().end;
         let len = ema_start + generator.weight_range().len();
-        StateLayout { generator, discriminator, len, precision, ema_start }
+        StateLayout { generator, discriminator, len, precision, ema_start, controller: None }
+    }
+
+    /// The layout of a job's state.
+    pub fn of_job(models: &Models, job: &Job) -> StateLayout {
+        let mut layout = StateLayout::new(models, job.job.precision);
+        if job.augmentation.adaptive {
+            layout.controller = Some(layout.len);
+            layout.len += ALIGNMENT;
+        }
+        layout
+    }
+
+    /// Place of what controls augmentation: the probability, and the sum of what decides its next change.
+    pub fn controller_range(&self) -> Option<Range<usize>> {
+        self.controller.map(|start| start..start + 2)
     }
 
     /// One network's sections.
@@ -191,7 +208,7 @@ impl StateLayout {
 
     /// Place of the generator's moving average: its parameters, then its buffers.
     pub fn ema_range(&self) -> Range<usize> {
-        self.ema_start..self.len
+        self.ema_start..self.ema_start + self.generator.weight_range().len()
     }
 
     /// Every tensor of the buffer by name, in the order of the buffer.
@@ -213,6 +230,9 @@ impl StateLayout {
         }
         add("ema", &self.generator.parameters, self.ema_start);
         add("ema", &self.generator.buffers, self.ema_start + self.generator.parameters.len());
+        if let Some(range) = self.controller_range() {
+            tensors.push(NamedTensor { name: "augmentation.controller".to_string(), shape: vec![2], range });
+        }
         tensors
     }
 }

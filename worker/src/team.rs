@@ -141,20 +141,20 @@ impl Team {
         }
     }
 
-    /// Gives every member the state of the assignment's position. `held` is what this member holds or has read; the
+    /// Gives every member the state of the assignment's position, at position 0 the `fresh` one. `held` is what this member holds or has read; the
     /// member that the assignment names as the source must have it. It stays as it was if this fails on the way.
     pub fn start(
         &self,
         start: &Start,
         position: Position,
         layout: &StateLayout,
-        seed: u64,
+        fresh: &dyn Fn() -> State,
         held: &mut Option<(State, Carried)>,
         device: Device,
     ) -> Result<(), TeamError> {
         match start {
             Start::Fresh => {
-                *held = Some((State::initial(layout.clone(), seed, device), Carried::default()));
+                *held = Some((fresh(), Carried::default()));
             }
             // After a loss the survivors mostly hold the same state already.
             Start::Healed(_) if self.all_hold(position, held.as_ref())? => return Ok(()),

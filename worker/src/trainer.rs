@@ -12,6 +12,7 @@ use serde_json::json;
 use tch::{Device, Tensor, no_grad};
 
 use crate::archive::{Archive, Order};
+use crate::beginning::Beginning;
 use crate::checkpoint::{CheckpointError, Files, Snapshot, file_count, from_bytes, to_bytes};
 use crate::commit::{commit, skip};
 use crate::data::{Batch, DataError, DataSet, Plan, Prefetcher};
@@ -45,6 +46,8 @@ pub struct Trainer {
     pub models: Models,
     /// Their state's layout.
     pub layout: StateLayout,
+    /// The weights that the run begins with, if they are not drawn.
+    pub beginning: Option<Beginning>,
     /// The training samples.
     pub data: Arc<DataSet>,
     /// Where to compute.
@@ -90,6 +93,8 @@ struct Course {
     fingerprint: u64,
     /// What the generator has drawn for its next leaves.
     drawn: Vec<Drawn>,
+    /// The real samples of the step's last discriminator phase, where the generator's is about pairs with them.
+    paired: Option<Samples>,
     /// What the next step begins with, made while the others were waited for.
     ahead: Option<(Samples, LeafPart)>,
 }
@@ -212,8 +217,12 @@ impl Trainer {
         let place = Place { generation: group.generation.0, rank: assignment.rank };
         let form = || Team::form(assignment, &self.session, job, models, layout, self.device, track);
         let mut team = track.during("form group", place, form)?;
-        let (held, seed) = (&mut self.held, job.job.seed);
-        let start = || team.start(&group.start, group.position, layout, seed, held, self.device);
+        let (held, seed, device) = (&mut self.held, job.job.seed, self.device);
+        let fresh = || match &self.beginning {
+            Some(beginning) => beginning.state(layout, seed, device),
+            None => State::initial(layout.clone(), seed, device),
+        };
+        let start = || team.start(&group.start, group.position, layout, &fresh, held, device);
         track.during(start_name(&group.start), place, start)?;
         let Some((mut state, mut carried)) = self.held.take() else {
             return Err(TeamError::Diverged("a group started without a state".to_string()));
@@ -277,7 +286,7 @@ impl Trainer {
         let phases = phases(&self.job);
         let last_step = self.job.last_step(self.data.len() as u64);
         let batches = self.read_ahead(team, state.counters, last_step);
-        let mut course = Course { batches, fingerprint: 0, drawn: Vec::new(), ahead: None };
+        let mut course = Course { batches, fingerprint: 0, drawn: Vec::new(), paired: None, ahead: None };
         let mut pace = Pace::start();
         let mut agreed = None;
         let (mut step, mut first) = place(state.counters, &phases);
@@ -325,8 +334,10 @@ impl Trainer {
         let (first_step, first_phase) = place(counters, &phases);
         let discriminator_phases = self.job.loss.discriminator_steps;
         let first_phase = u32::try_from(first_phase).expect("a step has few phases");
-        // In the middle of a step only the generator's phase may be left, which reads no data.
-        let skip = first_phase >= discriminator_phases;
+        // In the middle of a step only the generator's phase may be left, which reads no data, or again those of the phase
+        // before it.
+        let pairs = self.job.loss.kind.pairs();
+        let skip = first_phase >= discriminator_phases && !pairs;
         let plan = Plan {
             seed: self.job.job.seed,
             data_shards: self.job.job.data_shards,
@@ -334,7 +345,7 @@ impl Trainer {
             phases: discriminator_phases,
             shards: team.deal.own(),
             first_step: first_step + u64::from(skip),
-            first_phase: if skip { 0 } else { first_phase },
+            first_phase: if skip { 0 } else { first_phase.min(discriminator_phases - 1) },
             end_step,
             depth: READ_AHEAD,
         };
@@ -350,7 +361,7 @@ impl Trainer {
         phase: Phase,
         course: &mut Course,
     ) -> Result<Option<PlanKind>, TeamError> {
-        let leaves = Leaves { job: &self.job, models: &self.models, device: self.device };
+        let leaves = self.leaves();
         let step = state.counters.position.0 / self.job.phases_per_step();
         team.laps.begin(phase.module, step + 1, state.counters.position.0);
         log::note("step", step + 1);
@@ -362,7 +373,11 @@ impl Trainer {
             position: state.counters.position.0,
             fingerprint: course.fingerprint,
             plan: plan.map_or(0, |plan| plan.number),
-            ledger: samples.as_ref().map_or(0, |samples| samples.batch.ledger),
+            // The generator's phase reads nothing that was not counted.
+            ledger: match (&samples, phase.module) {
+                (Some(samples), Module::Discriminator) => samples.batch.ledger,
+                _ => 0,
+            },
         };
         let own = team.deal.own();
         let Course { drawn, batches, ahead, .. } = course;
@@ -392,11 +407,20 @@ impl Trainer {
         carried.note(phase.module, layout, &reduced.mean);
         self.session.set_position(state.counters.position);
         team.laps.lap(Part::Commit);
-        if let Some(samples) = samples {
-            course.batches.recycle(samples.batch);
+        match samples {
+            Some(samples) if leaves.pairs() && leaves.serves_generator(phase) => {
+                course.paired = Some(samples)
+            }
+            Some(samples) => course.batches.recycle(samples.batch),
+            None => {}
         }
         // The plan as it went into the trailer: a newer one may be here by now.
         Ok(plan.filter(|plan| plan.number == reduced.agreed_plan).map(|plan| plan.kind))
+    }
+
+    fn leaves(&self) -> Leaves<'_> {
+        let Trainer { job, models, device, data, .. } = self;
+        Leaves { job, models, labels: data.labels(), device: *device }
     }
 
     /// The real samples of a phase, if it has any, and what was made of the first shard's already.
@@ -405,8 +429,11 @@ impl Trainer {
         phase: Phase,
         course: &mut Course,
     ) -> Result<(Option<Samples>, Option<LeafPart>), TeamError> {
-        if phase.module == Module::Generator {
+        if phase.module == Module::Generator && !self.job.loss.kind.pairs() {
             return Ok((None, None));
+        }
+        if let Some(samples) = course.paired.take() {
+            return Ok((Some(samples), None));
         }
         if let Some((samples, of_real)) = course.ahead.take() {
             return Ok((Some(samples), Some(of_real)));
@@ -632,11 +659,11 @@ impl ShardWork<'_> {
     fn compute(&mut self, shard: u32, real: Option<&Real>, out: &mut LeafBuffer) -> Result<(), c10d::Error> {
         let &mut ShardWork { leaves, phase, step, state, .. } = self;
         let spot = Spot { phase, step, shard };
-        let draw = || leaves.draw(spot, state);
-        let Some(real) = real else {
+        let draw = || leaves.draw(spot, state, real);
+        let Some(real) = real.filter(|_| phase.module == Module::Discriminator) else {
             let kept = self.drawn.iter().position(|drawn| drawn.shard == shard);
             let drawn = kept.map_or_else(draw, |at| self.drawn.swap_remove(at));
-            return leaves.compute(spot, state, Input::Drawn(drawn), out);
+            return leaves.compute(spot, state, Input::Drawn(drawn, real), out);
         };
         let keep = leaves.serves_generator(phase) && self.drawn.len() < KEPT;
         let drawn = if keep { draw() } else { no_grad(draw) };

@@ -6,12 +6,15 @@ mod common;
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 
-use common::{Bench, content, job, save};
-use ganglion_membership::Checkpoint;
+use common::{Bench, bits, content, job, save};
+use ganglion_membership::{Checkpoint, Position};
 use ganglion_proto::job::{LossKind, ModelKind};
 use ganglion_storage::{Address, Storage, in_folder};
+use ganglion_worker::beginning::Beginning;
 use ganglion_worker::checkpoint::{CheckpointError, Files, Snapshot, file_count, state_digest, to_bytes};
+use ganglion_worker::state::State;
 use safetensors::SafeTensors;
+use tch::Device;
 
 fn snapshot(bench: &Bench) -> Snapshot {
     let mut counters = bench.state.counters;
@@ -154,4 +157,38 @@ async fn a_checkpoint_of_another_model_is_refused() {
     let saved = save(&files(&wide, &storage), &snapshot(&wide)).await;
     let error = files(&narrow, &storage).read(&saved).await.unwrap_err();
     assert!(matches!(error, CheckpointError::Corrupt(_)), "{error}");
+}
+
+/// What a run begins with: the weights and the average of another, and nothing else of it.
+#[test]
+fn a_run_begins_with_the_weights_of_a_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut other = bench();
+    let _ = tch::no_grad(|| other.state.flat.g_add_scalar_(0.25));
+    other.state.counters.position = Position(9);
+    let snapshot =
+        Snapshot { step: 3, phase: 0, flat: to_bytes(&other.state.flat), counters: other.state.counters };
+    let storage = Storage::open(&Address::parse(folder.path().to_str().unwrap()).unwrap()).unwrap();
+    let files = Files { storage: &storage, job: &other.job, models: &other.models, layout: &other.layout };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let written = runtime.block_on(files.write_whole(&snapshot)).unwrap();
+    let place = folder.path().join(written);
+    let begun = Beginning::read(place.to_str().unwrap(), &other.layout).unwrap();
+    let state = begun.state(&other.layout, 5, Device::Cpu);
+    let same = |start: usize, numel: usize| {
+        let section = |state: &State| bits(&state.section(start..start + numel));
+        section(&state) == section(&other.state)
+    };
+    for sections in [&other.layout.generator, &other.layout.discriminator] {
+        let start = sections.weight_range().start;
+        assert!(sections.parameters.entries().all(|(spec, at)| same(start + at, spec.numel())));
+        assert!(!same(sections.exp_avg_range().start, 1), "moments begin anew");
+    }
+    assert_eq!(state.counters.position, Position(0));
+
+    let narrow = Bench::new(job(ModelKind::Mlp28, LossKind::NonSaturating));
+    let error = Beginning::read(place.to_str().unwrap(), &narrow.layout).unwrap_err();
+    assert!(error.contains("model.init_from") && error.contains("set model.kind"), "{error}");
+    let error = Beginning::read(folder.path().to_str().unwrap(), &narrow.layout).unwrap_err();
+    assert!(error.contains("has no manifest.json; give the folder of a checkpoint"), "{error}");
 }

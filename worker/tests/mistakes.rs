@@ -12,7 +12,7 @@ use ganglion_worker::checkpoint::{Files, Snapshot, to_bytes};
 use ganglion_worker::data::{DataSet, Plan, Prefetcher};
 use ganglion_worker::loss;
 use ganglion_worker::nn::Pass;
-use ganglion_worker::phase::{Input, LeafBuffer, Leaves, Phase, Spot, phases};
+use ganglion_worker::phase::{Input, LeafBuffer, Phase, Spot, phases};
 use ganglion_worker::random::{Key, Purpose};
 use ganglion_worker::state::Module;
 use safetensors::SafeTensors;
@@ -131,7 +131,7 @@ fn samples_are_the_same_kept_or_drawn_again() {
         let mut job = job(kind, LossKind::NonSaturating);
         job.job.precision = precision;
         let bench = Bench::new(job);
-        let leaves = Leaves { job: &bench.job, models: &bench.models, device: Device::Cpu };
+        let leaves = bench.leaves();
         let phases = phases(&bench.job);
         let spot = |phase| Spot { phase, step: 0, shard: 1 };
         let leaf = |phase: Phase, input: Input<'_>| {
@@ -141,8 +141,8 @@ fn samples_are_the_same_kept_or_drawn_again() {
             bits(&out.flat)
         };
         let real = bench.real();
-        let kept = leaves.draw(spot(phases[1]), &bench.state);
-        let drawn = no_grad(|| leaves.draw(spot(phases[1]), &bench.state));
+        let kept = leaves.draw(spot(phases[1]), &bench.state, Some(&real));
+        let drawn = no_grad(|| leaves.draw(spot(phases[1]), &bench.state, Some(&real)));
         let with_kept = leaf(phases[1], Input::Samples(&real, None, &kept));
         assert!(with_kept == leaf(phases[1], Input::Samples(&real, None, &drawn)), "{kind}, {precision}");
         if leaves.tells_real_apart() {
@@ -150,8 +150,14 @@ fn samples_are_the_same_kept_or_drawn_again() {
             let with_ahead = leaf(phases[1], Input::Samples(&real, Some(ahead), &drawn));
             assert!(with_ahead == with_kept, "{kind}, {precision}: computed ahead");
         }
-        let again = leaf(phases[2], Input::Drawn(leaves.draw(spot(phases[2]), &bench.state)));
-        assert!(leaf(phases[2], Input::Drawn(kept)) == again, "{kind}, {precision}: the generator's");
+        let again = leaf(
+            phases[2],
+            Input::Drawn(leaves.draw(spot(phases[2]), &bench.state, Some(&real)), Some(&real)),
+        );
+        assert!(
+            leaf(phases[2], Input::Drawn(kept, Some(&real))) == again,
+            "{kind}, {precision}: the generator's"
+        );
     }
 }
 

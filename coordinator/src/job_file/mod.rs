@@ -4,6 +4,7 @@
 //! 2. A [`Job`] that leaves here is whole and checked: defaults filled in, paths absolute, sizes within limits.
 //! 3. Reading what [`render`] wrote gives the same job.
 
+mod models;
 mod sections;
 mod settings;
 #[cfg(test)]

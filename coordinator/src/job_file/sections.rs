@@ -7,16 +7,18 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use ganglion_proto::job::{
-    Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind, NonFinite,
-    Optimizer, OptimizerKind, Precision, Reduction, Sample,
+    Checkpoint, Data, DataKind, General, Job, Length, Metrics, ModelKind, NonFinite, Precision, Reduction,
+    Sample,
 };
 
 use ganglion_storage::Address;
 
+use super::models;
+use super::models::{MODEL_KINDS, augmentation, loss, model, optimizer};
 use super::settings::Settings;
 
 /// More steps than this are a slip of the keyboard.
-const MAX_STEPS: u64 = 1_000_000_000_000;
+pub(super) const MAX_STEPS: u64 = 1_000_000_000_000;
 /// More passes over the data than this are a slip of the keyboard.
 const MAX_EPOCHS: u64 = 1_000_000;
 /// Numbers of samples stay below this, so that sums of them cannot overflow.
@@ -36,20 +38,6 @@ const DATA_KINDS: &[(&str, DataKind)] = &[
     ("cifar-10", DataKind::Cifar10),
     ("folder", DataKind::Folder),
 ];
-const MODEL_KINDS: &[(&str, ModelKind)] = &[
-    ("mlp-28", ModelKind::Mlp28),
-    ("dcgan-28", ModelKind::Dcgan28),
-    ("dcgan-64", ModelKind::Dcgan64),
-    ("script", ModelKind::Script),
-];
-const LOSS_KINDS: &[(&str, LossKind)] = &[
-    ("non-saturating", LossKind::NonSaturating),
-    ("minimax", LossKind::Minimax),
-    ("least-squares", LossKind::LeastSquares),
-    ("hinge", LossKind::Hinge),
-    ("wasserstein-gp", LossKind::WassersteinGp),
-];
-const OPTIMIZER_KINDS: &[(&str, OptimizerKind)] = &[("adam", OptimizerKind::Adam)];
 
 /// The number of steps or samples that a cadence may span; 0 means never.
 const CADENCE: RangeInclusive<u64> = 0..=MAX_STEPS;
@@ -59,9 +47,10 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
     let general = general(settings, default_name);
     let data = data(settings, check_paths);
     let model = model(settings, check_paths);
-    let loss = loss(settings);
+    let loss = loss(settings, model.kind);
     let job = Job {
-        optimizer: optimizer(settings, loss.kind),
+        optimizer: optimizer(settings, loss.kind, model.kind),
+        augmentation: augmentation(settings),
         checkpoint: checkpoint(settings),
         sample: sample(settings),
         metrics: metrics(settings),
@@ -71,6 +60,7 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
         loss,
     };
     check_image(settings, &job);
+    models::check(settings, &job);
     check_samples(settings, &job);
     check_precision(settings, &job);
     job
@@ -237,82 +227,6 @@ fn check_channels(settings: &mut Settings, kind: Option<DataKind>, given: Option
     own
 }
 
-fn model(settings: &mut Settings, check_paths: bool) -> Model {
-    let kind = settings.choice("model.kind", MODEL_KINDS);
-    let kind = kind.unwrap_or(ModelKind::Mlp28);
-    let [generator, discriminator] =
-        ["model.generator", "model.discriminator"].map(|key| script(settings, kind, key, check_paths));
-    let width = match kind {
-        ModelKind::Mlp28 => 256,
-        ModelKind::Dcgan28 | ModelKind::Dcgan64 | ModelKind::Script => 64,
-    };
-    Model {
-        kind,
-        latent_dim: settings.whole_or("model.latent_dim", 1..=65_536, 100),
-        width: settings.whole_or("model.width", 1..=8192, width),
-        ema_half_life_images: settings.whole_or("model.ema_half_life_images", 1..=MAX_STEPS, 10_000),
-        generator,
-        discriminator,
-    }
-}
-
-/// The file of one of the user's own networks.
-fn script(settings: &mut Settings, kind: ModelKind, key: &'static str, check_paths: bool) -> Option<PathBuf> {
-    let path = settings.text(key, "networks/G.pt").and_then(|path| settings.absolute(key, &path));
-    match (&path, kind) {
-        (Some(_), kind) if kind != ModelKind::Script && settings.sound(&["model.kind"]) => {
-            let name = name_of(MODEL_KINDS, kind);
-            settings.fault(
-                key,
-                format!("given, but model.kind = \"{name}\" has networks of its own; set kind = \"script\""),
-            );
-        }
-        (None, ModelKind::Script) if settings.sound(&[key]) => {
-            settings
-                .fault(key, "missing; \"script\" trains two TorchScript files, generator and discriminator");
-        }
-        (Some(file), ModelKind::Script) if check_paths && !file.is_file() => {
-            settings.fault(key, format!("{} is no file", file.display()));
-        }
-        _ => {}
-    }
-    path
-}
-
-fn loss(settings: &mut Settings) -> Loss {
-    let kind = settings.choice("loss.kind", LOSS_KINDS);
-    let kind = kind.unwrap_or(LossKind::NonSaturating);
-    // Gulrajani et al. (2017), algorithm 1: five updates of the critic for one of the generator.
-    let discriminator_steps = if kind == LossKind::WassersteinGp { 5 } else { 1 };
-    Loss {
-        kind,
-        discriminator_steps: settings.whole_or("loss.discriminator_steps", 1..=100, discriminator_steps),
-        gradient_penalty: settings.number_or("loss.gradient_penalty", 0.0..=1e6, 10.0),
-    }
-}
-
-fn optimizer(settings: &mut Settings, loss: LossKind) -> Optimizer {
-    // Gulrajani et al. (2017), algorithm 1, and Radford et al. (2015), section 4.
-    let (beta1, beta2) = match loss {
-        LossKind::WassersteinGp => (0.0, 0.9),
-        _ => (0.5, 0.999),
-    };
-    let kind = settings.choice("optimizer.kind", OPTIMIZER_KINDS);
-    let learning_rate = settings.number_or("optimizer.learning_rate", 0.0..=10.0, 2e-4);
-    Optimizer {
-        kind: kind.unwrap_or(OptimizerKind::Adam),
-        learning_rate,
-        discriminator_learning_rate: settings.number_or(
-            "optimizer.discriminator_learning_rate",
-            0.0..=10.0,
-            learning_rate,
-        ),
-        beta1: settings.number_or("optimizer.beta1", 0.0..1.0, beta1),
-        beta2: settings.number_or("optimizer.beta2", 0.0..1.0, beta2),
-        epsilon: settings.number_or("optimizer.epsilon", 1e-16..=1.0, 1e-8),
-    }
-}
-
 fn checkpoint(settings: &mut Settings) -> Checkpoint {
     let every_epochs = settings.whole("checkpoint.every_epochs", 0..=MAX_EPOCHS, 1);
     // Who asks for epochs alone does not want the default's steps as well.
@@ -390,11 +304,9 @@ fn check_image(settings: &mut Settings, job: &Job) {
 fn check_side(settings: &mut Settings, job: &Job) {
     let model = name_of(MODEL_KINDS, job.model.kind);
     let data = name_of(DATA_KINDS, job.data.kind);
-    let side = match job.model.kind {
-        ModelKind::Mlp28 | ModelKind::Dcgan28 => 28,
-        ModelKind::Dcgan64 => 64,
+    let Some(side) = job.model.kind.side() else {
         // Its networks say so themselves, where they are loaded.
-        ModelKind::Script => return,
+        return;
     };
     let own = match job.data.kind {
         DataKind::Mnist10k => Some(28),
@@ -450,7 +362,7 @@ fn check_samples(settings: &mut Settings, job: &Job) {
 }
 
 /// The name of a choice in its table.
-fn name_of<T: PartialEq>(choices: &[(&'static str, T)], choice: T) -> &'static str {
+pub(super) fn name_of<T: PartialEq>(choices: &[(&'static str, T)], choice: T) -> &'static str {
     let entry = choices.iter().find(|(_, each)| *each == choice);
     entry.expect("the table lists every variant").0
 }

@@ -242,6 +242,35 @@ impl<'t> Settings<'t> {
         chosen.map(|(_, choice)| *choice)
     }
 
+    /// Takes `key` as a list of names in `choices`, or as text with commas between them. None twice.
+    pub(super) fn choices<T: Copy>(&mut self, key: &'static str, choices: &[(&'static str, T)]) -> Vec<T> {
+        let given: Vec<String> = match self.take(key) {
+            None => return Vec::new(),
+            Some(DeValue::String(text)) => {
+                text.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
+            }
+            Some(DeValue::Array(items)) if items.iter().all(|item| item.get_ref().is_str()) => {
+                items.iter().filter_map(|item| item.get_ref().as_str().map(str::to_owned)).collect()
+            }
+            Some(other) => {
+                let example = format!("[\"{}\"]", choices[0].0);
+                return self.wrong_type(key, "a list of names", &example, &other).unwrap_or_default();
+            }
+        };
+        for (at, name) in given.iter().enumerate() {
+            if !choices.iter().any(|(known, _)| known == name) {
+                self.fault(key, format!("there is no \"{name}\"; choose from {}", names(choices)));
+                return Vec::new();
+            }
+            if given[..at].contains(name) {
+                self.fault(key, format!("has \"{name}\" twice; remove one"));
+                return Vec::new();
+            }
+        }
+        let chosen = given.iter().filter_map(|name| choices.iter().find(|(known, _)| known == name));
+        chosen.map(|(_, choice)| *choice).collect()
+    }
+
     /// The absolute form of a path given as `key`: in a file, relative paths start at the file's folder, in an override
     /// at the current one. A leading `..` leaves the folder that the file really lies in, links resolved, so that one
     /// place has one name; links anywhere else stay, for they may lead elsewhere on another machine.

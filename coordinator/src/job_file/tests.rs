@@ -84,10 +84,18 @@ fn defaults_fill_what_is_not_given() {
         latent_dim = 100
         width = 256
         ema_half_life_images = 10000
+        ema_schedule = "ramp-up"
+        conditional = false
+        freeze_discriminator = 0
         [loss]
         kind = "non-saturating"
         discriminator_steps = 1
         gradient_penalty = 10.0
+        r1 = 0.0
+        final_r1 = 0.0
+        r2 = 0.0
+        final_r2 = 0.0
+        penalty_every = 1
         [optimizer]
         kind = "adam"
         learning_rate = 2e-4
@@ -95,6 +103,18 @@ fn defaults_fill_what_is_not_given() {
         beta1 = 0.5
         beta2 = 0.999
         epsilon = 1e-8
+        decay_images = 0
+        final_learning_rate = 2e-4
+        final_discriminator_learning_rate = 2e-4
+        final_beta2 = 0.999
+        [augmentation]
+        flip = false
+        kinds = []
+        probability = 1.0
+        final_probability = 1.0
+        adaptive = false
+        target = 0.6
+        adjust_images = 500000
         [checkpoint]
         every_steps = 1000
         every_epochs = 0
@@ -106,6 +126,54 @@ fn defaults_fill_what_is_not_given() {
         every_steps = 10
     "#;
     assert_eq!(flat(&job), flat(&toml::from_str(expected).unwrap()));
+}
+
+#[test]
+fn models_bring_their_objectives() {
+    let of = |kind: &str| {
+        resolve(SMALL, &[&format!("model.kind={kind}"), "data.resize=32", "data.crop=32"]).unwrap()
+    };
+    let r3gan = of("r3gan-32");
+    assert_eq!(r3gan.loss.kind, LossKind::RelativisticPairing);
+    assert_eq!((r3gan.loss.r1, r3gan.loss.r2, r3gan.optimizer.beta1), (1.0, 1.0, 0.0));
+    let sngan = of("sngan-32");
+    assert_eq!((sngan.loss.kind, sngan.loss.discriminator_steps), (LossKind::Hinge, 5));
+}
+
+#[test]
+fn what_does_not_go_together_is_told() {
+    let r3gan = "model.kind=r3gan-28";
+    let cases: [(&[&str], &str); 14] = [
+        (
+            &[r3gan, "model.width=12"],
+            "model.width=12: is 12, but R3GAN's groups of 16 features need a multiple of 8",
+        ),
+        (&["model.conditional=true"], "\"mlp-28\" has no form that knows classes"),
+        (&["model.freeze_discriminator=2"], "without model.init_from they are random"),
+        (&["model.init_from=ftp://x"], "model.init_from"),
+        (&["model.ema_schedule=cosine"], "set optimizer.decay_images"),
+        (&["optimizer.final_learning_rate=1e-5"], "but optimizer.decay_images is 0"),
+        (&["loss.r1=1", "loss.final_r1=0.5"], "--set loss.final_r1=0.5: is another value to end with"),
+        (&["loss.penalty_every=0"], "must be from 1 to 1000"),
+        (&["augmentation.kinds=blur"], "there is no \"blur\"; choose from \"flip\", \"rotate90\""),
+        (&["augmentation.kinds=flip,flip"], "has \"flip\" twice"),
+        (&["augmentation.kinds=[1]"], "expected a list of names, such as [\"flip\"]"),
+        (&["augmentation.adaptive=true"], "has nothing to adapt"),
+        (&[r3gan, "augmentation.adaptive=true", "augmentation.kinds=flip"], "goes by the sign"),
+        (&["augmentation.probability=2"], "must be at least 0.0 and at most 1.0"),
+    ];
+    for (overrides, expected) in cases {
+        assert_error(SMALL, overrides, expected);
+    }
+    let both = ["augmentation.kinds=color, cutout", "augmentation.kinds=[\"color\", \"cutout\"]"];
+    let kinds = |pair: &str| resolve(SMALL, &[pair]).unwrap().augmentation.kinds;
+    assert_eq!(kinds(both[0]), kinds(both[1]));
+    let rate = [
+        "optimizer.discriminator_learning_rate=4e-4",
+        "optimizer.final_learning_rate=1e-4",
+        "optimizer.decay_images=9",
+    ];
+    assert_eq!(resolve(SMALL, &rate).unwrap().optimizer.final_discriminator_learning_rate, 2e-4);
 }
 
 #[test]

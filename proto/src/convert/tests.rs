@@ -1,7 +1,10 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::job::{DataKind, LossKind, ModelKind, NonFinite, OptimizerKind, Precision, Reduction};
+use crate::job::{
+    AugmentationKind, DataKind, EmaSchedule, LossKind, ModelKind, NonFinite, OptimizerKind, Precision,
+    Reduction,
+};
 
 fn job() -> Job {
     Job {
@@ -30,10 +33,23 @@ fn job() -> Job {
             latent_dim: 100,
             width: 64,
             ema_half_life_images: 10,
+            ema_schedule: EmaSchedule::Cosine,
+            conditional: true,
+            init_from: Some("runs/a b".into()),
+            freeze_discriminator: 3,
             generator: Some("/networks/G.pt".into()),
             discriminator: Some("/networks/D.pt".into()),
         },
-        loss: job::Loss { kind: LossKind::WassersteinGp, discriminator_steps: 5, gradient_penalty: 10.0 },
+        loss: job::Loss {
+            kind: LossKind::WassersteinGp,
+            discriminator_steps: 5,
+            gradient_penalty: 10.0,
+            r1: 1.0,
+            final_r1: 0.1,
+            r2: 2.0,
+            final_r2: 0.2,
+            penalty_every: 4,
+        },
         optimizer: job::Optimizer {
             kind: OptimizerKind::Adam,
             learning_rate: 0.1 + 0.2,
@@ -41,6 +57,19 @@ fn job() -> Job {
             beta1: 0.5,
             beta2: 0.999,
             epsilon: 1e-8,
+            decay_images: 1000,
+            final_learning_rate: 0.1,
+            final_discriminator_learning_rate: 1e-5,
+            final_beta2: 0.99,
+        },
+        augmentation: job::Augmentation {
+            flip: true,
+            kinds: vec![AugmentationKind::Rotate90, AugmentationKind::Cutout],
+            probability: 0.5,
+            final_probability: 0.25,
+            adaptive: true,
+            target: 0.6,
+            adjust_images: 500,
         },
         checkpoint: job::Checkpoint { every_steps: 1, every_epochs: 2, keep_last: 3, url: None },
         sample: job::Sample { every_steps: 7, count: 50 },

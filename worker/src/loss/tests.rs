@@ -57,6 +57,43 @@ fn gradients_by_the_logits_are_those_of_finite_differences() {
         check_gradient(&format!("{kind}, D, fake"), &fake, |fake| discriminator(kind, &real, fake));
         check_gradient(&format!("{kind}, G"), &fake, |fake| generator(kind, fake));
     }
+    let pairs = LossKind::RelativisticPairing;
+    check_gradient("pairs, D, real", &real, |real| discriminator(pairs, real, &fake));
+    check_gradient("pairs, D, fake", &fake, |fake| discriminator(pairs, &real, fake));
+    check_gradient("pairs, G, fake", &fake, |fake| generator_of_pairs(&real, fake));
+}
+
+/// Huang et al. (2024), equation 2, pair by pair: f(t) = -log(1 + e^-t), which D maximises of D(x) - D(G(z)).
+#[test]
+fn pairs_have_the_values_of_the_paper() {
+    let (real, fake) = logits();
+    let values = |x: &Tensor| Vec::<f64>::try_from(x.view(-1)).unwrap();
+    let f = |t: f64| -(1.0 + (-t).exp()).ln();
+    let over = |sign: f64| -> f64 {
+        values(&real).into_iter().zip(values(&fake)).map(|(real, fake)| -f(sign * (real - fake))).sum()
+    };
+    let pairs = LossKind::RelativisticPairing;
+    assert!((value(&discriminator(pairs, &real, &fake)) - over(1.0)).abs() < 1e-9);
+    assert!((value(&generator_of_pairs(&real, &fake)) - over(-1.0)).abs() < 1e-9);
+    assert!((value(&signs(&real)) - 1.0).abs() < 1e-9, "three of five logits are positive");
+}
+
+#[test]
+fn the_zero_centred_penalty_of_a_linear_discriminator_is_known() {
+    // |grad D| = 5 everywhere: 2 samples, weight 10, half of 25 each.
+    let slope = Tensor::from_slice(&[3.0, 4.0, 0.0, 0.0]).view([4, 1]);
+    let images = images(0.0, 1.0).narrow(0, 0, 2).set_requires_grad(true);
+    let penalty = zero_centred_penalty(10.0, &images, &images.flatten(1, -1).matmul(&slope));
+    assert!((value(&penalty) - 250.0).abs() < 1e-9, "{penalty:?}");
+}
+
+#[test]
+fn the_zero_centred_penalty_has_the_gradient_of_finite_differences() {
+    let weights = Tensor::arange(16, (Kind::Double, Device::Cpu)).g_mul_scalar(0.7).cos().view([4, 4]);
+    check_gradient("zero-centred penalty", &weights, |weights| {
+        let images = images(0.3, 0.9).set_requires_grad(true);
+        zero_centred_penalty(2.0, &images, &small_discriminator(weights, &images))
+    });
 }
 
 /// A discriminator small enough to differentiate by hand: w . tanh(M x) for images of 1 x 2 x 2.

@@ -6,8 +6,12 @@
 //! 3. What a pass gives is a function of its input and its [`Pass`]. Random draws come from the pass's key alone.
 
 mod models;
+mod pieces;
+mod r3gan;
 mod script;
 mod sequential;
+mod sngan;
+mod spectral;
 
 use std::fmt;
 use std::sync::Arc;
@@ -163,6 +167,25 @@ impl TensorSpec {
     pub fn numel(&self) -> usize {
         usize::try_from(self.shape.iter().product::<i64>()).expect("shapes are positive")
     }
+}
+
+/// How many of a network's first tensors belong to its first `layers` layers. A layer's tensors have one name up to the last
+/// dot.
+pub fn first_layers(parameters: &[TensorSpec], layers: u32) -> usize {
+    let layer = |spec: &TensorSpec| spec.name.rsplit_once('.').map(|(layer, _)| layer.to_string());
+    let mut known = Vec::new();
+    let of_first = parameters.iter().take_while(|spec| {
+        if !known.contains(&layer(spec)) {
+            known.push(layer(spec));
+        }
+        known.len() <= layers as usize
+    });
+    of_first.count()
+}
+
+/// How many layers with parameters a network has.
+pub fn layers(parameters: &[TensorSpec]) -> u32 {
+    (0..).find(|layers| first_layers(parameters, *layers) == parameters.len()).expect("a network has an end")
 }
 
 #[cfg(test)]

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use ganglion_proto::job::{Model, ModelKind};
 
-use super::{Layer, Network, ScriptNetwork, Sequential};
+use super::pieces::Sizes;
+use super::{Layer, Network, ScriptNetwork, Sequential, r3gan, sngan};
 use crate::data::ImageShape;
 
 /// A generator and a discriminator that fit each other and the data.
@@ -18,6 +19,8 @@ pub struct Models {
     pub latent_dim: usize,
     /// The images.
     pub shape: ImageShape,
+    /// How many classes of samples the networks know; 0 for none.
+    pub classes: u32,
 }
 
 /// Why a job's networks cannot be trained on its data.
@@ -51,41 +54,46 @@ pub struct UnsuitableData {
 impl Models {
     /// The networks of a job, for images of a shape.
     pub fn new(model: &Model, shape: ImageShape) -> Result<Models, UnsuitableModel> {
-        let (side, channels) = match model.kind {
-            ModelKind::Script => return Models::scripts(model, shape),
-            ModelKind::Mlp28 => (28, Some(1)),
-            ModelKind::Dcgan28 => (28, None),
-            ModelKind::Dcgan64 => (64, None),
-        };
-        let fits = shape.height == side
-            && shape.width == side
+        Models::with_classes(model, shape, 0)
+    }
+
+    /// The same for samples of so many classes, where the job wants its networks to know them.
+    pub fn with_classes(model: &Model, shape: ImageShape, classes: u32) -> Result<Models, UnsuitableModel> {
+        let Some(side) = model.kind.side() else { return Models::scripts(model, shape) };
+        let channels = (model.kind == ModelKind::Mlp28).then_some(1);
+        let fits = [shape.height, shape.width] == [side as usize; 2]
             && channels.is_none_or(|channels| shape.channels == channels);
         if !fits {
             let channels = channels.map_or("any number of channels".to_string(), |n| n.to_string());
             let wanted = format!("{channels} x {side} x {side}");
             return Err(UnsuitableData { model: model.kind, wanted, found: shape }.into());
         }
-        let (latent, width) = (i64::from(model.latent_dim), i64::from(model.width));
-        let channels = if shape.channels == 1 { 1 } else { 3 };
-        let (generator, discriminator) = match model.kind {
-            ModelKind::Mlp28 => mlp_28(latent, width),
-            ModelKind::Dcgan28 => dcgan_28(latent, width, channels),
-            ModelKind::Dcgan64 => dcgan_64(latent, width, channels),
-            ModelKind::Script => unreachable!("handled above"),
+        let sizes = Sizes {
+            latent: i64::from(model.latent_dim),
+            width: i64::from(model.width),
+            channels: if shape.channels == 1 { 1 } else { 3 },
+            side: i64::from(side),
+            classes: if model.conditional { i64::from(classes) } else { 0 },
         };
+        let (generator, discriminator) = networks(model.kind, sizes);
         Ok(Models {
-            generator: Arc::new(Sequential::new(generator)),
-            discriminator: Arc::new(Sequential::new(discriminator)),
+            generator,
+            discriminator,
             latent_dim: model.latent_dim as usize,
             shape,
+            classes: if model.conditional { classes } else { 0 },
         })
     }
 
     /// The generator alone: that of the user's own networks needs no discriminator.
-    pub fn generator_of(model: &Model, shape: ImageShape) -> Result<Arc<dyn Network>, UnsuitableModel> {
+    pub fn generator_of(
+        model: &Model,
+        shape: ImageShape,
+        classes: u32,
+    ) -> Result<Arc<dyn Network>, UnsuitableModel> {
         match model.kind {
             ModelKind::Script => Models::script_generator(model, shape),
-            _ => Ok(Models::new(model, shape)?.generator),
+            _ => Ok(Models::with_classes(model, shape, classes)?.generator),
         }
     }
 
@@ -98,6 +106,7 @@ impl Models {
             discriminator: Arc::new(ScriptNetwork::discriminator(path, shape).map_err(refused)?),
             latent_dim: model.latent_dim as usize,
             shape,
+            classes: 0,
         })
     }
 
@@ -107,6 +116,23 @@ impl Models {
         let latent_dim = i64::from(model.latent_dim);
         Ok(Arc::new(ScriptNetwork::generator(path, latent_dim, shape).map_err(refused)?))
     }
+}
+
+fn networks(kind: ModelKind, sizes: Sizes) -> (Arc<dyn Network>, Arc<dyn Network>) {
+    let Sizes { latent, width, channels, .. } = sizes;
+    let (generator, discriminator) = match kind {
+        ModelKind::Mlp28 => mlp_28(latent, width),
+        ModelKind::Dcgan28 => dcgan_28(latent, width, channels),
+        ModelKind::Dcgan64 => dcgan_64(latent, width, channels),
+        ModelKind::Sngan32 => {
+            return (Arc::new(sngan::Generator::new(sizes)), Arc::new(sngan::Discriminator::new(sizes)));
+        }
+        ModelKind::R3gan28 | ModelKind::R3gan32 => {
+            return (Arc::new(r3gan::Generator::new(sizes)), Arc::new(r3gan::Discriminator::new(sizes)));
+        }
+        ModelKind::Script => unreachable!("its networks come from files"),
+    };
+    (Arc::new(Sequential::new(generator)), Arc::new(Sequential::new(discriminator)))
 }
 
 const LEAKY: Layer = Layer::LeakyRelu { slope: 0.2 };

@@ -11,7 +11,7 @@ use super::{Init, Mode, Network, Pass, TensorSpec};
 const BATCH_NORM_EPSILON: f64 = 1e-5;
 
 /// Weight of the new batch in batch normalisation's running statistics, PyTorch's default.
-const BATCH_NORM_MOMENTUM: f64 = 0.1;
+pub(super) const BATCH_NORM_MOMENTUM: f64 = 0.1;
 
 /// One layer. Sizes are counts of features; kernels are square, in pixels.
 #[derive(Clone, Debug, PartialEq)]
@@ -121,7 +121,7 @@ impl Network for Sequential {
                     conv_transpose(&channels_last(&x), next(), *stride, *padding)
                 }
                 Layer::BatchNorm { .. } => {
-                    let normalised = batch_norm(&x, next(), next(), pass, buffers_used);
+                    let normalised = normalise(&x, Some((next(), next())), pass, buffers_used);
                     buffers_used += 2;
                     normalised
                 }
@@ -191,17 +191,24 @@ pub(super) fn leaky_relu(mut x: Tensor, slope: f64) -> Tensor {
     x
 }
 
-fn batch_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, pass: &mut Pass<'_>, buffer: usize) -> Tensor {
+/// Batch normalisation, with a scale and a shift of each feature or without. `buffer` is the place of its mean among the
+/// network's buffers.
+pub(super) fn normalise(
+    x: &Tensor,
+    affine: Option<(&Tensor, &Tensor)>,
+    pass: &mut Pass<'_>,
+    buffer: usize,
+) -> Tensor {
+    let (weight, bias) = (affine.map(|(weight, _)| weight), affine.map(|(_, bias)| bias));
     match pass.mode {
         Mode::Running => {
             let (mean, variance) = (&pass.buffers[buffer], &pass.buffers[buffer + 1]);
-            let (weight, bias) = (Some(weight), Some(bias));
             x.native_batch_norm(weight, bias, Some(mean), Some(variance), false, 0.0, BATCH_NORM_EPSILON).0
         }
         Mode::Batch => {
             let none = None::<&Tensor>;
             let (out, mean, inverse) =
-                x.native_batch_norm(Some(weight), Some(bias), none, none, true, 0.0, BATCH_NORM_EPSILON);
+                x.native_batch_norm(weight, bias, none, none, true, 0.0, BATCH_NORM_EPSILON);
             let samples: i64 = x.size().iter().product::<i64>() / x.size()[1];
             let samples = i32::try_from(samples).map_or(f64::from(i32::MAX), f64::from);
             let (mean, inverse) = (mean.detach(), inverse.detach());

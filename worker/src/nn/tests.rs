@@ -1,4 +1,4 @@
-use ganglion_proto::job::{Model, ModelKind};
+use ganglion_proto::job::{EmaSchedule, Model, ModelKind};
 use tch::{Device, Kind};
 
 use super::sequential::{channels_last, conv, conv_transpose};
@@ -8,15 +8,23 @@ use crate::random::Purpose;
 
 const KEY: Key = Key { seed: 1, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
 
-fn models(kind: ModelKind, channels: usize, side: usize) -> Models {
-    let model = Model {
+fn model(kind: ModelKind) -> Model {
+    Model {
         kind,
         latent_dim: 10,
         width: 8,
         ema_half_life_images: 1,
+        ema_schedule: EmaSchedule::RampUp,
+        conditional: false,
+        init_from: None,
+        freeze_discriminator: 0,
         generator: None,
         discriminator: None,
-    };
+    }
+}
+
+fn models(kind: ModelKind, channels: usize, side: usize) -> Models {
+    let model = model(kind);
     Models::new(&model, ImageShape { channels, height: side, width: side }).unwrap()
 }
 
@@ -31,6 +39,9 @@ fn every_model_maps_noise_to_images_and_images_to_logits() {
         (ModelKind::Dcgan28, 1, 28),
         (ModelKind::Dcgan28, 3, 28),
         (ModelKind::Dcgan64, 3, 64),
+        (ModelKind::Sngan32, 3, 32),
+        (ModelKind::R3gan28, 1, 28),
+        (ModelKind::R3gan32, 3, 32),
     ] {
         let models = models(kind, channels, side);
         let noise = Tensor::ones([4, 10], (Kind::Float, Device::Cpu));
@@ -40,7 +51,8 @@ fn every_model_maps_noise_to_images_and_images_to_logits() {
         let (channels, side) = (i64::try_from(channels).unwrap(), i64::try_from(side).unwrap());
         assert_eq!(images.size(), [4, channels, side, side]);
         assert_eq!(pass.statistics.len(), models.generator.buffers().len());
-        let logits = models.discriminator.forward(&images, &mut Pass::batch(&of_d, &[], KEY));
+        let vectors = ones(&models.discriminator.buffers());
+        let logits = models.discriminator.forward(&images, &mut Pass::batch(&of_d, &vectors, KEY));
         assert_eq!(logits.size(), [4, 1]);
     }
 }
@@ -104,18 +116,164 @@ fn batch_statistics_are_the_mean_and_the_unbiased_variance() {
 
 #[test]
 fn images_that_do_not_fit_the_model_are_refused_with_both_shapes() {
-    let model = Model {
-        kind: ModelKind::Mlp28,
-        latent_dim: 10,
-        width: 8,
-        ema_half_life_images: 1,
-        generator: None,
-        discriminator: None,
-    };
+    let model = model(ModelKind::Mlp28);
     let error = Models::new(&model, ImageShape { channels: 3, height: 32, width: 32 }).unwrap_err();
     let text = error.to_string();
     assert!(
         text.contains("mlp-28") && text.contains("3 x 32 x 32") && text.contains("1 x 28 x 28"),
         "{text}"
     );
+}
+
+/// The tensors of a network by their specifications, drawn with a spread that leaves no part without effect.
+fn drawn(specs: &[TensorSpec], seed: u64) -> Vec<Tensor> {
+    let draw = |(shard, spec): (u32, &TensorSpec)| {
+        let inputs = spec.numel() as f64 / spec.shape[0] as f64;
+        let values = Key { seed, shard, ..KEY }.normal(spec.numel()) / inputs.sqrt() * 0.7 + 0.02;
+        values.view(spec.shape.as_slice()).to_kind(Kind::Double)
+    };
+    (0..).zip(specs).map(draw).collect()
+}
+
+/// The gradient by all tensors, and that of the penalty on the input's gradient, against central differences in double
+/// precision along a few directions that move everything.
+#[test]
+fn residual_networks_have_the_gradients_of_finite_differences() {
+    let cases =
+        [(ModelKind::R3gan28, 0), (ModelKind::R3gan32, 3), (ModelKind::Sngan32, 0), (ModelKind::Sngan32, 3)];
+    for (kind, classes) in cases {
+        let model = Model { conditional: true, width: 8, latent_dim: 3, ..model(kind) };
+        let side = kind.side().unwrap();
+        let (side, signed) = (side as usize, i64::from(side));
+        let shape = ImageShape { channels: 1, height: side, width: side };
+        let models = Models::with_classes(&model, shape, classes).unwrap();
+        let of_samples = (classes > 0).then(|| Tensor::from_slice(&[2i64, 0]));
+        let pixels = Tensor::arange(2 * signed * signed, (Kind::Double, Device::Cpu)) * 0.37;
+        let images = pixels.sin().view([2, 1, signed, signed]);
+        let noise = Tensor::from_slice(&[0.3, -1.0, 0.8, 1.1, 0.2, -0.4]).view([2, 3]);
+        check_network(kind, &*models.generator, &noise, of_samples.as_ref(), false);
+        check_network(kind, &*models.discriminator, &images, of_samples.as_ref(), true);
+    }
+}
+
+fn check_network(
+    kind: ModelKind,
+    network: &dyn Network,
+    input: &Tensor,
+    classes: Option<&Tensor>,
+    penalised: bool,
+) {
+    let specs = network.parameters();
+    let weights = drawn(&specs, 1);
+    let buffers = match network.sees_batch() {
+        true => drawn(&network.buffers(), 2),
+        // Where the power method has come to rest the norm does not change with its vector, which passes take for constant.
+        false => {
+            singular_vectors(&specs, &weights)[..network.buffers().len()].iter().map(Tensor::copy).collect()
+        }
+    };
+    let function = |weights: &[Tensor]| {
+        let input = input.copy().set_requires_grad(penalised);
+        let mut pass = Pass::batch(weights, &buffers, KEY).of(classes);
+        let out = network.forward(&input, &mut pass);
+        assert_eq!(pass.statistics.len(), buffers.len());
+        let value = out.sin().sum(Kind::Double);
+        if !penalised {
+            return value;
+        }
+        let gradients = Tensor::run_backward(&[out.sum(Kind::Double)], &[&input], true, true);
+        value + gradients[0].square().sum(Kind::Double)
+    };
+    let leaves: Vec<Tensor> = weights.iter().map(|tensor| tensor.copy().set_requires_grad(true)).collect();
+    let gradients = Tensor::run_backward(&[function(&leaves)], &leaves, false, false);
+    let way = drawn(&specs, 3);
+    let along = |by: f64| {
+        let moved: Vec<Tensor> = weights.iter().zip(&way).map(|(tensor, way)| tensor + way * by).collect();
+        function(&moved).double_value(&[])
+    };
+    let difference = (along(STEP) - along(-STEP)) / (2.0 * STEP);
+    let product = |(gradient, way): (&Tensor, &Tensor)| {
+        if gradient.defined() { (gradient * way).sum(Kind::Double).double_value(&[]) } else { 0.0 }
+    };
+    let found: f64 = gradients.iter().zip(&way).map(product).sum();
+    let scale = along(0.0).abs() + difference.abs();
+    assert!(
+        (found - difference).abs() < 1e-4 * scale,
+        "{kind}, penalised: {penalised}: {found}, not {difference}"
+    );
+}
+
+/// Of each weight as a matrix, the left singular vector of its greatest value.
+fn singular_vectors(specs: &[TensorSpec], weights: &[Tensor]) -> Vec<Tensor> {
+    let vector = |(_, weight): (&TensorSpec, &Tensor)| {
+        let (left, _, _) = weight.flatten(1, -1).svd(true, true);
+        left.select(1, 0).contiguous()
+    };
+    specs.iter().zip(weights).filter(|(spec, _)| spec.name.ends_with(".weight")).map(vector).collect()
+}
+
+/// So small that hardly any activation passes its kink on the way, where the penalty jumps.
+const STEP: f64 = 1e-8;
+
+/// Huang et al. (2024), section 4: a block begins as the identity, so the initial discriminator is one filter after the other.
+#[test]
+fn a_block_of_r3gan_begins_as_the_identity() {
+    let models = models(ModelKind::R3gan28, 1, 28);
+    let specs = models.discriminator.parameters();
+    let last: Vec<_> = specs.iter().filter(|spec| spec.name.ends_with("conv3.weight")).collect();
+    assert_eq!(last.len(), 3);
+    assert!(last.iter().all(|spec| spec.init == Init::Constant(0.0)));
+    // He's deviation times the gain of leaky ReLU, and 3 blocks to the power of -1/4.
+    let first = specs.iter().find(|spec| spec.name == "stage0.block.conv1.weight").unwrap();
+    let Init::Normal { deviation, .. } = first.init else { panic!("{first:?}") };
+    let expected = (2.0_f64 / 1.04).sqrt() * 3.0_f64.powf(-0.25) / 8.0_f64.sqrt();
+    assert!((f64::from(deviation) - expected).abs() < 1e-6, "{deviation}, not {expected}");
+}
+
+/// Constants pass through both, except at the border of the halving, whose filter also sees the zeros outside.
+#[test]
+fn resampling_is_bilinear() {
+    let ones = Tensor::ones([1, 8, 8, 3], (Kind::Float, Device::Cpu));
+    let (halved, doubled) = (pieces::halve(&ones), pieces::double(&ones));
+    assert_eq!((halved.size(), doubled.size()), (vec![1, 4, 4, 3], vec![1, 16, 16, 3]));
+    let inner = |x: &Tensor, margin: i64| {
+        let side = x.size()[1] - 2 * margin;
+        x.narrow(1, margin, side).narrow(2, margin, side).contiguous()
+    };
+    for x in [inner(&halved, 1), inner(&doubled, 1)] {
+        assert!((x - 1.0).abs().max().double_value(&[]) < 1e-6);
+    }
+    // A lone pixel spreads as 1, 3, 3, 1 over 4, each way.
+    let lone = Tensor::zeros([1, 4, 4, 1], (Kind::Float, Device::Cpu));
+    let _ = lone.view(-1).get(5).fill_(16.0);
+    let row = Vec::<f32>::try_from(pieces::double(&lone).view([8, 8]).get(2)).unwrap();
+    assert_eq!(row, [0.0, 3.0, 9.0, 9.0, 3.0, 0.0, 0.0, 0.0].map(|x: f32| x));
+}
+
+/// Miyato et al. (2018), equation 8: with the vector iterated often the weight's greatest singular value becomes 1.
+#[test]
+fn a_spectrally_normalised_weight_has_norm_1() {
+    let weight = (Tensor::arange(48, (Kind::Float, Device::Cpu)) * 1.7).sin().view([6, 2, 2, 2]);
+    let mut vectors = [Tensor::ones([6], (Kind::Float, Device::Cpu))];
+    for _ in 0..200 {
+        let mut pass = Pass::batch(&[], &vectors, KEY);
+        let _ = spectral::normalised(&weight, 0, &mut pass);
+        vectors = [pass.statistics.remove(0)];
+    }
+    let mut pass = Pass::running(&[], &vectors, KEY);
+    let normal = spectral::normalised(&weight, 0, &mut pass).view([6, 8]);
+    assert!(pass.statistics.is_empty(), "a pass by the buffers as they are hands nothing out");
+    let of_singular_values = normal.matmul(&normal.transpose(0, 1));
+    // Powers of it neither grow nor vanish.
+    let power = (0..7).fold(of_singular_values, |power, _| power.matmul(&power));
+    let trace = power.trace().double_value(&[]);
+    assert!((0.9..1.5).contains(&trace), "{trace}");
+}
+
+#[test]
+fn layers_are_counted_by_the_names_of_their_tensors() {
+    let specs = models(ModelKind::Dcgan28, 1, 28).discriminator.parameters();
+    // A convolution, another with its batch normalisation, the last.
+    assert_eq!(layers(&specs), 4);
+    assert_eq!([0, 1, 2, 3, 4].map(|layers| first_layers(&specs, layers)), [0, 1, 2, 4, 5]);
 }

@@ -1,4 +1,4 @@
-use ganglion_proto::job::{Model, ModelKind};
+use ganglion_proto::job::{EmaSchedule, Model, ModelKind};
 
 use super::*;
 use crate::data::ImageShape;
@@ -9,6 +9,10 @@ fn layout(kind: ModelKind, side: usize) -> StateLayout {
         latent_dim: 10,
         width: 8,
         ema_half_life_images: 1,
+        ema_schedule: EmaSchedule::RampUp,
+        conditional: false,
+        init_from: None,
+        freeze_discriminator: 0,
         generator: None,
         discriminator: None,
     };

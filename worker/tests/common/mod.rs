@@ -3,8 +3,8 @@
 
 use ganglion_membership::{Assembly, Checkpoint as Saved};
 use ganglion_proto::job::{
-    Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind, NonFinite,
-    Optimizer, OptimizerKind, Precision, Reduction, Sample,
+    Augmentation, Checkpoint, Data, DataKind, EmaSchedule, General, Job, Length, Loss, LossKind, Metrics,
+    Model, ModelKind, NonFinite, Optimizer, OptimizerKind, Precision, Reduction, Sample,
 };
 use ganglion_storage::{Storage, in_folder};
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
@@ -13,7 +13,7 @@ use ganglion_worker::nn::Models;
 use ganglion_worker::phase::{Input, LeafBuffer, LeafLayout, Leaves, Phase, Real, Spot};
 use ganglion_worker::random::{Key, Purpose};
 use ganglion_worker::state::{Module, State, StateLayout};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// A job small enough to compute in milliseconds.
 pub fn job(model: ModelKind, loss: LossKind) -> Job {
@@ -35,12 +35,25 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
         model: Model {
             kind: model,
             latent_dim: 5,
-            width: 4,
+            width: if matches!(model, ModelKind::R3gan28 | ModelKind::R3gan32) { 8 } else { 4 },
             ema_half_life_images: 1000,
+            ema_schedule: EmaSchedule::RampUp,
+            conditional: false,
+            init_from: None,
+            freeze_discriminator: 0,
             generator: None,
             discriminator: None,
         },
-        loss: Loss { kind: loss, discriminator_steps: 2, gradient_penalty: 10.0 },
+        loss: Loss {
+            kind: loss,
+            discriminator_steps: 2,
+            gradient_penalty: 10.0,
+            r1: 0.0,
+            final_r1: 0.0,
+            r2: 0.0,
+            final_r2: 0.0,
+            penalty_every: 1,
+        },
         optimizer: Optimizer {
             kind: OptimizerKind::Adam,
             learning_rate: 2e-4,
@@ -48,6 +61,19 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
             beta1: 0.5,
             beta2: 0.999,
             epsilon: 1e-8,
+            decay_images: 0,
+            final_learning_rate: 2e-4,
+            final_discriminator_learning_rate: 2e-4,
+            final_beta2: 0.999,
+        },
+        augmentation: Augmentation {
+            flip: false,
+            kinds: Vec::new(),
+            probability: 1.0,
+            final_probability: 1.0,
+            adaptive: false,
+            target: 0.6,
+            adjust_images: 1000,
         },
         checkpoint: Checkpoint { every_steps: 2, every_epochs: 0, keep_last: 3, url: None },
         sample: Sample { every_steps: 2, count: 4 },
@@ -66,9 +92,10 @@ pub struct Bench {
 impl Bench {
     /// The state of the job's seed.
     pub fn new(job: Job) -> Bench {
-        let side = if job.model.kind == ModelKind::Dcgan64 { 64 } else { 28 };
-        let models = Models::new(&job.model, ImageShape { channels: 1, height: side, width: side }).unwrap();
-        let layout = StateLayout::new(&models, job.job.precision);
+        let side = job.model.kind.side().unwrap() as usize;
+        let shape = ImageShape { channels: 1, height: side, width: side };
+        let models = Models::with_classes(&job.model, shape, 3).unwrap();
+        let layout = StateLayout::of_job(&models, &job);
         let state = State::initial(layout.clone(), job.job.seed, Device::Cpu);
         Bench { job, models, layout, state }
     }
@@ -84,20 +111,27 @@ impl Bench {
         let key = Key { seed: 1, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
         let signed = |n: usize| i64::try_from(n).unwrap();
         let sizes = [signed(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
-        Real { images: key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes), classes: None }
+        let classes = (self.models.classes > 0)
+            .then(|| Tensor::arange(sizes[0], (Kind::Int64, Device::Cpu)).remainder(3));
+        Real { images: key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes), classes }
+    }
+
+    /// Who computes leaves.
+    pub fn leaves(&self) -> Leaves<'_> {
+        Leaves { job: &self.job, models: &self.models, labels: &[0, 1, 1, 2], device: Device::Cpu }
     }
 
     /// The leaf of a shard in a phase of step 0.
     pub fn leaf(&self, phase: Phase, shard: u32) -> LeafBuffer {
         let layout = self.leaf_layout(phase.module);
         let mut leaf = LeafBuffer::new(&layout, layout.len(), Device::Cpu);
-        let leaves = Leaves { job: &self.job, models: &self.models, device: Device::Cpu };
+        let leaves = self.leaves();
         let real = self.real();
         let spot = Spot { phase, step: 0, shard };
-        let drawn = leaves.draw(spot, &self.state);
+        let drawn = leaves.draw(spot, &self.state, Some(&real));
         let input = match phase.module {
             Module::Discriminator => Input::Samples(&real, None, &drawn),
-            Module::Generator => Input::Drawn(drawn),
+            Module::Generator => Input::Drawn(drawn, Some(&real)),
         };
         leaves.compute(spot, &self.state, input, &mut leaf).unwrap();
         leaf

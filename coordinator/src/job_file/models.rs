@@ -1,0 +1,279 @@
+//! The sections that say what is trained and how: `[model]`, `[loss]`, `[optimizer]` and `[augmentation]`.
+
+use std::path::PathBuf;
+
+use ganglion_proto::job::{
+    Augmentation, AugmentationKind, EmaSchedule, Job, Loss, LossKind, Model, ModelKind, Optimizer,
+    OptimizerKind,
+};
+use ganglion_storage::Address;
+
+use super::sections::{MAX_STEPS, name_of};
+use super::settings::Settings;
+
+pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[
+    ("mlp-28", ModelKind::Mlp28),
+    ("dcgan-28", ModelKind::Dcgan28),
+    ("dcgan-64", ModelKind::Dcgan64),
+    ("sngan-32", ModelKind::Sngan32),
+    ("r3gan-28", ModelKind::R3gan28),
+    ("r3gan-32", ModelKind::R3gan32),
+    ("script", ModelKind::Script),
+];
+const EMA_SCHEDULES: &[(&str, EmaSchedule)] =
+    &[("ramp-up", EmaSchedule::RampUp), ("cosine", EmaSchedule::Cosine)];
+const LOSS_KINDS: &[(&str, LossKind)] = &[
+    ("non-saturating", LossKind::NonSaturating),
+    ("minimax", LossKind::Minimax),
+    ("least-squares", LossKind::LeastSquares),
+    ("hinge", LossKind::Hinge),
+    ("wasserstein-gp", LossKind::WassersteinGp),
+    ("relativistic-pairing", LossKind::RelativisticPairing),
+];
+const OPTIMIZER_KINDS: &[(&str, OptimizerKind)] = &[("adam", OptimizerKind::Adam)];
+const AUGMENTATION_KINDS: &[(&str, AugmentationKind)] = &[
+    ("flip", AugmentationKind::Flip),
+    ("rotate90", AugmentationKind::Rotate90),
+    ("translation", AugmentationKind::Translation),
+    ("color", AugmentationKind::Color),
+    ("cutout", AugmentationKind::Cutout),
+];
+
+pub(super) fn model(settings: &mut Settings, check_paths: bool) -> Model {
+    let kind = settings.choice("model.kind", MODEL_KINDS);
+    let kind = kind.unwrap_or(ModelKind::Mlp28);
+    let [generator, discriminator] =
+        ["model.generator", "model.discriminator"].map(|key| script(settings, kind, key, check_paths));
+    let (latent_dim, width) = match kind {
+        ModelKind::Mlp28 => (100, 256),
+        ModelKind::Dcgan28 | ModelKind::Dcgan64 | ModelKind::Script => (100, 64),
+        // Miyato et al. (2018), table 4, with half of its features.
+        ModelKind::Sngan32 => (128, 64),
+        ModelKind::R3gan28 | ModelKind::R3gan32 => (64, 8),
+    };
+    let init_from = settings.text("model.init_from", "../runs/other/checkpoints/step-00020000");
+    Model {
+        kind,
+        latent_dim: settings.whole_or("model.latent_dim", 1..=65_536, latent_dim),
+        width: settings.whole_or("model.width", 1..=8192, width),
+        ema_half_life_images: settings.whole_or("model.ema_half_life_images", 1..=MAX_STEPS, 10_000),
+        ema_schedule: settings.choice("model.ema_schedule", EMA_SCHEDULES).unwrap_or(EmaSchedule::RampUp),
+        conditional: settings.flag_or("model.conditional", false),
+        init_from: init_from.and_then(|place| checkpoint_to_begin_with(settings, place)),
+        freeze_discriminator: settings.whole_or("model.freeze_discriminator", 0..=1000, 0),
+        generator,
+        discriminator,
+    }
+}
+
+/// The file of one of the user's own networks.
+fn script(settings: &mut Settings, kind: ModelKind, key: &'static str, check_paths: bool) -> Option<PathBuf> {
+    let path = settings.text(key, "networks/G.pt").and_then(|path| settings.absolute(key, &path));
+    match (&path, kind) {
+        (Some(_), kind) if kind != ModelKind::Script && settings.sound(&["model.kind"]) => {
+            let name = name_of(MODEL_KINDS, kind);
+            settings.fault(
+                key,
+                format!("given, but model.kind = \"{name}\" has networks of its own; set kind = \"script\""),
+            );
+        }
+        (None, ModelKind::Script) if settings.sound(&[key]) => {
+            settings
+                .fault(key, "missing; \"script\" trains two TorchScript files, generator and discriminator");
+        }
+        (Some(file), ModelKind::Script) if check_paths && !file.is_file() => {
+            settings.fault(key, format!("{} is no file", file.display()));
+        }
+        _ => {}
+    }
+    path
+}
+
+/// The place of another run's checkpoint: an address as it is, a folder made absolute.
+fn checkpoint_to_begin_with(settings: &mut Settings, place: String) -> Option<String> {
+    const KEY: &str = "model.init_from";
+    match Address::parse(&place) {
+        Ok(Address::Folder(_)) if !place.contains("://") => {
+            settings.absolute(KEY, &place)?.to_str().map(str::to_owned)
+        }
+        Ok(_) => Some(place),
+        Err(problem) if Address::is_secret(&place) => {
+            settings.conceal(KEY);
+            settings.fault(KEY, problem);
+            None
+        }
+        Err(problem) => {
+            settings.fault(KEY, format!("\"{place}\" {problem}"));
+            None
+        }
+    }
+}
+
+pub(super) fn loss(settings: &mut Settings, model: ModelKind) -> Loss {
+    let by_model = match model {
+        ModelKind::R3gan28 | ModelKind::R3gan32 => LossKind::RelativisticPairing,
+        ModelKind::Sngan32 => LossKind::Hinge,
+        _ => LossKind::NonSaturating,
+    };
+    let kind = settings.choice("loss.kind", LOSS_KINDS).unwrap_or(by_model);
+    // Gulrajani et al. (2017), algorithm 1, and Miyato et al. (2018), section 4: five updates for one of the generator.
+    let several = kind == LossKind::WassersteinGp || model == ModelKind::Sngan32;
+    let discriminator_steps = if several { 5 } else { 1 };
+    // Huang et al. (2024), section 2.2: without both penalties training by pairs diverges.
+    let penalty = if kind == LossKind::RelativisticPairing { 1.0 } else { 0.0 };
+    let r1 = settings.number_or("loss.r1", 0.0..=1e6, penalty);
+    let r2 = settings.number_or("loss.r2", 0.0..=1e6, penalty);
+    Loss {
+        kind,
+        discriminator_steps: settings.whole_or("loss.discriminator_steps", 1..=100, discriminator_steps),
+        gradient_penalty: settings.number_or("loss.gradient_penalty", 0.0..=1e6, 10.0),
+        r1,
+        final_r1: settings.number_or("loss.final_r1", 0.0..=1e6, r1),
+        r2,
+        final_r2: settings.number_or("loss.final_r2", 0.0..=1e6, r2),
+        penalty_every: settings.whole_or("loss.penalty_every", 1..=1000, 1),
+    }
+}
+
+pub(super) fn optimizer(settings: &mut Settings, loss: LossKind, model: ModelKind) -> Optimizer {
+    // Gulrajani et al. (2017), algorithm 1; Huang et al. (2024), appendix; Miyato et al. (2018), setting C; Radford et al.
+    // (2015), section 4.
+    let (beta1, beta2) = match (loss, model) {
+        (LossKind::WassersteinGp | LossKind::RelativisticPairing, _) => (0.0, 0.9),
+        (_, ModelKind::Sngan32) => (0.0, 0.9),
+        _ => (0.5, 0.999),
+    };
+    let kind = settings.choice("optimizer.kind", OPTIMIZER_KINDS);
+    let learning_rate = settings.number_or("optimizer.learning_rate", 0.0..=10.0, 2e-4);
+    let of_discriminator =
+        settings.number_or("optimizer.discriminator_learning_rate", 0.0..=10.0, learning_rate);
+    let beta2 = settings.number_or("optimizer.beta2", 0.0..1.0, beta2);
+    let last = settings.number_or("optimizer.final_learning_rate", 0.0..=10.0, learning_rate);
+    // The discriminator's rate keeps its share of the generator's.
+    let shared = if last == learning_rate || learning_rate == 0.0 { 1.0 } else { last / learning_rate };
+    Optimizer {
+        kind: kind.unwrap_or(OptimizerKind::Adam),
+        learning_rate,
+        discriminator_learning_rate: of_discriminator,
+        beta1: settings.number_or("optimizer.beta1", 0.0..1.0, beta1),
+        beta2,
+        epsilon: settings.number_or("optimizer.epsilon", 1e-16..=1.0, 1e-8),
+        decay_images: settings.whole_or("optimizer.decay_images", 0..=MAX_STEPS, 0),
+        final_learning_rate: last,
+        final_discriminator_learning_rate: settings.number_or(
+            "optimizer.final_discriminator_learning_rate",
+            0.0..=10.0,
+            of_discriminator * shared,
+        ),
+        final_beta2: settings.number_or("optimizer.final_beta2", 0.0..1.0, beta2),
+    }
+}
+
+pub(super) fn augmentation(settings: &mut Settings) -> Augmentation {
+    let probability = settings.number_or("augmentation.probability", 0.0..=1.0, 1.0);
+    Augmentation {
+        flip: settings.flag_or("augmentation.flip", false),
+        kinds: settings.choices("augmentation.kinds", AUGMENTATION_KINDS),
+        probability,
+        final_probability: settings.number_or("augmentation.final_probability", 0.0..=1.0, probability),
+        adaptive: settings.flag_or("augmentation.adaptive", false),
+        // Karras et al. (2020), section 3 and appendix B: r_t = 0.6, and from 0 to 1 in half a million images.
+        target: settings.number_or("augmentation.target", -1.0..=1.0, 0.6),
+        adjust_images: settings.whole_or("augmentation.adjust_images", 1..=MAX_STEPS, 500_000),
+    }
+}
+
+/// Holds the settings of these sections against each other.
+pub(super) fn check(settings: &mut Settings, job: &Job) {
+    check_finals(settings, job);
+    check_adaptive(settings, job);
+    let frozen = job.model.freeze_discriminator;
+    if frozen > 0 && job.model.init_from.is_none() && settings.sound(&["model.init_from"]) {
+        settings.fault(
+            "model.freeze_discriminator",
+            format!(
+                "keeps {frozen} layers as they begin, and without model.init_from they are random; set \
+                 model.init_from to a checkpoint, or remove it"
+            ),
+        );
+    }
+    let knows_classes =
+        matches!(job.model.kind, ModelKind::Sngan32 | ModelKind::R3gan28 | ModelKind::R3gan32);
+    if job.model.conditional && !knows_classes && settings.sound(&["model.kind"]) {
+        let model = name_of(MODEL_KINDS, job.model.kind);
+        let problem = format!(
+            "\"{model}\" has no form that knows classes; choose \"r3gan-28\", \"r3gan-32\" or \"sngan-32\""
+        );
+        settings.fault("model.conditional", problem);
+    }
+    let grouped = matches!(job.model.kind, ModelKind::R3gan28 | ModelKind::R3gan32);
+    if grouped && !job.model.width.is_multiple_of(8) && settings.sound(&["model.width"]) {
+        let width = job.model.width;
+        settings.fault(
+            "model.width",
+            format!(
+                "is {width}, but R3GAN's groups of 16 features need a multiple of 8; choose 8, for example"
+            ),
+        );
+    }
+}
+
+/// A setting that changes needs a time to change in.
+fn check_finals(settings: &mut Settings, job: &Job) {
+    let keys = [
+        "loss.final_r1",
+        "loss.final_r2",
+        "optimizer.final_learning_rate",
+        "optimizer.final_discriminator_learning_rate",
+        "optimizer.final_beta2",
+        "augmentation.final_probability",
+    ];
+    let (loss, optimizer, augmentation) = (&job.loss, &job.optimizer, &job.augmentation);
+    let changes = [
+        loss.final_r1 != loss.r1,
+        loss.final_r2 != loss.r2,
+        optimizer.final_learning_rate != optimizer.learning_rate,
+        optimizer.final_discriminator_learning_rate != optimizer.discriminator_learning_rate,
+        optimizer.final_beta2 != optimizer.beta2,
+        augmentation.final_probability != augmentation.probability,
+    ];
+    if optimizer.decay_images > 0 || !settings.sound(&["optimizer.decay_images"]) {
+        return;
+    }
+    for (key, changes) in keys.into_iter().zip(changes) {
+        if changes && settings.is_given(key) && settings.sound(&[key]) {
+            settings.fault(
+                key,
+                "is another value to end with, but optimizer.decay_images is 0; set that to the images after which it \
+                 is reached",
+            );
+        }
+    }
+    if job.model.ema_schedule == EmaSchedule::Cosine {
+        let problem =
+            "\"cosine\" needs a length; set optimizer.decay_images to the images over which it runs";
+        settings.fault("model.ema_schedule", problem);
+    }
+}
+
+/// The controller reads the sign of the discriminator's output, so there must be one.
+fn check_adaptive(settings: &mut Settings, job: &Job) {
+    if !job.augmentation.adaptive || !settings.sound(&["augmentation.kinds", "loss.kind"]) {
+        return;
+    }
+    if job.augmentation.kinds.is_empty() {
+        let problem =
+            "has nothing to adapt; name augmentation.kinds, such as [\"flip\", \"translation\", \"color\"]";
+        settings.fault("augmentation.adaptive", problem);
+    }
+    if matches!(job.loss.kind, LossKind::RelativisticPairing | LossKind::WassersteinGp) {
+        let loss = name_of(LOSS_KINDS, job.loss.kind);
+        settings.fault(
+            "augmentation.adaptive",
+            format!(
+                "goes by the sign of the discriminator's output, and with loss.kind = \"{loss}\" that has no meaning; \
+                 choose another loss, or set augmentation.probability instead"
+            ),
+        );
+    }
+}

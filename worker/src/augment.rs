@@ -1,0 +1,144 @@
+//! Augmentation: what samples go through before the discriminator sees them.
+//!
+//! Zhao et al. (2020), "Differentiable Augmentation for Data-Efficient GAN Training", equations 4 and 5: real samples and
+//! the generator's go through it alike, in both networks' phases, and gradients go back through it. Karras et al. (2020),
+//! "Training Generative Adversarial Networks with Limited Data", section 3: each kind is done to a sample with a probability
+//! that follows how far the discriminator overfits.
+//!
+//! 1. What is done to a sample is a function of its leaf's key and of the probability, and the same number of draws is made
+//!    whatever the probability is.
+//! 2. Every operation has derivatives of all orders by the pixels, and the same bits each time on every device: samples are
+//!    moved by products with matrices of zeros and ones.
+//! 3. The controller's probability is part of the state and moves by reduced values alone, so all ranks have the same.
+
+use ganglion_proto::job::{AugmentationKind, Job};
+use tch::{Kind, Tensor, no_grad};
+
+use crate::random::Key;
+use crate::state::{Module, State};
+
+/// Draws for one kind and one sample: whether, and how in three respects.
+const DRAWS: usize = 4;
+/// The controller looks at so many discriminator updates at a time: Karras et al. (2020), section 3.1.
+const UPDATES: u64 = 4;
+
+/// How likely each kind is.
+#[derive(Debug)]
+pub enum Probability {
+    /// A number.
+    Fixed(f64),
+    /// The controller's, a tensor of one element.
+    Adaptive(Tensor),
+}
+
+/// Does to images (b, c, h, w) in [-1, 1] what their key says.
+pub fn augment(kinds: &[AugmentationKind], probability: &Probability, key: Key, images: &Tensor) -> Tensor {
+    let samples = images.size()[0];
+    let count = usize::try_from(samples).expect("a batch is small") * DRAWS * kinds.len();
+    let rows = i64::try_from(DRAWS * kinds.len()).expect("a few kinds");
+    let draws = key.uniform(0.0, 1.0, count).to_device(images.device()).view([rows, samples]);
+    let mut x = images.shallow_clone();
+    for (kind, first) in kinds.iter().zip((0..).step_by(DRAWS)) {
+        let draw = |row: i64| draws.get(first + row).view([-1, 1, 1, 1]);
+        let is_done = match probability {
+            Probability::Fixed(probability) => draw(0).lt(*probability),
+            Probability::Adaptive(probability) => draw(0).lt_tensor(probability),
+        };
+        let how = [draw(1), draw(2), draw(3)];
+        x = done(*kind, &how, &x).where_self(&is_done, &x);
+    }
+    x
+}
+
+/// Mirrors half of the images, left to right.
+pub fn mirror(key: Key, images: &Tensor) -> Tensor {
+    augment(&[AugmentationKind::Flip], &Probability::Fixed(0.5), key, images)
+}
+
+/// What a kind makes of images; `how` are draws from [0, 1) of shape (b, 1, 1, 1).
+fn done(kind: AugmentationKind, how: &[Tensor; 3], x: &Tensor) -> Tensor {
+    match kind {
+        AugmentationKind::Flip => x.flip([3]),
+        AugmentationKind::Rotate90 => rotate(&how[0], x),
+        AugmentationKind::Translation => translate(&how[0], &how[1], x),
+        AugmentationKind::Color => color(how, x),
+        AugmentationKind::Cutout => cut_out(&how[0], &how[1], x),
+    }
+}
+
+/// By 0, 90, 180 or 270 degrees: Karras et al. (2020), appendix B.
+fn rotate(how: &Tensor, x: &Tensor) -> Tensor {
+    let turns = (how * 4.0).floor();
+    (1..4).fold(x.shallow_clone(), |chosen, by| x.rot90(by, [2, 3]).where_self(&turns.eq(by), &chosen))
+}
+
+/// By whole pixels, at most an eighth of a side, with zeros (grey) coming in: the released code of Zhao et al. (2020).
+fn translate(down: &Tensor, right: &Tensor, x: &Tensor) -> Tensor {
+    let moved = |how: &Tensor, side: i64| {
+        let most = (side + 4) / 8;
+        let by = (how * count(2 * most + 1)).floor() - count(most);
+        let at = Tensor::arange(side, (Kind::Float, x.device()));
+        // Row i is taken from row i + by.
+        (at.view([1, 1, side, 1]) + by).eq_tensor(&at.view([1, 1, 1, side])).to_kind(x.kind())
+    };
+    let [height, width] = [x.size()[2], x.size()[3]];
+    moved(down, height).matmul(x).matmul(&moved(right, width).transpose(2, 3))
+}
+
+/// Brightness, saturation, contrast: the released code of Zhao et al. (2020).
+fn color(how: &[Tensor; 3], x: &Tensor) -> Tensor {
+    let x = x + (&how[0] - 0.5);
+    let grey = x.mean_dim([1i64].as_slice(), true, None);
+    let x = (&x - &grey) * (&how[1] * 2.0) + grey;
+    let mean = x.mean_dim([1i64, 2, 3].as_slice(), true, None);
+    (&x - &mean) * (&how[2] + 0.5) + mean
+}
+
+/// A square of half the side becomes zeros, wherever its middle lies: the released code of Zhao et al. (2020).
+fn cut_out(row: &Tensor, column: &Tensor, x: &Tensor) -> Tensor {
+    let within = |how: &Tensor, side: i64, shape: [i64; 4]| {
+        let size = (side + 1) / 2;
+        let start = (how * count(side + 1 - size % 2)).floor() - count(size / 2);
+        let at = Tensor::arange(side, (Kind::Float, x.device())).view(shape);
+        at.ge_tensor(&start).logical_and(&at.lt_tensor(&(start + count(size))))
+    };
+    let [height, width] = [x.size()[2], x.size()[3]];
+    let hole = within(row, height, [1, 1, height, 1]).logical_and(&within(column, width, [1, 1, 1, width]));
+    x * hole.logical_not().to_kind(x.kind())
+}
+
+#[allow(clippy::cast_precision_loss)] // sides of images
+fn count(n: i64) -> f64 {
+    n as f64
+}
+
+/// Moves the controller's probability after a discriminator's commit, by the mean sign of D(x) over real samples: Karras et
+/// al. (2020), section 3.1. `updates` counts the discriminator's, this one included.
+pub fn adjust(job: &Job, state: &State, sign: &Tensor, updates: u64) {
+    let Some(controller) = state.layout.controller_range() else { return };
+    let controller = state.section(controller);
+    let (mut probability, mut signs) = (controller.narrow(0, 0, 1), controller.narrow(0, 1, 1));
+    no_grad(|| {
+        let _ = signs.g_add_(sign);
+        if !updates.is_multiple_of(UPDATES) {
+            return;
+        }
+        #[allow(clippy::cast_precision_loss)] // far below 2^53
+        let (images, over) = ((UPDATES * job.global_batch()) as f64, job.augmentation.adjust_images as f64);
+        #[allow(clippy::cast_precision_loss)]
+        let excess = &signs / UPDATES as f64 - job.augmentation.target;
+        let _ = probability.g_add_(&(excess.sign() * (images / over))).clamp_(0.0, 1.0);
+        let _ = signs.zero_();
+    });
+}
+
+/// The controller's probability in a state, if it has one.
+pub fn controlled(state: &State) -> Option<Tensor> {
+    state.layout.controller_range().map(|range| state.section(range).narrow(0, 0, 1))
+}
+
+/// Whose updates the controller counts.
+pub const CONTROLLED: Module = Module::Discriminator;
+
+#[cfg(test)]
+mod tests;

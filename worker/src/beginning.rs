@@ -1,0 +1,118 @@
+//! Beginning with the weights of another run instead of drawn ones.
+//!
+//! 1. Both networks' parameters and buffers and the moving average are taken; moments, counters and what controls
+//!    augmentation begin anew.
+//! 2. Every file is held against the manifest's hash. The checkpoint's digest goes into the passport, so all workers of a run
+//!    begin with the same one.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use ganglion_proto::manifest;
+use ganglion_storage::{Address, Blocking, MANIFEST, Path, Storage, reason};
+use safetensors::SafeTensors;
+use tch::{Device, no_grad};
+
+use crate::checkpoint::from_bytes;
+use crate::state::{NamedTensor, State, StateLayout, narrow};
+
+/// How long a storage may take to give the files.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// The prefixes of the tensors that are taken.
+const TAKEN: [&str; 3] = ["generator.", "discriminator.", "ema."];
+
+/// The weights that a run begins with.
+#[derive(Debug)]
+pub struct Beginning {
+    tensors: Vec<(NamedTensor, Vec<u8>)>,
+    digest: String,
+}
+
+impl Beginning {
+    /// Reads the checkpoint in the folder `place`, for networks of this layout.
+    ///
+    /// # Errors
+    /// What is wrong with the place or with what is there, and how to mend it.
+    pub fn read(place: &str, layout: &StateLayout) -> Result<Beginning, String> {
+        let shown = if Address::is_secret(place) { "..." } else { place };
+        let wrong = |what: String| format!("model.init_from: {shown}: {what}");
+        let address = Address::parse(place).map_err(wrong)?;
+        if matches!(&address, Address::Folder(folder) if !folder.is_dir()) {
+            return Err(wrong(
+                "is no folder; give that of a checkpoint, such as runs/NAME/checkpoints/step-00001000".into(),
+            ));
+        }
+        let storage = Storage::open(&address).map_err(wrong)?;
+        let storage = Blocking::new(storage).map_err(|error| wrong(error.to_string()))?;
+        let read = storage.wait(async { tokio::time::timeout(LIMIT, read_all(storage.storage())).await });
+        let read = read.map_err(|_| wrong("the storage does not answer".to_string()))?;
+        let (files, digest) = read.map_err(wrong)?;
+        let tensors = take(layout, &files).map_err(wrong)?;
+        Ok(Beginning { tensors, digest })
+    }
+
+    /// The digest of the state that it is from.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// The state at position 0 with these weights.
+    pub fn state(&self, layout: &StateLayout, seed: u64, device: Device) -> State {
+        let state = State::initial(layout.clone(), seed, device);
+        no_grad(|| {
+            for (tensor, bytes) in &self.tensors {
+                narrow(&state.flat, tensor.range.clone()).copy_(&from_bytes(bytes));
+            }
+        });
+        state.cast();
+        state
+    }
+}
+
+/// The files that hold a checkpoint's state, as their manifest has them, and the state's digest.
+async fn read_all(storage: &Storage) -> Result<(Vec<Vec<u8>>, String), String> {
+    let about = storage.text(&Path::from(MANIFEST)).await.map_err(|error| reason(&error))?;
+    let about = about.ok_or_else(|| format!("has no {MANIFEST}; give the folder of a checkpoint"))?;
+    let checkpoint = manifest::parse(&about).map_err(|error| format!("{MANIFEST}: {error}"))?;
+    let mut files = Vec::new();
+    for file in checkpoint.state_files() {
+        let bytes = storage.read(&Path::from(file.file.as_str())).await.map_err(|error| reason(&error))?;
+        if blake3::hash(&bytes).to_hex().to_string() != file.blake3 {
+            return Err(format!("{} does not have the manifest's hash; get it again", file.file));
+        }
+        files.push(bytes.to_vec());
+    }
+    Ok((files, checkpoint.state_digest))
+}
+
+/// Takes the weights of a layout's networks from files, which must be of the same networks.
+fn take(layout: &StateLayout, files: &[Vec<u8>]) -> Result<Vec<(NamedTensor, Vec<u8>)>, String> {
+    const MEND: &str = "set model.kind, width, latent_dim and conditional as that run had them";
+    let is_taken = |name: &str| TAKEN.iter().any(|prefix| name.starts_with(prefix));
+    let mut wanted: BTreeMap<String, NamedTensor> =
+        layout.tensors().into_iter().map(|t| (t.name.clone(), t)).collect();
+    wanted.retain(|name, _| is_taken(name));
+    let mut tensors = Vec::new();
+    for file in files {
+        let read = SafeTensors::deserialize(file).map_err(|error| error.to_string())?;
+        for (name, tensor) in read.iter().filter(|(name, _)| is_taken(name)) {
+            let place = wanted
+                .remove(name)
+                .ok_or_else(|| format!("has {name}, which this job's networks lack; {MEND}"))?;
+            let shape: Vec<i64> =
+                tensor.shape().iter().filter_map(|size| i64::try_from(*size).ok()).collect();
+            if shape != place.shape || tensor.data().len() != 4 * place.range.len() {
+                return Err(format!(
+                    "has {name} of shape {shape:?}, and this job of {:?}; {MEND}",
+                    place.shape
+                ));
+            }
+            tensors.push((place, tensor.data().to_vec()));
+        }
+    }
+    match wanted.keys().next() {
+        Some(name) => Err(format!("lacks {name}; {MEND}")),
+        None => Ok(tensors),
+    }
+}

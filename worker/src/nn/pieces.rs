@@ -1,0 +1,105 @@
+//! What the networks that are no plain lists of layers are made of: pieces that name their tensors and use them in the
+//! same order.
+
+use tch::{Kind, Tensor};
+
+use super::{Init, TensorSpec};
+
+/// What both networks are made from: the length of the noise, the width, the images' channels and side, and the number of
+/// classes, 0 for none.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    pub(super) latent: i64,
+    pub(super) width: i64,
+    pub(super) channels: i64,
+    pub(super) side: i64,
+    pub(super) classes: i64,
+}
+
+/// Collects the tensors of a network by name.
+#[derive(Default)]
+pub(super) struct Specs {
+    pub(super) list: Vec<TensorSpec>,
+}
+
+impl Specs {
+    /// Adds a parameter.
+    pub(super) fn add(&mut self, name: String, shape: &[i64], init: Init) {
+        self.list.push(TensorSpec::parameter(name, shape, init));
+    }
+
+    /// Adds a parameter that stays fp32.
+    pub(super) fn add_exact(&mut self, name: String, shape: &[i64], init: Init) {
+        self.list.push(TensorSpec { exact: true, ..TensorSpec::parameter(name, shape, init) });
+    }
+}
+
+/// N(0, gain / sqrt(inputs)), which keeps the size of what passes through (He et al., 2015, equation 10); zeros for no gain.
+pub(super) fn scaled(gain: f32, inputs: i64) -> Init {
+    if gain == 0.0 {
+        return Init::Constant(0.0);
+    }
+    Init::Normal { mean: 0.0, deviation: gain / root(inputs) }
+}
+
+/// The square root of a count.
+pub(super) fn root(count: i64) -> f32 {
+    #[allow(clippy::cast_precision_loss)] // sizes of networks
+    let count = count as f32;
+    count.sqrt()
+}
+
+/// In fp32 what is in less.
+pub(super) fn in_single(x: &Tensor) -> Tensor {
+    match x.kind() {
+        Kind::Float | Kind::Double => x.shallow_clone(),
+        _ => x.to_kind(Kind::Float),
+    }
+}
+
+/// A row of `table` (classes, features) for each class. A product, which has all derivatives on all devices.
+pub(super) fn embed(table: &Tensor, classes: Option<&Tensor>) -> Tensor {
+    let classes = classes.expect("a conditional model is told the classes of its samples");
+    let rows = table.size()[0];
+    Tensor::eye(rows, (table.kind(), table.device())).index_select(0, classes).matmul(table)
+}
+
+/// (n, c, h, w) as (n, h, w, c), without a copy where the features of a pixel lie together.
+pub(super) fn features_last(x: &Tensor) -> Tensor {
+    x.permute([0, 2, 3, 1]).contiguous()
+}
+
+/// (n, h, w, c) as (n, c, h, w), without a copy.
+pub(super) fn features_first(x: &Tensor) -> Tensor {
+    x.permute([0, 3, 1, 2])
+}
+
+/// Halves each side of (n, h, w, c): a bilinear filter, [1, 3, 3, 1] / 8 each way.
+pub(super) fn halve(x: &Tensor) -> Tensor {
+    let features = x.size()[3];
+    let filter = filter(x, 1.0 / 64.0, features);
+    features_last(&features_first(x).conv2d(&filter, None::<Tensor>, [2, 2], [1, 1], [1, 1], features))
+}
+
+/// Doubles each side of (n, h, w, c): the same filter, transposed and four times as strong.
+pub(super) fn double(x: &Tensor) -> Tensor {
+    let features = x.size()[3];
+    let filter = filter(x, 4.0 / 64.0, features);
+    let (two, one) = ([2, 2], [1, 1]);
+    features_last(&features_first(x).conv_transpose2d(
+        &filter,
+        None::<Tensor>,
+        two,
+        one,
+        [0, 0],
+        features,
+        one,
+    ))
+}
+
+fn filter(like: &Tensor, scale: f64, features: i64) -> Tensor {
+    let side = Tensor::from_slice(&[1.0f32, 3.0, 3.0, 1.0]);
+    let square = side.view([4, 1]).matmul(&side.view([1, 4])) * scale;
+    let square = square.to_kind(Kind::Float).to_device(like.device()).to_kind(like.kind());
+    square.expand([features, 1, 4, 4], false).contiguous()
+}
