@@ -9,7 +9,7 @@ use ganglion_membership::{Checkpoint, StoredFile};
 use ganglion_proto::message::MetricsRow;
 use ganglion_proto::{failpoint, manifest, rows};
 use ganglion_storage::{
-    Address, Claim, Error, LATEST, MANIFEST, Path, PutPayload, Storage, in_folder, reason,
+    Address, BEST, Claim, Error, LATEST, MANIFEST, MODEL_CARD, Path, PutPayload, Storage, in_folder, reason,
 };
 
 use crate::patience::Patience;
@@ -139,8 +139,17 @@ impl Checkpoints {
         Ok(wrong.map_or(Ok(Some(checkpoint)), Err))
     }
 
-    /// Removes all but the newest `keep` checkpoints (0 keeps all), and what failed attempts before them left.
-    pub async fn prune(&self, keep: u64) -> Result<(), Error> {
+    /// Names the best checkpoint, and leaves its model card.
+    pub async fn name_best(&self, named: &str, card: &str) -> Result<(), Error> {
+        for (file, content) in [(MODEL_CARD, card), (BEST, named)] {
+            self.storage.replace(&Path::from(file), &PutPayload::from(content.to_string())).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes all but the newest `keep` checkpoints (0 keeps all) and those in `protected`, and what failed attempts before
+    /// them left.
+    pub async fn prune(&self, keep: u64, protected: &[String]) -> Result<(), Error> {
         let mut kept = 0;
         for folder in self.storage.checkpoints().await?.iter().rev() {
             if keep == 0 && kept == 2 {
@@ -150,7 +159,7 @@ impl Checkpoints {
             let is_checkpoint = self.storage.exists(&in_folder(folder, MANIFEST)).await?;
             if is_checkpoint && (keep == 0 || kept < keep) {
                 kept += 1;
-            } else if kept > 0 {
+            } else if kept > 0 && !(is_checkpoint && protected.contains(folder)) {
                 self.storage.remove(folder).await?;
             }
         }
@@ -255,11 +264,13 @@ mod tests {
         for attempt in ["step-00000015", "step-00000025", "step-00000040"] {
             fs::create_dir(folder.path().join(attempt)).unwrap();
         }
-        storage.prune(2).await.unwrap();
+        storage.prune(2, &["step-00000010".to_string()]).await.unwrap();
+        assert!(folder.path().join("step-00000010").exists(), "it is protected");
+        storage.prune(2, &[]).await.unwrap();
         let kept = ["step-00000020", "step-00000030", "step-00000040"];
         assert_eq!(storage.storage().checkpoints().await.unwrap(), kept);
         assert_eq!(storage.storage().latest().await.unwrap().as_deref(), Some("step-00000030"));
-        storage.prune(0).await.unwrap();
+        storage.prune(0, &[]).await.unwrap();
         assert_eq!(storage.storage().checkpoints().await.unwrap(), kept);
     }
 

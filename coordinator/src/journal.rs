@@ -13,6 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use ganglion_membership::{
     Backend, Cause, Checkpoint, Generation, Group, Member, Passport, Position, Start, Term, WorkerId,
 };
+use ganglion_proto::evaluation::EvaluationRow;
 pub use history::{CheckpointRow, GenerationRow, History, TermRow};
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,7 @@ const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS checkpoints (
         step INTEGER NOT NULL, phase INTEGER NOT NULL, position INTEGER NOT NULL,
         state_digest TEXT NOT NULL, generation INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (step, phase));
+    CREATE TABLE IF NOT EXISTS evaluations (step INTEGER PRIMARY KEY, row BLOB NOT NULL);
 ";
 
 /// The version of the tables' layout. One that this program does not know is left alone.
@@ -286,6 +288,20 @@ impl Journal {
             params![checkpoint.step, checkpoint.phase, checkpoint.position.0, checkpoint.state_digest],
         )?;
         Ok(())
+    }
+
+    /// Records an evaluation. A step's first one is the one that is kept.
+    pub fn evaluated(&mut self, row: &EvaluationRow) -> Result<(), JournalError> {
+        let insert = "INSERT INTO evaluations VALUES (?1, ?2) ON CONFLICT DO NOTHING";
+        self.connection.execute(insert, params![row.step, row.encode()])?;
+        Ok(())
+    }
+
+    /// The evaluations, by step. One that cannot be read is none.
+    pub fn evaluations(&self) -> Result<Vec<EvaluationRow>, JournalError> {
+        let mut rows = self.connection.prepare("SELECT row FROM evaluations ORDER BY step")?;
+        let rows = rows.query_map([], |row| row.get::<_, Vec<u8>>(0))?.collect::<Result<Vec<_>, _>>()?;
+        Ok(rows.iter().filter_map(|row| EvaluationRow::decode(row).ok()).collect())
     }
 
     /// Reads a fact.

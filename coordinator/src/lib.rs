@@ -4,6 +4,7 @@
 //! around it: sockets, clock, files and processes.
 #![forbid(unsafe_code)]
 
+pub mod alarms;
 pub mod audit;
 pub mod certs;
 pub mod checkpoints;
@@ -13,8 +14,10 @@ pub mod http;
 pub mod inspect;
 pub mod job_file;
 pub mod journal;
+pub mod judged;
 pub mod keeper;
 pub mod mirror;
+pub mod model_card;
 pub mod operate;
 pub mod patience;
 pub mod report;

@@ -22,6 +22,7 @@ use crate::host::Host;
 use crate::http;
 use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal, JournalError};
+use crate::judged::Judged;
 use crate::mirror::Mirror;
 use crate::operate::{ACCESS_FILE, Access};
 use crate::patience::Patience;
@@ -126,8 +127,7 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
         Mirror::start(cli.mirror.as_deref(), &run, run_dir.folder(), &screen).map_err(Failure::Input)?;
     let mut records = Records::open(job.clone(), run_dir.folder(), screen)
         .map_err(|error| Failure::Input(format!("{}: {error}", run_dir.folder().display())))?;
-    let mut recovered = recover(&mut journal, &checkpoints, &mut records, &patience).await?;
-    recovered.job_changed = job_changed;
+    let mut recovered = recover(&mut journal, &checkpoints, &mut records, &patience, job_changed).await?;
     let (exits, exited) = mpsc::unbounded_channel();
     let mut supervisor = Supervisor::new(processes, exits);
     adopt(&mut journal, &mut supervisor, &mut recovered)?;
@@ -156,6 +156,7 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     let invitation = format!("{url}{}", security.invitation(access.tls_name.as_deref()));
     announce(&mut records, &job, term, &url, &invitation, dashboard.url().as_deref(), reason.as_deref());
     let parts = Parts {
+        judged: judged(&journal, &checkpoints, &job, &mut records, &patience).await?,
         store: Store::new(term),
         folder: run_dir.folder().to_path_buf(),
         job: job.clone(),
@@ -323,6 +324,27 @@ fn failed(checkpoints: &Checkpoints, patience: &Patience, error: &ganglion_stora
     })
 }
 
+/// What is known of evaluations. Events that a death kept from being written are written now.
+async fn judged(
+    journal: &Journal,
+    checkpoints: &Checkpoints,
+    job: &Job,
+    records: &mut Records,
+    patience: &Patience,
+) -> Result<Judged, Failure> {
+    let rows = journal.evaluations()?;
+    let untold = rows.iter().filter(|row| !records.chronicle.look().evaluations.contains_key(&row.step));
+    let untold: Vec<_> = untold.cloned().collect();
+    untold.iter().for_each(|row| records.evaluation(row));
+    let storage = checkpoints.storage();
+    let folders = match rows.is_empty() {
+        true => Ok(Vec::new()),
+        false => patience.wait_for(storage, async || storage.checkpoints().await).await,
+    };
+    let folders = folders.map_err(|error| failed(checkpoints, patience, &error))?;
+    Ok(Judged::new(job.clone(), rows, &folders))
+}
+
 /// The size of the data set, once a worker has loaded it.
 fn known_samples(journal: &Journal) -> Result<Option<u64>, Failure> {
     Ok(journal.fact(Fact::Samples)?.and_then(|samples| samples.parse().ok()))
@@ -333,6 +355,7 @@ async fn recover(
     checkpoints: &Checkpoints,
     records: &mut Records,
     patience: &Patience,
+    job_changed: bool,
 ) -> Result<Recovered, Failure> {
     let storage = checkpoints.storage();
     let newest = patience.wait_for(storage, async || checkpoints.newest_valid().await).await;
@@ -359,7 +382,7 @@ async fn recover(
     let resting = group.iter().filter(|group| closed == Some(group.generation));
     let dead = resting.flat_map(|group| &group.members).map(|member| member.worker).collect();
     let skips = journal.skips()?;
-    Ok(Recovered { group, dead, condemned, skips, checkpoint, passport, ..Recovered::default() })
+    Ok(Recovered { group, dead, condemned, skips, checkpoint, passport, job_changed, ..Recovered::default() })
 }
 
 fn known_generation(journal: &Journal, fact: Fact) -> Result<Option<Generation>, Failure> {

@@ -8,6 +8,7 @@
 
 mod actions;
 mod admin;
+mod judging;
 pub mod records;
 mod sessions;
 mod stay;
@@ -20,6 +21,7 @@ use ganglion_membership::{
     Action, Checkpoint, Event, Limits, Machine, Outcome, Position, Progress, Recovered, Settings, Term, Time,
     WorkerId,
 };
+use ganglion_proto::evaluation::AlarmPolicy;
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{ToWorker, Usage};
@@ -27,9 +29,11 @@ use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use crate::alarms::Watch;
 use crate::checkpoints::Checkpoints;
 use crate::http::Publisher;
 use crate::journal::{Journal, JournalError};
+use crate::judged::{Best, Judged};
 use crate::keeper::Keeper;
 use crate::server::{Input, Outbox, SessionId, Store};
 use crate::supervisor::{EXIT_LIMIT, Exited, Supervisor, new_token};
@@ -37,6 +41,8 @@ use records::Records;
 
 /// How often waiting writes are tried again and recorded rows are acknowledged.
 const CHORES: Duration = Duration::from_secs(1);
+/// How long the last things may take that the checkpoint storage is told at the end.
+const KEEPER_LIMIT: Duration = Duration::from_secs(10);
 /// Signals this close are one request: a launcher may signal a process and then its whole group.
 const ONE_REQUEST: Duration = Duration::from_secs(1);
 
@@ -74,6 +80,8 @@ pub struct Parts {
     pub checkpoints: Checkpoints,
     /// What earlier terms left behind.
     pub recovered: Recovered,
+    /// What is known of evaluations.
+    pub judged: Judged,
     /// Workers to start.
     pub local_workers: u32,
     /// Where local workers find this coordinator.
@@ -120,6 +128,14 @@ pub struct Shell {
     outcome: Option<Outcome>,
     /// Whether the job's last step is done and saved.
     is_complete: bool,
+    /// What is known of evaluations.
+    judged: Judged,
+    /// The best checkpoint that the keeper was told of.
+    best: Option<Best>,
+    /// Who raises alarms.
+    watch: Watch,
+    /// The newest row of metrics that was watched.
+    watched: u64,
 }
 
 /// A worker that the machine knows.
@@ -157,7 +173,16 @@ impl Shell {
             data_shards: parts.job.job.data_shards,
             limits: Limits::derive(Duration::from_secs_f64(parts.job.job.failure_deadline)),
         };
+        let mut watch = Watch::new(&parts.job);
+        // What was told is not told again; but a run that an alarm stopped is stopped by it again.
+        if parts.job.alarms.policy != AlarmPolicy::Stop {
+            parts.judged.rows().for_each(|row| drop(watch.evaluation(row)));
+        }
         Shell {
+            watched: parts.records.last_step(),
+            watch,
+            judged: parts.judged,
+            best: None,
             machine: Machine::new(settings, parts.recovered),
             keeper: Keeper::start(parts.checkpoints, parts.job.checkpoint.keep_last),
             job: parts.job,
@@ -207,6 +232,12 @@ impl Shell {
         }
         self.publish();
         self.see_off().await;
+        // What was ordered last may be the name of the best checkpoint.
+        if !self.keeper.finish(KEEPER_LIMIT).await {
+            self.records.message(
+                "warning: the checkpoint storage takes too long; best.json may be of an earlier checkpoint",
+            );
+        }
         let outcome = self.outcome.take().unwrap_or(Outcome::Stopped(None));
         self.records.finish(&outcome, self.signal);
         Ok(Ended { outcome, signal: self.signal })

@@ -10,6 +10,7 @@ use ganglion_membership::{
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as ValueError, StrDeserializer};
 
+use crate::evaluation::{Alarms, Evaluation, EvaluationRow};
 use crate::job::{self, Job, Length};
 use crate::message::{
     Assignment, FromWorker, GpuUse, Hello, MetricsRow, Profile, Resume, SampleGrid, ToWorker, Usage, Welcome,
@@ -34,7 +35,7 @@ fn required<T>(field: Option<T>, name: &str) -> Result<T, Malformed> {
     field.ok_or_else(|| Malformed(format!("{name} is missing")))
 }
 
-fn clipped(mut text: String) -> String {
+pub(crate) fn clipped(mut text: String) -> String {
     if text.len() > TEXT_LIMIT {
         let cut = (0..=TEXT_LIMIT).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
         text.truncate(cut);
@@ -90,6 +91,7 @@ impl FromWorker {
                 height: grid.height,
                 channels: grid.channels,
             }),
+            FromWorker::Evaluation(row) => Message::Evaluation(row.to_wire()),
             FromWorker::PhaseSkipped(position, detail) => {
                 Message::PhaseSkipped(wire::PhaseSkipped { position: position.0, detail })
             }
@@ -132,6 +134,7 @@ impl FromWorker {
                 height: grid.height,
                 channels: grid.channels,
             }),
+            Message::Evaluation(row) => FromWorker::Evaluation(EvaluationRow::from_wire(row)?),
             Message::PhaseSkipped(skipped) => {
                 FromWorker::PhaseSkipped(Position(skipped.position), clipped(skipped.detail))
             }
@@ -367,6 +370,9 @@ impl ToWorker {
             ToWorker::MetricsRecorded(step) => Message::MetricsRecorded(wire::MetricsRecorded { step }),
             ToWorker::Reject(reason) => Message::Reject(wire::Reject { reason }),
             ToWorker::Release { complete } => Message::Release(wire::Release { complete }),
+            ToWorker::EvaluationsRecorded(steps) => {
+                Message::EvaluationsRecorded(wire::EvaluationsRecorded { steps })
+            }
             ToWorker::Pulse => Message::Pulse(wire::Pulse {}),
             ToWorker::CheckpointRecorded(step, phase) => {
                 Message::CheckpointRecorded(wire::CheckpointRecorded { step, phase })
@@ -407,6 +413,7 @@ impl ToWorker {
             Message::Reject(reject) => ToWorker::Reject(clipped(reject.reason)),
             Message::Release(release) => ToWorker::Release { complete: release.complete },
             Message::Pulse(_) => ToWorker::Pulse,
+            Message::EvaluationsRecorded(recorded) => ToWorker::EvaluationsRecorded(recorded.steps),
             Message::CheckpointRecorded(at) => ToWorker::CheckpointRecorded(at.step, at.phase),
         };
         Ok((term, message))
@@ -516,7 +523,7 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
 
 // ---- The job -----------------------------------------------------------------------------------------------------
 
-fn from_name<T: DeserializeOwned>(name: &str, key: &str) -> Result<T, Malformed> {
+pub(crate) fn from_name<T: DeserializeOwned>(name: &str, key: &str) -> Result<T, Malformed> {
     let parsed: Result<T, ValueError> = T::deserialize(StrDeserializer::new(name));
     parsed.map_err(|error| Malformed(format!("{key}: {error}")))
 }
@@ -581,6 +588,8 @@ fn job_to_wire(job: &Job) -> wire::Job {
         }),
         sample: Some(wire::Sample { every_steps: job.sample.every_steps, count: job.sample.count }),
         metrics: Some(wire::Metrics { every_steps: job.metrics.every_steps }),
+        evaluation: Some(job.evaluation.to_wire()),
+        alarms: Some(job.alarms.to_wire()),
     }
 }
 
@@ -614,6 +623,8 @@ fn job_from_wire(wire: wire::Job) -> Result<Job, Malformed> {
         checkpoint: checkpoint_from_wire(required(wire.checkpoint, "job.checkpoint")?),
         sample: sample_from_wire(&required(wire.sample, "job.sample")?),
         metrics: job::Metrics { every_steps: required(wire.metrics, "job.metrics")?.every_steps },
+        evaluation: Evaluation::from_wire(wire.evaluation)?,
+        alarms: Alarms::from_wire(wire.alarms)?,
     })
 }
 

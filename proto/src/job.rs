@@ -10,6 +10,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::evaluation::{Alarms, Evaluation};
+
 /// A training job, resolved: defaults filled in, paths absolute.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Job {
@@ -31,6 +33,12 @@ pub struct Job {
     pub sample: Sample,
     /// When metrics are reported.
     pub metrics: Metrics,
+    /// When what is drawn is judged, and how.
+    #[serde(default)]
+    pub evaluation: Evaluation,
+    /// What is told of a run that goes wrong.
+    #[serde(default)]
+    pub alarms: Alarms,
 }
 
 /// Section `[job]`.

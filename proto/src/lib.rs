@@ -8,6 +8,7 @@
 mod convert;
 pub mod credentials;
 pub mod dial;
+pub mod evaluation;
 pub mod failpoint;
 pub mod job;
 pub mod log;

@@ -4,6 +4,7 @@ use ganglion_membership::{
     Fault, Generation, Group, LoadedFacts, Plan, Position, Progress, Rested, Term, WorkerId, WrittenPart,
 };
 
+use crate::evaluation::EvaluationRow;
 use crate::job::Job;
 
 /// A worker's message.
@@ -27,6 +28,8 @@ pub enum FromWorker {
     PartDelayed(u64, String, String),
     /// A grid of generated samples.
     Samples(SampleGrid),
+    /// What was made of an evaluation.
+    Evaluation(EvaluationRow),
     /// The phase that started at a position was skipped: what is not finite.
     PhaseSkipped(Position, String),
     /// It has trained to the end (`true`) or to a planned stop.
@@ -70,6 +73,8 @@ pub enum ToWorker {
     Pulse,
     /// Nothing more is needed for the checkpoint of this step and phase, and those before.
     CheckpointRecorded(u64, u32),
+    /// The evaluations of these steps are on disk.
+    EvaluationsRecorded(Vec<u64>),
 }
 
 /// How a worker introduces itself.

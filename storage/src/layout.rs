@@ -1,6 +1,7 @@
 //! What lies where in a storage: the one place that knows.
 //!
-//! `.run` names the run that the storage belongs to, `latest` the newest checkpoint. A checkpoint is a folder
+//! `.run` names the run that the storage belongs to, `latest` the newest checkpoint, `best.json` the best one, of which
+//! `model-card.md` tells. A checkpoint is a folder
 //! `step-00001000`, and is one once it has its `manifest.json`. How that and the workers' left rows look, the `proto` crate
 //! knows.
 
@@ -18,6 +19,10 @@ use crate::Storage;
 const MARKER: &str = ".run";
 /// The newest checkpoint's folder, and a line's end. A hint.
 pub const LATEST: &str = "latest";
+/// Says which checkpoint is the best.
+pub const BEST: &str = "best.json";
+/// Tells of the best checkpoint.
+pub const MODEL_CARD: &str = "model-card.md";
 /// A checkpoint's manifest, in its folder.
 pub const MANIFEST: &str = "manifest.json";
 

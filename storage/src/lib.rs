@@ -31,7 +31,7 @@ pub use address::Address;
 pub use blocking::Blocking;
 pub use bytes::Bytes;
 pub use failure::reason;
-pub use layout::{Claim, LATEST, MANIFEST, in_folder};
+pub use layout::{BEST, Claim, LATEST, MANIFEST, MODEL_CARD, in_folder};
 pub use object_store::path::Path;
 pub use object_store::{Error, PutPayload, Result};
 pub use pause::Pauses;

@@ -52,6 +52,40 @@ fn a_worker_may_die_at_any_instant_of_a_phase() {
     }
 }
 
+/// A generator's phase over pairs reads the real samples of the phase before it once more, and a controller of augmentation
+/// is healed with the rest of the state.
+#[test]
+fn a_worker_may_die_among_pairs_and_controllers() {
+    const FEW: &[&str] = &[
+        "job.steps=8",
+        "job.data_shards=6",
+        "job.shard_batch=2",
+        "checkpoint.every_steps=3",
+        "loss.discriminator_steps=2",
+        "model.conditional=true",
+        "model.width=8",
+        "model.latent_dim=8",
+        "loss.r1=0.5",
+        "loss.penalty_every=2",
+    ];
+    const PAIRS: &[&str] =
+        &["model.kind=r3gan-28", "augmentation.kinds=color,cutout", "augmentation.probability=0.5"];
+    const CONTROLLED: &[&str] = &[
+        "model.kind=sngan-32",
+        "data.resize=32",
+        "augmentation.kinds=flip,translation",
+        "augmentation.adaptive=true",
+        "augmentation.adjust_images=100",
+    ];
+    for (kind, points) in [(PAIRS, ["commit@8", "gather@9"]), (CONTROLLED, ["gather@10", "commit@11"])] {
+        let reference = Reference::of(&[FEW, kind]);
+        for point in points {
+            let (run, coordinator) = with_failpoint(&[FEW, kind, &["job.failure_deadline=2"]], 3, point);
+            assert_same(&run, coordinator, &reference, point);
+        }
+    }
+}
+
 #[test]
 fn a_worker_whose_training_stands_still_is_replaced() {
     let point = "hang:reduce@401";

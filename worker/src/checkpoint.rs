@@ -17,7 +17,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tch::{Device, Kind, Tensor};
 
 use crate::nn::Models;
-use crate::state::{Counters, NamedTensor, StateLayout};
+use crate::state::{Counters, Layout, NamedTensor, StateLayout};
 
 /// State parts are about this large, within the limits of [`part_count`].
 const PART_BYTES: usize = 64 << 20;
@@ -342,6 +342,16 @@ fn serialize<'a>(
 ) -> PutPayload {
     let bytes = safetensors::serialize(tensors, None).expect("names are unique and sizes fit");
     with_metadata(bytes.into(), &about)
+}
+
+/// The bytes of a safetensors file with the tensors of a flat buffer.
+pub fn serialize_floats(layout: &Layout, flat: &Tensor, about: BTreeMap<String, String>) -> Vec<u8> {
+    let bytes = to_bytes(flat);
+    let views = layout.entries().map(|(spec, offset)| {
+        let range = 4 * offset..4 * (offset + spec.numel());
+        (spec.name.clone(), view(Dtype::F32, &spec.shape, &bytes[range]))
+    });
+    serialize(views, about).iter().flatten().copied().collect()
 }
 
 /// Puts the metadata into a file's header. The library keeps it in a hash map, whose order changes from run to run.

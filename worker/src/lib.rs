@@ -18,6 +18,7 @@ pub mod checkpoint;
 pub mod commit;
 pub mod data;
 pub mod device;
+pub mod eval;
 pub mod exchange;
 pub mod finite;
 pub mod gpu;

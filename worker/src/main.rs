@@ -12,6 +12,8 @@ use ganglion_proto::log::{self, JsonLines};
 use ganglion_proto::trace::Trace;
 use ganglion_storage::{Address, Blocking, Bytes, LATEST, Path as StoragePath, Storage, reason};
 use ganglion_worker::device::{DeviceChoice, gpus};
+use ganglion_worker::eval::commands::{Eval, TrainClassifier, eval, train_classifier};
+use ganglion_worker::random::Purpose;
 use ganglion_worker::run::{Failure, Released, SPAWN_TOKEN, run};
 use ganglion_worker::sample::{Generator, SampleError, grid};
 use ganglion_worker::stay::Stay;
@@ -62,8 +64,12 @@ struct Join {
 enum Command {
     /// Draws samples from the generator's moving average.
     Sample(SampleArguments),
+    /// Judges the samples of a checkpoint.
+    Eval(Eval),
     /// Prints how many GPUs this program can use here.
     Gpus,
+    /// Trains the digit classifier that metrics use, again or anew.
+    TrainClassifier(TrainClassifier),
 }
 
 #[derive(Args)]
@@ -97,6 +103,8 @@ fn main() -> ExitCode {
             let _ = writeln!(std::io::stdout(), "{}", gpus());
             Ok(())
         }
+        (Some(Command::Eval(arguments)), _) => evaluate(&arguments),
+        (Some(Command::TrainClassifier(arguments)), _) => train_classifier(&arguments),
         (None, Some(arguments)) => join(&arguments),
         (None, None) => Err(Failure::Input("nothing to do; see --help".to_string())),
     };
@@ -178,7 +186,7 @@ fn sample(arguments: &SampleArguments) -> Result<(), Failure> {
     let images = match (arguments.class, generator.classes()) {
         (None, _) => generator.draw(arguments.seed, arguments.count),
         (Some(class), classes) if class < classes => {
-            generator.draw_classes(arguments.seed, arguments.count, |_| class)
+            generator.draw_classes(Purpose::Samples, arguments.seed, arguments.count, |_| class)
         }
         (Some(class), 0) => {
             let what = format!("--class {class}: the generator knows no classes; leave --class out");
@@ -195,6 +203,11 @@ fn sample(arguments: &SampleArguments) -> Result<(), Failure> {
         .map_err(|error| Failure::Input(format!("--out {}: {error}", arguments.out.display())))?;
     let _ = writeln!(std::io::stdout(), "{}", arguments.out.display());
     Ok(())
+}
+
+fn evaluate(arguments: &Eval) -> Result<(), Failure> {
+    let found = arguments.checkpoint.as_deref().map(generator).transpose()?;
+    eval(arguments, found.as_ref().map(|(name, bytes)| (name.clone(), &bytes[..])))
 }
 
 /// Finds and reads the weights under a file, a checkpoint's folder, a storage, or a run's folder.

@@ -28,6 +28,10 @@ pub enum Purpose {
     Augmentation = 7,
     /// A network's own draws; `phase` tells the passes of a leaf apart.
     Network = 9,
+    /// Noise of evaluations; `step` is the sample's index.
+    Evaluation = 10,
+    /// The digit classifier's training: `step` 0 for the weights (`shard` is the tensor's index), then the moves of each batch.
+    Classifier = 11,
 }
 
 /// Where in the run a draw belongs.

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use ganglion_membership::{Fault, LoadedFacts};
 use ganglion_proto::dial::Credentials;
-use ganglion_proto::job::Job;
+use ganglion_proto::job::{Data, Job};
 use ganglion_proto::log;
 use ganglion_proto::message::FromWorker;
 use ganglion_proto::trace::{Nothing, Trace, Track};
@@ -16,6 +16,9 @@ use crate::archive::{Archive, Context};
 use crate::beginning::Beginning;
 use crate::data::{DataError, DataSet};
 use crate::device::{self, DeviceChoice};
+use crate::eval::EvalError;
+use crate::eval::beside::{self, Evaluations};
+use crate::eval::judge::Means;
 use crate::gpu::GpuWatch;
 use crate::nn::{Models, layers};
 use crate::passport;
@@ -207,20 +210,51 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
         track: trace.track(2, "archive"),
     };
     let archive = Archive::start(context).map_err(|error| Failure::Other(error.to_string()))?;
+    let data = Arc::new(data);
+    let evaluations = evaluations(&job, &models, &layout, &data, session, trace)?;
     session.loaded(facts);
     Ok(Trainer {
         job,
         models,
         layout,
         beginning,
-        data: Arc::new(data),
+        data,
         device,
         session: session.clone(),
         storage,
         reading: None,
         archive,
+        evaluations,
         held: None,
         unformed: 0,
         track: track.clone(),
     })
+}
+
+/// Opens what evaluations need, if the job has any, and starts their thread.
+fn evaluations(
+    job: &Job,
+    models: &Models,
+    layout: &StateLayout,
+    data: &Arc<DataSet>,
+    session: &Arc<Session>,
+    trace: &Trace,
+) -> Result<Evaluations, Failure> {
+    let settings = &job.evaluation;
+    let wanted = settings.every_steps != 0 || settings.with_checkpoints;
+    let open = || -> Result<beside::Context, EvalError> {
+        let held_out = settings.held_out.clone().map(|path| Data { path: Some(path), ..job.data.clone() });
+        let held_out = held_out.map(|data| DataSet::open(&data)).transpose()?;
+        Ok(beside::Context {
+            job: job.clone(),
+            models: models.clone(),
+            layout: layout.clone(),
+            data: data.clone(),
+            means: Means::open(settings, data.shape(), held_out)?,
+            session: session.clone(),
+            track: trace.track(3, "evaluation"),
+        })
+    };
+    let context = wanted.then(open).transpose()?;
+    Evaluations::start(context, session).map_err(|error| Failure::Other(error.to_string()))
 }

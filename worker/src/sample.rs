@@ -38,6 +38,7 @@ pub struct Generator {
     network: Arc<dyn Network>,
     latent_dim: usize,
     classes: u32,
+    shape: ImageShape,
     weights: Vec<Tensor>,
     buffers: Vec<Tensor>,
 }
@@ -65,22 +66,27 @@ pub fn grid_of(
     layout: &StateLayout,
     snapshot: &Snapshot,
 ) -> Result<SampleGrid, SampleError> {
-    let range = layout.ema_range();
-    let average = from_bytes(&snapshot.flat[4 * range.start..4 * range.end]);
-    let sections = &layout.generator;
-    let parameters = sections.parameters.len();
-    let generator = Generator {
-        network: models.generator.clone(),
-        latent_dim: models.latent_dim,
-        classes: models.classes,
-        weights: sections.parameters.views(&narrow(&average, 0..parameters)),
-        buffers: sections.buffers.views(&narrow(&average, parameters..range.len())),
-    };
-    let images = generator.draw(job.job.seed, job.sample.count);
+    let images = Generator::of_average(models, layout, snapshot).draw(job.job.seed, job.sample.count);
     grid(&images, snapshot.step)
 }
 
 impl Generator {
+    /// The moving average of a state.
+    pub fn of_average(models: &Models, layout: &StateLayout, snapshot: &Snapshot) -> Generator {
+        let range = layout.ema_range();
+        let average = from_bytes(&snapshot.flat[4 * range.start..4 * range.end]);
+        let sections = &layout.generator;
+        let parameters = sections.parameters.len();
+        Generator {
+            network: models.generator.clone(),
+            latent_dim: models.latent_dim,
+            classes: models.classes,
+            shape: models.shape,
+            weights: sections.parameters.views(&narrow(&average, 0..parameters)),
+            buffers: sections.buffers.views(&narrow(&average, parameters..range.len())),
+        }
+    }
+
     /// Reads the bytes of a `generator_ema.safetensors`. `file` names it in errors; `script` is the TorchScript that it
     /// belongs to, if that is not where it was.
     pub fn read(file: &str, bytes: &[u8], script: Option<&Path>) -> Result<Generator, SampleError> {
@@ -129,7 +135,7 @@ impl Generator {
         };
         let weights = load(Layout::new(network.parameters()))?;
         let buffers = load(Layout::new(network.buffers()))?;
-        Ok(Generator { network, latent_dim: model.latent_dim as usize, classes, weights, buffers })
+        Ok(Generator { network, latent_dim: model.latent_dim as usize, classes, shape, weights, buffers })
     }
 
     /// How many classes it knows; 0 for none.
@@ -137,19 +143,35 @@ impl Generator {
         self.classes
     }
 
+    /// The images that it draws.
+    pub fn shape(&self) -> ImageShape {
+        self.shape
+    }
+
     /// `count` images, (count, c, h, w) in [-1, 1]. Sample i depends on the seed and i alone. A conditional generator draws
     /// one class after the other.
     pub fn draw(&self, seed: u64, count: u32) -> Tensor {
+        self.draw_for(Purpose::Samples, seed, count)
+    }
+
+    /// The same, from noise for another purpose.
+    pub fn draw_for(&self, purpose: Purpose, seed: u64, count: u32) -> Tensor {
         let classes = self.classes.max(1);
-        self.draw_classes(seed, count, |index| index % classes)
+        self.draw_classes(purpose, seed, count, |index| index % classes)
     }
 
     /// The same with the class of each sample, below [`classes`](Self::classes), by its index; a generator that knows no
     /// classes does not ask.
-    pub fn draw_classes(&self, seed: u64, count: u32, class: impl Fn(u32) -> u32) -> Tensor {
+    pub fn draw_classes(
+        &self,
+        purpose: Purpose,
+        seed: u64,
+        count: u32,
+        class: impl Fn(u32) -> u32,
+    ) -> Tensor {
         let latent = self.latent_dim;
         let noise = |index: u32| {
-            let key = Key { seed, step: u64::from(index), phase: 0, shard: 0, purpose: Purpose::Samples };
+            let key = Key { seed, step: u64::from(index), phase: 0, shard: 0, purpose };
             key.normal(latent)
         };
         let indices: Vec<u32> = (0..count).collect();

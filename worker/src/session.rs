@@ -15,7 +15,7 @@ mod lease;
 mod probe;
 mod store;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -26,6 +26,7 @@ use ganglion_membership::{
     WrittenPart,
 };
 use ganglion_proto::dial::Credentials;
+use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow, Resume, Welcome};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
@@ -39,6 +40,9 @@ pub use probe::unreachable;
 use store::GrpcStore;
 
 use crate::tunnel::Tunnels;
+
+/// Steps of recorded evaluations that are remembered.
+const RECORDED_LIMIT: usize = 64;
 
 /// How a worker's part in a run ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,6 +108,16 @@ struct Inbox {
     /// Whether the coordinator gets the rows from this member.
     reports_rows: bool,
     parts: VecDeque<WrittenPart>,
+    evaluations: Evaluations,
+}
+
+/// Evaluations that were made, and those that need no making.
+#[derive(Default)]
+struct Evaluations {
+    /// Not recorded, as far as this worker heard.
+    rows: VecDeque<EvaluationRow>,
+    /// The newest steps of recorded ones.
+    recorded: BTreeSet<u64>,
 }
 
 impl Session {
@@ -334,6 +348,21 @@ impl Session {
         inbox.rows.retain(|row| row.step <= step);
         inbox.parts.retain(|part| part.step <= step);
         inbox.rows.iter().for_each(|row| self.send(FromWorker::Metrics(row.clone())));
+        inbox.evaluations.rows.iter().for_each(|row| self.send(FromWorker::Evaluation(row.clone())));
+    }
+
+    /// Reports an evaluation, and keeps the row until it is recorded.
+    pub fn report_evaluation(&self, row: EvaluationRow) {
+        let mut inbox = self.shared.lock();
+        if !inbox.evaluations.recorded.contains(&row.step) {
+            inbox.evaluations.rows.push_back(row.clone());
+            self.send(FromWorker::Evaluation(row));
+        }
+    }
+
+    /// Whether the coordinator has said that the evaluation of a step is recorded.
+    pub fn is_evaluated(&self, step: u64) -> bool {
+        self.shared.lock().evaluations.recorded.contains(&step)
     }
 
     /// Reports a written file, and keeps the report until the checkpoint needs it no more.
@@ -381,6 +410,7 @@ impl Shared {
             rows: VecDeque::new(),
             reports_rows: false,
             parts: VecDeque::new(),
+            evaluations: Evaluations::default(),
         };
         Shared {
             inbox: Mutex::new(inbox),
@@ -455,6 +485,7 @@ impl Shared {
         if inbox.reports_rows {
             again.extend(inbox.rows.iter().cloned().map(FromWorker::Metrics));
         }
+        again.extend(inbox.evaluations.rows.iter().cloned().map(FromWorker::Evaluation));
         again.extend(inbox.parts.iter().cloned().map(FromWorker::PartWritten));
         again
     }
@@ -505,6 +536,15 @@ impl Shared {
 
     fn forget_parts(&self, recorded: (u64, u32)) {
         self.lock().parts.retain(|part| (part.step, part.phase) > recorded);
+    }
+
+    fn forget_evaluations(&self, steps: &[u64]) {
+        let evaluations = &mut self.lock().evaluations;
+        evaluations.rows.retain(|row| !steps.contains(&row.step));
+        evaluations.recorded.extend(steps);
+        while evaluations.recorded.len() > RECORDED_LIMIT {
+            evaluations.recorded.pop_first();
+        }
     }
 
     fn end(&self, end: End) {

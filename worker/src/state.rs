@@ -382,7 +382,8 @@ impl State {
     }
 }
 
-fn initial_values(key: Key, spec: &TensorSpec) -> Tensor {
+/// The values that a tensor starts with, flat.
+pub fn initial_values(key: Key, spec: &TensorSpec) -> Tensor {
     match &spec.init {
         Init::Constant(value) => Tensor::full(
             [i64::try_from(spec.numel()).expect("fewer than 2^63")],

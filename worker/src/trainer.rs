@@ -17,6 +17,7 @@ use crate::checkpoint::{CheckpointError, Files, Snapshot, file_count, from_bytes
 use crate::commit::{commit, skip};
 use crate::data::{Batch, DataError, DataSet, Plan, Prefetcher};
 use crate::device;
+use crate::eval::beside::Evaluations;
 use crate::exchange::{ReduceError, Reduced, Trailer};
 use crate::finite::{NonFinite, Verdict, judge};
 use crate::nn::Models;
@@ -60,6 +61,8 @@ pub struct Trainer {
     pub reading: Option<Reading>,
     /// Who writes them.
     pub archive: Archive,
+    /// Who judges what the generator draws.
+    pub evaluations: Evaluations,
     /// The state after the newest commit; none before the first assignment.
     pub held: Option<(State, Carried)>,
     /// Groups in a row that did not come to train.
@@ -97,6 +100,14 @@ struct Course {
     paired: Option<Samples>,
     /// What the next step begins with, made while the others were waited for.
     ahead: Option<(Samples, LeafPart)>,
+}
+
+/// What is to be done with the state after a step.
+#[derive(Clone, Copy, Default)]
+struct Due {
+    checkpoint: bool,
+    samples: bool,
+    evaluation: bool,
 }
 
 /// The real samples of a phase.
@@ -204,6 +215,7 @@ impl Trainer {
         {
             // Rolled back, or condemned: what was held must not be saved or passed on any more.
             self.archive.discard();
+            self.evaluations.discard_after(group.position.0 / self.job.phases_per_step());
             self.held = None;
             self.session.void_is_gone();
         }
@@ -316,6 +328,7 @@ impl Trainer {
     fn catch_up(&self, assignment: &Assignment, state: &State, carried: &Carried) {
         let steps_done = state.counters.position.0 / self.job.phases_per_step();
         self.session.report_kept(Rank(assignment.rank), steps_done);
+        self.evaluations.take_over();
         let samples = self.data.len() as u64;
         let (step, phase) = place(state.counters, &phases(&self.job));
         let at_the_end_of_a_step = phase == 0 && (1..self.job.last_step(samples)).contains(&step);
@@ -324,8 +337,10 @@ impl Trainer {
                 // Whoever healed this member has reported it, and may be gone before anybody recorded it.
                 self.session.report_unless_kept(Rank(assignment.rank), self.row(state, carried));
             }
-            let checkpoint = self.job.checkpoint_due(step, samples);
-            self.save(assignment, state, checkpoint, self.job.sample_due(step, samples));
+            self.save(assignment, state, self.due(step));
+        } else if at_the_end_of_a_step {
+            // Of the states that the last group had nobody may be left but the one that was saved.
+            self.save(assignment, state, Due { evaluation: self.due(step).evaluation, ..Due::default() });
         }
     }
 
@@ -528,8 +543,17 @@ impl Trainer {
         // The last state, of the job or before a stop, is saved by `finish`.
         let last = stopping || step == self.job.last_step(samples);
         if !last {
-            let checkpoint = self.job.checkpoint_due(step, samples);
-            self.save(assignment, state, checkpoint, self.job.sample_due(step, samples));
+            self.save(assignment, state, self.due(step));
+        }
+    }
+
+    /// What is due once so many steps are done.
+    fn due(&self, step: u64) -> Due {
+        let samples = self.data.len() as u64;
+        Due {
+            checkpoint: self.job.checkpoint_due(step, samples),
+            samples: self.job.sample_due(step, samples),
+            evaluation: self.job.evaluation_due(step, samples),
         }
     }
 
@@ -554,14 +578,21 @@ impl Trainer {
         }
     }
 
-    fn save(&self, assignment: &Assignment, state: &State, checkpoint: bool, samples: bool) {
-        let files = if checkpoint { self.files_to_write(assignment) } else { Vec::new() };
-        // Every member could draw the same grid: the first one does.
-        let samples = samples && assignment.rank == 0;
-        if files.is_empty() && !samples {
+    fn save(&self, assignment: &Assignment, state: &State, due: Due) {
+        let files = if due.checkpoint { self.files_to_write(assignment) } else { Vec::new() };
+        // Every member could draw the same grid and judge the same samples: the first one does.
+        let is_first = assignment.rank == 0;
+        let samples = due.samples && is_first;
+        if files.is_empty() && !samples && !due.evaluation {
             return;
         }
-        self.archive.push(Order { snapshot: Arc::new(self.snapshot(state)), files, samples });
+        let snapshot = Arc::new(self.snapshot(state));
+        if due.evaluation {
+            self.evaluations.push(snapshot.clone(), is_first);
+        }
+        if !files.is_empty() || samples {
+            self.archive.push(Order { snapshot, files, samples });
+        }
     }
 
     fn snapshot(&self, state: &State) -> Snapshot {
@@ -589,8 +620,13 @@ impl Trainer {
     /// Saves the last state and waits until it is on the storage.
     fn finish(&self, assignment: &Assignment, state: &State, complete: bool) -> Result<Rest, TeamError> {
         let samples = complete && self.job.sample.every_steps != 0;
-        self.save(assignment, state, true, samples);
+        let step = state.counters.position.0 / self.job.phases_per_step();
+        let evaluation = self.due(step).evaluation;
+        self.save(assignment, state, Due { checkpoint: true, samples, evaluation });
         self.archive.drain(|| self.session.end().is_some());
+        // Should the member that makes the last evaluation be lost, the others are still here to make it.
+        let generation = assignment.group.generation;
+        self.evaluations.drain(|| self.session.end().is_some() || self.session.is_aborted(generation));
         Ok(Rest::Finished { complete })
     }
 

@@ -28,6 +28,8 @@ const READY_LIMIT: Duration = Duration::from_secs(5);
 const POINTS: (u64, u64) = (600, 2000);
 /// Events in a page, and their bytes.
 const EVENT_PAGE: (usize, usize) = (500, 256 << 10);
+/// Evaluations in a list.
+const EVALUATIONS: usize = 500;
 /// Pictures in a list.
 const PICTURES: usize = 500;
 
@@ -54,6 +56,7 @@ pub fn router(site: Arc<Site>) -> Router {
         .route("/api/metrics", get(tell_metrics))
         .route("/api/events", get(tell_events))
         .route("/api/samples", get(tell_samples))
+        .route("/api/evaluations", get(tell_evaluations))
         .route("/samples/{name}", get(show_picture))
         .route("/metrics", get(tell_prometheus))
         .route("/healthz", get(async || "ok\n"))
@@ -162,6 +165,9 @@ async fn tell_status(State(site): State<Arc<Site>>) -> Response {
         told["events"] = known.event_count.into();
         told["pictures"] = known.count("samples").into();
         told["checkpoints"] = json!(known.checkpoints);
+        told["evaluations"] = known.evaluations.len().into();
+        told["best"] = json!(known.best);
+        told["alarms"] = json!(known.alarms);
     }
     told["job"] = site.job.clone();
     site.asked.send_replace(Some((Instant::now(), !view.status.outcome.is_empty())));
@@ -219,6 +225,12 @@ async fn tell_samples(State(site): State<Arc<Site>>) -> Response {
     let steps = site.chronicle.look().pictures(PICTURES);
     let name = |step: u64| json!({ "step": step, "url": format!("/samples/{}", picture_name(step)) });
     as_json(&json!({ "samples": steps.into_iter().map(name).collect::<Vec<_>>() }))
+}
+
+async fn tell_evaluations(State(site): State<Arc<Site>>) -> Response {
+    let evaluations: Vec<_> =
+        site.chronicle.look().evaluations.values().rev().take(EVALUATIONS).cloned().collect();
+    as_json(&json!({ "evaluations": evaluations.into_iter().rev().collect::<Vec<_>>() }))
 }
 
 fn picture_name(step: u64) -> String {

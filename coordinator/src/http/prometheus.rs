@@ -13,6 +13,7 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
 
 use super::View;
+use crate::alarms::Alarm;
 use crate::journal::now;
 use crate::report::chronicle::{Chronicle, Known, RowLine};
 
@@ -60,6 +61,7 @@ pub fn render(view: &View, chronicle: &Chronicle, form: Form) -> Result<String, 
         }
     }
     of_workers(&mut registry, &view.status.workers);
+    of_evaluations(&mut registry, &chronicle.look());
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(if form == Form::Text { plain(&text) } else { text })
@@ -201,6 +203,21 @@ fn of_row(registry: &mut Registry, row: &RowLine) {
         })
     });
     gauges(registry, "step_part_seconds", "Where the time of a step goes, by module and part", parts);
+}
+
+fn of_evaluations(registry: &mut Registry, known: &Known) {
+    let raised = |alarm: &Alarm| f64::from(u8::from(known.alarms.contains_key(alarm.name())));
+    let alarms = Alarm::ALL.iter().map(|alarm| (vec![("alarm", alarm.name().to_string())], raised(alarm)));
+    gauges(registry, "alarm", "Whether an alarm of the run is raised", alarms);
+    let Some(newest) = known.evaluations.values().next_back() else { return };
+    let figures =
+        newest.metrics.iter().filter_map(|(name, value)| Some((vec![("metric", name.clone())], (*value)?)));
+    gauges(registry, "evaluation", "The figures of the newest evaluation", figures);
+    gauge(registry, "evaluation_step", "The step of the newest evaluation", float(newest.step));
+    gauge(registry, "evaluation_seconds", "How long the newest evaluation took", newest.seconds);
+    if let Some(best) = &known.best {
+        gauge(registry, "best_checkpoint_step", "The step of the best checkpoint", float(best.step));
+    }
 }
 
 fn of_workers(registry: &mut Registry, workers: &[WorkerStatus]) {

@@ -4,6 +4,7 @@
 //! 2. A [`Job`] that leaves here is whole and checked: defaults filled in, paths absolute, sizes within limits.
 //! 3. Reading what [`render`] wrote gives the same job.
 
+mod evaluation;
 mod models;
 mod sections;
 mod settings;
@@ -34,6 +35,13 @@ const CHANGEABLE: &[&str] = &[
     "sample.every_steps",
     "sample.count",
     "metrics.every_steps",
+    "evaluation.every_steps",
+    "evaluation.with_checkpoints",
+    "alarms.policy",
+    "alarms.after_images",
+    "alarms.collapse",
+    "alarms.overfitting",
+    "alarms.saturated_rows",
 ];
 
 /// Where a job comes from.

@@ -40,7 +40,7 @@ const DATA_KINDS: &[(&str, DataKind)] = &[
 ];
 
 /// The number of steps or samples that a cadence may span; 0 means never.
-const CADENCE: RangeInclusive<u64> = 0..=MAX_STEPS;
+pub(super) const CADENCE: RangeInclusive<u64> = 0..=MAX_STEPS;
 
 /// Reads all sections. The result has meaning only if `settings` ends without an error.
 pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_paths: bool) -> Job {
@@ -54,6 +54,8 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
         checkpoint: checkpoint(settings),
         sample: sample(settings),
         metrics: metrics(settings),
+        evaluation: super::evaluation::evaluation(settings, data.kind, check_paths),
+        alarms: super::evaluation::alarms(settings),
         job: general,
         data,
         model,

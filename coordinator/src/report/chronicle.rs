@@ -17,6 +17,8 @@ use super::curve::{Bucket, Curve, Point, SERIES};
 const EVENT_BYTES: usize = 4 << 20;
 /// Checkpoints that are kept.
 const CHECKPOINTS: usize = 32;
+/// Evaluations that are kept.
+const EVALUATIONS: usize = 4096;
 /// Pictures that are known by name.
 const PICTURES: usize = 100_000;
 
@@ -46,6 +48,12 @@ pub struct Known {
     /// The newest checkpoints, oldest first.
     pub checkpoints: VecDeque<CheckpointLine>,
     pictures: BTreeSet<u64>,
+    /// The newest evaluations, by step.
+    pub evaluations: BTreeMap<u64, EvaluationLine>,
+    /// The best checkpoint.
+    pub best: Option<BestLine>,
+    /// What goes wrong now, by name, and why.
+    pub alarms: BTreeMap<String, String>,
 }
 
 /// A row of metrics, as its line has it.
@@ -113,6 +121,34 @@ pub struct CheckpointLine {
     pub state_digest: String,
 }
 
+/// An evaluation, as its event has it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct EvaluationLine {
+    pub step: u64,
+    pub time: f64,
+    pub metrics: BTreeMap<String, Option<f64>>,
+    pub features: String,
+    pub seconds: f64,
+}
+
+/// Why there is an alarm.
+#[derive(Deserialize)]
+struct Detail {
+    #[serde(default)]
+    detail: String,
+}
+
+/// The best checkpoint, as its event has it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct BestLine {
+    pub step: u64,
+    pub folder: String,
+    pub metric: String,
+    pub value: f64,
+}
+
 /// What is looked at of an event.
 #[derive(Deserialize)]
 struct EventLine<'a> {
@@ -122,6 +158,8 @@ struct EventLine<'a> {
     fault: Option<&'a str>,
     #[serde(default)]
     step: Option<u64>,
+    #[serde(default)]
+    alarm: Option<&'a str>,
 }
 
 impl RowLine {
@@ -208,6 +246,26 @@ impl Known {
                     self.checkpoints.pop_front();
                 }
             }
+            _ => self.note_judged(event, line),
+        }
+    }
+
+    fn note_judged(&mut self, event: &EventLine<'_>, line: &[u8]) {
+        match (event.kind, event.alarm) {
+            ("evaluation", _) => {
+                let Ok(evaluation) = serde_json::from_slice::<EvaluationLine>(line) else { return };
+                self.evaluations.insert(evaluation.step, evaluation);
+                if self.evaluations.len() > EVALUATIONS {
+                    self.evaluations.pop_first();
+                }
+            }
+            ("best_checkpoint", _) => self.best = serde_json::from_slice(line).ok().or(self.best.take()),
+            ("alarm", Some(alarm)) => {
+                let detail =
+                    serde_json::from_slice::<Detail>(line).map(|found| found.detail).unwrap_or_default();
+                self.alarms.insert(alarm.to_string(), detail);
+            }
+            ("alarm_over", Some(alarm)) => drop(self.alarms.remove(alarm)),
             _ => {}
         }
     }
@@ -299,6 +357,31 @@ mod tests {
         metrics.record(&row_of(40)).unwrap();
         metrics.record(&row_of(40)).unwrap();
         assert_eq!(again.look().rows, 4);
+    }
+
+    #[test]
+    fn evaluations_the_best_checkpoint_and_alarms_are_known() {
+        let chronicle = Chronicle::default();
+        let tell = |line: &str| chronicle.event(line.as_bytes());
+        for (step, distance) in [(20, "2.5"), (10, "null")] {
+            tell(&format!(
+                r#"{{"time":1.0,"kind":"evaluation","step":{step},"metrics":{{"kid":{distance}}},"features":"f","seconds":0.5}}"#
+            ));
+        }
+        tell(
+            r#"{"time":2.0,"kind":"best_checkpoint","step":20,"folder":"step-00000020","metric":"kid","value":2.5}"#,
+        );
+        tell(r#"{"time":3.0,"kind":"alarm","alarm":"collapse","step":20,"detail":"why"}"#);
+        {
+            let known = chronicle.look();
+            let told: Vec<_> =
+                known.evaluations.values().map(|line| (line.step, line.metrics["kid"])).collect();
+            assert_eq!(told, [(10, None), (20, Some(2.5))]);
+            assert_eq!(known.best.as_ref().map(|best| best.step), Some(20));
+            assert_eq!(known.alarms.get("collapse").map(String::as_str), Some("why"));
+        }
+        tell(r#"{"time":4.0,"kind":"alarm_over","alarm":"collapse","step":30}"#);
+        assert!(chronicle.look().alarms.is_empty());
     }
 
     /// Invariant 2.

@@ -209,7 +209,7 @@ impl Shell {
             return Ok(());
         }
         self.ordered = Some(checkpoint.position);
-        self.keeper.order(checkpoint);
+        self.keeper.order(checkpoint, self.judged.protected(self.samples));
         Ok(())
     }
 
@@ -220,10 +220,20 @@ impl Shell {
                 self.delayed(&checkpoint, &reason);
                 Ok(())
             }
+            Kept::BestDelayed(step, reason) => {
+                self.records.message(&format!(
+                    "warning: the checkpoint of step {step} is the best, and best.json cannot be written: {reason}; trying again"
+                ));
+                Ok(())
+            }
             Kept::Valid(checkpoint, begun) => {
                 self.records.timeline.stored("write manifest", begun);
                 self.records.checkpoint(&checkpoint);
                 self.send_to_all(&ToWorker::CheckpointRecorded(checkpoint.step, checkpoint.phase));
+                if checkpoint.phase == 0 {
+                    self.judged.saved(checkpoint.step);
+                    self.order_best();
+                }
                 self.handle(Event::CheckpointCommitted(checkpoint))
             }
         }

@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use ganglion_membership::{Checkpoint, Outcome, Position};
+use ganglion_proto::evaluation::{EvaluationRow, names};
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{MetricsRow, Profile, SampleGrid};
 use ganglion_proto::trace::Trace;
@@ -25,6 +26,10 @@ use crate::run_dir::write_whole;
 
 /// Rows that may wait for a storage that fails. Workers keep them too.
 const WAITING_LIMIT: usize = 1 << 16;
+
+/// The figures of an evaluation that the terminal shows.
+const SHOWN: [&str; 6] =
+    [names::FRECHET, names::SCORE, names::MODES, names::PRECISION, names::RECALL, names::WASSERSTEIN];
 
 /// All records of a run.
 pub struct Records {
@@ -111,6 +116,28 @@ impl Records {
                 "folder": checkpoint.folder(), "state_digest": checkpoint.state_digest,
             }),
         );
+    }
+
+    /// Records an evaluation.
+    pub fn evaluation(&mut self, row: &EvaluationRow) {
+        let metrics: serde_json::Map<String, serde_json::Value> =
+            row.metrics.iter().map(|(name, value)| (name.clone(), serde_json::json!(value))).collect();
+        let fields = serde_json::json!({
+            "step": row.step, "metrics": metrics, "features": row.features, "seconds": row.seconds,
+        });
+        self.event("evaluation", fields);
+        for (name, value) in &row.metrics {
+            let drawn = self.tensorboard.scalar(&format!("evaluation/{name}"), row.step, now(), *value);
+            self.note("tensorboard", drawn);
+        }
+        let shown: Vec<String> = SHOWN
+            .iter()
+            .filter_map(|name| Some(format!("{} {:.3}", name.replace('_', " "), row.get(name)?)))
+            .collect();
+        match row.metrics.is_empty() {
+            true => self.message(&format!("warning: no evaluation of step {}: {}", row.step, row.features)),
+            false => self.message(&format!("evaluation of step {}: {}", row.step, shown.join(", "))),
+        }
     }
 
     /// Tells people something, above the progress bar.

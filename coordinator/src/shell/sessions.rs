@@ -45,6 +45,7 @@ impl Shell {
             Connected { session, outbox: Some(outbox), host: host.clone(), pid, address, device, heard };
         self.workers.insert(worker, connected);
         self.send(worker, ToWorker::Welcome(Box::new(self.welcome(worker))));
+        self.send(worker, ToWorker::EvaluationsRecorded(self.judged.told()));
         let kind = if resume.is_some() { "worker_resumed" } else { "worker_joined" };
         self.records.event(kind, json!({ "worker": worker.0, "host": host, "pid": pid, "local": local }));
         self.handle(match resume {
@@ -133,6 +134,7 @@ impl Shell {
             }
             FromWorker::InputError(detail) => self.input_wrong(worker, detail),
             FromWorker::PartWritten(part) => self.handle(Event::PartWritten(worker, part)),
+            FromWorker::Evaluation(row) if self.machine.has_trained(worker) => self.take_evaluation(row),
             report if self.machine.has_trained(worker) => {
                 self.take_report(worker, report);
                 Ok(())
@@ -175,7 +177,7 @@ impl Shell {
     /// What is for people and decides nothing.
     fn take_report(&mut self, worker: WorkerId, report: FromWorker) {
         match report {
-            FromWorker::Metrics(row) => self.records.take_row(row),
+            FromWorker::Metrics(row) => self.take_row(row),
             FromWorker::Samples(grid) => self.records.take_samples(grid),
             FromWorker::PhaseSkipped(position, detail) => self.records.phase_skipped(position, &detail),
             FromWorker::PartDelayed(step, file, detail) => {

@@ -74,6 +74,13 @@ fn job() -> Job {
         checkpoint: job::Checkpoint { every_steps: 1, every_epochs: 2, keep_last: 3, url: None },
         sample: job::Sample { every_steps: 7, count: 50 },
         metrics: job::Metrics { every_steps: 10 },
+        evaluation: Evaluation {
+            every_steps: 5,
+            features: "/inception.pt".to_string().into(),
+            held_out: Some("/h".into()),
+            ..Evaluation::default()
+        },
+        alarms: Alarms { saturated_rows: 9, ..Alarms::default() },
     }
 }
 

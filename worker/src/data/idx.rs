@@ -46,6 +46,12 @@ pub(super) fn open(path: &Path) -> Result<Memory, DataError> {
     read(BufReader::new(file), path)
 }
 
+/// Reads a file of labels.
+pub(super) fn labels(path: &Path) -> Result<Labels, DataError> {
+    let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
+    read_labels(BufReader::new(file), path)
+}
+
 /// Reads the file of labels that belongs to a file of images by its name, plain or compressed.
 pub(super) fn labels_beside(images: &Path) -> Result<Labels, DataError> {
     let name = images.file_name().unwrap_or_default().to_string_lossy();
@@ -59,8 +65,7 @@ pub(super) fn labels_beside(images: &Path) -> Result<Labels, DataError> {
             images.display()
         )));
     };
-    let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
-    read_labels(BufReader::new(file), path)
+    labels(path)
 }
 
 /// The file of a folder to train on: the training images by name, else the only file of images.

@@ -100,6 +100,14 @@ impl fmt::Display for ImageShape {
     }
 }
 
+/// Reads an IDX file of labels, plain or compressed: the class of each sample, by its index.
+///
+/// # Errors
+/// It cannot be read, or is none.
+pub fn read_labels(path: &Path) -> Result<Vec<u32>, DataError> {
+    Ok(idx::labels(path)?.of)
+}
+
 /// All samples of a job, by index.
 #[derive(Debug)]
 pub struct DataSet {

@@ -84,7 +84,10 @@ fn in_zip(archive: &Arc<Archive>, file: File) -> Result<Vec<Member>, String> {
             zip::CompressionMethod::Stored => false,
             zip::CompressionMethod::Deflated => true,
             other => {
-                return Err(format!("{} is compressed by {other}, expected stored or deflated", entry.name()));
+                return Err(format!(
+                    "{} is compressed by {other}, expected stored or deflated",
+                    entry.name()
+                ));
             }
         };
         members.push(Member {

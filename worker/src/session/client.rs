@@ -509,6 +509,7 @@ impl Talk {
             }
             ToWorker::MetricsRecorded(step) => shared.forget_rows(step),
             ToWorker::CheckpointRecorded(step, phase) => shared.forget_parts((step, phase)),
+            ToWorker::EvaluationsRecorded(steps) => shared.forget_evaluations(&steps),
             ToWorker::Release { complete: true } => shared.end(End::Complete),
             ToWorker::Release { complete: false } => shared.end(End::Released),
             ToWorker::Reject(reason) => shared.end(End::Rejected(reason)),

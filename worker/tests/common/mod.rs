@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test program uses its own share
 
 use ganglion_membership::{Assembly, Checkpoint as Saved};
+use ganglion_proto::evaluation::{Alarms, Evaluation};
 use ganglion_proto::job::{
     Augmentation, Checkpoint, Data, DataKind, EmaSchedule, General, Job, Length, Loss, LossKind, Metrics,
     Model, ModelKind, NonFinite, Optimizer, OptimizerKind, Precision, Reduction, Sample,
@@ -78,6 +79,8 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
         checkpoint: Checkpoint { every_steps: 2, every_epochs: 0, keep_last: 3, url: None },
         sample: Sample { every_steps: 2, count: 4 },
         metrics: Metrics { every_steps: 1 },
+        evaluation: Evaluation::default(),
+        alarms: Alarms::default(),
     }
 }
 

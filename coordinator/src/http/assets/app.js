@@ -200,6 +200,7 @@ function show() {
   timeline.set(known.events, status, status.now);
   showWorkers(status);
   showCheckpoints(status);
+  showEvaluations(status);
   showEvents();
   showJob(status);
 }
@@ -422,6 +423,31 @@ function showCheckpoints(status) {
   $('checkpoints').replaceChildren(...items);
 }
 
+// What the table of evaluations shows, where a run has it.
+const FIGURES = ['frechet_distance', 'classifier_score', 'modes', 'label_kl', 'precision', 'recall', 'sliced_wasserstein', 'diversity'];
+
+function showEvaluations(status) {
+  const raised = Object.keys(status.alarms ?? {}).map((alarm) => alarm.replaceAll('_', ' '));
+  const rows = known.events.filter((event) => event.kind === 'evaluation');
+  if (!rows.length || !changed('evaluations', [rows.length, status.best, raised])) return;
+  const spoken = (name) => name.replaceAll('_', ' ').replace('frechet', 'Fréchet');
+  const names = FIGURES.filter((name) => rows.some((row) => Number.isFinite(row.metrics[name])));
+  const cell = (name, text) => {
+    const made = make('td', 'n', text);
+    made.dataset.label = spoken(name);
+    return made;
+  };
+  const line = (row) => {
+    const best = row.step === status.best?.step ? ', the best' : '';
+    const figures = names.map((name) => cell(name, Number.isFinite(row.metrics[name]) ? figure(row.metrics[name]) : '–'));
+    return make('tr', '', make('td', 'who', `step ${whole(row.step)}${best}`), ...figures);
+  };
+  set('v-alarms', raised.length ? `alarm: ${raised.join(', ')}` : '');
+  $('v-names').replaceChildren(make('th', '', 'Step'), ...names.map((name) => make('th', 'n', spoken(name))));
+  $('v-rows').replaceChildren(...rows.slice(-8).reverse().map(line));
+  $('evaluations').hidden = false;
+}
+
 /** What an event says to people: its tone, and a sentence. */
 function describe(event) {
   const worker = event.worker === null || event.worker === undefined ? 'a worker' : `worker ${event.worker}`;
@@ -450,6 +476,11 @@ function describe(event) {
     checkpoint_damaged: () => ['bad', `Checkpoint ${event.folder} is damaged${reason}`],
     checkpoint_abandoned: () => ['warn', `The checkpoint of step ${event.step} was abandoned`],
     condemned: () => ['bad', `The states of generation ${event.generation} are not used any more`],
+    evaluation: () => ['quiet', `Evaluated step ${whole(event.step)}`],
+    evaluation_breach: () => ['bad', event.detail],
+    best_checkpoint: () => ['save', `The checkpoint of step ${whole(event.step)} is the best: ${event.metric.replaceAll('_', ' ')} ${figure(event.value)}`],
+    alarm: () => ['bad', `Alarm, ${event.alarm.replaceAll('_', ' ')}: ${event.detail}`],
+    alarm_over: () => ['good', `No ${event.alarm.replaceAll('_', ' ')} any more`],
     phase_skipped: () => ['warn', `A phase of step ${event.step} was skipped${reason}`],
     metrics_breach: () => ['bad', event.detail],
     stop_requested: () => ['quiet', 'A stop was asked for'],
@@ -467,7 +498,7 @@ function describe(event) {
   return { tone, text: text.charAt(0).toUpperCase() + text.slice(1) };
 }
 
-const SILENT = new Set(['samples', 'passport']);
+const SILENT = new Set(['evaluation', 'samples', 'passport']);
 
 function showEvents() {
   const only = $('e-faults').checked;

@@ -1,0 +1,295 @@
+//! Alarms: what rows of metrics and evaluations say of a run that goes wrong.
+//!
+//! 1. Pure: an alarm is a function of the rows, in their order, and of the job.
+//! 2. An alarm is raised once, and again only after its cause was gone.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use ganglion_proto::evaluation::{AlarmPolicy, Alarms, EvaluationRow, names};
+use ganglion_proto::job::{Job, LossKind};
+use ganglion_proto::message::MetricsRow;
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Alarm {
+    /// Samples are all alike, or of few classes.
+    Collapse,
+    /// The discriminator knows its samples by heart.
+    Overfitting,
+    /// One network has won: the other learns nothing any more.
+    Balance,
+    /// Numbers are infinite or no numbers.
+    NonFinite,
+}
+
+impl Alarm {
+    /// All of them.
+    pub const ALL: [Alarm; 4] = [Alarm::Collapse, Alarm::Overfitting, Alarm::Balance, Alarm::NonFinite];
+
+    /// Its name in events and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Alarm::Collapse => "collapse",
+            Alarm::Overfitting => "discriminator_overfitting",
+            Alarm::Balance => "loss_of_balance",
+            Alarm::NonFinite => "non_finite",
+        }
+    }
+}
+
+impl fmt::Display for Alarm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name().replace('_', " "))
+    }
+}
+
+/// An alarm begins, for a reason, or is over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// It begins.
+    Raised(Alarm, String),
+    /// Its cause is gone.
+    Over(Alarm),
+}
+
+/// Whoever watches the rows.
+#[derive(Debug)]
+pub struct Watch {
+    settings: Alarms,
+    loss: LossKind,
+    images_per_step: u64,
+    raised: BTreeSet<Alarm>,
+    /// Rows in a row whose scores were saturated.
+    saturated: u64,
+    /// Why the newest row, and the newest evaluation, are not finite.
+    not_finite: [Option<String>; 2],
+}
+
+impl Watch {
+    /// For a job.
+    pub fn new(job: &Job) -> Watch {
+        Watch {
+            settings: job.alarms.clone(),
+            loss: job.loss.kind,
+            images_per_step: job.samples_per_step(),
+            raised: BTreeSet::new(),
+            saturated: 0,
+            not_finite: [None, None],
+        }
+    }
+
+    /// Looks at an evaluation.
+    pub fn evaluation(&mut self, row: &EvaluationRow) -> Vec<Change> {
+        let is_early = row.step * self.images_per_step < self.settings.after_images;
+        if self.settings.policy == AlarmPolicy::Off || row.metrics.is_empty() || is_early {
+            return Vec::new();
+        }
+        let broken = [names::DIVERSITY, names::WASSERSTEIN, names::FRECHET, names::OVERFITTING]
+            .into_iter()
+            .find(|name| row.get(name).is_some_and(|value| !value.is_finite()));
+        self.not_finite[1] =
+            broken.map(|name| format!("{name} of the evaluation of step {} is not finite", row.step));
+        let overfitting = row.get(names::OVERFITTING).filter(|value| *value > self.settings.overfitting);
+        let overfitting = overfitting.map(|value| {
+            let limit = self.settings.overfitting;
+            format!(
+                "at step {} the discriminator takes held-out samples for generated ones: {value:.2} of the way, more than \
+                 {limit}",
+                row.step
+            )
+        });
+        let collapse = self.collapse(row);
+        let non_finite = self.non_finite();
+        [
+            self.settle(Alarm::Collapse, collapse),
+            self.settle(Alarm::Overfitting, overfitting),
+            self.settle(Alarm::NonFinite, non_finite),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+
+    /// Why samples have collapsed, if they have.
+    fn collapse(&self, row: &EvaluationRow) -> Option<String> {
+        let limit = self.settings.collapse;
+        let share = |name: &str| row.get(name).filter(|share| *share < limit);
+        let (step, limit) = (row.step, 100.0 * limit);
+        if let Some(share) = share(names::DIVERSITY) {
+            let share = 100.0 * share;
+            return Some(format!(
+                "at step {step} the samples are {share:.0} % as far apart as real ones, less than {limit:.0} %"
+            ));
+        }
+        let share = 100.0 * share(names::LABEL_ENTROPY)?;
+        Some(format!(
+            "at step {step} the entropy of the samples' classes is {share:.0} % of the real ones', less than {limit:.0} %"
+        ))
+    }
+
+    fn non_finite(&self) -> Option<String> {
+        self.not_finite.iter().flatten().next().cloned()
+    }
+
+    /// Looks at a row of metrics.
+    pub fn row(&mut self, row: &MetricsRow) -> Vec<Change> {
+        if self.settings.policy == AlarmPolicy::Off {
+            return Vec::new();
+        }
+        let is_finite = row.loss_discriminator.is_finite() && row.loss_generator.is_finite();
+        self.not_finite[0] = if row.skipped > 0 {
+            Some(format!(
+                "up to step {} {} updates in a row were not finite and were left out",
+                row.step, row.skipped
+            ))
+        } else {
+            (!is_finite).then(|| format!("a loss of step {} is not finite", row.step))
+        };
+        let saturated = row.scores.and_then(|scores| saturated(self.loss, scores));
+        self.saturated = if saturated.is_some() { self.saturated + 1 } else { 0 };
+        let balance = saturated.filter(|_| self.saturated >= self.settings.saturated_rows).map(|what| {
+            format!("{what} in {} rows of metrics in a row, up to step {}", self.saturated, row.step)
+        });
+        let non_finite = self.non_finite();
+        [self.settle(Alarm::Balance, balance), self.settle(Alarm::NonFinite, non_finite)]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    fn settle(&mut self, alarm: Alarm, reason: Option<String>) -> Option<Change> {
+        match reason {
+            Some(reason) => self.raised.insert(alarm).then_some(Change::Raised(alarm, reason)),
+            None => self.raised.remove(&alarm).then_some(Change::Over(alarm)),
+        }
+    }
+}
+
+/// What the discriminator's scores say where they leave a network nothing to learn from; `None` where they do not, or where
+/// the loss has no such place.
+fn saturated(loss: LossKind, [real, fake]: [f64; 2]) -> Option<&'static str> {
+    // Probabilities; for least squares and hinge the values that the discriminator's loss is least at.
+    let [won_real, won_fake] = match loss {
+        LossKind::NonSaturating | LossKind::Minimax | LossKind::LeastSquares => [0.99, 0.01],
+        LossKind::Hinge => [1.0, -1.0],
+        _ => return None,
+    };
+    let won = real > won_real && fake < won_fake;
+    let lost =
+        matches!(loss, LossKind::NonSaturating | LossKind::Minimax) && real < won_fake && fake > won_real;
+    match (won, lost) {
+        (true, _) => Some("the discriminator tells all samples apart with certainty"),
+        (_, true) => Some("the discriminator takes all samples for what they are not"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job_file::{Source, read};
+    use ganglion_proto::message::GpuUse;
+
+    fn watch(settings: &[&str]) -> Watch {
+        let settings: Vec<String> = settings.iter().map(|setting| (*setting).to_string()).collect();
+        Watch::new(&read(&Source::Embedded, &settings).unwrap())
+    }
+
+    fn evaluation(step: u64, metrics: &[(&str, f64)]) -> EvaluationRow {
+        let metrics = metrics.iter().map(|(name, value)| ((*name).to_string(), *value)).collect();
+        EvaluationRow { step, metrics, features: String::new(), seconds: 0.0 }
+    }
+
+    fn row(step: u64, scores: [f64; 2]) -> MetricsRow {
+        MetricsRow {
+            step,
+            time: 0.0,
+            generation: 1,
+            world_size: 1,
+            loss_discriminator: 1.0,
+            loss_generator: 1.0,
+            images_per_second: 1.0,
+            images_seen: 64 * step,
+            ledger: 0,
+            skipped: 0,
+            profile: None,
+            gpu: GpuUse::default(),
+            scores: Some(scores),
+        }
+    }
+
+    fn raised(changes: &[Change]) -> Vec<Alarm> {
+        changes
+            .iter()
+            .filter_map(|change| if let Change::Raised(alarm, _) = change { Some(*alarm) } else { None })
+            .collect()
+    }
+
+    #[test]
+    fn samples_that_are_alike_or_of_few_classes_have_collapsed() {
+        let healthy = [(names::DIVERSITY, 0.9), (names::LABEL_ENTROPY, 0.98)];
+        for (name, value) in [(names::DIVERSITY, 0.1), (names::LABEL_ENTROPY, 0.2)] {
+            let mut watch = watch(&[]);
+            assert_eq!(watch.evaluation(&evaluation(1000, &healthy)), []);
+            let worse = healthy.map(|(known, good)| (known, if known == name { value } else { good }));
+            assert_eq!(raised(&watch.evaluation(&evaluation(2000, &worse))), [Alarm::Collapse]);
+            assert_eq!(watch.evaluation(&evaluation(3000, &worse)), [], "it is told once");
+            assert_eq!(watch.evaluation(&evaluation(4000, &healthy)), [Change::Over(Alarm::Collapse)]);
+            assert_eq!(raised(&watch.evaluation(&evaluation(5000, &worse))), [Alarm::Collapse]);
+        }
+    }
+
+    #[test]
+    fn at_first_all_samples_are_alike() {
+        let collapsed = [(names::DIVERSITY, 0.0)];
+        assert_eq!(watch(&[]).evaluation(&evaluation(100, &collapsed)), []);
+        let mut watch = watch(&["alarms.after_images=0"]);
+        assert_eq!(raised(&watch.evaluation(&evaluation(100, &collapsed))), [Alarm::Collapse]);
+    }
+
+    #[test]
+    fn a_discriminator_that_knows_its_samples_by_heart_raises_an_alarm() {
+        let mut watch = watch(&[]);
+        assert_eq!(watch.evaluation(&evaluation(1000, &[(names::OVERFITTING, 0.7)])), []);
+        assert_eq!(
+            raised(&watch.evaluation(&evaluation(2000, &[(names::OVERFITTING, 0.9)]))),
+            [Alarm::Overfitting]
+        );
+    }
+
+    #[test]
+    fn scores_that_stay_saturated_are_a_loss_of_balance() {
+        let mut watch = watch(&["alarms.saturated_rows=3"]);
+        for step in [1, 2] {
+            assert_eq!(watch.row(&row(step, [0.999, 0.001])), []);
+        }
+        assert_eq!(watch.row(&row(3, [0.8, 0.3])), [], "it begins anew");
+        for step in [4, 5] {
+            assert_eq!(watch.row(&row(step, [0.999, 0.001])), []);
+        }
+        assert_eq!(raised(&watch.row(&row(6, [0.999, 0.001]))), [Alarm::Balance]);
+        assert_eq!(watch.row(&row(7, [0.8, 0.3])), [Change::Over(Alarm::Balance)]);
+        assert!(saturated(LossKind::WassersteinGp, [100.0, -100.0]).is_none());
+    }
+
+    #[test]
+    fn what_is_not_finite_raises_an_alarm_until_all_is_finite() {
+        let mut watch = watch(&[]);
+        assert_eq!(
+            raised(&watch.evaluation(&evaluation(1000, &[(names::DIVERSITY, f64::NAN)]))),
+            [Alarm::NonFinite]
+        );
+        assert_eq!(watch.row(&row(1001, [0.6, 0.4])), [], "the evaluation was not finite");
+        assert_eq!(
+            watch.evaluation(&evaluation(2000, &[(names::DIVERSITY, 0.9)])),
+            [Change::Over(Alarm::NonFinite)]
+        );
+        assert_eq!(
+            raised(&watch.row(&MetricsRow { skipped: 2, ..row(2001, [0.6, 0.4]) })),
+            [Alarm::NonFinite]
+        );
+        let mut off = self::watch(&["alarms.policy=off"]);
+        assert_eq!(off.row(&MetricsRow { skipped: 2, ..row(1, [0.6, 0.4]) }), []);
+    }
+}

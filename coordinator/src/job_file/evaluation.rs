@@ -1,0 +1,64 @@
+//! The sections `[evaluation]` and `[alarms]`.
+
+use ganglion_proto::evaluation::{AlarmPolicy, Alarms, BestBy, Evaluation, Features};
+use ganglion_proto::job::DataKind;
+
+use super::sections::{CADENCE, MAX_STEPS};
+use super::settings::Settings;
+
+pub(super) fn evaluation(settings: &mut Settings, data: DataKind, check_paths: bool) -> Evaluation {
+    let default = Evaluation::default();
+    Evaluation {
+        every_steps: settings.whole_or("evaluation.every_steps", CADENCE, default.every_steps),
+        with_checkpoints: settings.flag_or("evaluation.with_checkpoints", default.with_checkpoints),
+        samples: settings.whole_or("evaluation.samples", 10..=1_000_000, default.samples),
+        reference: settings.whole_or("evaluation.reference", 0..=100_000_000, default.reference),
+        features: features(settings, check_paths).unwrap_or(default.features),
+        held_out: held_out(settings, data, check_paths),
+        best_by: settings.choice("evaluation.best_by", &BestBy::ALL).unwrap_or(default.best_by),
+    }
+}
+
+fn features(settings: &mut Settings, check_paths: bool) -> Option<Features> {
+    const KEY: &str = "evaluation.features";
+    let text = settings.text(KEY, "digits")?;
+    match Features::from(text.clone()) {
+        Features::File(_) => {
+            let file = settings.absolute(KEY, &text)?;
+            if check_paths && !file.is_file() {
+                let known = "write \"auto\", \"digits\", \"pixels\" or the path of a TorchScript file";
+                settings.fault(KEY, format!("{} is no file; {known}", file.display()));
+            }
+            Some(Features::File(file))
+        }
+        known => Some(known),
+    }
+}
+
+/// The samples that are not trained on are of the kind of those that are.
+fn held_out(settings: &mut Settings, data: DataKind, check_paths: bool) -> Option<std::path::PathBuf> {
+    const KEY: &str = "evaluation.held_out";
+    let text = settings.text(KEY, "../data/t10k-images-idx3-ubyte.gz")?;
+    let path = settings.absolute(KEY, &text)?;
+    if data == DataKind::Mnist10k {
+        let advice = "remove it, or set data.kind = \"idx\" and data.path to files of your own";
+        settings.fault(KEY, format!("given, but all of the bundled digits are trained on; {advice}"));
+    } else if check_paths && !path.exists() {
+        settings.fault(
+            KEY,
+            format!("{} does not exist; name a file or folder of the kind of data.kind", path.display()),
+        );
+    }
+    Some(path)
+}
+
+pub(super) fn alarms(settings: &mut Settings) -> Alarms {
+    let default = Alarms::default();
+    Alarms {
+        policy: settings.choice("alarms.policy", &AlarmPolicy::ALL).unwrap_or(default.policy),
+        after_images: settings.whole_or("alarms.after_images", 0..=MAX_STEPS, default.after_images),
+        collapse: settings.number_or("alarms.collapse", 0.0..=1.0, default.collapse),
+        overfitting: settings.number_or("alarms.overfitting", 0.0..=10.0, default.overfitting),
+        saturated_rows: settings.whole_or("alarms.saturated_rows", 1..=MAX_STEPS, default.saturated_rows),
+    }
+}

@@ -1,0 +1,394 @@
+//! Evaluations: what a job says of them, what a worker reports, what the figures are called.
+//!
+//! 1. An evaluation is a function of (job, state): its figures do not depend on who made it, or when.
+//! 2. No key of `[evaluation]` and `[alarms]` moves a bit of the state.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use prost::Message;
+use serde::{Deserialize, Serialize};
+
+use crate::convert::Malformed;
+use crate::job::Job;
+use crate::wire;
+
+/// Section `[evaluation]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Evaluate after every so many steps; 0 for never.
+    pub every_steps: u64,
+    /// Evaluate each checkpoint.
+    pub with_checkpoints: bool,
+    /// Generated samples of an evaluation.
+    pub samples: u32,
+    /// Real samples that they are held against; 0 for all.
+    pub reference: u32,
+    /// What metrics look at.
+    pub features: Features,
+    /// Real samples that are not trained on, of the kind of `[data]`: a file or a folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<PathBuf>,
+    /// The figure by which the best checkpoint is chosen.
+    pub best_by: BestBy,
+}
+
+impl Default for Evaluation {
+    /// No evaluations.
+    fn default() -> Self {
+        Evaluation {
+            every_steps: 0,
+            with_checkpoints: false,
+            samples: 2000,
+            reference: 10_000,
+            features: Features::Auto,
+            held_out: None,
+            best_by: BestBy::Auto,
+        }
+    }
+}
+
+/// What metrics look at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum Features {
+    /// The digit classifier for images of 28 x 28 grey pixels, else the pixels.
+    Auto,
+    /// The digit classifier that comes with the worker.
+    Digits,
+    /// The pixels themselves.
+    Pixels,
+    /// A TorchScript file: a module from images (n, c, h, w) in [-1, 1] to features (n, d).
+    File(PathBuf),
+}
+
+impl From<String> for Features {
+    fn from(text: String) -> Self {
+        match text.as_str() {
+            "auto" => Features::Auto,
+            "digits" => Features::Digits,
+            "pixels" => Features::Pixels,
+            _ => Features::File(text.into()),
+        }
+    }
+}
+
+impl From<Features> for String {
+    fn from(features: Features) -> Self {
+        features.to_string()
+    }
+}
+
+impl fmt::Display for Features {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Features::Auto => f.write_str("auto"),
+            Features::Digits => f.write_str("digits"),
+            Features::Pixels => f.write_str("pixels"),
+            Features::File(file) => file.display().fmt(f),
+        }
+    }
+}
+
+/// By which figure the best checkpoint is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BestBy {
+    /// The Fréchet distance, or the sliced Wasserstein distance where only pixels are looked at.
+    Auto,
+    /// The lower the better.
+    FrechetDistance,
+    /// The lower the better.
+    Kid,
+    /// The higher the better.
+    ClassifierScore,
+    /// The lower the better.
+    SlicedWasserstein,
+}
+
+impl BestBy {
+    /// All of them by name.
+    pub const ALL: [(&'static str, BestBy); 5] = [
+        ("auto", BestBy::Auto),
+        (names::FRECHET, BestBy::FrechetDistance),
+        (names::KID, BestBy::Kid),
+        (names::SCORE, BestBy::ClassifierScore),
+        (names::WASSERSTEIN, BestBy::SlicedWasserstein),
+    ];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        let found = Self::ALL.iter().find(|(_, each)| *each == self);
+        found.expect("the table lists every variant").0
+    }
+
+    /// The figure of a row that decides, and its value; `None` if the row does not have it.
+    pub fn of(self, row: &EvaluationRow) -> Option<(&'static str, f64)> {
+        let auto: &[&str] = &[names::FRECHET, names::WASSERSTEIN];
+        let own = [self.name()];
+        let candidates = if self == BestBy::Auto { auto } else { &own };
+        candidates.iter().find_map(|name| {
+            let (_, each) = Self::ALL.iter().find(|(known, _)| known == name)?;
+            Some((each.name(), row.get(name).filter(|value| value.is_finite())?))
+        })
+    }
+
+    /// Whether one value of the figure of that name is better than another.
+    pub fn is_better(name: &str, one: f64, other: f64) -> bool {
+        if name == names::SCORE { one > other } else { one < other }
+    }
+}
+
+/// Section `[alarms]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Alarms {
+    /// What an alarm does.
+    pub policy: AlarmPolicy,
+    /// Real images that training has seen before evaluations may raise an alarm: at first samples are all alike.
+    pub after_images: u64,
+    /// Collapse: the diversity of samples, as a share of the real ones', below which it is one; and the same of their labels.
+    pub collapse: f64,
+    /// Overfitting of the discriminator: the share of the way from held-out samples to training samples.
+    pub overfitting: f64,
+    /// Loss of balance: the rows of metrics in a row whose scores are saturated.
+    pub saturated_rows: u64,
+}
+
+impl Default for Alarms {
+    fn default() -> Self {
+        Alarms {
+            policy: AlarmPolicy::Warn,
+            after_images: 25_000,
+            collapse: 0.3,
+            overfitting: 0.8,
+            saturated_rows: 100,
+        }
+    }
+}
+
+/// What an alarm does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AlarmPolicy {
+    /// Nothing is looked at.
+    Off,
+    /// It is told.
+    Warn,
+    /// It is told, and the run ends.
+    Stop,
+}
+
+impl AlarmPolicy {
+    /// All of them by name.
+    pub const ALL: [(&'static str, AlarmPolicy); 3] =
+        [("off", AlarmPolicy::Off), ("warn", AlarmPolicy::Warn), ("stop", AlarmPolicy::Stop)];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        let found = Self::ALL.iter().find(|(_, each)| *each == self);
+        found.expect("the table lists every variant").0
+    }
+}
+
+/// What figures are called, in rows and in files.
+#[allow(missing_docs)] // docs/metrics.md says what each is
+pub mod names {
+    pub const FRECHET: &str = "frechet_distance";
+    pub const SCORE: &str = "classifier_score";
+    pub const MODES: &str = "modes";
+    pub const LABEL_KL: &str = "label_kl";
+    pub const LABEL_ENTROPY: &str = "label_entropy";
+    pub const KID: &str = "kid";
+    pub const PRECISION: &str = "precision";
+    pub const RECALL: &str = "recall";
+    pub const MEMORISED: &str = "memorised";
+    pub const WASSERSTEIN: &str = "sliced_wasserstein";
+    pub const DIVERSITY: &str = "diversity";
+    pub const OVERFITTING: &str = "discriminator_overfitting";
+}
+
+/// The figures of one evaluation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EvaluationRow {
+    /// Steps done in the state.
+    pub step: u64,
+    /// By name.
+    pub metrics: Vec<(String, f64)>,
+    /// What they look at, with its hash.
+    pub features: String,
+    /// How long it took, in seconds: no part of the result.
+    pub seconds: f64,
+}
+
+impl EvaluationRow {
+    /// The figure of that name.
+    pub fn get(&self, name: &str) -> Option<f64> {
+        self.metrics.iter().find(|(known, _)| known == name).map(|(_, value)| *value)
+    }
+
+    /// Whether another row says the same of the same state. Numbers are compared by their bits, but for the sign of a zero,
+    /// which the wire does not carry.
+    pub fn agrees(&self, other: &EvaluationRow) -> bool {
+        let bits = |row: &EvaluationRow| -> Vec<(String, u64)> {
+            row.metrics.iter().map(|(name, value)| (name.clone(), (value + 0.0).to_bits())).collect()
+        };
+        self.step == other.step && self.features == other.features && bits(self) == bits(other)
+    }
+}
+
+impl Job {
+    /// Whether an evaluation is due once `step` steps of a run over `samples` are done.
+    pub fn evaluation_due(&self, step: u64, samples: u64) -> bool {
+        let Evaluation { every_steps, with_checkpoints, .. } = self.evaluation;
+        let last = step == self.last_step(samples) && (every_steps != 0 || with_checkpoints);
+        let by_steps = every_steps != 0 && step != 0 && step.is_multiple_of(every_steps);
+        last || by_steps || (with_checkpoints && self.checkpoint_due(step, samples))
+    }
+}
+
+// ---- On the wire ---------------------------------------------------------------------------------------------------
+
+/// Figures of a row: more are a mistake.
+const FIGURES: usize = 64;
+/// The longest name, in bytes.
+const NAME_BYTES: usize = 64;
+
+impl EvaluationRow {
+    /// The row in bytes, which keep the bits of its numbers.
+    pub fn encode(&self) -> Vec<u8> {
+        self.to_wire().encode_to_vec()
+    }
+
+    /// Reads what [`EvaluationRow::encode`] wrote.
+    ///
+    /// # Errors
+    /// These are no such bytes.
+    pub fn decode(bytes: &[u8]) -> Result<EvaluationRow, Malformed> {
+        let read = wire::EvaluationRow::decode(bytes).map_err(|error| Malformed(error.to_string()))?;
+        EvaluationRow::from_wire(read)
+    }
+
+    pub(crate) fn to_wire(&self) -> wire::EvaluationRow {
+        let metric = |(name, value): &(String, f64)| wire::Figure { name: name.clone(), value: *value };
+        wire::EvaluationRow {
+            step: self.step,
+            figures: self.metrics.iter().map(metric).collect(),
+            features: self.features.clone(),
+            seconds: self.seconds,
+        }
+    }
+
+    pub(crate) fn from_wire(row: wire::EvaluationRow) -> Result<EvaluationRow, Malformed> {
+        let is_name = |name: &str| {
+            let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+            (1..=NAME_BYTES).contains(&name.len()) && name.bytes().all(allowed)
+        };
+        if row.figures.len() > FIGURES || !row.figures.iter().all(|figure| is_name(&figure.name)) {
+            return Err(Malformed("an evaluation has at most 64 figures with names".to_string()));
+        }
+        Ok(EvaluationRow {
+            step: row.step,
+            metrics: row.figures.into_iter().map(|figure| (figure.name, figure.value)).collect(),
+            features: crate::convert::clipped(row.features),
+            seconds: row.seconds,
+        })
+    }
+}
+
+impl Evaluation {
+    pub(crate) fn to_wire(&self) -> wire::Evaluation {
+        wire::Evaluation {
+            every_steps: self.every_steps,
+            with_checkpoints: self.with_checkpoints,
+            samples: self.samples,
+            reference: self.reference,
+            features: self.features.to_string(),
+            held_out: self.held_out.as_ref().map(|path| path.to_string_lossy().into_owned()),
+            best_by: self.best_by.name().to_string(),
+        }
+    }
+
+    /// A job of a coordinator that knew no evaluations has none.
+    pub(crate) fn from_wire(wire: Option<wire::Evaluation>) -> Result<Evaluation, Malformed> {
+        let Some(wire) = wire else { return Ok(Evaluation::default()) };
+        Ok(Evaluation {
+            every_steps: wire.every_steps,
+            with_checkpoints: wire.with_checkpoints,
+            samples: wire.samples,
+            reference: wire.reference,
+            features: wire.features.into(),
+            held_out: wire.held_out.map(Into::into),
+            best_by: crate::convert::from_name(&wire.best_by, "evaluation.best_by")?,
+        })
+    }
+}
+
+impl Alarms {
+    pub(crate) fn to_wire(&self) -> wire::Alarms {
+        wire::Alarms {
+            policy: self.policy.name().to_string(),
+            after_images: self.after_images,
+            collapse: self.collapse,
+            overfitting: self.overfitting,
+            saturated_rows: self.saturated_rows,
+        }
+    }
+
+    pub(crate) fn from_wire(wire: Option<wire::Alarms>) -> Result<Alarms, Malformed> {
+        let Some(wire) = wire else { return Ok(Alarms::default()) };
+        Ok(Alarms {
+            policy: crate::convert::from_name(&wire.policy, "alarms.policy")?,
+            after_images: wire.after_images,
+            collapse: wire.collapse,
+            overfitting: wire.overfitting,
+            saturated_rows: wire.saturated_rows,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(metrics: &[(&str, f64)]) -> EvaluationRow {
+        let metrics = metrics.iter().map(|(name, value)| ((*name).to_string(), *value)).collect();
+        EvaluationRow { step: 3, metrics, features: "digits 0a".to_string(), seconds: 0.5 }
+    }
+
+    #[test]
+    fn a_row_survives_the_wire_with_its_bits() {
+        let sent = row(&[(names::FRECHET, 0.1 + 0.2), (names::KID, -0.0), (names::SCORE, f64::NAN)]);
+        let read = EvaluationRow::from_wire(sent.to_wire()).unwrap();
+        assert!(sent.agrees(&read));
+        assert!(sent.agrees(&EvaluationRow::decode(&sent.encode()).unwrap()));
+        assert!(sent.agrees(&EvaluationRow { seconds: 9.0, ..read.clone() }));
+        assert!(!sent.agrees(&EvaluationRow { step: 4, ..read }));
+        assert!(!row(&[(names::KID, 0.1)]).agrees(&row(&[(names::KID, 0.1 + f64::EPSILON)])));
+    }
+
+    #[test]
+    fn a_row_with_other_names_is_refused() {
+        for name in ["", "Name", "a b", "a\"", &"x".repeat(65)] {
+            assert!(EvaluationRow::from_wire(row(&[(name, 1.0)]).to_wire()).is_err(), "{name}");
+        }
+        let many: Vec<_> = (0..65).map(|_| ("a", 1.0)).collect();
+        assert!(EvaluationRow::from_wire(row(&many).to_wire()).is_err());
+    }
+
+    #[test]
+    fn the_best_is_by_the_figure_that_a_row_has() {
+        let of_digits = row(&[(names::WASSERSTEIN, 0.5), (names::FRECHET, 2.0)]);
+        assert_eq!(BestBy::Auto.of(&of_digits), Some((names::FRECHET, 2.0)));
+        assert_eq!(BestBy::Auto.of(&row(&[(names::WASSERSTEIN, 0.5)])), Some((names::WASSERSTEIN, 0.5)));
+        assert_eq!(BestBy::Kid.of(&of_digits), None);
+        assert_eq!(BestBy::FrechetDistance.of(&row(&[(names::FRECHET, f64::NAN)])), None);
+        assert!(BestBy::is_better(names::FRECHET, 1.0, 2.0) && !BestBy::is_better(names::SCORE, 1.0, 2.0));
+    }
+
+    #[test]
+    fn features_are_named_as_the_file_has_them() {
+        for text in ["auto", "digits", "pixels", "/a/inception.pt"] {
+            assert_eq!(Features::from(text.to_string()).to_string(), text);
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! Evaluating beside training: a thread of low priority that judges snapshots.
+//!
+//! 1. Training never waits for it, but once at its end, for the evaluation of the last state.
+//! 2. Every member keeps the snapshot of an evaluation until the coordinator has recorded that. The first member makes it.
+//!    After a change of the group nobody knows what became of those that are not recorded, so all that hold one make it; two
+//!    make the same row of it.
+//! 3. A later one waits. If more than [`WAITING_LIMIT`] wait, the oldest is left out, and that is told. The last never is.
+//! 4. One that fails is reported as a row without figures, so that nobody waits for it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ganglion_proto::evaluation::EvaluationRow;
+use ganglion_proto::job::Job;
+use ganglion_proto::trace::Track;
+use serde::Serialize;
+
+use super::EvalError;
+use super::judge::{Critic, Judge, Means};
+use crate::checkpoint::Snapshot;
+use crate::data::DataSet;
+use crate::nn::Models;
+use crate::sample::Generator;
+use crate::session::Session;
+use crate::state::StateLayout;
+
+/// Evaluations that may wait: each holds a state.
+const WAITING_LIMIT: usize = 4;
+/// How much less the thread matters than training.
+const NICE: i32 = 5;
+
+/// What the thread needs.
+pub struct Context {
+    /// The job.
+    pub job: Job,
+    /// Its networks.
+    pub models: Models,
+    /// Their state's layout.
+    pub layout: StateLayout,
+    /// The training samples.
+    pub data: Arc<DataSet>,
+    /// What evaluations need besides.
+    pub means: Means,
+    /// Where to report.
+    pub session: Arc<Session>,
+    /// Where a trace shows what the thread does.
+    pub track: Track,
+}
+
+/// The training thread's end.
+pub struct Evaluations {
+    shared: Arc<Shared>,
+    session: Arc<Session>,
+}
+
+#[derive(Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    /// By step.
+    held: BTreeMap<u64, Held>,
+    closed: bool,
+}
+
+/// An evaluation that is not recorded.
+struct Held {
+    snapshot: Arc<Snapshot>,
+    /// Whether this member makes it.
+    ours: bool,
+    /// Whether it was begun.
+    begun: bool,
+}
+
+#[derive(Clone, Copy, Serialize)]
+struct Of {
+    step: u64,
+}
+
+impl Evaluations {
+    /// Starts the thread, unless a job without evaluations needs none.
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub fn start(context: Option<Context>, session: &Arc<Session>) -> std::io::Result<Evaluations> {
+        let shared = Arc::new(Shared::default());
+        if let Some(context) = context {
+            let theirs = shared.clone();
+            std::thread::Builder::new()
+                .name("evaluation".to_string())
+                .spawn(move || theirs.serve(context))?;
+        } else {
+            shared.lock().closed = true;
+        }
+        Ok(Evaluations { shared, session: session.clone() })
+    }
+
+    /// Holds a snapshot until its evaluation is recorded, and makes that if it is `ours`.
+    pub fn push(&self, snapshot: Arc<Snapshot>, ours: bool) {
+        let mut queue = self.shared.lock();
+        if queue.closed {
+            return;
+        }
+        queue.forget(|step| self.session.is_evaluated(step));
+        queue.held.entry(snapshot.step).or_insert(Held { snapshot, ours, begun: false }).ours |= ours;
+        let waiting = queue.held.values().filter(|held| !held.begun).count();
+        let oldest = queue.held.iter().find(|(_, held)| !held.begun).map(|(step, held)| (*step, held.ours));
+        if let Some((step, ours)) = oldest.filter(|_| waiting > WAITING_LIMIT) {
+            queue.held.remove(&step);
+            if ours {
+                tracing::warn!(
+                    "the evaluation of step {step} is left out: they take longer than evaluation.every_steps"
+                );
+            }
+        }
+        self.shared.changed.notify_all();
+    }
+
+    /// After a change of the group: this member makes all that it holds.
+    pub fn take_over(&self) {
+        self.shared.lock().held.values_mut().for_each(|held| held.ours = true);
+        self.shared.changed.notify_all();
+    }
+
+    /// Forgets the states after a step: they are computed again.
+    pub fn discard_after(&self, step: u64) {
+        self.shared.lock().held.retain(|held, _| *held <= step);
+    }
+
+    /// Waits until the newest evaluation is recorded; gives up when `abandon` says so.
+    pub fn drain(&self, abandon: impl Fn() -> bool) {
+        let mut queue = self.shared.lock();
+        let newest = queue.held.keys().next_back().copied();
+        while newest.is_some_and(|newest| queue.held.contains_key(&newest)) && !abandon() {
+            // Who waits here is not late.
+            self.session.progressed();
+            queue = self.shared.wait(queue);
+            queue.forget(|step| self.session.is_evaluated(step));
+        }
+    }
+}
+
+impl Drop for Evaluations {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Queue {
+    fn forget(&mut self, is_evaluated: impl Fn(u64) -> bool) {
+        self.held.retain(|step, _| !is_evaluated(*step));
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a change, or a little while: whoever waits looks again at what it waits for.
+    fn wait<'a>(&self, queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
+        let waited = self.changed.wait_timeout(queue, Duration::from_millis(200));
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn serve(&self, context: Context) {
+        crate::set_threads(context.job.job.threads);
+        // On Linux this is the thread's own. Without it evaluations are as good, and take from training.
+        if let Err(error) = rustix::process::nice(NICE) {
+            tracing::debug!("evaluations have the priority of training: {error}");
+        }
+        let Context { job, models, layout, data, means, session, track } = context;
+        let features = means.describe();
+        let mut means = Some(means);
+        let mut judge: Option<Judge> = None;
+        while let Some(snapshot) = self.next(&session) {
+            let (began, of) = (Instant::now(), Of { step: snapshot.step });
+            let metrics = track.during("evaluate", of, || {
+                if let Some(means) = means.take() {
+                    judge = Some(means.judge(&data)?);
+                }
+                let judge =
+                    judge.as_ref().ok_or_else(|| EvalError::Input("see the first failure".to_string()))?;
+                evaluate(&job, &models, &layout, judge, &snapshot)
+            });
+            track.flush();
+            let seconds = began.elapsed().as_secs_f64();
+            let row = match metrics {
+                Ok(metrics) => {
+                    EvaluationRow { step: snapshot.step, metrics, features: features.clone(), seconds }
+                }
+                Err(error) => {
+                    tracing::warn!("no evaluation of step {}: {error}", snapshot.step);
+                    let features = format!("failed: {error}");
+                    EvaluationRow { step: snapshot.step, metrics: Vec::new(), features, seconds }
+                }
+            };
+            session.report_evaluation(row);
+        }
+    }
+
+    /// The next to make. It stays held until it is recorded.
+    fn next(&self, session: &Session) -> Option<Arc<Snapshot>> {
+        let mut queue = self.lock();
+        loop {
+            queue.forget(|step| session.is_evaluated(step));
+            if let Some(held) = queue.held.values_mut().find(|held| held.ours && !held.begun) {
+                held.begun = true;
+                return Some(held.snapshot.clone());
+            }
+            if queue.closed {
+                return None;
+            }
+            queue = self.wait(queue);
+        }
+    }
+}
+
+/// The figures of a state.
+///
+/// # Errors
+/// Samples cannot be read or judged.
+pub fn evaluate(
+    job: &Job,
+    models: &Models,
+    layout: &StateLayout,
+    judge: &Judge,
+    snapshot: &Snapshot,
+) -> Result<Vec<(String, f64)>, EvalError> {
+    let generator = Generator::of_average(models, layout, snapshot);
+    let count = u32::try_from(judge.samples()).unwrap_or(u32::MAX);
+    let images = generator.draw_for(crate::random::Purpose::Evaluation, job.job.seed, count);
+    judge.metrics(&images, Some(&Critic::of(models, layout, snapshot)))
+}

@@ -1,0 +1,262 @@
+//! The commands of the `worker` program that have to do with judging.
+
+use std::fmt::Write as _;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::Args;
+use ganglion_proto::evaluation::{BestBy, Evaluation, Features};
+use ganglion_proto::job::{Data, DataKind};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::EvalError;
+use super::digits::Digits;
+use super::judge::{Judge, Means};
+use super::rungs::{Rung, rungs};
+use super::train::{Labelled, train};
+use crate::data::{DataError, DataSet, ImageShape};
+use crate::random::Purpose;
+use crate::run::Failure;
+use crate::sample::{Generator, SampleError};
+
+/// Arguments of `worker eval`.
+#[derive(Args)]
+pub struct Eval {
+    /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object store.
+    #[arg(long, value_name = "PATH|URL", required_unless_present = "rungs", conflicts_with = "rungs")]
+    pub checkpoint: Option<String>,
+    /// Judge samples of known worth instead: real ones, some of their classes, blurred ones, noise.
+    #[arg(long, requires = "held_out")]
+    rungs: bool,
+    /// The real samples: a kind of data.kind, and for most a path, such as idx:/data/train-images-idx3-ubyte.gz. By default those
+    /// of the run that the checkpoint lies in.
+    #[arg(long, value_name = "KIND[:PATH]")]
+    data: Option<Source>,
+    /// Real samples of the same kind that were not trained on.
+    #[arg(long, value_name = "PATH")]
+    held_out: Option<PathBuf>,
+    /// Samples to generate.
+    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
+    samples: u32,
+    /// Real samples to hold them against; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    reference: u32,
+    /// What metrics look at: auto, digits, pixels, or a TorchScript file from images (n, c, h, w) in [-1, 1] to features (n, d).
+    #[arg(long, default_value = "auto")]
+    features: String,
+    /// Seed of the noise.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Threads to compute with.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: u32,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Data as the command line names them.
+#[derive(Clone, Debug)]
+struct Source(DataKind, Option<PathBuf>);
+
+impl FromStr for Source {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, path) =
+            text.split_once(':').map_or((text, None), |(kind, path)| (kind, Some(path.into())));
+        let kind = serde_json::from_value(Value::from(kind));
+        kind.map(|kind| Source(kind, path)).map_err(|error| error.to_string())
+    }
+}
+
+/// What is read of the job of a run.
+#[derive(Deserialize)]
+struct RunJob {
+    data: Data,
+}
+
+/// Judges a checkpoint's samples, or samples of known worth, and prints what comes of it. `weights` are the checkpoint's, with
+/// their name.
+///
+/// # Errors
+/// The input is wrong, or samples cannot be read.
+pub fn eval(arguments: &Eval, weights: Option<(String, &[u8])>) -> Result<(), Failure> {
+    crate::set_threads(arguments.threads);
+    let generator = weights.as_ref().map(|(name, bytes)| Generator::read(name, bytes, None)).transpose();
+    let generator = generator.map_err(EvalError::from)?;
+    let shape = generator.as_ref().map(Generator::shape);
+    let source = arguments.source(shape)?;
+    let open = |data: &Data| DataSet::open(data).map_err(EvalError::from);
+    let held_out = || -> Result<Option<DataSet>, EvalError> {
+        let path = arguments.held_out.clone();
+        path.map(|path| open(&Data { path: Some(path), ..source.clone() })).transpose()
+    };
+    let data = open(&source)?;
+    if let Some(drawn) = shape.filter(|drawn| *drawn != data.shape()) {
+        return Err(Failure::Input(format!(
+            "the checkpoint draws images of {drawn}, and the data has {}; give --data of its kind",
+            data.shape()
+        )));
+    }
+    let (samples, reference) = (arguments.samples, arguments.reference);
+    let features = Features::from(arguments.features.clone());
+    let settings =
+        Evaluation { samples, reference, features, best_by: BestBy::Auto, ..Evaluation::default() };
+    let judge = Means::open(&settings, data.shape(), held_out()?)?.judge(&data)?;
+    let judged = match (generator, held_out()?) {
+        (Some(generator), _) => {
+            let name = weights.map(|(name, _)| name).unwrap_or_default();
+            let images = generator.draw_for(Purpose::Evaluation, arguments.seed, samples);
+            vec![(name, judge.metrics(&images, None)?)]
+        }
+        (None, Some(held_out)) => of_rungs(&judge, &data, &held_out)?,
+        (None, None) => {
+            return Err(Failure::Input("give --checkpoint, or --rungs with --held-out".to_string()));
+        }
+    };
+    let count = if reference == 0 { data.len() } else { data.len().min(reference as usize) };
+    let text =
+        if arguments.json { as_json(&judge, count, &judged) } else { as_table(&judge, count, &judged) };
+    let _ = write!(std::io::stdout(), "{text}");
+    Ok(())
+}
+
+type Judged = Vec<(String, Vec<(String, f64)>)>;
+
+fn of_rungs(judge: &Judge, data: &DataSet, held_out: &DataSet) -> Result<Judged, EvalError> {
+    let judged = |Rung { name, images }| Ok((name.to_string(), judge.metrics(&images, None)?));
+    rungs(judge, data, held_out)?.into_iter().map(judged).collect()
+}
+
+impl Eval {
+    /// The data to hold samples against: those named, else those of the run.
+    fn source(&self, shape: Option<ImageShape>) -> Result<Data, Failure> {
+        if let Some(Source(kind, path)) = &self.data {
+            let side = shape.filter(|_| *kind == DataKind::Folder).and_then(|s| u32::try_from(s.height).ok());
+            let channels = shape.map_or(Ok(3), |shape| u32::try_from(shape.channels)).unwrap_or(3);
+            return Ok(Data { kind: *kind, path: path.clone(), resize: side, crop: side, channels });
+        }
+        let place = self.checkpoint.as_deref().unwrap_or_default();
+        let job = Path::new(place)
+            .ancestors()
+            .take(4)
+            .map(|folder| folder.join("job.toml"))
+            .find(|job| job.is_file());
+        let job = job.ok_or_else(|| {
+            let what = "there is no job.toml beside the checkpoint that tells of its data; give --data, such as --data mnist-10k";
+            Failure::Input(what.to_string())
+        })?;
+        let wrong = |error: String| Failure::Input(format!("{}: {error}; give --data", job.display()));
+        let text = std::fs::read_to_string(&job).map_err(|error| wrong(error.to_string()))?;
+        let read: RunJob = toml::from_str(&text).map_err(|error| wrong(error.message().to_string()))?;
+        Ok(read.data)
+    }
+}
+
+fn as_json(judge: &Judge, reference: usize, judged: &Judged) -> String {
+    let sets: Vec<Value> = judged
+        .iter()
+        .map(|(name, metrics)| {
+            let metrics: serde_json::Map<String, Value> =
+                metrics.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+            json!({ "samples_of": name, "metrics": metrics })
+        })
+        .collect();
+    let about = json!({ "features": judge.describe(), "samples": judge.samples(), "reference": reference, "judged": sets });
+    format!("{about:#}\n")
+}
+
+/// A line a set of samples, or a line a metric if there is one set.
+fn as_table(judge: &Judge, reference: usize, judged: &Judged) -> String {
+    let mut text = format!(
+        "features {}; {} samples against {reference} real ones\n\n",
+        judge.describe(),
+        judge.samples()
+    );
+    let Some((_, first)) = judged.first() else { return text };
+    if let [(name, metrics)] = judged.as_slice() {
+        let _ = writeln!(text, "{name}");
+        for (name, value) in metrics {
+            let _ = writeln!(text, "  {name:<26} {value:>12.4}");
+        }
+        return text;
+    }
+    let titles: Vec<String> = first.iter().map(|(name, _)| name.replace('_', " ")).collect();
+    let _ = writeln!(text, "| samples | {} |", titles.join(" | "));
+    let _ = writeln!(text, "|---|{}", "---|".repeat(titles.len()));
+    for (name, metrics) in judged {
+        let values: Vec<String> = metrics.iter().map(|(_, value)| format!("{value:.4}")).collect();
+        let _ = writeln!(text, "| {name} | {} |", values.join(" | "));
+    }
+    text
+}
+
+/// Arguments of `worker train-classifier`.
+#[derive(Args)]
+pub struct TrainClassifier {
+    /// The images to train on, an IDX file such as train-images-idx3-ubyte.gz.
+    #[arg(long, value_name = "FILE")]
+    images: PathBuf,
+    /// Their labels, an IDX file such as train-labels-idx1-ubyte.gz.
+    #[arg(long, value_name = "FILE")]
+    labels: PathBuf,
+    /// Images to count errors on; they are not trained on.
+    #[arg(long, value_name = "FILE", requires = "test_labels")]
+    test_images: Option<PathBuf>,
+    /// Their labels.
+    #[arg(long, value_name = "FILE", requires = "test_images")]
+    test_labels: Option<PathBuf>,
+    /// Seed of the first weights, the order of images and their moves.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Passes over the images.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    epochs: u64,
+    /// The weights to write, a safetensors file; their blake3 hash goes beside it.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+impl From<EvalError> for Failure {
+    fn from(error: EvalError) -> Self {
+        match error {
+            EvalError::Input(detail)
+            | EvalError::Data(DataError::Input(detail))
+            | EvalError::Sample(SampleError::Input(detail)) => Failure::Input(detail),
+            other => Failure::Other(other.to_string()),
+        }
+    }
+}
+
+/// Trains the digit classifier and writes its weights.
+///
+/// # Errors
+/// The files are wrong, or cannot be written.
+pub fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failure> {
+    crate::set_threads(1);
+    let read = |images: &PathBuf, labels: &PathBuf| -> Result<Labelled, EvalError> {
+        let path = Some(images.clone());
+        let data = Data { kind: DataKind::Idx, path, resize: None, crop: None, channels: 1 };
+        Labelled::read(&DataSet::open(&data)?, labels)
+    };
+    let digits = read(&arguments.images, &arguments.labels)?;
+    let test = arguments.test_images.as_ref().zip(arguments.test_labels.as_ref());
+    let test = test.map(|(images, labels)| read(images, labels)).transpose()?;
+    let say = |line: String| drop(writeln!(std::io::stdout(), "{line}"));
+    let tell = |epoch, loss| say(format!("epoch {epoch} of {}: loss {loss:.4}", arguments.epochs));
+    let weights = train(&digits, arguments.seed, arguments.epochs, tell)?;
+    let hash = blake3::hash(&weights).to_hex();
+    if let Some(test) = test {
+        let accuracy = 100.0 * test.accuracy(&Digits::read(&weights)?);
+        say(format!("{accuracy:.2} % of the test images are told right"));
+    }
+    let beside = arguments.out.with_extension("blake3");
+    std::fs::write(&arguments.out, weights)
+        .and_then(|()| std::fs::write(beside, format!("{hash}\n")))
+        .map_err(|error| Failure::Input(format!("--out {}: {error}", arguments.out.display())))?;
+    say(format!("{} blake3 {hash}", arguments.out.display()));
+    Ok(())
+}

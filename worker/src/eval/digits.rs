@@ -1,0 +1,154 @@
+//! The digit classifier: a small convolutional network that tells handwritten digits apart, bundled with its weights.
+//!
+//! It gives metrics the features that Inception gives elsewhere, without a download. `worker train-classifier` makes the
+//! weights again.
+//!
+//! 1. What it says of an image depends on that image and the weights alone, not on the others of a batch in any way but
+//!    the rounding of a kernel that takes several at a time.
+//! 2. Its weights are fixed: they are part of what a metric means, so their hash is reported with each evaluation.
+
+use safetensors::SafeTensors;
+use tch::{Kind, Tensor, no_grad};
+
+use super::EvalError;
+use crate::checkpoint::from_bytes;
+use crate::data::ImageShape;
+use crate::nn::{Init, TensorSpec};
+
+/// What the classifier looks at.
+pub const SHAPE: ImageShape = ImageShape { channels: 1, height: 28, width: 28 };
+/// Digits.
+pub const CLASSES: i64 = 10;
+/// Numbers of the layer before the last.
+pub const FEATURES: i64 = 64;
+
+/// The bundled weights.
+static WEIGHTS: &[u8] = include_bytes!("../../digits/digits.safetensors");
+/// Their blake3 hash, in hex.
+static HASH: &str = include_str!("../../digits/digits.blake3");
+
+/// The classifier's weights, in the order of [`specs`].
+#[derive(Debug)]
+pub struct Digits {
+    weights: Vec<Tensor>,
+}
+
+/// What the classifier says of images.
+#[derive(Debug)]
+pub struct Seen {
+    /// (n, [`FEATURES`]), after the rectifier.
+    pub features: Tensor,
+    /// (n, [`CLASSES`]).
+    pub logits: Tensor,
+}
+
+/// The tensors of the network, with the starts that PyTorch gives its layers.
+pub fn specs() -> Vec<TensorSpec> {
+    let layers: [(&str, Vec<i64>); 5] = [
+        ("conv1", vec![16, 1, 3, 3]),
+        ("conv2", vec![32, 16, 3, 3]),
+        ("conv3", vec![48, 32, 3, 3]),
+        ("features", vec![FEATURES, 432]),
+        ("classes", vec![CLASSES, FEATURES]),
+    ];
+    let mut specs = Vec::new();
+    for (layer, shape) in layers {
+        let inputs = u16::try_from(shape[1..].iter().product::<i64>()).expect("layers are small");
+        let init = Init::Uniform { bound: 1.0 / f32::from(inputs).sqrt() };
+        let outputs = shape[0];
+        let mut add = |kind: &str, shape: Vec<i64>| {
+            specs.push(TensorSpec::parameter(format!("{layer}.{kind}"), &shape, init.clone()));
+        };
+        add("weight", shape);
+        add("bias", vec![outputs]);
+    }
+    specs
+}
+
+/// The network's output for images (n, 1, 28, 28) in [-1, 1]: three times convolve, rectify and halve, then two linear
+/// layers.
+pub fn forward(images: &Tensor, weights: &[Tensor]) -> Seen {
+    let mut maps = images.shallow_clone();
+    for layer in weights[..6].chunks(2) {
+        let convolved = maps.conv2d(&layer[0], Some(&layer[1]), [1, 1], [1, 1], [1, 1], 1);
+        maps = convolved.relu().max_pool2d([2, 2], [2, 2], [0, 0], [1, 1], false);
+    }
+    let features = maps.flatten(1, -1).linear(&weights[6], Some(&weights[7])).relu();
+    let logits = features.linear(&weights[8], Some(&weights[9]));
+    Seen { features, logits }
+}
+
+impl Digits {
+    /// The bundled classifier.
+    ///
+    /// # Errors
+    /// The weights in this program are damaged.
+    pub fn bundled() -> Result<Digits, EvalError> {
+        let hash = blake3::hash(WEIGHTS).to_hex();
+        if hash.as_str() != HASH.trim() {
+            return Err(EvalError::Classifier(format!("their hash is {hash}, not {}", HASH.trim())));
+        }
+        Digits::read(WEIGHTS)
+    }
+
+    /// The hash of the bundled weights.
+    pub fn hash() -> &'static str {
+        HASH.trim()
+    }
+
+    /// Reads weights as `worker train-classifier` writes them.
+    ///
+    /// # Errors
+    /// They are not such weights.
+    pub fn read(bytes: &[u8]) -> Result<Digits, EvalError> {
+        let wrong = |what: String| EvalError::Classifier(what);
+        let tensors = SafeTensors::deserialize(bytes).map_err(|error| wrong(error.to_string()))?;
+        let load = |spec: &TensorSpec| {
+            let tensor = tensors.tensor(&spec.name).map_err(|error| wrong(error.to_string()))?;
+            if tensor.data().len() != 4 * spec.numel() {
+                return Err(wrong(format!("{} does not have its shape", spec.name)));
+            }
+            Ok(from_bytes(tensor.data()).view(spec.shape.as_slice()))
+        };
+        Ok(Digits { weights: specs().iter().map(load).collect::<Result<_, _>>()? })
+    }
+
+    /// What the classifier says of images (n, 1, 28, 28) in [-1, 1].
+    pub fn look(&self, images: &Tensor) -> Seen {
+        no_grad(|| forward(images, &self.weights))
+    }
+
+    /// The probabilities of the classes, (n, [`CLASSES`]) in f64.
+    pub fn probabilities(seen: &Seen) -> Tensor {
+        seen.logits.to_kind(Kind::Double).softmax(-1, Kind::Double)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::DataSet;
+    use crate::eval::images;
+    use crate::eval::train::labels;
+    use ganglion_proto::job::{Data, DataKind};
+
+    #[test]
+    fn the_bundled_weights_have_their_hash_and_tell_digits_apart() {
+        let digits = Digits::bundled().unwrap();
+        assert!(WEIGHTS.len() < 300_000);
+        let data = Data { kind: DataKind::Mnist10k, path: None, resize: None, crop: None, channels: 1 };
+        let data = DataSet::open(&data).unwrap();
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../data/mnist-10k/t10k-labels-idx1-ubyte.gz");
+        let labels = labels(folder.as_ref()).unwrap();
+        let images = images(&data, &(0..data.len()).collect::<Vec<_>>()).unwrap();
+        let right = digits.look(&images).logits.argmax(-1, false).eq_tensor(&labels);
+        let right = right.sum(Kind::Int64).int64_value(&[]);
+        assert!(right >= 9900, "{right} of 10,000 digits are told right");
+    }
+
+    #[test]
+    fn damaged_weights_are_refused() {
+        let refused = Digits::read(&WEIGHTS[..WEIGHTS.len() / 2]).unwrap_err();
+        assert!(refused.to_string().contains("classifier"), "{refused}");
+    }
+}

@@ -1,0 +1,129 @@
+//! What metrics look at: from images to features.
+
+use std::path::Path;
+
+use ganglion_proto::evaluation::Features;
+use tch::{CModule, Kind, Tensor, no_grad};
+
+use super::digits::{Digits, SHAPE};
+use super::{EvalError, images, some_of};
+use crate::data::{DataSet, ImageShape};
+
+/// Images that are looked at in one pass. A fixed number, because a kernel may round by how many it gets.
+const BATCH: usize = 100;
+
+/// Turns images into features.
+#[derive(Debug)]
+pub enum Extractor {
+    /// The digit classifier.
+    Digits(Digits),
+    /// Nothing: metrics look at the pixels.
+    Pixels,
+    /// A TorchScript module and the hash of its file.
+    File(CModule, String),
+}
+
+/// What an extractor makes of samples.
+#[derive(Debug)]
+pub struct Looked {
+    /// (n, d) in f64, unless only pixels are looked at.
+    pub features: Option<Tensor>,
+    /// (n, classes) in f64, if there is a classifier.
+    pub probabilities: Option<Tensor>,
+}
+
+impl Extractor {
+    /// What a job asks for, for images of a shape.
+    ///
+    /// # Errors
+    /// The images do not suit it, or the file is no such module.
+    pub fn open(features: &Features, shape: ImageShape) -> Result<Extractor, EvalError> {
+        match features {
+            Features::Auto if shape == SHAPE => Ok(Extractor::Digits(Digits::bundled()?)),
+            Features::Auto | Features::Pixels => Ok(Extractor::Pixels),
+            Features::Digits if shape == SHAPE => Ok(Extractor::Digits(Digits::bundled()?)),
+            Features::Digits => Err(EvalError::Input(format!(
+                "evaluation.features: \"digits\" looks at images of {SHAPE}, and the data has {shape}; choose \"pixels\" or a \
+                 TorchScript file"
+            ))),
+            Features::File(file) => open_file(file, shape),
+        }
+    }
+
+    /// Its name and the hash of what it computes with.
+    pub fn describe(&self) -> String {
+        match self {
+            Extractor::Digits(_) => format!("digits {}", Digits::hash()),
+            Extractor::Pixels => "pixels".to_string(),
+            Extractor::File(_, hash) => format!("file {hash}"),
+        }
+    }
+
+    /// Looks at images (n, c, h, w) in [-1, 1], some at a time.
+    ///
+    /// # Errors
+    /// The module of a file fails.
+    pub fn look(&self, images: &Tensor) -> Result<Looked, EvalError> {
+        let batch = i64::try_from(BATCH).expect("a small number");
+        self.gather(images.split(batch, 0).into_iter().map(Ok))
+    }
+
+    /// Looks at samples of a data set.
+    ///
+    /// # Errors
+    /// A sample cannot be read, or the module of a file fails.
+    pub fn look_at(&self, data: &DataSet, indices: &[usize]) -> Result<Looked, EvalError> {
+        self.gather(indices.chunks(BATCH).map(|chunk| Ok(images(data, chunk)?)))
+    }
+
+    fn gather(&self, batches: impl Iterator<Item = Result<Tensor, EvalError>>) -> Result<Looked, EvalError> {
+        let (mut features, mut probabilities) = (Vec::new(), Vec::new());
+        for images in batches {
+            match self {
+                Extractor::Digits(digits) => {
+                    let seen = digits.look(&images?);
+                    probabilities.push(Digits::probabilities(&seen));
+                    features.push(seen.features.to_kind(Kind::Double));
+                }
+                Extractor::Pixels => break,
+                Extractor::File(module, _) => features.push(features_of(module, &images?)?),
+            }
+        }
+        let whole = |parts: Vec<Tensor>| (!parts.is_empty()).then(|| Tensor::cat(&parts, 0));
+        Ok(Looked { features: whole(features), probabilities: whole(probabilities) })
+    }
+}
+
+fn open_file(file: &Path, shape: ImageShape) -> Result<Extractor, EvalError> {
+    let wrong = |what: String| EvalError::Input(format!("evaluation.features {}: {what}", file.display()));
+    let bytes = std::fs::read(file).map_err(|error| wrong(error.to_string()))?;
+    let load = CModule::load_data(&mut bytes.as_slice());
+    let mut module = load.map_err(|error| wrong(format!("no TorchScript module: {}", first_line(&error))))?;
+    module.f_set_eval().map_err(|error| wrong(first_line(&error)))?;
+    let sizes = [2, shape.channels, shape.height, shape.width];
+    let sizes = sizes.map(|n| i64::try_from(n).expect("an image is small"));
+    let probe = Tensor::zeros(sizes, (Kind::Float, tch::Device::Cpu));
+    drop(features_of(&module, &probe).map_err(|error| wrong(error.to_string()))?);
+    Ok(Extractor::File(module, blake3::hash(&bytes).to_hex().to_string()))
+}
+
+fn features_of(module: &CModule, images: &Tensor) -> Result<Tensor, EvalError> {
+    let samples = images.size()[0];
+    let features = no_grad(|| module.forward_ts(&[images]));
+    let features = features.map_err(|error| EvalError::Input(first_line(&error)))?;
+    if features.size().first() != Some(&samples) {
+        let what = format!("it makes {:?} of {samples} images; it must make ({samples}, d)", features.size());
+        return Err(EvalError::Input(what));
+    }
+    Ok(features.flatten(1, -1).to_kind(Kind::Double).to_device(tch::Device::Cpu))
+}
+
+/// libtorch's errors carry a trace of calls.
+fn first_line(error: &tch::TchError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_string()
+}
+
+/// `count` samples of a data set, all if it has fewer.
+pub fn chosen(data: &DataSet, count: usize) -> Vec<usize> {
+    some_of(data.len(), if count == 0 { data.len() } else { count })
+}

@@ -1,0 +1,230 @@
+//! Judging samples: all metrics that the features allow, against real samples that are looked at once.
+
+use ganglion_proto::evaluation::{BestBy, Evaluation, names};
+use tch::{Kind, TchError, Tensor, no_grad};
+
+use super::features::{Extractor, Looked, chosen};
+use super::metrics::{
+    Labels, Manifold, Moments, diversity, frechet_distance, kernel_distance, memorised, nearest,
+    precision_and_recall, sliced_wasserstein, threshold,
+};
+use super::{EvalError, images, some_of};
+use crate::checkpoint::{Snapshot, from_bytes};
+use crate::data::{DataSet, ImageShape};
+use crate::nn::{Models, Pass};
+use crate::random::{Key, Purpose};
+use crate::state::{StateLayout, narrow};
+
+/// Samples of each kind that a discriminator is asked about.
+const ASKED: usize = 1000;
+
+/// What samples are judged by.
+#[derive(Debug)]
+pub struct Judge {
+    extractor: Extractor,
+    samples: usize,
+    reference: Reference,
+}
+
+/// Real samples, looked at.
+#[derive(Debug)]
+struct Reference {
+    /// As many as are generated.
+    images: Tensor,
+    /// Of samples that are not trained on, if there are any.
+    held_out: Option<Tensor>,
+    features: Option<OfFeatures>,
+    labels: Option<Labels>,
+}
+
+#[derive(Debug)]
+struct OfFeatures {
+    all: Tensor,
+    /// As many as are generated.
+    some: Manifold,
+    moments: Moments,
+    /// See [`memorised`].
+    threshold: f64,
+}
+
+/// A discriminator in working order.
+#[derive(Debug)]
+pub struct Critic {
+    models: Models,
+    weights: Vec<Tensor>,
+    buffers: Vec<Tensor>,
+}
+
+impl Critic {
+    /// That of a state.
+    pub fn of(models: &Models, layout: &StateLayout, snapshot: &Snapshot) -> Critic {
+        let sections = &layout.discriminator;
+        let range = sections.weight_range();
+        let weights = from_bytes(&snapshot.flat[4 * range.start..4 * range.end]);
+        let parameters = sections.parameters.len();
+        Critic {
+            models: models.clone(),
+            weights: sections.parameters.views(&narrow(&weights, 0..parameters)),
+            buffers: sections.buffers.views(&narrow(&weights, parameters..range.len())),
+        }
+    }
+
+    /// The mean of what it says of images.
+    fn opinion(&self, images: &Tensor) -> f64 {
+        let say = |(shard, part): (u32, &Tensor)| {
+            let key = Key { seed: 0, step: 0, phase: 3, shard, purpose: Purpose::Network };
+            self.models.discriminator.forward(part, &mut Pass::running(&self.weights, &self.buffers, key))
+        };
+        let said: Vec<Tensor> = no_grad(|| (0..).zip(&images.split(100, 0)).map(say).collect());
+        Tensor::cat(&said, 0).mean(Kind::Double).double_value(&[])
+    }
+}
+
+/// What an evaluation needs that is not a matter of its samples: opened and checked before training, looked at later.
+#[derive(Debug)]
+pub struct Means {
+    settings: Evaluation,
+    extractor: Extractor,
+    held_out: Option<DataSet>,
+}
+
+impl Means {
+    /// Opens what an evaluation needs, and checks that it fits the data.
+    ///
+    /// # Errors
+    /// The settings do not fit the data; says which.
+    pub fn open(
+        settings: &Evaluation,
+        shape: ImageShape,
+        held_out: Option<DataSet>,
+    ) -> Result<Means, EvalError> {
+        let extractor = Extractor::open(&settings.features, shape)?;
+        if let Some(other) = held_out.as_ref().map(DataSet::shape).filter(|other| *other != shape) {
+            let what = format!("evaluation.held_out: its images are {other}, and those of the data {shape}");
+            return Err(EvalError::Input(what));
+        }
+        let lacks = matches!(
+            (&extractor, settings.best_by),
+            (Extractor::Pixels, BestBy::FrechetDistance | BestBy::Kid | BestBy::ClassifierScore)
+                | (Extractor::File(..), BestBy::ClassifierScore)
+        );
+        if lacks {
+            let (name, features) = (settings.best_by.name(), extractor.describe());
+            let what = format!(
+                "evaluation.best_by: there is no {name} by features of {features}; choose \"auto\" or other \
+                 evaluation.features"
+            );
+            return Err(EvalError::Input(what));
+        }
+        Ok(Means { settings: settings.clone(), extractor, held_out })
+    }
+
+    /// Looks at the real samples.
+    ///
+    /// # Errors
+    /// A sample cannot be read, or the features cannot be computed.
+    pub fn judge(self, data: &DataSet) -> Result<Judge, EvalError> {
+        let Means { settings, extractor, held_out } = self;
+        let samples = settings.samples as usize;
+        let looked = extractor.look_at(data, &chosen(data, settings.reference as usize))?;
+        let fresh = held_out.as_ref().map(|held_out| extractor.look_at(held_out, &chosen(held_out, samples)));
+        let fresh = fresh.transpose()?.and_then(|looked| looked.features);
+        let asked = |held_out: &DataSet| images(held_out, &chosen(held_out, ASKED));
+        let reference = Reference {
+            images: images(data, &chosen(data, samples))?,
+            held_out: held_out.as_ref().map(asked).transpose()?,
+            features: looked.features.map(|all| OfFeatures::new(all, samples, fresh.as_ref())),
+            labels: looked.probabilities.as_ref().map(Labels::new),
+        };
+        Ok(Judge { extractor, samples, reference })
+    }
+
+    /// What metrics look at.
+    pub fn describe(&self) -> String {
+        self.extractor.describe()
+    }
+}
+
+impl OfFeatures {
+    fn new(all: Tensor, samples: usize, fresh: Option<&Tensor>) -> OfFeatures {
+        let count = usize::try_from(all.size()[0]).unwrap_or_default();
+        let places: Vec<i64> =
+            some_of(count, samples).into_iter().filter_map(|n| i64::try_from(n).ok()).collect();
+        let some = all.index_select(0, &Tensor::from_slice(&places));
+        let nearest =
+            fresh.map_or_else(|| nearest_others(&all, &places), |fresh| nearest(fresh, &all, false));
+        OfFeatures {
+            moments: Moments::of(&all),
+            threshold: threshold(&nearest),
+            some: Manifold::of(&some),
+            all,
+        }
+    }
+}
+
+/// Where all samples are trained on, each counts as fresh to the others.
+fn nearest_others(all: &Tensor, places: &[i64]) -> Tensor {
+    nearest(&all.index_select(0, &Tensor::from_slice(places)), all, true)
+}
+
+impl Judge {
+    /// Generated samples that it takes.
+    pub fn samples(&self) -> usize {
+        self.samples
+    }
+
+    /// What metrics look at.
+    pub fn describe(&self) -> String {
+        self.extractor.describe()
+    }
+
+    /// All metrics of generated images (n, c, h, w) in [-1, 1], and of the discriminator of the same state.
+    ///
+    /// # Errors
+    /// The module of a file fails.
+    pub fn metrics(&self, images: &Tensor, critic: Option<&Critic>) -> Result<Vec<(String, f64)>, EvalError> {
+        let mut metrics = Vec::new();
+        let mut note = |name: &str, value: f64| metrics.push((name.to_string(), value));
+        let images = &images.to_kind(Kind::Float);
+        let Looked { features, probabilities } = self.extractor.look(images)?;
+        if let (Some(own), Some(real)) = (&features, &self.reference.features) {
+            note(names::FRECHET, frechet_or_nothing(real, own));
+            note(names::KID, kernel_distance(real.some.samples(), own));
+            let [precision, recall] = precision_and_recall(&real.some, &Manifold::of(own));
+            note(names::PRECISION, precision);
+            note(names::RECALL, recall);
+            note(names::MEMORISED, memorised(&nearest(own, &real.all, false), real.threshold));
+        }
+        if let (Some(own), Some(real)) = (&probabilities, &self.reference.labels) {
+            let own = Labels::new(own);
+            note(names::SCORE, own.score());
+            note(names::MODES, f64::from(u32::try_from(own.modes(real)).unwrap_or(u32::MAX)));
+            note(names::LABEL_KL, own.divergence(real));
+            note(names::LABEL_ENTROPY, own.relative_entropy(real));
+        }
+        note(names::WASSERSTEIN, sliced_wasserstein(&self.reference.images, images));
+        note(names::DIVERSITY, diversity(&self.reference.images, images));
+        if let (Some(critic), Some(held_out)) = (critic, &self.reference.held_out) {
+            note(names::OVERFITTING, self.overfitting(critic, held_out, images));
+        }
+        Ok(metrics)
+    }
+
+    /// How far a discriminator takes samples that it has not seen for generated ones: 0 if it takes them for those that it
+    /// has seen, 1 for generated ones. Karras et al. (2020), "Training generative adversarial networks with limited data",
+    /// equation 1, r_v.
+    fn overfitting(&self, critic: &Critic, held_out: &Tensor, generated: &Tensor) -> f64 {
+        let asked = i64::try_from(ASKED).expect("a small number");
+        let some = |images: &Tensor| images.narrow(0, 0, asked.min(images.size()[0]));
+        let seen = critic.opinion(&some(&self.reference.images));
+        let ratio = (seen - critic.opinion(held_out)) / (seen - critic.opinion(&some(generated)));
+        // One that does not tell real from generated has learned nothing by heart.
+        if ratio.is_nan() && seen.is_finite() { 0.0 } else { ratio }
+    }
+}
+
+/// What is not finite has no distance.
+fn frechet_or_nothing(real: &OfFeatures, own: &Tensor) -> f64 {
+    let distance = || -> Result<f64, TchError> { frechet_distance(&real.moments, &Moments::of(own)) };
+    distance().unwrap_or(f64::NAN)
+}

@@ -1,0 +1,72 @@
+//! Judging what a generator draws.
+//!
+//! 1. A metric is a function of features; features are a function of images and of fixed weights; the images of an evaluation
+//!    are a function of (job, state). So an evaluation is one, whoever makes it and whenever.
+//! 2. Nothing here writes state or anything that training reads: libtorch's settings stay as the worker set them.
+//! 3. Beside training it never holds a step up: see [`beside`].
+
+pub mod beside;
+pub mod commands;
+pub mod digits;
+pub mod features;
+pub mod judge;
+pub mod metrics;
+pub mod rungs;
+pub mod train;
+
+use ganglion_proto::stream::SampleStream;
+use tch::Tensor;
+
+use crate::data::{DataError, DataSet};
+use crate::sample::SampleError;
+
+/// Why there are no metrics.
+#[derive(Debug, thiserror::Error)]
+pub enum EvalError {
+    /// The user's input is wrong; says what, where and how to fix it.
+    #[error("{0}")]
+    Input(String),
+    /// The classifier's weights cannot be used.
+    #[error("the weights of the digit classifier cannot be used: {0}")]
+    Classifier(String),
+    /// The samples cannot be read.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The generator cannot be read.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+    /// What libtorch refuses.
+    #[error("{0}")]
+    Torch(#[from] tch::TchError),
+    /// The same, by way of c10d.
+    #[error("{0}")]
+    C10d(#[from] c10d::Error),
+}
+
+/// Samples of a data set, (n, c, h, w) in [-1, 1].
+///
+/// # Errors
+/// A sample cannot be read.
+pub fn images(data: &DataSet, indices: &[usize]) -> Result<Tensor, DataError> {
+    let shape = data.shape();
+    let mut pixels = vec![0.0; indices.len() * shape.numel()];
+    for (index, out) in indices.iter().zip(pixels.chunks_exact_mut(shape.numel())) {
+        data.read(*index, out)?;
+    }
+    let sizes = [indices.len(), shape.channels, shape.height, shape.width];
+    Ok(Tensor::from_slice(&pixels).view(sizes.map(|n| i64::try_from(n).expect("an image is small"))))
+}
+
+/// `count` of the numbers below `len`, all if there are fewer, in order. They are drawn, always the same ones: a data set may
+/// be sorted, or come from sources that take turns, as MNIST's digits do.
+pub fn some_of(len: usize, count: usize) -> Vec<usize> {
+    if count >= len {
+        return (0..len).collect();
+    }
+    let mut stream = SampleStream::new(0, len as u64);
+    let drawn =
+        (0..count as u64).map(|place| usize::try_from(stream.sample(place)).expect("an index in memory"));
+    let mut drawn: Vec<usize> = drawn.collect();
+    drawn.sort_unstable();
+    drawn
+}

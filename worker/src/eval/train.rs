@@ -1,0 +1,169 @@
+//! Training the digit classifier: `worker train-classifier`.
+//!
+//! 1. The weights are a function of (images, labels, seed, epochs) and of the passport's machine and build, as a run's
+//!    are: all draws have keys, and one thread computes.
+//! 2. No image of a test set enters: what is tested on is given apart, and only counted.
+
+use std::path::Path;
+
+use c10d::aten::{Adam, fused_adam};
+use ganglion_proto::stream::SampleStream;
+use tch::{Device, Kind, Tensor, no_grad};
+
+use super::digits::{CLASSES, Digits, SHAPE, forward, specs};
+use super::{EvalError, images};
+use crate::checkpoint::serialize_floats;
+use crate::data::{DataSet, read_labels};
+use crate::random::{Key, Purpose};
+use crate::state::{Layout, initial_values, narrow};
+
+/// Digits in one update.
+const BATCH: u64 = 128;
+/// Pixels by which a batch is moved at most, to each side: MNIST's digits keep four pixels of margin.
+const SHIFT: f32 = 2.0;
+/// Adam's step size at first; it falls to 0 on a straight line.
+const LEARNING_RATE: f64 = 2e-3;
+
+/// Digits and what they are.
+#[derive(Debug)]
+pub struct Labelled {
+    /// (n, 1, 28, 28) in [-1, 1].
+    pub images: Tensor,
+    /// (n), from 0 to 9.
+    pub labels: Tensor,
+}
+
+impl Labelled {
+    /// Reads images, and their labels from a file.
+    ///
+    /// # Errors
+    /// They are no digits of MNIST's form, or do not belong together.
+    pub fn read(data: &DataSet, file: &Path) -> Result<Labelled, EvalError> {
+        if data.shape() != SHAPE {
+            return Err(EvalError::Input(format!("the images are {}, not {SHAPE}", data.shape())));
+        }
+        let labels = labels(file)?;
+        let (found, wanted) = (labels.size()[0], data.len());
+        if usize::try_from(found) != Ok(wanted) {
+            let what = format!("{}: {found} labels for {wanted} images", file.display());
+            return Err(EvalError::Input(what));
+        }
+        Ok(Labelled { images: images(data, &(0..wanted).collect::<Vec<_>>())?, labels })
+    }
+
+    /// The share that a classifier tells right.
+    pub fn accuracy(&self, digits: &Digits) -> f64 {
+        let right = |(images, labels): (Tensor, Tensor)| {
+            let told = digits.look(&images).logits.argmax(-1, false);
+            told.eq_tensor(&labels).to_kind(Kind::Double).sum(Kind::Double).double_value(&[])
+        };
+        let parts = self.images.split(1000, 0).into_iter().zip(self.labels.split(1000, 0));
+        let count = i32::try_from(self.labels.size()[0]).map_or(f64::from(i32::MAX), f64::from);
+        parts.map(right).sum::<f64>() / count
+    }
+}
+
+/// Reads an IDX file of digits' labels.
+///
+/// # Errors
+/// It is none, or a label is no digit.
+pub fn labels(path: &Path) -> Result<Tensor, EvalError> {
+    let labels: Vec<i64> = read_labels(path)?.into_iter().map(i64::from).collect();
+    if labels.iter().any(|label| *label >= CLASSES) {
+        return Err(EvalError::Input(format!("{}: a label is no digit", path.display())));
+    }
+    Ok(Tensor::from_slice(&labels))
+}
+
+/// Trains a classifier, and says after each epoch how far it is.
+///
+/// # Errors
+/// What libtorch refuses.
+pub fn train(
+    digits: &Labelled,
+    seed: u64,
+    epochs: u64,
+    tell: impl Fn(u64, f64),
+) -> Result<Vec<u8>, EvalError> {
+    let layout = Layout::new(specs());
+    let len = i64::try_from(layout.len()).expect("the network is small");
+    let zeros = || Tensor::zeros([len], (Kind::Float, Device::Cpu));
+    let (mut flat, gradient, mut first, mut second) = (zeros(), zeros(), zeros(), zeros());
+    for (shard, (spec, offset)) in (0..).zip(layout.entries()) {
+        let key = Key { seed, step: 0, phase: 0, shard, purpose: Purpose::Classifier };
+        narrow(&flat, offset..offset + spec.numel()).copy_(&initial_values(key, spec));
+    }
+    let views = || layout.views(&flat).into_iter().map(|view| view.detach().set_requires_grad(true));
+    let (weights, places): (Vec<Tensor>, _) = (views().collect(), layout.views(&gradient));
+    let samples = digits.labels.size()[0].unsigned_abs();
+    let mut stream = SampleStream::new(seed, samples);
+    let (per_epoch, updates) = (samples / BATCH, epochs * (samples / BATCH));
+    let mut loss_sum = 0.0;
+    for update in 0..updates {
+        let (images, labels) = batch(digits, &mut stream, seed, update);
+        let loss = forward(&images, &weights).logits.cross_entropy_for_logits(&labels);
+        let gradients = Tensor::f_run_backward(&[&loss], &weights, false, false)?;
+        no_grad(|| places.iter().zip(&gradients).for_each(|(place, of)| place.shallow_clone().copy_(of)));
+        #[allow(clippy::cast_precision_loss)] // counts of updates are far below 2^53
+        let left = 1.0 - update as f64 / updates as f64;
+        let adam = Adam { lr: LEARNING_RATE * left, beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+        fused_adam(&mut flat, &gradient, &mut first, &mut second, update + 1, adam)?;
+        loss_sum += loss.double_value(&[]);
+        if (update + 1) % per_epoch == 0 {
+            #[allow(clippy::cast_precision_loss)]
+            tell((update + 1) / per_epoch, std::mem::take(&mut loss_sum) / per_epoch as f64);
+        }
+    }
+    let about = [("seed", seed), ("epochs", epochs), ("samples", samples)];
+    let about = about.map(|(key, value)| (key.to_string(), value.to_string()));
+    Ok(serialize_floats(&layout, &flat, about.into()))
+}
+
+/// The digits of an update, moved a little.
+fn batch(digits: &Labelled, stream: &mut SampleStream, seed: u64, update: u64) -> (Tensor, Tensor) {
+    let numbers = update * BATCH..(update + 1) * BATCH;
+    let chosen: Vec<i64> = numbers.map(|q| stream.sample(q).cast_signed()).collect();
+    let chosen = Tensor::from_slice(&chosen);
+    let key = Key { seed, step: update + 1, phase: 0, shard: 0, purpose: Purpose::Classifier };
+    let moves = key.uniform(-SHIFT - 0.5, SHIFT + 0.5, 2).round();
+    let moves: [i64; 2] = [moves.int64_value(&[0]), moves.int64_value(&[1])];
+    (digits.images.index_select(0, &chosen).roll(moves, [2, 3]), digits.labels.index_select(0, &chosen))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stripes() -> Labelled {
+        let labels = Tensor::arange(256, (Kind::Int64, Device::Cpu)).remainder(10);
+        let images = Tensor::full([256, 1, 28, 28], -1.0, (Kind::Float, Device::Cpu));
+        for (index, label) in (0..256).zip(Vec::<i64>::try_from(&labels).unwrap()) {
+            let _ = images.get(index).narrow(1, 2 * label + 4, 2).fill_(1.0);
+        }
+        Labelled { images, labels }
+    }
+
+    #[test]
+    fn it_learns_and_the_same_again_gives_the_same_weights() {
+        let digits = stripes();
+        let trained = train(&digits, 3, 2, |_, _| {}).unwrap();
+        assert_eq!(trained, train(&digits, 3, 2, |_, _| {}).unwrap());
+        assert_ne!(trained, train(&digits, 4, 2, |_, _| {}).unwrap());
+        let longer = Digits::read(&train(&digits, 3, 60, |_, _| {}).unwrap()).unwrap();
+        assert!(digits.accuracy(&longer) > 0.9, "{}", digits.accuracy(&longer));
+    }
+
+    #[test]
+    fn files_that_are_no_labels_of_digits_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("labels");
+        for (bytes, what) in [
+            (&b"\x00\x00\x08\x03\x00\x00\x00\x01\x00"[..], "no IDX file of labels"),
+            (b"\x00\x00\x08\x01\x00\x00\x00\x01\x0a", "no digit"),
+        ] {
+            std::fs::write(&file, bytes).unwrap();
+            let refused = labels(&file).unwrap_err().to_string();
+            assert!(refused.contains(what), "{refused}");
+        }
+    }
+}
