@@ -368,7 +368,7 @@ impl Leaves<'_> {
         let mut sum = loss::discriminator(kind, &logits[0], &logits[1]);
         for side in 0..2 {
             if let Some(weights) = penalties {
-                sum = sum + loss::zero_centred_penalty(weights[side], &images[side], &logits[side]);
+                sum = sum.g_add(&loss::zero_centred_penalty(weights[side], &images[side], &logits[side]));
             }
         }
         part(sum, [of_real, of_fake, self.signs(&logits[0])], parameters, statistics)

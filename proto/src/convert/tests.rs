@@ -6,6 +6,19 @@ use crate::job::{
     Reduction,
 };
 
+fn loss() -> job::Loss {
+    job::Loss {
+        kind: LossKind::WassersteinGp,
+        discriminator_steps: 5,
+        gradient_penalty: 10.0,
+        r1: 1.0,
+        final_r1: 0.1,
+        r2: 2.0,
+        final_r2: 0.2,
+        penalty_every: 4,
+    }
+}
+
 fn job() -> Job {
     Job {
         job: job::General {
@@ -40,16 +53,7 @@ fn job() -> Job {
             generator: Some("/networks/G.pt".into()),
             discriminator: Some("/networks/D.pt".into()),
         },
-        loss: job::Loss {
-            kind: LossKind::WassersteinGp,
-            discriminator_steps: 5,
-            gradient_penalty: 10.0,
-            r1: 1.0,
-            final_r1: 0.1,
-            r2: 2.0,
-            final_r2: 0.2,
-            penalty_every: 4,
-        },
+        loss: loss(),
         optimizer: job::Optimizer {
             kind: OptimizerKind::Adam,
             learning_rate: 0.1 + 0.2,

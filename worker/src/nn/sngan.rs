@@ -243,7 +243,7 @@ impl Network for Discriminator {
         if self.classes > 0 {
             let table = walk.spectral();
             let projection = (&seen * embed(&table, classes)).sum_dim_intlist([1i64].as_slice(), true, None);
-            logits = logits + projection;
+            logits = logits.g_add(&projection);
         }
         in_single(&logits)
     }
