@@ -47,6 +47,8 @@ enum Order {
     Commit(Checkpoint, Vec<String>),
     /// Name the best one.
     Best(BestFiles, Vec<String>),
+    /// Remove what need not be kept any more.
+    Prune(Vec<String>),
 }
 
 /// The shell's end of the task, which ends with it.
@@ -83,6 +85,11 @@ impl Keeper {
         let _ = self.orders.send(Order::Best(files, protected));
     }
 
+    /// Orders old checkpoints to be removed, since some may have waited for their evaluation.
+    pub fn order_pruning(&self, protected: Vec<String>) {
+        let _ = self.orders.send(Order::Prune(protected));
+    }
+
     /// Lets the task do what was ordered, at most this long; returns whether it did.
     pub async fn finish(&mut self, limit: Duration) -> bool {
         let (closed, _) = mpsc::unbounded_channel();
@@ -111,7 +118,7 @@ async fn keep(
     while let Some(order) = ordered.recv().await {
         let begun = trace::now();
         let mut pauses = Pauses::new(PAUSES[0], PAUSES[1]);
-        let (Order::Commit(_, protected) | Order::Best(_, protected)) = &order;
+        let (Order::Commit(_, protected) | Order::Best(_, protected) | Order::Prune(protected)) = &order;
         loop {
             let (done, delayed): (_, Box<dyn Fn(String) -> Kept + Send>) = match &order {
                 Order::Commit(checkpoint, _) => {
@@ -122,6 +129,7 @@ async fn keep(
                     let delayed = |reason| Kept::BestDelayed(*step, reason);
                     (checkpoints.name_best(named, card).await, Box::new(delayed))
                 }
+                Order::Prune(_) => break,
             };
             let Err(error) = done else { break };
             let _ = telling.send(delayed(reason(&error)));

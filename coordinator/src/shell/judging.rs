@@ -28,6 +28,7 @@ impl Shell {
                 self.judged.evaluated(row);
                 self.send_to_all(&ToWorker::EvaluationsRecorded(vec![step]));
                 self.order_best();
+                self.keeper.order_pruning(self.judged.protected(self.samples));
                 self.note_alarms(step, changes);
             }
             Known::Same => self.send_to_all(&ToWorker::EvaluationsRecorded(vec![step])),
