@@ -135,20 +135,6 @@ rust::String Script::last_operation() const {
   return std::string(node->kind().toUnqualString());
 }
 
-rust::Vec<std::uint8_t> Script::save() const {
-  return with_reason([&] {
-    std::ostringstream out;
-    module_.save(out);
-    const std::string bytes = out.str();
-    rust::Vec<std::uint8_t> all;
-    all.reserve(bytes.size());
-    for (const char byte : bytes) {
-      all.push_back(static_cast<std::uint8_t>(byte));
-    }
-    return all;
-  });
-}
-
 std::unique_ptr<Script> load_script(rust::Slice<const std::uint8_t> bytes) {
   return with_reason([&] {
     interpret_plainly();

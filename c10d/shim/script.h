@@ -27,7 +27,6 @@ class Script {
   void bind(std::size_t index, const at::Tensor& tensor) const;
   std::unique_ptr<at::Tensor> run(bool training, std::uint64_t seed, const at::Tensor& input) const;
   rust::String last_operation() const;
-  rust::Vec<std::uint8_t> save() const;
 
  private:
   // A tensor, and who has it by which name.

@@ -52,7 +52,6 @@ pub(crate) mod shim {
         fn bind(self: &Script, index: usize, tensor: &Tensor) -> Result<()>;
         fn run(self: &Script, training: bool, seed: u64, input: &Tensor) -> Result<UniquePtr<Tensor>>;
         fn last_operation(self: &Script) -> Result<String>;
-        fn save(self: &Script) -> Result<Vec<u8>>;
         fn load_script(bytes: &[u8]) -> Result<UniquePtr<Script>>;
 
         include!("c10d/shim/cuda.h");

@@ -126,15 +126,6 @@ impl Script {
         look()?;
         Ok(default_generator_state()? != before)
     }
-
-    /// The bytes of a file with the tensors of the last run.
-    ///
-    /// # Errors
-    /// [`Error::Fatal`] for what libtorch refuses.
-    pub fn save(&self) -> Result<Vec<u8>, Error> {
-        let module = self.module.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(module.save()?)
-    }
 }
 
 /// How a module runs.

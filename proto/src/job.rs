@@ -6,7 +6,7 @@
 //! Sizes are counts of samples or updates, shares of memory never; learning rates and betas are dimensionless.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -145,6 +145,27 @@ pub enum DataKind {
     Folder,
 }
 
+/// The formats of files that hold pictures, in place of a folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ArchiveKind {
+    /// `.zip`.
+    Zip,
+    /// `.tar`.
+    Tar,
+}
+
+impl ArchiveKind {
+    /// By a file's ending; `None` if it is another.
+    pub fn of(file: &Path) -> Option<ArchiveKind> {
+        let ending = file.extension()?.to_str()?;
+        match ending.to_ascii_lowercase().as_str() {
+            "zip" => Some(ArchiveKind::Zip),
+            "tar" => Some(ArchiveKind::Tar),
+            _ => None,
+        }
+    }
+}
+
 /// Section `[model]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {
@@ -171,6 +192,24 @@ pub struct Model {
     /// Of `script`: the file of the discriminator.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discriminator: Option<PathBuf>,
+}
+
+impl Model {
+    /// Networks of a kind and size, with drawn weights and without classes.
+    pub fn plain(kind: ModelKind, latent_dim: u32, width: u32) -> Model {
+        Model {
+            kind,
+            latent_dim,
+            width,
+            ema_half_life_images: 1,
+            ema_schedule: EmaSchedule::RampUp,
+            conditional: false,
+            init_from: None,
+            freeze_discriminator: 0,
+            generator: None,
+            discriminator: None,
+        }
+    }
 }
 
 /// How the half-life of the moving average grows with the images seen.

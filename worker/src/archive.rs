@@ -5,7 +5,7 @@
 //! 2. A storage that fails is tried again until it works or a newer checkpoint is there. The last one is never given up.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ganglion_proto::failpoint;
@@ -16,6 +16,7 @@ use ganglion_storage::{Pauses, reason};
 use serde::Serialize;
 
 use crate::checkpoint::{CheckpointError, Files, Snapshot, state_digest};
+use crate::monitor::Monitor;
 use crate::nn::Models;
 use crate::sample;
 use crate::session::Session;
@@ -63,14 +64,8 @@ pub struct Context {
 
 /// The training thread's end.
 pub struct Archive {
-    shared: Arc<Shared>,
+    shared: Arc<Monitor<Queue>>,
     session: Arc<Session>,
-}
-
-#[derive(Default)]
-struct Shared {
-    queue: Mutex<Queue>,
-    changed: Condvar,
 }
 
 #[derive(Default)]
@@ -86,7 +81,7 @@ struct Queue {
 impl Archive {
     /// Starts the thread.
     pub fn start(context: Context) -> std::io::Result<Archive> {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Monitor::<Queue>::default());
         let (theirs, session) = (shared.clone(), context.session.clone());
         std::thread::Builder::new().name("archive".to_string()).spawn(move || theirs.serve(&context))?;
         Ok(Archive { shared, session })
@@ -109,7 +104,7 @@ impl Archive {
             queue.waiting.pop_back();
         }
         queue.waiting.push_back(order);
-        self.shared.changed.notify_all();
+        self.shared.notify();
     }
 
     /// Forgets what waits, and reports nothing more of what is under way.
@@ -118,7 +113,7 @@ impl Archive {
         queue.waiting.clear();
         queue.void = queue.busy;
         drop(queue);
-        self.shared.changed.notify_all();
+        self.shared.notify();
     }
 
     /// Waits until all is written; gives up when `abandon` says so.
@@ -133,21 +128,11 @@ impl Archive {
 impl Drop for Archive {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
-        self.shared.changed.notify_all();
+        self.shared.notify();
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits for a change, or a little while: whoever waits looks again at what it waits for.
-    fn wait<'a>(&self, queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
-        let waited = self.changed.wait_timeout(queue, Duration::from_millis(200));
-        waited.unwrap_or_else(PoisonError::into_inner).0
-    }
-
+impl Monitor<Queue> {
     fn serve(&self, context: &Context) {
         crate::set_threads(context.job.job.threads);
         while let Some(order) = self.next() {
@@ -162,7 +147,7 @@ impl Shared {
             context.storage.wait(self.write(context, &order));
             context.track.flush();
             self.lock().busy = false;
-            self.changed.notify_all();
+            self.notify();
         }
     }
 
@@ -171,7 +156,7 @@ impl Shared {
         loop {
             if let Some(order) = queue.waiting.pop_front() {
                 (queue.busy, queue.void) = (true, false);
-                self.changed.notify_all();
+                self.notify();
                 return Some(order);
             }
             if queue.closed {
@@ -237,10 +222,9 @@ impl Shared {
     fn give_up(&self, pause: Duration) -> bool {
         let mut queue = self.lock();
         queue.failing = true;
-        self.changed.notify_all();
+        self.notify();
         let newer = |queue: &Queue| queue.closed || queue.waiting.iter().any(|order| !order.files.is_empty());
-        let waited = self.changed.wait_timeout_while(queue, pause, |queue| !newer(queue));
-        let queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+        let queue = self.wait_while(queue, pause, |queue| !newer(queue));
         newer(&queue)
     }
 }

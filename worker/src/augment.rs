@@ -15,7 +15,7 @@ use ganglion_proto::job::{AugmentationKind, Job};
 use tch::{Kind, Tensor, no_grad};
 
 use crate::random::Key;
-use crate::state::{Module, State};
+use crate::state::State;
 
 /// Draws for one kind and one sample: whether, and how in three respects.
 const DRAWS: usize = 4;
@@ -136,9 +136,6 @@ pub fn adjust(job: &Job, state: &State, sign: &Tensor, updates: u64) {
 pub fn controlled(state: &State) -> Option<Tensor> {
     state.layout.controller_range().map(|range| state.section(range).narrow(0, 0, 1))
 }
-
-/// Whose updates the controller counts.
-pub const CONTROLLED: Module = Module::Discriminator;
 
 #[cfg(test)]
 mod tests;

@@ -16,7 +16,7 @@ use ganglion_storage::{Error, MANIFEST, PutPayload, Storage, in_folder};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tch::{Device, Kind, Tensor};
 
-use crate::nn::Models;
+use crate::nn::{Models, TensorSpec};
 use crate::state::{Counters, Layout, NamedTensor, StateLayout};
 
 /// State parts are about this large, within the limits of [`part_count`].
@@ -374,6 +374,15 @@ pub fn to_bytes(flat: &Tensor) -> Vec<u8> {
     let mut bytes = vec![0; flat.numel()];
     flat.copy_data(&mut bytes, flat.numel());
     bytes
+}
+
+/// A network's tensor by its name, from a file that holds it.
+pub fn named_tensor(file: &SafeTensors<'_>, spec: &TensorSpec, kind: &str) -> Result<Tensor, String> {
+    let tensor = file.tensor(&spec.name).map_err(|error| error.to_string())?;
+    if tensor.data().len() != 4 * spec.numel() {
+        return Err(format!("{} does not have {kind} shape", spec.name));
+    }
+    Ok(from_bytes(tensor.data()).view(spec.shape.as_slice()))
 }
 
 /// The flat tensor of floats whose bytes these are.

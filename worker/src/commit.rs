@@ -31,7 +31,7 @@ pub fn commit(
             follow(state, phase.module, &narrow(mean, statistics));
         }
     });
-    if phase.module == augment::CONTROLLED {
+    if phase.module == Module::Discriminator {
         augment::adjust(job, state, &narrow(mean, layout.signs()), discriminator_updates(job, state) + 1);
     }
     state.counters.skipped = 0;

@@ -23,6 +23,7 @@ pub mod exchange;
 pub mod finite;
 pub mod gpu;
 pub mod loss;
+mod monitor;
 pub mod nn;
 pub mod passport;
 pub mod phase;

@@ -133,6 +133,15 @@ impl Sections {
         self.start..self.buffer_range().end
     }
 
+    /// Parameters and buffers, as views of a flat tensor that holds both, like [`Sections::weight_range`].
+    pub fn views(&self, weights: &Tensor) -> (Vec<Tensor>, Vec<Tensor>) {
+        let (parameters, buffers) = (self.parameters.len(), self.buffers.len());
+        (
+            self.parameters.views(&narrow(weights, 0..parameters)),
+            self.buffers.views(&narrow(weights, parameters..parameters + buffers)),
+        )
+    }
+
     /// Place of Adam's first moments.
     pub fn exp_avg_range(&self) -> Range<usize> {
         let start = self.buffer_range().end;

@@ -7,8 +7,8 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use ganglion_proto::job::{
-    Checkpoint, Data, DataKind, General, Job, Length, Metrics, ModelKind, NonFinite, Precision, Reduction,
-    Sample,
+    ArchiveKind, Checkpoint, Data, DataKind, General, Job, Length, Metrics, ModelKind, NonFinite, Precision,
+    Reduction, Sample,
 };
 
 use ganglion_storage::Address;
@@ -195,17 +195,12 @@ fn check_path(settings: &mut Settings, kind: DataKind, path: Option<&Path>, chec
     settings.fault("data.path", problem);
 }
 
-fn is_archive(path: &Path) -> bool {
-    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
-    ["zip", "tar"].iter().any(|known| ending.eq_ignore_ascii_case(known))
-}
-
 /// Whether a path is what its kind reads, as far as its type tells.
 fn is_readable(kind: DataKind, path: &Path) -> bool {
     match kind {
         DataKind::Mnist10k | DataKind::Idx => path.exists(),
         DataKind::Cifar10 => path.is_dir(),
-        DataKind::Folder => path.is_dir() || path.is_file() && is_archive(path),
+        DataKind::Folder => path.is_dir() || path.is_file() && ArchiveKind::of(path).is_some(),
     }
 }
 

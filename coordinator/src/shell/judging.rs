@@ -26,21 +26,21 @@ impl Shell {
                 self.records.evaluation(&row);
                 let changes = self.watch.evaluation(&row);
                 self.judged.evaluated(row);
-                self.send_to_all(&ToWorker::EvaluationsRecorded(vec![step]));
-                self.order_best();
-                self.keeper.order_pruning(self.judged.protected(self.samples));
+                if !self.order_best() {
+                    self.keeper.order_pruning(self.judged.protected(self.samples));
+                }
                 self.note_alarms(step, changes);
             }
-            Known::Same => self.send_to_all(&ToWorker::EvaluationsRecorded(vec![step])),
+            Known::Same => {}
             Known::Breach => {
                 let detail = format!(
                     "step {step} was evaluated again with another result, so the promise of equal results is broken"
                 );
                 self.records.message(&format!("warning: {detail}"));
                 self.records.event("evaluation_breach", json!({ "step": step, "detail": detail }));
-                self.send_to_all(&ToWorker::EvaluationsRecorded(vec![step]));
             }
         }
+        self.send_to_all(&ToWorker::EvaluationsRecorded(vec![step]));
         Ok(())
     }
 
@@ -80,12 +80,12 @@ impl Shell {
         }
     }
 
-    /// Has the best checkpoint named, if it is another than the one that is.
-    pub(super) fn order_best(&mut self) {
-        let Some((best, row)) = self.judged.best() else { return };
-        if self.best.as_ref() == Some(best) {
-            return;
-        }
+    /// Has the best checkpoint named, if it is another than the one that is; returns whether it is. Naming prunes as well.
+    pub(super) fn order_best(&mut self) -> bool {
+        let Some((best, row)) = self.judged.best().filter(|(best, _)| self.best.as_ref() != Some(*best))
+        else {
+            return false;
+        };
         let (best, files) = (best.clone(), self.best_files(best, row));
         self.records.event(
             "best_checkpoint",
@@ -93,6 +93,7 @@ impl Shell {
         );
         self.keeper.order_best(files, self.judged.protected(self.samples));
         self.best = Some(best);
+        true
     }
 
     fn best_files(&self, best: &Best, row: &EvaluationRow) -> BestFiles {

@@ -14,6 +14,7 @@ use std::fs::{self, File};
 use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 
+use ganglion_proto::job::ArchiveKind;
 use image::{DynamicImage, ImageFormat, ImageReader};
 
 use super::framing::{Framing, Image};
@@ -63,7 +64,7 @@ pub(super) fn open(
         }
     };
     let mut found = Search::default();
-    if packed::is_archive(root) {
+    if ArchiveKind::of(root).is_some() {
         found.archive(root, &[])?;
     } else {
         found.folder(root, Vec::new(), &mut Vec::new())?;
@@ -290,7 +291,7 @@ impl Search {
             if path.is_dir() {
                 below.push(b'/');
                 self.folder(&path, below, ancestors)?;
-            } else if packed::is_archive(&path) {
+            } else if ArchiveKind::of(&path).is_some() {
                 below.push(b'/');
                 self.archive(&path, &below)?;
             } else {

@@ -9,6 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ganglion_proto::job::ArchiveKind;
+
 use super::DataError;
 
 /// An open archive.
@@ -33,34 +35,14 @@ pub(super) struct Member {
     deflated: bool,
 }
 
-/// Whether a file is an archive, by its ending.
-pub(super) fn is_archive(path: &Path) -> bool {
-    kind(path).is_some()
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Zip,
-    Tar,
-}
-
-fn kind(path: &Path) -> Option<Kind> {
-    let ending = path.extension()?.to_str()?;
-    match ending.to_ascii_lowercase().as_str() {
-        "zip" => Some(Kind::Zip),
-        "tar" => Some(Kind::Tar),
-        _ => None,
-    }
-}
-
 /// The files in an archive, in its order.
 pub(super) fn members(path: &Path) -> Result<Vec<Member>, DataError> {
-    let open = || File::open(path).map_err(|error| DataError::reading(path, error));
-    let archive = Arc::new(Archive { path: path.to_path_buf(), file: open()? });
+    let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
+    let archive = Arc::new(Archive { path: path.to_path_buf(), file });
     let length = archive.file.metadata().map_err(|error| DataError::reading(path, error))?.len();
-    let found = match kind(path) {
-        Some(Kind::Zip) => in_zip(&archive, open()?),
-        _ => in_tar(&archive, open()?),
+    let found = match ArchiveKind::of(path) {
+        Some(ArchiveKind::Zip) => in_zip(&archive),
+        _ => in_tar(&archive),
     };
     let members = found.map_err(|wrong| {
         DataError::Input(format!("{}: cannot be read, {wrong}; make it again", path.display()))
@@ -72,8 +54,8 @@ pub(super) fn members(path: &Path) -> Result<Vec<Member>, DataError> {
     }
 }
 
-fn in_zip(archive: &Arc<Archive>, file: File) -> Result<Vec<Member>, String> {
-    let mut zip = zip::ZipArchive::new(file).map_err(|error| error.to_string())?;
+fn in_zip(archive: &Arc<Archive>) -> Result<Vec<Member>, String> {
+    let mut zip = zip::ZipArchive::new(&archive.file).map_err(|error| error.to_string())?;
     let mut members = Vec::with_capacity(zip.len());
     for index in 0..zip.len() {
         let entry = zip.by_index_raw(index).map_err(|error| error.to_string())?;
@@ -102,8 +84,8 @@ fn in_zip(archive: &Arc<Archive>, file: File) -> Result<Vec<Member>, String> {
     Ok(members)
 }
 
-fn in_tar(archive: &Arc<Archive>, file: File) -> Result<Vec<Member>, String> {
-    let mut tar = tar::Archive::new(file);
+fn in_tar(archive: &Arc<Archive>) -> Result<Vec<Member>, String> {
+    let mut tar = tar::Archive::new(&archive.file);
     let mut members = Vec::new();
     for entry in tar.entries_with_seek().map_err(|error| error.to_string())? {
         let entry = entry.map_err(|error| error.to_string())?;

@@ -8,8 +8,8 @@
 //! 4. One that fails is reported as a row without figures, so that nobody waits for it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::job::Job;
@@ -20,6 +20,7 @@ use super::EvalError;
 use super::judge::{Critic, Judge, Means};
 use crate::checkpoint::Snapshot;
 use crate::data::DataSet;
+use crate::monitor::Monitor;
 use crate::nn::Models;
 use crate::sample::Generator;
 use crate::session::Session;
@@ -50,14 +51,8 @@ pub struct Context {
 
 /// The training thread's end.
 pub struct Evaluations {
-    shared: Arc<Shared>,
+    shared: Arc<Monitor<Queue>>,
     session: Arc<Session>,
-}
-
-#[derive(Default)]
-struct Shared {
-    queue: Mutex<Queue>,
-    changed: Condvar,
 }
 
 #[derive(Default)]
@@ -87,7 +82,7 @@ impl Evaluations {
     /// # Errors
     /// The system has no thread left.
     pub fn start(context: Option<Context>, session: &Arc<Session>) -> std::io::Result<Evaluations> {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Monitor::<Queue>::default());
         if let Some(context) = context {
             let theirs = shared.clone();
             std::thread::Builder::new()
@@ -117,13 +112,13 @@ impl Evaluations {
                 );
             }
         }
-        self.shared.changed.notify_all();
+        self.shared.notify();
     }
 
     /// After a change of the group: this member makes all that it holds.
     pub fn take_over(&self) {
         self.shared.lock().held.values_mut().for_each(|held| held.ours = true);
-        self.shared.changed.notify_all();
+        self.shared.notify();
     }
 
     /// Forgets the states after a step: they are computed again.
@@ -147,7 +142,7 @@ impl Evaluations {
 impl Drop for Evaluations {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
-        self.shared.changed.notify_all();
+        self.shared.notify();
     }
 }
 
@@ -157,17 +152,7 @@ impl Queue {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits for a change, or a little while: whoever waits looks again at what it waits for.
-    fn wait<'a>(&self, queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
-        let waited = self.changed.wait_timeout(queue, Duration::from_millis(200));
-        waited.unwrap_or_else(PoisonError::into_inner).0
-    }
-
+impl Monitor<Queue> {
     fn serve(&self, context: Context) {
         crate::set_threads(context.job.job.threads);
         // On Linux this is the thread's own. Without it evaluations are as good, and take from training.

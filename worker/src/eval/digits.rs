@@ -11,7 +11,7 @@ use safetensors::SafeTensors;
 use tch::{Kind, Tensor, no_grad};
 
 use super::EvalError;
-use crate::checkpoint::from_bytes;
+use crate::checkpoint::named_tensor;
 use crate::data::ImageShape;
 use crate::nn::{Init, TensorSpec};
 
@@ -103,13 +103,7 @@ impl Digits {
     pub fn read(bytes: &[u8]) -> Result<Digits, EvalError> {
         let wrong = |what: String| EvalError::Classifier(what);
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| wrong(error.to_string()))?;
-        let load = |spec: &TensorSpec| {
-            let tensor = tensors.tensor(&spec.name).map_err(|error| wrong(error.to_string()))?;
-            if tensor.data().len() != 4 * spec.numel() {
-                return Err(wrong(format!("{} does not have its shape", spec.name)));
-            }
-            Ok(from_bytes(tensor.data()).view(spec.shape.as_slice()))
-        };
+        let load = |spec: &TensorSpec| named_tensor(&tensors, spec, "its").map_err(wrong);
         Ok(Digits { weights: specs().iter().map(load).collect::<Result<_, _>>()? })
     }
 

@@ -13,7 +13,7 @@ use crate::checkpoint::{Snapshot, from_bytes};
 use crate::data::{DataSet, ImageShape};
 use crate::nn::{Models, Pass};
 use crate::random::{Key, Purpose};
-use crate::state::{StateLayout, narrow};
+use crate::state::StateLayout;
 
 /// Samples of each kind that a discriminator is asked about.
 const ASKED: usize = 1000;
@@ -60,13 +60,8 @@ impl Critic {
     pub fn of(models: &Models, layout: &StateLayout, snapshot: &Snapshot) -> Critic {
         let sections = &layout.discriminator;
         let range = sections.weight_range();
-        let weights = from_bytes(&snapshot.flat[4 * range.start..4 * range.end]);
-        let parameters = sections.parameters.len();
-        Critic {
-            models: models.clone(),
-            weights: sections.parameters.views(&narrow(&weights, 0..parameters)),
-            buffers: sections.buffers.views(&narrow(&weights, parameters..range.len())),
-        }
+        let (weights, buffers) = sections.views(&from_bytes(&snapshot.flat[4 * range.start..4 * range.end]));
+        Critic { models: models.clone(), weights, buffers }
     }
 
     /// The mean of what it says of images.

@@ -1,21 +1,10 @@
-use ganglion_proto::job::{EmaSchedule, Model, ModelKind};
+use ganglion_proto::job::{Model, ModelKind};
 
 use super::*;
 use crate::data::ImageShape;
 
 fn layout(kind: ModelKind, side: usize) -> StateLayout {
-    let model = Model {
-        kind,
-        latent_dim: 10,
-        width: 8,
-        ema_half_life_images: 1,
-        ema_schedule: EmaSchedule::RampUp,
-        conditional: false,
-        init_from: None,
-        freeze_discriminator: 0,
-        generator: None,
-        discriminator: None,
-    };
+    let model = Model::plain(kind, 10, 8);
     let shape = ImageShape { channels: 1, height: side, width: side };
     StateLayout::new(&Models::new(&model, shape).unwrap(), Precision::Fp32)
 }

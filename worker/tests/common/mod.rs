@@ -4,8 +4,8 @@
 use ganglion_membership::{Assembly, Checkpoint as Saved};
 use ganglion_proto::evaluation::{Alarms, Evaluation};
 use ganglion_proto::job::{
-    Augmentation, Checkpoint, Data, DataKind, EmaSchedule, General, Job, Length, Loss, LossKind, Metrics,
-    Model, ModelKind, NonFinite, Optimizer, OptimizerKind, Precision, Reduction, Sample,
+    Augmentation, Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model,
+    ModelKind, NonFinite, Optimizer, OptimizerKind, Precision, Reduction, Sample,
 };
 use ganglion_storage::{Storage, in_folder};
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
@@ -34,16 +34,12 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
         },
         data: Data { kind: DataKind::Mnist10k, path: None, resize: None, crop: None, channels: 1 },
         model: Model {
-            kind: model,
-            latent_dim: 5,
-            width: if matches!(model, ModelKind::R3gan28 | ModelKind::R3gan32) { 8 } else { 4 },
             ema_half_life_images: 1000,
-            ema_schedule: EmaSchedule::RampUp,
-            conditional: false,
-            init_from: None,
-            freeze_discriminator: 0,
-            generator: None,
-            discriminator: None,
+            ..Model::plain(
+                model,
+                5,
+                if matches!(model, ModelKind::R3gan28 | ModelKind::R3gan32) { 8 } else { 4 },
+            )
         },
         loss: Loss {
             kind: loss,
