@@ -18,6 +18,7 @@ pub mod checkpoint;
 pub mod commit;
 pub mod data;
 pub mod device;
+pub mod draw;
 pub mod eval;
 pub mod exchange;
 pub mod finite;
@@ -27,6 +28,7 @@ mod monitor;
 pub mod nn;
 pub mod passport;
 pub mod phase;
+pub mod picture;
 pub mod profile;
 pub mod random;
 pub mod run;
@@ -40,6 +42,7 @@ pub mod team;
 pub mod trainer;
 pub mod tree;
 mod tunnel;
+pub mod weights;
 
 /// Sets the threads inside one tensor operation, for the calling thread and those that it starts.
 pub fn set_threads(threads: u32) {

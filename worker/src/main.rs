@@ -10,17 +10,12 @@ use ganglion_proto::credentials::TlsFiles;
 use ganglion_proto::dial::Credentials;
 use ganglion_proto::log::{self, JsonLines};
 use ganglion_proto::trace::Trace;
-use ganglion_storage::{Address, Blocking, Bytes, LATEST, Path as StoragePath, Storage, reason};
 use ganglion_worker::device::{DeviceChoice, gpus};
+use ganglion_worker::draw::{Export, Interpolate, Sample, export, interpolate, sample};
 use ganglion_worker::eval::commands::{Eval, TrainClassifier, eval, train_classifier};
-use ganglion_worker::random::Purpose;
 use ganglion_worker::run::{Failure, Released, SPAWN_TOKEN, run};
-use ganglion_worker::sample::{Generator, SampleError, grid};
 use ganglion_worker::stay::Stay;
 use tracing_subscriber::EnvFilter;
-
-/// The averaged generator's file in a checkpoint's folder.
-const GENERATOR: &str = "generator_ema.safetensors";
 
 /// Trains with the other workers of a run, or draws samples from a checkpoint.
 #[derive(Parser)]
@@ -63,7 +58,11 @@ struct Join {
 #[derive(Subcommand)]
 enum Command {
     /// Draws samples from the generator's moving average.
-    Sample(SampleArguments),
+    Sample(Sample),
+    /// Draws a film of walks from sample to sample.
+    Interpolate(Interpolate),
+    /// Writes the generator as a TorchScript module, for PyTorch, C++ and ONNX.
+    Export(Export),
     /// Judges the samples of a checkpoint.
     Eval(Eval),
     /// Prints how many GPUs this program can use here.
@@ -72,38 +71,18 @@ enum Command {
     TrainClassifier(TrainClassifier),
 }
 
-#[derive(Args)]
-struct SampleArguments {
-    /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object store.
-    #[arg(long, value_name = "PATH|URL")]
-    checkpoint: String,
-    /// The TorchScript file of the generator, of a run with networks of its own, if it is not where it was.
-    #[arg(long, value_name = "FILE")]
-    generator: Option<PathBuf>,
-    /// How many samples.
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    count: u32,
-    /// Seed of the noise.
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Draw this class only, of a conditional model. By default one class follows the other.
-    #[arg(long, value_name = "N")]
-    class: Option<u32>,
-    /// The picture to write, a PNG file.
-    #[arg(long, value_name = "FILE")]
-    out: PathBuf,
-}
-
 fn main() -> ExitCode {
     let cli = Cli::parse();
     start_log(cli.join.as_ref().is_some_and(|join| join.log_format == "json"));
     let result = match (cli.command, cli.join) {
         (Some(Command::Sample(arguments)), _) => sample(&arguments),
+        (Some(Command::Interpolate(arguments)), _) => interpolate(&arguments),
+        (Some(Command::Export(arguments)), _) => export(&arguments),
         (Some(Command::Gpus), _) => {
             let _ = writeln!(std::io::stdout(), "{}", gpus());
             Ok(())
         }
-        (Some(Command::Eval(arguments)), _) => evaluate(&arguments),
+        (Some(Command::Eval(arguments)), _) => eval(&arguments),
         (Some(Command::TrainClassifier(arguments)), _) => train_classifier(&arguments),
         (None, Some(arguments)) => join(&arguments),
         (None, None) => Err(Failure::Input("nothing to do; see --help".to_string())),
@@ -174,84 +153,4 @@ fn start_log(structured: bool) {
     } else {
         log.init();
     }
-}
-
-fn sample(arguments: &SampleArguments) -> Result<(), Failure> {
-    let (name, bytes) = generator(&arguments.checkpoint)?;
-    let failed = |error: SampleError| match error {
-        SampleError::Input(detail) => Failure::Input(detail),
-        other => Failure::Other(other.to_string()),
-    };
-    let generator = Generator::read(&name, &bytes, arguments.generator.as_deref()).map_err(failed)?;
-    let images = match (arguments.class, generator.classes()) {
-        (None, _) => generator.draw(arguments.seed, arguments.count),
-        (Some(class), classes) if class < classes => {
-            generator.draw_classes(Purpose::Samples, arguments.seed, arguments.count, |_| class)
-        }
-        (Some(class), 0) => {
-            let what = format!("--class {class}: the generator knows no classes; leave --class out");
-            return Err(Failure::Input(what));
-        }
-        (Some(class), classes) => {
-            let what =
-                format!("--class {class}: the generator knows classes 0 to {}; choose one", classes - 1);
-            return Err(Failure::Input(what));
-        }
-    };
-    let picture = grid(&images, 0).map_err(failed)?;
-    std::fs::write(&arguments.out, picture.png)
-        .map_err(|error| Failure::Input(format!("--out {}: {error}", arguments.out.display())))?;
-    let _ = writeln!(std::io::stdout(), "{}", arguments.out.display());
-    Ok(())
-}
-
-fn evaluate(arguments: &Eval) -> Result<(), Failure> {
-    let found = arguments.checkpoint.as_deref().map(generator).transpose()?;
-    eval(arguments, found.as_ref().map(|(name, bytes)| (name.clone(), &bytes[..])))
-}
-
-/// Finds and reads the weights under a file, a checkpoint's folder, a storage, or a run's folder.
-fn generator(place: &str) -> Result<(String, Bytes), Failure> {
-    let shown = if Address::is_secret(place) { "..." } else { place };
-    let input = |what: &str| Failure::Input(format!("--checkpoint {shown}: {what}"));
-    if Path::new(place).is_file() {
-        let bytes = std::fs::read(place).map_err(|error| input(&error.to_string()))?;
-        return Ok((place.to_string(), bytes.into()));
-    }
-    let absent =
-        || input(&format!("no {GENERATOR} there; give a folder such as runs/NAME/checkpoints/step-00001000"));
-    let (root, file) = match place.rsplit_once('/') {
-        Some((root, file)) if file.ends_with(".safetensors") => (root, Some(file)),
-        _ => (place, None),
-    };
-    let address = Address::parse(root).map_err(|what| input(&what))?;
-    if matches!(&address, Address::Folder(folder) if !folder.is_dir()) {
-        return Err(absent());
-    }
-    let storage = Storage::open(&address).map_err(|what| input(&what))?;
-    let storage = Blocking::new(storage).map_err(|error| Failure::Other(error.to_string()))?;
-    let found = storage.wait(find(storage.storage(), file));
-    let (name, bytes) = found.map_err(|error| input(&reason(&error)))?.ok_or_else(absent)?;
-    Ok((format!("{root}/{name}"), bytes))
-}
-
-async fn find(
-    storage: &Storage,
-    file: Option<&str>,
-) -> Result<Option<(String, Bytes)>, ganglion_storage::Error> {
-    let mut places = vec![file.unwrap_or(GENERATOR).to_string()];
-    for root in ["", "checkpoints/"] {
-        let latest = StoragePath::from(format!("{root}{LATEST}"));
-        if let (None, Some(folder)) = (file, storage.text(&latest).await?) {
-            places.push(format!("{root}{}/{GENERATOR}", folder.trim()));
-        }
-    }
-    for place in places {
-        match storage.read(&StoragePath::from(place.as_str())).await {
-            Ok(bytes) => return Ok(Some((place, bytes))),
-            Err(ganglion_storage::Error::NotFound { .. }) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(None)
 }

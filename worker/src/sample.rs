@@ -1,26 +1,25 @@
-//! Drawing samples from the generator's moving average, as a grid in a PNG file.
+//! Drawing samples from the generator's moving average.
 
 use std::collections::BTreeMap;
-use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ganglion_proto::job::{EmaSchedule, Job, Model};
+use ganglion_proto::job::{Job, Model};
 use ganglion_proto::message::SampleGrid;
-use image::{DynamicImage, GrayImage, ImageFormat, RgbImage};
 use safetensors::SafeTensors;
-use tch::{Kind, Tensor, no_grad};
+use tch::{Tensor, no_grad};
 
-use crate::checkpoint::{Snapshot, from_bytes};
+use crate::checkpoint::{Snapshot, from_bytes, named_tensor};
 use crate::data::ImageShape;
 use crate::nn::{Models, Network, Pass};
+use crate::picture::Picture;
 use crate::random::{Key, Purpose};
-use crate::state::{Layout, StateLayout, narrow};
+use crate::state::{Layout, StateLayout};
 
 /// Samples drawn in one forward pass.
-const BATCH: u32 = 64;
-/// Pixels between two images of a grid.
-const GAP: u32 = 2;
+const BATCH: usize = 64;
+/// Images in a row of a grid.
+pub const COLUMNS: i64 = 10;
 
 /// Why there is no grid.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +66,7 @@ pub fn grid_of(
     snapshot: &Snapshot,
 ) -> Result<SampleGrid, SampleError> {
     let images = Generator::of_average(models, layout, snapshot).draw(job.job.seed, job.sample.count);
-    grid(&images, snapshot.step)
+    Ok(Picture::grid(&images, COLUMNS).of_step(snapshot.step)?)
 }
 
 impl Generator {
@@ -76,14 +75,14 @@ impl Generator {
         let range = layout.ema_range();
         let average = from_bytes(&snapshot.flat[4 * range.start..4 * range.end]);
         let sections = &layout.generator;
-        let parameters = sections.parameters.len();
+        let (weights, buffers) = sections.views(&average);
         Generator {
             network: models.generator.clone(),
             latent_dim: models.latent_dim,
             classes: models.classes,
             shape: models.shape,
-            weights: sections.parameters.views(&narrow(&average, 0..parameters)),
-            buffers: sections.buffers.views(&narrow(&average, parameters..range.len())),
+            weights,
+            buffers,
         }
     }
 
@@ -107,16 +106,9 @@ impl Generator {
         // Files of earlier versions know of no classes.
         let classes = if about.contains_key("classes") { number("classes")? } else { 0 };
         let model = Model {
-            kind,
-            latent_dim: number("latent_dim")?,
-            width: number("width")?,
-            ema_half_life_images: 0,
-            ema_schedule: EmaSchedule::RampUp,
             conditional: classes > 0,
-            init_from: None,
-            freeze_discriminator: 0,
             generator: script.map(Path::to_path_buf).or_else(|| about.get("generator").map(PathBuf::from)),
-            discriminator: None,
+            ..Model::plain(kind, number("latent_dim")?, number("width")?)
         };
         let side = number("height")? as usize;
         let shape = ImageShape { channels: number("channels")? as usize, height: side, width: side };
@@ -124,13 +116,7 @@ impl Generator {
             Models::generator_of(&model, shape, classes).map_err(|error| input(error.to_string()))?;
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| input(error.to_string()))?;
         let load = |layout: Layout| -> Result<Vec<Tensor>, SampleError> {
-            let load = |spec: &crate::nn::TensorSpec| {
-                let tensor = tensors.tensor(&spec.name).map_err(|error| input(error.to_string()))?;
-                if tensor.data().len() != 4 * spec.numel() {
-                    return Err(input(format!("{} does not have the model's shape", spec.name)));
-                }
-                Ok(from_bytes(tensor.data()).view(spec.shape.as_slice()))
-            };
+            let load = |spec| named_tensor(&tensors, spec, "the model's").map_err(input);
             layout.entries().map(|(spec, _)| load(spec)).collect()
         };
         let weights = load(Layout::new(network.parameters()))?;
@@ -148,6 +134,11 @@ impl Generator {
         self.shape
     }
 
+    /// Length of its noise.
+    pub fn latent_dim(&self) -> usize {
+        self.latent_dim
+    }
+
     /// `count` images, (count, c, h, w) in [-1, 1]. Sample i depends on the seed and i alone. A conditional generator draws
     /// one class after the other.
     pub fn draw(&self, seed: u64, count: u32) -> Tensor {
@@ -156,75 +147,49 @@ impl Generator {
 
     /// The same, from noise for another purpose.
     pub fn draw_for(&self, purpose: Purpose, seed: u64, count: u32) -> Tensor {
-        let classes = self.classes.max(1);
-        self.draw_classes(purpose, seed, count, |index| index % classes)
+        let noise: Vec<Tensor> = (0..count).map(|index| self.noise(purpose, seed, index, None)).collect();
+        self.images(&Tensor::stack(&noise, 0), &self.classes_in_turn(count))
     }
 
-    /// The same with the class of each sample, below [`classes`](Self::classes), by its index; a generator that knows no
-    /// classes does not ask.
-    pub fn draw_classes(
-        &self,
-        purpose: Purpose,
-        seed: u64,
-        count: u32,
-        class: impl Fn(u32) -> u32,
-    ) -> Tensor {
-        let latent = self.latent_dim;
-        let noise = |index: u32| {
-            let key = Key { seed, step: u64::from(index), phase: 0, shard: 0, purpose };
-            key.normal(latent)
+    /// The noise of sample `index`, (latent_dim). With truncation what is beyond it is drawn anew: Brock et al. (2019), "Large scale
+    /// GAN training for high fidelity natural image synthesis", section 3.1.
+    pub fn noise(&self, purpose: Purpose, seed: u64, index: u32, truncation: Option<f64>) -> Tensor {
+        let draw =
+            |phase| Key { seed, step: u64::from(index), phase, shard: 0, purpose }.normal(self.latent_dim);
+        let mut noise = draw(0);
+        let Some(limit) = truncation else { return noise };
+        for phase in 1.. {
+            let beyond = noise.abs().gt(limit);
+            if !bool::try_from(beyond.any()).expect("one truth value") {
+                break;
+            }
+            noise = draw(phase).where_self(&beyond, &noise);
+        }
+        noise
+    }
+
+    /// A class for each of so many samples, one after the other.
+    pub fn classes_in_turn(&self, count: u32) -> Vec<u32> {
+        (0..count).map(|index| index % self.classes.max(1)).collect()
+    }
+
+    /// Images (n, c, h, w) in [-1, 1] from noise (n, latent_dim), each of a class below [`classes`](Self::classes); a
+    /// generator that knows no classes does not look at them.
+    pub fn images(&self, noise: &Tensor, classes: &[u32]) -> Tensor {
+        let size = i64::try_from(BATCH).expect("a small number");
+        let draw = |(noise, classes): (&Tensor, &[u32])| {
+            let classes: Vec<i64> = classes.iter().map(|class| i64::from(*class)).collect();
+            self.forward(noise, &Tensor::from_slice(&classes))
         };
-        let indices: Vec<u32> = (0..count).collect();
-        let draw = |indices: &[u32]| {
-            let noise: Vec<Tensor> = indices.iter().map(|index| noise(*index)).collect();
-            let key = Key { seed, step: 0, phase: 0, shard: indices[0], purpose: Purpose::Network };
-            let classes: Vec<i64> = indices.iter().map(|index| i64::from(class(*index))).collect();
-            let classes = (self.classes > 0).then(|| Tensor::from_slice(&classes));
-            let mut pass = Pass::running(&self.weights, &self.buffers, key).of(classes.as_ref());
-            self.network.forward(&Tensor::stack(&noise, 0), &mut pass)
-        };
-        let batches: Vec<Tensor> = no_grad(|| indices.chunks(BATCH as usize).map(draw).collect());
+        let batches: Vec<Tensor> =
+            no_grad(|| noise.split(size, 0).iter().zip(classes.chunks(BATCH)).map(draw).collect());
         Tensor::cat(&batches, 0)
     }
-}
 
-/// Lays images (n, c, h, w) in [-1, 1] out in rows of ten.
-pub fn grid(images: &Tensor, step: u64) -> Result<SampleGrid, SampleError> {
-    let size: Vec<u32> = images.size().iter().map(|n| u32::try_from(*n).expect("a grid is small")).collect();
-    let (count, channels, height, width) = (size[0], size[1], size[2], size[3]);
-    let columns = count.min(10);
-    let rows = count.div_ceil(columns.max(1));
-    let extent = |cells: u32, side: u32| cells * side + (cells + 1) * GAP;
-    let (whole_width, whole_height) = (extent(columns, width), extent(rows, height));
-    let levels = ((images + 1.0) * 127.5).round().clamp(0.0, 255.0).to_kind(Kind::Uint8);
-    // To one run of pixels an image: (n, h, w, c).
-    let pixels = levels.permute([0, 2, 3, 1]).contiguous().flatten(0, -1);
-    let pixels = Vec::<u8>::try_from(pixels).expect("a flat tensor of bytes on the CPU");
-    let at = |image: u32, y: u32, x: u32| (((image * height + y) * width + x) * channels) as usize;
-    let mut canvas = if channels == 1 {
-        DynamicImage::ImageLuma8(GrayImage::new(whole_width, whole_height))
-    } else {
-        DynamicImage::ImageRgb8(RgbImage::new(whole_width, whole_height))
-    };
-    for image in 0..count {
-        let (left, top) = (extent(image % columns, width), extent(image / columns, height));
-        for y in 0..height {
-            for x in 0..width {
-                let from = at(image, y, x);
-                match &mut canvas {
-                    DynamicImage::ImageLuma8(gray) => {
-                        gray.put_pixel(left + x, top + y, image::Luma([pixels[from]]))
-                    }
-                    DynamicImage::ImageRgb8(rgb) => {
-                        let colour = [pixels[from], pixels[from + 1], pixels[from + 2]];
-                        rgb.put_pixel(left + x, top + y, image::Rgb(colour));
-                    }
-                    _ => unreachable!("the canvas was made above"),
-                }
-            }
-        }
+    /// One pass of the network: noise (n, latent_dim) and classes (n) of int64 to images (n, c, h, w).
+    pub fn forward(&self, noise: &Tensor, classes: &Tensor) -> Tensor {
+        let key = Key { seed: 0, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
+        let classes = (self.classes > 0).then_some(classes);
+        self.network.forward(noise, &mut Pass::running(&self.weights, &self.buffers, key).of(classes))
     }
-    let mut png = Cursor::new(Vec::new());
-    canvas.write_to(&mut png, ImageFormat::Png)?;
-    Ok(SampleGrid { step, png: png.into_inner(), width: whole_width, height: whole_height, channels })
 }

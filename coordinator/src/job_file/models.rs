@@ -197,14 +197,9 @@ pub(super) fn check(settings: &mut Settings, job: &Job) {
             ),
         );
     }
-    let knows_classes =
-        matches!(job.model.kind, ModelKind::Sngan32 | ModelKind::R3gan28 | ModelKind::R3gan32);
-    if job.model.conditional && !knows_classes && settings.sound(&["model.kind"]) {
-        let model = name_of(MODEL_KINDS, job.model.kind);
-        let problem = format!(
-            "\"{model}\" has no form that knows classes; choose \"r3gan-28\", \"r3gan-32\" or \"sngan-32\""
-        );
-        settings.fault("model.conditional", problem);
+    if job.model.conditional && job.model.kind == ModelKind::Script && settings.sound(&["model.kind"]) {
+        let problem = "networks of your own are not told classes; remove it, or choose another model.kind";
+        settings.fault("model.conditional", problem.to_string());
     }
     let grouped = matches!(job.model.kind, ModelKind::R3gan28 | ModelKind::R3gan32);
     if grouped && !job.model.width.is_multiple_of(8) && settings.sound(&["model.width"]) {

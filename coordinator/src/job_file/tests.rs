@@ -148,7 +148,7 @@ fn what_does_not_go_together_is_told() {
             &[r3gan, "model.width=12"],
             "model.width=12: is 12, but R3GAN's groups of 16 features need a multiple of 8",
         ),
-        (&["model.conditional=true"], "\"mlp-28\" has no form that knows classes"),
+        (&["model.kind=script", "model.conditional=true"], "networks of your own are not told classes"),
         (&["model.freeze_discriminator=2"], "without model.init_from they are random"),
         (&["model.init_from=ftp://x"], "model.init_from"),
         (&["model.ema_schedule=cosine"], "set optimizer.decay_images"),

@@ -19,14 +19,17 @@ use super::train::{Labelled, train};
 use crate::data::{DataError, DataSet, ImageShape};
 use crate::random::Purpose;
 use crate::run::Failure;
-use crate::sample::{Generator, SampleError};
+use crate::weights::Weights;
 
 /// Arguments of `worker eval`.
 #[derive(Args)]
 pub struct Eval {
     /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object store.
     #[arg(long, value_name = "PATH|URL", required_unless_present = "rungs", conflicts_with = "rungs")]
-    pub checkpoint: Option<String>,
+    checkpoint: Option<String>,
+    /// The TorchScript file of the generator, of a run with networks of its own, if it is not where it was.
+    #[arg(long, value_name = "FILE", requires = "checkpoint")]
+    generator: Option<PathBuf>,
     /// Judge samples of known worth instead: real ones, some of their classes, blurred ones, noise.
     #[arg(long, requires = "held_out")]
     rungs: bool,
@@ -78,16 +81,18 @@ struct RunJob {
     data: Data,
 }
 
-/// Judges a checkpoint's samples, or samples of known worth, and prints what comes of it. `weights` are the checkpoint's, with
-/// their name.
+/// Judges a checkpoint's samples, or samples of known worth, and prints what comes of it.
 ///
 /// # Errors
 /// The input is wrong, or samples cannot be read.
-pub fn eval(arguments: &Eval, weights: Option<(String, &[u8])>) -> Result<(), Failure> {
+pub fn eval(arguments: &Eval) -> Result<(), Failure> {
     crate::set_threads(arguments.threads);
-    let generator = weights.as_ref().map(|(name, bytes)| Generator::read(name, bytes, None)).transpose();
-    let generator = generator.map_err(EvalError::from)?;
-    let shape = generator.as_ref().map(Generator::shape);
+    let weights = arguments
+        .checkpoint
+        .clone()
+        .map(|checkpoint| Weights { checkpoint, generator: arguments.generator.clone() });
+    let generator = weights.as_ref().map(Weights::open).transpose()?;
+    let shape = generator.as_ref().map(|(_, generator)| generator.shape());
     let source = arguments.source(shape)?;
     let open = |data: &Data| DataSet::open(data).map_err(EvalError::from);
     let held_out = || -> Result<Option<DataSet>, EvalError> {
@@ -107,8 +112,7 @@ pub fn eval(arguments: &Eval, weights: Option<(String, &[u8])>) -> Result<(), Fa
         Evaluation { samples, reference, features, best_by: BestBy::Auto, ..Evaluation::default() };
     let judge = Means::open(&settings, data.shape(), held_out()?)?.judge(&data)?;
     let judged = match (generator, held_out()?) {
-        (Some(generator), _) => {
-            let name = weights.map(|(name, _)| name).unwrap_or_default();
+        (Some((name, generator)), _) => {
             let images = generator.draw_for(Purpose::Evaluation, arguments.seed, samples);
             vec![(name, judge.metrics(&images, None)?)]
         }
@@ -223,9 +227,8 @@ pub struct TrainClassifier {
 impl From<EvalError> for Failure {
     fn from(error: EvalError) -> Self {
         match error {
-            EvalError::Input(detail)
-            | EvalError::Data(DataError::Input(detail))
-            | EvalError::Sample(SampleError::Input(detail)) => Failure::Input(detail),
+            EvalError::Input(detail) | EvalError::Data(DataError::Input(detail)) => Failure::Input(detail),
+            EvalError::Sample(error) => error.into(),
             other => Failure::Other(other.to_string()),
         }
     }

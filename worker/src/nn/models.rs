@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use ganglion_proto::job::{Model, ModelKind};
 
+use super::classes::OfClasses;
 use super::pieces::Sizes;
-use super::{Layer, Network, ScriptNetwork, Sequential, r3gan, sngan};
+use super::r3gan::R3gan;
+use super::{Layer, Network, ScriptNetwork, Sequential, sngan};
 use crate::data::ImageShape;
 
 /// A generator and a discriminator that fit each other and the data.
@@ -119,26 +121,37 @@ impl Models {
 }
 
 fn networks(kind: ModelKind, sizes: Sizes) -> (Arc<dyn Network>, Arc<dyn Network>) {
-    let Sizes { latent, width, channels, .. } = sizes;
-    let (generator, discriminator) = match kind {
-        ModelKind::Mlp28 => mlp_28(latent, width),
-        ModelKind::Dcgan28 => dcgan_28(latent, width, channels),
-        ModelKind::Dcgan64 => dcgan_64(latent, width, channels),
+    let Sizes { latent, width, channels, classes, .. } = sizes;
+    // Around networks that know no classes, OfClasses puts what does.
+    let (inputs, outputs) = if classes > 0 { (2 * latent, latent) } else { (latent, 1) };
+    let plain = |(generator, discriminator)| -> (Arc<dyn Network>, Arc<dyn Network>) {
+        (Arc::new(Sequential::new(generator)), Arc::new(Sequential::new(discriminator)))
+    };
+    let (generator, discriminator): (Arc<dyn Network>, Arc<dyn Network>) = match kind {
+        ModelKind::Mlp28 => plain(mlp_28(inputs, width, outputs)),
+        ModelKind::Dcgan28 => plain(dcgan_28(inputs, width, channels, outputs)),
+        ModelKind::Dcgan64 => plain(dcgan_64(inputs, width, channels, outputs)),
+        ModelKind::R3gan28 | ModelKind::R3gan32 => {
+            (Arc::new(R3gan::generator(sizes, inputs)), Arc::new(R3gan::discriminator(sizes, outputs)))
+        }
         ModelKind::Sngan32 => {
             return (Arc::new(sngan::Generator::new(sizes)), Arc::new(sngan::Discriminator::new(sizes)));
         }
-        ModelKind::R3gan28 | ModelKind::R3gan32 => {
-            return (Arc::new(r3gan::Generator::new(sizes)), Arc::new(r3gan::Discriminator::new(sizes)));
-        }
         ModelKind::Script => unreachable!("its networks come from files"),
     };
-    (Arc::new(Sequential::new(generator)), Arc::new(Sequential::new(discriminator)))
+    if classes == 0 {
+        return (generator, discriminator);
+    }
+    (
+        OfClasses::generator(generator, classes, latent),
+        OfClasses::discriminator(discriminator, classes, latent),
+    )
 }
 
 const LEAKY: Layer = Layer::LeakyRelu { slope: 0.2 };
 
-/// Multi-layer perceptrons: latent-width-width-784 and 784-width-width-1.
-fn mlp_28(latent: i64, width: i64) -> (Vec<Layer>, Vec<Layer>) {
+/// Multi-layer perceptrons: latent-width-width-784 and 784-width-width-outputs.
+fn mlp_28(latent: i64, width: i64, outputs: i64) -> (Vec<Layer>, Vec<Layer>) {
     let linear = |inputs, outputs| Layer::Linear { inputs, outputs };
     let generator = vec![
         linear(latent, width),
@@ -155,7 +168,7 @@ fn mlp_28(latent: i64, width: i64) -> (Vec<Layer>, Vec<Layer>) {
         LEAKY,
         linear(width, width),
         LEAKY,
-        linear(width, 1),
+        linear(width, outputs),
     ];
     (generator, discriminator)
 }
@@ -180,7 +193,7 @@ fn norm(features: i64) -> Layer {
 }
 
 /// DCGAN in two doublings from a 7 x 7 map.
-fn dcgan_28(latent: i64, width: i64, channels: i64) -> (Vec<Layer>, Vec<Layer>) {
+fn dcgan_28(latent: i64, width: i64, channels: i64, outputs: i64) -> (Vec<Layer>, Vec<Layer>) {
     let generator = vec![
         Layer::Reshape(vec![latent, 1, 1]),
         up(latent, 4 * width, covering(7)),
@@ -198,30 +211,30 @@ fn dcgan_28(latent: i64, width: i64, channels: i64) -> (Vec<Layer>, Vec<Layer>) 
         down(2 * width, 4 * width, HALVING),
         norm(4 * width),
         LEAKY,
-        down(4 * width, 1, covering(7)),
-        Layer::Reshape(vec![1]),
+        down(4 * width, outputs, covering(7)),
+        Layer::Reshape(vec![outputs]),
     ];
     (generator, discriminator)
 }
 
 /// DCGAN in four doublings from a 4 x 4 map, Radford et al. (2015), figure 1.
-fn dcgan_64(latent: i64, width: i64, channels: i64) -> (Vec<Layer>, Vec<Layer>) {
+fn dcgan_64(latent: i64, width: i64, channels: i64, outputs: i64) -> (Vec<Layer>, Vec<Layer>) {
     let mut generator = vec![Layer::Reshape(vec![latent, 1, 1])];
     let mut inputs = latent;
-    for (outputs, shape) in
+    for (features, shape) in
         [(8 * width, covering(4)), (4 * width, HALVING), (2 * width, HALVING), (width, HALVING)]
     {
-        generator.extend([up(inputs, outputs, shape), norm(outputs), Layer::Relu]);
-        inputs = outputs;
+        generator.extend([up(inputs, features, shape), norm(features), Layer::Relu]);
+        inputs = features;
     }
     generator.extend([up(width, channels, HALVING), Layer::Tanh]);
 
     let mut discriminator = vec![down(channels, width, HALVING), LEAKY];
     let mut inputs = width;
-    for outputs in [2 * width, 4 * width, 8 * width] {
-        discriminator.extend([down(inputs, outputs, HALVING), norm(outputs), LEAKY]);
-        inputs = outputs;
+    for features in [2 * width, 4 * width, 8 * width] {
+        discriminator.extend([down(inputs, features, HALVING), norm(features), LEAKY]);
+        inputs = features;
     }
-    discriminator.extend([down(8 * width, 1, covering(4)), Layer::Reshape(vec![1])]);
+    discriminator.extend([down(8 * width, outputs, covering(4)), Layer::Reshape(vec![outputs])]);
     (generator, discriminator)
 }

@@ -1,7 +1,7 @@
 //! What the networks that are no plain lists of layers are made of: pieces that name their tensors and use them in the
 //! same order.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{Init, TensorSpec};
 
@@ -98,7 +98,8 @@ pub(super) fn double(x: &Tensor) -> Tensor {
 }
 
 fn filter(like: &Tensor, scale: f64, features: i64) -> Tensor {
-    let side = Tensor::from_slice(&[1.0f32, 3.0, 3.0, 1.0]);
+    // [1, 3, 3, 1], computed: numbers that are copied into a tensor would not be recorded with the network.
+    let side = (Tensor::arange(4, (Kind::Float, Device::Cpu)) - 1.5).abs() * -2.0 + 4.0;
     let square = side.view([4, 1]).matmul(&side.view([1, 4])) * scale;
     let square = square.to_kind(Kind::Float).to_device(like.device()).to_kind(like.kind());
     square.expand([features, 1, 4, 4], false).contiguous()

@@ -6,9 +6,7 @@
 //!    scaled down by the number of blocks (Zhang et al., 2019, Fixup), so that each block begins as the identity.
 //! 2. Sides are doubled and halved by a bilinear filter. The generator begins with a learnt map, weighed by the noise; the
 //!    discriminator ends with one, and has no last activation. The generator's output is not squashed.
-//! 3. Classes: an embedding beside the noise, and a projection in the discriminator (Miyato and Koyama, 2018, equation 3,
-//!    without the term that knows no class), as in the released code.
-//! 4. Features are last within the networks: a 1 x 1 convolution is then a product of matrices, also in the second
+//! 3. Features are last within the networks: a 1 x 1 convolution is then a product of matrices, also in the second
 //!    derivative, and grouped convolutions have libtorch's fast kernels on CPUs.
 //!
 //! The paper's widths are for GPUs: 768 features at most, and two blocks a stage. Here there is one block a stage and the
@@ -17,9 +15,7 @@
 
 use tch::Tensor;
 
-use super::pieces::{
-    Sizes, Specs, double, embed, features_first, features_last, halve, in_single, root, scaled,
-};
+use super::pieces::{Sizes, Specs, double, features_first, features_last, halve, in_single, root, scaled};
 use super::sequential::leaky_relu;
 use super::{Init, Network, Pass, TensorSpec};
 
@@ -108,16 +104,15 @@ impl Piece {
 }
 
 fn block(x: &Tensor, groups: i64, next: Next<'_, '_>) -> Tensor {
-    let [samples, height, width, features] =
-        <[i64; 4]>::try_from(x.size()).expect("maps have four dimensions");
+    let [_, height, width, features] = <[i64; 4]>::try_from(x.size()).expect("maps have four dimensions");
     // Activations and sums are in place on what products give as it is: on a view autograd would copy.
     let wide = leaky_relu(rows(x).linear(&next().flatten(1, -1), Some(next())), SLOPE);
-    let wide = wide.view([samples, height, width, EXPANSION * features]);
+    let wide = wide.view([-1, height, width, EXPANSION * features]);
     let (weight, bias) = (next(), next());
     let seen = features_first(&wide).conv2d(weight, Some(bias), [1, 1], [1, 1], [1, 1], groups);
     let seen = features_last(&leaky_relu(seen, SLOPE));
     let narrow = rows(&seen).linear(&next().flatten(1, -1), None::<Tensor>).g_add_(&rows(x));
-    narrow.view([samples, height, width, features])
+    narrow.view([-1, height, width, features])
 }
 
 /// The features of each pixel.
@@ -140,28 +135,19 @@ fn stages(side: i64, width: i64) -> Vec<(i64, i64)> {
     stages
 }
 
-/// Noise (n, latent) to images.
+/// A network of pieces, one after the other.
 #[derive(Clone, Debug)]
-pub(super) struct Generator {
+pub(super) struct R3gan {
     pieces: Vec<(String, Piece)>,
-    latent: i64,
-    classes: i64,
+    /// Whether it makes images, whose features come first outside.
+    draws: bool,
 }
 
-/// Images to logits (n, 1).
-#[derive(Clone, Debug)]
-pub(super) struct Discriminator {
-    pieces: Vec<(String, Piece)>,
-    embedding: i64,
-    classes: i64,
-}
-
-impl Generator {
-    pub(super) fn new(sizes: Sizes) -> Generator {
-        let Sizes { latent, width, channels, side, classes } = sizes;
-        let stages = stages(side, width);
+impl R3gan {
+    /// Noise (n, inputs) to images.
+    pub(super) fn generator(sizes: Sizes, inputs: i64) -> R3gan {
+        let stages = stages(sizes.side, sizes.width);
         let blocks = i64::try_from(stages.len()).expect("a few stages");
-        let inputs = if classes > 0 { 2 * latent } else { latent };
         let mut pieces = Vec::new();
         let mut before = 0;
         for (at, (side, features)) in stages.into_iter().enumerate() {
@@ -173,54 +159,16 @@ impl Generator {
             pieces.push((format!("stage{at}.block"), Piece::Block { features, blocks }));
             before = features;
         }
-        pieces.push(("end".to_string(), Piece::Mix { inputs: before, outputs: channels }));
-        Generator { pieces, latent, classes }
-    }
-}
-
-impl Network for Generator {
-    fn parameters(&self) -> Vec<TensorSpec> {
-        let mut specs = Specs::default();
-        if self.classes > 0 {
-            specs.add(
-                "embedding.weight".to_string(),
-                &[self.classes, self.latent],
-                scaled(1.0, self.classes),
-            );
-        }
-        self.pieces.iter().for_each(|(name, piece)| piece.specs(name, &mut specs));
-        specs.list
+        pieces.push(("end".to_string(), Piece::Mix { inputs: before, outputs: sizes.channels }));
+        R3gan { pieces, draws: true }
     }
 
-    fn buffers(&self) -> Vec<TensorSpec> {
-        Vec::new()
-    }
-
-    fn sees_batch(&self) -> bool {
-        false
-    }
-
-    fn forward(&self, input: &Tensor, pass: &mut Pass<'_>) -> Tensor {
-        let mut parameters = pass.parameters.iter();
-        let next = &mut || parameters.next().expect("a tensor for each of the network's parameters");
-        let mut x = input.to_kind(pass.kind());
-        if self.classes > 0 {
-            x = Tensor::cat(&[x, embed(next(), pass.classes)], 1);
-        }
-        for (_, piece) in &self.pieces {
-            x = piece.forward(&x, next);
-        }
-        in_single(&features_first(&x).contiguous())
-    }
-}
-
-impl Discriminator {
-    pub(super) fn new(sizes: Sizes) -> Discriminator {
-        let Sizes { latent, width, channels, side, classes } = sizes;
+    /// Images to (n, outputs).
+    pub(super) fn discriminator(sizes: Sizes, outputs: i64) -> R3gan {
+        let Sizes { width, channels, side, .. } = sizes;
         let mut stages = stages(side, width);
         stages.reverse();
         let blocks = i64::try_from(stages.len()).expect("a few stages");
-        let outputs = if classes > 0 { latent } else { 1 };
         let mut pieces = vec![("begin".to_string(), Piece::Mix { inputs: channels, outputs: width })];
         for (at, (side, features)) in stages.iter().copied().enumerate() {
             let end = match stages.get(at + 1) {
@@ -230,18 +178,14 @@ impl Discriminator {
             pieces.push((format!("stage{at}.block"), Piece::Block { features, blocks }));
             pieces.push((format!("stage{at}.end"), end));
         }
-        Discriminator { pieces, embedding: latent, classes }
+        R3gan { pieces, draws: false }
     }
 }
 
-impl Network for Discriminator {
+impl Network for R3gan {
     fn parameters(&self) -> Vec<TensorSpec> {
         let mut specs = Specs::default();
         self.pieces.iter().for_each(|(name, piece)| piece.specs(name, &mut specs));
-        if self.classes > 0 {
-            let init = scaled(1.0 / root(self.embedding), self.classes);
-            specs.add("embedding.weight".to_string(), &[self.classes, self.embedding], init);
-        }
         specs.list
     }
 
@@ -256,13 +200,11 @@ impl Network for Discriminator {
     fn forward(&self, input: &Tensor, pass: &mut Pass<'_>) -> Tensor {
         let mut parameters = pass.parameters.iter();
         let next = &mut || parameters.next().expect("a tensor for each of the network's parameters");
-        let mut x = features_last(&input.to_kind(pass.kind()));
+        let input = input.to_kind(pass.kind());
+        let mut x = if self.draws { input } else { features_last(&input) };
         for (_, piece) in &self.pieces {
             x = piece.forward(&x, next);
         }
-        if self.classes > 0 {
-            x = (x * embed(next(), pass.classes)).sum_dim_intlist([1i64].as_slice(), true, None);
-        }
-        in_single(&x)
+        in_single(&if self.draws { features_first(&x).contiguous() } else { x })
     }
 }

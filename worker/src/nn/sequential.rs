@@ -1,7 +1,8 @@
 //! The plain network: one layer after the other.
 //!
 //! Between convolutions the features of a pixel lie together (channels last): libtorch's kernels for CPUs, and those for
-//! GPUs in half precision, are faster on that. Parameters lie as PyTorch has them.
+//! GPUs in half precision, are faster on that. Parameters lie as PyTorch has them. No shape names the number of samples, so that
+//! a recorded network takes any.
 
 use tch::{Kind, Tensor};
 
@@ -129,11 +130,7 @@ impl Network for Sequential {
                 Layer::LeakyRelu { slope } => leaky_relu(x, *slope),
                 Layer::Relu => x.relu_(),
                 Layer::Tanh => x.tanh_(),
-                Layer::Reshape(shape) => {
-                    let mut whole = vec![x.size()[0]];
-                    whole.extend(shape);
-                    x.reshape(whole)
-                }
+                Layer::Reshape(shape) => x.reshape([&[-1], shape.as_slice()].concat()),
             };
         }
         x.to_kind(Kind::Float)
@@ -162,25 +159,23 @@ pub(super) fn sizes(x: &Tensor) -> [i64; 4] {
 }
 
 pub(super) fn conv(x: &Tensor, weight: &Tensor, kernel: i64, stride: i64, padding: i64) -> Tensor {
-    let [samples, _, height, width] = sizes(x);
+    let [_, inputs, height, width] = sizes(x);
     if padding == 0 && (height, width) == (kernel, kernel) {
         // The kernel covers the whole map: a product of matrices, several times as fast.
         let [outputs, ..] = sizes(weight);
-        let rows = |x: &Tensor, count| x.permute([0, 2, 3, 1]).reshape([count, -1]);
-        return rows(x, samples)
-            .matmul(&rows(weight, outputs).transpose(0, 1))
-            .view([samples, outputs, 1, 1]);
+        let rows = |x: &Tensor| x.permute([0, 2, 3, 1]).reshape([-1, inputs * height * width]);
+        return rows(x).matmul(&rows(weight).transpose(0, 1)).view([-1, outputs, 1, 1]);
     }
     x.conv2d(weight, None::<Tensor>, [stride, stride], [padding, padding], [1, 1], 1)
 }
 
 pub(super) fn conv_transpose(x: &Tensor, weight: &Tensor, stride: i64, padding: i64) -> Tensor {
-    let [samples, inputs, height, width] = sizes(x);
+    let [_, inputs, height, width] = sizes(x);
     if padding == 0 && (height, width) == (1, 1) {
         // Every sample is one vector, and each feature of it weighs a whole map.
         let [_, outputs, kernel, _] = sizes(weight);
-        let maps = x.reshape([samples, inputs]).matmul(&weight.reshape([inputs, -1]));
-        return channels_last(&maps.view([samples, outputs, kernel, kernel]));
+        let maps = x.reshape([-1, inputs]).matmul(&weight.reshape([inputs, -1]));
+        return channels_last(&maps.view([-1, outputs, kernel, kernel]));
     }
     let (stride, padding) = ([stride, stride], [padding, padding]);
     x.conv_transpose2d(weight, None::<Tensor>, stride, padding, [0, 0], 1, [1, 1])
@@ -203,7 +198,7 @@ pub(super) fn normalise(
     match pass.mode {
         Mode::Running => {
             let (mean, variance) = (&pass.buffers[buffer], &pass.buffers[buffer + 1]);
-            x.native_batch_norm(weight, bias, Some(mean), Some(variance), false, 0.0, BATCH_NORM_EPSILON).0
+            x.batch_norm(weight, bias, Some(mean), Some(variance), false, 0.0, BATCH_NORM_EPSILON, false)
         }
         Mode::Batch => {
             let none = None::<&Tensor>;

@@ -1,4 +1,4 @@
-use ganglion_proto::job::{EmaSchedule, Model, ModelKind};
+use ganglion_proto::job::{Model, ModelKind};
 use tch::{Device, Kind};
 
 use super::sequential::{channels_last, conv, conv_transpose};
@@ -9,18 +9,7 @@ use crate::random::Purpose;
 const KEY: Key = Key { seed: 1, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
 
 fn model(kind: ModelKind) -> Model {
-    Model {
-        kind,
-        latent_dim: 10,
-        width: 8,
-        ema_half_life_images: 1,
-        ema_schedule: EmaSchedule::RampUp,
-        conditional: false,
-        init_from: None,
-        freeze_discriminator: 0,
-        generator: None,
-        discriminator: None,
-    }
+    Model::plain(kind, 10, 8)
 }
 
 fn models(kind: ModelKind, channels: usize, side: usize) -> Models {

@@ -1,0 +1,315 @@
+//! The commands of the `worker` program that draw: samples, walks between them, and the generator itself for other programs.
+
+use std::fs::File;
+use std::io::{BufWriter, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use tch::{CModule, Kind, Tensor, no_grad};
+
+use crate::picture::{Film, Picture};
+use crate::random::Purpose;
+use crate::run::Failure;
+use crate::sample::{COLUMNS, Generator};
+use crate::weights::Weights;
+
+/// Whose noise, and of which class.
+#[derive(Args)]
+struct Choice {
+    /// Seed of the noise.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Draw this class only, of a conditional model. By default one class follows the other.
+    #[arg(long, value_name = "N")]
+    class: Option<u32>,
+    /// Keep the noise between -LIMIT and LIMIT: samples are more typical and more alike. 2 changes little, 1 much.
+    #[arg(long, value_name = "LIMIT", value_parser = limit)]
+    truncation: Option<f64>,
+}
+
+fn limit(text: &str) -> Result<f64, String> {
+    let limit: f64 = text.parse().map_err(|_| "not a number".to_string())?;
+    if limit.is_finite() && limit >= 0.01 { Ok(limit) } else { Err("it must be at least 0.01".to_string()) }
+}
+
+impl Choice {
+    fn noise(&self, generator: &Generator, index: u32) -> Tensor {
+        generator.noise(Purpose::Samples, self.seed, index, self.truncation)
+    }
+
+    /// The class of each of so many samples.
+    fn classes(&self, generator: &Generator, count: u32) -> Result<Vec<u32>, Failure> {
+        match (self.class, generator.classes()) {
+            (None, _) => Ok(generator.classes_in_turn(count)),
+            (Some(class), classes) if class < classes => Ok(vec![class; count as usize]),
+            (Some(class), 0) => Err(Failure::Input(format!(
+                "--class {class}: the generator knows no classes; leave --class out"
+            ))),
+            (Some(class), classes) => Err(Failure::Input(format!(
+                "--class {class}: the generator knows classes 0 to {}; choose one",
+                classes - 1
+            ))),
+        }
+    }
+}
+
+/// Arguments of `worker sample`.
+#[derive(Args)]
+pub struct Sample {
+    #[command(flatten)]
+    weights: Weights,
+    /// How many samples.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    count: u32,
+    #[command(flatten)]
+    choice: Choice,
+    /// The picture of all samples to write, a PNG file.
+    #[arg(long, value_name = "FILE", required_unless_present = "folder")]
+    out: Option<PathBuf>,
+    /// Write each sample as a PNG file of its own into this folder; of a conditional model, into a folder of its class.
+    #[arg(long, value_name = "DIR", conflicts_with = "out")]
+    folder: Option<PathBuf>,
+}
+
+/// The most samples in one picture.
+const MOST_IN_A_PICTURE: u32 = 10_000;
+/// Samples that are drawn before they are written.
+const AT_ONCE: u32 = 640;
+
+/// Draws samples.
+///
+/// # Errors
+/// The arguments do not suit the checkpoint, or nothing can be written.
+pub fn sample(arguments: &Sample) -> Result<(), Failure> {
+    crate::set_threads(1);
+    let Sample { weights, count, choice, out, folder } = arguments;
+    let (_, generator) = weights.open()?;
+    let classes = choice.classes(&generator, *count)?;
+    let draw = |from: u32, to: u32| {
+        let noise: Vec<Tensor> = (from..to).map(|index| choice.noise(&generator, index)).collect();
+        generator.images(&Tensor::stack(&noise, 0), &classes[from as usize..to as usize])
+    };
+    let Some(folder) = folder else {
+        let out = out.as_deref().expect("one of the two is given");
+        if *count > MOST_IN_A_PICTURE {
+            let what = format!(
+                "--count {count}: a picture holds up to {MOST_IN_A_PICTURE}; give --folder instead of --out"
+            );
+            return Err(Failure::Input(what));
+        }
+        write(out, "--out", &png(&Picture::grid(&draw(0, *count), COLUMNS))?)?;
+        return say(out);
+    };
+    for from in (0..*count).step_by(AT_ONCE as usize) {
+        let to = count.min(&(from + AT_ONCE)).to_owned();
+        for (index, image) in (from..to).zip(draw(from, to).unbind(0)) {
+            let own = match generator.classes() {
+                0 => folder.clone(),
+                _ => folder.join(format!("{:03}", classes[index as usize])),
+            };
+            std::fs::create_dir_all(&own).map_err(|error| unwritable("--folder", &own, &error))?;
+            write(&own.join(format!("{index:06}.png")), "--folder", &png(&Picture::of(&image))?)?;
+        }
+        progress(to, *count, "samples");
+    }
+    say(folder)
+}
+
+/// Arguments of `worker interpolate`.
+#[derive(Args)]
+pub struct Interpolate {
+    #[command(flatten)]
+    weights: Weights,
+    /// How many walks are shown side by side.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
+    count: u32,
+    /// The samples that each walk comes by before it is back where it began.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..=100))]
+    points: u32,
+    /// Pictures from one of them to the next.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    frames: u32,
+    /// How long a picture stays, in hundredths of a second.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    delay: u16,
+    #[command(flatten)]
+    choice: Choice,
+    /// The film to write, a GIF file.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+/// Draws a film of walks through the noise.
+///
+/// # Errors
+/// The arguments do not suit the checkpoint, or nothing can be written.
+pub fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
+    crate::set_threads(1);
+    let Interpolate { weights, count, points, frames, delay, choice, out } = arguments;
+    let (_, generator) = weights.open()?;
+    let classes = choice.classes(&generator, *count)?;
+    let noise = |point: u32| {
+        let own: Vec<Tensor> =
+            (0..*count).map(|walk| choice.noise(&generator, walk * points + point)).collect();
+        Tensor::stack(&own, 0)
+    };
+    let file = File::create(out).map_err(|error| unwritable("--out", out, &error))?;
+    let mut file = Some(BufWriter::new(file));
+    let mut film = None;
+    for point in 0..*points {
+        let (from, to) = (noise(point), noise((point + 1) % points));
+        for frame in 0..*frames {
+            let between = spherical(&from, &to, f64::from(frame) / f64::from(*frames));
+            let picture = Picture::grid(&generator.images(&between, &classes), COLUMNS);
+            let failed = |error: gif::EncodingError| unwritable("--out", out, &error);
+            if let Some(file) = file.take() {
+                film = Some(Film::begin(file, &picture, *delay).map_err(failed)?);
+            }
+            film.as_mut().expect("begun with the first picture").add(&picture).map_err(failed)?;
+        }
+        progress((point + 1) * frames, points * frames, "pictures");
+    }
+    let written = film.map_or(Ok(()), Film::end);
+    written.map_err(|error| unwritable("--out", out, &error))?;
+    say(out)
+}
+
+/// The points (n, d) at `part` of the way along great circles, from 0 to 1. Noise of many dimensions lies near a sphere, which a straight
+/// line would leave: White (2016), "Sampling generative networks", section 2.1; Shoemake (1985).
+fn spherical(from: &Tensor, to: &Tensor, part: f64) -> Tensor {
+    let along = |x: &Tensor| x.to_kind(Kind::Double);
+    let (from, to) = (along(from), along(to));
+    let length = |x: &Tensor| (x * x).sum_dim_intlist([1i64].as_slice(), true, Kind::Double).sqrt();
+    let product = (&from * &to).sum_dim_intlist([1i64].as_slice(), true, Kind::Double);
+    // Away from 0, where the formula has no value and the line is as good.
+    let angle = (product / (length(&from) * length(&to))).clamp(-1.0, 1.0).acos().clamp_min(1e-6);
+    let weight = |part: f64| (&angle * part).sin() / angle.sin();
+    (from * weight(1.0 - part) + to * weight(part)).to_kind(Kind::Float)
+}
+
+/// Arguments of `worker export`.
+#[derive(Args)]
+pub struct Export {
+    #[command(flatten)]
+    weights: Weights,
+    /// The module to write, a TorchScript file.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+/// How far what an exported module draws may be from what we draw.
+const EXACT_ENOUGH: f64 = 1e-5;
+
+/// Writes the generator as a TorchScript module, once it draws what the generator draws.
+///
+/// # Errors
+/// The generator cannot be exported, or nothing can be written.
+pub fn export(arguments: &Export) -> Result<(), Failure> {
+    crate::set_threads(1);
+    let Export { weights, out } = arguments;
+    let (_, generator) = weights.open()?;
+    // Beside the place, so that a module that fails is never there.
+    let beside = out.with_extension("unchecked");
+    write(&beside, "--out", &[])?;
+    let apart = record(&generator, &beside).and_then(|()| apart(&generator, &CModule::load(&beside)?));
+    let checked = match apart {
+        Ok(apart) if apart <= EXACT_ENOUGH => {
+            std::fs::rename(&beside, out).map(|()| apart).map_err(|error| unwritable("--out", out, &error))
+        }
+        Ok(apart) => Err(Failure::Other(format!("the exported module draws otherwise, by up to {apart:e}"))),
+        Err(error) => Err(Failure::Other(format!("the generator cannot be exported: {error}"))),
+    };
+    let apart = checked.inspect_err(|_| drop(std::fs::remove_file(&beside)))?;
+    let classes = if generator.classes() > 0 { " and classes (n) of int64" } else { "" };
+    let (latent, shape) = (generator.latent_dim(), generator.shape());
+    let line = format!(
+        "{}: noise (n, {latent}){classes} to images (n, {}, {}, {}) in [-1, 1]; at most {apart:e} from ours",
+        out.display(),
+        shape.channels,
+        shape.height,
+        shape.width
+    );
+    drop(writeln!(std::io::stdout(), "{line}"));
+    Ok(())
+}
+
+/// Writes what a generator computes as a module.
+fn record(generator: &Generator, out: &Path) -> Result<(), tch::TchError> {
+    let none = Tensor::new();
+    let draw = &mut |inputs: &[Tensor]| vec![generator.forward(&inputs[0], inputs.get(1).unwrap_or(&none))];
+    let module = no_grad(|| CModule::create_by_tracing("Generator", "forward", &inputs(generator, 2), draw));
+    module?.save(out)
+}
+
+/// Noise, and classes where there are any, of so many samples.
+fn inputs(generator: &Generator, count: u32) -> Vec<Tensor> {
+    let noise: Vec<Tensor> =
+        (0..count).map(|index| generator.noise(Purpose::Probe, 0, index, None)).collect();
+    let classes: Vec<i64> = generator.classes_in_turn(count).into_iter().map(i64::from).collect();
+    let classes = (generator.classes() > 0).then(|| Tensor::from_slice(&classes));
+    std::iter::once(Tensor::stack(&noise, 0)).chain(classes).collect()
+}
+
+/// How far apart the two draw, with another number of samples than was recorded and with one alone.
+fn apart(generator: &Generator, module: &CModule) -> Result<f64, tch::TchError> {
+    no_grad(|| {
+        let mut most = 0.0f64;
+        for count in [1, 7] {
+            let inputs = inputs(generator, count);
+            let none = Tensor::new();
+            let ours = generator.forward(&inputs[0], inputs.get(1).unwrap_or(&none));
+            let theirs = module.forward_ts(&inputs)?;
+            if theirs.size() != ours.size() {
+                return Ok(f64::NAN);
+            }
+            most = most.max((ours - theirs).abs().max().double_value(&[]));
+        }
+        Ok(most)
+    })
+}
+
+fn png(picture: &Picture) -> Result<Vec<u8>, Failure> {
+    picture.png().map_err(|error| Failure::Other(format!("cannot encode the picture: {error}")))
+}
+
+fn write(path: &Path, option: &str, bytes: &[u8]) -> Result<(), Failure> {
+    std::fs::write(path, bytes).map_err(|error| unwritable(option, path, &error))
+}
+
+fn unwritable(option: &str, path: &Path, error: &dyn std::error::Error) -> Failure {
+    Failure::Input(format!("{option} {}: {error}", path.display()))
+}
+
+/// Names what was written.
+#[allow(clippy::unnecessary_wraps)] // the last word of a command
+fn say(path: &Path) -> Result<(), Failure> {
+    drop(writeln!(std::io::stdout(), "{}", path.display()));
+    Ok(())
+}
+
+/// Tells a terminal how far a command is.
+fn progress(done: u32, of: u32, what: &str) {
+    let mut terminal = std::io::stderr();
+    if terminal.is_terminal() {
+        let end = if done == of { "\n" } else { "" };
+        drop(write!(terminal, "\r{done} of {of} {what}{end}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_walk_stays_on_the_sphere_and_meets_its_ends() {
+        let point = |numbers: &[f32]| Tensor::from_slice(numbers).view([1, -1]);
+        let (from, to) = (point(&[3.0, 0.0, 0.0]), point(&[0.0, 3.0, 0.0]));
+        let apart = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
+        assert!(apart(&spherical(&from, &to, 0.0), &from) < 1e-6);
+        assert!(apart(&spherical(&from, &to, 1.0), &to) < 1e-6);
+        let half = 3.0 / 2.0_f32.sqrt();
+        assert!(apart(&spherical(&from, &to, 0.5), &point(&[half, half, 0.0])) < 1e-6);
+        // Where there is no circle, because both are one.
+        assert!(apart(&spherical(&from, &from, 0.3), &from) < 1e-6);
+    }
+}

@@ -1,0 +1,180 @@
+//! Pictures of images: grids, single ones, films.
+
+use std::io::{Cursor, Write};
+
+use ganglion_proto::message::SampleGrid;
+use image::{ExtendedColorType, ImageError, ImageFormat};
+use tch::{Kind, Tensor};
+
+/// Pixels between two images of a grid.
+const GAP: i64 = 2;
+
+/// Pixels of 8 bits, row by row.
+pub struct Picture {
+    width: u32,
+    height: u32,
+    /// 1 or 3.
+    channels: u32,
+    pixels: Vec<u8>,
+}
+
+impl Picture {
+    /// One image (c, h, w) in [-1, 1].
+    pub fn of(image: &Tensor) -> Picture {
+        Picture::of_levels(&levels(image).permute([1, 2, 0]))
+    }
+
+    /// Images (n, c, h, w) in [-1, 1] in rows of so many, black between them.
+    pub fn grid(images: &Tensor, columns: i64) -> Picture {
+        let [count, channels, height, width] =
+            <[i64; 4]>::try_from(images.size()).expect("images have four dimensions");
+        let columns = columns.clamp(1, count.max(1));
+        let rows = (count + columns - 1) / columns;
+        let blank =
+            Tensor::zeros([rows * columns - count, channels, height, width], (Kind::Uint8, images.device()));
+        let cells = Tensor::cat(&[levels(images), blank], 0).constant_pad_nd([GAP, 0, GAP, 0]);
+        let cells = cells.view([rows, columns, channels, height + GAP, width + GAP]);
+        let whole = cells.permute([0, 3, 1, 4, 2]).reshape([
+            rows * (height + GAP),
+            columns * (width + GAP),
+            channels,
+        ]);
+        Picture::of_levels(&whole.constant_pad_nd([0, 0, 0, GAP, 0, GAP]))
+    }
+
+    /// (h, w, c) of bytes.
+    fn of_levels(levels: &Tensor) -> Picture {
+        let small = |at: usize| u32::try_from(levels.size()[at]).expect("a picture is small");
+        let pixels = levels.contiguous().flatten(0, -1);
+        let pixels = Vec::<u8>::try_from(pixels).expect("a flat tensor of bytes on the CPU");
+        Picture { height: small(0), width: small(1), channels: small(2), pixels }
+    }
+
+    /// As a PNG file.
+    ///
+    /// # Errors
+    /// It cannot be encoded.
+    pub fn png(&self) -> Result<Vec<u8>, ImageError> {
+        let kind = if self.channels == 1 { ExtendedColorType::L8 } else { ExtendedColorType::Rgb8 };
+        let mut png = Cursor::new(Vec::new());
+        let (pixels, width, height) = (&self.pixels, self.width, self.height);
+        image::write_buffer_with_format(&mut png, pixels, width, height, kind, ImageFormat::Png)?;
+        Ok(png.into_inner())
+    }
+
+    /// The picture that a run keeps of a step.
+    ///
+    /// # Errors
+    /// It cannot be encoded.
+    pub fn of_step(&self, step: u64) -> Result<SampleGrid, ImageError> {
+        let Picture { width, height, channels, .. } = *self;
+        Ok(SampleGrid { step, png: self.png()?, width, height, channels })
+    }
+}
+
+/// Bytes from [-1, 1].
+fn levels(images: &Tensor) -> Tensor {
+    ((images + 1.0) * 127.5).round().clamp(0.0, 255.0).to_kind(Kind::Uint8)
+}
+
+/// A GIF that is played again and again.
+pub struct Film<W: Write> {
+    encoder: gif::Encoder<W>,
+    size: (u16, u16),
+    /// Of a frame, in hundredths of a second.
+    delay: u16,
+}
+
+impl<W: Write> Film<W> {
+    /// Begins one of frames like the first.
+    ///
+    /// # Errors
+    /// It is too large for a GIF, or cannot be written.
+    pub fn begin(to: W, first: &Picture, delay: u16) -> Result<Film<W>, gif::EncodingError> {
+        let side = |pixels: u32| u16::try_from(pixels).map_err(|_| too_large());
+        let size = (side(first.width)?, side(first.height)?);
+        let greys: Vec<u8> = (0..=255).flat_map(|level| [level; 3]).collect();
+        let palette: &[u8] = if first.channels == 1 { &greys } else { &[] };
+        let mut encoder = gif::Encoder::new(to, size.0, size.1, palette)?;
+        encoder.set_repeat(gif::Repeat::Infinite)?;
+        Ok(Film { encoder, size, delay })
+    }
+
+    /// Adds a frame. Colours are reduced to 256 a frame, which is what a GIF has.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn add(&mut self, picture: &Picture) -> Result<(), gif::EncodingError> {
+        let (width, height) = self.size;
+        let mut frame = match picture.channels {
+            1 => gif::Frame {
+                width,
+                height,
+                buffer: picture.pixels.as_slice().into(),
+                ..gif::Frame::default()
+            },
+            _ => gif::Frame::from_rgb_speed(width, height, &picture.pixels, COLOUR_SPEED),
+        };
+        frame.delay = self.delay;
+        self.encoder.write_frame(&frame)
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn end(self) -> Result<(), gif::EncodingError> {
+        Ok(self.encoder.into_inner()?.flush()?)
+    }
+}
+
+/// From 1, the best colours, to 30, the fastest.
+const COLOUR_SPEED: i32 = 10;
+
+fn too_large() -> gif::EncodingError {
+    std::io::Error::other("a GIF has at most 65,535 pixels a side").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grid_has_black_between_its_images_and_where_none_is() {
+        let images = Tensor::from_slice(&[1.0f32, 0.0, -1.0, 1.0, 1.0, 1.0]).view([3, 1, 1, 2]);
+        let picture = Picture::grid(&images, 2);
+        assert_eq!((picture.width, picture.height), (2 * 2 + 3 * 2, 2 + 3 * 2));
+        let row = |y: usize| &picture.pixels[10 * y..10 * (y + 1)];
+        assert_eq!(row(2), [0, 0, 255, 128, 0, 0, 0, 255, 0, 0]);
+        assert_eq!(row(5), [0, 0, 255, 255, 0, 0, 0, 0, 0, 0]);
+        for y in [0, 1, 3, 4, 6, 7] {
+            assert_eq!(row(y), [0; 10]);
+        }
+    }
+
+    #[test]
+    fn a_png_has_the_colours_of_its_image() {
+        let image = Tensor::from_slice(&[-1.0f32, 1.0, 0.0, -1.0, 1.0, 0.0]).view([3, 1, 2]);
+        let read = image::load_from_memory(&Picture::of(&image).png().unwrap()).unwrap().into_rgb8();
+        assert_eq!(read.into_raw(), [0, 128, 255, 255, 0, 128]);
+    }
+
+    #[test]
+    fn a_film_of_greys_loses_none() {
+        let image = Tensor::arange(256, (Kind::Float, tch::Device::Cpu)) / 127.5 - 1.0;
+        let first = Picture::of(&image.view([1, 16, 16]));
+        let second = Picture::of(&(-image).view([1, 16, 16]));
+        let mut file = Vec::new();
+        let mut film = Film::begin(&mut file, &first, 5).unwrap();
+        film.add(&first).unwrap();
+        film.add(&second).unwrap();
+        film.end().unwrap();
+        let mut read = gif::DecodeOptions::new().read_info(file.as_slice()).unwrap();
+        for wanted in [&first, &second] {
+            let frame = read.read_next_frame().unwrap().unwrap();
+            assert_eq!((frame.width, frame.height, frame.delay), (16, 16, 5));
+            assert_eq!(frame.buffer, wanted.pixels);
+        }
+        assert!(read.read_next_frame().unwrap().is_none());
+    }
+}
