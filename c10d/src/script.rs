@@ -7,6 +7,7 @@
 //!
 //! The first line of an error is the reason, as `torch` words it.
 
+use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
 use tch::Tensor;
@@ -43,6 +44,12 @@ impl ScriptTensor {
 pub struct Script {
     module: Mutex<cxx::UniquePtr<shim::Script>>,
     tensors: Vec<ScriptTensor>,
+}
+
+impl fmt::Debug for Script {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Script").field("tensors", &self.tensors.len()).finish_non_exhaustive()
+    }
 }
 
 /// The generator that runs seed is one for all modules.
@@ -106,6 +113,16 @@ impl Script {
         let buffers = (0..self.tensors.len()).filter(|index| !self.tensors[*index].is_parameter);
         let buffers = buffers.map(|index| owned(module.tensor(index)?)).collect::<Result<_, Error>>()?;
         Ok((output, buffers))
+    }
+
+    /// Runs `forward` as in evaluation, with the tensors that it has.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] for what the module's program refuses.
+    pub fn evaluate(&self, input: &Tensor) -> Result<Tensor, Error> {
+        let module = self.module.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        owned(module.run(false, 0, at_tensor(input))?)
     }
 
     /// The operation that the result comes from, past what only gives it another shape, such as `sigmoid`.

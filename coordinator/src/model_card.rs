@@ -43,6 +43,9 @@ pub fn render(subject: &Subject) -> String {
     );
     let _ = write!(card, "\n## Model\n\n");
     line(&mut card, "networks", &job.model.kind.to_string());
+    if job.model.conditional {
+        line(&mut card, "classes", "known to both networks, from the data's labels");
+    }
     line(&mut card, "noise", &format!("{} numbers of N(0, 1)", job.model.latent_dim));
     line(&mut card, "objective", &job.loss.kind.to_string());
     line(&mut card, "images seen in training", &(best.step * job.samples_per_step()).to_string());

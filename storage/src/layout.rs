@@ -11,7 +11,7 @@ use std::time::SystemTime;
 
 use futures_util::TryStreamExt;
 use object_store::path::Path;
-use object_store::{Error, ObjectStore, ObjectStoreExt, PutPayload, Result};
+use object_store::{Error, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, Result};
 
 use crate::Storage;
 
@@ -40,6 +40,11 @@ pub enum Claim {
     Taken,
     /// The run's, but the server replaces a file where it was asked not to.
     Unsafe,
+}
+
+fn version(file: &ObjectMeta) -> String {
+    let written = file.last_modified.to_rfc3339();
+    format!("{} {}", file.size, file.e_tag.as_deref().unwrap_or(&written))
 }
 
 impl Storage {
@@ -96,6 +101,17 @@ impl Storage {
     pub async fn lengths(&self) -> Result<BTreeMap<String, u64>> {
         let files: Vec<_> = self.store.list(None).try_collect().await?;
         Ok(files.into_iter().map(|file| (file.location.to_string(), file.size)).collect())
+    }
+
+    /// The version of every file, by its name from the storage's root: another text once its content is another.
+    pub async fn versions(&self) -> Result<BTreeMap<String, String>> {
+        let files: Vec<_> = self.store.list(None).try_collect().await?;
+        Ok(files.into_iter().map(|file| (file.location.to_string(), version(&file))).collect())
+    }
+
+    /// The version of a file.
+    pub async fn version(&self, path: &Path) -> Result<String> {
+        Ok(version(&self.store.head(path).await?))
     }
 
     /// A small file's text; `None` if it is not there.

@@ -7,7 +7,7 @@
 //!
 //! Memory: what is written is not copied; what is only hashed or sent from a file is held a few parts at a time.
 
-use std::io::Read;
+use std::io::{Read, Write};
 
 use bytes::Bytes;
 use object_store::path::Path;
@@ -118,7 +118,11 @@ impl Storage {
     /// A file's content.
     pub async fn read(&self, path: &Path) -> Result<Bytes> {
         let mut parts = Vec::new();
-        self.each_part(path, |part| parts.push(part)).await?;
+        self.each_part(path, |part| {
+            parts.push(part);
+            Ok(())
+        })
+        .await?;
         Ok(if parts.len() == 1 { parts.swap_remove(0) } else { parts.concat().into() })
     }
 
@@ -127,22 +131,28 @@ impl Storage {
         let mut hasher = blake3::Hasher::new();
         self.each_part(path, |part| {
             hasher.update(&part);
+            Ok(())
         })
         .await?;
         Ok(hasher.finalize().to_hex().to_string())
     }
 
+    /// Writes a file's content to a file of this machine.
+    pub async fn fetch(&self, path: &Path, mut to: &std::fs::File) -> Result<()> {
+        let failed = |error: std::io::Error| Error::Generic { store: "file", source: error.into() };
+        self.each_part(path, |part| to.write_all(&part).map_err(failed)).await
+    }
+
     /// Hands a file's parts over in their order.
-    async fn each_part(&self, path: &Path, mut take: impl FnMut(Bytes)) -> Result<()> {
+    async fn each_part(&self, path: &Path, mut take: impl FnMut(Bytes) -> Result<()>) -> Result<()> {
         let whole = self.store.get(path).await?;
         let length = whole.meta.size;
         if length <= PART as u64 {
-            take(whole.bytes().await?);
-            return Ok(());
+            return take(whole.bytes().await?);
         }
         drop(whole);
         for start in (0..length).step_by(PART) {
-            take(self.store.get_range(path, start..length.min(start + PART as u64)).await?);
+            take(self.store.get_range(path, start..length.min(start + PART as u64)).await?)?;
         }
         Ok(())
     }
@@ -201,6 +211,9 @@ mod tests {
                 storage.replace(&path, &PutPayload::from_static(b"damaged")).await.unwrap();
                 storage.create(&path, &payload, &hash).await.unwrap();
                 assert_eq!(storage.hash(&path).await.unwrap(), hash);
+                let copy = tempfile::NamedTempFile::new().unwrap();
+                storage.fetch(&path, copy.as_file()).await.unwrap();
+                assert!(std::fs::read(copy.path()).unwrap() == bytes);
             }
             let files = storage.files("step-00000001").await.unwrap();
             assert_eq!(files.len(), 4, "nothing else stays: {files:?}");

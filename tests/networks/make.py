@@ -1,6 +1,6 @@
 """Writes the networks that the tests train: a small DCGAN (Radford et al., 2015) for 28 x 28 images, as a user writes one.
 
-    python3 tests/networks/make.py FOLDER      # needs PyTorch; writes G.pt and D.pt, and the refused ones into FOLDER/refused
+    python3 tests/networks/make.py FOLDER      # needs PyTorch; writes G.pt, D.pt, features.pt, and the refused ones into FOLDER/refused
 
 Inside are what is hard to keep the same on any number of workers: batch normalisation, dropout, and spectral normalisation
 (Miyato et al., 2018, algorithm 1) with its vector as a buffer.
@@ -67,6 +67,15 @@ class Discriminator(nn.Module):
         return self.main(images).view(-1)
 
 
+class Features(nn.Module):
+    """What metrics may look at: (n, 32) of images (n, 1, 28, 28). Without weights, so that it is the same anywhere."""
+
+    def forward(self, images):
+        rows, columns = nn.functional.adaptive_avg_pool2d(images, (28, 1)), nn.functional.adaptive_avg_pool2d(images, (1, 28))
+        whole = torch.cat([rows.flatten(1), columns.flatten(1)], 1)
+        return nn.functional.adaptive_avg_pool1d(whole.unsqueeze(1), 32).squeeze(1)
+
+
 def save(module, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.jit.script(module).save(path)
@@ -76,6 +85,7 @@ def main(folder):
     torch.manual_seed(1)
     save(Generator(), folder / "G.pt")
     save(Discriminator(), folder / "D.pt")
+    save(Features(), folder / "features.pt")
     refused = folder / "refused"
     save(nn.Sequential(Discriminator(), nn.Sigmoid()), refused / "sigmoid.pt")
     save(nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 1)),

@@ -49,6 +49,34 @@ fn evaluations_change_no_bit_and_are_the_same_on_any_number_of_workers() {
 }
 
 #[test]
+fn networks_that_know_classes_are_asked_about_held_out_samples_and_features_come_from_files() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    let digits = format!("{root}/data/mnist-10k/t10k-images-idx3-ubyte.gz");
+    let (path, held_out) = (format!("data.path={digits}"), format!("evaluation.held_out={digits}"));
+    let features = format!("evaluation.features={root}/tests/networks/features.pt");
+    let settings = [
+        "job.steps=3",
+        "evaluation.every_steps=2",
+        "model.conditional=true",
+        "data.kind=idx",
+        &path,
+        &held_out,
+        &features,
+    ];
+    let runs = [1, 3].map(|workers| {
+        let run = small(SMALL_DCGAN, &settings);
+        run.complete(workers);
+        run
+    });
+    let told = runs.each_ref().map(evaluations);
+    assert_eq!(told[0].len(), 2);
+    assert_eq!(told[0], told[1], "3 workers say something else than 1");
+    for expected in ["file ", "\"frechet_distance\":", "\"discriminator_overfitting\":0.0"] {
+        assert!(told[0][0].1.contains(expected), "{expected} {told:?}");
+    }
+}
+
+#[test]
 fn evaluations_are_the_same_through_the_death_of_the_one_that_makes_them() {
     let settings = &["job.steps=400", "evaluation.every_steps=40", "metrics.every_steps=1"];
     let undisturbed = small(SMALL_MLP, settings);

@@ -248,6 +248,40 @@ fn a_large_part_goes_in_parts_and_comes_back() {
 }
 
 #[test]
+fn data_of_a_bucket_are_those_of_a_folder() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/mnist-10k");
+    let settings: &[&str] =
+        &["job.steps=4", "data.kind=idx", "model.kind=dcgan-28", "model.width=4", "model.conditional=true"];
+    let of = |path: &str| {
+        let mut run = Run::new(&[settings, &["job.data_shards=2", "job.shard_batch=4"]]);
+        run.set(&format!("data.path={path}"));
+        run
+    };
+    let digest = of(folder.to_str().unwrap()).complete(1);
+    let server = Server::with_bucket();
+    for (name, content) in files(&folder) {
+        assert_eq!(server.ask("PUT", &format!("/digits/{name}"), &content).0, 200);
+    }
+    let run = of("s3://bucket/digits");
+    let cache = run.beside("cache");
+    let mut variables = server.variables();
+    variables.push(("GANGLION_CACHE_DIR", cache.to_str().unwrap().to_string()));
+    assert_complete(start(&run, &["--workers", "2"], &variables));
+    assert_eq!(run.digest(), digest);
+    let fetched: Vec<_> = fs::read_dir(cache).unwrap().map(|entry| files(&entry.unwrap().path())).collect();
+    assert!(fetched.len() == 1 && fetched[0].contains_key("t10k-images-idx3-ubyte.gz"), "it lies here then");
+
+    let absent = of("s3://bucket/nothing");
+    let ended = start(&absent, &["--workers", "1"], &variables).wait();
+    assert_eq!(ended.code, Some(2), "{}", ended.output);
+    assert!(
+        ended.output.contains("data.path: s3://bucket/nothing: there is nothing there"),
+        "{}",
+        ended.output
+    );
+}
+
+#[test]
 fn a_mistake_is_said_at_once() {
     let server = Server::with_bucket();
     let strict = Server::start(&[("INITIAL_NO_AUTH_ACTION_COUNT", "0")]);

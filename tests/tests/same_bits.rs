@@ -77,7 +77,7 @@ fn every_preset_has_the_same_bits_on_1_to_3_workers() {
         &[r3gan, pairs, two, CONDITIONAL, AUGMENTED, &["augmentation.probability=0.5"]],
         &[sngan, two, &["loss.kind=hinge"]],
         &[sngan, two, &["loss.kind=hinge", "loss.r1=0.5"], CONDITIONAL, AUGMENTED, ADAPTIVE],
-        &[dcgan, pairs, PENALTIES, SCHEDULES],
+        &[dcgan, pairs, CONDITIONAL, PENALTIES, SCHEDULES],
         &[dcgan, two, &["loss.r1=0.5", "loss.penalty_every=2"], AUGMENTED, ADAPTIVE],
         &[SMALL_MLP, &["loss.kind=wasserstein-gp", "loss.penalty_every=2", "job.precision=bf16"], AUGMENTED],
     ];

@@ -168,8 +168,7 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     tch::set_num_interop_threads(1);
     c10d::aten::set_deterministic(job.job.deterministic)
         .map_err(|error| Failure::Other(error.to_string()))?;
-    let open = if job.model.conditional { DataSet::open_labelled } else { DataSet::open };
-    let data = open(&job.data).map_err(|error| match error {
+    let data = open_data(&job, &job.data).map_err(|error| match error {
         DataError::Input(detail) => Failure::Input(detail),
         other => Failure::Other(other.to_string()),
     })?;
@@ -231,6 +230,12 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     })
 }
 
+/// Opens samples, with their classes if the job's networks know classes.
+fn open_data(job: &Job, data: &Data) -> Result<DataSet, DataError> {
+    let open = if job.model.conditional { DataSet::open_labelled } else { DataSet::open };
+    open(data)
+}
+
 /// Opens what evaluations need, if the job has any, and starts their thread.
 fn evaluations(
     job: &Job,
@@ -244,13 +249,13 @@ fn evaluations(
     let wanted = settings.every_steps != 0 || settings.with_checkpoints;
     let open = || -> Result<beside::Context, EvalError> {
         let held_out = settings.held_out.clone().map(|path| Data { path: Some(path), ..job.data.clone() });
-        let held_out = held_out.map(|data| DataSet::open(&data)).transpose()?;
+        let held_out = held_out.map(|data| open_data(job, &data)).transpose()?;
         Ok(beside::Context {
             job: job.clone(),
             models: models.clone(),
             layout: layout.clone(),
             data: data.clone(),
-            means: Means::open(settings, data.shape(), held_out)?,
+            means: Means::open(settings, data, held_out)?,
             session: session.clone(),
             track: trace.track(3, "evaluation"),
         })

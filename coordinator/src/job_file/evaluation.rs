@@ -1,9 +1,11 @@
 //! The sections `[evaluation]` and `[alarms]`.
 
+use std::path::PathBuf;
+
 use ganglion_proto::evaluation::{AlarmPolicy, Alarms, BestBy, Evaluation, Features};
 use ganglion_proto::job::DataKind;
 
-use super::sections::{CADENCE, MAX_STEPS};
+use super::sections::{CADENCE, MAX_STEPS, address, is_remote};
 use super::settings::Settings;
 
 pub(super) fn evaluation(settings: &mut Settings, data: DataKind, check_paths: bool) -> Evaluation {
@@ -36,14 +38,14 @@ fn features(settings: &mut Settings, check_paths: bool) -> Option<Features> {
 }
 
 /// The samples that are not trained on are of the kind of those that are.
-fn held_out(settings: &mut Settings, data: DataKind, check_paths: bool) -> Option<std::path::PathBuf> {
+fn held_out(settings: &mut Settings, data: DataKind, check_paths: bool) -> Option<PathBuf> {
     const KEY: &str = "evaluation.held_out";
     let text = settings.text(KEY, "../data/t10k-images-idx3-ubyte.gz")?;
-    let path = settings.absolute(KEY, &text)?;
+    let path = PathBuf::from(address(settings, KEY, text)?);
     if data == DataKind::Mnist10k {
         let advice = "remove it, or set data.kind = \"idx\" and data.path to files of your own";
         settings.fault(KEY, format!("given, but all of the bundled digits are trained on; {advice}"));
-    } else if check_paths && !path.exists() {
+    } else if check_paths && !is_remote(&path) && !path.exists() {
         settings.fault(
             KEY,
             format!("{} does not exist; name a file or folder of the kind of data.kind", path.display()),

@@ -150,7 +150,7 @@ fn data(settings: &mut Settings, check_paths: bool) -> Data {
         );
     }
     let path = settings.text("data.path", "../data/images");
-    let path = path.and_then(|path| settings.absolute("data.path", &path));
+    let path = path.and_then(|path| address(settings, "data.path", path)).map(PathBuf::from);
     if let Some(kind) = kind {
         check_path(settings, kind, path.as_deref(), check_paths);
     }
@@ -185,7 +185,7 @@ fn check_path(settings: &mut Settings, kind: DataKind, path: Option<&Path>, chec
         (Some(needed), None) if settings.sound(&["data.path"]) => {
             format!("missing; \"{name}\" needs path = \"...\" in [data], {needed}")
         }
-        (Some(needed), Some(path)) if check_paths && !is_readable(kind, path) => {
+        (Some(needed), Some(path)) if check_paths && !is_remote(path) && !is_readable(kind, path) => {
             let state = if path.exists() { "is no folder" } else { "does not exist" };
             let shown = path.display();
             format!("{shown} {state}; \"{name}\" needs {needed}")
@@ -193,6 +193,11 @@ fn check_path(settings: &mut Settings, kind: DataKind, path: Option<&Path>, chec
         _ => return,
     };
     settings.fault("data.path", problem);
+}
+
+/// Whether a place is an address: workers look at what is there.
+pub(super) fn is_remote(path: &Path) -> bool {
+    path.to_str().is_some_and(|path| path.contains("://"))
 }
 
 /// Whether a path is what its kind reads, as far as its type tells.
@@ -233,26 +238,25 @@ fn checkpoint(settings: &mut Settings) -> Checkpoint {
         every_steps: settings.whole_or("checkpoint.every_steps", CADENCE, every_steps),
         every_epochs: every_epochs.unwrap_or(0),
         keep_last: settings.whole_or("checkpoint.keep_last", 0..=1_000_000, 3),
-        url: url.and_then(|url| address(settings, url)),
+        url: url.and_then(|url| address(settings, "checkpoint.url", url)),
     }
 }
 
-/// The place of checkpoints: an address as it is, a folder made absolute.
-fn address(settings: &mut Settings, url: String) -> Option<String> {
-    const KEY: &str = "checkpoint.url";
+/// A place of files: an address as it is, a path made absolute.
+pub(super) fn address(settings: &mut Settings, key: &'static str, url: String) -> Option<String> {
     match Address::parse(&url) {
         Ok(Address::Folder(_)) if !url.contains("://") => {
-            let folder: PathBuf = settings.absolute(KEY, &url)?;
+            let folder: PathBuf = settings.absolute(key, &url)?;
             folder.to_str().map(str::to_owned)
         }
         Ok(_) => Some(url),
         Err(problem) if Address::is_secret(&url) => {
-            settings.conceal(KEY);
-            settings.fault(KEY, problem);
+            settings.conceal(key);
+            settings.fault(key, problem);
             None
         }
         Err(problem) => {
-            settings.fault(KEY, format!("\"{url}\" {problem}"));
+            settings.fault(key, format!("\"{url}\" {problem}"));
             None
         }
     }

@@ -19,6 +19,7 @@ mod idx;
 mod labels;
 mod packed;
 mod prefetch;
+mod remote;
 #[cfg(test)]
 mod tests;
 
@@ -173,6 +174,7 @@ impl DataSet {
     }
 
     fn open_as(source: &Data, labelled: bool) -> Result<DataSet, DataError> {
+        let source = &remote::here(source)?;
         let framing = Framing::new(source)?;
         match source.kind {
             DataKind::Mnist10k if source.path.is_some() => Err(DataError::Input(

@@ -110,7 +110,7 @@ pub fn eval(arguments: &Eval) -> Result<(), Failure> {
     let features = Features::from(arguments.features.clone());
     let settings =
         Evaluation { samples, reference, features, best_by: BestBy::Auto, ..Evaluation::default() };
-    let judge = Means::open(&settings, data.shape(), held_out()?)?.judge(&data)?;
+    let judge = Means::open(&settings, &data, held_out()?)?.judge(&data)?;
     let judged = match (generator, held_out()?) {
         (Some((name, generator)), _) => {
             let images = generator.draw_for(Purpose::Evaluation, arguments.seed, samples);

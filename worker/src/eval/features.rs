@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use c10d::script::Script;
 use ganglion_proto::evaluation::Features;
-use tch::{CModule, Kind, Tensor, no_grad};
+use tch::{Kind, Tensor, no_grad};
 
 use super::digits::{Digits, SHAPE};
 use super::{EvalError, images, some_of};
@@ -20,7 +21,7 @@ pub enum Extractor {
     /// Nothing: metrics look at the pixels.
     Pixels,
     /// A TorchScript module and the hash of its file.
-    File(CModule, String),
+    File(Script, String),
 }
 
 /// What an extractor makes of samples.
@@ -97,30 +98,33 @@ impl Extractor {
 fn open_file(file: &Path, shape: ImageShape) -> Result<Extractor, EvalError> {
     let wrong = |what: String| EvalError::Input(format!("evaluation.features {}: {what}", file.display()));
     let bytes = std::fs::read(file).map_err(|error| wrong(error.to_string()))?;
-    let load = CModule::load_data(&mut bytes.as_slice());
-    let mut module = load.map_err(|error| wrong(format!("no TorchScript module: {}", first_line(&error))))?;
-    module.f_set_eval().map_err(|error| wrong(first_line(&error)))?;
+    let script = Script::load(&bytes).map_err(|error| wrong(format!("no TorchScript module: {error}")))?;
     let sizes = [2, shape.channels, shape.height, shape.width];
     let sizes = sizes.map(|n| i64::try_from(n).expect("an image is small"));
     let probe = Tensor::zeros(sizes, (Kind::Float, tch::Device::Cpu));
-    drop(features_of(&module, &probe).map_err(|error| wrong(error.to_string()))?);
-    Ok(Extractor::File(module, blake3::hash(&bytes).to_hex().to_string()))
+    let mut looked = Ok(());
+    let draws = Script::draws(|| {
+        looked = features_of(&script, &probe).map(drop);
+        Ok(())
+    });
+    looked.map_err(|error| wrong(error.to_string()))?;
+    if draws? {
+        return Err(wrong(
+            "it draws random numbers, and features must depend on the images alone".to_string(),
+        ));
+    }
+    Ok(Extractor::File(script, blake3::hash(&bytes).to_hex().to_string()))
 }
 
-fn features_of(module: &CModule, images: &Tensor) -> Result<Tensor, EvalError> {
+fn features_of(script: &Script, images: &Tensor) -> Result<Tensor, EvalError> {
     let samples = images.size()[0];
-    let features = no_grad(|| module.forward_ts(&[images]));
-    let features = features.map_err(|error| EvalError::Input(first_line(&error)))?;
+    let features =
+        no_grad(|| script.evaluate(images)).map_err(|error| EvalError::Input(error.to_string()))?;
     if features.size().first() != Some(&samples) {
         let what = format!("it makes {:?} of {samples} images; it must make ({samples}, d)", features.size());
         return Err(EvalError::Input(what));
     }
     Ok(features.flatten(1, -1).to_kind(Kind::Double).to_device(tch::Device::Cpu))
-}
-
-/// libtorch's errors carry a trace of calls.
-fn first_line(error: &tch::TchError) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_string()
 }
 
 /// `count` samples of a data set, all if it has fewer.

@@ -10,7 +10,7 @@ use super::metrics::{
 };
 use super::{EvalError, images, some_of};
 use crate::checkpoint::{Snapshot, from_bytes};
-use crate::data::{DataSet, ImageShape};
+use crate::data::DataSet;
 use crate::nn::{Models, Pass};
 use crate::random::{Key, Purpose};
 use crate::state::StateLayout;
@@ -31,8 +31,8 @@ pub struct Judge {
 struct Reference {
     /// As many as are generated.
     images: Tensor,
-    /// Of samples that are not trained on, if there are any.
-    held_out: Option<Tensor>,
+    /// Some that are trained on, and some that are not, if there are any.
+    asked: Option<[Asked; 2]>,
     features: Option<OfFeatures>,
     labels: Option<Labels>,
 }
@@ -64,14 +64,43 @@ impl Critic {
         Critic { models: models.clone(), weights, buffers }
     }
 
-    /// The mean of what it says of images.
-    fn opinion(&self, images: &Tensor) -> f64 {
+    /// The mean of what it says of samples.
+    fn opinion(&self, asked: &Asked) -> f64 {
+        let parts = |tensor: &Tensor| tensor.split(100, 0);
+        let classes = asked.classes.as_ref().map(parts).unwrap_or_default();
         let say = |(shard, part): (u32, &Tensor)| {
             let key = Key { seed: 0, step: 0, phase: 3, shard, purpose: Purpose::Network };
-            self.models.discriminator.forward(part, &mut Pass::running(&self.weights, &self.buffers, key))
+            let mut pass = Pass::running(&self.weights, &self.buffers, key).of(classes.get(shard as usize));
+            self.models.discriminator.forward(part, &mut pass)
         };
-        let said: Vec<Tensor> = no_grad(|| (0..).zip(&images.split(100, 0)).map(say).collect());
+        let said: Vec<Tensor> = no_grad(|| (0..).zip(&parts(&asked.images)).map(say).collect());
         Tensor::cat(&said, 0).mean(Kind::Double).double_value(&[])
+    }
+
+    /// Generated samples to ask about: those of a generator that draws one class after the other.
+    fn generated(&self, images: &Tensor) -> Asked {
+        let count = images.size()[0].min(i64::try_from(ASKED).expect("a small number"));
+        let classes = i64::from(self.models.classes);
+        let in_turn = || Tensor::arange(count, (Kind::Int64, images.device())).remainder(classes);
+        Asked { images: images.narrow(0, 0, count), classes: (classes > 0).then(in_turn) }
+    }
+}
+
+/// Samples that a discriminator is asked about, with their classes if the job's networks know classes.
+#[derive(Debug)]
+struct Asked {
+    images: Tensor,
+    classes: Option<Tensor>,
+}
+
+impl Asked {
+    fn of(data: &DataSet) -> Result<Asked, EvalError> {
+        let indices = chosen(data, ASKED);
+        let labels = data.labels();
+        let classes: Vec<i64> =
+            indices.iter().filter_map(|index| labels.get(*index)).map(|class| i64::from(*class)).collect();
+        let classes = (!classes.is_empty()).then(|| Tensor::from_slice(&classes));
+        Ok(Asked { images: images(data, &indices)?, classes })
     }
 }
 
@@ -90,13 +119,20 @@ impl Means {
     /// The settings do not fit the data; says which.
     pub fn open(
         settings: &Evaluation,
-        shape: ImageShape,
+        data: &DataSet,
         held_out: Option<DataSet>,
     ) -> Result<Means, EvalError> {
-        let extractor = Extractor::open(&settings.features, shape)?;
-        if let Some(other) = held_out.as_ref().map(DataSet::shape).filter(|other| *other != shape) {
-            let what = format!("evaluation.held_out: its images are {other}, and those of the data {shape}");
-            return Err(EvalError::Input(what));
+        let extractor = Extractor::open(&settings.features, data.shape())?;
+        let refused = |what: String| Err(EvalError::Input(format!("evaluation.held_out: {what}")));
+        if let Some(held_out) = &held_out {
+            let (own, of_data) = (held_out.shape(), data.shape());
+            if own != of_data {
+                return refused(format!("its images are {own}, and those of the data {of_data}"));
+            }
+            let (own, of_data) = (held_out.classes(), data.classes());
+            if own > of_data {
+                return refused(format!("it has {own} classes, and the data {of_data}"));
+            }
         }
         let lacks = matches!(
             (&extractor, settings.best_by),
@@ -124,10 +160,10 @@ impl Means {
         let looked = extractor.look_at(data, &chosen(data, settings.reference as usize))?;
         let fresh = held_out.as_ref().map(|held_out| extractor.look_at(held_out, &chosen(held_out, samples)));
         let fresh = fresh.transpose()?.and_then(|looked| looked.features);
-        let asked = |held_out: &DataSet| images(held_out, &chosen(held_out, ASKED));
+        let asked = |held_out: &DataSet| Ok::<_, EvalError>([Asked::of(data)?, Asked::of(held_out)?]);
         let reference = Reference {
             images: images(data, &chosen(data, samples))?,
-            held_out: held_out.as_ref().map(asked).transpose()?,
+            asked: held_out.as_ref().map(asked).transpose()?,
             features: looked.features.map(|all| OfFeatures::new(all, samples, fresh.as_ref())),
             labels: looked.probabilities.as_ref().map(Labels::new),
         };
@@ -199,23 +235,20 @@ impl Judge {
         }
         note(names::WASSERSTEIN, sliced_wasserstein(&self.reference.images, images));
         note(names::DIVERSITY, diversity(&self.reference.images, images));
-        if let (Some(critic), Some(held_out)) = (critic, &self.reference.held_out) {
-            note(names::OVERFITTING, self.overfitting(critic, held_out, images));
+        if let (Some(critic), Some([seen, held_out])) = (critic, &self.reference.asked) {
+            note(names::OVERFITTING, overfitting(critic, seen, held_out, &critic.generated(images)));
         }
         Ok(metrics)
     }
+}
 
-    /// How far a discriminator takes samples that it has not seen for generated ones: 0 if it takes them for those that it
-    /// has seen, 1 for generated ones. Karras et al. (2020), "Training generative adversarial networks with limited data",
-    /// equation 1, r_v.
-    fn overfitting(&self, critic: &Critic, held_out: &Tensor, generated: &Tensor) -> f64 {
-        let asked = i64::try_from(ASKED).expect("a small number");
-        let some = |images: &Tensor| images.narrow(0, 0, asked.min(images.size()[0]));
-        let seen = critic.opinion(&some(&self.reference.images));
-        let ratio = (seen - critic.opinion(held_out)) / (seen - critic.opinion(&some(generated)));
-        // One that does not tell real from generated has learned nothing by heart.
-        if ratio.is_nan() && seen.is_finite() { 0.0 } else { ratio }
-    }
+/// How far a discriminator takes samples that it has not seen for generated ones: 0 if it takes them for those that it has
+/// seen, 1 for generated ones. Karras et al. (2020), "Training generative adversarial networks with limited data", equation 1, r_v.
+fn overfitting(critic: &Critic, seen: &Asked, held_out: &Asked, generated: &Asked) -> f64 {
+    let seen = critic.opinion(seen);
+    let ratio = (seen - critic.opinion(held_out)) / (seen - critic.opinion(generated));
+    // One that does not tell real from generated has learned nothing by heart.
+    if ratio.is_nan() && seen.is_finite() { 0.0 } else { ratio }
 }
 
 /// What is not finite has no distance.

@@ -4,8 +4,9 @@
 //! GPUs in half precision, are faster on that. Parameters lie as PyTorch has them. No shape names the number of samples, so that
 //! a recorded network takes any.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
+use super::pieces::in_single;
 use super::{Init, Mode, Network, Pass, TensorSpec};
 
 /// Epsilon of batch normalisation, PyTorch's default.
@@ -133,7 +134,7 @@ impl Network for Sequential {
                 Layer::Reshape(shape) => x.reshape([&[-1], shape.as_slice()].concat()),
             };
         }
-        x.to_kind(Kind::Float)
+        in_single(&x)
     }
 }
 

@@ -127,9 +127,14 @@ fn drawn(specs: &[TensorSpec], seed: u64) -> Vec<Tensor> {
 /// The gradient by all tensors, and that of the penalty on the input's gradient, against central differences in double
 /// precision along a few directions that move everything.
 #[test]
-fn residual_networks_have_the_gradients_of_finite_differences() {
-    let cases =
-        [(ModelKind::R3gan28, 0), (ModelKind::R3gan32, 3), (ModelKind::Sngan32, 0), (ModelKind::Sngan32, 3)];
+fn networks_have_the_gradients_of_finite_differences() {
+    let cases = [
+        (ModelKind::Dcgan28, 3),
+        (ModelKind::R3gan28, 0),
+        (ModelKind::R3gan32, 3),
+        (ModelKind::Sngan32, 0),
+        (ModelKind::Sngan32, 3),
+    ];
     for (kind, classes) in cases {
         let model = Model { conditional: true, width: 8, latent_dim: 3, ..model(kind) };
         let side = kind.side().unwrap();
