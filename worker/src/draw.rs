@@ -101,7 +101,7 @@ pub fn sample(arguments: &Sample) -> Result<(), Failure> {
         return say(out);
     };
     for from in (0..*count).step_by(AT_ONCE as usize) {
-        let to = count.min(&(from + AT_ONCE)).to_owned();
+        let to = (from + AT_ONCE).min(*count);
         for (index, image) in (from..to).zip(draw(from, to).unbind(0)) {
             let own = match generator.classes() {
                 0 => folder.clone(),
