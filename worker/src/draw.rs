@@ -10,7 +10,7 @@ use tch::{CModule, Kind, Tensor, no_grad};
 use crate::picture::{Film, Picture};
 use crate::random::Purpose;
 use crate::run::Failure;
-use crate::sample::{COLUMNS, Generator};
+use crate::sample::{COLUMNS, Generator, SampleError};
 use crate::weights::Weights;
 
 /// Whose noise, and of which class.
@@ -98,7 +98,8 @@ pub fn sample(arguments: &Sample) -> Result<(), Failure> {
             return Err(Failure::Input(what));
         }
         write(out, "--out", &png(&Picture::grid(&draw(0, *count), COLUMNS))?)?;
-        return say(out);
+        say(out);
+        return Ok(());
     };
     for from in (0..*count).step_by(AT_ONCE as usize) {
         let to = (from + AT_ONCE).min(*count);
@@ -112,7 +113,8 @@ pub fn sample(arguments: &Sample) -> Result<(), Failure> {
         }
         progress(to, *count, "samples");
     }
-    say(folder)
+    say(folder);
+    Ok(())
 }
 
 /// Arguments of `worker interpolate`.
@@ -153,25 +155,25 @@ pub fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
             (0..*count).map(|walk| choice.noise(&generator, walk * points + point)).collect();
         Tensor::stack(&own, 0)
     };
+    let stops: Vec<Tensor> = (0..*points).map(noise).collect();
+    let picture = |index: u32| {
+        let (point, frame) = ((index / frames) as usize, index % frames);
+        let (from, to) = (&stops[point], &stops[(point + 1) % stops.len()]);
+        let between = spherical(from, to, f64::from(frame) / f64::from(*frames));
+        Picture::grid(&generator.images(&between, &classes), COLUMNS)
+    };
+    let failed = |error: gif::EncodingError| unwritable("--out", out, &error);
     let file = File::create(out).map_err(|error| unwritable("--out", out, &error))?;
-    let mut file = Some(BufWriter::new(file));
-    let mut film = None;
-    for point in 0..*points {
-        let (from, to) = (noise(point), noise((point + 1) % points));
-        for frame in 0..*frames {
-            let between = spherical(&from, &to, f64::from(frame) / f64::from(*frames));
-            let picture = Picture::grid(&generator.images(&between, &classes), COLUMNS);
-            let failed = |error: gif::EncodingError| unwritable("--out", out, &error);
-            if let Some(file) = file.take() {
-                film = Some(Film::begin(file, &picture, *delay).map_err(failed)?);
-            }
-            film.as_mut().expect("begun with the first picture").add(&picture).map_err(failed)?;
-        }
-        progress((point + 1) * frames, points * frames, "pictures");
+    let (first, all) = (picture(0), points * frames);
+    let mut film = Film::begin(BufWriter::new(file), &first, *delay).map_err(failed)?;
+    film.add(&first).map_err(failed)?;
+    for index in 1..all {
+        film.add(&picture(index)).map_err(failed)?;
+        progress(index + 1, all, "pictures");
     }
-    let written = film.map_or(Ok(()), Film::end);
-    written.map_err(|error| unwritable("--out", out, &error))?;
-    say(out)
+    film.end().map_err(failed)?;
+    say(out);
+    Ok(())
 }
 
 /// The points (n, d) at `part` of the way along great circles, from 0 to 1. Noise of many dimensions lies near a sphere, which a straight
@@ -235,8 +237,7 @@ pub fn export(arguments: &Export) -> Result<(), Failure> {
 
 /// Writes what a generator computes as a module.
 fn record(generator: &Generator, out: &Path) -> Result<(), tch::TchError> {
-    let none = Tensor::new();
-    let draw = &mut |inputs: &[Tensor]| vec![generator.forward(&inputs[0], inputs.get(1).unwrap_or(&none))];
+    let draw = &mut |inputs: &[Tensor]| vec![generator.forward(&inputs[0], inputs.get(1))];
     let module = no_grad(|| CModule::create_by_tracing("Generator", "forward", &inputs(generator, 2), draw));
     module?.save(out)
 }
@@ -256,8 +257,7 @@ fn apart(generator: &Generator, module: &CModule) -> Result<f64, tch::TchError> 
         let mut most = 0.0f64;
         for count in [1, 7] {
             let inputs = inputs(generator, count);
-            let none = Tensor::new();
-            let ours = generator.forward(&inputs[0], inputs.get(1).unwrap_or(&none));
+            let ours = generator.forward(&inputs[0], inputs.get(1));
             let theirs = module.forward_ts(&inputs)?;
             if theirs.size() != ours.size() {
                 return Ok(f64::NAN);
@@ -269,7 +269,7 @@ fn apart(generator: &Generator, module: &CModule) -> Result<f64, tch::TchError> 
 }
 
 fn png(picture: &Picture) -> Result<Vec<u8>, Failure> {
-    picture.png().map_err(|error| Failure::Other(format!("cannot encode the picture: {error}")))
+    Ok(picture.png().map_err(SampleError::from)?)
 }
 
 fn write(path: &Path, option: &str, bytes: &[u8]) -> Result<(), Failure> {
@@ -281,10 +281,8 @@ fn unwritable(option: &str, path: &Path, error: &dyn std::error::Error) -> Failu
 }
 
 /// Names what was written.
-#[allow(clippy::unnecessary_wraps)] // the last word of a command
-fn say(path: &Path) -> Result<(), Failure> {
+fn say(path: &Path) {
     drop(writeln!(std::io::stdout(), "{}", path.display()));
-    Ok(())
 }
 
 /// Tells a terminal how far a command is.

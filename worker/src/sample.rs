@@ -179,17 +179,17 @@ impl Generator {
         let size = i64::try_from(BATCH).expect("a small number");
         let draw = |(noise, classes): (&Tensor, &[u32])| {
             let classes: Vec<i64> = classes.iter().map(|class| i64::from(*class)).collect();
-            self.forward(noise, &Tensor::from_slice(&classes))
+            self.forward(noise, Some(&Tensor::from_slice(&classes)))
         };
         let batches: Vec<Tensor> =
             no_grad(|| noise.split(size, 0).iter().zip(classes.chunks(BATCH)).map(draw).collect());
         Tensor::cat(&batches, 0)
     }
 
-    /// One pass of the network: noise (n, latent_dim) and classes (n) of int64 to images (n, c, h, w).
-    pub fn forward(&self, noise: &Tensor, classes: &Tensor) -> Tensor {
+    /// One pass of the network: noise (n, latent_dim), and classes (n) of int64 if it knows some, to images (n, c, h, w).
+    pub fn forward(&self, noise: &Tensor, classes: Option<&Tensor>) -> Tensor {
         let key = Key { seed: 0, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
-        let classes = (self.classes > 0).then_some(classes);
+        let classes = classes.filter(|_| self.classes > 0);
         self.network.forward(noise, &mut Pass::running(&self.weights, &self.buffers, key).of(classes))
     }
 }

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use ganglion_proto::job::{ArchiveKind, Data};
@@ -18,13 +18,13 @@ use super::DataError;
 /// Names the folder that fetched data lie under.
 const CACHE: &str = "GANGLION_CACHE_DIR";
 /// In the folder of an address: the versions of its files, by name.
-const VERSIONS: &str = ".versions.json";
+const VERSIONS: &str = ".versions.jsonl";
 /// In the folder of an address: locked by who fetches.
 const LOCK: &str = ".lock";
 
 /// The same data by a path of this machine; fetches them if they lie in an object store.
 pub(super) fn here(source: &Data) -> Result<Data, DataError> {
-    let Some(text) = source.path.as_deref().and_then(Path::to_str).filter(|path| path.contains("://")) else {
+    let Some(text) = source.path.as_deref().and_then(Path::to_str) else {
         return Ok(source.clone());
     };
     let wrong = |what: &str| {
@@ -84,12 +84,9 @@ fn fetch(
     if wanted.is_empty() {
         return Err(wrong("there is nothing there"));
     }
-    let mut have = versions(folder);
-    for gone in
-        have.keys().filter(|name| chosen(name) && !wanted.contains_key(*name)).cloned().collect::<Vec<_>>()
-    {
-        drop(fs::remove_file(folder.join(&gone)));
-        have.remove(&gone);
+    let have = versions(folder);
+    for gone in have.keys().filter(|name| chosen(name) && !wanted.contains_key(*name)) {
+        drop(fs::remove_file(folder.join(gone)));
     }
     let missing: Vec<_> =
         wanted.into_iter().filter(|(name, version)| have.get(name) != Some(version)).collect();
@@ -106,19 +103,22 @@ fn fetch(
             return Err(wrong(&format!("{name} was changed while it was fetched; try again")));
         }
         fs::rename(&beside, &place).map_err(system)?;
-        have.insert(name.clone(), version.clone());
-        let noted = serde_json::to_vec(&have).map_err(|error| system(error.into()))?;
-        fs::write(&beside, noted)
-            .and_then(|()| fs::rename(&beside, folder.join(VERSIONS)))
-            .map_err(system)?;
+        note(folder, name, version).map_err(system)?;
     }
     Ok(())
 }
 
-/// What is here already, by what is noted; nothing if that cannot be read.
+/// Notes that a file is here, in a line of its own: there may be a great many.
+fn note(folder: &Path, name: &str, version: &str) -> io::Result<()> {
+    let mut notes = File::options().create(true).append(true).open(folder.join(VERSIONS))?;
+    notes.write_all(format!("{}\n", serde_json::json!([name, version])).as_bytes())
+}
+
+/// What is here already, by the last note of each file; a line that cannot be read notes nothing.
 fn versions(folder: &Path) -> BTreeMap<String, String> {
-    let noted = fs::read(folder.join(VERSIONS)).unwrap_or_default();
-    let mut noted: BTreeMap<String, String> = serde_json::from_slice(&noted).unwrap_or_default();
+    let notes = fs::read_to_string(folder.join(VERSIONS)).unwrap_or_default();
+    let notes = notes.lines().filter_map(|line| serde_json::from_str::<(String, String)>(line).ok());
+    let mut noted: BTreeMap<String, String> = notes.collect();
     noted.retain(|name, _| folder.join(name).is_file());
     noted
 }

@@ -111,14 +111,15 @@ pub fn eval(arguments: &Eval) -> Result<(), Failure> {
     let settings =
         Evaluation { samples, reference, features, best_by: BestBy::Auto, ..Evaluation::default() };
     let judge = Means::open(&settings, &data, held_out()?)?.judge(&data)?;
-    let judged = match (generator, held_out()?) {
-        (Some((name, generator)), _) => {
+    let judged = match generator {
+        Some((name, generator)) => {
             let images = generator.draw_for(Purpose::Evaluation, arguments.seed, samples);
             vec![(name, judge.metrics(&images, None)?)]
         }
-        (None, Some(held_out)) => of_rungs(&judge, &data, &held_out)?,
-        (None, None) => {
-            return Err(Failure::Input("give --checkpoint, or --rungs with --held-out".to_string()));
+        None => {
+            let held_out = held_out()?
+                .ok_or_else(|| Failure::Input("give --checkpoint, or --rungs with --held-out".to_string()))?;
+            of_rungs(&judge, &data, &held_out)?
         }
     };
     let count = if reference == 0 { data.len() } else { data.len().min(reference as usize) };
