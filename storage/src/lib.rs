@@ -17,6 +17,7 @@ mod failure;
 mod layout;
 mod pause;
 mod transfer;
+pub mod whole;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -1,0 +1,428 @@
+//! Local files that appear whole or not at all.
+//!
+//! 1. A reader finds the old content or the new one, after a power cut too: content is on the disk before the name is,
+//!    and the name before the call returns.
+//! 2. An error leaves what was there and removes the draft. A process that is killed leaves its draft, which has a name
+//!    of its own and which [`sweep`] removes.
+//! 3. Of several writers of one name the last one to finish wins, or the first, for files that are created; no content is
+//!    mixed.
+//! 4. A symbolic link is followed, so that its target gets the content, but for secrets: theirs is replaced. What is no
+//!    plain file, such as `/dev/full`, is written to and never replaced.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{CWD, RenameFlags, renameat_with, statvfs};
+use rustix::io::Errno;
+use tempfile::{Builder, NamedTempFile};
+
+/// The end of a draft's name. Its beginning is a dot.
+const DRAFT: &str = ".new";
+/// A chain of symbolic links longer than this is a loop.
+const LINKS_LIMIT: u32 = 40;
+/// A name that was taken without content for so long is a dead writer's.
+const CLAIM_LIMIT: Duration = Duration::from_secs(5);
+/// How often such a name is looked at.
+const CLAIM_LOOK: Duration = Duration::from_millis(50);
+
+/// Writes a file in place of any that is there.
+///
+/// # Errors
+/// The system's.
+pub fn write(file: &Path, content: &[u8]) -> io::Result<()> {
+    write_by(file, |mut draft| draft.write_all(content)).map_err(|error| explain(error, content.len(), file))
+}
+
+/// Writes a file that only this user can read, in place of whatever is there, a symbolic link included.
+///
+/// # Errors
+/// The system's.
+pub fn write_secret(file: &Path, content: &[u8]) -> io::Result<()> {
+    let draft = Draft::secret_beside(file)?;
+    draft.file().write_all(content)?;
+    draft.put()
+}
+
+/// Lets `fill` write a file's content, and puts it in place of any that is there.
+///
+/// # Errors
+/// The system's, or that of `fill`; the old file is there then.
+pub fn write_by<T, E: From<io::Error>>(
+    file: &Path,
+    fill: impl FnOnce(&File) -> Result<T, E>,
+) -> Result<T, E> {
+    let file = &follow(file)?;
+    if is_special(file)? {
+        return fill(&File::options().write(true).open(file)?);
+    }
+    let draft = Draft::beside(file)?;
+    let filled = fill(draft.file())?;
+    draft.put()?;
+    Ok(filled)
+}
+
+/// Makes a folder and those above it, durably.
+///
+/// # Errors
+/// The system's.
+pub fn create_folders(folder: &Path) -> io::Result<()> {
+    if folder.as_os_str().is_empty() || folder.is_dir() {
+        return Ok(());
+    }
+    let above = parent(folder);
+    create_folders(above)?;
+    match fs::create_dir(folder) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists && folder.is_dir() => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => sync_folder(above),
+    }
+}
+
+/// Removes the drafts that writers which were killed left in a folder. Nobody may write there at the time.
+///
+/// # Errors
+/// The system's.
+pub fn sweep(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(is_draft) && entry.file_type()?.is_file() {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file of this name is a draft.
+pub fn is_draft(name: &str) -> bool {
+    name.starts_with('.') && name.ends_with(DRAFT)
+}
+
+/// An error of the system, with the room that `needed` bytes in the folder of `file` lack, if that is the reason.
+pub fn explain(error: io::Error, needed: usize, file: &Path) -> io::Error {
+    if !matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) {
+        return error;
+    }
+    let free = statvfs(parent(file)).map(|found| found.f_bavail.saturating_mul(found.f_frsize));
+    let free = free.map(|bytes| format!(", {} is free", size(bytes))).unwrap_or_default();
+    io::Error::new(error.kind(), format!("{error}: it needs {}{free}", size(needed as u64)))
+}
+
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..1_000 => format!("{bytes} bytes"),
+        1_000..1_000_000 => format!("{}.{} kB", bytes / 1_000, bytes % 1_000 / 100),
+        _ => format!("{}.{} MB", bytes / 1_000_000, bytes % 1_000_000 / 100_000),
+    }
+}
+
+/// A file that is being written under a name of its own. Dropped before it is put in its place it is removed.
+#[derive(Debug)]
+pub struct Draft {
+    draft: NamedTempFile,
+    target: PathBuf,
+}
+
+impl Draft {
+    /// Begins a file that is to be at `target`.
+    ///
+    /// # Errors
+    /// The system's, or `target` is no place for a plain file.
+    pub fn beside(target: &Path) -> io::Result<Draft> {
+        let target = follow(target)?;
+        if is_special(&target)? {
+            return Err(io::Error::new(ErrorKind::InvalidInput, "it is there and is no plain file"));
+        }
+        // Others may read it as far as the user's mask lets them.
+        Draft::open(target, 0o666)
+    }
+
+    /// Begins a file that only this user can read.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn secret_beside(target: &Path) -> io::Result<Draft> {
+        Draft::open(target.to_path_buf(), 0o600)
+    }
+
+    fn open(target: PathBuf, mode: u32) -> io::Result<Draft> {
+        let name =
+            target.file_name().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "it names no file"))?;
+        // Short enough for any file system, whatever the target's own name.
+        let begin: String = name.to_string_lossy().chars().take(50).collect();
+        let prefix = format!(".{begin}.");
+        let mut builder = Builder::new();
+        builder.prefix(&prefix).suffix(DRAFT).permissions(Permissions::from_mode(mode));
+        let draft = builder.tempfile_in(parent(&target))?;
+        Ok(Draft { draft, target })
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        self.draft.as_file()
+    }
+
+    /// The draft's own name, for a library that opens files itself.
+    pub fn path(&self) -> &Path {
+        self.draft.path()
+    }
+
+    /// Puts the file in its place, and what was there away.
+    ///
+    /// # Errors
+    /// The system's. If it could only not be made durable, the new file may be there.
+    pub fn put(self) -> io::Result<()> {
+        self.file().sync_all()?;
+        self.draft.persist(&self.target).map_err(|error| error.error)?;
+        sync_folder(parent(&self.target))
+    }
+
+    /// Puts the file in its place unless something is there.
+    ///
+    /// # Errors
+    /// The system's; [`ErrorKind::AlreadyExists`] if something is there.
+    pub fn put_new(self) -> io::Result<()> {
+        let link = |from: &Path, to: &Path| fs::hard_link(from, to);
+        self.put_new_by(&Ways { link, rename_new, patience: CLAIM_LIMIT })
+    }
+
+    fn put_new_by(self, ways: &Ways) -> io::Result<()> {
+        self.file().sync_all()?;
+        let (from, to) = (self.draft.path(), self.target.as_path());
+        match (ways.link)(from, to) {
+            // A network file system that did it may say so only to a request that was lost, and this to its repetition.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists && self.is_there()? => {}
+            Err(error) if is_refused(&error) => match (ways.rename_new)(from, to) {
+                Err(error) if is_refused(&error) => claim(from, to, ways.patience)?,
+                renamed => renamed?,
+            },
+            linked => linked?,
+        }
+        sync_folder(parent(to))
+    }
+
+    /// Whether this very file is in its place.
+    fn is_there(&self) -> io::Result<bool> {
+        let (own, there) = (self.file().metadata()?, fs::symlink_metadata(&self.target)?);
+        Ok((own.dev(), own.ino()) == (there.dev(), there.ino()))
+    }
+}
+
+/// The ways by which a file may come to a name that must be free; tests refuse some.
+struct Ways {
+    link: fn(&Path, &Path) -> io::Result<()>,
+    rename_new: fn(&Path, &Path) -> io::Result<()>,
+    /// How long a name without content is another writer's.
+    patience: Duration,
+}
+
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    Ok(renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)?)
+}
+
+/// Whether a file system does not know the way at all.
+fn is_refused(error: &io::Error) -> bool {
+    let refusals = [Errno::PERM, Errno::OPNOTSUPP, Errno::NOTSUP, Errno::MLINK, Errno::NOSYS, Errno::INVAL];
+    Errno::from_io_error(error).is_some_and(|error| refusals.contains(&error))
+}
+
+/// Takes a name by an empty file, which only one writer can create, and then gives it its content. A writer that died in
+/// between is waited for, and its name taken over.
+fn claim(from: &Path, to: &Path, patience: Duration) -> io::Result<()> {
+    let begun = Instant::now();
+    while let Err(error) = File::create_new(to) {
+        let is_empty = error.kind() == ErrorKind::AlreadyExists && fs::symlink_metadata(to)?.len() == 0;
+        if !is_empty || fs::metadata(from)?.len() == 0 {
+            return Err(error);
+        }
+        if begun.elapsed() >= patience {
+            break;
+        }
+        std::thread::sleep(CLAIM_LOOK);
+    }
+    fs::rename(from, to)
+}
+
+/// The place that a chain of symbolic links leads to, whether or not something is there.
+fn follow(target: &Path) -> io::Result<PathBuf> {
+    let mut place = target.to_path_buf();
+    for _ in 0..LINKS_LIMIT {
+        match fs::read_link(&place) {
+            Ok(next) => place = parent(&place).join(next),
+            Err(error) if matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::NotFound) => {
+                return Ok(place);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(Errno::LOOP.into())
+}
+
+fn is_special(place: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(place) {
+        Ok(found) => Ok(!found.is_file()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The folder that a file is in.
+fn parent(file: &Path) -> &Path {
+    match file.parent() {
+        Some(folder) if folder.as_os_str().is_empty() => Path::new("."),
+        Some(folder) => folder,
+        None => Path::new("/"),
+    }
+}
+
+/// Makes the names in a folder durable. Some network file systems have no such call, and need none.
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    match File::open(folder)?.sync_all() {
+        Err(error) if is_refused(&error) || Errno::from_io_error(&error) == Some(Errno::BADF) => Ok(()),
+        synced => synced,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    const REFUSED: fn(&Path, &Path) -> io::Result<()> = |_, _| Err(Errno::PERM.into());
+    const UNKNOWN: fn(&Path, &Path) -> io::Result<()> = |_, _| Err(Errno::INVAL.into());
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut names: Vec<String> = entries.map(|name| name.into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    fn put_new(file: &Path, content: &[u8], ways: &Ways) -> io::Result<()> {
+        let draft = Draft::beside(file)?;
+        draft.file().write_all(content)?;
+        draft.put_new_by(ways)
+    }
+
+    /// Invariants 1 and 2.
+    #[test]
+    fn an_error_leaves_the_old_file_and_no_draft() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        write(&file, b"old").unwrap();
+        let failed = write_by(&file, |mut draft| {
+            draft.write_all(b"ne")?;
+            Err::<(), io::Error>(Errno::IO.into())
+        });
+        assert_eq!(Errno::from_io_error(&failed.unwrap_err()), Some(Errno::IO));
+        assert_eq!((fs::read(&file).unwrap(), names(folder.path())), (b"old".to_vec(), vec!["file".into()]));
+        write(&file, b"new").unwrap();
+        assert_eq!((fs::read(&file).unwrap(), names(folder.path())), (b"new".to_vec(), vec!["file".into()]));
+    }
+
+    #[test]
+    fn what_a_killed_writer_left_is_swept_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        let Draft { draft, .. } = Draft::beside(&file).unwrap();
+        draft.keep().unwrap();
+        fs::write(folder.path().join("mine.new"), "").unwrap();
+        assert_eq!(names(folder.path()).len(), 2);
+        sweep(folder.path()).unwrap();
+        assert_eq!(names(folder.path()), ["mine.new"]);
+    }
+
+    #[test]
+    fn a_secret_is_this_users_alone_whatever_was_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let [secret, elsewhere] = ["secret", "elsewhere"].map(|name| folder.path().join(name));
+        let mode = |file: &Path| fs::symlink_metadata(file).unwrap().permissions().mode() & 0o777;
+        fs::write(&elsewhere, "open").unwrap();
+        symlink(&elsewhere, &secret).unwrap();
+        write_secret(&secret, b"hush").unwrap();
+        assert_eq!((mode(&secret), fs::read_to_string(&elsewhere).unwrap()), (0o600, "open".to_string()));
+        fs::set_permissions(&secret, Permissions::from_mode(0o644)).unwrap();
+        write_secret(&secret, b"hush").unwrap();
+        assert_eq!(mode(&secret), 0o600);
+        assert_eq!(names(folder.path()), ["elsewhere", "secret"]);
+    }
+
+    /// Invariant 4.
+    #[test]
+    fn links_are_followed_and_devices_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let [link, target, null] = ["link", "target", "null"].map(|name| folder.path().join(name));
+        symlink("target", &link).unwrap();
+        for content in [b"1", b"2"] {
+            write(&link, content).unwrap();
+            assert_eq!(fs::read(&target).unwrap(), content);
+            assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        }
+        symlink("/dev/full", &null).unwrap();
+        assert_eq!(write(&null, b"1").unwrap_err().kind(), ErrorKind::StorageFull);
+        assert!(Draft::beside(&null).is_err() && !fs::metadata("/dev/full").unwrap().is_file());
+        symlink("loop", folder.path().join("loop")).unwrap();
+        assert!(write(&folder.path().join("loop"), b"1").is_err());
+        assert_eq!(names(folder.path()), ["link", "loop", "null", "target"]);
+    }
+
+    /// Invariant 3, by each way that a file system may leave.
+    #[test]
+    fn a_file_is_created_once_also_where_links_are_refused() {
+        let link: fn(&Path, &Path) -> io::Result<()> = |from, to| fs::hard_link(from, to);
+        for (link, rename_new) in
+            [(link, UNKNOWN), (REFUSED, rename_new as fn(&Path, &Path) -> io::Result<()>), (REFUSED, UNKNOWN)]
+        {
+            let ways = Ways { link, rename_new, patience: CLAIM_LIMIT };
+            let folder = tempfile::tempdir().unwrap();
+            let file = folder.path().join("file");
+            let created = std::thread::scope(|scope| {
+                let create = |who: u8| {
+                    let (ways, file) = (&ways, &file);
+                    scope.spawn(move || put_new(file, &[who; 100_000], ways))
+                };
+                let all: Vec<_> = (0..8).map(create).collect();
+                all.into_iter().map(|one| one.join().unwrap()).collect::<Vec<_>>()
+            });
+            let winners: Vec<usize> = (0..8).filter(|who| created[*who].is_ok()).collect();
+            assert_eq!(winners.len(), 1);
+            let losers = created.iter().filter_map(|created| created.as_ref().err());
+            assert!(losers.into_iter().all(|error| error.kind() == ErrorKind::AlreadyExists));
+            let content = fs::read(&file).unwrap();
+            assert!(content.len() == 100_000 && content.iter().all(|who| usize::from(*who) == winners[0]));
+            assert_eq!(names(folder.path()), ["file"]);
+        }
+    }
+
+    #[test]
+    fn a_name_that_a_dead_writer_took_is_taken_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        let ways = Ways { link: REFUSED, rename_new: UNKNOWN, patience: CLAIM_LOOK };
+        put_new(&file, b"content", &ways).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"content");
+    }
+
+    #[test]
+    fn a_full_disk_is_told_with_the_room_that_is_needed() {
+        let told = explain(Errno::NOSPC.into(), 1_234_567, Path::new("/dev/file")).to_string();
+        assert!(told.contains("No space left") && told.contains("it needs 1.2 MB, "), "{told}");
+        let other = explain(Errno::IO.into(), 1, Path::new("/dev/file"));
+        assert_eq!(Errno::from_io_error(&other), Some(Errno::IO));
+    }
+
+    #[test]
+    fn folders_are_made_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let inner = folder.path().join("a/b/c");
+        create_folders(&inner).unwrap();
+        create_folders(&inner).unwrap();
+        assert!(inner.is_dir());
+        fs::write(folder.path().join("file"), "").unwrap();
+        assert!(create_folders(&folder.path().join("file/a")).is_err());
+    }
+}
