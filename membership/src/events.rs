@@ -162,6 +162,8 @@ pub enum Activity {
     /// It is at rest, between two groups.
     #[default]
     Resting,
+    /// Training pauses for what is no training: a storage, or an evaluation at the end. That takes as long as it takes.
+    Paused,
 }
 
 /// Why a worker left its group.

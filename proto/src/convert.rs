@@ -261,6 +261,7 @@ pub fn activity_to_wire(activity: Activity) -> wire::Activity {
         Activity::Computing => wire::Activity::Computing,
         Activity::Waiting => wire::Activity::Waiting,
         Activity::Resting => wire::Activity::Resting,
+        Activity::Paused => wire::Activity::Paused,
     }
 }
 
@@ -269,6 +270,7 @@ fn activity_from_wire(activity: wire::Activity) -> Result<Activity, Malformed> {
         wire::Activity::Computing => Activity::Computing,
         wire::Activity::Waiting => Activity::Waiting,
         wire::Activity::Resting => Activity::Resting,
+        wire::Activity::Paused => Activity::Paused,
         wire::Activity::Unspecified => return Err(malformed("unknown activity")),
     })
 }

@@ -436,7 +436,7 @@ impl Shared {
 
     fn progress(&self) -> Progress {
         let stored = self.activity.load(Ordering::Relaxed);
-        let all = [Activity::Computing, Activity::Waiting, Activity::Resting];
+        let all = [Activity::Computing, Activity::Waiting, Activity::Resting, Activity::Paused];
         Progress {
             position: Position(self.position.load(Ordering::Relaxed)),
             leaves: self.leaves.load(Ordering::Relaxed),

@@ -66,6 +66,7 @@ pub fn activity(activity: Activity) -> &'static str {
         Activity::Computing => "computing",
         Activity::Waiting => "waiting",
         Activity::Resting => "resting",
+        Activity::Paused => "paused",
         Activity::Unspecified => "unknown",
     }
 }

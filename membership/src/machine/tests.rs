@@ -522,6 +522,41 @@ fn a_member_that_beats_and_computes_nothing_is_dropped() {
 }
 
 #[test]
+fn a_member_that_has_paused_is_never_late_and_the_others_wait_for_it() {
+    let progress = |activity| Progress {
+        position: Position(2),
+        leaves: 9,
+        activity,
+        slowest_leaf: Duration::from_millis(10),
+    };
+    let mut bench = Bench::training(2);
+    let mut wait = |one: Activity, other: Activity, time: u32| {
+        let mut actions = Vec::new();
+        for _ in 0..time {
+            bench.now += DEADLINE / 5;
+            for (worker, activity) in [(1, one), (2, other)] {
+                actions.extend(bench.handle(Event::Heartbeat(WorkerId(worker), progress(activity))));
+            }
+            actions.extend(bench.handle(Event::Tick));
+        }
+        actions
+    };
+    assert_eq!(wait(Activity::Paused, Activity::Waiting, 1000), []);
+    assert_eq!(wait(Activity::Paused, Activity::Paused, 1000), []);
+    // It goes on, and from then on has the time that all have.
+    assert_eq!(wait(Activity::Computing, Activity::Waiting, 4), []);
+    assert!(wait(Activity::Computing, Activity::Waiting, 3).contains(&Action::Drop(WorkerId(1))));
+}
+
+#[test]
+fn a_member_that_has_paused_and_is_silent_is_lost() {
+    let mut bench = Bench::training(2);
+    bench.progress = Progress { activity: Activity::Paused, ..Progress::default() };
+    bench.wait(DEADLINE, &[1, 2]);
+    assert!(bench.wait(DEADLINE * 2, &[2]).contains(&Action::Drop(WorkerId(1))));
+}
+
+#[test]
 fn when_all_wait_for_each_other_the_broken_link_is_found_and_avoided() {
     let mut bench = Bench::training(3);
     bench.progress = Progress {

@@ -26,7 +26,7 @@ impl Machine {
                 // Who is late already was judged, and waits for the others: their limits come next.
                 let patience = self.patience();
                 let busy = self.unready_members().into_iter();
-                let late = busy.map(|id| self.late_at(&self.workers[&id], patience));
+                let late = busy.filter_map(|id| self.late_at(&self.workers[&id], patience));
                 late.filter(|at| *at > self.now).min()
             }
             _ => None,
@@ -92,11 +92,15 @@ impl Machine {
         slowest.map_or(limits.lease, |slowest| limits.deadline.max(slowest * 10))
     }
 
-    /// When a member of the group that trains is late. Meeting, healing and the first leaves have more time.
-    fn late_at(&self, worker: &Worker, patience: Duration) -> Time {
+    /// When a member of the group that trains is late. Meeting, healing and the first leaves have more time. One that has
+    /// paused is never late: what it waits for is no member's fault, and to end it would lose what it holds.
+    fn late_at(&self, worker: &Worker, patience: Duration) -> Option<Time> {
+        if worker.progress.activity == Activity::Paused {
+            return None;
+        }
         let start = self.group.as_ref().map_or(Position(0), |group| group.position);
         let warm = worker.progress.position > start && worker.progress.slowest_leaf > Duration::ZERO;
-        worker.progress_since + if warm { patience } else { self.settings.limits.lease }
+        Some(worker.progress_since + if warm { patience } else { self.settings.limits.lease })
     }
 
     pub(super) fn drop_late(&mut self, actions: &mut Vec<Action>) {
@@ -155,11 +159,12 @@ impl Machine {
         }
     }
 
-    /// Late is whoever does not wait for the others. If all wait, a link is broken.
+    /// Late is whoever neither waits for the others nor has paused. If all wait, a link is broken.
     fn drop_stuck(&mut self, actions: &mut Vec<Action>) {
         let busy = self.unready_members();
         let patience = self.patience();
-        let late = |id: &WorkerId| self.now >= self.late_at(&self.workers[id], patience);
+        let late_at = |id: &WorkerId| self.late_at(&self.workers[id], patience);
+        let late = |id: &WorkerId| late_at(id).is_some_and(|at| self.now >= at);
         if busy.is_empty() || !busy.iter().any(late) {
             return;
         }

@@ -155,6 +155,10 @@ fn a_workers_messages_survive_the_wire() {
             },
             Usage { resident_bytes: Some(6), gpu: GpuUse { memory_bytes: None, utilisation: Some(7) } },
         ),
+        FromWorker::Heartbeat(
+            Progress { activity: Activity::Paused, ..Progress::default() },
+            Usage { resident_bytes: None, gpu: GpuUse::default() },
+        ),
         FromWorker::Fault(Generation(1), non_finite(false)),
         FromWorker::Fault(Generation(1), non_finite(true)),
         FromWorker::PhaseSkipped(Position(6), "x".into()),

@@ -337,7 +337,7 @@ function cell(label, className, ...content) {
   return element;
 }
 
-const ACTIVITIES = { computing: 'computing', waiting: 'waiting for others', resting: 'at rest' };
+const ACTIVITIES = { computing: 'computing', waiting: 'waiting for others', resting: 'at rest', paused: 'paused' };
 const TONES = { well: 'good', new: 'quiet', silent: 'warn', away: 'bad' };
 
 function workerState(worker) {
