@@ -96,8 +96,8 @@ struct Inbox {
     group: Option<(Generation, Aborter)>,
     /// What the training thread is at rest with; `None` while it may commit.
     rest: Option<Rested>,
-    /// How the states of the newest generation's members differ, if this worker saw that.
-    differs: Option<String>,
+    /// Why this worker left the newest generation, which its coordinator may not have heard.
+    fault: Option<Fault>,
     /// Whether the state that this worker holds must not be used.
     void: bool,
     facts: Option<LoadedFacts>,
@@ -187,15 +187,18 @@ impl Session {
         }
     }
 
-    /// The members' states differ: what this worker holds must not be used, and the coordinator must hear of it before it
-    /// hears that this worker is at rest.
-    pub fn differs(&self, generation: Generation, detail: String) {
+    /// Tells the coordinator why this worker leaves a generation, again with each new session until there is another
+    /// generation: without the reason the others would be expected to come to rest as well. If the members' states differ,
+    /// what this worker holds must not be used, and the coordinator hears of that before it hears that this worker rests.
+    pub fn left(&self, generation: Generation, fault: Fault) {
         let mut inbox = self.shared.lock();
-        inbox.condemn();
-        if inbox.assigned.0 == generation {
-            inbox.differs = Some(detail.clone());
+        if matches!(fault, Fault::Diverged(_)) {
+            inbox.condemn();
         }
-        self.send(FromWorker::Fault(generation, Fault::Diverged(detail)));
+        if inbox.assigned.0 == generation {
+            inbox.fault = Some(fault.clone());
+        }
+        self.send(FromWorker::Fault(generation, fault));
     }
 
     /// Whether the state that this worker holds must not be used.
@@ -391,6 +394,19 @@ impl Inbox {
     }
 }
 
+/// Whether a hello must not tell of the rest that followed: its position would be taken for that of a good state.
+fn goes_before_rest(fault: &Fault) -> bool {
+    matches!(fault, Fault::Diverged(_))
+}
+
+/// Why a worker left a generation, which its coordinator may not have heard, and what its hello did not tell for that.
+fn unheard(generation: Generation, fault: Option<Fault>, rest: Option<Rested>) -> Vec<FromWorker> {
+    let Some(fault) = fault else { return Vec::new() };
+    let untold = rest.filter(|_| goes_before_rest(&fault));
+    let ready = untold.map(|rest| FromWorker::Ready(generation, rest.position));
+    std::iter::once(FromWorker::Fault(generation, fault)).chain(ready).collect()
+}
+
 impl Shared {
     fn new(welcome: Welcome, channel: Channel, lease: Lease) -> Shared {
         let inbox = Inbox {
@@ -402,7 +418,7 @@ impl Shared {
             probe: false,
             group: None,
             rest: Some(Rested { position: None, finished: None }),
-            differs: None,
+            fault: None,
             void: false,
             facts: None,
             introduce: false,
@@ -453,7 +469,7 @@ impl Shared {
             worker: inbox.welcome.worker,
             term: inbox.welcome.term,
             generation: inbox.assigned.0,
-            rest: inbox.rest.filter(|_| inbox.differs.is_none()),
+            rest: inbox.rest.filter(|_| !inbox.fault.as_ref().is_some_and(goes_before_rest)),
         }
     }
 
@@ -471,16 +487,13 @@ impl Shared {
             let assigned = inbox.assigned.0;
             self.abort_locked(&inbox, assigned);
             inbox.introduce = inbox.rest.is_none();
+            inbox.fault = None;
         }
         let mut again = Vec::new();
         if !inbox.introduce {
             again.extend(inbox.facts.clone().map(FromWorker::Loaded));
         }
-        if let Some(detail) = inbox.differs.clone() {
-            let generation = inbox.assigned.0;
-            again.push(FromWorker::Fault(generation, Fault::Diverged(detail)));
-            again.extend(inbox.rest.map(|rest| FromWorker::Ready(generation, rest.position)));
-        }
+        again.extend(unheard(inbox.assigned.0, inbox.fault.clone(), inbox.rest));
         // Rows go before files: with the last file of the last checkpoint the run may end.
         if inbox.reports_rows {
             again.extend(inbox.rows.iter().cloned().map(FromWorker::Metrics));
@@ -498,7 +511,7 @@ impl Shared {
         inbox.assigned = (assignment.group.generation, term);
         inbox.plan = None;
         inbox.rest = None;
-        inbox.differs = None;
+        inbox.fault = None;
         inbox.assignment = Some(assignment);
         self.changed.notify_all();
     }
@@ -552,5 +565,23 @@ impl Shared {
         self.abort_locked(&inbox, Generation(u64::MAX));
         inbox.end.get_or_insert(end);
         self.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_session_tells_again_why_the_worker_rests() {
+        let (generation, rest) =
+            (Generation(3), Some(Rested { position: Some(Position(8)), finished: None }));
+        assert!(unheard(generation, None, rest).is_empty());
+        let late = unheard(generation, Some(Fault::Timeout), rest);
+        assert!(matches!(&late[..], [FromWorker::Fault(Generation(3), Fault::Timeout)]), "{late:?}");
+        let differs = Fault::Diverged("rank 0 and rank 1".to_string());
+        assert!(goes_before_rest(&differs) && !goes_before_rest(&Fault::Peer));
+        let differs = unheard(generation, Some(differs), rest);
+        assert!(matches!(&differs[..], [FromWorker::Fault(..), FromWorker::Ready(..)]), "{differs:?}");
     }
 }

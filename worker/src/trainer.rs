@@ -645,16 +645,16 @@ impl Trainer {
             Rest::Fault(Fault::Diverged(detail)) => {
                 tracing::warn!("leaving generation {generation}: {detail}");
                 self.archive.discard();
-                self.session.differs(generation, detail);
+                self.session.left(generation, Fault::Diverged(detail));
             }
             Rest::Fault(fault) => {
                 tracing::info!("leaving generation {generation}: {fault:?}");
                 let fault = self.with_links(assignment, fault);
-                self.session.send(FromWorker::Fault(generation, fault));
+                self.session.left(generation, fault);
             }
             Rest::Aborted if self.session.take_probe() => {
                 if let links @ Fault::Links(_) = self.with_links(assignment, Fault::Timeout) {
-                    self.session.send(FromWorker::Fault(generation, links));
+                    self.session.left(generation, links);
                 }
             }
             Rest::Aborted | Rest::Planned => {}

@@ -18,7 +18,7 @@ impl Machine {
         }
         let loaded = self.workers.values().filter(|w| w.facts.is_some()).count();
         let all_loaded = loaded == self.workers.len() && self.locals.lingering.is_empty();
-        if all_loaded && loaded >= (self.settings.local_workers as usize).max(1) {
+        if all_loaded && loaded >= (self.expected_locals() as usize).max(1) {
             self.cause = Some(Cause::Gathered);
             self.form(actions);
         }
@@ -34,9 +34,7 @@ impl Machine {
         if !self.concerns_newest(worker, generation) {
             return;
         }
-        if let Some(entry) = self.workers.get_mut(&worker) {
-            entry.rest = Rest::Ready(position);
-        }
+        self.come_to_rest(worker, position);
         match self.stage {
             Stage::Training { plan: Some(Plan { kind: PlanKind::Regroup, .. }) } => {
                 // The first member to rest for a planned change; the others follow at the same position.
@@ -234,7 +232,8 @@ impl Machine {
         }
     }
 
-    /// Who would be in a group that is formed now, oldest first: all that are loaded and can reach each other, up to V.
+    /// Who would be in a group that is formed now, oldest first: all that are loaded and can reach each other, up to V, and
+    /// among them one that can save, if there is one.
     /// The source of the state is always among them; those that leave only if nobody who stays holds their position.
     fn next_members(&self) -> Vec<WorkerId> {
         let source = self.source();
@@ -246,12 +245,18 @@ impl Machine {
         let candidates = loaded
             .filter(|id| stays(id) || (!held_by_one_who_stays && (advanced.is_some() || !anybody_stays)));
         let mut chosen: Vec<WorkerId> = source.into_iter().collect();
-        for id in candidates {
+        let fits = |chosen: &[WorkerId], id: WorkerId| {
             let reaches = |other: &WorkerId| !self.severed.contains_key(&(id.min(*other), id.max(*other)));
-            if chosen.len() < self.settings.data_shards as usize
-                && !chosen.contains(&id)
-                && chosen.iter().all(reaches)
-            {
+            let has_room = chosen.len() < self.settings.data_shards as usize;
+            has_room && !chosen.contains(&id) && chosen.iter().all(reaches)
+        };
+        if !chosen.iter().any(|id| self.sees_storage(*id)) {
+            // Somebody has to save, however many older ones cannot.
+            let writer = candidates.clone().find(|id| self.sees_storage(*id) && fits(&chosen, *id));
+            chosen.extend(writer);
+        }
+        for id in candidates {
+            if fits(&chosen, id) {
                 chosen.push(id);
             }
         }

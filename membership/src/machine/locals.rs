@@ -93,6 +93,12 @@ impl Machine {
         }
     }
 
+    /// Local workers that training waits for: no more than there can be once they are not replaced any more.
+    pub(super) fn expected_locals(&self) -> u32 {
+        let wanted = self.settings.local_workers;
+        if self.locals.given_up() { wanted.min(self.locals.running) } else { wanted }
+    }
+
     /// Starts what is missing of the local workers.
     pub(super) fn replace(&mut self, actions: &mut Vec<Action>) {
         while self.misses_a_local() && self.now >= self.locals.next_spawn {

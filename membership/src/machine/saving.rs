@@ -15,8 +15,8 @@ impl Machine {
         if !self.concerns_newest(worker, generation) {
             return;
         }
+        self.come_to_rest(worker, Some(position));
         if let Some(entry) = self.workers.get_mut(&worker) {
-            entry.rest = Rest::Ready(Some(position));
             entry.finished = Some(complete);
         }
         self.form_if_ready(actions);

@@ -966,3 +966,76 @@ fn files_of_a_condemned_generation_make_no_checkpoint() {
     bench.handle(Event::PartWritten(WorkerId(1), part(4, 0, "e")));
     assert_eq!(bench.handle(Event::PartWritten(WorkerId(2), part(4, 1, "e"))), []);
 }
+
+/// The session ended before the fault was heard, so the rest came first: seeds 711331 and 988397.
+#[test]
+fn a_fault_that_is_heard_after_its_rest_breaks_a_planned_change_off() {
+    let mut bench = Bench::training(2);
+    let planned = bench.join(3);
+    assert!(planned.iter().any(|action| matches!(action, Action::Announce { .. })), "{planned:?}");
+    bench.handle(Event::Disconnected(WorkerId(1)));
+    let at_rest = Rested { position: None, finished: None };
+    let aborts = |actions: &[Action]| actions.iter().any(|action| matches!(action, Action::Abort { .. }));
+    assert!(!aborts(&bench.handle(resumed(1, 1, Some(at_rest)))), "the others may be coming to rest as well");
+    let actions = bench.handle(Event::Fault(WorkerId(1), Generation(1), Fault::Timeout));
+    let Some(Action::Abort { workers, cause: Cause::Fault(..), probe: false, .. }) = actions.first() else {
+        panic!("{actions:?}");
+    };
+    assert!(workers.contains(&WorkerId(2)));
+}
+
+/// The others have waited for it, so long that each of them is past its own limit: seeds 360559 and 771947.
+#[test]
+fn one_that_takes_long_for_the_last_phase_does_not_leave_a_stalled_group_behind() {
+    let mut bench = Bench::training(2);
+    let progress = |activity, leaves| Progress {
+        position: Position(1),
+        leaves,
+        activity,
+        slowest_leaf: Duration::from_millis(10),
+    };
+    for leaves in 0..8 {
+        bench.progress = progress(Activity::Waiting, 3);
+        bench.wait(DEADLINE / 4, &[1]);
+        bench.progress = progress(Activity::Computing, leaves);
+        bench.wait(DEADLINE / 4, &[2]);
+    }
+    assert_eq!(bench.finished(2, 2), [], "the other one needs what it sent last");
+    assert_eq!(bench.wait(DEADLINE / 2, &[2]), []);
+    bench.progress = progress(Activity::Waiting, 3);
+    assert_eq!(bench.wait(DEADLINE * 2 / 5, &[1]), []);
+    let actions = bench.wait(DEADLINE / 5, &[1]);
+    assert!(matches!(&actions[..], [Action::Abort { cause: Cause::Stalled, .. }]), "{actions:?}");
+}
+
+/// Nobody would ever come: seeds 105034 and 928086.
+#[test]
+fn local_workers_that_are_not_replaced_any_more_are_not_waited_for() {
+    let mut bench = training_locally(3);
+    (1..=3).for_each(|worker| drop(bench.end(worker)));
+    bench.join(4);
+    let mut actions = Vec::new();
+    while !actions.iter().any(|action| matches!(action, Action::GiveUpReplacing(_))) {
+        assert_eq!(formed(&actions), None, "the others may come");
+        bench.wait(Duration::from_secs(60), &[4]);
+        actions = bench.handle(Event::Reaped { worker: None, status: "signal: 9".to_string() });
+    }
+    actions.extend(bench.handle(Event::Reaped { worker: None, status: "signal: 9".to_string() }));
+    assert_eq!(members(formed(&actions).unwrap()), [4]);
+}
+
+/// Or the run would end because its members cannot save, with one beside them that can: seed 907752.
+#[test]
+fn one_that_can_save_is_a_member_before_older_ones_that_cannot() {
+    let mut bench = Bench::new(3, 2, Recovered::default());
+    for worker in 1..=3 {
+        bench.handle(Event::Hello { worker: WorkerId(worker), local: false });
+    }
+    let blind = LoadedFacts { sees_storage: false, ..facts("A") };
+    bench.handle(Event::Loaded(WorkerId(1), blind.clone()));
+    bench.handle(Event::Loaded(WorkerId(2), blind));
+    let actions = bench.handle(Event::Loaded(WorkerId(3), facts("A")));
+    let group = formed(&actions).unwrap();
+    assert_eq!(members(group), [1, 3]);
+    assert!(!group.members[0].writes_parts && group.members[1].writes_parts);
+}

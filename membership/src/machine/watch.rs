@@ -27,7 +27,7 @@ impl Machine {
                 let patience = self.patience();
                 let busy = self.unready_members().into_iter();
                 let late = busy.filter_map(|id| self.late_at(&self.workers[&id], patience));
-                late.filter(|at| *at > self.now).min()
+                late.chain(self.stalled_at(patience)).filter(|at| *at > self.now).min()
             }
             _ => None,
         };
@@ -82,6 +82,22 @@ impl Machine {
             Stage::Reconnecting { until: Some(until) } => *until = self.now + limits.deadline,
             _ => {}
         }
+    }
+
+    /// A member commits nothing more in the newest generation. The others saw something move.
+    pub(super) fn come_to_rest(&mut self, worker: WorkerId, position: Option<Position>) {
+        let now = self.now;
+        if let Some(entry) = self.workers.get_mut(&worker) {
+            entry.rest = Rest::Ready(position);
+            entry.progress_since = now;
+        }
+    }
+
+    /// When all members that wait for each other have done so for too long: somebody they wait for moved until now, also
+    /// one that rests since.
+    fn stalled_at(&self, patience: Duration) -> Option<Time> {
+        let since = self.members().filter_map(|id| self.workers.get(&id)).map(|worker| worker.progress_since);
+        since.max().map(|moved| moved + patience)
     }
 
     /// How long a step of a worker's progress may take: leaves set the pace, once there are any.
@@ -170,7 +186,8 @@ impl Machine {
         }
         let waits = |id: &WorkerId| self.workers[id].progress.activity == Activity::Waiting;
         let stuck: Vec<WorkerId> = busy.iter().copied().filter(|id| late(id) && !waits(id)).collect();
-        if stuck.is_empty() && busy.iter().all(|id| late(id) && waits(id)) {
+        let nothing_moves = self.stalled_at(patience).is_some_and(|at| self.now >= at);
+        if stuck.is_empty() && nothing_moves && busy.iter().all(|id| late(id) && waits(id)) {
             self.regroup(Cause::Stalled, actions);
         }
         for worker in stuck {

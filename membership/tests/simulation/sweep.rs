@@ -1,12 +1,18 @@
 //! Running many seeds on all cores, or one of them again. Every simulation of the workspace uses this.
 //!
 //! The environment decides: `SEEDS` how many, `FIRST` from which on, `THREADS` on how many threads; `SEED` runs one and
-//! prints all that happens in it.
+//! prints all that happens in it. If it says nothing, the seeds that failed once run, the first ones, and some that no other
+//! day has.
 
+use std::io::Write;
+use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Instant, SystemTime};
+
+/// Seeds of a day, UTC, are those from its number since 1970 times this on.
+const OF_A_DAY: u64 = 1_000_000;
 
 /// What became of a seed.
 pub struct Run {
@@ -24,6 +30,10 @@ pub struct Simulation {
     pub package: &'static str,
     /// Seeds to run if nobody says how many.
     pub seeds: u64,
+    /// Seeds of today that run with them.
+    pub of_today: u64,
+    /// Seeds that failed once and run with them.
+    pub failed_once: &'static [u64],
     pub run: fn(u64, bool) -> Run,
 }
 
@@ -32,8 +42,30 @@ impl Simulation {
     pub fn start(&self) {
         match number("SEED") {
             Some(seed) => self.replay(seed),
-            None => self.sweep(number("FIRST").unwrap_or(0), number("SEEDS").unwrap_or(self.seeds)),
+            None => self.sweep(&self.seeds_to_run()),
         }
+    }
+
+    fn seeds_to_run(&self) -> Vec<u64> {
+        let (first, count) = (number("FIRST"), number("SEEDS"));
+        let start = first.unwrap_or(0);
+        let asked_for = start..start + count.unwrap_or(self.seeds);
+        if first.is_some() || count.is_some() {
+            return asked_for.collect();
+        }
+        let today = self.seeds_of_today();
+        self.failed_once.iter().copied().chain(asked_for).chain(today).collect()
+    }
+
+    /// Each day has others, so that a mistake does not hide for ever behind seeds that happen not to find it.
+    fn seeds_of_today(&self) -> Range<u64> {
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let first = since_1970.as_secs() / 86_400 * OF_A_DAY;
+        let range = first..first + self.of_today;
+        // Past the harness, which keeps back what is printed by a test that passes.
+        let said = format!("{}: with today's seeds {range:?}\n", self.package);
+        let _ = std::io::stderr().write_all(said.as_bytes());
+        range
     }
 
     /// Runs a seed. A panic in it is a failure too.
@@ -64,19 +96,20 @@ impl Simulation {
         }
     }
 
-    fn sweep(&self, first: u64, count: u64) {
+    fn sweep(&self, seeds: &[u64]) {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = number("THREADS").map_or(cores, |n| usize::try_from(n).expect("a few threads"));
         let (shared, start) = (Shared::default(), Instant::now());
         std::thread::scope(|scope| {
             for _ in 0..threads {
-                scope.spawn(|| shared.work(self, first, count, start));
+                scope.spawn(|| shared.work(self, seeds, start));
             }
         });
         let seconds = start.elapsed().as_secs_f64();
         let happenings = shared.happenings.load(Ordering::Relaxed);
         let mut failures = shared.failures.into_inner().expect("no thread panics with it");
         failures.sort_by_key(|(seed, _)| *seed);
+        let count = seeds.len();
         eprintln!(
             "{count} seeds, {happenings} happenings in {seconds:.1} s on {threads} threads: {:.0} seeds/s; {} fail",
             count as f64 / seconds,
@@ -102,26 +135,24 @@ fn number(name: &str) -> Option<u64> {
 /// What the threads share; each runs whole seeds.
 #[derive(Default)]
 struct Shared {
-    next: AtomicU64,
+    next: AtomicUsize,
     happenings: AtomicU64,
     failures: Mutex<Vec<(u64, String)>>,
 }
 
 impl Shared {
-    fn work(&self, simulation: &Simulation, first: u64, count: u64, start: Instant) {
+    fn work(&self, simulation: &Simulation, seeds: &[u64], start: Instant) {
         loop {
             let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= count {
-                return;
-            }
-            let run = simulation.run(first + index, false);
+            let Some(seed) = seeds.get(index).copied() else { return };
+            let run = simulation.run(seed, false);
             self.happenings.fetch_add(run.happenings, Ordering::Relaxed);
             if let Some(failure) = run.failure {
-                eprintln!("{}", simulation.describe(first + index, &failure));
-                self.failures.lock().expect("no thread panics with it").push((first + index, failure));
+                eprintln!("{}", simulation.describe(seed, &failure));
+                self.failures.lock().expect("no thread panics with it").push((seed, failure));
             }
-            if index > 0 && index.is_multiple_of((count / 10).max(1)) {
-                eprintln!("{index} of {count} seeds in {:.1} s", start.elapsed().as_secs_f64());
+            if index > 0 && index.is_multiple_of((seeds.len() / 10).max(1)) {
+                eprintln!("{index} of {} seeds in {:.1} s", seeds.len(), start.elapsed().as_secs_f64());
             }
         }
     }

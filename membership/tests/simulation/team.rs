@@ -124,7 +124,7 @@ impl Worker {
         let me = group.members.iter().position(|member| Some(member.worker) == self.id);
         let Some(rank) = me else { return };
         self.finished = None;
-        self.diverged = None;
+        self.fault = None;
         // Nobody asked for this state, or it must not be used: it is not a position to fall back to.
         let outdated = |state: &State| match group.start {
             Start::Healed(_) => state.position > group.position,
@@ -371,10 +371,8 @@ impl Worker {
     }
 
     fn found_divergence(&mut self, ctx: &mut Ctx) {
-        let team = self.team.as_mut().expect("it is in a team");
-        team.void = true;
-        self.diverged = Some(team.group.generation);
-        self.leave_team(None, ctx);
+        self.team.as_mut().expect("it is in a team").void = true;
+        self.leave_team(Some(Fault::Diverged("fingerprints differ".to_string())), ctx);
     }
 
     // ---- Phases ----------------------------------------------------------------------------------------------
@@ -582,7 +580,8 @@ impl Worker {
         note!(ctx, "worker process {} rests: {fault:?}, {:?}", self.proc, self.state);
         if !forgotten {
             if let Some(fault) = fault {
-                self.say(Up::Fault(generation, fault), ctx);
+                self.fault = Some((generation, fault));
+                self.say_fault(ctx);
             }
             self.say_rest(ctx);
         }

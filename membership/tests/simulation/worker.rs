@@ -71,8 +71,8 @@ pub struct Worker {
     pub state: Option<State>,
     pub team: Option<Team>,
     pub finished: Option<bool>,
-    /// A generation whose states differ, which its coordinator must hear of.
-    pub diverged: Option<Generation>,
+    /// Why it left the newest generation, which its coordinator may not have heard.
+    pub fault: Option<(Generation, Fault)>,
     /// Reports of files that are not acknowledged.
     reports: BTreeMap<(u64, u32), WrittenPart>,
     pub saved: Option<Position>,
@@ -123,7 +123,7 @@ impl Worker {
             state: None,
             team: None,
             finished: None,
-            diverged: None,
+            fault: None,
             reports: BTreeMap::new(),
             saved: None,
             buffers: BTreeMap::new(),
@@ -198,7 +198,7 @@ impl Worker {
             return;
         }
         let conn = ctx.network.open(self.node(), Node::Coordinator, None);
-        let rest = if self.diverged.is_some() { None } else { self.rest() };
+        let rest = if self.has_diverged() { None } else { self.rest() };
         let said_at_rest = rest.is_some();
         let resume = self.id.map(|worker| Resume { worker, term: self.term, generation: self.newest, rest });
         let opened = ctx.now;
@@ -348,8 +348,11 @@ impl Worker {
             self.acknowledged(position);
         }
         self.say_loaded(ctx);
-        if !said_at_rest && !self.team.as_ref().is_some_and(|team| team.active) {
-            self.say_rest(ctx);
+        if !self.team.as_ref().is_some_and(|team| team.active) {
+            self.say_fault(ctx);
+            if !said_at_rest {
+                self.say_rest(ctx);
+            }
         }
         if self.leaving {
             self.say(Up::Leave, ctx);
@@ -382,14 +385,22 @@ impl Worker {
         }
     }
 
-    /// Says that it is at rest, and why if the coordinator has to know.
+    /// Says why it left its group, whether or not the coordinator has heard that already: without the reason it would
+    /// think that the others come to rest as well.
+    pub fn say_fault(&mut self, ctx: &mut Ctx) {
+        if let Some((generation, fault)) = self.fault.clone() {
+            self.say(Up::Fault(generation, fault), ctx);
+        }
+    }
+
+    fn has_diverged(&self) -> bool {
+        matches!(self.fault, Some((_, Fault::Diverged(_))))
+    }
+
+    /// Says that it is at rest.
     pub fn say_rest(&mut self, ctx: &mut Ctx) {
         let Some(team) = &self.team else { return };
         let generation = team.group.generation;
-        if self.diverged == Some(generation) {
-            let detail = "fingerprints differ".to_string();
-            self.say(Up::Fault(generation, Fault::Diverged(detail)), ctx);
-        }
         let position = self.state.map(|state| state.position);
         match (self.finished, position) {
             (Some(complete), Some(position)) => {
@@ -402,7 +413,7 @@ impl Worker {
     /// It is somebody new: its group is not its group any more, but old generations stay old.
     fn forget(&mut self, ctx: &mut Ctx) {
         self.finished = None;
-        self.diverged = None;
+        self.fault = None;
         self.reports.clear();
         self.era += 1;
         if let Some(team) = &mut self.team {
@@ -448,7 +459,8 @@ impl Worker {
         }
         let unreachable = if probe { self.unreachable(ctx) } else { Vec::new() };
         if !unreachable.is_empty() {
-            self.say(Up::Fault(generation, Fault::Links(unreachable)), ctx);
+            self.fault = Some((generation, Fault::Links(unreachable)));
+            self.say_fault(ctx);
         }
         self.leave_team(None, ctx);
     }

@@ -28,7 +28,8 @@ use std::path::Path;
 use sweep::{Run, Simulation};
 use world::World;
 
-const SHELL: Simulation = Simulation { package: "ganglion-worker", seeds: 40, run };
+const SHELL: Simulation =
+    Simulation { package: "ganglion-worker", seeds: 40, of_today: 20, failed_once: &[], run };
 
 fn run(seed: u64, keep_log: bool) -> Run {
     // The journal waits for the disk after every row: memory is as good here, nobody loses power.

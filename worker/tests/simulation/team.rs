@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ganglion_membership::{Activity, Fault, PlanKind, Position, Rank, Rested, Start as From};
 use ganglion_proto::job::Job;
-use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow};
+use ganglion_proto::message::{Assignment, GpuUse, MetricsRow};
 use ganglion_proto::stream::SampleStream;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use ganglion_proto::wire::{GetRequest, Key, SetRequest};
@@ -256,15 +256,15 @@ impl Trainer {
             Rest::Finished { complete } => finished = Some(complete),
             Rest::Fault(Fault::Diverged(detail)) => {
                 self.archive.discard();
-                self.session.differs(generation, detail);
+                self.session.left(generation, Fault::Diverged(detail));
             }
             Rest::Fault(fault) => {
                 let fault = self.with_links(assignment, fault).await;
-                self.session.send(FromWorker::Fault(generation, fault));
+                self.session.left(generation, fault);
             }
             Rest::Aborted if self.session.take_probe() => {
                 if let links @ Fault::Links(_) = self.with_links(assignment, Fault::Timeout).await {
-                    self.session.send(FromWorker::Fault(generation, links));
+                    self.session.left(generation, links);
                 }
             }
             Rest::Aborted | Rest::Planned => {}
