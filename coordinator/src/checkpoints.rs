@@ -76,6 +76,24 @@ impl Checkpoints {
         }
     }
 
+    /// Why nothing of a run can be in a storage, if that is so. Nothing is made or written there.
+    pub async fn absence(address: &str, patience: &Patience) -> Result<Option<String>, Unusable> {
+        let address = Address::parse(address).map_err(Unusable::Input)?;
+        if let Address::Folder(folder) = &address
+            && !folder.exists()
+        {
+            return Ok(Some("there is no such folder".to_string()));
+        }
+        let storage =
+            Storage::open(&address).map_err(|what| Unusable::Input(format!("{address}: {what}")))?;
+        let look = async || Ok(storage.owner().await?.is_none() && storage.checkpoints().await?.is_empty());
+        match patience.wait_for(&storage, look).await {
+            Ok(empty) => Ok(empty.then(|| "there is nothing of any run".to_string())),
+            Err(error) if storage.is_away(&error) => Err(Unusable::Away(patience.over(&storage, &error))),
+            Err(error) => Err(Unusable::Input(format!("{address}: {}", reason(&error)))),
+        }
+    }
+
     /// The storage.
     pub fn storage(&self) -> &Storage {
         &self.storage

@@ -28,6 +28,9 @@ pub struct Cli {
     /// Where the run lives; the same folder again resumes it. Default: runs/NAME, by the job's name.
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
+    /// Where all checkpoints of a run are lost, compute it again from step 0, with the same bits. Without this it is refused.
+    #[arg(long)]
+    pub from_start: bool,
     /// Sets a key of the job, such as --set job.steps=500. May be given many times.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,

@@ -7,7 +7,7 @@
 
 mod history;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ganglion_membership::{
@@ -41,7 +41,8 @@ const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS skips (position INTEGER PRIMARY KEY);
     CREATE TABLE IF NOT EXISTS checkpoints (
         step INTEGER NOT NULL, phase INTEGER NOT NULL, position INTEGER NOT NULL,
-        state_digest TEXT NOT NULL, generation INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (step, phase));
+        state_digest TEXT NOT NULL, generation INTEGER NOT NULL DEFAULT 0,
+        valid INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (step, phase));
     CREATE TABLE IF NOT EXISTS evaluations (step INTEGER PRIMARY KEY, row BLOB NOT NULL);
 ";
 
@@ -49,12 +50,13 @@ const SCHEMA: &str = "
 const LAYOUT: u32 = 2;
 
 /// The columns that came after the tables: table, column, definition.
-const ADDED: [(&str, &str, &str); 5] = [
+const ADDED: [(&str, &str, &str); 6] = [
     ("terms", "metrics_every_steps", "INTEGER NOT NULL DEFAULT 0"),
     ("generations", "cause", "TEXT NOT NULL DEFAULT ''"),
     ("workers", "token", "TEXT"),
     ("checkpoints", "generation", "INTEGER NOT NULL DEFAULT 0"),
     ("generations", "backend", "TEXT NOT NULL DEFAULT 'Gloo'"),
+    ("checkpoints", "valid", "INTEGER NOT NULL DEFAULT 0"),
 ];
 
 /// The journal cannot be read or written.
@@ -62,13 +64,46 @@ const ADDED: [(&str, &str, &str); 5] = [
 pub enum JournalError {
     /// SQLite says why.
     #[error("journal.sqlite: {0}")]
-    Sqlite(#[from] rusqlite::Error),
+    Sqlite(rusqlite::Error),
+    /// The file's content is not what SQLite wrote.
+    #[error(
+        "{}: damaged: {reason}; make a new one from the checkpoints and from what can be read of it, with: coordinator \
+         recover {}",
+        file.display(), file.parent().unwrap_or(Path::new(".")).display()
+    )]
+    Damaged {
+        /// The journal.
+        file: PathBuf,
+        /// SQLite's finding.
+        reason: String,
+    },
     /// A later version of this program wrote it.
     #[error(
         "journal.sqlite: its layout is {0}, and this version of the coordinator knows none above {LAYOUT}: the run belongs \
          to a newer version; go on with that one, or choose another --run-dir"
     )]
     Newer(u32),
+}
+
+impl From<rusqlite::Error> for JournalError {
+    fn from(error: rusqlite::Error) -> JournalError {
+        JournalError::Sqlite(error)
+    }
+}
+
+impl JournalError {
+    /// The same error, told as damage where it is that.
+    fn of(self, file: &Path) -> JournalError {
+        use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+        match self {
+            JournalError::Sqlite(error)
+                if matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase)) =>
+            {
+                JournalError::Damaged { file: file.to_path_buf(), reason: error.to_string() }
+            }
+            other => other,
+        }
+    }
 }
 
 /// An open journal.
@@ -93,6 +128,8 @@ pub enum Fact {
     Condemned,
     /// The newest generation whose members rest for good.
     Closed,
+    /// The address of the storage that holds the run's checkpoints.
+    Storage,
 }
 
 /// A process that some coordinator of the run started.
@@ -110,6 +147,15 @@ pub struct ChildRow {
     pub ended: bool,
 }
 
+/// A checkpoint that a coordinator decided on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JournaledCheckpoint {
+    /// The checkpoint, without its files.
+    pub checkpoint: Checkpoint,
+    /// Whether its manifest is known to have been written; an earlier version did not note that.
+    pub valid: bool,
+}
+
 impl Fact {
     fn name(self) -> &'static str {
         match self {
@@ -120,14 +166,23 @@ impl Fact {
             Fact::Samples => "samples",
             Fact::Condemned => "condemned",
             Fact::Closed => "closed",
+            Fact::Storage => "storage",
         }
     }
 }
 
 impl Journal {
-    /// Opens or creates the journal.
+    /// Opens or creates the journal. All of it is read once, so damage is found before anything is decided by it.
     pub fn open(file: &Path) -> Result<Journal, JournalError> {
+        Journal::open_checked(file).map_err(|error| error.of(file))
+    }
+
+    fn open_checked(file: &Path) -> Result<Journal, JournalError> {
         let connection = Connection::open(file)?;
+        let finding: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+        if finding != "ok" {
+            return Err(JournalError::Damaged { file: file.to_path_buf(), reason: finding });
+        }
         let layout: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
         if layout > LAYOUT {
             return Err(JournalError::Newer(layout));
@@ -182,8 +237,16 @@ impl Journal {
 
     /// Records that it ended.
     pub fn ended(&mut self, token: &str) -> Result<(), JournalError> {
-        self.connection.execute("UPDATE children SET ended = 1 WHERE token = ?1", [token])?;
-        Ok(())
+        self.all_ended(&[token])
+    }
+
+    /// Records that these ended, with one wait for the disk.
+    pub fn all_ended(&mut self, tokens: &[&str]) -> Result<(), JournalError> {
+        let change = self.connection.transaction()?;
+        for token in tokens {
+            change.execute("UPDATE children SET ended = 1 WHERE token = ?1 AND ended = 0", [token])?;
+        }
+        Ok(change.commit()?)
     }
 
     /// All processes that coordinators of the run started.
@@ -288,6 +351,30 @@ impl Journal {
             params![checkpoint.step, checkpoint.phase, checkpoint.position.0, checkpoint.state_digest],
         )?;
         Ok(())
+    }
+
+    /// Records that a checkpoint is valid: from now on the run does not start without it unasked. Repeating it does no harm.
+    pub fn made_valid(&mut self, checkpoint: &Checkpoint) -> Result<(), JournalError> {
+        let change = "UPDATE checkpoints SET valid = 1 WHERE step = ?1 AND phase = ?2 AND valid = 0";
+        self.connection.execute(change, params![checkpoint.step, checkpoint.phase])?;
+        Ok(())
+    }
+
+    /// Every journaled checkpoint, in the order of positions. Its files are not listed.
+    pub fn checkpoints(&self) -> Result<Vec<JournaledCheckpoint>, JournalError> {
+        let query = "SELECT step, phase, position, state_digest, valid FROM checkpoints ORDER BY position";
+        let mut rows = self.connection.prepare(query)?;
+        let rows = rows.query_map([], |row| {
+            let checkpoint = Checkpoint {
+                step: row.get(0)?,
+                phase: row.get(1)?,
+                position: Position(row.get(2)?),
+                files: Vec::new(),
+                state_digest: row.get(3)?,
+            };
+            Ok(JournaledCheckpoint { checkpoint, valid: row.get(4)? })
+        })?;
+        Ok(rows.collect::<Result<_, _>>()?)
     }
 
     /// Records an evaluation. A step's first one is the one that is kept.
@@ -417,6 +504,24 @@ mod tests {
         for _ in 0..2 {
             let error = Journal::open(&file).err().unwrap();
             assert!(matches!(error, JournalError::Newer(layout) if layout == LAYOUT + 1), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_journal_is_named_with_the_way_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("journal.sqlite");
+        let mut journal = Journal::open(&file).unwrap();
+        (0..300).for_each(|number| journal.spawning(Term(1), &format!("{number:0100}"), 0).unwrap());
+        drop(journal);
+        let whole = std::fs::read(&file).unwrap();
+        for page in 0..whole.len() / 4096 {
+            let mut bytes = whole.clone();
+            bytes[page * 4096..(page + 1) * 4096].fill(0);
+            std::fs::write(&file, bytes).unwrap();
+            let told = Journal::open(&file).err().map(|error| error.to_string());
+            let is_told = told.as_ref().is_some_and(|told| told.contains("coordinator recover /"));
+            assert!(is_told, "page {page}: {told:?}");
         }
     }
 

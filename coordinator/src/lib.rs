@@ -21,6 +21,7 @@ pub mod model_card;
 pub mod operate;
 pub mod patience;
 pub mod report;
+pub mod resume;
 pub mod run;
 pub mod run_dir;
 pub mod security;

@@ -28,13 +28,14 @@ use crate::operate::{ACCESS_FILE, Access};
 use crate::patience::Patience;
 use crate::report::progress::Screen;
 use crate::report::timeline::Timeline;
+use crate::resume::{self, Asked, Found};
 use crate::run_dir::{RunDir, RunDirError};
 use crate::security::Security;
 use crate::server::guard::Guard;
 use crate::server::tls::Acceptor;
 use crate::server::{Store, serve};
 use crate::shell::{Ended, Parts, Shell, ShellError, StopSignal, records::Records};
-use crate::supervisor::{Processes, Supervisor, new_token};
+use crate::supervisor::{Exited, Processes, Supervisor, new_token};
 
 /// Messages that may wait for the shell.
 const INPUTS: usize = 4096;
@@ -74,7 +75,7 @@ impl Failure {
 impl From<JournalError> for Failure {
     fn from(error: JournalError) -> Self {
         match error {
-            JournalError::Newer(_) => Failure::Input(error.to_string()),
+            JournalError::Newer(_) | JournalError::Damaged { .. } => Failure::Input(error.to_string()),
             JournalError::Sqlite(_) => Failure::Other(error.to_string()),
         }
     }
@@ -116,21 +117,19 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
 
     let folder = cli.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&job.job.name));
     let run_dir = RunDir::hold(&folder)?;
-    let mut journal = Journal::open(&run_dir.path("journal.sqlite"))?;
-    // Until a first group was formed nothing was trained, and a mistake in the job may still be mended.
-    let begun = journal.last_generation()? > Generation(0);
-    let job_changed = run_dir.settle_job(&job, begun)?;
-    let run = run_name(&mut journal)?;
-    let patience = Patience::new(screen.clone());
-    let checkpoints = Checkpoints::open(&storage_of(&job, &run_dir), &run, &patience).await?;
+    let TakenOver {
+        run,
+        mut journal,
+        mut records,
+        mut supervisor,
+        exited,
+        recovered,
+        checkpoints,
+        lost,
+        patience,
+    } = take_over(&cli, &job, &run_dir, processes, &screen).await?;
     let mirror =
         Mirror::start(cli.mirror.as_deref(), &run, run_dir.folder(), &screen).map_err(Failure::Input)?;
-    let mut records = Records::open(job.clone(), run_dir.folder(), screen)
-        .map_err(|error| Failure::Input(format!("{}: {error}", run_dir.folder().display())))?;
-    let mut recovered = recover(&mut journal, &checkpoints, &mut records, &patience, job_changed).await?;
-    let (exits, exited) = mpsc::unbounded_channel();
-    let mut supervisor = Supervisor::new(processes, exits);
-    adopt(&mut journal, &mut supervisor, &mut recovered)?;
     let done = finished(&journal, &job, recovered.checkpoint.as_ref(), &run_dir)?;
     match &done {
         // Workers of a coordinator that died before it could release them.
@@ -165,6 +164,7 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
         journal,
         checkpoints,
         recovered,
+        lost,
         local_workers,
         url,
         publisher,
@@ -177,6 +177,49 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     mirror.finish().await;
     dashboard.farewell().await;
     done.map_or_else(|| conclude(ended, &job, &run_dir), Ok)
+}
+
+/// What a run's earlier coordinators left, in the hands of this one.
+struct TakenOver {
+    run: String,
+    journal: Journal,
+    records: Records,
+    supervisor: Supervisor,
+    exited: mpsc::UnboundedReceiver<Exited>,
+    recovered: Recovered,
+    checkpoints: Checkpoints,
+    lost: Option<String>,
+    patience: Patience,
+}
+
+/// Takes a run over, and makes it the job's. A new run is one that nobody left.
+async fn take_over(
+    cli: &Cli,
+    job: &Job,
+    run_dir: &RunDir,
+    processes: Box<dyn Processes>,
+    screen: &Screen,
+) -> Result<TakenOver, Failure> {
+    let mut journal = open_journal(run_dir)?;
+    // Until a first group was formed nothing was trained, and a mistake in the job may still be mended.
+    let begun = journal.last_generation()? > Generation(0);
+    let job_changed = run_dir.check_job(job, begun)?;
+    let run = run_name(&mut journal)?;
+    let patience = Patience::new(screen.clone());
+    let mut records = Records::open(job.clone(), run_dir.folder(), screen.clone())
+        .map_err(|error| Failure::Input(format!("{}: {error}", run_dir.folder().display())))?;
+    let mut recovered = left_behind(&journal, job_changed)?;
+    let (exits, exited) = mpsc::unbounded_channel();
+    let mut supervisor = Supervisor::new(processes, exits);
+    adopt(&mut journal, &mut supervisor, &mut recovered)?;
+    let place = storage_of(job, run_dir);
+    let asked =
+        Asked { place: &place, run: &run, may_live: may_live(&recovered), from_start: cli.from_start };
+    let Found { checkpoints, checkpoint, lost } =
+        resume::find(&asked, &mut journal, &mut records, &patience).await?;
+    recovered.checkpoint = checkpoint;
+    run_dir.write_job(job)?;
+    Ok(TakenOver { run, journal, records, supervisor, exited, recovered, checkpoints, lost, patience })
 }
 
 /// How many workers to start, and what to say of it.
@@ -285,6 +328,25 @@ where
     Ok(ended)
 }
 
+/// Opens the journal. Where it is missing and the run's records are not, this is no new run.
+fn open_journal(run_dir: &RunDir) -> Result<Journal, Failure> {
+    let journal = run_dir.path("journal.sqlite");
+    let holds = |name: &&str| std::fs::metadata(run_dir.path(name)).is_ok_and(|file| file.len() > 0);
+    let records = ["metrics.jsonl", "events.jsonl", "checkpoints/.run"];
+    if !holds(&"journal.sqlite")
+        && !holds(&"journal.sqlite-wal")
+        && let Some(record) = records.iter().find(|name| holds(name))
+    {
+        let folder = run_dir.folder().display();
+        return Err(Failure::Input(format!(
+            "{}: missing or empty, though {folder} holds the {record} of a run; restore it, or make a new one from the \
+             checkpoints with: coordinator recover {folder}; to begin anew, choose another --run-dir",
+            journal.display()
+        )));
+    }
+    Ok(Journal::open(&journal)?)
+}
+
 fn run_name(journal: &mut Journal) -> Result<String, Failure> {
     if let Some(run) = journal.fact(Fact::Run)? {
         return Ok(run);
@@ -294,29 +356,12 @@ fn run_name(journal: &mut Journal) -> Result<String, Failure> {
     Ok(run)
 }
 
-/// The newest checkpoint may be one that an earlier coordinator had no time to announce, or that workers wrote when there
-/// was none.
-async fn settle(
-    journal: &mut Journal,
-    checkpoints: &Checkpoints,
-    records: &mut Records,
-    checkpoint: &Checkpoint,
-    patience: &Patience,
-) -> Result<(), Failure> {
-    let storage = checkpoints.storage();
-    let latest = patience.wait_for(storage, async || storage.latest().await).await;
-    if latest.ok().flatten().as_deref() == Some(checkpoint.folder().as_str()) {
-        return Ok(());
-    }
-    journal.commit(checkpoint)?;
-    let committed = patience.wait_for(storage, async || checkpoints.commit(checkpoint).await).await;
-    committed.map_err(|error| failed(checkpoints, patience, &error))?;
-    records.checkpoint(checkpoint);
-    Ok(())
-}
-
 /// The checkpoint storage failed a run that starts.
-fn failed(checkpoints: &Checkpoints, patience: &Patience, error: &ganglion_storage::Error) -> Failure {
+pub(crate) fn storage_failed(
+    checkpoints: &Checkpoints,
+    patience: &Patience,
+    error: &ganglion_storage::Error,
+) -> Failure {
     let storage = checkpoints.storage();
     Failure::Other(match storage.is_away(error) {
         true => format!("checkpoints: {}", patience.over(storage, error)),
@@ -341,40 +386,17 @@ async fn judged(
         true => Ok(Vec::new()),
         false => patience.wait_for(storage, async || storage.checkpoints().await).await,
     };
-    let folders = folders.map_err(|error| failed(checkpoints, patience, &error))?;
+    let folders = folders.map_err(|error| storage_failed(checkpoints, patience, &error))?;
     Ok(Judged::new(job.clone(), rows, &folders))
 }
 
 /// The size of the data set, once a worker has loaded it.
-fn known_samples(journal: &Journal) -> Result<Option<u64>, Failure> {
+pub(crate) fn known_samples(journal: &Journal) -> Result<Option<u64>, Failure> {
     Ok(journal.fact(Fact::Samples)?.and_then(|samples| samples.parse().ok()))
 }
 
-async fn recover(
-    journal: &mut Journal,
-    checkpoints: &Checkpoints,
-    records: &mut Records,
-    patience: &Patience,
-    job_changed: bool,
-) -> Result<Recovered, Failure> {
-    let storage = checkpoints.storage();
-    let newest = patience.wait_for(storage, async || checkpoints.newest_valid().await).await;
-    let (checkpoint, damaged) = newest.map_err(|error| failed(checkpoints, patience, &error))?;
-    for damage in damaged {
-        let instead = checkpoint.as_ref().map_or("the start".to_string(), Checkpoint::folder);
-        records.message(&format!(
-            "warning: checkpoint {} is damaged ({}); going on from {instead}",
-            damage.folder, damage.reason
-        ));
-        let fields = json!({ "folder": damage.folder, "reason": damage.reason, "instead": instead });
-        records.event("checkpoint_damaged", fields);
-    }
-    if let Some(checkpoint) = &checkpoint {
-        settle(journal, checkpoints, records, checkpoint, patience).await?;
-        let left = patience.wait_for(storage, async || checkpoints.left_rows(checkpoint.step).await).await;
-        let left = left.map_err(|error| failed(checkpoints, patience, &error))?;
-        records.take_left_rows(left, known_samples(journal)?);
-    }
+/// What the journal knows of the earlier terms' group.
+fn left_behind(journal: &Journal, job_changed: bool) -> Result<Recovered, Failure> {
     let group = journal.last_group()?;
     let passport = if group.is_some() { journal.passport()? } else { None };
     let condemned = known_generation(journal, Fact::Condemned)?;
@@ -382,7 +404,13 @@ async fn recover(
     let resting = group.iter().filter(|group| closed == Some(group.generation));
     let dead = resting.flat_map(|group| &group.members).map(|member| member.worker).collect();
     let skips = journal.skips()?;
-    Ok(Recovered { group, dead, condemned, skips, checkpoint, passport, job_changed, ..Recovered::default() })
+    Ok(Recovered { group, dead, condemned, skips, passport, job_changed, ..Recovered::default() })
+}
+
+/// Whether somebody may be alive who holds a state.
+fn may_live(recovered: &Recovered) -> bool {
+    let mut members = recovered.group.iter().flat_map(|group| &group.members);
+    members.any(|member| !recovered.dead.contains(&member.worker))
 }
 
 fn known_generation(journal: &Journal, fact: Fact) -> Result<Option<Generation>, Failure> {
@@ -397,19 +425,21 @@ fn adopt(
 ) -> Result<(), Failure> {
     let members: Vec<_> =
         recovered.group.iter().flat_map(|group| &group.members).map(|member| member.worker).collect();
-    for child in journal.children()? {
-        if supervisor.adopt(&child) {
+    let children = journal.children()?;
+    let mut ended = Vec::new();
+    for child in &children {
+        if supervisor.adopt(child) {
             recovered.running += 1;
             recovered.locals.extend(child.worker);
         } else {
             // One whose process is not known may yet say hello; it is not waited for.
-            if child.process.is_some() {
-                journal.ended(&child.token)?;
+            if child.process.is_some() && !child.ended {
+                ended.push(child.token.as_str());
             }
             recovered.dead.extend(child.worker.filter(|worker| members.contains(worker)));
         }
     }
-    Ok(())
+    Ok(journal.all_ended(&ended)?)
 }
 
 /// The line for a run that has nothing left to do.
@@ -505,5 +535,59 @@ pub fn start_log(screen: &Screen, format: LogFormat) {
     match format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.event_format(JsonLines).init(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::supervisor::{Process, Spawned, StartOrder};
+
+    /// A machine on which nothing runs any more.
+    struct Deserted;
+
+    impl Processes for Deserted {
+        fn check_program(&self) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn count_gpus(&self) -> std::io::Result<u32> {
+            Ok(0)
+        }
+        fn start(&mut self, _: StartOrder) -> std::io::Result<(Box<dyn Process>, Spawned)> {
+            Err(std::io::ErrorKind::Unsupported.into())
+        }
+        fn find(
+            &mut self,
+            _: &str,
+            _: Spawned,
+            _: mpsc::UnboundedSender<Exited>,
+        ) -> Option<Box<dyn Process>> {
+            None
+        }
+    }
+
+    /// Each start would otherwise wait for the disk once for each process that the run ever had.
+    #[test]
+    fn ends_are_journaled_once_and_together() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(&folder.path().join("journal.sqlite")).unwrap();
+        let written = || std::fs::metadata(folder.path().join("journal.sqlite-wal")).unwrap().len();
+        for pid in 1..=100 {
+            let token = format!("token {pid}");
+            journal.spawning(Term(1), &token, 0).unwrap();
+            journal.spawned(&token, Spawned { pid, started: 1 }).unwrap();
+        }
+        let (exits, _exited) = mpsc::unbounded_channel();
+        let mut start = || {
+            let before = written();
+            let mut supervisor = Supervisor::new(Box::new(Deserted), exits.clone());
+            adopt(&mut journal, &mut supervisor, &mut Recovered::default()).unwrap();
+            written() - before
+        };
+        // A page a child, if each was a transaction.
+        let page = 4096;
+        assert!((1..50 * page).contains(&start()), "all that ended are noted in one transaction");
+        assert_eq!(start(), 0, "and those that were noted are not noted again");
+        assert!(journal.children().unwrap().iter().all(|child| child.ended));
     }
 }

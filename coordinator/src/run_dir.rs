@@ -91,30 +91,34 @@ impl RunDir {
         written.map_err(|error| RunDirError::Input(format!("{}: {error}", file.display())))
     }
 
-    /// Writes the resolved job; where a run has begun, first checks that nothing changed that decides its result.
-    /// Returns whether anything changed at all.
-    pub fn settle_job(&self, job: &Job, begun: bool) -> Result<bool, RunDirError> {
+    /// Where a run has begun, checks that nothing of its job changed that decides its result. Returns whether anything changed
+    /// at all.
+    pub fn check_job(&self, job: &Job, begun: bool) -> Result<bool, RunDirError> {
         let file = self.path("job.toml");
-        let input = |what: String| RunDirError::Input(format!("{}: {what}", file.display()));
-        let mut changed = true;
-        if begun && file.exists() {
-            let text = fs::read_to_string(&file).map_err(|error| input(error.to_string()))?;
-            let recorded = job_file::parse_resolved(&text)
-                .map_err(|error| input(format!("not a job of this version:\n{error}")))?;
-            changed = recorded != *job;
-            let differences = job_file::differences(&recorded, job);
-            if !differences.is_empty() {
-                let lines: Vec<String> =
-                    differences.iter().map(|difference| format!("  {difference}")).collect();
-                return Err(input(format!(
-                    "this run directory belongs to another job:\n{}\n  choose another --run-dir or job.name, or \
-                     restore these settings",
-                    lines.join("\n")
-                )));
-            }
+        if !begun || !file.exists() {
+            return Ok(true);
         }
-        write_whole(&file, job_file::render(job).as_bytes()).map_err(|error| input(error.to_string()))?;
-        Ok(changed)
+        let input = |what: String| RunDirError::Input(format!("{}: {what}", file.display()));
+        let text = fs::read_to_string(&file).map_err(|error| input(error.to_string()))?;
+        let recorded = job_file::parse_resolved(&text)
+            .map_err(|error| input(format!("not a job of this version:\n{error}")))?;
+        let differences = job_file::differences(&recorded, job);
+        if !differences.is_empty() {
+            let lines: Vec<String> = differences.iter().map(|difference| format!("  {difference}")).collect();
+            return Err(input(format!(
+                "this run directory belongs to another job:\n{}\n  choose another --run-dir or job.name, or \
+                 restore these settings",
+                lines.join("\n")
+            )));
+        }
+        Ok(recorded != *job)
+    }
+
+    /// Writes the resolved job.
+    pub fn write_job(&self, job: &Job) -> Result<(), RunDirError> {
+        let file = self.path("job.toml");
+        write_whole(&file, job_file::render(job).as_bytes())
+            .map_err(|error| RunDirError::Input(format!("{}: {error}", file.display())))
     }
 }
 

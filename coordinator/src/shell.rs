@@ -80,6 +80,8 @@ pub struct Parts {
     pub checkpoints: Checkpoints,
     /// What earlier terms left behind.
     pub recovered: Recovered,
+    /// What to say where the checkpoints are lost and no living member holds a state either.
+    pub lost: Option<String>,
     /// What is known of evaluations.
     pub judged: Judged,
     /// Workers to start.
@@ -121,6 +123,8 @@ pub struct Shell {
     unjournaled: Vec<Checkpoint>,
     /// The newest that the keeper was told to make valid.
     ordered: Option<Position>,
+    /// Why the run may not start from step 0, where it may not.
+    lost: Option<String>,
     signal: Option<StopSignal>,
     /// When `signal` came.
     signalled: Instant,
@@ -200,6 +204,7 @@ impl Shell {
             deaf: Vec::new(),
             unjournaled: Vec::new(),
             ordered: None,
+            lost: parts.lost,
             signal: None,
             signalled: Instant::now(),
             started: Instant::now(),

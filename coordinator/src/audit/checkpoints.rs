@@ -11,7 +11,7 @@ use ganglion_membership::Checkpoint;
 use ganglion_storage::{Bytes, Error, MANIFEST, Storage, in_folder, reason};
 use safetensors::tensor::{SafeTensors, TensorView};
 
-use super::evidence::{Evidence, silent};
+use super::evidence::{Event, Evidence, silent};
 use super::{Claim, NoRun};
 
 /// All checkpoints that have a manifest, by folder.
@@ -231,10 +231,14 @@ pub(super) fn journal_agrees(evidence: &Evidence) -> Claim {
 }
 
 /// `latest` names a checkpoint that is there, and none newer was told to people. A manifest may be newer by the moment
-/// between the two writes, in which a coordinator can also die.
+/// between the two writes, in which a coordinator can also die. Where a start found the newest damaged or missing, and said so,
+/// those that were told before count no more.
 pub(super) fn latest_is_newest(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("latest names the newest checkpoint");
-    let told = evidence.events_of("checkpoint");
+    let all = &evidence.events.whole;
+    let gone = |event: &Event| ["checkpoint_damaged", "checkpoint_missing"].contains(&event.kind.as_str());
+    let since = all.iter().rposition(gone).map_or(0, |last| last + 1);
+    let told = all[since..].iter().filter(|event| event.kind == "checkpoint");
     let told = told.filter_map(|event| Some(evidence.end_of(event.step?).saturating_add(event.phase?))).max();
     let Some(latest) = &evidence.latest else {
         claim.expect(told.is_none(), || "there is no latest, though a checkpoint was committed".to_string());

@@ -551,6 +551,18 @@ fn a_latest_that_is_behind_or_names_nothing_is_found() {
     story.breaks(latest, "there is no latest");
 }
 
+/// A start said that the newest was gone, and went on from the one before.
+#[test]
+fn a_latest_that_went_back_because_the_newest_was_gone_holds() {
+    for kind in ["checkpoint_damaged", "checkpoint_missing"] {
+        let mut story = Story::new();
+        story.events.insert(0, json!({ "kind": kind, "folder": "step-00000008" }));
+        story.write();
+        fs::write(story.path("checkpoints/latest"), "step-00000006\n").unwrap();
+        story.holds();
+    }
+}
+
 #[test]
 fn a_folder_that_is_no_run_directory_is_named() {
     let story = Story::new();

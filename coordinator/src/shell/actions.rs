@@ -125,6 +125,11 @@ impl Shell {
     }
 
     fn form(&mut self, group: &Group, cause: &Cause) -> Result<(), ShellError> {
+        if let Some(lost) = self.lost.take_if(|_| group.start == Start::Fresh) {
+            // Nobody came back that holds a state, so this would be the start of a run that is not at its start.
+            self.outcome = Some(Outcome::InputWrong(lost));
+            return Ok(());
+        }
         self.journal.form(self.term, group, cause)?;
         // Numbered by generation: journaled, and nobody was told.
         failpoint::reached("form", group.generation.0);
@@ -228,6 +233,8 @@ impl Shell {
             }
             Kept::Valid(checkpoint, begun) => {
                 self.records.timeline.stored("write manifest", begun);
+                self.journal.made_valid(&checkpoint)?;
+                self.lost = None;
                 self.records.checkpoint(&checkpoint);
                 self.send_to_all(&ToWorker::CheckpointRecorded(checkpoint.step, checkpoint.phase));
                 if checkpoint.phase == 0 {
