@@ -11,9 +11,10 @@ pub mod wire;
 use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -70,6 +71,8 @@ fn build(release: bool) {
 pub struct Run {
     root: TempDir,
     settings: Vec<String>,
+    events: Mutex<Tail>,
+    rows: Mutex<Tail>,
 }
 
 impl Run {
@@ -77,7 +80,9 @@ impl Run {
     pub fn new(settings: &[&[&str]]) -> Run {
         let root = tempfile::tempdir().expect("a temporary folder");
         let settings = settings.concat().into_iter().map(str::to_string).collect();
-        Run { root, settings }
+        let tail = |name: &str| Mutex::new(Tail::new(root.path().join("run").join(name)));
+        let (events, rows) = (tail("events.jsonl"), tail("metrics.jsonl"));
+        Run { root, settings, events, rows }
     }
 
     /// Asks this run's coordinator for something.
@@ -114,7 +119,8 @@ impl Run {
 
     /// The processes of the run's workers that are alive.
     pub fn live_workers(&self) -> Vec<i32> {
-        let known = self.events().into_iter().filter_map(|event| {
+        let mut events = locked(&self.events);
+        let known = events.lines().iter().filter_map(|event| {
             let kind = event["kind"].as_str()?;
             let pid =
                 event["pid"].as_i64().filter(|_| kind == "worker_started" || kind == "worker_joined")?;
@@ -195,13 +201,13 @@ impl Run {
 
     /// Waits for an event of a kind that `is` wanted.
     pub fn wait_for(&self, kind: &str, is: impl Fn(&Value) -> bool) -> Value {
-        let wanted = |event: &Value| event["kind"] == kind && is(event);
-        eventually(kind, || self.events().into_iter().find(wanted))
+        let wanted = |event: &&Value| event["kind"] == kind && is(event);
+        eventually(kind, || locked(&self.events).lines().iter().find(wanted).cloned())
     }
 
     /// Waits until a step was reported, and returns the newest that was.
     pub fn wait_for_step(&self, step: u64) -> u64 {
-        let newest = || self.rows().iter().filter_map(|row| row["step"].as_u64()).max();
+        let newest = || locked(&self.rows).lines().iter().filter_map(|row| row["step"].as_u64()).max();
         eventually("a step", || newest().filter(|newest| *newest >= step))
     }
 
@@ -277,32 +283,45 @@ fn lines(path: &Path) -> Vec<Value> {
     whole.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect()
 }
 
-/// A file of JSON lines that grows, of which each line is read once.
+/// Waiting tests poll: the lines that were read are kept, so that a look costs what is new.
+fn locked(tail: &Mutex<Tail>) -> MutexGuard<'_, Tail> {
+    // A test that failed in a look is over; the lines are right all the same.
+    tail.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A file of JSON lines that grows, of which each line is read once. One that was cut or replaced is read anew.
 pub struct Tail {
     path: PathBuf,
-    read: usize,
+    /// The file's inode, and the bytes of it that were read.
+    file: u64,
+    read: u64,
     lines: Vec<Value>,
 }
 
 impl Tail {
     /// Nothing is read yet, and the file need not be there.
     pub fn new(path: PathBuf) -> Tail {
-        Tail { path, read: 0, lines: Vec::new() }
+        Tail { path, file: 0, read: 0, lines: Vec::new() }
     }
 
     /// All lines so far.
     pub fn lines(&mut self) -> &[Value] {
         if let Ok(new) = self.unread() {
             let whole = new.rfind('\n').map_or("", |end| &new[..=end]);
-            self.read += whole.len();
+            self.read += whole.len() as u64;
             self.lines.extend(whole.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")));
         }
         &self.lines
     }
 
-    fn unread(&self) -> std::io::Result<String> {
+    fn unread(&mut self) -> std::io::Result<String> {
         let mut file = File::open(&self.path)?;
-        file.seek(SeekFrom::Start(self.read as u64))?;
+        let about = file.metadata()?;
+        if about.ino() != self.file || about.len() < self.read {
+            (self.file, self.read) = (about.ino(), 0);
+            self.lines.clear();
+        }
+        file.seek(SeekFrom::Start(self.read))?;
         let mut new = String::new();
         file.read_to_string(&mut new)?;
         Ok(new)
