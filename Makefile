@@ -17,7 +17,7 @@ KILLS ?= 100
 RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test simulate simulate-shell chaos check fmt lint docs licences proto-lint clean \
+.PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test simulate simulate-planted simulate-shell chaos check fmt lint docs licences proto-lint clean \
 	wheel image check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
 
 help: ## Show what there is to make.
@@ -95,8 +95,11 @@ test: build $(TOOLS)/python ## Run all tests.
 chaos: build ## Disturb real runs at random, for MINUTES=10, and demand the same bits (SEED=x to repeat).
 	MINUTES=$(MINUTES) $(CARGO) run --release --locked -p ganglion-tests --bin chaos
 
-simulate: ## Simulate the group protocol with faults (SEEDS=n, or SEED=x to see one again). Needs no set-up.
+simulate: ## Simulate the group protocol with faults (SEEDS=n, FIRST=n, or SEED=x to see one again). Needs no set-up.
 	SEEDS=$(SEEDS) $(CARGO) test --release --locked -p ganglion-membership --test simulation every_seed -- --nocapture
+
+simulate-planted: ## Plant mistakes into copies of the group protocol: the simulation must find each. Needs no set-up.
+	$(PYTHON) membership/tests/planted/check.py
 
 simulate-shell: setup ## Simulate coordinator and sessions, with gRPC and journal (SHELL_SEEDS=n, or SEED=x).
 	SEEDS=$(SHELL_SEEDS) $(CARGO) test --release --locked -p ganglion-worker --test simulation every_seed -- --nocapture

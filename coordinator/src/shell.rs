@@ -4,7 +4,7 @@
 //! 2. The loop never waits for a worker: a worker that does not read its messages loses its session.
 //! 3. A file that cannot be written is tried again while training goes on; nothing is acknowledged that is not written. The
 //!    loop does not wait for the checkpoint storage: a task of its own does (`keeper.rs`).
-//! 4. Only a worker's newest session is listened to.
+//! 4. Only a worker's newest session is listened to: the one that the worker opened last, in whatever order they arrive.
 
 mod actions;
 mod admin;
@@ -115,6 +115,8 @@ pub struct Shell {
     supervisor: Supervisor,
     exited: mpsc::UnboundedReceiver<Exited>,
     workers: BTreeMap<WorkerId, Connected>,
+    /// By which attempt each worker's newest session was opened.
+    attempts: BTreeMap<WorkerId, u64>,
     /// The recorded size of the data set.
     samples: Option<u64>,
     /// Workers whose sessions were closed because they do not read.
@@ -200,6 +202,7 @@ impl Shell {
             supervisor: parts.supervisor,
             exited: parts.exited,
             workers: BTreeMap::new(),
+            attempts: BTreeMap::new(),
             samples: None,
             deaf: Vec::new(),
             unjournaled: Vec::new(),

@@ -169,6 +169,7 @@ fn hello_to_wire(hello: Hello) -> wire::Hello {
             rested: resume.rest.map(rested),
         }),
         device: hello.device,
+        attempt: hello.attempt,
     }
 }
 
@@ -189,6 +190,7 @@ fn hello_from_wire(hello: wire::Hello) -> Hello {
             rest: resume.rested.map(rested),
         }),
         device: clipped(hello.device),
+        attempt: hello.attempt,
     }
 }
 

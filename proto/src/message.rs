@@ -94,6 +94,8 @@ pub struct Hello {
     pub resume: Option<Resume>,
     /// What it computes on, for people.
     pub device: String,
+    /// Which of the worker's attempts to open a session this is. Only grows.
+    pub attempt: u64,
 }
 
 /// What a worker whose session ended says of itself.

@@ -20,6 +20,7 @@ pub fn hello() -> Hello {
         address: "127.0.0.1:9".to_string(),
         resume: None,
         device: "cpu".to_string(),
+        attempt: 1,
     }
 }
 

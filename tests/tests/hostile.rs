@@ -216,6 +216,16 @@ fn a_session_begins_with_a_hello_that_is_true() {
         let welcome = target.join(resuming).unwrap().welcome;
         assert!(welcome.worker != WorkerId(worker), "taken in as worker {worker}");
     }
+    // What arrives late of a session that was given up is not true any more.
+    let again = |worker, attempt| Hello { attempt, ..resuming(&run, worker, Term(1), Generation(0)) };
+    let worker = target.join(hello()).unwrap().welcome.worker;
+    let newer = target.join(again(worker, 3)).unwrap();
+    assert_eq!(newer.welcome.worker, worker);
+    target.refuses(
+        first(FromWorker::Hello(again(worker, 2))),
+        Code::FailedPrecondition,
+        "opened a newer one",
+    );
     target.assert_undisturbed();
 }
 

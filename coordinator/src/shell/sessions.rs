@@ -31,6 +31,10 @@ impl Shell {
         if resume.as_ref().is_some_and(|resume| !self.supervisor.may_be(resume.worker, token)) {
             return Ok(Err("only with its token a worker of this coordinator goes on".to_string()));
         }
+        let newest = resume.as_ref().and_then(|resume| self.attempts.get(&resume.worker));
+        if newest.is_some_and(|newest| hello.attempt < *newest) {
+            return Ok(Err("this worker has given this session up and opened a newer one".to_string()));
+        }
         let worker = match &resume {
             Some(resume) => resume.worker,
             None => self.journal.admit(self.term, &hello.host, hello.pid, token)?,
@@ -39,7 +43,8 @@ impl Shell {
         if token.is_some() && !local {
             return Ok(Err("its token is of no worker that this coordinator started".to_string()));
         }
-        let Hello { host, pid, address, device, .. } = hello;
+        let Hello { host, pid, address, device, attempt, .. } = hello;
+        self.attempts.insert(worker, attempt);
         let heard = None;
         let connected =
             Connected { session, outbox: Some(outbox), host: host.clone(), pid, address, device, heard };

@@ -54,6 +54,8 @@ pub struct Coordinator {
     /// The worker and process behind each session that is open.
     pub sessions: BTreeMap<ConnId, (WorkerId, Proc)>,
     pub newest: BTreeMap<WorkerId, ConnId>,
+    /// By which attempt each worker opened its newest session.
+    attempts: BTreeMap<WorkerId, u64>,
     store: Option<Store>,
     /// Tokens of processes that ended.
     reaped: BTreeSet<u64>,
@@ -94,6 +96,7 @@ impl Coordinator {
             tick_at: None,
             sessions: BTreeMap::new(),
             newest: BTreeMap::new(),
+            attempts: BTreeMap::new(),
             store: None,
             reaped: workers.values().filter(|w| w.ended).filter_map(|w| w.token).collect(),
             welcomed: BTreeSet::new(),
@@ -178,8 +181,8 @@ impl Coordinator {
     }
 
     fn hear(&mut self, conn: ConnId, up: Up, ctx: &mut Ctx) {
-        if let Up::Hello { proc, token, resume } = up {
-            return self.hello(conn, proc, token, resume, ctx);
+        if let Up::Hello { proc, attempt, token, resume } = up {
+            return self.hello(conn, (proc, attempt), token, resume, ctx);
         }
         let Some((worker, proc)) = self.sessions.get(&conn).copied() else { return };
         if self.newest.get(&worker) != Some(&conn) {
@@ -210,7 +213,14 @@ impl Coordinator {
         self.feed(event, ctx);
     }
 
-    fn hello(&mut self, conn: ConnId, proc: Proc, token: Option<u64>, resume: Option<Resume>, ctx: &mut Ctx) {
+    fn hello(
+        &mut self,
+        conn: ConnId,
+        (proc, attempt): (Proc, u64),
+        token: Option<u64>,
+        resume: Option<Resume>,
+        ctx: &mut Ctx,
+    ) {
         if resume.as_ref().is_some_and(|resume| resume.term > self.term) {
             ctx.close(conn, Node::Coordinator);
             return;
@@ -226,7 +236,12 @@ impl Coordinator {
         }
         let resume = self.hello_again(token, resume.as_ref(), ctx).or(resume);
         match resume.filter(|resume| self.machine.knows(resume.worker, resume.generation)) {
+            // One that the worker gave up may arrive after a newer one: what it says is not true any more.
+            Some(Resume { worker, .. }) if self.attempts.get(&worker).is_some_and(|a| attempt < *a) => {
+                ctx.close(conn, Node::Coordinator);
+            }
             Some(Resume { worker, generation, rest, .. }) => {
+                self.attempts.insert(worker, attempt);
                 self.open_session(conn, worker, proc, ctx);
                 self.feed(Event::Resumed { worker, generation, rest }, ctx);
             }
@@ -236,6 +251,7 @@ impl Coordinator {
                     return;
                 }
                 ctx.journal(Row::Worker(worker, token));
+                self.attempts.insert(worker, attempt);
                 self.open_session(conn, worker, proc, ctx);
                 self.feed(Event::Hello { worker, local: token.is_some() }, ctx);
             }

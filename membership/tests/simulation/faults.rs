@@ -1,9 +1,10 @@
 //! What a seed draws: the job, the cluster, and the mishaps that strike until the world calms down.
 
-use rand::RngExt;
 use rand::rngs::ChaCha8Rng;
+use rand::{RngExt, SeedableRng};
 
 use crate::coordinator::Alarm;
+use crate::directory::Trouble;
 use crate::job::{Instant, Job};
 use crate::network::{Node, Proc};
 use crate::note;
@@ -67,6 +68,12 @@ pub enum Mishap {
     },
     BreakSession,
     StorageDown(u64),
+    /// The storage of a worker, or of all of them.
+    Storage {
+        time: u64,
+        trouble: Trouble,
+        all: bool,
+    },
     FlipBit,
     Leave,
     Scale(u32),
@@ -105,8 +112,23 @@ pub fn draw(rng: &mut ChaCha8Rng, seed: u64) -> (Scenario, Job, Vec<(Instant, Mi
         stranger: (!calm && rng.random_bool(0.05)).then(|| total + rng.random_range(1..=3)),
         quiet_at,
     };
-    let mishaps = draw_mishaps(rng, &scenario);
+    let mut mishaps = draw_mishaps(rng, &scenario);
+    mishaps.extend(draw_storages(seed, &scenario));
     (scenario, job, mishaps)
+}
+
+/// Storages that do not answer, fail, are full or slow, from before a checkpoint is due until long after. Calm seeds have
+/// them as well: nobody is to blame for its storage. They are drawn apart, so that seeds without them are what they were.
+fn draw_storages(seed: u64, scenario: &Scenario) -> Vec<(Instant, Mishap)> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x5709_a6e0);
+    let count = if rng.random_bool(0.25) { rng.random_range(1..=3) } else { 0 };
+    let mut draw = || {
+        let trouble = [Trouble::Hangs, Trouble::Fails, Trouble::Slow][rng.random_range(0..3)];
+        let mishap =
+            Mishap::Storage { time: draw_time(&mut rng, scenario.long), trouble, all: rng.random_bool(0.5) };
+        (rng.random_range(0..scenario.quiet_at), mishap)
+    };
+    (0..count).map(|_| draw()).collect()
 }
 
 fn draw_mishaps(rng: &mut ChaCha8Rng, scenario: &Scenario) -> Vec<(Instant, Mishap)> {
@@ -180,6 +202,11 @@ pub fn strike(world: &mut World, mishap: Mishap) {
             world.ctx.directory.storage_down = true;
             world.ctx.after(time, Happening::StorageUp);
         }
+        Mishap::Storage { time, trouble, all: true } => {
+            for proc in alive(world) {
+                trouble_storage(world, proc, time, trouble);
+            }
+        }
         Mishap::IsolateCoordinator { time, reset } => {
             for proc in alive(world) {
                 cut(world, Node::Worker(proc), Node::Coordinator, time, reset);
@@ -224,6 +251,7 @@ fn strike_worker(world: &mut World, mishap: Mishap, proc: Proc, alive: &[Proc]) 
                 world.ctx.reset(conn);
             }
         }
+        Mishap::Storage { time, trouble, .. } => trouble_storage(world, proc, time, trouble),
         Mishap::FlipBit => flip(world, proc),
         Mishap::Leave => {
             let worker = world.workers.get_mut(&proc).expect("it lives");
@@ -245,6 +273,11 @@ fn cut(world: &mut World, a: Node, b: Node, time: u64, reset: bool) {
         }
     }
     world.ctx.after(time, Happening::Mend(a, b));
+}
+
+fn trouble_storage(world: &mut World, proc: Proc, time: u64, trouble: Trouble) {
+    world.workers.get_mut(&proc).expect("it lives").storage = Some(trouble);
+    world.ctx.after(time, Happening::StorageMended(proc));
 }
 
 fn suspend(world: &mut World, time: u64) {

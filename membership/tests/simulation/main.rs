@@ -12,6 +12,7 @@ mod invariants;
 mod job;
 mod mix;
 mod network;
+mod planted;
 mod sweep;
 mod team;
 mod worker;
@@ -24,7 +25,10 @@ const MACHINE: Simulation = Simulation {
     package: "ganglion-membership",
     seeds: 2000,
     of_today: 4000,
-    failed_once: &[105_034, 360_559, 711_331, 771_947, 907_752, 928_086, 988_397],
+    failed_once: &[
+        105_034, 108_826, 282_049, 360_559, 711_331, 771_947, 907_752, 928_086, 988_397, 1_111_873,
+        1_383_016, 1_396_565,
+    ],
     run,
 };
 

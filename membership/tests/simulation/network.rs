@@ -25,6 +25,8 @@ pub enum Node {
 pub enum Up {
     Hello {
         proc: Proc,
+        /// Which of its attempts to open a session this is.
+        attempt: u64,
         token: Option<u64>,
         resume: Option<Resume>,
     },

@@ -25,6 +25,8 @@ pub enum Stage {
     Computing,
     Reducing,
     Committing,
+    /// All is done but for files that are not on the storage.
+    Saving,
     /// At rest.
     Done,
 }
@@ -62,13 +64,16 @@ pub struct Team {
     reduced: (u64, u64, u64),
     /// This rank's part, and the plan in its trailer.
     own: (u64, u64, u64),
+    /// Whether the job's last step is done, once it only saves.
+    complete: bool,
 }
 
 impl Team {
     pub fn activity(&self) -> Activity {
         match self.stage {
             Stage::Done => Activity::Resting,
-            Stage::Computing | Stage::Committing | Stage::Loading => Activity::Computing,
+            Stage::Computing | Stage::Committing => Activity::Computing,
+            Stage::Loading | Stage::Saving => Activity::Paused,
             _ => Activity::Waiting,
         }
     }
@@ -155,6 +160,7 @@ impl Worker {
             void: false,
             reduced: (0, 0, 0),
             own: (0, 0, 0),
+            complete: false,
         });
         self.say(Up::Enter(generation), ctx);
     }
@@ -225,7 +231,7 @@ impl Worker {
             return;
         }
         team.broken.insert(from);
-        if team.stage != Stage::Meeting {
+        if !matches!(team.stage, Stage::Meeting | Stage::Saving) {
             self.leave_team(Some(Fault::Peer), ctx);
         }
     }
@@ -411,7 +417,8 @@ impl Worker {
         }
         let team = self.team.as_ref().expect("it is in a team");
         let Start::Checkpoint(_, checkpoint) = &team.group.start else { return };
-        match ctx.directory.load(checkpoint) {
+        let answers = self.storage_answers();
+        match ctx.directory.load(checkpoint).filter(|_| answers) {
             Some(state) => {
                 self.state = Some(state);
                 self.broadcast(&state, ctx);
@@ -531,12 +538,25 @@ impl Worker {
 
     // ---- Coming to rest --------------------------------------------------------------------------------------
 
+    /// Rests once its last state is on the storage, however long that takes.
     fn finish(&mut self, complete: bool, ctx: &mut Ctx) {
         if !complete {
             self.save_share(true, ctx);
         }
-        self.finished = Some(complete);
-        self.come_to_rest(None, false, ctx);
+        self.team.as_mut().expect("it is in a team").complete = complete;
+        self.enter(Stage::Saving, ctx);
+        self.finish_if_saved(ctx);
+    }
+
+    pub fn finish_if_saved(&mut self, ctx: &mut Ctx) {
+        let saving = self.team.as_ref().filter(|team| team.active && team.stage == Stage::Saving);
+        if let Some(complete) = saving.map(|team| team.complete)
+            && self.is_saved()
+            && !self.expired
+        {
+            self.finished = Some(complete);
+            self.come_to_rest(None, false, ctx);
+        }
     }
 
     /// Leaves the group, at once or when the work in hand is done.

@@ -1,13 +1,13 @@
 //! A worker process: its session with the coordinator. Its training thread is in `team`.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use ganglion_membership::{
     Activity, Event, Fault, Generation, Group, LoadedFacts, Passport, Plan, Position, Progress, Rank, Rested,
     Term, WorkerId, WrittenPart,
 };
 
-use crate::directory::whole;
+use crate::directory::{Trouble, whole};
 use crate::job::{Instant, State};
 use crate::network::{ConnId, Down, Node, Packet, Proc, Resume, Up};
 use crate::note;
@@ -60,6 +60,7 @@ pub struct Worker {
     pub leaving: bool,
     pub refused: bool,
     session: Option<Session>,
+    attempts: u64,
     pub id: Option<WorkerId>,
     pub term: Term,
     pub lease_until: Instant,
@@ -83,6 +84,12 @@ pub struct Worker {
     pub slowest_leaf: u64,
     /// How often its state turned out void.
     era: u64,
+    /// What is wrong with its storage.
+    pub storage: Option<Trouble>,
+    /// Files that are to be written, by position and index.
+    unwritten: BTreeSet<(u64, u32)>,
+    /// Those whose writing is not answered.
+    unanswered: Vec<Timer>,
     /// Whether its next commit goes wrong.
     pub flips: bool,
     /// The number of the work in hand, and when its first and its last leaf are done.
@@ -114,6 +121,7 @@ impl Worker {
             leaving: false,
             refused: false,
             session: None,
+            attempts: 0,
             id: None,
             term: Term(0),
             lease_until: Instant::MAX,
@@ -131,6 +139,9 @@ impl Worker {
             leaves: 0,
             slowest_leaf: 0,
             era: 0,
+            storage: None,
+            unwritten: BTreeSet::new(),
+            unanswered: Vec::new(),
             flips: false,
             work: 0,
             work_time: (0, 0),
@@ -204,7 +215,9 @@ impl Worker {
         let opened = ctx.now;
         self.session = Some(Session { conn, opened, welcomed: false, last_pulse: opened, said_at_rest });
         if ctx.listens() {
-            self.send(Up::Hello { proc: self.proc, token: self.token, resume }, ctx);
+            self.attempts += 1;
+            let hello = Up::Hello { proc: self.proc, attempt: self.attempts, token: self.token, resume };
+            self.send(hello, ctx);
         } else if !ctx.network.is_cut(self.node(), Node::Coordinator) {
             ctx.reset(conn);
         }
@@ -414,8 +427,7 @@ impl Worker {
     fn forget(&mut self, ctx: &mut Ctx) {
         self.finished = None;
         self.fault = None;
-        self.reports.clear();
-        self.era += 1;
+        self.void_reports();
         if let Some(team) = &mut self.team {
             team.next = None;
             team.forgotten = true;
@@ -475,7 +487,9 @@ impl Worker {
     // ---- Checkpoints and the end -----------------------------------------------------------------------------
 
     pub fn save_later(&mut self, state: State, index: u32, ctx: &mut Ctx) {
-        let wait = ctx.between(2_000, 80_000);
+        let slow = if self.storage == Some(Trouble::Slow) { 40 } else { 1 };
+        let wait = ctx.between(2_000, 80_000) * slow;
+        self.unwritten.insert((state.position.0, index));
         ctx.after(wait, Happening::Timer(self.proc, Timer::Save(state, index, self.era)));
     }
 
@@ -483,22 +497,57 @@ impl Worker {
         if era != self.era {
             return;
         }
+        if self.storage == Some(Trouble::Hangs) {
+            return self.unanswered.push(Timer::Save(state, index, era));
+        }
         let Ctx { directory, job, .. } = ctx;
-        match directory.write_part(job, &state, index) {
+        let works = self.storage != Some(Trouble::Fails);
+        match works.then(|| directory.write_part(job, &state, index)).flatten() {
+            None if self.unwritten.last().is_some_and(|(newest, _)| *newest > state.position.0) => {
+                // A newer checkpoint takes its place.
+                self.unwritten.remove(&(state.position.0, index));
+            }
             None => ctx.after(150_000, Happening::Timer(self.proc, Timer::Save(state, index, self.era))),
             Some(part) => {
+                self.unwritten.remove(&(state.position.0, index));
                 if self.saved < Some(state.position) {
                     self.reports.insert((state.position.0, index), part.clone());
                 }
                 self.say(Up::PartWritten(part), ctx);
+                self.finish_if_saved(ctx);
             }
+        }
+    }
+
+    /// Whether all that it was to save is on the storage.
+    pub fn is_saved(&self) -> bool {
+        self.unwritten.is_empty()
+    }
+
+    /// Whether its storage does what it is asked for, sooner or later.
+    pub fn storage_answers(&self) -> bool {
+        !matches!(self.storage, Some(Trouble::Hangs | Trouble::Fails))
+    }
+
+    /// What was not answered is, one after the other.
+    pub fn storage_mended(&mut self, ctx: &mut Ctx) {
+        self.storage = None;
+        for timer in std::mem::take(&mut self.unanswered) {
+            let wait = ctx.between(500, 20_000);
+            ctx.after(wait, Happening::Timer(self.proc, timer));
         }
     }
 
     /// Its state must not be used, nor what it was to save of it.
     pub fn drop_state(&mut self) {
         self.state = None;
+        self.void_reports();
+    }
+
+    /// Nothing more is saved or reported of what it saw until now.
+    fn void_reports(&mut self) {
         self.reports.clear();
+        self.unwritten.clear();
         self.era += 1;
     }
 
@@ -508,6 +557,7 @@ impl Worker {
             state.halves[0] ^= 1 << 17;
             state.tainted = true;
             ctx.flipped_in = Some(self.newest);
+            ctx.flips += 1;
         }
     }
 
@@ -522,7 +572,7 @@ impl Worker {
 
     fn save_all(&mut self, attempt: u32, ctx: &mut Ctx) {
         let Some(state) = self.state.filter(|_| !self.blind) else { return self.exit(ctx) };
-        if ctx.directory.storage_down {
+        if ctx.directory.storage_down || !self.storage_answers() {
             if attempt < 10 {
                 ctx.after(200_000, Happening::Timer(self.proc, Timer::SaveAll(attempt + 1)));
             } else {

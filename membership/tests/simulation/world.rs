@@ -45,6 +45,8 @@ pub enum Happening {
     /// Partitions and outages that were meant to end do.
     Mend(Node, Node),
     StorageUp,
+    /// A worker's.
+    StorageMended(Proc),
     /// The faults stop.
     Quiet,
 }
@@ -133,6 +135,8 @@ pub struct Ctx {
     pub spoiled: bool,
     /// The generation in which a bit flipped.
     pub flipped_in: Option<Generation>,
+    /// How many did.
+    pub flips: u32,
 }
 
 /// Writes a line into the log, if there is one.
@@ -318,6 +322,7 @@ impl World {
             ended: BTreeSet::new(),
             spoiled: false,
             flipped_in: None,
+            flips: 0,
         };
         let mut world = World {
             ctx,
@@ -380,6 +385,7 @@ impl World {
             Happening::Mishap(mishap) => faults::strike(self, mishap),
             Happening::Mend(a, b) => self.ctx.mend(a, b),
             Happening::StorageUp => self.ctx.directory.storage_down = false,
+            Happening::StorageMended(proc) => self.with_worker(proc, |w, ctx| w.storage_mended(ctx)),
             Happening::Quiet => self.calm_down(),
         }
         self.tend();
@@ -610,6 +616,7 @@ impl World {
         for proc in procs {
             self.with_worker(proc, |w, ctx| {
                 w.crash_after = None;
+                w.storage_mended(ctx);
                 w.wake(ctx);
             });
         }

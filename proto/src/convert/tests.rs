@@ -106,6 +106,7 @@ fn hello() -> Hello {
         address: String::new(),
         resume: None,
         device: "cpu".into(),
+        attempt: 5,
     }
 }
 

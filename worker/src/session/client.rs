@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use ganglion_membership::{Limits, Term};
@@ -144,6 +145,7 @@ pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result
         connect,
         answers,
         device,
+        attempts: AtomicU64::new(0),
     };
     let connection = tokio::select! {
         biased;
@@ -232,6 +234,8 @@ struct Dial {
     /// Where this worker answers probes.
     answers: String,
     device: String,
+    /// Attempts to open a session until now.
+    attempts: AtomicU64,
 }
 
 /// An open stream.
@@ -383,6 +387,7 @@ impl Dial {
             address: self.answers.clone(),
             resume,
             device: self.device.clone(),
+            attempt: self.attempts.fetch_add(1, Ordering::Relaxed) + 1,
         }
     }
 }

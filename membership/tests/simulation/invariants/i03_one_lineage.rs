@@ -1,5 +1,6 @@
 //! Two states at one position are equal, those of dead holders and manifests included. A flipped bit is allowed until the
-//! generation in which it was found is condemned, and where it was copied before anybody could see it.
+//! generation in which it was found is condemned, and where it was copied before anybody could see it. No more generations
+//! are condemned than bits flipped.
 
 use ganglion_membership::{Checkpoint, Generation};
 
@@ -11,6 +12,7 @@ use crate::world::{Seen, World};
 #[derive(Default)]
 pub struct OneLineage {
     condemned: Option<Generation>,
+    times: u32,
 }
 
 impl OneLineage {
@@ -37,7 +39,10 @@ impl Invariant for OneLineage {
         match seen {
             Seen::Journaled(Row::Condemned(generation)) => {
                 self.condemned = Some(*generation);
-                Ok(())
+                self.times += 1;
+                hold(self.times <= world.ctx.flips || world.ctx.spoiled, || {
+                    format!("generation {generation} is condemned, and its members' states were equal")
+                })
             }
             Seen::Committed { proc, state, .. } => self.fits(state, &format_args!("process {proc}"), world),
             Seen::Healed { proc, state, .. } => self.fits(state, &format_args!("process {proc}"), world),

@@ -1,5 +1,5 @@
 //! A generation starts at the highest of the positions readied for it and the newest checkpoint that its coordinator
-//! knows; each receiver is wholly old or wholly new.
+//! knows; each receiver is wholly old or wholly new. Nobody who leaves is a member if somebody who stays holds that position.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,14 +17,23 @@ pub struct RightStart {
     readied: BTreeMap<WorkerId, Option<Position>>,
     /// Members that the coordinator gave up, whatever still arrives from them.
     lost: BTreeSet<WorkerId>,
+    /// Members that want to leave; `None` once the number of workers was changed, since nobody hears whom that lets go.
+    leaving: Option<BTreeSet<WorkerId>>,
     /// The newest checkpoint that the coordinator knows.
     known: Option<Position>,
 }
 
 impl RightStart {
     fn took(&mut self, event: &Event) {
-        if let Event::Resumed { worker, .. } = event {
-            self.lost.remove(worker);
+        match event {
+            Event::Resumed { worker, .. } => {
+                self.lost.remove(worker);
+            }
+            Event::Leave(worker) => {
+                self.leaving.as_mut().map(|leaving| leaving.insert(*worker));
+            }
+            Event::Scale(_) => self.leaving = None,
+            _ => {}
         }
         let (worker, generation, position) = match event {
             Event::Ready(worker, generation, position) => (worker, *generation, *position),
@@ -58,6 +67,21 @@ impl RightStart {
             )
         })
     }
+
+    fn check_leavers(&self, group: &Group) -> Finding {
+        let Some(leaving) = self.leaving.as_ref().filter(|_| self.condemned != Some(self.generation)) else {
+            return Ok(());
+        };
+        let most = self.readied.values().copied().flatten().max();
+        let held = |(worker, position): (&WorkerId, &Option<Position>)| {
+            most.is_some() && *position == most && !leaving.contains(worker)
+        };
+        let needed = !self.readied.iter().any(held);
+        let leaver = group.members.iter().find(|member| leaving.contains(&member.worker));
+        hold(needed || leaver.is_none(), || {
+            format!("{leaver:?} leaves, and somebody who stays holds {most:?}")
+        })
+    }
 }
 
 impl Invariant for RightStart {
@@ -67,15 +91,20 @@ impl Invariant for RightStart {
                 self.known = *adopted;
                 self.readied.clear();
                 self.lost.clear();
+                // Whoever leaves says so again.
+                self.leaving = Some(BTreeSet::new());
             }
             Seen::Took(event) => self.took(event),
             Seen::Decided(Action::Lose(worker, _) | Action::Release(worker)) => {
                 self.readied.remove(worker);
                 self.lost.insert(*worker);
+                // If it comes back it says so again.
+                self.leaving.as_mut().map(|leaving| leaving.remove(worker));
             }
             Seen::Journaled(Row::Condemned(generation)) => self.condemned = Some(*generation),
             Seen::Journaled(Row::Group(_, group)) => {
                 self.check(group)?;
+                self.check_leavers(group)?;
                 self.generation = group.generation;
                 self.members = group.members.iter().map(|member| member.worker).collect();
                 self.readied.clear();

@@ -4,6 +4,7 @@
 use ganglion_membership::{Action, Cause, Loss};
 
 use super::{Finding, Invariant, hold};
+use crate::worker::Worker;
 use crate::world::{Seen, World};
 
 pub struct NoEviction;
@@ -14,9 +15,10 @@ impl Invariant for NoEviction {
         match seen {
             Seen::Decided(Action::Lose(worker, loss)) => {
                 let evicted = !matches!(loss, Loss::Exited(_));
-                // A number that was given to a process that gave up waiting for it is nobody's.
-                let lives =
-                    world.workers.values().any(|process| process.alive && process.id == Some(*worker));
+                // A number that was given to a process that gave up waiting for it is nobody's, and pauses that follow on
+                // each other may be longer than a lease: who is past it trains no more, also while it still saves.
+                let is_it = |process: &Worker| process.id == Some(*worker);
+                let lives = world.workers.values().any(|w| w.alive && !w.expired && is_it(w));
                 hold(!calm || !evicted || !lives, || format!("worker {worker} is evicted: {loss}"))
             }
             Seen::Decided(Action::Abort { generation, cause: Cause::Stalled, .. }) => {
