@@ -244,6 +244,11 @@ impl Machine {
         self.workers.values().find_map(|w| w.facts.as_ref()).map(|facts| facts.samples)
     }
 
+    /// Whether a worker has loaded and was taken in: the run's numeric passport is its own.
+    pub fn has_loaded(&self, worker: WorkerId) -> bool {
+        self.workers.get(&worker).is_some_and(|worker| worker.facts.is_some())
+    }
+
     /// Whether a worker whose session ended may go on as who it was: it is known, or a lost member of the newest
     /// generation. Everybody else is a stranger.
     pub fn knows(&self, worker: WorkerId, generation: Generation) -> bool {

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::de::value::{Error as ValueError, StrDeserializer};
 
 use crate::evaluation::{Alarms, Evaluation, EvaluationRow};
+use crate::found::Found;
 use crate::job::{self, Job, Length};
 use crate::message::{
     Assignment, FromWorker, GpuUse, Hello, MetricsRow, Profile, Resume, SampleGrid, ToWorker, Usage, Welcome,
@@ -27,7 +28,7 @@ const SLOWEST_LEAF: Duration = Duration::from_secs(3600);
 #[error("malformed message: {0}")]
 pub struct Malformed(pub String);
 
-fn malformed(what: &str) -> Malformed {
+pub(crate) fn malformed(what: &str) -> Malformed {
     Malformed(what.to_string())
 }
 
@@ -51,12 +52,13 @@ impl FromWorker {
         use wire::session_request::Message;
         let message = match self {
             FromWorker::Hello(hello) => Message::Hello(hello_to_wire(hello)),
-            FromWorker::Loaded(facts) => Message::Loaded(wire::Loaded {
+            FromWorker::Loaded(facts, data) => Message::Loaded(wire::Loaded {
                 passport: facts.passport.0,
                 samples: facts.samples,
                 sees_storage: facts.sees_storage,
                 phases_per_step: facts.phases_per_step,
                 gpu: facts.gpu.unwrap_or_default(),
+                data: data.map(|data| data.to_wire()),
             }),
             FromWorker::Ready(generation, position) => Message::Ready(wire::Ready {
                 generation: generation.0,
@@ -109,7 +111,10 @@ impl FromWorker {
         use wire::session_request::Message;
         let message = match required(request.message, "message")? {
             Message::Hello(hello) => FromWorker::Hello(hello_from_wire(hello)),
-            Message::Loaded(loaded) => FromWorker::Loaded(loaded_from_wire(loaded)?),
+            Message::Loaded(mut loaded) => {
+                let data = loaded.data.take().map(Found::from_wire).transpose()?;
+                FromWorker::Loaded(loaded_from_wire(loaded)?, data.map(Box::new))
+            }
             Message::Ready(ready) => {
                 FromWorker::Ready(Generation(ready.generation), ready.position.map(Position))
             }
@@ -559,6 +564,8 @@ fn job_to_wire(job: &Job) -> wire::Job {
             resize: job.data.resize,
             crop: job.data.crop,
             channels: job.data.channels,
+            image_extension: job.data.image_extension.clone(),
+            orientation: job.data.orientation.to_string(),
         }),
         model: Some(wire::Model {
             kind: job.model.kind.to_string(),
@@ -639,6 +646,11 @@ fn data_from_wire(data: wire::Data) -> Result<job::Data, Malformed> {
         resize: data.resize,
         crop: data.crop,
         channels: data.channels,
+        image_extension: data.image_extension,
+        orientation: match data.orientation.as_str() {
+            "" => job::Orientation::Follow,
+            named => from_name(named, "data.orientation")?,
+        },
     })
 }
 

@@ -127,6 +127,29 @@ pub struct Data {
     pub crop: Option<u32>,
     /// Colour channels of images read from a folder, 1 or 3. The other kinds know their own.
     pub channels: u32,
+    /// The ending of the files of a folder or archive that are pictures to train on, without its first dot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_extension: Option<String>,
+    /// Whether pictures are turned as their EXIF data say.
+    #[serde(default, skip_serializing_if = "Orientation::is_followed")]
+    pub orientation: Orientation,
+}
+
+/// What is done about the orientation in a picture's EXIF data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Orientation {
+    /// The picture is turned and mirrored as viewers do.
+    #[default]
+    Follow,
+    /// The picture stays as its pixels are stored.
+    Ignore,
+}
+
+impl Orientation {
+    fn is_followed(&self) -> bool {
+        *self == Orientation::Follow
+    }
 }
 
 /// The formats of samples.
@@ -141,7 +164,7 @@ pub enum DataKind {
     /// CIFAR-10's binary version: `data_batch_1.bin` to `data_batch_5.bin`.
     #[serde(rename = "cifar-10")]
     Cifar10,
-    /// A folder of PNG and JPEG files, searched recursively.
+    /// A folder of pictures, searched recursively, or archives of them.
     Folder,
 }
 
@@ -486,6 +509,7 @@ display_as_in_the_file!(
     Precision,
     Reduction,
     DataKind,
+    Orientation,
     ModelKind,
     EmaSchedule,
     LossKind,

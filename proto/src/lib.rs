@@ -10,6 +10,7 @@ pub mod credentials;
 pub mod dial;
 pub mod evaluation;
 pub mod failpoint;
+pub mod found;
 pub mod job;
 pub mod log;
 pub mod manifest;

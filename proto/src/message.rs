@@ -5,6 +5,7 @@ use ganglion_membership::{
 };
 
 use crate::evaluation::EvaluationRow;
+use crate::found::Found;
 use crate::job::Job;
 
 /// A worker's message.
@@ -12,8 +13,8 @@ use crate::job::Job;
 pub enum FromWorker {
     /// It asks to take part.
     Hello(Hello),
-    /// It has loaded.
-    Loaded(LoadedFacts),
+    /// It has loaded, and what it found in the data.
+    Loaded(LoadedFacts, Option<Box<Found>>),
     /// It is at rest and commits nothing more of the generation.
     Ready(Generation, Option<Position>),
     /// It left its group.

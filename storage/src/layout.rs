@@ -42,9 +42,19 @@ pub enum Claim {
     Unsafe,
 }
 
-fn version(file: &ObjectMeta) -> String {
+/// The state of a file: another one once its content is another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version {
+    /// Its length.
+    pub bytes: u64,
+    /// Tells it from other contents of that file.
+    pub text: String,
+}
+
+fn version(file: &ObjectMeta) -> Version {
     let written = file.last_modified.to_rfc3339();
-    format!("{} {}", file.size, file.e_tag.as_deref().unwrap_or(&written))
+    let text = format!("{} {}", file.size, file.e_tag.as_deref().unwrap_or(&written));
+    Version { bytes: file.size, text }
 }
 
 impl Storage {
@@ -103,14 +113,14 @@ impl Storage {
         Ok(files.into_iter().map(|file| (file.location.to_string(), file.size)).collect())
     }
 
-    /// The version of every file, by its name from the storage's root: another text once its content is another.
-    pub async fn versions(&self) -> Result<BTreeMap<String, String>> {
+    /// The version of every file, by its path from the storage's root.
+    pub async fn versions(&self) -> Result<BTreeMap<Path, Version>> {
         let files: Vec<_> = self.store.list(None).try_collect().await?;
-        Ok(files.into_iter().map(|file| (file.location.to_string(), version(&file))).collect())
+        Ok(files.into_iter().map(|file| (file.location.clone(), version(&file))).collect())
     }
 
     /// The version of a file.
-    pub async fn version(&self, path: &Path) -> Result<String> {
+    pub async fn version(&self, path: &Path) -> Result<Version> {
         Ok(version(&self.store.head(path).await?))
     }
 

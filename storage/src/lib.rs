@@ -33,7 +33,7 @@ pub use address::Address;
 pub use blocking::Blocking;
 pub use bytes::Bytes;
 pub use failure::reason;
-pub use layout::{BEST, Claim, LATEST, MANIFEST, MODEL_CARD, in_folder};
+pub use layout::{BEST, Claim, LATEST, MANIFEST, MODEL_CARD, Version, in_folder};
 pub use name::{BadName, RelativeName, printable};
 pub use object_store::path::Path;
 pub use object_store::{Error, PutPayload, Result};

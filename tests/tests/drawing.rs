@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use ganglion_tests::{Ended, Process, Run, program};
+use serde_json::json;
 
 const SHORT: &[&str] = &["job.steps=2", "job.data_shards=2", "job.shard_batch=2", "sample.every_steps=0"];
 const DCGAN: &[&str] = &["model.kind=dcgan-28", "model.width=4", "model.latent_dim=8"];
@@ -49,7 +50,15 @@ fn single_samples_are_those_of_the_picture_by_class() {
     // What is written is what a run reads: ten folders of samples, two of which hold two.
     let data = format!("data.path={}", folder.display());
     let again: &[&str] = &["data.kind=folder", &data, "data.channels=1", "data.resize=28", "data.crop=28"];
-    trained(&[DCGAN, CLASSES, again]);
+    fs::write(folder.join("notes.txt"), "of mine").unwrap();
+    let drawn = trained(&[DCGAN, CLASSES, again]);
+    // The run says what it found there, once.
+    let told: Vec<_> = drawn.events().into_iter().filter(|event| event["kind"] == "data").collect();
+    assert_eq!(told.len(), 1, "{told:?}");
+    let found = &told[0]["found"];
+    assert_eq!((&found["samples"], &found["class_count"]), (&json!(12), &json!(10)), "{found}");
+    assert_eq!(found["classes"][1], json!({ "name": "001", "samples": 2 }));
+    assert_eq!(found["left_out"], json!({ ".txt": { "count": 1, "example": "notes.txt" } }));
 }
 
 #[test]

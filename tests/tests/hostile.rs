@@ -248,7 +248,7 @@ fn a_worker_that_is_no_member_changes_nothing_whatever_it_claims() {
     target.logs("which has not trained");
 
     let stranger = target.join(hello()).unwrap();
-    stranger.say(FromWorker::Loaded(facts(&[("data", "other"), ("build", "other")])));
+    stranger.say(FromWorker::Loaded(facts(&[("data", "other"), ("build", "other")]), None));
     let end = target.end_of(stranger).unwrap();
     assert!(matches!(&end, Some(ToWorker::Reject(reason)) if reason.contains("other bits")), "{end:?}");
 
@@ -264,7 +264,7 @@ fn who_breaks_the_contract_in_a_session_loses_it() {
     let target = Target::new();
     let breaches = [
         (SessionRequest { term: 1, message: None }, Code::InvalidArgument),
-        (FromWorker::Loaded(facts(&[])).to_wire(Term(1)), Code::InvalidArgument),
+        (FromWorker::Loaded(facts(&[]), None).to_wire(Term(1)), Code::InvalidArgument),
         (FromWorker::InputError("x".repeat(MESSAGE_LIMIT + 1)).to_wire(Term(1)), Code::OutOfRange),
     ];
     for (breach, code) in breaches {

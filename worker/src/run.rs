@@ -173,6 +173,7 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
         other => Failure::Other(other.to_string()),
     })?;
     let samples = data.len() as u64;
+    let found = Box::new(data.found().clone());
     if job.global_batch() > samples {
         return Err(Failure::Input(format!(
             "job.data_shards x job.shard_batch is {} samples, more than the {samples} of the data; lower one of them",
@@ -211,7 +212,7 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     let archive = Archive::start(context).map_err(|error| Failure::Other(error.to_string()))?;
     let data = Arc::new(data);
     let evaluations = evaluations(&job, &models, &layout, &data, session, trace)?;
-    session.loaded(facts);
+    session.loaded(facts, Some(found));
     Ok(Trainer {
         job,
         models,

@@ -27,6 +27,7 @@ use ganglion_membership::{
 };
 use ganglion_proto::dial::Credentials;
 use ganglion_proto::evaluation::EvaluationRow;
+use ganglion_proto::found::Found;
 use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow, Resume, Welcome};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
@@ -100,7 +101,7 @@ struct Inbox {
     fault: Option<Fault>,
     /// Whether the state that this worker holds must not be used.
     void: bool,
-    facts: Option<LoadedFacts>,
+    facts: Option<(LoadedFacts, Option<Box<Found>>)>,
     /// Whether the coordinator waits to hear of `facts` until the training thread is at rest.
     introduce: bool,
     end: Option<End>,
@@ -162,9 +163,9 @@ impl Session {
     }
 
     /// Tells the coordinator that this worker can train.
-    pub fn loaded(&self, facts: LoadedFacts) {
-        self.shared.lock().facts = Some(facts.clone());
-        self.send(FromWorker::Loaded(facts));
+    pub fn loaded(&self, facts: LoadedFacts, found: Option<Box<Found>>) {
+        self.shared.lock().facts = Some((facts.clone(), found.clone()));
+        self.send(FromWorker::Loaded(facts, found));
     }
 
     /// The next generation, or the end, if it is there.
@@ -227,9 +228,9 @@ impl Session {
         };
         self.send(message);
         if std::mem::take(&mut inbox.introduce)
-            && let Some(facts) = inbox.facts.clone()
+            && let Some((facts, found)) = inbox.facts.clone()
         {
-            self.send(FromWorker::Loaded(facts));
+            self.send(FromWorker::Loaded(facts, found));
         }
     }
 
@@ -491,7 +492,8 @@ impl Shared {
         }
         let mut again = Vec::new();
         if !inbox.introduce {
-            again.extend(inbox.facts.clone().map(FromWorker::Loaded));
+            let facts = inbox.facts.clone();
+            again.extend(facts.map(|(facts, found)| FromWorker::Loaded(facts, found)));
         }
         again.extend(unheard(inbox.assigned.0, inbox.fault.clone(), inbox.rest));
         // Rows go before files: with the last file of the last checkpoint the run may end.

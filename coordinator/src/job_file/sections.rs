@@ -7,8 +7,8 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use ganglion_proto::job::{
-    ArchiveKind, Checkpoint, Data, DataKind, General, Job, Length, Metrics, ModelKind, NonFinite, Precision,
-    Reduction, Sample,
+    ArchiveKind, Checkpoint, Data, DataKind, General, Job, Length, Metrics, ModelKind, NonFinite,
+    Orientation, Precision, Reduction, Sample,
 };
 
 use ganglion_storage::Address;
@@ -38,6 +38,9 @@ const DATA_KINDS: &[(&str, DataKind)] = &[
     ("cifar-10", DataKind::Cifar10),
     ("folder", DataKind::Folder),
 ];
+
+const ORIENTATIONS: &[(&str, Orientation)] =
+    &[("follow", Orientation::Follow), ("ignore", Orientation::Ignore)];
 
 /// The number of steps or samples that a cadence may span; 0 means never.
 pub(super) const CADENCE: RangeInclusive<u64> = 0..=MAX_STEPS;
@@ -157,13 +160,36 @@ fn data(settings: &mut Settings, check_paths: bool) -> Data {
     let resize = settings.whole("data.resize", 1..=4096, 64);
     let crop = settings.whole("data.crop", 1..=4096, 64);
     let channels = settings.whole("data.channels", 1..=3, 3);
+    let image_extension = image_extension(settings);
+    let orientation = settings.choice("data.orientation", ORIENTATIONS);
+    let of_pictures =
+        [("data.image_extension", image_extension.is_some()), ("data.orientation", orientation.is_some())];
+    for (key, given) in of_pictures {
+        if given && kind.is_some_and(|kind| kind != DataKind::Folder) {
+            settings.fault(key, "is of use with data.kind = \"folder\" alone; remove it");
+        }
+    }
     Data {
         kind: kind.unwrap_or(DataKind::Mnist10k),
         path,
         resize,
         crop: crop.or(resize),
         channels: check_channels(settings, kind, channels),
+        image_extension,
+        orientation: orientation.unwrap_or_default(),
     }
+}
+
+/// The ending of the files that are pictures to train on.
+fn image_extension(settings: &mut Settings) -> Option<String> {
+    let text = settings.text("data.image_extension", "jpg")?;
+    let extension = text.trim_start_matches('.').to_ascii_lowercase();
+    let is_one = !extension.is_empty() && extension.len() <= 64;
+    if !is_one || extension.contains(['/', '\\', '*']) || extension.chars().any(char::is_control) {
+        settings
+            .fault("data.image_extension", "must be an ending of files, such as \"jpg\" or \"input.png\"");
+    }
+    Some(extension)
 }
 
 /// Holds a path against what its kind of data needs.
@@ -172,7 +198,7 @@ fn check_path(settings: &mut Settings, kind: DataKind, path: Option<&Path>, chec
         DataKind::Mnist10k => None,
         DataKind::Idx => Some("an IDX file of images, or the folder that holds it"),
         DataKind::Cifar10 => Some("the folder that holds data_batch_1.bin to data_batch_5.bin"),
-        DataKind::Folder => Some("a folder of PNG or JPEG files, or a zip or tar file of them"),
+        DataKind::Folder => Some("a folder of pictures, or a zip or tar file of them"),
     };
     let name = name_of(DATA_KINDS, kind);
     let problem = match (needed, path) {

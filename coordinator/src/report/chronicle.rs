@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ganglion_proto::found::Found;
 use serde::{Deserialize, Serialize};
 
 use super::curve::{Bucket, Curve, Point, SERIES};
@@ -54,6 +55,8 @@ pub struct Known {
     pub best: Option<BestLine>,
     /// What goes wrong now, by name, and why.
     pub alarms: BTreeMap<String, String>,
+    /// The data set as a worker found it.
+    pub data: Option<Found>,
 }
 
 /// A row of metrics, as its line has it.
@@ -130,6 +133,12 @@ pub struct EvaluationLine {
     pub metrics: BTreeMap<String, Option<f64>>,
     pub features: String,
     pub seconds: f64,
+}
+
+/// The data set, as its event has it.
+#[derive(Deserialize)]
+struct DataLine {
+    found: Found,
 }
 
 /// Why there is an alarm.
@@ -245,6 +254,10 @@ impl Known {
                 if self.checkpoints.len() > CHECKPOINTS {
                     self.checkpoints.pop_front();
                 }
+            }
+            "data" => {
+                let line = serde_json::from_slice::<DataLine>(line);
+                self.data = line.ok().map(|line| line.found).or(self.data.take());
             }
             _ => self.note_judged(event, line),
         }
@@ -382,6 +395,17 @@ mod tests {
         }
         tell(r#"{"time":4.0,"kind":"alarm_over","alarm":"collapse","step":30}"#);
         assert!(chronicle.look().alarms.is_empty());
+    }
+
+    #[test]
+    fn the_data_set_is_known_as_it_was_found() {
+        let chronicle = Chronicle::default();
+        let mut found = Found { samples: 5, ..Found::default() };
+        found.leave_out(".gif", "a.gif");
+        let line = serde_json::json!({ "time": 1.0, "kind": "data", "found": found });
+        chronicle.event(line.to_string().as_bytes());
+        chronicle.event(br#"{"time":2.0,"kind":"data","found":5}"#);
+        assert_eq!(chronicle.look().data.as_ref(), Some(&found));
     }
 
     /// Invariant 2.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use ganglion_membership::{Checkpoint, Outcome, Position};
 use ganglion_proto::evaluation::{EvaluationRow, names};
+use ganglion_proto::found::Found;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{MetricsRow, Profile, SampleGrid};
 use ganglion_proto::trace::Trace;
@@ -50,6 +51,8 @@ pub struct Records {
     samples: u64,
     skipped: Skipped,
     failing: bool,
+    /// Whether people were told what the data hold.
+    data_told: bool,
 }
 
 /// The skipped phases that were told of.
@@ -91,6 +94,7 @@ impl Records {
             samples: 1,
             skipped: Skipped::default(),
             failing: false,
+            data_told: false,
         })
     }
 
@@ -143,6 +147,19 @@ impl Records {
     /// Tells people something, above the progress bar.
     pub fn message(&mut self, text: &str) {
         self.screen.print(text);
+    }
+
+    /// Tells what a worker found in the data: people once, and the events unless they say so already.
+    pub fn data_found(&mut self, found: &Found) {
+        if self.data_told {
+            return;
+        }
+        self.data_told = true;
+        self.message(&format!("data: {found}"));
+        let is_recorded = self.chronicle.look().data.as_ref() == Some(found);
+        if !is_recorded {
+            self.event("data", serde_json::json!({ "found": found }));
+        }
     }
 
     /// The size of the data set is known: from now on there is a bar.

@@ -1,6 +1,7 @@
 //! Workers' sessions: who they are, and what they say.
 
 use ganglion_membership::{Event, Fault, LoadedFacts, Loss, Progress, WorkerId};
+use ganglion_proto::found::Found;
 use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcome};
 use serde_json::json;
 use tokio::time::Instant;
@@ -117,7 +118,7 @@ impl Shell {
                 tracing::warn!("worker {worker} says hello twice; closing its session");
                 self.closed(session, worker)
             }
-            FromWorker::Loaded(facts) => self.loaded(worker, facts),
+            FromWorker::Loaded(facts, found) => self.loaded(worker, facts, found.as_deref()),
             FromWorker::Ready(generation, position) => {
                 self.handle(Event::Ready(worker, generation, position))
             }
@@ -157,8 +158,16 @@ impl Shell {
         }
     }
 
-    fn loaded(&mut self, worker: WorkerId, facts: LoadedFacts) -> Result<(), ShellError> {
+    fn loaded(
+        &mut self,
+        worker: WorkerId,
+        facts: LoadedFacts,
+        found: Option<&Found>,
+    ) -> Result<(), ShellError> {
         self.handle(Event::Loaded(worker, facts))?;
+        if let Some(found) = found.filter(|_| self.machine.has_loaded(worker)) {
+            self.records.data_found(found);
+        }
         // What a worker of another passport has loaded says nothing of the run.
         let samples = self.machine.samples().filter(|samples| self.samples != Some(*samples));
         if let Some(samples) = samples {

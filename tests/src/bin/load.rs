@@ -132,7 +132,7 @@ async fn session(crowd: Arc<Crowd>, index: usize, url: String, gate: Arc<Semapho
             _ = rows.tick(), if place.generation > 0 && place.rank == 0 => say(&stranger, crowd.row(place)),
             Ok(()) = load.changed(), if !loaded => {
                 loaded = true;
-                say(&stranger, FromWorker::Loaded(facts()));
+                say(&stranger, FromWorker::Loaded(facts(), None));
             }
             changed = victim.changed() => {
                 if changed.is_err() || *victim.borrow() == Some(index) { return }

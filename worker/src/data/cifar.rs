@@ -1,16 +1,19 @@
 //! The binary version of CIFAR-10: records of a label and 3 x 32 x 32 bytes of pixels, one plane for each channel.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::{DataError, Labels, MAX_BYTES_IN_MEMORY, Memory};
+use super::{DataError, Labels, MAX_BYTES_IN_MEMORY, Memory, input, open_plain};
 
 const SIDE: u32 = 32;
 const PLANE_BYTES: usize = 32 * 32;
 const CHANNELS: usize = 3;
 const RECORD_BYTES: usize = 1 + CHANNELS * PLANE_BYTES;
 const LABELS: u8 = 10;
+/// The data set's names of its classes, in their order.
+const NAMES: [&str; LABELS as usize] =
+    ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"];
 
 /// Reads one file, or the five training files of a folder.
 pub(super) fn open(path: &Path) -> Result<(Memory, Labels), DataError> {
@@ -20,7 +23,8 @@ pub(super) fn open(path: &Path) -> Result<(Memory, Labels), DataError> {
     for file in &files {
         append(file, &mut bytes, &mut labels)?;
     }
-    let labels = Labels::new(labels, path.display().to_string());
+    let labels = Labels::new(labels, "label in each record", path.display().to_string());
+    let labels = labels.named(NAMES.map(str::to_owned).to_vec());
     Ok((Memory { width: SIDE, height: SIDE, channels: CHANNELS, bytes }, labels))
 }
 
@@ -46,11 +50,15 @@ fn batches(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
 
 /// Reads a file's records and adds their labels, and their pixels, height x width x channels.
 fn append(path: &Path, pixels: &mut Vec<u8>, labels: &mut Vec<u32>) -> Result<(), DataError> {
-    let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
-    let mut records = Vec::new();
+    let (file, length) = open_plain(path, u64::MAX)?;
     let room = MAX_BYTES_IN_MEMORY.saturating_sub(pixels.len() as u64);
-    file.take(room + 1).read_to_end(&mut records).map_err(|error| DataError::reading(path, error))?;
-    check(&records, room).map_err(|wrong| DataError::Input(format!("{}: {wrong}", path.display())))?;
+    if length > room {
+        let wrong = format!("found {length} bytes, which do not fit into memory; use data.kind = \"folder\"");
+        return Err(input(path, &wrong));
+    }
+    let mut records = Vec::new();
+    file.take(length).read_to_end(&mut records).map_err(|error| DataError::reading(path, error))?;
+    check(&records).map_err(|wrong| input(path, &wrong))?;
     pixels.reserve_exact(records.len());
     for record in records.chunks_exact(RECORD_BYTES) {
         labels.push(u32::from(record[0]));
@@ -62,15 +70,10 @@ fn append(path: &Path, pixels: &mut Vec<u8>, labels: &mut Vec<u32>) -> Result<()
 }
 
 /// What is wrong with a file's content, if anything.
-fn check(records: &[u8], room: u64) -> Result<(), String> {
+fn check(records: &[u8]) -> Result<(), String> {
     let found = records.len();
     if records.starts_with(&[0x1f, 0x8b]) {
         return Err("found a gzip archive, expected the files inside; unpack it".to_owned());
-    }
-    if found as u64 > room {
-        return Err(format!(
-            "found more than {room} bytes, which do not fit into memory; use data.kind = \"folder\""
-        ));
     }
     if found == 0 {
         return Err("found an empty file, expected CIFAR-10 records; get the file again".to_owned());

@@ -1,39 +1,36 @@
-//! PNG and JPEG files in a folder, searched recursively, or in archives; decoded when a sample is read.
+//! Pictures in a folder, searched recursively, or in archives; decoded when a sample is read.
 //!
 //! Invariants:
-//! 1. Samples are in the order of their relative paths, compared as bytes with `/` between names, whatever the order in
-//!    which the file system lists them. Names that begin with a dot and other endings do not count; links are followed.
-//! 2. Opening reads only the first bytes of a file, where its size in pixels is written. So memory holds the paths and no
-//!    pixels.
+//! 1. Samples are in the order of their names, as [`search`](super::search) has them.
+//! 2. Opening reads files of up to 1 MiB whole, and sixteen blocks of longer ones, on all processors, and keeps none of it:
+//!    memory holds the names and no pixels.
 //! 3. An archive in a folder is a folder of its name; one that `data.path` names is that folder itself, so pictures give the
 //!    same samples packed and unpacked.
-//! 4. A file is taken as it is stored: alpha is dropped, orientation tags are not followed, 16 bits become 8.
+//! 4. Of a picture alpha is dropped, 16 bits become 8, and of an animation the first picture counts.
 
-use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io::{Cursor, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
-use ganglion_proto::job::ArchiveKind;
-use image::{DynamicImage, ImageFormat, ImageReader};
+use ganglion_proto::found::Found;
+use ganglion_proto::job::{Data, Orientation};
 
+use super::decode::{Outline, decode, outline};
 use super::framing::{Framing, Image};
-use super::packed::{self, Member};
-use super::{DataError, ImageShape, Labels};
+use super::place::Place;
+use super::search::{Entry, PICTURES, Search};
+use super::{DataError, ImageShape, Labels, classes, input, parallel};
 
-/// Bytes of a file that are read when the folder is opened, and that the fingerprint covers.
-const HEAD_BYTES: u64 = 16 << 10;
-
-/// Longest file that is read. Decoded, an image may take 512 MiB, the decoder's own limit.
-const MAX_FILE_BYTES: u64 = 256 << 20;
+/// A reading of all files that takes longer is told.
+const TOLD: Duration = Duration::from_secs(5);
 
 /// The files of a data set.
 #[derive(Debug)]
 pub(super) struct Folder {
-    /// Sorted by relative path.
+    /// Sorted by name.
     files: Vec<Place>,
     /// 1 or 3.
     channels: usize,
+    orientation: Orientation,
 }
 
 /// A folder with what was learnt while opening it.
@@ -41,20 +38,17 @@ pub(super) struct Opened {
     pub(super) folder: Folder,
     /// The shape of every framed image.
     pub(super) shape: ImageShape,
-    /// Hash of the relative paths, lengths, sizes in pixels and heads of the files.
+    /// Hash of the names, lengths, sizes in pixels, orientations and contents of the files.
     pub(super) content: blake3::Hash,
     /// The classes of the files, where they were asked for.
     pub(super) labels: Option<Labels>,
+    /// Sizes, and what was left out.
+    pub(super) found: Found,
 }
 
 /// Searches a folder and checks that all its images have one size once they are framed.
-pub(super) fn open(
-    root: &Path,
-    channels: u32,
-    framing: &Framing,
-    labelled: bool,
-) -> Result<Opened, DataError> {
-    let channels = match channels {
+pub(super) fn open(root: &Path, data: &Data, framing: &Framing, labelled: bool) -> Result<Opened, DataError> {
+    let channels = match data.channels {
         1 => 1,
         3 => 3,
         other => {
@@ -63,284 +57,110 @@ pub(super) fn open(
             )));
         }
     };
-    let mut found = Search::default();
-    if ArchiveKind::of(root).is_some() {
-        found.archive(root, &[])?;
+    let mut search = Search::of(root, data.image_extension.as_deref())?;
+    check_count(root, data, &search)?;
+    let labels = if labelled {
+        Some(classes::of(root, &mut search)?)
     } else {
-        found.folder(root, Vec::new(), &mut Vec::new())?;
-    }
-    let Search { mut files, notes } = found;
-    files.sort_by(|one, other| one.relative.cmp(&other.relative));
-    if files.is_empty() || u32::try_from(files.len()).is_err() {
-        return Err(DataError::Input(format!(
-            "{}: found {} images, expected 1 to {} files *.png, *.jpg or *.jpeg; set data.path to \
-             the folder that holds them",
-            root.display(),
-            files.len(),
-            u32::MAX
-        )));
-    }
-    let (shape, content) = survey(&files, channels, framing)?;
-    let labels = labelled.then(|| labels(root, &files, &notes)).transpose()?;
-    let files = files.into_iter().map(|found| found.place).collect();
-    Ok(Opened { folder: Folder { files, channels }, shape, content, labels })
-}
-
-/// The file in a folder that may give the classes of its images, as StyleGAN's tools write it.
-const LABELS_FILE: &str = "dataset.json";
-
-/// The classes of a folder's files: those of its `dataset.json`, or else the places of their subfolders in sorted order.
-fn labels(root: &Path, files: &[Found], notes: &[Found]) -> Result<Labels, DataError> {
-    if let Some(list) = notes.iter().find(|note| note.relative == LABELS_FILE.as_bytes()) {
-        return listed(&list.place, files);
-    }
-    if notes.is_empty() { by_subfolder(root, files) } else { by_note(root, files, notes) }
-}
-
-/// The classes in files beside the images, such as `0001.cls` for `0001.png`, as WebDataset has them.
-fn by_note(root: &Path, files: &[Found], notes: &[Found]) -> Result<Labels, DataError> {
-    let stem = |relative: &[u8]| relative[..relative.len() - ending(relative).len()].to_vec();
-    let by_stem: HashMap<Vec<u8>, &Place> =
-        notes.iter().map(|note| (stem(&note.relative), &note.place)).collect();
-    let class = |found: &Found| {
-        let shown = found.place.shown();
-        let note = by_stem.get(&stem(&found.relative)).ok_or_else(|| {
-            input(
-                &shown,
-                &format!("has no class, which model.conditional needs: others have a file *.{NOTE}"),
-            )
-        })?;
-        let text = String::from_utf8_lossy(&note.read()?).trim().to_string();
-        text.parse().map_err(|_| input(&note.shown(), &format!("found {text:?}, expected a whole number")))
+        classes::leave_out(&mut search, |_| true);
+        let lists = std::mem::take(&mut search.lists);
+        lists.iter().for_each(|list| search.leave_out(list));
+        None
     };
-    let of: Result<Vec<u32>, DataError> = files.iter().map(class).collect();
-    Ok(Labels::new(of?, root.display().to_string()))
+    let Search { pictures, mut found, .. } = search;
+    let begun = Instant::now();
+    let surveyed = parallel::map(&pictures, |entry| Surveyed::read(entry, data.orientation))?;
+    if begun.elapsed() > TOLD {
+        let (files, took) = (pictures.len(), begun.elapsed().as_secs());
+        tracing::info!("read the {files} files of {} for their fingerprint in {took} s", root.display());
+    }
+    let (shape, content) = compare(&pictures, &surveyed, channels, framing, &mut found)?;
+    let files = pictures.into_iter().map(|entry| entry.place).collect();
+    let folder = Folder { files, channels, orientation: data.orientation };
+    Ok(Opened { folder, shape, content, labels, found })
 }
 
-/// The part of a path from the dot of its ending on; empty without one.
-fn ending(relative: &[u8]) -> &[u8] {
-    let name = relative.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
-    name.iter().rposition(|byte| *byte == b'.').map_or(&[], |dot| &name[dot..])
+/// Refuses a place without pictures, and says what there is instead.
+fn check_count(root: &Path, data: &Data, search: &Search) -> Result<(), DataError> {
+    if !search.pictures.is_empty() && u32::try_from(search.pictures.len()).is_ok() {
+        return Ok(());
+    }
+    let endings = PICTURES.map(|ending| format!("*.{ending}")).join(", ");
+    let wanted = data.image_extension.as_ref().map_or(endings, |ending| format!("*.{ending}"));
+    let left = search.found.left_out.iter();
+    let mut others: Vec<String> =
+        left.map(|(kind, left)| format!("{} {kind} ({})", left.count, left.example)).collect();
+    if others.is_empty() {
+        others.push("nothing else".to_owned());
+    }
+    Err(DataError::Input(format!(
+        "{}: found {} images, expected 1 to {} files {wanted}; there is {}; set data.path to the folder that holds them",
+        root.display(),
+        search.pictures.len(),
+        u32::MAX,
+        others.join(", ")
+    )))
 }
 
-fn by_subfolder(root: &Path, files: &[Found]) -> Result<Labels, DataError> {
-    let mut names: Vec<&[u8]> = Vec::new();
-    let mut of = Vec::with_capacity(files.len());
-    for found in files {
-        let Some(end) = found.relative.iter().position(|byte| *byte == b'/') else {
-            return Err(input(
-                &found.place.shown(),
-                &format!(
-                    "has no class, which model.conditional needs: it lies in no subfolder of {}, where there is no \
-                     {LABELS_FILE}; sort the images into one subfolder a class",
-                    root.display()
-                ),
-            ));
+/// A file as it was found at the start.
+struct Surveyed {
+    outline: Outline,
+    length: u64,
+    hash: blake3::Hash,
+}
+
+impl Surveyed {
+    fn read(entry: &Entry, turn: Orientation) -> Result<Surveyed, DataError> {
+        let place = &entry.place;
+        let head = place.head()?;
+        let outline = match outline(&head.bytes, head.length, turn) {
+            Some(outline) => outline,
+            None => outline(&place.read()?, head.length, turn)
+                .unwrap_or_else(|| Err("its size cannot be found".to_owned())),
         };
-        let name = &found.relative[..end];
-        // The files are sorted, so those of one subfolder follow each other, but for names like "a" and "a.b".
-        let at = names.iter().position(|known| *known == name).unwrap_or_else(|| {
-            names.push(name);
-            names.len() - 1
-        });
-        of.push(at);
-    }
-    let mut sorted = names.clone();
-    sorted.sort_unstable();
-    let place = |name: &[u8]| sorted.iter().position(|other| *other == name);
-    let places: Vec<u32> = names
-        .iter()
-        .map(|name| place(name).and_then(|at| u32::try_from(at).ok()).unwrap_or(u32::MAX))
-        .collect();
-    Ok(Labels::new(of.into_iter().map(|at| places[at]).collect(), root.display().to_string()))
-}
-
-/// The classes of `dataset.json`: {"labels": [["00000/img00000000.png", 5], ...]}.
-fn listed(list: &Place, files: &[Found]) -> Result<Labels, DataError> {
-    #[derive(serde::Deserialize)]
-    struct List {
-        labels: Vec<(String, u32)>,
-    }
-    let (bytes, list) = (list.read()?, &list.shown());
-    let parsed: Result<List, _> = serde_json::from_slice(&bytes);
-    let parsed = parsed.map_err(|error| {
-        let wanted = "expected {\"labels\": [[\"FILE\", CLASS], ...]} with whole numbers for classes";
-        input(list, &format!("cannot be read: {error}; {wanted}"))
-    })?;
-    let of: HashMap<&[u8], u32> =
-        parsed.labels.iter().map(|(file, class)| (file.as_bytes(), *class)).collect();
-    let class = |found: &Found| {
-        let missing =
-            || input(list, &format!("gives no class for {}; add it", found.place.shown().display()));
-        of.get(found.relative.as_slice()).copied().ok_or_else(missing)
-    };
-    let of: Result<Vec<u32>, DataError> = files.iter().map(class).collect();
-    Ok(Labels::new(of?, list.display().to_string()))
-}
-
-/// Where a file is.
-#[derive(Debug)]
-enum Place {
-    Alone(PathBuf),
-    Packed(Member),
-}
-
-impl Place {
-    /// For people.
-    fn shown(&self) -> PathBuf {
-        match self {
-            Place::Alone(path) => path.clone(),
-            Place::Packed(member) => member.shown(),
-        }
-    }
-
-    /// The whole file.
-    fn read(&self) -> Result<Vec<u8>, DataError> {
-        match self {
-            Place::Alone(path) => read_file(path),
-            Place::Packed(member) => {
-                check_length(&member.shown(), member.length)?;
-                member.head(member.length)
-            }
-        }
-    }
-
-    /// Its first bytes, and how many it has.
-    fn head(&self) -> Result<(Vec<u8>, u64), DataError> {
-        match self {
-            Place::Packed(member) => {
-                check_length(&member.shown(), member.length)?;
-                Ok((member.head(HEAD_BYTES)?, member.length))
-            }
-            Place::Alone(path) => {
-                let (file, length) = open_file(path)?;
-                let mut bytes = Vec::new();
-                let read = file.take(HEAD_BYTES).read_to_end(&mut bytes);
-                read.map_err(|error| DataError::reading(path, error))?;
-                Ok((bytes, length))
-            }
-        }
+        let outline = outline.map_err(|wrong| corrupt(&place.shown(), &wrong))?;
+        Ok(Surveyed { outline, length: head.length, hash: head.hash })
     }
 }
 
-/// A file that counts.
-struct Found {
-    /// The names on the way from the root, with `/` between them.
-    relative: Vec<u8>,
-    place: Place,
-}
-
-/// The ending of a file with the class of the image beside it.
-const NOTE: &str = "cls";
-
-/// What lies below the root.
-#[derive(Default)]
-struct Search {
-    /// The images.
-    files: Vec<Found>,
-    /// What tells of their classes.
-    notes: Vec<Found>,
-}
-
-impl Search {
-    fn take(&mut self, relative: Vec<u8>, place: Place) {
-        let name = String::from_utf8_lossy(&relative).into_owned();
-        if is_image(Path::new(&name)) {
-            self.files.push(Found { relative, place });
-        } else if name == LABELS_FILE || Path::new(&name).extension().is_some_and(|ending| ending == NOTE) {
-            self.notes.push(Found { relative, place });
-        }
-    }
-
-    /// Adds what is in an archive, below `relative`.
-    fn archive(&mut self, path: &Path, relative: &[u8]) -> Result<(), DataError> {
-        for member in packed::members(path)? {
-            if member.name.split('/').any(|name| name.starts_with('.')) {
-                continue;
-            }
-            self.take([relative, member.name.as_bytes()].concat(), Place::Packed(member));
-        }
-        Ok(())
-    }
-
-    /// Adds what lies below a folder. `ancestors` are the folders on the way to it, without links.
-    fn folder(
-        &mut self,
-        folder: &Path,
-        relative: Vec<u8>,
-        ancestors: &mut Vec<PathBuf>,
-    ) -> Result<(), DataError> {
-        let failed = |error| DataError::reading(folder, error);
-        let real = folder.canonicalize().map_err(failed)?;
-        if ancestors.contains(&real) {
-            return Err(DataError::Input(format!(
-                "{}: found a link to a folder that holds it, expected a tree; remove the link",
-                folder.display()
-            )));
-        }
-        ancestors.push(real);
-        for entry in fs::read_dir(folder).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            let (path, name) = (entry.path(), entry.file_name());
-            let name = name.as_encoded_bytes();
-            if name.starts_with(b".") {
-                continue;
-            }
-            let mut below = relative.clone();
-            below.extend(name);
-            if path.is_dir() {
-                below.push(b'/');
-                self.folder(&path, below, ancestors)?;
-            } else if ArchiveKind::of(&path).is_some() {
-                below.push(b'/');
-                self.archive(&path, &below)?;
-            } else {
-                self.take(below, Place::Alone(path));
-            }
-        }
-        ancestors.pop();
-        Ok(())
-    }
-}
-
-fn is_image(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|ending| ["png", "jpg", "jpeg"].iter().any(|known| ending.eq_ignore_ascii_case(known)))
-}
-
-/// Reads the heads of all files: the shape that they share once framed, and a hash.
-fn survey(
-    files: &[Found],
+/// The shape that all files share once framed, and a hash of them all.
+fn compare(
+    pictures: &[Entry],
+    surveyed: &[Surveyed],
     channels: usize,
     framing: &Framing,
+    found: &mut Found,
 ) -> Result<(ImageShape, blake3::Hash), DataError> {
     let mut content = blake3::Hasher::new();
-    let mut first: Option<(Head, (usize, usize))> = None;
-    for found in files {
-        let head = Head::read(&found.place)?;
-        content.update(&(found.relative.len() as u64).to_le_bytes());
-        content.update(&found.relative);
-        content.update(&head.length.to_le_bytes());
-        content.update(&head.width.to_le_bytes());
-        content.update(&head.height.to_le_bytes());
-        content.update(&head.bytes);
+    let mut first: Option<(Outline, (usize, usize))> = None;
+    (found.least, found.greatest) = ([u32::MAX; 2], [0; 2]);
+    for (entry, Surveyed { outline, length, hash }) in pictures.iter().zip(surveyed) {
+        let Outline { width, height, orientation } = *outline;
+        content.update(&(entry.relative.len() as u64).to_le_bytes());
+        content.update(&entry.relative);
+        content.update(&length.to_le_bytes());
+        content.update(&width.to_le_bytes());
+        content.update(&height.to_le_bytes());
+        content.update(&[orientation]);
+        content.update(hash.as_bytes());
+        for (side, size) in [width, height].into_iter().enumerate() {
+            found.least[side] = found.least[side].min(size);
+            found.greatest[side] = found.greatest[side].max(size);
+        }
+        found.turned += u64::from(orientation != 1);
 
-        let size = framing
-            .output_size(head.height, head.width)
-            .map_err(|wrong| input(&found.place.shown(), &wrong))?;
+        let size = framing.output_size(height, width).map_err(|wrong| input(&entry.place.shown(), &wrong))?;
         match &first {
-            None => first = Some((head, size)),
+            None => first = Some((*outline, size)),
             Some((_, first_size)) if *first_size == size => {}
             Some((first, _)) => {
                 return Err(DataError::Input(format!(
-                    "found images of different sizes, {} of {} x {} pixels and {} of {} x {} \
+                    "found images of different sizes, {} of {} x {} pixels and {} of {width} x {height} \
                      (width x height), expected one; set data.resize to the size to train on",
-                    files[0].place.shown().display(),
+                    pictures[0].place.shown().display(),
                     first.width,
                     first.height,
-                    found.place.shown().display(),
-                    head.width,
-                    head.height
+                    entry.place.shown().display(),
                 )));
             }
         }
@@ -349,31 +169,14 @@ fn survey(
     Ok((ImageShape { channels, height, width }, content.finalize()))
 }
 
-/// What a file's beginning tells.
-struct Head {
-    bytes: Vec<u8>,
-    /// Bytes in the whole file.
-    length: u64,
-    width: u32,
-    height: u32,
-}
-
-impl Head {
-    fn read(place: &Place) -> Result<Head, DataError> {
-        let (bytes, length) = place.head()?;
-        let (width, height) = match dimensions(&bytes) {
-            // A colour profile or a preview may come first.
-            Err(_) if length > HEAD_BYTES => dimensions(&place.read()?),
-            found => found,
-        }
-        .map_err(|wrong| corrupt(&place.shown(), &wrong))?;
-        Ok(Head { bytes, length, width, height })
-    }
-}
-
 impl Folder {
     pub(super) fn len(&self) -> usize {
         self.files.len()
+    }
+
+    /// The name of file `index`, for people.
+    pub(super) fn name(&self, index: usize) -> String {
+        self.files[index].shown().display().to_string()
     }
 
     /// Decodes and frames image `index`.
@@ -386,7 +189,7 @@ impl Folder {
     ) -> Result<(), DataError> {
         let place = &self.files[index];
         let path = &place.shown();
-        let image = decode(&place.read()?).map_err(|wrong| corrupt(path, &wrong))?;
+        let image = decode(&place.read()?, self.orientation).map_err(|wrong| corrupt(path, &wrong))?;
         let (width, height) = (image.width(), image.height());
         let size = framing.output_size(height, width).map_err(|wrong| input(path, &wrong))?;
         if size != (shape.height, shape.width) {
@@ -407,74 +210,6 @@ impl Folder {
     }
 }
 
-/// Width and height in pixels, from a file's first bytes.
-fn dimensions(bytes: &[u8]) -> Result<(u32, u32), String> {
-    reader(bytes)?.into_dimensions().map_err(|error| error.to_string())
-}
-
-fn decode(bytes: &[u8]) -> Result<DynamicImage, String> {
-    let reader = reader(bytes)?;
-    // The decoder fills what is missing with grey and says nothing.
-    if reader.format() == Some(ImageFormat::Jpeg) && !has_end(bytes) {
-        return Err("the file is cut off".to_owned());
-    }
-    reader.decode().map_err(|error| error.to_string())
-}
-
-/// A decoder by the content: the ending of a file's name is often wrong.
-fn reader(bytes: &[u8]) -> Result<ImageReader<Cursor<&[u8]>>, String> {
-    let reader =
-        ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| error.to_string())?;
-    match reader.format() {
-        Some(ImageFormat::Png | ImageFormat::Jpeg) => Ok(reader),
-        _ => Err("the content is neither PNG nor JPEG".to_owned()),
-    }
-}
-
-/// Whether the last scan of a JPEG file is followed by the end marker. Neither marker can be part of the coded pixels.
-fn has_end(bytes: &[u8]) -> bool {
-    const START_OF_SCAN: [u8; 2] = [0xff, 0xda];
-    const END_OF_IMAGE: [u8; 2] = [0xff, 0xd9];
-    let last_end = bytes.windows(2).rposition(|marker| marker == END_OF_IMAGE);
-    last_end.is_some_and(|end| !bytes[end..].windows(2).any(|marker| marker == START_OF_SCAN))
-}
-
-/// A whole file.
-fn read_file(path: &Path) -> Result<Vec<u8>, DataError> {
-    let (file, length) = open_file(path)?;
-    let mut bytes = Vec::new();
-    // The file may have grown since its length was asked.
-    file.take(length).read_to_end(&mut bytes).map_err(|error| DataError::reading(path, error))?;
-    Ok(bytes)
-}
-
-/// Opens a file whose length, in bytes, is within the limits.
-fn open_file(path: &Path) -> Result<(File, u64), DataError> {
-    let failed = |error| DataError::reading(path, error);
-    // Asked before opening, because to open a pipe is to wait for its writer.
-    if !fs::metadata(path).map_err(failed)?.is_file() {
-        return Err(input(path, "found neither a file nor a folder, expected an image; remove it"));
-    }
-    let file = File::open(path).map_err(failed)?;
-    let length = file.metadata().map_err(failed)?.len();
-    check_length(path, length)?;
-    Ok((file, length))
-}
-
-fn check_length(path: &Path, length: u64) -> Result<(), DataError> {
-    if length <= MAX_FILE_BYTES {
-        return Ok(());
-    }
-    Err(input(
-        path,
-        &format!("found {length} bytes, expected an image of at most {MAX_FILE_BYTES}; remove it"),
-    ))
-}
-
 fn corrupt(path: &Path, wrong: &str) -> DataError {
     input(path, &format!("cannot decode the image, {wrong}; remove the file or get it again"))
-}
-
-fn input(path: &Path, wrong: &str) -> DataError {
-    DataError::Input(format!("{}: {wrong}", path.display()))
 }

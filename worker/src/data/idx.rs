@@ -1,13 +1,13 @@
 //! IDX files of images, the format of MNIST: a header of four big-endian `u32` (magic number, images, rows, columns), then
 //! one byte for each pixel. Files of labels: two such numbers (magic number, labels), then one byte for each. Plain or compressed with gzip, told apart by their first bytes.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use flate2::bufread::MultiGzDecoder;
 
-use super::{DataError, Labels, MAX_BYTES_IN_MEMORY, MAX_SIDE, Memory};
+use super::{DataError, Labels, MAX_BYTES_IN_MEMORY, MAX_SIDE, Memory, input, open_plain};
 
 /// Unsigned bytes in three dimensions.
 const MAGIC_IMAGES: u32 = 0x0000_0803;
@@ -15,6 +15,10 @@ const MAGIC_IMAGES: u32 = 0x0000_0803;
 const MAGIC_LABELS: u32 = 0x0000_0801;
 const HEADER_BYTES: usize = 16;
 const LABELS_HEADER_BYTES: usize = 8;
+/// A compressed file may become this long in any case.
+const FREE_BYTES: u64 = 256 << 20;
+/// Beyond that, times its own length. MNIST's images reach 5, and pictures that show nothing 1000.
+const MAX_RATIO: u64 = 100;
 
 /// The 10,000 test digits of MNIST.
 static BUNDLED: &[u8] =
@@ -22,7 +26,7 @@ static BUNDLED: &[u8] =
 
 /// The digits that come with the worker.
 pub(super) fn bundled() -> Result<Memory, DataError> {
-    read(BUNDLED, Path::new("the bundled t10k-images-idx3-ubyte.gz"))
+    unpacked(BUNDLED, BUNDLED.len() as u64, Path::new("the bundled t10k-images-idx3-ubyte.gz"), decode)
 }
 
 /// Their labels.
@@ -31,7 +35,8 @@ static BUNDLED_LABELS: &[u8] =
 
 /// The labels of the digits that come with the worker.
 pub(super) fn bundled_labels() -> Result<Labels, DataError> {
-    read_labels(BUNDLED_LABELS, Path::new("the bundled t10k-labels-idx1-ubyte.gz"))
+    let path = Path::new("the bundled t10k-labels-idx1-ubyte.gz");
+    unpacked(BUNDLED_LABELS, BUNDLED_LABELS.len() as u64, path, decode_labels)
 }
 
 /// A file itself, or the file of a folder that holds the training images.
@@ -42,14 +47,14 @@ pub(super) fn file_of(path: &Path) -> Result<PathBuf, DataError> {
 
 /// Reads a file of images.
 pub(super) fn open(path: &Path) -> Result<Memory, DataError> {
-    let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
-    read(BufReader::new(file), path)
+    let (file, length) = open_plain(path, u64::MAX)?;
+    unpacked(BufReader::new(file), length, path, decode)
 }
 
 /// Reads a file of labels.
 pub(super) fn labels(path: &Path) -> Result<Labels, DataError> {
-    let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
-    read_labels(BufReader::new(file), path)
+    let (file, length) = open_plain(path, u64::MAX)?;
+    unpacked(BufReader::new(file), length, path, decode_labels)
 }
 
 /// Reads the file of labels that belongs to a file of images by its name, plain or compressed.
@@ -70,25 +75,15 @@ pub(super) fn labels_beside(images: &Path) -> Result<Labels, DataError> {
 
 /// The file of a folder to train on: the training images by name, else the only file of images.
 fn choose(folder: &Path) -> Result<PathBuf, DataError> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(folder).map_err(|error| DataError::reading(folder, error))? {
-        let entry = entry.map_err(|error| DataError::reading(folder, error))?;
-        // Some archives unpack to a folder of the file's own name.
-        if entry.path().is_file() {
-            names.extend(entry.file_name().into_string());
-        }
-    }
-    names.retain(|name| is_images(plain(name)));
-    names.sort();
-    // A file next to its own compressed form is one file; sorting put the plain one first.
-    names.dedup_by(|later, earlier| plain(later) == plain(earlier));
+    let names = names_of_images(folder).map_err(|error| DataError::reading(folder, error))?;
     let train = names.iter().find(|name| plain(name).starts_with("train-images"));
     match (train, names.as_slice()) {
         (Some(train), _) => Ok(folder.join(train)),
         (None, [only]) => Ok(folder.join(only)),
         (None, []) => Err(DataError::Input(format!(
             "{}: found no IDX file of images, expected train-images-idx3-ubyte or another \
-             *-images-idx3-ubyte or *.idx3-ubyte, plain or .gz; set data.path to the file",
+             *-images-idx3-ubyte or *.idx3-ubyte, plain or .gz; set data.path to the file, or \
+             data.kind = \"folder\" for a folder of pictures",
             folder.display()
         ))),
         (None, several) => Err(DataError::Input(format!(
@@ -100,6 +95,23 @@ fn choose(folder: &Path) -> Result<PathBuf, DataError> {
     }
 }
 
+/// The files of images in a folder, by their names.
+fn names_of_images(folder: &Path) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        // Some archives unpack to a folder of the file's own name.
+        if entry.path().is_file() {
+            names.extend(entry.file_name().into_string());
+        }
+    }
+    names.retain(|name| is_images(plain(name)));
+    names.sort();
+    // A file next to its own compressed form is one file; sorting put the plain one first.
+    names.dedup_by(|later, earlier| plain(later) == plain(earlier));
+    Ok(names)
+}
+
 /// A file's name without the ending of compression.
 fn plain(name: &str) -> &str {
     name.strip_suffix(".gz").unwrap_or(name)
@@ -109,34 +121,35 @@ fn is_images(name: &str) -> bool {
     name.ends_with("-images-idx3-ubyte") || name.ends_with(".idx3-ubyte")
 }
 
-/// Reads a whole file of images, whatever its compression. `path` is for messages.
-fn read(reader: impl BufRead, path: &Path) -> Result<Memory, DataError> {
-    unpacked(reader, path, decode)
+/// The uncompressed bytes of a file.
+struct Unpacked<'a> {
+    reader: &'a mut dyn Read,
+    /// The most bytes that they may be: those of a plain file, or what a compressed one may become.
+    most: u64,
+    packed: bool,
+    path: &'a Path,
 }
 
-/// Reads a whole file of labels, whatever its compression.
-fn read_labels(reader: impl BufRead, path: &Path) -> Result<Labels, DataError> {
-    unpacked(reader, path, decode_labels)
-}
-
-/// Lets `decode` read what a file holds.
+/// Lets `decode` read what a file of `length` bytes holds, whatever its compression. `path` is for messages.
 fn unpacked<T>(
     mut reader: impl BufRead,
+    length: u64,
     path: &Path,
-    decode: impl FnOnce(&mut dyn Read, &Path) -> Result<T, DataError>,
+    decode: impl FnOnce(&mut Unpacked<'_>) -> Result<T, DataError>,
 ) -> Result<T, DataError> {
     let start = reader.fill_buf().map_err(|error| DataError::reading(path, error))?;
-    if start.starts_with(&[0x1f, 0x8b]) {
-        decode(&mut MultiGzDecoder::new(reader), path).map_err(|error| match error {
-            DataError::System { source, .. } if is_corruption(&source) => DataError::Input(format!(
-                "{}: the gzip data are corrupt or cut off ({source}); get the file again",
-                path.display()
-            )),
-            other => other,
-        })
-    } else {
-        decode(&mut reader, path)
+    if !start.starts_with(&[0x1f, 0x8b]) {
+        return decode(&mut Unpacked { reader: &mut reader, most: length, packed: false, path });
     }
+    let most = length.saturating_mul(MAX_RATIO).max(FREE_BYTES);
+    let mut reader = MultiGzDecoder::new(reader);
+    let decoded = decode(&mut Unpacked { reader: &mut reader, most, packed: true, path });
+    decoded.map_err(|error| match error {
+        DataError::System { source, .. } if is_corruption(&source) => {
+            input(path, &format!("the gzip data are corrupt or cut off ({source}); get the file again"))
+        }
+        other => other,
+    })
 }
 
 /// Whether a decompressor complains about its input, not about reading it.
@@ -145,102 +158,197 @@ fn is_corruption(error: &io::Error) -> bool {
     matches!(error.kind(), InvalidData | InvalidInput | UnexpectedEof)
 }
 
-/// Reads the uncompressed bytes of a file and checks all that its header says.
-fn decode(mut reader: &mut dyn Read, path: &Path) -> Result<Memory, DataError> {
-    let name = path.display();
-    let failed = |source| DataError::System { path: path.to_path_buf(), source };
-    let mut header = Vec::with_capacity(HEADER_BYTES);
-    Read::by_ref(&mut reader).take(HEADER_BYTES as u64).read_to_end(&mut header).map_err(failed)?;
-    let [images, height, width] =
-        parse_header(&header).map_err(|wrong| DataError::Input(format!("{name}: {wrong}")))?;
+impl Unpacked<'_> {
+    fn wrong(&self, what: &str) -> DataError {
+        input(self.path, what)
+    }
 
+    /// The first bytes, fewer if the file ends before.
+    fn header(&mut self, length: usize) -> Result<Vec<u8>, DataError> {
+        let mut header = Vec::with_capacity(length);
+        let read = Read::by_ref(&mut self.reader).take(length as u64).read_to_end(&mut header);
+        read.map_err(|error| DataError::System { path: self.path.to_path_buf(), source: error })?;
+        Ok(header)
+    }
+
+    /// What follows the header, which announces `expected` bytes: these, or fewer, or one more that tells of others.
+    fn rest(&mut self, expected: u64) -> Result<Vec<u8>, DataError> {
+        if self.packed && expected > self.most {
+            return Err(self.wrong(&format!(
+                "its header announces {expected} bytes, more than the {} that a compressed file of its length may \
+                 become; if they are meant, unpack it with gunzip",
+                self.most
+            )));
+        }
+        let mut bytes = Vec::new();
+        // A plain file has its bytes; memory for the content of a compressed one grows with what is really there.
+        let known = if self.packed { 0 } else { expected.saturating_add(1).min(self.most) };
+        bytes.reserve_exact(usize::try_from(known).unwrap_or(0));
+        let read = Read::by_ref(&mut self.reader).take(expected.saturating_add(1)).read_to_end(&mut bytes);
+        read.map_err(|source| DataError::System { path: self.path.to_path_buf(), source })?;
+        Ok(bytes)
+    }
+
+    /// Names the files of images that lie beside this one, for advice.
+    fn images_beside(&self) -> String {
+        let folder = self.path.parent().and_then(|folder| names_of_images(folder).ok());
+        let own = self.path.file_name().unwrap_or_default().to_string_lossy();
+        let mut names = folder.unwrap_or_default();
+        names.retain(|name| *name != own);
+        names.truncate(3);
+        if names.is_empty() { String::new() } else { format!("; beside it lies {}", names.join(", ")) }
+    }
+}
+
+/// Reads the uncompressed bytes of a file and checks all that its header says.
+fn decode(file: &mut Unpacked<'_>) -> Result<Memory, DataError> {
+    let header = file.header(HEADER_BYTES)?;
+    let [images, height, width] = parse_header(&header).map_err(|Wrong { what, advise }| match advise {
+        true => file.wrong(&format!("{what}{}", file.images_beside())),
+        false => file.wrong(&what),
+    })?;
     let expected = u64::from(images) * u64::from(height) * u64::from(width);
+    let announced = format!("{images} images of {width} x {height}");
     if expected > MAX_BYTES_IN_MEMORY {
-        return Err(DataError::Input(format!(
-            "{name}: its header announces {images} images of {width} x {height} pixels, \
-             {expected} bytes, expected at most {MAX_BYTES_IN_MEMORY}; use data.kind = \"folder\" \
-             for data that do not fit into memory"
+        return Err(file.wrong(&format!(
+            "its header announces {announced} pixels, {expected} bytes, expected at most {MAX_BYTES_IN_MEMORY}, for they \
+             do not fit into memory; use data.kind = \"folder\" for data of that size"
         )));
     }
-    // One byte more than announced tells whether anything follows. Memory grows with what is really there.
-    let mut bytes = Vec::new();
-    reader.take(expected + 1).read_to_end(&mut bytes).map_err(failed)?;
+    let bytes = file.rest(expected)?;
     let found = bytes.len() as u64;
     if found < expected {
-        return Err(DataError::Input(format!(
-            "{name}: found {found} bytes of pixels, expected {expected} ({images} images of \
-             {width} x {height}); the file is cut off, get it again"
+        return Err(file.wrong(&format!(
+            "found {found} bytes of pixels, expected {expected} ({announced}); the file is cut off, get it again"
         )));
     }
     if found > expected {
-        return Err(DataError::Input(format!(
-            "{name}: found more than the {expected} bytes of pixels that its header announces \
-             ({images} images of {width} x {height}); the file is damaged, get it again"
+        return Err(file.wrong(&format!(
+            "found more than the {expected} bytes of pixels that its header announces ({announced}); the file is \
+             damaged, get it again"
         )));
     }
     Ok(Memory { width, height, channels: 1, bytes })
 }
 
 /// Reads the uncompressed bytes of a file of labels.
-fn decode_labels(reader: &mut dyn Read, path: &Path) -> Result<Labels, DataError> {
-    let name = path.display();
-    let failed = |source| DataError::System { path: path.to_path_buf(), source };
-    let limit = LABELS_HEADER_BYTES as u64 + u64::from(u32::MAX) + 1;
-    let mut bytes = Vec::new();
-    reader.take(limit).read_to_end(&mut bytes).map_err(failed)?;
-    let header = bytes.first_chunk::<LABELS_HEADER_BYTES>().map(|header| {
-        let word =
-            |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-        (word(0), word(4) as usize)
-    });
-    let labels = &bytes[LABELS_HEADER_BYTES.min(bytes.len())..];
-    match header {
-        Some((MAGIC_LABELS, count)) if count == labels.len() => {
-            Ok(Labels::new(labels.iter().map(|label| u32::from(*label)).collect(), name.to_string()))
+fn decode_labels(file: &mut Unpacked<'_>) -> Result<Labels, DataError> {
+    let header = file.header(LABELS_HEADER_BYTES)?;
+    let count = match (word(&header, 0), word(&header, 4)) {
+        (Some(MAGIC_LABELS), Some(count)) => u64::from(count),
+        (magic, _) => {
+            let found = match magic {
+                Some(MAGIC_IMAGES) => "found images".to_owned(),
+                _ => kind_of(&header).unwrap_or_else(|| "found no IDX file of labels".to_owned()),
+            };
+            return Err(file.wrong(&format!(
+                "{found}, expected magic number 0x{MAGIC_LABELS:08x} (IDX, bytes in one dimension); of the data set use \
+                 the *-labels-idx1-ubyte file that belongs to the images"
+            )));
         }
-        Some((MAGIC_LABELS, count)) => Err(DataError::Input(format!(
-            "{name}: its header announces {count} labels and {} follow; the file is cut off or damaged, get it again",
-            labels.len()
-        ))),
-        _ => Err(DataError::Input(format!(
-            "{name}: found no IDX file of labels, expected magic number 0x{MAGIC_LABELS:08x}; get the file again"
-        ))),
+    };
+    let bytes = file.rest(count)?;
+    let found = bytes.len() as u64;
+    if found != count {
+        let follow = if found > count { format!("more than {count}") } else { found.to_string() };
+        return Err(file.wrong(&format!(
+            "its header announces {count} labels and {follow} follow; the file is cut off or damaged, get it again"
+        )));
     }
+    let labels = bytes.iter().map(|label| u32::from(*label)).collect();
+    Ok(Labels::new(labels, "file of labels", file.path.display().to_string()))
+}
+
+/// Number of a header, if the file is that long.
+fn word(header: &[u8], at: usize) -> Option<u32> {
+    header.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes)
+}
+
+/// A complaint about a header.
+struct Wrong {
+    what: String,
+    /// Whether another file of the data set may be the one that is meant.
+    advise: bool,
 }
 
 /// The numbers of images, rows and columns, or what is wrong with the header.
-fn parse_header(header: &[u8]) -> Result<[u32; 3], String> {
-    let Ok(header) = <[u8; HEADER_BYTES]>::try_from(header) else {
-        return Err(format!(
-            "found {} bytes, expected a header of {HEADER_BYTES}; the file is cut off or not an \
-             IDX file",
-            header.len()
-        ));
-    };
-    let word = |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-    let [magic, images, height, width] = [word(0), word(4), word(8), word(12)];
-    match magic {
-        MAGIC_IMAGES => {}
-        MAGIC_LABELS => {
-            return Err(
-                "found labels, expected images; set data.path to the *-images-idx3-ubyte file".to_owned()
-            );
-        }
-        _ => {
-            return Err(format!(
-                "found magic number 0x{magic:08x}, expected 0x{MAGIC_IMAGES:08x} (IDX, bytes in \
-                 three dimensions); set data.kind to the format of this file"
-            ));
-        }
+fn parse_header(header: &[u8]) -> Result<[u32; 3], Wrong> {
+    let wrong = |what: String| Wrong { what, advise: false };
+    if let Some(magic) = word(header, 0).filter(|magic| *magic != MAGIC_IMAGES) {
+        let other = match magic {
+            MAGIC_LABELS => "found labels, expected images".to_owned(),
+            _ => {
+                let kind = kind_of(header).map(|kind| format!("{kind}: ")).unwrap_or_default();
+                format!(
+                    "{kind}found magic number 0x{magic:08x}, expected 0x{MAGIC_IMAGES:08x} (IDX, bytes in three \
+                     dimensions); set data.kind to the format of this file"
+                )
+            }
+        };
+        let what = format!(
+            "{other}; of an IDX data set set data.path to the *-images-idx3-ubyte file, such as train-images-idx3-ubyte, \
+             plain or .gz"
+        );
+        return Err(Wrong { what, advise: true });
     }
+    let (Some(images), Some(height), Some(width)) = (word(header, 4), word(header, 8), word(header, 12))
+    else {
+        return Err(wrong(format!(
+            "found {} bytes, expected a header of {HEADER_BYTES}; the file is cut off or not an IDX file",
+            header.len()
+        )));
+    };
     if images == 0 {
-        return Err("found no images, expected at least one; set data.path to another file".to_owned());
+        return Err(Wrong {
+            what: "found no images, expected at least one; set data.path to another file".to_owned(),
+            advise: true,
+        });
     }
     if !(1..=MAX_SIDE).contains(&height) || !(1..=MAX_SIDE).contains(&width) {
-        return Err(format!(
+        return Err(wrong(format!(
             "found images of {width} x {height} pixels, expected 1 to {MAX_SIDE} a side; the \
              header is damaged, get the file again"
-        ));
+        )));
     }
     Ok([images, height, width])
+}
+
+/// Names a format by a file's first bytes, with the kind of data that reads it.
+fn kind_of(header: &[u8]) -> Option<String> {
+    const PICTURES: &[(&[u8], &str)] = &[
+        (b"\x89PNG", "PNG"),
+        (b"\xff\xd8\xff", "JPEG"),
+        (b"RIFF", "WebP"),
+        (b"BM", "BMP"),
+        (b"II*\0", "TIFF"),
+        (b"MM\0*", "TIFF"),
+        (b"GIF8", "GIF"),
+    ];
+    if let Some((_, name)) = PICTURES.iter().find(|(magic, _)| header.starts_with(magic)) {
+        return Some(format!(
+            "this is a {name} picture, and data.kind = \"folder\" reads folders of pictures"
+        ));
+    }
+    if header.starts_with(b"PK\x03\x04") {
+        let what =
+            "this is a zip archive; unpack it, or set data.kind = \"folder\" if there are pictures in it";
+        return Some(what.to_owned());
+    }
+    if header.starts_with(&[0x1f, 0x8b]) {
+        return Some("this was compressed twice; unpack it with gunzip".to_owned());
+    }
+    if header.starts_with(b"\x93NUMPY") {
+        return Some("this is an array of NumPy".to_owned());
+    }
+    let [0, 0, kind, dimensions] = *header.get(..4)? else { return None };
+    let kind = match kind {
+        0x08 => "bytes",
+        0x09 => "signed bytes",
+        0x0b => "16-bit integers",
+        0x0c => "32-bit integers",
+        0x0d => "32-bit floating-point numbers",
+        0x0e => "64-bit floating-point numbers",
+        _ => return None,
+    };
+    Some(format!("this is an IDX file of {kind} in {dimensions} dimensions"))
 }

@@ -1,5 +1,7 @@
 //! The classes of samples: numbers from 0 on, one for each sample.
 
+use ganglion_proto::found::{CLASSES_LIMIT, Class, Found};
+
 use super::DataError;
 
 /// More classes than this are a damaged file.
@@ -12,15 +14,24 @@ pub(super) struct Labels {
     pub(super) of: Vec<u32>,
     /// One more than the greatest class.
     pub(super) classes: u32,
+    /// The names of the classes; empty where they are numbers.
+    names: Vec<String>,
+    /// The rule that gave them, for people.
+    rule: &'static str,
     /// Where they come from, for messages.
     origin: String,
 }
 
 impl Labels {
-    /// The labels that `origin` gives.
-    pub(super) fn new(of: Vec<u32>, origin: impl Into<String>) -> Labels {
+    /// The labels that `origin` gives by a rule.
+    pub(super) fn new(of: Vec<u32>, rule: &'static str, origin: impl Into<String>) -> Labels {
         let classes = of.iter().max().map_or(0, |greatest| greatest.saturating_add(1));
-        Labels { of, classes, origin: origin.into() }
+        Labels { of, classes, names: Vec::new(), rule, origin: origin.into() }
+    }
+
+    /// The same with a name for each class.
+    pub(super) fn named(self, names: Vec<String>) -> Labels {
+        Labels { names, ..self }
     }
 
     /// Whether each of so many samples has one.
@@ -49,5 +60,16 @@ impl Labels {
             hasher.update(&label.to_le_bytes());
         }
         hasher.finalize().into()
+    }
+
+    /// Tells of the classes, once they are checked.
+    pub(super) fn report(&self, found: &mut Found) {
+        let mut counts = vec![0; self.classes as usize];
+        self.of.iter().for_each(|class| counts[*class as usize] += 1);
+        let name = |class: usize| self.names.get(class).cloned().unwrap_or_else(|| class.to_string());
+        let classes = counts.into_iter().enumerate().take(CLASSES_LIMIT);
+        found.classes = classes.map(|(class, samples)| Class { name: name(class), samples }).collect();
+        found.class_count = self.classes;
+        found.class_rule = self.rule.to_string();
     }
 }

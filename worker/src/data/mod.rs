@@ -13,20 +13,27 @@
 //! 4. Labels are read only for those who ask for them: a data set without is whole, and its fingerprint knows of none.
 
 mod cifar;
+mod classes;
+mod decode;
 mod folder;
 mod framing;
 mod idx;
 mod labels;
 mod packed;
+mod parallel;
+mod place;
 mod prefetch;
 mod remote;
+mod search;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use ganglion_proto::found::Found;
 use ganglion_proto::job::{Data, DataKind};
 
 use folder::Folder;
@@ -39,6 +46,9 @@ const MAX_SIDE: u32 = 8192;
 
 /// Most bytes of pixels that a data set may keep in memory.
 const MAX_BYTES_IN_MEMORY: u64 = 16 << 30;
+
+/// Longest file of a picture, or member of an archive, that is read.
+const MAX_FILE_BYTES: u64 = 256 << 20;
 
 /// Why samples cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +111,24 @@ impl fmt::Display for ImageShape {
     }
 }
 
+/// Opens a file for reading, and tells its length, which is within a limit.
+fn open_plain(path: &Path, limit: u64) -> Result<(File, u64), DataError> {
+    let failed = |error| DataError::reading(path, error);
+    // Asked before opening, because to open a pipe is to wait for its writer.
+    if !fs::metadata(path).map_err(failed)?.is_file() {
+        return Err(input(path, "found neither a file nor a folder, expected an image; remove it"));
+    }
+    let file = File::open(path).map_err(failed)?;
+    let length = file.metadata().map_err(failed)?.len();
+    place::check_length(path, length, limit)?;
+    Ok((file, length))
+}
+
+/// An error of what lies at a path.
+fn input(path: &Path, wrong: &str) -> DataError {
+    DataError::Input(format!("{}: {wrong}", path.display()))
+}
+
 /// Reads an IDX file of labels, plain or compressed: the class of each sample, by its index.
 ///
 /// # Errors
@@ -118,6 +146,7 @@ pub struct DataSet {
     len: usize,
     labels: Option<Labels>,
     fingerprint: [u8; 32],
+    found: Found,
 }
 
 /// Where images are before they are framed.
@@ -125,6 +154,15 @@ pub struct DataSet {
 enum Source {
     Memory(Memory),
     Folder(Folder),
+}
+
+impl Source {
+    fn len(&self) -> usize {
+        match self {
+            Source::Memory(memory) => memory.bytes.len() / memory.image_bytes(),
+            Source::Folder(folder) => folder.len(),
+        }
+    }
 }
 
 /// Images of one size, all in memory.
@@ -156,16 +194,14 @@ impl Memory {
 impl DataSet {
     /// Opens the data of section `[data]` and checks them as far as that needs no decoding of images.
     ///
-    /// Data in one file are read as a whole; of a folder of images only the heads of its files.
-    ///
     /// # Errors
     /// [`DataError::Input`] if the section or the files are wrong, [`DataError::System`] if the system fails.
     pub fn open(source: &Data) -> Result<DataSet, DataError> {
         DataSet::open_as(source, false)
     }
 
-    /// The same with the class of each sample: from the file of labels beside one of images, CIFAR's records, a folder's
-    /// `dataset.json` or the names of its subfolders.
+    /// The same with the class of each sample: from the file of labels beside one of images, CIFAR's records, or by the
+    /// rules of [`classes`].
     ///
     /// # Errors
     /// As [`open`](DataSet::open), and [`DataError::Input`] if a sample has no label.
@@ -174,7 +210,8 @@ impl DataSet {
     }
 
     fn open_as(source: &Data, labelled: bool) -> Result<DataSet, DataError> {
-        let source = &remote::here(source)?;
+        let mut found = Found::default();
+        let source = &remote::here(source, &mut found)?;
         let framing = Framing::new(source)?;
         match source.kind {
             DataKind::Mnist10k if source.path.is_some() => Err(DataError::Input(
@@ -199,10 +236,10 @@ impl DataSet {
                 DataSet::in_memory(memory, &path.display().to_string(), framing, labels)
             }
             DataKind::Folder => {
-                let folder::Opened { folder, shape, content, labels } =
-                    folder::open(required_path(source)?, source.channels, &framing, labelled)?;
-                let len = folder.len();
-                DataSet::new(Source::Folder(folder), framing, shape, len, content, labels)
+                let mut opened = folder::open(required_path(source)?, source, &framing, labelled)?;
+                opened.found.left_out.append(&mut found.left_out);
+                let source = Source::Folder(opened.folder);
+                DataSet::new(source, framing, opened.shape, opened.content, opened.labels, opened.found)
             }
         }
     }
@@ -217,22 +254,24 @@ impl DataSet {
             .output_size(memory.height, memory.width)
             .map_err(|wrong| DataError::Input(format!("{name}: {wrong}")))?;
         let shape = ImageShape { channels: memory.channels, height, width };
-        let len = memory.bytes.len() / memory.image_bytes();
+        let size = [memory.width, memory.height];
+        let found = Found { least: size, greatest: size, ..Found::default() };
         let mut content = blake3::Hasher::new();
         content.update(&memory.height.to_le_bytes());
         content.update(&memory.width.to_le_bytes());
         content.update(&memory.bytes);
-        DataSet::new(Source::Memory(memory), framing, shape, len, content.finalize(), labels)
+        DataSet::new(Source::Memory(memory), framing, shape, content.finalize(), labels, found)
     }
 
     fn new(
         source: Source,
         framing: Framing,
         shape: ImageShape,
-        len: usize,
         content: blake3::Hash,
         labels: Option<Labels>,
+        mut found: Found,
     ) -> Result<DataSet, DataError> {
+        let len = source.len();
         let mut hasher = blake3::Hasher::new_derive_key("ganglion 2026 data set");
         for size in [shape.channels, shape.height, shape.width, len] {
             hasher.update(&(size as u64).to_le_bytes());
@@ -242,9 +281,13 @@ impl DataSet {
         let mut fingerprint = hasher.finalize().into();
         if let Some(labels) = &labels {
             labels.check(len)?;
+            labels.report(&mut found);
             fingerprint = labels.fingerprint_with(&fingerprint);
         }
-        Ok(DataSet { source, framing, shape, len, labels, fingerprint })
+        let pixels = |size: usize| u32::try_from(size).expect("a side is at most 8192 pixels");
+        found.samples = len as u64;
+        [found.channels, found.height, found.width] = [shape.channels, shape.height, shape.width].map(pixels);
+        Ok(DataSet { source, framing, shape, len, labels, fingerprint, found })
     }
 
     /// The number of samples, at least 1 and less than 2^32.
@@ -256,6 +299,22 @@ impl DataSet {
     /// Whether reading a sample means decoding a file.
     fn is_decoded(&self) -> bool {
         matches!(self.source, Source::Folder(_))
+    }
+
+    /// The data set as it was found, for people.
+    pub fn found(&self) -> &Found {
+        &self.found
+    }
+
+    /// The name of sample `index` for people: a file's, or the number of an image.
+    ///
+    /// # Panics
+    /// If `index` is not below [`len`](Self::len).
+    pub fn name(&self, index: usize) -> String {
+        match &self.source {
+            Source::Folder(folder) => folder.name(index),
+            Source::Memory(_) => format!("image {index}"),
+        }
     }
 
     /// How many classes the samples have, by their labels; 0 if it was opened without.
@@ -294,10 +353,10 @@ impl DataSet {
 
     /// Identifies the samples: data sets with equal fingerprints give equal samples.
     ///
-    /// Covers the number of samples, their shape and framing, and their labels if it was opened with them. Of data in memory it covers every byte. Of a folder it
-    /// covers each file's relative path, length, image size and first 16 KiB, which open with the header anyway: reading a
-    /// hundred gigabytes of pictures at each start would cost more than the rare change behind the first 16 KiB that
-    /// keeps the length.
+    /// Covers the number of samples, their shape and framing, and their labels if it was opened with them. Of data in
+    /// memory it covers every byte. Of a folder it covers each file's name, length, size in pixels, orientation, and
+    /// content: all of it up to 1 MiB, and of a longer file sixteen blocks of 64 KiB, the first at its beginning, the last
+    /// at its end, the others evenly between.
     pub fn fingerprint(&self) -> [u8; 32] {
         self.fingerprint
     }

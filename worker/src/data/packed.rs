@@ -1,23 +1,48 @@
 //! Zip and tar files whose members are read where they lie.
 //!
 //! 1. Opening reads the directory of a zip, or the headers of a tar; memory holds names and places, and no content.
-//! 2. What an archive says of a member is checked against the archive's length before anything is allocated.
+//! 2. Claims of an archive about a member are checked against the archive's length before anything is allocated.
+//! 3. Few archives are open at a time, however many a data set has. One that is opened again must be what it was.
+//! 4. Members have names that stay below the archive. One with another name is left out, and counted.
 
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::FileExt;
+use std::fs::{File, Metadata};
+use std::io::{BufReader, Read};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use ganglion_proto::found::Found;
 use ganglion_proto::job::ArchiveKind;
+use ganglion_storage::{RelativeName, printable};
 
-use super::DataError;
+use super::place::Content;
+use super::{DataError, MAX_FILE_BYTES, open_plain};
 
-/// An open archive.
+/// Archives that are open at once: well below the usual limit of descriptors, which sockets need too.
+const OPEN_LIMIT: usize = 64;
+/// Deflate makes of a byte at most this many.
+const DEFLATE_RATIO: u64 = 1032;
+/// Longest name in a message.
+const SHOWN_CHARACTERS: usize = 200;
+
+/// The archives of a data set that are open, the one used last at the end.
+#[derive(Debug, Default)]
+pub(super) struct OpenArchives {
+    count: AtomicUsize,
+    open: Mutex<Vec<(usize, Arc<File>)>>,
+}
+
+/// An archive.
 #[derive(Debug)]
 struct Archive {
     path: PathBuf,
-    file: File,
+    /// Its number among those of the data set.
+    number: usize,
+    /// What tells it from another file that took its name.
+    identity: [i64; 5],
+    length: u64,
+    all: Arc<OpenArchives>,
 }
 
 /// A file in an archive.
@@ -25,7 +50,7 @@ struct Archive {
 pub(super) struct Member {
     archive: Arc<Archive>,
     /// Its name, with `/` between folders.
-    pub(super) name: String,
+    pub(super) name: RelativeName,
     /// Where it begins in the archive.
     offset: u64,
     /// Bytes that it takes there.
@@ -35,45 +60,150 @@ pub(super) struct Member {
     deflated: bool,
 }
 
-/// The files in an archive, in its order.
-pub(super) fn members(path: &Path) -> Result<Vec<Member>, DataError> {
-    let file = File::open(path).map_err(|error| DataError::reading(path, error))?;
-    let archive = Arc::new(Archive { path: path.to_path_buf(), file });
-    let length = archive.file.metadata().map_err(|error| DataError::reading(path, error))?.len();
-    let found = match ArchiveKind::of(path) {
-        Some(ArchiveKind::Zip) => in_zip(&archive),
-        _ => in_tar(&archive),
-    };
-    let members = found.map_err(|wrong| {
-        DataError::Input(format!("{}: cannot be read, {wrong}; make it again", path.display()))
-    })?;
-    let beyond = |member: &&Member| member.offset.checked_add(member.packed).is_none_or(|end| end > length);
-    match members.iter().find(beyond) {
-        Some(member) => Err(member.corrupt("it ends beyond the archive, which is cut off")),
-        None => Ok(members),
+impl OpenArchives {
+    /// Opens an archive for the first time.
+    fn add(self: &Arc<Self>, path: &Path) -> Result<(Arc<Archive>, Arc<File>), DataError> {
+        let (file, length) = open_plain(path, u64::MAX)?;
+        let file = Arc::new(file);
+        let metadata = file.metadata().map_err(|error| DataError::reading(path, error))?;
+        let archive = Archive {
+            path: path.to_path_buf(),
+            number: self.count.fetch_add(1, Ordering::Relaxed),
+            identity: identity(&metadata),
+            length,
+            all: self.clone(),
+        };
+        self.put(archive.number, &file);
+        Ok((Arc::new(archive), file))
+    }
+
+    fn get(&self, number: usize) -> Option<Arc<File>> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = open.iter().position(|(other, _)| *other == number)?;
+        let entry = open.remove(at);
+        let file = entry.1.clone();
+        open.push(entry);
+        Some(file)
+    }
+
+    fn put(&self, number: usize, file: &Arc<File>) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if open.len() >= OPEN_LIMIT {
+            open.remove(0);
+        }
+        open.push((number, file.clone()));
     }
 }
 
-fn in_zip(archive: &Arc<Archive>) -> Result<Vec<Member>, String> {
-    let mut zip = zip::ZipArchive::new(&archive.file).map_err(|error| error.to_string())?;
-    let mut members = Vec::with_capacity(zip.len());
+/// Changes with every other file of the same name, and with every write.
+fn identity(metadata: &Metadata) -> [i64; 5] {
+    let signed = |value: u64| i64::from_ne_bytes(value.to_ne_bytes());
+    let (device, inode, length) = (metadata.dev(), metadata.ino(), metadata.len());
+    [signed(device), signed(inode), signed(length), metadata.mtime(), metadata.mtime_nsec()]
+}
+
+impl Archive {
+    fn file(&self) -> Result<Arc<File>, DataError> {
+        if let Some(file) = self.all.get(self.number) {
+            return Ok(file);
+        }
+        let (file, _) = open_plain(&self.path, u64::MAX)?;
+        let metadata = file.metadata().map_err(|error| DataError::reading(&self.path, error))?;
+        if identity(&metadata) != self.identity {
+            return Err(DataError::Input(format!(
+                "{}: another file than at the start; do not change data in use",
+                self.path.display()
+            )));
+        }
+        let file = Arc::new(file);
+        self.all.put(self.number, &file);
+        Ok(file)
+    }
+}
+
+/// A member as the archive describes it, before anything of it is believed.
+struct Claim {
+    name: String,
+    offset: u64,
+    packed: u64,
+    length: u64,
+    deflated: bool,
+}
+
+/// The files in an archive, in its order. Others are counted in `found`, with names below `relative`.
+pub(super) fn members(
+    path: &Path,
+    relative: &str,
+    all: &Arc<OpenArchives>,
+    found: &mut Found,
+) -> Result<Vec<Member>, DataError> {
+    let (archive, file) = all.add(path)?;
+    let shown = |name: &str| format!("{relative}{}", printable(name, SHOWN_CHARACTERS));
+    let special = |name: &str| found.leave_out("links and special members of archives", shown(name));
+    let claims = match ArchiveKind::of(path) {
+        Some(ArchiveKind::Zip) => in_zip(&file),
+        _ => in_tar(&file, special),
+    };
+    let claims = claims.map_err(|wrong| {
+        DataError::Input(format!("{}: cannot be read, {wrong}; make it again", path.display()))
+    })?;
+    let mut members = Vec::with_capacity(claims.len());
+    for claim in claims {
+        let wrong = |what: &str| {
+            DataError::Input(format!(
+                "{}: {}: {what}; make the archive again",
+                path.display(),
+                printable(&claim.name, SHOWN_CHARACTERS)
+            ))
+        };
+        if claim.offset.checked_add(claim.packed).is_none_or(|end| end > archive.length) {
+            return Err(wrong("it ends beyond the archive, which is cut off"));
+        }
+        if !claim.deflated && claim.length != claim.packed {
+            return Err(wrong("the archive gives it two lengths"));
+        }
+        let most = if claim.deflated { claim.packed.saturating_mul(DEFLATE_RATIO) } else { claim.packed };
+        if claim.length > most {
+            let what = format!("it claims {} bytes, more than its {} can hold", claim.length, claim.packed);
+            return Err(wrong(&what));
+        }
+        match RelativeName::parse(&claim.name) {
+            Ok(name) => members.push(Member {
+                archive: archive.clone(),
+                name,
+                offset: claim.offset,
+                packed: claim.packed,
+                length: claim.length,
+                deflated: claim.deflated,
+            }),
+            Err(_) => found.leave_out("members whose names lead out of their archive", shown(&claim.name)),
+        }
+    }
+    Ok(members)
+}
+
+fn in_zip(file: &File) -> Result<Vec<Claim>, String> {
+    /// Of a local header's flags: the content is encrypted.
+    const ENCRYPTED: u8 = 1;
+    let mut zip = zip::ZipArchive::new(BufReader::new(file)).map_err(|error| error.to_string())?;
+    let mut claims = Vec::with_capacity(zip.len());
     for index in 0..zip.len() {
         let entry = zip.by_index_raw(index).map_err(|error| error.to_string())?;
         if entry.is_dir() {
             continue;
         }
+        let shown = printable(entry.name(), SHOWN_CHARACTERS);
         let deflated = match entry.compression() {
             zip::CompressionMethod::Stored => false,
             zip::CompressionMethod::Deflated => true,
-            other => {
-                return Err(format!(
-                    "{} is compressed by {other}, expected stored or deflated",
-                    entry.name()
-                ));
-            }
+            other => return Err(format!("{shown} is compressed by {other}, expected stored or deflated")),
         };
-        members.push(Member {
-            archive: archive.clone(),
+        let mut flags = [0];
+        file.read_exact_at(&mut flags, entry.header_start() + 6).map_err(|error| error.to_string())?;
+        if flags[0] & ENCRYPTED != 0 {
+            return Err(format!("{shown} is encrypted"));
+        }
+        claims.push(Claim {
             name: entry.name().to_string(),
             offset: entry.data_start(),
             packed: entry.compressed_size(),
@@ -81,49 +211,60 @@ fn in_zip(archive: &Arc<Archive>) -> Result<Vec<Member>, String> {
             deflated,
         });
     }
-    Ok(members)
+    Ok(claims)
 }
 
-fn in_tar(archive: &Arc<Archive>) -> Result<Vec<Member>, String> {
-    let mut tar = tar::Archive::new(&archive.file);
-    let mut members = Vec::new();
+fn in_tar(file: &File, mut special: impl FnMut(&str)) -> Result<Vec<Claim>, String> {
+    let mut tar = tar::Archive::new(file);
+    let mut claims = Vec::new();
     for entry in tar.entries_with_seek().map_err(|error| error.to_string())? {
         let entry = entry.map_err(|error| error.to_string())?;
-        if !entry.header().entry_type().is_file() {
+        let kind = entry.header().entry_type();
+        if kind.is_dir() || kind.is_pax_global_extensions() {
             continue;
         }
         let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        members.push(Member {
-            archive: archive.clone(),
-            name: name.strip_prefix("./").map_or(name.clone(), str::to_string),
+        if !kind.is_file() {
+            special(&name);
+            continue;
+        }
+        claims.push(Claim {
+            name: name.trim_start_matches("./").to_string(),
             offset: entry.raw_file_position(),
             packed: entry.size(),
             length: entry.size(),
             deflated: false,
         });
     }
-    Ok(members)
+    Ok(claims)
 }
 
 impl Member {
     /// The archive and the name, for people.
     pub(super) fn shown(&self) -> PathBuf {
-        self.archive.path.join(&self.name)
+        self.name.below(&self.archive.path)
     }
 
-    /// The first bytes of its content, at most `most`.
-    pub(super) fn head(&self, most: u64) -> Result<Vec<u8>, DataError> {
-        let raw = if self.deflated { self.packed } else { self.packed.min(most) };
-        let mut bytes = vec![0; usize::try_from(raw).map_err(|_| self.corrupt("it is too long"))?];
-        let read = self.archive.file.read_exact_at(&mut bytes, self.offset);
-        read.map_err(|error| DataError::reading(&self.archive.path, error))?;
+    /// The content, as it can be read.
+    pub(super) fn open(&self) -> Result<Content, DataError> {
+        let file = self.archive.file()?;
         if !self.deflated {
-            return Ok(bytes);
+            return Ok(Content::Part { file, offset: self.offset, length: self.length });
         }
+        if self.packed > MAX_FILE_BYTES {
+            return Err(self.corrupt("it is too long"));
+        }
+        let mut packed = vec![0; usize::try_from(self.packed).map_err(|_| self.corrupt("it is too long"))?];
+        let read = file.read_exact_at(&mut packed, self.offset);
+        read.map_err(|error| DataError::reading(&self.archive.path, error))?;
         let mut content = Vec::new();
-        let mut decoder = flate2::read::DeflateDecoder::new(bytes.as_slice()).take(most.min(self.length));
-        decoder.read_to_end(&mut content).map_err(|error| self.corrupt(&error.to_string()))?;
-        Ok(content)
+        let decoder = flate2::read::DeflateDecoder::new(packed.as_slice());
+        let unpacked = decoder.take(self.length.saturating_add(1)).read_to_end(&mut content);
+        unpacked.map_err(|error| self.corrupt(&error.to_string()))?;
+        if content.len() as u64 != self.length {
+            return Err(self.corrupt("its content is not as long as the archive says"));
+        }
+        Ok(Content::Bytes(content))
     }
 
     fn corrupt(&self, wrong: &str) -> DataError {

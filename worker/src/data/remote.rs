@@ -1,29 +1,39 @@
 //! Data in an object store: fetched to this machine once, and read there as if it always had been.
 //!
-//! 1. A file is fetched under another name and then renamed, and its version is noted after that. So what is noted is whole.
+//! 1. A file appears whole, with the length that the store gives, and is noted after that, with its hash. So a noted file is
+//!    whole; one that is not what its note says is fetched again.
 //! 2. The workers of a machine share what is fetched. One fetches, the others wait for it.
 //! 3. A file that is another in the store is fetched again; one that is no longer there is no longer here.
+//! 4. Notes lie beside the folder of the files, where no object's name leads. An object whose name cannot be a file's is left
+//!    out, and counted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use ganglion_proto::found::Found;
 use ganglion_proto::job::{ArchiveKind, Data};
-use ganglion_storage::{Address, Blocking, Path as StoragePath, Storage, reason};
+use ganglion_storage::{
+    Address, Blocking, Path as StoragePath, RelativeName, Storage, Version, printable, reason, whole,
+};
 use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
 
 use super::DataError;
 
 /// Names the folder that fetched data lie under.
 const CACHE: &str = "GANGLION_CACHE_DIR";
-/// In the folder of an address: the versions of its files, by name.
-const VERSIONS: &str = ".versions.jsonl";
-/// In the folder of an address: locked by who fetches.
-const LOCK: &str = ".lock";
+/// In the folder of an address: its files.
+const FILES: &str = "files";
+/// In the folder of an address: a note for each file that is whole.
+const NOTES: &str = "fetched.jsonl";
+/// In the folder of an address: locked by the worker that fetches.
+const LOCK: &str = "lock";
 
 /// The same data by a path of this machine; fetches them if they lie in an object store.
-pub(super) fn here(source: &Data) -> Result<Data, DataError> {
+pub(super) fn here(source: &Data, found: &mut Found) -> Result<Data, DataError> {
     let Some(text) = source.path.as_deref().and_then(Path::to_str) else {
         return Ok(source.clone());
     };
@@ -43,8 +53,9 @@ pub(super) fn here(source: &Data) -> Result<Data, DataError> {
             let storage = Storage::open(&address).map_err(|what| wrong(&what))?;
             let folder = cache()?.join(&blake3::hash(root.as_bytes()).to_hex()[..16]);
             let chosen = |name: &str| file.is_none_or(|file| file == name);
-            fetch(storage, &folder, chosen, &wrong)?;
-            file.map_or(folder.clone(), |file| folder.join(file))
+            fetch(storage, &folder, chosen, found, &wrong)?;
+            let files = folder.join(FILES);
+            file.map_or(files.clone(), |file| files.join(file))
         }
     };
     Ok(Data { path: Some(path), ..source.clone() })
@@ -63,64 +74,190 @@ fn cache() -> Result<PathBuf, DataError> {
         })
 }
 
-/// Makes a folder hold the chosen files of a storage.
+/// An object to fetch.
+struct Wanted {
+    name: RelativeName,
+    /// The same name as the store takes it.
+    path: StoragePath,
+    version: Version,
+}
+
+/// A file that is here, whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Note {
+    name: String,
+    /// The version in the store.
+    version: String,
+    bytes: u64,
+    /// blake3 of the content, in hex.
+    blake3: String,
+    /// Time of the last change by the clock of the file system: seconds, nanoseconds.
+    changed: (i64, i64),
+}
+
+/// Makes a folder hold the chosen files of a storage, and no other chosen ones.
 fn fetch(
     storage: Storage,
     folder: &Path,
     chosen: impl Fn(&str) -> bool,
+    found: &mut Found,
     wrong: &dyn Fn(&str) -> DataError,
 ) -> Result<(), DataError> {
     let system = |source: io::Error| DataError::System { path: folder.to_path_buf(), source };
-    fs::create_dir_all(folder).map_err(system)?;
+    let files = folder.join(FILES);
+    whole::create_folders(&files).map_err(system)?;
     let lock = File::create(folder.join(LOCK)).map_err(system)?;
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         tracing::info!("another worker of this machine fetches the data; waiting for it");
         flock(&lock, FlockOperation::LockExclusive).map_err(|error| system(error.into()))?;
     }
     let storage = Blocking::new(storage).map_err(system)?;
-    let failed = |error: &ganglion_storage::Error| wrong(&reason(error));
-    let mut wanted = storage.wait(storage.storage().versions()).map_err(|error| failed(&error))?;
-    wanted.retain(|name, _| chosen(name));
-    if wanted.is_empty() {
-        return Err(wrong("there is nothing there"));
-    }
-    let have = versions(folder);
-    for gone in have.keys().filter(|name| chosen(name) && !wanted.contains_key(*name)) {
-        drop(fs::remove_file(folder.join(gone)));
-    }
-    let missing: Vec<_> =
-        wanted.into_iter().filter(|(name, version)| have.get(name) != Some(version)).collect();
-    for (done, (name, version)) in missing.iter().enumerate() {
-        tracing::info!("fetching {name}, {} of {} files, to {}", done + 1, missing.len(), folder.display());
-        let place = folder.join(name);
-        fs::create_dir_all(place.parent().unwrap_or(folder)).map_err(system)?;
-        let beside = folder.join(".fetched");
-        let file = File::create(&beside).map_err(system)?;
-        let path = StoragePath::from(name.as_str());
-        storage.wait(storage.storage().fetch(&path, &file)).map_err(|error| failed(&error))?;
-        let now = storage.wait(storage.storage().version(&path)).map_err(|error| failed(&error))?;
-        if now != *version {
-            return Err(wrong(&format!("{name} was changed while it was fetched; try again")));
-        }
-        fs::rename(&beside, &place).map_err(system)?;
-        note(folder, name, version).map_err(system)?;
+    let wanted = wanted(&storage, &chosen, found, wrong)?;
+    let names: BTreeSet<&str> = wanted.iter().map(|object| object.name.as_str()).collect();
+    sweep(&files, "", &|name| chosen(name) && !names.contains(name)).map_err(system)?;
+    let have = notes(folder);
+    let is_here = |object: &Wanted| {
+        let note = have.get(object.name.as_str());
+        note.is_some_and(|note| note.version == object.version.text && note.holds(&object.name.below(&files)))
+    };
+    let missing: Vec<&Wanted> = wanted.iter().filter(|object| !is_here(object)).collect();
+    for (done, object) in missing.iter().enumerate() {
+        let (name, all) = (&object.name, missing.len());
+        tracing::info!("fetching {name}, {} of {all} files, to {}", done + 1, files.display());
+        let note = fetch_one(&storage, object, &files, wrong)?;
+        append(folder, &note).map_err(system)?;
     }
     Ok(())
 }
 
-/// Notes that a file is here, in a line of its own: there may be a great many.
-fn note(folder: &Path, name: &str, version: &str) -> io::Result<()> {
-    let mut notes = File::options().create(true).append(true).open(folder.join(VERSIONS))?;
-    notes.write_all(format!("{}\n", serde_json::json!([name, version])).as_bytes())
+/// The chosen objects whose names can be those of files. The others are counted.
+fn wanted(
+    storage: &Blocking,
+    chosen: &impl Fn(&str) -> bool,
+    found: &mut Found,
+    wrong: &dyn Fn(&str) -> DataError,
+) -> Result<Vec<Wanted>, DataError> {
+    let listed = storage.wait(storage.storage().versions()).map_err(|error| wrong(&reason(&error)))?;
+    let folders: BTreeSet<&str> = listed
+        .keys()
+        .flat_map(|path| path.as_ref().match_indices('/').map(|(at, _)| &path.as_ref()[..at]))
+        .collect();
+    let mut wanted = Vec::new();
+    for (path, version) in listed.iter().filter(|(path, _)| chosen(path.as_ref())) {
+        let is_folder = folders.contains(path.as_ref());
+        match RelativeName::parse(path.as_ref()) {
+            // Consoles make an empty object for a folder.
+            Ok(_) if is_folder && version.bytes == 0 => {}
+            Ok(name) if !is_folder => {
+                wanted.push(Wanted { name, path: path.clone(), version: version.clone() });
+            }
+            _ => {
+                found.leave_out("objects whose names cannot be those of files", printable(path.as_ref(), 200))
+            }
+        }
+    }
+    if wanted.is_empty() {
+        return Err(wrong("there is nothing there"));
+    }
+    Ok(wanted)
 }
 
-/// What is here already, by the last note of each file; a line that cannot be read notes nothing.
-fn versions(folder: &Path) -> BTreeMap<String, String> {
-    let notes = fs::read_to_string(folder.join(VERSIONS)).unwrap_or_default();
-    let notes = notes.lines().filter_map(|line| serde_json::from_str::<(String, String)>(line).ok());
-    let mut noted: BTreeMap<String, String> = notes.collect();
-    noted.retain(|name, _| folder.join(name).is_file());
-    noted
+/// Fetches a file, and checks that it is whole and still the one that was listed.
+fn fetch_one(
+    storage: &Blocking,
+    object: &Wanted,
+    files: &Path,
+    wrong: &dyn Fn(&str) -> DataError,
+) -> Result<Note, DataError> {
+    let Wanted { name, path, version } = object;
+    let place = name.below(files);
+    let system = |source: io::Error| DataError::System { path: place.clone(), source };
+    let failed = |error: ganglion_storage::Error| wrong(&format!("{name}: {}", reason(&error)));
+    whole::create_folders(place.parent().unwrap_or(files)).map_err(system)?;
+    /// Keeps an error of the system apart from one of the data.
+    struct Failed(DataError);
+    impl From<io::Error> for Failed {
+        fn from(source: io::Error) -> Failed {
+            Failed(DataError::System { path: PathBuf::new(), source })
+        }
+    }
+    let written = whole::write_by(&place, |file| -> Result<(), Failed> {
+        let storage_of = storage.storage();
+        storage.wait(storage_of.fetch(path, file)).map_err(|error| Failed(failed(error)))?;
+        let now = storage.wait(storage_of.version(path)).map_err(|error| Failed(failed(error)))?;
+        if now != *version {
+            return Err(Failed(wrong(&format!("{name} was changed while it was fetched; try again"))));
+        }
+        let (here, there) = (file.metadata()?.len(), version.bytes);
+        if here != there {
+            let what = format!("{name}: {here} of {there} bytes came; try again");
+            return Err(Failed(wrong(&what)));
+        }
+        Ok(())
+    });
+    written.map_err(|Failed(error)| match error {
+        DataError::System { source, .. } => system(source),
+        other => other,
+    })?;
+    let blake3 = hash(&place).map_err(system)?;
+    let metadata = fs::metadata(&place).map_err(system)?;
+    Ok(Note {
+        name: name.to_string(),
+        version: version.text.clone(),
+        bytes: version.bytes,
+        blake3,
+        changed: (metadata.ctime(), metadata.ctime_nsec()),
+    })
+}
+
+fn hash(file: &Path) -> io::Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(File::open(file)?)?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+impl Note {
+    /// Whether a file is what it was when it was noted. One that was touched since is hashed.
+    fn holds(&self, file: &Path) -> bool {
+        let Ok(metadata) = fs::symlink_metadata(file) else { return false };
+        if !metadata.is_file() || metadata.len() != self.bytes {
+            return false;
+        }
+        (metadata.ctime(), metadata.ctime_nsec()) == self.changed
+            || hash(file).is_ok_and(|found| found == self.blake3)
+    }
+}
+
+/// Removes the files below a folder that are not to be there, and what killed writers left.
+fn sweep(folder: &Path, relative: &str, is_unwanted: &impl Fn(&str) -> bool) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = format!("{relative}{}", entry.file_name().to_string_lossy());
+        if entry.file_type()?.is_dir() {
+            sweep(&entry.path(), &format!("{name}/"), is_unwanted)?;
+            // Only if it is empty: a file may have its name now.
+            let _ = fs::remove_dir(entry.path());
+        } else if is_unwanted(&name) || !entry.file_type()?.is_file() {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Notes that a file is here, in a line of its own: there may be a great many. A line that is lost costs a second fetch.
+fn append(folder: &Path, note: &Note) -> io::Result<()> {
+    let mut notes = File::options().create(true).append(true).open(folder.join(NOTES))?;
+    let line = serde_json::to_string(note).map_err(io::Error::other)?;
+    // The first line's end keeps a line that was cut off from spoiling this one.
+    notes.write_all(format!("\n{line}\n").as_bytes())
+}
+
+/// The last note of each file; a line that cannot be read notes nothing.
+fn notes(folder: &Path) -> BTreeMap<String, Note> {
+    let text = fs::read(folder.join(NOTES)).unwrap_or_default();
+    let notes =
+        text.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<Note>(line).ok());
+    notes.map(|note| (note.name.clone(), note)).collect()
 }
 
 #[cfg(test)]
@@ -128,38 +265,107 @@ mod tests {
     use super::*;
     use ganglion_storage::PutPayload;
 
-    fn put(storage: &Storage, name: &str, content: &'static [u8]) {
+    fn put(storage: &Storage, name: &str, content: &[u8]) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let payload = PutPayload::from_static(content);
-        runtime.block_on(storage.replace(&StoragePath::from(name), &payload)).unwrap();
+        let payload = PutPayload::from(content.to_vec());
+        runtime.block_on(storage.replace(&StoragePath::parse(name).unwrap(), &payload)).unwrap();
     }
 
-    fn fetched(storage: &Storage, folder: &Path) -> Result<(), DataError> {
-        fetch(storage.clone(), folder, |name| name != "other", &|what| DataError::Input(what.to_string()))
+    fn fetched(storage: &Storage, folder: &Path) -> Result<Found, DataError> {
+        let mut found = Found::default();
+        let wrong = |what: &str| DataError::Input(what.to_string());
+        fetch(storage.clone(), folder, |name| name != "other", &mut found, &wrong)?;
+        Ok(found)
     }
 
+    fn here(folder: &Path, name: &str) -> Option<Vec<u8>> {
+        fs::read(folder.join(FILES).join(name)).ok()
+    }
+
+    /// Invariants 1 and 3.
     #[test]
     fn files_are_fetched_once_and_again_when_they_are_others() {
         let folder = tempfile::tempdir().unwrap();
-        let here = |name: &str| fs::read(folder.path().join(name)).ok();
+        let folder = folder.path();
         let storage = Storage::in_memory();
-        let error = fetched(&storage, folder.path()).unwrap_err();
+        let error = fetched(&storage, folder).unwrap_err();
         assert!(error.to_string().contains("nothing there"), "{error}");
         put(&storage, "a/1.png", b"one");
+        put(&storage, "a/[2] 100%#.png", b"odd");
         put(&storage, "2.tar", b"two");
         put(&storage, "other", b"not chosen");
-        fetched(&storage, folder.path()).unwrap();
-        assert_eq!(
-            (here("a/1.png"), here("2.tar"), here("other")),
-            (Some(b"one".into()), Some(b"two".into()), None)
-        );
-        // What is noted is not fetched again: nobody looks at it.
-        fs::write(folder.path().join("a/1.png"), "mine").unwrap();
-        fetched(&storage, folder.path()).unwrap();
-        assert_eq!(here("a/1.png"), Some(b"mine".into()));
+        fetched(&storage, folder).unwrap();
+        assert_eq!(here(folder, "a/1.png"), Some(b"one".into()));
+        assert_eq!(here(folder, "a/[2] 100%#.png"), Some(b"odd".into()));
+        assert_eq!((here(folder, "2.tar"), here(folder, "other")), (Some(b"two".into()), None));
+        // A file that is what its note says is not written again.
+        let inode = |name: &str| fs::metadata(folder.join(FILES).join(name)).unwrap().ino();
+        let before = inode("a/1.png");
+        fetched(&storage, folder).unwrap();
+        assert_eq!(inode("a/1.png"), before);
+        // One that somebody changed is none, of another length or of the same.
+        for mine in ["mine", "two"] {
+            fs::write(folder.join(FILES).join("a/1.png"), mine).unwrap();
+            fetched(&storage, folder).unwrap();
+            assert_eq!(here(folder, "a/1.png"), Some(b"one".into()));
+        }
         put(&storage, "a/1.png", b"another");
-        fs::remove_file(folder.path().join("2.tar")).unwrap();
-        fetched(&storage, folder.path()).unwrap();
-        assert_eq!((here("a/1.png"), here("2.tar")), (Some(b"another".into()), Some(b"two".into())));
+        fs::remove_file(folder.join(FILES).join("2.tar")).unwrap();
+        fetched(&storage, folder).unwrap();
+        assert_eq!(
+            (here(folder, "a/1.png"), here(folder, "2.tar")),
+            (Some(b"another".into()), Some(b"two".into()))
+        );
+        // One that is no longer there, or that was never noted, goes.
+        fs::write(folder.join(FILES).join("a/old.png"), "old").unwrap();
+        let now = Storage::in_memory();
+        put(&now, "2.tar", b"two");
+        fetched(&now, folder).unwrap();
+        assert_eq!((here(folder, "a/1.png"), here(folder, "a/old.png")), (None, None));
+        assert_eq!(here(folder, "2.tar"), Some(b"two".into()));
+    }
+
+    /// Invariant 4: an object cannot be taken for notes, and a note of any kind removes nothing elsewhere.
+    #[test]
+    fn no_object_leads_out_of_the_folder() {
+        let root = tempfile::tempdir().unwrap();
+        let (folder, precious) = (root.path().join("cache/ab"), root.path().join("precious"));
+        fs::write(&precious, "kept").unwrap();
+        let storage = Storage::in_memory();
+        put(&storage, "1.png", b"one");
+        let lines: Vec<String> = [precious.to_str().unwrap(), "../../../precious", "../../precious"]
+            .iter()
+            .map(|name| {
+                format!(r#"["{name}","1 x"]"#)
+                    + "\n"
+                    + &format!(r#"{{"name":"{name}","version":"1 x","bytes":4,"blake3":"","changed":[0,0]}}"#)
+            })
+            .collect();
+        for name in [".versions.jsonl", NOTES, LOCK, "..\\..\\precious"] {
+            put(&storage, name, lines.join("\n").as_bytes());
+        }
+        for _ in 0..3 {
+            let found = fetched(&storage, &folder).unwrap();
+            assert_eq!(fs::read_to_string(&precious).unwrap(), "kept");
+            let left: Vec<_> = found.left_out.values().collect();
+            assert_eq!((left.len(), left[0].count), (1, 1));
+            assert!(left[0].example.contains("precious"), "{left:?}");
+            // Even where somebody wrote such notes.
+            fs::write(folder.join(NOTES), lines.join("\n")).unwrap();
+        }
+        assert!(here(&folder, NOTES).is_some(), "it is a file like any other");
+    }
+
+    #[test]
+    fn an_object_in_the_place_of_a_folder_is_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = Storage::in_memory();
+        put(&storage, "a/1.png", b"one");
+        put(&storage, "a", b"");
+        put(&storage, "b/c/2.png", b"two");
+        put(&storage, "b", b"not empty");
+        let found = fetched(&storage, folder.path()).unwrap();
+        assert_eq!(found.left_out.values().map(|left| left.count).sum::<u64>(), 1);
+        assert_eq!(here(folder.path(), "b/c/2.png"), Some(b"two".into()));
     }
 }

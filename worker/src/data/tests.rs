@@ -1,11 +1,14 @@
 //! Tests of the data as the training loop sees them, and of every complaint about a user's files.
 
+mod bombs;
 mod cifar_files;
 mod digits;
 mod folders;
 mod framings;
 mod idx_files;
 mod labelled;
+mod leaving_out;
+mod orientations;
 mod packed_files;
 mod prefetching;
 
@@ -15,18 +18,19 @@ use std::path::Path;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use ganglion_proto::job::{Data, DataKind};
+use ganglion_proto::job::{Data, DataKind, Orientation};
 use image::{DynamicImage, ImageFormat, RgbImage};
 use tempfile::TempDir;
 
 use super::*;
 
 fn data(kind: DataKind, path: &Path) -> Data {
-    Data { kind, path: Some(path.to_path_buf()), resize: None, crop: None, channels: 3 }
+    let (path, orientation) = (Some(path.to_path_buf()), Orientation::Follow);
+    Data { kind, path, resize: None, crop: None, channels: 3, image_extension: None, orientation }
 }
 
 fn bundled() -> Data {
-    Data { kind: DataKind::Mnist10k, path: None, resize: None, crop: None, channels: 1 }
+    Data { path: None, channels: 1, ..data(DataKind::Mnist10k, Path::new("")) }
 }
 
 /// The message of a refusal, which must be the user's to mend.

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use clap::Args;
 use ganglion_proto::evaluation::{BestBy, Evaluation, Features};
-use ganglion_proto::job::{Data, DataKind};
+use ganglion_proto::job::{Data, DataKind, Orientation};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -142,7 +142,9 @@ impl Eval {
         if let Some(Source(kind, path)) = &self.data {
             let side = shape.filter(|_| *kind == DataKind::Folder).and_then(|s| u32::try_from(s.height).ok());
             let channels = shape.map_or(Ok(3), |shape| u32::try_from(shape.channels)).unwrap_or(3);
-            return Ok(Data { kind: *kind, path: path.clone(), resize: side, crop: side, channels });
+            let (kind, path) = (*kind, path.clone());
+            let (resize, crop, image_extension, orientation) = (side, side, None, Orientation::Follow);
+            return Ok(Data { kind, path, resize, crop, channels, image_extension, orientation });
         }
         let place = self.checkpoint.as_deref().unwrap_or_default();
         let job = Path::new(place)
@@ -243,7 +245,15 @@ pub fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failure> {
     crate::set_threads(1);
     let read = |images: &PathBuf, labels: &PathBuf| -> Result<Labelled, EvalError> {
         let path = Some(images.clone());
-        let data = Data { kind: DataKind::Idx, path, resize: None, crop: None, channels: 1 };
+        let data = Data {
+            kind: DataKind::Idx,
+            path,
+            resize: None,
+            crop: None,
+            channels: 1,
+            image_extension: None,
+            orientation: Orientation::Follow,
+        };
         Labelled::read(&DataSet::open(&data)?, labels)
     };
     let digits = read(&arguments.images, &arguments.labels)?;

@@ -5,7 +5,7 @@ use ganglion_membership::{Assembly, Checkpoint as Saved};
 use ganglion_proto::evaluation::{Alarms, Evaluation};
 use ganglion_proto::job::{
     Augmentation, Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model,
-    ModelKind, NonFinite, Optimizer, OptimizerKind, Precision, Reduction, Sample,
+    ModelKind, NonFinite, Optimizer, OptimizerKind, Orientation, Precision, Reduction, Sample,
 };
 use ganglion_storage::{Storage, in_folder};
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
@@ -32,7 +32,15 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
             reduction: Reduction::Tree,
             deterministic: true,
         },
-        data: Data { kind: DataKind::Mnist10k, path: None, resize: None, crop: None, channels: 1 },
+        data: Data {
+            kind: DataKind::Mnist10k,
+            path: None,
+            resize: None,
+            crop: None,
+            channels: 1,
+            image_extension: None,
+            orientation: Orientation::Follow,
+        },
         model: Model {
             ema_half_life_images: 1000,
             ..Model::plain(

@@ -107,13 +107,14 @@ pub async fn live(start: Start) {
     let mut rng = ChaCha8Rng::seed_from_u64(start.seed);
     tokio::time::sleep(Duration::from_millis(rng.random_range(20..400))).await;
     let welcome = session.welcome();
-    session.loaded(LoadedFacts {
+    let facts = LoadedFacts {
         passport: Passport([("build".to_string(), "ours".to_string())].into()),
         samples: SAMPLES,
         sees_storage: true,
         phases_per_step: u32::try_from(welcome.job.phases_per_step()).expect("few phases"),
         gpu: None,
-    });
+    };
+    session.loaded(facts, None);
     let archive = Archive::start(session.clone(), start.clone(), storage_of(&welcome.storage));
     train(Trainer { session, hub, archive, rng, start, held: None, unformed: 0 }).await;
 }

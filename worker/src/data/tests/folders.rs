@@ -87,8 +87,9 @@ fn mixed_sizes_need_a_resize_or_a_crop() {
 
 #[test]
 fn a_folder_without_images_is_refused() {
-    let folder = picture_folder(&[(".hidden.png", 2, 2), ("picture.webp", 2, 2)]);
-    assert_says(&refusal(open(&folder)), &["found 0 images", "*.png, *.jpg or *.jpeg", "set data.path"]);
+    let folder = picture_folder(&[(".hidden.png", 2, 2), ("picture.gif", 2, 2)]);
+    let parts = ["found 0 images", "*.jpg", "*.png", "1 .gif (picture.gif)", "1 hidden", "set data.path"];
+    assert_says(&refusal(open(&folder)), &parts);
     let file = picture_folder(&[("a.png", 2, 2)]).keep().join("a.png");
     let message = refusal(DataSet::open(&data(DataKind::Folder, &file)));
     assert_says(&message, &["a.png", "Not a directory", "correct data.path"]);
@@ -156,6 +157,31 @@ fn the_fingerprint_covers_names_and_content() {
     assert_eq!(fingerprints.len(), 3);
 }
 
+/// A change anywhere in a file up to 1 MiB counts, and in the first, middle and last block of a longer one.
+#[test]
+fn the_fingerprint_covers_files_to_their_end() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("a.bmp");
+    let length = 3 * 700 * 700;
+    let last_block_but_one = 14 * (length - (64 << 10)) / 15 + 1000;
+    for (side, places) in [(100, vec![60, 20_000, 30_000]), (700, vec![60, last_block_but_one, length])] {
+        let image = RgbImage::from_pixel(side, side, image::Rgb([9; 3]));
+        let bytes = encoded(&image, ImageFormat::Bmp);
+        let mut fingerprints = Vec::new();
+        for place in places {
+            let mut changed = bytes.clone();
+            changed[place] ^= 1;
+            fs::write(&path, changed).unwrap();
+            fingerprints.push(open(&folder).unwrap().fingerprint());
+        }
+        fs::write(&path, bytes).unwrap();
+        fingerprints.push(open(&folder).unwrap().fingerprint());
+        fingerprints.sort();
+        fingerprints.dedup();
+        assert_eq!(fingerprints.len(), 4, "{side}");
+    }
+}
+
 #[cfg(unix)]
 #[test]
 fn links_are_followed_but_not_in_circles() {
@@ -177,12 +203,13 @@ proptest! {
     /// Invariant 2 of the data: damaged images are errors, or other pixels, never a panic.
     #[test]
     fn damaged_images_never_panic(
-        jpeg: bool,
+        format in 0..5_usize,
         at in any::<prop::sample::Index>(),
         value: u8,
         cut in any::<prop::sample::Index>(),
     ) {
-        let format = if jpeg { ImageFormat::Jpeg } else { ImageFormat::Png };
+        use ImageFormat::{Bmp, Jpeg, Png, Tiff, WebP};
+        let format = [Jpeg, Png, WebP, Bmp, Tiff][format];
         let mut bytes = encoded(&picture(12, 10, 1), format);
         let at = at.index(bytes.len());
         bytes[at] = value;

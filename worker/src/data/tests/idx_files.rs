@@ -51,6 +51,32 @@ fn wrong_headers_are_refused() {
 }
 
 #[test]
+fn a_file_of_another_format_is_named_and_the_right_one_advised() {
+    let floats = idx_bytes(0x0d03, [2, 2, 3], &[7; 48]);
+    let png = encoded(&picture(8, 8, 1), ImageFormat::Png);
+    let advice = "train-images-idx3-ubyte";
+    assert_refused(&[
+        (floats, &["IDX file of 32-bit floating-point numbers in 3 dimensions", advice]),
+        (idx_bytes(0x0804, [2, 2, 3], &[7; 48]), &["IDX file of bytes in 4 dimensions", advice]),
+        (idx_bytes(0x0801, [2, 2, 3], &[7; 48]), &["found labels, expected images", advice]),
+        (png, &["PNG picture", "data.kind = \"folder\""]),
+        (b"PK\x03\x04 and the rest of it".to_vec(), &["zip archive", "unpack it"]),
+        (gzip(&gzip(&two_images())), &["compressed twice", "gunzip"]),
+        (b"hello, world, hello, world".to_vec(), &["found magic number 0x68656c6c", advice]),
+    ]);
+    let folder = folder_of(&["a-images-idx3-ubyte", "train-images-idx3-ubyte.gz"]);
+    let labels = folder.path().join("train-labels-idx1-ubyte");
+    fs::write(&labels, [0, 0, 8, 1, 0, 0, 0, 0]).unwrap();
+    let message = refusal(DataSet::open(&data(DataKind::Idx, &labels)));
+    assert_says(&message, &["beside it lies a-images-idx3-ubyte, train-images-idx3-ubyte.gz"]);
+    // Images in the place of labels.
+    fs::write(&labels, two_images()).unwrap();
+    let images = folder.path().join("train-images-idx3-ubyte.gz");
+    let message = refusal(DataSet::open_labelled(&data(DataKind::Idx, &images)));
+    assert_says(&message, &["found images", "*-labels-idx1-ubyte"]);
+}
+
+#[test]
 fn damaged_contents_are_refused() {
     let whole = two_images();
     let compressed = gzip(&whole);

@@ -49,6 +49,7 @@ fn an_idx_file_has_its_labels_beside_it() {
         (Some(label_bytes(LABELS, 4, &[1, 2, 3])), "announces 4 labels and 3 follow"),
         (Some(label_bytes(0x0000_0803, 3, &[1, 2, 3])), "expected magic number 0x00000801"),
         (Some(vec![0, 0, 8]), "found no IDX file of labels"),
+        (Some(vec![0x89, b'P', b'N', b'G']), "this is a PNG picture"),
     ];
     for (bytes, expected) in cases {
         let beside: Vec<_> = bytes.into_iter().map(|bytes| ("train-labels-idx1-ubyte", bytes)).collect();

@@ -30,7 +30,7 @@ fn in_folder(root: &Path) {
     }
 }
 
-fn zipped(path: &Path, method: CompressionMethod, contents: &[(String, Vec<u8>)]) {
+pub(super) fn zipped(path: &Path, method: CompressionMethod, contents: &[(String, Vec<u8>)]) {
     let mut zip = zip::ZipWriter::new(fs::File::create(path).unwrap());
     for (name, content) in contents {
         zip.start_file(name.as_str(), FileOptions::default().compression_method(method)).unwrap();
@@ -39,7 +39,7 @@ fn zipped(path: &Path, method: CompressionMethod, contents: &[(String, Vec<u8>)]
     zip.finish().unwrap();
 }
 
-fn tarred(path: &Path, contents: &[(String, Vec<u8>)]) {
+pub(super) fn tarred(path: &Path, contents: &[(String, Vec<u8>)]) {
     let mut tar = tar::Builder::new(fs::File::create(path).unwrap());
     for (name, content) in contents {
         let mut header = tar::Header::new_gnu();
@@ -88,6 +88,35 @@ fn archives_in_a_folder_are_read_with_the_classes_beside_their_pictures() {
     }
     let packed = DataSet::open_labelled(&data(DataKind::Folder, root.path())).unwrap();
     assert_eq!((packed.len(), packed.labels()), (4, &[3, 1, 0, 1][..]));
+}
+
+/// Fewer archives are open than there are, in whatever order they are read.
+#[test]
+fn few_archives_are_open_however_many_there_are() {
+    let root = TempDir::new().unwrap();
+    let archives = 300;
+    for i in 0..archives {
+        let shade = u8::try_from(i % 256).unwrap();
+        tarred(&root.path().join(format!("{i:05}.tar")), &[(format!("{i:06}.png"), picture(shade))]);
+    }
+    let open_here = || {
+        let files =
+            fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+        files.filter(|file| file.starts_with(root.path())).count()
+    };
+    let opened = DataSet::open(&data(DataKind::Folder, root.path())).unwrap();
+    assert_eq!(opened.len(), archives);
+    assert!(open_here() <= 64, "{} are open", open_here());
+    for i in (0..archives).rev().chain(0..archives) {
+        let expected = f32::from(u8::try_from(i % 256).unwrap()) / 127.5 - 1.0;
+        assert_eq!(read(&opened, i)[0], expected);
+    }
+    assert!(open_here() <= 64, "{} are open", open_here());
+    // An archive that is opened again must be what it was.
+    tarred(&root.path().join("00000.tar"), &[("000000.png".to_string(), picture(9))]);
+    (1..archives).for_each(|i| drop(read(&opened, i)));
+    let mut out = vec![0.0; opened.shape().numel()];
+    assert_says(&refusal(opened.read(0, &mut out)), &["00000.tar", "another file than at the start"]);
 }
 
 #[test]

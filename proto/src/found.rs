@@ -1,0 +1,266 @@
+//! A data set as a worker found it: size, shape, classes, and whatever was left out.
+//!
+//! For people: nothing is decided by it. All of it is bounded, whatever the data set holds.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Display, Write};
+
+use serde::{Deserialize, Serialize};
+
+use crate::convert::{Malformed, malformed};
+use crate::wire;
+
+/// The most classes that are named. The others are counted.
+pub const CLASSES_LIMIT: usize = 1000;
+/// The most kinds of files that are told apart. The others are one kind.
+pub const KINDS_LIMIT: usize = 16;
+/// Characters of a name or a rule.
+const NAME_LIMIT: usize = 200;
+/// Classes that the line for people names.
+const SHOWN_CLASSES: usize = 10;
+
+/// A data set as it was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Found {
+    /// The number of samples.
+    pub samples: u64,
+    /// Colour channels of a sample.
+    pub channels: u32,
+    /// Rows of pixels of a sample, after scaling and cutting.
+    pub height: u32,
+    /// Pixels in a row of a sample, after scaling and cutting.
+    pub width: u32,
+    /// Smallest width and height among the stored pictures, as they are seen.
+    pub least: [u32; 2],
+    /// Greatest width and height among the stored pictures, as they are seen.
+    pub greatest: [u32; 2],
+    /// Pictures that their EXIF data turn or mirror.
+    pub turned: u64,
+    /// How many classes there are; 0 if nobody asked for them.
+    pub class_count: u32,
+    /// The first [`CLASSES_LIMIT`] classes by their number: their names, and how many samples each has.
+    pub classes: Vec<Class>,
+    /// The rule that gave the classes; empty without.
+    pub class_rule: String,
+    /// The rule that chose which files are the pictures; empty where all are.
+    pub image_rule: String,
+    /// Files that are no samples, by kind.
+    pub left_out: BTreeMap<String, LeftOut>,
+}
+
+/// A class of samples.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Class {
+    /// A folder's name, or the number itself.
+    pub name: String,
+    /// Samples of it.
+    pub samples: u64,
+}
+
+/// Files of one kind that are no samples.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// How many.
+    pub count: u64,
+    /// The name of one.
+    pub example: String,
+}
+
+impl Found {
+    /// Notes that a file is no sample.
+    pub fn leave_out(&mut self, kind: &str, example: impl Display) {
+        const OTHERS: &str = "files of other kinds";
+        let full = self.left_out.len() >= KINDS_LIMIT && !self.left_out.contains_key(kind);
+        let entry = self.left_out.entry(if full { OTHERS } else { kind }.to_string()).or_default();
+        entry.count += 1;
+        let example = short(&example.to_string());
+        // The same one, in whatever order the files come.
+        if entry.count == 1 || example < entry.example {
+            entry.example = example;
+        }
+    }
+
+    /// The message on the wire.
+    pub(crate) fn to_wire(&self) -> wire::DataFound {
+        wire::DataFound {
+            samples: self.samples,
+            channels: self.channels,
+            height: self.height,
+            width: self.width,
+            least: self.least.to_vec(),
+            greatest: self.greatest.to_vec(),
+            turned: self.turned,
+            class_count: self.class_count,
+            classes: self
+                .classes
+                .iter()
+                .map(|class| wire::ClassFound { name: class.name.clone(), samples: class.samples })
+                .collect(),
+            class_rule: self.class_rule.clone(),
+            image_rule: self.image_rule.clone(),
+            left_out: self
+                .left_out
+                .iter()
+                .map(|(kind, left)| wire::LeftOut {
+                    kind: kind.clone(),
+                    count: left.count,
+                    example: left.example.clone(),
+                })
+                .collect(),
+        }
+    }
+
+    /// Reads and bounds a message.
+    pub(crate) fn from_wire(wire: wire::DataFound) -> Result<Found, Malformed> {
+        let pair =
+            |sides: Vec<u32>| sides.try_into().map_err(|_| malformed("a size is a width and a height"));
+        if wire.classes.len() > CLASSES_LIMIT || wire.left_out.len() > KINDS_LIMIT + 1 {
+            return Err(malformed("more classes or kinds of files than are told"));
+        }
+        let class = |class: wire::ClassFound| Class { name: short(&class.name), samples: class.samples };
+        let left = |left: wire::LeftOut| {
+            (short(&left.kind), LeftOut { count: left.count, example: short(&left.example) })
+        };
+        Ok(Found {
+            samples: wire.samples,
+            channels: wire.channels,
+            height: wire.height,
+            width: wire.width,
+            least: pair(wire.least)?,
+            greatest: pair(wire.greatest)?,
+            turned: wire.turned,
+            class_count: wire.class_count,
+            classes: wire.classes.into_iter().map(class).collect(),
+            class_rule: short(&wire.class_rule),
+            image_rule: short(&wire.image_rule),
+            left_out: wire.left_out.into_iter().map(left).collect(),
+        })
+    }
+
+    fn sizes(&self) -> Option<String> {
+        let shown = |[width, height]: [u32; 2]| format!("{width} x {height}");
+        match (self.least, self.greatest) {
+            (least, greatest) if least == greatest && least == [self.width, self.height] => None,
+            (least, greatest) if least == greatest => Some(format!("stored as {}", shown(least))),
+            (least, greatest) => Some(format!("stored with {} to {} pixels", shown(least), shown(greatest))),
+        }
+    }
+
+    fn shown_classes(&self) -> String {
+        let shown = self.classes.iter().take(SHOWN_CLASSES);
+        let mut names: Vec<String> =
+            shown.map(|class| format!("{} ({})", class.name, class.samples)).collect();
+        if self.class_count as usize > names.len() {
+            names.push("...".to_string());
+        }
+        names.join(", ")
+    }
+}
+
+/// A text of bounded length without control characters.
+fn short(text: &str) -> String {
+    let mut shown: String =
+        text.chars().filter(|character| !character.is_control()).take(NAME_LIMIT).collect();
+    if text.chars().nth(NAME_LIMIT).is_some() {
+        shown.push_str("...");
+    }
+    shown
+}
+
+/// "1 file", "2 files".
+fn counted(count: u64, one: &str) -> String {
+    format!("{count} {one}{}", if count == 1 { "" } else { "s" })
+}
+
+/// One line for people.
+impl Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Found { width, height, .. } = self;
+        write!(f, "{} of {width} x {height} pixels", counted(self.samples, "sample"))?;
+        f.write_str(match self.channels {
+            1 => ", grey",
+            _ => ", in colour",
+        })?;
+        self.sizes().map_or(Ok(()), |sizes| write!(f, " ({sizes})"))?;
+        if self.turned > 0 {
+            write!(f, "; {} turned as their EXIF data say", self.turned)?;
+        }
+        if !self.image_rule.is_empty() {
+            write!(f, "; {}", self.image_rule)?;
+        }
+        if self.class_count > 0 {
+            let classes = if self.class_count == 1 { "class" } else { "classes" };
+            write!(f, "; {} {classes} by {}: {}", self.class_count, self.class_rule, self.shown_classes())?;
+        }
+        if !self.left_out.is_empty() {
+            let mut left = String::new();
+            for (kind, LeftOut { count, example }) in &self.left_out {
+                let comma = if left.is_empty() { "" } else { ", " };
+                write!(left, "{comma}{count} {kind} ({example})")?;
+            }
+            write!(f, "; left out: {left}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found() -> Found {
+        let class = |name: &str, samples| Class { name: name.to_string(), samples };
+        let mut found = Found {
+            samples: 48,
+            channels: 3,
+            height: 28,
+            width: 28,
+            least: [28, 28],
+            greatest: [400, 300],
+            turned: 1,
+            class_count: 2,
+            classes: vec![class("cat", 24), class("dog", 24)],
+            class_rule: "folder".to_string(),
+            image_rule: "in tar files the picture of a key is its png".to_string(),
+            ..Found::default()
+        };
+        found.leave_out(".txt", "a.txt");
+        found.leave_out(".txt", "b.txt");
+        found.leave_out(".gif", "c.gif");
+        found
+    }
+
+    #[test]
+    fn a_line_says_all_of_it() {
+        let line = found().to_string();
+        for part in [
+            "48 samples of 28 x 28 pixels, in colour (stored with 28 x 28 to 400 x 300 pixels)",
+            "1 turned",
+            "is its png",
+            "2 classes by folder: cat (24), dog (24)",
+            "left out: 1 .gif (c.gif), 2 .txt (a.txt)",
+        ] {
+            assert!(line.contains(part), "{part:?} is not in {line:?}");
+        }
+        let plain = Found { samples: 1, channels: 1, ..Found::default() };
+        assert_eq!(plain.to_string(), "1 sample of 0 x 0 pixels, grey");
+    }
+
+    #[test]
+    fn kinds_are_bounded() {
+        let mut found = Found::default();
+        (0..100_u32).for_each(|kind| found.leave_out(&format!(".{kind}"), "x".repeat(100_000)));
+        assert_eq!(found.left_out.len(), KINDS_LIMIT + 1);
+        assert_eq!(found.left_out.values().map(|left| left.count).sum::<u64>(), 100);
+        assert!(found.left_out.values().all(|left| left.example.len() < 10_000));
+        assert_eq!(Found::from_wire(found.to_wire()).unwrap(), found);
+    }
+
+    #[test]
+    fn a_message_of_too_much_is_refused() {
+        assert_eq!(Found::from_wire(found().to_wire()).unwrap(), found());
+        let classes = vec![wire::ClassFound::default(); CLASSES_LIMIT + 1];
+        assert!(Found::from_wire(wire::DataFound { classes, ..found().to_wire() }).is_err());
+        assert!(Found::from_wire(wire::DataFound { least: vec![1], ..found().to_wire() }).is_err());
+    }
+}

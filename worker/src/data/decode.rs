@@ -1,0 +1,125 @@
+//! Pictures: their size, their orientation and their pixels, from the bytes of a file.
+//!
+//! 1. The content tells the format: the ending of a file's name is often wrong.
+//! 2. Memory is bounded by the file, not by the size in pixels that it claims.
+//! 3. A picture is turned and mirrored as its EXIF data say, unless the job ignores that.
+
+use std::io::Cursor;
+
+use ganglion_proto::job;
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+
+/// Most bytes of a decoded picture.
+const MAX_DECODED_BYTES: u64 = 512 << 20;
+/// A small file may become this long in any case.
+const FREE_DECODED_BYTES: u64 = 64 << 20;
+/// Beyond that, times the length of its file. Deflate reaches 1032, with pictures that show nothing.
+const MAX_RATIO: u64 = 1100;
+
+/// A picture as its first bytes describe it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Outline {
+    /// Pixels in a row, after turning.
+    pub(super) width: u32,
+    /// Rows, after turning.
+    pub(super) height: u32,
+    /// The orientation that is followed, as EXIF numbers it; 1 for none.
+    pub(super) orientation: u8,
+}
+
+/// Reads size and orientation from a file's first bytes. `None` if that takes the whole file.
+pub(super) fn outline(bytes: &[u8], length: u64, turn: job::Orientation) -> Option<Result<Outline, String>> {
+    let is_whole = bytes.len() as u64 >= length;
+    let reader = match reader(bytes) {
+        Err(_) if !is_whole && bytes.is_empty() => return None,
+        Err(wrong) => return Some(Err(wrong)),
+        Ok(reader) => reader,
+    };
+    // With these nothing that comes later tells of size or orientation.
+    let early = matches!(reader.format(), Some(ImageFormat::Jpeg | ImageFormat::Png | ImageFormat::Bmp));
+    if !early && !is_whole {
+        return None;
+    }
+    match described(reader, length, turn) {
+        // A colour profile or a preview may come first.
+        Err(_) if !is_whole => None,
+        found => Some(found),
+    }
+}
+
+fn described(
+    reader: ImageReader<Cursor<&[u8]>>,
+    length: u64,
+    turn: job::Orientation,
+) -> Result<Outline, String> {
+    let mut decoder = reader.into_decoder().map_err(|error| error.to_string())?;
+    check_size(&decoder, length)?;
+    let orientation = orientation(&mut decoder, turn)?;
+    let (width, height) = decoder.dimensions();
+    let turned = matches!(
+        orientation,
+        Orientation::Rotate90
+            | Orientation::Rotate270
+            | Orientation::Rotate90FlipH
+            | Orientation::Rotate270FlipH
+    );
+    let (width, height) = if turned { (height, width) } else { (width, height) };
+    Ok(Outline { width, height, orientation: orientation.to_exif() })
+}
+
+/// Decodes and turns a picture.
+pub(super) fn decode(bytes: &[u8], turn: job::Orientation) -> Result<DynamicImage, String> {
+    let reader = reader(bytes)?;
+    // The decoder fills what is missing with grey and says nothing.
+    if reader.format() == Some(ImageFormat::Jpeg) && !has_end(bytes) {
+        return Err("the file is cut off".to_owned());
+    }
+    let mut decoder = reader.into_decoder().map_err(|error| error.to_string())?;
+    check_size(&decoder, bytes.len() as u64)?;
+    let orientation = orientation(&mut decoder, turn)?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(|error| error.to_string())?;
+    image.apply_orientation(orientation);
+    Ok(image)
+}
+
+fn orientation(decoder: &mut impl ImageDecoder, turn: job::Orientation) -> Result<Orientation, String> {
+    match turn {
+        job::Orientation::Ignore => Ok(Orientation::NoTransforms),
+        job::Orientation::Follow => decoder.orientation().map_err(|error| error.to_string()),
+    }
+}
+
+fn check_size(decoder: &impl ImageDecoder, length: u64) -> Result<(), String> {
+    let bytes = decoder.total_bytes();
+    let limit = FREE_DECODED_BYTES.max(length.saturating_mul(MAX_RATIO)).min(MAX_DECODED_BYTES);
+    if bytes <= limit {
+        return Ok(());
+    }
+    let (width, height) = decoder.dimensions();
+    Err(format!(
+        "it claims {width} x {height} pixels, {bytes} bytes, more than the {limit} that a picture of its length may have"
+    ))
+}
+
+fn reader(bytes: &[u8]) -> Result<ImageReader<Cursor<&[u8]>>, String> {
+    let mut reader =
+        ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| error.to_string())?;
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(MAX_DECODED_BYTES);
+    reader.limits(limits);
+    match reader.format() {
+        Some(
+            ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP | ImageFormat::Bmp | ImageFormat::Tiff,
+        ) => Ok(reader),
+        _ => Err("the content is neither PNG nor JPEG, WebP, BMP or TIFF".to_owned()),
+    }
+}
+
+/// Whether the last scan of a JPEG file is followed by the end marker. Neither marker can be part of the coded pixels.
+fn has_end(bytes: &[u8]) -> bool {
+    const START_OF_SCAN: [u8; 2] = [0xff, 0xda];
+    const END_OF_IMAGE: [u8; 2] = [0xff, 0xd9];
+    let last_end = bytes.windows(2).rposition(|marker| marker == END_OF_IMAGE);
+    last_end.is_some_and(|end| !bytes[end..].windows(2).any(|marker| marker == START_OF_SCAN))
+}

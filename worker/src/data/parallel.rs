@@ -1,0 +1,61 @@
+//! Work on many files, on all processors.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+/// Items that a thread takes at a time: enough to be cheap, few enough that all end together.
+const BLOCK: usize = 64;
+
+/// The results for items in their order, or the error of the first item that has one.
+pub(super) fn map<T: Sync, R: Send, E: Send>(
+    items: &[T],
+    work: impl Fn(&T) -> Result<R, E> + Sync,
+) -> Result<Vec<R>, E> {
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let done = Mutex::new(Vec::new());
+    let run = || {
+        while !failed.load(Ordering::Relaxed) {
+            // Blocks are taken in order, so all before a failure are taken, and are finished.
+            let block = next.fetch_add(1, Ordering::Relaxed);
+            let Some(items) = items.chunks(BLOCK).nth(block) else { return };
+            let results: Result<Vec<R>, E> = items.iter().map(&work).collect();
+            if results.is_err() {
+                failed.store(true, Ordering::Relaxed);
+            }
+            done.lock().unwrap_or_else(PoisonError::into_inner).push((block, results));
+        }
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> =
+            (1..threads.min(items.len().div_ceil(BLOCK))).map(|_| scope.spawn(run)).collect();
+        run();
+        for other in others {
+            other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+    });
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    done.sort_by_key(|(block, _)| *block);
+    let mut all = Vec::with_capacity(items.len());
+    for (_, results) in done {
+        all.extend(results?);
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_keep_their_order_and_the_first_error_wins() {
+        let items: Vec<u32> = (0..10_000).collect();
+        assert_eq!(map(&items, |item| Ok::<_, u32>(item * 2)).unwrap()[9_999], 19_998);
+        for _ in 0..20 {
+            let error = map(&items, |item| if *item % 1000 == 777 { Err(*item) } else { Ok(()) });
+            assert_eq!(error, Err(777));
+        }
+        assert_eq!(map(&[], |_: &u32| Ok::<u32, u32>(1)), Ok(vec![]));
+    }
+}

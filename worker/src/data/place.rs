@@ -1,0 +1,136 @@
+//! Files of a folder or an archive: how to read them, and how to tell whether they are what they were.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::packed::Member;
+use super::{DataError, MAX_FILE_BYTES, input, open_plain};
+
+/// Files up to this length are hashed whole.
+const WHOLE_BYTES: u64 = 1 << 20;
+/// Of a longer one [`BLOCKS`] blocks of this length are hashed.
+const BLOCK_BYTES: u64 = 64 << 10;
+/// The first block begins the file, the last one ends it, the others lie evenly between.
+const BLOCKS: u64 = 16;
+
+/// The place of a file.
+#[derive(Debug)]
+pub(super) enum Place {
+    Alone(PathBuf),
+    Packed(Member),
+}
+
+/// The bytes of a file, as they can be read.
+pub(super) enum Content {
+    /// Of a file, from `offset` on.
+    Part { file: Arc<File>, offset: u64, length: u64 },
+    /// In memory, because they had to be unpacked.
+    Bytes(Vec<u8>),
+}
+
+/// A file's first bytes, and what identifies all of it.
+pub(super) struct Head {
+    /// The whole file if it is short.
+    pub(super) bytes: Vec<u8>,
+    /// Bytes in the whole file.
+    pub(super) length: u64,
+    /// blake3 of a short file, or of a long file's blocks.
+    pub(super) hash: blake3::Hash,
+}
+
+impl Place {
+    /// For people.
+    pub(super) fn shown(&self) -> PathBuf {
+        match self {
+            Place::Alone(path) => path.clone(),
+            Place::Packed(member) => member.shown(),
+        }
+    }
+
+    fn open(&self) -> Result<Content, DataError> {
+        match self {
+            Place::Alone(path) => {
+                let (file, length) = open_plain(path, MAX_FILE_BYTES)?;
+                Ok(Content::Part { file: Arc::new(file), offset: 0, length })
+            }
+            Place::Packed(member) => {
+                check_length(&member.shown(), member.length, MAX_FILE_BYTES)?;
+                member.open()
+            }
+        }
+    }
+
+    /// The whole file.
+    pub(super) fn read(&self) -> Result<Vec<u8>, DataError> {
+        let content = self.open()?;
+        let length = content.length();
+        content.range(0, length).map_err(|error| DataError::reading(&self.shown(), error))
+    }
+
+    /// The whole file, which must be small.
+    pub(super) fn read_small(&self, limit: u64) -> Result<Vec<u8>, DataError> {
+        let content = self.open()?;
+        check_length(&self.shown(), content.length(), limit)?;
+        content.range(0, content.length()).map_err(|error| DataError::reading(&self.shown(), error))
+    }
+
+    /// The beginning of the file, and a hash of it.
+    pub(super) fn head(&self) -> Result<Head, DataError> {
+        let failed = |error| DataError::reading(&self.shown(), error);
+        let content = self.open()?;
+        let length = content.length();
+        if length <= WHOLE_BYTES {
+            let bytes = content.range(0, length).map_err(failed)?;
+            return Ok(Head { hash: blake3::hash(&bytes), bytes, length });
+        }
+        let mut hasher = blake3::Hasher::new();
+        let mut bytes = Vec::new();
+        for block in 0..BLOCKS {
+            let offset = block * (length - BLOCK_BYTES) / (BLOCKS - 1);
+            let read = content.range(offset, BLOCK_BYTES).map_err(failed)?;
+            hasher.update(&read);
+            if block == 0 {
+                bytes = read;
+            }
+        }
+        Ok(Head { hash: hasher.finalize(), bytes, length })
+    }
+}
+
+impl Content {
+    fn length(&self) -> u64 {
+        match self {
+            Content::Part { length, .. } => *length,
+            Content::Bytes(bytes) => bytes.len() as u64,
+        }
+    }
+
+    /// So many bytes from an offset on. They are there, or the file became shorter, which is an error.
+    fn range(self: &Content, offset: u64, length: u64) -> io::Result<Vec<u8>> {
+        let wanted = usize::try_from(length).map_err(io::Error::other)?;
+        match self {
+            Content::Part { file, offset: start, .. } => {
+                let mut bytes = vec![0; wanted];
+                file.read_exact_at(&mut bytes, start + offset)?;
+                Ok(bytes)
+            }
+            Content::Bytes(bytes) => {
+                let mut read = Vec::with_capacity(wanted);
+                let from = usize::try_from(offset).map_err(io::Error::other)?;
+                bytes.get(from..).unwrap_or_default().take(length).read_to_end(&mut read)?;
+                Ok(read)
+            }
+        }
+    }
+}
+
+/// Refuses files beyond a limit.
+pub(super) fn check_length(path: &Path, length: u64, limit: u64) -> Result<(), DataError> {
+    if length <= limit {
+        return Ok(());
+    }
+    Err(input(path, &format!("found {length} bytes, expected at most {limit}; remove it")))
+}

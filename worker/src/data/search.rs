@@ -1,0 +1,267 @@
+//! The files of a data set: which are pictures, which tell of classes, and which are left out.
+//!
+//! 1. A file's name is the way to it from the root, archives included, with `/` between the parts. Names are compared as
+//!    bytes; the order in which a file system lists them does not enter. Links are followed, not in circles.
+//! 2. An archive is a place like its folder: for classes, the names of its members count as if they lay beside it.
+//! 3. In a tar file all members whose names are equal up to the first dot of their last part are one sample, as WebDataset
+//!    has it. One of them is the picture: that of `data.image_extension`, else the one whose ending has no dot
+//!    (`0001.png`, not `0001.seg.png`), the first of [`PICTURES`] of several.
+//! 4. Each file is a picture, tells of classes, or is counted among those left out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ganglion_proto::found::Found;
+use ganglion_proto::job::ArchiveKind;
+use ganglion_storage::printable;
+
+use super::packed::{self, OpenArchives};
+use super::place::Place;
+use super::{DataError, input};
+
+/// The endings of pictures. Of several pictures of one sample the first of these counts: masks come as PNG.
+pub(super) const PICTURES: [&str; 9] = ["jpg", "jpeg", "jpe", "jfif", "webp", "png", "tif", "tiff", "bmp"];
+/// The file that may give the classes of the files beside and below it, as StyleGAN's tools write it.
+pub(super) const LABELS_FILE: &str = "dataset.json";
+/// The ending of a file with the class of the picture beside it.
+pub(super) const NOTE: &str = "cls";
+/// The same for files that may tell more than the class.
+pub(super) const JSON_NOTE: &str = "json";
+/// Characters of a name in a report.
+const SHOWN_CHARACTERS: usize = 200;
+/// Parts of samples that are not their pictures.
+const OTHER_PARTS: &str = "other parts of samples";
+
+/// A file that counts.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// The names on the way from the root, with `/` between them.
+    pub(super) relative: Vec<u8>,
+    /// Where in `relative` the member of an archive begins, and how long the archive's own name before it is, with the slash.
+    pub(super) archive: Option<(usize, usize)>,
+    in_tar: bool,
+    pub(super) place: Place,
+}
+
+/// The files below a root.
+#[derive(Default)]
+pub(super) struct Search {
+    /// The pictures.
+    pub(super) pictures: Vec<Entry>,
+    /// Files beside pictures that may tell of their classes.
+    pub(super) notes: Vec<Entry>,
+    /// Lists of classes.
+    pub(super) lists: Vec<Entry>,
+    /// Whatever else there is.
+    pub(super) found: Found,
+    archives: Arc<OpenArchives>,
+}
+
+impl Entry {
+    /// The name with `/` for people.
+    pub(super) fn shown(&self) -> String {
+        shown(&self.relative)
+    }
+
+    /// The name as if members of an archive lay beside it.
+    pub(super) fn unpacked(&self) -> Vec<u8> {
+        match self.archive {
+            Some((at, own)) => [&self.relative[..at - own], &self.relative[at..]].concat(),
+            None => self.relative.clone(),
+        }
+    }
+
+    /// What the files of one sample have in common: the name up to the first dot in a tar file, else up to the last one.
+    pub(super) fn key(&self) -> &[u8] {
+        &self.relative[..self.relative.len() - self.ending().len()]
+    }
+
+    /// The rest of the name, from that dot on.
+    fn ending(&self) -> &[u8] {
+        let name = last(&self.relative);
+        let dot = if self.in_tar {
+            name.iter().position(|byte| *byte == b'.')
+        } else {
+            name.iter().rposition(|byte| *byte == b'.')
+        };
+        dot.map_or(&[], |dot| &name[dot..])
+    }
+
+    /// The ending in small letters, without the dot before it.
+    fn extension(&self) -> String {
+        let ending = String::from_utf8_lossy(self.ending()).to_ascii_lowercase();
+        ending.strip_prefix('.').unwrap_or_default().to_string()
+    }
+}
+
+/// The last part of a name.
+fn last(relative: &[u8]) -> &[u8] {
+    relative.rsplit(|byte| *byte == b'/').next().unwrap_or_default()
+}
+
+fn shown(relative: &[u8]) -> String {
+    printable(&String::from_utf8_lossy(relative), SHOWN_CHARACTERS)
+}
+
+impl Search {
+    /// Finds all files below a folder or in an archive, in the order of their names.
+    pub(super) fn of(root: &Path, extension: Option<&str>) -> Result<Search, DataError> {
+        let mut search = Search::default();
+        if ArchiveKind::of(root).is_some() {
+            search.archive(root, &[])?;
+        } else {
+            search.folder(root, &[], &mut Vec::new())?;
+        }
+        for entries in [&mut search.pictures, &mut search.notes, &mut search.lists] {
+            entries.sort_by(|one, other| one.relative.cmp(&other.relative));
+        }
+        match extension {
+            Some(extension) => search.keep(extension),
+            None => search.choose()?,
+        }
+        Ok(search)
+    }
+
+    fn take(&mut self, entry: Entry) {
+        let name = last(&entry.relative);
+        let lower = String::from_utf8_lossy(name).to_ascii_lowercase();
+        let is_picture = lower.rsplit_once('.').is_some_and(|(_, ending)| PICTURES.contains(&ending));
+        match entry.extension().as_str() {
+            _ if is_picture => self.pictures.push(entry),
+            JSON_NOTE if name == LABELS_FILE.as_bytes() => self.lists.push(entry),
+            NOTE | JSON_NOTE => self.notes.push(entry),
+            _ => self.leave_out(&entry),
+        }
+    }
+
+    /// Counts a file that is no sample by its ending.
+    pub(super) fn leave_out(&mut self, entry: &Entry) {
+        let name = String::from_utf8_lossy(last(&entry.relative)).to_ascii_lowercase();
+        let kind = match name.rsplit_once('.') {
+            Some((_, ending)) if !ending.is_empty() => format!(".{}", printable(ending, 20)),
+            _ => "without an ending".to_string(),
+        };
+        self.found.leave_out(&kind, entry.shown());
+    }
+
+    /// Adds the members of an archive, below `relative`, which is empty or ends with a slash.
+    fn archive(&mut self, path: &Path, relative: &[u8]) -> Result<(), DataError> {
+        let in_tar = ArchiveKind::of(path) == Some(ArchiveKind::Tar);
+        let own = last(relative.strip_suffix(b"/").unwrap_or_default()).len();
+        let own = if relative.is_empty() { 0 } else { own + 1 };
+        for member in packed::members(path, &shown(relative), &self.archives, &mut self.found)? {
+            let name = [relative, member.name.as_str().as_bytes()].concat();
+            if member.name.as_str().split('/').any(|part| part.starts_with('.')) {
+                self.found.leave_out("hidden", shown(&name));
+                continue;
+            }
+            let archive = Some((relative.len(), own));
+            self.take(Entry { relative: name, archive, in_tar, place: Place::Packed(member) });
+        }
+        Ok(())
+    }
+
+    /// Adds the files below a folder. `ancestors` are the folders on the way to it, without links.
+    fn folder(
+        &mut self,
+        folder: &Path,
+        relative: &[u8],
+        ancestors: &mut Vec<PathBuf>,
+    ) -> Result<(), DataError> {
+        let failed = |error| DataError::reading(folder, error);
+        let real = folder.canonicalize().map_err(failed)?;
+        if ancestors.contains(&real) {
+            return Err(input(
+                folder,
+                "found a link to a folder that holds it, expected a tree; remove the link",
+            ));
+        }
+        ancestors.push(real);
+        for entry in fs::read_dir(folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let (path, name) = (entry.path(), entry.file_name());
+            let name = name.as_encoded_bytes();
+            let below = [relative, name].concat();
+            if name.starts_with(b".") {
+                self.found.leave_out("hidden", shown(&below));
+            } else if path.is_dir() {
+                self.folder(&path, &[&below, &b"/"[..]].concat(), ancestors)?;
+            } else if ArchiveKind::of(&path).is_some() {
+                self.archive(&path, &[&below, &b"/"[..]].concat())?;
+            } else {
+                self.take(Entry { relative: below, archive: None, in_tar: false, place: Place::Alone(path) });
+            }
+        }
+        ancestors.pop();
+        Ok(())
+    }
+
+    /// Keeps the pictures with the ending that the job names.
+    fn keep(&mut self, extension: &str) {
+        let extension = extension.to_ascii_lowercase();
+        let matches = |entry: &Entry| {
+            let name = String::from_utf8_lossy(last(&entry.relative)).to_ascii_lowercase();
+            match entry.in_tar {
+                true => entry.extension() == extension,
+                false => name.strip_suffix(&extension).is_some_and(|stem| stem.ends_with('.')),
+            }
+        };
+        let (kept, others) = std::mem::take(&mut self.pictures).into_iter().partition(matches);
+        self.pictures = kept;
+        let others: Vec<Entry> = others;
+        others.iter().for_each(|entry| self.found.leave_out("pictures of other endings", entry.shown()));
+        self.found.image_rule = format!("pictures are the files *.{extension}");
+    }
+
+    /// Chooses the picture of each sample in tar files.
+    fn choose(&mut self) -> Result<(), DataError> {
+        let pictures = std::mem::take(&mut self.pictures);
+        let groups: Vec<&[Entry]> =
+            pictures.chunk_by(|one, other| one.in_tar && other.in_tar && one.key() == other.key()).collect();
+        let mut chosen = BTreeMap::new();
+        let mut parts = BTreeSet::new();
+        for group in groups.iter().filter(|group| group.len() > 1) {
+            let picture = picture_of(group)?;
+            *chosen.entry(picture.extension()).or_insert(0_u64) += 1;
+            parts.extend(group.iter().map(Entry::extension).filter(|extension| extension.contains('.')));
+        }
+        let is_picture = |group: &[Entry], entry: &Entry| match group {
+            // A mask whose picture is missing must not be trained on.
+            [alone] => !parts.contains(&alone.extension()),
+            several => picture_of(several).is_ok_and(|picture| picture.relative == entry.relative),
+        };
+        let kept: Vec<bool> =
+            groups.iter().flat_map(|group| group.iter().map(move |entry| is_picture(group, entry))).collect();
+        for (entry, kept) in pictures.into_iter().zip(kept) {
+            match kept {
+                true => self.pictures.push(entry),
+                false => self.found.leave_out(OTHER_PARTS, entry.shown()),
+            }
+        }
+        if !chosen.is_empty() {
+            let names: Vec<String> = chosen.into_keys().collect();
+            self.found.image_rule =
+                format!("the picture of a sample in tar files is its {}", names.join(", "));
+        }
+        Ok(())
+    }
+}
+
+/// The picture among several files of one sample.
+fn picture_of(group: &[Entry]) -> Result<&Entry, DataError> {
+    let rank = |entry: &Entry| PICTURES.iter().position(|known| *known == entry.extension());
+    group.iter().filter(|entry| rank(entry).is_some()).min_by_key(|entry| rank(entry)).ok_or_else(|| {
+        let endings: Vec<String> = group.iter().map(Entry::extension).take(4).collect();
+        input(
+            &group[0].place.shown(),
+            &format!(
+                "is one of {} pictures of one sample, for in a tar file the files of a sample have the same name up \
+                 to the first dot; set data.image_extension to one of: {}",
+                group.len(),
+                endings.join(", ")
+            ),
+        )
+    })
+}
