@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use tonic::transport::server::Connected;
 
 use crate::cli::LogFormat;
+use crate::report::disk::{Disk, SystemDisk};
 use crate::server::connection::Connection;
 use crate::server::door;
 use crate::server::tls::Acceptor;
@@ -32,6 +33,11 @@ pub trait Host {
 
     /// The machine's processes.
     fn processes(&self) -> io::Result<Box<dyn Processes>>;
+
+    /// The disk below the run's records.
+    fn disk(&self) -> Arc<dyn Disk> {
+        Arc::new(SystemDisk)
+    }
 
     /// What asks this process to stop.
     fn signals(&self) -> io::Result<mpsc::UnboundedReceiver<StopSignal>>;

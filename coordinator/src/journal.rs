@@ -18,6 +18,7 @@ pub use history::{CheckpointRow, GenerationRow, History, TermRow};
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
+use crate::report::damage::SetAside;
 use crate::supervisor::Spawned;
 
 /// The tables.
@@ -43,6 +44,8 @@ const SCHEMA: &str = "
         step INTEGER NOT NULL, phase INTEGER NOT NULL, position INTEGER NOT NULL,
         state_digest TEXT NOT NULL, generation INTEGER NOT NULL DEFAULT 0,
         valid INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (step, phase));
+    CREATE TABLE IF NOT EXISTS set_aside (
+        file TEXT NOT NULL, aside TEXT NOT NULL, found TEXT NOT NULL, PRIMARY KEY (file, aside));
     CREATE TABLE IF NOT EXISTS evaluations (step INTEGER PRIMARY KEY, row BLOB NOT NULL);
 ";
 
@@ -375,6 +378,25 @@ impl Journal {
             Ok(JournaledCheckpoint { checkpoint, valid: row.get(4)? })
         })?;
         Ok(rows.collect::<Result<_, _>>()?)
+    }
+
+    /// Records that a record for people was set aside, or is missing, and what that cost.
+    pub fn set_aside(&mut self, found: &SetAside) -> Result<(), JournalError> {
+        let row = "INSERT OR REPLACE INTO set_aside VALUES (?1, ?2, ?3)";
+        self.connection.execute(row, params![found.file, found.aside, to_json(found)])?;
+        Ok(())
+    }
+
+    /// What was set aside.
+    pub fn set_asides(&self) -> Result<Vec<SetAside>, JournalError> {
+        history::set_asides(&self.connection)
+    }
+
+    /// The furthest position that was decided on: of a checkpoint, or the start of a generation.
+    pub fn newest_position(&self) -> Result<Position, JournalError> {
+        let query = "SELECT COALESCE(MAX(position), 0) FROM
+            (SELECT position FROM checkpoints UNION ALL SELECT position FROM generations)";
+        Ok(Position(self.connection.query_row(query, [], |row| row.get(0))?))
     }
 
     /// Records an evaluation. A step's first one is the one that is kept.

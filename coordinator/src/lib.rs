@@ -16,6 +16,7 @@ pub mod job_file;
 pub mod journal;
 pub mod judged;
 pub mod keeper;
+pub mod mend;
 pub mod mirror;
 pub mod model_card;
 pub mod operate;

@@ -81,10 +81,12 @@ pub async fn find(
     let told = Told { known: known.as_ref(), found: checkpoint.as_ref(), lives: lost.is_some() };
     told.tell(&damaged, asked.place, records);
     if let Some(checkpoint) = &checkpoint {
-        settle(journal, &checkpoints, records, checkpoint, patience).await?;
         let left = patience.wait_for(storage, async || checkpoints.left_rows(checkpoint.step).await).await;
         let left = left.map_err(|error| storage_failed(&checkpoints, patience, &error))?;
         records.take_left_rows(left, known_samples(journal)?);
+        // Rows before the checkpoint, as ever.
+        records.finish_writing();
+        settle(journal, &checkpoints, records, checkpoint, patience).await?;
     }
     let address = storage.address().to_string();
     if before.as_ref() != Some(&address) {

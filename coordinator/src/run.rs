@@ -23,9 +23,11 @@ use crate::http;
 use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal, JournalError};
 use crate::judged::Judged;
+use crate::mend::open_records;
 use crate::mirror::Mirror;
 use crate::operate::{ACCESS_FILE, Access};
 use crate::patience::Patience;
+use crate::report::disk::Disk;
 use crate::report::progress::Screen;
 use crate::report::timeline::Timeline;
 use crate::resume::{self, Asked, Found};
@@ -127,7 +129,7 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
         checkpoints,
         lost,
         patience,
-    } = take_over(&cli, &job, &run_dir, processes, &screen).await?;
+    } = take_over(&cli, &job, &run_dir, processes, &screen, &host.disk()).await?;
     let mirror =
         Mirror::start(cli.mirror.as_deref(), &run, run_dir.folder(), &screen).map_err(Failure::Input)?;
     let done = finished(&journal, &job, recovered.checkpoint.as_ref(), &run_dir)?;
@@ -199,6 +201,7 @@ async fn take_over(
     run_dir: &RunDir,
     processes: Box<dyn Processes>,
     screen: &Screen,
+    disk: &Arc<dyn Disk>,
 ) -> Result<TakenOver, Failure> {
     let mut journal = open_journal(run_dir)?;
     // Until a first group was formed nothing was trained, and a mistake in the job may still be mended.
@@ -206,8 +209,7 @@ async fn take_over(
     let job_changed = run_dir.check_job(job, begun)?;
     let run = run_name(&mut journal)?;
     let patience = Patience::new(screen.clone());
-    let mut records = Records::open(job.clone(), run_dir.folder(), screen.clone())
-        .map_err(|error| Failure::Input(format!("{}: {error}", run_dir.folder().display())))?;
+    let mut records = open_records(job, run_dir.folder(), screen, disk, &mut journal)?;
     let mut recovered = left_behind(&journal, job_changed)?;
     let (exits, exited) = mpsc::unbounded_channel();
     let mut supervisor = Supervisor::new(processes, exits);
@@ -334,7 +336,6 @@ fn open_journal(run_dir: &RunDir) -> Result<Journal, Failure> {
     let holds = |name: &&str| std::fs::metadata(run_dir.path(name)).is_ok_and(|file| file.len() > 0);
     let records = ["metrics.jsonl", "events.jsonl", "checkpoints/.run"];
     if !holds(&"journal.sqlite")
-        && !holds(&"journal.sqlite-wal")
         && let Some(record) = records.iter().find(|name| holds(name))
     {
         let folder = run_dir.folder().display();

@@ -3,7 +3,7 @@
 //! 1. A decision is journaled before anybody hears of it.
 //! 2. The loop never waits for a worker: a worker that does not read its messages loses its session.
 //! 3. A file that cannot be written is tried again while training goes on; nothing is acknowledged that is not written. The
-//!    loop does not wait for the checkpoint storage: a task of its own does (`keeper.rs`).
+//!    loop does not wait for the checkpoint storage: a task of its own does (`keeper.rs`); nor for a sync of the records.
 //! 4. Only a worker's newest session is listened to: the one that the worker opened last, in whatever order they arrive.
 
 mod actions;
@@ -121,12 +121,16 @@ pub struct Shell {
     samples: Option<u64>,
     /// Workers whose sessions were closed because they do not read.
     deaf: Vec<WorkerId>,
-    /// Checkpoints that could not be journaled yet.
+    /// Checkpoints that could not be journaled yet, or whose rows are not durable.
     unjournaled: Vec<Checkpoint>,
     /// The newest that the keeper was told to make valid.
     ordered: Option<Position>,
     /// Why the run may not start from step 0, where it may not.
     lost: Option<String>,
+    /// The row that workers are asked for, and since when.
+    asked: Option<(u64, Instant)>,
+    /// How long a worker may be away.
+    lease: Duration,
     signal: Option<StopSignal>,
     /// When `signal` came.
     signalled: Instant,
@@ -179,6 +183,7 @@ impl Shell {
             data_shards: parts.job.job.data_shards,
             limits: Limits::derive(Duration::from_secs_f64(parts.job.job.failure_deadline)),
         };
+        let lease = settings.limits.lease;
         let mut watch = Watch::new(&parts.job);
         // What was told is not told again; but a run that an alarm stopped is stopped by it again.
         if parts.job.alarms.policy != AlarmPolicy::Stop {
@@ -208,6 +213,8 @@ impl Shell {
             unjournaled: Vec::new(),
             ordered: None,
             lost: parts.lost,
+            asked: None,
+            lease,
             signal: None,
             signalled: Instant::now(),
             started: Instant::now(),
@@ -235,6 +242,7 @@ impl Shell {
                 Some(input) = inputs.recv() => self.take(input)?,
                 Some(exit) = self.exited.recv() => self.reaped(exit)?,
                 Some(kept) = self.keeper.next() => self.kept(kept)?,
+                () = self.records.synced() => self.settle_rows()?,
                 () = tokio::time::sleep_until(sleep) => self.handle(Event::Tick)?,
             }
         }
@@ -335,13 +343,37 @@ impl Shell {
 
     fn do_chores(&mut self) -> Result<(), ShellError> {
         self.publish();
-        if let Some(step) = self.records.catch_up() {
+        self.records.catch_up();
+        self.ask_for_rows();
+        self.settle_rows()
+    }
+
+    /// Does what waited for rows to be durable.
+    fn settle_rows(&mut self) -> Result<(), ShellError> {
+        if let Some(step) = self.records.acknowledge() {
             self.send_to_all(&ToWorker::MetricsRecorded(step));
         }
         for checkpoint in std::mem::take(&mut self.unjournaled) {
             self.commit(checkpoint)?;
         }
         Ok(())
+    }
+
+    /// Asks the workers for rows that did not come, or found no room. One that nobody has after the longest time for which a
+    /// worker may be away is lost.
+    fn ask_for_rows(&mut self) {
+        let saved = self.unjournaled.iter().map(|checkpoint| checkpoint.step).max();
+        let limit = self.records.last_step().max(saved.unwrap_or(0));
+        let Some(step) = self.records.missing(limit).filter(|_| self.records.has_room()) else {
+            self.asked = None;
+            return;
+        };
+        match self.asked.filter(|(asked, _)| *asked == step) {
+            None => self.asked = Some((step, Instant::now())),
+            Some((_, since)) if since.elapsed() > self.lease => return self.records.give_up(limit),
+            Some(_) => {}
+        }
+        self.send_to_all(&ToWorker::MetricsWanted(step));
     }
 
     /// Gives the local workers time to exit, then ends those that are left.

@@ -377,6 +377,7 @@ impl ToWorker {
                 Message::Abort(wire::Abort { generation: generation.0, reason, probe, condemned })
             }
             ToWorker::MetricsRecorded(step) => Message::MetricsRecorded(wire::MetricsRecorded { step }),
+            ToWorker::MetricsWanted(step) => Message::MetricsWanted(wire::MetricsWanted { step }),
             ToWorker::Reject(reason) => Message::Reject(wire::Reject { reason }),
             ToWorker::Release { complete } => Message::Release(wire::Release { complete }),
             ToWorker::EvaluationsRecorded(steps) => {
@@ -419,6 +420,7 @@ impl ToWorker {
                 condemned: abort.condemned,
             },
             Message::MetricsRecorded(recorded) => ToWorker::MetricsRecorded(recorded.step),
+            Message::MetricsWanted(wanted) => ToWorker::MetricsWanted(wanted.step),
             Message::Reject(reject) => ToWorker::Reject(clipped(reject.reason)),
             Message::Release(release) => ToWorker::Release { complete: release.complete },
             Message::Pulse(_) => ToWorker::Pulse,

@@ -63,6 +63,8 @@ pub enum ToWorker {
     },
     /// Metrics rows up to this step are on disk.
     MetricsRecorded(u64),
+    /// Kept rows of this step and of later ones shall be reported again.
+    MetricsWanted(u64),
     /// It may not take part, for a reason.
     Reject(String),
     /// It is not needed any more.

@@ -44,6 +44,10 @@ use crate::tunnel::Tunnels;
 
 /// Steps of recorded evaluations that are remembered.
 const RECORDED_LIMIT: usize = 64;
+/// Rows that a worker keeps at most, some 60 MB of them.
+const ROWS_LIMIT: usize = 1 << 18;
+/// How often a wait looks whether it is over for another reason than the one that it is told of.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// How a worker's part in a run ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -331,6 +335,24 @@ impl Session {
         self.shared.lock().rows.push_back(row);
     }
 
+    /// Waits until there is room for another row: one that no coordinator can record is kept, and nothing is dropped. An abort
+    /// of `generation`, the end of the lease or of the session ends the wait.
+    pub fn wait_for_room(&self, generation: Generation) {
+        let is_full = |inbox: &Inbox| inbox.rows.len() >= ROWS_LIMIT && inbox.end.is_none();
+        let mut inbox = self.shared.lock();
+        if !is_full(&inbox) {
+            return;
+        }
+        tracing::warn!(
+            "{ROWS_LIMIT} rows are not recorded; training waits until the coordinator can write them"
+        );
+        self.set_activity(Activity::Paused);
+        while is_full(&inbox) && !self.is_aborted(generation) && self.may_commit() {
+            let waited = self.shared.changed.wait_timeout(inbox, LOOK);
+            inbox = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// The same for the row of a step that others have reported, if this worker does not keep it already.
     pub fn report_unless_kept(&self, rank: Rank, row: MetricsRow) {
         let is_kept = self.shared.lock().rows.iter().any(|kept| kept.step == row.step);
@@ -547,6 +569,12 @@ impl Shared {
 
     fn forget_rows(&self, recorded: u64) {
         self.lock().rows.retain(|row| row.step > recorded);
+        self.changed.notify_all();
+    }
+
+    /// The kept rows from a step on.
+    fn rows_from(&self, first: u64) -> Vec<MetricsRow> {
+        self.lock().rows.iter().filter(|row| row.step >= first).cloned().collect()
     }
 
     fn forget_parts(&self, recorded: (u64, u32)) {

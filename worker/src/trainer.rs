@@ -537,6 +537,7 @@ impl Trainer {
             let gpu = self.session.gpu_use();
             let row = MetricsRow { profile, gpu, ..self.row(state, carried) };
             self.session.report(Rank(assignment.rank), row);
+            self.session.wait_for_room(assignment.group.generation);
             self.track.flush();
             *pace = Pace::start();
         }

@@ -7,6 +7,7 @@
 //! 3. What a run that goes on is in the middle of is no breach: a breach there must show again some seconds later.
 //! 4. A claim says what it was shown for. What cannot be decided from the files is counted, never passed over.
 
+mod aside;
 mod checkpoints;
 pub(crate) mod evidence;
 mod groups;
@@ -67,6 +68,7 @@ fn judge(evidence: &Evidence) -> Result<Report, NoRun> {
         checkpoints::states_have_their_digests(evidence, &whole),
         checkpoints::journal_agrees(evidence),
         checkpoints::latest_is_newest(evidence),
+        aside::losses_are_told(evidence),
     ]))
 }
 

@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Claim;
+use super::aside::may_have_held;
 use super::evidence::{Evidence, Row};
 use crate::journal::{GenerationRow, RecordedStart};
 
@@ -36,14 +37,19 @@ pub(super) fn every_step_has_one(evidence: &Evidence) -> Claim {
         }
     }
     due.extend(last_step(evidence));
-    let missing: Vec<u64> = due.difference(&steps).copied().collect();
+    let missing = due.difference(&steps).copied();
+    let (lost, missing): (Vec<u64>, Vec<u64>) = missing.partition(|step| may_have_held(evidence, *step));
     if let [first, ..] = missing.as_slice() {
         claim.breach(format!("metrics.jsonl lacks step {first}{}", others(missing.len() - 1)));
     }
     let unknown = evidence.history.terms.iter().filter(|row| row.metrics_every_steps == 0).count();
     let last = steps.last().copied().unwrap_or(0);
+    let lost = match lost.len() {
+        0 => String::new(),
+        count => format!("; {count} that were due are lost with a damaged record"),
+    };
     claim.of(format!(
-        "{} rows up to step {last}, {} of them due; {unknown} terms did not journal which are",
+        "{} rows up to step {last}, {} of them due; {unknown} terms did not journal which are{lost}",
         steps.len(),
         due.len()
     ))

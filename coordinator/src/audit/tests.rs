@@ -21,6 +21,7 @@ use crate::checkpoints::Checkpoints;
 use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal};
 use crate::patience::Patience;
+use crate::report::damage::SetAside;
 
 const SAMPLES: u64 = 20;
 const PART: &str = "state-00001-of-00001.safetensors";
@@ -560,6 +561,32 @@ fn a_latest_that_went_back_because_the_newest_was_gone_holds() {
         story.write();
         fs::write(story.path("checkpoints/latest"), "step-00000006\n").unwrap();
         story.holds();
+    }
+}
+
+#[test]
+fn rows_that_were_set_aside_are_told_and_others_are_missing() {
+    let aside = |steps: Vec<(u64, u64)>| SetAside {
+        file: "metrics.jsonl".to_string(),
+        aside: "metrics.jsonl.damaged-1".to_string(),
+        kept: 6,
+        lost: 1,
+        steps,
+    };
+    let mut story = Story::new();
+    story.rows.drain(2..4);
+    story.write();
+    let journal = || Journal::open(&story.path("journal.sqlite")).unwrap();
+    journal().set_aside(&aside(vec![(3, 3)])).unwrap();
+    story.breaks(ROWS, "metrics.jsonl lacks step 4");
+    journal().set_aside(&aside(vec![(3, 4)])).unwrap();
+    let report = story.holds();
+    for part in [
+        "6 rows up to step 8, 8 of them due",
+        "2 that were due are lost",
+        "set aside as metrics.jsonl.damaged-1",
+    ] {
+        assert!(report.contains(part), "{part:?} is not in\n{report}");
     }
 }
 

@@ -9,6 +9,7 @@ use std::path::Path;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
 
 use super::{Fact, JournalError, RecordedMember, RecordedStart};
+use crate::report::damage::SetAside;
 
 /// All that a run's coordinators decided, oldest first.
 #[derive(Clone, Debug, Default)]
@@ -23,6 +24,8 @@ pub struct History {
     pub generations: Vec<GenerationRow>,
     /// The committed checkpoints.
     pub checkpoints: Vec<CheckpointRow>,
+    /// The records that were set aside.
+    pub set_aside: Vec<SetAside>,
 }
 
 /// One start of a coordinator.
@@ -88,6 +91,7 @@ impl History {
         history.generations = rows(&moment, "generations", columns, generation)?;
         let columns = ["position", "step", "phase", "state_digest", "generation"];
         history.checkpoints = rows(&moment, "checkpoints", columns, checkpoint)?;
+        history.set_aside = set_asides(&moment)?;
         Ok(history)
     }
 }
@@ -103,6 +107,15 @@ fn open(file: &Path) -> Result<Connection, JournalError> {
     flags |= OpenFlags::SQLITE_OPEN_URI;
     let escaped = file.to_string_lossy().replace('%', "%25").replace('?', "%3f").replace('#', "%23");
     Ok(Connection::open_with_flags(format!("file:{escaped}?immutable=1"), flags)?)
+}
+
+/// The records that were set aside; none in a journal of a version that did not know of that.
+pub(super) fn set_asides(connection: &Connection) -> Result<Vec<SetAside>, JournalError> {
+    if !connection.table_exists(None, "set_aside")? {
+        return Ok(Vec::new());
+    }
+    let texts = rows(connection, "set_aside", ["file", "found"], |row| row.get::<_, String>(1))?;
+    Ok(texts.iter().filter_map(|text| serde_json::from_str(text).ok()).collect())
 }
 
 /// A table's rows, in the order of its first column. A column that the table does not have is taken as not known: 0.

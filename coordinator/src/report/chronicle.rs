@@ -331,6 +331,7 @@ fn count(counts: &mut BTreeMap<String, u64>, kind: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::disk::SystemDisk;
     use crate::report::events::EventLog;
     use crate::report::metrics::{MetricsLog, Row, row_of};
 
@@ -341,8 +342,11 @@ mod tests {
         let path = |name: &str| dir.path().join(name);
         let open = |chronicle: &Chronicle| {
             let (rows, events) = (chronicle.clone(), chronicle.clone());
-            let metrics = MetricsLog::open(&path("metrics.jsonl"), Box::new(move |line| rows.row(line)));
-            let events = EventLog::open(&path("events.jsonl"), Box::new(move |line| events.event(line)));
+            let disk = || Arc::new(SystemDisk);
+            let metrics =
+                MetricsLog::open(&path("metrics.jsonl"), disk(), Box::new(move |line| rows.row(line)));
+            let events =
+                EventLog::open(&path("events.jsonl"), disk(), Box::new(move |line| events.event(line)));
             (metrics.unwrap(), events.unwrap())
         };
         let first = Chronicle::default();

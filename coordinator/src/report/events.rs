@@ -1,21 +1,30 @@
 //! `events.jsonl`: what happened to a run, a line each: membership, faults, checkpoints.
 //!
-//! 1. A line is in the file when `append` returns; a death of the coordinator loses none that it wrote.
-//! 2. Events are the coordinator's journal told to people. Those that a death kept from being written are written again
-//!    from the journal, by whoever holds it; [`EventLog::last`] says where to begin.
+//! 1. A line is in the file when `append` returns without an error; a death of the coordinator loses none that it wrote.
+//! 2. What cannot be written waits here, in its order, and is written before what comes later. What does not fit here is
+//!    counted, and an event tells of it.
 
+use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
-use serde::Serialize;
-use serde_json::{Map, Value};
+use serde::{Deserialize, Serialize};
 
-use super::line_file::{LineFile, Watcher};
+use super::damage::{self, Damaged};
+use super::disk::Disk;
+use super::line_file::{LineFile, Sync, Watcher};
+
+/// Bytes of events that may wait for a disk.
+const WAITING_LIMIT: usize = 4 << 20;
 
 /// The open file. See the module.
 pub struct EventLog {
     lines: LineFile,
-    last: Option<Map<String, Value>>,
+    waiting: VecDeque<Vec<u8>>,
+    waiting_bytes: usize,
+    /// Events that found no room.
+    dropped: u64,
 }
 
 #[derive(Serialize)]
@@ -26,47 +35,80 @@ struct Line<'a, F> {
     fields: F,
 }
 
+/// What every event has.
+#[derive(Deserialize)]
+struct Event<'a> {
+    #[serde(rename = "time")]
+    _time: f64,
+    #[serde(rename = "kind", borrow)]
+    _kind: std::borrow::Cow<'a, str>,
+}
+
+/// Whether a line is an event.
+pub(super) fn check(line: &[u8]) -> Result<(), serde_json::Error> {
+    serde_json::from_slice::<Event<'_>>(line).map(drop)
+}
+
 impl EventLog {
     /// Opens or creates the file and cuts a torn last line. `watcher` is shown all lines, those to come too.
     ///
     /// # Errors
-    /// The file cannot be opened, or its last whole line is no event.
-    pub fn open(path: &Path, watcher: Watcher) -> io::Result<Self> {
-        let mut last = Vec::new();
-        let lines = LineFile::open(path, watcher, |_, line| {
-            last.clear();
-            last.extend_from_slice(line);
-            Ok(())
-        })?;
-        let last = match last.as_slice() {
-            [] => None,
-            line => serde_json::from_slice(line).map_err(|error| {
-                let problem = format!("{}: the last line is no event: {error}", path.display());
-                io::Error::new(io::ErrorKind::InvalidData, problem)
-            })?,
-        };
-        Ok(EventLog { lines, last })
-    }
-
-    /// The newest event that the file had when it was opened.
-    pub fn last(&self) -> Option<&Map<String, Value>> {
-        self.last.as_ref()
+    /// The file cannot be opened, or a line that is whole is no event.
+    pub fn open(path: &Path, disk: Arc<dyn Disk>, watcher: Watcher) -> Result<Self, Damaged> {
+        let lines = LineFile::open(path, disk, watcher, |_, line| check(line).map_err(damage::broken));
+        let lines = lines.map_err(|error| Damaged::of(path, error))?;
+        Ok(EventLog { lines, waiting: VecDeque::new(), waiting_bytes: 0, dropped: 0 })
     }
 
     /// Writes an event: its `time` in seconds of Unix time, its `kind`, and `fields`, a struct or a map with other keys
     /// than these two, or `()`.
     ///
     /// # Errors
-    /// The file cannot be written, or `fields` cannot be JSON.
+    /// The file cannot be written, and the event waits; or `fields` cannot be JSON.
     pub fn append(&mut self, time: f64, kind: &str, fields: impl Serialize) -> io::Result<()> {
         let line = serde_json::to_vec(&Line { time, kind, fields })?;
-        self.lines.append(line).map(drop)
+        if self.waiting_bytes + line.len() > WAITING_LIMIT {
+            self.dropped += 1;
+        } else {
+            self.waiting_bytes += line.len();
+            self.waiting.push_back(line);
+        }
+        self.catch_up(time)
+    }
+
+    /// Writes what waits.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn catch_up(&mut self, time: f64) -> io::Result<()> {
+        while let Some(line) = self.waiting.front() {
+            self.lines.append(line.clone())?;
+            self.waiting_bytes -= line.len();
+            self.waiting.pop_front();
+        }
+        if self.dropped > 0 {
+            let fields = serde_json::json!({ "count": self.dropped });
+            self.lines.append(serde_json::to_vec(&Line { time, kind: "events_dropped", fields })?)?;
+            self.dropped = 0;
+        }
+        self.lines.restore()
+    }
+
+    /// What there is to sync, if there is something.
+    pub fn to_sync(&self) -> Option<Sync> {
+        self.lines.to_sync()
+    }
+
+    /// Takes note of how a sync went.
+    pub fn was_synced(&mut self, sync: &Sync, done: &io::Result<()>) {
+        self.lines.was_synced(sync, done);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::disk::{SystemDisk, tests::FullDisk};
 
     #[derive(Serialize)]
     struct Lost {
@@ -79,8 +121,7 @@ mod tests {
     fn an_event_is_a_line_with_its_fields() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events.jsonl");
-        let mut log = EventLog::open(&path, Box::new(|_| ())).unwrap();
-        assert_eq!(log.last(), None);
+        let mut log = EventLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
         let lost = Lost { worker: 2, pid: Some(77), rate: f64::NAN };
         log.append(1.5, "worker_lost", lost).unwrap();
         log.append(2.0, "finished", ()).unwrap();
@@ -99,21 +140,38 @@ mod tests {
     fn fields_that_have_no_names_are_refused_and_leave_no_trace() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events.jsonl");
-        let mut log = EventLog::open(&path, Box::new(|_| ())).unwrap();
+        let mut log = EventLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
         assert!(log.append(1.0, "odd", 5).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"");
     }
 
-    /// Invariant 2: after a death in the middle of a line, the event before it is the last.
     #[test]
-    fn opening_cuts_a_torn_event_and_tells_the_last_whole_one() {
+    fn opening_cuts_a_torn_event() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events.jsonl");
         std::fs::write(&path, "{\"time\":1.0,\"kind\":\"a\",\"id\":7}\n{\"time\":2.0,\"ki").unwrap();
-        let mut log = EventLog::open(&path, Box::new(|_| ())).unwrap();
-        assert_eq!(log.last().unwrap()["id"], 7);
+        let mut log = EventLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
         log.append(2.0, "b", ()).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         assert_eq!(text.lines().nth(1), Some("{\"time\":2.0,\"kind\":\"b\"}"));
+    }
+
+    /// Invariant 2.
+    #[test]
+    fn events_that_a_full_disk_refuses_are_written_later_in_their_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("events.jsonl");
+        let disk = Arc::new(FullDisk::default());
+        let mut log = EventLog::open(&path, disk.clone(), Box::new(|_| ())).unwrap();
+        log.append(1.0, "a", ()).unwrap();
+        disk.fill();
+        assert!(log.append(2.0, "b", ()).is_err());
+        let long = serde_json::json!({ "text": "x".repeat(WAITING_LIMIT) });
+        assert!(log.append(3.0, "long", long).is_err());
+        disk.free();
+        log.append(4.0, "c", ()).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let kinds: Vec<&str> = text.lines().map(|line| line.split('"').nth(5).unwrap()).collect();
+        assert_eq!(kinds, ["a", "b", "c", "events_dropped"]);
     }
 }

@@ -1,28 +1,65 @@
-//! An append-only file of lines that survives the death of its writer.
+//! An append-only file of lines that survives the death of its writer, and a power cut up to what was synced.
 //!
 //! 1. Each line is there as a whole, its newline included, or is cut off: at the next opening where the writer died,
 //!    at once where the disk was full.
 //! 2. The file never gets shorter otherwise, so that an offset of a line stays good.
+//! 3. After a sync that failed, the system may have dropped what was to be synced and call the next sync a success. So what was
+//!    written since the last good one is kept, and written again.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::io::{self, BufRead, BufReader, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-/// Who is shown every line of a file once, in its order: those that are there when it is opened, then those that are added.
+use super::disk::Disk;
+
+/// Called once for every line of a file, in its order: those that are there when it is opened, then those that are added.
 pub type Watcher = Box<dyn FnMut(&[u8]) + Send>;
 
 /// See the module.
-pub(super) struct LineFile {
-    file: File,
+pub struct LineFile {
+    path: PathBuf,
+    file: Arc<File>,
+    disk: Arc<dyn Disk>,
     watcher: Watcher,
     /// The offset in bytes behind the last whole line.
     end: u64,
+    /// All before this offset is on the disk.
+    synced: u64,
+    /// What lies from the offset `end - recent.len()` on.
+    recent: Vec<u8>,
+    /// Whether what is in `recent` may be gone from the file.
+    is_shaken: bool,
+    /// Whether the file's name is on the disk.
+    is_named: bool,
+}
+
+/// What a sync of a file needs, for a thread that may wait for the disk.
+#[derive(Debug)]
+pub struct Sync {
+    path: PathBuf,
+    file: Arc<File>,
+    disk: Arc<dyn Disk>,
+    end: u64,
+    is_named: bool,
+}
+
+impl Sync {
+    /// Waits until the file is on the disk up to where it was when this was made.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn run(&self) -> io::Result<()> {
+        self.disk.sync(&self.path, &self.file)?;
+        if self.is_named { Ok(()) } else { self.disk.sync_name(&self.path) }
+    }
 }
 
 impl LineFile {
     /// Opens or creates a file, gives each whole line to `visit` with its offset in bytes, and cuts off a torn last one.
     pub(super) fn open(
         path: &Path,
+        disk: Arc<dyn Disk>,
         mut watcher: Watcher,
         mut visit: impl FnMut(u64, &[u8]) -> io::Result<()>,
     ) -> io::Result<Self> {
@@ -41,41 +78,88 @@ impl LineFile {
             end += length;
         }
         file.set_len(end)?;
-        Ok(LineFile { file, watcher, end })
+        let (path, file, recent) = (path.to_path_buf(), Arc::new(file), Vec::new());
+        Ok(LineFile { path, file, disk, watcher, end, synced: 0, recent, is_shaken: false, is_named: false })
     }
 
     /// Adds a line, given without its newline, and returns its offset in bytes.
     pub(super) fn append(&mut self, mut line: Vec<u8>) -> io::Result<u64> {
         debug_assert!(!line.contains(&b'\n'), "a line holds no newline");
         line.push(b'\n');
+        self.restore()?;
         let start = self.end;
-        if let Err(error) = self.file.write_all(&line) {
+        if let Err(error) = self.disk.append(&self.path, &self.file, &line) {
             // Should this fail too, the next opening cuts what is left of the line.
             self.file.set_len(start).ok();
-            return Err(error);
+            return Err(ganglion_storage::whole::explain(error, line.len(), &self.path));
         }
         self.end += line.len() as u64;
+        self.recent.extend_from_slice(&line);
         (self.watcher)(&line[..line.len() - 1]);
         Ok(start)
     }
 
+    /// Writes again what a failed sync may have lost.
+    pub(super) fn restore(&mut self) -> io::Result<()> {
+        if !self.is_shaken {
+            return Ok(());
+        }
+        self.file.set_len(self.end - self.recent.len() as u64)?;
+        self.disk.append(&self.path, &self.file, &self.recent)?;
+        self.is_shaken = false;
+        Ok(())
+    }
+
     /// The line at an offset that `open` or `append` told, without its newline.
     pub(super) fn line_at(&mut self, offset: u64) -> io::Result<Vec<u8>> {
-        self.file.seek(SeekFrom::Start(offset))?;
+        self.restore()?;
+        (&*self.file).seek(SeekFrom::Start(offset))?;
         let mut line = Vec::new();
-        BufReader::new(&self.file).read_until(b'\n', &mut line)?;
+        BufReader::new(&*self.file).read_until(b'\n', &mut line)?;
         line.pop();
         Ok(line)
+    }
+
+    /// All before this offset survives a power cut.
+    pub(super) fn synced(&self) -> u64 {
+        self.synced
+    }
+
+    /// What there is to sync, if there is something.
+    pub(super) fn to_sync(&self) -> Option<Sync> {
+        if self.synced == self.end && self.is_named {
+            return None;
+        }
+        let (path, file, disk) = (self.path.clone(), self.file.clone(), self.disk.clone());
+        Some(Sync { path, file, disk, end: self.end, is_named: self.is_named })
+    }
+
+    /// Takes note of how a sync went.
+    pub(super) fn was_synced(&mut self, sync: &Sync, done: &io::Result<()>) {
+        match done {
+            Ok(()) => {
+                self.synced = sync.end.max(self.synced);
+                self.is_named = true;
+                let since = usize::try_from(self.end - self.synced).unwrap_or(usize::MAX);
+                self.recent.drain(..self.recent.len().saturating_sub(since));
+            }
+            Err(_) => self.is_shaken = true,
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::disk::SystemDisk;
+
+    fn open(path: &Path, watcher: Watcher) -> LineFile {
+        LineFile::open(path, Arc::new(SystemDisk), watcher, |_, _| Ok(())).unwrap()
+    }
 
     fn lines_of(path: &Path) -> Vec<(u64, String)> {
         let mut lines = Vec::new();
-        LineFile::open(path, Box::new(|_| ()), |offset, line| {
+        LineFile::open(path, Arc::new(SystemDisk), Box::new(|_| ()), |offset, line| {
             lines.push((offset, String::from_utf8(line.to_vec()).unwrap()));
             Ok(())
         })
@@ -101,7 +185,7 @@ mod tests {
     fn lines_are_read_back_between_appends() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lines");
-        let mut file = LineFile::open(&path, Box::new(|_| ()), |_, _| Ok(())).unwrap();
+        let mut file = open(&path, Box::new(|_| ()));
         let one = file.append(b"one".to_vec()).unwrap();
         let two = file.append(b"two".to_vec()).unwrap();
         assert_eq!(file.line_at(one).unwrap(), b"one");
@@ -119,8 +203,35 @@ mod tests {
         let (seen, shown) = std::sync::mpsc::channel();
         let watcher: Watcher =
             Box::new(move |line| seen.send(String::from_utf8_lossy(line).into_owned()).unwrap());
-        let mut file = LineFile::open(&path, watcher, |_, _| Ok(())).unwrap();
+        let mut file = open(&path, watcher);
         file.append(b"three".to_vec()).unwrap();
         assert_eq!(shown.try_iter().collect::<Vec<_>>(), ["one", "two", "three"]);
+    }
+
+    /// Invariant 3.
+    #[test]
+    fn what_a_failed_sync_may_have_lost_is_written_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lines");
+        std::fs::write(&path, "one\n").unwrap();
+        let mut file = open(&path, Box::new(|_| ()));
+        let sync = |file: &mut LineFile, done: io::Result<()>| {
+            let sync = file.to_sync().unwrap();
+            file.was_synced(&sync, &done);
+        };
+        sync(&mut file, Ok(()));
+        assert!(file.to_sync().is_none());
+        file.append(b"two".to_vec()).unwrap();
+        let two = file.to_sync().unwrap();
+        file.append(b"three".to_vec()).unwrap();
+        // The system dropped both, and said so of one.
+        std::fs::write(&path, "one\n").unwrap();
+        file.was_synced(&two, &Err(io::ErrorKind::Other.into()));
+        assert_eq!(file.synced(), 4);
+        file.append(b"four".to_vec()).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "one\ntwo\nthree\nfour\n");
+        assert_eq!(file.line_at(4).unwrap(), b"two");
+        sync(&mut file, Ok(()));
+        assert_eq!((file.synced(), file.recent.len()), (19, 0));
     }
 }

@@ -3,17 +3,22 @@
 //! 1. A step has at most one row. What training computed (step, images seen, ledger, losses, scores) comes first in a row; a step that
 //!    is recomputed must give the same bytes there. Time, rates and the group that computed it may differ.
 //! 2. A row may come after a later one: rows wait on their worker for an acknowledgement, which may come late.
+//! 3. A row is durable once a sync that began after it was written has ended.
 //!
 //! Memory: 16 bytes a row, for an index from steps to lines; the rows themselves stay in the file.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use ganglion_proto::message::{GpuUse, Profile};
 use serde::{Deserialize, Serialize};
 
-use super::line_file::{LineFile, Watcher};
+use super::damage::{self, Damaged};
+use super::disk::Disk;
+use super::line_file::{LineFile, Sync, Watcher};
 
 /// What is known of one step once it is committed.
 #[derive(Clone, Debug, PartialEq)]
@@ -144,6 +149,19 @@ pub struct MetricsLog {
     lines: LineFile,
     /// Each recorded step and the offset of its line in bytes, by step.
     index: Vec<(u64, u64)>,
+    /// The offset behind each row that may not survive a power cut, and its step, in the order of the file.
+    fresh: VecDeque<(u64, u64)>,
+}
+
+/// A row's step, and whether it has one.
+#[derive(Deserialize)]
+struct Stepped {
+    step: u64,
+}
+
+/// The step of a line, if that is a row of metrics.
+pub(super) fn step_of(line: &[u8]) -> Result<u64, serde_json::Error> {
+    serde_json::from_slice(line).map(|row: Stepped| row.step)
 }
 
 impl MetricsLog {
@@ -152,28 +170,47 @@ impl MetricsLog {
     ///
     /// # Errors
     /// The file cannot be opened, or a line that is whole is no row of metrics.
-    pub fn open(path: &Path, watcher: Watcher) -> io::Result<Self> {
-        #[derive(Deserialize)]
-        struct Stepped {
-            step: u64,
-        }
+    pub fn open(path: &Path, disk: Arc<dyn Disk>, watcher: Watcher) -> Result<Self, Damaged> {
         let mut index = Vec::new();
-        let lines = LineFile::open(path, watcher, |offset, line| {
-            let row: Stepped = serde_json::from_slice(line).map_err(|error| {
-                let number = index.len() + 1;
-                let problem = format!("{}:{number}: no row of metrics: {error}", path.display());
-                io::Error::new(io::ErrorKind::InvalidData, problem)
-            })?;
-            index.push((row.step, offset));
+        let mut fresh = VecDeque::new();
+        let lines = LineFile::open(path, disk, watcher, |offset, line| {
+            let step = step_of(line).map_err(damage::broken)?;
+            index.push((step, offset));
+            fresh.push_back((offset + line.len() as u64 + 1, step));
             Ok(())
-        })?;
+        })
+        .map_err(|error| Damaged::of(path, error))?;
         index.sort_unstable();
-        Ok(MetricsLog { lines, index })
+        Ok(MetricsLog { lines, index, fresh })
     }
 
     /// The greatest recorded step.
     pub fn last_step(&self) -> Option<u64> {
         self.index.last().map(|(step, _)| *step)
+    }
+
+    /// Whether a step has a row.
+    pub fn has(&self, step: u64) -> bool {
+        self.index.binary_search_by_key(&step, |entry| entry.0).is_ok()
+    }
+
+    /// The least step whose row may not survive a power cut.
+    pub fn first_fresh(&self) -> Option<u64> {
+        self.fresh.iter().map(|(_, step)| *step).min()
+    }
+
+    /// What there is to sync, if there is something.
+    pub fn to_sync(&self) -> Option<Sync> {
+        self.lines.to_sync()
+    }
+
+    /// Takes note of how a sync went.
+    pub fn was_synced(&mut self, sync: &Sync, done: &io::Result<()>) {
+        self.lines.was_synced(sync, done);
+        let synced = self.lines.synced();
+        while self.fresh.front().is_some_and(|(end, _)| *end <= synced) {
+            self.fresh.pop_front();
+        }
     }
 
     /// Writes a row, unless its step is recorded already.
@@ -188,9 +225,11 @@ impl MetricsLog {
                 compare(row.step, &recorded, computed).map_err(RecordError::Breach)
             }
             Err(place) => {
-                let line = format!("{computed},{}", row.circumstances());
+                let line = row.line();
+                let length = line.len() as u64 + 1;
                 let offset = self.lines.append(line.into_bytes())?;
                 self.index.insert(place, (row.step, offset));
+                self.fresh.push_back((offset + length, row.step));
                 Ok(Recorded::New)
             }
         }
@@ -209,6 +248,11 @@ fn compare(step: u64, recorded: &[u8], computed: String) -> Result<Recorded, Bre
 }
 
 impl Row {
+    /// The row's line, without its newline.
+    pub(super) fn line(&self) -> String {
+        format!("{},{}", self.computed(), self.circumstances())
+    }
+
     /// The first part of the row's line, from its opening brace on.
     fn computed(&self) -> String {
         let mut part = to_json(&Computed {
@@ -288,12 +332,13 @@ pub(super) fn row_of(step: u64) -> Row {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::disk::SystemDisk;
     use serde_json::Value;
 
     fn log() -> (tempfile::TempDir, std::path::PathBuf, MetricsLog) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let log = MetricsLog::open(&path, Box::new(|_| ())).unwrap();
+        let log = MetricsLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
         (dir, path, log)
     }
 
@@ -352,7 +397,7 @@ mod tests {
         let again =
             Row { time: 1_800_000_000.0, generation: 4, world_size: 1, images_per_second: 1.0, ..row_of(20) };
         assert_eq!(log.record(&again).unwrap(), Recorded::Same);
-        let mut log = MetricsLog::open(&path, Box::new(|_| ())).unwrap();
+        let mut log = MetricsLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
         assert_eq!(log.record(&again).unwrap(), Recorded::Same);
         assert_eq!(log.record(&row_of(40)).unwrap(), Recorded::New);
         assert_eq!(log.last_step(), Some(40));
@@ -434,7 +479,7 @@ mod tests {
         for step in [10, 30, 20] {
             assert_eq!(log.record(&row_of(step)).unwrap(), Recorded::New);
         }
-        let mut log = MetricsLog::open(&path, Box::new(|_| ())).unwrap();
+        let mut log = MetricsLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
         for step in [10, 20, 30] {
             assert_eq!(log.record(&row_of(step)).unwrap(), Recorded::Same);
         }
@@ -448,12 +493,12 @@ mod tests {
         log.record(&row_of(2)).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, &text[..text.len() - 5]).unwrap();
-        let mut log = MetricsLog::open(&path, Box::new(|_| ())).unwrap();
+        let mut log = MetricsLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
         assert_eq!(log.record(&row_of(2)).unwrap(), Recorded::New);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
 
         std::fs::write(&path, format!("{text}garbage\n")).unwrap();
-        let error = MetricsLog::open(&path, Box::new(|_| ())).err().unwrap().to_string();
-        assert!(error.contains("metrics.jsonl:3: "), "{error}");
+        let error = MetricsLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).err().unwrap();
+        assert!(matches!(error, Damaged::Lines(file) if file == path));
     }
 }

@@ -5,14 +5,25 @@
 //! an `Event` message (TensorFlow, `core/util/event.proto`). Each start of a coordinator begins a new file; TensorBoard
 //! reads all of a folder as one run.
 //!
-//! What was not flushed is lost with the process. `metrics.jsonl` is the record; this is a view.
+//! 1. What was not flushed is lost with the process: `metrics.jsonl` is the record, this is a view.
+//! 2. A record is in a file as a whole or not at all: one that a death or a full disk cut is cut off. Behind a damaged one no
+//!    reader finds anything, so all from it on is cut off.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use prost::Message;
+
+/// How the names of event files begin.
+const PREFIX: &str = "events.out.tfevents.";
+/// What a record has beside its data: a length, and two checksums.
+const FRAME: u64 = 16;
+/// Records are handed on in pieces of about this size.
+const BUFFER: usize = 64 << 10;
+/// Bytes that may wait for a disk. The next coordinator draws what did not.
+const UNWRITTEN_LIMIT: usize = 16 << 20;
 
 /// The fields of TensorFlow's `Event` that are written here.
 #[derive(Clone, PartialEq, Message)]
@@ -68,10 +79,24 @@ pub struct Png<'a> {
     pub channels: u32,
 }
 
-/// An open event file. Dropping it flushes it, though without telling of errors.
+impl<'a> Png<'a> {
+    /// What the header of a PNG tells; `None` where it is none.
+    pub fn of(bytes: &'a [u8]) -> Option<Png<'a>> {
+        let header = bytes.strip_prefix(b"\x89PNG\r\n\x1a\n")?.get(8..18)?;
+        let side = |at: usize| Some(u32::from_be_bytes(header.get(at..at + 4)?.try_into().ok()?));
+        let channels = if matches!(header.get(9)?, 0 | 4) { 1 } else { 3 };
+        Some(Png { bytes, width: side(0)?, height: side(4)?, channels })
+    }
+}
+
+/// An open event file.
 #[derive(Debug)]
 pub struct TensorBoard {
-    file: BufWriter<File>,
+    file: File,
+    /// Whole records that are not in the file yet.
+    unwritten: Vec<u8>,
+    /// The length of what is in it.
+    end: u64,
 }
 
 impl TensorBoard {
@@ -84,37 +109,48 @@ impl TensorBoard {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.unwrap_or_default();
         let host = nix::unistd::gethostname().unwrap_or_default();
-        let stem = format!(
-            "events.out.tfevents.{:010}.{}.{}",
-            now.as_secs(),
-            host.to_string_lossy(),
-            std::process::id()
-        );
-        let mut board = TensorBoard { file: BufWriter::new(create_numbered(dir, &stem)?) };
+        let stem = format!("{PREFIX}{:010}.{}.{}", now.as_secs(), host.to_string_lossy(), std::process::id());
+        let mut board = TensorBoard { file: create_numbered(dir, &stem)?, unwritten: Vec::new(), end: 0 };
         board.write(&Event {
             wall_time: now.as_secs_f64(),
             file_version: Some("brain.Event:2".to_owned()),
             ..Event::default()
-        })?;
-        board.flush()?;
+        });
+        // A full disk is told of by the next flush.
+        let _ = board.flush();
         Ok(board)
     }
 
-    /// Adds a point to the curve `tag`. `wall_time` is in seconds of Unix time.
+    /// Reads the event files in `dir` that nobody writes any more: `visit` is shown the step and the tag of each point and
+    /// picture. What is torn or damaged is cut off.
     ///
     /// # Errors
-    /// The file cannot be written.
+    /// A file cannot be read.
+    pub fn read_back(dir: &Path, mut visit: impl FnMut(u64, &str)) -> io::Result<()> {
+        let entries = match fs::read_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries?,
+        };
+        for entry in entries {
+            let path = entry?.path();
+            let is_ours = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX));
+            if is_ours && path.is_file() {
+                read_file(&path, &mut visit)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds points to curves, by their tags, as one record. `wall_time` is in seconds of Unix time.
     #[expect(clippy::cast_possible_truncation, reason = "TensorBoard's scalars have single precision")]
-    pub fn scalar(&mut self, tag: &str, step: u64, wall_time: f64, value: f64) -> io::Result<()> {
-        let value = Value { tag: tag.to_owned(), simple_value: Some(value as f32), image: None };
-        self.summary(step, wall_time, value)
+    pub fn scalars(&mut self, step: u64, wall_time: f64, points: Vec<(String, f64)>) {
+        let value =
+            |(tag, value): (String, f64)| Value { tag, simple_value: Some(value as f32), image: None };
+        self.summary(step, wall_time, points.into_iter().map(value).collect());
     }
 
     /// Adds a picture to the series `tag`. `wall_time` is in seconds of Unix time.
-    ///
-    /// # Errors
-    /// The file cannot be written.
-    pub fn image_png(&mut self, tag: &str, step: u64, wall_time: f64, image: Png) -> io::Result<()> {
+    pub fn image_png(&mut self, tag: &str, step: u64, wall_time: f64, image: Png) {
         let side = |pixels: u32| i32::try_from(pixels).unwrap_or(i32::MAX);
         let image = Image {
             height: side(image.height),
@@ -123,29 +159,85 @@ impl TensorBoard {
             encoded_image_string: image.bytes.to_vec(),
         };
         let value = Value { tag: tag.to_owned(), simple_value: None, image: Some(image) };
-        self.summary(step, wall_time, value)
+        self.summary(step, wall_time, vec![value]);
     }
 
     /// Hands everything to the operating system, so that TensorBoard can see it.
     ///
     /// # Errors
-    /// The file cannot be written.
+    /// The file cannot be written. What it does not take waits for the next flush, up to a limit.
     pub fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        if let Err(error) = self.file.write_all(&self.unwritten) {
+            self.file.set_len(self.end).ok();
+            if self.unwritten.len() > UNWRITTEN_LIMIT {
+                self.unwritten.clear();
+            }
+            return Err(error);
+        }
+        self.end += self.unwritten.len() as u64;
+        self.unwritten.clear();
+        Ok(())
     }
 
-    fn summary(&mut self, step: u64, wall_time: f64, value: Value) -> io::Result<()> {
+    /// Records that are not in the file yet.
+    #[cfg(test)]
+    pub(super) fn unwritten(&self) -> &[u8] {
+        &self.unwritten
+    }
+
+    fn summary(&mut self, step: u64, wall_time: f64, value: Vec<Value>) {
         self.write(&Event {
             wall_time,
             step: i64::try_from(step).unwrap_or(i64::MAX),
             file_version: None,
-            summary: Some(Summary { value: vec![value] }),
-        })
+            summary: Some(Summary { value }),
+        });
     }
 
-    fn write(&mut self, event: &Event) -> io::Result<()> {
-        self.file.write_all(&record(&event.encode_to_vec()))
+    fn write(&mut self, event: &Event) {
+        self.unwritten.extend_from_slice(&record(&event.encode_to_vec()));
+        if self.unwritten.len() > BUFFER {
+            // An error shows again at the next flush.
+            let _ = self.flush();
+        }
     }
+}
+
+/// Shows what a file holds, and cuts off what cannot be read.
+fn read_file(path: &Path, visit: &mut impl FnMut(u64, &str)) -> io::Result<()> {
+    let file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let mut reader = BufReader::with_capacity(BUFFER, file);
+    let mut good = 0;
+    while let Some(data) = next_record(&mut reader, length - good)? {
+        let Ok(event) = Event::decode(data.as_slice()) else { break };
+        let step = u64::try_from(event.step).unwrap_or(0);
+        event.summary.iter().flat_map(|summary| &summary.value).for_each(|value| visit(step, &value.tag));
+        good += data.len() as u64 + FRAME;
+    }
+    if good < length {
+        File::options().write(true).open(path)?.set_len(good)?;
+    }
+    Ok(())
+}
+
+/// The data of the next record; `None` at the end, and where what follows is none.
+fn next_record(reader: &mut impl Read, left: u64) -> io::Result<Option<Vec<u8>>> {
+    if left < FRAME {
+        return Ok(None);
+    }
+    let mut head = [0; 12];
+    reader.read_exact(&mut head)?;
+    let (length, crc) = head.split_at(8);
+    let claimed = u64::from_le_bytes(length.try_into().expect("it is eight bytes"));
+    if crc != masked_crc(length).to_le_bytes() || claimed > left - FRAME {
+        return Ok(None);
+    }
+    let mut data = vec![0; usize::try_from(claimed).unwrap_or(0)];
+    let mut crc = [0; 4];
+    reader.read_exact(&mut data)?;
+    reader.read_exact(&mut crc)?;
+    Ok((crc == masked_crc(&data).to_le_bytes()).then_some(data))
 }
 
 /// Creates the first file of a name that is free: a coordinator in a container may restart within a second and with the
@@ -211,9 +303,9 @@ mod tests {
     fn a_file_holds_its_version_and_all_that_was_added() {
         let dir = tempfile::tempdir().unwrap();
         let mut board = TensorBoard::create(dir.path()).unwrap();
-        board.scalar("loss/generator", 7, 100.5, 0.0).unwrap();
+        board.scalars(7, 100.5, vec![("loss/generator".to_string(), 0.0), ("b".to_string(), 2.0)]);
         let image = Png { bytes: b"not really a PNG", height: 2, width: 3, channels: 1 };
-        board.image_png("samples", 7, 101.0, image).unwrap();
+        board.image_png("samples", 7, 101.0, image);
         board.flush().unwrap();
         let path = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
         let events = events(&fs::read(path).unwrap());
@@ -232,5 +324,49 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let boards = [(); 3].map(|()| TensorBoard::create(dir.path()).unwrap());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), boards.len());
+    }
+
+    /// Invariant 2.
+    #[test]
+    fn a_torn_or_damaged_tail_is_cut_and_the_rest_is_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut board = TensorBoard::create(dir.path()).unwrap();
+        let header = board.end;
+        for step in 1..=3 {
+            board.scalars(step, 1.0, vec![("a".to_string(), 0.5), ("b".to_string(), 0.5)]);
+        }
+        board.flush().unwrap();
+        let path = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+        let whole = fs::read(&path).unwrap();
+        let read = || {
+            let mut points = Vec::new();
+            TensorBoard::read_back(dir.path(), |step, tag| points.push((step, tag.to_string()))).unwrap();
+            points
+        };
+        assert_eq!(read().len(), 6);
+        let record = usize::try_from((board.end - header) / 3).unwrap();
+        let last = whole.len() - record;
+        for length in last..whole.len() {
+            fs::write(&path, &whole[..length]).unwrap();
+            assert_eq!(read().last().unwrap(), &(2, "b".to_string()), "cut at {length}");
+            assert!(fs::read(&path).unwrap() == whole[..last]);
+        }
+        for at in last - record..last {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            fs::write(&path, &damaged).unwrap();
+            assert_eq!(read(), [(1, "a".to_string()), (1, "b".to_string())], "damaged at {at}");
+            assert!(fs::read(&path).unwrap() == whole[..last - record]);
+        }
+    }
+
+    #[test]
+    fn the_header_of_a_picture_tells_its_size() {
+        let mut png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x03\0\0\0\x02\x08\0".to_vec();
+        let of = |png: &[u8]| Png::of(png).map(|png| (png.width, png.height, png.channels));
+        assert_eq!(of(&png), Some((3, 2, 1)));
+        *png.last_mut().unwrap() = 2;
+        assert_eq!(of(&png), Some((3, 2, 3)));
+        assert_eq!(of(b"GIF"), None);
     }
 }

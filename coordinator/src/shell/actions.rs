@@ -131,6 +131,7 @@ impl Shell {
             return Ok(());
         }
         self.journal.form(self.term, group, cause)?;
+        self.records.formed(group.position);
         // Numbered by generation: journaled, and nobody was told.
         failpoint::reached("form", group.generation.0);
         self.store.begin(group.generation);
@@ -208,14 +209,26 @@ impl Shell {
             Some(Ordering::Less) => return self.act(Action::AbandonCheckpoint(checkpoint.step)),
             Some(Ordering::Greater) | None => {}
         }
+        if !self.records.are_durable(checkpoint.step) {
+            self.records.begin_sync();
+            self.postpone(checkpoint);
+            return Ok(());
+        }
         if let Err(error) = self.journal.commit(&checkpoint) {
             self.delayed(&checkpoint, &error.to_string());
-            self.unjournaled.push(checkpoint);
+            self.postpone(checkpoint);
             return Ok(());
         }
         self.ordered = Some(checkpoint.position);
         self.keeper.order(checkpoint, self.judged.protected(self.samples));
         Ok(())
+    }
+
+    /// Keeps a checkpoint for later, once.
+    fn postpone(&mut self, checkpoint: Checkpoint) {
+        if !self.unjournaled.iter().any(|known| known.position == checkpoint.position) {
+            self.unjournaled.push(checkpoint);
+        }
     }
 
     /// Takes what became of a checkpoint.

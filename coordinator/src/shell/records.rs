@@ -1,31 +1,42 @@
 //! What the run leaves for its users: metrics, events, TensorBoard, pictures, progress, a timeline.
 //!
-//! 1. A row is acknowledged only once it is written; until then it waits here and with the workers.
+//! 1. A row is acknowledged only once it is durable, and all before it; until then it waits here or with the workers.
 //! 2. A failure to write any of these never stops the run. It is told once, and once more when it works again.
+//! 3. The loop does not wait for the disk: it writes, and a thread syncs what was written, within about a second. A
+//!    checkpoint is journaled once the rows up to its step are durable.
 
-use std::collections::VecDeque;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ganglion_membership::{Checkpoint, Outcome, Position};
 use ganglion_proto::evaluation::{EvaluationRow, names};
 use ganglion_proto::found::Found;
 use ganglion_proto::job::Job;
-use ganglion_proto::message::{MetricsRow, Profile, SampleGrid};
+use ganglion_proto::message::{MetricsRow, SampleGrid};
 use ganglion_proto::trace::Trace;
 use serde::Serialize;
+use tokio::task::JoinHandle;
 
 use super::StopSignal;
 use crate::journal::now;
 use crate::report::chronicle::Chronicle;
+use crate::report::curves::Curves;
+use crate::report::damage::Damaged;
+use crate::report::disk::Disk;
 use crate::report::events::EventLog;
+use crate::report::line_file::Sync;
 use crate::report::metrics::{MetricsLog, RecordError, Recorded, Row};
 use crate::report::progress::{Progress, Screen};
-use crate::report::tensorboard::{Png, TensorBoard};
+use crate::report::receipts::Receipts;
 use crate::report::timeline::Timeline;
 use crate::run_dir::write_whole;
 
-/// Rows that may wait for a storage that fails. Workers keep them too.
+/// Rows that may wait for a disk. The workers keep them too, and are asked for those that found no room here.
 const WAITING_LIMIT: usize = 1 << 16;
 
 /// The figures of an evaluation that the terminal shows.
@@ -40,20 +51,24 @@ pub struct Records {
     progress: Option<Progress>,
     metrics: MetricsLog,
     events: EventLog,
-    tensorboard: TensorBoard,
+    curves: Curves,
     /// What all these tell, for those who look on.
     pub chronicle: Chronicle,
     /// The same, with the time that it took.
     pub timeline: Timeline,
     waiting: VecDeque<Row>,
-    /// The newest recorded step that workers have not been told of.
-    unacknowledged: Option<u64>,
+    receipts: Receipts,
+    syncing: Option<JoinHandle<Synced>>,
     samples: u64,
     skipped: Skipped,
-    failing: bool,
+    /// What cannot be written now.
+    failing: BTreeSet<&'static str>,
     /// Whether people were told what the data hold.
     data_told: bool,
 }
+
+/// How the syncs of events and of metrics went.
+type Synced = [Option<(Sync, io::Result<()>)>; 2];
 
 /// The skipped phases that were told of.
 #[derive(Default)]
@@ -73,27 +88,39 @@ pub fn outcome_name(outcome: &Outcome) -> &'static str {
 }
 
 impl Records {
-    /// Opens the records in a run directory.
-    pub fn open(job: Job, folder: &Path, screen: Screen) -> io::Result<Records> {
+    /// Opens the records in a run directory. Event files of TensorBoard are completed from them.
+    ///
+    /// # Errors
+    /// One of them cannot be opened, or holds something else than was written.
+    pub fn open(job: Job, folder: &Path, screen: Screen, disk: &Arc<dyn Disk>) -> Result<Records, Damaged> {
         let chronicle = Chronicle::default();
-        let (rows, events) = (chronicle.clone(), chronicle.clone());
-        let (rows, events) =
-            (Box::new(move |line: &[u8]| rows.row(line)), Box::new(move |line: &[u8]| events.event(line)));
+        let board = folder.join("tensorboard");
+        let curves = Curves::open(folder).map_err(|error| Damaged::Io(board, error))?;
+        let (rows, events) = ((chronicle.clone(), curves.clone()), (chronicle.clone(), curves.clone()));
+        let rows = Box::new(move |line: &[u8]| {
+            rows.0.row(line);
+            rows.1.row(line);
+        });
+        let events = Box::new(move |line: &[u8]| {
+            events.0.event(line);
+            events.1.event(line);
+        });
         Ok(Records {
-            metrics: MetricsLog::open(&folder.join("metrics.jsonl"), rows)?,
-            events: EventLog::open(&folder.join("events.jsonl"), events)?,
+            metrics: MetricsLog::open(&folder.join("metrics.jsonl"), disk.clone(), rows)?,
+            events: EventLog::open(&folder.join("events.jsonl"), disk.clone(), events)?,
             chronicle,
-            tensorboard: TensorBoard::create(&folder.join("tensorboard"))?,
+            curves,
             timeline: Timeline::new(&Trace::off()),
+            receipts: Receipts::new(job.metrics.every_steps),
             job,
             folder: folder.to_path_buf(),
             screen,
             progress: None,
             waiting: VecDeque::new(),
-            unacknowledged: None,
+            syncing: None,
             samples: 1,
             skipped: Skipped::default(),
-            failing: false,
+            failing: BTreeSet::new(),
             data_told: false,
         })
     }
@@ -130,10 +157,6 @@ impl Records {
             "step": row.step, "metrics": metrics, "features": row.features, "seconds": row.seconds,
         });
         self.event("evaluation", fields);
-        for (name, value) in &row.metrics {
-            let drawn = self.tensorboard.scalar(&format!("evaluation/{name}"), row.step, now(), *value);
-            self.note("tensorboard", drawn);
-        }
         let shown: Vec<String> = SHOWN
             .iter()
             .filter_map(|name| Some(format!("{} {:.3}", name.replace('_', " "), row.get(name)?)))
@@ -165,6 +188,7 @@ impl Records {
     /// The size of the data set is known: from now on there is a bar.
     pub fn loaded(&mut self, samples: u64, from: Option<&Checkpoint>) {
         self.samples = samples.max(1);
+        self.receipts.ends_with(self.job.last_step(samples));
         if self.progress.is_none() {
             let first = from.map_or(0, |checkpoint| checkpoint.step).max(self.last_step());
             self.progress = Some(Progress::new(&self.screen, self.job.last_step(samples), first));
@@ -176,8 +200,9 @@ impl Records {
         #[allow(clippy::cast_precision_loss)] // counts of images are far below 2^53
         let epoch = row.images_seen as f64 / self.samples as f64;
         if self.waiting.len() >= WAITING_LIMIT {
-            return;
+            return self.refuse(row.step);
         }
+        self.receipts.took(row.step);
         self.waiting.push_back(Row {
             step: row.step,
             time: row.time,
@@ -203,19 +228,115 @@ impl Records {
         rows.into_iter().for_each(|row| self.take_row(row));
     }
 
-    /// Writes what waits; returns the newest recorded step if it was not returned before.
-    pub fn catch_up(&mut self) -> Option<u64> {
+    /// Leaves a row with the workers.
+    fn refuse(&mut self, step: u64) {
+        self.receipts.refused(step);
+        if self.failing.insert("more rows") {
+            self.message(&format!(
+                "warning: {WAITING_LIMIT} rows wait for metrics.jsonl; workers keep the others and report them again"
+            ));
+        }
+    }
+
+    /// A generation was formed that goes on from a position: from there on it reports by this term's cadence.
+    pub fn formed(&mut self, position: Position) {
+        self.receipts.formed(position.0 / self.job.phases_per_step());
+    }
+
+    /// Writes what waits, and has synced what was written. What is written then is acknowledged after that.
+    pub fn catch_up(&mut self) {
+        let written = self.events.catch_up(now());
+        self.note("events.jsonl", written);
         self.write_rows();
         self.timeline.flush();
-        let flushed = self.tensorboard.flush();
+        let flushed = self.curves.flush();
         self.note("tensorboard", flushed);
-        self.unacknowledged.take()
+        self.begin_sync();
+    }
+
+    /// The newest step that workers need keep no row of, if they have not been told.
+    pub fn acknowledge(&mut self) -> Option<u64> {
+        let newest = self.last_step();
+        let bound = self.first_unsafe(newest);
+        self.receipts.acknowledge(newest, bound.unwrap_or(u64::MAX))
+    }
+
+    /// Whether a power cut now would leave each row up to a step.
+    pub fn are_durable(&mut self, step: u64) -> bool {
+        self.first_unsafe(step).is_none_or(|first| first > step)
+    }
+
+    /// The first step up to `limit` whose row a power cut would take, as far as its workers do not have it.
+    fn first_unsafe(&mut self, limit: u64) -> Option<u64> {
+        let waiting = self.waiting.iter().map(|row| row.step).min();
+        [waiting, self.metrics.first_fresh(), self.missing(limit)].into_iter().flatten().min()
+    }
+
+    /// The first step up to `limit` whose row has not come, or found no room. There is none as long as others wait here.
+    pub fn missing(&mut self, limit: u64) -> Option<u64> {
+        let Records { receipts, metrics, waiting, .. } = self;
+        let waiting: BTreeSet<u64> = waiting.iter().map(|row| row.step).collect();
+        receipts.missing(limit, |step| metrics.has(step) || waiting.contains(&step))
+    }
+
+    /// Whether there is room for rows that were left with the workers.
+    pub fn has_room(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Nobody has the rows any more that are missing up to a step.
+    pub fn give_up(&mut self, limit: u64) {
+        let mut steps = Vec::new();
+        while let Some(step) = self.missing(limit) {
+            self.receipts.give_up(step);
+            steps.push(step);
+        }
+        let (Some(first), Some(last)) = (steps.first(), steps.last()) else { return };
+        let count = steps.len();
+        self.message(&format!(
+            "warning: {count} rows of steps {first} to {last} are lost with the workers that had them"
+        ));
+        self.event("metrics_lost", serde_json::json!({ "count": count, "first": first, "last": last }));
+    }
+
+    /// Begins to sync what was written, unless that is under way.
+    pub fn begin_sync(&mut self) {
+        let jobs = [self.events.to_sync(), self.metrics.to_sync()];
+        if self.syncing.is_some() || jobs.iter().all(Option::is_none) {
+            return;
+        }
+        self.syncing = Some(tokio::task::spawn_blocking(move || sync(jobs)));
+    }
+
+    /// Waits for the end of a sync; for ever if none is under way.
+    pub async fn synced(&mut self) {
+        let Some(syncing) = &mut self.syncing else { return std::future::pending().await };
+        let synced = syncing.await;
+        self.syncing = None;
+        // A thread that could not be started has synced nothing.
+        if let Ok(synced) = synced {
+            self.was_synced(synced);
+        }
+    }
+
+    fn was_synced(&mut self, [events, metrics]: Synced) {
+        if let Some((sync, done)) = events {
+            self.events.was_synced(&sync, &done);
+            self.note("events.jsonl (sync)", done);
+        }
+        if let Some((sync, done)) = metrics {
+            self.metrics.was_synced(&sync, &done);
+            self.note("metrics.jsonl (sync)", done);
+        }
     }
 
     fn write_rows(&mut self) {
         while let Some(row) = self.waiting.front() {
             let recorded = match self.metrics.record(row) {
-                Ok(recorded) => recorded,
+                Ok(recorded) => {
+                    self.note("metrics.jsonl", Ok(()));
+                    recorded
+                }
                 Err(RecordError::Io(error)) => return self.note("metrics.jsonl", Err(error)),
                 Err(RecordError::Breach(breach)) => {
                     let text = breach.to_string();
@@ -225,48 +346,14 @@ impl Records {
                 }
             };
             let Some(row) = self.waiting.pop_front() else { return };
-            self.unacknowledged = self.unacknowledged.max(Some(row.step));
             if let Some(progress) = &mut self.progress {
                 progress.row(&row);
             }
             if let Recorded::New = recorded {
                 self.timeline.row(&row);
-                let drawn = self.draw(&row);
-                self.note("tensorboard", drawn);
             }
         }
-    }
-
-    fn draw(&mut self, row: &Row) -> io::Result<()> {
-        for (tag, value) in [
-            ("loss/discriminator", row.loss_discriminator),
-            ("loss/generator", row.loss_generator),
-            ("throughput/images_per_second", row.images_per_second),
-            ("cluster/world_size", f64::from(row.world_size)),
-        ] {
-            self.tensorboard.scalar(tag, row.step, row.time, value)?;
-        }
-        #[allow(clippy::cast_precision_loss)] // a curve for people
-        let memory = row.gpu.memory_bytes.map(|bytes| bytes as f64);
-        let utilisation = row.gpu.utilisation.map(f64::from);
-        for (tag, value) in [("gpu/memory_bytes", memory), ("gpu/utilisation_percent", utilisation)] {
-            if let Some(value) = value {
-                self.tensorboard.scalar(tag, row.step, row.time, value)?;
-            }
-        }
-        for (tag, value) in ["score/real", "score/fake"].into_iter().zip(row.scores.into_iter().flatten()) {
-            self.tensorboard.scalar(tag, row.step, row.time, value)?;
-        }
-        for (module, profile) in ["discriminator", "generator"].iter().zip(row.profile.iter().flatten()) {
-            let Profile { data, compute, wait, commit, other } = *profile;
-            for (part, milliseconds) in
-                [("data", data), ("compute", compute), ("wait", wait), ("commit", commit), ("other", other)]
-            {
-                let tag = format!("milliseconds_of_a_step/{module}_{part}");
-                self.tensorboard.scalar(&tag, row.step, row.time, milliseconds)?;
-            }
-        }
-        Ok(())
+        self.note("more rows", Ok(()));
     }
 
     /// Keeps a grid of samples as a picture and shows it in TensorBoard.
@@ -279,9 +366,6 @@ impl Records {
         }
         let written = write_whole(&file, &grid.png);
         self.note("samples", written);
-        let image = Png { bytes: &grid.png, height: grid.height, width: grid.width, channels: grid.channels };
-        let drawn = self.tensorboard.image_png("samples", grid.step, now(), image);
-        self.note("tensorboard", drawn);
         self.event("samples", serde_json::json!({ "step": grid.step, "file": format!("samples/{name}") }));
     }
 
@@ -317,23 +401,47 @@ impl Records {
         };
         let fields = serde_json::json!({ "outcome": outcome_name(outcome), "detail": detail });
         self.event("run_ended", fields);
-        self.catch_up();
+        self.finish_writing();
         self.timeline.finish();
         if let Some(progress) = self.progress.take() {
             progress.finish();
         }
     }
 
-    /// Tells of the first failure and of the first success after it.
-    fn note(&mut self, what: &str, written: io::Result<()>) {
-        match written {
-            Ok(()) => self.failing = false,
-            Err(_) if self.failing => {}
-            Err(error) => {
-                self.failing = true;
-                let text = format!("warning: cannot write {what}: {error}; trying again");
-                self.message(&text);
-            }
+    /// Writes and syncs what is left, while nobody waits for the loop any more.
+    pub fn finish_writing(&mut self) {
+        let written = self.events.catch_up(now());
+        self.note("events.jsonl", written);
+        self.write_rows();
+        self.timeline.flush();
+        let flushed = self.curves.flush();
+        self.note("tensorboard", flushed);
+        self.was_synced(sync([self.events.to_sync(), self.metrics.to_sync()]));
+        if !self.waiting.is_empty() {
+            let count = self.waiting.len();
+            self.message(&format!("warning: {count} rows could not be written to metrics.jsonl"));
         }
     }
+
+    /// Tells of the first failure and of the first success after it.
+    fn note(&mut self, what: &'static str, written: io::Result<()>) {
+        match written {
+            Ok(()) if self.failing.remove(what) => self.message(&format!("{what}: written again")),
+            Err(error) if self.failing.insert(what) => {
+                self.message(&format!(
+                    "warning: cannot write {what}: {error}; nothing is lost: workers keep the rows, and it is tried again"
+                ));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Waits for the disk: events first, so that a row never is there without what happened before.
+fn sync([events, metrics]: [Option<Sync>; 2]) -> Synced {
+    [events, metrics].map(|job| {
+        let job = job?;
+        let done = job.run();
+        Some((job, done))
+    })
 }

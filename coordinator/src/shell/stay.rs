@@ -39,6 +39,7 @@ impl Shell {
                     self.publish();
                     self.records.catch_up();
                 }
+                () = self.records.synced() => {}
                 Some(input) = inputs.recv() => self.answer(input)?,
             }
             if self.signal.is_some() {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ganglion_membership::{Limits, Term};
 use ganglion_proto::dial::{Credentials, DialError};
-use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcome};
+use ganglion_proto::message::{FromWorker, Hello, MetricsRow, Resume, ToWorker, Usage, Welcome};
 use ganglion_proto::wire::session_service_client::SessionServiceClient;
 use ganglion_proto::wire::{SessionRequest, SessionResponse};
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
@@ -157,7 +157,15 @@ pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result
     let lease = Lease::new(clock, connection.since, limits_of(&connection.welcome).lease);
     let shared = Arc::new(Shared::new(connection.welcome.clone(), connection.channel.clone(), lease));
     let (outbox, outgoing) = unbounded_channel();
-    let talk = Talk { shared: shared.clone(), outgoing, clock, memory, asked_to_end, leaving: None };
+    let talk = Talk {
+        shared: shared.clone(),
+        outgoing,
+        clock,
+        memory,
+        asked_to_end,
+        leaving: None,
+        again: Vec::new(),
+    };
     let (task, watched) = (tokio::spawn(dial.run(connection, talk)), shared.clone());
     tokio::spawn(async move {
         if let Err(panic) = task.await {
@@ -412,6 +420,8 @@ struct Talk {
     clock: Clock,
     memory: fn() -> Option<u64>,
     asked_to_end: UnboundedReceiver<()>,
+    /// Rows that the coordinator asks for again.
+    again: Vec<MetricsRow>,
     /// When the machine asked this worker to end.
     leaving: Option<Instant>,
 }
@@ -435,7 +445,11 @@ impl Talk {
                 biased;
                 response = connection.responses.message() => match response {
                     Ok(Some(response)) => {
-                        if self.take(term, response, &mut unanswered, limits) { return None } else { continue }
+                        if self.take(term, response, &mut unanswered, limits) { return None }
+                        for row in self.again.drain(..) {
+                            let _ = connection.requests.send(FromWorker::Metrics(row).to_wire(term));
+                        }
+                        continue;
                     }
                     Ok(None) => return Some("it closed the session".to_string()),
                     Err(status) => return Some(status.message().to_string()),
@@ -482,7 +496,7 @@ impl Talk {
 
     /// Takes a message of the coordinator; returns whether the session is over.
     fn take(
-        &self,
+        &mut self,
         term: Term,
         response: SessionResponse,
         unanswered: &mut VecDeque<Duration>,
@@ -513,6 +527,7 @@ impl Talk {
                 shared.abort(generation, probe, condemned);
             }
             ToWorker::MetricsRecorded(step) => shared.forget_rows(step),
+            ToWorker::MetricsWanted(step) => self.again.extend(shared.rows_from(step)),
             ToWorker::CheckpointRecorded(step, phase) => shared.forget_parts((step, phase)),
             ToWorker::EvaluationsRecorded(steps) => shared.forget_evaluations(&steps),
             ToWorker::Release { complete: true } => shared.end(End::Complete),

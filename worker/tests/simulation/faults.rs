@@ -28,6 +28,8 @@ pub struct Scenario {
 #[derive(Clone, Debug)]
 pub enum Mishap {
     KillCoordinator,
+    /// The coordinator's machine stops at once, with the workers on it; the others too if that is said.
+    PowerCut(bool),
     KillWorkers(usize),
     KillAll,
     /// The coordinator and a worker.
@@ -145,6 +147,7 @@ pub fn strike(world: &mut World<'_>, mishap: &Mishap) {
     let names: Vec<String> = world.workers.keys().cloned().collect();
     match mishap {
         Mishap::KillCoordinator => world.crash_coordinator(),
+        Mishap::PowerCut(all) => world.cut_power(*all),
         Mishap::KillAll => names.iter().for_each(|name| world.kill(name)),
         Mishap::IsolateCoordinator(time) => {
             names.iter().for_each(|name| hold(world, name, COORDINATOR, *time));

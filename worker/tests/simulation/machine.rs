@@ -1,14 +1,19 @@
 //! The coordinator's machine: its processes, its signals, its port.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
 use std::io;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use ganglion_coordinator::host::Host;
+use ganglion_coordinator::report::disk::{Disk, SystemDisk};
 use ganglion_coordinator::server::tls::Acceptor;
 use ganglion_coordinator::shell::StopSignal;
 use ganglion_coordinator::supervisor::{Exited, Process, Processes, Spawned, StartOrder};
+use rand::RngExt;
+use rand::rngs::ChaCha8Rng;
 use tokio::sync::mpsc;
 
 use crate::net::{self, Connection};
@@ -50,11 +55,68 @@ impl Table {
 
 /// The coordinator's machine.
 #[derive(Clone, Default)]
-pub struct Machine(Arc<Mutex<Table>>);
+pub struct Machine(Arc<Mutex<Table>>, Arc<Platter>);
 
 impl Machine {
     pub fn table(&self) -> MutexGuard<'_, Table> {
         self.0.lock().expect("nothing panics with it")
+    }
+
+    /// The power fails: of what was written and not synced anything may be gone. Checkpoints and the journal are synced when
+    /// they are written.
+    pub fn lose_power(&self, run: &Path, rng: &mut ChaCha8Rng) -> String {
+        let reached = self.1.reached.lock().expect("nothing panics with it");
+        let mut lost = Vec::new();
+        for name in ["metrics.jsonl", "events.jsonl"] {
+            let path = run.join(name);
+            let Ok(file) = File::options().write(true).open(&path) else { continue };
+            let written = file.metadata().expect("it is open").len();
+            let synced = reached.synced.get(&path).copied().unwrap_or(0).min(written);
+            if !reached.named.contains(&path) && rng.random_bool(0.5) {
+                fs::remove_file(&path).expect("it is there");
+                lost.push(format!("{name} as a whole"));
+            } else {
+                let kept = rng.random_range(synced..=written);
+                file.set_len(kept).expect("it is open");
+                lost.push(format!("{} of {written} bytes of {name}", written - kept));
+            }
+        }
+        for entry in fs::read_dir(run.join("tensorboard")).into_iter().flatten() {
+            let file = File::options().write(true).open(entry.expect("it is there").path());
+            let file = file.expect("it is a file");
+            let written = file.metadata().expect("it is open").len();
+            file.set_len(rng.random_range(0..=written)).expect("it is open");
+        }
+        lost.join(", ")
+    }
+}
+
+/// What of the records is on the disk.
+#[derive(Debug, Default)]
+struct Platter {
+    reached: Mutex<Reached>,
+}
+
+#[derive(Debug, Default)]
+struct Reached {
+    synced: BTreeMap<PathBuf, u64>,
+    named: BTreeSet<PathBuf>,
+}
+
+impl Disk for Platter {
+    fn append(&self, path: &Path, file: &File, bytes: &[u8]) -> io::Result<()> {
+        SystemDisk.append(path, file, bytes)
+    }
+
+    fn sync(&self, path: &Path, file: &File) -> io::Result<()> {
+        let written = file.metadata()?.len();
+        self.reached.lock().expect("nothing panics with it").synced.insert(path.to_path_buf(), written);
+        Ok(())
+    }
+
+    fn sync_name(&self, path: &Path) -> io::Result<()> {
+        self.reached.lock().expect("nothing panics with it").named.insert(path.to_path_buf());
+        Ok(())
     }
 }
 
@@ -71,6 +133,10 @@ impl Host for Machine {
 
     fn processes(&self) -> io::Result<Box<dyn Processes>> {
         Ok(Box::new(self.clone()))
+    }
+
+    fn disk(&self) -> Arc<dyn Disk> {
+        self.1.clone()
     }
 
     fn signals(&self) -> io::Result<mpsc::UnboundedReceiver<StopSignal>> {

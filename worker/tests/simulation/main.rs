@@ -24,20 +24,39 @@ mod worker;
 mod world;
 
 use std::path::Path;
+use std::time::Duration;
 
+use faults::Mishap;
+use rand::RngExt;
 use sweep::{Run, Simulation};
-use world::World;
+use world::{Due, World};
 
 const SHELL: Simulation =
     Simulation { package: "ganglion-worker", seeds: 40, of_today: 20, failed_once: &[], run };
 
+/// The same runs, and in each the power fails at a random moment.
+const POWER: Simulation = Simulation { seeds: 20, of_today: 5, run: run_with_power_cut, ..SHELL };
+
 fn run(seed: u64, keep_log: bool) -> Run {
+    live(seed, keep_log, |_| {})
+}
+
+fn run_with_power_cut(seed: u64, keep_log: bool) -> Run {
+    live(seed, keep_log, |world| {
+        let moment = world.rng.random_range(Duration::ZERO..world.scenario.quiet_at);
+        let all = world.rng.random_bool(0.5);
+        world.at(moment, Due::Mishap(Mishap::PowerCut(all)));
+    })
+}
+
+fn live(seed: u64, keep_log: bool, prepare: impl FnOnce(&mut World<'_>)) -> Run {
     // The journal waits for the disk after every row: memory is as good here, nobody loses power.
     let memory = Path::new("/dev/shm");
     let parent = if memory.is_dir() { memory.to_path_buf() } else { std::env::temp_dir() };
     let folder = tempfile::Builder::new().prefix("ganglion-simulation-").tempdir_in(parent);
     let folder = folder.unwrap_or_else(|error| panic!("no folder for a run: {error}"));
     let mut world = World::new(seed, &folder.path().join("run"), keep_log);
+    prepare(&mut world);
     let failure = world.run().err();
     let happenings = u64::try_from(world.now().as_millis()).expect("a short run");
     let mut log = world.log.take().unwrap_or_default();
@@ -64,4 +83,9 @@ fn events(folder: &Path) -> Vec<String> {
 #[test]
 fn every_seed_comes_to_the_same_end() {
     SHELL.start();
+}
+
+#[test]
+fn every_seed_survives_a_power_cut() {
+    POWER.start();
 }

@@ -287,6 +287,16 @@ impl World<'_> {
         }
     }
 
+    /// Cuts the power of the coordinator's machine, or of all.
+    pub fn cut_power(&mut self, all: bool) {
+        let is_hit = |(name, worker): (&String, &Worker)| (all || worker.pid.is_some()).then(|| name.clone());
+        let hit: Vec<String> = self.workers.iter().filter_map(is_hit).collect();
+        self.crash_coordinator();
+        hit.iter().for_each(|name| self.kill(name));
+        let lost = self.machine.lose_power(&self.folder, &mut self.rng);
+        self.note(format!("the power cut took {lost}"));
+    }
+
     fn start_again_later(&mut self) {
         self.coordinator_is_up = false;
         let slow = !self.quiet && self.rng.random_bool(0.1);

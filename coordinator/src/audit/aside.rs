@@ -1,0 +1,17 @@
+//! What cannot be proven any more, because a record was damaged or is gone. The journal knows of each such loss.
+
+use super::Claim;
+use super::evidence::Evidence;
+
+/// Whether the row of a step may have been in a record that was set aside.
+pub(super) fn may_have_held(evidence: &Evidence, step: u64) -> bool {
+    let mut stretches = evidence.history.set_aside.iter().flat_map(|found| &found.steps);
+    stretches.any(|(first, last)| (*first..=*last).contains(&step))
+}
+
+/// Every loss of records is told, and what it leaves unproven.
+pub(super) fn losses_are_told(evidence: &Evidence) -> Claim {
+    let claim = Claim::new("what was lost of the records is told");
+    let told: Vec<String> = evidence.history.set_aside.iter().map(|found| found.describe()).collect();
+    claim.of(if told.is_empty() { "nothing was".to_string() } else { told.join("; ") })
+}

@@ -1,0 +1,170 @@
+//! Records for people that hold something else than what was written.
+//!
+//! 1. Nothing is overwritten: the file as it was found stays under a name that was free, such as `metrics.jsonl.damaged-1`.
+//! 2. Each line that can be read is in the new file, in its order.
+//! 3. The journal knows of the loss before the file changes.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use ganglion_storage::whole;
+use serde::{Deserialize, Serialize};
+
+use super::{events, metrics};
+
+/// Why a record cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum Damaged {
+    /// A whole line is none of ours.
+    #[error("{}: damaged", .0.display())]
+    Lines(PathBuf),
+    /// The system's word.
+    #[error("{}: {}", .0.display(), .1)]
+    Io(PathBuf, io::Error),
+}
+
+impl Damaged {
+    /// What an error means that came while a file was read.
+    pub(super) fn of(path: &Path, error: io::Error) -> Damaged {
+        match error.kind() {
+            ErrorKind::InvalidData => Damaged::Lines(path.to_path_buf()),
+            _ => Damaged::Io(path.to_path_buf(), error),
+        }
+    }
+}
+
+/// A line that is none of ours, as an error of reading.
+pub(super) fn broken(error: serde_json::Error) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, error)
+}
+
+/// What of a record was set aside, and what that cost.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetAside {
+    /// The record's name, such as `metrics.jsonl`.
+    pub file: String,
+    /// The name of what was found instead; empty where nothing was.
+    pub aside: String,
+    /// Lines that could be read.
+    pub kept: u64,
+    /// Places at which something else was.
+    pub lost: u64,
+    /// Steps whose rows may have been there: the first and the last of each stretch.
+    pub steps: Vec<(u64, u64)>,
+}
+
+impl SetAside {
+    /// A record that is gone as a whole, with the rows up to a step.
+    pub fn gone(file: &str, step: u64) -> SetAside {
+        let steps = if file == "metrics.jsonl" { vec![(1, step)] } else { Vec::new() };
+        SetAside { file: file.to_string(), steps, ..SetAside::default() }
+    }
+
+    /// What people read of it.
+    pub fn describe(&self) -> String {
+        let SetAside { file, aside, kept, lost, .. } = self;
+        if aside.is_empty() {
+            return format!(
+                "{file} is missing; a new one begins, and what it held cannot be proven any more"
+            );
+        }
+        let places = if *lost == 1 { "place" } else { "places" };
+        format!("{file} was damaged in {lost} {places}: set aside as {aside}; {kept} lines of it are kept")
+    }
+}
+
+/// Looks through a damaged record. Lost rows at its end are taken to reach up to `reach`.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn examine(path: &Path, reach: u64) -> io::Result<SetAside> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut found = SetAside { aside: free_name(path), ..SetAside::gone(&name, 0) };
+    found.steps.clear();
+    let (mut newest, mut open) = (0, false);
+    for line in lines(&fs::read(path)?) {
+        let Some(step) = read_line(&name, line) else {
+            found.lost += 1;
+            open = true;
+            continue;
+        };
+        found.kept += 1;
+        if std::mem::take(&mut open) && newest + 1 < step {
+            found.steps.push((newest + 1, step - 1));
+        }
+        newest = step.max(newest);
+    }
+    if open && name == "metrics.jsonl" && newest < reach {
+        found.steps.push((newest + 1, reach));
+    }
+    Ok(found)
+}
+
+/// Sets a damaged record aside and puts one with its readable lines in its place.
+///
+/// # Errors
+/// The system's; the record is then as it was, or done.
+pub fn set_aside(path: &Path, found: &SetAside) -> io::Result<()> {
+    let content = fs::read(path)?;
+    let aside = path.with_file_name(&found.aside);
+    // A link where the file system knows them, which replaces nothing.
+    match fs::hard_link(path, &aside) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => return Err(error),
+        Err(_) => drop(io::copy(&mut content.as_slice(), &mut fs::File::create_new(&aside)?)?),
+        Ok(()) => {}
+    }
+    let mut kept = Vec::with_capacity(content.len());
+    for line in lines(&content).filter(|line| read_line(&found.file, line).is_some()) {
+        kept.extend_from_slice(line);
+        kept.push(b'\n');
+    }
+    whole::write(path, &kept)
+}
+
+/// The whole lines of a file.
+fn lines(content: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let end = content.iter().rposition(|byte| *byte == b'\n').unwrap_or(0);
+    content[..end].split(|byte| *byte == b'\n').filter(move |_| end > 0)
+}
+
+/// The step of a line of a record, 0 for an event; `None` where it is none of ours.
+fn read_line(name: &str, line: &[u8]) -> Option<u64> {
+    match name {
+        "metrics.jsonl" => metrics::step_of(line).ok(),
+        _ => events::check(line).ok().map(|()| 0),
+    }
+}
+
+fn free_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let names = (1_u32..).map(|number| format!("{name}.damaged-{number}"));
+    let mut free = names.filter(|name| !path.with_file_name(name).exists());
+    free.next().expect("a folder has fewer files than there are numbers")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_be_read_is_kept_and_what_was_there_is_set_aside() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let row = |step: u64| format!("{{\"step\":{step}}}\n");
+        let text: String = [2, 4, 6, 8, 10, 12].map(row).concat();
+        // Two rows and the newline between them; then all at the end.
+        let mut damaged = text.clone().into_bytes();
+        damaged[15..25].fill(0);
+        damaged.extend_from_slice(b"\0\0\0\n");
+        std::fs::write(folder.path().join("metrics.jsonl.damaged-1"), "before").unwrap();
+        std::fs::write(&path, &damaged).unwrap();
+        let found = examine(&path, 20).unwrap();
+        assert_eq!((found.kept, found.lost, found.aside.as_str()), (4, 2, "metrics.jsonl.damaged-2"));
+        assert_eq!(found.steps, [(3, 7), (13, 20)]);
+        set_aside(&path, &found).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), [2, 8, 10, 12].map(row).concat());
+        assert!(fs::read(path.with_file_name(&found.aside)).unwrap() == damaged);
+        assert_eq!(fs::read_to_string(folder.path().join("metrics.jsonl.damaged-1")).unwrap(), "before");
+    }
+}
