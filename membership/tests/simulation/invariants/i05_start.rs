@@ -17,8 +17,10 @@ pub struct RightStart {
     readied: BTreeMap<WorkerId, Option<Position>>,
     /// Members that the coordinator gave up, whatever still arrives from them.
     lost: BTreeSet<WorkerId>,
-    /// Members that want to leave; `None` once the number of workers was changed, since nobody hears whom that lets go.
-    leaving: Option<BTreeSet<WorkerId>>,
+    /// Members that want to leave.
+    leaving: BTreeSet<WorkerId>,
+    /// Whether the number of workers was ever changed: nobody hears whom that lets go, now or by the next coordinator.
+    scaled: bool,
     /// The newest checkpoint that the coordinator knows.
     known: Option<Position>,
 }
@@ -30,9 +32,9 @@ impl RightStart {
                 self.lost.remove(worker);
             }
             Event::Leave(worker) => {
-                self.leaving.as_mut().map(|leaving| leaving.insert(*worker));
+                self.leaving.insert(*worker);
             }
-            Event::Scale(_) => self.leaving = None,
+            Event::Scale(_) => self.scaled = true,
             _ => {}
         }
         let (worker, generation, position) = match event {
@@ -69,15 +71,15 @@ impl RightStart {
     }
 
     fn check_leavers(&self, group: &Group) -> Finding {
-        let Some(leaving) = self.leaving.as_ref().filter(|_| self.condemned != Some(self.generation)) else {
+        if self.scaled || self.condemned == Some(self.generation) {
             return Ok(());
-        };
+        }
         let most = self.readied.values().copied().flatten().max();
         let held = |(worker, position): (&WorkerId, &Option<Position>)| {
-            most.is_some() && *position == most && !leaving.contains(worker)
+            most.is_some() && *position == most && !self.leaving.contains(worker)
         };
         let needed = !self.readied.iter().any(held);
-        let leaver = group.members.iter().find(|member| leaving.contains(&member.worker));
+        let leaver = group.members.iter().find(|member| self.leaving.contains(&member.worker));
         hold(needed || leaver.is_none(), || {
             format!("{leaver:?} leaves, and somebody who stays holds {most:?}")
         })
@@ -92,14 +94,14 @@ impl Invariant for RightStart {
                 self.readied.clear();
                 self.lost.clear();
                 // Whoever leaves says so again.
-                self.leaving = Some(BTreeSet::new());
+                self.leaving.clear();
             }
             Seen::Took(event) => self.took(event),
             Seen::Decided(Action::Lose(worker, _) | Action::Release(worker)) => {
                 self.readied.remove(worker);
                 self.lost.insert(*worker);
                 // If it comes back it says so again.
-                self.leaving.as_mut().map(|leaving| leaving.remove(worker));
+                self.leaving.remove(worker);
             }
             Seen::Journaled(Row::Condemned(generation)) => self.condemned = Some(*generation),
             Seen::Journaled(Row::Group(_, group)) => {
