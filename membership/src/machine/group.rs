@@ -181,18 +181,15 @@ impl Machine {
 
     fn form(&mut self, actions: &mut Vec<Action>) {
         let ids = self.next_members();
+        if !ids.iter().any(|id| self.sees_storage(*id)) {
+            return self.wait_for_a_writer(&ids, actions);
+        }
         let world_size = u32::try_from(ids.len()).expect("a group is at most V workers");
         let ranges = shard_ranges(self.settings.data_shards, world_size);
         let with_shards = ids.into_iter().zip(ranges);
         let members: Vec<Member> = with_shards
             .map(|(worker, shards)| Member { worker, shards, writes_parts: self.sees_storage(worker) })
             .collect();
-        if !members.iter().any(|member| member.writes_parts) {
-            let outcome = "no worker can write to the checkpoint storage; share its folder with the \
-                           workers' machines and name it in checkpoint.url, or give them its credentials";
-            self.end(Outcome::Failed(outcome.to_string()), actions);
-            return;
-        }
         let (position, start) = self.choose_start(&members);
         self.last_generation = Generation(self.last_generation.0 + 1);
         let cause = self.cause.take().unwrap_or(Cause::Planned);
@@ -203,6 +200,25 @@ impl Machine {
             cause,
             actions,
         );
+    }
+
+    /// Nobody could save what a group of these would train. If a local worker is to come, who can, those that rest hold the
+    /// state until then.
+    fn wait_for_a_writer(&mut self, ids: &[WorkerId], actions: &mut Vec<Action>) {
+        if matches!(self.stage, Stage::Regrouping { .. }) && self.is_a_local_to_come() {
+            self.let_leavers_go(|leaver| ids.contains(&leaver), actions);
+            return;
+        }
+        let outcome = "no worker can write to the checkpoint storage; share its folder with the \
+                       workers' machines and name it in checkpoint.url, or give them its credentials";
+        self.end(Outcome::Failed(outcome.to_string()), actions);
+    }
+
+    fn let_leavers_go(&mut self, is_needed: impl Fn(WorkerId) -> bool, actions: &mut Vec<Action>) {
+        let leaving: Vec<WorkerId> = self.workers.keys().copied().filter(|id| self.is_leaving(*id)).collect();
+        for worker in leaving.into_iter().filter(|worker| !is_needed(*worker)) {
+            self.let_go(worker, actions);
+        }
     }
 
     fn begin(&mut self, group: Group, cause: Cause, actions: &mut Vec<Action>) {
@@ -222,14 +238,9 @@ impl Machine {
         self.job_changed = false;
         self.absent.clear();
         self.stage = Stage::Training { plan: None };
-        actions.push(Action::Form(group, cause));
+        actions.push(Action::Form(group.clone(), cause));
         // Whoever wanted to leave and is not needed as a source any more.
-        let leaving: Vec<WorkerId> = self.workers.keys().copied().filter(|id| self.is_leaving(*id)).collect();
-        for worker in leaving {
-            if !self.is_member(worker) {
-                self.let_go(worker, actions);
-            }
-        }
+        self.let_leavers_go(|leaver| group.members.iter().any(|member| member.worker == leaver), actions);
     }
 
     /// Who would be in a group that is formed now, oldest first: all that are loaded and can reach each other, up to V, and

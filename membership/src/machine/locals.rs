@@ -87,6 +87,7 @@ impl Machine {
                 self.end(Outcome::Failed(what), actions);
             } else {
                 actions.push(Action::GiveUpReplacing(what));
+                self.form_if_ready(actions);
             }
         } else {
             self.form_if_gathered(actions);
@@ -97,6 +98,15 @@ impl Machine {
     pub(super) fn expected_locals(&self) -> u32 {
         let wanted = self.settings.local_workers;
         if self.locals.given_up() { wanted.min(self.locals.running) } else { wanted }
+    }
+
+    /// Whether a local worker is to be started, or runs and has not loaded yet.
+    pub(super) fn is_a_local_to_come(&self) -> bool {
+        let has_loaded = |(id, worker): &(&WorkerId, &Worker)| {
+            worker.facts.is_some() && !worker.leaving && self.locals.workers.contains(id)
+        };
+        let loaded = self.workers.iter().filter(has_loaded).count();
+        self.misses_a_local() || self.locals.running as usize > loaded
     }
 
     /// Starts what is missing of the local workers.

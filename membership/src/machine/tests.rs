@@ -1039,3 +1039,41 @@ fn one_that_can_save_is_a_member_before_older_ones_that_cannot() {
     assert_eq!(members(group), [1, 3]);
     assert!(!group.members[0].writes_parts && group.members[1].writes_parts);
 }
+
+/// Those that are left hold the state, and a replacement is on its way.
+#[test]
+fn when_the_only_member_that_can_save_is_lost_the_others_wait_for_its_replacement() {
+    let mut bench = Bench::new(1, 8, Recovered::default());
+    bench.handle(Event::Hello { worker: WorkerId(1), local: true });
+    bench.handle(Event::Hello { worker: WorkerId(2), local: false });
+    let blind = LoadedFacts { sees_storage: false, ..facts("A") };
+    bench.handle(Event::Loaded(WorkerId(2), blind));
+    assert_eq!(members(formed(&bench.handle(Event::Loaded(WorkerId(1), facts("A")))).unwrap()), [1, 2]);
+    bench.wait(FIT * 2, &[1, 2]);
+    assert!(bench.end(1).contains(&Action::Spawn));
+    assert_eq!(bench.ready(2, 6), []);
+    assert_eq!(bench.wait(DEADLINE * 20, &[2]), []);
+    assert!(bench.machine.deadline().unwrap() > bench.now, "it asks for no tick that changes nothing");
+    bench.local = true;
+    let actions = bench.join(3);
+    let group = formed(&actions).unwrap();
+    assert_eq!((members(group), group.position), (vec![2, 3], Position(6)));
+}
+
+#[test]
+fn when_nobody_who_can_save_will_come_the_run_ends_and_says_so() {
+    let mut bench = Bench::new(1, 8, Recovered::default());
+    bench.handle(Event::Hello { worker: WorkerId(1), local: true });
+    bench.handle(Event::Hello { worker: WorkerId(2), local: false });
+    let blind = LoadedFacts { sees_storage: false, ..facts("A") };
+    bench.handle(Event::Loaded(WorkerId(2), blind));
+    bench.handle(Event::Loaded(WorkerId(1), facts("A")));
+    bench.end(1);
+    let mut actions = bench.ready(2, 6);
+    while ended(&actions).is_none() {
+        assert!(bench.now < Duration::from_secs(7200), "it waits for ever");
+        bench.wait(Duration::from_secs(60), &[2]);
+        actions = bench.handle(Event::Reaped { worker: None, status: "signal: 9".to_string() });
+    }
+    assert!(matches!(ended(&actions), Some(Outcome::Failed(what)) if what.contains("checkpoint.url")));
+}

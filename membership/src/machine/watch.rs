@@ -20,7 +20,8 @@ impl Machine {
     fn next_limit(&self) -> Option<Time> {
         let limits = &self.settings.limits;
         let stage = match &self.stage {
-            Stage::Regrouping { until } => Some(*until),
+            // Past it nobody is waited for, but perhaps one that comes.
+            Stage::Regrouping { until } => Some(*until).filter(|until| *until > self.now),
             Stage::Reconnecting { until } => until.filter(|until| *until > self.now),
             Stage::Training { .. } => {
                 // Who is late already was judged, and waits for the others: their limits come next.
