@@ -4,12 +4,12 @@
 //! 2. Keys and the token are readable by this user alone, from the moment they exist.
 //! 3. A worker's certificate is not for any machine's name: it cannot play the coordinator.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use ganglion_proto::credentials::{CA_FILE, CERTIFICATE_FILE, KEY_FILE, TlsFiles};
+use ganglion_storage::whole;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,
@@ -200,9 +200,8 @@ fn write(folder: &Path, authority: &str, certificate: &str, key: &str) -> io::Re
 }
 
 fn write_new(file: &Path, text: &str, mode: u32) -> io::Result<()> {
-    let mut created = OpenOptions::new().write(true).create_new(true).mode(mode).open(file)?;
-    created.write_all(text.as_bytes())?;
-    if text.ends_with('\n') { Ok(()) } else { created.write_all(b"\n") }
+    let end = if text.ends_with('\n') { "" } else { "\n" };
+    whole::create(file, format!("{text}{end}").as_bytes(), mode)
 }
 
 #[cfg(test)]

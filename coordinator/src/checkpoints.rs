@@ -10,6 +10,7 @@ use ganglion_proto::message::MetricsRow;
 use ganglion_proto::{failpoint, manifest, rows};
 use ganglion_storage::{
     Address, BEST, Claim, Error, LATEST, MANIFEST, MODEL_CARD, Path, PutPayload, Storage, in_folder, reason,
+    whole,
 };
 
 use crate::patience::Patience;
@@ -59,19 +60,28 @@ impl Checkpoints {
             }
         };
         if let Address::Folder(folder) = &address {
-            std::fs::create_dir_all(folder).map_err(|error| unusable(&error.to_string()))?;
+            whole::create_folders(folder).map_err(|error| unusable(&error.to_string()))?;
         }
         let storage = Storage::open(&address)
             .map_err(|what| if is_folder { unusable(&what) } else { input(&address, &what) })?;
         let claimed = patience.wait_for(&storage, async || storage.claim(run).await).await;
         match claimed {
-            Ok(Claim::Granted) => Ok(Checkpoints { storage }),
+            Ok(Claim::Granted) => {
+                if let Err(error) = storage.sweep().await {
+                    tracing::warn!("{address}: what killed writers left stays: {}", reason(&error));
+                }
+                Ok(Checkpoints { storage })
+            }
             Ok(Claim::Taken) => Err(input(&address, "holds another run's checkpoints; choose another place")),
             Ok(Claim::Unsafe) => Err(input(
                 &address,
                 "its server replaces files that it was asked to keep (it ignores If-None-Match); use one that does not",
             )),
             Err(error) if storage.is_away(&error) => Err(Unusable::Away(patience.over(&storage, &error))),
+            Err(error) if storage.is_full(&error) => Err(Unusable::Away(format!(
+                "{address}: {}; nothing is lost: once there is room, the same command goes on",
+                reason(&error)
+            ))),
             Err(error) => Err(unusable(&reason(&error))),
         }
     }
@@ -104,10 +114,28 @@ impl Checkpoints {
         let text = manifest::render(checkpoint);
         let hash = blake3::hash(text.as_bytes()).to_hex();
         let folder = checkpoint.folder();
+        self.set_aside_other(checkpoint).await?;
         self.storage.create(&in_folder(&folder, MANIFEST), &PutPayload::from(text), hash.as_str()).await?;
         // Numbered by step: the checkpoint is valid, and `latest` does not name it.
         failpoint::reached("manifest", checkpoint.step);
         self.storage.replace(&Path::from(LATEST), &PutPayload::from(format!("{folder}\n"))).await
+    }
+
+    /// Keeps the manifest of another state that is where a checkpoint's goes, under a name of its own.
+    async fn set_aside_other(&self, checkpoint: &Checkpoint) -> Result<(), Error> {
+        let (folder, digest) = (checkpoint.folder(), &checkpoint.state_digest);
+        let Some(text) = self.storage.text(&in_folder(&folder, MANIFEST)).await? else { return Ok(()) };
+        let there = manifest::parse(&text).ok().filter(|there| there.state_digest != *digest);
+        let Some(there) = there else { return Ok(()) };
+        let aside = format!("manifest-{:.16}.json", there.state_digest);
+        tracing::warn!(
+            "{folder} has a manifest of another state, which is kept as {aside}: {}",
+            there.state_digest
+        );
+        match self.storage.put_new(&in_folder(&folder, &aside), &PutPayload::from(text)).await {
+            Err(Error::AlreadyExists { .. }) => Ok(()),
+            kept => kept,
+        }
     }
 
     /// The newest checkpoint whose files are whole, and the newer ones that are not.
@@ -251,6 +279,32 @@ mod tests {
             assert!(damaged[0].reason.contains(expected), "{damaged:?}");
             let _ = fs::remove_file(&part);
         }
+    }
+
+    #[tokio::test]
+    async fn a_manifest_of_another_state_is_set_aside() {
+        let (folder, storage) = storage().await;
+        let one = save(&folder, &storage, 20).await;
+        let other = Checkpoint { state_digest: "e".repeat(64), ..one.clone() };
+        storage.commit(&other).await.unwrap();
+        storage.commit(&other).await.unwrap();
+        assert_eq!(storage.newest_valid().await.unwrap().0, Some(other));
+        let aside = folder.path().join(one.folder()).join(format!("manifest-{}.json", "d".repeat(16)));
+        assert_eq!(manifest::parse(&fs::read_to_string(aside).unwrap()).unwrap(), one);
+    }
+
+    /// Numbers of more digits come later, though their names do not.
+    #[tokio::test]
+    async fn pruning_keeps_the_newest_beyond_eight_digits() {
+        let (folder, storage) = storage().await;
+        for step in [99_999_998, 99_999_999, 100_000_000, 100_000_001] {
+            save(&folder, &storage, step).await;
+            storage.prune(2, &[]).await.unwrap();
+        }
+        let kept = ["step-100000000", "step-100000001"];
+        assert_eq!(storage.storage().checkpoints().await.unwrap(), kept);
+        assert_eq!(storage.storage().latest().await.unwrap().as_deref(), Some(kept[1]));
+        assert_eq!(storage.newest_valid().await.unwrap().0.map(|newest| newest.step), Some(100_000_001));
     }
 
     /// Computed again, a damaged checkpoint becomes valid again.

@@ -87,7 +87,7 @@ impl From<RunDirError> for Failure {
     fn from(error: RunDirError) -> Self {
         match error {
             RunDirError::Input(_) => Failure::Input(error.to_string()),
-            RunDirError::Held { .. } => Failure::Other(error.to_string()),
+            RunDirError::Held { .. } | RunDirError::System(_) => Failure::Other(error.to_string()),
         }
     }
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ganglion_proto::job::Job;
+use ganglion_storage::whole;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::job_file;
@@ -24,6 +25,9 @@ pub enum RunDirError {
     /// The user's choice is wrong: exit code 2.
     #[error("{0}")]
     Input(String),
+    /// The system refused something that has nothing to do with the choice: exit code 1.
+    #[error("{0}; nothing is lost: once that is mended, the same command goes on")]
+    System(String),
     /// Another coordinator holds it: exit code 1.
     #[error("run directory {}: held by another coordinator ({holder}); stop that one, or choose another --run-dir", folder.display())]
     Held {
@@ -32,6 +36,17 @@ pub enum RunDirError {
         /// What the holder wrote about itself.
         holder: String,
     },
+}
+
+impl RunDirError {
+    /// What the system said of a place: to a choice that cannot work, or of a machine that is full or failing.
+    fn of(place: &dyn std::fmt::Display, error: std::io::Error) -> RunDirError {
+        if whole::is_mistake(&error) {
+            RunDirError::Input(format!("{place}: {error}; choose a folder that this user can write to"))
+        } else {
+            RunDirError::System(format!("{place}: {error}"))
+        }
+    }
 }
 
 /// A run directory that this process holds.
@@ -44,13 +59,9 @@ pub struct RunDir {
 impl RunDir {
     /// Creates the directory if need be and takes its lock.
     pub fn hold(folder: &Path) -> Result<RunDir, RunDirError> {
-        let unusable = |error: std::io::Error| {
-            let folder = folder.display();
-            RunDirError::Input(format!(
-                "--run-dir {folder}: {error}; choose a folder that this user can write to"
-            ))
-        };
-        fs::create_dir_all(folder).map_err(unusable)?;
+        let named = format!("--run-dir {}", folder.display());
+        let unusable = |error: std::io::Error| RunDirError::of(&named, error);
+        whole::create_folders(folder).map_err(unusable)?;
         let folder = folder.canonicalize().map_err(unusable)?;
         let lock_file = folder.join("lock");
         let mut options = OpenOptions::new();
@@ -62,12 +73,16 @@ impl RunDir {
         })?;
         let host = nix::unistd::gethostname()
             .map_or_else(|_| "unknown".to_string(), |host| host.to_string_lossy().into_owned());
-        lock.set_len(0).map_err(unusable)?;
-        lock.rewind().map_err(unusable)?;
-        writeln!(lock, "process {} on {host}", std::process::id()).map_err(unusable)?;
+        // For people alone, so that it may be torn, and missing where there is no room.
+        let _ = lock.set_len(0).and_then(|()| lock.rewind());
+        let _ = writeln!(lock, "process {} on {host}", std::process::id());
         let run_dir = RunDir { folder, _lock: lock };
         for folder in ["samples", "tensorboard"] {
-            fs::create_dir_all(run_dir.path(folder)).map_err(unusable)?;
+            whole::create_folders(&run_dir.path(folder)).map_err(unusable)?;
+        }
+        // Of earlier coordinators; nobody else writes here.
+        for folder in ["", "samples"] {
+            whole::sweep(&run_dir.path(folder)).map_err(unusable)?;
         }
         Ok(run_dir)
     }
@@ -117,8 +132,12 @@ impl RunDir {
     /// Writes the resolved job.
     pub fn write_job(&self, job: &Job) -> Result<(), RunDirError> {
         let file = self.path("job.toml");
-        write_whole(&file, job_file::render(job).as_bytes())
-            .map_err(|error| RunDirError::Input(format!("{}: {error}", file.display())))
+        let text = job_file::render(job);
+        // A run whose directory is full is gone on with.
+        if !fs::read(&file).is_ok_and(|there| there == text.as_bytes()) {
+            whole::write(&file, text.as_bytes()).map_err(|error| RunDirError::of(&file.display(), error))?;
+        }
+        Ok(())
     }
 }
 
@@ -132,19 +151,4 @@ fn lock(mut file: File) -> Result<Flock<File>, File> {
         std::thread::sleep(LOCK_PAUSE);
     }
     Err(file)
-}
-
-/// Writes a file so that a reader finds the old content or the new, also after a crash.
-pub fn write_whole(file: &Path, content: &[u8]) -> std::io::Result<()> {
-    let mut name = file.file_name().unwrap_or_default().to_os_string();
-    name.push(".new");
-    let new = file.with_file_name(name);
-    let mut written = File::create(&new)?;
-    written.write_all(content)?;
-    written.sync_all()?;
-    fs::rename(&new, file)?;
-    match file.parent() {
-        Some(folder) => File::open(folder)?.sync_all(),
-        None => Ok(()),
-    }
 }

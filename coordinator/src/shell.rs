@@ -8,6 +8,7 @@
 
 mod actions;
 mod admin;
+mod delays;
 mod judging;
 pub mod records;
 mod sessions;
@@ -37,6 +38,7 @@ use crate::judged::{Best, Judged};
 use crate::keeper::Keeper;
 use crate::server::{Input, Outbox, SessionId, Store};
 use crate::supervisor::{EXIT_LIMIT, Exited, Supervisor, new_token};
+use delays::Delays;
 use records::Records;
 
 /// How often waiting writes are tried again and recorded rows are acknowledged.
@@ -123,6 +125,8 @@ pub struct Shell {
     deaf: Vec<WorkerId>,
     /// Checkpoints that could not be journaled yet, or whose rows are not durable.
     unjournaled: Vec<Checkpoint>,
+    /// What was told of checkpoints that cannot be written.
+    delays: Delays,
     /// The newest that the keeper was told to make valid.
     ordered: Option<Position>,
     /// Why the run may not start from step 0, where it may not.
@@ -211,6 +215,7 @@ impl Shell {
             samples: None,
             deaf: Vec::new(),
             unjournaled: Vec::new(),
+            delays: Delays::default(),
             ordered: None,
             lost: parts.lost,
             asked: None,

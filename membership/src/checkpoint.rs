@@ -60,6 +60,15 @@ impl Checkpoint {
         }
     }
 
+    /// The steps and phases of the checkpoint that a folder is named after; `None` for any other name. Folders are ordered
+    /// by these: as texts, names of nine digits come before those of eight.
+    pub fn place_of(folder: &str) -> Option<(u64, u32)> {
+        let numbers = folder.strip_prefix("step-")?;
+        let (step, phase) = numbers.split_once("-phase-").unwrap_or((numbers, "0"));
+        let (step, phase) = (step.parse().ok()?, phase.parse().ok()?);
+        (Checkpoint::folder_of(step, phase) == folder).then_some((step, phase))
+    }
+
     /// The folder of this checkpoint.
     pub fn folder(&self) -> String {
         Checkpoint::folder_of(self.step, self.phase)
@@ -148,6 +157,23 @@ mod tests {
         let done = assembly.add(part(0, "d"), 2).unwrap().unwrap();
         assert_eq!((done.position, done.files.len()), (Position(6), 2));
         assert_eq!(done.folder(), "step-00000003");
+    }
+
+    #[test]
+    fn a_folder_tells_its_place_and_other_names_tell_none() {
+        for place in [(0, 0), (3, 0), (3, 1), (99_999_999, 12), (100_000_000, 0), (u64::MAX, u32::MAX)] {
+            assert_eq!(Checkpoint::place_of(&Checkpoint::folder_of(place.0, place.1)), Some(place));
+        }
+        for other in [
+            "step-3",
+            "step-00000003-phase-0",
+            "step-000000003",
+            "step-+0000003",
+            "step-",
+            "step-00000003.old",
+        ] {
+            assert_eq!(Checkpoint::place_of(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! What an error of a storage means, and how people read of it.
 
 use std::error::Error as _;
+use std::io;
 
 use object_store::Error;
+use rustix::io::Errno;
 
 /// A text longer than this is a page of the server's, and cut.
 const LONGEST: usize = 300;
@@ -34,6 +36,42 @@ pub(crate) fn may_pass(error: &Error) -> bool {
     // The status is known to the library only as text.
     let refused = text.contains("status code: 4") || text.contains("redirect without LOCATION");
     (busy || !refused) && !asks_the_machine(&text) && error.source().is_some()
+}
+
+/// Whether an error of a folder says nothing of its files: the network or the server of the file system is away, or this
+/// machine is short of something.
+pub(crate) fn is_passing(error: &Error) -> bool {
+    const PASSING: [Errno; 14] = [
+        Errno::AGAIN,
+        Errno::BUSY,
+        Errno::HOSTDOWN,
+        Errno::HOSTUNREACH,
+        Errno::INTR,
+        Errno::MFILE,
+        Errno::NETDOWN,
+        Errno::NETUNREACH,
+        Errno::NFILE,
+        Errno::NOMEM,
+        Errno::NOTCONN,
+        Errno::SHUTDOWN,
+        Errno::STALE,
+        Errno::TIMEDOUT,
+    ];
+    let errno = system_error(error).and_then(Errno::from_io_error);
+    errno.is_some_and(|errno| PASSING.contains(&errno))
+}
+
+/// Whether an error of a folder says that there is no room.
+pub(crate) fn is_full(error: &Error) -> bool {
+    use io::ErrorKind::{QuotaExceeded, StorageFull};
+    system_error(error).is_some_and(|error| matches!(error.kind(), StorageFull | QuotaExceeded))
+}
+
+/// What the system said.
+fn system_error(error: &Error) -> Option<&io::Error> {
+    let first: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    let mut causes = std::iter::successors(first, |cause| (*cause).source());
+    causes.find_map(|cause| cause.downcast_ref::<io::Error>())
 }
 
 fn asks_the_machine(text: &str) -> bool {
@@ -68,6 +106,15 @@ mod tests {
         }
         let missing = Error::NotFound { path: "a".into(), source: "x".into() };
         assert!(!may_pass(&missing));
+    }
+
+    #[test]
+    fn a_folder_that_is_away_is_told_from_a_file_that_cannot_be_read() {
+        let failed = |errno: Errno| Error::Generic { store: "folder", source: io::Error::from(errno).into() };
+        assert!(
+            [Errno::STALE, Errno::NOTCONN, Errno::MFILE].into_iter().all(|away| is_passing(&failed(away)))
+        );
+        assert!(![Errno::IO, Errno::ACCESS, Errno::NOSPC].into_iter().any(|here| is_passing(&failed(here))));
     }
 
     #[test]

@@ -10,10 +10,11 @@ use std::io;
 use std::time::SystemTime;
 
 use futures_util::TryStreamExt;
+use ganglion_membership::Checkpoint;
 use object_store::path::Path;
 use object_store::{Error, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, Result};
 
-use crate::Storage;
+use crate::{Storage, whole};
 
 /// The run that a storage belongs to.
 const MARKER: &str = ".run";
@@ -76,6 +77,10 @@ impl Storage {
         if self.owner().await?.as_deref() != Some(run) {
             return Ok(Claim::Taken);
         }
+        if self.folder.is_some() {
+            // Which creates files as it is asked to; and one that is full now can be gone on with.
+            return Ok(Claim::Granted);
+        }
         match self.put_new(&marker, &name).await {
             Err(Error::AlreadyExists { .. }) => Ok(Claim::Granted),
             other => other.map(|()| Claim::Unsafe),
@@ -88,14 +93,13 @@ impl Storage {
         Ok(text.map(|text| text.trim().to_string()))
     }
 
-    /// The folders of checkpoints and of attempts at one, oldest first.
+    /// The folders of checkpoints and of attempts at one, by step and phase, the lowest first.
     pub async fn checkpoints(&self) -> Result<Vec<String>> {
         let listed = self.store.list_with_delimiter(None).await?;
         let names = listed.common_prefixes.iter().filter_map(|path| path.filename());
-        let mut folders: Vec<String> =
-            names.filter(|name| name.starts_with("step-")).map(str::to_string).collect();
-        folders.sort();
-        Ok(folders)
+        let placed = names.filter_map(|name| Some((Checkpoint::place_of(name)?, name.to_string())));
+        let ordered: BTreeMap<(u64, u32), String> = placed.collect();
+        Ok(ordered.into_values().collect())
     }
 
     /// The names of the files in a folder, none if it is not there.
@@ -104,7 +108,9 @@ impl Storage {
             Err(Error::NotFound { .. }) => return Ok(Vec::new()),
             listed => listed?,
         };
-        Ok(listed.objects.iter().filter_map(|file| file.location.filename()).map(str::to_string).collect())
+        let names = listed.objects.iter().filter_map(|file| file.location.filename());
+        // A draft is of a writer that is at work, or was killed.
+        Ok(names.filter(|name| !whole::is_draft(name)).map(str::to_string).collect())
     }
 
     /// The length of every file, by its name from the storage's root.
@@ -162,7 +168,12 @@ impl Storage {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::collections::BTreeSet;
+
+    use proptest::collection::btree_set;
+    use proptest::prelude::*;
+
+    use super::{Path, Result, *};
     use crate::Address;
 
     async fn write(storage: &Storage, folder: &str, file: &str) {
@@ -187,6 +198,30 @@ mod tests {
                 assert_eq!(storage.claim("other").await.unwrap(), Claim::Taken);
             }
             assert_eq!(storage.owner().await.unwrap().as_deref(), Some("one"));
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+        /// The order is that of numbers, for any count of digits.
+        #[test]
+        fn checkpoints_are_ordered_by_step_and_phase(
+            places in btree_set((1_000_000..9_999_999_999_999u64, 0..13u32), 1..20),
+            shift in 0..7u32,
+        ) {
+            let places: BTreeSet<_> =
+                places.into_iter().map(|(step, phase)| (step / 10u64.pow(shift), phase)).collect();
+            let storage = Storage::in_memory();
+            let listed = tokio::runtime::Runtime::new().unwrap().block_on(async {
+                for (step, phase) in &places {
+                    write(&storage, &Checkpoint::folder_of(*step, *phase), MANIFEST).await;
+                }
+                storage.checkpoints().await.unwrap()
+            });
+            let expected: Vec<_> =
+                places.iter().map(|(step, phase)| Checkpoint::folder_of(*step, *phase)).collect();
+            prop_assert_eq!(listed, expected);
         }
     }
 

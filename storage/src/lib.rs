@@ -63,7 +63,7 @@ impl Storage {
     fn open_folder(folder: &std::path::Path) -> std::result::Result<Storage, String> {
         let opened = LocalFileSystem::new_with_prefix(folder).map_err(|error| reason(&error))?;
         let folder = folder.canonicalize().map_err(|error| error.to_string())?;
-        let store = Arc::new(opened.with_fsync(true));
+        let store = Arc::new(opened);
         Ok(Storage { store, address: Address::Folder(folder.clone()), folder: Some(folder) })
     }
 
@@ -90,8 +90,30 @@ impl Storage {
         &self.address
     }
 
-    /// Whether waiting may help against an error: the storage is away, and may come back. A folder never is.
+    /// Whether an error says only that the storage, or the way to it, is away and may come back: nothing of what is in it.
     pub fn is_away(&self, error: &Error) -> bool {
-        self.folder.is_none() && failure::may_pass(error)
+        match self.folder {
+            Some(_) => failure::is_passing(error),
+            None => failure::may_pass(error),
+        }
+    }
+
+    /// Whether an error says that there is no room.
+    pub fn is_full(&self, error: &Error) -> bool {
+        self.folder.is_some() && failure::is_full(error)
+    }
+
+    /// Removes what writers that were killed left beside the checkpoints. Only for the coordinator: nobody else writes there.
+    pub async fn sweep(&self) -> Result<()> {
+        let Some(folder) = self.folder.clone() else { return Ok(()) };
+        let swept = tokio::task::spawn_blocking(move || whole::sweep(&folder)).await?;
+        swept.map_err(|error| Error::Generic { store: "folder", source: error.into() })
+    }
+
+    /// Whether waiting may help against an error: besides a storage that is away, a folder that is full, read-only or
+    /// failing. People mend such.
+    pub fn may_mend(&self, error: &Error) -> bool {
+        let is_there = !matches!(error, Error::NotFound { .. } | Error::AlreadyExists { .. });
+        self.is_away(error) || (self.folder.is_some() && is_there)
     }
 }

@@ -5,15 +5,18 @@
 //! 2. An upload in parts cannot be conditional at its end, so a large file that is created goes under a name of its own
 //!    first, and is copied, in the store, to its name unless that is taken.
 //!
+//! 3. Files of a folder are written by [`whole`](crate::whole), which also knows folders that refuse hard links.
+//!
 //! Memory: what is written is not copied; what is only hashed or sent from a file is held a few parts at a time.
 
-use std::io::{Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 
 use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{Error, ObjectStoreExt, PutMode, PutOptions, PutPayload, Result, WriteMultipart};
 
 use crate::Storage;
+use crate::whole::{self, Draft};
 
 /// Files above this are large.
 const PART: usize = 8 << 20;
@@ -39,7 +42,15 @@ impl Storage {
 
     /// Writes a file; [`Error::AlreadyExists`] if one is there, whatever is in it.
     pub async fn put_new(&self, path: &Path, content: &PutPayload) -> Result<()> {
-        if self.folder.is_some() || content.content_length() <= PART {
+        if let Some(folder) = &self.folder {
+            let there = folder.join(path.as_ref()).symlink_metadata();
+            if there.is_ok_and(|there| there.is_file() && there.len() > 0) {
+                // Needs no room to find out.
+                return Err(Error::AlreadyExists { path: path.to_string(), source: "it is there".into() });
+            }
+            return self.put_local(path, content, Draft::put_new).await;
+        }
+        if content.content_length() <= PART {
             let create = PutOptions::from(PutMode::Create);
             return self.store.put_opts(path, content.clone(), create).await.map(drop);
         }
@@ -56,10 +67,50 @@ impl Storage {
 
     /// Writes a file in place of any that is there.
     pub async fn replace(&self, path: &Path, content: &PutPayload) -> Result<()> {
-        if self.folder.is_some() || content.content_length() <= PART {
+        if self.folder.is_some() {
+            return self.put_local(path, content, Draft::put).await;
+        }
+        if content.content_length() <= PART {
             return self.store.put(path, content.clone()).await.map(drop);
         }
         self.put_in_parts(path, content).await
+    }
+
+    async fn put_local(
+        &self,
+        path: &Path,
+        content: &PutPayload,
+        put: fn(Draft) -> io::Result<()>,
+    ) -> Result<()> {
+        let content = content.clone();
+        let length = content.content_length();
+        self.write_local(path, length, move |draft| {
+            content.iter().try_for_each(|piece| draft.file().write_all(piece))?;
+            put(draft)
+        })
+        .await
+    }
+
+    /// Writes a file of a folder aside of the tasks, since that may take long.
+    async fn write_local(
+        &self,
+        path: &Path,
+        length: usize,
+        write: impl FnOnce(Draft) -> io::Result<()> + Send + 'static,
+    ) -> Result<()> {
+        let target = self.folder.as_ref().expect("the storage is a folder").join(path.as_ref());
+        let (path, above) = (path.to_string(), target.parent().map(std::path::Path::to_path_buf));
+        let failed = |error: io::Error| Error::Generic { store: "folder", source: error.into() };
+        let work = move || {
+            whole::create_folders(&above.unwrap_or_default()).map_err(failed)?;
+            match Draft::beside(&target).and_then(write) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                    Err(Error::AlreadyExists { path, source: error.into() })
+                }
+                written => written.map_err(|error| failed(whole::explain(error, length, &target))),
+            }
+        };
+        tokio::task::spawn_blocking(work).await?
     }
 
     async fn put_in_parts(&self, path: &Path, content: &PutPayload) -> Result<()> {
@@ -77,6 +128,13 @@ impl Storage {
     pub async fn send(&self, path: &Path, mut file: std::fs::File) -> Result<()> {
         let failed = |error: std::io::Error| Error::Generic { store: "file", source: error.into() };
         let length = usize::try_from(file.metadata().map_err(failed)?.len()).unwrap_or(usize::MAX);
+        if self.folder.is_some() {
+            let copy = move |draft: Draft| {
+                io::copy(&mut file.take(length as u64), &mut draft.file())?;
+                draft.put()
+            };
+            return self.write_local(path, length, copy).await;
+        }
         let mut next = |left: usize| -> Result<Bytes> {
             let mut part = vec![0; left.min(PART)];
             file.read_exact(&mut part).map_err(failed)?;

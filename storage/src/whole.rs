@@ -46,6 +46,16 @@ pub fn write_secret(file: &Path, content: &[u8]) -> io::Result<()> {
     draft.put()
 }
 
+/// Creates a file with this mode, as far as the user's mask lets it.
+///
+/// # Errors
+/// The system's; [`ErrorKind::AlreadyExists`] if something is there.
+pub fn create(file: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+    let draft = Draft::open(file.to_path_buf(), mode)?;
+    draft.file().write_all(content)?;
+    draft.put_new()
+}
+
 /// Lets `fill` write a file's content, and puts it in place of any that is there.
 ///
 /// # Errors
@@ -98,6 +108,20 @@ pub fn sweep(folder: &Path) -> io::Result<()> {
 /// Whether a file of this name is a draft.
 pub fn is_draft(name: &str) -> bool {
     name.starts_with('.') && name.ends_with(DRAFT)
+}
+
+/// Whether the choice of a place is wrong, so that another one may be right. Else the machine is full or failing.
+pub fn is_mistake(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::AlreadyExists
+            | ErrorKind::InvalidInput
+            | ErrorKind::IsADirectory
+            | ErrorKind::NotADirectory
+            | ErrorKind::NotFound
+            | ErrorKind::PermissionDenied
+            | ErrorKind::ReadOnlyFilesystem
+    )
 }
 
 /// An error of the system, with the room that `needed` bytes in the folder of `file` lack, if that is the reason.
@@ -173,9 +197,11 @@ impl Draft {
     ///
     /// # Errors
     /// The system's. If it could only not be made durable, the new file may be there.
-    pub fn put(self) -> io::Result<()> {
+    pub fn put(mut self) -> io::Result<()> {
         self.file().sync_all()?;
-        self.draft.persist(&self.target).map_err(|error| error.error)?;
+        fs::rename(self.draft.path(), &self.target)?;
+        // The draft's name is gone, and is another's from now on.
+        self.draft.disable_cleanup(true);
         sync_folder(parent(&self.target))
     }
 

@@ -1,8 +1,9 @@
 //! Saving in the background: a thread that writes checkpoint files and draws sample grids while training goes on.
 //!
-//! 1. Training waits for this thread only when two checkpoints are already waiting, not so long that it would seem late, and
-//!    never while the storage fails. One that lets training wait that long without an answer fails.
+//! 1. Training waits for this thread only when two checkpoints are already waiting, and never while the storage fails. One
+//!    that lets training wait for half a deadline without an answer fails.
 //! 2. A storage that fails is tried again until it works or a newer checkpoint is there. The last one is never given up.
+//! 3. Whoever waits for a storage has paused, and is not late.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -91,6 +92,7 @@ impl Archive {
     pub fn push(&self, order: Order) {
         let limit = Instant::now() + self.session.limits().deadline / 2;
         let mut queue = self.shared.lock();
+        let pause = (queue.waiting.len() >= WAITING_LIMIT).then(|| self.session.pause());
         while queue.waiting.len() >= WAITING_LIMIT && !queue.failing {
             if Instant::now() >= limit {
                 queue.failing = true;
@@ -100,8 +102,11 @@ impl Archive {
             }
             queue = self.shared.wait(queue);
         }
-        if queue.waiting.len() >= WAITING_LIMIT {
-            queue.waiting.pop_back();
+        drop(pause);
+        if queue.waiting.len() >= WAITING_LIMIT
+            && let Some(Order { snapshot, samples: true, .. }) = queue.waiting.pop_back()
+        {
+            tracing::warn!("no samples of step {}: the storage is behind", snapshot.step);
         }
         queue.waiting.push_back(order);
         self.shared.notify();
@@ -116,12 +121,17 @@ impl Archive {
         self.shared.notify();
     }
 
-    /// Waits until all is written; gives up when `abandon` says so.
-    pub fn drain(&self, abandon: impl Fn() -> bool) {
+    /// Waits until all is written; returns whether it is. Gives up when `abandon` says so.
+    pub fn drain(&self, abandon: impl Fn() -> bool) -> bool {
+        let _pause = self.session.pause();
         let mut queue = self.shared.lock();
-        while (queue.busy || !queue.waiting.is_empty()) && !abandon() {
+        while queue.busy || !queue.waiting.is_empty() {
+            if abandon() {
+                return false;
+            }
             queue = self.shared.wait(queue);
         }
+        true
     }
 }
 
@@ -218,12 +228,15 @@ impl Monitor<Queue> {
         context.session.send(FromWorker::PartDelayed(order.snapshot.step, file, detail));
     }
 
-    /// Pauses after a failure; returns whether a newer checkpoint replaces the one that failed.
+    /// Pauses after a failure; returns whether nobody needs the checkpoint that failed: a newer one is there, or its state
+    /// must not be used.
     fn give_up(&self, pause: Duration) -> bool {
         let mut queue = self.lock();
         queue.failing = true;
         self.notify();
-        let newer = |queue: &Queue| queue.closed || queue.waiting.iter().any(|order| !order.files.is_empty());
+        let newer = |queue: &Queue| {
+            queue.closed || queue.void || queue.waiting.iter().any(|order| !order.files.is_empty())
+        };
         let queue = self.wait_while(queue, pause, |queue| !newer(queue));
         newer(&queue)
     }

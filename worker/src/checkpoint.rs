@@ -12,7 +12,7 @@ use ganglion_membership::{Checkpoint, Position, StoredFile, WorkerId, WrittenPar
 use ganglion_proto::job::Job;
 use ganglion_proto::message::MetricsRow;
 use ganglion_proto::{manifest, rows};
-use ganglion_storage::{Error, MANIFEST, PutPayload, Storage, in_folder};
+use ganglion_storage::{MANIFEST, PutPayload, Storage, in_folder};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tch::{Device, Kind, Tensor};
 
@@ -234,9 +234,14 @@ impl Files<'_> {
         })
     }
 
-    /// Writes a whole checkpoint, its manifest last; what is there already is left. Returns its folder.
+    /// Writes a whole checkpoint, its manifest last; what is there already is left, but for what is damaged. Returns its
+    /// folder.
+    ///
+    /// # Errors
+    /// The storage's, or a whole checkpoint of another state is there: one of the two is wrong, and that one stays.
     pub async fn write_whole(&self, snapshot: &Snapshot) -> Result<String, CheckpointError> {
         let digest = state_digest(self.layout, snapshot);
+        self.refuse_other(snapshot, &digest).await?;
         let count = file_count(self.layout, self.job.job.data_shards);
         let mut files = Vec::with_capacity(count);
         for index in 0..count {
@@ -246,10 +251,32 @@ impl Files<'_> {
         let (step, phase) = (snapshot.step, snapshot.phase);
         let checkpoint = Checkpoint { position, step, phase, files, state_digest: digest };
         let path = in_folder(&checkpoint.folder(), MANIFEST);
-        match self.storage.put_new(&path, &PutPayload::from(manifest::render(&checkpoint))).await {
-            Ok(()) | Err(Error::AlreadyExists { .. }) => Ok(checkpoint.folder()),
+        let content = PutPayload::from(manifest::render(&checkpoint));
+        match self.storage.create(&path, &content, &hash(&content)).await {
+            Ok(()) => Ok(checkpoint.folder()),
             Err(source) => Err(CheckpointError::Storage { file: path.to_string(), source }),
         }
+    }
+
+    /// Sees to it that no whole checkpoint of another state is where this one goes.
+    async fn refuse_other(&self, snapshot: &Snapshot, digest: &str) -> Result<(), CheckpointError> {
+        let folder = Checkpoint::folder_of(snapshot.step, snapshot.phase);
+        let failed = |source| CheckpointError::Storage { file: folder.clone(), source };
+        let text = self.storage.text(&in_folder(&folder, MANIFEST)).await.map_err(failed)?;
+        let there = text.and_then(|text| manifest::parse(&text).ok());
+        let Some(there) = there.filter(|there| there.state_digest != digest) else { return Ok(()) };
+        for file in &there.files {
+            match self.storage.hash(&in_folder(&folder, &file.file)).await {
+                Ok(found) if found == file.blake3 => {}
+                Err(source) if self.storage.is_away(&source) => return Err(failed(source)),
+                // What is damaged is written again.
+                Ok(_) | Err(_) => return Ok(()),
+            }
+        }
+        Err(CheckpointError::Corrupt(format!(
+            "{folder} is there and whole, and holds another state: {}, where this worker holds {digest}; it is left as it is",
+            there.state_digest
+        )))
     }
 
     /// Leaves the rows that no coordinator has recorded in the folder of a checkpoint that a worker writes alone.

@@ -1,10 +1,10 @@
 //! The commands of the `worker` program that draw: samples, walks between them, and the generator itself for other programs.
 
-use std::fs::File;
-use std::io::{BufWriter, IsTerminal, Write};
+use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use ganglion_storage::whole::{self, Draft};
 use tch::{CModule, Kind, Tensor, no_grad};
 
 use crate::picture::{Film, Picture};
@@ -162,16 +162,17 @@ pub fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
         let between = spherical(from, to, f64::from(frame) / f64::from(*frames));
         Picture::grid(&generator.images(&between, &classes), COLUMNS)
     };
-    let failed = |error: gif::EncodingError| unwritable("--out", out, &error);
-    let file = File::create(out).map_err(|error| unwritable("--out", out, &error))?;
     let (first, all) = (picture(0), points * frames);
-    let mut film = Film::begin(BufWriter::new(file), &first, *delay).map_err(failed)?;
-    film.add(&first).map_err(failed)?;
-    for index in 1..all {
-        film.add(&picture(index)).map_err(failed)?;
-        progress(index + 1, all, "pictures");
-    }
-    film.end().map_err(failed)?;
+    let drawn = whole::write_by(out, |file| {
+        let mut film = Film::begin(BufWriter::new(file), &first, *delay).map_err(of_film)?;
+        film.add(&first).map_err(of_film)?;
+        for index in 1..all {
+            film.add(&picture(index)).map_err(of_film)?;
+            progress(index + 1, all, "pictures");
+        }
+        film.end().map_err(of_film)
+    });
+    drawn.map_err(|error: io::Error| unwritable("--out", out, &error))?;
     say(out);
     Ok(())
 }
@@ -211,17 +212,16 @@ pub fn export(arguments: &Export) -> Result<(), Failure> {
     let Export { weights, out } = arguments;
     let (_, generator) = weights.open()?;
     // Beside the place, so that a module that fails is never there.
-    let beside = out.with_extension("unchecked");
-    write(&beside, "--out", &[])?;
-    let apart = record(&generator, &beside).and_then(|()| apart(&generator, &CModule::load(&beside)?));
-    let checked = match apart {
+    let draft = Draft::beside(out).map_err(|error| unwritable("--out", out, &error))?;
+    let apart =
+        record(&generator, draft.path()).and_then(|()| apart(&generator, &CModule::load(draft.path())?));
+    let apart = match apart {
         Ok(apart) if apart <= EXACT_ENOUGH => {
-            std::fs::rename(&beside, out).map(|()| apart).map_err(|error| unwritable("--out", out, &error))
+            draft.put().map(|()| apart).map_err(|error| unwritable("--out", out, &error))
         }
         Ok(apart) => Err(Failure::Other(format!("the exported module draws otherwise, by up to {apart:e}"))),
         Err(error) => Err(Failure::Other(format!("the generator cannot be exported: {error}"))),
-    };
-    let apart = checked.inspect_err(|_| drop(std::fs::remove_file(&beside)))?;
+    }?;
     let classes = if generator.classes() > 0 { " and classes (n) of int64" } else { "" };
     let (latent, shape) = (generator.latent_dim(), generator.shape());
     let line = format!(
@@ -273,11 +273,20 @@ fn png(picture: &Picture) -> Result<Vec<u8>, Failure> {
 }
 
 fn write(path: &Path, option: &str, bytes: &[u8]) -> Result<(), Failure> {
-    std::fs::write(path, bytes).map_err(|error| unwritable(option, path, &error))
+    whole::write(path, bytes).map_err(|error| unwritable(option, path, &error))
 }
 
-fn unwritable(option: &str, path: &Path, error: &dyn std::error::Error) -> Failure {
-    Failure::Input(format!("{option} {}: {error}", path.display()))
+/// A place that cannot be written to: a wrong choice, unless only its disk is full or failing.
+pub fn unwritable(option: &str, path: &Path, error: &io::Error) -> Failure {
+    let line = format!("{option} {}: {error}", path.display());
+    if whole::is_mistake(error) { Failure::Input(line) } else { Failure::Other(line) }
+}
+
+fn of_film(error: gif::EncodingError) -> io::Error {
+    match error {
+        gif::EncodingError::Io(error) => error,
+        other => io::Error::other(other),
+    }
 }
 
 /// Names what was written.

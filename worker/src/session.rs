@@ -313,9 +313,10 @@ impl Session {
         self.shared.activity.store(activity as u8, Ordering::Relaxed);
     }
 
-    /// Tells the heartbeats that this worker gets on, with something that is no leaf.
-    pub fn progressed(&self) {
-        self.shared.leaves.fetch_add(1, Ordering::Relaxed);
+    /// Tells the heartbeats, for as long as the guard lives, that training pauses for what is no training.
+    pub fn pause(&self) -> Pause<'_> {
+        let activity = &self.shared.activity;
+        Pause { activity, before: activity.swap(Activity::Paused as u8, Ordering::Relaxed) }
     }
 
     /// Tells the heartbeats that a leaf was computed, and how long that took.
@@ -395,6 +396,18 @@ impl Session {
     pub fn report_part(&self, part: WrittenPart) {
         self.shared.lock().parts.push_back(part.clone());
         self.send(FromWorker::PartWritten(part));
+    }
+}
+
+/// A pause of training. See [`Session::pause`].
+pub struct Pause<'a> {
+    activity: &'a AtomicU8,
+    before: u8,
+}
+
+impl Drop for Pause<'_> {
+    fn drop(&mut self) {
+        self.activity.store(self.before, Ordering::Relaxed);
     }
 }
 

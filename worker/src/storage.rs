@@ -20,7 +20,7 @@ use crate::checkpoint::{CheckpointError, Snapshot};
 
 /// How long a worker that comes waits for an answer. A refusal takes no longer, one for want of credentials included.
 const FIRST_LIMIT: Duration = Duration::from_secs(40);
-/// How long a storage that is away is waited for by whoever can do nothing else.
+/// How long a storage that fails is waited for by whoever can do nothing else.
 const LIMIT: Duration = Duration::from_secs(600);
 /// The first pause between two attempts, and the longest.
 pub const PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
@@ -104,21 +104,32 @@ impl RunStorage {
         Ok(())
     }
 
-    /// Does something until the storage is not away, for a while at most.
+    /// Does something until it works, for a while at most, as long as waiting may help. People are told of each reason once.
     pub async fn patiently<T>(
         &self,
         work: impl AsyncFn() -> Result<T, CheckpointError>,
     ) -> Result<T, CheckpointError> {
         let (started, mut pauses) = (Instant::now(), Pauses::new(PAUSES[0], PAUSES[1]));
+        let mut told = String::new();
         loop {
             match work().await {
                 Err(CheckpointError::Storage { file, source })
-                    if self.storage().is_away(&source) && started.elapsed() < LIMIT =>
+                    if self.storage().may_mend(&source) && started.elapsed() < LIMIT =>
                 {
-                    tracing::warn!("{file}: {}; trying again", reason(&source));
+                    let reason = reason(&source);
+                    if told != reason {
+                        let limit = LIMIT.as_secs();
+                        tracing::warn!("{file}: {reason}; trying again for {limit} s at most");
+                    }
+                    told = reason;
                     sleep(pauses.draw()).await;
                 }
-                done => return done,
+                done => {
+                    if done.is_ok() && !told.is_empty() {
+                        tracing::warn!("{} works again", self.storage().address());
+                    }
+                    return done;
+                }
             }
         }
     }

@@ -203,6 +203,7 @@ impl Trainer {
             files.write_rows(&snapshot, worker, &rows).await?;
             files.write_whole(&snapshot).await.map(Some)
         };
+        // There is nobody else to hold it: a storage that is full may get room.
         self.storage.wait(self.storage.patiently(save))
     }
 
@@ -255,6 +256,8 @@ impl Trainer {
         let begun = now();
         let own = |error: CheckpointError| ReduceError::Leaf(error.to_string());
         let mut reading = self.begin_reading(checkpoint)?;
+        let session = self.session.clone();
+        let _pause = session.pause();
         let snapshot = loop {
             if let Some(read) = reading.poll(&self.storage) {
                 break read.map_err(own)?;
@@ -263,8 +266,6 @@ impl Trainer {
                 self.reading = Some(reading);
                 return Err(c10d::Error::Aborted.into());
             }
-            // A storage takes its time; the one that reads is not late.
-            self.session.progressed();
         };
         let mut state = State::zeros(self.layout.clone(), self.device);
         no_grad(|| state.flat.copy_(&from_bytes(&snapshot.flat)));
@@ -453,8 +454,24 @@ impl Trainer {
         if let Some((samples, of_real)) = course.ahead.take() {
             return Ok((Some(samples), Some(of_real)));
         }
-        let batch = course.batches.next()?;
+        let batch = self.next_batch(&mut course.batches)?;
         Ok((Some(self.samples_of(batch)), None))
+    }
+
+    /// The next batch, as soon as it is read. That data do not come is no member's fault: people are told.
+    fn next_batch(&self, batches: &mut Prefetcher) -> Result<Batch, DataError> {
+        if let Some(batch) = batches.try_next() {
+            return Ok(batch);
+        }
+        let _pause = self.session.pause();
+        let (since, limit) = (Instant::now(), self.session.limits().deadline);
+        if !batches.wait(limit) {
+            tracing::warn!("the data do not come: waiting for {} s for the next batch", limit.as_secs_f64());
+            let batch = batches.next();
+            tracing::warn!("the data come again, after {:.0} s", since.elapsed().as_secs_f64());
+            return batch;
+        }
+        batches.next()
     }
 
     /// The next step's real samples, and what the discriminator makes of the first shard's, where that can be told without
@@ -618,16 +635,20 @@ impl Trainer {
         (first..file_count(&self.layout, self.job.job.data_shards)).step_by(writers).collect()
     }
 
-    /// Saves the last state and waits until it is on the storage.
+    /// Saves the last state and waits until it is on the storage, or the group is given up.
     fn finish(&self, assignment: &Assignment, state: &State, complete: bool) -> Result<Rest, TeamError> {
         let samples = complete && self.job.sample.every_steps != 0;
         let step = state.counters.position.0 / self.job.phases_per_step();
         let evaluation = self.due(step).evaluation;
         self.save(assignment, state, Due { checkpoint: true, samples, evaluation });
-        self.archive.drain(|| self.session.end().is_some());
-        // Should the member that makes the last evaluation be lost, the others are still here to make it.
         let generation = assignment.group.generation;
-        self.evaluations.drain(|| self.session.end().is_some() || self.session.is_aborted(generation));
+        let left = || self.session.end().is_some() || self.session.is_aborted(generation);
+        if !self.archive.drain(left) {
+            // In the next group this state is saved again, by those that are there then.
+            return Ok(Rest::Aborted);
+        }
+        // Should the member that makes the last evaluation be lost, the others are still here to make it.
+        self.evaluations.drain(left);
         Ok(Rest::Finished { complete })
     }
 

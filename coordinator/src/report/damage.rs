@@ -25,6 +25,11 @@ pub enum Damaged {
 }
 
 impl Damaged {
+    /// Whether another run directory would do, or this one only lacks room.
+    pub fn is_mistake(&self) -> bool {
+        matches!(self, Damaged::Io(_, error) if ganglion_storage::whole::is_mistake(error))
+    }
+
     /// What an error means that came while a file was read.
     pub(super) fn of(path: &Path, error: io::Error) -> Damaged {
         match error.kind() {

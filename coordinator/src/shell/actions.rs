@@ -239,9 +239,12 @@ impl Shell {
                 Ok(())
             }
             Kept::BestDelayed(step, reason) => {
-                self.records.message(&format!(
-                    "warning: the checkpoint of step {step} is the best, and best.json cannot be written: {reason}; trying again"
-                ));
+                if self.delays.is_news("best.json", &reason) {
+                    self.records.message(&format!(
+                        "warning: the checkpoint of step {step} is the best, and best.json cannot be written: {reason}; \
+                         trying again"
+                    ));
+                }
                 Ok(())
             }
             Kept::Valid(checkpoint, begun) => {
@@ -249,6 +252,11 @@ impl Shell {
                 self.journal.made_valid(&checkpoint)?;
                 self.lost = None;
                 self.records.checkpoint(&checkpoint);
+                if self.delays.end() {
+                    let step = checkpoint.step;
+                    self.records
+                        .message(&format!("checkpoints are written again: that of step {step} is saved"));
+                }
                 self.send_to_all(&ToWorker::CheckpointRecorded(checkpoint.step, checkpoint.phase));
                 if checkpoint.phase == 0 {
                     self.judged.saved(checkpoint.step);
@@ -261,9 +269,11 @@ impl Shell {
 
     fn delayed(&mut self, checkpoint: &Checkpoint, reason: &str) {
         let step = checkpoint.step;
-        self.records.message(&format!(
-            "warning: the checkpoint of step {step} waits for its manifest: {reason}; trying again"
-        ));
+        if self.delays.is_news("manifest.json", reason) {
+            self.records.message(&format!(
+                "warning: the checkpoint of step {step} waits for its manifest: {reason}; trying again until it is written"
+            ));
+        }
         let fields = json!({ "step": step, "file": "manifest.json", "reason": reason });
         self.records.event("checkpoint_delayed", fields);
     }

@@ -19,6 +19,7 @@ use ganglion_proto::found::Found;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{MetricsRow, SampleGrid};
 use ganglion_proto::trace::Trace;
+use ganglion_storage::whole;
 use serde::Serialize;
 use tokio::task::JoinHandle;
 
@@ -34,7 +35,6 @@ use crate::report::metrics::{MetricsLog, RecordError, Recorded, Row};
 use crate::report::progress::{Progress, Screen};
 use crate::report::receipts::Receipts;
 use crate::report::timeline::Timeline;
-use crate::run_dir::write_whole;
 
 /// Rows that may wait for a disk. The workers keep them too, and are asked for those that found no room here.
 const WAITING_LIMIT: usize = 1 << 16;
@@ -364,7 +364,7 @@ impl Records {
             // Drawn again after a change of the group.
             return;
         }
-        let written = write_whole(&file, &grid.png);
+        let written = whole::write(&file, &grid.png);
         self.note("samples", written);
         self.event("samples", serde_json::json!({ "step": grid.step, "file": format!("samples/{name}") }));
     }

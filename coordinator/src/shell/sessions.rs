@@ -195,9 +195,12 @@ impl Shell {
             FromWorker::Samples(grid) => self.records.take_samples(grid),
             FromWorker::PhaseSkipped(position, detail) => self.records.phase_skipped(position, &detail),
             FromWorker::PartDelayed(step, file, detail) => {
-                self.records.message(&format!(
-                    "warning: the checkpoint of step {step} waits: worker {worker} cannot write {file}: {detail}; trying again"
-                ));
+                if self.delays.is_news(&format!("worker {worker}"), &detail) {
+                    self.records.message(&format!(
+                        "warning: the checkpoint of step {step} waits: worker {worker} cannot write {file}: {detail}; \
+                         trying again until it can"
+                    ));
+                }
                 let fields = json!({ "worker": worker.0, "step": step, "file": file, "reason": detail });
                 self.records.event("checkpoint_delayed", fields);
             }

@@ -11,8 +11,9 @@ use std::ops::Range;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use ganglion_proto::stream::{SampleStream, ledger_term, stream_position};
 use tch::Tensor;
@@ -142,6 +143,20 @@ impl Prefetcher {
             self.ready = self.batches.as_ref().and_then(|batches| batches.try_recv().ok());
         }
         self.ready.take_if(|batch| batch.is_ok()).and_then(Result::ok)
+    }
+
+    /// Waits for the next batch, or for what went wrong in reading it, at most this long; returns whether it is there.
+    pub fn wait(&mut self, limit: Duration) -> bool {
+        if self.ready.is_none()
+            && let Some(batches) = &self.batches
+        {
+            match batches.recv_timeout(limit) {
+                Ok(batch) => self.ready = Some(batch),
+                Err(RecvTimeoutError::Timeout) => return false,
+                Err(RecvTimeoutError::Disconnected) => {}
+            }
+        }
+        true
     }
 
     /// Gives a batch's memory back for later batches. It may come from another prefetcher.

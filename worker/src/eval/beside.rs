@@ -130,9 +130,8 @@ impl Evaluations {
     pub fn drain(&self, abandon: impl Fn() -> bool) {
         let mut queue = self.shared.lock();
         let newest = queue.held.keys().next_back().copied();
+        let _pause = self.session.pause();
         while newest.is_some_and(|newest| queue.held.contains_key(&newest)) && !abandon() {
-            // Who waits here is not late.
-            self.session.progressed();
             queue = self.shared.wait(queue);
             queue.forget(|step| self.session.is_evaluated(step));
         }

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use clap::Args;
 use ganglion_proto::evaluation::{BestBy, Evaluation, Features};
 use ganglion_proto::job::{Data, DataKind, Orientation};
+use ganglion_storage::whole;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -17,6 +18,7 @@ use super::judge::{Judge, Means};
 use super::rungs::{Rung, rungs};
 use super::train::{Labelled, train};
 use crate::data::{DataError, DataSet, ImageShape};
+use crate::draw::unwritable;
 use crate::random::Purpose;
 use crate::run::Failure;
 use crate::weights::Weights;
@@ -268,9 +270,9 @@ pub fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failure> {
         say(format!("{accuracy:.2} % of the test images are told right"));
     }
     let beside = arguments.out.with_extension("blake3");
-    std::fs::write(&arguments.out, weights)
-        .and_then(|()| std::fs::write(beside, format!("{hash}\n")))
-        .map_err(|error| Failure::Input(format!("--out {}: {error}", arguments.out.display())))?;
+    whole::write(&arguments.out, &weights)
+        .and_then(|()| whole::write(&beside, format!("{hash}\n").as_bytes()))
+        .map_err(|error| unwritable("--out", &arguments.out, &error))?;
     say(format!("{} blake3 {hash}", arguments.out.display()));
     Ok(())
 }
