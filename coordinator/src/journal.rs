@@ -107,6 +107,17 @@ impl JournalError {
             other => other,
         }
     }
+
+    /// Whether the same may work later: the disk is full or failing, or somebody else has the file for a while.
+    pub fn may_mend(&self) -> bool {
+        use rusqlite::ErrorCode::{
+            CannotOpen, DatabaseBusy, DatabaseLocked, DiskFull, OutOfMemory, ReadOnly, SystemIoFailure,
+        };
+        let JournalError::Sqlite(error) = self else { return false };
+        let passing =
+            [CannotOpen, DatabaseBusy, DatabaseLocked, DiskFull, OutOfMemory, ReadOnly, SystemIoFailure];
+        error.sqlite_error_code().is_some_and(|code| passing.contains(&code))
+    }
 }
 
 /// An open journal.

@@ -1,6 +1,6 @@
 //! The shell around the membership machine: one loop that takes what happens in and carries decisions out.
 //!
-//! 1. A decision is journaled before anybody hears of it.
+//! 1. A decision is journaled before anybody hears of it. While that cannot be done nothing is decided (`stuck.rs`).
 //! 2. The loop never waits for a worker: a worker that does not read its messages loses its session.
 //! 3. A file that cannot be written is tried again while training goes on; nothing is acknowledged that is not written. The
 //!    loop does not wait for the checkpoint storage: a task of its own does (`keeper.rs`); nor for a sync of the records.
@@ -13,8 +13,9 @@ mod judging;
 pub mod records;
 mod sessions;
 mod stay;
+mod stuck;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -33,13 +34,14 @@ use tokio::time::Instant;
 use crate::alarms::Watch;
 use crate::checkpoints::Checkpoints;
 use crate::http::Publisher;
-use crate::journal::{Journal, JournalError};
+use crate::journal::{Fact, Journal, JournalError};
 use crate::judged::{Best, Judged};
 use crate::keeper::Keeper;
 use crate::server::{Input, Outbox, SessionId, Store};
-use crate::supervisor::{EXIT_LIMIT, Exited, Supervisor, new_token};
+use crate::supervisor::{EXIT_LIMIT, Exited, Spawned, Supervisor, new_token};
 use delays::Delays;
 use records::Records;
+use stuck::Held;
 
 /// How often waiting writes are tried again and recorded rows are acknowledged.
 const CHORES: Duration = Duration::from_secs(1);
@@ -125,6 +127,18 @@ pub struct Shell {
     deaf: Vec<WorkerId>,
     /// Checkpoints that could not be journaled yet, or whose rows are not durable.
     unjournaled: Vec<Checkpoint>,
+    /// Local processes whose numbers could not be journaled yet, by their tokens.
+    unnumbered: Vec<(String, Spawned)>,
+    /// Whether the size of the data set could not be journaled yet.
+    size_waits: bool,
+    /// Whether the journal cannot be written. Then nothing is decided.
+    is_stuck: bool,
+    /// Whether people were told so.
+    told_stuck: bool,
+    /// What was decided and not carried out yet.
+    undone: VecDeque<Action>,
+    /// What came in meanwhile.
+    held: VecDeque<Held>,
     /// What was told of checkpoints that cannot be written.
     delays: Delays,
     /// The newest that the keeper was told to make valid.
@@ -215,6 +229,12 @@ impl Shell {
             samples: None,
             deaf: Vec::new(),
             unjournaled: Vec::new(),
+            unnumbered: Vec::new(),
+            size_waits: false,
+            is_stuck: false,
+            told_stuck: false,
+            undone: VecDeque::new(),
+            held: VecDeque::new(),
             delays: Delays::default(),
             ordered: None,
             lost: parts.lost,
@@ -244,11 +264,11 @@ impl Shell {
                 Some(signal) = signals.recv() => self.stop(signal)?,
                 // Before the messages: a flood of those must not keep rows from being acknowledged.
                 _ = chores.tick() => self.do_chores()?,
-                Some(input) = inputs.recv() => self.take(input)?,
-                Some(exit) = self.exited.recv() => self.reaped(exit)?,
-                Some(kept) = self.keeper.next() => self.kept(kept)?,
+                Some(input) = inputs.recv(), if self.held.len() < stuck::LIMIT => self.take(input)?,
+                Some(exit) = self.exited.recv(), if !self.is_stuck => self.reaped(exit)?,
+                Some(kept) = self.keeper.next(), if !self.is_stuck => self.kept(kept)?,
                 () = self.records.synced() => self.settle_rows()?,
-                () = tokio::time::sleep_until(sleep) => self.handle(Event::Tick)?,
+                () = tokio::time::sleep_until(sleep), if !self.is_stuck => self.handle(Event::Tick)?,
             }
         }
         self.publish();
@@ -271,8 +291,31 @@ impl Shell {
         let spawned = self.supervisor.spawn(&self.url, token.clone(), local_rank, trace)?;
         // Numbered by local rank: a process runs, and the journal has its token and not its number.
         failpoint::reached("spawn", local_rank.into());
-        self.journal.spawned(&token, spawned)?;
+        self.unnumbered.push((token, spawned));
+        self.number_processes()?;
         self.records.event("worker_started", json!({ "pid": spawned.pid, "local_rank": local_rank }));
+        Ok(())
+    }
+
+    /// Journals which processes were started. One that cannot be yet runs all the same: its token was journaled.
+    fn number_processes(&mut self) -> Result<(), ShellError> {
+        while let Some((token, spawned)) = self.unnumbered.last() {
+            match self.journal.spawned(token, *spawned) {
+                Err(error) if error.may_mend() => return Ok(()),
+                done => done?,
+            }
+            self.unnumbered.pop();
+        }
+        Ok(())
+    }
+
+    /// Journals the size of the data set.
+    fn journal_size(&mut self) -> Result<(), ShellError> {
+        let Some(samples) = self.samples else { return Ok(()) };
+        self.size_waits = match self.journal.set_fact(Fact::Samples, &samples.to_string()) {
+            Err(error) if error.may_mend() => true,
+            done => done.map(|()| false)?,
+        };
         Ok(())
     }
 
@@ -286,9 +329,8 @@ impl Shell {
         self.machine.handle(self.now(), event, &mut actions);
         // Whoever is released together with the run's end is told so.
         self.is_complete |= actions.contains(&Action::End(Outcome::Complete));
-        for action in actions {
-            self.act(action)?;
-        }
+        self.undone.extend(actions);
+        self.carry_out()?;
         while let Some(worker) = self.deaf.pop() {
             self.handle(Event::Disconnected(worker))?;
         }
@@ -296,10 +338,18 @@ impl Shell {
     }
 
     fn take(&mut self, input: Input) -> Result<(), ShellError> {
+        if self.is_stuck {
+            return self.hold(input);
+        }
         match input {
             Input::Hello { hello, session, outbox, answer } => {
-                let admitted = self.admit(hello, session, outbox)?;
-                let _ = answer.send(admitted);
+                match self.admit(hello.clone(), session, outbox.clone()) {
+                    Ok(admitted) => drop(answer.send(admitted)),
+                    Err(error) => {
+                        self.stick(error)?;
+                        self.held.push_front(Held::Input(Input::Hello { hello, session, outbox, answer }));
+                    }
+                }
                 Ok(())
             }
             Input::Message(session, worker, message) => self.take_message(session, worker, message),
@@ -309,7 +359,11 @@ impl Shell {
     }
 
     fn reaped(&mut self, exit: Exited) -> Result<(), ShellError> {
-        self.journal.ended(&exit.token)?;
+        if let Err(error) = self.journal.ended(&exit.token) {
+            self.stick(error.into())?;
+            self.held.push_front(Held::Exit(exit));
+            return Ok(());
+        }
         let worker = self.supervisor.reaped(&exit.token);
         if exit.input_error && self.machine.group().is_none() {
             // The worker says so in its session as well; whichever comes first ends the run.
@@ -350,6 +404,11 @@ impl Shell {
         self.publish();
         self.records.catch_up();
         self.ask_for_rows();
+        self.unstick()?;
+        self.number_processes()?;
+        if self.size_waits {
+            self.journal_size()?;
+        }
         self.settle_rows()
     }
 

@@ -5,6 +5,7 @@
 //!    a run too, which outlive their coordinator.
 #![forbid(unsafe_code)]
 
+pub mod disk;
 pub mod measured;
 pub mod wire;
 

@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
+use ganglion_tests::disk::Disk;
 use ganglion_tests::{Process, Run, SMALL_DCGAN, SMALL_MLP, program};
 
 fn flip_a_bit(file: &Path) {
@@ -64,52 +65,16 @@ fn checkpoints_of_any_cluster_are_the_same_files() {
     assert!(one == three);
 }
 
-/// A small file system of its own, full but for a few kilobytes.
-struct FullDisk {
-    folder: PathBuf,
-}
-
-impl FullDisk {
-    fn mount(folder: PathBuf) -> Option<FullDisk> {
-        fs::create_dir_all(&folder).unwrap();
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"]).arg(&folder);
-        if !mount.output().is_ok_and(|output| output.status.success()) {
-            eprintln!("SKIPPED: a full disk needs the right to mount a tmpfs (root)");
-            return None;
-        }
-        let disk = FullDisk { folder };
-        disk.fill();
-        Some(disk)
-    }
-
-    fn fill(&self) {
-        // The coordinator creates its marker there before the disk is full; the rest is too little for a part.
-        let chunk = vec![0u8; 64 << 10];
-        let mut filler = fs::File::create(self.folder.join("filler")).unwrap();
-        while std::io::Write::write_all(&mut filler, &chunk).is_ok() {}
-        let length = filler.metadata().unwrap().len();
-        filler.set_len(length - (16 << 10)).unwrap();
-    }
-
-    fn free(&self) {
-        fs::remove_file(self.folder.join("filler")).unwrap();
-    }
-}
-
-impl Drop for FullDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.folder).status();
-    }
-}
-
 #[test]
 fn training_goes_on_while_the_disk_is_full_and_saves_once_it_is_not() {
     let settings = [SMALL_MLP, &["job.steps=3000", "checkpoint.every_steps=50", "metrics.every_steps=10"]];
     let mut run = Run::new(&settings);
-    let Some(disk) = FullDisk::mount(run.beside("disk")) else { return };
+    let Some(disk) = Disk::mount(run.beside("disk")) else { return };
     run.set(&format!("checkpoint.url={}", disk.folder.display()));
+    // The run's marker is there before the disk is full.
     let coordinator = run.start(2);
+    run.wait_for("worker_joined", |_| true);
+    disk.fill();
     let delayed = run.wait_for("checkpoint_delayed", |_| true);
     assert!(delayed["reason"].as_str().unwrap().contains("No space"), "{delayed}");
     let now = run.wait_for_step(1);

@@ -6,9 +6,9 @@ use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcom
 use serde_json::json;
 use tokio::time::Instant;
 
+use super::stuck::Held;
 use super::{Connected, Shell, ShellError};
-use crate::journal::Fact;
-use crate::server::{Outbox, SessionId};
+use crate::server::{Input, Outbox, SessionId};
 
 impl Shell {
     /// Takes a worker in, as who it was if it may go on as that; or says why not.
@@ -109,8 +109,7 @@ impl Shell {
         worker: WorkerId,
         message: FromWorker,
     ) -> Result<(), ShellError> {
-        let current = self.workers.get(&worker);
-        if !current.is_some_and(|current| current.session == session && current.outbox.is_some()) {
+        if !self.is_current(session, worker) {
             return Ok(());
         }
         match message {
@@ -140,7 +139,14 @@ impl Shell {
             }
             FromWorker::InputError(detail) => self.input_wrong(worker, detail),
             FromWorker::PartWritten(part) => self.handle(Event::PartWritten(worker, part)),
-            FromWorker::Evaluation(row) if self.machine.has_trained(worker) => self.take_evaluation(row),
+            FromWorker::Evaluation(row) if self.machine.has_trained(worker) => {
+                if let Err(error) = self.take_evaluation(row.clone()) {
+                    self.stick(error)?;
+                    let again = Input::Message(session, worker, FromWorker::Evaluation(row));
+                    self.held.push_front(Held::Input(again));
+                }
+                Ok(())
+            }
             report if self.machine.has_trained(worker) => {
                 self.take_report(worker, report);
                 Ok(())
@@ -152,7 +158,13 @@ impl Shell {
         }
     }
 
-    fn note_heartbeat(&mut self, worker: WorkerId, progress: Progress, usage: Usage) {
+    /// Whether a session is a worker's newest, and open.
+    pub(super) fn is_current(&self, session: SessionId, worker: WorkerId) -> bool {
+        let current = self.workers.get(&worker);
+        current.is_some_and(|current| current.session == session && current.outbox.is_some())
+    }
+
+    pub(super) fn note_heartbeat(&mut self, worker: WorkerId, progress: Progress, usage: Usage) {
         if let Some(connected) = self.workers.get_mut(&worker) {
             connected.heard = Some((Instant::now(), progress, usage));
         }
@@ -172,7 +184,7 @@ impl Shell {
         let samples = self.machine.samples().filter(|samples| self.samples != Some(*samples));
         if let Some(samples) = samples {
             self.samples = Some(samples);
-            self.journal.set_fact(Fact::Samples, &samples.to_string())?;
+            self.journal_size()?;
             self.records.loaded(samples, self.machine.checkpoint());
         }
         Ok(())

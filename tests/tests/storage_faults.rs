@@ -1,0 +1,243 @@
+//! Storage that is full, read-only or failing, at each checkpoint: what needs it pauses, and nothing else.
+//!
+//! No worker is lost or killed for it, no step is done twice, and once there is room the run ends with the bits of an
+//! undisturbed one.
+#![allow(clippy::unwrap_used)] // a test may panic
+
+use std::collections::BTreeSet;
+use std::thread;
+
+use ganglion_tests::disk::{Disk, Faults};
+use ganglion_tests::{Process, Reference, Run, SMALL_MLP, eventually, send};
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+/// Checkpoints at 500, 1000 and the end. Whoever is judged by this deadline is judged soon.
+const JOB: &[&str] =
+    &["job.steps=1500", "checkpoint.every_steps=500", "metrics.every_steps=50", "job.failure_deadline=1"];
+
+/// Attempts of one worker whose pauses are together longer than several deadlines.
+const ATTEMPTS: usize = 4;
+
+/// What fails.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Full,
+    ReadOnly,
+    /// A call of the system on a path with this part.
+    Call(&'static str, Errno, &'static str),
+}
+
+impl Kind {
+    /// What the run says of it.
+    fn reason(self) -> &'static str {
+        match self {
+            Kind::Full => "it needs ",
+            Kind::ReadOnly => "Read-only file system",
+            Kind::Call(_, error, _) => error.desc(),
+        }
+    }
+}
+
+/// When: during the checkpoint of this step.
+#[derive(Clone, Copy, Debug)]
+enum Moment {
+    First = 500,
+    Middle = 1000,
+    Last = 1500,
+}
+
+/// The checkpoint storage of a run, and how it fails.
+struct Failing {
+    kind: Kind,
+    disk: Disk,
+    faults: Option<Faults>,
+}
+
+impl Failing {
+    fn new(kind: Kind, run: &mut Run) -> Option<Failing> {
+        let disk = Disk::mount(run.beside("disk"))?;
+        run.set(&format!("checkpoint.url={}", disk.folder.display()));
+        let faults = match kind {
+            Kind::Call(..) => Some(Faults::compile()?),
+            Kind::Full | Kind::ReadOnly => None,
+        };
+        Some(Failing { kind, disk, faults })
+    }
+
+    fn variables(&self) -> Vec<(&'static str, String)> {
+        self.faults.iter().flat_map(Faults::variables).collect()
+    }
+
+    fn begin(&self) {
+        match (self.kind, &self.faults) {
+            (Kind::Full, _) => self.disk.fill(),
+            (Kind::ReadOnly, _) => self.disk.set_read_only(true),
+            (Kind::Call(operation, error, part), Some(faults)) => faults.set(operation, error, part),
+            (Kind::Call(..), None) => unreachable!("calls fail by a library"),
+        }
+    }
+
+    fn end(&self) {
+        match (self.kind, &self.faults) {
+            (Kind::Full, _) => self.disk.free(),
+            (Kind::ReadOnly, _) => self.disk.set_read_only(false),
+            (Kind::Call(..), faults) => faults.as_ref().unwrap().clear(),
+        }
+    }
+}
+
+fn count(events: &[Value], kind: &str) -> usize {
+    events.iter().filter(|event| event["kind"] == kind).count()
+}
+
+/// A run in whose storage something fails at a moment, and then no more.
+fn disturbed(kind: Kind, moment: Moment, workers: u32, reference: &Reference) {
+    let what = format!("{kind:?} at the {moment:?} checkpoint with {workers} workers");
+    let mut run = Run::new(&[SMALL_MLP, JOB]);
+    let Some(failing) = Failing::new(kind, &mut run) else { return };
+    let coordinator = run.start_in(workers, &failing.variables());
+    match moment {
+        Moment::First => drop(run.wait_for("worker_joined", |_| true)),
+        _ => drop(run.wait_for("checkpoint", |event| event["step"] == moment as u64 - 500)),
+    }
+    failing.begin();
+    // At the last one nobody trains: what is waited for here is longer than any patience with a worker.
+    let attempts = if matches!(moment, Moment::Last) { ATTEMPTS } else { 1 };
+    eventually("attempts", || {
+        let delays = run.events().into_iter().filter(|event| event["kind"] == "checkpoint_delayed");
+        let of_one = delays.filter(|event| event["worker"].is_null() || event["worker"] == 1);
+        (of_one.count() >= attempts).then_some(())
+    });
+    failing.end();
+    let ended = coordinator.wait();
+    let (output, events) = (&ended.output, run.events());
+    assert_eq!(ended.code, Some(0), "{what}: {output}");
+    let warned = output.lines().filter(|line| line.starts_with("warning: the checkpoint of step"));
+    let warned = warned.filter(|line| line.contains(kind.reason())).count();
+    assert!((1..=workers as usize + 1).contains(&warned), "{what}: one for each writer: {output}");
+    assert!(output.contains("checkpoints are written again"), "{what}: {output}");
+    for lost in ["worker_lost", "worker_dropped", "regroup", "worker_disconnected"] {
+        assert_eq!(count(&events, lost), 0, "{what}: {lost} in {output}");
+    }
+    assert_eq!(count(&events, "generation_formed"), 1, "{what}: {output}");
+    assert_rows_once(&run, &what);
+    reference.equals(&what, &run.digest());
+    run.assert_audited();
+}
+
+fn assert_rows_once(run: &Run, what: &str) {
+    let steps: Vec<u64> = run.rows().iter().map(|row| row["step"].as_u64().unwrap()).collect();
+    let once: BTreeSet<u64> = steps.iter().copied().collect();
+    assert!(steps.len() == once.len() && once.last() == Some(&1500), "{what}: {steps:?}");
+}
+
+#[test]
+fn storage_that_fails_at_any_checkpoint_pauses_what_needs_it_and_loses_nothing() {
+    let reference = Reference::of(&[SMALL_MLP, JOB]);
+    let mut cases = Vec::new();
+    for moment in [Moment::First, Moment::Middle, Moment::Last] {
+        for workers in [1, 2] {
+            cases.extend([Kind::Full, Kind::ReadOnly].map(|kind| (kind, moment, workers)));
+        }
+    }
+    for kind in [
+        Kind::Call("sync", Errno::EIO, "/disk/step-"),
+        Kind::Call("sync", Errno::ENOSPC, "manifest.json"),
+        Kind::Call("rename", Errno::ENOSPC, "/disk/latest"),
+        Kind::Call("link", Errno::EIO, "safetensors"),
+    ] {
+        cases.push((kind, Moment::Last, 2));
+    }
+    // Most of the time is waiting.
+    for some in cases.chunks(4) {
+        thread::scope(|scope| {
+            let all = some.iter().map(|(kind, moment, workers)| {
+                scope.spawn(|| disturbed(*kind, *moment, *workers, &reference))
+            });
+            all.collect::<Vec<_>>().into_iter().for_each(|one| one.join().unwrap());
+        });
+    }
+}
+
+/// As folders that FUSE or SMB mount.
+#[test]
+fn a_folder_that_refuses_hard_links_is_as_good() {
+    let settings = [SMALL_MLP, &["job.steps=60", "checkpoint.every_steps=20"]];
+    let Some(faults) = Faults::compile() else { return };
+    faults.set("link", Errno::EPERM, "/checkpoints/");
+    let run = Run::new(&settings);
+    let ended = run.start_in(2, &faults.variables()).wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
+    Reference::of(&settings).equals("without hard links", &run.digest());
+}
+
+/// Nothing is decided that cannot be journaled: the loss of a worker waits, and workers and operators are answered.
+#[test]
+fn a_journal_that_cannot_be_written_holds_decisions_up_and_nothing_else() {
+    let settings = [SMALL_MLP, &["job.steps=4000", "metrics.every_steps=50", "checkpoint.every_steps=0"]];
+    let Some(faults) = Faults::compile() else { return };
+    let run = Run::new(&settings);
+    let coordinator = run.start_in(2, &faults.variables());
+    run.wait_for_step(50);
+    faults.set("write", Errno::ENOSPC, "journal.sqlite");
+    send(run.pids(1)[1], Signal::SIGKILL);
+    eventually("word of the journal", || {
+        coordinator.output().contains("nothing is decided until the journal can be written").then_some(())
+    });
+    let asked = run.ask(&["status"]);
+    assert_eq!(asked.code, Some(0), "{}", asked.output);
+    assert_eq!(count(&run.events(), "generation_formed"), 1, "no group that is not journaled");
+    faults.clear();
+    run.wait_for("generation_formed", |event| event["generation"] == 2);
+    let ended = coordinator.wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
+    assert_eq!(ended.output.matches("nothing is decided until").count(), 1, "{}", ended.output);
+    assert!(ended.output.contains("journal.sqlite is written again"), "{}", ended.output);
+    Reference::of(&settings).equals("a journal that could not be written", &run.digest());
+    run.assert_audited();
+}
+
+/// The run directory and the checkpoints in it, all on one disk that is full.
+#[test]
+fn a_full_run_directory_ends_no_run() {
+    let reference = Reference::of(&[SMALL_MLP, JOB]);
+    let run = Run::new(&[SMALL_MLP, JOB]);
+    let Some(disk) = Disk::mount(run.path("")) else { return };
+    let coordinator = run.start(2);
+    run.wait_for("checkpoint", |event| event["step"] == 500);
+    disk.fill();
+    eventually("word of the last checkpoint", || {
+        coordinator.output().contains("warning: the checkpoint of step 1").then_some(())
+    });
+    disk.free();
+    let ended = coordinator.wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
+    assert_eq!(count(&run.events(), "generation_formed"), 1, "{}", ended.output);
+    assert_rows_once(&run, "a full run directory");
+    reference.equals("a full run directory", &run.digest());
+}
+
+/// A start without room says so, is not called a mistake, and works once there is room.
+#[test]
+fn a_start_without_room_goes_on_later() {
+    let settings = [SMALL_MLP, JOB];
+    let mut run = Run::new(&settings);
+    let Some(disk) = Disk::mount(run.beside("disk")) else { return };
+    run.set(&format!("checkpoint.url={}", disk.folder.display()));
+    disk.fill();
+    std::fs::OpenOptions::new()
+        .append(true)
+        .open(disk.folder.join("filler"))
+        .unwrap()
+        .set_len(8 << 20)
+        .unwrap();
+    std::fs::write(disk.folder.join("rest"), vec![1; 16 << 10]).unwrap_or_default();
+    let ended = Process::start(run.command(&["--workers", "1"])).wait();
+    assert_eq!(ended.code, Some(1), "{}", ended.output);
+    assert!(ended.output.contains("once there is room"), "{}", ended.output);
+    let _ = std::fs::remove_file(disk.folder.join("rest"));
+    disk.free();
+    Reference::of(&settings).equals("a start without room", &run.complete(1));
+}
