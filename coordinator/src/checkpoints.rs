@@ -78,8 +78,8 @@ impl Checkpoints {
                 "its server replaces files that it was asked to keep (it ignores If-None-Match); use one that does not",
             )),
             Err(error) if storage.is_away(&error) => Err(Unusable::Away(patience.over(&storage, &error))),
-            Err(error) if storage.is_full(&error) => Err(Unusable::Away(format!(
-                "{address}: {}; nothing is lost: once there is room, the same command goes on",
+            Err(error) if storage.is_failing(&error) => Err(Unusable::Away(format!(
+                "{address}: {}; nothing is lost: once that is mended, the same command goes on",
                 reason(&error)
             ))),
             Err(error) => Err(unusable(&reason(&error))),

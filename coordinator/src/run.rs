@@ -78,6 +78,9 @@ impl From<JournalError> for Failure {
     fn from(error: JournalError) -> Self {
         match error {
             JournalError::Newer(_) | JournalError::Damaged { .. } => Failure::Input(error.to_string()),
+            JournalError::Sqlite(_) if error.may_mend() => Failure::Other(format!(
+                "{error}; nothing is lost: once that is mended, the same command goes on"
+            )),
             JournalError::Sqlite(_) => Failure::Other(error.to_string()),
         }
     }

@@ -6,6 +6,8 @@ use std::io;
 use object_store::Error;
 use rustix::io::Errno;
 
+use crate::whole;
+
 /// A text longer than this is a page of the server's, and cut.
 const LONGEST: usize = 300;
 /// Where a library asks for credentials when the environment has none.
@@ -61,10 +63,17 @@ pub(crate) fn is_passing(error: &Error) -> bool {
     errno.is_some_and(|errno| PASSING.contains(&errno))
 }
 
-/// Whether an error of a folder says that there is no room.
-pub(crate) fn is_full(error: &Error) -> bool {
-    use io::ErrorKind::{QuotaExceeded, StorageFull};
-    system_error(error).is_some_and(|error| matches!(error.kind(), StorageFull | QuotaExceeded))
+/// Whether an error of a folder says that it is full or failing, and not that it is the wrong one.
+pub(crate) fn is_failing(error: &Error) -> bool {
+    system_error(error).is_some_and(|error| !whole::is_mistake(error))
+}
+
+/// Whether an error of a folder says that something is not there, is there already, or may not be touched.
+pub(crate) fn is_final(error: &Error) -> bool {
+    use io::ErrorKind::{AlreadyExists, NotFound, PermissionDenied};
+    let kinds = [AlreadyExists, NotFound, PermissionDenied];
+    system_error(error).is_some_and(|error| kinds.contains(&error.kind()))
+        || matches!(error, Error::NotFound { .. } | Error::AlreadyExists { .. })
 }
 
 /// What the system said.
@@ -115,6 +124,9 @@ mod tests {
             [Errno::STALE, Errno::NOTCONN, Errno::MFILE].into_iter().all(|away| is_passing(&failed(away)))
         );
         assert!(![Errno::IO, Errno::ACCESS, Errno::NOSPC].into_iter().any(|here| is_passing(&failed(here))));
+        assert!([Errno::IO, Errno::DQUOT, Errno::NOSPC].into_iter().all(|full| is_failing(&failed(full))));
+        assert!(![Errno::ACCESS, Errno::NOTDIR].into_iter().any(|wrong| is_failing(&failed(wrong))));
+        assert!(is_final(&failed(Errno::ACCESS)) && !is_final(&failed(Errno::ROFS)));
     }
 
     #[test]

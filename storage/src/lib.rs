@@ -98,9 +98,9 @@ impl Storage {
         }
     }
 
-    /// Whether an error says that there is no room.
-    pub fn is_full(&self, error: &Error) -> bool {
-        self.folder.is_some() && failure::is_full(error)
+    /// Whether an error of a folder says that it is full or failing, and not that it is the wrong one.
+    pub fn is_failing(&self, error: &Error) -> bool {
+        self.folder.is_some() && failure::is_failing(error)
     }
 
     /// Removes what writers that were killed left beside the checkpoints. Only for the coordinator: nobody else writes there.
@@ -113,7 +113,6 @@ impl Storage {
     /// Whether waiting may help against an error: besides a storage that is away, a folder that is full, read-only or
     /// failing. People mend such.
     pub fn may_mend(&self, error: &Error) -> bool {
-        let is_there = !matches!(error, Error::NotFound { .. } | Error::AlreadyExists { .. });
-        self.is_away(error) || (self.folder.is_some() && is_there)
+        self.is_away(error) || (self.folder.is_some() && !failure::is_final(error))
     }
 }

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::collections::BTreeSet;
+use std::io::Error;
 use std::thread;
 
 use ganglion_tests::disk::{Disk, Faults};
@@ -18,7 +19,7 @@ const JOB: &[&str] =
     &["job.steps=1500", "checkpoint.every_steps=500", "metrics.every_steps=50", "job.failure_deadline=1"];
 
 /// Attempts of one worker whose pauses are together longer than several deadlines.
-const ATTEMPTS: usize = 4;
+const ATTEMPTS: usize = 5;
 
 /// What fails.
 #[derive(Clone, Copy, Debug)]
@@ -31,11 +32,11 @@ enum Kind {
 
 impl Kind {
     /// What the run says of it.
-    fn reason(self) -> &'static str {
+    fn reason(self) -> String {
         match self {
-            Kind::Full => "it needs ",
-            Kind::ReadOnly => "Read-only file system",
-            Kind::Call(_, error, _) => error.desc(),
+            Kind::Full => "it needs ".to_string(),
+            Kind::ReadOnly => "Read-only file system".to_string(),
+            Kind::Call(_, error, _) => Error::from(error).to_string(),
         }
     }
 }
@@ -115,15 +116,17 @@ fn disturbed(kind: Kind, moment: Moment, workers: u32, reference: &Reference) {
     let (output, events) = (&ended.output, run.events());
     assert_eq!(ended.code, Some(0), "{what}: {output}");
     let warned = output.lines().filter(|line| line.starts_with("warning: the checkpoint of step"));
-    let warned = warned.filter(|line| line.contains(kind.reason())).count();
+    let warned = warned.filter(|line| line.contains(&kind.reason())).count();
     assert!((1..=workers as usize + 1).contains(&warned), "{what}: one for each writer: {output}");
     assert!(output.contains("checkpoints are written again"), "{what}: {output}");
-    for lost in ["worker_lost", "worker_dropped", "regroup", "worker_disconnected"] {
+    for lost in ["worker_lost", "worker_dropped", "regroup"] {
         assert_eq!(count(&events, lost), 0, "{what}: {lost} in {output}");
     }
     assert_eq!(count(&events, "generation_formed"), 1, "{what}: {output}");
     assert_rows_once(&run, &what);
-    reference.equals(&what, &run.digest());
+    let last = events.iter().rfind(|event| event["kind"] == "checkpoint").unwrap();
+    assert_eq!(last["step"], 1500, "{what}");
+    reference.equals(&what, last["state_digest"].as_str().unwrap());
     run.assert_audited();
 }
 
@@ -222,8 +225,7 @@ fn a_full_run_directory_ends_no_run() {
 /// A start without room says so, is not called a mistake, and works once there is room.
 #[test]
 fn a_start_without_room_goes_on_later() {
-    let settings = [SMALL_MLP, JOB];
-    let mut run = Run::new(&settings);
+    let mut run = Run::new(&[SMALL_MLP, &["job.steps=2"]]);
     let Some(disk) = Disk::mount(run.beside("disk")) else { return };
     run.set(&format!("checkpoint.url={}", disk.folder.display()));
     disk.fill();
@@ -236,8 +238,9 @@ fn a_start_without_room_goes_on_later() {
     std::fs::write(disk.folder.join("rest"), vec![1; 16 << 10]).unwrap_or_default();
     let ended = Process::start(run.command(&["--workers", "1"])).wait();
     assert_eq!(ended.code, Some(1), "{}", ended.output);
-    assert!(ended.output.contains("once there is room"), "{}", ended.output);
+    assert!(ended.output.contains("the same command goes on"), "{}", ended.output);
     let _ = std::fs::remove_file(disk.folder.join("rest"));
     disk.free();
-    Reference::of(&settings).equals("a start without room", &run.complete(1));
+    let ended = run.start(1).wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
 }

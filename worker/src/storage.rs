@@ -1,7 +1,7 @@
 //! The run's checkpoint storage, as a worker reaches it.
 //!
 //! 1. Nothing is written before the storage was seen to be the run's.
-//! 2. A storage that is away when a worker comes is taken for the run's until it can be asked: else a worker that replaces
+//! 2. A storage that is away or fails when a worker comes is taken for the run's until it can be asked: else a worker that replaces
 //!    a lost one meanwhile would write no checkpoint for as long as it lives.
 //! 3. A checkpoint is read aside: the training thread looks up from it when it is told to leave its group, and goes on with
 //!    what was read in the next one.
@@ -65,7 +65,7 @@ impl RunStorage {
                 self.known.store(is_ours, Ordering::Relaxed);
                 is_ours
             }
-            Ok(Err(error)) if !storage.is_away(&error) => {
+            Ok(Err(error)) if !storage.may_mend(&error) => {
                 let (address, reason) = (storage.address(), reason(&error));
                 tracing::warn!("this worker writes no checkpoints: {address}: {reason}");
                 false

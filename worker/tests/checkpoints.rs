@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use common::{Bench, bits, content, job, save};
 use ganglion_membership::{Checkpoint, Position};
 use ganglion_proto::job::{LossKind, ModelKind};
-use ganglion_storage::{Address, Storage, in_folder};
+use ganglion_storage::{Address, MANIFEST, Storage, in_folder};
 use ganglion_worker::beginning::Beginning;
 use ganglion_worker::checkpoint::{CheckpointError, Files, Snapshot, file_count, state_digest, to_bytes};
 use ganglion_worker::state::State;
@@ -148,6 +148,38 @@ async fn a_damaged_file_is_written_again_and_a_good_one_is_left() {
     assert_eq!(save(&files, &snapshot).await, saved);
     assert!(files.read(&saved).await.is_ok());
     assert!(inode(0) != damaged && inode(1) == good);
+}
+
+/// A manifest that is there says nothing until it was compared.
+#[tokio::test]
+async fn a_checkpoint_that_is_there_is_compared_before_it_is_taken_for_done() {
+    let (bench, storage) = (bench(), Storage::in_memory());
+    let (files, ours) = (files(&bench, &storage), snapshot(&bench));
+    let mut theirs = ours.clone();
+    theirs.flat[0] ^= 1;
+    let folder = files.write_whole(&theirs).await.unwrap();
+    assert_eq!(files.write_whole(&theirs).await.unwrap(), folder, "the same state is done");
+    let path = in_folder(&folder, MANIFEST);
+    let manifest = storage.text(&path).await.unwrap().unwrap();
+    let refused = files.write_whole(&ours).await.unwrap_err();
+    assert!(
+        matches!(&refused, CheckpointError::Corrupt(what) if what.contains("holds another state")),
+        "{refused}"
+    );
+    assert_eq!(storage.text(&path).await.unwrap().unwrap(), manifest, "it is left as it is");
+    let there = ganglion_proto::manifest::parse(&manifest).unwrap();
+    assert!(files.read(&there).await.is_ok_and(|read| read.flat == theirs.flat));
+    // One that is damaged is nobody's, and one that is torn neither.
+    for damage in ["file", "manifest"] {
+        match damage {
+            "file" => flip_a_bit(&storage, &there, &there.files[0].file).await,
+            _ => storage.replace(&path, &"{".into()).await.unwrap(),
+        }
+        files.write_whole(&ours).await.unwrap();
+        let written = storage.text(&path).await.unwrap().unwrap();
+        let written = ganglion_proto::manifest::parse(&written).unwrap();
+        assert!(files.read(&written).await.is_ok_and(|read| read.flat == ours.flat), "{damage}");
+    }
 }
 
 #[tokio::test]
