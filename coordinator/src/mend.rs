@@ -35,7 +35,9 @@ pub fn open_records(
             Err(Damaged::Lines(path)) if aside.len() < 2 * RECORDS.len() => {
                 aside.push(set_aside(job, &path, journal)?);
             }
-            Err(error @ Damaged::Io(..)) if !error.is_mistake() => return Err(Failure::Other(error.to_string())),
+            Err(error @ Damaged::Io(..)) if !error.is_mistake() => {
+                return Err(Failure::Other(error.to_string()));
+            }
             Err(error) => return Err(Failure::Input(error.to_string())),
         }
     };

@@ -10,6 +10,7 @@ use ganglion_proto::message::{Assignment, ToWorker};
 use ganglion_proto::{failpoint, log};
 use serde_json::json;
 
+use super::stuck::Held;
 use super::{Shell, ShellError};
 use crate::journal::Fact;
 use crate::keeper::Kept;
@@ -248,8 +249,12 @@ impl Shell {
                 Ok(())
             }
             Kept::Valid(checkpoint, begun) => {
+                if let Err(error) = self.journal.made_valid(&checkpoint) {
+                    self.stick(error.into())?;
+                    self.held.push_front(Held::Kept(Kept::Valid(checkpoint, begun)));
+                    return Ok(());
+                }
                 self.records.timeline.stored("write manifest", begun);
-                self.journal.made_valid(&checkpoint)?;
                 self.lost = None;
                 self.records.checkpoint(&checkpoint);
                 if self.delays.end() {

@@ -9,6 +9,7 @@ use ganglion_membership::WorkerId;
 use ganglion_proto::message::{FromWorker, ToWorker};
 
 use super::{Shell, ShellError};
+use crate::keeper::Kept;
 use crate::server::{AdminInput, Input, SessionId};
 use crate::supervisor::Exited;
 
@@ -21,6 +22,8 @@ pub(super) enum Held {
     Input(Input),
     /// The end of a local process.
     Exit(Exited),
+    /// From the checkpoint storage.
+    Kept(Kept),
 }
 
 impl Shell {
@@ -65,6 +68,7 @@ impl Shell {
             match held {
                 Held::Input(input) => self.take(input)?,
                 Held::Exit(exit) => self.reaped(exit)?,
+                Held::Kept(kept) => self.kept(kept)?,
             }
         }
         if !self.is_stuck && std::mem::take(&mut self.told_stuck) {
