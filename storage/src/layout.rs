@@ -173,7 +173,7 @@ mod tests {
     use proptest::collection::btree_set;
     use proptest::prelude::*;
 
-    use super::{Path, Result, *};
+    use super::*;
     use crate::Address;
 
     async fn write(storage: &Storage, folder: &str, file: &str) {
