@@ -105,6 +105,17 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Makes a new journal for a run whose own is damaged or missing, from its checkpoints and what else can be read.
+    ///
+    /// The old files stay beside the new ones. Exit code 0: the run can go on; 1: a coordinator holds it; 2: RUN is no run, or
+    /// there is no checkpoint.
+    Recover {
+        /// The run directory.
+        run: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Makes certificates and a join token.
     #[command(subcommand)]
     Certs(CertsCommand),

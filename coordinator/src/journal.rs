@@ -6,6 +6,7 @@
 //! 4. A column that an earlier version did not know is added with a value that says "not known".
 
 mod history;
+mod salvage;
 
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -16,6 +17,7 @@ use ganglion_membership::{
 use ganglion_proto::evaluation::EvaluationRow;
 pub use history::{CheckpointRow, GenerationRow, History, TermRow};
 use rusqlite::{Connection, OptionalExtension, params};
+pub use salvage::{LEAP, Recovery, Salvaged};
 use serde::{Deserialize, Serialize};
 
 use crate::report::damage::SetAside;
@@ -144,6 +146,10 @@ pub enum Fact {
     Closed,
     /// The address of the storage that holds the run's checkpoints.
     Storage,
+    /// The number above which all new terms, generations and workers are, after a recovery.
+    Floor,
+    /// What the newest recovery left, as JSON.
+    Recovered,
 }
 
 /// A process that some coordinator of the run started.
@@ -181,6 +187,8 @@ impl Fact {
             Fact::Condemned => "condemned",
             Fact::Closed => "closed",
             Fact::Storage => "storage",
+            Fact::Floor => "floor",
+            Fact::Recovered => "recovered",
         }
     }
 }
@@ -214,8 +222,9 @@ impl Journal {
     /// Takes the next term, in which a metrics row is due after every so many steps.
     pub fn begin_term(&mut self, metrics_every_steps: u64) -> Result<Term, JournalError> {
         let next = "INSERT INTO terms (term, started, pid, metrics_every_steps)
-                    SELECT COALESCE(MAX(term), 0) + 1, ?1, ?2, ?3 FROM terms";
-        self.connection.execute(next, params![now(), std::process::id(), metrics_every_steps])?;
+                    SELECT MAX(COALESCE(MAX(term), 0), ?4) + 1, ?1, ?2, ?3 FROM terms";
+        let floor = self.floor()?;
+        self.connection.execute(next, params![now(), std::process::id(), metrics_every_steps, floor])?;
         let newest = "SELECT MAX(term) FROM terms";
         Ok(Term(self.connection.query_row(newest, [], |row| row.get(0))?))
     }
@@ -229,8 +238,8 @@ impl Journal {
         token: Option<&str>,
     ) -> Result<WorkerId, JournalError> {
         let next = "INSERT INTO workers (worker, term, host, pid, token)
-            SELECT COALESCE(MAX(worker), 0) + 1, ?1, ?2, ?3, ?4 FROM workers";
-        self.connection.execute(next, params![term.0, host, pid, token])?;
+            SELECT MAX(COALESCE(MAX(worker), 0), ?5) + 1, ?1, ?2, ?3, ?4 FROM workers";
+        self.connection.execute(next, params![term.0, host, pid, token, self.floor()?])?;
         let newest = "SELECT MAX(worker) FROM workers";
         Ok(WorkerId(self.connection.query_row(newest, [], |row| row.get(0))?))
     }
@@ -318,7 +327,11 @@ impl Journal {
                 row.get::<_, String>(3)?,
             ))
         });
-        let Some((generation, position, members, backend)) = row.optional()? else { return Ok(None) };
+        let (row, floor) = (row.optional()?, self.floor()?);
+        let Some((generation, position, members, backend)) = row.filter(|(newest, ..)| *newest > floor)
+        else {
+            return Ok((floor > 0).then(|| Journal::group_before(floor)));
+        };
         let is = |known: &Backend| known.to_string() == backend;
         let members: Vec<RecordedMember> = serde_json::from_str(&members).unwrap_or_default();
         let member = |row: RecordedMember| Member {
@@ -352,7 +365,8 @@ impl Journal {
     /// The newest generation; 0 before the first.
     pub fn last_generation(&self) -> Result<Generation, JournalError> {
         let newest = "SELECT COALESCE(MAX(generation), 0) FROM generations";
-        Ok(Generation(self.connection.query_row(newest, [], |row| row.get(0))?))
+        let newest: u64 = self.connection.query_row(newest, [], |row| row.get(0))?;
+        Ok(Generation(newest.max(self.floor()?)))
     }
 
     /// Records that a checkpoint is about to be made valid, and the newest generation at that moment. Repeating it does

@@ -21,6 +21,7 @@ pub mod mirror;
 pub mod model_card;
 pub mod operate;
 pub mod patience;
+pub mod recover;
 pub mod report;
 pub mod resume;
 pub mod run;

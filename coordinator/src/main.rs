@@ -12,6 +12,7 @@ use ganglion_coordinator::cli::{Cli, Command, RunChoice};
 use ganglion_coordinator::host::System;
 use ganglion_coordinator::inspect;
 use ganglion_coordinator::operate::{Question, operate};
+use ganglion_coordinator::recover::recover;
 use ganglion_coordinator::report::progress::Screen;
 use ganglion_coordinator::run::{Failure, run, start_log};
 
@@ -33,6 +34,7 @@ fn serve(command: Command) -> ExitCode {
     let ask = |run: &RunChoice, question| conclude(block_on(operate(&run.run_dir, question)));
     match command {
         Command::Audit { run, json } => audited(&run, json),
+        Command::Recover { run, json } => conclude(recover(&run, json)),
         Command::Certs(command) => conclude(command.run()),
         Command::Status { run, json } => ask(&run, Question::Status { json }),
         Command::Drain { worker, run } => ask(&run, Question::Drain(worker)),

@@ -1,10 +1,11 @@
-//! Runs whose checkpoints are not where they were.
+//! Runs whose checkpoints are not where they were, or whose records are damaged.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
-use ganglion_tests::{Ended, Reference, Run, SMALL_MLP};
+use ganglion_tests::{Ended, Process, Reference, Run, SMALL_MLP, program};
 use nix::sys::signal::Signal;
 
 const JOB: &[&str] = &["job.steps=6", "checkpoint.every_steps=2", "metrics.every_steps=1"];
@@ -98,4 +99,41 @@ fn members_that_live_go_on_without_the_checkpoints() {
     assert_says(&ended, 0, &["warning: checkpoint step-", "going on from members that live"]);
     Reference::of(settings).equals("a run without its checkpoints", &run.digest());
     run.assert_audited();
+}
+
+/// Writes zeros over a part of a file, as a disk does.
+fn zero(file: &Path, at: usize, count: usize) {
+    let mut bytes = fs::read(file).unwrap();
+    bytes[at..at + count].fill(0);
+    fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn damaged_records_and_a_damaged_journal_do_not_end_a_run() {
+    let mut run = Run::new(&[SMALL_MLP, JOB]);
+    run.complete(1);
+    for name in ["metrics.jsonl", "events.jsonl"] {
+        let text = fs::read_to_string(run.path(name)).unwrap();
+        let third: usize = text.lines().take(2).map(|line| line.len() + 1).sum();
+        zero(&run.path(name), third, 64);
+    }
+    let warnings = ["metrics.jsonl.damaged-1", "events.jsonl.damaged-1", "is finished"];
+    assert_says(&run.start(1).wait(), 0, &warnings);
+    run.assert_audited();
+
+    zero(&run.path("journal.sqlite"), 4096, 4096);
+    assert_says(&run.start(1).wait(), 2, &["journal.sqlite: damaged", "coordinator recover "]);
+    let mut command = Command::new(program("coordinator"));
+    command.arg("recover").arg(run.path(""));
+    let ended = Process::start(command).wait();
+    assert_says(&ended, 0, &["the newest of step 6", "count from 1000000001", "journal.sqlite.damaged-1"]);
+    run.assert_audited();
+
+    run.set("job.steps=8");
+    let digest = run.complete(2);
+    Reference::of(&[SMALL_MLP, JOB, &["job.steps=8"]]).equals("a recovered run", &digest);
+    let newest = run.rows().into_iter().last().unwrap();
+    assert_eq!((newest["step"].as_u64(), newest["generation"].as_u64()), (Some(8), Some(1_000_000_001)));
+    let audited = run.audit();
+    assert_says(&audited, 0, &["are lost with a damaged record", "the journal was recovered"]);
 }

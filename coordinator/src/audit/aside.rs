@@ -2,6 +2,8 @@
 
 use super::Claim;
 use super::evidence::Evidence;
+use crate::journal::Recovery;
+use crate::report::damage::SetAside;
 
 /// Whether the row of a step may have been in a record that was set aside.
 pub(super) fn may_have_held(evidence: &Evidence, step: u64) -> bool {
@@ -12,6 +14,13 @@ pub(super) fn may_have_held(evidence: &Evidence, step: u64) -> bool {
 /// Every loss of records is told, and what it leaves unproven.
 pub(super) fn losses_are_told(evidence: &Evidence) -> Claim {
     let claim = Claim::new("what was lost of the records is told");
-    let told: Vec<String> = evidence.history.set_aside.iter().map(|found| found.describe()).collect();
+    let mut told: Vec<String> = evidence.history.set_aside.iter().map(SetAside::describe).collect();
+    if let Some(Recovery { floor, lost }) = &evidence.history.recovery {
+        let lost = if lost.is_empty() { "nothing".to_string() } else { lost.join(", ") };
+        told.push(format!(
+            "the journal was recovered: terms, generations and workers up to {floor} are of before; not read, or not as a \
+             whole, and not proven up to there: {lost}"
+        ));
+    }
     claim.of(if told.is_empty() { "nothing was".to_string() } else { told.join("; ") })
 }

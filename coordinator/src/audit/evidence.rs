@@ -121,6 +121,11 @@ impl Evidence {
         self.manifests.iter().filter_map(|(_, manifest)| manifest.as_ref().ok())
     }
 
+    /// Whether a row of the journal that tells of a number may have been lost before the journal was recovered.
+    pub(super) fn may_lack(&self, table: &str, number: u64) -> bool {
+        self.history.recovery.as_ref().is_some_and(|recovery| recovery.may_lack(table, number))
+    }
+
     /// The position at the end of a step.
     pub(super) fn end_of(&self, step: u64) -> u64 {
         step.saturating_mul(self.job.phases_per_step())

@@ -15,7 +15,7 @@ pub(super) fn numbers_grow(evidence: &Evidence) -> Claim {
     let mut newest = 0;
     for row in &history.generations {
         let GenerationRow { generation, term, .. } = row;
-        claim.expect(known.contains(term), || {
+        claim.expect(known.contains(term) || evidence.may_lack("terms", *term), || {
             format!("generation {generation} is of term {term}, which never began")
         });
         claim.expect(*term >= newest, || {
@@ -67,7 +67,7 @@ fn expect_workers(claim: &mut Claim, evidence: &Evidence, row: &GenerationRow) {
         let (generation, worker) = (row.generation, member.worker);
         claim.expect(seen.insert(worker), || format!("generation {generation} has worker {worker} twice"));
         let admitted = evidence.history.workers.get(&worker).is_some_and(|term| *term <= row.term);
-        claim.expect(admitted, || {
+        claim.expect(admitted || evidence.may_lack("workers", worker), || {
             format!("generation {generation} has worker {worker}, who was not admitted")
         });
     }
@@ -84,9 +84,11 @@ pub(super) fn events_agree(evidence: &Evidence) -> Claim {
     let formed: Vec<&Event> = evidence.events_of("generation_formed").collect();
     for event in &formed {
         let generation = event.generation.unwrap_or(0);
-        let same = generations.get(&generation).is_some_and(|row| {
-            event.position == Some(row.position) && event.world_size == Some(row.members.len() as u64)
-        });
+        let is_lost = !generations.contains_key(&generation) && evidence.may_lack("generations", generation);
+        let same = is_lost
+            || generations.get(&generation).is_some_and(|row| {
+                event.position == Some(row.position) && event.world_size == Some(row.members.len() as u64)
+            });
         claim.expect(same, || {
             format!(
                 "events.jsonl has generation {generation} otherwise: {}",
@@ -96,10 +98,13 @@ pub(super) fn events_agree(evidence: &Evidence) -> Claim {
     }
     let saved: Vec<&Event> = evidence.events_of("checkpoint").collect();
     for event in &saved {
-        let same = history.checkpoints.iter().any(|row| {
-            (event.step, event.phase) == (Some(row.step), Some(row.phase))
-                && event.state_digest.as_ref() == Some(&row.state_digest)
-        });
+        let is_lost = evidence.may_lack("checkpoints", 0)
+            && !history.checkpoints.iter().any(|row| event.step == Some(row.step));
+        let same = is_lost
+            || history.checkpoints.iter().any(|row| {
+                (event.step, event.phase) == (Some(row.step), Some(row.phase))
+                    && event.state_digest.as_ref() == Some(&row.state_digest)
+            });
         let step = event.step.unwrap_or(0);
         claim.expect(same, || {
             format!("events.jsonl has a checkpoint of step {step} that was not journaled so")

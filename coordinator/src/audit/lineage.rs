@@ -22,6 +22,10 @@ pub(super) fn starts_follow(evidence: &Evidence) -> Claim {
     let mut held: Vec<Held> = Vec::new();
     let [mut fresh, mut healed, mut restored] = [0; 3];
     for row in &evidence.history.generations {
+        if ["generations", "checkpoints"].iter().any(|table| evidence.may_lack(table, row.generation)) {
+            // What it followed may be what is lost.
+            continue;
+        }
         let wrong = match &row.start {
             Some(RecordedStart::Fresh) => {
                 fresh += 1;

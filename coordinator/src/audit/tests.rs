@@ -19,8 +19,9 @@ use super::checkpoints::State;
 use super::*;
 use crate::checkpoints::Checkpoints;
 use crate::job_file::{self, Source};
-use crate::journal::{Fact, Journal};
+use crate::journal::{Fact, History, Journal, LEAP};
 use crate::patience::Patience;
+use crate::recover::recover;
 use crate::report::damage::SetAside;
 
 const SAMPLES: u64 = 20;
@@ -588,6 +589,69 @@ fn rows_that_were_set_aside_are_told_and_others_are_missing() {
     ] {
         assert!(report.contains(part), "{part:?} is not in\n{report}");
     }
+}
+
+fn with_journal_read(story: &Story) -> History {
+    History::read(&story.path("journal.sqlite")).unwrap()
+}
+
+/// Each page of the journal in turn is zeroed, then there is none at all.
+#[test]
+fn a_recovered_run_goes_on_far_above_and_tells_what_is_lost() {
+    for page in 0.. {
+        let story = Story::new();
+        story.write();
+        let journal = story.path("journal.sqlite");
+        let mut damaged = fs::read(&journal).unwrap();
+        let is_last = page * 4096 >= damaged.len();
+        if is_last {
+            fs::remove_file(&journal).unwrap();
+        } else {
+            damaged[page * 4096..(page + 1) * 4096].fill(0);
+            fs::write(&journal, &damaged).unwrap();
+        }
+        let told: Value = serde_json::from_str(&recover(story.folder.path(), true).unwrap()).unwrap();
+        assert_eq!((told["checkpoints"].as_u64(), told["step"].as_u64()), (Some(3), Some(8)), "{told}");
+        let aside = fs::read(story.path("journal.sqlite.damaged-1"));
+        assert!(is_last || aside.unwrap() == damaged, "page {page}");
+        let report = story.holds();
+        assert!(report.contains("the journal was recovered"), "{report}");
+        let mut recovered = Journal::open(&journal).unwrap();
+        let floor = told["floor"].as_u64().unwrap();
+        assert!(floor >= LEAP && recovered.last_generation().unwrap() == Generation(floor));
+        let group = recovered.last_group().unwrap().unwrap();
+        assert_eq!((group.generation, group.members.len()), (Generation(floor), 0), "nobody is taken over");
+        assert_eq!(recovered.begin_term(1).unwrap(), Term(floor + 1));
+        assert_eq!(recovered.admit(Term(floor + 1), "h", 7, None).unwrap(), WorkerId(floor + 1));
+        assert_eq!(recovered.fact(Fact::Run).unwrap().as_deref(), Some("run"));
+        drop(recovered);
+        // A second recovery leaps over the first.
+        let again: Value = serde_json::from_str(&recover(story.folder.path(), true).unwrap()).unwrap();
+        assert_eq!(again["floor"].as_u64(), Some(floor + LEAP));
+        assert_eq!(with_journal_read(&story).checkpoints.len(), 3);
+        if is_last {
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_run_without_checkpoints_or_with_a_coordinator_is_not_recovered() {
+    let story = Story::new();
+    story.write();
+    let refused = |story: &Story| recover(story.folder.path(), false).unwrap_err();
+    let before = fs::read(story.path("journal.sqlite")).unwrap();
+    let held = crate::run_dir::RunDir::hold(story.folder.path()).unwrap();
+    let refusal = refused(&story);
+    assert_eq!((refusal.exit_code(), refusal.to_string().contains("held by another")), (1, true));
+    drop(held);
+    fs::rename(story.path("checkpoints"), story.path("away")).unwrap();
+    let refusal = refused(&story);
+    assert_eq!((refusal.exit_code(), refusal.to_string().contains("no checkpoint is there")), (2, true));
+    assert!(fs::read(story.path("journal.sqlite")).unwrap() == before);
+    fs::rename(story.path("away"), story.path("checkpoints")).unwrap();
+    fs::remove_file(story.path("job.toml")).unwrap();
+    assert_eq!(refused(&story).exit_code(), 2);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
 
-use super::{Fact, JournalError, RecordedMember, RecordedStart};
+use super::{Fact, JournalError, RecordedMember, RecordedStart, Recovery};
 use crate::report::damage::SetAside;
 
 /// All that a run's coordinators decided, oldest first.
@@ -26,6 +26,8 @@ pub struct History {
     pub checkpoints: Vec<CheckpointRow>,
     /// The records that were set aside.
     pub set_aside: Vec<SetAside>,
+    /// What the newest recovery left, in a journal that was recovered.
+    pub recovery: Option<Recovery>,
 }
 
 /// One start of a coordinator.
@@ -78,10 +80,12 @@ impl History {
         if !moment.table_exists(None, "facts")? {
             return Ok(history);
         }
-        let samples = "SELECT value FROM facts WHERE name = ?1";
-        let samples: Option<String> =
-            moment.query_row(samples, [Fact::Samples.name()], |row| row.get(0)).optional()?;
-        history.samples = samples.and_then(|samples| samples.parse().ok());
+        let fact = |fact: Fact| -> rusqlite::Result<Option<String>> {
+            let value = "SELECT value FROM facts WHERE name = ?1";
+            moment.query_row(value, [fact.name()], |row| row.get(0)).optional()
+        };
+        history.samples = fact(Fact::Samples)?.and_then(|samples| samples.parse().ok());
+        history.recovery = fact(Fact::Recovered)?.and_then(|text| serde_json::from_str(&text).ok());
         history.terms = rows(&moment, "terms", ["term", "metrics_every_steps"], |row| {
             Ok(TermRow { term: row.get(0)?, metrics_every_steps: row.get(1)? })
         })?;
@@ -96,7 +100,7 @@ impl History {
     }
 }
 
-fn open(file: &Path) -> Result<Connection, JournalError> {
+pub(super) fn open(file: &Path) -> Result<Connection, JournalError> {
     let mut flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut log = file.as_os_str().to_os_string();
     log.push("-wal");

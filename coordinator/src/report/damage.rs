@@ -74,6 +74,9 @@ impl SetAside {
                 "{file} is missing; a new one begins, and what it held cannot be proven any more"
             );
         }
+        if file == "journal.sqlite" {
+            return format!("{file} was damaged: set aside as {aside}; {kept} rows of it are kept");
+        }
         let places = if *lost == 1 { "place" } else { "places" };
         format!("{file} was damaged in {lost} {places}: set aside as {aside}; {kept} lines of it are kept")
     }
@@ -141,7 +144,8 @@ fn read_line(name: &str, line: &[u8]) -> Option<u64> {
     }
 }
 
-fn free_name(path: &Path) -> String {
+/// A name beside a file's that nobody has.
+pub fn free_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let names = (1_u32..).map(|number| format!("{name}.damaged-{number}"));
     let mut free = names.filter(|name| !path.with_file_name(name).exists());

@@ -1,0 +1,191 @@
+//! What can be read of a journal that is damaged, and a new one from it.
+//!
+//! 1. The damaged journal is only read.
+//! 2. A table is read from both ends up to what cannot be read; one that was read without an error is whole.
+//! 3. Numbers of the new journal lie far above all that the old one can have given: its newest rows may be the ones that are
+//!    lost, and no worker, group or coordinator of before may be taken for one of now.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ganglion_membership::{Backend, Generation, Group, Position, Start};
+use rusqlite::types::Value;
+use rusqlite::{Connection, params, params_from_iter};
+use serde::{Deserialize, Serialize};
+
+use super::{Fact, Journal, JournalError, history};
+
+/// Between the numbers before a recovery and those after it. A run that gave a number each millisecond would take eleven
+/// days to get there, and people see at a glance what was before.
+pub const LEAP: u64 = 1_000_000_000;
+
+/// The tables that go into the new journal. The processes that coordinators started do not: none is to be taken over, for a
+/// newer group than the newest that can be read may have been theirs.
+const TABLES: [&str; 8] =
+    ["facts", "terms", "workers", "generations", "skips", "checkpoints", "evaluations", "set_aside"];
+/// Facts of the old journal that are still true.
+const FACTS: [Fact; 6] =
+    [Fact::Run, Fact::Port, Fact::HttpPort, Fact::Passport, Fact::Samples, Fact::Storage];
+
+/// What a recovery left of a journal.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recovery {
+    /// All numbers up to this one are of before.
+    pub floor: u64,
+    /// Tables that could not be read as a whole.
+    pub lost: Vec<String>,
+}
+
+impl Recovery {
+    /// Whether a table may lack a row of before that tells of a number.
+    pub fn may_lack(&self, table: &str, number: u64) -> bool {
+        number <= self.floor && self.lost.iter().any(|lost| lost == table)
+    }
+}
+
+/// What could be read.
+#[derive(Debug, Default)]
+pub struct Salvaged(BTreeMap<&'static str, Table>);
+
+#[derive(Debug, Default)]
+struct Table {
+    columns: Vec<String>,
+    rows: BTreeMap<i64, Vec<Value>>,
+    is_whole: bool,
+}
+
+impl Salvaged {
+    /// Reads what can be read of a journal; nothing, where there is none.
+    pub fn read(file: &Path) -> Salvaged {
+        let opened = if file.is_file() { history::open(file).ok() } else { None };
+        let Some(connection) = opened else { return Salvaged::default() };
+        Salvaged(TABLES.into_iter().map(|table| (table, read_table(&connection, table))).collect())
+    }
+
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        self.0.values().map(|table| table.rows.len()).sum()
+    }
+
+    /// The tables that were not read as a whole.
+    pub fn lost(&self) -> Vec<String> {
+        let is_whole = |table: &&str| self.0.get(table).is_some_and(|table| table.is_whole);
+        TABLES.into_iter().filter(|table| !is_whole(table)).map(str::to_string).collect()
+    }
+
+    /// A fact, if it could be read.
+    pub fn fact(&self, fact: Fact) -> Option<String> {
+        let texts = self.0.get("facts")?.rows.values();
+        let mut values = texts.filter(|row| row.first() == Some(&Value::Text(fact.name().to_string())));
+        match values.next()?.get(1)? {
+            Value::Text(value) => Some(value.clone()),
+            _ => None,
+        }
+    }
+
+    /// The greatest term, generation or worker that any row names.
+    pub fn greatest_number(&self) -> u64 {
+        let named = |(name, table): (&&str, &Table)| -> Vec<u64> {
+            let numbers = ["term", "worker", "generation"];
+            let places: Vec<usize> = (0..table.columns.len())
+                .filter(|at| *name != "facts" && numbers.contains(&table.columns[*at].as_str()))
+                .collect();
+            let values = table.rows.values().flat_map(|row| places.iter().map(|at| &row[*at]));
+            let number = |value: &Value| match value {
+                Value::Integer(number) => u64::try_from(*number).ok(),
+                _ => None,
+            };
+            values.filter_map(number).collect()
+        };
+        let floor = self.fact(Fact::Floor).and_then(|floor| floor.parse().ok());
+        self.0.iter().flat_map(named).chain(floor).max().unwrap_or(0)
+    }
+}
+
+fn read_table(connection: &Connection, table: &str) -> Table {
+    let mut read = Table::default();
+    if matches!(connection.table_exists(None, table), Ok(false)) {
+        // An earlier version did not have it; where the schema is lost this says the same, and other tables tell.
+        read.is_whole = matches!(connection.table_exists(None, "facts"), Ok(true));
+        return read;
+    }
+    read.is_whole =
+        ["ASC", "DESC"].iter().any(|order| read_rows(connection, table, order, &mut read).is_ok());
+    read
+}
+
+fn read_rows(connection: &Connection, table: &str, order: &str, read: &mut Table) -> rusqlite::Result<()> {
+    let mut statement =
+        connection.prepare(&format!("SELECT rowid, * FROM {table} ORDER BY rowid {order}"))?;
+    read.columns = statement.column_names().skip(1).map(str::to_string).collect();
+    let columns = read.columns.len();
+    let mut rows = statement.query([])?;
+    while let Some(row) = rows.next()? {
+        let values = (1..=columns).map(|at| row.get(at)).collect::<rusqlite::Result<_>>()?;
+        read.rows.insert(row.get(0)?, values);
+    }
+    Ok(())
+}
+
+impl Journal {
+    /// Takes over what could be read of another journal, and leaps over all numbers that it may have given.
+    /// `before` is what is known of earlier recoveries.
+    pub fn take_over(&mut self, salvaged: &Salvaged, before: Recovery) -> Result<Recovery, JournalError> {
+        for fact in FACTS {
+            if let Some(value) = salvaged.fact(fact) {
+                self.set_fact(fact, &value)?;
+            }
+        }
+        let change = self.connection.transaction()?;
+        for (table, read) in salvaged.0.iter().filter(|(table, _)| **table != "facts") {
+            let mut known = Vec::new();
+            for (at, column) in read.columns.iter().enumerate() {
+                if change.column_exists(None, *table, column.as_str())? {
+                    known.push((at, column.as_str()));
+                }
+            }
+            let columns: Vec<&str> = known.iter().map(|(_, column)| *column).collect();
+            let places = vec!["?"; columns.len()].join(", ");
+            let insert = format!("INSERT OR IGNORE INTO {table} ({}) VALUES ({places})", columns.join(", "));
+            for row in read.rows.values() {
+                change.execute(&insert, params_from_iter(known.iter().map(|(at, _)| &row[*at])))?;
+            }
+        }
+        change.commit()?;
+        let floor = (before.floor.max(salvaged.greatest_number()) / LEAP + 1) * LEAP;
+        let mut lost = [before.lost, salvaged.lost()].concat();
+        lost.sort();
+        lost.dedup();
+        let recovery = Recovery { floor, lost };
+        self.set_fact(Fact::Floor, &floor.to_string())?;
+        self.set_fact(Fact::Recovered, &super::to_json(&recovery))?;
+        Ok(recovery)
+    }
+
+    /// The number above which all new numbers are; 0 in a journal that was never recovered.
+    pub(super) fn floor(&self) -> Result<u64, JournalError> {
+        Ok(self.fact(Fact::Floor)?.and_then(|floor| floor.parse().ok()).unwrap_or(0))
+    }
+
+    /// Stands for all groups of before: it has no member who could come back.
+    pub(super) fn group_before(floor: u64) -> Group {
+        Group {
+            generation: Generation(floor),
+            members: Vec::new(),
+            position: Position(0),
+            start: Start::Fresh,
+            skips: Vec::new(),
+            backend: Backend::default(),
+        }
+    }
+
+    /// Records a checkpoint that is there.
+    pub fn found(&mut self, checkpoint: &ganglion_membership::Checkpoint) -> Result<(), JournalError> {
+        let row = "INSERT INTO checkpoints (step, phase, position, state_digest, generation, valid)
+            VALUES (?1, ?2, ?3, ?4, 0, 1) ON CONFLICT DO UPDATE SET valid = 1";
+        let position = checkpoint.position.0;
+        self.connection
+            .execute(row, params![checkpoint.step, checkpoint.phase, position, checkpoint.state_digest])?;
+        Ok(())
+    }
+}

@@ -1,0 +1,276 @@
+//! `coordinator recover`: a new journal for a run whose own is damaged or missing, from what else there is.
+//!
+//! 1. Nothing is overwritten: the old journal stays beside the new one, as `journal.sqlite.damaged-1`.
+//! 2. Nothing is guessed. What cannot be read is named, and the audit counts what cannot be proven without it.
+//! 3. Without a checkpoint there is nothing to go on from, and no journal is made.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ganglion_membership::Checkpoint;
+use ganglion_proto::evaluation::EvaluationRow;
+use ganglion_proto::job::Job;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::audit::evidence::{manifests, open_storage, silent};
+use crate::inspect::as_json;
+use crate::job_file;
+use crate::journal::{Fact, Journal, Recovery, Salvaged};
+use crate::mend::open_records;
+use crate::report::damage::{SetAside, free_name};
+use crate::report::disk::{Disk, SystemDisk};
+use crate::report::progress::Screen;
+use crate::run::Failure;
+use crate::run_dir::RunDir;
+
+const JOURNAL: &str = "journal.sqlite";
+/// Where the new journal is made.
+const DRAFT: &str = ".journal.sqlite.new";
+/// A number above this was never given, but comes of damage.
+const CREDIBLE: u64 = 1 << 60;
+/// What SQLite writes beside a journal.
+const BESIDE: [&str; 3] = ["", "-wal", "-shm"];
+
+/// What a recovery did.
+#[derive(Debug, Serialize)]
+struct Recovered {
+    run_dir: PathBuf,
+    /// The job's name.
+    name: String,
+    /// Checkpoints that were found, and the step of the newest.
+    checkpoints: usize,
+    step: u64,
+    state_digest: String,
+    /// Rows of the old journal.
+    rows: usize,
+    #[serde(flatten)]
+    recovery: Recovery,
+    /// What was set aside.
+    set_aside: Vec<SetAside>,
+}
+
+/// What the records tell that the journal knew.
+#[derive(Default)]
+struct Told {
+    /// The greatest number of a term, a generation or a worker, and what earlier recoveries lost.
+    before: Recovery,
+    passport: Option<String>,
+    evaluations: Vec<EvaluationRow>,
+}
+
+/// Makes a new journal for a run.
+pub fn recover(run: &Path, json: bool) -> Result<String, Failure> {
+    let job = read_job(run)?;
+    let run_dir = RunDir::hold(run)?;
+    let (owner, checkpoints) = find_checkpoints(run_dir.folder(), &job)?;
+    let Some(newest) = checkpoints.iter().max_by_key(|checkpoint| checkpoint.position) else {
+        return Err(Failure::Input(format!(
+            "{}: no checkpoint is there, so there is nothing to go on from; mount or restore the checkpoints, or begin anew \
+             with another --run-dir",
+            run.display()
+        )));
+    };
+    let old = newest_journal(&run_dir);
+    let salvaged = old.as_deref().map(Salvaged::read).unwrap_or_default();
+    let name = run_name(&salvaged, owner, run)?;
+    let told = Told::read(run_dir.folder());
+    let draft = run_dir.path(DRAFT);
+    let failed = |error: io::Error| Failure::Other(format!("{}: {error}", run.display()));
+    remove_draft(&draft).map_err(failed)?;
+    let mut journal = Journal::open(&draft)?;
+    let before = salvaged.fact(Fact::Recovered).and_then(|text| serde_json::from_str::<Recovery>(&text).ok());
+    let lost = [told.before.lost.clone(), before.map(|before| before.lost).unwrap_or_default()].concat();
+    let recovery = journal.take_over(&salvaged, Recovery { floor: told.before.floor, lost })?;
+    journal.set_fact(Fact::Run, &name)?;
+    fill(&mut journal, &told, &checkpoints)?;
+    let aside = SetAside {
+        file: JOURNAL.to_string(),
+        aside: free_name(&run_dir.path(JOURNAL)),
+        kept: salvaged.rows() as u64,
+        lost: recovery.lost.len() as u64,
+        steps: Vec::new(),
+    };
+    let is_there = run_dir.path(JOURNAL).exists();
+    let aside = if is_there { aside } else { SetAside { aside: String::new(), ..aside } };
+    journal.set_aside(&aside)?;
+    drop(journal);
+    exchange(&run_dir, &draft, &aside.aside).map_err(failed)?;
+    let recovered = Recovered {
+        run_dir: run.to_path_buf(),
+        name: job.job.name.clone(),
+        checkpoints: checkpoints.len(),
+        step: newest.step,
+        state_digest: newest.state_digest.clone(),
+        rows: salvaged.rows(),
+        set_aside: tell(&run_dir, &job, &recovery)?,
+        recovery,
+    };
+    Ok(if json { as_json(&recovered) } else { recovered.describe() })
+}
+
+fn read_job(run: &Path) -> Result<Job, Failure> {
+    let file = run.join("job.toml");
+    let text = fs::read_to_string(&file).map_err(|error| {
+        Failure::Input(format!(
+            "{}: {error}; give the folder of a run, with the job.toml that its coordinator wrote",
+            file.display()
+        ))
+    })?;
+    job_file::parse_resolved(&text)
+        .map_err(|errors| Failure::Input(format!("{}: not a job of this version:\n{errors}", file.display())))
+}
+
+/// The run that the storage belongs to, and the checkpoints that are there. Whether they are whole, the next start sees.
+fn find_checkpoints(run: &Path, job: &Job) -> Result<(Option<String>, Vec<Checkpoint>), Failure> {
+    let storage = open_storage(run, job).map_err(|error| Failure::Input(error.to_string()))?;
+    let found = storage.wait(async {
+        let owner = storage.storage().owner().await?;
+        Ok((owner, manifests(storage.storage()).await?))
+    });
+    let found = found.map_err(|error| Failure::Other(silent(storage.storage(), &error).to_string()));
+    let (owner, manifests) = found?;
+    let whole = manifests.into_iter().filter_map(|(folder, manifest)| {
+        let manifest = manifest.ok()?;
+        (manifest.folder() == folder).then_some(manifest)
+    });
+    Ok((owner, whole.collect()))
+}
+
+/// The journal; or the newest one that was set aside, if a recovery ended half way.
+fn newest_journal(run_dir: &RunDir) -> Option<PathBuf> {
+    let journal = run_dir.path(JOURNAL);
+    let aside = |number: u32| run_dir.path(&format!("{JOURNAL}.damaged-{number}"));
+    if journal.exists() {
+        return Some(journal);
+    }
+    (1..).map(aside).take_while(|path| path.exists()).last()
+}
+
+fn run_name(salvaged: &Salvaged, owner: Option<String>, run: &Path) -> Result<String, Failure> {
+    match (owner, salvaged.fact(Fact::Run)) {
+        (Some(owner), Some(known)) if owner != known => Err(Failure::Input(format!(
+            "{}: the checkpoints are another run's ({owner}, not {known}); name their place in job.toml as checkpoint.url",
+            run.display()
+        ))),
+        (Some(name), _) | (None, Some(name)) => Ok(name),
+        (None, None) => crate::supervisor::new_token().map_err(|error| Failure::Other(error.to_string())),
+    }
+}
+
+fn remove_draft(draft: &Path) -> io::Result<()> {
+    for beside in BESIDE {
+        match fs::remove_file(with(draft, beside)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn with(path: &Path, end: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_os_string();
+    name.push(end);
+    name.into()
+}
+
+/// Adds what the old journal did not tell any more.
+fn fill(journal: &mut Journal, told: &Told, checkpoints: &[Checkpoint]) -> Result<(), Failure> {
+    if let Some(passport) = told.passport.as_ref().filter(|_| journal.passport().ok().flatten().is_none()) {
+        journal.set_fact(Fact::Passport, passport)?;
+    }
+    for row in &told.evaluations {
+        journal.evaluated(row)?;
+    }
+    for checkpoint in checkpoints {
+        journal.found(checkpoint)?;
+    }
+    Ok(())
+}
+
+/// Puts the new journal in the place of the old one, which stays under another name.
+fn exchange(run_dir: &RunDir, draft: &Path, aside: &str) -> io::Result<()> {
+    File::open(draft)?.sync_all()?;
+    let journal = run_dir.path(JOURNAL);
+    // The journal first: SQLite must never find one beside what was written for another.
+    for beside in BESIDE.iter().filter(|beside| with(&journal, beside).exists()) {
+        let name = if aside.is_empty() { free_name(&journal) } else { aside.to_string() };
+        fs::rename(with(&journal, beside), with(&run_dir.path(&name), beside))?;
+    }
+    fs::rename(draft, &journal)?;
+    File::open(run_dir.folder())?.sync_all()
+}
+
+/// Sets damaged records aside as well, and leaves an event.
+fn tell(run_dir: &RunDir, job: &Job, recovery: &Recovery) -> Result<Vec<SetAside>, Failure> {
+    let mut journal = Journal::open(&run_dir.path(JOURNAL))?;
+    let disk: Arc<dyn Disk> = Arc::new(SystemDisk);
+    let mut records = open_records(job, run_dir.folder(), &Screen::silent(), &disk, &mut journal)?;
+    let all = journal.set_asides()?;
+    records.event("journal_recovered", recovery);
+    records.finish_writing();
+    Ok(all)
+}
+
+impl Told {
+    fn read(run: &Path) -> Told {
+        let mut told = Told::default();
+        for name in ["metrics.jsonl", "events.jsonl"] {
+            let content = fs::read(run.join(name)).unwrap_or_default();
+            let lines = content.split(|byte| *byte == b'\n');
+            lines.filter_map(|line| serde_json::from_slice(line).ok()).for_each(|line| told.take(&line));
+        }
+        told
+    }
+
+    fn take(&mut self, line: &Value) {
+        let numbers = ["term", "generation", "worker", "floor"].map(|name| line[name].as_u64().unwrap_or(0));
+        let numbers = numbers.into_iter().filter(|number| *number < CREDIBLE);
+        self.before.floor = numbers.fold(self.before.floor, u64::max);
+        match line["kind"].as_str() {
+            Some("passport") => self.passport = Some(line["items"].to_string()),
+            Some("evaluation") => self.evaluations.extend(evaluation(line)),
+            Some("journal_recovered") => {
+                let earlier = serde_json::from_value::<Recovery>(line.clone());
+                self.before.lost.extend(earlier.map(|earlier| earlier.lost).unwrap_or_default());
+            }
+            _ => {}
+        }
+    }
+}
+
+fn evaluation(line: &Value) -> Option<EvaluationRow> {
+    let metrics = line["metrics"].as_object()?.iter();
+    let metrics = metrics.map(|(name, value)| (name.clone(), value.as_f64().unwrap_or(f64::NAN)));
+    Some(EvaluationRow {
+        step: line["step"].as_u64()?,
+        metrics: metrics.collect(),
+        features: line["features"].as_str()?.to_string(),
+        seconds: line["seconds"].as_f64()?,
+    })
+}
+
+impl Recovered {
+    fn describe(&self) -> String {
+        let Recovered { name, checkpoints, step, state_digest, rows, recovery, .. } = self;
+        let run = self.run_dir.display();
+        let mut lines = vec![
+            format!("made a new journal for run {name} in {run}"),
+            format!("  {checkpoints} checkpoints, the newest of step {step}, state_digest {state_digest}"),
+            format!(
+                "  {rows} rows of the old journal; new terms, generations and workers count from {}",
+                recovery.floor + 1
+            ),
+        ];
+        if !recovery.lost.is_empty() {
+            lines.push(format!("  not read, or not as a whole: {}", recovery.lost.join(", ")));
+        }
+        lines.extend(self.set_aside.iter().map(|found| format!("  {}", found.describe())));
+        lines.push(format!(
+            "the same command as before goes on; `coordinator audit {run}` tells what cannot be proven any more"
+        ));
+        lines.join("\n")
+    }
+}
