@@ -15,6 +15,8 @@ use ganglion_coordinator::operate::{Question, operate};
 use ganglion_coordinator::recover::recover;
 use ganglion_coordinator::report::progress::Screen;
 use ganglion_coordinator::run::{Failure, run, start_log};
+use ganglion_proto::listen::raise_descriptor_limit;
+use ganglion_proto::printable;
 
 fn main() -> ExitCode {
     let mut cli = Cli::parse();
@@ -22,6 +24,7 @@ fn main() -> ExitCode {
         None => {
             let screen = Screen::stderr(std::io::stderr().is_terminal());
             start_log(&screen, cli.log_format);
+            raise_descriptor_limit();
             let system = System { log_format: cli.log_format };
             conclude(block_on(run(cli, &system, screen)))
         }
@@ -84,7 +87,7 @@ fn conclude(result: Result<String, Failure>) -> ExitCode {
         }
         Err(failure) => {
             let prefix = if matches!(failure, Failure::Stopped { .. }) { "" } else { "error: " };
-            say(&mut std::io::stderr(), &format!("{prefix}{failure}"));
+            say(&mut std::io::stderr(), &printable(&format!("{prefix}{failure}")));
             ExitCode::from(failure.exit_code())
         }
     }

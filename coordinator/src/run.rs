@@ -316,7 +316,8 @@ where
     let (inputs, mut receiver) = mpsc::channel(INPUTS);
     let (shutdown, stopping) = watch::channel(false);
     let (term, store) = (parts.term, parts.store.clone());
-    let mut server = tokio::spawn(serve(incoming, term, inputs, store, guard, stopping));
+    let views = parts.publisher.subscribe();
+    let mut server = tokio::spawn(serve(incoming, term, inputs, store, guard, views, stopping));
     let mut shell = Shell::new(parts);
     let ended = if life.found_complete {
         shell.found_complete(life.samples)
@@ -347,6 +348,10 @@ fn open_journal(run_dir: &RunDir) -> Result<Journal, Failure> {
              checkpoints with: coordinator recover {folder}; to begin anew, choose another --run-dir",
             journal.display()
         )));
+    }
+    // It holds the tokens by which local workers show who they are.
+    if let Err(error) = run_dir.keep_private("journal.sqlite") {
+        tracing::debug!("{}: its mode stays as it is: {error}", journal.display());
     }
     Ok(Journal::open(&journal)?)
 }

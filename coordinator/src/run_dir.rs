@@ -2,10 +2,11 @@
 //!
 //! 1. One coordinator holds a run directory at a time, by a lock that the system frees when the process ends.
 //! 2. A run directory belongs to one job for ever; only what cannot change the result may change.
+//! 3. Secrets in it are for its user only, whatever was there before by their names.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{Read, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -61,7 +62,7 @@ impl RunDir {
     pub fn hold(folder: &Path) -> Result<RunDir, RunDirError> {
         let named = format!("--run-dir {}", folder.display());
         let unusable = |error: std::io::Error| RunDirError::of(&named, error);
-        whole::create_folders(folder).map_err(unusable)?;
+        create(folder).map_err(unusable)?;
         let folder = folder.canonicalize().map_err(unusable)?;
         let lock_file = folder.join("lock");
         let mut options = OpenOptions::new();
@@ -97,13 +98,34 @@ impl RunDir {
         &self.folder
     }
 
-    /// Writes a file that only this user can read.
+    /// Writes a file that only this user can read, in place of whatever is there.
     pub fn write_secret(&self, name: &str, text: &str) -> Result<(), RunDirError> {
         let file = self.path(name);
+        whole::write_secret(&file, text.as_bytes())
+            .map_err(|error| RunDirError::Input(format!("{}: {error}", file.display())))
+    }
+
+    /// The content of a file that [`RunDir::write_secret`] wrote; none if others could have read or written it.
+    pub fn read_secret(&self, name: &str) -> Option<String> {
+        let mut file = File::open(self.path(name)).ok()?;
+        let (about, link) = (file.metadata().ok()?, fs::symlink_metadata(self.path(name)).ok()?);
+        let is_own = about.uid() == nix::unistd::geteuid().as_raw() && about.mode() & 0o077 == 0;
+        if !link.is_file() || !is_own {
+            return None;
+        }
+        let mut text = String::new();
+        file.read_to_string(&mut text).ok()?;
+        Some(text)
+    }
+
+    /// Sees that only this user can read a file that holds secrets and that others than this program write. Makes it if it is
+    /// not there.
+    pub fn keep_private(&self, name: &str) -> std::io::Result<()> {
         let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
-        let written = options.open(&file).and_then(|mut opened| opened.write_all(text.as_bytes()));
-        written.map_err(|error| RunDirError::Input(format!("{}: {error}", file.display())))
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(self.path(name))?;
+        let mode = file.metadata()?.mode() & 0o700;
+        file.set_permissions(Permissions::from_mode(mode))
     }
 
     /// Where a run has begun, checks that nothing of its job changed that decides its result. Returns whether anything changed
@@ -141,6 +163,17 @@ impl RunDir {
     }
 }
 
+/// Makes a folder for this user only, and those above it as usual. One that is there stays as it is.
+fn create(folder: &Path) -> std::io::Result<()> {
+    let above = folder.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    whole::create_folders(above)?;
+    match DirBuilder::new().mode(0o700).create(folder) {
+        Err(_) if folder.is_dir() => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => File::open(above)?.sync_all(),
+    }
+}
+
 /// Takes a file's lock. Who only looks whether a run goes on has the lock for an instant, so one refusal says nothing.
 fn lock(mut file: File) -> Result<Flock<File>, File> {
     for _ in 0..LOCK_ATTEMPTS {
@@ -151,4 +184,48 @@ fn lock(mut file: File) -> Result<Flock<File>, File> {
         std::thread::sleep(LOCK_PAUSE);
     }
     Err(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mode(file: &Path) -> u32 {
+        fs::symlink_metadata(file).unwrap().mode() & 0o777
+    }
+
+    /// Invariant 3.
+    #[test]
+    fn a_secret_is_for_its_user_only_whatever_was_there_before() {
+        let root = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::hold(&root.path().join("runs/run")).unwrap();
+        assert_eq!(mode(run_dir.folder()), 0o700);
+        assert_ne!(mode(&root.path().join("runs")), 0o700, "others may have runs there");
+        let (secret, elsewhere) = (run_dir.path("secret"), root.path().join("elsewhere"));
+        fs::write(&elsewhere, "theirs").unwrap();
+        for before in ["nothing", "open", "link", "dangling"] {
+            let _ = fs::remove_file(&secret);
+            match before {
+                "open" => {
+                    fs::write(&secret, "old").unwrap();
+                    fs::set_permissions(&secret, Permissions::from_mode(0o644)).unwrap();
+                }
+                "link" => std::os::unix::fs::symlink(&elsewhere, &secret).unwrap(),
+                "dangling" => std::os::unix::fs::symlink(root.path().join("none"), &secret).unwrap(),
+                _ => {}
+            }
+            assert_eq!(run_dir.read_secret("secret"), None, "{before}");
+            run_dir.write_secret("secret", "new").unwrap();
+            assert_eq!(mode(&secret), 0o600, "{before}");
+            assert_eq!(run_dir.read_secret("secret").as_deref(), Some("new"), "{before}");
+        }
+        assert_eq!(fs::read_to_string(&elsewhere).unwrap(), "theirs");
+        assert!(!root.path().join("none").exists());
+        run_dir.keep_private("secret").unwrap();
+        fs::set_permissions(&secret, Permissions::from_mode(0o664)).unwrap();
+        run_dir.keep_private("secret").unwrap();
+        run_dir.keep_private("made").unwrap();
+        assert_eq!((mode(&secret), mode(&run_dir.path("made"))), (0o600, 0o600));
+        assert_eq!(fs::read_to_string(&secret).unwrap(), "new");
+    }
 }

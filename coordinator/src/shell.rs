@@ -8,6 +8,7 @@
 
 mod actions;
 mod admin;
+mod budget;
 mod delays;
 mod judging;
 pub mod records;
@@ -39,6 +40,7 @@ use crate::judged::{Best, Judged};
 use crate::keeper::Keeper;
 use crate::server::{Input, Outbox, SessionId, Store};
 use crate::supervisor::{EXIT_LIMIT, Exited, Spawned, Supervisor, new_token};
+use budget::Budget;
 use delays::Delays;
 use records::Records;
 use stuck::Held;
@@ -177,6 +179,8 @@ struct Connected {
     address: String,
     /// What it computes on.
     device: String,
+    /// Events that it may cause.
+    budget: Budget,
     /// When it gave its newest sign of life, and what it said then.
     heard: Option<(Instant, Progress, Usage)>,
 }

@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ganglion_membership::{
-    Activity, Backend, Checkpoint, Fault, Generation, Group, LoadedFacts, Member, Passport, Plan, PlanKind,
-    Position, Progress, Rank, Rested, Start, StoredFile, Term, WorkerId, WrittenPart,
+    Activity, Backend, Checkpoint, Fault, Generation, Group, Limits, LoadedFacts, Member, Passport, Plan,
+    PlanKind, Position, Progress, Rank, Rested, Start, StoredFile, Term, WorkerId, WrittenPart,
 };
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as ValueError, StrDeserializer};
 
+use crate::bounds::{self, count, list, name, text, within};
 use crate::evaluation::{Alarms, Evaluation, EvaluationRow};
 use crate::found::Found;
 use crate::job::{self, Job, Length};
@@ -18,8 +19,6 @@ use crate::message::{
 };
 use crate::wire;
 
-/// The longest text that a peer may send where people read it, in bytes. The rest is cut off.
-const TEXT_LIMIT: usize = 4096;
 /// The slowest leaf that is believed.
 const SLOWEST_LEAF: Duration = Duration::from_secs(3600);
 
@@ -34,14 +33,6 @@ pub(crate) fn malformed(what: &str) -> Malformed {
 
 fn required<T>(field: Option<T>, name: &str) -> Result<T, Malformed> {
     field.ok_or_else(|| Malformed(format!("{name} is missing")))
-}
-
-pub(crate) fn clipped(mut text: String) -> String {
-    if text.len() > TEXT_LIMIT {
-        let cut = (0..=TEXT_LIMIT).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-        text.truncate(cut);
-    }
-    text
 }
 
 // ---- A worker's messages -----------------------------------------------------------------------------------------
@@ -110,49 +101,72 @@ impl FromWorker {
     pub fn from_wire(request: wire::SessionRequest) -> Result<(Term, FromWorker), Malformed> {
         use wire::session_request::Message;
         let message = match required(request.message, "message")? {
-            Message::Hello(hello) => FromWorker::Hello(hello_from_wire(hello)),
+            Message::Hello(hello) => FromWorker::Hello(hello_from_wire(hello)?),
             Message::Loaded(mut loaded) => {
                 let data = loaded.data.take().map(Found::from_wire).transpose()?;
                 FromWorker::Loaded(loaded_from_wire(loaded)?, data.map(Box::new))
             }
             Message::Ready(ready) => {
-                FromWorker::Ready(Generation(ready.generation), ready.position.map(Position))
+                FromWorker::Ready(generation(ready.generation)?, ready.position.map(position).transpose()?)
             }
-            Message::Fault(fault) => FromWorker::Fault(Generation(fault.generation), fault_from_wire(fault)?),
+            Message::Fault(fault) => {
+                FromWorker::Fault(generation(fault.generation)?, fault_from_wire(fault)?)
+            }
             Message::Heartbeat(heartbeat) => heartbeat_from_wire(&heartbeat)?,
-            Message::Metrics(row) => FromWorker::Metrics(row_from_wire(row)),
+            Message::Metrics(row) => FromWorker::Metrics(row_from_wire(row)?),
             Message::PartWritten(part) => FromWorker::PartWritten(WrittenPart {
-                step: part.step,
+                step: count(part.step, "step")?,
                 phase: part.phase,
                 index: part.index,
                 count: part.count,
                 file: file_from_wire(required(part.file, "file")?)?,
                 state_digest: digest(part.state_digest)?,
             }),
-            Message::PartDelayed(part) => {
-                FromWorker::PartDelayed(part.step, clipped(part.file), clipped(part.detail))
-            }
-            Message::Samples(grid) => FromWorker::Samples(SampleGrid {
-                step: grid.step,
-                png: grid.png,
-                width: grid.width,
-                height: grid.height,
-                channels: grid.channels,
-            }),
+            Message::PartDelayed(part) => FromWorker::PartDelayed(
+                count(part.step, "step")?,
+                name(part.file, "file")?,
+                text(part.detail),
+            ),
+            Message::Samples(grid) => FromWorker::Samples(samples_from_wire(grid)?),
             Message::Evaluation(row) => FromWorker::Evaluation(EvaluationRow::from_wire(row)?),
             Message::PhaseSkipped(skipped) => {
-                FromWorker::PhaseSkipped(Position(skipped.position), clipped(skipped.detail))
+                FromWorker::PhaseSkipped(position(skipped.position)?, text(skipped.detail))
             }
             Message::Finished(finished) => FromWorker::Finished(
-                Generation(finished.generation),
-                Position(finished.position),
+                generation(finished.generation)?,
+                position(finished.position)?,
                 finished.complete,
             ),
-            Message::InputError(error) => FromWorker::InputError(clipped(error.detail)),
+            Message::InputError(error) => FromWorker::InputError(text(error.detail)),
             Message::Leave(_) => FromWorker::Leave,
         };
-        Ok((Term(request.term), message))
+        Ok((Term(count(request.term, "term")?), message))
     }
+}
+
+fn generation(number: u64) -> Result<Generation, Malformed> {
+    count(number, "generation").map(Generation)
+}
+
+fn position(number: u64) -> Result<Position, Malformed> {
+    count(number, "position").map(Position)
+}
+
+fn samples_from_wire(grid: wire::SampleGrid) -> Result<SampleGrid, Malformed> {
+    let is_picture = (1..=bounds::SIDE).contains(&grid.width)
+        && (1..=bounds::SIDE).contains(&grid.height)
+        && (1..=4).contains(&grid.channels);
+    if !is_picture {
+        let wire::SampleGrid { width, height, channels, .. } = grid;
+        return Err(Malformed(format!("{width} x {height} pixels of {channels} channels are no picture")));
+    }
+    Ok(SampleGrid {
+        step: count(grid.step, "step")?,
+        png: grid.png,
+        width: grid.width,
+        height: grid.height,
+        channels: grid.channels,
+    })
 }
 
 fn hello_to_wire(hello: Hello) -> wire::Hello {
@@ -178,41 +192,54 @@ fn hello_to_wire(hello: Hello) -> wire::Hello {
     }
 }
 
-fn hello_from_wire(hello: wire::Hello) -> Hello {
-    let rested =
-        |rest: wire::Rested| Rested { position: rest.position.map(Position), finished: rest.finished };
-    Hello {
+fn hello_from_wire(hello: wire::Hello) -> Result<Hello, Malformed> {
+    let token = within(hello.spawn_token, bounds::NAME, "spawn_token")?;
+    Ok(Hello {
         protocol: hello.protocol,
-        spawn_token: Some(hello.spawn_token).filter(|token| !token.is_empty()),
-        host: clipped(hello.host),
+        spawn_token: Some(token).filter(|token| !token.is_empty()),
+        host: name(hello.host, "host")?,
         pid: hello.pid,
-        address: clipped(hello.address),
-        resume: hello.resume.map(|resume| Resume {
-            run: clipped(resume.run),
-            worker: WorkerId(resume.worker),
-            term: Term(resume.term),
-            generation: Generation(resume.generation),
-            rest: resume.rested.map(rested),
-        }),
-        device: clipped(hello.device),
-        attempt: hello.attempt,
-    }
+        address: name(hello.address, "address")?,
+        resume: hello.resume.map(resume_from_wire).transpose()?,
+        device: name(hello.device, "device")?,
+        attempt: count(hello.attempt, "attempt")?,
+    })
+}
+
+fn resume_from_wire(resume: wire::Resume) -> Result<Resume, Malformed> {
+    let rested = |rest: wire::Rested| {
+        let position = rest.position.map(position).transpose()?;
+        Ok(Rested { position, finished: rest.finished })
+    };
+    Ok(Resume {
+        run: name(resume.run, "run")?,
+        worker: WorkerId(count(resume.worker, "worker")?),
+        term: Term(count(resume.term, "term")?),
+        generation: generation(resume.generation)?,
+        rest: resume.rested.map(rested).transpose()?,
+    })
 }
 
 fn loaded_from_wire(loaded: wire::Loaded) -> Result<LoadedFacts, Malformed> {
-    if loaded.samples == 0 || loaded.phases_per_step == 0 {
-        return Err(malformed("loaded without samples or phases"));
+    if loaded.samples == 0 || !(1..=bounds::PHASES).contains(&loaded.phases_per_step) {
+        return Err(Malformed(format!("loaded without samples, or without 1 to {} phases", bounds::PHASES)));
     }
-    if loaded.passport.is_empty() || loaded.passport.len() > 64 {
-        return Err(malformed("a passport has 1 to 64 items"));
+    if loaded.passport.is_empty() || loaded.passport.len() > bounds::PASSPORT {
+        return Err(Malformed(format!("a passport has 1 to {} items", bounds::PASSPORT)));
     }
-    let items = loaded.passport.into_iter().map(|(item, value)| (clipped(item), clipped(value)));
+    // Not cut off: two that differ must not become equal.
+    let item = |(item, value)| {
+        Ok((
+            name(item, "an item of the passport")?,
+            text(within(value, bounds::TEXT, "a value of the passport")?),
+        ))
+    };
     Ok(LoadedFacts {
-        passport: Passport(items.collect()),
-        samples: loaded.samples,
+        passport: Passport(loaded.passport.into_iter().map(item).collect::<Result<_, Malformed>>()?),
+        samples: count(loaded.samples, "samples")?,
         sees_storage: loaded.sees_storage,
         phases_per_step: loaded.phases_per_step,
-        gpu: Some(clipped(loaded.gpu)).filter(|gpu| !gpu.is_empty()),
+        gpu: Some(name(loaded.gpu, "gpu")?).filter(|gpu| !gpu.is_empty()),
     })
 }
 
@@ -239,12 +266,15 @@ fn fault_from_wire(fault: wire::Fault) -> Result<Fault, Malformed> {
     Ok(match fault.kind() {
         wire::FaultKind::Peer => Fault::Peer,
         wire::FaultKind::Timeout => Fault::Timeout,
-        wire::FaultKind::Links => Fault::Links(fault.ranks.into_iter().map(Rank).collect()),
-        wire::FaultKind::Diverged => Fault::Diverged(clipped(fault.detail)),
-        wire::FaultKind::Internal => Fault::Internal(clipped(fault.detail)),
+        wire::FaultKind::Links => {
+            let ranks = list(fault.ranks, bounds::MEMBERS, "ranks")?;
+            Fault::Links(ranks.into_iter().map(Rank).collect())
+        }
+        wire::FaultKind::Diverged => Fault::Diverged(text(fault.detail)),
+        wire::FaultKind::Internal => Fault::Internal(text(fault.detail)),
         kind @ (wire::FaultKind::NonFinite | wire::FaultKind::NonFiniteStop) => Fault::NonFinite {
-            position: Position(fault.position),
-            detail: clipped(fault.detail),
+            position: position(fault.position)?,
+            detail: text(fault.detail),
             stop: kind == wire::FaultKind::NonFiniteStop,
         },
         wire::FaultKind::Unspecified => return Err(malformed("unknown kind of fault")),
@@ -253,8 +283,8 @@ fn fault_from_wire(fault: wire::Fault) -> Result<Fault, Malformed> {
 
 fn heartbeat_from_wire(heartbeat: &wire::Heartbeat) -> Result<FromWorker, Malformed> {
     let progress = Progress {
-        position: Position(heartbeat.position),
-        leaves: heartbeat.leaves,
+        position: position(heartbeat.position)?,
+        leaves: count(heartbeat.leaves, "leaves")?,
         activity: activity_from_wire(heartbeat.activity())?,
         slowest_leaf: Duration::from_micros(heartbeat.slowest_leaf_us).min(SLOWEST_LEAF),
     };
@@ -313,24 +343,24 @@ fn profile_from_wire(profile: wire::Profile) -> Profile {
     Profile { data, compute, wait, commit, other }
 }
 
-pub(crate) fn row_from_wire(row: wire::MetricsRow) -> MetricsRow {
+pub(crate) fn row_from_wire(row: wire::MetricsRow) -> Result<MetricsRow, Malformed> {
     let discriminator = row.discriminator_profile.map(profile_from_wire);
     let generator = row.generator_profile.map(profile_from_wire);
-    MetricsRow {
-        step: row.step,
+    Ok(MetricsRow {
+        step: count(row.step, "step")?,
         time: row.time,
-        generation: row.generation,
+        generation: count(row.generation, "generation")?,
         world_size: row.world_size,
         loss_discriminator: row.loss_discriminator,
         loss_generator: row.loss_generator,
         images_per_second: row.images_per_second,
-        images_seen: row.images_seen,
+        images_seen: count(row.images_seen, "images_seen")?,
         ledger: row.ledger,
-        skipped: row.skipped,
+        skipped: count(row.skipped, "skipped")?,
         profile: discriminator.zip(generator).map(|(discriminator, generator)| [discriminator, generator]),
         gpu: GpuUse { memory_bytes: row.gpu_memory_bytes, utilisation: row.gpu_utilisation },
         scores: row.score_real.zip(row.score_fake).map(|(real, fake)| [real, fake]),
-    }
+    })
 }
 
 fn file_to_wire(file: StoredFile) -> wire::StoredFile {
@@ -340,10 +370,11 @@ fn file_to_wire(file: StoredFile) -> wire::StoredFile {
 fn file_from_wire(file: wire::StoredFile) -> Result<StoredFile, Malformed> {
     // The name becomes part of a path on the coordinator's machine.
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-    if file.file.is_empty() || file.file.starts_with('.') || !file.file.chars().all(allowed) {
-        return Err(Malformed(format!("{:?} is not the name of a checkpoint's file", file.file)));
+    let file_name = within(file.file, bounds::NAME, "file")?;
+    if file_name.is_empty() || file_name.starts_with('.') || !file_name.chars().all(allowed) {
+        return Err(Malformed(format!("{file_name:?} is not the name of a checkpoint's file")));
     }
-    Ok(StoredFile { file: file.file, bytes: file.bytes, blake3: digest(file.blake3)? })
+    Ok(StoredFile { file: file_name, bytes: count(file.bytes, "bytes")?, blake3: digest(file.blake3)? })
 }
 
 fn digest(hex: String) -> Result<String, Malformed> {
@@ -398,11 +429,11 @@ impl ToWorker {
         let message = match required(response.message, "message")? {
             Message::Welcome(welcome) => ToWorker::Welcome(Box::new(Welcome {
                 term,
-                worker: WorkerId(welcome.worker),
-                run: welcome.run,
+                worker: WorkerId(count(welcome.worker, "worker")?),
+                run: name(welcome.run, "run")?,
                 job: job_from_wire(required(welcome.job, "job")?)?,
-                storage: welcome.storage,
-                condemned: Generation(welcome.condemned),
+                storage: within(welcome.storage, bounds::PATH, "storage")?,
+                condemned: generation(welcome.condemned)?,
             })),
             Message::Assignment(assignment) => ToWorker::Assignment(assignment_from_wire(assignment)?),
             Message::Plan(plan) => {
@@ -411,21 +442,25 @@ impl ToWorker {
                     wire::PlanKind::Stop => PlanKind::Stop,
                     wire::PlanKind::Unspecified => return Err(malformed("unknown kind of plan")),
                 };
-                ToWorker::Plan(Plan { number: plan.number, kind })
+                ToWorker::Plan(Plan { number: count(plan.number, "plan")?, kind })
             }
             Message::Abort(abort) => ToWorker::Abort {
-                generation: Generation(abort.generation),
-                reason: clipped(abort.reason),
+                generation: generation(abort.generation)?,
+                reason: text(abort.reason),
                 probe: abort.probe,
                 condemned: abort.condemned,
             },
-            Message::MetricsRecorded(recorded) => ToWorker::MetricsRecorded(recorded.step),
-            Message::MetricsWanted(wanted) => ToWorker::MetricsWanted(wanted.step),
-            Message::Reject(reject) => ToWorker::Reject(clipped(reject.reason)),
+            Message::MetricsRecorded(recorded) => ToWorker::MetricsRecorded(count(recorded.step, "step")?),
+            Message::MetricsWanted(wanted) => ToWorker::MetricsWanted(count(wanted.step, "step")?),
+            Message::Reject(reject) => ToWorker::Reject(text(reject.reason)),
             Message::Release(release) => ToWorker::Release { complete: release.complete },
             Message::Pulse(_) => ToWorker::Pulse,
-            Message::EvaluationsRecorded(recorded) => ToWorker::EvaluationsRecorded(recorded.steps),
-            Message::CheckpointRecorded(at) => ToWorker::CheckpointRecorded(at.step, at.phase),
+            Message::EvaluationsRecorded(recorded) => {
+                ToWorker::EvaluationsRecorded(list(recorded.steps, bounds::EVALUATIONS, "steps")?)
+            }
+            Message::CheckpointRecorded(at) => {
+                ToWorker::CheckpointRecorded(count(at.step, "step")?, at.phase)
+            }
         };
         Ok((term, message))
     }
@@ -480,16 +515,17 @@ fn backend_from_wire(backend: wire::Backend) -> Result<Backend, Malformed> {
 
 fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malformed> {
     use wire::assignment::Start as WireStart;
-    let position = Position(assignment.position);
+    let position = position(assignment.position)?;
     let backend = backend_from_wire(assignment.backend())?;
     let start = match required(assignment.start, "start")? {
         WireStart::Fresh(_) => Start::Fresh,
         WireStart::Healed(healed) => Start::Healed(Rank(healed.source)),
         WireStart::Checkpoint(from) => {
-            let files: Result<_, _> = from.files.into_iter().map(file_from_wire).collect();
+            let files = list(from.files, bounds::FILES, "files")?;
+            let files: Result<_, _> = files.into_iter().map(file_from_wire).collect();
             let checkpoint = Checkpoint {
                 position,
-                step: from.step,
+                step: count(from.step, "step")?,
                 phase: from.phase,
                 files: files?,
                 state_digest: digest(from.state_digest)?,
@@ -497,19 +533,20 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
             Start::Checkpoint(Rank(from.source), checkpoint)
         }
     };
-    let mut members = Vec::with_capacity(assignment.members.len());
-    let mut addresses = Vec::with_capacity(assignment.members.len());
+    let told = list(assignment.members, bounds::MEMBERS, "members")?;
+    let mut members = Vec::with_capacity(told.len());
+    let mut addresses = Vec::with_capacity(told.len());
     let mut next_shard = 0;
-    for member in assignment.members {
+    for member in told {
         let end = member.first_shard.checked_add(member.shards);
         let end = end.filter(|end| member.first_shard == next_shard && *end > next_shard);
         next_shard = end.ok_or_else(|| malformed("the data shards of the ranks do not follow each other"))?;
         members.push(Member {
-            worker: WorkerId(member.worker),
+            worker: WorkerId(count(member.worker, "worker")?),
             shards: member.first_shard..next_shard,
             writes_parts: member.writes_parts,
         });
-        addresses.push(clipped(member.address));
+        addresses.push(name(member.address, "address")?);
     }
     let source = match &start {
         Start::Healed(source) | Start::Checkpoint(source, _) => source.0,
@@ -518,13 +555,14 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
     if assignment.rank.max(source) as usize >= members.len() {
         return Err(malformed("a rank beyond the group"));
     }
+    let skips = list(assignment.skips, bounds::SKIPS, "skips")?;
     Ok(Assignment {
         group: Group {
-            generation: Generation(assignment.generation),
+            generation: generation(assignment.generation)?,
             members,
             position,
             start,
-            skips: assignment.skips.into_iter().map(Position).collect(),
+            skips: skips.into_iter().map(Position).collect(),
             backend,
         },
         rank: assignment.rank,
@@ -537,6 +575,11 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
 pub(crate) fn from_name<T: DeserializeOwned>(name: &str, key: &str) -> Result<T, Malformed> {
     let parsed: Result<T, ValueError> = T::deserialize(StrDeserializer::new(name));
     parsed.map_err(|error| Malformed(format!("{key}: {error}")))
+}
+
+/// A path or an address, if there is one.
+pub(crate) fn path(text: Option<String>, what: &str) -> Result<Option<String>, Malformed> {
+    text.map(|text| within(text, bounds::PATH, what)).transpose()
 }
 
 fn path_to_wire(path: &Path) -> String {
@@ -614,9 +657,12 @@ fn job_from_wire(wire: wire::Job) -> Result<Job, Malformed> {
     if wire.data_shards == 0 || wire.shard_batch == 0 {
         return Err(malformed("a job without data shards or samples in them"));
     }
+    if !(0.0..=Limits::LONGEST.as_secs_f64()).contains(&wire.failure_deadline) {
+        return Err(malformed("a failure deadline that is no time"));
+    }
     Ok(Job {
         job: job::General {
-            name: wire.name,
+            name: name(wire.name, "job.name")?,
             seed: wire.seed,
             length,
             data_shards: wire.data_shards,
@@ -633,7 +679,7 @@ fn job_from_wire(wire: wire::Job) -> Result<Job, Malformed> {
         loss: loss_from_wire(required(wire.loss, "job.loss")?)?,
         optimizer: optimizer_from_wire(required(wire.optimizer, "job.optimizer")?)?,
         augmentation: augmentation_from_wire(&required(wire.augmentation, "job.augmentation")?)?,
-        checkpoint: checkpoint_from_wire(required(wire.checkpoint, "job.checkpoint")?),
+        checkpoint: checkpoint_from_wire(required(wire.checkpoint, "job.checkpoint")?)?,
         sample: sample_from_wire(&required(wire.sample, "job.sample")?),
         metrics: job::Metrics { every_steps: required(wire.metrics, "job.metrics")?.every_steps },
         evaluation: Evaluation::from_wire(wire.evaluation)?,
@@ -644,7 +690,7 @@ fn job_from_wire(wire: wire::Job) -> Result<Job, Malformed> {
 fn data_from_wire(data: wire::Data) -> Result<job::Data, Malformed> {
     Ok(job::Data {
         kind: from_name(&data.kind, "data.kind")?,
-        path: data.path.map(Into::into),
+        path: path(data.path, "data.path")?.map(Into::into),
         resize: data.resize,
         crop: data.crop,
         channels: data.channels,
@@ -664,10 +710,10 @@ fn model_from_wire(model: wire::Model) -> Result<job::Model, Malformed> {
         ema_half_life_images: model.ema_half_life_images,
         ema_schedule: from_name(&model.ema_schedule, "model.ema_schedule")?,
         conditional: model.conditional,
-        init_from: model.init_from,
+        init_from: path(model.init_from, "model.init_from")?,
         freeze_discriminator: model.freeze_discriminator,
-        generator: model.generator.map(PathBuf::from),
-        discriminator: model.discriminator.map(PathBuf::from),
+        generator: path(model.generator, "model.generator")?.map(PathBuf::from),
+        discriminator: path(model.discriminator, "model.discriminator")?.map(PathBuf::from),
     })
 }
 
@@ -715,6 +761,9 @@ fn augmentation_to_wire(augmentation: &job::Augmentation) -> wire::Augmentation 
 }
 
 fn augmentation_from_wire(augmentation: &wire::Augmentation) -> Result<job::Augmentation, Malformed> {
+    if augmentation.kinds.len() > bounds::AUGMENTATIONS {
+        return Err(malformed("too many kinds of augmentation"));
+    }
     let kind = |name: &String| from_name(name, "augmentation.kinds");
     let kinds: Result<_, _> = augmentation.kinds.iter().map(kind).collect();
     Ok(job::Augmentation {
@@ -743,17 +792,41 @@ fn optimizer_from_wire(optimizer: wire::Optimizer) -> Result<job::Optimizer, Mal
     })
 }
 
-fn checkpoint_from_wire(checkpoint: wire::Checkpoint) -> job::Checkpoint {
-    job::Checkpoint {
+fn checkpoint_from_wire(checkpoint: wire::Checkpoint) -> Result<job::Checkpoint, Malformed> {
+    Ok(job::Checkpoint {
         every_steps: checkpoint.every_steps,
         every_epochs: checkpoint.every_epochs,
         keep_last: checkpoint.keep_last,
-        url: checkpoint.url,
-    }
+        url: path(checkpoint.url, "checkpoint.url")?,
+    })
 }
 
 fn sample_from_wire(sample: &wire::Sample) -> job::Sample {
     job::Sample { every_steps: sample.every_steps, count: sample.count }
+}
+
+// ---- An operator's messages --------------------------------------------------------------------------------------
+
+/// A coordinator's status, fit to be shown.
+///
+/// # Errors
+/// A name or a list in it is too long.
+pub fn checked_status(mut status: wire::GetStatusResponse) -> Result<wire::GetStatusResponse, Malformed> {
+    for (text, what) in [
+        (&mut status.name, "name"),
+        (&mut status.run, "run"),
+        (&mut status.stage, "stage"),
+        (&mut status.outcome, "outcome"),
+        (&mut status.state_digest, "state_digest"),
+    ] {
+        *text = name(std::mem::take(text), what)?;
+    }
+    let workers = list(status.workers, bounds::MEMBERS, "workers")?.into_iter();
+    let worker = |worker: wire::WorkerStatus| {
+        let (host, device) = (name(worker.host, "host")?, name(worker.device, "device")?);
+        Ok(wire::WorkerStatus { host, device, ..worker })
+    };
+    Ok(wire::GetStatusResponse { workers: workers.map(worker).collect::<Result<_, Malformed>>()?, ..status })
 }
 
 #[cfg(test)]

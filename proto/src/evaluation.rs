@@ -287,9 +287,9 @@ impl EvaluationRow {
             return Err(Malformed("an evaluation has at most 64 figures with names".to_string()));
         }
         Ok(EvaluationRow {
-            step: row.step,
+            step: crate::bounds::count(row.step, "step")?,
             metrics: row.figures.into_iter().map(|figure| (figure.name, figure.value)).collect(),
-            features: crate::convert::clipped(row.features),
+            features: crate::bounds::text(row.features),
             seconds: row.seconds,
         })
     }
@@ -316,8 +316,9 @@ impl Evaluation {
             with_checkpoints: wire.with_checkpoints,
             samples: wire.samples,
             reference: wire.reference,
-            features: wire.features.into(),
-            held_out: wire.held_out.map(Into::into),
+            features: crate::bounds::within(wire.features, crate::bounds::PATH, "evaluation.features")?
+                .into(),
+            held_out: crate::convert::path(wire.held_out, "evaluation.held_out")?.map(Into::into),
             best_by: crate::convert::from_name(&wire.best_by, "evaluation.best_by")?,
         })
     }

@@ -7,6 +7,7 @@ use std::fmt::{self, Display, Write};
 
 use serde::{Deserialize, Serialize};
 
+use crate::bounds::count;
 use crate::convert::{Malformed, malformed};
 use crate::wire;
 
@@ -117,23 +118,26 @@ impl Found {
         if wire.classes.len() > CLASSES_LIMIT || wire.left_out.len() > KINDS_LIMIT + 1 {
             return Err(malformed("more classes or kinds of files than are told"));
         }
-        let class = |class: wire::ClassFound| Class { name: short(&class.name), samples: class.samples };
+        let class = |class: wire::ClassFound| {
+            Ok(Class { name: short(&class.name), samples: count(class.samples, "samples")? })
+        };
         let left = |left: wire::LeftOut| {
-            (short(&left.kind), LeftOut { count: left.count, example: short(&left.example) })
+            let count = count(left.count, "count")?;
+            Ok((short(&left.kind), LeftOut { count, example: short(&left.example) }))
         };
         Ok(Found {
-            samples: wire.samples,
+            samples: count(wire.samples, "samples")?,
             channels: wire.channels,
             height: wire.height,
             width: wire.width,
             least: pair(wire.least)?,
             greatest: pair(wire.greatest)?,
-            turned: wire.turned,
+            turned: count(wire.turned, "turned")?,
             class_count: wire.class_count,
-            classes: wire.classes.into_iter().map(class).collect(),
+            classes: wire.classes.into_iter().map(class).collect::<Result<_, Malformed>>()?,
             class_rule: short(&wire.class_rule),
             image_rule: short(&wire.image_rule),
-            left_out: wire.left_out.into_iter().map(left).collect(),
+            left_out: wire.left_out.into_iter().map(left).collect::<Result<_, Malformed>>()?,
         })
     }
 

@@ -5,6 +5,7 @@
 //! checkpoint's manifest ([`manifest`]), of a timeline ([`trace`]) and of the structured log ([`log`]).
 //! Whatever comes from the wire is checked on the way: see [`Malformed`].
 
+mod bounds;
 mod convert;
 pub mod credentials;
 pub mod dial;
@@ -12,11 +13,13 @@ pub mod evaluation;
 pub mod failpoint;
 pub mod found;
 pub mod job;
+pub mod listen;
 pub mod log;
 pub mod manifest;
 pub mod message;
 pub mod rows;
 pub mod stream;
+pub mod throttle;
 pub mod trace;
 
 /// The generated messages, clients and servers.
@@ -28,7 +31,8 @@ pub mod wire {
     pub const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("ganglion");
 }
 
-pub use convert::{Malformed, activity_to_wire};
+pub use bounds::printable;
+pub use convert::{Malformed, activity_to_wire, checked_status};
 
 /// Version of the contract. A worker that speaks another is refused at its hello.
 pub const PROTOCOL: u32 = 1;

@@ -29,7 +29,7 @@ pub fn decode(mut content: &[u8]) -> Result<Vec<MetricsRow>, Malformed> {
     let mut rows = Vec::new();
     while !content.is_empty() {
         let row = wire::MetricsRow::decode_length_delimited(&mut content);
-        rows.push(row_from_wire(row.map_err(|error| Malformed(error.to_string()))?));
+        rows.push(row_from_wire(row.map_err(|error| Malformed(error.to_string()))?)?);
     }
     Ok(rows)
 }

@@ -204,6 +204,8 @@ class Tests:
         job.complete(self.expected, restarts=0)
         hosts = sorted(event["host"] for event in events(job.run_dir, "worker_joined"))
         check(hosts == ["n1", "n1", "n2", "n2"], f"workers on {hosts}")
+        modes = [path.stat().st_mode & 0o777 for path in (job.run_dir, job.run_dir / "join-token")]
+        check(modes == [0o700, 0o600], f"the token lies open: {modes}")
 
     def wrong_input_fails_the_job_with_exit_code_2(self):
         job = Job(self.cluster, "--set", "job.stepz=1")

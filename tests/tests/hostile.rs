@@ -13,7 +13,8 @@ use ganglion_proto::message::{FromWorker, GpuUse, Hello, MetricsRow, SampleGrid,
 use ganglion_proto::wire::admin_service_client::AdminServiceClient;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use ganglion_proto::wire::{
-    AddRequest, DrainRequest, GetRequest, GetStatusRequest, Key, ScaleRequest, SessionRequest, SetRequest,
+    self, AddRequest, DrainRequest, GetRequest, GetStatusRequest, Key, ScaleRequest, SessionRequest,
+    SetRequest,
 };
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
 use ganglion_tests::wire::{Stranger, connect, hello, resuming};
@@ -23,6 +24,10 @@ use tokio::runtime::Runtime;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
+/// The highest number that a message may hold where it counts something.
+const HIGHEST: u64 = 1 << 53;
+/// Bytes of events.jsonl, of which an attack is to leave next to nothing.
+const EVENTS_LIMIT: u64 = 256 << 10;
 const ENDLESS: &[&str] = &["job.steps=1000000", "job.failure_deadline=2", "metrics.every_steps=1"];
 
 /// A run that one local worker trains, to be attacked.
@@ -91,6 +96,8 @@ impl Target {
         self.run.assert_audited();
         let saved = self.run.events().into_iter().rfind(|event| event["kind"] == "checkpoint").unwrap();
         let step = saved["step"].as_u64().unwrap();
+        let events = std::fs::metadata(self.run.path("events.jsonl")).unwrap().len();
+        assert!(events < EVENTS_LIMIT, "{events} bytes of events");
         let last = self.run.rows().iter().filter_map(|row| row["step"].as_u64()).max();
         assert_eq!(last, Some(step), "a row of a step that was never done");
         let whole = Run::new(&[SMALL_MLP, ENDLESS, &[&format!("job.steps={step}")]]);
@@ -153,7 +160,7 @@ fn claims(generation: Generation) -> Vec<FromWorker> {
         FromWorker::Finished(generation, position, true),
         FromWorker::Finished(generation, position, false),
         FromWorker::PartWritten(part(1)),
-        FromWorker::PartWritten(part(u64::MAX)),
+        FromWorker::PartWritten(part(HIGHEST)),
         FromWorker::PartDelayed(1, "state".to_string(), what.clone()),
         FromWorker::Metrics(row(1)),
         FromWorker::Metrics(row(999_999)),
@@ -211,7 +218,7 @@ fn a_session_begins_with_a_hello_that_is_true() {
     target.refuses(claim(&run, 1, 2, 1), Code::FailedPrecondition, "a coordinator of term 2 has this run");
     target.refuses(claim(&run, 1, 1, 1), Code::FailedPrecondition, "only with its token");
     // Whoever claims what cannot be is a stranger like others.
-    for (worker, generation) in [(1, 2), (99, 1), (99, u64::MAX)] {
+    for (worker, generation) in [(1, 2), (99, 1), (99, HIGHEST)] {
         let resuming = resuming(&run, WorkerId(worker), Term(1), Generation(generation));
         let welcome = target.join(resuming).unwrap().welcome;
         assert!(welcome.worker != WorkerId(worker), "taken in as worker {worker}");
@@ -233,7 +240,7 @@ fn a_session_begins_with_a_hello_that_is_true() {
 fn a_worker_that_is_no_member_changes_nothing_whatever_it_claims() {
     let target = Target::new();
     let stranger = target.join(hello()).unwrap();
-    for generation in [0, 1, 2, u64::MAX].map(Generation) {
+    for generation in [0, 1, 2, HIGHEST].map(Generation) {
         for message in claims(generation) {
             stranger.say_in(Term(0), message.clone());
             stranger.say_in(Term(2), message.clone());
@@ -267,16 +274,117 @@ fn who_breaks_the_contract_in_a_session_loses_it() {
         (FromWorker::Loaded(facts(&[]), None).to_wire(Term(1)), Code::InvalidArgument),
         (FromWorker::InputError("x".repeat(MESSAGE_LIMIT + 1)).to_wire(Term(1)), Code::OutOfRange),
     ];
+    let many = Fault::Links(vec![Rank(u32::MAX); 1 << 20]);
+    let beyond = Position(HIGHEST + 1);
+    let breaches = breaches.into_iter().chain(
+        [
+            FromWorker::Fault(Generation(1), many),
+            FromWorker::PhaseSkipped(Position(u64::MAX), String::new()),
+            FromWorker::Ready(Generation(1), Some(beyond)),
+            FromWorker::Fault(
+                Generation(1),
+                Fault::NonFinite { position: beyond, detail: String::new(), stop: false },
+            ),
+            FromWorker::Finished(Generation(u64::MAX), Position(0), true),
+        ]
+        .map(|breach| (breach.to_wire(Term(1)), Code::InvalidArgument)),
+    );
     for (breach, code) in breaches {
         let stranger = target.join(hello()).unwrap();
         stranger.say_raw(breach);
         assert_eq!(target.end_of(stranger).unwrap_err().code(), code);
     }
     target.logs("closing the session of worker 4");
+    target.logs("ranks has 1048576 items");
+    // Events are bounded too, and texts are no commands to a terminal.
+    let stranger = target.join(Hello { host: "\x1b[2Jnode".to_string(), ..hello() }).unwrap();
+    let joined = stranger.welcome.worker.0;
+    (0..10_000).for_each(|_| stranger.say(FromWorker::Leave));
+    let end = target.end_of(stranger).unwrap();
+    assert!(matches!(&end, Some(ToWorker::Reject(_) | ToWorker::Release { .. })), "{end:?}");
+    let joined = target.run.wait_for("worker_joined", |event| event["worker"] == joined);
+    assert_eq!(joined["host"], "?[2Jnode");
     let stranger = target.join(hello()).unwrap();
     stranger.say(FromWorker::Hello(hello()));
     target.end_of(stranger).unwrap();
     target.logs("says hello twice");
+    target.assert_undisturbed();
+}
+
+/// Every message of a worker with numbers and texts at and beyond their bounds.
+fn extremes() -> Vec<wire::session_request::Message> {
+    use wire::session_request::Message;
+    let file = |bytes| Some(wire::StoredFile { file: "state-1".into(), bytes, blake3: "a".repeat(64) });
+    let escape = || "\x1b]0;owned\x07\u{202e}".repeat(300);
+    let of = |n: u64| {
+        [
+            Message::Ready(wire::Ready { generation: n, position: Some(n) }),
+            Message::Fault(wire::Fault {
+                generation: 1,
+                kind: wire::FaultKind::NonFinite.into(),
+                detail: escape(),
+                ranks: vec![u32::MAX; 1000],
+                position: n,
+            }),
+            Message::Fault(wire::Fault {
+                generation: n,
+                kind: wire::FaultKind::Links.into(),
+                ranks: vec![u32::MAX; 1000],
+                ..Default::default()
+            }),
+            Message::Heartbeat(wire::Heartbeat {
+                position: n,
+                activity: 1,
+                leaves: n,
+                slowest_leaf_us: n,
+                ..Default::default()
+            }),
+            Message::Metrics(wire::MetricsRow {
+                step: n,
+                images_seen: n,
+                time: f64::NAN,
+                ..Default::default()
+            }),
+            Message::PartWritten(wire::PartWritten {
+                step: n,
+                phase: u32::MAX,
+                index: u32::MAX,
+                count: u32::MAX,
+                file: file(n),
+                state_digest: "b".repeat(64),
+            }),
+            Message::PartDelayed(wire::PartDelayed { step: n, file: escape(), detail: escape() }),
+            Message::PhaseSkipped(wire::PhaseSkipped { position: n, detail: escape() }),
+            Message::Finished(wire::Finished { generation: n, position: n, complete: true }),
+            Message::Evaluation(wire::EvaluationRow { step: n, features: escape(), ..Default::default() }),
+            Message::Samples(wire::SampleGrid { step: n, width: u32::MAX, ..Default::default() }),
+            Message::Loaded(wire::Loaded {
+                passport: [("data".to_string(), escape())].into(),
+                samples: n,
+                phases_per_step: u32::MAX,
+                gpu: escape(),
+                ..Default::default()
+            }),
+        ]
+    };
+    [0, HIGHEST, HIGHEST + 1, i64::MAX as u64, i64::MAX as u64 + 1, u64::MAX]
+        .into_iter()
+        .flat_map(of)
+        .collect()
+}
+
+#[test]
+fn extreme_numbers_and_texts_disturb_nothing() {
+    let target = Target::new();
+    for message in extremes() {
+        let stranger = target.join(hello()).unwrap();
+        stranger.say_raw(SessionRequest { term: 1, message: Some(message) });
+        stranger.say(FromWorker::Leave);
+        // Refused, or let go.
+        let _ = target.end_of(stranger);
+    }
+    let log = target.coordinator.output();
+    assert!(!log.contains('\x1b') && !log.contains("panicked"), "{log}");
     target.assert_undisturbed();
 }
 

@@ -19,6 +19,7 @@ use serde::Serialize;
 use crate::checkpoint::{CheckpointError, Files, Snapshot, state_digest};
 use crate::monitor::Monitor;
 use crate::nn::Models;
+use crate::nn::broken::guarded;
 use crate::sample;
 use crate::session::Session;
 use crate::state::StateLayout;
@@ -148,10 +149,11 @@ impl Monitor<Queue> {
         while let Some(order) = self.next() {
             if order.samples {
                 let Context { job, models, layout, track, .. } = context;
-                let draw = || sample::grid_of(job, models, layout, &order.snapshot);
+                let draw = || guarded(|| sample::grid_of(job, models, layout, &order.snapshot));
                 match track.during("draw samples", Of { step: order.snapshot.step, file: None }, draw) {
-                    Ok(grid) => context.session.send(FromWorker::Samples(grid)),
+                    Ok(Ok(grid)) => context.session.send(FromWorker::Samples(grid)),
                     Err(error) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),
+                    Ok(Err(error)) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),
                 }
             }
             context.storage.wait(self.write(context, &order));

@@ -7,6 +7,8 @@
 use ganglion_proto::job::{Loss, LossKind};
 use tch::{Kind, Tensor, no_grad};
 
+use crate::nn::broken::BrokenModule;
+
 /// What the discriminator minimises: [`on_real`] and [`on_fake`].
 ///
 /// The gradient penalty of `wasserstein-gp` is [`gradient_penalty`], added by the caller.
@@ -93,8 +95,7 @@ pub fn generator(kind: LossKind, fake: &Tensor) -> Tensor {
 /// Mescheder et al. (2018), equations 9 (R1, at real samples) and 10 (R2, at the generator's). `images` must be what the
 /// logits were computed from and have gradients on. The result can be differentiated by the discriminator's parameters.
 pub fn zero_centred_penalty(weight: f64, images: &Tensor, logits: &Tensor) -> Tensor {
-    let gradients = Tensor::run_backward(&[total(logits)], &[images], true, true);
-    square_sum(&gradients[0]) * (0.5 * weight)
+    square_sum(&slope(&total(logits), images)) * (0.5 * weight)
 }
 
 /// Weighted sum over the samples of (|grad D(x)| - 1)^2 at x = e real + (1 - e) fake.
@@ -110,10 +111,22 @@ pub fn gradient_penalty(
 ) -> Tensor {
     let places = places.view([-1, 1, 1, 1]);
     let between = fake.lerp_tensor(real, &places).detach().set_requires_grad(true);
-    let gradients = Tensor::run_backward(&[total(&logits(&between))], &[&between], true, true);
+    let slope = slope(&total(&logits(&between)), &between);
     // The norm's own derivative is 0 at 0, where that of a square root is infinite.
-    let norms = gradients[0].flatten(1, -1).norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
+    let norms = slope.flatten(1, -1).norm_scalaropt_dim(2.0, [1i64].as_slice(), false);
     square_sum(&(norms - 1.0)) * weight
+}
+
+/// The gradient of a discriminator's `total` at images, to be differentiated again. A module of the user's may hold what
+/// cannot be.
+fn slope(total: &Tensor, images: &Tensor) -> Tensor {
+    let gradients = Tensor::f_run_backward(&[total], &[images], true, true);
+    let gradients = gradients.unwrap_or_else(|error| {
+        let module = "the discriminator".to_string();
+        let detail = c10d::Error::from(error).to_string();
+        BrokenModule { module, phase: "in the gradient that a penalty needs", detail }.raise()
+    });
+    gradients[0].shallow_clone()
 }
 
 /// Whether a job's discriminator loss has a gradient penalty.

@@ -8,11 +8,14 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use ganglion_proto::credentials::TlsFiles;
 use ganglion_proto::dial::Credentials;
+use ganglion_proto::listen::raise_descriptor_limit;
 use ganglion_proto::log::{self, JsonLines};
+use ganglion_proto::printable;
 use ganglion_proto::trace::Trace;
 use ganglion_worker::device::{DeviceChoice, gpus};
 use ganglion_worker::draw::{Export, Interpolate, Sample, export, interpolate, sample};
 use ganglion_worker::eval::commands::{Eval, TrainClassifier, eval, train_classifier};
+use ganglion_worker::nn::broken::guarded;
 use ganglion_worker::run::{Failure, Released, SPAWN_TOKEN, run};
 use ganglion_worker::stay::Stay;
 use tracing_subscriber::EnvFilter;
@@ -74,7 +77,24 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     start_log(cli.join.as_ref().is_some_and(|join| join.log_format == "json"));
-    let result = match (cli.command, cli.join) {
+    raise_descriptor_limit();
+    let result = guarded(|| obey(cli)).unwrap_or_else(|broken| Err(broken.into()));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if spawned() {
+                // The coordinator tells people.
+                tracing::error!("{failure}");
+            } else {
+                let _ = writeln!(std::io::stderr(), "error: {}", printable(&failure.to_string()));
+            }
+            ExitCode::from(if matches!(failure, Failure::Input(_)) { 2 } else { 1 })
+        }
+    }
+}
+
+fn obey(cli: Cli) -> Result<(), Failure> {
+    match (cli.command, cli.join) {
         (Some(Command::Sample(arguments)), _) => sample(&arguments),
         (Some(Command::Interpolate(arguments)), _) => interpolate(&arguments),
         (Some(Command::Export(arguments)), _) => export(&arguments),
@@ -86,18 +106,6 @@ fn main() -> ExitCode {
         (Some(Command::TrainClassifier(arguments)), _) => train_classifier(&arguments),
         (None, Some(arguments)) => join(&arguments),
         (None, None) => Err(Failure::Input("nothing to do; see --help".to_string())),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            if spawned() {
-                // The coordinator tells people.
-                tracing::error!("{failure}");
-            } else {
-                let _ = writeln!(std::io::stderr(), "error: {failure}");
-            }
-            ExitCode::from(if matches!(failure, Failure::Input(_)) { 2 } else { 1 })
-        }
     }
 }
 

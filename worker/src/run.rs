@@ -20,6 +20,7 @@ use crate::eval::EvalError;
 use crate::eval::beside::{self, Evaluations};
 use crate::eval::judge::Means;
 use crate::gpu::GpuWatch;
+use crate::nn::broken::{BrokenModule, guarded};
 use crate::nn::{Models, layers};
 use crate::passport;
 use crate::session::{ConnectError, End, Session};
@@ -52,6 +53,15 @@ impl From<ConnectError> for Failure {
     }
 }
 
+impl From<BrokenModule> for Failure {
+    fn from(broken: BrokenModule) -> Self {
+        if broken.is_lack_of_memory() {
+            return Failure::Other(broken.to_string());
+        }
+        Failure::Input(broken.to_string())
+    }
+}
+
 /// Why a worker was let go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Released {
@@ -81,7 +91,9 @@ pub fn run(
         opened => Arc::new(opened?),
     };
     introduce(&session, trace, &track);
-    let loaded = track.during("load", Nothing {}, || load(&session, device, trace, &track));
+    let loading =
+        || guarded(|| load(&session, device, trace, &track)).unwrap_or_else(|broken| Err(broken.into()));
+    let loaded = track.during("load", Nothing {}, loading);
     let mut trainer = match loaded {
         Ok(trainer) => trainer,
         Err(Failure::Input(detail)) => {

@@ -21,6 +21,7 @@ use crate::eval::beside::Evaluations;
 use crate::exchange::{ReduceError, Reduced, Trailer};
 use crate::finite::{NonFinite, Verdict, judge};
 use crate::nn::Models;
+use crate::nn::broken::guarded;
 use crate::phase::{Drawn, Input, LeafBuffer, LeafLayout, LeafPart, Leaves, Phase, Real, Spot, phases};
 use crate::profile::{Laps, Part, Place};
 use crate::session::{Session, unreachable};
@@ -157,7 +158,14 @@ impl Pace {
 impl Trainer {
     /// Takes part in one generation until it ends.
     pub fn take_part(&mut self, assignment: &Assignment) -> Rest {
-        match self.train(assignment) {
+        let trained = match guarded(|| self.train(assignment)) {
+            Ok(trained) => trained,
+            Err(broken) if broken.is_lack_of_memory() => {
+                return Rest::Fault(Fault::Internal(broken.to_string()));
+            }
+            Err(broken) => return Rest::InputWrong(broken.to_string()),
+        };
+        match trained {
             Ok(rest) => rest,
             Err(TeamError::Data(DataError::Input(detail))) => Rest::InputWrong(detail),
             Err(TeamError::Diverged(detail)) => Rest::Fault(Fault::Diverged(detail)),

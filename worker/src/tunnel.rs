@@ -18,6 +18,7 @@
 //! that connects to the other whose address is greater: ranks listen, and have their entries, on 127.64.0.1, 127.64.0.2, ... .
 
 use std::collections::BTreeMap;
+use std::future::pending;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener as Listener};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -25,10 +26,11 @@ use std::time::Duration;
 
 use c10d::{KeyValueStore, StoreError};
 use ganglion_proto::credentials::{CredentialError, TlsFiles};
+use ganglion_proto::listen::{Limits, Place, Room, accept_loop, accept_one};
+use ganglion_proto::throttle::Throttle;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional_with_sizes};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_rustls::rustls::pki_types::ServerName;
@@ -38,14 +40,15 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 const PROTOCOL: &[u8] = b"ganglion-tunnel";
 /// How long it may take to connect, to greet, and to show a secret.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
-/// Clients that may be greeting at once.
-const GREETING: usize = 256;
+/// Connections at once. Those of one address that have not shown their secret yet; how long these keep their places while
+/// others wait.
+const LIMITS: Limits = Limits { all: 4096, idle_of_address: 256, grace: Duration::from_secs(2) };
+/// Lines in the log about one address in a row, and the pause for each further one.
+const COMPLAINTS: (u32, Duration) = (60, Duration::from_secs(10));
 /// Bytes that are taken over at once.
 const CHUNK: usize = 256 << 10;
 /// The family of IPv4's addresses, on Linux.
 const AF_INET: u16 = 2;
-/// How long to wait before connections are accepted again when that failed.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// Which group a connection belongs to.
 type Secret = [u8; 32];
@@ -62,6 +65,7 @@ struct Shared {
     /// Where others reach the exits.
     address: SocketAddr,
     groups: Mutex<BTreeMap<Secret, Exit>>,
+    complaints: Throttle,
 }
 
 /// Where a group's connections come out.
@@ -96,7 +100,12 @@ impl Tunnels {
             Builder::new_multi_thread().worker_threads(2).thread_name("tunnel").enable_all().build()?;
         let listener = Listener::bind((address, 0))?;
         listener.set_nonblocking(true)?;
-        let shared = Arc::new(Shared { files, address: listener.local_addr()?, groups: Mutex::default() });
+        let shared = Arc::new(Shared {
+            files,
+            address: listener.local_addr()?,
+            groups: Mutex::default(),
+            complaints: Throttle::new(COMPLAINTS.0, COMPLAINTS.1),
+        });
         let entered = runtime.enter();
         tokio::spawn(shared.clone().serve(TcpListener::from_std(listener)?));
         drop(entered);
@@ -119,26 +128,27 @@ impl Shared {
     }
 
     async fn serve(self: Arc<Shared>, listener: TcpListener) {
-        let greeting = Arc::new(Semaphore::new(GREETING));
-        loop {
-            let (stream, from) = match listener.accept().await {
-                Ok(came) => came,
-                Err(error) => {
-                    tracing::warn!("cannot accept a worker's connection: {error}");
-                    tokio::time::sleep(PAUSE).await;
-                    continue;
-                }
-            };
-            let Ok(place) = greeting.clone().try_acquire_owned() else { continue };
-            let shared = self.clone();
-            tokio::spawn(async move {
-                let greeted = timeout(GREETING_LIMIT, shared.greet(stream)).await;
-                drop(place);
-                match greeted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-                    Ok((peer, exit)) => shared.leave(peer, exit).await,
-                    Err(error) => tracing::warn!("closed a connection from {from} for reduces: {error}"),
-                }
-            });
+        let room = Room::new(LIMITS.within_descriptors());
+        let receive = |stream, from, place| drop(tokio::spawn(self.clone().receive(stream, from, place)));
+        accept_loop(listener, room, "reduces", pending(), receive).await;
+    }
+
+    async fn receive(self: Arc<Shared>, stream: TcpStream, from: SocketAddr, place: Place) {
+        let greeted = timeout(GREETING_LIMIT, place.keep(self.greet(stream))).await;
+        match greeted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            Ok((peer, exit)) => {
+                place.engage();
+                self.leave(peer, exit).await;
+            }
+            Err(error) => self.complain(from, &error),
+        }
+    }
+
+    /// Logs that a connection was closed; for those that come again and again not each time.
+    fn complain(&self, from: SocketAddr, error: &io::Error) {
+        if self.complaints.allows(from.ip()) {
+            self.complaints.note(from.ip());
+            tracing::warn!("closed a connection from {from} for reduces: {error}");
         }
     }
 
@@ -265,7 +275,7 @@ impl Tunnelled {
         let (shared, progress) = (self.shared.clone(), self.progress.clone());
         let task = self.runtime.spawn(async move {
             let through = async {
-                let (gloo, _) = TcpListener::from_std(listener)?.accept().await?;
+                let gloo = accept_one(TcpListener::from_std(listener)?, "a tunnel", limit).await?;
                 let peer = timeout(GREETING_LIMIT, shared.reach(&told, told.secret));
                 Ok((gloo, peer.await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?))
             };
@@ -384,5 +394,51 @@ mod tests {
         for wrong in [&b""[..], &[1; 32], &[1; 40]] {
             assert_eq!(Told::from_bytes(wrong), None);
         }
+    }
+
+    /// Certificates of a new authority for 127.0.0.1, as `coordinator certs init` makes them.
+    fn files(folder: &std::path::Path) -> TlsFiles {
+        use clap::Parser;
+        use ganglion_coordinator::cli::{Cli, Command};
+        let made = folder.join("made");
+        let cli = Cli::parse_from(["coordinator", "certs", "init", "--dir", made.to_str().unwrap()]);
+        let Some(Command::Certs(command)) = cli.command else { panic!("it makes certificates") };
+        command.run().unwrap();
+        TlsFiles::new(&made.join("worker"))
+    }
+
+    /// More greet at once than may be greeting, and strangers that say nothing were there before them.
+    #[test]
+    fn three_hundred_tunnels_at_once_all_come_through() {
+        const TUNNELS: usize = 300;
+        ganglion_proto::listen::raise_descriptor_limit();
+        let folder = tempfile::tempdir().unwrap();
+        let tunnels = Tunnels::open(files(folder.path()), [127, 0, 0, 1].into()).unwrap();
+        let silent: Vec<_> = (0..LIMITS.idle_of_address)
+            .map(|_| std::net::TcpStream::connect(tunnels.shared.address).unwrap())
+            .collect();
+        let gloo = Listener::bind("127.0.0.1:0").unwrap();
+        let (secret, progress): (Secret, Arc<Progress>) = ([9; 32], Arc::default());
+        let exit = Exit { gloo: gloo.local_addr().unwrap(), progress: progress.clone() };
+        std::thread::spawn(move || gloo.incoming().collect::<Vec<_>>());
+        tunnels.shared.groups().insert(secret, exit);
+        let told =
+            Arc::new(Told { secret, address: tunnels.shared.address, name: "ganglion-worker".to_string() });
+        let reached = tunnels.runtime.block_on(async {
+            let mut reaching = tokio::task::JoinSet::new();
+            for _ in 0..TUNNELS {
+                let (shared, told) = (tunnels.shared.clone(), told.clone());
+                reaching.spawn(async move {
+                    shared.reach(&told, secret).await.map_err(|error| error.to_string())
+                });
+            }
+            reaching.join_all().await
+        });
+        let failed: Vec<_> = reached.iter().filter_map(|reached| reached.as_ref().err()).collect();
+        assert!(failed.is_empty(), "{} of {TUNNELS} failed: {:?}", failed.len(), failed.first());
+        let through = progress.state.lock().unwrap();
+        let through = progress.changed.wait_timeout_while(through, GREETING_LIMIT, |state| state.0 < TUNNELS);
+        assert_eq!(through.unwrap().0.0, TUNNELS);
+        drop(silent);
     }
 }

@@ -105,10 +105,10 @@ fn names_this_machine(headers: &HeaderMap) -> bool {
     name.eq_ignore_ascii_case("localhost") || is_loopback()
 }
 
-/// The run's token: that of the last time, so that a browser need not ask again, or a new one. It is in [`TOKEN_FILE`], which
-/// only this user can read.
+/// The run's token: that of the last time, so that a browser need not ask again, or a new one, also if others could have read
+/// it. It is in [`TOKEN_FILE`], which only this user can read.
 pub fn keep_token(run_dir: &RunDir) -> Result<String, RunDirError> {
-    let known = std::fs::read_to_string(run_dir.path(TOKEN_FILE)).unwrap_or_default();
+    let known = run_dir.read_secret(TOKEN_FILE).unwrap_or_default();
     let is_one = known.len() == 32 && known.bytes().all(|byte| byte.is_ascii_hexdigit());
     let fresh =
         || new_token().map_err(|error: io::Error| RunDirError::Input(format!("{TOKEN_FILE}: {error}")));
@@ -184,6 +184,8 @@ mod tests {
         assert_eq!(keep_token(&run_dir).unwrap(), token);
         let file = run_dir.path(TOKEN_FILE);
         assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert_ne!(keep_token(&run_dir).unwrap(), token, "others could read it");
         std::fs::write(&file, "mine").unwrap();
         assert_ne!(keep_token(&run_dir).unwrap(), "mine");
     }

@@ -13,7 +13,7 @@ mod prometheus;
 mod start;
 pub mod status;
 
-use std::future::Future;
+use std::future::{Future, pending};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -22,13 +22,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use ganglion_proto::listen::{Limits, Place, Room, accept_loop};
 use ganglion_proto::wire::GetStatusResponse;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -36,8 +38,9 @@ use crate::report::chronicle::Chronicle;
 pub use guard::{Guard, TOKEN_FILE, keep_token};
 pub use start::{Content, Dashboard, start};
 
-/// Connections at a time. Others wait in the system's queue.
-const CONNECTIONS: usize = 128;
+/// Connections at a time, and those of one address that wait for a question. The one that has waited the longest makes
+/// place for a newcomer, so probes are answered whatever others leave open.
+const LIMITS: Limits = Limits { all: 128, idle_of_address: 64, grace: Duration::ZERO };
 /// How long a connection may take to become one, such as by a TLS handshake.
 const OPENING_LIMIT: Duration = Duration::from_secs(10);
 /// How long a client may take to ask, and how long it may be silent between two questions.
@@ -48,8 +51,10 @@ const HEADER_BYTES: usize = 16 << 10;
 const LIFE: Duration = Duration::from_secs(60);
 /// How long the last answer on it may take.
 const LAST_ANSWER: Duration = Duration::from_secs(10);
-/// How long to wait before connections are accepted again when that failed: file descriptors may have run out.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Deadlines of the job, and the least time, after which a loop that has not come round counts as hung.
+const HUNG: (f64, Duration) = (2.0, Duration::from_secs(10));
+/// Time that the end of a run may take besides: local workers exit, the storage is told the last.
+const ENDING: Duration = Duration::from_secs(60);
 /// Who asked this lately is still looking.
 const LOOKING: Duration = Duration::from_secs(5);
 /// How long those who look may take to see how the run ended.
@@ -62,6 +67,17 @@ pub struct View {
     pub status: GetStatusResponse,
     /// When that was.
     pub at: Instant,
+}
+
+impl View {
+    /// For how long the shell's loop has not come round, if that is longer than it may take.
+    pub fn is_hung_for(&self) -> Option<Duration> {
+        let deadlines = Duration::try_from_secs_f64(HUNG.0 * self.status.failure_deadline);
+        let limit = deadlines.unwrap_or(Duration::MAX).max(HUNG.1);
+        let ending = if self.status.outcome.is_empty() { Duration::ZERO } else { ENDING };
+        let age = self.at.elapsed();
+        (age > limit.saturating_add(ending)).then_some(age)
+    }
 }
 
 /// What the shell publishes its views by.
@@ -133,26 +149,18 @@ where
     let (address, site) = (listener.local_addr()?, Arc::new(site));
     let router = pages::router(site.clone());
     let task = tokio::spawn(async move {
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
-        while let Ok(place) = places.clone().acquire_owned().await {
-            match listener.accept().await {
-                Ok((stream, from)) => {
-                    let (opening, router) = (secure(stream), router.clone());
-                    tokio::spawn(async move {
-                        match timeout(OPENING_LIMIT, opening).await {
-                            Ok(Ok(stream)) => converse(stream, router).await,
-                            Ok(Err(error)) => tracing::debug!("a connection from {from} failed: {error}"),
-                            Err(_) => tracing::debug!("a connection from {from} was not opened in time"),
-                        }
-                        drop(place);
-                    });
+        let receive = |stream, from, place: Place| {
+            let (opening, router) = (secure(stream), router.clone());
+            tokio::spawn(async move {
+                match timeout(OPENING_LIMIT, place.keep(opening)).await {
+                    Ok(Ok(stream)) => converse(stream, router, &place).await,
+                    Ok(Err(error)) => tracing::debug!("a connection from {from} failed: {error}"),
+                    Err(_) => tracing::debug!("a connection from {from} was not opened in time"),
                 }
-                Err(error) => {
-                    tracing::warn!("cannot accept a connection to the dashboard: {error}");
-                    sleep(PAUSE).await;
-                }
-            }
-        }
+            });
+        };
+        let room = Room::new(LIMITS.within_descriptors());
+        accept_loop(listener, room, "the dashboard", pending(), receive).await;
     });
     Ok(Served { address, site, task })
 }
@@ -163,19 +171,30 @@ pub async fn plainly(stream: TcpStream) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Answers on one connection until it ends or has lived long enough.
-async fn converse<S>(stream: S, router: Router)
+/// Answers on one connection until it ends, has lived long enough, or makes place for another while it waits for a question.
+async fn converse<S>(stream: S, router: Router, place: &Place)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let router = TowerToHyperService::new(router);
+    let answer = service_fn(|question| {
+        place.engage();
+        let answer = router.call(question);
+        async move {
+            let answer = answer.await;
+            place.rest();
+            answer
+        }
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_LIMIT)
         .max_buf_size(HEADER_BYTES)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(stream), answer);
     let mut connection = pin!(connection);
     tokio::select! {
         _ = connection.as_mut() => return,
+        () = place.shown_out() => return,
         () = sleep(LIFE) => connection.as_mut().graceful_shutdown(),
     }
     // A client that does not read its answer is left.

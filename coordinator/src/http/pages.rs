@@ -59,7 +59,7 @@ pub fn router(site: Arc<Site>) -> Router {
         .route("/api/evaluations", get(tell_evaluations))
         .route("/samples/{name}", get(show_picture))
         .route("/metrics", get(tell_prometheus))
-        .route("/healthz", get(async || "ok\n"))
+        .route("/healthz", get(tell_health))
         .route("/readyz", get(tell_ready));
     for asset in assets::all() {
         router = router.route(asset.path, get(async || asset.answer()));
@@ -275,14 +275,24 @@ async fn tell_prometheus(State(site): State<Arc<Site>>, headers: HeaderMap) -> R
     ([(header::CONTENT_TYPE, HeaderValue::from_static(form.content_type()))], text).into_response()
 }
 
+/// Whether the process does its work: it serves, and its loop comes round. Before the first view it starts.
+async fn tell_health(State(site): State<Arc<Site>>) -> Response {
+    match site.view.borrow().as_ref().and_then(|view| view.is_hung_for()) {
+        None => "ok\n".into_response(),
+        Some(age) => stuck(age),
+    }
+}
+
+fn stuck(age: Duration) -> Response {
+    let reason = format!("the coordinator's loop has not come round for {} s\n", age.as_secs());
+    (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
+}
+
 async fn tell_ready(State(site): State<Arc<Site>>) -> Response {
     let age = site.view.borrow().as_ref().map(|view| view.at.elapsed());
     match age {
         Some(age) if age <= READY_LIMIT => "ready\n".into_response(),
-        Some(age) => {
-            let reason = format!("the coordinator's loop has not come round for {} s\n", age.as_secs());
-            (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
-        }
+        Some(age) => stuck(age),
         None => (StatusCode::SERVICE_UNAVAILABLE, "the coordinator is starting\n").into_response(),
     }
 }

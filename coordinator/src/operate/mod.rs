@@ -7,6 +7,7 @@ pub mod table;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use ganglion_proto::checked_status;
 use ganglion_proto::credentials::{TLS_DIR, TlsFiles};
 use ganglion_proto::dial::{Credentials, DialError};
 use ganglion_proto::wire::admin_service_client::AdminServiceClient;
@@ -89,7 +90,7 @@ async fn status(folder: &Path, json: bool) -> Result<String, Failure> {
     }
     let (mut client, access) = reach(folder).await?;
     let answer = client.get_status(authorised(GetStatusRequest {}, &access)?).await.map_err(refused)?;
-    let answer = answer.into_inner();
+    let answer = checked_status(answer.into_inner()).map_err(|error| Failure::Other(error.to_string()))?;
     Ok(if json { as_json(&status_json(&answer)) } else { table(&answer) })
 }
 

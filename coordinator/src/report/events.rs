@@ -18,6 +18,9 @@ use super::line_file::{LineFile, Sync, Watcher};
 /// Bytes of events that may wait for a disk.
 const WAITING_LIMIT: usize = 4 << 20;
 
+/// Bytes of a line. A group of a thousand members takes a tenth of it.
+const LINE_LIMIT: usize = 1 << 20;
+
 /// The open file. See the module.
 pub struct EventLog {
     lines: LineFile,
@@ -66,7 +69,11 @@ impl EventLog {
     /// # Errors
     /// The file cannot be written, and the event waits; or `fields` cannot be JSON.
     pub fn append(&mut self, time: f64, kind: &str, fields: impl Serialize) -> io::Result<()> {
-        let line = serde_json::to_vec(&Line { time, kind, fields })?;
+        let mut line = serde_json::to_vec(&Line { time, kind, fields })?;
+        if line.len() > LINE_LIMIT {
+            let fields = serde_json::json!({ "bytes_left_out": line.len() });
+            line = serde_json::to_vec(&Line { time, kind, fields })?;
+        }
         if self.waiting_bytes + line.len() > WAITING_LIMIT {
             self.dropped += 1;
         } else {
@@ -133,6 +140,19 @@ mod tests {
             "{\"time\":1.5,\"kind\":\"worker_lost\",\"worker\":2,\"pid\":77,\"rate\":null}\n\
              {\"time\":2.0,\"kind\":\"finished\"}\n\
              {\"time\":3.0,\"kind\":\"stopped\",\"reason\":\"two\\nlines\"}\n"
+        );
+    }
+
+    #[test]
+    fn a_line_that_would_be_too_long_tells_its_length_instead() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("events.jsonl");
+        let mut log = EventLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
+        log.append(1.0, "fault", serde_json::json!({ "detail": "x".repeat(LINE_LIMIT) })).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(
+            text,
+            format!("{{\"time\":1.0,\"kind\":\"fault\",\"bytes_left_out\":{}}}\n", LINE_LIMIT + 39)
         );
     }
 

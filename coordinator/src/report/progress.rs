@@ -45,9 +45,11 @@ impl Screen {
         self.bars.suspend(write)
     }
 
-    /// Prints a line above the bar. Nobody can be told if standard error is closed, and training does not depend on it.
+    /// Prints a line above the bar, without what would be a command to the terminal. Nobody can be told if standard error is
+    /// closed, and training does not depend on it.
     pub fn print(&self, line: &str) {
         if !self.is_silent {
+            let line = ganglion_proto::printable(line);
             self.suspend(|| writeln!(io::stderr().lock(), "{line}")).ok();
         }
     }

@@ -12,12 +12,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ganglion_proto::listen::{Limits, Place, Room, accept_loop};
+use ganglion_proto::throttle::Throttle;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
-use super::connection::{Connection, Place, Room, Shown, Stream};
-use super::throttle::Throttle;
+use super::connection::{Connection, Shown, Stream};
 use super::tls::Acceptor;
 
 /// What every client of HTTP/2 says first.
@@ -30,8 +31,9 @@ const NO_TLS: &[u8] = b"this coordinator does not speak TLS\n";
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
 /// How often the rest of one is looked for.
 const LOOK: Duration = Duration::from_millis(20);
-/// How long to wait before connections are accepted again when that failed: file descriptors may have run out.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Connections at once, where the system allows twice as many descriptors. Those of one address whose clients have done
+/// nothing yet that they may do; how long these keep their places while others wait.
+const LIMITS: Limits = Limits { all: 8192, idle_of_address: 512, grace: Duration::from_secs(1) };
 /// Lines in the log about one address in a row, and the pause for each further one.
 const COMPLAINTS: (u32, Duration) = (60, Duration::from_secs(10));
 /// Connections that may wait to be served.
@@ -41,20 +43,11 @@ const WAITING: usize = 64;
 pub fn open(listener: TcpListener, tls: Option<Arc<Acceptor>>) -> mpsc::Receiver<Connection> {
     let (let_in, greeted) = mpsc::channel(WAITING);
     let hall = Arc::new(Hall { tls, let_in, complaints: Throttle::new(COMPLAINTS.0, COMPLAINTS.1) });
-    let room = Room::new();
+    let room = Room::new(LIMITS.within_descriptors());
     tokio::spawn(async move {
-        while !hall.let_in.is_closed() {
-            match listener.accept().await {
-                Ok((stream, from)) => match room.take(from.ip().to_canonical()) {
-                    Ok(place) => drop(tokio::spawn(hall.clone().receive(stream, from, place))),
-                    Err(full) => hall.complain(from, &full),
-                },
-                Err(error) => {
-                    tracing::warn!("cannot accept a connection: {error}");
-                    tokio::time::sleep(PAUSE).await;
-                }
-            }
-        }
+        let (closed, inside) = (hall.let_in.clone(), hall);
+        let serve = |stream, from, place| drop(tokio::spawn(inside.clone().receive(stream, from, place)));
+        accept_loop(listener, room, "workers and operators", closed.closed(), serve).await;
     });
     greeted
 }
@@ -67,8 +60,9 @@ struct Hall {
 }
 
 impl Hall {
-    async fn receive(self: Arc<Hall>, stream: TcpStream, from: SocketAddr, place: Arc<Place>) {
-        let greeted = tokio::time::timeout(GREETING_LIMIT, greet(stream, self.tls.as_deref())).await;
+    async fn receive(self: Arc<Hall>, stream: TcpStream, from: SocketAddr, place: Place) {
+        let greeting = place.keep(greet(stream, self.tls.as_deref()));
+        let greeted = tokio::time::timeout(GREETING_LIMIT, greeting).await;
         match greeted.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into())) {
             Ok((stream, shown)) => drop(self.let_in.send(Connection::new(stream, shown, place)).await),
             Err(error) => self.complain(from, &error.to_string()),

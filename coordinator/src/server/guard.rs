@@ -17,13 +17,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use ganglion_proto::credentials::JoinToken;
+use ganglion_proto::throttle::Throttle;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::http::{Request, Response, header::AUTHORIZATION};
 use tower::{Layer, Service};
 
 use super::connection::{Peer, Shown};
-use super::throttle::Throttle;
 
 /// Wrong secrets of one address in a row, and the pause for each further one.
 const WRONG: (u32, Duration) = (30, Duration::from_secs(2));

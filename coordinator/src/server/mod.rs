@@ -10,9 +10,9 @@ pub mod connection;
 pub mod door;
 pub mod guard;
 mod store;
-mod throttle;
 pub mod tls;
 
+use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,7 +35,10 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
 
+use crate::http::View;
 use guard::{Guard, GuardLayer};
 pub use store::Store;
 
@@ -51,6 +54,8 @@ const STREAMS: u32 = 256;
 const HEADERS: u32 = 16 << 10;
 /// Bytes of a message to the store: its largest entry and more.
 const STORE_LIMIT: usize = 1 << 20;
+/// How often the health that is told is looked at.
+const HEALTH_LOOK: Duration = Duration::from_secs(1);
 /// Bytes of an operator's message.
 const ADMIN_LIMIT: usize = 64 << 10;
 
@@ -94,13 +99,14 @@ pub enum AdminInput {
     Stop(oneshot::Sender<()>),
 }
 
-/// Serves clients whose connections come by `incoming` until `shutdown` changes.
+/// Serves clients whose connections come by `incoming` until `shutdown` changes. Health is told by the shell's `views`.
 pub async fn serve<C>(
     incoming: mpsc::Receiver<C>,
     term: Term,
     inputs: mpsc::Sender<Input>,
     store: Store,
     guard: Guard,
+    views: watch::Receiver<Option<Arc<View>>>,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<(), tonic::transport::Error>
 where
@@ -111,14 +117,14 @@ where
     let sessions = SessionServiceServer::new(sessions).max_decoding_message_size(MESSAGE_LIMIT);
     let store = StoreServiceServer::new(store).max_decoding_message_size(STORE_LIMIT);
     let admin = AdminServiceServer::new(Admin { inputs }).max_decoding_message_size(ADMIN_LIMIT);
-    let (_, health) = tonic_health::server::health_reporter();
+    let (reporter, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .expect("these descriptors were compiled with the services");
     let incoming = ReceiverStream::new(incoming).map(Ok::<_, std::io::Error>);
-    Server::builder()
+    let served = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .max_concurrent_streams(STREAMS)
@@ -131,8 +137,22 @@ where
         .add_service(admin)
         .serve_with_incoming_shutdown(incoming, async move {
             let _ = shutdown.changed().await;
-        })
-        .await
+        });
+    tokio::select! {
+        served = served => served,
+        never = report_health(reporter, views) => match never {},
+    }
+}
+
+/// Reports whether the shell's loop comes round, as `/healthz` does.
+async fn report_health(reporter: HealthReporter, views: watch::Receiver<Option<Arc<View>>>) -> Infallible {
+    let mut looks = tokio::time::interval(HEALTH_LOOK);
+    loop {
+        looks.tick().await;
+        let hung = views.borrow().as_ref().and_then(|view| view.is_hung_for());
+        let status = if hung.is_some() { ServingStatus::NotServing } else { ServingStatus::Serving };
+        reporter.set_service_status("", status).await;
+    }
 }
 
 struct Sessions {

@@ -2,8 +2,10 @@
 //!
 //! 1. Only keys of this term and of the newest generation are served; older ones are gone and never come back.
 //! 2. It holds a bounded number of keys of bounded size.
+//! 3. A change of a key wakes those that wait for this key and nobody else: members of a group of n wait for n^2 keys.
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,7 +15,7 @@ use ganglion_proto::wire::{
     AddRequest, AddResponse, CompareSetRequest, CompareSetResponse, ContainsRequest, ContainsResponse,
     DeleteRequest, DeleteResponse, GetRequest, GetResponse, Key, SetRequest, SetResponse,
 };
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
 
 /// Keys of one generation. A group of n needs about n^2.
@@ -22,6 +24,10 @@ const KEY_LIMIT: usize = 1 << 20;
 const ENTRY_LIMIT: usize = 64 << 10;
 /// Bytes of all keys of a generation.
 const STORE_LIMIT: usize = 256 << 20;
+/// Bytes of a key's name.
+const NAME_LIMIT: usize = 1024;
+/// Keys of one question.
+const ASKED_LIMIT: usize = 1 << 16;
 /// The longest wait for a key.
 const WAIT_LIMIT: Duration = Duration::from_secs(600);
 
@@ -34,8 +40,9 @@ pub struct Store {
 struct Shared {
     term: Term,
     entries: Mutex<Entries>,
-    /// Counts changes, for those that wait for a key.
-    changes: watch::Sender<u64>,
+    /// How often somebody who waited for a key looked at it again.
+    #[cfg(test)]
+    wakeups: std::sync::atomic::AtomicUsize,
 }
 
 #[derive(Default)]
@@ -44,6 +51,28 @@ struct Entries {
     values: BTreeMap<String, Vec<u8>>,
     /// Bytes of all names and values.
     bytes: usize,
+    /// Those that wait, by the name of what they wait for.
+    waiting: BTreeMap<String, Arc<Notify>>,
+}
+
+/// One that waits for a key.
+struct Waiter<'a> {
+    store: &'a Store,
+    name: String,
+    notify: Arc<Notify>,
+}
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        let mut entries = self.store.entries();
+        let is_last = entries
+            .waiting
+            .get(&self.name)
+            .is_some_and(|known| Arc::ptr_eq(known, &self.notify) && Arc::strong_count(known) == 2);
+        if is_last {
+            entries.waiting.remove(&self.name);
+        }
+    }
 }
 
 impl Entries {
@@ -53,6 +82,9 @@ impl Entries {
         let bytes = self.bytes - replaced + size;
         if size > ENTRY_LIMIT || bytes > STORE_LIMIT || self.values.len() >= KEY_LIMIT {
             return Err(Status::resource_exhausted("the store is full or the entry too large"));
+        }
+        if let Some(waiting) = self.waiting.remove(&name) {
+            waiting.notify_waiters();
         }
         self.values.insert(name, value);
         self.bytes = bytes;
@@ -69,22 +101,23 @@ impl Entries {
 impl Store {
     /// An empty store for a term.
     pub fn new(term: Term) -> Store {
-        let (changes, _) = watch::channel(0);
-        Store { shared: Arc::new(Shared { term, entries: Mutex::default(), changes }) }
+        let shared = Shared {
+            term,
+            entries: Mutex::default(),
+            #[cfg(test)]
+            wakeups: std::sync::atomic::AtomicUsize::default(),
+        };
+        Store { shared: Arc::new(shared) }
     }
 
     /// Drops all keys and serves a new generation from now on.
     pub fn begin(&self, generation: Generation) {
-        *self.entries() = Entries { generation, ..Entries::default() };
-        self.changed();
+        let before = std::mem::replace(&mut *self.entries(), Entries { generation, ..Entries::default() });
+        before.waiting.values().for_each(|waiting| waiting.notify_waiters());
     }
 
     fn entries(&self) -> MutexGuard<'_, Entries> {
         self.shared.entries.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn changed(&self) {
-        self.shared.changes.send_modify(|count| *count += 1);
     }
 
     /// A key's name, if its generation is the one that is served.
@@ -98,13 +131,42 @@ impl Store {
             );
             return Err(Status::failed_precondition(what));
         }
+        if key.name.len() > NAME_LIMIT {
+            return Err(Status::resource_exhausted(format!("a key's name has at most {NAME_LIMIT} bytes")));
+        }
         Ok(key.name)
     }
 
-    fn put(&self, entries: &mut Entries, name: String, value: Vec<u8>) -> Result<(), Status> {
-        entries.put(name, value)?;
-        self.changed();
-        Ok(())
+    /// The value of a key, or one that waits for it.
+    fn look(&self, key: Option<Key>) -> Result<Result<Vec<u8>, Waiter<'_>>, Status> {
+        let mut entries = self.entries();
+        let name = self.open(&entries, key)?;
+        if let Some(value) = entries.values.get(&name) {
+            return Ok(Ok(value.clone()));
+        }
+        let notify = entries.waiting.entry(name.clone()).or_default().clone();
+        Ok(Err(Waiter { store: self, name, notify }))
+    }
+
+    /// Waits until a key has a value.
+    async fn wait(&self, key: Option<Key>) -> Result<Vec<u8>, Status> {
+        loop {
+            let waiter = match self.look(key.clone())? {
+                Ok(value) => return Ok(value),
+                Err(waiter) => waiter,
+            };
+            let mut changed = pin!(waiter.notify.notified());
+            changed.as_mut().enable();
+            // It may have been set before this one listened, and removed again.
+            match self.look(key.clone())? {
+                Ok(value) => return Ok(value),
+                Err(again) if !Arc::ptr_eq(&again.notify, &waiter.notify) => continue,
+                Err(_) => {}
+            }
+            changed.await;
+            #[cfg(test)]
+            self.shared.wakeups.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
     }
 }
 
@@ -120,29 +182,16 @@ impl StoreService for Store {
         let request = request.into_inner();
         let mut entries = self.entries();
         let name = self.open(&entries, request.key)?;
-        self.put(&mut entries, name, request.value)?;
+        entries.put(name, request.value)?;
         Ok(Response::new(SetResponse {}))
     }
 
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
         let request = request.into_inner();
         let limit = Duration::from_millis(request.timeout_ms).min(WAIT_LIMIT);
-        let mut changes = self.shared.changes.subscribe();
-        let deadline = tokio::time::Instant::now() + limit;
-        loop {
-            changes.mark_unchanged();
-            {
-                let entries = self.entries();
-                let name = self.open(&entries, request.key.clone())?;
-                if let Some(value) = entries.values.get(&name) {
-                    return Ok(Response::new(GetResponse { value: value.clone() }));
-                }
-            }
-            match tokio::time::timeout_at(deadline, changes.changed()).await {
-                Ok(Ok(())) => {}
-                Ok(Err(_)) => return Err(Status::unavailable("the coordinator is stopping")),
-                Err(_) => return Err(Status::deadline_exceeded("the key was not set in time")),
-            }
+        match tokio::time::timeout(limit, self.wait(request.key)).await {
+            Ok(value) => Ok(Response::new(GetResponse { value: value? })),
+            Err(_) => Err(Status::deadline_exceeded("the key was not set in time")),
         }
     }
 
@@ -153,7 +202,7 @@ impl StoreService for Store {
         let value = counter(entries.values.get(&name))?
             .checked_add(request.delta)
             .ok_or_else(|| Status::out_of_range("the counter is full"))?;
-        self.put(&mut entries, name, value.to_string().into_bytes())?;
+        entries.put(name, value.to_string().into_bytes())?;
         Ok(Response::new(AddResponse { value }))
     }
 
@@ -168,7 +217,7 @@ impl StoreService for Store {
             Some(value) if *value != request.expected => value.clone(),
             None if !request.expected.is_empty() => request.expected,
             _ => {
-                self.put(&mut entries, name, request.desired.clone())?;
+                entries.put(name, request.desired.clone())?;
                 request.desired
             }
         };
@@ -188,7 +237,13 @@ impl StoreService for Store {
     ) -> Result<Response<ContainsResponse>, Status> {
         let entries = self.entries();
         let mut all = true;
-        for key in request.into_inner().keys {
+        let keys = request.into_inner().keys;
+        if keys.len() > ASKED_LIMIT {
+            return Err(Status::resource_exhausted(format!(
+                "at most {ASKED_LIMIT} keys may be asked for at once"
+            )));
+        }
+        for key in keys {
             let name = self.open(&entries, Some(key))?;
             all &= entries.values.contains_key(&name);
         }
@@ -234,6 +289,42 @@ mod tests {
         assert_eq!(waiter.await.unwrap().unwrap_err().code(), tonic::Code::FailedPrecondition);
         let set = SetRequest { key: key(2, "k"), value: vec![] };
         assert!(store.set(Request::new(set)).await.is_err());
+    }
+
+    /// Invariant 3, by the number of wakeups: that of those who wait, and not its product with the number of changes.
+    #[tokio::test]
+    async fn a_change_wakes_those_that_wait_for_it_and_nobody_else() {
+        const MEMBERS: u64 = 60;
+        let store = store();
+        let names: Vec<String> = (0..MEMBERS).map(|member| format!("member {member}")).collect();
+        let mut waiting = tokio::task::JoinSet::new();
+        for name in names.iter().flat_map(|name| std::iter::repeat_n(name.clone(), 3)) {
+            let store = store.clone();
+            let get = Request::new(GetRequest { key: key(2, &name), timeout_ms: 60_000 });
+            waiting.spawn(async move { store.get(get).await.map(drop) });
+        }
+        while store.entries().waiting.values().map(Arc::strong_count).sum::<usize>() < names.len() * 4 {
+            tokio::task::yield_now().await;
+        }
+        for name in &names {
+            store.set(Request::new(SetRequest { key: key(2, name), value: vec![1] })).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        for done in waiting.join_all().await {
+            done.unwrap();
+        }
+        assert_eq!(store.shared.wakeups.load(std::sync::atomic::Ordering::Relaxed), names.len() * 3);
+        assert!(store.entries().waiting.is_empty());
+    }
+
+    #[tokio::test]
+    async fn one_that_stops_waiting_leaves_nothing_behind() {
+        let store = store();
+        let get = || Request::new(GetRequest { key: key(2, "k"), timeout_ms: 1 });
+        let (one, other) = tokio::join!(store.get(get()), store.get(get()));
+        assert!(one.is_err() && other.is_err() && store.entries().waiting.is_empty());
+        let long = Request::new(GetRequest { key: key(2, &"k".repeat(NAME_LIMIT + 1)), timeout_ms: 1 });
+        assert_eq!(store.get(long).await.unwrap_err().code(), tonic::Code::ResourceExhausted);
     }
 
     #[test]

@@ -6,9 +6,13 @@ use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcom
 use serde_json::json;
 use tokio::time::Instant;
 
+use super::budget::Budget;
 use super::stuck::Held;
 use super::{Connected, Shell, ShellError};
 use crate::server::{Input, Outbox, SessionId};
+
+/// Ranks that the event of a fault names; of more it gives the number.
+const NAMED_RANKS: usize = 64;
 
 impl Shell {
     /// Takes a worker in, as who it was if it may go on as that; or says why not.
@@ -46,9 +50,16 @@ impl Shell {
         }
         let Hello { host, pid, address, device, attempt, .. } = hello;
         self.attempts.insert(worker, attempt);
-        let heard = None;
-        let connected =
-            Connected { session, outbox: Some(outbox), host: host.clone(), pid, address, device, heard };
+        let connected = Connected {
+            session,
+            outbox: Some(outbox),
+            host: host.clone(),
+            pid,
+            address,
+            device,
+            budget: Budget::new(),
+            heard: None,
+        };
         self.workers.insert(worker, connected);
         self.send(worker, ToWorker::Welcome(Box::new(self.welcome(worker))));
         self.send(worker, ToWorker::EvaluationsRecorded(self.judged.told()));
@@ -109,9 +120,16 @@ impl Shell {
         worker: WorkerId,
         message: FromWorker,
     ) -> Result<(), ShellError> {
-        if !self.is_current(session, worker) {
-            return Ok(());
-        }
+        let is_current = |current: &&mut Connected| current.session == session && current.outbox.is_some();
+        let Some(current) = self.workers.get_mut(&worker).filter(is_current) else { return Ok(()) };
+        let left_out = match message {
+            FromWorker::Loaded(..)
+            | FromWorker::Fault(..)
+            | FromWorker::Leave
+            | FromWorker::PartDelayed(..) => current.budget.spend(),
+            _ => Some(0),
+        };
+        let Some(left_out) = left_out else { return self.spent(session, worker, &message) };
         match message {
             FromWorker::Hello(_) => {
                 tracing::warn!("worker {worker} says hello twice; closing its session");
@@ -122,7 +140,10 @@ impl Shell {
                 self.handle(Event::Ready(worker, generation, position))
             }
             FromWorker::Fault(generation, fault) => {
-                self.note_fault(worker, generation.0, &fault);
+                // Who is in no group has none that could fail.
+                if self.machine.has_trained(worker) {
+                    self.note_fault(worker, generation.0, &fault);
+                }
                 self.handle(Event::Fault(worker, generation, fault))
             }
             FromWorker::Heartbeat(progress, usage) => {
@@ -148,7 +169,7 @@ impl Shell {
                 Ok(())
             }
             report if self.machine.has_trained(worker) => {
-                self.take_report(worker, report);
+                self.take_report(worker, report, left_out);
                 Ok(())
             }
             _ => {
@@ -156,6 +177,25 @@ impl Shell {
                 Ok(())
             }
         }
+    }
+
+    /// What would be one event too many. A storage that fails again and again is told of now and then; nothing else comes
+    /// that often from a worker that is well.
+    fn spent(
+        &mut self,
+        session: SessionId,
+        worker: WorkerId,
+        message: &FromWorker,
+    ) -> Result<(), ShellError> {
+        let is_trusted = self.machine.has_trained(worker);
+        if is_trusted && matches!(message, FromWorker::PartDelayed(..)) {
+            return Ok(());
+        }
+        tracing::warn!("worker {worker} causes too many events; closing its session");
+        if !is_trusted {
+            self.send(worker, ToWorker::Reject("it causes too many events".to_string()));
+        }
+        self.closed(session, worker)
     }
 
     /// Whether a session is a worker's newest, and open.
@@ -201,11 +241,16 @@ impl Shell {
     }
 
     /// What is for people and decides nothing.
-    fn take_report(&mut self, worker: WorkerId, report: FromWorker) {
+    fn take_report(&mut self, worker: WorkerId, report: FromWorker, left_out: u64) {
+        let samples = self.machine.samples().or(self.samples);
+        let last = samples.map_or(u64::MAX, |samples| self.job.last_step(samples));
+        let last_position = last.saturating_mul(self.job.phases_per_step());
         match report {
-            FromWorker::Metrics(row) => self.take_row(row),
-            FromWorker::Samples(grid) => self.records.take_samples(grid),
-            FromWorker::PhaseSkipped(position, detail) => self.records.phase_skipped(position, &detail),
+            FromWorker::Metrics(row) if row.step <= last => self.take_row(row),
+            FromWorker::Samples(grid) if grid.step <= last => self.records.take_samples(grid),
+            FromWorker::PhaseSkipped(position, detail) if position.0 < last_position => {
+                self.records.phase_skipped(position, &detail);
+            }
             FromWorker::PartDelayed(step, file, detail) => {
                 if self.delays.is_news(&format!("worker {worker}"), &detail) {
                     self.records.message(&format!(
@@ -213,10 +258,13 @@ impl Shell {
                          trying again until it can"
                     ));
                 }
-                let fields = json!({ "worker": worker.0, "step": step, "file": file, "reason": detail });
+                let mut fields = json!({ "worker": worker.0, "step": step, "file": file, "reason": detail });
+                if left_out > 0 {
+                    fields["left_out"] = left_out.into();
+                }
                 self.records.event("checkpoint_delayed", fields);
             }
-            _ => {}
+            _ => tracing::warn!("dropped a report of worker {worker} of a step that the run does not have"),
         }
     }
 
@@ -225,7 +273,11 @@ impl Shell {
             Fault::Peer => ("peer", String::new()),
             Fault::Timeout => ("timeout", String::new()),
             Fault::Links(ranks) => {
-                ("links", format!("{:?}", ranks.iter().map(|rank| rank.0).collect::<Vec<_>>()))
+                let named: Vec<String> =
+                    ranks.iter().take(NAMED_RANKS).map(|rank| rank.0.to_string()).collect();
+                let more = ranks.len().saturating_sub(NAMED_RANKS);
+                let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+                ("links", format!("[{}]{more}", named.join(", ")))
             }
             Fault::Diverged(detail) => ("diverged", detail.clone()),
             Fault::Internal(detail) => ("internal", detail.clone()),

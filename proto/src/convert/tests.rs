@@ -219,8 +219,151 @@ fn a_file_name_that_leaves_its_folder_is_refused() {
 }
 
 #[test]
-fn an_empty_message_is_malformed_and_long_texts_are_cut() {
+fn an_empty_message_is_malformed() {
     let empty = wire::SessionRequest { term: 1, message: None };
     assert!(FromWorker::from_wire(empty).is_err());
-    assert_eq!(clipped("é".repeat(TEXT_LIMIT)).len(), TEXT_LIMIT);
+}
+
+/// Nothing that a peer can put on the wire makes the conversion panic, and what passes is within its bounds.
+mod hostile {
+    use proptest::prelude::*;
+    use prost::Message;
+
+    use super::*;
+
+    fn number() -> impl Strategy<Value = u64> {
+        prop_oneof![
+            Just(0),
+            Just(bounds::COUNT),
+            Just(bounds::COUNT + 1),
+            Just(i64::MAX as u64),
+            Just(i64::MAX as u64 + 1),
+            Just(u64::MAX),
+            any::<u64>()
+        ]
+    }
+
+    fn words() -> impl Strategy<Value = String> {
+        let sizes = prop_oneof![Just(0usize), Just(1), Just(bounds::NAME + 1), Just(bounds::TEXT + 1)];
+        prop_oneof![
+            ".{0,40}",
+            (sizes, prop::sample::select(vec!["x", "\x1b[2J", "\u{202e}", "漢", "\0", "\n"]))
+                .prop_map(|(size, text)| text.repeat(size)),
+        ]
+    }
+
+    prop_compose! {
+        fn fault()(generation in number(), kind in -1..9i32, detail in words(), position in number(),
+            length in prop_oneof![Just(0usize), Just(3), Just(bounds::MEMBERS + 1)]) -> wire::Fault {
+            wire::Fault { generation, kind, detail, ranks: vec![u32::MAX; length], position }
+        }
+    }
+
+    prop_compose! {
+        fn hello()(protocol: u32, spawn_token in words(), host in words(), pid: u32, address in words(),
+            device in words(), run in words(), resumed: bool, worker in number(), term in number(),
+            generation in number(), position in proptest::option::of(number())) -> wire::Hello {
+            let rested = Some(wire::Rested { position, finished: None });
+            let resume = resumed.then_some(wire::Resume { run, worker, term, generation, rested });
+            wire::Hello { protocol, spawn_token, host, pid, address, resume, device, attempt: generation }
+        }
+    }
+
+    prop_compose! {
+        fn loaded()(items in 0usize..70, item in words(), value in words(), samples in number(),
+            phases_per_step: u32, gpu in words()) -> wire::Loaded {
+            let passport = (0..items).map(|number| (format!("{item}{number}"), value.clone())).collect();
+            wire::Loaded { passport, samples, sees_storage: true, phases_per_step, gpu, ..wire::Loaded::default() }
+        }
+    }
+
+    prop_compose! {
+        fn part()(step in number(), phase: u32, index: u32, count: u32, file in words(), bytes in number(),
+            state_digest in words()) -> wire::PartWritten {
+            let file = Some(wire::StoredFile { file, bytes, blake3: "a".repeat(64) });
+            wire::PartWritten { step, phase, index, count, file, state_digest }
+        }
+    }
+
+    prop_compose! {
+        fn row()(step in number(), generation in number(), images_seen in number(), ledger in number(),
+            skipped in number(), time: f64, loss: f64) -> wire::MetricsRow {
+            let loss_discriminator = loss;
+            wire::MetricsRow { step, generation, images_seen, ledger, skipped, time, loss_discriminator,
+                ..wire::MetricsRow::default() }
+        }
+    }
+
+    fn said() -> impl Strategy<Value = wire::session_request::Message> {
+        use wire::session_request::Message as Said;
+        prop_oneof![
+            fault().prop_map(Said::Fault),
+            hello().prop_map(Said::Hello),
+            loaded().prop_map(Said::Loaded),
+            part().prop_map(Said::PartWritten),
+            row().prop_map(Said::Metrics),
+            (number(), proptest::option::of(number()))
+                .prop_map(|(generation, position)| Said::Ready(wire::Ready { generation, position })),
+            (number(), -1..5i32, number(), number()).prop_map(
+                |(position, activity, leaves, slowest_leaf_us)| {
+                    Said::Heartbeat(wire::Heartbeat {
+                        position,
+                        activity,
+                        leaves,
+                        slowest_leaf_us,
+                        ..Default::default()
+                    })
+                }
+            ),
+            (number(), words(), words())
+                .prop_map(|(step, file, detail)| Said::PartDelayed(wire::PartDelayed { step, file, detail })),
+            (number(), words())
+                .prop_map(|(position, detail)| Said::PhaseSkipped(wire::PhaseSkipped { position, detail })),
+            (number(), number(), any::<bool>()).prop_map(|(generation, position, complete)| {
+                Said::Finished(wire::Finished { generation, position, complete })
+            }),
+            words().prop_map(|detail| Said::InputError(wire::InputError { detail })),
+            (number(), any::<u32>(), any::<u32>(), any::<u32>()).prop_map(
+                |(step, width, height, channels)| {
+                    Said::Samples(wire::SampleGrid { step, png: Vec::new(), width, height, channels })
+                }
+            ),
+            (number(), 0usize..70, words(), words()).prop_map(|(step, figures, name, features)| {
+                let figures = vec![wire::Figure { name, value: f64::NAN }; figures];
+                Said::Evaluation(wire::EvaluationRow { step, figures, features, seconds: f64::INFINITY })
+            }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn extreme_messages_of_workers_are_refused_or_bounded(term in number(), message in said()) {
+            let request = wire::SessionRequest { term, message: Some(message) };
+            if let Ok((term, read)) = FromWorker::from_wire(request) {
+                prop_assert!(term.0 <= bounds::COUNT);
+                let shown = format!("{read:?}");
+                prop_assert!(!shown.contains('\u{1b}') && !shown.contains("\\u{1b}"), "{shown}");
+                let again = read.clone().to_wire(term);
+                prop_assert!(again.encoded_len() < 2 << 20, "{} bytes", again.encoded_len());
+                // Its own words pass again: a worker that comes back says the same.
+                if !matches!(read, FromWorker::Metrics(_) | FromWorker::Evaluation(_)) {
+                    prop_assert_eq!(FromWorker::from_wire(again), Ok((term, read)));
+                }
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(request) = wire::SessionRequest::decode(&bytes[..]) {
+                let _ = FromWorker::from_wire(request);
+            }
+            if let Ok(response) = wire::SessionResponse::decode(&bytes[..]) {
+                let _ = ToWorker::from_wire(response);
+            }
+            if let Ok(status) = wire::GetStatusResponse::decode(&bytes[..]) {
+                let _ = checked_status(status);
+            }
+            let _ = crate::rows::decode(&bytes);
+        }
+    }
 }

@@ -22,6 +22,7 @@ use crate::checkpoint::Snapshot;
 use crate::data::DataSet;
 use crate::monitor::Monitor;
 use crate::nn::Models;
+use crate::nn::broken::guarded;
 use crate::sample::Generator;
 use crate::session::Session;
 use crate::state::StateLayout;
@@ -164,14 +165,16 @@ impl Monitor<Queue> {
         let mut judge: Option<Judge> = None;
         while let Some(snapshot) = self.next(&session) {
             let (began, of) = (Instant::now(), Of { step: snapshot.step });
-            let metrics = track.during("evaluate", of, || {
+            let make = || {
                 if let Some(means) = means.take() {
                     judge = Some(means.judge(&data)?);
                 }
                 let judge =
                     judge.as_ref().ok_or_else(|| EvalError::Input("see the first failure".to_string()))?;
                 evaluate(&job, &models, &layout, judge, &snapshot)
-            });
+            };
+            let make = || guarded(make).unwrap_or_else(|broken| Err(EvalError::Input(broken.to_string())));
+            let metrics = track.during("evaluate", of, make);
             track.flush();
             let seconds = began.elapsed().as_secs_f64();
             let row = match metrics {

@@ -5,6 +5,7 @@
 //! 2. A network knows the names and shapes of its tensors; where they live is the state's business.
 //! 3. What a pass gives is a function of its input and its [`Pass`]. Random draws come from the pass's key alone.
 
+pub mod broken;
 mod classes;
 mod models;
 mod pieces;

@@ -13,6 +13,7 @@ use std::path::Path;
 use c10d::script::{Mode as ScriptMode, Script, ScriptTensor};
 use tch::{Device, Kind, Tensor, no_grad};
 
+use super::broken::{BrokenModule, Watchdog};
 use super::{Constant, Init, Mode, Network, Pass, TensorSpec};
 use crate::checkpoint::to_bytes;
 use crate::data::ImageShape;
@@ -29,6 +30,8 @@ enum Role {
 /// A TorchScript module that trains.
 pub struct ScriptNetwork {
     script: Script,
+    /// The file that it is from, for people.
+    file: String,
     role: Role,
     /// Whether the module takes noise as (n, latent_dim, 1, 1).
     as_maps: bool,
@@ -37,6 +40,9 @@ pub struct ScriptNetwork {
     parameters: Vec<TensorSpec>,
     buffers: Vec<TensorSpec>,
 }
+
+/// Samples that a module is checked with.
+const PROBED: i64 = 2;
 
 /// Why a module cannot be trained: what is wrong, and how to mend it.
 type Refusal = String;
@@ -65,12 +71,15 @@ impl ScriptNetwork {
         let script = Script::load(&bytes).map_err(|error| {
             said(format!("is no TorchScript; write it with torch.jit.script(module).save(...): {error}"))
         })?;
-        ScriptNetwork::new(script, role).map_err(said)
+        let file = path.display().to_string();
+        let _watchdog = Watchdog::over(&file);
+        ScriptNetwork::new(script, file, role).map_err(said)
     }
 
-    fn new(script: Script, role: Role) -> Result<ScriptNetwork, Refusal> {
+    fn new(script: Script, file: String, role: Role) -> Result<ScriptNetwork, Refusal> {
         let mut network = ScriptNetwork {
             script,
+            file,
             role,
             as_maps: false,
             constants: Vec::new(),
@@ -125,8 +134,12 @@ impl ScriptNetwork {
         let own: Vec<Tensor> =
             own.map_err(|error| error.to_string())?.iter().map(|t| t.detach().copy()).collect();
         let input = match self.role {
-            Role::Generator { latent_dim, .. } => Tensor::ones([2, latent_dim], (Kind::Float, Device::Cpu)),
-            Role::Discriminator { shape } => Tensor::ones(sizes(2, shape), (Kind::Float, Device::Cpu)) * 0.5,
+            Role::Generator { latent_dim, .. } => {
+                Tensor::ones([PROBED, latent_dim], (Kind::Float, Device::Cpu))
+            }
+            Role::Discriminator { shape } => {
+                Tensor::ones(sizes(PROBED, shape), (Kind::Float, Device::Cpu)) * 0.5
+            }
         };
         let first = self.evaluate(&own, &input);
         if let (Err(first), Role::Generator { latent_dim, .. }) = (&first, self.role) {
@@ -147,21 +160,22 @@ impl ScriptNetwork {
     fn evaluate(&self, own: &[Tensor], input: &Tensor) -> Result<Tensor, Refusal> {
         let run = || self.script.run(own.iter(), &self.shaped(input), ScriptMode::Evaluation);
         let (output, _) = no_grad(run).map_err(|error| error.to_string())?;
-        self.check_output(&output)?;
+        self.check_output(&output, PROBED)?;
         Ok(output)
     }
 
-    fn check_output(&self, output: &Tensor) -> Result<(), Refusal> {
+    /// Whether it made of so many samples what it must.
+    fn check_output(&self, output: &Tensor, samples: i64) -> Result<(), Refusal> {
         let found = output.size();
         if output.kind() != Kind::Float {
             return Err(format!("its result is of kind {:?}, not of 32-bit floats", output.kind()));
         }
         match self.role {
-            Role::Generator { shape, .. } if found != sizes(2, shape) => Err(format!(
-                "of 2 samples it makes {found:?}, and the data has images of {shape}; both must be (n, channels, height, width)"
+            Role::Generator { shape, .. } if found != sizes(samples, shape) => Err(format!(
+                "of {samples} samples it makes {found:?}, and the data has images of {shape}; both must be (n, channels, height, width)"
             )),
-            Role::Discriminator { .. } if output.numel() != 2 => {
-                Err(format!("of 2 images it makes {found:?}; it must make one number of each"))
+            Role::Discriminator { .. } if found.iter().product::<i64>() != samples => {
+                Err(format!("of {samples} images it makes {found:?}; it must make one number of each"))
             }
             _ => Ok(()),
         }
@@ -195,7 +209,7 @@ impl ScriptNetwork {
         };
         let tensors = leaves(own);
         let (output, after) = train(&tensors).map_err(wrong)?;
-        self.check_output(&output).map_err(|what| format!("in training: {what}"))?;
+        self.check_output(&output, PROBED).map_err(|what| format!("in training: {what}"))?;
         let trained: Vec<&Tensor> = tensors
             .iter()
             .zip(self.script.tensors())
@@ -272,10 +286,13 @@ impl Network for ScriptNetwork {
             Mode::Batch => ScriptMode::Training { seed: pass.key.number() },
             Mode::Running => ScriptMode::Evaluation,
         };
-        let (output, after) = self
-            .script
-            .run(tensors.iter(), &self.shaped(input), mode)
-            .unwrap_or_else(|error| panic!("a module that ran before: {error}"));
+        let broken = |detail: String| -> ! {
+            let phase = if pass.mode == Mode::Batch { "in training" } else { "in evaluation" };
+            BrokenModule { module: self.file.clone(), phase, detail }.raise()
+        };
+        let run = self.script.run(tensors.iter(), &self.shaped(input), mode);
+        let (output, after) = run.unwrap_or_else(|error| broken(error.to_string()));
+        self.check_output(&output, input.size()[0]).unwrap_or_else(|what| broken(what));
         if pass.mode == Mode::Batch {
             let after = after.iter().filter(|tensor| tensor.kind() == Kind::Float);
             let changes = after.zip(pass.buffers).map(|(after, before)| no_grad(|| after.detach() - before));

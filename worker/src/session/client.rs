@@ -12,7 +12,7 @@ use ganglion_proto::dial::{Credentials, DialError};
 use ganglion_proto::message::{FromWorker, Hello, MetricsRow, Resume, ToWorker, Usage, Welcome};
 use ganglion_proto::wire::session_service_client::SessionServiceClient;
 use ganglion_proto::wire::{SessionRequest, SessionResponse};
-use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL};
+use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL, printable};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
@@ -401,7 +401,7 @@ impl Dial {
 }
 
 fn failed(status: &tonic::Status) -> Failed {
-    let reason = status.message().to_string();
+    let reason = printable(status.message()).into_owned();
     match status.code() {
         Code::Unauthenticated => Failed::Wrong(reason),
         Code::FailedPrecondition | Code::InvalidArgument | Code::Unimplemented => Failed::Refused(reason),
@@ -452,7 +452,7 @@ impl Talk {
                         continue;
                     }
                     Ok(None) => return Some("it closed the session".to_string()),
-                    Err(status) => return Some(status.message().to_string()),
+                    Err(status) => return Some(printable(status.message()).into_owned()),
                 },
                 Some(message) = self.outgoing.recv() => message,
                 _ = heartbeats.tick() => {

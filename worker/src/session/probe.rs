@@ -3,22 +3,35 @@
 //! A link that drops everything makes a whole group wait, and nobody can tell who waits for whom. So each worker listens on
 //! a port of its own, on the interface of its reduces, and says hello to whoever connects.
 
-use std::io::{Read, Write};
+use std::future::pending;
+use std::io::Read;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::time::Duration;
+
+use ganglion_proto::listen::{Limits, Room, accept_loop};
 
 /// What a worker says to whoever connects.
 const GREETING: &[u8; 8] = b"ganglion";
 
+/// Connections at once. None lasts longer than it takes to greet.
+const LIMITS: Limits = Limits { all: 64, idle_of_address: 64, grace: Duration::ZERO };
+
 /// Answers probes on a free port of `address` as long as the process lives; returns where.
 pub fn answer(address: IpAddr) -> std::io::Result<SocketAddr> {
     let listener = TcpListener::bind((address, 0))?;
+    listener.set_nonblocking(true)?;
     let bound = listener.local_addr()?;
+    // A thread of its own: probes are answered whatever keeps the session.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let entered = runtime.enter();
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    drop(entered);
     let serve = move || {
-        for stream in listener.incoming().flatten() {
+        let greet = |stream: tokio::net::TcpStream, _, _| {
             // Eight bytes fit into any socket's buffer: this does not wait for the peer.
-            let _ = (&stream).write_all(GREETING);
-        }
+            let _ = stream.try_write(GREETING);
+        };
+        runtime.block_on(accept_loop(listener, Room::new(LIMITS), "probes", pending(), greet));
     };
     std::thread::Builder::new().name("probe".to_string()).spawn(serve)?;
     Ok(bound)

@@ -1,0 +1,56 @@
+//! How many events a session may cause.
+//!
+//! Events are lines of a file that is kept for ever. A worker that trains causes few; one that is broken or hostile could
+//! fill the disk.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Events of a session in a row.
+const IN_A_ROW: u32 = 256;
+/// Pause for each further one.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// Events that a session may still cause.
+#[derive(Debug)]
+pub(super) struct Budget {
+    /// When nothing is left to wait for.
+    quiet: Instant,
+    left_out: u64,
+}
+
+impl Budget {
+    pub(super) fn new() -> Budget {
+        Budget { quiet: Instant::now(), left_out: 0 }
+    }
+
+    /// Spends an event; returns how many were left out since the one before, or `None` if this one is left out too.
+    pub(super) fn spend(&mut self) -> Option<u64> {
+        let now = Instant::now();
+        let quiet = self.quiet.max(now) + PAUSE;
+        if quiet - now > PAUSE * IN_A_ROW {
+            self.left_out += 1;
+            return None;
+        }
+        self.quiet = quiet;
+        Some(std::mem::take(&mut self.left_out))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn so_many_in_a_row_and_then_one_for_each_pause() {
+        let mut budget = Budget::new();
+        let spent: Vec<_> = (0..IN_A_ROW + 10).map(|_| budget.spend()).collect();
+        assert_eq!(spent.iter().flatten().count(), IN_A_ROW as usize);
+        tokio::time::advance(PAUSE).await;
+        assert_eq!((budget.spend(), budget.spend()), (Some(10), None));
+        tokio::time::advance(PAUSE * 2 * IN_A_ROW).await;
+        assert_eq!(budget.spend(), Some(1));
+        assert_eq!((0..1000).filter(|_| budget.spend().is_some()).count(), IN_A_ROW as usize - 1);
+    }
+}

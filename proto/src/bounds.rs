@@ -1,0 +1,130 @@
+//! Bounds of what a peer may send. Conversion applies them, so nothing that is larger gets into the domain.
+//!
+//! | what | bound | beyond it |
+//! |---|---|---|
+//! | a text for people, such as the detail of a fault | [`TEXT`] bytes | cut off |
+//! | a name, such as a host's or a file's | [`NAME`] bytes | refused |
+//! | a path, an address of a storage | [`PATH`] bytes | refused |
+//! | a list | a number of items of its own, below | refused |
+//! | a count, such as a position or a step | [`COUNT`] | refused |
+//!
+//! Control characters of texts and names are replaced: they would be commands to the terminal that shows them.
+
+use std::borrow::Cow;
+
+use crate::convert::Malformed;
+
+/// Bytes of a text for people.
+pub(crate) const TEXT: usize = 4096;
+/// Bytes of a name. A host with its port has 259 at most.
+pub(crate) const NAME: usize = 512;
+/// Bytes of a path or an address of a storage.
+pub(crate) const PATH: usize = 8192;
+/// The highest count: floating-point numbers and JSON hold it exactly. Times [`PHASES`] it fits into 63 bits, as SQLite
+/// and positions need.
+pub(crate) const COUNT: u64 = 1 << 53;
+/// Phases of a step.
+pub(crate) const PHASES: u32 = 1 << 10;
+/// Members of a group.
+pub(crate) const MEMBERS: usize = 1 << 16;
+/// Files of a checkpoint.
+pub(crate) const FILES: usize = 1 << 12;
+/// Positions whose phases may be skipped.
+pub(crate) const SKIPS: usize = 1 << 16;
+/// Items of a passport.
+pub(crate) const PASSPORT: usize = 64;
+/// Steps of evaluations.
+pub(crate) const EVALUATIONS: usize = 1 << 20;
+/// Kinds of augmentation.
+pub(crate) const AUGMENTATIONS: usize = 64;
+/// Pixels of a side of a picture.
+pub(crate) const SIDE: u32 = 1 << 16;
+
+/// A text as a terminal may show it: control characters, and those that turn the direction of a text, are replaced by `?`. Line
+/// ends and tabulators stay.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    clean(text, |c| is_command(c) && c != '\n' && c != '\t')
+}
+
+/// Whether a character is a command to a terminal.
+fn is_command(c: char) -> bool {
+    let turns = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    c.is_control() || turns || matches!(c, '\u{2028}' | '\u{2029}')
+}
+
+fn clean(text: &str, is_wrong: impl Fn(char) -> bool) -> Cow<'_, str> {
+    // One byte, so that nothing gets longer than its bound.
+    if text.contains(&is_wrong) { text.replace(is_wrong, "?").into() } else { text.into() }
+}
+
+/// A text for people: cut off at its bound, printable.
+pub(crate) fn text(mut text: String) -> String {
+    if text.len() > TEXT {
+        let cut = (0..=TEXT).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        text.truncate(cut);
+    }
+    match printable(&text) {
+        Cow::Owned(clean) => clean,
+        Cow::Borrowed(_) => text,
+    }
+}
+
+/// A name: one line, printable.
+pub(crate) fn name(name: String, what: &str) -> Result<String, Malformed> {
+    let name = within(name, NAME, what)?;
+    Ok(clean(&name, is_command).into_owned())
+}
+
+/// A text that means something to a program: refused beyond its bound, else as it is.
+pub(crate) fn within(text: String, limit: usize, what: &str) -> Result<String, Malformed> {
+    match text.len() {
+        length if length > limit => {
+            Err(Malformed(format!("{what} has {length} bytes, and at most {limit} are allowed")))
+        }
+        _ => Ok(text),
+    }
+}
+
+/// A list of at most so many items.
+pub(crate) fn list<T>(items: Vec<T>, limit: usize, what: &str) -> Result<Vec<T>, Malformed> {
+    match items.len() {
+        length if length > limit => {
+            Err(Malformed(format!("{what} has {length} items, and at most {limit} are allowed")))
+        }
+        _ => Ok(items),
+    }
+}
+
+/// A count.
+pub(crate) fn count(number: u64, what: &str) -> Result<u64, Malformed> {
+    if number > COUNT {
+        return Err(Malformed(format!("{what} is {number}, and at most {COUNT} is allowed")));
+    }
+    Ok(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_to_a_terminal_are_replaced_and_line_ends_stay_in_texts() {
+        assert_eq!(printable("a\x1b[2Jb\r\u{9b}c\u{202e}d\0\u{7f}"), "a?[2Jb??c?d??");
+        assert_eq!(text("two\n\tlines, Ünïcode 漢字 😀".to_string()), "two\n\tlines, Ünïcode 漢字 😀");
+        assert_eq!(name("node\n7\t".to_string(), "host").unwrap(), "node?7?");
+    }
+
+    #[test]
+    fn texts_are_cut_at_a_character_and_all_else_is_refused_beyond_its_bound() {
+        assert_eq!(text("é".repeat(TEXT)).len(), TEXT);
+        assert_eq!(text(format!("a{}", "é".repeat(TEXT))).len(), TEXT - 1);
+        assert!(name("x".repeat(NAME), "host").is_ok() && name("x".repeat(NAME + 1), "host").is_err());
+        assert!(count(COUNT, "step").is_ok());
+        let refused = count(COUNT + 1, "step").unwrap_err().to_string();
+        assert_eq!(
+            refused,
+            "malformed message: step is 9007199254740993, and at most 9007199254740992 is allowed"
+        );
+        assert!(list(vec![0; 3], 3, "ranks").is_ok() && list(vec![0; 4], 3, "ranks").is_err());
+    }
+}

@@ -1,0 +1,425 @@
+//! The accept loop of all listeners, and the room for the connections that it takes in.
+//!
+//! 1. No error of `accept` ends the loop, and none makes it spin.
+//! 2. Connections are bounded: so many in all, so many idle ones of one address, so many that wait for a place.
+//! 3. Where there is no room, the connection that has been idle the longest makes place for the newcomer, once it has been
+//!    idle for [`Limits::grace`]. So connections that do nothing keep nobody out, and a crowd of those that do something is
+//!    served in the order in which it came.
+//! 4. A refused connection is said once a minute for each address, not each time.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
+use std::io::{self, ErrorKind};
+use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use crate::throttle::Throttle;
+
+/// Pause before `accept` is tried again after an error that is of this machine and not of one connection.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Connections that may wait for a place.
+const WAITING: usize = 1024;
+/// Longest wait for a place.
+const WAIT_LIMIT: Duration = Duration::from_secs(10);
+/// Pause between two lines of the log on the same subject.
+const QUIET: Duration = Duration::from_secs(60);
+
+/// Bounds of a [`Room`].
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at once.
+    pub all: usize,
+    /// Idle ones of one address.
+    pub idle_of_address: usize,
+    /// Idle time after which a connection makes place for another.
+    pub grace: Duration,
+}
+
+impl Limits {
+    /// The same limits, with at most half of the descriptors that this process may open.
+    #[must_use]
+    pub fn within_descriptors(self) -> Limits {
+        let most = usize::try_from(descriptor_limit() / 2).unwrap_or(usize::MAX);
+        Limits { all: self.all.min(most).max(1), ..self }
+    }
+}
+
+/// Descriptors that this process may have open.
+fn descriptor_limit() -> u64 {
+    rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
+/// Raises this process's soft limit of descriptors to the hard one: the soft default is meant for programs that use
+/// `select`. Children inherit it.
+pub fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let shown = |limit: Option<u64>| limit.map_or("unlimited".to_string(), |limit| limit.to_string());
+    let (soft, hard) = (shown(limit.current), shown(limit.maximum));
+    match setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        Ok(()) => tracing::debug!("descriptors: soft limit {soft} raised to the hard limit {hard}"),
+        Err(error) => tracing::debug!("descriptors: soft limit {soft} stays, hard limit {hard}: {error}"),
+    }
+}
+
+/// Bounded room for the connections of a listener.
+#[derive(Debug)]
+pub struct Room {
+    limits: Limits,
+    taken: Mutex<Taken>,
+    /// There may be a place again.
+    freed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
+    next: u64,
+    places: BTreeMap<u64, Held>,
+    /// Idle places of each address, in the order in which they became idle.
+    idle: BTreeMap<IpAddr, BTreeMap<u64, (Instant, u64)>>,
+}
+
+#[derive(Debug)]
+struct Held {
+    address: IpAddr,
+    /// Its number among the idle ones; `None` while it is busy.
+    idle: Option<u64>,
+    out: Arc<Notify>,
+}
+
+/// A connection's place in a [`Room`]; given back when it is dropped. A new one is idle.
+#[derive(Debug)]
+pub struct Place {
+    room: Arc<Room>,
+    address: IpAddr,
+    number: u64,
+    out: Arc<Notify>,
+}
+
+impl Room {
+    /// An empty room.
+    pub fn new(limits: Limits) -> Arc<Room> {
+        Arc::new(Room { limits, taken: Mutex::default(), freed: Notify::new() })
+    }
+
+    /// A place, at the cost of one that was idle for long if need be; else when there may be one, where that is known.
+    fn take(self: &Arc<Room>, address: IpAddr) -> Result<Place, Option<Instant>> {
+        let mut taken = self.taken();
+        let is_crowded =
+            taken.idle.get(&address).is_some_and(|idle| idle.len() >= self.limits.idle_of_address);
+        if is_crowded || taken.places.len() >= self.limits.all {
+            let (since, number) =
+                if is_crowded { taken.oldest(address) } else { taken.oldest_of_most() }.ok_or(None)?;
+            let due = since + self.limits.grace;
+            if due > Instant::now() {
+                return Err(Some(due));
+            }
+            taken.show_out(number);
+        }
+        let (number, out) = (taken.next, Arc::new(Notify::new()));
+        taken.next += 1;
+        taken.places.insert(number, Held { address, idle: None, out: out.clone() });
+        taken.rest(number);
+        drop(taken);
+        Ok(Place { room: self.clone(), address, number, out })
+    }
+
+    fn taken(&self) -> MutexGuard<'_, Taken> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Taken {
+    fn oldest(&self, address: IpAddr) -> Option<(Instant, u64)> {
+        self.idle.get(&address)?.first_key_value().map(|(_, idle)| *idle)
+    }
+
+    /// The oldest idle one of the address that has the most of them.
+    fn oldest_of_most(&self) -> Option<(Instant, u64)> {
+        let (address, _) = self.idle.iter().max_by_key(|(_, idle)| idle.len())?;
+        self.oldest(*address)
+    }
+
+    fn rest(&mut self, number: u64) {
+        let Some(held) = self.places.get_mut(&number) else { return };
+        let order = self.next;
+        self.next += 1;
+        let idle = self.idle.entry(held.address).or_default();
+        if let Some(before) = held.idle.replace(order) {
+            idle.remove(&before);
+        }
+        idle.insert(order, (Instant::now(), number));
+    }
+
+    fn engage(&mut self, number: u64) {
+        let Some(held) = self.places.get_mut(&number) else { return };
+        let Some(order) = held.idle.take() else { return };
+        let address = held.address;
+        if let Some(idle) = self.idle.get_mut(&address) {
+            idle.remove(&order);
+            if idle.is_empty() {
+                self.idle.remove(&address);
+            }
+        }
+    }
+
+    fn remove(&mut self, number: u64) -> Option<Held> {
+        self.engage(number);
+        self.places.remove(&number)
+    }
+
+    fn show_out(&mut self, number: u64) {
+        if let Some(held) = self.remove(number) {
+            held.out.notify_one();
+        }
+    }
+}
+
+impl Place {
+    /// Where the connection comes from.
+    pub fn address(&self) -> IpAddr {
+        self.address
+    }
+
+    /// The connection does something: it keeps its place until it rests again.
+    pub fn engage(&self) {
+        self.room.taken().engage(self.number);
+        self.room.freed.notify_one();
+    }
+
+    /// The connection does nothing from now on.
+    pub fn rest(&self) {
+        self.room.taken().rest(self.number);
+    }
+
+    /// Waits until another connection got this place.
+    pub async fn shown_out(&self) {
+        self.out.notified().await;
+    }
+
+    /// Does something as long as the place is kept.
+    pub async fn keep<T>(&self, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+        tokio::select! {
+            biased;
+            done = work => done,
+            () = self.shown_out() => {
+                Err(io::Error::new(ErrorKind::ConnectionAborted, "it was idle, and made place for another"))
+            }
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        drop(self.room.taken().remove(self.number));
+        self.room.freed.notify_one();
+    }
+}
+
+/// A source of connections: a socket, or a test's.
+pub trait Accept {
+    /// A connection.
+    type Stream;
+
+    /// The next connection and its other end. Nothing is lost when the future is dropped.
+    fn accept(&mut self) -> impl Future<Output = io::Result<(Self::Stream, SocketAddr)>>;
+}
+
+impl Accept for TcpListener {
+    type Stream = TcpStream;
+
+    async fn accept(&mut self) -> io::Result<(TcpStream, SocketAddr)> {
+        TcpListener::accept(self).await
+    }
+}
+
+/// Accepts connections until `shutdown` is over and hands each with its place to `serve`, which does not wait for it. `what`
+/// names the listener in the log.
+pub async fn accept_loop<A: Accept>(
+    listener: A,
+    room: Arc<Room>,
+    what: &str,
+    shutdown: impl Future<Output = ()>,
+    mut serve: impl FnMut(A::Stream, SocketAddr, Place),
+) {
+    let mut door = Door { listener, what, failing: None, refusals: Throttle::new(1, QUIET) };
+    let mut queue = Queue::default();
+    let mut shutdown = pin!(shutdown);
+    loop {
+        let retry = queue.seat(&room, &door, &mut serve);
+        let retry = async {
+            match retry {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = shutdown.as_mut() => return,
+            () = room.freed.notified(), if queue.length > 0 => {}
+            () = retry => {}
+            came = door.next(&room) => {
+                let Some((stream, from)) = came else { continue };
+                queue.push(&room, &door, stream, from, &mut serve);
+            }
+        }
+    }
+}
+
+/// Accepts one connection, within a limit.
+pub async fn accept_one(listener: TcpListener, what: &str, limit: Duration) -> io::Result<TcpStream> {
+    let room = Room::new(Limits { all: 1, idle_of_address: 1, grace: Duration::ZERO });
+    let mut door = Door { listener, what, failing: None, refusals: Throttle::new(1, QUIET) };
+    let accepted = timeout(limit, async {
+        loop {
+            if let Some((stream, _)) = door.next(&room).await {
+                return stream;
+            }
+        }
+    });
+    accepted.await.map_err(|_| ErrorKind::TimedOut.into())
+}
+
+struct Door<'a, A> {
+    listener: A,
+    what: &'a str,
+    /// When it was last said that nothing can be accepted.
+    failing: Option<Instant>,
+    refusals: Throttle,
+}
+
+impl<A: Accept> Door<'_, A> {
+    /// The next connection; `None` if there was none to be had.
+    async fn next(&mut self, room: &Room) -> Option<(A::Stream, SocketAddr)> {
+        let error = match self.listener.accept().await {
+            Ok(came) => return Some(came),
+            Err(error) => error,
+        };
+        let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
+        if is_of_one_connection(errno) {
+            tracing::debug!("a connection for {} ended before it was accepted: {error}", self.what);
+            return None;
+        }
+        if self.failing.is_none_or(|said| said.elapsed() >= QUIET) {
+            tracing::warn!("cannot accept connections for {}: {error}; trying again", self.what);
+            self.failing = Some(Instant::now());
+        }
+        if matches!(errno, Errno::EMFILE | Errno::ENFILE) {
+            // A descriptor that is held for nothing does for a newcomer.
+            let mut taken = room.taken();
+            if let Some((_, number)) = taken.oldest_of_most() {
+                taken.show_out(number);
+            }
+        }
+        sleep(PAUSE).await;
+        None
+    }
+
+    /// Logs that a connection was closed, unless the same was said of this address lately.
+    fn refuse(&self, from: SocketAddr, why: &str) {
+        let address = from.ip().to_canonical();
+        if self.refusals.allows(address) {
+            self.refusals.note(address);
+            tracing::warn!("refused a connection from {from} for {}: {why}", self.what);
+        }
+    }
+}
+
+/// Whether an error of `accept` is one of the connection that was to be accepted. It is then gone from the system's queue.
+fn is_of_one_connection(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::ECONNABORTED
+            | Errno::EINTR
+            | Errno::EPERM
+            | Errno::EPROTO
+            | Errno::ENETDOWN
+            | Errno::ENOPROTOOPT
+            | Errno::EHOSTDOWN
+            | Errno::EHOSTUNREACH
+            | Errno::EOPNOTSUPP
+            | Errno::ENETUNREACH
+    )
+}
+
+/// Connections that wait for a place, by address in the order in which they came.
+struct Queue<S> {
+    waiting: BTreeMap<IpAddr, VecDeque<(S, SocketAddr, Instant)>>,
+    length: usize,
+}
+
+impl<S> Default for Queue<S> {
+    fn default() -> Self {
+        Queue { waiting: BTreeMap::new(), length: 0 }
+    }
+}
+
+impl<S> Queue<S> {
+    /// Gives a newcomer a place, or lets it wait for one.
+    fn push<A: Accept<Stream = S>>(
+        &mut self,
+        room: &Arc<Room>,
+        door: &Door<'_, A>,
+        stream: S,
+        from: SocketAddr,
+        serve: &mut impl FnMut(S, SocketAddr, Place),
+    ) {
+        let address = from.ip().to_canonical();
+        if !self.waiting.contains_key(&address)
+            && let Ok(place) = room.take(address)
+        {
+            return serve(stream, from, place);
+        }
+        if self.length >= WAITING {
+            return door.refuse(from, &format!("{WAITING} connections wait for a place"));
+        }
+        self.waiting.entry(address).or_default().push_back((stream, from, Instant::now()));
+        self.length += 1;
+    }
+
+    /// Gives places to those that wait; returns when there may be more, where that is known.
+    fn seat<A: Accept<Stream = S>>(
+        &mut self,
+        room: &Arc<Room>,
+        door: &Door<'_, A>,
+        serve: &mut impl FnMut(S, SocketAddr, Place),
+    ) -> Option<Instant> {
+        let mut retry: Option<Instant> = None;
+        let mut length = 0;
+        self.waiting.retain(|address, waiting| {
+            while let Some((_, from, since)) = waiting.front() {
+                let (from, given_up) = (*from, *since + WAIT_LIMIT);
+                if given_up <= Instant::now() {
+                    door.refuse(from, "it waited too long for a place");
+                    waiting.pop_front();
+                    continue;
+                }
+                match room.take(*address) {
+                    Ok(place) => {
+                        let Some((stream, ..)) = waiting.pop_front() else { break };
+                        serve(stream, from, place);
+                    }
+                    Err(due) => {
+                        let due = due.map_or(given_up, |due| due.min(given_up));
+                        retry = Some(retry.map_or(due, |retry| retry.min(due)));
+                        break;
+                    }
+                }
+            }
+            length += waiting.len();
+            !waiting.is_empty()
+        });
+        self.length = length;
+        retry
+    }
+}
+
+#[cfg(test)]
+mod tests;
