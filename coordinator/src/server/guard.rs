@@ -28,7 +28,7 @@ use super::connection::{Peer, Shown};
 /// Wrong secrets of one address in a row, and the pause for each further one.
 const WRONG: (u32, Duration) = (30, Duration::from_secs(2));
 /// New sessions of one address in a row, and the pause for each further one.
-const SESSIONS: (u32, Duration) = (4096, Duration::from_millis(20));
+const SESSIONS: (u32, Duration) = (4096, Duration::from_millis(200));
 
 /// Decides who may call what.
 #[derive(Debug)]
