@@ -268,7 +268,8 @@ fn data_of_a_bucket_are_those_of_a_folder() {
     variables.push(("GANGLION_CACHE_DIR", cache.to_str().unwrap().to_string()));
     assert_complete(start(&run, &["--workers", "2"], &variables));
     assert_eq!(run.digest(), digest);
-    let fetched: Vec<_> = fs::read_dir(cache).unwrap().map(|entry| files(&entry.unwrap().path())).collect();
+    let fetched: Vec<_> =
+        fs::read_dir(cache).unwrap().map(|entry| files(&entry.unwrap().path().join("files"))).collect();
     assert!(fetched.len() == 1 && fetched[0].contains_key("t10k-images-idx3-ubyte.gz"), "it lies here then");
 
     let absent = of("s3://bucket/nothing");

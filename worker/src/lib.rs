@@ -24,6 +24,7 @@ pub mod exchange;
 pub mod finite;
 pub mod gpu;
 pub mod loss;
+mod module_file;
 mod monitor;
 pub mod nn;
 pub mod passport;

@@ -12,11 +12,13 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use ganglion_proto::found::Found;
 use ganglion_proto::job::{ArchiveKind, Data};
 use ganglion_storage::{
-    Address, Blocking, Path as StoragePath, RelativeName, Storage, Version, printable, reason, whole,
+    Address, Blocking, Path as StoragePath, Pauses, RelativeName, Storage, Version, printable, reason, whole,
 };
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -31,6 +33,11 @@ const FILES: &str = "files";
 const NOTES: &str = "fetched.jsonl";
 /// In the folder of an address: locked by the worker that fetches.
 const LOCK: &str = "lock";
+
+/// A store that is away is waited for so long, by whoever fetches from it.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// The first and the longest pause between two attempts.
+const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(10)];
 
 /// The same data by a path of this machine; fetches them if they lie in an object store.
 pub(super) fn here(source: &Data, found: &mut Found) -> Result<Data, DataError> {
@@ -111,8 +118,8 @@ fn fetch(
         tracing::info!("another worker of this machine fetches the data; waiting for it");
         flock(&lock, FlockOperation::LockExclusive).map_err(|error| system(error.into()))?;
     }
-    let storage = Blocking::new(storage).map_err(system)?;
-    let wanted = wanted(&storage, &chosen, found, wrong)?;
+    let store = Store { storage: Blocking::new(storage).map_err(system)?, pauses: PAUSES, wrong };
+    let wanted = wanted(&store, &chosen, found)?;
     let names: BTreeSet<&str> = wanted.iter().map(|object| object.name.as_str()).collect();
     sweep(&files, "", &|name| chosen(name) && !names.contains(name)).map_err(system)?;
     let have = notes(folder);
@@ -124,20 +131,86 @@ fn fetch(
     for (done, object) in missing.iter().enumerate() {
         let (name, all) = (&object.name, missing.len());
         tracing::info!("fetching {name}, {} of {all} files, to {}", done + 1, files.display());
-        let note = fetch_one(&storage, object, &files, wrong)?;
+        let note = fetch_one(&store, object, &files)?;
         append(folder, &note).map_err(system)?;
     }
     Ok(())
 }
 
+/// A store, with the words for a mistake of the user's.
+struct Store<'a> {
+    storage: Blocking,
+    pauses: [Duration; 2],
+    wrong: &'a dyn Fn(&str) -> DataError,
+}
+
+/// Reason why something did not come from a store.
+enum Failed {
+    /// The store's, which may pass.
+    Store(ganglion_storage::Error),
+    /// This machine's.
+    System(io::Error),
+    Data(DataError),
+}
+
+impl From<io::Error> for Failed {
+    fn from(error: io::Error) -> Failed {
+        Failed::System(error)
+    }
+}
+
+impl From<ganglion_storage::Error> for Failed {
+    fn from(error: ganglion_storage::Error) -> Failed {
+        match error {
+            // Of the file that is written to, not of the store.
+            ganglion_storage::Error::Generic { store: "file", source } => match source.downcast() {
+                Ok(error) => Failed::System(*error),
+                Err(source) => Failed::Store(ganglion_storage::Error::Generic { store: "file", source }),
+            },
+            other => Failed::Store(other),
+        }
+    }
+}
+
+impl Store<'_> {
+    /// Does some work, again while the store is away. `what` is for people, `place` is where it is done.
+    fn patiently<T>(
+        &self,
+        what: &str,
+        place: &Path,
+        mut work: impl FnMut() -> Result<T, Failed>,
+    ) -> Result<T, DataError> {
+        let begun = Instant::now();
+        let mut pauses = Pauses::new(self.pauses[0], self.pauses[1]);
+        let system = |source| DataError::System { path: place.to_path_buf(), source };
+        loop {
+            let error = match work() {
+                Ok(done) => return Ok(done),
+                Err(Failed::Data(error)) => return Err(error),
+                Err(Failed::System(error)) => return Err(system(error)),
+                Err(Failed::Store(error)) => error,
+            };
+            let why = format!("{what}: {}", reason(&error));
+            if !self.storage.storage().is_away(&error) {
+                return Err((self.wrong)(&why));
+            }
+            if begun.elapsed() > PATIENCE {
+                return Err(system(io::Error::other(why)));
+            }
+            tracing::warn!("{why}; trying again");
+            thread::sleep(pauses.draw());
+        }
+    }
+}
+
 /// The chosen objects whose names can be those of files. The others are counted.
 fn wanted(
-    storage: &Blocking,
+    store: &Store<'_>,
     chosen: &impl Fn(&str) -> bool,
     found: &mut Found,
-    wrong: &dyn Fn(&str) -> DataError,
 ) -> Result<Vec<Wanted>, DataError> {
-    let listed = storage.wait(storage.storage().versions()).map_err(|error| wrong(&reason(&error)))?;
+    let list = || Ok(store.storage.wait(store.storage.storage().versions())?);
+    let listed = store.patiently("cannot be listed", Path::new(""), list)?;
     let folders: BTreeSet<&str> = listed
         .keys()
         .flat_map(|path| path.as_ref().match_indices('/').map(|(at, _)| &path.as_ref()[..at]))
@@ -157,48 +230,33 @@ fn wanted(
         }
     }
     if wanted.is_empty() {
-        return Err(wrong("there is nothing there"));
+        return Err((store.wrong)("there is nothing there"));
     }
     Ok(wanted)
 }
 
 /// Fetches a file, and checks that it is whole and still the one that was listed.
-fn fetch_one(
-    storage: &Blocking,
-    object: &Wanted,
-    files: &Path,
-    wrong: &dyn Fn(&str) -> DataError,
-) -> Result<Note, DataError> {
+fn fetch_one(store: &Store<'_>, object: &Wanted, files: &Path) -> Result<Note, DataError> {
     let Wanted { name, path, version } = object;
     let place = name.below(files);
     let system = |source: io::Error| DataError::System { path: place.clone(), source };
-    let failed = |error: ganglion_storage::Error| wrong(&format!("{name}: {}", reason(&error)));
+    let wrong = |what: &str| Failed::Data((store.wrong)(&format!("{name}: {what}; try again")));
+    let storage = &store.storage;
     whole::create_folders(place.parent().unwrap_or(files)).map_err(system)?;
-    /// Keeps an error of the system apart from one of the data.
-    struct Failed(DataError);
-    impl From<io::Error> for Failed {
-        fn from(source: io::Error) -> Failed {
-            Failed(DataError::System { path: PathBuf::new(), source })
-        }
-    }
-    let written = whole::write_by(&place, |file| -> Result<(), Failed> {
-        let storage_of = storage.storage();
-        storage.wait(storage_of.fetch(path, file)).map_err(|error| Failed(failed(error)))?;
-        let now = storage.wait(storage_of.version(path)).map_err(|error| Failed(failed(error)))?;
-        if now != *version {
-            return Err(Failed(wrong(&format!("{name} was changed while it was fetched; try again"))));
-        }
-        let (here, there) = (file.metadata()?.len(), version.bytes);
-        if here != there {
-            let what = format!("{name}: {here} of {there} bytes came; try again");
-            return Err(Failed(wrong(&what)));
-        }
-        Ok(())
-    });
-    written.map_err(|Failed(error)| match error {
-        DataError::System { source, .. } => system(source),
-        other => other,
-    })?;
+    let write = || {
+        whole::write_by(&place, |file| -> Result<(), Failed> {
+            storage.wait(storage.storage().fetch(path, file))?;
+            if storage.wait(storage.storage().version(path))? != *version {
+                return Err(wrong("it was changed while it was fetched"));
+            }
+            let (here, there) = (file.metadata()?.len(), version.bytes);
+            if here != there {
+                return Err(wrong(&format!("{here} of {there} bytes came")));
+            }
+            Ok(())
+        })
+    };
+    store.patiently(name.as_str(), &place, write)?;
     let blake3 = hash(&place).map_err(system)?;
     let metadata = fs::metadata(&place).map_err(system)?;
     Ok(Note {
@@ -354,6 +412,30 @@ mod tests {
             fs::write(folder.join(NOTES), lines.join("\n")).unwrap();
         }
         assert!(here(&folder, NOTES).is_some(), "it is a file like any other");
+    }
+
+    #[test]
+    fn a_store_that_is_away_is_waited_for() {
+        let storage = Blocking::new(Storage::in_memory()).unwrap();
+        let wrong = |what: &str| DataError::Input(what.to_string());
+        let store = Store { storage, pauses: [Duration::from_millis(1); 2], wrong: &wrong };
+        let failing = |text: &str| ganglion_storage::Error::Generic { store: "S3", source: text.into() };
+        let mut attempts = 0;
+        let done = store.patiently("x", Path::new("x"), || {
+            attempts += 1;
+            if attempts < 4 { Err(failing("Connection refused").into()) } else { Ok(attempts) }
+        });
+        assert_eq!(done.unwrap(), 4);
+        // A mistake stays one, and a full disk of this machine is none of the store's.
+        let refused = store.patiently("x", Path::new("x"), || -> Result<(), Failed> {
+            Err(failing("status code: 403 Forbidden").into())
+        });
+        assert!(matches!(refused, Err(DataError::Input(_))), "{refused:?}");
+        let full = store.patiently("x", Path::new("/there"), || -> Result<(), Failed> {
+            let source = io::Error::from(io::ErrorKind::StorageFull).into();
+            Err(ganglion_storage::Error::Generic { store: "file", source }.into())
+        });
+        assert!(matches!(full, Err(DataError::System { .. })), "{full:?}");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use tch::{Kind, Tensor, no_grad};
 use super::digits::{Digits, SHAPE};
 use super::{EvalError, images, some_of};
 use crate::data::{DataSet, ImageShape};
+use crate::module_file;
 
 /// Images that are looked at in one pass. A fixed number, because a kernel may round by how many it gets.
 const BATCH: usize = 100;
@@ -97,7 +98,7 @@ impl Extractor {
 
 fn open_file(file: &Path, shape: ImageShape) -> Result<Extractor, EvalError> {
     let wrong = |what: String| EvalError::Input(format!("evaluation.features {}: {what}", file.display()));
-    let bytes = std::fs::read(file).map_err(|error| wrong(error.to_string()))?;
+    let bytes = module_file::read(file).map_err(wrong)?;
     let script = Script::load(&bytes).map_err(|error| wrong(format!("no TorchScript module: {error}")))?;
     let sizes = [2, shape.channels, shape.height, shape.width];
     let sizes = sizes.map(|n| i64::try_from(n).expect("an image is small"));

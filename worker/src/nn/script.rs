@@ -17,6 +17,7 @@ use super::broken::{BrokenModule, Watchdog};
 use super::{Constant, Init, Mode, Network, Pass, TensorSpec};
 use crate::checkpoint::to_bytes;
 use crate::data::ImageShape;
+use crate::module_file;
 
 /// What a network is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +68,7 @@ impl ScriptNetwork {
 
     fn open(path: &Path, role: Role) -> Result<ScriptNetwork, Refusal> {
         let said = |what: String| format!("{}: {what}", path.display());
-        let bytes = std::fs::read(path).map_err(|error| said(format!("cannot be read: {error}")))?;
+        let bytes = module_file::read(path).map_err(said)?;
         let script = Script::load(&bytes).map_err(|error| {
             said(format!("is no TorchScript; write it with torch.jit.script(module).save(...): {error}"))
         })?;

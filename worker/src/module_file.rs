@@ -1,0 +1,67 @@
+//! Files of TorchScript modules, before libtorch sees them.
+//!
+//! Such a file is a zip archive. libtorch takes its members' lengths as they are claimed, so a small file could fill the
+//! memory; here they are held against the file first.
+
+use std::io::Cursor;
+use std::path::Path;
+
+/// Members may claim this much beyond the file's length in any case: the code is compressed, the weights are not.
+const FREE_BYTES: u64 = 64 << 20;
+
+/// Reads a file whose members claim no more than it can hold.
+///
+/// # Errors
+/// It cannot be read, or claims more.
+pub fn read(path: &Path) -> Result<Vec<u8>, String> {
+    let unreadable = |error: std::io::Error| format!("cannot be read: {error}");
+    // A device has no end, and to open a pipe is to wait for its writer.
+    if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
+        return Err("is no file".to_string());
+    }
+    let bytes = std::fs::read(path).map_err(unreadable)?;
+    check(&bytes)?;
+    Ok(bytes)
+}
+
+fn check(bytes: &[u8]) -> Result<(), String> {
+    // What is no archive is refused by libtorch, in its words.
+    let Ok(mut archive) = zip::ZipArchive::new(Cursor::new(bytes)) else { return Ok(()) };
+    let mut claimed = 0_u64;
+    for index in 0..archive.len() {
+        let member = archive.by_index_raw(index).map_err(|error| format!("is damaged: {error}"))?;
+        claimed = claimed.saturating_add(member.size());
+    }
+    let limit = bytes.len() as u64 + FREE_BYTES;
+    if claimed > limit {
+        return Err(format!(
+            "claims to hold {claimed} bytes, and a file of its length may hold {limit}; it is damaged or made to do \
+             harm, write it again with torch.jit.script(module).save(...)"
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use zip::write::FileOptions;
+
+    #[test]
+    fn a_module_cannot_claim_more_than_its_file_may_hold() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("G.pt");
+        for (length, expected) in [(1 << 10, true), (80 << 20, false)] {
+            let mut archive = zip::ZipWriter::new(std::fs::File::create(&path).unwrap());
+            archive.start_file("G/data.pkl", FileOptions::default()).unwrap();
+            archive.write_all(&vec![0; length]).unwrap();
+            archive.finish().unwrap();
+            let read = read(&path);
+            assert_eq!(read.is_ok(), expected, "{length}: {:?}", read.map(|bytes| bytes.len()));
+        }
+        std::fs::write(&path, "no archive").unwrap();
+        assert_eq!(read(&path).unwrap(), b"no archive");
+        assert!(read(Path::new("/dev/zero")).unwrap_err().contains("is no file"));
+    }
+}
