@@ -1,7 +1,7 @@
 //! Tests of the job reader as a whole.
 
 use super::*;
-use ganglion_proto::job::{DataKind, Length, LossKind, ModelKind};
+use ganglion_proto::job::{DataKind, Length, LossKind, ModelKind, Orientation};
 use proptest::prelude::*;
 
 /// The smallest job on bundled data.
@@ -188,6 +188,12 @@ fn defaults_follow_other_keys() {
     let folder = ["data.kind=folder", "data.path=/pictures", "data.resize=64", "model.kind=dcgan-64"];
     let job = resolve(SMALL, &folder).unwrap();
     assert_eq!((job.data.channels, job.data.crop), (3, Some(64)));
+    assert!(!render(&job).contains("orientation"), "a default leaves a resolved job as it was");
+    let keys = ["data.orientation=ignore", "data.image_extension=.Seg.PNG"];
+    let job = resolve(SMALL, &[&folder[..], &keys[..]].concat()).unwrap();
+    let data = &job.data;
+    assert_eq!((data.orientation, data.image_extension.as_deref()), (Orientation::Ignore, Some("seg.png")));
+    assert_eq!(parse_resolved(&render(&job)).unwrap(), job);
 }
 
 /// Invariant 1.
@@ -253,6 +259,9 @@ fn types_and_ranges_are_checked() {
         ("loss.kind=wgan", "\"hinge\", \"wasserstein-gp\""),
         ("data.channels=2", "must be 1 for grey or 3 for colour"),
         ("data.channels=3", "but \"mnist-10k\" has 1; remove it"),
+        ("data.orientation=turn", "choose one of \"follow\", \"ignore\""),
+        ("data.orientation=ignore", "with data.kind = \"folder\" alone; remove it"),
+        ("data.image_extension=*.png", "must be an ending of files, such as \"jpg\""),
         ("checkpoint.url=ftp://bucket", "s3://BUCKET/PREFIX"),
         ("checkpoint.url=file://here", "\"file://here\" names no absolute folder"),
         ("job.steps", "write --set key=value"),

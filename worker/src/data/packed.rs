@@ -40,7 +40,7 @@ struct Archive {
     /// Its number among those of the data set.
     number: usize,
     /// What tells it from another file that took its name.
-    identity: [i64; 5],
+    identity: (u64, i64, i64),
     length: u64,
     all: Arc<OpenArchives>,
 }
@@ -95,11 +95,9 @@ impl OpenArchives {
     }
 }
 
-/// Changes with every other file of the same name, and with every write.
-fn identity(metadata: &Metadata) -> [i64; 5] {
-    let signed = |value: u64| i64::from_ne_bytes(value.to_ne_bytes());
-    let (device, inode, length) = (metadata.dev(), metadata.ino(), metadata.len());
-    [signed(device), signed(inode), signed(length), metadata.mtime(), metadata.mtime_nsec()]
+/// Changes with every write. Numbers of inodes are left out: some network file systems give another one at each opening.
+fn identity(metadata: &Metadata) -> (u64, i64, i64) {
+    (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
 }
 
 impl Archive {
