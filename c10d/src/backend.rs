@@ -13,9 +13,21 @@ use crate::Buffer;
 use crate::ffi::shim;
 use crate::sync::{lock, milliseconds};
 
-/// What was lent to one operation, and libtorch's side of it. The work goes before the buffers.
+/// libtorch's side of an operation, which may have to be asked whether it is over. The answer may take its time.
+pub(crate) trait Poll: Send + Sync {
+    fn poll(&self);
+}
+
+impl Poll for UniquePtr<shim::Work> {
+    fn poll(&self) {
+        shim::Work::poll(self);
+    }
+}
+
+/// What was lent to one operation, and libtorch's side of it. The work goes before the buffers, unless somebody is just
+/// asking it: then it stays a moment longer than buffers that its operation has done with.
 pub(crate) struct Loan {
-    pub(crate) work: Option<Arc<UniquePtr<shim::Work>>>,
+    pub(crate) work: Option<Arc<dyn Poll>>,
     pub(crate) buffers: Vec<Buffer>,
 }
 

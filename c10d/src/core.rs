@@ -1,6 +1,7 @@
 //! The state that a group, its pending operations and its aborters share.
 //!
-//! 1. No lock is held while libtorch is called, so an abort never waits for libtorch to wake the waiters.
+//! 1. No lock is held while libtorch is called, to poll an operation or to free what was lent, so an abort never waits
+//!    for libtorch or CUDA to wake the waiters.
 //! 2. Any failure of an operation, a timeout included, breaks the whole group: its ranks are out of step.
 //! 3. Buffers go back to the caller only after success. Those of operations that did not succeed stay with the old
 //!    group until it is destroyed.
@@ -10,9 +11,9 @@ use std::sync::{Arc, Mutex};
 
 use cxx::UniquePtr;
 
-use crate::backend::{Backend, Loan};
+use crate::backend::{Backend, Loan, Poll};
 use crate::ffi::shim;
-use crate::flight::{Flight, Outcome, Signal};
+use crate::flight::{Flight, Signal};
 use crate::sync::lock;
 use crate::{Buffer, Error};
 
@@ -28,12 +29,13 @@ struct Claim {
 }
 
 impl Claim {
-    /// How the operation ended, if it has; some backends have to be asked.
-    fn outcome(&self) -> Option<Outcome> {
-        if let Some(work) = &self.loan.work {
-            work.poll();
-        }
-        self.flight.outcome()
+    /// libtorch's side of an operation whose end nobody has heard of; some backends have to be asked.
+    fn unsettled(&self) -> Option<Arc<dyn Poll>> {
+        self.loan.work.clone().filter(|_| self.flight.outcome().is_none())
+    }
+
+    fn has_succeeded(&self) -> bool {
+        self.flight.outcome() == Some(Ok(()))
     }
 }
 
@@ -50,7 +52,7 @@ pub(crate) struct Launched {
     pub(crate) id: OperationId,
     pub(crate) flight: Arc<Flight>,
     /// Set if somebody has to poll the work.
-    pub(crate) work: Option<Arc<UniquePtr<shim::Work>>>,
+    pub(crate) work: Option<Arc<dyn Poll>>,
 }
 
 pub(crate) struct Core {
@@ -74,7 +76,7 @@ impl Core {
         };
         let flight = Arc::<Flight>::default();
         let signal = Box::new(Signal(Arc::clone(&flight)));
-        let work = match start(backend.group(), &buffers, signal) {
+        let work: Option<Arc<dyn Poll>> = match start(backend.group(), &buffers, signal) {
             Ok(work) => Some(Arc::new(work)),
             Err(exception) => {
                 // How much libtorch had done is unknown, so the buffers count as lent.
@@ -87,16 +89,31 @@ impl Core {
         Ok(Launched { id, flight, work: polled })
     }
 
+    /// Asks all operations that are under way whether they are over.
+    fn poll(&self) {
+        let unsettled: Vec<_> = lock(&self.registry).claims.values().filter_map(Claim::unsettled).collect();
+        unsettled.iter().for_each(|work| work.poll());
+    }
+
     /// The backend, if the group is open and none of its operations has failed.
     fn open_backend(&self) -> Option<Arc<Backend>> {
+        self.poll();
         let mut registry = lock(&self.registry);
-        registry.claims.retain(|_, claim| !(claim.abandoned && claim.outcome() == Some(Ok(()))));
-        if registry.claims.values().any(|claim| matches!(claim.outcome(), Some(Err(_)))) {
-            drop(registry);
+        let over = |claim: &Claim| claim.abandoned && claim.has_succeeded();
+        let ids = registry.claims.iter().filter(|(_, claim)| over(claim)).map(|(id, _)| *id);
+        let ids: Vec<OperationId> = ids.collect();
+        let freed: Vec<_> = ids.iter().filter_map(|id| registry.claims.remove(id)).collect();
+        let failed = |claim: &Claim| matches!(claim.flight.outcome(), Some(Err(_)));
+        let backend = match registry.claims.values().any(failed) {
+            true => None,
+            false => registry.backend.clone(),
+        };
+        drop(registry);
+        drop(freed);
+        if backend.is_none() {
             self.abort();
-            return None;
         }
-        registry.backend.clone()
+        backend
     }
 
     /// Notes what is in flight. If the group was aborted since the launch began, the operation is aborted too.
@@ -121,12 +138,18 @@ impl Core {
     /// Gives up the right to an operation's buffers. They are freed once the operation is over.
     pub(crate) fn abandon(&self, id: OperationId) {
         let mut registry = lock(&self.registry);
-        if let Some(claim) = registry.claims.get_mut(&id) {
-            claim.abandoned = true;
-            if claim.outcome() == Some(Ok(())) {
-                registry.claims.remove(&id);
-            }
+        let Some(claim) = registry.claims.get_mut(&id) else { return };
+        claim.abandoned = true;
+        let unsettled = claim.unsettled();
+        drop(registry);
+        if let Some(work) = unsettled {
+            work.poll();
         }
+        let mut registry = lock(&self.registry);
+        let over = registry.claims.get(&id).is_some_and(Claim::has_succeeded);
+        let freed = over.then(|| registry.claims.remove(&id));
+        drop(registry);
+        drop(freed);
     }
 
     /// Wakes all waiters with an abort, then cuts the connections. The old group winds down in the background.
@@ -150,8 +173,9 @@ impl Core {
 
     /// Closes the group gently if nothing is in flight, else aborts it.
     pub(crate) fn close(&self) {
+        self.poll();
         let mut registry = lock(&self.registry);
-        if registry.claims.values().all(|claim| claim.outcome() == Some(Ok(()))) {
+        if registry.claims.values().all(Claim::has_succeeded) {
             let backend = registry.backend.take();
             drop(registry);
             drop(backend);
@@ -163,5 +187,63 @@ impl Core {
 
     pub(crate) fn is_open(&self) -> bool {
         lock(&self.registry).backend.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::sync::deadline;
+    use crate::{GlooAddress, GlooOptions, Group, MemoryStore};
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    /// A work that says when it is asked, and does not answer before it is let go.
+    struct Stuck {
+        asked: Sender<()>,
+        let_go: Mutex<Receiver<()>>,
+    }
+
+    impl Poll for Stuck {
+        fn poll(&self) {
+            let _ = self.asked.send(());
+            let _ = lock(&self.let_go).recv();
+        }
+    }
+
+    fn core() -> Arc<Core> {
+        let address = GlooAddress::Hostname("127.0.0.1".into());
+        let options = GlooOptions { rank: 0, world_size: 1, timeout: LONG, operation_timeout: LONG, address };
+        Group::gloo(options, MemoryStore::new(), "alone").unwrap().into_core()
+    }
+
+    /// Invariant 1, wherever an operation is asked about.
+    #[test]
+    fn an_abort_does_not_wait_for_an_answer_of_libtorch() {
+        let asks: [fn(&Core, OperationId); 3] =
+            [|core, _| drop(core.open_backend()), |core, id| core.abandon(id), |core, _| core.close()];
+        for ask in asks {
+            let core = core();
+            let (asked, is_asked) = channel();
+            let (let_go, answer) = channel();
+            let flight = Arc::<Flight>::default();
+            let work: Arc<dyn Poll> = Arc::new(Stuck { asked, let_go: Mutex::new(answer) });
+            let backend = core.open_backend().unwrap();
+            let id = core.enter(&backend, flight.clone(), Loan { work: Some(work), buffers: Vec::new() });
+            let asking = core.clone();
+            let asking = std::thread::spawn(move || ask(&asking, id));
+            is_asked.recv_timeout(LONG).unwrap();
+            let aborting = core.clone();
+            let aborting = std::thread::spawn(move || aborting.abort());
+            assert_eq!(flight.wait_until(deadline(LONG)), Some(Err(Error::Aborted)));
+            aborting.join().unwrap();
+            assert!(!core.is_open() && !asking.is_finished(), "nobody has answered yet");
+            assert!(core.open_backend().is_none(), "a new operation is refused at once");
+            drop(let_go);
+            asking.join().unwrap();
+        }
     }
 }

@@ -114,6 +114,14 @@ impl Group {
         Ok(Group::new(group, rank, world_size, Device::Cpu))
     }
 
+    /// The part of the group that its operations share.
+    #[cfg(test)]
+    pub(crate) fn into_core(self) -> Arc<Core> {
+        let core = Arc::clone(&self.core);
+        std::mem::forget(self);
+        core
+    }
+
     pub(crate) fn new(
         group: UniquePtr<shim::Group>,
         rank: usize,
