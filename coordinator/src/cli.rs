@@ -51,6 +51,13 @@ pub struct Cli {
     /// Go on answering when the run is complete, until SIGTERM or Ctrl-C.
     #[arg(long)]
     pub stay: bool,
+    /// Train on without this terminal: returns once the run has started, and writes what there is to say to
+    /// coordinator.log in the run directory.
+    #[arg(long)]
+    pub detach: bool,
+    /// Said by --detach to the process that trains.
+    #[arg(long, hide = true, requires = "detach")]
+    pub detached: bool,
     /// Write a timeline of this coordinator and its local workers, for ui.perfetto.dev; at most 128 MiB of it.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use ganglion_proto::signals::hangup_is_ignored;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -68,10 +69,13 @@ impl Host for System {
 
     fn signals(&self) -> io::Result<mpsc::UnboundedReceiver<StopSignal>> {
         let (came, signals) = mpsc::unbounded_channel();
-        let kinds = [
+        let mut kinds = vec![
             (SignalKind::interrupt(), StopSignal::Interrupt),
             (SignalKind::terminate(), StopSignal::Terminate),
         ];
+        if !hangup_is_ignored() {
+            kinds.push((SignalKind::hangup(), StopSignal::Hangup));
+        }
         for (kind, stop) in kinds {
             let (mut listener, came) = (signal(kind)?, came.clone());
             tokio::spawn(async move { while listener.recv().await.is_some() && came.send(stop).is_ok() {} });

@@ -10,6 +10,7 @@ use std::time::UNIX_EPOCH;
 
 use ganglion_membership::Checkpoint;
 use ganglion_storage::{Error, MANIFEST, Storage, in_folder};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 use serde_json::Value;
@@ -19,6 +20,7 @@ use crate::checkpoints::check_files;
 use crate::job_file;
 use crate::journal::History;
 use crate::operate::table::{Table, ago, size};
+use crate::ownership::is_claimed;
 use crate::run::Failure;
 
 /// As many bytes at the end of a file as hold its last line.
@@ -148,10 +150,13 @@ fn standing(run: &Path, newest_event: &Value) -> Standing {
 }
 
 /// Whether a coordinator holds a run directory. The lock is asked for with others, for an instant; a coordinator that starts
-/// at that instant tries again.
+/// at that instant tries again. Where the lock says nothing of other machines, the claims do.
 pub fn is_held(run: &Path) -> bool {
     let Ok(file) = File::open(run.join("lock")) else { return false };
-    Flock::lock(file, FlockArg::LockSharedNonblock).is_err()
+    match Flock::lock(file, FlockArg::LockSharedNonblock) {
+        Err((_, Errno::EWOULDBLOCK)) => true,
+        asked => is_claimed(run, asked.is_ok()),
+    }
 }
 
 /// The last whole line of a file of JSON lines.

@@ -3,9 +3,11 @@
 //! 1. A row is durable when the call that wrote it returns; the coordinator writes it before it acts.
 //! 2. Terms, generations and workers' numbers only grow.
 //! 3. What was journaled stays as it was: a checkpoint's first commit is the one that is kept.
-//! 4. A column that an earlier version did not know is added with a value that says "not known".
+//! 4. Nothing is written once another coordinator has taken the run directory over.
+//! 5. A column that an earlier version did not know is added with a value that says "not known".
 
 mod history;
+mod opening;
 mod salvage;
 
 use std::path::{Path, PathBuf};
@@ -20,13 +22,13 @@ use rusqlite::{Connection, OptionalExtension, params};
 pub use salvage::{LEAP, Recovery, Salvaged};
 use serde::{Deserialize, Serialize};
 
+use crate::node::Node;
+use crate::ownership::Ownership;
 use crate::report::damage::SetAside;
 use crate::supervisor::Spawned;
 
 /// The tables.
 const SCHEMA: &str = "
-    PRAGMA journal_mode = WAL;
-    PRAGMA synchronous = FULL;
     CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
     CREATE TABLE IF NOT EXISTS terms (
         term INTEGER PRIMARY KEY, started REAL NOT NULL, pid INTEGER NOT NULL,
@@ -36,7 +38,8 @@ const SCHEMA: &str = "
         token TEXT);
     CREATE TABLE IF NOT EXISTS children (
         token TEXT PRIMARY KEY, term INTEGER NOT NULL, local_rank INTEGER NOT NULL,
-        pid INTEGER, started INTEGER, ended INTEGER NOT NULL DEFAULT 0);
+        pid INTEGER, started INTEGER, ended INTEGER NOT NULL DEFAULT 0,
+        host TEXT NOT NULL DEFAULT '', boot TEXT NOT NULL DEFAULT '', pids TEXT NOT NULL DEFAULT '');
     CREATE TABLE IF NOT EXISTS generations (
         generation INTEGER PRIMARY KEY, term INTEGER NOT NULL, position INTEGER NOT NULL,
         start TEXT NOT NULL, members TEXT NOT NULL, cause TEXT NOT NULL DEFAULT '',
@@ -55,13 +58,16 @@ const SCHEMA: &str = "
 const LAYOUT: u32 = 2;
 
 /// The columns that came after the tables: table, column, definition.
-const ADDED: [(&str, &str, &str); 6] = [
+const ADDED: [(&str, &str, &str); 9] = [
     ("terms", "metrics_every_steps", "INTEGER NOT NULL DEFAULT 0"),
     ("generations", "cause", "TEXT NOT NULL DEFAULT ''"),
     ("workers", "token", "TEXT"),
     ("checkpoints", "generation", "INTEGER NOT NULL DEFAULT 0"),
     ("generations", "backend", "TEXT NOT NULL DEFAULT 'Gloo'"),
     ("checkpoints", "valid", "INTEGER NOT NULL DEFAULT 0"),
+    ("children", "host", "TEXT NOT NULL DEFAULT ''"),
+    ("children", "boot", "TEXT NOT NULL DEFAULT ''"),
+    ("children", "pids", "TEXT NOT NULL DEFAULT ''"),
 ];
 
 /// The journal cannot be read or written.
@@ -82,6 +88,15 @@ pub enum JournalError {
         /// SQLite's finding.
         reason: String,
     },
+    /// The system says why.
+    #[error("journal.sqlite: {0}")]
+    File(#[source] std::io::Error),
+    /// It was written all the time while it was read.
+    #[error("journal.sqlite: a coordinator writes it all the time; try again")]
+    Busy,
+    /// Nothing was written: the fence refused the commit.
+    #[error("journal.sqlite: another coordinator has taken this run over")]
+    Superseded,
     /// A later version of this program wrote it.
     #[error(
         "journal.sqlite: its layout is {0}, and this version of the coordinator knows none above {LAYOUT}: the run belongs \
@@ -92,18 +107,19 @@ pub enum JournalError {
 
 impl From<rusqlite::Error> for JournalError {
     fn from(error: rusqlite::Error) -> JournalError {
-        JournalError::Sqlite(error)
+        const REFUSED: i32 = rusqlite::ffi::SQLITE_CONSTRAINT_COMMITHOOK;
+        match error.sqlite_error() {
+            Some(refused) if refused.extended_code == REFUSED => JournalError::Superseded,
+            _ => JournalError::Sqlite(error),
+        }
     }
 }
 
 impl JournalError {
     /// The same error, told as damage where it is that.
     fn of(self, file: &Path) -> JournalError {
-        use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
         match self {
-            JournalError::Sqlite(error)
-                if matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase)) =>
-            {
+            JournalError::Sqlite(error) if opening::is_damaged(&error) => {
                 JournalError::Damaged { file: file.to_path_buf(), reason: error.to_string() }
             }
             other => other,
@@ -125,6 +141,10 @@ impl JournalError {
 /// An open journal.
 pub struct Journal {
     connection: Connection,
+    node: Node,
+    lacking: Option<String>,
+    /// The newest term of earlier holders, also of one whose journal was lost.
+    earlier_term: u64,
 }
 
 /// A fact about the run that is not a row of its own.
@@ -161,6 +181,8 @@ pub struct ChildRow {
     pub local_rank: u32,
     /// The process and the time of its start, by the system's clock; `None` if the coordinator died before it knew.
     pub process: Option<Spawned>,
+    /// Where that number and that time mean something.
+    pub node: Node,
     /// The newest worker that it said hello as.
     pub worker: Option<WorkerId>,
     /// Whether it was seen to end.
@@ -200,7 +222,7 @@ impl Journal {
     }
 
     fn open_checked(file: &Path) -> Result<Journal, JournalError> {
-        let connection = Connection::open(file)?;
+        let (connection, lacking) = opening::to_write(file)?;
         let finding: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
         if finding != "ok" {
             return Err(JournalError::Damaged { file: file.to_path_buf(), reason: finding });
@@ -216,14 +238,26 @@ impl Journal {
             }
         }
         connection.pragma_update(None, "user_version", LAYOUT)?;
-        Ok(Journal { connection })
+        Ok(Journal { connection, node: Node::here(), lacking, earlier_term: 0 })
+    }
+
+    /// What the journal's file system lacks, for people.
+    pub fn lacking(&self) -> Option<&str> {
+        self.lacking.as_deref()
+    }
+
+    /// From now on each commit looks first whether the run directory is still this process's.
+    pub fn guard(&mut self, ownership: &Ownership) -> Result<(), JournalError> {
+        let fence = ownership.fence().clone();
+        self.earlier_term = ownership.earlier_term();
+        Ok(self.connection.commit_hook(Some(move || fence.check().is_err()))?)
     }
 
     /// Takes the next term, in which a metrics row is due after every so many steps.
     pub fn begin_term(&mut self, metrics_every_steps: u64) -> Result<Term, JournalError> {
         let next = "INSERT INTO terms (term, started, pid, metrics_every_steps)
                     SELECT MAX(COALESCE(MAX(term), 0), ?4) + 1, ?1, ?2, ?3 FROM terms";
-        let floor = self.floor()?;
+        let floor = self.floor()?.max(self.earlier_term);
         self.connection.execute(next, params![now(), std::process::id(), metrics_every_steps, floor])?;
         let newest = "SELECT MAX(term) FROM terms";
         Ok(Term(self.connection.query_row(newest, [], |row| row.get(0))?))
@@ -253,8 +287,10 @@ impl Journal {
 
     /// Records which process it became.
     pub fn spawned(&mut self, token: &str, process: Spawned) -> Result<(), JournalError> {
-        let row = "UPDATE children SET pid = ?2, started = ?3 WHERE token = ?1";
-        self.connection.execute(row, params![token, process.pid, process.started])?;
+        let row =
+            "UPDATE children SET pid = ?2, started = ?3, host = ?4, boot = ?5, pids = ?6 WHERE token = ?1";
+        let Node { host, boot, pids } = &self.node;
+        self.connection.execute(row, params![token, process.pid, process.started, host, boot, pids])?;
         Ok(())
     }
 
@@ -276,7 +312,8 @@ impl Journal {
     pub fn children(&self) -> Result<Vec<ChildRow>, JournalError> {
         let mut rows = self.connection.prepare(
             "SELECT token, local_rank, pid, started, ended,
-                (SELECT MAX(worker) FROM workers WHERE workers.token = children.token) FROM children",
+                (SELECT MAX(worker) FROM workers WHERE workers.token = children.token), host, boot, pids
+                FROM children",
         )?;
         let rows = rows.query_map([], |row| {
             let (pid, started): (Option<u32>, Option<u64>) = (row.get(2)?, row.get(3)?);
@@ -284,6 +321,7 @@ impl Journal {
                 token: row.get(0)?,
                 local_rank: row.get(1)?,
                 process: pid.zip(started).map(|(pid, started)| Spawned { pid, started }),
+                node: Node { host: row.get(6)?, boot: row.get(7)?, pids: row.get(8)? },
                 ended: row.get(4)?,
                 worker: row.get::<_, Option<u64>>(5)?.map(WorkerId),
             })

@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser};
 use ganglion_coordinator::audit::audit;
 use ganglion_coordinator::cli::{Cli, Command, RunChoice};
+use ganglion_coordinator::detach::{Launch, Launched, launch};
 use ganglion_coordinator::host::System;
 use ganglion_coordinator::inspect;
 use ganglion_coordinator::operate::{Question, operate};
@@ -21,14 +22,29 @@ use ganglion_proto::printable;
 fn main() -> ExitCode {
     let mut cli = Cli::parse();
     match cli.command.take() {
-        None => {
-            let screen = Screen::stderr(std::io::stderr().is_terminal());
-            start_log(&screen, cli.log_format);
-            raise_descriptor_limit();
-            let system = System { log_format: cli.log_format };
-            conclude(block_on(run(cli, &system, screen)))
-        }
+        None if cli.detach && !cli.detached => launched(),
+        None => train(cli),
         Some(command) => serve(command),
+    }
+}
+
+fn train(cli: Cli) -> ExitCode {
+    let screen = Screen::stderr(std::io::stderr().is_terminal() && !cli.detached);
+    start_log(&screen, cli.log_format);
+    raise_descriptor_limit();
+    let system = System { log_format: cli.log_format };
+    let launch = cli.detached.then(|| Launch::join(&screen)).transpose();
+    let launch = launch.map_err(|error| Failure::Other(format!("--detach: {error}")));
+    let ended = launch.and_then(|launch| block_on(run(cli, &system, screen, launch)));
+    conclude(ended)
+}
+
+/// Starts a coordinator that goes on when this process has ended.
+fn launched() -> ExitCode {
+    match block_on(launch()) {
+        Ok(Launched::GoesOn(text)) => conclude(Ok(text)),
+        Ok(Launched::Ended(code)) => code,
+        Err(failure) => conclude(Err(failure)),
     }
 }
 
@@ -70,7 +86,7 @@ fn audited(run: &Path, json: bool) -> ExitCode {
     }
 }
 
-fn block_on(future: impl Future<Output = Result<String, Failure>>) -> Result<String, Failure> {
+fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|error| Failure::Other(format!("cannot start: {error}")))?;
     let result = runtime.block_on(future);

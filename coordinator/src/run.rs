@@ -1,6 +1,5 @@
 //! A coordinator's life, from its command line to its exit code.
 
-use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,6 +17,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::checkpoints::{Checkpoints, Unusable};
 use crate::cli::{Cli, LogFormat, Workers};
+use crate::detach::Launch;
 use crate::host::Host;
 use crate::http;
 use crate::job_file::{self, Source};
@@ -25,6 +25,7 @@ use crate::journal::{Fact, Journal, JournalError};
 use crate::judged::Judged;
 use crate::mend::open_records;
 use crate::mirror::Mirror;
+use crate::node::Node;
 use crate::operate::{ACCESS_FILE, Access};
 use crate::patience::Patience;
 use crate::report::disk::Disk;
@@ -37,7 +38,7 @@ use crate::server::guard::Guard;
 use crate::server::tls::Acceptor;
 use crate::server::{Store, serve};
 use crate::shell::{Ended, Parts, Shell, ShellError, StopSignal, records::Records};
-use crate::supervisor::{Exited, Processes, Supervisor, new_token};
+use crate::supervisor::{Adoption, Exited, Processes, Supervisor, new_token};
 
 /// Messages that may wait for the shell.
 const INPUTS: usize = 4096;
@@ -50,7 +51,7 @@ pub enum Failure {
     /// The user's input is wrong: exit code 2.
     #[error("{0}")]
     Input(String),
-    /// Stopped after a clean checkpoint: exit code 130 or 143.
+    /// Stopped after a clean checkpoint: exit code 129, 130 or 143.
     #[error("stopped; the same command goes on from step {step}")]
     Stopped {
         /// Exit code.
@@ -81,7 +82,10 @@ impl From<JournalError> for Failure {
             JournalError::Sqlite(_) if error.may_mend() => Failure::Other(format!(
                 "{error}; nothing is lost: once that is mended, the same command goes on"
             )),
-            JournalError::Sqlite(_) => Failure::Other(error.to_string()),
+            JournalError::Sqlite(_)
+            | JournalError::File(_)
+            | JournalError::Busy
+            | JournalError::Superseded => Failure::Other(error.to_string()),
         }
     }
 }
@@ -111,7 +115,12 @@ impl From<ShellError> for Failure {
 }
 
 /// Runs a coordinator on a machine until its run ends. Returns the last line to print.
-pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, Failure> {
+pub async fn run(
+    cli: Cli,
+    host: &impl Host,
+    screen: Screen,
+    mut launch: Option<Launch>,
+) -> Result<String, Failure> {
     let source = cli.config.clone().map_or(Source::Embedded, Source::File);
     let job = job_file::read(&source, &cli.overrides).map_err(|errors| Failure::Input(errors.to_string()))?;
     let other = |error: std::io::Error| Failure::Other(error.to_string());
@@ -121,7 +130,10 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     let security = Security::of(&cli.security)?;
 
     let folder = cli.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&job.job.name));
-    let run_dir = RunDir::hold(&folder)?;
+    let run_dir = RunDir::hold_telling(&folder, &|line| screen.print(line))?;
+    if let Some(launch) = &mut launch {
+        launch.open_log(run_dir.folder())?;
+    }
     let TakenOver {
         run,
         mut journal,
@@ -147,6 +159,7 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
     }
     let life = Life { found_complete: done.is_some(), samples: known_samples(&journal)?, stay: cli.stay };
     let term = journal.begin_term(job.metrics.every_steps)?;
+    run_dir.ownership().begun(term.0);
     name_in_log(&job, term);
     let (incoming, address) = listen(&cli, host, &mut journal, security.acceptor.clone()).await?;
     let address = SocketAddr::new(reachable(address.ip()), address.port());
@@ -176,9 +189,18 @@ pub async fn run(cli: Cli, host: &impl Host, screen: Screen) -> Result<String, F
         records,
         supervisor,
         exited,
+        launch,
     };
     let signals = host.signals().map_err(other)?;
-    let ended = supervise(parts, life, incoming, signals, security.guard(&access.token)).await?;
+    let guard = security.guard(&access.token);
+    let ended = tokio::select! {
+        ended = supervise(parts, life, incoming, signals, guard) => ended,
+        // Nothing is said to the workers: they are the other coordinator's now.
+        superseded = run_dir.fence().lost() => Err(Failure::Other(superseded.to_string())),
+    };
+    let ended = ended.map_err(|failure| {
+        run_dir.fence().check().err().map_or(failure, |superseded| Failure::Other(superseded.to_string()))
+    })?;
     mirror.finish().await;
     dashboard.farewell().await;
     done.map_or_else(|| conclude(ended, &job, &run_dir), Ok)
@@ -206,7 +228,7 @@ async fn take_over(
     screen: &Screen,
     disk: &Arc<dyn Disk>,
 ) -> Result<TakenOver, Failure> {
-    let mut journal = open_journal(run_dir)?;
+    let mut journal = open_journal(run_dir, screen)?;
     // Until a first group was formed nothing was trained, and a mistake in the job may still be mended.
     let begun = journal.last_generation()? > Generation(0);
     let job_changed = run_dir.check_job(job, begun)?;
@@ -335,7 +357,7 @@ where
 }
 
 /// Opens the journal. Where it is missing and the run's records are not, this is no new run.
-fn open_journal(run_dir: &RunDir) -> Result<Journal, Failure> {
+fn open_journal(run_dir: &RunDir, screen: &Screen) -> Result<Journal, Failure> {
     let journal = run_dir.path("journal.sqlite");
     let holds = |name: &&str| std::fs::metadata(run_dir.path(name)).is_ok_and(|file| file.len() > 0);
     let records = ["metrics.jsonl", "events.jsonl", "checkpoints/.run"];
@@ -353,7 +375,12 @@ fn open_journal(run_dir: &RunDir) -> Result<Journal, Failure> {
     if let Err(error) = run_dir.keep_private("journal.sqlite") {
         tracing::debug!("{}: its mode stays as it is: {error}", journal.display());
     }
-    Ok(Journal::open(&journal)?)
+    let mut journal = Journal::open(&journal)?;
+    journal.guard(run_dir.ownership())?;
+    if let Some(lacking) = journal.lacking() {
+        screen.print(lacking);
+    }
+    Ok(journal)
 }
 
 fn run_name(journal: &mut Journal) -> Result<String, Failure> {
@@ -434,18 +461,24 @@ fn adopt(
 ) -> Result<(), Failure> {
     let members: Vec<_> =
         recovered.group.iter().flat_map(|group| &group.members).map(|member| member.worker).collect();
+    let here = Node::here();
     let children = journal.children()?;
     let mut ended = Vec::new();
     for child in &children {
-        if supervisor.adopt(child) {
-            recovered.running += 1;
-            recovered.locals.extend(child.worker);
-        } else {
-            // One whose process is not known may yet say hello; it is not waited for.
-            if child.process.is_some() && !child.ended {
-                ended.push(child.token.as_str());
+        match supervisor.adopt(child, &here) {
+            Adoption::Runs => {
+                recovered.running += 1;
+                recovered.locals.extend(child.worker);
             }
-            recovered.dead.extend(child.worker.filter(|worker| members.contains(worker)));
+            Adoption::Ended => {
+                // One whose process is not known may yet say hello; it is not waited for.
+                if child.process.is_some() && !child.ended {
+                    ended.push(child.token.as_str());
+                }
+                recovered.dead.extend(child.worker.filter(|worker| members.contains(worker)));
+            }
+            // If it is a member, it has until the end of its lease to come back.
+            Adoption::Elsewhere => {}
         }
     }
     Ok(journal.all_ended(&ended)?)
@@ -518,10 +551,7 @@ fn conclude(ended: Ended, job: &Job, run_dir: &RunDir) -> Result<String, Failure
         )),
         Outcome::Stopped(position) => {
             let per_step = job.phases_per_step();
-            let code = match ended.signal {
-                Some(StopSignal::Terminate) => 143,
-                _ => 130,
-            };
+            let code = ended.signal.unwrap_or(StopSignal::Interrupt).exit_code();
             Err(Failure::Stopped { code, step: position.map_or(0, |position| position.0 / per_step) })
         }
         Outcome::InputWrong(detail) => Err(Failure::Input(detail)),
@@ -534,11 +564,11 @@ fn conclude(ended: Ended, job: &Job, run_dir: &RunDir) -> Result<String, Failure
 /// Starts this process's log, on a screen.
 pub fn start_log(screen: &Screen, format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    let screen = screen.clone();
+    let (screen, is_terminal) = (screen.clone(), screen.is_terminal());
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(is_terminal)
         .log_internal_errors(false)
         .with_writer(move || screen.clone());
     match format {

@@ -1,20 +1,23 @@
 //! The run directory: who holds it, what it is called inside, and whose it is.
 //!
-//! 1. One coordinator holds a run directory at a time, by a lock that the system frees when the process ends.
+//! 1. One coordinator holds a run directory at a time, by a lock that the system frees when the process ends, and by a
+//!    claim (`ownership.rs`), since locks do not reach other machines on every file system, and some have none.
 //! 2. A run directory belongs to one job for ever; only what cannot change the result may change.
 //! 3. Secrets in it are for its user only, whatever was there before by their names.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{Read, Seek, Write};
+use std::io::{Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ganglion_proto::job::Job;
 use ganglion_storage::whole;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::job_file;
+use crate::ownership::{ClaimError, Fence, Ownership, recorded_holder};
 
 /// How often a run directory's lock is asked for, and the pause between.
 const LOCK_ATTEMPTS: u32 = 5;
@@ -53,31 +56,43 @@ impl RunDirError {
 /// A run directory that this process holds.
 pub struct RunDir {
     folder: PathBuf,
-    /// Freed when the process ends, however it ends.
-    _lock: Flock<File>,
+    ownership: Ownership,
+    /// Freed when the process ends, however it ends; after the claim, which says so.
+    _lock: Option<Flock<File>>,
 }
 
 impl RunDir {
-    /// Creates the directory if need be and takes its lock.
+    /// Creates the directory if need be and takes it.
     pub fn hold(folder: &Path) -> Result<RunDir, RunDirError> {
+        RunDir::hold_telling(folder, &|line| tracing::warn!("{line}"))
+    }
+
+    /// The same; what makes it wait, and what its file system lacks, is told.
+    pub fn hold_telling(folder: &Path, tell: &dyn Fn(&str)) -> Result<RunDir, RunDirError> {
         let named = format!("--run-dir {}", folder.display());
         let unusable = |error: std::io::Error| RunDirError::of(&named, error);
         create(folder).map_err(unusable)?;
         let folder = folder.canonicalize().map_err(unusable)?;
-        let lock_file = folder.join("lock");
+        let held = |holder: String| RunDirError::Held { folder: folder.clone(), holder };
         let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(false).open(lock_file);
-        let mut lock = lock(file.map_err(unusable)?).map_err(|mut file| {
-            let mut holder = String::new();
-            let _ = file.read_to_string(&mut holder);
-            RunDirError::Held { folder: folder.clone(), holder: holder.trim().to_string() }
+        let file = options.read(true).write(true).create(true).truncate(false).open(folder.join("lock"));
+        let lock = match lock(file.map_err(unusable)?) {
+            Locking::Taken(lock) => Some(lock),
+            Locking::Held => return Err(held(recorded_holder(&folder))),
+            Locking::Fails(errno) => {
+                tell(&format!(
+                    "warning: files in {} cannot be locked ({errno}); this run is kept to one coordinator by its claims in \
+                     owners/ alone",
+                    folder.display()
+                ));
+                None
+            }
+        };
+        let ownership = Ownership::claim(&folder, lock.is_some(), tell).map_err(|error| match error {
+            ClaimError::Held(holder) => held(holder),
+            ClaimError::Unusable { error, .. } => unusable(error),
         })?;
-        let host = nix::unistd::gethostname()
-            .map_or_else(|_| "unknown".to_string(), |host| host.to_string_lossy().into_owned());
-        // For people alone, so that it may be torn, and missing where there is no room.
-        let _ = lock.set_len(0).and_then(|()| lock.rewind());
-        let _ = writeln!(lock, "process {} on {host}", std::process::id());
-        let run_dir = RunDir { folder, _lock: lock };
+        let run_dir = RunDir { folder, ownership, _lock: lock };
         for folder in ["samples", "tensorboard"] {
             whole::create_folders(&run_dir.path(folder)).map_err(unusable)?;
         }
@@ -86,6 +101,16 @@ impl RunDir {
             whole::sweep(&run_dir.path(folder)).map_err(unusable)?;
         }
         Ok(run_dir)
+    }
+
+    /// Whether the directory is still this process's.
+    pub fn fence(&self) -> &Fence {
+        self.ownership.fence()
+    }
+
+    /// This process's claim.
+    pub fn ownership(&self) -> &Ownership {
+        &self.ownership
     }
 
     /// A file or folder in it.
@@ -174,16 +199,26 @@ fn create(folder: &Path) -> std::io::Result<()> {
     }
 }
 
+/// What became of the wish for a lock.
+enum Locking {
+    Taken(Flock<File>),
+    /// Somebody has it.
+    Held,
+    /// The file system, or its lock service, has none to give.
+    Fails(Errno),
+}
+
 /// Takes a file's lock. Who only looks whether a run goes on has the lock for an instant, so one refusal says nothing.
-fn lock(mut file: File) -> Result<Flock<File>, File> {
+fn lock(mut file: File) -> Locking {
     for _ in 0..LOCK_ATTEMPTS {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(lock),
-            Err((refused, _)) => file = refused,
+            Ok(lock) => return Locking::Taken(lock),
+            Err((refused, Errno::EWOULDBLOCK | Errno::EINTR)) => file = refused,
+            Err((_, errno)) => return Locking::Fails(errno),
         }
         std::thread::sleep(LOCK_PAUSE);
     }
-    Err(file)
+    Locking::Held
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ use tokio::time::Instant;
 
 use crate::alarms::Watch;
 use crate::checkpoints::Checkpoints;
+use crate::detach::Launch;
 use crate::http::Publisher;
 use crate::journal::{Fact, Journal, JournalError};
 use crate::judged::{Best, Judged};
@@ -59,6 +60,19 @@ pub enum StopSignal {
     Interrupt,
     /// SIGTERM.
     Terminate,
+    /// SIGHUP: the terminal was closed.
+    Hangup,
+}
+
+impl StopSignal {
+    /// The exit code of a process that it stopped: 128 and its number.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            StopSignal::Interrupt => 130,
+            StopSignal::Terminate => 143,
+            StopSignal::Hangup => 129,
+        }
+    }
 }
 
 /// How the run ended for this coordinator.
@@ -104,6 +118,8 @@ pub struct Parts {
     pub supervisor: Supervisor,
     /// Where it tells of their ends.
     pub exited: mpsc::UnboundedReceiver<Exited>,
+    /// Who waits for the start of the run.
+    pub launch: Option<Launch>,
 }
 
 /// The shell.
@@ -166,6 +182,8 @@ pub struct Shell {
     watch: Watch,
     /// The newest row of metrics that was watched.
     watched: u64,
+    /// Who waits for the start of the run.
+    launch: Option<Launch>,
 }
 
 /// A worker that the machine knows.
@@ -228,6 +246,7 @@ impl Shell {
             records: parts.records,
             supervisor: parts.supervisor,
             exited: parts.exited,
+            launch: parts.launch,
             workers: BTreeMap::new(),
             attempts: BTreeMap::new(),
             samples: None,
@@ -259,6 +278,9 @@ impl Shell {
         signals: &mut mpsc::UnboundedReceiver<StopSignal>,
     ) -> Result<Ended, ShellError> {
         self.handle(Event::Started)?;
+        if self.machine.local_workers() == 0 {
+            self.has_started();
+        }
         let mut chores = tokio::time::interval(CHORES);
         while self.outcome.is_none() {
             let deadline = self.machine.deadline().map(|time| self.started + time);
@@ -286,6 +308,14 @@ impl Shell {
         let outcome = self.outcome.take().unwrap_or(Outcome::Stopped(None));
         self.records.finish(&outcome, self.signal);
         Ok(Ended { outcome, signal: self.signal })
+    }
+
+    /// A group trains, or nobody is started here who could: the run has started, and needs no terminal from now on.
+    pub fn has_started(&mut self) {
+        let Some(launch) = self.launch.take() else { return };
+        if let Err(error) = launch.started(&self.job.job.name, self.records.folder()) {
+            self.records.message(&format!("warning: --detach: cannot leave the terminal: {error}"));
+        }
     }
 
     fn start_worker(&mut self) -> Result<(), ShellError> {

@@ -3,7 +3,8 @@
 //! 1. A worker runs in a process group of its own, so an interrupt from the terminal reaches the coordinator alone.
 //! 2. Each has a token that it shows in its hello; nobody else can take its place. The token is journaled before the
 //!    process exists, so a later coordinator knows it.
-//! 3. A worker outlives a crash of its coordinator; the next one takes it over, by process number and time of start.
+//! 3. A worker outlives a crash of its coordinator; the next one on that machine takes it over, by process number and time
+//!    of start. One on another machine can neither do that nor see it end: there it is a worker like those of others.
 //! 4. What a worker writes goes to the coordinator's log with the worker's rank. One that was taken over has lost its
 //!    pipe: what it has to say of itself it says in its session.
 
@@ -20,6 +21,7 @@ use ganglion_membership::WorkerId;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::journal::ChildRow;
+use crate::node::{Node, Relation};
 pub use processes::SystemProcesses;
 
 /// How long a worker that was told to exit may take.
@@ -95,8 +97,21 @@ pub struct Supervisor {
     processes: Box<dyn Processes>,
     exits: UnboundedSender<Exited>,
     children: BTreeMap<String, ChildHandle>,
+    /// Workers of earlier coordinators on other machines, by token.
+    elsewhere: BTreeMap<String, Option<WorkerId>>,
     /// Variables that workers find in their environment.
     pub environment: Vec<(&'static str, OsString)>,
+}
+
+/// What became of a process of an earlier coordinator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Adoption {
+    /// It runs, and is watched from now on.
+    Runs,
+    /// It has ended.
+    Ended,
+    /// It is of another machine: whether it runs will show.
+    Elsewhere,
 }
 
 struct ChildHandle {
@@ -111,7 +126,13 @@ struct ChildHandle {
 impl Supervisor {
     /// Ends of processes go to `exits`.
     pub fn new(processes: Box<dyn Processes>, exits: UnboundedSender<Exited>) -> Supervisor {
-        Supervisor { processes, exits, children: BTreeMap::new(), environment: Vec::new() }
+        Supervisor {
+            processes,
+            exits,
+            children: BTreeMap::new(),
+            elsewhere: BTreeMap::new(),
+            environment: Vec::new(),
+        }
     }
 
     /// Whether the `worker` program can be started.
@@ -149,11 +170,19 @@ impl Supervisor {
         Ok(spawned)
     }
 
-    /// Takes over a process of an earlier coordinator; returns whether it still runs.
-    pub fn adopt(&mut self, row: &ChildRow) -> bool {
-        let Some(spawned) = row.process.filter(|_| !row.ended) else { return false };
+    /// Takes over a process of an earlier coordinator, if it runs on this machine.
+    pub fn adopt(&mut self, row: &ChildRow, here: &Node) -> Adoption {
+        let Some(spawned) = row.process.filter(|_| !row.ended) else { return Adoption::Ended };
+        match here.relation(&row.node) {
+            Relation::Same => {}
+            Relation::Before => return Adoption::Ended,
+            Relation::Elsewhere => {
+                self.elsewhere.insert(row.token.clone(), row.worker);
+                return Adoption::Elsewhere;
+            }
+        }
         let Some(process) = self.processes.find(&row.token, spawned, self.exits.clone()) else {
-            return false;
+            return Adoption::Ended;
         };
         let handle = ChildHandle {
             process,
@@ -163,7 +192,7 @@ impl Supervisor {
             numbered: false,
         };
         self.children.insert(row.token.clone(), handle);
-        true
+        Adoption::Runs
     }
 
     /// Notes which worker showed `token`; returns whether it is one of ours.
@@ -188,8 +217,15 @@ impl Supervisor {
 
     /// Whether whoever shows `token` may be `worker`: if that is one of ours, only with its own.
     pub fn may_be(&self, worker: WorkerId, token: Option<&str>) -> bool {
-        let mut tokens = self.children.iter().filter(|(_, child)| child.worker == Some(worker));
+        let here = self.children.iter().map(|(token, child)| (token, child.worker));
+        let elsewhere = self.elsewhere.iter().map(|(token, worker)| (token, *worker));
+        let mut tokens = here.chain(elsewhere).filter(|(_, own)| *own == Some(worker));
         tokens.next().is_none_or(|(own, _)| Some(own.as_str()) == token)
+    }
+
+    /// Whether `token` is of a worker that an earlier coordinator started on another machine.
+    pub fn is_elsewhere(&self, token: &str) -> bool {
+        self.elsewhere.contains_key(token)
     }
 
     /// Takes note of an exit; returns the worker that it was, if it had said hello.

@@ -18,6 +18,7 @@ pub mod log;
 pub mod manifest;
 pub mod message;
 pub mod rows;
+pub mod signals;
 pub mod stream;
 pub mod throttle;
 pub mod trace;

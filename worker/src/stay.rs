@@ -2,6 +2,7 @@
 
 use std::io;
 
+use ganglion_proto::signals::hangup_is_ignored;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -10,26 +11,41 @@ pub struct Stay {
     runtime: Runtime,
     terminate: Signal,
     interrupt: Signal,
+    /// None where it is ignored.
+    hangup: Option<Signal>,
 }
 
 impl Stay {
-    /// Listens for SIGTERM and SIGINT. Starts no thread.
+    /// Listens for SIGTERM, SIGINT and SIGHUP. Starts no thread.
     pub fn listen() -> io::Result<Stay> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-        let (terminate, interrupt) = {
+        let hangup = (!hangup_is_ignored()).then(SignalKind::hangup);
+        let (terminate, interrupt, hangup) = {
             let _within = runtime.enter();
-            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
+            (
+                signal(SignalKind::terminate())?,
+                signal(SignalKind::interrupt())?,
+                hangup.map(signal).transpose()?,
+            )
         };
-        Ok(Stay { runtime, terminate, interrupt })
+        Ok(Stay { runtime, terminate, interrupt, hangup })
     }
 
     /// Gives back the memory that was kept for training, and waits until one of them came.
     pub fn until_asked_to_end(mut self) -> Result<(), c10d::Error> {
         c10d::aten::release_memory()?;
+        let mut hangup = self.hangup;
+        let hung_up = async {
+            match &mut hangup {
+                Some(hangup) => hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
         self.runtime.block_on(async {
             tokio::select! {
                 _ = self.terminate.recv() => {}
                 _ = self.interrupt.recv() => {}
+                _ = hung_up => {}
             }
         });
         Ok(())

@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
+use rusqlite::{Connection, OptionalExtension, Row};
 
+use super::opening::snapshot;
 use super::{Fact, JournalError, RecordedMember, RecordedStart, Recovery};
 use crate::report::damage::SetAside;
 
@@ -74,7 +75,10 @@ pub struct CheckpointRow {
 impl History {
     /// Reads a journal.
     pub fn read(file: &Path) -> Result<History, JournalError> {
-        let mut connection = open(file)?;
+        snapshot(file, History::of)
+    }
+
+    fn of(connection: &mut Connection) -> Result<History, JournalError> {
         let moment = connection.transaction()?;
         let mut history = History::default();
         if !moment.table_exists(None, "facts")? {
@@ -98,19 +102,6 @@ impl History {
         history.set_aside = set_asides(&moment)?;
         Ok(history)
     }
-}
-
-pub(super) fn open(file: &Path) -> Result<Connection, JournalError> {
-    let mut flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let mut log = file.as_os_str().to_os_string();
-    log.push("-wal");
-    if Path::new(&log).exists() {
-        return Ok(Connection::open_with_flags(file, flags)?);
-    }
-    // Nobody writes. SQLite would nevertheless make the log's two files to read, which a folder may not allow.
-    flags |= OpenFlags::SQLITE_OPEN_URI;
-    let escaped = file.to_string_lossy().replace('%', "%25").replace('?', "%3f").replace('#', "%23");
-    Ok(Connection::open_with_flags(format!("file:{escaped}?immutable=1"), flags)?)
 }
 
 /// The records that were set aside; none in a journal of a version that did not know of that.

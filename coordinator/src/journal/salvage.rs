@@ -13,7 +13,7 @@ use rusqlite::types::Value;
 use rusqlite::{Connection, params, params_from_iter};
 use serde::{Deserialize, Serialize};
 
-use super::{Fact, Journal, JournalError, history};
+use super::{Fact, Journal, JournalError, opening};
 
 /// Between the numbers before a recovery and those after it. A run that gave a number each millisecond would take eleven
 /// days to get there, and people see at a glance what was before.
@@ -57,7 +57,7 @@ struct Table {
 impl Salvaged {
     /// Reads what can be read of a journal; nothing, where there is none.
     pub fn read(file: &Path) -> Salvaged {
-        let opened = if file.is_file() { history::open(file).ok() } else { None };
+        let opened = if file.is_file() { opening::to_read(file).ok() } else { None };
         let Some(connection) = opened else { return Salvaged::default() };
         Salvaged(TABLES.into_iter().map(|table| (table, read_table(&connection, table))).collect())
     }

@@ -5,7 +5,9 @@
 //! 2. Whatever else writes to standard error goes through a [`Screen`], so that it does not tear the bar.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -26,13 +28,20 @@ pub struct Screen {
     bars: MultiProgress,
     is_terminal: bool,
     is_silent: bool,
+    /// Where the same is written as well.
+    copy: Arc<Mutex<Option<File>>>,
 }
 
 impl Screen {
     /// Standard error, with a bar only if it is a terminal.
     pub fn stderr(is_terminal: bool) -> Self {
         let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        Screen { bars: MultiProgress::with_draw_target(target), is_terminal, is_silent: false }
+        Screen {
+            bars: MultiProgress::with_draw_target(target),
+            is_terminal,
+            is_silent: false,
+            copy: Arc::default(),
+        }
     }
 
     /// A screen that shows nothing.
@@ -51,16 +60,37 @@ impl Screen {
         if !self.is_silent {
             let line = ganglion_proto::printable(line);
             self.suspend(|| writeln!(io::stderr().lock(), "{line}")).ok();
+            self.write_copy(format!("{line}\n").as_bytes());
+        }
+    }
+
+    /// Writes the same to a file from now on, or to none.
+    pub fn copy_to(&self, file: Option<File>) {
+        *self.copy.lock().unwrap_or_else(PoisonError::into_inner) = file;
+    }
+
+    /// Whether lines may have colours.
+    pub fn is_terminal(&self) -> bool {
+        self.is_terminal
+    }
+
+    /// A copy that cannot be written is no reason to keep the line from the screen.
+    fn write_copy(&self, bytes: &[u8]) {
+        if let Some(file) = &mut *self.copy.lock().unwrap_or_else(PoisonError::into_inner) {
+            file.write_all(bytes).ok();
         }
     }
 }
 
 impl Write for Screen {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.suspend(|| io::stderr().lock().write(bytes))
+        let written = self.suspend(|| io::stderr().lock().write(bytes))?;
+        self.write_copy(&bytes[..written]);
+        Ok(written)
     }
 
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write_copy(bytes);
         self.suspend(|| io::stderr().lock().write_all(bytes))
     }
 

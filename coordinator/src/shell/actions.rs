@@ -96,6 +96,7 @@ impl Shell {
         let Some(group) = self.machine.group() else { return };
         let (generation, world_size) = (group.generation, group.members.len());
         self.records.message(&format!("took over generation {generation}: {world_size} workers train on"));
+        self.has_started();
         let fields = json!({ "generation": generation.0, "world_size": world_size, "term": self.term.0 });
         self.records.event("generation_kept", fields);
     }
@@ -166,6 +167,7 @@ impl Shell {
             group.backend,
             if self.is_exposed(group) { ", which does not encrypt: fence its network" } else { "" },
         ));
+        self.has_started();
         for (rank, member) in (0u32..).zip(&group.members) {
             self.supervisor.rename(member.worker, &format!("rank {rank}"));
             self.assign(member.worker);

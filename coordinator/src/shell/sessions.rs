@@ -45,7 +45,7 @@ impl Shell {
             None => self.journal.admit(self.term, &hello.host, hello.pid, token)?,
         };
         let local = token.is_some_and(|token| self.supervisor.claim(token, worker));
-        if token.is_some() && !local {
+        if token.is_some_and(|token| !local && !self.supervisor.is_elsewhere(token)) {
             return Ok(Err("its token is of no worker that this coordinator started".to_string()));
         }
         let Hello { host, pid, address, device, attempt, .. } = hello;

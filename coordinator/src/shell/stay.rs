@@ -29,6 +29,7 @@ impl Shell {
             self.job.job.name
         ));
         self.records.event("staying", json!({}));
+        self.has_started();
         let mut chores = tokio::time::interval(CHORES);
         loop {
             tokio::select! {

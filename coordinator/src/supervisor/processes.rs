@@ -12,16 +12,19 @@ use ganglion_proto::log;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::cli::LogFormat;
+use crate::node::start_time;
 
 use super::{Exited, Process, Processes, Spawned, StartOrder};
 
 /// How long the `worker` program may take to count GPUs: a driver may have to be loaded first.
 const COUNT_LIMIT: Duration = Duration::from_secs(60);
+/// As much of a line of a worker's log is kept.
+const LINE_LIMIT: usize = 16 << 10;
 /// How often it is looked whether it has.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -144,14 +147,6 @@ fn open(pid: u32) -> Option<OwnedFd> {
     pidfd_open(pid, PidfdFlags::NONBLOCK).ok()
 }
 
-/// When a process was started, in the system's ticks since it booted. See proc(5), /proc/pid/stat, field 22.
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the program's name in parentheses, which may hold anything.
-    let (_, fields) = stat.rsplit_once(')')?;
-    fields.split_whitespace().nth(19)?.parse().ok()
-}
-
 /// Follows one child: its log lines, then its end.
 async fn watch(
     mut child: Child,
@@ -162,8 +157,8 @@ async fn watch(
 ) {
     let mut last_words = None;
     if let Some(lines) = lines {
-        let mut lines = BufReader::new(lines).lines();
-        while let Ok(Some(line)) = lines.next_line().await {
+        let mut lines = BufReader::new(lines);
+        while let Some(line) = next_line(&mut lines).await {
             let name = name.lock().unwrap_or_else(PoisonError::into_inner).clone();
             if let Some(error) = forward(&name, &line) {
                 last_words = Some(error);
@@ -178,6 +173,32 @@ async fn watch(
         status = format!("{status}: {words}");
     }
     let _ = exits.send(Exited { token, pid, status, input_error });
+}
+
+/// The next line of a worker's log, without its end: any bytes, since a worker prints names and paths as they are. Of a
+/// line that is too long the first part.
+async fn next_line(lines: &mut (impl AsyncBufRead + Unpin)) -> Option<String> {
+    let mut line = Vec::new();
+    let mut cut = false;
+    let mut any = false;
+    // An error ends the log as its end does: the pipe gives no more.
+    while let Ok(bytes) = lines.fill_buf().await
+        && !bytes.is_empty()
+    {
+        any = true;
+        let end = bytes.iter().position(|byte| *byte == b'\n');
+        let part = &bytes[..end.unwrap_or(bytes.len())];
+        let room = LINE_LIMIT - line.len();
+        line.extend_from_slice(&part[..part.len().min(room)]);
+        cut |= part.len() > room;
+        let read = end.map_or(bytes.len(), |end| end + 1);
+        lines.consume(read);
+        if end.is_some() {
+            break;
+        }
+    }
+    let text = String::from_utf8_lossy(&line);
+    any.then(|| format!("{}{}", text.trim_end_matches('\r'), if cut { " ..." } else { "" }))
 }
 
 /// Waits for the end of a process that is not a child of this one. Its exit status is for its parent alone.
@@ -233,13 +254,15 @@ mod tests {
 
     use super::*;
     use crate::journal::ChildRow;
-    use crate::supervisor::Supervisor;
+    use crate::node::{Node, Relation};
+    use crate::supervisor::{Adoption, Supervisor};
 
     fn row(pid: u32, started: u64) -> ChildRow {
         ChildRow {
             token: "t".to_string(),
             local_rank: 1,
             process: Some(Spawned { pid, started }),
+            node: Node::here(),
             worker: Some(WorkerId(7)),
             ended: false,
         }
@@ -264,6 +287,34 @@ mod tests {
         assert!(none.to_string().contains("many"), "{none}");
         let missing = SystemProcesses { program: folder.path().join("none"), log_format: LogFormat::Text };
         assert!(missing.count_gpus().unwrap_err().to_string().contains("no such program"));
+    }
+
+    #[tokio::test]
+    async fn a_log_of_any_bytes_is_read_to_its_last_words() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = r"printf 'WARN caf\351.png is left out\n' >&2
+            head -c 300000 /dev/zero | tr '\0' x >&2
+            printf '\nERROR no such file: \377.png' >&2
+            exit 2";
+        let (exits, mut exited) = tokio::sync::mpsc::unbounded_channel();
+        let mut supervisor = Supervisor::new(Box::new(script(&folder, text)), exits);
+        supervisor.spawn("http://x", "t".to_string(), 0, None).unwrap();
+        let exit = exited.recv().await.unwrap();
+        assert!(exit.input_error);
+        assert_eq!(exit.status, "exit status: 2: no such file: \u{fffd}.png");
+    }
+
+    #[tokio::test]
+    async fn a_line_of_a_log_is_bounded() {
+        let log = [&[b'a'; 3 * LINE_LIMIT][..], b"\n\r\n\xff\nend"].concat();
+        // A buffer that cuts lines anywhere.
+        let mut lines = BufReader::with_capacity(7, &log[..]);
+        let long = next_line(&mut lines).await.unwrap();
+        assert_eq!((long.len(), &long[LINE_LIMIT..]), (LINE_LIMIT + 4, " ..."));
+        for line in ["", "\u{fffd}", "end"] {
+            assert_eq!(next_line(&mut lines).await.as_deref(), Some(line));
+        }
+        assert_eq!(next_line(&mut lines).await, None);
     }
 
     /// A number frees its GPU for the next one, and no two workers have the same.
@@ -303,13 +354,23 @@ mod tests {
         let started = start_time(pid).unwrap();
         let (exits, mut exited) = tokio::sync::mpsc::unbounded_channel();
         let mut supervisor = Supervisor::new(Box::new(SystemProcesses::new(LogFormat::Text).unwrap()), exits);
-        assert!(!supervisor.adopt(&row(pid, started + 1)), "another process has its number now");
-        assert!(supervisor.adopt(&row(pid, started)));
+        let here = Node::here();
+        let mut adopt = |row: ChildRow| supervisor.adopt(&row, &here);
+        assert_eq!(adopt(row(pid, started + 1)), Adoption::Ended, "another process has its number now");
+        let rebooted = Node { boot: "another".to_string(), ..here.clone() };
+        let before = adopt(ChildRow { node: rebooted.clone(), ..row(pid, started) });
+        assert_eq!(before == Adoption::Ended, here.relation(&rebooted) == Relation::Before);
+        let moved = Node { host: "another".to_string(), ..rebooted };
+        assert_eq!(adopt(ChildRow { node: moved, ..row(pid, started) }), Adoption::Elsewhere);
+        assert!(supervisor.is_elsewhere("t"), "it may say hello with its token");
+        assert!(supervisor.may_be(WorkerId(7), Some("t")) && !supervisor.may_be(WorkerId(7), None));
+        assert!(supervisor.is_empty(), "and is none of this machine's");
+        assert_eq!(supervisor.adopt(&row(pid, started), &here), Adoption::Runs);
         assert_eq!(supervisor.free_rank(), 0);
         supervisor.kill(WorkerId(7));
         let exit = exited.recv().await.unwrap();
         assert_eq!((supervisor.reaped(&exit.token), exit.pid), (Some(WorkerId(7)), pid));
         process.wait().unwrap();
-        assert!(!supervisor.adopt(&row(pid, started)), "it has ended");
+        assert_eq!(supervisor.adopt(&row(pid, started), &here), Adoption::Ended);
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use ganglion_membership::{Limits, Term};
 use ganglion_proto::dial::{Credentials, DialError};
 use ganglion_proto::message::{FromWorker, Hello, MetricsRow, Resume, ToWorker, Usage, Welcome};
+use ganglion_proto::signals::hangup_is_ignored;
 use ganglion_proto::wire::session_service_client::SessionServiceClient;
 use ganglion_proto::wire::{SessionRequest, SessionResponse};
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL, printable};
@@ -177,10 +178,11 @@ pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result
     Ok(Session { shared, outbox, runtime, local_address, credentials, tunnels: None })
 }
 
-/// SIGTERM and SIGINT of this process.
+/// SIGTERM, SIGINT and SIGHUP of this process.
 fn signals() -> std::io::Result<UnboundedReceiver<()>> {
     let (came, asked_to_end) = unbounded_channel();
-    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+    let hangup = (!hangup_is_ignored()).then(SignalKind::hangup);
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()].into_iter().chain(hangup) {
         let (mut listener, came) = (signal(kind)?, came.clone());
         tokio::spawn(async move { while listener.recv().await.is_some() && came.send(()).is_ok() {} });
     }

@@ -116,7 +116,7 @@ impl World<'_> {
             let (machine, arguments, outcome) = (machine.clone(), arguments.clone(), outcome.clone());
             async move {
                 let cli = Cli::try_parse_from(arguments)?;
-                let ended = run(cli, &machine, Screen::silent()).await;
+                let ended = run(cli, &machine, Screen::silent(), None).await;
                 *outcome.lock().expect("nothing panics with it") = Some(ended);
                 Ok(())
             }

@@ -1,0 +1,309 @@
+//! How the journal is opened, by the one who writes it and by those who read it meanwhile, on any file system.
+//!
+//! 1. SQLite's write-ahead log needs memory that all who have the file open share. A file system of several machines has
+//!    none, even where it seems to; there, and where it is refused, the journal is kept with a rollback journal.
+//! 2. Where no file can be locked, SQLite is told to use no locks: the run directory has one holder, and readers see 3.
+//! 3. A reader of a journal without a log takes no lock. It reads a state that the files were in at one moment, and leaves a
+//!    rollback to the holder.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::statfs::{self, FsType, statfs};
+use rusqlite::{Connection, OpenFlags};
+
+use super::JournalError;
+
+/// How often a reader looks for a moment at which nothing is written, and the pause between.
+const LOOKS: u32 = 50;
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// File systems that several machines share. See statfs(2), and the heads of the kernel's modules for the last four.
+const SHARED: [(FsType, &str); 13] = [
+    (statfs::NFS_SUPER_MAGIC, "NFS"),
+    (statfs::SMB_SUPER_MAGIC, "SMB"),
+    (FsType(0xff53_4d42), "CIFS"),
+    (FsType(0xfe53_4d42), "SMB"),
+    (statfs::AFS_SUPER_MAGIC, "AFS"),
+    (statfs::CODA_SUPER_MAGIC, "Coda"),
+    (statfs::OCFS2_SUPER_MAGIC, "OCFS2"),
+    (FsType(0x0116_1970), "GFS2"),
+    (FsType(0x00c3_6400), "Ceph"),
+    (FsType(0x0bd0_0bd0), "Lustre"),
+    (FsType(0x4750_4653), "GPFS"),
+    (FsType(0x1983_0326), "BeeGFS"),
+    (FsType(0xaad7_aaea), "PanFS"),
+];
+
+/// Opens the journal to write it; also returns what its file system lacks, for people.
+pub(super) fn to_write(file: &Path) -> Result<(Connection, Option<String>), JournalError> {
+    let shared = shared_file_system(file);
+    let refused = match shared {
+        Some(name) => Refused::Shared(name),
+        None => match with_log(file) {
+            Ok(connection) => return Ok((connection, None)),
+            // No way of keeping it mends damage, and nothing shall be written into it.
+            Err(error) if is_damaged(&error) => return Err(error.into()),
+            Err(error) => Refused::Log(error),
+        },
+    };
+    match (without_log(file), refused) {
+        (Ok((connection, locks)), refused) => Ok((connection, Some(refused.told(locks)))),
+        (Err(_), Refused::Log(error)) => Err(error.into()),
+        (Err(error), Refused::Shared(_)) => Err(error.into()),
+    }
+}
+
+pub(super) fn is_damaged(error: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
+}
+
+/// Why there is no write-ahead log.
+enum Refused {
+    Shared(&'static str),
+    Log(rusqlite::Error),
+}
+
+impl Refused {
+    fn told(&self, locks: bool) -> String {
+        let why = match self {
+            Refused::Shared(name) => format!("it is on {name}"),
+            Refused::Log(error) => error.to_string(),
+        };
+        let and = if locks { "" } else { ", and without locks, since its file system has none" };
+        format!("the journal is kept without a write-ahead log ({why}){and}")
+    }
+}
+
+/// Opens it with a log. An error may also come of a log that an earlier holder left and that cannot be read here.
+fn with_log(file: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open(file)?;
+    let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
+    if mode != "wal" {
+        return Err(rusqlite::Error::InvalidParameterName(format!("SQLite stays with {mode}")));
+    }
+    settle(&connection)?;
+    Ok(connection)
+}
+
+/// Opens it with a rollback journal, which is emptied by each commit. Returns whether it uses locks.
+fn without_log(file: &Path) -> rusqlite::Result<(Connection, bool)> {
+    let locks = locks_work(file);
+    let connection = match locks {
+        true => Connection::open(file)?,
+        false => Connection::open_with_flags_and_vfs(file, OpenFlags::default(), c"unix-none")?,
+    };
+    // Whoever has it for himself alone needs no shared memory to take a log in that an earlier holder left.
+    connection.query_row("PRAGMA locking_mode = EXCLUSIVE", [], |_| Ok(()))?;
+    let mode: String = connection.query_row("PRAGMA journal_mode = TRUNCATE", [], |row| row.get(0))?;
+    if mode != "truncate" {
+        return Err(rusqlite::Error::InvalidParameterName(format!("SQLite stays with {mode}")));
+    }
+    connection.query_row("PRAGMA locking_mode = NORMAL", [], |_| Ok(()))?;
+    settle(&connection)?;
+    Ok((connection, locks))
+}
+
+/// A commit is durable when it returns. Reading something shows whether the file can be read at all.
+fn settle(connection: &Connection) -> rusqlite::Result<()> {
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.query_row("SELECT COUNT(*) FROM sqlite_schema", [], |_| Ok(()))
+}
+
+fn shared_file_system(file: &Path) -> Option<&'static str> {
+    let kind = statfs(file.parent()?).ok()?.filesystem_type();
+    SHARED.iter().find(|(shared, _)| *shared == kind).map(|(_, name)| *name)
+}
+
+/// Whether a part of a file can be locked, as SQLite does it.
+fn locks_work(beside: &Path) -> bool {
+    let probe = suffixed(beside, "-probe");
+    let ask = || -> io::Result<()> {
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&probe)?;
+        let lock = nix::libc::flock {
+            l_type: i16::try_from(nix::libc::F_WRLCK).expect("a constant of one digit"),
+            l_whence: 0,
+            l_start: 0,
+            l_len: 1,
+            l_pid: 0,
+        };
+        fcntl(&file, FcntlArg::F_SETLK(&lock))?;
+        Ok(())
+    };
+    let works = ask().is_ok();
+    let _ = fs::remove_file(probe);
+    works
+}
+
+/// Opens it to read, and makes no file.
+pub(super) fn to_read(file: &Path) -> Result<Connection, JournalError> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    if suffixed(file, "-wal").exists() {
+        return Ok(Connection::open_with_flags(file, flags)?);
+    }
+    // SQLite would make files beside the journal even to read it, which a folder may not allow.
+    let escaped = file.to_string_lossy().replace('%', "%25").replace('?', "%3f").replace('#', "%23");
+    let uri = format!("file:{escaped}?immutable=1");
+    Ok(Connection::open_with_flags(uri, flags | OpenFlags::SQLITE_OPEN_URI)?)
+}
+
+/// Reads the journal while somebody may write it.
+pub(super) fn snapshot<T>(
+    file: &Path,
+    mut read: impl FnMut(&mut Connection) -> Result<T, JournalError>,
+) -> Result<T, JournalError> {
+    if suffixed(file, "-wal").exists() {
+        return to_read(file).and_then(|mut connection| read(&mut connection)).or_else(|error| {
+            // Its log cannot be shared from here. A copy of the files has a log of its own.
+            copied(file, &mut read)?.ok_or(error)
+        });
+    }
+    let mut last = None;
+    for _ in 0..LOOKS {
+        let before = Look::at(file)?;
+        if before.is_quiet {
+            let result = to_read(file).and_then(|mut connection| read(&mut connection));
+            if Look::at(file)? == before {
+                return result;
+            }
+            last = Some(result);
+        }
+        std::thread::sleep(PAUSE);
+    }
+    // A holder that died left a transaction to roll back, or one writes all the time.
+    match (copied(file, &mut read)?, last) {
+        (Some(read), _) => Ok(read),
+        (None, Some(Err(error))) => Err(error),
+        (None, _) => Err(JournalError::Busy),
+    }
+}
+
+/// The state of a journal without a log, as far as it tells one moment from another.
+#[derive(PartialEq, Eq)]
+struct Look {
+    /// Whether nothing is being written, and nothing is to be rolled back.
+    is_quiet: bool,
+    /// SQLite's counter of transactions, with the other numbers of the file's head.
+    head: Vec<u8>,
+    length: u64,
+}
+
+impl Look {
+    fn at(file: &Path) -> Result<Look, JournalError> {
+        let rollback = fs::metadata(suffixed(file, "-journal"));
+        let opened = File::open(file).map_err(JournalError::File)?;
+        let length = opened.metadata().map_err(JournalError::File)?.len();
+        let mut head = Vec::new();
+        io::Read::read_to_end(&mut io::Read::take(opened, 100), &mut head).map_err(JournalError::File)?;
+        Ok(Look { is_quiet: !rollback.is_ok_and(|file| file.len() > 0), head, length })
+    }
+}
+
+/// Reads a copy of the files of one moment, which SQLite may roll back or take a log into. `None` if there was no moment.
+fn copied<T>(
+    file: &Path,
+    read: &mut impl FnMut(&mut Connection) -> Result<T, JournalError>,
+) -> Result<Option<T>, JournalError> {
+    let files = [PathBuf::from(file), suffixed(file, "-journal"), suffixed(file, "-wal")];
+    let contents = || files.clone().map(|file| fs::read(file).unwrap_or_default());
+    let mut before = contents();
+    for _ in 0..LOOKS {
+        let after = contents();
+        if before == after {
+            let folder = tempfile::tempdir().map_err(JournalError::File)?;
+            let copy = folder.path().join("journal.sqlite");
+            for (ending, content) in ["", "-journal", "-wal"].into_iter().zip(&after) {
+                if !content.is_empty() {
+                    fs::write(suffixed(&copy, ending), content).map_err(JournalError::File)?;
+                }
+            }
+            let mut connection = Connection::open(&copy)?;
+            return read(&mut connection).map(Some);
+        }
+        before = after;
+        std::thread::sleep(PAUSE);
+    }
+    Ok(None)
+}
+
+fn suffixed(file: &Path, ending: &str) -> PathBuf {
+    let mut name = file.as_os_str().to_os_string();
+    name.push(ending);
+    name.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(file: &Path) -> u64 {
+        let count = |connection: &mut Connection| {
+            Ok(connection.query_row("SELECT COUNT(*) FROM t", [], |row| row.get(0))?)
+        };
+        snapshot(file, count).unwrap()
+    }
+
+    /// Invariant 3: whatever way it is written, and whatever a writer that died left behind.
+    #[test]
+    fn a_reader_finds_each_commit_and_leaves_all_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("journal.sqlite");
+        let names = || {
+            let names = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+            let mut names: Vec<_> = names.collect();
+            names.sort();
+            names
+        };
+        with_log(&file).unwrap().execute_batch("CREATE TABLE t (x); INSERT INTO t VALUES (1);").unwrap();
+        let (writer, locks) = without_log(&file).unwrap();
+        assert!(locks);
+        for count in 2..20 {
+            writer.execute_batch("INSERT INTO t VALUES (2)").unwrap();
+            let before = names();
+            assert_eq!(rows(&file), count);
+            assert_eq!(names(), before);
+        }
+        // A transaction that began to write and did not end.
+        writer.execute_batch("PRAGMA cache_size = 1; PRAGMA cache_spill = 1; BEGIN").unwrap();
+        for _ in 0..2000 {
+            writer.execute("INSERT INTO t VALUES (?1)", [vec![7u8; 500]]).unwrap();
+        }
+        assert!(!Look::at(&file).unwrap().is_quiet);
+        assert_eq!(rows(&file), 19);
+        writer.execute_batch("ROLLBACK").unwrap();
+        drop(writer);
+        // Back on a file system of one machine.
+        let writer = with_log(&file).unwrap();
+        writer.execute_batch("INSERT INTO t VALUES (3)").unwrap();
+        assert_eq!(rows(&file), 20);
+    }
+
+    /// A reader never finds half of a commit.
+    #[test]
+    fn readers_beside_a_writer_without_a_log_see_whole_commits() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("journal.sqlite");
+        let (writer, _) = without_log(&file).unwrap();
+        writer.execute_batch("CREATE TABLE t (x)").unwrap();
+        std::thread::scope(|scope| {
+            let write = scope.spawn(move || {
+                for _ in 0..200 {
+                    writer
+                        .execute_batch("BEGIN; INSERT INTO t VALUES (1); INSERT INTO t VALUES (2); COMMIT")
+                        .unwrap();
+                }
+            });
+            let mut last = 0;
+            while !write.is_finished() {
+                let now = rows(&file);
+                assert!(now % 2 == 0 && now >= last, "{now} after {last}");
+                last = now;
+            }
+        });
+        assert_eq!(rows(&file), 400);
+    }
+}
