@@ -1,9 +1,7 @@
 # One front door. `make demo` trains the main job on the bundled digits, `make test` passes the tests;
 # both set up what they need first.
 
-TORCH_VERSION := 2.11.0
-TORCHFT := torchft-nightly==2026.10.26
-CUDA_RUNTIME := nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' deploy/requirements/libtorch-cpu.in)
 PYTHON ?= python3
 CARGO ?= cargo
 DEMO_DIR ?= runs/demo
@@ -13,12 +11,15 @@ SEEDS ?= 100000
 SHELL_SEEDS ?= 1000
 SESSIONS ?= 100 500 1000 2000
 TOOLS := .tools
+# Of each file that pip brings the hash is known: `make requirements` writes them.
+PIP = $(PYTHON) -m pip install --quiet --require-hashes
+REQUIREMENTS := deploy/requirements
 KILLS ?= 100
 RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test simulate simulate-planted simulate-shell chaos check fmt lint docs licences proto-lint clean \
-	wheel image check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
+	advisories pins update-pins requirements sbom wheel image check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,13 +39,13 @@ endif
 .libtorch/cpu-$(TORCH_VERSION):
 	@echo "getting libtorch $(TORCH_VERSION) for CPUs (about 600 MB)"
 	@rm -rf .libtorch
-	@$(PYTHON) -m pip install --quiet --target .libtorch --no-deps torch==$(TORCH_VERSION) $(CUDA_RUNTIME)
+	@$(PIP) --target .libtorch --no-deps --requirement $(REQUIREMENTS)/libtorch-cpu.txt
 	@touch $@
 
 .libtorch/cuda-$(TORCH_VERSION):
 	@echo "getting libtorch $(TORCH_VERSION) with CUDA (about 4.5 GB)"
 	@rm -rf .libtorch
-	@$(PYTHON) -m pip install --quiet --target .libtorch torch==$(TORCH_VERSION) 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*'
+	@$(PIP) --target .libtorch --requirement $(REQUIREMENTS)/libtorch-cuda.txt
 	@touch $@
 
 FEATURES := $(if $(CUDA),ganglion-worker/cuda) $(if $(CLOUD),ganglion-coordinator/cloud ganglion-worker/cloud)
@@ -81,8 +82,8 @@ bench-recovery: build $(TOOLS)/bench ## Kill workers and coordinators, and those
 # PyTorch for Python loads CUDA's libraries also where there is no GPU, so all of them come along.
 $(TOOLS)/bench:
 	@echo "getting PyTorch and torchft for Python (4.7 GB)"
-	@$(PYTHON) -m pip install --quiet --target $@.new torch==$(TORCH_VERSION) numpy $(TORCHFT) || \
-		$(PYTHON) -m pip install --quiet --target $@.new torch==$(TORCH_VERSION) numpy
+	@$(PIP) --target $@.new --requirement $(REQUIREMENTS)/bench-torchft.txt || \
+		$(PIP) --target $@.new --requirement $(REQUIREMENTS)/bench.txt
 	@mv $@.new $@
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
@@ -107,14 +108,14 @@ simulate-shell: setup ## Simulate coordinator and sessions, with gRPC and journa
 # What reads our files in Python, for the test that they can be read.
 $(TOOLS)/python:
 	@echo "getting safetensors and TensorBoard for Python (about 60 MB)"
-	@$(PYTHON) -m pip install --quiet --target $@.new safetensors==0.8.0 numpy tensorboard==2.21.0 setuptools
+	@$(PIP) --target $@.new --requirement $(REQUIREMENTS)/python.txt
 	@mv $@.new $@
 
 test-kubernetes: $(TOOLS)/kubernetes ## Check the manifests of deploy/kubernetes. Needs kubectl or kustomize, and no cluster.
 	$(PYTHON) tests/deploy/kubernetes.py --packages $(TOOLS)/kubernetes
 
 $(TOOLS)/kubernetes:
-	@$(PYTHON) -m pip install --quiet --target $@.new kubernetes-validate==1.37.0
+	@$(PIP) --target $@.new --requirement $(REQUIREMENTS)/kubernetes.txt
 	@mv $@.new $@
 
 test-cloud: $(TOOLS)/cloud ## Test checkpoints in an object store, with a server that speaks S3.
@@ -123,7 +124,7 @@ test-cloud: $(TOOLS)/cloud ## Test checkpoints in an object store, with a server
 		$(CARGO) test --release --locked -p ganglion-tests --features cloud --test object_store
 
 $(TOOLS)/cloud:
-	@$(PYTHON) -m pip install --quiet --target $@.new 'moto[server]==5.*'
+	@$(PIP) --target $@.new --requirement $(REQUIREMENTS)/cloud.txt
 	@mv $@.new $@
 
 test-pytorch: build $(TOOLS)/bench $(TOOLS)/python ## Train networks written in PyTorch, and load the result back into it.
@@ -137,7 +138,7 @@ check-alerts: ## Check the alerts and the configuration for Prometheus. Needs pr
 	promtool check config deploy/prometheus/prometheus.yml
 	promtool test rules deploy/prometheus/alerts_test.yml
 
-check: fmt lint docs licences proto-lint test ## Everything that must be clean before a change lands.
+check: fmt lint docs licences advisories pins proto-lint test ## Everything that must be clean before a change lands.
 
 fmt:
 	$(CARGO) fmt --all --check
@@ -151,6 +152,30 @@ docs: setup
 licences: $(TOOLS)/bin/cargo-deny
 	$(TOOLS)/bin/cargo-deny --locked check licenses bans sources
 
+# Where the database cannot be fetched this says so and goes on; REQUIRE_ADVISORIES=1, for a release, does not.
+advisories: $(TOOLS)/bin/cargo-deny ## Look for known faults of the crates. Needs the network (REQUIRE_ADVISORIES=1 insists).
+	@if $(TOOLS)/bin/cargo-deny --locked fetch db; then \
+		$(TOOLS)/bin/cargo-deny --locked check --disable-fetch advisories; \
+	else \
+		echo "advisories were not checked: their database cannot be fetched from here" >&2; [ -z "$(REQUIRE_ADVISORIES)" ]; \
+	fi
+
+pins: ## Check that images are named by digest and Python packages by hash.
+	$(PYTHON) deploy/pins.py check
+
+update-pins: ## Name the newest images of their tags by digest, in deploy/Dockerfile. Needs a registry of images.
+	$(PYTHON) deploy/pins.py update --docker $(DOCKER)
+
+requirements: $(TOOLS)/uv ## Choose the newest Python packages that deploy/requirements/*.in allow, and write their hashes.
+	@for file in $(REQUIREMENTS)/*.in; do \
+		$(TOOLS)/uv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes --no-header \
+			$$(grep -q -e --no-deps $$file && echo --no-deps) $$file --output-file $${file%.in}.txt || exit 1; \
+	done
+
+$(TOOLS)/uv:
+	@$(PIP) --target $@.new --requirement $(REQUIREMENTS)/uv.txt
+	@mv $@.new $@
+
 $(TOOLS)/bin/cargo-deny:
 	$(CARGO) install --quiet --locked --root $(TOOLS) cargo-deny
 
@@ -158,7 +183,7 @@ proto-lint: $(TOOLS)/buf/bin/buf
 	cd proto && ../$(TOOLS)/buf/bin/buf lint
 
 $(TOOLS)/buf/bin/buf:
-	$(PYTHON) -m pip install --quiet --target $(TOOLS)/buf buf-bin
+	$(PIP) --target $(TOOLS)/buf --requirement $(REQUIREMENTS)/buf.txt
 
 clean: ## Remove what was built. Set-up and runs stay.
 	$(CARGO) clean
@@ -173,7 +198,7 @@ wheel: build $(TOOLS)/patchelf ## Pack the programs into dist/ for pip (CUDA=1: 
 	$(PYTHON) deploy/wheel/build.py --torch $(TORCH_VERSION) $(if $(CUDA),--cuda cu130) --patchelf $(TOOLS)/patchelf/bin/patchelf
 
 $(TOOLS)/patchelf:
-	@$(PYTHON) -m pip install --quiet --target $@.new patchelf
+	@$(PIP) --target $@.new --requirement $(REQUIREMENTS)/patchelf.txt
 	@mv $@.new $@
 
 image: ## Build the container image ganglion:cpu (CUDA=1: ganglion:cuda; IMAGE_ARGS="--build-arg ...").
@@ -184,5 +209,5 @@ test-deploy: wheel test-kubernetes $(TOOLS)/compose ## Test the wheel, the conta
 	@for part in $(or $(ONLY),wheel compose slurm); do $(PYTHON) tests/deploy/$$part.py || exit 1; done
 
 $(TOOLS)/compose:
-	@$(PYTHON) -m pip install --quiet --target $@.new podman-compose
+	@$(PIP) --target $@.new --requirement $(REQUIREMENTS)/compose.txt
 	@mv $@.new $@
