@@ -19,7 +19,7 @@ RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test simulate simulate-planted simulate-shell chaos check fmt lint docs licences proto-lint clean \
-	advisories pins update-pins requirements sbom wheel image check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
+	advisories pins update-pins requirements sbom check-sbom wheel image check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -195,7 +195,24 @@ DOCKER ?= $(firstword $(notdir $(shell command -v podman docker)) docker)
 IMAGE_KIND := $(if $(CUDA),cuda,cpu)
 
 wheel: build $(TOOLS)/patchelf ## Pack the programs into dist/ for pip (CUDA=1: for GPUs).
-	$(PYTHON) deploy/wheel/build.py --torch $(TORCH_VERSION) $(if $(CUDA),--cuda cu130) --patchelf $(TOOLS)/patchelf/bin/patchelf
+	@$(MAKE) --no-print-directory sbom SBOM=dist/wheel.cdx.json SBOM_ARGS=--without-libtorch
+	$(PYTHON) deploy/wheel/build.py --torch $(TORCH_VERSION) $(if $(CUDA),--cuda cu130) --sbom dist/wheel.cdx.json \
+		--patchelf $(TOOLS)/patchelf/bin/patchelf
+
+SBOM ?= dist/ganglion.cdx.json
+
+sbom: setup $(TOOLS)/bin/cargo-cyclonedx ## List all parts of the programs in dist/ganglion.cdx.json (CycloneDX; CUDA=1, CLOUD=1).
+	$(PYTHON) deploy/sbom.py --tool $(TOOLS)/bin/cargo-cyclonedx --features "$(strip $(FEATURES))" $(SBOM_ARGS) --out $(SBOM)
+
+check-sbom: sbom $(TOOLS)/sbom ## Check that list against CycloneDX's schema.
+	PYTHONPATH=$(TOOLS)/sbom $(PYTHON) tests/deploy/sbom.py $(SBOM)
+
+$(TOOLS)/sbom:
+	@$(PIP) --target $@.new --requirement $(REQUIREMENTS)/sbom.txt
+	@mv $@.new $@
+
+$(TOOLS)/bin/cargo-cyclonedx:
+	$(CARGO) install --quiet --locked --root $(TOOLS) --version 0.5.9 cargo-cyclonedx
 
 $(TOOLS)/patchelf:
 	@$(PIP) --target $@.new --requirement $(REQUIREMENTS)/patchelf.txt
@@ -205,7 +222,7 @@ image: ## Build the container image ganglion:cpu (CUDA=1: ganglion:cuda; IMAGE_A
 	$(DOCKER) build --file deploy/Dockerfile --target $(IMAGE_KIND) --tag ganglion:$(IMAGE_KIND) $(IMAGE_ARGS) .
 
 # Needs Debian's podman, buildah, runc, netavark, aardvark-dns, debootstrap, slurmctld, slurmd, slurm-client and munge.
-test-deploy: wheel test-kubernetes $(TOOLS)/compose ## Test the wheel, the container image and Slurm for real (as root; ONLY="wheel slurm").
+test-deploy: wheel check-sbom test-kubernetes $(TOOLS)/compose ## Test the wheel, the container image and Slurm for real (as root; ONLY="wheel slurm").
 	@for part in $(or $(ONLY),wheel compose slurm); do $(PYTHON) tests/deploy/$$part.py || exit 1; done
 
 $(TOOLS)/compose:

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Collects what an image holds into a folder: the programs, the libraries beside libtorch that they load, the licences.
+# Collects what an image holds into a folder: the programs, the libraries beside libtorch that they load, the licences, the
+# list of all parts (`make sbom` has written it).
 #
 #     deploy/collect.sh OUT
 set -eu
@@ -35,7 +36,7 @@ done
 
 licences=$out/usr/share/doc/ganglion
 mkdir -p "$licences/libtorch"
-cp LICENSE "$licences"
+cp LICENSE dist/ganglion.cdx.json "$licences"
 python3 deploy/notices.py >"$licences/THIRD-PARTY.txt"
 find "$libtorch" -type f -path '*.dist-info/*' \( -iname 'LICENSE*' -o -iname 'NOTICE*' -o -iname 'License.txt' \) |
     while read -r text; do

@@ -46,7 +46,8 @@ def libtorch(folder, shipped):
         purl = f"pkg:pypi/{name.lower().replace('_', '-')}@{version}"
         component = {
             "type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl,
-            "description": head["Summary"] or "", "scope": "required" if shipped else "excluded",
+            "description": head["Summary"] or "", "scope": "required",
+            "properties": [{"name": "ganglion:shipped", "value": str(shipped).lower()}],
         }
         licence = head["License-Expression"] or head["License"]
         if licence:

@@ -82,6 +82,7 @@ def contents(arguments, version, programs, tag, third_party):
         f"{info}/entry_points.txt": entry_points,
         f"{info}/licenses/LICENSE": (ROOT / "LICENSE").read_text(encoding="utf-8"),
         f"{info}/licenses/THIRD-PARTY.txt": third_party,
+        f"{info}/sboms/ganglion.cdx.json": arguments.sbom.read_text(encoding="utf-8"),
     }
     files = [(f"ganglion/bin/{program.name}", program.read_bytes(), True) for program in programs]
     return files + [(name, text.encode(), False) for name, text in texts.items()]
@@ -110,6 +111,7 @@ def main():
     parser.add_argument("--torch", required=True, help="the version of PyTorch that the programs were built for")
     parser.add_argument("--cuda", default="", metavar="cuNNN", help="the programs use this CUDA; part of the version")
     parser.add_argument("--programs", type=Path, default=ROOT / "target/release", help="the folder they were built in")
+    parser.add_argument("--sbom", type=Path, required=True, help="the list of the programs' parts, of sbom.py (PEP 770)")
     parser.add_argument("--patchelf", default="patchelf", help="the patchelf program")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder to write to")
     arguments = parser.parse_args()

@@ -79,6 +79,8 @@ def the_image_holds_what_runs_and_nothing_else():
     check(said.startswith("10001\n\tlinux-vdso"), said)
     check("not found" not in said, said)
     run("podman", "run", "--rm", IMAGE, "coordinator", "--set", "job.stepz=1", code=2)
+    parts = json.loads(podman("run", "--rm", IMAGE, "cat", "/usr/share/doc/ganglion/ganglion.cdx.json"))["components"]
+    check({"ganglion-worker", "torch", "tonic"} <= {part["name"] for part in parts}, "parts are not listed")
 
 
 class Alone:

@@ -77,7 +77,7 @@ def every_file_is_as_recorded():
             data = wheel.read(name)
             is_ = "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
             check((is_, str(len(data))) == (digest_, size), f"{name} is not as recorded")
-        for name in ("licenses/LICENSE", "licenses/THIRD-PARTY.txt", "METADATA"):
+        for name in ("licenses/LICENSE", "licenses/THIRD-PARTY.txt", "sboms/ganglion.cdx.json", "METADATA"):
             check(any(known.endswith(f".dist-info/{name}") for known in names), f"no {name}")
 
 
