@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
@@ -112,8 +113,16 @@ impl Trace {
 
     fn create_up_to(limit: u64, path: &Path, process: &str) -> io::Result<Trace> {
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
-        let lock = Flock::lock(file.try_clone()?, FlockArg::LockExclusiveNonblock)
-            .map_err(|_| io::Error::other("another process writes a trace there; choose another file"))?;
+        let lock = Flock::lock(file.try_clone()?, FlockArg::LockExclusiveNonblock).map_err(
+            |(_, errno)| match errno {
+                Errno::EWOULDBLOCK => {
+                    io::Error::other("another process writes a trace there; choose another file")
+                }
+                _ => io::Error::other(format!(
+                    "it cannot be locked ({errno}); choose a file on another file system"
+                )),
+            },
+        )?;
         let begins = match look(&mut file, limit)? {
             Content::Other => {
                 return Err(io::Error::other("the file is there and is no trace; choose another one"));

@@ -74,6 +74,18 @@ pub fn write_by<T, E: From<io::Error>>(
     Ok(filled)
 }
 
+/// Tries whether a file can be written, before work is done for it: whatever is there stays as it is.
+///
+/// # Errors
+/// The system's, as a write would give it.
+pub fn try_out(file: &Path) -> io::Result<()> {
+    let file = follow(file)?;
+    match is_special(&file)? {
+        true => File::options().write(true).open(file).map(drop),
+        false => Draft::beside(&file).map(drop),
+    }
+}
+
 /// Makes a folder and those above it, durably.
 ///
 /// # Errors
@@ -393,6 +405,21 @@ mod tests {
         symlink("loop", folder.path().join("loop")).unwrap();
         assert!(write(&folder.path().join("loop"), b"1").is_err());
         assert_eq!(names(folder.path()), ["link", "loop", "null", "target"]);
+    }
+
+    #[test]
+    fn a_place_is_tried_and_left_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        try_out(&file).unwrap();
+        assert!(names(folder.path()).is_empty());
+        fs::write(&file, "old").unwrap();
+        try_out(&file).unwrap();
+        assert_eq!((fs::read(&file).unwrap(), names(folder.path())), (b"old".to_vec(), vec!["file".into()]));
+        try_out(Path::new("/dev/null")).unwrap();
+        for nowhere in [folder.path().join("none/file"), file.join("below"), folder.path().to_path_buf()] {
+            assert!(try_out(&nowhere).is_err(), "{}", nowhere.display());
+        }
     }
 
     /// Invariant 3, by each way that a file system may leave.

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::SystemTime;
 
+use ganglion_storage::whole;
+
 /// Seconds since 1970.
 pub fn now() -> f64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
@@ -55,10 +57,22 @@ fn cpu_value<'a>(cpus: &'a str, name: &str) -> Option<&'a str> {
 /// Puts a generated part into a page, between two lines of it, and leaves what is written by hand.
 pub fn write_part(path: &Path, begin: &str, end: &str, part: &str) -> io::Result<()> {
     let page = fs::read_to_string(path)?;
+    let (before, after) = around(&page, begin, end)?;
+    whole::write(path, format!("{before}{begin}\n\n{part}\n\n{end}{after}").as_bytes())
+}
+
+/// Tries whether a part can be put into a page, before time is spent on it.
+pub fn try_part(path: &Path, begin: &str, end: &str) -> io::Result<()> {
+    around(&fs::read_to_string(path)?, begin, end)?;
+    whole::try_out(path)
+}
+
+/// What is written by hand, before and after a part.
+fn around<'a>(page: &'a str, begin: &str, end: &str) -> io::Result<(&'a str, &'a str)> {
     let bounds = page.split_once(begin).and_then(|(before, rest)| Some((before, rest.split_once(end)?.1)));
-    let Some((before, after)) = bounds else {
-        let problem = "it has no place for generated text";
-        return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
-    };
-    fs::write(path, format!("{before}{begin}\n\n{part}\n\n{end}{after}"))
+    bounds.ok_or_else(|| {
+        let problem =
+            format!("it has no place for generated text: a line `{begin}`, and one `{end}` after it");
+        io::Error::new(io::ErrorKind::InvalidData, problem)
+    })
 }

@@ -1,6 +1,7 @@
 //! Run directories on file systems that lack what local ones have: locks, memory that processes share.
 //!
 //! A library that is preloaded refuses what such a file system refuses; its source is beside this file.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;
 use std::path::PathBuf;

@@ -1,4 +1,5 @@
 //! Coordinators and the terminals that they were started from.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;
 use std::path::Path;

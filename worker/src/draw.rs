@@ -83,6 +83,14 @@ const AT_ONCE: u32 = 640;
 pub fn sample(arguments: &Sample) -> Result<(), Failure> {
     crate::set_threads(1);
     let Sample { weights, count, choice, out, folder } = arguments;
+    if let Some(out) = out {
+        try_out(out)?;
+    }
+    if let Some(folder) = folder {
+        std::fs::create_dir_all(folder)
+            .and_then(|()| whole::try_out(&folder.join("000000.png")))
+            .map_err(|error| unwritable("--folder", folder, &error))?;
+    }
     let (_, generator) = weights.open()?;
     let classes = choice.classes(&generator, *count)?;
     let draw = |from: u32, to: u32| {
@@ -148,6 +156,7 @@ pub struct Interpolate {
 pub fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
     crate::set_threads(1);
     let Interpolate { weights, count, points, frames, delay, choice, out } = arguments;
+    try_out(out)?;
     let (_, generator) = weights.open()?;
     let classes = choice.classes(&generator, *count)?;
     let noise = |point: u32| {
@@ -210,9 +219,9 @@ const EXACT_ENOUGH: f64 = 1e-5;
 pub fn export(arguments: &Export) -> Result<(), Failure> {
     crate::set_threads(1);
     let Export { weights, out } = arguments;
-    let (_, generator) = weights.open()?;
     // Beside the place, so that a module that fails is never there.
     let draft = Draft::beside(out).map_err(|error| unwritable("--out", out, &error))?;
+    let (_, generator) = weights.open()?;
     let apart =
         record(&generator, draft.path()).and_then(|()| apart(&generator, &CModule::load(draft.path())?));
     let apart = match apart {
@@ -274,6 +283,11 @@ fn png(picture: &Picture) -> Result<Vec<u8>, Failure> {
 
 fn write(path: &Path, option: &str, bytes: &[u8]) -> Result<(), Failure> {
     whole::write(path, bytes).map_err(|error| unwritable(option, path, &error))
+}
+
+/// Finds out before there is anything to write whether it can be written.
+pub(crate) fn try_out(out: &Path) -> Result<(), Failure> {
+    whole::try_out(out).map_err(|error| unwritable("--out", out, &error))
 }
 
 /// A place that cannot be written to: a wrong choice, unless only its disk is full or failing.

@@ -3,6 +3,7 @@
 //! 1. Rows drive everything. Times come from the rows, which carry when their step was committed; there is no clock, no
 //!    thread and no sleep in here, and a run that stands still prints nothing.
 //! 2. Whatever else writes to standard error goes through a [`Screen`], so that it does not tear the bar.
+//! 3. A terminal that is closed is no failure: what cannot be shown is not shown.
 
 use std::fmt;
 use std::fs::File;
@@ -10,7 +11,8 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use console::Term;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 
 use super::metrics::Row;
 
@@ -35,7 +37,10 @@ pub struct Screen {
 impl Screen {
     /// Standard error, with a bar only if it is a terminal.
     pub fn stderr(is_terminal: bool) -> Self {
-        let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let target = match is_terminal {
+            true => terminal(Term::buffered_stderr()),
+            false => ProgressDrawTarget::hidden(),
+        };
         Screen {
             bars: MultiProgress::with_draw_target(target),
             is_terminal,
@@ -101,6 +106,57 @@ impl Write for Screen {
 
     fn flush(&mut self) -> io::Result<()> {
         io::stderr().lock().flush()
+    }
+}
+
+/// Draws on a terminal, 20 times a second at most.
+fn terminal(term: impl TermLike + 'static) -> ProgressDrawTarget {
+    ProgressDrawTarget::term_like_with_hz(Box::new(Closable(term)), 20)
+}
+
+/// A terminal that may be closed at any moment. The library of the bar would panic on its errors.
+#[derive(Debug)]
+struct Closable<T>(T);
+
+impl<T: TermLike> TermLike for Closable<T> {
+    fn width(&self) -> u16 {
+        self.0.width()
+    }
+
+    fn height(&self) -> u16 {
+        self.0.height()
+    }
+
+    fn move_cursor_up(&self, n: usize) -> io::Result<()> {
+        self.0.move_cursor_up(n).or(Ok(()))
+    }
+
+    fn move_cursor_down(&self, n: usize) -> io::Result<()> {
+        self.0.move_cursor_down(n).or(Ok(()))
+    }
+
+    fn move_cursor_right(&self, n: usize) -> io::Result<()> {
+        self.0.move_cursor_right(n).or(Ok(()))
+    }
+
+    fn move_cursor_left(&self, n: usize) -> io::Result<()> {
+        self.0.move_cursor_left(n).or(Ok(()))
+    }
+
+    fn write_line(&self, s: &str) -> io::Result<()> {
+        self.0.write_line(s).or(Ok(()))
+    }
+
+    fn write_str(&self, s: &str) -> io::Result<()> {
+        self.0.write_str(s).or(Ok(()))
+    }
+
+    fn clear_line(&self) -> io::Result<()> {
+        self.0.clear_line().or(Ok(()))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.0.flush().or(Ok(()))
     }
 }
 
@@ -307,6 +363,51 @@ mod tests {
             writeln!(screen.clone(), "a log line").unwrap();
             progress.finish();
         }
+    }
+
+    /// A terminal that was closed.
+    #[derive(Debug)]
+    struct Closed;
+
+    impl TermLike for Closed {
+        fn width(&self) -> u16 {
+            80
+        }
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+        fn move_cursor_down(&self, n: usize) -> io::Result<()> {
+            self.move_cursor_up(n)
+        }
+        fn move_cursor_right(&self, n: usize) -> io::Result<()> {
+            self.move_cursor_up(n)
+        }
+        fn move_cursor_left(&self, n: usize) -> io::Result<()> {
+            self.move_cursor_up(n)
+        }
+        fn write_line(&self, _: &str) -> io::Result<()> {
+            self.move_cursor_up(1)
+        }
+        fn write_str(&self, _: &str) -> io::Result<()> {
+            self.move_cursor_up(1)
+        }
+        fn clear_line(&self) -> io::Result<()> {
+            self.move_cursor_up(1)
+        }
+        fn flush(&self) -> io::Result<()> {
+            self.move_cursor_up(1)
+        }
+    }
+
+    /// Invariant 3.
+    #[test]
+    fn a_terminal_that_is_closed_ends_nothing() {
+        let bars = MultiProgress::with_draw_target(terminal(Closed));
+        let screen = Screen { bars, is_terminal: true, ..Screen::stderr(false) };
+        let mut progress = Progress::new(&screen, 10, 2);
+        progress.row(&row_of(3));
+        screen.print("a message");
+        progress.finish();
     }
 
     #[test]

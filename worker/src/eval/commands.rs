@@ -18,7 +18,7 @@ use super::judge::{Judge, Means};
 use super::rungs::{Rung, rungs};
 use super::train::{Labelled, train};
 use crate::data::{DataError, DataSet, ImageShape};
-use crate::draw::unwritable;
+use crate::draw::{try_out, unwritable};
 use crate::random::Purpose;
 use crate::run::Failure;
 use crate::weights::Weights;
@@ -245,6 +245,9 @@ impl From<EvalError> for Failure {
 /// The files are wrong, or cannot be written.
 pub fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failure> {
     crate::set_threads(1);
+    let beside = arguments.out.with_extension("blake3");
+    try_out(&arguments.out)?;
+    try_out(&beside)?;
     let read = |images: &PathBuf, labels: &PathBuf| -> Result<Labelled, EvalError> {
         let path = Some(images.clone());
         let data = Data {
@@ -269,7 +272,6 @@ pub fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failure> {
         let accuracy = 100.0 * test.accuracy(&Digits::read(&weights)?);
         say(format!("{accuracy:.2} % of the test images are told right"));
     }
-    let beside = arguments.out.with_extension("blake3");
     whole::write(&arguments.out, &weights)
         .and_then(|()| whole::write(&beside, format!("{hash}\n").as_bytes()))
         .map_err(|error| unwritable("--out", &arguments.out, &error))?;

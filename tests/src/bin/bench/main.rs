@@ -17,10 +17,10 @@ mod promise;
 mod rows;
 mod table;
 
-use std::fs;
 use std::process::ExitCode;
 
-use ganglion_tests::measured::{date, load, machine, now, write_part};
+use ganglion_storage::whole;
+use ganglion_tests::measured::{date, load, machine, now, try_part, write_part};
 use options::{Options, Part};
 
 const END: &str = "<!-- Written by hand again. -->";
@@ -53,10 +53,17 @@ fn check(options: &Options) -> Result<(), String> {
             Part::Growth | Part::Losses => {}
         }
     }
-    match options.pictures.iter().find(|folder| !folder.is_dir()) {
-        Some(folder) => Err(format!("--pictures {}: no such folder", folder.display())),
-        None => Ok(()),
+    for part in &options.parts {
+        if let Some(page) = &options.page {
+            try_part(page, &begin(*part), END)
+                .map_err(|error| format!("--page {}: {error}", page.display()))?;
+        }
+        if let (Some(name), Some(folder)) = (part.picture(), &options.pictures) {
+            let tried = whole::try_out(&folder.join(name));
+            tried.map_err(|error| format!("--pictures {}: {error}", folder.display()))?;
+        }
     }
+    Ok(())
 }
 
 /// Measures a part and writes it into the page; returns the problems of its runs.
@@ -84,7 +91,7 @@ fn carry_out(part: Part, options: &Options) -> Result<Vec<String>, String> {
     println!("{text}\n");
     if let (Some(name), Some(folder)) = (part.picture(), &options.pictures) {
         let path = folder.join(name);
-        fs::write(&path, chart::draw(&report.panels)?)
+        whole::write(&path, chart::draw(&report.panels)?.as_bytes())
             .map_err(|error| format!("{}: {error}", path.display()))?;
         text = format!("{text}\n\n![The same as a picture](../docs/{name})");
     }

@@ -20,7 +20,7 @@ use figures::Section;
 use options::Options;
 
 fn main() -> ExitCode {
-    let options = match Options::parse(std::env::args().skip(1)) {
+    let options = match Options::parse(std::env::args().skip(1)).and_then(checked) {
         Ok(options) => options,
         Err(problem) => {
             eprintln!("recovery: {problem}");
@@ -37,6 +37,17 @@ fn main() -> ExitCode {
     let broken: Vec<&String> = sections.iter().flat_map(|section| &section.broken).collect();
     broken.iter().for_each(|promise| eprintln!("broken: {promise}"));
     if broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Finds out before the hours that it takes whether the page can be written.
+fn checked(options: Options) -> Result<Options, String> {
+    match &options.page {
+        Some(path) => {
+            page::try_out(path).map_err(|error| format!("--page {}: {error}", path.display()))?;
+            Ok(options)
+        }
+        None => Ok(options),
+    }
 }
 
 /// All that is asked for; each part is printed as soon as it is there.

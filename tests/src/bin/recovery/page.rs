@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use ganglion_tests::measured::{date, machine, write_part};
+use ganglion_tests::measured::{date, machine, try_part, write_part};
 
 use crate::figures::Section;
 use crate::options::Options;
@@ -21,6 +21,11 @@ pub fn render(options: &Options, sections: &[Section]) -> String {
         options.command,
         parts.join("\n").trim_end()
     )
+}
+
+/// Tries whether the generated part can be put into a page.
+pub fn try_out(path: &Path) -> io::Result<()> {
+    try_part(path, BEGIN, END)
 }
 
 /// Puts the generated part into a page and leaves what is written by hand.
