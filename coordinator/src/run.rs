@@ -27,6 +27,7 @@ use crate::mend::open_records;
 use crate::mirror::Mirror;
 use crate::node::Node;
 use crate::operate::{ACCESS_FILE, Access};
+use crate::ownership::Superseded;
 use crate::patience::Patience;
 use crate::report::disk::Disk;
 use crate::report::progress::Screen;
@@ -129,11 +130,7 @@ pub async fn run(
     cli.listen_address(None).map_err(Failure::Input)?;
     let security = Security::of(&cli.security)?;
 
-    let folder = cli.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&job.job.name));
-    let run_dir = RunDir::hold_telling(&folder, &|line| screen.print(line))?;
-    if let Some(launch) = &mut launch {
-        launch.open_log(run_dir.folder())?;
-    }
+    let run_dir = hold(&cli, &job, &screen, launch.as_mut())?;
     let TakenOver {
         run,
         mut journal,
@@ -158,9 +155,7 @@ pub async fn run(
         return Ok(line.clone());
     }
     let life = Life { found_complete: done.is_some(), samples: known_samples(&journal)?, stay: cli.stay };
-    let term = journal.begin_term(job.metrics.every_steps)?;
-    run_dir.ownership().begun(term.0);
-    name_in_log(&job, term);
+    let term = begin_term(&mut journal, &run_dir, &job)?;
     let (incoming, address) = listen(&cli, host, &mut journal, security.acceptor.clone()).await?;
     let address = SocketAddr::new(reachable(address.ip()), address.port());
     let url = format!("{}://{address}", security.scheme());
@@ -193,17 +188,34 @@ pub async fn run(
     };
     let signals = host.signals().map_err(other)?;
     let guard = security.guard(&access.token);
-    let ended = tokio::select! {
-        ended = supervise(parts, life, incoming, signals, guard) => ended,
-        // Nothing is said to the workers: they are the other coordinator's now.
-        superseded = run_dir.fence().lost() => Err(Failure::Other(superseded.to_string())),
-    };
-    let ended = ended.map_err(|failure| {
-        run_dir.fence().check().err().map_or(failure, |superseded| Failure::Other(superseded.to_string()))
-    })?;
+    let ended = while_held(&run_dir, supervise(parts, life, incoming, signals, guard)).await?;
     mirror.finish().await;
     dashboard.farewell().await;
     done.map_or_else(|| conclude(ended, &job, &run_dir), Ok)
+}
+
+/// Takes the run directory, and opens the log of a run that leaves its terminal.
+fn hold(cli: &Cli, job: &Job, screen: &Screen, launch: Option<&mut Launch>) -> Result<RunDir, Failure> {
+    let folder = cli.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&job.job.name));
+    let run_dir = RunDir::hold_telling(&folder, &|line| screen.print(line))?;
+    if let Some(launch) = launch {
+        launch.open_log(run_dir.folder())?;
+    }
+    Ok(run_dir)
+}
+
+/// Lets a run go on until it ends or another coordinator has its directory. Nothing is said to the workers then: they are
+/// the other's.
+async fn while_held<T>(
+    run_dir: &RunDir,
+    run: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    let lost = |superseded: Superseded| Failure::Other(superseded.to_string());
+    tokio::select! {
+        // The fence may have refused a commit before it was heard of.
+        ended = run => ended.map_err(|failure| run_dir.fence().check().err().map_or(failure, lost)),
+        superseded = run_dir.fence().lost() => Err(lost(superseded)),
+    }
 }
 
 /// What a run's earlier coordinators left, in the hands of this one.
@@ -255,9 +267,13 @@ fn local_workers(cli: &Cli, job: &Job, processes: &dyn Processes) -> Result<(u32
     cli.local_workers(job, gpus).map_err(Failure::Input)
 }
 
-fn name_in_log(job: &Job, term: Term) {
+/// Takes the next term, and names it where others see it.
+fn begin_term(journal: &mut Journal, run_dir: &RunDir, job: &Job) -> Result<Term, Failure> {
+    let term = journal.begin_term(job.metrics.every_steps)?;
+    run_dir.ownership().begun(term.0);
     log::note("run", job.job.name.as_str());
     log::note("term", term.0);
+    Ok(term)
 }
 
 /// Leaves for operators how this coordinator is reached.
