@@ -300,7 +300,7 @@ mod tests {
             let mut last = 0;
             while !write.is_finished() {
                 let now = rows(&file);
-                assert!(now % 2 == 0 && now >= last, "{now} after {last}");
+                assert!(now.is_multiple_of(2) && now >= last, "{now} after {last}");
                 last = now;
             }
         });
