@@ -113,9 +113,14 @@ impl Trainer {
         if let From::Checkpoint(source, checkpoint) = &group.start
             && source.0 == assignment.rank
         {
+            let session = self.session.clone();
+            let _pause = session.pause();
             tokio::time::sleep(Duration::from_millis(self.rng.random_range(10..60))).await;
-            if self.start.shared.storage_down.load(Ordering::Relaxed) {
-                return Err(internal("the storage is down"));
+            while self.start.shared.storage_down.load(Ordering::Relaxed) {
+                if session.is_aborted(group.generation) {
+                    return Err(Broken::Aborted);
+                }
+                tokio::time::sleep(LOOK).await;
             }
             let read =
                 job::read(&self.archive.storage, checkpoint).map_err(|error| internal(&error.to_string()))?;
@@ -162,7 +167,11 @@ impl Trainer {
             }
         }
         self.archive.push(*state, files(assignment));
-        self.archive.drain(&self.session).await;
+        let _pause = self.session.pause();
+        let left = || self.session.end().is_some() || self.session.is_aborted(assignment.group.generation);
+        if !self.archive.drain(left).await {
+            return Ok(Rest::Aborted);
+        }
         Ok(Rest::Finished { complete: state.place(job).0 == last_step })
     }
 

@@ -210,10 +210,15 @@ impl Archive {
         self.queue.void.store(self.queue.pushed.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
-    pub async fn drain(&self, session: &Session) {
-        while self.queue.waiting.load(Ordering::Relaxed) > 0 && session.end().is_none() {
+    /// Waits until all is written; returns whether it is. Gives up when `abandon` says so.
+    pub async fn drain(&self, abandon: impl Fn() -> bool) -> bool {
+        while self.queue.waiting.load(Ordering::Relaxed) > 0 {
+            if abandon() {
+                return false;
+            }
             tokio::time::sleep(LOOK).await;
         }
+        true
     }
 }
 
