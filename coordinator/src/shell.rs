@@ -401,7 +401,7 @@ impl Shell {
         let worker = self.supervisor.reaped(&exit.token);
         if exit.input_error && self.machine.group().is_none() {
             // The worker says so in its session as well; whichever comes first ends the run.
-            let detail = exit.status.split_once(": ").map_or(exit.status.as_str(), |(_, detail)| detail);
+            let detail = exit.status.strip_prefix("exit status: 2: ").unwrap_or(&exit.status);
             return self.handle(Event::InputWrong(detail.to_string()));
         }
         let number = worker.map(|worker| worker.0);

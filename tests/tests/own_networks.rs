@@ -1,6 +1,8 @@
 //! Networks that a user wrote in Python, with batch normalisation, dropout and spectral normalisation inside.
 #![allow(clippy::unwrap_used)] // a test may panic
 
+use std::io::{Cursor, Read, Write};
+
 use ganglion_tests::{Reference, Run, program, send};
 use nix::sys::signal::Signal;
 
@@ -67,4 +69,55 @@ fn what_cannot_be_trained_is_named() {
     let ended = run("D.pt", &["job.steps=3", "job.precision=bf16"]).start(1).wait();
     assert_eq!(ended.code, Some(2), "{}", ended.output);
     assert!(ended.output.contains("job.precision"), "{}", ended.output);
+}
+
+/// The discriminator `D.pt` with lines of TorchScript at the beginning of its `forward`, which takes `images`.
+fn changed(lines: &str) -> Vec<u8> {
+    let mut archive = zip::ZipArchive::new(Cursor::new(std::fs::read(file("D.pt")).unwrap())).unwrap();
+    let mut written = zip::ZipWriter::new(Cursor::new(Vec::new()));
+    let stored = zip::write::FileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    for index in 0..archive.len() {
+        let mut entry = archive.by_index(index).unwrap();
+        let mut content = Vec::new();
+        entry.read_to_end(&mut content).unwrap();
+        if entry.name() == "D/code/__torch__.py" {
+            let (text, begin) = (String::from_utf8(content).unwrap(), "    main = self.main\n");
+            assert!(text.contains(begin));
+            content = text.replacen(begin, &format!("{lines}{begin}"), 1).into_bytes();
+        }
+        written.start_file(entry.name(), stored).unwrap();
+        written.write_all(&content).unwrap();
+    }
+    written.finish().unwrap().into_inner()
+}
+
+/// What a module does when it is checked says nothing of what it does later.
+#[test]
+fn a_module_that_fails_later_or_never_ends_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, lines: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, changed(lines)).unwrap();
+        path.display().to_string()
+    };
+    // It is checked with two images, and trains with three.
+    let fails = write("fails.pt", "    images = torch.expand(images, [2, -1, -1, -1])\n");
+    let mut run = run("D.pt", &["job.steps=3"]);
+    run.set(&format!("model.discriminator={fails}"));
+    let ended = run.start(2).wait();
+    assert_eq!(ended.code, Some(2), "{}", ended.output);
+    assert!(ended.output.contains("fails.pt fails in training: "), "{}", ended.output);
+    assert!(!ended.output.contains("panicked"), "{}", ended.output);
+
+    let endless =
+        write("endless.pt", "    _t = True\n    while _t:\n      images = torch.leaky_relu(images, 0.5)\n");
+    let mut run = self::run("D.pt", &["job.steps=3"]);
+    run.set(&format!("model.discriminator={endless}"));
+    let ended = run.start_in(1, &[("GANGLION_MODULE_LIMIT", "5".to_string())]).wait();
+    assert_eq!(ended.code, Some(2), "{}", ended.output);
+    assert!(
+        ended.output.contains(&format!("error: {endless}: its check takes longer than 5 s")),
+        "{}",
+        ended.output
+    );
 }

@@ -68,7 +68,7 @@ impl Watchdog {
         let watch = move || {
             if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
                 tracing::error!("{words}");
-                std::process::exit(WRONG_INPUT);
+                c10d::exit_at_once(WRONG_INPUT);
             }
         };
         // Without a thread for it there is no limit, and the check is as good.
