@@ -186,12 +186,15 @@ mod tests {
         log.append(1.0, "a", ()).unwrap();
         disk.fill();
         assert!(log.append(2.0, "b", ()).is_err());
-        let long = serde_json::json!({ "text": "x".repeat(WAITING_LIMIT) });
-        assert!(log.append(3.0, "long", long).is_err());
+        let long = serde_json::json!({ "text": "x".repeat(LINE_LIMIT - 100) });
+        for _ in 0..=WAITING_LIMIT / LINE_LIMIT {
+            assert!(log.append(3.0, "long", &long).is_err());
+        }
         disk.free();
         log.append(4.0, "c", ()).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         let kinds: Vec<&str> = text.lines().map(|line| line.split('"').nth(5).unwrap()).collect();
-        assert_eq!(kinds, ["a", "b", "c", "events_dropped"]);
+        let waited = ["long"; WAITING_LIMIT / LINE_LIMIT];
+        assert_eq!(kinds, [&["a", "b"][..], &waited, &["c", "events_dropped"]].concat());
     }
 }
