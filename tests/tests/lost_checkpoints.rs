@@ -101,6 +101,26 @@ fn members_that_live_go_on_without_the_checkpoints() {
     run.assert_audited();
 }
 
+/// Of members on other machines nobody knows whether they live. Once they cannot any more, the run is at its end.
+#[test]
+fn a_run_is_not_trained_anew_after_its_remote_members_have_not_come_back() {
+    let steps = ["job.steps=3000", "job.failure_deadline=1", "checkpoint.every_steps=50"];
+    let run = Run::new(&[SMALL_MLP, &steps]);
+    let coordinator = run.start(0);
+    let started = run.wait_for("coordinator_started", |_| true);
+    let worker = Process::worker(started["address"].as_str().unwrap());
+    run.wait_for("checkpoint", |_| true);
+    for process in [coordinator, worker] {
+        process.signal(Signal::SIGKILL);
+        process.wait();
+    }
+    fs::rename(run.path("checkpoints"), run.beside("away")).unwrap();
+    let ended = run.start(1).wait();
+    assert_says(&ended, 2, &["going on from members that live", "the run's checkpoints are not there"]);
+    let fresh = run.events().into_iter().filter(|event| event["start"] == "fresh").count();
+    assert_eq!(fresh, 1, "no second group began at the start");
+}
+
 /// Writes zeros over a part of a file, as a disk does.
 fn zero(file: &Path, at: usize, count: usize) {
     let mut bytes = fs::read(file).unwrap();

@@ -429,7 +429,8 @@ impl Records {
             Ok(()) if self.failing.remove(what) => self.message(&format!("{what}: written again")),
             Err(error) if self.failing.insert(what) => {
                 self.message(&format!(
-                    "warning: cannot write {what}: {error}; nothing is lost: workers keep the rows, and it is tried again"
+                    "warning: cannot write {what}: {error}; it is tried again; workers keep the rows meanwhile, and checkpoints \
+                     wait for them"
                 ));
             }
             _ => {}

@@ -76,7 +76,8 @@ impl Machine {
                 fs::remove_file(&path).expect("it is there");
                 lost.push(format!("{name} as a whole"));
             } else {
-                let kept = rng.random_range(synced..=written);
+                let all_lost = rng.random_bool(0.5);
+                let kept = if all_lost { synced } else { rng.random_range(synced..=written) };
                 file.set_len(kept).expect("it is open");
                 lost.push(format!("{} of {written} bytes of {name}", written - kept));
             }
