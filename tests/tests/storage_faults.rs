@@ -14,12 +14,17 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-/// Checkpoints at 500, 1000 and the end. Whoever is judged by this deadline is judged soon.
-const JOB: &[&str] =
-    &["job.steps=1500", "checkpoint.every_steps=500", "metrics.every_steps=50", "job.failure_deadline=1"];
+/// Checkpoints at 300, 600 and the end. Whoever is judged by this deadline is judged soon.
+const JOB: &[&str] = &[
+    "job.steps=900",
+    "checkpoint.every_steps=300",
+    "metrics.every_steps=50",
+    "job.data_shards=4",
+    "job.failure_deadline=1",
+];
 
 /// Attempts of one worker whose pauses are together longer than several deadlines.
-const ATTEMPTS: usize = 5;
+const ATTEMPTS: usize = 4;
 
 /// What fails.
 #[derive(Clone, Copy, Debug)]
@@ -44,9 +49,9 @@ impl Kind {
 /// When: during the checkpoint of this step.
 #[derive(Clone, Copy, Debug)]
 enum Moment {
-    First = 500,
-    Middle = 1000,
-    Last = 1500,
+    First = 300,
+    Middle = 600,
+    Last = 900,
 }
 
 /// The checkpoint storage of a run, and how it fails.
@@ -101,7 +106,7 @@ fn disturbed(kind: Kind, moment: Moment, workers: u32, reference: &Reference) {
     let coordinator = run.start_in(workers, &failing.variables());
     match moment {
         Moment::First => drop(run.wait_for("worker_joined", |_| true)),
-        _ => drop(run.wait_for("checkpoint", |event| event["step"] == moment as u64 - 500)),
+        _ => drop(run.wait_for("checkpoint", |event| event["step"] == moment as u64 - 300)),
     }
     failing.begin();
     // At the last one nobody trains: what is waited for here is longer than any patience with a worker.
@@ -125,7 +130,7 @@ fn disturbed(kind: Kind, moment: Moment, workers: u32, reference: &Reference) {
     assert_eq!(count(&events, "generation_formed"), 1, "{what}: {output}");
     assert_rows_once(&run, &what);
     let last = events.iter().rfind(|event| event["kind"] == "checkpoint").unwrap();
-    assert_eq!(last["step"], 1500, "{what}");
+    assert_eq!(last["step"], 900, "{what}");
     reference.equals(&what, last["state_digest"].as_str().unwrap());
     run.assert_audited();
 }
@@ -133,7 +138,7 @@ fn disturbed(kind: Kind, moment: Moment, workers: u32, reference: &Reference) {
 fn assert_rows_once(run: &Run, what: &str) {
     let steps: Vec<u64> = run.rows().iter().map(|row| row["step"].as_u64().unwrap()).collect();
     let once: BTreeSet<u64> = steps.iter().copied().collect();
-    assert!(steps.len() == once.len() && once.last() == Some(&1500), "{what}: {steps:?}");
+    assert!(steps.len() == once.len() && once.last() == Some(&900), "{what}: {steps:?}");
 }
 
 #[test]
@@ -141,17 +146,16 @@ fn storage_that_fails_at_any_checkpoint_pauses_what_needs_it_and_loses_nothing()
     let reference = Reference::of(&[SMALL_MLP, JOB]);
     let mut cases = Vec::new();
     for moment in [Moment::First, Moment::Middle, Moment::Last] {
-        for workers in [1, 2] {
-            cases.extend([Kind::Full, Kind::ReadOnly].map(|kind| (kind, moment, workers)));
-        }
+        cases.extend([(Kind::Full, moment, 1), (Kind::Full, moment, 2)]);
     }
-    for kind in [
-        Kind::Call("sync", Errno::EIO, "/disk/step-"),
-        Kind::Call("sync", Errno::ENOSPC, "manifest.json"),
-        Kind::Call("rename", Errno::ENOSPC, "/disk/latest"),
-        Kind::Call("link", Errno::EIO, "safetensors"),
+    cases.extend([(Kind::ReadOnly, Moment::First, 2), (Kind::ReadOnly, Moment::Middle, 1)]);
+    cases.extend([(Kind::ReadOnly, Moment::Last, 1), (Kind::ReadOnly, Moment::Last, 2)]);
+    for (call, error, part) in [
+        ("sync", Errno::EIO, "/disk/step-"),
+        ("sync", Errno::ENOSPC, "manifest.json"),
+        ("rename", Errno::ENOSPC, "/disk/latest"),
     ] {
-        cases.push((kind, Moment::Last, 2));
+        cases.push((Kind::Call(call, error, part), Moment::Last, 1));
     }
     // Most of the time is waiting.
     for some in cases.chunks(4) {
@@ -209,10 +213,10 @@ fn a_full_run_directory_ends_no_run() {
     let run = Run::new(&[SMALL_MLP, JOB]);
     let Some(disk) = Disk::mount(run.path("")) else { return };
     let coordinator = run.start(2);
-    run.wait_for("checkpoint", |event| event["step"] == 500);
+    run.wait_for("checkpoint", |event| event["step"] == 300);
     disk.fill();
-    eventually("word of the last checkpoint", || {
-        coordinator.output().contains("warning: the checkpoint of step 1").then_some(())
+    eventually("word of a checkpoint", || {
+        coordinator.output().contains("warning: the checkpoint of step").then_some(())
     });
     disk.free();
     let ended = coordinator.wait();
@@ -220,6 +224,35 @@ fn a_full_run_directory_ends_no_run() {
     assert_eq!(count(&run.events(), "generation_formed"), 1, "{}", ended.output);
     assert_rows_once(&run, "a full run directory");
     reference.equals("a full run directory", &run.digest());
+}
+
+/// A worker whose coordinator does not come back holds the only copy of its state: it waits for room.
+#[test]
+fn a_worker_that_saves_alone_waits_for_room() {
+    let mut run = Run::new(&[
+        SMALL_MLP,
+        &[
+            "job.steps=1000000",
+            "checkpoint.every_steps=0",
+            "metrics.every_steps=50",
+            "job.failure_deadline=0.5",
+        ],
+    ]);
+    let Some(disk) = Disk::mount(run.beside("disk")) else { return };
+    run.set(&format!("checkpoint.url={}", disk.folder.display()));
+    let coordinator = run.start(0);
+    let started = run.wait_for("coordinator_started", |_| true);
+    let worker = Process::worker(started["address"].as_str().unwrap());
+    let step = run.wait_for_step(50);
+    disk.fill();
+    coordinator.signal(Signal::SIGKILL);
+    eventually("an attempt", || worker.output().contains("No space left on device").then_some(()));
+    disk.free();
+    let ended = worker.wait();
+    let saved = ended.output.split("saved step-").nth(1).and_then(|rest| rest.get(..8));
+    let saved: Option<u64> = saved.and_then(|saved| saved.parse().ok());
+    assert!(saved.is_some_and(|saved| saved >= step), "{}", ended.output);
+    assert!(ended.output.contains("works again"), "{}", ended.output);
 }
 
 /// A start without room says so, is not called a mistake, and works once there is room.

@@ -27,7 +27,7 @@ pub enum Damaged {
 impl Damaged {
     /// Whether another run directory would do, or this one only lacks room.
     pub fn is_mistake(&self) -> bool {
-        matches!(self, Damaged::Io(_, error) if ganglion_storage::whole::is_mistake(error))
+        matches!(self, Damaged::Io(_, error) if whole::is_mistake(error))
     }
 
     /// What an error means that came while a file was read.
@@ -119,7 +119,7 @@ pub fn set_aside(path: &Path, found: &SetAside) -> io::Result<()> {
     // A link where the file system knows them, which replaces nothing.
     match fs::hard_link(path, &aside) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => return Err(error),
-        Err(_) => drop(io::copy(&mut content.as_slice(), &mut fs::File::create_new(&aside)?)?),
+        Err(_) => whole::create(&aside, &content, 0o666)?,
         Ok(()) => {}
     }
     let mut kept = Vec::with_capacity(content.len());

@@ -241,7 +241,7 @@ fn next_record(reader: &mut impl Read, left: u64) -> io::Result<Option<Vec<u8>>>
 }
 
 /// Creates the first file of a name that is free: a coordinator in a container may restart within a second and with the
-/// same process id.
+/// same process id. It grows record by record: a reader stops at one that is torn, and the next coordinator has a new file.
 fn create_numbered(dir: &Path, stem: &str) -> io::Result<File> {
     for number in 0..u32::MAX {
         match File::create_new(dir.join(format!("{stem}.{number}"))) {

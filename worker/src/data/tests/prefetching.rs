@@ -57,6 +57,19 @@ fn batches_come_in_order_with_the_samples_of_the_stream() {
 
 /// With a copy on the CPU in the place of one on a GPU.
 #[test]
+fn a_wait_ends_with_the_batch_and_takes_none() {
+    let limit = std::time::Duration::from_secs(60);
+    let mut prefetcher = Prefetcher::start(seven(), plan());
+    for (step, phase) in [(10, 1), (11, 0), (11, 1), (12, 0), (12, 1)] {
+        assert!(prefetcher.wait(limit) && prefetcher.wait(limit));
+        let batch = prefetcher.next().unwrap();
+        assert_eq!((batch.step, batch.phase), (step, phase));
+    }
+    assert!(prefetcher.wait(limit), "nothing more is waited for");
+    assert!(matches!(prefetcher.next(), Err(DataError::Finished)));
+}
+
+#[test]
 fn what_is_read_is_uploaded_and_a_failure_of_that_ends_the_batches() {
     let mut left = 2;
     let upload = move |pixels: &[f32]| {
