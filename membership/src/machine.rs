@@ -163,6 +163,7 @@ impl Machine {
         self.shed_locals(actions);
         self.form_if_gathered(actions);
         self.replace(actions);
+        self.form_if_ready(actions);
         self.plan_ahead(actions);
         self.due = self.next_due();
     }

@@ -1077,3 +1077,20 @@ fn when_nobody_who_can_save_will_come_the_run_ends_and_says_so() {
     }
     assert!(matches!(ended(&actions), Some(Outcome::Failed(what)) if what.contains("checkpoint.url")));
 }
+
+/// A stop was asked for, so nobody comes in its place: seed 892867.
+#[test]
+fn nobody_waits_for_a_replacement_once_a_stop_was_asked_for() {
+    let mut bench = Bench::new(1, 8, Recovered::default());
+    bench.handle(Event::Hello { worker: WorkerId(1), local: true });
+    bench.handle(Event::Hello { worker: WorkerId(2), local: false });
+    let blind = LoadedFacts { sees_storage: false, ..facts("A") };
+    bench.handle(Event::Loaded(WorkerId(2), blind));
+    bench.handle(Event::Loaded(WorkerId(1), facts("A")));
+    bench.handle(Event::Leave(WorkerId(1)));
+    bench.ready(1, 6);
+    let actions = bench.ready(2, 6);
+    assert!(actions.contains(&Action::Release(WorkerId(1))), "{actions:?}");
+    bench.handle(Event::StopRequested);
+    assert!(ended(&bench.end(1)).is_some());
+}
