@@ -40,8 +40,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 const PROTOCOL: &[u8] = b"ganglion-tunnel";
 /// How long it may take to connect, to greet, and to show a secret.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
-/// Connections at once. Those of one address that have not shown their secret yet; how long these keep their places while
-/// others wait.
+/// Connections at once. Those of one address that have said nothing yet; how long these keep their places while others wait.
 const LIMITS: Limits = Limits { all: 4096, idle_of_address: 256, grace: Duration::from_secs(2) };
 /// Lines in the log about one address in a row, and the pause for each further one.
 const COMPLAINTS: (u32, Duration) = (60, Duration::from_secs(10));
@@ -134,12 +133,15 @@ impl Shared {
     }
 
     async fn receive(self: Arc<Shared>, stream: TcpStream, from: SocketAddr, place: Place) {
-        let greeted = timeout(GREETING_LIMIT, place.keep(self.greet(stream))).await;
-        match greeted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-            Ok((peer, exit)) => {
-                place.engage();
-                self.leave(peer, exit).await;
-            }
+        let late = |_| Err(io::ErrorKind::TimedOut.into());
+        let spoke = timeout(GREETING_LIMIT, place.keep(stream.peek(&mut [0]))).await;
+        if let Err(error) = spoke.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            return self.complain(from, &error);
+        }
+        // A handshake waits for this machine as well: many at once take longer than any grace for those that say nothing.
+        place.engage();
+        match timeout(GREETING_LIMIT, self.greet(stream)).await.unwrap_or_else(late) {
+            Ok((peer, exit)) => self.leave(peer, exit).await,
             Err(error) => self.complain(from, &error),
         }
     }
