@@ -282,6 +282,25 @@ mod tests {
         assert_eq!(rows(&file), 20);
     }
 
+    #[test]
+    fn a_commit_while_a_reader_reads_makes_it_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("journal.sqlite");
+        let (writer, _) = without_log(&file).unwrap();
+        writer.execute_batch("CREATE TABLE t (x); INSERT INTO t VALUES (1)").unwrap();
+        let mut seen = Vec::new();
+        let last: u64 = snapshot(&file, |connection| {
+            let count = connection.query_row("SELECT COUNT(*) FROM t", [], |row| row.get(0))?;
+            seen.push(count);
+            if seen.len() == 1 {
+                writer.execute_batch("INSERT INTO t VALUES (2)")?;
+            }
+            Ok(count)
+        })
+        .unwrap();
+        assert_eq!((seen.as_slice(), last), (&[1, 2][..], 2));
+    }
+
     /// A reader never finds half of a commit.
     #[test]
     fn readers_beside_a_writer_without_a_log_see_whole_commits() {
