@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use ganglion_proto::job::Job;
 
 use crate::certs::CertsCommand;
+use crate::data_check::Check;
 use crate::security::SecurityArguments;
 
 /// Trains a GAN data-parallel on many workers, with the same result for any number of them.
@@ -123,6 +124,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Looks after data sets.
+    #[command(subcommand)]
+    Data(DataCommand),
     /// Makes certificates and a join token.
     #[command(subcommand)]
     Certs(CertsCommand),
@@ -156,6 +160,15 @@ pub enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
+}
+
+/// What is done with a data set.
+#[derive(Debug, Subcommand)]
+pub enum DataCommand {
+    /// Reads every sample as training would, on all processors, and names those that cannot be used.
+    ///
+    /// Exit code 0: all can be; 2: one cannot, or the data set as a whole. The last line is then what leaves them out.
+    Check(Check),
 }
 
 /// Which run is meant.

@@ -160,6 +160,10 @@ pub enum Fact {
     Passport,
     /// Samples in the data set.
     Samples,
+    /// The index of each sample that the job leaves out after its start, in the job's order, as JSON.
+    LeftOut,
+    /// The newest generation when the job's newest exclusion was written, and how many it then had, as JSON.
+    Excluded,
     /// The newest generation whose states must not be used.
     Condemned,
     /// The newest generation whose members rest for good.
@@ -206,6 +210,8 @@ impl Fact {
             Fact::HttpPort => "http_port",
             Fact::Passport => "passport",
             Fact::Samples => "samples",
+            Fact::LeftOut => "left_out",
+            Fact::Excluded => "excluded",
             Fact::Condemned => "condemned",
             Fact::Closed => "closed",
             Fact::Storage => "storage",
@@ -494,6 +500,28 @@ impl Journal {
         let text = self.fact(Fact::Passport)?;
         Ok(text.and_then(|text| serde_json::from_str(&text).ok()).map(Passport))
     }
+
+    /// Records what a run has to know before its job leaves samples out that it had: that this is its exclusion number
+    /// `count`, which no group has trained with yet, and that the next worker tells these items of the passport anew.
+    pub fn exclude(&mut self, count: usize, forgotten: &[&str]) -> Result<(), JournalError> {
+        let mut passport = self.passport()?.unwrap_or_default();
+        passport.0.retain(|item, _| !forgotten.contains(&item.as_str()));
+        let excluded = to_json(&(self.last_generation()?.0, count));
+        let moment = self.connection.transaction()?;
+        let row = "INSERT OR REPLACE INTO facts VALUES (?1, ?2)";
+        moment.execute(row, params![Fact::Excluded.name(), excluded])?;
+        if !passport.0.is_empty() {
+            moment.execute(row, params![Fact::Passport.name(), to_json(&passport.0)])?;
+        }
+        Ok(moment.commit()?)
+    }
+
+    /// The number of the job's newest exclusion, if no group has trained with it.
+    pub fn unused_exclusion(&self) -> Result<Option<usize>, JournalError> {
+        let fact = self.fact(Fact::Excluded)?.and_then(|text| serde_json::from_str(&text).ok());
+        let Some((generation, count)): Option<(u64, usize)> = fact else { return Ok(None) };
+        Ok((self.last_generation()?.0 == generation).then_some(count))
+    }
 }
 
 /// Seconds since the Unix epoch.
@@ -638,6 +666,20 @@ mod tests {
         assert_eq!((u.process, u.worker), (None, None));
         journal.ended("t").unwrap();
         assert!(journal.children().unwrap()[0].ended);
+    }
+
+    #[test]
+    fn an_exclusion_is_unused_until_a_group_has_formed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(&dir.path().join("journal.sqlite")).unwrap();
+        journal.set_fact(Fact::Passport, r#"{"cpu":"x","data":"y"}"#).unwrap();
+        journal.form(Term(1), &group(4, Start::Fresh), &Cause::Gathered).unwrap();
+        assert_eq!(journal.unused_exclusion().unwrap(), None);
+        journal.exclude(2, &["data"]).unwrap();
+        assert_eq!(journal.unused_exclusion().unwrap(), Some(2));
+        assert_eq!(journal.passport().unwrap().unwrap().0.into_keys().collect::<Vec<_>>(), ["cpu"]);
+        journal.form(Term(1), &group(5, Start::Fresh), &Cause::Gathered).unwrap();
+        assert_eq!(journal.unused_exclusion().unwrap(), None);
     }
 
     fn group(generation: u64, start: Start) -> Group {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use ganglion_coordinator::audit::audit;
-use ganglion_coordinator::cli::{Cli, Command, RunChoice};
+use ganglion_coordinator::cli::{Cli, Command, DataCommand, RunChoice};
 use ganglion_coordinator::detach::{Launch, Launched, launch};
 use ganglion_coordinator::host::System;
 use ganglion_coordinator::inspect;
@@ -63,6 +63,7 @@ fn serve(command: Command) -> ExitCode {
         Command::Checkpoints { run, verify, json } => {
             conclude(inspect::checkpoints(&run.run_dir, verify, json))
         }
+        Command::Data(DataCommand::Check(check)) => conclude(block_on(check.run())),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "coordinator", &mut script);
@@ -102,7 +103,8 @@ fn conclude(result: Result<String, Failure>) -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(failure) => {
-            let prefix = if matches!(failure, Failure::Stopped { .. }) { "" } else { "error: " };
+            let stopped = matches!(failure, Failure::Stopped { .. } | Failure::Interrupted(_));
+            let prefix = if stopped { "" } else { "error: " };
             say(&mut std::io::stderr(), &printable(&format!("{prefix}{failure}")));
             ExitCode::from(failure.exit_code())
         }

@@ -18,6 +18,7 @@ use tracing_subscriber::EnvFilter;
 use crate::checkpoints::{Checkpoints, Unusable};
 use crate::cli::{Cli, LogFormat, Workers};
 use crate::detach::Launch;
+use crate::exclusion::{self, Change};
 use crate::host::Host;
 use crate::http;
 use crate::job_file::{self, Source};
@@ -32,8 +33,8 @@ use crate::patience::Patience;
 use crate::report::disk::Disk;
 use crate::report::progress::Screen;
 use crate::report::timeline::Timeline;
-use crate::resume::{self, Asked, Found};
-use crate::run_dir::{RunDir, RunDirError};
+use crate::resume::{self, Asked};
+use crate::run_dir::{RunDir, RunDirError, Settled};
 use crate::security::Security;
 use crate::server::guard::Guard;
 use crate::server::tls::Acceptor;
@@ -60,6 +61,9 @@ pub enum Failure {
         /// Steps saved.
         step: u64,
     },
+    /// A signal ended what was no run: exit code 130 or 143.
+    #[error("stopped")]
+    Interrupted(u8),
     /// Anything else: exit code 1.
     #[error("{0}")]
     Other(String),
@@ -70,7 +74,7 @@ impl Failure {
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Input(_) => 2,
-            Failure::Stopped { code, .. } => *code,
+            Failure::Stopped { code, .. } | Failure::Interrupted(code) => *code,
             Failure::Other(_) => 1,
         }
     }
@@ -122,16 +126,33 @@ pub async fn run(
     screen: Screen,
     mut launch: Option<Launch>,
 ) -> Result<String, Failure> {
-    let source = cli.config.clone().map_or(Source::Embedded, Source::File);
-    let job = job_file::read(&source, &cli.overrides).map_err(|errors| Failure::Input(errors.to_string()))?;
+    loop {
+        if let Some(line) = live(&cli, host, screen.clone(), launch.take()).await? {
+            return Ok(line);
+        }
+    }
+}
+
+/// One term. None if another has to follow: this one brought the members of earlier ones to rest, for a change of the job
+/// that they must not learn of while they train.
+async fn live(
+    cli: &Cli,
+    host: &impl Host,
+    screen: Screen,
+    mut launch: Option<Launch>,
+) -> Result<Option<String>, Failure> {
+    let job = read_job(cli)?;
     let other = |error: std::io::Error| Failure::Other(error.to_string());
     let processes = host.processes().map_err(other)?;
-    let (local_workers, reason) = local_workers(&cli, &job, &*processes)?;
+    let (local_workers, reason) = local_workers(cli, &job, &*processes)?;
     cli.listen_address(None).map_err(Failure::Input)?;
     let security = Security::of(&cli.security)?;
 
-    let run_dir = hold(&cli, &job, &screen, launch.as_mut())?;
+    let run_dir = hold(cli, &job, &screen, launch.as_mut())?;
     let TakenOver {
+        job,
+        done,
+        change,
         run,
         mut journal,
         mut records,
@@ -141,29 +162,24 @@ pub async fn run(
         checkpoints,
         lost,
         patience,
-    } = take_over(&cli, &job, &run_dir, processes, &screen, &host.disk()).await?;
+    } = take_over(cli, job, &run_dir, processes, &screen, &host.disk()).await?;
     let mirror =
         Mirror::start(cli.mirror.as_deref(), &run, run_dir.folder(), &screen).map_err(Failure::Input)?;
-    let done = finished(&journal, &job, recovered.checkpoint.as_ref(), &run_dir)?;
-    match &done {
-        // Workers of a coordinator that died before it could release them.
-        Some(_) => supervisor.ask_all_to_end(),
-        None => records.timeline = prepare_to_train(&cli, local_workers, &supervisor)?,
+    if done.is_none() {
+        records.timeline = prepare_to_train(cli, local_workers, &supervisor)?;
     }
     if let Some(line) = done.as_ref().filter(|_| !cli.stay) {
         mirror.finish().await;
-        return Ok(line.clone());
+        return Ok(Some(line.clone()));
     }
+    let winding_down = change == Change::Waits;
     let life = Life { found_complete: done.is_some(), samples: known_samples(&journal)?, stay: cli.stay };
     let term = begin_term(&mut journal, &run_dir, &job)?;
-    let (incoming, address) = listen(&cli, host, &mut journal, security.acceptor.clone()).await?;
-    let address = SocketAddr::new(reachable(address.ip()), address.port());
-    let url = format!("{}://{address}", security.scheme());
-    let access = security.access(address, new_token().map_err(other)?)?;
+    let (incoming, url, access) = be_found(cli, host, &mut journal, &security).await?;
     supervisor.environment = security.environment(access.tls_name.as_deref());
     let (publisher, view) = watch::channel(None);
     let site = http::Content { view, chronicle: records.chronicle.clone(), job: &job, run: &run };
-    let dashboard = http::start(&cli, &security, &mut journal, &run_dir, site).await?;
+    let dashboard = http::start(cli, &security, &mut journal, &run_dir, site).await?;
     leave_access(&run_dir, &access)?;
     let invitation = format!("{url}{}", security.invitation(access.tls_name.as_deref()));
     announce(&mut records, &job, term, &url, &invitation, dashboard.url().as_deref(), reason.as_deref());
@@ -179,6 +195,7 @@ pub async fn run(
         recovered,
         lost,
         local_workers,
+        change,
         url,
         publisher,
         records,
@@ -186,12 +203,44 @@ pub async fn run(
         exited,
         launch,
     };
-    let signals = host.signals().map_err(other)?;
-    let guard = security.guard(&access.token);
+    let (signals, guard) = (host.signals().map_err(other)?, security.guard(&access.token));
     let ended = while_held(&run_dir, supervise(parts, life, incoming, signals, guard)).await?;
-    mirror.finish().await;
-    dashboard.farewell().await;
-    done.map_or_else(|| conclude(ended, &job, &run_dir), Ok)
+    tokio::join!(mirror.finish(), dashboard.farewell());
+    match winding_down && ended.signal.is_none() && ended.outcome != Outcome::Complete {
+        true => rested(&ended, &run_dir, &screen).map(|()| None),
+        false => done.map_or_else(|| conclude(ended, &job, &run_dir), Ok).map(Some),
+    }
+}
+
+fn read_job(cli: &Cli) -> Result<Job, Failure> {
+    let source = cli.config.clone().map_or(Source::Embedded, Source::File);
+    job_file::read(&source, &cli.overrides).map_err(|errors| Failure::Input(errors.to_string()))
+}
+
+/// Listens, at an address that workers and operators are told.
+async fn be_found<H: Host>(
+    cli: &Cli,
+    host: &H,
+    journal: &mut Journal,
+    security: &Security,
+) -> Result<(mpsc::Receiver<H::Connection>, String, Access), Failure> {
+    let (incoming, address) = listen(cli, host, journal, security.acceptor.clone()).await?;
+    let address = SocketAddr::new(reachable(address.ip()), address.port());
+    let token = new_token().map_err(|error| Failure::Other(error.to_string()))?;
+    Ok((incoming, format!("{}://{address}", security.scheme()), security.access(address, token)?))
+}
+
+/// Notes that nobody trains any more. Where members met a sample that cannot be read, that is why something is left out.
+fn rested(ended: &Ended, run_dir: &RunDir, screen: &Screen) -> Result<(), Failure> {
+    match &ended.outcome {
+        Outcome::Stopped(_) => {
+            let mut journal = open_journal(run_dir, screen)?;
+            let newest = journal.last_generation()?;
+            Ok(journal.set_fact(Fact::Closed, &newest.to_string())?)
+        }
+        Outcome::InputWrong(_) | Outcome::Complete => Ok(()),
+        Outcome::Failed(reason) => Err(Failure::Other(reason.clone())),
+    }
 }
 
 /// Takes the run directory, and opens the log of a run that leaves its terminal.
@@ -220,6 +269,11 @@ async fn while_held<T>(
 
 /// What a run's earlier coordinators left, in the hands of this one.
 struct TakenOver {
+    /// With what the run leaves out.
+    job: Job,
+    /// The line for a run that has nothing left to do.
+    done: Option<String>,
+    change: Change,
     run: String,
     journal: Journal,
     records: Records,
@@ -234,7 +288,7 @@ struct TakenOver {
 /// Takes a run over, and makes it the job's. A new run is one that nobody left.
 async fn take_over(
     cli: &Cli,
-    job: &Job,
+    job: Job,
     run_dir: &RunDir,
     processes: Box<dyn Processes>,
     screen: &Screen,
@@ -243,22 +297,49 @@ async fn take_over(
     let mut journal = open_journal(run_dir, screen)?;
     // Until a first group was formed nothing was trained, and a mistake in the job may still be mended.
     let begun = journal.last_generation()? > Generation(0);
-    let job_changed = run_dir.check_job(job, begun)?;
+    let Settled { mut job, changed, asked } = run_dir.check_job(job, begun, journal.unused_exclusion()?)?;
     let run = run_name(&mut journal)?;
     let patience = Patience::new(screen.clone());
-    let mut records = open_records(job, run_dir.folder(), screen, disk, &mut journal)?;
-    let mut recovered = left_behind(&journal, job_changed)?;
+    let mut records = open_records(&job, run_dir.folder(), screen, disk, &mut journal)?;
+    let mut recovered = left_behind(&journal, changed)?;
     let (exits, exited) = mpsc::unbounded_channel();
     let mut supervisor = Supervisor::new(processes, exits);
     adopt(&mut journal, &mut supervisor, &mut recovered)?;
-    let place = storage_of(job, run_dir);
-    let asked =
+    let place = storage_of(&job, run_dir);
+    let wanted =
         Asked { place: &place, run: &run, may_live: may_live(&recovered), from_start: cli.from_start };
-    let Found { checkpoints, checkpoint, lost } =
-        resume::find(&asked, &mut journal, &mut records, &patience).await?;
-    recovered.checkpoint = checkpoint;
-    run_dir.write_job(job)?;
-    Ok(TakenOver { run, journal, records, supervisor, exited, recovered, checkpoints, lost, patience })
+    let found = resume::find(&wanted, &mut journal, &mut records, &patience).await?;
+    recovered.checkpoint = found.checkpoint;
+    run_dir.write_job(&job)?;
+    let done = finished(&journal, &job, recovered.checkpoint.as_ref(), run_dir)?;
+    if done.is_some() {
+        // Workers of a coordinator that died before it could release them.
+        supervisor.ask_all_to_end();
+    }
+    let change = match done {
+        None if !asked.is_empty() && may_live(&recovered) => Change::Waits,
+        None if !asked.is_empty() => {
+            let exclusion = exclusion::decide(asked, &job, &journal, &records)?;
+            exclusion::write(&exclusion, &mut job, &mut journal, run_dir)?;
+            recovered.passport = if recovered.group.is_some() { journal.passport()? } else { None };
+            Change::Made(exclusion)
+        }
+        _ => Change::None,
+    };
+    Ok(TakenOver {
+        job,
+        done,
+        change,
+        run,
+        journal,
+        records,
+        supervisor,
+        exited,
+        recovered,
+        checkpoints: found.checkpoints,
+        lost: found.lost,
+        patience,
+    })
 }
 
 /// How many workers to start, and what to say of it.

@@ -153,27 +153,38 @@ impl RunDir {
         file.set_permissions(Permissions::from_mode(mode))
     }
 
-    /// Where a run has begun, checks that nothing of its job changed that decides its result. Returns whether anything changed
-    /// at all.
-    pub fn check_job(&self, job: &Job, begun: bool) -> Result<bool, RunDirError> {
+    /// Where a run has begun, checks that nothing of its job changed that decides its result but what is asked to be left out.
+    /// Exclusion number `unused`, which no group has trained with yet, is no part of the run.
+    pub fn check_job(&self, job: Job, begun: bool, unused: Option<usize>) -> Result<Settled, RunDirError> {
         let file = self.path("job.toml");
-        if !begun || !file.exists() {
-            return Ok(true);
-        }
         let input = |what: String| RunDirError::Input(format!("{}: {what}", file.display()));
-        let text = fs::read_to_string(&file).map_err(|error| input(error.to_string()))?;
-        let recorded = job_file::parse_resolved(&text)
-            .map_err(|error| input(format!("not a job of this version:\n{error}")))?;
-        let differences = job_file::differences(&recorded, job);
-        if !differences.is_empty() {
-            let lines: Vec<String> = differences.iter().map(|difference| format!("  {difference}")).collect();
-            return Err(input(format!(
-                "this run directory belongs to another job:\n{}\n  choose another --run-dir or job.name, or \
-                 restore these settings",
-                lines.join("\n")
-            )));
+        let mut settled = Settled { job, changed: true, asked: Vec::new() };
+        if begun && file.exists() {
+            let text = fs::read_to_string(&file).map_err(|error| input(error.to_string()))?;
+            let mut recorded = job_file::parse_resolved(&text)
+                .map_err(|error| input(format!("not a job of this version:\n{error}")))?;
+            let on_disk = recorded.clone();
+            if unused == Some(recorded.data.exclusions.len()) {
+                recorded.data.exclusions.pop();
+            }
+            let mut differences = job_file::differences(&recorded, &settled.job);
+            match job_file::asked(&recorded, &settled.job) {
+                Ok(asked) => settled.asked = asked,
+                Err(difference) => differences.push(difference),
+            }
+            if !differences.is_empty() {
+                let lines: Vec<String> =
+                    differences.iter().map(|difference| format!("  {difference}")).collect();
+                return Err(input(format!(
+                    "this run directory belongs to another job:\n{}\n  choose another --run-dir or job.name, or \
+                     restore these settings",
+                    lines.join("\n")
+                )));
+            }
+            settled.job.data.exclusions = recorded.data.exclusions;
+            settled.changed = on_disk != settled.job;
         }
-        Ok(recorded != *job)
+        Ok(settled)
     }
 
     /// Writes the resolved job.
@@ -197,6 +208,17 @@ fn create(folder: &Path) -> std::io::Result<()> {
         Err(error) => Err(error),
         Ok(()) => File::open(above)?.sync_all(),
     }
+}
+
+/// The job that a run goes on with.
+#[derive(Debug)]
+pub struct Settled {
+    /// The job given, with what the run leaves out.
+    pub job: Job,
+    /// Whether it is another than the recorded one.
+    pub changed: bool,
+    /// Samples that it asks to leave out from now on, by their names.
+    pub asked: Vec<String>,
 }
 
 /// What became of the wish for a lock.

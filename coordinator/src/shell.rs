@@ -35,6 +35,7 @@ use tokio::time::Instant;
 use crate::alarms::Watch;
 use crate::checkpoints::Checkpoints;
 use crate::detach::Launch;
+use crate::exclusion::Change;
 use crate::http::Publisher;
 use crate::journal::{Fact, Journal, JournalError};
 use crate::judged::{Best, Judged};
@@ -106,6 +107,8 @@ pub struct Parts {
     pub judged: Judged,
     /// Workers to start.
     pub local_workers: u32,
+    /// What is to be left out from now on.
+    pub change: Change,
     /// Where local workers find this coordinator.
     pub url: String,
     /// Who is told how things are, each second.
@@ -141,6 +144,10 @@ pub struct Shell {
     attempts: BTreeMap<WorkerId, u64>,
     /// The recorded size of the data set.
     samples: Option<u64>,
+    /// The recorded samples that the job leaves out.
+    left_out: Vec<u64>,
+    /// What is to be left out, until a group has formed with it.
+    change: Change,
     /// Workers whose sessions were closed because they do not read.
     deaf: Vec<WorkerId>,
     /// Checkpoints that could not be journaled yet, or whose rows are not durable.
@@ -250,6 +257,8 @@ impl Shell {
             workers: BTreeMap::new(),
             attempts: BTreeMap::new(),
             samples: None,
+            left_out: Vec::new(),
+            change: parts.change,
             deaf: Vec::new(),
             unjournaled: Vec::new(),
             unnumbered: Vec::new(),
@@ -343,10 +352,12 @@ impl Shell {
         Ok(())
     }
 
-    /// Journals the size of the data set.
+    /// Journals the size of the data set, and what of it is left out.
     fn journal_size(&mut self) -> Result<(), ShellError> {
         let Some(samples) = self.samples else { return Ok(()) };
-        self.size_waits = match self.journal.set_fact(Fact::Samples, &samples.to_string()) {
+        let left_out = json!(self.left_out).to_string();
+        let journaled = self.journal.set_fact(Fact::Samples, &samples.to_string());
+        self.size_waits = match journaled.and_then(|()| self.journal.set_fact(Fact::LeftOut, &left_out)) {
             Err(error) if error.may_mend() => true,
             done => done.map(|()| false)?,
         };
@@ -367,6 +378,10 @@ impl Shell {
         self.carry_out()?;
         while let Some(worker) = self.deaf.pop() {
             self.handle(Event::Disconnected(worker))?;
+        }
+        if self.change == Change::Waits && !self.machine.is_reconnecting() {
+            self.change = Change::None;
+            self.handle(Event::StopRequested)?;
         }
         Ok(())
     }

@@ -22,7 +22,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::journal::ChildRow;
 use crate::node::{Node, Relation};
-pub use processes::SystemProcesses;
+pub use processes::{SystemProcesses, worker_program};
 
 /// How long a worker that was told to exit may take.
 pub const EXIT_LIMIT: Duration = Duration::from_secs(10);

@@ -59,6 +59,8 @@ pub struct LoadedFacts {
     pub phases_per_step: u32,
     /// The GPU that it computes on, by a name that it has on every worker that shares it; `None` for a CPU.
     pub gpu: Option<String>,
+    /// The index of each sample that the job leaves out after its start, in the job's order.
+    pub left_out: Vec<u64>,
 }
 
 /// What happened.

@@ -225,6 +225,11 @@ impl Machine {
         }
     }
 
+    /// Whether members of the newest generation may be alive, of whom too few are here.
+    pub fn is_reconnecting(&self) -> bool {
+        matches!(self.stage, Stage::Reconnecting { .. })
+    }
+
     /// The newest committed checkpoint.
     pub fn checkpoint(&self) -> Option<&Checkpoint> {
         self.checkpoint.as_ref()
@@ -248,6 +253,11 @@ impl Machine {
     /// Whether a worker has loaded and was taken in: the run's numeric passport is its own.
     pub fn has_loaded(&self, worker: WorkerId) -> bool {
         self.workers.get(&worker).is_some_and(|worker| worker.facts.is_some())
+    }
+
+    /// The samples that the job leaves out after its start, by index, once a worker has loaded them.
+    pub fn left_out(&self) -> Option<&[u64]> {
+        self.workers.values().find_map(|w| w.facts.as_ref()).map(|facts| facts.left_out.as_slice())
     }
 
     /// Whether a worker whose session ended may go on as who it was: it is known, or a lost member of the newest

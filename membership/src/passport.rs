@@ -18,7 +18,15 @@ pub struct Difference {
     pub found: String,
 }
 
+/// Items about the samples, which may change with the job during a run.
+pub const OF_SAMPLES: [&str; 3] = ["data", "data_names", "exclusions"];
+
 impl Passport {
+    /// Whether the first worker that has an item tells it anew.
+    pub fn lets_adopt(&self, item: &str) -> bool {
+        OF_SAMPLES.contains(&item) && !self.0.contains_key(item)
+    }
+
     /// The items in which `other` differs, in order of their names.
     pub fn differences(&self, other: &Passport) -> Vec<Difference> {
         let items: BTreeSet<&String> = self.0.keys().chain(other.0.keys()).collect();

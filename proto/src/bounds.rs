@@ -35,6 +35,8 @@ pub(crate) const SKIPS: usize = 1 << 16;
 pub(crate) const PASSPORT: usize = 64;
 /// Steps of evaluations.
 pub(crate) const EVALUATIONS: usize = 1 << 20;
+/// Samples that a job leaves out.
+pub(crate) const LEFT_OUT: usize = 1 << 20;
 /// Kinds of augmentation.
 pub(crate) const AUGMENTATIONS: usize = 64;
 /// Pixels of a side of a picture.

@@ -50,6 +50,7 @@ impl FromWorker {
                 phases_per_step: facts.phases_per_step,
                 gpu: facts.gpu.unwrap_or_default(),
                 data: data.map(|data| data.to_wire()),
+                left_out: facts.left_out,
             }),
             FromWorker::Ready(generation, position) => Message::Ready(wire::Ready {
                 generation: generation.0,
@@ -240,6 +241,7 @@ fn loaded_from_wire(loaded: wire::Loaded) -> Result<LoadedFacts, Malformed> {
         sees_storage: loaded.sees_storage,
         phases_per_step: loaded.phases_per_step,
         gpu: Some(name(loaded.gpu, "gpu")?).filter(|gpu| !gpu.is_empty()),
+        left_out: list(loaded.left_out, bounds::LEFT_OUT, "samples left out")?,
     })
 }
 
@@ -611,6 +613,7 @@ fn job_to_wire(job: &Job) -> wire::Job {
             channels: job.data.channels,
             image_extension: job.data.image_extension.clone(),
             orientation: job.data.orientation.to_string(),
+            exclusions: job.data.exclusions.iter().cloned().map(exclusion_to_wire).collect(),
         }),
         model: Some(wire::Model {
             kind: job.model.kind.to_string(),
@@ -699,7 +702,18 @@ fn data_from_wire(data: wire::Data) -> Result<job::Data, Malformed> {
             "" => job::Orientation::Follow,
             named => from_name(named, "data.orientation")?,
         },
+        exclusions: data.exclusions.into_iter().map(exclusion_from_wire).collect(),
     })
+}
+
+fn exclusion_to_wire(exclusion: job::Exclusion) -> wire::Exclusion {
+    let job::Exclusion { after_step, after_phase, names, files } = exclusion;
+    wire::Exclusion { after_step, after_phase, names, files }
+}
+
+fn exclusion_from_wire(exclusion: wire::Exclusion) -> job::Exclusion {
+    let wire::Exclusion { after_step, after_phase, names, files } = exclusion;
+    job::Exclusion { after_step, after_phase, names, files }
 }
 
 fn model_from_wire(model: wire::Model) -> Result<job::Model, Malformed> {

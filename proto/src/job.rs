@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::evaluation::{Alarms, Evaluation};
+use crate::stream::Change;
 
 /// A training job, resolved: defaults filled in, paths absolute.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -133,6 +134,9 @@ pub struct Data {
     /// Whether pictures are turned as their EXIF data say.
     #[serde(default, skip_serializing_if = "Orientation::is_followed")]
     pub orientation: Orientation,
+    /// Samples that are left out, and from when on, in that order.
+    #[serde(default, rename = "exclusion", skip_serializing_if = "Vec::is_empty")]
+    pub exclusions: Vec<Exclusion>,
 }
 
 /// What is done about the orientation in a picture's EXIF data.
@@ -150,6 +154,60 @@ impl Orientation {
     fn is_followed(&self) -> bool {
         *self == Orientation::Follow
     }
+}
+
+impl Data {
+    /// Identifies the exclusions; `None` if there are none.
+    pub fn exclusions_hash(&self) -> Option<String> {
+        let mut hasher = blake3::Hasher::new();
+        for Exclusion { after_step, after_phase, files, .. } in &self.exclusions {
+            hasher.update(format!("{after_step} {after_phase} {files:?}\n").as_bytes());
+        }
+        (!self.exclusions.is_empty()).then(|| hasher.finalize().to_hex()[..16].to_string())
+    }
+
+    /// Other samples of the same kind, read likewise: what is left out here says nothing of them.
+    pub fn elsewhere(&self, path: PathBuf) -> Data {
+        Data { path: Some(path), exclusions: Vec::new(), ..self.clone() }
+    }
+}
+
+/// Table `[[data.exclusion]]`: samples left out from a point of the run on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exclusion {
+    /// So many steps are trained with them; 0: they are left out from the start, as if they were not there.
+    pub after_step: u64,
+    /// And so many phases of the next step.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub after_phase: u64,
+    /// Hash of the names of all samples of the run, where that is known: names another data set is refused by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub names: Option<String>,
+    /// Names of the samples: relative paths of files, or the numbers of images, from 0 on, of data in one file.
+    pub files: Vec<String>,
+}
+
+impl Exclusion {
+    /// Whether the samples take no part in the run at all.
+    pub fn is_from_the_start(&self) -> bool {
+        (self.after_step, self.after_phase) == (0, 0)
+    }
+}
+
+impl fmt::Display for Exclusion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.after_step, self.after_phase) {
+            (0, 0) => write!(f, "from the start")?,
+            (step, 0) => write!(f, "after step {step}")?,
+            (step, phase) => write!(f, "after step {step} and phase {phase} of the next")?,
+        }
+        write!(f, ": {}", self.files.join(", "))
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks by reference")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// The formats of samples.
@@ -429,6 +487,19 @@ pub struct Metrics {
     pub every_steps: u64,
 }
 
+/// A `--set` that leaves samples out, for a shell.
+pub fn exclude_argument(names: &[&str]) -> String {
+    let value = match names {
+        [one] => (*one).to_owned(),
+        several => serde_json::json!(several).to_string(),
+    };
+    let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "._-/+:,@%".contains(letter);
+    match value.chars().all(is_plain) {
+        true => format!("--set data.exclude={value}"),
+        false => format!("--set 'data.exclude={}'", value.replace('\'', "'\\''")),
+    }
+}
+
 impl Job {
     /// Samples of one phase over all data shards.
     pub fn global_batch(&self) -> u64 {
@@ -444,6 +515,22 @@ impl Job {
     pub fn samples_before(&self, position: u64) -> u64 {
         let (steps, phases) = (position / self.phases_per_step(), position % self.phases_per_step());
         steps * self.samples_per_step() + phases * self.global_batch()
+    }
+
+    /// The number of the first sample of the stream that an exclusion holds for: that of the next discriminator phase.
+    pub fn number_of(&self, exclusion: &Exclusion) -> u64 {
+        let phases = exclusion.after_phase.min(u64::from(self.loss.discriminator_steps));
+        exclusion.after_step * self.samples_per_step() + phases * self.global_batch()
+    }
+
+    /// Changes of the stream by the exclusions after the start, given the index of each sample that these name.
+    pub fn changes(&self, mut left_out: impl Iterator<Item = u64>) -> Vec<Change> {
+        let later = self.data.exclusions.iter().filter(|exclusion| !exclusion.is_from_the_start());
+        let change = |exclusion: &Exclusion| Change {
+            from: self.number_of(exclusion),
+            left_out: left_out.by_ref().take(exclusion.files.len()).collect(),
+        };
+        later.map(change).collect()
     }
 
     /// Real samples that one step takes from the stream.

@@ -8,6 +8,7 @@
 mod bounds;
 mod convert;
 pub mod credentials;
+pub mod data_report;
 pub mod dial;
 pub mod evaluation;
 pub mod failpoint;

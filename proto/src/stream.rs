@@ -3,16 +3,34 @@
 //! Number q lies in epoch q div N at place q mod N, for N samples. An epoch is a permutation of all samples, drawn by
 //! Fisher and Yates's algorithm from a ChaCha8 generator whose key is a hash of (seed, epoch). A batch may straddle epochs.
 //!
+//! A [`Change`] leaves samples out from some number on. There the stream begins anew over those that are left: epochs count
+//! from that number, and it is part of their key. Samples keep their index.
+//!
 //! Invariants:
-//! 1. Every epoch holds each sample exactly once.
-//! 2. The sample of a number is a function of (seed, N, q), of nothing that was asked before, and never of the cluster.
+//! 1. Every epoch holds each sample exactly once; after a change, each that is left.
+//! 2. The sample of a number is a function of (seed, N, changes, q), of nothing that was asked before, and never of the
+//!    cluster. A change moves no number before it.
 //! 3. The draws are spelled out here, so that no release of a library changes the order of samples.
+
+use std::collections::BTreeSet;
 
 use rand::rngs::ChaCha8Rng;
 use rand::{Rng, SeedableRng};
 
 /// Separates these keys from all other uses of a job's seed.
 const CONTEXT: &str = "ganglion 2026 sample permutation";
+
+/// Separates the keys of epochs after a change from those before any.
+const CHANGED_CONTEXT: &str = "ganglion 2026 sample permutation after a change";
+
+/// Samples left out of the stream from one of its numbers on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The first number of the stream without them.
+    pub from: u64,
+    /// Indices of the samples.
+    pub left_out: Vec<u64>,
+}
 
 /// The samples of a job, by their number in the endless stream.
 ///
@@ -21,8 +39,18 @@ const CONTEXT: &str = "ganglion 2026 sample permutation";
 pub struct SampleStream {
     seed: u64,
     len: u64,
-    /// The epoch used last comes first.
-    recent: Vec<(u64, Vec<u32>)>,
+    /// In the order of their numbers; the first begins at 0.
+    segments: Vec<Segment>,
+    /// The epoch used last comes first, by its segment and number in it.
+    recent: Vec<((usize, u64), Vec<u32>)>,
+}
+
+/// The numbers between two changes.
+#[derive(Clone, Debug)]
+struct Segment {
+    from: u64,
+    /// Sorted, with those of all changes before.
+    left_out: BTreeSet<u64>,
 }
 
 impl SampleStream {
@@ -31,41 +59,66 @@ impl SampleStream {
     /// # Panics
     /// Unless `len` is from 1 to 2^32 - 1.
     pub fn new(seed: u64, len: u64) -> SampleStream {
+        SampleStream::with_changes(seed, len, &[])
+    }
+
+    /// The stream over `len` samples with changes, in the order of their numbers.
+    ///
+    /// # Panics
+    /// Unless `len` is from 1 to 2^32 - 1, the changes are in order, name samples below `len`, and leave one.
+    pub fn with_changes(seed: u64, len: u64, changes: &[Change]) -> SampleStream {
         assert!((1..=u64::from(u32::MAX)).contains(&len), "a stream over {len} samples");
-        SampleStream { seed, len, recent: Vec::with_capacity(2) }
+        let mut segments = vec![Segment { from: 0, left_out: BTreeSet::new() }];
+        for change in changes {
+            let last = segments.last().expect("there is a first segment");
+            assert!(last.from <= change.from, "changes from {} and then from {}", last.from, change.from);
+            let mut left_out = last.left_out.clone();
+            left_out.extend(&change.left_out);
+            assert!(left_out.last().is_none_or(|last| *last < len), "a change beyond {len} samples");
+            assert!((left_out.len() as u64) < len, "a change that leaves none of {len} samples");
+            segments.push(Segment { from: change.from, left_out });
+        }
+        SampleStream { seed, len, segments, recent: Vec::with_capacity(2) }
     }
 
     /// The index, below `len`, of the sample with number `q`.
     pub fn sample(&mut self, q: u64) -> u64 {
-        let place = usize::try_from(q % self.len).expect("a place is below 2^32");
-        u64::from(self.epoch(q / self.len)[place])
+        let at = self.segments.partition_point(|segment| segment.from <= q) - 1;
+        let Segment { from, left_out } = &self.segments[at];
+        let (place, left) = (q - from, self.len - left_out.len() as u64);
+        let within = usize::try_from(place % left).expect("a place is below 2^32");
+        u64::from(self.epoch(at, place / left)[within])
     }
 
-    fn epoch(&mut self, epoch: u64) -> &[u32] {
-        match self.recent.iter().position(|&(known, _)| known == epoch) {
+    fn epoch(&mut self, segment: usize, epoch: u64) -> &[u32] {
+        match self.recent.iter().position(|&(known, _)| known == (segment, epoch)) {
             Some(at) => self.recent[..=at].rotate_right(1),
             None => {
                 self.recent.truncate(1);
-                self.recent.insert(0, (epoch, permutation(self.seed, epoch, self.len)));
+                self.recent.insert(0, ((segment, epoch), self.permutation(segment, epoch)));
             }
         }
         &self.recent[0].1
     }
-}
 
-/// The order of samples 0 to `len` - 1 in one epoch.
-fn permutation(seed: u64, epoch: u64, len: u64) -> Vec<u32> {
-    let mut key = [0; 16];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    key[8..].copy_from_slice(&epoch.to_le_bytes());
-    let mut rng = ChaCha8Rng::from_seed(blake3::derive_key(CONTEXT, &key));
+    /// The order of a segment's samples in one of its epochs.
+    fn permutation(&self, segment: usize, epoch: u64) -> Vec<u32> {
+        let mut key = [self.seed.to_le_bytes(), epoch.to_le_bytes()].concat();
+        let Segment { from, left_out } = &self.segments[segment];
+        let context = if segment == 0 { CONTEXT } else { CHANGED_CONTEXT };
+        if segment > 0 {
+            key.extend(from.to_le_bytes());
+        }
+        let mut rng = ChaCha8Rng::from_seed(blake3::derive_key(context, &key));
 
-    let len = u32::try_from(len).expect("a stream has fewer than 2^32 samples");
-    let mut order: Vec<u32> = (0..len).collect();
-    for last in (1..len).rev() {
-        order.swap(last as usize, below(&mut rng, last + 1) as usize);
+        let len = u32::try_from(self.len).expect("a stream has fewer than 2^32 samples");
+        let mut order: Vec<u32> = (0..len).filter(|sample| !left_out.contains(&u64::from(*sample))).collect();
+        for last in (1..order.len()).rev() {
+            let bound = u32::try_from(last + 1).expect("an epoch has fewer than 2^32 samples");
+            order.swap(last, below(&mut rng, bound) as usize);
+        }
+        order
     }
-    order
 }
 
 /// An unbiased draw from 0 to `bound` - 1 (Lemire, 2019, "Fast random integer generation in an interval", algorithm 5).

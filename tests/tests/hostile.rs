@@ -112,7 +112,14 @@ fn first(message: FromWorker) -> SessionRequest {
 fn facts(items: &[(&str, &str)]) -> LoadedFacts {
     let item = |(item, value): &(&str, &str)| (item.to_string(), value.to_string());
     let passport = Passport(items.iter().map(item).collect());
-    LoadedFacts { passport, samples: 7, sees_storage: true, phases_per_step: 2, gpu: None }
+    LoadedFacts {
+        passport,
+        samples: 7,
+        sees_storage: true,
+        phases_per_step: 2,
+        gpu: None,
+        left_out: Vec::new(),
+    }
 }
 
 fn part(step: u64) -> WrittenPart {

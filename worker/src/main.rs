@@ -4,14 +4,18 @@
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread::available_parallelism;
 
 use clap::{Args, Parser, Subcommand};
 use ganglion_proto::credentials::TlsFiles;
+use ganglion_proto::data_report::Line;
 use ganglion_proto::dial::Credentials;
+use ganglion_proto::job::Data;
 use ganglion_proto::listen::raise_descriptor_limit;
 use ganglion_proto::log::{self, JsonLines};
 use ganglion_proto::printable;
 use ganglion_proto::trace::Trace;
+use ganglion_worker::data::check::{Look, check};
 use ganglion_worker::device::{DeviceChoice, gpus};
 use ganglion_worker::draw::{Export, Interpolate, Sample, export, interpolate, sample};
 use ganglion_worker::eval::commands::{Eval, TrainClassifier, eval, train_classifier};
@@ -70,6 +74,9 @@ enum Command {
     Eval(Eval),
     /// Prints how many GPUs this program can use here.
     Gpus,
+    /// Reads every sample of a data set, for `coordinator data check`.
+    #[command(hide = true)]
+    CheckData(CheckData),
     /// Trains the digit classifier that metrics use, again or anew.
     TrainClassifier(TrainClassifier),
 }
@@ -102,11 +109,48 @@ fn obey(cli: Cli) -> Result<(), Failure> {
             let _ = writeln!(std::io::stdout(), "{}", gpus());
             Ok(())
         }
+        (Some(Command::CheckData(arguments)), _) => check_data(&arguments),
         (Some(Command::Eval(arguments)), _) => eval(&arguments),
         (Some(Command::TrainClassifier(arguments)), _) => train_classifier(&arguments),
         (None, Some(arguments)) => join(&arguments),
         (None, None) => Err(Failure::Input("nothing to do; see --help".to_string())),
     }
+}
+
+/// Arguments of `worker check-data`.
+#[derive(Args)]
+struct CheckData {
+    /// Section `[data]` of a job, resolved, as JSON.
+    #[arg(long)]
+    data: String,
+    /// Threads that read; all processors by default.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Let samples have any size.
+    #[arg(long)]
+    any_size: bool,
+}
+
+/// Tells on standard output how far it is, and what it found. Whoever asked may be gone: then so is this process.
+fn check_data(arguments: &CheckData) -> Result<(), Failure> {
+    let data: Data =
+        serde_json::from_str(&arguments.data).map_err(|error| Failure::Input(format!("--data: {error}")))?;
+    let threads = arguments.threads.or_else(|| available_parallelism().ok().map(Into::into)).unwrap_or(1);
+    let tell = |line: &Line| {
+        let text = serde_json::to_string(line).unwrap_or_default();
+        if writeln!(std::io::stdout(), "{text}").is_err() {
+            std::process::exit(1);
+        }
+    };
+    let look = Look { threads, any_size: arguments.any_size };
+    match check(&data, look, |done, of| tell(&Line::Progress { done, of })) {
+        Ok(report) => tell(&Line::Report(Box::new(report))),
+        Err(error) => match error.into_input() {
+            Ok(detail) => tell(&Line::Wrong(detail)),
+            Err(other) => return Err(Failure::Other(other.to_string())),
+        },
+    }
+    Ok(())
 }
 
 fn join(arguments: &Join) -> Result<(), Failure> {

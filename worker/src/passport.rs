@@ -21,18 +21,21 @@ pub fn take(
     device: Device,
 ) -> Result<Passport, c10d::Error> {
     let (forward_backward, commits) = probe(job, models, layout, device)?;
+    let exclusions = job.data.exclusions_hash().map(|hash| ("exclusions".to_string(), hash));
     let items = [
         ("build", env!("CARGO_PKG_VERSION").to_string()),
         ("c_library", c10d::aten::c_library_version()?),
         ("cpu_capability", c10d::aten::cpu_capability()?),
         ("data", hex(&data.fingerprint())),
+        ("data_names", data.names()),
         ("device", if device.is_cuda() { "cuda" } else { "cpu" }.to_string()),
         ("hash_commit", commits),
         ("hash_forward_backward", forward_backward),
         ("libtorch", c10d::aten::libtorch_version()?),
         ("threads", job.job.threads.to_string()),
     ];
-    Ok(Passport(items.into_iter().map(|(item, value)| (item.to_string(), value)).collect()))
+    let items = items.into_iter().map(|(item, value)| (item.to_string(), value));
+    Ok(Passport(items.chain(exclusions).collect()))
 }
 
 /// Samples of a probe: enough for kernels that take several at a time, and little work.

@@ -180,18 +180,13 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     tch::set_num_interop_threads(1);
     c10d::aten::set_deterministic(job.job.deterministic)
         .map_err(|error| Failure::Other(error.to_string()))?;
-    let data = open_data(&job, &job.data).map_err(|error| match error {
-        DataError::Input(detail) => Failure::Input(detail),
-        other => Failure::Other(other.to_string()),
+    let data = open_data(&job, &job.data).map_err(|error| match error.into_input() {
+        Ok(detail) => Failure::Input(detail),
+        Err(other) => Failure::Other(other.to_string()),
     })?;
     let samples = data.len() as u64;
     let found = Box::new(data.found().clone());
-    if job.global_batch() > samples {
-        return Err(Failure::Input(format!(
-            "job.data_shards x job.shard_batch is {} samples, more than the {samples} of the data; lower one of them",
-            job.global_batch()
-        )));
-    }
+    check_batch(&job, samples - data.left_out().len() as u64)?;
     let models = Models::with_classes(&job.model, data.shape(), data.classes())
         .map_err(|error| Failure::Input(error.to_string()))?;
     check_frozen(&job, &models)?;
@@ -208,7 +203,14 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     let other = |error: c10d::Error| Failure::Other(error.to_string());
     let place = device::place(device).map_err(other)?;
     let gpu = place.as_deref().map(device::name);
-    let facts = LoadedFacts { passport, samples, sees_storage: storage.seen, phases_per_step, gpu };
+    let facts = LoadedFacts {
+        passport,
+        samples,
+        sees_storage: storage.seen,
+        phases_per_step,
+        gpu,
+        left_out: data.left_out().to_vec(),
+    };
     if let Some(place) = place {
         let watch = GpuWatch::start(&place).map_err(|error| Failure::Other(error.to_string()))?;
         session.watch_gpu(watch);
@@ -243,6 +245,18 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     })
 }
 
+/// Whether a phase does not take a sample twice.
+fn check_batch(job: &Job, left: u64) -> Result<(), Failure> {
+    let batch = job.global_batch();
+    if batch <= left {
+        return Ok(());
+    }
+    let out_of = if job.data.exclusions.is_empty() { "" } else { " that data.exclude leaves" };
+    Err(Failure::Input(format!(
+        "job.data_shards x job.shard_batch is {batch} samples, more than the {left} of the data{out_of}; lower one of them"
+    )))
+}
+
 /// Opens samples, with their classes if the job's networks know classes.
 fn open_data(job: &Job, data: &Data) -> Result<DataSet, DataError> {
     let open = if job.model.conditional { DataSet::open_labelled } else { DataSet::open };
@@ -261,7 +275,7 @@ fn evaluations(
     let settings = &job.evaluation;
     let wanted = settings.every_steps != 0 || settings.with_checkpoints;
     let open = || -> Result<beside::Context, EvalError> {
-        let held_out = settings.held_out.clone().map(|path| Data { path: Some(path), ..job.data.clone() });
+        let held_out = settings.held_out.clone().map(|path| job.data.elsewhere(path));
         let held_out = held_out.map(|data| open_data(job, &data)).transpose()?;
         Ok(beside::Context {
             job: job.clone(),

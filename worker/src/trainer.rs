@@ -167,7 +167,10 @@ impl Trainer {
         };
         match trained {
             Ok(rest) => rest,
-            Err(TeamError::Data(DataError::Input(detail))) => Rest::InputWrong(detail),
+            Err(TeamError::Data(error)) => match error.into_input() {
+                Ok(detail) => Rest::InputWrong(detail),
+                Err(other) => Rest::Fault(Fault::Internal(other.to_string())),
+            },
             Err(TeamError::Diverged(detail)) => Rest::Fault(Fault::Diverged(detail)),
             Err(TeamError::Fenced(detail)) => {
                 tracing::warn!("{detail}");
@@ -252,7 +255,22 @@ impl Trainer {
         self.unformed = 0;
         let rest = self.train_with(assignment, &mut team, &mut state, &mut carried);
         self.held = Some((state, carried));
+        if let Err(TeamError::Data(DataError::Input(_) | DataError::Sample { .. })) = &rest {
+            // The team is still there: the others wait in their reduce, and do not take this one for lost.
+            self.save_before_the_end();
+        }
         rest
+    }
+
+    /// Saves what this worker holds, which met a sample that it cannot read: that ends the run, but loses no step of it.
+    fn save_before_the_end(&self) {
+        let session = self.session.clone();
+        let _pause = session.pause();
+        match self.save_alone() {
+            Ok(Some(folder)) => tracing::info!("saved {folder}"),
+            Ok(None) => {}
+            Err(error) => tracing::warn!("what this worker holds cannot be saved: {error}"),
+        }
     }
 
     /// Reads a checkpoint, unless the group is given up meanwhile: what was read by then is for the next one.
@@ -372,6 +390,7 @@ impl Trainer {
             first_phase: if skip { 0 } else { first_phase.min(discriminator_phases - 1) },
             end_step,
             depth: READ_AHEAD,
+            changes: self.data.changes(&self.job),
         };
         Prefetcher::start_with(self.data.clone(), plan, device::upload(self.device))
     }

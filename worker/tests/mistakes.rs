@@ -202,6 +202,7 @@ fn each_step_sees_other_samples_until_the_epoch_is_over() {
         first_phase: 0,
         end_step: 200,
         depth: 2,
+        changes: Vec::new(),
     };
     let numel = data.shape().numel();
     let mut batches = Prefetcher::start(data, plan);

@@ -1,9 +1,11 @@
 //! The claim about the samples: each number of the stream was committed once, and was the sample that the job says.
 //!
 //! A ledger is the sum mod 2^64 of a hash of (number, sample) over all samples that a state was trained on. Here it is
-//! computed from the job alone: the seed, the size of the data set, and how many numbers a position takes. A number that
-//! was left out, taken twice, or taken as another sample changes the sum, but for a chance of 2^-64.
+//! computed from the job alone: the seed, the size of the data set, the samples that the job leaves out from some step on, and
+//! how many numbers a position takes. A number that was left out, taken twice, or taken as another sample changes the sum, but
+//! for a chance of 2^-64.
 
+use ganglion_proto::job::Exclusion;
 use ganglion_proto::stream::{SampleStream, ledger_term};
 
 use super::Claim;
@@ -32,7 +34,9 @@ pub(super) fn every_sample_was_committed_once(evidence: &Evidence, whole: &Whole
             .of("no worker has loaded the data yet, or the journal does not tell any more".to_string());
     };
     told.sort_by_key(|told| told.numbers);
-    let mut stream = SampleStream::new(evidence.job.job.seed, samples);
+    let Some(mut stream) = stream(evidence, samples, &told, &mut claim) else {
+        return claim.of("not computed".to_string());
+    };
     let (mut number, mut ledger) = (0, 0_u64);
     for Told { numbers, ledger: found, place } in &told {
         while number < *numbers {
@@ -46,11 +50,37 @@ pub(super) fn every_sample_was_committed_once(evidence: &Evidence, whole: &Whole
     }
     #[allow(clippy::cast_precision_loss)] // for people
     let epochs = number as f64 / samples as f64;
+    let exclusions = evidence.job.data.exclusions.iter().map(|one| format!("; left out {one}"));
     claim.of(format!(
-        "{number} numbers, {epochs:.3} epochs of {samples} samples, in {} rows and {} checkpoints",
+        "{number} numbers, {epochs:.3} epochs of {samples} samples, in {} rows and {} checkpoints{}",
         evidence.rows.whole.len(),
-        whole.states().count()
+        whole.states().count(),
+        exclusions.collect::<String>()
     ))
+}
+
+/// The job's stream, as far as the journal knows which samples it leaves out; none if something beyond that is told of.
+fn stream(evidence: &Evidence, samples: u64, told: &[Told], claim: &mut Claim) -> Option<SampleStream> {
+    let (job, known) = (&evidence.job, &evidence.history.left_out);
+    let mut changes = job.changes(known.iter().copied());
+    let later: Vec<&Exclusion> =
+        job.data.exclusions.iter().filter(|exclusion| !exclusion.is_from_the_start()).collect();
+    let whole =
+        changes.iter().zip(&later).take_while(|(change, one)| change.left_out.len() == one.files.len());
+    let whole = whole.count();
+    changes.truncate(whole);
+    let unknown = later.get(whole).map(|exclusion| job.number_of(exclusion));
+    let newest = told.last().map_or(0, |told| told.numbers);
+    let left: std::collections::BTreeSet<u64> =
+        changes.iter().flat_map(|change| change.left_out.clone()).collect();
+    if unknown.is_some_and(|from| newest > from)
+        || left.last().is_some_and(|last| *last >= samples)
+        || left.len() as u64 >= samples
+    {
+        claim.breach("the journal does not know which samples the job leaves out".to_string());
+        return None;
+    }
+    Some(SampleStream::with_changes(job.job.seed, samples, &changes))
 }
 
 fn told(evidence: &Evidence, whole: &Whole) -> Vec<Told> {

@@ -469,6 +469,36 @@ fn a_row_of_a_generation_that_cannot_have_committed_it_is_found() {
 
 const SAMPLES_ONCE: &str = "every number of the sample stream was committed once, as its sample";
 
+/// The stream after a change is over what is left, and the audit tells of the change.
+#[test]
+fn samples_that_are_left_out_are_reckoned_with_and_told() {
+    let job = {
+        let out = "data.exclusion=[{after_step = 4, files = [\"b.png\", \"a.png\"]}]".to_string();
+        let settings = ["job.steps=8", "job.data_shards=4", "job.shard_batch=2", "metrics.every_steps=1"]
+            .map(str::to_string);
+        job_file::read(&Source::Embedded, &[&settings[..], &[out]].concat()).unwrap()
+    };
+    let mut stream = SampleStream::with_changes(0, SAMPLES, &job.changes([7, 3].into_iter()));
+    let mut after =
+        |step: u64| (0..8 * step).fold(0, |sum: u64, q| sum.wrapping_add(ledger_term(q, stream.sample(q))));
+    let mut story = Story::new();
+    for (row, step) in story.rows.iter_mut().zip(1..) {
+        row["ledger"] = json!(format!("{:016x}", after(step)));
+    }
+    for saved in &mut story.saved {
+        saved.ledger = after(saved.step);
+    }
+    story.groups[2].1.start = Start::Checkpoint(Rank(0), story.saved[1].checkpoint());
+    story.write();
+    fs::write(story.path("job.toml"), job_file::render(&job)).unwrap();
+    story.breaks(SAMPLES_ONCE, "does not know which samples");
+    Journal::open(&story.path("journal.sqlite")).unwrap().set_fact(Fact::LeftOut, "[7,3]").unwrap();
+    let report = story.holds();
+    assert!(report.contains("3 checkpoints; left out after step 4: b.png, a.png"), "{report}");
+    Journal::open(&story.path("journal.sqlite")).unwrap().set_fact(Fact::LeftOut, "[7,4]").unwrap();
+    story.breaks(SAMPLES_ONCE, "step 5, has");
+}
+
 #[test]
 fn a_wrong_ledger_is_found() {
     // One of another step, and none at all.

@@ -5,6 +5,7 @@
 //! 3. Reading what [`render`] wrote gives the same job.
 
 mod evaluation;
+mod exclusions;
 mod models;
 mod sections;
 mod settings;
@@ -14,7 +15,8 @@ mod tests;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use ganglion_proto::job::Job;
+pub use exclusions::asked;
+use ganglion_proto::job::{Data, Job};
 use settings::Settings;
 
 /// The job that runs when the user names none.
@@ -42,6 +44,8 @@ const CHANGEABLE: &[&str] = &[
     "alarms.collapse",
     "alarms.overfitting",
     "alarms.saturated_rows",
+    // A change of its own: `exclusions` decides what may change.
+    "data.exclusion",
 ];
 
 /// Where a job comes from.
@@ -115,6 +119,20 @@ pub fn read(source: &Source, overrides: &[String]) -> Result<Job, JobErrors> {
         }
         Source::File(path) => read_file(path, overrides, true),
     }
+}
+
+/// The data of a kind at a path, relative to the current folder, as they are.
+///
+/// # Errors
+/// There is no such kind, or nothing of it there.
+pub fn read_data(kind: &str, path: Option<&str>) -> Result<Data, JobErrors> {
+    let mut overrides = vec![format!("data.kind={kind}")];
+    overrides.extend(path.map(|path| format!("data.path={path}")));
+    let mut settings = Settings::parse("--data", Path::new(""), "").map_err(JobErrors::sorted)?;
+    settings.add_overrides(&overrides);
+    let data = sections::data(&mut settings, true);
+    let errors = settings.finish();
+    if errors.is_empty() { Ok(data) } else { Err(JobErrors::sorted(errors)) }
 }
 
 /// Reads a job file, with or without a look at whether its data exists.

@@ -68,6 +68,7 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
     models::check(settings, &job);
     check_samples(settings, &job);
     check_precision(settings, &job);
+    super::exclusions::check(settings, &job);
     job
 }
 
@@ -143,7 +144,7 @@ fn length(settings: &mut Settings) -> Length {
     }
 }
 
-fn data(settings: &mut Settings, check_paths: bool) -> Data {
+pub(super) fn data(settings: &mut Settings, check_paths: bool) -> Data {
     let kind = settings.choice("data.kind", DATA_KINDS);
     if kind.is_none() && settings.sound(&["data.kind"]) {
         settings.fault(
@@ -169,7 +170,9 @@ fn data(settings: &mut Settings, check_paths: bool) -> Data {
             settings.fault(key, "is of use with data.kind = \"folder\" alone; remove it");
         }
     }
+    let exclusions = super::exclusions::read(settings, path.as_deref());
     Data {
+        exclusions,
         kind: kind.unwrap_or(DataKind::Mnist10k),
         path,
         resize,

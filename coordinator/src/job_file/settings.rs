@@ -271,6 +271,32 @@ impl<'t> Settings<'t> {
         chosen.map(|(_, choice)| *choice).collect()
     }
 
+    /// Takes `key` as a text or a list of texts. A whole number stands for its digits.
+    pub(super) fn texts(&mut self, key: &'static str, example: &str) -> Vec<String> {
+        let text = |value: &DeValue<'_>| match value {
+            DeValue::String(text) => Some(text.to_string()),
+            DeValue::Integer(number) => Some(number.as_str().to_owned()),
+            _ => None,
+        };
+        let Some(value) = self.take(key) else { return Vec::new() };
+        let texts = match &value {
+            DeValue::Array(items) => items.iter().map(|item| text(item.get_ref())).collect(),
+            one => text(one).map(|text| vec![text]),
+        };
+        texts.or_else(|| self.wrong_type(key, "a list of texts", &example, &value)).unwrap_or_default()
+    }
+
+    /// Takes `key` as a list of tables.
+    pub(super) fn tables(&mut self, key: &'static str, example: &str) -> Vec<DeTable<'t>> {
+        let Some(value) = self.take(key) else { return Vec::new() };
+        let tables = match &value {
+            DeValue::Array(items) => items.iter().map(|item| item.get_ref().as_table().cloned()).collect(),
+            _ => None,
+        };
+        let example = format!("[[{key}]] with {example}");
+        tables.or_else(|| self.wrong_type(key, "tables", &example, &value)).unwrap_or_default()
+    }
+
     /// The absolute form of a path given as `key`: in a file, relative paths start at the file's folder, in an override
     /// at the current one. A leading `..` leaves the folder that the file really lies in, links resolved, so that one
     /// place has one name; links anywhere else stay, for they may lead elsewhere on another machine.

@@ -432,3 +432,57 @@ proptest! {
         prop_assert_eq!(back, job);
     }
 }
+
+/// `data.exclude` in all its forms, and the tables that it becomes.
+#[test]
+fn samples_are_left_out_by_name() {
+    let text = "[job]\nsteps = 1\n[data]\nkind = \"folder\"\npath = \"/pics\"\n[model]\nkind = \"script\"\n\
+                generator = \"/g\"\ndiscriminator = \"/d\"\n";
+    let excluded = |text: &str, overrides: &[&str]| {
+        let job = resolve(text, overrides).unwrap_or_else(|errors| panic!("{errors}"));
+        assert_eq!(parse_resolved(&render(&job)).unwrap(), job);
+        job.data.exclusions.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(excluded(text, &["data.exclude=a/b c.jpg"]), ["from the start: a/b c.jpg"]);
+    assert_eq!(excluded(text, &["data.exclude=17"]), ["from the start: 17"]);
+    let several = "data.exclude=[\"./z.png\", \"/pics/a/1.png\", \"z.png\"]";
+    assert_eq!(excluded(text, &[several]), ["from the start: a/1.png, z.png"]);
+    let list = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(list.path(), "one.png\n\n#two.png\n").unwrap();
+    let listed = format!("data.exclude=@{}", list.path().display());
+    assert_eq!(excluded(text, &[&listed]), ["from the start: #two.png, one.png"]);
+    let tables =
+        format!("{text}[[data.exclusion]]\nafter_step = 7\nafter_phase = 1\nfiles = [\"b\", \"a\"]\n");
+    let both = excluded(&tables, &["data.exclude=[\"a\", \"c\"]"]);
+    assert_eq!(both, ["from the start: c", "after step 7 and phase 1 of the next: b, a"]);
+    for (wrong, says) in [
+        ("data.exclude=true", "a list of texts"),
+        ("data.exclude=@/no/such/list", "/no/such/list: No such file"),
+        ("data.exclusion=7", "[[data.exclusion]]"),
+        ("data.exclusion=[{after_step = 1}]", "names no file"),
+        ("data.exclusion=[{after = 1}]", "\"after\" is unknown"),
+        ("data.exclusion=[{after_step = 1, after_phase = 2, files = [\"a\"]}]", "must be below 2"),
+        ("data.exclusion=[{after_step = 2, files = [\"a\"]}, {after_step = 1, files = [\"b\"]}]", "order"),
+    ] {
+        assert_error(text, &[wrong], says);
+    }
+}
+
+#[test]
+fn a_resumed_job_asks_only_for_what_is_not_left_out_yet() {
+    let job = |overrides: &[&str]| resolve(SMALL, overrides).unwrap();
+    let recorded = job(&[
+        "data.exclusion=[{after_step = 0, files = [\"1\"]}, {after_step = 5, files = [\"2\", \"3\"]}]",
+    ]);
+    for (given, asks) in [
+        (&[][..], &[][..]),
+        (&["data.exclude=1"], &[]),
+        (&["data.exclude=[\"3\", \"4\"]"], &["4"]),
+        (&["data.exclusion=[{after_step = 5, files = [\"2\"]}]"], &[]),
+    ] {
+        assert_eq!(asked(&recorded, &job(given)).unwrap(), asks, "{given:?}");
+        assert!(differences(&recorded, &job(given)).is_empty());
+    }
+    let other = asked(&recorded, &job(&["data.exclusion=[{after_step = 6, files = [\"2\"]}]"])).unwrap_err();
+    assert!(other.to_string().contains("after step 6"), "{other}");
+}

@@ -17,6 +17,8 @@ use crate::report::damage::SetAside;
 pub struct History {
     /// Samples in the data set, once a worker has loaded it.
     pub samples: Option<u64>,
+    /// The index of each sample that the job leaves out after its start, in the job's order, as far as that is known.
+    pub left_out: Vec<u64>,
     /// The terms.
     pub terms: Vec<TermRow>,
     /// The term in which each worker was admitted, by worker.
@@ -90,6 +92,8 @@ impl History {
         };
         history.samples = fact(Fact::Samples)?.and_then(|samples| samples.parse().ok());
         history.recovery = fact(Fact::Recovered)?.and_then(|text| serde_json::from_str(&text).ok());
+        let left_out = fact(Fact::LeftOut)?.and_then(|left_out| serde_json::from_str(&left_out).ok());
+        history.left_out = left_out.unwrap_or_default();
         history.terms = rows(&moment, "terms", ["term", "metrics_every_steps"], |row| {
             Ok(TermRow { term: row.get(0)?, metrics_every_steps: row.get(1)? })
         })?;

@@ -6,12 +6,14 @@ use ganglion_membership::{
     Action, Backend, Cause, Checkpoint, Event, Generation, Group, Outcome, Passport, Plan, PlanKind,
     Rejection, Start, WorkerId,
 };
+use ganglion_proto::job::Exclusion;
 use ganglion_proto::message::{Assignment, ToWorker};
 use ganglion_proto::{failpoint, log};
 use serde_json::json;
 
 use super::stuck::Held;
 use super::{Shell, ShellError};
+use crate::exclusion::Change;
 use crate::journal::Fact;
 use crate::keeper::Kept;
 
@@ -136,6 +138,13 @@ impl Shell {
         self.records.formed(group.position);
         // Numbered by generation: journaled, and nobody was told.
         failpoint::reached("form", group.generation.0);
+        if let Change::Made(exclusion) = self.change.clone() {
+            self.change = Change::None;
+            self.records.message(&format!("left out {exclusion}"));
+            let Exclusion { after_step, after_phase, files, .. } = exclusion;
+            let fields = json!({ "after_step": after_step, "after_phase": after_phase, "files": files });
+            self.records.event("samples_excluded", fields);
+        }
         self.store.begin(group.generation);
         let start = match &group.start {
             Start::Fresh => "fresh".to_string(),

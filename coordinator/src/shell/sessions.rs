@@ -216,6 +216,17 @@ impl Shell {
         facts: LoadedFacts,
         found: Option<&Found>,
     ) -> Result<(), ShellError> {
+        let later = self.job.data.exclusions.iter().filter(|exclusion| !exclusion.is_from_the_start());
+        let expected: usize = later.map(|exclusion| exclusion.files.len()).sum();
+        let known = facts.left_out.len() == expected
+            && facts.left_out.iter().all(|at| *at < facts.samples)
+            // One that loaded before the newest change knows another stream.
+            && facts.passport.0.get("exclusions") == self.job.data.exclusions_hash().as_ref();
+        if !known {
+            let detail = "it does not know which samples the job leaves out".to_string();
+            self.send(worker, ToWorker::Reject(detail.clone()));
+            return self.handle(Event::Unable(worker, detail));
+        }
         self.handle(Event::Loaded(worker, facts))?;
         if let Some(found) = found.filter(|_| self.machine.has_loaded(worker)) {
             self.records.data_found(found);
@@ -226,6 +237,10 @@ impl Shell {
             self.samples = Some(samples);
             self.journal_size()?;
             self.records.loaded(samples, self.machine.checkpoint());
+        }
+        if let Some(left_out) = self.machine.left_out().filter(|left_out| *left_out != self.left_out) {
+            self.left_out = left_out.to_vec();
+            self.journal_size()?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -37,19 +37,35 @@ pub struct SystemProcesses {
 impl SystemProcesses {
     /// Looks for this program's own folder.
     pub fn new(log_format: LogFormat) -> io::Result<SystemProcesses> {
-        let own = std::env::current_exe()?.canonicalize()?;
-        Ok(SystemProcesses { program: own.with_file_name("worker"), log_format })
+        Ok(SystemProcesses { program: beside_this()?, log_format })
     }
+}
+
+/// Where the `worker` program is to be.
+fn beside_this() -> io::Result<PathBuf> {
+    Ok(std::env::current_exe()?.canonicalize()?.with_file_name("worker"))
+}
+
+/// The `worker` program next to this one.
+///
+/// # Errors
+/// There is none.
+pub fn worker_program() -> io::Result<PathBuf> {
+    let program = beside_this()?;
+    check(&program).map(|()| program)
+}
+
+fn check(program: &Path) -> io::Result<()> {
+    if program.is_file() {
+        return Ok(());
+    }
+    let what = format!("{}: no such program; build it with `cargo build --release`", program.display());
+    Err(io::Error::new(io::ErrorKind::NotFound, what))
 }
 
 impl Processes for SystemProcesses {
     fn check_program(&self) -> io::Result<()> {
-        if self.program.is_file() {
-            return Ok(());
-        }
-        let what =
-            format!("{}: no such program; build it with `cargo build --release`", self.program.display());
-        Err(io::Error::new(io::ErrorKind::NotFound, what))
+        check(&self.program)
     }
 
     /// Asks the program itself: it counts by the same rules by which it chooses one, `CUDA_VISIBLE_DEVICES` included, and

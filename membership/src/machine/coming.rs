@@ -100,7 +100,13 @@ impl Machine {
                 actions.push(Action::AdoptPassport(facts.passport.clone()));
             }
             Some(passport) => {
-                let differences = passport.differences(&facts.passport);
+                let mut differences = passport.differences(&facts.passport);
+                differences.retain(|difference| !passport.lets_adopt(&difference.item));
+                if differences.is_empty() && *passport != facts.passport {
+                    // A change of the job moved them, and they were forgotten with it; or an older version knew none.
+                    self.passport = Some(facts.passport.clone());
+                    actions.push(Action::AdoptPassport(facts.passport.clone()));
+                }
                 if !differences.is_empty() {
                     self.workers.remove(&worker);
                     actions.push(Action::Reject(worker, Rejection::Passport(differences)));

@@ -30,7 +30,14 @@ fn settings(local_workers: u32, data_shards: u32) -> Settings {
 
 fn facts(cpu: &str) -> LoadedFacts {
     let passport = Passport([("cpu".to_string(), cpu.to_string())].into());
-    LoadedFacts { passport, samples: 100, sees_storage: true, phases_per_step: PHASES, gpu: None }
+    LoadedFacts {
+        passport,
+        samples: 100,
+        sees_storage: true,
+        phases_per_step: PHASES,
+        gpu: None,
+        left_out: Vec::new(),
+    }
 }
 
 fn file(index: u32) -> StoredFile {
@@ -179,6 +186,29 @@ fn another_passport_is_refused_and_told_what_differs() {
         panic!("{actions:?}");
     };
     assert_eq!((differences[0].item.as_str(), differences[0].found.as_str()), ("cpu", "B"));
+}
+
+/// A change of the job moves what samples are, and nothing else.
+#[test]
+fn items_of_samples_that_were_forgotten_are_told_anew_by_the_first() {
+    let about = |data: &str, cpu: &str| {
+        let items = [("data", data), ("exclusions", data), ("cpu", cpu)];
+        let items = items.map(|(item, value)| (item.to_string(), value.to_string()));
+        LoadedFacts { passport: Passport(items.into()), ..facts(cpu) }
+    };
+    let recovered = Recovered { passport: Some(facts("A").passport), ..Recovered::default() };
+    let mut bench = Bench::new(0, 8, recovered);
+    let mut load = |worker, facts: LoadedFacts| {
+        bench.handle(Event::Hello { worker: WorkerId(worker), local: false });
+        bench.handle(Event::Loaded(WorkerId(worker), facts))
+    };
+    let refused = |actions: &[Action]| matches!(actions[0], Action::Reject(_, Rejection::Passport(_)));
+    assert!(refused(&load(1, about("new", "B"))));
+    let other = Passport([("cpu", "A"), ("else", "x")].map(|(a, b)| (a.to_string(), b.to_string())).into());
+    assert!(refused(&load(2, LoadedFacts { passport: other, ..facts("A") })), "nothing else may be added");
+    assert_eq!(load(3, about("new", "A"))[0], Action::AdoptPassport(about("new", "A").passport));
+    assert!(refused(&load(4, about("old", "A"))));
+    assert!(refused(&load(5, facts("A"))), "one that does not know of the change");
 }
 
 /// Invariants 2 and 3.

@@ -393,6 +393,7 @@ impl Worker {
                 sees_storage: !self.blind,
                 phases_per_step: u32::try_from(ctx.job.phases).expect("few phases"),
                 gpu: None,
+                left_out: Vec::new(),
             };
             self.say(Up::Loaded(facts), ctx);
         }

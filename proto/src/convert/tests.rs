@@ -19,6 +19,11 @@ fn loss() -> job::Loss {
     }
 }
 
+fn exclusion() -> job::Exclusion {
+    let files = vec!["a b.png".into(), "c".into()];
+    job::Exclusion { after_step: 7, after_phase: 1, names: Some("9f".into()), files }
+}
+
 fn job() -> Job {
     Job {
         job: job::General {
@@ -42,6 +47,7 @@ fn job() -> Job {
             channels: 3,
             image_extension: Some("jpg".into()),
             orientation: job::Orientation::Ignore,
+            exclusions: vec![exclusion()],
         },
         model: job::Model {
             kind: ModelKind::Dcgan64,
@@ -137,14 +143,24 @@ fn a_workers_messages_survive_the_wire() {
         scores: Some([0.75, 0.25]),
     };
     let passport = Passport(BTreeMap::from([("cpu".to_string(), "x".to_string())]));
-    let loaded = LoadedFacts { passport, samples: 5, sees_storage: true, phases_per_step: 2, gpu: None };
+    let loaded = LoadedFacts {
+        passport,
+        samples: 5,
+        sees_storage: true,
+        phases_per_step: 2,
+        gpu: None,
+        left_out: Vec::new(),
+    };
     let non_finite = |stop| Fault::NonFinite { position: Position(6), detail: "x".into(), stop };
     let messages = [
         FromWorker::Hello(Hello { address: "h:1".into(), resume: Some(resume()), ..hello() }),
         FromWorker::Hello(hello()),
         FromWorker::Leave,
         FromWorker::Fault(Generation(1), Fault::Links(vec![Rank(2), Rank(0)])),
-        FromWorker::Loaded(LoadedFacts { gpu: Some("h/0".into()), ..loaded.clone() }, None),
+        FromWorker::Loaded(
+            LoadedFacts { gpu: Some("h/0".into()), left_out: vec![3, 9], ..loaded.clone() },
+            None,
+        ),
         FromWorker::Loaded(loaded, Some(Box::default())),
         FromWorker::Ready(Generation(1), None),
         FromWorker::Ready(Generation(1), Some(Position(7))),

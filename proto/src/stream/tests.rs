@@ -134,3 +134,81 @@ fn each_sample_is_as_likely_at_the_first_place() {
     let chi_squared: f64 = counts.values().map(|count| (count - 1000.0).powi(2) / 1000.0).sum();
     assert!(chi_squared < 37.7, "chi-squared {chi_squared} has a probability below 0.001");
 }
+
+/// Changes from given numbers on, each of which leaves a few samples out, never all.
+fn changes(len: u64, wanted: &[(u64, Vec<u64>)]) -> Vec<Change> {
+    let (mut from, mut gone) = (0, std::collections::BTreeSet::new());
+    let change = |(after, some): &(u64, Vec<u64>)| {
+        from += after;
+        let left_out: Vec<u64> = some.iter().map(|sample| sample % len).collect();
+        let fits = gone.union(&left_out.iter().copied().collect()).count() < usize::try_from(len).unwrap();
+        let left_out = if fits { left_out } else { Vec::new() };
+        gone.extend(&left_out);
+        Change { from, left_out }
+    };
+    wanted.iter().map(change).collect()
+}
+
+proptest! {
+    /// Invariant 1 with changes: between two of them, every epoch holds each sample that is left exactly once, also where a
+    /// change comes in the middle of an epoch; and no number before a change moves.
+    #[test]
+    fn every_epoch_after_a_change_is_a_permutation_of_what_is_left(
+        seed: u64,
+        len in 1..120_u64,
+        wanted in proptest::collection::vec((0..300_u64, proptest::collection::vec(0..1000_u64, 0..6)), 0..4),
+    ) {
+        let changes = changes(len, &wanted);
+        let mut stream = SampleStream::with_changes(seed, len, &changes);
+        let mut gone = std::collections::BTreeSet::new();
+        let starts: Vec<u64> = std::iter::once(0).chain(changes.iter().map(|change| change.from)).collect();
+        for (at, start) in starts.iter().enumerate() {
+            if at > 0 {
+                gone.extend(changes[at - 1].left_out.iter().copied());
+            }
+            let end = starts.get(at + 1).copied().unwrap_or(start + 3 * len);
+            let taken: Vec<u64> = (*start..end).map(|q| stream.sample(q)).collect();
+            let left: Vec<u64> = (0..len).filter(|sample| !gone.contains(sample)).collect();
+            for epoch in taken.chunks(left.len()) {
+                let mut sorted = epoch.to_vec();
+                sorted.sort_unstable();
+                sorted.dedup();
+                prop_assert_eq!(sorted.len(), epoch.len());
+                prop_assert!(sorted.iter().all(|sample| left.contains(sample)));
+            }
+            let mut before = SampleStream::with_changes(seed, len, &changes[..at]);
+            prop_assert!((0..*start).step_by(7).all(|q| stream.sample(q) == before.sample(q)));
+        }
+    }
+
+    /// Invariant 2 with changes: whoever asks, in whatever order, for whichever shards, gets the same sample.
+    #[test]
+    fn no_split_changes_the_samples_after_a_change(
+        seed: u64, len in 2..80_u64, gone in 0..80_u64, step in 0..40_u64, world in 1..7_u32,
+    ) {
+        let job = [2, 7, 3];
+        let from = stream_position(5, 1, 2, 7, 0, 3);
+        let changes = [Change { from, left_out: vec![gone % len] }];
+        let mut whole = SampleStream::with_changes(seed, len, &changes);
+        let expected: Vec<u64> = numbers(step, 1, job, 0..7).into_iter().map(|q| whole.sample(q)).collect();
+        let split: Vec<u64> = (0..world).flat_map(|rank| {
+            let mut own = SampleStream::with_changes(seed, len, &changes);
+            let shards = 7 * rank / world..7 * (rank + 1) / world;
+            numbers(step, 1, job, shards).into_iter().map(move |q| own.sample(q)).collect::<Vec<_>>()
+        }).collect();
+        prop_assert_eq!(split, expected);
+    }
+}
+
+/// Changes of the order would change runs that go on.
+#[test]
+fn the_order_after_a_change_never_changes() {
+    let changes = [Change { from: 12, left_out: vec![3, 7] }, Change { from: 30, left_out: vec![0] }];
+    let mut stream = SampleStream::with_changes(7, 10, &changes);
+    let order: Vec<u64> = (12..44).map(|q| stream.sample(q)).collect();
+    let [first, second, third, last] = [&order[..8], &order[8..18], &order[18..25], &order[25..]];
+    assert_eq!(first, [4, 9, 0, 6, 8, 2, 5, 1]);
+    assert_eq!(second, [4, 1, 0, 5, 8, 6, 9, 2, 5, 6]);
+    assert_eq!(third, [5, 4, 2, 1, 8, 9, 6]);
+    assert_eq!(last, [6, 8, 5, 2, 1, 9, 4]);
+}

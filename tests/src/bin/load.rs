@@ -96,7 +96,14 @@ fn seconds(time: SystemTime) -> f64 {
 
 fn facts() -> LoadedFacts {
     let passport = Passport([("build".to_string(), "load".to_string())].into());
-    LoadedFacts { passport, samples: 10_000, sees_storage: true, phases_per_step: 2, gpu: None }
+    LoadedFacts {
+        passport,
+        samples: 10_000,
+        sees_storage: true,
+        phases_per_step: 2,
+        gpu: None,
+        left_out: Vec::new(),
+    }
 }
 
 /// One session, from its hello to its death or the end.

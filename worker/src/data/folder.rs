@@ -6,19 +6,24 @@
 //!    memory holds the names and no pixels.
 //! 3. An archive in a folder is a folder of its name; one that `data.path` names is that folder itself, so pictures give the
 //!    same samples packed and unpacked.
-//! 4. Of a picture alpha is dropped, 16 bits become 8, and of an animation the first picture counts.
+//! 4. Pictures that the job leaves out are not looked at when the folder is opened, and may be missing by then.
+//! 5. Of a picture alpha is dropped, 16 bits become 8, and of an animation the first picture counts.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ganglion_proto::found::Found;
 use ganglion_proto::job::{Data, Orientation};
 
 use super::decode::{Outline, decode, outline};
+use image::DynamicImage;
+
 use super::framing::{Framing, Image};
 use super::place::Place;
 use super::search::{Entry, PICTURES, Search};
-use super::{DataError, ImageShape, Labels, classes, input, parallel};
+use super::{
+    DataError, EVERYTHING, ImageShape, Labels, LeftOut, Names, Opened, Source, classes, input, parallel,
+};
 
 /// A reading of all files that takes longer is told.
 const TOLD: Duration = Duration::from_secs(5);
@@ -26,6 +31,7 @@ const TOLD: Duration = Duration::from_secs(5);
 /// The files of a data set.
 #[derive(Debug)]
 pub(super) struct Folder {
+    root: PathBuf,
     /// Sorted by name.
     files: Vec<Place>,
     /// 1 or 3.
@@ -33,33 +39,103 @@ pub(super) struct Folder {
     orientation: Orientation,
 }
 
-/// A folder with what was learnt while opening it.
-pub(super) struct Opened {
-    pub(super) folder: Folder,
-    /// The shape of every framed image.
-    pub(super) shape: ImageShape,
-    /// Hash of the names, lengths, sizes in pixels, orientations and contents of the files.
-    pub(super) content: blake3::Hash,
-    /// The classes of the files, where they were asked for.
-    pub(super) labels: Option<Labels>,
-    /// Sizes, and what was left out.
-    pub(super) found: Found,
+/// Searches a folder and checks that all its images have one size once they are framed.
+pub(super) fn open(
+    root: &Path,
+    data: &Data,
+    framing: &Framing,
+    labelled: bool,
+    left_out: LeftOut<'_>,
+) -> Result<Opened, DataError> {
+    let channels = check_channels(data.channels)?;
+    let Listed { pictures, labels, mut found, left_out } = list(root, data, labelled, left_out)?;
+    let begun = Instant::now();
+    let looked_at: Vec<&Entry> = pictures.iter().filter(|entry| !left_out.names(&entry.name())).collect();
+    let surveyed = parallel::map(&looked_at, |entry| Surveyed::read(entry, data.orientation))?;
+    if begun.elapsed() > TOLD {
+        let (files, took) = (looked_at.len(), begun.elapsed().as_secs());
+        tracing::info!("read the {files} files of {} for their fingerprint in {took} s", root.display());
+    }
+    let (shape, content) = compare(&looked_at, &surveyed, channels, framing, &mut found)?;
+    let (names, left_out) =
+        (Names::of(pictures.iter().map(Entry::name)), left_out.indices(pictures.iter().map(Entry::name)));
+    let source = Source::Folder(Folder::new(root, pictures, channels, data.orientation));
+    Ok(Opened { source, shape, content, labels, found, names, left_out })
 }
 
-/// Searches a folder and checks that all its images have one size once they are framed.
-pub(super) fn open(root: &Path, data: &Data, framing: &Framing, labelled: bool) -> Result<Opened, DataError> {
-    let channels = match data.channels {
-        1 => 1,
-        3 => 3,
-        other => {
-            return Err(DataError::Input(format!(
-                "data.channels = {other}, expected 1 (grey) or 3 (colour)"
-            )));
-        }
+/// A folder whose files were only listed.
+pub(super) struct ToCheck {
+    /// Those that no exclusion leaves out.
+    pub(super) folder: Folder,
+    /// Classes, if there are any, and what is left out.
+    pub(super) found: Found,
+    /// Why there are no classes.
+    pub(super) no_classes: Option<DataError>,
+}
+
+/// Searches a folder for the pictures that are left in, and reads none.
+pub(super) fn to_check(root: &Path, data: &Data) -> Result<ToCheck, DataError> {
+    let channels = check_channels(data.channels)?;
+    let listed = |labelled| list(root, data, labelled, LeftOut::new(&data.exclusions));
+    let (listed, no_classes) = match listed(true) {
+        Ok(listed) => (listed, None),
+        Err(error) => (listed(false)?, Some(error)),
     };
+    let Listed { mut pictures, mut labels, mut found, left_out } = listed;
+    let kept: Vec<usize> = (0..pictures.len()).filter(|at| !left_out.names(&pictures[*at].name())).collect();
+    labels.iter_mut().for_each(|labels| labels.keep(&kept));
+    pictures.retain(|entry| !left_out.names(&entry.name()));
+    if let Some(labels) = &labels {
+        labels.check(pictures.len())?;
+        labels.report(&mut found);
+    }
+    let folder = Folder::new(root, pictures, channels, data.orientation);
+    Ok(ToCheck { folder, found, no_classes })
+}
+
+/// What a file is, as it was found on reading all of it.
+pub(super) struct Looked {
+    /// Bytes of the file.
+    pub(super) bytes: u64,
+    pub(super) format: &'static str,
+    /// Pixels in a row, after turning.
+    pub(super) width: u32,
+    /// Rows, after turning.
+    pub(super) height: u32,
+    /// Height and width, once framed.
+    pub(super) framed: (usize, usize),
+}
+
+fn check_channels(channels: u32) -> Result<usize, DataError> {
+    match channels {
+        1 => Ok(1),
+        3 => Ok(3),
+        other => Err(DataError::Input(format!("data.channels = {other}, expected 1 (grey) or 3 (colour)"))),
+    }
+}
+
+/// The pictures that take part in a run, in order, those included that are left out later.
+struct Listed<'a> {
+    pictures: Vec<Entry>,
+    labels: Option<Labels>,
+    found: Found,
+    left_out: LeftOut<'a>,
+}
+
+/// Searches a folder, and reads no picture.
+fn list<'a>(
+    root: &Path,
+    data: &Data,
+    labelled: bool,
+    mut left_out: LeftOut<'a>,
+) -> Result<Listed<'a>, DataError> {
     let mut search = Search::of(root, data.image_extension.as_deref())?;
     check_count(root, data, &search)?;
-    let labels = if labelled {
+    if !left_out.is_empty() {
+        add_missing(root, &mut search, &mut left_out)?;
+    }
+    // Classes keep their numbers, so those of pictures count that are left out from the start.
+    let mut labels = if labelled {
         Some(classes::of(root, &mut search)?)
     } else {
         classes::leave_out(&mut search, |_| true);
@@ -67,17 +143,29 @@ pub(super) fn open(root: &Path, data: &Data, framing: &Framing, labelled: bool) 
         lists.iter().for_each(|list| search.leave_out(list));
         None
     };
-    let Search { pictures, mut found, .. } = search;
-    let begun = Instant::now();
-    let surveyed = parallel::map(&pictures, |entry| Surveyed::read(entry, data.orientation))?;
-    if begun.elapsed() > TOLD {
-        let (files, took) = (pictures.len(), begun.elapsed().as_secs());
-        tracing::info!("read the {files} files of {} for their fingerprint in {took} s", root.display());
+    let Search { mut pictures, mut found, .. } = search;
+    if !left_out.is_empty() {
+        let takes_part = |at: &usize| !left_out.is_from_the_start(&pictures[*at].name());
+        let kept: Vec<usize> = (0..pictures.len()).filter(takes_part).collect();
+        labels.iter_mut().for_each(|labels| labels.keep(&kept));
+        pictures.retain(|entry| !left_out.is_from_the_start(&entry.name()));
     }
-    let (shape, content) = compare(&pictures, &surveyed, channels, framing, &mut found)?;
-    let files = pictures.into_iter().map(|entry| entry.place).collect();
-    let folder = Folder { files, channels, orientation: data.orientation };
-    Ok(Opened { folder, shape, content, labels, found })
+    left_out.report(&mut found);
+    Ok(Listed { pictures, labels, found, left_out })
+}
+
+/// Adds the pictures that are left out and no longer there, once it is sure that they were.
+fn add_missing(root: &Path, search: &mut Search, left_out: &mut LeftOut<'_>) -> Result<(), DataError> {
+    let there: Vec<String> = search.pictures.iter().map(Entry::name).collect();
+    for name in &there {
+        left_out.find(name);
+    }
+    let missing = left_out.missing().filter(|(name, known)| *known || !left_out.is_from_the_start(name));
+    search.pictures.extend(missing.map(|(name, _)| Entry::missing(root, name)));
+    search.pictures.sort_by(|one, other| one.relative.cmp(&other.relative));
+    let all = search.pictures.iter().map(Entry::name);
+    let names = Names::of(all.filter(|name| !left_out.is_from_the_start(name)));
+    left_out.check(&names, &root.display().to_string(), || Box::new(there.iter().cloned()))
 }
 
 /// Refuses a place without pictures, and says what there is instead.
@@ -111,7 +199,10 @@ struct Surveyed {
 
 impl Surveyed {
     fn read(entry: &Entry, turn: Orientation) -> Result<Surveyed, DataError> {
-        let place = &entry.place;
+        Surveyed::of(&entry.place, turn).map_err(|error| error.of_sample(&entry.name()))
+    }
+
+    fn of(place: &Place, turn: Orientation) -> Result<Surveyed, DataError> {
         let head = place.head()?;
         let outline = match outline(&head.bytes, head.length, turn) {
             Some(outline) => outline,
@@ -125,7 +216,7 @@ impl Surveyed {
 
 /// The shape that all files share once framed, and a hash of them all.
 fn compare(
-    pictures: &[Entry],
+    pictures: &[&Entry],
     surveyed: &[Surveyed],
     channels: usize,
     framing: &Framing,
@@ -149,7 +240,9 @@ fn compare(
         }
         found.turned += u64::from(orientation != 1);
 
-        let size = framing.output_size(height, width).map_err(|wrong| input(&entry.place.shown(), &wrong))?;
+        let size = framing
+            .output_size(height, width)
+            .map_err(|wrong| input(&entry.place.shown(), &wrong).of_sample(&entry.name()))?;
         match &first {
             None => first = Some((*outline, size)),
             Some((_, first_size)) if *first_size == size => {}
@@ -165,11 +258,16 @@ fn compare(
             }
         }
     }
-    let (_, (height, width)) = first.expect("the search found a file");
+    let Some((_, (height, width))) = first else { return Err(DataError::Input(EVERYTHING.to_owned())) };
     Ok((ImageShape { channels, height, width }, content.finalize()))
 }
 
 impl Folder {
+    fn new(root: &Path, pictures: Vec<Entry>, channels: usize, orientation: Orientation) -> Folder {
+        let files = pictures.into_iter().map(|entry| entry.place).collect();
+        Folder { root: root.to_path_buf(), files, channels, orientation }
+    }
+
     pub(super) fn len(&self) -> usize {
         self.files.len()
     }
@@ -177,6 +275,45 @@ impl Folder {
     /// The name of file `index`, for people.
     pub(super) fn name(&self, index: usize) -> String {
         self.files[index].shown().display().to_string()
+    }
+
+    /// The name of file `index` by which the job may leave it out.
+    pub(super) fn relative(&self, index: usize) -> String {
+        let shown = self.files[index].shown();
+        shown.strip_prefix(&self.root).unwrap_or(&shown).to_string_lossy().into_owned()
+    }
+
+    pub(super) fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// Decodes and frames image `index` into `out`, whatever its size.
+    pub(super) fn look(
+        &self,
+        index: usize,
+        framing: &Framing,
+        out: &mut Vec<f32>,
+    ) -> Result<Looked, DataError> {
+        let place = &self.files[index];
+        let path = &place.shown();
+        let bytes = place.read()?;
+        let image = decode(&bytes, self.orientation).map_err(|wrong| corrupt(path, &wrong))?;
+        let (width, height) = (image.width(), image.height());
+        let framed = framing.output_size(height, width).map_err(|wrong| input(path, &wrong))?;
+        out.resize(self.channels * framed.0 * framed.1, 0.0);
+        self.render(image, framing, out);
+        let format = image::guess_format(&bytes).ok().and_then(|format| format.extensions_str().first());
+        let format = format.copied().unwrap_or("other");
+        Ok(Looked { bytes: bytes.len() as u64, format, width, height, framed })
+    }
+
+    fn render(&self, image: DynamicImage, framing: &Framing, out: &mut [f32]) {
+        let (width, height) = (image.width(), image.height());
+        let bytes = match self.channels {
+            1 => image.into_luma8().into_raw(),
+            _ => image.into_rgb8().into_raw(),
+        };
+        framing.render(&Image { width, height, channels: self.channels, bytes: &bytes }, out);
     }
 
     /// Decodes and frames image `index`.
@@ -201,15 +338,11 @@ impl Folder {
                 ),
             ));
         }
-        let bytes = match self.channels {
-            1 => image.into_luma8().into_raw(),
-            _ => image.into_rgb8().into_raw(),
-        };
-        framing.render(&Image { width, height, channels: self.channels, bytes: &bytes }, out);
+        self.render(image, framing, out);
         Ok(())
     }
 }
 
 fn corrupt(path: &Path, wrong: &str) -> DataError {
-    input(path, &format!("cannot decode the image, {wrong}; remove the file or get it again"))
+    input(path, &format!("cannot decode the image, {wrong}"))
 }

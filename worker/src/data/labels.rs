@@ -34,6 +34,11 @@ impl Labels {
         Labels { names, ..self }
     }
 
+    /// Forgets all samples but those of these numbers, which grow. Classes keep their numbers, also those left without one.
+    pub(super) fn keep(&mut self, kept: &[usize]) {
+        self.of = kept.iter().map(|index| self.of[*index]).collect();
+    }
+
     /// Whether each of so many samples has one.
     pub(super) fn check(&self, samples: usize) -> Result<(), DataError> {
         let (origin, found) = (&self.origin, self.of.len());

@@ -12,6 +12,7 @@
 //! 3. An image is bytes, height x width x channels, until its framing writes it as `f32`, channels x height x width.
 //! 4. Labels are read only for those who ask for them: a data set without is whole, and its fingerprint knows of none.
 
+pub mod check;
 mod cifar;
 mod classes;
 mod decode;
@@ -19,6 +20,7 @@ mod folder;
 mod framing;
 mod idx;
 mod labels;
+mod left_out;
 mod packed;
 mod parallel;
 mod place;
@@ -28,18 +30,24 @@ mod search;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use ganglion_proto::found::Found;
-use ganglion_proto::job::{Data, DataKind};
+use ganglion_proto::job::{Data, DataKind, Job, exclude_argument};
+use ganglion_proto::stream::Change;
 
 use folder::Folder;
 use framing::{Framing, Image};
 use labels::Labels;
+use left_out::{LeftOut, Names};
 pub use prefetch::{Batch, Plan, Prefetcher, Upload};
+
+/// What to say where nothing is left.
+const EVERYTHING: &str = "data.exclude leaves out every sample; leave some in";
 
 /// Longest side of an image as the networks see it, in pixels.
 const MAX_SIDE: u32 = 8192;
@@ -57,6 +65,16 @@ pub enum DataError {
     /// what was found, what was expected, and the fix.
     #[error("{0}")]
     Input(String),
+    /// A sample cannot be had, and others can. The message names it and says how to go on without it.
+    #[error(
+        "{problem}; get it again, or go on without it: the same command with {}", exclude_argument(&[name.as_str()])
+    )]
+    Sample {
+        /// The sample.
+        name: String,
+        /// Where it is, and what is wrong with it.
+        problem: String,
+    },
     /// The system failed to do its part. The same input may well work at another time.
     #[error("cannot read {}: {source}", path.display())]
     System {
@@ -74,6 +92,25 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// What to tell the user, if that is who can mend it.
+    ///
+    /// # Errors
+    /// The error itself, if not.
+    pub fn into_input(self) -> Result<String, DataError> {
+        match self {
+            DataError::Input(_) | DataError::Sample { .. } => Ok(self.to_string()),
+            DataError::System { .. } | DataError::Upload(_) | DataError::Finished => Err(self),
+        }
+    }
+
+    /// Blames a sample for what is wrong with its file.
+    fn of_sample(self, name: &str) -> DataError {
+        match self {
+            DataError::Input(problem) => DataError::Sample { name: name.to_owned(), problem },
+            other => other,
+        }
+    }
+
     /// Sorts a failure to read `path` by who can mend it.
     fn reading(path: &Path, source: io::Error) -> DataError {
         use io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
@@ -147,6 +184,11 @@ pub struct DataSet {
     labels: Option<Labels>,
     fingerprint: [u8; 32],
     found: Found,
+    names: Names,
+    /// Samples left out after the start of the run, in the job's order.
+    left_out: Vec<u64>,
+    /// The same, to look one up.
+    gone: BTreeSet<usize>,
 }
 
 /// Where images are before they are framed.
@@ -159,7 +201,7 @@ enum Source {
 impl Source {
     fn len(&self) -> usize {
         match self {
-            Source::Memory(memory) => memory.bytes.len() / memory.image_bytes(),
+            Source::Memory(memory) => memory.len(),
             Source::Folder(folder) => folder.len(),
         }
     }
@@ -176,8 +218,37 @@ struct Memory {
 }
 
 impl Memory {
+    /// The number of images.
+    fn len(&self) -> usize {
+        self.bytes.len() / self.image_bytes()
+    }
+
+    /// Drops all images but those of these numbers, which grow.
+    fn keep(&mut self, kept: &[usize]) {
+        let size = self.image_bytes();
+        for (to, from) in kept.iter().enumerate() {
+            self.bytes.copy_within(from * size..(from + 1) * size, to * size);
+        }
+        self.bytes.truncate(kept.len() * size);
+    }
+
     fn image_bytes(&self) -> usize {
         self.width as usize * self.height as usize * self.channels
+    }
+
+    /// Hash of all images but those.
+    fn hash_without(&self, left_out: &[u64]) -> blake3::Hash {
+        let mut content = blake3::Hasher::new();
+        content.update(&self.height.to_le_bytes());
+        content.update(&self.width.to_le_bytes());
+        if left_out.is_empty() {
+            return content.update(&self.bytes).finalize();
+        }
+        let gone: BTreeSet<u64> = left_out.iter().copied().collect();
+        for index in (0..self.len()).filter(|index| !gone.contains(&(*index as u64))) {
+            content.update(self.image(index).bytes);
+        }
+        content.finalize()
     }
 
     fn image(&self, index: usize) -> Image<'_> {
@@ -189,6 +260,22 @@ impl Memory {
             bytes: &self.bytes[index * size..][..size],
         }
     }
+}
+
+/// A data set, and what was learnt while opening it.
+struct Opened {
+    source: Source,
+    /// The shape of every framed image.
+    shape: ImageShape,
+    /// Hash of all that is left in.
+    content: blake3::Hash,
+    /// The classes, where they were asked for.
+    labels: Option<Labels>,
+    /// Sizes, and what was left out.
+    found: Found,
+    names: Names,
+    /// Samples left out after the start of the run, in the job's order.
+    left_out: Vec<u64>,
 }
 
 impl DataSet {
@@ -213,6 +300,7 @@ impl DataSet {
         let mut found = Found::default();
         let source = &remote::here(source, &mut found)?;
         let framing = Framing::new(source)?;
+        let left_out = LeftOut::new(&source.exclusions);
         match source.kind {
             DataKind::Mnist10k if source.path.is_some() => Err(DataError::Input(
                 "data.path is set, but data.kind = \"mnist-10k\" is bundled with the worker and \
@@ -221,59 +309,78 @@ impl DataSet {
             )),
             DataKind::Mnist10k => {
                 let labels = labelled.then(idx::bundled_labels).transpose()?;
-                DataSet::in_memory(idx::bundled()?, "the bundled digits", framing, labels)
+                DataSet::in_memory(idx::bundled()?, "the bundled digits", framing, labels, left_out)
             }
             DataKind::Idx => {
                 let path = &idx::file_of(required_path(source)?)?;
                 let memory = idx::open(path)?;
                 let labels = labelled.then(|| idx::labels_beside(path)).transpose()?;
-                DataSet::in_memory(memory, &path.display().to_string(), framing, labels)
+                DataSet::in_memory(memory, &path.display().to_string(), framing, labels, left_out)
             }
             DataKind::Cifar10 => {
                 let path = required_path(source)?;
                 let (memory, labels) = cifar::open(path)?;
                 let labels = labelled.then_some(labels);
-                DataSet::in_memory(memory, &path.display().to_string(), framing, labels)
+                DataSet::in_memory(memory, &path.display().to_string(), framing, labels, left_out)
             }
             DataKind::Folder => {
-                let mut opened = folder::open(required_path(source)?, source, &framing, labelled)?;
+                let mut opened = folder::open(required_path(source)?, source, &framing, labelled, left_out)?;
                 opened.found.left_out.append(&mut found.left_out);
-                let source = Source::Folder(opened.folder);
-                DataSet::new(source, framing, opened.shape, opened.content, opened.labels, opened.found)
+                DataSet::new(framing, opened)
             }
         }
     }
 
     fn in_memory(
-        memory: Memory,
+        mut memory: Memory,
         name: &str,
         framing: Framing,
-        labels: Option<Labels>,
+        mut labels: Option<Labels>,
+        mut left_out: LeftOut<'_>,
     ) -> Result<DataSet, DataError> {
         let (height, width) = framing
             .output_size(memory.height, memory.width)
             .map_err(|wrong| DataError::Input(format!("{name}: {wrong}")))?;
         let shape = ImageShape { channels: memory.channels, height, width };
         let size = [memory.width, memory.height];
-        let found = Found { least: size, greatest: size, ..Found::default() };
-        let mut content = blake3::Hasher::new();
-        content.update(&memory.height.to_le_bytes());
-        content.update(&memory.width.to_le_bytes());
-        content.update(&memory.bytes);
-        DataSet::new(Source::Memory(memory), framing, shape, content.finalize(), labels, found)
+        let mut found = Found { least: size, greatest: size, ..Found::default() };
+        if let Some(labels) = &labels {
+            labels.check(memory.len())?;
+        }
+        // An image has its number in the files for a name.
+        let all = memory.len();
+        let mut kept: Vec<usize> = (0..all).collect();
+        if !left_out.is_empty() {
+            kept.retain(|number| {
+                let number = number.to_string();
+                left_out.find(&number);
+                !left_out.is_from_the_start(&number)
+            });
+            memory.keep(&kept);
+            labels.iter_mut().for_each(|labels| labels.keep(&kept));
+        }
+        left_out.report(&mut found);
+        let numbers = || kept.iter().map(usize::to_string);
+        let names = Names::of(numbers());
+        left_out.check(&names, name, || Box::new((0..all).map(|number| number.to_string())))?;
+        let left_out = left_out.indices(numbers());
+        let content = memory.hash_without(&left_out);
+        DataSet::new(
+            framing,
+            Opened { source: Source::Memory(memory), shape, content, labels, found, names, left_out },
+        )
     }
 
-    fn new(
-        source: Source,
-        framing: Framing,
-        shape: ImageShape,
-        content: blake3::Hash,
-        labels: Option<Labels>,
-        mut found: Found,
-    ) -> Result<DataSet, DataError> {
+    fn new(framing: Framing, opened: Opened) -> Result<DataSet, DataError> {
+        let Opened { source, shape, content, labels, mut found, names, left_out } = opened;
         let len = source.len();
+        let gone: BTreeSet<usize> =
+            left_out.iter().filter_map(|index| usize::try_from(*index).ok()).collect();
+        if gone.len() >= len {
+            return Err(DataError::Input(EVERYTHING.to_owned()));
+        }
         let mut hasher = blake3::Hasher::new_derive_key("ganglion 2026 data set");
-        for size in [shape.channels, shape.height, shape.width, len] {
+        for size in [shape.channels, shape.height, shape.width, len - gone.len()] {
             hasher.update(&(size as u64).to_le_bytes());
         }
         hasher.update(&framing.to_bytes());
@@ -282,12 +389,41 @@ impl DataSet {
         if let Some(labels) = &labels {
             labels.check(len)?;
             labels.report(&mut found);
+            // With those of samples that are left out later, too: the generator's classes are drawn from all.
             fingerprint = labels.fingerprint_with(&fingerprint);
         }
         let pixels = |size: usize| u32::try_from(size).expect("a side is at most 8192 pixels");
         found.samples = len as u64;
         [found.channels, found.height, found.width] = [shape.channels, shape.height, shape.width].map(pixels);
-        Ok(DataSet { source, framing, shape, len, labels, fingerprint, found })
+        Ok(DataSet { source, framing, shape, len, labels, fingerprint, found, names, left_out, gone })
+    }
+
+    /// The samples that the job leaves out after its start, by index, in its order.
+    pub fn left_out(&self) -> &[u64] {
+        &self.left_out
+    }
+
+    /// The samples that no exclusion leaves out, by index, in order. At least one.
+    pub fn left(&self) -> Vec<usize> {
+        (0..self.len).filter(|index| !self.gone.contains(index)).collect()
+    }
+
+    /// A job's changes of the stream of these samples.
+    pub fn changes(&self, job: &Job) -> Vec<Change> {
+        job.changes(self.left_out.iter().copied())
+    }
+
+    /// Width, height and bytes of the images as they are stored, where those lie in memory.
+    fn stored(&self) -> (u32, u32, u64) {
+        match &self.source {
+            Source::Memory(memory) => (memory.width, memory.height, memory.bytes.len() as u64),
+            Source::Folder(_) => (0, 0, 0),
+        }
+    }
+
+    /// Identifies the set of the samples' names, those that are left out after the start included.
+    pub fn names(&self) -> String {
+        self.names.hash()
     }
 
     /// The number of samples, at least 1 and less than 2^32.
@@ -347,13 +483,21 @@ impl DataSet {
                 self.framing.render(&memory.image(index), out);
                 Ok(())
             }
-            Source::Folder(folder) => folder.read(index, &self.framing, self.shape, out),
+            Source::Folder(folder) => {
+                folder.read(index, &self.framing, self.shape, out).map_err(|error| match error {
+                    DataError::Input(problem) if self.gone.contains(&index) => DataError::Input(format!(
+                        "{problem}; it is needed by a step from before the one after which data.exclude leaves it out: \
+                         put the file back as it was, or begin anew with another --run-dir"
+                    )),
+                    error => error.of_sample(&folder.relative(index)),
+                })
+            }
         }
     }
 
     /// Identifies the samples: data sets with equal fingerprints give equal samples.
     ///
-    /// Covers the number of samples, their shape and framing, and their labels if it was opened with them. Of data in
+    /// Covers those that no exclusion leaves out: the number of samples, their shape and framing, and their labels if it was opened with them. Of data in
     /// memory it covers every byte. Of a folder it covers each file's name, length, size in pixels, orientation, and
     /// content: all of it up to 1 MiB, and of a longer file sixteen blocks of 64 KiB, the first at its beginning, the last
     /// at its end, the others evenly between.

@@ -15,7 +15,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, s
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use ganglion_proto::stream::{SampleStream, ledger_term, stream_position};
+use ganglion_proto::stream::{Change, SampleStream, ledger_term, stream_position};
 use tch::Tensor;
 
 use super::{DataError, DataSet};
@@ -41,6 +41,8 @@ pub struct Plan {
     pub end_step: u64,
     /// How many batches may lie ready.
     pub depth: usize,
+    /// Samples left out of the stream.
+    pub changes: Vec<Change>,
 }
 
 impl Plan {
@@ -104,7 +106,7 @@ impl Prefetcher {
         let (filled, batches) = sync_channel(plan.depth);
         let (spent, reusable) = channel();
         let stop = Arc::new(AtomicBool::new(false));
-        let stream = SampleStream::new(plan.seed, dataset.len() as u64);
+        let stream = SampleStream::with_changes(plan.seed, dataset.len() as u64, &plan.changes);
         let reader = Reader { dataset, plan, stream, upload, filled, reusable, stop: Arc::clone(&stop) };
         let thread = thread::Builder::new()
             .name("prefetch".to_owned())

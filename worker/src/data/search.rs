@@ -60,6 +60,26 @@ pub(super) struct Search {
 }
 
 impl Entry {
+    /// An entry for a file that is not there.
+    pub(super) fn missing(root: &Path, name: &str) -> Entry {
+        let mut archive = ArchiveKind::of(root).map(|_| (0, 0));
+        let mut in_tar = ArchiveKind::of(root) == Some(ArchiveKind::Tar);
+        let mut at = 0;
+        for part in name.split_inclusive('/') {
+            let kind = part.strip_suffix('/').and_then(|part| ArchiveKind::of(Path::new(part)));
+            at += part.len();
+            if let (Some(kind), None) = (kind, archive) {
+                (archive, in_tar) = (Some((at, part.len())), kind == ArchiveKind::Tar);
+            }
+        }
+        Entry { relative: name.as_bytes().to_vec(), archive, in_tar, place: Place::Alone(root.join(name)) }
+    }
+
+    /// The name by which the job may leave it out.
+    pub(super) fn name(&self) -> String {
+        String::from_utf8_lossy(&self.relative).into_owned()
+    }
+
     /// The name with `/` for people.
     pub(super) fn shown(&self) -> String {
         shown(&self.relative)

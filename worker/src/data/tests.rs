@@ -8,6 +8,7 @@ mod framings;
 mod idx_files;
 mod labelled;
 mod leaving_out;
+mod left_out;
 mod orientations;
 mod packed_files;
 mod prefetching;
@@ -26,7 +27,16 @@ use super::*;
 
 fn data(kind: DataKind, path: &Path) -> Data {
     let (path, orientation) = (Some(path.to_path_buf()), Orientation::Follow);
-    Data { kind, path, resize: None, crop: None, channels: 3, image_extension: None, orientation }
+    Data {
+        kind,
+        path,
+        resize: None,
+        crop: None,
+        channels: 3,
+        image_extension: None,
+        orientation,
+        exclusions: Vec::new(),
+    }
 }
 
 fn bundled() -> Data {
@@ -35,9 +45,9 @@ fn bundled() -> Data {
 
 /// The message of a refusal, which must be the user's to mend.
 fn refusal<T>(result: Result<T, DataError>) -> String {
-    match result {
-        Err(DataError::Input(message)) => message,
-        Err(other) => panic!("expected an error of input, found {other:?}"),
+    match result.map_err(DataError::into_input) {
+        Err(Ok(message)) => message,
+        Err(Err(other)) => panic!("expected an error of input, found {other:?}"),
         Ok(_) => panic!("expected an error of input, found none"),
     }
 }

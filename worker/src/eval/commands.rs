@@ -17,7 +17,7 @@ use super::digits::Digits;
 use super::judge::{Judge, Means};
 use super::rungs::{Rung, rungs};
 use super::train::{Labelled, train};
-use crate::data::{DataError, DataSet, ImageShape};
+use crate::data::{DataSet, ImageShape};
 use crate::draw::{try_out, unwritable};
 use crate::random::Purpose;
 use crate::run::Failure;
@@ -99,7 +99,7 @@ pub fn eval(arguments: &Eval) -> Result<(), Failure> {
     let open = |data: &Data| DataSet::open(data).map_err(EvalError::from);
     let held_out = || -> Result<Option<DataSet>, EvalError> {
         let path = arguments.held_out.clone();
-        path.map(|path| open(&Data { path: Some(path), ..source.clone() })).transpose()
+        path.map(|path| open(&source.elsewhere(path))).transpose()
     };
     let data = open(&source)?;
     if let Some(drawn) = shape.filter(|drawn| *drawn != data.shape()) {
@@ -146,7 +146,8 @@ impl Eval {
             let channels = shape.map_or(Ok(3), |shape| u32::try_from(shape.channels)).unwrap_or(3);
             let (kind, path) = (*kind, path.clone());
             let (resize, crop, image_extension, orientation) = (side, side, None, Orientation::Follow);
-            return Ok(Data { kind, path, resize, crop, channels, image_extension, orientation });
+            let exclusions = Vec::new();
+            return Ok(Data { kind, path, resize, crop, channels, image_extension, orientation, exclusions });
         }
         let place = self.checkpoint.as_deref().unwrap_or_default();
         let job = Path::new(place)
@@ -232,7 +233,11 @@ pub struct TrainClassifier {
 impl From<EvalError> for Failure {
     fn from(error: EvalError) -> Self {
         match error {
-            EvalError::Input(detail) | EvalError::Data(DataError::Input(detail)) => Failure::Input(detail),
+            EvalError::Input(detail) => Failure::Input(detail),
+            EvalError::Data(error) => match error.into_input() {
+                Ok(detail) => Failure::Input(detail),
+                Err(other) => Failure::Other(other.to_string()),
+            },
             EvalError::Sample(error) => error.into(),
             other => Failure::Other(other.to_string()),
         }
@@ -258,6 +263,7 @@ pub fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failure> {
             channels: 1,
             image_extension: None,
             orientation: Orientation::Follow,
+            exclusions: Vec::new(),
         };
         Labelled::read(&DataSet::open(&data)?, labels)
     };

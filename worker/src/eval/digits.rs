@@ -138,6 +138,7 @@ mod tests {
             channels: 1,
             image_extension: None,
             orientation: Orientation::Follow,
+            exclusions: Vec::new(),
         };
         let data = DataSet::open(&data).unwrap();
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../data/mnist-10k/t10k-labels-idx1-ubyte.gz");

@@ -128,7 +128,9 @@ fn features_of(script: &Script, images: &Tensor) -> Result<Tensor, EvalError> {
     Ok(features.flatten(1, -1).to_kind(Kind::Double).to_device(tch::Device::Cpu))
 }
 
-/// `count` samples of a data set, all if it has fewer.
+/// `count` samples of a data set, all if it has fewer, and none that the job leaves out.
 pub fn chosen(data: &DataSet, count: usize) -> Vec<usize> {
-    some_of(data.len(), if count == 0 { data.len() } else { count })
+    let left = data.left();
+    let places = some_of(left.len(), if count == 0 { left.len() } else { count });
+    places.into_iter().map(|place| left[place]).collect()
 }

@@ -3,6 +3,7 @@
 use tch::Tensor;
 
 use super::digits::{Digits, SHAPE};
+use super::features::chosen;
 use super::judge::Judge;
 use super::{EvalError, images, some_of};
 use crate::data::DataSet;
@@ -39,7 +40,7 @@ pub fn rungs(judge: &Judge, data: &DataSet, held_out: &DataSet) -> Result<Vec<Ru
     let mut rungs = Vec::new();
     let mut add = |name, images| rungs.push(Rung { name, images });
     add("real", real.shallow_clone());
-    add("copies of the data", images(data, &some_of(data.len(), count))?);
+    add("copies of the data", images(data, &chosen(data, count))?);
     if held_out.shape() == SHAPE {
         let told = Digits::bundled()?.look(&all).logits.argmax(-1, false);
         let of = |mask: Tensor| some(&all.index_select(0, &mask.nonzero().flatten(0, -1)));

@@ -40,6 +40,7 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
             channels: 1,
             image_extension: None,
             orientation: Orientation::Follow,
+            exclusions: Vec::new(),
         },
         model: Model {
             ema_half_life_images: 1000,

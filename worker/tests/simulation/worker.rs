@@ -113,6 +113,7 @@ pub async fn live(start: Start) {
         sees_storage: true,
         phases_per_step: u32::try_from(welcome.job.phases_per_step()).expect("few phases"),
         gpu: None,
+        left_out: Vec::new(),
     };
     session.loaded(facts, None);
     let archive = Archive::start(session.clone(), start.clone(), storage_of(&welcome.storage));

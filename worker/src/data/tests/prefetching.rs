@@ -25,6 +25,7 @@ fn plan() -> Plan {
         first_phase: 1,
         end_step: 13,
         depth: 2,
+        changes: Vec::new(),
     }
 }
 

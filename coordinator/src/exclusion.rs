@@ -1,0 +1,61 @@
+//! Leaving samples out of a run that has begun: a change of its job, from its newest state on.
+//!
+//! 1. A change holds for what nobody has a record of: not before the newest row of metrics, the newest evaluation and the
+//!    newest checkpoint. So whatever is computed again up to there gets the bits that it had.
+//! 2. The journal knows of a change before job.toml does, and that before any worker. Until a group has formed with it, it can
+//!    be replaced by another: a mistake in it costs nothing.
+//! 3. Members of earlier terms are at rest, or past their lease, before a change is decided.
+
+use ganglion_membership::OF_SAMPLES;
+use ganglion_proto::job::{Exclusion, Job};
+
+use crate::journal::{Journal, JournalError};
+use crate::run::Failure;
+use crate::run_dir::RunDir;
+use crate::shell::records::Records;
+
+/// What a term does about samples that the job asks to leave out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Nothing is asked.
+    None,
+    /// Only brings members of earlier terms to rest; the next term makes the change.
+    Waits,
+    /// Trains with it.
+    Made(Exclusion),
+}
+
+/// The item of the passport that tells which names the data set has.
+const NAMES: &str = "data_names";
+
+/// From when on samples are left out.
+pub fn decide(
+    files: Vec<String>,
+    job: &Job,
+    journal: &Journal,
+    records: &Records,
+) -> Result<Exclusion, JournalError> {
+    let phases = job.phases_per_step();
+    let evaluated = journal.evaluations()?.last().map_or(0, |row| row.step);
+    let saved = journal.checkpoints()?.last().map_or(0, |last| last.checkpoint.position.0);
+    let newest = saved.max(records.last_step().max(evaluated) * phases);
+    let exclusions = &job.data.exclusions;
+    let earlier = exclusions.last().map_or(0, |last| last.after_step * phases + last.after_phase);
+    let from = newest.max(earlier);
+    let names = journal.passport()?.and_then(|passport| passport.0.get(NAMES).cloned());
+    Ok(Exclusion { after_step: from / phases, after_phase: from % phases, names, files })
+}
+
+/// Makes an exclusion a part of the job.
+pub fn write(
+    exclusion: &Exclusion,
+    job: &mut Job,
+    journal: &mut Journal,
+    run_dir: &RunDir,
+) -> Result<(), Failure> {
+    job.data.exclusions.push(exclusion.clone());
+    // Samples that were never taken are none of the run's.
+    let forgotten = if exclusion.is_from_the_start() { &OF_SAMPLES[..] } else { &["data", "exclusions"] };
+    journal.exclude(job.data.exclusions.len(), forgotten)?;
+    Ok(run_dir.write_job(job)?)
+}

@@ -1,0 +1,226 @@
+//! A look at every sample of a data set, as training reads it, on all processors.
+//!
+//! 1. A sample is good if training could read it: the same file, decoder and framing.
+//! 2. Memory holds the paths, 4 bytes a sample for its size, and a picture a thread.
+//! 3. What is told does not depend on the number of threads.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ganglion_proto::data_report::{Bad, Report, Size};
+use ganglion_proto::found as seen;
+use ganglion_proto::job::{Data, DataKind};
+
+use super::folder::{self, Folder, Looked};
+use super::framing::Framing;
+use super::{DataError, DataSet, remote, required_path};
+
+/// Bad samples that are named. More than these are for a look at where the files come from.
+const NAMED: usize = 100_000;
+/// Sizes that are told apart.
+const SIZES: usize = 1 << 16;
+/// Sizes that are told.
+const TOLD_SIZES: usize = 5;
+/// How often it is told how far the look is.
+const PERIOD: Duration = Duration::from_millis(100);
+/// Samples that a thread takes at a time.
+const STRIDE: usize = 16;
+
+/// How to look.
+#[derive(Clone, Copy, Debug)]
+pub struct Look {
+    /// On so many threads.
+    pub threads: usize,
+    /// Whether samples may have any size. Otherwise those of another size than most are bad.
+    pub any_size: bool,
+}
+
+/// Looks at every sample, and tells `progress` how many of how many it has.
+///
+/// # Errors
+/// The data set as a whole is wrong, or cannot be read.
+pub fn check(data: &Data, look: Look, progress: impl FnMut(u64, u64)) -> Result<Report, DataError> {
+    let started = Instant::now();
+    let mut report = match data.kind {
+        DataKind::Folder => of_folder(data, look, progress)?,
+        DataKind::Mnist10k | DataKind::Idx | DataKind::Cifar10 => in_memory(data)?,
+    };
+    report.kind = data.kind.to_string();
+    report.path = data.path.as_ref().map(|path| path.display().to_string());
+    report.seconds = started.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+/// Data in few files are read as a whole, and all is well once they are.
+fn in_memory(data: &Data) -> Result<Report, DataError> {
+    let (set, no_classes) = match DataSet::open_labelled(data) {
+        Ok(set) => (set, None),
+        Err(error) => (DataSet::open(data)?, Some(error.to_string())),
+    };
+    let (width, height, bytes) = set.stored();
+    let samples = set.left().len() as u64;
+    let found = seen::Found { samples, ..set.found().clone() };
+    let sizes = vec![Size { width, height, samples }];
+    Ok(Report { found, bytes, sizes, no_classes, ..Report::default() })
+}
+
+fn of_folder(data: &Data, how: Look, progress: impl FnMut(u64, u64)) -> Result<Report, DataError> {
+    let mut elsewhere = seen::Found::default();
+    let data = &remote::here(data, &mut elsewhere)?;
+    let framing = Framing::new(data)?;
+    let folder::ToCheck { folder, mut found, no_classes } = folder::to_check(required_path(data)?, data)?;
+    found.left_out.append(&mut elsewhere.left_out);
+    found.samples = folder.len() as u64;
+    let mut seen = look(&folder, &framing, how.threads, progress);
+    if !how.any_size {
+        seen.blame_odd_sizes(&folder);
+    }
+    let no_classes = no_classes.map(|error| error.to_string());
+    let mut report = Report { found, no_classes, ..Report::default() };
+    seen.tell(&folder, &mut report);
+    Ok(report)
+}
+
+/// What the threads saw.
+#[derive(Default)]
+struct Seen {
+    bytes: u64,
+    formats: BTreeMap<&'static str, u64>,
+    /// Width and height.
+    sizes: BTreeMap<(u32, u32), u64>,
+    other_sizes: u64,
+    /// Framed, height and width: the samples of that size, by index.
+    framed: BTreeMap<(usize, usize), Vec<u32>>,
+    /// By index.
+    bad: BTreeMap<usize, String>,
+    bad_count: u64,
+}
+
+impl Seen {
+    fn note(&mut self, index: usize, looked: Result<Looked, DataError>) {
+        let looked = match looked {
+            Ok(looked) => looked,
+            Err(error) => return self.blame(index, error.to_string()),
+        };
+        self.bytes += looked.bytes;
+        *self.formats.entry(looked.format).or_default() += 1;
+        self.framed.entry(looked.framed).or_default().push(u32::try_from(index).unwrap_or(u32::MAX));
+        let size = (looked.width, looked.height);
+        if self.sizes.len() < SIZES || self.sizes.contains_key(&size) {
+            *self.sizes.entry(size).or_default() += 1;
+        } else {
+            self.other_sizes += 1;
+        }
+    }
+
+    fn blame(&mut self, index: usize, problem: String) {
+        self.bad_count += 1;
+        self.bad.insert(index, problem);
+        if self.bad.len() > NAMED {
+            self.bad.pop_last();
+        }
+    }
+
+    fn join(&mut self, other: Seen) {
+        self.bytes += other.bytes;
+        self.other_sizes += other.other_sizes;
+        self.bad_count += other.bad_count;
+        self.bad.extend(other.bad);
+        while self.bad.len() > NAMED {
+            self.bad.pop_last();
+        }
+        other.formats.into_iter().for_each(|(format, n)| *self.formats.entry(format).or_default() += n);
+        other.sizes.into_iter().for_each(|(size, n)| *self.sizes.entry(size).or_default() += n);
+        other.framed.into_iter().for_each(|(size, at)| self.framed.entry(size).or_default().extend(at));
+    }
+
+    /// The size that most samples have once framed; of several the greatest.
+    fn usual(&self) -> Option<(usize, usize)> {
+        self.framed.iter().max_by_key(|(size, places)| (places.len(), **size)).map(|(size, _)| *size)
+    }
+
+    fn blame_odd_sizes(&mut self, folder: &Folder) {
+        let Some(usual) = self.usual() else { return };
+        let odd: Vec<((usize, usize), Vec<u32>)> = self
+            .framed
+            .iter()
+            .filter(|(size, _)| **size != usual)
+            .map(|(size, at)| (*size, at.clone()))
+            .collect();
+        for ((height, width), places) in odd {
+            for index in places {
+                let index = index as usize;
+                let shown = folder.name(index);
+                self.blame(
+                    index,
+                    format!(
+                        "{shown}: found {width} x {height} pixels (width x height), where most have {} x {}; set \
+                         data.resize to the size to train on",
+                        usual.1, usual.0
+                    ),
+                );
+            }
+        }
+    }
+
+    fn tell(self, folder: &Folder, report: &mut Report) {
+        let most = self.usual();
+        report.bytes = self.bytes;
+        report.formats = self.formats.into_iter().map(|(format, count)| (format.to_owned(), count)).collect();
+        if let Some((height, width)) = most {
+            let of = [folder.channels(), height, width].map(|side| u32::try_from(side).unwrap_or(u32::MAX));
+            [report.found.channels, report.found.height, report.found.width] = of;
+        }
+        let sides = || self.sizes.keys();
+        report.found.least = [sides().map(|size| size.0).min(), sides().map(|size| size.1).min()]
+            .map(Option::unwrap_or_default);
+        report.found.greatest = [sides().map(|size| size.0).max(), sides().map(|size| size.1).max()]
+            .map(Option::unwrap_or_default);
+        let mut sizes: Vec<Size> = self
+            .sizes
+            .into_iter()
+            .map(|((width, height), samples)| Size { width, height, samples })
+            .collect();
+        sizes.sort_by_key(|size| std::cmp::Reverse(size.samples));
+        let rest = sizes.split_off(sizes.len().min(TOLD_SIZES));
+        report.other_sizes = self.other_sizes + rest.iter().map(|size| size.samples).sum::<u64>();
+        report.sizes = sizes;
+        report.bad = self.bad_count;
+        let named =
+            self.bad.into_iter().map(|(index, problem)| Bad { name: folder.relative(index), problem });
+        report.bad_samples = named.collect();
+    }
+}
+
+/// Reads all files on so many threads.
+fn look(folder: &Folder, framing: &Framing, threads: usize, mut progress: impl FnMut(u64, u64)) -> Seen {
+    let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));
+    let (all, len) = (Mutex::new(Seen::default()), folder.len());
+    let work = || {
+        let (mut seen, mut out) = (Seen::default(), Vec::new());
+        loop {
+            let first = next.fetch_add(STRIDE, Ordering::Relaxed);
+            if first >= len {
+                break;
+            }
+            for index in first..(first + STRIDE).min(len) {
+                seen.note(index, folder.look(index, framing, &mut out));
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        all.lock().unwrap_or_else(PoisonError::into_inner).join(seen);
+    };
+    thread::scope(|scope| {
+        let working: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(work)).collect();
+        while working.iter().any(|thread| !thread.is_finished()) {
+            progress(done.load(Ordering::Relaxed), len as u64);
+            thread::sleep(PERIOD);
+        }
+    });
+    progress(len as u64, len as u64);
+    all.into_inner().unwrap_or_else(PoisonError::into_inner)
+}

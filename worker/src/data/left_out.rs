@@ -1,0 +1,159 @@
+//! Samples that the job leaves out, by name.
+//!
+//! 1. Those left out from the start are no samples: what they were is not looked at, and they need not be there.
+//! 2. Those left out later keep their index for the whole run, also once they are gone; they are never read for a step that is
+//!    past the change, and the fingerprint does not cover them.
+//! 3. A change tells which names the data set had when it was made. So a name that was never there is found out, as is
+//!    another data set.
+
+use std::collections::BTreeMap;
+
+use ganglion_proto::found::Found;
+use ganglion_proto::job::Exclusion;
+
+use super::DataError;
+
+/// Names to propose for one that is not there.
+const NEAREST: usize = 3;
+
+/// The samples that a job leaves out, held against those that there are.
+pub(super) struct LeftOut<'a> {
+    exclusions: &'a [Exclusion],
+    /// Each name, and whether it was found.
+    named: BTreeMap<&'a str, bool>,
+}
+
+impl<'a> LeftOut<'a> {
+    pub(super) fn new(exclusions: &'a [Exclusion]) -> LeftOut<'a> {
+        let names = exclusions.iter().flat_map(|exclusion| &exclusion.files);
+        LeftOut { exclusions, named: names.map(|name| (name.as_str(), false)).collect() }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.named.is_empty()
+    }
+
+    /// Whether a name is among them; notes that there is a sample of that name.
+    pub(super) fn find(&mut self, name: &str) -> bool {
+        self.named.get_mut(name).map(|found| *found = true).is_some()
+    }
+
+    /// Whether a name is among them.
+    pub(super) fn names(&self, name: &str) -> bool {
+        self.named.contains_key(name)
+    }
+
+    /// Whether the sample of a name takes no part in the run at all.
+    pub(super) fn is_from_the_start(&self, name: &str) -> bool {
+        !self.is_empty() && self.of(true).any(|other| other == name)
+    }
+
+    /// The names that were not found, and whether each is known to have been there when the run began.
+    pub(super) fn missing(&self) -> impl Iterator<Item = (&'a str, bool)> {
+        let missing = self.named.iter().filter(|(_, found)| !**found).map(|(name, _)| *name);
+        missing.map(|name| {
+            let known = |one: &&Exclusion| one.names.is_some() && one.files.iter().any(|other| other == name);
+            (name, self.exclusions.iter().any(|one| known(&one)))
+        })
+    }
+
+    /// Tells of those that are there.
+    pub(super) fn report(&self, found: &mut Found) {
+        let there = self.named.iter().filter(|(_, there)| **there);
+        there.for_each(|(name, _)| found.leave_out("samples by data.exclude", name));
+    }
+
+    /// All names that are left out from the start, or all others, in the job's order.
+    pub(super) fn of(&self, the_start: bool) -> impl Iterator<Item = &'a str> {
+        let chosen = self.exclusions.iter().filter(move |one| one.is_from_the_start() == the_start);
+        chosen.flat_map(|one| one.files.iter().map(String::as_str))
+    }
+
+    /// Holds the samples of the run, found or not, against what the job's changes know of them.
+    ///
+    /// # Errors
+    /// A name is that of no sample, or the data set is not the one that was changed.
+    pub(super) fn check<'n>(
+        &self,
+        names: &Names,
+        place: &str,
+        found: impl Fn() -> Box<dyn Iterator<Item = String> + 'n>,
+    ) -> Result<(), DataError> {
+        // Of a run from before names were known, or of a new one, nobody can say what was there.
+        for (name, _) in self.missing().filter(|(_, known)| !known) {
+            let problem = no_sample(name, place, found());
+            if !self.is_from_the_start(name) {
+                return Err(DataError::Input(problem));
+            }
+            tracing::warn!("{problem}");
+        }
+        let mut then = *names;
+        for exclusion in self.exclusions.iter().rev() {
+            if exclusion.is_from_the_start() {
+                exclusion.files.iter().for_each(|name| then.add(name));
+            }
+            if exclusion.names.as_ref().is_none_or(|names| *names == then.hash()) {
+                continue;
+            }
+            let mut missing = self.missing().filter(|(_, known)| *known).map(|(name, _)| name);
+            return Err(DataError::Input(match missing.next() {
+                Some(name) => no_sample(name, place, found()),
+                None => format!(
+                    "{place}: found other samples than the run began with; put the same files there again, but for those \
+                     that data.exclude leaves out"
+                ),
+            }));
+        }
+        Ok(())
+    }
+
+    /// The index of each name that is left out after the start, in the job's order, among the samples of the run.
+    pub(super) fn indices(&self, names: impl Iterator<Item = String>) -> Vec<u64> {
+        if self.is_empty() {
+            return Vec::new();
+        }
+        let places: BTreeMap<String, u64> =
+            names.zip(0..).filter(|(name, _)| self.named.contains_key(name.as_str())).collect();
+        self.of(false).filter_map(|name| places.get(name).copied()).collect()
+    }
+}
+
+/// Sum of hashes of names: that of a set, whatever its order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Names(u64);
+
+impl Names {
+    pub(super) fn of(names: impl Iterator<Item = String>) -> Names {
+        let mut sum = Names::default();
+        names.for_each(|name| sum.add(&name));
+        sum
+    }
+
+    fn add(&mut self, name: &str) {
+        let hash = blake3::hash(name.as_bytes());
+        let first = hash.as_bytes().first_chunk().expect("a hash has 32 bytes");
+        self.0 = self.0.wrapping_add(u64::from_le_bytes(*first));
+    }
+
+    pub(super) fn hash(self) -> String {
+        format!("{:016x}", self.0)
+    }
+}
+
+/// What to say of a name that is that of no sample.
+fn no_sample(name: &str, place: &str, found: impl Iterator<Item = String>) -> String {
+    let mut nearest: Vec<(usize, String)> = Vec::new();
+    for other in found {
+        let distance = strsim::levenshtein(name, &other);
+        if nearest.len() < NEAREST || nearest.last().is_some_and(|(last, _)| distance < *last) {
+            let at = nearest.partition_point(|(known, _)| *known <= distance);
+            nearest.insert(at, (distance, other));
+            nearest.truncate(NEAREST);
+        }
+    }
+    let nearest: Vec<String> = nearest.into_iter().map(|(_, name)| name).collect();
+    format!(
+        "data.exclude: there is no sample {name} in {place}; the nearest names are {}",
+        if nearest.is_empty() { "none".to_owned() } else { nearest.join(", ") }
+    )
+}
