@@ -14,6 +14,8 @@ TOOLS := .tools
 # Of each file that pip brings the hash is known: `make requirements` writes them.
 PIP = $(PYTHON) -m pip install --quiet --require-hashes
 REQUIREMENTS := deploy/requirements
+# Most tests wait for processes most of the time.
+TEST_THREADS ?= $(shell expr 2 \* $$(nproc))
 KILLS ?= 100
 RESTARTS ?= 20
 
@@ -89,7 +91,7 @@ $(TOOLS)/bench:
 # ---- Checks ----------------------------------------------------------------------------------------------------------
 
 test: build $(TOOLS)/python ## Run all tests.
-	$(CARGO) test --release --locked --workspace
+	RUST_TEST_THREADS=$(TEST_THREADS) GANGLION_BIN="$(CURDIR)/target/release" $(CARGO) test --release --locked --workspace
 	@if command -v kubectl || command -v kustomize; then $(MAKE) --no-print-directory test-kubernetes; \
 	else echo "deploy/kubernetes was not checked: that needs kubectl or kustomize"; fi
 
