@@ -9,15 +9,15 @@ use std::io::Error;
 use std::thread;
 
 use ganglion_tests::disk::{Disk, Faults};
-use ganglion_tests::{Process, Reference, Run, SMALL_MLP, eventually, send};
+use ganglion_tests::{Process, Reference, Run, SMALL_MLP, eventually, is_running, send};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-/// Checkpoints at 300, 600 and the end. Whoever is judged by this deadline is judged soon.
+/// Checkpoints at 900, 1800 and the end. Whoever is judged by this deadline is judged soon.
 const JOB: &[&str] = &[
-    "job.steps=900",
-    "checkpoint.every_steps=300",
+    "job.steps=2700",
+    "checkpoint.every_steps=900",
     "metrics.every_steps=50",
     "job.data_shards=4",
     "job.failure_deadline=1",
@@ -25,6 +25,9 @@ const JOB: &[&str] = &[
 
 /// Attempts of one worker whose pauses are together longer than several deadlines.
 const ATTEMPTS: usize = 4;
+
+/// Runs of one case, of which one is to be disturbed.
+const TRIES: usize = 5;
 
 /// What fails.
 #[derive(Clone, Copy, Debug)]
@@ -49,9 +52,9 @@ impl Kind {
 /// When: during the checkpoint of this step.
 #[derive(Clone, Copy, Debug)]
 enum Moment {
-    First = 300,
-    Middle = 600,
-    Last = 900,
+    First = 900,
+    Middle = 1800,
+    Last = 2700,
 }
 
 /// The checkpoint storage of a run, and how it fails.
@@ -98,15 +101,22 @@ fn count(events: &[Value], kind: &str) -> usize {
     events.iter().filter(|event| event["kind"] == kind).count()
 }
 
-/// A run in whose storage something fails at a moment, and then no more.
+/// A run in whose storage something fails at a moment, and then no more. On a busy machine training may be past that before
+/// this test is: then once more.
 fn disturbed(kind: Kind, moment: Moment, workers: u32, reference: &Reference) {
+    let in_time = (0..TRIES).any(|_| disturbed_in_time(kind, moment, workers, reference));
+    assert!(in_time, "{kind:?} came too late for the {moment:?} checkpoint, {TRIES} times");
+}
+
+/// Returns whether the storage failed before the run was over.
+fn disturbed_in_time(kind: Kind, moment: Moment, workers: u32, reference: &Reference) -> bool {
     let what = format!("{kind:?} at the {moment:?} checkpoint with {workers} workers");
     let mut run = Run::new(&[SMALL_MLP, JOB]);
-    let Some(failing) = Failing::new(kind, &mut run) else { return };
+    let Some(failing) = Failing::new(kind, &mut run) else { return true };
     let coordinator = run.start_in(workers, &failing.variables());
     match moment {
         Moment::First => drop(run.wait_for("worker_joined", |_| true)),
-        _ => drop(run.wait_for("checkpoint", |event| event["step"] == moment as u64 - 300)),
+        _ => drop(run.wait_for("checkpoint", |event| event["step"] == moment as u64 - 900)),
     }
     failing.begin();
     // At the last one nobody trains: what is waited for here is longer than any patience with a worker.
@@ -114,10 +124,13 @@ fn disturbed(kind: Kind, moment: Moment, workers: u32, reference: &Reference) {
     eventually("attempts", || {
         let delays = run.events().into_iter().filter(|event| event["kind"] == "checkpoint_delayed");
         let of_one = delays.filter(|event| event["worker"].is_null() || event["worker"] == 1);
-        (of_one.count() >= attempts).then_some(())
+        (of_one.count() >= attempts || !is_running(coordinator.pid())).then_some(())
     });
     failing.end();
     let ended = coordinator.wait();
+    if ended.code == Some(0) && count(&run.events(), "checkpoint_delayed") == 0 {
+        return false;
+    }
     let (output, events) = (&ended.output, run.events());
     assert_eq!(ended.code, Some(0), "{what}: {output}");
     let warned = output.lines().filter(|line| line.starts_with("warning: the checkpoint of step"));
@@ -130,15 +143,16 @@ fn disturbed(kind: Kind, moment: Moment, workers: u32, reference: &Reference) {
     assert_eq!(count(&events, "generation_formed"), 1, "{what}: {output}");
     assert_rows_once(&run, &what);
     let last = events.iter().rfind(|event| event["kind"] == "checkpoint").unwrap();
-    assert_eq!(last["step"], 900, "{what}");
+    assert_eq!(last["step"], 2700, "{what}");
     reference.equals(&what, last["state_digest"].as_str().unwrap());
     run.assert_audited();
+    true
 }
 
 fn assert_rows_once(run: &Run, what: &str) {
     let steps: Vec<u64> = run.rows().iter().map(|row| row["step"].as_u64().unwrap()).collect();
     let once: BTreeSet<u64> = steps.iter().copied().collect();
-    assert!(steps.len() == once.len() && once.last() == Some(&900), "{what}: {steps:?}");
+    assert!(steps.len() == once.len() && once.last() == Some(&2700), "{what}: {steps:?}");
 }
 
 #[test]
@@ -213,7 +227,7 @@ fn a_full_run_directory_ends_no_run() {
     let run = Run::new(&[SMALL_MLP, JOB]);
     let Some(disk) = Disk::mount(run.path("")) else { return };
     let coordinator = run.start(2);
-    run.wait_for("checkpoint", |event| event["step"] == 300);
+    run.wait_for("checkpoint", |event| event["step"] == 900);
     disk.fill();
     eventually("word of a checkpoint", || {
         coordinator.output().contains("warning: the checkpoint of step").then_some(())

@@ -47,7 +47,7 @@ fn line(command: &Command) -> String {
 fn a_terminal_that_is_closed_stops_its_run_after_a_checkpoint() {
     let mut run = Run::new(&[SMALL_MLP, ENDLESS]);
     let mut terminal = Command::new("script");
-    let command = format!("exec {}", line(&run.command(&["--workers", "2"])));
+    let command = format!("exec {}", line(&heeding_hangups(&run.command(&["--workers", "2"]))));
     terminal.args(["--quiet", "--flush", "--command", &command, "/dev/null"]);
     let terminal = Process::start(terminal);
     let started = run.wait_for("coordinator_started", |_| true);
@@ -59,7 +59,7 @@ fn a_terminal_that_is_closed_stops_its_run_after_a_checkpoint() {
     coordinator.wait();
     assert!(run.live_workers().is_empty());
     // Signalled by itself it says so.
-    let again = run.start(1);
+    let again = Process::start(heeding_hangups(&run.command(&["--workers", "1"])));
     run.wait_for("generation_formed", |event| event["generation"] == 2);
     again.signal(Signal::SIGHUP);
     let again = again.wait();
@@ -71,6 +71,13 @@ fn a_terminal_that_is_closed_stops_its_run_after_a_checkpoint() {
     Reference::of(&[SMALL_MLP, &[&format!("job.steps={steps}")]])
         .equals("a run without its terminal", &run.digest());
     run.assert_audited();
+}
+
+/// The command as a terminal starts it. These tests may have been started with `nohup` themselves.
+fn heeding_hangups(command: &Command) -> Command {
+    let mut heeding = Command::new("env");
+    heeding.arg("--default-signal=HUP").arg(command.get_program()).args(command.get_args());
+    heeding
 }
 
 /// Whoever says `nohup` wants the run to go on.
