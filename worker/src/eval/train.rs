@@ -158,7 +158,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("labels");
         for (bytes, what) in [
-            (&b"\x00\x00\x08\x03\x00\x00\x00\x01\x00"[..], "no IDX file of labels"),
+            (&b"\x00\x00\x08\x03\x00\x00\x00\x01\x00"[..], "use the *-labels-idx1-ubyte file"),
             (b"\x00\x00\x08\x01\x00\x00\x00\x01\x0a", "no digit"),
         ] {
             std::fs::write(&file, bytes).unwrap();
