@@ -24,7 +24,7 @@ impl Poll for UniquePtr<shim::Work> {
     }
 }
 
-/// What was lent to one operation, and libtorch's side of it. The work goes before the buffers, unless somebody is just
+/// Buffers lent to one operation, and libtorch's side of it. The work goes before the buffers, unless somebody is just
 /// asking it: then it stays a moment longer than buffers that its operation has done with.
 pub(crate) struct Loan {
     pub(crate) work: Option<Arc<dyn Poll>>,

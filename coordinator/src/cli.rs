@@ -162,7 +162,7 @@ pub enum Command {
     },
 }
 
-/// What is done with a data set.
+/// Work with a data set.
 #[derive(Debug, Subcommand)]
 pub enum DataCommand {
     /// Reads every sample as training would, on all processors, and names those that cannot be used.

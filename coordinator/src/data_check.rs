@@ -109,7 +109,7 @@ impl Check {
         }
     }
 
-    /// What is wrong with single samples, and what to type.
+    /// Verdict on single samples, with the argument to type.
     fn verdict(&self, report: &Report) -> Option<String> {
         let (bad, all) = (report.bad, report.found.samples);
         if bad == 0 {
@@ -172,7 +172,7 @@ async fn follow(child: &mut Child) -> Result<Report, Failure> {
     Err(Failure::Other(last_words(child).await.map_err(other)?))
 }
 
-/// What a worker said that ended without a report.
+/// Last words of a worker that ended without a report.
 async fn last_words(child: &mut Child) -> std::io::Result<String> {
     let mut text = Vec::new();
     if let Some(stderr) = &mut child.stderr {

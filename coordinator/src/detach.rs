@@ -37,7 +37,7 @@ struct Started {
 pub enum Launched {
     /// The run goes on: what to tell people.
     GoesOn(String),
-    /// It ended before, and said why.
+    /// Ended before, with its reason.
     Ended(ExitCode),
 }
 

@@ -14,7 +14,7 @@ use crate::run::Failure;
 use crate::run_dir::RunDir;
 use crate::shell::records::Records;
 
-/// What a term does about samples that the job asks to leave out.
+/// Plan of a term for the samples that the job asks to leave out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// Nothing is asked.

@@ -91,7 +91,7 @@ pub enum JournalError {
     /// The system says why.
     #[error("journal.sqlite: {0}")]
     File(#[source] std::io::Error),
-    /// It was written all the time while it was read.
+    /// Written all the time while it was read.
     #[error("journal.sqlite: a coordinator writes it all the time; try again")]
     Busy,
     /// Nothing was written: the fence refused the commit.
@@ -172,7 +172,7 @@ pub enum Fact {
     Storage,
     /// The number above which all new terms, generations and workers are, after a recovery.
     Floor,
-    /// What the newest recovery left, as JSON.
+    /// Report of the newest recovery, as JSON.
     Recovered,
 }
 
@@ -247,7 +247,7 @@ impl Journal {
         Ok(Journal { connection, node: Node::here(), lacking, earlier_term: 0 })
     }
 
-    /// What the journal's file system lacks, for people.
+    /// Shortcoming of the journal's file system, for people.
     pub fn lacking(&self) -> Option<&str> {
         self.lacking.as_deref()
     }
@@ -456,7 +456,7 @@ impl Journal {
         Ok(())
     }
 
-    /// What was set aside.
+    /// Record that was set aside.
     pub fn set_asides(&self) -> Result<Vec<SetAside>, JournalError> {
         history::set_asides(&self.connection)
     }

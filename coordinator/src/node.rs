@@ -24,11 +24,11 @@ pub struct Node {
 /// How the node of a recorded process stands to this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Relation {
-    /// It is this one: the process can be looked up.
+    /// This machine: the process can be looked up.
     Same,
-    /// It was this one before a reboot, or before its container was started again: the process has ended.
+    /// This machine before a reboot, or before its container was started again: the process has ended.
     Before,
-    /// It is another one: nothing can be said of the process.
+    /// Another machine: nothing can be said of the process.
     Elsewhere,
 }
 

@@ -42,7 +42,7 @@ const CLAIM_LIMIT: u64 = 4096;
 pub struct Holder {
     /// The number of its claim.
     pub claim: u64,
-    /// Its process.
+    /// Process id of the holder.
     pub pid: u32,
     /// When that was started, by the system's clock; 0 where that is not known.
     pub started: u64,
@@ -85,7 +85,7 @@ pub enum ClaimError {
     Unusable {
         /// Where claims are.
         folder: PathBuf,
-        /// What the system says.
+        /// Error of the system.
         error: io::Error,
     },
 }
@@ -245,7 +245,7 @@ impl Drop for Ownership {
     }
 }
 
-/// Who holds a run directory according to its claims, asked from outside. Of a holder on another machine the age of its
+/// Holder of a run directory by its claims, seen from outside. Of a holder on another machine the age of its
 /// newest renewal decides, by this machine's clock.
 pub fn is_claimed(folder: &Path, locks_work: bool) -> bool {
     let Some(claim) = newest(&claims(folder)).ok().flatten() else { return false };
@@ -277,13 +277,13 @@ struct Claim {
     holder: Option<Holder>,
 }
 
-/// What is known of a claim's holder.
+/// State of a claim's holder, as far as it is known.
 enum Verdict {
-    /// It has ended; the newest term that it knew of.
+    /// Ended; the newest term that it knew of.
     Ended(u64),
-    /// It runs.
+    /// Running.
     Lives(String),
-    /// It cannot be looked up.
+    /// Not to be looked up from here.
     Unknown,
 }
 

@@ -31,10 +31,10 @@ const JOURNAL: &str = "journal.sqlite";
 const DRAFT: &str = ".journal.sqlite.new";
 /// A number above this was never given, but comes of damage.
 const CREDIBLE: u64 = 1 << 60;
-/// What SQLite writes beside a journal.
+/// Suffixes of the files that SQLite writes beside a journal.
 const BESIDE: [&str; 3] = ["", "-wal", "-shm"];
 
-/// What a recovery did.
+/// Report of a recovery.
 #[derive(Debug, Serialize)]
 struct Recovered {
     run_dir: PathBuf,
@@ -48,11 +48,11 @@ struct Recovered {
     rows: usize,
     #[serde(flatten)]
     recovery: Recovery,
-    /// What was set aside.
+    /// Files that were set aside.
     set_aside: Vec<SetAside>,
 }
 
-/// What the records tell that the journal knew.
+/// Facts of the journal that the records tell too.
 #[derive(Default)]
 struct Told {
     /// The greatest number of a term, a generation or a worker, and what earlier recoveries lost.

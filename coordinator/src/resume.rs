@@ -16,7 +16,7 @@ use crate::report::chronicle::Chronicle;
 use crate::run::{Failure, known_samples, storage_failed};
 use crate::shell::records::Records;
 
-/// What a run that starts knows of itself.
+/// Facts of a run that starts.
 pub struct Asked<'a> {
     /// The address of the storage, as the job has it.
     pub place: &'a str,
@@ -28,7 +28,7 @@ pub struct Asked<'a> {
     pub from_start: bool,
 }
 
-/// What was found.
+/// Result of the search for checkpoints.
 pub struct Found {
     /// The storage, now the run's.
     pub checkpoints: Checkpoints,
@@ -124,7 +124,7 @@ fn refusal(known: &Checkpoint, place: &str, before: Option<&str>, reason: &str) 
     )
 }
 
-/// What people hear of checkpoints that are not used.
+/// Warnings about checkpoints that are not used.
 struct Told<'a> {
     known: Option<&'a Checkpoint>,
     found: Option<&'a Checkpoint>,

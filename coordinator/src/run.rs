@@ -267,7 +267,7 @@ async fn while_held<T>(
     }
 }
 
-/// What a run's earlier coordinators left, in the hands of this one.
+/// Legacy of a run's earlier coordinators, in the hands of this one.
 struct TakenOver {
     /// With what the run leaves out.
     job: Job,
@@ -528,7 +528,7 @@ pub(crate) fn known_samples(journal: &Journal) -> Result<Option<u64>, Failure> {
     Ok(journal.fact(Fact::Samples)?.and_then(|samples| samples.parse().ok()))
 }
 
-/// What the journal knows of the earlier terms' group.
+/// Group of the earlier terms, by the journal.
 fn left_behind(journal: &Journal, job_changed: bool) -> Result<Recovered, Failure> {
     let group = journal.last_group()?;
     let passport = if group.is_some() { journal.passport()? } else { None };

@@ -43,7 +43,7 @@ pub enum RunDirError {
 }
 
 impl RunDirError {
-    /// What the system said of a place: to a choice that cannot work, or of a machine that is full or failing.
+    /// Error of the system at a place: of a choice that cannot work, or of a machine that is full or failing.
     fn of(place: &dyn std::fmt::Display, error: std::io::Error) -> RunDirError {
         if whole::is_mistake(&error) {
             RunDirError::Input(format!("{place}: {error}; choose a folder that this user can write to"))
@@ -221,7 +221,7 @@ pub struct Settled {
     pub asked: Vec<String>,
 }
 
-/// What became of the wish for a lock.
+/// Result of asking for a lock.
 enum Locking {
     Taken(Flock<File>),
     /// Somebody has it.

@@ -101,13 +101,13 @@ pub struct Parts {
     pub checkpoints: Checkpoints,
     /// What earlier terms left behind.
     pub recovered: Recovered,
-    /// What to say where the checkpoints are lost and no living member holds a state either.
+    /// Message for a run whose checkpoints are lost while no living member holds a state either.
     pub lost: Option<String>,
     /// What is known of evaluations.
     pub judged: Judged,
     /// Workers to start.
     pub local_workers: u32,
-    /// What is to be left out from now on.
+    /// Samples to leave out from now on.
     pub change: Change,
     /// Where local workers find this coordinator.
     pub url: String,
@@ -121,7 +121,7 @@ pub struct Parts {
     pub supervisor: Supervisor,
     /// Where it tells of their ends.
     pub exited: mpsc::UnboundedReceiver<Exited>,
-    /// Who waits for the start of the run.
+    /// Waiters for the start of the run.
     pub launch: Option<Launch>,
 }
 
@@ -146,7 +146,7 @@ pub struct Shell {
     samples: Option<u64>,
     /// The recorded samples that the job leaves out.
     left_out: Vec<u64>,
-    /// What is to be left out, until a group has formed with it.
+    /// Samples to leave out, until a group has formed without them.
     change: Change,
     /// Workers whose sessions were closed because they do not read.
     deaf: Vec<WorkerId>,
@@ -160,11 +160,11 @@ pub struct Shell {
     is_stuck: bool,
     /// Whether people were told so.
     told_stuck: bool,
-    /// What was decided and not carried out yet.
+    /// Decisions that are not carried out yet.
     undone: VecDeque<Action>,
-    /// What came in meanwhile.
+    /// Events that came in meanwhile.
     held: VecDeque<Held>,
-    /// What was told of checkpoints that cannot be written.
+    /// Warnings given about checkpoints that cannot be written.
     delays: Delays,
     /// The newest that the keeper was told to make valid.
     ordered: Option<Position>,
@@ -189,7 +189,7 @@ pub struct Shell {
     watch: Watch,
     /// The newest row of metrics that was watched.
     watched: u64,
-    /// Who waits for the start of the run.
+    /// Waiters for the start of the run.
     launch: Option<Launch>,
 }
 

@@ -103,14 +103,14 @@ pub struct Supervisor {
     pub environment: Vec<(&'static str, OsString)>,
 }
 
-/// What became of a process of an earlier coordinator.
+/// Fate of a process of an earlier coordinator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Adoption {
-    /// It runs, and is watched from now on.
+    /// Running, and watched from now on.
     Runs,
-    /// It has ended.
+    /// Ended.
     Ended,
-    /// It is of another machine: whether it runs will show.
+    /// On another machine: whether it runs will show.
     Elsewhere,
 }
 

@@ -1,4 +1,4 @@
-//! What a look at every sample of a data set found, as the worker tells the coordinator: lines of JSON.
+//! Report on every sample of a data set, as the worker tells the coordinator: lines of JSON.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +23,7 @@ pub enum Line {
     Wrong(String),
 }
 
-/// What a data set holds.
+/// Contents of a data set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// `folder`, `idx` and so on.

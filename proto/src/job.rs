@@ -139,7 +139,7 @@ pub struct Data {
     pub exclusions: Vec<Exclusion>,
 }
 
-/// What is done about the orientation in a picture's EXIF data.
+/// Treatment of the orientation in a picture's EXIF data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Orientation {

@@ -89,7 +89,7 @@ struct Taken {
 #[derive(Debug)]
 struct Held {
     address: IpAddr,
-    /// Its number among the idle ones; `None` while it is busy.
+    /// Number among the idle ones; `None` while it is busy.
     idle: Option<u64>,
     out: Arc<Notify>,
 }

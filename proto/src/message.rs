@@ -13,7 +13,7 @@ use crate::job::Job;
 pub enum FromWorker {
     /// It asks to take part.
     Hello(Hello),
-    /// It has loaded, and what it found in the data.
+    /// The worker has loaded; with its report on the data.
     Loaded(LoadedFacts, Option<Box<Found>>),
     /// It is at rest and commits nothing more of the generation.
     Ready(Generation, Option<Position>),

@@ -76,7 +76,7 @@ pub(crate) fn is_final(error: &Error) -> bool {
         || matches!(error, Error::NotFound { .. } | Error::AlreadyExists { .. })
 }
 
-/// What the system said.
+/// Error of the system, without its context.
 fn system_error(error: &Error) -> Option<&io::Error> {
     let first: Option<&(dyn std::error::Error + 'static)> = Some(error);
     let mut causes = std::iter::successors(first, |cause| (*cause).source());

@@ -46,7 +46,7 @@ pub enum Claim {
 /// The state of a file: another one once its content is another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
-    /// Its length.
+    /// Length in bytes.
     pub bytes: u64,
     /// Tells it from other contents of that file.
     pub text: String,

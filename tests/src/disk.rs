@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use crate::eventually;
 
-/// What stays free in a disk that is full: less than a part of a state.
+/// Bytes that stay free on a full disk: less than a part of a state.
 const LEFT: u64 = 16 << 10;
 
 /// A small file system of its own, a tmpfs.
@@ -86,7 +86,7 @@ impl Faults {
         }
     }
 
-    /// What a program's environment needs.
+    /// Variables for a program's environment.
     pub fn variables(&self) -> [(&'static str, String); 2] {
         let text = |path: PathBuf| path.display().to_string();
         [("LD_PRELOAD", text(self.folder.path().join("faults.so"))), ("GANGLION_FAULTS", text(self.switch()))]

@@ -67,7 +67,7 @@ pub fn try_part(path: &Path, begin: &str, end: &str) -> io::Result<()> {
     whole::try_out(path)
 }
 
-/// What is written by hand, before and after a part.
+/// Text written by hand, before and after a part.
 fn around<'a>(page: &'a str, begin: &str, end: &str) -> io::Result<(&'a str, &'a str)> {
     let bounds = page.split_once(begin).and_then(|(before, rest)| Some((before, rest.split_once(end)?.1)));
     bounds.ok_or_else(|| {

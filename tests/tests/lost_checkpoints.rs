@@ -27,7 +27,7 @@ fn damage_all(storage: &Path) {
     }
 }
 
-/// What a start must not change if it is refused.
+/// Files that a refused start must not change.
 fn kept(run: &Run) -> [Vec<u8>; 3] {
     ["job.toml", "metrics.jsonl", "events.jsonl"].map(|name| fs::read(run.path(name)).unwrap())
 }

@@ -91,7 +91,7 @@ fn changed(lines: &str) -> Vec<u8> {
     written.finish().unwrap().into_inner()
 }
 
-/// What a module does when it is checked says nothing of what it does later.
+/// A module may behave while it is checked, and fail later.
 #[test]
 fn a_module_that_fails_later_or_never_ends_is_named() {
     let folder = tempfile::tempdir().unwrap();

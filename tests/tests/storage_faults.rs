@@ -29,7 +29,7 @@ const ATTEMPTS: usize = 4;
 /// Runs of one case, of which one is to be disturbed.
 const TRIES: usize = 5;
 
-/// What fails.
+/// Kinds of failure.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
     Full,
@@ -39,7 +39,7 @@ enum Kind {
 }
 
 impl Kind {
-    /// What the run says of it.
+    /// Reason that the run gives.
     fn reason(self) -> String {
         match self {
             Kind::Full => "it needs ".to_string(),

@@ -12,7 +12,7 @@ const FREE_BYTES: u64 = 64 << 20;
 /// Reads a file whose members claim no more than it can hold.
 ///
 /// # Errors
-/// It cannot be read, or claims more.
+/// File that cannot be read, or claims more than it may hold.
 pub fn read(path: &Path) -> Result<Vec<u8>, String> {
     let unreadable = |error: std::io::Error| format!("cannot be read: {error}");
     // A device has no end, and to open a pipe is to wait for its writer.

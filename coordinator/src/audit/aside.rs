@@ -1,4 +1,4 @@
-//! What cannot be proven any more, because a record was damaged or is gone. The journal knows of each such loss.
+//! Losses of records: claims that cannot be proven any more. The journal knows of each such loss.
 
 use super::Claim;
 use super::evidence::Evidence;

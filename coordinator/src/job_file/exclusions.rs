@@ -15,7 +15,7 @@ use super::settings::Settings;
 
 const WISH: &str = "data.exclude";
 const RECORD: &str = "data.exclusion";
-/// What a table looks like.
+/// Form of one table, for messages.
 const EXAMPLE: &str = "after_step = 7 and files = [\"cats/0001.jpg\"]";
 
 /// Reads both keys. `data` is where the samples are: a name may begin with it, as messages about files do.

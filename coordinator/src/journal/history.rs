@@ -29,7 +29,7 @@ pub struct History {
     pub checkpoints: Vec<CheckpointRow>,
     /// The records that were set aside.
     pub set_aside: Vec<SetAside>,
-    /// What the newest recovery left, in a journal that was recovered.
+    /// Report of the newest recovery, in a journal that was recovered.
     pub recovery: Option<Recovery>,
 }
 

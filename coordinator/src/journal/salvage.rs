@@ -1,4 +1,4 @@
-//! What can be read of a journal that is damaged, and a new one from it.
+//! Salvage of a damaged journal: its readable rows, and a new journal from them.
 //!
 //! 1. The damaged journal is only read.
 //! 2. A table is read from both ends up to what cannot be read; one that was read without an error is whole.
@@ -27,7 +27,7 @@ const TABLES: [&str; 8] =
 const FACTS: [Fact; 6] =
     [Fact::Run, Fact::Port, Fact::HttpPort, Fact::Passport, Fact::Samples, Fact::Storage];
 
-/// What a recovery left of a journal.
+/// Rows that a recovery took over from a journal.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Recovery {
     /// All numbers up to this one are of before.
@@ -43,7 +43,7 @@ impl Recovery {
     }
 }
 
-/// What could be read.
+/// Rows that could be read.
 #[derive(Debug, Default)]
 pub struct Salvaged(BTreeMap<&'static str, Table>);
 

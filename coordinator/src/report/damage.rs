@@ -30,7 +30,7 @@ impl Damaged {
         matches!(self, Damaged::Io(_, error) if whole::is_mistake(error))
     }
 
-    /// What an error means that came while a file was read.
+    /// Classifies an error that came while a file was read.
     pub(super) fn of(path: &Path, error: io::Error) -> Damaged {
         match error.kind() {
             ErrorKind::InvalidData => Damaged::Lines(path.to_path_buf()),
@@ -44,7 +44,7 @@ pub(super) fn broken(error: serde_json::Error) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, error)
 }
 
-/// What of a record was set aside, and what that cost.
+/// Part of a record that was set aside, and its cost.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SetAside {
     /// The record's name, such as `metrics.jsonl`.
@@ -66,7 +66,7 @@ impl SetAside {
         SetAside { file: file.to_string(), steps, ..SetAside::default() }
     }
 
-    /// What people read of it.
+    /// Text for people.
     pub fn describe(&self) -> String {
         let SetAside { file, aside, kept, lost, .. } = self;
         if aside.is_empty() {

@@ -38,7 +38,7 @@ struct Line<'a, F> {
     fields: F,
 }
 
-/// What every event has.
+/// Fields of every event.
 #[derive(Deserialize)]
 struct Event<'a> {
     #[serde(rename = "time")]
@@ -101,7 +101,7 @@ impl EventLog {
         self.lines.restore()
     }
 
-    /// What there is to sync, if there is something.
+    /// Work for a sync, if there is any.
     pub fn to_sync(&self) -> Option<Sync> {
         self.lines.to_sync()
     }

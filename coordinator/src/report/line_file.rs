@@ -26,7 +26,7 @@ pub struct LineFile {
     end: u64,
     /// All before this offset is on the disk.
     synced: u64,
-    /// What lies from the offset `end - recent.len()` on.
+    /// Bytes from the offset `end - recent.len()` on.
     recent: Vec<u8>,
     /// Whether what is in `recent` may be gone from the file.
     is_shaken: bool,
@@ -34,7 +34,7 @@ pub struct LineFile {
     is_named: bool,
 }
 
-/// What a sync of a file needs, for a thread that may wait for the disk.
+/// Sync of a file, for a thread that may wait for the disk.
 #[derive(Debug)]
 pub struct Sync {
     path: PathBuf,
@@ -125,7 +125,7 @@ impl LineFile {
         self.synced
     }
 
-    /// What there is to sync, if there is something.
+    /// Work for a sync, if there is any.
     pub(super) fn to_sync(&self) -> Option<Sync> {
         if self.synced == self.end && self.is_named {
             return None;

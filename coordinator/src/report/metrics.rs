@@ -199,7 +199,7 @@ impl MetricsLog {
         self.fresh.iter().map(|(_, step)| *step).min()
     }
 
-    /// What there is to sync, if there is something.
+    /// Work for a sync, if there is any.
     pub fn to_sync(&self) -> Option<Sync> {
         self.lines.to_sync()
     }

@@ -88,7 +88,7 @@ impl Receipts {
         self.lost.insert(step);
     }
 
-    /// What workers are to be told once all rows before `bound` are durable, the newest being of `newest`; `None` if they
+    /// Acknowledgements due once all rows before `bound` are durable, the newest being of `newest`; `None` if they
     /// know.
     pub fn acknowledge(&mut self, newest: u64, bound: u64) -> Option<u64> {
         let step = newest.min(bound.saturating_sub(1));

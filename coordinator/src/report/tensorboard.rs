@@ -18,7 +18,7 @@ use prost::Message;
 
 /// How the names of event files begin.
 const PREFIX: &str = "events.out.tfevents.";
-/// What a record has beside its data: a length, and two checksums.
+/// Bytes of a record beside its data: a length, and two checksums.
 const FRAME: u64 = 16;
 /// Records are handed on in pieces of about this size.
 const BUFFER: usize = 64 << 10;
@@ -80,7 +80,7 @@ pub struct Png<'a> {
 }
 
 impl<'a> Png<'a> {
-    /// What the header of a PNG tells; `None` where it is none.
+    /// Size by the header of a PNG; `None` where it is none.
     pub fn of(bytes: &'a [u8]) -> Option<Png<'a>> {
         let header = bytes.strip_prefix(b"\x89PNG\r\n\x1a\n")?.get(8..18)?;
         let side = |at: usize| Some(u32::from_be_bytes(header.get(at..at + 4)?.try_into().ok()?));

@@ -49,7 +49,7 @@ impl Peer {
         self.place.address()
     }
 
-    /// It did something that it may do, and keeps its place from now on.
+    /// Keeps its place from now on: it did something that it may do.
     pub fn admit(&self) {
         if !self.admitted.swap(true, Ordering::Relaxed) {
             self.place.engage();

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 /// Writers and reasons that are remembered; beyond these nothing is told.
 const LIMIT: usize = 64;
 
-/// What was told since the last checkpoint became valid: who cannot write, and why.
+/// Warnings since the last checkpoint became valid: who cannot write, and why.
 #[derive(Debug, Default)]
 pub struct Delays(BTreeSet<(String, String)>);
 

@@ -61,7 +61,7 @@ pub struct Records {
     syncing: Option<JoinHandle<Synced>>,
     samples: u64,
     skipped: Skipped,
-    /// What cannot be written now.
+    /// Files that cannot be written now.
     failing: BTreeSet<&'static str>,
     /// Whether people were told what the data hold.
     data_told: bool,

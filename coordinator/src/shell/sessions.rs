@@ -179,7 +179,7 @@ impl Shell {
         }
     }
 
-    /// What would be one event too many. A storage that fails again and again is told of now and then; nothing else comes
+    /// Handles one event too many. A storage that fails again and again is told of now and then; nothing else comes
     /// that often from a worker that is well.
     fn spent(
         &mut self,

@@ -243,7 +243,7 @@ impl Machine {
         self.let_leavers_go(|leaver| group.members.iter().any(|member| member.worker == leaver), actions);
     }
 
-    /// Who would be in a group that is formed now, oldest first: all that are loaded and can reach each other, up to V, and
+    /// Members of a group that is formed now, oldest first: all that are loaded and can reach each other, up to V, and
     /// among them one that can save, if there is one.
     /// The source of the state is always among them; those that leave only if nobody who stays holds their position.
     fn next_members(&self) -> Vec<WorkerId> {

@@ -20,12 +20,12 @@ pub enum Row {
     Token(u64),
 }
 
-/// What is wrong with the storage as a worker sees it.
+/// Fault of the storage as a worker sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
     /// Nothing is answered until it is mended.
     Hangs,
-    /// It is full, read-only or away: everything is refused at once.
+    /// Full, read-only or away: everything is refused at once.
     Fails,
     /// Everything takes long.
     Slow,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-/// What a patch expects a file to have, by file, and what it puts there.
+/// Text that a patch expects, by file, and the text it puts there.
 fn hunks(patch: &str) -> Vec<(String, String, String)> {
     let (mut hunks, mut file) = (Vec::<(String, String, String)>::new(), String::new());
     for line in patch.lines() {

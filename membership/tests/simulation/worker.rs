@@ -84,7 +84,7 @@ pub struct Worker {
     pub slowest_leaf: u64,
     /// How often its state turned out void.
     era: u64,
-    /// What is wrong with its storage.
+    /// Fault of its storage.
     pub storage: Option<Trouble>,
     /// Files that are to be written, by position and index.
     unwritten: BTreeSet<(u64, u32)>,
@@ -530,7 +530,7 @@ impl Worker {
         !matches!(self.storage, Some(Trouble::Hangs | Trouble::Fails))
     }
 
-    /// What was not answered is, one after the other.
+    /// Answers the requests that were not answered, one after the other.
     pub fn storage_mended(&mut self, ctx: &mut Ctx) {
         self.storage = None;
         for timer in std::mem::take(&mut self.unanswered) {

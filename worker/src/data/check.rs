@@ -85,7 +85,7 @@ fn of_folder(data: &Data, how: Look, progress: impl FnMut(u64, u64)) -> Result<R
     Ok(report)
 }
 
-/// What the threads saw.
+/// Findings of the threads.
 #[derive(Default)]
 struct Seen {
     bytes: u64,

@@ -93,7 +93,7 @@ pub(super) fn to_check(root: &Path, data: &Data) -> Result<ToCheck, DataError> {
     Ok(ToCheck { folder, found, no_classes })
 }
 
-/// What a file is, as it was found on reading all of it.
+/// Facts of a file, after reading all of it.
 pub(super) struct Looked {
     /// Bytes of the file.
     pub(super) bytes: u64,

@@ -171,7 +171,7 @@ impl Unpacked<'_> {
         Ok(header)
     }
 
-    /// What follows the header, which announces `expected` bytes: these, or fewer, or one more that tells of others.
+    /// Bytes after the header, which announces `expected` of them: these, or fewer, or one more that tells of others.
     fn rest(&mut self, expected: u64) -> Result<Vec<u8>, DataError> {
         if self.packed && expected > self.most {
             return Err(self.wrong(&format!(

@@ -140,7 +140,7 @@ impl Names {
     }
 }
 
-/// What to say of a name that is that of no sample.
+/// Message for a name that is that of no sample.
 fn no_sample(name: &str, place: &str, found: impl Iterator<Item = String>) -> String {
     let mut nearest: Vec<(usize, String)> = Vec::new();
     for other in found {

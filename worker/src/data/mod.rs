@@ -46,7 +46,7 @@ use labels::Labels;
 use left_out::{LeftOut, Names};
 pub use prefetch::{Batch, Plan, Prefetcher, Upload};
 
-/// What to say where nothing is left.
+/// Message where nothing is left.
 const EVERYTHING: &str = "data.exclude leaves out every sample; leave some in";
 
 /// Longest side of an image as the networks see it, in pixels.
@@ -92,7 +92,7 @@ pub enum DataError {
 }
 
 impl DataError {
-    /// What to tell the user, if that is who can mend it.
+    /// Message for the user, if that is who can mend it.
     ///
     /// # Errors
     /// The error itself, if not.

@@ -37,9 +37,9 @@ pub(super) struct OpenArchives {
 #[derive(Debug)]
 struct Archive {
     path: PathBuf,
-    /// Its number among those of the data set.
+    /// Number among the archives of the data set.
     number: usize,
-    /// What tells it from another file that took its name.
+    /// Identity, which tells it from another file that took its name.
     identity: (u64, i64, i64),
     length: u64,
     all: Arc<OpenArchives>,

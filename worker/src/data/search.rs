@@ -93,7 +93,7 @@ impl Entry {
         }
     }
 
-    /// What the files of one sample have in common: the name up to the first dot in a tar file, else up to the last one.
+    /// Key of one sample's files: the name up to the first dot in a tar file, else up to the last one.
     pub(super) fn key(&self) -> &[u8] {
         &self.relative[..self.relative.len() - self.ending().len()]
     }

@@ -92,7 +92,7 @@ impl Machine {
     }
 }
 
-/// What of the records is on the disk.
+/// Bytes of the records that are on the disk.
 #[derive(Debug, Default)]
 struct Platter {
     reached: Mutex<Reached>,
