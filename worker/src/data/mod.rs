@@ -288,7 +288,7 @@ impl DataSet {
     }
 
     /// The same with the class of each sample: from the file of labels beside one of images, CIFAR's records, or by the
-    /// rules of [`classes`].
+    /// rules of `classes.rs`.
     ///
     /// # Errors
     /// As [`open`](DataSet::open), and [`DataError::Input`] if a sample has no label.
