@@ -107,8 +107,9 @@ pub enum Event {
         /// Its exit status.
         status: String,
     },
-    /// A file of a checkpoint is on the storage.
-    PartWritten(WorkerId, WrittenPart),
+    /// A file of a checkpoint is on the storage, of a state that a generation trained to. The report may come long after
+    /// that generation: storages are slow, and sessions end.
+    PartWritten(WorkerId, Generation, WrittenPart),
     /// A manifest is on the storage.
     CheckpointCommitted(Checkpoint),
     /// A worker trained to the end (`complete`) or to a planned stop; it is ready at that position.

@@ -194,7 +194,9 @@ impl Machine {
             Event::Leave(worker) => self.leave(worker, actions),
             Event::Scale(count) => self.settings.local_workers = count,
             Event::Reaped { worker, status } => self.reaped(worker, status, actions),
-            Event::PartWritten(worker, part) => self.part_written(worker, part, actions),
+            Event::PartWritten(worker, generation, part) => {
+                self.part_written(worker, generation, part, actions);
+            }
             Event::CheckpointCommitted(checkpoint) => self.committed(checkpoint, actions),
             Event::Finished { worker, generation, position, complete } => {
                 self.finished(worker, generation, position, complete, actions);

@@ -67,7 +67,8 @@ impl FromWorker {
                 gpu_utilisation: usage.gpu.utilisation,
             }),
             FromWorker::Metrics(row) => Message::Metrics(row_to_wire(row)),
-            FromWorker::PartWritten(part) => Message::PartWritten(wire::PartWritten {
+            FromWorker::PartWritten(generation, part) => Message::PartWritten(wire::PartWritten {
+                generation: generation.0,
                 step: part.step,
                 phase: part.phase,
                 index: part.index,
@@ -115,14 +116,18 @@ impl FromWorker {
             }
             Message::Heartbeat(heartbeat) => heartbeat_from_wire(&heartbeat)?,
             Message::Metrics(row) => FromWorker::Metrics(row_from_wire(row)?),
-            Message::PartWritten(part) => FromWorker::PartWritten(WrittenPart {
-                step: count(part.step, "step")?,
-                phase: part.phase,
-                index: part.index,
-                count: part.count,
-                file: file_from_wire(required(part.file, "file")?)?,
-                state_digest: digest(part.state_digest)?,
-            }),
+            Message::PartWritten(part) => {
+                let generation = Generation(part.generation);
+                let part = WrittenPart {
+                    step: count(part.step, "step")?,
+                    phase: part.phase,
+                    index: part.index,
+                    count: part.count,
+                    file: file_from_wire(required(part.file, "file")?)?,
+                    state_digest: digest(part.state_digest)?,
+                };
+                FromWorker::PartWritten(generation, part)
+            }
             Message::PartDelayed(part) => FromWorker::PartDelayed(
                 count(part.step, "step")?,
                 name(part.file, "file")?,

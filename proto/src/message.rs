@@ -24,7 +24,7 @@ pub enum FromWorker {
     /// The figures of a step.
     Metrics(MetricsRow),
     /// A file of a checkpoint is on the storage.
-    PartWritten(WrittenPart),
+    PartWritten(Generation, WrittenPart),
     /// A file of a checkpoint could not be written yet: step, file, reason.
     PartDelayed(u64, String, String),
     /// A grid of generated samples.

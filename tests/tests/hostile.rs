@@ -166,8 +166,8 @@ fn claims(generation: Generation) -> Vec<FromWorker> {
         FromWorker::Ready(generation, None),
         FromWorker::Finished(generation, position, true),
         FromWorker::Finished(generation, position, false),
-        FromWorker::PartWritten(part(1)),
-        FromWorker::PartWritten(part(HIGHEST)),
+        FromWorker::PartWritten(generation, part(1)),
+        FromWorker::PartWritten(generation, part(HIGHEST)),
         FromWorker::PartDelayed(1, "state".to_string(), what.clone()),
         FromWorker::Metrics(row(1)),
         FromWorker::Metrics(row(999_999)),
@@ -353,6 +353,7 @@ fn extremes() -> Vec<wire::session_request::Message> {
                 ..Default::default()
             }),
             Message::PartWritten(wire::PartWritten {
+                generation: n,
                 step: n,
                 phase: u32::MAX,
                 index: u32::MAX,

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ganglion_membership::Generation;
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::FromWorker;
@@ -31,6 +32,8 @@ const WAITING_LIMIT: usize = 2;
 /// What to do with a snapshot.
 #[derive(Clone, Debug)]
 pub struct Order {
+    /// The generation that trained to it.
+    pub generation: Generation,
     /// The state.
     pub snapshot: Arc<Snapshot>,
     /// Files of its checkpoint to write, by index.
@@ -207,7 +210,7 @@ impl Monitor<Queue> {
                         if self.lock().void {
                             return;
                         }
-                        context.session.report_part(part);
+                        context.session.report_part(order.generation, part);
                         break;
                     }
                     Err(error) => {

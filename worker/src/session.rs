@@ -112,7 +112,7 @@ struct Inbox {
     rows: VecDeque<MetricsRow>,
     /// Whether the coordinator gets the rows from this member.
     reports_rows: bool,
-    parts: VecDeque<WrittenPart>,
+    parts: VecDeque<(Generation, WrittenPart)>,
     evaluations: Evaluations,
 }
 
@@ -373,7 +373,7 @@ impl Session {
         let mut inbox = self.shared.lock();
         inbox.reports_rows = rank == Rank(0);
         inbox.rows.retain(|row| row.step <= step);
-        inbox.parts.retain(|part| part.step <= step);
+        inbox.parts.retain(|(_, part)| part.step <= step);
         inbox.rows.iter().for_each(|row| self.send(FromWorker::Metrics(row.clone())));
         inbox.evaluations.rows.iter().for_each(|row| self.send(FromWorker::Evaluation(row.clone())));
     }
@@ -392,10 +392,11 @@ impl Session {
         self.shared.lock().evaluations.recorded.contains(&step)
     }
 
-    /// Reports a written file, and keeps the report until the checkpoint needs it no more.
-    pub fn report_part(&self, part: WrittenPart) {
-        self.shared.lock().parts.push_back(part.clone());
-        self.send(FromWorker::PartWritten(part));
+    /// Reports a written file of a state that a generation trained to, and keeps the report until the checkpoint needs it no
+    /// more.
+    pub fn report_part(&self, generation: Generation, part: WrittenPart) {
+        self.shared.lock().parts.push_back((generation, part.clone()));
+        self.send(FromWorker::PartWritten(generation, part));
     }
 }
 
@@ -536,7 +537,8 @@ impl Shared {
             again.extend(inbox.rows.iter().cloned().map(FromWorker::Metrics));
         }
         again.extend(inbox.evaluations.rows.iter().cloned().map(FromWorker::Evaluation));
-        again.extend(inbox.parts.iter().cloned().map(FromWorker::PartWritten));
+        let parts = inbox.parts.iter().cloned();
+        again.extend(parts.map(|(generation, part)| FromWorker::PartWritten(generation, part)));
         again
     }
 
@@ -591,7 +593,7 @@ impl Shared {
     }
 
     fn forget_parts(&self, recorded: (u64, u32)) {
-        self.lock().parts.retain(|part| (part.step, part.phase) > recorded);
+        self.lock().parts.retain(|(_, part)| (part.step, part.phase) > recorded);
     }
 
     fn forget_evaluations(&self, steps: &[u64]) {

@@ -636,7 +636,8 @@ impl Trainer {
             self.evaluations.push(snapshot.clone(), is_first);
         }
         if !files.is_empty() || samples {
-            self.archive.push(Order { snapshot, files, samples });
+            let generation = assignment.group.generation;
+            self.archive.push(Order { generation, snapshot, files, samples });
         }
     }
 

@@ -159,7 +159,9 @@ impl Shell {
                 self.handle(Event::Leave(worker))
             }
             FromWorker::InputError(detail) => self.input_wrong(worker, detail),
-            FromWorker::PartWritten(part) => self.handle(Event::PartWritten(worker, part)),
+            FromWorker::PartWritten(generation, part) => {
+                self.handle(Event::PartWritten(worker, generation, part))
+            }
             FromWorker::Evaluation(row) if self.machine.has_trained(worker) => {
                 if let Err(error) = self.take_evaluation(row.clone()) {
                     self.stick(error)?;

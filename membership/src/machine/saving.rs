@@ -70,11 +70,18 @@ impl Machine {
         self.form_if_gathered(actions);
     }
 
-    pub(super) fn part_written(&mut self, worker: WorkerId, part: WrittenPart, actions: &mut Vec<Action>) {
+    pub(super) fn part_written(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        part: WrittenPart,
+        actions: &mut Vec<Action>,
+    ) {
         let Some(facts) = self.workers.get(&worker).and_then(|w| w.facts.as_ref()) else {
             return;
         };
-        if self.condemned == Some(self.last_generation) || !self.has_trained(worker) {
+        // The next generation may have been formed since: a late file of a condemned state would make it look diverged too.
+        if self.condemned.is_some_and(|condemned| generation <= condemned) || !self.has_trained(worker) {
             return;
         }
         let newest = self.checkpoint.as_ref().map_or((0, 0), |c| (c.step, c.phase));

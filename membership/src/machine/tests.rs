@@ -369,8 +369,8 @@ fn a_run_that_had_finished_is_closed_by_the_new_coordinator() {
     let rest = Some(Rested { position: Some(Position(20)), finished: Some(true) });
     bench.resume(1, rest);
     bench.resume(2, rest);
-    bench.handle(Event::PartWritten(WorkerId(1), part(10, 0, "d")));
-    bench.handle(Event::PartWritten(WorkerId(2), part(10, 1, "d")));
+    bench.handle(Event::PartWritten(WorkerId(1), Generation(4), part(10, 0, "d")));
+    bench.handle(Event::PartWritten(WorkerId(2), Generation(4), part(10, 1, "d")));
     let actions = bench.handle(Event::CheckpointCommitted(checkpoint(10)));
     assert_eq!(ended(&actions), Some(&Outcome::Complete));
 }
@@ -710,8 +710,12 @@ fn a_worker_that_never_trained_changes_nothing_for_those_who_train() {
     let slow = Progress { slowest_leaf: Duration::from_secs(3600), ..Progress::default() };
     bench.handle(Event::Heartbeat(WorkerId(2), slow));
     assert_eq!(bench.machine.patience(), DEADLINE, "only members set the pace");
-    bench.handle(Event::PartWritten(WorkerId(1), part(3, 0, "d")));
-    assert_eq!(bench.handle(Event::PartWritten(WorkerId(2), part(3, 1, "e"))), [], "no divergence");
+    bench.handle(Event::PartWritten(WorkerId(1), Generation(1), part(3, 0, "d")));
+    assert_eq!(
+        bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(3, 1, "e"))),
+        [],
+        "no divergence"
+    );
     let unable = bench.handle(Event::Unable(WorkerId(2), "no data".to_string()));
     let loss = Loss::Failed("no data".to_string());
     assert_eq!(unable, [Action::Drop(WorkerId(2)), Action::Lose(WorkerId(2), loss)]);
@@ -800,8 +804,8 @@ fn workers_are_released_once_the_last_checkpoint_is_committed() {
     let mut bench = Bench::training(2);
     bench.finished(1, 20);
     assert_eq!(bench.finished(2, 20), []);
-    bench.handle(Event::PartWritten(WorkerId(1), part(10, 0, "d")));
-    let actions = bench.handle(Event::PartWritten(WorkerId(2), part(10, 1, "d")));
+    bench.handle(Event::PartWritten(WorkerId(1), Generation(1), part(10, 0, "d")));
+    let actions = bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(10, 1, "d")));
     assert_eq!(actions, [Action::Commit(checkpoint(10))]);
     let actions = bench.handle(Event::CheckpointCommitted(checkpoint(10)));
     let [first, second] = [1, 2].map(|worker| Action::Release(WorkerId(worker)));
@@ -824,14 +828,14 @@ fn a_loss_while_closing_makes_the_rest_save_again() {
 fn two_digests_of_one_step_roll_all_back_and_end_the_run_if_that_does_not_help() {
     let mut bench = Bench::training(2);
     for _ in 0..3 {
-        bench.handle(Event::PartWritten(WorkerId(1), part(4, 0, "d")));
-        let actions = bench.handle(Event::PartWritten(WorkerId(2), part(4, 1, "e")));
+        bench.handle(Event::PartWritten(WorkerId(1), bench.generation(), part(4, 0, "d")));
+        let actions = bench.handle(Event::PartWritten(WorkerId(2), bench.generation(), part(4, 1, "e")));
         assert_eq!(actions[0], Action::Condemn(bench.generation()));
         bench.ready(1, 9);
         assert_eq!(formed(&bench.ready(2, 9)).unwrap().start, Start::Fresh);
     }
-    bench.handle(Event::PartWritten(WorkerId(1), part(4, 0, "d")));
-    let actions = bench.handle(Event::PartWritten(WorkerId(2), part(4, 1, "e")));
+    bench.handle(Event::PartWritten(WorkerId(1), bench.generation(), part(4, 0, "d")));
+    let actions = bench.handle(Event::PartWritten(WorkerId(2), bench.generation(), part(4, 1, "e")));
     assert!(matches!(ended(&actions), Some(Outcome::Failed(what)) if what.contains("step 4")), "{actions:?}");
 }
 
@@ -993,8 +997,21 @@ fn states_of_a_condemned_generation_do_not_come_back_with_a_new_coordinator() {
 fn files_of_a_condemned_generation_make_no_checkpoint() {
     let mut bench = Bench::training(2);
     bench.handle(Event::Fault(WorkerId(1), Generation(1), Fault::Diverged("x".to_string())));
-    bench.handle(Event::PartWritten(WorkerId(1), part(4, 0, "e")));
-    assert_eq!(bench.handle(Event::PartWritten(WorkerId(2), part(4, 1, "e"))), []);
+    bench.handle(Event::PartWritten(WorkerId(1), Generation(1), part(4, 0, "e")));
+    assert_eq!(bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(4, 1, "e"))), []);
+}
+
+/// One was still on its way when the next generation was formed: seed 943025.
+#[test]
+fn late_files_of_a_condemned_generation_count_for_nothing_in_the_next_one() {
+    let mut bench = Bench::training(2);
+    bench.handle(Event::Fault(WorkerId(1), Generation(1), Fault::Diverged("x".to_string())));
+    bench.ready(1, 9);
+    assert_eq!(formed(&bench.ready(2, 9)).unwrap().start, Start::Fresh);
+    bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(4, 1, "e")));
+    bench.handle(Event::PartWritten(WorkerId(1), Generation(2), part(4, 0, "d")));
+    let actions = bench.handle(Event::PartWritten(WorkerId(2), Generation(2), part(4, 1, "d")));
+    assert_eq!(actions, [Action::Commit(checkpoint(4))]);
 }
 
 /// The session ended before the fault was heard, so the rest came first: seeds 711331 and 988397.

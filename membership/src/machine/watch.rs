@@ -46,7 +46,7 @@ impl Machine {
             | Event::Ready(worker, ..)
             | Event::Fault(worker, ..)
             | Event::Heartbeat(worker, _)
-            | Event::PartWritten(worker, _)
+            | Event::PartWritten(worker, ..)
             | Event::Finished { worker, .. } => worker,
             _ => return,
         };

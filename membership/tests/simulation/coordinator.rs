@@ -204,7 +204,7 @@ impl Coordinator {
                 Event::Heartbeat(worker, progress)
             }
             Up::Leave => Event::Leave(worker),
-            Up::PartWritten(part) => Event::PartWritten(worker, part),
+            Up::PartWritten(generation, part) => Event::PartWritten(worker, generation, part),
             Up::Finished { generation, position, complete } => {
                 Event::Finished { worker, generation, position, complete }
             }

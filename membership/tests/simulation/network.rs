@@ -35,7 +35,7 @@ pub enum Up {
     Fault(Generation, Fault),
     Heartbeat(Progress, Instant),
     Leave,
-    PartWritten(WrittenPart),
+    PartWritten(Generation, WrittenPart),
     Finished {
         generation: Generation,
         position: Position,

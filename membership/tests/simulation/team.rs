@@ -529,9 +529,10 @@ impl Worker {
         let writers: Vec<usize> =
             (0..team.group.members.len()).filter(|rank| team.group.members[*rank].writes_parts).collect();
         let Some(mine) = writers.iter().position(|rank| *rank == team.rank) else { return };
+        let generation = team.group.generation;
         for index in 0..ctx.job.parts {
             if index as usize % writers.len() == mine {
-                self.save_later(state, index, ctx);
+                self.save_later(generation, state, index, ctx);
             }
         }
     }

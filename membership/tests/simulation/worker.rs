@@ -23,7 +23,7 @@ pub enum Timer {
     /// The training thread's work of this number is done.
     Worked(u64),
     /// A file of a checkpoint is due to be written. What was to be saved before its state turned out void is not saved.
-    Save(State, u32, u64),
+    Save(Generation, State, u32, u64),
     /// Past its lease: it saves what it holds, and exits.
     SaveAll(u32),
 }
@@ -75,7 +75,7 @@ pub struct Worker {
     /// Why it left the newest generation, which its coordinator may not have heard.
     pub fault: Option<(Generation, Fault)>,
     /// Reports of files that are not acknowledged.
-    reports: BTreeMap<(u64, u32), WrittenPart>,
+    reports: BTreeMap<(u64, u32), (Generation, WrittenPart)>,
     pub saved: Option<Position>,
     /// What was lent to collectives, as the network reads it.
     pub buffers: BTreeMap<u64, u64>,
@@ -167,7 +167,7 @@ impl Worker {
             }
             Timer::Connect => self.connect(ctx),
             Timer::Worked(number) => self.worked(number, ctx),
-            Timer::Save(state, index, era) => self.save(state, index, era, ctx),
+            Timer::Save(generation, state, index, era) => self.save(generation, state, index, era, ctx),
             Timer::SaveAll(attempt) => self.save_all(attempt, ctx),
         }
     }
@@ -370,8 +370,9 @@ impl Worker {
         if self.leaving {
             self.say(Up::Leave, ctx);
         }
-        let reports: Vec<WrittenPart> = self.reports.values().cloned().collect();
-        reports.into_iter().for_each(|part| self.say(Up::PartWritten(part), ctx));
+        for (generation, part) in self.reports.clone().into_values() {
+            self.say(Up::PartWritten(generation, part), ctx);
+        }
     }
 
     /// What it holds of a condemned generation is void, also what it has to report of it.
@@ -487,19 +488,19 @@ impl Worker {
 
     // ---- Checkpoints and the end -----------------------------------------------------------------------------
 
-    pub fn save_later(&mut self, state: State, index: u32, ctx: &mut Ctx) {
+    pub fn save_later(&mut self, generation: Generation, state: State, index: u32, ctx: &mut Ctx) {
         let slow = if self.storage == Some(Trouble::Slow) { 40 } else { 1 };
         let wait = ctx.between(2_000, 80_000) * slow;
         self.unwritten.insert((state.position.0, index));
-        ctx.after(wait, Happening::Timer(self.proc, Timer::Save(state, index, self.era)));
+        ctx.after(wait, Happening::Timer(self.proc, Timer::Save(generation, state, index, self.era)));
     }
 
-    fn save(&mut self, state: State, index: u32, era: u64, ctx: &mut Ctx) {
+    fn save(&mut self, generation: Generation, state: State, index: u32, era: u64, ctx: &mut Ctx) {
         if era != self.era {
             return;
         }
         if self.storage == Some(Trouble::Hangs) {
-            return self.unanswered.push(Timer::Save(state, index, era));
+            return self.unanswered.push(Timer::Save(generation, state, index, era));
         }
         let Ctx { directory, job, .. } = ctx;
         let works = self.storage != Some(Trouble::Fails);
@@ -508,13 +509,14 @@ impl Worker {
                 // A newer checkpoint takes its place.
                 self.unwritten.remove(&(state.position.0, index));
             }
-            None => ctx.after(150_000, Happening::Timer(self.proc, Timer::Save(state, index, self.era))),
+            None => ctx
+                .after(150_000, Happening::Timer(self.proc, Timer::Save(generation, state, index, self.era))),
             Some(part) => {
                 self.unwritten.remove(&(state.position.0, index));
                 if self.saved < Some(state.position) {
-                    self.reports.insert((state.position.0, index), part.clone());
+                    self.reports.insert((state.position.0, index), (generation, part.clone()));
                 }
-                self.say(Up::PartWritten(part), ctx);
+                self.say(Up::PartWritten(generation, part), ctx);
                 self.finish_if_saved(ctx);
             }
         }

@@ -181,7 +181,7 @@ fn a_workers_messages_survive_the_wire() {
         FromWorker::Fault(Generation(1), non_finite(false)),
         FromWorker::Fault(Generation(1), non_finite(true)),
         FromWorker::PhaseSkipped(Position(6), "x".into()),
-        FromWorker::PartWritten(part),
+        FromWorker::PartWritten(Generation(7), part),
         FromWorker::Metrics(row),
         FromWorker::Finished(Generation(2), Position(9), true),
         FromWorker::InputError("no".into()),
@@ -294,10 +294,10 @@ mod hostile {
     }
 
     prop_compose! {
-        fn part()(step in number(), phase: u32, index: u32, count: u32, file in words(), bytes in number(),
+        fn part()(generation in number(), step in number(), phase: u32, index: u32, count: u32, file in words(), bytes in number(),
             state_digest in words()) -> wire::PartWritten {
             let file = Some(wire::StoredFile { file, bytes, blake3: "a".repeat(64) });
-            wire::PartWritten { step, phase, index, count, file, state_digest }
+            wire::PartWritten { generation, step, phase, index, count, file, state_digest }
         }
     }
 

@@ -166,7 +166,7 @@ impl Trainer {
                 return Ok(Rest::Planned);
             }
         }
-        self.archive.push(*state, files(assignment));
+        self.archive.push(assignment.group.generation, *state, files(assignment));
         let _pause = self.session.pause();
         let left = || self.session.end().is_some() || self.session.is_aborted(assignment.group.generation);
         if !self.archive.drain(left).await {
@@ -235,7 +235,7 @@ impl Trainer {
             self.session.report_unless_kept(Rank(assignment.rank), row(job, state, carried));
         }
         if job.checkpoint_due(step, SAMPLES) {
-            self.archive.push(*state, files(assignment));
+            self.archive.push(assignment.group.generation, *state, files(assignment));
         }
     }
 
@@ -254,7 +254,7 @@ impl Trainer {
         }
         let last = stopping || step == job.last_step(SAMPLES);
         if !last && job.checkpoint_due(step, SAMPLES) {
-            self.archive.push(*state, files(assignment));
+            self.archive.push(assignment.group.generation, *state, files(assignment));
         }
     }
 

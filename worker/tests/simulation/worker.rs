@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ganglion_membership::{Fault, LoadedFacts, Passport};
+use ganglion_membership::{Fault, Generation, LoadedFacts, Passport};
 use ganglion_proto::dial::Credentials;
 use ganglion_proto::message::FromWorker;
 use ganglion_worker::session::{ConnectError, End, Host, Session};
@@ -154,9 +154,12 @@ async fn ended(session: &Session) {
     }
 }
 
+/// A state of a generation, and the files of its checkpoint to write.
+type Order = (Generation, State, Vec<u32>);
+
 /// Saves in the background.
 pub struct Archive {
-    orders: mpsc::UnboundedSender<(State, Vec<u32>)>,
+    orders: mpsc::UnboundedSender<Order>,
     queue: Arc<Queue>,
     pub storage: PathBuf,
 }
@@ -171,13 +174,13 @@ struct Queue {
 
 impl Archive {
     fn start(session: Arc<Session>, start: Start, storage: PathBuf) -> Archive {
-        let (orders, mut ordered) = mpsc::unbounded_channel::<(State, Vec<u32>)>();
+        let (orders, mut ordered) = mpsc::unbounded_channel::<Order>();
         let queue = Arc::new(Queue::default());
         let (theirs, folder) = (queue.clone(), storage.clone());
         tokio::spawn(async move {
             let mut rng = ChaCha8Rng::seed_from_u64(start.seed ^ 1);
             let mut number = 0;
-            while let Some((state, files)) = ordered.recv().await {
+            while let Some((generation, state, files)) = ordered.recv().await {
                 number += 1;
                 let is_void = || theirs.void.load(Ordering::Relaxed) >= number;
                 for index in files {
@@ -188,7 +191,7 @@ impl Archive {
                         tokio::time::sleep(Duration::from_millis(150)).await;
                     }
                     match job::write_part(&folder, &session.welcome().job, &state, index) {
-                        Ok(part) if !is_void() => session.report_part(part),
+                        Ok(part) if !is_void() => session.report_part(generation, part),
                         Ok(_) => break,
                         Err(error) => start.shared.breach(format!("cannot write a part: {error}")),
                     }
@@ -199,11 +202,11 @@ impl Archive {
         Archive { orders, queue, storage }
     }
 
-    pub fn push(&self, state: State, files: Vec<u32>) {
+    pub fn push(&self, generation: Generation, state: State, files: Vec<u32>) {
         if !files.is_empty() {
             self.queue.pushed.fetch_add(1, Ordering::Relaxed);
             self.queue.waiting.fetch_add(1, Ordering::Relaxed);
-            let _ = self.orders.send((state, files));
+            let _ = self.orders.send((generation, state, files));
         }
     }
 
