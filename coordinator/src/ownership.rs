@@ -341,6 +341,8 @@ fn overcome(file: &Path, locked: bool, patience: Duration, tell: &dyn Fn(&str)) 
 /// Creates a claim; "already exists" if there is one of this number or a higher one.
 fn create(folder: &Path, holder: &Holder) -> io::Result<()> {
     let file = claim_file(folder, holder.claim);
+    // By its own name and not whole: the number is taken with the empty file, also where links are refused. One whose content
+    // is not there counts as a holder that is just starting.
     let mut created = OpenOptions::new().write(true).create_new(true).open(&file)?;
     let written = created.write_all(&text(holder, 0)).and_then(|()| created.sync_all());
     // Who has the lock as well may start where there is no room; a renewal writes it once there is.

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use ganglion_membership::Checkpoint;
 use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::job::Job;
+use ganglion_storage::whole;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -31,8 +32,9 @@ const JOURNAL: &str = "journal.sqlite";
 const DRAFT: &str = ".journal.sqlite.new";
 /// A number above this was never given, but comes of damage.
 const CREDIBLE: u64 = 1 << 60;
-/// Suffixes of the files that SQLite writes beside a journal.
-const BESIDE: [&str; 3] = ["", "-wal", "-shm"];
+/// Suffixes of a journal and of the files that SQLite writes beside it. A rollback journal that stayed would be rolled back
+/// into the new one.
+const BESIDE: [&str; 4] = ["", "-wal", "-shm", "-journal"];
 
 /// Report of a recovery.
 #[derive(Debug, Serialize)]
@@ -73,12 +75,12 @@ pub fn recover(run: &Path, json: bool) -> Result<String, Failure> {
             run.display()
         )));
     };
-    let old = newest_journal(&run_dir);
+    let failed = |error: io::Error| Failure::Other(format!("{}: {error}", run.display()));
+    let old = newest_journal(&run_dir).map_err(failed)?;
     let salvaged = old.as_deref().map(Salvaged::read).unwrap_or_default();
     let name = run_name(&salvaged, owner, run)?;
     let told = Told::read(run_dir.folder());
     let draft = run_dir.path(DRAFT);
-    let failed = |error: io::Error| Failure::Other(format!("{}: {error}", run.display()));
     remove_draft(&draft).map_err(failed)?;
     let mut journal = Journal::open(&draft)?;
     let before = salvaged.fact(Fact::Recovered).and_then(|text| serde_json::from_str::<Recovery>(&text).ok());
@@ -139,14 +141,20 @@ fn find_checkpoints(run: &Path, job: &Job) -> Result<(Option<String>, Vec<Checkp
     Ok((owner, whole.collect()))
 }
 
-/// The journal; or the newest one that was set aside, if a recovery ended half way.
-fn newest_journal(run_dir: &RunDir) -> Option<PathBuf> {
+/// The journal; or the newest one that was set aside, if a recovery ended half way. Then the files that were beside it follow.
+fn newest_journal(run_dir: &RunDir) -> io::Result<Option<PathBuf>> {
     let journal = run_dir.path(JOURNAL);
     let aside = |number: u32| run_dir.path(&format!("{JOURNAL}.damaged-{number}"));
     if journal.exists() {
-        return Some(journal);
+        return Ok(Some(journal));
     }
-    (1..).map(aside).take_while(|path| path.exists()).last()
+    let newest = (1..).map(aside).take_while(|path| path.exists()).last();
+    for (aside, beside) in newest.iter().flat_map(|aside| BESIDE.map(|beside| (aside, beside))) {
+        if with(&journal, beside).exists() && !with(aside, beside).exists() {
+            whole::rename(&with(&journal, beside), &with(aside, beside))?;
+        }
+    }
+    Ok(newest)
 }
 
 fn run_name(salvaged: &Salvaged, owner: Option<String>, run: &Path) -> Result<String, Failure> {
@@ -192,15 +200,15 @@ fn fill(journal: &mut Journal, told: &Told, checkpoints: &[Checkpoint]) -> Resul
 
 /// Puts the new journal in the place of the old one, which stays under another name.
 fn exchange(run_dir: &RunDir, draft: &Path, aside: &str) -> io::Result<()> {
+    // The old one is not synced: it may be what cannot be written any more.
     File::open(draft)?.sync_all()?;
     let journal = run_dir.path(JOURNAL);
     // The journal first: SQLite must never find one beside what was written for another.
     for beside in BESIDE.iter().filter(|beside| with(&journal, beside).exists()) {
         let name = if aside.is_empty() { free_name(&journal) } else { aside.to_string() };
-        fs::rename(with(&journal, beside), with(&run_dir.path(&name), beside))?;
+        whole::rename(&with(&journal, beside), &with(&run_dir.path(&name), beside))?;
     }
-    fs::rename(draft, &journal)?;
-    File::open(run_dir.folder())?.sync_all()
+    whole::rename(draft, &journal)
 }
 
 /// Sets damaged records aside as well, and leaves an event.
@@ -272,5 +280,47 @@ impl Recovered {
             "the same command as before goes on; `coordinator audit {run}` tells what cannot be proven any more"
         ));
         lines.join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn old(run_dir: &RunDir, name: &str) {
+        for beside in BESIDE {
+            fs::write(with(&run_dir.path(name), beside), format!("old{beside}")).unwrap();
+        }
+    }
+
+    fn assert_is_old(journal: &Path) {
+        for beside in BESIDE {
+            assert_eq!(fs::read_to_string(with(journal, beside)).unwrap(), format!("old{beside}"));
+        }
+    }
+
+    /// Invariant 1: SQLite would take what is beside a journal for that journal's.
+    #[test]
+    fn a_new_journal_has_nothing_of_the_old_one_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::hold(folder.path()).unwrap();
+        let (journal, draft) = (run_dir.path(JOURNAL), run_dir.path(DRAFT));
+        old(&run_dir, JOURNAL);
+        fs::write(&draft, "new").unwrap();
+        exchange(&run_dir, &draft, "journal.sqlite.damaged-1").unwrap();
+        assert_eq!(fs::read_to_string(&journal).unwrap(), "new");
+        assert!(BESIDE[1..].iter().all(|beside| !with(&journal, beside).exists()));
+        assert_is_old(&run_dir.path("journal.sqlite.damaged-1"));
+    }
+
+    #[test]
+    fn a_recovery_that_ended_half_way_is_taken_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::hold(folder.path()).unwrap();
+        old(&run_dir, JOURNAL);
+        let aside = run_dir.path("journal.sqlite.damaged-1");
+        fs::rename(run_dir.path(JOURNAL), &aside).unwrap();
+        assert_eq!(newest_journal(&run_dir).unwrap(), Some(aside.clone()));
+        assert_is_old(&aside);
     }
 }

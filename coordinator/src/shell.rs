@@ -8,6 +8,7 @@
 
 mod actions;
 mod admin;
+mod attempts;
 mod budget;
 mod delays;
 mod judging;
@@ -42,6 +43,7 @@ use crate::judged::{Best, Judged};
 use crate::keeper::Keeper;
 use crate::server::{Input, Outbox, SessionId, Store};
 use crate::supervisor::{EXIT_LIMIT, Exited, Spawned, Supervisor, new_token};
+use attempts::Attempts;
 use budget::Budget;
 use delays::Delays;
 use records::Records;
@@ -140,8 +142,8 @@ pub struct Shell {
     supervisor: Supervisor,
     exited: mpsc::UnboundedReceiver<Exited>,
     workers: BTreeMap<WorkerId, Connected>,
-    /// By which attempt each worker's newest session was opened.
-    attempts: BTreeMap<WorkerId, u64>,
+    /// By which attempts workers opened their newest sessions.
+    attempts: Attempts,
     /// The recorded size of the data set.
     samples: Option<u64>,
     /// The recorded samples that the job leaves out.
@@ -255,7 +257,7 @@ impl Shell {
             exited: parts.exited,
             launch: parts.launch,
             workers: BTreeMap::new(),
-            attempts: BTreeMap::new(),
+            attempts: Attempts::default(),
             samples: None,
             left_out: Vec::new(),
             change: parts.change,

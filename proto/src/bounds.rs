@@ -8,11 +8,10 @@
 //! | a list | a number of items of its own, below | refused |
 //! | a count, such as a position or a step | [`COUNT`] | refused |
 //!
-//! Control characters of texts and names are replaced: they would be commands to the terminal that shows them.
-
-use std::borrow::Cow;
+//! Texts and names are made safe to show (`shown.rs`); their bounds are of what is shown, since a peer hands it on.
 
 use crate::convert::Malformed;
+use crate::shown::{printable, printable_name};
 
 /// Bytes of a text for people.
 pub(crate) const TEXT: usize = 4096;
@@ -42,39 +41,20 @@ pub(crate) const AUGMENTATIONS: usize = 64;
 /// Pixels of a side of a picture.
 pub(crate) const SIDE: u32 = 1 << 16;
 
-/// A text as a terminal may show it: control characters, and those that turn the direction of a text, are replaced by `?`. Line
-/// ends and tabulators stay.
-pub fn printable(text: &str) -> Cow<'_, str> {
-    clean(text, |c| is_command(c) && c != '\n' && c != '\t')
-}
-
-/// Whether a character is a command to a terminal.
-fn is_command(c: char) -> bool {
-    let turns = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    c.is_control() || turns || matches!(c, '\u{2028}' | '\u{2029}')
-}
-
-fn clean(text: &str, is_wrong: impl Fn(char) -> bool) -> Cow<'_, str> {
-    // One byte, so that nothing gets longer than its bound.
-    if text.contains(&is_wrong) { text.replace(is_wrong, "?").into() } else { text.into() }
-}
-
-/// A text for people: cut off at its bound, printable.
-pub(crate) fn text(mut text: String) -> String {
-    if text.len() > TEXT {
-        let cut = (0..=TEXT).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-        text.truncate(cut);
-    }
-    match printable(&text) {
-        Cow::Owned(clean) => clean,
-        Cow::Borrowed(_) => text,
-    }
+/// A text for people: printable, cut off at its bound.
+pub(crate) fn text(text: String) -> String {
+    let cut =
+        |text: &str| (0..=TEXT.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    // Before as well: escapes are longer than what they stand for, and a peer may send much of it.
+    let mut shown = printable(&text[..cut(&text)]).into_owned();
+    shown.truncate(cut(&shown));
+    shown
 }
 
 /// A name: one line, printable.
 pub(crate) fn name(name: String, what: &str) -> Result<String, Malformed> {
     let name = within(name, NAME, what)?;
-    Ok(clean(&name, is_command).into_owned())
+    within(printable_name(&name).into_owned(), NAME, what)
 }
 
 /// A text that means something to a program: refused beyond its bound, else as it is.
@@ -110,10 +90,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn commands_to_a_terminal_are_replaced_and_line_ends_stay_in_texts() {
-        assert_eq!(printable("a\x1b[2Jb\r\u{9b}c\u{202e}d\0\u{7f}"), "a?[2Jb??c?d??");
+    fn texts_and_names_are_safe_to_show_within_their_bounds() {
+        assert_eq!(text("a\x1b[2J".to_string()), "a\\u{1b}[2J");
         assert_eq!(text("two\n\tlines, Ünïcode 漢字 😀".to_string()), "two\n\tlines, Ünïcode 漢字 😀");
-        assert_eq!(name("node\n7\t".to_string(), "host").unwrap(), "node?7?");
+        assert_eq!(name("node\n7\t".to_string(), "host").unwrap(), "node\\n7\\t");
+        // What is taken from one peer is handed on to others, who have the same bounds.
+        assert!(name("\n".repeat(NAME / 2), "host").is_ok() && name("\n".repeat(NAME), "host").is_err());
+        let shown = text("\x1b".repeat(TEXT));
+        assert!(shown.len() <= TEXT && text(shown.clone()) == shown);
     }
 
     #[test]

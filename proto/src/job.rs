@@ -157,6 +157,20 @@ impl Orientation {
 }
 
 impl Data {
+    /// The digits that are bundled with the worker.
+    pub fn bundled_digits() -> Data {
+        Data {
+            kind: DataKind::Mnist10k,
+            path: None,
+            resize: None,
+            crop: None,
+            channels: 1,
+            image_extension: None,
+            orientation: Orientation::default(),
+            exclusions: Vec::new(),
+        }
+    }
+
     /// Identifies the exclusions; `None` if there are none.
     pub fn exclusions_hash(&self) -> Option<String> {
         let mut hasher = blake3::Hasher::new();

@@ -19,6 +19,7 @@ pub mod log;
 pub mod manifest;
 pub mod message;
 pub mod rows;
+mod shown;
 pub mod signals;
 pub mod stream;
 pub mod throttle;
@@ -33,8 +34,8 @@ pub mod wire {
     pub const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("ganglion");
 }
 
-pub use bounds::printable;
 pub use convert::{Malformed, activity_to_wire, checked_status};
+pub use shown::{printable, printable_name, printable_start};
 
 /// Version of the contract. A worker that speaks another is refused at its hello.
 pub const PROTOCOL: u32 = 1;

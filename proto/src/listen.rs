@@ -1,11 +1,14 @@
 //! The accept loop of all listeners, and the room for the connections that it takes in.
 //!
 //! 1. No error of `accept` ends the loop, and none makes it spin.
-//! 2. Connections are bounded: so many in all, so many idle ones of one address, so many that wait for a place.
+//! 2. Connections are bounded: so many in all, so many strangers of one address, so many idle ones of one address, so many
+//!    that wait for a place. A stranger has not shown yet that it belongs here, whether it is idle or busy.
 //! 3. Where there is no room, the connection that has been idle the longest makes place for the newcomer, once it has been
 //!    idle for [`Limits::grace`]. So connections that do nothing keep nobody out, and a crowd of those that do something is
 //!    served in the order in which it came.
-//! 4. A refused connection is said once a minute for each address, not each time.
+//! 4. One address does not keep others out: it has at most [`Limits::strangers_of_address`] places, addresses that wait take
+//!    turns, and where too many wait the address that has the most of them loses its newest.
+//! 5. A refused connection is said once a minute for each address, not each time.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
@@ -36,6 +39,8 @@ const QUIET: Duration = Duration::from_secs(60);
 pub struct Limits {
     /// Connections at once.
     pub all: usize,
+    /// Those of one address that have not shown that they belong here. The other places are kept for other addresses.
+    pub strangers_of_address: usize,
     /// Idle ones of one address.
     pub idle_of_address: usize,
     /// Idle time after which a connection makes place for another.
@@ -43,11 +48,12 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The same limits, with at most half of the descriptors that this process may open.
+    /// The same limits, with at most half of the descriptors that this process may open. One address leaves a quarter of them.
     #[must_use]
     pub fn within_descriptors(self) -> Limits {
         let most = usize::try_from(descriptor_limit() / 2).unwrap_or(usize::MAX);
-        Limits { all: self.all.min(most).max(1), ..self }
+        let all = self.all.min(most).max(1);
+        Limits { all, strangers_of_address: self.strangers_of_address.min((all - all / 4).max(1)), ..self }
     }
 }
 
@@ -84,6 +90,8 @@ struct Taken {
     places: BTreeMap<u64, Held>,
     /// Idle places of each address, in the order in which they became idle.
     idle: BTreeMap<IpAddr, BTreeMap<u64, (Instant, u64)>>,
+    /// Strangers of each address.
+    strangers: BTreeMap<IpAddr, usize>,
 }
 
 #[derive(Debug)]
@@ -91,10 +99,11 @@ struct Held {
     address: IpAddr,
     /// Number among the idle ones; `None` while it is busy.
     idle: Option<u64>,
+    is_stranger: bool,
     out: Arc<Notify>,
 }
 
-/// A connection's place in a [`Room`]; given back when it is dropped. A new one is idle.
+/// A connection's place in a [`Room`]; given back when it is dropped. A new one is idle, and a stranger's.
 #[derive(Debug)]
 pub struct Place {
     room: Arc<Room>,
@@ -112,8 +121,9 @@ impl Room {
     /// A place, at the cost of one that was idle for long if need be; else when there may be one, where that is known.
     fn take(self: &Arc<Room>, address: IpAddr) -> Result<Place, Option<Instant>> {
         let mut taken = self.taken();
-        let is_crowded =
-            taken.idle.get(&address).is_some_and(|idle| idle.len() >= self.limits.idle_of_address);
+        let idle = taken.idle.get(&address).map_or(0, BTreeMap::len);
+        let strangers = taken.strangers.get(&address).copied().unwrap_or(0);
+        let is_crowded = idle >= self.limits.idle_of_address || strangers >= self.limits.strangers_of_address;
         if is_crowded || taken.places.len() >= self.limits.all {
             let (since, number) =
                 if is_crowded { taken.oldest(address) } else { taken.oldest_of_most() }.ok_or(None)?;
@@ -125,7 +135,8 @@ impl Room {
         }
         let (number, out) = (taken.next, Arc::new(Notify::new()));
         taken.next += 1;
-        taken.places.insert(number, Held { address, idle: None, out: out.clone() });
+        taken.places.insert(number, Held { address, idle: None, is_stranger: true, out: out.clone() });
+        *taken.strangers.entry(address).or_default() += 1;
         taken.rest(number);
         drop(taken);
         Ok(Place { room: self.clone(), address, number, out })
@@ -170,8 +181,21 @@ impl Taken {
         }
     }
 
+    fn trust(&mut self, number: u64) {
+        let Some(held) = self.places.get_mut(&number).filter(|held| held.is_stranger) else { return };
+        held.is_stranger = false;
+        let address = held.address;
+        if let Some(strangers) = self.strangers.get_mut(&address) {
+            *strangers -= 1;
+            if *strangers == 0 {
+                self.strangers.remove(&address);
+            }
+        }
+    }
+
     fn remove(&mut self, number: u64) -> Option<Held> {
         self.engage(number);
+        self.trust(number);
         self.places.remove(&number)
     }
 
@@ -191,6 +215,16 @@ impl Place {
     /// The connection does something: it keeps its place until it rests again.
     pub fn engage(&self) {
         self.room.taken().engage(self.number);
+        self.room.freed.notify_one();
+    }
+
+    /// The connection has shown that it belongs here. It keeps its place until it rests, and others of its address have more
+    /// room.
+    pub fn trust(&self) {
+        let mut taken = self.room.taken();
+        taken.engage(self.number);
+        taken.trust(self.number);
+        drop(taken);
         self.room.freed.notify_one();
     }
 
@@ -275,7 +309,8 @@ pub async fn accept_loop<A: Accept>(
 
 /// Accepts one connection, within a limit.
 pub async fn accept_one(listener: TcpListener, what: &str, limit: Duration) -> io::Result<TcpStream> {
-    let room = Room::new(Limits { all: 1, idle_of_address: 1, grace: Duration::ZERO });
+    let limits = Limits { all: 1, strangers_of_address: 1, idle_of_address: 1, grace: Duration::ZERO };
+    let room = Room::new(limits);
     let mut door = Door { listener, what, failing: None, refusals: Throttle::new(1, QUIET) };
     let accepted = timeout(limit, async {
         loop {
@@ -353,11 +388,13 @@ fn is_of_one_connection(errno: Errno) -> bool {
 struct Queue<S> {
     waiting: BTreeMap<IpAddr, VecDeque<(S, SocketAddr, Instant)>>,
     length: usize,
+    /// Address that got a place last. The ones behind it have their turn before it.
+    last: Option<IpAddr>,
 }
 
 impl<S> Default for Queue<S> {
     fn default() -> Self {
-        Queue { waiting: BTreeMap::new(), length: 0 }
+        Queue { waiting: BTreeMap::new(), length: 0, last: None }
     }
 }
 
@@ -377,14 +414,18 @@ impl<S> Queue<S> {
         {
             return serve(stream, from, place);
         }
-        if self.length >= WAITING {
-            return door.refuse(from, &format!("{WAITING} connections wait for a place"));
-        }
         self.waiting.entry(address).or_default().push_back((stream, from, Instant::now()));
         self.length += 1;
+        if self.length > WAITING
+            && let Some(address) =
+                self.waiting.iter().max_by_key(|(_, waiting)| waiting.len()).map(|(at, _)| *at)
+            && let Some((_, from, _)) = self.pop(address, VecDeque::pop_back)
+        {
+            door.refuse(from, &format!("{WAITING} connections wait for a place"));
+        }
     }
 
-    /// Gives places to those that wait; returns when there may be more, where that is known.
+    /// Gives places to those that wait, one of each address in turn; returns when there may be more, where that is known.
     fn seat<A: Accept<Stream = S>>(
         &mut self,
         room: &Arc<Room>,
@@ -392,32 +433,63 @@ impl<S> Queue<S> {
         serve: &mut impl FnMut(S, SocketAddr, Place),
     ) -> Option<Instant> {
         let mut retry: Option<Instant> = None;
-        let mut length = 0;
-        self.waiting.retain(|address, waiting| {
-            while let Some((_, from, since)) = waiting.front() {
-                let (from, given_up) = (*from, *since + WAIT_LIMIT);
-                if given_up <= Instant::now() {
-                    door.refuse(from, "it waited too long for a place");
-                    waiting.pop_front();
-                    continue;
+        let mut turns = self.turns();
+        while let Some(address) = turns.pop_front() {
+            let Some(given_up) = self.first_given_up(address, door) else { continue };
+            match room.take(address) {
+                Ok(place) => {
+                    let Some((stream, from, _)) = self.pop(address, VecDeque::pop_front) else { continue };
+                    self.last = Some(address);
+                    turns.push_back(address);
+                    serve(stream, from, place);
                 }
-                match room.take(*address) {
-                    Ok(place) => {
-                        let Some((stream, ..)) = waiting.pop_front() else { break };
-                        serve(stream, from, place);
-                    }
-                    Err(due) => {
-                        let due = due.map_or(given_up, |due| due.min(given_up));
-                        retry = Some(retry.map_or(due, |retry| retry.min(due)));
-                        break;
-                    }
+                Err(due) => {
+                    let due = due.map_or(given_up, |due| due.min(given_up));
+                    retry = Some(retry.map_or(due, |retry| retry.min(due)));
                 }
             }
-            length += waiting.len();
-            !waiting.is_empty()
-        });
-        self.length = length;
+        }
         retry
+    }
+
+    /// The addresses that wait, beginning behind the one that got a place last.
+    fn turns(&self) -> VecDeque<IpAddr> {
+        let mut turns: VecDeque<IpAddr> = self.waiting.keys().copied().collect();
+        let before = turns.iter().take_while(|address| self.last >= Some(**address)).count();
+        turns.rotate_left(before);
+        turns
+    }
+
+    /// When the first that waits of an address is given up. Those that waited too long are refused before.
+    fn first_given_up<A: Accept<Stream = S>>(
+        &mut self,
+        address: IpAddr,
+        door: &Door<'_, A>,
+    ) -> Option<Instant> {
+        loop {
+            let (_, from, since) = self.waiting.get(&address)?.front()?;
+            let (from, given_up) = (*from, *since + WAIT_LIMIT);
+            if given_up > Instant::now() {
+                return Some(given_up);
+            }
+            door.refuse(from, "it waited too long for a place");
+            self.pop(address, VecDeque::pop_front);
+        }
+    }
+
+    /// Takes one of an address out.
+    fn pop(
+        &mut self,
+        address: IpAddr,
+        end: impl FnOnce(&mut VecDeque<(S, SocketAddr, Instant)>) -> Option<(S, SocketAddr, Instant)>,
+    ) -> Option<(S, SocketAddr, Instant)> {
+        let waiting = self.waiting.get_mut(&address)?;
+        let one = end(waiting)?;
+        if waiting.is_empty() {
+            self.waiting.remove(&address);
+        }
+        self.length -= 1;
+        Some(one)
     }
 }
 

@@ -34,7 +34,7 @@ pub use blocking::Blocking;
 pub use bytes::Bytes;
 pub use failure::reason;
 pub use layout::{BEST, Claim, LATEST, MANIFEST, MODEL_CARD, Version, in_folder};
-pub use name::{BadName, RelativeName, printable};
+pub use name::{BadName, RelativeName};
 pub use object_store::path::Path;
 pub use object_store::{Error, PutPayload, Result};
 pub use pause::Pauses;

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use ganglion_proto::printable_name;
+
 /// Longest name, as long as a key of S3 may be.
 const MAX_BYTES: usize = 1024;
 /// Longest part between two slashes, as long as file systems allow.
@@ -28,7 +30,7 @@ pub enum BadName {
 }
 
 /// A name below a folder: parts with `/` between them. It has no root, no `.` and `..`, no backslash, no control character
-/// and a bounded length, so a path made of it lies in that folder, and a terminal shows it as it is.
+/// and a bounded length, so a path made of it lies in that folder. Displayed it is safe to show, and may be another text.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RelativeName(Box<str>);
 
@@ -67,24 +69,8 @@ impl RelativeName {
 
 impl std::fmt::Display for RelativeName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&printable_name(&self.0))
     }
-}
-
-/// A text from outside as a terminal may show it: control characters are escaped, and at most `limit` characters stay.
-pub fn printable(text: &str, limit: usize) -> String {
-    let mut shown = String::new();
-    for (at, character) in text.chars().enumerate() {
-        if at == limit {
-            shown.push_str("...");
-            break;
-        }
-        match character.is_control() {
-            true => shown.extend(character.escape_default()),
-            false => shown.push(character),
-        }
-    }
-    shown
 }
 
 #[cfg(test)]
@@ -124,8 +110,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_moves_no_cursor() {
-        assert_eq!(printable("a\x1b[2J\nb", 100), "a\\u{1b}[2J\\nb");
-        assert_eq!(printable("日本語", 2), "日本...");
+    fn a_name_is_shown_in_the_direction_in_which_it_was_written() {
+        let name = RelativeName::parse("cat\u{202e}gnp.exe").unwrap();
+        assert_eq!((name.as_str(), name.to_string().as_str()), ("cat\u{202e}gnp.exe", "cat\\u{202e}gnp.exe"));
     }
 }

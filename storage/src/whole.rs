@@ -86,6 +86,16 @@ pub fn try_out(file: &Path) -> io::Result<()> {
     }
 }
 
+/// Renames a file whose content is durable, in its folder, in place of any that has the name. Of several such renames in a
+/// row a power cut undoes the last ones only.
+///
+/// # Errors
+/// The system's.
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    fs::rename(from, to)?;
+    sync_folder(parent(to))
+}
+
 /// Makes a folder and those above it, durably.
 ///
 /// # Errors

@@ -310,7 +310,7 @@ fn who_breaks_the_contract_in_a_session_loses_it() {
     let end = target.end_of(stranger).unwrap();
     assert!(matches!(&end, Some(ToWorker::Reject(_) | ToWorker::Release { .. })), "{end:?}");
     let joined = target.run.wait_for("worker_joined", |event| event["worker"] == joined);
-    assert_eq!(joined["host"], "?[2Jnode");
+    assert_eq!(joined["host"], "\\u{1b}[2Jnode");
     let stranger = target.join(hello()).unwrap();
     stranger.say(FromWorker::Hello(hello()));
     target.end_of(stranger).unwrap();

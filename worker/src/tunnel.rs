@@ -40,8 +40,10 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 const PROTOCOL: &[u8] = b"ganglion-tunnel";
 /// How long it may take to connect, to greet, and to show a secret.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
-/// Connections at once. Those of one address that have said nothing yet; how long these keep their places while others wait.
-const LIMITS: Limits = Limits { all: 4096, idle_of_address: 256, grace: Duration::from_secs(2) };
+/// Connections at once. Those of one address that have shown no secret yet, and those that have said nothing; how long these
+/// keep their places while others wait.
+const LIMITS: Limits =
+    Limits { all: 4096, strangers_of_address: 384, idle_of_address: 256, grace: Duration::from_secs(2) };
 /// Lines in the log about one address in a row, and the pause for each further one.
 const COMPLAINTS: (u32, Duration) = (60, Duration::from_secs(10));
 /// Bytes that are taken over at once.
@@ -141,7 +143,10 @@ impl Shared {
         // A handshake waits for this machine as well: many at once take longer than any grace for those that say nothing.
         place.engage();
         match timeout(GREETING_LIMIT, self.greet(stream)).await.unwrap_or_else(late) {
-            Ok((peer, exit)) => self.leave(peer, exit).await,
+            Ok((peer, exit)) => {
+                place.trust();
+                self.leave(peer, exit).await;
+            }
             Err(error) => self.complain(from, &error),
         }
     }

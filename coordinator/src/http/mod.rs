@@ -38,9 +38,10 @@ use crate::report::chronicle::Chronicle;
 pub use guard::{Guard, TOKEN_FILE, keep_token};
 pub use start::{Content, Dashboard, start};
 
-/// Connections at a time, and those of one address that wait for a question. The one that has waited the longest makes
-/// place for a newcomer, so probes are answered whatever others leave open.
-const LIMITS: Limits = Limits { all: 128, idle_of_address: 64, grace: Duration::ZERO };
+/// Connections at a time, those of one address, and those of one address that wait for a question. The one that has waited
+/// the longest makes place for a newcomer, so probes are answered whatever others leave open, and whatever one address does.
+const LIMITS: Limits =
+    Limits { all: 128, strangers_of_address: 96, idle_of_address: 64, grace: Duration::ZERO };
 /// How long a connection may take to become one, such as by a TLS handshake.
 const OPENING_LIMIT: Duration = Duration::from_secs(10);
 /// How long a client may take to ask, and how long it may be silent between two questions.
@@ -193,6 +194,9 @@ where
         .serve_connection(TokioIo::new(stream), answer);
     let mut connection = pin!(connection);
     tokio::select! {
+        // A question that has come already is answered before its connection makes place: in a crowd of one address a probe
+        // may be asked to before it was looked at.
+        biased;
         _ = connection.as_mut() => return,
         () = place.shown_out() => return,
         () = sleep(LIFE) => connection.as_mut().graceful_shutdown(),

@@ -1,10 +1,14 @@
 //! The site over real connections.
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::TcpStream as Client;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use ganglion_proto::wire::{Activity, WorkerStatus};
 use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
 
 use super::*;
 
@@ -326,6 +330,66 @@ async fn idle_connections_delay_no_probe() {
     }
     assert!(begun.elapsed() < HEADER_LIMIT, "nobody was waited for");
     drop(crowd);
+}
+
+/// Invariant 2: nor does one address keep others out that opens connections as fast as it can.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_from_one_address_delays_no_probe_of_another() {
+    /// As long as a probe may take by default where Kubernetes asks.
+    const LIMIT: Duration = Duration::from_secs(1);
+    let bench = bench(Guard::open).await;
+    let address = bench.served.address;
+    let idle: Vec<_> = (0..LIMITS.all + 2).map(|_| Client::connect(address).unwrap()).collect();
+    let (opened, is_over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let flood = |_| {
+        let (opened, is_over) = (opened.clone(), is_over.clone());
+        std::thread::spawn(move || {
+            let mut open = VecDeque::new();
+            for at in 0.. {
+                if is_over.load(Ordering::Relaxed) {
+                    break;
+                }
+                let Ok(mut client) = Client::connect(address) else { continue };
+                opened.fetch_add(1, Ordering::Relaxed);
+                let said =
+                    [&b""[..], b"GET /api/st", b"GET /api/metrics HTTP/1.1\r\nhost: localhost\r\n\r\n"]
+                        [at % 3];
+                let _ = client.write_all(said);
+                open.push_back(client);
+                if open.len() > 2 * LIMITS.all {
+                    open.pop_front();
+                }
+            }
+        })
+    };
+    let flood: Vec<_> = (0..2).map(flood).collect();
+    for host in [2, 3].repeat(25) {
+        let before = opened.load(Ordering::Relaxed);
+        let probe = async {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.bind(([127, 0, 0, host], 0).into()).unwrap();
+            let mut probe = socket.connect(address).await.unwrap();
+            probe
+                .write_all(b"GET /healthz HTTP/1.1\r\nhost: node\r\nconnection: close\r\n\r\n")
+                .await
+                .unwrap();
+            let mut answer = Vec::new();
+            probe.read_to_end(&mut answer).await.unwrap();
+            answer
+        };
+        let answer = timeout(LIMIT, probe).await.expect("answered in time");
+        assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
+        // The next one comes while the flood goes on.
+        let goes_on = async {
+            while opened.load(Ordering::Relaxed) < before + 20 {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(Duration::from_secs(20), goes_on).await.expect("the flood goes on");
+    }
+    is_over.store(true, Ordering::Relaxed);
+    flood.into_iter().for_each(|flood| flood.join().unwrap());
+    drop(idle);
 }
 
 /// Invariant 1: who does not read its answers delays nobody.

@@ -123,6 +123,7 @@ fn shared_file_system(file: &Path) -> Option<&'static str> {
 fn locks_work(beside: &Path) -> bool {
     let probe = suffixed(beside, "-probe");
     let ask = || -> io::Result<()> {
+        // Nobody reads it: it is there to be locked, and goes again.
         let file = OpenOptions::new().write(true).create(true).truncate(false).open(&probe)?;
         let lock = nix::libc::flock {
             l_type: i16::try_from(nix::libc::F_WRLCK).expect("a constant of one digit"),
@@ -218,6 +219,7 @@ fn copied<T>(
             let copy = folder.path().join("journal.sqlite");
             for (ending, content) in ["", "-journal", "-wal"].into_iter().zip(&after) {
                 if !content.is_empty() {
+                    // Not for anybody else, nor for later: the folder goes with this read.
                     fs::write(suffixed(&copy, ending), content).map_err(JournalError::File)?;
                 }
             }

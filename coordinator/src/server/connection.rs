@@ -52,7 +52,7 @@ impl Peer {
     /// Keeps its place from now on: it did something that it may do.
     pub fn admit(&self) {
         if !self.admitted.swap(true, Ordering::Relaxed) {
-            self.place.engage();
+            self.place.trust();
         }
     }
 

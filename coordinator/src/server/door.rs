@@ -32,8 +32,9 @@ const GREETING_LIMIT: Duration = Duration::from_secs(10);
 /// How often the rest of one is looked for.
 const LOOK: Duration = Duration::from_millis(20);
 /// Connections at once, where the system allows twice as many descriptors. Those of one address whose clients have done
-/// nothing yet that they may do; how long these keep their places while others wait.
-const LIMITS: Limits = Limits { all: 8192, idle_of_address: 512, grace: Duration::from_secs(1) };
+/// nothing yet that they may do are idle; how long these keep their places while others wait.
+const LIMITS: Limits =
+    Limits { all: 8192, strangers_of_address: 512, idle_of_address: 512, grace: Duration::from_secs(1) };
 /// Lines in the log about one address in a row, and the pause for each further one.
 const COMPLAINTS: (u32, Duration) = (60, Duration::from_secs(10));
 /// Connections that may wait to be served.

@@ -245,13 +245,18 @@ impl Records {
 
     /// Writes what waits, and has synced what was written. What is written then is acknowledged after that.
     pub fn catch_up(&mut self) {
+        self.write_waiting();
+        self.begin_sync();
+    }
+
+    /// Writes what waits, without waiting for the disk.
+    fn write_waiting(&mut self) {
         let written = self.events.catch_up(now());
         self.note("events.jsonl", written);
         self.write_rows();
         self.timeline.flush();
         let flushed = self.curves.flush();
         self.note("tensorboard", flushed);
-        self.begin_sync();
     }
 
     /// The newest step that workers need keep no row of, if they have not been told.
@@ -410,12 +415,8 @@ impl Records {
 
     /// Writes and syncs what is left, while nobody waits for the loop any more.
     pub fn finish_writing(&mut self) {
-        let written = self.events.catch_up(now());
-        self.note("events.jsonl", written);
-        self.write_rows();
-        self.timeline.flush();
-        let flushed = self.curves.flush();
-        self.note("tensorboard", flushed);
+        self.write_waiting();
+        // A sync that is under way is not waited for: this one begins later and covers what it does.
         self.was_synced(sync([self.events.to_sync(), self.metrics.to_sync()]));
         if !self.waiting.is_empty() {
             let count = self.waiting.len();

@@ -1,6 +1,6 @@
 //! Workers' sessions: who they are, and what they say.
 
-use ganglion_membership::{Event, Fault, LoadedFacts, Loss, Progress, WorkerId};
+use ganglion_membership::{Event, Fault, Generation, LoadedFacts, Loss, Progress, WorkerId};
 use ganglion_proto::found::Found;
 use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcome};
 use serde_json::json;
@@ -36,8 +36,7 @@ impl Shell {
         if resume.as_ref().is_some_and(|resume| !self.supervisor.may_be(resume.worker, token)) {
             return Ok(Err("only with its token a worker of this coordinator goes on".to_string()));
         }
-        let newest = resume.as_ref().and_then(|resume| self.attempts.get(&resume.worker));
-        if newest.is_some_and(|newest| hello.attempt < *newest) {
+        if resume.as_ref().is_some_and(|resume| self.attempts.is_given_up(resume.worker, hello.attempt)) {
             return Ok(Err("this worker has given this session up and opened a newer one".to_string()));
         }
         let worker = match &resume {
@@ -49,7 +48,8 @@ impl Shell {
             return Ok(Err("its token is of no worker that this coordinator started".to_string()));
         }
         let Hello { host, pid, address, device, attempt, .. } = hello;
-        self.attempts.insert(worker, attempt);
+        // Any generation serves: whether a worker is known does not depend on it.
+        self.attempts.opened(worker, attempt, |worker| self.machine.knows(worker, Generation(0)));
         let connected = Connected {
             session,
             outbox: Some(outbox),

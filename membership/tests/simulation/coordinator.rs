@@ -234,6 +234,7 @@ impl Coordinator {
             self.send(conn, Down::Release, ctx);
             return;
         }
+        self.attempts.retain(|worker, _| self.machine.knows(*worker, Generation(0)));
         let resume = self.hello_again(token, resume.as_ref(), ctx).or(resume);
         match resume.filter(|resume| self.machine.knows(resume.worker, resume.generation)) {
             // One that the worker gave up may arrive after a newer one: what it says is not true any more.

@@ -55,7 +55,8 @@ impl Bench {
     }
 }
 
-const LIMITS: Limits = Limits { all: 6, idle_of_address: 4, grace: Duration::from_secs(1) };
+const LIMITS: Limits =
+    Limits { all: 6, strangers_of_address: 6, idle_of_address: 4, grace: Duration::from_secs(1) };
 
 #[tokio::test(start_paused = true)]
 async fn errors_neither_end_the_loop_nor_make_it_spin() {
@@ -157,6 +158,64 @@ async fn those_that_wait_are_bounded_in_number_and_time() {
     assert_eq!(bench.next().await.0, 5000);
 }
 
+/// Invariant 4: those that are busy, and have shown nothing, are limited for each address.
+#[tokio::test(start_paused = true)]
+async fn one_address_leaves_places_for_others_until_it_has_shown_that_it_belongs_here() {
+    let mut bench = Bench::new(Limits { strangers_of_address: 4, ..LIMITS });
+    (0..6).for_each(|number| bench.come(1, number));
+    let mut busy = Vec::new();
+    for _ in 0..4 {
+        let (_, place) = bench.next().await;
+        place.engage();
+        busy.push(place);
+    }
+    assert!(timeout(LIMITS.grace, bench.served.recv()).await.is_err(), "the others are for others");
+    bench.come(2, 6);
+    let (number, _other) = bench.next().await;
+    assert_eq!(number, 6);
+    let trusted = busy.remove(0);
+    trusted.trust();
+    let (number, place) = bench.next().await;
+    assert_eq!(number, 4);
+    place.engage();
+    drop(trusted);
+    assert!(
+        timeout(LIMITS.grace, bench.served.recv()).await.is_err(),
+        "one that was trusted counted already"
+    );
+    drop(busy.remove(0));
+    assert_eq!(bench.next().await.0, 5);
+}
+
+/// Invariant 4.
+#[tokio::test(start_paused = true)]
+async fn addresses_that_wait_take_turns_and_the_crowd_loses_its_newest() {
+    let mut bench = Bench::new(LIMITS);
+    let mut busy = VecDeque::new();
+    for number in 0..6 {
+        bench.come(1, number);
+        let (_, place) = bench.next().await;
+        place.engage();
+        busy.push_back(place);
+    }
+    // More than may wait, all of one address, and then one of two others.
+    (0..u32::try_from(WAITING).unwrap() + 100).for_each(|number| bench.come(1, 1000 + number));
+    bench.come(3, 7);
+    bench.come(2, 8);
+    // The clock stands still until all of them wait.
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    let mut came = Vec::new();
+    for _ in 0..4 {
+        busy.pop_front();
+        let (number, place) = bench.next().await;
+        place.engage();
+        busy.push_back(place);
+        came.push(number);
+    }
+    came.sort_unstable();
+    assert_eq!(came, [7, 8, 1000, 1001]);
+}
+
 #[test]
 fn the_soft_limit_of_descriptors_becomes_the_hard_one() {
     raise_descriptor_limit();
@@ -164,4 +223,6 @@ fn the_soft_limit_of_descriptors_becomes_the_hard_one() {
     assert_eq!(limit.current, limit.maximum);
     let limits = Limits { all: usize::MAX, ..LIMITS }.within_descriptors();
     assert_eq!(limits.all as u64, limit.current.map_or(u64::MAX / 2, |limit| limit / 2));
+    let few = Limits { all: 128, strangers_of_address: 4096, ..LIMITS }.within_descriptors();
+    assert_eq!(few.strangers_of_address, 96);
 }

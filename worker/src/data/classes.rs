@@ -12,7 +12,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
-use ganglion_storage::printable;
+use ganglion_proto::printable_start;
 use serde_json::Value;
 
 use super::search::{Entry, JSON_NOTE, LABELS_FILE, NOTE, Search};
@@ -133,7 +133,7 @@ fn read_note(note: &Entry, kind: &str) -> Result<u32, DataError> {
     }
     let text = String::from_utf8_lossy(&content);
     let wrong = |_| {
-        let found = printable(text.trim(), 40);
+        let found = printable_start(text.trim(), 40);
         input(&note.place.shown(), &format!("found {found:?}, expected a whole number"))
     };
     text.trim().parse().map_err(wrong)
@@ -188,7 +188,7 @@ fn by_folder(root: &Path, pictures: &[Entry]) -> Result<Labels, DataError> {
         names.binary_search(&folder).ok().and_then(|at| u32::try_from(at).ok()).unwrap_or(u32::MAX)
     };
     let of = folders.iter().map(number).collect();
-    let names = names.iter().map(|name| printable(&String::from_utf8_lossy(name), 100)).collect();
+    let names = names.iter().map(|name| printable_start(&String::from_utf8_lossy(name), 100)).collect();
     Ok(Labels::new(of, "folder", root.display().to_string()).named(names))
 }
 

@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ganglion_proto::found::Found;
 use ganglion_proto::job::ArchiveKind;
-use ganglion_storage::{RelativeName, printable};
+use ganglion_proto::printable_start;
+use ganglion_storage::RelativeName;
 
 use super::place::Content;
 use super::{DataError, MAX_FILE_BYTES, open_plain};
@@ -136,7 +137,7 @@ pub(super) fn members(
     found: &mut Found,
 ) -> Result<Vec<Member>, DataError> {
     let (archive, file) = all.add(path)?;
-    let shown = |name: &str| format!("{relative}{}", printable(name, SHOWN_CHARACTERS));
+    let shown = |name: &str| format!("{relative}{}", printable_start(name, SHOWN_CHARACTERS));
     let special = |name: &str| found.leave_out("links and special members of archives", shown(name));
     let claims = match ArchiveKind::of(path) {
         Some(ArchiveKind::Zip) => in_zip(&file),
@@ -151,7 +152,7 @@ pub(super) fn members(
             DataError::Input(format!(
                 "{}: {}: {what}; make the archive again",
                 path.display(),
-                printable(&claim.name, SHOWN_CHARACTERS)
+                printable_start(&claim.name, SHOWN_CHARACTERS)
             ))
         };
         if claim.offset.checked_add(claim.packed).is_none_or(|end| end > archive.length) {
@@ -190,7 +191,7 @@ fn in_zip(file: &File) -> Result<Vec<Claim>, String> {
         if entry.is_dir() {
             continue;
         }
-        let shown = printable(entry.name(), SHOWN_CHARACTERS);
+        let shown = printable_start(entry.name(), SHOWN_CHARACTERS);
         let deflated = match entry.compression() {
             zip::CompressionMethod::Stored => false,
             zip::CompressionMethod::Deflated => true,

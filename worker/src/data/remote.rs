@@ -2,7 +2,8 @@
 //!
 //! 1. A file appears whole, with the length that the store gives, and is noted after that, with its hash. So a noted file is
 //!    whole; one that is not what its note says is fetched again.
-//! 2. The workers of a machine share what is fetched. One fetches, the others wait for it.
+//! 2. The workers of a machine share what is fetched. One fetches, the others wait for it. On a file system without locks
+//!    several may fetch at once: each file still appears whole, and none of them removes what another is writing.
 //! 3. A file that is another in the store is fetched again; one that is no longer there is no longer here.
 //! 4. Notes lie beside the folder of the files, where no object's name leads. An object whose name cannot be a file's is left
 //!    out, and counted.
@@ -13,14 +14,16 @@ use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use ganglion_proto::found::Found;
 use ganglion_proto::job::{ArchiveKind, Data};
+use ganglion_proto::printable_start;
 use ganglion_storage::{
-    Address, Blocking, Path as StoragePath, Pauses, RelativeName, Storage, Version, printable, reason, whole,
+    Address, Blocking, Path as StoragePath, Pauses, RelativeName, Storage, Version, reason, whole,
 };
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::DataError;
@@ -36,6 +39,8 @@ const LOCK: &str = "lock";
 
 /// A store that is away is waited for so long, by whoever fetches from it.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// A draft that did not change for so long is a dead writer's: far longer than a store is waited for.
+const DRAFT_LIMIT: Duration = Duration::from_secs(3600);
 /// The first and the longest pause between two attempts.
 const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(10)];
 
@@ -114,14 +119,12 @@ fn fetch(
     let files = folder.join(FILES);
     whole::create_folders(&files).map_err(system)?;
     let lock = File::create(folder.join(LOCK)).map_err(system)?;
-    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-        tracing::info!("another worker of this machine fetches the data; waiting for it");
-        flock(&lock, FlockOperation::LockExclusive).map_err(|error| system(error.into()))?;
-    }
+    let is_alone = take_turn(folder, |operation| flock(&lock, operation)).map_err(system)?;
     let store = Store { storage: Blocking::new(storage).map_err(system)?, pauses: PAUSES, wrong };
     let wanted = wanted(&store, &chosen, found)?;
     let names: BTreeSet<&str> = wanted.iter().map(|object| object.name.as_str()).collect();
-    sweep(&files, "", &|name| chosen(name) && !names.contains(name)).map_err(system)?;
+    let unwanted = |name: &str| chosen(name) && !names.contains(name);
+    sweep(&files, "", &unwanted, is_alone).map_err(system)?;
     let have = notes(folder);
     let is_here = |object: &Wanted| {
         let note = have.get(object.name.as_str());
@@ -135,6 +138,32 @@ fn fetch(
         append(folder, &note).map_err(system)?;
     }
     Ok(())
+}
+
+/// Waits until no other worker of this machine fetches into a folder; returns whether that is known. `ask` asks for the lock.
+fn take_turn(folder: &Path, mut ask: impl FnMut(FlockOperation) -> Result<(), Errno>) -> io::Result<bool> {
+    let mut operation = FlockOperation::NonBlockingLockExclusive;
+    loop {
+        match ask(operation) {
+            Ok(()) => return Ok(true),
+            Err(Errno::INTR) => {}
+            Err(Errno::WOULDBLOCK) => {
+                tracing::info!("another worker of this machine fetches the data; waiting for it");
+                // The system gives the lock back when its holder ends, and that one does not wait for ever for its store.
+                operation = FlockOperation::LockExclusive;
+            }
+            // What file systems say that do not know locks, and those whose lock service is not there.
+            Err(error @ (Errno::NOSYS | Errno::OPNOTSUPP | Errno::NOLCK | Errno::INVAL)) => {
+                tracing::warn!(
+                    "files in {} cannot be locked ({error}), so each worker of this machine may fetch the data; a {CACHE} on a \
+                     local disk saves that",
+                    folder.display()
+                );
+                return Ok(false);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// A store, with the words for a mistake of the user's.
@@ -224,9 +253,10 @@ fn wanted(
             Ok(name) if !is_folder => {
                 wanted.push(Wanted { name, path: path.clone(), version: version.clone() });
             }
-            _ => {
-                found.leave_out("objects whose names cannot be those of files", printable(path.as_ref(), 200))
-            }
+            _ => found.leave_out(
+                "objects whose names cannot be those of files",
+                printable_start(path.as_ref(), 200),
+            ),
         }
     }
     if wanted.is_empty() {
@@ -256,11 +286,11 @@ fn fetch_one(store: &Store<'_>, object: &Wanted, files: &Path) -> Result<Note, D
             Ok(())
         })
     };
-    store.patiently(name.as_str(), &place, write)?;
+    store.patiently(&name.to_string(), &place, write)?;
     let blake3 = hash(&place).map_err(system)?;
     let metadata = fs::metadata(&place).map_err(system)?;
     Ok(Note {
-        name: name.to_string(),
+        name: name.as_str().to_string(),
         version: version.text.clone(),
         bytes: version.bytes,
         blake3,
@@ -286,20 +316,37 @@ impl Note {
     }
 }
 
-/// Removes the files below a folder that are not to be there, and what killed writers left.
-fn sweep(folder: &Path, relative: &str, is_unwanted: &impl Fn(&str) -> bool) -> io::Result<()> {
+/// Removes the files below a folder that are not to be there, and what killed writers left. Whoever is not known to be alone
+/// leaves folders, and drafts that may still be written.
+fn sweep(
+    folder: &Path,
+    relative: &str,
+    is_unwanted: &impl Fn(&str) -> bool,
+    is_alone: bool,
+) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         let name = format!("{relative}{}", entry.file_name().to_string_lossy());
         if entry.file_type()?.is_dir() {
-            sweep(&entry.path(), &format!("{name}/"), is_unwanted)?;
-            // Only if it is empty: a file may have its name now.
-            let _ = fs::remove_dir(entry.path());
+            sweep(&entry.path(), &format!("{name}/"), is_unwanted, is_alone)?;
+            if is_alone {
+                // Only if it is empty: a file may have its name now.
+                let _ = fs::remove_dir(entry.path());
+            }
+        } else if !is_alone && is_being_written(&entry) {
+            // Another worker's.
         } else if is_unwanted(&name) || !entry.file_type()?.is_file() {
             fs::remove_file(entry.path())?;
         }
     }
     Ok(())
+}
+
+/// Whether a file is a draft whose writer may live.
+fn is_being_written(entry: &fs::DirEntry) -> bool {
+    let changed = || entry.metadata()?.modified();
+    let age = |changed: SystemTime| changed.elapsed().unwrap_or_default();
+    whole::is_draft(&entry.file_name().to_string_lossy()) && changed().is_ok_and(|at| age(at) < DRAFT_LIMIT)
 }
 
 /// Notes that a file is here, in a line of its own: there may be a great many. A line that is lost costs a second fetch.
@@ -412,6 +459,49 @@ mod tests {
             fs::write(folder.join(NOTES), lines.join("\n")).unwrap();
         }
         assert!(here(&folder, NOTES).is_some(), "it is a file like any other");
+    }
+
+    /// Invariant 2.
+    #[test]
+    fn a_lock_that_another_has_is_waited_for_and_a_file_system_without_locks_is_no_other_worker() {
+        let turn = |answers: &[Result<(), Errno>]| {
+            let (mut answers, mut asked) = (answers.iter(), Vec::new());
+            let ask = |operation| {
+                asked.push(matches!(operation, FlockOperation::LockExclusive));
+                *answers.next().expect("asked no more")
+            };
+            let turn = take_turn(Path::new("/cache"), ask);
+            (turn.map_err(|error| Errno::from_io_error(&error)), asked)
+        };
+        assert_eq!(turn(&[Ok(())]), (Ok(true), vec![false]));
+        let (held, signal) = (Err(Errno::WOULDBLOCK), Err(Errno::INTR));
+        assert_eq!(turn(&[signal, held, signal, Ok(())]), (Ok(true), vec![false, false, true, true]));
+        for none in [Errno::NOSYS, Errno::NOLCK, Errno::OPNOTSUPP] {
+            assert_eq!(turn(&[Err(none)]), (Ok(false), vec![false]), "{none}");
+        }
+        assert_eq!(turn(&[Err(Errno::IO)]).0, Err(Some(Errno::IO)));
+        assert_eq!(turn(&[held, Err(Errno::IO)]).0, Err(Some(Errno::IO)));
+    }
+
+    /// Invariant 2, without locks: what another worker is writing stays, what a dead one left goes.
+    #[test]
+    fn who_may_not_be_alone_removes_no_draft_that_is_being_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let drafts = [".1.png.a.new", "a/.2.png.b.new"];
+        let left = |is_alone: bool, age: Duration| {
+            fs::create_dir_all(folder.path().join("a")).unwrap();
+            for draft in drafts {
+                let file = File::create(folder.path().join(draft)).unwrap();
+                file.set_modified(SystemTime::now() - age).unwrap();
+            }
+            fs::create_dir_all(folder.path().join("b")).unwrap();
+            sweep(folder.path(), "", &|_| true, is_alone).unwrap();
+            let there = |name: &&str| folder.path().join(name).exists();
+            (drafts.iter().filter(|name| there(name)).count(), there(&"b"))
+        };
+        assert_eq!(left(false, Duration::ZERO), (2, true));
+        assert_eq!(left(false, 2 * DRAFT_LIMIT), (0, true));
+        assert_eq!(left(true, Duration::ZERO), (0, false));
     }
 
     #[test]

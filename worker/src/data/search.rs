@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use ganglion_proto::found::Found;
 use ganglion_proto::job::ArchiveKind;
-use ganglion_storage::printable;
+use ganglion_proto::printable_start;
 
 use super::packed::{self, OpenArchives};
 use super::place::Place;
@@ -122,7 +122,7 @@ fn last(relative: &[u8]) -> &[u8] {
 }
 
 fn shown(relative: &[u8]) -> String {
-    printable(&String::from_utf8_lossy(relative), SHOWN_CHARACTERS)
+    printable_start(&String::from_utf8_lossy(relative), SHOWN_CHARACTERS)
 }
 
 impl Search {
@@ -160,7 +160,7 @@ impl Search {
     pub(super) fn leave_out(&mut self, entry: &Entry) {
         let name = String::from_utf8_lossy(last(&entry.relative)).to_ascii_lowercase();
         let kind = match name.rsplit_once('.') {
-            Some((_, ending)) if !ending.is_empty() => format!(".{}", printable(ending, 20)),
+            Some((_, ending)) if !ending.is_empty() => format!(".{}", printable_start(ending, 20)),
             _ => "without an ending".to_string(),
         };
         self.found.leave_out(&kind, entry.shown());

@@ -39,10 +39,6 @@ fn data(kind: DataKind, path: &Path) -> Data {
     }
 }
 
-fn bundled() -> Data {
-    Data { path: None, channels: 1, ..data(DataKind::Mnist10k, Path::new("")) }
-}
-
 /// The message of a refusal, which must be the user's to mend.
 fn refusal<T>(result: Result<T, DataError>) -> String {
     match result.map_err(DataError::into_input) {

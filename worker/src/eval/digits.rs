@@ -124,23 +124,13 @@ mod tests {
     use crate::data::DataSet;
     use crate::eval::images;
     use crate::eval::train::labels;
-    use ganglion_proto::job::{Data, DataKind, Orientation};
+    use ganglion_proto::job::Data;
 
     #[test]
     fn the_bundled_weights_have_their_hash_and_tell_digits_apart() {
         let digits = Digits::bundled().unwrap();
         assert!(WEIGHTS.len() < 300_000);
-        let data = Data {
-            kind: DataKind::Mnist10k,
-            path: None,
-            resize: None,
-            crop: None,
-            channels: 1,
-            image_extension: None,
-            orientation: Orientation::Follow,
-            exclusions: Vec::new(),
-        };
-        let data = DataSet::open(&data).unwrap();
+        let data = DataSet::open(&Data::bundled_digits()).unwrap();
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../data/mnist-10k/t10k-labels-idx1-ubyte.gz");
         let labels = labels(folder.as_ref()).unwrap();
         let images = images(&data, &(0..data.len()).collect::<Vec<_>>()).unwrap();

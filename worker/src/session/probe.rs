@@ -14,7 +14,8 @@ use ganglion_proto::listen::{Limits, Room, accept_loop};
 const GREETING: &[u8; 8] = b"ganglion";
 
 /// Connections at once. None lasts longer than it takes to greet.
-const LIMITS: Limits = Limits { all: 64, idle_of_address: 64, grace: Duration::ZERO };
+const LIMITS: Limits =
+    Limits { all: 64, strangers_of_address: 64, idle_of_address: 64, grace: Duration::ZERO };
 
 /// Answers probes on a free port of `address` as long as the process lives; returns where.
 pub fn answer(address: IpAddr) -> std::io::Result<SocketAddr> {

@@ -4,8 +4,8 @@
 use ganglion_membership::{Assembly, Checkpoint as Saved};
 use ganglion_proto::evaluation::{Alarms, Evaluation};
 use ganglion_proto::job::{
-    Augmentation, Checkpoint, Data, DataKind, General, Job, Length, Loss, LossKind, Metrics, Model,
-    ModelKind, NonFinite, Optimizer, OptimizerKind, Orientation, Precision, Reduction, Sample,
+    Augmentation, Checkpoint, Data, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind,
+    NonFinite, Optimizer, OptimizerKind, Precision, Reduction, Sample,
 };
 use ganglion_storage::{Storage, in_folder};
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
@@ -32,16 +32,7 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
             reduction: Reduction::Tree,
             deterministic: true,
         },
-        data: Data {
-            kind: DataKind::Mnist10k,
-            path: None,
-            resize: None,
-            crop: None,
-            channels: 1,
-            image_extension: None,
-            orientation: Orientation::Follow,
-            exclusions: Vec::new(),
-        },
+        data: Data::bundled_digits(),
         model: Model {
             ema_half_life_images: 1000,
             ..Model::plain(

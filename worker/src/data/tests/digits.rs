@@ -6,7 +6,7 @@ use super::*;
 
 #[test]
 fn the_bundled_digits_open() {
-    let dataset = DataSet::open(&bundled()).unwrap();
+    let dataset = DataSet::open(&Data::bundled_digits()).unwrap();
     assert_eq!(dataset.len(), 10_000);
     assert_eq!(dataset.shape(), ImageShape { channels: 1, height: 28, width: 28 });
     assert_eq!(dataset.shape().to_string(), "1 x 28 x 28");
@@ -28,14 +28,14 @@ fn the_bundled_digits_open() {
 
 #[test]
 fn the_fingerprint_is_of_the_samples_and_their_framing() {
-    let whole = DataSet::open(&bundled()).unwrap();
+    let whole = DataSet::open(&Data::bundled_digits()).unwrap();
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../data/mnist-10k/t10k-images-idx3-ubyte.gz");
     let same = DataSet::open(&data(DataKind::Idx, Path::new(file))).unwrap();
     assert_eq!(whole.fingerprint(), same.fingerprint());
     let framings = [(Some(14), None), (None, Some(14)), (Some(28), Some(14)), (None, None)];
     let fingerprints: BTreeSet<[u8; 32]> = framings
         .into_iter()
-        .map(|(resize, crop)| Data { resize, crop, ..bundled() })
+        .map(|(resize, crop)| Data { resize, crop, ..Data::bundled_digits() })
         .map(|framed| DataSet::open(&framed).unwrap().fingerprint())
         .collect();
     assert_eq!(fingerprints.len(), 4);
@@ -51,7 +51,7 @@ fn a_path_for_the_bundled_digits_is_refused() {
 #[test]
 fn other_kinds_need_a_path() {
     for kind in [DataKind::Idx, DataKind::Cifar10, DataKind::Folder] {
-        let message = refusal(DataSet::open(&Data { kind, ..bundled() }));
+        let message = refusal(DataSet::open(&Data { kind, ..Data::bundled_digits() }));
         assert_says(&message, &["data.path is missing; set it"]);
         let message = refusal(DataSet::open(&data(kind, Path::new("/no/such/place"))));
         assert_says(&message, &["cannot read /no/such/place", "No such file", "correct data.path"]);

@@ -3,7 +3,7 @@
 use super::*;
 
 fn framed(resize: Option<u32>, crop: Option<u32>) -> Result<DataSet, DataError> {
-    DataSet::open(&Data { resize, crop, ..bundled() })
+    DataSet::open(&Data { resize, crop, ..Data::bundled_digits() })
 }
 
 #[test]

@@ -23,7 +23,10 @@ fn open_labelled(folder: &TempDir, kind: DataKind) -> Result<DataSet, DataError>
 
 #[test]
 fn the_bundled_digits_have_labels_for_those_who_ask() {
-    let (without, with) = (DataSet::open(&bundled()).unwrap(), DataSet::open_labelled(&bundled()).unwrap());
+    let (without, with) = (
+        DataSet::open(&Data::bundled_digits()).unwrap(),
+        DataSet::open_labelled(&Data::bundled_digits()).unwrap(),
+    );
     assert_eq!((without.classes(), without.labels().len()), (0, 0));
     assert_eq!((with.classes(), with.labels().len()), (10, 10_000));
     assert_eq!(with.labels()[..5], [7, 2, 1, 0, 4]);
