@@ -339,14 +339,17 @@ impl Session {
     /// Waits until there is room for another row: one that no coordinator can record is kept, and nothing is dropped. An abort
     /// of `generation`, the end of the lease or of the session ends the wait.
     pub fn wait_for_room(&self, generation: Generation) {
-        let is_full = |inbox: &Inbox| inbox.rows.len() >= ROWS_LIMIT && inbox.end.is_none();
+        self.wait_for_room_among(ROWS_LIMIT, generation);
+    }
+
+    /// The same, where at most so many rows are kept.
+    fn wait_for_room_among(&self, limit: usize, generation: Generation) {
+        let is_full = |inbox: &Inbox| inbox.rows.len() >= limit && inbox.end.is_none();
         let mut inbox = self.shared.lock();
         if !is_full(&inbox) {
             return;
         }
-        tracing::warn!(
-            "{ROWS_LIMIT} rows are not recorded; training waits until the coordinator can write them"
-        );
+        tracing::warn!("{limit} rows are not recorded; training waits until the coordinator can write them");
         self.set_activity(Activity::Paused);
         while is_full(&inbox) && !self.is_aborted(generation) && self.may_commit() {
             let waited = self.shared.changed.wait_timeout(inbox, LOOK);
@@ -628,5 +631,93 @@ mod tests {
         assert!(goes_before_rest(&differs) && !goes_before_rest(&Fault::Peer));
         let differs = unheard(generation, Some(differs), rest);
         assert!(matches!(&differs[..], [FromWorker::Fault(..), FromWorker::Ready(..)]), "{differs:?}");
+    }
+
+    fn row(step: u64) -> MetricsRow {
+        MetricsRow {
+            step,
+            time: 0.0,
+            generation: 1,
+            world_size: 2,
+            loss_discriminator: 0.0,
+            loss_generator: 0.0,
+            images_per_second: 0.0,
+            images_seen: 0,
+            ledger: 0,
+            skipped: 0,
+            profile: None,
+            gpu: GpuUse::default(),
+            scores: None,
+        }
+    }
+
+    /// A session with a coordinator that says nothing.
+    fn session(runtime: &tokio::runtime::Runtime) -> Session {
+        use ganglion_coordinator::job_file::{Source, read};
+        let _entered = runtime.enter();
+        let welcome = Welcome {
+            term: Term(1),
+            worker: ganglion_membership::WorkerId(1),
+            run: "run".to_string(),
+            job: read(&Source::Embedded, &[]).unwrap(),
+            storage: String::new(),
+            condemned: Generation(0),
+        };
+        let channel = tonic::transport::Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
+        let lease = Lease::new(lease::boot_clock, lease::boot_clock(), Duration::from_secs(600));
+        Session {
+            shared: Arc::new(Shared::new(welcome, channel, lease)),
+            outbox: tokio::sync::mpsc::unbounded_channel().0,
+            runtime: runtime.handle().clone(),
+            local_address: std::net::Ipv4Addr::LOCALHOST.into(),
+            credentials: Credentials::default(),
+            tunnels: None,
+        }
+    }
+
+    /// Begins a wait for room among so many rows, ends it by `end`, and returns the rows that are kept then.
+    fn steps_after_a_wait(session: &Session, limit: usize, end: impl FnOnce(&Shared)) -> Vec<u64> {
+        std::thread::scope(|scope| {
+            session.set_activity(Activity::Computing);
+            let wait = scope.spawn(|| session.wait_for_room_among(limit, Generation(3)));
+            while session.shared.progress().activity != Activity::Paused {
+                assert!(!wait.is_finished(), "there was no room");
+                std::thread::yield_now();
+            }
+            // It is woken, and there is no more room than before.
+            session.shared.forget_rows(0);
+            assert!(!wait.is_finished());
+            end(&session.shared);
+            wait.join().unwrap();
+        });
+        session.kept_rows().iter().map(|row| row.step).collect()
+    }
+
+    #[test]
+    fn training_pauses_while_no_more_rows_can_be_kept_and_drops_none() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let session = session(&runtime);
+        (1..=3).for_each(|step| session.report(Rank(1), row(step)));
+        session.set_activity(Activity::Computing);
+        session.wait_for_room_among(4, Generation(3));
+        assert_eq!(session.shared.progress().activity, Activity::Computing, "there was room");
+        assert_eq!(steps_after_a_wait(&session, 3, |shared| shared.forget_rows(1)), [2, 3]);
+        assert_eq!(
+            steps_after_a_wait(&session, 2, |shared| shared.abort(Generation(3), false, false)),
+            [2, 3]
+        );
+        session.shared.end(End::Released);
+        session.wait_for_room_among(2, Generation(4));
+        assert_eq!(session.kept_rows().len(), 2);
+    }
+
+    #[test]
+    fn rows_that_are_asked_for_are_those_that_are_kept_from_there_on() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let session = session(&runtime);
+        (1..=5).for_each(|step| session.report(Rank(1), row(step)));
+        session.shared.forget_rows(2);
+        let steps = |first| session.shared.rows_from(first).iter().map(|row| row.step).collect::<Vec<_>>();
+        assert_eq!((steps(1), steps(4), steps(6)), (vec![3, 4, 5], vec![4, 5], vec![]));
     }
 }

@@ -24,6 +24,11 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// # Errors
     /// The system's.
     fn sync_name(&self, path: &Path) -> io::Result<()>;
+
+    /// Rows that may wait while it takes none. Workers keep them too, and are asked for those that found no room.
+    fn rows_that_wait(&self) -> usize {
+        1 << 16
+    }
 }
 
 /// This machine's disk.
@@ -92,6 +97,10 @@ pub(crate) mod tests {
 
         fn sync_name(&self, _: &Path) -> io::Result<()> {
             Ok(())
+        }
+
+        fn rows_that_wait(&self) -> usize {
+            100
         }
     }
 }

@@ -36,9 +36,6 @@ use crate::report::progress::{Progress, Screen};
 use crate::report::receipts::Receipts;
 use crate::report::timeline::Timeline;
 
-/// Rows that may wait for a disk. The workers keep them too, and are asked for those that found no room here.
-const WAITING_LIMIT: usize = 1 << 16;
-
 /// The figures of an evaluation that the terminal shows.
 const SHOWN: [&str; 6] =
     [names::FRECHET, names::SCORE, names::MODES, names::PRECISION, names::RECALL, names::WASSERSTEIN];
@@ -57,6 +54,8 @@ pub struct Records {
     /// The same, with the time that it took.
     pub timeline: Timeline,
     waiting: VecDeque<Row>,
+    /// Rows that may wait.
+    waiting_limit: usize,
     receipts: Receipts,
     syncing: Option<JoinHandle<Synced>>,
     samples: u64,
@@ -117,6 +116,7 @@ impl Records {
             screen,
             progress: None,
             waiting: VecDeque::new(),
+            waiting_limit: disk.rows_that_wait(),
             syncing: None,
             samples: 1,
             skipped: Skipped::default(),
@@ -199,7 +199,7 @@ impl Records {
     pub fn take_row(&mut self, row: MetricsRow) {
         #[allow(clippy::cast_precision_loss)] // counts of images are far below 2^53
         let epoch = row.images_seen as f64 / self.samples as f64;
-        if self.waiting.len() >= WAITING_LIMIT {
+        if self.waiting.len() >= self.waiting_limit {
             return self.refuse(row.step);
         }
         self.receipts.took(row.step);
@@ -232,8 +232,9 @@ impl Records {
     fn refuse(&mut self, step: u64) {
         self.receipts.refused(step);
         if self.failing.insert("more rows") {
+            let limit = self.waiting_limit;
             self.message(&format!(
-                "warning: {WAITING_LIMIT} rows wait for metrics.jsonl; workers keep the others and report them again"
+                "warning: {limit} rows wait for metrics.jsonl; workers keep the others and report them again"
             ));
         }
     }

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use ganglion_coordinator::host::Host;
@@ -62,6 +63,12 @@ impl Machine {
         self.0.lock().expect("nothing panics with it")
     }
 
+    /// The disk of the run directory is full from now on, or has room again. Records go there; for the journal there is room
+    /// left.
+    pub fn fill_disk(&self, is_full: bool) {
+        self.1.is_full.store(is_full, Ordering::Relaxed);
+    }
+
     /// The power fails: of what was written and not synced anything may be gone. Checkpoints and the journal are synced when
     /// they are written.
     pub fn lose_power(&self, run: &Path, rng: &mut ChaCha8Rng) -> String {
@@ -96,6 +103,7 @@ impl Machine {
 #[derive(Debug, Default)]
 struct Platter {
     reached: Mutex<Reached>,
+    is_full: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -106,6 +114,9 @@ struct Reached {
 
 impl Disk for Platter {
     fn append(&self, path: &Path, file: &File, bytes: &[u8]) -> io::Result<()> {
+        if self.is_full.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         SystemDisk.append(path, file, bytes)
     }
 
@@ -118,6 +129,11 @@ impl Disk for Platter {
     fn sync_name(&self, path: &Path) -> io::Result<()> {
         self.reached.lock().expect("nothing panics with it").named.insert(path.to_path_buf());
         Ok(())
+    }
+
+    /// So few that workers are asked again for what found no room.
+    fn rows_that_wait(&self) -> usize {
+        2
     }
 }
 

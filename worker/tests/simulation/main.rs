@@ -37,6 +37,10 @@ const SHELL: Simulation =
 /// The same runs, and in each the power fails at a random moment.
 const POWER: Simulation = Simulation { seeds: 20, of_today: 5, run: run_with_power_cut, ..SHELL };
 
+/// Runs in which nothing goes wrong but that the disk of the run directory is full for a while. More rows come than may wait
+/// for it, and the workers are asked for the others.
+const FULL: Simulation = Simulation { seeds: 20, of_today: 5, run: run_with_full_disk, ..SHELL };
+
 fn run(seed: u64, keep_log: bool) -> Run {
     live(seed, keep_log, |_| {})
 }
@@ -46,6 +50,17 @@ fn run_with_power_cut(seed: u64, keep_log: bool) -> Run {
         let moment = world.rng.random_range(Duration::ZERO..world.scenario.quiet_at);
         let all = world.rng.random_bool(0.5);
         world.at(moment, Due::Mishap(Mishap::PowerCut(all)));
+    })
+}
+
+fn run_with_full_disk(seed: u64, keep_log: bool) -> Run {
+    live(seed, keep_log, |world| {
+        world.calm();
+        world.keeps_rows = true;
+        let begin = world.rng.random_range(Duration::ZERO..world.scenario.quiet_at);
+        let end = begin + Duration::from_millis(world.rng.random_range(500..5_000));
+        world.at(begin, Due::Disk { is_full: true });
+        world.at(end, Due::Disk { is_full: false });
     })
 }
 
@@ -83,6 +98,11 @@ fn events(folder: &Path) -> Vec<String> {
 #[test]
 fn every_seed_comes_to_the_same_end() {
     SHELL.start();
+}
+
+#[test]
+fn every_seed_keeps_its_rows_through_a_full_disk() {
+    FULL.start();
 }
 
 #[test]

@@ -48,6 +48,10 @@ pub enum Due {
     Release(String, String),
     Repair(String, String),
     StorageUp,
+    /// The coordinator's disk is full, or has room again.
+    Disk {
+        is_full: bool,
+    },
     Quiet,
     /// The operator sees to it that there are workers.
     Staff,
@@ -64,6 +68,8 @@ pub struct World<'a> {
     pub workers: BTreeMap<String, Worker>,
     pub folder: std::path::PathBuf,
     pub quiet: bool,
+    /// Whether each row of metrics must be there at the end: no worker dies with one that nobody else has.
+    pub keeps_rows: bool,
     pub log: Option<Vec<String>>,
     outcome: Outcome,
     due: BTreeMap<(Duration, u64), Due>,
@@ -90,6 +96,7 @@ impl World<'_> {
             workers: BTreeMap::new(),
             folder: folder.to_path_buf(),
             quiet: false,
+            keeps_rows: false,
             log: keep_log.then(Vec::new),
             outcome: Outcome::default(),
             due: BTreeMap::new(),
@@ -121,6 +128,11 @@ impl World<'_> {
                 Ok(())
             }
         });
+    }
+
+    /// Nothing goes wrong but what is asked for from now on.
+    pub fn calm(&mut self) {
+        self.due.retain(|_, due| !matches!(due, Due::Mishap(_)));
     }
 
     pub fn now(&self) -> Duration {
@@ -179,6 +191,10 @@ impl World<'_> {
             Due::Release(a, b) => self.sim.release(a, b),
             Due::Repair(a, b) => self.sim.repair(a, b),
             Due::StorageUp => self.shared.storage_down.store(false, Ordering::Relaxed),
+            Due::Disk { is_full } => {
+                self.note(format!("disk {}", if is_full { "full" } else { "with room" }));
+                self.machine.fill_disk(is_full && !self.quiet);
+            }
             Due::Quiet => self.calm_down(),
             Due::Staff => self.staff(),
         }
@@ -330,6 +346,7 @@ impl World<'_> {
         self.note("the faults stop".to_string());
         self.quiet = true;
         self.shared.storage_down.store(false, Ordering::Relaxed);
+        self.machine.fill_disk(false);
         let names = self.hosts();
         for (index, a) in names.iter().enumerate() {
             for b in &names[index + 1..] {
@@ -370,6 +387,10 @@ impl World<'_> {
         let last = self.shared.lineage.last().expect("a run has a first state");
         if (checkpoint.position, &checkpoint.state_digest) != (last.position, &job::digest(last)) {
             return Err(format!("{latest} is not the end of an undisturbed run"));
+        }
+        let events = read(&self.folder.join("events.jsonl"))?;
+        if self.keeps_rows && events.contains(r#""kind":"metrics_lost""#) {
+            return Err("rows are lost".to_string());
         }
         let report = audit(&self.folder).map_err(|error| error.to_string())?;
         if report.holds() { Ok(()) } else { Err(format!("the audit finds a breach:\n{report}")) }

@@ -64,14 +64,15 @@ async fn a_full_disk_loses_no_row() {
     bench.records.take_row(row(1));
     assert_eq!(bench.second().await, Some(1));
     bench.disk.fill();
-    let all = WAITING_LIMIT as u64 + 1000;
+    let limit = bench.disk.rows_that_wait();
+    let all = limit as u64 + 1000;
     (2..=all).for_each(|step| bench.records.take_row(row(step)));
     assert_eq!(bench.second().await, None);
-    assert_eq!((bench.records.waiting.len(), bench.rows()), (WAITING_LIMIT, 1));
+    assert_eq!((bench.records.waiting.len(), bench.rows()), (limit, 1));
     assert!(!bench.records.are_durable(2) && bench.records.are_durable(1));
 
     bench.disk.free();
-    let held = WAITING_LIMIT as u64 + 1;
+    let held = limit as u64 + 1;
     assert_eq!(bench.second().await, Some(held), "the prefix that was written, not what came after it");
     assert!(bench.records.has_room());
     assert_eq!(bench.records.missing(all), Some(held + 1));
