@@ -20,7 +20,7 @@ KILLS ?= 100
 RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test simulate simulate-planted simulate-shell chaos check fmt lint docs licences proto-lint clean \
+.PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test golden simulate simulate-planted simulate-shell chaos check fmt lint docs licences proto-lint clean \
 	advisories pins update-pins requirements sbom check-sbom wheel image check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
 
 help: ## Show what there is to make.
@@ -94,6 +94,9 @@ test: build $(TOOLS)/python ## Run all tests.
 	RUST_TEST_THREADS=$(TEST_THREADS) GANGLION_BIN="$(CURDIR)/target/release" $(CARGO) test --release --locked --workspace
 	@if command -v kubectl || command -v kustomize; then $(MAKE) --no-print-directory test-kubernetes; \
 	else echo "deploy/kubernetes was not checked: that needs kubectl or kustomize"; fi
+
+golden: build ## Compare the bits of this tree with those of another commit (BASE=main, ONLY=part of a job's name).
+	target/release/golden $(if $(BASE),--base $(BASE)) $(if $(ONLY),--only $(ONLY))
 
 chaos: build ## Disturb real runs at random, for MINUTES=10, and demand the same bits (SEED=x to repeat).
 	MINUTES=$(MINUTES) $(CARGO) run --release --locked -p ganglion-tests --bin chaos

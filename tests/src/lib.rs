@@ -71,6 +71,7 @@ fn build(release: bool) {
 /// A run directory, and the settings of its job.
 pub struct Run {
     root: TempDir,
+    coordinator: PathBuf,
     settings: Vec<String>,
     events: Mutex<Tail>,
     rows: Mutex<Tail>,
@@ -83,19 +84,25 @@ impl Run {
         let settings = settings.concat().into_iter().map(str::to_string).collect();
         let tail = |name: &str| Mutex::new(Tail::new(root.path().join("run").join(name)));
         let (events, rows) = (tail("events.jsonl"), tail("metrics.jsonl"));
-        Run { root, settings, events, rows }
+        Run { root, coordinator: program("coordinator"), settings, events, rows }
+    }
+
+    /// The same run by the programs of another folder.
+    pub fn by(mut self, programs: &Path) -> Run {
+        self.coordinator = programs.join("coordinator");
+        self
     }
 
     /// Asks this run's coordinator for something.
     pub fn ask(&self, arguments: &[&str]) -> Ended {
-        let mut command = Command::new(program("coordinator"));
+        let mut command = Command::new(&self.coordinator);
         command.args(arguments).arg("--run-dir").arg(self.path(""));
         Process::start(command).wait()
     }
 
     /// Audits the run from its files.
     pub fn audit(&self) -> Ended {
-        let mut command = Command::new(program("coordinator"));
+        let mut command = Command::new(&self.coordinator);
         command.arg("audit").arg(self.path(""));
         Process::start(command).wait()
     }
@@ -162,7 +169,7 @@ impl Run {
 
     /// The command of a coordinator with these arguments.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(program("coordinator"));
+        let mut command = Command::new(&self.coordinator);
         command.arg("--run-dir").arg(self.path("")).args(arguments);
         for setting in &self.settings {
             command.args(["--set", setting]);

@@ -36,6 +36,25 @@ fn every_loss_has_the_same_bits_on_1_and_3_workers() {
     }
 }
 
+/// Also before any sum: each data shard contributes the same to each update.
+#[test]
+fn each_shard_gradient_has_the_same_bits_on_1_and_3_workers() {
+    let lines = |workers: u32| {
+        let run = Run::new(&[SMALL_DCGAN, &["job.steps=2", "job.data_shards=4"]]);
+        let log = run.beside("shard-gradients");
+        let variable = [("GANGLION_SHARD_GRADIENTS", log.display().to_string())];
+        let ended = run.start_in(workers, &variable).wait();
+        assert_eq!(ended.code, Some(0), "{}", ended.output);
+        let mut lines: Vec<String> =
+            std::fs::read_to_string(log).unwrap().lines().map(str::to_string).collect();
+        lines.sort();
+        lines
+    };
+    let alone = lines(1);
+    assert_eq!(alone.len(), 16, "4 data shards in 4 updates");
+    assert_eq!(lines(3), alone);
+}
+
 /// So many data shards that a lone worker draws some samples twice, and three workers none.
 #[test]
 fn twenty_data_shards_have_the_same_bits_on_1_and_3_workers() {

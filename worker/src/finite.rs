@@ -88,10 +88,7 @@ fn describe(
     } else {
         "batch statistics"
     };
-    let whose = match module {
-        Module::Generator => "generator",
-        Module::Discriminator => "discriminator",
-    };
+    let whose = module.name();
     let step = position.0 / job.phases_per_step() + 1;
     let verb = if what == "batch statistics" { "are" } else { "is" };
     Ok(format!("the {whose}'s {what} of step {step} {verb} not finite"))

@@ -23,6 +23,7 @@ pub mod eval;
 pub mod exchange;
 pub mod finite;
 pub mod gpu;
+pub mod gradient_log;
 pub mod loss;
 mod module_file;
 mod monitor;

@@ -170,6 +170,12 @@ impl LeafBuffer {
             flat,
         }
     }
+
+    /// All of the contribution: the gradient, the buffer updates, the scalars.
+    pub fn contents(&self) -> [Vec<&Tensor>; 3] {
+        let scalars = std::iter::once(&self.loss).chain(&self.scores);
+        [self.gradients.iter().collect(), self.statistics.iter().collect(), scalars.collect()]
+    }
 }
 
 /// What the generator has drawn for a data shard, and how, so that a gradient can go back through it.

@@ -99,11 +99,7 @@ impl Laps {
             }
             self.track.begin(self.last, &format!("step {step}"), self.place);
         }
-        let name = match module {
-            Module::Discriminator => "discriminator",
-            Module::Generator => "generator",
-        };
-        self.track.begin(self.last, name, At { position });
+        self.track.begin(self.last, module.name(), At { position });
     }
 
     /// A part was done.

@@ -20,6 +20,7 @@ use crate::eval::EvalError;
 use crate::eval::beside::{self, Evaluations};
 use crate::eval::judge::Means;
 use crate::gpu::GpuWatch;
+use crate::gradient_log::{GradientLog, LogError};
 use crate::nn::broken::{BrokenModule, guarded};
 use crate::nn::{Models, layers};
 use crate::passport;
@@ -50,6 +51,12 @@ impl From<ConnectError> for Failure {
             }
             _ => Failure::Other(error.to_string()),
         }
+    }
+}
+
+impl From<LogError> for Failure {
+    fn from(error: LogError) -> Self {
+        Failure::Input(error.to_string())
     }
 }
 
@@ -239,6 +246,7 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
         reading: None,
         archive,
         evaluations,
+        gradient_log: GradientLog::from_environment()?,
         held: None,
         unformed: 0,
         track: track.clone(),

@@ -35,6 +35,16 @@ pub enum Module {
     Discriminator,
 }
 
+impl Module {
+    /// Its name, as people and files have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Module::Generator => "generator",
+            Module::Discriminator => "discriminator",
+        }
+    }
+}
+
 /// Where tensors lie in a flat buffer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Layout {

@@ -20,6 +20,7 @@ use crate::device;
 use crate::eval::beside::Evaluations;
 use crate::exchange::{ReduceError, Reduced, Trailer};
 use crate::finite::{NonFinite, Verdict, judge};
+use crate::gradient_log::GradientLog;
 use crate::nn::Models;
 use crate::nn::broken::guarded;
 use crate::phase::{Drawn, Input, LeafBuffer, LeafLayout, LeafPart, Leaves, Phase, Real, Spot, phases};
@@ -64,6 +65,8 @@ pub struct Trainer {
     pub archive: Archive,
     /// Who judges what the generator draws.
     pub evaluations: Evaluations,
+    /// Log of shard gradients, if the environment asks for one.
+    pub gradient_log: Option<GradientLog>,
     /// The state after the newest commit; none before the first assignment.
     pub held: Option<(State, Carried)>,
     /// Groups in a row that did not come to train.
@@ -427,7 +430,9 @@ impl Trainer {
         let mut work = ShardWork { leaves: &leaves, phase, step, state, drawn, of_real };
         let leaf = |shard: u32, out: &mut LeafBuffer| {
             let real = samples.as_ref().map(|samples| samples.of_shard(shard - own.start));
-            work.compute(shard, real.as_ref(), out).map_err(|error| error.to_string())
+            work.compute(shard, real.as_ref(), out).map_err(|error| error.to_string())?;
+            let Some(log) = &self.gradient_log else { return Ok(()) };
+            log.record(trailer.position, phase, shard, out).map_err(|error| error.to_string())
         };
         // What the generator's commit does not change can be computed before it.
         let meanwhile = || {

@@ -1,0 +1,34 @@
+//! What is asked for.
+
+use std::path::PathBuf;
+
+/// What is asked for.
+#[derive(Debug, Default, PartialEq)]
+pub struct Options {
+    /// The commit to compare with.
+    pub base: Option<String>,
+    /// The folder of its programs, if they are built already.
+    pub base_programs: Option<PathBuf>,
+    /// Only jobs whose names contain this.
+    pub only: Option<String>,
+}
+
+impl Options {
+    /// Reads `--name value` pairs.
+    pub fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
+        let mut options = Options::default();
+        while let Some(name) = arguments.next() {
+            let mut value = || arguments.next().ok_or_else(|| format!("{name}: no value"));
+            match name.as_str() {
+                "--base" => options.base = Some(value()?),
+                "--base-programs" => options.base_programs = Some(value()?.into()),
+                "--only" => options.only = Some(value()?),
+                _ => return Err(format!("{name}: there are --base, --base-programs and --only")),
+            }
+        }
+        if options.base.is_some() && options.base_programs.is_some() {
+            return Err("--base and --base-programs: keep one of them".to_string());
+        }
+        Ok(options)
+    }
+}

@@ -1,0 +1,135 @@
+//! One job in one precision, run in all ways by both builds.
+
+use std::path::Path;
+use std::sync::Mutex;
+use std::thread;
+
+use ganglion_tests::measured::cores;
+
+use crate::Builds;
+use crate::bits::Bits;
+use crate::job::{Job, Outcome, Precision, Way};
+
+/// The comparison of one job in one precision.
+#[derive(Debug, PartialEq)]
+pub struct Row {
+    /// A word for each way.
+    pub cells: [&'static str; Way::ALL.len()],
+    /// The number of shard gradients that were compared.
+    pub gradients: String,
+    /// What differs, for people.
+    pub differences: Vec<String>,
+}
+
+/// What the two builds made of a job in one way: the base, then this tree.
+type Pair = [Result<Outcome, String>; 2];
+
+/// Runs a job in all its ways by both builds, as many at once as there are cores.
+pub fn run(job: &Job, precision: Precision, builds: &Builds) -> Row {
+    let ways = job.ways(precision);
+    let runs: Vec<(Way, &Path)> =
+        ways.iter().flat_map(|way| [(*way, &*builds.base), (*way, &*builds.here)]).collect();
+    let next = Mutex::new(0..runs.len());
+    let take = || next.lock().expect("no thread panics while it holds it").next();
+    let work = || {
+        let mut own = Vec::new();
+        while let Some(at) = take() {
+            let (way, programs) = runs[at];
+            own.push((at, job.run(precision, way, programs)));
+        }
+        own
+    };
+    let mut outcomes = thread::scope(|scope| {
+        let threads: Vec<_> = (0..cores()).map(|_| scope.spawn(work)).collect();
+        let joined = threads.into_iter().flat_map(|thread| thread.join().expect("a run does not panic"));
+        joined.collect::<Vec<_>>()
+    });
+    outcomes.sort_by_key(|(at, _)| *at);
+    let mut outcomes = outcomes.into_iter().map(|(_, outcome)| outcome);
+    let mut next = || outcomes.next().expect("two for each way");
+    let pairs = ways.iter().map(|way| (*way, [next(), next()])).collect::<Vec<(Way, Pair)>>();
+    judge(&format!("{}, {}", job.name, precision.name()), &pairs)
+}
+
+fn judge(name: &str, pairs: &[(Way, Pair)]) -> Row {
+    let mut row = Row { cells: [""; 3], gradients: String::new(), differences: Vec::new() };
+    let mut first: Option<(Way, &Bits)> = None;
+    for (way, pair) in pairs {
+        let mut differs = |what: &str| {
+            row.differences.push(format!("{name}, {}: {what}", way.name()));
+            "DIFFERENT"
+        };
+        row.cells[*way as usize] = match pair {
+            [Err(error), _] => differs(&format!("the base {error}")),
+            [_, Err(error)] => differs(error),
+            [Ok(Outcome::Refused(_)), Ok(Outcome::Refused(reason))] if reason.contains("job.precision") => {
+                "not in it"
+            }
+            [Ok(Outcome::Refused(_)), Ok(Outcome::Done(_))] => "new",
+            [_, Ok(Outcome::Refused(reason))] => differs(&format!("this build refuses it: {reason}")),
+            [Ok(Outcome::Done(base)), Ok(Outcome::Done(here))] => {
+                row.gradients = match base.gradients.len() {
+                    0 => "not logged by the base".to_string(),
+                    count => format!("{count}"),
+                };
+                here.difference(base).map_or("equal", |what| differs(&what))
+            }
+        };
+        let [_, Ok(Outcome::Done(here))] = pair else { continue };
+        let (reference, bits) = *first.get_or_insert((*way, here));
+        if let Some(what) = here.difference(bits) {
+            row.cells[*way as usize] = "BROKEN";
+            row.differences.push(format!(
+                "{name}, {} against {} of this build: {what}",
+                way.name(),
+                reference.name()
+            ));
+        }
+    }
+    row
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn done(digest: &str) -> Result<Outcome, String> {
+        Ok(Outcome::Done(Bits { digest: digest.to_string(), gradients: BTreeMap::new() }))
+    }
+
+    fn refused(why: &str) -> Result<Outcome, String> {
+        Ok(Outcome::Refused(why.to_string()))
+    }
+
+    #[test]
+    fn equal_bits_are_no_difference() {
+        let row = judge("job", &[(Way::Alone, [done("a"), done("a")]), (Way::Three, [done("a"), done("a")])]);
+        assert_eq!((row.cells, row.differences), (["equal", "equal", ""], Vec::new()));
+    }
+
+    #[test]
+    fn a_change_that_all_clusters_make_alike_is_named_for_each() {
+        let row = judge("job", &[(Way::Alone, [done("a"), done("b")]), (Way::Three, [done("a"), done("b")])]);
+        assert_eq!(row.cells, ["DIFFERENT", "DIFFERENT", ""]);
+        assert!(row.differences[0].starts_with("job, 1 worker: digest b instead of a"), "{row:?}");
+    }
+
+    #[test]
+    fn a_cluster_that_changes_the_result_is_named_even_if_the_base_did_not_run() {
+        let base = || refused("no such option");
+        let row = judge("job", &[(Way::Alone, [base(), done("a")]), (Way::Three, [base(), done("b")])]);
+        assert_eq!(row.cells, ["new", "BROKEN", ""]);
+        assert!(row.differences[0].starts_with("job, 3 workers against 1 worker of this build"), "{row:?}");
+    }
+
+    #[test]
+    fn a_job_may_be_refused_by_both_for_its_precision_alone() {
+        let both = |why| judge("job", &[(Way::Alone, [refused(why), refused(why)])]);
+        assert_eq!(both("job.precision is not for it").differences.len(), 0);
+        assert_eq!(both("no such option").differences.len(), 1);
+        let row = judge("job", &[(Way::Alone, [done("a"), refused("job.precision")])]);
+        assert_eq!(row.differences.len(), 1);
+    }
+}
