@@ -143,7 +143,7 @@ check-alerts: ## Check the alerts and the configuration for Prometheus. Needs pr
 	promtool check config deploy/prometheus/prometheus.yml
 	promtool test rules deploy/prometheus/alerts_test.yml
 
-check: fmt lint docs licences advisories pins proto-lint test ## Everything that must be clean before a change lands.
+check: fmt lint docs licences advisories pins proto-lint test golden ## Everything that must be clean before a change lands.
 
 fmt:
 	$(CARGO) fmt --all --check

@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ganglion_membership::{
-    Backend, Cause, Checkpoint, Generation, Group, Member, Passport, Position, Start, Term, WorkerId,
+    Backend, Cause, Checkpoint, Generation, Group, Member, NUMERICS, Passport, Position, Start, Term,
+    WorkerId,
 };
 use ganglion_proto::evaluation::EvaluationRow;
 pub use history::{CheckpointRow, GenerationRow, History, TermRow};
@@ -498,7 +499,7 @@ impl Journal {
     /// The passport that the run was started with.
     pub fn passport(&self) -> Result<Option<Passport>, JournalError> {
         let text = self.fact(Fact::Passport)?;
-        Ok(text.and_then(|text| serde_json::from_str(&text).ok()).map(Passport))
+        Ok(text.and_then(|text| serde_json::from_str(&text).ok()).map(|items| numbered(Passport(items))))
     }
 
     /// Records what a run has to know before its job leaves samples out that it had: that this is its exclusion number
@@ -578,6 +579,15 @@ pub struct RecordedMember {
     /// Whether it writes checkpoint files.
     #[serde(default)]
     pub writes_parts: bool,
+}
+
+/// The passport in today's items: builds that had no number of their arithmetic told their version, which never changed.
+/// Theirs is the first number.
+fn numbered(mut passport: Passport) -> Passport {
+    if passport.0.remove("build").is_some() {
+        passport.0.entry(NUMERICS.to_string()).or_insert_with(|| "1".to_string());
+    }
+    passport
 }
 
 fn to_json(value: &impl Serialize) -> String {
@@ -666,6 +676,18 @@ mod tests {
         assert_eq!((u.process, u.worker), (None, None));
         journal.ended("t").unwrap();
         assert!(journal.children().unwrap()[0].ended);
+    }
+
+    #[test]
+    fn a_run_that_began_before_arithmetic_had_a_number_has_the_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(&dir.path().join("journal.sqlite")).unwrap();
+        let mut read = |text: &str| {
+            journal.set_fact(Fact::Passport, text).unwrap();
+            journal.passport().unwrap().unwrap()
+        };
+        assert_eq!(read(r#"{"build":"0.1.0","cpu":"x"}"#), read(r#"{"cpu":"x","numerics":"1"}"#));
+        assert_eq!(read(r#"{"cpu":"x","numerics":"2"}"#).0["numerics"], "2");
     }
 
     #[test]

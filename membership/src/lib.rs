@@ -37,6 +37,6 @@ pub use events::{
 };
 pub use limits::Limits;
 pub use machine::Machine;
-pub use passport::{Difference, OF_SAMPLES, Passport};
+pub use passport::{Difference, NUMERICS, OF_SAMPLES, Passport};
 pub use shards::shard_ranges;
 pub use types::{Generation, Position, Rank, Term, Time, WorkerId};

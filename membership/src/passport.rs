@@ -18,6 +18,9 @@ pub struct Difference {
     pub found: String,
 }
 
+/// The item with the number of the build's arithmetic.
+pub const NUMERICS: &str = "numerics";
+
 /// Items about the samples, which may change with the job during a run.
 pub const OF_SAMPLES: [&str; 3] = ["data", "data_names", "exclusions"];
 

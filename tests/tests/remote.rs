@@ -3,6 +3,9 @@
 
 use std::net::TcpListener;
 
+use ganglion_membership::{LoadedFacts, Passport};
+use ganglion_proto::message::{FromWorker, ToWorker};
+use ganglion_tests::wire::{Stranger, connect, hello};
 use ganglion_tests::{Process, Run, SMALL_DCGAN, SMALL_MLP};
 use nix::sys::signal::Signal;
 
@@ -66,6 +69,49 @@ fn a_worker_of_another_passport_is_refused_and_told_what_differs() {
     let refused = run.wait_for("worker_refused", |_| true);
     assert!(refused["reason"].as_str().unwrap().contains("cpu_capability"), "{refused}");
     // The run goes on without it.
+    let now = run.wait_for_step(1);
+    run.wait_for_step(now + 50);
+}
+
+/// The number of this build's arithmetic.
+fn numerics(run: &Run) -> u32 {
+    let adopted = run.wait_for("passport", |_| true);
+    adopted["items"]["numerics"].as_str().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_worker_tells_its_version_with_the_number_of_its_arithmetic() {
+    let run = Run::new(&[SMALL_MLP, &["job.steps=1"]]);
+    run.complete(1);
+    let mut command = std::process::Command::new(ganglion_tests::program("worker"));
+    command.arg("--version");
+    let told = Process::start(command).wait().output;
+    assert!(told.contains(&format!("(numerics {})", numerics(&run))), "{told}");
+}
+
+#[tokio::test]
+async fn a_worker_of_other_arithmetic_is_refused_and_told_what_to_do() {
+    let run = Run::new(&[SMALL_MLP, &["job.steps=100000"]]);
+    let _coordinator = run.start(1);
+    run.wait_for_step(1);
+    let started = run.wait_for("coordinator_started", |_| true);
+    let ours = numerics(&run);
+    let items = run.wait_for("passport", |_| true)["items"].clone();
+    let mut passport = Passport(serde_json::from_value(items).unwrap());
+    passport.0.insert("numerics".to_string(), (ours + 1).to_string());
+    let channel = connect(started["address"].as_str().unwrap()).await;
+    let stranger = Stranger::join(channel, hello()).await.unwrap();
+    let facts = LoadedFacts {
+        passport,
+        samples: 10_000,
+        sees_storage: true,
+        phases_per_step: 2,
+        gpu: None,
+        left_out: Vec::new(),
+    };
+    stranger.say(FromWorker::Loaded(facts, None));
+    let Some(ToWorker::Reject(reason)) = stranger.end().await.unwrap() else { panic!("it was not refused") };
+    assert!(reason.contains(&format!("`worker --version` says numerics {ours}")), "{reason}");
     let now = run.wait_for_step(1);
     run.wait_for_step(now + 50);
 }

@@ -4,6 +4,7 @@
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::LazyLock;
 use std::thread::available_parallelism;
 
 use clap::{Args, Parser, Subcommand};
@@ -20,13 +21,14 @@ use ganglion_worker::device::{DeviceChoice, gpus};
 use ganglion_worker::draw::{Export, Interpolate, Sample, export, interpolate, sample};
 use ganglion_worker::eval::commands::{Eval, TrainClassifier, eval, train_classifier};
 use ganglion_worker::nn::broken::guarded;
+use ganglion_worker::passport::NUMERICS;
 use ganglion_worker::run::{Failure, Released, SPAWN_TOKEN, run};
 use ganglion_worker::stay::Stay;
 use tracing_subscriber::EnvFilter;
 
 /// Trains with the other workers of a run, or draws samples from a checkpoint.
 #[derive(Parser)]
-#[command(version, args_conflicts_with_subcommands = true, arg_required_else_help = true)]
+#[command(version = version(), args_conflicts_with_subcommands = true, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -79,6 +81,13 @@ enum Command {
     CheckData(CheckData),
     /// Trains the digit classifier that metrics use, again or anew.
     TrainClassifier(TrainClassifier),
+}
+
+/// The version, and the number by which workers may train together.
+fn version() -> &'static str {
+    static VERSION: LazyLock<String> =
+        LazyLock::new(|| format!("{} (numerics {NUMERICS})", env!("CARGO_PKG_VERSION")));
+    &VERSION
 }
 
 fn main() -> ExitCode {

@@ -1,6 +1,6 @@
 //! What this worker's bits depend on, and proof of it.
 
-use ganglion_membership::Passport;
+use ganglion_membership::{self as membership, Passport};
 use ganglion_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -12,7 +12,15 @@ use crate::phase::{Input, LeafBuffer, LeafLayout, Leaves, Real, Spot, phases};
 use crate::random::{Key, Purpose};
 use crate::state::{Module, State, StateLayout};
 
-/// Takes the passport: names of the build and the machine's kind, and hashes of what this job's arithmetic gives here.
+/// Number of this program's arithmetic: two builds of one number compute the same bits, and may train together.
+///
+/// Raise it with every change that moves a bit of any job. `make golden` fails where bits differ from those of the commit
+/// before and this number does not. It is no hash of the sources, so that a run can go on with a newer build that computes
+/// the same. Builds before there was this number have the first.
+pub const NUMERICS: u32 = 1;
+
+/// Takes the passport: the number of the build's arithmetic, the machine's kind, and hashes of what this job's arithmetic
+/// gives here.
 pub fn take(
     job: &Job,
     models: &Models,
@@ -23,7 +31,6 @@ pub fn take(
     let (forward_backward, commits) = probe(job, models, layout, device)?;
     let exclusions = job.data.exclusions_hash().map(|hash| ("exclusions".to_string(), hash));
     let items = [
-        ("build", env!("CARGO_PKG_VERSION").to_string()),
         ("c_library", c10d::aten::c_library_version()?),
         ("cpu_capability", c10d::aten::cpu_capability()?),
         ("data", hex(&data.fingerprint())),
@@ -32,6 +39,7 @@ pub fn take(
         ("hash_commit", commits),
         ("hash_forward_backward", forward_backward),
         ("libtorch", c10d::aten::libtorch_version()?),
+        (membership::NUMERICS, NUMERICS.to_string()),
         ("threads", job.job.threads.to_string()),
     ];
     let items = items.into_iter().map(|(item, value)| (item.to_string(), value));

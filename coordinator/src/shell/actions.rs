@@ -3,8 +3,8 @@
 use std::cmp::Ordering;
 
 use ganglion_membership::{
-    Action, Backend, Cause, Checkpoint, Event, Generation, Group, Outcome, Passport, Plan, PlanKind,
-    Rejection, Start, WorkerId,
+    Action, Backend, Cause, Checkpoint, Difference, Event, Generation, Group, NUMERICS, Outcome, Passport,
+    Plan, PlanKind, Rejection, Start, WorkerId,
 };
 use ganglion_proto::job::Exclusion;
 use ganglion_proto::message::{Assignment, ToWorker};
@@ -106,14 +106,7 @@ impl Shell {
     fn reject(&mut self, worker: WorkerId, rejection: &Rejection) {
         let reason = match rejection {
             Rejection::Ending => "the run is ending".to_string(),
-            Rejection::Passport(differences) => {
-                let items: Vec<String> = differences.iter().map(ToString::to_string).collect();
-                format!(
-                    "this worker would compute other bits than the run, which was started elsewhere: {}; use the same \
-                     build on the same kind of machine",
-                    items.join("; ")
-                )
-            }
+            Rejection::Passport(differences) => other_bits(differences),
         };
         self.records.message(&format!("refused worker {worker}: {reason}"));
         self.records.event("worker_refused", json!({ "worker": worker.0, "reason": reason }));
@@ -297,5 +290,42 @@ impl Shell {
     fn end(&mut self, outcome: Outcome) {
         self.records.catch_up();
         self.outcome = Some(outcome);
+    }
+}
+
+/// The answer to a worker of another passport, with the way on.
+fn other_bits(differences: &[Difference]) -> String {
+    let items: Vec<String> = differences.iter().map(ToString::to_string).collect();
+    let numerics = differences.iter().find(|difference| difference.item == NUMERICS);
+    let way_on = match numerics.map(|difference| difference.expected.as_str()) {
+        Some(number) if !number.is_empty() => format!(
+            "use a build whose `worker --version` says numerics {number}, as the run began with, or begin a new run"
+        ),
+        _ => "use the same build on the same kind of machine".to_string(),
+    };
+    format!(
+        "this worker would compute other bits than the run, which was started elsewhere: {}; {way_on}",
+        items.join("; ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_of_another_passport_is_told_what_to_do() {
+        let difference = |item: &str, expected: &str, found: &str| Difference {
+            item: item.to_string(),
+            expected: expected.to_string(),
+            found: found.to_string(),
+        };
+        let told = other_bits(&[difference(NUMERICS, "1", "2")]);
+        assert!(told.contains(r#"numerics is "2" here and "1" in the run"#), "{told}");
+        assert!(told.contains("`worker --version` says numerics 1"), "{told}");
+        for item in [difference("cpu_capability", "AVX2", "AVX512"), difference(NUMERICS, "", "2")] {
+            let told = other_bits(&[item]);
+            assert!(told.ends_with("use the same build on the same kind of machine"), "{told}");
+        }
     }
 }

@@ -44,6 +44,16 @@ pub fn programs(commit: Option<&str>) -> Result<PathBuf, String> {
     Ok(programs)
 }
 
+/// The number of the arithmetic of a folder's programs. Builds that have none have the first.
+pub fn numerics(programs: &Path) -> Result<u32, String> {
+    let told = output(Command::new(programs.join("worker")).arg("--version"))?;
+    let number = told.split_once("(numerics ").and_then(|(_, rest)| rest.split_once(')'));
+    match number {
+        None => Ok(1),
+        Some((number, _)) => number.parse().map_err(|_| format!("{told}: no number of its arithmetic")),
+    }
+}
+
 /// Makes the files of `target/golden/source` those of a commit. With an index of its own the repository does not know of
 /// this checkout, so removing the folder is all that it takes to be rid of it.
 fn check_out(hash: &str, all: &Path) -> Result<(), String> {
@@ -93,9 +103,10 @@ fn git(arguments: &[&str]) -> Result<String, String> {
 }
 
 fn output(command: &mut Command) -> Result<String, String> {
-    let done = command.output().map_err(|error| format!("git: {error}"))?;
+    let program = Path::new(command.get_program()).display().to_string();
+    let done = command.output().map_err(|error| format!("{program}: {error}"))?;
     if !done.status.success() {
-        return Err(format!("git: {}", String::from_utf8_lossy(&done.stderr).trim()));
+        return Err(format!("{program}: {}", String::from_utf8_lossy(&done.stderr).trim()));
     }
     Ok(String::from_utf8_lossy(&done.stdout).trim().to_string())
 }

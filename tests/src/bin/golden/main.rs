@@ -11,6 +11,7 @@ mod bits;
 mod job;
 mod options;
 mod row;
+mod verdict;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,6 +22,7 @@ use ganglion_tests::program;
 use crate::job::{Precision, Way};
 use crate::options::Options;
 use crate::row::Row;
+use crate::verdict::{Found, verdict};
 
 /// The folders of the two builds' programs.
 pub struct Builds {
@@ -31,15 +33,15 @@ pub struct Builds {
 }
 
 fn main() -> ExitCode {
-    match compare() {
-        Ok(differences) if differences.is_empty() => {
-            println!("every bit is the same");
+    let judged = compare().and_then(|found| {
+        let all = found.differences.iter().chain(&found.failures);
+        all.for_each(|what| println!("- {what}"));
+        verdict(&found)
+    });
+    match judged {
+        Ok(says) => {
+            println!("{says}");
             ExitCode::SUCCESS
-        }
-        Ok(differences) => {
-            println!("\ndifferent bits:");
-            differences.iter().for_each(|difference| println!("- {difference}"));
-            ExitCode::FAILURE
         }
         Err(error) => {
             println!("error: {error}");
@@ -48,8 +50,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs all jobs by both builds; returns what differs.
-fn compare() -> Result<Vec<String>, String> {
+/// Runs all jobs by both builds.
+fn compare() -> Result<Found, String> {
     let options = Options::parse(std::env::args().skip(1))?;
     let base = match options.base_programs {
         Some(folder) => folder,
@@ -65,15 +67,17 @@ fn compare() -> Result<Vec<String>, String> {
         println!("bf16 is left out: this CPU has no instructions for it");
     }
     print_line("job", "", Way::ALL.map(Way::name), "shard gradients");
-    let mut differences = Vec::new();
+    let numerics = [base::numerics(&builds.base)?, base::numerics(&builds.here)?];
+    let mut found = Found { numerics, ..Found::default() };
     for job in &jobs {
         for precision in precisions {
-            let Row { cells, gradients, differences: found } = row::run(job, *precision, &builds);
+            let Row { cells, gradients, differences, failures } = row::run(job, *precision, &builds);
             print_line(&job.name, precision.name(), cells, &gradients);
-            differences.extend(found);
+            found.differences.extend(differences);
+            found.failures.extend(failures);
         }
     }
-    Ok(differences)
+    Ok(found)
 }
 
 fn print_line(job: &str, precision: &str, ways: [&str; Way::ALL.len()], gradients: &str) {

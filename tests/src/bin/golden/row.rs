@@ -11,14 +11,16 @@ use crate::bits::Bits;
 use crate::job::{Job, Outcome, Precision, Way};
 
 /// The comparison of one job in one precision.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Default)]
 pub struct Row {
     /// A word for each way.
     pub cells: [&'static str; Way::ALL.len()],
     /// The number of shard gradients that were compared.
     pub gradients: String,
-    /// What differs, for people.
+    /// Bits of this build that are not the base's.
     pub differences: Vec<String>,
+    /// Runs that give no bits to compare, and clusters of this build that change the result.
+    pub failures: Vec<String>,
 }
 
 /// What the two builds made of a job in one way: the base, then this tree.
@@ -52,41 +54,46 @@ pub fn run(job: &Job, precision: Precision, builds: &Builds) -> Row {
 }
 
 fn judge(name: &str, pairs: &[(Way, Pair)]) -> Row {
-    let mut row = Row { cells: [""; 3], gradients: String::new(), differences: Vec::new() };
+    let mut row = Row::default();
     let mut first: Option<(Way, &Bits)> = None;
     for (way, pair) in pairs {
-        let mut differs = |what: &str| {
-            row.differences.push(format!("{name}, {}: {what}", way.name()));
-            "DIFFERENT"
-        };
+        let of = |what: &str| format!("{name}, {}: {what}", way.name());
         row.cells[*way as usize] = match pair {
-            [Err(error), _] => differs(&format!("the base {error}")),
-            [_, Err(error)] => differs(error),
+            [Err(error), _] => row.fails(of(&format!("the base {error}"))),
+            [_, Err(error)] => row.fails(of(error)),
             [Ok(Outcome::Refused(_)), Ok(Outcome::Refused(reason))] if reason.contains("job.precision") => {
                 "not in it"
             }
             [Ok(Outcome::Refused(_)), Ok(Outcome::Done(_))] => "new",
-            [_, Ok(Outcome::Refused(reason))] => differs(&format!("this build refuses it: {reason}")),
+            [_, Ok(Outcome::Refused(reason))] => row.fails(of(&format!("this build refuses it: {reason}"))),
             [Ok(Outcome::Done(base)), Ok(Outcome::Done(here))] => {
                 row.gradients = match base.gradients.len() {
                     0 => "not logged by the base".to_string(),
                     count => format!("{count}"),
                 };
-                here.difference(base).map_or("equal", |what| differs(&what))
+                here.difference(base).map_or("equal", |what| row.differs(of(&what)))
             }
         };
         let [_, Ok(Outcome::Done(here))] = pair else { continue };
         let (reference, bits) = *first.get_or_insert((*way, here));
         if let Some(what) = here.difference(bits) {
-            row.cells[*way as usize] = "BROKEN";
-            row.differences.push(format!(
-                "{name}, {} against {} of this build: {what}",
-                way.name(),
-                reference.name()
-            ));
+            let against = format!("{name}, {} against {} of this build", way.name(), reference.name());
+            row.cells[*way as usize] = row.fails(format!("{against}: {what}"));
         }
     }
     row
+}
+
+impl Row {
+    fn differs(&mut self, what: String) -> &'static str {
+        self.differences.push(what);
+        "DIFFERENT"
+    }
+
+    fn fails(&mut self, what: String) -> &'static str {
+        self.failures.push(what);
+        "FAILED"
+    }
 }
 
 #[cfg(test)]
@@ -120,16 +127,16 @@ mod tests {
     fn a_cluster_that_changes_the_result_is_named_even_if_the_base_did_not_run() {
         let base = || refused("no such option");
         let row = judge("job", &[(Way::Alone, [base(), done("a")]), (Way::Three, [base(), done("b")])]);
-        assert_eq!(row.cells, ["new", "BROKEN", ""]);
-        assert!(row.differences[0].starts_with("job, 3 workers against 1 worker of this build"), "{row:?}");
+        assert_eq!(row.cells, ["new", "FAILED", ""]);
+        assert!(row.failures[0].starts_with("job, 3 workers against 1 worker of this build"), "{row:?}");
     }
 
     #[test]
     fn a_job_may_be_refused_by_both_for_its_precision_alone() {
         let both = |why| judge("job", &[(Way::Alone, [refused(why), refused(why)])]);
-        assert_eq!(both("job.precision is not for it").differences.len(), 0);
-        assert_eq!(both("no such option").differences.len(), 1);
+        assert_eq!(both("job.precision is not for it").failures.len(), 0);
+        assert_eq!(both("no such option").failures.len(), 1);
         let row = judge("job", &[(Way::Alone, [done("a"), refused("job.precision")])]);
-        assert_eq!(row.differences.len(), 1);
+        assert_eq!(row.failures.len(), 1);
     }
 }
