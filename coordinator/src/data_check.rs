@@ -5,7 +5,7 @@
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use ganglion_proto::data_report::{Line, Report};
@@ -13,7 +13,7 @@ use ganglion_proto::found::Found;
 use ganglion_proto::job::{Data, Job, exclude_argument};
 use ganglion_storage::whole;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -72,7 +72,8 @@ impl Check {
             worker.arg("--any-size");
         }
         // Signals are ours: the worker ends with this process, at once.
-        worker.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // Its log is for whoever asked: data of an object store are fetched first, which may take long.
+        worker.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = worker.process_group(0).kill_on_drop(true).spawn().map_err(other)?;
         let report = follow(&mut child).await?;
         self.conclude(&report, job.as_ref())
@@ -169,18 +170,8 @@ async fn follow(child: &mut Child) -> Result<Report, Failure> {
         }
     }
     progress.finish();
-    Err(Failure::Other(last_words(child).await.map_err(other)?))
-}
-
-/// Last words of a worker that ended without a report.
-async fn last_words(child: &mut Child) -> std::io::Result<String> {
-    let mut text = Vec::new();
-    if let Some(stderr) = &mut child.stderr {
-        stderr.read_to_end(&mut text).await?;
-    }
-    let status: ExitStatus = child.wait().await?;
-    let text = String::from_utf8_lossy(&text);
-    Ok(format!("`worker check-data` ended with {status}: {}", text.lines().last().unwrap_or_default()))
+    let status = child.wait().await.map_err(other)?;
+    Err(Failure::Other(format!("`worker check-data` ended with {status}")))
 }
 
 /// How far it is, on standard error: a bar on a terminal, elsewhere a line now and then.

@@ -3,12 +3,10 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 
-use ganglion_tests::{Ended, Process, Reference, Run, SMALL_MLP, program, send};
+use ganglion_tests::{Ended, Reference, Run, SMALL_MLP, send};
 use image::{GrayImage, ImageFormat};
 use nix::sys::signal::Signal;
-use serde_json::Value;
 
 /// Pictures in two folders, and a run over them that keeps a record of each step.
 struct Pictures {
@@ -137,56 +135,4 @@ fn a_change_comes_after_what_living_workers_have_trained() {
     assert_says(&pictures.run.audit(), 0, &[&told]);
     Reference::new("the run that was changed", digest)
         .equals("its job from scratch", &pictures.digest_of_a_fresh_run());
-}
-
-/// Runs `coordinator data check` with these arguments.
-fn check(arguments: &[&str]) -> Ended {
-    let mut command = Command::new(program("coordinator"));
-    command.args(["data", "check"]).args(arguments);
-    Process::start(command).wait()
-}
-
-/// The same whatever the threads, but for the time; what it says to leave out is what makes the set good.
-#[test]
-fn a_check_names_each_bad_picture_and_how_to_leave_them_out() {
-    let pictures = Pictures::new(1, &[]);
-    pictures.damage(7);
-    pictures.damage(31);
-    fs::write(pictures.folder.join("even/notes.txt"), "none").unwrap();
-    let data = format!("folder:{}", pictures.folder.display());
-    let (path, bad) = (format!("data.path={}", pictures.folder.display()), pictures.run.beside("bad.txt"));
-
-    let ended = check(&["--data", &data, "--bad", bad.to_str().unwrap()]);
-    let advice = format!("--set data.exclude=@{}", bad.display());
-    let says = ["60 samples", "even 30, odd 30", "1 .txt (even/notes.txt)", "2 of 60 samples", &advice];
-    assert_says(&ended, 2, &[&says[..], &[&name(7), &name(31)]].concat());
-    assert_eq!(fs::read_to_string(&bad).unwrap(), format!("{}\n{}\n", name(7), name(31)));
-
-    let report = |threads: &str| -> Value {
-        let ended = check(&["--data", &data, "--json", "--threads", threads]);
-        assert_eq!(ended.code, Some(2), "{}", ended.output);
-        let json = &ended.output[..=ended.output.rfind('}').unwrap()];
-        let mut report: Value = serde_json::from_str(json).unwrap();
-        report["seconds"] = Value::Null;
-        report
-    };
-    let one = report("1");
-    assert_eq!((&one["samples"], &one["bad"], &one["formats"]["jpg"]), (&60.into(), &2.into(), &58.into()));
-    assert_eq!(report("3"), one);
-
-    let settings = ["data.kind=folder", "data.channels=1", "data.resize=28", "job.shard_batch=2", &path];
-    let job: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
-    assert_says(&check(&job), 2, &["2 of 60 samples", "data.exclude="]);
-    let exclude = format!("data.exclude=@{}", bad.display());
-    let without = [&job[..], &["--set", &exclude]].concat();
-    assert_says(&check(&without), 0, &["58 samples", "2 samples by data.exclude"]);
-    // 64 samples a phase, of the 58 that are left.
-    assert_says(&check(&[&without[..], &["--set", "job.shard_batch=8"]].concat()), 2, &["more than the 58"]);
-}
-
-#[test]
-fn a_check_of_digits_is_good_and_one_of_nothing_is_refused() {
-    assert_says(&check(&[]), 0, &["10000 samples", "28 x 28"]);
-    assert_says(&check(&["--data", "folder:/nowhere"]), 2, &["/nowhere"]);
-    assert_says(&check(&["--data", "films:/nowhere"]), 2, &["films"]);
 }

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{Cursor, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +13,10 @@ use std::thread;
 use std::time::Duration;
 
 use ganglion_tests::{Ended, Process, Run, SMALL_MLP, eventually, program, send};
+use image::{GrayImage, ImageFormat, Luma};
 use nix::sys::signal::Signal;
+use serde_json::json;
+use zip::write::FileOptions;
 
 const BUCKET: &str = "bucket";
 /// What this server takes for a signature.
@@ -282,6 +285,82 @@ fn data_of_a_bucket_are_those_of_a_folder() {
     );
 }
 
+/// Writes a picture of 8 x 8 pixels, or most of one.
+fn picture(number: u8, whole: bool) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let picture =
+        GrayImage::from_fn(8, 8, |x, y| Luma([u8::try_from((x * 31 + y * 17) % 251).unwrap() ^ number]));
+    picture.write_to(&mut Cursor::new(&mut bytes), ImageFormat::Png).unwrap();
+    bytes.truncate(if whole { bytes.len() } else { bytes.len() - 20 });
+    bytes
+}
+
+/// Pictures, an archive and records that lie in a bucket, which is away for a while.
+#[test]
+fn data_of_a_bucket_are_checked_like_those_of_a_folder() {
+    let server = Server::with_bucket();
+    let put = |name: &str, content: &[u8]| assert_eq!(server.ask("PUT", name, content).0, 200);
+    for number in 0..6 {
+        put(
+            &format!("/set/{}/{number}.png", ["cat", "dog"][usize::from(number % 2)]),
+            &picture(number, number != 3),
+        );
+    }
+    let mut archive = zip::ZipWriter::new(Cursor::new(Vec::new()));
+    for number in 6..9 {
+        archive.start_file(format!("cat/{number}.png"), FileOptions::default()).unwrap();
+        archive.write_all(&picture(number, number != 8)).unwrap();
+    }
+    put("/set/more.zip", &archive.finish().unwrap().into_inner());
+    let record = |label: u8| [vec![label], vec![label * 7; 3072]].concat();
+    for number in 1..=5 {
+        put(&format!("/good/data_batch_{number}.bin"), &[record(3), record(number)].concat());
+        put(&format!("/bad/data_batch_{number}.bin"), &[record(3), record(number * 2)].concat());
+    }
+
+    let way = Way::to(server.address);
+    let cache = tempfile::tempdir().unwrap();
+    let mut variables = variables(way.address);
+    variables.push(("GANGLION_CACHE_DIR", cache.path().to_str().unwrap().to_string()));
+    let start = |data: &str| {
+        let mut command = Command::new(program("coordinator"));
+        command.args(["data", "check", "--json", "--data", data]);
+        command.envs(variables.iter().map(|(name, value)| (name, value)));
+        Process::start(command)
+    };
+    let report = |ended: Ended, code: i32| -> serde_json::Value {
+        assert_eq!(ended.code, Some(code), "{}", ended.output);
+        assert!(!ended.output.contains(SECRET));
+        let lines: String = ended.output.lines().skip_while(|line| *line != "{").collect();
+        serde_json::Deserializer::from_str(&lines).into_iter().next().unwrap().unwrap()
+    };
+
+    way.cut();
+    let waits = start("folder:s3://bucket/set");
+    eventually("word of the wait", || waits.output().contains("trying again").then_some(()));
+    way.mend();
+    let ended = waits.wait();
+    assert!(ended.output.contains("fetching cat/0.png, 1 of 7 files"), "{}", ended.output);
+    let found = report(ended, 2);
+    assert_eq!(
+        (&found["samples"], &found["bad"], &found["formats"]),
+        (&json!(9), &json!(2), &json!({"png": 7}))
+    );
+    let names = [0, 1].map(|index| found["bad_samples"][index]["name"].as_str().unwrap());
+    assert_eq!(names, ["dog/3.png", "more.zip/cat/8.png"]);
+    assert_eq!(found["classes"], json!([{"name": "cat", "samples": 6}, {"name": "dog", "samples": 3}]));
+    let alone = report(start("folder:s3://bucket/set/more.zip").wait(), 2);
+    assert_eq!((&alone["samples"], &alone["bad_samples"][0]["name"]), (&json!(3), &json!("cat/8.png")));
+
+    let found = report(start("cifar-10:s3://bucket/good").wait(), 0);
+    assert_eq!((&found["samples"], &found["bad"], &found["class_count"]), (&json!(10), &json!(0), &json!(6)));
+    let ended = start("cifar-10:s3://bucket/bad").wait();
+    let says = "data_batch_5.bin: found label 10 in record 1";
+    assert!(ended.code == Some(2) && ended.output.contains(says), "{}", ended.output);
+    let ended = start("folder:s3://bucket/nothing").wait();
+    assert!(ended.code == Some(2) && ended.output.contains("there is nothing there"), "{}", ended.output);
+}
+
 #[test]
 fn a_mistake_is_said_at_once() {
     let server = Server::with_bucket();
@@ -296,6 +375,9 @@ fn a_mistake_is_said_at_once() {
         assert!(ended.output.contains(says) && ended.output.contains("credentials"), "{}", ended.output);
     }
 }
+
+/// Time that a store is away after all that a test waits for has happened: longer than a client's own attempts.
+const OUTAGE: Duration = Duration::from_secs(30);
 
 const LONG: &[&str] = &[
     "job.steps=4000",
@@ -326,7 +408,7 @@ fn training_goes_on_while_the_store_is_away_and_nothing_is_lost() {
     drop(coordinator);
     let again = start(&run, &["--workers", "2"], &variables);
     eventually("word of the wait", || again.output().contains("waiting for the storage").then_some(()));
-    thread::sleep(Duration::from_secs(2));
+    thread::sleep(OUTAGE);
     way.mend();
     assert_complete(again);
     assert_audited(&run, &variables);
@@ -375,6 +457,7 @@ fn a_run_ends_only_with_its_last_checkpoint() {
     way.cut();
     run.wait_for_step(300);
     run.wait_for("checkpoint_delayed", |_| true);
+    thread::sleep(OUTAGE);
     assert!(coordinator.is_running());
     way.mend();
     assert_complete(coordinator);

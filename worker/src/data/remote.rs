@@ -41,6 +41,8 @@ const LOCK: &str = "lock";
 const PATIENCE: Duration = Duration::from_secs(600);
 /// A draft that did not change for so long is a dead writer's: far longer than a store is waited for.
 const DRAFT_LIMIT: Duration = Duration::from_secs(3600);
+/// How often it is told how far fetching is.
+const TOLD: Duration = Duration::from_secs(5);
 /// The first and the longest pause between two attempts.
 const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(10)];
 
@@ -131,9 +133,13 @@ fn fetch(
         note.is_some_and(|note| note.version == object.version.text && note.holds(&object.name.below(&files)))
     };
     let missing: Vec<&Wanted> = wanted.iter().filter(|object| !is_here(object)).collect();
+    let mut told: Option<Instant> = None;
     for (done, object) in missing.iter().enumerate() {
-        let (name, all) = (&object.name, missing.len());
-        tracing::info!("fetching {name}, {} of {all} files, to {}", done + 1, files.display());
+        if told.is_none_or(|told| told.elapsed() >= TOLD) {
+            let (name, all) = (&object.name, missing.len());
+            tracing::info!("fetching {name}, {} of {all} files, to {}", done + 1, files.display());
+            told = Some(Instant::now());
+        }
         let note = fetch_one(&store, object, &files)?;
         append(folder, &note).map_err(system)?;
     }
@@ -260,7 +266,7 @@ fn wanted(
         }
     }
     if wanted.is_empty() {
-        return Err((store.wrong)("there is nothing there"));
+        return Err((store.wrong)("there is nothing there, expected files below it, or one zip or tar file"));
     }
     Ok(wanted)
 }
