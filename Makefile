@@ -125,7 +125,7 @@ $(TOOLS)/kubernetes:
 
 test-cloud: $(TOOLS)/cloud ## Test checkpoints in an object store, with a server that speaks S3.
 	@$(MAKE) build CLOUD=1
-	PATH="$(CURDIR)/$(TOOLS)/cloud/bin:$$PATH" PYTHONPATH="$(CURDIR)/$(TOOLS)/cloud" \
+	PATH="$(CURDIR)/$(TOOLS)/cloud/bin:$$PATH" PYTHONPATH="$(CURDIR)/$(TOOLS)/cloud" GANGLION_BIN="$(CURDIR)/target/release" \
 		$(CARGO) test --release --locked -p ganglion-tests --features cloud --test object_store
 
 $(TOOLS)/cloud:
