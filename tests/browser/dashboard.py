@@ -19,7 +19,13 @@ import urllib.request
 from chrome import Browser, program, wait_for
 
 SETTINGS = ["job.steps=100000", "metrics.every_steps=5", "sample.every_steps=100", "checkpoint.every_steps=200"]
-SIZES = [(1400, 900), (390, 844)]
+SIZES = [(1400, 900), (1200, 800), (768, 1024), (390, 844)]
+# Elements that hide a part of what they hold and do not say so with an ellipsis, but for those that only screen readers see.
+CLIPPED = """[...document.querySelectorAll('main *, .top *')].filter((element) => {
+    const style = getComputedStyle(element);
+    return style.overflowX === 'hidden' && style.textOverflow !== 'ellipsis' && element.clientWidth > 1
+        && element.scrollWidth > element.clientWidth + 1;
+}).map((element) => element.closest('[id]')?.id + ': ' + element.textContent.trim().slice(0, 80))"""
 
 
 class Run:
@@ -172,6 +178,8 @@ def fits(page, pictures):
             time.sleep(0.3)  # for the resized charts to be drawn
             wide = page.browser.evaluate("document.documentElement.scrollWidth")
             check(wide <= width, f"nothing is wider than {width}, {scheme}")
+            clipped = page.browser.evaluate(CLIPPED)
+            check(not clipped, f"and nothing is cut off: {clipped}")
             if pictures:
                 page.browser.picture(os.path.join(pictures, f"dashboard-{width}-{scheme}.png"), whole=width < 600)
 
@@ -183,6 +191,8 @@ def main():
     options = parser.parse_args()
     if program() is None:
         sys.exit("this test needs Chromium: install it (Debian: apt-get install chromium), or leave `make test-browser` out")
+    if options.pictures:
+        os.makedirs(options.pictures, exist_ok=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = Run(options.programs, os.path.join(folder, "run"))
         try:

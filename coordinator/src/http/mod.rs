@@ -60,6 +60,8 @@ const ENDING: Duration = Duration::from_secs(60);
 const LOOKING: Duration = Duration::from_secs(5);
 /// How long those who look may take to see how the run ended.
 const FAREWELL: Duration = Duration::from_secs(3);
+/// For a page that was told of the end, to ask for the last rows, events and pictures.
+const REST: Duration = Duration::from_millis(500);
 
 /// The run as the shell published it.
 #[derive(Clone, Debug)]
@@ -127,7 +129,9 @@ impl Served {
         let is_looked_at = asked.borrow().is_some_and(|(at, _)| at.elapsed() < LOOKING);
         if is_looked_at {
             let seen = asked.wait_for(|asked| asked.is_some_and(|(_, ended)| ended));
-            let _ = timeout(FAREWELL, seen).await;
+            if timeout(FAREWELL, seen).await.is_ok() {
+                sleep(REST).await;
+            }
         }
     }
 }

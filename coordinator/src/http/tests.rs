@@ -418,10 +418,12 @@ async fn who_looks_sees_the_end() {
     let mut ended = view();
     ended.status.outcome = "complete".to_string();
     bench.publisher.send_replace(Some(Arc::new(ended)));
+    let begun = Instant::now();
     tokio::select! {
         () = bench.served.farewell() => {}
         () = ask_again => {}
     }
+    assert!(begun.elapsed() >= REST, "it can still ask for the last rows");
     assert!(bench.served.site.asked.borrow().is_some_and(|(_, ended)| ended));
 }
 

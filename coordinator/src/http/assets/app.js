@@ -51,7 +51,7 @@ function bytes(count) {
   return `${size >= 100 || at === 0 ? Math.round(size) : size.toFixed(1)} ${units[at]}`;
 }
 
-const known = { status: null, metrics: null, events: [], next: 0, pictures: [], seenPictures: -1, asked: null };
+const known = { status: null, metrics: null, outcome: null, events: [], next: 0, pictures: [], seenPictures: -1, asked: null };
 let awaySince = null;
 
 const charts = {
@@ -104,6 +104,8 @@ async function look() {
     location.reload();
     return;
   }
+  // A run that has ended is soon gone, maybe before the rest is told.
+  known.outcome = status.outcome;
   known.skew = status.now - Date.now() / 1000;
   if (!before || before.rows !== status.rows) known.metrics = await ask(`/api/metrics?points=${POINTS}`);
   while (known.next < status.events) {
@@ -172,8 +174,8 @@ const OUTCOMES = {
 
 function showAway() {
   const last = known.status;
-  if (last?.outcome) {
-    state(...OUTCOMES[last.outcome]);
+  if (known.outcome) {
+    state(...OUTCOMES[known.outcome]);
     return;
   }
   state('bad', `Coordinator away since ${clock(awaySince)}`);
