@@ -5,7 +5,7 @@
 //! - [`random`]: a draw depends on its key alone.
 //! - [`data`]: sample i of a shard is a number in an endless stream, whoever reads it.
 //! - [`phase`]: a leaf is what one data shard contributes, whoever computes it.
-//! - [`tree`] and [`exchange`]: leaves are summed in one order, for any number of ranks.
+//! - [`reduce`]: leaves are summed in one order, for any number of ranks.
 //! - [`commit`]: the only writer of [`state`], and a pure one.
 //! - [`finite`]: what is not finite is skipped or ends the group, by all members alike.
 //! - [`team`]: a group starts from one state, compared before the first phase.
@@ -20,7 +20,6 @@ pub mod data;
 pub mod device;
 pub mod draw;
 pub mod eval;
-pub mod exchange;
 pub mod finite;
 pub mod gpu;
 pub mod gradient_log;
@@ -33,6 +32,7 @@ pub mod phase;
 pub mod picture;
 pub mod profile;
 pub mod random;
+pub mod reduce;
 pub mod run;
 pub mod sample;
 pub mod schedule;
@@ -42,7 +42,6 @@ pub mod stay;
 pub mod storage;
 pub mod team;
 pub mod trainer;
-pub mod tree;
 mod tunnel;
 pub mod weights;
 

@@ -6,7 +6,6 @@
 //!    and its fingerprint is right. Until then the receiver keeps what it had.
 //! 3. Before the first phase all members have compared the fingerprint of the whole state.
 
-use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
@@ -16,14 +15,14 @@ use ganglion_membership::{Activity, Backend, Position, Start, Term};
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::Assignment;
-use ganglion_proto::trace::Track;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::exchange::{Deal, Exchange, Moment, ReduceError, Reduced, Trailer};
+use crate::checkpoint::CheckpointError;
 use crate::finite::NonFinite;
+use crate::gradient_log::LogError;
 use crate::nn::Models;
-use crate::phase::{LeafBuffer, LeafLayout, Phase};
-use crate::profile::{Laps, Part, Place};
+use crate::phase::LeafLayout;
+use crate::reduce::{AllReduce, ReduceError, ShardMap};
 use crate::session::Session;
 use crate::state::{ALIGNMENT, Counters, Module, State, StateLayout, narrow};
 
@@ -61,25 +60,35 @@ const TAIL: usize = 2 * ALIGNMENT;
 /// A group of workers that reduce together.
 pub struct Team {
     /// The ranks and their shards.
-    pub deal: Deal,
+    pub shards: ShardMap,
     /// The generation.
     pub generation: u64,
     /// Positions by which the run was rolled back.
     pub skips: Vec<Position>,
-    /// Where the time goes.
-    pub laps: Laps,
-    group: Group,
+    group: Arc<Group>,
     timeout: Duration,
-    generator: Exchange,
-    discriminator: Exchange,
+    generator: AllReduce,
+    discriminator: AllReduce,
 }
 
 /// Why a team could not be formed, or its work not be done.
 #[derive(Debug, thiserror::Error)]
 pub enum TeamError {
-    /// A collective, or what was said in it.
+    /// A collective failed.
     #[error(transparent)]
-    Reduce(#[from] ReduceError),
+    Collective(#[from] c10d::Error),
+    /// A shard's gradient could not be computed.
+    #[error("{0}")]
+    Compute(#[source] c10d::Error),
+    /// The checkpoint that the group starts from cannot be read.
+    #[error("{0}")]
+    Checkpoint(#[from] CheckpointError),
+    /// The log of shard gradients cannot be written.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// No thread could be started that reads it.
+    #[error("cannot read a checkpoint: {0}")]
+    Spawn(#[from] std::io::Error),
     /// The real samples could not be read.
     #[error(transparent)]
     Data(#[from] crate::data::DataError),
@@ -94,9 +103,12 @@ pub enum TeamError {
     NonFinite(#[from] NonFinite),
 }
 
-impl From<c10d::Error> for TeamError {
-    fn from(error: c10d::Error) -> Self {
-        TeamError::Reduce(error.into())
+impl From<ReduceError> for TeamError {
+    fn from(error: ReduceError) -> Self {
+        match error {
+            ReduceError::Collective(error) => TeamError::Collective(error),
+            error @ ReduceError::Disagreement { .. } => TeamError::Diverged(error.to_string()),
+        }
     }
 }
 
@@ -115,25 +127,24 @@ impl Team {
         models: &Models,
         layout: &StateLayout,
         device: Device,
-        track: &Track,
     ) -> Result<Team, TeamError> {
         let generation = assignment.group.generation;
-        let deal = Deal {
+        let shards = ShardMap {
             data_shards: job.job.data_shards,
-            shards: assignment.group.members.iter().map(|member| member.shards.clone()).collect(),
+            ranges: assignment.group.members.iter().map(|member| member.shards.clone()).collect(),
             rank: assignment.rank as usize,
         };
-        let (group, term) = meet(&deal, assignment, session, device)?;
+        let (group, term) = meet(&shards, assignment, session, device)?;
+        let (group, timeout) = (Arc::new(group), session.limits().reduce);
         session.watch_group(generation, group.aborter());
-        let exchange = |module| {
-            let leaf = LeafLayout::new(models, layout, module);
-            Exchange::new(deal.clone(), leaf, job.global_batch(), job.job.reduction, device)
+        let all_reduce = |module| {
+            let layout = LeafLayout::new(models, layout, module);
+            let over = (job.global_batch(), job.job.reduction);
+            AllReduce::new(group.clone(), timeout, shards.clone(), layout, over, device)
         };
-        let (generator, discriminator) = (exchange(Module::Generator)?, exchange(Module::Discriminator)?);
-        let timeout = session.limits().reduce;
+        let (generator, discriminator) = (all_reduce(Module::Generator)?, all_reduce(Module::Discriminator)?);
         let (generation, skips) = (generation.0, assignment.group.skips.clone());
-        let laps = Laps::start(track.clone(), Place { generation, rank: assignment.rank });
-        let team = Team { deal, generation, skips, laps, group, timeout, generator, discriminator };
+        let team = Team { shards, generation, skips, group, timeout, generator, discriminator };
         match team.compare("group", &identity(session, assignment, term)) {
             // Nobody's state is wrong: somebody came to the wrong place.
             Err(TeamError::Diverged(what)) => Err(TeamError::Fenced(what)),
@@ -187,15 +198,15 @@ impl Team {
         held: &mut Option<(State, Carried)>,
         device: Device,
     ) -> Result<(), TeamError> {
-        if self.deal.shards.len() == 1 {
+        if self.shards.world_size() == 1 {
             return Ok(());
         }
         let mut spare = Buffer::zeros(layout.len + TAIL, Kind::Float, device)?;
         // Numbered by generation: the source is about to send, a receiver has received and not taken over yet.
-        if self.deal.rank == source {
+        if self.shards.rank == source {
             failpoint::reached("heal-source", self.generation);
         }
-        if let Some((state, carried)) = held.as_ref().filter(|_| self.deal.rank == source) {
+        if let Some((state, carried)) = held.as_ref().filter(|_| self.shards.rank == source) {
             let tail = carried.to_tensor(state.counters, c10d::aten::fingerprint(&state.flat, 0)?);
             spare.update(|spare| {
                 narrow(spare, 0..layout.len).copy_(&state.flat);
@@ -209,7 +220,7 @@ impl Team {
         if c10d::aten::fingerprint(&received, 0)? != fingerprint {
             return Err(TeamError::Diverged("a broadcast state does not have its fingerprint".to_string()));
         }
-        if self.deal.rank != source {
+        if self.shards.rank != source {
             failpoint::reached("heal", self.generation);
         }
         let (state, known) =
@@ -219,51 +230,15 @@ impl Team {
         Ok(())
     }
 
-    /// Sums the leaves of a phase over all members. `meanwhile` runs once, before the others have answered.
-    pub fn reduce(
-        &mut self,
-        phase: Phase,
-        mut trailer: Trailer,
-        session: &Session,
-        mut leaf: impl FnMut(u32, &mut LeafBuffer) -> Result<(), String>,
-        mut meanwhile: impl FnMut() -> Result<(), c10d::Error>,
-    ) -> Result<Reduced, TeamError> {
-        trailer.generation = self.generation;
-        let exchange = match phase.module {
+    /// Sums the gradients of a network's phases.
+    pub fn all_reduce(&mut self, module: Module) -> &mut AllReduce {
+        match module {
             Module::Generator => &mut self.generator,
             Module::Discriminator => &mut self.discriminator,
-        };
-        session.set_activity(Activity::Computing);
-        let laps = RefCell::new(&mut self.laps);
-        let on = |moment: Moment| {
-            match moment {
-                Moment::Done(part) => laps.borrow_mut().lap(part),
-                Moment::Sent => {
-                    meanwhile().map_err(|error| ReduceError::Leaf(error.to_string()))?;
-                    laps.borrow_mut().lap(Part::Compute);
-                    session.set_activity(Activity::Waiting);
-                }
-            }
-            Ok(())
-        };
-        let leaf = |shard: u32, out: &mut LeafBuffer| {
-            let done = leaf(shard, out);
-            session.leaf_done(laps.borrow_mut().leaf(shard));
-            done
-        };
-        let reduced = exchange.reduce(&self.group, self.timeout, trailer, leaf, on);
-        if let Err(ReduceError::Collective(_)) = &reduced {
-            // It was a wait that ended so.
-            self.laps.lap(Part::Wait);
-        }
-        match reduced {
-            Ok(reduced) => Ok(reduced),
-            Err(error @ ReduceError::Disagreement { .. }) => Err(TeamError::Diverged(error.to_string())),
-            Err(error) => Err(error.into()),
         }
     }
 
-    /// The layout of a module's leaves.
+    /// The layout of a network's gradients.
     pub fn leaf_layout(&self, module: Module) -> &LeafLayout {
         match module {
             Module::Generator => self.generator.layout(),
@@ -277,7 +252,7 @@ impl Team {
             None => Ok(()),
             Some(rank) => Err(TeamError::Diverged(format!(
                 "rank {rank} and rank {} differ in their {what} at the start of generation {}",
-                self.deal.rank, self.generation
+                self.shards.rank, self.generation
             ))),
         }
     }
@@ -287,7 +262,8 @@ impl Team {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         let mut own = Buffer::zeros(bytes.len(), Kind::Uint8, self.generator.device())?;
         own.update(|own| own.copy_(&Tensor::from_slice(&bytes)));
-        let all = Buffer::zeros(bytes.len() * self.deal.shards.len(), Kind::Uint8, self.generator.device())?;
+        let all =
+            Buffer::zeros(bytes.len() * self.shards.world_size(), Kind::Uint8, self.generator.device())?;
         let (_, all) = self.group.all_gather(own, all)?.wait(self.timeout)?;
         let all = Vec::<u8>::try_from(all.tensor().to_device(Device::Cpu)).expect("bytes on the CPU");
         Ok(all.chunks_exact(bytes.len()).position(|theirs| theirs != bytes))
@@ -296,12 +272,12 @@ impl Team {
 
 /// Forms the process group, and tells the term of the coordinator behind it. An abort ends the wait at once.
 fn meet(
-    deal: &Deal,
+    shards: &ShardMap,
     assignment: &Assignment,
     session: &Session,
     device: Device,
 ) -> Result<(Group, Term), c10d::Error> {
-    let (rank, world_size) = (deal.rank, deal.shards.len());
+    let (rank, world_size) = (shards.rank, shards.world_size());
     let limits = session.limits();
     let generation = assignment.group.generation;
     let (store, term) = session.store();

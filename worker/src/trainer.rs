@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use ganglion_membership::{Checkpoint, Fault, Generation, PlanKind, Position, Rank, Rested, Start};
+use ganglion_membership::{Activity, Checkpoint, Fault, Generation, PlanKind, Position, Rank, Rested, Start};
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow};
 use ganglion_proto::trace::{Nothing, Track, now};
@@ -18,13 +18,13 @@ use crate::commit::{commit, skip};
 use crate::data::{Batch, DataError, DataSet, Plan, Prefetcher};
 use crate::device;
 use crate::eval::beside::Evaluations;
-use crate::exchange::{ReduceError, Reduced, Trailer};
 use crate::finite::{NonFinite, Verdict, judge};
 use crate::gradient_log::GradientLog;
 use crate::nn::Models;
 use crate::nn::broken::guarded;
-use crate::phase::{Drawn, Input, LeafBuffer, LeafLayout, LeafPart, Leaves, Phase, Real, Spot, phases};
+use crate::phase::{Drawn, Input, LeafBuffer, LeafPart, Leaves, Phase, Real, Spot, phases};
 use crate::profile::{Laps, Part, Place};
+use crate::reduce::{Header, Reduced};
 use crate::session::{Session, unreachable};
 use crate::state::{Counters, Module, State, StateLayout};
 use crate::storage::{Reading, RunStorage};
@@ -95,6 +95,8 @@ pub enum Rest {
 
 /// What goes from phase to phase while a group trains.
 struct Course {
+    /// Where the time goes.
+    laps: Laps,
     batches: Prefetcher,
     /// Hash of what the last commit made.
     fingerprint: u64,
@@ -182,7 +184,7 @@ impl Trainer {
             Err(TeamError::NonFinite(NonFinite { position, detail, stop })) => {
                 Rest::Fault(Fault::NonFinite { position, detail, stop })
             }
-            Err(TeamError::Reduce(ReduceError::Collective(error))) => match error {
+            Err(TeamError::Collective(error)) => match error {
                 c10d::Error::Aborted => Rest::Aborted,
                 c10d::Error::PeerLost(detail) => {
                     tracing::info!("lost a peer: {detail}");
@@ -242,7 +244,7 @@ impl Trainer {
         self.unformed += 1;
         let (job, models, layout, track) = (&self.job, &self.models, &self.layout, &self.track);
         let place = Place { generation: group.generation.0, rank: assignment.rank };
-        let form = || Team::form(assignment, &self.session, job, models, layout, self.device, track);
+        let form = || Team::form(assignment, &self.session, job, models, layout, self.device);
         let mut team = track.during("form group", place, form)?;
         let (held, seed, device) = (&mut self.held, job.job.seed, self.device);
         let fresh = || match &self.beginning {
@@ -283,13 +285,12 @@ impl Trainer {
         checkpoint: &Checkpoint,
     ) -> Result<(State, Carried), TeamError> {
         let begun = now();
-        let own = |error: CheckpointError| ReduceError::Leaf(error.to_string());
         let mut reading = self.begin_reading(checkpoint)?;
         let session = self.session.clone();
         let _pause = session.pause();
         let snapshot = loop {
             if let Some(read) = reading.poll(&self.storage) {
-                break read.map_err(own)?;
+                break read?;
             }
             if self.session.is_aborted(generation) {
                 self.reading = Some(reading);
@@ -303,7 +304,7 @@ impl Trainer {
         Ok((state, Carried::default()))
     }
 
-    fn begin_reading(&mut self, checkpoint: &Checkpoint) -> Result<Reading, ReduceError> {
+    fn begin_reading(&mut self, checkpoint: &Checkpoint) -> Result<Reading, TeamError> {
         let (storage, job, models, layout) =
             (self.storage.clone(), self.job.clone(), self.models.clone(), self.layout.clone());
         let wanted = checkpoint.clone();
@@ -312,8 +313,7 @@ impl Trainer {
             let files = Files { storage: storage.storage(), job, models, layout };
             storage.wait(storage.patiently(async || files.read(&wanted).await))
         };
-        Reading::of(self.reading.take(), checkpoint, read)
-            .map_err(|error| ReduceError::Leaf(format!("cannot read a checkpoint: {error}")))
+        Ok(Reading::of(self.reading.take(), checkpoint, read)?)
     }
 
     /// The loop: step by step, phase by phase, until the job or the group ends.
@@ -328,7 +328,10 @@ impl Trainer {
         let phases = phases(&self.job);
         let last_step = self.job.last_step(self.data.len() as u64);
         let batches = self.read_ahead(team, state.counters, last_step);
-        let mut course = Course { batches, fingerprint: 0, drawn: Vec::new(), paired: None, ahead: None };
+        let at = Place { generation: team.generation, rank: assignment.rank };
+        let laps = Laps::start(self.track.clone(), at);
+        let mut course =
+            Course { laps, batches, fingerprint: 0, drawn: Vec::new(), paired: None, ahead: None };
         let mut pace = Pace::start();
         let mut agreed = None;
         let (mut step, mut first) = place(state.counters, &phases);
@@ -343,13 +346,13 @@ impl Trainer {
             (step, first) = place(state.counters, &phases);
             if first == 0 {
                 let stopping = agreed == Some(PlanKind::Stop);
-                self.report(assignment, state, carried, &mut pace, &mut team.laps, stopping);
+                self.report(assignment, state, carried, &mut pace, &mut course.laps, stopping);
             }
             if agreed == Some(PlanKind::Regroup) {
                 return Ok(Rest::Planned);
             }
         }
-        team.laps.rest();
+        course.laps.rest();
         self.track.during("save", Nothing {}, || self.finish(assignment, state, step == last_step))
     }
 
@@ -388,7 +391,7 @@ impl Trainer {
             data_shards: self.job.job.data_shards,
             shard_batch: self.job.job.shard_batch,
             phases: discriminator_phases,
-            shards: team.deal.own(),
+            shards: team.shards.own(),
             first_step: first_step + u64::from(skip),
             first_phase: if skip { 0 } else { first_phase.min(discriminator_phases - 1) },
             end_step,
@@ -398,7 +401,7 @@ impl Trainer {
         Prefetcher::start_with(self.data.clone(), plan, device::upload(self.device))
     }
 
-    /// One phase: this rank's leaves, the sum of all, the commit. Returns what all members agree to do then.
+    /// One phase: the gradients of this rank's shards, the mean of all, the update. Returns what all members agree to do then.
     fn run_phase(
         &self,
         team: &mut Team,
@@ -407,54 +410,55 @@ impl Trainer {
         phase: Phase,
         course: &mut Course,
     ) -> Result<Option<PlanKind>, TeamError> {
-        let leaves = self.leaves();
-        let step = state.counters.position.0 / self.job.phases_per_step();
-        team.laps.begin(phase.module, step + 1, state.counters.position.0);
+        let (leaves, position) = (self.leaves(), state.counters.position.0);
+        let step = position / self.job.phases_per_step();
+        course.laps.begin(phase.module, step + 1, position);
         log::note("step", step + 1);
         let (samples, of_real) = self.samples(phase, course)?;
-        team.laps.lap(Part::Data);
+        course.laps.lap(Part::Data);
         let plan = self.session.plan();
-        let trailer = Trailer {
-            generation: 0,
-            position: state.counters.position.0,
+        // The generator's phase reads nothing that was not counted.
+        let counted = samples.as_ref().filter(|_| phase.module == Module::Discriminator);
+        let header = Header {
+            generation: team.generation,
+            position,
             fingerprint: course.fingerprint,
             plan: plan.map_or(0, |plan| plan.number),
-            // The generator's phase reads nothing that was not counted.
-            ledger: match (&samples, phase.module) {
-                (Some(samples), Module::Discriminator) => samples.batch.ledger,
-                _ => 0,
-            },
+            ledger: counted.map_or(0, |samples| samples.batch.ledger),
         };
-        let own = team.deal.own();
-        let Course { drawn, batches, ahead, .. } = course;
-        let mut work = ShardWork { leaves: &leaves, phase, step, state, drawn, of_real };
-        let leaf = |shard: u32, out: &mut LeafBuffer| {
-            let real = samples.as_ref().map(|samples| samples.of_shard(shard - own.start));
-            work.compute(shard, real.as_ref(), out).map_err(|error| error.to_string())?;
-            let Some(log) = &self.gradient_log else { return Ok(()) };
-            log.record(trailer.position, phase, shard, out).map_err(|error| error.to_string())
-        };
-        // What the generator's commit does not change can be computed before it.
-        let meanwhile = || {
-            if phase.module == Module::Generator {
-                *ahead = self.look_ahead(&leaves, state, batches, own.start)?;
+        let (shards, all_reduce) = (team.shards.own(), team.all_reduce(phase.module));
+        all_reduce.begin()?;
+        self.session.set_activity(Activity::Computing);
+        let mut work = ShardWork { leaves: &leaves, phase, step, state, drawn: &mut course.drawn, of_real };
+        for shard in shards.clone() {
+            let real = samples.as_ref().map(|samples| samples.of_shard(shard - shards.start));
+            let mut grad = all_reduce.buffer();
+            work.compute(shard, real.as_ref(), &mut grad).map_err(TeamError::Compute)?;
+            if let Some(log) = &self.gradient_log {
+                log.record(position, phase, shard, &grad)?;
             }
-            Ok(())
-        };
-        let reduced = team.reduce(phase, trailer, &self.session, leaf, meanwhile)?;
+            self.session.leaf_done(course.laps.leaf(shard));
+            all_reduce.add(shard, grad);
+        }
+        course.laps.lap(Part::Compute);
+        all_reduce.send(header)?;
+        if all_reduce.has_peers() {
+            course.laps.lap(Part::Other);
+            // What the generator's update does not change can be computed before it.
+            if phase.module == Module::Generator {
+                let ahead = self.look_ahead(&leaves, state, &mut course.batches, shards.start);
+                course.ahead = ahead.map_err(TeamError::Compute)?;
+            }
+            course.laps.lap(Part::Compute);
+            self.session.set_activity(Activity::Waiting);
+        }
+        let reduced = all_reduce.wait(&mut course.laps)?;
+        course.laps.lap(Part::Other);
         if !self.session.may_commit() {
             return Err(c10d::Error::Aborted.into());
         }
-        let layout = team.leaf_layout(phase.module);
-        // Numbered by position: this member has all parts of the phase and may be the only one; then it is one ahead.
-        failpoint::reached("commit", state.counters.position.0);
-        self.commit(state, phase, layout, &reduced, &team.skips)?;
-        failpoint::reached("committed", state.counters.position.0);
-        course.fingerprint =
-            c10d::aten::fingerprint(state.parameters(phase.module), state.counters.position.0)?;
-        carried.note(phase.module, layout, &reduced.mean);
-        self.session.set_position(state.counters.position);
-        team.laps.lap(Part::Commit);
+        course.fingerprint = self.update(team, state, carried, phase, &reduced)?;
+        course.laps.lap(Part::Commit);
         match samples {
             Some(samples) if leaves.pairs() && leaves.serves_generator(phase) => {
                 course.paired = Some(samples)
@@ -462,8 +466,35 @@ impl Trainer {
             Some(samples) => course.batches.recycle(samples.batch),
             None => {}
         }
-        // The plan as it went into the trailer: a newer one may be here by now.
+        // The plan as it went into the header: a newer one may be here by now.
         Ok(plan.filter(|plan| plan.number == reduced.agreed_plan).map(|plan| plan.kind))
+    }
+
+    /// Updates the state by a phase's mean gradient, or skips it where that is not finite.
+    fn update(
+        &self,
+        team: &Team,
+        state: &mut State,
+        carried: &mut Carried,
+        phase: Phase,
+        reduced: &Reduced,
+    ) -> Result<u64, TeamError> {
+        let (module, layout, mean) = (phase.module, team.leaf_layout(phase.module), &reduced.mean);
+        // Numbered by position: this member has all parts of the phase and may be the only one; then it is one ahead.
+        failpoint::reached("commit", state.counters.position.0);
+        match judge(&self.job, state.counters, module, layout, mean, &team.skips)? {
+            Verdict::Commit => commit(&self.job, state, phase, layout, mean, reduced.ledger)?,
+            Verdict::Skip(detail) => {
+                self.session.send(FromWorker::PhaseSkipped(state.counters.position, detail));
+                skip(&self.job, state, phase, reduced.ledger);
+            }
+        }
+        let position = state.counters.position;
+        failpoint::reached("committed", position.0);
+        carried.note(module, layout, mean);
+        let fingerprint = c10d::aten::fingerprint(state.parameters(module), position.0)?;
+        self.session.set_position(position);
+        Ok(fingerprint)
     }
 
     fn leaves(&self) -> Leaves<'_> {
@@ -526,25 +557,6 @@ impl Trainer {
         let of_real =
             leaves.real_part(Spot { phase, step, shard: first_shard }, state, &samples.of_shard(0))?;
         Ok(Some((samples, of_real)))
-    }
-
-    /// Commits what was reduced, or skips it where it is not finite.
-    fn commit(
-        &self,
-        state: &mut State,
-        phase: Phase,
-        layout: &LeafLayout,
-        reduced: &Reduced,
-        skips: &[Position],
-    ) -> Result<(), TeamError> {
-        match judge(&self.job, state.counters, phase.module, layout, &reduced.mean, skips)? {
-            Verdict::Commit => commit(&self.job, state, phase, layout, &reduced.mean, reduced.ledger)?,
-            Verdict::Skip(detail) => {
-                self.session.send(FromWorker::PhaseSkipped(state.counters.position, detail));
-                skip(&self.job, state, phase, reduced.ledger);
-            }
-        }
-        Ok(())
     }
 
     /// A batch's samples by shard.

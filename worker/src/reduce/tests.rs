@@ -1,17 +1,19 @@
-//! The exchange over real groups, its ranks on threads of this process.
+//! Reduces over real groups, its ranks on threads of this process.
 
 use std::sync::Arc;
 use std::thread;
 
 use c10d::{GlooAddress, GlooOptions, MemoryStore};
 use ganglion_membership::shard_ranges;
+use ganglion_proto::trace::Trace;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
 use super::*;
 use crate::nn::{Init, TensorSpec};
-use crate::state::Layout;
+use crate::profile::Place;
+use crate::state::{Layout, narrow};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// Not a power of two, so that the division rounds.
@@ -26,11 +28,15 @@ fn layout(numel: usize) -> LeafLayout {
 }
 
 /// Runs `part` as each rank of a group that shares `data_shards`; the results come in rank order.
-fn as_ranks<R: Send>(data_shards: u32, world_size: u32, part: impl Fn(Deal, Group) -> R + Sync) -> Vec<R> {
+fn as_ranks<R: Send>(
+    data_shards: u32,
+    world_size: u32,
+    part: impl Fn(ShardMap, Arc<Group>) -> R + Sync,
+) -> Vec<R> {
     let store = MemoryStore::new();
-    let shards = shard_ranges(data_shards, world_size);
+    let ranges = shard_ranges(data_shards, world_size);
     let rank_part = |rank: usize| {
-        let deal = Deal { data_shards, shards: shards.clone(), rank };
+        let shards = ShardMap { data_shards, ranges: ranges.clone(), rank };
         let options = GlooOptions {
             rank,
             world_size: world_size as usize,
@@ -39,7 +45,7 @@ fn as_ranks<R: Send>(data_shards: u32, world_size: u32, part: impl Fn(Deal, Grou
             address: GlooAddress::Hostname("127.0.0.1".to_string()),
         };
         let group = Group::gloo(options, Arc::clone(&store) as Arc<_>, "test").unwrap();
-        part(deal, group)
+        part(shards, Arc::new(group))
     };
     thread::scope(|scope| {
         let ranks: Vec<_> =
@@ -48,8 +54,25 @@ fn as_ranks<R: Send>(data_shards: u32, world_size: u32, part: impl Fn(Deal, Grou
     })
 }
 
-fn exchange(deal: Deal, layout: LeafLayout, reduction: Reduction) -> Exchange {
-    Exchange::new(deal, layout, GLOBAL_BATCH, reduction, Device::Cpu).unwrap()
+fn all_reduce(group: Arc<Group>, shards: ShardMap, layout: LeafLayout, reduction: Reduction) -> AllReduce {
+    AllReduce::new(group, LIMIT, shards, layout, (GLOBAL_BATCH, reduction), Device::Cpu).unwrap()
+}
+
+/// Reduces what `fill` puts in place of each shard's gradient.
+fn reduce(
+    all_reduce: &mut AllReduce,
+    header: Header,
+    fill: impl Fn(u32, &Tensor),
+) -> Result<Reduced, ReduceError> {
+    let mut laps = Laps::start(Trace::off().track(1, "test"), Place { generation: 1, rank: 0 });
+    all_reduce.begin()?;
+    for shard in all_reduce.shards.own() {
+        let grad = all_reduce.buffer();
+        fill(shard, &grad.flat);
+        all_reduce.add(shard, grad);
+    }
+    all_reduce.send(header)?;
+    all_reduce.wait(&mut laps)
 }
 
 fn floats(tensor: &Tensor, len: usize) -> Vec<f32> {
@@ -94,13 +117,12 @@ fn any_world_size_gives_the_bits_of_the_definition() {
         let leaves = tree.current();
         let expected = definition(&leaves);
         for world_size in 1..=data_shards {
-            let means = as_ranks(data_shards, world_size, |deal, group| {
-                let mut exchange = exchange(deal, layout.clone(), Reduction::Tree);
-                let fill = |shard: u32, out: &mut LeafBuffer| {
-                    narrow(&out.flat, 0..len).copy_(&Tensor::from_slice(&leaves[shard as usize]));
-                    Ok(())
+            let means = as_ranks(data_shards, world_size, |shards, group| {
+                let mut all_reduce = all_reduce(group, shards, layout.clone(), Reduction::Tree);
+                let fill = |shard: u32, out: &Tensor| {
+                    narrow(out, 0..len).copy_(&Tensor::from_slice(&leaves[shard as usize]));
                 };
-                let reduced = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| Ok(())).unwrap();
+                let reduced = reduce(&mut all_reduce, Header::default(), fill).unwrap();
                 floats(&reduced.mean, len).into_iter().map(f32::to_bits).collect::<Vec<_>>()
             });
             for (rank, mean) in means.iter().enumerate() {
@@ -110,27 +132,27 @@ fn any_world_size_gives_the_bits_of_the_definition() {
     }
 }
 
-/// Two ranks whose trailers are made by `trailer`, and what each gets from one reduce.
+/// Two ranks whose headers are made by `header`, and what each gets from one reduce.
 fn reduce_with(
     reduction: Reduction,
-    trailer: impl Fn(usize) -> Trailer + Sync,
+    header: impl Fn(usize) -> Header + Sync,
 ) -> Vec<Result<(u64, u64), String>> {
-    as_ranks(2, 2, |deal, group| {
-        let ours = trailer(deal.rank);
-        let mut exchange = exchange(deal, layout(5), reduction);
-        let reduced = exchange.reduce(&group, LIMIT, ours, |_, _| Ok(()), |_| Ok(()));
+    as_ranks(2, 2, |shards, group| {
+        let ours = header(shards.rank);
+        let mut all_reduce = all_reduce(group, shards, layout(5), reduction);
+        let reduced = reduce(&mut all_reduce, ours, |_, _| ());
         reduced.map(|reduced| (reduced.ledger, reduced.agreed_plan)).map_err(|error| error.to_string())
     })
 }
 
 /// Module invariant 2.
 #[test]
-fn trailers_that_differ_are_an_error_on_both_ranks() {
-    let agreed = Trailer { generation: 3, position: 7, fingerprint: 9, plan: 0, ledger: 0 };
+fn headers_that_differ_are_an_error_on_both_ranks() {
+    let agreed = Header { generation: 3, position: 7, fingerprint: 9, plan: 0, ledger: 0 };
     let others = [
-        Trailer { generation: 4, ..agreed },
-        Trailer { position: 8, ..agreed },
-        Trailer { fingerprint: 8, ..agreed },
+        Header { generation: 4, ..agreed },
+        Header { position: 8, ..agreed },
+        Header { fingerprint: 8, ..agreed },
     ];
     for (other, reduction) in others.into_iter().flat_map(|other| REDUCTIONS.map(|kind| (other, kind))) {
         let results = reduce_with(reduction, |rank| if rank == 0 { agreed } else { other });
@@ -143,11 +165,11 @@ fn trailers_that_differ_are_an_error_on_both_ranks() {
 
 #[test]
 fn a_plan_counts_once_all_know_it_and_ledgers_add_up() {
-    let trailer = |plan, ledger| Trailer { plan, ledger, ..Trailer::default() };
+    let header = |plan, ledger| Header { plan, ledger, ..Header::default() };
     for reduction in REDUCTIONS {
-        let one_knows = reduce_with(reduction, |rank| trailer(rank as u64, u64::MAX));
+        let one_knows = reduce_with(reduction, |rank| header(rank as u64, u64::MAX));
         assert_eq!(one_knows, [Ok((u64::MAX - 1, 0)), Ok((u64::MAX - 1, 0))], "{reduction}");
-        let all_know = reduce_with(reduction, |rank| trailer(5, rank as u64));
+        let all_know = reduce_with(reduction, |rank| header(5, rank as u64));
         assert_eq!(all_know, [Ok((1, 5)), Ok((1, 5))], "{reduction}");
     }
 }
@@ -159,13 +181,12 @@ fn a_ring_gives_all_ranks_the_same_mean_of_all_leaves() {
     let len = layout.len();
     let leaf = |shard: u32| Tensor::arange(signed(len), (Kind::Float, Device::Cpu)) * f64::from(shard + 1);
     for world_size in [1, 2, 3, 5] {
-        let means = as_ranks(5, world_size, |deal, group| {
-            let mut exchange = exchange(deal, layout.clone(), Reduction::Ring);
-            let fill = |shard: u32, out: &mut LeafBuffer| {
-                narrow(&out.flat, 0..len).copy_(&leaf(shard));
-                Ok(())
+        let means = as_ranks(5, world_size, |shards, group| {
+            let mut all_reduce = all_reduce(group, shards, layout.clone(), Reduction::Ring);
+            let fill = |shard: u32, out: &Tensor| {
+                narrow(out, 0..len).copy_(&leaf(shard));
             };
-            let reduced = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| Ok(())).unwrap();
+            let reduced = reduce(&mut all_reduce, Header::default(), fill).unwrap();
             floats(&reduced.mean, len)
         });
         assert!(means.iter().all(|mean| *mean == means[0]), "{world_size} ranks");
@@ -179,20 +200,18 @@ fn a_ring_gives_all_ranks_the_same_mean_of_all_leaves() {
 /// Module invariant 3, and a group's end is told as what it is.
 #[test]
 fn a_failed_reduce_leaves_nothing_to_reduce_with() {
-    as_ranks(2, 2, |deal, group| {
-        let rank = deal.rank;
-        let mut exchange = exchange(deal, layout(5), Reduction::Tree);
-        let fill =
-            |_: u32, _: &mut LeafBuffer| if rank == 0 { Ok(()) } else { Err("a bad leaf".to_string()) };
+    as_ranks(2, 2, |shards, group| {
+        let rank = shards.rank;
+        let mut all_reduce = all_reduce(group.clone(), shards, layout(5), Reduction::Tree);
         if rank == 1 {
-            let error = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| Ok(())).err().unwrap();
-            assert_eq!(error.to_string(), "a bad leaf");
+            // Its gradient could not be computed: it never sends.
+            all_reduce.begin().unwrap();
             group.aborter().abort();
         } else {
-            let first = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| Ok(()));
+            let first = reduce(&mut all_reduce, Header::default(), |_, _| ());
             assert!(matches!(first.err(), Some(ReduceError::Collective(_))));
         }
-        let again = exchange.reduce(&group, LIMIT, Trailer::default(), fill, |_| Ok(())).err().unwrap();
+        let again = reduce(&mut all_reduce, Header::default(), |_, _| ()).err().unwrap();
         assert!(matches!(again, ReduceError::Collective(c10d::Error::Aborted)), "{again:?}");
     });
 }

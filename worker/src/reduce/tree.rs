@@ -4,11 +4,14 @@
 //! its left child's plus its right child's; a child that covers no leaf is skipped, not added as zero. Floating-point
 //! addition is not associative, so this order *is* the result: it must not depend on how leaves are dealt to ranks.
 //!
-//! 1. [`fold`] over a root, given the leaves, is the definition.
-//! 2. Given the sums of any set of nodes that covers the leaves once, it is the same to the bit.
-//! 3. [`cover`] splits a range of leaves into its maximal nodes, at most two of a level.
+//! 1. A [`TreeSum`] over all leaves, pushed one by one, is the definition.
+//! 2. Given the sums of any set of nodes that covers the leaves once, in order, it is the same to the bit.
+//! 3. [`cover`] splits a range of leaves into its maximal nodes, at most two of a level. A sum over the leaves of the range
+//!    ends with exactly these.
 
 use std::ops::Range;
+
+use tch::{Tensor, no_grad};
 
 /// A node of the tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,6 +28,11 @@ impl Node {
         Node { level: leaves.next_power_of_two().trailing_zeros(), index: 0 }
     }
 
+    /// The node of a single leaf.
+    pub fn leaf(index: u32) -> Node {
+        Node { level: 0, index }
+    }
+
     /// The leaves under this node, of a tree of `leaves`.
     pub fn leaves(self, leaves: u32) -> Range<u32> {
         let end = |index: u64| {
@@ -36,6 +44,14 @@ impl Node {
     fn children(self) -> [Node; 2] {
         let child = |index| Node { level: self.level - 1, index };
         [child(2 * self.index), child(2 * self.index + 1)]
+    }
+
+    fn parent(self) -> Node {
+        Node { level: self.level + 1, index: self.index / 2 }
+    }
+
+    fn sibling(self) -> Node {
+        Node { index: self.index ^ 1, ..self }
     }
 }
 
@@ -55,37 +71,77 @@ pub fn cover(range: Range<u32>, leaves: u32) -> Vec<Node> {
     nodes
 }
 
-/// The sum of what lies under `node`, in tree order.
-///
-/// `take` gives a node's sum where it is at hand, else `None`; it is asked for a node before its children, and always
-/// has the leaves that it is asked for. `add` gives left + right.
-pub fn fold<T, E>(
-    node: Node,
+/// A term of a [`TreeSum`].
+pub trait Summand {
+    /// Adds the right neighbour, element by element.
+    fn add(&mut self, right: &Self);
+}
+
+impl Summand for Tensor {
+    fn add(&mut self, right: &Tensor) {
+        let _ = no_grad(|| self.g_add_(right));
+    }
+}
+
+/// A sum in tree order of terms that come one by one, from left to right. Two neighbours are added as soon as both are
+/// there, as digits of a binary counter are carried, so at most two terms of each level are held.
+pub struct TreeSum<T> {
     leaves: u32,
-    take: &mut impl FnMut(Node) -> Result<Option<T>, E>,
-    add: &mut impl FnMut(T, T) -> T,
-) -> Result<Option<T>, E> {
-    if node.leaves(leaves).is_empty() {
-        return Ok(None);
+    /// Complete nodes that wait for a neighbour, from left to right.
+    open: Vec<(Node, T)>,
+    /// Memory of terms that were added to others.
+    spare: Vec<T>,
+}
+
+impl<T: Summand> TreeSum<T> {
+    /// An empty sum over a tree of `leaves`.
+    pub fn new(leaves: u32) -> TreeSum<T> {
+        TreeSum { leaves, open: Vec::new(), spare: Vec::new() }
     }
-    if let Some(sum) = take(node)? {
-        return Ok(Some(sum));
+
+    /// Adds the next term, which is the sum under `node`. Nodes come from left to right.
+    pub fn push(&mut self, mut node: Node, mut sum: T) {
+        debug_assert!(
+            self.open
+                .last()
+                .is_none_or(|(last, _)| last.leaves(self.leaves).end <= node.leaves(self.leaves).start)
+        );
+        while node != Node::root(self.leaves) {
+            let sibling = node.sibling();
+            // A sibling that covers no leaf is skipped, not added as zero: -0.0 + 0.0 has other bits than -0.0.
+            if sibling.leaves(self.leaves).is_empty() {
+                node = node.parent();
+                continue;
+            }
+            // A left node's sibling is still to come, a right node's may be another rank's.
+            let Some((_, left)) = self.open.pop_if(|(last, _)| *last == sibling && sibling < node) else {
+                break;
+            };
+            self.spare.push(std::mem::replace(&mut sum, left));
+            sum.add(&self.spare[self.spare.len() - 1]);
+            node = node.parent();
+        }
+        self.open.push((node, sum));
     }
-    assert!(node.level > 0, "leaf {} is missing", node.index);
-    let [left, right] = node.children();
-    let left = fold(left, leaves, take, add)?;
-    let right = fold(right, leaves, take, add)?;
-    Ok(match (left, right) {
-        (Some(left), Some(right)) => Some(add(left, right)),
-        (one, other) => one.or(other),
-    })
+
+    /// Ends the sum: the maximal nodes of the terms that came, from left to right. The next sum begins empty.
+    pub fn take(&mut self) -> Vec<(Node, T)> {
+        std::mem::take(&mut self.open)
+    }
+
+    /// Memory that is not in use any more, if there is any.
+    pub fn spare(&mut self) -> Option<T> {
+        self.spare.pop()
+    }
+
+    /// Gives memory back for terms to come.
+    pub fn recycle(&mut self, term: T) {
+        self.spare.push(term);
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-    use std::convert::Infallible;
-
     use ganglion_membership::shard_ranges;
     use proptest::prelude::*;
 
@@ -103,23 +159,27 @@ mod tests {
         level[0]
     }
 
-    fn sum(node: Node, count: u32, mut at_hand: impl FnMut(Node) -> Option<f32>) -> f32 {
-        let sum: Result<_, Infallible> =
-            fold(node, count, &mut |node| Ok(at_hand(node)), &mut |left, right| left + right);
-        sum.unwrap().unwrap()
+    impl Summand for f32 {
+        fn add(&mut self, right: &f32) {
+            *self += right;
+        }
     }
 
-    /// What the ranks of a split of the leaves compute together.
-    fn exchanged(leaves: &[f32], world_size: u32) -> f32 {
+    /// The sum of what the ranks of a split of the leaves sum alone.
+    fn reduced(leaves: &[f32], world_size: u32) -> f32 {
         let count = u32::try_from(leaves.len()).unwrap();
-        let leaf = |node: Node| (node.level == 0).then(|| leaves[node.index as usize]);
-        let mut sums = BTreeMap::new();
+        let mut root = TreeSum::new(count);
         for range in shard_ranges(count, world_size) {
-            for node in cover(range, count) {
-                sums.insert(node, sum(node, count, leaf));
-            }
+            let mut own = TreeSum::new(count);
+            range.clone().for_each(|leaf| own.push(Node::leaf(leaf), leaves[leaf as usize]));
+            let own = own.take();
+            let nodes: Vec<Node> = own.iter().map(|(node, _)| *node).collect();
+            assert_eq!(nodes, cover(range, count), "a rank's sums are those of its maximal nodes");
+            own.into_iter().for_each(|(node, sum)| root.push(node, sum));
         }
-        sum(Node::root(count), count, |node| sums.get(&node).copied())
+        let [(node, sum)] = root.take()[..] else { panic!("one sum is left") };
+        assert_eq!(node, Node::root(count));
+        sum
     }
 
     /// Values whose sums depend on the order: all magnitudes, both zeros, denormals.
@@ -141,7 +201,7 @@ mod tests {
             let expected = definition(&leaves).to_bits();
             let count = u32::try_from(leaves.len()).unwrap();
             for world_size in 1..=count {
-                prop_assert_eq!(exchanged(&leaves, world_size).to_bits(), expected);
+                prop_assert_eq!(reduced(&leaves, world_size).to_bits(), expected);
             }
         }
     }

@@ -1,0 +1,111 @@
+//! Any number of ranks, in two rounds: each sends every other its chunk of the sums, finishes its own chunk in tree order,
+//! and gathers all chunks. A sum is elementwise, so cutting it changes no bit.
+
+use c10d::{Buffer, Error, Group, Pending};
+use ganglion_proto::failpoint;
+use tch::{Device, Kind, Tensor};
+
+use super::header::Header;
+use super::tree::{Node, TreeSum, cover};
+use super::{Mean, ShardGrad, ShardMap, signed};
+use crate::state::{ALIGNMENT, narrow};
+
+/// The route by chunks.
+pub struct Chunks {
+    shards: ShardMap,
+    /// Each rank's nodes.
+    nodes: Vec<Vec<Node>>,
+    /// Floats that a rank finishes.
+    chunk: usize,
+    /// By destination, then by node: that destination's chunk of the node's sum. By node, over all ranks: this rank's chunk.
+    scattered: Option<(Buffer, Buffer)>,
+    /// This rank's chunk of the mean with its header, and those of all ranks.
+    gathered: Option<(Buffer, Buffer)>,
+    pending: Option<Pending<(Buffer, Buffer)>>,
+}
+
+impl Chunks {
+    /// Memory for chunks of so many floats.
+    pub fn new(shards: ShardMap, chunk: usize, device: Device) -> Result<Chunks, Error> {
+        let cover = |range: &std::ops::Range<u32>| cover(range.clone(), shards.data_shards);
+        let nodes: Vec<Vec<Node>> = shards.ranges.iter().map(cover).collect();
+        let all_nodes: usize = nodes.iter().map(Vec::len).sum();
+        let memory = |len| Buffer::zeros(len, Kind::Float, device);
+        let world_size = shards.world_size();
+        let part = chunk + ALIGNMENT;
+        let scattered = (memory(world_size * nodes[shards.rank].len() * chunk)?, memory(all_nodes * chunk)?);
+        let gathered = (memory(part)?, memory(world_size * part)?);
+        Ok(Chunks {
+            shards,
+            nodes,
+            chunk,
+            scattered: Some(scattered),
+            gathered: Some(gathered),
+            pending: None,
+        })
+    }
+
+    /// Sends each rank its chunk of this rank's sums.
+    pub fn send(&mut self, group: &Group, sums: &[(Node, ShardGrad)]) -> Result<(), Error> {
+        let (mut own, received) = self.scattered.take().ok_or(Error::Aborted)?;
+        let by_destination = [signed(self.shards.world_size()), signed(sums.len()), signed(self.chunk)];
+        for (place, (_, sum)) in sums.iter().enumerate() {
+            own.update(|own| {
+                let mut place = own.view(by_destination).select(1, signed(place));
+                place.copy_(&sum.flat.view([by_destination[0], by_destination[2]]));
+            });
+        }
+        let chunks = |nodes: &Vec<Node>| nodes.len() * self.chunk;
+        let to = vec![chunks(&self.nodes[self.shards.rank]); self.shards.world_size()];
+        let from: Vec<usize> = self.nodes.iter().map(chunks).collect();
+        self.pending = Some(group.all_to_all(own, &to, received, &from)?);
+        Ok(())
+    }
+
+    /// What [`Chunks::send`] has put under way.
+    pub fn pending(&mut self) -> Option<Pending<(Buffer, Buffer)>> {
+        self.pending.take()
+    }
+
+    /// Finishes this rank's chunk, and starts to give it to all.
+    pub fn gather(
+        &mut self,
+        group: &Group,
+        mut scattered: (Buffer, Buffer),
+        header: Header,
+        mean: &Mean,
+    ) -> Result<Pending<(Buffer, Buffer)>, Error> {
+        let (mut own, all) = self.gathered.take().ok_or(Error::Aborted)?;
+        scattered.1.update(|received| {
+            let sum = self.sum_nodes(&received.view([-1, signed(self.chunk)]));
+            own.update(|own| {
+                let _ = sum.divide_out(&narrow(own, 0..self.chunk), &mean.divisor);
+                narrow(own, self.chunk..self.chunk + ALIGNMENT).copy_(&header.to_tensor());
+            });
+        });
+        self.scattered = Some(scattered);
+        // Numbered by position: the others wait for this rank's chunk of the mean.
+        failpoint::reached("gather", header.position);
+        Ok(group.all_gather(own, all)?)
+    }
+
+    /// The sum over all nodes, of which each row has one's.
+    fn sum_nodes(&self, rows: &Tensor) -> Tensor {
+        let mut sum = TreeSum::new(self.shards.data_shards);
+        for (node, row) in self.nodes.iter().flatten().zip(0..) {
+            sum.push(*node, rows.get(row));
+        }
+        let root = sum.take().pop();
+        root.expect("all ranks' nodes are the whole tree").1
+    }
+
+    /// Puts the chunks together. Returns the headers, one a row.
+    pub fn finish(&mut self, gathered: (Buffer, Buffer), mean: &Mean) -> Tensor {
+        let (ranks, chunk) = (signed(self.shards.world_size()), signed(self.chunk));
+        let rows = gathered.1.tensor().view([ranks, chunk + signed(ALIGNMENT)]);
+        let headers = rows.narrow(1, chunk, signed(ALIGNMENT)).contiguous();
+        mean.flat.view([ranks, chunk]).copy_(&rows.narrow(1, 0, chunk));
+        self.gathered = Some(gathered);
+        headers
+    }
+}

@@ -1,0 +1,55 @@
+//! What travels with each reduced gradient, so that ranks agree on where they are and what they hold.
+
+use tch::{Kind, Tensor};
+
+use crate::state::ALIGNMENT;
+
+/// What a rank says of itself with each reduce. All ranks must agree on the first three fields.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    /// The generation it trains in.
+    pub generation: u64,
+    /// The phases it has committed.
+    pub position: u64,
+    /// Hash of what its last commit made.
+    pub fingerprint: u64,
+    /// The planned change that it knows of; 0 for none. A change happens when all know of the same.
+    pub plan: u64,
+    /// Hash sum of the real samples in its shards' gradients of this phase.
+    pub ledger: u64,
+}
+
+impl Header {
+    /// Whether two ranks are at the same place and hold the same.
+    pub fn agrees(&self, other: &Header) -> bool {
+        let place = |header: &Header| (header.generation, header.position, header.fingerprint);
+        place(self) == place(other)
+    }
+
+    fn words(self) -> [u64; 8] {
+        [self.generation, self.position, self.fingerprint, self.plan, self.ledger, 0, 0, 0]
+    }
+
+    /// As [`ALIGNMENT`] floats that are only ever copied.
+    pub fn to_tensor(self) -> Tensor {
+        let bytes: Vec<u8> = self.words().iter().flat_map(|word| word.to_le_bytes()).collect();
+        Tensor::from_slice(&bytes).view_dtype(Kind::Float)
+    }
+
+    /// Reads one header from each [`ALIGNMENT`] floats.
+    pub fn from_tensor(tensor: &Tensor) -> Vec<Header> {
+        let bytes = Vec::<u8>::try_from(tensor.flatten(0, -1).view_dtype(Kind::Uint8));
+        let bytes = bytes.expect("a contiguous tensor of bytes on the CPU");
+        let word = |row: &[u8], at: usize| {
+            u64::from_le_bytes(row[8 * at..8 * (at + 1)].try_into().expect("8 bytes"))
+        };
+        let header = |row: &[u8]| Header {
+            generation: word(row, 0),
+            position: word(row, 1),
+            fingerprint: word(row, 2),
+            plan: word(row, 3),
+            ledger: word(row, 4),
+        };
+        bytes.chunks_exact(4 * ALIGNMENT).map(header).collect()
+    }
+}

@@ -1,0 +1,61 @@
+//! Two ranks with one node each: they swap their whole sums in one round, and both finish all of it.
+
+use c10d::{Buffer, Error, Group, Pending};
+use tch::{Device, Kind, Tensor, no_grad};
+
+use super::Mean;
+use super::header::Header;
+use crate::state::{ALIGNMENT, narrow};
+
+/// The route of two ranks.
+pub struct Pair {
+    rank: usize,
+    /// Floats in a sum. Behind it comes the header.
+    len: usize,
+    /// This rank's sum and the other's, unless they are under way.
+    buffers: Option<(Buffer, Buffer)>,
+    pending: Option<Pending<(Buffer, Buffer)>>,
+}
+
+impl Pair {
+    /// Memory for sums of `len` floats.
+    pub fn new(rank: usize, len: usize, device: Device) -> Result<Pair, Error> {
+        let memory = || Buffer::zeros(len + ALIGNMENT, Kind::Float, device);
+        Ok(Pair { rank, len, buffers: Some((memory()?, memory()?)), pending: None })
+    }
+
+    /// Sends this rank's sum.
+    pub fn send(&mut self, group: &Group, sum: &Tensor, header: Header) -> Result<(), Error> {
+        let (mut own, other) = self.buffers.take().ok_or(Error::Aborted)?;
+        own.update(|own| {
+            narrow(own, 0..self.len).copy_(sum);
+            self.header_of(own).copy_(&header.to_tensor());
+        });
+        let mut counts = [self.len + ALIGNMENT; 2];
+        counts[self.rank] = 0;
+        self.pending = Some(group.all_to_all(own, &counts, other, &counts)?);
+        Ok(())
+    }
+
+    /// What [`Pair::send`] has put under way.
+    pub fn pending(&mut self) -> Option<Pending<(Buffer, Buffer)>> {
+        self.pending.take()
+    }
+
+    /// Adds the two sums, in the ranks' order. Returns the headers, one a row.
+    pub fn finish(&mut self, (own, other): (Buffer, Buffer), mean: &Mean) -> Tensor {
+        let mut sums = [other.tensor(), other.tensor()];
+        sums[self.rank] = own.tensor();
+        let headers = Tensor::stack(&sums.map(|sum| self.header_of(sum)), 0);
+        no_grad(|| {
+            let [left, right] = sums.map(|sum| narrow(sum, 0..self.len));
+            let _ = left.add_out(&mean.flat, &right).divide_(&mean.divisor);
+        });
+        self.buffers = Some((own, other));
+        headers
+    }
+
+    fn header_of(&self, part: &Tensor) -> Tensor {
+        narrow(part, self.len..self.len + ALIGNMENT)
+    }
+}

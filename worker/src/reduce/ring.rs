@@ -1,0 +1,62 @@
+//! The backend's own all-reduce, whose bits depend on the number of ranks. The headers follow.
+
+use c10d::{Buffer, Error, Group, Pending, ReduceOp};
+use tch::{Device, Kind, Tensor, no_grad};
+
+use super::header::Header;
+use super::{Mean, ShardGrad};
+use crate::state::ALIGNMENT;
+
+/// The route over the backend's all-reduce.
+pub struct Ring {
+    sum: Option<Buffer>,
+    /// This rank's header and all ranks'.
+    headers: Option<(Buffer, Buffer)>,
+    pending: Option<Pending<Buffer>>,
+}
+
+impl Ring {
+    /// Memory for sums of `len` floats.
+    pub fn new(world_size: usize, len: usize, device: Device) -> Result<Ring, Error> {
+        let memory = |len| Buffer::zeros(len, Kind::Float, device);
+        let headers = (memory(ALIGNMENT)?, memory(world_size * ALIGNMENT)?);
+        Ok(Ring { sum: Some(memory(len)?), headers: Some(headers), pending: None })
+    }
+
+    /// Sends the sum of this rank's sums.
+    pub fn send<'a>(
+        &mut self,
+        group: &Group,
+        sums: impl Iterator<Item = &'a ShardGrad>,
+        header: Header,
+    ) -> Result<(), Error> {
+        let mut own = self.sum.take().ok_or(Error::Aborted)?;
+        for (place, sum) in sums.enumerate() {
+            own.update(|own| if place == 0 { own.copy_(&sum.flat) } else { drop(own.g_add_(&sum.flat)) });
+        }
+        if let Some((own, _)) = &mut self.headers {
+            own.update(|own| own.copy_(&header.to_tensor()));
+        }
+        self.pending = Some(group.all_reduce(own, ReduceOp::Sum)?);
+        Ok(())
+    }
+
+    /// What [`Ring::send`] has put under way.
+    pub fn pending(&mut self) -> Option<Pending<Buffer>> {
+        self.pending.take()
+    }
+
+    /// Starts to give each rank the headers of all.
+    pub fn gather(&mut self, group: &Group) -> Result<Pending<(Buffer, Buffer)>, Error> {
+        let (own, all) = self.headers.take().ok_or(Error::Aborted)?;
+        Ok(group.all_gather(own, all)?)
+    }
+
+    /// Divides what the backend has summed. Returns the headers.
+    pub fn finish(&mut self, sum: Buffer, headers: (Buffer, Buffer), mean: &Mean) -> Tensor {
+        let _ = no_grad(|| sum.tensor().divide_out(&mean.flat, &mean.divisor));
+        let rows = headers.1.tensor().shallow_clone();
+        (self.sum, self.headers) = (Some(sum), Some(headers));
+        rows
+    }
+}
