@@ -5,9 +5,9 @@
 //! 3. What is told does not depend on the number of threads.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -214,11 +214,19 @@ fn look(folder: &Folder, framing: &Framing, threads: usize, mut progress: impl F
         }
         all.lock().unwrap_or_else(PoisonError::into_inner).join(seen);
     };
+    let (working, ended) = mpsc::channel::<()>();
     thread::scope(|scope| {
-        let working: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(work)).collect();
-        while working.iter().any(|thread| !thread.is_finished()) {
+        for _ in 0..threads.max(1) {
+            let (work, working) = (&work, working.clone());
+            scope.spawn(move || {
+                work();
+                drop(working);
+            });
+        }
+        drop(working);
+        // Returns at once when the last thread ends.
+        while ended.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
             progress(done.load(Ordering::Relaxed), len as u64);
-            thread::sleep(PERIOD);
         }
     });
     progress(len as u64, len as u64);
