@@ -109,8 +109,9 @@ impl Checkpoints {
         &self.storage
     }
 
-    /// Makes a checkpoint valid: its manifest, then `latest`. Repeating it does no harm.
-    pub async fn commit(&self, checkpoint: &Checkpoint) -> Result<(), Error> {
+    /// Makes a checkpoint valid: its manifest, then `latest`. Repeating it does no harm. Returns whether it is valid: one that
+    /// is not wanted any more once the manifest is written is withdrawn.
+    pub async fn commit(&self, checkpoint: &Checkpoint, is_wanted: impl Fn() -> bool) -> Result<bool, Error> {
         let text = manifest::render(checkpoint);
         let hash = blake3::hash(text.as_bytes()).to_hex();
         let folder = checkpoint.folder();
@@ -118,7 +119,22 @@ impl Checkpoints {
         self.storage.create(&in_folder(&folder, MANIFEST), &PutPayload::from(text), hash.as_str()).await?;
         // Numbered by step: the checkpoint is valid, and `latest` does not name it.
         failpoint::reached("manifest", checkpoint.step);
-        self.storage.replace(&Path::from(LATEST), &PutPayload::from(format!("{folder}\n"))).await
+        if !is_wanted() {
+            return self.withdraw(checkpoint).await.map(|()| false);
+        }
+        self.storage.replace(&Path::from(LATEST), &PutPayload::from(format!("{folder}\n"))).await?;
+        Ok(true)
+    }
+
+    /// Takes a manifest back that must not count, where it was written. `latest` does not name it yet.
+    pub async fn withdraw(&self, checkpoint: &Checkpoint) -> Result<(), Error> {
+        let folder = checkpoint.folder();
+        let there = self.storage.text(&in_folder(&folder, MANIFEST)).await?;
+        let is_it = there.and_then(|text| manifest::parse(&text).ok());
+        match is_it.is_some_and(|there| there.state_digest == checkpoint.state_digest) {
+            true => self.storage.withdraw(&folder).await,
+            false => Ok(()),
+        }
     }
 
     /// Keeps the manifest of another state that is where a checkpoint's goes, under a name of its own.
@@ -261,7 +277,7 @@ mod tests {
         let folder = folder.path().join(checkpoint.folder());
         fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join(&checkpoint.files[0].file), content).unwrap();
-        storage.commit(&checkpoint).await.unwrap();
+        storage.commit(&checkpoint, || true).await.unwrap();
         checkpoint
     }
 
@@ -286,8 +302,8 @@ mod tests {
         let (folder, storage) = storage().await;
         let one = save(&folder, &storage, 20).await;
         let other = Checkpoint { state_digest: "e".repeat(64), ..one.clone() };
-        storage.commit(&other).await.unwrap();
-        storage.commit(&other).await.unwrap();
+        storage.commit(&other, || true).await.unwrap();
+        storage.commit(&other, || true).await.unwrap();
         assert_eq!(storage.newest_valid().await.unwrap().0, Some(other));
         let aside = folder.path().join(one.folder()).join(format!("manifest-{}.json", "d".repeat(16)));
         assert_eq!(manifest::parse(&fs::read_to_string(aside).unwrap()).unwrap(), one);
@@ -315,7 +331,7 @@ mod tests {
         fs::write(folder.path().join(new.folder()).join(MANIFEST), "{").unwrap();
         let (found, damaged) = storage.newest_valid().await.unwrap();
         assert!(found.is_none() && damaged[0].reason.starts_with("manifest.json: "), "{damaged:?}");
-        storage.commit(&new).await.unwrap();
+        storage.commit(&new, || true).await.unwrap();
         assert_eq!(storage.newest_valid().await.unwrap().0, Some(new));
     }
 

@@ -2,7 +2,8 @@
 //!
 //! 1. A row is durable when the call that wrote it returns; the coordinator writes it before it acts.
 //! 2. Terms, generations and workers' numbers only grow.
-//! 3. What was journaled stays as it was: a checkpoint's first commit is the one that is kept.
+//! 3. What was journaled stays as it was, a checkpoint once it is valid: one that was given up before leaves its place to
+//!    another state.
 //! 4. Nothing is written once another coordinator has taken the run directory over.
 //! 5. A column that an earlier version did not know is added with a value that says "not known".
 
@@ -420,7 +421,8 @@ impl Journal {
         self.connection.execute(
             "INSERT INTO checkpoints (step, phase, position, state_digest, generation)
              SELECT ?1, ?2, ?3, ?4, COALESCE(MAX(generation), 0) FROM generations WHERE TRUE
-             ON CONFLICT DO NOTHING",
+             ON CONFLICT DO UPDATE SET state_digest = excluded.state_digest, generation = excluded.generation
+                 WHERE valid = 0 AND state_digest <> excluded.state_digest",
             params![checkpoint.step, checkpoint.phase, checkpoint.position.0, checkpoint.state_digest],
         )?;
         Ok(())
@@ -616,6 +618,30 @@ mod tests {
         assert_eq!(journal.last_generation().unwrap(), Generation(0));
     }
 
+    /// A checkpoint that was given up before it was valid leaves its place to another state of the same step.
+    #[test]
+    fn another_state_takes_the_place_of_a_checkpoint_until_that_is_valid() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(&folder.path().join("journal.sqlite")).unwrap();
+        let of = |digest: &str| Checkpoint {
+            position: Position(8),
+            step: 4,
+            phase: 0,
+            files: Vec::new(),
+            state_digest: digest.to_string(),
+        };
+        for (digest, kept) in
+            [("condemned", "condemned"), ("good", "good"), ("good", "good"), ("late", "good")]
+        {
+            journal.commit(&of(digest)).unwrap();
+            let [row] = &journal.checkpoints().unwrap()[..] else { panic!("one checkpoint") };
+            assert_eq!(row.checkpoint.state_digest, kept);
+            if digest == "good" {
+                journal.made_valid(&of(digest)).unwrap();
+            }
+        }
+    }
+
     /// A newer version may mean something else by what it wrote.
     #[test]
     fn a_journal_of_a_newer_version_is_left_alone() {
@@ -733,6 +759,7 @@ mod tests {
         journal.set_fact(Fact::Samples, "100").unwrap();
         journal.form(term, &group(1, Start::Fresh), &Cause::Gathered).unwrap();
         journal.commit(&saved("d")).unwrap();
+        journal.made_valid(&saved("d")).unwrap();
         journal.form(term, &group(2, Start::Healed(Rank(1))), &Cause::Gathered).unwrap();
         journal.commit(&saved("e")).unwrap();
         journal.form(term, &group(3, Start::Checkpoint(Rank(0), saved("d"))), &Cause::Gathered).unwrap();

@@ -2,7 +2,8 @@
 //! a storage.
 //!
 //! 1. Checkpoints become valid one after the other, in the order in which they were ordered; so `latest` never goes back.
-//! 2. What the storage refuses is tried again until it is done. Nothing is given up while the task lives.
+//! 2. What the storage refuses is tried again until it is done, or until the shell gives it up: then it is not valid. One that
+//!    `latest` names by then, or is about to, counts as valid before.
 //! 3. A checkpoint is told of once it is valid and the old ones are removed.
 //! 4. `best.json` names a checkpoint that is valid, and the model card beside it tells of the same one.
 
@@ -12,6 +13,7 @@ use ganglion_membership::Checkpoint;
 use ganglion_proto::trace;
 use ganglion_storage::{Pauses, reason};
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::checkpoints::Checkpoints;
@@ -24,6 +26,8 @@ const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 pub enum Kept {
     /// A checkpoint is valid; the writing began at this time of a trace.
     Valid(Checkpoint, Duration),
+    /// The checkpoint of a step was given up before it was valid.
+    GivenUp(u64),
     /// The storage refused it; it is tried again.
     Delayed(Checkpoint, String),
     /// The storage refused to have the best checkpoint named; it is tried again.
@@ -43,8 +47,8 @@ pub struct BestFiles {
 
 /// What there is to do; with each the folders that must not be removed.
 enum Order {
-    /// Make a checkpoint valid.
-    Commit(Checkpoint, Vec<String>),
+    /// Make a checkpoint valid, unless the orders up to this number are given up.
+    Commit(u64, Checkpoint, Vec<String>),
     /// Name the best one.
     Best(BestFiles, Vec<String>),
     /// Remove what need not be kept any more.
@@ -55,6 +59,10 @@ enum Order {
 pub struct Keeper {
     address: String,
     orders: UnboundedSender<Order>,
+    /// Checkpoints ordered so far.
+    ordered: u64,
+    /// So many of them are given up, unless they are valid.
+    given_up: watch::Sender<u64>,
     told: UnboundedReceiver<Kept>,
     task: JoinHandle<()>,
 }
@@ -65,8 +73,9 @@ impl Keeper {
         let (orders, ordered) = mpsc::unbounded_channel();
         let (telling, told) = mpsc::unbounded_channel();
         let address = checkpoints.storage().address().to_string();
-        let task = tokio::spawn(keep(checkpoints, keep_last, ordered, telling));
-        Keeper { address, orders, told, task }
+        let (given_up, heard) = watch::channel(0);
+        let task = tokio::spawn(keep(checkpoints, keep_last, ordered, telling, heard));
+        Keeper { address, orders, ordered: 0, given_up, told, task }
     }
 
     /// The storage's address for workers.
@@ -75,9 +84,15 @@ impl Keeper {
     }
 
     /// Orders a checkpoint whose files are all there to be made valid. The folders in `protected` are not removed.
-    pub fn order(&self, checkpoint: Checkpoint, protected: Vec<String>) {
+    pub fn order(&mut self, checkpoint: Checkpoint, protected: Vec<String>) {
+        self.ordered += 1;
         // The task ends after this.
-        let _ = self.orders.send(Order::Commit(checkpoint, protected));
+        let _ = self.orders.send(Order::Commit(self.ordered, checkpoint, protected));
+    }
+
+    /// Gives up the checkpoints that were ordered and are not valid yet.
+    pub fn give_up(&self) {
+        self.given_up.send_replace(self.ordered);
     }
 
     /// Orders the best checkpoint to be named.
@@ -114,33 +129,52 @@ async fn keep(
     keep_last: u64,
     mut ordered: UnboundedReceiver<Order>,
     telling: UnboundedSender<Kept>,
+    mut given_up: watch::Receiver<u64>,
 ) {
     while let Some(order) = ordered.recv().await {
         let begun = trace::now();
         let mut pauses = Pauses::new(PAUSES[0], PAUSES[1]);
-        let (Order::Commit(_, protected) | Order::Best(_, protected) | Order::Prune(protected)) = &order;
+        let mut is_valid = false;
         loop {
-            let (done, delayed): (_, Box<dyn Fn(String) -> Kept + Send>) = match &order {
-                Order::Commit(checkpoint, _) => {
-                    let delayed = |reason| Kept::Delayed(checkpoint.clone(), reason);
-                    (checkpoints.commit(checkpoint).await, Box::new(delayed))
+            let done = match &order {
+                Order::Commit(number, checkpoint, _) => {
+                    let is_wanted = || *number > *given_up.borrow();
+                    let done = commit(&checkpoints, checkpoint, is_wanted).await;
+                    done.map(|valid| is_valid = valid)
+                        .map_err(|e| Kept::Delayed(checkpoint.clone(), reason(&e)))
                 }
                 Order::Best(BestFiles { step, named, card }, _) => {
-                    let delayed = |reason| Kept::BestDelayed(*step, reason);
-                    (checkpoints.name_best(named, card).await, Box::new(delayed))
+                    let done = checkpoints.name_best(named, card).await;
+                    done.map_err(|error| Kept::BestDelayed(*step, reason(&error)))
                 }
-                Order::Prune(_) => break,
+                Order::Prune(_) => Ok(()),
             };
-            let Err(error) = done else { break };
-            let _ = telling.send(delayed(reason(&error)));
-            tokio::time::sleep(pauses.draw()).await;
+            let Err(delayed) = done else { break };
+            let _ = telling.send(delayed);
+            // A checkpoint that is given up need not wait for its storage.
+            let _ = tokio::time::timeout(pauses.draw(), given_up.changed()).await;
         }
+        let (Order::Commit(_, _, protected) | Order::Best(_, protected) | Order::Prune(protected)) = &order;
         if let Err(error) = checkpoints.prune(keep_last, protected).await {
             tracing::warn!("cannot remove old checkpoints: {}", reason(&error));
         }
-        if let Order::Commit(checkpoint, _) = order {
-            let _ = telling.send(Kept::Valid(checkpoint, begun));
+        if let Order::Commit(_, checkpoint, _) = order {
+            let kept = if is_valid { Kept::Valid(checkpoint, begun) } else { Kept::GivenUp(checkpoint.step) };
+            let _ = telling.send(kept);
         }
+    }
+}
+
+/// Makes a checkpoint valid as long as it is wanted; returns whether it is valid.
+async fn commit(
+    checkpoints: &Checkpoints,
+    checkpoint: &Checkpoint,
+    is_wanted: impl Fn() -> bool,
+) -> Result<bool, ganglion_storage::Error> {
+    match is_wanted() {
+        true => checkpoints.commit(checkpoint, is_wanted).await,
+        // An attempt before may have written the manifest and not have heard of it.
+        false => checkpoints.withdraw(checkpoint).await.map(|()| false),
     }
 }
 
@@ -179,6 +213,30 @@ mod tests {
             assert_eq!(valid.step, step);
         }
         assert_eq!(checkpoints.storage().latest().await.unwrap(), Some(checkpoint(4).folder()));
+    }
+
+    /// Invariant 2: an order that is given up while its storage is away leaves no checkpoint behind, not even where an
+    /// attempt has written the manifest, and another state of the same step can take its place.
+    #[tokio::test]
+    async fn what_is_given_up_is_not_valid_and_another_state_takes_its_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = folder.path().display().to_string();
+        let checkpoints = Checkpoints::open(&address, "run", &Patience::silent()).await.unwrap();
+        let other = Checkpoint { state_digest: "e".repeat(64), ..checkpoint(3) };
+        let latest = folder.path().join("latest");
+        // The manifest can be written, and `latest` cannot.
+        std::fs::create_dir_all(latest.join("in the way")).unwrap();
+        let mut keeper = Keeper::start(checkpoints.clone(), 0);
+        keeper.order(checkpoint(3), Vec::new());
+        let Some(Kept::Delayed(..)) = keeper.next().await else { panic!("it is delayed") };
+        keeper.give_up();
+        let Some(Kept::GivenUp(3)) = keeper.next().await else { panic!("it is given up") };
+        assert_eq!(checkpoints.newest_valid().await.unwrap().0, None);
+        std::fs::remove_dir_all(&latest).unwrap();
+        keeper.order(other.clone(), Vec::new());
+        let Some(Kept::Valid(valid, _)) = keeper.next().await else { panic!("it is valid") };
+        assert_eq!(valid, other);
+        assert_eq!(checkpoints.newest_valid().await.unwrap().0, Some(other));
     }
 
     /// Invariant 4, and that the best is not removed.

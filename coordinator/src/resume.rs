@@ -178,7 +178,8 @@ async fn settle(
     let latest = patience.wait_for(storage, async || storage.latest().await).await;
     if latest.ok().flatten().as_deref() != Some(checkpoint.folder().as_str()) {
         journal.commit(checkpoint)?;
-        let committed = patience.wait_for(storage, async || checkpoints.commit(checkpoint).await).await;
+        let committed =
+            patience.wait_for(storage, async || checkpoints.commit(checkpoint, || true).await).await;
         committed.map_err(|error| storage_failed(checkpoints, patience, &error))?;
         records.checkpoint(checkpoint);
     }

@@ -271,7 +271,8 @@ pub enum Action {
     Reject(WorkerId, Rejection),
     /// Record the run's passport.
     AdoptPassport(Passport),
-    /// Record that the states of a generation must not be used.
+    /// Record that the states of a generation must not be used, and give up the checkpoints that were to be committed and are
+    /// not yet: a storage that is away may keep them waiting for long, and they may hold such a state.
     Condemn(Generation),
     /// Record that a generation's members rest for good and what they held is saved: nobody need wait for them any more.
     Close(Generation),

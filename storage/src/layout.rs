@@ -144,12 +144,17 @@ impl Storage {
         Ok(self.store.head(path).await?.last_modified.into())
     }
 
+    /// Removes a checkpoint's manifest, if it is there: the checkpoint is none any more. Its other files stay.
+    pub async fn withdraw(&self, checkpoint: &str) -> Result<()> {
+        match self.store.delete(&in_folder(checkpoint, MANIFEST)).await {
+            Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Removes a checkpoint. Without its manifest, which goes first, it is none any more, should the rest fail.
     pub async fn remove(&self, checkpoint: &str) -> Result<()> {
-        match self.store.delete(&in_folder(checkpoint, MANIFEST)).await {
-            Ok(()) | Err(Error::NotFound { .. }) => {}
-            Err(error) => return Err(error),
-        }
+        self.withdraw(checkpoint).await?;
         if let Some(root) = &self.folder {
             // With what a writer that died left there under names of its own.
             let folder = root.join(checkpoint);

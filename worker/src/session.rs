@@ -377,6 +377,7 @@ impl Session {
         inbox.reports_rows = rank == Rank(0);
         inbox.rows.retain(|row| row.step <= step);
         inbox.parts.retain(|(_, part)| part.step <= step);
+        inbox.evaluations.rows.retain(|row| row.step <= step);
         inbox.rows.iter().for_each(|row| self.send(FromWorker::Metrics(row.clone())));
         inbox.evaluations.rows.iter().for_each(|row| self.send(FromWorker::Evaluation(row.clone())));
     }

@@ -201,7 +201,7 @@ impl Story {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let storage = Checkpoints::open(&address, "run", &Patience::silent()).await.unwrap();
-            storage.commit(&checkpoint).await.unwrap();
+            storage.commit(&checkpoint, || true).await.unwrap();
         });
     }
 

@@ -25,6 +25,7 @@ impl Shell {
             Action::Condemn(generation) => {
                 self.journal.set_fact(Fact::Condemned, &generation.to_string())?;
                 self.records.event("condemned", json!({ "generation": generation.0 }));
+                self.give_up_checkpoints();
             }
             Action::Close(generation) => {
                 self.journal.set_fact(Fact::Closed, &generation.to_string())?;
@@ -229,6 +230,15 @@ impl Shell {
         Ok(())
     }
 
+    /// Gives up the checkpoints that are not valid yet. Those of the same steps that come later may hold other states.
+    fn give_up_checkpoints(&mut self) {
+        for checkpoint in std::mem::take(&mut self.unjournaled) {
+            self.records.event("checkpoint_abandoned", json!({ "step": checkpoint.step }));
+        }
+        self.keeper.give_up();
+        self.ordered = self.machine.checkpoint().map(|checkpoint| checkpoint.position);
+    }
+
     /// Keeps a checkpoint for later, once.
     fn postpone(&mut self, checkpoint: Checkpoint) {
         if !self.unjournaled.iter().any(|known| known.position == checkpoint.position) {
@@ -252,12 +262,17 @@ impl Shell {
                 }
                 Ok(())
             }
+            Kept::GivenUp(step) => {
+                self.records.event("checkpoint_abandoned", json!({ "step": step }));
+                Ok(())
+            }
             Kept::Valid(checkpoint, begun) => {
                 if let Err(error) = self.journal.made_valid(&checkpoint) {
                     self.stick(error.into())?;
                     self.held.push_front(Held::Kept(Kept::Valid(checkpoint, begun)));
                     return Ok(());
                 }
+                self.ordered = self.ordered.max(Some(checkpoint.position));
                 self.records.timeline.stored("write manifest", begun);
                 self.lost = None;
                 self.records.checkpoint(&checkpoint);

@@ -21,7 +21,7 @@ use crate::world::{Ctx, Happening, Seen};
 pub enum Alarm {
     Tick(Instant),
     /// The storage failed: once more.
-    Commit(Checkpoint),
+    Commit(Checkpoint, u32),
     Committed(Checkpoint),
     /// From the user.
     Scale(u32),
@@ -63,6 +63,8 @@ pub struct Coordinator {
     welcomed: BTreeSet<WorkerId>,
     /// Workers that were told to exit.
     pub told: BTreeSet<WorkerId>,
+    /// Generations that it condemned.
+    condemnations: u32,
     /// Ticks in a row that changed nothing.
     pub idle_ticks: u32,
     pub crashed: bool,
@@ -101,6 +103,7 @@ impl Coordinator {
             reaped: workers.values().filter(|w| w.ended).filter_map(|w| w.token).collect(),
             welcomed: BTreeSet::new(),
             told: BTreeSet::new(),
+            condemnations: 0,
             idle_ticks: 0,
             crashed: false,
             outcome: None,
@@ -144,9 +147,12 @@ impl Coordinator {
             Input::Packet(conn, Packet::Up(up)) => self.hear(conn, *up, ctx),
             Input::Packet(conn, _) => self.session_ended(conn, ctx),
             Input::Alarm(Alarm::Tick(at)) => self.tick(at, ctx),
-            Input::Alarm(Alarm::Commit(checkpoint)) => {
-                let committed = self.commit(checkpoint, ctx);
-                self.settle(committed, ctx);
+            Input::Alarm(Alarm::Commit(checkpoint, condemnations)) => {
+                // What waited when a generation was condemned is given up.
+                if condemnations == self.condemnations {
+                    let committed = self.commit(checkpoint, ctx);
+                    self.settle(committed, ctx);
+                }
             }
             Input::Alarm(Alarm::Committed(checkpoint)) => {
                 self.feed(Event::CheckpointCommitted(checkpoint), ctx);
@@ -378,7 +384,10 @@ impl Coordinator {
             Action::Reject(worker, _) => self.dismiss(worker, Down::Reject, ctx),
             Action::Release(worker) => self.dismiss(worker, Down::Release, ctx),
             Action::AdoptPassport(passport) => ctx.journal(Row::Passport(passport)),
-            Action::Condemn(generation) => ctx.journal(Row::Condemned(generation)),
+            Action::Condemn(generation) => {
+                self.condemnations += 1;
+                ctx.journal(Row::Condemned(generation));
+            }
             Action::Close(generation) => ctx.journal(Row::Closed(generation)),
             Action::Form(group, _) => self.form(group, ctx)?,
             Action::Assign(worker) => self.assign(worker, ctx),
@@ -457,7 +466,7 @@ impl Coordinator {
 
     fn commit(&mut self, checkpoint: Checkpoint, ctx: &mut Ctx) -> Result<(), Crashed> {
         let Some(written) = ctx.directory.write_manifest(checkpoint.clone()) else {
-            ctx.after(200_000, Happening::Alarm(self.term, Alarm::Commit(checkpoint)));
+            ctx.after(200_000, Happening::Alarm(self.term, Alarm::Commit(checkpoint, self.condemnations)));
             return Ok(());
         };
         let one_digest = written.files.iter().all(|file| file.blake3 == written.state_digest);

@@ -187,8 +187,17 @@ impl Monitor<Queue> {
                     EvaluationRow { step: snapshot.step, metrics: Vec::new(), features, seconds }
                 }
             };
-            session.report_evaluation(row);
+            // Of a state that was rolled back meanwhile nobody wants to know.
+            if self.holds(&snapshot) {
+                session.report_evaluation(row);
+            }
         }
+    }
+
+    /// Whether a state is still one to judge.
+    fn holds(&self, snapshot: &Arc<Snapshot>) -> bool {
+        let queue = self.lock();
+        queue.held.get(&snapshot.step).is_some_and(|held| Arc::ptr_eq(&held.snapshot, snapshot))
     }
 
     /// The next to make. It stays held until it is recorded.
