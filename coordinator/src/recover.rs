@@ -287,14 +287,17 @@ impl Recovered {
 mod tests {
     use super::*;
 
+    /// A journal and all that SQLite may write beside it.
+    const ALL: [&str; 4] = ["", "-wal", "-shm", "-journal"];
+
     fn old(run_dir: &RunDir, name: &str) {
-        for beside in BESIDE {
+        for beside in ALL {
             fs::write(with(&run_dir.path(name), beside), format!("old{beside}")).unwrap();
         }
     }
 
     fn assert_is_old(journal: &Path) {
-        for beside in BESIDE {
+        for beside in ALL {
             assert_eq!(fs::read_to_string(with(journal, beside)).unwrap(), format!("old{beside}"));
         }
     }
@@ -309,7 +312,7 @@ mod tests {
         fs::write(&draft, "new").unwrap();
         exchange(&run_dir, &draft, "journal.sqlite.damaged-1").unwrap();
         assert_eq!(fs::read_to_string(&journal).unwrap(), "new");
-        assert!(BESIDE[1..].iter().all(|beside| !with(&journal, beside).exists()));
+        assert!(ALL[1..].iter().all(|beside| !with(&journal, beside).exists()));
         assert_is_old(&run_dir.path("journal.sqlite.damaged-1"));
     }
 

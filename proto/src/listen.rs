@@ -142,6 +142,7 @@ impl Room {
         Ok(Place { room: self.clone(), address, number, out })
     }
 
+    /// Nobody holds the lock over an await, nor for longer than a few look-ups take.
     fn taken(&self) -> MutexGuard<'_, Taken> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -297,6 +298,7 @@ pub async fn accept_loop<A: Accept>(
         tokio::select! {
             biased;
             () = shutdown.as_mut() => return,
+            // Those that wait go before newcomers. Whoever frees a place while nobody looks leaves word of it.
             () = room.freed.notified(), if queue.length > 0 => {}
             () = retry => {}
             came = door.next(&room) => {
@@ -353,6 +355,7 @@ impl<A: Accept> Door<'_, A> {
                 taken.show_out(number);
             }
         }
+        // A place that becomes free cuts the pause short; that is rarer than this error would come back.
         sleep(PAUSE).await;
         None
     }

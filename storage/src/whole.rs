@@ -460,6 +460,24 @@ mod tests {
         }
     }
 
+    /// A network file system has linked, its answer was lost, and the same request found the name taken.
+    #[test]
+    fn a_link_whose_answer_was_lost_is_the_writers_own() {
+        let link: fn(&Path, &Path) -> io::Result<()> = |from, to| {
+            fs::hard_link(from, to)?;
+            fs::hard_link(from, to)
+        };
+        let ways = Ways { link, rename_new: UNKNOWN, patience: CLAIM_LOOK };
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        put_new(&file, b"first", &ways).unwrap();
+        assert_eq!(put_new(&file, b"other", &ways).unwrap_err().kind(), ErrorKind::AlreadyExists);
+        assert_eq!(
+            (fs::read(&file).unwrap(), names(folder.path())),
+            (b"first".to_vec(), vec!["file".into()])
+        );
+    }
+
     #[test]
     fn a_name_that_a_dead_writer_took_is_taken_over() {
         let folder = tempfile::tempdir().unwrap();

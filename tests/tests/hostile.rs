@@ -40,10 +40,15 @@ struct Target {
 
 impl Target {
     fn new() -> Target {
-        let run = Run::new(&[SMALL_MLP, ENDLESS]);
-        let coordinator = run.start(1);
+        let target = Target::with(1, ENDLESS);
+        target.run.wait_for_step(10);
+        target
+    }
+
+    fn with(workers: u32, job: &[&str]) -> Target {
+        let run = Run::new(&[SMALL_MLP, job]);
+        let coordinator = run.start(workers);
         let started = run.wait_for("coordinator_started", |_| true);
-        run.wait_for_step(10);
         let url = started["address"].as_str().unwrap().to_string();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         Target { run, coordinator, url, runtime: runtime.unwrap() }
@@ -65,6 +70,14 @@ impl Target {
 
     fn end_of(&self, stranger: Stranger) -> Result<Option<ToWorker>, Status> {
         self.runtime.block_on(async { tokio::time::timeout(LIMIT, stranger.end()).await.unwrap() })
+    }
+
+    /// Waits until a client hears something.
+    #[track_caller]
+    fn hears(&self, stranger: &mut Stranger, wanted: impl Fn(&ToWorker) -> bool) {
+        let hearing =
+            async { while !wanted(&stranger.hear().await.unwrap().expect("the session goes on")) {} };
+        self.runtime.block_on(async { tokio::time::timeout(LIMIT, hearing).await.expect("it hears") });
     }
 
     /// Asserts that a first message is refused, and that the log says so.
@@ -316,6 +329,31 @@ fn who_breaks_the_contract_in_a_session_loses_it() {
     target.end_of(stranger).unwrap();
     target.logs("says hello twice");
     target.assert_undisturbed();
+}
+
+/// A member is asked for a row that did not come. One that causes events without end fills no disk.
+#[test]
+fn a_member_owes_its_rows_and_causes_so_many_events() {
+    let target = Target::with(0, &["job.steps=1000", "job.failure_deadline=60", "metrics.every_steps=1"]);
+    let mut member = target.join(hello()).unwrap();
+    member.say(FromWorker::Loaded(facts(&[("build", "made up")]), None));
+    target.hears(&mut member, |heard| matches!(heard, ToWorker::Assignment(_)));
+    [1, 3].into_iter().for_each(|step| member.say(FromWorker::Metrics(row(step))));
+    target.hears(&mut member, |heard| *heard == ToWorker::MetricsWanted(2));
+    member.say(FromWorker::Metrics(row(2)));
+    target.hears(&mut member, |heard| *heard == ToWorker::MetricsRecorded(3));
+    let mut steps: Vec<_> = target.run.rows().iter().map(|row| row["step"].as_u64().unwrap()).collect();
+    steps.sort_unstable();
+    assert_eq!(steps, [1, 2, 3]);
+    for at in 0..10_000 {
+        member.say(FromWorker::PartDelayed(1, "state".to_string(), format!("made up {at}")));
+    }
+    // After that its session is closed for the first event that a storage does not cause.
+    member.say(FromWorker::Fault(Generation(1), Fault::Peer));
+    target.end_of(member).unwrap();
+    target.logs("causes too many events");
+    let events = std::fs::metadata(target.run.path("events.jsonl")).unwrap().len();
+    assert!(events < EVENTS_LIMIT, "{events} bytes of events");
 }
 
 /// Every message of a worker with numbers and texts at and beyond their bounds.

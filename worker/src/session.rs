@@ -373,6 +373,7 @@ impl Session {
     /// Sends all kept rows again, but for those of steps after `step`, which are computed again. After a change of the
     /// group nobody knows which of them arrived, and who has them all.
     pub fn report_kept(&self, rank: Rank, step: u64) {
+        // Sent under the lock, so that no row comes between: the queue has no limit, and sending does not wait.
         let mut inbox = self.shared.lock();
         inbox.reports_rows = rank == Rank(0);
         inbox.rows.retain(|row| row.step <= step);
@@ -687,7 +688,7 @@ mod tests {
             }
             // It is woken, and there is no more room than before.
             session.shared.forget_rows(0);
-            assert!(!wait.is_finished());
+            assert!(!wait.is_finished(), "nothing was recorded");
             end(&session.shared);
             wait.join().unwrap();
         });

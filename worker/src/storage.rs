@@ -168,3 +168,47 @@ impl Reading {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ganglion_membership::Position;
+    use std::sync::mpsc;
+
+    fn checkpoint(step: u64) -> Checkpoint {
+        Checkpoint {
+            step,
+            phase: 0,
+            position: Position(2 * step),
+            state_digest: step.to_string(),
+            files: Vec::new(),
+        }
+    }
+
+    fn read_to_the_end(reading: Reading) -> String {
+        let read = reading.result.blocking_recv().expect("its thread says how it went");
+        let Err(error) = read else { panic!("the tests read nothing") };
+        error.to_string()
+    }
+
+    /// Members that wait for a reader give up on it again and again; that must not begin its work anew.
+    #[test]
+    fn a_read_goes_on_in_the_next_group_unless_that_starts_from_another_checkpoint() {
+        let (go_on, wait) = mpsc::channel::<()>();
+        let slow = move || {
+            wait.recv().expect("the test goes on");
+            Err(CheckpointError::Corrupt("the first".to_string()))
+        };
+        let mut reading = Reading::of(None, &checkpoint(4), slow).unwrap();
+        for _ in 0..3 {
+            reading = Reading::of(Some(reading), &checkpoint(4), || panic!("it is read already")).unwrap();
+        }
+        go_on.send(()).unwrap();
+        assert!(read_to_the_end(reading).contains("the first"));
+        let other = || Err(CheckpointError::Corrupt("another".to_string()));
+        let reading =
+            Reading::of(None, &checkpoint(4), || Err(CheckpointError::Corrupt(String::new()))).unwrap();
+        let reading = Reading::of(Some(reading), &checkpoint(8), other).unwrap();
+        assert!(read_to_the_end(reading).contains("another"));
+    }
+}

@@ -136,6 +136,7 @@ impl Shared {
 
     async fn receive(self: Arc<Shared>, stream: TcpStream, from: SocketAddr, place: Place) {
         let late = |_| Err(io::ErrorKind::TimedOut.into());
+        // Until it speaks it is idle, and makes place for whoever does.
         let spoke = timeout(GREETING_LIMIT, place.keep(stream.peek(&mut [0]))).await;
         if let Err(error) = spoke.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             return self.complain(from, &error);

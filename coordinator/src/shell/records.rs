@@ -317,6 +317,7 @@ impl Records {
     /// Waits for the end of a sync; for ever if none is under way.
     pub async fn synced(&mut self) {
         let Some(syncing) = &mut self.syncing else { return std::future::pending().await };
+        // The shell's loop may look at something else first and come back: the thread goes on meanwhile.
         let synced = syncing.await;
         self.syncing = None;
         // A thread that could not be started has synced nothing.
