@@ -1,8 +1,8 @@
 //! The few functions of ATen that tch has no safe wrapper for.
 //!
 //! 1. None panics or lets an exception through: what libtorch throws becomes an [`Error`].
-//! 2. [`fused_adam`] on CPU gives the same bits however a flat tensor is cut, as long as the cuts are multiples of 16
-//!    elements: the last few elements of a slice are computed by other instructions.
+//! 2. [`fused_adam`] on CPU gives the same bits however a flat tensor is cut, as long as the cuts are
+//!    multiples of 16 elements: the last few elements of a slice are computed by other instructions.
 
 use tch::Tensor;
 
@@ -23,8 +23,8 @@ pub struct Adam {
     pub eps: f64,
 }
 
-/// One step of Adam, in one kernel, in place, without recording gradients. All tensors have one shape, kind and
-/// device; `step` counts from 1.
+/// One step of Adam, in one kernel, in place, without recording gradients. All tensors have one shape, kind
+/// and device; `step` counts from 1.
 ///
 /// # Errors
 /// [`Error::Invalid`] for step 0 or tensors that do not match; [`Error::Fatal`] for what libtorch refuses.
@@ -93,8 +93,8 @@ pub fn c_library_version() -> Result<String, Error> {
     Ok(shim::c_library_version()?)
 }
 
-/// Gives memory back to the system that is kept for tensors to come: the C library's, and that of all GPUs. What CUDA takes
-/// for itself stays until the process ends.
+/// Gives memory back to the system that is kept for tensors to come: the C library's, and that of all GPUs.
+/// What CUDA takes for itself stays until the process ends.
 ///
 /// # Errors
 /// [`Error::Fatal`] if CUDA reports an earlier error.
@@ -112,8 +112,8 @@ pub fn leaky_relu(tensor: &mut Tensor, slope: f64) -> Result<(), Error> {
     Ok(shim::leaky_relu(at_tensor(tensor), slope)?)
 }
 
-/// Whether a tensor of floats holds neither an infinity nor a NaN. A contiguous tensor of `f32` on a CPU is read once, by
-/// its bits, and nothing is allocated; of another the largest absolute value is taken.
+/// Whether a tensor of floats holds neither an infinity nor a NaN. A contiguous tensor of `f32` on a CPU is
+/// read once, by its bits, and nothing is allocated; of another the largest absolute value is taken.
 ///
 /// # Errors
 /// [`Error::Fatal`] for a tensor that holds no floats, and for what libtorch refuses.
@@ -121,9 +121,10 @@ pub fn all_finite(tensor: &Tensor) -> Result<bool, Error> {
     Ok(shim::all_finite(at_tensor(tensor))?)
 }
 
-/// A hash of a contiguous tensor's bytes: XXH3 (64 bits) on a CPU. On another device a sum of its 32-bit words, each
-/// times an odd number that belongs to its place, mod 2^64, is taken there and hashed: it tells two tensors apart that
-/// differ in one element for certain, others almost certainly. So hashes of one kind of device can be compared.
+/// A hash of a contiguous tensor's bytes: XXH3 (64 bits) on a CPU. On another device a sum of its 32-bit
+/// words, each times an odd number that belongs to its place, mod 2^64, is taken there and hashed: it tells
+/// two tensors apart that differ in one element for certain, others almost certainly. So hashes of one kind
+/// of device can be compared.
 ///
 /// # Errors
 /// [`Error::Invalid`] for a tensor that is not contiguous.
@@ -139,9 +140,9 @@ pub fn fingerprint(tensor: &Tensor, seed: u64) -> Result<u64, Error> {
     if bytes == 0 {
         return Ok(xxhash_rust::xxh3::xxh3_64_with_seed(&[], seed));
     }
-    // SAFETY: a contiguous, non-empty tensor on the CPU has `bytes` initialised bytes from `data_ptr` on, which live as
-    // long as `on_cpu`. Nothing on this thread writes to them before the slice is gone; a tensor that another thread
-    // writes to must not be handed in, as for any other operation of libtorch.
+    // SAFETY: a contiguous, non-empty tensor on the CPU has `bytes` initialised bytes from `data_ptr` on,
+    // which live as long as `on_cpu`. Nothing on this thread writes to them before the slice is gone; a
+    // tensor that another thread writes to must not be handed in, as for any other operation of libtorch.
     let bytes = unsafe { std::slice::from_raw_parts(on_cpu.data_ptr().cast::<u8>(), bytes) };
     Ok(xxhash_rust::xxh3::xxh3_64_with_seed(bytes, seed))
 }

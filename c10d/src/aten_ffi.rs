@@ -68,5 +68,6 @@ pub(crate) mod shim {
     impl UniquePtr<Tensor> {}
 }
 
-// SAFETY: a module is nothing but reference-counted memory and a graph; any thread may run or destroy it, one at a time.
+// SAFETY: a module is nothing but reference-counted memory and a graph; any thread may run or destroy it, one
+// at a time.
 unsafe impl Send for shim::Script {}

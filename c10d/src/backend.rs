@@ -1,7 +1,8 @@
 //! A group of the shim together with all that must not be freed before it.
 //!
 //! 1. Destroying a group blocks until its works are over, so it happens on a thread of its own.
-//! 2. Buffers parked here are freed only after the group is destroyed: until then libtorch may read or write them.
+//! 2. Buffers parked here are freed only after the group is destroyed: until then libtorch may read or write
+//!    them.
 
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -13,7 +14,8 @@ use crate::Buffer;
 use crate::ffi::shim;
 use crate::sync::{lock, milliseconds};
 
-/// libtorch's side of an operation, which may have to be asked whether it is over. The answer may take its time.
+/// libtorch's side of an operation, which may have to be asked whether it is over. The answer may take its
+/// time.
 pub(crate) trait Poll: Send + Sync {
     fn poll(&self);
 }
@@ -24,8 +26,8 @@ impl Poll for UniquePtr<shim::Work> {
     }
 }
 
-/// Buffers lent to one operation, and libtorch's side of it. The work goes before the buffers, unless somebody is just
-/// asking it: then it stays a moment longer than buffers that its operation has done with.
+/// Buffers lent to one operation, and libtorch's side of it. The work goes before the buffers, unless
+/// somebody is just asking it: then it stays a moment longer than buffers that its operation has done with.
 pub(crate) struct Loan {
     pub(crate) work: Option<Arc<dyn Poll>>,
     pub(crate) buffers: Vec<Buffer>,
@@ -52,7 +54,8 @@ impl Backend {
         &self.group
     }
 
-    /// Cuts the connections. A failure leaves the peers to their own time limits; the waiters here are free already.
+    /// Cuts the connections. A failure leaves the peers to their own time limits; the waiters here are free
+    /// already.
     pub(crate) fn cut(self: Arc<Backend>) {
         let aside = Arc::clone(&self);
         // NCCL waits until the GPU has left its kernels, and others may wait for the thread that aborts.
@@ -74,7 +77,8 @@ impl Drop for Backend {
         let group = std::mem::replace(&mut self.group, UniquePtr::null());
         let parked = std::mem::take(&mut *lock(&self.parked));
         let parts = Parts { group, parked };
-        // Without a thread to spare the closure is dropped here, and with it the parts, which blocks but is right.
+        // Without a thread to spare the closure is dropped here, and with it the parts, which blocks but is
+        // right.
         let _ = thread::Builder::new().name("c10d-wind-down".into()).spawn(move || drop_in_order(parts));
     }
 }

@@ -11,8 +11,8 @@ use crate::{Error, error};
 
 /// A contiguous, one-dimensional tensor that nothing else refers to.
 ///
-/// Lend it to a collective by value; the [`Pending`](crate::Pending) gives it back. While it is lent it cannot be
-/// touched:
+/// Lend it to a collective by value; the [`Pending`](crate::Pending) gives it back. While it is lent it
+/// cannot be touched:
 ///
 /// ```compile_fail,E0382
 /// # fn example(group: &c10d::Group, mut buffer: c10d::Buffer) -> Result<(), c10d::Error> {
@@ -46,7 +46,8 @@ impl Buffer {
         Ok(Buffer { tensor })
     }
 
-    /// Takes over a tensor that is contiguous, one-dimensional, without gradient and without other references.
+    /// Takes over a tensor that is contiguous, one-dimensional, without gradient and without other
+    /// references.
     ///
     /// # Errors
     /// [`Error::Invalid`] or [`Error::Aliased`], with the tensor back.
@@ -73,8 +74,8 @@ impl Buffer {
         self.tensor.device()
     }
 
-    /// The tensor, for reading. A shallow copy or view of it that still lives when the buffer is lent makes the
-    /// collective refuse the buffer as [`Error::Aliased`].
+    /// The tensor, for reading. A shallow copy or view of it that still lives when the buffer is lent makes
+    /// the collective refuse the buffer as [`Error::Aliased`].
     pub fn tensor(&self) -> &Tensor {
         &self.tensor
     }
@@ -89,7 +90,8 @@ impl Buffer {
         self.tensor
     }
 
-    /// The raw bytes of a buffer on a CPU. Borrows the buffer mutably, because a view made meanwhile could write.
+    /// The raw bytes of a buffer on a CPU. Borrows the buffer mutably, because a view made meanwhile could
+    /// write.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the memory is not a CPU's, [`Error::Aliased`] if something else refers to it.
@@ -111,13 +113,14 @@ impl Buffer {
         }
         let tensor = at_tensor(&self.tensor);
         let (pointer, length) = (shim::data_pointer(tensor)?, shim::byte_length(tensor));
-        // SAFETY: the tensor is contiguous CPU memory of `length` bytes, initialised by libtorch and valid while it
-        // lives; the check above found no other reference to it, and none can be made without borrowing `self`,
-        // which the returned slice borrows mutably.
+        // SAFETY: the tensor is contiguous CPU memory of `length` bytes, initialised by libtorch and valid
+        // while it lives; the check above found no other reference to it, and none can be made without
+        // borrowing `self`, which the returned slice borrows mutably.
         Ok(unsafe { std::slice::from_raw_parts_mut(pointer, length) })
     }
 
-    /// Whether the buffer may be lent or shown as bytes. What `update` was given may have changed any of this.
+    /// Whether the buffer may be lent or shown as bytes. What `update` was given may have changed any of
+    /// this.
     pub(crate) fn check(&self) -> Result<(), Error> {
         let tensor = at_tensor(&self.tensor);
         if !shim::is_flat(tensor) {

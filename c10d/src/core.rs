@@ -1,10 +1,10 @@
 //! The state that a group, its pending operations and its aborters share.
 //!
-//! 1. No lock is held while libtorch is called, to poll an operation or to free what was lent, so an abort never waits
-//!    for libtorch or CUDA to wake the waiters.
+//! 1. No lock is held while libtorch is called, to poll an operation or to free what was lent, so an abort
+//!    never waits for libtorch or CUDA to wake the waiters.
 //! 2. Any failure of an operation, a timeout included, breaks the whole group: its ranks are out of step.
-//! 3. Buffers go back to the caller only after success. Those of operations that did not succeed stay with the old
-//!    group until it is destroyed.
+//! 3. Buffers go back to the caller only after success. Those of operations that did not succeed stay with
+//!    the old group until it is destroyed.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -116,7 +116,8 @@ impl Core {
         backend
     }
 
-    /// Notes what is in flight. If the group was aborted since the launch began, the operation is aborted too.
+    /// Notes what is in flight. If the group was aborted since the launch began, the operation is aborted
+    /// too.
     fn enter(&self, backend: &Arc<Backend>, flight: Arc<Flight>, loan: Loan) -> OperationId {
         let mut registry = lock(&self.registry);
         let id = OperationId(registry.next_id);
@@ -152,7 +153,8 @@ impl Core {
         drop(freed);
     }
 
-    /// Wakes all waiters with an abort, then cuts the connections. The old group winds down in the background.
+    /// Wakes all waiters with an abort, then cuts the connections. The old group winds down in the
+    /// background.
     pub(crate) fn abort(&self) {
         let Some(backend) = self.close_registry() else { return };
         backend.cut();

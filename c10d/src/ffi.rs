@@ -1,5 +1,5 @@
-//! The bridge to the C++ shim for groups and stores. Functions that can throw return a `Result`; the message is read
-//! by [`Error::from_shim`](crate::Error).
+//! The bridge to the C++ shim for groups and stores. Functions that can throw return a `Result`; the message
+//! is read by [`Error::from_shim`](crate::Error).
 
 use crate::flight::Signal;
 use crate::store::StoreHandle;
@@ -103,13 +103,13 @@ pub(crate) mod shim {
     }
 }
 
-// SAFETY: a Group's members may be called from any thread: launches take turns under its own mutex, `close` only
-// touches connections that lock themselves, and its destructor may run on any thread.
+// SAFETY: a Group's members may be called from any thread: launches take turns under its own mutex, `close`
+// only touches connections that lock themselves, and its destructor may run on any thread.
 unsafe impl Send for shim::Group {}
 // SAFETY: as above.
 unsafe impl Sync for shim::Group {}
-// SAFETY: a Work is only polled, under its own mutex, and destroyed, and c10d's works are built for other threads
-// to look at.
+// SAFETY: a Work is only polled, under its own mutex, and destroyed, and c10d's works are built for other
+// threads to look at.
 unsafe impl Send for shim::Work {}
 // SAFETY: as above.
 unsafe impl Sync for shim::Work {}
@@ -120,7 +120,7 @@ unsafe impl Sync for shim::TcpStore {}
 
 /// tch's tensor as the shim knows it.
 pub(crate) fn at_tensor(tensor: &tch::Tensor) -> &shim::Tensor {
-    // SAFETY: tch keeps a valid, non-null `torch::Tensor*` (the same type as `at::Tensor*`) for as long as the
-    // `tch::Tensor` lives, and the reference returned borrows it.
+    // SAFETY: tch keeps a valid, non-null `torch::Tensor*` (the same type as `at::Tensor*`) for as long as
+    // the `tch::Tensor` lives, and the reference returned borrows it.
     unsafe { &*tensor.as_ptr().cast::<shim::Tensor>() }
 }

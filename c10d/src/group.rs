@@ -89,12 +89,13 @@ pub struct Group {
 type Started = Result<UniquePtr<shim::Work>, cxx::Exception>;
 
 impl Group {
-    /// Forms a group over Gloo, for buffers on CPUs. Blocks until all ranks have connected to each other. The prefix
-    /// keeps groups in one store apart and must be new for each.
+    /// Forms a group over Gloo, for buffers on CPUs. Blocks until all ranks have connected to each other. The
+    /// prefix keeps groups in one store apart and must be new for each.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for options that cannot be, [`Error::Timeout`] if a rank did not come, [`Error::PeerLost`]
-    /// if one went away meanwhile, [`Error::Fatal`] for an unusable address, or what the store answered.
+    /// [`Error::Invalid`] for options that cannot be, [`Error::Timeout`] if a rank did not come,
+    /// [`Error::PeerLost`] if one went away meanwhile, [`Error::Fatal`] for an unusable address, or what the
+    /// store answered.
     pub fn gloo(options: GlooOptions, store: Arc<dyn KeyValueStore>, prefix: &str) -> Result<Group, Error> {
         let GlooOptions { rank, world_size, timeout, operation_timeout, address } = options;
         let (small_rank, small_size) = check_ranks(rank, world_size, timeout.min(operation_timeout))?;
@@ -131,9 +132,9 @@ impl Group {
         Group { core: Core::new(group), rank, world_size, device, staged: false }
     }
 
-    /// The same group, for buffers on `device` from now on. What is in them goes through copies in the CPU's memory, made
-    /// when an operation is launched and read when it is waited for, both on the calling thread. So Gloo serves GPUs too,
-    /// slower than NCCL, also where ranks share one.
+    /// The same group, for buffers on `device` from now on. What is in them goes through copies in the CPU's
+    /// memory, made when an operation is launched and read when it is waited for, both on the calling thread.
+    /// So Gloo serves GPUs too, slower than NCCL, also where ranks share one.
     #[must_use]
     pub fn staged(mut self, device: Device) -> Group {
         (self.device, self.staged) = (device, true);
@@ -176,8 +177,8 @@ impl Group {
         })
     }
 
-    /// Sends `send_splits[r]` elements to each rank r, in order, and receives `receive_splits[r]` from it. The splits
-    /// may be ragged or 0; what rank a sends to b must be what b expects from a.
+    /// Sends `send_splits[r]` elements to each rank r, in order, and receives `receive_splits[r]` from it.
+    /// The splits may be ragged or 0; what rank a sends to b must be what b expects from a.
     ///
     /// # Errors
     /// As for [`all_reduce`](Group::all_reduce), with both buffers back.
@@ -203,8 +204,8 @@ impl Group {
         })
     }
 
-    /// Gives each rank all ranks' `send` buffers, one after the other, in `receive`, which is `world_size` times as
-    /// long.
+    /// Gives each rank all ranks' `send` buffers, one after the other, in `receive`, which is `world_size`
+    /// times as long.
     ///
     /// # Errors
     /// As for [`all_reduce`](Group::all_reduce), with both buffers back.

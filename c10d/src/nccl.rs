@@ -28,9 +28,9 @@ pub struct NcclOptions {
 }
 
 impl Group {
-    /// Forms a group over NCCL, for buffers on one GPU for each rank; no two ranks may share one. Blocks until all ranks
-    /// have made their communicators, and nothing ends that wait: NCCL looks at no time limit in it. Operations wait for
-    /// what is enqueued on the calling thread's current stream.
+    /// Forms a group over NCCL, for buffers on one GPU for each rank; no two ranks may share one. Blocks
+    /// until all ranks have made their communicators, and nothing ends that wait: NCCL looks at no time limit
+    /// in it. Operations wait for what is enqueued on the calling thread's current stream.
     ///
     /// # Errors
     /// As for [`Group::gloo`]; [`Error::Fatal`] if there is no GPU.

@@ -81,8 +81,8 @@ impl<T: Lent> Pending<T> {
     /// Waits until the operation has succeeded, and returns its buffers.
     ///
     /// # Errors
-    /// [`Error::Timeout`], [`Error::PeerLost`], [`Error::Aborted`] or [`Error::Fatal`]. Each of them breaks the group:
-    /// its other operations are aborted, and later ones are refused as [`Error::Aborted`].
+    /// [`Error::Timeout`], [`Error::PeerLost`], [`Error::Aborted`] or [`Error::Fatal`]. Each of them breaks
+    /// the group: its other operations are aborted, and later ones are refused as [`Error::Aborted`].
     pub fn wait(mut self, timeout: Duration) -> Result<T, Error> {
         let outcome = match self.sleep_until(deadline(timeout)) {
             Some(outcome) => outcome,
@@ -153,9 +153,10 @@ impl Aborter {
         Aborter(Arc::downgrade(core))
     }
 
-    /// Wakes everyone who waits for an operation of the group, with [`Error::Aborted`], then cuts its connections. A
-    /// peer notices if it is just waiting for this rank; one that waits for another rank has to be aborted too. Later
-    /// operations are refused. Doing it again, or after the group is gone, does nothing.
+    /// Wakes everyone who waits for an operation of the group, with [`Error::Aborted`], then cuts its
+    /// connections. A peer notices if it is just waiting for this rank; one that waits for another rank has
+    /// to be aborted too. Later operations are refused. Doing it again, or after the group is gone, does
+    /// nothing.
     pub fn abort(&self) {
         if let Some(core) = self.0.upgrade() {
             core.abort();

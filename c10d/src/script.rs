@@ -1,9 +1,10 @@
 //! Networks written in Python and saved as TorchScript, run with tensors that somebody else owns.
 //!
 //! 1. A module's own tensors are only where training begins: each run is told which to use.
-//! 2. It runs as it is written: nothing observes, rewrites or fuses its graph, so it rounds the same way each time.
-//! 3. What it draws while it trains (dropout) comes from libtorch's default generator, which each run seeds anew. Runs of
-//!    all modules of a process take turns.
+//! 2. It runs as it is written: nothing observes, rewrites or fuses its graph, so it rounds the same way each
+//!    time.
+//! 3. What it draws while it trains (dropout) comes from libtorch's default generator, which each run seeds
+//!    anew. Runs of all modules of a process take turns.
 //!
 //! The first line of an error is the reason, as `torch` words it.
 
@@ -84,11 +85,12 @@ impl Script {
         owned(module.tensor(index)?)
     }
 
-    /// Runs `forward` with these tensors, one for each of [`Script::tensors`]: its result, and the buffers as they are then.
-    /// While it trains it may write into the buffers that it was given.
+    /// Runs `forward` with these tensors, one for each of [`Script::tensors`]: its result, and the buffers as
+    /// they are then. While it trains it may write into the buffers that it was given.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for another number of tensors; [`Error::Fatal`] for what the module's program refuses.
+    /// [`Error::Invalid`] for another number of tensors; [`Error::Fatal`] for what the module's program
+    /// refuses.
     pub fn run<'a>(
         &self,
         tensors: impl ExactSizeIterator<Item = &'a Tensor>,
@@ -134,7 +136,8 @@ impl Script {
         Ok(module.last_operation()?)
     }
 
-    /// Whether what `look` does draws from libtorch's default generator, beside what others may draw meanwhile.
+    /// Whether what `look` does draws from libtorch's default generator, beside what others may draw
+    /// meanwhile.
     ///
     /// # Errors
     /// Those of `look`.
@@ -161,6 +164,7 @@ fn owned(tensor: cxx::UniquePtr<shim::Tensor>) -> Result<Tensor, Error> {
     if tensor.is_null() {
         return Err(Error::Fatal("no tensor".into()));
     }
-    // SAFETY: the pointer comes from `new at::Tensor` and nobody else has it; tch deletes it when the tensor is dropped.
+    // SAFETY: the pointer comes from `new at::Tensor` and nobody else has it; tch deletes it when the tensor
+    // is dropped.
     Ok(unsafe { Tensor::from_ptr(tensor.into_raw().cast()) })
 }

@@ -1,8 +1,8 @@
 //! Copies that travel in place of buffers that a backend cannot carry itself.
 //!
 //! 1. Only the copies are lent: libtorch never has the memory of the buffers themselves.
-//! 2. A buffer is copied when the operation is launched, after all that its device was told to do before, and written
-//!    when the operation is waited for and has succeeded, never from another thread.
+//! 2. A buffer is copied when the operation is launched, after all that its device was told to do before, and
+//!    written when the operation is waited for and has succeeded, never from another thread.
 
 use tch::{Device, Tensor};
 

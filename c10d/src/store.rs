@@ -13,10 +13,12 @@ use crate::sync::{deadline, lock};
 /// Why a store did not answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// The key did not appear in time. Forming a group then fails with [`Error::Timeout`](crate::Error::Timeout).
+    /// The key did not appear in time. Forming a group then fails with
+    /// [`Error::Timeout`](crate::Error::Timeout).
     #[error("the time limit passed")]
     Timeout,
-    /// The store cannot be reached. Forming a group then fails with [`Error::PeerLost`](crate::Error::PeerLost).
+    /// The store cannot be reached. Forming a group then fails with
+    /// [`Error::PeerLost`](crate::Error::PeerLost).
     #[error("the store cannot be reached: {0}")]
     Unreachable(String),
     /// The wait was called off. Forming a group then fails with [`Error::Aborted`](crate::Error::Aborted).
@@ -29,8 +31,8 @@ pub enum StoreError {
 
 /// A key-value store that all ranks of a group share.
 ///
-/// The calls may block. They come from the thread that forms the group and, with NCCL, from others. Values are bytes;
-/// a counter is stored as decimal text, as c10d does.
+/// The calls may block. They come from the thread that forms the group and, with NCCL, from others. Values
+/// are bytes; a counter is stored as decimal text, as c10d does.
 pub trait KeyValueStore: Send + Sync {
     /// Sets a key, replacing what it held.
     ///
@@ -50,8 +52,9 @@ pub trait KeyValueStore: Send + Sync {
     /// [`StoreError::Fatal`] if the key holds something else.
     fn add(&self, key: &str, amount: i64) -> Result<i64, StoreError>;
 
-    /// Sets a key to `desired` if it holds `expected`, or if it is absent and `expected` is empty. Returns what the
-    /// key holds afterwards; for an absent key that was expected to hold something, `expected` itself.
+    /// Sets a key to `desired` if it holds `expected`, or if it is absent and `expected` is empty. Returns
+    /// what the key holds afterwards; for an absent key that was expected to hold something, `expected`
+    /// itself.
     ///
     /// # Errors
     /// Those of all operations.

@@ -1,5 +1,5 @@
-//! What happens when a group breaks: aborts, timeouts, lost peers. One test function, because the number of live
-//! handles is the process's own.
+//! What happens when a group breaks: aborts, timeouts, lost peers. One test function, because the number of
+//! live handles is the process's own.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
@@ -41,8 +41,8 @@ fn reduce(group: &Group) -> Result<Vec<f32>, Error> {
     pending.wait(LONG).map(|buffer| values_of(&buffer))
 }
 
-/// Crate invariant 3. Rank 0 is dead: it never takes part. Rank 2 is not its neighbour in the ring, and the slowest
-/// of the three survivors counts.
+/// Crate invariant 3. Rank 0 is dead: it never takes part. Rank 2 is not its neighbour in the ring, and the
+/// slowest of the three survivors counts.
 fn abort_frees_a_distant_waiter_a_hundred_times() {
     let mut latencies: Vec<_> = (0..100).map(one_abort).collect();
     latencies.sort();
@@ -69,7 +69,8 @@ fn one_abort(repetition: u32) -> Duration {
         all_launched.iter().take(survivors.len()).for_each(drop);
         // Some waiters are met on their way to sleep, others asleep.
         thread::sleep(Duration::from_micros(u64::from(repetition % 10) * 300));
-        // The rank opposite the dead one first; cutting its connections may reach its neighbours before their abort.
+        // The rank opposite the dead one first; cutting its connections may reach its neighbours before their
+        // abort.
         let starts = [2, 1, 3].map(|rank: usize| {
             let start = Instant::now();
             groups[rank].aborter().abort();

@@ -166,8 +166,8 @@ impl Watch {
     }
 }
 
-/// What the discriminator's scores say where they leave a network nothing to learn from; `None` where they do not, or where
-/// the loss has no such place.
+/// What the discriminator's scores say where they leave a network nothing to learn from; `None` where they do
+/// not, or where the loss has no such place.
 fn saturated(loss: LossKind, [real, fake]: [f64; 2]) -> Option<&'static str> {
     // Probabilities; for least squares and hinge the values that the discriminator's loss is least at.
     let [won_real, won_fake] = match loss {

@@ -1,9 +1,11 @@
 //! The run's checkpoint storage: manifests, the newest valid one, and how many are kept.
 //!
 //! 1. A folder without a manifest is no checkpoint.
-//! 2. A manifest is created once, after all its files are there; `latest` moves after that, and is only a hint.
+//! 2. A manifest is created once, after all its files are there; `latest` moves after that, and is only a
+//!    hint.
 //! 3. Before a run starts from a checkpoint, every file is read and its hash compared.
-//! 4. A storage that is away says nothing of what is in it: nothing is called damaged or absent because of that.
+//! 4. A storage that is away says nothing of what is in it: nothing is called damaged or absent because of
+//!    that.
 
 use ganglion_membership::{Checkpoint, StoredFile};
 use ganglion_proto::message::MetricsRow;
@@ -42,7 +44,8 @@ pub enum Unusable {
 }
 
 impl Checkpoints {
-    /// Opens a storage for a run, marking it as the run's. A folder is made; an object store that is away is waited for.
+    /// Opens a storage for a run, marking it as the run's. A folder is made; an object store that is away is
+    /// waited for.
     pub async fn open(address: &str, run: &str, patience: &Patience) -> Result<Checkpoints, Unusable> {
         let input =
             |address: &dyn std::fmt::Display, what: &str| Unusable::Input(format!("{address}: {what}"));
@@ -109,8 +112,8 @@ impl Checkpoints {
         &self.storage
     }
 
-    /// Makes a checkpoint valid: its manifest, then `latest`. Repeating it does no harm. Returns whether it is valid: one that
-    /// is not wanted any more once the manifest is written is withdrawn.
+    /// Makes a checkpoint valid: its manifest, then `latest`. Repeating it does no harm. Returns whether it
+    /// is valid: one that is not wanted any more once the manifest is written is withdrawn.
     pub async fn commit(&self, checkpoint: &Checkpoint, is_wanted: impl Fn() -> bool) -> Result<bool, Error> {
         let text = manifest::render(checkpoint);
         let hash = blake3::hash(text.as_bytes()).to_hex();
@@ -174,7 +177,8 @@ impl Checkpoints {
             for file in self.storage.files(&folder).await? {
                 if rows::is_file(&file) {
                     let content = self.storage.read(&in_folder(&folder, &file)).await?;
-                    // One that is torn is of a worker that died on the way; others may have left the same rows.
+                    // One that is torn is of a worker that died on the way; others may have left the same
+                    // rows.
                     found.extend(rows::decode(&content).unwrap_or_default());
                 }
             }
@@ -184,8 +188,8 @@ impl Checkpoints {
         Ok(found)
     }
 
-    /// Reads a folder's manifest and checks its files; `None` where there is no manifest, and what is wrong where something
-    /// is.
+    /// Reads a folder's manifest and checks its files; `None` where there is no manifest, and what is wrong
+    /// where something is.
     async fn read(&self, folder: &str) -> Result<Result<Option<Checkpoint>, String>, Error> {
         let text = match self.storage.text(&in_folder(folder, MANIFEST)).await {
             Ok(Some(text)) => text,
@@ -209,8 +213,8 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Removes all but the newest `keep` checkpoints (0 keeps all) and those in `protected`, and what failed attempts before
-    /// them left.
+    /// Removes all but the newest `keep` checkpoints (0 keeps all) and those in `protected`, and what failed
+    /// attempts before them left.
     pub async fn prune(&self, keep: u64, protected: &[String]) -> Result<(), Error> {
         let mut kept = 0;
         for folder in self.storage.checkpoints().await?.iter().rev() {
@@ -229,7 +233,8 @@ impl Checkpoints {
     }
 }
 
-/// What is wrong with the files of a checkpoint, if anything: each must be there and have the manifest's hash.
+/// What is wrong with the files of a checkpoint, if anything: each must be there and have the manifest's
+/// hash.
 pub async fn check_files(storage: &Storage, checkpoint: &Checkpoint) -> Result<Option<String>, Error> {
     for StoredFile { file, blake3, .. } in &checkpoint.files {
         let damage = match storage.hash(&in_folder(&checkpoint.folder(), file)).await {

@@ -1,8 +1,10 @@
-//! What is known of evaluations: which are recorded, which checkpoint is the best, which must not be removed yet.
+//! What is known of evaluations: which are recorded, which checkpoint is the best, which must not be removed
+//! yet.
 //!
-//! 1. Pure: what it knows comes from the journal and from what the storage has, so a later coordinator knows the same.
-//! 2. The best is the checkpoint whose evaluation has the best figure, of those that were there to be evaluated; of two with
-//!    the same figure the earlier one.
+//! 1. Pure: what it knows comes from the journal and from what the storage has, so a later coordinator knows
+//!    the same.
+//! 2. The best is the checkpoint whose evaluation has the best figure, of those that were there to be
+//!    evaluated; of two with the same figure the earlier one.
 //! 3. The best is never removed, nor is one that waits for its evaluation.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,9 +1,10 @@
-//! Keeping checkpoints: a task that writes manifests and removes old checkpoints, so that the shell's loop never waits for
-//! a storage.
+//! Keeping checkpoints: a task that writes manifests and removes old checkpoints, so that the shell's loop
+//! never waits for a storage.
 //!
-//! 1. Checkpoints become valid one after the other, in the order in which they were ordered; so `latest` never goes back.
-//! 2. What the storage refuses is tried again until it is done, or until the shell gives it up: then it is not valid. One that
-//!    `latest` names by then, or is about to, counts as valid before.
+//! 1. Checkpoints become valid one after the other, in the order in which they were ordered; so `latest`
+//!    never goes back.
+//! 2. What the storage refuses is tried again until it is done, or until the shell gives it up: then it is
+//!    not valid. One that `latest` names by then, or is about to, counts as valid before.
 //! 3. A checkpoint is told of once it is valid and the old ones are removed.
 //! 4. `best.json` names a checkpoint that is valid, and the model card beside it tells of the same one.
 
@@ -83,7 +84,8 @@ impl Keeper {
         &self.address
     }
 
-    /// Orders a checkpoint whose files are all there to be made valid. The folders in `protected` are not removed.
+    /// Orders a checkpoint whose files are all there to be made valid. The folders in `protected` are not
+    /// removed.
     pub fn order(&mut self, checkpoint: Checkpoint, protected: Vec<String>) {
         self.ordered += 1;
         // The task ends after this.
@@ -215,8 +217,8 @@ mod tests {
         assert_eq!(checkpoints.storage().latest().await.unwrap(), Some(checkpoint(4).folder()));
     }
 
-    /// Invariant 2: an order that is given up while its storage is away leaves no checkpoint behind, not even where an
-    /// attempt has written the manifest, and another state of the same step can take its place.
+    /// Invariant 2: an order that is given up while its storage is away leaves no checkpoint behind, not even
+    /// where an attempt has written the manifest, and another state of the same step can take its place.
     #[tokio::test]
     async fn what_is_given_up_is_not_valid_and_another_state_takes_its_place() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,11 +1,13 @@
 //! `--mirror`: what a run leaves for people, copied to another storage while it goes on.
 //!
-//! 1. A thread of its own reads the run directory and sends; nobody waits for it but the run's end, and that not for long.
-//! 2. A file is sent again once its length or the time of its last change is another; what is there from an earlier
-//!    coordinator is not sent again. A file that grows is sent as far as it was.
+//! 1. A thread of its own reads the run directory and sends; nobody waits for it but the run's end, and that
+//!    not for long.
+//! 2. A file is sent again once its length or the time of its last change is another; what is there from an
+//!    earlier coordinator is not sent again. A file that grows is sent as far as it was.
 //! 3. A failure is told once and tried again. A place that is another run's is left alone.
 //!
-//! A pass over files takes at most a tenth of the time: object stores cannot append, so a long file is sent whole.
+//! A pass over files takes at most a tenth of the time: object stores cannot append, so a long file is sent
+//! whole.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -1,5 +1,5 @@
-//! The model card of the best checkpoint, `model-card.md` beside it: what it is, what it came from, what it is worth, what it
-//! is not for. The form follows Mitchell et al. (2019), "Model cards for model reporting".
+//! The model card of the best checkpoint, `model-card.md` beside it: what it is, what it came from, what it
+//! is worth, what it is not for. The form follows Mitchell et al. (2019), "Model cards for model reporting".
 
 use std::fmt::Write;
 

@@ -1,13 +1,16 @@
-//! The machine that a process runs on, told apart from other machines, from other boots of it, and from other containers.
+//! The machine that a process runs on, told apart from other machines, from other boots of it, and from other
+//! containers.
 //!
-//! A process number with a time of start names a process only on one boot of one kernel, as seen from one PID namespace.
+//! A process number with a time of start names a process only on one boot of one kernel, as seen from one PID
+//! namespace.
 
 use std::fmt;
 use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-/// The PID namespace that the kernel itself makes: `PROC_PID_INIT_INO` of linux/proc_ns.h. All others are containers'.
+/// The PID namespace that the kernel itself makes: `PROC_PID_INIT_INO` of linux/proc_ns.h. All others are
+/// containers'.
 const INITIAL: &str = "pid:[4026531836]";
 
 /// Where process numbers mean something. An empty text is not known.
@@ -45,12 +48,12 @@ impl Node {
         }
     }
 
-    /// How a recorded node stands to this one. Where nothing was recorded, by an earlier version, it is taken for this
-    /// one.
+    /// How a recorded node stands to this one. Where nothing was recorded, by an earlier version, it is taken
+    /// for this one.
     ///
-    /// A container's name may move to another machine, so another boot under the same name is a reboot only outside of
-    /// containers. On the same boot a container of the same name is the one before, started again: its processes ended
-    /// with it.
+    /// A container's name may move to another machine, so another boot under the same name is a reboot only
+    /// outside of containers. On the same boot a container of the same name is the one before, started again:
+    /// its processes ended with it.
     pub fn relation(&self, recorded: &Node) -> Relation {
         let same_host = self.host == recorded.host;
         if recorded.boot.is_empty() {

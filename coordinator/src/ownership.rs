@@ -1,16 +1,20 @@
-//! The second fence around a run directory, for file systems whose locks do not reach other machines, or do not exist.
+//! The second fence around a run directory, for file systems whose locks do not reach other machines, or do
+//! not exist.
 //!
-//! Each coordinator that holds a run directory has a claim in `owners/`, a file whose name is a number. It needs nothing
-//! of the file system but that a file can be created by one process alone, which NFS and Lustre keep also without locks.
+//! Each coordinator that holds a run directory has a claim in `owners/`, a file whose name is a number. It
+//! needs nothing of the file system but that a file can be created by one process alone, which NFS and Lustre
+//! keep also without locks.
 //!
-//! 1. Claims are created exclusively, and a number is never used again: of two that start at once one is refused.
+//! 1. Claims are created exclusively, and a number is never used again: of two that start at once one is
+//!    refused.
 //! 2. The newest claim counts. Its holder renews it every [`RENEWAL`] and marks it when it ends.
-//! 3. A claim is taken over once its holder is known to have ended: it said so, the kernel freed its lock, or its process
-//!    is gone. Where none of these can be seen, on another machine, the claim must stay unrenewed for [`PATIENCE`], by
-//!    the watcher's own clock.
-//! 4. A holder looks for a newer claim whenever it renews its own and before each commit to the journal; it stops at once
-//!    when there is one. Who claims writes its number to `lock` as well: a file that is there is read afresh whenever it is
-//!    opened, also on NFS, where a new name in a folder may stay unseen for a minute.
+//! 3. A claim is taken over once its holder is known to have ended: it said so, the kernel freed its lock, or
+//!    its process is gone. Where none of these can be seen, on another machine, the claim must stay unrenewed
+//!    for [`PATIENCE`], by the watcher's own clock.
+//! 4. A holder looks for a newer claim whenever it renews its own and before each commit to the journal; it
+//!    stops at once when there is one. Who claims writes its number to `lock` as well: a file that is there
+//!    is read afresh whenever it is opened, also on NFS, where a new name in a folder may stay unseen for a
+//!    minute.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -341,8 +345,8 @@ fn overcome(file: &Path, locked: bool, patience: Duration, tell: &dyn Fn(&str)) 
 /// Creates a claim; "already exists" if there is one of this number or a higher one.
 fn create(folder: &Path, holder: &Holder) -> io::Result<()> {
     let file = claim_file(folder, holder.claim);
-    // By its own name and not whole: the number is taken with the empty file, also where links are refused. One whose content
-    // is not there counts as a holder that is just starting.
+    // By its own name and not whole: the number is taken with the empty file, also where links are refused.
+    // One whose content is not there counts as a holder that is just starting.
     let mut created = OpenOptions::new().write(true).create_new(true).open(&file)?;
     let written = created.write_all(&text(holder, 0)).and_then(|()| created.sync_all());
     // Who has the lock as well may start where there is no room; a renewal writes it once there is.

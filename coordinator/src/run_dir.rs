@@ -1,7 +1,8 @@
 //! The run directory: who holds it, what it is called inside, and whose it is.
 //!
-//! 1. One coordinator holds a run directory at a time, by a lock that the system frees when the process ends, and by a
-//!    claim (`ownership.rs`), since locks do not reach other machines on every file system, and some have none.
+//! 1. One coordinator holds a run directory at a time, by a lock that the system frees when the process ends,
+//!    and by a claim (`ownership.rs`), since locks do not reach other machines on every file system, and some
+//!    have none.
 //! 2. A run directory belongs to one job for ever; only what cannot change the result may change.
 //! 3. Secrets in it are for its user only, whatever was there before by their names.
 
@@ -130,7 +131,8 @@ impl RunDir {
             .map_err(|error| RunDirError::Input(format!("{}: {error}", file.display())))
     }
 
-    /// The content of a file that [`RunDir::write_secret`] wrote; none if others could have read or written it.
+    /// The content of a file that [`RunDir::write_secret`] wrote; none if others could have read or written
+    /// it.
     pub fn read_secret(&self, name: &str) -> Option<String> {
         let mut file = File::open(self.path(name)).ok()?;
         let (about, link) = (file.metadata().ok()?, fs::symlink_metadata(self.path(name)).ok()?);
@@ -143,8 +145,8 @@ impl RunDir {
         Some(text)
     }
 
-    /// Sees that only this user can read a file that holds secrets and that others than this program write. Makes it if it is
-    /// not there.
+    /// Sees that only this user can read a file that holds secrets and that others than this program write.
+    /// Makes it if it is not there.
     pub fn keep_private(&self, name: &str) -> std::io::Result<()> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -153,8 +155,9 @@ impl RunDir {
         file.set_permissions(Permissions::from_mode(mode))
     }
 
-    /// Where a run has begun, checks that nothing of its job changed that decides its result but what is asked to be left out.
-    /// Exclusion number `unused`, which no group has trained with yet, is no part of the run.
+    /// Where a run has begun, checks that nothing of its job changed that decides its result but what is
+    /// asked to be left out. Exclusion number `unused`, which no group has trained with yet, is no part of
+    /// the run.
     pub fn check_job(&self, job: Job, begun: bool, unused: Option<usize>) -> Result<Settled, RunDirError> {
         let file = self.path("job.toml");
         let input = |what: String| RunDirError::Input(format!("{}: {what}", file.display()));
@@ -230,7 +233,8 @@ enum Locking {
     Fails(Errno),
 }
 
-/// Takes a file's lock. Who only looks whether a run goes on has the lock for an instant, so one refusal says nothing.
+/// Takes a file's lock. Who only looks whether a run goes on has the lock for an instant, so one refusal says
+/// nothing.
 fn lock(mut file: File) -> Locking {
     for _ in 0..LOCK_ATTEMPTS {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {

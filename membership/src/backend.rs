@@ -1,6 +1,7 @@
 //! What a group's reduces go over.
 
-/// A backend of collectives. A group has one, decided when it forms: members that chose for themselves might differ.
+/// A backend of collectives. A group has one, decided when it forms: members that chose for themselves might
+/// differ.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Backend {
     /// Between CPUs. Works everywhere; what lies on a GPU goes through the CPU's memory.

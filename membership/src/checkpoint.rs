@@ -60,8 +60,8 @@ impl Checkpoint {
         }
     }
 
-    /// The steps and phases of the checkpoint that a folder is named after; `None` for any other name. Folders are ordered
-    /// by these: as texts, names of nine digits come before those of eight.
+    /// The steps and phases of the checkpoint that a folder is named after; `None` for any other name.
+    /// Folders are ordered by these: as texts, names of nine digits come before those of eight.
     pub fn place_of(folder: &str) -> Option<(u64, u32)> {
         let numbers = folder.strip_prefix("step-")?;
         let (step, phase) = numbers.split_once("-phase-").unwrap_or((numbers, "0"));

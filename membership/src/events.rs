@@ -68,9 +68,10 @@ pub struct LoadedFacts {
 pub enum Event {
     /// The coordinator is there.
     Started,
-    /// A worker asks to take part. Its id is new. A local process has one id for as long as its coordinator lives: if it
-    /// says hello again it is resumed, or told to exit once [`Machine::knows`](crate::Machine::knows) its id no more; and
-    /// nothing comes of its hello after [`Event::Reaped`].
+    /// A worker asks to take part. Its id is new. A local process has one id for as long as its coordinator
+    /// lives: if it says hello again it is resumed, or told to exit once
+    /// [`Machine::knows`](crate::Machine::knows) its id no more; and nothing comes of its hello after
+    /// [`Event::Reaped`].
     Hello {
         /// The worker.
         worker: WorkerId,
@@ -88,7 +89,8 @@ pub enum Event {
     },
     /// It has loaded and is at rest without state, or says so again after a resume.
     Loaded(WorkerId, LoadedFacts),
-    /// It is at rest and commits nothing more of the generation. It holds the state of a position, or none yet.
+    /// It is at rest and commits nothing more of the generation. It holds the state of a position, or none
+    /// yet.
     Ready(WorkerId, Generation, Option<Position>),
     /// It left its group because of a fault.
     Fault(WorkerId, Generation, Fault),
@@ -107,8 +109,8 @@ pub enum Event {
         /// Its exit status.
         status: String,
     },
-    /// A file of a checkpoint is on the storage, of a state that a generation trained to. The report may come long after
-    /// that generation: storages are slow, and sessions end.
+    /// A file of a checkpoint is on the storage, of a state that a generation trained to. The report may come
+    /// long after that generation: storages are slow, and sessions end.
     PartWritten(WorkerId, Generation, WrittenPart),
     /// A manifest is on the storage.
     CheckpointCommitted(Checkpoint),
@@ -165,7 +167,8 @@ pub enum Activity {
     /// It is at rest, between two groups.
     #[default]
     Resting,
-    /// Training pauses for what is no training: a storage, or an evaluation at the end. That takes as long as it takes.
+    /// Training pauses for what is no training: a storage, or an evaluation at the end. That takes as long as
+    /// it takes.
     Paused,
 }
 
@@ -180,15 +183,16 @@ pub enum Fault {
     Links(Vec<Rank>),
     /// The members' states differ.
     Diverged(String),
-    /// What was reduced is not finite, so it was not committed. All members that have all of it judge the same bytes and
-    /// say the same; one that lost a peer first, because that peer left for this reason, reports that instead.
+    /// What was reduced is not finite, so it was not committed. All members that have all of it judge the
+    /// same bytes and say the same; one that lost a peer first, because that peer left for this reason,
+    /// reports that instead.
     NonFinite {
         /// The phases committed before it.
         position: Position,
         /// What is not finite, in which step, for people.
         detail: String,
-        /// Whether the run shall end, by its job or because it would not recover. Otherwise it goes on from the newest
-        /// checkpoint, with the position among [`Group::skips`].
+        /// Whether the run shall end, by its job or because it would not recover. Otherwise it goes on from
+        /// the newest checkpoint, with the position among [`Group::skips`].
         stop: bool,
     },
     /// The worker itself cannot go on.
@@ -271,10 +275,12 @@ pub enum Action {
     Reject(WorkerId, Rejection),
     /// Record the run's passport.
     AdoptPassport(Passport),
-    /// Record that the states of a generation must not be used, and give up the checkpoints that were to be committed and are
-    /// not yet: a storage that is away may keep them waiting for long, and they may hold such a state.
+    /// Record that the states of a generation must not be used, and give up the checkpoints that were to be
+    /// committed and are not yet: a storage that is away may keep them waiting for long, and they may hold
+    /// such a state.
     Condemn(Generation),
-    /// Record that a generation's members rest for good and what they held is saved: nobody need wait for them any more.
+    /// Record that a generation's members rest for good and what they held is saved: nobody need wait for
+    /// them any more.
     Close(Generation),
     /// Record that a phase may be skipped from now on.
     AllowSkip(Position),
@@ -371,8 +377,8 @@ pub struct Group {
     pub position: Position,
     /// Where the state at that position comes from.
     pub start: Start,
-    /// Positions by which the run was rolled back: a phase that starts at one of them is skipped if what it reduces is
-    /// not finite again.
+    /// Positions by which the run was rolled back: a phase that starts at one of them is skipped if what it
+    /// reduces is not finite again.
     pub skips: Vec<Position>,
     /// What its reduces go over.
     pub backend: Backend,

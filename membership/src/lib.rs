@@ -1,8 +1,8 @@
 //! The group protocol: who trains together, from which state, and what happens when that changes.
 //!
-//! This crate is pure. [`Machine`] takes events and returns actions; it has no clock, socket, task or channel, and it
-//! iterates over ordered maps only, so the same events always give the same actions. The coordinator's shell owns the
-//! clock and the sockets, journals each decision and carries it out.
+//! This crate is pure. [`Machine`] takes events and returns actions; it has no clock, socket, task or
+//! channel, and it iterates over ordered maps only, so the same events always give the same actions. The
+//! coordinator's shell owns the clock and the sockets, journals each decision and carries it out.
 //!
 //! ```text
 //!              all expected are loaded              fault, loss, planned change

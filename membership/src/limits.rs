@@ -7,7 +7,8 @@ use std::time::Duration;
 pub struct Limits {
     /// How long a silent process is trusted; the setting itself.
     pub deadline: Duration,
-    /// Between two heartbeats of a worker, and the longest pause between two of its attempts to find its coordinator.
+    /// Between two heartbeats of a worker, and the longest pause between two of its attempts to find its
+    /// coordinator.
     pub heartbeat: Duration,
     /// How long one attempt to reach a process may take.
     pub attempt: Duration,
@@ -20,7 +21,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The shortest deadline that the limits can be derived from: heartbeats of a busy machine come that late.
+    /// The shortest deadline that the limits can be derived from: heartbeats of a busy machine come that
+    /// late.
     pub const SHORTEST: Duration = Duration::from_millis(200);
     /// The longest.
     pub const LONGEST: Duration = Duration::from_secs(3600);

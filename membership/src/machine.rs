@@ -3,14 +3,17 @@
 //! Invariants, each held by a test in `tests` below or by the simulation in `tests/simulation`:
 //!
 //! 1. A generation number is never reused, and is above every generation recovered from the journal.
-//! 2. A generation starts only when a member of the one before is ready and the others are ready, lost or late, or when
-//!    all of them are dead or past their lease.
-//! 3. It starts at the highest position that any of its members is ready with; a newer checkpoint goes before that.
+//! 2. A generation starts only when a member of the one before is ready and the others are ready, lost or
+//!    late, or when all of them are dead or past their lease.
+//! 3. It starts at the highest position that any of its members is ready with; a newer checkpoint goes before
+//!    that.
 //! 4. A message about another generation than the newest changes nothing.
 //! 5. A fault goes before a planned change, and a requested stop survives it.
-//! 6. Workers are released only once the last checkpoint is committed, or once a member that stays holds their position.
+//! 6. Workers are released only once the last checkpoint is committed, or once a member that stays holds
+//!    their position.
 //! 7. A member that is lost may come back as long as no newer generation was formed; then it is a stranger.
-//! 8. A local worker that ends is replaced, later and later if its replacements do not last, and not for ever.
+//! 8. A local worker that ends is replaced, later and later if its replacements do not last, and not for
+//!    ever.
 //! 9. A group that is whole when a new coordinator finds it goes on undisturbed.
 
 mod coming;
@@ -35,8 +38,8 @@ use locals::Locals;
 pub struct Machine {
     settings: Settings,
     workers: BTreeMap<WorkerId, Worker>,
-    /// Members of the newest generation that are lost without being known to have ended, and when they stop by
-    /// themselves.
+    /// Members of the newest generation that are lost without being known to have ended, and when they stop
+    /// by themselves.
     absent: BTreeMap<WorkerId, Time>,
     stage: Stage,
     group: Option<Group>,
@@ -61,7 +64,8 @@ pub struct Machine {
     /// Pairs of workers that cannot reach each other, and when that may be tried again.
     severed: BTreeMap<(WorkerId, WorkerId), Time>,
     locals: Locals,
-    /// When the shell last found that it had not been run: sessions that ended around then say nothing of their workers.
+    /// When the shell last found that it had not been run: sessions that ended around then say nothing of
+    /// their workers.
     overslept: Option<Time>,
     now: Time,
     /// When all has to be looked at again, as far as was known when that was done the last time.
@@ -97,8 +101,8 @@ enum Rest {
 enum Stage {
     /// Nobody holds a state: when all are there that are waited for, the newest checkpoint goes on.
     Gathering,
-    /// Members of the newest generation may be alive, and none of them is here. Once one is, until when to wait for the
-    /// others.
+    /// Members of the newest generation may be alive, and none of them is here. Once one is, until when to
+    /// wait for the others.
     Reconnecting { until: Option<Time> },
     /// The newest generation trains.
     Training { plan: Option<Plan> },
@@ -168,9 +172,8 @@ impl Machine {
         self.due = self.next_due();
     }
 
-    /// Whether an event, if nothing is decided at once, only moves limits, and only to later: then the many other workers
-    /// need no look. What a group of n
-    /// says in a second must not cost n^2.
+    /// Whether an event, if nothing is decided at once, only moves limits, and only to later: then the many
+    /// other workers need no look. What a group of n says in a second must not cost n^2.
     fn is_routine(&self, event: &Event) -> bool {
         let routine = match event {
             Event::Heartbeat(..) | Event::Ready(..) | Event::Fault(..) => true,
@@ -262,15 +265,15 @@ impl Machine {
         self.workers.values().find_map(|w| w.facts.as_ref()).map(|facts| facts.left_out.as_slice())
     }
 
-    /// Whether a worker whose session ended may go on as who it was: it is known, or a lost member of the newest
-    /// generation. Everybody else is a stranger.
+    /// Whether a worker whose session ended may go on as who it was: it is known, or a lost member of the
+    /// newest generation. Everybody else is a stranger.
     pub fn knows(&self, worker: WorkerId, generation: Generation) -> bool {
         let known = self.workers.contains_key(&worker) || self.absent.contains_key(&worker);
         known && generation <= self.last_generation
     }
 
-    /// Whether a worker is, or was under this coordinator, a member of a group: nobody else has anything to report of
-    /// the run.
+    /// Whether a worker is, or was under this coordinator, a member of a group: nobody else has anything to
+    /// report of the run.
     pub fn has_trained(&self, worker: WorkerId) -> bool {
         let was_member = self.workers.get(&worker).is_some_and(|worker| worker.member_since.is_some());
         was_member || self.is_member(worker)
@@ -307,7 +310,8 @@ impl Machine {
         self.end(Outcome::Stopped(position), actions);
     }
 
-    // ---- Questions -----------------------------------------------------------------------------------------------
+    // ---- Questions
+    // -----------------------------------------------------------------------------------------------
 
     fn concerns_newest(&self, worker: WorkerId, generation: Generation) -> bool {
         generation == self.last_generation && self.is_member(worker) && self.workers.contains_key(&worker)

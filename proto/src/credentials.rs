@@ -2,7 +2,8 @@
 //!
 //! 1. Neither a key nor a token is ever printed.
 //! 2. Files are read for each connection anew, so renewed ones are used from the next connection on.
-//! 3. Who reads certificates also checks that its own is one that others accept, so that a mistake shows where it was made.
+//! 3. Who reads certificates also checks that its own is one that others accept, so that a mistake shows
+//!    where it was made.
 
 use std::fmt;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,8 @@
 //! Connecting to a coordinator, with or without TLS.
 //!
 //! 1. What cannot work however often it is tried is told apart from what may work later.
-//! 2. A connection counts as made only once the coordinator has accepted our certificate. In TLS 1.3 a client's handshake
-//!    is over before that; but in HTTP/2 a server speaks unasked, and it speaks after it.
+//! 2. A connection counts as made only once the coordinator has accepted our certificate. In TLS 1.3 a
+//!    client's handshake is over before that; but in HTTP/2 a server speaks unasked, and it speaks after it.
 
 use std::io;
 use std::path::PathBuf;
@@ -48,7 +48,8 @@ impl From<CredentialError> for DialError {
 }
 
 impl Credentials {
-    /// Checks that an address is one for these credentials, and that they can be used; returns how to connect to it.
+    /// Checks that an address is one for these credentials, and that they can be used; returns how to connect
+    /// to it.
     pub fn endpoint(&self, uri: &Uri) -> Result<Endpoint, DialError> {
         JoinToken::read(self.token_file.as_deref())?;
         let secure = uri.scheme_str() == Some("https");

@@ -1,9 +1,9 @@
 //! Points at which a test can have a process die, or one of its threads stand still.
 //!
-//! With `GANGLION_FAILPOINT=POINT@NUMBER:FILE` in its environment, the first process of a run that comes to the point with
-//! that number (a position, a generation or a step; each point says which) creates the file and kills itself. The others
-//! find the file and go on. With `hang:` before all that, only the thread that comes there stops, for ever. Without the
-//! variable a point costs one comparison.
+//! With `GANGLION_FAILPOINT=POINT@NUMBER:FILE` in its environment, the first process of a run that comes to
+//! the point with that number (a position, a generation or a step; each point says which) creates the file
+//! and kills itself. The others find the file and go on. With `hang:` before all that, only the thread that
+//! comes there stops, for ever. Without the variable a point costs one comparison.
 
 use std::fs::OpenOptions;
 use std::sync::OnceLock;

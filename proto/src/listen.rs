@@ -1,13 +1,14 @@
 //! The accept loop of all listeners, and the room for the connections that it takes in.
 //!
 //! 1. No error of `accept` ends the loop, and none makes it spin.
-//! 2. Connections are bounded: so many in all, so many strangers of one address, so many idle ones of one address, so many
-//!    that wait for a place. A stranger has not shown yet that it belongs here, whether it is idle or busy.
-//! 3. Where there is no room, the connection that has been idle the longest makes place for the newcomer, once it has been
-//!    idle for [`Limits::grace`]. So connections that do nothing keep nobody out, and a crowd of those that do something is
-//!    served in the order in which it came.
-//! 4. One address does not keep others out: it has at most [`Limits::strangers_of_address`] places, addresses that wait take
-//!    turns, and where too many wait the address that has the most of them loses its newest.
+//! 2. Connections are bounded: so many in all, so many strangers of one address, so many idle ones of one
+//!    address, so many that wait for a place. A stranger has not shown yet that it belongs here, whether it
+//!    is idle or busy.
+//! 3. Where there is no room, the connection that has been idle the longest makes place for the newcomer,
+//!    once it has been idle for [`Limits::grace`]. So connections that do nothing keep nobody out, and a
+//!    crowd of those that do something is served in the order in which it came.
+//! 4. One address does not keep others out: it has at most [`Limits::strangers_of_address`] places, addresses
+//!    that wait take turns, and where too many wait the address that has the most of them loses its newest.
 //! 5. A refused connection is said once a minute for each address, not each time.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -39,7 +40,8 @@ const QUIET: Duration = Duration::from_secs(60);
 pub struct Limits {
     /// Connections at once.
     pub all: usize,
-    /// Those of one address that have not shown that they belong here. The other places are kept for other addresses.
+    /// Those of one address that have not shown that they belong here. The other places are kept for other
+    /// addresses.
     pub strangers_of_address: usize,
     /// Idle ones of one address.
     pub idle_of_address: usize,
@@ -48,7 +50,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The same limits, with at most half of the descriptors that this process may open. One address leaves a quarter of them.
+    /// The same limits, with at most half of the descriptors that this process may open. One address leaves a
+    /// quarter of them.
     #[must_use]
     pub fn within_descriptors(self) -> Limits {
         let most = usize::try_from(descriptor_limit() / 2).unwrap_or(usize::MAX);
@@ -62,8 +65,8 @@ fn descriptor_limit() -> u64 {
     rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// Raises this process's soft limit of descriptors to the hard one: the soft default is meant for programs that use
-/// `select`. Children inherit it.
+/// Raises this process's soft limit of descriptors to the hard one: the soft default is meant for programs
+/// that use `select`. Children inherit it.
 pub fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
@@ -118,7 +121,8 @@ impl Room {
         Arc::new(Room { limits, taken: Mutex::default(), freed: Notify::new() })
     }
 
-    /// A place, at the cost of one that was idle for long if need be; else when there may be one, where that is known.
+    /// A place, at the cost of one that was idle for long if need be; else when there may be one, where that
+    /// is known.
     fn take(self: &Arc<Room>, address: IpAddr) -> Result<Place, Option<Instant>> {
         let mut taken = self.taken();
         let idle = taken.idle.get(&address).map_or(0, BTreeMap::len);
@@ -219,8 +223,8 @@ impl Place {
         self.room.freed.notify_one();
     }
 
-    /// The connection has shown that it belongs here. It keeps its place until it rests, and others of its address have more
-    /// room.
+    /// The connection has shown that it belongs here. It keeps its place until it rests, and others of its
+    /// address have more room.
     pub fn trust(&self) {
         let mut taken = self.room.taken();
         taken.engage(self.number);
@@ -275,8 +279,8 @@ impl Accept for TcpListener {
     }
 }
 
-/// Accepts connections until `shutdown` is over and hands each with its place to `serve`, which does not wait for it. `what`
-/// names the listener in the log.
+/// Accepts connections until `shutdown` is over and hands each with its place to `serve`, which does not wait
+/// for it. `what` names the listener in the log.
 pub async fn accept_loop<A: Accept>(
     listener: A,
     room: Arc<Room>,
@@ -298,7 +302,8 @@ pub async fn accept_loop<A: Accept>(
         tokio::select! {
             biased;
             () = shutdown.as_mut() => return,
-            // Those that wait go before newcomers. Whoever frees a place while nobody looks leaves word of it.
+            // Those that wait go before newcomers. Whoever frees a place while nobody looks leaves word of
+            // it.
             () = room.freed.notified(), if queue.length > 0 => {}
             () = retry => {}
             came = door.next(&room) => {
@@ -370,7 +375,8 @@ impl<A: Accept> Door<'_, A> {
     }
 }
 
-/// Whether an error of `accept` is one of the connection that was to be accepted. It is then gone from the system's queue.
+/// Whether an error of `accept` is one of the connection that was to be accepted. It is then gone from the
+/// system's queue.
 fn is_of_one_connection(errno: Errno) -> bool {
     matches!(
         errno,
@@ -428,7 +434,8 @@ impl<S> Queue<S> {
         }
     }
 
-    /// Gives places to those that wait, one of each address in turn; returns when there may be more, where that is known.
+    /// Gives places to those that wait, one of each address in turn; returns when there may be more, where
+    /// that is known.
     fn seat<A: Accept<Stream = S>>(
         &mut self,
         room: &Arc<Room>,

@@ -1,7 +1,8 @@
 //! The structured log: an object a line, for machines that collect logs.
 //!
-//! 1. Each line says when (`time`, seconds of Unix time), how grave (`level`), what (`message` and the event's own fields),
-//!    and where in the run: what of `run`, `term`, `generation`, `worker`, `rank` and `step` this process knows.
+//! 1. Each line says when (`time`, seconds of Unix time), how grave (`level`), what (`message` and the
+//!    event's own fields), and where in the run: what of `run`, `term`, `generation`, `worker`, `rank` and
+//!    `step` this process knows.
 //! 2. An event's own fields go before what the process knows: a coordinator passes on what its workers log.
 //! 3. A line is one write, and holds no newline but its last byte.
 

@@ -1,6 +1,7 @@
 //! A checkpoint's manifest, as in `manifest.json`: the one place that knows its form.
 //!
-//! 1. The text is a function of the checkpoint, so whoever writes the manifest of a state writes the same bytes.
+//! 1. The text is a function of the checkpoint, so whoever writes the manifest of a state writes the same
+//!    bytes.
 //! 2. Reading what [`render`] wrote gives the same checkpoint.
 
 use ganglion_membership::{Checkpoint, Position, StoredFile};

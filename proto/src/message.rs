@@ -129,7 +129,8 @@ pub struct Welcome {
     pub job: Job,
     /// The address of the checkpoint storage.
     pub storage: String,
-    /// The newest generation whose states must not be used. Whoever was assigned to nothing newer holds nothing.
+    /// The newest generation whose states must not be used. Whoever was assigned to nothing newer holds
+    /// nothing.
     pub condemned: Generation,
 }
 
@@ -167,12 +168,13 @@ pub struct MetricsRow {
     pub ledger: u64,
     /// Phases skipped in a row, up to the step's end.
     pub skipped: u64,
-    /// Where the time of the discriminator's phases and of the generator's went; `None` if nobody measured it.
+    /// Where the time of the discriminator's phases and of the generator's went; `None` if nobody measured
+    /// it.
     pub profile: Option<[Profile; 2]>,
     /// How the reporting member's GPU was used.
     pub gpu: GpuUse,
-    /// What the discriminator says of real samples and of the generator's, means over the global batch; `None` if nobody
-    /// noted it.
+    /// What the discriminator says of real samples and of the generator's, means over the global batch;
+    /// `None` if nobody noted it.
     pub scores: Option<[f64; 2]>,
 }
 
@@ -194,8 +196,8 @@ pub struct GpuUse {
     pub utilisation: Option<u32>,
 }
 
-/// Where the time of one module's phases went, on one member: milliseconds a step, a mean over the steps since the row
-/// before.
+/// Where the time of one module's phases went, on one member: milliseconds a step, a mean over the steps
+/// since the row before.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Profile {
     /// Waiting for samples to be read.

@@ -1,7 +1,8 @@
-//! Texts from outside, made safe to show: names of files and members of archives, words of peers, of modules, of servers.
+//! Texts from outside, made safe to show: names of files and members of archives, words of peers, of modules,
+//! of servers.
 //!
-//! 1. What is shown holds no command to a terminal and nothing that turns the direction of a text. Such a character is
-//!    escaped as Rust writes it, so that whoever looks for a file by its name still finds it.
+//! 1. What is shown holds no command to a terminal and nothing that turns the direction of a text. Such a
+//!    character is escaped as Rust writes it, so that whoever looks for a file by its name still finds it.
 //! 2. Showing again what was made safe changes nothing.
 
 use std::borrow::Cow;

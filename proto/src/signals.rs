@@ -1,7 +1,7 @@
 //! Signals, as coordinator and worker understand them.
 
-/// Whether this process was started with SIGHUP ignored, as `nohup` does: then the end of a terminal is no wish to stop.
-/// To be asked before a handler is installed.
+/// Whether this process was started with SIGHUP ignored, as `nohup` does: then the end of a terminal is no
+/// wish to stop. To be asked before a handler is installed.
 pub fn hangup_is_ignored() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     is_first_ignored(&status)

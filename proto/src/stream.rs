@@ -1,15 +1,16 @@
 //! The endless stream of samples (rule D2): which sample has number q, and which numbers a shard reads.
 //!
-//! Number q lies in epoch q div N at place q mod N, for N samples. An epoch is a permutation of all samples, drawn by
-//! Fisher and Yates's algorithm from a ChaCha8 generator whose key is a hash of (seed, epoch). A batch may straddle epochs.
+//! Number q lies in epoch q div N at place q mod N, for N samples. An epoch is a permutation of all samples,
+//! drawn by Fisher and Yates's algorithm from a ChaCha8 generator whose key is a hash of (seed, epoch). A
+//! batch may straddle epochs.
 //!
-//! A [`Change`] leaves samples out from some number on. There the stream begins anew over those that are left: epochs count
-//! from that number, and it is part of their key. Samples keep their index.
+//! A [`Change`] leaves samples out from some number on. There the stream begins anew over those that are
+//! left: epochs count from that number, and it is part of their key. Samples keep their index.
 //!
 //! Invariants:
 //! 1. Every epoch holds each sample exactly once; after a change, each that is left.
-//! 2. The sample of a number is a function of (seed, N, changes, q), of nothing that was asked before, and never of the
-//!    cluster. A change moves no number before it.
+//! 2. The sample of a number is a function of (seed, N, changes, q), of nothing that was asked before, and
+//!    never of the cluster. A change moves no number before it.
 //! 3. The draws are spelled out here, so that no release of a library changes the order of samples.
 
 use std::collections::BTreeSet;
@@ -34,7 +35,8 @@ pub struct Change {
 
 /// The samples of a job, by their number in the endless stream.
 ///
-/// Keeps the permutations of the two epochs used last, 4 bytes a sample each: two, because a batch may straddle epochs.
+/// Keeps the permutations of the two epochs used last, 4 bytes a sample each: two, because a batch may
+/// straddle epochs.
 #[derive(Clone, Debug)]
 pub struct SampleStream {
     seed: u64,
@@ -121,9 +123,11 @@ impl SampleStream {
     }
 }
 
-/// An unbiased draw from 0 to `bound` - 1 (Lemire, 2019, "Fast random integer generation in an interval", algorithm 5).
+/// An unbiased draw from 0 to `bound` - 1 (Lemire, 2019, "Fast random integer generation in an interval",
+/// algorithm 5).
 ///
-/// The upper half of word x bound is the draw. Of the 2^32 words a few are thrown away, so that each draw has as many.
+/// The upper half of word x bound is the draw. Of the 2^32 words a few are thrown away, so that each draw has
+/// as many.
 fn below(rng: &mut ChaCha8Rng, bound: u32) -> u32 {
     let thrown_away = u64::from(bound.wrapping_neg() % bound);
     loop {
@@ -134,8 +138,8 @@ fn below(rng: &mut ChaCha8Rng, bound: u32) -> u32 {
     }
 }
 
-/// The number in the stream of the first of the `shard_batch` samples that data shard `shard` reads in discriminator
-/// phase `phase` of `phases` in step `step`: ((s n + j) V + v) b.
+/// The number in the stream of the first of the `shard_batch` samples that data shard `shard` reads in
+/// discriminator phase `phase` of `phases` in step `step`: ((s n + j) V + v) b.
 ///
 /// # Panics
 /// If the number is not below 2^64, which no run that ends reaches.

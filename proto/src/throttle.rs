@@ -1,7 +1,7 @@
 //! How often an address may do something.
 //!
-//! 1. The memory that it takes is bounded: of all addresses only so many are known, and those that have been quiet are
-//!    forgotten first.
+//! 1. The memory that it takes is bounded: of all addresses only so many are known, and those that have been
+//!    quiet are forgotten first.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -1,15 +1,16 @@
 //! A trace: the timeline of a run, for ui.perfetto.dev and chrome://tracing.
 //!
-//! The file has the array form of Chrome's Trace Event Format, an event a line. The coordinator makes it, and all its local
-//! workers append to it.
+//! The file has the array form of Chrome's Trace Event Format, an event a line. The coordinator makes it, and
+//! all its local workers append to it.
 //!
-//! 1. The file begins with a bracket and an event; each later line begins with a comma. So only the closing bracket is
-//!    missing while processes write or after they were killed, and the format allows that.
-//! 2. A process hands over whole lines, a block of them in one call, and the system puts each block at the end of the
-//!    file. Nothing is locked: a process that stands still holds nobody up.
-//! 3. Times are whole microseconds of [`now`], rounded down. What follows each other shares a look at the clock, so slices
-//!    of a track do not overlap.
-//! 4. A trace never stops a run: when it cannot be written or has reached [`LIMIT`], that is said once and it ends.
+//! 1. The file begins with a bracket and an event; each later line begins with a comma. So only the closing
+//!    bracket is missing while processes write or after they were killed, and the format allows that.
+//! 2. A process hands over whole lines, a block of them in one call, and the system puts each block at the
+//!    end of the file. Nothing is locked: a process that stands still holds nobody up.
+//! 3. Times are whole microseconds of [`now`], rounded down. What follows each other shares a look at the
+//!    clock, so slices of a track do not overlap.
+//! 4. A trace never stops a run: when it cannot be written or has reached [`LIMIT`], that is said once and it
+//!    ends.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -102,8 +103,8 @@ impl Trace {
         Trace(None)
     }
 
-    /// Makes the file for a process of that name and those that [`join`](Trace::join). An unfinished trace is continued,
-    /// an older one replaced.
+    /// Makes the file for a process of that name and those that [`join`](Trace::join). An unfinished trace is
+    /// continued, an older one replaced.
     ///
     /// # Errors
     /// The file cannot be written, is something else, or another process has made it and still runs.

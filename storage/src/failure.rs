@@ -40,8 +40,8 @@ pub(crate) fn may_pass(error: &Error) -> bool {
     (busy || !refused) && !asks_the_machine(&text) && error.source().is_some()
 }
 
-/// Whether an error of a folder says nothing of its files: the network or the server of the file system is away, or this
-/// machine is short of something.
+/// Whether an error of a folder says nothing of its files: the network or the server of the file system is
+/// away, or this machine is short of something.
 pub(crate) fn is_passing(error: &Error) -> bool {
     const PASSING: [Errno; 14] = [
         Errno::AGAIN,

@@ -1,9 +1,8 @@
 //! What lies where in a storage: the one place that knows.
 //!
-//! `.run` names the run that the storage belongs to, `latest` the newest checkpoint, `best.json` the best one, of which
-//! `model-card.md` tells. A checkpoint is a folder
-//! `step-00001000`, and is one once it has its `manifest.json`. How that and the workers' left rows look, the `proto` crate
-//! knows.
+//! `.run` names the run that the storage belongs to, `latest` the newest checkpoint, `best.json` the best
+//! one, of which `model-card.md` tells. A checkpoint is a folder `step-00001000`, and is one once it has its
+//! `manifest.json`. How that and the workers' left rows look, the `proto` crate knows.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -144,7 +143,8 @@ impl Storage {
         Ok(self.store.head(path).await?.last_modified.into())
     }
 
-    /// Removes a checkpoint's manifest, if it is there: the checkpoint is none any more. Its other files stay.
+    /// Removes a checkpoint's manifest, if it is there: the checkpoint is none any more. Its other files
+    /// stay.
     pub async fn withdraw(&self, checkpoint: &str) -> Result<()> {
         match self.store.delete(&in_folder(checkpoint, MANIFEST)).await {
             Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
@@ -152,7 +152,8 @@ impl Storage {
         }
     }
 
-    /// Removes a checkpoint. Without its manifest, which goes first, it is none any more, should the rest fail.
+    /// Removes a checkpoint. Without its manifest, which goes first, it is none any more, should the rest
+    /// fail.
     pub async fn remove(&self, checkpoint: &str) -> Result<()> {
         self.withdraw(checkpoint).await?;
         if let Some(root) = &self.folder {

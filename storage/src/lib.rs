@@ -1,9 +1,11 @@
-//! The storage of checkpoints: a folder or an object store, by its address. Coordinator and workers share this.
+//! The storage of checkpoints: a folder or an object store, by its address. Coordinator and workers share
+//! this.
 //!
-//! 1. A file appears whole or not at all, and stays: in a folder it is on the disk, after a power cut too, when the call
-//!    that wrote it returns; an object store promises the same.
-//! 2. A file that is created replaces none. One that is there with the same content is done; with other content it is
-//!    damaged, for a file's content follows from the job and the position, and is written again.
+//! 1. A file appears whole or not at all, and stays: in a folder it is on the disk, after a power cut too,
+//!    when the call that wrote it returns; an object store promises the same.
+//! 2. A file that is created replaces none. One that is there with the same content is done; with other
+//!    content it is damaged, for a file's content follows from the job and the position, and is written
+//!    again.
 //! 3. A storage belongs to one run, whose name is in its marker.
 //! 4. What leaves this crate as text shows no credentials; an address that holds some is refused.
 //! 5. No request waits for ever: an object store that does not answer is an error within about half a minute.
@@ -90,7 +92,8 @@ impl Storage {
         &self.address
     }
 
-    /// Whether an error says only that the storage, or the way to it, is away and may come back: nothing of what is in it.
+    /// Whether an error says only that the storage, or the way to it, is away and may come back: nothing of
+    /// what is in it.
     pub fn is_away(&self, error: &Error) -> bool {
         match self.folder {
             Some(_) => failure::is_passing(error),
@@ -103,15 +106,16 @@ impl Storage {
         self.folder.is_some() && failure::is_failing(error)
     }
 
-    /// Removes what writers that were killed left beside the checkpoints. Only for the coordinator: nobody else writes there.
+    /// Removes what writers that were killed left beside the checkpoints. Only for the coordinator: nobody
+    /// else writes there.
     pub async fn sweep(&self) -> Result<()> {
         let Some(folder) = self.folder.clone() else { return Ok(()) };
         let swept = tokio::task::spawn_blocking(move || whole::sweep(&folder)).await?;
         swept.map_err(|error| Error::Generic { store: "folder", source: error.into() })
     }
 
-    /// Whether waiting may help against an error: besides a storage that is away, a folder that is full, read-only or
-    /// failing. People mend such.
+    /// Whether waiting may help against an error: besides a storage that is away, a folder that is full,
+    /// read-only or failing. People mend such.
     pub fn may_mend(&self, error: &Error) -> bool {
         self.is_away(error) || (self.folder.is_some() && !failure::is_final(error))
     }

@@ -29,8 +29,9 @@ pub enum BadName {
     Length,
 }
 
-/// A name below a folder: parts with `/` between them. It has no root, no `.` and `..`, no backslash, no control character
-/// and a bounded length, so a path made of it lies in that folder. Displayed it is safe to show, and may be another text.
+/// A name below a folder: parts with `/` between them. It has no root, no `.` and `..`, no backslash, no
+/// control character and a bounded length, so a path made of it lies in that folder. Displayed it is safe to
+/// show, and may be another text.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RelativeName(Box<str>);
 

@@ -3,8 +3,8 @@
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
-/// Pauses that double up to a limit. Each is drawn between half and all of that, so that many who wait for one storage do
-/// not come back at once.
+/// Pauses that double up to a limit. Each is drawn between half and all of that, so that many who wait for
+/// one storage do not come back at once.
 #[derive(Clone, Debug)]
 pub struct Pauses {
     next: Duration,

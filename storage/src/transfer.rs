@@ -1,13 +1,15 @@
 //! Files to and from a storage.
 //!
-//! 1. A large file goes to an object store in parts, a few at a time, and from it in ranges, so one that is slow delays
-//!    little that has to be sent again. Parts of an upload that failed are removed.
-//! 2. An upload in parts cannot be conditional at its end, so a large file that is created goes under a name of its own
-//!    first, and is copied, in the store, to its name unless that is taken.
+//! 1. A large file goes to an object store in parts, a few at a time, and from it in ranges, so one that is
+//!    slow delays little that has to be sent again. Parts of an upload that failed are removed.
+//! 2. An upload in parts cannot be conditional at its end, so a large file that is created goes under a name
+//!    of its own first, and is copied, in the store, to its name unless that is taken.
 //!
-//! 3. Files of a folder are written by [`whole`](crate::whole), which also knows folders that refuse hard links.
+//! 3. Files of a folder are written by [`whole`](crate::whole), which also knows folders that refuse hard
+//!    links.
 //!
-//! Memory: what is written is not copied; what is only hashed or sent from a file is held a few parts at a time.
+//! Memory: what is written is not copied; what is only hashed or sent from a file is held a few parts at a
+//! time.
 
 use std::io::{self, ErrorKind, Read, Write};
 
@@ -26,8 +28,8 @@ const AT_ONCE: usize = 4;
 const PARTS: usize = 5000;
 
 impl Storage {
-    /// Writes a file with this hash unless it is there. One that is there with another content is damaged, and is written
-    /// again.
+    /// Writes a file with this hash unless it is there. One that is there with another content is damaged,
+    /// and is written again.
     pub async fn create(&self, path: &Path, content: &PutPayload, blake3: &str) -> Result<()> {
         match self.put_new(path, content).await {
             Err(Error::AlreadyExists { .. }) => {}

@@ -1,13 +1,13 @@
 //! Local files that appear whole or not at all.
 //!
-//! 1. A reader finds the old content or the new one, after a power cut too: content is on the disk before the name is,
-//!    and the name before the call returns.
-//! 2. An error leaves what was there and removes the draft. A process that is killed leaves its draft, which has a name
-//!    of its own and which [`sweep`] removes.
-//! 3. Of several writers of one name the last one to finish wins, or the first, for files that are created; no content is
-//!    mixed.
-//! 4. A symbolic link is followed, so that its target gets the content, but for secrets: theirs is replaced. What is no
-//!    plain file, such as `/dev/full`, is written to and never replaced.
+//! 1. A reader finds the old content or the new one, after a power cut too: content is on the disk before the
+//!    name is, and the name before the call returns.
+//! 2. An error leaves what was there and removes the draft. A process that is killed leaves its draft, which
+//!    has a name of its own and which [`sweep`] removes.
+//! 3. Of several writers of one name the last one to finish wins, or the first, for files that are created;
+//!    no content is mixed.
+//! 4. A symbolic link is followed, so that its target gets the content, but for secrets: theirs is replaced.
+//!    What is no plain file, such as `/dev/full`, is written to and never replaced.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind, Write};
@@ -86,8 +86,8 @@ pub fn try_out(file: &Path) -> io::Result<()> {
     }
 }
 
-/// Renames a file whose content is durable, in its folder, in place of any that has the name. Of several such renames in a
-/// row a power cut undoes the last ones only.
+/// Renames a file whose content is durable, in its folder, in place of any that has the name. Of several such
+/// renames in a row a power cut undoes the last ones only.
 ///
 /// # Errors
 /// The system's.
@@ -132,7 +132,8 @@ pub fn is_draft(name: &str) -> bool {
     name.starts_with('.') && name.ends_with(DRAFT)
 }
 
-/// Whether the choice of a place is wrong, so that another one may be right. Else the machine is full or failing.
+/// Whether the choice of a place is wrong, so that another one may be right. Else the machine is full or
+/// failing.
 pub fn is_mistake(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -146,7 +147,8 @@ pub fn is_mistake(error: &io::Error) -> bool {
     )
 }
 
-/// An error of the system, with the room that `needed` bytes in the folder of `file` lack, if that is the reason.
+/// An error of the system, with the room that `needed` bytes in the folder of `file` lack, if that is the
+/// reason.
 pub fn explain(error: io::Error, needed: usize, file: &Path) -> io::Error {
     if !matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) {
         return error;
@@ -240,7 +242,8 @@ impl Draft {
         self.file().sync_all()?;
         let (from, to) = (self.draft.path(), self.target.as_path());
         match (ways.link)(from, to) {
-            // A network file system that did it may say so only to a request that was lost, and this to its repetition.
+            // A network file system that did it may say so only to a request that was lost, and this to its
+            // repetition.
             Err(error) if error.kind() == ErrorKind::AlreadyExists && self.is_there()? => {}
             Err(error) if is_refused(&error) => match (ways.rename_new)(from, to) {
                 Err(error) if is_refused(&error) => claim(from, to, ways.patience)?,
@@ -276,8 +279,8 @@ fn is_refused(error: &io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|error| refusals.contains(&error))
 }
 
-/// Takes a name by an empty file, which only one writer can create, and then gives it its content. A writer that died in
-/// between is waited for, and its name taken over.
+/// Takes a name by an empty file, which only one writer can create, and then gives it its content. A writer
+/// that died in between is waited for, and its name taken over.
 fn claim(from: &Path, to: &Path, patience: Duration) -> io::Result<()> {
     let begun = Instant::now();
     while let Err(error) = File::create_new(to) {

@@ -1,8 +1,8 @@
 //! What the end-to-end tests share: real coordinators and workers, each run in a folder of its own.
 //!
 //! 1. Nothing sleeps and hopes: a test waits for an event of the run, at most [`LIMIT`].
-//! 2. Nothing is left behind: processes are killed and folders removed when their owner is dropped, the local workers of
-//!    a run too, which outlive their coordinator.
+//! 2. Nothing is left behind: processes are killed and folders removed when their owner is dropped, the local
+//!    workers of a run too, which outlive their coordinator.
 #![forbid(unsafe_code)]
 
 pub mod disk;
@@ -37,7 +37,8 @@ pub const SMALL_MLP: &[&str] = &["model.width=16", "model.latent_dim=8", "job.sh
 pub const SMALL_DCGAN: &[&str] =
     &["model.kind=dcgan-28", "model.width=4", "model.latent_dim=8", "job.shard_batch=2"];
 
-/// The program of that name: in the folder `GANGLION_BIN`, or next to this program. For tests it is built if need be.
+/// The program of that name: in the folder `GANGLION_BIN`, or next to this program. For tests it is built if
+/// need be.
 pub fn program(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| std::env::var_os("GANGLION_BIN").map_or_else(own_folder, PathBuf::from)).join(name)
@@ -297,7 +298,8 @@ fn locked(tail: &Mutex<Tail>) -> MutexGuard<'_, Tail> {
     tail.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A file of JSON lines that grows, of which each line is read once. One that was cut or replaced is read anew.
+/// A file of JSON lines that grows, of which each line is read once. One that was cut or replaced is read
+/// anew.
 pub struct Tail {
     path: PathBuf,
     /// The file's inode, and the bytes of it that were read.

@@ -1,4 +1,5 @@
-//! What those who look on see of a run: by its dashboard's addresses, while it goes on and after its coordinator died.
+//! What those who look on see of a run: by its dashboard's addresses, while it goes on and after its
+//! coordinator died.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::io::{Read, Write};
@@ -119,7 +120,8 @@ fn a_lost_worker_shows_and_then_shows_no_more() {
     stop(coordinator);
 }
 
-/// The discriminator's verdict is of the job: the same for any number of workers, like all that a row has of a step.
+/// The discriminator's verdict is of the job: the same for any number of workers, like all that a row has of
+/// a step.
 #[test]
 fn the_verdict_is_the_same_for_any_number_of_workers() {
     let verdicts = |workers| {

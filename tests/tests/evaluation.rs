@@ -78,7 +78,8 @@ fn networks_that_know_classes_are_asked_about_held_out_samples_and_features_come
 
 #[test]
 fn evaluations_are_the_same_through_the_death_of_the_one_that_makes_them() {
-    // No more than may wait: on a busy machine training is far ahead of them, and the oldest would be left out.
+    // No more than may wait: on a busy machine training is far ahead of them, and the oldest would be left
+    // out.
     let settings = &["job.steps=400", "evaluation.every_steps=100", "metrics.every_steps=1"];
     let undisturbed = small(SMALL_MLP, settings);
     let reference = Reference::new("an undisturbed run", undisturbed.complete(1));
@@ -98,7 +99,8 @@ fn evaluations_are_the_same_through_the_death_of_the_one_that_makes_them() {
 
 #[test]
 fn evaluations_are_the_same_when_a_run_stops_and_goes_on() {
-    // No more than may wait: on a busy machine training is far ahead of them, and the oldest would be left out.
+    // No more than may wait: on a busy machine training is far ahead of them, and the oldest would be left
+    // out.
     let settings = &["job.steps=200", "evaluation.every_steps=40", "metrics.every_steps=1"];
     let undisturbed = small(SMALL_MLP, settings);
     let reference = Reference::new("an undisturbed run", undisturbed.complete(1));

@@ -1,5 +1,5 @@
-//! Faults at the worst instants: inside a reduce, a commit, a healing, a checkpoint, and between two of the coordinator's
-//! decisions.
+//! Faults at the worst instants: inside a reduce, a commit, a healing, a checkpoint, and between two of the
+//! coordinator's decisions.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::sync::OnceLock;
@@ -52,8 +52,8 @@ fn a_worker_may_die_at_any_instant_of_a_phase() {
     }
 }
 
-/// A generator's phase over pairs reads the real samples of the phase before it once more, and a controller of augmentation
-/// is healed with the rest of the state.
+/// A generator's phase over pairs reads the real samples of the phase before it once more, and a controller
+/// of augmentation is healed with the rest of the state.
 #[test]
 fn a_worker_may_die_among_pairs_and_controllers() {
     const FEW: &[&str] = &[

@@ -1,4 +1,5 @@
-//! Runs that go on without a sample that cannot be read: the job with its change gives the same bits, whoever trains it.
+//! Runs that go on without a sample that cannot be read: the job with its change gives the same bits, whoever
+//! trains it.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;
@@ -69,7 +70,8 @@ fn assert_says(ended: &Ended, code: i32, says: &[&str]) {
     }
 }
 
-/// Two changes, one of them mistyped first, with other numbers of workers and a kill in between; then the file is gone.
+/// Two changes, one of them mistyped first, with other numbers of workers and a kill in between; then the
+/// file is gone.
 #[test]
 fn a_run_goes_on_without_bad_pictures_and_its_job_gives_the_same_bits() {
     // 8 of 60 pictures a step; two discriminator phases, so that a change may come in the middle of one.

@@ -3,8 +3,8 @@
 
 use ganglion_tests::{Run, SMALL_MLP};
 
-/// Without a second moment's memory and with a huge rate, a gradient that vanishes throws the weights out of range within
-/// a few steps, and nothing is finite from there on.
+/// Without a second moment's memory and with a huge rate, a gradient that vanishes throws the weights out of
+/// range within a few steps, and nothing is finite from there on.
 const EXPLODING: &[&str] = &[
     "optimizer.learning_rate=10",
     "optimizer.beta2=0",

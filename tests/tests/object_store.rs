@@ -376,7 +376,8 @@ fn a_mistake_is_said_at_once() {
     }
 }
 
-/// Time that a store is away after all that a test waits for has happened: longer than a client's own attempts.
+/// Time that a store is away after all that a test waits for has happened: longer than a client's own
+/// attempts.
 const OUTAGE: Duration = Duration::from_secs(30);
 
 const LONG: &[&str] = &[

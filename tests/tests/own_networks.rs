@@ -71,7 +71,8 @@ fn what_cannot_be_trained_is_named() {
     assert!(ended.output.contains("job.precision"), "{}", ended.output);
 }
 
-/// The discriminator `D.pt` with lines of TorchScript at the beginning of its `forward`, which takes `images`.
+/// The discriminator `D.pt` with lines of TorchScript at the beginning of its `forward`, which takes
+/// `images`.
 fn changed(lines: &str) -> Vec<u8> {
     let mut archive = zip::ZipArchive::new(Cursor::new(std::fs::read(file("D.pt")).unwrap())).unwrap();
     let mut written = zip::ZipWriter::new(Cursor::new(Vec::new()));

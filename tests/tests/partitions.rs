@@ -1,8 +1,9 @@
 //! Links between machines are cut, silently, and mended; the result stays the same.
 //!
-//! The machines are network namespaces on one bridge. Between two of them a link is cut by sending what one says to the
-//! other to an address that nobody has; a machine is cut from all by taking its end of the cable down. Both drop packets
-//! without a word to either side. Without the right to make namespaces the tests say so and pass.
+//! The machines are network namespaces on one bridge. Between two of them a link is cut by sending what one
+//! says to the other to an address that nobody has; a machine is cut from all by taking its end of the cable
+//! down. Both drop packets without a word to either side. Without the right to make namespaces the tests say
+//! so and pass.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::process::{Command, Stdio};

@@ -1,7 +1,7 @@
 //! Storage that is full, read-only or failing, at each checkpoint: what needs it pauses, and nothing else.
 //!
-//! No worker is lost or killed for it, no step is done twice, and once there is room the run ends with the bits of an
-//! undisturbed one.
+//! No worker is lost or killed for it, no step is done twice, and once there is room the run ends with the
+//! bits of an undisturbed one.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::collections::BTreeSet;
@@ -101,8 +101,8 @@ fn count(events: &[Value], kind: &str) -> usize {
     events.iter().filter(|event| event["kind"] == kind).count()
 }
 
-/// A run in whose storage something fails at a moment, and then no more. On a busy machine training may be past that before
-/// this test is: then once more.
+/// A run in whose storage something fails at a moment, and then no more. On a busy machine training may be
+/// past that before this test is: then once more.
 fn disturbed(kind: Kind, moment: Moment, workers: u32, reference: &Reference) {
     let in_time = (0..TRIES).any(|_| disturbed_in_time(kind, moment, workers, reference));
     assert!(in_time, "{kind:?} came too late for the {moment:?} checkpoint, {TRIES} times");
@@ -194,7 +194,8 @@ fn a_folder_that_refuses_hard_links_is_as_good() {
     Reference::of(&settings).equals("without hard links", &run.digest());
 }
 
-/// Nothing is decided that cannot be journaled: the loss of a worker waits, and workers and operators are answered.
+/// Nothing is decided that cannot be journaled: the loss of a worker waits, and workers and operators are
+/// answered.
 #[test]
 fn a_journal_that_cannot_be_written_holds_decisions_up_and_nothing_else() {
     let settings = [SMALL_MLP, &["job.steps=4000", "metrics.every_steps=50", "checkpoint.every_steps=0"]];

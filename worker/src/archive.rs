@@ -1,8 +1,10 @@
-//! Saving in the background: a thread that writes checkpoint files and draws sample grids while training goes on.
+//! Saving in the background: a thread that writes checkpoint files and draws sample grids while training goes
+//! on.
 //!
-//! 1. Training waits for this thread only when two checkpoints are already waiting, and never while the storage fails. One
-//!    that lets training wait for half a deadline without an answer fails.
-//! 2. A storage that fails is tried again until it works or a newer checkpoint is there. The last one is never given up.
+//! 1. Training waits for this thread only when two checkpoints are already waiting, and never while the
+//!    storage fails. One that lets training wait for half a deadline without an answer fails.
+//! 2. A storage that fails is tried again until it works or a newer checkpoint is there. The last one is
+//!    never given up.
 //! 3. Whoever waits for a storage has paused, and is not late.
 
 use std::collections::VecDeque;
@@ -233,8 +235,8 @@ impl Monitor<Queue> {
         context.session.send(FromWorker::PartDelayed(order.snapshot.step, file, detail));
     }
 
-    /// Pauses after a failure; returns whether nobody needs the checkpoint that failed: a newer one is there, or its state
-    /// must not be used.
+    /// Pauses after a failure; returns whether nobody needs the checkpoint that failed: a newer one is there,
+    /// or its state must not be used.
     fn give_up(&self, pause: Duration) -> bool {
         let mut queue = self.lock();
         queue.failing = true;

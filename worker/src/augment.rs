@@ -1,15 +1,16 @@
 //! Augmentation: what samples go through before the discriminator sees them.
 //!
-//! Zhao et al. (2020), "Differentiable Augmentation for Data-Efficient GAN Training", equations 4 and 5: real samples and
-//! the generator's go through it alike, in both networks' phases, and gradients go back through it. Karras et al. (2020),
-//! "Training Generative Adversarial Networks with Limited Data", section 3: each kind is done to a sample with a probability
-//! that follows how far the discriminator overfits.
+//! Zhao et al. (2020), "Differentiable Augmentation for Data-Efficient GAN Training", equations 4 and 5: real
+//! samples and the generator's go through it alike, in both networks' phases, and gradients go back through
+//! it. Karras et al. (2020), "Training Generative Adversarial Networks with Limited Data", section 3: each
+//! kind is done to a sample with a probability that follows how far the discriminator overfits.
 //!
-//! 1. What is done to a sample is a function of its leaf's key and of the probability, and the same number of draws is made
-//!    whatever the probability is.
-//! 2. Every operation has derivatives of all orders by the pixels, and the same bits each time on every device: samples are
-//!    moved by products with matrices of zeros and ones.
-//! 3. The controller's probability is part of the state and moves by reduced values alone, so all ranks have the same.
+//! 1. What is done to a sample is a function of its leaf's key and of the probability, and the same number of
+//!    draws is made whatever the probability is.
+//! 2. Every operation has derivatives of all orders by the pixels, and the same bits each time on every
+//!    device: samples are moved by products with matrices of zeros and ones.
+//! 3. The controller's probability is part of the state and moves by reduced values alone, so all ranks have
+//!    the same.
 
 use ganglion_proto::job::{AugmentationKind, Job};
 use tch::{Kind, Tensor, no_grad};
@@ -72,7 +73,8 @@ fn rotate(how: &Tensor, x: &Tensor) -> Tensor {
     (1..4).fold(x.shallow_clone(), |chosen, by| x.rot90(by, [2, 3]).where_self(&turns.eq(by), &chosen))
 }
 
-/// By whole pixels, at most an eighth of a side, with zeros (grey) coming in: the released code of Zhao et al. (2020).
+/// By whole pixels, at most an eighth of a side, with zeros (grey) coming in: the released code of Zhao et
+/// al. (2020).
 fn translate(down: &Tensor, right: &Tensor, x: &Tensor) -> Tensor {
     let moved = |how: &Tensor, side: i64| {
         let most = (side + 4) / 8;
@@ -94,7 +96,8 @@ fn color(how: &[Tensor; 3], x: &Tensor) -> Tensor {
     (&x - &mean) * (&how[2] + 0.5) + mean
 }
 
-/// A square of half the side becomes zeros, wherever its middle lies: the released code of Zhao et al. (2020).
+/// A square of half the side becomes zeros, wherever its middle lies: the released code of Zhao et al.
+/// (2020).
 fn cut_out(row: &Tensor, column: &Tensor, x: &Tensor) -> Tensor {
     let within = |how: &Tensor, side: i64, shape: [i64; 4]| {
         let size = (side + 1) / 2;
@@ -112,8 +115,8 @@ fn count(n: i64) -> f64 {
     n as f64
 }
 
-/// Moves the controller's probability after a discriminator's commit, by the mean sign of D(x) over real samples: Karras et
-/// al. (2020), section 3.1. `updates` counts the discriminator's, this one included.
+/// Moves the controller's probability after a discriminator's commit, by the mean sign of D(x) over real
+/// samples: Karras et al. (2020), section 3.1. `updates` counts the discriminator's, this one included.
 pub fn adjust(job: &Job, state: &State, sign: &Tensor, updates: u64) {
     let Some(controller) = state.layout.controller_range() else { return };
     let controller = state.section(controller);

@@ -1,9 +1,11 @@
 //! Committing a phase: the only writer of state while a run trains.
 //!
-//! 1. `commit` is a function of (job, state, phase, reduced leaf, ledger); it draws nothing and reads no clock.
+//! 1. `commit` is a function of (job, state, phase, reduced leaf, ledger); it draws nothing and reads no
+//!    clock.
 //! 2. Every optimizer call covers one whole module, whatever the number of workers.
-//! 3. `skip` is a commit: a function of (job, state, phase, ledger). It leaves parameters, moments and running statistics
-//!    as they are; position, ledger and moving average go on, and so does the count by which Adam corrects its bias.
+//! 3. `skip` is a commit: a function of (job, state, phase, ledger). It leaves parameters, moments and
+//!    running statistics as they are; position, ledger and moving average go on, and so does the count by
+//!    which Adam corrects its bias.
 
 use c10d::aten::{Adam, fused_adam};
 use ganglion_proto::job::Job;

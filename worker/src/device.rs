@@ -88,7 +88,8 @@ pub fn place(device: Device) -> Result<Option<String>, c10d::Error> {
     }
 }
 
-/// A device for people: `cuda:0 NVIDIA H100 80GB HBM3`, or `cpu` with the processor's name, where these are known.
+/// A device for people: `cuda:0 NVIDIA H100 80GB HBM3`, or `cpu` with the processor's name, where these are
+/// known.
 pub fn describe(device: Device) -> String {
     let (kind, name) = match device {
         Device::Cuda(index) => {
@@ -105,8 +106,8 @@ fn processor() -> Option<String> {
     line.split_once(": ").map(|(_, name)| name.trim().to_string())
 }
 
-/// The name of the GPU at a place of this machine, the same in all processes and containers on it, and on no other
-/// machine. NCCL tells GPUs apart by the same two facts.
+/// The name of the GPU at a place of this machine, the same in all processes and containers on it, and on no
+/// other machine. NCCL tells GPUs apart by the same two facts.
 pub fn name(place: &str) -> String {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
     let machine =

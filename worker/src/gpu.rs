@@ -1,5 +1,5 @@
-//! How this worker's GPU is used, looked at by a thread of its own: the driver may take its time, and training does not
-//! wait for it.
+//! How this worker's GPU is used, looked at by a thread of its own: the driver may take its time, and
+//! training does not wait for it.
 
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,8 +1,9 @@
 //! The objectives. The only file that knows their mathematics.
 //!
-//! D(x) is the discriminator's logit, s the logistic function. Every function takes logits of shape (n, 1) and returns
-//! the *sum* over the n samples as a scalar: the mean over the global batch is taken once, after all leaves are summed.
-//! Logits go through softplus, never through a logarithm of a probability: -log s(x) = softplus(-x).
+//! D(x) is the discriminator's logit, s the logistic function. Every function takes logits of shape (n, 1)
+//! and returns the *sum* over the n samples as a scalar: the mean over the global batch is taken once, after
+//! all leaves are summed. Logits go through softplus, never through a logarithm of a probability: -log s(x) =
+//! softplus(-x).
 
 use ganglion_proto::job::{Loss, LossKind};
 use tch::{Kind, Tensor, no_grad};
@@ -14,8 +15,8 @@ use crate::nn::broken::BrokenModule;
 /// The gradient penalty of `wasserstein-gp` is [`gradient_penalty`], added by the caller.
 pub fn discriminator(kind: LossKind, real: &Tensor, fake: &Tensor) -> Tensor {
     match kind {
-        // Huang et al. (2024), equation 2 with f(t) = -log(1 + e^-t), after Jolicoeur-Martineau (2019): a real sample shall
-        // seem more real than the one it is paired with.
+        // Huang et al. (2024), equation 2 with f(t) = -log(1 + e^-t), after Jolicoeur-Martineau (2019): a
+        // real sample shall seem more real than the one it is paired with.
         LossKind::RelativisticPairing => total(&(fake - real).softplus()),
         _ => on_real(kind, real) + on_fake(kind, fake),
     }
@@ -52,8 +53,8 @@ pub fn on_fake(kind: LossKind, fake: &Tensor) -> Tensor {
     }
 }
 
-/// What the discriminator says of samples, for people: D(x) of the paper where the objective takes its output for a logit,
-/// else the output itself. In single precision, without a gradient.
+/// What the discriminator says of samples, for people: D(x) of the paper where the objective takes its output
+/// for a logit, else the output itself. In single precision, without a gradient.
 pub fn score(kind: LossKind, logits: &Tensor) -> Tensor {
     no_grad(|| match kind {
         LossKind::NonSaturating | LossKind::Minimax => logits.sigmoid().sum(Kind::Float),
@@ -61,13 +62,14 @@ pub fn score(kind: LossKind, logits: &Tensor) -> Tensor {
     })
 }
 
-/// The sum of the signs of the logits of real samples: how sure the discriminator is of them (Karras et al., 2020, equation
-/// 1). Without a gradient.
+/// The sum of the signs of the logits of real samples: how sure the discriminator is of them (Karras et al.,
+/// 2020, equation 1). Without a gradient.
 pub fn signs(real: &Tensor) -> Tensor {
     no_grad(|| real.sign().sum(Kind::Float))
 }
 
-/// What the generator minimises over pairs of a real sample and one of its own: Huang et al. (2024), equation 2.
+/// What the generator minimises over pairs of a real sample and one of its own: Huang et al. (2024), equation
+/// 2.
 pub fn generator_of_pairs(real: &Tensor, fake: &Tensor) -> Tensor {
     total(&(real - fake).softplus())
 }
@@ -90,18 +92,20 @@ pub fn generator(kind: LossKind, fake: &Tensor) -> Tensor {
     }
 }
 
-/// Weighted sum over the samples of half the square of |grad D(x)| at each x of `images`, whose logits these are.
+/// Weighted sum over the samples of half the square of |grad D(x)| at each x of `images`, whose logits these
+/// are.
 ///
-/// Mescheder et al. (2018), equations 9 (R1, at real samples) and 10 (R2, at the generator's). `images` must be what the
-/// logits were computed from and have gradients on. The result can be differentiated by the discriminator's parameters.
+/// Mescheder et al. (2018), equations 9 (R1, at real samples) and 10 (R2, at the generator's). `images` must
+/// be what the logits were computed from and have gradients on. The result can be differentiated by the
+/// discriminator's parameters.
 pub fn zero_centred_penalty(weight: f64, images: &Tensor, logits: &Tensor) -> Tensor {
     square_sum(&slope(&total(logits), images)) * (0.5 * weight)
 }
 
 /// Weighted sum over the samples of (|grad D(x)| - 1)^2 at x = e real + (1 - e) fake.
 ///
-/// Gulrajani et al. (2017), equation 3, the last term. `places` are the e of each sample, shape (n), in [0, 1).
-/// `logits` is the discriminator. The result can be differentiated by its parameters.
+/// Gulrajani et al. (2017), equation 3, the last term. `places` are the e of each sample, shape (n), in [0,
+/// 1). `logits` is the discriminator. The result can be differentiated by its parameters.
 pub fn gradient_penalty(
     weight: f64,
     real: &Tensor,
@@ -117,8 +121,8 @@ pub fn gradient_penalty(
     square_sum(&(norms - 1.0)) * weight
 }
 
-/// The gradient of a discriminator's `total` at images, to be differentiated again. A module of the user's may hold what
-/// cannot be.
+/// The gradient of a discriminator's `total` at images, to be differentiated again. A module of the user's
+/// may hold what cannot be.
 fn slope(total: &Tensor, images: &Tensor) -> Tensor {
     let gradients = Tensor::f_run_backward(&[total], &[images], true, true);
     let gradients = gradients.unwrap_or_else(|error| {

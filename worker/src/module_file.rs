@@ -1,12 +1,13 @@
 //! Files of TorchScript modules, before libtorch sees them.
 //!
-//! Such a file is a zip archive. libtorch takes its members' lengths as they are claimed, so a small file could fill the
-//! memory; here they are held against the file first.
+//! Such a file is a zip archive. libtorch takes its members' lengths as they are claimed, so a small file
+//! could fill the memory; here they are held against the file first.
 
 use std::io::Cursor;
 use std::path::Path;
 
-/// Members may claim this much beyond the file's length in any case: the code is compressed, the weights are not.
+/// Members may claim this much beyond the file's length in any case: the code is compressed, the weights are
+/// not.
 const FREE_BYTES: u64 = 64 << 20;
 
 /// Reads a file whose members claim no more than it can hold.

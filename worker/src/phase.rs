@@ -1,16 +1,19 @@
 //! Phases and their leaves: what one data shard contributes to one update.
 //!
-//! 1. A leaf is a function of (job, state, phase, shard, the shard's real samples): it reads state and writes none.
-//! 2. It has a buffer of its own, and parameters keep no gradient, so that autograd never adds one leaf to another.
-//! 3. The generator's samples carry no gradient into a discriminator phase, and the discriminator is a constant in the
-//!    generator's phase.
-//! 4. The samples of a step's last discriminator phase are those of its generator phase too, as in DCGAN's training loop.
-//!    Whether they are kept from the one to the other or drawn again changes no bit.
+//! 1. A leaf is a function of (job, state, phase, shard, the shard's real samples): it reads state and writes
+//!    none.
+//! 2. It has a buffer of its own, and parameters keep no gradient, so that autograd never adds one leaf to
+//!    another.
+//! 3. The generator's samples carry no gradient into a discriminator phase, and the discriminator is a
+//!    constant in the generator's phase.
+//! 4. The samples of a step's last discriminator phase are those of its generator phase too, as in DCGAN's
+//!    training loop. Whether they are kept from the one to the other or drawn again changes no bit.
 //!
-//! A leaf's buffer holds, in this order: the gradient of the summed loss, laid out as the module's parameters; b times
-//! the batch statistics of each pass, laid out as its buffers (for others of its buffers b times what they shall follow); the summed loss; in a discriminator's, what it says of the
-//! real samples and of the generator's, and the signs of the former. All become means over the global batch when the sum of the leaves is divided by
-//! V x b. The scores are for people: nothing is decided by them.
+//! A leaf's buffer holds, in this order: the gradient of the summed loss, laid out as the module's
+//! parameters; b times the batch statistics of each pass, laid out as its buffers (for others of its buffers
+//! b times what they shall follow); the summed loss; in a discriminator's, what it says of the real samples
+//! and of the generator's, and the signs of the former. All become means over the global batch when the sum
+//! of the leaves is divided by V x b. The scores are for people: nothing is decided by them.
 
 use std::ops::Range;
 
@@ -188,7 +191,8 @@ pub struct Drawn {
     statistics: Vec<Tensor>,
 }
 
-/// A part of a leaf: of the discriminator's, what comes from real samples, from the generator's, and from the penalty.
+/// A part of a leaf: of the discriminator's, what comes from real samples, from the generator's, and from the
+/// penalty.
 pub struct LeafPart {
     loss: Tensor,
     /// Of real samples and of the generator's, where it looks at them.
@@ -201,8 +205,8 @@ pub struct LeafPart {
 pub enum Input<'a> {
     /// Real samples, what is known of their part, and the generator's samples, in a discriminator's phase.
     Samples(&'a Real, Option<LeafPart>, &'a Drawn),
-    /// What the generator has drawn, in its phase, and the real samples of the step's last discriminator phase where the
-    /// objective looks at pairs.
+    /// What the generator has drawn, in its phase, and the real samples of the step's last discriminator
+    /// phase where the objective looks at pairs.
     Drawn(Drawn, Option<&'a Real>),
 }
 
@@ -219,8 +223,8 @@ pub struct Leaves<'a> {
 }
 
 impl Leaves<'_> {
-    /// Draws the generator's samples for a leaf. Under `no_grad` they cannot begin a generator's leaf. `real` are the
-    /// shard's real samples, where the objective looks at pairs.
+    /// Draws the generator's samples for a leaf. Under `no_grad` they cannot begin a generator's leaf. `real`
+    /// are the shard's real samples, where the objective looks at pairs.
     pub fn draw(&self, spot: Spot, state: &State, real: Option<&Real>) -> Drawn {
         // The generator's phase takes the samples of the discriminator's last one.
         let last = self.job.loss.discriminator_steps.saturating_sub(1);
@@ -238,8 +242,8 @@ impl Leaves<'_> {
         Drawn { shard: spot.shard, fake, classes, statistics }
     }
 
-    /// The classes of the generator's samples: those of the real samples that they are paired with, or else as often as in
-    /// the data.
+    /// The classes of the generator's samples: those of the real samples that they are paired with, or else
+    /// as often as in the data.
     fn classes(&self, key: Key, real: Option<&Real>) -> Tensor {
         if let Some(classes) = real.filter(|_| self.pairs()).and_then(|real| real.classes.as_ref()) {
             return classes.shallow_clone();
@@ -283,8 +287,8 @@ impl Leaves<'_> {
         self.models.discriminator.sees_batch() && !self.pairs()
     }
 
-    /// The part of a discriminator's leaf that comes from real samples, where it looks at them apart. A commit of the
-    /// generator does not change it.
+    /// The part of a discriminator's leaf that comes from real samples, where it looks at them apart. A
+    /// commit of the generator does not change it.
     pub fn real_part(&self, spot: Spot, state: &State, real: &Real) -> Result<LeafPart, c10d::Error> {
         let kind = self.job.loss.kind;
         let parameters = state.trainable(Module::Discriminator);
@@ -549,8 +553,8 @@ fn is_single(parameters: &[Tensor]) -> bool {
     parameters.iter().all(|parameter| parameter.kind() == Kind::Float)
 }
 
-/// Adds the parts of a leaf up, in their order. The first `frozen` tensors have no gradient: with moments of zero Adam
-/// leaves them exactly as they are.
+/// Adds the parts of a leaf up, in their order. The first `frozen` tensors have no gradient: with moments of
+/// zero Adam leaves them exactly as they are.
 fn fill(out: &mut LeafBuffer, parts: &[LeafPart], batch: f64, frozen: usize) {
     for (place, at) in out.gradients.iter_mut().zip(0..) {
         if at < frozen {
@@ -569,7 +573,8 @@ fn fill(out: &mut LeafBuffer, parts: &[LeafPart], batch: f64, frozen: usize) {
     }
 }
 
-/// Puts a sum where it belongs. A parameter that a part of the loss does not depend on has no gradient from it.
+/// Puts a sum where it belongs. A parameter that a part of the loss does not depend on has no gradient from
+/// it.
 fn sum_into<'a>(place: &mut Tensor, mut terms: impl Iterator<Item = &'a Tensor>) {
     match terms.find(|term| term.defined()) {
         Some(first) => place.copy_(first),

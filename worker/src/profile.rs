@@ -1,5 +1,5 @@
-//! Where the time of a step goes: always measured, since it costs a look at the clock for each part of a phase. A trace
-//! shows the same laps.
+//! Where the time of a step goes: always measured, since it costs a look at the clock for each part of a
+//! phase. A trace shows the same laps.
 
 use std::time::Duration;
 
@@ -82,8 +82,8 @@ impl Laps {
         }
     }
 
-    /// The phase at a position begins, in the step of that number, counted from 1; what came since the one before belongs
-    /// to that.
+    /// The phase at a position begins, in the step of that number, counted from 1; what came since the one
+    /// before belongs to that.
     pub fn begin(&mut self, module: Module, step: u64, position: u64) {
         self.lap(Part::Other);
         self.module = module;

@@ -1,7 +1,8 @@
 //! The generator behind every random draw.
 //!
-//! A draw depends on its [`Key`] alone: not on what was drawn before it, nor on the worker, thread or device that asks.
-//! libtorch's global generators are never used. ChaCha8 is counter-based, so a key costs one hash and no warm-up.
+//! A draw depends on its [`Key`] alone: not on what was drawn before it, nor on the worker, thread or device
+//! that asks. libtorch's global generators are never used. ChaCha8 is counter-based, so a key costs one hash
+//! and no warm-up.
 
 use rand::rngs::ChaCha8Rng;
 use rand::{Rng, SeedableRng};
@@ -12,7 +13,8 @@ use tch::Tensor;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Purpose {
-    /// Initial weights; `phase` is 0 for the generator and 1 for the discriminator, `shard` the tensor's index.
+    /// Initial weights; `phase` is 0 for the generator and 1 for the discriminator, `shard` the tensor's
+    /// index.
     Weights = 1,
     /// The noise that becomes fake images.
     Noise = 2,
@@ -30,7 +32,8 @@ pub enum Purpose {
     Network = 9,
     /// Noise of evaluations; `step` is the sample's index.
     Evaluation = 10,
-    /// The digit classifier's training: `step` 0 for the weights (`shard` is the tensor's index), then the moves of each batch.
+    /// The digit classifier's training: `step` 0 for the weights (`shard` is the tensor's index), then the
+    /// moves of each batch.
     Classifier = 11,
 }
 

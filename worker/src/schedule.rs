@@ -1,12 +1,12 @@
 //! Settings that change with the images seen.
 //!
-//! A value is a function of the job and of the steps done, so all ranks have the same at a position, whenever they came to
-//! it. It stays the same within a step.
+//! A value is a function of the job and of the steps done, so all ranks have the same at a position, whenever
+//! they came to it. It stays the same within a step.
 
 use ganglion_proto::job::{EmaSchedule, Job};
 
-/// The half-life of the moving average grows with the run up to the job's: Karras et al., StyleGAN2-ADA (2020) and its
-/// released training loop, where it is at most this share of the images seen.
+/// The half-life of the moving average grows with the run up to the job's: Karras et al., StyleGAN2-ADA
+/// (2020) and its released training loop, where it is at most this share of the images seen.
 const EMA_RAMP_UP: f64 = 0.05;
 
 /// Where in the run a value is asked for.
@@ -23,8 +23,8 @@ impl<'a> Schedule<'a> {
         Schedule { job, images: steps.saturating_mul(job.samples_per_step()) }
     }
 
-    /// A value on its way from the first to the last along half a cosine over `optimizer.decay_images`: Huang et al. (2024)
-    /// and the released training loop.
+    /// A value on its way from the first to the last along half a cosine over `optimizer.decay_images`: Huang
+    /// et al. (2024) and the released training loop.
     pub fn between(&self, first: f64, last: f64) -> f64 {
         let over = self.job.optimizer.decay_images;
         if over == 0 || first == last {

@@ -1,14 +1,17 @@
 //! The worker's side of its session with the coordinator.
 //!
-//! A thread of its own keeps the stream alive and answers at once, whatever the training thread does: it takes orders
-//! in, aborts a group that it is told to leave, sends heartbeats, and finds the coordinator again when the stream ends.
-//! The training thread asks for its next order when it is at rest, and looks at the newest plan when it reduces.
+//! A thread of its own keeps the stream alive and answers at once, whatever the training thread does: it
+//! takes orders in, aborts a group that it is told to leave, sends heartbeats, and finds the coordinator
+//! again when the stream ends. The training thread asks for its next order when it is at rest, and looks at
+//! the newest plan when it reduces.
 //!
 //! 1. An abort reaches the group of its generation even when it arrives before that group was formed.
 //! 2. Metrics rows and reports of written files are kept until the coordinator says that they are recorded.
-//! 3. Training goes on without a coordinator until the lease is over, and no further: [`Session::may_commit`].
+//! 3. Training goes on without a coordinator until the lease is over, and no further:
+//!    [`Session::may_commit`].
 //! 4. A worker refuses a coordinator of an older term than it has known, and one of another run.
-//! 5. A worker that its coordinator does not know any more gives its group up before it says that it has loaded.
+//! 5. A worker that its coordinator does not know any more gives its group up before it says that it has
+//!    loaded.
 
 mod client;
 mod lease;
@@ -192,9 +195,10 @@ impl Session {
         }
     }
 
-    /// Tells the coordinator why this worker leaves a generation, again with each new session until there is another
-    /// generation: without the reason the others would be expected to come to rest as well. If the members' states differ,
-    /// what this worker holds must not be used, and the coordinator hears of that before it hears that this worker rests.
+    /// Tells the coordinator why this worker leaves a generation, again with each new session until there is
+    /// another generation: without the reason the others would be expected to come to rest as well. If the
+    /// members' states differ, what this worker holds must not be used, and the coordinator hears of that
+    /// before it hears that this worker rests.
     pub fn left(&self, generation: Generation, fault: Fault) {
         let mut inbox = self.shared.lock();
         if matches!(fault, Fault::Diverged(_)) {
@@ -255,7 +259,8 @@ impl Session {
         self.shared.lock().plan
     }
 
-    /// Whether a phase may be committed: while the coordinator answers, and until the lease is over when it does not.
+    /// Whether a phase may be committed: while the coordinator answers, and until the lease is over when it
+    /// does not.
     pub fn may_commit(&self) -> bool {
         self.shared.lease.holds()
     }
@@ -270,7 +275,8 @@ impl Session {
         std::mem::take(&mut self.shared.lock().probe)
     }
 
-    /// Lets an abort of `generation` reach this group from now on; an abort that came earlier does so at once.
+    /// Lets an abort of `generation` reach this group from now on; an abort that came earlier does so at
+    /// once.
     pub fn watch_group(&self, generation: Generation, aborter: Aborter) {
         let mut inbox = self.shared.lock();
         if self.is_aborted(generation) || inbox.end.is_some() {
@@ -336,8 +342,8 @@ impl Session {
         self.shared.lock().rows.push_back(row);
     }
 
-    /// Waits until there is room for another row: one that no coordinator can record is kept, and nothing is dropped. An abort
-    /// of `generation`, the end of the lease or of the session ends the wait.
+    /// Waits until there is room for another row: one that no coordinator can record is kept, and nothing is
+    /// dropped. An abort of `generation`, the end of the lease or of the session ends the wait.
     pub fn wait_for_room(&self, generation: Generation) {
         self.wait_for_room_among(ROWS_LIMIT, generation);
     }
@@ -370,10 +376,11 @@ impl Session {
         self.shared.lock().rows.iter().cloned().collect()
     }
 
-    /// Sends all kept rows again, but for those of steps after `step`, which are computed again. After a change of the
-    /// group nobody knows which of them arrived, and who has them all.
+    /// Sends all kept rows again, but for those of steps after `step`, which are computed again. After a
+    /// change of the group nobody knows which of them arrived, and who has them all.
     pub fn report_kept(&self, rank: Rank, step: u64) {
-        // Sent under the lock, so that no row comes between: the queue has no limit, and sending does not wait.
+        // Sent under the lock, so that no row comes between: the queue has no limit, and sending does not
+        // wait.
         let mut inbox = self.shared.lock();
         inbox.reports_rows = rank == Rank(0);
         inbox.rows.retain(|row| row.step <= step);
@@ -397,8 +404,8 @@ impl Session {
         self.shared.lock().evaluations.recorded.contains(&step)
     }
 
-    /// Reports a written file of a state that a generation trained to, and keeps the report until the checkpoint needs it no
-    /// more.
+    /// Reports a written file of a state that a generation trained to, and keeps the report until the
+    /// checkpoint needs it no more.
     pub fn report_part(&self, generation: Generation, part: WrittenPart) {
         self.shared.lock().parts.push_back((generation, part.clone()));
         self.send(FromWorker::PartWritten(generation, part));
@@ -436,12 +443,14 @@ impl Inbox {
     }
 }
 
-/// Whether a hello must not tell of the rest that followed: its position would be taken for that of a good state.
+/// Whether a hello must not tell of the rest that followed: its position would be taken for that of a good
+/// state.
 fn goes_before_rest(fault: &Fault) -> bool {
     matches!(fault, Fault::Diverged(_))
 }
 
-/// Why a worker left a generation, which its coordinator may not have heard, and what its hello did not tell for that.
+/// Why a worker left a generation, which its coordinator may not have heard, and what its hello did not tell
+/// for that.
 fn unheard(generation: Generation, fault: Option<Fault>, rest: Option<Rested>) -> Vec<FromWorker> {
     let Some(fault) = fault else { return Vec::new() };
     let untold = rest.filter(|_| goes_before_rest(&fault));

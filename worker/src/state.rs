@@ -1,13 +1,15 @@
 //! The state of training: one flat buffer of f32 and three counters.
 //!
 //! 1. Nothing in the state depends on the cluster: it is a function of the job, the data and the position.
-//! 2. Each tensor starts on a 64-byte boundary of the buffer. The gaps hold +0.0 for ever, and no reader sees them.
+//! 2. Each tensor starts on a 64-byte boundary of the buffer. The gaps hold +0.0 for ever, and no reader sees
+//!    them.
 //! 3. [`crate::commit`] is the only writer while a run trains.
-//! 4. What passes compute with is a function of the state: its parameters, or their cast to the job's precision, which is
-//!    made anew whenever they change.
+//! 4. What passes compute with is a function of the state: its parameters, or their cast to the job's
+//!    precision, which is made anew whenever they change.
 //!
-//! The buffer holds, in this order: for the generator and then for the discriminator, the parameters, the buffers
-//! (such as batch normalisation's) and Adam's two moments; then the moving average of the generator's parameters and buffers; then, where it adapts, what controls augmentation.
+//! The buffer holds, in this order: for the generator and then for the discriminator, the parameters, the
+//! buffers (such as batch normalisation's) and Adam's two moments; then the moving average of the generator's
+//! parameters and buffers; then, where it adapts, what controls augmentation.
 
 use std::ops::Range;
 
@@ -291,7 +293,8 @@ struct ModuleViews {
 
 impl ModuleViews {
     fn new(flat: &Tensor, sections: &Sections, precision: Precision) -> ModuleViews {
-        // With a count of changes of its own: a network's commit does not end what was begun with the other network.
+        // With a count of changes of its own: a network's commit does not end what was begun with the other
+        // network.
         let weights = narrow(flat, sections.parameter_range()).data();
         let detached = |flat: &Tensor| -> Vec<Tensor> {
             sections.parameters.views(flat).into_iter().map(|view| view.detach()).collect()

@@ -6,7 +6,8 @@ use ganglion_proto::signals::hangup_is_ignored;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// A worker that stays. It hears of signals from when it is made on, so that none is lost between training and waiting.
+/// A worker that stays. It hears of signals from when it is made on, so that none is lost between training
+/// and waiting.
 pub struct Stay {
     runtime: Runtime,
     terminate: Signal,

@@ -1,10 +1,10 @@
 //! The run's checkpoint storage, as a worker reaches it.
 //!
 //! 1. Nothing is written before the storage was seen to be the run's.
-//! 2. A storage that is away or fails when a worker comes is taken for the run's until it can be asked: else a worker that replaces
-//!    a lost one meanwhile would write no checkpoint for as long as it lives.
-//! 3. A checkpoint is read aside: the training thread looks up from it when it is told to leave its group, and goes on with
-//!    what was read in the next one.
+//! 2. A storage that is away or fails when a worker comes is taken for the run's until it can be asked: else
+//!    a worker that replaces a lost one meanwhile would write no checkpoint for as long as it lives.
+//! 3. A checkpoint is read aside: the training thread looks up from it when it is told to leave its group,
+//!    and goes on with what was read in the next one.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +18,8 @@ use tokio::time::{sleep, timeout};
 
 use crate::checkpoint::{CheckpointError, Snapshot};
 
-/// How long a worker that comes waits for an answer. A refusal takes no longer, one for want of credentials included.
+/// How long a worker that comes waits for an answer. A refusal takes no longer, one for want of credentials
+/// included.
 const FIRST_LIMIT: Duration = Duration::from_secs(40);
 /// How long a storage that fails is waited for by whoever can do nothing else.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -104,7 +105,8 @@ impl RunStorage {
         Ok(())
     }
 
-    /// Does something until it works, for a while at most, as long as waiting may help. People are told of each reason once.
+    /// Does something until it works, for a while at most, as long as waiting may help. People are told of
+    /// each reason once.
     pub async fn patiently<T>(
         &self,
         work: impl AsyncFn() -> Result<T, CheckpointError>,

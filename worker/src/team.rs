@@ -1,9 +1,9 @@
 //! One generation of the group, from its forming to its end.
 //!
-//! 1. The first collective compares who everyone thinks they are; a worker that belongs elsewhere is found before it can
-//!    touch anyone's state.
-//! 2. State comes from one member by broadcast, into spare memory; it replaces the receiver's only when all of it arrived
-//!    and its fingerprint is right. Until then the receiver keeps what it had.
+//! 1. The first collective compares who everyone thinks they are; a worker that belongs elsewhere is found
+//!    before it can touch anyone's state.
+//! 2. State comes from one member by broadcast, into spare memory; it replaces the receiver's only when all
+//!    of it arrived and its fingerprint is right. Until then the receiver keeps what it had.
 //! 3. Before the first phase all members have compared the fingerprint of the whole state.
 
 use std::sync::Arc;
@@ -32,12 +32,13 @@ const LOOK: Duration = Duration::from_millis(2);
 /// What goes with the state without being part of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Carried {
-    /// The mean losses of the last discriminator and generator phases, for the row of a step that a change of the group
-    /// cut in two.
+    /// The mean losses of the last discriminator and generator phases, for the row of a step that a change of
+    /// the group cut in two.
     pub losses: [f32; 2],
     /// What the discriminator said of real samples and of the generator's, means over its last phase's.
     pub scores: [f32; 2],
-    /// How the newest step with a row came about, for a member that was healed past its end: it may have to report it.
+    /// How the newest step with a row came about, for a member that was healed past its end: it may have to
+    /// report it.
     pub newest: Circumstances,
 }
 
@@ -152,8 +153,9 @@ impl Team {
         }
     }
 
-    /// Gives every member the state of the assignment's position, at position 0 the `fresh` one. `held` is what this member holds or has read; the
-    /// member that the assignment names as the source must have it. It stays as it was if this fails on the way.
+    /// Gives every member the state of the assignment's position, at position 0 the `fresh` one. `held` is
+    /// what this member holds or has read; the member that the assignment names as the source must have it.
+    /// It stays as it was if this fails on the way.
     pub fn start(
         &self,
         start: &Start,
@@ -183,7 +185,8 @@ impl Team {
         self.compare("state", &summary(state)?)
     }
 
-    /// Whether every member holds the state of a position, and all hold the same. All members get the same answer.
+    /// Whether every member holds the state of a position, and all hold the same. All members get the same
+    /// answer.
     fn all_hold(&self, position: Position, held: Option<&(State, Carried)>) -> Result<bool, TeamError> {
         let held = held.filter(|(state, _)| state.counters.position == position);
         let own = held.map_or(Ok([u64::MAX; 4]), |(state, _)| summary(state))?;
@@ -202,7 +205,8 @@ impl Team {
             return Ok(());
         }
         let mut spare = Buffer::zeros(layout.len + TAIL, Kind::Float, device)?;
-        // Numbered by generation: the source is about to send, a receiver has received and not taken over yet.
+        // Numbered by generation: the source is about to send, a receiver has received and not taken over
+        // yet.
         if self.shards.rank == source {
             failpoint::reached("heal-source", self.generation);
         }
@@ -289,7 +293,8 @@ fn meet(
         (None, Err(_)) => GlooAddress::Hostname(session.local_address().to_string()),
     };
     let backend = assignment.group.backend;
-    // The same limit as this worker's own waits have: a member that computes for long must not break the group.
+    // The same limit as this worker's own waits have: a member that computes for long must not break the
+    // group.
     let (timeout, operation_timeout) = (limits.meet, limits.reduce);
     let options = GlooOptions { rank, world_size, timeout, operation_timeout, address };
     let connect = move || match tunnels.filter(|_| backend == Backend::Gloo) {

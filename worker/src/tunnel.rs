@@ -1,21 +1,23 @@
 //! TLS for reduces over Gloo.
 //!
-//! Gloo has a transport of its own that should encrypt. In libtorch 2.11 it reads the certificates and then makes plain
-//! connections: `tcp::Context::createAndConnectAllPairs` does not ask the encrypting context for its pairs. So each
-//! member's Gloo listens on the loopback interface alone, and tunnels connect them:
+//! Gloo has a transport of its own that should encrypt. In libtorch 2.11 it reads the certificates and then
+//! makes plain connections: `tcp::Context::createAndConnectAllPairs` does not ask the encrypting context for
+//! its pairs. So each member's Gloo listens on the loopback interface alone, and tunnels connect them:
 //!
 //! ```text
 //! Gloo of rank 2 -> entry on rank 2's loopback  ==TLS==>  exit of rank 0 -> Gloo of rank 0, on its loopback
 //! ```
 //!
-//! 1. What leaves the machine goes over TLS 1.3 with certificates on both ends. The one that answers shows a certificate for
-//!    the name that it told the group.
-//! 2. A connection reaches only the group whose secret it shows. Secrets are in the group's store, which members alone read.
+//! 1. What leaves the machine goes over TLS 1.3 with certificates on both ends. The one that answers shows a
+//!    certificate for the name that it told the group.
+//! 2. A connection reaches only the group whose secret it shows. Secrets are in the group's store, which
+//!    members alone read.
 //! 3. A group is used only once each of its connections came through here.
 //! 4. When one end of a tunnel breaks, the other does.
 //!
-//! Gloo's ranks find each other's addresses in the store, so the store is where entries are put in their place. Of two ranks
-//! that connects to the other whose address is greater: ranks listen, and have their entries, on 127.64.0.1, 127.64.0.2, ... .
+//! Gloo's ranks find each other's addresses in the store, so the store is where entries are put in their
+//! place. Of two ranks that connects to the other whose address is greater: ranks listen, and have their
+//! entries, on 127.64.0.1, 127.64.0.2, ... .
 
 use std::collections::BTreeMap;
 use std::future::pending;
@@ -40,8 +42,8 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 const PROTOCOL: &[u8] = b"ganglion-tunnel";
 /// How long it may take to connect, to greet, and to show a secret.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
-/// Connections at once. Those of one address that have shown no secret yet, and those that have said nothing; how long these
-/// keep their places while others wait.
+/// Connections at once. Those of one address that have shown no secret yet, and those that have said nothing;
+/// how long these keep their places while others wait.
 const LIMITS: Limits =
     Limits { all: 4096, strangers_of_address: 384, idle_of_address: 256, grace: Duration::from_secs(2) };
 /// Lines in the log about one address in a row, and the pause for each further one.
@@ -141,7 +143,8 @@ impl Shared {
         if let Err(error) = spoke.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             return self.complain(from, &error);
         }
-        // A handshake waits for this machine as well: many at once take longer than any grace for those that say nothing.
+        // A handshake waits for this machine as well: many at once take longer than any grace for those that
+        // say nothing.
         place.engage();
         match timeout(GREETING_LIMIT, self.greet(stream)).await.unwrap_or_else(late) {
             Ok((peer, exit)) => {
@@ -357,7 +360,8 @@ fn loopback(rank: usize) -> Ipv4Addr {
     Ipv4Addr::from(first + u32::try_from(rank).expect("there are fewer ranks than loopback addresses"))
 }
 
-/// Finds the address of a rank in what Gloo writes to the store, a `sockaddr_in`; returns where its port is, and the rank.
+/// Finds the address of a rank in what Gloo writes to the store, a `sockaddr_in`; returns where its port is,
+/// and the rank.
 fn find(value: &[u8]) -> Option<(usize, usize)> {
     let first = u32::from(loopback(0));
     value.windows(16).enumerate().find_map(|(at, window)| {

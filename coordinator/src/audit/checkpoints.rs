@@ -1,6 +1,7 @@
 //! Claims about the checkpoints on the storage.
 //!
-//! 1. A checkpoint that is removed while it is read is none. It loses its manifest first, by which that is seen.
+//! 1. A checkpoint that is removed while it is read is none. It loses its manifest first, by which that is
+//!    seen.
 //! 2. A checkpoint with a damaged file is judged by nothing else: its state is not what was saved.
 //!
 //! Memory: the files of one checkpoint at a time.
@@ -91,7 +92,8 @@ impl Found {
     }
 }
 
-/// Reads a file of a folder, or says what is wrong with it. A manifest that names another place is not followed there.
+/// Reads a file of a folder, or says what is wrong with it. A manifest that names another place is not
+/// followed there.
 async fn read_inside(storage: &Storage, folder: &str, file: &str) -> Result<Result<Bytes, String>, Error> {
     if file.contains('/') || file == ".." {
         return Ok(Err("not a name of a file in the folder".to_string()));
@@ -123,7 +125,8 @@ impl State {
     }
 }
 
-/// blake3 over all tensors by name, in hex: name, NUL, dtype, NUL, rank and shape as u64, elements; little-endian.
+/// blake3 over all tensors by name, in hex: name, NUL, dtype, NUL, rank and shape as u64, elements;
+/// little-endian.
 fn digest(tensors: &BTreeMap<String, TensorView<'_>>) -> String {
     let mut hasher = blake3::Hasher::new();
     for (name, tensor) in tensors {
@@ -163,8 +166,8 @@ pub(super) fn files_are_whole(whole: &Whole) -> Claim {
     claim.of(format!("{all_files} files, {all_bytes} bytes, of {checkpoints} checkpoints{removed}"))
 }
 
-/// The state in a checkpoint's parts has the manifest's digest, and is of the manifest's position, which is the end of its
-/// step and phases.
+/// The state in a checkpoint's parts has the manifest's digest, and is of the manifest's position, which is
+/// the end of its step and phases.
 pub(super) fn states_have_their_digests(evidence: &Evidence, whole: &Whole) -> Claim {
     let mut claim = Claim::new("every state in a checkpoint has its manifest's digest and position");
     let mut judged = 0;
@@ -192,8 +195,9 @@ pub(super) fn states_have_their_digests(evidence: &Evidence, whole: &Whole) -> C
     claim.of(format!("{judged} states"))
 }
 
-/// Each checkpoint that a coordinator announced was journaled before, with the same position and digest. Workers that lost
-/// their coordinator write others; these are journaled when a coordinator goes on from them.
+/// Each checkpoint that a coordinator announced was journaled before, with the same position and digest.
+/// Workers that lost their coordinator write others; these are journaled when a coordinator goes on from
+/// them.
 pub(super) fn journal_agrees(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("every checkpoint is as it was journaled");
     let [mut present, mut alone] = [0; 2];
@@ -230,9 +234,9 @@ pub(super) fn journal_agrees(evidence: &Evidence) -> Claim {
     ))
 }
 
-/// `latest` names a checkpoint that is there, and none newer was told to people. A manifest may be newer by the moment
-/// between the two writes, in which a coordinator can also die. Where a start found the newest damaged or missing, and said so,
-/// those that were told before count no more.
+/// `latest` names a checkpoint that is there, and none newer was told to people. A manifest may be newer by
+/// the moment between the two writes, in which a coordinator can also die. Where a start found the newest
+/// damaged or missing, and said so, those that were told before count no more.
 pub(super) fn latest_is_newest(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("latest names the newest checkpoint");
     let all = &evidence.events.whole;

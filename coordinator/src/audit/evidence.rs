@@ -121,7 +121,8 @@ impl Evidence {
         self.manifests.iter().filter_map(|(_, manifest)| manifest.as_ref().ok())
     }
 
-    /// Whether a row of the journal that tells of a number may have been lost before the journal was recovered.
+    /// Whether a row of the journal that tells of a number may have been lost before the journal was
+    /// recovered.
     pub(super) fn may_lack(&self, table: &str, number: u64) -> bool {
         self.history.recovery.as_ref().is_some_and(|recovery| recovery.may_lack(table, number))
     }
@@ -133,7 +134,8 @@ impl Evidence {
 }
 
 impl<T: DeserializeOwned> Lines<T> {
-    /// Reads a file, none if it is not there yet. Its last line may be under way or torn: it counts once it is whole.
+    /// Reads a file, none if it is not there yet. Its last line may be under way or torn: it counts once it
+    /// is whole.
     fn read(path: &Path, name: &str) -> io::Result<Lines<T>> {
         let mut lines = Lines { whole: Vec::new(), damaged: Vec::new() };
         let mut reader = match fs::File::open(path) {

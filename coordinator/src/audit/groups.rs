@@ -6,8 +6,8 @@ use super::Claim;
 use super::evidence::{Event, Evidence};
 use crate::journal::GenerationRow;
 
-/// Terms and generations are numbered in the order in which they came, and no generation is of a term that is unknown or
-/// older than the one of the generation before.
+/// Terms and generations are numbered in the order in which they came, and no generation is of a term that is
+/// unknown or older than the one of the generation before.
 pub(super) fn numbers_grow(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("terms and generations only grow");
     let history = &evidence.history;
@@ -36,8 +36,8 @@ pub(super) fn numbers_grow(evidence: &Evidence) -> Claim {
     claim.of(format!("{terms} terms, {generations} generations, {} workers", history.workers.len()))
 }
 
-/// In each generation every data shard has one owner: the ranges of the ranks follow on each other from 0 to the last,
-/// and each rank is another worker, admitted in that term or before.
+/// In each generation every data shard has one owner: the ranges of the ranks follow on each other from 0 to
+/// the last, and each rank is another worker, admitted in that term or before.
 pub(super) fn shards_are_dealt(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("each generation deals every data shard to one worker");
     let shards = evidence.job.job.data_shards;
@@ -73,8 +73,8 @@ fn expect_workers(claim: &mut Claim, evidence: &Evidence, row: &GenerationRow) {
     }
 }
 
-/// What was told to people is what was journaled. An event may be missing where a coordinator died before it wrote it;
-/// none may tell of something else.
+/// What was told to people is what was journaled. An event may be missing where a coordinator died before it
+/// wrote it; none may tell of something else.
 pub(super) fn events_agree(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("events agree with the journal");
     claim.breaches.extend(evidence.events.damaged.iter().cloned());

@@ -1,9 +1,10 @@
-//! The claim about the samples: each number of the stream was committed once, and was the sample that the job says.
+//! The claim about the samples: each number of the stream was committed once, and was the sample that the job
+//! says.
 //!
-//! A ledger is the sum mod 2^64 of a hash of (number, sample) over all samples that a state was trained on. Here it is
-//! computed from the job alone: the seed, the size of the data set, the samples that the job leaves out from some step on, and
-//! how many numbers a position takes. A number that was left out, taken twice, or taken as another sample changes the sum, but
-//! for a chance of 2^-64.
+//! A ledger is the sum mod 2^64 of a hash of (number, sample) over all samples that a state was trained on.
+//! Here it is computed from the job alone: the seed, the size of the data set, the samples that the job
+//! leaves out from some step on, and how many numbers a position takes. A number that was left out, taken
+//! twice, or taken as another sample changes the sum, but for a chance of 2^-64.
 
 use ganglion_proto::job::Exclusion;
 use ganglion_proto::stream::{SampleStream, ledger_term};
@@ -59,7 +60,8 @@ pub(super) fn every_sample_was_committed_once(evidence: &Evidence, whole: &Whole
     ))
 }
 
-/// The job's stream, as far as the journal knows which samples it leaves out; none if something beyond that is told of.
+/// The job's stream, as far as the journal knows which samples it leaves out; none if something beyond that
+/// is told of.
 fn stream(evidence: &Evidence, samples: u64, told: &[Told], claim: &mut Claim) -> Option<SampleStream> {
     let (job, known) = (&evidence.job, &evidence.history.left_out);
     let mut changes = job.changes(known.iter().copied());

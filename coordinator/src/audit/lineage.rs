@@ -1,13 +1,14 @@
 //! Claims about the positions of generations: each goes on from what the ones before it had committed.
 //!
 //! 1. A **fresh** start is at position 0.
-//! 2. A start from a **checkpoint** is at the position of one that was journaled before, with the same digest. It may lie
-//!    anywhere: all that held more are lost, or the checkpoint holds the most.
-//! 3. A **healed** start is at most one phase behind what any of its members is known to have held since the last start
-//!    that was not healed: as the source of a start, or as a member of a generation that reported a step. One phase,
-//!    because members of a group differ by one at most. What only the lost have held is lost with them.
-//! 4. Steps beyond a start that goes back are computed again. The coordinator compares each such row with the recorded
-//!    one, and an event tells of a difference.
+//! 2. A start from a **checkpoint** is at the position of one that was journaled before, with the same
+//!    digest. It may lie anywhere: all that held more are lost, or the checkpoint holds the most.
+//! 3. A **healed** start is at most one phase behind what any of its members is known to have held since the
+//!    last start that was not healed: as the source of a start, or as a member of a generation that reported
+//!    a step. One phase, because members of a group differ by one at most. What only the lost have held is
+//!    lost with them.
+//! 4. Steps beyond a start that goes back are computed again. The coordinator compares each such row with the
+//!    recorded one, and an event tells of a difference.
 
 use std::collections::BTreeMap;
 

@@ -1,11 +1,14 @@
 //! `coordinator audit`: proves from a run's files alone that nothing was lost, doubled or changed.
 //!
-//! 1. Nothing is written, and no coordinator or worker is asked: the files are the evidence, the job is the measure.
-//! 2. What is written later is read first: the records before the checkpoints, these before the journal, which knows
-//!    each decision before anything else does. So on a directory that is in use no file tells of what the journal of
-//!    this reading does not know.
-//! 3. What a run that goes on is in the middle of is no breach: a breach there must show again some seconds later.
-//! 4. A claim says what it was shown for. What cannot be decided from the files is counted, never passed over.
+//! 1. Nothing is written, and no coordinator or worker is asked: the files are the evidence, the job is the
+//!    measure.
+//! 2. What is written later is read first: the records before the checkpoints, these before the journal,
+//!    which knows each decision before anything else does. So on a directory that is in use no file tells of
+//!    what the journal of this reading does not know.
+//! 3. What a run that goes on is in the middle of is no breach: a breach there must show again some seconds
+//!    later.
+//! 4. A claim says what it was shown for. What cannot be decided from the files is counted, never passed
+//!    over.
 
 mod aside;
 mod checkpoints;
@@ -25,7 +28,8 @@ use evidence::Evidence;
 pub use evidence::NoRun;
 use serde::Serialize;
 
-/// Longer than a coordinator takes to write what it has decided, and than its workers take to repeat a report.
+/// Longer than a coordinator takes to write what it has decided, and than its workers take to repeat a
+/// report.
 const SECOND_LOOK: Duration = Duration::from_secs(3);
 
 /// What an audit found, a claim a line.

@@ -1,8 +1,8 @@
 //! Claims about the rows of metrics.
 //!
-//! Which steps must have a row: `metrics.every_steps` may change from term to term, so each term's is journaled, and a
-//! step must have a row if it is a multiple of the one of a generation that is known to have committed it. Known is, of
-//! a generation, all from its start up to the greatest of
+//! Which steps must have a row: `metrics.every_steps` may change from term to term, so each term's is
+//! journaled, and a step must have a row if it is a multiple of the one of a generation that is known to have
+//! committed it. Known is, of a generation, all from its start up to the greatest of
 //! - the position at which a member healed the generation after it,
 //! - the end of a step that was recorded for it,
 //! - the position of a checkpoint that was committed while it was the newest.
@@ -32,7 +32,8 @@ pub(super) fn every_step_has_one(evidence: &Evidence) -> Claim {
         let (first, last) = (row.position / phases + 1, reached[&row.generation] / phases);
         if every > 0 {
             let multiples = (first.div_ceil(every)..=last / every).map(|multiple| multiple * every);
-            // More than there are rows need not be looked at: one is missing then, however far a damaged number reaches.
+            // More than there are rows need not be looked at: one is missing then, however far a damaged
+            // number reaches.
             due.extend(multiples.take(steps.len() + 1));
         }
     }
@@ -90,8 +91,8 @@ fn last_step(evidence: &Evidence) -> Option<u64> {
     complete.then_some(newest.step)
 }
 
-/// Each row is one that the generation in it can have committed: after its start, with as many workers as it has. And it
-/// counts the images that the job takes up to its step.
+/// Each row is one that the generation in it can have committed: after its start, with as many workers as it
+/// has. And it counts the images that the job takes up to its step.
 pub(super) fn are_of_their_generation(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("each row is of a generation that can have committed it");
     let generations: BTreeMap<u64, &GenerationRow> =

@@ -1,8 +1,9 @@
 //! A small run is written by hand and holds; then one thing of it is broken, and exactly that must be found.
 //!
-//! The run: 1 term, 4 data shards of 2 samples, 2 phases a step, a row of each step, 20 samples. Generation 1 starts
-//! fresh with two workers and commits steps 1 to 4; worker 2 is lost and generation 2 is healed by worker 1 and commits
-//! steps 5 and 6; then all are lost and generation 3 starts from the checkpoint of step 6 and commits steps 7 and 8.
+//! The run: 1 term, 4 data shards of 2 samples, 2 phases a step, a row of each step, 20 samples. Generation 1
+//! starts fresh with two workers and commits steps 1 to 4; worker 2 is lost and generation 2 is healed by
+//! worker 1 and commits steps 5 and 6; then all are lost and generation 3 starts from the checkpoint of step
+//! 6 and commits steps 7 and 8.
 
 use std::fs;
 use std::path::PathBuf;

@@ -1,7 +1,8 @@
 //! Whom the site is for.
 //!
-//! 1. Open on a loopback address: whoever is on this machine may look. Then a question must name this machine as its host, so
-//!    that a page elsewhere cannot have a browser here read the site under a name of its own (DNS rebinding).
+//! 1. Open on a loopback address: whoever is on this machine may look. Then a question must name this machine
+//!    as its host, so that a page elsewhere cannot have a browser here read the site under a name of its own
+//!    (DNS rebinding).
 //! 2. Guarded, where TLS or a join token is configured: with the token in the file [`TOKEN_FILE`], as
 //!    `Authorization: Bearer`, as `?token=`, or in the cookie that the latter leaves. Probes need none.
 //! 3. Tokens are compared by their hashes, so that the time it takes tells nothing.
@@ -105,8 +106,8 @@ fn names_this_machine(headers: &HeaderMap) -> bool {
     name.eq_ignore_ascii_case("localhost") || is_loopback()
 }
 
-/// The run's token: that of the last time, so that a browser need not ask again, or a new one, also if others could have read
-/// it. It is in [`TOKEN_FILE`], which only this user can read.
+/// The run's token: that of the last time, so that a browser need not ask again, or a new one, also if others
+/// could have read it. It is in [`TOKEN_FILE`], which only this user can read.
 pub fn keep_token(run_dir: &RunDir) -> Result<String, RunDirError> {
     let known = run_dir.read_secret(TOKEN_FILE).unwrap_or_default();
     let is_one = known.len() == 32 && known.bytes().all(|byte| byte.is_ascii_hexdigit());

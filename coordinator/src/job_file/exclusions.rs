@@ -1,7 +1,9 @@
-//! Which samples a job leaves out: `data.exclude`, a wish, and `[[data.exclusion]]`, the record of what was granted.
+//! Which samples a job leaves out: `data.exclude`, a wish, and `[[data.exclusion]]`, the record of what was
+//! granted.
 //!
-//! 1. `data.exclude` in a new run leaves samples out from the start. Given to a run that has begun it asks for a change, from
-//!    the run's newest state on; the coordinator writes the change as a table `[[data.exclusion]]` into job.toml.
+//! 1. `data.exclude` in a new run leaves samples out from the start. Given to a run that has begun it asks
+//!    for a change, from the run's newest state on; the coordinator writes the change as a table
+//!    `[[data.exclusion]]` into job.toml.
 //! 2. What a run has left out stays left out: a job that does not say so again asks for nothing.
 //! 3. A job with tables gives the same bits from scratch as the run that they were recorded in.
 

@@ -1,7 +1,8 @@
 //! The job file: reads a TOML file and overrides of it into a [`Job`], and writes the resolved job back.
 //!
 //! 1. All errors of a job show at once, each with its place, its key, what is wrong and how to mend it.
-//! 2. A [`Job`] that leaves here is whole and checked: defaults filled in, paths absolute, sizes within limits.
+//! 2. A [`Job`] that leaves here is whole and checked: defaults filled in, paths absolute, sizes within
+//!    limits.
 //! 3. Reading what [`render`] wrote gives the same job.
 
 mod evaluation;
@@ -24,8 +25,8 @@ const EMBEDDED: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../con
 /// The default name of that job's run.
 const EMBEDDED_NAME: &str = "mnist-mlp";
 
-/// The keys that may change when a run resumes: how long it goes on, how often it reports, how patient it is. None of
-/// them moves a bit of the state at a given step.
+/// The keys that may change when a run resumes: how long it goes on, how often it reports, how patient it is.
+/// None of them moves a bit of the state at a given step.
 const CHANGEABLE: &[&str] = &[
     "job.steps",
     "job.epochs",
@@ -101,8 +102,8 @@ pub struct Difference {
 
 /// Reads a job and applies `overrides`, each `key=value`.
 ///
-/// Relative paths start at the job file's folder; those of overrides and of the embedded job at the current one. An
-/// override of `job.steps` replaces the file's `job.epochs`, and the other way round.
+/// Relative paths start at the job file's folder; those of overrides and of the embedded job at the current
+/// one. An override of `job.steps` replaces the file's `job.epochs`, and the other way round.
 ///
 /// # Errors
 /// All errors of the file and of the overrides.
@@ -192,7 +193,8 @@ pub fn parse_resolved(text: &str) -> Result<Job, JobErrors> {
     text.resolve(&[], false)
 }
 
-/// The keys that differ and must not when a run resumes, by name. Empty means that `given` may go on with the run.
+/// The keys that differ and must not when a run resumes, by name. Empty means that `given` may go on with the
+/// run.
 pub fn differences(recorded: &Job, given: &Job) -> Vec<Difference> {
     let (recorded, given) = (flat(recorded), flat(given));
     let mut keys: Vec<&String> = recorded.keys().chain(given.keys()).collect();

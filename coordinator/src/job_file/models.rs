@@ -116,7 +116,8 @@ pub(super) fn loss(settings: &mut Settings, model: ModelKind) -> Loss {
         _ => LossKind::NonSaturating,
     };
     let kind = settings.choice("loss.kind", LOSS_KINDS).unwrap_or(by_model);
-    // Gulrajani et al. (2017), algorithm 1, and Miyato et al. (2018), section 4: five updates for one of the generator.
+    // Gulrajani et al. (2017), algorithm 1, and Miyato et al. (2018), section 4: five updates for one of the
+    // generator.
     let several = kind == LossKind::WassersteinGp || model == ModelKind::Sngan32;
     let discriminator_steps = if several { 5 } else { 1 };
     // Huang et al. (2024), section 2.2: without both penalties training by pairs diverges.
@@ -136,8 +137,8 @@ pub(super) fn loss(settings: &mut Settings, model: ModelKind) -> Loss {
 }
 
 pub(super) fn optimizer(settings: &mut Settings, loss: LossKind, model: ModelKind) -> Optimizer {
-    // Gulrajani et al. (2017), algorithm 1; Huang et al. (2024), appendix; Miyato et al. (2018), setting C; Radford et al.
-    // (2015), section 4.
+    // Gulrajani et al. (2017), algorithm 1; Huang et al. (2024), appendix; Miyato et al. (2018), setting C;
+    // Radford et al. (2015), section 4.
     let (beta1, beta2) = match (loss, model) {
         (LossKind::WassersteinGp | LossKind::RelativisticPairing, _) => (0.0, 0.9),
         (_, ModelKind::Sngan32) => (0.0, 0.9),
@@ -177,7 +178,8 @@ pub(super) fn augmentation(settings: &mut Settings) -> Augmentation {
         probability,
         final_probability: settings.number_or("augmentation.final_probability", 0.0..=1.0, probability),
         adaptive: settings.flag_or("augmentation.adaptive", false),
-        // Karras et al. (2020), section 3 and appendix B: r_t = 0.6, and from 0 to 1 in half a million images.
+        // Karras et al. (2020), section 3 and appendix B: r_t = 0.6, and from 0 to 1 in half a million
+        // images.
         target: settings.number_or("augmentation.target", -1.0..=1.0, 0.6),
         adjust_images: settings.whole_or("augmentation.adjust_images", 1..=MAX_STEPS, 500_000),
     }

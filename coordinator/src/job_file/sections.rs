@@ -1,7 +1,7 @@
 //! What each section of a job file means: its keys, their limits and their defaults.
 //!
-//! A reader takes every key even where an earlier one was wrong, so that all errors show at once and no known key is
-//! mistaken for an unknown one.
+//! A reader takes every key even where an earlier one was wrong, so that all errors show at once and no known
+//! key is mistaken for an unknown one.
 
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -309,8 +309,8 @@ fn check_precision(settings: &mut Settings, job: &Job) {
     }
 }
 
-/// Holds the image that leaves the data pipeline against the one that the model takes, as far as the job tells: the size
-/// of other people's files shows only when they are read.
+/// Holds the image that leaves the data pipeline against the one that the model takes, as far as the job
+/// tells: the size of other people's files shows only when they are read.
 fn check_image(settings: &mut Settings, job: &Job) {
     let keys = ["data.kind", "data.resize", "data.crop", "data.channels", "model.kind"];
     if !settings.sound(&keys) {

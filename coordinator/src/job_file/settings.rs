@@ -1,7 +1,7 @@
 //! The settings that a job file and its overrides give, before they mean anything.
 //!
-//! The readers in `sections` take each key with its type and its limits; whatever is wrong is noted and reading goes on,
-//! so that one run of the coordinator shows every error.
+//! The readers in `sections` take each key with its type and its limits; whatever is wrong is noted and
+//! reading goes on, so that one run of the coordinator shows every error.
 //!
 //! 1. A setting that nobody took is an unknown key: the list of known keys is the list of keys taken.
 //! 2. An override replaces the file's setting of the same key, and its errors name the override, not a line.
@@ -35,8 +35,8 @@ pub(super) struct Settings<'t> {
 }
 
 impl<'t> Settings<'t> {
-    /// Reads the text of `file`, whose relative paths start at `folder`. Text that is not TOML leaves no settings, only
-    /// errors: what a recovering parser makes of the rest would mostly be false alarms.
+    /// Reads the text of `file`, whose relative paths start at `folder`. Text that is not TOML leaves no
+    /// settings, only errors: what a recovering parser makes of the rest would mostly be false alarms.
     pub(super) fn parse(file: &str, folder: &Path, text: &'t str) -> Result<Self, Vec<JobError>> {
         let mut settings = Settings {
             file: file.to_owned(),
@@ -90,7 +90,8 @@ impl<'t> Settings<'t> {
         Place::Line { file: self.file.clone(), line: line_of(text, key.span().start) }
     }
 
-    /// Adds overrides of the form `key=value`, the last of a key winning. The value is TOML or else plain text.
+    /// Adds overrides of the form `key=value`, the last of a key winning. The value is TOML or else plain
+    /// text.
     pub(super) fn add_overrides(&mut self, overrides: &'t [String]) {
         for pair in overrides {
             let place = Place::Override(pair.clone());
@@ -297,9 +298,10 @@ impl<'t> Settings<'t> {
         tables.or_else(|| self.wrong_type(key, "tables", &example, &value)).unwrap_or_default()
     }
 
-    /// The absolute form of a path given as `key`: in a file, relative paths start at the file's folder, in an override
-    /// at the current one. A leading `..` leaves the folder that the file really lies in, links resolved, so that one
-    /// place has one name; links anywhere else stay, for they may lead elsewhere on another machine.
+    /// The absolute form of a path given as `key`: in a file, relative paths start at the file's folder, in
+    /// an override at the current one. A leading `..` leaves the folder that the file really lies in, links
+    /// resolved, so that one place has one name; links anywhere else stay, for they may lead elsewhere on
+    /// another machine.
     pub(super) fn absolute(&mut self, key: &str, path: &str) -> Option<PathBuf> {
         let folder = match self.given.get(key).map(|setting| &setting.place) {
             Some(Place::Override(_)) => PathBuf::new(),
@@ -480,7 +482,8 @@ fn from_folder(folder: &Path, path: &Path) -> std::io::Result<PathBuf> {
     }
 }
 
-/// The least number of letters to insert, delete or replace to turn one word into the other (Levenshtein, 1966).
+/// The least number of letters to insert, delete or replace to turn one word into the other (Levenshtein,
+/// 1966).
 fn distance(one: &str, other: &str) -> usize {
     let other: Vec<char> = other.chars().collect();
     let mut row: Vec<usize> = (0..=other.len()).collect();

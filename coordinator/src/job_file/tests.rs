@@ -48,7 +48,8 @@ fn the_embedded_job_runs_from_anywhere() {
     assert_eq!((job.job.data_shards, job.job.shard_batch), (8, 8));
 }
 
-/// The comments of the default job name every default, so that overriding a kind brings that kind's own defaults.
+/// The comments of the default job name every default, so that overriding a kind brings that kind's own
+/// defaults.
 #[test]
 fn kinds_bring_their_defaults_to_the_embedded_job() {
     let set = ["loss.kind=wasserstein-gp", "model.kind=dcgan-28"].map(str::to_owned);

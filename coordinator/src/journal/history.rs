@@ -17,7 +17,8 @@ use crate::report::damage::SetAside;
 pub struct History {
     /// Samples in the data set, once a worker has loaded it.
     pub samples: Option<u64>,
-    /// The index of each sample that the job leaves out after its start, in the job's order, as far as that is known.
+    /// The index of each sample that the job leaves out after its start, in the job's order, as far as that
+    /// is known.
     pub left_out: Vec<u64>,
     /// The terms.
     pub terms: Vec<TermRow>,
@@ -117,7 +118,8 @@ pub(super) fn set_asides(connection: &Connection) -> Result<Vec<SetAside>, Journ
     Ok(texts.iter().filter_map(|text| serde_json::from_str(text).ok()).collect())
 }
 
-/// A table's rows, in the order of its first column. A column that the table does not have is taken as not known: 0.
+/// A table's rows, in the order of its first column. A column that the table does not have is taken as not
+/// known: 0.
 fn rows<T, const N: usize>(
     connection: &Connection,
     table: &str,

@@ -1,10 +1,13 @@
-//! How the journal is opened, by the one who writes it and by those who read it meanwhile, on any file system.
+//! How the journal is opened, by the one who writes it and by those who read it meanwhile, on any file
+//! system.
 //!
-//! 1. SQLite's write-ahead log needs memory that all who have the file open share. A file system of several machines has
-//!    none, even where it seems to; there, and where it is refused, the journal is kept with a rollback journal.
-//! 2. Where no file can be locked, SQLite is told to use no locks: the run directory has one holder, and readers see 3.
-//! 3. A reader of a journal without a log takes no lock. It reads a state that the files were in at one moment, and leaves a
-//!    rollback to the holder.
+//! 1. SQLite's write-ahead log needs memory that all who have the file open share. A file system of several
+//!    machines has none, even where it seems to; there, and where it is refused, the journal is kept with a
+//!    rollback journal.
+//! 2. Where no file can be locked, SQLite is told to use no locks: the run directory has one holder, and
+//!    readers see 3.
+//! 3. A reader of a journal without a log takes no lock. It reads a state that the files were in at one
+//!    moment, and leaves a rollback to the holder.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -21,7 +24,8 @@ use super::JournalError;
 const LOOKS: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// File systems that several machines share. See statfs(2), and the heads of the kernel's modules for the last four.
+/// File systems that several machines share. See statfs(2), and the heads of the kernel's modules for the
+/// last four.
 const SHARED: [(FsType, &str); 13] = [
     (statfs::NFS_SUPER_MAGIC, "NFS"),
     (statfs::SMB_SUPER_MAGIC, "SMB"),
@@ -79,7 +83,8 @@ impl Refused {
     }
 }
 
-/// Opens it with a log. An error may also come of a log that an earlier holder left and that cannot be read here.
+/// Opens it with a log. An error may also come of a log that an earlier holder left and that cannot be read
+/// here.
 fn with_log(file: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(file)?;
     let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
@@ -204,7 +209,8 @@ impl Look {
     }
 }
 
-/// Reads a copy of the files of one moment, which SQLite may roll back or take a log into. `None` if there was no moment.
+/// Reads a copy of the files of one moment, which SQLite may roll back or take a log into. `None` if there
+/// was no moment.
 fn copied<T>(
     file: &Path,
     read: &mut impl FnMut(&mut Connection) -> Result<T, JournalError>,

@@ -2,8 +2,8 @@
 //!
 //! 1. The damaged journal is only read.
 //! 2. A table is read from both ends up to what cannot be read; one that was read without an error is whole.
-//! 3. Numbers of the new journal lie far above all that the old one can have given: its newest rows may be the ones that are
-//!    lost, and no worker, group or coordinator of before may be taken for one of now.
+//! 3. Numbers of the new journal lie far above all that the old one can have given: its newest rows may be
+//!    the ones that are lost, and no worker, group or coordinator of before may be taken for one of now.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,12 +15,12 @@ use serde::{Deserialize, Serialize};
 
 use super::{Fact, Journal, JournalError, opening};
 
-/// Between the numbers before a recovery and those after it. A run that gave a number each millisecond would take eleven
-/// days to get there, and people see at a glance what was before.
+/// Between the numbers before a recovery and those after it. A run that gave a number each millisecond would
+/// take eleven days to get there, and people see at a glance what was before.
 pub const LEAP: u64 = 1_000_000_000;
 
-/// The tables that go into the new journal. The processes that coordinators started do not: none is to be taken over, for a
-/// newer group than the newest that can be read may have been theirs.
+/// The tables that go into the new journal. The processes that coordinators started do not: none is to be
+/// taken over, for a newer group than the newest that can be read may have been theirs.
 const TABLES: [&str; 8] =
     ["facts", "terms", "workers", "generations", "skips", "checkpoints", "evaluations", "set_aside"];
 /// Facts of the old journal that are still true.
@@ -105,7 +105,8 @@ impl Salvaged {
 fn read_table(connection: &Connection, table: &str) -> Table {
     let mut read = Table::default();
     if matches!(connection.table_exists(None, table), Ok(false)) {
-        // An earlier version did not have it; where the schema is lost this says the same, and other tables tell.
+        // An earlier version did not have it; where the schema is lost this says the same, and other tables
+        // tell.
         read.is_whole = matches!(connection.table_exists(None, "facts"), Ok(true));
         return read;
     }

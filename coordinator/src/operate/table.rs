@@ -7,8 +7,8 @@ use indicatif::{HumanBytes, HumanDuration};
 
 use crate::journal::now;
 
-/// Rows under headings. A column is as wide as it must be; numbers stand to the right, texts, whose heading is given with a
-/// `<` before it, to the left.
+/// Rows under headings. A column is as wide as it must be; numbers stand to the right, texts, whose heading
+/// is given with a `<` before it, to the left.
 pub struct Table {
     columns: Vec<Column>,
     rows: Vec<Vec<String>>,

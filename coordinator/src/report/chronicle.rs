@@ -1,9 +1,9 @@
 //! What a run's files tell, at hand for those who look on: curves, events, checkpoints, pictures, counts.
 //!
-//! 1. It is made from the lines of `metrics.jsonl` and `events.jsonl`, those of earlier coordinators first, and from nothing
-//!    else. So a new coordinator shows what the one before showed.
-//! 2. Its memory is bounded, and so is what any question costs. Whoever asks holds the lock for a moment only: nothing waits
-//!    for a client, a file or a process with it.
+//! 1. It is made from the lines of `metrics.jsonl` and `events.jsonl`, those of earlier coordinators first,
+//!    and from nothing else. So a new coordinator shows what the one before showed.
+//! 2. Its memory is bounded, and so is what any question costs. Whoever asks holds the lock for a moment
+//!    only: nothing waits for a client, a file or a process with it.
 //! 3. Nothing is decided by it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};

@@ -1,8 +1,9 @@
 //! The curves of a run at every resolution, in bounded memory.
 //!
-//! 1. Level k holds the newest 2,048 buckets of 4^k steps, and the coarsest level all of the run. Taking a row and telling
-//!    a stretch cost a bounded amount of work, however long the run is.
-//! 2. A row that comes late enters the bucket of its step; a level that has let that bucket go leaves it to the coarser ones.
+//! 1. Level k holds the newest 2,048 buckets of 4^k steps, and the coarsest level all of the run. Taking a
+//!    row and telling a stretch cost a bounded amount of work, however long the run is.
+//! 2. A row that comes late enters the bucket of its step; a level that has let that bucket go leaves it to
+//!    the coarser ones.
 //! 3. What is not finite, or was not noted, is left out of means and bounds.
 
 use std::collections::VecDeque;

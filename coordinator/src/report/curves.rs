@@ -1,7 +1,7 @@
 //! TensorBoard's curves and pictures, drawn from the lines of `metrics.jsonl` and `events.jsonl`.
 //!
-//! 1. Each line is drawn once: what the event files of earlier coordinators hold is read back, so a line whose drawing a
-//!    death or a full disk prevented is drawn by the next coordinator.
+//! 1. Each line is drawn once: what the event files of earlier coordinators hold is read back, so a line
+//!    whose drawing a death or a full disk prevented is drawn by the next coordinator.
 //! 2. A row is one record of an event file, there as a whole or not at all.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -114,7 +114,8 @@ impl Curves {
     /// Hands everything to the operating system, so that TensorBoard can see it.
     ///
     /// # Errors
-    /// The file cannot be written. What it does not take is kept for a while, and drawn by the next coordinator at the latest.
+    /// The file cannot be written. What it does not take is kept for a while, and drawn by the next
+    /// coordinator at the latest.
     pub fn flush(&self) -> io::Result<()> {
         self.lock().file.flush()
     }

@@ -1,6 +1,7 @@
 //! Records for people that hold something else than what was written.
 //!
-//! 1. Nothing is overwritten: the file as it was found stays under a name that was free, such as `metrics.jsonl.damaged-1`.
+//! 1. Nothing is overwritten: the file as it was found stays under a name that was free, such as
+//!    `metrics.jsonl.damaged-1`.
 //! 2. Each line that can be read is in the new file, in its order.
 //! 3. The journal knows of the loss before the file changes.
 

@@ -25,7 +25,8 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// The system's.
     fn sync_name(&self, path: &Path) -> io::Result<()>;
 
-    /// Rows that may wait while it takes none. Workers keep them too, and are asked for those that found no room.
+    /// Rows that may wait while it takes none. Workers keep them too, and are asked for those that found no
+    /// room.
     fn rows_that_wait(&self) -> usize {
         1 << 16
     }

@@ -1,8 +1,9 @@
 //! `events.jsonl`: what happened to a run, a line each: membership, faults, checkpoints.
 //!
-//! 1. A line is in the file when `append` returns without an error; a death of the coordinator loses none that it wrote.
-//! 2. What cannot be written waits here, in its order, and is written before what comes later. What does not fit here is
-//!    counted, and an event tells of it.
+//! 1. A line is in the file when `append` returns without an error; a death of the coordinator loses none
+//!    that it wrote.
+//! 2. What cannot be written waits here, in its order, and is written before what comes later. What does not
+//!    fit here is counted, and an event tells of it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -63,8 +64,8 @@ impl EventLog {
         Ok(EventLog { lines, waiting: VecDeque::new(), waiting_bytes: 0, dropped: 0 })
     }
 
-    /// Writes an event: its `time` in seconds of Unix time, its `kind`, and `fields`, a struct or a map with other keys
-    /// than these two, or `()`.
+    /// Writes an event: its `time` in seconds of Unix time, its `kind`, and `fields`, a struct or a map with
+    /// other keys than these two, or `()`.
     ///
     /// # Errors
     /// The file cannot be written, and the event waits; or `fields` cannot be JSON.

@@ -1,10 +1,10 @@
 //! An append-only file of lines that survives the death of its writer, and a power cut up to what was synced.
 //!
-//! 1. Each line is there as a whole, its newline included, or is cut off: at the next opening where the writer died,
-//!    at once where the disk was full.
+//! 1. Each line is there as a whole, its newline included, or is cut off: at the next opening where the
+//!    writer died, at once where the disk was full.
 //! 2. The file never gets shorter otherwise, so that an offset of a line stays good.
-//! 3. After a sync that failed, the system may have dropped what was to be synced and call the next sync a success. So what was
-//!    written since the last good one is kept, and written again.
+//! 3. After a sync that failed, the system may have dropped what was to be synced and call the next sync a
+//!    success. So what was written since the last good one is kept, and written again.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Seek, SeekFrom};
@@ -13,7 +13,8 @@ use std::sync::Arc;
 
 use super::disk::Disk;
 
-/// Called once for every line of a file, in its order: those that are there when it is opened, then those that are added.
+/// Called once for every line of a file, in its order: those that are there when it is opened, then those
+/// that are added.
 pub type Watcher = Box<dyn FnMut(&[u8]) + Send>;
 
 /// See the module.
@@ -56,7 +57,8 @@ impl Sync {
 }
 
 impl LineFile {
-    /// Opens or creates a file, gives each whole line to `visit` with its offset in bytes, and cuts off a torn last one.
+    /// Opens or creates a file, gives each whole line to `visit` with its offset in bytes, and cuts off a
+    /// torn last one.
     pub(super) fn open(
         path: &Path,
         disk: Arc<dyn Disk>,

@@ -1,8 +1,11 @@
-//! `metrics.jsonl`: a line for each reported step of a run, once each, across deaths of workers and of the coordinator.
+//! `metrics.jsonl`: a line for each reported step of a run, once each, across deaths of workers and of the
+//! coordinator.
 //!
-//! 1. A step has at most one row. What training computed (step, images seen, ledger, losses, scores) comes first in a row; a step that
-//!    is recomputed must give the same bytes there. Time, rates and the group that computed it may differ.
-//! 2. A row may come after a later one: rows wait on their worker for an acknowledgement, which may come late.
+//! 1. A step has at most one row. What training computed (step, images seen, ledger, losses, scores) comes
+//!    first in a row; a step that is recomputed must give the same bytes there. Time, rates and the group
+//!    that computed it may differ.
+//! 2. A row may come after a later one: rows wait on their worker for an acknowledgement, which may come
+//!    late.
 //! 3. A row is durable once a sync that began after it was written has ended.
 //!
 //! Memory: 16 bytes a row, for an index from steps to lines; the rows themselves stay in the file.
@@ -49,8 +52,8 @@ pub struct Row {
     pub profile: Option<[Profile; 2]>,
     /// How the reporting worker's GPU was used.
     pub gpu: GpuUse,
-    /// What the discriminator says of real samples and of the generator's, means over its last phase; `None` if nobody noted
-    /// it.
+    /// What the discriminator says of real samples and of the generator's, means over its last phase; `None`
+    /// if nobody noted it.
     pub scores: Option<[f64; 2]>,
 }
 
@@ -165,8 +168,8 @@ pub(super) fn step_of(line: &[u8]) -> Result<u64, serde_json::Error> {
 }
 
 impl MetricsLog {
-    /// Opens or creates the file, cuts a torn last line and learns which steps it has. `watcher` is shown all lines, those to
-    /// come too.
+    /// Opens or creates the file, cuts a torn last line and learns which steps it has. `watcher` is shown all
+    /// lines, those to come too.
     ///
     /// # Errors
     /// The file cannot be opened, or a line that is whole is no row of metrics.
@@ -236,7 +239,8 @@ impl MetricsLog {
     }
 }
 
-/// Holds a recomputed row against the recorded line, as bytes: a number read back from text need not be the same.
+/// Holds a recomputed row against the recorded line, as bytes: a number read back from text need not be the
+/// same.
 fn compare(step: u64, recorded: &[u8], computed: String) -> Result<Recorded, Breach> {
     let rest = recorded.strip_prefix(computed.as_bytes());
     if rest.is_some_and(|rest| rest.starts_with(b",")) {

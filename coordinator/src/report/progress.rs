@@ -1,7 +1,7 @@
 //! How far a run is, on standard error: a bar on a terminal, elsewhere a line every few seconds.
 //!
-//! 1. Rows drive everything. Times come from the rows, which carry when their step was committed; there is no clock, no
-//!    thread and no sleep in here, and a run that stands still prints nothing.
+//! 1. Rows drive everything. Times come from the rows, which carry when their step was committed; there is no
+//!    clock, no thread and no sleep in here, and a run that stands still prints nothing.
 //! 2. Whatever else writes to standard error goes through a [`Screen`], so that it does not tear the bar.
 //! 3. A terminal that is closed is no failure: what cannot be shown is not shown.
 
@@ -59,8 +59,8 @@ impl Screen {
         self.bars.suspend(write)
     }
 
-    /// Prints a line above the bar, without what would be a command to the terminal. Nobody can be told if standard error is
-    /// closed, and training does not depend on it.
+    /// Prints a line above the bar, without what would be a command to the terminal. Nobody can be told if
+    /// standard error is closed, and training does not depend on it.
     pub fn print(&self, line: &str) {
         if !self.is_silent {
             let line = ganglion_proto::printable(line);
@@ -204,8 +204,8 @@ impl Progress {
         }
     }
 
-    /// Whether a plain line is due: for the first row, the last, and those in between that are far enough apart. A clock
-    /// that was set back counts as far enough.
+    /// Whether a plain line is due: for the first row, the last, and those in between that are far enough
+    /// apart. A clock that was set back counts as far enough.
     fn is_due(&mut self, row: &Row) -> bool {
         let is_near =
             self.printed.is_some_and(|time| (time..time + PLAIN_PERIOD_SECONDS).contains(&row.time));
@@ -243,7 +243,8 @@ struct Pace {
 }
 
 impl Pace {
-    /// Learns that `step` was committed at `time`. Steps that come again, and a clock that was set back, teach nothing.
+    /// Learns that `step` was committed at `time`. Steps that come again, and a clock that was set back,
+    /// teach nothing.
     fn add(&mut self, step: u64, time: f64) {
         let last = self.last.replace((step, time));
         let Some((last_step, last_time)) = last else {

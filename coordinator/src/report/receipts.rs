@@ -1,11 +1,12 @@
 //! Which rows of metrics workers need keep no more.
 //!
-//! 1. What is acknowledged is a prefix: every row up to that step that was received is durable, and every row that was due has
-//!    been received.
-//! 2. A row that cannot be held here stays with the workers and is owed; nothing from its step on is acknowledged before it
-//!    came again.
+//! 1. What is acknowledged is a prefix: every row up to that step that was received is durable, and every row
+//!    that was due has been received.
+//! 2. A row that cannot be held here stays with the workers and is owed; nothing from its step on is
+//!    acknowledged before it came again.
 //!
-//! Which rows are due is known from the first generation on that this term formed: that one reports by this term's cadence.
+//! Which rows are due is known from the first generation on that this term formed: that one reports by this
+//! term's cadence.
 
 use std::collections::BTreeSet;
 
@@ -62,7 +63,8 @@ impl Receipts {
         self.owed.insert(step);
     }
 
-    /// The first step, up to `limit`, whose row only workers have, if any has it. `is_known` tells which are held here.
+    /// The first step, up to `limit`, whose row only workers have, if any has it. `is_known` tells which are
+    /// held here.
     pub fn missing(&mut self, limit: u64, is_known: impl Fn(u64) -> bool) -> Option<u64> {
         let owed = self.owed.first().copied().filter(|step| *step <= limit);
         while self.floor.is_some()
@@ -88,8 +90,8 @@ impl Receipts {
         self.lost.insert(step);
     }
 
-    /// Acknowledgements due once all rows before `bound` are durable, the newest being of `newest`; `None` if they
-    /// know.
+    /// Acknowledgements due once all rows before `bound` are durable, the newest being of `newest`; `None` if
+    /// they know.
     pub fn acknowledge(&mut self, newest: u64, bound: u64) -> Option<u64> {
         let step = newest.min(bound.saturating_sub(1));
         if step == 0 || self.told >= Some(step) {

@@ -1,13 +1,13 @@
 //! TensorBoard's event files: curves and pictures.
 //!
-//! An event file is a sequence of TFRecords (TensorFlow, `tsl/lib/io/record_writer.h`), each the length of its data as
-//! u64, the masked CRC-32C of that length, the data, and the masked CRC-32C of the data, all little-endian. The data is
-//! an `Event` message (TensorFlow, `core/util/event.proto`). Each start of a coordinator begins a new file; TensorBoard
-//! reads all of a folder as one run.
+//! An event file is a sequence of TFRecords (TensorFlow, `tsl/lib/io/record_writer.h`), each the length of
+//! its data as u64, the masked CRC-32C of that length, the data, and the masked CRC-32C of the data, all
+//! little-endian. The data is an `Event` message (TensorFlow, `core/util/event.proto`). Each start of a
+//! coordinator begins a new file; TensorBoard reads all of a folder as one run.
 //!
 //! 1. What was not flushed is lost with the process: `metrics.jsonl` is the record, this is a view.
-//! 2. A record is in a file as a whole or not at all: one that a death or a full disk cut is cut off. Behind a damaged one no
-//!    reader finds anything, so all from it on is cut off.
+//! 2. A record is in a file as a whole or not at all: one that a death or a full disk cut is cut off. Behind
+//!    a damaged one no reader finds anything, so all from it on is cut off.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Write};
@@ -121,8 +121,8 @@ impl TensorBoard {
         Ok(board)
     }
 
-    /// Reads the event files in `dir` that nobody writes any more: `visit` is shown the step and the tag of each point and
-    /// picture. What is torn or damaged is cut off.
+    /// Reads the event files in `dir` that nobody writes any more: `visit` is shown the step and the tag of
+    /// each point and picture. What is torn or damaged is cut off.
     ///
     /// # Errors
     /// A file cannot be read.
@@ -240,8 +240,9 @@ fn next_record(reader: &mut impl Read, left: u64) -> io::Result<Option<Vec<u8>>>
     Ok((crc == masked_crc(&data).to_le_bytes()).then_some(data))
 }
 
-/// Creates the first file of a name that is free: a coordinator in a container may restart within a second and with the
-/// same process id. It grows record by record: a reader stops at one that is torn, and the next coordinator has a new file.
+/// Creates the first file of a name that is free: a coordinator in a container may restart within a second
+/// and with the same process id. It grows record by record: a reader stops at one that is torn, and the next
+/// coordinator has a new file.
 fn create_numbered(dir: &Path, stem: &str) -> io::Result<File> {
     for number in 0..u32::MAX {
         match File::create_new(dir.join(format!("{stem}.{number}"))) {
@@ -263,7 +264,8 @@ fn record(data: &[u8]) -> Vec<u8> {
     record
 }
 
-/// The CRC-32C of some data, turned and shifted as TFRecords want it, so that a checksum of checksums is no weaker.
+/// The CRC-32C of some data, turned and shifted as TFRecords want it, so that a checksum of checksums is no
+/// weaker.
 fn masked_crc(data: &[u8]) -> u32 {
     crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }
@@ -287,7 +289,8 @@ mod tests {
         events
     }
 
-    /// The bytes that every event file of TensorFlow starts with, apart from the time: a length of 24 and its masked CRC.
+    /// The bytes that every event file of TensorFlow starts with, apart from the time: a length of 24 and its
+    /// masked CRC.
     #[test]
     fn the_masked_crc_is_tensorflows() {
         let event =

@@ -1,6 +1,7 @@
 //! A client's connection, and what is known of who is at its other end.
 //!
-//! 1. A client that may do nothing is shown out after `PATIENCE`, and before that if others wait for its place.
+//! 1. A client that may do nothing is shown out after `PATIENCE`, and before that if others wait for its
+//!    place.
 
 use std::future::Future;
 use std::io;

@@ -1,11 +1,11 @@
 //! The door: who connects must speak HTTP/2 soon, or is shown out.
 //!
-//! HTTP/2 keeps a connection alive by questions and answers only once both sides have greeted. Before that a client could
-//! hold a connection for ever, and a file descriptor of this process with it. Where TLS is spoken its handshake takes the
-//! greeting's place.
+//! HTTP/2 keeps a connection alive by questions and answers only once both sides have greeted. Before that a
+//! client could hold a connection for ever, and a file descriptor of this process with it. Where TLS is
+//! spoken its handshake takes the greeting's place.
 //!
-//! A client without a certificate, or without TLS, is let in as one that may ask for this process's health and nothing else;
-//! so it is told what it lacks, in words.
+//! A client without a certificate, or without TLS, is let in as one that may ask for this process's health
+//! and nothing else; so it is told what it lacks, in words.
 
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -31,8 +31,8 @@ const NO_TLS: &[u8] = b"this coordinator does not speak TLS\n";
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
 /// How often the rest of one is looked for.
 const LOOK: Duration = Duration::from_millis(20);
-/// Connections at once, where the system allows twice as many descriptors. Those of one address whose clients have done
-/// nothing yet that they may do are idle; how long these keep their places while others wait.
+/// Connections at once, where the system allows twice as many descriptors. Those of one address whose clients
+/// have done nothing yet that they may do are idle; how long these keep their places while others wait.
 const LIMITS: Limits =
     Limits { all: 8192, strangers_of_address: 512, idle_of_address: 512, grace: Duration::from_secs(1) };
 /// Lines in the log about one address in a row, and the pause for each further one.

@@ -2,8 +2,8 @@
 //!
 //! 1. With TLS or a join token nothing but health answers a client that has not shown what is asked for.
 //! 2. What is compared are hashes, so the time that it takes tells nothing of the secret.
-//! 3. An address that has shown too many wrong secrets is not heard for a while, but for its connections that have shown a
-//!    right one: nobody can shut out the members that train at the same address.
+//! 3. An address that has shown too many wrong secrets is not heard for a while, but for its connections that
+//!    have shown a right one: nobody can shut out the members that train at the same address.
 //!
 //! | service | with TLS | with a join token | else |
 //! |---|---|---|---|

@@ -1,8 +1,10 @@
 //! The store in which the members of a group find each other.
 //!
-//! 1. Only keys of this term and of the newest generation are served; older ones are gone and never come back.
+//! 1. Only keys of this term and of the newest generation are served; older ones are gone and never come
+//!    back.
 //! 2. It holds a bounded number of keys of bounded size.
-//! 3. A change of a key wakes those that wait for this key and nobody else: members of a group of n wait for n^2 keys.
+//! 3. A change of a key wakes those that wait for this key and nobody else: members of a group of n wait for
+//!    n^2 keys.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -291,7 +293,8 @@ mod tests {
         assert!(store.set(Request::new(set)).await.is_err());
     }
 
-    /// Invariant 3, by the number of wakeups: that of those who wait, and not its product with the number of changes.
+    /// Invariant 3, by the number of wakeups: that of those who wait, and not its product with the number of
+    /// changes.
     #[tokio::test]
     async fn a_change_wakes_those_that_wait_for_it_and_nobody_else() {
         const MEMBERS: u64 = 60;

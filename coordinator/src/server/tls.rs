@@ -1,6 +1,7 @@
 //! TLS on the sockets of this process, with files that may be renewed while it runs.
 //!
-//! 1. A certificate that a client shows must be signed by an authority of ours; one that cannot be used ends the handshake.
+//! 1. A certificate that a client shows must be signed by an authority of ours; one that cannot be used ends
+//!    the handshake.
 //! 2. Renewed files serve the connections that come after; files that cannot be used change nothing.
 //! 3. Only TLS 1.3 is spoken.
 
@@ -102,7 +103,8 @@ fn acceptor(identity: Identity, clients: Clients) -> Result<TlsAcceptor, Credent
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// The name by which clients that connect to `address` must check this certificate; `None` if it is for the address itself.
+/// The name by which clients that connect to `address` must check this certificate; `None` if it is for the
+/// address itself.
 pub fn other_name(identity: &Identity, address: IpAddr) -> Option<String> {
     if identity.is_for(&ServerName::from(address)) {
         return None;

@@ -1,9 +1,9 @@
 //! The attempts by which workers opened their newest sessions.
 //!
-//! 1. A hello that its worker has given up, and that arrives after a newer one, is refused for as long as the worker may
-//!    go on as who it was.
-//! 2. No more workers are remembered than those, and the newest one. The numbers of others are never given again: a late
-//!    hello of theirs is a stranger's, with no session to be older than.
+//! 1. A hello that its worker has given up, and that arrives after a newer one, is refused for as long as the
+//!    worker may go on as who it was.
+//! 2. No more workers are remembered than those, and the newest one. The numbers of others are never given
+//!    again: a late hello of theirs is a stranger's, with no session to be older than.
 
 use std::collections::BTreeMap;
 

@@ -1,7 +1,7 @@
 //! How many events a session may cause.
 //!
-//! Events are lines of a file that is kept for ever. A worker that trains causes few; one that is broken or hostile could
-//! fill the disk.
+//! Events are lines of a file that is kept for ever. A worker that trains causes few; one that is broken or
+//! hostile could fill the disk.
 
 use std::time::Duration;
 
@@ -25,7 +25,8 @@ impl Budget {
         Budget { quiet: Instant::now(), left_out: 0 }
     }
 
-    /// Spends an event; returns how many were left out since the one before, or `None` if this one is left out too.
+    /// Spends an event; returns how many were left out since the one before, or `None` if this one is left
+    /// out too.
     pub(super) fn spend(&mut self) -> Option<u64> {
         let now = Instant::now();
         let quiet = self.quiet.max(now) + PAUSE;

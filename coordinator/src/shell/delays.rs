@@ -1,5 +1,5 @@
-//! Word of checkpoints that cannot be written: a line when that begins, and one when it is over. Attempts go on meanwhile,
-//! each a `checkpoint_delayed` event.
+//! Word of checkpoints that cannot be written: a line when that begins, and one when it is over. Attempts go
+//! on meanwhile, each a `checkpoint_delayed` event.
 
 use std::collections::BTreeSet;
 

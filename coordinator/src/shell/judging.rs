@@ -80,7 +80,8 @@ impl Shell {
         }
     }
 
-    /// Has the best checkpoint named, if it is another than the one that is; returns whether it is. Naming prunes as well.
+    /// Has the best checkpoint named, if it is another than the one that is; returns whether it is. Naming
+    /// prunes as well.
     pub(super) fn order_best(&mut self) -> bool {
         let Some((best, row)) = self.judged.best().filter(|(best, _)| self.best.as_ref() != Some(*best))
         else {

@@ -83,8 +83,9 @@ impl Shell {
         }
     }
 
-    /// A local process has one number as long as this coordinator lives. One that was let go or given up, and did not hear
-    /// of it, hears it now: under a second number nobody would learn that the first one's process ended.
+    /// A local process has one number as long as this coordinator lives. One that was let go or given up, and
+    /// did not hear of it, hears it now: under a second number nobody would learn that the first one's
+    /// process ended.
     fn let_go_again(&self, worker: WorkerId, outbox: &Outbox) -> WorkerId {
         let _ = outbox.try_send(ToWorker::Welcome(Box::new(self.welcome(worker))));
         let _ = outbox.try_send(ToWorker::Release { complete: false });
@@ -181,8 +182,8 @@ impl Shell {
         }
     }
 
-    /// Handles one event too many. A storage that fails again and again is told of now and then; nothing else comes
-    /// that often from a worker that is well.
+    /// Handles one event too many. A storage that fails again and again is told of now and then; nothing else
+    /// comes that often from a worker that is well.
     fn spent(
         &mut self,
         session: SessionId,

@@ -1,8 +1,9 @@
-//! A journal that cannot be written: what was decided waits, in order, and nothing more is decided until it can be.
+//! A journal that cannot be written: what was decided waits, in order, and nothing more is decided until it
+//! can be.
 //!
 //! 1. A decision that is not journaled is not acted on, and nothing that was decided after it.
-//! 2. Workers that train are answered meanwhile, so that none runs out of its lease; what else they say waits, so much of it
-//!    as [`LIMIT`] allows, and the rest in their sessions.
+//! 2. Workers that train are answered meanwhile, so that none runs out of its lease; what else they say
+//!    waits, so much of it as [`LIMIT`] allows, and the rest in their sessions.
 //! 3. Each attempt is made anew with the chores. People are told once, and once more when it is over.
 
 use ganglion_membership::WorkerId;

@@ -45,8 +45,8 @@ impl Machine {
         }
     }
 
-    /// A member never heard that it is one: whatever it is at rest with, it will commit nothing in the newest generation
-    /// unless it is told of it now.
+    /// A member never heard that it is one: whatever it is at rest with, it will commit nothing in the newest
+    /// generation unless it is told of it now.
     fn missed_its_assignment(
         &mut self,
         worker: WorkerId,
@@ -103,7 +103,8 @@ impl Machine {
                 let mut differences = passport.differences(&facts.passport);
                 differences.retain(|difference| !passport.lets_adopt(&difference.item));
                 if differences.is_empty() && *passport != facts.passport {
-                    // A change of the job moved them, and they were forgotten with it; or an older version knew none.
+                    // A change of the job moved them, and they were forgotten with it; or an older version
+                    // knew none.
                     self.passport = Some(facts.passport.clone());
                     actions.push(Action::AdoptPassport(facts.passport.clone()));
                 }
@@ -136,8 +137,8 @@ impl Machine {
         }
     }
 
-    /// A member that lost its session, and that a peer lost too, is dead or cut off from all. Unless all sessions ended
-    /// because nobody was here to answer.
+    /// A member that lost its session, and that a peer lost too, is dead or cut off from all. Unless all
+    /// sessions ended because nobody was here to answer.
     pub(super) fn lose_disconnected(&mut self, actions: &mut Vec<Action>) {
         let deadline = self.settings.limits.deadline;
         if self.overslept.is_some_and(|overslept| self.now < overslept + deadline) {
@@ -185,7 +186,8 @@ impl Machine {
         actions.push(Action::Lose(worker, loss.clone()));
         let cause = Cause::Lost(worker, loss.clone());
         match self.stage {
-            // While a group closes, its files of the last checkpoint may be missing: whoever is left writes them again.
+            // While a group closes, its files of the last checkpoint may be missing: whoever is left writes
+            // them again.
             Stage::Training { .. } | Stage::Closing { .. } if is_member => self.regroup(cause, actions),
             Stage::Regrouping { .. } => self.form_if_ready(actions),
             Stage::Gathering if self.group.is_none() && self.locals.workers.contains(&worker) => {

@@ -146,7 +146,8 @@ impl Machine {
     }
 
     fn regroup_limit(&self) -> Time {
-        // An order to leave takes its time to the member, and the answer back; the training thread ends its leaf first.
+        // An order to leave takes its time to the member, and the answer back; the training thread ends its
+        // leaf first.
         self.now + self.patience().max(self.settings.limits.deadline * 2)
     }
 
@@ -202,8 +203,8 @@ impl Machine {
         );
     }
 
-    /// Nobody could save what a group of these would train. If a local worker is to come, who can, those that rest hold the
-    /// state until then.
+    /// Nobody could save what a group of these would train. If a local worker is to come, who can, those that
+    /// rest hold the state until then.
     fn wait_for_a_writer(&mut self, ids: &[WorkerId], actions: &mut Vec<Action>) {
         if matches!(self.stage, Stage::Regrouping { .. }) && self.is_a_local_to_come() {
             self.let_leavers_go(|leaver| ids.contains(&leaver), actions);
@@ -243,9 +244,9 @@ impl Machine {
         self.let_leavers_go(|leaver| group.members.iter().any(|member| member.worker == leaver), actions);
     }
 
-    /// Members of a group that is formed now, oldest first: all that are loaded and can reach each other, up to V, and
-    /// among them one that can save, if there is one.
-    /// The source of the state is always among them; those that leave only if nobody who stays holds their position.
+    /// Members of a group that is formed now, oldest first: all that are loaded and can reach each other, up
+    /// to V, and among them one that can save, if there is one. The source of the state is always among them;
+    /// those that leave only if nobody who stays holds their position.
     fn next_members(&self) -> Vec<WorkerId> {
         let source = self.source();
         let stays = |id: &WorkerId| !self.is_leaving(*id);

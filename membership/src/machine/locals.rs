@@ -15,7 +15,8 @@ const REPLACEMENTS: u32 = 8;
 pub(super) struct Locals {
     /// Every worker that was ever one of them.
     pub(super) workers: BTreeSet<WorkerId>,
-    /// Those that are lost to the group and whose processes have not been seen to end, and when those are killed.
+    /// Those that are lost to the group and whose processes have not been seen to end, and when those are
+    /// killed.
     pub(super) lingering: BTreeMap<WorkerId, Time>,
     /// Processes that run.
     pub(super) running: u32,

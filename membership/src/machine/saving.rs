@@ -23,7 +23,8 @@ impl Machine {
         self.close_if_finished(actions);
     }
 
-    /// All members have finished: closes the run, or, for a stop that only an earlier coordinator wanted, goes on.
+    /// All members have finished: closes the run, or, for a stop that only an earlier coordinator wanted,
+    /// goes on.
     pub(super) fn close_if_finished(&mut self, actions: &mut Vec<Action>) {
         let Stage::Training { .. } = self.stage else { return };
         let members = self.present_members();
@@ -80,7 +81,8 @@ impl Machine {
         let Some(facts) = self.workers.get(&worker).and_then(|w| w.facts.as_ref()) else {
             return;
         };
-        // The next generation may have been formed since: a late file of a condemned state would make it look diverged too.
+        // The next generation may have been formed since: a late file of a condemned state would make it look
+        // diverged too.
         if self.condemned.is_some_and(|condemned| generation <= condemned) || !self.has_trained(worker) {
             return;
         }

@@ -104,7 +104,8 @@ impl Bench {
         self.handle(reaped(worker))
     }
 
-    /// Lets time pass in small pieces, as a shell that is awake sees it, while these workers give signs of life.
+    /// Lets time pass in small pieces, as a shell that is awake sees it, while these workers give signs of
+    /// life.
     fn wait(&mut self, time: Duration, alive: &[u64]) -> Vec<Action> {
         let mut actions = Vec::new();
         for _ in 0..10 {
@@ -278,7 +279,8 @@ fn resumed(worker: u64, generation: u64, rest: Option<Rested>) -> Event {
     Event::Resumed { worker: WorkerId(worker), generation: Generation(generation), rest }
 }
 
-/// A new coordinator of a run whose generation 4 has workers 1 and 2, with the newest checkpoint at position 8.
+/// A new coordinator of a run whose generation 4 has workers 1 and 2, with the newest checkpoint at position
+/// 8.
 fn taking_over() -> Bench {
     let recovered =
         Recovered { group: Some(group(4, &[1, 2])), checkpoint: Some(checkpoint(4)), ..Recovered::default() };
@@ -848,7 +850,8 @@ fn a_group_that_cannot_save_is_not_formed() {
     assert!(matches!(ended(&actions), Some(Outcome::Failed(what)) if what.contains("checkpoint.url")));
 }
 
-// ---- Found by the simulation -------------------------------------------------------------------------------------
+// ---- Found by the simulation
+// -------------------------------------------------------------------------------------
 
 #[test]
 fn a_member_that_waits_longer_than_its_limit_asks_for_no_tick_that_is_due() {

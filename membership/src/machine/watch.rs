@@ -5,7 +5,8 @@ use std::time::Duration;
 use super::*;
 
 impl Machine {
-    /// When [`Event::Tick`] is due at the latest. Never so late that a shell that slept until then seems to have overslept.
+    /// When [`Event::Tick`] is due at the latest. Never so late that a shell that slept until then seems to
+    /// have overslept.
     pub fn deadline(&self) -> Option<Time> {
         self.due
     }
@@ -94,8 +95,8 @@ impl Machine {
         }
     }
 
-    /// When all members that wait for each other have done so for too long: somebody they wait for moved until now, also
-    /// one that rests since.
+    /// When all members that wait for each other have done so for too long: somebody they wait for moved
+    /// until now, also one that rests since.
     fn stalled_at(&self, patience: Duration) -> Option<Time> {
         let since = self.members().filter_map(|id| self.workers.get(&id)).map(|worker| worker.progress_since);
         since.max().map(|moved| moved + patience)
@@ -109,8 +110,9 @@ impl Machine {
         slowest.map_or(limits.lease, |slowest| limits.deadline.max(slowest * 10))
     }
 
-    /// When a member of the group that trains is late. Meeting, healing and the first leaves have more time. One that has
-    /// paused is never late: what it waits for is no member's fault, and to end it would lose what it holds.
+    /// When a member of the group that trains is late. Meeting, healing and the first leaves have more time.
+    /// One that has paused is never late: what it waits for is no member's fault, and to end it would lose
+    /// what it holds.
     fn late_at(&self, worker: &Worker, patience: Duration) -> Option<Time> {
         if worker.progress.activity == Activity::Paused {
             return None;
@@ -138,8 +140,8 @@ impl Machine {
         self.severed.retain(|_, until| *until > self.now);
     }
 
-    /// The first member to rest for a planned change may have had another reason, which was lost on the way: the others
-    /// would wait for it in vain.
+    /// The first member to rest for a planned change may have had another reason, which was lost on the way:
+    /// the others would wait for it in vain.
     fn hurry(&mut self, actions: &mut Vec<Action>) {
         let Stage::Regrouping { until } = self.stage else { return };
         let soon = self.now + self.settings.limits.deadline >= until;

@@ -1,5 +1,5 @@
-//! The coordinator's shell: it turns messages, exits of processes and time into events, and carries the machine's actions
-//! out one by one. It may crash between any two steps of that.
+//! The coordinator's shell: it turns messages, exits of processes and time into events, and carries the
+//! machine's actions out one by one. It may crash between any two steps of that.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -114,7 +114,8 @@ impl Coordinator {
         self.feed(Event::Started, ctx);
     }
 
-    // ---- What comes in ---------------------------------------------------------------------------------------
+    // ---- What comes in
+    // ---------------------------------------------------------------------------------------
 
     pub fn receive(&mut self, conn: ConnId, packet: Packet, ctx: &mut Ctx) {
         self.take(Input::Packet(conn, packet), ctx);
@@ -265,8 +266,8 @@ impl Coordinator {
         }
     }
 
-    /// A local process has one number for as long as its coordinator lives. Once the machine has let that number go, the
-    /// process has to end: only then the machine hears that it is gone, and replaces it.
+    /// A local process has one number for as long as its coordinator lives. Once the machine has let that
+    /// number go, the process has to end: only then the machine hears that it is gone, and replaces it.
     fn is_unwanted(&self, token: Option<u64>, ctx: &Ctx) -> bool {
         let workers = token.and_then(|token| ctx.directory.tokens.get(&token));
         let last = workers.and_then(|workers| workers.last());
@@ -310,7 +311,8 @@ impl Coordinator {
         }
     }
 
-    // ---- The machine -----------------------------------------------------------------------------------------
+    // ---- The machine
+    // -----------------------------------------------------------------------------------------
 
     fn feed(&mut self, event: Event, ctx: &mut Ctx) {
         if self.crashed || self.outcome.is_some() {

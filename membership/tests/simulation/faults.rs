@@ -117,8 +117,9 @@ pub fn draw(rng: &mut ChaCha8Rng, seed: u64) -> (Scenario, Job, Vec<(Instant, Mi
     (scenario, job, mishaps)
 }
 
-/// Storages that do not answer, fail, are full or slow, from before a checkpoint is due until long after. Calm seeds have
-/// them as well: nobody is to blame for its storage. They are drawn apart, so that seeds without them are what they were.
+/// Storages that do not answer, fail, are full or slow, from before a checkpoint is due until long after.
+/// Calm seeds have them as well: nobody is to blame for its storage. They are drawn apart, so that seeds
+/// without them are what they were.
 fn draw_storages(seed: u64, scenario: &Scenario) -> Vec<(Instant, Mishap)> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x5709_a6e0);
     let count = if rng.random_bool(0.25) { rng.random_range(1..=3) } else { 0 };

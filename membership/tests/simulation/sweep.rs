@@ -1,8 +1,8 @@
 //! Running many seeds on all cores, or one of them again. Every simulation of the workspace uses this.
 //!
-//! The environment decides: `SEEDS` how many, `FIRST` from which on, `THREADS` on how many threads; `SEED` runs one and
-//! prints all that happens in it. If it says nothing, the seeds that failed once run, the first ones, and some that no other
-//! day has.
+//! The environment decides: `SEEDS` how many, `FIRST` from which on, `THREADS` on how many threads; `SEED`
+//! runs one and prints all that happens in it. If it says nothing, the seeds that failed once run, the first
+//! ones, and some that no other day has.
 
 use std::io::Write;
 use std::ops::Range;

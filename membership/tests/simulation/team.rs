@@ -115,7 +115,8 @@ impl Team {
 }
 
 impl Worker {
-    // ---- Beginning -------------------------------------------------------------------------------------------
+    // ---- Beginning
+    // -------------------------------------------------------------------------------------------
 
     pub fn begin_next(&mut self, ctx: &mut Ctx) {
         let Some(team) = &mut self.team else { return };
@@ -243,7 +244,8 @@ impl Worker {
         }
     }
 
-    // ---- Collectives -----------------------------------------------------------------------------------------
+    // ---- Collectives
+    // -----------------------------------------------------------------------------------------
 
     /// Goes on as far as what has arrived allows.
     fn advance(&mut self, ctx: &mut Ctx) {
@@ -381,7 +383,8 @@ impl Worker {
         self.leave_team(Some(Fault::Diverged("fingerprints differ".to_string())), ctx);
     }
 
-    // ---- Phases ----------------------------------------------------------------------------------------------
+    // ---- Phases
+    // ----------------------------------------------------------------------------------------------
 
     fn next_phase(&mut self, ctx: &mut Ctx) {
         let Some(state) = self.state else { return };
@@ -537,7 +540,8 @@ impl Worker {
         }
     }
 
-    // ---- Coming to rest --------------------------------------------------------------------------------------
+    // ---- Coming to rest
+    // --------------------------------------------------------------------------------------
 
     /// Rests once its last state is on the storage, however long that takes.
     fn finish(&mut self, complete: bool, ctx: &mut Ctx) {

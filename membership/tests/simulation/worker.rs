@@ -22,7 +22,8 @@ pub enum Timer {
     Connect,
     /// The training thread's work of this number is done.
     Worked(u64),
-    /// A file of a checkpoint is due to be written. What was to be saved before its state turned out void is not saved.
+    /// A file of a checkpoint is due to be written. What was to be saved before its state turned out void is
+    /// not saved.
     Save(Generation, State, u32, u64),
     /// Past its lease: it saves what it holds, and exits.
     SaveAll(u32),
@@ -152,7 +153,8 @@ impl Worker {
         Node::Worker(self.proc)
     }
 
-    // ---- What comes in ---------------------------------------------------------------------------------------
+    // ---- What comes in
+    // ---------------------------------------------------------------------------------------
 
     pub fn time(&mut self, timer: Timer, ctx: &mut Ctx) {
         if self.paused_until.is_some() {
@@ -202,7 +204,8 @@ impl Worker {
         }
     }
 
-    // ---- The session -----------------------------------------------------------------------------------------
+    // ---- The session
+    // -----------------------------------------------------------------------------------------
 
     fn connect(&mut self, ctx: &mut Ctx) {
         if self.session.is_some() || self.expired {
@@ -400,8 +403,8 @@ impl Worker {
         }
     }
 
-    /// Says why it left its group, whether or not the coordinator has heard that already: without the reason it would
-    /// think that the others come to rest as well.
+    /// Says why it left its group, whether or not the coordinator has heard that already: without the reason
+    /// it would think that the others come to rest as well.
     pub fn say_fault(&mut self, ctx: &mut Ctx) {
         if let Some((generation, fault)) = self.fault.clone() {
             self.say(Up::Fault(generation, fault), ctx);
@@ -486,7 +489,8 @@ impl Worker {
         ranks.filter(|(_, proc)| cut(**proc)).map(|(rank, _)| Rank(rank)).collect()
     }
 
-    // ---- Checkpoints and the end -----------------------------------------------------------------------------
+    // ---- Checkpoints and the end
+    // -----------------------------------------------------------------------------
 
     pub fn save_later(&mut self, generation: Generation, state: State, index: u32, ctx: &mut Ctx) {
         let slow = if self.storage == Some(Trouble::Slow) { 40 } else { 1 };

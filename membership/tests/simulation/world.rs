@@ -182,7 +182,8 @@ impl Ctx {
         self.between(200, if spike { longest * 15 } else { longest })
     }
 
-    /// A state was copied, or is the only one. With a flipped bit in it that is nobody's mistake, until somebody saw it.
+    /// A state was copied, or is the only one. With a flipped bit in it that is nobody's mistake, until
+    /// somebody saw it.
     pub fn copied(&mut self, tainted: bool) {
         self.spoiled |= tainted && self.directory.condemned < self.flipped_in;
     }
@@ -209,7 +210,8 @@ impl Ctx {
         link
     }
 
-    // ---- Connections -----------------------------------------------------------------------------------------
+    // ---- Connections
+    // -----------------------------------------------------------------------------------------
 
     pub fn send(&mut self, conn: ConnId, from: Node, packet: Packet) {
         let delay = self.delay();
@@ -403,7 +405,8 @@ impl World {
         coordinator.filter(|coordinator| !coordinator.crashed && coordinator.outcome.is_none())
     }
 
-    // ---- Packets ---------------------------------------------------------------------------------------------
+    // ---- Packets
+    // ---------------------------------------------------------------------------------------------
 
     fn deliver(&mut self, conn: ConnId, to: usize, packet: Packet, reset: bool) {
         let entry = &mut self.ctx.network.conns[conn];
@@ -467,7 +470,8 @@ impl World {
         }
     }
 
-    // ---- Processes -------------------------------------------------------------------------------------------
+    // ---- Processes
+    // -------------------------------------------------------------------------------------------
 
     fn start_worker(&mut self, token: Option<u64>) {
         self.next_proc += 1;
@@ -535,8 +539,8 @@ impl World {
         }
     }
 
-    /// What is always done after something happened: a coordinator that crashed or ended is taken away, an operator sees
-    /// to it that one runs and that there are workers.
+    /// What is always done after something happened: a coordinator that crashed or ended is taken away, an
+    /// operator sees to it that one runs and that there are workers.
     fn tend(&mut self) {
         match self.coordinator.as_ref().map(|c| (c.crashed, c.outcome.clone())) {
             Some((true, _)) => self.crash_coordinator(),
@@ -575,7 +579,8 @@ impl World {
         }
     }
 
-    // ---- Pauses ----------------------------------------------------------------------------------------------
+    // ---- Pauses
+    // ----------------------------------------------------------------------------------------------
 
     pub fn pause(&mut self, node: Node, time: u64) {
         note!(self.ctx, "{node:?} is not run for {time} us");

@@ -150,8 +150,8 @@ fn changes(len: u64, wanted: &[(u64, Vec<u64>)]) -> Vec<Change> {
 }
 
 proptest! {
-    /// Invariant 1 with changes: between two of them, every epoch holds each sample that is left exactly once, also where a
-    /// change comes in the middle of an epoch; and no number before a change moves.
+    /// Invariant 1 with changes: between two of them, every epoch holds each sample that is left exactly
+    /// once, also where a change comes in the middle of an epoch; and no number before a change moves.
     #[test]
     fn every_epoch_after_a_change_is_a_permutation_of_what_is_left(
         seed: u64,

@@ -1,7 +1,7 @@
 //! `make chaos`: real processes, random faults, and in the end the same bits.
 //!
-//! Round after round a run is disturbed by whatever can happen to it, then left alone until it is complete. Its digest
-//! must be that of an undisturbed run, and its audit must be clean.
+//! Round after round a run is disturbed by whatever can happen to it, then left alone until it is complete.
+//! Its digest must be that of an undisturbed run, and its audit must be clean.
 #![allow(clippy::print_stdout)] // it is for people
 
 use std::fmt::Write as _;

@@ -1,7 +1,8 @@
 //! Loads a coordinator with many sessions and measures it: `load 100 500 1000 2000`.
 //!
-//! The sessions are real, each on a connection of its own; the workers behind them only say what workers say: heartbeats
-//! at their pace, a row a second from rank 0, and when one of them is killed that they lost a peer and are at rest.
+//! The sessions are real, each on a connection of its own; the workers behind them only say what workers say:
+//! heartbeats at their pace, a row a second from rank 0, and when one of them is killed that they lost a peer
+//! and are at rest.
 
 use std::collections::BTreeMap;
 use std::fs;

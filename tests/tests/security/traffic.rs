@@ -1,5 +1,5 @@
-//! What others can read on the way: of both planes nothing over TLS, and what is looked for without it, so that looking
-//! proves something.
+//! What others can read on the way: of both planes nothing over TLS, and what is looked for without it, so
+//! that looking proves something.
 
 use std::fs;
 use std::io::{Read, Write};

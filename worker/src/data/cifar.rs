@@ -1,4 +1,5 @@
-//! The binary version of CIFAR-10: records of a label and 3 x 32 x 32 bytes of pixels, one plane for each channel.
+//! The binary version of CIFAR-10: records of a label and 3 x 32 x 32 bytes of pixels, one plane for each
+//! channel.
 
 use std::fs;
 use std::io::Read;

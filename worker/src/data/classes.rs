@@ -1,13 +1,14 @@
 //! The classes of a folder's pictures.
 //!
 //! The first of these rules that has something to go by is the rule for all pictures:
-//! 1. Lists. A `dataset.json` gives the classes of the pictures beside and below it, in an archive too: {"labels": [["NAME",
-//!    CLASS], ...]}, with names from its place on. The nearest list that names a picture counts.
-//! 2. Files beside the pictures with the same key: `0001.cls` with a whole number, or else `0001.json` with a whole number
-//!    under `label`, `cls` or `class`.
-//! 3. Folders, by their names in sorted order: the first folder on the way to a picture. An archive's own name is none. Two
-//!    kinds of folders do not count as long as all pictures in them lie in folders further below: one at the top of an
-//!    archive with the archive's name, and one that holds all pictures.
+//! 1. Lists. A `dataset.json` gives the classes of the pictures beside and below it, in an archive too:
+//!    {"labels": [["NAME", CLASS], ...]}, with names from its place on. The nearest list that names a picture
+//!    counts.
+//! 2. Files beside the pictures with the same key: `0001.cls` with a whole number, or else `0001.json` with a
+//!    whole number under `label`, `cls` or `class`.
+//! 3. Folders, by their names in sorted order: the first folder on the way to a picture. An archive's own
+//!    name is none. Two kinds of folders do not count as long as all pictures in them lie in folders further
+//!    below: one at the top of an archive with the archive's name, and one that holds all pictures.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
@@ -56,7 +57,8 @@ fn without(entry: &Entry, why: &str) -> DataError {
     input(&entry.place.shown(), &format!("has no class, which model.conditional needs: {why}"))
 }
 
-// ---- Lists -------------------------------------------------------------------------------------------------------
+// ---- Lists
+// -------------------------------------------------------------------------------------------------------
 
 /// The classes of files by their names from the list's place on.
 type List = HashMap<Vec<u8>, u32>;
@@ -109,7 +111,8 @@ fn read_list(list: &Entry) -> Result<List, DataError> {
     Ok(parsed.labels.into_iter().map(|(file, class)| (file.into_bytes(), class)).collect())
 }
 
-// ---- Files beside the pictures -----------------------------------------------------------------------------------
+// ---- Files beside the pictures
+// -----------------------------------------------------------------------------------
 
 fn by_note(root: &Path, search: &Search, kind: &str) -> Result<Labels, DataError> {
     let by_key: HashMap<&[u8], &Entry> = search.notes.iter().map(|note| (note.key(), note)).collect();
@@ -152,7 +155,8 @@ fn has_json_class(search: &Search, picture: &Entry) -> bool {
         .is_some_and(|content| json_class(&content).is_some())
 }
 
-// ---- Folders -----------------------------------------------------------------------------------------------------
+// ---- Folders
+// -----------------------------------------------------------------------------------------------------
 
 fn by_folder(root: &Path, pictures: &[Entry]) -> Result<Labels, DataError> {
     let wrapped = wrapping_archives(pictures);
@@ -204,7 +208,8 @@ fn top<'a>(mut places: impl Iterator<Item = &'a [u8]>) -> Option<&'a [u8]> {
     places.all(|place| leads(place) == Some(top)).then_some(top)
 }
 
-/// The archives, by their names with the slash, whose pictures all lie in folders of one folder with the archive's name.
+/// The archives, by their names with the slash, whose pictures all lie in folders of one folder with the
+/// archive's name.
 fn wrapping_archives(pictures: &[Entry]) -> BTreeSet<&[u8]> {
     let name = |entry: &Entry| entry.archive.map(|(at, _)| at);
     let mut found = BTreeSet::new();

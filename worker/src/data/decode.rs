@@ -116,7 +116,8 @@ fn reader(bytes: &[u8]) -> Result<ImageReader<Cursor<&[u8]>>, String> {
     }
 }
 
-/// Whether the last scan of a JPEG file is followed by the end marker. Neither marker can be part of the coded pixels.
+/// Whether the last scan of a JPEG file is followed by the end marker. Neither marker can be part of the
+/// coded pixels.
 fn has_end(bytes: &[u8]) -> bool {
     const START_OF_SCAN: [u8; 2] = [0xff, 0xda];
     const END_OF_IMAGE: [u8; 2] = [0xff, 0xd9];

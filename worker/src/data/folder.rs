@@ -2,11 +2,12 @@
 //!
 //! Invariants:
 //! 1. Samples are in the order of their names, as [`search`](super::search) has them.
-//! 2. Opening reads files of up to 1 MiB whole, and sixteen blocks of longer ones, on all processors, and keeps none of it:
-//!    memory holds the names and no pixels.
-//! 3. An archive in a folder is a folder of its name; one that `data.path` names is that folder itself, so pictures give the
-//!    same samples packed and unpacked.
-//! 4. Pictures that the job leaves out are not looked at when the folder is opened, and may be missing by then.
+//! 2. Opening reads files of up to 1 MiB whole, and sixteen blocks of longer ones, on all processors, and
+//!    keeps none of it: memory holds the names and no pixels.
+//! 3. An archive in a folder is a folder of its name; one that `data.path` names is that folder itself, so
+//!    pictures give the same samples packed and unpacked.
+//! 4. Pictures that the job leaves out are not looked at when the folder is opened, and may be missing by
+//!    then.
 //! 5. Of a picture alpha is dropped, 16 bits become 8, and of an animation the first picture counts.
 
 use std::path::{Path, PathBuf};

@@ -1,12 +1,12 @@
 //! Framing: from an image of any size to a sample of the job's size, as numbers in [-1, 1].
 //!
 //! Invariants:
-//! 1. Framed is as if the image was first scaled so that its shorter side has `resize` pixels (the longer rounded to
-//!    the nearest pixel) and the central square of `crop` pixels was then cut, one pixel more on the right and at the
-//!    bottom where the rest is odd. What the cut leaves out is not computed.
-//! 2. Scaling is linear, over the area that a pixel covers (no aliasing), in fixed-point numbers whose weights come from
-//!    additions, multiplications and divisions alone. So every processor and C library gives the same bits, which a filter
-//!    with sines (Lanczos) does not promise.
+//! 1. Framed is as if the image was first scaled so that its shorter side has `resize` pixels (the longer
+//!    rounded to the nearest pixel) and the central square of `crop` pixels was then cut, one pixel more on
+//!    the right and at the bottom where the rest is odd. What the cut leaves out is not computed.
+//! 2. Scaling is linear, over the area that a pixel covers (no aliasing), in fixed-point numbers whose
+//!    weights come from additions, multiplications and divisions alone. So every processor and C library
+//!    gives the same bits, which a filter with sines (Lanczos) does not promise.
 
 use fast_image_resize::images::{Image as Canvas, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
@@ -33,7 +33,8 @@ pub(super) enum Framing {
     Whole,
     /// The central square of that many pixels a side.
     Crop(u32),
-    /// Scale so that the shorter side has `side` pixels, then cut the central square of `crop`, at most `side`.
+    /// Scale so that the shorter side has `side` pixels, then cut the central square of `crop`, at most
+    /// `side`.
     Resize { side: u32, crop: u32 },
 }
 
@@ -121,7 +122,8 @@ impl Framing {
     }
 }
 
-/// The part of `image` that becomes the central square of `crop` pixels once the shorter side is scaled to `side`.
+/// The part of `image` that becomes the central square of `crop` pixels once the shorter side is scaled to
+/// `side`.
 fn window(image: &Image<'_>, side: u32, crop: u32) -> Window {
     let shorter = image.width.min(image.height);
     let span = |length: u32| {
@@ -154,7 +156,8 @@ fn scale(image: &Image<'_>, window: &Window, side: u32) -> Canvas<'static> {
     scaled
 }
 
-/// Writes a window of an image, as wide as `width` and as high as `out` has room for, one plane for each channel.
+/// Writes a window of an image, as wide as `width` and as high as `out` has room for, one plane for each
+/// channel.
 fn write_planes(image: &Image<'_>, left: usize, top: usize, width: usize, out: &mut [f32]) {
     let channels = image.channels;
     let plane = out.len() / channels;

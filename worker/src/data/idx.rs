@@ -1,5 +1,6 @@
-//! IDX files of images, the format of MNIST: a header of four big-endian `u32` (magic number, images, rows, columns), then
-//! one byte for each pixel. Files of labels: two such numbers (magic number, labels), then one byte for each. Plain or compressed with gzip, told apart by their first bytes.
+//! IDX files of images, the format of MNIST: a header of four big-endian `u32` (magic number, images, rows,
+//! columns), then one byte for each pixel. Files of labels: two such numbers (magic number, labels), then one
+//! byte for each. Plain or compressed with gzip, told apart by their first bytes.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read};
@@ -171,7 +172,8 @@ impl Unpacked<'_> {
         Ok(header)
     }
 
-    /// Bytes after the header, which announces `expected` of them: these, or fewer, or one more that tells of others.
+    /// Bytes after the header, which announces `expected` of them: these, or fewer, or one more that tells of
+    /// others.
     fn rest(&mut self, expected: u64) -> Result<Vec<u8>, DataError> {
         if self.packed && expected > self.most {
             return Err(self.wrong(&format!(
@@ -181,7 +183,8 @@ impl Unpacked<'_> {
             )));
         }
         let mut bytes = Vec::new();
-        // A plain file has its bytes; memory for the content of a compressed one grows with what is really there.
+        // A plain file has its bytes; memory for the content of a compressed one grows with what is really
+        // there.
         let known = if self.packed { 0 } else { expected.saturating_add(1).min(self.most) };
         bytes.reserve_exact(usize::try_from(known).unwrap_or(0));
         let read = Read::by_ref(&mut self.reader).take(expected.saturating_add(1)).read_to_end(&mut bytes);

@@ -34,7 +34,8 @@ impl Labels {
         Labels { names, ..self }
     }
 
-    /// Forgets all samples but those of these numbers, which grow. Classes keep their numbers, also those left without one.
+    /// Forgets all samples but those of these numbers, which grow. Classes keep their numbers, also those
+    /// left without one.
     pub(super) fn keep(&mut self, kept: &[usize]) {
         self.of = kept.iter().map(|index| self.of[*index]).collect();
     }

@@ -1,10 +1,11 @@
 //! Samples that the job leaves out, by name.
 //!
-//! 1. Those left out from the start are no samples: what they were is not looked at, and they need not be there.
-//! 2. Those left out later keep their index for the whole run, also once they are gone; they are never read for a step that is
-//!    past the change, and the fingerprint does not cover them.
-//! 3. A change tells which names the data set had when it was made. So a name that was never there is found out, as is
-//!    another data set.
+//! 1. Those left out from the start are no samples: what they were is not looked at, and they need not be
+//!    there.
+//! 2. Those left out later keep their index for the whole run, also once they are gone; they are never read
+//!    for a step that is past the change, and the fingerprint does not cover them.
+//! 3. A change tells which names the data set had when it was made. So a name that was never there is found
+//!    out, as is another data set.
 
 use std::collections::BTreeMap;
 
@@ -107,7 +108,8 @@ impl<'a> LeftOut<'a> {
         Ok(())
     }
 
-    /// The index of each name that is left out after the start, in the job's order, among the samples of the run.
+    /// The index of each name that is left out after the start, in the job's order, among the samples of the
+    /// run.
     pub(super) fn indices(&self, names: impl Iterator<Item = String>) -> Vec<u64> {
         if self.is_empty() {
             return Vec::new();

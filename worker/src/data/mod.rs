@@ -1,16 +1,18 @@
 //! The training samples: where they come from, in which order, and how they reach the training loop.
 //!
 //! [`DataSet`] turns an index into pixels. [`SampleStream`](ganglion_proto::stream::SampleStream) turns a
-//! number of the job's endless stream into an index. [`Prefetcher`] joins both on a thread of its own, so that the
-//! training loop finds its next batch ready.
+//! number of the job's endless stream into an index. [`Prefetcher`] joins both on a thread of its own, so
+//! that the training loop finds its next batch ready.
 //!
 //! Invariants:
-//! 1. The pixels of a sample are a function of the `[data]` section, the files and the sample's index. Neither the
-//!    order in which a file system lists its entries nor the time of a read enters.
-//! 2. No content of a file causes a panic, nor an allocation larger than the file justifies: a header is checked against
-//!    what follows it, and all sizes have limits.
-//! 3. An image is bytes, height x width x channels, until its framing writes it as `f32`, channels x height x width.
-//! 4. Labels are read only for those who ask for them: a data set without is whole, and its fingerprint knows of none.
+//! 1. The pixels of a sample are a function of the `[data]` section, the files and the sample's index.
+//!    Neither the order in which a file system lists its entries nor the time of a read enters.
+//! 2. No content of a file causes a panic, nor an allocation larger than the file justifies: a header is
+//!    checked against what follows it, and all sizes have limits.
+//! 3. An image is bytes, height x width x channels, until its framing writes it as `f32`, channels x height x
+//!    width.
+//! 4. Labels are read only for those who ask for them: a data set without is whole, and its fingerprint knows
+//!    of none.
 
 pub mod check;
 mod cifar;
@@ -61,8 +63,8 @@ const MAX_FILE_BYTES: u64 = 256 << 20;
 /// Why samples cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
-    /// The job or the files are not what they must be, and only the user can mend that. The message names the file,
-    /// what was found, what was expected, and the fix.
+    /// The job or the files are not what they must be, and only the user can mend that. The message names the
+    /// file, what was found, what was expected, and the fix.
     #[error("{0}")]
     Input(String),
     /// A sample cannot be had, and others can. The message names it and says how to go on without it.
@@ -287,8 +289,8 @@ impl DataSet {
         DataSet::open_as(source, false)
     }
 
-    /// The same with the class of each sample: from the file of labels beside one of images, CIFAR's records, or by the
-    /// rules of `classes.rs`.
+    /// The same with the class of each sample: from the file of labels beside one of images, CIFAR's records,
+    /// or by the rules of `classes.rs`.
     ///
     /// # Errors
     /// As [`open`](DataSet::open), and [`DataError::Input`] if a sample has no label.
@@ -497,10 +499,11 @@ impl DataSet {
 
     /// Identifies the samples: data sets with equal fingerprints give equal samples.
     ///
-    /// Covers those that no exclusion leaves out: the number of samples, their shape and framing, and their labels if it was opened with them. Of data in
-    /// memory it covers every byte. Of a folder it covers each file's name, length, size in pixels, orientation, and
-    /// content: all of it up to 1 MiB, and of a longer file sixteen blocks of 64 KiB, the first at its beginning, the last
-    /// at its end, the others evenly between.
+    /// Covers those that no exclusion leaves out: the number of samples, their shape and framing, and their
+    /// labels if it was opened with them. Of data in memory it covers every byte. Of a folder it covers each
+    /// file's name, length, size in pixels, orientation, and content: all of it up to 1 MiB, and of a longer
+    /// file sixteen blocks of 64 KiB, the first at its beginning, the last at its end, the others evenly
+    /// between.
     pub fn fingerprint(&self) -> [u8; 32] {
         self.fingerprint
     }

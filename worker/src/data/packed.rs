@@ -1,8 +1,11 @@
 //! Zip and tar files whose members are read where they lie.
 //!
-//! 1. Opening reads the directory of a zip, or the headers of a tar; memory holds names and places, and no content.
-//! 2. Claims of an archive about a member are checked against the archive's length before anything is allocated.
-//! 3. Few archives are open at a time, however many a data set has. One that is opened again must be what it was.
+//! 1. Opening reads the directory of a zip, or the headers of a tar; memory holds names and places, and no
+//!    content.
+//! 2. Claims of an archive about a member are checked against the archive's length before anything is
+//!    allocated.
+//! 3. Few archives are open at a time, however many a data set has. One that is opened again must be what it
+//!    was.
 //! 4. Members have names that stay below the archive. One with another name is left out, and counted.
 
 use std::fs::{File, Metadata};
@@ -96,7 +99,8 @@ impl OpenArchives {
     }
 }
 
-/// Changes with every write. Numbers of inodes are left out: some network file systems give another one at each opening.
+/// Changes with every write. Numbers of inodes are left out: some network file systems give another one at
+/// each opening.
 fn identity(metadata: &Metadata) -> (u64, i64, i64) {
     (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
 }

@@ -1,11 +1,12 @@
 //! Reading ahead: a thread that fills batches in the order in which the training loop asks for them.
 //!
 //! Invariants:
-//! 1. Batches come in the order of (step, phase), each exactly once; within a batch, samples lie in the order of shards and
-//!    then of the stream. Nothing of this depends on timing.
-//! 2. Memory is bounded: besides the batches that the caller keeps there are at most `depth` + 1, and a recycled buffer
-//!    is used before a new one is made.
-//! 3. The thread ends before the prefetcher's drop returns, at the latest when the sample that it reads is done.
+//! 1. Batches come in the order of (step, phase), each exactly once; within a batch, samples lie in the order
+//!    of shards and then of the stream. Nothing of this depends on timing.
+//! 2. Memory is bounded: besides the batches that the caller keeps there are at most `depth` + 1, and a
+//!    recycled buffer is used before a new one is made.
+//! 3. The thread ends before the prefetcher's drop returns, at the latest when the sample that it reads is
+//!    done.
 
 use std::ops::Range;
 use std::panic::resume_unwind;
@@ -20,7 +21,8 @@ use tch::Tensor;
 
 use super::{DataError, DataSet};
 
-/// What to read ahead: all discriminator phases from (`first_step`, `first_phase`) up to step `end_step`, exclusive.
+/// What to read ahead: all discriminator phases from (`first_step`, `first_phase`) up to step `end_step`,
+/// exclusive.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The job's seed.
@@ -118,7 +120,8 @@ impl Prefetcher {
     /// The next batch, as soon as it is read.
     ///
     /// # Errors
-    /// What went wrong in reading it, once; [`DataError::Finished`] afterwards and once all batches of the plan are taken.
+    /// What went wrong in reading it, once; [`DataError::Finished`] afterwards and once all batches of the
+    /// plan are taken.
     ///
     /// # Panics
     /// With the panic of the reading thread, if there was one.
@@ -139,7 +142,8 @@ impl Prefetcher {
         })
     }
 
-    /// The next batch if it is read already. What went wrong in reading it is left for [`next`](Prefetcher::next).
+    /// The next batch if it is read already. What went wrong in reading it is left for
+    /// [`next`](Prefetcher::next).
     pub fn try_next(&mut self) -> Option<Batch> {
         if self.ready.is_none() {
             self.ready = self.batches.as_ref().and_then(|batches| batches.try_recv().ok());
@@ -147,7 +151,8 @@ impl Prefetcher {
         self.ready.take_if(|batch| batch.is_ok()).and_then(Result::ok)
     }
 
-    /// Waits for the next batch, or for what went wrong in reading it, at most this long; returns whether it is there.
+    /// Waits for the next batch, or for what went wrong in reading it, at most this long; returns whether it
+    /// is there.
     pub fn wait(&mut self, limit: Duration) -> bool {
         if self.ready.is_none()
             && let Some(batches) = &self.batches
@@ -233,7 +238,8 @@ impl Reader {
         Ok(Some(Batch { step, phase, pixels, labels, uploaded, ledger }))
     }
 
-    /// Reads samples into their places, on several threads where they have to be decoded; false when told to stop.
+    /// Reads samples into their places, on several threads where they have to be decoded; false when told to
+    /// stop.
     fn read_all(&self, mut wanted: Vec<(usize, &mut [f32])>) -> Result<bool, DataError> {
         let threads = if self.dataset.is_decoded() { decoders() } else { 1 };
         let each = wanted.len().div_ceil(threads).max(1);

@@ -1,12 +1,13 @@
 //! Data in an object store: fetched to this machine once, and read there as if it always had been.
 //!
-//! 1. A file appears whole, with the length that the store gives, and is noted after that, with its hash. So a noted file is
-//!    whole; one that is not what its note says is fetched again.
-//! 2. The workers of a machine share what is fetched. One fetches, the others wait for it. On a file system without locks
-//!    several may fetch at once: each file still appears whole, and none of them removes what another is writing.
+//! 1. A file appears whole, with the length that the store gives, and is noted after that, with its hash. So
+//!    a noted file is whole; one that is not what its note says is fetched again.
+//! 2. The workers of a machine share what is fetched. One fetches, the others wait for it. On a file system
+//!    without locks several may fetch at once: each file still appears whole, and none of them removes what
+//!    another is writing.
 //! 3. A file that is another in the store is fetched again; one that is no longer there is no longer here.
-//! 4. Notes lie beside the folder of the files, where no object's name leads. An object whose name cannot be a file's is left
-//!    out, and counted.
+//! 4. Notes lie beside the folder of the files, where no object's name leads. An object whose name cannot be
+//!    a file's is left out, and counted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -146,7 +147,8 @@ fn fetch(
     Ok(())
 }
 
-/// Waits until no other worker of this machine fetches into a folder; returns whether that is known. `ask` asks for the lock.
+/// Waits until no other worker of this machine fetches into a folder; returns whether that is known. `ask`
+/// asks for the lock.
 fn take_turn(folder: &Path, mut ask: impl FnMut(FlockOperation) -> Result<(), Errno>) -> io::Result<bool> {
     let mut operation = FlockOperation::NonBlockingLockExclusive;
     loop {
@@ -155,7 +157,8 @@ fn take_turn(folder: &Path, mut ask: impl FnMut(FlockOperation) -> Result<(), Er
             Err(Errno::INTR) => {}
             Err(Errno::WOULDBLOCK) => {
                 tracing::info!("another worker of this machine fetches the data; waiting for it");
-                // The system gives the lock back when its holder ends, and that one does not wait for ever for its store.
+                // The system gives the lock back when its holder ends, and that one does not wait for ever
+                // for its store.
                 operation = FlockOperation::LockExclusive;
             }
             // What file systems say that do not know locks, and those whose lock service is not there.
@@ -322,8 +325,8 @@ impl Note {
     }
 }
 
-/// Removes the files below a folder that are not to be there, and what killed writers left. Whoever is not known to be alone
-/// leaves folders, and drafts that may still be written.
+/// Removes the files below a folder that are not to be there, and what killed writers left. Whoever is not
+/// known to be alone leaves folders, and drafts that may still be written.
 fn sweep(
     folder: &Path,
     relative: &str,
@@ -355,7 +358,8 @@ fn is_being_written(entry: &fs::DirEntry) -> bool {
     whole::is_draft(&entry.file_name().to_string_lossy()) && changed().is_ok_and(|at| age(at) < DRAFT_LIMIT)
 }
 
-/// Notes that a file is here, in a line of its own: there may be a great many. A line that is lost costs a second fetch.
+/// Notes that a file is here, in a line of its own: there may be a great many. A line that is lost costs a
+/// second fetch.
 fn append(folder: &Path, note: &Note) -> io::Result<()> {
     let mut notes = File::options().create(true).append(true).open(folder.join(NOTES))?;
     let line = serde_json::to_string(note).map_err(io::Error::other)?;

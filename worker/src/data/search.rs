@@ -1,11 +1,13 @@
 //! The files of a data set: which are pictures, which tell of classes, and which are left out.
 //!
-//! 1. A file's name is the way to it from the root, archives included, with `/` between the parts. Names are compared as
-//!    bytes; the order in which a file system lists them does not enter. Links are followed, not in circles.
-//! 2. An archive is a place like its folder: for classes, the names of its members count as if they lay beside it.
-//! 3. In a tar file all members whose names are equal up to the first dot of their last part are one sample, as WebDataset
-//!    has it. One of them is the picture: that of `data.image_extension`, else the one whose ending has no dot
-//!    (`0001.png`, not `0001.seg.png`), the first of [`PICTURES`] of several.
+//! 1. A file's name is the way to it from the root, archives included, with `/` between the parts. Names are
+//!    compared as bytes; the order in which a file system lists them does not enter. Links are followed, not
+//!    in circles.
+//! 2. An archive is a place like its folder: for classes, the names of its members count as if they lay
+//!    beside it.
+//! 3. In a tar file all members whose names are equal up to the first dot of their last part are one sample,
+//!    as WebDataset has it. One of them is the picture: that of `data.image_extension`, else the one whose
+//!    ending has no dot (`0001.png`, not `0001.seg.png`), the first of [`PICTURES`] of several.
 //! 4. Each file is a picture, tells of classes, or is counted among those left out.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,7 +41,8 @@ const OTHER_PARTS: &str = "other parts of samples";
 pub(super) struct Entry {
     /// The names on the way from the root, with `/` between them.
     pub(super) relative: Vec<u8>,
-    /// Where in `relative` the member of an archive begins, and how long the archive's own name before it is, with the slash.
+    /// Where in `relative` the member of an archive begins, and how long the archive's own name before it is,
+    /// with the slash.
     pub(super) archive: Option<(usize, usize)>,
     in_tar: bool,
     pub(super) place: Place,

@@ -1,10 +1,11 @@
 //! Evaluating beside training: a thread of low priority that judges snapshots.
 //!
 //! 1. Training never waits for it, but once at its end, for the evaluation of the last state.
-//! 2. Every member keeps the snapshot of an evaluation until the coordinator has recorded that. The first member makes it.
-//!    After a change of the group nobody knows what became of those that are not recorded, so all that hold one make it; two
-//!    make the same row of it.
-//! 3. A later one waits. If more than `WAITING_LIMIT` wait, the oldest is left out, and that is told. The last never is.
+//! 2. Every member keeps the snapshot of an evaluation until the coordinator has recorded that. The first
+//!    member makes it. After a change of the group nobody knows what became of those that are not recorded,
+//!    so all that hold one make it; two make the same row of it.
+//! 3. A later one waits. If more than `WAITING_LIMIT` wait, the oldest is left out, and that is told. The
+//!    last never is.
 //! 4. One that fails is reported as a row without figures, so that nobody waits for it.
 
 use std::collections::BTreeMap;

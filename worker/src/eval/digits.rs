@@ -1,11 +1,13 @@
-//! The digit classifier: a small convolutional network that tells handwritten digits apart, bundled with its weights.
+//! The digit classifier: a small convolutional network that tells handwritten digits apart, bundled with its
+//! weights.
 //!
-//! It gives metrics the features that Inception gives elsewhere, without a download. `worker train-classifier` makes the
-//! weights again.
+//! It gives metrics the features that Inception gives elsewhere, without a download. `worker
+//! train-classifier` makes the weights again.
 //!
-//! 1. What it says of an image depends on that image and the weights alone, not on the others of a batch in any way but
-//!    the rounding of a kernel that takes several at a time.
-//! 2. Its weights are fixed: they are part of what a metric means, so their hash is reported with each evaluation.
+//! 1. What it says of an image depends on that image and the weights alone, not on the others of a batch in
+//!    any way but the rounding of a kernel that takes several at a time.
+//! 2. Its weights are fixed: they are part of what a metric means, so their hash is reported with each
+//!    evaluation.
 
 use safetensors::SafeTensors;
 use tch::{Kind, Tensor, no_grad};
@@ -65,8 +67,8 @@ pub fn specs() -> Vec<TensorSpec> {
     specs
 }
 
-/// The network's output for images (n, 1, 28, 28) in [-1, 1]: three times convolve, rectify and halve, then two linear
-/// layers.
+/// The network's output for images (n, 1, 28, 28) in [-1, 1]: three times convolve, rectify and halve, then
+/// two linear layers.
 pub fn forward(images: &Tensor, weights: &[Tensor]) -> Seen {
     let mut maps = images.shallow_clone();
     for layer in weights[..6].chunks(2) {

@@ -1,8 +1,10 @@
 //! Judging what a generator draws.
 //!
-//! 1. A metric is a function of features; features are a function of images and of fixed weights; the images of an evaluation
-//!    are a function of (job, state). So an evaluation is one, whoever makes it and whenever.
-//! 2. Nothing here writes state or anything that training reads: libtorch's settings stay as the worker set them.
+//! 1. A metric is a function of features; features are a function of images and of fixed weights; the images
+//!    of an evaluation are a function of (job, state). So an evaluation is one, whoever makes it and
+//!    whenever.
+//! 2. Nothing here writes state or anything that training reads: libtorch's settings stay as the worker set
+//!    them.
 //! 3. Beside training it never holds a step up: see [`beside`].
 
 pub mod beside;
@@ -57,8 +59,8 @@ pub fn images(data: &DataSet, indices: &[usize]) -> Result<Tensor, DataError> {
     Ok(Tensor::from_slice(&pixels).view(sizes.map(|n| i64::try_from(n).expect("an image is small"))))
 }
 
-/// `count` of the numbers below `len`, all if there are fewer, in order. They are drawn, always the same ones: a data set may
-/// be sorted, or come from sources that take turns, as MNIST's digits do.
+/// `count` of the numbers below `len`, all if there are fewer, in order. They are drawn, always the same
+/// ones: a data set may be sorted, or come from sources that take turns, as MNIST's digits do.
 pub fn some_of(len: usize, count: usize) -> Vec<usize> {
     if count >= len {
         return (0..len).collect();

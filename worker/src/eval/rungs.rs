@@ -1,4 +1,5 @@
-//! Reference rungs: what metrics say of samples whose worth is known, so that people can read what they say of a generator's.
+//! Reference rungs: what metrics say of samples whose worth is known, so that people can read what they say
+//! of a generator's.
 
 use tch::Tensor;
 

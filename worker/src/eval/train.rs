@@ -1,7 +1,7 @@
 //! Training the digit classifier: `worker train-classifier`.
 //!
-//! 1. The weights are a function of (images, labels, seed, epochs) and of the passport's machine and build, as a run's
-//!    are: all draws have keys, and one thread computes.
+//! 1. The weights are a function of (images, labels, seed, epochs) and of the passport's machine and build,
+//!    as a run's are: all draws have keys, and one thread computes.
 //! 2. No image of a test set enters: what is tested on is given apart, and only counted.
 
 use std::path::Path;

@@ -1,8 +1,8 @@
 //! An error inside a module of the user's, on its way out of a pass.
 //!
-//! A forward pass has no result but its tensors, and of the networks only those of the user's can fail in one: they hold any
-//! program. So their errors unwind, and [`guarded`] stands at the outer end of each thread that computes passes. What a pass
-//! leaves behind is not used any more.
+//! A forward pass has no result but its tensors, and of the networks only those of the user's can fail in
+//! one: they hold any program. So their errors unwind, and [`guarded`] stands at the outer end of each thread
+//! that computes passes. What a pass leaves behind is not used any more.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -51,8 +51,8 @@ pub fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, BrokenModule> {
     })
 }
 
-/// Ends this process with the exit code for wrong input, and a word, unless it is dropped in time. A module's program cannot
-/// be interrupted: while it runs nothing else ends the thread that it runs in.
+/// Ends this process with the exit code for wrong input, and a word, unless it is dropped in time. A module's
+/// program cannot be interrupted: while it runs nothing else ends the thread that it runs in.
 pub struct Watchdog(Sender<()>);
 
 impl Watchdog {

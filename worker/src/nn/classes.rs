@@ -1,8 +1,9 @@
 //! Networks that are told classes, around any others that are not.
 //!
-//! The generator sees a learnt vector of its class beside the noise. The discriminator makes a vector of an image, and says how well
-//! that fits a learnt one of its class: the projection of Miyato and Koyama (2018), "cGANs with projection discriminator",
-//! equation 3, without the term that knows no class, as in R3GAN's released code.
+//! The generator sees a learnt vector of its class beside the noise. The discriminator makes a vector of an
+//! image, and says how well that fits a learnt one of its class: the projection of Miyato and Koyama (2018),
+//! "cGANs with projection discriminator", equation 3, without the term that knows no class, as in R3GAN's
+//! released code.
 
 use std::sync::Arc;
 

@@ -1,9 +1,10 @@
 //! Networks over tensors that somebody else owns.
 //!
-//! 1. A forward pass reads parameters and buffers and writes neither: what its buffers shall follow is handed out, to be
-//!    committed with the phase that it belongs to.
+//! 1. A forward pass reads parameters and buffers and writes neither: what its buffers shall follow is handed
+//!    out, to be committed with the phase that it belongs to.
 //! 2. A network knows the names and shapes of its tensors; where they live is the state's business.
-//! 3. What a pass gives is a function of its input and its [`Pass`]. Random draws come from the pass's key alone.
+//! 3. What a pass gives is a function of its input and its [`Pass`]. Random draws come from the pass's key
+//!    alone.
 
 pub mod broken;
 mod classes;
@@ -34,7 +35,8 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// The tensors that follow the batches without being trained, in the order in which a pass gets them.
     fn buffers(&self) -> Vec<TensorSpec>;
 
-    /// Whether what it makes of a sample depends on the other samples of the batch, as with batch normalisation.
+    /// Whether what it makes of a sample depends on the other samples of the batch, as with batch
+    /// normalisation.
     fn sees_batch(&self) -> bool;
 
     /// The network's output for a batch, in fp32, computed in the kind of its first parameter.
@@ -171,8 +173,8 @@ impl TensorSpec {
     }
 }
 
-/// How many of a network's first tensors belong to its first `layers` layers. A layer's tensors have one name up to the last
-/// dot.
+/// How many of a network's first tensors belong to its first `layers` layers. A layer's tensors have one name
+/// up to the last dot.
 pub fn first_layers(parameters: &[TensorSpec], layers: u32) -> usize {
     let layer = |spec: &TensorSpec| spec.name.rsplit_once('.').map(|(layer, _)| layer.to_string());
     let mut known = Vec::new();

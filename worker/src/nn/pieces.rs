@@ -1,12 +1,12 @@
-//! What the networks that are no plain lists of layers are made of: pieces that name their tensors and use them in the
-//! same order.
+//! What the networks that are no plain lists of layers are made of: pieces that name their tensors and use
+//! them in the same order.
 
 use tch::{Device, Kind, Tensor};
 
 use super::{Init, TensorSpec};
 
-/// What both networks are made from: the length of the noise, the width, the images' channels and side, and the number of
-/// classes, 0 for none.
+/// What both networks are made from: the length of the noise, the width, the images' channels and side, and
+/// the number of classes, 0 for none.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sizes {
     pub(super) latent: i64,
@@ -34,7 +34,8 @@ impl Specs {
     }
 }
 
-/// N(0, gain / sqrt(inputs)), which keeps the size of what passes through (He et al., 2015, equation 10); zeros for no gain.
+/// N(0, gain / sqrt(inputs)), which keeps the size of what passes through (He et al., 2015, equation 10);
+/// zeros for no gain.
 pub(super) fn scaled(gain: f32, inputs: i64) -> Init {
     if gain == 0.0 {
         return Init::Constant(0.0);

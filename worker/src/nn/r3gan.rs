@@ -1,17 +1,19 @@
-//! R3GAN: Huang, Gokaslan, Kuleshov and Tompkin (2024), "The GAN is dead; long live the GAN! A Modern Baseline GAN",
-//! section 4 and figure 4, with the initial weights of the released code.
+//! R3GAN: Huang, Gokaslan, Kuleshov and Tompkin (2024), "The GAN is dead; long live the GAN! A Modern
+//! Baseline GAN", section 4 and figure 4, with the initial weights of the released code.
 //!
-//! 1. Residual blocks of a 1 x 1, a grouped 3 x 3 and a 1 x 1 convolution, twice as wide inside ("inverted bottleneck"),
-//!    leaky ReLU between them, and no normalisation. The last convolution of a block begins at zero and the others are
-//!    scaled down by the number of blocks (Zhang et al., 2019, Fixup), so that each block begins as the identity.
-//! 2. Sides are doubled and halved by a bilinear filter. The generator begins with a learnt map, weighed by the noise; the
-//!    discriminator ends with one, and has no last activation. The generator's output is not squashed.
-//! 3. Features are last within the networks: a 1 x 1 convolution is then a product of matrices, also in the second
-//!    derivative, and grouped convolutions have libtorch's fast kernels on CPUs.
+//! 1. Residual blocks of a 1 x 1, a grouped 3 x 3 and a 1 x 1 convolution, twice as wide inside ("inverted
+//!    bottleneck"), leaky ReLU between them, and no normalisation. The last convolution of a block begins at
+//!    zero and the others are scaled down by the number of blocks (Zhang et al., 2019, Fixup), so that each
+//!    block begins as the identity.
+//! 2. Sides are doubled and halved by a bilinear filter. The generator begins with a learnt map, weighed by
+//!    the noise; the discriminator ends with one, and has no last activation. The generator's output is not
+//!    squashed.
+//! 3. Features are last within the networks: a 1 x 1 convolution is then a product of matrices, also in the
+//!    second derivative, and grouped convolutions have libtorch's fast kernels on CPUs.
 //!
-//! The paper's widths are for GPUs: 768 features at most, and two blocks a stage. Here there is one block a stage and the
-//! width is the job's: `width` features at full size, where a feature costs most, four times as many at half of it, eight
-//! times below. So a width of 96 has the paper's.
+//! The paper's widths are for GPUs: 768 features at most, and two blocks a stage. Here there is one block a
+//! stage and the width is the job's: `width` features at full size, where a feature costs most, four times as
+//! many at half of it, eight times below. So a width of 96 has the paper's.
 
 use tch::Tensor;
 
@@ -23,7 +25,8 @@ use super::{Init, Network, Pass, TensorSpec};
 const GROUP: i64 = 16;
 /// How much wider a block is inside.
 const EXPANSION: i64 = 2;
-/// Slope of the activations below zero, and what keeps the size of what passes through them: sqrt(2 / (1 + slope^2)).
+/// Slope of the activations below zero, and what keeps the size of what passes through them: sqrt(2 / (1 +
+/// slope^2)).
 const SLOPE: f64 = 0.2;
 const GAIN: f32 = 1.386_750_5;
 

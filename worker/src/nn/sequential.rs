@@ -1,8 +1,8 @@
 //! The plain network: one layer after the other.
 //!
-//! Between convolutions the features of a pixel lie together (channels last): libtorch's kernels for CPUs, and those for
-//! GPUs in half precision, are faster on that. Parameters lie as PyTorch has them. No shape names the number of samples, so that
-//! a recorded network takes any.
+//! Between convolutions the features of a pixel lie together (channels last): libtorch's kernels for CPUs,
+//! and those for GPUs in half precision, are faster on that. Parameters lie as PyTorch has them. No shape
+//! names the number of samples, so that a recorded network takes any.
 
 use tch::Tensor;
 
@@ -187,8 +187,8 @@ pub(super) fn leaky_relu(mut x: Tensor, slope: f64) -> Tensor {
     x
 }
 
-/// Batch normalisation, with a scale and a shift of each feature or without. `buffer` is the place of its mean among the
-/// network's buffers.
+/// Batch normalisation, with a scale and a shift of each feature or without. `buffer` is the place of its
+/// mean among the network's buffers.
 pub(super) fn normalise(
     x: &Tensor,
     affine: Option<(&Tensor, &Tensor)>,

@@ -1,9 +1,11 @@
-//! SNGAN: Miyato, Kataoka, Koyama and Yoshida (2018), "Spectral Normalization for Generative Adversarial Networks", table 4:
-//! residual networks for 32 x 32 images, every layer of the discriminator normalised spectrally.
+//! SNGAN: Miyato, Kataoka, Koyama and Yoshida (2018), "Spectral Normalization for Generative Adversarial
+//! Networks", table 4: residual networks for 32 x 32 images, every layer of the discriminator normalised
+//! spectrally.
 //!
 //! 1. The discriminator has `width` features (the paper: 128), the generator twice as many.
-//! 2. Classes: batch normalisation's scale and shift of each class in the generator (de Vries et al., 2017), and a projection in
-//!    the discriminator (Miyato and Koyama, 2018, "cGANs with Projection Discriminator", equation 3 and figure 14).
+//! 2. Classes: batch normalisation's scale and shift of each class in the generator (de Vries et al., 2017),
+//!    and a projection in the discriminator (Miyato and Koyama, 2018, "cGANs with Projection Discriminator",
+//!    equation 3 and figure 14).
 //! 3. Initial weights are Glorot's, as in the released code.
 
 use tch::Tensor;

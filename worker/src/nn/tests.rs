@@ -124,8 +124,8 @@ fn drawn(specs: &[TensorSpec], seed: u64) -> Vec<Tensor> {
     (0..).zip(specs).map(draw).collect()
 }
 
-/// The gradient by all tensors, and that of the penalty on the input's gradient, against central differences in double
-/// precision along a few directions that move everything.
+/// The gradient by all tensors, and that of the penalty on the input's gradient, against central differences
+/// in double precision along a few directions that move everything.
 #[test]
 fn networks_have_the_gradients_of_finite_differences() {
     let cases = [
@@ -161,7 +161,8 @@ fn check_network(
     let weights = drawn(&specs, 1);
     let buffers = match network.sees_batch() {
         true => drawn(&network.buffers(), 2),
-        // Where the power method has come to rest the norm does not change with its vector, which passes take for constant.
+        // Where the power method has come to rest the norm does not change with its vector, which passes take
+        // for constant.
         false => {
             singular_vectors(&specs, &weights)[..network.buffers().len()].iter().map(Tensor::copy).collect()
         }
@@ -209,7 +210,8 @@ fn singular_vectors(specs: &[TensorSpec], weights: &[Tensor]) -> Vec<Tensor> {
 /// So small that hardly any activation passes its kink on the way, where the penalty jumps.
 const STEP: f64 = 1e-8;
 
-/// Huang et al. (2024), section 4: a block begins as the identity, so the initial discriminator is one filter after the other.
+/// Huang et al. (2024), section 4: a block begins as the identity, so the initial discriminator is one filter
+/// after the other.
 #[test]
 fn a_block_of_r3gan_begins_as_the_identity() {
     let models = models(ModelKind::R3gan28, 1, 28);
@@ -224,7 +226,8 @@ fn a_block_of_r3gan_begins_as_the_identity() {
     assert!((f64::from(deviation) - expected).abs() < 1e-6, "{deviation}, not {expected}");
 }
 
-/// Constants pass through both, except at the border of the halving, whose filter also sees the zeros outside.
+/// Constants pass through both, except at the border of the halving, whose filter also sees the zeros
+/// outside.
 #[test]
 fn resampling_is_bilinear() {
     let ones = Tensor::ones([1, 8, 8, 3], (Kind::Float, Device::Cpu));
@@ -244,7 +247,8 @@ fn resampling_is_bilinear() {
     assert_eq!(row, [0.0, 3.0, 9.0, 9.0, 3.0, 0.0, 0.0, 0.0].map(|x: f32| x));
 }
 
-/// Miyato et al. (2018), equation 8: with the vector iterated often the weight's greatest singular value becomes 1.
+/// Miyato et al. (2018), equation 8: with the vector iterated often the weight's greatest singular value
+/// becomes 1.
 #[test]
 fn a_spectrally_normalised_weight_has_norm_1() {
     let weight = (Tensor::arange(48, (Kind::Float, Device::Cpu)) * 1.7).sin().view([6, 2, 2, 2]);

@@ -1,5 +1,5 @@
-//! Any number of ranks, in two rounds: each sends every other its chunk of the sums, finishes its own chunk in tree order,
-//! and gathers all chunks. A sum is elementwise, so cutting it changes no bit.
+//! Any number of ranks, in two rounds: each sends every other its chunk of the sums, finishes its own chunk
+//! in tree order, and gathers all chunks. A sum is elementwise, so cutting it changes no bit.
 
 use c10d::{Buffer, Error, Group, Pending};
 use ganglion_proto::failpoint;
@@ -17,7 +17,8 @@ pub struct Chunks {
     nodes: Vec<Vec<Node>>,
     /// Floats that a rank finishes.
     chunk: usize,
-    /// By destination, then by node: that destination's chunk of the node's sum. By node, over all ranks: this rank's chunk.
+    /// By destination, then by node: that destination's chunk of the node's sum. By node, over all ranks:
+    /// this rank's chunk.
     scattered: Option<(Buffer, Buffer)>,
     /// This rank's chunk of the mean with its header, and those of all ranks.
     gathered: Option<(Buffer, Buffer)>,

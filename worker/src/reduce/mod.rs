@@ -1,15 +1,15 @@
 //! Summing gradients over all data shards, and with them agreeing on where everyone is.
 //!
-//! Each rank sums the gradients of its own shards up to the maximal nodes of the tree. How the sums of all ranks come
-//! together is a route, chosen once for a group; whatever the number of ranks, the result has the same bits. Only a job
-//! that asks for the backend's own all-reduce gets bits that depend on it.
+//! Each rank sums the gradients of its own shards up to the maximal nodes of the tree. How the sums of all
+//! ranks come together is a route, chosen once for a group; whatever the number of ranks, the result has the
+//! same bits. Only a job that asks for the backend's own all-reduce gets bits that depend on it.
 //!
-//! A reduce is a straight line: [`begin`](AllReduce::begin), then for each shard [`buffer`](AllReduce::buffer) and
-//! [`add`](AllReduce::add), then [`send`](AllReduce::send), then [`wait`](AllReduce::wait). Between the last two there is
-//! time for other work.
+//! A reduce is a straight line: [`begin`](AllReduce::begin), then for each shard
+//! [`buffer`](AllReduce::buffer) and [`add`](AllReduce::add), then [`send`](AllReduce::send), then
+//! [`wait`](AllReduce::wait). Between the last two there is time for other work.
 //!
-//! 1. A rank sends its chunk of the mean only after it committed the phase before (the call order gives that), so ranks
-//!    differ by one phase at most.
+//! 1. A rank sends its chunk of the mean only after it committed the phase before (the call order gives
+//!    that), so ranks differ by one phase at most.
 //! 2. With it goes a [`Header`]; a reduce whose headers differ is an error and is never committed.
 //! 3. Buffers lent to a collective that failed are gone; a new group has new ones.
 
@@ -130,7 +130,8 @@ impl Summand for ShardGrad {
 }
 
 impl AllReduce {
-    /// Memory for reduces of gradients of one layout, over `global_batch` samples each. No wait is longer than `timeout`.
+    /// Memory for reduces of gradients of one layout, over `global_batch` samples each. No wait is longer
+    /// than `timeout`.
     pub fn new(
         group: Arc<Group>,
         timeout: Duration,

@@ -174,7 +174,8 @@ fn a_plan_counts_once_all_know_it_and_ledgers_add_up() {
     }
 }
 
-/// In the backend's order the bits may be others, but all ranks have the same, and the sum is that of all leaves.
+/// In the backend's order the bits may be others, but all ranks have the same, and the sum is that of all
+/// leaves.
 #[test]
 fn a_ring_gives_all_ranks_the_same_mean_of_all_leaves() {
     let layout = layout(1000);

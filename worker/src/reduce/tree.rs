@@ -1,13 +1,14 @@
 //! The one order in which leaves are summed.
 //!
-//! Node (level j, index i) covers the leaves [i 2^j, (i + 1) 2^j) of `leaves`; the root covers them all. A node's sum is
-//! its left child's plus its right child's; a child that covers no leaf is skipped, not added as zero. Floating-point
-//! addition is not associative, so this order *is* the result: it must not depend on how leaves are dealt to ranks.
+//! Node (level j, index i) covers the leaves [i 2^j, (i + 1) 2^j) of `leaves`; the root covers them all. A
+//! node's sum is its left child's plus its right child's; a child that covers no leaf is skipped, not added
+//! as zero. Floating-point addition is not associative, so this order *is* the result: it must not depend on
+//! how leaves are dealt to ranks.
 //!
 //! 1. A [`TreeSum`] over all leaves, pushed one by one, is the definition.
 //! 2. Given the sums of any set of nodes that covers the leaves once, in order, it is the same to the bit.
-//! 3. [`cover`] splits a range of leaves into its maximal nodes, at most two of a level. A sum over the leaves of the range
-//!    ends with exactly these.
+//! 3. [`cover`] splits a range of leaves into its maximal nodes, at most two of a level. A sum over the
+//!    leaves of the range ends with exactly these.
 
 use std::ops::Range;
 
@@ -83,8 +84,8 @@ impl Summand for Tensor {
     }
 }
 
-/// A sum in tree order of terms that come one by one, from left to right. Two neighbours are added as soon as both are
-/// there, as digits of a binary counter are carried, so at most two terms of each level are held.
+/// A sum in tree order of terms that come one by one, from left to right. Two neighbours are added as soon as
+/// both are there, as digits of a binary counter are carried, so at most two terms of each level are held.
 pub struct TreeSum<T> {
     leaves: u32,
     /// Complete nodes that wait for a neighbour, from left to right.
@@ -108,7 +109,8 @@ impl<T: Summand> TreeSum<T> {
         );
         while node != Node::root(self.leaves) {
             let sibling = node.sibling();
-            // A sibling that covers no leaf is skipped, not added as zero: -0.0 + 0.0 has other bits than -0.0.
+            // A sibling that covers no leaf is skipped, not added as zero: -0.0 + 0.0 has other bits than
+            // -0.0.
             if sibling.leaves(self.leaves).is_empty() {
                 node = node.parent();
                 continue;

@@ -429,7 +429,8 @@ struct Talk {
 }
 
 impl Talk {
-    /// Reads, writes and gives signs of life until the connection or the session ends. Returns why the connection did.
+    /// Reads, writes and gives signs of life until the connection or the session ends. Returns why the
+    /// connection did.
     async fn converse(&mut self, connection: &mut Connection) -> Option<String> {
         let (welcome, channel) = (connection.welcome.clone(), connection.channel.clone());
         let (term, limits) = (welcome.term, limits_of(&welcome));

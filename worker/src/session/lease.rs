@@ -1,7 +1,7 @@
 //! How long a worker may train without hearing from its coordinator.
 //!
-//! 1. The lease begins when the newest heartbeat was sent that the coordinator answered: the coordinator counts from when
-//!    it read that, which is later. So it never believes a lease to be over that is not.
+//! 1. The lease begins when the newest heartbeat was sent that the coordinator answered: the coordinator
+//!    counts from when it read that, which is later. So it never believes a lease to be over that is not.
 //! 2. Time goes on while the machine sleeps.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-/// A lease that is shared by the session, which prolongs it, and the training thread, which asks before it commits.
+/// A lease that is shared by the session, which prolongs it, and the training thread, which asks before it
+/// commits.
 #[derive(Debug)]
 pub struct Lease {
     /// When it ends, in nanoseconds of its clock.

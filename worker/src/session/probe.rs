@@ -1,7 +1,7 @@
 //! Finding out which other workers this one cannot reach.
 //!
-//! A link that drops everything makes a whole group wait, and nobody can tell who waits for whom. So each worker listens on
-//! a port of its own, on the interface of its reduces, and says hello to whoever connects.
+//! A link that drops everything makes a whole group wait, and nobody can tell who waits for whom. So each
+//! worker listens on a port of its own, on the interface of its reduces, and says hello to whoever connects.
 
 use std::future::pending;
 use std::io::Read;

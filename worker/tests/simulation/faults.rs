@@ -42,7 +42,8 @@ pub enum Mishap {
     Isolate(u64),
     /// The coordinator and all workers.
     IsolateCoordinator(u64),
-    /// What a worker and the coordinator say to each other is lost for a while: their connections hang for ever.
+    /// What a worker and the coordinator say to each other is lost for a while: their connections hang for
+    /// ever.
     LoseSession(u64),
     LoseLink(u64),
     /// A worker computes nothing, and its session goes on.

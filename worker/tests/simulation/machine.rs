@@ -63,14 +63,14 @@ impl Machine {
         self.0.lock().expect("nothing panics with it")
     }
 
-    /// The disk of the run directory is full from now on, or has room again. Records go there; for the journal there is room
-    /// left.
+    /// The disk of the run directory is full from now on, or has room again. Records go there; for the
+    /// journal there is room left.
     pub fn fill_disk(&self, is_full: bool) {
         self.1.is_full.store(is_full, Ordering::Relaxed);
     }
 
-    /// The power fails: of what was written and not synced anything may be gone. Checkpoints and the journal are synced when
-    /// they are written.
+    /// The power fails: of what was written and not synced anything may be gone. Checkpoints and the journal
+    /// are synced when they are written.
     pub fn lose_power(&self, run: &Path, rng: &mut ChaCha8Rng) -> String {
         let reached = self.1.reached.lock().expect("nothing panics with it");
         let mut lost = Vec::new();

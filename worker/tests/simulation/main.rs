@@ -1,13 +1,16 @@
-//! The simulation of the shell: a real coordinator with its gRPC, its journal and its files, and the real sessions of
-//! workers, on a network and with a clock that a seed decides. Only the training is a model, and the machines.
+//! The simulation of the shell: a real coordinator with its gRPC, its journal and its files, and the real
+//! sessions of workers, on a network and with a clock that a seed decides. Only the training is a model, and
+//! the machines.
 //!
-//! At the end the run must be complete, its last state that of an undisturbed run, and its audit clean; on the way no
-//! worker may commit a state that an undisturbed run does not have.
+//! At the end the run must be complete, its last state that of an undisturbed run, and its audit clean; on
+//! the way no worker may commit a state that an undisturbed run does not have.
 //!
-//! A seed decides the job, the cluster, what goes wrong and when, and every delay of the network. Not seeded is in which
-//! order the runtime wakes tasks that are due at once, so two logs of a seed may differ by some milliseconds.
+//! A seed decides the job, the cluster, what goes wrong and when, and every delay of the network. Not seeded
+//! is in which order the runtime wakes tasks that are due at once, so two logs of a seed may differ by some
+//! milliseconds.
 //!
-//! - `SEEDS=n cargo test --release -p ganglion-worker --test simulation every_seed` runs the seeds 0 to n - 1.
+//! - `SEEDS=n cargo test --release -p ganglion-worker --test simulation every_seed` runs the seeds 0 to n -
+//!   1.
 //! - `SEED=x` with the same command runs one and prints what happens in it.
 
 mod faults;
@@ -37,8 +40,8 @@ const SHELL: Simulation =
 /// The same runs, and in each the power fails at a random moment.
 const POWER: Simulation = Simulation { seeds: 20, of_today: 5, run: run_with_power_cut, ..SHELL };
 
-/// Runs in which nothing goes wrong but that the disk of the run directory is full for a while. More rows come than may wait
-/// for it, and the workers are asked for the others.
+/// Runs in which nothing goes wrong but that the disk of the run directory is full for a while. More rows
+/// come than may wait for it, and the workers are asked for the others.
 const FULL: Simulation = Simulation { seeds: 20, of_today: 5, run: run_with_full_disk, ..SHELL };
 
 fn run(seed: u64, keep_log: bool) -> Run {

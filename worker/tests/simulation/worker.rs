@@ -1,4 +1,5 @@
-//! A worker's process: the real session, and a model of the rest. What the model does is what `run.rs` and `archive.rs` do.
+//! A worker's process: the real session, and a model of the rest. What the model does is what `run.rs` and
+//! `archive.rs` do.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -43,8 +44,9 @@ impl Shared {
         self.begun.lock().expect("nothing panics with it").insert(generation, position);
     }
 
-    /// A member of a generation committed a phase. It must be one of an undisturbed run's; and once a newer generation
-    /// trains, one that was under way: a member may be one phase ahead of where the newer one began.
+    /// A member of a generation committed a phase. It must be one of an undisturbed run's; and once a newer
+    /// generation trains, one that was under way: a member may be one phase ahead of where the newer one
+    /// began.
     pub fn commit(&self, name: &str, generation: u64, state: &State) {
         let place = usize::try_from(state.position.0).expect("a short run");
         if self.lineage.get(place) != Some(state) {

@@ -1,6 +1,6 @@
-//! Two states at one position are equal, those of dead holders and manifests included. A flipped bit is allowed until the
-//! generation in which it was found is condemned, and where it was copied before anybody could see it. No more generations
-//! are condemned than bits flipped.
+//! Two states at one position are equal, those of dead holders and manifests included. A flipped bit is
+//! allowed until the generation in which it was found is condemned, and where it was copied before anybody
+//! could see it. No more generations are condemned than bits flipped.
 
 use ganglion_membership::{Checkpoint, Generation};
 

@@ -1,5 +1,6 @@
-//! A generation starts at the highest of the positions readied for it and the newest checkpoint that its coordinator
-//! knows; each receiver is wholly old or wholly new. Nobody who leaves is a member if somebody who stays holds that position.
+//! A generation starts at the highest of the positions readied for it and the newest checkpoint that its
+//! coordinator knows; each receiver is wholly old or wholly new. Nobody who leaves is a member if somebody
+//! who stays holds that position.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,7 +20,8 @@ pub struct RightStart {
     lost: BTreeSet<WorkerId>,
     /// Members that want to leave.
     leaving: BTreeSet<WorkerId>,
-    /// Whether the number of workers was ever changed: nobody hears whom that lets go, now or by the next coordinator.
+    /// Whether the number of workers was ever changed: nobody hears whom that lets go, now or by the next
+    /// coordinator.
     scaled: bool,
     /// The newest checkpoint that the coordinator knows.
     known: Option<Position>,

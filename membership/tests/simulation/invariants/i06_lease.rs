@@ -1,4 +1,5 @@
-//! No commit begins past its worker's lease. Before a generation trains, a member of the one before has given ready, or all its members are gone or past their lease.
+//! No commit begins past its worker's lease. Before a generation trains, a member of the one before has given
+//! ready, or all its members are gone or past their lease.
 
 use ganglion_membership::{Generation, WorkerId};
 

@@ -1,4 +1,5 @@
-//! Nothing from an older term or generation changes the coordinator's state, a worker's state or a published name.
+//! Nothing from an older term or generation changes the coordinator's state, a worker's state or a published
+//! name.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,5 @@
-//! A manifest means that all its files are there, of equal digest, once each; `latest` never points backwards or at an
-//! absent file.
+//! A manifest means that all its files are there, of equal digest, once each; `latest` never points backwards
+//! or at an absent file.
 
 use super::{Finding, Invariant, hold};
 use crate::world::{Seen, World};

@@ -1,5 +1,5 @@
-//! Every action has a journal row first, and the journal gives the machine's state. That repeating an action is harmless
-//! is tried by telling workers some things twice.
+//! Every action has a journal row first, and the journal gives the machine's state. That repeating an action
+//! is harmless is tried by telling workers some things twice.
 
 use std::collections::BTreeSet;
 

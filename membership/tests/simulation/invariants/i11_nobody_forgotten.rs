@@ -1,4 +1,5 @@
-//! Every live worker whose session is open is known to the machine, as a member or a spare, or was told to exit.
+//! Every live worker whose session is open is known to the machine, as a member or a spare, or was told to
+//! exit.
 
 use super::{Finding, Invariant, hold};
 use crate::world::World;

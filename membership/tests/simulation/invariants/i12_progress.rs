@@ -1,5 +1,5 @@
-//! Once the faults stop, the next commit comes within a bound and the run is complete within another. The machine never
-//! asks for a tick that changes nothing.
+//! Once the faults stop, the next commit comes within a bound and the run is complete within another. The
+//! machine never asks for a tick that changes nothing.
 
 use ganglion_membership::{Outcome, Position};
 

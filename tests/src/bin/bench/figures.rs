@@ -40,8 +40,8 @@ pub fn median(numbers: &[f64]) -> f64 {
 pub struct Rounds(Vec<Vec<Figures>>);
 
 impl Rounds {
-    /// Runs all contenders one after the other, again and again. Each other round goes backwards, so that a machine that
-    /// grows slower or faster favours none.
+    /// Runs all contenders one after the other, again and again. Each other round goes backwards, so that a
+    /// machine that grows slower or faster favours none.
     pub fn run(
         what: &str,
         rounds: usize,

@@ -60,7 +60,8 @@ fn growths() -> Vec<Growth> {
     ]
 }
 
-/// Of both networks of mlp-28 with the default noise of 100 numbers: weights and biases of 100-w-w-784 and 784-w-w-1.
+/// Of both networks of mlp-28 with the default noise of 100 numbers: weights and biases of 100-w-w-784 and
+/// 784-w-w-1.
 fn parameters(w: u32) -> u32 {
     let generator = (100 + 1) * w + (w + 1) * w + (w + 1) * 784;
     let discriminator = (784 + 1) * w + (w + 1) * w + (w + 1);

@@ -1,8 +1,9 @@
-//! Measures training: beside PyTorch's (the same networks, data, batches and arithmetic, on the same machine, in turns),
-//! with and without what the promise costs, and as jobs and clusters grow. Prints tables and writes them into a page.
+//! Measures training: beside PyTorch's (the same networks, data, batches and arithmetic, on the same machine,
+//! in turns), with and without what the promise costs, and as jobs and clusters grow. Prints tables and
+//! writes them into a page.
 //!
-//! 1. What is compared runs in alternation, so that a busy moment of the machine hits both; a ratio is the median of the
-//!    ratios of neighbours.
+//! 1. What is compared runs in alternation, so that a busy moment of the machine hits both; a ratio is the
+//!    median of the ratios of neighbours.
 //! 2. A missed target is shown as missed. Only a run that fails makes the exit code 1, and the others go on.
 #![forbid(unsafe_code)]
 

@@ -59,7 +59,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// Reads parts (`--rows`) and `--name value` pairs. No part means all, or the rows if only some are wanted.
+    /// Reads parts (`--rows`) and `--name value` pairs. No part means all, or the rows if only some are
+    /// wanted.
     pub fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
         let mut options = Options {
             parts: Vec::new(),

@@ -1,7 +1,7 @@
 //! The programs of the commit to compare with.
 //!
-//! `target/golden` has one checkout, which is moved from commit to commit so that only what changed is compiled, a target
-//! folder of its own for it, and a folder of programs for each commit that was built.
+//! `target/golden` has one checkout, which is moved from commit to commit so that only what changed is
+//! compiled, a target folder of its own for it, and a folder of programs for each commit that was built.
 
 use std::fs;
 use std::io;
@@ -13,8 +13,8 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate is in the repository")
 }
 
-/// The folder of a commit's programs, which are built if need be. By default that commit is the newest one where
-/// something is not committed, else the one before it: either way what is compared is one change.
+/// The folder of a commit's programs, which are built if need be. By default that commit is the newest one
+/// where something is not committed, else the one before it: either way what is compared is one change.
 pub fn programs(commit: Option<&str>) -> Result<PathBuf, String> {
     let commit = match commit {
         Some(commit) => commit,
@@ -54,8 +54,8 @@ pub fn numerics(programs: &Path) -> Result<u32, String> {
     }
 }
 
-/// Makes the files of `target/golden/source` those of a commit. With an index of its own the repository does not know of
-/// this checkout, so removing the folder is all that it takes to be rid of it.
+/// Makes the files of `target/golden/source` those of a commit. With an index of its own the repository does
+/// not know of this checkout, so removing the folder is all that it takes to be rid of it.
 fn check_out(hash: &str, all: &Path) -> Result<(), String> {
     let source = all.join("source");
     fs::create_dir_all(&source).map_err(|error| format!("{}: {error}", source.display()))?;
@@ -64,8 +64,8 @@ fn check_out(hash: &str, all: &Path) -> Result<(), String> {
     output(command.env("GIT_INDEX_FILE", all.join("index"))).map(drop)
 }
 
-/// Copies the compiled dependencies of this tree's build: they are most of the work, and the same but for those that the
-/// two commits have in other versions.
+/// Copies the compiled dependencies of this tree's build: they are most of the work, and the same but for
+/// those that the two commits have in other versions.
 fn seed(from: &Path, to: &Path) -> io::Result<()> {
     let deps = to.join("deps");
     fs::create_dir_all(&deps)?;
@@ -84,7 +84,8 @@ fn seed(from: &Path, to: &Path) -> io::Result<()> {
     copy(&[from.join(".fingerprint"), from.join("build")], to)
 }
 
-/// Builds the programs of the checkout, with all members' features, as `make build` does: the dependencies are the same.
+/// Builds the programs of the checkout, with all members' features, as `make build` does: the dependencies
+/// are the same.
 fn build(all: &Path) -> Result<(), String> {
     let mut command = Command::new(env!("CARGO"));
     command.current_dir(all.join("source")).env("CARGO_TARGET_DIR", all.join("target"));

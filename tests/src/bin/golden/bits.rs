@@ -43,8 +43,8 @@ impl Bits {
         Ok(Bits { digest, gradients })
     }
 
-    /// How these bits differ from those of `other`, if they do. Of an `other` without logged shard gradients only the
-    /// digest counts.
+    /// How these bits differ from those of `other`, if they do. Of an `other` without logged shard gradients
+    /// only the digest counts.
     pub fn difference(&self, other: &Bits) -> Option<String> {
         let is_logged = !other.gradients.is_empty();
         let parted = if is_logged { self.first_parted(other) } else { None };

@@ -1,4 +1,5 @@
-//! The jobs that are compared: those of `configs/`, and some for what these leave out, at sizes that take a second.
+//! The jobs that are compared: those of `configs/`, and some for what these leave out, at sizes that take a
+//! second.
 
 use std::fs;
 use std::io;
@@ -60,7 +61,8 @@ const FURTHER: &[(&str, &[&str])] = &[
 ];
 /// Additionally where values of the job change with the images seen: then they do so within the three steps.
 const SCHEDULED: &str = "optimizer.decay_images=64";
-/// The job in which a worker is killed: its discriminator looks at real samples ahead, and has buffers that follow.
+/// The job in which a worker is killed: its discriminator looks at real samples ahead, and has buffers that
+/// follow.
 const KILLED: &str = "mnist-dcgan";
 /// A worker dies in update 3, with the others' sums and before they have its own part of the mean.
 const DEATH: &str = "gather@3";
@@ -131,8 +133,8 @@ pub struct Job {
     settings: Vec<String>,
 }
 
-/// All jobs, those of a folder of job files first, or those whose names contain `only`. Data that are not bundled come
-/// from the folder `data`.
+/// All jobs, those of a folder of job files first, or those whose names contain `only`. Data that are not
+/// bundled come from the folder `data`.
 pub fn read_all(folder: &Path, data: &Path, only: Option<&str>) -> Result<Vec<Job>, String> {
     let wrong = |error: io::Error| format!("{}: {error}", folder.display());
     let entries = fs::read_dir(folder).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(wrong)?;

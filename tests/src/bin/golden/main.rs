@@ -1,8 +1,8 @@
 //! `make golden`: this tree computes the bits that another commit computes, or each difference is named.
 //!
-//! Both builds run every job of `configs/`, shrunk, in both precisions, on one and on three workers, and one job while a
-//! worker is killed. Compared are the digest of the last state and a hash of each shard gradient, the tensors that a data
-//! shard contributes to an update, before any sum.
+//! Both builds run every job of `configs/`, shrunk, in both precisions, on one and on three workers, and one
+//! job while a worker is killed. Compared are the digest of the last state and a hash of each shard gradient,
+//! the tensors that a data shard contributes to an update, before any sum.
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout)] // it is for people
 

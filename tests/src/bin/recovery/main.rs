@@ -1,8 +1,9 @@
-//! Measures what a death costs, on real processes: of a worker, of the coordinator, and beside them of a process of others'
-//! trainers. Prints a table and writes it into a page.
+//! Measures what a death costs, on real processes: of a worker, of the coordinator, and beside them of a
+//! process of others' trainers. Prints a table and writes it into a page.
 //!
 //! 1. A figure comes from the times that the processes themselves wrote, not from when this program looked.
-//! 2. A missed time is marked as missed. Only a broken promise, such as a step done again, makes the exit code 1.
+//! 2. A missed time is marked as missed. Only a broken promise, such as a step done again, makes the exit
+//!    code 1.
 #![forbid(unsafe_code)]
 
 mod coordinator;

@@ -1,4 +1,5 @@
-//! The same for others' trainers, on the same machine with the same model: PyTorch's elastic launcher, and torchft.
+//! The same for others' trainers, on the same machine with the same model: PyTorch's elastic launcher, and
+//! torchft.
 
 use std::fs;
 use std::net::TcpListener;
@@ -103,7 +104,8 @@ impl Peer<'_> {
         Process::start(command)
     }
 
-    /// Waits until the log gives something; a trainer that does not get there is no reason to give the others up.
+    /// Waits until the log gives something; a trainer that does not get there is no reason to give the others
+    /// up.
     fn wait_for<T>(
         &mut self,
         what: &str,
@@ -178,8 +180,8 @@ fn torchrun(peer: &mut Peer) -> Result<Costs, String> {
     let members = MEMBERS.to_string();
     let launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", &members];
     let launcher = [&launcher[..], &["--max-restarts", "1000", "torchrun_peer.py"]].concat();
-    // A store that the launcher keeps from one attempt to the next has the addresses of the dead, where Gloo looks for
-    // the living: restarts fail, again and again.
+    // A store that the launcher keeps from one attempt to the next has the addresses of the dead, where Gloo
+    // looks for the living: restarts fail, again and again.
     let launcher = peer.python(&launcher, &[("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")]);
     let (mut costs, mut since) = (Costs::default(), 0.0);
     for _ in 0..peer.options.peer_kills {
@@ -226,7 +228,8 @@ fn free_address() -> std::io::Result<String> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
 }
 
-/// Survivors go on without the dead. The new process is started only then: while it loads, torchft would wait for it too.
+/// Survivors go on without the dead. The new process is started only then: while it loads, torchft would wait
+/// for it too.
 fn torchft(peer: &mut Peer) -> Result<Costs, String> {
     let address = free_address().map_err(|error| error.to_string())?;
     let _lighthouse = lighthouse(peer, &address);

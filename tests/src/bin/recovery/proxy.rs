@@ -1,7 +1,8 @@
 //! A relay between workers and their coordinator that counts what they say to each other.
 //!
-//! It reads the frames of HTTP/2 (RFC 9113, section 4.1) as they pass and puts the messages of gRPC in them together: a byte
-//! of flags and four of length before each. Of a session's message it reads which kind it is.
+//! It reads the frames of HTTP/2 (RFC 9113, section 4.1) as they pass and puts the messages of gRPC in them
+//! together: a byte of flags and four of length before each. Of a session's message it reads which kind it
+//! is.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};

@@ -98,8 +98,8 @@ fn the_ledger_does_not_depend_on_the_split() {
     assert_eq!(ledger(2..2), 0);
 }
 
-/// Invariant 2 of the prefetcher: recycled memory goes round. Depth 0 hands over one by one, so after the first
-/// batches each further one lies in memory that was given back.
+/// Invariant 2 of the prefetcher: recycled memory goes round. Depth 0 hands over one by one, so after the
+/// first batches each further one lies in memory that was given back.
 #[test]
 fn memory_is_used_again() {
     let mut prefetcher = Prefetcher::start(seven(), Plan { depth: 0, end_step: 1000, ..plan() });

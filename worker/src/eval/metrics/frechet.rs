@@ -22,12 +22,12 @@ impl Moments {
     }
 }
 
-/// The Fréchet distance of two sets of features, taken for normally distributed: Heusel et al. (2017), "GANs trained by a
-/// two time-scale update rule", equation 6: |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)). With Inception's features it is
-/// the FID.
+/// The Fréchet distance of two sets of features, taken for normally distributed: Heusel et al. (2017), "GANs
+/// trained by a two time-scale update rule", equation 6: |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)). With
+/// Inception's features it is the FID.
 ///
-/// Of the product's root only the trace is needed. C1 C2 has the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2), so two
-/// symmetric decompositions give it, and none of a matrix whose root may turn out complex.
+/// Of the product's root only the trace is needed. C1 C2 has the eigenvalues of the symmetric C1^(1/2) C2
+/// C1^(1/2), so two symmetric decompositions give it, and none of a matrix whose root may turn out complex.
 ///
 /// # Errors
 /// A number is not finite, so that there is no decomposition.

@@ -4,12 +4,13 @@ use tch::{Kind, Tensor};
 
 use super::{float, rows};
 
-/// Samples of a block: Bińkowski et al. (2018), section 4, take blocks because the cost grows with the square.
+/// Samples of a block: Bińkowski et al. (2018), section 4, take blocks because the cost grows with the
+/// square.
 const BLOCK: i64 = 1000;
 
-/// The squared maximum mean discrepancy of two sets of features with the kernel (x y / d + 1)^3, unbiased, a mean over blocks
-/// of up to 1,000 samples of each in their order: Bińkowski et al. (2018), "Demystifying MMD GANs", sections 3 and 4. With
-/// Inception's features it is the KID. It may be a little below zero.
+/// The squared maximum mean discrepancy of two sets of features with the kernel (x y / d + 1)^3, unbiased, a
+/// mean over blocks of up to 1,000 samples of each in their order: Bińkowski et al. (2018), "Demystifying MMD
+/// GANs", sections 3 and 4. With Inception's features it is the KID. It may be a little below zero.
 ///
 /// What does not fill a block is left out, unless there is no other. Both sets need two samples or more.
 pub fn kernel_distance(real: &Tensor, fake: &Tensor) -> f64 {

@@ -4,7 +4,8 @@ use tch::{Kind, Tensor};
 
 use super::{float, rows};
 
-/// A class counts as covered if its share of the samples is at least this part of what the real samples have of it.
+/// A class counts as covered if its share of the samples is at least this part of what the real samples have
+/// of it.
 const COVERED: f64 = 0.1;
 
 /// What a classifier said of samples: its probabilities (n, classes), in f64.
@@ -27,8 +28,9 @@ impl Labels {
         Vec::try_from(shares).unwrap_or_default()
     }
 
-    /// The classifier score, exp(E KL(p(y|x) || p(y))), from 1 to the number of classes: Salimans et al. (2016), "Improved
-    /// techniques for training GANs", section 4, over all samples at once. With Inception it is the inception score.
+    /// The classifier score, exp(E KL(p(y|x) || p(y))), from 1 to the number of classes: Salimans et al.
+    /// (2016), "Improved techniques for training GANs", section 4, over all samples at once. With Inception
+    /// it is the inception score.
     pub fn score(&self) -> f64 {
         let marginal = self.probabilities.mean_dim([0i64].as_slice(), true, Kind::Double);
         let logarithm = |p: &Tensor| p.clamp_min(f64::MIN_POSITIVE).log();
@@ -40,21 +42,23 @@ impl Labels {
             .double_value(&[])
     }
 
-    /// The classes of the real samples that the generated ones have too: mode coverage as in Metz et al. (2017), "Unrolled
-    /// generative adversarial networks", section 3.3.1, with a threshold of a tenth of the real share for noise in labels.
+    /// The classes of the real samples that the generated ones have too: mode coverage as in Metz et al.
+    /// (2017), "Unrolled generative adversarial networks", section 3.3.1, with a threshold of a tenth of the
+    /// real share for noise in labels.
     pub fn modes(&self, real: &Labels) -> usize {
         let covered = |(own, real): &(f64, f64)| *real > 0.0 && *own >= COVERED * real;
         self.shares().into_iter().zip(real.shares()).filter(covered).count()
     }
 
-    /// KL(generated || real) of the shares of the classes, in nats; the same section. Infinite if samples are of a class
-    /// that no real sample has.
+    /// KL(generated || real) of the shares of the classes, in nats; the same section. Infinite if samples are
+    /// of a class that no real sample has.
     pub fn divergence(&self, real: &Labels) -> f64 {
         let term = |(own, real): (f64, f64)| if own > 0.0 { own * (own / real).ln() } else { 0.0 };
         self.shares().into_iter().zip(real.shares()).map(term).sum()
     }
 
-    /// The entropy of the shares of the classes, as a part of the real samples'; 0 if all samples are of one class.
+    /// The entropy of the shares of the classes, as a part of the real samples'; 0 if all samples are of one
+    /// class.
     pub fn relative_entropy(&self, real: &Labels) -> f64 {
         let entropy = |labels: &Labels| -> f64 {
             labels.shares().iter().filter(|share| **share > 0.0).map(|share| -share * share.ln()).sum()

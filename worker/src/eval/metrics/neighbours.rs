@@ -63,15 +63,16 @@ impl Manifold {
     }
 }
 
-/// Improved precision and recall, with k = 3: Kynkäänniemi et al. (2019), "Improved precision and recall metric for assessing
-/// generative models", equation 2. Precision is the share of generated samples that lie among the real ones, recall the
-/// share of the real ones that lie among the generated ones. Both sets should be as large.
+/// Improved precision and recall, with k = 3: Kynkäänniemi et al. (2019), "Improved precision and recall
+/// metric for assessing generative models", equation 2. Precision is the share of generated samples that lie
+/// among the real ones, recall the share of the real ones that lie among the generated ones. Both sets should
+/// be as large.
 pub fn precision_and_recall(real: &Manifold, fake: &Manifold) -> [f64; 2] {
     [share_within(&fake.samples, real), share_within(&real.samples, fake)]
 }
 
-/// The distance from each sample to the nearest of `to`; with `but_itself` both are the same samples, and the nearest other
-/// one is taken.
+/// The distance from each sample to the nearest of `to`; with `but_itself` both are the same samples, and the
+/// nearest other one is taken.
 pub fn nearest(samples: &Tensor, to: &Tensor, but_itself: bool) -> Tensor {
     let nearest = |squared: Tensor| match but_itself && rows(to) > 1 {
         true => squared.kthvalue(2, 1, false).0,
@@ -80,16 +81,18 @@ pub fn nearest(samples: &Tensor, to: &Tensor, but_itself: bool) -> Tensor {
     by_rows(samples, to, nearest).sqrt()
 }
 
-/// The distance below which a hundredth of fresh real samples are, from theirs to the nearest training sample.
+/// The distance below which a hundredth of fresh real samples are, from theirs to the nearest training
+/// sample.
 pub fn threshold(fresh: &Tensor) -> f64 {
     #[allow(clippy::cast_possible_truncation)] // a place among samples
     let place = (float(rows(fresh)) * NEAR).ceil().max(1.0) as i64;
     fresh.kthvalue(place, 0, false).0.double_value(&[])
 }
 
-/// The share of generated samples whose nearest training sample is nearer than the threshold. Fresh real samples have 0.01;
-/// copies of training samples have 1. It is the idea of Meehan et al. (2020), "A non-parametric test to detect data-copying
-/// in generative models", as one number: what lies nearer to the training samples than fresh ones do was not generalised.
+/// The share of generated samples whose nearest training sample is nearer than the threshold. Fresh real
+/// samples have 0.01; copies of training samples have 1. It is the idea of Meehan et al. (2020), "A
+/// non-parametric test to detect data-copying in generative models", as one number: what lies nearer to the
+/// training samples than fresh ones do was not generalised.
 pub fn memorised(generated: &Tensor, threshold: f64) -> f64 {
     generated.lt(threshold).to_kind(Kind::Double).mean(Kind::Double).double_value(&[])
 }

@@ -10,9 +10,10 @@ const DIRECTIONS: i64 = 256;
 /// Directions drawn at once.
 const CHUNK: i64 = 64;
 
-/// The sliced Wasserstein distance of the images as points: the mean over 256 fixed random directions of the distance W1 of
-/// what lies along each. Rabin et al. (2011), "Wasserstein barycenter and its application to texture mixing"; as a metric of
-/// GANs Karras et al. (2018), section 5, there on patches of a Laplacian pyramid, here on whole images. Pixels go from -1 to 1.
+/// The sliced Wasserstein distance of the images as points: the mean over 256 fixed random directions of the
+/// distance W1 of what lies along each. Rabin et al. (2011), "Wasserstein barycenter and its application to
+/// texture mixing"; as a metric of GANs Karras et al. (2018), section 5, there on patches of a Laplacian
+/// pyramid, here on whole images. Pixels go from -1 to 1.
 ///
 /// As many samples are taken of each set as the smaller one has.
 pub fn sliced_wasserstein(real: &Tensor, fake: &Tensor) -> f64 {
@@ -42,8 +43,8 @@ fn directions(chunk: i64, dimensions: i64) -> Tensor {
     drawn / lengths
 }
 
-/// How far apart the generated samples are, as a share of how far apart the real ones are: the root of the mean squared
-/// distance of two of them, by their pixels. 0 if all are alike.
+/// How far apart the generated samples are, as a share of how far apart the real ones are: the root of the
+/// mean squared distance of two of them, by their pixels. 0 if all are alike.
 ///
 /// The mean squared distance of two samples is twice the sum of the variances, so no pairs need be formed.
 pub fn diversity(real: &Tensor, fake: &Tensor) -> f64 {
