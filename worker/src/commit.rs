@@ -13,7 +13,7 @@ use tch::{Tensor, no_grad};
 
 use crate::augment;
 use crate::nn::Follow;
-use crate::phase::{LeafLayout, Phase};
+use crate::objective::{GradLayout, Phase};
 use crate::schedule::Schedule;
 use crate::state::{Module, State, narrow};
 
@@ -22,7 +22,7 @@ pub fn commit(
     job: &Job,
     state: &mut State,
     phase: Phase,
-    layout: &LeafLayout,
+    layout: &GradLayout,
     mean: &Tensor,
     ledger: u64,
 ) -> Result<(), c10d::Error> {

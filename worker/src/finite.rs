@@ -16,7 +16,7 @@ use ganglion_membership::Position;
 use ganglion_proto::job::{Job, NonFinite as Policy};
 use tch::Tensor;
 
-use crate::phase::LeafLayout;
+use crate::objective::GradLayout;
 use crate::state::{Counters, Module, narrow};
 
 /// So many phases in a row may be skipped.
@@ -48,7 +48,7 @@ pub fn judge(
     job: &Job,
     counters: Counters,
     module: Module,
-    layout: &LeafLayout,
+    layout: &GradLayout,
     mean: &Tensor,
     skips: &[Position],
 ) -> Result<Verdict, crate::team::TeamError> {
@@ -77,7 +77,7 @@ fn describe(
     job: &Job,
     position: Position,
     module: Module,
-    layout: &LeafLayout,
+    layout: &GradLayout,
     mean: &Tensor,
 ) -> Result<String, c10d::Error> {
     let finite = |range| c10d::aten::all_finite(&narrow(mean, range));

@@ -18,7 +18,7 @@ use serde_json::json;
 use tch::Tensor;
 
 use crate::checkpoint::to_bytes;
-use crate::phase::{LeafBuffer, Phase};
+use crate::objective::{Phase, ShardGrad};
 
 /// The environment variable.
 pub const VARIABLE: &str = "GANGLION_SHARD_GRADIENTS";
@@ -57,7 +57,7 @@ impl GradientLog {
         update: u64,
         phase: Phase,
         shard: u32,
-        gradient: &LeafBuffer,
+        gradient: &ShardGrad,
     ) -> Result<(), LogError> {
         let [gradients, buffers, scalars] = gradient.contents().map(hash);
         let line = json!({
@@ -90,18 +90,18 @@ mod tests {
 
     use super::*;
     use crate::nn::{Init, TensorSpec};
-    use crate::phase::LeafLayout;
+    use crate::objective::{GradLayout, Reads};
     use crate::state::{Layout, Module};
 
-    const PHASE: Phase = Phase { index: 1, module: Module::Generator };
+    const PHASE: Phase = Phase { index: 1, module: Module::Generator, reads: Reads::Nothing };
 
     /// A buffer of one parameter and one of a network's buffers, each of three elements.
-    fn buffer(capacity: usize) -> LeafBuffer {
+    fn buffer(capacity: usize) -> ShardGrad {
         let of = |name: &str| {
             Layout::new(vec![TensorSpec::parameter(name.to_string(), &[3], Init::Constant(0.0))])
         };
-        let layout = LeafLayout::of(of("weight"), of("mean"), 1);
-        LeafBuffer::new(&layout, layout.len() + capacity, Device::Cpu)
+        let layout = GradLayout::of(of("weight"), of("mean"), 1);
+        ShardGrad::new(&layout, layout.len() + capacity, Device::Cpu)
     }
 
     fn lines(log: &GradientLog) -> Vec<Value> {

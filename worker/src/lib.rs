@@ -4,7 +4,7 @@
 //!
 //! - [`random`]: a draw depends on its key alone.
 //! - [`data`]: sample i of a shard is a number in an endless stream, whoever reads it.
-//! - [`phase`]: a leaf is what one data shard contributes, whoever computes it.
+//! - [`objective`]: a shard's gradient is what one data shard contributes, whoever computes it.
 //! - [`reduce`]: leaves are summed in one order, for any number of ranks.
 //! - [`commit`]: the only writer of [`state`], and a pure one.
 //! - [`finite`]: what is not finite is skipped or ends the group, by all members alike.
@@ -27,8 +27,8 @@ pub mod loss;
 mod module_file;
 mod monitor;
 pub mod nn;
+pub mod objective;
 pub mod passport;
-pub mod phase;
 pub mod picture;
 pub mod profile;
 pub mod random;

@@ -8,7 +8,8 @@ use crate::checkpoint::to_bytes;
 use crate::commit::commit;
 use crate::data::DataSet;
 use crate::nn::Models;
-use crate::phase::{Input, LeafBuffer, LeafLayout, Leaves, Real, Spot, phases};
+use crate::objective::gan::{Gan, Input, grad_layout, phases};
+use crate::objective::{ShardAt, ShardBatch, ShardGrad};
 use crate::random::{Key, Purpose};
 use crate::state::{Module, State, StateLayout};
 
@@ -61,21 +62,21 @@ fn probe(
     let job = &job;
     let mut state = State::initial(layout.clone(), job.job.seed, device);
     let labels: Vec<u32> = (0..models.classes).collect();
-    let leaves = Leaves { job, models, labels: &labels, device };
+    let leaves = Gan { job, models, labels: &labels, device };
     let mut leaf_hash = blake3::Hasher::new();
     for phase in phases(job) {
         let first_of_its_kind = phase.index == 0 || phase.module == Module::Generator;
         if !first_of_its_kind {
             continue;
         }
-        let leaf_layout = LeafLayout::new(models, layout, phase.module);
-        let mut leaf = LeafBuffer::new(&leaf_layout, leaf_layout.len(), device);
+        let leaf_layout = grad_layout(models, layout, phase.module);
+        let mut leaf = ShardGrad::new(&leaf_layout, leaf_layout.len(), device);
         let real = stand_ins(job, models, device);
-        let spot = Spot { phase, step: 0, shard: 0 };
+        let spot = ShardAt { phase, step: 0, shard: 0 };
         let drawn = leaves.draw(spot, &state, Some(&real));
         let input = match phase.module {
             Module::Discriminator => Input::Samples(&real, None, &drawn),
-            Module::Generator => Input::Drawn(drawn, Some(&real)),
+            Module::Generator => Input::Fake(drawn, Some(&real)),
         };
         leaves.compute(spot, &state, input, &mut leaf)?;
         // Scores are for people. A build that has others computes the same bits.
@@ -88,7 +89,7 @@ fn probe(
     Ok((hex(leaf_hash.finalize().as_bytes()), hex(state_hash.as_bytes())))
 }
 
-fn stand_ins(job: &Job, models: &Models, device: Device) -> Real {
+fn stand_ins(job: &Job, models: &Models, device: Device) -> ShardBatch {
     let (shape, batch) = (models.shape, job.job.shard_batch as usize);
     let key = Key { seed: job.job.seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
     let signed = |n: usize| i64::try_from(n).expect("an image is small");
@@ -98,7 +99,7 @@ fn stand_ins(job: &Job, models: &Models, device: Device) -> Real {
         let count = i64::from(models.classes);
         Tensor::arange(i64::from(job.job.shard_batch), (Kind::Int64, device)).remainder(count)
     });
-    Real { images, classes }
+    ShardBatch { images, classes }
 }
 
 /// The first 16 digits: enough to tell two apart, short enough to read.

@@ -21,7 +21,8 @@ use crate::checkpoint::CheckpointError;
 use crate::finite::NonFinite;
 use crate::gradient_log::LogError;
 use crate::nn::Models;
-use crate::phase::LeafLayout;
+use crate::objective::GradLayout;
+use crate::objective::gan::grad_layout;
 use crate::reduce::{AllReduce, ReduceError, ShardMap};
 use crate::session::Session;
 use crate::state::{ALIGNMENT, Counters, Module, State, StateLayout, narrow};
@@ -139,7 +140,7 @@ impl Team {
         let (group, timeout) = (Arc::new(group), session.limits().reduce);
         session.watch_group(generation, group.aborter());
         let all_reduce = |module| {
-            let layout = LeafLayout::new(models, layout, module);
+            let layout = grad_layout(models, layout, module);
             let over = (job.global_batch(), job.job.reduction);
             AllReduce::new(group.clone(), timeout, shards.clone(), layout, over, device)
         };
@@ -243,7 +244,7 @@ impl Team {
     }
 
     /// The layout of a network's gradients.
-    pub fn leaf_layout(&self, module: Module) -> &LeafLayout {
+    pub fn leaf_layout(&self, module: Module) -> &GradLayout {
         match module {
             Module::Generator => self.generator.layout(),
             Module::Discriminator => self.discriminator.layout(),
@@ -366,7 +367,7 @@ fn identity(session: &Session, assignment: &Assignment, term: Term) -> [u64; 5] 
 
 impl Carried {
     /// Takes the losses and scores of a phase from its mean leaf.
-    pub fn note(&mut self, module: Module, layout: &LeafLayout, mean: &Tensor) {
+    pub fn note(&mut self, module: Module, layout: &GradLayout, mean: &Tensor) {
         let told = narrow(mean, layout.loss()..layout.scores().end).to_device(Device::Cpu);
         let told = Vec::<f32>::try_from(told).unwrap_or_default();
         let [loss, real, fake] = told.try_into().unwrap_or([f32::NAN; 3]);

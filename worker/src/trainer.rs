@@ -22,23 +22,20 @@ use crate::finite::{NonFinite, Verdict, judge};
 use crate::gradient_log::GradientLog;
 use crate::nn::Models;
 use crate::nn::broken::guarded;
-use crate::phase::{Drawn, Input, LeafBuffer, LeafPart, Leaves, Phase, Real, Spot, phases};
+use crate::objective::gan::{self, Gan};
+use crate::objective::{Compute, Objective, Phase, Reads, ShardAt, ShardBatch};
 use crate::profile::{Laps, Part, Place};
 use crate::reduce::{Header, Reduced};
 use crate::session::{Session, unreachable};
-use crate::state::{Counters, Module, State, StateLayout};
+use crate::state::{Counters, State, StateLayout};
 use crate::storage::{Reading, RunStorage};
 use crate::team::{Carried, Circumstances, Team, TeamError};
 
 /// Batches that are read ahead.
 const READ_AHEAD: usize = 4;
 
-/// Of so many data shards a worker keeps what the generator has drawn, with all that its backward pass needs, from the
-/// discriminator's phase to its own; for others it is drawn again. More take more memory.
-const KEPT: usize = 8;
-
-/// After so many groups in a row that lost a peer before they trained, a worker looks whom it can reach: a link that is
-/// refused, and not silent, would break one group after the other.
+/// After so many groups in a row that lost a peer before they trained, a worker looks whom it can reach: a
+/// link that is refused, and not silent, would break one group after the other.
 pub const UNFORMED: u32 = 3;
 
 /// Everything a worker trains with, and the state that it holds.
@@ -93,19 +90,19 @@ pub enum Rest {
     Fault(Fault),
 }
 
-/// What goes from phase to phase while a group trains.
-struct Course {
+/// State of the loop while a group trains.
+struct Course<'a> {
+    phases: Vec<Phase>,
+    compute: Box<dyn Compute + 'a>,
     /// Where the time goes.
     laps: Laps,
     batches: Prefetcher,
     /// Hash of what the last commit made.
     fingerprint: u64,
-    /// What the generator has drawn for its next leaves.
-    drawn: Vec<Drawn>,
-    /// The real samples of the step's last discriminator phase, where the generator's is about pairs with them.
-    paired: Option<Samples>,
-    /// What the next step begins with, made while the others were waited for.
-    ahead: Option<(Samples, LeafPart)>,
+    /// The samples of the phase before, where the next one reads the same.
+    same: Option<Samples>,
+    /// The samples of the next step, of which something was computed while the others were waited for.
+    ahead: Option<Samples>,
 }
 
 /// What is to be done with the state after a step.
@@ -126,11 +123,11 @@ struct Samples {
 }
 
 impl Samples {
-    /// A shard's samples, by its place among this rank's. In memory of their own: where they start must not depend on how
-    /// shards are dealt, since kernels may look at alignment.
-    fn of_shard(&self, place: u32) -> Real {
+    /// A shard's samples, by its place among this rank's. In memory of their own: where they start must not
+    /// depend on how shards are dealt, since kernels may look at alignment.
+    fn of_shard(&self, place: u32) -> ShardBatch {
         let own = |all: &Tensor| all.get(i64::from(place)).copy();
-        Real { images: own(&self.images), classes: self.classes.as_ref().map(own) }
+        ShardBatch { images: own(&self.images), classes: self.classes.as_ref().map(own) }
     }
 }
 
@@ -202,8 +199,9 @@ impl Trainer {
         self.held.as_ref().map(|(state, _)| state.counters.position)
     }
 
-    /// Saves the state that this worker holds on its own, for a coordinator to come: the rows that none has recorded, all
-    /// files, then the manifest, each only if it is not there. Returns the checkpoint's folder, or `None` if there is nothing that it could save.
+    /// Saves the state that this worker holds on its own, for a coordinator to come: the rows that none has
+    /// recorded, all files, then the manifest, each only if it is not there. Returns the checkpoint's folder,
+    /// or `None` if there is nothing that it could save.
     pub fn save_alone(&self) -> Result<Option<String>, CheckpointError> {
         let usable = self.storage.seen && !self.session.is_void();
         let Some((state, _)) = self.held.as_ref().filter(|_| usable) else { return Ok(None) };
@@ -267,7 +265,8 @@ impl Trainer {
         rest
     }
 
-    /// Saves what this worker holds, which met a sample that it cannot read: that ends the run, but loses no step of it.
+    /// Saves what this worker holds, which met a sample that it cannot read: that ends the run, but loses no
+    /// step of it.
     fn save_before_the_end(&self) {
         let session = self.session.clone();
         let _pause = session.pause();
@@ -325,13 +324,15 @@ impl Trainer {
         carried: &mut Carried,
     ) -> Result<Rest, TeamError> {
         self.catch_up(assignment, state, carried);
-        let phases = phases(&self.job);
+        let gan = self.gan();
+        let phases = gan.phases();
         let last_step = self.job.last_step(self.data.len() as u64);
         let batches = self.read_ahead(team, state.counters, last_step);
         let at = Place { generation: team.generation, rank: assignment.rank };
         let laps = Laps::start(self.track.clone(), at);
+        let (compute, kept) = (gan.begin(), phases.clone());
         let mut course =
-            Course { laps, batches, fingerprint: 0, drawn: Vec::new(), paired: None, ahead: None };
+            Course { phases: kept, compute, laps, batches, fingerprint: 0, same: None, ahead: None };
         let mut pace = Pace::start();
         let mut agreed = None;
         let (mut step, mut first) = place(state.counters, &phases);
@@ -356,14 +357,14 @@ impl Trainer {
         self.track.during("save", Nothing {}, || self.finish(assignment, state, step == last_step))
     }
 
-    /// Makes up for reports that a change of the group cut short: a member that was healed past the end of a step did
-    /// not report it, and one that was lost did not save its share of a checkpoint.
+    /// Makes up for reports that a change of the group cut short: a member that was healed past the end of a
+    /// step did not report it, and one that was lost did not save its share of a checkpoint.
     fn catch_up(&self, assignment: &Assignment, state: &State, carried: &Carried) {
         let steps_done = state.counters.position.0 / self.job.phases_per_step();
         self.session.report_kept(Rank(assignment.rank), steps_done);
         self.evaluations.take_over();
         let samples = self.data.len() as u64;
-        let (step, phase) = place(state.counters, &phases(&self.job));
+        let (step, phase) = place(state.counters, &gan::phases(&self.job));
         let at_the_end_of_a_step = phase == 0 && (1..self.job.last_step(samples)).contains(&step);
         if at_the_end_of_a_step && matches!(assignment.group.start, Start::Healed(_)) {
             if self.job.metrics_due(step, samples) && carried.newest.generation > 0 {
@@ -378,12 +379,12 @@ impl Trainer {
     }
 
     fn read_ahead(&self, team: &Team, counters: Counters, end_step: u64) -> Prefetcher {
-        let phases = phases(&self.job);
+        let phases = gan::phases(&self.job);
         let (first_step, first_phase) = place(counters, &phases);
         let discriminator_phases = self.job.loss.discriminator_steps;
         let first_phase = u32::try_from(first_phase).expect("a step has few phases");
-        // In the middle of a step only the generator's phase may be left, which reads no data, or again those of the phase
-        // before it.
+        // In the middle of a step only the generator's phase may be left, which reads no data, or again those
+        // of the phase before it.
         let pairs = self.job.loss.kind.pairs();
         let skip = first_phase >= discriminator_phases && !pairs;
         let plan = Plan {
@@ -401,24 +402,25 @@ impl Trainer {
         Prefetcher::start_with(self.data.clone(), plan, device::upload(self.device))
     }
 
-    /// One phase: the gradients of this rank's shards, the mean of all, the update. Returns what all members agree to do then.
+    /// One phase: the gradients of this rank's shards, the mean of all, the update. Returns what all members
+    /// agree to do then.
     fn run_phase(
         &self,
         team: &mut Team,
         state: &mut State,
         carried: &mut Carried,
         phase: Phase,
-        course: &mut Course,
+        course: &mut Course<'_>,
     ) -> Result<Option<PlanKind>, TeamError> {
-        let (leaves, position) = (self.leaves(), state.counters.position.0);
+        let position = state.counters.position.0;
         let step = position / self.job.phases_per_step();
         course.laps.begin(phase.module, step + 1, position);
         log::note("step", step + 1);
-        let (samples, of_real) = self.samples(phase, course)?;
+        let samples = self.samples(phase, course)?;
         course.laps.lap(Part::Data);
         let plan = self.session.plan();
-        // The generator's phase reads nothing that was not counted.
-        let counted = samples.as_ref().filter(|_| phase.module == Module::Discriminator);
+        // Samples that were read before were counted.
+        let counted = samples.as_ref().filter(|_| phase.reads == Reads::Next);
         let header = Header {
             generation: team.generation,
             position,
@@ -429,11 +431,10 @@ impl Trainer {
         let (shards, all_reduce) = (team.shards.own(), team.all_reduce(phase.module));
         all_reduce.begin()?;
         self.session.set_activity(Activity::Computing);
-        let mut work = ShardWork { leaves: &leaves, phase, step, state, drawn: &mut course.drawn, of_real };
         for shard in shards.clone() {
-            let real = samples.as_ref().map(|samples| samples.of_shard(shard - shards.start));
-            let mut grad = all_reduce.buffer();
-            work.compute(shard, real.as_ref(), &mut grad).map_err(TeamError::Compute)?;
+            let batch = samples.as_ref().map(|samples| samples.of_shard(shard - shards.start));
+            let (at, mut grad) = (ShardAt { phase, step, shard }, all_reduce.buffer());
+            course.compute.gradient(at, state, batch.as_ref(), &mut grad).map_err(TeamError::Compute)?;
             if let Some(log) = &self.gradient_log {
                 log.record(position, phase, shard, &grad)?;
             }
@@ -444,11 +445,7 @@ impl Trainer {
         all_reduce.send(header)?;
         if all_reduce.has_peers() {
             course.laps.lap(Part::Other);
-            // What the generator's update does not change can be computed before it.
-            if phase.module == Module::Generator {
-                let ahead = self.look_ahead(&leaves, state, &mut course.batches, shards.start);
-                course.ahead = ahead.map_err(TeamError::Compute)?;
-            }
+            self.look_ahead(phase, step + 1, shards.start, state, course)?;
             course.laps.lap(Part::Compute);
             self.session.set_activity(Activity::Waiting);
         }
@@ -459,9 +456,10 @@ impl Trainer {
         }
         course.fingerprint = self.update(team, state, carried, phase, &reduced)?;
         course.laps.lap(Part::Commit);
+        let next = course.phases.get(phase.index as usize + 1);
         match samples {
-            Some(samples) if leaves.pairs() && leaves.serves_generator(phase) => {
-                course.paired = Some(samples)
+            Some(samples) if next.is_some_and(|next| next.reads == Reads::Same) => {
+                course.same = Some(samples);
             }
             Some(samples) => course.batches.recycle(samples.batch),
             None => {}
@@ -480,7 +478,8 @@ impl Trainer {
         reduced: &Reduced,
     ) -> Result<u64, TeamError> {
         let (module, layout, mean) = (phase.module, team.leaf_layout(phase.module), &reduced.mean);
-        // Numbered by position: this member has all parts of the phase and may be the only one; then it is one ahead.
+        // Numbered by position: this member has all parts of the phase and may be the only one; then it is
+        // one ahead.
         failpoint::reached("commit", state.counters.position.0);
         match judge(&self.job, state.counters, module, layout, mean, &team.skips)? {
             Verdict::Commit => commit(&self.job, state, phase, layout, mean, reduced.ledger)?,
@@ -497,28 +496,23 @@ impl Trainer {
         Ok(fingerprint)
     }
 
-    fn leaves(&self) -> Leaves<'_> {
+    fn gan(&self) -> Gan<'_> {
         let Trainer { job, models, device, data, .. } = self;
-        Leaves { job, models, labels: data.labels(), device: *device }
+        Gan { job, models, labels: data.labels(), device: *device }
     }
 
-    /// The real samples of a phase, if it has any, and what was made of the first shard's already.
-    fn samples(
-        &self,
-        phase: Phase,
-        course: &mut Course,
-    ) -> Result<(Option<Samples>, Option<LeafPart>), TeamError> {
-        if phase.module == Module::Generator && !self.job.loss.kind.pairs() {
-            return Ok((None, None));
+    /// The samples of a phase, if it reads any.
+    fn samples(&self, phase: Phase, course: &mut Course<'_>) -> Result<Option<Samples>, TeamError> {
+        let known = match phase.reads {
+            Reads::Nothing => return Ok(None),
+            Reads::Same => course.same.take(),
+            Reads::Next => course.ahead.take(),
+        };
+        match known {
+            Some(samples) => Ok(Some(samples)),
+            // Also the same ones again, for a group that begins in the middle of a step.
+            None => Ok(Some(self.samples_of(self.next_batch(&mut course.batches)?))),
         }
-        if let Some(samples) = course.paired.take() {
-            return Ok((Some(samples), None));
-        }
-        if let Some((samples, of_real)) = course.ahead.take() {
-            return Ok((Some(samples), Some(of_real)));
-        }
-        let batch = self.next_batch(&mut course.batches)?;
-        Ok((Some(self.samples_of(batch)), None))
     }
 
     /// The next batch, as soon as it is read. That data do not come is no member's fault: people are told.
@@ -537,26 +531,24 @@ impl Trainer {
         batches.next()
     }
 
-    /// The next step's real samples, and what the discriminator makes of the first shard's, where that can be told without
-    /// the generator's and the samples are there.
+    /// Computes what can be told of the next step before a phase's update, where its samples are there.
     fn look_ahead(
         &self,
-        leaves: &Leaves<'_>,
+        under_way: Phase,
+        step: u64,
+        shard: u32,
         state: &State,
-        batches: &mut Prefetcher,
-        first_shard: u32,
-    ) -> Result<Option<(Samples, LeafPart)>, c10d::Error> {
-        if !leaves.tells_real_apart() {
-            return Ok(None);
+        course: &mut Course<'_>,
+    ) -> Result<(), TeamError> {
+        if !course.compute.looks_ahead(under_way) {
+            return Ok(());
         }
-        let Some(batch) = batches.try_next() else { return Ok(None) };
-        // The generator's phase, which is under way, is the last of its step.
-        let step = state.counters.position.0 / self.job.phases_per_step() + 1;
-        let phase = phases(&self.job)[0];
+        let Some(batch) = course.batches.try_next() else { return Ok(()) };
         let samples = self.samples_of(batch);
-        let of_real =
-            leaves.real_part(Spot { phase, step, shard: first_shard }, state, &samples.of_shard(0))?;
-        Ok(Some((samples, of_real)))
+        let at = ShardAt { phase: course.phases[0], step, shard };
+        course.compute.look_ahead(at, state, &samples.of_shard(0)).map_err(TeamError::Compute)?;
+        course.ahead = Some(samples);
+        Ok(())
     }
 
     /// A batch's samples by shard.
@@ -729,8 +721,8 @@ impl Trainer {
         self.session.rested(generation, Rested { position: self.position(), finished });
     }
 
-    /// After a wait that was too long, or where one group after the other cannot form: which members cannot be reached, if
-    /// there are any.
+    /// After a wait that was too long, or where one group after the other cannot form: which members cannot
+    /// be reached, if there are any.
     fn with_links(&self, assignment: &Assignment, fault: Fault) -> Fault {
         let is_refused = fault == Fault::Peer && self.unformed >= UNFORMED;
         if fault != Fault::Timeout && !is_refused {
@@ -743,39 +735,6 @@ impl Trainer {
                 Fault::Links(lost.iter().filter_map(|rank| Some(Rank(u32::try_from(*rank).ok()?))).collect())
             }
         }
-    }
-}
-
-/// The leaves of one rank in one phase.
-struct ShardWork<'a> {
-    leaves: &'a Leaves<'a>,
-    phase: Phase,
-    step: u64,
-    state: &'a State,
-    drawn: &'a mut Vec<Drawn>,
-    /// What was made of the first shard's real samples already.
-    of_real: Option<LeafPart>,
-}
-
-impl ShardWork<'_> {
-    /// Fills `out` with the leaf of `shard`.
-    fn compute(&mut self, shard: u32, real: Option<&Real>, out: &mut LeafBuffer) -> Result<(), c10d::Error> {
-        let &mut ShardWork { leaves, phase, step, state, .. } = self;
-        let spot = Spot { phase, step, shard };
-        let draw = || leaves.draw(spot, state, real);
-        let Some(real) = real.filter(|_| phase.module == Module::Discriminator) else {
-            let kept = self.drawn.iter().position(|drawn| drawn.shard == shard);
-            let drawn = kept.map_or_else(draw, |at| self.drawn.swap_remove(at));
-            return leaves.compute(spot, state, Input::Drawn(drawn, real), out);
-        };
-        let keep = leaves.serves_generator(phase) && self.drawn.len() < KEPT;
-        let drawn = if keep { draw() } else { no_grad(draw) };
-        let input = Input::Samples(real, self.of_real.take(), &drawn);
-        leaves.compute(spot, state, input, out)?;
-        if keep {
-            self.drawn.push(drawn);
-        }
-        Ok(())
     }
 }
 

@@ -9,7 +9,8 @@ use ganglion_proto::job::{LossKind, ModelKind, NonFinite as Policy};
 use ganglion_worker::checkpoint::{Snapshot, state_digest, to_bytes};
 use ganglion_worker::commit::{commit, skip};
 use ganglion_worker::finite::{LIMIT, NonFinite, Verdict, judge};
-use ganglion_worker::phase::{LeafLayout, Phase, phases};
+use ganglion_worker::objective::gan::phases;
+use ganglion_worker::objective::{GradLayout, Phase};
 use ganglion_worker::state::Module;
 use ganglion_worker::team::TeamError;
 use tch::{Device, Kind, Tensor};
@@ -22,7 +23,7 @@ fn bench(policy: Policy) -> Bench {
 }
 
 /// A leaf with `value` at one place.
-fn leaf(layout: &LeafLayout, at: usize, value: f32) -> Tensor {
+fn leaf(layout: &GradLayout, at: usize, value: f32) -> Tensor {
     let mut leaf = vec![0.5_f32; layout.len()];
     leaf[at] = value;
     Tensor::from_slice(&leaf)

@@ -8,7 +8,7 @@ use common::{Bench, job};
 use ganglion_proto::job::{LossKind, ModelKind};
 use ganglion_worker::checkpoint::{Snapshot, to_bytes};
 use ganglion_worker::commit::commit;
-use ganglion_worker::phase::phases;
+use ganglion_worker::objective::gan::phases;
 use ganglion_worker::sample::grid_of;
 
 #[test]

@@ -12,7 +12,8 @@ use ganglion_worker::checkpoint::{Files, Snapshot, to_bytes};
 use ganglion_worker::data::{DataSet, Plan, Prefetcher};
 use ganglion_worker::loss;
 use ganglion_worker::nn::Pass;
-use ganglion_worker::phase::{Input, LeafBuffer, Phase, Spot, phases};
+use ganglion_worker::objective::gan::{Input, phases};
+use ganglion_worker::objective::{Phase, ShardAt, ShardGrad};
 use ganglion_worker::random::{Key, Purpose};
 use ganglion_worker::state::Module;
 use safetensors::SafeTensors;
@@ -133,10 +134,10 @@ fn samples_are_the_same_kept_or_drawn_again() {
         let bench = Bench::new(job);
         let leaves = bench.leaves();
         let phases = phases(&bench.job);
-        let spot = |phase| Spot { phase, step: 0, shard: 1 };
+        let spot = |phase| ShardAt { phase, step: 0, shard: 1 };
         let leaf = |phase: Phase, input: Input<'_>| {
             let layout = bench.leaf_layout(phase.module);
-            let mut out = LeafBuffer::new(&layout, layout.len(), Device::Cpu);
+            let mut out = ShardGrad::new(&layout, layout.len(), Device::Cpu);
             leaves.compute(spot(phase), &bench.state, input, &mut out).unwrap();
             bits(&out.flat)
         };
@@ -152,10 +153,10 @@ fn samples_are_the_same_kept_or_drawn_again() {
         }
         let again = leaf(
             phases[2],
-            Input::Drawn(leaves.draw(spot(phases[2]), &bench.state, Some(&real)), Some(&real)),
+            Input::Fake(leaves.draw(spot(phases[2]), &bench.state, Some(&real)), Some(&real)),
         );
         assert!(
-            leaf(phases[2], Input::Drawn(kept, Some(&real))) == again,
+            leaf(phases[2], Input::Fake(kept, Some(&real))) == again,
             "{kind}, {precision}: the generator's"
         );
     }

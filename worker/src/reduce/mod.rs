@@ -33,7 +33,7 @@ pub use self::header::Header;
 use self::pair::Pair;
 use self::ring::Ring;
 use self::tree::{Node, Summand, TreeSum, cover};
-use crate::phase::{LeafBuffer as ShardGrad, LeafLayout};
+use crate::objective::{GradLayout, ShardGrad};
 use crate::profile::{Laps, Part};
 use crate::state::align;
 
@@ -114,7 +114,7 @@ pub struct AllReduce {
     group: Arc<Group>,
     timeout: Duration,
     shards: ShardMap,
-    layout: LeafLayout,
+    layout: GradLayout,
     device: Device,
     sum: TreeSum<ShardGrad>,
     route: Route,
@@ -136,7 +136,7 @@ impl AllReduce {
         group: Arc<Group>,
         timeout: Duration,
         shards: ShardMap,
-        layout: LeafLayout,
+        layout: GradLayout,
         (global_batch, reduction): (u64, Reduction),
         device: Device,
     ) -> Result<AllReduce, c10d::Error> {
@@ -161,7 +161,7 @@ impl AllReduce {
     }
 
     /// The layout of the gradients.
-    pub fn layout(&self) -> &LeafLayout {
+    pub fn layout(&self) -> &GradLayout {
         &self.layout
     }
 

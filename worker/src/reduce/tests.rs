@@ -21,10 +21,10 @@ const GLOBAL_BATCH: u64 = 24;
 const REDUCTIONS: [Reduction; 2] = [Reduction::Tree, Reduction::Ring];
 
 /// A leaf of one parameter of so many elements.
-fn layout(numel: usize) -> LeafLayout {
+fn layout(numel: usize) -> GradLayout {
     let shape = vec![signed(numel)];
     let spec = TensorSpec::parameter("p".to_string(), &shape, Init::Constant(0.0));
-    LeafLayout::of(Layout::new(vec![spec]), Layout::default(), 1)
+    GradLayout::of(Layout::new(vec![spec]), Layout::default(), 1)
 }
 
 /// Runs `part` as each rank of a group that shares `data_shards`; the results come in rank order.
@@ -54,7 +54,7 @@ fn as_ranks<R: Send>(
     })
 }
 
-fn all_reduce(group: Arc<Group>, shards: ShardMap, layout: LeafLayout, reduction: Reduction) -> AllReduce {
+fn all_reduce(group: Arc<Group>, shards: ShardMap, layout: GradLayout, reduction: Reduction) -> AllReduce {
     AllReduce::new(group, LIMIT, shards, layout, (GLOBAL_BATCH, reduction), Device::Cpu).unwrap()
 }
 

@@ -11,7 +11,8 @@ use ganglion_storage::{Storage, in_folder};
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
 use ganglion_worker::data::ImageShape;
 use ganglion_worker::nn::Models;
-use ganglion_worker::phase::{Input, LeafBuffer, LeafLayout, Leaves, Phase, Real, Spot};
+use ganglion_worker::objective::gan::{Gan, Input, grad_layout};
+use ganglion_worker::objective::{GradLayout, Phase, ShardAt, ShardBatch, ShardGrad};
 use ganglion_worker::random::{Key, Purpose};
 use ganglion_worker::state::{Module, State, StateLayout};
 use tch::{Device, Kind, Tensor};
@@ -100,37 +101,37 @@ impl Bench {
     }
 
     /// Where things lie in a module's leaves.
-    pub fn leaf_layout(&self, module: Module) -> LeafLayout {
-        LeafLayout::new(&self.models, &self.layout, module)
+    pub fn leaf_layout(&self, module: Module) -> GradLayout {
+        grad_layout(&self.models, &self.layout, module)
     }
 
     /// Stand-ins for a shard's real samples.
-    pub fn real(&self) -> Real {
+    pub fn real(&self) -> ShardBatch {
         let (shape, batch) = (self.models.shape, self.job.job.shard_batch as usize);
         let key = Key { seed: 1, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
         let signed = |n: usize| i64::try_from(n).unwrap();
         let sizes = [signed(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
         let classes = (self.models.classes > 0)
             .then(|| Tensor::arange(sizes[0], (Kind::Int64, Device::Cpu)).remainder(3));
-        Real { images: key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes), classes }
+        ShardBatch { images: key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes), classes }
     }
 
     /// Who computes leaves.
-    pub fn leaves(&self) -> Leaves<'_> {
-        Leaves { job: &self.job, models: &self.models, labels: &[0, 1, 1, 2], device: Device::Cpu }
+    pub fn leaves(&self) -> Gan<'_> {
+        Gan { job: &self.job, models: &self.models, labels: &[0, 1, 1, 2], device: Device::Cpu }
     }
 
     /// The leaf of a shard in a phase of step 0.
-    pub fn leaf(&self, phase: Phase, shard: u32) -> LeafBuffer {
+    pub fn leaf(&self, phase: Phase, shard: u32) -> ShardGrad {
         let layout = self.leaf_layout(phase.module);
-        let mut leaf = LeafBuffer::new(&layout, layout.len(), Device::Cpu);
+        let mut leaf = ShardGrad::new(&layout, layout.len(), Device::Cpu);
         let leaves = self.leaves();
         let real = self.real();
-        let spot = Spot { phase, step: 0, shard };
+        let spot = ShardAt { phase, step: 0, shard };
         let drawn = leaves.draw(spot, &self.state, Some(&real));
         let input = match phase.module {
             Module::Discriminator => Input::Samples(&real, None, &drawn),
-            Module::Generator => Input::Drawn(drawn, Some(&real)),
+            Module::Generator => Input::Fake(drawn, Some(&real)),
         };
         leaves.compute(spot, &self.state, input, &mut leaf).unwrap();
         leaf

@@ -1,0 +1,132 @@
+//! The discriminator's gradient: of the loss over real samples and the generator's, and of its penalties. The
+//! generator's samples carry no gradient.
+
+use tch::Tensor;
+
+use super::{FakeBatch, Gan, GradPart, PassId, is_single, part};
+use crate::loss;
+use crate::nn::Pass;
+use crate::objective::{ShardAt, ShardBatch};
+use crate::state::{Module, State};
+
+impl Gan<'_> {
+    /// The part of a discriminator's gradient that comes from real samples, where it looks at them apart. A
+    /// commit of the generator does not change it.
+    pub fn real_part(&self, at: ShardAt, state: &State, real: &ShardBatch) -> Result<GradPart, c10d::Error> {
+        let kind = self.job.loss.kind;
+        let parameters = state.trainable(Module::Discriminator);
+        let mut pass = self.look(at, state, PassId::Real, parameters).of(real.classes.as_ref());
+        let logits = self.seen(at, state, PassId::Real, &self.mirrored(at, real), &mut pass);
+        let scores = [Some(loss::score(kind, &logits)), None, self.signs(&logits)];
+        part(loss::on_real(kind, &logits), scores, parameters, pass.statistics)
+    }
+
+    pub(super) fn fake_part(
+        &self,
+        at: ShardAt,
+        state: &State,
+        drawn: &FakeBatch,
+        of_real: &[Tensor],
+    ) -> Result<GradPart, c10d::Error> {
+        let kind = self.job.loss.kind;
+        let parameters = state.trainable(Module::Discriminator);
+        // Its buffers are where the real samples' pass left them.
+        let buffers = self.models.discriminator.after(state.buffers(Module::Discriminator), of_real);
+        let pass = self.look(at, state, PassId::Fake, parameters).of(drawn.classes.as_ref());
+        let mut pass = Pass { buffers: &buffers, ..pass };
+        let logits = self.seen(at, state, PassId::Fake, &drawn.fake.detach(), &mut pass);
+        let scores = [None, Some(loss::score(kind, &logits)), None];
+        part(loss::on_fake(kind, &logits), scores, parameters, pass.statistics)
+    }
+
+    pub(super) fn discriminator(
+        &self,
+        at: ShardAt,
+        state: &State,
+        real: &ShardBatch,
+        of_real: Option<GradPart>,
+        drawn: &FakeBatch,
+    ) -> Result<Vec<GradPart>, c10d::Error> {
+        let [r1, r2] = self.penalties(at);
+        let parameters = state.trainable(Module::Discriminator);
+        // Both penalties of samples that do not see each other, in fp32, can share a pass with the loss.
+        let shares = r1 > 0.0 && r2 > 0.0 && !self.models.discriminator.sees_batch() && is_single(parameters);
+        let mut parts = if self.tells_real_apart() {
+            let of_real = of_real.map_or_else(|| self.real_part(at, state, real), Ok)?;
+            let of_fake = self.fake_part(at, state, drawn, &of_real.statistics)?;
+            vec![of_real, of_fake]
+        } else {
+            vec![self.together(at, state, real, drawn, shares.then_some([r1, r2]))?]
+        };
+        if r1 > 0.0 && !shares {
+            let classes = real.classes.as_ref();
+            parts.push(self.zero_centred(at, state, PassId::Real, r1, &self.mirrored(at, real), classes)?);
+        }
+        if r2 > 0.0 && !shares {
+            let (fake, classes) = (drawn.fake.detach(), drawn.classes.as_ref());
+            parts.push(self.zero_centred(at, state, PassId::Fake, r2, &fake, classes)?);
+        }
+        if loss::has_gradient_penalty(&self.job.loss) && self.penalty_factor(at) > 0.0 {
+            parts.push(self.penalty(at, state, real, drawn)?);
+        }
+        Ok(parts)
+    }
+
+    /// The loss of real samples and of the generator's, which one pass serves unless samples see each other.
+    pub(super) fn together(
+        &self,
+        at: ShardAt,
+        state: &State,
+        real: &ShardBatch,
+        drawn: &FakeBatch,
+        penalties: Option<[f64; 2]>,
+    ) -> Result<GradPart, c10d::Error> {
+        let kind = self.job.loss.kind;
+        let parameters = state.trainable(Module::Discriminator);
+        let mut images = [self.mirrored(at, real), drawn.fake.detach()];
+        if penalties.is_some() {
+            images = images.map(|images| images.detach().set_requires_grad(true));
+        }
+        let classes = [real.classes.as_ref(), drawn.classes.as_ref()];
+        let (logits, statistics) = self.both_seen(at, state, parameters, &images, classes);
+        let scores = logits.each_ref().map(|logits| Some(loss::score(kind, logits)));
+        let [of_real, of_fake] = scores;
+        let mut sum = loss::discriminator(kind, &logits[0], &logits[1]);
+        for side in 0..2 {
+            if let Some(weights) = penalties {
+                sum = sum.g_add(&loss::zero_centred_penalty(weights[side], &images[side], &logits[side]));
+            }
+        }
+        part(sum, [of_real, of_fake, self.signs(&logits[0])], parameters, statistics)
+    }
+
+    /// The logits of real samples and of the generator's, and the statistics of all passes that these took.
+    pub(super) fn both_seen(
+        &self,
+        at: ShardAt,
+        state: &State,
+        parameters: &[Tensor],
+        images: &[Tensor; 2],
+        classes: [Option<&Tensor>; 2],
+    ) -> ([Tensor; 2], Vec<Tensor>) {
+        let look = |which| self.look(at, state, which, parameters);
+        let shown = |side: usize, which| self.augmented(at, state, which, &images[side]);
+        let [real, fake] = [shown(0, PassId::Real), shown(1, PassId::Fake)];
+        if self.models.discriminator.sees_batch() {
+            let mut of_real = look(PassId::Real).of(classes[0]);
+            let of_real_logits = self.models.discriminator.forward(&real, &mut of_real);
+            let buffers =
+                self.models.discriminator.after(state.buffers(Module::Discriminator), &of_real.statistics);
+            let mut of_fake = Pass { buffers: &buffers, ..look(PassId::Fake).of(classes[1]) };
+            let logits = [of_real_logits, self.models.discriminator.forward(&fake, &mut of_fake)];
+            let mut statistics = of_real.statistics;
+            statistics.extend(of_fake.statistics);
+            return (logits, statistics);
+        }
+        let classes = classes[0].zip(classes[1]).map(|(real, fake)| Tensor::cat(&[real, fake], 0));
+        let mut pass = look(PassId::Real).of(classes.as_ref());
+        let logits = self.models.discriminator.forward(&Tensor::cat(&[real, fake], 0), &mut pass);
+        let halves = logits.chunk(2, 0);
+        ([0, 1].map(|half| halves[half].shallow_clone()), pass.statistics)
+    }
+}

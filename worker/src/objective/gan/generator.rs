@@ -1,0 +1,65 @@
+//! The generator's samples and its gradient, for which the discriminator is a constant.
+
+use tch::{Tensor, no_grad};
+
+use super::{FakeBatch, Gan, GradPart, PassId, own, part, signed};
+use crate::loss;
+use crate::nn::Pass;
+use crate::objective::{Phase, ShardAt, ShardBatch};
+use crate::random::{Key, Purpose};
+use crate::state::{Module, State};
+
+impl Gan<'_> {
+    /// Draws the generator's samples for a shard's gradient. Under `no_grad` they cannot begin a generator's
+    /// gradient. `real` are the shard's real samples, where the objective looks at pairs.
+    pub fn draw(&self, at: ShardAt, state: &State, real: Option<&ShardBatch>) -> FakeBatch {
+        // The generator's phase takes the samples of the discriminator's last one.
+        let last = self.job.loss.discriminator_steps.saturating_sub(1);
+        let phase = Phase { index: at.phase.index.min(last), ..at.phase };
+        let key = |purpose| self.key(ShardAt { phase, ..at }, purpose);
+        let latent = signed(self.models.latent_dim);
+        let noise = key(Purpose::Noise).normal(self.shard_batch() * self.models.latent_dim);
+        let noise = noise.view([-1, latent]).to_device(self.device);
+        let classes = (self.models.classes > 0).then(|| self.classes(key(Purpose::Classes), real));
+        let (parameters, buffers) = (state.trainable(Module::Generator), state.buffers(Module::Generator));
+        let pass = Pass::batch(parameters, buffers, own(key(Purpose::Network), PassId::Drawing));
+        let mut pass = pass.of(classes.as_ref());
+        let fake = self.models.generator.forward(&noise, &mut pass);
+        let statistics = pass.statistics;
+        FakeBatch { shard: at.shard, fake, classes, statistics }
+    }
+
+    /// The classes of the generator's samples: those of the real samples that they are paired with, or else
+    /// as often as in the data.
+    pub(super) fn classes(&self, key: Key, real: Option<&ShardBatch>) -> Tensor {
+        if let Some(classes) = real.filter(|_| self.pairs()).and_then(|real| real.classes.as_ref()) {
+            return classes.shallow_clone();
+        }
+        let below = u32::try_from(self.labels.len()).expect("a data set has fewer than 2^32 samples");
+        let drawn = key.indices(below, self.shard_batch());
+        let classes: Vec<i64> = drawn.into_iter().map(|at| i64::from(self.labels[at as usize])).collect();
+        Tensor::from_slice(&classes).to_device(self.device)
+    }
+
+    pub(super) fn generator(
+        &self,
+        at: ShardAt,
+        drawn: FakeBatch,
+        real: Option<&ShardBatch>,
+        state: &State,
+    ) -> Result<GradPart, c10d::Error> {
+        let frozen = state.frozen(Module::Discriminator);
+        let mut pass = self.look(at, state, PassId::Fake, frozen).of(drawn.classes.as_ref());
+        let fake = self.seen(at, state, PassId::Fake, &drawn.fake, &mut pass);
+        let loss = match real.filter(|_| self.pairs()) {
+            Some(real) => {
+                let mut pass = self.look(at, state, PassId::Real, frozen).of(real.classes.as_ref());
+                let images = self.mirrored(at, real);
+                let real = no_grad(|| self.seen(at, state, PassId::Real, &images, &mut pass));
+                loss::generator_of_pairs(&real, &fake)
+            }
+            None => loss::generator(self.job.loss.kind, &fake),
+        };
+        part(loss, [None, None, None], state.trainable(Module::Generator), drawn.statistics)
+    }
+}

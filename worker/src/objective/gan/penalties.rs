@@ -1,0 +1,62 @@
+//! Penalties on the discriminator's gradient by its input. They are computed in fp32.
+
+use tch::Tensor;
+
+use super::{FakeBatch, Gan, GradPart, PassId, part};
+use crate::loss;
+use crate::objective::{ShardAt, ShardBatch};
+use crate::random::Purpose;
+use crate::schedule::Schedule;
+use crate::state::{Module, State};
+
+impl Gan<'_> {
+    /// How much the penalties of a phase weigh: as many times more as phases go without them.
+    pub(super) fn penalty_factor(&self, at: ShardAt) -> f64 {
+        let every = self.job.loss.penalty_every;
+        let update = at.step * u64::from(self.job.loss.discriminator_steps) + u64::from(at.phase.index);
+        if update.is_multiple_of(u64::from(every)) { f64::from(every) } else { 0.0 }
+    }
+
+    /// The weights of R1 and R2 in a phase.
+    pub(super) fn penalties(&self, at: ShardAt) -> [f64; 2] {
+        let weights = Schedule::after(self.job, at.step).penalties();
+        weights.map(|weight| weight * self.penalty_factor(at))
+    }
+
+    /// R1 or R2, in fp32, in a pass of its own.
+    pub(super) fn zero_centred(
+        &self,
+        at: ShardAt,
+        state: &State,
+        which: PassId,
+        weight: f64,
+        images: &Tensor,
+        classes: Option<&Tensor>,
+    ) -> Result<GradPart, c10d::Error> {
+        let parameters = state.master(Module::Discriminator);
+        let images = images.detach().set_requires_grad(true);
+        let mut pass = self.look(at, state, PassId::Penalty, parameters).of(classes);
+        let logits = self.seen(at, state, which, &images, &mut pass);
+        part(loss::zero_centred_penalty(weight, &images, &logits), [None, None, None], parameters, Vec::new())
+    }
+
+    /// The gradient penalty, in fp32. The statistics of places between real and fake are not the data's.
+    pub(super) fn penalty(
+        &self,
+        at: ShardAt,
+        state: &State,
+        real: &ShardBatch,
+        drawn: &FakeBatch,
+    ) -> Result<GradPart, c10d::Error> {
+        let key = self.key(at, Purpose::Interpolation);
+        let places = key.uniform(0.0, 1.0, self.shard_batch()).to_device(self.device);
+        let parameters = state.master(Module::Discriminator);
+        let mut pass = self.look(at, state, PassId::Penalty, parameters).of(real.classes.as_ref());
+        let logits = |x: &Tensor| self.models.discriminator.forward(x, &mut pass);
+        let weight = self.job.loss.gradient_penalty * self.penalty_factor(at);
+        let real = self.augmented(at, state, PassId::Real, &self.mirrored(at, real));
+        let fake = self.augmented(at, state, PassId::Fake, &drawn.fake.detach());
+        let loss = loss::gradient_penalty(weight, &real, &fake, &places, logits);
+        part(loss, [None, None, None], parameters, Vec::new())
+    }
+}
