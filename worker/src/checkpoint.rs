@@ -14,10 +14,11 @@ use ganglion_proto::message::MetricsRow;
 use ganglion_proto::{manifest, rows};
 use ganglion_storage::{MANIFEST, PutPayload, Storage, in_folder};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use crate::nn::{Models, TensorSpec};
 use crate::state::{Counters, Layout, NamedTensor, StateLayout};
+use crate::tensor_bytes::{from_bytes, to_bytes};
 
 /// State parts are about this large, within the limits of [`part_count`].
 const PART_BYTES: usize = 64 << 20;
@@ -187,7 +188,7 @@ impl Files<'_> {
                 let bytes: Vec<Vec<u8>> = constants.iter().map(|one| little_endian(&one.values)).collect();
                 let whole = constants.iter().zip(&bytes);
                 let whole = whole.map(|(one, bytes)| (one.name.clone(), view(Dtype::I64, &one.shape, bytes)));
-                serialize(floats.chain(whole), crate::sample::describe(self.job, self.models, snapshot.step))
+                serialize(floats.chain(whole), generator_metadata(self.job, self.models, snapshot.step))
             }
             Content::Index(weight_map) => {
                 let named: usize = self.layout.tensors().iter().map(|tensor| 4 * tensor.range.len()).sum();
@@ -395,12 +396,20 @@ fn with_metadata(bytes: Bytes, about: &BTreeMap<String, String>) -> PutPayload {
     PutPayload::from_iter([Bytes::from(front), bytes.slice(end..)])
 }
 
-/// Copies a flat tensor of floats into bytes.
-pub fn to_bytes(flat: &Tensor) -> Vec<u8> {
-    let flat = flat.to_device(Device::Cpu).contiguous().view_dtype(Kind::Uint8);
-    let mut bytes = vec![0; flat.numel()];
-    flat.copy_data(&mut bytes, flat.numel());
-    bytes
+/// Header of `generator_ema.safetensors`: enough to draw without the job. `sample::Generator` reads it.
+fn generator_metadata(job: &Job, models: &Models, step: u64) -> BTreeMap<String, String> {
+    let script = job.model.generator.as_ref().map(|path| ("generator", path.display().to_string()));
+    let items = [
+        ("format", "pt".to_string()),
+        ("model", job.model.kind.to_string()),
+        ("latent_dim", job.model.latent_dim.to_string()),
+        ("width", job.model.width.to_string()),
+        ("classes", models.classes.to_string()),
+        ("channels", models.shape.channels.to_string()),
+        ("height", models.shape.height.to_string()),
+        ("step", step.to_string()),
+    ];
+    items.into_iter().chain(script).map(|(key, value)| (key.to_string(), value)).collect()
 }
 
 /// A network's tensor by its name, from a file that holds it.
@@ -410,9 +419,4 @@ pub fn named_tensor(file: &SafeTensors<'_>, spec: &TensorSpec, kind: &str) -> Re
         return Err(format!("{} does not have {kind} shape", spec.name));
     }
     Ok(from_bytes(tensor.data()).view(spec.shape.as_slice()))
-}
-
-/// The flat tensor of floats whose bytes these are.
-pub fn from_bytes(bytes: &[u8]) -> Tensor {
-    Tensor::from_slice(bytes).view_dtype(Kind::Float)
 }

@@ -7,9 +7,9 @@ use clap::Args;
 use ganglion_storage::whole::{self, Draft};
 use tch::{CModule, Kind, Tensor, no_grad};
 
+use crate::error::Failure;
 use crate::picture::{Film, Picture};
 use crate::random::Purpose;
-use crate::run::Failure;
 use crate::sample::{COLUMNS, Generator, SampleError};
 use crate::weights::Weights;
 

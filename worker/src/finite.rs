@@ -27,8 +27,10 @@ pub const LIMIT: u64 = 100;
 pub enum Verdict {
     /// It is finite.
     Commit,
-    /// It is not, for this reason.
+    /// It is not, for this reason, and the run goes on without it.
     Skip(String),
+    /// It is not, and the group ends before it.
+    End(NonFinite),
 }
 
 /// A reduced leaf is not finite and may not be skipped.
@@ -51,25 +53,25 @@ pub fn judge(
     layout: &GradLayout,
     mean: &Tensor,
     skips: &[Position],
-) -> Result<Verdict, crate::team::TeamError> {
+) -> Result<Verdict, c10d::Error> {
     if c10d::aten::all_finite(&narrow(mean, layout.decisive()))? {
         return Ok(Verdict::Commit);
     }
     let position = counters.position;
     let what = describe(job, position, module, layout, mean)?;
-    let fault = |detail, stop| Err(NonFinite { position, detail, stop }.into());
-    match job.job.non_finite {
+    let end = |detail, stop| Verdict::End(NonFinite { position, detail, stop });
+    Ok(match job.job.non_finite {
         Policy::Stop => {
             let advice = "unless a device erred, a run that goes on meets it again";
-            fault(format!("{what}, and job.non_finite is \"stop\"; {advice}"), true)
+            end(format!("{what}, and job.non_finite is \"stop\"; {advice}"), true)
         }
-        Policy::RollBack if !skips.contains(&position) => fault(what, false),
+        Policy::RollBack if !skips.contains(&position) => end(what, false),
         Policy::RollBack | Policy::Skip if counters.skipped >= LIMIT => {
             let advice = "start a new run with a smaller optimizer.learning_rate";
-            fault(format!("{what}, as in {LIMIT} phases before it: skipping does not help; {advice}"), true)
+            end(format!("{what}, as in {LIMIT} phases before it: skipping does not help; {advice}"), true)
         }
-        Policy::RollBack | Policy::Skip => Ok(Verdict::Skip(what)),
-    }
+        Policy::RollBack | Policy::Skip => Verdict::Skip(what),
+    })
 }
 
 /// Says what is not finite.

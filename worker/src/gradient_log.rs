@@ -17,8 +17,8 @@ use std::path::PathBuf;
 use serde_json::json;
 use tch::Tensor;
 
-use crate::checkpoint::to_bytes;
 use crate::objective::{Phase, ShardGrad};
+use crate::tensor_bytes::to_bytes;
 
 /// The environment variable.
 pub const VARIABLE: &str = "GANGLION_SHARD_GRADIENTS";

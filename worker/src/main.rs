@@ -19,10 +19,11 @@ use ganglion_proto::trace::Trace;
 use ganglion_worker::data::check::{Look, check};
 use ganglion_worker::device::{DeviceChoice, gpus};
 use ganglion_worker::draw::{Export, Interpolate, Sample, export, interpolate, sample};
+use ganglion_worker::error::Failure;
 use ganglion_worker::eval::commands::{Eval, TrainClassifier, eval, train_classifier};
 use ganglion_worker::nn::broken::guarded;
 use ganglion_worker::passport::NUMERICS;
-use ganglion_worker::run::{Failure, Released, SPAWN_TOKEN, run};
+use ganglion_worker::run::{Released, SPAWN_TOKEN, run};
 use ganglion_worker::stay::Stay;
 use tracing_subscriber::EnvFilter;
 
@@ -104,7 +105,7 @@ fn main() -> ExitCode {
             } else {
                 let _ = writeln!(std::io::stderr(), "error: {}", printable(&failure.to_string()));
             }
-            ExitCode::from(if matches!(failure, Failure::Input(_)) { 2 } else { 1 })
+            ExitCode::from(failure.exit_code())
         }
     }
 }
@@ -175,7 +176,7 @@ fn join(arguments: &Join) -> Result<(), Failure> {
     trace.finish();
     if let (Released::Complete, Some(stay)) = (result?, stay) {
         tracing::info!("the run is complete; staying until SIGTERM or Ctrl-C, as --stay says");
-        stay.until_asked_to_end().map_err(|error| Failure::Other(error.to_string()))?;
+        stay.until_asked_to_end().map_err(Failure::other)?;
     }
     Ok(())
 }

@@ -4,7 +4,6 @@ use ganglion_membership::{self as membership, Passport};
 use ganglion_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::checkpoint::to_bytes;
 use crate::commit::commit;
 use crate::data::DataSet;
 use crate::nn::Models;
@@ -12,6 +11,7 @@ use crate::objective::gan::{Gan, Input, grad_layout, phases};
 use crate::objective::{ShardAt, ShardBatch, ShardGrad};
 use crate::random::{Key, Purpose};
 use crate::state::{Module, State, StateLayout};
+use crate::tensor_bytes::to_bytes;
 
 /// Number of this program's arithmetic: two builds of one number compute the same bits, and may train together.
 ///

@@ -16,12 +16,13 @@ use crate::archive::{Archive, Context};
 use crate::beginning::Beginning;
 use crate::data::{DataError, DataSet};
 use crate::device::{self, DeviceChoice};
+use crate::error::Failure;
 use crate::eval::EvalError;
 use crate::eval::beside::{self, Evaluations};
 use crate::eval::judge::Means;
 use crate::gpu::GpuWatch;
-use crate::gradient_log::{GradientLog, LogError};
-use crate::nn::broken::{BrokenModule, guarded};
+use crate::gradient_log::GradientLog;
+use crate::nn::broken::guarded;
 use crate::nn::{Models, layers};
 use crate::passport;
 use crate::session::{ConnectError, End, Session};
@@ -31,43 +32,6 @@ use crate::trainer::{Rest, Trainer};
 
 /// The environment variable by which the coordinator gives its own workers their token.
 pub const SPAWN_TOKEN: &str = "GANGLION_SPAWN_TOKEN";
-
-/// Why a worker ended before it was released.
-#[derive(Debug, thiserror::Error)]
-pub enum Failure {
-    /// The user's input is wrong: exit code 2.
-    #[error("{0}")]
-    Input(String),
-    /// Anything else: exit code 1.
-    #[error("{0}")]
-    Other(String),
-}
-
-impl From<ConnectError> for Failure {
-    fn from(error: ConnectError) -> Self {
-        match error {
-            ConnectError::Address { .. } | ConnectError::Credentials { .. } => {
-                Failure::Input(error.to_string())
-            }
-            _ => Failure::Other(error.to_string()),
-        }
-    }
-}
-
-impl From<LogError> for Failure {
-    fn from(error: LogError) -> Self {
-        Failure::Input(error.to_string())
-    }
-}
-
-impl From<BrokenModule> for Failure {
-    fn from(broken: BrokenModule) -> Self {
-        if broken.is_lack_of_memory() {
-            return Failure::Other(broken.to_string());
-        }
-        Failure::Input(broken.to_string())
-    }
-}
 
 /// Why a worker was let go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +51,7 @@ pub fn run(
 ) -> Result<Released, Failure> {
     // First of all: it sets the environment, which threads read.
     #[cfg(feature = "cuda")]
-    c10d::cuda::prepare().map_err(|error| Failure::Other(error.to_string()))?;
+    c10d::cuda::prepare().map_err(Failure::other)?;
     let device = device.resolve().map_err(Failure::Input)?;
     let token = std::env::var(SPAWN_TOKEN).ok();
     let track = trace.track(1, "training");
@@ -185,8 +149,7 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     let job = welcome.job.clone();
     crate::set_threads(job.job.threads);
     tch::set_num_interop_threads(1);
-    c10d::aten::set_deterministic(job.job.deterministic)
-        .map_err(|error| Failure::Other(error.to_string()))?;
+    c10d::aten::set_deterministic(job.job.deterministic).map_err(Failure::other)?;
     let data = open_data(&job, &job.data).map_err(|error| match error.into_input() {
         Ok(detail) => Failure::Input(detail),
         Err(other) => Failure::Other(other.to_string()),
@@ -194,21 +157,18 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     let samples = data.len() as u64;
     let found = Box::new(data.found().clone());
     check_batch(&job, samples - data.left_out().len() as u64)?;
-    let models = Models::with_classes(&job.model, data.shape(), data.classes())
-        .map_err(|error| Failure::Input(error.to_string()))?;
+    let models = Models::with_classes(&job.model, data.shape(), data.classes()).map_err(Failure::input)?;
     check_frozen(&job, &models)?;
     let layout = StateLayout::of_job(&models, &job);
     let storage = Arc::new(RunStorage::open(&welcome.storage, &welcome.run).map_err(Failure::Input)?);
     let beginning = job.model.init_from.as_deref().map(|place| Beginning::read(place, &layout)).transpose();
     let beginning = beginning.map_err(Failure::Input)?;
-    let mut passport = passport::take(&job, &models, &layout, &data, device)
-        .map_err(|error| Failure::Other(error.to_string()))?;
+    let mut passport = passport::take(&job, &models, &layout, &data, device).map_err(Failure::other)?;
     if let Some(beginning) = &beginning {
         passport.0.insert("initial_weights".to_string(), beginning.digest().to_string());
     }
     let phases_per_step = job.loss.discriminator_steps + 1;
-    let other = |error: c10d::Error| Failure::Other(error.to_string());
-    let place = device::place(device).map_err(other)?;
+    let place = device::place(device).map_err(Failure::other)?;
     let gpu = place.as_deref().map(device::name);
     let facts = LoadedFacts {
         passport,
@@ -219,7 +179,7 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
         left_out: data.left_out().to_vec(),
     };
     if let Some(place) = place {
-        let watch = GpuWatch::start(&place).map_err(|error| Failure::Other(error.to_string()))?;
+        let watch = GpuWatch::start(&place).map_err(Failure::other)?;
         session.watch_gpu(watch);
     }
     let context = Context {
@@ -230,7 +190,7 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
         session: session.clone(),
         track: trace.track(2, "archive"),
     };
-    let archive = Archive::start(context).map_err(|error| Failure::Other(error.to_string()))?;
+    let archive = Archive::start(context).map_err(Failure::other)?;
     let data = Arc::new(data);
     let evaluations = evaluations(&job, &models, &layout, &data, session, trace)?;
     session.loaded(facts, Some(found));
@@ -296,5 +256,5 @@ fn evaluations(
         })
     };
     let context = wanted.then(open).transpose()?;
-    Evaluations::start(context, session).map_err(|error| Failure::Other(error.to_string()))
+    Evaluations::start(context, session).map_err(Failure::other)
 }

@@ -1,6 +1,5 @@
 //! Drawing samples from the generator's moving average.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,12 +8,13 @@ use ganglion_proto::message::SampleGrid;
 use safetensors::SafeTensors;
 use tch::{Tensor, no_grad};
 
-use crate::checkpoint::{Snapshot, from_bytes, named_tensor};
+use crate::checkpoint::{Snapshot, named_tensor};
 use crate::data::ImageShape;
 use crate::nn::{Models, Network, Pass};
 use crate::picture::Picture;
 use crate::random::{Key, Purpose};
 use crate::state::{Layout, StateLayout};
+use crate::tensor_bytes::from_bytes;
 
 /// Samples drawn in one forward pass.
 const BATCH: usize = 64;
@@ -40,22 +40,6 @@ pub struct Generator {
     shape: ImageShape,
     weights: Vec<Tensor>,
     buffers: Vec<Tensor>,
-}
-
-/// What `generator_ema.safetensors` says of itself: enough to draw without the job.
-pub fn describe(job: &Job, models: &Models, step: u64) -> BTreeMap<String, String> {
-    let script = job.model.generator.as_ref().map(|path| ("generator", path.display().to_string()));
-    let items = [
-        ("format", "pt".to_string()),
-        ("model", job.model.kind.to_string()),
-        ("latent_dim", job.model.latent_dim.to_string()),
-        ("width", job.model.width.to_string()),
-        ("classes", models.classes.to_string()),
-        ("channels", models.shape.channels.to_string()),
-        ("height", models.shape.height.to_string()),
-        ("step", step.to_string()),
-    ];
-    items.into_iter().chain(script).map(|(key, value)| (key.to_string(), value)).collect()
 }
 
 /// The grid that a job asks for, from a state.

@@ -13,7 +13,7 @@ use tch::{Device, Tensor, no_grad};
 
 use crate::archive::{Archive, Order};
 use crate::beginning::Beginning;
-use crate::checkpoint::{CheckpointError, Files, Snapshot, file_count, from_bytes, to_bytes};
+use crate::checkpoint::{CheckpointError, Files, Snapshot, file_count};
 use crate::commit::{commit, skip};
 use crate::data::{Batch, DataError, DataSet, Plan, Prefetcher};
 use crate::device;
@@ -30,6 +30,7 @@ use crate::session::{Session, unreachable};
 use crate::state::{Counters, State, StateLayout};
 use crate::storage::{Reading, RunStorage};
 use crate::team::{Carried, Circumstances, Team, TeamError};
+use crate::tensor_bytes::{from_bytes, to_bytes};
 
 /// Batches that are read ahead.
 const READ_AHEAD: usize = 4;
@@ -483,6 +484,7 @@ impl Trainer {
         failpoint::reached("commit", state.counters.position.0);
         match judge(&self.job, state.counters, module, layout, mean, &team.skips)? {
             Verdict::Commit => commit(&self.job, state, phase, layout, mean, reduced.ledger)?,
+            Verdict::End(fault) => return Err(fault.into()),
             Verdict::Skip(detail) => {
                 self.session.send(FromWorker::PhaseSkipped(state.counters.position, detail));
                 skip(&self.job, state, phase, reduced.ledger);

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use ganglion_storage::{Address, Blocking, Bytes, Error, LATEST, Path as StoragePath, Storage, reason};
 
-use crate::run::Failure;
-use crate::sample::{Generator, SampleError};
+use crate::error::Failure;
+use crate::sample::Generator;
 
 /// The averaged generator's file in a checkpoint's folder.
 const GENERATOR: &str = "generator_ema.safetensors";
@@ -34,15 +34,6 @@ impl Weights {
     }
 }
 
-impl From<SampleError> for Failure {
-    fn from(error: SampleError) -> Self {
-        match error {
-            SampleError::Input(detail) => Failure::Input(detail),
-            other => Failure::Other(other.to_string()),
-        }
-    }
-}
-
 /// Under a file, a checkpoint's folder, a storage, or a run's folder.
 fn find(place: &str) -> Result<(String, Bytes), Failure> {
     let shown = if Address::is_secret(place) { "..." } else { place };
@@ -62,7 +53,7 @@ fn find(place: &str) -> Result<(String, Bytes), Failure> {
         return Err(absent());
     }
     let storage = Storage::open(&address).map_err(|what| input(&what))?;
-    let storage = Blocking::new(storage).map_err(|error| Failure::Other(error.to_string()))?;
+    let storage = Blocking::new(storage).map_err(Failure::other)?;
     let found = storage.wait(find_in(storage.storage(), file));
     let (name, bytes) = found.map_err(|error| input(&reason(&error)))?.ok_or_else(absent)?;
     Ok((format!("{root}/{name}"), bytes))

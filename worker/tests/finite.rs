@@ -6,13 +6,13 @@ mod common;
 use common::{Bench, job};
 use ganglion_membership::Position;
 use ganglion_proto::job::{LossKind, ModelKind, NonFinite as Policy};
-use ganglion_worker::checkpoint::{Snapshot, state_digest, to_bytes};
+use ganglion_worker::checkpoint::{Snapshot, state_digest};
 use ganglion_worker::commit::{commit, skip};
 use ganglion_worker::finite::{LIMIT, NonFinite, Verdict, judge};
 use ganglion_worker::objective::gan::phases;
 use ganglion_worker::objective::{GradLayout, Phase};
 use ganglion_worker::state::Module;
-use ganglion_worker::team::TeamError;
+use ganglion_worker::tensor_bytes::to_bytes;
 use tch::{Device, Kind, Tensor};
 
 /// With batch normalisation, so that a leaf has statistics.
@@ -35,10 +35,9 @@ fn of(module: Module, bench: &Bench) -> Phase {
 
 fn verdict(bench: &Bench, module: Module, mean: &Tensor, skips: &[Position]) -> Result<Verdict, NonFinite> {
     let layout = bench.leaf_layout(module);
-    match judge(&bench.job, bench.state.counters, module, &layout, mean, skips) {
-        Ok(verdict) => Ok(verdict),
-        Err(TeamError::NonFinite(fault)) => Err(fault),
-        Err(other) => panic!("{other}"),
+    match judge(&bench.job, bench.state.counters, module, &layout, mean, skips).unwrap() {
+        Verdict::End(fault) => Err(fault),
+        verdict => Ok(verdict),
     }
 }
 

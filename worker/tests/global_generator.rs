@@ -6,10 +6,11 @@ mod common;
 use c10d::aten::default_generator_state;
 use common::{Bench, job};
 use ganglion_proto::job::{LossKind, ModelKind};
-use ganglion_worker::checkpoint::{Snapshot, to_bytes};
+use ganglion_worker::checkpoint::Snapshot;
 use ganglion_worker::commit::commit;
 use ganglion_worker::objective::gan::phases;
 use ganglion_worker::sample::grid_of;
+use ganglion_worker::tensor_bytes::to_bytes;
 
 #[test]
 fn training_and_sampling_never_draw_from_libtorch() {

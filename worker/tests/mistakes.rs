@@ -8,7 +8,7 @@ use std::sync::Arc;
 use common::{Bench, bits, job};
 use ganglion_proto::job::{LossKind, ModelKind, Precision};
 use ganglion_storage::Storage;
-use ganglion_worker::checkpoint::{Files, Snapshot, to_bytes};
+use ganglion_worker::checkpoint::{Files, Snapshot};
 use ganglion_worker::data::{DataSet, Plan, Prefetcher};
 use ganglion_worker::loss;
 use ganglion_worker::nn::Pass;
@@ -16,6 +16,7 @@ use ganglion_worker::objective::gan::{Input, phases};
 use ganglion_worker::objective::{Phase, ShardAt, ShardGrad};
 use ganglion_worker::random::{Key, Purpose};
 use ganglion_worker::state::Module;
+use ganglion_worker::tensor_bytes::to_bytes;
 use safetensors::SafeTensors;
 use tch::{Device, Kind, Tensor, no_grad};
 

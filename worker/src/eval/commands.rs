@@ -19,8 +19,8 @@ use super::rungs::{Rung, rungs};
 use super::train::{Labelled, train};
 use crate::data::{DataSet, ImageShape};
 use crate::draw::{try_out, unwritable};
+use crate::error::Failure;
 use crate::random::Purpose;
-use crate::run::Failure;
 use crate::weights::Weights;
 
 /// Arguments of `worker eval`.

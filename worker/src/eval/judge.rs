@@ -9,11 +9,12 @@ use super::metrics::{
     precision_and_recall, sliced_wasserstein, threshold,
 };
 use super::{EvalError, images, some_of};
-use crate::checkpoint::{Snapshot, from_bytes};
+use crate::checkpoint::Snapshot;
 use crate::data::DataSet;
 use crate::nn::{Models, Pass};
 use crate::random::{Key, Purpose};
 use crate::state::StateLayout;
+use crate::tensor_bytes::from_bytes;
 
 /// Samples of each kind that a discriminator is asked about.
 const ASKED: usize = 1000;

@@ -15,9 +15,9 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::broken::{BrokenModule, Watchdog};
 use super::{Constant, Init, Mode, Network, Pass, TensorSpec};
-use crate::checkpoint::to_bytes;
 use crate::data::ImageShape;
 use crate::module_file;
+use crate::tensor_bytes::to_bytes;
 
 /// What a network is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
