@@ -17,7 +17,7 @@ use rcgen::{
 use time::{Duration, OffsetDateTime};
 use tokio_rustls::rustls::pki_types::ServerName;
 
-use crate::run::Failure;
+use crate::error::Failure;
 use crate::supervisor::new_token;
 
 /// How long an authority is valid, in days.
@@ -94,7 +94,7 @@ impl Init {
             write(&self.dir.join(name), &authority.certificate, &certificate, &key)
                 .map_err(|error| input(error.to_string()))?;
         }
-        let token = new_token().map_err(|error| Failure::Other(error.to_string()))?;
+        let token = new_token().map_err(Failure::other)?;
         write_new(&self.dir.join("join-token"), &token, 0o600).map_err(|error| input(error.to_string()))?;
         for name in ["coordinator", "worker"] {
             TlsFiles::new(&self.dir.join(name)).read()?;

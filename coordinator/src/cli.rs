@@ -1,15 +1,15 @@
 //! The command line.
 
-use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 use ganglion_proto::job::Job;
 
 use crate::certs::CertsCommand;
 use crate::data_check::Check;
+use crate::logging::LogFormat;
 use crate::security::SecurityArguments;
 
 /// Trains a GAN data-parallel on many workers, with the same result for any number of them.
@@ -177,24 +177,6 @@ pub struct RunChoice {
     /// The run directory.
     #[arg(long, value_name = "DIR", default_value = "runs/mnist-mlp")]
     pub run_dir: PathBuf,
-}
-
-/// How logs are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// Lines for people.
-    Text,
-    /// An object a line.
-    Json,
-}
-
-impl fmt::Display for LogFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            LogFormat::Text => "text",
-            LogFormat::Json => "json",
-        })
-    }
 }
 
 /// How many workers to start.

@@ -17,9 +17,9 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::error::Failure;
 use crate::inspect;
 use crate::job_file::{self, Source};
-use crate::run::Failure;
 use crate::supervisor::worker_program;
 
 /// Samples that are named on the screen, and in an argument.
@@ -63,9 +63,8 @@ impl Check {
             // Before a look that may take long.
             self.write_bad(file, "")?;
         }
-        let other = |error: std::io::Error| Failure::Other(error.to_string());
-        let mut worker = Command::new(worker_program().map_err(other)?);
-        let about = serde_json::to_string(&data).map_err(|error| Failure::Other(error.to_string()))?;
+        let mut worker = Command::new(worker_program().map_err(Failure::other)?);
+        let about = serde_json::to_string(&data).map_err(Failure::other)?;
         worker.args(["check-data", "--data", &about]);
         worker.args(self.threads.iter().flat_map(|threads| ["--threads".to_owned(), threads.to_string()]));
         if job.is_none() {
@@ -74,22 +73,21 @@ impl Check {
         // Signals are ours: the worker ends with this process, at once.
         // Its log is for whoever asked: data of an object store are fetched first, which may take long.
         worker.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
-        let mut child = worker.process_group(0).kill_on_drop(true).spawn().map_err(other)?;
+        let mut child = worker.process_group(0).kill_on_drop(true).spawn().map_err(Failure::other)?;
         let report = follow(&mut child).await?;
         self.conclude(&report, job.as_ref())
     }
 
     /// The data to check, and the job that they are for.
     fn data(&self) -> Result<(Data, Option<Job>), Failure> {
-        let wrong = |errors: job_file::JobErrors| Failure::Input(errors.to_string());
         let Some(data) = &self.data else {
             let source = self.config.clone().map_or(Source::Embedded, Source::File);
-            let job = job_file::read(&source, &self.overrides).map_err(wrong)?;
+            let job = job_file::read(&source, &self.overrides).map_err(Failure::input)?;
             return Ok((job.data.clone(), Some(job)));
         };
         let (kind, path) =
             data.split_once(':').map_or((data.as_str(), None), |(kind, path)| (kind, Some(path)));
-        let data = job_file::read_data(kind, path).map_err(wrong)?;
+        let data = job_file::read_data(kind, path).map_err(Failure::input)?;
         Ok((data, None))
     }
 
@@ -143,15 +141,14 @@ fn too_few(report: &Report, job: &Job) -> Option<String> {
 
 /// Shows how far the worker is, until it has told what it found.
 async fn follow(child: &mut Child) -> Result<Report, Failure> {
-    let other = |error: std::io::Error| Failure::Other(error.to_string());
     let stdout = child.stdout.take().ok_or_else(|| Failure::Other("the worker has no output".to_owned()))?;
     let mut lines = BufReader::new(stdout).lines();
     let mut progress = Progress::new();
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(other)?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(other)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::other)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::other)?;
     loop {
         let line = tokio::select! {
-            line = lines.next_line() => line.map_err(other)?,
+            line = lines.next_line() => line.map_err(Failure::other)?,
             _ = interrupt.recv() => return Err(Failure::Interrupted(130)),
             _ = terminate.recv() => return Err(Failure::Interrupted(143)),
         };
@@ -170,7 +167,7 @@ async fn follow(child: &mut Child) -> Result<Report, Failure> {
         }
     }
     progress.finish();
-    let status = child.wait().await.map_err(other)?;
+    let status = child.wait().await.map_err(Failure::other)?;
     Err(Failure::Other(format!("`worker check-data` ended with {status}")))
 }
 

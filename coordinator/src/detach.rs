@@ -20,8 +20,8 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::error::Failure;
 use crate::report::progress::Screen;
-use crate::run::Failure;
 
 /// The log, in the run directory.
 pub const LOG_FILE: &str = "coordinator.log";

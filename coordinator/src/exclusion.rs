@@ -9,21 +9,10 @@
 use ganglion_membership::OF_SAMPLES;
 use ganglion_proto::job::{Exclusion, Job};
 
+use crate::error::Failure;
 use crate::journal::{Journal, JournalError};
-use crate::run::Failure;
 use crate::run_dir::RunDir;
 use crate::shell::records::Records;
-
-/// Plan of a term for the samples that the job asks to leave out.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// Nothing is asked.
-    None,
-    /// Only brings members of earlier terms to rest; the next term makes the change.
-    Waits,
-    /// Trains with it.
-    Made(Exclusion),
-}
 
 /// The item of the passport that tells which names the data set has.
 const NAMES: &str = "data_names";

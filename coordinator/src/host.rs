@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tonic::transport::server::Connected;
 
-use crate::cli::LogFormat;
+use crate::logging::LogFormat;
 use crate::report::disk::{Disk, SystemDisk};
 use crate::server::connection::Connection;
 use crate::server::door;

@@ -17,11 +17,11 @@ use serde_json::Value;
 
 use crate::audit::evidence::{manifests, open_storage, silent};
 use crate::checkpoints::check_files;
+use crate::error::Failure;
 use crate::job_file;
 use crate::journal::History;
-use crate::operate::table::{Table, ago, size};
 use crate::ownership::is_claimed;
-use crate::run::Failure;
+use crate::report::table::{Table, ago, size};
 
 /// As many bytes at the end of a file as hold its last line.
 const TAIL: u64 = 64 << 10;
@@ -191,8 +191,8 @@ pub fn checkpoints(run: &Path, verify: bool, json: bool) -> Result<String, Failu
     let text = fs::read_to_string(run.join("job.toml")).map_err(|error| {
         Failure::Input(format!("--run-dir {}: job.toml: {error}; give the folder of a run", run.display()))
     })?;
-    let job = job_file::parse_resolved(&text).map_err(|errors| Failure::Input(errors.to_string()))?;
-    let storage = open_storage(run, &job).map_err(|error| Failure::Other(error.to_string()))?;
+    let job = job_file::parse_resolved(&text).map_err(Failure::input)?;
+    let storage = open_storage(run, &job).map_err(Failure::other)?;
     let address = storage.storage().address().to_string();
     let listed = storage.wait(list(storage.storage(), verify));
     let listed = listed.map_err(|error| Failure::Other(silent(storage.storage(), &error).to_string()))?;

@@ -12,7 +12,6 @@ mod opening;
 mod salvage;
 
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use ganglion_membership::{
     Backend, Cause, Checkpoint, Generation, Group, Member, NUMERICS, Passport, Position, Start, Term,
@@ -24,10 +23,10 @@ use rusqlite::{Connection, OptionalExtension, params};
 pub use salvage::{LEAP, Recovery, Salvaged};
 use serde::{Deserialize, Serialize};
 
+use crate::clock::now;
 use crate::node::Node;
 use crate::ownership::Ownership;
 use crate::report::damage::SetAside;
-use crate::supervisor::Spawned;
 
 /// The tables.
 const SCHEMA: &str = "
@@ -176,6 +175,15 @@ pub enum Fact {
     Floor,
     /// Report of the newest recovery, as JSON.
     Recovered,
+}
+
+/// Which process it is, on its machine and for all time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spawned {
+    /// Its number.
+    pub pid: u32,
+    /// When it was started, by the system's clock.
+    pub started: u64,
 }
 
 /// A process that some coordinator of the run started.
@@ -525,11 +533,6 @@ impl Journal {
         let Some((generation, count)): Option<(u64, usize)> = fact else { return Ok(None) };
         Ok((self.last_generation()?.0 == generation).then_some(count))
     }
-}
-
-/// Seconds since the Unix epoch.
-pub fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 /// Where a generation's state came from, as the journal has it.

@@ -4,13 +4,16 @@
 //! around it: sockets, clock, files and processes.
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod alarms;
 pub mod audit;
 pub mod certs;
 pub mod checkpoints;
 pub mod cli;
+pub mod clock;
 pub mod data_check;
 pub mod detach;
+pub mod error;
 pub mod exclusion;
 pub mod host;
 pub mod http;
@@ -19,6 +22,7 @@ pub mod job_file;
 pub mod journal;
 pub mod judged;
 pub mod keeper;
+pub mod logging;
 pub mod mend;
 pub mod mirror;
 pub mod model_card;

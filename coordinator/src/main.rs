@@ -10,12 +10,14 @@ use clap::{CommandFactory, Parser};
 use ganglion_coordinator::audit::audit;
 use ganglion_coordinator::cli::{Cli, Command, DataCommand, RunChoice};
 use ganglion_coordinator::detach::{Launch, Launched, launch};
+use ganglion_coordinator::error::Failure;
 use ganglion_coordinator::host::System;
 use ganglion_coordinator::inspect;
+use ganglion_coordinator::logging::start_log;
 use ganglion_coordinator::operate::{Question, operate};
 use ganglion_coordinator::recover::recover;
 use ganglion_coordinator::report::progress::Screen;
-use ganglion_coordinator::run::{Failure, run, start_log};
+use ganglion_coordinator::run::run;
 use ganglion_proto::listen::raise_descriptor_limit;
 use ganglion_proto::printable;
 

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use ganglion_proto::job::Job;
 use serde_json::json;
 
+use crate::error::Failure;
 use crate::journal::Journal;
 use crate::report::damage::{self, Damaged, SetAside};
 use crate::report::disk::Disk;
 use crate::report::progress::Screen;
-use crate::run::Failure;
 use crate::shell::records::Records;
 
 /// Records that only the run's users read.

@@ -17,6 +17,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::audit::evidence::{manifests, open_storage, silent};
+use crate::error::Failure;
 use crate::inspect::as_json;
 use crate::job_file;
 use crate::journal::{Fact, Journal, Recovery, Salvaged};
@@ -24,7 +25,6 @@ use crate::mend::open_records;
 use crate::report::damage::{SetAside, free_name};
 use crate::report::disk::{Disk, SystemDisk};
 use crate::report::progress::Screen;
-use crate::run::Failure;
 use crate::run_dir::RunDir;
 
 const JOURNAL: &str = "journal.sqlite";

@@ -10,10 +10,10 @@ use ganglion_membership::Checkpoint;
 use serde_json::json;
 
 use crate::checkpoints::{Checkpoints, Damaged};
+use crate::error::Failure;
 use crate::journal::{Fact, Journal, JournalError};
 use crate::patience::Patience;
 use crate::report::chronicle::Chronicle;
-use crate::run::{Failure, known_samples, storage_failed};
 use crate::shell::records::Records;
 
 /// Facts of a run that starts.
@@ -185,4 +185,22 @@ async fn settle(
     }
     journal.made_valid(checkpoint)?;
     Ok(())
+}
+
+/// The checkpoint storage failed a run that starts.
+pub fn storage_failed(
+    checkpoints: &Checkpoints,
+    patience: &Patience,
+    error: &ganglion_storage::Error,
+) -> Failure {
+    let storage = checkpoints.storage();
+    Failure::Other(match storage.is_away(error) {
+        true => format!("checkpoints: {}", patience.over(storage, error)),
+        false => format!("checkpoints: {}", ganglion_storage::reason(error)),
+    })
+}
+
+/// The size of the data set, once a worker has loaded it.
+pub fn known_samples(journal: &Journal) -> Result<Option<u64>, Failure> {
+    Ok(journal.fact(Fact::Samples)?.and_then(|samples| samples.parse().ok()))
 }

@@ -7,111 +7,44 @@ use std::time::Duration;
 
 use ganglion_membership::{Checkpoint, Generation, Limits, Outcome, Recovered, Term};
 use ganglion_proto::job::Job;
-use ganglion_proto::log::{self, JsonLines};
+use ganglion_proto::log;
 use ganglion_proto::trace::Trace;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
 use tonic::transport::server::Connected;
-use tracing_subscriber::EnvFilter;
 
-use crate::checkpoints::{Checkpoints, Unusable};
-use crate::cli::{Cli, LogFormat, Workers};
+use crate::access::{ACCESS_FILE, Access};
+use crate::checkpoints::Checkpoints;
+use crate::cli::{Cli, Workers};
 use crate::detach::Launch;
-use crate::exclusion::{self, Change};
+use crate::error::Failure;
+use crate::exclusion;
 use crate::host::Host;
 use crate::http;
 use crate::job_file::{self, Source};
-use crate::journal::{Fact, Journal, JournalError};
+use crate::journal::{Fact, Journal};
 use crate::judged::Judged;
 use crate::mend::open_records;
 use crate::mirror::Mirror;
 use crate::node::Node;
-use crate::operate::{ACCESS_FILE, Access};
-use crate::ownership::Superseded;
 use crate::patience::Patience;
 use crate::report::disk::Disk;
 use crate::report::progress::Screen;
 use crate::report::timeline::Timeline;
-use crate::resume::{self, Asked};
-use crate::run_dir::{RunDir, RunDirError, Settled};
+use crate::resume::{self, Asked, known_samples, storage_failed};
+use crate::run_dir::{RunDir, Settled};
 use crate::security::Security;
 use crate::server::guard::Guard;
 use crate::server::tls::Acceptor;
 use crate::server::{Store, serve};
-use crate::shell::{Ended, Parts, Shell, ShellError, StopSignal, records::Records};
+use crate::shell::{Change, Ended, Parts, Shell, ShellError, StopSignal, records::Records};
 use crate::supervisor::{Adoption, Exited, Processes, Supervisor, new_token};
 
 /// Messages that may wait for the shell.
 const INPUTS: usize = 4096;
 /// How long clients may take at the end to read what they were told.
 const FAREWELL: Duration = Duration::from_secs(2);
-
-/// Why a coordinator ended before its run did.
-#[derive(Debug, thiserror::Error)]
-pub enum Failure {
-    /// The user's input is wrong: exit code 2.
-    #[error("{0}")]
-    Input(String),
-    /// Stopped after a clean checkpoint: exit code 129, 130 or 143.
-    #[error("stopped; the same command goes on from step {step}")]
-    Stopped {
-        /// Exit code.
-        code: u8,
-        /// Steps saved.
-        step: u64,
-    },
-    /// A signal ended what was no run: exit code 130 or 143.
-    #[error("stopped")]
-    Interrupted(u8),
-    /// Anything else: exit code 1.
-    #[error("{0}")]
-    Other(String),
-}
-
-impl Failure {
-    /// The process's exit code.
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Failure::Input(_) => 2,
-            Failure::Stopped { code, .. } | Failure::Interrupted(code) => *code,
-            Failure::Other(_) => 1,
-        }
-    }
-}
-
-impl From<JournalError> for Failure {
-    fn from(error: JournalError) -> Self {
-        match error {
-            JournalError::Newer(_) | JournalError::Damaged { .. } => Failure::Input(error.to_string()),
-            JournalError::Sqlite(_) if error.may_mend() => Failure::Other(format!(
-                "{error}; nothing is lost: once that is mended, the same command goes on"
-            )),
-            JournalError::Sqlite(_)
-            | JournalError::File(_)
-            | JournalError::Busy
-            | JournalError::Superseded => Failure::Other(error.to_string()),
-        }
-    }
-}
-
-impl From<RunDirError> for Failure {
-    fn from(error: RunDirError) -> Self {
-        match error {
-            RunDirError::Input(_) => Failure::Input(error.to_string()),
-            RunDirError::Held { .. } | RunDirError::System(_) => Failure::Other(error.to_string()),
-        }
-    }
-}
-
-impl From<Unusable> for Failure {
-    fn from(error: Unusable) -> Self {
-        match error {
-            Unusable::Input(_) => Failure::Input(error.to_string()),
-            Unusable::Away(_) => Failure::Other(error.to_string()),
-        }
-    }
-}
 
 impl From<ShellError> for Failure {
     fn from(error: ShellError) -> Self {
@@ -142,8 +75,7 @@ async fn live(
     mut launch: Option<Launch>,
 ) -> Result<Option<String>, Failure> {
     let job = read_job(cli)?;
-    let other = |error: std::io::Error| Failure::Other(error.to_string());
-    let processes = host.processes().map_err(other)?;
+    let processes = host.processes().map_err(Failure::other)?;
     let (local_workers, reason) = local_workers(cli, &job, &*processes)?;
     cli.listen_address(None).map_err(Failure::Input)?;
     let security = Security::of(&cli.security)?;
@@ -179,7 +111,8 @@ async fn live(
     supervisor.environment = security.environment(access.tls_name.as_deref());
     let (publisher, view) = watch::channel(None);
     let site = http::Content { view, chronicle: records.chronicle.clone(), job: &job, run: &run };
-    let dashboard = http::start(cli, &security, &mut journal, &run_dir, site).await?;
+    let wanted = http::Wanted { address: cli.http.as_deref(), is_insecure: cli.insecure };
+    let dashboard = http::start(wanted, &security, &mut journal, &run_dir, site).await?;
     leave_access(&run_dir, &access)?;
     let invitation = format!("{url}{}", security.invitation(access.tls_name.as_deref()));
     announce(&mut records, &job, term, &url, &invitation, dashboard.url().as_deref(), reason.as_deref());
@@ -203,7 +136,7 @@ async fn live(
         exited,
         launch,
     };
-    let (signals, guard) = (host.signals().map_err(other)?, security.guard(&access.token));
+    let (signals, guard) = (host.signals().map_err(Failure::other)?, security.guard(&access.token));
     let ended = while_held(&run_dir, supervise(parts, life, incoming, signals, guard)).await?;
     tokio::join!(mirror.finish(), dashboard.farewell());
     match winding_down && ended.signal.is_none() && ended.outcome != Outcome::Complete {
@@ -214,7 +147,7 @@ async fn live(
 
 fn read_job(cli: &Cli) -> Result<Job, Failure> {
     let source = cli.config.clone().map_or(Source::Embedded, Source::File);
-    job_file::read(&source, &cli.overrides).map_err(|errors| Failure::Input(errors.to_string()))
+    job_file::read(&source, &cli.overrides).map_err(Failure::input)
 }
 
 /// Listens, at an address that workers and operators are told.
@@ -226,7 +159,7 @@ async fn be_found<H: Host>(
 ) -> Result<(mpsc::Receiver<H::Connection>, String, Access), Failure> {
     let (incoming, address) = listen(cli, host, journal, security.acceptor.clone()).await?;
     let address = SocketAddr::new(reachable(address.ip()), address.port());
-    let token = new_token().map_err(|error| Failure::Other(error.to_string()))?;
+    let token = new_token().map_err(Failure::other)?;
     Ok((incoming, format!("{}://{address}", security.scheme()), security.access(address, token)?))
 }
 
@@ -259,11 +192,10 @@ async fn while_held<T>(
     run_dir: &RunDir,
     run: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {
-    let lost = |superseded: Superseded| Failure::Other(superseded.to_string());
     tokio::select! {
         // The fence may have refused a commit before it was heard of.
-        ended = run => ended.map_err(|failure| run_dir.fence().check().err().map_or(failure, lost)),
-        superseded = run_dir.fence().lost() => Err(lost(superseded)),
+        ended = run => ended.map_err(|failure| run_dir.fence().check().err().map_or(failure, Failure::other)),
+        superseded = run_dir.fence().lost() => Err(Failure::other(superseded)),
     }
 }
 
@@ -359,14 +291,14 @@ fn begin_term(journal: &mut Journal, run_dir: &RunDir, job: &Job) -> Result<Term
 
 /// Leaves for operators how this coordinator is reached.
 fn leave_access(run_dir: &RunDir, access: &Access) -> Result<(), Failure> {
-    let text = serde_json::to_string(access).map_err(|error| Failure::Other(error.to_string()))?;
+    let text = serde_json::to_string(access).map_err(Failure::other)?;
     Ok(run_dir.write_secret(ACCESS_FILE, &text)?)
 }
 
 /// What only a run needs that is not finished: that one keeps the trace that it has.
 fn prepare_to_train(cli: &Cli, local_workers: u32, supervisor: &Supervisor) -> Result<Timeline, Failure> {
     if local_workers > 0 {
-        supervisor.check_program().map_err(|error| Failure::Other(error.to_string()))?;
+        supervisor.check_program().map_err(Failure::other)?;
     }
     open_trace(cli)
 }
@@ -484,22 +416,9 @@ fn run_name(journal: &mut Journal) -> Result<String, Failure> {
     if let Some(run) = journal.fact(Fact::Run)? {
         return Ok(run);
     }
-    let run = new_token().map_err(|error| Failure::Other(error.to_string()))?;
+    let run = new_token().map_err(Failure::other)?;
     journal.set_fact(Fact::Run, &run)?;
     Ok(run)
-}
-
-/// The checkpoint storage failed a run that starts.
-pub(crate) fn storage_failed(
-    checkpoints: &Checkpoints,
-    patience: &Patience,
-    error: &ganglion_storage::Error,
-) -> Failure {
-    let storage = checkpoints.storage();
-    Failure::Other(match storage.is_away(error) {
-        true => format!("checkpoints: {}", patience.over(storage, error)),
-        false => format!("checkpoints: {}", ganglion_storage::reason(error)),
-    })
 }
 
 /// What is known of evaluations. Events that a death kept from being written are written now.
@@ -521,11 +440,6 @@ async fn judged(
     };
     let folders = folders.map_err(|error| storage_failed(checkpoints, patience, &error))?;
     Ok(Judged::new(job.clone(), rows, &folders))
-}
-
-/// The size of the data set, once a worker has loaded it.
-pub(crate) fn known_samples(journal: &Journal) -> Result<Option<u64>, Failure> {
-    Ok(journal.fact(Fact::Samples)?.and_then(|samples| samples.parse().ok()))
 }
 
 /// Group of the earlier terms, by the journal.
@@ -658,26 +572,11 @@ fn conclude(ended: Ended, job: &Job, run_dir: &RunDir) -> Result<String, Failure
     }
 }
 
-/// Starts this process's log, on a screen.
-pub fn start_log(screen: &Screen, format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    let (screen, is_terminal) = (screen.clone(), screen.is_terminal());
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_target(false)
-        .with_ansi(is_terminal)
-        .log_internal_errors(false)
-        .with_writer(move || screen.clone());
-    match format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.event_format(JsonLines).init(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::supervisor::{Process, Spawned, StartOrder};
+    use crate::journal::Spawned;
+    use crate::supervisor::{Process, StartOrder};
 
     /// A machine on which nothing runs any more.
     struct Deserted;

@@ -10,8 +10,7 @@ use std::sync::Arc;
 
 use ganglion_proto::credentials::{CredentialError, JOIN_TOKEN_FILE, JoinToken, TLS_DIR, TLS_NAME, TlsFiles};
 
-use crate::operate::Access;
-use crate::run::Failure;
+use crate::access::Access;
 use crate::server::guard::Guard;
 use crate::server::tls::{Acceptor, Clients, other_name};
 
@@ -34,12 +33,6 @@ pub struct Security {
     tls: Option<TlsFiles>,
     token_file: Option<PathBuf>,
     join: Option<JoinToken>,
-}
-
-impl From<CredentialError> for Failure {
-    fn from(error: CredentialError) -> Self {
-        Failure::Input(error.to_string())
-    }
 }
 
 impl Security {

@@ -27,7 +27,7 @@ use ganglion_membership::{
 };
 use ganglion_proto::evaluation::AlarmPolicy;
 use ganglion_proto::failpoint;
-use ganglion_proto::job::Job;
+use ganglion_proto::job::{Exclusion, Job};
 use ganglion_proto::message::{ToWorker, Usage};
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -36,13 +36,12 @@ use tokio::time::Instant;
 use crate::alarms::Watch;
 use crate::checkpoints::Checkpoints;
 use crate::detach::Launch;
-use crate::exclusion::Change;
-use crate::http::Publisher;
-use crate::journal::{Fact, Journal, JournalError};
+use crate::journal::{Fact, Journal, JournalError, Spawned};
 use crate::judged::{Best, Judged};
 use crate::keeper::Keeper;
+use crate::report::view::Publisher;
 use crate::server::{Input, Outbox, SessionId, Store};
-use crate::supervisor::{EXIT_LIMIT, Exited, Spawned, Supervisor, new_token};
+use crate::supervisor::{EXIT_LIMIT, Exited, Supervisor, new_token};
 use attempts::Attempts;
 use budget::Budget;
 use delays::Delays;
@@ -55,6 +54,17 @@ const CHORES: Duration = Duration::from_secs(1);
 const KEEPER_LIMIT: Duration = Duration::from_secs(10);
 /// Signals this close are one request: a launcher may signal a process and then its whole group.
 const ONE_REQUEST: Duration = Duration::from_secs(1);
+
+/// Plan of a term for the samples that the job asks to leave out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Nothing is asked.
+    None,
+    /// Only brings members of earlier terms to rest; the next term makes the change.
+    Waits,
+    /// Trains with it.
+    Made(Exclusion),
+}
 
 /// Which signal asked for a stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

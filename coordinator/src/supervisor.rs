@@ -20,7 +20,7 @@ use std::time::Duration;
 use ganglion_membership::WorkerId;
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::journal::ChildRow;
+use crate::journal::{ChildRow, Spawned};
 use crate::node::{Node, Relation};
 pub use processes::{SystemProcesses, worker_program};
 
@@ -81,15 +81,6 @@ pub struct StartOrder {
     pub name: Arc<Mutex<String>>,
     /// Where its end is told.
     pub exits: UnboundedSender<Exited>,
-}
-
-/// Which process it is, on its machine and for all time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Spawned {
-    /// Its number.
-    pub pid: u32,
-    /// When it was started, by the system's clock.
-    pub started: u64,
 }
 
 /// Starts workers and watches them.

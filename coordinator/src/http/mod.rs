@@ -11,7 +11,6 @@ mod guard;
 mod pages;
 mod prometheus;
 mod start;
-pub mod status;
 
 use std::future::{Future, pending};
 use std::io;
@@ -23,7 +22,6 @@ use std::time::Duration;
 
 use axum::Router;
 use ganglion_proto::listen::{Limits, Place, Room, accept_loop};
-use ganglion_proto::wire::GetStatusResponse;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -35,8 +33,9 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::report::chronicle::Chronicle;
+use crate::report::view::View;
 pub use guard::{Guard, TOKEN_FILE, keep_token};
-pub use start::{Content, Dashboard, start};
+pub use start::{Content, Dashboard, Wanted, start};
 
 /// Connections at a time, those of one address, and those of one address that wait for a question. The one that has waited
 /// the longest makes place for a newcomer, so probes are answered whatever others leave open, and whatever one address does.
@@ -52,39 +51,12 @@ const HEADER_BYTES: usize = 16 << 10;
 const LIFE: Duration = Duration::from_secs(60);
 /// How long the last answer on it may take.
 const LAST_ANSWER: Duration = Duration::from_secs(10);
-/// Deadlines of the job, and the least time, after which a loop that has not come round counts as hung.
-const HUNG: (f64, Duration) = (2.0, Duration::from_secs(10));
-/// Time that the end of a run may take besides: local workers exit, the storage is told the last.
-const ENDING: Duration = Duration::from_secs(60);
 /// Who asked this lately is still looking.
 const LOOKING: Duration = Duration::from_secs(5);
 /// How long those who look may take to see how the run ended.
 const FAREWELL: Duration = Duration::from_secs(3);
 /// For a page that was told of the end, to ask for the last rows, events and pictures.
 const REST: Duration = Duration::from_millis(500);
-
-/// The run as the shell published it.
-#[derive(Clone, Debug)]
-pub struct View {
-    /// How things are.
-    pub status: GetStatusResponse,
-    /// When that was.
-    pub at: Instant,
-}
-
-impl View {
-    /// For how long the shell's loop has not come round, if that is longer than it may take.
-    pub fn is_hung_for(&self) -> Option<Duration> {
-        let deadlines = Duration::try_from_secs_f64(HUNG.0 * self.status.failure_deadline);
-        let limit = deadlines.unwrap_or(Duration::MAX).max(HUNG.1);
-        let ending = if self.status.outcome.is_empty() { Duration::ZERO } else { ENDING };
-        let age = self.at.elapsed();
-        (age > limit.saturating_add(ending)).then_some(age)
-    }
-}
-
-/// What the shell publishes its views by.
-pub type Publisher = watch::Sender<Option<Arc<View>>>;
 
 /// What is served.
 pub struct Site {

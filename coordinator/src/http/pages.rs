@@ -16,9 +16,10 @@ use tokio::io::AsyncReadExt;
 use tokio::time::{Instant, timeout};
 
 use super::guard::{Admission, TOKEN_FILE};
-use super::{Site, assets, prometheus, status};
-use crate::journal::now;
+use super::{Site, assets, prometheus};
+use crate::clock::now;
 use crate::report::curve::{Bucket, SERIES, Summary};
+use crate::report::status;
 
 /// How long an answer may take to be made.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);

@@ -14,7 +14,7 @@ use prometheus_client::registry::Registry;
 
 use super::View;
 use crate::alarms::Alarm;
-use crate::journal::now;
+use crate::clock::now;
 use crate::report::chronicle::{Chronicle, Known, RowLine};
 
 /// How metrics are written.

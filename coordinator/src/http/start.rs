@@ -10,13 +10,20 @@ use tokio::sync::watch;
 use tokio_rustls::server::TlsStream;
 
 use super::{Guard, Served, Site, View, keep_token, plainly, serve};
-use crate::cli::Cli;
+use crate::error::Failure;
 use crate::journal::{Fact, Journal};
 use crate::report::chronicle::Chronicle;
-use crate::run::Failure;
 use crate::run_dir::RunDir;
 use crate::security::Security;
 use crate::server::tls::Acceptor;
+
+/// Where the site is to be.
+pub struct Wanted<'a> {
+    /// As `--http` has it.
+    pub address: Option<&'a str>,
+    /// Whether other machines may reach it in the clear.
+    pub is_insecure: bool,
+}
 
 /// What is shown.
 pub struct Content<'a> {
@@ -49,16 +56,16 @@ impl Dashboard {
 
 /// Opens the site where `--http` says. The port is journaled, and the next coordinator takes it again.
 pub async fn start(
-    cli: &Cli,
+    wanted: Wanted<'_>,
     security: &Security,
     journal: &mut Journal,
     run_dir: &RunDir,
     content: Content<'_>,
 ) -> Result<Dashboard, Failure> {
     let acceptor = security.browsers()?;
-    let (given, is_secure) = (cli.http.as_deref(), acceptor.is_some());
+    let (given, is_secure) = (wanted.address, acceptor.is_some());
     let last_port = journal.fact(Fact::HttpPort)?.and_then(|port| port.parse().ok());
-    let wanted = address(given, last_port, cli.insecure || is_secure).map_err(Failure::Input)?;
+    let wanted = address(given, last_port, wanted.is_insecure || is_secure).map_err(Failure::Input)?;
     let Some(wanted) = wanted else { return Ok(Dashboard(None)) };
     let other = |error: io::Error| Failure::Other(format!("the dashboard cannot be served: {error}"));
     let listener = listen(wanted, given.is_some()).await.map_err(|error| {

@@ -6,12 +6,13 @@ use std::net::TcpStream as Client;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use ganglion_proto::listen::Accept;
-use ganglion_proto::wire::{Activity, WorkerStatus};
+use ganglion_proto::wire::{Activity, GetStatusResponse, WorkerStatus};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 
 use super::*;
+use crate::report::view::Publisher;
 
 const PNG: &[u8] = b"\x89PNG\r\n\x1a\npixels";
 

@@ -14,5 +14,8 @@ pub mod events;
 pub mod metrics;
 pub mod progress;
 pub mod receipts;
+pub mod status;
+pub mod table;
 pub mod tensorboard;
 pub mod timeline;
+pub mod view;

@@ -38,7 +38,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::http::View;
+use crate::report::view::View;
 use guard::{Guard, GuardLayer};
 pub use store::Store;
 

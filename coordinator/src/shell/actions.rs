@@ -12,8 +12,7 @@ use ganglion_proto::{failpoint, log};
 use serde_json::json;
 
 use super::stuck::Held;
-use super::{Shell, ShellError};
-use crate::exclusion::Change;
+use super::{Change, Shell, ShellError};
 use crate::journal::Fact;
 use crate::keeper::Kept;
 

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::records::outcome_name;
 use super::{Connected, Shell, ShellError, StopSignal};
-use crate::http::View;
+use crate::report::view::View;
 use crate::server::AdminInput;
 
 /// The answer to whoever wants to change a run that is complete.

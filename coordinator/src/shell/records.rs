@@ -24,7 +24,7 @@ use serde::Serialize;
 use tokio::task::JoinHandle;
 
 use super::StopSignal;
-use crate::journal::now;
+use crate::clock::now;
 use crate::report::chronicle::Chronicle;
 use crate::report::curves::Curves;
 use crate::report::damage::Damaged;

@@ -16,7 +16,7 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::cli::LogFormat;
+use crate::logging::LogFormat;
 use crate::node::start_time;
 
 use super::{Exited, Process, Processes, Spawned, StartOrder};

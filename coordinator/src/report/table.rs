@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use indicatif::{HumanBytes, HumanDuration};
 
-use crate::journal::now;
+use crate::clock::now;
 
 /// Rows under headings. A column is as wide as it must be; numbers stand to the right, texts, whose heading
 /// is given with a `<` before it, to the left.

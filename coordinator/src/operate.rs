@@ -2,60 +2,26 @@
 //!
 //! A coordinator leaves its address and a token in its run directory, in a file that only its user can read.
 
-pub mod table;
-
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ganglion_proto::checked_status;
-use ganglion_proto::credentials::{TLS_DIR, TlsFiles};
-use ganglion_proto::dial::{Credentials, DialError};
+use ganglion_proto::dial::DialError;
 use ganglion_proto::wire::admin_service_client::AdminServiceClient;
 use ganglion_proto::wire::{DrainRequest, GetStatusRequest, GetStatusResponse, ScaleRequest, StopRequest};
-use serde::{Deserialize, Serialize};
 use tonic::Request;
 use tonic::transport::Channel;
 
-use crate::http::status;
+use crate::access::{ACCESS_FILE, Access};
+use crate::error::Failure;
 use crate::inspect::{Overview, Standing, as_json, is_held, overview};
-use crate::run::Failure;
-use table::{Table, size};
+use crate::report::status;
+use crate::report::table::{Table, size};
 
-/// The file in the run directory.
-pub const ACCESS_FILE: &str = "admin.json";
 /// How long a coordinator may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// How often it is looked whether a run has stopped.
 const LOOK: Duration = Duration::from_millis(100);
-
-/// How a run's coordinator is reached by those who may read its directory.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Access {
-    /// Where it listens.
-    pub address: String,
-    /// What changes to the run need.
-    pub token: String,
-    /// The folder of the coordinator's certificate, if it speaks TLS.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tls_dir: Option<PathBuf>,
-    /// The name that its certificate is for, if that is not the address.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tls_name: Option<String>,
-}
-
-impl Access {
-    /// What an operator shows when connecting: the coordinator's own certificate, unless the environment
-    /// names another.
-    fn credentials(&self) -> Credentials {
-        let own = self.tls_dir.as_ref();
-        let folder = own.map(|own| std::env::var_os(TLS_DIR).map_or_else(|| own.clone(), PathBuf::from));
-        Credentials {
-            tls: folder.map(|folder| TlsFiles::new(&folder)),
-            name: self.tls_name.clone(),
-            ..Credentials::default()
-        }
-    }
-}
 
 /// What is asked.
 #[derive(Debug)]
@@ -91,7 +57,7 @@ async fn status(folder: &Path, json: bool) -> Result<String, Failure> {
     }
     let (mut client, access) = reach(folder).await?;
     let answer = client.get_status(authorised(GetStatusRequest {}, &access)?).await.map_err(refused)?;
-    let answer = checked_status(answer.into_inner()).map_err(|error| Failure::Other(error.to_string()))?;
+    let answer = checked_status(answer.into_inner()).map_err(Failure::other)?;
     Ok(if json { as_json(&status_json(&answer)) } else { table(&answer) })
 }
 

@@ -1,0 +1,89 @@
+//! Failures of the `coordinator` program, and what each asks of people.
+
+use ganglion_proto::credentials::CredentialError;
+
+use crate::checkpoints::Unusable;
+use crate::journal::JournalError;
+use crate::run_dir::RunDirError;
+
+/// Failure of a command. A variant says who can do something about it.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The user's input is wrong and is to be mended; the text says what, where and how.
+    #[error("{0}")]
+    Input(String),
+    /// A signal stopped the run after a clean checkpoint: the same command goes on.
+    #[error("stopped; the same command goes on from step {step}")]
+    Stopped {
+        /// Exit code.
+        code: u8,
+        /// Steps saved.
+        step: u64,
+    },
+    /// A signal ended what was no run; the exit code is the signal's.
+    #[error("stopped")]
+    Interrupted(u8),
+    /// The machine, the network or this program failed; the same command may succeed later or elsewhere.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl Failure {
+    /// A failure that the user's input is the cause of.
+    pub fn input(error: impl ToString) -> Failure {
+        Failure::Input(error.to_string())
+    }
+
+    /// A failure that is not the user's.
+    pub fn other(error: impl ToString) -> Failure {
+        Failure::Other(error.to_string())
+    }
+
+    /// The process's exit code.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Input(_) => 2,
+            Failure::Stopped { code, .. } | Failure::Interrupted(code) => *code,
+            Failure::Other(_) => 1,
+        }
+    }
+}
+
+impl From<JournalError> for Failure {
+    fn from(error: JournalError) -> Self {
+        match error {
+            JournalError::Newer(_) | JournalError::Damaged { .. } => Failure::input(error),
+            JournalError::Sqlite(_) if error.may_mend() => Failure::Other(format!(
+                "{error}; nothing is lost: once that is mended, the same command goes on"
+            )),
+            JournalError::Sqlite(_)
+            | JournalError::File(_)
+            | JournalError::Busy
+            | JournalError::Superseded => Failure::other(error),
+        }
+    }
+}
+
+impl From<RunDirError> for Failure {
+    fn from(error: RunDirError) -> Self {
+        match error {
+            RunDirError::Input(_) => Failure::input(error),
+            RunDirError::Held { .. } | RunDirError::System(_) => Failure::other(error),
+        }
+    }
+}
+
+impl From<Unusable> for Failure {
+    fn from(error: Unusable) -> Self {
+        match error {
+            Unusable::Input(_) => Failure::input(error),
+            Unusable::Away(_) => Failure::other(error),
+        }
+    }
+}
+
+impl From<CredentialError> for Failure {
+    fn from(error: CredentialError) -> Self {
+        Failure::Input(error.to_string())
+    }
+}
