@@ -10,7 +10,10 @@
 //!
 //! Texts and names are made safe to show (`shown.rs`); their bounds are of what is shown, since a peer hands it on.
 
-use crate::convert::Malformed;
+use serde::de::DeserializeOwned;
+use serde::de::value::{Error as ValueError, StrDeserializer};
+
+use crate::error::Malformed;
 use crate::shown::{printable, printable_name};
 
 /// Bytes of a text for people.
@@ -83,6 +86,17 @@ pub(crate) fn count(number: u64, what: &str) -> Result<u64, Malformed> {
         return Err(Malformed(format!("{what} is {number}, and at most {COUNT} is allowed")));
     }
     Ok(number)
+}
+
+/// A value of an enumeration, by its name in job files.
+pub(crate) fn from_name<T: DeserializeOwned>(name: &str, key: &str) -> Result<T, Malformed> {
+    let parsed: Result<T, ValueError> = T::deserialize(StrDeserializer::new(name));
+    parsed.map_err(|error| Malformed(format!("{key}: {error}")))
+}
+
+/// A path or an address, if there is one.
+pub(crate) fn path(text: Option<String>, what: &str) -> Result<Option<String>, Malformed> {
+    text.map(|text| within(text, PATH, what)).transpose()
 }
 
 #[cfg(test)]

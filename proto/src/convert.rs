@@ -7,10 +7,9 @@ use ganglion_membership::{
     Activity, Backend, Checkpoint, Fault, Generation, Group, Limits, LoadedFacts, Member, Passport, Plan,
     PlanKind, Position, Progress, Rank, Rested, Start, StoredFile, Term, WorkerId, WrittenPart,
 };
-use serde::de::DeserializeOwned;
-use serde::de::value::{Error as ValueError, StrDeserializer};
 
-use crate::bounds::{self, count, list, name, text, within};
+use crate::bounds::{self, count, from_name, list, name, path, text, within};
+use crate::error::{Malformed, malformed};
 use crate::evaluation::{Alarms, Evaluation, EvaluationRow};
 use crate::found::Found;
 use crate::job::{self, Job, Length};
@@ -21,15 +20,6 @@ use crate::wire;
 
 /// The slowest leaf that is believed.
 const SLOWEST_LEAF: Duration = Duration::from_secs(3600);
-
-/// A message breaks the contract.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("malformed message: {0}")]
-pub struct Malformed(pub String);
-
-pub(crate) fn malformed(what: &str) -> Malformed {
-    Malformed(what.to_string())
-}
 
 fn required<T>(field: Option<T>, name: &str) -> Result<T, Malformed> {
     field.ok_or_else(|| Malformed(format!("{name} is missing")))
@@ -578,16 +568,6 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
 }
 
 // ---- The job -----------------------------------------------------------------------------------------------------
-
-pub(crate) fn from_name<T: DeserializeOwned>(name: &str, key: &str) -> Result<T, Malformed> {
-    let parsed: Result<T, ValueError> = T::deserialize(StrDeserializer::new(name));
-    parsed.map_err(|error| Malformed(format!("{key}: {error}")))
-}
-
-/// A path or an address, if there is one.
-pub(crate) fn path(text: Option<String>, what: &str) -> Result<Option<String>, Malformed> {
-    text.map(|text| within(text, bounds::PATH, what)).transpose()
-}
 
 fn path_to_wire(path: &Path) -> String {
     path.to_string_lossy().into_owned()

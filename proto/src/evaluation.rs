@@ -9,8 +9,7 @@ use std::path::PathBuf;
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
-use crate::convert::Malformed;
-use crate::job::Job;
+use crate::error::Malformed;
 use crate::wire;
 
 /// Section `[evaluation]`.
@@ -236,16 +235,6 @@ impl EvaluationRow {
     }
 }
 
-impl Job {
-    /// Whether an evaluation is due once `step` steps of a run over `samples` are done.
-    pub fn evaluation_due(&self, step: u64, samples: u64) -> bool {
-        let Evaluation { every_steps, with_checkpoints, .. } = self.evaluation;
-        let last = step == self.last_step(samples) && (every_steps != 0 || with_checkpoints);
-        let by_steps = every_steps != 0 && step != 0 && step.is_multiple_of(every_steps);
-        last || by_steps || (with_checkpoints && self.checkpoint_due(step, samples))
-    }
-}
-
 // ---- On the wire ---------------------------------------------------------------------------------------------------
 
 /// Figures of a row: more are a mistake.
@@ -318,8 +307,8 @@ impl Evaluation {
             reference: wire.reference,
             features: crate::bounds::within(wire.features, crate::bounds::PATH, "evaluation.features")?
                 .into(),
-            held_out: crate::convert::path(wire.held_out, "evaluation.held_out")?.map(Into::into),
-            best_by: crate::convert::from_name(&wire.best_by, "evaluation.best_by")?,
+            held_out: crate::bounds::path(wire.held_out, "evaluation.held_out")?.map(Into::into),
+            best_by: crate::bounds::from_name(&wire.best_by, "evaluation.best_by")?,
         })
     }
 }
@@ -338,7 +327,7 @@ impl Alarms {
     pub(crate) fn from_wire(wire: Option<wire::Alarms>) -> Result<Alarms, Malformed> {
         let Some(wire) = wire else { return Ok(Alarms::default()) };
         Ok(Alarms {
-            policy: crate::convert::from_name(&wire.policy, "alarms.policy")?,
+            policy: crate::bounds::from_name(&wire.policy, "alarms.policy")?,
             after_images: wire.after_images,
             collapse: wire.collapse,
             overfitting: wire.overfitting,

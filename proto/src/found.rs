@@ -8,7 +8,7 @@ use std::fmt::{self, Display, Write};
 use serde::{Deserialize, Serialize};
 
 use crate::bounds::count;
-use crate::convert::{Malformed, malformed};
+use crate::error::{Malformed, malformed};
 use crate::wire;
 
 /// The most classes that are named. The others are counted.

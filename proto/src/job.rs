@@ -577,6 +577,14 @@ impl Job {
         step == self.last_step(samples) || by_steps || by_epochs
     }
 
+    /// Whether an evaluation is due once `step` steps of a run over `samples` are done.
+    pub fn evaluation_due(&self, step: u64, samples: u64) -> bool {
+        let Evaluation { every_steps, with_checkpoints, .. } = self.evaluation;
+        let last = step == self.last_step(samples) && (every_steps != 0 || with_checkpoints);
+        let by_steps = every_steps != 0 && step != 0 && step.is_multiple_of(every_steps);
+        last || by_steps || (with_checkpoints && self.checkpoint_due(step, samples))
+    }
+
     /// Whether a grid of samples is due once `step` steps are done.
     pub fn sample_due(&self, step: u64, samples: u64) -> bool {
         self.sample.every_steps != 0

@@ -10,6 +10,7 @@ mod convert;
 pub mod credentials;
 pub mod data_report;
 pub mod dial;
+mod error;
 pub mod evaluation;
 pub mod failpoint;
 pub mod found;
@@ -34,7 +35,8 @@ pub mod wire {
     pub const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("ganglion");
 }
 
-pub use convert::{Malformed, activity_to_wire, checked_status};
+pub use convert::{activity_to_wire, checked_status};
+pub use error::Malformed;
 pub use shown::{printable, printable_name, printable_start};
 
 /// Version of the contract. A worker that speaks another is refused at its hello.

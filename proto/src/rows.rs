@@ -5,7 +5,8 @@
 
 use prost::Message;
 
-use crate::convert::{Malformed, row_from_wire, row_to_wire};
+use crate::convert::{row_from_wire, row_to_wire};
+use crate::error::Malformed;
 use crate::message::MetricsRow;
 use crate::wire;
 
