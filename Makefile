@@ -20,7 +20,7 @@ KILLS ?= 100
 RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test golden simulate simulate-planted simulate-shell chaos check fmt lint docs licences proto-lint clean \
+.PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test golden simulate simulate-planted simulate-shell chaos check fmt lint modules unused docs licences proto-lint clean \
 	advisories pins update-pins requirements sbom check-sbom wheel image check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
 
 help: ## Show what there is to make.
@@ -143,13 +143,22 @@ check-alerts: ## Check the alerts and the configuration for Prometheus. Needs pr
 	promtool check config deploy/prometheus/prometheus.yml
 	promtool test rules deploy/prometheus/alerts_test.yml
 
-check: fmt lint docs licences advisories pins proto-lint test golden ## Everything that must be clean before a change lands.
+check: fmt lint modules unused docs licences advisories pins proto-lint test golden ## Everything that must be clean before a change lands.
 
 fmt:
 	$(CARGO) fmt --all --check
 
 lint: setup
 	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
+
+modules: ## Check that modules do not depend on each other in a circle.
+	$(PYTHON) tests/modules.py
+
+unused: $(TOOLS)/bin/cargo-machete
+	$(TOOLS)/bin/cargo-machete
+
+$(TOOLS)/bin/cargo-machete:
+	$(CARGO) install --quiet --locked --root $(TOOLS) cargo-machete
 
 docs: setup
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --locked --workspace --no-deps
