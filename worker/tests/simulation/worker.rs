@@ -110,7 +110,7 @@ pub async fn live(start: Start) {
     tokio::time::sleep(Duration::from_millis(rng.random_range(20..400))).await;
     let welcome = session.welcome();
     let facts = LoadedFacts {
-        passport: Passport([("build".to_string(), "ours".to_string())].into()),
+        passport: Passport([("cpu_capability".to_string(), "ours".to_string())].into()),
         samples: SAMPLES,
         sees_storage: true,
         phases_per_step: u32::try_from(welcome.job.phases_per_step()).expect("few phases"),
