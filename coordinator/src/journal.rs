@@ -14,8 +14,7 @@ mod salvage;
 use std::path::{Path, PathBuf};
 
 use ganglion_membership::{
-    Backend, Cause, Checkpoint, Generation, Group, Member, NUMERICS, Passport, Position, Start, Term,
-    WorkerId,
+    Backend, Cause, Checkpoint, Generation, Group, Member, Passport, Position, Start, Term, WorkerId,
 };
 use ganglion_proto::evaluation::EvaluationRow;
 pub use history::{CheckpointRow, GenerationRow, History, TermRow};
@@ -509,7 +508,7 @@ impl Journal {
     /// The passport that the run was started with.
     pub fn passport(&self) -> Result<Option<Passport>, JournalError> {
         let text = self.fact(Fact::Passport)?;
-        Ok(text.and_then(|text| serde_json::from_str(&text).ok()).map(|items| numbered(Passport(items))))
+        Ok(text.and_then(|text| serde_json::from_str(&text).ok()).map(|items| Passport(items).numbered()))
     }
 
     /// Records what a run has to know before its job leaves samples out that it had: that this is its exclusion number
@@ -584,15 +583,6 @@ pub struct RecordedMember {
     /// Whether it writes checkpoint files.
     #[serde(default)]
     pub writes_parts: bool,
-}
-
-/// The passport in today's items: builds that had no number of their arithmetic told their version, which never changed.
-/// Theirs is the first number.
-fn numbered(mut passport: Passport) -> Passport {
-    if passport.0.remove("build").is_some() {
-        passport.0.entry(NUMERICS.to_string()).or_insert_with(|| "1".to_string());
-    }
-    passport
 }
 
 fn to_json(value: &impl Serialize) -> String {

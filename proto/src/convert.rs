@@ -231,7 +231,9 @@ fn loaded_from_wire(loaded: wire::Loaded) -> Result<LoadedFacts, Malformed> {
         ))
     };
     Ok(LoadedFacts {
-        passport: Passport(loaded.passport.into_iter().map(item).collect::<Result<_, Malformed>>()?),
+        // A worker of an earlier build, which may have come before this coordinator was started anew.
+        passport: Passport(loaded.passport.into_iter().map(item).collect::<Result<_, Malformed>>()?)
+            .numbered(),
         samples: count(loaded.samples, "samples")?,
         sees_storage: loaded.sees_storage,
         phases_per_step: loaded.phases_per_step,
