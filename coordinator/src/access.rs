@@ -25,7 +25,8 @@ pub struct Access {
 }
 
 impl Access {
-    /// What an operator shows when connecting: the coordinator's own certificate, unless the environment names another.
+    /// What an operator shows when connecting: the coordinator's own certificate, unless the environment
+    /// names another.
     pub fn credentials(&self) -> Credentials {
         let own = self.tls_dir.as_ref();
         let folder = own.map(|own| std::env::var_os(TLS_DIR).map_or_else(|| own.clone(), PathBuf::from));

@@ -42,7 +42,8 @@ pub struct Init {
     /// Where they go; the folder must not be there yet.
     #[arg(long, value_name = "DIR", default_value = "certs")]
     pub dir: PathBuf,
-    /// A name or address by which workers connect to the coordinator, besides this machine's name. May be given many times.
+    /// A name or address by which workers connect to the coordinator, besides this machine's name. May be
+    /// given many times.
     #[arg(long = "host", value_name = "NAME|IP")]
     pub hosts: Vec<String>,
     /// For how many days the two certificates are valid.
@@ -154,7 +155,8 @@ impl Authority {
         Ok(Authority { certificate, key: text, issuer: Issuer::new(params, key) })
     }
 
-    /// An authority that was made by `new`: all that its signatures need of its certificate follows from its key.
+    /// An authority that was made by `new`: all that its signatures need of its certificate follows from its
+    /// key.
     fn read(folder: &Path) -> Result<Authority, String> {
         let text =
             |name: &str| fs::read_to_string(folder.join(name)).map_err(|error| format!("{name}: {error}"));

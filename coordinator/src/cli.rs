@@ -22,14 +22,15 @@ pub struct Cli {
     /// The job. Without it: the MLP GAN on the bundled digits.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Workers to start on this machine: a number, or auto for one a GPU (one in all without GPUs). 0 starts none and waits
-    /// for others.
+    /// Workers to start on this machine: a number, or auto for one a GPU (one in all without GPUs). 0 starts
+    /// none and waits for others.
     #[arg(long, default_value = "1", value_name = "N|auto")]
     pub workers: Workers,
     /// Where the run lives; the same folder again resumes it. Default: runs/NAME, by the job's name.
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
-    /// Where all checkpoints of a run are lost, compute it again from step 0, with the same bits. Without this it is refused.
+    /// Where all checkpoints of a run are lost, compute it again from step 0, with the same bits. Without
+    /// this it is refused.
     #[arg(long)]
     pub from_start: bool,
     /// Sets a key of the job, such as --set job.steps=500. May be given many times.
@@ -38,12 +39,12 @@ pub struct Cli {
     /// Where workers find this coordinator. Default: a free port of 127.0.0.1, the same when a run resumes.
     #[arg(long, value_name = "HOST:PORT")]
     pub listen: Option<String>,
-    /// Where the dashboard is, with /metrics for Prometheus and /healthz. Default: a free port of 127.0.0.1, the same when a
-    /// run resumes.
+    /// Where the dashboard is, with /metrics for Prometheus and /healthz. Default: a free port of 127.0.0.1,
+    /// the same when a run resumes.
     #[arg(long, value_name = "HOST:PORT|off")]
     pub http: Option<String>,
-    /// Allow --listen and --http on an address that other machines reach, without TLS. Whoever reaches the one can join the
-    /// run, and whoever reaches the other can look at it.
+    /// Allow --listen and --http on an address that other machines reach, without TLS. Whoever reaches the
+    /// one can join the run, and whoever reaches the other can look at it.
     #[arg(long)]
     pub insecure: bool,
     /// Who may connect.
@@ -59,10 +60,12 @@ pub struct Cli {
     /// Said by --detach to the process that trains.
     #[arg(long, hide = true, requires = "detach")]
     pub detached: bool,
-    /// Write a timeline of this coordinator and its local workers, for ui.perfetto.dev; at most 128 MiB of it.
+    /// Write a timeline of this coordinator and its local workers, for ui.perfetto.dev; at most 128 MiB of
+    /// it.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
-    /// Copy metrics, events, samples and TensorBoard's files there in the background: a folder, s3://, gs:// or az://.
+    /// Copy metrics, events, samples and TensorBoard's files there in the background: a folder, s3://, gs://
+    /// or az://.
     #[arg(long, value_name = "URL")]
     pub mirror: Option<String>,
     /// How logs are written, those of local workers included.
@@ -73,7 +76,8 @@ pub struct Cli {
 /// What a coordinator does besides training.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Proves from a run's files that nothing was lost, doubled or changed. Reads only, also while the run goes on.
+    /// Proves from a run's files that nothing was lost, doubled or changed. Reads only, also while the run
+    /// goes on.
     ///
     /// Prints a line for each claim. Exit code 0: all hold; 1: one does not; 2: RUN is no run directory.
     Audit {
@@ -113,10 +117,11 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Makes a new journal for a run whose own is damaged or missing, from its checkpoints and what else can be read.
+    /// Makes a new journal for a run whose own is damaged or missing, from its checkpoints and what else can
+    /// be read.
     ///
-    /// The old files stay beside the new ones. Exit code 0: the run can go on; 1: a coordinator holds it; 2: RUN is no run, or
-    /// there is no checkpoint.
+    /// The old files stay beside the new ones. Exit code 0: the run can go on; 1: a coordinator holds it; 2:
+    /// RUN is no run, or there is no checkpoint.
     Recover {
         /// The run directory.
         run: PathBuf,
@@ -146,7 +151,8 @@ pub enum Command {
         #[command(flatten)]
         run: RunChoice,
     },
-    /// Stops a run after a clean checkpoint, and waits until it has stopped. The same command goes on with it.
+    /// Stops a run after a clean checkpoint, and waits until it has stopped. The same command goes on with
+    /// it.
     Stop {
         /// Which run.
         #[command(flatten)]
@@ -155,7 +161,8 @@ pub enum Command {
         #[arg(long, value_name = "SECONDS", default_value_t = 300)]
         timeout: u64,
     },
-    /// Prints the completions for a shell, such as `coordinator completions bash > /etc/bash_completion.d/coordinator`.
+    /// Prints the completions for a shell, such as `coordinator completions bash >
+    /// /etc/bash_completion.d/coordinator`.
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
@@ -167,7 +174,8 @@ pub enum Command {
 pub enum DataCommand {
     /// Reads every sample as training would, on all processors, and names those that cannot be used.
     ///
-    /// Exit code 0: all can be; 2: one cannot, or the data set as a whole. The last line is then what leaves them out.
+    /// Exit code 0: all can be; 2: one cannot, or the data set as a whole. The last line is then what leaves
+    /// them out.
     Check(Check),
 }
 
@@ -203,8 +211,8 @@ impl FromStr for Workers {
 }
 
 impl Cli {
-    /// How many workers to start for a job, and for `auto` a line that says why so many. `gpus` counts those that workers
-    /// on this machine can use; only `auto` looks at it.
+    /// How many workers to start for a job, and for `auto` a line that says why so many. `gpus` counts those
+    /// that workers on this machine can use; only `auto` looks at it.
     pub fn local_workers(&self, job: &Job, gpus: u32) -> Result<(u32, Option<String>), String> {
         let shards = job.job.data_shards;
         match self.workers {

@@ -1,6 +1,8 @@
-//! `coordinator data check`: whether every sample of a data set can be trained on, before anything is trained.
+//! `coordinator data check`: whether every sample of a data set can be trained on, before anything is
+//! trained.
 //!
-//! The `worker` program reads the samples, as training does; this side reads the job, shows progress and tells what was found.
+//! The `worker` program reads the samples, as training does; this side reads the job, shows progress and
+//! tells what was found.
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};

@@ -1,9 +1,11 @@
 //! `--detach`: a coordinator that goes on without its terminal.
 //!
-//! 1. The program starts itself once more, in a session of its own. That process says what it has to say where its
-//!    launcher was told to, until the run has started; then its lines go to a file in the run directory.
+//! 1. The program starts itself once more, in a session of its own. That process says what it has to say
+//!    where its launcher was told to, until the run has started; then its lines go to a file in the run
+//!    directory.
 //! 2. So a start that fails says the same and ends with the same exit code as without `--detach`.
-//! 3. The launcher may be gone at any moment. Only an interrupt, while it waits, is meant for the coordinator too.
+//! 3. The launcher may be gone at any moment. Only an interrupt, while it waits, is meant for the coordinator
+//!    too.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};

@@ -1,9 +1,10 @@
 //! Leaving samples out of a run that has begun: a change of its job, from its newest state on.
 //!
-//! 1. A change holds for what nobody has a record of: not before the newest row of metrics, the newest evaluation and the
-//!    newest checkpoint. So whatever is computed again up to there gets the bits that it had.
-//! 2. The journal knows of a change before job.toml does, and that before any worker. Until a group has formed with it, it can
-//!    be replaced by another: a mistake in it costs nothing.
+//! 1. A change holds for what nobody has a record of: not before the newest row of metrics, the newest
+//!    evaluation and the newest checkpoint. So whatever is computed again up to there gets the bits that it
+//!    had.
+//! 2. The journal knows of a change before job.toml does, and that before any worker. Until a group has
+//!    formed with it, it can be replaced by another: a mistake in it costs nothing.
 //! 3. Members of earlier terms are at rest, or past their lease, before a change is decided.
 
 use ganglion_membership::OF_SAMPLES;

@@ -1,4 +1,5 @@
-//! What a coordinator needs of the machine that it runs on: a socket, processes, signals. The clock is tokio's.
+//! What a coordinator needs of the machine that it runs on: a socket, processes, signals. The clock is
+//! tokio's.
 
 use std::io;
 use std::net::SocketAddr;
@@ -24,8 +25,8 @@ pub trait Host {
     /// A client's connection.
     type Connection: Connected + AsyncRead + AsyncWrite + Send + Unpin + 'static;
 
-    /// Listens on an address, with TLS if there are certificates; returns the connections that come in, and the address
-    /// with its port.
+    /// Listens on an address, with TLS if there are certificates; returns the connections that come in, and
+    /// the address with its port.
     fn listen(
         &self,
         wanted: SocketAddr,

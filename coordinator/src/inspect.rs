@@ -1,4 +1,5 @@
-//! What the files of runs tell, without asking a coordinator: `coordinator runs` and `coordinator checkpoints`.
+//! What the files of runs tell, without asking a coordinator: `coordinator runs` and `coordinator
+//! checkpoints`.
 //!
 //! 1. Nothing is written, and a run that goes on is not disturbed.
 //! 2. Of a run's records only the ends are read, so a long run is listed as fast as a short one.
@@ -149,8 +150,9 @@ fn standing(run: &Path, newest_event: &Value) -> Standing {
     }
 }
 
-/// Whether a coordinator holds a run directory. The lock is asked for with others, for an instant; a coordinator that starts
-/// at that instant tries again. Where the lock says nothing of other machines, the claims do.
+/// Whether a coordinator holds a run directory. The lock is asked for with others, for an instant; a
+/// coordinator that starts at that instant tries again. Where the lock says nothing of other machines, the
+/// claims do.
 pub fn is_held(run: &Path) -> bool {
     let Ok(file) = File::open(run.join("lock")) else { return false };
     match Flock::lock(file, FlockArg::LockSharedNonblock) {

@@ -2,8 +2,8 @@
 //!
 //! 1. A row is durable when the call that wrote it returns; the coordinator writes it before it acts.
 //! 2. Terms, generations and workers' numbers only grow.
-//! 3. What was journaled stays as it was, a checkpoint once it is valid: one that was given up before leaves its place to
-//!    another state.
+//! 3. What was journaled stays as it was, a checkpoint once it is valid: one that was given up before leaves
+//!    its place to another state.
 //! 4. Nothing is written once another coordinator has taken the run directory over.
 //! 5. A column that an earlier version did not know is added with a value that says "not known".
 
@@ -126,7 +126,8 @@ impl JournalError {
         }
     }
 
-    /// Whether the same may work later: the disk is full or failing, or somebody else has the file for a while.
+    /// Whether the same may work later: the disk is full or failing, or somebody else has the file for a
+    /// while.
     pub fn may_mend(&self) -> bool {
         use rusqlite::ErrorCode::{
             CannotOpen, DatabaseBusy, DatabaseLocked, DiskFull, OutOfMemory, ReadOnly, SystemIoFailure,
@@ -192,7 +193,8 @@ pub struct ChildRow {
     pub token: String,
     /// Its number on this machine.
     pub local_rank: u32,
-    /// The process and the time of its start, by the system's clock; `None` if the coordinator died before it knew.
+    /// The process and the time of its start, by the system's clock; `None` if the coordinator died before it
+    /// knew.
     pub process: Option<Spawned>,
     /// Where that number and that time mean something.
     pub node: Node,
@@ -231,7 +233,8 @@ impl Fact {
 }
 
 impl Journal {
-    /// Opens or creates the journal. All of it is read once, so damage is found before anything is decided by it.
+    /// Opens or creates the journal. All of it is read once, so damage is found before anything is decided by
+    /// it.
     pub fn open(file: &Path) -> Result<Journal, JournalError> {
         Journal::open_checked(file).map_err(|error| error.of(file))
     }
@@ -422,8 +425,8 @@ impl Journal {
         Ok(Generation(newest.max(self.floor()?)))
     }
 
-    /// Records that a checkpoint is about to be made valid, and the newest generation at that moment. Repeating it does
-    /// no harm.
+    /// Records that a checkpoint is about to be made valid, and the newest generation at that moment.
+    /// Repeating it does no harm.
     pub fn commit(&mut self, checkpoint: &Checkpoint) -> Result<(), JournalError> {
         self.connection.execute(
             "INSERT INTO checkpoints (step, phase, position, state_digest, generation)
@@ -435,7 +438,8 @@ impl Journal {
         Ok(())
     }
 
-    /// Records that a checkpoint is valid: from now on the run does not start without it unasked. Repeating it does no harm.
+    /// Records that a checkpoint is valid: from now on the run does not start without it unasked. Repeating
+    /// it does no harm.
     pub fn made_valid(&mut self, checkpoint: &Checkpoint) -> Result<(), JournalError> {
         let change = "UPDATE checkpoints SET valid = 1 WHERE step = ?1 AND phase = ?2 AND valid = 0";
         self.connection.execute(change, params![checkpoint.step, checkpoint.phase])?;
@@ -511,8 +515,9 @@ impl Journal {
         Ok(text.and_then(|text| serde_json::from_str(&text).ok()).map(|items| Passport(items).numbered()))
     }
 
-    /// Records what a run has to know before its job leaves samples out that it had: that this is its exclusion number
-    /// `count`, which no group has trained with yet, and that the next worker tells these items of the passport anew.
+    /// Records what a run has to know before its job leaves samples out that it had: that this is its
+    /// exclusion number `count`, which no group has trained with yet, and that the next worker tells these
+    /// items of the passport anew.
     pub fn exclude(&mut self, count: usize, forgotten: &[&str]) -> Result<(), JournalError> {
         let mut passport = self.passport()?.unwrap_or_default();
         passport.0.retain(|item, _| !forgotten.contains(&item.as_str()));

@@ -1,7 +1,7 @@
 //! Opening a run's records, also where something else is in them than was written.
 //!
-//! A record for people never stops a run: it is set aside, and one with its readable lines takes its place. The journal knows
-//! what that cost before the file changes, and so does the audit.
+//! A record for people never stops a run: it is set aside, and one with its readable lines takes its place.
+//! The journal knows what that cost before the file changes, and so does the audit.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,7 +1,8 @@
 //! `coordinator recover`: a new journal for a run whose own is damaged or missing, from what else there is.
 //!
 //! 1. Nothing is overwritten: the old journal stays beside the new one, as `journal.sqlite.damaged-1`.
-//! 2. Nothing is guessed. What cannot be read is named, and the audit counts what cannot be proven without it.
+//! 2. Nothing is guessed. What cannot be read is named, and the audit counts what cannot be proven without
+//!    it.
 //! 3. Without a checkpoint there is nothing to go on from, and no journal is made.
 
 use std::fs::{self, File};
@@ -32,8 +33,8 @@ const JOURNAL: &str = "journal.sqlite";
 const DRAFT: &str = ".journal.sqlite.new";
 /// A number above this was never given, but comes of damage.
 const CREDIBLE: u64 = 1 << 60;
-/// Suffixes of a journal and of the files that SQLite writes beside it. A rollback journal that stayed would be rolled back
-/// into the new one.
+/// Suffixes of a journal and of the files that SQLite writes beside it. A rollback journal that stayed would
+/// be rolled back into the new one.
 const BESIDE: [&str; 4] = ["", "-wal", "-shm", "-journal"];
 
 /// Report of a recovery.
@@ -125,7 +126,8 @@ fn read_job(run: &Path) -> Result<Job, Failure> {
         .map_err(|errors| Failure::Input(format!("{}: not a job of this version:\n{errors}", file.display())))
 }
 
-/// The run that the storage belongs to, and the checkpoints that are there. Whether they are whole, the next start sees.
+/// The run that the storage belongs to, and the checkpoints that are there. Whether they are whole, the next
+/// start sees.
 fn find_checkpoints(run: &Path, job: &Job) -> Result<(Option<String>, Vec<Checkpoint>), Failure> {
     let storage = open_storage(run, job).map_err(|error| Failure::Input(error.to_string()))?;
     let found = storage.wait(async {
@@ -141,7 +143,8 @@ fn find_checkpoints(run: &Path, job: &Job) -> Result<(Option<String>, Vec<Checkp
     Ok((owner, whole.collect()))
 }
 
-/// The journal; or the newest one that was set aside, if a recovery ended half way. Then the files that were beside it follow.
+/// The journal; or the newest one that was set aside, if a recovery ended half way. Then the files that were
+/// beside it follow.
 fn newest_journal(run_dir: &RunDir) -> io::Result<Option<PathBuf>> {
     let journal = run_dir.path(JOURNAL);
     let aside = |number: u32| run_dir.path(&format!("{JOURNAL}.damaged-{number}"));

@@ -1,10 +1,10 @@
 //! From what a run goes on: the newest checkpoint, held against what the journal knows of it.
 //!
-//! 1. Missing state is never taken for no state. A run whose journal knows a valid checkpoint goes on from a checkpoint or from
-//!    members that live, or it is refused; step 0 is for those who ask for it.
+//! 1. Missing state is never taken for no state. A run whose journal knows a valid checkpoint goes on from a
+//!    checkpoint or from members that live, or it is refused; step 0 is for those who ask for it.
 //! 2. A refusal changes nothing: no record, and nothing in the storage.
-//! 3. An older checkpoint in place of one that is missing or damaged gives the same bits, so the run goes on from it, and says
-//!    which steps are computed again.
+//! 3. An older checkpoint in place of one that is missing or damaged gives the same bits, so the run goes on
+//!    from it, and says which steps are computed again.
 
 use ganglion_membership::Checkpoint;
 use serde_json::json;
@@ -165,8 +165,8 @@ impl Told<'_> {
     }
 }
 
-/// The newest checkpoint may be one that an earlier coordinator had no time to announce, or that workers wrote when there
-/// was none.
+/// The newest checkpoint may be one that an earlier coordinator had no time to announce, or that workers
+/// wrote when there was none.
 async fn settle(
     journal: &mut Journal,
     checkpoints: &Checkpoints,

@@ -66,8 +66,8 @@ pub async fn run(
     }
 }
 
-/// One term. None if another has to follow: this one brought the members of earlier ones to rest, for a change of the job
-/// that they must not learn of while they train.
+/// One term. None if another has to follow: this one brought the members of earlier ones to rest, for a
+/// change of the job that they must not learn of while they train.
 async fn live(
     cli: &Cli,
     host: &impl Host,
@@ -163,7 +163,8 @@ async fn be_found<H: Host>(
     Ok((incoming, format!("{}://{address}", security.scheme()), security.access(address, token)?))
 }
 
-/// Notes that nobody trains any more. Where members met a sample that cannot be read, that is why something is left out.
+/// Notes that nobody trains any more. Where members met a sample that cannot be read, that is why something
+/// is left out.
 fn rested(ended: &Ended, run_dir: &RunDir, screen: &Screen) -> Result<(), Failure> {
     match &ended.outcome {
         Outcome::Stopped(_) => {
@@ -186,8 +187,8 @@ fn hold(cli: &Cli, job: &Job, screen: &Screen, launch: Option<&mut Launch>) -> R
     Ok(run_dir)
 }
 
-/// Lets a run go on until it ends or another coordinator has its directory. Nothing is said to the workers then: they are
-/// the other's.
+/// Lets a run go on until it ends or another coordinator has its directory. Nothing is said to the workers
+/// then: they are the other's.
 async fn while_held<T>(
     run_dir: &RunDir,
     run: impl Future<Output = Result<T, Failure>>,
@@ -379,7 +380,8 @@ where
         shell.stay(&mut receiver, &mut signals).await?;
     }
     let _ = shutdown.send(true);
-    // What workers on other machines were told last is still on its way; one that missed it would wait out its lease.
+    // What workers on other machines were told last is still on its way; one that missed it would wait out
+    // its lease.
     let _ = tokio::time::timeout(FAREWELL, &mut server).await;
     server.abort();
     Ok(ended)
@@ -464,7 +466,8 @@ fn known_generation(journal: &Journal, fact: Fact) -> Result<Option<Generation>,
     Ok(journal.fact(fact)?.and_then(|text| text.parse().ok()).map(Generation))
 }
 
-/// Takes the local workers of earlier terms over that still run, and notes which members of the newest group do not.
+/// Takes the local workers of earlier terms over that still run, and notes which members of the newest group
+/// do not.
 fn adopt(
     journal: &mut Journal,
     supervisor: &mut Supervisor,
@@ -544,7 +547,8 @@ fn reachable(address: IpAddr) -> IpAddr {
     if !address.is_unspecified() {
         return address;
     }
-    // Connecting a datagram socket sends nothing; it only chooses a route. The target is reserved for documentation.
+    // Connecting a datagram socket sends nothing; it only chooses a route. The target is reserved for
+    // documentation.
     let routed = UdpSocket::bind(("0.0.0.0", 0)).and_then(|socket| {
         socket.connect(("192.0.2.1", 9))?;
         socket.local_addr()

@@ -17,8 +17,9 @@ use crate::server::tls::{Acceptor, Clients, other_name};
 /// What the user says about it.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct SecurityArguments {
-    /// Speak TLS only, with the ca.crt, tls.crt and tls.key of this folder: on --listen with workers and operators that show
-    /// a certificate of that authority, and between workers. `coordinator certs init` makes such folders.
+    /// Speak TLS only, with the ca.crt, tls.crt and tls.key of this folder: on --listen with workers and
+    /// operators that show a certificate of that authority, and between workers. `coordinator certs init`
+    /// makes such folders.
     #[arg(long, value_name = "DIR", env = "GANGLION_TLS_DIR")]
     pub tls_dir: Option<PathBuf>,
     /// Let workers in only with the token of this file. GANGLION_JOIN_TOKEN may hold the token itself.

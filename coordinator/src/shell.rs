@@ -1,10 +1,13 @@
 //! The shell around the membership machine: one loop that takes what happens in and carries decisions out.
 //!
-//! 1. A decision is journaled before anybody hears of it. While that cannot be done nothing is decided (`stuck.rs`).
+//! 1. A decision is journaled before anybody hears of it. While that cannot be done nothing is decided
+//!    (`stuck.rs`).
 //! 2. The loop never waits for a worker: a worker that does not read its messages loses its session.
-//! 3. A file that cannot be written is tried again while training goes on; nothing is acknowledged that is not written. The
-//!    loop does not wait for the checkpoint storage: a task of its own does (`keeper.rs`); nor for a sync of the records.
-//! 4. Only a worker's newest session is listened to: the one that the worker opened last, in whatever order they arrive.
+//! 3. A file that cannot be written is tried again while training goes on; nothing is acknowledged that is
+//!    not written. The loop does not wait for the checkpoint storage: a task of its own does (`keeper.rs`);
+//!    nor for a sync of the records.
+//! 4. Only a worker's newest session is listened to: the one that the worker opened last, in whatever order
+//!    they arrive.
 
 mod actions;
 mod admin;
@@ -292,7 +295,8 @@ impl Shell {
         }
     }
 
-    /// Runs until the machine has ended the run, then sees the local workers off. The user's signals come by `signals`.
+    /// Runs until the machine has ended the run, then sees the local workers off. The user's signals come by
+    /// `signals`.
     pub async fn run(
         &mut self,
         inputs: &mut mpsc::Receiver<Input>,
@@ -331,7 +335,8 @@ impl Shell {
         Ok(Ended { outcome, signal: self.signal })
     }
 
-    /// A group trains, or nobody is started here who could: the run has started, and needs no terminal from now on.
+    /// A group trains, or nobody is started here who could: the run has started, and needs no terminal from
+    /// now on.
     pub fn has_started(&mut self) {
         let Some(launch) = self.launch.take() else { return };
         if let Err(error) = launch.started(&self.job.job.name, self.records.folder()) {
@@ -352,7 +357,8 @@ impl Shell {
         Ok(())
     }
 
-    /// Journals which processes were started. One that cannot be yet runs all the same: its token was journaled.
+    /// Journals which processes were started. One that cannot be yet runs all the same: its token was
+    /// journaled.
     fn number_processes(&mut self) -> Result<(), ShellError> {
         while let Some((token, spawned)) = self.unnumbered.last() {
             match self.journal.spawned(token, *spawned) {
@@ -484,8 +490,8 @@ impl Shell {
         Ok(())
     }
 
-    /// Asks the workers for rows that did not come, or found no room. One that nobody has after the longest time for which a
-    /// worker may be away is lost.
+    /// Asks the workers for rows that did not come, or found no room. One that nobody has after the longest
+    /// time for which a worker may be away is lost.
     fn ask_for_rows(&mut self) {
         let saved = self.unjournaled.iter().map(|checkpoint| checkpoint.step).max();
         let limit = self.records.last_step().max(saved.unwrap_or(0));

@@ -1,12 +1,14 @@
 //! The workers that run on the coordinator's machine because a coordinator of this run started them.
 //!
-//! 1. A worker runs in a process group of its own, so an interrupt from the terminal reaches the coordinator alone.
-//! 2. Each has a token that it shows in its hello; nobody else can take its place. The token is journaled before the
-//!    process exists, so a later coordinator knows it.
-//! 3. A worker outlives a crash of its coordinator; the next one on that machine takes it over, by process number and time
-//!    of start. One on another machine can neither do that nor see it end: there it is a worker like those of others.
-//! 4. What a worker writes goes to the coordinator's log with the worker's rank. One that was taken over has lost its
-//!    pipe: what it has to say of itself it says in its session.
+//! 1. A worker runs in a process group of its own, so an interrupt from the terminal reaches the coordinator
+//!    alone.
+//! 2. Each has a token that it shows in its hello; nobody else can take its place. The token is journaled
+//!    before the process exists, so a later coordinator knows it.
+//! 3. A worker outlives a crash of its coordinator; the next one on that machine takes it over, by process
+//!    number and time of start. One on another machine can neither do that nor see it end: there it is a
+//!    worker like those of others.
+//! 4. What a worker writes goes to the coordinator's log with the worker's rank. One that was taken over has
+//!    lost its pipe: what it has to say of itself it says in its session.
 
 mod processes;
 

@@ -30,8 +30,8 @@ impl Passport {
         OF_SAMPLES.contains(&item) && !self.0.contains_key(item)
     }
 
-    /// The same passport in today's items. Builds that had no number of their arithmetic told their version, which was
-    /// 0.1.0 of all of them: theirs is the first number.
+    /// The same passport in today's items. Builds that had no number of their arithmetic told their version,
+    /// which was 0.1.0 of all of them: theirs is the first number.
     pub fn numbered(mut self) -> Passport {
         if self.0.get("build").is_some_and(|version| version == "0.1.0") {
             self.0.remove("build");

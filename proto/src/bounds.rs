@@ -8,7 +8,8 @@
 //! | a list | a number of items of its own, below | refused |
 //! | a count, such as a position or a step | [`COUNT`] | refused |
 //!
-//! Texts and names are made safe to show (`shown.rs`); their bounds are of what is shown, since a peer hands it on.
+//! Texts and names are made safe to show (`shown.rs`); their bounds are of what is shown, since a peer hands
+//! it on.
 
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as ValueError, StrDeserializer};
@@ -22,8 +23,8 @@ pub(crate) const TEXT: usize = 4096;
 pub(crate) const NAME: usize = 512;
 /// Bytes of a path or an address of a storage.
 pub(crate) const PATH: usize = 8192;
-/// The highest count: floating-point numbers and JSON hold it exactly. Times [`PHASES`] it fits into 63 bits, as SQLite
-/// and positions need.
+/// The highest count: floating-point numbers and JSON hold it exactly. Times [`PHASES`] it fits into 63 bits,
+/// as SQLite and positions need.
 pub(crate) const COUNT: u64 = 1 << 53;
 /// Phases of a step.
 pub(crate) const PHASES: u32 = 1 << 10;

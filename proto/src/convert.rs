@@ -25,7 +25,8 @@ fn required<T>(field: Option<T>, name: &str) -> Result<T, Malformed> {
     field.ok_or_else(|| Malformed(format!("{name} is missing")))
 }
 
-// ---- A worker's messages -----------------------------------------------------------------------------------------
+// ---- A worker's messages
+// -----------------------------------------------------------------------------------------
 
 impl FromWorker {
     /// The message on the wire.
@@ -381,7 +382,8 @@ fn digest(hex: String) -> Result<String, Malformed> {
     is_digest.then_some(hex).ok_or_else(|| malformed("a digest is 64 hexadecimal digits"))
 }
 
-// ---- The coordinator's messages ----------------------------------------------------------------------------------
+// ---- The coordinator's messages
+// ----------------------------------------------------------------------------------
 
 impl ToWorker {
     /// The message on the wire.
@@ -569,7 +571,8 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
     })
 }
 
-// ---- The job -----------------------------------------------------------------------------------------------------
+// ---- The job
+// -----------------------------------------------------------------------------------------------------
 
 fn path_to_wire(path: &Path) -> String {
     path.to_string_lossy().into_owned()
@@ -806,7 +809,8 @@ fn sample_from_wire(sample: &wire::Sample) -> job::Sample {
     job::Sample { every_steps: sample.every_steps, count: sample.count }
 }
 
-// ---- An operator's messages --------------------------------------------------------------------------------------
+// ---- An operator's messages
+// --------------------------------------------------------------------------------------
 
 /// A coordinator's status, fit to be shown.
 ///

@@ -143,9 +143,11 @@ impl BestBy {
 pub struct Alarms {
     /// What an alarm does.
     pub policy: AlarmPolicy,
-    /// Real images that training has seen before evaluations may raise an alarm: at first samples are all alike.
+    /// Real images that training has seen before evaluations may raise an alarm: at first samples are all
+    /// alike.
     pub after_images: u64,
-    /// Collapse: the diversity of samples, as a share of the real ones', below which it is one; and the same of their labels.
+    /// Collapse: the diversity of samples, as a share of the real ones', below which it is one; and the same
+    /// of their labels.
     pub collapse: f64,
     /// Overfitting of the discriminator: the share of the way from held-out samples to training samples.
     pub overfitting: f64,
@@ -225,8 +227,8 @@ impl EvaluationRow {
         self.metrics.iter().find(|(known, _)| known == name).map(|(_, value)| *value)
     }
 
-    /// Whether another row says the same of the same state. Numbers are compared by their bits, but for the sign of a zero,
-    /// which the wire does not carry.
+    /// Whether another row says the same of the same state. Numbers are compared by their bits, but for the
+    /// sign of a zero, which the wire does not carry.
     pub fn agrees(&self, other: &EvaluationRow) -> bool {
         let bits = |row: &EvaluationRow| -> Vec<(String, u64)> {
             row.metrics.iter().map(|(name, value)| (name.clone(), (value + 0.0).to_bits())).collect()
@@ -235,7 +237,8 @@ impl EvaluationRow {
     }
 }
 
-// ---- On the wire ---------------------------------------------------------------------------------------------------
+// ---- On the wire
+// ---------------------------------------------------------------------------------------------------
 
 /// Figures of a row: more are a mistake.
 const FIGURES: usize = 64;

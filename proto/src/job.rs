@@ -1,9 +1,11 @@
 //! The job: everything that decides a run's result, as one TOML file.
 //!
-//! These are the domain types, shared by the coordinator, which reads and checks the file, and the worker, which trains
-//! by it. Every value is already checked when a [`Job`] exists outside of the coordinator's job reader.
+//! These are the domain types, shared by the coordinator, which reads and checks the file, and the worker,
+//! which trains by it. Every value is already checked when a [`Job`] exists outside of the coordinator's job
+//! reader.
 //!
-//! Sizes are counts of samples or updates, shares of memory never; learning rates and betas are dimensionless.
+//! Sizes are counts of samples or updates, shares of memory never; learning rates and betas are
+//! dimensionless.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -70,7 +72,8 @@ pub struct General {
     pub deterministic: bool,
 }
 
-/// What forward and backward passes compute in. The state and all sums over samples, leaves and ranks are fp32.
+/// What forward and backward passes compute in. The state and all sums over samples, leaves and ranks are
+/// fp32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -90,7 +93,8 @@ pub enum Reduction {
     Ring,
 }
 
-/// What to do with a phase that reduced to an infinity or a NaN. Part of the job, because it changes the result.
+/// What to do with a phase that reduced to an infinity or a NaN. Part of the job, because it changes the
+/// result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NonFinite {
@@ -194,10 +198,12 @@ pub struct Exclusion {
     /// And so many phases of the next step.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub after_phase: u64,
-    /// Hash of the names of all samples of the run, where that is known: names another data set is refused by.
+    /// Hash of the names of all samples of the run, where that is known: names another data set is refused
+    /// by.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub names: Option<String>,
-    /// Names of the samples: relative paths of files, or the numbers of images, from 0 on, of data in one file.
+    /// Names of the samples: relative paths of files, or the numbers of images, from 0 on, of data in one
+    /// file.
     pub files: Vec<String>,
 }
 
@@ -311,9 +317,11 @@ impl Model {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EmaSchedule {
-    /// It is at most a twentieth of the images seen: Karras et al., StyleGAN2-ADA (2020), and its training loop.
+    /// It is at most a twentieth of the images seen: Karras et al., StyleGAN2-ADA (2020), and its training
+    /// loop.
     RampUp,
-    /// It goes along half a cosine from 0 over `optimizer.decay_images`: Huang et al., R3GAN (2024), and its training loop.
+    /// It goes along half a cosine from 0 over `optimizer.decay_images`: Huang et al., R3GAN (2024), and its
+    /// training loop.
     Cosine,
 }
 
@@ -364,7 +372,8 @@ pub struct Loss {
     pub discriminator_steps: u32,
     /// Weight of the gradient penalty of `wasserstein-gp`; the other objectives do not read it.
     pub gradient_penalty: f64,
-    /// Weight of half the square of the discriminator's gradient at real samples (Mescheder et al., 2018, equation 9).
+    /// Weight of half the square of the discriminator's gradient at real samples (Mescheder et al., 2018,
+    /// equation 9).
     pub r1: f64,
     /// What it is after `optimizer.decay_images`.
     pub final_r1: f64,
@@ -372,8 +381,8 @@ pub struct Loss {
     pub r2: f64,
     /// What that is after `optimizer.decay_images`.
     pub final_r2: f64,
-    /// Penalties are computed in every so many discriminator phases, and weigh as many times more (Karras et al.,
-    /// StyleGAN2, 2020, section 3.1).
+    /// Penalties are computed in every so many discriminator phases, and weigh as many times more (Karras et
+    /// al., StyleGAN2, 2020, section 3.1).
     pub penalty_every: u32,
 }
 
@@ -391,8 +400,8 @@ pub enum LossKind {
     Hinge,
     /// Gulrajani et al. (2017), equation 3.
     WassersteinGp,
-    /// Jolicoeur-Martineau (2019) as Huang et al. (2024) take it, equation 2: each real sample is paired with one of the
-    /// generator's.
+    /// Jolicoeur-Martineau (2019) as Huang et al. (2024) take it, equation 2: each real sample is paired with
+    /// one of the generator's.
     RelativisticPairing,
 }
 
@@ -439,7 +448,8 @@ pub struct Augmentation {
     pub probability: f64,
     /// What that is after `optimizer.decay_images`.
     pub final_probability: f64,
-    /// Whether the probability begins at 0 and follows the discriminator's overfitting instead (Karras et al., 2020).
+    /// Whether the probability begins at 0 and follows the discriminator's overfitting instead (Karras et
+    /// al., 2020).
     pub adaptive: bool,
     /// The mean of sign D(x) over real samples that it aims at.
     pub target: f64,
@@ -531,13 +541,15 @@ impl Job {
         steps * self.samples_per_step() + phases * self.global_batch()
     }
 
-    /// The number of the first sample of the stream that an exclusion holds for: that of the next discriminator phase.
+    /// The number of the first sample of the stream that an exclusion holds for: that of the next
+    /// discriminator phase.
     pub fn number_of(&self, exclusion: &Exclusion) -> u64 {
         let phases = exclusion.after_phase.min(u64::from(self.loss.discriminator_steps));
         exclusion.after_step * self.samples_per_step() + phases * self.global_batch()
     }
 
-    /// Changes of the stream by the exclusions after the start, given the index of each sample that these name.
+    /// Changes of the stream by the exclusions after the start, given the index of each sample that these
+    /// name.
     pub fn changes(&self, mut left_out: impl Iterator<Item = u64>) -> Vec<Change> {
         let later = self.data.exclusions.iter().filter(|exclusion| !exclusion.is_from_the_start());
         let change = |exclusion: &Exclusion| Change {
@@ -569,7 +581,8 @@ impl Job {
     pub fn checkpoint_due(&self, step: u64, samples: u64) -> bool {
         let by_steps = due(step, self.checkpoint.every_steps);
         let by_epochs = self.checkpoint.every_epochs != 0 && {
-            // An epoch ends inside this step: a multiple of `every_epochs` passes was completed by it and not before.
+            // An epoch ends inside this step: a multiple of `every_epochs` passes was completed by it and not
+            // before.
             let period = samples.saturating_mul(self.checkpoint.every_epochs);
             let seen = step * self.samples_per_step();
             seen / period > (seen - self.samples_per_step()) / period

@@ -1,9 +1,9 @@
 //! The wire contract of package `ganglion.v1` and its conversion to the types of the domain.
 //!
-//! The generated messages stay behind [`wire`]; the rest of Ganglion uses [`job::Job`] and the messages of [`message`].
-//! What a run agrees on besides messages is here as well: the order of its samples ([`stream`]), the form of a
-//! checkpoint's manifest ([`manifest`]), of a timeline ([`trace`]) and of the structured log ([`log`]).
-//! Whatever comes from the wire is checked on the way: see [`Malformed`].
+//! The generated messages stay behind [`wire`]; the rest of Ganglion uses [`job::Job`] and the messages of
+//! [`message`]. What a run agrees on besides messages is here as well: the order of its samples ([`stream`]),
+//! the form of a checkpoint's manifest ([`manifest`]), of a timeline ([`trace`]) and of the structured log
+//! ([`log`]). Whatever comes from the wire is checked on the way: see [`Malformed`].
 
 mod bounds;
 mod convert;

@@ -1,7 +1,8 @@
-//! Metrics rows in a file: what a worker that ends without a coordinator leaves beside its checkpoint for the next one.
+//! Metrics rows in a file: what a worker that ends without a coordinator leaves beside its checkpoint for the
+//! next one.
 //!
-//! The messages of the wire one after the other, each with its length before it: numbers keep their bits, as they would not
-//! as text.
+//! The messages of the wire one after the other, each with its length before it: numbers keep their bits, as
+//! they would not as text.
 
 use prost::Message;
 

@@ -1,9 +1,9 @@
 //! Beginning with the weights of another run instead of drawn ones.
 //!
-//! 1. Both networks' parameters and buffers and the moving average are taken; moments, counters and what controls
-//!    augmentation begin anew.
-//! 2. Every file is held against the manifest's hash. The checkpoint's digest goes into the passport, so all workers of a run
-//!    begin with the same one.
+//! 1. Both networks' parameters and buffers and the moving average are taken; moments, counters and what
+//!    controls augmentation begin anew.
+//! 2. Every file is held against the manifest's hash. The checkpoint's digest goes into the passport, so all
+//!    workers of a run begin with the same one.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

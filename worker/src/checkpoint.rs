@@ -1,7 +1,7 @@
 //! The files of a checkpoint: what is in them, how they are written and read.
 //!
-//! 1. Every file is a function of (job, state): its content does not depend on who writes it or on how many workers
-//!    there are, so a checkpoint of any cluster has the same bytes.
+//! 1. Every file is a function of (job, state): its content does not depend on who writes it or on how many
+//!    workers there are, so a checkpoint of any cluster has the same bytes.
 //! 2. A file appears whole or not at all. One that is there already with the same content is done.
 //! 3. A reader takes no file whose hash is not the manifest's, and no state whose digest is not.
 
@@ -114,7 +114,8 @@ pub fn file_count(layout: &StateLayout, data_shards: u32) -> usize {
     part_count(layout, data_shards) + 2
 }
 
-/// blake3 over all tensors by name, in hex: name, NUL, dtype, NUL, rank and shape as u64, elements; little-endian.
+/// blake3 over all tensors by name, in hex: name, NUL, dtype, NUL, rank and shape as u64, elements;
+/// little-endian.
 pub fn state_digest(layout: &StateLayout, snapshot: &Snapshot) -> String {
     let counters = counter_tensors(&snapshot.counters);
     let mut tensors: BTreeMap<&str, (Dtype, Vec<i64>, &[u8])> = BTreeMap::new();
@@ -220,8 +221,8 @@ impl Files<'_> {
             blake3: hash(&content),
         };
         let path = in_folder(&Checkpoint::folder_of(snapshot.step, snapshot.phase), &file.file);
-        // One that is there: another worker, or an earlier life of the run, came here, and the same state gives the same
-        // bytes.
+        // One that is there: another worker, or an earlier life of the run, came here, and the same state
+        // gives the same bytes.
         let written = self.storage.create(&path, &content, &file.blake3).await;
         written.map_err(|source| CheckpointError::Storage { file: path.to_string(), source })?;
         let small = |n: usize| u32::try_from(n).expect("a checkpoint has few files");
@@ -235,11 +236,12 @@ impl Files<'_> {
         })
     }
 
-    /// Writes a whole checkpoint, its manifest last; what is there already is left, but for what is damaged. Returns its
-    /// folder.
+    /// Writes a whole checkpoint, its manifest last; what is there already is left, but for what is damaged.
+    /// Returns its folder.
     ///
     /// # Errors
-    /// The storage's, or a whole checkpoint of another state is there: one of the two is wrong, and that one stays.
+    /// The storage's, or a whole checkpoint of another state is there: one of the two is wrong, and that one
+    /// stays.
     pub async fn write_whole(&self, snapshot: &Snapshot) -> Result<String, CheckpointError> {
         let digest = state_digest(self.layout, snapshot);
         self.refuse_other(snapshot, &digest).await?;
@@ -280,7 +282,8 @@ impl Files<'_> {
         )))
     }
 
-    /// Leaves the rows that no coordinator has recorded in the folder of a checkpoint that a worker writes alone.
+    /// Leaves the rows that no coordinator has recorded in the folder of a checkpoint that a worker writes
+    /// alone.
     pub async fn write_rows(
         &self,
         snapshot: &Snapshot,
@@ -382,7 +385,8 @@ pub fn serialize_floats(layout: &Layout, flat: &Tensor, about: BTreeMap<String, 
     serialize(views, about).iter().flatten().copied().collect()
 }
 
-/// Puts the metadata into a file's header. The library keeps it in a hash map, whose order changes from run to run.
+/// Puts the metadata into a file's header. The library keeps it in a hash map, whose order changes from run
+/// to run.
 fn with_metadata(bytes: Bytes, about: &BTreeMap<String, String>) -> PutPayload {
     let length = u64::from_le_bytes(bytes[..8].try_into().expect("a header starts with its length"));
     let end = 8 + usize::try_from(length).expect("a header is small");

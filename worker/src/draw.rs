@@ -1,4 +1,5 @@
-//! The commands of the `worker` program that draw: samples, walks between them, and the generator itself for other programs.
+//! The commands of the `worker` program that draw: samples, walks between them, and the generator itself for
+//! other programs.
 
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -22,7 +23,8 @@ struct Choice {
     /// Draw this class only, of a conditional model. By default one class follows the other.
     #[arg(long, value_name = "N")]
     class: Option<u32>,
-    /// Keep the noise between -LIMIT and LIMIT: samples are more typical and more alike. 2 changes little, 1 much.
+    /// Keep the noise between -LIMIT and LIMIT: samples are more typical and more alike. 2 changes little, 1
+    /// much.
     #[arg(long, value_name = "LIMIT", value_parser = limit)]
     truncation: Option<f64>,
 }
@@ -66,7 +68,8 @@ pub struct Sample {
     /// The picture of all samples to write, a PNG file.
     #[arg(long, value_name = "FILE", required_unless_present = "folder")]
     out: Option<PathBuf>,
-    /// Write each sample as a PNG file of its own into this folder; of a conditional model, into a folder of its class.
+    /// Write each sample as a PNG file of its own into this folder; of a conditional model, into a folder of
+    /// its class.
     #[arg(long, value_name = "DIR", conflicts_with = "out")]
     folder: Option<PathBuf>,
 }
@@ -186,8 +189,9 @@ pub fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The points (n, d) at `part` of the way along great circles, from 0 to 1. Noise of many dimensions lies near a sphere, which a straight
-/// line would leave: White (2016), "Sampling generative networks", section 2.1; Shoemake (1985).
+/// The points (n, d) at `part` of the way along great circles, from 0 to 1. Noise of many dimensions lies
+/// near a sphere, which a straight line would leave: White (2016), "Sampling generative networks", section
+/// 2.1; Shoemake (1985).
 fn spherical(from: &Tensor, to: &Tensor, part: f64) -> Tensor {
     let along = |x: &Tensor| x.to_kind(Kind::Double);
     let (from, to) = (along(from), along(to));

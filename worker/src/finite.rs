@@ -1,16 +1,17 @@
 //! Judging what a phase was reduced to, before it is committed.
 //!
-//! 1. The verdict is a function of (job, counters, reduced leaf, skips), and all members hold the same of each, so all
-//!    skip or fault at the same position.
+//! 1. The verdict is a function of (job, counters, reduced leaf, skips), and all members hold the same of
+//!    each, so all skip or fault at the same position.
 //! 2. A phase that is not finite is never committed: it is skipped, or the group ends before it.
-//! 3. A phase that is finite is always committed, also one whose position is among the skips. These only *allow* a skip.
-//!    A rolled-back position may have failed because of its own arithmetic, and then the replay fails at it with the same
-//!    bits and it is skipped; or because a device erred once, and then the replay shows what the job really gives. Skipping
-//!    it all the same would write the device's error into the result, and the run would end with other bits than one in
-//!    which nothing failed. So with "roll-back" the result is a function of the job alone, and where no device errs it is
-//!    that of "skip". With "skip" the first reading counts, as with any other wrong number of a device.
-//! 4. More than [`LIMIT`] phases in a row that are not finite end the run: a state that skipping does not change gives
-//!    nothing but more of them.
+//! 3. A phase that is finite is always committed, also one whose position is among the skips. These only
+//!    *allow* a skip. A rolled-back position may have failed because of its own arithmetic, and then the
+//!    replay fails at it with the same bits and it is skipped; or because a device erred once, and then the
+//!    replay shows what the job really gives. Skipping it all the same would write the device's error into
+//!    the result, and the run would end with other bits than one in which nothing failed. So with "roll-back"
+//!    the result is a function of the job alone, and where no device errs it is that of "skip". With "skip"
+//!    the first reading counts, as with any other wrong number of a device.
+//! 4. More than [`LIMIT`] phases in a row that are not finite end the run: a state that skipping does not
+//!    change gives nothing but more of them.
 
 use ganglion_membership::Position;
 use ganglion_proto::job::{Job, NonFinite as Policy};

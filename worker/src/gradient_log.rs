@@ -1,12 +1,13 @@
 //! Log of shard gradients, by which two builds are compared (`make golden`).
 //!
-//! With `GANGLION_SHARD_GRADIENTS=FILE` in its environment a worker appends a line of JSON for each shard gradient that
-//! it computes, before that enters the sum: the update's index, the phase, the network, the data shard, and a hash each
-//! of the gradient, the buffer updates and the scalars.
+//! With `GANGLION_SHARD_GRADIENTS=FILE` in its environment a worker appends a line of JSON for each shard
+//! gradient that it computes, before that enters the sum: the update's index, the phase, the network, the
+//! data shard, and a hash each of the gradient, the buffer updates and the scalars.
 //!
-//! 1. A hash is over the tensors in their order, without the room between them: it does not depend on memory layout.
-//! 2. A line is one write at the file's end, so the workers of a machine can share a file. A shard gradient that is
-//!    computed again, after a fault, is logged again.
+//! 1. A hash is over the tensors in their order, without the room between them: it does not depend on memory
+//!    layout.
+//! 2. A line is one write at the file's end, so the workers of a machine can share a file. A shard gradient
+//!    that is computed again, after a fault, is logged again.
 //! 3. Without the variable a shard gradient costs one comparison.
 
 use std::ffi::OsString;

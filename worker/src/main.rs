@@ -57,7 +57,8 @@ struct Join {
     /// When the run is complete, give all memory back and stay until SIGTERM or Ctrl-C.
     #[arg(long)]
     stay: bool,
-    /// Write a timeline of what this worker does, for ui.perfetto.dev. A coordinator has an option of the same name.
+    /// Write a timeline of what this worker does, for ui.perfetto.dev. A coordinator has an option of the
+    /// same name.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// How logs are written: text, or json for an object a line.
@@ -141,7 +142,8 @@ struct CheckData {
     any_size: bool,
 }
 
-/// Tells on standard output how far it is, and what it found. Whoever asked may be gone: then so is this process.
+/// Tells on standard output how far it is, and what it found. Whoever asked may be gone: then so is this
+/// process.
 fn check_data(arguments: &CheckData) -> Result<(), Failure> {
     let data: Data =
         serde_json::from_str(&arguments.data).map_err(|error| Failure::Input(format!("--data: {error}")))?;
@@ -181,7 +183,8 @@ fn join(arguments: &Join) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A coordinator's own worker adds to its trace, and works without one if that cannot be. Others have traces of their own.
+/// A coordinator's own worker adds to its trace, and works without one if that cannot be. Others have traces
+/// of their own.
 fn open_trace(file: &Path) -> Result<Trace, Failure> {
     let opened = if spawned() { Trace::join(file) } else { Trace::create(file, "worker") };
     match opened {

@@ -13,15 +13,16 @@ use crate::random::{Key, Purpose};
 use crate::state::{Module, State, StateLayout};
 use crate::tensor_bytes::to_bytes;
 
-/// Number of this program's arithmetic: two builds of one number compute the same bits, and may train together.
+/// Number of this program's arithmetic: two builds of one number compute the same bits, and may train
+/// together.
 ///
-/// Raise it with every change that moves a bit of any job. `make golden` fails where bits differ from those of the commit
-/// before and this number does not. It is no hash of the sources, so that a run can go on with a newer build that computes
-/// the same. Builds before there was this number have the first.
+/// Raise it with every change that moves a bit of any job. `make golden` fails where bits differ from those
+/// of the commit before and this number does not. It is no hash of the sources, so that a run can go on with
+/// a newer build that computes the same. Builds before there was this number have the first.
 pub const NUMERICS: u32 = 1;
 
-/// Takes the passport: the number of the build's arithmetic, the machine's kind, and hashes of what this job's arithmetic
-/// gives here.
+/// Takes the passport: the number of the build's arithmetic, the machine's kind, and hashes of what this
+/// job's arithmetic gives here.
 pub fn take(
     job: &Job,
     models: &Models,
@@ -50,7 +51,8 @@ pub fn take(
 /// Samples of a probe: enough for kernels that take several at a time, and little work.
 const SAMPLES: u32 = 8;
 
-/// Runs each kind of phase once from the initial state, on stand-ins for a few images, and hashes what comes out.
+/// Runs each kind of phase once from the initial state, on stand-ins for a few images, and hashes what comes
+/// out.
 fn probe(
     job: &Job,
     models: &Models,

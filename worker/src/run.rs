@@ -111,7 +111,8 @@ pub fn run(
     }
 }
 
-/// Tells a trace who this is, and the time by the clock on the wall: that of another machine has another time axis.
+/// Tells a trace who this is, and the time by the clock on the wall: that of another machine has another time
+/// axis.
 fn introduce(session: &Session, trace: &Trace, track: &Track) {
     let welcome = session.welcome();
     trace.name(&format!("worker {}", welcome.worker));

@@ -70,8 +70,8 @@ impl Generator {
         }
     }
 
-    /// Reads the bytes of a `generator_ema.safetensors`. `file` names it in errors; `script` is the TorchScript that it
-    /// belongs to, if that is not where it was.
+    /// Reads the bytes of a `generator_ema.safetensors`. `file` names it in errors; `script` is the
+    /// TorchScript that it belongs to, if that is not where it was.
     pub fn read(file: &str, bytes: &[u8], script: Option<&Path>) -> Result<Generator, SampleError> {
         let input = |what: String| SampleError::Input(format!("{file}: {what}"));
         let (_, header) = SafeTensors::read_metadata(bytes)
@@ -123,8 +123,8 @@ impl Generator {
         self.latent_dim
     }
 
-    /// `count` images, (count, c, h, w) in [-1, 1]. Sample i depends on the seed and i alone. A conditional generator draws
-    /// one class after the other.
+    /// `count` images, (count, c, h, w) in [-1, 1]. Sample i depends on the seed and i alone. A conditional
+    /// generator draws one class after the other.
     pub fn draw(&self, seed: u64, count: u32) -> Tensor {
         self.draw_for(Purpose::Samples, seed, count)
     }
@@ -135,8 +135,8 @@ impl Generator {
         self.images(&Tensor::stack(&noise, 0), &self.classes_in_turn(count))
     }
 
-    /// The noise of sample `index`, (latent_dim). With truncation what is beyond it is drawn anew: Brock et al. (2019), "Large scale
-    /// GAN training for high fidelity natural image synthesis", section 3.1.
+    /// The noise of sample `index`, (latent_dim). With truncation what is beyond it is drawn anew: Brock et
+    /// al. (2019), "Large scale GAN training for high fidelity natural image synthesis", section 3.1.
     pub fn noise(&self, purpose: Purpose, seed: u64, index: u32, truncation: Option<f64>) -> Tensor {
         let draw =
             |phase| Key { seed, step: u64::from(index), phase, shard: 0, purpose }.normal(self.latent_dim);
@@ -157,8 +157,8 @@ impl Generator {
         (0..count).map(|index| index % self.classes.max(1)).collect()
     }
 
-    /// Images (n, c, h, w) in [-1, 1] from noise (n, latent_dim), each of a class below [`classes`](Self::classes); a
-    /// generator that knows no classes does not look at them.
+    /// Images (n, c, h, w) in [-1, 1] from noise (n, latent_dim), each of a class below
+    /// [`classes`](Self::classes); a generator that knows no classes does not look at them.
     pub fn images(&self, noise: &Tensor, classes: &[u32]) -> Tensor {
         let size = i64::try_from(BATCH).expect("a small number");
         let draw = |(noise, classes): (&Tensor, &[u32])| {
@@ -170,7 +170,8 @@ impl Generator {
         Tensor::cat(&batches, 0)
     }
 
-    /// One pass of the network: noise (n, latent_dim), and classes (n) of int64 if it knows some, to images (n, c, h, w).
+    /// One pass of the network: noise (n, latent_dim), and classes (n) of int64 if it knows some, to images
+    /// (n, c, h, w).
     pub fn forward(&self, noise: &Tensor, classes: Option<&Tensor>) -> Tensor {
         let key = Key { seed: 0, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
         let classes = classes.filter(|_| self.classes > 0);

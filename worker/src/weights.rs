@@ -14,7 +14,8 @@ const GENERATOR: &str = "generator_ema.safetensors";
 /// Which generator draws.
 #[derive(Args, Clone, Debug)]
 pub struct Weights {
-    /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object store.
+    /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object
+    /// store.
     #[arg(long, value_name = "PATH|URL")]
     pub checkpoint: String,
     /// The TorchScript file of the generator, of a run with networks of its own, if it is not where it was.

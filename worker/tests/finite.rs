@@ -41,7 +41,8 @@ fn verdict(bench: &Bench, module: Module, mean: &Tensor, skips: &[Position]) -> 
     }
 }
 
-/// The gradient, the statistics and the loss all count, at their first and last element; the room behind a leaf does not.
+/// The gradient, the statistics and the loss all count, at their first and last element; the room behind a
+/// leaf does not.
 #[test]
 fn every_part_of_a_leaf_is_judged_and_named() {
     let mut bench = bench(Policy::Skip);

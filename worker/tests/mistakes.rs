@@ -125,8 +125,8 @@ fn a_leaf_has_the_same_bits_whatever_was_computed_before() {
     }
 }
 
-/// The samples that a generator's phase begins with are those of the last discriminator phase, and it does not matter
-/// whether they were kept or drawn again, with the means to go back or without.
+/// The samples that a generator's phase begins with are those of the last discriminator phase, and it does
+/// not matter whether they were kept or drawn again, with the means to go back or without.
 #[test]
 fn samples_are_the_same_kept_or_drawn_again() {
     for (kind, precision) in EVERY_ARITHMETIC {

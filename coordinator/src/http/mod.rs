@@ -1,8 +1,8 @@
 //! The dashboard, and what machines ask of a coordinator: JSON, Prometheus, probes. All of it is read-only.
 //!
 //! 1. The shell waits for no client: it publishes a view, and the chronicle's lock is held for a moment only.
-//! 2. Nothing that a client does costs more than is bounded here: connections, the time to ask, the size of a question, the
-//!    life of a connection, the size of an answer.
+//! 2. Nothing that a client does costs more than is bounded here: connections, the time to ask, the size of a
+//!    question, the life of a connection, the size of an answer.
 //! 3. Only GET and HEAD are served, and no body is read.
 //! 4. A page of another site learns nothing: its name is not this host's, and it has no token (`guard`).
 
@@ -37,8 +37,9 @@ use crate::report::view::View;
 pub use guard::{Guard, TOKEN_FILE, keep_token};
 pub use start::{Content, Dashboard, Wanted, start};
 
-/// Connections at a time, those of one address, and those of one address that wait for a question. The one that has waited
-/// the longest makes place for a newcomer, so probes are answered whatever others leave open, and whatever one address does.
+/// Connections at a time, those of one address, and those of one address that wait for a question. The one
+/// that has waited the longest makes place for a newcomer, so probes are answered whatever others leave open,
+/// and whatever one address does.
 const LIMITS: Limits =
     Limits { all: 128, strangers_of_address: 96, idle_of_address: 64, grace: Duration::ZERO };
 /// How long a connection may take to become one, such as by a TLS handshake.
@@ -113,7 +114,8 @@ pub fn is_local(address: IpAddr) -> bool {
     address.is_loopback()
 }
 
-/// Serves a site. `secure` makes of a connection what is spoken over, such as by a TLS handshake; [`plainly`] makes nothing.
+/// Serves a site. `secure` makes of a connection what is spoken over, such as by a TLS handshake; [`plainly`]
+/// makes nothing.
 pub fn serve<S, F>(
     listener: TcpListener,
     site: Site,
@@ -148,7 +150,8 @@ pub async fn plainly(stream: TcpStream) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Answers on one connection until it ends, has lived long enough, or makes place for another while it waits for a question.
+/// Answers on one connection until it ends, has lived long enough, or makes place for another while it waits
+/// for a question.
 async fn converse<S>(stream: S, router: Router, place: &Place)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -170,8 +173,8 @@ where
         .serve_connection(TokioIo::new(stream), answer);
     let mut connection = pin!(connection);
     tokio::select! {
-        // A question that has come already is answered before its connection makes place: in a crowd of one address a probe
-        // may be asked to before it was looked at.
+        // A question that has come already is answered before its connection makes place: in a crowd of one
+        // address a probe may be asked to before it was looked at.
         biased;
         _ = connection.as_mut() => return,
         () = place.shown_out() => return,

@@ -34,7 +34,8 @@ const EVALUATIONS: usize = 500;
 /// Pictures in a list.
 const PICTURES: usize = 500;
 
-/// What every answer says to a browser: nothing from elsewhere is loaded, nothing is guessed, nobody frames it.
+/// What every answer says to a browser: nothing from elsewhere is loaded, nothing is guessed, nobody frames
+/// it.
 const HARDENING: [(HeaderName, HeaderValue); 6] = [
     (
         header::CONTENT_SECURITY_POLICY,

@@ -1,6 +1,8 @@
-//! `/metrics`: the run for Prometheus. Made anew for each scrape, so that a worker that is gone has no figures.
+//! `/metrics`: the run for Prometheus. Made anew for each scrape, so that a worker that is gone has no
+//! figures.
 //!
-//! Counts come from the events of the run, those of earlier coordinators included, so a restart sets none of them back.
+//! Counts come from the events of the run, those of earlier coordinators included, so a restart sets none of
+//! them back.
 
 use std::fmt;
 use std::sync::atomic::AtomicU64;

@@ -62,7 +62,8 @@ const ADMIN_LIMIT: usize = 64 << 10;
 /// Messages to one worker.
 pub type Outbox = mpsc::Sender<ToWorker>;
 
-/// One session of a worker. A worker that comes back has a new one; whatever its older ones still bring is dropped.
+/// One session of a worker. A worker that comes back has a new one; whatever its older ones still bring is
+/// dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionId(u64);
 
@@ -99,7 +100,8 @@ pub enum AdminInput {
     Stop(oneshot::Sender<()>),
 }
 
-/// Serves clients whose connections come by `incoming` until `shutdown` changes. Health is told by the shell's `views`.
+/// Serves clients whose connections come by `incoming` until `shutdown` changes. Health is told by the
+/// shell's `views`.
 pub async fn serve<C>(
     incoming: mpsc::Receiver<C>,
     term: Term,

@@ -123,7 +123,8 @@ impl Shell {
 
     fn form(&mut self, group: &Group, cause: &Cause) -> Result<(), ShellError> {
         if let Some(lost) = self.lost.take_if(|_| group.start == Start::Fresh) {
-            // Nobody came back that holds a state, so this would be the start of a run that is not at its start.
+            // Nobody came back that holds a state, so this would be the start of a run that is not at its
+            // start.
             self.outcome = Some(Outcome::InputWrong(lost));
             return Ok(());
         }
@@ -208,7 +209,8 @@ impl Shell {
 
     /// Journals a checkpoint and has it made valid.
     pub(super) fn commit(&mut self, checkpoint: Checkpoint) -> Result<(), ShellError> {
-        // A new group reports files again that were reported, perhaps of one that is under way. `latest` never goes back.
+        // A new group reports files again that were reported, perhaps of one that is under way. `latest`
+        // never goes back.
         match self.ordered.map(|newest| checkpoint.position.cmp(&newest)) {
             Some(Ordering::Equal) => return Ok(()),
             Some(Ordering::Less) => return self.act(Action::AbandonCheckpoint(checkpoint.step)),
@@ -229,7 +231,8 @@ impl Shell {
         Ok(())
     }
 
-    /// Gives up the checkpoints that are not valid yet. Those of the same steps that come later may hold other states.
+    /// Gives up the checkpoints that are not valid yet. Those of the same steps that come later may hold
+    /// other states.
     fn give_up_checkpoints(&mut self) {
         for checkpoint in std::mem::take(&mut self.unjournaled) {
             self.records.event("checkpoint_abandoned", json!({ "step": checkpoint.step }));

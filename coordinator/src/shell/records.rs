@@ -1,9 +1,11 @@
 //! What the run leaves for its users: metrics, events, TensorBoard, pictures, progress, a timeline.
 //!
-//! 1. A row is acknowledged only once it is durable, and all before it; until then it waits here or with the workers.
-//! 2. A failure to write any of these never stops the run. It is told once, and once more when it works again.
-//! 3. The loop does not wait for the disk: it writes, and a thread syncs what was written, within about a second. A
-//!    checkpoint is journaled once the rows up to its step are durable.
+//! 1. A row is acknowledged only once it is durable, and all before it; until then it waits here or with the
+//!    workers.
+//! 2. A failure to write any of these never stops the run. It is told once, and once more when it works
+//!    again.
+//! 3. The loop does not wait for the disk: it writes, and a thread syncs what was written, within about a
+//!    second. A checkpoint is journaled once the rows up to its step are durable.
 
 #[cfg(test)]
 mod tests;
@@ -278,7 +280,8 @@ impl Records {
         [waiting, self.metrics.first_fresh(), self.missing(limit)].into_iter().flatten().min()
     }
 
-    /// The first step up to `limit` whose row has not come, or found no room. There is none as long as others wait here.
+    /// The first step up to `limit` whose row has not come, or found no room. There is none as long as others
+    /// wait here.
     pub fn missing(&mut self, limit: u64) -> Option<u64> {
         let Records { receipts, metrics, waiting, .. } = self;
         let waiting: BTreeSet<u64> = waiting.iter().map(|row| row.step).collect();
@@ -376,8 +379,9 @@ impl Records {
         self.event("samples", serde_json::json!({ "step": grid.step, "file": format!("samples/{name}") }));
     }
 
-    /// Notes that the phase that started at `position` was skipped. All members say so, and say it again when they compute
-    /// it again: it is noted once. People are told of the first, the second, the fourth and so on.
+    /// Notes that the phase that started at `position` was skipped. All members say so, and say it again when
+    /// they compute it again: it is noted once. People are told of the first, the second, the fourth and so
+    /// on.
     pub fn phase_skipped(&mut self, position: Position, detail: &str) {
         if self.skipped.newest >= Some(position) {
             return;

@@ -68,8 +68,8 @@ impl Processes for SystemProcesses {
         check(&self.program)
     }
 
-    /// Asks the program itself: it counts by the same rules by which it chooses one, `CUDA_VISIBLE_DEVICES` included, and
-    /// without a driver or a build for GPUs it has none.
+    /// Asks the program itself: it counts by the same rules by which it chooses one, `CUDA_VISIBLE_DEVICES`
+    /// included, and without a driver or a build for GPUs it has none.
     fn count_gpus(&self) -> io::Result<u32> {
         self.check_program()?;
         let mut counting = std::process::Command::new(&self.program)
@@ -191,8 +191,8 @@ async fn watch(
     let _ = exits.send(Exited { token, pid, status, input_error });
 }
 
-/// The next line of a worker's log, without its end: any bytes, since a worker prints names and paths as they are. Of a
-/// line that is too long the first part.
+/// The next line of a worker's log, without its end: any bytes, since a worker prints names and paths as they
+/// are. Of a line that is too long the first part.
 async fn next_line(lines: &mut (impl AsyncBufRead + Unpin)) -> Option<String> {
     let mut line = Vec::new();
     let mut cut = false;

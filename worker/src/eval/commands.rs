@@ -26,7 +26,8 @@ use crate::weights::Weights;
 /// Arguments of `worker eval`.
 #[derive(Args)]
 pub struct Eval {
-    /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object store.
+    /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object
+    /// store.
     #[arg(long, value_name = "PATH|URL", required_unless_present = "rungs", conflicts_with = "rungs")]
     checkpoint: Option<String>,
     /// The TorchScript file of the generator, of a run with networks of its own, if it is not where it was.
@@ -35,8 +36,8 @@ pub struct Eval {
     /// Judge samples of known worth instead: real ones, some of their classes, blurred ones, noise.
     #[arg(long, requires = "held_out")]
     rungs: bool,
-    /// The real samples: a kind of data.kind, and for most a path, such as idx:/data/train-images-idx3-ubyte.gz. By default those
-    /// of the run that the checkpoint lies in.
+    /// The real samples: a kind of data.kind, and for most a path, such as
+    /// idx:/data/train-images-idx3-ubyte.gz. By default those of the run that the checkpoint lies in.
     #[arg(long, value_name = "KIND[:PATH]")]
     data: Option<Source>,
     /// Real samples of the same kind that were not trained on.
@@ -48,7 +49,8 @@ pub struct Eval {
     /// Real samples to hold them against; 0 for all.
     #[arg(long, default_value_t = 0)]
     reference: u32,
-    /// What metrics look at: auto, digits, pixels, or a TorchScript file from images (n, c, h, w) in [-1, 1] to features (n, d).
+    /// What metrics look at: auto, digits, pixels, or a TorchScript file from images (n, c, h, w) in [-1, 1]
+    /// to features (n, d).
     #[arg(long, default_value = "auto")]
     features: String,
     /// Seed of the noise.

@@ -105,7 +105,8 @@ impl Asked {
     }
 }
 
-/// What an evaluation needs that is not a matter of its samples: opened and checked before training, looked at later.
+/// What an evaluation needs that is not a matter of its samples: opened and checked before training, looked
+/// at later.
 #[derive(Debug)]
 pub struct Means {
     settings: Evaluation,
@@ -243,8 +244,9 @@ impl Judge {
     }
 }
 
-/// How far a discriminator takes samples that it has not seen for generated ones: 0 if it takes them for those that it has
-/// seen, 1 for generated ones. Karras et al. (2020), "Training generative adversarial networks with limited data", equation 1, r_v.
+/// How far a discriminator takes samples that it has not seen for generated ones: 0 if it takes them for
+/// those that it has seen, 1 for generated ones. Karras et al. (2020), "Training generative adversarial
+/// networks with limited data", equation 1, r_v.
 fn overfitting(critic: &Critic, seen: &Asked, held_out: &Asked, generated: &Asked) -> f64 {
     let seen = critic.opinion(seen);
     let ratio = (seen - critic.opinion(held_out)) / (seen - critic.opinion(generated));

@@ -1,11 +1,12 @@
 //! Networks that users wrote in Python, as TorchScript.
 //!
 //! 1. Training begins with the parameters and buffers of the file.
-//! 2. A pass begins with the buffers it is given; what it hands out is by how much the module changed each, so that one it
-//!    leaves alone keeps its bits. A second pass of the same leaf begins where the first one ended, as in PyTorch.
+//! 2. A pass begins with the buffers it is given; what it hands out is by how much the module changed each,
+//!    so that one it leaves alone keeps its bits. A second pass of the same leaf begins where the first one
+//!    ended, as in PyTorch.
 //! 3. What the module draws is seeded by the pass's key.
-//! 4. Whole numbers among the buffers (`num_batches_tracked`) are no part of the state: a module whose result depends on how
-//!    often it ran is refused.
+//! 4. Whole numbers among the buffers (`num_batches_tracked`) are no part of the state: a module whose result
+//!    depends on how often it ran is refused.
 
 use std::fmt;
 use std::path::Path;
