@@ -570,9 +570,9 @@ fn conclude(ended: Ended, job: &Job, run_dir: &RunDir) -> Result<String, Failure
             Err(Failure::Stopped { code, step: position.map_or(0, |position| position.0 / per_step) })
         }
         Outcome::InputWrong(detail) => Err(Failure::Input(detail)),
-        Outcome::Failed(reason) => {
-            Err(Failure::Other(format!("{reason}; the same command goes on from the newest checkpoint")))
-        }
+        Outcome::Failed(reason) => Err(Failure::Other(format!(
+            "{reason}; once that is mended, the same command goes on from the newest checkpoint"
+        ))),
     }
 }
 
