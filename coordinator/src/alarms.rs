@@ -1,7 +1,7 @@
-//! Alarms: what rows of metrics and evaluations say of a run that goes wrong.
+//! Alarms: signs of a failing run in its rows of metrics and its evaluations.
 //!
 //! 1. Pure: an alarm is a function of the rows, in their order, and of the job.
-//! 2. An alarm is raised once, and again only after its cause was gone.
+//! 2. An alarm is raised once, and again only after its cause has gone.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,24 +10,24 @@ use ganglion_proto::evaluation::{AlarmPolicy, Alarms, EvaluationRow, names};
 use ganglion_proto::job::{Job, LossKind};
 use ganglion_proto::message::MetricsRow;
 
-/// What goes wrong.
+/// Kind of failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Alarm {
-    /// Samples are all alike, or of few classes.
+    /// Mode collapse: samples are all alike, or of few classes.
     Collapse,
-    /// The discriminator knows its samples by heart.
+    /// The discriminator has memorised its samples.
     Overfitting,
-    /// One network has won: the other learns nothing any more.
+    /// One network has won: the other one no longer learns.
     Balance,
-    /// Numbers are infinite or no numbers.
+    /// Numbers are infinite or NaN.
     NonFinite,
 }
 
 impl Alarm {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Alarm; 4] = [Alarm::Collapse, Alarm::Overfitting, Alarm::Balance, Alarm::NonFinite];
 
-    /// Its name in events and metrics.
+    /// Name of the alarm in events and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Alarm::Collapse => "collapse",
@@ -44,30 +44,30 @@ impl fmt::Display for Alarm {
     }
 }
 
-/// An alarm begins, for a reason, or is over.
+/// Change of an alarm's state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// It begins.
+    /// The alarm begins, for this reason.
     Raised(Alarm, String),
-    /// Its cause is gone.
+    /// The cause of the alarm has gone.
     Over(Alarm),
 }
 
-/// Whoever watches the rows.
+/// Detector: a state machine over the rows.
 #[derive(Debug)]
 pub struct Watch {
     settings: Alarms,
     loss: LossKind,
     images_per_step: u64,
     raised: BTreeSet<Alarm>,
-    /// Rows in a row whose scores were saturated.
+    /// Number of consecutive rows whose scores (D outputs) were saturated.
     saturated: u64,
-    /// Why the newest row, and the newest evaluation, are not finite.
+    /// Reason why the newest row, and the newest evaluation, are not finite.
     not_finite: [Option<String>; 2],
 }
 
 impl Watch {
-    /// For a job.
+    /// Creates the detector of a job.
     pub fn new(job: &Job) -> Watch {
         Watch {
             settings: job.alarms.clone(),
@@ -79,7 +79,7 @@ impl Watch {
         }
     }
 
-    /// Looks at an evaluation.
+    /// Processes an evaluation; returns the alarms that change.
     pub fn evaluation(&mut self, row: &EvaluationRow) -> Vec<Change> {
         let is_early = row.step * self.images_per_step < self.settings.after_images;
         if self.settings.policy == AlarmPolicy::Off || row.metrics.is_empty() || is_early {
@@ -111,7 +111,7 @@ impl Watch {
         .collect()
     }
 
-    /// Why samples have collapsed, if they have.
+    /// Reason to call the samples collapsed, if there is one.
     fn collapse(&self, row: &EvaluationRow) -> Option<String> {
         let limit = self.settings.collapse;
         let share = |name: &str| row.get(name).filter(|share| *share < limit);
@@ -132,7 +132,7 @@ impl Watch {
         self.not_finite.iter().flatten().next().cloned()
     }
 
-    /// Looks at a row of metrics.
+    /// Processes a row of metrics; returns the alarms that change.
     pub fn row(&mut self, row: &MetricsRow) -> Vec<Change> {
         if self.settings.policy == AlarmPolicy::Off {
             return Vec::new();
@@ -166,10 +166,11 @@ impl Watch {
     }
 }
 
-/// What the discriminator's scores say where they leave a network nothing to learn from; `None` where they do
-/// not, or where the loss has no such place.
+/// Describes scores (D outputs) that leave one network nothing to learn from; `None` where they do
+/// not, or where the loss has no such point.
 fn saturated(loss: LossKind, [real, fake]: [f64; 2]) -> Option<&'static str> {
-    // Probabilities; for least squares and hinge the values that the discriminator's loss is least at.
+    // Probabilities; for least squares and hinge the values at which the discriminator's loss is
+    // minimal.
     let [won_real, won_fake] = match loss {
         LossKind::NonSaturating | LossKind::Minimax | LossKind::LeastSquares => [0.99, 0.01],
         LossKind::Hinge => [1.0, -1.0],

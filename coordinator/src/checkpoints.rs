@@ -1,11 +1,11 @@
-//! The run's checkpoint storage: manifests, the newest valid one, and how many are kept.
+//! The run's checkpoint storage: manifests, the newest valid checkpoint, and retention.
 //!
-//! 1. A folder without a manifest is no checkpoint.
-//! 2. A manifest is created once, after all its files are there; `latest` moves after that, and is only a
-//!    hint.
+//! 1. A folder without a manifest is not a checkpoint.
+//! 2. A manifest is created once, after all its files are there; `latest` moves after that, and is
+//!    only a hint.
 //! 3. Before a run starts from a checkpoint, every file is read and its hash compared.
-//! 4. A storage that is away says nothing of what is in it: nothing is called damaged or absent because of
-//!    that.
+//! 4. An unreachable storage proves nothing about its contents: nothing is called damaged or absent
+//!    because of it.
 
 use ganglion_membership::{Checkpoint, StoredFile};
 use ganglion_proto::message::MetricsRow;
@@ -17,35 +17,35 @@ use ganglion_storage::{
 
 use crate::patience::Patience;
 
-/// A storage of checkpoints that is the run's.
+/// The checkpoint storage of one run.
 #[derive(Clone)]
 pub struct Checkpoints {
     storage: Storage,
 }
 
-/// A checkpoint that cannot be used, and why.
+/// A checkpoint that cannot be used, and the reason.
 #[derive(Debug)]
 pub struct Damaged {
-    /// Its folder.
+    /// Folder of the checkpoint.
     pub folder: String,
-    /// What is wrong.
+    /// Description of the damage.
     pub reason: String,
 }
 
-/// A storage that a run cannot use.
+/// Reason why a run cannot use a storage.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
     /// The user's choice is wrong.
     #[error("checkpoint.url {0}")]
     Input(String),
-    /// It was away for too long.
+    /// The storage was unreachable for too long.
     #[error("checkpoint.url {0}")]
     Away(String),
 }
 
 impl Checkpoints {
-    /// Opens a storage for a run, marking it as the run's. A folder is made; an object store that is away is
-    /// waited for.
+    /// Opens a storage for a run and marks it as the run's. A folder is created; an object store
+    /// that is unreachable is waited for.
     pub async fn open(address: &str, run: &str, patience: &Patience) -> Result<Checkpoints, Unusable> {
         let input =
             |address: &dyn std::fmt::Display, what: &str| Unusable::Input(format!("{address}: {what}"));
@@ -89,7 +89,8 @@ impl Checkpoints {
         }
     }
 
-    /// Why nothing of a run can be in a storage, if that is so. Nothing is made or written there.
+    /// Reason why a storage cannot hold anything of a run, if there is one. Nothing is created or
+    /// written there.
     pub async fn absence(address: &str, patience: &Patience) -> Result<Option<String>, Unusable> {
         let address = Address::parse(address).map_err(Unusable::Input)?;
         if let Address::Folder(folder) = &address
@@ -107,13 +108,13 @@ impl Checkpoints {
         }
     }
 
-    /// The storage.
+    /// The underlying storage.
     pub fn storage(&self) -> &Storage {
         &self.storage
     }
 
-    /// Makes a checkpoint valid: its manifest, then `latest`. Repeating it does no harm. Returns whether it
-    /// is valid: one that is not wanted any more once the manifest is written is withdrawn.
+    /// Makes a checkpoint valid: its manifest, then `latest`. Idempotent. Returns whether it is
+    /// valid: a checkpoint that is no longer wanted once the manifest is written is withdrawn.
     pub async fn commit(&self, checkpoint: &Checkpoint, is_wanted: impl Fn() -> bool) -> Result<bool, Error> {
         let text = manifest::render(checkpoint);
         let hash = blake3::hash(text.as_bytes()).to_hex();
@@ -129,7 +130,8 @@ impl Checkpoints {
         Ok(true)
     }
 
-    /// Takes a manifest back that must not count, where it was written. `latest` does not name it yet.
+    /// Removes the manifest of a checkpoint that must not count, where it was written. `latest`
+    /// does not name it yet.
     pub async fn withdraw(&self, checkpoint: &Checkpoint) -> Result<(), Error> {
         let folder = checkpoint.folder();
         let there = self.storage.text(&in_folder(&folder, MANIFEST)).await?;
@@ -140,7 +142,7 @@ impl Checkpoints {
         }
     }
 
-    /// Keeps the manifest of another state that is where a checkpoint's goes, under a name of its own.
+    /// Renames the manifest of another state that lies where a checkpoint's is to be written.
     async fn set_aside_other(&self, checkpoint: &Checkpoint) -> Result<(), Error> {
         let (folder, digest) = (checkpoint.folder(), &checkpoint.state_digest);
         let Some(text) = self.storage.text(&in_folder(&folder, MANIFEST)).await? else { return Ok(()) };
@@ -157,7 +159,7 @@ impl Checkpoints {
         }
     }
 
-    /// The newest checkpoint whose files are whole, and the newer ones that are not.
+    /// Finds the newest checkpoint whose files are whole; also returns the newer ones that are not.
     pub async fn newest_valid(&self) -> Result<(Option<Checkpoint>, Vec<Damaged>), Error> {
         let mut damaged = Vec::new();
         for folder in self.storage.checkpoints().await?.into_iter().rev() {
@@ -170,15 +172,15 @@ impl Checkpoints {
         Ok((None, damaged))
     }
 
-    /// The rows that workers left which ended without a coordinator, up to a step.
+    /// Rows up to a step that were left by workers that ended without a coordinator.
     pub async fn left_rows(&self, last_step: u64) -> Result<Vec<MetricsRow>, Error> {
         let mut found = Vec::new();
         for folder in self.storage.checkpoints().await? {
             for file in self.storage.files(&folder).await? {
                 if rows::is_file(&file) {
                     let content = self.storage.read(&in_folder(&folder, &file)).await?;
-                    // One that is torn is of a worker that died on the way; others may have left the same
-                    // rows.
+                    // A torn file is of a worker that died while writing; others may have left the
+                    // same rows.
                     found.extend(rows::decode(&content).unwrap_or_default());
                 }
             }
@@ -188,8 +190,8 @@ impl Checkpoints {
         Ok(found)
     }
 
-    /// Reads a folder's manifest and checks its files; `None` where there is no manifest, and what is wrong
-    /// where something is.
+    /// Reads a folder's manifest and checks its files. `Ok(None)` where there is no manifest, `Err`
+    /// with the damage where there is any.
     async fn read(&self, folder: &str) -> Result<Result<Option<Checkpoint>, String>, Error> {
         let text = match self.storage.text(&in_folder(folder, MANIFEST)).await {
             Ok(Some(text)) => text,
@@ -205,7 +207,7 @@ impl Checkpoints {
         Ok(wrong.map_or(Ok(Some(checkpoint)), Err))
     }
 
-    /// Names the best checkpoint, and leaves its model card.
+    /// Writes `best.json` and the model card.
     pub async fn name_best(&self, named: &str, card: &str) -> Result<(), Error> {
         for (file, content) in [(MODEL_CARD, card), (BEST, named)] {
             self.storage.replace(&Path::from(file), &PutPayload::from(content.to_string())).await?;
@@ -213,13 +215,14 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Removes all but the newest `keep` checkpoints (0 keeps all) and those in `protected`, and what failed
-    /// attempts before them left.
+    /// Removes all but the newest `keep` checkpoints (0 keeps all) and those in `protected`, and
+    /// the remains of failed attempts before them.
     pub async fn prune(&self, keep: u64, protected: &[String]) -> Result<(), Error> {
         let mut kept = 0;
         for folder in self.storage.checkpoints().await?.iter().rev() {
             if keep == 0 && kept == 2 {
-                // What failed before these went when the older of them was new.
+                // Remains of failed attempts before these were removed when the older of them was
+                // new.
                 return Ok(());
             }
             let is_checkpoint = self.storage.exists(&in_folder(folder, MANIFEST)).await?;
@@ -233,8 +236,8 @@ impl Checkpoints {
     }
 }
 
-/// What is wrong with the files of a checkpoint, if anything: each must be there and have the manifest's
-/// hash.
+/// Checks the files of a checkpoint: each must be there and have the manifest's hash. Returns the
+/// damage, if there is any.
 pub async fn check_files(storage: &Storage, checkpoint: &Checkpoint) -> Result<Option<String>, Error> {
     for StoredFile { file, blake3, .. } in &checkpoint.files {
         let damage = match storage.hash(&in_folder(&checkpoint.folder(), file)).await {
@@ -247,7 +250,8 @@ pub async fn check_files(storage: &Storage, checkpoint: &Checkpoint) -> Result<O
     Ok(None)
 }
 
-/// What an error says of a file, unless it only says that the storage is away.
+/// Turns a storage error into a statement about a file, unless the error only says that the storage
+/// is unreachable.
 fn wrong(storage: &Storage, file: &str, error: Error) -> Result<String, Error> {
     if storage.is_away(&error) { Err(error) } else { Ok(format!("{file}: {}", reason(&error))) }
 }
@@ -328,7 +332,7 @@ mod tests {
         assert_eq!(storage.newest_valid().await.unwrap().0.map(|newest| newest.step), Some(100_000_001));
     }
 
-    /// Computed again, a damaged checkpoint becomes valid again.
+    /// A damaged checkpoint that is computed again becomes valid again.
     #[tokio::test]
     async fn a_damaged_manifest_is_written_again() {
         let (folder, storage) = storage().await;

@@ -1,8 +1,8 @@
-//! What the files of runs tell, without asking a coordinator: `coordinator runs` and `coordinator
-//! checkpoints`.
+//! Commands that read a run's files without asking a coordinator: `coordinator runs` and
+//! `coordinator checkpoints`.
 //!
-//! 1. Nothing is written, and a run that goes on is not disturbed.
-//! 2. Of a run's records only the ends are read, so a long run is listed as fast as a short one.
+//! 1. Nothing is written, and a run in progress is not disturbed.
+//! 2. Only the ends of a run's records are read, so a long run is listed as fast as a short one.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -24,27 +24,27 @@ use crate::journal::History;
 use crate::ownership::is_claimed;
 use crate::report::table::{Table, ago, size};
 
-/// As many bytes at the end of a file as hold its last line.
+/// Bytes read from the end of a file; enough to hold its last line.
 const TAIL: u64 = 64 << 10;
 
-/// How things stand with a run.
+/// State of a run, as seen from its files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Standing {
-    /// A coordinator holds it.
+    /// A coordinator holds the run directory.
     Running,
-    /// It is done.
+    /// The last step is done.
     Complete,
-    /// It was stopped after a clean checkpoint.
+    /// A coordinator stopped it after a clean checkpoint.
     Stopped,
-    /// It ended with an error.
+    /// The newest coordinator ended with an error.
     Failed,
-    /// Its coordinator died.
+    /// The newest coordinator died without recording an end.
     Interrupted,
 }
 
 impl Standing {
-    /// The word for it.
+    /// Returns the name used in the table and in JSON.
     pub fn name(self) -> &'static str {
         match self {
             Standing::Running => "running",
@@ -56,24 +56,24 @@ impl Standing {
     }
 }
 
-/// A run, as its files tell it.
+/// Summary of a run, read from its files.
 #[derive(Debug, Serialize)]
 pub struct Overview {
-    /// Its folder.
+    /// The run directory.
     pub run_dir: PathBuf,
-    /// The job's name.
+    /// Name of the job, `job.name`.
     pub name: String,
-    /// How things stand.
+    /// State of the run.
     pub standing: Standing,
-    /// The newest recorded step.
+    /// Newest recorded step.
     pub step: u64,
-    /// The step that ends it; none while the size of its data is unknown.
+    /// Last step of the job; `None` while the size of the data set is unknown.
     pub last_step: Option<u64>,
-    /// The step of the newest checkpoint.
+    /// Step of the newest checkpoint.
     pub checkpoint_step: Option<u64>,
-    /// The digest of the newest checkpoint's state.
+    /// `state_digest` of the newest checkpoint.
     pub state_digest: Option<String>,
-    /// When something was last recorded, in seconds of Unix time.
+    /// Time of the newest record, in seconds of Unix time.
     pub changed: f64,
 }
 
@@ -110,7 +110,7 @@ pub fn runs(folder: &Path, json: bool) -> Result<String, Failure> {
     Ok(table.to_string())
 }
 
-/// Looks at one run directory.
+/// Reads the summary of one run directory.
 pub fn overview(run: &Path) -> Result<Overview, Failure> {
     let wrong = |file: &str, error: &dyn std::fmt::Display| {
         Failure::Input(format!(
@@ -150,9 +150,9 @@ fn standing(run: &Path, newest_event: &Value) -> Standing {
     }
 }
 
-/// Whether a coordinator holds a run directory. The lock is asked for with others, for an instant; a
-/// coordinator that starts at that instant tries again. Where the lock says nothing of other machines, the
-/// claims do.
+/// Whether a coordinator holds a run directory. The check takes a shared lock for an instant; a
+/// coordinator that starts at that instant tries again. On file systems whose locks do not reach
+/// other machines the claims decide.
 pub fn is_held(run: &Path) -> bool {
     let Ok(file) = File::open(run.join("lock")) else { return false };
     match Flock::lock(file, FlockArg::LockSharedNonblock) {
@@ -161,7 +161,7 @@ pub fn is_held(run: &Path) -> bool {
     }
 }
 
-/// The last whole line of a file of JSON lines.
+/// Returns the last whole line of a file of JSON lines.
 fn last_line(file: &Path) -> Option<Value> {
     let mut file = File::open(file).ok()?;
     let length = file.seek(SeekFrom::End(0)).ok()?;
@@ -173,22 +173,23 @@ fn last_line(file: &Path) -> Option<Value> {
     serde_json::from_slice(&whole[start..]).ok()
 }
 
-/// A checkpoint, as its manifest tells it.
+/// A checkpoint, as described by its manifest.
 #[derive(Debug, Default, Serialize)]
 struct Listed {
     folder: String,
     step: u64,
     phase: u32,
     bytes: u64,
-    /// When its manifest was written, in seconds of Unix time; none where the storage does not say.
+    /// Time at which the manifest was written, in seconds of Unix time; `None` where the storage
+    /// does not record it.
     written: Option<f64>,
     state_digest: String,
-    /// What is wrong with it.
+    /// Description of the damage, if there is any.
     #[serde(skip_serializing_if = "Option::is_none")]
     damage: Option<String>,
 }
 
-/// Lists a run's checkpoints, oldest first; reads all of their files if they are to be verified.
+/// Lists a run's checkpoints, oldest first. With `verify` all of their files are read and hashed.
 pub fn checkpoints(run: &Path, verify: bool, json: bool) -> Result<String, Failure> {
     let text = fs::read_to_string(run.join("job.toml")).map_err(|error| {
         Failure::Input(format!("--run-dir {}: job.toml: {error}; give the folder of a run", run.display()))
@@ -262,7 +263,7 @@ fn render(storage: &str, listed: &[Listed], verify: bool) -> String {
     table.to_string()
 }
 
-/// What a program reads.
+/// Renders a value as JSON for programs.
 pub fn as_json(value: &impl Serialize) -> String {
     serde_json::to_string_pretty(value).expect("texts and numbers can be written")
 }

@@ -1,11 +1,10 @@
-//! What is known of evaluations: which are recorded, which checkpoint is the best, which must not be removed
-//! yet.
+//! Recorded evaluations, the best checkpoint, and the checkpoints that must not be removed yet.
 //!
-//! 1. Pure: what it knows comes from the journal and from what the storage has, so a later coordinator knows
-//!    the same.
-//! 2. The best is the checkpoint whose evaluation has the best figure, of those that were there to be
-//!    evaluated; of two with the same figure the earlier one.
-//! 3. The best is never removed, nor is one that waits for its evaluation.
+//! 1. Pure: the state follows from the journal and from the contents of the storage, so a later
+//!    coordinator comes to the same state.
+//! 2. The best checkpoint is the one with the best figure among the evaluated checkpoints that were
+//!    valid; of two with the same figure the earlier one.
+//! 3. The best checkpoint is never removed, nor is one that waits for its evaluation.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,15 +12,15 @@ use ganglion_membership::Checkpoint;
 use ganglion_proto::evaluation::{BestBy, EvaluationRow};
 use ganglion_proto::job::Job;
 
-/// Steps that a worker is told of when it comes.
+/// Maximum number of evaluated steps sent to a worker that joins.
 const TOLD: usize = 64;
 
-/// The evaluations of a run. See the module.
+/// Evaluations of a run, and what follows from them. See the module documentation.
 #[derive(Debug)]
 pub struct Judged {
     job: Job,
     rows: BTreeMap<u64, EvaluationRow>,
-    /// Steps of checkpoints that are valid, as far as is known.
+    /// Steps of the checkpoints known to be valid.
     saved: BTreeSet<u64>,
     best: Option<Best>,
 }
@@ -29,27 +28,28 @@ pub struct Judged {
 /// The best checkpoint.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Best {
-    /// Steps done in it.
+    /// Step of the checkpoint.
     pub step: u64,
-    /// The figure that decided.
+    /// Name of the metric that decided.
     pub metric: &'static str,
-    /// Its value.
+    /// Value of that metric.
     pub value: f64,
 }
 
-/// What a row is to those that are recorded.
+/// Result of comparing an incoming evaluation with the recorded one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Known {
-    /// Its step has none.
+    /// No evaluation of this step is recorded.
     New,
-    /// Its step has the same.
+    /// The recorded evaluation of this step is equal.
     Same,
-    /// Its step has another one: the promise of equal results is broken.
+    /// The recorded evaluation of this step differs: the promise of equal results is broken.
     Breach,
 }
 
 impl Judged {
-    /// Of the rows and the checkpoints that there are, by folder.
+    /// Builds the state from recorded evaluations and from the folders of the checkpoints on the
+    /// storage.
     pub fn new(job: Job, rows: Vec<EvaluationRow>, folders: &[String]) -> Judged {
         let (steps, saved) = (rows.into_iter().map(|row| (row.step, row)), BTreeSet::new());
         let mut judged = Judged { job, rows: steps.collect(), saved, best: None };
@@ -60,12 +60,12 @@ impl Judged {
         judged
     }
 
-    /// The rows, by step.
+    /// Recorded evaluations, ordered by step.
     pub fn rows(&self) -> impl Iterator<Item = &EvaluationRow> {
         self.rows.values()
     }
 
-    /// What a row would be to those that are recorded.
+    /// Compares an incoming evaluation with the recorded ones.
     pub fn know(&self, row: &EvaluationRow) -> Known {
         match self.rows.get(&row.step) {
             None => Known::New,
@@ -74,14 +74,14 @@ impl Judged {
         }
     }
 
-    /// Takes a row that is recorded.
+    /// Adds a recorded evaluation.
     pub fn evaluated(&mut self, row: EvaluationRow) {
         let step = row.step;
         self.rows.insert(step, row);
         self.consider(step);
     }
 
-    /// The checkpoint of a step is valid.
+    /// Notes that the checkpoint of a step is valid.
     pub fn saved(&mut self, step: u64) {
         self.saved.insert(step);
         self.consider(step);
@@ -98,18 +98,18 @@ impl Judged {
         }
     }
 
-    /// The best checkpoint and its row.
+    /// The best checkpoint and its evaluation.
     pub fn best(&self) -> Option<(&Best, &EvaluationRow)> {
         let best = self.best.as_ref()?;
         Some((best, self.rows.get(&best.step)?))
     }
 
-    /// The newest recorded steps.
+    /// Newest recorded steps, at most `TOLD` of them.
     pub fn told(&self) -> Vec<u64> {
         self.rows.keys().rev().take(TOLD).copied().collect()
     }
 
-    /// The folders that must not be removed, of a run over `samples`.
+    /// Folders of the checkpoints that must not be removed. `samples` is the size of the data set.
     pub fn protected(&self, samples: Option<u64>) -> Vec<String> {
         let newest = self.rows.keys().next_back().copied().unwrap_or(0);
         let due = |step: &u64| samples.is_some_and(|samples| self.job.evaluation_due(*step, samples));
@@ -118,7 +118,7 @@ impl Judged {
     }
 }
 
-/// The folder of a checkpoint between two steps.
+/// Folder of a checkpoint that lies between two steps.
 pub fn folder(step: u64) -> String {
     Checkpoint::folder_of(step, 0)
 }
@@ -142,7 +142,7 @@ mod tests {
         judged.best().map(|(best, _)| best.step)
     }
 
-    /// Invariant 2, in whichever order a checkpoint and its evaluation come; and 1.
+    /// Invariant 2, in either order of checkpoint and evaluation; and 1.
     #[test]
     fn the_best_is_the_saved_one_with_the_best_figure() {
         let mut judged = Judged::new(job(), Vec::new(), &[]);

@@ -1,13 +1,15 @@
-//! The shell around the membership machine: one loop that takes what happens in and carries decisions out.
+//! The shell around the membership machine: one loop that feeds events to the machine and carries
+//! out its decisions.
 //!
-//! 1. A decision is journaled before anybody hears of it. While that cannot be done nothing is decided
-//!    (`stuck.rs`).
-//! 2. The loop never waits for a worker: a worker that does not read its messages loses its session.
-//! 3. A file that cannot be written is tried again while training goes on; nothing is acknowledged that is
-//!    not written. The loop does not wait for the checkpoint storage: a task of its own does (`keeper.rs`);
-//!    nor for a sync of the records.
-//! 4. Only a worker's newest session is listened to: the one that the worker opened last, in whatever order
-//!    they arrive.
+//! 1. A decision is journaled before anything acts on it. While the journal cannot be written
+//!    nothing is decided (`stuck.rs`).
+//! 2. The loop never waits for a worker: a worker that does not read its messages loses its
+//!    session.
+//! 3. A file that cannot be written is retried while training goes on; nothing is acknowledged that
+//!    is not written. The loop waits neither for the checkpoint storage, which has a task of its
+//!    own (`keeper.rs`), nor for a sync of the records.
+//! 4. Only a worker's newest session is served: the one that the worker opened last, in whatever
+//!    order they arrive.
 
 mod actions;
 mod admin;
@@ -51,28 +53,29 @@ use delays::Delays;
 use records::Records;
 use stuck::Held;
 
-/// How often waiting writes are tried again and recorded rows are acknowledged.
+/// Interval at which pending writes are retried and recorded rows are acknowledged.
 const CHORES: Duration = Duration::from_secs(1);
-/// How long the last things may take that the checkpoint storage is told at the end.
+/// Time limit, at the end, for the last orders to the checkpoint storage.
 const KEEPER_LIMIT: Duration = Duration::from_secs(10);
-/// Signals this close are one request: a launcher may signal a process and then its whole group.
+/// Signals this close together count as one request: a launcher may signal a process and then its
+/// whole group.
 const ONE_REQUEST: Duration = Duration::from_secs(1);
 
-/// Plan of a term for the samples that the job asks to leave out.
+/// A term's plan for the samples that the job asks to leave out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Nothing is asked.
+    /// No change is requested.
     None,
-    /// Only brings members of earlier terms to rest; the next term makes the change.
+    /// This term only quiesces members of earlier terms; the next term makes the change.
     Waits,
-    /// Trains with it.
+    /// This term trains with the change.
     Made(Exclusion),
 }
 
-/// Which signal asked for a stop.
+/// Signal that asked for a stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopSignal {
-    /// Ctrl-C.
+    /// SIGINT, Ctrl-C.
     Interrupt,
     /// SIGTERM.
     Terminate,
@@ -81,7 +84,7 @@ pub enum StopSignal {
 }
 
 impl StopSignal {
-    /// The exit code of a process that it stopped: 128 and its number.
+    /// Exit code of a process that this signal stopped: 128 plus the signal's number.
     pub fn exit_code(self) -> u8 {
         match self {
             StopSignal::Interrupt => 130,
@@ -91,56 +94,56 @@ impl StopSignal {
     }
 }
 
-/// How the run ended for this coordinator.
+/// How this coordinator's part of the run ended.
 #[derive(Debug)]
 pub struct Ended {
-    /// The machine's word.
+    /// Outcome reported by the machine.
     pub outcome: Outcome,
-    /// The signal behind a stop.
+    /// The signal that caused a stop.
     pub signal: Option<StopSignal>,
 }
 
-/// What the shell is built from.
+/// Inputs of [`Shell::new`].
 pub struct Parts {
-    /// The job, resolved.
+    /// The resolved job.
     pub job: Job,
-    /// This coordinator's term.
+    /// Term of this coordinator.
     pub term: Term,
     /// The run directory.
     pub folder: PathBuf,
-    /// The run's name for itself.
+    /// Unique name of the run.
     pub run: String,
-    /// The journal.
+    /// The open journal.
     pub journal: Journal,
     /// The checkpoint storage.
     pub checkpoints: Checkpoints,
-    /// What earlier terms left behind.
+    /// State recovered from earlier terms.
     pub recovered: Recovered,
     /// Message for a run whose checkpoints are lost while no living member holds a state either.
     pub lost: Option<String>,
-    /// What is known of evaluations.
+    /// Recorded evaluations.
     pub judged: Judged,
-    /// Workers to start.
+    /// Number of local workers to start.
     pub local_workers: u32,
     /// Samples to leave out from now on.
     pub change: Change,
-    /// Where local workers find this coordinator.
+    /// Address at which local workers connect.
     pub url: String,
-    /// Who is told how things are, each second.
+    /// Receives a view of the run each second.
     pub publisher: Publisher,
-    /// The store of the group.
+    /// The group's key-value store.
     pub store: Store,
-    /// Logs and progress.
+    /// Metrics, events and progress.
     pub records: Records,
-    /// Local workers, those of earlier terms that run on included.
+    /// Supervisor of the local workers, including those of earlier terms that are still running.
     pub supervisor: Supervisor,
-    /// Where it tells of their ends.
+    /// Receives the exits of local workers.
     pub exited: mpsc::UnboundedReceiver<Exited>,
-    /// Waiters for the start of the run.
+    /// The launcher that waits for the start of the run, with `--detach`.
     pub launch: Option<Launch>,
 }
 
-/// The shell.
+/// Driver of the membership machine. See the module documentation.
 pub struct Shell {
     job: Job,
     term: Term,
@@ -155,89 +158,89 @@ pub struct Shell {
     supervisor: Supervisor,
     exited: mpsc::UnboundedReceiver<Exited>,
     workers: BTreeMap<WorkerId, Connected>,
-    /// By which attempts workers opened their newest sessions.
+    /// Attempts by which workers opened their newest sessions.
     attempts: Attempts,
-    /// The recorded size of the data set.
+    /// Journaled size of the data set.
     samples: Option<u64>,
-    /// The recorded samples that the job leaves out.
+    /// Journaled indices of the samples that the job leaves out.
     left_out: Vec<u64>,
     /// Samples to leave out, until a group has formed without them.
     change: Change,
-    /// Workers whose sessions were closed because they do not read.
+    /// Workers whose sessions were closed because they do not read their messages.
     deaf: Vec<WorkerId>,
     /// Checkpoints that could not be journaled yet, or whose rows are not durable.
     unjournaled: Vec<Checkpoint>,
-    /// Local processes whose numbers could not be journaled yet, by their tokens.
+    /// Local processes whose process numbers could not be journaled yet, by token.
     unnumbered: Vec<(String, Spawned)>,
-    /// Whether the size of the data set could not be journaled yet.
+    /// Whether the size of the data set still has to be journaled.
     size_waits: bool,
-    /// Whether the journal cannot be written. Then nothing is decided.
+    /// Whether the journal cannot be written. Nothing is decided then.
     is_stuck: bool,
-    /// Whether people were told so.
+    /// Whether the user was told about the stuck journal.
     told_stuck: bool,
-    /// Decisions that are not carried out yet.
+    /// Decisions not carried out yet.
     undone: VecDeque<Action>,
-    /// Events that came in meanwhile.
+    /// Events received while the journal is stuck.
     held: VecDeque<Held>,
-    /// Warnings given about checkpoints that cannot be written.
+    /// Warnings already given about checkpoints that cannot be written.
     delays: Delays,
-    /// The newest that the keeper was told to make valid.
+    /// Update index of the newest checkpoint ordered from the keeper.
     ordered: Option<Position>,
-    /// Why the run may not start from step 0, where it may not.
+    /// Message for a run that may not start from step 0; `None` if it may.
     lost: Option<String>,
-    /// The row that workers are asked for, and since when.
+    /// The row requested from the workers, and the time of the request.
     asked: Option<(u64, Instant)>,
-    /// How long a worker may be away.
+    /// Time for which a worker may be disconnected.
     lease: Duration,
     signal: Option<StopSignal>,
-    /// When `signal` came.
+    /// Time at which `signal` arrived.
     signalled: Instant,
     started: Instant,
     outcome: Option<Outcome>,
     /// Whether the job's last step is done and saved.
     is_complete: bool,
-    /// What is known of evaluations.
+    /// Recorded evaluations.
     judged: Judged,
-    /// The best checkpoint that the keeper was told of.
+    /// The best checkpoint, as last sent to the keeper.
     best: Option<Best>,
-    /// Who raises alarms.
+    /// Raises alarms.
     watch: Watch,
-    /// The newest row of metrics that was watched.
+    /// Step of the newest row of metrics checked for alarms.
     watched: u64,
-    /// Waiters for the start of the run.
+    /// The launcher that waits for the start of the run.
     launch: Option<Launch>,
 }
 
-/// A worker that the machine knows.
+/// A worker known to the machine.
 struct Connected {
     session: SessionId,
-    /// Where messages for it go; `None` while its session is away.
+    /// Queue of messages to the worker; `None` while it has no session.
     outbox: Option<Outbox>,
     host: String,
     pid: u32,
-    /// Where other workers find out whether they reach it.
+    /// Address at which other workers test whether they reach it.
     address: String,
-    /// What it computes on.
+    /// Device that the worker computes on.
     device: String,
-    /// Events that it may cause.
+    /// Events that the worker may still cause.
     budget: Budget,
-    /// When it gave its newest sign of life, and what it said then.
+    /// Time and content of the newest heartbeat.
     heard: Option<(Instant, Progress, Usage)>,
 }
 
-/// The run cannot go on, because of this process or its machine.
+/// Failure of this process or its machine that ends the run here.
 #[derive(Debug, thiserror::Error)]
 pub enum ShellError {
     /// The journal failed: without it nothing may be decided.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// The system refused something.
+    /// A system call failed.
     #[error("{0}")]
     System(#[from] std::io::Error),
 }
 
 impl Shell {
-    /// Puts a shell together.
+    /// Builds a shell. Nothing runs before [`Shell::run`].
     pub fn new(parts: Parts) -> Shell {
         let settings = Settings {
             term: parts.term,
@@ -247,7 +250,8 @@ impl Shell {
         };
         let lease = settings.limits.lease;
         let mut watch = Watch::new(&parts.job);
-        // What was told is not told again; but a run that an alarm stopped is stopped by it again.
+        // Alarms reported by earlier coordinators are not reported again; but a run that an alarm
+        // stopped is stopped by it again.
         if parts.job.alarms.policy != AlarmPolicy::Stop {
             parts.judged.rows().for_each(|row| drop(watch.evaluation(row)));
         }
@@ -295,8 +299,8 @@ impl Shell {
         }
     }
 
-    /// Runs until the machine has ended the run, then sees the local workers off. The user's signals come by
-    /// `signals`.
+    /// Runs until the machine ends the run, then waits for the local workers to exit. `signals`
+    /// delivers the user's signals.
     pub async fn run(
         &mut self,
         inputs: &mut mpsc::Receiver<Input>,
@@ -313,8 +317,10 @@ impl Shell {
             tokio::select! {
                 biased;
                 Some(signal) = signals.recv() => self.stop(signal)?,
-                // Before the messages: a flood of those must not keep rows from being acknowledged.
+                // Before the messages: a flood of them must not keep rows from being acknowledged.
                 _ = chores.tick() => self.do_chores()?,
+                // While the journal is stuck, input stays in the channel beyond this limit:
+                // back-pressure to the sessions.
                 Some(input) = inputs.recv(), if self.held.len() < stuck::LIMIT => self.take(input)?,
                 Some(exit) = self.exited.recv(), if !self.is_stuck => self.reaped(exit)?,
                 Some(kept) = self.keeper.next(), if !self.is_stuck => self.kept(kept)?,
@@ -324,7 +330,7 @@ impl Shell {
         }
         self.publish();
         self.see_off().await;
-        // What was ordered last may be the name of the best checkpoint.
+        // The last order may be the naming of the best checkpoint.
         if !self.keeper.finish(KEEPER_LIMIT).await {
             self.records.message(
                 "warning: the checkpoint storage takes too long; best.json may be of an earlier checkpoint",
@@ -335,8 +341,8 @@ impl Shell {
         Ok(Ended { outcome, signal: self.signal })
     }
 
-    /// A group trains, or nobody is started here who could: the run has started, and needs no terminal from
-    /// now on.
+    /// Reports the start of the run to the launcher: a group trains, or no local worker exists that
+    /// could. From now on no terminal is needed.
     pub fn has_started(&mut self) {
         let Some(launch) = self.launch.take() else { return };
         if let Err(error) = launch.started(&self.job.job.name, self.records.folder()) {
@@ -349,7 +355,8 @@ impl Shell {
         self.journal.spawning(self.term, &token, local_rank)?;
         let trace = self.records.timeline.path();
         let spawned = self.supervisor.spawn(&self.url, token.clone(), local_rank, trace)?;
-        // Numbered by local rank: a process runs, and the journal has its token and not its number.
+        // Numbered by local rank: a process runs, and the journal has its token and not its process
+        // number.
         failpoint::reached("spawn", local_rank.into());
         self.unnumbered.push((token, spawned));
         self.number_processes()?;
@@ -357,8 +364,8 @@ impl Shell {
         Ok(())
     }
 
-    /// Journals which processes were started. One that cannot be yet runs all the same: its token was
-    /// journaled.
+    /// Journals the process numbers of started workers. A process whose number cannot be journaled
+    /// yet runs all the same: its token was journaled.
     fn number_processes(&mut self) -> Result<(), ShellError> {
         while let Some((token, spawned)) = self.unnumbered.last() {
             match self.journal.spawned(token, *spawned) {
@@ -370,7 +377,7 @@ impl Shell {
         Ok(())
     }
 
-    /// Journals the size of the data set, and what of it is left out.
+    /// Journals the size of the data set, and the indices of the samples left out.
     fn journal_size(&mut self) -> Result<(), ShellError> {
         let Some(samples) = self.samples else { return Ok(()) };
         let left_out = json!(self.left_out).to_string();
@@ -386,11 +393,11 @@ impl Shell {
         self.started.elapsed()
     }
 
-    /// Lets the machine decide and carries out what it decided.
+    /// Passes an event to the machine and carries out its decisions.
     fn handle(&mut self, event: Event) -> Result<(), ShellError> {
         let mut actions = Vec::new();
         self.machine.handle(self.now(), event, &mut actions);
-        // Whoever is released together with the run's end is told so.
+        // Workers released together with the run's end are told that it is complete.
         self.is_complete |= actions.contains(&Action::End(Outcome::Complete));
         self.undone.extend(actions);
         self.carry_out()?;
@@ -433,7 +440,7 @@ impl Shell {
         }
         let worker = self.supervisor.reaped(&exit.token);
         if exit.input_error && self.machine.group().is_none() {
-            // The worker says so in its session as well; whichever comes first ends the run.
+            // The worker reports this in its session as well; whichever comes first ends the run.
             let detail = exit.status.strip_prefix("exit status: 2: ").unwrap_or(&exit.status);
             return self.handle(Event::InputWrong(detail.to_string()));
         }
@@ -443,7 +450,7 @@ impl Shell {
         self.handle(Event::Reaped { worker, status: exit.status })
     }
 
-    /// Starts a local worker; one that cannot be started counts as one that ended at once.
+    /// Starts a local worker. A worker that cannot be started counts as one that ended at once.
     pub(super) fn spawn(&mut self) -> Result<(), ShellError> {
         match self.start_worker() {
             Err(ShellError::System(error)) => {
@@ -479,7 +486,7 @@ impl Shell {
         self.settle_rows()
     }
 
-    /// Does what waited for rows to be durable.
+    /// Completes the work that waited for rows to be durable.
     fn settle_rows(&mut self) -> Result<(), ShellError> {
         if let Some(step) = self.records.acknowledge() {
             self.send_to_all(&ToWorker::MetricsRecorded(step));
@@ -490,8 +497,8 @@ impl Shell {
         Ok(())
     }
 
-    /// Asks the workers for rows that did not come, or found no room. One that nobody has after the longest
-    /// time for which a worker may be away is lost.
+    /// Requests rows that did not arrive, or found no room, from the workers. A row that no worker
+    /// has after the longest time for which a worker may be away is lost.
     fn ask_for_rows(&mut self) {
         let saved = self.unjournaled.iter().map(|checkpoint| checkpoint.step).max();
         let limit = self.records.last_step().max(saved.unwrap_or(0));
@@ -507,7 +514,7 @@ impl Shell {
         self.send_to_all(&ToWorker::MetricsWanted(step));
     }
 
-    /// Gives the local workers time to exit, then ends those that are left.
+    /// Gives the local workers time to exit, then kills the rest.
     async fn see_off(&mut self) {
         self.workers.clear();
         if matches!(self.outcome, Some(Outcome::Failed(_))) {

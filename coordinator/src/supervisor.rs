@@ -1,14 +1,14 @@
-//! The workers that run on the coordinator's machine because a coordinator of this run started them.
+//! Supervision of local workers: processes that a coordinator of this run started on this machine.
 //!
-//! 1. A worker runs in a process group of its own, so an interrupt from the terminal reaches the coordinator
-//!    alone.
-//! 2. Each has a token that it shows in its hello; nobody else can take its place. The token is journaled
-//!    before the process exists, so a later coordinator knows it.
-//! 3. A worker outlives a crash of its coordinator; the next one on that machine takes it over, by process
-//!    number and time of start. One on another machine can neither do that nor see it end: there it is a
-//!    worker like those of others.
-//! 4. What a worker writes goes to the coordinator's log with the worker's rank. One that was taken over has
-//!    lost its pipe: what it has to say of itself it says in its session.
+//! 1. A worker runs in a process group of its own, so an interrupt from the terminal reaches the
+//!    coordinator alone.
+//! 2. Each worker has a token that it sends in its hello; no other process can take its place. The
+//!    token is journaled before the process exists, so a later coordinator knows it.
+//! 3. A worker outlives a crash of its coordinator; the next one on that machine adopts it, by
+//!    process number and time of start. A coordinator on another machine can neither adopt it nor
+//!    see it end: there it is a worker like any remote one.
+//! 4. The output of a worker goes to the coordinator's log with the worker's rank. An adopted
+//!    worker has lost its pipe: it reports in its session.
 
 mod processes;
 
@@ -26,31 +26,32 @@ use crate::journal::{ChildRow, Spawned};
 use crate::node::{Node, Relation};
 pub use processes::{SystemProcesses, worker_program};
 
-/// How long a worker that was told to exit may take.
+/// Time limit for a worker to exit after it was asked to.
 pub const EXIT_LIMIT: Duration = Duration::from_secs(10);
 
-/// A worker's process ended.
+/// Exit of a worker's process.
 #[derive(Debug)]
 pub struct Exited {
-    /// Its token.
+    /// Token of the worker.
     pub token: String,
-    /// Its process.
+    /// Process number.
     pub pid: u32,
-    /// How, for people.
+    /// Exit status as text, diagnostic only.
     pub status: String,
-    /// Whether it says that the user's input is wrong.
+    /// Whether the exit code reports a mistake in the user's input.
     pub input_error: bool,
 }
 
-/// The processes of a machine.
+/// Access to the processes of a machine.
 pub trait Processes: Send {
-    /// Whether the `worker` program can be started.
+    /// Checks that the `worker` program can be started.
     fn check_program(&self) -> io::Result<()>;
-    /// How many GPUs the `worker` program can use here.
+    /// Number of GPUs that the `worker` program can use here.
     fn count_gpus(&self) -> io::Result<u32>;
     /// Starts a worker.
     fn start(&mut self, order: StartOrder) -> io::Result<(Box<dyn Process>, Spawned)>;
-    /// Finds a worker that was started before, and tells `exits` of its end as well; `None` if it has ended.
+    /// Looks up a worker that was started before, and reports its exit to `exits` as well; `None`
+    /// if it has ended.
     fn find(
         &mut self,
         token: &str,
@@ -59,51 +60,51 @@ pub trait Processes: Send {
     ) -> Option<Box<dyn Process>>;
 }
 
-/// A process that a handle is held of: its number may be given to another once it was reaped.
+/// Handle of a process. A process number alone may be reused once the process was reaped.
 pub trait Process: Send {
-    /// Ends it at once.
+    /// Kills the process at once.
     fn kill(&self);
-    /// Asks it to end by itself.
+    /// Asks the process to end by itself.
     fn ask_to_end(&self);
 }
 
-/// What a worker is started with.
+/// Parameters of a worker process.
 pub struct StartOrder {
-    /// Where it finds the coordinator.
+    /// Address of the coordinator.
     pub url: String,
-    /// What it shows in its hello.
+    /// Token that the worker sends in its hello.
     pub token: String,
-    /// Its number on this machine, by which it chooses a GPU.
+    /// Local rank, by which the worker chooses a GPU.
     pub local_rank: u32,
-    /// Where it adds to a trace.
+    /// Trace file to append to.
     pub trace: Option<PathBuf>,
-    /// Variables of its environment, besides those of this process.
+    /// Environment variables, in addition to those of this process.
     pub environment: Vec<(&'static str, OsString)>,
-    /// What its lines in the log are marked with.
+    /// Label of the worker's lines in the log.
     pub name: Arc<Mutex<String>>,
-    /// Where its end is told.
+    /// Receives the exit of the process.
     pub exits: UnboundedSender<Exited>,
 }
 
-/// Starts workers and watches them.
+/// Starts local workers and follows them.
 pub struct Supervisor {
     processes: Box<dyn Processes>,
     exits: UnboundedSender<Exited>,
     children: BTreeMap<String, ChildHandle>,
     /// Workers of earlier coordinators on other machines, by token.
     elsewhere: BTreeMap<String, Option<WorkerId>>,
-    /// Variables that workers find in their environment.
+    /// Environment variables for new workers.
     pub environment: Vec<(&'static str, OsString)>,
 }
 
-/// Fate of a process of an earlier coordinator.
+/// Result of adopting a process of an earlier coordinator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Adoption {
-    /// Running, and watched from now on.
+    /// Running, and followed from now on.
     Runs,
     /// Ended.
     Ended,
-    /// On another machine: whether it runs will show.
+    /// On another machine; its state is unknown.
     Elsewhere,
 }
 
@@ -112,12 +113,12 @@ struct ChildHandle {
     local_rank: u32,
     name: Arc<Mutex<String>>,
     worker: Option<WorkerId>,
-    /// Whether this coordinator gave it that number, or knows it by it.
+    /// Whether this coordinator assigned the worker's number, or has learned it from a hello.
     numbered: bool,
 }
 
 impl Supervisor {
-    /// Ends of processes go to `exits`.
+    /// Creates a supervisor without workers. Exits of processes are sent to `exits`.
     pub fn new(processes: Box<dyn Processes>, exits: UnboundedSender<Exited>) -> Supervisor {
         Supervisor {
             processes,
@@ -128,18 +129,18 @@ impl Supervisor {
         }
     }
 
-    /// Whether the `worker` program can be started.
+    /// Checks that the `worker` program can be started.
     pub fn check_program(&self) -> io::Result<()> {
         self.processes.check_program()
     }
 
-    /// The lowest number on this machine that no worker has.
+    /// Lowest local rank that no worker has.
     pub fn free_rank(&self) -> u32 {
         let taken: Vec<u32> = self.children.values().map(|child| child.local_rank).collect();
         (0..).find(|rank| !taken.contains(rank)).expect("there are fewer children than numbers")
     }
 
-    /// Starts a worker that connects to `url` and adds to a trace, if there is one.
+    /// Starts a worker that connects to `url` and appends to `trace`, if there is one.
     pub fn spawn(
         &mut self,
         url: &str,
@@ -163,7 +164,7 @@ impl Supervisor {
         Ok(spawned)
     }
 
-    /// Takes over a process of an earlier coordinator, if it runs on this machine.
+    /// Adopts a process of an earlier coordinator, if it runs on this machine.
     pub fn adopt(&mut self, row: &ChildRow, here: &Node) -> Adoption {
         let Some(spawned) = row.process.filter(|_| !row.ended) else { return Adoption::Ended };
         match here.relation(&row.node) {
@@ -188,19 +189,19 @@ impl Supervisor {
         Adoption::Runs
     }
 
-    /// Notes which worker showed `token`; returns whether it is one of ours.
+    /// Notes which worker sent `token`; returns whether it is a local one.
     pub fn claim(&mut self, token: &str, worker: WorkerId) -> bool {
         let Some(child) = self.children.get_mut(token) else { return false };
         (child.worker, child.numbered) = (Some(worker), true);
         true
     }
 
-    /// The number that the process with `token` has for this coordinator, if it said hello before.
+    /// Worker number of the process with `token`, if it has said hello to this coordinator.
     pub fn number(&self, token: &str) -> Option<WorkerId> {
         self.children.get(token).filter(|child| child.numbered)?.worker
     }
 
-    /// Names a worker in the log from now on.
+    /// Sets the label of a worker in the log.
     pub fn rename(&self, worker: WorkerId, name: &str) {
         let child = self.children.values().find(|child| child.worker == Some(worker));
         if let Some(child) = child {
@@ -208,7 +209,7 @@ impl Supervisor {
         }
     }
 
-    /// Whether whoever shows `token` may be `worker`: if that is one of ours, only with its own.
+    /// Whether a client with `token` may act as `worker`: a local worker must show its own token.
     pub fn may_be(&self, worker: WorkerId, token: Option<&str>) -> bool {
         let here = self.children.iter().map(|(token, child)| (token, child.worker));
         let elsewhere = self.elsewhere.iter().map(|(token, worker)| (token, *worker));
@@ -216,17 +217,17 @@ impl Supervisor {
         tokens.next().is_none_or(|(own, _)| Some(own.as_str()) == token)
     }
 
-    /// Whether `token` is of a worker that an earlier coordinator started on another machine.
+    /// Whether `token` belongs to a worker that an earlier coordinator started on another machine.
     pub fn is_elsewhere(&self, token: &str) -> bool {
         self.elsewhere.contains_key(token)
     }
 
-    /// Takes note of an exit; returns the worker that it was, if it had said hello.
+    /// Removes a process that exited; returns its worker, if it had said hello.
     pub fn reaped(&mut self, token: &str) -> Option<WorkerId> {
         self.children.remove(token).and_then(|child| child.worker)
     }
 
-    /// Kills a worker if it is ours.
+    /// Kills a worker if it is a local one.
     pub fn kill(&self, worker: WorkerId) {
         self.children
             .values()
@@ -234,33 +235,33 @@ impl Supervisor {
             .for_each(|child| child.process.kill());
     }
 
-    /// Asks all to end by themselves.
+    /// Asks all local workers to end by themselves.
     pub fn ask_all_to_end(&self) {
         self.children.values().for_each(|child| child.process.ask_to_end());
     }
 
-    /// Kills all that are left.
+    /// Kills all remaining local workers.
     pub fn kill_all(&self) {
         self.children.values().for_each(|child| child.process.kill());
     }
 
-    /// Whether a worker is ours.
+    /// Whether a worker is a local one.
     pub fn has(&self, worker: WorkerId) -> bool {
         self.children.values().any(|child| child.worker == Some(worker))
     }
 
-    /// How many there are.
+    /// Number of local workers.
     pub fn len(&self) -> usize {
         self.children.len()
     }
 
-    /// Whether none is left.
+    /// Whether no local worker is left.
     pub fn is_empty(&self) -> bool {
         self.children.is_empty()
     }
 }
 
-/// A token that nobody can guess.
+/// Generates a token that cannot be guessed.
 pub fn new_token() -> io::Result<String> {
     let mut bytes = [0u8; 16];
     std::io::Read::read_exact(&mut std::fs::File::open(Path::new("/dev/urandom"))?, &mut bytes)?;

@@ -1,11 +1,12 @@
-//! Whom the site is for.
+//! Access control of the dashboard.
 //!
-//! 1. Open on a loopback address: whoever is on this machine may look. Then a question must name this machine
-//!    as its host, so that a page elsewhere cannot have a browser here read the site under a name of its own
-//!    (DNS rebinding).
-//! 2. Guarded, where TLS or a join token is configured: with the token in the file [`TOKEN_FILE`], as
-//!    `Authorization: Bearer`, as `?token=`, or in the cookie that the latter leaves. Probes need none.
-//! 3. Tokens are compared by their hashes, so that the time it takes tells nothing.
+//! 1. Open on a loopback address: every user of this machine may look. A request must then name
+//!    this machine as its host, so that a page elsewhere cannot have a browser here read the
+//!    dashboard under a name of its own (DNS rebinding).
+//! 2. Guarded, where TLS or a join token is configured: requests carry the token in the file
+//!    [`TOKEN_FILE`], as `Authorization: Bearer`, as `?token=`, or in the cookie that the latter
+//!    sets. Probes need none.
+//! 3. Tokens are compared by their hashes, so that the time of the comparison reveals nothing.
 
 use std::io;
 use std::net::SocketAddr;
@@ -15,36 +16,36 @@ use axum::http::{HeaderMap, HeaderValue, Uri, header};
 use crate::run_dir::{RunDir, RunDirError};
 use crate::supervisor::new_token;
 
-/// The file in the run directory that has the token.
+/// File in the run directory that holds the token.
 pub const TOKEN_FILE: &str = "http-token";
 
-/// The rules. See the module.
+/// Access rules of one dashboard. See the module documentation.
 #[derive(Debug)]
 pub struct Guard {
     token: Option<blake3::Hash>,
-    /// The cookie's name: a host's cookies are the same for all its ports, so each run has its own.
+    /// Name of the cookie. A host's cookies are shared by all its ports, so each run has its own.
     cookie: String,
-    /// Whether the cookie may only go over TLS.
+    /// Whether the cookie may be sent over TLS only.
     is_secure: bool,
-    /// Whether only this machine is asked by its own names.
+    /// Whether requests must name this machine as their host.
     is_local: bool,
 }
 
-/// What becomes of a question.
+/// Verdict on a request.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// It is answered.
+    /// The request is answered.
     Granted,
-    /// It is answered, and the client may show this cookie from now on.
+    /// The request is answered, and the client gets this cookie for later ones.
     GrantedWith(HeaderValue),
-    /// It names another host.
+    /// The request names another host.
     WrongHost,
-    /// It has no token, or a wrong one.
+    /// The request has no token, or a wrong one.
     NoToken,
 }
 
 impl Guard {
-    /// Who may ask is decided by where it is asked.
+    /// Open rules; `address` decides whether requests must name this machine.
     pub fn open(address: SocketAddr) -> Guard {
         Guard {
             token: None,
@@ -54,18 +55,18 @@ impl Guard {
         }
     }
 
-    /// Whoever has the token may ask.
+    /// Rules that require the token.
     pub fn with_token(token: &str, run: &str, is_secure: bool) -> Guard {
         let cookie = format!("ganglion-{}", run.get(..8).unwrap_or(run));
         Guard { token: Some(blake3::hash(token.as_bytes())), cookie, is_secure, is_local: false }
     }
 
-    /// Whether the site is spoken to over TLS.
+    /// Whether the dashboard is served over TLS.
     pub fn is_secure(&self) -> bool {
         self.is_secure
     }
 
-    /// Judges a question. `is_probe` is for what tells nothing of the run.
+    /// Checks a request. `is_probe` marks paths that reveal nothing about the run.
     pub fn authorise(&self, uri: &Uri, headers: &HeaderMap, is_probe: bool) -> Admission {
         if is_probe {
             return Admission::Granted;
@@ -106,8 +107,9 @@ fn names_this_machine(headers: &HeaderMap) -> bool {
     name.eq_ignore_ascii_case("localhost") || is_loopback()
 }
 
-/// The run's token: that of the last time, so that a browser need not ask again, or a new one, also if others
-/// could have read it. It is in [`TOKEN_FILE`], which only this user can read.
+/// Returns the run's token. The token of the last start is kept, so that a browser need not ask
+/// again; a new one is made if there is none or if others could have read it. It is stored in
+/// [`TOKEN_FILE`], which only this user can read.
 pub fn keep_token(run_dir: &RunDir) -> Result<String, RunDirError> {
     let known = run_dir.read_secret(TOKEN_FILE).unwrap_or_default();
     let is_one = known.len() == 32 && known.bytes().all(|byte| byte.is_ascii_hexdigit());

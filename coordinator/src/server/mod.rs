@@ -1,9 +1,11 @@
-//! The gRPC services. Each does no more than check what comes in and pass it on to the shell.
+//! The gRPC services. Each one validates its input and passes it on to the shell.
 //!
-//! 1. A client that breaks the contract loses its session and disturbs nothing else.
-//! 2. A client that does not read what it is sent loses its session when its queue is full.
-//! 3. A connection on which nobody speaks HTTP/2 soon is closed, so that none is held for nothing.
-//! 4. Before all services stands the guard; only health is answered to everybody.
+//! 1. A client that violates the contract loses its session and disturbs nothing else.
+//! 2. A client that does not read its messages loses its session once its queue is full.
+//! 3. A connection whose client does not begin to speak HTTP/2 in time is closed, so no descriptor
+//!    is held for nothing.
+//! 4. An authentication layer (`guard.rs`) stands before all services; only health checks are open
+//!    to everybody.
 //! 5. Connections, sessions, streams, headers and messages are bounded in number and size.
 
 pub mod connection;
@@ -42,66 +44,67 @@ use crate::report::view::View;
 use guard::{Guard, GuardLayer};
 pub use store::Store;
 
-/// Messages to a worker that may wait until it reads them.
+/// Capacity of the queue of messages to one worker.
 const OUTBOX: usize = 256;
-/// How long a new session may take to say hello.
+/// Time limit for the hello of a new session.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
-/// Sessions at once, those before their hello included.
+/// Maximum number of concurrent sessions, including those before their hello.
 const SESSIONS: usize = 4096;
-/// Calls at once on one connection: a worker has its session and a few keys that it waits for.
+/// Maximum number of concurrent calls on one connection: a worker has its session and a few keys
+/// that it waits for.
 const STREAMS: u32 = 256;
-/// Bytes of a call's headers.
+/// Maximum size of a call's headers, in bytes.
 const HEADERS: u32 = 16 << 10;
-/// Bytes of a message to the store: its largest entry and more.
+/// Maximum size of a message to the store, in bytes: its largest entry and some margin.
 const STORE_LIMIT: usize = 1 << 20;
-/// How often the health that is told is looked at.
+/// Interval between two updates of the reported health.
 const HEALTH_LOOK: Duration = Duration::from_secs(1);
-/// Bytes of an operator's message.
+/// Maximum size of an operator's message, in bytes.
 const ADMIN_LIMIT: usize = 64 << 10;
 
-/// Messages to one worker.
+/// Queue of messages to one worker.
 pub type Outbox = mpsc::Sender<ToWorker>;
 
-/// One session of a worker. A worker that comes back has a new one; whatever its older ones still bring is
-/// dropped.
+/// Identifies one session of a worker. A worker that reconnects gets a new one; late input of its
+/// older sessions is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionId(u64);
 
-/// What comes in for the shell.
+/// Input for the shell.
 pub enum Input {
-    /// A worker asks to take part. The answer is its number.
+    /// A worker asks to join. The answer is its number.
     Hello {
-        /// What it says of itself.
+        /// Self-description of the worker.
         hello: Hello,
-        /// Its session.
+        /// The session it was sent in.
         session: SessionId,
-        /// Where messages for it go.
+        /// Queue of messages to the worker.
         outbox: Outbox,
-        /// Its number, or why it is refused.
+        /// Receives the worker's number, or the reason of a refusal.
         answer: oneshot::Sender<Result<WorkerId, String>>,
     },
-    /// A worker's message.
+    /// A message of a worker.
     Message(SessionId, WorkerId, FromWorker),
-    /// A worker's session ended.
+    /// A session ended.
     Closed(SessionId, WorkerId),
-    /// An operator asks for something.
+    /// A request of an operator.
     Admin(AdminInput),
 }
 
-/// What an operator asks for.
+/// Request of an operator.
 pub enum AdminInput {
-    /// How things are.
+    /// Returns the status of the run.
     Status(oneshot::Sender<GetStatusResponse>),
-    /// That a worker leaves. The answer is why not.
+    /// Drains a worker. The answer gives the reason of a refusal.
     Drain(WorkerId, oneshot::Sender<Result<(), String>>),
-    /// So many local workers. The answer is why not.
+    /// Sets the number of local workers. The answer gives the reason of a refusal.
     Scale(u32, oneshot::Sender<Result<(), String>>),
-    /// That the run stops after a clean checkpoint.
+    /// Stops the run after a clean checkpoint.
     Stop(oneshot::Sender<()>),
 }
 
-/// Serves clients whose connections come by `incoming` until `shutdown` changes. Health is told by the
-/// shell's `views`.
+/// Serves the connections that arrive on `incoming` until `shutdown` changes. `views` of the shell
+/// determine the reported health.
 pub async fn serve<C>(
     incoming: mpsc::Receiver<C>,
     term: Term,
@@ -146,7 +149,7 @@ where
     }
 }
 
-/// Reports whether the shell's loop comes round, as `/healthz` does.
+/// Reports whether the shell's loop makes progress, as `/healthz` does.
 async fn report_health(reporter: HealthReporter, views: watch::Receiver<Option<Arc<View>>>) -> Infallible {
     let mut looks = tokio::time::interval(HEALTH_LOOK);
     loop {
@@ -189,6 +192,8 @@ impl SessionService for Sessions {
         let (answer, admitted) = oneshot::channel();
         let session = SessionId(self.opened.fetch_add(1, Ordering::Relaxed));
         self.inputs.send(Input::Hello { hello, session, outbox, answer }).await.map_err(|_| ended())?;
+        // Bounded: the shell answers every hello and never waits for a worker. If the shell ends,
+        // the sender is dropped and this returns an error.
         let worker = admitted.await.map_err(|_| ended())?;
         let worker = worker.map_err(|reason| refused(Status::failed_precondition(reason)))?;
         let (broke, breach) = oneshot::channel();
@@ -203,13 +208,14 @@ impl SessionService for Sessions {
     }
 }
 
-/// What ends a stream of responses: why the client lost its session, if it broke the contract.
+/// Stream of at most one final item: the reason why the client lost its session, if it violated the
+/// contract.
 fn last_word<T>(mut breach: oneshot::Receiver<Status>) -> impl Stream<Item = Result<T, Status>> {
     // Not awaited: a session may end for other reasons while the client goes on sending.
     tokio_stream::iter(std::iter::from_fn(move || breach.try_recv().ok().map(Err)))
 }
 
-/// Notes who is turned away, and why.
+/// Logs the reason of a refusal.
 fn refused(status: Status) -> Status {
     tracing::warn!("refused a session: {}", status.message());
     status
@@ -231,7 +237,7 @@ fn hello_of(request: SessionRequest) -> Result<Hello, Status> {
     }
 }
 
-/// Passes a worker's messages on until its stream ends or breaks the contract.
+/// Passes on a worker's messages until its stream ends or violates the contract.
 async fn read(
     term: Term,
     session: SessionId,
@@ -263,12 +269,12 @@ async fn read(
     let _ = inputs.send(Input::Closed(session, worker)).await;
 }
 
-/// Whether a stream ended because of what was sent, and not because the connection did.
+/// Whether a stream ended because of its content, and not because the connection failed.
 fn is_breach(status: &Status) -> bool {
     std::error::Error::source(status).is_none() && matches!(status.code(), Code::OutOfRange | Code::Internal)
 }
 
-/// What operators ask for; the guard has seen that they may.
+/// Operators' service. The authentication layer has already checked the caller.
 struct Admin {
     inputs: mpsc::Sender<Input>,
 }
