@@ -16,7 +16,7 @@ use crate::security::SecurityArguments;
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
-    /// What to do instead of training.
+    /// Task other than training.
     #[command(subcommand)]
     pub command: Option<Command>,
     /// The job. Without it: the MLP GAN on the bundled digits.
@@ -47,7 +47,7 @@ pub struct Cli {
     /// one can join the run, and whoever reaches the other can look at it.
     #[arg(long)]
     pub insecure: bool,
-    /// Who may connect.
+    /// Authentication of workers and operators.
     #[command(flatten)]
     pub security: SecurityArguments,
     /// Go on answering when the run is complete, until SIGTERM or Ctrl-C.
@@ -73,7 +73,7 @@ pub struct Cli {
     pub log_format: LogFormat,
 }
 
-/// What a coordinator does besides training.
+/// Task other than training.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Proves from a run's files that nothing was lost, doubled or changed. Reads only, also while the run
@@ -187,12 +187,12 @@ pub struct RunChoice {
     pub run_dir: PathBuf,
 }
 
-/// How many workers to start.
+/// Number of workers to start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Workers {
-    /// So many.
+    /// A fixed number.
     Count(u32),
-    /// One a GPU, or one where there is none.
+    /// One per GPU, or one where there is none.
     Auto,
 }
 
@@ -211,8 +211,8 @@ impl FromStr for Workers {
 }
 
 impl Cli {
-    /// How many workers to start for a job, and for `auto` a line that says why so many. `gpus` counts those
-    /// that workers on this machine can use; only `auto` looks at it.
+    /// Number of workers to start for a job, and for `auto` a line that explains it. `gpus` is the
+    /// number of GPUs that workers on this machine can use; only `auto` looks at it.
     pub fn local_workers(&self, job: &Job, gpus: u32) -> Result<(u32, Option<String>), String> {
         let shards = job.job.data_shards;
         match self.workers {
@@ -228,7 +228,7 @@ impl Cli {
         }
     }
 
-    /// Where to listen: the address given, or one that `last_port` completes.
+    /// Address to listen on: the one given, or a loopback address with `last_port`.
     pub fn listen_address(&self, last_port: Option<u16>) -> Result<SocketAddr, String> {
         let Some(text) = &self.listen else {
             return Ok(([127, 0, 0, 1], last_port.unwrap_or(0)).into());
@@ -248,7 +248,7 @@ impl Cli {
     }
 }
 
-/// What `auto` came to.
+/// Explains the number that `auto` chose.
 fn explain(workers: u32, gpus: u32) -> String {
     let counted = |count: u32, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
     let workers_say = counted(workers, "worker");

@@ -1,11 +1,11 @@
-//! The journal: what a later coordinator must know, in SQLite.
+//! The journal: the durable decisions and facts that a later coordinator needs, in SQLite.
 //!
 //! 1. A row is durable when the call that wrote it returns; the coordinator writes it before it acts.
-//! 2. Terms, generations and workers' numbers only grow.
-//! 3. What was journaled stays as it was, a checkpoint once it is valid: one that was given up before leaves
-//!    its place to another state.
-//! 4. Nothing is written once another coordinator has taken the run directory over.
-//! 5. A column that an earlier version did not know is added with a value that says "not known".
+//! 2. Terms, generations and worker numbers only grow.
+//! 3. Journaled rows do not change; a checkpoint is final once it is valid: one that was given up
+//!    before leaves its place to another state.
+//! 4. Nothing is written once another coordinator has taken over the run directory.
+//! 5. A column that an earlier version did not have is added with a value that means "not known".
 
 mod history;
 mod opening;
@@ -27,7 +27,7 @@ use crate::node::Node;
 use crate::ownership::Ownership;
 use crate::report::damage::SetAside;
 
-/// The tables.
+/// Definitions of the tables.
 const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
     CREATE TABLE IF NOT EXISTS terms (
@@ -54,10 +54,10 @@ const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS evaluations (step INTEGER PRIMARY KEY, row BLOB NOT NULL);
 ";
 
-/// The version of the tables' layout. One that this program does not know is left alone.
+/// Version of the tables' layout. A journal of an unknown version is refused.
 const LAYOUT: u32 = 2;
 
-/// The columns that came after the tables: table, column, definition.
+/// Columns added after the first version: table, column, definition.
 const ADDED: [(&str, &str, &str); 9] = [
     ("terms", "metrics_every_steps", "INTEGER NOT NULL DEFAULT 0"),
     ("generations", "cause", "TEXT NOT NULL DEFAULT ''"),
@@ -70,34 +70,35 @@ const ADDED: [(&str, &str, &str); 9] = [
     ("children", "pids", "TEXT NOT NULL DEFAULT ''"),
 ];
 
-/// The journal cannot be read or written.
+/// Error of reading or writing the journal.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
-    /// SQLite says why.
+    /// Error reported by SQLite.
     #[error("journal.sqlite: {0}")]
     Sqlite(rusqlite::Error),
-    /// The file's content is not what SQLite wrote.
+    /// The content of the file is not what SQLite wrote.
     #[error(
         "{}: damaged: {reason}; make a new one from the checkpoints and from what can be read of it, with: coordinator \
          recover {}",
         file.display(), file.parent().unwrap_or(Path::new(".")).display()
     )]
     Damaged {
-        /// The journal.
+        /// The journal's file.
         file: PathBuf,
-        /// SQLite's finding.
+        /// Finding of SQLite.
         reason: String,
     },
-    /// The system says why.
+    /// Error of the system.
     #[error("journal.sqlite: {0}")]
     File(#[source] std::io::Error),
-    /// Written all the time while it was read.
+    /// The journal was written all the time while it was read.
     #[error("journal.sqlite: a coordinator writes it all the time; try again")]
     Busy,
-    /// Nothing was written: the fence refused the commit.
+    /// Nothing was written: the fence refused the commit because another coordinator has taken
+    /// over.
     #[error("journal.sqlite: another coordinator has taken this run over")]
     Superseded,
-    /// A later version of this program wrote it.
+    /// A later version of this program wrote the journal.
     #[error(
         "journal.sqlite: its layout is {0}, and this version of the coordinator knows none above {LAYOUT}: the run belongs \
          to a newer version; go on with that one, or choose another --run-dir"
@@ -116,7 +117,7 @@ impl From<rusqlite::Error> for JournalError {
 }
 
 impl JournalError {
-    /// The same error, told as damage where it is that.
+    /// Reclassifies an error of SQLite as damage where it is that.
     fn of(self, file: &Path) -> JournalError {
         match self {
             JournalError::Sqlite(error) if opening::is_damaged(&error) => {
@@ -126,8 +127,8 @@ impl JournalError {
         }
     }
 
-    /// Whether the same may work later: the disk is full or failing, or somebody else has the file for a
-    /// while.
+    /// Whether a retry may succeed: the disk is full or failing, or another process holds the file
+    /// for a while.
     pub fn may_mend(&self) -> bool {
         use rusqlite::ErrorCode::{
             CannotOpen, DatabaseBusy, DatabaseLocked, DiskFull, OutOfMemory, ReadOnly, SystemIoFailure,
@@ -144,72 +145,73 @@ pub struct Journal {
     connection: Connection,
     node: Node,
     lacking: Option<String>,
-    /// The newest term of earlier holders, also of one whose journal was lost.
+    /// Newest term of earlier holders, also of one whose journal was lost.
     earlier_term: u64,
 }
 
-/// A fact about the run that is not a row of its own.
+/// Key of a fact about the run that has no table of its own.
 #[derive(Clone, Copy, Debug)]
 pub enum Fact {
-    /// Identifies the run directory.
+    /// Unique name of the run.
     Run,
-    /// The port of the last term.
+    /// Port of the last term's gRPC listener.
     Port,
-    /// The port of the last term's dashboard.
+    /// Port of the last term's dashboard.
     HttpPort,
-    /// The passport that the run was started with, as JSON.
+    /// Fingerprint of the environment (the passport) that the run was started with, as JSON.
     Passport,
-    /// Samples in the data set.
+    /// Number of samples in the data set.
     Samples,
-    /// The index of each sample that the job leaves out after its start, in the job's order, as JSON.
+    /// Index of each sample that the job leaves out after its start, in the job's order, as JSON.
     LeftOut,
-    /// The newest generation when the job's newest exclusion was written, and how many it then had, as JSON.
+    /// The newest generation when the job's newest exclusion was written, and the number of
+    /// exclusions then, as JSON.
     Excluded,
-    /// The newest generation whose states must not be used.
+    /// Newest generation whose states are invalidated.
     Condemned,
-    /// The newest generation whose members rest for good.
+    /// Newest generation whose members are quiesced for good.
     Closed,
-    /// The address of the storage that holds the run's checkpoints.
+    /// Address of the storage that holds the run's checkpoints.
     Storage,
-    /// The number above which all new terms, generations and workers are, after a recovery.
+    /// Number above which all new terms, generations and workers are, after a recovery.
     Floor,
     /// Report of the newest recovery, as JSON.
     Recovered,
 }
 
-/// Which process it is, on its machine and for all time.
+/// Identity of a process on its machine: unique for all time, also where process numbers are
+/// reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spawned {
-    /// Its number.
+    /// Process number.
     pub pid: u32,
-    /// When it was started, by the system's clock.
+    /// Time of its start, by the system's clock.
     pub started: u64,
 }
 
-/// A process that some coordinator of the run started.
+/// A local process that a coordinator of the run started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChildRow {
-    /// What it shows in its hello.
+    /// Token that the process sends in its hello.
     pub token: String,
-    /// Its number on this machine.
+    /// Local rank: its number on this machine.
     pub local_rank: u32,
-    /// The process and the time of its start, by the system's clock; `None` if the coordinator died before it
-    /// knew.
+    /// The process and the time of its start; `None` if the coordinator died before it knew them.
     pub process: Option<Spawned>,
-    /// Where that number and that time mean something.
+    /// Machine on which that number and that time are meaningful.
     pub node: Node,
-    /// The newest worker that it said hello as.
+    /// Newest worker number under which it said hello.
     pub worker: Option<WorkerId>,
-    /// Whether it was seen to end.
+    /// Whether its end was observed.
     pub ended: bool,
 }
 
 /// A checkpoint that a coordinator decided on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JournaledCheckpoint {
-    /// The checkpoint, without its files.
+    /// The checkpoint; its files are not listed.
     pub checkpoint: Checkpoint,
-    /// Whether its manifest is known to have been written; an earlier version did not note that.
+    /// Whether its manifest is known to have been written; earlier versions did not journal that.
     pub valid: bool,
 }
 
@@ -233,8 +235,8 @@ impl Fact {
 }
 
 impl Journal {
-    /// Opens or creates the journal. All of it is read once, so damage is found before anything is decided by
-    /// it.
+    /// Opens or creates the journal. The whole file is read once, so damage is found before any
+    /// decision depends on it.
     pub fn open(file: &Path) -> Result<Journal, JournalError> {
         Journal::open_checked(file).map_err(|error| error.of(file))
     }
@@ -259,19 +261,19 @@ impl Journal {
         Ok(Journal { connection, node: Node::here(), lacking, earlier_term: 0 })
     }
 
-    /// Shortcoming of the journal's file system, for people.
+    /// Shortcoming of the journal's file system, diagnostic only.
     pub fn lacking(&self) -> Option<&str> {
         self.lacking.as_deref()
     }
 
-    /// From now on each commit looks first whether the run directory is still this process's.
+    /// Makes each commit check first whether this process still owns the run directory.
     pub fn guard(&mut self, ownership: &Ownership) -> Result<(), JournalError> {
         let fence = ownership.fence().clone();
         self.earlier_term = ownership.earlier_term();
         Ok(self.connection.commit_hook(Some(move || fence.check().is_err()))?)
     }
 
-    /// Takes the next term, in which a metrics row is due after every so many steps.
+    /// Takes the next term. A row of metrics is due in it every `metrics_every_steps` steps.
     pub fn begin_term(&mut self, metrics_every_steps: u64) -> Result<Term, JournalError> {
         let next = "INSERT INTO terms (term, started, pid, metrics_every_steps)
                     SELECT MAX(COALESCE(MAX(term), 0), ?4) + 1, ?1, ?2, ?3 FROM terms";
@@ -281,7 +283,7 @@ impl Journal {
         Ok(Term(self.connection.query_row(newest, [], |row| row.get(0))?))
     }
 
-    /// Gives a worker its number.
+    /// Assigns a number to a worker.
     pub fn admit(
         &mut self,
         term: Term,
@@ -303,7 +305,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Records which process it became.
+    /// Records the process number of a started process.
     pub fn spawned(&mut self, token: &str, process: Spawned) -> Result<(), JournalError> {
         let row =
             "UPDATE children SET pid = ?2, started = ?3, host = ?4, boot = ?5, pids = ?6 WHERE token = ?1";
@@ -312,12 +314,12 @@ impl Journal {
         Ok(())
     }
 
-    /// Records that it ended.
+    /// Records the end of a process.
     pub fn ended(&mut self, token: &str) -> Result<(), JournalError> {
         self.all_ended(&[token])
     }
 
-    /// Records that these ended, with one wait for the disk.
+    /// Records the end of several processes, with one wait for the disk.
     pub fn all_ended(&mut self, tokens: &[&str]) -> Result<(), JournalError> {
         let change = self.connection.transaction()?;
         for token in tokens {
@@ -371,7 +373,7 @@ impl Journal {
         Ok(())
     }
 
-    /// The newest generation, but for where its state came from, which nobody needs any more.
+    /// The newest generation, without the source of its state, which is not needed any more.
     pub fn last_group(&self) -> Result<Option<Group>, JournalError> {
         let query =
             "SELECT generation, position, members, backend FROM generations ORDER BY generation DESC LIMIT 1";
@@ -405,28 +407,28 @@ impl Journal {
         }))
     }
 
-    /// Records that a phase may be skipped. Repeating it does no harm.
+    /// Records that a phase may be skipped. Idempotent.
     pub fn allow_skip(&mut self, position: Position) -> Result<(), JournalError> {
         self.connection.execute("INSERT OR IGNORE INTO skips VALUES (?1)", [position.0])?;
         Ok(())
     }
 
-    /// The phases that may be skipped.
+    /// Update indices of the phases that may be skipped.
     pub fn skips(&self) -> Result<Vec<Position>, JournalError> {
         let mut rows = self.connection.prepare("SELECT position FROM skips ORDER BY position")?;
         let rows = rows.query_map([], |row| Ok(Position(row.get(0)?)))?;
         Ok(rows.collect::<Result<_, _>>()?)
     }
 
-    /// The newest generation; 0 before the first.
+    /// Number of the newest generation; 0 before the first.
     pub fn last_generation(&self) -> Result<Generation, JournalError> {
         let newest = "SELECT COALESCE(MAX(generation), 0) FROM generations";
         let newest: u64 = self.connection.query_row(newest, [], |row| row.get(0))?;
         Ok(Generation(newest.max(self.floor()?)))
     }
 
-    /// Records that a checkpoint is about to be made valid, and the newest generation at that moment.
-    /// Repeating it does no harm.
+    /// Records that a checkpoint is about to be made valid, and the newest generation at that
+    /// moment. Idempotent.
     pub fn commit(&mut self, checkpoint: &Checkpoint) -> Result<(), JournalError> {
         self.connection.execute(
             "INSERT INTO checkpoints (step, phase, position, state_digest, generation)
@@ -438,15 +440,15 @@ impl Journal {
         Ok(())
     }
 
-    /// Records that a checkpoint is valid: from now on the run does not start without it unasked. Repeating
-    /// it does no harm.
+    /// Records that a checkpoint is valid: from now on the run does not start without it unless the
+    /// user asks for that. Idempotent.
     pub fn made_valid(&mut self, checkpoint: &Checkpoint) -> Result<(), JournalError> {
         let change = "UPDATE checkpoints SET valid = 1 WHERE step = ?1 AND phase = ?2 AND valid = 0";
         self.connection.execute(change, params![checkpoint.step, checkpoint.phase])?;
         Ok(())
     }
 
-    /// Every journaled checkpoint, in the order of positions. Its files are not listed.
+    /// All journaled checkpoints, ordered by update index. Their files are not listed.
     pub fn checkpoints(&self) -> Result<Vec<JournaledCheckpoint>, JournalError> {
         let query = "SELECT step, phase, position, state_digest, valid FROM checkpoints ORDER BY position";
         let mut rows = self.connection.prepare(query)?;
@@ -463,40 +465,41 @@ impl Journal {
         Ok(rows.collect::<Result<_, _>>()?)
     }
 
-    /// Records that a record for people was set aside, or is missing, and what that cost.
+    /// Records that a diagnostic record was set aside, or is missing, and the loss.
     pub fn set_aside(&mut self, found: &SetAside) -> Result<(), JournalError> {
         let row = "INSERT OR REPLACE INTO set_aside VALUES (?1, ?2, ?3)";
         self.connection.execute(row, params![found.file, found.aside, to_json(found)])?;
         Ok(())
     }
 
-    /// Record that was set aside.
+    /// All records that were set aside.
     pub fn set_asides(&self) -> Result<Vec<SetAside>, JournalError> {
         history::set_asides(&self.connection)
     }
 
-    /// The furthest position that was decided on: of a checkpoint, or the start of a generation.
+    /// The furthest update index that was decided on: that of a checkpoint, or the start of a
+    /// generation.
     pub fn newest_position(&self) -> Result<Position, JournalError> {
         let query = "SELECT COALESCE(MAX(position), 0) FROM
             (SELECT position FROM checkpoints UNION ALL SELECT position FROM generations)";
         Ok(Position(self.connection.query_row(query, [], |row| row.get(0))?))
     }
 
-    /// Records an evaluation. A step's first one is the one that is kept.
+    /// Records an evaluation. The first one of a step is kept.
     pub fn evaluated(&mut self, row: &EvaluationRow) -> Result<(), JournalError> {
         let insert = "INSERT INTO evaluations VALUES (?1, ?2) ON CONFLICT DO NOTHING";
         self.connection.execute(insert, params![row.step, row.encode()])?;
         Ok(())
     }
 
-    /// The evaluations, by step. One that cannot be read is none.
+    /// Recorded evaluations, ordered by step. An unreadable one is skipped.
     pub fn evaluations(&self) -> Result<Vec<EvaluationRow>, JournalError> {
         let mut rows = self.connection.prepare("SELECT row FROM evaluations ORDER BY step")?;
         let rows = rows.query_map([], |row| row.get::<_, Vec<u8>>(0))?.collect::<Result<Vec<_>, _>>()?;
         Ok(rows.iter().filter_map(|row| EvaluationRow::decode(row).ok()).collect())
     }
 
-    /// Reads a fact.
+    /// Reads a fact; `None` if it was never recorded.
     pub fn fact(&self, fact: Fact) -> Result<Option<String>, JournalError> {
         let query = "SELECT value FROM facts WHERE name = ?1";
         Ok(self.connection.query_row(query, [fact.name()], |row| row.get(0)).optional()?)
@@ -509,15 +512,15 @@ impl Journal {
         Ok(())
     }
 
-    /// The passport that the run was started with.
+    /// Fingerprint of the environment that the run was started with.
     pub fn passport(&self) -> Result<Option<Passport>, JournalError> {
         let text = self.fact(Fact::Passport)?;
         Ok(text.and_then(|text| serde_json::from_str(&text).ok()).map(|items| Passport(items).numbered()))
     }
 
-    /// Records what a run has to know before its job leaves samples out that it had: that this is its
-    /// exclusion number `count`, which no group has trained with yet, and that the next worker tells these
-    /// items of the passport anew.
+    /// Prepares the journal for a job that leaves out samples that it had: records that this is its
+    /// exclusion number `count`, which no group has trained with yet, and drops these items of the
+    /// fingerprint of the environment, which the next worker reports anew.
     pub fn exclude(&mut self, count: usize, forgotten: &[&str]) -> Result<(), JournalError> {
         let mut passport = self.passport()?.unwrap_or_default();
         passport.0.retain(|item, _| !forgotten.contains(&item.as_str()));
@@ -531,7 +534,7 @@ impl Journal {
         Ok(moment.commit()?)
     }
 
-    /// The number of the job's newest exclusion, if no group has trained with it.
+    /// Number of the job's newest exclusion, if no group has trained with it.
     pub fn unused_exclusion(&self) -> Result<Option<usize>, JournalError> {
         let fact = self.fact(Fact::Excluded)?.and_then(|text| serde_json::from_str(&text).ok());
         let Some((generation, count)): Option<(u64, usize)> = fact else { return Ok(None) };
@@ -539,24 +542,24 @@ impl Journal {
     }
 }
 
-/// Where a generation's state came from, as the journal has it.
+/// Source of a generation's state, as journaled.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "from", rename_all = "lowercase")]
 pub enum RecordedStart {
-    /// The job's seed.
+    /// Initialised from the job's seed.
     Fresh,
-    /// A member that had it.
+    /// State sync from a member.
     Healed {
-        /// Its rank.
+        /// Rank of the source.
         rank: u32,
     },
-    /// A checkpoint.
+    /// Read from a checkpoint.
     Checkpoint {
-        /// The rank of the member that reads it.
+        /// Rank of the member that reads it.
         rank: u32,
-        /// Steps done in it.
+        /// Number of completed steps.
         step: u64,
-        /// Phases done of the next step.
+        /// Number of committed phases of the next step.
         phase: u32,
         /// blake3 of the state, in hex.
         state_digest: String,
@@ -578,14 +581,14 @@ impl RecordedStart {
     }
 }
 
-/// A member's place in a generation, as the journal has it.
+/// A member's place in a generation, as journaled.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecordedMember {
-    /// The worker.
+    /// Worker number.
     pub worker: u64,
-    /// Its data shards: the first, and the one behind the last.
+    /// Range of its data shards: the first, and the one past the last.
     pub shards: [u32; 2],
-    /// Whether it writes checkpoint files.
+    /// Whether the member writes checkpoint files.
     #[serde(default)]
     pub writes_parts: bool,
 }
@@ -616,7 +619,8 @@ mod tests {
         assert_eq!(journal.last_generation().unwrap(), Generation(0));
     }
 
-    /// A checkpoint that was given up before it was valid leaves its place to another state of the same step.
+    /// A checkpoint that was given up before it was valid leaves its place to another state of the
+    /// same step.
     #[test]
     fn another_state_takes_the_place_of_a_checkpoint_until_that_is_valid() {
         let folder = tempfile::tempdir().unwrap();
@@ -640,7 +644,7 @@ mod tests {
         }
     }
 
-    /// A newer version may mean something else by what it wrote.
+    /// A newer version may give its rows another meaning.
     #[test]
     fn a_journal_of_a_newer_version_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();

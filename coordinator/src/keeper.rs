@@ -1,12 +1,13 @@
-//! Keeping checkpoints: a task that writes manifests and removes old checkpoints, so that the shell's loop
-//! never waits for a storage.
+//! Checkpoint task: writes manifests and removes old checkpoints, so that the shell's loop never
+//! waits for the storage.
 //!
-//! 1. Checkpoints become valid one after the other, in the order in which they were ordered; so `latest`
-//!    never goes back.
-//! 2. What the storage refuses is tried again until it is done, or until the shell gives it up: then it is
-//!    not valid. One that `latest` names by then, or is about to, counts as valid before.
-//! 3. A checkpoint is told of once it is valid and the old ones are removed.
-//! 4. `best.json` names a checkpoint that is valid, and the model card beside it tells of the same one.
+//! 1. Checkpoints become valid one after the other, in the order in which they were ordered; so
+//!    `latest` never moves back.
+//! 2. A refused order is retried until it is done, or until the shell gives it up: then the
+//!    checkpoint is not valid. A checkpoint that `latest` names by then, or is about to, counts as
+//!    valid before.
+//! 3. A checkpoint is reported once it is valid and the old ones are removed.
+//! 4. `best.json` names a valid checkpoint, and the model card beside it describes the same one.
 
 use std::time::Duration;
 
@@ -22,54 +23,54 @@ use crate::checkpoints::Checkpoints;
 /// The first pause after a failure, and the longest.
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 
-/// What the task has to say.
+/// Report of the task to the shell.
 #[derive(Debug)]
 pub enum Kept {
-    /// A checkpoint is valid; the writing began at this time of a trace.
+    /// A checkpoint is valid; writing began at this time of the trace.
     Valid(Checkpoint, Duration),
     /// The checkpoint of a step was given up before it was valid.
     GivenUp(u64),
-    /// The storage refused it; it is tried again.
+    /// The storage refused the checkpoint, for this reason; it is retried.
     Delayed(Checkpoint, String),
-    /// The storage refused to have the best checkpoint named; it is tried again.
+    /// The storage refused to have the best checkpoint named; it is retried.
     BestDelayed(u64, String),
 }
 
-/// What is written of the best checkpoint.
+/// Files that describe the best checkpoint.
 #[derive(Clone, Debug)]
 pub struct BestFiles {
-    /// Its step.
+    /// Step of the checkpoint.
     pub step: u64,
-    /// The content of `best.json`.
+    /// Content of `best.json`.
     pub named: String,
-    /// The model card.
+    /// Content of the model card.
     pub card: String,
 }
 
-/// What there is to do; with each the folders that must not be removed.
+/// Order of the shell; the last field lists the folders that must not be removed.
 enum Order {
-    /// Make a checkpoint valid, unless the orders up to this number are given up.
+    /// Make a checkpoint valid, unless all orders up to this number are given up.
     Commit(u64, Checkpoint, Vec<String>),
-    /// Name the best one.
+    /// Name the best checkpoint.
     Best(BestFiles, Vec<String>),
-    /// Remove what need not be kept any more.
+    /// Remove checkpoints beyond the retention limit.
     Prune(Vec<String>),
 }
 
-/// The shell's end of the task, which ends with it.
+/// Handle of the task. Dropping it aborts the task.
 pub struct Keeper {
     address: String,
     orders: UnboundedSender<Order>,
-    /// Checkpoints ordered so far.
+    /// Number of checkpoints ordered so far.
     ordered: u64,
-    /// So many of them are given up, unless they are valid.
+    /// Orders up to this number are given up, unless they are valid.
     given_up: watch::Sender<u64>,
     told: UnboundedReceiver<Kept>,
     task: JoinHandle<()>,
 }
 
 impl Keeper {
-    /// Starts the task; of old checkpoints it keeps so many, 0 for all.
+    /// Starts the task; it keeps the newest `keep_last` checkpoints, 0 for all.
     pub fn start(checkpoints: Checkpoints, keep_last: u64) -> Keeper {
         let (orders, ordered) = mpsc::unbounded_channel();
         let (telling, told) = mpsc::unbounded_channel();
@@ -79,20 +80,20 @@ impl Keeper {
         Keeper { address, orders, ordered: 0, given_up, told, task }
     }
 
-    /// The storage's address for workers.
+    /// Address of the storage, for workers.
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// Orders a checkpoint whose files are all there to be made valid. The folders in `protected` are not
-    /// removed.
+    /// Orders a checkpoint whose files are all there to be made valid. The folders in `protected`
+    /// are not removed.
     pub fn order(&mut self, checkpoint: Checkpoint, protected: Vec<String>) {
         self.ordered += 1;
-        // The task ends after this.
+        // Sending fails only after the task has ended.
         let _ = self.orders.send(Order::Commit(self.ordered, checkpoint, protected));
     }
 
-    /// Gives up the checkpoints that were ordered and are not valid yet.
+    /// Gives up the ordered checkpoints that are not valid yet.
     pub fn give_up(&self) {
         self.given_up.send_replace(self.ordered);
     }
@@ -107,14 +108,14 @@ impl Keeper {
         let _ = self.orders.send(Order::Prune(protected));
     }
 
-    /// Lets the task do what was ordered, at most this long; returns whether it did.
+    /// Closes the queue and waits for the task, at most `limit`; returns whether it has finished.
     pub async fn finish(&mut self, limit: Duration) -> bool {
         let (closed, _) = mpsc::unbounded_channel();
         self.orders = closed;
         tokio::time::timeout(limit, &mut self.task).await.is_ok()
     }
 
-    /// What the task has to say next.
+    /// Waits for the next report of the task. Cancel safe.
     pub async fn next(&mut self) -> Option<Kept> {
         self.told.recv().await
     }
@@ -153,7 +154,7 @@ async fn keep(
             };
             let Err(delayed) = done else { break };
             let _ = telling.send(delayed);
-            // A checkpoint that is given up need not wait for its storage.
+            // A checkpoint that is given up need not wait for its storage, so the pause ends early.
             let _ = tokio::time::timeout(pauses.draw(), given_up.changed()).await;
         }
         let (Order::Commit(_, _, protected) | Order::Best(_, protected) | Order::Prune(protected)) = &order;
@@ -175,7 +176,7 @@ async fn commit(
 ) -> Result<bool, ganglion_storage::Error> {
     match is_wanted() {
         true => checkpoints.commit(checkpoint, is_wanted).await,
-        // An attempt before may have written the manifest and not have heard of it.
+        // An earlier attempt may have written the manifest and never received the answer.
         false => checkpoints.withdraw(checkpoint).await.map(|()| false),
     }
 }

@@ -1,13 +1,14 @@
-//! `--mirror`: what a run leaves for people, copied to another storage while it goes on.
+//! `--mirror`: copies a run's metrics, events, samples and TensorBoard files to another storage
+//! while it goes on.
 //!
-//! 1. A thread of its own reads the run directory and sends; nobody waits for it but the run's end, and that
-//!    not for long.
-//! 2. A file is sent again once its length or the time of its last change is another; what is there from an
-//!    earlier coordinator is not sent again. A file that grows is sent as far as it was.
-//! 3. A failure is told once and tried again. A place that is another run's is left alone.
+//! 1. A thread of its own reads the run directory and sends; nothing waits for it but the run's
+//!    end, for a bounded time.
+//! 2. A file is sent again once its length or its modification time differs; files that an earlier
+//!    coordinator sent are not sent again. A file that grows is sent as far as it was.
+//! 3. A failure is reported once and retried. A storage that belongs to another run is left alone.
 //!
-//! A pass over files takes at most a tenth of the time: object stores cannot append, so a long file is sent
-//! whole.
+//! Passes over the files take at most a tenth of the time: object stores cannot append, so a long
+//! file is sent whole.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -21,25 +22,25 @@ use tokio::time::{Instant, timeout};
 
 use crate::report::progress::Screen;
 
-/// Between two passes.
+/// Interval between two passes.
 const EVERY: Duration = Duration::from_secs(30);
-/// Between two attempts at the end.
+/// Interval between two attempts at the end.
 const AGAIN: Duration = Duration::from_secs(2);
-/// How long the end of a run waits.
+/// Time for which the end of a run waits.
 const LAST: Duration = Duration::from_secs(60);
-/// A pass that took so long is followed by a pause so many times longer.
+/// Length of the pause after a long pass, as a multiple of that pass.
 const REST: u32 = 9;
 
 /// Single files that are copied; job.toml, which may change without growing, first.
 const FILES: [&str; 3] = ["job.toml", "events.jsonl", "metrics.jsonl"];
-/// Folders whose files are.
+/// Folders whose files are copied.
 const FOLDERS: [&str; 2] = ["samples", "tensorboard"];
 
-/// A mirror at work, if one is wanted.
+/// A running mirror, if `--mirror` is given.
 pub struct Mirror(Option<Working>);
 
 struct Working {
-    /// Set when the run has ended.
+    /// Set to true when the run has ended.
     ending: watch::Sender<bool>,
     done: oneshot::Receiver<()>,
     address: Address,
@@ -50,7 +51,7 @@ impl Mirror {
     /// Starts to copy a run's directory to `url`.
     ///
     /// # Errors
-    /// What is wrong with `url`, and how to mend it.
+    /// A message that says what is wrong with `url`, and how to mend it.
     pub fn start(url: Option<&str>, run: &str, folder: &Path, screen: &Screen) -> Result<Mirror, String> {
         let Some(url) = url else { return Ok(Mirror(None)) };
         let address = Address::parse(url).map_err(|what| format!("--mirror: the address {what}"))?;
@@ -78,7 +79,7 @@ impl Mirror {
         Ok(Mirror(Some(Working { ending, done, address, screen: screen.clone() })))
     }
 
-    /// Copies what has changed last, if the storage takes it in time.
+    /// Copies the last changes, if the storage takes them in time.
     pub async fn finish(self) {
         let Some(Working { ending, done, address, screen }) = self.0 else { return };
         let _ = ending.send(true);
@@ -91,23 +92,23 @@ impl Mirror {
     }
 }
 
-/// A file as it was when it was sent: its length, and the time of its last change if that is known.
+/// Version of a file that was sent: its length, and its modification time if that is known.
 type Version = (u64, Option<SystemTime>);
 
 struct Copier {
     run: String,
     folder: PathBuf,
     screen: Screen,
-    /// What was sent, once it is known what is there.
+    /// Versions sent, by file name; `None` until the storage was listed.
     sent: Option<BTreeMap<String, Version>>,
     failing: bool,
 }
 
-/// Why a pass ended early.
+/// Reason why a pass ended early.
 enum Stopped {
-    /// It may work later.
+    /// A retry may succeed.
     Failed(String),
-    /// The place is another run's.
+    /// The storage belongs to another run.
     Taken,
 }
 
@@ -145,7 +146,7 @@ impl Copier {
             }
             let pause = if is_last { AGAIN } else { EVERY.max(begun.elapsed() * REST) };
             if let Ok(Err(_)) = timeout(pause, ended.changed()).await {
-                // Nobody waits: the coordinator ended some other way.
+                // The sender is gone: the coordinator ended some other way.
                 return;
             }
         }
@@ -161,7 +162,7 @@ impl Copier {
         }
     }
 
-    /// Sends what has changed.
+    /// Sends the files that have changed.
     async fn pass(&mut self, storage: &Storage) -> Result<(), Stopped> {
         let sent = match &mut self.sent {
             Some(sent) => sent,
@@ -188,7 +189,7 @@ impl Copier {
     }
 }
 
-/// The files of a run directory that are copied, by name.
+/// Names of a run directory's files that are copied.
 fn files(folder: &Path) -> io::Result<Vec<String>> {
     let mut files: Vec<String> =
         FILES.into_iter().filter(|name| folder.join(name).is_file()).map(str::to_string).collect();
@@ -196,7 +197,7 @@ fn files(folder: &Path) -> io::Result<Vec<String>> {
         for entry in fs::read_dir(folder.join(inner))? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            // What is being written has another name until it is whole.
+            // A file that is being written has another name until it is whole.
             if entry.file_type()?.is_file() && !name.ends_with(".new") {
                 files.push(format!("{inner}/{name}"));
             }
@@ -252,7 +253,7 @@ mod tests {
         let (run, storage) = (run_directory(), Storage::in_memory());
         let read = async |name: &str| storage.text(&Place::from(name)).await.unwrap().unwrap();
         assert!(copier(&run, "run").pass(&storage).await.is_ok());
-        // What an earlier coordinator sent is known by its length.
+        // A file that an earlier coordinator sent is known by its length.
         let overwritten = ganglion_storage::PutPayload::from_static(b"gnp");
         storage.replace(&Place::from("samples/step-00000001.png"), &overwritten).await.unwrap();
         let mut later = copier(&run, "run");

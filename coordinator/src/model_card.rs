@@ -1,5 +1,5 @@
-//! The model card of the best checkpoint, `model-card.md` beside it: what it is, what it came from, what it
-//! is worth, what it is not for. The form follows Mitchell et al. (2019), "Model cards for model reporting".
+//! The model card of the best checkpoint, `model-card.md` beside it: its description, origin,
+//! quality and limits. The form follows Mitchell et al. (2019), "Model cards for model reporting".
 
 use std::fmt::Write;
 
@@ -10,27 +10,27 @@ use ganglion_proto::job::Job;
 use crate::job_file;
 use crate::judged::{Best, folder};
 
-/// What a card tells of.
+/// Subject of a model card.
 pub struct Subject<'a> {
     /// The job.
     pub job: &'a Job,
-    /// Identifies the run directory.
+    /// Unique name of the run.
     pub run: &'a str,
-    /// The coordinator's term, which is how many there were.
+    /// The coordinator's term, which equals the number of terms.
     pub term: u64,
-    /// The newest generation, which is how many there were.
+    /// The newest generation, which equals the number of generations.
     pub generations: u64,
-    /// What results depend on.
+    /// Fingerprint of the environment that results depend on.
     pub passport: Option<&'a Passport>,
-    /// Samples in the data set.
+    /// Number of samples in the data set.
     pub samples: Option<u64>,
-    /// The checkpoint.
+    /// The best checkpoint.
     pub best: &'a Best,
-    /// Its evaluation.
+    /// Evaluation of that checkpoint.
     pub row: &'a EvaluationRow,
 }
 
-/// The card, as Markdown.
+/// Renders the card as Markdown.
 pub fn render(subject: &Subject) -> String {
     let Subject { job, best, row, .. } = subject;
     let mut card = format!(
@@ -117,7 +117,8 @@ fn lineage(card: &mut String, subject: &Subject) {
     }
 }
 
-/// The resolved job, without the remarks of its file and without an address, which may hold a secret.
+/// The resolved job, without the comments of its file and without addresses, which may hold a
+/// secret.
 fn settings(job: &Job) -> String {
     let mut job = job.clone();
     job.checkpoint.url = None;

@@ -1,6 +1,7 @@
-//! What operators ask of a running coordinator, over its own gRPC: status, drain, scale, stop.
+//! Operators' client of a running coordinator, over its own gRPC: status, drain, scale, stop.
 //!
-//! A coordinator leaves its address and a token in its run directory, in a file that only its user can read.
+//! A coordinator leaves its address and a token in its run directory, in a file that only its user
+//! can read.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -18,28 +19,28 @@ use crate::inspect::{Overview, Standing, as_json, is_held, overview};
 use crate::report::status;
 use crate::report::table::{Table, size};
 
-/// How long a coordinator may take to answer.
+/// Time limit for a coordinator's answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
-/// How often it is looked whether a run has stopped.
+/// Interval at which a stopping run is polled.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// What is asked.
+/// Request of an operator.
 #[derive(Debug)]
 pub enum Question {
-    /// How things are, perhaps for a program.
+    /// Shows the status of the run.
     Status {
-        /// As JSON.
+        /// Whether to print JSON.
         json: bool,
     },
-    /// That a worker leaves.
+    /// Drains the worker with this number.
     Drain(u64),
-    /// So many local workers.
+    /// Sets the number of local workers.
     Scale(u32),
-    /// That the run stops, and so long to wait for that.
+    /// Stops the run, and waits at most this long.
     Stop(Duration),
 }
 
-/// Asks the coordinator of a run, and returns what to print.
+/// Sends a request to the coordinator of a run, and returns the text to print.
 pub async fn operate(folder: &Path, question: Question) -> Result<String, Failure> {
     match question {
         Question::Status { json } => status(folder, json).await,
@@ -49,7 +50,7 @@ pub async fn operate(folder: &Path, question: Question) -> Result<String, Failur
     }
 }
 
-/// Of a run that no coordinator holds, its files are asked.
+/// Returns the status of a run. If no coordinator holds it, the status is read from its files.
 async fn status(folder: &Path, json: bool) -> Result<String, Failure> {
     if !is_held(folder) {
         let run = overview(folder)?;
@@ -84,7 +85,7 @@ async fn scale(workers: u32, folder: &Path) -> Result<String, Failure> {
     Ok(format!("the coordinator runs {workers} workers from now on"))
 }
 
-/// Asks a coordinator to stop, and waits until it holds the run no more.
+/// Asks a coordinator to stop, and waits until it no longer holds the run.
 async fn stop(limit: Duration, folder: &Path) -> Result<String, Failure> {
     let (mut client, access) = reach(folder).await?;
     client.stop(authorised(StopRequest {}, &access)?).await.map_err(refused)?;
@@ -144,7 +145,7 @@ fn refused(status: tonic::Status) -> Failure {
     }
 }
 
-/// What a coordinator says, for programs.
+/// A coordinator's status as JSON for programs.
 fn status_json(status: &GetStatusResponse) -> serde_json::Value {
     let mut value = status::json(status);
     value["standing"] = Standing::Running.name().into();

@@ -1,7 +1,8 @@
-//! Who may connect to this coordinator, and how its own workers and operators do.
+//! Authentication of clients, and the credentials of local workers and operators.
 //!
-//! 1. Whatever is wrong with credentials is said before a run directory is touched.
-//! 2. Local workers get them by their environment, as names of files; no secret is ever on a command line.
+//! 1. Faulty credentials are reported before a run directory is touched.
+//! 2. Local workers get theirs through the environment, as names of files; no secret is ever on a
+//!    command line.
 
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
@@ -14,7 +15,7 @@ use crate::access::Access;
 use crate::server::guard::Guard;
 use crate::server::tls::{Acceptor, Clients, other_name};
 
-/// What the user says about it.
+/// Command-line options of authentication.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct SecurityArguments {
     /// Speak TLS only, with the ca.crt, tls.crt and tls.key of this folder: on --listen with workers and
@@ -27,9 +28,9 @@ pub struct SecurityArguments {
     pub join_token_file: Option<PathBuf>,
 }
 
-/// Who may connect.
+/// Authentication settings of a coordinator.
 pub struct Security {
-    /// Does the TLS of gRPC's socket.
+    /// TLS of the gRPC listener; `None` without TLS.
     pub acceptor: Option<Arc<Acceptor>>,
     tls: Option<TlsFiles>,
     token_file: Option<PathBuf>,
@@ -37,7 +38,7 @@ pub struct Security {
 }
 
 impl Security {
-    /// Reads the files that the user names.
+    /// Reads the files named by the options.
     pub fn of(arguments: &SecurityArguments) -> Result<Security, CredentialError> {
         let absolute = |file: &Path| std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf());
         let token_file = arguments.join_token_file.as_deref().map(absolute);
@@ -48,34 +49,34 @@ impl Security {
         Ok(Security { acceptor, tls, token_file, join })
     }
 
-    /// Whether clients must prove who they are.
+    /// Whether clients must authenticate.
     pub fn guards(&self) -> bool {
         self.tls.is_some() || self.join.is_some()
     }
 
-    /// The files of TLS, for other sockets of this process.
+    /// TLS files, for other listeners of this process.
     pub fn tls(&self) -> Option<&TlsFiles> {
         self.tls.as_ref()
     }
 
-    /// Does the TLS of the dashboard's socket.
+    /// TLS of the dashboard's listener.
     pub fn browsers(&self) -> Result<Option<Arc<Acceptor>>, CredentialError> {
         self.tls.as_ref().map(|files| Acceptor::open(files.clone(), Clients::Browsers)).transpose()
     }
 
-    /// How addresses begin.
+    /// Scheme of the addresses.
     pub fn scheme(&self) -> &'static str {
         if self.tls.is_some() { "https" } else { "http" }
     }
 
-    /// How this coordinator is reached by those who may read its run directory.
+    /// Access record for clients that may read this run directory.
     pub fn access(&self, address: SocketAddr, token: String) -> Result<Access, CredentialError> {
         let tls_name = self.tls.as_ref().map(|files| name(files, address.ip())).transpose()?.flatten();
         let tls_dir = self.tls.as_ref().map(|files| files.folder().to_path_buf());
         Ok(Access { address: format!("{}://{address}", self.scheme()), token, tls_dir, tls_name })
     }
 
-    /// What local workers find in their environment.
+    /// Environment variables of local workers.
     pub fn environment(&self, tls_name: Option<&str>) -> Vec<(&'static str, OsString)> {
         let folder = self.tls.as_ref().map(|files| (TLS_DIR, files.folder().into()));
         let name = tls_name.map(|name| (TLS_NAME, name.into()));
@@ -83,7 +84,7 @@ impl Security {
         folder.into_iter().chain(name).chain(token).collect()
     }
 
-    /// What other workers need besides the address.
+    /// Options that remote workers need besides the address.
     pub fn invitation(&self, tls_name: Option<&str>) -> String {
         let mut text = String::new();
         if self.tls.is_some() {
@@ -98,13 +99,13 @@ impl Security {
         text
     }
 
-    /// Decides over the calls of clients.
+    /// Creates the authentication layer; `operator` is the operators' token.
     pub fn guard(&self, operator: &str) -> Guard {
         Guard::new(operator, self.join.as_ref(), self.tls.is_some())
     }
 }
 
-/// The name by which this machine's own clients check the certificate.
+/// Name by which clients on this machine verify the certificate.
 fn name(files: &TlsFiles, address: IpAddr) -> Result<Option<String>, CredentialError> {
     Ok(other_name(&files.read()?, address))
 }

@@ -1,8 +1,9 @@
 //! Claims about the checkpoints on the storage.
 //!
-//! 1. A checkpoint that is removed while it is read is none. It loses its manifest first, by which that is
-//!    seen.
-//! 2. A checkpoint with a damaged file is judged by nothing else: its state is not what was saved.
+//! 1. A checkpoint that is removed while it is read is ignored. It loses its manifest first, which
+//!    identifies this case.
+//! 2. A checkpoint with a damaged file takes part in no other claim: its state is not the saved
+//!    one.
 //!
 //! Memory: the files of one checkpoint at a time.
 
@@ -19,21 +20,21 @@ use super::{Claim, NoRun};
 pub(super) struct Whole(Vec<(String, Found)>);
 
 enum Found {
-    /// It was removed meanwhile.
+    /// Removed while it was read.
     Gone,
-    /// What is wrong with its files.
+    /// Damaged files, with a description of each.
     Damaged(Vec<String>),
-    /// All files are what the manifest says.
+    /// All files agree with the manifest.
     Intact { files: usize, bytes: u64, state: Result<State, String> },
 }
 
-/// What a checkpoint's files hold.
+/// State read from a checkpoint's files.
 pub(super) struct State {
-    /// blake3 over all its tensors.
+    /// `state_digest`: blake3 over all tensors.
     pub(super) digest: String,
-    /// The count of committed phases in the state itself.
+    /// Update index stored in the state itself.
     pub(super) position: u64,
-    /// The ledger in the state itself.
+    /// Sample checksum (`ledger`) stored in the state itself.
     pub(super) ledger: u64,
 }
 
@@ -56,7 +57,7 @@ impl Whole {
         read.map_err(|error| silent(storage, &error))
     }
 
-    /// The states that could be read, by folder.
+    /// Readable states, by folder.
     pub(super) fn states(&self) -> impl Iterator<Item = (&str, &State)> {
         self.0.iter().filter_map(|(folder, found)| match found {
             Found::Intact { state: Ok(state), .. } => Some((folder.as_str(), state)),
@@ -92,8 +93,8 @@ impl Found {
     }
 }
 
-/// Reads a file of a folder, or says what is wrong with it. A manifest that names another place is not
-/// followed there.
+/// Reads a file of a folder; the inner error describes the damage. A manifest that names a path
+/// outside the folder is not followed there.
 async fn read_inside(storage: &Storage, folder: &str, file: &str) -> Result<Result<Bytes, String>, Error> {
     if file.contains('/') || file == ".." {
         return Ok(Err("not a name of a file in the folder".to_string()));
@@ -105,7 +106,7 @@ async fn read_inside(storage: &Storage, folder: &str, file: &str) -> Result<Resu
 }
 
 impl State {
-    /// Reads the state that is in these parts.
+    /// Reads the state from the content of these parts.
     pub(super) fn of(parts: &[Bytes]) -> Result<State, String> {
         let mut tensors: BTreeMap<String, TensorView<'_>> = BTreeMap::new();
         for part in parts {

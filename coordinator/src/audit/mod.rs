@@ -1,14 +1,14 @@
 //! `coordinator audit`: proves from a run's files alone that nothing was lost, doubled or changed.
 //!
-//! 1. Nothing is written, and no coordinator or worker is asked: the files are the evidence, the job is the
-//!    measure.
-//! 2. What is written later is read first: the records before the checkpoints, these before the journal,
-//!    which knows each decision before anything else does. So on a directory that is in use no file tells of
-//!    what the journal of this reading does not know.
-//! 3. What a run that goes on is in the middle of is no breach: a breach there must show again some seconds
-//!    later.
-//! 4. A claim says what it was shown for. What cannot be decided from the files is counted, never passed
-//!    over.
+//! 1. Nothing is written, and no coordinator or worker is asked: the files are the evidence, and
+//!    the job is the measure.
+//! 2. Files that are written later are read first: the records before the checkpoints, these before
+//!    the journal, which has each decision before any other file. So on a directory in use no file
+//!    mentions a decision that this reading of the journal lacks.
+//! 3. An operation in progress is not a breach: on a run that goes on, a breach must show again
+//!    some seconds later.
+//! 4. A claim says what it was shown for. Whatever cannot be decided from the files is counted,
+//!    never passed over.
 
 mod aside;
 mod checkpoints;
@@ -28,21 +28,21 @@ use evidence::Evidence;
 pub use evidence::NoRun;
 use serde::Serialize;
 
-/// Longer than a coordinator takes to write what it has decided, and than its workers take to repeat a
-/// report.
+/// Pause before a breach is checked again: longer than a coordinator takes to write its decisions,
+/// and than its workers take to repeat a report.
 const SECOND_LOOK: Duration = Duration::from_secs(3);
 
-/// What an audit found, a claim a line.
+/// Result of an audit, one claim a line.
 #[derive(Debug, Serialize)]
 pub struct Report(Vec<Claim>);
 
-/// A statement about the run, and what the files say to it.
+/// A statement about the run, with the evidence for and against it.
 #[derive(Debug, Serialize)]
 struct Claim {
     statement: &'static str,
-    /// What it was shown for.
+    /// Figures that it was shown for.
     figures: String,
-    /// What speaks against it.
+    /// Contradictions found.
     breaches: Vec<String>,
 }
 
@@ -88,19 +88,19 @@ impl Claim {
         Claim { statement, figures: String::new(), breaches: Vec::new() }
     }
 
-    /// Notes what speaks against the claim.
+    /// Adds a contradiction.
     fn breach(&mut self, what: String) {
         self.breaches.push(what);
     }
 
-    /// Notes what speaks against the claim unless a condition holds.
+    /// Adds a contradiction unless a condition holds.
     fn expect(&mut self, holds: bool, otherwise: impl FnOnce() -> String) {
         if !holds {
             self.breach(otherwise());
         }
     }
 
-    /// The claim, shown for these figures.
+    /// Completes the claim with the figures that it was shown for.
     fn of(mut self, figures: String) -> Claim {
         self.figures = figures;
         self

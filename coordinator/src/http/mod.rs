@@ -1,10 +1,12 @@
-//! The dashboard, and what machines ask of a coordinator: JSON, Prometheus, probes. All of it is read-only.
+//! The dashboard and the endpoints for machines: JSON, Prometheus, probes. All of it is read-only.
 //!
-//! 1. The shell waits for no client: it publishes a view, and the chronicle's lock is held for a moment only.
-//! 2. Nothing that a client does costs more than is bounded here: connections, the time to ask, the size of a
-//!    question, the life of a connection, the size of an answer.
+//! 1. The shell waits for no client: it publishes a view, and the chronicle's lock is held for a
+//!    moment only.
+//! 2. The cost of any client is bounded: connections, the time to ask, the size of a request, the
+//!    life of a connection, the size of an answer.
 //! 3. Only GET and HEAD are served, and no body is read.
-//! 4. A page of another site learns nothing: its name is not this host's, and it has no token (`guard`).
+//! 4. A page of another site learns nothing: its name is not this host's, and it has no token
+//!    (`guard`).
 
 mod assets;
 mod guard;
@@ -37,47 +39,47 @@ use crate::report::view::View;
 pub use guard::{Guard, TOKEN_FILE, keep_token};
 pub use start::{Content, Dashboard, Wanted, start};
 
-/// Connections at a time, those of one address, and those of one address that wait for a question. The one
-/// that has waited the longest makes place for a newcomer, so probes are answered whatever others leave open,
-/// and whatever one address does.
+/// Maximum number of connections, of those of one address, and of those of one address that wait
+/// for a request. The connection that has waited the longest makes place for a newcomer, so probes
+/// are answered whatever other clients leave open, and whatever one address does.
 const LIMITS: Limits =
     Limits { all: 128, strangers_of_address: 96, idle_of_address: 64, grace: Duration::ZERO };
-/// How long a connection may take to become one, such as by a TLS handshake.
+/// Time limit to open a connection, such as by a TLS handshake.
 const OPENING_LIMIT: Duration = Duration::from_secs(10);
-/// How long a client may take to ask, and how long it may be silent between two questions.
+/// Time limit to send a request, and for silence between two requests.
 const HEADER_LIMIT: Duration = if cfg!(test) { Duration::from_millis(500) } else { Duration::from_secs(10) };
-/// A question's bytes, its headers included.
+/// Maximum size of a request with its headers, in bytes.
 const HEADER_BYTES: usize = 16 << 10;
-/// How long a connection lives. A client that goes on opens another.
+/// Lifetime of a connection. A client that goes on opens another.
 const LIFE: Duration = Duration::from_secs(60);
-/// How long the last answer on it may take.
+/// Time limit for the last answer on a connection.
 const LAST_ANSWER: Duration = Duration::from_secs(10);
-/// Who asked this lately is still looking.
+/// A client whose newest status request is no older than this is still watching.
 const LOOKING: Duration = Duration::from_secs(5);
-/// How long those who look may take to see how the run ended.
+/// Time limit, at the end, for watching clients to see how the run ended.
 const FAREWELL: Duration = Duration::from_secs(3);
-/// For a page that was told of the end, to ask for the last rows, events and pictures.
+/// Pause for a page that has seen the end to ask for the last rows, events and pictures.
 const REST: Duration = Duration::from_millis(500);
 
-/// What is served.
+/// Content and access rules of the site.
 pub struct Site {
-    /// The newest view; none before the shell's first.
+    /// The newest view; `None` before the shell's first.
     pub view: watch::Receiver<Option<Arc<View>>>,
-    /// What the run's files tell.
+    /// Index of the run's records.
     pub chronicle: Chronicle,
-    /// Where its pictures are.
+    /// Folder of the pictures.
     pub samples: PathBuf,
     /// The job, as JSON.
     pub job: serde_json::Value,
-    /// Whom it is for.
+    /// Access control.
     pub guard: Guard,
-    /// When the status was last asked for, and how the run had ended by then.
+    /// Time of the newest status request, and whether the run had ended by then.
     pub asked: watch::Sender<Option<(Instant, bool)>>,
 }
 
-/// A server that ends with this.
+/// A running server; dropping it ends the server.
 pub struct Served {
-    /// Where.
+    /// Address of the listener.
     pub address: SocketAddr,
     site: Arc<Site>,
     task: JoinHandle<()>,
@@ -90,13 +92,13 @@ impl Drop for Served {
 }
 
 impl Served {
-    /// The page's address.
+    /// URL of the page.
     pub fn url(&self) -> String {
         let scheme = if self.site.guard.is_secure() { "https" } else { "http" };
         format!("{scheme}://{}/", self.address)
     }
 
-    /// Lets those who look see how the run ended.
+    /// Waits, within limits, until watching clients have seen how the run ended.
     pub async fn farewell(&self) {
         let mut asked = self.site.asked.subscribe();
         let is_looked_at = asked.borrow().is_some_and(|(at, _)| at.elapsed() < LOOKING);
@@ -109,13 +111,13 @@ impl Served {
     }
 }
 
-/// Whether only this machine reaches an address.
+/// Whether only this machine can reach an address.
 pub fn is_local(address: IpAddr) -> bool {
     address.is_loopback()
 }
 
-/// Serves a site. `secure` makes of a connection what is spoken over, such as by a TLS handshake; [`plainly`]
-/// makes nothing.
+/// Serves a site. `secure` turns an accepted connection into the stream to speak over, such as by a
+/// TLS handshake; [`plainly`] leaves it as it is.
 pub fn serve<S, F>(
     listener: TcpListener,
     site: Site,
@@ -144,14 +146,14 @@ where
     Ok(Served { address, site, task })
 }
 
-/// Speaks over the connection as it is.
+/// Passes a connection on without encryption.
 pub async fn plainly(stream: TcpStream) -> io::Result<TcpStream> {
     stream.set_nodelay(true)?;
     Ok(stream)
 }
 
-/// Answers on one connection until it ends, has lived long enough, or makes place for another while it waits
-/// for a question.
+/// Answers on one connection until it ends, reaches its lifetime, or makes place for another while
+/// it waits for a request.
 async fn converse<S>(stream: S, router: Router, place: &Place)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -173,14 +175,14 @@ where
         .serve_connection(TokioIo::new(stream), answer);
     let mut connection = pin!(connection);
     tokio::select! {
-        // A question that has come already is answered before its connection makes place: in a crowd of one
-        // address a probe may be asked to before it was looked at.
+        // A request that has already arrived is answered before its connection makes place: in a
+        // crowd of one address a probe may be told to leave before it was looked at.
         biased;
         _ = connection.as_mut() => return,
         () = place.shown_out() => return,
         () = sleep(LIFE) => connection.as_mut().graceful_shutdown(),
     }
-    // A client that does not read its answer is left.
+    // Bounded: a client that does not read its answer is abandoned.
     let _ = timeout(LAST_ANSWER, connection).await;
 }
 

@@ -1,8 +1,8 @@
-//! `/metrics`: the run for Prometheus. Made anew for each scrape, so that a worker that is gone has no
-//! figures.
+//! `/metrics`: the run for Prometheus. Rendered anew for each scrape, so that a worker that is gone
+//! has no figures.
 //!
-//! Counts come from the events of the run, those of earlier coordinators included, so a restart sets none of
-//! them back.
+//! Counters come from the events of the run, those of earlier coordinators included, so a restart
+//! sets none of them back.
 
 use std::fmt;
 use std::sync::atomic::AtomicU64;
@@ -19,7 +19,7 @@ use crate::alarms::Alarm;
 use crate::clock::now;
 use crate::report::chronicle::{Chronicle, Known, RowLine};
 
-/// How metrics are written.
+/// Exposition format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
     /// OpenMetrics 1.0.
@@ -28,21 +28,21 @@ pub enum Form {
     Text,
 }
 
-/// The stages of a group, of which one holds.
+/// Stages of a group; exactly one holds.
 const STAGES: [&str; 6] = ["gathering", "reconnecting", "training", "regrouping", "closing", "ended"];
-/// What workers report as faults.
+/// Kinds of faults that workers report.
 const FAULTS: [&str; 6] = ["peer", "timeout", "links", "diverged", "internal", "non_finite"];
 
 type Labels = Vec<(&'static str, String)>;
 type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
 
 impl Form {
-    /// The form for a client that accepts these types.
+    /// Chooses the format for a client with this `Accept` header.
     pub fn accepted(types: &str) -> Form {
         if types.contains("application/openmetrics-text") { Form::OpenMetrics } else { Form::Text }
     }
 
-    /// Its type.
+    /// Content type of the format.
     pub fn content_type(self) -> &'static str {
         match self {
             Form::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
@@ -51,7 +51,7 @@ impl Form {
     }
 }
 
-/// All metrics of the moment.
+/// Renders all metrics of the moment.
 pub fn render(view: &View, chronicle: &Chronicle, form: Form) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("ganglion");
     of_run(&mut registry, view);
@@ -69,7 +69,8 @@ pub fn render(view: &View, chronicle: &Chronicle, form: Form) -> Result<String, 
     Ok(if form == Form::Text { plain(&text) } else { text })
 }
 
-/// OpenMetrics as the older format, which names a counter in full and has no units and no end.
+/// Converts OpenMetrics to the older format, which names a counter in full and has no units and no
+/// end marker.
 fn plain(text: &str) -> String {
     let mut counters = Vec::new();
     let mut lines = String::with_capacity(text.len());
@@ -103,7 +104,7 @@ fn counter(registry: &mut Registry, name: &str, help: &str, value: u64) {
     registry.register(name, help, ConstCounter::new(value));
 }
 
-/// One metric, with a value for each set of labels.
+/// Registers one gauge, with a value for each set of labels.
 fn gauges(registry: &mut Registry, name: &str, help: &str, values: impl IntoIterator<Item = (Labels, f64)>) {
     let family = Gauges::default();
     for (labels, value) in values {
@@ -306,7 +307,7 @@ mod tests {
         assert_eq!(Form::accepted("*/*"), Form::Text);
     }
 
-    /// What is deployed asks for metrics that there are.
+    /// The deployed alerts and dashboards use existing metrics.
     #[test]
     fn alerts_and_dashboards_name_metrics_that_exist() {
         let text = text(Form::Text);

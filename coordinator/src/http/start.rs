@@ -1,4 +1,4 @@
-//! Opening the site of a coordinator that starts.
+//! Startup of a coordinator's dashboard.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,36 +17,36 @@ use crate::run_dir::RunDir;
 use crate::security::Security;
 use crate::server::tls::Acceptor;
 
-/// Where the site is to be.
+/// Requested listener of the dashboard.
 pub struct Wanted<'a> {
-    /// As `--http` has it.
+    /// Value of `--http`.
     pub address: Option<&'a str>,
-    /// Whether other machines may reach it in the clear.
+    /// Whether other machines may reach it without encryption.
     pub is_insecure: bool,
 }
 
-/// What is shown.
+/// Content of the dashboard.
 pub struct Content<'a> {
-    /// What the shell publishes.
+    /// Views published by the shell.
     pub view: watch::Receiver<Option<Arc<View>>>,
-    /// What the run's files tell.
+    /// Index of the run's records.
     pub chronicle: Chronicle,
     /// The job.
     pub job: &'a Job,
-    /// The run's name for itself.
+    /// Unique name of the run.
     pub run: &'a str,
 }
 
-/// A coordinator's site, if it has one.
+/// A coordinator's dashboard, if it has one.
 pub struct Dashboard(Option<Served>);
 
 impl Dashboard {
-    /// The page's address.
+    /// URL of the page.
     pub fn url(&self) -> Option<String> {
         self.0.as_ref().map(Served::url)
     }
 
-    /// Lets those who look see how the run ended.
+    /// Waits, within limits, until watching clients have seen how the run ended.
     pub async fn farewell(&self) {
         if let Some(served) = &self.0 {
             served.farewell().await;
@@ -54,7 +54,8 @@ impl Dashboard {
     }
 }
 
-/// Opens the site where `--http` says. The port is journaled, and the next coordinator takes it again.
+/// Starts the dashboard where `--http` says. The port is journaled, and the next coordinator takes
+/// it again.
 pub async fn start(
     wanted: Wanted<'_>,
     security: &Security,
@@ -94,12 +95,12 @@ pub async fn start(
     Ok(Dashboard(Some(served.map_err(other)?)))
 }
 
-/// Speaks TLS over the connection.
+/// Performs the TLS handshake of a connection.
 async fn secretly(stream: TcpStream, acceptor: Arc<Acceptor>) -> io::Result<TlsStream<TcpStream>> {
     acceptor.accept(plainly(stream).await?).await
 }
 
-/// Where to serve: an address, one that `last_port` completes, or nowhere.
+/// Address to serve on: the one given, a loopback address with `last_port`, or `None` for `off`.
 fn address(
     given: Option<&str>,
     last_port: Option<u16>,
@@ -124,7 +125,8 @@ fn address(
     Ok(Some(address))
 }
 
-/// Listens. Where the port is only that of the last time, another of the same host will do.
+/// Opens the listener. If the port is only the one of the last start, another port of the same host
+/// will do.
 async fn listen(wanted: SocketAddr, is_given: bool) -> io::Result<TcpListener> {
     match TcpListener::bind(wanted).await {
         Err(error) if !is_given && wanted.port() != 0 => {

@@ -1,6 +1,6 @@
-//! The journal as a reader finds it, also while a coordinator writes it.
+//! Read access to the journal, also while a coordinator writes it.
 //!
-//! 1. Nothing is written: no table, no column, no file beside the journal that was not there.
+//! 1. Nothing is written: no table, no column, and no file beside the journal that was not there.
 //! 2. All tables are read at one moment.
 
 use std::collections::BTreeMap;
@@ -12,23 +12,23 @@ use super::opening::snapshot;
 use super::{Fact, JournalError, RecordedMember, RecordedStart, Recovery};
 use crate::report::damage::SetAside;
 
-/// All that a run's coordinators decided, oldest first.
+/// All decisions of a run's coordinators, oldest first.
 #[derive(Clone, Debug, Default)]
 pub struct History {
-    /// Samples in the data set, once a worker has loaded it.
+    /// Number of samples in the data set, once a worker has loaded it.
     pub samples: Option<u64>,
-    /// The index of each sample that the job leaves out after its start, in the job's order, as far as that
-    /// is known.
+    /// Index of each sample that the job leaves out after its start, in the job's order, as far as
+    /// that is known.
     pub left_out: Vec<u64>,
-    /// The terms.
+    /// All terms.
     pub terms: Vec<TermRow>,
-    /// The term in which each worker was admitted, by worker.
+    /// Term in which each worker was admitted, by worker.
     pub workers: BTreeMap<u64, u64>,
-    /// The generations.
+    /// All generations.
     pub generations: Vec<GenerationRow>,
-    /// The committed checkpoints.
+    /// Checkpoints that were committed.
     pub checkpoints: Vec<CheckpointRow>,
-    /// The records that were set aside.
+    /// Records that were set aside.
     pub set_aside: Vec<SetAside>,
     /// Report of the newest recovery, in a journal that was recovered.
     pub recovery: Option<Recovery>,
@@ -37,41 +37,41 @@ pub struct History {
 /// One start of a coordinator.
 #[derive(Clone, Debug)]
 pub struct TermRow {
-    /// Its number.
+    /// Number of the term.
     pub term: u64,
-    /// A metrics row was due after every so many steps; 0 where that is not known.
+    /// A row of metrics was due every so many steps; 0 where that is not known.
     pub metrics_every_steps: u64,
 }
 
 /// One membership of the group.
 #[derive(Clone, Debug)]
 pub struct GenerationRow {
-    /// Its number.
+    /// Number of the generation.
     pub generation: u64,
-    /// The term that formed it.
+    /// Term that formed it.
     pub term: u64,
-    /// The position from which it trained.
+    /// Update index from which it trained.
     pub position: u64,
-    /// Where its state came from; none where the text is not one of ours.
+    /// Source of its state; `None` where the text cannot be parsed.
     pub start: Option<RecordedStart>,
-    /// Its members by rank; none where the text is not one of ours.
+    /// Members ordered by rank; empty where the text cannot be parsed.
     pub members: Vec<RecordedMember>,
-    /// Why it was formed; empty where that is not known.
+    /// Reason why it was formed; empty where that is not known.
     pub cause: String,
 }
 
 /// One committed checkpoint.
 #[derive(Clone, Debug)]
 pub struct CheckpointRow {
-    /// Steps done in it.
+    /// Number of completed steps.
     pub step: u64,
-    /// Phases done of the next step.
+    /// Number of committed phases of the next step.
     pub phase: u64,
-    /// The count of committed phases.
+    /// Update index: number of committed phases.
     pub position: u64,
     /// blake3 of the state, in hex.
     pub state_digest: String,
-    /// The newest generation when it was committed; 0 where that is not known.
+    /// Newest generation when it was committed; 0 where that is not known.
     pub generation: u64,
 }
 
@@ -109,7 +109,7 @@ impl History {
     }
 }
 
-/// The records that were set aside; none in a journal of a version that did not know of that.
+/// Records that were set aside; empty in a journal of a version that did not have them.
 pub(super) fn set_asides(connection: &Connection) -> Result<Vec<SetAside>, JournalError> {
     if !connection.table_exists(None, "set_aside")? {
         return Ok(Vec::new());
@@ -118,8 +118,8 @@ pub(super) fn set_asides(connection: &Connection) -> Result<Vec<SetAside>, Journ
     Ok(texts.iter().filter_map(|text| serde_json::from_str(text).ok()).collect())
 }
 
-/// A table's rows, in the order of its first column. A column that the table does not have is taken as not
-/// known: 0.
+/// A table's rows, ordered by its first column. A column that the table does not have reads as 0,
+/// not known.
 fn rows<T, const N: usize>(
     connection: &Connection,
     table: &str,

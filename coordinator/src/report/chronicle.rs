@@ -1,10 +1,12 @@
-//! What a run's files tell, at hand for those who look on: curves, events, checkpoints, pictures, counts.
+//! In-memory index of a run's records for the dashboard: curves, events, checkpoints, pictures,
+//! counts.
 //!
-//! 1. It is made from the lines of `metrics.jsonl` and `events.jsonl`, those of earlier coordinators first,
-//!    and from nothing else. So a new coordinator shows what the one before showed.
-//! 2. Its memory is bounded, and so is what any question costs. Whoever asks holds the lock for a moment
+//! 1. It is built from the lines of `metrics.jsonl` and `events.jsonl`, those of earlier
+//!    coordinators first, and from nothing else. So a new coordinator shows the same as the one
+//!    before.
+//! 2. Memory is bounded, and so is the cost of any query. A reader holds the lock for a moment
 //!    only: nothing waits for a client, a file or a process with it.
-//! 3. Nothing is decided by it.
+//! 3. No decision depends on it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,52 +16,52 @@ use serde::{Deserialize, Serialize};
 
 use super::curve::{Bucket, Curve, Point, SERIES};
 
-/// Bytes of events that are kept; older ones are in the file.
+/// Maximum size of the events kept in memory, in bytes; older ones are in the file.
 const EVENT_BYTES: usize = 4 << 20;
-/// Checkpoints that are kept.
+/// Maximum number of checkpoints kept.
 const CHECKPOINTS: usize = 32;
-/// Evaluations that are kept.
+/// Maximum number of evaluations kept.
 const EVALUATIONS: usize = 4096;
-/// Pictures that are known by name.
+/// Maximum number of pictures known by name.
 const PICTURES: usize = 100_000;
 
-/// The handle; clones share one.
+/// Shared handle of the index; clones refer to the same one.
 #[derive(Clone, Debug, Default)]
 pub struct Chronicle(Arc<Mutex<Known>>);
 
-/// See the module.
+/// Content of the index. See the module documentation.
 #[derive(Debug, Default)]
 pub struct Known {
     curve: Curve,
     /// The row of the greatest step.
     pub newest: Option<RowLine>,
-    /// Rows so far.
+    /// Number of rows so far.
     pub rows: u64,
-    /// Their numbers and lines.
+    /// Number and line of each event kept.
     events: VecDeque<(u64, String)>,
     event_bytes: usize,
-    /// Events so far; the next one's number.
+    /// Number of events so far, which is the number of the next one.
     pub event_count: u64,
-    /// When the first event was, in seconds of Unix time.
+    /// Time of the first event, in seconds of Unix time.
     pub begun: Option<f64>,
-    /// Events by kind.
+    /// Number of events by kind.
     pub kinds: BTreeMap<String, u64>,
-    /// Faults that workers reported, by kind.
+    /// Number of faults that workers reported, by kind.
     pub faults: BTreeMap<String, u64>,
-    /// The newest checkpoints, oldest first.
+    /// Newest checkpoints, oldest first.
     pub checkpoints: VecDeque<CheckpointLine>,
     pictures: BTreeSet<u64>,
-    /// The newest evaluations, by step.
+    /// Newest evaluations, by step.
     pub evaluations: BTreeMap<u64, EvaluationLine>,
     /// The best checkpoint.
     pub best: Option<BestLine>,
-    /// What goes wrong now, by name, and why.
+    /// Active alarms by name, with their reasons.
     pub alarms: BTreeMap<String, String>,
     /// The data set as a worker found it.
     pub data: Option<Found>,
 }
 
-/// A row of metrics, as its line has it.
+/// A row of metrics, as parsed from its line.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 #[allow(missing_docs)] // the columns of metrics.jsonl
@@ -79,7 +81,7 @@ pub struct RowLine {
     pub profile: Option<ProfileLines>,
 }
 
-/// Milliseconds a step, of each module's phases.
+/// Time profile of a step, of the discriminator's and of the generator's phases.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[allow(missing_docs)]
 pub struct ProfileLines {
@@ -87,7 +89,7 @@ pub struct ProfileLines {
     pub generator: ProfileLine,
 }
 
-/// Milliseconds a step.
+/// Time profile of one network's phases, in milliseconds a step.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[allow(missing_docs)]
 pub struct ProfileLine {
@@ -111,20 +113,20 @@ impl ProfileLine {
     }
 }
 
-/// A checkpoint, as its event has it.
+/// A checkpoint, as parsed from its event.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CheckpointLine {
-    /// Steps done in it.
+    /// Number of completed steps.
     pub step: u64,
-    /// When it became valid, in seconds of Unix time.
+    /// Time at which it became valid, in seconds of Unix time.
     pub time: f64,
-    /// Its folder in the storage.
+    /// Folder in the storage.
     pub folder: String,
-    /// The digest of its state.
+    /// `state_digest` of the checkpoint.
     pub state_digest: String,
 }
 
-/// An evaluation, as its event has it.
+/// An evaluation, as parsed from its event.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct EvaluationLine {
@@ -135,20 +137,20 @@ pub struct EvaluationLine {
     pub seconds: f64,
 }
 
-/// The data set, as its event has it.
+/// The data set, as parsed from its event.
 #[derive(Deserialize)]
 struct DataLine {
     found: Found,
 }
 
-/// Why there is an alarm.
+/// Reason of an alarm.
 #[derive(Deserialize)]
 struct Detail {
     #[serde(default)]
     detail: String,
 }
 
-/// The best checkpoint, as its event has it.
+/// The best checkpoint, as parsed from its event.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct BestLine {
@@ -158,7 +160,7 @@ pub struct BestLine {
     pub value: f64,
 }
 
-/// What is looked at of an event.
+/// Fields read from an event.
 #[derive(Deserialize)]
 struct EventLine<'a> {
     time: f64,
@@ -197,15 +199,16 @@ impl RowLine {
 }
 
 impl Chronicle {
-    /// What is known. Hold it for a moment only: the coordinator's loop waits.
+    /// Locks the index. Hold the guard for a moment only: the coordinator's loop waits for it.
     pub fn look(&self) -> MutexGuard<'_, Known> {
         // Nothing panics while it holds the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a line of `metrics.jsonl`.
+    /// Adds a line of `metrics.jsonl`.
     pub fn row(&self, line: &[u8]) {
-        // Whoever wrote the line checked it; a line of another version without these columns is not drawn.
+        // The writer has validated the line; a line of another version without these columns is not
+        // drawn.
         let Ok(row) = serde_json::from_slice::<RowLine>(line) else { return };
         let mut known = self.look();
         known.rows += 1;
@@ -215,7 +218,7 @@ impl Chronicle {
         }
     }
 
-    /// Takes a line of `events.jsonl`.
+    /// Adds a line of `events.jsonl`.
     pub fn event(&self, line: &[u8]) {
         let mut known = self.look();
         let number = known.event_count;
@@ -283,12 +286,13 @@ impl Known {
         }
     }
 
-    /// The rows from a step on, as at most `points` buckets and one.
+    /// Rows from a step on, as at most `points` + 1 buckets.
     pub fn curve(&self, from: u64, points: usize) -> Vec<Bucket> {
         self.curve.since(from, points)
     }
 
-    /// Events from a number on with their numbers, at most `limit` and at most about `bytes` of them.
+    /// Events from a number on with their numbers, at most `limit` and at most about `bytes` of
+    /// them.
     pub fn events(&self, from: u64, limit: usize, bytes: usize) -> Vec<(u64, String)> {
         let start = self.events.partition_point(|(number, _)| *number < from);
         let mut size = 0;
@@ -300,12 +304,12 @@ impl Known {
         self.events.range(start..).take(limit).take_while(fits).cloned().collect()
     }
 
-    /// The oldest event that is kept.
+    /// Number of the oldest event kept.
     pub fn first_event(&self) -> u64 {
         self.events.front().map_or(self.event_count, |(number, _)| *number)
     }
 
-    /// Steps with a picture, at most `limit` of them: the first, the newest, and some between.
+    /// Steps that have a picture, at most `limit` of them: the first, the newest, and some between.
     pub fn pictures(&self, limit: usize) -> Vec<u64> {
         let all: Vec<u64> = self.pictures.iter().copied().collect();
         if all.len() <= limit || limit < 2 {
@@ -314,13 +318,13 @@ impl Known {
         (0..limit).map(|at| all[at * (all.len() - 1) / (limit - 1)]).collect()
     }
 
-    /// How many events of a kind there were.
+    /// Number of events of a kind.
     pub fn count(&self, kind: &str) -> u64 {
         self.kinds.get(kind).copied().unwrap_or(0)
     }
 }
 
-/// The kinds are the coordinator's own, so there are few.
+/// Counts one occurrence. The kinds are the coordinator's own, so there are few.
 fn count(counts: &mut BTreeMap<String, u64>, kind: &str) {
     match counts.get_mut(kind) {
         Some(count) => *count += 1,
@@ -370,7 +374,7 @@ mod tests {
             assert_eq!(known.curve(0, 10)[2].series[2].mean(), Some(0.75));
             assert_eq!(known.newest.as_ref().map(|row| row.step), Some(30));
         }
-        // A row that is recorded already is no new line.
+        // A row that is already recorded adds no line.
         metrics.record(&row_of(40)).unwrap();
         metrics.record(&row_of(40)).unwrap();
         assert_eq!(again.look().rows, 4);

@@ -1,11 +1,11 @@
-//! `metrics.jsonl`: a line for each reported step of a run, once each, across deaths of workers and of the
-//! coordinator.
+//! `metrics.jsonl`: one line for each reported step of a run, once each, across deaths of workers
+//! and of the coordinator.
 //!
-//! 1. A step has at most one row. What training computed (step, images seen, ledger, losses, scores) comes
-//!    first in a row; a step that is recomputed must give the same bytes there. Time, rates and the group
-//!    that computed it may differ.
-//! 2. A row may come after a later one: rows wait on their worker for an acknowledgement, which may come
-//!    late.
+//! 1. A step has at most one row. The computed part (step, images seen, sample checksum (`ledger`),
+//!    losses, scores) comes first in a row; a step that is recomputed must give the same bytes
+//!    there. Time, rates and the group that computed it may differ.
+//! 2. A row may come after one of a later step: rows wait on their worker for an acknowledgement,
+//!    which may be delayed.
 //! 3. A row is durable once a sync that began after it was written has ended.
 //!
 //! Memory: 16 bytes a row, for an index from steps to lines; the rows themselves stay in the file.
@@ -23,16 +23,16 @@ use super::damage::{self, Damaged};
 use super::disk::Disk;
 use super::line_file::{LineFile, Sync, Watcher};
 
-/// What is known of one step once it is committed.
+/// Metrics of one step, known once it is committed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {
-    /// The step, counted from 1.
+    /// Number of the step, counted from 1.
     pub step: u64,
-    /// When its last phase was committed, in seconds of Unix time.
+    /// Time at which its last phase was committed, in seconds of Unix time.
     pub time: f64,
-    /// The generation of the group that committed it.
+    /// Generation that committed it.
     pub generation: u64,
-    /// The number of workers in that group.
+    /// Number of workers in that generation.
     pub world_size: u32,
     /// The discriminator's loss, a mean over the samples of its last phase.
     pub loss_discriminator: f64,
@@ -42,27 +42,28 @@ pub struct Row {
     pub images_per_second: f64,
     /// Real images taken since the run began.
     pub images_seen: u64,
-    /// The state's ledger after the step: which samples were committed up to it.
+    /// Sample checksum (`ledger`) of the state after the step: it identifies the samples committed
+    /// up to it.
     pub ledger: u64,
-    /// Phases skipped in a row up to the step's end, because their gradients were not finite.
+    /// Consecutive phases skipped up to the step's end because their gradients were not finite.
     pub skipped: u64,
     /// Passes over the data since the run began.
     pub epoch: f64,
-    /// Where the time of the discriminator's phases and of the generator's went.
+    /// Time profile of the discriminator's phases and of the generator's.
     pub profile: Option<[Profile; 2]>,
-    /// How the reporting worker's GPU was used.
+    /// Use of the reporting worker's GPU.
     pub gpu: GpuUse,
-    /// What the discriminator says of real samples and of the generator's, means over its last phase; `None`
-    /// if nobody noted it.
+    /// Mean D outputs (scores) for real samples and for generated ones, over the discriminator's
+    /// last phase; `None` if they were not recorded.
     pub scores: Option<[f64; 2]>,
 }
 
-/// The part of a row that a step determines.
+/// Part of a row that the step determines.
 #[derive(Serialize)]
 struct Computed {
     step: u64,
     images_seen: u64,
-    /// 16 hexadecimal digits: many readers of JSON round numbers beyond 2^53.
+    /// Printed as 16 hexadecimal digits: many readers of JSON round numbers beyond 2^53.
     ledger: String,
     #[serde(skip_serializing_if = "is_zero")]
     skipped: u64,
@@ -74,7 +75,8 @@ struct Computed {
     score_fake: Option<f64>,
 }
 
-/// The part of a row that tells how it came about, and what follows from the other part.
+/// Part of a row that depends on the circumstances of training, and values derived from the other
+/// part.
 #[derive(Serialize)]
 struct Circumstances {
     epoch: f64,
@@ -90,14 +92,14 @@ struct Circumstances {
     profile: Option<Profiles>,
 }
 
-/// Milliseconds a step.
+/// Time profile of a step, in milliseconds.
 #[derive(Serialize)]
 struct Profiles {
     discriminator: Parts,
     generator: Parts,
 }
 
-/// The parts of a phase, with three decimals.
+/// Parts of a phase, in milliseconds with three decimals.
 #[derive(Serialize)]
 struct Parts {
     data: f64,
@@ -116,27 +118,28 @@ impl From<Profile> for Parts {
     }
 }
 
-/// What `record` did with a row.
+/// Effect of `record`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recorded {
-    /// Wrote it.
+    /// The row was written.
     New,
-    /// Nothing: the step has the same row already.
+    /// Nothing was written: the step has the same row already.
     Same,
 }
 
-/// A recomputed step gave something else than the recorded one: the promise of equal results is broken.
+/// A recomputed step differs from the recorded one: the promise of equal results is broken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Breach {
-    /// The step.
+    /// Number of the step.
     pub step: u64,
-    /// What the file has of it: the step, the images seen, the ledger, losses and scores, as JSON.
+    /// Computed part of the recorded row, as JSON: step, images seen, sample checksum, losses and
+    /// scores.
     pub recorded: String,
-    /// The same of the recomputed row.
+    /// Computed part of the recomputed row, as JSON.
     pub recomputed: String,
 }
 
-/// Why a row could not be recorded.
+/// Reason why a row was not recorded.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
     /// The file cannot be written or read. The row is not in it.
@@ -147,29 +150,29 @@ pub enum RecordError {
     Breach(Breach),
 }
 
-/// The open file. See the module.
+/// The open `metrics.jsonl` with its index. See the module documentation.
 pub struct MetricsLog {
     lines: LineFile,
-    /// Each recorded step and the offset of its line in bytes, by step.
+    /// Recorded steps and the offsets of their lines in bytes, ordered by step.
     index: Vec<(u64, u64)>,
-    /// The offset behind each row that may not survive a power cut, and its step, in the order of the file.
+    /// End offset and step of each row that may not survive a power cut, in the order of the file.
     fresh: VecDeque<(u64, u64)>,
 }
 
-/// A row's step, and whether it has one.
+/// Parses a row's step; fails on lines without one.
 #[derive(Deserialize)]
 struct Stepped {
     step: u64,
 }
 
-/// The step of a line, if that is a row of metrics.
+/// Returns the step of a line if it is a row of metrics.
 pub(super) fn step_of(line: &[u8]) -> Result<u64, serde_json::Error> {
     serde_json::from_slice(line).map(|row: Stepped| row.step)
 }
 
 impl MetricsLog {
-    /// Opens or creates the file, cuts a torn last line and learns which steps it has. `watcher` is shown all
-    /// lines, those to come too.
+    /// Opens or creates the file, cuts a torn last line and indexes its steps. `watcher` is called
+    /// for every line, including later ones.
     ///
     /// # Errors
     /// The file cannot be opened, or a line that is whole is no row of metrics.
@@ -187,7 +190,7 @@ impl MetricsLog {
         Ok(MetricsLog { lines, index, fresh })
     }
 
-    /// The greatest recorded step.
+    /// Greatest recorded step.
     pub fn last_step(&self) -> Option<u64> {
         self.index.last().map(|(step, _)| *step)
     }
@@ -197,17 +200,17 @@ impl MetricsLog {
         self.index.binary_search_by_key(&step, |entry| entry.0).is_ok()
     }
 
-    /// The least step whose row may not survive a power cut.
+    /// Least step whose row may not survive a power cut.
     pub fn first_fresh(&self) -> Option<u64> {
         self.fresh.iter().map(|(_, step)| *step).min()
     }
 
-    /// Work for a sync, if there is any.
+    /// Pending sync, if there is anything to sync.
     pub fn to_sync(&self) -> Option<Sync> {
         self.lines.to_sync()
     }
 
-    /// Takes note of how a sync went.
+    /// Notes the result of a sync.
     pub fn was_synced(&mut self, sync: &Sync, done: &io::Result<()>) {
         self.lines.was_synced(sync, done);
         let synced = self.lines.synced();
@@ -216,7 +219,7 @@ impl MetricsLog {
         }
     }
 
-    /// Writes a row, unless its step is recorded already.
+    /// Writes a row, unless its step is already recorded.
     ///
     /// # Errors
     /// [`RecordError::Breach`] if the step is recorded with another result.
@@ -239,8 +242,8 @@ impl MetricsLog {
     }
 }
 
-/// Holds a recomputed row against the recorded line, as bytes: a number read back from text need not be the
-/// same.
+/// Compares a recomputed row with the recorded line as bytes: a number read back from text need not
+/// be the same.
 fn compare(step: u64, recorded: &[u8], computed: String) -> Result<Recorded, Breach> {
     let rest = recorded.strip_prefix(computed.as_bytes());
     if rest.is_some_and(|rest| rest.starts_with(b",")) {
@@ -257,7 +260,7 @@ impl Row {
         format!("{},{}", self.computed(), self.circumstances())
     }
 
-    /// The first part of the row's line, from its opening brace on.
+    /// First part of the row's line, from its opening brace on.
     fn computed(&self) -> String {
         let mut part = to_json(&Computed {
             step: self.step,
@@ -273,7 +276,7 @@ impl Row {
         part
     }
 
-    /// The second part of the row's line, up to its closing brace.
+    /// Second part of the row's line, up to its closing brace.
     fn circumstances(&self) -> String {
         let mut part = to_json(&Circumstances {
             epoch: self.epoch,
@@ -298,7 +301,7 @@ fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-/// Numbers that are not finite become null.
+/// Renders a part as JSON. Numbers that are not finite become null.
 fn to_json(part: &impl Serialize) -> String {
     serde_json::to_string(part).expect("a struct of numbers can be written as JSON")
 }
@@ -373,7 +376,7 @@ mod tests {
         assert_eq!(log.record(&row_of(1)).unwrap(), Recorded::Same);
     }
 
-    /// Invariant 1: a row that another worker recomputes tells of another GPU, or of none.
+    /// Invariant 1: a row that another worker recomputes may have another GPU's figures, or none.
     #[test]
     fn a_gpus_use_shows_where_there_is_one_and_decides_nothing() {
         let (_dir, path, mut log) = log();

@@ -1,7 +1,7 @@
-//! A client's connection, and what is known of who is at its other end.
+//! A client's connection, and the identity of the client.
 //!
-//! 1. A client that may do nothing is shown out after `PATIENCE`, and before that if others wait for its
-//!    place.
+//! 1. A connection without an authorised call is closed after `PATIENCE`, or earlier if others wait
+//!    for its place.
 
 use std::future::Future;
 use std::io;
@@ -19,45 +19,45 @@ use tokio::time::sleep;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
-/// How long a client may take until it has done something that it may do.
+/// Time limit for a client's first authorised call.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What a client showed when it connected.
+/// Credentials that a client showed when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shown {
-    /// Nothing, and nothing is asked for.
+    /// None, and none are required.
     NothingAsked,
-    /// A certificate of ours.
+    /// A certificate signed by our authority.
     Certificate,
     /// No certificate.
     NoCertificate,
-    /// It does not speak TLS, though we do.
+    /// No TLS, though it is required.
     NoTls,
 }
 
-/// Who is at the other end of a connection.
+/// The client at the other end of a connection.
 #[derive(Clone, Debug)]
 pub struct Peer {
-    /// What it showed when it connected.
+    /// Credentials shown when it connected.
     pub shown: Shown,
     place: Arc<Place>,
     admitted: Arc<AtomicBool>,
 }
 
 impl Peer {
-    /// Where from.
+    /// Remote address.
     pub fn address(&self) -> IpAddr {
         self.place.address()
     }
 
-    /// Keeps its place from now on: it did something that it may do.
+    /// Marks the client as authorised: it keeps its place from now on.
     pub fn admit(&self) {
         if !self.admitted.swap(true, Ordering::Relaxed) {
             self.place.trust();
         }
     }
 
-    /// Whether it did.
+    /// Whether the client was marked as authorised.
     pub fn is_admitted(&self) -> bool {
         self.admitted.load(Ordering::Relaxed)
     }
@@ -67,11 +67,11 @@ impl Peer {
 pub struct Connection {
     stream: Stream,
     peer: Peer,
-    /// Ends when the client must leave, unless it was admitted.
+    /// Completes when an unauthorised client must leave.
     patience: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
-/// What it goes over.
+/// Transport of a connection.
 pub enum Stream {
     /// TCP alone.
     Plain(TcpStream),
@@ -80,7 +80,7 @@ pub enum Stream {
 }
 
 impl Connection {
-    /// The connection of a client that showed something.
+    /// Wraps a greeted stream; `place` is released with the connection.
     pub fn new(stream: Stream, shown: Shown, place: Place) -> Connection {
         let place = Arc::new(place);
         let held = place.clone();
@@ -112,6 +112,8 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        // Checked on reads alone: the HTTP/2 server always has a read pending, which the timer
+        // wakes.
         if !self.peer.is_admitted() && self.patience.as_mut().poll(cx).is_ready() {
             tracing::info!(
                 "closed a connection from {}: it does nothing that it may do",
