@@ -1,8 +1,9 @@
-//! Certificates and a join token for those who have no authority of their own.
+//! Creation of certificates and a join token, for users without a certificate authority of their
+//! own.
 //!
 //! 1. Nothing is overwritten.
 //! 2. Keys and the token are readable by this user alone, from the moment they exist.
-//! 3. A worker's certificate is not for any machine's name: it cannot play the coordinator.
+//! 3. A worker's certificate names no machine: it cannot impersonate the coordinator.
 
 use std::fs;
 use std::io;
@@ -20,23 +21,23 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use crate::error::Failure;
 use crate::supervisor::new_token;
 
-/// How long an authority is valid, in days.
+/// Validity of an authority, in days.
 const AUTHORITY_DAYS: u32 = 3650;
-/// Clocks may differ by so much.
+/// Tolerated difference between clocks.
 const CLOCKS: Duration = Duration::hours(1);
-/// What the coordinator's certificate is for besides the names that the user gives.
+/// Names on the coordinator's certificate, besides those that the user gives.
 const LOCAL: [&str; 3] = ["localhost", "127.0.0.1", "::1"];
-/// The name that workers' certificates are for: nobody connects to it.
+/// Name on workers' certificates: no client connects to it.
 const WORKER: &str = "ganglion-worker";
 
-/// What to do with certificates.
+/// Work with certificates.
 #[derive(Debug, clap::Subcommand)]
 pub enum CertsCommand {
     /// Makes an authority, a certificate each for the coordinator and for workers, and a join token.
     Init(Init),
 }
 
-/// How certificates are made.
+/// Options of `coordinator certs init`.
 #[derive(Debug, clap::Args)]
 pub struct Init {
     /// Where they go; the folder must not be there yet.
@@ -55,14 +56,14 @@ pub struct Init {
 }
 
 impl CertsCommand {
-    /// Does it; returns what to print.
+    /// Runs the command; returns the text to print.
     pub fn run(&self) -> Result<String, Failure> {
         let CertsCommand::Init(init) = self;
         init.run()
     }
 }
 
-/// An authority that can sign.
+/// A certificate authority that can sign.
 struct Authority {
     certificate: String,
     key: String,
@@ -103,7 +104,7 @@ impl Init {
         Ok(self.advice(&hosts))
     }
 
-    /// All that the coordinator's certificate is for.
+    /// All names and addresses on the coordinator's certificate.
     fn hosts(&self) -> Vec<String> {
         let machine = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
         let local = LOCAL.map(str::to_string);
@@ -155,7 +156,7 @@ impl Authority {
         Ok(Authority { certificate, key: text, issuer: Issuer::new(params, key) })
     }
 
-    /// An authority that was made by `new`: all that its signatures need of its certificate follows from its
+    /// Loads an authority that `new` made. Everything that its signatures need follows from its
     /// key.
     fn read(folder: &Path) -> Result<Authority, String> {
         let text =
@@ -168,7 +169,7 @@ impl Authority {
 
     fn params(key: &KeyPair) -> CertificateParams {
         let mut params = CertificateParams::default();
-        // Two authorities that have one name would be taken for one.
+        // Two authorities of the same name would be mistaken for each other.
         let number = blake3::hash(key.public_key_raw()).to_hex();
         name_it(&mut params, &format!("Ganglion {}", &number[..16]), AUTHORITY_DAYS);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
@@ -177,7 +178,7 @@ impl Authority {
     }
 }
 
-/// Whether a certificate can be for this: a DNS name, perhaps for a whole domain, or an address.
+/// Whether a certificate can name this host: a DNS name, perhaps with a wildcard, or an address.
 fn is_name(host: &str) -> bool {
     ServerName::try_from(host.strip_prefix("*.").unwrap_or(host)).is_ok()
 }
@@ -245,7 +246,7 @@ mod tests {
         let read = |file: PathBuf| fs::read(file).unwrap();
         assert_eq!(read(old.join("ca/ca.crt")), read(new.join("worker/ca.crt")));
         assert_ne!(read(old.join("worker/tls.crt")), read(new.join("worker/tls.crt")));
-        // It is one that those trust who have the old files.
+        // Holders of the old files trust the new certificate.
         fs::copy(old.join("ca/ca.crt"), new.join("worker/ca.crt")).unwrap();
         TlsFiles::new(&new.join("worker")).read().unwrap();
         let none = init(folder.path().join("x"), Some(folder.path().join("none")), &[]).run().unwrap_err();

@@ -1,5 +1,4 @@
-//! What a coordinator needs of the machine that it runs on: a socket, processes, signals. The clock is
-//! tokio's.
+//! Interface to the machine: a listener, processes, signals. The clock is tokio's.
 
 use std::io;
 use std::net::SocketAddr;
@@ -20,34 +19,34 @@ use crate::server::tls::Acceptor;
 use crate::shell::StopSignal;
 use crate::supervisor::{Processes, SystemProcesses};
 
-/// A machine. There is one; a simulation has others.
+/// A machine: the real one, or a simulated one.
 pub trait Host {
     /// A client's connection.
     type Connection: Connected + AsyncRead + AsyncWrite + Send + Unpin + 'static;
 
-    /// Listens on an address, with TLS if there are certificates; returns the connections that come in, and
-    /// the address with its port.
+    /// Listens on an address, with TLS if an acceptor is given; returns the accepted connections,
+    /// and the address with its port.
     fn listen(
         &self,
         wanted: SocketAddr,
         tls: Option<Arc<Acceptor>>,
     ) -> impl Future<Output = io::Result<(mpsc::Receiver<Self::Connection>, SocketAddr)>>;
 
-    /// The machine's processes.
+    /// Processes of the machine.
     fn processes(&self) -> io::Result<Box<dyn Processes>>;
 
-    /// The disk below the run's records.
+    /// Disk below the run's records.
     fn disk(&self) -> Arc<dyn Disk> {
         Arc::new(SystemDisk)
     }
 
-    /// What asks this process to stop.
+    /// Signals that ask this process to stop.
     fn signals(&self) -> io::Result<mpsc::UnboundedReceiver<StopSignal>>;
 }
 
-/// This machine.
+/// The real machine.
 pub struct System {
-    /// How this process logs, and the workers that it starts.
+    /// Log format of this process and of the workers that it starts.
     pub log_format: LogFormat,
 }
 

@@ -1,4 +1,4 @@
-//! A coordinator's life, from its command line to its exit code.
+//! Lifetime of a coordinator, from its command line to its exit code.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
@@ -41,9 +41,9 @@ use crate::server::{Store, serve};
 use crate::shell::{Change, Ended, Parts, Shell, ShellError, StopSignal, records::Records};
 use crate::supervisor::{Adoption, Exited, Processes, Supervisor, new_token};
 
-/// Messages that may wait for the shell.
+/// Capacity of the shell's input queue.
 const INPUTS: usize = 4096;
-/// How long clients may take at the end to read what they were told.
+/// Time limit, at the end, for clients to read their last messages.
 const FAREWELL: Duration = Duration::from_secs(2);
 
 impl From<ShellError> for Failure {
@@ -66,8 +66,8 @@ pub async fn run(
     }
 }
 
-/// One term. None if another has to follow: this one brought the members of earlier ones to rest, for a
-/// change of the job that they must not learn of while they train.
+/// Runs one term. Returns `None` if another term must follow: this one quiesced the members of
+/// earlier ones, for a change of the job that they must not learn of while they train.
 async fn live(
     cli: &Cli,
     host: &impl Host,
@@ -137,7 +137,9 @@ async fn live(
         launch,
     };
     let (signals, guard) = (host.signals().map_err(Failure::other)?, security.guard(&access.token));
+    // Waits as long as the run lasts. A newer claim to the run directory ends it.
     let ended = while_held(&run_dir, supervise(parts, life, incoming, signals, guard)).await?;
+    // Both are bounded and independent, so their limits run at the same time.
     tokio::join!(mirror.finish(), dashboard.farewell());
     match winding_down && ended.signal.is_none() && ended.outcome != Outcome::Complete {
         true => rested(&ended, &run_dir, &screen).map(|()| None),
@@ -150,7 +152,7 @@ fn read_job(cli: &Cli) -> Result<Job, Failure> {
     job_file::read(&source, &cli.overrides).map_err(Failure::input)
 }
 
-/// Listens, at an address that workers and operators are told.
+/// Opens the gRPC listener; also returns the URL and the access record for workers and operators.
 async fn be_found<H: Host>(
     cli: &Cli,
     host: &H,
@@ -163,8 +165,8 @@ async fn be_found<H: Host>(
     Ok((incoming, format!("{}://{address}", security.scheme()), security.access(address, token)?))
 }
 
-/// Notes that nobody trains any more. Where members met a sample that cannot be read, that is why something
-/// is left out.
+/// Records that all members are quiesced. If members stopped at an unreadable sample, that is the
+/// reason of the pending exclusion.
 fn rested(ended: &Ended, run_dir: &RunDir, screen: &Screen) -> Result<(), Failure> {
     match &ended.outcome {
         Outcome::Stopped(_) => {
@@ -187,24 +189,24 @@ fn hold(cli: &Cli, job: &Job, screen: &Screen, launch: Option<&mut Launch>) -> R
     Ok(run_dir)
 }
 
-/// Lets a run go on until it ends or another coordinator has its directory. Nothing is said to the workers
-/// then: they are the other's.
+/// Runs until the end of the run or until another coordinator takes over the directory. In the
+/// latter case nothing is sent to the workers: they belong to the other.
 async fn while_held<T>(
     run_dir: &RunDir,
     run: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {
     tokio::select! {
-        // The fence may have refused a commit before it was heard of.
+        // The fence may have refused a commit before its loss was reported.
         ended = run => ended.map_err(|failure| run_dir.fence().check().err().map_or(failure, Failure::other)),
         superseded = run_dir.fence().lost() => Err(Failure::other(superseded)),
     }
 }
 
-/// Legacy of a run's earlier coordinators, in the hands of this one.
+/// State of the run as taken over from earlier coordinators.
 struct TakenOver {
-    /// With what the run leaves out.
+    /// The job, including the samples that the run leaves out.
     job: Job,
-    /// The line for a run that has nothing left to do.
+    /// Final line of a run that is already finished; `None` if there is work left.
     done: Option<String>,
     change: Change,
     run: String,
@@ -218,7 +220,7 @@ struct TakenOver {
     patience: Patience,
 }
 
-/// Takes a run over, and makes it the job's. A new run is one that nobody left.
+/// Takes over a run, or begins one if there is none.
 async fn take_over(
     cli: &Cli,
     job: Job,
@@ -228,7 +230,8 @@ async fn take_over(
     disk: &Arc<dyn Disk>,
 ) -> Result<TakenOver, Failure> {
     let mut journal = open_journal(run_dir, screen)?;
-    // Until a first group was formed nothing was trained, and a mistake in the job may still be mended.
+    // Nothing was trained before the first group formed, so a mistake in the job may still be
+    // mended.
     let begun = journal.last_generation()? > Generation(0);
     let Settled { mut job, changed, asked } = run_dir.check_job(job, begun, journal.unused_exclusion()?)?;
     let run = run_name(&mut journal)?;
@@ -246,7 +249,7 @@ async fn take_over(
     run_dir.write_job(&job)?;
     let done = finished(&journal, &job, recovered.checkpoint.as_ref(), run_dir)?;
     if done.is_some() {
-        // Workers of a coordinator that died before it could release them.
+        // Workers may be left of a coordinator that died before it could release them.
         supervisor.ask_all_to_end();
     }
     let change = match done {
@@ -275,13 +278,13 @@ async fn take_over(
     })
 }
 
-/// How many workers to start, and what to say of it.
+/// Number of workers to start, with a line that explains it.
 fn local_workers(cli: &Cli, job: &Job, processes: &dyn Processes) -> Result<(u32, Option<String>), Failure> {
     let gpus = if cli.workers == Workers::Auto { count_gpus(processes)? } else { 0 };
     cli.local_workers(job, gpus).map_err(Failure::Input)
 }
 
-/// Takes the next term, and names it where others see it.
+/// Takes the next term, and publishes it in the claim.
 fn begin_term(journal: &mut Journal, run_dir: &RunDir, job: &Job) -> Result<Term, Failure> {
     let term = journal.begin_term(job.metrics.every_steps)?;
     run_dir.ownership().begun(term.0);
@@ -290,13 +293,13 @@ fn begin_term(journal: &mut Journal, run_dir: &RunDir, job: &Job) -> Result<Term
     Ok(term)
 }
 
-/// Leaves for operators how this coordinator is reached.
+/// Writes the access record for operators.
 fn leave_access(run_dir: &RunDir, access: &Access) -> Result<(), Failure> {
     let text = serde_json::to_string(access).map_err(Failure::other)?;
     Ok(run_dir.write_secret(ACCESS_FILE, &text)?)
 }
 
-/// What only a run needs that is not finished: that one keeps the trace that it has.
+/// Checks and files needed only by an unfinished run; a finished one keeps its trace.
 fn prepare_to_train(cli: &Cli, local_workers: u32, supervisor: &Supervisor) -> Result<Timeline, Failure> {
     if local_workers > 0 {
         supervisor.check_program().map_err(Failure::other)?;
@@ -304,7 +307,7 @@ fn prepare_to_train(cli: &Cli, local_workers: u32, supervisor: &Supervisor) -> R
     open_trace(cli)
 }
 
-/// Says where this coordinator is found, and what it goes by.
+/// Prints and records the addresses and settings of this coordinator.
 fn announce(
     records: &mut Records,
     job: &Job,
@@ -324,7 +327,7 @@ fn announce(
     lines.into_iter().flatten().for_each(|line| records.message(&line));
 }
 
-/// Where the run's checkpoints are kept.
+/// Address of the storage that holds the run's checkpoints.
 fn storage_of(job: &Job, run_dir: &RunDir) -> String {
     job.checkpoint.url.clone().unwrap_or_else(|| run_dir.path("checkpoints").display().to_string())
 }
@@ -336,7 +339,7 @@ fn open_trace(cli: &Cli) -> Result<Timeline, Failure> {
     Ok(Timeline::new(&trace))
 }
 
-/// The GPUs of this machine, as its workers see them.
+/// Number of GPUs that workers can use on this machine.
 fn count_gpus(processes: &dyn Processes) -> Result<u32, Failure> {
     let advice = "give a number, such as --workers 1";
     processes
@@ -344,17 +347,17 @@ fn count_gpus(processes: &dyn Processes) -> Result<u32, Failure> {
         .map_err(|error| Failure::Other(format!("--workers auto: cannot count the GPUs: {error}; {advice}")))
 }
 
-/// What there is to do.
+/// Task of one term.
 struct Life {
-    /// Whether the run was complete before.
+    /// Whether the run was already complete.
     found_complete: bool,
-    /// The size of the data set, as far as it is known.
+    /// Size of the data set, if it is known.
     samples: Option<u64>,
-    /// Whether to stay when it is complete.
+    /// Whether to stay after completion.
     stay: bool,
 }
 
-/// Serves and runs the shell until the run ends, and longer if it shall stay.
+/// Runs server and shell until the run ends, and longer with `--stay`.
 async fn supervise<C>(
     parts: Parts,
     life: Life,
@@ -380,14 +383,15 @@ where
         shell.stay(&mut receiver, &mut signals).await?;
     }
     let _ = shutdown.send(true);
-    // What workers on other machines were told last is still on its way; one that missed it would wait out
-    // its lease.
+    // The last messages to workers on other machines are still on their way; a worker that missed
+    // one would wait out its lease.
     let _ = tokio::time::timeout(FAREWELL, &mut server).await;
     server.abort();
     Ok(ended)
 }
 
-/// Opens the journal. Where it is missing and the run's records are not, this is no new run.
+/// Opens the journal. If it is missing while the run's records exist, the run is refused: it is not
+/// new.
 fn open_journal(run_dir: &RunDir, screen: &Screen) -> Result<Journal, Failure> {
     let journal = run_dir.path("journal.sqlite");
     let holds = |name: &&str| std::fs::metadata(run_dir.path(name)).is_ok_and(|file| file.len() > 0);
@@ -402,7 +406,7 @@ fn open_journal(run_dir: &RunDir, screen: &Screen) -> Result<Journal, Failure> {
             journal.display()
         )));
     }
-    // It holds the tokens by which local workers show who they are.
+    // The journal holds the tokens by which local workers authenticate.
     if let Err(error) = run_dir.keep_private("journal.sqlite") {
         tracing::debug!("{}: its mode stays as it is: {error}", journal.display());
     }
@@ -423,7 +427,8 @@ fn run_name(journal: &mut Journal) -> Result<String, Failure> {
     Ok(run)
 }
 
-/// What is known of evaluations. Events that a death kept from being written are written now.
+/// Loads the recorded evaluations, and writes the events that an earlier coordinator's death
+/// prevented.
 async fn judged(
     journal: &Journal,
     checkpoints: &Checkpoints,
@@ -444,7 +449,7 @@ async fn judged(
     Ok(Judged::new(job.clone(), rows, &folders))
 }
 
-/// Group of the earlier terms, by the journal.
+/// Group of the earlier terms, from the journal.
 fn left_behind(journal: &Journal, job_changed: bool) -> Result<Recovered, Failure> {
     let group = journal.last_group()?;
     let passport = if group.is_some() { journal.passport()? } else { None };
@@ -456,7 +461,7 @@ fn left_behind(journal: &Journal, job_changed: bool) -> Result<Recovered, Failur
     Ok(Recovered { group, dead, condemned, skips, passport, job_changed, ..Recovered::default() })
 }
 
-/// Whether somebody may be alive who holds a state.
+/// Whether a member that holds a state may be alive.
 fn may_live(recovered: &Recovered) -> bool {
     let mut members = recovered.group.iter().flat_map(|group| &group.members);
     members.any(|member| !recovered.dead.contains(&member.worker))
@@ -466,8 +471,8 @@ fn known_generation(journal: &Journal, fact: Fact) -> Result<Option<Generation>,
     Ok(journal.fact(fact)?.and_then(|text| text.parse().ok()).map(Generation))
 }
 
-/// Takes the local workers of earlier terms over that still run, and notes which members of the newest group
-/// do not.
+/// Adopts local workers of earlier terms that are still running, and notes the members of the
+/// newest group that are not.
 fn adopt(
     journal: &mut Journal,
     supervisor: &mut Supervisor,
@@ -485,20 +490,20 @@ fn adopt(
                 recovered.locals.extend(child.worker);
             }
             Adoption::Ended => {
-                // One whose process is not known may yet say hello; it is not waited for.
+                // A process without a known number may yet say hello; nothing waits for it.
                 if child.process.is_some() && !child.ended {
                     ended.push(child.token.as_str());
                 }
                 recovered.dead.extend(child.worker.filter(|worker| members.contains(worker)));
             }
-            // If it is a member, it has until the end of its lease to come back.
+            // A member has until the end of its lease to come back.
             Adoption::Elsewhere => {}
         }
     }
     Ok(journal.all_ended(&ended)?)
 }
 
-/// The line for a run that has nothing left to do.
+/// Final line of a run that has no work left; `None` if there is any.
 fn finished(
     journal: &Journal,
     job: &Job,
@@ -542,7 +547,7 @@ async fn listen<H: Host>(
     Ok((incoming, address))
 }
 
-/// The address by which others reach a listener: this machine's own, where that listens on all.
+/// Address at which others reach a listener: this machine's own, where it listens on all.
 fn reachable(address: IpAddr) -> IpAddr {
     if !address.is_unspecified() {
         return address;
@@ -582,7 +587,7 @@ mod tests {
     use crate::journal::Spawned;
     use crate::supervisor::{Process, StartOrder};
 
-    /// A machine on which nothing runs any more.
+    /// A machine on which no process runs any more.
     struct Deserted;
 
     impl Processes for Deserted {
@@ -605,7 +610,7 @@ mod tests {
         }
     }
 
-    /// Each start would otherwise wait for the disk once for each process that the run ever had.
+    /// Otherwise each start would wait for the disk once for each process that the run ever had.
     #[test]
     fn ends_are_journaled_once_and_together() {
         let folder = tempfile::tempdir().unwrap();
@@ -623,7 +628,7 @@ mod tests {
             adopt(&mut journal, &mut supervisor, &mut Recovered::default()).unwrap();
             written() - before
         };
-        // A page a child, if each was a transaction.
+        // One page per child, if each were a transaction.
         let page = 4096;
         assert!((1..50 * page).contains(&start()), "all that ended are noted in one transaction");
         assert_eq!(start(), 0, "and those that were noted are not noted again");

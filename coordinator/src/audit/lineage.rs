@@ -1,14 +1,16 @@
-//! Claims about the positions of generations: each goes on from what the ones before it had committed.
+//! Claims about the update indices at which generations start: each follows from what the earlier
+//! ones had committed.
 //!
-//! 1. A **fresh** start is at position 0.
-//! 2. A start from a **checkpoint** is at the position of one that was journaled before, with the same
-//!    digest. It may lie anywhere: all that held more are lost, or the checkpoint holds the most.
-//! 3. A **healed** start is at most one phase behind what any of its members is known to have held since the
-//!    last start that was not healed: as the source of a start, or as a member of a generation that reported
-//!    a step. One phase, because members of a group differ by one at most. What only the lost have held is
-//!    lost with them.
-//! 4. Steps beyond a start that goes back are computed again. The coordinator compares each such row with the
-//!    recorded one, and an event tells of a difference.
+//! 1. A **fresh** start is at update index 0.
+//! 2. A start from a **checkpoint** is at the update index of one that was journaled before, with
+//!    the same digest. The index may be any: either all members that held more are lost, or the
+//!    checkpoint holds the most.
+//! 3. A **healed** start (state sync) is at most one phase behind what any of its members is known
+//!    to have held since the last start that was not healed: as the source of a start, or as a
+//!    member of a generation that reported a step. One phase, because members of a group differ by
+//!    one at most. A state that only lost members held is lost with them.
+//! 4. Steps beyond a start that goes back are computed again. The coordinator compares each such
+//!    row with the recorded one, and reports a difference as an event.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +18,7 @@ use super::Claim;
 use super::evidence::Evidence;
 use crate::journal::{GenerationRow, RecordedStart};
 
-/// Each generation starts from a position that follows from where its state came from.
+/// Claims that each generation starts at an update index that follows from the source of its state.
 pub(super) fn starts_follow(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("each generation starts where its state was");
     let recorded = recorded(evidence);
@@ -24,7 +26,7 @@ pub(super) fn starts_follow(evidence: &Evidence) -> Claim {
     let [mut fresh, mut healed, mut restored] = [0; 3];
     for row in &evidence.history.generations {
         if ["generations", "checkpoints"].iter().any(|table| evidence.may_lack(table, row.generation)) {
-            // What it followed may be what is lost.
+            // Its predecessor may be among the lost rows.
             continue;
         }
         let wrong = match &row.start {
@@ -54,7 +56,7 @@ pub(super) fn starts_follow(evidence: &Evidence) -> Claim {
     claim.of(format!("{fresh} fresh, {healed} healed by a member, {restored} from a checkpoint"))
 }
 
-/// What is wrong with a start from a checkpoint.
+/// Describes the fault of a start from a checkpoint, if there is one.
 fn committed(evidence: &Evidence, row: &GenerationRow, at: (u64, u64), digest: &str) -> Option<String> {
     let (step, phase) = at;
     let position = evidence.end_of(step) + phase;
@@ -72,14 +74,15 @@ fn committed(evidence: &Evidence, row: &GenerationRow, at: (u64, u64), digest: &
     late.then(|| format!("the checkpoint of step {step}, phase {phase} was journaled later"))
 }
 
-/// A position, and the workers that held its state.
+/// An update index, and the workers that held its state.
 struct Held {
     position: u64,
     workers: Vec<u64>,
 }
 
 impl Held {
-    /// What is known of a generation: its start was its source's, and what it reported was all its members'.
+    /// States that a generation is known to have held: its start, held by the source, and its
+    /// reported steps, held by all members.
     fn of(row: &GenerationRow, recorded: Option<u64>) -> impl Iterator<Item = Held> {
         let all = || row.members.iter().map(|member| member.worker);
         let source = match row.start {
@@ -114,7 +117,7 @@ fn without_rank(row: &GenerationRow, rank: u32) -> Option<String> {
     (rank as usize >= ranks).then(|| format!("its state is from rank {rank} of {ranks}"))
 }
 
-/// The end of the newest step that was recorded for each generation.
+/// End of the newest recorded step of each generation.
 fn recorded(evidence: &Evidence) -> BTreeMap<u64, u64> {
     let mut newest = BTreeMap::new();
     for row in &evidence.rows.whole {
@@ -124,7 +127,7 @@ fn recorded(evidence: &Evidence) -> BTreeMap<u64, u64> {
     newest
 }
 
-/// No step that was computed again gave another row.
+/// Claims that no recomputed step differed from its recorded row.
 pub(super) fn recomputed_steps_are_equal(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("steps that were computed again gave the same rows");
     for event in evidence.events_of("metrics_breach") {

@@ -1,4 +1,4 @@
-//! What is served where.
+//! Routes of the dashboard.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,21 +21,21 @@ use crate::clock::now;
 use crate::report::curve::{Bucket, SERIES, Summary};
 use crate::report::status;
 
-/// How long an answer may take to be made.
+/// Time limit to produce an answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
-/// How old the shell's view may be while its loop counts as running; it publishes one a second.
+/// Maximum age of the shell's view while its loop counts as running; it publishes one a second.
 const READY_LIMIT: Duration = Duration::from_secs(5);
-/// Points of a curve that are told if nothing is said, and at most.
+/// Number of points in a curve: the default, and the maximum.
 const POINTS: (u64, u64) = (600, 2000);
-/// Events in a page, and their bytes.
+/// Maximum number of events in a page, and of their bytes.
 const EVENT_PAGE: (usize, usize) = (500, 256 << 10);
-/// Evaluations in a list.
+/// Maximum number of evaluations in a list.
 const EVALUATIONS: usize = 500;
-/// Pictures in a list.
+/// Maximum number of pictures in a list.
 const PICTURES: usize = 500;
 
-/// What every answer says to a browser: nothing from elsewhere is loaded, nothing is guessed, nobody frames
-/// it.
+/// Security headers of every answer: nothing from elsewhere is loaded, no content type is guessed,
+/// no other page may frame this one.
 const HARDENING: [(HeaderName, HeaderValue); 6] = [
     (
         header::CONTENT_SECURITY_POLICY,
@@ -51,7 +51,7 @@ const HARDENING: [(HeaderName, HeaderValue); 6] = [
     (HeaderName::from_static("cross-origin-opener-policy"), HeaderValue::from_static("same-origin")),
 ];
 
-/// All that is served.
+/// Builds the router of all pages.
 pub fn router(site: Arc<Site>) -> Router {
     let mut router = Router::new()
         .route("/api/status", get(tell_status))
@@ -70,13 +70,13 @@ pub fn router(site: Arc<Site>) -> Router {
     router.fallback(nothing).layer(from_fn_with_state(site.clone(), check)).with_state(site)
 }
 
-/// The value of a parameter in a question, as it is written there.
+/// Value of a query parameter, without decoding.
 pub fn parameter<'a>(uri: &'a Uri, name: &str) -> Option<&'a str> {
     let mut pairs = uri.query()?.split('&').filter_map(|pair| pair.split_once('='));
     pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
 }
 
-/// Lets in what may be asked, and hardens every answer.
+/// Checks the access of a request, and adds the security headers to its answer.
 async fn check(State(site): State<Arc<Site>>, request: Request, next: Next) -> Response {
     let mut response = match admit(&site, &request) {
         Ok(cookie) => {
@@ -144,7 +144,7 @@ fn json_text(text: String) -> Response {
     ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], text).into_response()
 }
 
-/// A number that is asked with, or what it is where it is left out; `None` for a text that is no number.
+/// A number in the query, or its default where it is absent; `None` for text that is not a number.
 fn number(uri: &Uri, name: &str, default: u64) -> Option<u64> {
     parameter(uri, name).map_or(Some(default), |given| given.parse().ok())
 }
@@ -206,7 +206,7 @@ fn series(buckets: &[Bucket], at: usize) -> Value {
     })
 }
 
-/// Five digits are enough for a curve.
+/// Rounds to five digits, which are enough for a curve.
 fn short(value: f64) -> Option<f64> {
     format!("{value:.4e}").parse().ok().filter(|value: &f64| value.is_finite())
 }
@@ -239,7 +239,7 @@ fn picture_name(step: u64) -> String {
     format!("step-{step:08}.png")
 }
 
-/// The step of a picture, if its name is one that the coordinator gives.
+/// Step of a picture, if its name is one that the coordinator gives.
 fn picture_step(name: &str) -> Option<u64> {
     let step = name.strip_prefix("step-")?.strip_suffix(".png")?.parse().ok()?;
     (picture_name(step) == name).then_some(step)
@@ -253,7 +253,7 @@ async fn show_picture(State(site): State<Arc<Site>>, Path(name): Path<String>) -
     };
     let mut png = Vec::new();
     match file.take(MESSAGE_LIMIT as u64).read_to_end(&mut png).await {
-        // A browser asks with the run's name, and a step's picture stays what it is.
+        // A browser's request includes the run's name, and the picture of a step never changes.
         Ok(_) => {
             let headers = [
                 (header::CONTENT_TYPE, HeaderValue::from_static("image/png")),
@@ -277,7 +277,8 @@ async fn tell_prometheus(State(site): State<Arc<Site>>, headers: HeaderMap) -> R
     ([(header::CONTENT_TYPE, HeaderValue::from_static(form.content_type()))], text).into_response()
 }
 
-/// Whether the process does its work: it serves, and its loop comes round. Before the first view it starts.
+/// Health of the process: it serves, and its loop makes progress. Before the first view it is
+/// starting.
 async fn tell_health(State(site): State<Arc<Site>>) -> Response {
     match site.view.borrow().as_ref().and_then(|view| view.is_hung_for()) {
         None => "ok\n".into_response(),

@@ -1,7 +1,7 @@
-//! What each section of a job file means: its keys, their limits and their defaults.
+//! Sections of a job file: their keys, limits and defaults.
 //!
-//! A reader takes every key even where an earlier one was wrong, so that all errors show at once and no known
-//! key is mistaken for an unknown one.
+//! A reader takes every key even where an earlier one was wrong, so that all errors show at once
+//! and no known key is mistaken for an unknown one.
 
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -17,15 +17,15 @@ use super::models;
 use super::models::{MODEL_KINDS, augmentation, loss, model, optimizer};
 use super::settings::Settings;
 
-/// More steps than this are a slip of the keyboard.
+/// Maximum number of steps; more is taken for a typing error.
 pub(super) const MAX_STEPS: u64 = 1_000_000_000_000;
-/// More passes over the data than this are a slip of the keyboard.
+/// Maximum number of passes over the data; more is taken for a typing error.
 const MAX_EPOCHS: u64 = 1_000_000;
-/// Numbers of samples stay below this, so that sums of them cannot overflow.
+/// Upper bound for numbers of samples, so that sums of them cannot overflow.
 const MAX_SAMPLES: u64 = 1 << 62;
-/// TOML's integers end there.
+/// Largest seed: the limit of TOML's integers.
 const MAX_SEED: u64 = i64::MAX.unsigned_abs();
-/// The longest name of a run, in bytes; it names a folder.
+/// Maximum length of a run's name, in bytes; it names a folder.
 const MAX_NAME_BYTES: usize = 64;
 
 const NON_FINITE: &[(&str, NonFinite)] =
@@ -42,10 +42,10 @@ const DATA_KINDS: &[(&str, DataKind)] = &[
 const ORIENTATIONS: &[(&str, Orientation)] =
     &[("follow", Orientation::Follow), ("ignore", Orientation::Ignore)];
 
-/// The number of steps or samples that a cadence may span; 0 means never.
+/// Range of a cadence in steps or samples; 0 means never.
 pub(super) const CADENCE: RangeInclusive<u64> = 0..=MAX_STEPS;
 
-/// Reads all sections. The result has meaning only if `settings` ends without an error.
+/// Reads all sections. The result is valid only if `settings` ends without an error.
 pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_paths: bool) -> Job {
     let general = general(settings, default_name);
     let data = data(settings, check_paths);
@@ -88,7 +88,7 @@ fn general(settings: &mut Settings, default_name: Option<&str>) -> General {
     }
 }
 
-/// The run's name, by default that of the file.
+/// Name of the run, by default that of the file.
 fn name(settings: &mut Settings, default_name: Option<&str>) -> String {
     let given = settings.text("job.name", "my-first-gan");
     if !settings.sound(&["job.name"]) {
@@ -183,7 +183,7 @@ pub(super) fn data(settings: &mut Settings, check_paths: bool) -> Data {
     }
 }
 
-/// The ending of the files that are pictures to train on.
+/// Extension of the image files to train on.
 fn image_extension(settings: &mut Settings) -> Option<String> {
     let text = settings.text("data.image_extension", "jpg")?;
     let extension = text.trim_start_matches('.').to_ascii_lowercase();
@@ -195,7 +195,7 @@ fn image_extension(settings: &mut Settings) -> Option<String> {
     Some(extension)
 }
 
-/// Holds a path against what its kind of data needs.
+/// Checks a path against the requirements of its kind of data.
 fn check_path(settings: &mut Settings, kind: DataKind, path: Option<&Path>, check_paths: bool) {
     let needed = match kind {
         DataKind::Mnist10k => None,
@@ -224,12 +224,12 @@ fn check_path(settings: &mut Settings, kind: DataKind, path: Option<&Path>, chec
     settings.fault("data.path", problem);
 }
 
-/// Whether a place is an address: workers look at what is there.
+/// Whether a place is a URL; its contents are then checked by the workers.
 pub(super) fn is_remote(path: &Path) -> bool {
     path.to_str().is_some_and(|path| path.contains("://"))
 }
 
-/// Whether a path is what its kind reads, as far as its type tells.
+/// Whether a path has the file type that its kind reads.
 fn is_readable(kind: DataKind, path: &Path) -> bool {
     match kind {
         DataKind::Mnist10k | DataKind::Idx => path.exists(),
@@ -238,7 +238,7 @@ fn is_readable(kind: DataKind, path: &Path) -> bool {
     }
 }
 
-/// The channels of a kind of data: only a folder's are the user's to choose.
+/// Number of channels for a kind of data; the user may choose it for folders only.
 fn check_channels(settings: &mut Settings, kind: Option<DataKind>, given: Option<u32>) -> u32 {
     if given == Some(2) {
         settings.fault("data.channels", "must be 1 for grey or 3 for colour, but is 2");
@@ -260,7 +260,7 @@ fn check_channels(settings: &mut Settings, kind: Option<DataKind>, given: Option
 
 fn checkpoint(settings: &mut Settings) -> Checkpoint {
     let every_epochs = settings.whole("checkpoint.every_epochs", 0..=MAX_EPOCHS, 1);
-    // Who asks for epochs alone does not want the default's steps as well.
+    // A user who asks for epochs alone does not want the default's steps as well.
     let every_steps = if every_epochs > Some(0) { 0 } else { 1000 };
     let url = settings.text("checkpoint.url", "file:///mnt/checkpoints");
     Checkpoint {
@@ -271,7 +271,7 @@ fn checkpoint(settings: &mut Settings) -> Checkpoint {
     }
 }
 
-/// A place of files: an address as it is, a path made absolute.
+/// Address of files: a URL unchanged, a path made absolute.
 pub(super) fn address(settings: &mut Settings, key: &'static str, url: String) -> Option<String> {
     match Address::parse(&url) {
         Ok(Address::Folder(_)) if !url.contains("://") => {
@@ -302,15 +302,15 @@ fn metrics(settings: &mut Settings) -> Metrics {
     Metrics { every_steps: settings.whole_or("metrics.every_steps", 1..=MAX_STEPS, 10) }
 }
 
-/// What a user's network computes in is the user's.
+/// Checks `job.precision`: the precision of a user's own network is that network's.
 fn check_precision(settings: &mut Settings, job: &Job) {
     if job.model.kind == ModelKind::Script && job.job.precision != Precision::Fp32 {
         settings.fault("job.precision", "must be \"fp32\" for model.kind = \"script\"; remove it");
     }
 }
 
-/// Holds the image that leaves the data pipeline against the one that the model takes, as far as the job
-/// tells: the size of other people's files shows only when they are read.
+/// Checks the image that leaves the data pipeline against the one that the model takes, as far as
+/// the job determines them: the size of other people's files is known only when they are read.
 fn check_image(settings: &mut Settings, job: &Job) {
     let keys = ["data.kind", "data.resize", "data.crop", "data.channels", "model.kind"];
     if !settings.sound(&keys) {
@@ -335,7 +335,7 @@ fn check_side(settings: &mut Settings, job: &Job) {
     let model = name_of(MODEL_KINDS, job.model.kind);
     let data = name_of(DATA_KINDS, job.data.kind);
     let Some(side) = job.model.kind.side() else {
-        // Its networks say so themselves, where they are loaded.
+        // The user's networks report their sizes themselves, when they are loaded.
         return;
     };
     let own = match job.data.kind {
@@ -372,7 +372,7 @@ fn check_side(settings: &mut Settings, job: &Job) {
     }
 }
 
-/// Numbers samples ahead: the last one of the run must have a number.
+/// Checks that the sample numbers of the whole run stay in range.
 fn check_samples(settings: &mut Settings, job: &Job) {
     let keys = ["job.steps", "job.data_shards", "job.shard_batch", "loss.discriminator_steps"];
     let Length::Steps(steps) = job.job.length else {
@@ -391,7 +391,7 @@ fn check_samples(settings: &mut Settings, job: &Job) {
     }
 }
 
-/// The name of a choice in its table.
+/// Name of a choice in its table.
 pub(super) fn name_of<T: PartialEq>(choices: &[(&'static str, T)], choice: T) -> &'static str {
     let entry = choices.iter().find(|(_, each)| *each == choice);
     entry.expect("the table lists every variant").0

@@ -1,14 +1,14 @@
-//! The curves of a run at every resolution, in bounded memory.
+//! A run's curves at every resolution, in bounded memory.
 //!
-//! 1. Level k holds the newest 2,048 buckets of 4^k steps, and the coarsest level all of the run. Taking a
-//!    row and telling a stretch cost a bounded amount of work, however long the run is.
-//! 2. A row that comes late enters the bucket of its step; a level that has let that bucket go leaves it to
-//!    the coarser ones.
-//! 3. What is not finite, or was not noted, is left out of means and bounds.
+//! 1. Level k holds the newest 2,048 buckets of 4^k steps, and the coarsest level all of the run.
+//!    Adding a row and reading a range cost a bounded amount of work, however long the run is.
+//! 2. A late row enters the bucket of its step; a level that has dropped that bucket leaves the row
+//!    to the coarser ones.
+//! 3. Values that are not finite, or were not recorded, are left out of means and bounds.
 
 use std::collections::VecDeque;
 
-/// What is drawn of a row.
+/// Series of a row that are drawn.
 pub const SERIES: [&str; 11] = [
     "loss_discriminator",
     "loss_generator",
@@ -22,41 +22,41 @@ pub const SERIES: [&str; 11] = [
     "commit",
     "other",
 ];
-/// Buckets that a level holds.
+/// Maximum number of buckets of a level.
 const KEPT: usize = 2048;
-/// So many buckets of a level are one of the next.
+/// Number of buckets of a level that make one of the next.
 const FOLD: u64 = 4;
 
-/// The values of one step, in the order of [`SERIES`]; NaN where there is none.
+/// Values of one step, in the order of [`SERIES`]; NaN where there is none.
 #[derive(Clone, Copy, Debug)]
 pub struct Point {
-    /// The step.
+    /// Number of the step.
     pub step: u64,
-    /// When it was committed, in seconds of Unix time.
+    /// Time of its commit, in seconds of Unix time.
     pub time: f64,
-    /// Its values.
+    /// Values in the order of [`SERIES`].
     pub values: [f64; SERIES.len()],
 }
 
-/// The rows of a stretch of steps, taken together.
+/// Summary of the rows in a range of steps.
 #[derive(Clone, Debug)]
 pub struct Bucket {
-    /// The newest step in it.
+    /// Newest step in the bucket.
     pub step: u64,
-    /// When that was committed.
+    /// Time of that step's commit.
     pub time: f64,
-    /// A summary a series.
+    /// One summary per series, in the order of [`SERIES`].
     pub series: [Summary; SERIES.len()],
 }
 
-/// The values of one series in a bucket.
+/// Summary of one series in a bucket.
 #[derive(Clone, Copy, Debug)]
 pub struct Summary {
     sum: f64,
     count: u64,
-    /// The least.
+    /// Minimum; infinite if there is no value.
     pub low: f64,
-    /// The greatest.
+    /// Maximum; negative infinite if there is no value.
     pub high: f64,
 }
 
@@ -78,7 +78,7 @@ impl Summary {
         self.high = self.high.max(other.high);
     }
 
-    /// The mean; `None` of nothing.
+    /// Mean; `None` if there is no value.
     pub fn mean(&self) -> Option<f64> {
         #[allow(clippy::cast_precision_loss)] // counts of rows are far below 2^53
         (self.count > 0).then(|| self.sum / self.count as f64)
@@ -98,7 +98,7 @@ impl Bucket {
     }
 }
 
-/// Buckets of one width, by the step that they begin at divided by it.
+/// Buckets of one width, each with its index: its first step divided by the width.
 #[derive(Debug)]
 struct Level {
     width: u64,
@@ -119,7 +119,7 @@ impl Level {
     }
 }
 
-/// All curves of a run. See the module.
+/// All curves of a run. See the module documentation.
 #[derive(Debug)]
 pub struct Curve {
     levels: Vec<Level>,
@@ -132,7 +132,7 @@ impl Default for Curve {
 }
 
 impl Curve {
-    /// Takes a row. Each step comes once.
+    /// Adds a row. Each step must be added once.
     pub fn add(&mut self, point: &Point) {
         let bucket = Bucket::of(point);
         let coarsest = self.levels.len() - 1;
@@ -153,7 +153,7 @@ impl Curve {
         }
     }
 
-    /// Adds a level that holds all that the coarsest one does.
+    /// Adds a level that is coarser than the coarsest one and holds the same rows.
     fn grow(&mut self) {
         let Some(coarsest) = self.levels.last() else { return };
         let mut next = Level { width: coarsest.width.saturating_mul(FOLD), buckets: VecDeque::new() };
@@ -161,7 +161,7 @@ impl Curve {
         self.levels.push(next);
     }
 
-    /// The rows from a step on, as at most `points` buckets and one, oldest first.
+    /// Rows from a step on, as at most `points` + 1 buckets, oldest first.
     pub fn since(&self, from: u64, points: usize) -> Vec<Bucket> {
         let reaches = |level: &&Level| {
             level.buckets.len() < KEPT
@@ -172,7 +172,8 @@ impl Curve {
         let (Some((first, _)), Some((last, _))) = (level.buckets.get(start), level.buckets.back()) else {
             return Vec::new();
         };
-        // By the index and not by the place, so that a bucket does not change its bounds when a row comes.
+        // By the index and not by the place, so that a bucket does not change its bounds when a row
+        // is added.
         let fold = ((last - first + 1).div_ceil(points.max(1) as u64)).max(1).next_power_of_two();
         let mut merged: Vec<(u64, Bucket)> = Vec::new();
         for (index, bucket) in level.buckets.range(start..) {
@@ -184,7 +185,7 @@ impl Curve {
         merged.into_iter().map(|(_, bucket)| bucket).collect()
     }
 
-    /// The newest row's step; `None` before the first.
+    /// Newest step; `None` before the first row.
     pub fn last_step(&self) -> Option<u64> {
         self.levels.first()?.buckets.back().map(|(_, bucket)| bucket.step)
     }

@@ -1,11 +1,11 @@
-//! The door: who connects must speak HTTP/2 soon, or is shown out.
+//! The gRPC listener: a connection must begin to speak HTTP/2 in time, or it is closed.
 //!
-//! HTTP/2 keeps a connection alive by questions and answers only once both sides have greeted. Before that a
-//! client could hold a connection for ever, and a file descriptor of this process with it. Where TLS is
-//! spoken its handshake takes the greeting's place.
+//! HTTP/2 has keep-alive pings only once both sides have exchanged their prefaces. Before that a
+//! client could hold a connection for ever, and a file descriptor of this process with it. With TLS
+//! the handshake takes the place of the preface.
 //!
-//! A client without a certificate, or without TLS, is let in as one that may ask for this process's health
-//! and nothing else; so it is told what it lacks, in words.
+//! A client without a certificate, or without TLS, is accepted with access to health checks alone;
+//! so it gets an error message that names what is missing.
 
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -21,26 +21,29 @@ use tokio::sync::mpsc;
 use super::connection::{Connection, Shown, Stream};
 use super::tls::Acceptor;
 
-/// What every client of HTTP/2 says first.
+/// First bytes of every HTTP/2 client.
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// What every client of TLS says first: the type of a record with a handshake.
+/// First byte of every TLS client: the type of a handshake record.
 const HANDSHAKE: u8 = 22;
-/// The answer to such a client where nobody speaks TLS. It is not TLS, and so it understands.
+/// Answer to a TLS client of a listener without TLS. It is not TLS, which the client's library
+/// reports.
 const NO_TLS: &[u8] = b"this coordinator does not speak TLS\n";
-/// How long greetings may take.
+/// Time limit for the TLS handshake or the HTTP/2 preface.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
-/// How often the rest of one is looked for.
+/// Interval at which the rest of a preface is polled.
 const LOOK: Duration = Duration::from_millis(20);
-/// Connections at once, where the system allows twice as many descriptors. Those of one address whose clients
-/// have done nothing yet that they may do are idle; how long these keep their places while others wait.
+/// Connection limits: all connections at once, where the system allows twice as many descriptors;
+/// idle ones of one address, which have made no authorised call yet; and the time for which these
+/// keep their places while others wait.
 const LIMITS: Limits =
     Limits { all: 8192, strangers_of_address: 512, idle_of_address: 512, grace: Duration::from_secs(1) };
-/// Lines in the log about one address in a row, and the pause for each further one.
+/// Log lines per address in a burst, and the pause before each further one.
 const COMPLAINTS: (u32, Duration) = (60, Duration::from_secs(10));
-/// Connections that may wait to be served.
+/// Capacity of the queue of accepted connections.
 const WAITING: usize = 64;
 
-/// The connections on which a client greets.
+/// Starts to accept connections; returns those whose clients have sent a preface or finished a
+/// handshake.
 pub fn open(listener: TcpListener, tls: Option<Arc<Acceptor>>) -> mpsc::Receiver<Connection> {
     let (let_in, greeted) = mpsc::channel(WAITING);
     let hall = Arc::new(Hall { tls, let_in, complaints: Throttle::new(COMPLAINTS.0, COMPLAINTS.1) });
@@ -53,7 +56,7 @@ pub fn open(listener: TcpListener, tls: Option<Arc<Acceptor>>) -> mpsc::Receiver
     greeted
 }
 
-/// What all clients that come in have in common.
+/// State shared by all connections before they are accepted.
 struct Hall {
     tls: Option<Arc<Acceptor>>,
     let_in: mpsc::Sender<Connection>,
@@ -70,7 +73,7 @@ impl Hall {
         }
     }
 
-    /// Logs that a connection was closed; for those who come again and again not each time.
+    /// Logs that a connection was closed, at a limited rate per address.
     fn complain(&self, from: SocketAddr, why: &str) {
         let address = from.ip().to_canonical();
         if self.complaints.allows(address) {
@@ -108,7 +111,7 @@ fn not_greeted(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("the TLS handshake failed: {error}"))
 }
 
-/// The first byte that a client says; leaves it to be read.
+/// First byte that a client sends; it stays in the socket.
 async fn first_byte(stream: &TcpStream) -> io::Result<u8> {
     let mut said = [0];
     match stream.peek(&mut said).await? {
@@ -117,7 +120,7 @@ async fn first_byte(stream: &TcpStream) -> io::Result<u8> {
     }
 }
 
-/// Waits until a client has greeted; leaves what it said to be read.
+/// Waits until a client has sent its preface, which stays in the socket.
 async fn greets(stream: &TcpStream) -> io::Result<()> {
     let mut said = [0; PREFACE.len()];
     loop {
@@ -131,7 +134,8 @@ async fn greets(stream: &TcpStream) -> io::Result<()> {
         if length == PREFACE.len() {
             return Ok(());
         }
-        // What has come is not taken, so the socket stays readable.
+        // Peeked bytes stay in the socket, so it remains readable; polling replaces a wait for
+        // readability.
         tokio::time::sleep(LOOK).await;
     }
 }

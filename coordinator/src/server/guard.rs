@@ -1,16 +1,19 @@
-//! The guard: who may call what. It stands before all services, those of tomorrow included.
+//! The authentication layer: it decides over each call, before all services, including future ones.
 //!
-//! 1. With TLS or a join token nothing but health answers a client that has not shown what is asked for.
-//! 2. What is compared are hashes, so the time that it takes tells nothing of the secret.
-//! 3. An address that has shown too many wrong secrets is not heard for a while, but for its connections that
-//!    have shown a right one: nobody can shut out the members that train at the same address.
+//! 1. With TLS or a join token only health checks answer a client without the required credentials.
+//! 2. Secrets are compared by their hashes, so the time of the comparison reveals nothing.
+//! 3. An address that has sent too many wrong secrets is blocked for a while, except for its
+//!    connections that have shown a right one: nobody can lock out members that train at the same
+//!    address.
 //!
 //! | service | with TLS | with a join token | else |
 //! |---|---|---|---|
 //! | health | open | open | open |
-//! | status of the operators' | certificate, run directory's token | run directory's token | open |
-//! | the operators' other calls | certificate, run directory's token | run directory's token | run directory's token |
+//! | operators' status | certificate, run token | run token | open |
+//! | operators' other calls | certificate, run token | run token | run token |
 //! | all others | certificate | join token | open |
+//!
+//! The run token is the token in the run directory.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -25,35 +28,36 @@ use tower::{Layer, Service};
 
 use super::connection::{Peer, Shown};
 
-/// Wrong secrets of one address in a row, and the pause for each further one.
+/// Wrong secrets per address in a burst, and the pause before each further one.
 const WRONG: (u32, Duration) = (30, Duration::from_secs(2));
-/// New sessions of one address in a row, and the pause for each further one.
+/// New sessions per address in a burst, and the pause before each further one.
 const SESSIONS: (u32, Duration) = (4096, Duration::from_millis(200));
 
-/// Decides who may call what.
+/// Access rules of the gRPC services.
 #[derive(Debug)]
 pub struct Guard {
     operator: blake3::Hash,
     join: Option<blake3::Hash>,
-    /// Whether clients must prove who they are.
+    /// Whether clients must authenticate.
     guarded: bool,
     wrong: Throttle,
     sessions: Throttle,
 }
 
-/// What a call needs.
+/// Credentials required for a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Needs {
-    /// Nothing.
+    /// None.
     Nothing,
-    /// What members have.
+    /// Those of a member: a certificate or the join token, as configured.
     Membership,
     /// The token of the run directory.
     Operator,
 }
 
 impl Guard {
-    /// A guard for operators with this token, and for members with a join token if there is one.
+    /// Creates the rules: `operator` is the operators' token, `join` the members', if one is
+    /// required.
     pub fn new(operator: &str, join: Option<&JoinToken>, tls: bool) -> Guard {
         let hash = |header: String| blake3::hash(header.as_bytes());
         Guard {
@@ -81,7 +85,7 @@ impl Guard {
             Needs::Membership => self.join,
             Needs::Operator => Some(self.operator),
         };
-        // A simulated connection has no peer; there is none other without.
+        // Only a simulated connection has no peer.
         let peer = request.extensions().get::<Peer>();
         peer.map_or(Ok(()), |peer| shown_enough(peer.shown))?;
         if let Some(expected) = expected {
@@ -146,7 +150,7 @@ fn shown_enough(shown: Shown) -> Result<(), Status> {
     }
 }
 
-/// Puts the guard before services.
+/// Tower layer that puts the rules before services.
 #[derive(Clone)]
 pub struct GuardLayer(pub Arc<Guard>);
 
@@ -158,7 +162,7 @@ impl<S> Layer<S> for GuardLayer {
     }
 }
 
-/// Services behind the guard.
+/// Services behind the authentication layer.
 #[derive(Clone)]
 pub struct Guarded<S> {
     guard: Arc<Guard>,

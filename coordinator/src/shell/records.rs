@@ -1,10 +1,10 @@
-//! What the run leaves for its users: metrics, events, TensorBoard, pictures, progress, a timeline.
+//! Records of a run for its users: metrics, events, TensorBoard, pictures, progress, a timeline.
 //!
-//! 1. A row is acknowledged only once it is durable, and all before it; until then it waits here or with the
-//!    workers.
-//! 2. A failure to write any of these never stops the run. It is told once, and once more when it works
-//!    again.
-//! 3. The loop does not wait for the disk: it writes, and a thread syncs what was written, within about a
+//! 1. A row is acknowledged only once it is durable, and all rows before it are; until then it
+//!    waits here or with the workers.
+//! 2. A failure to write a record never stops the run. It is reported once, and once more when
+//!    writing works again.
+//! 3. The loop does not wait for the disk: it writes, and a thread syncs the files, within about a
 //!    second. A checkpoint is journaled once the rows up to its step are durable.
 
 #[cfg(test)]
@@ -38,7 +38,7 @@ use crate::report::progress::{Progress, Screen};
 use crate::report::receipts::Receipts;
 use crate::report::timeline::Timeline;
 
-/// The figures of an evaluation that the terminal shows.
+/// Figures of an evaluation that the terminal shows.
 const SHOWN: [&str; 6] =
     [names::FRECHET, names::SCORE, names::MODES, names::PRECISION, names::RECALL, names::WASSERSTEIN];
 
@@ -51,34 +51,34 @@ pub struct Records {
     metrics: MetricsLog,
     events: EventLog,
     curves: Curves,
-    /// What all these tell, for those who look on.
+    /// In-memory index of all records, for the dashboard.
     pub chronicle: Chronicle,
-    /// The same, with the time that it took.
+    /// Trace of the same events, with their durations.
     pub timeline: Timeline,
     waiting: VecDeque<Row>,
-    /// Rows that may wait.
+    /// Maximum number of rows that may wait to be written.
     waiting_limit: usize,
     receipts: Receipts,
     syncing: Option<JoinHandle<Synced>>,
     samples: u64,
     skipped: Skipped,
-    /// Files that cannot be written now.
+    /// Files that cannot be written at present.
     failing: BTreeSet<&'static str>,
-    /// Whether people were told what the data hold.
+    /// Whether the contents of the data set were reported to the user.
     data_told: bool,
 }
 
-/// How the syncs of events and of metrics went.
+/// Results of the syncs of events and of metrics.
 type Synced = [Option<(Sync, io::Result<()>)>; 2];
 
-/// The skipped phases that were told of.
+/// Skipped phases that were reported.
 #[derive(Default)]
 struct Skipped {
     newest: Option<Position>,
     count: u64,
 }
 
-/// What an outcome is called.
+/// Name of an outcome in events.
 pub fn outcome_name(outcome: &Outcome) -> &'static str {
     match outcome {
         Outcome::Complete => "complete",
@@ -89,10 +89,10 @@ pub fn outcome_name(outcome: &Outcome) -> &'static str {
 }
 
 impl Records {
-    /// Opens the records in a run directory. Event files of TensorBoard are completed from them.
+    /// Opens the records in a run directory. TensorBoard's event files are completed from them.
     ///
     /// # Errors
-    /// One of them cannot be opened, or holds something else than was written.
+    /// A record cannot be opened, or its content was not written by this program.
     pub fn open(job: Job, folder: &Path, screen: Screen, disk: &Arc<dyn Disk>) -> Result<Records, Damaged> {
         let chronicle = Chronicle::default();
         let board = folder.join("tensorboard");
@@ -169,12 +169,13 @@ impl Records {
         }
     }
 
-    /// Tells people something, above the progress bar.
+    /// Prints a message for the user, above the progress bar.
     pub fn message(&mut self, text: &str) {
         self.screen.print(text);
     }
 
-    /// Tells what a worker found in the data: people once, and the events unless they say so already.
+    /// Reports what a worker found in the data set: to the user once, and as an event unless there
+    /// is an equal one.
     pub fn data_found(&mut self, found: &Found) {
         if self.data_told {
             return;
@@ -187,7 +188,7 @@ impl Records {
         }
     }
 
-    /// The size of the data set is known: from now on there is a bar.
+    /// Notes the size of the data set; from now on there is a progress bar.
     pub fn loaded(&mut self, samples: u64, from: Option<&Checkpoint>) {
         self.samples = samples.max(1);
         self.receipts.ends_with(self.job.last_step(samples));
@@ -197,7 +198,7 @@ impl Records {
         }
     }
 
-    /// Takes a row of the workers.
+    /// Takes a row that a worker reported.
     pub fn take_row(&mut self, row: MetricsRow) {
         #[allow(clippy::cast_precision_loss)] // counts of images are far below 2^53
         let epoch = row.images_seen as f64 / self.samples as f64;
@@ -224,7 +225,7 @@ impl Records {
         self.write_rows();
     }
 
-    /// Takes the rows that workers left on the storage. Most may be recorded already.
+    /// Takes the rows that workers left on the storage. Most may already be recorded.
     pub fn take_left_rows(&mut self, rows: Vec<MetricsRow>, samples: Option<u64>) {
         self.samples = samples.unwrap_or(1).max(1);
         rows.into_iter().for_each(|row| self.take_row(row));
@@ -241,12 +242,13 @@ impl Records {
         }
     }
 
-    /// A generation was formed that goes on from a position: from there on it reports by this term's cadence.
+    /// Notes that a generation was formed at an update index: from there on it reports by this
+    /// term's cadence.
     pub fn formed(&mut self, position: Position) {
         self.receipts.formed(position.0 / self.job.phases_per_step());
     }
 
-    /// Writes what waits, and has synced what was written. What is written then is acknowledged after that.
+    /// Writes what waits, and starts a sync. Rows written now are acknowledged after that sync.
     pub fn catch_up(&mut self) {
         self.write_waiting();
         self.begin_sync();
@@ -262,26 +264,26 @@ impl Records {
         self.note("tensorboard", flushed);
     }
 
-    /// The newest step that workers need keep no row of, if they have not been told.
+    /// Newest step up to which workers need keep no rows, unless they already know it.
     pub fn acknowledge(&mut self) -> Option<u64> {
         let newest = self.last_step();
         let bound = self.first_unsafe(newest);
         self.receipts.acknowledge(newest, bound.unwrap_or(u64::MAX))
     }
 
-    /// Whether a power cut now would leave each row up to a step.
+    /// Whether all rows up to a step would survive a power cut.
     pub fn are_durable(&mut self, step: u64) -> bool {
         self.first_unsafe(step).is_none_or(|first| first > step)
     }
 
-    /// The first step up to `limit` whose row a power cut would take, as far as its workers do not have it.
+    /// First step up to `limit` whose row a power cut would take, or whose row is missing.
     fn first_unsafe(&mut self, limit: u64) -> Option<u64> {
         let waiting = self.waiting.iter().map(|row| row.step).min();
         [waiting, self.metrics.first_fresh(), self.missing(limit)].into_iter().flatten().min()
     }
 
-    /// The first step up to `limit` whose row has not come, or found no room. There is none as long as others
-    /// wait here.
+    /// First step up to `limit` whose row has not arrived, or found no room. Rows that wait here
+    /// are not missing.
     pub fn missing(&mut self, limit: u64) -> Option<u64> {
         let Records { receipts, metrics, waiting, .. } = self;
         let waiting: BTreeSet<u64> = waiting.iter().map(|row| row.step).collect();
@@ -293,7 +295,7 @@ impl Records {
         self.waiting.is_empty()
     }
 
-    /// Nobody has the rows any more that are missing up to a step.
+    /// Gives up all missing rows up to a step: no worker has them any more.
     pub fn give_up(&mut self, limit: u64) {
         let mut steps = Vec::new();
         while let Some(step) = self.missing(limit) {
@@ -308,7 +310,7 @@ impl Records {
         self.event("metrics_lost", serde_json::json!({ "count": count, "first": first, "last": last }));
     }
 
-    /// Begins to sync what was written, unless that is under way.
+    /// Starts to sync the written records, unless a sync is in progress.
     pub fn begin_sync(&mut self) {
         let jobs = [self.events.to_sync(), self.metrics.to_sync()];
         if self.syncing.is_some() || jobs.iter().all(Option::is_none) {
@@ -317,10 +319,11 @@ impl Records {
         self.syncing = Some(tokio::task::spawn_blocking(move || sync(jobs)));
     }
 
-    /// Waits for the end of a sync; for ever if none is under way.
+    /// Waits for the end of a sync; for ever if none is in progress. Cancel safe.
     pub async fn synced(&mut self) {
         let Some(syncing) = &mut self.syncing else { return std::future::pending().await };
-        // The shell's loop may look at something else first and come back: the thread goes on meanwhile.
+        // If the shell's loop drops this future, the thread goes on, and the next call waits for
+        // the same sync.
         let synced = syncing.await;
         self.syncing = None;
         // A thread that could not be started has synced nothing.
@@ -366,12 +369,12 @@ impl Records {
         self.note("more rows", Ok(()));
     }
 
-    /// Keeps a grid of samples as a picture and shows it in TensorBoard.
+    /// Stores a grid of samples as a picture and shows it in TensorBoard.
     pub fn take_samples(&mut self, grid: SampleGrid) {
         let name = format!("step-{:08}.png", grid.step);
         let file = self.folder.join("samples").join(&name);
         if std::fs::read(&file).is_ok_and(|known| known == grid.png) {
-            // Drawn again after a change of the group.
+            // The grid was drawn again after a change of the group.
             return;
         }
         let written = whole::write(&file, &grid.png);
@@ -379,9 +382,9 @@ impl Records {
         self.event("samples", serde_json::json!({ "step": grid.step, "file": format!("samples/{name}") }));
     }
 
-    /// Notes that the phase that started at `position` was skipped. All members say so, and say it again when
-    /// they compute it again: it is noted once. People are told of the first, the second, the fourth and so
-    /// on.
+    /// Notes that the phase that started at `position` was skipped. All members report it, and
+    /// again when they compute it again: it is recorded once. The user is told of the first, the
+    /// second, the fourth and so on.
     pub fn phase_skipped(&mut self, position: Position, detail: &str) {
         if self.skipped.newest >= Some(position) {
             return;
@@ -398,12 +401,12 @@ impl Records {
         }
     }
 
-    /// The newest recorded step; 0 before the first.
+    /// Newest recorded step; 0 before the first.
     pub fn last_step(&self) -> u64 {
         self.metrics.last_step().unwrap_or(0)
     }
 
-    /// Says how the run ended.
+    /// Records how the run ended.
     pub fn finish(&mut self, outcome: &Outcome, signal: Option<StopSignal>) {
         let detail = match outcome {
             Outcome::Complete => String::new(),
@@ -419,10 +422,10 @@ impl Records {
         }
     }
 
-    /// Writes and syncs what is left, while nobody waits for the loop any more.
+    /// Writes and syncs the rest. It blocks, since the loop has ended or not begun.
     pub fn finish_writing(&mut self) {
         self.write_waiting();
-        // A sync that is under way is not waited for: this one begins later and covers what it does.
+        // A sync in progress is not waited for: this one begins later and covers it.
         self.was_synced(sync([self.events.to_sync(), self.metrics.to_sync()]));
         if !self.waiting.is_empty() {
             let count = self.waiting.len();
@@ -430,7 +433,7 @@ impl Records {
         }
     }
 
-    /// Tells of the first failure and of the first success after it.
+    /// Reports the first failure to write a file and the first success after it.
     fn note(&mut self, what: &'static str, written: io::Result<()>) {
         match written {
             Ok(()) if self.failing.remove(what) => self.message(&format!("{what}: written again")),
@@ -445,7 +448,7 @@ impl Records {
     }
 }
 
-/// Waits for the disk: events first, so that a row never is there without what happened before.
+/// Waits for the disk: events first, so that no row is durable before the events that preceded it.
 fn sync([events, metrics]: [Option<Sync>; 2]) -> Synced {
     [events, metrics].map(|job| {
         let job = job?;

@@ -1,4 +1,4 @@
-//! Workers' sessions: who they are, and what they say.
+//! Workers' sessions: admission and messages.
 
 use ganglion_membership::{Event, Fault, Generation, LoadedFacts, Loss, Progress, WorkerId};
 use ganglion_proto::found::Found;
@@ -11,11 +11,12 @@ use super::stuck::Held;
 use super::{Connected, Shell, ShellError};
 use crate::server::{Input, Outbox, SessionId};
 
-/// Ranks that the event of a fault names; of more it gives the number.
+/// Maximum number of ranks that a fault's event names; beyond that it gives their number.
 const NAMED_RANKS: usize = 64;
 
 impl Shell {
-    /// Takes a worker in, as who it was if it may go on as that; or says why not.
+    /// Admits a worker, under its earlier number if it may resume; the inner error is the reason of
+    /// a refusal.
     pub(super) fn admit(
         &mut self,
         hello: Hello,
@@ -48,7 +49,7 @@ impl Shell {
             return Ok(Err("its token is of no worker that this coordinator started".to_string()));
         }
         let Hello { host, pid, address, device, attempt, .. } = hello;
-        // Any generation serves: whether a worker is known does not depend on it.
+        // Any generation will do: whether a worker is known does not depend on it.
         self.attempts.opened(worker, attempt, |worker| self.machine.knows(worker, Generation(0)));
         let connected = Connected {
             session,
@@ -83,9 +84,10 @@ impl Shell {
         }
     }
 
-    /// A local process has one number as long as this coordinator lives. One that was let go or given up, and
-    /// did not hear of it, hears it now: under a second number nobody would learn that the first one's
-    /// process ended.
+    /// Repeats the release of a local process. Such a process keeps one number as long as this
+    /// coordinator lives. A process that was released or given up, and has not received that,
+    /// receives it now: under a second number the end of the first one's process would go
+    /// unnoticed.
     fn let_go_again(&self, worker: WorkerId, outbox: &Outbox) -> WorkerId {
         let _ = outbox.try_send(ToWorker::Welcome(Box::new(self.welcome(worker))));
         let _ = outbox.try_send(ToWorker::Release { complete: false });
@@ -103,7 +105,7 @@ impl Shell {
         })
     }
 
-    /// A session ended. If it was the worker's newest, the machine hears of it.
+    /// Handles the end of a session. The machine is told only if it was the worker's newest.
     pub(super) fn closed(&mut self, session: SessionId, worker: WorkerId) -> Result<(), ShellError> {
         match self.workers.get_mut(&worker) {
             Some(connected) if connected.session == session && connected.outbox.is_some() => {
@@ -141,7 +143,7 @@ impl Shell {
                 self.handle(Event::Ready(worker, generation, position))
             }
             FromWorker::Fault(generation, fault) => {
-                // Who is in no group has none that could fail.
+                // A worker outside the group has no generation that could fail.
                 if self.machine.has_trained(worker) {
                     self.note_fault(worker, generation.0, &fault);
                 }
@@ -182,8 +184,8 @@ impl Shell {
         }
     }
 
-    /// Handles one event too many. A storage that fails again and again is told of now and then; nothing else
-    /// comes that often from a worker that is well.
+    /// Handles one event beyond the budget. A storage that fails again and again is reported now
+    /// and then; a healthy worker sends nothing else that often.
     fn spent(
         &mut self,
         session: SessionId,
@@ -201,7 +203,7 @@ impl Shell {
         self.closed(session, worker)
     }
 
-    /// Whether a session is a worker's newest, and open.
+    /// Whether a session is the worker's newest, and open.
     pub(super) fn is_current(&self, session: SessionId, worker: WorkerId) -> bool {
         let current = self.workers.get(&worker);
         current.is_some_and(|current| current.session == session && current.outbox.is_some())
@@ -223,7 +225,7 @@ impl Shell {
         let expected: usize = later.map(|exclusion| exclusion.files.len()).sum();
         let known = facts.left_out.len() == expected
             && facts.left_out.iter().all(|at| *at < facts.samples)
-            // One that loaded before the newest change knows another stream.
+            // A worker that loaded before the newest change has another sample stream.
             && facts.passport.0.get("exclusions") == self.job.data.exclusions_hash().as_ref();
         if !known {
             let detail = "it does not know which samples the job leaves out".to_string();
@@ -234,7 +236,8 @@ impl Shell {
         if let Some(found) = found.filter(|_| self.machine.has_loaded(worker)) {
             self.records.data_found(found);
         }
-        // What a worker of another passport has loaded says nothing of the run.
+        // The data of a worker with another fingerprint of the environment says nothing about the
+        // run.
         let samples = self.machine.samples().filter(|samples| self.samples != Some(*samples));
         if let Some(samples) = samples {
             self.samples = Some(samples);
@@ -248,7 +251,8 @@ impl Shell {
         Ok(())
     }
 
-    /// What is wrong on the machine of a stranger is wrong for it alone, once others train.
+    /// Handles wrong input on a worker's machine. Once others train, a mistake on the machine of a
+    /// newcomer concerns that worker alone.
     fn input_wrong(&mut self, worker: WorkerId, detail: String) -> Result<(), ShellError> {
         let is_needed = self.machine.has_trained(worker) || self.supervisor.has(worker);
         if is_needed || self.machine.group().is_none() {
@@ -258,7 +262,7 @@ impl Shell {
         self.handle(Event::Unable(worker, detail))
     }
 
-    /// What is for people and decides nothing.
+    /// Takes a diagnostic report, which decides nothing.
     fn take_report(&mut self, worker: WorkerId, report: FromWorker, left_out: u64) {
         let samples = self.machine.samples().or(self.samples);
         let last = samples.map_or(u64::MAX, |samples| self.job.last_step(samples));
@@ -305,7 +309,7 @@ impl Shell {
         self.records.event("fault", fields);
     }
 
-    /// Notes that a worker is gone, if it was still there.
+    /// Notes that a worker is lost, if it was still connected.
     pub(super) fn lose(&mut self, worker: WorkerId, loss: &Loss) {
         let pid = self.workers.remove(&worker).map(|lost| lost.pid);
         self.records
