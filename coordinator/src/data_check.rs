@@ -1,8 +1,8 @@
-//! `coordinator data check`: whether every sample of a data set can be trained on, before anything is
-//! trained.
+//! `coordinator data check`: whether every sample of a data set can be trained on, before any
+//! training.
 //!
-//! The `worker` program reads the samples, as training does; this side reads the job, shows progress and
-//! tells what was found.
+//! The `worker` program reads the samples, as training does; this side reads the job, shows
+//! progress and reports the result.
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
@@ -24,11 +24,11 @@ use crate::inspect;
 use crate::job_file::{self, Source};
 use crate::supervisor::worker_program;
 
-/// Samples that are named on the screen, and in an argument.
+/// Maximum number of samples named on the screen, and in an argument.
 const SHOWN: usize = 20;
-/// Between two lines where there is no terminal.
+/// Interval between two progress lines where there is no terminal.
 const PLAIN_PERIOD: Duration = Duration::from_secs(2);
-/// Classes that are listed one by one.
+/// Maximum number of classes listed one by one.
 const LISTED: usize = 20;
 
 /// Arguments of `coordinator data check`.
@@ -55,14 +55,14 @@ pub struct Check {
 }
 
 impl Check {
-    /// Checks, and returns what to print.
+    /// Runs the check; returns the text to print.
     ///
     /// # Errors
     /// A sample cannot be used, or the data set as a whole; a signal; the `worker` program failed.
     pub async fn run(&self) -> Result<String, Failure> {
         let (data, job) = self.data()?;
         if let Some(file) = &self.bad {
-            // Before a look that may take long.
+            // Fail early on an unwritable file: the check may take long.
             self.write_bad(file, "")?;
         }
         let mut worker = Command::new(worker_program().map_err(Failure::other)?);
@@ -72,15 +72,15 @@ impl Check {
         if job.is_none() {
             worker.arg("--any-size");
         }
-        // Signals are ours: the worker ends with this process, at once.
-        // Its log is for whoever asked: data of an object store are fetched first, which may take long.
+        // This process handles signals: the worker is killed with it, at once. The worker's log
+        // goes to the user, since data of an object store are fetched first, which may take long.
         worker.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = worker.process_group(0).kill_on_drop(true).spawn().map_err(Failure::other)?;
         let report = follow(&mut child).await?;
         self.conclude(&report, job.as_ref())
     }
 
-    /// The data to check, and the job that they are for.
+    /// Data to check, and the job that they are for; `None` with --data.
     fn data(&self) -> Result<(Data, Option<Job>), Failure> {
         let Some(data) = &self.data else {
             let source = self.config.clone().map_or(Source::Embedded, Source::File);
@@ -103,14 +103,15 @@ impl Check {
         match verdict {
             None => Ok(text),
             Some(verdict) => {
-                // Nobody can be told if standard output is closed, and the exit code says the same.
+                // A closed standard output cannot be reported, and the exit code says the same.
                 let _ = writeln!(std::io::stdout(), "{text}");
                 Err(Failure::Input(verdict))
             }
         }
     }
 
-    /// Verdict on single samples, with the argument to type.
+    /// Verdict on single samples, with the argument that leaves them out; `None` if all can be
+    /// used.
     fn verdict(&self, report: &Report) -> Option<String> {
         let (bad, all) = (report.bad, report.found.samples);
         if bad == 0 {
@@ -131,7 +132,7 @@ impl Check {
     }
 }
 
-/// Whether those that can be used are fewer than a phase takes.
+/// Verdict on a data set with fewer usable samples than a phase takes; `None` if there are enough.
 fn too_few(report: &Report, job: &Job) -> Option<String> {
     let (good, batch) = (report.found.samples - report.bad, job.global_batch());
     (batch > good).then(|| {
@@ -141,7 +142,7 @@ fn too_few(report: &Report, job: &Job) -> Option<String> {
     })
 }
 
-/// Shows how far the worker is, until it has told what it found.
+/// Shows the worker's progress until it has reported its result.
 async fn follow(child: &mut Child) -> Result<Report, Failure> {
     let stdout = child.stdout.take().ok_or_else(|| Failure::Other("the worker has no output".to_owned()))?;
     let mut lines = BufReader::new(stdout).lines();
@@ -173,7 +174,7 @@ async fn follow(child: &mut Child) -> Result<Report, Failure> {
     Err(Failure::Other(format!("`worker check-data` ended with {status}")))
 }
 
-/// How far it is, on standard error: a bar on a terminal, elsewhere a line now and then.
+/// Progress on standard error: a bar on a terminal, elsewhere a line now and then.
 struct Progress {
     bar: Option<ProgressBar>,
     told: Instant,
@@ -207,12 +208,12 @@ impl Progress {
     }
 }
 
-/// Nobody can be told if standard error is closed.
+/// Prints a line on standard error. A closed one cannot be reported.
 fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// A report for people.
+/// Renders a report as text.
 fn shown(report: &Report) -> String {
     let place = report.path.as_ref().map_or_else(String::new, |path| format!(" {path}"));
     let Found { samples, channels, height, width, .. } = report.found;

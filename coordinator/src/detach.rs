@@ -1,11 +1,11 @@
-//! `--detach`: a coordinator that goes on without its terminal.
+//! `--detach`: a coordinator that continues without its terminal.
 //!
-//! 1. The program starts itself once more, in a session of its own. That process says what it has to say
-//!    where its launcher was told to, until the run has started; then its lines go to a file in the run
+//! 1. The program starts itself once more, in a session of its own. That process prints to the
+//!    launcher's output until the run has started; then its lines go to a file in the run
 //!    directory.
-//! 2. So a start that fails says the same and ends with the same exit code as without `--detach`.
-//! 3. The launcher may be gone at any moment. Only an interrupt, while it waits, is meant for the coordinator
-//!    too.
+//! 2. So a failed start prints the same and ends with the same exit code as without `--detach`.
+//! 3. The launcher may die at any moment. Signals to the launcher are passed on to the coordinator
+//!    only while it waits for the start.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -25,21 +25,21 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::error::Failure;
 use crate::report::progress::Screen;
 
-/// The log, in the run directory.
+/// Name of the log in the run directory.
 pub const LOG_FILE: &str = "coordinator.log";
 
-/// How the launcher hears that the run has started.
+/// Message to the launcher: the run has started.
 #[derive(Debug, Serialize, Deserialize)]
 struct Started {
     name: String,
     folder: PathBuf,
 }
 
-/// How a launch ended.
+/// Result of a launch.
 pub enum Launched {
-    /// The run goes on: what to tell people.
+    /// The run has started; the text is for the user.
     GoesOn(String),
-    /// Ended before, with its reason.
+    /// The coordinator ended before, with this exit code.
     Ended(ExitCode),
 }
 
@@ -77,7 +77,7 @@ pub async fn launch() -> Result<Launched, Failure> {
     }
 }
 
-/// Reads until the coordinator closes its end, and hands on what asks it to stop meanwhile.
+/// Reads until the coordinator closes its end, and passes on signals meanwhile.
 async fn hear(from: UnixStream, process: Pid) -> io::Result<Vec<u8>> {
     from.set_nonblocking(true)?;
     let mut from = tokio::net::UnixStream::from_std(from)?;
@@ -94,7 +94,7 @@ async fn hear(from: UnixStream, process: Pid) -> io::Result<Vec<u8>> {
             _ = interrupt.recv() => Signal::SIGINT,
             _ = terminate.recv() => Signal::SIGTERM,
         };
-        // It may just have ended, which shows next.
+        // The process may just have ended, which the next read shows.
         let _ = kill(process, stop);
     }
     Ok(report)
@@ -105,7 +105,7 @@ fn code_of(status: ExitStatus) -> ExitCode {
     ExitCode::from(u8::try_from(code).unwrap_or(1))
 }
 
-/// A coordinator that was launched, and whose launcher still waits for its start.
+/// Link from a launched coordinator to its launcher, until the run has started.
 pub struct Launch {
     launcher: UnixStream,
     screen: Screen,
@@ -113,14 +113,14 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// Leaves the launcher's session.
+    /// Leaves the launcher's session and takes over the link from standard input.
     pub fn join(screen: &Screen) -> io::Result<Launch> {
         setsid()?;
         let launcher = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
         Ok(Launch { launcher, screen: screen.clone(), log: None })
     }
 
-    /// Opens the log, to which all that is said from now on goes as well.
+    /// Opens the log; all later output goes there as well.
     pub fn open_log(&mut self, folder: &Path) -> Result<(), Failure> {
         let file = folder.join(LOG_FILE);
         let unusable = |error: io::Error| Failure::Input(format!("--detach: {}: {error}", file.display()));
@@ -131,7 +131,7 @@ impl Launch {
         Ok(())
     }
 
-    /// The run has started: says so, and leaves the terminal.
+    /// Reports the start of the run to the launcher, and leaves the terminal.
     pub fn started(self, name: &str, folder: &Path) -> io::Result<()> {
         let Launch { mut launcher, screen, log } = self;
         let log = log.ok_or_else(|| io::Error::other("the log was not opened"))?;
@@ -141,7 +141,7 @@ impl Launch {
         dup2_stdout(&log)?;
         dup2_stderr(&log)?;
         let started = Started { name: name.to_string(), folder: folder.to_path_buf() };
-        // Nobody reads it if the terminal was closed meanwhile, and the run goes on all the same.
+        // The write fails if the terminal was closed meanwhile; the run continues all the same.
         let _ = launcher.write_all(serde_json::to_string(&started).map_err(io::Error::from)?.as_bytes());
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Failures of the `coordinator` program, and what each asks of people.
+//! Failures of the `coordinator` program, and the user's action for each.
 
 use ganglion_proto::credentials::CredentialError;
 
@@ -6,21 +6,21 @@ use crate::checkpoints::Unusable;
 use crate::journal::JournalError;
 use crate::run_dir::RunDirError;
 
-/// Failure of a command. A variant says who can do something about it.
+/// Failure of a command. A variant says who can act on it.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// The user's input is wrong and is to be mended; the text says what, where and how.
+    /// The user's input is wrong and must be mended; the text says what, where and how.
     #[error("{0}")]
     Input(String),
     /// A signal stopped the run after a clean checkpoint: the same command goes on.
     #[error("stopped; the same command goes on from step {step}")]
     Stopped {
-        /// Exit code.
+        /// Exit code of the process.
         code: u8,
-        /// Steps saved.
+        /// Number of steps saved.
         step: u64,
     },
-    /// A signal ended what was no run; the exit code is the signal's.
+    /// A signal ended a command other than training; the exit code is the signal's.
     #[error("stopped")]
     Interrupted(u8),
     /// The machine, the network or this program failed; the same command may succeed later or elsewhere.
@@ -29,17 +29,17 @@ pub enum Failure {
 }
 
 impl Failure {
-    /// A failure that the user's input is the cause of.
+    /// Failure caused by the user's input.
     pub fn input(error: impl ToString) -> Failure {
         Failure::Input(error.to_string())
     }
 
-    /// A failure that is not the user's.
+    /// Failure that the user did not cause.
     pub fn other(error: impl ToString) -> Failure {
         Failure::Other(error.to_string())
     }
 
-    /// The process's exit code.
+    /// Exit code of the process.
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Input(_) => 2,

@@ -1,11 +1,11 @@
-//! Leaving samples out of a run that has begun: a change of its job, from its newest state on.
+//! Exclusion of samples from a run that has begun: a change of its job, from its newest state on.
 //!
-//! 1. A change holds for what nobody has a record of: not before the newest row of metrics, the newest
-//!    evaluation and the newest checkpoint. So whatever is computed again up to there gets the bits that it
-//!    had.
-//! 2. The journal knows of a change before job.toml does, and that before any worker. Until a group has
-//!    formed with it, it can be replaced by another: a mistake in it costs nothing.
-//! 3. Members of earlier terms are at rest, or past their lease, before a change is decided.
+//! 1. A change takes effect only where no record exists: not before the newest row of metrics, the
+//!    newest evaluation and the newest checkpoint. So all steps that are computed again up to there
+//!    get the same bits.
+//! 2. The journal has a change before job.toml does, and job.toml before any worker. Until a group
+//!    has formed with it, it can be replaced by another: a mistake in it costs nothing.
+//! 3. Members of earlier terms are quiesced, or past their lease, before a change is decided.
 
 use ganglion_membership::OF_SAMPLES;
 use ganglion_proto::job::{Exclusion, Job};
@@ -15,10 +15,10 @@ use crate::journal::{Journal, JournalError};
 use crate::run_dir::RunDir;
 use crate::shell::records::Records;
 
-/// The item of the passport that tells which names the data set has.
+/// Item of the fingerprint of the environment that identifies the data set's names.
 const NAMES: &str = "data_names";
 
-/// From when on samples are left out.
+/// Decides from which update on samples are left out.
 pub fn decide(
     files: Vec<String>,
     job: &Job,
@@ -36,7 +36,7 @@ pub fn decide(
     Ok(Exclusion { after_step: from / phases, after_phase: from % phases, names, files })
 }
 
-/// Makes an exclusion a part of the job.
+/// Adds an exclusion to the job, first in the journal, then in job.toml.
 pub fn write(
     exclusion: &Exclusion,
     job: &mut Job,
@@ -44,7 +44,8 @@ pub fn write(
     run_dir: &RunDir,
 ) -> Result<(), Failure> {
     job.data.exclusions.push(exclusion.clone());
-    // Samples that were never taken are none of the run's.
+    // Samples left out from the start are not a part of the run, so all items about samples are
+    // reported anew.
     let forgotten = if exclusion.is_from_the_start() { &OF_SAMPLES[..] } else { &["data", "exclusions"] };
     journal.exclude(job.data.exclusions.len(), forgotten)?;
     Ok(run_dir.write_job(job)?)

@@ -1,8 +1,8 @@
-//! The coordinator: hands data shards and hyperparameters to workers, follows their group, keeps the run
-//! directory.
+//! The coordinator: assigns data shards and hyperparameters to workers, supervises their group, and
+//! owns the run directory.
 //!
-//! It never links libtorch. Every decision about the group is [`ganglion_membership::Machine`]'s; this crate
-//! is the shell around it: sockets, clock, files and processes.
+//! It never links libtorch. Every decision about the group is [`ganglion_membership::Machine`]'s;
+//! this crate is the shell around it: sockets, clock, files and processes.
 #![forbid(unsafe_code)]
 
 pub mod access;

@@ -1,4 +1,4 @@
-//! Waiting for a storage that is away, when a run cannot start without it.
+//! Retries for an unreachable storage that a run needs to start.
 
 use std::time::Duration;
 
@@ -7,29 +7,31 @@ use tokio::time::Instant;
 
 use crate::report::progress::Screen;
 
-/// How long a start waits for the storage. Whatever starts coordinators again does so afterwards.
+/// Maximum wait for the storage at startup. After that an outer supervisor may start the
+/// coordinator again.
 const LIMIT: Duration = Duration::from_secs(300);
-/// Between two attempts.
+/// Maximum pause between two attempts.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long a storage is waited for, and where that is said.
+/// Retry policy, with the screen that its messages go to.
 pub struct Patience {
     screen: Screen,
 }
 
 impl Patience {
-    /// Says on a screen what it waits for.
+    /// Creates a policy that prints on a screen what it waits for.
     pub fn new(screen: Screen) -> Patience {
         Patience { screen }
     }
 
-    /// Says nothing.
+    /// Creates a policy that prints nothing.
     #[cfg(test)]
     pub fn silent() -> Patience {
         Patience::new(Screen::silent())
     }
 
-    /// Asks a storage for something until it is not away. Past the limit its last error is returned.
+    /// Repeats a request to a storage until the storage answers. Past the limit its last error is
+    /// returned.
     pub async fn wait_for<T>(
         &self,
         storage: &Storage,
@@ -52,7 +54,7 @@ impl Patience {
         }
     }
 
-    /// What to say once the limit is over.
+    /// Message for the end of the limit.
     pub fn over(&self, storage: &Storage, error: &Error) -> String {
         format!(
             "{}: away for {} s: {}; nothing is lost: once it is back, the same command goes on",

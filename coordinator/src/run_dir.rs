@@ -1,10 +1,11 @@
-//! The run directory: who holds it, what it is called inside, and whose it is.
+//! The run directory: its lock, its files, and the job that it belongs to.
 //!
-//! 1. One coordinator holds a run directory at a time, by a lock that the system frees when the process ends,
-//!    and by a claim (`ownership.rs`), since locks do not reach other machines on every file system, and some
-//!    have none.
-//! 2. A run directory belongs to one job for ever; only what cannot change the result may change.
-//! 3. Secrets in it are for its user only, whatever was there before by their names.
+//! 1. One coordinator holds a run directory at a time, by a lock that the system frees when the
+//!    process ends, and by a claim (`ownership.rs`), since on some file systems locks do not reach
+//!    other machines, or do not exist.
+//! 2. A run directory belongs to one job for ever; only settings that cannot change the result may
+//!    change.
+//! 3. Secrets in it are readable by its user only, whatever files had their names before.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::Read;
@@ -24,27 +25,28 @@ use crate::ownership::{ClaimError, Fence, Ownership, recorded_holder};
 const LOCK_ATTEMPTS: u32 = 5;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
-/// Why a run directory cannot be used.
+/// Reason why a run directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RunDirError {
     /// The user's choice is wrong: exit code 2.
     #[error("{0}")]
     Input(String),
-    /// The system refused something that has nothing to do with the choice: exit code 1.
+    /// A system call failed for a reason that has nothing to do with the choice: exit code 1.
     #[error("{0}; nothing is lost: once that is mended, the same command goes on")]
     System(String),
-    /// Another coordinator holds it: exit code 1.
+    /// Another coordinator holds the directory: exit code 1.
     #[error("run directory {}: held by another coordinator ({holder}); stop that one, or choose another --run-dir", folder.display())]
     Held {
-        /// The directory.
+        /// The run directory.
         folder: PathBuf,
-        /// What the holder wrote about itself.
+        /// Self-description of the holder.
         holder: String,
     },
 }
 
 impl RunDirError {
-    /// Error of the system at a place: of a choice that cannot work, or of a machine that is full or failing.
+    /// Classifies a system error at a place: a choice that cannot work, or a machine that is full
+    /// or failing.
     fn of(place: &dyn std::fmt::Display, error: std::io::Error) -> RunDirError {
         if whole::is_mistake(&error) {
             RunDirError::Input(format!("{place}: {error}; choose a folder that this user can write to"))
@@ -54,21 +56,23 @@ impl RunDirError {
     }
 }
 
-/// A run directory that this process holds.
+/// A run directory held by this process.
 pub struct RunDir {
     folder: PathBuf,
     ownership: Ownership,
-    /// Freed when the process ends, however it ends; after the claim, which says so.
+    /// Freed when the process ends, however it ends. Dropped after `ownership`, which marks the
+    /// claim as released.
     _lock: Option<Flock<File>>,
 }
 
 impl RunDir {
-    /// Creates the directory if need be and takes it.
+    /// Creates the directory if necessary and takes it.
     pub fn hold(folder: &Path) -> Result<RunDir, RunDirError> {
         RunDir::hold_telling(folder, &|line| tracing::warn!("{line}"))
     }
 
-    /// The same; what makes it wait, and what its file system lacks, is told.
+    /// Like [`RunDir::hold`]; `tell` receives reasons for waiting and shortcomings of the file
+    /// system.
     pub fn hold_telling(folder: &Path, tell: &dyn Fn(&str)) -> Result<RunDir, RunDirError> {
         let named = format!("--run-dir {}", folder.display());
         let unusable = |error: std::io::Error| RunDirError::of(&named, error);
@@ -97,42 +101,42 @@ impl RunDir {
         for folder in ["samples", "tensorboard"] {
             whole::create_folders(&run_dir.path(folder)).map_err(unusable)?;
         }
-        // Of earlier coordinators; nobody else writes here.
+        // Temporary files of earlier coordinators; no other process writes here.
         for folder in ["", "samples"] {
             whole::sweep(&run_dir.path(folder)).map_err(unusable)?;
         }
         Ok(run_dir)
     }
 
-    /// Whether the directory is still this process's.
+    /// Check that the directory still belongs to this process.
     pub fn fence(&self) -> &Fence {
         self.ownership.fence()
     }
 
-    /// This process's claim.
+    /// Claim of this process.
     pub fn ownership(&self) -> &Ownership {
         &self.ownership
     }
 
-    /// A file or folder in it.
+    /// Path of a file or folder in the directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 
-    /// The directory.
+    /// The directory's path.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Writes a file that only this user can read, in place of whatever is there.
+    /// Writes a file that only this user can read, in place of any file of that name.
     pub fn write_secret(&self, name: &str, text: &str) -> Result<(), RunDirError> {
         let file = self.path(name);
         whole::write_secret(&file, text.as_bytes())
             .map_err(|error| RunDirError::Input(format!("{}: {error}", file.display())))
     }
 
-    /// The content of a file that [`RunDir::write_secret`] wrote; none if others could have read or written
-    /// it.
+    /// Reads a file that [`RunDir::write_secret`] wrote; `None` if others could have read or
+    /// written it.
     pub fn read_secret(&self, name: &str) -> Option<String> {
         let mut file = File::open(self.path(name)).ok()?;
         let (about, link) = (file.metadata().ok()?, fs::symlink_metadata(self.path(name)).ok()?);
@@ -145,8 +149,8 @@ impl RunDir {
         Some(text)
     }
 
-    /// Sees that only this user can read a file that holds secrets and that others than this program write.
-    /// Makes it if it is not there.
+    /// Restricts a file that holds secrets, and that other libraries write, to this user. Creates
+    /// it if it does not exist.
     pub fn keep_private(&self, name: &str) -> std::io::Result<()> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -155,9 +159,9 @@ impl RunDir {
         file.set_permissions(Permissions::from_mode(mode))
     }
 
-    /// Where a run has begun, checks that nothing of its job changed that decides its result but what is
-    /// asked to be left out. Exclusion number `unused`, which no group has trained with yet, is no part of
-    /// the run.
+    /// Checks the job against a run that has begun: no setting that decides its result may differ,
+    /// except for samples to leave out. Exclusion number `unused`, which no group has trained with
+    /// yet, is not a part of the run.
     pub fn check_job(&self, job: Job, begun: bool, unused: Option<usize>) -> Result<Settled, RunDirError> {
         let file = self.path("job.toml");
         let input = |what: String| RunDirError::Input(format!("{}: {what}", file.display()));
@@ -194,7 +198,7 @@ impl RunDir {
     pub fn write_job(&self, job: &Job) -> Result<(), RunDirError> {
         let file = self.path("job.toml");
         let text = job_file::render(job);
-        // A run whose directory is full is gone on with.
+        // An equal file is not written again, so a run whose directory is full can go on.
         if !fs::read(&file).is_ok_and(|there| there == text.as_bytes()) {
             whole::write(&file, text.as_bytes()).map_err(|error| RunDirError::of(&file.display(), error))?;
         }
@@ -202,7 +206,8 @@ impl RunDir {
     }
 }
 
-/// Makes a folder for this user only, and those above it as usual. One that is there stays as it is.
+/// Creates a folder for this user only, and its parents with the usual mode. An existing folder is
+/// left as it is.
 fn create(folder: &Path) -> std::io::Result<()> {
     let above = folder.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
     whole::create_folders(above)?;
@@ -213,28 +218,28 @@ fn create(folder: &Path) -> std::io::Result<()> {
     }
 }
 
-/// The job that a run goes on with.
+/// The job of a run, after comparison with the recorded one.
 #[derive(Debug)]
 pub struct Settled {
-    /// The job given, with what the run leaves out.
+    /// The given job, with the recorded exclusions of the run.
     pub job: Job,
-    /// Whether it is another than the recorded one.
+    /// Whether it differs from the recorded job.
     pub changed: bool,
-    /// Samples that it asks to leave out from now on, by their names.
+    /// Names of samples that the job asks to leave out from now on.
     pub asked: Vec<String>,
 }
 
 /// Result of asking for a lock.
 enum Locking {
     Taken(Flock<File>),
-    /// Somebody has it.
+    /// Another process has the lock.
     Held,
-    /// The file system, or its lock service, has none to give.
+    /// The file system, or its lock service, has no locks.
     Fails(Errno),
 }
 
-/// Takes a file's lock. Who only looks whether a run goes on has the lock for an instant, so one refusal says
-/// nothing.
+/// Takes a file's lock. A process that only checks whether a run is held takes the lock for an
+/// instant, so one refusal proves nothing.
 fn lock(mut file: File) -> Locking {
     for _ in 0..LOCK_ATTEMPTS {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {

@@ -1,4 +1,5 @@
-//! Losses of records: claims that cannot be proven any more. The journal knows of each such loss.
+//! Losses of records, and the claims that can no longer be proven because of them. The journal has
+//! each loss.
 
 use super::Claim;
 use super::evidence::Evidence;
@@ -11,7 +12,7 @@ pub(super) fn may_have_held(evidence: &Evidence, step: u64) -> bool {
     stretches.any(|(first, last)| (*first..=*last).contains(&step))
 }
 
-/// Every loss of records is told, and what it leaves unproven.
+/// Claims nothing: it reports every loss of records, and what it leaves unproven.
 pub(super) fn losses_are_told(evidence: &Evidence) -> Claim {
     let claim = Claim::new("what was lost of the records is told");
     let mut told: Vec<String> = evidence.history.set_aside.iter().map(SetAside::describe).collect();

@@ -1,4 +1,5 @@
-//! What an audit reads of a run directory, in the order of invariant 2 of [`super`].
+//! Evidence of an audit: the files of a run directory, read in the order of invariant 2 of
+//! [`super`].
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind};
@@ -14,33 +15,34 @@ use serde::de::DeserializeOwned;
 use crate::job_file;
 use crate::journal::History;
 
-/// A folder that is no run directory, or one that cannot be read: what, where, and how to mend it.
+/// Error for a folder that is not a run directory, or cannot be read; the text says what, where,
+/// and how to mend it.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct NoRun(String);
 
-/// A run's files, as read once.
+/// A run's files, each read once.
 pub(super) struct Evidence {
-    /// The job as it was resolved last.
+    /// The newest resolved job.
     pub(super) job: Job,
     pub(super) events: Lines<Event>,
     pub(super) rows: Lines<Row>,
-    /// The folder that `latest` names.
+    /// Folder named by `latest`.
     pub(super) latest: Option<String>,
-    /// The checkpoints that have a manifest, by folder.
+    /// Manifests by folder; the error says why one cannot be parsed.
     pub(super) manifests: Vec<(String, Result<Checkpoint, String>)>,
-    /// Where the checkpoints are.
+    /// Storage that holds the checkpoints.
     pub(super) storage: Blocking,
     pub(super) history: History,
 }
 
-/// The lines of a file, and those that could not be read.
+/// Parsed lines of a file, and descriptions of the unreadable ones.
 pub(super) struct Lines<T> {
     pub(super) whole: Vec<T>,
     pub(super) damaged: Vec<String>,
 }
 
-/// An event, as far as an audit needs it.
+/// Fields of an event that an audit needs.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Event {
@@ -56,7 +58,7 @@ pub(super) struct Event {
     pub(super) detail: Option<String>,
 }
 
-/// A row of metrics, as far as an audit needs it.
+/// Fields of a row of metrics that an audit needs.
 #[derive(Debug, Deserialize)]
 pub(super) struct Row {
     pub(super) step: u64,
@@ -106,36 +108,35 @@ impl Evidence {
         Ok(Evidence { job: resolved, events, rows, latest, manifests, storage, history })
     }
 
-    /// Whether the last coordinator ended by its own decision. Otherwise it may still be at work.
+    /// Whether the last coordinator recorded its end. If not, it may still be at work.
     pub(super) fn ended(&self) -> bool {
         self.events.whole.last().is_some_and(|event| event.kind == "run_ended")
     }
 
-    /// The events of a kind, in order.
+    /// Events of a kind, in order.
     pub(super) fn events_of(&self, kind: &'static str) -> impl Iterator<Item = &Event> {
         self.events.whole.iter().filter(move |event| event.kind == kind)
     }
 
-    /// The manifests that could be read.
+    /// Manifests that could be parsed.
     pub(super) fn checkpoints(&self) -> impl Iterator<Item = &Checkpoint> {
         self.manifests.iter().filter_map(|(_, manifest)| manifest.as_ref().ok())
     }
 
-    /// Whether a row of the journal that tells of a number may have been lost before the journal was
-    /// recovered.
+    /// Whether the journal may have lost a row about this number before it was recovered.
     pub(super) fn may_lack(&self, table: &str, number: u64) -> bool {
         self.history.recovery.as_ref().is_some_and(|recovery| recovery.may_lack(table, number))
     }
 
-    /// The position at the end of a step.
+    /// Update index at the end of a step.
     pub(super) fn end_of(&self, step: u64) -> u64 {
         step.saturating_mul(self.job.phases_per_step())
     }
 }
 
 impl<T: DeserializeOwned> Lines<T> {
-    /// Reads a file, none if it is not there yet. Its last line may be under way or torn: it counts once it
-    /// is whole.
+    /// Reads a file; empty if it does not exist yet. The last line may be in progress or torn: it
+    /// counts only once it is whole.
     fn read(path: &Path, name: &str) -> io::Result<Lines<T>> {
         let mut lines = Lines { whole: Vec::new(), damaged: Vec::new() };
         let mut reader = match fs::File::open(path) {
@@ -159,7 +160,7 @@ impl<T: DeserializeOwned> Lines<T> {
     }
 }
 
-/// Opens the storage of checkpoints. A folder that is not there yet holds none.
+/// Opens the storage of checkpoints. A folder that does not exist yet is an empty storage.
 pub(crate) fn open_storage(run: &Path, job: &Job) -> Result<Blocking, NoRun> {
     let own = || run.join("checkpoints").display().to_string();
     let text = job.checkpoint.url.clone().unwrap_or_else(own);
@@ -174,7 +175,7 @@ pub(crate) fn open_storage(run: &Path, job: &Job) -> Result<Blocking, NoRun> {
     Blocking::new(storage).map_err(|error| wrong(error.to_string()))
 }
 
-/// A storage that does not answer.
+/// Error for a storage that does not answer.
 pub(crate) fn silent(storage: &Storage, error: &ganglion_storage::Error) -> NoRun {
     let (address, reason) = (storage.address(), reason(error));
     NoRun(format!(
@@ -182,7 +183,7 @@ pub(crate) fn silent(storage: &Storage, error: &ganglion_storage::Error) -> NoRu
     ))
 }
 
-/// The manifests on a storage, by folder. One that is removed meanwhile is none.
+/// Reads the manifests on a storage, by folder. A manifest that is removed meanwhile is left out.
 pub(crate) async fn manifests(
     storage: &Storage,
 ) -> ganglion_storage::Result<Vec<(String, Result<Checkpoint, String>)>> {

@@ -6,8 +6,8 @@ use super::Claim;
 use super::evidence::{Event, Evidence};
 use crate::journal::GenerationRow;
 
-/// Terms and generations are numbered in the order in which they came, and no generation is of a term that is
-/// unknown or older than the one of the generation before.
+/// Claims that terms and generations are numbered in the order in which they came, and that no
+/// generation is of a term that is unknown or older than the one of the generation before.
 pub(super) fn numbers_grow(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("terms and generations only grow");
     let history = &evidence.history;
@@ -23,7 +23,7 @@ pub(super) fn numbers_grow(evidence: &Evidence) -> Claim {
         });
         newest = newest.max(*term);
     }
-    // The file of events is in the order in which things happened.
+    // Events are in the file in the order in which they happened.
     let numbers = |kind, number: fn(&Event) -> Option<u64>| evidence.events_of(kind).filter_map(number);
     let started: Vec<u64> = numbers("coordinator_started", |event| event.term).collect();
     let formed: Vec<u64> = numbers("generation_formed", |event| event.generation).collect();
@@ -36,8 +36,8 @@ pub(super) fn numbers_grow(evidence: &Evidence) -> Claim {
     claim.of(format!("{terms} terms, {generations} generations, {} workers", history.workers.len()))
 }
 
-/// In each generation every data shard has one owner: the ranges of the ranks follow on each other from 0 to
-/// the last, and each rank is another worker, admitted in that term or before.
+/// Claims that in each generation every data shard has one owner: the ranges of the ranks follow on
+/// each other from 0 to the last, and each rank is another worker, admitted in that term or before.
 pub(super) fn shards_are_dealt(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("each generation deals every data shard to one worker");
     let shards = evidence.job.job.data_shards;
@@ -73,8 +73,8 @@ fn expect_workers(claim: &mut Claim, evidence: &Evidence, row: &GenerationRow) {
     }
 }
 
-/// What was told to people is what was journaled. An event may be missing where a coordinator died before it
-/// wrote it; none may tell of something else.
+/// Claims that events agree with the journal. An event may be missing where a coordinator died
+/// before it wrote it; no event may report anything else.
 pub(super) fn events_agree(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("events agree with the journal");
     claim.breaches.extend(evidence.events.damaged.iter().cloned());

@@ -1,10 +1,11 @@
-//! The claim about the samples: each number of the stream was committed once, and was the sample that the job
-//! says.
+//! The claim about the samples: each number of the stream was committed once, and was the sample
+//! that the job determines.
 //!
-//! A ledger is the sum mod 2^64 of a hash of (number, sample) over all samples that a state was trained on.
-//! Here it is computed from the job alone: the seed, the size of the data set, the samples that the job
-//! leaves out from some step on, and how many numbers a position takes. A number that was left out, taken
-//! twice, or taken as another sample changes the sum, but for a chance of 2^-64.
+//! The sample checksum (`ledger`) is the sum mod 2^64 of a hash of (number, sample) over all
+//! samples that a state was trained on. Here it is computed from the job alone: the seed, the size
+//! of the data set, the samples that the job leaves out from some step on, and how many numbers an
+//! update takes. A number that was left out, taken twice, or taken as another sample changes the
+//! sum, but for a chance of 2^-64.
 
 use ganglion_proto::job::Exclusion;
 use ganglion_proto::stream::{SampleStream, ledger_term};
@@ -13,15 +14,16 @@ use super::Claim;
 use super::checkpoints::Whole;
 use super::evidence::Evidence;
 
-/// A ledger that the run tells of.
+/// A sample checksum found in the run's files.
 struct Told {
-    /// How many numbers, from 0 on, it must cover.
+    /// Count of numbers, from 0 on, that it must cover.
     numbers: u64,
     ledger: Option<u64>,
     place: String,
 }
 
-/// The ledger in every row and in every state is that of the numbers from 0 up to its position.
+/// Claims that the sample checksum in every row and in every state is that of the numbers from 0 up
+/// to its update index.
 pub(super) fn every_sample_was_committed_once(evidence: &Evidence, whole: &Whole) -> Claim {
     let mut claim = Claim::new("every number of the sample stream was committed once, as its sample");
     let mut told = told(evidence, whole);
@@ -60,8 +62,8 @@ pub(super) fn every_sample_was_committed_once(evidence: &Evidence, whole: &Whole
     ))
 }
 
-/// The job's stream, as far as the journal knows which samples it leaves out; none if something beyond that
-/// is told of.
+/// Builds the job's stream, as far as the journal has the samples left out; `None` if the files
+/// reach beyond that.
 fn stream(evidence: &Evidence, samples: u64, told: &[Told], claim: &mut Claim) -> Option<SampleStream> {
     let (job, known) = (&evidence.job, &evidence.history.left_out);
     let mut changes = job.changes(known.iter().copied());

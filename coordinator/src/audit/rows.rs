@@ -1,13 +1,14 @@
 //! Claims about the rows of metrics.
 //!
-//! Which steps must have a row: `metrics.every_steps` may change from term to term, so each term's is
-//! journaled, and a step must have a row if it is a multiple of the one of a generation that is known to have
-//! committed it. Known is, of a generation, all from its start up to the greatest of
-//! - the position at which a member healed the generation after it,
+//! A step must have a row if it is a multiple of the cadence of a generation that is known to have
+//! committed it. `metrics.every_steps` may change from term to term, so each term's is journaled.
+//! Of a generation all steps are known from its start up to the greatest of
+//! - the update index at which a member was the source of the next generation's state,
 //! - the end of a step that was recorded for it,
-//! - the position of a checkpoint that was committed while it was the newest.
+//! - the update index of a checkpoint that was committed while it was the newest.
 //!
-//! The last step of a run that ended as complete must have one too. Others may: a stop reports its step.
+//! The last step of a run that ended as complete must have a row too. Other rows are allowed: a
+//! stop reports its step.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,7 +17,7 @@ use super::aside::may_have_held;
 use super::evidence::{Evidence, Row};
 use crate::journal::{GenerationRow, RecordedStart};
 
-/// Every step that was to be reported has exactly one row.
+/// Claims that every step that was to be reported has exactly one row.
 pub(super) fn every_step_has_one(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("every reported step has one row");
     claim.breaches.extend(evidence.rows.damaged.iter().cloned());
@@ -32,8 +33,8 @@ pub(super) fn every_step_has_one(evidence: &Evidence) -> Claim {
         let (first, last) = (row.position / phases + 1, reached[&row.generation] / phases);
         if every > 0 {
             let multiples = (first.div_ceil(every)..=last / every).map(|multiple| multiple * every);
-            // More than there are rows need not be looked at: one is missing then, however far a damaged
-            // number reaches.
+            // More steps than there are rows need not be listed: one is missing then, however far a
+            // damaged number reaches.
             due.extend(multiples.take(steps.len() + 1));
         }
     }
@@ -65,7 +66,7 @@ fn cadence(evidence: &Evidence, row: &GenerationRow) -> u64 {
     term.map_or(0, |term| term.metrics_every_steps)
 }
 
-/// The position that each generation is known to have reached.
+/// Update index that each generation is known to have reached.
 fn reached(evidence: &Evidence) -> BTreeMap<u64, u64> {
     let history = &evidence.history;
     let mut reached: BTreeMap<u64, u64> =
@@ -83,7 +84,7 @@ fn reached(evidence: &Evidence) -> BTreeMap<u64, u64> {
     reached
 }
 
-/// The step of the newest checkpoint, of a run that ended as complete.
+/// Step of the newest checkpoint, if the run ended as complete.
 fn last_step(evidence: &Evidence) -> Option<u64> {
     let last = evidence.events.whole.last()?;
     let complete = last.kind == "run_ended" && last.outcome.as_deref() == Some("complete");
@@ -91,8 +92,8 @@ fn last_step(evidence: &Evidence) -> Option<u64> {
     complete.then_some(newest.step)
 }
 
-/// Each row is one that the generation in it can have committed: after its start, with as many workers as it
-/// has. And it counts the images that the job takes up to its step.
+/// Claims that each row is one that its generation can have committed: after its start, and with as
+/// many workers as it has; and that it counts the images that the job takes up to its step.
 pub(super) fn are_of_their_generation(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("each row is of a generation that can have committed it");
     let generations: BTreeMap<u64, &GenerationRow> =

@@ -1,4 +1,5 @@
-//! A small run is written by hand and holds; then one thing of it is broken, and exactly that must be found.
+//! Each test writes a small run that holds, breaks one thing of it, and expects exactly that to be
+//! found.
 //!
 //! The run: 1 term, 4 data shards of 2 samples, 2 phases a step, a row of each step, 20 samples. Generation 1
 //! starts fresh with two workers and commits steps 1 to 4; worker 2 is lost and generation 2 is healed by
@@ -28,29 +29,29 @@ use crate::report::damage::SetAside;
 const SAMPLES: u64 = 20;
 const PART: &str = "state-00001-of-00001.safetensors";
 
-/// A run, and what is to be written of it.
+/// Description of a run, from which its files are written.
 struct Story {
     folder: tempfile::TempDir,
     /// `metrics.every_steps` of each term.
     terms: Vec<u64>,
-    /// The groups and the terms that formed them.
+    /// Groups, each with the term that formed it.
     groups: Vec<(u64, Group)>,
     rows: Vec<Value>,
     saved: Vec<Saved>,
-    /// Events at the end.
+    /// Additional events at the end.
     events: Vec<Value>,
 }
 
-/// A checkpoint, and what is not as it should be about it.
+/// A checkpoint, with its deliberate faults.
 struct Saved {
     step: u64,
-    /// The newest generation when it was committed.
+    /// Newest generation when it was committed.
     generation: u64,
     position: u64,
     ledger: u64,
-    /// Instead of the digest of its state.
+    /// Digest that replaces the one of its state.
     digest: Option<String>,
-    /// Instead of the manifest's digest.
+    /// Digest in the journal that replaces the manifest's.
     journaled: Option<String>,
 }
 
@@ -125,7 +126,7 @@ impl Saved {
         }
     }
 
-    /// As it is journaled and told.
+    /// The checkpoint as it is journaled and announced.
     fn journaled(&self) -> Checkpoint {
         let checkpoint = self.checkpoint();
         let state_digest = self.journaled.clone().unwrap_or(checkpoint.state_digest.clone());
@@ -133,7 +134,7 @@ impl Saved {
     }
 }
 
-/// Elements in 8 bytes.
+/// Number of elements in 8 bytes.
 fn bytes_of(dtype: Dtype) -> usize {
     if dtype == Dtype::I64 { 1 } else { 2 }
 }
@@ -222,7 +223,7 @@ impl Story {
         report.to_string()
     }
 
-    /// Asserts that one claim alone is broken, and by what.
+    /// Asserts that exactly one claim is broken, and for this reason.
     #[track_caller]
     fn breaks(&self, statement: &str, what: &str) {
         let report = self.report();
@@ -344,7 +345,7 @@ fn a_position_that_goes_back_without_a_checkpoint_is_found() {
     story.breaks(STARTS, "generation 2 at position 4: the ones before it had reached 8");
 }
 
-/// All that had more are gone.
+/// All members that had more are gone.
 #[test]
 fn a_healed_start_may_be_behind_what_only_the_lost_have_held() {
     let mut story = Story::new();
@@ -413,7 +414,8 @@ const ROWS: &str = "every reported step has one row";
 
 #[test]
 fn a_missing_row_is_found() {
-    // In the middle of a generation, at the end of one that was healed from, at the end of the run.
+    // In the middle of a generation, at the end of one that was a source of state, at the end of
+    // the run.
     for step in [2, 4, 8] {
         let mut story = Story::new();
         story.rows.remove(step - 1);
@@ -470,7 +472,7 @@ fn a_row_of_a_generation_that_cannot_have_committed_it_is_found() {
 
 const SAMPLES_ONCE: &str = "every number of the sample stream was committed once, as its sample";
 
-/// The stream after a change is over what is left, and the audit tells of the change.
+/// The stream after an exclusion covers the remaining samples, and the audit reports the exclusion.
 #[test]
 fn samples_that_are_left_out_are_reckoned_with_and_told() {
     let job = {
@@ -502,7 +504,7 @@ fn samples_that_are_left_out_are_reckoned_with_and_told() {
 
 #[test]
 fn a_wrong_ledger_is_found() {
-    // One of another step, and none at all.
+    // A checksum of another step, and an empty one.
     for ledger in [json!(format!("{:016x}", ledger_after(2))), json!("")] {
         let mut story = Story::new();
         story.rows[2]["ledger"] = ledger;
@@ -584,7 +586,7 @@ fn a_latest_that_is_behind_or_names_nothing_is_found() {
     story.breaks(latest, "there is no latest");
 }
 
-/// A start said that the newest was gone, and went on from the one before.
+/// A start reported that the newest was gone, and went on from the one before.
 #[test]
 fn a_latest_that_went_back_because_the_newest_was_gone_holds() {
     for kind in ["checkpoint_damaged", "checkpoint_missing"] {
@@ -626,7 +628,7 @@ fn with_journal_read(story: &Story) -> History {
     History::read(&story.path("journal.sqlite")).unwrap()
 }
 
-/// Each page of the journal in turn is zeroed, then there is none at all.
+/// Each page of the journal in turn is zeroed, then the whole file is missing.
 #[test]
 fn a_recovered_run_goes_on_far_above_and_tells_what_is_lost() {
     for page in 0.. {
@@ -656,7 +658,7 @@ fn a_recovered_run_goes_on_far_above_and_tells_what_is_lost() {
         assert_eq!(recovered.admit(Term(floor + 1), "h", 7, None).unwrap(), WorkerId(floor + 1));
         assert_eq!(recovered.fact(Fact::Run).unwrap().as_deref(), Some("run"));
         drop(recovered);
-        // A second recovery leaps over the first.
+        // A second recovery continues above the first.
         let again: Value = serde_json::from_str(&recover(story.folder.path(), true).unwrap()).unwrap();
         assert_eq!(again["floor"].as_u64(), Some(floor + LEAP));
         assert_eq!(with_journal_read(&story).checkpoints.len(), 3);

@@ -1,14 +1,14 @@
-//! The page's files, built in: it needs nothing from anywhere else.
+//! Files of the page, built in: it loads nothing from elsewhere.
 
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 
-/// A file with its type.
+/// A file with its content type.
 pub struct Asset {
-    /// Where it is served.
+    /// Path at which it is served.
     pub path: &'static str,
     kind: &'static str,
-    /// What is in it.
+    /// Content of the file.
     pub content: &'static str,
 }
 
@@ -29,13 +29,13 @@ static ASSETS: [Asset; 6] = [
     Asset { path: "/icon.svg", kind: "image/svg+xml", content: include_str!("assets/icon.svg") },
 ];
 
-/// All files.
+/// All built-in files.
 pub fn all() -> &'static [Asset] {
     &ASSETS
 }
 
 impl Asset {
-    /// The file.
+    /// Answer with the file's content.
     pub fn answer(&self) -> Response {
         ([(header::CONTENT_TYPE, HeaderValue::from_static(self.kind))], self.content).into_response()
     }

@@ -1,4 +1,4 @@
-//! The site over real connections.
+//! Tests of the dashboard over real connections.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -16,7 +16,7 @@ use crate::report::view::Publisher;
 
 const PNG: &[u8] = b"\x89PNG\r\n\x1a\npixels";
 
-/// A view of a run that goes on, with one worker that has a GPU.
+/// A view of a run in progress, with one worker that has a GPU.
 pub(super) fn view() -> View {
     let worker = WorkerStatus {
         worker: 3,
@@ -48,7 +48,7 @@ pub(super) fn view() -> View {
     View { status, at: Instant::now() }
 }
 
-/// What three rows and some events tell.
+/// Index built from three rows and some events.
 pub(super) fn chronicle() -> Chronicle {
     let chronicle = Chronicle::default();
     let profile = r#"{"data":0.1,"compute":5.0,"wait":1.0,"commit":0.5,"other":0.2}"#;
@@ -111,7 +111,7 @@ impl Answer {
 }
 
 impl Bench {
-    /// Sends what is given and reads to the end.
+    /// Sends a raw request and reads the answer to the end.
     async fn say(&self, request: String) -> Answer {
         let address = self.served.address;
         let spoken = tokio::task::spawn_blocking(move || {
@@ -119,7 +119,8 @@ impl Bench {
             client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
             client.write_all(request.as_bytes()).unwrap();
             let mut all = Vec::new();
-            // A server that has answered may close before it has read all that a client sends.
+            // A server that has answered may close before it has read everything that a client
+            // sends.
             let _ = client.read_to_end(&mut all);
             all
         });
@@ -211,7 +212,7 @@ async fn curves_and_events_come_in_bounded_pieces() {
     assert_eq!(samples["samples"][0]["url"], "/samples/step-00000020.png");
 }
 
-/// A picture's name is one that the coordinator gives, or there is nothing.
+/// A picture is served only under a name that the coordinator gives.
 #[tokio::test]
 async fn no_other_file_is_served() {
     let bench = bench(Guard::open).await;
@@ -310,7 +311,7 @@ async fn ready_is_a_coordinator_whose_loop_comes_round() {
     assert_eq!(bench.get("/healthz").await.status, 200, "it starts");
 }
 
-/// Invariant 2: clients that say nothing, or half of it, keep nobody out.
+/// Invariant 2: clients that send nothing, or half a request, keep no other client out.
 #[tokio::test]
 async fn idle_connections_delay_no_probe() {
     let bench = bench(Guard::open).await;
@@ -334,10 +335,10 @@ async fn idle_connections_delay_no_probe() {
     drop(crowd);
 }
 
-/// Invariant 2: nor does one address keep others out that opens connections as fast as it can.
+/// Invariant 2: an address that opens connections as fast as it can keeps no other address out.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flood_from_one_address_delays_no_probe_of_another() {
-    /// As long as a probe may take by the manifests in deploy/kubernetes.
+    /// Time limit of a probe in the manifests in deploy/kubernetes.
     const LIMIT: Duration = Duration::from_secs(5);
     let bench = bench(Guard::open).await;
     let address = bench.served.address;
@@ -358,7 +359,8 @@ async fn a_flood_from_one_address_delays_no_probe_of_another() {
                         [at % 3];
                 let _ = client.write_all(said);
                 open.push_back(client);
-                // As fast as it is let in: the system's own queue is shared by all addresses, and stays short so.
+                // As fast as the server accepts: the system's own queue is shared by all addresses,
+                // and stays short so.
                 if open.len() > 2 * LIMITS.all
                     && let Some(mut oldest) = open.pop_front()
                 {
@@ -385,7 +387,7 @@ async fn a_flood_from_one_address_delays_no_probe_of_another() {
         };
         let answer = timeout(LIMIT, probe).await.expect("answered in time");
         assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
-        // The next one comes while the flood goes on.
+        // The next probe comes while the flood goes on.
         let goes_on = async {
             while opened.load(Ordering::Relaxed) < before + 20 {
                 tokio::task::yield_now().await;
@@ -398,7 +400,7 @@ async fn a_flood_from_one_address_delays_no_probe_of_another() {
     drop(idle);
 }
 
-/// A listener to which two clients have come, each with the other end of a pipe.
+/// A listener with two clients, each with the other end of a pipe.
 struct Two(Vec<tokio::io::DuplexStream>);
 
 impl Accept for Two {
@@ -412,7 +414,8 @@ impl Accept for Two {
     }
 }
 
-/// Invariant 2: it had not been looked at when its connection was to make place for another.
+/// Invariant 2: the request had not been looked at when its connection was to make place for
+/// another.
 #[tokio::test]
 async fn a_question_that_came_before_its_place_was_taken_is_answered() {
     let limits = Limits { all: 1, strangers_of_address: 1, idle_of_address: 1, grace: Duration::ZERO };
@@ -434,14 +437,14 @@ async fn a_question_that_came_before_its_place_was_taken_is_answered() {
     }
 }
 
-/// Invariant 1: who does not read its answers delays nobody.
+/// Invariant 1: a client that does not read its answers delays nobody.
 #[tokio::test]
 async fn a_client_that_does_not_read_delays_nobody() {
     let bench = bench(Guard::open).await;
     let mut deaf = Client::connect(bench.served.address).unwrap();
     deaf.set_nonblocking(true).unwrap();
     let question = b"GET /app.js HTTP/1.1\r\nhost: localhost\r\n\r\n";
-    // Until the connection takes no more: its answers fill the way back.
+    // Until the connection takes no more: the answers fill the way back.
     while deaf.write(question).is_ok() {
         tokio::task::yield_now().await;
     }
@@ -469,7 +472,7 @@ async fn who_looks_sees_the_end() {
     assert!(bench.served.site.asked.borrow().is_some_and(|(_, ended)| ended));
 }
 
-/// The page works without a network: nothing in it is from elsewhere.
+/// The page works without a network: it loads nothing from elsewhere.
 #[test]
 fn the_page_needs_nothing_from_elsewhere() {
     for asset in assets::all() {

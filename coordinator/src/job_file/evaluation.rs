@@ -37,7 +37,7 @@ fn features(settings: &mut Settings, check_paths: bool) -> Option<Features> {
     }
 }
 
-/// The samples that are not trained on are of the kind of those that are.
+/// Path of the held-out samples; they are of the same kind as the training data.
 fn held_out(settings: &mut Settings, data: DataKind, check_paths: bool) -> Option<PathBuf> {
     const KEY: &str = "evaluation.held_out";
     let text = settings.text(KEY, "../data/t10k-images-idx3-ubyte.gz")?;

@@ -1,10 +1,11 @@
-//! Which samples a job leaves out: `data.exclude`, a wish, and `[[data.exclusion]]`, the record of what was
-//! granted.
+//! Samples that a job leaves out: `data.exclude`, the request, and `[[data.exclusion]]`, the record
+//! of what was granted.
 //!
-//! 1. `data.exclude` in a new run leaves samples out from the start. Given to a run that has begun it asks
-//!    for a change, from the run's newest state on; the coordinator writes the change as a table
-//!    `[[data.exclusion]]` into job.toml.
-//! 2. What a run has left out stays left out: a job that does not say so again asks for nothing.
+//! 1. `data.exclude` in a new run leaves samples out from the start. Given to a run that has begun
+//!    it requests a change, from the run's newest state on; the coordinator writes the change as a
+//!    table `[[data.exclusion]]` into job.toml.
+//! 2. Samples that a run has left out stay left out: a job that does not repeat them requests no
+//!    change.
 //! 3. A job with tables gives the same bits from scratch as the run that they were recorded in.
 
 use std::path::Path;
@@ -17,10 +18,11 @@ use super::settings::Settings;
 
 const WISH: &str = "data.exclude";
 const RECORD: &str = "data.exclusion";
-/// Form of one table, for messages.
+/// Example of one table, for messages.
 const EXAMPLE: &str = "after_step = 7 and files = [\"cats/0001.jpg\"]";
 
-/// Reads both keys. `data` is where the samples are: a name may begin with it, as messages about files do.
+/// Reads both keys. `data` is the data's path: a name may begin with it, as in messages about
+/// files.
 pub(super) fn read(settings: &mut Settings, data: Option<&Path>) -> Vec<Exclusion> {
     let mut exclusions: Vec<Exclusion> = Vec::new();
     for (at, table) in settings.tables(RECORD, EXAMPLE).into_iter().enumerate() {
@@ -44,7 +46,7 @@ pub(super) fn read(settings: &mut Settings, data: Option<&Path>) -> Vec<Exclusio
     exclusions
 }
 
-/// The names of the wish, sorted, each once.
+/// Names in the request, sorted, each once.
 fn names(settings: &mut Settings, data: Option<&Path>) -> Vec<String> {
     let given = settings.texts(WISH, "[\"cats/0001.jpg\"]");
     let mut names = Vec::new();
@@ -65,7 +67,7 @@ fn names(settings: &mut Settings, data: Option<&Path>) -> Vec<String> {
     names
 }
 
-/// The names in a file, one a line, as `coordinator data check --bad FILE` writes them.
+/// Names in a file, one a line, as `coordinator data check --bad FILE` writes them.
 fn listed(settings: &mut Settings, file: &str) -> Vec<String> {
     let Some(path) = settings.absolute(WISH, file) else { return Vec::new() };
     match std::fs::read_to_string(&path) {
@@ -107,7 +109,7 @@ fn whole(number: &str, most: u64) -> Result<u64, String> {
     value.ok_or_else(|| format!("must be from 0 to {most}, but is {number}"))
 }
 
-/// The names that `given` leaves out and the run does not yet.
+/// Names that `given` leaves out and the run does not yet.
 ///
 /// # Errors
 /// `given` has a table that the run does not have: it is another job.
@@ -131,7 +133,7 @@ pub fn asked(recorded: &Job, given: &Job) -> Result<Vec<String>, Difference> {
     Ok(names.filter(|name| !left_out.contains(name)).cloned().collect())
 }
 
-/// Checks what needs the rest of the job.
+/// Checks the tables against the rest of the job.
 pub(super) fn check(settings: &mut Settings, job: &Job) {
     let phases = job.phases_per_step();
     if settings.sound(&[RECORD]) && job.data.exclusions.iter().any(|one| one.after_phase >= phases) {

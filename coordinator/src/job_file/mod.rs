@@ -1,9 +1,11 @@
-//! The job file: reads a TOML file and overrides of it into a [`Job`], and writes the resolved job back.
+//! The job file: parses a TOML file and overrides of it into a [`Job`], and writes the resolved job
+//! back.
 //!
-//! 1. All errors of a job show at once, each with its place, its key, what is wrong and how to mend it.
-//! 2. A [`Job`] that leaves here is whole and checked: defaults filled in, paths absolute, sizes within
-//!    limits.
-//! 3. Reading what [`render`] wrote gives the same job.
+//! 1. All errors of a job show at once, each with its place, its key, what is wrong and how to mend
+//!    it.
+//! 2. A [`Job`] that leaves this module is complete and checked: defaults filled in, paths
+//!    absolute, sizes within limits.
+//! 3. Reading the output of [`render`] gives the same job.
 
 mod evaluation;
 mod exclusions;
@@ -22,11 +24,11 @@ use settings::Settings;
 
 /// The job that runs when the user names none.
 const EMBEDDED: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/mnist-mlp.toml"));
-/// The default name of that job's run.
+/// Default name of that job's run.
 const EMBEDDED_NAME: &str = "mnist-mlp";
 
-/// The keys that may change when a run resumes: how long it goes on, how often it reports, how patient it is.
-/// None of them moves a bit of the state at a given step.
+/// Keys that may change when a run resumes: its length, its reporting and its patience. None of
+/// them moves a bit of the state at a given step.
 const CHANGEABLE: &[&str] = &[
     "job.steps",
     "job.epochs",
@@ -45,11 +47,11 @@ const CHANGEABLE: &[&str] = &[
     "alarms.collapse",
     "alarms.overfitting",
     "alarms.saturated_rows",
-    // A change of its own: `exclusions` decides what may change.
+    // This change is separate: the module `exclusions` decides what may change.
     "data.exclusion",
 ];
 
-/// Where a job comes from.
+/// Origin of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// The job built into the program: the MLP GAN on the bundled digits.
@@ -58,14 +60,14 @@ pub enum Source {
     File(PathBuf),
 }
 
-/// Where a wrong setting was given.
+/// Place of a wrong setting.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
     /// A line of a file, counted from 1.
     Line {
-        /// The file as the user named it.
+        /// The file, as the user named it.
         file: String,
-        /// The line.
+        /// Number of the line.
         line: usize,
     },
     /// A file as a whole: something is missing in it.
@@ -74,18 +76,18 @@ pub enum Place {
     Override(String),
 }
 
-/// One thing that is wrong with a job.
+/// One error in a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobError {
-    /// Where it was given.
+    /// Place at which the setting was given.
     pub place: Place,
     /// The key, such as `job.steps`; empty where the text as a whole is wrong.
     pub key: String,
-    /// What is wrong, and how to mend it.
+    /// Message: what is wrong, and how to mend it.
     pub problem: String,
 }
 
-/// Everything that is wrong with a job. Its `Display` is a block with a line for each.
+/// All errors in a job. `Display` gives a block with a line for each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobErrors(pub Vec<JobError>);
 
@@ -122,10 +124,11 @@ pub fn read(source: &Source, overrides: &[String]) -> Result<Job, JobErrors> {
     }
 }
 
-/// The data of a kind at a path, relative to the current folder, as they are.
+/// Reads the settings of a data set: data of a kind at a path, relative to the current folder,
+/// without conversion.
 ///
 /// # Errors
-/// There is no such kind, or nothing of it there.
+/// The kind does not exist, or no data of it is there.
 pub fn read_data(kind: &str, path: Option<&str>) -> Result<Data, JobErrors> {
     let mut overrides = vec![format!("data.kind={kind}")];
     overrides.extend(path.map(|path| format!("data.path={path}")));
@@ -136,7 +139,7 @@ pub fn read_data(kind: &str, path: Option<&str>) -> Result<Data, JobErrors> {
     if errors.is_empty() { Ok(data) } else { Err(JobErrors::sorted(errors)) }
 }
 
-/// Reads a job file, with or without a look at whether its data exists.
+/// Reads a job file; `check_paths` says whether its data must exist.
 fn read_file(path: &Path, overrides: &[String], check_paths: bool) -> Result<Job, JobErrors> {
     let file = path.display().to_string();
     let unreadable = |problem: String| {
@@ -157,7 +160,7 @@ fn read_file(path: &Path, overrides: &[String], check_paths: bool) -> Result<Job
     text.resolve(overrides, check_paths)
 }
 
-/// A job as text, and what its settings refer to.
+/// Text of a job, and what its relative settings refer to.
 struct Text<'a> {
     file: &'a str,
     folder: &'a Path,
@@ -175,7 +178,7 @@ impl Text<'_> {
     }
 }
 
-/// The resolved job as TOML, for the run directory.
+/// Renders the resolved job as TOML, for the run directory.
 pub fn render(job: &Job) -> String {
     let body = toml::to_string(job).expect("a checked job has UTF-8 paths and numbers that TOML can hold");
     format!(
@@ -184,7 +187,7 @@ pub fn render(job: &Job) -> String {
     )
 }
 
-/// Reads back what [`render`] wrote. Whether the data still exists is not looked at.
+/// Parses the output of [`render`]. The data need not exist any more.
 ///
 /// # Errors
 /// All errors, where the text was damaged or edited.
@@ -193,8 +196,8 @@ pub fn parse_resolved(text: &str) -> Result<Job, JobErrors> {
     text.resolve(&[], false)
 }
 
-/// The keys that differ and must not when a run resumes, by name. Empty means that `given` may go on with the
-/// run.
+/// Compares two jobs: the keys that differ and must not when a run resumes, ordered by name. Empty
+/// means that `given` may continue the run.
 pub fn differences(recorded: &Job, given: &Job) -> Vec<Difference> {
     let (recorded, given) = (flat(recorded), flat(given));
     let mut keys: Vec<&String> = recorded.keys().chain(given.keys()).collect();
@@ -211,7 +214,7 @@ pub fn differences(recorded: &Job, given: &Job) -> Vec<Difference> {
         .collect()
 }
 
-/// A job as a table from full keys to values.
+/// Converts a job to a table from full keys to values.
 fn flat(job: &Job) -> toml::Table {
     let sections = toml::Table::try_from(job).expect("a checked job can be written as TOML");
     let mut flat = toml::Table::new();
@@ -242,7 +245,7 @@ impl Place {
 }
 
 impl JobErrors {
-    /// Those of the file by line, then those of the overrides.
+    /// Sorts errors: those of the file by line, then those of the overrides.
     fn sorted(mut errors: Vec<JobError>) -> Self {
         errors.sort_by_key(|error| error.place.order());
         JobErrors(errors)

@@ -1,4 +1,4 @@
-//! The sections that say what is trained and how: `[model]`, `[loss]`, `[optimizer]` and `[augmentation]`.
+//! Sections of the model and its training: `[model]`, `[loss]`, `[optimizer]` and `[augmentation]`.
 
 use std::path::PathBuf;
 
@@ -66,7 +66,7 @@ pub(super) fn model(settings: &mut Settings, check_paths: bool) -> Model {
     }
 }
 
-/// The file of one of the user's own networks.
+/// File of one of the user's own networks.
 fn script(settings: &mut Settings, kind: ModelKind, key: &'static str, check_paths: bool) -> Option<PathBuf> {
     let path = settings.text(key, "networks/G.pt").and_then(|path| settings.absolute(key, &path));
     match (&path, kind) {
@@ -89,7 +89,7 @@ fn script(settings: &mut Settings, kind: ModelKind, key: &'static str, check_pat
     path
 }
 
-/// The place of another run's checkpoint: an address as it is, a folder made absolute.
+/// Location of another run's checkpoint: a URL unchanged, a folder made absolute.
 fn checkpoint_to_begin_with(settings: &mut Settings, place: String) -> Option<String> {
     const KEY: &str = "model.init_from";
     match Address::parse(&place) {
@@ -150,7 +150,7 @@ pub(super) fn optimizer(settings: &mut Settings, loss: LossKind, model: ModelKin
         settings.number_or("optimizer.discriminator_learning_rate", 0.0..=10.0, learning_rate);
     let beta2 = settings.number_or("optimizer.beta2", 0.0..1.0, beta2);
     let last = settings.number_or("optimizer.final_learning_rate", 0.0..=10.0, learning_rate);
-    // The discriminator's rate keeps its share of the generator's.
+    // The discriminator's rate keeps its ratio to the generator's.
     let shared = if last == learning_rate || learning_rate == 0.0 { 1.0 } else { last / learning_rate };
     Optimizer {
         kind: kind.unwrap_or(OptimizerKind::Adam),
@@ -185,7 +185,7 @@ pub(super) fn augmentation(settings: &mut Settings) -> Augmentation {
     }
 }
 
-/// Holds the settings of these sections against each other.
+/// Checks the settings of these sections against each other.
 pub(super) fn check(settings: &mut Settings, job: &Job) {
     check_finals(settings, job);
     check_adaptive(settings, job);
@@ -215,7 +215,7 @@ pub(super) fn check(settings: &mut Settings, job: &Job) {
     }
 }
 
-/// A setting that changes needs a time to change in.
+/// Checks settings that change over time: they need a duration to change in.
 fn check_finals(settings: &mut Settings, job: &Job) {
     let keys = [
         "loss.final_r1",
@@ -253,7 +253,8 @@ fn check_finals(settings: &mut Settings, job: &Job) {
     }
 }
 
-/// The controller reads the sign of the discriminator's output, so there must be one.
+/// Checks adaptive augmentation: its controller reads the sign of the D output, so the loss must
+/// give it a meaning.
 fn check_adaptive(settings: &mut Settings, job: &Job) {
     if !job.augmentation.adaptive || !settings.sound(&["augmentation.kinds", "loss.kind"]) {
         return;

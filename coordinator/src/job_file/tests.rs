@@ -13,7 +13,7 @@ fn resolve(text: &str, overrides: &[&str]) -> Result<Job, JobErrors> {
     text.resolve(&overrides, false)
 }
 
-/// The error block of a job that must not resolve.
+/// Error text of a job that must not resolve.
 fn errors(text: &str, overrides: &[&str]) -> String {
     resolve(text, overrides).unwrap_err().to_string()
 }
@@ -48,8 +48,8 @@ fn the_embedded_job_runs_from_anywhere() {
     assert_eq!((job.job.data_shards, job.job.shard_batch), (8, 8));
 }
 
-/// The comments of the default job name every default, so that overriding a kind brings that kind's own
-/// defaults.
+/// The default job spells out every default in comments only, so that overriding a kind brings that
+/// kind's own defaults.
 #[test]
 fn kinds_bring_their_defaults_to_the_embedded_job() {
     let set = ["loss.kind=wasserstein-gp", "model.kind=dcgan-28"].map(str::to_owned);
@@ -316,7 +316,7 @@ fn images_must_fit_the_model() {
     resolve(SMALL, &["data.kind=idx", "data.path=/any", "model.kind=dcgan-64"]).unwrap();
     let folder = ["data.kind=folder", "data.path=/c", "data.channels=1", "data.resize=30", "data.crop=28"];
     resolve(SMALL, &folder).unwrap();
-    // A slip in one key is not reported again as a mismatch with another.
+    // An error in one key is not reported again as a mismatch with another.
     assert!(!errors(SMALL, &["model.kind=dcgan64", "data.resize=64"]).contains("takes"));
 }
 
@@ -333,7 +333,7 @@ fn paths_start_at_the_file_or_where_the_user_is() {
     assert_eq!(job.checkpoint.url.as_deref(), Some("file:///kept"));
 }
 
-/// What a user typed goes to logs, credentials must not.
+/// User input may go to logs, credentials must not.
 #[test]
 fn an_address_with_credentials_is_refused_and_not_shown() {
     let text = "[job]\nsteps = 1\n[checkpoint]\nurl = \"s3://key:hush@bucket/a\"\n";
@@ -400,7 +400,7 @@ fn a_run_goes_on_only_with_the_job_it_was_started_with() {
     );
 }
 
-/// A hand on `job.toml` is noticed and named.
+/// An edited `job.toml` is noticed and named.
 #[test]
 fn a_damaged_resolved_job_is_refused() {
     let text = render(&resolve(SMALL, &[]).unwrap()).replace("seed = 0", "seed = -4");
@@ -434,7 +434,7 @@ proptest! {
     }
 }
 
-/// `data.exclude` in all its forms, and the tables that it becomes.
+/// `data.exclude` in all its forms, and the tables that it is resolved to.
 #[test]
 fn samples_are_left_out_by_name() {
     let text = "[job]\nsteps = 1\n[data]\nkind = \"folder\"\npath = \"/pics\"\n[model]\nkind = \"script\"\n\

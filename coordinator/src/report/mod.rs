@@ -1,9 +1,9 @@
-//! What a run tells its user: metrics rows, events, TensorBoard curves and pictures, a progress line, a
-//! timeline.
+//! Records and reports of a run: metrics rows, events, TensorBoard curves and pictures, a progress
+//! line, a timeline.
 //!
-//! Metrics and events are files of JSON, a line each, that outlive every process. Everything here is called
-//! from the coordinator's loop, but for waits for the disk; nothing else has a thread, sleeps or decides
-//! anything.
+//! Metrics and events are files of JSON lines that outlive every process. Everything here is called
+//! from the coordinator's loop, except waits for the disk; nothing else here has a thread, sleeps
+//! or decides anything.
 
 pub mod line_file;
 

@@ -1,9 +1,9 @@
-//! A run's status as JSON: the same for the page, for scripts and for operators.
+//! Status of a run as JSON: the same for the page, for scripts and for operators.
 
 use ganglion_proto::wire::{Activity, GetStatusResponse, WorkerStatus};
 use serde_json::{Value, json};
 
-/// The status as an object.
+/// Renders the status as a JSON object.
 pub fn json(status: &GetStatusResponse) -> Value {
     let outcome = Some(&status.outcome).filter(|outcome| !outcome.is_empty());
     let digest = Some(&status.state_digest).filter(|digest| !digest.is_empty());
@@ -50,7 +50,8 @@ fn worker_json(worker: &WorkerStatus, failure_deadline: f64) -> Value {
     })
 }
 
-/// A worker's state in a word. Five heartbeats come in a deadline, so three missed ones are worth a word.
+/// Health of a worker, as a word. Five heartbeats are due within a failure deadline, so three
+/// missed ones are reported.
 pub fn health(worker: &WorkerStatus, failure_deadline: f64) -> &'static str {
     match worker.heartbeat_age {
         _ if !worker.connected => "away",
@@ -60,7 +61,7 @@ pub fn health(worker: &WorkerStatus, failure_deadline: f64) -> &'static str {
     }
 }
 
-/// What a training thread does, in a word.
+/// Activity of a worker's training thread, as a word.
 pub fn activity(activity: Activity) -> &'static str {
     match activity {
         Activity::Computing => "computing",

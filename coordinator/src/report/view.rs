@@ -1,4 +1,4 @@
-//! The view of a run that its shell publishes, for everybody who asks.
+//! View of a run, published by its shell for all readers.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,22 +7,23 @@ use ganglion_proto::wire::GetStatusResponse;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// Deadlines of the job, and the least time, after which a loop that has not come round counts as hung.
+/// Time after which a loop without progress counts as hung: a multiple of the failure deadline, and
+/// a minimum.
 const HUNG: (f64, Duration) = (2.0, Duration::from_secs(10));
-/// Time that the end of a run may take besides: local workers exit, the storage is told the last.
+/// Additional time at the end of a run: local workers exit, and the storage gets its last orders.
 const ENDING: Duration = Duration::from_secs(60);
 
-/// The run as the shell published it.
+/// Snapshot of the run, as published by the shell.
 #[derive(Clone, Debug)]
 pub struct View {
-    /// How things are.
+    /// Status of the run.
     pub status: GetStatusResponse,
-    /// When that was.
+    /// Time of the snapshot.
     pub at: Instant,
 }
 
 impl View {
-    /// For how long the shell's loop has not come round, if that is longer than it may take.
+    /// Age of the snapshot, if it shows that the shell's loop hangs; `None` otherwise.
     pub fn is_hung_for(&self) -> Option<Duration> {
         let deadlines = Duration::try_from_secs_f64(HUNG.0 * self.status.failure_deadline);
         let limit = deadlines.unwrap_or(Duration::MAX).max(HUNG.1);
@@ -32,5 +33,5 @@ impl View {
     }
 }
 
-/// What the shell publishes its views by.
+/// Sender of the shell's snapshots.
 pub type Publisher = watch::Sender<Option<Arc<View>>>;

@@ -1,9 +1,8 @@
-//! TLS on the sockets of this process, with files that may be renewed while it runs.
+//! TLS of this process's listeners, with files that may be renewed while it runs.
 //!
-//! 1. A certificate that a client shows must be signed by an authority of ours; one that cannot be used ends
+//! 1. A certificate that a client shows must be signed by an authority of ours; an invalid one ends
 //!    the handshake.
-//! 2. Renewed files serve the connections that come after; files that cannot be used change nothing.
-//! 3. Only TLS 1.3 is spoken.
+//! 2. Renewed files serve later connections; unusable files change nothing.
 
 use std::io;
 use std::net::IpAddr;
@@ -19,19 +18,19 @@ use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{ServerConfig, version::TLS13};
 use tokio_rustls::server::TlsStream;
 
-/// How often files are looked at again, when connections come.
+/// Minimum interval between two checks of the files, which happen when connections arrive.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// Who connects.
+/// Kind of clients of a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clients {
-    /// Workers and operators, who speak HTTP/2 and show a certificate, or are strangers.
+    /// Workers and operators: they speak HTTP/2 and may show a certificate.
     Members,
-    /// Browsers: they are not asked for one.
+    /// Browsers: they are not asked for a certificate.
     Browsers,
 }
 
-/// Does the handshakes of a socket.
+/// TLS acceptor of a listener.
 pub struct Acceptor {
     files: TlsFiles,
     clients: Clients,
@@ -41,7 +40,7 @@ pub struct Acceptor {
 struct Current {
     acceptor: TlsAcceptor,
     looked: Instant,
-    /// Why renewed files are not used, if they cannot be.
+    /// Reason why the renewed files are not used, if they cannot be.
     unusable: Option<String>,
 }
 
@@ -53,7 +52,7 @@ impl Acceptor {
         Ok(Arc::new(Acceptor { files, clients, current }))
     }
 
-    /// Greets a client. The caller limits the time.
+    /// Performs the handshake with a client. The caller limits the time.
     pub async fn accept<S>(&self, stream: S) -> io::Result<TlsStream<S>>
     where
         S: AsyncRead + AsyncWrite + Unpin,
@@ -103,8 +102,8 @@ fn acceptor(identity: Identity, clients: Clients) -> Result<TlsAcceptor, Credent
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// The name by which clients that connect to `address` must check this certificate; `None` if it is for the
-/// address itself.
+/// Name by which clients that connect to `address` must verify this certificate; `None` if it is
+/// valid for the address itself.
 pub fn other_name(identity: &Identity, address: IpAddr) -> Option<String> {
     if identity.is_for(&ServerName::from(address)) {
         return None;
@@ -159,7 +158,7 @@ mod tests {
         let acceptor = Acceptor::open(TlsFiles::new(&used), Clients::Members).unwrap();
         let old = shown(&acceptor, &path("old/worker")).await.unwrap();
         assert!(shown(&acceptor, &path("new/worker")).await.is_err(), "another authority");
-        // Half of a renewal: it does not fit together, so the old one serves on.
+        // Half of a renewal: certificate and key do not match, so the old pair stays in use.
         put("new/coordinator", "tls.crt");
         tokio::time::advance(LOOK).await;
         assert_eq!(shown(&acceptor, &path("old/worker")).await.unwrap(), old);

@@ -1,4 +1,4 @@
-//! What operators ask for.
+//! Handling of operators' requests.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use super::{Connected, Shell, ShellError, StopSignal};
 use crate::report::view::View;
 use crate::server::AdminInput;
 
-/// The answer to whoever wants to change a run that is complete.
+/// Refusal of changes to a run that is complete.
 const NOTHING_LEFT: &str = "the run is complete, and no worker is left";
 
 impl Shell {
@@ -30,7 +30,7 @@ impl Shell {
                 let _ = answer.send(possible);
             }
             AdminInput::Stop(answer) => {
-                // Asking twice is no more than asking once: a second signal would stop at once.
+                // A repeated request has no further effect: a second signal would stop at once.
                 match self.signal {
                     None if self.is_complete => self.signal = Some(StopSignal::Terminate),
                     None => self.stop(StopSignal::Terminate)?,
@@ -53,7 +53,7 @@ impl Shell {
         self.records.event("drain_requested", json!({ "worker": worker.0 }));
         self.handle(Event::Leave(worker))?;
         if self.supervisor.has(worker) {
-            // Whoever drains a local worker wants its place to stay free.
+            // An operator who drains a local worker wants its place to stay free.
             self.handle(Event::Scale(self.machine.local_workers().saturating_sub(1)))?;
         }
         Ok(Ok(()))
@@ -72,7 +72,7 @@ impl Shell {
         Ok(Ok(()))
     }
 
-    /// Shows those who look on how things are. Nobody is waited for.
+    /// Publishes a view for all readers, without waiting for any.
     pub(super) fn publish(&self) {
         if self.publisher.receiver_count() > 0 {
             let view = View { status: self.status(), at: Instant::now() };
@@ -80,7 +80,7 @@ impl Shell {
         }
     }
 
-    /// The run as it stands, for all who ask.
+    /// Status of the run.
     fn status(&self) -> GetStatusResponse {
         let (group, checkpoint) = (self.machine.group(), self.machine.checkpoint());
         let world_size = group.map_or(0, |group| group.members.len());

@@ -1,4 +1,4 @@
-//! What evaluations and alarms lead to.
+//! Consequences of evaluations and alarms.
 
 use ganglion_membership::Outcome;
 use ganglion_proto::evaluation::{AlarmPolicy, EvaluationRow};
@@ -12,7 +12,7 @@ use crate::keeper::BestFiles;
 use crate::model_card::{self, Subject};
 
 impl Shell {
-    /// Takes an evaluation: journals it, tells of it, and sees what follows from it.
+    /// Takes an evaluation: journals it, records it, and updates best checkpoint and alarms.
     pub(super) fn take_evaluation(&mut self, row: EvaluationRow) -> Result<(), ShellError> {
         let step = row.step;
         let last = self.samples.map_or(0, |samples| self.job.last_step(samples));
@@ -46,7 +46,7 @@ impl Shell {
 
     /// Takes a row of metrics.
     pub(super) fn take_row(&mut self, row: MetricsRow) {
-        // A row that is reported again is no news.
+        // A row that is reported again raises no alarm again.
         let changes = if row.step > self.watched { self.watch.row(&row) } else { Vec::new() };
         let step = row.step;
         self.watched = self.watched.max(step);
@@ -80,7 +80,7 @@ impl Shell {
         }
     }
 
-    /// Has the best checkpoint named, if it is another than the one that is; returns whether it is. Naming
+    /// Orders the best checkpoint to be named, if it has changed; returns whether it has. Naming
     /// prunes as well.
     pub(super) fn order_best(&mut self) -> bool {
         let Some((best, row)) = self.judged.best().filter(|(best, _)| self.best.as_ref() != Some(*best))
