@@ -1,7 +1,7 @@
 //! The coordinator: assigns data shards and hyperparameters to workers, supervises their group, and
 //! owns the run directory.
 //!
-//! It never links libtorch. Every decision about the group is [`ganglion_membership::Machine`]'s;
+//! The crate never links libtorch. Every decision about the group is [`ganglion_membership::Machine`]'s;
 //! this crate is the shell around it: sockets, clock, files and processes.
 #![forbid(unsafe_code)]
 

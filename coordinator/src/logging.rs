@@ -1,4 +1,4 @@
-//! The log of this process, and the form of it.
+//! Log of this process, and its formats.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::report::progress::Screen;
 
-/// How logs are written.
+/// Format of logs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     /// Lines for people.

@@ -41,7 +41,7 @@ fn train(cli: Cli) -> ExitCode {
     conclude(ended)
 }
 
-/// Starts a coordinator that goes on when this process has ended.
+/// Launches a coordinator that continues when this process has ended.
 fn launched() -> ExitCode {
     match block_on(launch()) {
         Ok(Launched::GoesOn(text)) => conclude(Ok(text)),
@@ -50,7 +50,7 @@ fn launched() -> ExitCode {
     }
 }
 
-/// Does what is not training.
+/// Runs a command other than training.
 fn serve(command: Command) -> ExitCode {
     let ask = |run: &RunChoice, question| conclude(block_on(operate(&run.run_dir, question)));
     match command {
@@ -93,7 +93,7 @@ fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Fa
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|error| Failure::Other(format!("cannot start: {error}")))?;
     let result = runtime.block_on(future);
-    // A client that holds its stream open does not keep the process.
+    // Not waited for: a client that holds its stream open must not keep the process alive.
     runtime.shutdown_background();
     result
 }
@@ -113,7 +113,7 @@ fn conclude(result: Result<String, Failure>) -> ExitCode {
     }
 }
 
-/// Prints a line. Nobody can be told if the terminal or the pipe is gone, and the exit code says the same.
+/// Prints a line. A closed terminal or pipe cannot be reported, and the exit code says the same.
 fn say(to: &mut impl std::io::Write, line: &str) {
     let _ = writeln!(to, "{line}");
 }

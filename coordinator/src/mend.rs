@@ -1,7 +1,8 @@
-//! Opening a run's records, also where something else is in them than was written.
+//! Opening of a run's records, with repair of damaged ones.
 //!
-//! A record for people never stops a run: it is set aside, and one with its readable lines takes its place.
-//! The journal knows what that cost before the file changes, and so does the audit.
+//! A damaged diagnostic record never stops a run: it is set aside, and a file with its readable
+//! lines takes its place. The journal records the loss before the file changes, and the audit
+//! reports it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use crate::shell::records::Records;
 /// Records that only the run's users read.
 const RECORDS: [&str; 2] = ["metrics.jsonl", "events.jsonl"];
 
-/// Opens the records of a run, and tells of those that were set aside for it.
+/// Opens the records of a run, and reports those that were set aside.
 pub fn open_records(
     job: &Job,
     folder: &Path,
@@ -31,7 +32,7 @@ pub fn open_records(
     let mut records = loop {
         match Records::open(job.clone(), folder, screen.clone(), disk) {
             Ok(records) => break records,
-            // Once each: what takes its place can be read.
+            // At most once per record: its replacement can be read.
             Err(Damaged::Lines(path)) if aside.len() < 2 * RECORDS.len() => {
                 aside.push(set_aside(job, &path, journal)?);
             }
@@ -48,7 +49,7 @@ pub fn open_records(
     Ok(records)
 }
 
-/// The records of a run that is known to have got somewhere, and of which nothing is there.
+/// Records that do not exist although the journal knows a step of the run.
 fn missing(job: &Job, folder: &Path, journal: &mut Journal) -> Result<Vec<SetAside>, Failure> {
     let step = reach(job, journal)?;
     let mut gone = Vec::new();
@@ -73,7 +74,7 @@ fn set_aside(job: &Job, path: &Path, journal: &mut Journal) -> Result<SetAside, 
     Ok(found)
 }
 
-/// The newest step that the journal knows to have been done.
+/// Newest step that the journal knows to be done.
 fn reach(job: &Job, journal: &Journal) -> Result<u64, Failure> {
     Ok(journal.newest_position()?.0 / job.phases_per_step())
 }

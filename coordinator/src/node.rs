@@ -1,42 +1,42 @@
-//! The machine that a process runs on, told apart from other machines, from other boots of it, and from other
-//! containers.
+//! Identity of the machine that a process runs on, distinct from other machines, other boots of it,
+//! and other containers.
 //!
-//! A process number with a time of start names a process only on one boot of one kernel, as seen from one PID
-//! namespace.
+//! A process number with a start time identifies a process only within one boot of one kernel, as
+//! seen from one PID namespace.
 
 use std::fmt;
 use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-/// The PID namespace that the kernel itself makes: `PROC_PID_INIT_INO` of linux/proc_ns.h. All others are
-/// containers'.
+/// The kernel's initial PID namespace: `PROC_PID_INIT_INO` of linux/proc_ns.h. All others belong to
+/// containers.
 const INITIAL: &str = "pid:[4026531836]";
 
-/// Where process numbers mean something. An empty text is not known.
+/// Scope in which process numbers are meaningful. An empty text means "not known".
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
-    /// The host's name, for people and to recognise a host after a reboot.
+    /// Name of the host: diagnostic, and to recognise a host after a reboot.
     pub host: String,
-    /// The kernel's boot id.
+    /// Boot id of the kernel.
     pub boot: String,
     /// The PID namespace.
     pub pids: String,
 }
 
-/// How the node of a recorded process stands to this one.
+/// Relation of a recorded process's node to this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Relation {
     /// This machine: the process can be looked up.
     Same,
     /// This machine before a reboot, or before its container was started again: the process has ended.
     Before,
-    /// Another machine: nothing can be said of the process.
+    /// Another machine: the state of the process is unknown.
     Elsewhere,
 }
 
 impl Node {
-    /// The one that this process runs on.
+    /// The node that this process runs on.
     pub fn here() -> Node {
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let pids = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
@@ -48,8 +48,8 @@ impl Node {
         }
     }
 
-    /// How a recorded node stands to this one. Where nothing was recorded, by an earlier version, it is taken
-    /// for this one.
+    /// Relation of a recorded node to this one. A node that an earlier version did not record is
+    /// taken for this one.
     ///
     /// A container's name may move to another machine, so another boot under the same name is a reboot only
     /// outside of containers. On the same boot a container of the same name is the one before, started again:
@@ -79,14 +79,15 @@ impl fmt::Display for Node {
     }
 }
 
-/// When a process was started, in the system's ticks since it booted. See proc(5), /proc/pid/stat, field 22.
+/// Start time of a process, in the system's ticks since boot. See proc(5), /proc/pid/stat, field
+/// 22.
 pub fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is the program's name in parentheses, which may hold anything.
     let (_, fields) = stat.rsplit_once(')')?;
     let mut fields = fields.split_whitespace();
     let state = fields.next()?;
-    // One that has ended and waits for its parent keeps its number, but runs no more.
+    // A zombie keeps its number until its parent reaps it, but has ended.
     if state == "Z" || state == "X" {
         return None;
     }

@@ -1,20 +1,20 @@
-//! The second fence around a run directory, for file systems whose locks do not reach other machines, or do
-//! not exist.
+//! Claims: the second fence around a run directory, for file systems whose locks do not reach other
+//! machines, or do not exist.
 //!
-//! Each coordinator that holds a run directory has a claim in `owners/`, a file whose name is a number. It
-//! needs nothing of the file system but that a file can be created by one process alone, which NFS and Lustre
-//! keep also without locks.
+//! Each coordinator that holds a run directory has a claim in `owners/`, a file whose name is a
+//! number. It requires of the file system only that a file can be created by one process alone,
+//! which NFS and Lustre guarantee also without locks.
 //!
-//! 1. Claims are created exclusively, and a number is never used again: of two that start at once one is
-//!    refused.
+//! 1. Claims are created exclusively, and a number is never used again: of two that start at once
+//!    one is refused.
 //! 2. The newest claim counts. Its holder renews it every [`RENEWAL`] and marks it when it ends.
 //! 3. A claim is taken over once its holder is known to have ended: it said so, the kernel freed its lock, or
 //!    its process is gone. Where none of these can be seen, on another machine, the claim must stay unrenewed
 //!    for [`PATIENCE`], by the watcher's own clock.
-//! 4. A holder looks for a newer claim whenever it renews its own and before each commit to the journal; it
-//!    stops at once when there is one. Who claims writes its number to `lock` as well: a file that is there
-//!    is read afresh whenever it is opened, also on NFS, where a new name in a folder may stay unseen for a
-//!    minute.
+//! 4. A holder looks for a newer claim whenever it renews its own and before each commit to the
+//!    journal; it stops at once when there is one. A new claimant writes its number to `lock` as
+//!    well: an existing file is read afresh whenever it is opened, also on NFS, where a new name in
+//!    a folder may stay unseen for a minute.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -30,34 +30,36 @@ use tokio::sync::watch;
 
 use crate::node::{Node, Relation, start_time};
 
-/// How often a holder renews its claim.
+/// Interval at which a holder renews its claim.
 pub const RENEWAL: Duration = Duration::from_secs(2);
-/// How long a claim must stay unrenewed before it is taken over, where its holder cannot be looked up.
+/// Time for which a claim must stay unrenewed before it is taken over, where its holder cannot be
+/// looked up.
 pub const PATIENCE: Duration = Duration::from_secs(20);
-/// How often a claim that is watched is read.
+/// Interval at which a watched claim is read.
 const LOOK: Duration = Duration::from_millis(250);
-/// How often a claim is tried for. Each refusal means that somebody else got one, which is then judged.
+/// Maximum number of attempts to get a claim. Each refusal means that another process got one,
+/// which is then judged.
 const ATTEMPTS: u32 = 16;
-/// As much of a claim is read.
+/// Maximum number of bytes read of a claim.
 const CLAIM_LIMIT: u64 = 4096;
 
-/// A holder of a run directory, as it writes itself down.
+/// Holder of a run directory, as written in its claim.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
-    /// The number of its claim.
+    /// Number of the claim.
     pub claim: u64,
-    /// Process id of the holder.
+    /// Process number of the holder.
     pub pid: u32,
-    /// When that was started, by the system's clock; 0 where that is not known.
+    /// Start time of the process, by the system's clock; 0 where that is not known.
     pub started: u64,
-    /// The machine that it runs on.
+    /// Machine that the holder runs on.
     #[serde(flatten)]
     pub node: Node,
-    /// The newest term that it knows of: its own, once it has one.
+    /// Newest term known to the holder: its own, once it has one.
     pub term: u64,
-    /// Whether it has the kernel's lock as well, which is freed however it ends.
+    /// Whether it has the kernel's lock as well, which is freed however the process ends.
     pub locked: bool,
-    /// Whether it has given the run directory up.
+    /// Whether the holder has released the run directory.
     pub released: bool,
 }
 
@@ -75,26 +77,26 @@ impl std::fmt::Display for Holder {
     }
 }
 
-/// Why a run directory cannot be claimed.
+/// Reason why a run directory cannot be claimed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
-    /// Somebody holds it.
+    /// Another process holds it.
     #[error("held by another coordinator ({0})")]
     Held(String),
-    /// The file system does not do what a claim needs.
+    /// The file system lacks what a claim needs.
     #[error(
         "{}: {error}; a run directory needs a file system on which files can be created exclusively and written",
         folder.display()
     )]
     Unusable {
-        /// Where claims are.
+        /// Folder of the claims.
         folder: PathBuf,
         /// Error of the system.
         error: io::Error,
     },
 }
 
-/// A run directory was claimed by somebody else.
+/// Error: another process has claimed the run directory.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "another coordinator ({by}) has taken this run over, since this one gave no sign of life for {} s; this one stops, \
@@ -104,7 +106,7 @@ pub struct Superseded {
     by: String,
 }
 
-/// Whether a run directory is still this process's. May be asked from anywhere.
+/// Check that a run directory still belongs to this process. Usable from any thread.
 #[derive(Clone, Debug)]
 pub struct Fence {
     folder: PathBuf,
@@ -113,7 +115,7 @@ pub struct Fence {
 }
 
 impl Fence {
-    /// Looks whether a newer claim is there.
+    /// Checks for a newer claim.
     pub fn check(&self) -> Result<(), Superseded> {
         if let Some(superseded) = self.lost.borrow().clone() {
             return Err(superseded);
@@ -132,7 +134,7 @@ impl Fence {
         Err(superseded)
     }
 
-    /// Waits until a newer claim was seen.
+    /// Waits until a newer claim has been seen.
     pub async fn lost(&self) -> Superseded {
         let mut lost = self.lost.subscribe();
         match lost.wait_for(Option::is_some).await {
@@ -143,17 +145,18 @@ impl Fence {
     }
 }
 
-/// A claim that this process holds, renewed by a thread of its own and given up when this is dropped.
+/// A claim held by this process, renewed by a thread of its own and released when dropped.
 pub struct Ownership {
     fence: Fence,
     holder: Arc<Mutex<Holder>>,
-    /// The newest term that the holder before knew of.
+    /// Newest term known to the previous holder.
     earlier_term: u64,
     renewing: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
 impl Ownership {
-    /// Claims a run directory, whose lock this process has or not. What takes time is told.
+    /// Claims a run directory; `locked` says whether this process has its lock. `tell` receives
+    /// reasons for waiting.
     pub fn claim(folder: &Path, locked: bool, tell: &dyn Fn(&str)) -> Result<Ownership, ClaimError> {
         Ownership::claim_from(folder, locked, PATIENCE, tell)
     }
@@ -198,6 +201,7 @@ impl Ownership {
             let mut failing = false;
             while stopped.recv_timeout(RENEWAL) == Err(RecvTimeoutError::Timeout) && watched.check().is_ok() {
                 count += 1;
+                // Held while writing: `begun` and the release write the same file.
                 let holder = renewed.lock().unwrap_or_else(PoisonError::into_inner);
                 let written = write(&claim_file(&watched.folder, holder.claim), &holder, count);
                 if let (Err(error), false) = (&written, failing) {
@@ -207,29 +211,29 @@ impl Ownership {
             }
         };
         let renewing = std::thread::Builder::new().name("claim".to_string()).spawn(renew);
-        // Without a thread the fence is still looked at before each commit.
+        // Without the thread the fence is still checked before each commit.
         let renewing = renewing.map_err(|error| tracing::warn!("the claim is not renewed: {error}")).ok();
         Ownership { fence, holder, earlier_term, renewing: renewing.map(|thread| (stop, thread)) }
     }
 
-    /// The fence.
+    /// Check for a newer claim.
     pub fn fence(&self) -> &Fence {
         &self.fence
     }
 
-    /// The newest term that the holder before knew of.
+    /// Newest term known to the previous holder.
     pub fn earlier_term(&self) -> u64 {
         self.earlier_term
     }
 
-    /// Notes the term of this process.
+    /// Writes the term of this process to the claim.
     pub fn begun(&self, term: u64) {
         let mut holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
         holder.term = term;
         if self.fence.check().is_err() {
             return;
         }
-        // A renewal repeats it.
+        // Errors are ignored: the next renewal writes it again.
         let _ = write(&claim_file(&self.fence.folder, holder.claim), &holder, 0);
         let _ = write(&self.fence.folder.join("lock"), &holder, 0);
     }
@@ -249,8 +253,8 @@ impl Drop for Ownership {
     }
 }
 
-/// Holder of a run directory by its claims, seen from outside. Of a holder on another machine the age of its
-/// newest renewal decides, by this machine's clock.
+/// Whether a run directory is claimed, seen from outside. For a holder on another machine the age
+/// of its newest renewal decides, by this machine's clock.
 pub fn is_claimed(folder: &Path, locks_work: bool) -> bool {
     let Some(claim) = newest(&claims(folder)).ok().flatten() else { return false };
     let file = claim_file(folder, claim);
@@ -265,29 +269,29 @@ pub fn is_claimed(folder: &Path, locks_work: bool) -> bool {
     }
 }
 
-/// The name of the holder that a run directory's `lock` names.
+/// Description of the holder in a run directory's `lock`.
 pub fn recorded_holder(folder: &Path) -> String {
     let claim = read(&folder.join("lock"));
-    // One of an earlier version wrote a line for people.
+    // An earlier version wrote a line of text.
     let text = || String::from_utf8_lossy(&claim.content).lines().next().unwrap_or_default().to_string();
     claim.holder.as_ref().map_or_else(text, ToString::to_string)
 }
 
-/// A claim as it was read.
+/// Content of a claim's file.
 #[derive(Clone, Default, PartialEq, Eq)]
 struct Claim {
     content: Vec<u8>,
-    /// None while it is being written.
+    /// `None` while it is being written.
     holder: Option<Holder>,
 }
 
-/// State of a claim's holder, as far as it is known.
+/// State of a claim's holder.
 enum Verdict {
-    /// Ended; the newest term that it knew of.
+    /// Ended; with the newest term known to it.
     Ended(u64),
-    /// Running.
+    /// Running; with its description.
     Lives(String),
-    /// Not to be looked up from here.
+    /// Unknown: it cannot be looked up from here.
     Unknown,
 }
 
@@ -310,7 +314,7 @@ fn judge(claim: &Claim, locked: bool) -> Verdict {
     }
 }
 
-/// Returns once a claim may be followed by another, with the newest term that its holder knew of.
+/// Waits until a claim may be superseded; returns the newest term that its holder knew of.
 fn overcome(file: &Path, locked: bool, patience: Duration, tell: &dyn Fn(&str)) -> Result<u64, ClaimError> {
     let first = read(file);
     match judge(&first, locked) {
@@ -345,14 +349,16 @@ fn overcome(file: &Path, locked: bool, patience: Duration, tell: &dyn Fn(&str)) 
 /// Creates a claim; "already exists" if there is one of this number or a higher one.
 fn create(folder: &Path, holder: &Holder) -> io::Result<()> {
     let file = claim_file(folder, holder.claim);
-    // By its own name and not whole: the number is taken with the empty file, also where links are refused.
-    // One whose content is not there counts as a holder that is just starting.
+    // Created under its own name and not atomically: the empty file takes the number, also where
+    // links are refused. A claim without content counts as a holder that is just starting.
     let mut created = OpenOptions::new().write(true).create_new(true).open(&file)?;
     let written = created.write_all(&text(holder, 0)).and_then(|()| created.sync_all());
-    // Who has the lock as well may start where there is no room; a renewal writes it once there is.
+    // A process that has the lock as well may start on a full disk; a renewal writes the content
+    // once there is room.
     written.or_else(|error| if holder.locked { Ok(()) } else { Err(error) })?;
     drop(created);
-    // One that looked long ago may come last; the number that it saw is free again.
+    // A claimant that listed the claims long ago may come late, when its number was used and is
+    // free again.
     if newest(&claims(folder))? != Some(holder.claim) {
         let _ = fs::remove_file(&file);
         return Err(io::ErrorKind::AlreadyExists.into());
@@ -365,7 +371,8 @@ fn create(folder: &Path, holder: &Holder) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes a holder in place: a new file under the old name would not be seen by others at once.
+/// Overwrites a holder in place: other machines would not see a new file under the old name at
+/// once.
 fn write(file: &Path, holder: &Holder, renewal: u64) -> io::Result<()> {
     let text = text(holder, renewal);
     let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(file)?;
@@ -373,7 +380,7 @@ fn write(file: &Path, holder: &Holder, renewal: u64) -> io::Result<()> {
     file.set_len(text.len() as u64)
 }
 
-/// A line for the holder, and one that changes with each renewal.
+/// Renders the holder as a line, and a second line that changes with each renewal.
 fn text(holder: &Holder, renewal: u64) -> Vec<u8> {
     static WRITTEN: AtomicU64 = AtomicU64::new(0);
     let count = WRITTEN.fetch_add(1, Ordering::Relaxed);
@@ -401,7 +408,7 @@ fn claim_file(folder: &Path, claim: u64) -> PathBuf {
     claims(folder).join(format!("{claim:010}"))
 }
 
-/// The numbers of the claims. Other names are not ours.
+/// Numbers of the claims. Files with other names are ignored.
 fn numbers(owners: &Path) -> io::Result<Vec<u64>> {
     let mut numbers = Vec::new();
     for entry in fs::read_dir(owners)? {
@@ -498,7 +505,7 @@ mod tests {
         }
     }
 
-    /// Invariant 3: on another machine only silence tells.
+    /// Invariant 3: on another machine only silence decides.
     #[test]
     fn a_holder_elsewhere_is_taken_over_only_once_it_is_silent() {
         let folder = tempfile::tempdir().unwrap();
@@ -543,7 +550,7 @@ mod tests {
         assert!(read(&folder.path().join("lock")).holder.unwrap().claim == 2);
     }
 
-    /// A term is above all that a holder knew of, also when the journal was lost.
+    /// A new term is above all that earlier holders knew of, also when the journal was lost.
     #[test]
     fn terms_grow_over_a_lost_journal() {
         let folder = tempfile::tempdir().unwrap();

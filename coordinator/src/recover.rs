@@ -1,9 +1,10 @@
-//! `coordinator recover`: a new journal for a run whose own is damaged or missing, from what else there is.
+//! `coordinator recover`: makes a new journal for a run whose own is damaged or missing, from its
+//! other files.
 //!
 //! 1. Nothing is overwritten: the old journal stays beside the new one, as `journal.sqlite.damaged-1`.
-//! 2. Nothing is guessed. What cannot be read is named, and the audit counts what cannot be proven without
-//!    it.
-//! 3. Without a checkpoint there is nothing to go on from, and no journal is made.
+//! 2. Nothing is guessed. Whatever cannot be read is named, and the audit counts the claims that
+//!    cannot be proven without it.
+//! 3. Without a checkpoint there is no state to go on from, and no journal is made.
 
 use std::fs::{self, File};
 use std::io;
@@ -29,25 +30,25 @@ use crate::report::progress::Screen;
 use crate::run_dir::RunDir;
 
 const JOURNAL: &str = "journal.sqlite";
-/// Where the new journal is made.
+/// Name of the new journal until it is complete.
 const DRAFT: &str = ".journal.sqlite.new";
-/// A number above this was never given, but comes of damage.
+/// Upper limit of credible numbers; a greater one comes from damage.
 const CREDIBLE: u64 = 1 << 60;
-/// Suffixes of a journal and of the files that SQLite writes beside it. A rollback journal that stayed would
-/// be rolled back into the new one.
+/// Suffixes of a journal and of the files that SQLite writes beside it. A remaining rollback
+/// journal would be rolled back into the new one.
 const BESIDE: [&str; 4] = ["", "-wal", "-shm", "-journal"];
 
 /// Report of a recovery.
 #[derive(Debug, Serialize)]
 struct Recovered {
     run_dir: PathBuf,
-    /// The job's name.
+    /// Name of the job.
     name: String,
-    /// Checkpoints that were found, and the step of the newest.
+    /// Number of checkpoints found.
     checkpoints: usize,
     step: u64,
     state_digest: String,
-    /// Rows of the old journal.
+    /// Number of rows copied from the old journal.
     rows: usize,
     #[serde(flatten)]
     recovery: Recovery,
@@ -55,16 +56,17 @@ struct Recovered {
     set_aside: Vec<SetAside>,
 }
 
-/// Facts of the journal that the records tell too.
+/// Facts about the run from records other than the journal.
 #[derive(Default)]
 struct Told {
-    /// The greatest number of a term, a generation or a worker, and what earlier recoveries lost.
+    /// The greatest number of a term, a generation or a worker, and the losses of earlier
+    /// recoveries.
     before: Recovery,
     passport: Option<String>,
     evaluations: Vec<EvaluationRow>,
 }
 
-/// Makes a new journal for a run.
+/// Makes a new journal for a run; returns the report to print.
 pub fn recover(run: &Path, json: bool) -> Result<String, Failure> {
     let job = read_job(run)?;
     let run_dir = RunDir::hold(run)?;
@@ -126,8 +128,8 @@ fn read_job(run: &Path) -> Result<Job, Failure> {
         .map_err(|errors| Failure::Input(format!("{}: not a job of this version:\n{errors}", file.display())))
 }
 
-/// The run that the storage belongs to, and the checkpoints that are there. Whether they are whole, the next
-/// start sees.
+/// Run that the storage belongs to, and the checkpoints on it. Their files are verified by the next
+/// start.
 fn find_checkpoints(run: &Path, job: &Job) -> Result<(Option<String>, Vec<Checkpoint>), Failure> {
     let storage = open_storage(run, job).map_err(|error| Failure::Input(error.to_string()))?;
     let found = storage.wait(async {
@@ -143,8 +145,8 @@ fn find_checkpoints(run: &Path, job: &Job) -> Result<(Option<String>, Vec<Checkp
     Ok((owner, whole.collect()))
 }
 
-/// The journal; or the newest one that was set aside, if a recovery ended half way. Then the files that were
-/// beside it follow.
+/// Path of the journal; or of the newest one that was set aside, if a recovery was interrupted. The
+/// files beside that one are then set aside too.
 fn newest_journal(run_dir: &RunDir) -> io::Result<Option<PathBuf>> {
     let journal = run_dir.path(JOURNAL);
     let aside = |number: u32| run_dir.path(&format!("{JOURNAL}.damaged-{number}"));
@@ -187,7 +189,7 @@ fn with(path: &Path, end: &str) -> PathBuf {
     name.into()
 }
 
-/// Adds what the old journal did not tell any more.
+/// Adds facts that the old journal has lost.
 fn fill(journal: &mut Journal, told: &Told, checkpoints: &[Checkpoint]) -> Result<(), Failure> {
     if let Some(passport) = told.passport.as_ref().filter(|_| journal.passport().ok().flatten().is_none()) {
         journal.set_fact(Fact::Passport, passport)?;
@@ -203,10 +205,10 @@ fn fill(journal: &mut Journal, told: &Told, checkpoints: &[Checkpoint]) -> Resul
 
 /// Puts the new journal in the place of the old one, which stays under another name.
 fn exchange(run_dir: &RunDir, draft: &Path, aside: &str) -> io::Result<()> {
-    // The old one is not synced: it may be what cannot be written any more.
+    // The old one is not synced: it may no longer be writable.
     File::open(draft)?.sync_all()?;
     let journal = run_dir.path(JOURNAL);
-    // The journal first: SQLite must never find one beside what was written for another.
+    // The journal first: SQLite must never find one next to files written for another.
     for beside in BESIDE.iter().filter(|beside| with(&journal, beside).exists()) {
         let name = if aside.is_empty() { free_name(&journal) } else { aside.to_string() };
         whole::rename(&with(&journal, beside), &with(&run_dir.path(&name), beside))?;
@@ -214,7 +216,7 @@ fn exchange(run_dir: &RunDir, draft: &Path, aside: &str) -> io::Result<()> {
     whole::rename(draft, &journal)
 }
 
-/// Sets damaged records aside as well, and leaves an event.
+/// Sets damaged records aside as well, and records the recovery as an event.
 fn tell(run_dir: &RunDir, job: &Job, recovery: &Recovery) -> Result<Vec<SetAside>, Failure> {
     let mut journal = Journal::open(&run_dir.path(JOURNAL))?;
     let disk: Arc<dyn Disk> = Arc::new(SystemDisk);
@@ -290,7 +292,7 @@ impl Recovered {
 mod tests {
     use super::*;
 
-    /// A journal and all that SQLite may write beside it.
+    /// Suffixes of a journal and of all files that SQLite may write beside it.
     const ALL: [&str; 4] = ["", "-wal", "-shm", "-journal"];
 
     fn old(run_dir: &RunDir, name: &str) {
@@ -305,7 +307,7 @@ mod tests {
         }
     }
 
-    /// Invariant 1: SQLite would take what is beside a journal for that journal's.
+    /// Invariant 1: SQLite would take files beside a journal for that journal's.
     #[test]
     fn a_new_journal_has_nothing_of_the_old_one_beside_it() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,10 +1,11 @@
-//! From what a run goes on: the newest checkpoint, held against what the journal knows of it.
+//! Start state of a run: the newest checkpoint, compared with the journal.
 //!
-//! 1. Missing state is never taken for no state. A run whose journal knows a valid checkpoint goes on from a
-//!    checkpoint or from members that live, or it is refused; step 0 is for those who ask for it.
+//! 1. Missing state is never taken for no state. A run whose journal has a valid checkpoint goes on
+//!    from a checkpoint or from living members, or it is refused; step 0 is only for users who ask
+//!    for it.
 //! 2. A refusal changes nothing: no record, and nothing in the storage.
-//! 3. An older checkpoint in place of one that is missing or damaged gives the same bits, so the run goes on
-//!    from it, and says which steps are computed again.
+//! 3. An older checkpoint in place of a missing or damaged one gives the same bits, so the run goes
+//!    on from it, and reports which steps are computed again.
 
 use ganglion_membership::Checkpoint;
 use serde_json::json;
@@ -16,29 +17,30 @@ use crate::patience::Patience;
 use crate::report::chronicle::Chronicle;
 use crate::shell::records::Records;
 
-/// Facts of a run that starts.
+/// Inputs of the search, from a run that starts.
 pub struct Asked<'a> {
-    /// The address of the storage, as the job has it.
+    /// Address of the storage, from the job.
     pub place: &'a str,
-    /// The run's name for itself.
+    /// Unique name of the run.
     pub run: &'a str,
     /// Whether members of the newest generation may be alive.
     pub may_live: bool,
-    /// Whether the user asks for step 0 where all checkpoints are lost.
+    /// Whether the user allows step 0 where all checkpoints are lost.
     pub from_start: bool,
 }
 
 /// Result of the search for checkpoints.
 pub struct Found {
-    /// The storage, now the run's.
+    /// The storage, marked as the run's.
     pub checkpoints: Checkpoints,
     /// The newest whole checkpoint.
     pub checkpoint: Option<Checkpoint>,
-    /// Why the run may not start from step 0 if nobody who holds a state comes back.
+    /// Message for a run that may not start from step 0 unless a member that holds a state comes
+    /// back; `None` if it may.
     pub lost: Option<String>,
 }
 
-/// Finds the newest checkpoint, and tells of those that should be there.
+/// Finds the newest checkpoint, and reports those that are missing or damaged.
 pub async fn find(
     asked: &Asked<'_>,
     journal: &mut Journal,
@@ -84,7 +86,7 @@ pub async fn find(
         let left = patience.wait_for(storage, async || checkpoints.left_rows(checkpoint.step).await).await;
         let left = left.map_err(|error| storage_failed(&checkpoints, patience, &error))?;
         records.take_left_rows(left, known_samples(journal)?);
-        // Rows before the checkpoint, as ever.
+        // Rows are written before their checkpoint counts, as during training.
         records.finish_writing();
         settle(journal, &checkpoints, records, checkpoint, patience).await?;
     }
@@ -95,7 +97,8 @@ pub async fn find(
     Ok(Found { checkpoints, checkpoint, lost })
 }
 
-/// The newest checkpoint that was valid. Earlier versions did not journal that; their events tell.
+/// The newest checkpoint that was valid. Earlier versions did not journal validity; their events
+/// have it.
 fn newest_known(journal: &Journal, chronicle: &Chronicle) -> Result<Option<Checkpoint>, JournalError> {
     let mut journaled = journal.checkpoints()?;
     let known = chronicle.look();
@@ -128,7 +131,7 @@ fn refusal(known: &Checkpoint, place: &str, before: Option<&str>, reason: &str) 
 struct Told<'a> {
     known: Option<&'a Checkpoint>,
     found: Option<&'a Checkpoint>,
-    /// Whether the run may only go on from members that live.
+    /// Whether the run may only go on from living members.
     lives: bool,
 }
 
@@ -165,8 +168,8 @@ impl Told<'_> {
     }
 }
 
-/// The newest checkpoint may be one that an earlier coordinator had no time to announce, or that workers
-/// wrote when there was none.
+/// Makes the newest checkpoint valid everywhere: an earlier coordinator may have died before
+/// announcing it, or workers may have written it without a coordinator.
 async fn settle(
     journal: &mut Journal,
     checkpoints: &Checkpoints,
@@ -187,7 +190,7 @@ async fn settle(
     Ok(())
 }
 
-/// The checkpoint storage failed a run that starts.
+/// Failure of a starting run whose checkpoint storage failed.
 pub fn storage_failed(
     checkpoints: &Checkpoints,
     patience: &Patience,
@@ -200,7 +203,7 @@ pub fn storage_failed(
     })
 }
 
-/// The size of the data set, once a worker has loaded it.
+/// Size of the data set, once a worker has loaded it.
 pub fn known_samples(journal: &Journal) -> Result<Option<u64>, Failure> {
     Ok(journal.fact(Fact::Samples)?.and_then(|samples| samples.parse().ok()))
 }

@@ -21,7 +21,7 @@ use nix::fcntl::{Flock, FlockArg};
 use crate::job_file;
 use crate::ownership::{ClaimError, Fence, Ownership, recorded_holder};
 
-/// How often a run directory's lock is asked for, and the pause between.
+/// Maximum number of attempts to take the lock of a run directory, and the pause between.
 const LOCK_ATTEMPTS: u32 = 5;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 

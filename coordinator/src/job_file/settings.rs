@@ -1,11 +1,13 @@
-//! The settings that a job file and its overrides give, before they mean anything.
+//! Settings from a job file and its overrides, before they are interpreted.
 //!
-//! The readers in `sections` take each key with its type and its limits; whatever is wrong is noted and
-//! reading goes on, so that one run of the coordinator shows every error.
+//! The readers in `sections` take each key with its type and its limits; every error is noted and
+//! reading goes on, so that one run of the coordinator shows all of them.
 //!
-//! 1. A setting that nobody took is an unknown key: the list of known keys is the list of keys taken.
+//! 1. A setting that no reader took is an unknown key: the list of known keys is the list of keys
+//!    taken.
 //! 2. An override replaces the file's setting of the same key, and its errors name the override, not a line.
-//! 3. A key is at fault at most once; checks over several keys are skipped where one of them is at fault.
+//! 3. A key has at most one error; checks over several keys are skipped where one of them has an
+//!    error.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -17,26 +19,27 @@ use toml::de::{DeTable, DeValue};
 
 use super::{JobError, Place};
 
-/// One key as the user gave it.
+/// One setting as the user gave it.
 struct Setting<'t> {
     value: DeValue<'t>,
     place: Place,
 }
 
-/// All keys that the user gave, by their full name such as `job.steps`, and the errors found so far.
+/// All given settings by their full key, such as `job.steps`, and the errors found so far.
 pub(super) struct Settings<'t> {
     file: String,
     folder: PathBuf,
     given: BTreeMap<String, Setting<'t>>,
-    /// The sections of the file, empty ones too, and where each begins.
+    /// Sections of the file, including empty ones, and where each begins.
     headers: Vec<(String, Place)>,
     known: Vec<&'static str>,
     errors: Vec<JobError>,
 }
 
 impl<'t> Settings<'t> {
-    /// Reads the text of `file`, whose relative paths start at `folder`. Text that is not TOML leaves no
-    /// settings, only errors: what a recovering parser makes of the rest would mostly be false alarms.
+    /// Parses the text of `file`, whose relative paths start at `folder`. Text that is not TOML
+    /// gives no settings, only errors: what a recovering parser makes of the rest would mostly be
+    /// false alarms.
     pub(super) fn parse(file: &str, folder: &Path, text: &'t str) -> Result<Self, Vec<JobError>> {
         let mut settings = Settings {
             file: file.to_owned(),
@@ -90,8 +93,8 @@ impl<'t> Settings<'t> {
         Place::Line { file: self.file.clone(), line: line_of(text, key.span().start) }
     }
 
-    /// Adds overrides of the form `key=value`, the last of a key winning. The value is TOML or else plain
-    /// text.
+    /// Adds overrides of the form `key=value`; the last one of a key wins. The value is TOML or
+    /// else plain text.
     pub(super) fn add_overrides(&mut self, overrides: &'t [String]) {
         for pair in overrides {
             let place = Place::Override(pair.clone());
@@ -111,7 +114,8 @@ impl<'t> Settings<'t> {
         }
     }
 
-    /// Where two keys exclude each other and an override gives one, forgets what the file says of the other.
+    /// For two keys that exclude each other: if an override gives one, drops the file's setting of
+    /// the other.
     pub(super) fn override_either(&mut self, one: &str, other: &str) {
         match (self.is_overridden(one), self.is_overridden(other)) {
             (true, false) => self.given.remove(other),
@@ -130,12 +134,12 @@ impl<'t> Settings<'t> {
         self.given.contains_key(key)
     }
 
-    /// Whether none of `keys` is at fault so far.
+    /// Whether none of `keys` has an error so far.
     pub(super) fn sound(&self, keys: &[&str]) -> bool {
         !self.errors.iter().any(|error| keys.contains(&error.key.as_str()))
     }
 
-    /// Notes what is wrong with `key`, at the place where it was given or else in the file as a whole.
+    /// Adds an error for `key`, at the place where it was given or else in the file as a whole.
     pub(super) fn fault(&mut self, key: &str, problem: impl Into<String>) {
         let place = match self.given.get(key) {
             Some(setting) => setting.place.clone(),
@@ -144,14 +148,14 @@ impl<'t> Settings<'t> {
         self.errors.push(JobError { place, key: key.to_owned(), problem: problem.into() });
     }
 
-    /// Shows nothing of the value that was given for `key`: it holds a secret.
+    /// Hides the given value of `key` in messages: it holds a secret.
     pub(super) fn conceal(&mut self, key: &str) {
         if let Some(Setting { place: Place::Override(pair), .. }) = self.given.get_mut(key) {
             *pair = format!("{key}=...");
         }
     }
 
-    /// Takes `key` as a whole number within `limits`, `default` standing in.
+    /// Takes `key` as an integer within `limits`, or `default` if it is not given.
     pub(super) fn whole_or<T>(&mut self, key: &'static str, limits: RangeInclusive<T>, default: T) -> T
     where
         T: Copy + Display + PartialOrd + TryFrom<i128>,
@@ -159,7 +163,7 @@ impl<'t> Settings<'t> {
         self.whole(key, limits, default).unwrap_or(default)
     }
 
-    /// Takes `key` as a whole number within `limits`.
+    /// Takes `key` as an integer within `limits`.
     pub(super) fn whole<T>(&mut self, key: &'static str, limits: RangeInclusive<T>, example: T) -> Option<T>
     where
         T: Copy + Display + PartialOrd + TryFrom<i128>,
@@ -168,7 +172,7 @@ impl<'t> Settings<'t> {
             DeValue::Integer(integer) => integer,
             other => return self.wrong_type(key, "a whole number", &example, &other),
         };
-        // A number too long even for 128 bits is out of every range.
+        // A number that overflows even 128 bits is out of every range.
         let value = i128::from_str_radix(found.as_str(), found.radix()).ok();
         let value = value.and_then(|value| T::try_from(value).ok());
         let within = value.filter(|value| limits.contains(value));
@@ -182,7 +186,8 @@ impl<'t> Settings<'t> {
         within
     }
 
-    /// Takes `key` as a number within `limits`, `default` standing in. A whole number will do.
+    /// Takes `key` as a number within `limits`, or `default` if it is not given. An integer is
+    /// accepted.
     pub(super) fn number_or(
         &mut self,
         key: &'static str,
@@ -208,7 +213,7 @@ impl<'t> Settings<'t> {
         within
     }
 
-    /// Takes `key` as text that is not empty.
+    /// Takes `key` as non-empty text.
     pub(super) fn text(&mut self, key: &'static str, example: &str) -> Option<String> {
         match self.take(key)? {
             DeValue::String(text) if text.is_empty() => {
@@ -223,7 +228,7 @@ impl<'t> Settings<'t> {
         }
     }
 
-    /// Takes `key` as true or false, `default` standing in.
+    /// Takes `key` as true or false, or `default` if it is not given.
     pub(super) fn flag_or(&mut self, key: &'static str, default: bool) -> bool {
         match self.take(key) {
             None => default,
@@ -243,7 +248,8 @@ impl<'t> Settings<'t> {
         chosen.map(|(_, choice)| *choice)
     }
 
-    /// Takes `key` as a list of names in `choices`, or as text with commas between them. None twice.
+    /// Takes `key` as a list of names in `choices`, or as text with commas between them, without
+    /// duplicates.
     pub(super) fn choices<T: Copy>(&mut self, key: &'static str, choices: &[(&'static str, T)]) -> Vec<T> {
         let given: Vec<String> = match self.take(key) {
             None => return Vec::new(),
@@ -272,7 +278,7 @@ impl<'t> Settings<'t> {
         chosen.map(|(_, choice)| *choice).collect()
     }
 
-    /// Takes `key` as a text or a list of texts. A whole number stands for its digits.
+    /// Takes `key` as a text or a list of texts. An integer stands for its digits.
     pub(super) fn texts(&mut self, key: &'static str, example: &str) -> Vec<String> {
         let text = |value: &DeValue<'_>| match value {
             DeValue::String(text) => Some(text.to_string()),
@@ -298,10 +304,10 @@ impl<'t> Settings<'t> {
         tables.or_else(|| self.wrong_type(key, "tables", &example, &value)).unwrap_or_default()
     }
 
-    /// The absolute form of a path given as `key`: in a file, relative paths start at the file's folder, in
-    /// an override at the current one. A leading `..` leaves the folder that the file really lies in, links
-    /// resolved, so that one place has one name; links anywhere else stay, for they may lead elsewhere on
-    /// another machine.
+    /// Makes a path given as `key` absolute: in a file, relative paths start at the file's folder,
+    /// in an override at the current one. A leading `..` leaves the folder that the file really
+    /// lies in, links resolved, so that one place has one name; links anywhere else stay, for they
+    /// may lead elsewhere on another machine.
     pub(super) fn absolute(&mut self, key: &str, path: &str) -> Option<PathBuf> {
         let folder = match self.given.get(key).map(|setting| &setting.place) {
             Some(Place::Override(_)) => PathBuf::new(),
@@ -322,7 +328,7 @@ impl<'t> Settings<'t> {
         }
     }
 
-    /// All errors; keys that nobody took are among them.
+    /// Returns all errors, including unknown keys.
     pub(super) fn finish(mut self) -> Vec<JobError> {
         self.find_unknown_keys();
         self.find_unknown_sections();
@@ -337,7 +343,7 @@ impl<'t> Settings<'t> {
             let problem = match section {
                 Some(section) if self.sections().contains(&section) => self.unknown_key(&key),
                 None => self.unknown_key(&key),
-                // A section of the file is reported as such, once.
+                // An unknown section of the file is reported as such, once.
                 Some(_) if !self.is_overridden(&key) => continue,
                 Some(section) => self.unknown_section(section),
             };
@@ -393,7 +399,7 @@ impl<'t> Settings<'t> {
         }
     }
 
-    /// The names of the known sections, in the order of their first key.
+    /// Names of the known sections, in the order of their first key.
     fn sections(&self) -> Vec<&'static str> {
         let mut sections: Vec<&str> = Vec::new();
         for known in &self.known {
@@ -423,19 +429,19 @@ impl<'t> Settings<'t> {
     }
 }
 
-/// The names in a table of choices, quoted.
+/// Names in a table of choices, quoted.
 fn names<T>(choices: &[(&'static str, T)]) -> String {
     let quoted: Vec<String> = choices.iter().map(|(name, _)| format!("\"{name}\"")).collect();
     quoted.join(", ")
 }
 
-/// The line, counted from 1, that holds a byte of a text.
+/// Number of the line, counted from 1, that holds a byte of a text.
 fn line_of(text: &str, offset: usize) -> usize {
     let before = &text.as_bytes()[..offset.min(text.len())];
     1 + before.iter().filter(|byte| **byte == b'\n').count()
 }
 
-/// A value as it stands in a message.
+/// Renders a value for a message.
 fn shown(value: &DeValue<'_>) -> String {
     match value {
         DeValue::String(text) => format!("the text \"{text}\""),
@@ -448,7 +454,7 @@ fn shown(value: &DeValue<'_>) -> String {
     }
 }
 
-/// A range of numbers in words.
+/// Renders a range of numbers in words.
 fn describe(limits: &impl RangeBounds<f64>) -> String {
     let low = match limits.start_bound() {
         Bound::Included(low) => format!("at least {low:?}"),
@@ -462,12 +468,13 @@ fn describe(limits: &impl RangeBounds<f64>) -> String {
     }
 }
 
-/// The absolute form of a path that starts at `folder`.
+/// Makes a path absolute that starts at `folder`.
 fn from_folder(folder: &Path, path: &Path) -> std::io::Result<PathBuf> {
     let path = path.strip_prefix(".").unwrap_or(path);
     if !path.starts_with("..") {
         let absolute = std::path::absolute(folder.join(path))?;
-        // Without a slash at the end, which would make one place look like two.
+        // Rebuilt from its components, without a slash at the end, which would make one place look
+        // like two.
         return Ok(absolute.components().collect());
     }
     let mut absolute = std::path::absolute(folder.join("."))?.canonicalize()?;
@@ -482,8 +489,8 @@ fn from_folder(folder: &Path, path: &Path) -> std::io::Result<PathBuf> {
     }
 }
 
-/// The least number of letters to insert, delete or replace to turn one word into the other (Levenshtein,
-/// 1966).
+/// Edit distance: the least number of letters to insert, delete or replace to turn one word into
+/// the other (Levenshtein, 1966).
 fn distance(one: &str, other: &str) -> usize {
     let other: Vec<char> = other.chars().collect();
     let mut row: Vec<usize> = (0..=other.len()).collect();

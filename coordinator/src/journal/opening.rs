@@ -1,13 +1,12 @@
-//! How the journal is opened, by the one who writes it and by those who read it meanwhile, on any file
-//! system.
+//! Opening of the journal, by its writer and by concurrent readers, on any file system.
 //!
-//! 1. SQLite's write-ahead log needs memory that all who have the file open share. A file system of several
-//!    machines has none, even where it seems to; there, and where it is refused, the journal is kept with a
-//!    rollback journal.
-//! 2. Where no file can be locked, SQLite is told to use no locks: the run directory has one holder, and
-//!    readers see 3.
-//! 3. A reader of a journal without a log takes no lock. It reads a state that the files were in at one
-//!    moment, and leaves a rollback to the holder.
+//! 1. SQLite's write-ahead log needs memory that all processes with the file open share. A file
+//!    system of several machines has none, even where it seems to; there, and where the log is
+//!    refused, the journal is kept with a rollback journal.
+//! 2. Where no file can be locked, SQLite is told to use no locks: the run directory has one
+//!    holder, and readers see 3.
+//! 3. A reader of a journal without a log takes no lock. It reads a state that the files were in at
+//!    one moment, and leaves a rollback to the holder.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -20,12 +19,12 @@ use rusqlite::{Connection, OpenFlags};
 
 use super::JournalError;
 
-/// How often a reader looks for a moment at which nothing is written, and the pause between.
+/// Maximum number of attempts of a reader to find a moment without writes, and the pause between.
 const LOOKS: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// File systems that several machines share. See statfs(2), and the heads of the kernel's modules for the
-/// last four.
+/// File systems shared by several machines. See statfs(2), and the headers of the kernel's modules
+/// for the last four.
 const SHARED: [(FsType, &str); 13] = [
     (statfs::NFS_SUPER_MAGIC, "NFS"),
     (statfs::SMB_SUPER_MAGIC, "SMB"),
@@ -42,14 +41,15 @@ const SHARED: [(FsType, &str); 13] = [
     (FsType(0xaad7_aaea), "PanFS"),
 ];
 
-/// Opens the journal to write it; also returns what its file system lacks, for people.
+/// Opens the journal for writing; also returns a diagnostic message about the shortcomings of its
+/// file system.
 pub(super) fn to_write(file: &Path) -> Result<(Connection, Option<String>), JournalError> {
     let shared = shared_file_system(file);
     let refused = match shared {
         Some(name) => Refused::Shared(name),
         None => match with_log(file) {
             Ok(connection) => return Ok((connection, None)),
-            // No way of keeping it mends damage, and nothing shall be written into it.
+            // No journal mode mends damage, and nothing may be written into a damaged file.
             Err(error) if is_damaged(&error) => return Err(error.into()),
             Err(error) => Refused::Log(error),
         },
@@ -66,7 +66,7 @@ pub(super) fn is_damaged(error: &rusqlite::Error) -> bool {
     matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
 }
 
-/// Why there is no write-ahead log.
+/// Reason for the lack of a write-ahead log.
 enum Refused {
     Shared(&'static str),
     Log(rusqlite::Error),
@@ -83,8 +83,8 @@ impl Refused {
     }
 }
 
-/// Opens it with a log. An error may also come of a log that an earlier holder left and that cannot be read
-/// here.
+/// Opens the journal with a write-ahead log. An error may also come from a log that an earlier
+/// holder left and that cannot be read here.
 fn with_log(file: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(file)?;
     let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
@@ -95,14 +95,16 @@ fn with_log(file: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// Opens it with a rollback journal, which is emptied by each commit. Returns whether it uses locks.
+/// Opens the journal with a rollback journal, which each commit truncates. Also returns whether
+/// locks are used.
 fn without_log(file: &Path) -> rusqlite::Result<(Connection, bool)> {
     let locks = locks_work(file);
     let connection = match locks {
         true => Connection::open(file)?,
         false => Connection::open_with_flags_and_vfs(file, OpenFlags::default(), c"unix-none")?,
     };
-    // Whoever has it for himself alone needs no shared memory to take a log in that an earlier holder left.
+    // A connection in exclusive mode can take in a log that an earlier holder left without shared
+    // memory.
     connection.query_row("PRAGMA locking_mode = EXCLUSIVE", [], |_| Ok(()))?;
     let mode: String = connection.query_row("PRAGMA journal_mode = TRUNCATE", [], |row| row.get(0))?;
     if mode != "truncate" {
@@ -113,7 +115,8 @@ fn without_log(file: &Path) -> rusqlite::Result<(Connection, bool)> {
     Ok((connection, locks))
 }
 
-/// A commit is durable when it returns. Reading something shows whether the file can be read at all.
+/// Makes a commit durable when it returns, and reads something, which shows whether the file can be
+/// read at all.
 fn settle(connection: &Connection) -> rusqlite::Result<()> {
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.query_row("SELECT COUNT(*) FROM sqlite_schema", [], |_| Ok(()))
@@ -124,11 +127,11 @@ fn shared_file_system(file: &Path) -> Option<&'static str> {
     SHARED.iter().find(|(shared, _)| *shared == kind).map(|(_, name)| *name)
 }
 
-/// Whether a part of a file can be locked, as SQLite does it.
+/// Whether a byte range of a file can be locked, as SQLite does it.
 fn locks_work(beside: &Path) -> bool {
     let probe = suffixed(beside, "-probe");
     let ask = || -> io::Result<()> {
-        // Nobody reads it: it is there to be locked, and goes again.
+        // The probe exists to be locked, and is removed again.
         let file = OpenOptions::new().write(true).create(true).truncate(false).open(&probe)?;
         let lock = nix::libc::flock {
             l_type: i16::try_from(nix::libc::F_WRLCK).expect("a constant of one digit"),
@@ -145,26 +148,26 @@ fn locks_work(beside: &Path) -> bool {
     works
 }
 
-/// Opens it to read, and makes no file.
+/// Opens the journal for reading, without creating any file.
 pub(super) fn to_read(file: &Path) -> Result<Connection, JournalError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     if suffixed(file, "-wal").exists() {
         return Ok(Connection::open_with_flags(file, flags)?);
     }
-    // SQLite would make files beside the journal even to read it, which a folder may not allow.
+    // SQLite would create files beside the journal even to read it, which a folder may not allow.
     let escaped = file.to_string_lossy().replace('%', "%25").replace('?', "%3f").replace('#', "%23");
     let uri = format!("file:{escaped}?immutable=1");
     Ok(Connection::open_with_flags(uri, flags | OpenFlags::SQLITE_OPEN_URI)?)
 }
 
-/// Reads the journal while somebody may write it.
+/// Reads the journal while another process may write it.
 pub(super) fn snapshot<T>(
     file: &Path,
     mut read: impl FnMut(&mut Connection) -> Result<T, JournalError>,
 ) -> Result<T, JournalError> {
     if suffixed(file, "-wal").exists() {
         return to_read(file).and_then(|mut connection| read(&mut connection)).or_else(|error| {
-            // Its log cannot be shared from here. A copy of the files has a log of its own.
+            // The log cannot be shared from here. A copy of the files has a log of its own.
             copied(file, &mut read)?.ok_or(error)
         });
     }
@@ -188,12 +191,12 @@ pub(super) fn snapshot<T>(
     }
 }
 
-/// The state of a journal without a log, as far as it tells one moment from another.
+/// State of a journal without a log, as far as it distinguishes one moment from another.
 #[derive(PartialEq, Eq)]
 struct Look {
-    /// Whether nothing is being written, and nothing is to be rolled back.
+    /// Whether no write is in progress and no rollback is pending.
     is_quiet: bool,
-    /// SQLite's counter of transactions, with the other numbers of the file's head.
+    /// First 100 bytes of the file: SQLite's header with its counter of transactions.
     head: Vec<u8>,
     length: u64,
 }
@@ -209,8 +212,8 @@ impl Look {
     }
 }
 
-/// Reads a copy of the files of one moment, which SQLite may roll back or take a log into. `None` if there
-/// was no moment.
+/// Reads a copy of the files of one moment, on which SQLite may do a rollback or recover a log.
+/// `None` if there was no moment without writes.
 fn copied<T>(
     file: &Path,
     read: &mut impl FnMut(&mut Connection) -> Result<T, JournalError>,
@@ -225,7 +228,7 @@ fn copied<T>(
             let copy = folder.path().join("journal.sqlite");
             for (ending, content) in ["", "-journal", "-wal"].into_iter().zip(&after) {
                 if !content.is_empty() {
-                    // Not for anybody else, nor for later: the folder goes with this read.
+                    // A private and temporary copy: the folder is removed after this read.
                     fs::write(suffixed(&copy, ending), content).map_err(JournalError::File)?;
                 }
             }
@@ -255,7 +258,7 @@ mod tests {
         snapshot(file, count).unwrap()
     }
 
-    /// Invariant 3: whatever way it is written, and whatever a writer that died left behind.
+    /// Invariant 3, in every journal mode, and whatever a writer that died left behind.
     #[test]
     fn a_reader_finds_each_commit_and_leaves_all_as_it_was() {
         let folder = tempfile::tempdir().unwrap();

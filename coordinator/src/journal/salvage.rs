@@ -1,9 +1,11 @@
 //! Salvage of a damaged journal: its readable rows, and a new journal from them.
 //!
 //! 1. The damaged journal is only read.
-//! 2. A table is read from both ends up to what cannot be read; one that was read without an error is whole.
-//! 3. Numbers of the new journal lie far above all that the old one can have given: its newest rows may be
-//!    the ones that are lost, and no worker, group or coordinator of before may be taken for one of now.
+//! 2. A table is read from both ends up to the damage; a table that was read without an error is
+//!    whole.
+//! 3. Numbers of the new journal lie far above all that the old one can have assigned: its newest
+//!    rows may be the lost ones, and no earlier worker, group or coordinator may be taken for a new
+//!    one.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,35 +17,36 @@ use serde::{Deserialize, Serialize};
 
 use super::{Fact, Journal, JournalError, opening};
 
-/// Between the numbers before a recovery and those after it. A run that gave a number each millisecond would
-/// take eleven days to get there, and people see at a glance what was before.
+/// Gap between the numbers before a recovery and those after it. A run that assigned a number each
+/// millisecond would take eleven days to cross it, and a reader sees at a glance which numbers are
+/// older.
 pub const LEAP: u64 = 1_000_000_000;
 
-/// The tables that go into the new journal. The processes that coordinators started do not: none is to be
-/// taken over, for a newer group than the newest that can be read may have been theirs.
+/// Tables that are copied into the new journal. The started processes are not: none may be adopted,
+/// for they may belong to a newer group than the newest readable one.
 const TABLES: [&str; 8] =
     ["facts", "terms", "workers", "generations", "skips", "checkpoints", "evaluations", "set_aside"];
 /// Facts of the old journal that are still true.
 const FACTS: [Fact; 6] =
     [Fact::Run, Fact::Port, Fact::HttpPort, Fact::Passport, Fact::Samples, Fact::Storage];
 
-/// Rows that a recovery took over from a journal.
+/// Report of a recovery from a journal.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Recovery {
-    /// All numbers up to this one are of before.
+    /// Greatest number that may stem from before the recovery.
     pub floor: u64,
     /// Tables that could not be read as a whole.
     pub lost: Vec<String>,
 }
 
 impl Recovery {
-    /// Whether a table may lack a row of before that tells of a number.
+    /// Whether a table may lack an earlier row with this number.
     pub fn may_lack(&self, table: &str, number: u64) -> bool {
         number <= self.floor && self.lost.iter().any(|lost| lost == table)
     }
 }
 
-/// Rows that could be read.
+/// Readable rows, by table.
 #[derive(Debug, Default)]
 pub struct Salvaged(BTreeMap<&'static str, Table>);
 
@@ -55,25 +58,25 @@ struct Table {
 }
 
 impl Salvaged {
-    /// Reads what can be read of a journal; nothing, where there is none.
+    /// Reads the readable rows of a journal; none if there is no journal.
     pub fn read(file: &Path) -> Salvaged {
         let opened = if file.is_file() { opening::to_read(file).ok() } else { None };
         let Some(connection) = opened else { return Salvaged::default() };
         Salvaged(TABLES.into_iter().map(|table| (table, read_table(&connection, table))).collect())
     }
 
-    /// How many rows there are.
+    /// Number of rows.
     pub fn rows(&self) -> usize {
         self.0.values().map(|table| table.rows.len()).sum()
     }
 
-    /// The tables that were not read as a whole.
+    /// Tables that were not read as a whole.
     pub fn lost(&self) -> Vec<String> {
         let is_whole = |table: &&str| self.0.get(table).is_some_and(|table| table.is_whole);
         TABLES.into_iter().filter(|table| !is_whole(table)).map(str::to_string).collect()
     }
 
-    /// A fact, if it could be read.
+    /// Value of a fact, if it could be read.
     pub fn fact(&self, fact: Fact) -> Option<String> {
         let texts = self.0.get("facts")?.rows.values();
         let mut values = texts.filter(|row| row.first() == Some(&Value::Text(fact.name().to_string())));
@@ -83,7 +86,7 @@ impl Salvaged {
         }
     }
 
-    /// The greatest term, generation or worker that any row names.
+    /// Greatest number of a term, generation or worker in any row.
     pub fn greatest_number(&self) -> u64 {
         let named = |(name, table): (&&str, &Table)| -> Vec<u64> {
             let numbers = ["term", "worker", "generation"];
@@ -105,8 +108,8 @@ impl Salvaged {
 fn read_table(connection: &Connection, table: &str) -> Table {
     let mut read = Table::default();
     if matches!(connection.table_exists(None, table), Ok(false)) {
-        // An earlier version did not have it; where the schema is lost this says the same, and other tables
-        // tell.
+        // An earlier version did not have the table. Where the schema is lost this looks the same,
+        // so the other tables decide.
         read.is_whole = matches!(connection.table_exists(None, "facts"), Ok(true));
         return read;
     }
@@ -129,8 +132,8 @@ fn read_rows(connection: &Connection, table: &str, order: &str, read: &mut Table
 }
 
 impl Journal {
-    /// Takes over what could be read of another journal, and leaps over all numbers that it may have given.
-    /// `before` is what is known of earlier recoveries.
+    /// Copies the readable rows of another journal, and skips all numbers that it may have
+    /// assigned. `before` describes earlier recoveries.
     pub fn take_over(&mut self, salvaged: &Salvaged, before: Recovery) -> Result<Recovery, JournalError> {
         for fact in FACTS {
             if let Some(value) = salvaged.fact(fact) {
@@ -163,12 +166,12 @@ impl Journal {
         Ok(recovery)
     }
 
-    /// The number above which all new numbers are; 0 in a journal that was never recovered.
+    /// Number above which all new numbers are; 0 in a journal that was never recovered.
     pub(super) fn floor(&self) -> Result<u64, JournalError> {
         Ok(self.fact(Fact::Floor)?.and_then(|floor| floor.parse().ok()).unwrap_or(0))
     }
 
-    /// Stands for all groups of before: it has no member who could come back.
+    /// Placeholder for all groups before a recovery: no member of it can come back.
     pub(super) fn group_before(floor: u64) -> Group {
         Group {
             generation: Generation(floor),
@@ -180,7 +183,7 @@ impl Journal {
         }
     }
 
-    /// Records a checkpoint that is there.
+    /// Records a checkpoint that was found on the storage.
     pub fn found(&mut self, checkpoint: &ganglion_membership::Checkpoint) -> Result<(), JournalError> {
         let row = "INSERT INTO checkpoints (step, phase, position, state_digest, generation, valid)
             VALUES (?1, ?2, ?3, ?4, 0, 1) ON CONFLICT DO UPDATE SET valid = 1";

@@ -1,8 +1,8 @@
 //! TensorBoard's curves and pictures, drawn from the lines of `metrics.jsonl` and `events.jsonl`.
 //!
-//! 1. Each line is drawn once: what the event files of earlier coordinators hold is read back, so a line
-//!    whose drawing a death or a full disk prevented is drawn by the next coordinator.
-//! 2. A row is one record of an event file, there as a whole or not at all.
+//! 1. Each line is drawn once: the event files of earlier coordinators are read back, so a line
+//!    that a death or a full disk kept from being drawn is drawn by the next coordinator.
+//! 2. A row is one record of an event file, written as a whole or not at all.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,18 +15,18 @@ use serde::Deserialize;
 use super::chronicle::{EvaluationLine, RowLine};
 use super::tensorboard::{Png, TensorBoard};
 
-/// The curve that every row has a point of.
+/// Tag of the curve that every row has a point of.
 const MARK: &str = "cluster/world_size";
-/// The series of pictures.
+/// Tag of the series of pictures.
 const PICTURES: &str = "samples";
-/// Before the name of a figure of an evaluation.
+/// Prefix of the tags of an evaluation's figures.
 const EVALUATION: &str = "evaluation/";
 
-/// The handle; clones share one.
+/// Shared handle of the event file; clones refer to the same one.
 #[derive(Clone, Debug)]
 pub struct Curves(Arc<Mutex<Board>>);
 
-/// Steps that are drawn.
+/// Steps that are already drawn.
 #[derive(Debug, Default)]
 struct Drawn {
     rows: BTreeSet<u64>,
@@ -41,14 +41,14 @@ struct Board {
     drawn: Drawn,
 }
 
-/// The columns of a row that only TensorBoard shows.
+/// Columns of a row that only TensorBoard shows.
 #[derive(Deserialize)]
 struct Gpu {
     gpu_memory_bytes: Option<u64>,
     gpu_utilisation: Option<u32>,
 }
 
-/// An event that is drawn.
+/// Fields of an event that is drawn.
 #[derive(Deserialize)]
 struct Event<'a> {
     kind: &'a str,
@@ -58,10 +58,11 @@ struct Event<'a> {
 }
 
 impl Curves {
-    /// Reads what earlier coordinators drew in a run directory, and begins a new event file.
+    /// Reads back the drawings of earlier coordinators in a run directory, and begins a new event
+    /// file.
     ///
     /// # Errors
-    /// The folder cannot be read, or no file be made in it.
+    /// The folder cannot be read, or no file can be created in it.
     pub fn open(run: &Path) -> io::Result<Curves> {
         let folder = run.join("tensorboard");
         let mut drawn = Drawn::default();
@@ -79,11 +80,11 @@ impl Curves {
     }
 
     fn lock(&self) -> MutexGuard<'_, Board> {
-        // A board is whole at any time.
+        // No method leaves the board inconsistent, so a poisoned lock may be used.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Draws a line of `metrics.jsonl`, unless it is drawn.
+    /// Draws a line of `metrics.jsonl`, unless it is already drawn.
     pub fn row(&self, line: &[u8]) {
         // A line of another version without these columns is not drawn.
         let Ok(row) = serde_json::from_slice::<RowLine>(line) else { return };
@@ -93,7 +94,7 @@ impl Curves {
         }
     }
 
-    /// Draws what is to be drawn of a line of `events.jsonl`.
+    /// Draws a line of `events.jsonl`, if it is an evaluation or a picture.
     pub fn event(&self, line: &[u8]) {
         let Ok(event) = serde_json::from_slice::<Event<'_>>(line) else { return };
         match event {
@@ -111,11 +112,11 @@ impl Curves {
         }
     }
 
-    /// Hands everything to the operating system, so that TensorBoard can see it.
+    /// Hands all records to the operating system, so that TensorBoard can see them.
     ///
     /// # Errors
-    /// The file cannot be written. What it does not take is kept for a while, and drawn by the next
-    /// coordinator at the latest.
+    /// The file cannot be written. The remaining records are kept for a while, and drawn by the
+    /// next coordinator at the latest.
     pub fn flush(&self) -> io::Result<()> {
         self.lock().file.flush()
     }
@@ -126,7 +127,7 @@ impl Board {
         if self.drawn.pictures.contains(&step) {
             return;
         }
-        // Only a name in the folder of samples; a picture that was removed is not drawn.
+        // Accepts only a name in the folder of samples; a picture that was removed is not drawn.
         let Some(name) = file.strip_prefix("samples/").filter(|name| !name.contains('/')) else { return };
         let Ok(bytes) = fs::read(self.run.join("samples").join(name)) else { return };
         if let Some(png) = Png::of(&bytes) {
@@ -175,7 +176,7 @@ mod tests {
     use super::*;
     use crate::report::metrics::row_of;
 
-    /// How often each step is in the event files of a run, by series.
+    /// Number of occurrences of each series and step in the event files of a run.
     pub(super) fn drawn(run: &Path) -> BTreeMap<(String, u64), u32> {
         let mut drawn = BTreeMap::new();
         TensorBoard::read_back(&run.join("tensorboard"), |step, tag| {
@@ -189,7 +190,7 @@ mod tests {
         format!(r#"{{"step":{step},"time":1.5,"generation":1,"world_size":2,"loss_generator":0.5}}"#).into()
     }
 
-    /// Invariant 1: what the dead had not handed on, what was torn, and what is new.
+    /// Invariant 1: records lost with an earlier process, torn records, and new ones.
     #[test]
     fn each_line_is_drawn_once_by_whoever_comes() {
         let run = tempfile::tempdir().unwrap();

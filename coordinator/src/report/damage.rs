@@ -1,9 +1,9 @@
-//! Records for people that hold something else than what was written.
+//! Damage to diagnostic records: detection, and replacement by a file with the readable lines.
 //!
-//! 1. Nothing is overwritten: the file as it was found stays under a name that was free, such as
+//! 1. Nothing is overwritten: the file as it was found stays under an unused name, such as
 //!    `metrics.jsonl.damaged-1`.
-//! 2. Each line that can be read is in the new file, in its order.
-//! 3. The journal knows of the loss before the file changes.
+//! 2. Each readable line is in the new file, in its order.
+//! 3. The journal has the loss before the file changes.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -14,24 +14,25 @@ use serde::{Deserialize, Serialize};
 
 use super::{events, metrics};
 
-/// Why a record cannot be opened.
+/// Reason why a record cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum Damaged {
-    /// A whole line is none of ours.
+    /// A whole line is not one of ours.
     #[error("{}: damaged", .0.display())]
     Lines(PathBuf),
-    /// The system's word.
+    /// Error of the system.
     #[error("{}: {}", .0.display(), .1)]
     Io(PathBuf, io::Error),
 }
 
 impl Damaged {
-    /// Whether another run directory would do, or this one only lacks room.
+    /// Whether the user can mend it: another run directory would do. False where this one only
+    /// lacks room.
     pub fn is_mistake(&self) -> bool {
         matches!(self, Damaged::Io(_, error) if whole::is_mistake(error))
     }
 
-    /// Classifies an error that came while a file was read.
+    /// Classifies an error that occurred while a file was read.
     pub(super) fn of(path: &Path, error: io::Error) -> Damaged {
         match error.kind() {
             ErrorKind::InvalidData => Damaged::Lines(path.to_path_buf()),
@@ -40,34 +41,34 @@ impl Damaged {
     }
 }
 
-/// A line that is none of ours, as an error of reading.
+/// Wraps a parse error of a line as a read error.
 pub(super) fn broken(error: serde_json::Error) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, error)
 }
 
-/// Part of a record that was set aside, and its cost.
+/// Report of a record that was set aside, with its losses.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SetAside {
-    /// The record's name, such as `metrics.jsonl`.
+    /// Name of the record, such as `metrics.jsonl`.
     pub file: String,
-    /// The name of what was found instead; empty where nothing was.
+    /// Name under which the damaged file was kept; empty where there was no file.
     pub aside: String,
-    /// Lines that could be read.
+    /// Number of readable lines.
     pub kept: u64,
-    /// Places at which something else was.
+    /// Number of damaged places.
     pub lost: u64,
-    /// Steps whose rows may have been there: the first and the last of each stretch.
+    /// Steps whose rows may have been lost: the first and the last of each range.
     pub steps: Vec<(u64, u64)>,
 }
 
 impl SetAside {
-    /// A record that is gone as a whole, with the rows up to a step.
+    /// Report of a record that is missing as a whole, with the rows up to a step.
     pub fn gone(file: &str, step: u64) -> SetAside {
         let steps = if file == "metrics.jsonl" { vec![(1, step)] } else { Vec::new() };
         SetAside { file: file.to_string(), steps, ..SetAside::default() }
     }
 
-    /// Text for people.
+    /// Message for the user.
     pub fn describe(&self) -> String {
         let SetAside { file, aside, kept, lost, .. } = self;
         if aside.is_empty() {
@@ -83,7 +84,7 @@ impl SetAside {
     }
 }
 
-/// Looks through a damaged record. Lost rows at its end are taken to reach up to `reach`.
+/// Examines a damaged record. Lost rows at its end are assumed to reach up to `reach`.
 ///
 /// # Errors
 /// The file cannot be read.
@@ -113,11 +114,11 @@ pub fn examine(path: &Path, reach: u64) -> io::Result<SetAside> {
 /// Sets a damaged record aside and puts one with its readable lines in its place.
 ///
 /// # Errors
-/// The system's; the record is then as it was, or done.
+/// Error of the system; the record is then unchanged, or already replaced.
 pub fn set_aside(path: &Path, found: &SetAside) -> io::Result<()> {
     let content = fs::read(path)?;
     let aside = path.with_file_name(&found.aside);
-    // A link where the file system knows them, which replaces nothing.
+    // A hard link where the file system supports it, since it replaces nothing.
     match fs::hard_link(path, &aside) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => return Err(error),
         Err(_) => whole::create(&aside, &content, 0o666)?,
@@ -131,13 +132,13 @@ pub fn set_aside(path: &Path, found: &SetAside) -> io::Result<()> {
     whole::write(path, &kept)
 }
 
-/// The whole lines of a file.
+/// Whole lines of a file.
 fn lines(content: &[u8]) -> impl Iterator<Item = &[u8]> {
     let end = content.iter().rposition(|byte| *byte == b'\n').unwrap_or(0);
     content[..end].split(|byte| *byte == b'\n').filter(move |_| end > 0)
 }
 
-/// The step of a line of a record, 0 for an event; `None` where it is none of ours.
+/// Step of a record's line, 0 for an event; `None` if the line is not one of ours.
 fn read_line(name: &str, line: &[u8]) -> Option<u64> {
     match name {
         "metrics.jsonl" => metrics::step_of(line).ok(),
@@ -145,7 +146,7 @@ fn read_line(name: &str, line: &[u8]) -> Option<u64> {
     }
 }
 
-/// A name beside a file's that nobody has.
+/// Unused name next to a file.
 pub fn free_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let names = (1_u32..).map(|number| format!("{name}.damaged-{number}"));
@@ -163,7 +164,7 @@ mod tests {
         let path = folder.path().join("metrics.jsonl");
         let row = |step: u64| format!("{{\"step\":{step}}}\n");
         let text: String = [2, 4, 6, 8, 10, 12].map(row).concat();
-        // Two rows and the newline between them; then all at the end.
+        // Two rows and the newline between them; then the whole end.
         let mut damaged = text.clone().into_bytes();
         damaged[15..25].fill(0);
         damaged.extend_from_slice(b"\0\0\0\n");

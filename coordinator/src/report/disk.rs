@@ -1,38 +1,39 @@
-//! How records reach the disk: the few calls that a test may count, refuse, or take back.
+//! Interface to the disk: the few calls that a test may count, refuse, or revert.
 
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
 
-/// The disk below files that only grow.
+/// Disk below append-only files.
 pub trait Disk: Send + Sync + fmt::Debug {
-    /// Adds bytes at the end of a file.
+    /// Appends bytes to a file.
     ///
     /// # Errors
-    /// The system's; any part of the bytes may have been added.
+    /// Error of the system; any part of the bytes may have been appended.
     fn append(&self, path: &Path, file: &File, bytes: &[u8]) -> io::Result<()>;
 
-    /// Waits until all that was added to a file survives a power cut.
+    /// Waits until all appended bytes of a file survive a power cut.
     ///
     /// # Errors
-    /// The system's; what was added since the last time may be lost then, even if a later call succeeds.
+    /// Error of the system; bytes appended since the last sync may be lost then, even if a later
+    /// call succeeds.
     fn sync(&self, path: &Path, file: &File) -> io::Result<()>;
 
     /// Waits until a file's name survives a power cut.
     ///
     /// # Errors
-    /// The system's.
+    /// Error of the system.
     fn sync_name(&self, path: &Path) -> io::Result<()>;
 
-    /// Rows that may wait while it takes none. Workers keep them too, and are asked for those that found no
-    /// room.
+    /// Maximum number of rows that wait while the disk takes none. Workers keep them too, and are
+    /// asked for those that found no room.
     fn rows_that_wait(&self) -> usize {
         1 << 16
     }
 }
 
-/// This machine's disk.
+/// The machine's disk.
 #[derive(Debug)]
 pub struct SystemDisk;
 
@@ -59,7 +60,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A disk that may be full, and knows what it was asked to sync.
+    /// A disk that may be full, and records its syncs.
     #[derive(Debug, Default)]
     pub(crate) struct FullDisk {
         is_full: AtomicBool,
@@ -75,7 +76,7 @@ pub(crate) mod tests {
             self.is_full.store(false, Ordering::Relaxed);
         }
 
-        /// Up to where a file was synced.
+        /// Offset up to which a file was synced.
         pub(crate) fn synced(&self, path: &Path) -> u64 {
             self.synced.lock().unwrap().get(path).copied().unwrap_or(0)
         }
@@ -84,7 +85,7 @@ pub(crate) mod tests {
     impl Disk for FullDisk {
         fn append(&self, path: &Path, file: &File, bytes: &[u8]) -> io::Result<()> {
             if self.is_full.load(Ordering::Relaxed) {
-                // Half of it found room.
+                // Half of the bytes found room.
                 SystemDisk.append(path, file, &bytes[..bytes.len() / 2])?;
                 return Err(io::ErrorKind::StorageFull.into());
             }

@@ -1,9 +1,9 @@
-//! `events.jsonl`: what happened to a run, a line each: membership, faults, checkpoints.
+//! `events.jsonl`: the event log of a run, one line per event: membership, faults, checkpoints.
 //!
-//! 1. A line is in the file when `append` returns without an error; a death of the coordinator loses none
-//!    that it wrote.
-//! 2. What cannot be written waits here, in its order, and is written before what comes later. What does not
-//!    fit here is counted, and an event tells of it.
+//! 1. A line is in the file when `append` returns without an error; a death of the coordinator
+//!    loses none that it wrote.
+//! 2. Lines that cannot be written wait here, in order, and are written before later ones. Lines
+//!    that do not fit here are counted, and an event reports their number.
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,18 +16,18 @@ use super::damage::{self, Damaged};
 use super::disk::Disk;
 use super::line_file::{LineFile, Sync, Watcher};
 
-/// Bytes of events that may wait for a disk.
+/// Maximum size of the events that wait for the disk, in bytes.
 const WAITING_LIMIT: usize = 4 << 20;
 
-/// Bytes of a line. A group of a thousand members takes a tenth of it.
+/// Maximum size of a line, in bytes. A group of a thousand members takes a tenth of it.
 const LINE_LIMIT: usize = 1 << 20;
 
-/// The open file. See the module.
+/// The open `events.jsonl`. See the module documentation.
 pub struct EventLog {
     lines: LineFile,
     waiting: VecDeque<Vec<u8>>,
     waiting_bytes: usize,
-    /// Events that found no room.
+    /// Number of events that found no room.
     dropped: u64,
 }
 
@@ -39,7 +39,7 @@ struct Line<'a, F> {
     fields: F,
 }
 
-/// Fields of every event.
+/// Fields common to all events.
 #[derive(Deserialize)]
 struct Event<'a> {
     #[serde(rename = "time")]
@@ -48,27 +48,28 @@ struct Event<'a> {
     _kind: std::borrow::Cow<'a, str>,
 }
 
-/// Whether a line is an event.
+/// Checks that a line is an event.
 pub(super) fn check(line: &[u8]) -> Result<(), serde_json::Error> {
     serde_json::from_slice::<Event<'_>>(line).map(drop)
 }
 
 impl EventLog {
-    /// Opens or creates the file and cuts a torn last line. `watcher` is shown all lines, those to come too.
+    /// Opens or creates the file and cuts a torn last line. `watcher` is called for every line,
+    /// including later ones.
     ///
     /// # Errors
-    /// The file cannot be opened, or a line that is whole is no event.
+    /// The file cannot be opened, or a whole line is not an event.
     pub fn open(path: &Path, disk: Arc<dyn Disk>, watcher: Watcher) -> Result<Self, Damaged> {
         let lines = LineFile::open(path, disk, watcher, |_, line| check(line).map_err(damage::broken));
         let lines = lines.map_err(|error| Damaged::of(path, error))?;
         Ok(EventLog { lines, waiting: VecDeque::new(), waiting_bytes: 0, dropped: 0 })
     }
 
-    /// Writes an event: its `time` in seconds of Unix time, its `kind`, and `fields`, a struct or a map with
-    /// other keys than these two, or `()`.
+    /// Writes an event: its `time` in seconds of Unix time, its `kind`, and `fields`, a struct or a
+    /// map with keys other than these two, or `()`.
     ///
     /// # Errors
-    /// The file cannot be written, and the event waits; or `fields` cannot be JSON.
+    /// The file cannot be written, and the event waits; or `fields` cannot be represented as JSON.
     pub fn append(&mut self, time: f64, kind: &str, fields: impl Serialize) -> io::Result<()> {
         let mut line = serde_json::to_vec(&Line { time, kind, fields })?;
         if line.len() > LINE_LIMIT {
@@ -84,7 +85,7 @@ impl EventLog {
         self.catch_up(time)
     }
 
-    /// Writes what waits.
+    /// Writes the waiting events.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -102,12 +103,12 @@ impl EventLog {
         self.lines.restore()
     }
 
-    /// Work for a sync, if there is any.
+    /// Pending sync, if there is anything to sync.
     pub fn to_sync(&self) -> Option<Sync> {
         self.lines.to_sync()
     }
 
-    /// Takes note of how a sync went.
+    /// Notes the result of a sync.
     pub fn was_synced(&mut self, sync: &Sync, done: &io::Result<()>) {
         self.lines.was_synced(sync, done);
     }

@@ -1,10 +1,11 @@
-//! An append-only file of lines that survives the death of its writer, and a power cut up to what was synced.
+//! An append-only file of lines that survives the death of its writer, and a power cut up to the
+//! last sync.
 //!
-//! 1. Each line is there as a whole, its newline included, or is cut off: at the next opening where the
-//!    writer died, at once where the disk was full.
-//! 2. The file never gets shorter otherwise, so that an offset of a line stays good.
-//! 3. After a sync that failed, the system may have dropped what was to be synced and call the next sync a
-//!    success. So what was written since the last good one is kept, and written again.
+//! 1. Each line is there as a whole, its newline included, or is cut off: at the next opening where
+//!    the writer died, at once where the disk was full.
+//! 2. The file never gets shorter otherwise, so the offset of a line stays valid.
+//! 3. After a failed sync the system may have dropped the data and report success for the next
+//!    sync. So everything written since the last successful one is kept, and written again.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Seek, SeekFrom};
@@ -13,29 +14,29 @@ use std::sync::Arc;
 
 use super::disk::Disk;
 
-/// Called once for every line of a file, in its order: those that are there when it is opened, then those
-/// that are added.
+/// Callback invoked once for every line of a file, in order: those that are there when it is
+/// opened, then those that are appended.
 pub type Watcher = Box<dyn FnMut(&[u8]) + Send>;
 
-/// See the module.
+/// An open file of lines. See the module documentation.
 pub struct LineFile {
     path: PathBuf,
     file: Arc<File>,
     disk: Arc<dyn Disk>,
     watcher: Watcher,
-    /// The offset in bytes behind the last whole line.
+    /// Offset behind the last whole line, in bytes.
     end: u64,
-    /// All before this offset is on the disk.
+    /// Offset up to which the file is durable, in bytes.
     synced: u64,
     /// Bytes from the offset `end - recent.len()` on.
     recent: Vec<u8>,
-    /// Whether what is in `recent` may be gone from the file.
+    /// Whether the bytes in `recent` may be lost from the file, after a failed sync.
     is_shaken: bool,
-    /// Whether the file's name is on the disk.
+    /// Whether the file's directory entry is durable.
     is_named: bool,
 }
 
-/// Sync of a file, for a thread that may wait for the disk.
+/// Sync of a file up to its current end, for a thread that may wait for the disk.
 #[derive(Debug)]
 pub struct Sync {
     path: PathBuf,
@@ -46,10 +47,10 @@ pub struct Sync {
 }
 
 impl Sync {
-    /// Waits until the file is on the disk up to where it was when this was made.
+    /// Waits until the file is durable up to its end at the creation of this sync.
     ///
     /// # Errors
-    /// The system's.
+    /// Error of the system.
     pub fn run(&self) -> io::Result<()> {
         self.disk.sync(&self.path, &self.file)?;
         if self.is_named { Ok(()) } else { self.disk.sync_name(&self.path) }
@@ -57,8 +58,8 @@ impl Sync {
 }
 
 impl LineFile {
-    /// Opens or creates a file, gives each whole line to `visit` with its offset in bytes, and cuts off a
-    /// torn last one.
+    /// Opens or creates a file, calls `visit` with each whole line and its offset in bytes, and
+    /// cuts off a torn last one.
     pub(super) fn open(
         path: &Path,
         disk: Arc<dyn Disk>,
@@ -84,14 +85,14 @@ impl LineFile {
         Ok(LineFile { path, file, disk, watcher, end, synced: 0, recent, is_shaken: false, is_named: false })
     }
 
-    /// Adds a line, given without its newline, and returns its offset in bytes.
+    /// Appends a line, given without its newline, and returns its offset in bytes.
     pub(super) fn append(&mut self, mut line: Vec<u8>) -> io::Result<u64> {
         debug_assert!(!line.contains(&b'\n'), "a line holds no newline");
         line.push(b'\n');
         self.restore()?;
         let start = self.end;
         if let Err(error) = self.disk.append(&self.path, &self.file, &line) {
-            // Should this fail too, the next opening cuts what is left of the line.
+            // If this fails too, the next opening cuts off the rest of the line.
             self.file.set_len(start).ok();
             return Err(ganglion_storage::whole::explain(error, line.len(), &self.path));
         }
@@ -101,7 +102,7 @@ impl LineFile {
         Ok(start)
     }
 
-    /// Writes again what a failed sync may have lost.
+    /// Writes again the bytes that a failed sync may have lost.
     pub(super) fn restore(&mut self) -> io::Result<()> {
         if !self.is_shaken {
             return Ok(());
@@ -112,7 +113,7 @@ impl LineFile {
         Ok(())
     }
 
-    /// The line at an offset that `open` or `append` told, without its newline.
+    /// Line at an offset returned by `open` or `append`, without its newline.
     pub(super) fn line_at(&mut self, offset: u64) -> io::Result<Vec<u8>> {
         self.restore()?;
         (&*self.file).seek(SeekFrom::Start(offset))?;
@@ -122,12 +123,12 @@ impl LineFile {
         Ok(line)
     }
 
-    /// All before this offset survives a power cut.
+    /// Offset up to which the file survives a power cut.
     pub(super) fn synced(&self) -> u64 {
         self.synced
     }
 
-    /// Work for a sync, if there is any.
+    /// Pending sync, if there is anything to sync.
     pub(super) fn to_sync(&self) -> Option<Sync> {
         if self.synced == self.end && self.is_named {
             return None;
@@ -136,7 +137,7 @@ impl LineFile {
         Some(Sync { path, file, disk, end: self.end, is_named: self.is_named })
     }
 
-    /// Takes note of how a sync went.
+    /// Notes the result of a sync.
     pub(super) fn was_synced(&mut self, sync: &Sync, done: &io::Result<()>) {
         match done {
             Ok(()) => {
@@ -226,7 +227,7 @@ mod tests {
         file.append(b"two".to_vec()).unwrap();
         let two = file.to_sync().unwrap();
         file.append(b"three".to_vec()).unwrap();
-        // The system dropped both, and said so of one.
+        // The system dropped both, and reported one.
         std::fs::write(&path, "one\n").unwrap();
         file.was_synced(&two, &Err(io::ErrorKind::Other.into()));
         assert_eq!(file.synced(), 4);

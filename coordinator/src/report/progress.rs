@@ -1,9 +1,11 @@
-//! How far a run is, on standard error: a bar on a terminal, elsewhere a line every few seconds.
+//! Progress of a run on standard error: a bar on a terminal, elsewhere a line every few seconds.
 //!
-//! 1. Rows drive everything. Times come from the rows, which carry when their step was committed; there is no
-//!    clock, no thread and no sleep in here, and a run that stands still prints nothing.
-//! 2. Whatever else writes to standard error goes through a [`Screen`], so that it does not tear the bar.
-//! 3. A terminal that is closed is no failure: what cannot be shown is not shown.
+//! 1. Rows drive everything. Times come from the rows, which carry the time of their step's commit;
+//!    there is no clock, no thread and no sleep in here, and a run that stands still prints
+//!    nothing.
+//! 2. All other output to standard error goes through a [`Screen`], so that it does not tear the
+//!    bar.
+//! 3. A closed terminal is not a failure: output to it is dropped.
 
 use std::fmt;
 use std::fs::File;
@@ -16,12 +18,12 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, T
 
 use super::metrics::Row;
 
-/// Seconds of training between two plain lines.
+/// Interval between two plain lines, in seconds of training.
 const PLAIN_PERIOD_SECONDS: f64 = 10.0;
-/// The weight of the newest row in the average pace.
+/// Weight of the newest row in the moving average of the pace.
 const PACE_WEIGHT: f64 = 0.1;
 
-/// Standard error, shared by the bar and by everything else that is written there.
+/// Standard error, shared by the bar and all other output.
 ///
 /// Each write lifts the bar for a moment. A tracing subscriber writes an event at once, so that
 /// `with_writer(move || screen.clone())` keeps the log and the bar apart.
@@ -30,12 +32,12 @@ pub struct Screen {
     bars: MultiProgress,
     is_terminal: bool,
     is_silent: bool,
-    /// Where the same is written as well.
+    /// File that receives a copy of all lines.
     copy: Arc<Mutex<Option<File>>>,
 }
 
 impl Screen {
-    /// Standard error, with a bar only if it is a terminal.
+    /// Screen on standard error, with a bar only if it is a terminal.
     pub fn stderr(is_terminal: bool) -> Self {
         let target = match is_terminal {
             true => terminal(Term::buffered_stderr()),
@@ -49,18 +51,18 @@ impl Screen {
         }
     }
 
-    /// A screen that shows nothing.
+    /// Screen that shows nothing.
     pub fn silent() -> Self {
         Screen { is_silent: true, ..Screen::stderr(false) }
     }
 
-    /// Runs something that writes to the terminal, with the bar out of its way.
+    /// Runs a closure that writes to the terminal, with the bar out of its way.
     pub fn suspend<R>(&self, write: impl FnOnce() -> R) -> R {
         self.bars.suspend(write)
     }
 
-    /// Prints a line above the bar, without what would be a command to the terminal. Nobody can be told if
-    /// standard error is closed, and training does not depend on it.
+    /// Prints a line above the bar, without the characters that would control the terminal. A
+    /// closed standard error is ignored: it cannot be reported, and training does not depend on it.
     pub fn print(&self, line: &str) {
         if !self.is_silent {
             let line = ganglion_proto::printable(line);
@@ -69,7 +71,7 @@ impl Screen {
         }
     }
 
-    /// Writes the same to a file from now on, or to none.
+    /// Sets the file that receives a copy of all lines, or none.
     pub fn copy_to(&self, file: Option<File>) {
         *self.copy.lock().unwrap_or_else(PoisonError::into_inner) = file;
     }
@@ -79,7 +81,7 @@ impl Screen {
         self.is_terminal
     }
 
-    /// A copy that cannot be written is no reason to keep the line from the screen.
+    /// Errors are ignored: a failing copy is no reason to keep the line from the screen.
     fn write_copy(&self, bytes: &[u8]) {
         if let Some(file) = &mut *self.copy.lock().unwrap_or_else(PoisonError::into_inner) {
             file.write_all(bytes).ok();
@@ -99,7 +101,7 @@ impl Write for Screen {
         self.suspend(|| io::stderr().lock().write_all(bytes))
     }
 
-    /// In one write, so that the bar does not come back in the middle of a line.
+    /// A single write, so that the bar does not come back in the middle of a line.
     fn write_fmt(&mut self, text: fmt::Arguments<'_>) -> io::Result<()> {
         self.write_all(text.to_string().as_bytes())
     }
@@ -109,12 +111,13 @@ impl Write for Screen {
     }
 }
 
-/// Draws on a terminal, 20 times a second at most.
+/// Draw target on a terminal, with at most 20 updates a second.
 fn terminal(term: impl TermLike + 'static) -> ProgressDrawTarget {
     ProgressDrawTarget::term_like_with_hz(Box::new(Closable(term)), 20)
 }
 
-/// A terminal that may be closed at any moment. The library of the bar would panic on its errors.
+/// A terminal that may be closed at any moment; its errors are hidden, since the bar's library
+/// would panic on them.
 #[derive(Debug)]
 struct Closable<T>(T);
 
@@ -160,19 +163,19 @@ impl<T: TermLike> TermLike for Closable<T> {
     }
 }
 
-/// The progress of one run. See the module.
+/// Progress display of one run. See the module documentation.
 #[derive(Debug)]
 pub struct Progress {
     screen: Screen,
     bar: Option<ProgressBar>,
     total_steps: u64,
     pace: Pace,
-    /// When a plain line was last printed, by its row, in seconds of Unix time.
+    /// Time of the row that was last printed as a plain line, in seconds of Unix time.
     printed: Option<f64>,
 }
 
 impl Progress {
-    /// Shows a run of `total_steps` that stands at `start_step`.
+    /// Creates the display of a run of `total_steps` that continues from `start_step`.
     pub fn new(screen: &Screen, total_steps: u64, start_step: u64) -> Self {
         let bar = screen.is_terminal.then(|| {
             let bar = screen.bars.add(ProgressBar::new(total_steps));
@@ -197,15 +200,15 @@ impl Progress {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn finish(self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
     }
 
-    /// Whether a plain line is due: for the first row, the last, and those in between that are far enough
-    /// apart. A clock that was set back counts as far enough.
+    /// Whether a plain line is due: for the first row, the last, and those in between that are far
+    /// enough apart. A clock that was set back counts as far enough.
     fn is_due(&mut self, row: &Row) -> bool {
         let is_near =
             self.printed.is_some_and(|time| (time..time + PLAIN_PERIOD_SECONDS).contains(&row.time));
@@ -235,7 +238,7 @@ impl Progress {
     }
 }
 
-/// How long a step takes, averaged over the rows so far with the newest weighing most.
+/// Time per step: a moving average over the rows in which the newest weighs most.
 #[derive(Debug, Default)]
 struct Pace {
     last: Option<(u64, f64)>,
@@ -243,8 +246,8 @@ struct Pace {
 }
 
 impl Pace {
-    /// Learns that `step` was committed at `time`. Steps that come again, and a clock that was set back,
-    /// teach nothing.
+    /// Adds that `step` was committed at `time`. Repeated steps, and a clock that was set back, are
+    /// ignored.
     fn add(&mut self, step: u64, time: f64) {
         let last = self.last.replace((step, time));
         let Some((last_step, last_time)) = last else {
@@ -258,19 +261,19 @@ impl Pace {
         self.seconds_per_step = Some(average + PACE_WEIGHT * (newest - average));
     }
 
-    /// How long so many steps will take; unknown before the second row.
+    /// Estimated duration of a number of steps; `None` before the second row.
     fn duration_of(&self, steps: u64) -> Option<Duration> {
         let seconds = self.seconds_per_step? * as_f64(steps);
         Duration::try_from_secs_f64(seconds).ok()
     }
 }
 
-/// A count as a number for estimates, where the last digits of a huge one do not matter.
+/// Converts a count for estimates, where the last digits of a huge one do not matter.
 fn as_f64(count: u64) -> f64 {
     count as f64
 }
 
-/// A number rounded to a whole one, its digits grouped by three.
+/// Renders a number rounded to an integer, its digits grouped by three.
 fn grouped(number: f64) -> String {
     let digits = format!("{number:.0}");
     if !digits.bytes().all(|digit| digit.is_ascii_digit()) {
@@ -286,7 +289,7 @@ fn grouped(number: f64) -> String {
     grouped
 }
 
-/// A duration in its two largest units.
+/// Renders a duration in its two largest units.
 fn short(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);

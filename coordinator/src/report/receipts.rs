@@ -1,46 +1,46 @@
-//! Which rows of metrics workers need keep no more.
+//! Acknowledgement of metrics rows: the step up to which workers need keep no rows.
 //!
-//! 1. What is acknowledged is a prefix: every row up to that step that was received is durable, and every row
+//! 1. Acknowledged steps are a prefix: every received row up to that step is durable, and every row
 //!    that was due has been received.
-//! 2. A row that cannot be held here stays with the workers and is owed; nothing from its step on is
-//!    acknowledged before it came again.
+//! 2. A row that cannot be held here stays with the workers and is owed; nothing from its step on
+//!    is acknowledged before it has come again.
 //!
-//! Which rows are due is known from the first generation on that this term formed: that one reports by this
-//! term's cadence.
+//! The due rows are known from the first generation on that this term formed: that one reports by
+//! this term's cadence.
 
 use std::collections::BTreeSet;
 
-/// See the module.
+/// State of the acknowledgements. See the module documentation.
 #[derive(Debug, Default)]
 pub struct Receipts {
-    /// A row is due after every so many steps.
+    /// Cadence: a row is due every `every` steps.
     every: u64,
-    /// A row of the last step is due too, once that step is known.
+    /// Last step of the run, once it is known; its row is due too.
     last: Option<u64>,
-    /// Rows of later steps are due; `None` while that is not known.
+    /// Step after which rows are due; `None` while that is not known.
     floor: Option<u64>,
-    /// All due rows up to this step have been received.
+    /// Step up to which all due rows have been received.
     whole: u64,
     /// Steps whose rows were left with the workers.
     owed: BTreeSet<u64>,
-    /// Due steps whose rows nobody has.
+    /// Due steps whose rows are lost.
     lost: BTreeSet<u64>,
-    /// The newest step that workers were told of.
+    /// Newest step acknowledged to the workers.
     told: Option<u64>,
 }
 
 impl Receipts {
-    /// Nothing was received yet; a row is due after every so many steps.
+    /// Creates the state for a cadence; no row has been received.
     pub fn new(every: u64) -> Receipts {
         Receipts { every, ..Receipts::default() }
     }
 
-    /// The run ends with this step.
+    /// Sets the last step of the run.
     pub fn ends_with(&mut self, last: u64) {
         self.last = Some(last);
     }
 
-    /// A generation was formed that goes on after this step.
+    /// Notes that a generation was formed that goes on after this step.
     pub fn formed(&mut self, after: u64) {
         let floor = self.floor.map_or(after, |floor| floor.min(after));
         if self.floor != Some(floor) {
@@ -48,23 +48,22 @@ impl Receipts {
         }
     }
 
-    /// A row came and is held here.
+    /// Notes that a row was received and is held here.
     pub fn took(&mut self, step: u64) {
         self.owed.remove(&step);
         self.lost.remove(&step);
         if self.told >= Some(step) {
-            // Whoever sent it has not heard.
+            // The sender has not received the acknowledgement, so it is sent again.
             self.told = None;
         }
     }
 
-    /// A row came for which there is no room.
+    /// Notes that a row was received for which there is no room.
     pub fn refused(&mut self, step: u64) {
         self.owed.insert(step);
     }
 
-    /// The first step, up to `limit`, whose row only workers have, if any has it. `is_known` tells which are
-    /// held here.
+    /// First step, up to `limit`, whose row is not held here. `is_known` tells which rows are.
     pub fn missing(&mut self, limit: u64, is_known: impl Fn(u64) -> bool) -> Option<u64> {
         let owed = self.owed.first().copied().filter(|step| *step <= limit);
         while self.floor.is_some()
@@ -84,14 +83,14 @@ impl Receipts {
         multiple.into_iter().chain(last).min()
     }
 
-    /// Nobody has the row of a step any more.
+    /// Notes that no worker has the row of a step any more.
     pub fn give_up(&mut self, step: u64) {
         self.owed.remove(&step);
         self.lost.insert(step);
     }
 
-    /// Acknowledgements due once all rows before `bound` are durable, the newest being of `newest`; `None` if
-    /// they know.
+    /// Step to acknowledge once all rows before `bound` are durable and `newest` is the newest row;
+    /// `None` if the workers already know it.
     pub fn acknowledge(&mut self, newest: u64, bound: u64) -> Option<u64> {
         let step = newest.min(bound.saturating_sub(1));
         if step == 0 || self.told >= Some(step) {

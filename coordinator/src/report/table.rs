@@ -1,4 +1,4 @@
-//! Tables for people.
+//! Plain-text tables.
 
 use std::fmt;
 use std::time::Duration;
@@ -7,8 +7,8 @@ use indicatif::{HumanBytes, HumanDuration};
 
 use crate::clock::now;
 
-/// Rows under headings. A column is as wide as it must be; numbers stand to the right, texts, whose heading
-/// is given with a `<` before it, to the left.
+/// Rows under headings. A column is as wide as necessary; numbers are aligned to the right, texts,
+/// whose heading begins with `<`, to the left.
 pub struct Table {
     columns: Vec<Column>,
     rows: Vec<Vec<String>>,
@@ -20,7 +20,7 @@ struct Column {
 }
 
 impl Table {
-    /// A table without rows.
+    /// Creates a table without rows.
     pub fn new(headings: &[&str]) -> Table {
         let column = |heading: &&str| Column {
             heading: heading.trim_start_matches('<').to_string(),
@@ -29,7 +29,7 @@ impl Table {
         Table { columns: headings.iter().map(column).collect(), rows: Vec::new() }
     }
 
-    /// Adds a row, a cell a column.
+    /// Adds a row, one cell per column.
     pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         let cells: Vec<String> = cells.into_iter().collect();
         debug_assert_eq!(cells.len(), self.columns.len(), "a row has a cell a column");
@@ -57,13 +57,13 @@ impl fmt::Display for Table {
     }
 }
 
-/// How long ago a time of Unix time in seconds is.
+/// Renders the age of a Unix time in seconds.
 pub fn ago(time: f64) -> String {
     let elapsed = Duration::try_from_secs_f64(now() - time).unwrap_or_default();
     format!("{} ago", HumanDuration(elapsed))
 }
 
-/// A number of bytes.
+/// Renders a number of bytes with its unit.
 pub fn size(bytes: u64) -> String {
     HumanBytes(bytes).to_string()
 }

@@ -1,13 +1,15 @@
-//! TensorBoard's event files: curves and pictures.
+//! Writer and reader of TensorBoard's event files: curves and pictures.
 //!
 //! An event file is a sequence of TFRecords (TensorFlow, `tsl/lib/io/record_writer.h`), each the length of
 //! its data as u64, the masked CRC-32C of that length, the data, and the masked CRC-32C of the data, all
 //! little-endian. The data is an `Event` message (TensorFlow, `core/util/event.proto`). Each start of a
 //! coordinator begins a new file; TensorBoard reads all of a folder as one run.
 //!
-//! 1. What was not flushed is lost with the process: `metrics.jsonl` is the record, this is a view.
-//! 2. A record is in a file as a whole or not at all: one that a death or a full disk cut is cut off. Behind
-//!    a damaged one no reader finds anything, so all from it on is cut off.
+//! 1. Records that were not flushed are lost with the process: `metrics.jsonl` is the record, this
+//!    is a view.
+//! 2. A record is in a file as a whole or not at all: one that a death or a full disk cut is
+//!    removed. No reader finds anything behind a damaged record, so everything from it on is cut
+//!    off.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Write};
@@ -16,16 +18,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use prost::Message;
 
-/// How the names of event files begin.
+/// Prefix of the names of event files.
 const PREFIX: &str = "events.out.tfevents.";
-/// Bytes of a record beside its data: a length, and two checksums.
+/// Overhead of a record, in bytes: a length, and two checksums.
 const FRAME: u64 = 16;
-/// Records are handed on in pieces of about this size.
+/// Size at which buffered records are handed to the system, in bytes.
 const BUFFER: usize = 64 << 10;
-/// Bytes that may wait for a disk. The next coordinator draws what did not.
+/// Maximum number of bytes that wait for the disk. The next coordinator draws the rest.
 const UNWRITTEN_LIMIT: usize = 16 << 20;
 
-/// The fields of TensorFlow's `Event` that are written here.
+/// Fields of TensorFlow's `Event` that are written here.
 #[derive(Clone, PartialEq, Message)]
 struct Event {
     #[prost(double, tag = "1")]
@@ -66,21 +68,21 @@ struct Image {
     encoded_image_string: Vec<u8>,
 }
 
-/// A picture in PNG form, and what TensorBoard wants to know of it beforehand.
+/// An encoded PNG with the properties that TensorBoard requires.
 #[derive(Clone, Copy, Debug)]
 pub struct Png<'a> {
-    /// The encoded file.
+    /// Content of the PNG file.
     pub bytes: &'a [u8],
-    /// In pixels.
+    /// Height in pixels.
     pub height: u32,
-    /// In pixels.
+    /// Width in pixels.
     pub width: u32,
-    /// 1 for grey, 3 for colour.
+    /// Number of channels: 1 for grey, 3 for colour.
     pub channels: u32,
 }
 
 impl<'a> Png<'a> {
-    /// Size by the header of a PNG; `None` where it is none.
+    /// Reads the properties from the header of a PNG; `None` if it is not one.
     pub fn of(bytes: &'a [u8]) -> Option<Png<'a>> {
         let header = bytes.strip_prefix(b"\x89PNG\r\n\x1a\n")?.get(8..18)?;
         let side = |at: usize| Some(u32::from_be_bytes(header.get(at..at + 4)?.try_into().ok()?));
@@ -95,12 +97,12 @@ pub struct TensorBoard {
     file: File,
     /// Whole records that are not in the file yet.
     unwritten: Vec<u8>,
-    /// The length of what is in it.
+    /// Length of the file, in bytes.
     end: u64,
 }
 
 impl TensorBoard {
-    /// Begins a new event file in `dir`, which is made if need be.
+    /// Begins a new event file in `dir`, which is created if necessary.
     ///
     /// # Errors
     /// The folder or the file cannot be created.
@@ -116,13 +118,13 @@ impl TensorBoard {
             file_version: Some("brain.Event:2".to_owned()),
             ..Event::default()
         });
-        // A full disk is told of by the next flush.
+        // A full disk is reported by the next flush.
         let _ = board.flush();
         Ok(board)
     }
 
-    /// Reads the event files in `dir` that nobody writes any more: `visit` is shown the step and the tag of
-    /// each point and picture. What is torn or damaged is cut off.
+    /// Reads the event files in `dir`, which have no writer any more: `visit` is called with the
+    /// step and the tag of each point and picture. Torn or damaged ends are cut off.
     ///
     /// # Errors
     /// A file cannot be read.
@@ -162,10 +164,10 @@ impl TensorBoard {
         self.summary(step, wall_time, vec![value]);
     }
 
-    /// Hands everything to the operating system, so that TensorBoard can see it.
+    /// Hands all records to the operating system, so that TensorBoard can see them.
     ///
     /// # Errors
-    /// The file cannot be written. What it does not take waits for the next flush, up to a limit.
+    /// The file cannot be written. The remaining records wait for the next flush, up to a limit.
     pub fn flush(&mut self) -> io::Result<()> {
         if let Err(error) = self.file.write_all(&self.unwritten) {
             self.file.set_len(self.end).ok();
@@ -203,7 +205,7 @@ impl TensorBoard {
     }
 }
 
-/// Shows what a file holds, and cuts off what cannot be read.
+/// Visits the records of a file, and cuts off an unreadable end.
 fn read_file(path: &Path, visit: &mut impl FnMut(u64, &str)) -> io::Result<()> {
     let file = File::open(path)?;
     let length = file.metadata()?.len();
@@ -221,7 +223,7 @@ fn read_file(path: &Path, visit: &mut impl FnMut(u64, &str)) -> io::Result<()> {
     Ok(())
 }
 
-/// The data of the next record; `None` at the end, and where what follows is none.
+/// Data of the next record; `None` at the end, and where no valid record follows.
 fn next_record(reader: &mut impl Read, left: u64) -> io::Result<Option<Vec<u8>>> {
     if left < FRAME {
         return Ok(None);
@@ -240,9 +242,9 @@ fn next_record(reader: &mut impl Read, left: u64) -> io::Result<Option<Vec<u8>>>
     Ok((crc == masked_crc(&data).to_le_bytes()).then_some(data))
 }
 
-/// Creates the first file of a name that is free: a coordinator in a container may restart within a second
-/// and with the same process id. It grows record by record: a reader stops at one that is torn, and the next
-/// coordinator has a new file.
+/// Creates the first file of an unused name: a coordinator in a container may restart within a
+/// second and with the same process id. The file grows record by record: a reader stops at a torn
+/// one, and the next coordinator has a new file.
 fn create_numbered(dir: &Path, stem: &str) -> io::Result<File> {
     for number in 0..u32::MAX {
         match File::create_new(dir.join(format!("{stem}.{number}"))) {
@@ -264,7 +266,7 @@ fn record(data: &[u8]) -> Vec<u8> {
     record
 }
 
-/// The CRC-32C of some data, turned and shifted as TFRecords want it, so that a checksum of checksums is no
+/// Masked CRC-32C: rotated and shifted as TFRecords require, so that a checksum of checksums is no
 /// weaker.
 fn masked_crc(data: &[u8]) -> u32 {
     crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
@@ -274,7 +276,7 @@ fn masked_crc(data: &[u8]) -> u32 {
 mod tests {
     use super::*;
 
-    /// Takes an event file apart, checking each checksum.
+    /// Parses an event file, verifying each checksum.
     fn events(mut bytes: &[u8]) -> Vec<Event> {
         let mut events = Vec::new();
         while !bytes.is_empty() {
@@ -289,8 +291,8 @@ mod tests {
         events
     }
 
-    /// The bytes that every event file of TensorFlow starts with, apart from the time: a length of 24 and its
-    /// masked CRC.
+    /// The first bytes of every event file of TensorFlow, apart from the time: a length of 24 and
+    /// its masked CRC.
     #[test]
     fn the_masked_crc_is_tensorflows() {
         let event =

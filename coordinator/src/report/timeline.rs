@@ -1,4 +1,5 @@
-//! The coordinator's part of a trace: events as they are recorded, the life of each group, the curves.
+//! The coordinator's part of a trace: events as they are recorded, the lifetime of each group, the
+//! curves.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,13 +10,13 @@ use serde_json::{Value, json};
 
 use super::metrics::Row;
 
-/// See the module.
+/// Tracks of the coordinator in a trace. See the module documentation.
 pub struct Timeline {
     trace: Trace,
     events: Track,
     groups: Track,
     storage: Track,
-    /// Whether a group is shown that trains, or regroups.
+    /// Whether a span of a group is open: it trains, or regroups.
     is_open: bool,
 }
 
@@ -27,7 +28,7 @@ struct Told<'a, F> {
 }
 
 impl Timeline {
-    /// The tracks of a trace.
+    /// Creates the tracks of a trace.
     pub fn new(trace: &Trace) -> Timeline {
         Timeline {
             events: trace.track(1, "events"),
@@ -38,12 +39,12 @@ impl Timeline {
         }
     }
 
-    /// Where local workers add their part.
+    /// Path of the trace, for local workers; `None` without a trace.
     pub fn path(&self) -> Option<&Path> {
         self.trace.path()
     }
 
-    /// Shows an event, which was recorded at `time`, and what it says of the group.
+    /// Adds an event, recorded at `time`, and the change of the group that it implies.
     pub fn event(&mut self, time: f64, kind: &str, fields: &impl Serialize) {
         if !self.events.is_on() {
             return;
@@ -73,12 +74,12 @@ impl Timeline {
         }
     }
 
-    /// Shows work on the storage that began at a time and is done now.
+    /// Adds work on the storage that began at `begun` and has just ended.
     pub fn stored(&self, name: &str, begun: Duration) {
         self.storage.slice(begun, now(), name, Nothing {});
     }
 
-    /// Shows a row's losses and rate.
+    /// Adds a row's losses and rate.
     pub fn row(&self, row: &Row) {
         if !self.events.is_on() {
             return;
@@ -87,7 +88,7 @@ impl Timeline {
             ("loss", json!({ "discriminator": row.loss_discriminator, "generator": row.loss_generator })),
             ("rate", json!({ "images_per_second": row.images_per_second })),
         ] {
-            // JSON has no form for what is not finite.
+            // JSON has no form for numbers that are not finite.
             let is_whole = values.as_object().is_some_and(|values| values.values().all(Value::is_number));
             if is_whole {
                 self.events.values(curve, values);
@@ -95,12 +96,12 @@ impl Timeline {
         }
     }
 
-    /// Hands over what waits.
+    /// Hands buffered lines to the system.
     pub fn flush(&self) {
         self.trace.flush();
     }
 
-    /// Ends the trace. All local workers have ended.
+    /// Closes the trace. All local workers must have ended.
     pub fn finish(&self) {
         self.trace.finish();
     }

@@ -1,10 +1,10 @@
-//! The store in which the members of a group find each other.
+//! Key-value store through which the members of a group find each other.
 //!
-//! 1. Only keys of this term and of the newest generation are served; older ones are gone and never come
-//!    back.
-//! 2. It holds a bounded number of keys of bounded size.
-//! 3. A change of a key wakes those that wait for this key and nobody else: members of a group of n wait for
-//!    n^2 keys.
+//! 1. Only keys of this term and of the newest generation are served; older ones are gone and never
+//!    come back.
+//! 2. The store holds a bounded number of keys of bounded size.
+//! 3. A change of a key wakes only the waiters of this key: members of a group of n wait for n^2
+//!    keys.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -20,20 +20,20 @@ use ganglion_proto::wire::{
 use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
 
-/// Keys of one generation. A group of n needs about n^2.
+/// Maximum number of keys of a generation. A group of n needs about n^2.
 const KEY_LIMIT: usize = 1 << 20;
-/// Bytes of a key's name and value together.
+/// Maximum size of a key's name and value together, in bytes.
 const ENTRY_LIMIT: usize = 64 << 10;
-/// Bytes of all keys of a generation.
+/// Maximum size of all keys of a generation, in bytes.
 const STORE_LIMIT: usize = 256 << 20;
-/// Bytes of a key's name.
+/// Maximum length of a key's name, in bytes.
 const NAME_LIMIT: usize = 1024;
-/// Keys of one question.
+/// Maximum number of keys in one `contains` request.
 const ASKED_LIMIT: usize = 1 << 16;
-/// The longest wait for a key.
+/// Maximum wait for a key.
 const WAIT_LIMIT: Duration = Duration::from_secs(600);
 
-/// A handle to the store.
+/// Shared handle of the store.
 #[derive(Clone)]
 pub struct Store {
     shared: Arc<Shared>,
@@ -42,7 +42,7 @@ pub struct Store {
 struct Shared {
     term: Term,
     entries: Mutex<Entries>,
-    /// How often somebody who waited for a key looked at it again.
+    /// Number of times that waiters were woken.
     #[cfg(test)]
     wakeups: std::sync::atomic::AtomicUsize,
 }
@@ -51,13 +51,13 @@ struct Shared {
 struct Entries {
     generation: Generation,
     values: BTreeMap<String, Vec<u8>>,
-    /// Bytes of all names and values.
+    /// Size of all names and values, in bytes.
     bytes: usize,
-    /// Those that wait, by the name of what they wait for.
+    /// Waiters by the name of their key.
     waiting: BTreeMap<String, Arc<Notify>>,
 }
 
-/// One that waits for a key.
+/// A request that waits for a key.
 struct Waiter<'a> {
     store: &'a Store,
     name: String,
@@ -101,7 +101,7 @@ impl Entries {
 }
 
 impl Store {
-    /// An empty store for a term.
+    /// Creates an empty store for a term.
     pub fn new(term: Term) -> Store {
         let shared = Shared {
             term,
@@ -122,7 +122,7 @@ impl Store {
         self.shared.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A key's name, if its generation is the one that is served.
+    /// Checks a key and returns its name, if its generation is the one that is served.
     fn open(&self, entries: &Entries, key: Option<Key>) -> Result<String, Status> {
         let key = key.ok_or_else(|| Status::invalid_argument("key is missing"))?;
         if key.term != self.shared.term.0 || key.generation != entries.generation.0 {
@@ -139,7 +139,7 @@ impl Store {
         Ok(key.name)
     }
 
-    /// The value of a key, or one that waits for it.
+    /// Value of a key, or a waiter for it.
     fn look(&self, key: Option<Key>) -> Result<Result<Vec<u8>, Waiter<'_>>, Status> {
         let mut entries = self.entries();
         let name = self.open(&entries, key)?;
@@ -150,7 +150,7 @@ impl Store {
         Ok(Err(Waiter { store: self, name, notify }))
     }
 
-    /// Waits until a key has a value.
+    /// Waits until a key has a value. The caller limits the time.
     async fn wait(&self, key: Option<Key>) -> Result<Vec<u8>, Status> {
         loop {
             let waiter = match self.look(key.clone())? {
@@ -159,12 +159,14 @@ impl Store {
             };
             let mut changed = pin!(waiter.notify.notified());
             changed.as_mut().enable();
-            // It may have been set before this one listened, and removed again.
+            // The key may have been set, and even removed again, before this waiter was enabled.
             match self.look(key.clone())? {
                 Ok(value) => return Ok(value),
                 Err(again) if !Arc::ptr_eq(&again.notify, &waiter.notify) => continue,
                 Err(_) => {}
             }
+            // No lock is held here. `put` wakes it, and so does `begin`, after which `look` refuses
+            // the key.
             changed.await;
             #[cfg(test)]
             self.shared.wakeups.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -293,8 +295,8 @@ mod tests {
         assert!(store.set(Request::new(set)).await.is_err());
     }
 
-    /// Invariant 3, by the number of wakeups: that of those who wait, and not its product with the number of
-    /// changes.
+    /// Invariant 3, by the number of wakeups: it equals the number of waiters, and not its product
+    /// with the number of changes.
     #[tokio::test]
     async fn a_change_wakes_those_that_wait_for_it_and_nobody_else() {
         const MEMBERS: u64 = 60;

@@ -1,4 +1,4 @@
-//! Carrying out the machine's decisions.
+//! Execution of the machine's decisions.
 
 use std::cmp::Ordering;
 
@@ -53,7 +53,7 @@ impl Shell {
             Action::Release(worker) => {
                 let complete = self.is_complete;
                 self.send(worker, ToWorker::Release { complete });
-                // Its session ends when it has read that.
+                // The session ends once the worker has read the release.
                 self.workers.remove(&worker);
             }
             Action::Drop(worker) => {
@@ -68,7 +68,8 @@ impl Shell {
         Ok(())
     }
 
-    /// Sends without waiting; a worker whose queue is full has stopped reading and loses its session.
+    /// Sends without waiting; a worker whose queue is full has stopped reading and loses its
+    /// session.
     pub(super) fn send(&mut self, worker: WorkerId, message: ToWorker) {
         let Some(connected) = self.workers.get_mut(&worker) else { return };
         let Some(outbox) = &connected.outbox else { return };
@@ -123,14 +124,14 @@ impl Shell {
 
     fn form(&mut self, group: &Group, cause: &Cause) -> Result<(), ShellError> {
         if let Some(lost) = self.lost.take_if(|_| group.start == Start::Fresh) {
-            // Nobody came back that holds a state, so this would be the start of a run that is not at its
-            // start.
+            // No member that holds a state came back, so a fresh start would drop the trained
+            // steps.
             self.outcome = Some(Outcome::InputWrong(lost));
             return Ok(());
         }
         self.journal.form(self.term, group, cause)?;
         self.records.formed(group.position);
-        // Numbered by generation: journaled, and nobody was told.
+        // Numbered by generation: journaled, and no member was told.
         failpoint::reached("form", group.generation.0);
         if let Change::Made(exclusion) = self.change.clone() {
             self.change = Change::None;
@@ -174,18 +175,18 @@ impl Shell {
         for (rank, member) in (0u32..).zip(&group.members) {
             self.supervisor.rename(member.worker, &format!("rank {rank}"));
             self.assign(member.worker);
-            // Numbered by generation: perhaps one was told, the others were not.
+            // Numbered by generation: perhaps one member was told, and the others were not.
             failpoint::reached("assign", group.generation.0);
         }
         Ok(())
     }
 
-    /// Whether others could read what a group reduces, though this coordinator speaks TLS.
+    /// Whether other machines could read a group's reduces, though this coordinator uses TLS.
     fn is_exposed(&self, group: &Group) -> bool {
         group.backend == Backend::Nccl && group.members.len() > 1 && self.url.starts_with("https://")
     }
 
-    /// Tells a member of its place in the newest group.
+    /// Sends a member its place in the newest group.
     fn assign(&mut self, worker: WorkerId) {
         let Some(group) = self.machine.group().cloned() else { return };
         let Some(rank) = group.members.iter().position(|member| member.worker == worker) else { return };
@@ -207,10 +208,10 @@ impl Shell {
         }
     }
 
-    /// Journals a checkpoint and has it made valid.
+    /// Journals a checkpoint and orders it to be made valid.
     pub(super) fn commit(&mut self, checkpoint: Checkpoint) -> Result<(), ShellError> {
-        // A new group reports files again that were reported, perhaps of one that is under way. `latest`
-        // never goes back.
+        // A new group reports files again, perhaps of a checkpoint that is in progress. `latest`
+        // never moves back.
         match self.ordered.map(|newest| checkpoint.position.cmp(&newest)) {
             Some(Ordering::Equal) => return Ok(()),
             Some(Ordering::Less) => return self.act(Action::AbandonCheckpoint(checkpoint.step)),
@@ -231,8 +232,8 @@ impl Shell {
         Ok(())
     }
 
-    /// Gives up the checkpoints that are not valid yet. Those of the same steps that come later may hold
-    /// other states.
+    /// Gives up the checkpoints that are not valid yet. Later ones of the same steps may hold other
+    /// states.
     fn give_up_checkpoints(&mut self) {
         for checkpoint in std::mem::take(&mut self.unjournaled) {
             self.records.event("checkpoint_abandoned", json!({ "step": checkpoint.step }));
@@ -241,14 +242,14 @@ impl Shell {
         self.ordered = self.machine.checkpoint().map(|checkpoint| checkpoint.position);
     }
 
-    /// Keeps a checkpoint for later, once.
+    /// Keeps a checkpoint for a later attempt, without duplicates.
     fn postpone(&mut self, checkpoint: Checkpoint) {
         if !self.unjournaled.iter().any(|known| known.position == checkpoint.position) {
             self.unjournaled.push(checkpoint);
         }
     }
 
-    /// Takes what became of a checkpoint.
+    /// Handles a report of the checkpoint task.
     pub(super) fn kept(&mut self, kept: Kept) -> Result<(), ShellError> {
         match kept {
             Kept::Delayed(checkpoint, reason) => {
@@ -310,7 +311,7 @@ impl Shell {
     }
 }
 
-/// The answer to a worker of another passport, with the way on.
+/// Refusal of a worker with another fingerprint of the environment, with advice.
 fn other_bits(differences: &[Difference]) -> String {
     let items: Vec<String> = differences.iter().map(ToString::to_string).collect();
     let numerics = differences.iter().find(|difference| difference.item == NUMERICS);

@@ -1,15 +1,15 @@
-//! The attempts by which workers opened their newest sessions.
+//! Attempts by which workers opened their newest sessions.
 //!
-//! 1. A hello that its worker has given up, and that arrives after a newer one, is refused for as long as the
-//!    worker may go on as who it was.
-//! 2. No more workers are remembered than those, and the newest one. The numbers of others are never given
-//!    again: a late hello of theirs is a stranger's, with no session to be older than.
+//! 1. A hello that its worker has abandoned, and that arrives after a newer one, is refused for as
+//!    long as the worker may resume.
+//! 2. Only such workers, and the newest one, are remembered. Numbers of others are never assigned
+//!    again: a late hello of theirs is a newcomer's, with no session to be older than.
 
 use std::collections::BTreeMap;
 
 use ganglion_membership::WorkerId;
 
-/// See the module.
+/// Newest attempt by worker. See the module documentation.
 #[derive(Debug, Default)]
 pub(super) struct Attempts(BTreeMap<WorkerId, u64>);
 
@@ -19,7 +19,8 @@ impl Attempts {
         self.0.get(&worker).is_some_and(|newest| attempt < *newest)
     }
 
-    /// A worker has opened a session. All are forgotten that are not `known` any more.
+    /// Notes that a worker has opened a session, and forgets all workers that are not `known` any
+    /// more.
     pub(super) fn opened(&mut self, worker: WorkerId, attempt: u64, known: impl Fn(WorkerId) -> bool) {
         self.0.retain(|worker, _| known(*worker));
         self.0.insert(worker, attempt);

@@ -1,21 +1,21 @@
-//! How many events a session may cause.
+//! Limit on the events that a session may cause.
 //!
-//! Events are lines of a file that is kept for ever. A worker that trains causes few; one that is broken or
-//! hostile could fill the disk.
+//! Events are lines of a file that is kept for ever. A worker that trains causes few; a broken or
+//! hostile one could fill the disk.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Events of a session in a row.
+/// Maximum number of events in a burst.
 const IN_A_ROW: u32 = 256;
-/// Pause for each further one.
+/// Pause before each further event.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// Events that a session may still cause.
+/// Rate limiter of a session's events.
 #[derive(Debug)]
 pub(super) struct Budget {
-    /// When nothing is left to wait for.
+    /// Time at which the full burst is available again.
     quiet: Instant,
     left_out: u64,
 }
@@ -25,8 +25,8 @@ impl Budget {
         Budget { quiet: Instant::now(), left_out: 0 }
     }
 
-    /// Spends an event; returns how many were left out since the one before, or `None` if this one is left
-    /// out too.
+    /// Spends an event; returns how many were dropped since the one before, or `None` if this one
+    /// is dropped too.
     pub(super) fn spend(&mut self) -> Option<u64> {
         let now = Instant::now();
         let quiet = self.quiet.max(now) + PAUSE;

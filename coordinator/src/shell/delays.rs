@@ -1,24 +1,24 @@
-//! Word of checkpoints that cannot be written: a line when that begins, and one when it is over. Attempts go
-//! on meanwhile, each a `checkpoint_delayed` event.
+//! Warnings about checkpoints that cannot be written: a line when that begins, and one when it is
+//! over. Attempts go on meanwhile, each a `checkpoint_delayed` event.
 
 use std::collections::BTreeSet;
 
-/// Writers and reasons that are remembered; beyond these nothing is told.
+/// Maximum number of writers and reasons remembered; further ones are not reported.
 const LIMIT: usize = 64;
 
-/// Warnings since the last checkpoint became valid: who cannot write, and why.
+/// Warnings since the last checkpoint became valid: writer and reason of each.
 #[derive(Debug, Default)]
 pub struct Delays(BTreeSet<(String, String)>);
 
 impl Delays {
-    /// Whether it is news that someone cannot write for a reason.
+    /// Whether a writer's failure for a reason was not reported yet.
     pub fn is_news(&mut self, who: &str, reason: &str) -> bool {
-        // The room that is needed and free differs from file to file.
+        // The required and free space differs from file to file.
         let reason = reason.split(": it needs ").next().unwrap_or(reason);
         self.0.len() < LIMIT && self.0.insert((who.to_string(), reason.to_string()))
     }
 
-    /// A checkpoint is valid: whether that is news.
+    /// Clears the warnings, since a checkpoint is valid; returns whether there were any.
     pub fn end(&mut self) -> bool {
         !std::mem::take(&mut self.0).is_empty()
     }

@@ -1,4 +1,5 @@
-//! After the run: whoever comes is told that it is complete, until a signal ends this coordinator.
+//! Service after completion: every worker that connects is told that the run is complete, until a
+//! signal ends this coordinator.
 
 use ganglion_membership::{Outcome, WorkerId};
 use ganglion_proto::message::{Hello, ToWorker};
@@ -8,17 +9,18 @@ use tokio::sync::mpsc;
 use super::{CHORES, Ended, Shell, ShellError, StopSignal};
 use crate::server::{Input, Outbox};
 
-/// The number of those who come after the end. The journal gives higher ones.
+/// Number of workers that connect after the end. Numbers from the journal are higher.
 const NOBODY: WorkerId = WorkerId(0);
 
 impl Shell {
-    /// The end of a run that was complete before this coordinator came, over so many samples.
+    /// Marks a run as complete before this coordinator started; `samples` is the size of the data
+    /// set.
     pub fn found_complete(&mut self, samples: Option<u64>) -> Ended {
         (self.is_complete, self.samples) = (true, samples);
         Ended { outcome: Outcome::Complete, signal: None }
     }
 
-    /// Answers until a signal comes.
+    /// Answers requests until a signal arrives.
     pub async fn stay(
         &mut self,
         inputs: &mut mpsc::Receiver<Input>,
@@ -35,7 +37,7 @@ impl Shell {
             tokio::select! {
                 biased;
                 _ = signals.recv() => return Ok(()),
-                // What a full disk held back is still written.
+                // Records that a full disk held back are still written.
                 _ = chores.tick() => {
                     self.publish();
                     self.records.catch_up();
@@ -62,7 +64,7 @@ impl Shell {
         if let Some(refusal) = self.refusal(hello) {
             return Err(refusal);
         }
-        // A new outbox has room.
+        // Cannot fail: a new outbox has room.
         let _ = outbox.try_send(ToWorker::Release { complete: true });
         Ok(hello.resume.as_ref().map_or(NOBODY, |resume| resume.worker))
     }

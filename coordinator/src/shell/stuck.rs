@@ -1,10 +1,11 @@
-//! A journal that cannot be written: what was decided waits, in order, and nothing more is decided until it
-//! can be.
+//! Handling of a journal that cannot be written: decisions wait, in order, and no further one is
+//! made until it can be.
 //!
-//! 1. A decision that is not journaled is not acted on, and nothing that was decided after it.
-//! 2. Workers that train are answered meanwhile, so that none runs out of its lease; what else they say
-//!    waits, so much of it as [`LIMIT`] allows, and the rest in their sessions.
-//! 3. Each attempt is made anew with the chores. People are told once, and once more when it is over.
+//! 1. A decision that is not journaled is not acted on, nor is any later one.
+//! 2. Workers that train get their heartbeat acknowledgements meanwhile, so that none runs out of
+//!    its lease; their other messages wait, up to [`LIMIT`] of them here, and the rest in their
+//!    sessions.
+//! 3. The journal is retried with the chores. The user is told once, and once more when it is over.
 
 use ganglion_membership::WorkerId;
 use ganglion_proto::message::{FromWorker, ToWorker};
@@ -14,21 +15,21 @@ use crate::keeper::Kept;
 use crate::server::{AdminInput, Input, SessionId};
 use crate::supervisor::Exited;
 
-/// How much of what comes in waits here.
+/// Maximum number of inputs that wait here.
 pub(super) const LIMIT: usize = 4096;
 
-/// Something that came in and waits for the journal.
+/// An input that waits for the journal.
 pub(super) enum Held {
-    /// From a client.
+    /// Input from a client.
     Input(Input),
-    /// The end of a local process.
+    /// End of a local process.
     Exit(Exited),
-    /// From the checkpoint storage.
+    /// Report of the checkpoint task.
     Kept(Kept),
 }
 
 impl Shell {
-    /// Carries out what was decided, as far as that can be journaled.
+    /// Carries out decisions as far as they can be journaled.
     pub(super) fn carry_out(&mut self) -> Result<(), ShellError> {
         while !self.is_stuck
             && let Some(action) = self.undone.pop_front()
@@ -41,7 +42,7 @@ impl Shell {
         Ok(())
     }
 
-    /// Waits for the journal if that may be written later.
+    /// Suspends decisions if the journal may be writable later; otherwise returns the error.
     pub(super) fn stick(&mut self, error: ShellError) -> Result<(), ShellError> {
         match error {
             ShellError::Journal(error) if error.may_mend() => {
@@ -57,7 +58,7 @@ impl Shell {
         }
     }
 
-    /// Tries what waits, in its order.
+    /// Retries the waiting decisions and inputs, in order.
     pub(super) fn unstick(&mut self) -> Result<(), ShellError> {
         if !std::mem::take(&mut self.is_stuck) {
             return Ok(());
@@ -78,7 +79,7 @@ impl Shell {
         Ok(())
     }
 
-    /// Keeps what comes in until the journal can be written, but for what needs no decision.
+    /// Holds an input until the journal can be written, unless it needs no decision.
     pub(super) fn hold(&mut self, input: Input) -> Result<(), ShellError> {
         match input {
             Input::Message(session, worker, message) if !needs_decision(&message) => {
@@ -111,7 +112,7 @@ impl Shell {
     }
 }
 
-/// Whether something may come of a message that has to be journaled.
+/// Whether a message may lead to a decision that has to be journaled.
 fn needs_decision(message: &FromWorker) -> bool {
     !matches!(
         message,

@@ -1,4 +1,4 @@
-//! Real processes, held by a file descriptor each.
+//! Real processes, each with a file descriptor as its handle.
 
 use std::ffi::OsStr;
 use std::io;
@@ -21,35 +21,35 @@ use crate::node::start_time;
 
 use super::{Exited, Process, Processes, Spawned, StartOrder};
 
-/// How long the `worker` program may take to count GPUs: a driver may have to be loaded first.
+/// Time limit of `worker gpus`: a driver may have to be loaded first.
 const COUNT_LIMIT: Duration = Duration::from_secs(60);
-/// As much of a line of a worker's log is kept.
+/// Maximum length of a line of a worker's log, in bytes; the rest is dropped.
 const LINE_LIMIT: usize = 16 << 10;
-/// How often it is looked whether it has.
+/// Interval at which the end of `worker gpus` is polled.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// Starts the `worker` program next to this one.
+/// Launcher of the `worker` program next to this one.
 pub struct SystemProcesses {
     program: PathBuf,
     log_format: LogFormat,
 }
 
 impl SystemProcesses {
-    /// Looks for this program's own folder.
+    /// Looks up this program's own folder.
     pub fn new(log_format: LogFormat) -> io::Result<SystemProcesses> {
         Ok(SystemProcesses { program: beside_this()?, log_format })
     }
 }
 
-/// Where the `worker` program is to be.
+/// Expected path of the `worker` program.
 fn beside_this() -> io::Result<PathBuf> {
     Ok(std::env::current_exe()?.canonicalize()?.with_file_name("worker"))
 }
 
-/// The `worker` program next to this one.
+/// Path of the `worker` program next to this one.
 ///
 /// # Errors
-/// There is none.
+/// The program does not exist.
 pub fn worker_program() -> io::Result<PathBuf> {
     let program = beside_this()?;
     check(&program).map(|()| program)
@@ -68,8 +68,8 @@ impl Processes for SystemProcesses {
         check(&self.program)
     }
 
-    /// Asks the program itself: it counts by the same rules by which it chooses one, `CUDA_VISIBLE_DEVICES`
-    /// included, and without a driver or a build for GPUs it has none.
+    /// Asks the program itself: it counts by the same rules by which it chooses a GPU,
+    /// `CUDA_VISIBLE_DEVICES` included, and without a driver or a build for GPUs it reports none.
     fn count_gpus(&self) -> io::Result<u32> {
         self.check_program()?;
         let mut counting = std::process::Command::new(&self.program)
@@ -113,7 +113,7 @@ impl Processes for SystemProcesses {
             .spawn()?;
         let pid = child.id().unwrap_or_default();
         let lines = child.stderr.take();
-        // Before anybody waits for it, so the number is still its own.
+        // Opened before the process can be reaped, so the number is still its own.
         let handle = Handle(open(pid).map(Arc::new));
         let spawned = Spawned { pid, started: start_time(pid).unwrap_or_default() };
         tokio::spawn(watch(child, lines, order.name, order.token, order.exits));
@@ -127,7 +127,8 @@ impl Processes for SystemProcesses {
         exits: UnboundedSender<Exited>,
     ) -> Option<Box<dyn Process>> {
         let Spawned { pid, started } = process;
-        // First the handle, then the look at the clock: the number cannot be given to another in between.
+        // The handle is opened before the start time is read: the number cannot be reused in
+        // between.
         let handle = Arc::new(open(pid)?);
         if start_time(pid) != Some(started) {
             return None;
@@ -137,7 +138,7 @@ impl Processes for SystemProcesses {
     }
 }
 
-/// The process itself; `None` on a system that gives no such handles.
+/// Handle of a process; `None` on a system without pidfds.
 struct Handle(Option<Arc<OwnedFd>>);
 
 impl Handle {
@@ -182,6 +183,7 @@ async fn watch(
         }
     }
     let pid = child.id().unwrap_or_default();
+    // After the end of the log, so that `last_words` has the final error.
     let status = child.wait().await;
     let input_error = status.as_ref().is_ok_and(|status| status.code() == Some(2));
     let mut status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
@@ -191,8 +193,8 @@ async fn watch(
     let _ = exits.send(Exited { token, pid, status, input_error });
 }
 
-/// The next line of a worker's log, without its end: any bytes, since a worker prints names and paths as they
-/// are. Of a line that is too long the first part.
+/// Next line of a worker's log, without its end. Any bytes are accepted, since a worker prints
+/// names and paths as they are. A line that is too long is cut.
 async fn next_line(lines: &mut (impl AsyncBufRead + Unpin)) -> Option<String> {
     let mut line = Vec::new();
     let mut cut = false;
@@ -217,12 +219,14 @@ async fn next_line(lines: &mut (impl AsyncBufRead + Unpin)) -> Option<String> {
     any.then(|| format!("{}{}", text.trim_end_matches('\r'), if cut { " ..." } else { "" }))
 }
 
-/// Waits for the end of a process that is not a child of this one. Its exit status is for its parent alone.
+/// Waits for the end of a process that is not a child of this one. Only its parent could learn its
+/// exit status.
 async fn watch_adopted(process: Arc<OwnedFd>, pid: u32, token: String, exits: UnboundedSender<Exited>) {
     let wait = move || {
         let mut ends = [PollFd::new(&process, PollFlags::IN)];
         while poll(&mut ends, None) == Err(Errno::INTR) {}
     };
+    // A blocking thread, since `poll` on the pidfd has no limit: it ends with the process.
     let _ = tokio::task::spawn_blocking(wait).await;
     let status = "an unknown status: it was started by an earlier coordinator".to_string();
     let _ = exits.send(Exited { token, pid, status, input_error: false });
@@ -237,7 +241,7 @@ fn forward(name: &str, line: &str) -> Option<String> {
     let text = text.trim();
     match level {
         "ERROR" => {
-            // It is told once, as the reason why the worker ended.
+            // Logged at a low level: it is reported once, as the reason why the worker ended.
             tracing::debug!(worker = name, "{text}");
             return Some(text.to_string());
         }
@@ -249,7 +253,7 @@ fn forward(name: &str, line: &str) -> Option<String> {
     None
 }
 
-/// The same for a line of the structured log: where in the run it was goes along.
+/// Like `forward`, for a line of the structured log, which carries its place in the run.
 fn forward_structured(line: log::Line) -> Option<String> {
     let log::Line { level, message, worker, rank, generation, step } = line;
     match level.as_str() {

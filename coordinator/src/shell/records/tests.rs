@@ -47,7 +47,7 @@ impl Bench {
         std::fs::read_to_string(self.metrics()).unwrap().lines().count()
     }
 
-    /// A second goes by; returns what workers are told.
+    /// Advances a second; returns the acknowledgement to the workers.
     async fn second(&mut self) -> Option<u64> {
         self.records.catch_up();
         if self.records.syncing.is_some() {
@@ -57,7 +57,7 @@ impl Bench {
     }
 }
 
-/// Invariants 1 and 2: more rows than find room here come while the disk is full.
+/// Invariants 1 and 2: while the disk is full, more rows arrive than find room here.
 #[tokio::test]
 async fn a_full_disk_loses_no_row() {
     let mut bench = Bench::new();
@@ -99,7 +99,7 @@ async fn a_row_is_durable_before_it_is_acknowledged_and_before_its_checkpoint() 
         assert_eq!(bench.disk.synced(&bench.metrics()), written);
         assert!(bench.records.are_durable(step));
     }
-    // One that was due and has not come.
+    // A due row that has not arrived.
     assert!(!bench.records.are_durable(3));
     bench.records.take_row(row(4));
     assert_eq!(bench.second().await, None, "4 is durable, and 3 is not there");
