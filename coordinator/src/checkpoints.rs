@@ -318,7 +318,7 @@ mod tests {
         assert_eq!(manifest::parse(&fs::read_to_string(aside).unwrap()).unwrap(), one);
     }
 
-    /// Numbers of more digits come later, though their names do not.
+    /// Folders are ordered by step: those with more digits come later, though not by name.
     #[tokio::test]
     async fn pruning_keeps_the_newest_beyond_eight_digits() {
         let (folder, storage) = storage().await;

@@ -12,7 +12,7 @@ pub(super) fn may_have_held(evidence: &Evidence, step: u64) -> bool {
     stretches.any(|(first, last)| (*first..=*last).contains(&step))
 }
 
-/// Claims nothing: it reports every loss of records, and what it leaves unproven.
+/// Reports every loss of records, and what it leaves unproven. This claim always holds.
 pub(super) fn losses_are_told(evidence: &Evidence) -> Claim {
     let claim = Claim::new("what was lost of the records is told");
     let mut told: Vec<String> = evidence.history.set_aside.iter().map(SetAside::describe).collect();

@@ -145,7 +145,7 @@ fn digest(tensors: &BTreeMap<String, TensorView<'_>>) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-/// Every file of a checkpoint has the length and the hash that its manifest says.
+/// Claims that every file of a checkpoint has the length and the hash in its manifest.
 pub(super) fn files_are_whole(whole: &Whole) -> Claim {
     let mut claim = Claim::new("every file of a checkpoint has its manifest's hash");
     let [mut checkpoints, mut all_files, mut gone] = [0; 3];
@@ -167,8 +167,8 @@ pub(super) fn files_are_whole(whole: &Whole) -> Claim {
     claim.of(format!("{all_files} files, {all_bytes} bytes, of {checkpoints} checkpoints{removed}"))
 }
 
-/// The state in a checkpoint's parts has the manifest's digest, and is of the manifest's position, which is
-/// the end of its step and phases.
+/// Claims that the state in a checkpoint's parts has the manifest's digest and update index, and
+/// that this index is the end of its step and phases.
 pub(super) fn states_have_their_digests(evidence: &Evidence, whole: &Whole) -> Claim {
     let mut claim = Claim::new("every state in a checkpoint has its manifest's digest and position");
     let mut judged = 0;
@@ -196,9 +196,9 @@ pub(super) fn states_have_their_digests(evidence: &Evidence, whole: &Whole) -> C
     claim.of(format!("{judged} states"))
 }
 
-/// Each checkpoint that a coordinator announced was journaled before, with the same position and digest.
-/// Workers that lost their coordinator write others; these are journaled when a coordinator goes on from
-/// them.
+/// Claims that each checkpoint that a coordinator announced was journaled before, with the same
+/// update index and digest. Workers that lost their coordinator write others; these are journaled
+/// when a coordinator continues from them.
 pub(super) fn journal_agrees(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("every checkpoint is as it was journaled");
     let [mut present, mut alone] = [0; 2];
@@ -235,9 +235,10 @@ pub(super) fn journal_agrees(evidence: &Evidence) -> Claim {
     ))
 }
 
-/// `latest` names a checkpoint that is there, and none newer was told to people. A manifest may be newer by
-/// the moment between the two writes, in which a coordinator can also die. Where a start found the newest
-/// damaged or missing, and said so, those that were told before count no more.
+/// Claims that `latest` names an existing checkpoint, and that no newer one was announced. A
+/// manifest may be newer by the moment between the two writes, in which a coordinator can also die.
+/// Where a start found the newest checkpoint damaged or missing, and reported that, earlier
+/// announcements no longer count.
 pub(super) fn latest_is_newest(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("latest names the newest checkpoint");
     let all = &evidence.events.whole;

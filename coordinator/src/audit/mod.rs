@@ -7,8 +7,8 @@
 //!    mentions a decision that this reading of the journal lacks.
 //! 3. An operation in progress is not a breach: on a run that goes on, a breach must show again
 //!    some seconds later.
-//! 4. A claim says what it was shown for. Whatever cannot be decided from the files is counted,
-//!    never passed over.
+//! 4. A claim says what it was shown for. Anything that the files do not decide is counted, never
+//!    passed over.
 
 mod aside;
 mod checkpoints;

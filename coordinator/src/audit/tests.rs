@@ -1,10 +1,10 @@
 //! Each test writes a small run that holds, breaks one thing of it, and expects exactly that to be
 //! found.
 //!
-//! The run: 1 term, 4 data shards of 2 samples, 2 phases a step, a row of each step, 20 samples. Generation 1
-//! starts fresh with two workers and commits steps 1 to 4; worker 2 is lost and generation 2 is healed by
-//! worker 1 and commits steps 5 and 6; then all are lost and generation 3 starts from the checkpoint of step
-//! 6 and commits steps 7 and 8.
+//! The run: 1 term, 4 data shards of 2 samples, 2 phases a step, a row of each step, 20 samples.
+//! Generation 1 starts fresh with two workers and commits steps 1 to 4; worker 2 is lost, and
+//! generation 2 takes its state from worker 1 and commits steps 5 and 6; then all are lost, and
+//! generation 3 starts from the checkpoint of step 6 and commits steps 7 and 8.
 
 use std::fs;
 use std::path::PathBuf;

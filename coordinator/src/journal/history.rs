@@ -39,7 +39,7 @@ pub struct History {
 pub struct TermRow {
     /// Number of the term.
     pub term: u64,
-    /// A row of metrics was due every so many steps; 0 where that is not known.
+    /// Cadence of the metrics rows in steps; 0 where that is not known.
     pub metrics_every_steps: u64,
 }
 
