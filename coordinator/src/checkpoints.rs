@@ -126,6 +126,7 @@ impl Checkpoints {
         if !is_wanted() {
             return self.withdraw(checkpoint).await.map(|()| false);
         }
+        // After the manifest, so that `latest` never names a folder without one.
         self.storage.replace(&Path::from(LATEST), &PutPayload::from(format!("{folder}\n"))).await?;
         Ok(true)
     }
@@ -142,7 +143,8 @@ impl Checkpoints {
         }
     }
 
-    /// Renames the manifest of another state that lies where a checkpoint's is to be written.
+    /// Copies the manifest of another state that lies where a checkpoint's is to be written to a name
+    /// of its own.
     async fn set_aside_other(&self, checkpoint: &Checkpoint) -> Result<(), Error> {
         let (folder, digest) = (checkpoint.folder(), &checkpoint.state_digest);
         let Some(text) = self.storage.text(&in_folder(&folder, MANIFEST)).await? else { return Ok(()) };
@@ -153,6 +155,7 @@ impl Checkpoints {
             "{folder} has a manifest of another state, which is kept as {aside}: {}",
             there.state_digest
         );
+        // An earlier attempt may have written the copy already.
         match self.storage.put_new(&in_folder(&folder, &aside), &PutPayload::from(text)).await {
             Err(Error::AlreadyExists { .. }) => Ok(()),
             kept => kept,

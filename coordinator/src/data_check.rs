@@ -170,6 +170,7 @@ async fn follow(child: &mut Child) -> Result<Report, Failure> {
         }
     }
     progress.finish();
+    // The output has ended without a report, so the process has ended or is about to.
     let status = child.wait().await.map_err(Failure::other)?;
     Err(Failure::Other(format!("`worker check-data` ended with {status}")))
 }

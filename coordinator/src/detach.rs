@@ -62,6 +62,7 @@ pub async fn launch() -> Result<Launched, Failure> {
         .map_err(failed)?;
     let process =
         Pid::from_raw(i32::try_from(child.id()).expect("the system's process numbers are positive"));
+    // Without a limit: a start may have to wait for an unreachable storage.
     let report = hear(ours, process).await.map_err(failed)?;
     match serde_json::from_slice::<Started>(&report) {
         Ok(Started { name, folder }) => {

@@ -111,6 +111,7 @@ impl Keeper {
     /// Closes the queue and waits for the task, at most `limit`; returns whether it has finished.
     pub async fn finish(&mut self, limit: Duration) -> bool {
         let (closed, _) = mpsc::unbounded_channel();
+        // Dropping the sender closes the queue: the task ends after its last order.
         self.orders = closed;
         tokio::time::timeout(limit, &mut self.task).await.is_ok()
     }
@@ -134,6 +135,7 @@ async fn keep(
     telling: UnboundedSender<Kept>,
     mut given_up: watch::Receiver<u64>,
 ) {
+    // Ends when the shell closes the queue, after the orders in it.
     while let Some(order) = ordered.recv().await {
         let begun = trace::now();
         let mut pauses = Pauses::new(PAUSES[0], PAUSES[1]);

@@ -83,6 +83,7 @@ impl Mirror {
     pub async fn finish(self) {
         let Some(Working { ending, done, address, screen }) = self.0 else { return };
         let _ = ending.send(true);
+        // The thread is not joined: a storage that hangs would hold the run's end.
         if timeout(LAST, done).await.is_err() {
             screen.print(&format!(
                 "warning: --mirror {address}: not all was copied in {} s; the same command copies the rest",

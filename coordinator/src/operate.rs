@@ -90,6 +90,8 @@ async fn stop(limit: Duration, folder: &Path) -> Result<String, Failure> {
     let (mut client, access) = reach(folder).await?;
     client.stop(authorised(StopRequest {}, &access)?).await.map_err(refused)?;
     let started = Instant::now();
+    // The coordinator answers at once and stops after its step and checkpoint, so its hold on the
+    // directory is polled.
     while is_held(folder) {
         if started.elapsed() > limit {
             let seconds = limit.as_secs();

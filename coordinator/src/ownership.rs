@@ -120,6 +120,8 @@ impl Fence {
         if let Some(superseded) = self.lost.borrow().clone() {
             return Err(superseded);
         }
+        // `lock` first: an existing file is read afresh also on NFS, a new name in `owners/` may
+        // not be seen.
         let named = read(&self.folder.join("lock")).holder.filter(|holder| holder.claim > self.claim);
         let newest = || newest(&claims(&self.folder)).ok().flatten().filter(|claim| *claim > self.claim);
         let by = match named {
@@ -243,6 +245,7 @@ impl Drop for Ownership {
     fn drop(&mut self) {
         if let Some((stop, thread)) = self.renewing.take() {
             drop(stop);
+            // Joined before the release is written, so that no renewal overwrites it.
             let _ = thread.join();
         }
         let mut holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);

@@ -43,6 +43,7 @@ impl Patience {
         loop {
             let error = match ask().await {
                 Err(error) if storage.is_away(&error) && started.elapsed() < LIMIT => error,
+                // Success, an error other than unreachability, or the end of the limit.
                 done => return done,
             };
             if !std::mem::replace(&mut told, true) {

@@ -61,6 +61,7 @@ pub async fn find(
         let absence = Checkpoints::absence(asked.place, patience).await?;
         stops(&absence.and_then(|reason| refusal(&reason)))?;
     }
+    // From here on the storage may be written: it is marked as the run's.
     let checkpoints = Checkpoints::open(asked.place, asked.run, patience).await?;
     let storage = checkpoints.storage();
     let newest = patience.wait_for(storage, async || checkpoints.newest_valid().await).await;

@@ -315,6 +315,8 @@ impl Shell {
             let deadline = self.machine.deadline().map(|time| self.started + time);
             let sleep = deadline.unwrap_or_else(|| Instant::now() + CHORES);
             tokio::select! {
+                // Polled in this order: signals first; the machine's timer last, so that heartbeats
+                // in the queue are handled before any worker is judged late.
                 biased;
                 Some(signal) = signals.recv() => self.stop(signal)?,
                 // Before the messages: a flood of them must not keep rows from being acknowledged.
@@ -324,6 +326,7 @@ impl Shell {
                 Some(input) = inputs.recv(), if self.held.len() < stuck::LIMIT => self.take(input)?,
                 Some(exit) = self.exited.recv(), if !self.is_stuck => self.reaped(exit)?,
                 Some(kept) = self.keeper.next(), if !self.is_stuck => self.kept(kept)?,
+                // Dropping this future loses nothing: the sync runs in a thread of its own.
                 () = self.records.synced() => self.settle_rows()?,
                 () = tokio::time::sleep_until(sleep), if !self.is_stuck => self.handle(Event::Tick)?,
             }
@@ -530,6 +533,7 @@ impl Shell {
                 Ok(None) => return,
                 Err(_) => {
                     self.supervisor.kill_all();
+                    // A killed process is still waited for, so that its end is journaled.
                     deadline += EXIT_LIMIT;
                 }
             }

@@ -133,6 +133,7 @@ where
         let receive = |stream, from, place: Place| {
             let (opening, router) = (secure(stream), router.clone());
             tokio::spawn(async move {
+                // Ends early if another connection needs this place.
                 match timeout(OPENING_LIMIT, place.keep(opening)).await {
                     Ok(Ok(stream)) => converse(stream, router, &place).await,
                     Ok(Err(error)) => tracing::debug!("a connection from {from} failed: {error}"),

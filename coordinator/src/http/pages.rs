@@ -80,6 +80,7 @@ pub fn parameter<'a>(uri: &'a Uri, name: &str) -> Option<&'a str> {
 async fn check(State(site): State<Arc<Site>>, request: Request, next: Next) -> Response {
     let mut response = match admit(&site, &request) {
         Ok(cookie) => {
+            // Bounds all handlers, their reads of files included.
             let answer = timeout(ANSWER_LIMIT, next.run(request)).await;
             let late = |_| refusal(StatusCode::SERVICE_UNAVAILABLE, "the answer took too long");
             let mut response = answer.unwrap_or_else(late);
@@ -252,6 +253,7 @@ async fn show_picture(State(site): State<Arc<Site>>, Path(name): Path<String>) -
         return missing();
     };
     let mut png = Vec::new();
+    // A picture came in one message, so it is no larger; a foreign file is cut.
     match file.take(MESSAGE_LIMIT as u64).read_to_end(&mut png).await {
         // A browser's request includes the run's name, and the picture of a step never changes.
         Ok(_) => {

@@ -144,6 +144,7 @@ fn locks_work(beside: &Path) -> bool {
         Ok(())
     };
     let works = ask().is_ok();
+    // Errors are ignored: an old probe is reused by the next check.
     let _ = fs::remove_file(probe);
     works
 }

@@ -118,6 +118,7 @@ impl Curves {
     /// The file cannot be written. The remaining records are kept for a while, and drawn by the
     /// next coordinator at the latest.
     pub fn flush(&self) -> io::Result<()> {
+        // Locked while writing: only the coordinator's loop draws, so no other thread waits.
         self.lock().file.flush()
     }
 }

@@ -52,6 +52,7 @@ impl Peer {
 
     /// Marks the client as authorised: it keeps its place from now on.
     pub fn admit(&self) {
+        // Relaxed: the flag guards no other memory. `swap` has the place marked once.
         if !self.admitted.swap(true, Ordering::Relaxed) {
             self.place.trust();
         }

@@ -66,8 +66,10 @@ struct Hall {
 impl Hall {
     async fn receive(self: Arc<Hall>, stream: TcpStream, from: SocketAddr, place: Place) {
         let greeting = place.keep(greet(stream, self.tls.as_deref()));
+        // Ends early if another connection needs this place.
         let greeted = tokio::time::timeout(GREETING_LIMIT, greeting).await;
         match greeted.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into())) {
+            // Waits while the server's queue is full; the connection keeps its place meanwhile.
             Ok((stream, shown)) => drop(self.let_in.send(Connection::new(stream, shown, place)).await),
             Err(error) => self.complain(from, &error.to_string()),
         }
@@ -85,6 +87,7 @@ impl Hall {
 
 async fn greet(mut stream: TcpStream, tls: Option<&Acceptor>) -> io::Result<(Stream, Shown)> {
     stream.set_nodelay(true)?;
+    // The caller limits the time of all waits here.
     let speaks_tls = first_byte(&stream).await? == HANDSHAKE;
     match (tls, speaks_tls) {
         (Some(tls), true) => {

@@ -145,6 +145,7 @@ where
         });
     tokio::select! {
         served = served => served,
+        // Polled in this task, so it ends with the server.
         never = report_health(reporter, views) => match never {},
     }
 }
@@ -177,6 +178,7 @@ impl SessionService for Sessions {
         &self,
         request: Request<Streaming<SessionRequest>>,
     ) -> Result<Response<Responses>, Status> {
+        // Refused at once and not queued: a waiting client would hold its stream.
         let Ok(place) = self.room.clone().try_acquire_owned() else {
             return Err(refused(Status::resource_exhausted(format!("{SESSIONS} sessions are open"))));
         };
@@ -190,10 +192,11 @@ impl SessionService for Sessions {
         let hello = hello.map_err(refused)?;
         let (outbox, messages) = mpsc::channel(OUTBOX);
         let (answer, admitted) = oneshot::channel();
+        // Relaxed: the numbers must differ, and order no other memory.
         let session = SessionId(self.opened.fetch_add(1, Ordering::Relaxed));
         self.inputs.send(Input::Hello { hello, session, outbox, answer }).await.map_err(|_| ended())?;
-        // Bounded: the shell answers every hello and never waits for a worker. If the shell ends,
-        // the sender is dropped and this returns an error.
+        // The shell answers every hello, though only once the journal can be written. If the shell
+        // ends, the sender is dropped and this returns an error.
         let worker = admitted.await.map_err(|_| ended())?;
         let worker = worker.map_err(|reason| refused(Status::failed_precondition(reason)))?;
         let (broke, breach) = oneshot::channel();
@@ -254,6 +257,8 @@ async fn read(
         };
         match FromWorker::from_wire(request) {
             Ok((of, message)) if of == term => {
+                // Back-pressure: while the shell's queue is full, the stream is not read. An error
+                // means that the shell has ended.
                 if inputs.send(Input::Message(session, worker, message)).await.is_err() {
                     return;
                 }
@@ -266,6 +271,7 @@ async fn read(
         tracing::warn!("closing the session of worker {worker}: {}", breach.message());
         let _ = broke.send(breach);
     }
+    // Last, after all messages of the session. If the shell has ended, nothing needs it any more.
     let _ = inputs.send(Input::Closed(session, worker)).await;
 }
 
@@ -283,6 +289,8 @@ impl Admin {
     async fn ask<T>(&self, input: impl FnOnce(oneshot::Sender<T>) -> AdminInput) -> Result<T, Status> {
         let (answer, answered) = oneshot::channel();
         self.inputs.send(Input::Admin(input(answer))).await.map_err(|_| ended())?;
+        // Waits for the shell's loop, and longer while the journal cannot be written. An error
+        // means that the shell has ended.
         answered.await.map_err(|_| ended())
     }
 }

@@ -67,6 +67,7 @@ struct Waiter<'a> {
 impl Drop for Waiter<'_> {
     fn drop(&mut self) {
         let mut entries = self.store.entries();
+        // The last waiter sees two owners of the `Arc`: the map and itself.
         let is_last = entries
             .waiting
             .get(&self.name)
@@ -193,6 +194,8 @@ impl StoreService for Store {
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
         let request = request.into_inner();
         let limit = Duration::from_millis(request.timeout_ms).min(WAIT_LIMIT);
+        // If the client cancels or the limit passes, the waiter is dropped, which removes its
+        // entry.
         match tokio::time::timeout(limit, self.wait(request.key)).await {
             Ok(value) => Ok(Response::new(GetResponse { value: value? })),
             Err(_) => Err(Status::deadline_exceeded("the key was not set in time")),

@@ -35,6 +35,7 @@ impl Shell {
         let mut chores = tokio::time::interval(CHORES);
         loop {
             tokio::select! {
+                // A signal goes before a flood of requests.
                 biased;
                 _ = signals.recv() => return Ok(()),
                 // Records that a full disk held back are still written.

@@ -86,6 +86,7 @@ impl Processes for SystemProcesses {
                 let what = format!("`worker gpus` did not end within {} s", COUNT_LIMIT.as_secs());
                 return Err(io::Error::new(io::ErrorKind::TimedOut, what));
             }
+            // Blocking: the coordinator counts before it serves any client.
             std::thread::sleep(LOOK);
         }
         let said = counting.wait_with_output()?;
@@ -144,6 +145,7 @@ struct Handle(Option<Arc<OwnedFd>>);
 impl Handle {
     fn send(&self, signal: Signal) {
         if let Some(process) = &self.0 {
+            // An error means that the process has ended, which is what the signal is for.
             let _ = pidfd_send_signal(process, signal);
         }
     }
@@ -176,6 +178,8 @@ async fn watch(
     if let Some(lines) = lines {
         let mut lines = BufReader::new(lines);
         while let Some(line) = next_line(&mut lines).await {
+            // Locked per line, since the label changes once the worker has a rank. Not held over an
+            // await.
             let name = name.lock().unwrap_or_else(PoisonError::into_inner).clone();
             if let Some(error) = forward(&name, &line) {
                 last_words = Some(error);
