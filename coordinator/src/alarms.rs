@@ -169,8 +169,7 @@ impl Watch {
 /// Describes scores (D outputs) that leave one network nothing to learn from; `None` where they do
 /// not, or where the loss has no such point.
 fn saturated(loss: LossKind, [real, fake]: [f64; 2]) -> Option<&'static str> {
-    // Probabilities; for least squares and hinge the values at which the discriminator's loss is
-    // minimal.
+    // Probabilities; for least squares and hinge the values at which the discriminator's loss is minimal.
     let [won_real, won_fake] = match loss {
         LossKind::NonSaturating | LossKind::Minimax | LossKind::LeastSquares => [0.99, 0.01],
         LossKind::Hinge => [1.0, -1.0],

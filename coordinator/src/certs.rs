@@ -1,5 +1,4 @@
-//! Creation of certificates and a join token, for users without a certificate authority of their
-//! own.
+//! Creation of certificates and a join token, for users without a certificate authority of their own.
 //!
 //! 1. Nothing is overwritten.
 //! 2. Keys and the token are readable by this user alone, from the moment they exist.
@@ -156,8 +155,7 @@ impl Authority {
         Ok(Authority { certificate, key: text, issuer: Issuer::new(params, key) })
     }
 
-    /// Loads an authority that `new` made. Everything that its signatures need follows from its
-    /// key.
+    /// Loads an authority that `new` made. Everything that its signatures need follows from its key.
     fn read(folder: &Path) -> Result<Authority, String> {
         let text =
             |name: &str| fs::read_to_string(folder.join(name)).map_err(|error| format!("{name}: {error}"));

@@ -224,8 +224,7 @@ impl Checkpoints {
         let mut kept = 0;
         for folder in self.storage.checkpoints().await?.iter().rev() {
             if keep == 0 && kept == 2 {
-                // Remains of failed attempts before these were removed when the older of them was
-                // new.
+                // Remains of failed attempts before these were removed when the older of them was new.
                 return Ok(());
             }
             let is_checkpoint = self.storage.exists(&in_folder(folder, MANIFEST)).await?;

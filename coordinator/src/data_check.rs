@@ -1,5 +1,4 @@
-//! `coordinator data check`: whether every sample of a data set can be trained on, before any
-//! training.
+//! `coordinator data check`: whether every sample of a data set can be trained on, before any training.
 //!
 //! The `worker` program reads the samples, as training does; this side reads the job, shows
 //! progress and reports the result.
@@ -110,8 +109,7 @@ impl Check {
         }
     }
 
-    /// Verdict on single samples, with the argument that leaves them out; `None` if all can be
-    /// used.
+    /// Verdict on single samples, with the argument that leaves them out; `None` if all can be used.
     fn verdict(&self, report: &Report) -> Option<String> {
         let (bad, all) = (report.bad, report.found.samples);
         if bad == 0 {

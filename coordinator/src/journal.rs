@@ -94,8 +94,7 @@ pub enum JournalError {
     /// The journal was written all the time while it was read.
     #[error("journal.sqlite: a coordinator writes it all the time; try again")]
     Busy,
-    /// Nothing was written: the fence refused the commit because another coordinator has taken
-    /// over.
+    /// Nothing was written: the fence refused the commit because another coordinator has taken over.
     #[error("journal.sqlite: another coordinator has taken this run over")]
     Superseded,
     /// A later version of this program wrote the journal.
@@ -179,8 +178,7 @@ pub enum Fact {
     Recovered,
 }
 
-/// Identity of a process on its machine: unique for all time, also where process numbers are
-/// reused.
+/// Identity of a process on its machine: unique for all time, also where process numbers are reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spawned {
     /// Process number.
@@ -477,8 +475,7 @@ impl Journal {
         history::set_asides(&self.connection)
     }
 
-    /// The furthest update index that was decided on: that of a checkpoint, or the start of a
-    /// generation.
+    /// The furthest update index that was decided on: that of a checkpoint, or the start of a generation.
     pub fn newest_position(&self) -> Result<Position, JournalError> {
         let query = "SELECT COALESCE(MAX(position), 0) FROM
             (SELECT position FROM checkpoints UNION ALL SELECT position FROM generations)";

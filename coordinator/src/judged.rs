@@ -48,8 +48,7 @@ pub enum Known {
 }
 
 impl Judged {
-    /// Builds the state from recorded evaluations and from the folders of the checkpoints on the
-    /// storage.
+    /// Builds the state from recorded evaluations and from the folders of the checkpoints on the storage.
     pub fn new(job: Job, rows: Vec<EvaluationRow>, folders: &[String]) -> Judged {
         let (steps, saved) = (rows.into_iter().map(|row| (row.step, row)), BTreeSet::new());
         let mut judged = Judged { job, rows: steps.collect(), saved, best: None };

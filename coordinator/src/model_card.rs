@@ -117,8 +117,7 @@ fn lineage(card: &mut String, subject: &Subject) {
     }
 }
 
-/// The resolved job, without the comments of its file and without addresses, which may hold a
-/// secret.
+/// The resolved job, without the comments of its file and without addresses, which may hold a secret.
 fn settings(job: &Job) -> String {
     let mut job = job.clone();
     job.checkpoint.url = None;

@@ -374,8 +374,7 @@ fn create(folder: &Path, holder: &Holder) -> io::Result<()> {
     Ok(())
 }
 
-/// Overwrites a holder in place: other machines would not see a new file under the old name at
-/// once.
+/// Overwrites a holder in place: other machines would not see a new file under the old name at once.
 fn write(file: &Path, holder: &Holder, renewal: u64) -> io::Result<()> {
     let text = text(holder, renewal);
     let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(file)?;

@@ -30,8 +30,7 @@ impl Patience {
         Patience::new(Screen::silent())
     }
 
-    /// Repeats a request to a storage until the storage answers. Past the limit its last error is
-    /// returned.
+    /// Repeats a request to a storage until the storage answers. Past the limit its last error is returned.
     pub async fn wait_for<T>(
         &self,
         storage: &Storage,

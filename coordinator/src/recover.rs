@@ -59,8 +59,7 @@ struct Recovered {
 /// Facts about the run from records other than the journal.
 #[derive(Default)]
 struct Told {
-    /// The greatest number of a term, a generation or a worker, and the losses of earlier
-    /// recoveries.
+    /// The greatest number of a term, a generation or a worker, and the losses of earlier recoveries.
     before: Recovery,
     passport: Option<String>,
     evaluations: Vec<EvaluationRow>,
@@ -128,8 +127,7 @@ fn read_job(run: &Path) -> Result<Job, Failure> {
         .map_err(|errors| Failure::Input(format!("{}: not a job of this version:\n{errors}", file.display())))
 }
 
-/// Run that the storage belongs to, and the checkpoints on it. Their files are verified by the next
-/// start.
+/// Run that the storage belongs to, and the checkpoints on it. Their files are verified by the next start.
 fn find_checkpoints(run: &Path, job: &Job) -> Result<(Option<String>, Vec<Checkpoint>), Failure> {
     let storage = open_storage(run, job).map_err(|error| Failure::Input(error.to_string()))?;
     let found = storage.wait(async {

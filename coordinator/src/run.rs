@@ -230,8 +230,7 @@ async fn take_over(
     disk: &Arc<dyn Disk>,
 ) -> Result<TakenOver, Failure> {
     let mut journal = open_journal(run_dir, screen)?;
-    // Nothing was trained before the first group formed, so a mistake in the job may still be
-    // mended.
+    // Nothing was trained before the first group formed, so a mistake in the job may still be mended.
     let begun = journal.last_generation()? > Generation(0);
     let Settled { mut job, changed, asked } = run_dir.check_job(job, begun, journal.unused_exclusion()?)?;
     let run = run_name(&mut journal)?;
@@ -390,8 +389,7 @@ where
     Ok(ended)
 }
 
-/// Opens the journal. If it is missing while the run's records exist, the run is refused: it is not
-/// new.
+/// Opens the journal. If it is missing while the run's records exist, the run is refused: it is not new.
 fn open_journal(run_dir: &RunDir, screen: &Screen) -> Result<Journal, Failure> {
     let journal = run_dir.path("journal.sqlite");
     let holds = |name: &&str| std::fs::metadata(run_dir.path(name)).is_ok_and(|file| file.len() > 0);
@@ -427,8 +425,7 @@ fn run_name(journal: &mut Journal) -> Result<String, Failure> {
     Ok(run)
 }
 
-/// Loads the recorded evaluations, and writes the events that an earlier coordinator's death
-/// prevented.
+/// Loads the recorded evaluations, and writes the events that an earlier coordinator's death prevented.
 async fn judged(
     journal: &Journal,
     checkpoints: &Checkpoints,

@@ -3,8 +3,7 @@
 //! 1. One coordinator holds a run directory at a time, by a lock that the system frees when the
 //!    process ends, and by a claim (`ownership.rs`), since on some file systems locks do not reach
 //!    other machines, or do not exist.
-//! 2. A run directory belongs to one job for ever; only settings that cannot change the result may
-//!    change.
+//! 2. A run directory belongs to one job for ever; only settings that cannot change the result may change.
 //! 3. Secrets in it are readable by its user only, whatever files had their names before.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
@@ -71,8 +70,7 @@ impl RunDir {
         RunDir::hold_telling(folder, &|line| tracing::warn!("{line}"))
     }
 
-    /// Like [`RunDir::hold`]; `tell` receives reasons for waiting and shortcomings of the file
-    /// system.
+    /// Like [`RunDir::hold`]; `tell` receives reasons for waiting and shortcomings of the file system.
     pub fn hold_telling(folder: &Path, tell: &dyn Fn(&str)) -> Result<RunDir, RunDirError> {
         let named = format!("--run-dir {}", folder.display());
         let unusable = |error: std::io::Error| RunDirError::of(&named, error);

@@ -3,8 +3,7 @@
 //!
 //! 1. A decision is journaled before anything acts on it. While the journal cannot be written
 //!    nothing is decided (`stuck.rs`).
-//! 2. The loop never waits for a worker: a worker that does not read its messages loses its
-//!    session.
+//! 2. The loop never waits for a worker: a worker that does not read its messages loses its session.
 //! 3. A file that cannot be written is retried while training goes on; nothing is acknowledged that
 //!    is not written. The loop waits neither for the checkpoint storage, which has a task of its
 //!    own (`keeper.rs`), nor for a sync of the records.
@@ -358,8 +357,7 @@ impl Shell {
         self.journal.spawning(self.term, &token, local_rank)?;
         let trace = self.records.timeline.path();
         let spawned = self.supervisor.spawn(&self.url, token.clone(), local_rank, trace)?;
-        // Numbered by local rank: a process runs, and the journal has its token and not its process
-        // number.
+        // Numbered by local rank: a process runs, and the journal has its token and not its process number.
         failpoint::reached("spawn", local_rank.into());
         self.unnumbered.push((token, spawned));
         self.number_processes()?;

@@ -2,8 +2,7 @@
 //!
 //! 1. A checkpoint that is removed while it is read is ignored. It loses its manifest first, which
 //!    identifies this case.
-//! 2. A checkpoint with a damaged file takes part in no other claim: its state is not the saved
-//!    one.
+//! 2. A checkpoint with a damaged file takes part in no other claim: its state is not the saved one.
 //!
 //! Memory: the files of one checkpoint at a time.
 

@@ -1,5 +1,4 @@
-//! Evidence of an audit: the files of a run directory, read in the order of invariant 2 of
-//! [`super`].
+//! Evidence of an audit: the files of a run directory, read in the order of invariant 2 of [`super`].
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind};

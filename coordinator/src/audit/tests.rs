@@ -1,5 +1,4 @@
-//! Each test writes a small run that holds, breaks one thing of it, and expects exactly that to be
-//! found.
+//! Each test writes a small run that holds, breaks one thing of it, and expects exactly that to be found.
 //!
 //! The run: 1 term, 4 data shards of 2 samples, 2 phases a step, a row of each step, 20 samples.
 //! Generation 1 starts fresh with two workers and commits steps 1 to 4; worker 2 is lost, and

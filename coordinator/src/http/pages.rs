@@ -279,8 +279,7 @@ async fn tell_prometheus(State(site): State<Arc<Site>>, headers: HeaderMap) -> R
     ([(header::CONTENT_TYPE, HeaderValue::from_static(form.content_type()))], text).into_response()
 }
 
-/// Health of the process: it serves, and its loop makes progress. Before the first view it is
-/// starting.
+/// Health of the process: it serves, and its loop makes progress. Before the first view it is starting.
 async fn tell_health(State(site): State<Arc<Site>>) -> Response {
     match site.view.borrow().as_ref().and_then(|view| view.is_hung_for()) {
         None => "ok\n".into_response(),

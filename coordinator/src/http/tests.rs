@@ -119,8 +119,7 @@ impl Bench {
             client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
             client.write_all(request.as_bytes()).unwrap();
             let mut all = Vec::new();
-            // A server that has answered may close before it has read everything that a client
-            // sends.
+            // A server that has answered may close before it has read everything that a client sends.
             let _ = client.read_to_end(&mut all);
             all
         });
@@ -414,8 +413,7 @@ impl Accept for Two {
     }
 }
 
-/// Invariant 2: the request had not been looked at when its connection was to make place for
-/// another.
+/// Invariant 2: the request had not been looked at when its connection was to make place for another.
 #[tokio::test]
 async fn a_question_that_came_before_its_place_was_taken_is_answered() {
     let limits = Limits { all: 1, strangers_of_address: 1, idle_of_address: 1, grace: Duration::ZERO };

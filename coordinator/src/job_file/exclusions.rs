@@ -4,8 +4,7 @@
 //! 1. `data.exclude` in a new run leaves samples out from the start. Given to a run that has begun
 //!    it requests a change, from the run's newest state on; the coordinator writes the change as a
 //!    table `[[data.exclusion]]` into job.toml.
-//! 2. Samples that a run has left out stay left out: a job that does not repeat them requests no
-//!    change.
+//! 2. Samples that a run has left out stay left out: a job that does not repeat them requests no change.
 //! 3. A job with tables gives the same bits from scratch as the run that they were recorded in.
 
 use std::path::Path;
@@ -21,8 +20,7 @@ const RECORD: &str = "data.exclusion";
 /// Example of one table, for messages.
 const EXAMPLE: &str = "after_step = 7 and files = [\"cats/0001.jpg\"]";
 
-/// Reads both keys. `data` is the data's path: a name may begin with it, as in messages about
-/// files.
+/// Reads both keys. `data` is the data's path: a name may begin with it, as in messages about files.
 pub(super) fn read(settings: &mut Settings, data: Option<&Path>) -> Vec<Exclusion> {
     let mut exclusions: Vec<Exclusion> = Vec::new();
     for (at, table) in settings.tables(RECORD, EXAMPLE).into_iter().enumerate() {

@@ -1,8 +1,6 @@
-//! The job file: parses a TOML file and overrides of it into a [`Job`], and writes the resolved job
-//! back.
+//! The job file: parses a TOML file and overrides of it into a [`Job`], and writes the resolved job back.
 //!
-//! 1. All errors of a job show at once, each with its place, its key, what is wrong and how to mend
-//!    it.
+//! 1. All errors of a job show at once, each with its place, its key, what is wrong and how to mend it.
 //! 2. A [`Job`] that leaves this module is complete and checked: defaults filled in, paths
 //!    absolute, sizes within limits.
 //! 3. Reading the output of [`render`] gives the same job.

@@ -3,11 +3,9 @@
 //! The readers in `sections` take each key with its type and its limits; every error is noted and
 //! reading goes on, so that one run of the coordinator shows all of them.
 //!
-//! 1. A setting that no reader took is an unknown key: the list of known keys is the list of keys
-//!    taken.
+//! 1. A setting that no reader took is an unknown key: the list of known keys is the list of keys taken.
 //! 2. An override replaces the file's setting of the same key, and its errors name the override, not a line.
-//! 3. A key has at most one error; checks over several keys are skipped where one of them has an
-//!    error.
+//! 3. A key has at most one error; checks over several keys are skipped where one of them has an error.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -186,8 +184,7 @@ impl<'t> Settings<'t> {
         within
     }
 
-    /// Takes `key` as a number within `limits`, or `default` if it is not given. An integer is
-    /// accepted.
+    /// Takes `key` as a number within `limits`, or `default` if it is not given. An integer is accepted.
     pub(super) fn number_or(
         &mut self,
         key: &'static str,
@@ -248,8 +245,7 @@ impl<'t> Settings<'t> {
         chosen.map(|(_, choice)| *choice)
     }
 
-    /// Takes `key` as a list of names in `choices`, or as text with commas between them, without
-    /// duplicates.
+    /// Takes `key` as a list of names in `choices`, or as text with commas between them, without duplicates.
     pub(super) fn choices<T: Copy>(&mut self, key: &'static str, choices: &[(&'static str, T)]) -> Vec<T> {
         let given: Vec<String> = match self.take(key) {
             None => return Vec::new(),

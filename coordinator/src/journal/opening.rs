@@ -103,8 +103,7 @@ fn without_log(file: &Path) -> rusqlite::Result<(Connection, bool)> {
         true => Connection::open(file)?,
         false => Connection::open_with_flags_and_vfs(file, OpenFlags::default(), c"unix-none")?,
     };
-    // A connection in exclusive mode can take in a log that an earlier holder left without shared
-    // memory.
+    // A connection in exclusive mode can take in a log that an earlier holder left without shared memory.
     connection.query_row("PRAGMA locking_mode = EXCLUSIVE", [], |_| Ok(()))?;
     let mode: String = connection.query_row("PRAGMA journal_mode = TRUNCATE", [], |row| row.get(0))?;
     if mode != "truncate" {

@@ -1,11 +1,9 @@
 //! Salvage of a damaged journal: its readable rows, and a new journal from them.
 //!
 //! 1. The damaged journal is only read.
-//! 2. A table is read from both ends up to the damage; a table that was read without an error is
-//!    whole.
-//! 3. Numbers of the new journal lie far above all that the old one can have assigned: its newest
-//!    rows may be the lost ones, and no earlier worker, group or coordinator may be taken for a new
-//!    one.
+//! 2. A table is read from both ends up to the damage; a table that was read without an error is whole.
+//! 3. Numbers of the new journal lie far above all that the old one can have assigned: its newest rows
+//!    may be the lost ones, and no earlier worker, group or coordinator may be taken for a new one.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,8 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::{Fact, Journal, JournalError, opening};
 
 /// Gap between the numbers before a recovery and those after it. A run that assigned a number each
-/// millisecond would take eleven days to cross it, and a reader sees at a glance which numbers are
-/// older.
+/// millisecond would take eleven days to cross it, and a reader sees at a glance which numbers are older.
 pub const LEAP: u64 = 1_000_000_000;
 
 /// Tables that are copied into the new journal. The started processes are not: none may be adopted,

@@ -1,9 +1,7 @@
-//! In-memory index of a run's records for the dashboard: curves, events, checkpoints, pictures,
-//! counts.
+//! In-memory index of a run's records for the dashboard: curves, events, checkpoints, pictures, counts.
 //!
-//! 1. It is built from the lines of `metrics.jsonl` and `events.jsonl`, those of earlier
-//!    coordinators first, and from nothing else. So a new coordinator shows the same as the one
-//!    before.
+//! 1. It is built from the lines of `metrics.jsonl` and `events.jsonl`, those of earlier coordinators
+//!    first, and from nothing else. So a new coordinator shows the same as the one before.
 //! 2. Memory is bounded, and so is the cost of any query. A reader holds the lock for a moment
 //!    only: nothing waits for a client, a file or a process with it.
 //! 3. No decision depends on it.
@@ -207,8 +205,7 @@ impl Chronicle {
 
     /// Adds a line of `metrics.jsonl`.
     pub fn row(&self, line: &[u8]) {
-        // The writer has validated the line; a line of another version without these columns is not
-        // drawn.
+        // The writer has validated the line; a line of another version without these columns is not drawn.
         let Ok(row) = serde_json::from_slice::<RowLine>(line) else { return };
         let mut known = self.look();
         known.rows += 1;
@@ -291,8 +288,7 @@ impl Known {
         self.curve.since(from, points)
     }
 
-    /// Events from a number on with their numbers, at most `limit` and at most about `bytes` of
-    /// them.
+    /// Events from a number on with their numbers, at most `limit` and at most about `bytes` of them.
     pub fn events(&self, from: u64, limit: usize, bytes: usize) -> Vec<(u64, String)> {
         let start = self.events.partition_point(|(number, _)| *number < from);
         let mut size = 0;

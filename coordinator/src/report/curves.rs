@@ -58,8 +58,7 @@ struct Event<'a> {
 }
 
 impl Curves {
-    /// Reads back the drawings of earlier coordinators in a run directory, and begins a new event
-    /// file.
+    /// Reads back the drawings of earlier coordinators in a run directory, and begins a new event file.
     ///
     /// # Errors
     /// The folder cannot be read, or no file can be created in it.

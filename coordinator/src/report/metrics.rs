@@ -75,8 +75,7 @@ struct Computed {
     score_fake: Option<f64>,
 }
 
-/// Part of a row that depends on the circumstances of training, and values derived from the other
-/// part.
+/// Part of a row that depends on the circumstances of training, and values derived from the other part.
 #[derive(Serialize)]
 struct Circumstances {
     epoch: f64,
@@ -132,8 +131,7 @@ pub enum Recorded {
 pub struct Breach {
     /// Number of the step.
     pub step: u64,
-    /// Computed part of the recorded row, as JSON: step, images seen, sample checksum, losses and
-    /// scores.
+    /// Computed part of the recorded row, as JSON: step, images seen, sample checksum, losses and scores.
     pub recorded: String,
     /// Computed part of the recomputed row, as JSON.
     pub recomputed: String,

@@ -1,10 +1,8 @@
 //! Progress of a run on standard error: a bar on a terminal, elsewhere a line every few seconds.
 //!
 //! 1. Rows drive everything. Times come from the rows, which carry the time of their step's commit;
-//!    there is no clock, no thread and no sleep in here, and a run that stands still prints
-//!    nothing.
-//! 2. All other output to standard error goes through a [`Screen`], so that it does not tear the
-//!    bar.
+//!    there is no clock, no thread and no sleep in here, and a run that stands still prints nothing.
+//! 2. All other output to standard error goes through a [`Screen`], so that it does not tear the bar.
 //! 3. A closed terminal is not a failure: output to it is dropped.
 
 use std::fmt;
@@ -246,8 +244,7 @@ struct Pace {
 }
 
 impl Pace {
-    /// Adds that `step` was committed at `time`. Repeated steps, and a clock that was set back, are
-    /// ignored.
+    /// Adds that `step` was committed at `time`. Repeated steps, and a clock that was set back, are ignored.
     fn add(&mut self, step: u64, time: f64) {
         let last = self.last.replace((step, time));
         let Some((last_step, last_time)) = last else {

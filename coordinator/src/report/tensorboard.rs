@@ -7,9 +7,8 @@
 //!
 //! 1. Records that were not flushed are lost with the process: `metrics.jsonl` is the record, this
 //!    is a view.
-//! 2. A record is in a file as a whole or not at all: one that a death or a full disk cut is
-//!    removed. No reader finds anything behind a damaged record, so everything from it on is cut
-//!    off.
+//! 2. A record is in a file as a whole or not at all: one that a death or a full disk cut is removed.
+//!    No reader finds anything behind a damaged record, so everything from it on is cut off.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Write};
@@ -266,8 +265,7 @@ fn record(data: &[u8]) -> Vec<u8> {
     record
 }
 
-/// Masked CRC-32C: rotated and shifted as TFRecords require, so that a checksum of checksums is no
-/// weaker.
+/// Masked CRC-32C: rotated and shifted as TFRecords require, so that a checksum of checksums is no weaker.
 fn masked_crc(data: &[u8]) -> u32 {
     crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }

@@ -1,5 +1,4 @@
-//! The coordinator's part of a trace: events as they are recorded, the lifetime of each group, the
-//! curves.
+//! The coordinator's part of a trace: events as they are recorded, the lifetime of each group, the curves.
 
 use std::path::Path;
 use std::time::Duration;

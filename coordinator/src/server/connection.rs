@@ -113,8 +113,7 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        // Checked on reads alone: the HTTP/2 server always has a read pending, which the timer
-        // wakes.
+        // Checked on reads alone: the HTTP/2 server always has a read pending, which the timer wakes.
         if !self.peer.is_admitted() && self.patience.as_mut().poll(cx).is_ready() {
             tracing::info!(
                 "closed a connection from {}: it does nothing that it may do",

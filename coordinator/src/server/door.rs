@@ -25,8 +25,7 @@ use super::tls::Acceptor;
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// First byte of every TLS client: the type of a handshake record.
 const HANDSHAKE: u8 = 22;
-/// Answer to a TLS client of a listener without TLS. It is not TLS, which the client's library
-/// reports.
+/// Answer to a TLS client of a listener without TLS. It is not TLS, which the client's library reports.
 const NO_TLS: &[u8] = b"this coordinator does not speak TLS\n";
 /// Time limit for the TLS handshake or the HTTP/2 preface.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
@@ -42,8 +41,7 @@ const COMPLAINTS: (u32, Duration) = (60, Duration::from_secs(10));
 /// Capacity of the queue of accepted connections.
 const WAITING: usize = 64;
 
-/// Starts to accept connections; returns those whose clients have sent a preface or finished a
-/// handshake.
+/// Starts to accept connections; returns those whose clients have sent a preface or finished a handshake.
 pub fn open(listener: TcpListener, tls: Option<Arc<Acceptor>>) -> mpsc::Receiver<Connection> {
     let (let_in, greeted) = mpsc::channel(WAITING);
     let hall = Arc::new(Hall { tls, let_in, complaints: Throttle::new(COMPLAINTS.0, COMPLAINTS.1) });
@@ -137,8 +135,7 @@ async fn greets(stream: &TcpStream) -> io::Result<()> {
         if length == PREFACE.len() {
             return Ok(());
         }
-        // Peeked bytes stay in the socket, so it remains readable; polling replaces a wait for
-        // readability.
+        // Peeked bytes stay in the socket, so it remains readable; polling replaces a wait for readability.
         tokio::time::sleep(LOOK).await;
     }
 }

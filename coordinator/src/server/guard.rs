@@ -2,9 +2,8 @@
 //!
 //! 1. With TLS or a join token only health checks answer a client without the required credentials.
 //! 2. Secrets are compared by their hashes, so the time of the comparison reveals nothing.
-//! 3. An address that has sent too many wrong secrets is blocked for a while, except for its
-//!    connections that have shown a right one: nobody can lock out members that train at the same
-//!    address.
+//! 3. An address that has sent too many wrong secrets is blocked for a while, except for its connections
+//!    that have shown a right one: nobody can lock out members that train at the same address.
 //!
 //! | service | with TLS | with a join token | else |
 //! |---|---|---|---|
@@ -56,8 +55,7 @@ enum Needs {
 }
 
 impl Guard {
-    /// Creates the rules: `operator` is the operators' token, `join` the members', if one is
-    /// required.
+    /// Creates the rules: `operator` is the operators' token, `join` the members', if one is required.
     pub fn new(operator: &str, join: Option<&JoinToken>, tls: bool) -> Guard {
         let hash = |header: String| blake3::hash(header.as_bytes());
         Guard {

@@ -211,8 +211,7 @@ impl SessionService for Sessions {
     }
 }
 
-/// Stream of at most one final item: the reason why the client lost its session, if it violated the
-/// contract.
+/// Stream of at most one final item: the reason why the client lost its session, if it violated the contract.
 fn last_word<T>(mut breach: oneshot::Receiver<Status>) -> impl Stream<Item = Result<T, Status>> {
     // Not awaited: a session may end for other reasons while the client goes on sending.
     tokio_stream::iter(std::iter::from_fn(move || breach.try_recv().ok().map(Err)))

@@ -3,8 +3,7 @@
 //! 1. Only keys of this term and of the newest generation are served; older ones are gone and never
 //!    come back.
 //! 2. The store holds a bounded number of keys of bounded size.
-//! 3. A change of a key wakes only the waiters of this key: members of a group of n wait for n^2
-//!    keys.
+//! 3. A change of a key wakes only the waiters of this key: members of a group of n wait for n^2 keys.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -194,8 +193,7 @@ impl StoreService for Store {
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
         let request = request.into_inner();
         let limit = Duration::from_millis(request.timeout_ms).min(WAIT_LIMIT);
-        // If the client cancels or the limit passes, the waiter is dropped, which removes its
-        // entry.
+        // If the client cancels or the limit passes, the waiter is dropped, which removes its entry.
         match tokio::time::timeout(limit, self.wait(request.key)).await {
             Ok(value) => Ok(Response::new(GetResponse { value: value? })),
             Err(_) => Err(Status::deadline_exceeded("the key was not set in time")),

@@ -61,8 +61,7 @@ impl Acceptor {
     }
 
     fn renewed(&self) -> TlsAcceptor {
-        // Held while the files are read, at most once in `LOOK`, so that one handshake alone reads
-        // them.
+        // Held while the files are read, at most once in `LOOK`, so that one handshake alone reads them.
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if current.looked.elapsed() < LOOK {
             return current.acceptor.clone();

@@ -68,8 +68,7 @@ impl Shell {
         Ok(())
     }
 
-    /// Sends without waiting; a worker whose queue is full has stopped reading and loses its
-    /// session.
+    /// Sends without waiting; a worker whose queue is full has stopped reading and loses its session.
     pub(super) fn send(&mut self, worker: WorkerId, message: ToWorker) {
         let Some(connected) = self.workers.get_mut(&worker) else { return };
         let Some(outbox) = &connected.outbox else { return };
@@ -124,8 +123,7 @@ impl Shell {
 
     fn form(&mut self, group: &Group, cause: &Cause) -> Result<(), ShellError> {
         if let Some(lost) = self.lost.take_if(|_| group.start == Start::Fresh) {
-            // No member that holds a state came back, so a fresh start would drop the trained
-            // steps.
+            // No member that holds a state came back, so a fresh start would drop the trained steps.
             self.outcome = Some(Outcome::InputWrong(lost));
             return Ok(());
         }
@@ -232,8 +230,7 @@ impl Shell {
         Ok(())
     }
 
-    /// Gives up the checkpoints that are not valid yet. Later ones of the same steps may hold other
-    /// states.
+    /// Gives up the checkpoints that are not valid yet. Later ones of the same steps may hold other states.
     fn give_up_checkpoints(&mut self) {
         for checkpoint in std::mem::take(&mut self.unjournaled) {
             self.records.event("checkpoint_abandoned", json!({ "step": checkpoint.step }));

@@ -19,8 +19,7 @@ impl Attempts {
         self.0.get(&worker).is_some_and(|newest| attempt < *newest)
     }
 
-    /// Notes that a worker has opened a session, and forgets all workers that are not `known` any
-    /// more.
+    /// Notes that a worker has opened a session, and forgets all workers that are not `known` any more.
     pub(super) fn opened(&mut self, worker: WorkerId, attempt: u64, known: impl Fn(WorkerId) -> bool) {
         self.0.retain(|worker, _| known(*worker));
         self.0.insert(worker, attempt);

@@ -85,9 +85,8 @@ impl Shell {
     }
 
     /// Repeats the release of a local process. Such a process keeps one number as long as this
-    /// coordinator lives. A process that was released or given up, and has not received that,
-    /// receives it now: under a second number the end of the first one's process would go
-    /// unnoticed.
+    /// coordinator lives. A process that was released or given up, and has not received that, receives
+    /// it now: under a second number the end of the first one's process would go unnoticed.
     fn let_go_again(&self, worker: WorkerId, outbox: &Outbox) -> WorkerId {
         let _ = outbox.try_send(ToWorker::Welcome(Box::new(self.welcome(worker))));
         let _ = outbox.try_send(ToWorker::Release { complete: false });
@@ -236,8 +235,7 @@ impl Shell {
         if let Some(found) = found.filter(|_| self.machine.has_loaded(worker)) {
             self.records.data_found(found);
         }
-        // The data of a worker with another fingerprint of the environment says nothing about the
-        // run.
+        // The data of a worker with another fingerprint of the environment says nothing about the run.
         let samples = self.machine.samples().filter(|samples| self.samples != Some(*samples));
         if let Some(samples) = samples {
             self.samples = Some(samples);

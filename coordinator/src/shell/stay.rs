@@ -13,8 +13,7 @@ use crate::server::{Input, Outbox};
 const NOBODY: WorkerId = WorkerId(0);
 
 impl Shell {
-    /// Marks a run as complete before this coordinator started; `samples` is the size of the data
-    /// set.
+    /// Marks a run as complete before this coordinator started; `samples` is the size of the data set.
     pub fn found_complete(&mut self, samples: Option<u64>) -> Ended {
         (self.is_complete, self.samples) = (true, samples);
         Ended { outcome: Outcome::Complete, signal: None }

@@ -2,9 +2,8 @@
 //! made until it can be.
 //!
 //! 1. A decision that is not journaled is not acted on, nor is any later one.
-//! 2. Workers that train get their heartbeat acknowledgements meanwhile, so that none runs out of
-//!    its lease; their other messages wait, up to [`LIMIT`] of them here, and the rest in their
-//!    sessions.
+//! 2. Workers that train get their heartbeat acknowledgements meanwhile, so that none runs out of its
+//!    lease; their other messages wait, up to [`LIMIT`] of them here, and the rest in their sessions.
 //! 3. The journal is retried with the chores. The user is told once, and once more when it is over.
 
 use ganglion_membership::WorkerId;

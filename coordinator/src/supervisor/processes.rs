@@ -128,8 +128,7 @@ impl Processes for SystemProcesses {
         exits: UnboundedSender<Exited>,
     ) -> Option<Box<dyn Process>> {
         let Spawned { pid, started } = process;
-        // The handle is opened before the start time is read: the number cannot be reused in
-        // between.
+        // The handle is opened before the start time is read: the number cannot be reused in between.
         let handle = Arc::new(open(pid)?);
         if start_time(pid) != Some(started) {
             return None;
@@ -178,8 +177,7 @@ async fn watch(
     if let Some(lines) = lines {
         let mut lines = BufReader::new(lines);
         while let Some(line) = next_line(&mut lines).await {
-            // Locked per line, since the label changes once the worker has a rank. Not held over an
-            // await.
+            // Locked per line, since the label changes once the worker has a rank. Not held over an await.
             let name = name.lock().unwrap_or_else(PoisonError::into_inner).clone();
             if let Some(error) = forward(&name, &line) {
                 last_words = Some(error);
