@@ -1,18 +1,19 @@
-//! What a group's reduces go over.
+//! Backend of a group's collectives.
 
-/// A backend of collectives. A group has one, decided when it forms: members that chose for themselves might
-/// differ.
+/// Backend of the collectives, one for a whole group. It is decided when the group forms: members
+/// that chose for themselves might differ.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Backend {
-    /// Between CPUs. Works everywhere; what lies on a GPU goes through the CPU's memory.
+    /// Between CPUs. Works everywhere; data on a GPU goes through the CPU's memory.
     #[default]
     Gloo,
-    /// Between GPUs. It refuses two members on one of them.
+    /// Between GPUs. Requires a GPU of its own for each member.
     Nccl,
 }
 
 impl Backend {
-    /// The backend for members that compute on these GPUs; `None` for one that computes on a CPU.
+    /// Returns the backend for members that compute on these GPUs; `None` stands for a member on a
+    /// CPU.
     pub fn of<'a>(gpus: impl IntoIterator<Item = Option<&'a str>>) -> Backend {
         let mut seen = Vec::new();
         for gpu in gpus {

@@ -1,8 +1,8 @@
-//! Putting a checkpoint together from the files that its writers report.
+//! Assembly of a checkpoint from the files that its writers report.
 //!
-//! 1. A checkpoint is complete when each of its files was reported, all with the same digest of the state.
-//! 2. A file reported twice is no harm: the same state gives the same bytes.
-//! 3. Two digests for one position are a divergence and never make a checkpoint.
+//! 1. A checkpoint is complete when each of its files was reported, all with the same state digest.
+//! 2. A file reported twice does no harm: the same state gives the same bytes.
+//! 3. Two digests for one update index are a divergence and never make a checkpoint.
 
 use std::collections::BTreeMap;
 
@@ -11,9 +11,9 @@ use crate::types::Position;
 /// A file of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredFile {
-    /// Its name in the checkpoint's folder.
+    /// File name in the checkpoint's folder.
     pub file: String,
-    /// Its length.
+    /// Length of the file in bytes.
     pub bytes: u64,
     /// blake3 of its content, in hex.
     pub blake3: String,
@@ -22,15 +22,15 @@ pub struct StoredFile {
 /// A report that a file of a checkpoint is on the storage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WrittenPart {
-    /// Steps done when the state was taken.
+    /// Count of steps done when the state was taken.
     pub step: u64,
-    /// Phases done of the next step.
+    /// Count of phases done of the next step.
     pub phase: u32,
     /// The file's index among the checkpoint's files.
     pub index: u32,
-    /// How many files the checkpoint has.
+    /// Number of files in the checkpoint.
     pub count: u32,
-    /// The file.
+    /// Name, length and hash of the file.
     pub file: StoredFile,
     /// blake3 of the whole state, in hex.
     pub state_digest: String,
@@ -39,11 +39,11 @@ pub struct WrittenPart {
 /// A whole checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checkpoint {
-    /// The phases committed in it.
+    /// Update index of the state: the count of committed phases.
     pub position: Position,
-    /// Steps done.
+    /// Count of steps done.
     pub step: u64,
-    /// Phases done of the next step.
+    /// Count of phases done of the next step.
     pub phase: u32,
     /// All its files, by index.
     pub files: Vec<StoredFile>,
@@ -52,7 +52,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// The folder of a checkpoint of `step` steps and `phase` phases of the next.
+    /// Returns the folder name of a checkpoint after `step` steps and `phase` phases of the next
+    /// one.
     pub fn folder_of(step: u64, phase: u32) -> String {
         match phase {
             0 => format!("step-{step:08}"),
@@ -60,8 +61,9 @@ impl Checkpoint {
         }
     }
 
-    /// The steps and phases of the checkpoint that a folder is named after; `None` for any other name.
-    /// Folders are ordered by these: as texts, names of nine digits come before those of eight.
+    /// Returns the steps and phases that a folder's name stands for; `None` for any other name.
+    /// Folders are ordered by these numbers: as texts, names of nine digits come before those of
+    /// eight.
     pub fn place_of(folder: &str) -> Option<(u64, u32)> {
         let numbers = folder.strip_prefix("step-")?;
         let (step, phase) = numbers.split_once("-phase-").unwrap_or((numbers, "0"));
@@ -69,26 +71,27 @@ impl Checkpoint {
         (Checkpoint::folder_of(step, phase) == folder).then_some((step, phase))
     }
 
-    /// The folder of this checkpoint.
+    /// Returns the folder name of this checkpoint.
     pub fn folder(&self) -> String {
         Checkpoint::folder_of(self.step, self.phase)
     }
 
-    /// The files that hold the state, in order; the others are made from it for other readers.
+    /// Returns the files that hold the state, in order. The other files are derived from it for
+    /// other readers.
     pub fn state_files(&self) -> Vec<StoredFile> {
         let is_state = |file: &&StoredFile| file.file.starts_with("state-");
         self.files.iter().filter(is_state).cloned().collect()
     }
 }
 
-/// Two writers reported different states for one position.
+/// Error: two writers reported different states for one update index.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PartConflict {
     /// The step at which they differ.
     pub step: u64,
 }
 
-/// The checkpoints that are being put together.
+/// Incomplete checkpoints, by step and phase.
 #[derive(Debug, Default)]
 pub struct Assembly {
     open: BTreeMap<(u64, u32), Open>,
@@ -102,7 +105,7 @@ struct Open {
 }
 
 impl Assembly {
-    /// Takes a report; returns the checkpoint that it completes.
+    /// Adds a report; returns the checkpoint that it completes.
     pub fn add(
         &mut self,
         part: WrittenPart,
@@ -133,7 +136,7 @@ impl Assembly {
         }))
     }
 
-    /// Forgets what is older than a committed checkpoint; returns the steps that were given up.
+    /// Discards incomplete checkpoints older than a committed one; returns their steps.
     pub fn forget_before(&mut self, step: u64, phase: u32) -> Vec<u64> {
         let kept = self.open.split_off(&(step, phase));
         std::mem::replace(&mut self.open, kept).into_keys().map(|(step, _)| step).collect()

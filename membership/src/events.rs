@@ -1,4 +1,4 @@
-//! What the machine is told, and what it decides.
+//! Inputs and outputs of the machine: settings, events, actions and their reasons.
 
 use std::fmt;
 use std::ops::Range;
@@ -10,207 +10,215 @@ use crate::limits::Limits;
 use crate::passport::{Difference, Passport};
 use crate::types::{Generation, Position, Rank, Term, WorkerId};
 
-/// What the machine is told once, at its start.
+/// Constant inputs of the machine, given once at its start.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// This coordinator's term.
     pub term: Term,
-    /// Workers that the coordinator starts itself and replaces when they end; training waits for all of them.
+    /// Target number of local workers, which the coordinator starts itself and replaces when they
+    /// end. Training waits for all of them.
     pub local_workers: u32,
-    /// V, which no group is larger than.
+    /// V, the number of data shards: the upper bound of the world size.
     pub data_shards: u32,
-    /// How long everything may take.
+    /// Time limits, derived from the failure deadline.
     pub limits: Limits,
 }
 
-/// What an earlier coordinator of the run left behind.
+/// State of the run recovered from the journal and the storage when a coordinator starts.
 #[derive(Clone, Debug, Default)]
 pub struct Recovered {
-    /// The newest generation in the journal.
+    /// Newest generation in the journal.
     pub group: Option<Group>,
-    /// Its members that are known to have ended, or to rest for good ([`Action::Close`]).
+    /// Members of `group` that are known to have ended, or to be quiesced for good
+    /// ([`Action::Close`]).
     pub dead: Vec<WorkerId>,
-    /// Workers that an earlier coordinator started and that run on.
+    /// Workers that an earlier coordinator started and that still run.
     pub locals: Vec<WorkerId>,
-    /// Processes that an earlier coordinator started and that run on, those without a number included.
+    /// Count of processes that an earlier coordinator started and that still run, including those
+    /// without a worker id.
     pub running: u32,
-    /// A generation whose states must not be used.
+    /// Newest invalidated (`condemned`) generation: its states must not be used.
     pub condemned: Option<Generation>,
-    /// Phases that may be skipped.
+    /// Update indices of the phases that may be skipped.
     pub skips: Vec<Position>,
-    /// Whether the job changed since the newest generation was formed: it then goes on in another one.
+    /// Whether the job changed since the newest generation was formed. The group then goes on in
+    /// another generation.
     pub job_changed: bool,
-    /// The newest checkpoint whose files are whole.
+    /// Newest checkpoint whose files are whole.
     pub checkpoint: Option<Checkpoint>,
-    /// The passport that the run was started with.
+    /// Fingerprint of the environment (`passport`) that the run was started with.
     pub passport: Option<Passport>,
 }
 
-/// What a worker reports once it has loaded.
+/// Report of a worker that has loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoadedFacts {
-    /// What its bits depend on.
+    /// Fingerprint of the environment: everything that the worker's bits depend on.
     pub passport: Passport,
-    /// Samples in its data set.
+    /// Number of samples in the worker's data set.
     pub samples: u64,
-    /// Whether it can write checkpoints.
+    /// Whether the worker can write checkpoints.
     pub sees_storage: bool,
-    /// Phases of one step.
+    /// Number of phases in one step.
     pub phases_per_step: u32,
-    /// The GPU that it computes on, by a name that it has on every worker that shares it; `None` for a CPU.
+    /// Name of the worker's GPU, equal on all workers that share the GPU; `None` for a CPU.
     pub gpu: Option<String>,
-    /// The index of each sample that the job leaves out after its start, in the job's order.
+    /// Index of each sample that the job leaves out after the start of the run, in the job's order.
     pub left_out: Vec<u64>,
 }
 
-/// What happened.
+/// Input of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The coordinator is there.
+    /// The coordinator has started.
     Started,
-    /// A worker asks to take part. Its id is new. A local process has one id for as long as its coordinator
-    /// lives: if it says hello again it is resumed, or told to exit once
-    /// [`Machine::knows`](crate::Machine::knows) its id no more; and nothing comes of its hello after
-    /// [`Event::Reaped`].
+    /// A worker asks to take part, under a new id. A local process has one id for as long as its
+    /// coordinator lives: if it says hello again it is resumed, or told to exit if
+    /// [`Machine::knows`](crate::Machine::knows) no longer knows its id. A hello after
+    /// [`Event::Reaped`] has no effect.
     Hello {
-        /// The worker.
+        /// New id of the worker.
         worker: WorkerId,
-        /// Whether the coordinator started it.
+        /// Whether the coordinator started the worker.
         local: bool,
     },
-    /// A worker whose session had ended is back. [`Machine::knows`](crate::Machine::knows) said that it may.
+    /// A worker whose session had ended is back. [`Machine::knows`](crate::Machine::knows) has
+    /// allowed it.
     Resumed {
-        /// The worker.
+        /// Id that the worker had before.
         worker: WorkerId,
-        /// The newest generation that it was assigned to.
+        /// Newest generation that the worker was assigned to.
         generation: Generation,
-        /// What it is at rest with; `None` while it may commit.
+        /// State that the worker is quiesced with; `None` while it may still commit.
         rest: Option<Rested>,
     },
-    /// It has loaded and is at rest without state, or says so again after a resume.
+    /// A worker has loaded and is quiesced without state, or reports so again after a resume.
     Loaded(WorkerId, LoadedFacts),
-    /// It is at rest and commits nothing more of the generation. It holds the state of a position, or none
-    /// yet.
+    /// A worker is quiesced: it commits nothing more of the generation. It holds the state at the
+    /// given update index, or none yet.
     Ready(WorkerId, Generation, Option<Position>),
-    /// It left its group because of a fault.
+    /// A worker left its group because of a fault.
     Fault(WorkerId, Generation, Fault),
-    /// It gave a sign of life.
+    /// A worker sent a heartbeat.
     Heartbeat(WorkerId, Progress),
-    /// Its session ended.
+    /// A worker's session ended.
     Disconnected(WorkerId),
-    /// It wants to leave, or is asked to.
+    /// A worker wants to leave, or is asked to.
     Leave(WorkerId),
-    /// So many local workers are wanted from now on.
+    /// The target number of local workers changes to this.
     Scale(u32),
-    /// A process that the coordinator started ended.
+    /// A process that the coordinator started has ended.
     Reaped {
-        /// Its worker, if it said hello.
+        /// Worker id of the process; `None` if it never said hello.
         worker: Option<WorkerId>,
-        /// Its exit status.
+        /// Exit status of the process.
         status: String,
     },
-    /// A file of a checkpoint is on the storage, of a state that a generation trained to. The report may come
-    /// long after that generation: storages are slow, and sessions end.
+    /// A checkpoint file with a state of the given generation is on the storage. The report may
+    /// come long after that generation: storages are slow, and sessions end.
     PartWritten(WorkerId, Generation, WrittenPart),
-    /// A manifest is on the storage.
+    /// The manifest of a checkpoint is on the storage.
     CheckpointCommitted(Checkpoint),
-    /// A worker trained to the end (`complete`) or to a planned stop; it is ready at that position.
+    /// A worker trained to the end (`complete`) or to a planned stop, and is quiesced at that
+    /// update index.
     Finished {
-        /// The worker.
+        /// Id of the member.
         worker: WorkerId,
-        /// The generation that it trained in.
+        /// Generation that the worker trained in.
         generation: Generation,
-        /// The phases that it committed.
+        /// Update index: the count of committed phases.
         position: Position,
-        /// Whether the job's last step is done.
+        /// Whether the last step of the job is done.
         complete: bool,
     },
-    /// The user's input is wrong in a way that only a worker could see.
+    /// The user's input is wrong in a way that only a worker could detect; with the reason.
     InputWrong(String),
-    /// A worker without which the run goes on cannot take part, and says why.
+    /// A worker that the run can go on without cannot take part; with the reason.
     Unable(WorkerId, String),
-    /// The user asked for a stop.
+    /// The user requested a stop.
     StopRequested,
-    /// Time has passed.
+    /// Time has passed; the machine compares its limits with the current time.
     Tick,
 }
 
-/// What a worker at rest has to show.
+/// State and outcome of a quiesced worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rested {
-    /// The position of the state that it holds.
+    /// Update index of the state that the worker holds; `None` if it holds none.
     pub position: Option<Position>,
-    /// Whether it finished: `Some(true)` for the job's last step, `Some(false)` for a planned stop.
+    /// `Some(true)` after the last step of the job, `Some(false)` after a planned stop, `None` if
+    /// the worker has not finished.
     pub finished: Option<bool>,
 }
 
-/// How far a worker is.
+/// Progress of a worker, as its heartbeats report it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// The phases that it has committed.
+    /// Update index: the count of committed phases.
     pub position: Position,
-    /// Leaves that it has computed since it started.
+    /// Shard gradients (`leaves`) computed since the worker started.
     pub leaves: u64,
-    /// What its training thread does.
+    /// Current activity of the training thread.
     pub activity: Activity,
-    /// The longest that one of its leaves took.
+    /// Longest time that one of the worker's shard gradients took.
     pub slowest_leaf: Duration,
 }
 
-/// What a training thread does.
+/// Activity of a training thread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Activity {
-    /// It computes.
+    /// Computing shard gradients or applying an update.
     Computing,
-    /// It waits for other members.
+    /// Waiting for other members.
     Waiting,
-    /// It is at rest, between two groups.
+    /// Quiesced between two groups.
     #[default]
     Resting,
-    /// Training pauses for what is no training: a storage, or an evaluation at the end. That takes as long as
-    /// it takes.
+    /// Training is paused for other work: a storage, or an evaluation at the end. The pause has no
+    /// time limit.
     Paused,
 }
 
-/// Why a worker left its group.
+/// Reason why a worker left its group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// A peer or the link to it failed.
     Peer,
     /// A reduce took too long.
     Timeout,
-    /// It cannot reach these ranks of the generation.
+    /// These ranks of the generation cannot be reached from the worker.
     Links(Vec<Rank>),
     /// The members' states differ.
     Diverged(String),
-    /// What was reduced is not finite, so it was not committed. All members that have all of it judge the
-    /// same bytes and say the same; one that lost a peer first, because that peer left for this reason,
-    /// reports that instead.
+    /// The reduced gradient is not finite, so it was not committed. All members that have all of it
+    /// check the same bytes and report the same. A member that lost a peer first, because that peer
+    /// left for this reason, reports the lost peer instead.
     NonFinite {
-        /// The phases committed before it.
+        /// Update index: the count of phases committed before the failed one.
         position: Position,
-        /// What is not finite, in which step, for people.
+        /// Which value is not finite and in which step; diagnostic only.
         detail: String,
-        /// Whether the run shall end, by its job or because it would not recover. Otherwise it goes on from
-        /// the newest checkpoint, with the position among [`Group::skips`].
+        /// Whether the run must end, because the job says so or because it would not recover.
+        /// Otherwise it resumes from the newest checkpoint, with the update index among
+        /// [`Group::skips`].
         stop: bool,
     },
-    /// The worker itself cannot go on.
+    /// The worker itself cannot go on; with the reason.
     Internal(String),
 }
 
-/// How a worker was lost.
+/// Evidence by which a worker counts as lost.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Loss {
-    /// Its session ended, and a member of its group lost it too.
+    /// The worker's session ended, and a member of its group lost the connection to it too.
     Session,
-    /// Its process ended, with this exit status.
+    /// The worker's process ended, with this exit status.
     Exited(String),
-    /// It was silent beyond the deadline.
+    /// No heartbeat came within the deadline.
     Silent,
-    /// It gave signs of life and computed nothing, or did not come to rest, beyond the deadline.
+    /// Heartbeats came, but the worker computed nothing, or did not quiesce, within the deadline.
     Late,
-    /// It said why it cannot go on.
+    /// The worker reported why it cannot go on.
     Failed(String),
 }
 
@@ -226,10 +234,10 @@ impl fmt::Display for Loss {
     }
 }
 
-/// What a generation follows from.
+/// Reason why a generation is formed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// All workers that were waited for are there, and no member of an earlier generation is left.
+    /// All expected workers are present, and no member of an earlier generation is left.
     Gathered,
     /// A planned change: a worker joins or leaves.
     Planned,
@@ -237,13 +245,13 @@ pub enum Cause {
     Lost(WorkerId, Loss),
     /// A member reported that it left the group.
     Fault(WorkerId, Fault),
-    /// All members wait and nothing moves.
+    /// All members wait and nobody makes progress.
     Stalled,
-    /// Not all members came back to a new coordinator, or not as they were.
+    /// Not all members came back to a new coordinator, or not in the state in which they were left.
     TakenOver,
     /// The members' states differ.
     Diverged(String),
-    /// What was reduced is not finite, and the job wants the run to be rolled back.
+    /// The reduced gradient is not finite, and the job asks for a roll-back.
     NonFinite(String),
 }
 
@@ -268,139 +276,139 @@ impl fmt::Display for Cause {
     }
 }
 
-/// What to do about it.
+/// Output of the machine: a command that the coordinator's shell carries out, in the order given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Refuse a worker.
+    /// Refuse a worker, with the reason.
     Reject(WorkerId, Rejection),
-    /// Record the run's passport.
+    /// Record the run's fingerprint of the environment (`passport`).
     AdoptPassport(Passport),
-    /// Record that the states of a generation must not be used, and give up the checkpoints that were to be
-    /// committed and are not yet: a storage that is away may keep them waiting for long, and they may hold
-    /// such a state.
+    /// Record that a generation is invalidated (`condemned`): its states must not be used. Also
+    /// give up the checkpoints that were decided on and are not committed yet. A storage that is
+    /// away may keep them waiting for long, and they may hold such a state.
     Condemn(Generation),
-    /// Record that a generation's members rest for good and what they held is saved: nobody need wait for
-    /// them any more.
+    /// Record that a generation's members are quiesced for good and that their state is saved:
+    /// nobody needs to wait for them any more.
     Close(Generation),
-    /// Record that a phase may be skipped from now on.
+    /// Record that the phase at this update index may be skipped from now on.
     AllowSkip(Position),
-    /// Form a generation, and what it follows from: journal it, then tell each member.
+    /// Form a generation, with the reason: journal it, then send each member its assignment.
     Form(Group, Cause),
-    /// Tell a member of the newest generation, which this coordinator formed, once more that it is one.
+    /// Repeat the assignment to a member of the newest generation, which this coordinator formed.
     Assign(WorkerId),
     /// Tell these workers to leave a generation.
     Abort {
-        /// The generation.
+        /// Generation to leave.
         generation: Generation,
-        /// Its members that are still there.
+        /// Members of the generation that are still present.
         workers: Vec<WorkerId>,
-        /// What broke it.
+        /// Reason why the group is broken up.
         cause: Cause,
-        /// Whether they shall find out which members they cannot reach.
+        /// Whether the members shall probe which of the others they cannot reach.
         probe: bool,
     },
-    /// Tell these workers of a planned change.
+    /// Announce a planned change to these workers.
     Announce {
-        /// The change.
+        /// Planned change.
         plan: Plan,
-        /// The members.
+        /// All members of the group.
         workers: Vec<WorkerId>,
     },
-    /// Write a manifest, then report [`Event::CheckpointCommitted`].
+    /// Write the manifest of a checkpoint, then report [`Event::CheckpointCommitted`].
     Commit(Checkpoint),
-    /// Report that the files of a step's checkpoint were never complete.
+    /// Record that the files of this step's checkpoint never became complete.
     AbandonCheckpoint(u64),
     /// Start a worker process.
     Spawn,
-    /// Tell people that a local worker is not replaced any more, and why.
+    /// Report to the user that a local worker is no longer replaced, and why.
     GiveUpReplacing(String),
-    /// The newest generation goes on under this coordinator as it was.
+    /// Record that the newest generation goes on unchanged under this coordinator.
     Keep,
-    /// A worker is lost.
+    /// Record that a worker is lost, with the evidence.
     Lose(WorkerId, Loss),
     /// Tell a worker to exit.
     Release(WorkerId),
-    /// End a worker's session, and its process if it is ours.
+    /// End a worker's session, and kill its process if this coordinator owns it.
     Drop(WorkerId),
-    /// The run has ended.
+    /// End the run.
     End(Outcome),
 }
 
-/// Why a worker is refused.
+/// Reason why a worker is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rejection {
-    /// It would compute other bits.
+    /// The worker's fingerprint of the environment differs: it would compute other bits.
     Passport(Vec<Difference>),
     /// The run is ending.
     Ending,
 }
 
-/// How a run ends.
+/// Outcome of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The job's last step is done and saved.
+    /// The last step of the job is done and saved.
     Complete,
-    /// A requested stop, saved at this position; `None` when nothing was trained yet.
+    /// A requested stop, saved at this update index; `None` when nothing was trained yet.
     Stopped(Option<Position>),
-    /// The user's input is wrong.
+    /// The user's input is wrong; with the reason.
     InputWrong(String),
-    /// The run cannot go on.
+    /// The run cannot go on; with the reason.
     Failed(String),
 }
 
-/// A change that the members agree on while they train.
+/// Planned change: the members agree on the update index at which it takes effect while they train.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// A higher number replaces a lower one.
+    /// Sequence number: a higher one replaces a lower one.
     pub number: u64,
-    /// The change.
+    /// Kind of the change.
     pub kind: PlanKind,
 }
 
-/// Planned changes.
+/// Kinds of planned changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PlanKind {
-    /// Rest, for a new generation.
+    /// Quiesce, for a new generation.
     Regroup,
-    /// Finish the step, save, finish.
+    /// Finish the step, save the state, and finish.
     Stop,
 }
 
-/// One generation.
+/// One generation: its members and where their state comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Group {
-    /// Its number.
+    /// Generation number.
     pub generation: Generation,
-    /// Its members, by rank.
+    /// Members in the order of their ranks.
     pub members: Vec<Member>,
-    /// The position from which it trains.
+    /// Update index at which the generation starts.
     pub position: Position,
-    /// Where the state at that position comes from.
+    /// Source of the state at that update index.
     pub start: Start,
-    /// Positions by which the run was rolled back: a phase that starts at one of them is skipped if what it
-    /// reduces is not finite again.
+    /// Update indices by which the run was rolled back. A phase that starts at one of them is
+    /// skipped if its reduced gradient is not finite again.
     pub skips: Vec<Position>,
-    /// What its reduces go over.
+    /// Backend of the collectives.
     pub backend: Backend,
 }
 
-/// A member of a group.
+/// Member of a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
-    /// The worker.
+    /// Worker id.
     pub worker: WorkerId,
-    /// Its data shards.
+    /// Data shards that the member computes.
     pub shards: Range<u32>,
-    /// Whether it writes checkpoint files.
+    /// Whether the member writes checkpoint files.
     pub writes_parts: bool,
 }
 
-/// Where a group's state comes from.
+/// Source of a group's initial state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// The job's seed.
+    /// Drawn from the job's seed.
     Fresh,
-    /// The member of this rank, which has it.
+    /// State sync from the member of this rank, which holds the state.
     Healed(Rank),
     /// A checkpoint, which the member of this rank reads.
     Checkpoint(Rank, Checkpoint),

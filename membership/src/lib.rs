@@ -1,4 +1,4 @@
-//! The group protocol: who trains together, from which state, and what happens when that changes.
+//! Group protocol: which workers train together, from which state, and how that changes.
 //!
 //! This crate is pure. [`Machine`] takes events and returns actions; it has no clock, socket, task or
 //! channel, and it iterates over ordered maps only, so the same events always give the same actions. The

@@ -1,33 +1,35 @@
-//! Every time limit of a run, derived from its one setting.
+//! Time limits of a run, all derived from its one setting.
 
 use std::time::Duration;
 
-/// The limits. See [`Limits::derive`].
+/// Time limits. See [`Limits::derive`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// How long a silent process is trusted; the setting itself.
+    /// Longest time that a silent process is trusted; the setting itself.
     pub deadline: Duration,
-    /// Between two heartbeats of a worker, and the longest pause between two of its attempts to find its
-    /// coordinator.
+    /// Interval between two heartbeats of a worker, and the longest pause between two of its
+    /// attempts to find its coordinator.
     pub heartbeat: Duration,
-    /// How long one attempt to reach a process may take.
+    /// Longest time that one attempt to reach a process may take.
     pub attempt: Duration,
-    /// How long members may take to meet in a new group.
+    /// Longest time in which the members must meet in a new group.
     pub meet: Duration,
-    /// How long members may wait for each other in a reduce. The coordinator sees a late member first.
+    /// Longest time that members wait for each other in a reduce. The coordinator detects a late
+    /// member first.
     pub reduce: Duration,
-    /// How long workers train without a coordinator. Then they save what they hold and stop by themselves.
+    /// Longest time that workers train without a coordinator. Then they save their state and stop
+    /// by themselves.
     pub lease: Duration,
 }
 
 impl Limits {
-    /// The shortest deadline that the limits can be derived from: heartbeats of a busy machine come that
-    /// late.
+    /// Shortest deadline that the limits can be derived from: heartbeats of a busy machine come
+    /// this late.
     pub const SHORTEST: Duration = Duration::from_millis(200);
-    /// The longest.
+    /// Longest deadline that the limits can be derived from.
     pub const LONGEST: Duration = Duration::from_secs(3600);
 
-    /// Derives all limits from the failure deadline, which is brought into its bounds first.
+    /// Derives all limits from the failure deadline, which is first clamped to its bounds.
     pub fn derive(failure_deadline: Duration) -> Limits {
         let deadline = failure_deadline.clamp(Limits::SHORTEST, Limits::LONGEST);
         Limits {

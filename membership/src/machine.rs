@@ -1,19 +1,20 @@
-//! The state machine.
+//! State machine of the group protocol.
 //!
 //! Invariants, each held by a test in `tests` below or by the simulation in `tests/simulation`:
 //!
 //! 1. A generation number is never reused, and is above every generation recovered from the journal.
-//! 2. A generation starts only when a member of the one before is ready and the others are ready, lost or
-//!    late, or when all of them are dead or past their lease.
-//! 3. It starts at the highest position that any of its members is ready with; a newer checkpoint goes before
-//!    that.
-//! 4. A message about another generation than the newest changes nothing.
-//! 5. A fault goes before a planned change, and a requested stop survives it.
-//! 6. Workers are released only once the last checkpoint is committed, or once a member that stays holds
-//!    their position.
-//! 7. A member that is lost may come back as long as no newer generation was formed; then it is a stranger.
-//! 8. A local worker that ends is replaced, later and later if its replacements do not last, and not for
-//!    ever.
+//! 2. A generation starts only when a member of the one before is quiesced and the others are
+//!    quiesced, lost or late, or when all of them are dead or past their lease.
+//! 3. It starts at the highest update index at which any of its members is quiesced; a newer
+//!    checkpoint takes precedence.
+//! 4. A message about another generation than the newest has no effect.
+//! 5. A fault takes precedence over a planned change, and a requested stop survives it.
+//! 6. Workers are released only once the last checkpoint is committed, or once a member that stays
+//!    holds the state at their update index.
+//! 7. A lost member may come back as long as no newer generation was formed; after that it is a
+//!    stranger.
+//! 8. A local worker that ends is replaced, with growing pauses if its replacements do not last,
+//!    and only up to a limit.
 //! 9. A group that is whole when a new coordinator finds it goes on undisturbed.
 
 mod coming;
@@ -33,17 +34,17 @@ use crate::passport::Passport;
 use crate::types::{Generation, Position, Time, WorkerId};
 use locals::Locals;
 
-/// The coordinator's knowledge of the group and its decisions. See the crate's documentation.
+/// Pure state machine with the coordinator's knowledge of the group. See the crate's documentation.
 #[derive(Debug)]
 pub struct Machine {
     settings: Settings,
     workers: BTreeMap<WorkerId, Worker>,
-    /// Members of the newest generation that are lost without being known to have ended, and when they stop
-    /// by themselves.
+    /// Members of the newest generation that are lost without being known to have ended, each with
+    /// the end of its lease, when it stops by itself.
     absent: BTreeMap<WorkerId, Time>,
     stage: Stage,
     group: Option<Group>,
-    /// Whether this coordinator formed the newest generation: only then its members can still meet.
+    /// Whether this coordinator formed the newest generation. Only then can its members still meet.
     formed_here: bool,
     last_generation: Generation,
     last_plan: u64,
@@ -51,24 +52,25 @@ pub struct Machine {
     passport: Option<Passport>,
     checkpoint: Option<Checkpoint>,
     assembly: Assembly,
-    /// The generation whose states must not be used.
+    /// Newest invalidated generation: its states must not be used.
     condemned: Option<Generation>,
-    /// Phases that may be skipped, by which the run was rolled back.
+    /// Update indices of phases that may be skipped, because the run was rolled back by them.
     skips: BTreeSet<Position>,
     /// Whether the newest generation's members still train by another job.
     job_changed: bool,
-    /// Divergences since the newest checkpoint.
+    /// Count of divergences since the newest checkpoint.
     divergences: u32,
-    /// What the next generation follows from.
+    /// Reason for the next generation; `None` while none is known.
     cause: Option<Cause>,
-    /// Pairs of workers that cannot reach each other, and when that may be tried again.
+    /// Pairs of workers that cannot reach each other, each with the time until which they are kept
+    /// apart.
     severed: BTreeMap<(WorkerId, WorkerId), Time>,
     locals: Locals,
-    /// When the shell last found that it had not been run: sessions that ended around then say nothing of
-    /// their workers.
+    /// Time at which the shell last found that it had overslept. Sessions that ended around then
+    /// are no evidence about their workers.
     overslept: Option<Time>,
     now: Time,
-    /// When all has to be looked at again, as far as was known when that was done the last time.
+    /// Earliest time at which all limits must be checked again, as of the last check.
     due: Option<Time>,
 }
 
@@ -78,44 +80,47 @@ struct Worker {
     connected: bool,
     last_heard: Time,
     progress: Progress,
-    /// When its progress changed.
+    /// Time of the worker's last progress.
     progress_since: Time,
     rest: Rest,
-    /// Whether it finished; `Some(true)` for the job's last step.
+    /// `Some(true)` after the last step of the job, `Some(false)` after a planned stop.
     finished: Option<bool>,
     leaving: bool,
-    /// When it became a member of a group.
+    /// Time at which the worker became a member of a group; `None` if it never was one.
     member_since: Option<Time>,
 }
 
-/// What a worker last said of its part in the newest generation.
+/// Last report of a worker about its part in the newest generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rest {
-    /// It may still commit.
+    /// The worker may still commit.
     Busy,
-    /// It commits nothing more, and holds the state of a position, or none yet.
+    /// Quiesced: the worker commits nothing more, and holds the state at an update index, or none
+    /// yet.
     Ready(Option<Position>),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Stage {
-    /// Nobody holds a state: when all are there that are waited for, the newest checkpoint goes on.
+    /// Nobody holds a state. When all expected workers are present, training resumes from the
+    /// newest checkpoint.
     Gathering,
-    /// Members of the newest generation may be alive, and none of them is here. Once one is, until when to
-    /// wait for the others.
+    /// Members of the newest generation may be alive, and none of them is present. Once one is,
+    /// `until` ends the wait for the others.
     Reconnecting { until: Option<Time> },
     /// The newest generation trains.
     Training { plan: Option<Plan> },
-    /// Its members come to rest; until when to wait for them.
+    /// The members quiesce; `until` ends the wait for them.
     Regrouping { until: Time },
-    /// All have finished; how the run ends once all is saved, or that its workers only leave.
+    /// All have finished. `outcome` is how the run ends once all is saved; `None` if its workers
+    /// only leave.
     Closing { outcome: Option<Outcome> },
     /// The run has ended.
     Ended,
 }
 
 impl Machine {
-    /// A machine at its start. [`Event::Started`] comes first.
+    /// Creates a machine at its start. [`Event::Started`] must be its first event.
     pub fn new(settings: Settings, recovered: Recovered) -> Self {
         let Recovered { group, dead, locals, running, condemned, skips, job_changed, checkpoint, passport } =
             recovered;
@@ -150,7 +155,7 @@ impl Machine {
         }
     }
 
-    /// Takes an event at a time and appends what is to be done, in order.
+    /// Takes one event and appends the resulting actions, in order.
     pub fn handle(&mut self, now: Time, event: Event, actions: &mut Vec<Action>) {
         self.notice_oversleep(now);
         if self.stage == Stage::Ended {
@@ -172,8 +177,9 @@ impl Machine {
         self.due = self.next_due();
     }
 
-    /// Whether an event, if nothing is decided at once, only moves limits, and only to later: then the many
-    /// other workers need no look. What a group of n says in a second must not cost n^2.
+    /// Whether an event that leads to no immediate decision only moves limits, and only to later.
+    /// Then the other workers need no check: the messages of a group of n in a second must not cost
+    /// n^2.
     fn is_routine(&self, event: &Event) -> bool {
         let routine = match event {
             Event::Heartbeat(..) | Event::Ready(..) | Event::Fault(..) => true,
@@ -218,7 +224,7 @@ impl Machine {
         self.group.as_ref()
     }
 
-    /// What the group does, in a word for people.
+    /// Stage of the group in a word; diagnostic only.
     pub fn stage(&self) -> &'static str {
         match self.stage {
             Stage::Gathering => "gathering",
@@ -230,7 +236,7 @@ impl Machine {
         }
     }
 
-    /// Whether members of the newest generation may be alive, of whom too few are here.
+    /// Whether members of the newest generation may be alive, too few of which are present.
     pub fn is_reconnecting(&self) -> bool {
         matches!(self.stage, Stage::Reconnecting { .. })
     }
@@ -240,46 +246,48 @@ impl Machine {
         self.checkpoint.as_ref()
     }
 
-    /// The newest generation whose states must not be used.
+    /// Newest invalidated generation.
     pub fn condemned(&self) -> Option<Generation> {
         self.condemned
     }
 
-    /// Local workers that are wanted.
+    /// Target number of local workers.
     pub fn local_workers(&self) -> u32 {
         self.settings.local_workers
     }
 
-    /// Samples in the data set, once a worker has loaded it.
+    /// Number of samples in the data set, once a worker has loaded it.
     pub fn samples(&self) -> Option<u64> {
         self.workers.values().find_map(|w| w.facts.as_ref()).map(|facts| facts.samples)
     }
 
-    /// Whether a worker has loaded and was taken in: the run's numeric passport is its own.
+    /// Whether a worker has loaded and was taken in, so that its fingerprint of the environment is
+    /// the run's.
     pub fn has_loaded(&self, worker: WorkerId) -> bool {
         self.workers.get(&worker).is_some_and(|worker| worker.facts.is_some())
     }
 
-    /// The samples that the job leaves out after its start, by index, once a worker has loaded them.
+    /// Indices of the samples that the job leaves out after its start, once a worker has loaded
+    /// them.
     pub fn left_out(&self) -> Option<&[u64]> {
         self.workers.values().find_map(|w| w.facts.as_ref()).map(|facts| facts.left_out.as_slice())
     }
 
-    /// Whether a worker whose session ended may go on as who it was: it is known, or a lost member of the
-    /// newest generation. Everybody else is a stranger.
+    /// Whether a worker whose session ended may resume its identity: it is present, or a lost
+    /// member of the newest generation. Any other worker is a stranger.
     pub fn knows(&self, worker: WorkerId, generation: Generation) -> bool {
         let known = self.workers.contains_key(&worker) || self.absent.contains_key(&worker);
         known && generation <= self.last_generation
     }
 
-    /// Whether a worker is, or was under this coordinator, a member of a group: nobody else has anything to
-    /// report of the run.
+    /// Whether a worker is, or was under this coordinator, a member of a group. No other worker has
+    /// anything to report about the run.
     pub fn has_trained(&self, worker: WorkerId) -> bool {
         let was_member = self.workers.get(&worker).is_some_and(|worker| worker.member_since.is_some());
         was_member || self.is_member(worker)
     }
 
-    /// All workers that are waited for, trained with, or spare.
+    /// All workers that are present: expected, members, or spare.
     pub fn workers(&self) -> impl Iterator<Item = WorkerId> {
         self.workers.keys().copied()
     }
@@ -295,12 +303,12 @@ impl Machine {
         self.stop_requested = true;
         match &mut self.stage {
             Stage::Gathering => self.end_stopped(actions),
-            // Whoever is back in time is stopped in order; the others save by themselves.
+            // Members that are back in time are stopped in order; the others save by themselves.
             Stage::Reconnecting { until } => {
                 until.get_or_insert(self.now + self.settings.limits.deadline);
             }
             Stage::Closing { outcome: outcome @ None } => *outcome = Some(Outcome::Stopped(None)),
-            // A group hears of it by a plan, as soon as one trains.
+            // A group learns of the stop by a plan, as soon as it trains.
             Stage::Training { .. } | Stage::Regrouping { .. } | Stage::Closing { .. } | Stage::Ended => {}
         }
     }
@@ -334,7 +342,8 @@ impl Machine {
         present.into_iter().filter(|id| self.workers[id].rest == Rest::Busy).collect()
     }
 
-    /// Whom a regroup waits for: a member that is back has to say again what it has loaded.
+    /// Members that a regroup waits for. A member that is back has to report again that it has
+    /// loaded.
     fn awaited_members(&self) -> Vec<WorkerId> {
         self.members().filter(|id| self.is_awaited(id)).collect()
     }

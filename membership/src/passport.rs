@@ -1,37 +1,40 @@
-//! What a worker's bits depend on besides the job and the data.
+//! Fingerprint of the environment: everything that a worker's bits depend on besides the job and
+//! the data.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-/// Named facts about a worker's build, machine and arithmetic. Workers of equal passports compute equal bits.
+/// Named facts about a worker's build, machine and arithmetic. Workers with equal fingerprints
+/// compute equal bits.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Passport(pub BTreeMap<String, String>);
 
-/// One item in which two passports differ.
+/// One item in which two fingerprints differ.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
-    /// The item.
+    /// Name of the item.
     pub item: String,
-    /// What the run was started with; empty where that has no such item.
+    /// Value that the run was started with; empty if the run has no such item.
     pub expected: String,
-    /// What the refused worker has; empty where it has no such item.
+    /// Value of the refused worker; empty if it has no such item.
     pub found: String,
 }
 
-/// The item with the number of the build's arithmetic.
+/// Item with the version number of the build's arithmetic.
 pub const NUMERICS: &str = "numerics";
 
 /// Items about the samples, which may change with the job during a run.
 pub const OF_SAMPLES: [&str; 3] = ["data", "data_names", "exclusions"];
 
 impl Passport {
-    /// Whether the first worker that has an item tells it anew.
+    /// Whether the first worker that has an item may set it anew.
     pub fn lets_adopt(&self, item: &str) -> bool {
         OF_SAMPLES.contains(&item) && !self.0.contains_key(item)
     }
 
-    /// The same passport in today's items. Builds that had no number of their arithmetic told their version,
-    /// which was 0.1.0 of all of them: theirs is the first number.
+    /// Returns the same fingerprint in the current items. Builds without a number of their
+    /// arithmetic reported their version instead, which was 0.1.0 in all of them: theirs is the
+    /// first number.
     pub fn numbered(mut self) -> Passport {
         if self.0.get("build").is_some_and(|version| version == "0.1.0") {
             self.0.remove("build");
@@ -40,7 +43,7 @@ impl Passport {
         self
     }
 
-    /// The items in which `other` differs, in order of their names.
+    /// Returns the items in which `other` differs, in the order of their names.
     pub fn differences(&self, other: &Passport) -> Vec<Difference> {
         let items: BTreeSet<&String> = self.0.keys().chain(other.0.keys()).collect();
         let value = |passport: &Passport, item: &String| passport.0.get(item).cloned().unwrap_or_default();

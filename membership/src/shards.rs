@@ -1,8 +1,8 @@
-//! Dealing data shards to ranks.
+//! Assignment of data shards to ranks.
 
 use std::ops::Range;
 
-/// The data shards of each rank: contiguous, in rank order, as even as can be.
+/// Returns the data shards of each rank: contiguous, in rank order, as even as possible.
 ///
 /// # Panics
 /// If there are no ranks, or more ranks than shards.

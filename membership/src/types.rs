@@ -1,4 +1,4 @@
-//! Numbers that must not be mixed up.
+//! Newtypes of ids and counts that must not be mixed up.
 
 use std::fmt;
 use std::time::Duration;
@@ -21,27 +21,27 @@ macro_rules! number {
 }
 
 number!(
-    /// A worker process, by its number in the run. Never used again, also not by a process that comes back.
+    /// Id of a worker process in its run. Never reused, not even by a process that comes back.
     WorkerId,
     u64
 );
 number!(
-    /// A worker's place in its group, from 0.
+    /// Rank of a worker in its group, from 0.
     Rank,
     u32
 );
 number!(
-    /// One membership of the group. Only grows, and 0 is before the first.
+    /// Generation number: one membership of the group. Only grows; 0 is before the first.
     Generation,
     u64
 );
 number!(
-    /// One start of a coordinator. Only grows.
+    /// Term: one start of a coordinator. Only grows.
     Term,
     u64
 );
 number!(
-    /// The count of committed phases.
+    /// Update index: the count of committed phases.
     Position,
     u64
 );

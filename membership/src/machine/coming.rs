@@ -1,4 +1,4 @@
-//! Workers come, come back, leave and are lost.
+//! Joining, resuming, leaving and loss of workers.
 
 use super::*;
 use crate::events::Rested;
@@ -45,8 +45,8 @@ impl Machine {
         }
     }
 
-    /// A member never heard that it is one: whatever it is at rest with, it will commit nothing in the newest
-    /// generation unless it is told of it now.
+    /// A member never learned that it is one. Whatever state it is quiesced with, it will commit
+    /// nothing in the newest generation unless it is told now.
     fn missed_its_assignment(
         &mut self,
         worker: WorkerId,
@@ -62,7 +62,7 @@ impl Machine {
             let position = rest.position.filter(|_| !condemned);
             self.rested(worker, Rested { position, finished: None }, actions);
         } else {
-            // It has not even left an older generation, so nothing that it holds is of use.
+            // The member has not even left an older generation, so its state is of no use.
             let rest = Rested { position: None, finished: None };
             self.abort(vec![worker], Cause::TakenOver, actions);
             self.rested(worker, rest, actions);
@@ -79,7 +79,7 @@ impl Machine {
         }
     }
 
-    /// Says again what a member may have missed while its session was away.
+    /// Repeats the messages that a member may have missed while its session was away.
     fn remind(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
         match &self.stage {
             Stage::Regrouping { .. } => {
@@ -103,8 +103,8 @@ impl Machine {
                 let mut differences = passport.differences(&facts.passport);
                 differences.retain(|difference| !passport.lets_adopt(&difference.item));
                 if differences.is_empty() && *passport != facts.passport {
-                    // A change of the job moved them, and they were forgotten with it; or an older version
-                    // knew none.
+                    // A change of the job changed these items, and they were forgotten with it; or
+                    // an older version had none.
                     self.passport = Some(facts.passport.clone());
                     actions.push(Action::AdoptPassport(facts.passport.clone()));
                 }
@@ -126,7 +126,7 @@ impl Machine {
         self.form_if_ready(actions);
     }
 
-    /// A worker whose session ends is only suspected: it may be back within the deadline.
+    /// A worker whose session ended is only suspected: it may be back within the deadline.
     pub(super) fn disconnected(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
         let Some(entry) = self.workers.get_mut(&worker) else { return };
         entry.connected = false;
@@ -137,8 +137,8 @@ impl Machine {
         }
     }
 
-    /// A member that lost its session, and that a peer lost too, is dead or cut off from all. Unless all
-    /// sessions ended because nobody was here to answer.
+    /// A member that lost its session, and that a peer lost too, is dead or cut off from all. The
+    /// exception: all sessions ended because the shell did not run and could not answer.
     pub(super) fn lose_disconnected(&mut self, actions: &mut Vec<Action>) {
         let deadline = self.settings.limits.deadline;
         if self.overslept.is_some_and(|overslept| self.now < overslept + deadline) {
@@ -160,7 +160,7 @@ impl Machine {
         }
     }
 
-    /// Releases a worker that is not needed any more.
+    /// Releases a worker that is no longer needed.
     pub(super) fn let_go(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
         if self.workers.remove(&worker).is_some() {
             if self.locals.workers.contains(&worker) {
@@ -171,7 +171,7 @@ impl Machine {
         }
     }
 
-    /// A worker is gone, or as good as gone.
+    /// A worker is lost.
     pub(super) fn lost(&mut self, worker: WorkerId, loss: Loss, actions: &mut Vec<Action>) {
         let dead = matches!(loss, Loss::Exited(_) | Loss::Failed(_));
         if dead {
@@ -186,8 +186,8 @@ impl Machine {
         actions.push(Action::Lose(worker, loss.clone()));
         let cause = Cause::Lost(worker, loss.clone());
         match self.stage {
-            // While a group closes, its files of the last checkpoint may be missing: whoever is left writes
-            // them again.
+            // While a group closes, the worker's files of the last checkpoint may be missing: the
+            // remaining members write them again.
             Stage::Training { .. } | Stage::Closing { .. } if is_member => self.regroup(cause, actions),
             Stage::Regrouping { .. } => self.form_if_ready(actions),
             Stage::Gathering if self.group.is_none() && self.locals.workers.contains(&worker) => {

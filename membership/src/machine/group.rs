@@ -1,4 +1,4 @@
-//! Groups form, break and change.
+//! Forming, breaking up and changing of groups.
 
 use super::*;
 use crate::backend::Backend;
@@ -6,9 +6,9 @@ use crate::events::{Member, Start};
 use crate::shards::shard_ranges;
 use crate::types::Rank;
 
-/// So many divergences in a row, and a machine of the run computes wrongly.
+/// Divergences in a row after which a machine of the run must be faulty.
 const DIVERGENCES: u32 = 3;
-/// So many phases may be rolled back by, and the run gets nowhere.
+/// Largest number of phases by which a run may be rolled back; beyond it the run makes no progress.
 const SKIPS: usize = 1000;
 
 impl Machine {
@@ -37,7 +37,8 @@ impl Machine {
         self.come_to_rest(worker, position);
         match self.stage {
             Stage::Training { plan: Some(Plan { kind: PlanKind::Regroup, .. }) } => {
-                // The first member to rest for a planned change; the others follow at the same position.
+                // First member to quiesce for a planned change; the others follow at the same
+                // update index.
                 self.cause = Some(Cause::Planned);
                 self.stage = Stage::Regrouping { until: self.regroup_limit() };
             }
@@ -81,7 +82,7 @@ impl Machine {
         }
     }
 
-    /// Members that cannot reach each other are not put into one group for a while.
+    /// Keeps members that cannot reach each other out of one group for the length of a lease.
     fn sever(&mut self, worker: WorkerId, ranks: &[Rank]) {
         let until = self.now + self.settings.limits.lease;
         let members: Vec<WorkerId> = self.members().collect();
@@ -93,7 +94,7 @@ impl Machine {
         }
     }
 
-    /// Rolls all members back to the newest checkpoint.
+    /// Rolls all members back to the newest checkpoint because their states differ.
     pub(super) fn diverged(&mut self, detail: String, actions: &mut Vec<Action>) {
         if self.condemned == Some(self.last_generation) {
             return;
@@ -108,7 +109,7 @@ impl Machine {
         self.roll_back(Cause::Diverged(detail), actions);
     }
 
-    /// Rolls all members back, and lets them skip the phase if the same comes out again.
+    /// Rolls all members back, and allows them to skip the phase if it is not finite again.
     fn not_finite(&mut self, position: Position, detail: String, actions: &mut Vec<Action>) {
         if self.skips.len() >= SKIPS {
             let what = format!("{detail}; rolled back by {SKIPS} phases already, the run gets nowhere");
@@ -129,7 +130,7 @@ impl Machine {
         }
     }
 
-    /// Breaks the group up, from training or from closing.
+    /// Breaks the group up, during training or closing.
     pub(super) fn regroup(&mut self, cause: Cause, actions: &mut Vec<Action>) {
         if let Stage::Training { .. } | Stage::Closing { .. } | Stage::Regrouping { .. } = self.stage {
             let first = !matches!(self.stage, Stage::Regrouping { .. });
@@ -146,8 +147,8 @@ impl Machine {
     }
 
     fn regroup_limit(&self) -> Time {
-        // An order to leave takes its time to the member, and the answer back; the training thread ends its
-        // leaf first.
+        // An order to leave takes time to reach the member, as does its answer; the training thread
+        // first finishes its shard gradient.
         self.now + self.patience().max(self.settings.limits.deadline * 2)
     }
 
@@ -165,12 +166,12 @@ impl Machine {
         } else if self.absent.is_empty() {
             self.gather(actions);
         } else {
-            // One of them may still train: only its own clock ends it.
+            // One of the members may still train: only its own lease ends that.
             self.stage = Stage::Reconnecting { until: None };
         }
     }
 
-    /// Nobody holds a state any more: starts anew, unless all shall stop.
+    /// Nobody holds a state any more: starts anew, unless a stop is requested.
     pub(super) fn gather(&mut self, actions: &mut Vec<Action>) {
         self.stage = Stage::Gathering;
         if self.stop_requested {
@@ -203,8 +204,8 @@ impl Machine {
         );
     }
 
-    /// Nobody could save what a group of these would train. If a local worker is to come, who can, those that
-    /// rest hold the state until then.
+    /// No member of a group formed now could save the state. If a local worker is to come, which
+    /// can, the quiesced members hold the state until then.
     fn wait_for_a_writer(&mut self, ids: &[WorkerId], actions: &mut Vec<Action>) {
         if matches!(self.stage, Stage::Regrouping { .. }) && self.is_a_local_to_come() {
             self.let_leavers_go(|leaver| ids.contains(&leaver), actions);
@@ -240,13 +241,14 @@ impl Machine {
         self.absent.clear();
         self.stage = Stage::Training { plan: None };
         actions.push(Action::Form(group.clone(), cause));
-        // Whoever wanted to leave and is not needed as a source any more.
+        // Members that wanted to leave and are no longer needed as a source.
         self.let_leavers_go(|leaver| group.members.iter().any(|member| member.worker == leaver), actions);
     }
 
-    /// Members of a group that is formed now, oldest first: all that are loaded and can reach each other, up
-    /// to V, and among them one that can save, if there is one. The source of the state is always among them;
-    /// those that leave only if nobody who stays holds their position.
+    /// Members of a group formed now, oldest first: workers that are loaded and can reach each
+    /// other, up to V, and among them one that can save, if there is one. The source of the state
+    /// is always a member. Workers that leave are members only if nobody who stays holds the state
+    /// at their update index.
     fn next_members(&self) -> Vec<WorkerId> {
         let source = self.source();
         let stays = |id: &WorkerId| !self.is_leaving(*id);
@@ -263,7 +265,7 @@ impl Machine {
             has_room && !chosen.contains(&id) && chosen.iter().all(reaches)
         };
         if !chosen.iter().any(|id| self.sees_storage(*id)) {
-            // Somebody has to save, however many older ones cannot.
+            // Some member has to save, however many older ones cannot.
             let writer = candidates.clone().find(|id| self.sees_storage(*id) && fits(&chosen, *id));
             chosen.extend(writer);
         }
@@ -276,7 +278,8 @@ impl Machine {
         chosen
     }
 
-    /// The most advanced member at rest: one that stays goes before one that leaves, then the lowest number.
+    /// Most advanced quiesced member: one that stays takes precedence over one that leaves, then
+    /// the lowest number.
     fn source(&self) -> Option<WorkerId> {
         if self.condemned == Some(self.last_generation) {
             return None;
@@ -307,7 +310,7 @@ impl Machine {
         }
     }
 
-    /// While a group trains: plans what is due, a stop before everything else.
+    /// While a group trains: plans the next due change, a stop before any other.
     pub(super) fn plan_ahead(&mut self, actions: &mut Vec<Action>) {
         let Stage::Training { plan } = self.stage else { return };
         let Some(due) = self.due_change() else { return };
@@ -335,7 +338,7 @@ impl Machine {
         }
     }
 
-    /// Whether a worker that is loaded would be taken in.
+    /// Whether a loaded worker would be taken into a new group.
     fn joiners(&self, members: &[WorkerId]) -> bool {
         let staying = members.iter().filter(|id| !self.is_leaving(**id)).count();
         let leavers_only = staying == 0;

@@ -1,28 +1,29 @@
-//! The processes that the coordinator started: how many there are, and when another is due.
+//! Local workers, the processes that the coordinator started: their number, and when the next is
+//! started.
 
 use std::time::Duration;
 
 use super::*;
 
-/// A member that lasted this long was fit to work; one that ends sooner may do so again.
+/// Shortest time after which a member counts as fit; one that ends sooner may do so again.
 pub(super) const FIT: Duration = Duration::from_secs(1);
-/// The pause before the second replacement in a row that does not last; it doubles from there.
+/// Pause before the second replacement in a row that does not last; it doubles from there.
 const PAUSE: Duration = Duration::from_millis(250);
-/// So many replacements in a row may fail to last.
+/// Largest number of replacements in a row that do not last.
 const REPLACEMENTS: u32 = 8;
 
 #[derive(Debug)]
 pub(super) struct Locals {
-    /// Every worker that was ever one of them.
+    /// Every worker that was ever a local one.
     pub(super) workers: BTreeSet<WorkerId>,
-    /// Those that are lost to the group and whose processes have not been seen to end, and when those are
-    /// killed.
+    /// Lost local workers whose processes have not ended yet, each with the time at which its
+    /// process is killed.
     pub(super) lingering: BTreeMap<WorkerId, Time>,
-    /// Processes that run.
+    /// Count of running processes.
     pub(super) running: u32,
-    /// Replacements in a row that did not last.
+    /// Count of replacements in a row that did not last.
     pub(super) failures: u32,
-    /// When the next may be started.
+    /// Earliest time of the next start.
     next_spawn: Time,
 }
 
@@ -95,7 +96,8 @@ impl Machine {
         }
     }
 
-    /// Local workers that training waits for: no more than there can be once they are not replaced any more.
+    /// Number of local workers that training waits for. Once replacement is given up, at most the
+    /// number of running processes.
     pub(super) fn expected_locals(&self) -> u32 {
         let wanted = self.settings.local_workers;
         if self.locals.given_up() { wanted.min(self.locals.running) } else { wanted }
@@ -110,7 +112,7 @@ impl Machine {
         self.misses_a_local() || self.locals.running as usize > loaded
     }
 
-    /// Starts what is missing of the local workers.
+    /// Starts the missing local workers.
     pub(super) fn replace(&mut self, actions: &mut Vec<Action>) {
         while self.misses_a_local() && self.now >= self.locals.next_spawn {
             self.locals.running += 1;
@@ -129,7 +131,7 @@ impl Machine {
         self.misses_a_local().then_some(self.locals.next_spawn)
     }
 
-    /// Lets the newest local workers go that are more than are wanted.
+    /// Releases the newest local workers beyond the target number.
     pub(super) fn shed_locals(&mut self, actions: &mut Vec<Action>) {
         let is_staying_local = |id: &WorkerId| self.locals.workers.contains(id) && !self.is_leaving(*id);
         let staying: Vec<WorkerId> = self.workers.keys().copied().filter(is_staying_local).collect();

@@ -1,4 +1,4 @@
-//! Checkpoints, and the end of a run.
+//! Checkpoints and the end of a run.
 
 use super::*;
 use crate::checkpoint::WrittenPart;
@@ -23,8 +23,8 @@ impl Machine {
         self.close_if_finished(actions);
     }
 
-    /// All members have finished: closes the run, or, for a stop that only an earlier coordinator wanted,
-    /// goes on.
+    /// All members have finished: closes the run, or goes on if the stop was requested from an
+    /// earlier coordinator only.
     pub(super) fn close_if_finished(&mut self, actions: &mut Vec<Action>) {
         let Stage::Training { .. } = self.stage else { return };
         let members = self.present_members();
@@ -62,7 +62,7 @@ impl Machine {
         }
     }
 
-    /// Every member wanted to leave and their state is saved: the run waits for others.
+    /// Every member has left and the state is saved: the run waits for other workers.
     fn all_left(&mut self, members: &[WorkerId], actions: &mut Vec<Action>) {
         self.stage = Stage::Gathering;
         for worker in members {
@@ -81,8 +81,8 @@ impl Machine {
         let Some(facts) = self.workers.get(&worker).and_then(|w| w.facts.as_ref()) else {
             return;
         };
-        // The next generation may have been formed since: a late file of a condemned state would make it look
-        // diverged too.
+        // The next generation may have been formed meanwhile: a late file of an invalidated state
+        // would make it look diverged too.
         if self.condemned.is_some_and(|condemned| generation <= condemned) || !self.has_trained(worker) {
             return;
         }

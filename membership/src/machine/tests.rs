@@ -1,4 +1,4 @@
-//! The machine by example. Numbers refer to the invariants of the module.
+//! Unit tests of the machine by example. Numbers refer to the invariants of the module.
 
 use std::time::Duration;
 
@@ -14,13 +14,13 @@ use crate::types::{Rank, Term};
 const DEADLINE: Duration = Duration::from_secs(5);
 const PHASES: u32 = 2;
 
-/// A machine and the time.
+/// A machine with its virtual time.
 struct Bench {
     machine: Machine,
     now: Time,
-    /// Whether those that join are the coordinator's own.
+    /// Whether workers that join are the coordinator's own.
     local: bool,
-    /// What those that are alive say of themselves.
+    /// Progress that live workers report.
     progress: Progress,
 }
 
@@ -67,7 +67,7 @@ impl Bench {
         bench
     }
 
-    /// A group of workers 1 to `count` in generation 1.
+    /// Returns a bench with a group of workers 1 to `count` in generation 1.
     fn training(count: u32) -> Bench {
         let mut bench = Bench::new(count, 8, Recovered::default());
         for worker in 1..=u64::from(count) {
@@ -99,13 +99,13 @@ impl Bench {
         self.handle(Event::Finished { worker, generation, position: Position(position), complete: true })
     }
 
-    /// A process ends, and that is seen.
+    /// A process ends and is reaped.
     fn end(&mut self, worker: u64) -> Vec<Action> {
         self.handle(reaped(worker))
     }
 
-    /// Lets time pass in small pieces, as a shell that is awake sees it, while these workers give signs of
-    /// life.
+    /// Lets time pass in small increments, as a shell that is awake sees it, while these workers
+    /// send heartbeats.
     fn wait(&mut self, time: Duration, alive: &[u64]) -> Vec<Action> {
         let mut actions = Vec::new();
         for _ in 0..10 {
@@ -189,7 +189,7 @@ fn another_passport_is_refused_and_told_what_differs() {
     assert_eq!((differences[0].item.as_str(), differences[0].found.as_str()), ("cpu", "B"));
 }
 
-/// A change of the job moves what samples are, and nothing else.
+/// A change of the job changes the items of the samples, and nothing else.
 #[test]
 fn items_of_samples_that_were_forgotten_are_told_anew_by_the_first() {
     let about = |data: &str, cpu: &str| {
@@ -261,7 +261,7 @@ fn a_checkpoint_that_is_newer_than_every_member_goes_first() {
     assert_eq!(formed(&actions).unwrap().start, Start::Healed(Rank(0)));
 }
 
-/// A generation of an earlier coordinator.
+/// Returns a generation of an earlier coordinator.
 fn group(generation: u64, workers: &[u64]) -> Group {
     let ranges = shard_ranges(8, u32::try_from(workers.len()).unwrap());
     let member = |(worker, shards)| Member { worker: WorkerId(worker), shards, writes_parts: true };
@@ -279,8 +279,8 @@ fn resumed(worker: u64, generation: u64, rest: Option<Rested>) -> Event {
     Event::Resumed { worker: WorkerId(worker), generation: Generation(generation), rest }
 }
 
-/// A new coordinator of a run whose generation 4 has workers 1 and 2, with the newest checkpoint at position
-/// 8.
+/// Returns a new coordinator of a run whose generation 4 has workers 1 and 2, with the newest
+/// checkpoint at update index 8.
 fn taking_over() -> Bench {
     let recovered =
         Recovered { group: Some(group(4, &[1, 2])), checkpoint: Some(checkpoint(4)), ..Recovered::default() };
@@ -288,7 +288,7 @@ fn taking_over() -> Bench {
 }
 
 impl Bench {
-    /// A worker is back and says what it has loaded.
+    /// A worker is back and reports what it has loaded.
     fn resume(&mut self, worker: u64, rest: Option<Rested>) -> Vec<Action> {
         let generation = self.generation();
         assert!(self.machine.knows(WorkerId(worker), generation));
@@ -342,7 +342,7 @@ fn members_that_are_back_at_rest_are_heard_out_before_they_regroup() {
     assert_eq!(formed(&actions).unwrap().position, Position(20));
 }
 
-/// Invariant 2: a worker of another machine may train on although nobody hears of it.
+/// Invariant 2: a worker of another machine may train on although nothing is heard of it.
 #[test]
 fn a_new_coordinator_waits_for_the_lease_before_it_goes_back_to_a_checkpoint() {
     let mut bench = taking_over();
@@ -409,7 +409,7 @@ fn a_member_that_lost_its_session_and_a_peer_is_lost_at_once() {
     }
 }
 
-/// The coordinator may be the one that is cut off.
+/// The coordinator may be the one that is cut off from the network.
 #[test]
 fn when_all_are_silent_at_once_nobody_is_told_to_stop() {
     let mut bench = Bench::training(2);
@@ -575,7 +575,7 @@ fn a_member_that_has_paused_is_never_late_and_the_others_wait_for_it() {
     };
     assert_eq!(wait(Activity::Paused, Activity::Waiting, 1000), []);
     assert_eq!(wait(Activity::Paused, Activity::Paused, 1000), []);
-    // It goes on, and from then on has the time that all have.
+    // The member goes on, and from then on has the usual time.
     assert_eq!(wait(Activity::Computing, Activity::Waiting, 4), []);
     assert!(wait(Activity::Computing, Activity::Waiting, 3).contains(&Action::Drop(WorkerId(1))));
 }
@@ -616,7 +616,7 @@ fn reaped(worker: u64) -> Event {
     Event::Reaped { worker: Some(WorkerId(worker)), status: "signal: 9".to_string() }
 }
 
-/// A group of local workers 1 to `count`, which have trained for a while.
+/// Returns a group of local workers 1 to `count`, which have trained for a while.
 fn training_locally(count: u32) -> Bench {
     let mut bench = Bench::new(count, 8, Recovered::default());
     bench.local = true;
@@ -781,7 +781,7 @@ fn a_group_grows_to_one_worker_a_data_shard_and_no_further() {
     bench.join(1);
     bench.join(2);
     assert_eq!(bench.join(3), []);
-    // It takes the place of one that is lost.
+    // The joiner takes the place of a lost member.
     bench.end(1);
     assert_eq!(members(formed(&bench.ready(2, 2)).unwrap()), [2, 3]);
 }
@@ -815,7 +815,7 @@ fn workers_are_released_once_the_last_checkpoint_is_committed() {
     assert_eq!(ended(&actions), Some(&Outcome::Complete));
 }
 
-/// Invariant 6: what a dead writer left out is written by the others.
+/// Invariant 6: the other members write the files of a dead writer.
 #[test]
 fn a_loss_while_closing_makes_the_rest_save_again() {
     let mut bench = Bench::training(2);
@@ -907,7 +907,7 @@ fn a_regroup_waits_for_what_a_member_that_is_back_has_loaded() {
     assert_eq!(formed(&actions).unwrap().start, Start::Healed(Rank(1)));
 }
 
-/// A window that ended when nobody was here is no window for the next one that comes back.
+/// A window that ended with nobody present does not count for the next worker that comes back.
 #[test]
 fn each_time_one_comes_back_the_others_have_a_window() {
     let mut bench = taking_over();
@@ -934,7 +934,7 @@ fn when_the_last_that_was_waited_for_leaves_the_others_begin() {
     assert_eq!(members(formed(&bench.handle(Event::Leave(WorkerId(2)))).unwrap()), [1]);
 }
 
-/// The fault itself may be lost with a session: the others must hear of it all the same.
+/// The fault itself may be lost with a session: the others must be told all the same.
 #[test]
 fn a_member_that_rests_without_a_plan_breaks_the_group_up() {
     let mut bench = Bench::training(2);
@@ -960,7 +960,7 @@ fn a_reduce_that_took_too_long_is_no_proof_against_a_lost_session() {
     assert!(!actions.contains(&Action::Lose(WorkerId(2), Loss::Session)), "{actions:?}");
 }
 
-/// While the shell was not run, all sessions end and members give up on each other.
+/// While the shell did not run, all sessions end and members give up on each other.
 #[test]
 fn sessions_that_ended_while_the_shell_was_not_run_are_no_proof() {
     let mut bench = Bench::training(2);
@@ -980,7 +980,7 @@ fn a_local_member_that_is_back_is_not_killed_for_having_been_away() {
     assert!(!actions.contains(&Action::Drop(WorkerId(3))), "{actions:?}");
 }
 
-/// Its members never heard of the generation that followed the condemned one.
+/// The members never learned of the generation that followed the invalidated one.
 #[test]
 fn states_of_a_condemned_generation_do_not_come_back_with_a_new_coordinator() {
     let recovered = Recovered {
@@ -1004,7 +1004,7 @@ fn files_of_a_condemned_generation_make_no_checkpoint() {
     assert_eq!(bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(4, 1, "e"))), []);
 }
 
-/// One was still on its way when the next generation was formed: seed 943025.
+/// One file was still on its way when the next generation was formed: seed 943025.
 #[test]
 fn late_files_of_a_condemned_generation_count_for_nothing_in_the_next_one() {
     let mut bench = Bench::training(2);
@@ -1017,7 +1017,8 @@ fn late_files_of_a_condemned_generation_count_for_nothing_in_the_next_one() {
     assert_eq!(actions, [Action::Commit(checkpoint(4))]);
 }
 
-/// The session ended before the fault was heard, so the rest came first: seeds 711331 and 988397.
+/// The session ended before the fault arrived, so the quiesced report came first: seeds 711331 and
+/// 988397.
 #[test]
 fn a_fault_that_is_heard_after_its_rest_breaks_a_planned_change_off() {
     let mut bench = Bench::training(2);
@@ -1034,7 +1035,8 @@ fn a_fault_that_is_heard_after_its_rest_breaks_a_planned_change_off() {
     assert!(workers.contains(&WorkerId(2)));
 }
 
-/// The others have waited for it, so long that each of them is past its own limit: seeds 360559 and 771947.
+/// The others have waited for this member for so long that each is past its own limit: seeds 360559
+/// and 771947.
 #[test]
 fn one_that_takes_long_for_the_last_phase_does_not_leave_a_stalled_group_behind() {
     let mut bench = Bench::training(2);
@@ -1074,7 +1076,8 @@ fn local_workers_that_are_not_replaced_any_more_are_not_waited_for() {
     assert_eq!(members(formed(&actions).unwrap()), [4]);
 }
 
-/// Or the run would end because its members cannot save, with one beside them that can: seed 907752.
+/// Otherwise the run would end because its members cannot save, although a worker that can is
+/// present: seed 907752.
 #[test]
 fn one_that_can_save_is_a_member_before_older_ones_that_cannot() {
     let mut bench = Bench::new(3, 2, Recovered::default());
@@ -1090,7 +1093,7 @@ fn one_that_can_save_is_a_member_before_older_ones_that_cannot() {
     assert!(!group.members[0].writes_parts && group.members[1].writes_parts);
 }
 
-/// Those that are left hold the state, and a replacement is on its way.
+/// The remaining members hold the state, and a replacement is on its way.
 #[test]
 fn when_the_only_member_that_can_save_is_lost_the_others_wait_for_its_replacement() {
     let mut bench = Bench::new(1, 8, Recovered::default());
@@ -1128,7 +1131,7 @@ fn when_nobody_who_can_save_will_come_the_run_ends_and_says_so() {
     assert!(matches!(ended(&actions), Some(Outcome::Failed(what)) if what.contains("checkpoint.url")));
 }
 
-/// A stop was asked for, so nobody comes in its place: seed 892867.
+/// A stop was requested, so no replacement comes: seed 892867.
 #[test]
 fn nobody_waits_for_a_replacement_once_a_stop_was_asked_for() {
     let mut bench = Bench::new(1, 8, Recovered::default());

@@ -1,31 +1,31 @@
-//! Time passes: who is silent, late or past its lease.
+//! Time limits: detection of silent, late and expired workers.
 
 use std::time::Duration;
 
 use super::*;
 
 impl Machine {
-    /// When [`Event::Tick`] is due at the latest. Never so late that a shell that slept until then seems to
-    /// have overslept.
+    /// Latest time at which [`Event::Tick`] is due. Never so late that a shell that slept until
+    /// then seems to have overslept.
     pub fn deadline(&self) -> Option<Time> {
         self.due
     }
 
-    /// The same, for now.
+    /// Computes the deadline from the current state.
     pub(super) fn next_due(&self) -> Option<Time> {
         let awake = self.now + self.settings.limits.deadline / 4;
         self.next_limit().map(|limit| limit.min(awake))
     }
 
-    /// When the next limit ends.
+    /// Time at which the next limit ends.
     fn next_limit(&self) -> Option<Time> {
         let limits = &self.settings.limits;
         let stage = match &self.stage {
-            // Past it nobody is waited for, but perhaps one that comes.
+            // After the limit nobody is waited for, except perhaps a worker that comes.
             Stage::Regrouping { until } => Some(*until).filter(|until| *until > self.now),
             Stage::Reconnecting { until } => until.filter(|until| *until > self.now),
             Stage::Training { .. } => {
-                // Who is late already was judged, and waits for the others: their limits come next.
+                // Limits in the past were already acted on; the next to end is another member's.
                 let patience = self.patience();
                 let busy = self.unready_members().into_iter();
                 let late = busy.filter_map(|id| self.late_at(&self.workers[&id], patience));
@@ -66,7 +66,8 @@ impl Machine {
         }
     }
 
-    /// A shell that was not run for long must not blame the workers: it has not read their messages yet.
+    /// A shell that did not run for long must not blame the workers: it has not read their messages
+    /// yet.
     pub(super) fn notice_oversleep(&mut self, now: Time) {
         let slept = now.saturating_sub(self.now);
         self.now = self.now.max(now);
@@ -86,7 +87,8 @@ impl Machine {
         }
     }
 
-    /// A member commits nothing more in the newest generation. The others saw something move.
+    /// Records that a member is quiesced in the newest generation. For the others that counts as
+    /// progress.
     pub(super) fn come_to_rest(&mut self, worker: WorkerId, position: Option<Position>) {
         let now = self.now;
         if let Some(entry) = self.workers.get_mut(&worker) {
@@ -95,14 +97,15 @@ impl Machine {
         }
     }
 
-    /// When all members that wait for each other have done so for too long: somebody they wait for moved
-    /// until now, also one that rests since.
+    /// Time at which all members that wait for each other have done so for too long. Until then
+    /// some member made progress, perhaps one that has quiesced since.
     fn stalled_at(&self, patience: Duration) -> Option<Time> {
         let since = self.members().filter_map(|id| self.workers.get(&id)).map(|worker| worker.progress_since);
         since.max().map(|moved| moved + patience)
     }
 
-    /// How long a step of a worker's progress may take: leaves set the pace, once there are any.
+    /// Longest time between two steps of a worker's progress. Shard gradients set the pace, once
+    /// there are any.
     pub(super) fn patience(&self) -> Duration {
         let limits = &self.settings.limits;
         let members = self.members().filter_map(|id| self.workers.get(&id));
@@ -110,9 +113,9 @@ impl Machine {
         slowest.map_or(limits.lease, |slowest| limits.deadline.max(slowest * 10))
     }
 
-    /// When a member of the group that trains is late. Meeting, healing and the first leaves have more time.
-    /// One that has paused is never late: what it waits for is no member's fault, and to end it would lose
-    /// what it holds.
+    /// Time at which a member of a training group is late. Meeting, state sync and the first shard
+    /// gradients have more time. A paused member is never late: the cause of its wait is no
+    /// member's fault, and ending it would lose its state.
     fn late_at(&self, worker: &Worker, patience: Duration) -> Option<Time> {
         if worker.progress.activity == Activity::Paused {
             return None;
@@ -140,8 +143,8 @@ impl Machine {
         self.severed.retain(|_, until| *until > self.now);
     }
 
-    /// The first member to rest for a planned change may have had another reason, which was lost on the way:
-    /// the others would wait for it in vain.
+    /// The first member to quiesce for a planned change may have had another reason, which was lost
+    /// on the way: the others would wait for it in vain.
     fn hurry(&mut self, actions: &mut Vec<Action>) {
         let Stage::Regrouping { until } = self.stage else { return };
         let soon = self.now + self.settings.limits.deadline >= until;
@@ -178,7 +181,8 @@ impl Machine {
         }
     }
 
-    /// Late is whoever neither waits for the others nor has paused. If all wait, a link is broken.
+    /// A member is late if it neither waits for the others nor has paused. If all wait, a link is
+    /// broken.
     fn drop_stuck(&mut self, actions: &mut Vec<Action>) {
         let busy = self.unready_members();
         let patience = self.patience();
@@ -201,7 +205,7 @@ impl Machine {
         }
     }
 
-    /// Decides about the members that are not here, as far as that can be decided.
+    /// Decides about the members that are not present, as far as possible.
     pub(super) fn judge_absent(&mut self, actions: &mut Vec<Action>) {
         let now = self.now;
         self.absent.retain(|_, lease| *lease > now);
@@ -213,7 +217,7 @@ impl Machine {
         } else if present.is_empty() && waited && self.stop_requested {
             self.end_stopped(actions);
         } else if present.is_empty() && waited {
-            // Whoever was back is lost again: the next one opens a window of its own.
+            // The members that were back are lost again: the next one opens a window of its own.
             self.stage = Stage::Reconnecting { until: None };
         } else if !present.is_empty() && (self.absent.is_empty() || waited) {
             self.take_over(&present, actions);
@@ -228,7 +232,7 @@ impl Machine {
         let loaded = present.iter().all(|id| self.workers[id].facts.is_some());
         let usable = self.condemned != Some(self.last_generation) && !self.job_changed;
         if !loaded {
-            // Their reports are under way; the next one brings us back here.
+            // Their reports are under way; the next one leads here again.
             return;
         }
         self.stage = Stage::Training { plan: None };
