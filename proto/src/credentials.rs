@@ -1,9 +1,9 @@
-//! What coordinators and workers prove themselves with: certificates and the join token.
+//! Credentials of coordinators and workers: certificates and the join token.
 //!
 //! 1. Neither a key nor a token is ever printed.
-//! 2. Files are read for each connection anew, so renewed ones are used from the next connection on.
-//! 3. Who reads certificates also checks that its own is one that others accept, so that a mistake shows
-//!    where it was made.
+//! 2. Files are read anew for each connection, so renewed files apply from the next connection on.
+//! 3. A process that reads certificates also checks that its peers would accept its own, so that a
+//!    mistake shows where it was made.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -21,67 +21,68 @@ use tonic::Request;
 use tonic::metadata::AsciiMetadataValue;
 use webpki::{EndEntityCert, KeyUsage};
 
-/// The authorities whose certificates are accepted.
+/// File of the trusted certificate authorities.
 pub const CA_FILE: &str = "ca.crt";
-/// The own certificate, with those between it and the authority.
+/// File of the process's own certificate, followed by the intermediate ones up to the authority.
 pub const CERTIFICATE_FILE: &str = "tls.crt";
-/// Its private key.
+/// File of the own certificate's private key.
 pub const KEY_FILE: &str = "tls.key";
-/// Names the folder of these.
+/// Environment variable with the folder of these files.
 pub const TLS_DIR: &str = "GANGLION_TLS_DIR";
-/// The name that the coordinator's certificate is for, if that is not the one in its address.
+/// Environment variable with the name in the coordinator's certificate, if it is not the one in its
+/// address.
 pub const TLS_NAME: &str = "GANGLION_TLS_NAME";
-/// The join token itself.
+/// Environment variable with the join token itself.
 pub const JOIN_TOKEN: &str = "GANGLION_JOIN_TOKEN";
-/// Names a file that holds it.
+/// Environment variable with the path of a file that holds the join token.
 pub const JOIN_TOKEN_FILE: &str = "GANGLION_JOIN_TOKEN_FILE";
-/// A shorter token could be guessed.
+/// Shortest length of a join token in bytes. A shorter one could be guessed.
 const SHORTEST_TOKEN: usize = 16;
 
-/// The user's credentials cannot be used: what is wrong with which file, and what to do.
+/// Unusable credentials of the user: the file, the problem, and the fix.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct CredentialError(String);
 
 impl CredentialError {
-    /// Credentials that could be read and cannot be used.
+    /// Creates the error for credentials that could be read but cannot be used.
     pub fn unusable(error: impl fmt::Display) -> CredentialError {
         CredentialError(format!("--tls-dir: these certificates cannot be used: {error}"))
     }
 }
 
-/// The folder with the files of one process's TLS.
+/// Folder with the TLS files of one process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsFiles(PathBuf);
 
-/// A process's certificate and key, and the authorities that it trusts.
+/// Certificate and key of a process, and the authorities that it trusts.
 pub struct Identity {
-    /// Its certificate first.
+    /// Certificate chain, the process's own certificate first.
     pub chain: Vec<CertificateDer<'static>>,
-    /// The certificate's key.
+    /// Private key of the first certificate.
     pub key: PrivateKeyDer<'static>,
-    /// Who may sign the certificates of others.
+    /// Authorities that may sign the certificates of peers.
     pub roots: Arc<RootCertStore>,
 }
 
 impl TlsFiles {
-    /// The files of a folder.
+    /// Names the TLS files of a folder; reads nothing.
     pub fn new(folder: &Path) -> TlsFiles {
-        // A process that is started for us may have another working directory.
+        // A process that this one starts may have another working directory.
         TlsFiles(std::path::absolute(folder).unwrap_or_else(|_| folder.to_path_buf()))
     }
 
-    /// The folder.
+    /// Path of the folder.
     pub fn folder(&self) -> &Path {
         &self.0
     }
 
-    /// The path of one of the files.
+    /// Returns the path of one of the files.
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 
-    /// Reads them, and checks that they fit each other and are not out of date.
+    /// Reads the files, and checks that they match each other and are valid now.
     pub fn read(&self) -> Result<Identity, CredentialError> {
         let unreadable = |name: &str, error: &dyn fmt::Display| {
             CredentialError(format!(
@@ -118,7 +119,8 @@ impl TlsFiles {
         let provider = provider();
         rustls::sign::CertifiedKey::from_der(identity.chain.clone(), identity.key.clone_key(), &provider)
             .map_err(|error| wrong(format!("it does not go with {KEY_FILE} beside it: {error}")))?;
-        // Every process is a client of some and a server of others: workers are both to each other.
+        // Every process is a client of some peers and a server of others: workers are both to each
+        // other.
         for (purpose, usage) in [("client", KeyUsage::client_auth()), ("server", KeyUsage::server_auth())] {
             identity.verify(usage, &provider).map_err(|error| wrong(explain(&error, purpose)))?;
         }
@@ -126,7 +128,7 @@ impl TlsFiles {
     }
 }
 
-/// What is wrong with a certificate of one's own.
+/// Returns the problem of the process's own certificate, with the fix.
 fn explain(error: &webpki::Error, purpose: &str) -> String {
     match error {
         webpki::Error::CertExpired { .. } => {
@@ -157,26 +159,26 @@ impl Identity {
         own.verify_for_usage(algorithms, roots, between, now, usage, None, None).map(drop)
     }
 
-    /// The names that this certificate is for.
+    /// DNS names that this certificate is valid for.
     pub fn names(&self) -> Vec<String> {
         let own = self.chain.first().map(EndEntityCert::try_from);
         let Some(Ok(own)) = own else { return Vec::new() };
         own.valid_dns_names().map(str::to_string).collect()
     }
 
-    /// Whether this certificate is for a name or an address.
+    /// Whether this certificate is valid for a name or an address.
     pub fn is_for(&self, name: &rustls::pki_types::ServerName<'_>) -> bool {
         let own = self.chain.first().map(EndEntityCert::try_from);
         own.is_some_and(|own| own.is_ok_and(|own| own.verify_is_valid_for_subject_name(name).is_ok()))
     }
 
-    /// A name that others can check this certificate by.
+    /// Returns a name by which peers can verify this certificate.
     pub fn peer_name(&self) -> Result<String, CredentialError> {
         let name = self.names().into_iter().next().map(|name| name.replacen('*', "any", 1));
         name.ok_or_else(|| CredentialError::unusable("the own one is for no DNS name; make it with one"))
     }
 
-    /// How to connect as this process, to speak a protocol.
+    /// Returns the client configuration of this process for a protocol.
     pub fn client(self, protocol: &[u8]) -> Result<ClientConfig, CredentialError> {
         let builder = ClientConfig::builder_with_provider(provider());
         let builder = builder.with_protocol_versions(&[&TLS13]).map_err(CredentialError::unusable)?;
@@ -187,7 +189,8 @@ impl Identity {
         Ok(config)
     }
 
-    /// How to be connected to as this process, by those alone who have a certificate.
+    /// Returns the server configuration of this process for a protocol; clients must have a
+    /// certificate.
     pub fn server(self, protocol: &[u8]) -> Result<ServerConfig, CredentialError> {
         let verifier = WebPkiClientVerifier::builder_with_provider(self.roots, provider()).build();
         let verifier = verifier.map_err(CredentialError::unusable)?;
@@ -196,13 +199,13 @@ impl Identity {
         let builder = builder.with_client_cert_verifier(verifier);
         let mut config = builder.with_single_cert(self.chain, self.key).map_err(CredentialError::unusable)?;
         config.alpn_protocols = vec![protocol.to_vec()];
-        // Nobody comes back to a connection.
+        // Clients never resume a connection, so tickets would be wasted.
         config.send_tls13_tickets = 0;
         Ok(config)
     }
 }
 
-/// The cryptography that is used: never the process's default, which nobody sets.
+/// Returns the cryptography provider: never the process's default, which nobody sets.
 pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
@@ -211,7 +214,7 @@ fn now() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
-/// What lets a worker join.
+/// Secret by which a worker is allowed to join.
 #[derive(Clone, PartialEq, Eq)]
 pub struct JoinToken(String);
 
@@ -222,7 +225,7 @@ impl fmt::Debug for JoinToken {
 }
 
 impl JoinToken {
-    /// The token in a file, else that of the environment, if there is one.
+    /// Reads the token from a file, else from the environment; `None` if there is none.
     pub fn read(file: Option<&Path>) -> Result<Option<JoinToken>, CredentialError> {
         if let Some(file) = file {
             let place = format!("--join-token-file {}", file.display());
@@ -245,14 +248,14 @@ impl JoinToken {
         Ok(JoinToken(token.to_string()))
     }
 
-    /// What a request carries as its `authorization`.
+    /// Value of a request's `authorization` header.
     pub fn header(&self) -> String {
         format!("Bearer {}", self.0)
     }
 
-    /// Adds it to a request.
+    /// Adds the token to a request.
     pub fn authorise<T>(&self, request: &mut Request<T>) {
-        // It parses: a token is of printable ASCII.
+        // Parsing cannot fail: a token consists of printable ASCII.
         if let Ok(mut header) = self.header().parse::<AsciiMetadataValue>() {
             header.set_sensitive(true);
             request.metadata_mut().insert("authorization", header);
@@ -284,7 +287,7 @@ mod tests {
         (Issuer::new(params, key), certificate)
     }
 
-    /// Writes a certificate that an authority has signed, and what goes with it.
+    /// Writes a certificate signed by an authority, with its key and the authority's certificate.
     fn write(
         folder: &Path,
         authority: &(Issuer<'static, KeyPair>, String),

@@ -1,8 +1,9 @@
-//! Connecting to a coordinator, with or without TLS.
+//! Client connections to a coordinator, with or without TLS.
 //!
-//! 1. What cannot work however often it is tried is told apart from what may work later.
-//! 2. A connection counts as made only once the coordinator has accepted our certificate. In TLS 1.3 a
-//!    client's handshake is over before that; but in HTTP/2 a server speaks unasked, and it speaks after it.
+//! 1. Errors that no retry can mend are told apart from those that may pass.
+//! 2. A connection counts as established only once the coordinator has accepted the client's
+//!    certificate. In TLS 1.3 a client's handshake is over before that. But an HTTP/2 server sends
+//!    first, and it sends only after accepting the certificate.
 
 use std::io;
 use std::path::PathBuf;
@@ -19,21 +20,21 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::credentials::{CA_FILE, CERTIFICATE_FILE, CredentialError, JoinToken, TlsFiles};
 
-/// What a client has to show.
+/// Credentials of a client.
 #[derive(Clone, Debug, Default)]
 pub struct Credentials {
-    /// Its certificate; without one it connects without TLS.
+    /// TLS files of the client; `None` connects without TLS.
     pub tls: Option<TlsFiles>,
-    /// The name that the coordinator's certificate is for, if that is not the one in its address.
+    /// Name in the coordinator's certificate, if it is not the one in its address.
     pub name: Option<String>,
-    /// The file with its join token; without one the environment may hold the token.
+    /// File with the join token; with `None` the environment may hold the token.
     pub token_file: Option<PathBuf>,
 }
 
-/// Why no connection was made.
+/// Reason why no connection was established.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum DialError {
-    /// It may work later.
+    /// Transient: a later attempt may succeed.
     #[error("{0}")]
     Later(String),
     /// The user's credentials or address are wrong.
@@ -48,8 +49,8 @@ impl From<CredentialError> for DialError {
 }
 
 impl Credentials {
-    /// Checks that an address is one for these credentials, and that they can be used; returns how to connect
-    /// to it.
+    /// Checks that an address suits these credentials and that they can be used; returns the
+    /// endpoint to connect to.
     pub fn endpoint(&self, uri: &Uri) -> Result<Endpoint, DialError> {
         JoinToken::read(self.token_file.as_deref())?;
         let secure = uri.scheme_str() == Some("https");
@@ -65,7 +66,7 @@ impl Credentials {
             None => Ok(Endpoint::from(uri.clone())),
             Some(files) => {
                 files.read()?;
-                // The connection that we hand over is encrypted; tonic itself shall not look for TLS.
+                // The connection that is handed over is already encrypted; tonic must not add TLS.
                 let plain = uri.to_string().replacen("https://", "http://", 1);
                 let endpoint = Endpoint::from_shared(plain).map_err(|error| DialError::Wrong(error.to_string()))?;
                 Ok(endpoint.origin(uri.clone()))
@@ -73,12 +74,12 @@ impl Credentials {
         }
     }
 
-    /// The join token, if there is one.
+    /// Returns the join token, if there is one.
     pub fn token(&self) -> Result<Option<JoinToken>, DialError> {
         Ok(JoinToken::read(self.token_file.as_deref())?)
     }
 
-    /// Connects to an endpoint that [`Credentials::endpoint`] made.
+    /// Connects to an endpoint that [`Credentials::endpoint`] returned.
     pub async fn connect(self, endpoint: Endpoint) -> Result<Channel, DialError> {
         let connected = match self.tls {
             None => endpoint.connect().await,
@@ -95,7 +96,7 @@ impl Credentials {
     }
 }
 
-/// The reason that we gave ourselves, else the system's.
+/// Returns the cause that this module gave, else the system's.
 fn cause(error: &tonic::transport::Error) -> DialError {
     let mut deepest: &dyn std::error::Error = error;
     while let Some(source) = deepest.source() {
@@ -131,7 +132,7 @@ impl Dial {
         Ok(stream)
     }
 
-    /// What a failed handshake means for the user.
+    /// Explains to the user why a handshake failed.
     fn explain(&self, host: &str, error: &io::Error) -> DialError {
         let ca = self.files.path(CA_FILE).display().to_string();
         let own = self.files.path(CERTIFICATE_FILE).display().to_string();
@@ -155,7 +156,7 @@ impl Dial {
     }
 }
 
-/// Why the coordinator's certificate is not accepted.
+/// Explains why the coordinator's certificate is not accepted.
 fn untrusted(wrong: &CertificateError, host: &str, ca: &str) -> String {
     match wrong {
         CertificateError::UnknownIssuer | CertificateError::BadSignature => format!(
@@ -183,7 +184,8 @@ fn not_for(host: &str, but: &str) -> String {
     )
 }
 
-/// Why the coordinator does not accept a certificate, if that is what its alert means.
+/// Explains why the coordinator refuses the client's certificate; `None` if its alert means
+/// something else.
 fn refusal(alert: AlertDescription) -> Option<&'static str> {
     Some(match alert {
         AlertDescription::UnknownCA | AlertDescription::DecryptError => {

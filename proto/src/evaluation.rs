@@ -1,6 +1,7 @@
-//! Evaluations: what a job says of them, what a worker reports, what the figures are called.
+//! Evaluations: their settings in a job, a worker's report, and the names of the metrics.
 //!
-//! 1. An evaluation is a function of (job, state): its figures do not depend on who made it, or when.
+//! 1. An evaluation is a function of (job, state): its metrics do not depend on who computed it, or
+//!    when.
 //! 2. No key of `[evaluation]` and `[alarms]` moves a bit of the state.
 
 use std::fmt;
@@ -15,20 +16,20 @@ use crate::wire;
 /// Section `[evaluation]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// Evaluate after every so many steps; 0 for never.
+    /// Period of evaluations in steps; 0 for never.
     pub every_steps: u64,
-    /// Evaluate each checkpoint.
+    /// Whether each checkpoint is evaluated.
     pub with_checkpoints: bool,
-    /// Generated samples of an evaluation.
+    /// Number of generated samples in an evaluation.
     pub samples: u32,
-    /// Real samples that they are held against; 0 for all.
+    /// Number of real samples that they are compared with; 0 for all.
     pub reference: u32,
-    /// What metrics look at.
+    /// Feature space of the metrics.
     pub features: Features,
-    /// Real samples that are not trained on, of the kind of `[data]`: a file or a folder.
+    /// File or folder of real samples that are not trained on, of the kind of `[data]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held_out: Option<PathBuf>,
-    /// The figure by which the best checkpoint is chosen.
+    /// Metric by which the best checkpoint is chosen.
     pub best_by: BestBy,
 }
 
@@ -47,11 +48,11 @@ impl Default for Evaluation {
     }
 }
 
-/// What metrics look at.
+/// Feature space of the metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum Features {
-    /// The digit classifier for images of 28 x 28 grey pixels, else the pixels.
+    /// The digit classifier for images of 28 x 28 grey pixels, otherwise the pixels.
     Auto,
     /// The digit classifier that comes with the worker.
     Digits,
@@ -89,11 +90,11 @@ impl fmt::Display for Features {
     }
 }
 
-/// By which figure the best checkpoint is chosen.
+/// Metric by which the best checkpoint is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BestBy {
-    /// The Fréchet distance, or the sliced Wasserstein distance where only pixels are looked at.
+    /// The Fréchet distance, or the sliced Wasserstein distance where the features are the pixels.
     Auto,
     /// The lower the better.
     FrechetDistance,
@@ -106,7 +107,7 @@ pub enum BestBy {
 }
 
 impl BestBy {
-    /// All of them by name.
+    /// All values with their names.
     pub const ALL: [(&'static str, BestBy); 5] = [
         ("auto", BestBy::Auto),
         (names::FRECHET, BestBy::FrechetDistance),
@@ -115,13 +116,14 @@ impl BestBy {
         (names::WASSERSTEIN, BestBy::SlicedWasserstein),
     ];
 
-    /// Its name.
+    /// Name in job files.
     pub fn name(self) -> &'static str {
         let found = Self::ALL.iter().find(|(_, each)| *each == self);
         found.expect("the table lists every variant").0
     }
 
-    /// The figure of a row that decides, and its value; `None` if the row does not have it.
+    /// Returns the name and value of the deciding metric of a row; `None` if the row does not have
+    /// it.
     pub fn of(self, row: &EvaluationRow) -> Option<(&'static str, f64)> {
         let auto: &[&str] = &[names::FRECHET, names::WASSERSTEIN];
         let own = [self.name()];
@@ -132,7 +134,7 @@ impl BestBy {
         })
     }
 
-    /// Whether one value of the figure of that name is better than another.
+    /// Whether the value `one` of the named metric is better than `other`.
     pub fn is_better(name: &str, one: f64, other: f64) -> bool {
         if name == names::SCORE { one > other } else { one < other }
     }
@@ -141,17 +143,18 @@ impl BestBy {
 /// Section `[alarms]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Alarms {
-    /// What an alarm does.
+    /// Consequence of an alarm.
     pub policy: AlarmPolicy,
-    /// Real images that training has seen before evaluations may raise an alarm: at first samples are all
-    /// alike.
+    /// Number of real images seen in training before evaluations may raise an alarm: at first all
+    /// samples are alike.
     pub after_images: u64,
-    /// Collapse: the diversity of samples, as a share of the real ones', below which it is one; and the same
-    /// of their labels.
+    /// Collapse: threshold of the diversity of generated samples, and of their labels, as a share
+    /// of that of the real ones.
     pub collapse: f64,
-    /// Overfitting of the discriminator: the share of the way from held-out samples to training samples.
+    /// Overfitting of the discriminator: threshold as a share of the distance from held-out to
+    /// training samples.
     pub overfitting: f64,
-    /// Loss of balance: the rows of metrics in a row whose scores are saturated.
+    /// Loss of balance: number of consecutive metrics rows with a saturated discriminator output.
     pub saturated_rows: u64,
 }
 
@@ -167,31 +170,31 @@ impl Default for Alarms {
     }
 }
 
-/// What an alarm does.
+/// Consequence of an alarm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AlarmPolicy {
-    /// Nothing is looked at.
+    /// Alarms are not computed.
     Off,
-    /// It is told.
+    /// The alarm is reported.
     Warn,
-    /// It is told, and the run ends.
+    /// The alarm is reported, and the run ends.
     Stop,
 }
 
 impl AlarmPolicy {
-    /// All of them by name.
+    /// All values with their names.
     pub const ALL: [(&'static str, AlarmPolicy); 3] =
         [("off", AlarmPolicy::Off), ("warn", AlarmPolicy::Warn), ("stop", AlarmPolicy::Stop)];
 
-    /// Its name.
+    /// Name in job files.
     pub fn name(self) -> &'static str {
         let found = Self::ALL.iter().find(|(_, each)| *each == self);
         found.expect("the table lists every variant").0
     }
 }
 
-/// What figures are called, in rows and in files.
+/// Names of the metrics in rows and in files.
 #[allow(missing_docs)] // docs/metrics.md says what each is
 pub mod names {
     pub const FRECHET: &str = "frechet_distance";
@@ -208,27 +211,27 @@ pub mod names {
     pub const OVERFITTING: &str = "discriminator_overfitting";
 }
 
-/// The figures of one evaluation.
+/// Metrics of one evaluation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvaluationRow {
-    /// Steps done in the state.
+    /// Count of steps done in the evaluated state.
     pub step: u64,
-    /// By name.
+    /// Values by metric name.
     pub metrics: Vec<(String, f64)>,
-    /// What they look at, with its hash.
+    /// Name of the feature space, with its hash.
     pub features: String,
-    /// How long it took, in seconds: no part of the result.
+    /// Duration in seconds; not part of the result.
     pub seconds: f64,
 }
 
 impl EvaluationRow {
-    /// The figure of that name.
+    /// Returns the value of the named metric.
     pub fn get(&self, name: &str) -> Option<f64> {
         self.metrics.iter().find(|(known, _)| known == name).map(|(_, value)| *value)
     }
 
-    /// Whether another row says the same of the same state. Numbers are compared by their bits, but for the
-    /// sign of a zero, which the wire does not carry.
+    /// Whether another row has the same content for the same state. Numbers are compared by their
+    /// bits, except for the sign of a zero, which the wire does not carry.
     pub fn agrees(&self, other: &EvaluationRow) -> bool {
         let bits = |row: &EvaluationRow| -> Vec<(String, u64)> {
             row.metrics.iter().map(|(name, value)| (name.clone(), (value + 0.0).to_bits())).collect()
@@ -240,21 +243,21 @@ impl EvaluationRow {
 // ---- On the wire
 // ---------------------------------------------------------------------------------------------------
 
-/// Figures of a row: more are a mistake.
+/// Largest number of metrics in a row.
 const FIGURES: usize = 64;
-/// The longest name, in bytes.
+/// Longest name of a metric, in bytes.
 const NAME_BYTES: usize = 64;
 
 impl EvaluationRow {
-    /// The row in bytes, which keep the bits of its numbers.
+    /// Encodes the row in bytes that keep the bits of its numbers.
     pub fn encode(&self) -> Vec<u8> {
         self.to_wire().encode_to_vec()
     }
 
-    /// Reads what [`EvaluationRow::encode`] wrote.
+    /// Decodes the output of [`EvaluationRow::encode`].
     ///
     /// # Errors
-    /// These are no such bytes.
+    /// The bytes are not an encoded row.
     pub fn decode(bytes: &[u8]) -> Result<EvaluationRow, Malformed> {
         let read = wire::EvaluationRow::decode(bytes).map_err(|error| Malformed(error.to_string()))?;
         EvaluationRow::from_wire(read)
@@ -300,7 +303,7 @@ impl Evaluation {
         }
     }
 
-    /// A job of a coordinator that knew no evaluations has none.
+    /// The job of a coordinator from before evaluations has none.
     pub(crate) fn from_wire(wire: Option<wire::Evaluation>) -> Result<Evaluation, Malformed> {
         let Some(wire) = wire else { return Ok(Evaluation::default()) };
         Ok(Evaluation {

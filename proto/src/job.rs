@@ -1,10 +1,9 @@
-//! The job: everything that decides a run's result, as one TOML file.
+//! Job: everything that decides a run's result, as one TOML file.
 //!
-//! These are the domain types, shared by the coordinator, which reads and checks the file, and the worker,
-//! which trains by it. Every value is already checked when a [`Job`] exists outside of the coordinator's job
-//! reader.
+//! These are the domain types. The coordinator reads and checks the file; the worker trains by it.
+//! Outside of the coordinator's job reader every value of a [`Job`] is already checked.
 //!
-//! Sizes are counts of samples or updates, shares of memory never; learning rates and betas are
+//! Sizes are counts of samples or updates, never shares of memory; learning rates and betas are
 //! dimensionless.
 
 use std::fmt;
@@ -15,31 +14,31 @@ use serde::{Deserialize, Serialize};
 use crate::evaluation::{Alarms, Evaluation};
 use crate::stream::Change;
 
-/// A training job, resolved: defaults filled in, paths absolute.
+/// Resolved training job: defaults filled in, paths absolute.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Job {
-    /// The run as a whole.
+    /// Settings of the run as a whole.
     pub job: General,
-    /// The training samples.
+    /// Training samples.
     pub data: Data,
-    /// The two networks.
+    /// Generator and discriminator.
     pub model: Model,
-    /// What the two networks minimise.
+    /// Objective that the two networks minimise.
     pub loss: Loss,
-    /// How both are updated.
+    /// Optimizer of both networks.
     pub optimizer: Optimizer,
-    /// What samples go through before the discriminator sees them.
+    /// Augmentation of samples before the discriminator sees them.
     pub augmentation: Augmentation,
-    /// When state is saved, and where.
+    /// Times and place of checkpoints.
     pub checkpoint: Checkpoint,
-    /// When pictures are drawn.
+    /// Times and size of sample grids.
     pub sample: Sample,
-    /// When metrics are reported.
+    /// Times of metrics rows.
     pub metrics: Metrics,
-    /// When what is drawn is judged, and how.
+    /// Times and metrics of evaluations.
     #[serde(default)]
     pub evaluation: Evaluation,
-    /// What is told of a run that goes wrong.
+    /// Alarms about a run that goes wrong.
     #[serde(default)]
     pub alarms: Alarms,
 }
@@ -47,11 +46,11 @@ pub struct Job {
 /// Section `[job]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct General {
-    /// Names the run; the run directory defaults to `runs/<name>`.
+    /// Name of the run; the run directory defaults to `runs/<name>`.
     pub name: String,
     /// Seed of every random draw: weights, order of samples, noise.
     pub seed: u64,
-    /// How long to train.
+    /// Length of training.
     #[serde(flatten)]
     pub length: Length,
     /// V: the fixed number of units of work and of randomness, whatever the number of workers.
@@ -60,20 +59,22 @@ pub struct General {
     pub shard_batch: u32,
     /// Threads inside one tensor operation. Part of the job, because it can change the bits.
     pub threads: u32,
-    /// How long a silent process is trusted, in seconds. Every other time limit is derived from it.
+    /// Longest time that a silent process is trusted, in seconds. Every other time limit is derived
+    /// from it.
     pub failure_deadline: f64,
-    /// What to do with a phase whose reduced gradient, statistics or loss is not finite.
+    /// Treatment of a phase whose reduced gradient, buffer updates or loss is not finite.
     pub non_finite: NonFinite,
-    /// What forward and backward passes compute in.
+    /// Number format of forward and backward passes.
     pub precision: Precision,
-    /// In which order leaves are summed.
+    /// Order in which shard gradients are summed.
     pub reduction: Reduction,
-    /// Whether only kernels may run that always give the same bits. Without it, two runs may differ.
+    /// Whether only kernels may run that always give the same bits. Without it, two runs may
+    /// differ.
     pub deterministic: bool,
 }
 
-/// What forward and backward passes compute in. The state and all sums over samples, leaves and ranks are
-/// fp32.
+/// Number format of forward and backward passes. The state and all sums over samples, shard
+/// gradients and ranks are fp32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -83,7 +84,7 @@ pub enum Precision {
     Bf16,
 }
 
-/// In which order leaves are summed.
+/// Order in which shard gradients are summed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reduction {
@@ -93,8 +94,8 @@ pub enum Reduction {
     Ring,
 }
 
-/// What to do with a phase that reduced to an infinity or a NaN. Part of the job, because it changes the
-/// result.
+/// Treatment of a phase whose reduced gradient is an infinity or a NaN. Part of the job, because it
+/// changes the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NonFinite {
@@ -106,7 +107,7 @@ pub enum NonFinite {
     Stop,
 }
 
-/// How long a job trains: in steps or in passes over the data.
+/// Length of training, in steps or in passes over the data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Length {
@@ -121,24 +122,26 @@ pub enum Length {
 pub struct Data {
     /// The format of the samples.
     pub kind: DataKind,
-    /// A file or a folder, by kind. `None` only for data bundled with the worker.
+    /// Path of a file or a folder, by kind. `None` only for data bundled with the worker.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// Scale each image so that its shorter side has this many pixels.
+    /// Pixels of the shorter side that each image is scaled to; `None` leaves its size.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resize: Option<u32>,
-    /// Then cut the central square of this many pixels a side. Follows `resize` where that alone is given.
+    /// Pixels a side of the central square that is cut out after scaling. Defaults to `resize`
+    /// where only that is given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub crop: Option<u32>,
-    /// Colour channels of images read from a folder, 1 or 3. The other kinds know their own.
+    /// Colour channels of images read from a folder, 1 or 3. Other kinds have a fixed number.
     pub channels: u32,
-    /// The ending of the files of a folder or archive that are pictures to train on, without its first dot.
+    /// File name extension of the pictures to train on in a folder or archive, without its first
+    /// dot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_extension: Option<String>,
-    /// Whether pictures are turned as their EXIF data say.
+    /// Treatment of the orientation in the pictures' EXIF data.
     #[serde(default, skip_serializing_if = "Orientation::is_followed")]
     pub orientation: Orientation,
-    /// Samples that are left out, and from when on, in that order.
+    /// Samples that are left out, and from which step on, in that order.
     #[serde(default, rename = "exclusion", skip_serializing_if = "Vec::is_empty")]
     pub exclusions: Vec<Exclusion>,
 }
@@ -161,7 +164,7 @@ impl Orientation {
 }
 
 impl Data {
-    /// The digits that are bundled with the worker.
+    /// Returns the section for the digits that are bundled with the worker.
     pub fn bundled_digits() -> Data {
         Data {
             kind: DataKind::Mnist10k,
@@ -175,7 +178,7 @@ impl Data {
         }
     }
 
-    /// Identifies the exclusions; `None` if there are none.
+    /// Hash of the exclusions; `None` if there are none.
     pub fn exclusions_hash(&self) -> Option<String> {
         let mut hasher = blake3::Hasher::new();
         for Exclusion { after_step, after_phase, files, .. } in &self.exclusions {
@@ -184,26 +187,28 @@ impl Data {
         (!self.exclusions.is_empty()).then(|| hasher.finalize().to_hex()[..16].to_string())
     }
 
-    /// Other samples of the same kind, read likewise: what is left out here says nothing of them.
+    /// Returns the section for other samples of the same kind, read in the same way. The exclusions
+    /// do not apply to them.
     pub fn elsewhere(&self, path: PathBuf) -> Data {
         Data { path: Some(path), exclusions: Vec::new(), ..self.clone() }
     }
 }
 
-/// Table `[[data.exclusion]]`: samples left out from a point of the run on.
+/// Table `[[data.exclusion]]`: samples left out from a step of the run on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exclusion {
-    /// So many steps are trained with them; 0: they are left out from the start, as if they were not there.
+    /// Steps that are trained with the samples; 0 leaves them out from the start, as if they did
+    /// not exist.
     pub after_step: u64,
-    /// And so many phases of the next step.
+    /// Phases of the next step that are also trained with them.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub after_phase: u64,
-    /// Hash of the names of all samples of the run, where that is known: names another data set is refused
-    /// by.
+    /// Hash of the names of all samples of the run, where it is known. A data set with other names
+    /// is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub names: Option<String>,
-    /// Names of the samples: relative paths of files, or the numbers of images, from 0 on, of data in one
-    /// file.
+    /// Names of the samples: relative paths of files, or for data in one file the indices of
+    /// images, from 0.
     pub files: Vec<String>,
 }
 
@@ -230,7 +235,7 @@ fn is_zero(count: &u64) -> bool {
     *count == 0
 }
 
-/// The formats of samples.
+/// Formats of samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DataKind {
@@ -246,7 +251,7 @@ pub enum DataKind {
     Folder,
 }
 
-/// The formats of files that hold pictures, in place of a folder.
+/// Formats of archives that hold pictures, in place of a folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ArchiveKind {
     /// `.zip`.
@@ -256,7 +261,7 @@ pub enum ArchiveKind {
 }
 
 impl ArchiveKind {
-    /// By a file's ending; `None` if it is another.
+    /// Returns the format of a file by its extension; `None` if it is no archive.
     pub fn of(file: &Path) -> Option<ArchiveKind> {
         let ending = file.extension()?.to_str()?;
         match ending.to_ascii_lowercase().as_str() {
@@ -270,7 +275,7 @@ impl ArchiveKind {
 /// Section `[model]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {
-    /// The pair of networks.
+    /// Architecture of the two networks.
     pub kind: ModelKind,
     /// Length of the noise vector that the generator turns into an image.
     pub latent_dim: u32,
@@ -278,25 +283,26 @@ pub struct Model {
     pub width: u32,
     /// Half-life of the generator's exponential moving average, in images seen.
     pub ema_half_life_images: u64,
-    /// How it grows to that.
+    /// Growth of the half-life up to `ema_half_life_images`.
     pub ema_schedule: EmaSchedule,
-    /// Whether both networks know the classes of samples.
+    /// Whether both networks are conditioned on the classes of samples.
     pub conditional: bool,
-    /// The checkpoint whose weights the run begins with: a folder, or an address of one. Else they are drawn.
+    /// Folder or address of the checkpoint with the initial weights; `None` draws them from the
+    /// seed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_from: Option<String>,
-    /// So many of the discriminator's first layers stay as they are (Mo et al., 2020, FreezeD).
+    /// Number of the discriminator's first layers that are not updated (Mo et al., 2020, FreezeD).
     pub freeze_discriminator: u32,
-    /// Of `script`: the file of the generator.
+    /// File of the generator, for `script` only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generator: Option<PathBuf>,
-    /// Of `script`: the file of the discriminator.
+    /// File of the discriminator, for `script` only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discriminator: Option<PathBuf>,
 }
 
 impl Model {
-    /// Networks of a kind and size, with drawn weights and without classes.
+    /// Returns networks of a kind and size, with drawn weights and without classes.
     pub fn plain(kind: ModelKind, latent_dim: u32, width: u32) -> Model {
         Model {
             kind,
@@ -313,19 +319,19 @@ impl Model {
     }
 }
 
-/// How the half-life of the moving average grows with the images seen.
+/// Growth of the moving average's half-life with the images seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EmaSchedule {
-    /// It is at most a twentieth of the images seen: Karras et al., StyleGAN2-ADA (2020), and its training
-    /// loop.
+    /// At most a twentieth of the images seen: Karras et al., StyleGAN2-ADA (2020), and its
+    /// training loop.
     RampUp,
-    /// It goes along half a cosine from 0 over `optimizer.decay_images`: Huang et al., R3GAN (2024), and its
+    /// Half a cosine from 0 over `optimizer.decay_images`: Huang et al., R3GAN (2024), and its
     /// training loop.
     Cosine,
 }
 
-/// The pairs of networks on offer.
+/// Supported pairs of networks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ModelKind {
     /// Multi-layer perceptrons for 28 x 28 images of one channel.
@@ -346,13 +352,13 @@ pub enum ModelKind {
     /// R3GAN for 32 x 32 images.
     #[serde(rename = "r3gan-32")]
     R3gan32,
-    /// Two TorchScript files of the user's.
+    /// Two TorchScript files of the user.
     #[serde(rename = "script")]
     Script,
 }
 
 impl ModelKind {
-    /// Pixels a side of the images that it draws; `None` where only its files tell.
+    /// Pixels a side of the generated images; `None` for `script`, where only the files define it.
     pub fn side(self) -> Option<u32> {
         match self {
             ModelKind::Mlp28 | ModelKind::Dcgan28 | ModelKind::R3gan28 => Some(28),
@@ -366,27 +372,27 @@ impl ModelKind {
 /// Section `[loss]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Loss {
-    /// The objective.
+    /// Kind of the objective.
     pub kind: LossKind,
     /// Discriminator phases in each step.
     pub discriminator_steps: u32,
-    /// Weight of the gradient penalty of `wasserstein-gp`; the other objectives do not read it.
+    /// Weight of the gradient penalty of `wasserstein-gp`; other objectives ignore it.
     pub gradient_penalty: f64,
     /// Weight of half the square of the discriminator's gradient at real samples (Mescheder et al., 2018,
     /// equation 9).
     pub r1: f64,
-    /// What it is after `optimizer.decay_images`.
+    /// Value of `r1` after `optimizer.decay_images`.
     pub final_r1: f64,
-    /// The same at the generator's samples.
+    /// Weight of the same penalty at the generator's samples.
     pub r2: f64,
-    /// What that is after `optimizer.decay_images`.
+    /// Value of `r2` after `optimizer.decay_images`.
     pub final_r2: f64,
-    /// Penalties are computed in every so many discriminator phases, and weigh as many times more (Karras et
+    /// Period of the penalties in discriminator phases; their weight is multiplied by it (Karras et
     /// al., StyleGAN2, 2020, section 3.1).
     pub penalty_every: u32,
 }
 
-/// The objectives on offer.
+/// Supported objectives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LossKind {
@@ -400,13 +406,14 @@ pub enum LossKind {
     Hinge,
     /// Gulrajani et al. (2017), equation 3.
     WassersteinGp,
-    /// Jolicoeur-Martineau (2019) as Huang et al. (2024) take it, equation 2: each real sample is paired with
-    /// one of the generator's.
+    /// Jolicoeur-Martineau (2019) in the form of Huang et al. (2024), equation 2: each real sample
+    /// is paired with one of the generator's.
     RelativisticPairing,
 }
 
 impl LossKind {
-    /// Whether it looks at pairs of a real sample and one of the generator's, in the generator's phase too.
+    /// Whether the objective compares pairs of a real and a generated sample, in the generator's
+    /// phase too.
     pub fn pairs(self) -> bool {
         self == LossKind::RelativisticPairing
     }
@@ -415,25 +422,26 @@ impl LossKind {
 /// Section `[optimizer]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Optimizer {
-    /// The update rule.
+    /// Update rule.
     pub kind: OptimizerKind,
-    /// Step size of the generator, and of the discriminator unless that has its own.
+    /// Step size of the generator, and of the discriminator unless it has its own.
     pub learning_rate: f64,
     /// Step size of the discriminator.
     pub discriminator_learning_rate: f64,
-    /// Decay of the first moment.
+    /// Decay rate of the first moment.
     pub beta1: f64,
-    /// Decay of the second moment.
+    /// Decay rate of the second moment.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// Term added to the root of the second moment.
     pub epsilon: f64,
-    /// Every setting that has a final value goes there along half a cosine over so many images; 0: it stays.
+    /// Images over which every setting with a final value moves to it along half a cosine; 0 keeps
+    /// the initial values.
     pub decay_images: u64,
-    /// The generator's last step size.
+    /// Final step size of the generator.
     pub final_learning_rate: f64,
-    /// The discriminator's.
+    /// Final step size of the discriminator.
     pub final_discriminator_learning_rate: f64,
-    /// The last decay of the second moment.
+    /// Final decay rate of the second moment.
     pub final_beta2: f64,
 }
 
@@ -442,38 +450,38 @@ pub struct Optimizer {
 pub struct Augmentation {
     /// Whether real samples are mirrored at random, left to right.
     pub flip: bool,
-    /// What real samples and the generator's alike go through before the discriminator sees them.
+    /// Augmentations of both real and generated samples before the discriminator sees them.
     pub kinds: Vec<AugmentationKind>,
-    /// How likely each of these is for a sample.
+    /// Probability of each of `kinds` for a sample.
     pub probability: f64,
-    /// What that is after `optimizer.decay_images`.
+    /// Value of `probability` after `optimizer.decay_images`.
     pub final_probability: f64,
-    /// Whether the probability begins at 0 and follows the discriminator's overfitting instead (Karras et
-    /// al., 2020).
+    /// Whether the probability instead begins at 0 and follows the discriminator's overfitting
+    /// (Karras et al., 2020).
     pub adaptive: bool,
-    /// The mean of sign D(x) over real samples that it aims at.
+    /// Target of the adaptive controller: the mean of sign D(x) over real samples.
     pub target: f64,
-    /// It goes from 0 to 1 in so many images at least.
+    /// Smallest number of images in which the adaptive probability can go from 0 to 1.
     pub adjust_images: u64,
 }
 
-/// What augmentation does to a sample.
+/// Kinds of augmentation of a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AugmentationKind {
-    /// Mirrors it, left to right.
+    /// Mirrors the sample, left to right.
     Flip,
-    /// Turns it by a multiple of 90 degrees.
+    /// Rotates the sample by a multiple of 90 degrees.
     Rotate90,
-    /// Moves it by up to an eighth of its side, each way.
+    /// Moves the sample by up to an eighth of its side, in each direction.
     Translation,
-    /// Other brightness, saturation and contrast.
+    /// Changes brightness, saturation and contrast.
     Color,
     /// Blanks a square of half its side.
     Cutout,
 }
 
-/// The update rules on offer.
+/// Supported update rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OptimizerKind {
@@ -484,13 +492,13 @@ pub enum OptimizerKind {
 /// Section `[checkpoint]`. The last step is always saved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Checkpoint {
-    /// Save after every so many steps; 0 for never.
+    /// Period of checkpoints in steps; 0 for never.
     pub every_steps: u64,
-    /// Save after every so many passes over the data; 0 for never.
+    /// Period of checkpoints in passes over the data; 0 for never.
     pub every_epochs: u64,
-    /// How many checkpoints to keep; 0 keeps all.
+    /// Number of checkpoints to keep; 0 keeps all.
     pub keep_last: u64,
-    /// Where: a `file://` address or a folder; `checkpoints/` in the run directory when absent.
+    /// Storage: a `file://` address or a folder; `checkpoints/` in the run directory when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,
 }
@@ -498,20 +506,20 @@ pub struct Checkpoint {
 /// Section `[sample]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
-    /// Draw a grid of samples after every so many steps and after the last; 0 for never.
+    /// Period of sample grids in steps; the last step has one too; 0 for never.
     pub every_steps: u64,
-    /// Samples in a grid.
+    /// Number of samples in a grid.
     pub count: u32,
 }
 
 /// Section `[metrics]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
-    /// Report after every so many steps and after the last.
+    /// Period of metrics rows in steps; the last step has one too.
     pub every_steps: u64,
 }
 
-/// A `--set` that leaves samples out, for a shell.
+/// Returns a `--set` argument, quoted for a shell, that leaves samples out.
 pub fn exclude_argument(names: &[&str]) -> String {
     let value = match names {
         [one] => (*one).to_owned(),
@@ -525,31 +533,31 @@ pub fn exclude_argument(names: &[&str]) -> String {
 }
 
 impl Job {
-    /// Samples of one phase over all data shards.
+    /// Number of samples of one phase over all data shards.
     pub fn global_batch(&self) -> u64 {
         u64::from(self.job.data_shards) * u64::from(self.job.shard_batch)
     }
 
-    /// Updates of one step: those of the discriminator, then one of the generator.
+    /// Number of updates in one step: those of the discriminator, then one of the generator.
     pub fn phases_per_step(&self) -> u64 {
         u64::from(self.loss.discriminator_steps) + 1
     }
 
-    /// Real samples that were taken from the stream by the first `position` phases.
+    /// Number of real samples that the first `position` phases take from the stream.
     pub fn samples_before(&self, position: u64) -> u64 {
         let (steps, phases) = (position / self.phases_per_step(), position % self.phases_per_step());
         steps * self.samples_per_step() + phases * self.global_batch()
     }
 
-    /// The number of the first sample of the stream that an exclusion holds for: that of the next
+    /// Number in the stream of the first sample that an exclusion applies to: that of the next
     /// discriminator phase.
     pub fn number_of(&self, exclusion: &Exclusion) -> u64 {
         let phases = exclusion.after_phase.min(u64::from(self.loss.discriminator_steps));
         exclusion.after_step * self.samples_per_step() + phases * self.global_batch()
     }
 
-    /// Changes of the stream by the exclusions after the start, given the index of each sample that these
-    /// name.
+    /// Returns the changes of the stream by exclusions after the start. `left_out` gives the index
+    /// of each sample that these name.
     pub fn changes(&self, mut left_out: impl Iterator<Item = u64>) -> Vec<Change> {
         let later = self.data.exclusions.iter().filter(|exclusion| !exclusion.is_from_the_start());
         let change = |exclusion: &Exclusion| Change {
@@ -559,12 +567,12 @@ impl Job {
         later.map(change).collect()
     }
 
-    /// Real samples that one step takes from the stream.
+    /// Number of real samples that one step takes from the stream.
     pub fn samples_per_step(&self) -> u64 {
         self.global_batch() * u64::from(self.loss.discriminator_steps)
     }
 
-    /// The step that ends the run, for a data set of `samples`.
+    /// Last step of the run, for a data set of `samples`.
     pub fn last_step(&self, samples: u64) -> u64 {
         match self.job.length {
             Length::Steps(steps) => steps,
@@ -572,7 +580,7 @@ impl Job {
         }
     }
 
-    /// The first step after which `epochs` passes over `samples` are complete.
+    /// First step after which `epochs` passes over `samples` are complete.
     pub fn steps_of_epochs(&self, epochs: u64, samples: u64) -> u64 {
         epochs.saturating_mul(samples).div_ceil(self.samples_per_step())
     }
@@ -581,8 +589,8 @@ impl Job {
     pub fn checkpoint_due(&self, step: u64, samples: u64) -> bool {
         let by_steps = due(step, self.checkpoint.every_steps);
         let by_epochs = self.checkpoint.every_epochs != 0 && {
-            // An epoch ends inside this step: a multiple of `every_epochs` passes was completed by it and not
-            // before.
+            // An epoch ends inside this step: a multiple of `every_epochs` passes was completed by
+            // it and not before.
             let period = samples.saturating_mul(self.checkpoint.every_epochs);
             let seen = step * self.samples_per_step();
             seen / period > (seen - self.samples_per_step()) / period
@@ -615,7 +623,7 @@ fn due(step: u64, every: u64) -> bool {
     every != 0 && step.is_multiple_of(every)
 }
 
-/// Writes the names of the job file's enumerations as the file has them.
+/// Implements `Display` for the job file's enumerations with their names in the file.
 macro_rules! display_as_in_the_file {
     ($($name:ty),*) => {$(
         impl fmt::Display for $name {

@@ -1,10 +1,11 @@
-//! The structured log: an object a line, for machines that collect logs.
+//! Structured log: one JSON object per line, for log collectors.
 //!
-//! 1. Each line says when (`time`, seconds of Unix time), how grave (`level`), what (`message` and the
-//!    event's own fields), and where in the run: what of `run`, `term`, `generation`, `worker`, `rank` and
-//!    `step` this process knows.
-//! 2. An event's own fields go before what the process knows: a coordinator passes on what its workers log.
-//! 3. A line is one write, and holds no newline but its last byte.
+//! 1. Each line has the time (`time`, seconds of Unix time), the level (`level`), the event
+//!    (`message` and its own fields), and the place in the run: those of `run`, `term`,
+//!    `generation`, `worker`, `rank` and `step` that this process knows.
+//! 2. An event's own fields take precedence over the process's: a coordinator passes on its
+//!    workers' lines.
+//! 3. A line is one write; its only newline is its last byte.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,18 +19,18 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// The environment variable by which a coordinator has its workers write the structured log.
+/// Environment variable by which a coordinator has its workers write the structured log.
 pub const VARIABLE: &str = "GANGLION_LOG_FORMAT";
 
-/// What this process knows of its place in the run.
+/// Fields that place this process in the run.
 static PLACE: RwLock<BTreeMap<&str, Value>> = RwLock::new(BTreeMap::new());
 
-/// Notes something that every line says from now on, such as `generation`.
+/// Sets a field that every line has from now on, such as `generation`.
 pub fn note(key: &'static str, value: impl Into<Value>) {
     PLACE.write().unwrap_or_else(PoisonError::into_inner).insert(key, value.into());
 }
 
-/// Writes an event as a line of the structured log.
+/// Formatter that writes each event as a line of the structured log.
 pub struct JsonLines;
 
 impl<S, N> FormatEvent<S, N> for JsonLines
@@ -61,7 +62,7 @@ fn unix_time() -> f64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// Takes an event's fields.
+/// Visitor that collects an event's fields.
 struct Fields<'a>(&'a mut Map<String, Value>);
 
 impl Fields<'_> {
@@ -96,23 +97,23 @@ impl Visit for Fields<'_> {
     }
 }
 
-/// A line of the structured log, as far as the process that passes it on needs it.
+/// Line of the structured log, reduced to the fields that a process needs to pass it on.
 pub struct Line {
-    /// How grave.
+    /// Level of the event.
     pub level: String,
-    /// What.
+    /// Text of the event.
     pub message: String,
-    /// Who says it, of those that are known.
+    /// Id of the worker; `None` if the line has none.
     pub worker: Option<u64>,
-    /// Its rank.
+    /// Rank of the worker.
     pub rank: Option<u64>,
-    /// The generation that it is in.
+    /// Generation of the worker.
     pub generation: Option<u64>,
-    /// The step that it is in.
+    /// Step of the worker.
     pub step: Option<u64>,
 }
 
-/// Reads a line of the structured log; `None` for any other text.
+/// Parses a line of the structured log; `None` for any other text.
 pub fn parse(line: &str) -> Option<Line> {
     let fields: Map<String, Value> = serde_json::from_str(line).ok()?;
     let text = |key: &str| fields.get(key)?.as_str().map(str::to_string);

@@ -1,4 +1,4 @@
-//! What a worker and the coordinator say to each other, in the domain's types.
+//! Messages between a worker and the coordinator, in the domain's types.
 
 use ganglion_membership::{
     Fault, Generation, Group, LoadedFacts, Plan, Position, Progress, Rested, Term, WorkerId, WrittenPart,
@@ -8,221 +8,226 @@ use crate::evaluation::EvaluationRow;
 use crate::found::Found;
 use crate::job::Job;
 
-/// A worker's message.
+/// Message of a worker to the coordinator.
 #[derive(Clone, Debug, PartialEq)]
 pub enum FromWorker {
-    /// It asks to take part.
+    /// Request to take part; the first message of a session.
     Hello(Hello),
-    /// The worker has loaded; with its report on the data.
+    /// The worker has loaded; with its facts and its report on the data.
     Loaded(LoadedFacts, Option<Box<Found>>),
-    /// It is at rest and commits nothing more of the generation.
+    /// The worker is quiesced: it commits nothing more of the generation. The state that it holds
+    /// is at this update index; `None` without a state.
     Ready(Generation, Option<Position>),
-    /// It left its group.
+    /// The worker left its group because of a fault.
     Fault(Generation, Fault),
-    /// A sign of life, and what the worker takes of its machine.
+    /// Heartbeat, with the resource usage of the worker.
     Heartbeat(Progress, Usage),
-    /// The figures of a step.
+    /// Metrics row of a reported step.
     Metrics(MetricsRow),
-    /// A file of a checkpoint is on the storage.
+    /// A checkpoint file with a state of this generation is on the storage.
     PartWritten(Generation, WrittenPart),
-    /// A file of a checkpoint could not be written yet: step, file, reason.
+    /// A checkpoint file could not be written yet: step, file name, reason.
     PartDelayed(u64, String, String),
-    /// A grid of generated samples.
+    /// Grid of generated samples.
     Samples(SampleGrid),
-    /// What was made of an evaluation.
+    /// Result of an evaluation.
     Evaluation(EvaluationRow),
-    /// The phase that started at a position was skipped: what is not finite.
+    /// The phase that started at this update index was skipped; with the reason, which names the
+    /// value that is not finite.
     PhaseSkipped(Position, String),
-    /// It has trained to the end (`true`) or to a planned stop.
+    /// The worker trained to the end (`true`) or to a planned stop (`false`), at this update index
+    /// of the generation.
     Finished(Generation, Position, bool),
-    /// The user's input is wrong.
+    /// The user's input is wrong; with the reason.
     InputError(String),
-    /// Its machine wants it to end.
+    /// The worker's machine wants it to end.
     Leave,
 }
 
-/// The coordinator's message.
+/// Message of the coordinator to a worker.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ToWorker {
-    /// The worker is taken in.
+    /// The worker is accepted.
     Welcome(Box<Welcome>),
-    /// It is a member of a new generation.
+    /// The worker is a member of a new generation.
     Assignment(Assignment),
     /// A change is planned.
     Plan(Plan),
-    /// Leave a generation, for a reason; and find out (`probe`) who of it cannot be reached.
+    /// Order to leave a generation; with `probe` also to find out which of its members cannot be
+    /// reached.
     Abort {
-        /// The generation.
+        /// Generation to leave.
         generation: Generation,
-        /// Why, for people.
+        /// Reason; diagnostic only.
         reason: String,
-        /// Whether to find out who cannot be reached.
+        /// Whether the worker shall find out which members it cannot reach.
         probe: bool,
-        /// Whether what is held of the generation must not be used.
+        /// Whether the generation is invalidated: its state must not be used.
         condemned: bool,
     },
     /// Metrics rows up to this step are on disk.
     MetricsRecorded(u64),
-    /// Kept rows of this step and of later ones shall be reported again.
+    /// Order to report the kept rows of this step and of later ones again.
     MetricsWanted(u64),
-    /// It may not take part, for a reason.
+    /// The worker may not take part; with the reason.
     Reject(String),
-    /// It is not needed any more.
+    /// The worker is no longer needed.
     Release {
-        /// Whether that is because the run is complete.
+        /// Whether the reason is that the run is complete.
         complete: bool,
     },
-    /// A heartbeat was read.
+    /// Heartbeat acknowledgement.
     Pulse,
-    /// Nothing more is needed for the checkpoint of this step and phase, and those before.
+    /// Nothing more is needed for the checkpoint of this step and phase, and for earlier ones.
     CheckpointRecorded(u64, u32),
     /// The evaluations of these steps are on disk.
     EvaluationsRecorded(Vec<u64>),
 }
 
-/// How a worker introduces itself.
+/// Identity of a worker at the start of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// Version of the contract.
+    /// Version of the wire contract, [`PROTOCOL`](crate::PROTOCOL).
     pub protocol: u32,
-    /// What the coordinator gave to a worker that it started; `None` for others.
+    /// Token that the coordinator gave to a worker that it started; `None` for other workers.
     pub spawn_token: Option<String>,
-    /// The machine's name.
+    /// Name of the worker's machine.
     pub host: String,
-    /// The process on that machine.
+    /// Process id on that machine.
     pub pid: u32,
-    /// Where other workers find out whether they reach it: HOST:PORT.
+    /// Address, as HOST:PORT, at which other workers probe whether they reach this one.
     pub address: String,
-    /// Who it was, if its session had begun before and ended.
+    /// Identity and state from before, if an earlier session of this process has ended.
     pub resume: Option<Resume>,
-    /// What it computes on, for people.
+    /// Name of the compute device; diagnostic only.
     pub device: String,
-    /// Which of the worker's attempts to open a session this is. Only grows.
+    /// Number of this attempt of the worker to open a session. Only grows.
     pub attempt: u64,
 }
 
-/// What a worker whose session ended says of itself.
+/// Earlier identity and current state of a worker whose session ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resume {
-    /// The run that it belongs to.
+    /// Id of the run that the worker belongs to.
     pub run: String,
-    /// Its number.
+    /// Id of the worker.
     pub worker: WorkerId,
-    /// The highest term that welcomed it.
+    /// Highest term that welcomed the worker.
     pub term: Term,
-    /// The newest generation that it was assigned to.
+    /// Newest generation that the worker was assigned to.
     pub generation: Generation,
-    /// What it is at rest with; `None` while it may commit.
+    /// State that the worker is quiesced with; `None` while it may still commit.
     pub rest: Option<Rested>,
 }
 
-/// All that a worker needs to load.
+/// Everything that a worker needs to load.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Welcome {
-    /// The coordinator's term.
+    /// Term of the coordinator.
     pub term: Term,
-    /// The worker's number.
+    /// Id of the worker.
     pub worker: WorkerId,
-    /// Identifies the run directory.
+    /// Id of the run directory.
     pub run: String,
-    /// The hyperparameters.
+    /// Resolved job.
     pub job: Job,
-    /// The address of the checkpoint storage.
+    /// Address of the checkpoint storage.
     pub storage: String,
-    /// The newest generation whose states must not be used. Whoever was assigned to nothing newer holds
-    /// nothing.
+    /// Newest invalidated generation: its states must not be used. Any worker that was assigned to
+    /// nothing newer holds no state.
     pub condemned: Generation,
 }
 
-/// A worker's place in a generation.
+/// Assignment of a worker to a generation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assignment {
-    /// The generation.
+    /// Generation with all its members.
     pub group: Group,
-    /// This worker's rank.
+    /// Rank of this worker.
     pub rank: u32,
-    /// Where each rank is probed: HOST:PORT.
+    /// Address at which each rank is probed: HOST:PORT.
     pub addresses: Vec<String>,
 }
 
-/// The figures of one reported step.
+/// Metrics of one reported step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MetricsRow {
-    /// Steps done.
+    /// Count of steps done.
     pub step: u64,
-    /// When the step was committed: seconds since the Unix epoch.
+    /// Time of the step's commit, in seconds since the Unix epoch.
     pub time: f64,
-    /// The generation that committed it.
+    /// Generation that committed the step.
     pub generation: u64,
-    /// Its size.
+    /// World size of that generation.
     pub world_size: u32,
     /// Mean loss of the discriminator over the global batch.
     pub loss_discriminator: f64,
     /// Mean loss of the generator over the global batch.
     pub loss_generator: f64,
-    /// Real images consumed a second since the row before.
+    /// Real images consumed per second since the previous row.
     pub images_per_second: f64,
     /// Real images consumed since the start of the run.
     pub images_seen: u64,
-    /// The state's ledger after the step: which samples were committed up to it.
-    pub ledger: u64,
-    /// Phases skipped in a row, up to the step's end.
-    pub skipped: u64,
-    /// Where the time of the discriminator's phases and of the generator's went; `None` if nobody measured
+    /// Sample checksum (`ledger`) of the state after the step: covers all samples committed up to
     /// it.
+    pub ledger: u64,
+    /// Consecutive skipped phases at the end of the step.
+    pub skipped: u64,
+    /// Time profile of the discriminator's phases and of the generator's; `None` if it was not
+    /// measured.
     pub profile: Option<[Profile; 2]>,
-    /// How the reporting member's GPU was used.
+    /// Usage of the reporting member's GPU.
     pub gpu: GpuUse,
-    /// What the discriminator says of real samples and of the generator's, means over the global batch;
-    /// `None` if nobody noted it.
+    /// Discriminator output for real samples and for the generator's, means over the global batch;
+    /// `None` if it was not recorded.
     pub scores: Option<[f64; 2]>,
 }
 
-/// What a worker takes of its machine at a moment.
+/// Resource usage of a worker at a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Memory of its process, in bytes, where the system tells.
+    /// Resident memory of the process in bytes; `None` where the system does not report it.
     pub resident_bytes: Option<u64>,
-    /// Its GPU.
+    /// Usage of the worker's GPU.
     pub gpu: GpuUse,
 }
 
-/// How a GPU is used at a moment, by all its processes. Nothing of it is known without a GPU.
+/// Usage of a GPU at a moment by all its processes. All fields are `None` without a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GpuUse {
     /// Memory in use, in bytes.
     pub memory_bytes: Option<u64>,
-    /// How much of the time it was busy lately, in percent.
+    /// Recent busy time of the GPU, in percent.
     pub utilisation: Option<u32>,
 }
 
-/// Where the time of one module's phases went, on one member: milliseconds a step, a mean over the steps
-/// since the row before.
+/// Time profile of one network's phases on one member: milliseconds per step, mean over the steps
+/// since the previous row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Profile {
     /// Waiting for samples to be read.
     pub data: f64,
-    /// Forward and backward passes of the member's data shards, and adding them up.
+    /// Forward and backward passes of the member's data shards, and their summation.
     pub compute: f64,
     /// Waiting for other members in a reduce.
     pub wait: f64,
-    /// Judging and applying what was reduced.
+    /// Checking and applying the reduced gradient.
     pub commit: f64,
-    /// All else.
+    /// Everything else.
     pub other: f64,
 }
 
-/// A grid of generated samples.
+/// Grid of generated samples.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SampleGrid {
-    /// Steps done when it was drawn.
+    /// Count of steps done when the grid was drawn.
     pub step: u64,
-    /// A PNG file.
+    /// Content of a PNG file.
     pub png: Vec<u8>,
-    /// Its width in pixels.
+    /// Width in pixels.
     pub width: u32,
-    /// Its height in pixels.
+    /// Height in pixels.
     pub height: u32,
-    /// Its colour channels.
+    /// Number of colour channels.
     pub channels: u32,
 }
