@@ -1,15 +1,16 @@
-//! Bounds of what a peer may send. Conversion applies them, so nothing that is larger gets into the domain.
+//! Bounds of the content of a peer's messages. Conversion applies them, so nothing larger reaches
+//! the domain.
 //!
 //! | what | bound | beyond it |
 //! |---|---|---|
-//! | a text for people, such as the detail of a fault | [`TEXT`] bytes | cut off |
+//! | a diagnostic text, such as the detail of a fault | [`TEXT`] bytes | cut off |
 //! | a name, such as a host's or a file's | [`NAME`] bytes | refused |
 //! | a path, an address of a storage | [`PATH`] bytes | refused |
 //! | a list | a number of items of its own, below | refused |
 //! | a count, such as a position or a step | [`COUNT`] | refused |
 //!
-//! Texts and names are made safe to show (`shown.rs`); their bounds are of what is shown, since a peer hands
-//! it on.
+//! Texts and names are made safe to show (`shown.rs`). Their bounds apply to the result, since a
+//! peer passes it on.
 
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as ValueError, StrDeserializer};
@@ -17,51 +18,52 @@ use serde::de::value::{Error as ValueError, StrDeserializer};
 use crate::error::Malformed;
 use crate::shown::{printable, printable_name};
 
-/// Bytes of a text for people.
+/// Largest diagnostic text, in bytes.
 pub(crate) const TEXT: usize = 4096;
-/// Bytes of a name. A host with its port has 259 at most.
+/// Largest name, in bytes. A host with its port has 259 at most.
 pub(crate) const NAME: usize = 512;
-/// Bytes of a path or an address of a storage.
+/// Largest path or address of a storage, in bytes.
 pub(crate) const PATH: usize = 8192;
-/// The highest count: floating-point numbers and JSON hold it exactly. Times [`PHASES`] it fits into 63 bits,
-/// as SQLite and positions need.
+/// Highest count: floating-point numbers and JSON hold it exactly. Multiplied by [`PHASES`] it fits
+/// into 63 bits, as SQLite and update indices need.
 pub(crate) const COUNT: u64 = 1 << 53;
-/// Phases of a step.
+/// Most phases in a step.
 pub(crate) const PHASES: u32 = 1 << 10;
-/// Members of a group.
+/// Most members of a group.
 pub(crate) const MEMBERS: usize = 1 << 16;
-/// Files of a checkpoint.
+/// Most files of a checkpoint.
 pub(crate) const FILES: usize = 1 << 12;
-/// Positions whose phases may be skipped.
+/// Most update indices whose phases may be skipped.
 pub(crate) const SKIPS: usize = 1 << 16;
-/// Items of a passport.
+/// Most items in a fingerprint of the environment (`passport`).
 pub(crate) const PASSPORT: usize = 64;
-/// Steps of evaluations.
+/// Most steps of evaluations.
 pub(crate) const EVALUATIONS: usize = 1 << 20;
-/// Samples that a job leaves out.
+/// Most samples that a job leaves out.
 pub(crate) const LEFT_OUT: usize = 1 << 20;
-/// Kinds of augmentation.
+/// Most kinds of augmentation.
 pub(crate) const AUGMENTATIONS: usize = 64;
-/// Pixels of a side of a picture.
+/// Longest side of a picture, in pixels.
 pub(crate) const SIDE: u32 = 1 << 16;
 
-/// A text for people: printable, cut off at its bound.
+/// Bounds a diagnostic text: printable, cut off at its bound.
 pub(crate) fn text(text: String) -> String {
     let cut =
         |text: &str| (0..=TEXT.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-    // Before as well: escapes are longer than what they stand for, and a peer may send much of it.
+    // Cut before escaping as well: escapes are longer than the original, and a peer may send many
+    // of them.
     let mut shown = printable(&text[..cut(&text)]).into_owned();
     shown.truncate(cut(&shown));
     shown
 }
 
-/// A name: one line, printable.
+/// Bounds a name: one line, printable.
 pub(crate) fn name(name: String, what: &str) -> Result<String, Malformed> {
     let name = within(name, NAME, what)?;
     within(printable_name(&name).into_owned(), NAME, what)
 }
 
-/// A text that means something to a program: refused beyond its bound, else as it is.
+/// Checks a text that a program interprets: refused beyond its bound, otherwise unchanged.
 pub(crate) fn within(text: String, limit: usize, what: &str) -> Result<String, Malformed> {
     match text.len() {
         length if length > limit => {
@@ -71,7 +73,7 @@ pub(crate) fn within(text: String, limit: usize, what: &str) -> Result<String, M
     }
 }
 
-/// A list of at most so many items.
+/// Checks that a list has at most `limit` items.
 pub(crate) fn list<T>(items: Vec<T>, limit: usize, what: &str) -> Result<Vec<T>, Malformed> {
     match items.len() {
         length if length > limit => {
@@ -81,7 +83,7 @@ pub(crate) fn list<T>(items: Vec<T>, limit: usize, what: &str) -> Result<Vec<T>,
     }
 }
 
-/// A count.
+/// Checks a count against [`COUNT`].
 pub(crate) fn count(number: u64, what: &str) -> Result<u64, Malformed> {
     if number > COUNT {
         return Err(Malformed(format!("{what} is {number}, and at most {COUNT} is allowed")));
@@ -89,13 +91,13 @@ pub(crate) fn count(number: u64, what: &str) -> Result<u64, Malformed> {
     Ok(number)
 }
 
-/// A value of an enumeration, by its name in job files.
+/// Parses a value of an enumeration by its name in job files.
 pub(crate) fn from_name<T: DeserializeOwned>(name: &str, key: &str) -> Result<T, Malformed> {
     let parsed: Result<T, ValueError> = T::deserialize(StrDeserializer::new(name));
     parsed.map_err(|error| Malformed(format!("{key}: {error}")))
 }
 
-/// A path or an address, if there is one.
+/// Checks a path or an address, if there is one.
 pub(crate) fn path(text: Option<String>, what: &str) -> Result<Option<String>, Malformed> {
     text.map(|text| within(text, PATH, what)).transpose()
 }
@@ -109,7 +111,7 @@ mod tests {
         assert_eq!(text("a\x1b[2J".to_string()), "a\\u{1b}[2J");
         assert_eq!(text("two\n\tlines, Ünïcode 漢字 😀".to_string()), "two\n\tlines, Ünïcode 漢字 😀");
         assert_eq!(name("node\n7\t".to_string(), "host").unwrap(), "node\\n7\\t");
-        // What is taken from one peer is handed on to others, who have the same bounds.
+        // A text accepted from one peer is passed on to others, who have the same bounds.
         assert!(name("\n".repeat(NAME / 2), "host").is_ok() && name("\n".repeat(NAME), "host").is_err());
         let shown = text("\x1b".repeat(TEXT));
         assert!(shown.len() <= TEXT && text(shown.clone()) == shown);

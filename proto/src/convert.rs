@@ -1,4 +1,4 @@
-//! Between the wire and the domain. The only place that knows both.
+//! Conversion between the wire and the domain. The only module that knows both.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,7 +18,7 @@ use crate::message::{
 };
 use crate::wire;
 
-/// The slowest leaf that is believed.
+/// Upper bound of a reported time for one shard gradient (`leaf`); longer ones are clamped to it.
 const SLOWEST_LEAF: Duration = Duration::from_secs(3600);
 
 fn required<T>(field: Option<T>, name: &str) -> Result<T, Malformed> {
@@ -29,7 +29,7 @@ fn required<T>(field: Option<T>, name: &str) -> Result<T, Malformed> {
 // -----------------------------------------------------------------------------------------
 
 impl FromWorker {
-    /// The message on the wire.
+    /// Converts the message to the wire.
     pub fn to_wire(self, term: Term) -> wire::SessionRequest {
         use wire::session_request::Message;
         let message = match self {
@@ -90,7 +90,7 @@ impl FromWorker {
         wire::SessionRequest { term: term.0, message: Some(message) }
     }
 
-    /// Reads a message and the term that it carries.
+    /// Converts a message from the wire, with its term.
     pub fn from_wire(request: wire::SessionRequest) -> Result<(Term, FromWorker), Malformed> {
         use wire::session_request::Message;
         let message = match required(request.message, "message")? {
@@ -224,7 +224,7 @@ fn loaded_from_wire(loaded: wire::Loaded) -> Result<LoadedFacts, Malformed> {
     if loaded.passport.is_empty() || loaded.passport.len() > bounds::PASSPORT {
         return Err(Malformed(format!("a passport has 1 to {} items", bounds::PASSPORT)));
     }
-    // Not cut off: two that differ must not become equal.
+    // Refused rather than cut off: two different items must not become equal.
     let item = |(item, value)| {
         Ok((
             name(item, "an item of the passport")?,
@@ -232,7 +232,8 @@ fn loaded_from_wire(loaded: wire::Loaded) -> Result<LoadedFacts, Malformed> {
         ))
     };
     Ok(LoadedFacts {
-        // A worker of an earlier build, which may have come before this coordinator was started anew.
+        // The worker may be of an earlier build and may have joined before this coordinator was
+        // restarted.
         passport: Passport(loaded.passport.into_iter().map(item).collect::<Result<_, Malformed>>()?)
             .numbered(),
         samples: count(loaded.samples, "samples")?,
@@ -292,7 +293,7 @@ fn heartbeat_from_wire(heartbeat: &wire::Heartbeat) -> Result<FromWorker, Malfor
     Ok(FromWorker::Heartbeat(progress, Usage { resident_bytes: heartbeat.resident_bytes, gpu }))
 }
 
-/// An activity on the wire.
+/// Converts an activity to the wire.
 pub fn activity_to_wire(activity: Activity) -> wire::Activity {
     match activity {
         Activity::Computing => wire::Activity::Computing,
@@ -386,7 +387,7 @@ fn digest(hex: String) -> Result<String, Malformed> {
 // ----------------------------------------------------------------------------------
 
 impl ToWorker {
-    /// The message on the wire.
+    /// Converts the message to the wire.
     pub fn to_wire(self, term: Term) -> wire::SessionResponse {
         use wire::session_response::Message;
         let message = match self {
@@ -423,7 +424,7 @@ impl ToWorker {
         wire::SessionResponse { term: term.0, message: Some(message) }
     }
 
-    /// Reads a message and the term that it carries.
+    /// Converts a message from the wire, with its term.
     pub fn from_wire(response: wire::SessionResponse) -> Result<(Term, ToWorker), Malformed> {
         use wire::session_response::Message;
         let term = Term(response.term);
@@ -812,7 +813,7 @@ fn sample_from_wire(sample: &wire::Sample) -> job::Sample {
 // ---- An operator's messages
 // --------------------------------------------------------------------------------------
 
-/// A coordinator's status, fit to be shown.
+/// Checks a coordinator's status and makes its texts safe to show.
 ///
 /// # Errors
 /// A name or a list in it is too long.

@@ -1,4 +1,4 @@
-//! Report on every sample of a data set, as the worker tells the coordinator: lines of JSON.
+//! Report on every sample of a data set, which a worker sends to the coordinator as lines of JSON.
 
 use std::collections::BTreeMap;
 
@@ -6,69 +6,70 @@ use serde::{Deserialize, Serialize};
 
 use crate::found::Found;
 
-/// A line.
+/// One line of the report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Line {
-    /// How far it is.
+    /// Progress of the reading.
     Progress {
-        /// Samples read.
+        /// Count of samples read so far.
         done: u64,
-        /// Samples to read.
+        /// Count of samples to read.
         of: u64,
     },
-    /// The last line.
+    /// Last line: the report.
     Report(Box<Report>),
-    /// The last line, where the data set as a whole is wrong.
+    /// Last line, if the data set as a whole is wrong; with the reason.
     Wrong(String),
 }
 
 /// Contents of a data set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// `folder`, `idx` and so on.
+    /// Kind of the data set, as in job files: `folder`, `idx` and so on.
     pub kind: String,
-    /// Where it is, if it is not bundled.
+    /// Path of the data set; `None` if it is bundled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
-    /// Samples that were looked at, classes, and what was left out. Sizes are those of good samples.
+    /// Samples that were examined, classes, and files that were left out. Sizes are those of good
+    /// samples.
     #[serde(flatten)]
     pub found: Found,
-    /// Bytes of their files, or of all pixels where those lie in one file.
+    /// Size of their files in bytes, or of all pixels where those lie in one file.
     pub bytes: u64,
-    /// Good samples by the format of their files.
+    /// Count of good samples by file format.
     pub formats: BTreeMap<String, u64>,
-    /// The sizes that most samples have, in pixels, the most frequent first.
+    /// Most frequent sizes of samples, the most frequent first.
     pub sizes: Vec<Size>,
-    /// Samples of other sizes than these.
+    /// Count of samples of other sizes.
     pub other_sizes: u64,
-    /// Why there are no classes.
+    /// Reason why there are no classes; `None` if there are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub no_classes: Option<String>,
-    /// How many cannot be trained on.
+    /// Count of samples that cannot be trained on.
     pub bad: u64,
-    /// The first of those, in the order of samples.
+    /// First of those samples, in the order of the data set.
     pub bad_samples: Vec<Bad>,
-    /// How long it took.
+    /// Duration in seconds.
     pub seconds: f64,
 }
 
-/// How many samples have a size.
+/// Count of samples of one size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
-    /// Pixels in a row.
+    /// Width in pixels.
     pub width: u32,
-    /// Rows.
+    /// Height in pixels.
     pub height: u32,
-    /// How many.
+    /// Count of samples.
     pub samples: u64,
 }
 
-/// A sample that cannot be trained on.
+/// Sample that cannot be trained on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bad {
-    /// The sample's name, by which `data.exclude` leaves it out.
+    /// Name of the sample, by which `data.exclude` leaves it out.
     pub name: String,
-    /// Where it is, and what is wrong with it.
+    /// Place and kind of the problem.
     pub problem: String,
 }

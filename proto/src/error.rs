@@ -1,6 +1,6 @@
-//! The one error of what comes from the wire.
+//! Error of content that comes from the wire.
 
-/// A message breaks the contract.
+/// Violation of the wire contract by a message.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("malformed message: {0}")]
 pub struct Malformed(pub String);

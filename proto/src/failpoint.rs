@@ -1,17 +1,18 @@
-//! Points at which a test can have a process die, or one of its threads stand still.
+//! Failpoints: places where a test can kill a process or stop one of its threads.
 //!
-//! With `GANGLION_FAILPOINT=POINT@NUMBER:FILE` in its environment, the first process of a run that comes to
-//! the point with that number (a position, a generation or a step; each point says which) creates the file
-//! and kills itself. The others find the file and go on. With `hang:` before all that, only the thread that
-//! comes there stops, for ever. Without the variable a point costs one comparison.
+//! With `GANGLION_FAILPOINT=POINT@NUMBER:FILE` in its environment, the first process of a run that
+//! reaches the point with that number (an update index, a generation or a step; each point says
+//! which) creates the file and kills itself. The others find the file and go on. With the prefix
+//! `hang:`, only the thread at the point stops, for ever. Without the variable a point costs one
+//! comparison.
 
 use std::fs::OpenOptions;
 use std::sync::OnceLock;
 
-/// The environment variable.
+/// Environment variable with the failpoint.
 pub const VARIABLE: &str = "GANGLION_FAILPOINT";
 
-/// What to die of, or to hang at.
+/// Failpoint requested by the environment.
 struct Wanted {
     hang: bool,
     point: String,
@@ -19,7 +20,7 @@ struct Wanted {
     file: String,
 }
 
-/// A point was reached.
+/// Marks a failpoint: kills the process or stops the thread if the environment asks for it here.
 pub fn reached(point: &str, number: u64) {
     static WANTED: OnceLock<Option<Wanted>> = OnceLock::new();
     let Some(wanted) = WANTED.get_or_init(|| parse(&std::env::var(VARIABLE).ok()?)) else { return };
@@ -31,7 +32,7 @@ pub fn reached(point: &str, number: u64) {
             }
         }
         if first {
-            // As `kill -9` does: nothing is flushed, nobody is told.
+            // The effect of `kill -9`: nothing is flushed and no peer is told.
             let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
         }
     }

@@ -1,6 +1,6 @@
-//! A data set as a worker found it: size, shape, classes, and whatever was left out.
+//! Data set as a worker found it: size, shape, classes, and the files that were left out.
 //!
-//! For people: nothing is decided by it. All of it is bounded, whatever the data set holds.
+//! Diagnostic only: no decision depends on it. All of it is bounded, whatever the data set holds.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Write};
@@ -11,77 +11,79 @@ use crate::bounds::count;
 use crate::error::{Malformed, malformed};
 use crate::wire;
 
-/// The most classes that are named. The others are counted.
+/// Most classes that are named. The others are counted.
 pub const CLASSES_LIMIT: usize = 1000;
-/// The most kinds of files that are told apart. The others are one kind.
+/// Most kinds of files that are distinguished. The others count as one kind.
 pub const KINDS_LIMIT: usize = 16;
-/// Characters of a name or a rule.
+/// Longest name or rule, in characters.
 const NAME_LIMIT: usize = 200;
-/// Classes that the line for people names.
+/// Most classes that the one-line summary names.
 const SHOWN_CLASSES: usize = 10;
 
-/// A data set as it was found.
+/// Data set as it was found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Found {
-    /// The number of samples.
+    /// Number of samples.
     pub samples: u64,
-    /// Colour channels of a sample.
+    /// Number of colour channels of a sample.
     pub channels: u32,
-    /// Rows of pixels of a sample, after scaling and cutting.
+    /// Height of a sample in pixels, after scaling and cutting.
     pub height: u32,
-    /// Pixels in a row of a sample, after scaling and cutting.
+    /// Width of a sample in pixels, after scaling and cutting.
     pub width: u32,
-    /// Smallest width and height among the stored pictures, as they are seen.
+    /// Smallest width and height among the stored pictures, in the orientation in which they are
+    /// viewed.
     pub least: [u32; 2],
-    /// Greatest width and height among the stored pictures, as they are seen.
+    /// Largest width and height among the stored pictures, in the orientation in which they are
+    /// viewed.
     pub greatest: [u32; 2],
-    /// Pictures that their EXIF data turn or mirror.
+    /// Count of pictures that are turned or mirrored by their EXIF data.
     pub turned: u64,
-    /// How many classes there are; 0 if nobody asked for them.
+    /// Number of classes; 0 if the job does not use classes.
     pub class_count: u32,
-    /// The first [`CLASSES_LIMIT`] classes by their number: their names, and how many samples each has.
+    /// First [`CLASSES_LIMIT`] classes in the order of their numbers.
     pub classes: Vec<Class>,
-    /// The rule that gave the classes; empty without.
+    /// Rule that assigned the classes; empty without classes.
     pub class_rule: String,
-    /// The rule that chose which files are the pictures; empty where all are.
+    /// Rule that selected the files that are pictures; empty where all are.
     pub image_rule: String,
-    /// Files that are no samples, by kind.
+    /// Files that are not samples, by kind.
     pub left_out: BTreeMap<String, LeftOut>,
 }
 
-/// A class of samples.
+/// Class of samples.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Class {
-    /// A folder's name, or the number itself.
+    /// Name of the class: a folder's name, or its number.
     pub name: String,
-    /// Samples of it.
+    /// Count of samples in the class.
     pub samples: u64,
 }
 
-/// Files of one kind that are no samples.
+/// Files of one kind that are not samples.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeftOut {
-    /// How many.
+    /// Count of the files.
     pub count: u64,
-    /// The name of one.
+    /// Name of one of them.
     pub example: String,
 }
 
 impl Found {
-    /// Notes that a file is no sample.
+    /// Records a file that is not a sample.
     pub fn leave_out(&mut self, kind: &str, example: impl Display) {
         const OTHERS: &str = "files of other kinds";
         let full = self.left_out.len() >= KINDS_LIMIT && !self.left_out.contains_key(kind);
         let entry = self.left_out.entry(if full { OTHERS } else { kind }.to_string()).or_default();
         entry.count += 1;
         let example = short(&example.to_string());
-        // The same one, in whatever order the files come.
+        // The same example is chosen in whatever order the files come.
         if entry.count == 1 || example < entry.example {
             entry.example = example;
         }
     }
 
-    /// The message on the wire.
+    /// Converts to the wire.
     pub(crate) fn to_wire(&self) -> wire::DataFound {
         wire::DataFound {
             samples: self.samples,
@@ -111,7 +113,7 @@ impl Found {
         }
     }
 
-    /// Reads and bounds a message.
+    /// Converts a message from the wire and applies the bounds.
     pub(crate) fn from_wire(wire: wire::DataFound) -> Result<Found, Malformed> {
         let pair =
             |sides: Vec<u32>| sides.try_into().map_err(|_| malformed("a size is a width and a height"));
@@ -161,7 +163,7 @@ impl Found {
     }
 }
 
-/// A text of bounded length without control characters.
+/// Returns a text of bounded length without control characters.
 fn short(text: &str) -> String {
     let mut shown: String =
         text.chars().filter(|character| !character.is_control()).take(NAME_LIMIT).collect();
@@ -171,12 +173,12 @@ fn short(text: &str) -> String {
     shown
 }
 
-/// "1 file", "2 files".
+/// Formats a count with its noun: "1 file", "2 files".
 fn counted(count: u64, one: &str) -> String {
     format!("{count} {one}{}", if count == 1 { "" } else { "s" })
 }
 
-/// One line for people.
+/// One-line summary; diagnostic only.
 impl Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Found { width, height, .. } = self;

@@ -1,15 +1,16 @@
-//! The accept loop of all listeners, and the room for the connections that it takes in.
+//! Accept loop of all listeners, with the limit (`Room`) on their open connections.
 //!
 //! 1. No error of `accept` ends the loop, and none makes it spin.
-//! 2. Connections are bounded: so many in all, so many strangers of one address, so many idle ones of one
-//!    address, so many that wait for a place. A stranger has not shown yet that it belongs here, whether it
-//!    is idle or busy.
-//! 3. Where there is no room, the connection that has been idle the longest makes place for the newcomer,
-//!    once it has been idle for [`Limits::grace`]. So connections that do nothing keep nobody out, and a
-//!    crowd of those that do something is served in the order in which it came.
-//! 4. One address does not keep others out: it has at most [`Limits::strangers_of_address`] places, addresses
-//!    that wait take turns, and where too many wait the address that has the most of them loses its newest.
-//! 5. A refused connection is said once a minute for each address, not each time.
+//! 2. Connections are bounded: in total, unauthenticated ones (strangers) per address, idle ones
+//!    per address, and those that wait for a slot (`Place`). A stranger is a connection that has
+//!    not shown yet that it belongs here, idle or busy.
+//! 3. When all slots are taken, the connection that has been idle the longest gives its slot to the
+//!    newcomer, once it has been idle for [`Limits::grace`]. So idle connections keep nobody out,
+//!    and busy ones are served in the order in which they came.
+//! 4. One address does not keep others out: it has at most [`Limits::strangers_of_address`] slots,
+//!    waiting addresses take turns, and when too many connections wait, the address with the most
+//!    of them loses its newest.
+//! 5. Refused connections are logged once a minute for each address, not each time.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
@@ -26,32 +27,33 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::throttle::Throttle;
 
-/// Pause before `accept` is tried again after an error that is of this machine and not of one connection.
+/// Pause before `accept` is retried after an error of this machine, as opposed to one of a
+/// connection.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Connections that may wait for a place.
+/// Most connections that wait for a slot.
 const WAITING: usize = 1024;
-/// Longest wait for a place.
+/// Longest wait of a connection for a slot.
 const WAIT_LIMIT: Duration = Duration::from_secs(10);
-/// Pause between two lines of the log on the same subject.
+/// Shortest time between two log lines on the same subject.
 const QUIET: Duration = Duration::from_secs(60);
 
 /// Bounds of a [`Room`].
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections at once.
+    /// Most connections at once.
     pub all: usize,
-    /// Those of one address that have not shown that they belong here. The other places are kept for other
+    /// Most unauthenticated connections of one address. The remaining slots are reserved for other
     /// addresses.
     pub strangers_of_address: usize,
-    /// Idle ones of one address.
+    /// Most idle connections of one address.
     pub idle_of_address: usize,
-    /// Idle time after which a connection makes place for another.
+    /// Idle time after which a connection may lose its slot to another.
     pub grace: Duration,
 }
 
 impl Limits {
-    /// The same limits, with at most half of the descriptors that this process may open. One address leaves a
-    /// quarter of them.
+    /// Returns the same limits, lowered to at most half of the file descriptors that this process
+    /// may open. One address leaves a quarter of them.
     #[must_use]
     pub fn within_descriptors(self) -> Limits {
         let most = usize::try_from(descriptor_limit() / 2).unwrap_or(usize::MAX);
@@ -60,13 +62,13 @@ impl Limits {
     }
 }
 
-/// Descriptors that this process may have open.
+/// Soft limit of open file descriptors of this process.
 fn descriptor_limit() -> u64 {
     rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// Raises this process's soft limit of descriptors to the hard one: the soft default is meant for programs
-/// that use `select`. Children inherit it.
+/// Raises this process's soft limit of file descriptors to the hard one: the soft default is meant
+/// for programs that use `select`. Children inherit it.
 pub fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
@@ -78,12 +80,12 @@ pub fn raise_descriptor_limit() {
     }
 }
 
-/// Bounded room for the connections of a listener.
+/// Connection limit of a listener: a bounded number of slots.
 #[derive(Debug)]
 pub struct Room {
     limits: Limits,
     taken: Mutex<Taken>,
-    /// There may be a place again.
+    /// Notified when a slot may be free again.
     freed: Notify,
 }
 
@@ -91,22 +93,23 @@ pub struct Room {
 struct Taken {
     next: u64,
     places: BTreeMap<u64, Held>,
-    /// Idle places of each address, in the order in which they became idle.
+    /// Idle connections of each address, in the order in which they became idle: since when, and
+    /// their numbers.
     idle: BTreeMap<IpAddr, BTreeMap<u64, (Instant, u64)>>,
-    /// Strangers of each address.
+    /// Count of unauthenticated connections of each address.
     strangers: BTreeMap<IpAddr, usize>,
 }
 
 #[derive(Debug)]
 struct Held {
     address: IpAddr,
-    /// Number among the idle ones; `None` while it is busy.
+    /// Order among the idle connections; `None` while busy.
     idle: Option<u64>,
     is_stranger: bool,
     out: Arc<Notify>,
 }
 
-/// A connection's place in a [`Room`]; given back when it is dropped. A new one is idle, and a stranger's.
+/// Slot of a connection in a [`Room`]; freed on drop. A new slot is idle and unauthenticated.
 #[derive(Debug)]
 pub struct Place {
     room: Arc<Room>,
@@ -116,13 +119,13 @@ pub struct Place {
 }
 
 impl Room {
-    /// An empty room.
+    /// Creates a connection limit with all slots free.
     pub fn new(limits: Limits) -> Arc<Room> {
         Arc::new(Room { limits, taken: Mutex::default(), freed: Notify::new() })
     }
 
-    /// A place, at the cost of one that was idle for long if need be; else when there may be one, where that
-    /// is known.
+    /// Takes a slot, if need be that of a connection idle for long. On failure returns the time at
+    /// which a slot may be free, where that is known.
     fn take(self: &Arc<Room>, address: IpAddr) -> Result<Place, Option<Instant>> {
         let mut taken = self.taken();
         let idle = taken.idle.get(&address).map_or(0, BTreeMap::len);
@@ -146,7 +149,8 @@ impl Room {
         Ok(Place { room: self.clone(), address, number, out })
     }
 
-    /// Nobody holds the lock over an await, nor for longer than a few look-ups take.
+    /// Locks the slots. The lock is never held across an await, nor for longer than a few look-ups
+    /// take.
     fn taken(&self) -> MutexGuard<'_, Taken> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -157,7 +161,7 @@ impl Taken {
         self.idle.get(&address)?.first_key_value().map(|(_, idle)| *idle)
     }
 
-    /// The oldest idle one of the address that has the most of them.
+    /// Longest idle connection of the address that has the most idle ones.
     fn oldest_of_most(&self) -> Option<(Instant, u64)> {
         let (address, _) = self.idle.iter().max_by_key(|(_, idle)| idle.len())?;
         self.oldest(*address)
@@ -212,19 +216,19 @@ impl Taken {
 }
 
 impl Place {
-    /// Where the connection comes from.
+    /// Peer address of the connection.
     pub fn address(&self) -> IpAddr {
         self.address
     }
 
-    /// The connection does something: it keeps its place until it rests again.
+    /// Marks the connection as busy: it keeps its slot until it is idle again.
     pub fn engage(&self) {
         self.room.taken().engage(self.number);
         self.room.freed.notify_one();
     }
 
-    /// The connection has shown that it belongs here. It keeps its place until it rests, and others of its
-    /// address have more room.
+    /// Marks the connection as authenticated and busy. It keeps its slot until it is idle, and no
+    /// longer counts as a stranger of its address.
     pub fn trust(&self) {
         let mut taken = self.room.taken();
         taken.engage(self.number);
@@ -233,17 +237,17 @@ impl Place {
         self.room.freed.notify_one();
     }
 
-    /// The connection does nothing from now on.
+    /// Marks the connection as idle from now on.
     pub fn rest(&self) {
         self.room.taken().rest(self.number);
     }
 
-    /// Waits until another connection got this place.
+    /// Waits until another connection has taken this slot.
     pub async fn shown_out(&self) {
         self.out.notified().await;
     }
 
-    /// Does something as long as the place is kept.
+    /// Runs `work` for as long as the slot is kept.
     pub async fn keep<T>(&self, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
         tokio::select! {
             biased;
@@ -262,12 +266,13 @@ impl Drop for Place {
     }
 }
 
-/// A source of connections: a socket, or a test's.
+/// Source of connections: a socket, or a test's.
 pub trait Accept {
-    /// A connection.
+    /// Type of a connection.
     type Stream;
 
-    /// The next connection and its other end. Nothing is lost when the future is dropped.
+    /// Returns the next connection and its peer address. Cancel safe: no connection is lost when
+    /// the future is dropped.
     fn accept(&mut self) -> impl Future<Output = io::Result<(Self::Stream, SocketAddr)>>;
 }
 
@@ -279,8 +284,8 @@ impl Accept for TcpListener {
     }
 }
 
-/// Accepts connections until `shutdown` is over and hands each with its place to `serve`, which does not wait
-/// for it. `what` names the listener in the log.
+/// Accepts connections until `shutdown` completes and hands each with its slot to `serve`, which
+/// does not wait for it. `what` names the listener in the log.
 pub async fn accept_loop<A: Accept>(
     listener: A,
     room: Arc<Room>,
@@ -302,8 +307,8 @@ pub async fn accept_loop<A: Accept>(
         tokio::select! {
             biased;
             () = shutdown.as_mut() => return,
-            // Those that wait go before newcomers. Whoever frees a place while nobody looks leaves word of
-            // it.
+            // Waiting connections take precedence over newcomers. A slot freed while nobody listens
+            // leaves a permit in `Notify`, so no wake-up is lost.
             () = room.freed.notified(), if queue.length > 0 => {}
             () = retry => {}
             came = door.next(&room) => {
@@ -314,7 +319,7 @@ pub async fn accept_loop<A: Accept>(
     }
 }
 
-/// Accepts one connection, within a limit.
+/// Accepts one connection, within a time limit.
 pub async fn accept_one(listener: TcpListener, what: &str, limit: Duration) -> io::Result<TcpStream> {
     let limits = Limits { all: 1, strangers_of_address: 1, idle_of_address: 1, grace: Duration::ZERO };
     let room = Room::new(limits);
@@ -332,14 +337,15 @@ pub async fn accept_one(listener: TcpListener, what: &str, limit: Duration) -> i
 struct Door<'a, A> {
     listener: A,
     what: &'a str,
-    /// When it was last said that nothing can be accepted.
+    /// Time of the last log line that nothing can be accepted.
     failing: Option<Instant>,
     refusals: Throttle,
 }
 
 impl<A: Accept> Door<'_, A> {
-    /// The next connection; `None` if there was none to be had.
+    /// Accepts the next connection; `None` if that failed.
     async fn next(&mut self, room: &Room) -> Option<(A::Stream, SocketAddr)> {
+        // Waits without limit; the callers' `select!` and `timeout` bound it.
         let error = match self.listener.accept().await {
             Ok(came) => return Some(came),
             Err(error) => error,
@@ -354,18 +360,19 @@ impl<A: Accept> Door<'_, A> {
             self.failing = Some(Instant::now());
         }
         if matches!(errno, Errno::EMFILE | Errno::ENFILE) {
-            // A descriptor that is held for nothing does for a newcomer.
+            // Frees the file descriptor of an idle connection for a newcomer.
             let mut taken = room.taken();
             if let Some((_, number)) = taken.oldest_of_most() {
                 taken.show_out(number);
             }
         }
-        // A place that becomes free cuts the pause short; that is rarer than this error would come back.
+        // A slot that becomes free cuts the pause short; that is rarer than this error would come
+        // back.
         sleep(PAUSE).await;
         None
     }
 
-    /// Logs that a connection was closed, unless the same was said of this address lately.
+    /// Logs that a connection was closed, unless that was logged for its address recently.
     fn refuse(&self, from: SocketAddr, why: &str) {
         let address = from.ip().to_canonical();
         if self.refusals.allows(address) {
@@ -375,8 +382,8 @@ impl<A: Accept> Door<'_, A> {
     }
 }
 
-/// Whether an error of `accept` is one of the connection that was to be accepted. It is then gone from the
-/// system's queue.
+/// Whether an error of `accept` concerns only the connection that was to be accepted, which is then
+/// gone from the system's queue.
 fn is_of_one_connection(errno: Errno) -> bool {
     matches!(
         errno,
@@ -393,11 +400,11 @@ fn is_of_one_connection(errno: Errno) -> bool {
     )
 }
 
-/// Connections that wait for a place, by address in the order in which they came.
+/// Connections that wait for a slot, by address in the order in which they came.
 struct Queue<S> {
     waiting: BTreeMap<IpAddr, VecDeque<(S, SocketAddr, Instant)>>,
     length: usize,
-    /// Address that got a place last. The ones behind it have their turn before it.
+    /// Address that got a slot last. The addresses behind it have their turn before it.
     last: Option<IpAddr>,
 }
 
@@ -408,7 +415,7 @@ impl<S> Default for Queue<S> {
 }
 
 impl<S> Queue<S> {
-    /// Gives a newcomer a place, or lets it wait for one.
+    /// Gives a newcomer a slot, or queues it.
     fn push<A: Accept<Stream = S>>(
         &mut self,
         room: &Arc<Room>,
@@ -434,8 +441,8 @@ impl<S> Queue<S> {
         }
     }
 
-    /// Gives places to those that wait, one of each address in turn; returns when there may be more, where
-    /// that is known.
+    /// Gives slots to waiting connections, one of each address in turn; returns the time of the
+    /// next attempt, where that is known.
     fn seat<A: Accept<Stream = S>>(
         &mut self,
         room: &Arc<Room>,
@@ -462,7 +469,7 @@ impl<S> Queue<S> {
         retry
     }
 
-    /// The addresses that wait, beginning behind the one that got a place last.
+    /// Returns the waiting addresses, beginning behind the one that got a slot last.
     fn turns(&self) -> VecDeque<IpAddr> {
         let mut turns: VecDeque<IpAddr> = self.waiting.keys().copied().collect();
         let before = turns.iter().take_while(|address| self.last >= Some(**address)).count();
@@ -470,7 +477,8 @@ impl<S> Queue<S> {
         turns
     }
 
-    /// When the first that waits of an address is given up. Those that waited too long are refused before.
+    /// Returns the time at which the first waiting connection of an address expires. Those already
+    /// expired are refused first.
     fn first_given_up<A: Accept<Stream = S>>(
         &mut self,
         address: IpAddr,
@@ -487,7 +495,7 @@ impl<S> Queue<S> {
         }
     }
 
-    /// Takes one of an address out.
+    /// Removes one waiting connection of an address.
     fn pop(
         &mut self,
         address: IpAddr,

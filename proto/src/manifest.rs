@@ -1,13 +1,13 @@
-//! A checkpoint's manifest, as in `manifest.json`: the one place that knows its form.
+//! Manifest of a checkpoint, `manifest.json`: the only module that knows its format.
 //!
-//! 1. The text is a function of the checkpoint, so whoever writes the manifest of a state writes the same
-//!    bytes.
-//! 2. Reading what [`render`] wrote gives the same checkpoint.
+//! 1. The text is a function of the checkpoint, so any worker that writes the manifest of a state
+//!    writes the same bytes.
+//! 2. Parsing the output of [`render`] gives the same checkpoint.
 
 use ganglion_membership::{Checkpoint, Position, StoredFile};
 use serde::{Deserialize, Serialize};
 
-/// A text that is no manifest.
+/// Error: the text is not a manifest.
 #[derive(Debug, thiserror::Error)]
 #[error("manifest.json: {0}")]
 pub struct NoManifest(#[from] serde_json::Error);
@@ -29,7 +29,7 @@ struct File {
     blake3: String,
 }
 
-/// The manifest of a checkpoint.
+/// Formats the manifest of a checkpoint.
 pub fn render(checkpoint: &Checkpoint) -> String {
     let (parts, exports) =
         checkpoint.files.iter().map(File::of).partition(|file| file.file.starts_with("state-"));
@@ -45,7 +45,7 @@ pub fn render(checkpoint: &Checkpoint) -> String {
     text + "\n"
 }
 
-/// The checkpoint of a manifest. Whether its files are there and whole is not looked at.
+/// Parses a manifest. Does not check whether its files exist and are whole.
 pub fn parse(text: &str) -> Result<Checkpoint, NoManifest> {
     let manifest: Manifest = serde_json::from_str(text)?;
     Ok(Checkpoint {

@@ -1,8 +1,8 @@
-//! Metrics rows in a file: what a worker that ends without a coordinator leaves beside its checkpoint for the
-//! next one.
+//! Files of metrics rows, which a worker that ends without a coordinator leaves beside its
+//! checkpoint for the next coordinator.
 //!
-//! The messages of the wire one after the other, each with its length before it: numbers keep their bits, as
-//! they would not as text.
+//! The content is a sequence of wire messages, each preceded by its length: numbers keep their
+//! bits, as they would not as text.
 
 use prost::Message;
 
@@ -11,22 +11,22 @@ use crate::error::Malformed;
 use crate::message::MetricsRow;
 use crate::wire;
 
-/// The name of the file of a worker.
+/// Returns the file name for a worker.
 pub fn file_of(worker: u64) -> String {
     format!("rows-{worker}.pb")
 }
 
-/// Whether a file has such a name.
+/// Whether a file name is one of these.
 pub fn is_file(name: &str) -> bool {
     name.starts_with("rows-") && name.ends_with(".pb")
 }
 
-/// A file's content.
+/// Encodes the content of a file.
 pub fn encode(rows: &[MetricsRow]) -> Vec<u8> {
     rows.iter().flat_map(|row| row_to_wire(row.clone()).encode_length_delimited_to_vec()).collect()
 }
 
-/// The rows in a file.
+/// Decodes the content of a file.
 pub fn decode(mut content: &[u8]) -> Result<Vec<MetricsRow>, Malformed> {
     let mut rows = Vec::new();
     while !content.is_empty() {

@@ -1,23 +1,24 @@
-//! Texts from outside, made safe to show: names of files and members of archives, words of peers, of modules,
-//! of servers.
+//! Escaping of texts from outside before they are shown: names of files and archive members, texts
+//! of peers, modules and servers.
 //!
-//! 1. What is shown holds no command to a terminal and nothing that turns the direction of a text. Such a
-//!    character is escaped as Rust writes it, so that whoever looks for a file by its name still finds it.
-//! 2. Showing again what was made safe changes nothing.
+//! 1. The result holds no control sequence for a terminal and nothing that changes the direction of
+//!    a text. Such a character is escaped as Rust writes it, so that a file can still be found by
+//!    its name.
+//! 2. Escaping is idempotent.
 
 use std::borrow::Cow;
 
-/// A text of one or several lines, as a terminal may show it. Line ends and tabulators stay.
+/// Escapes a text of one or several lines for a terminal. Line ends and tabulators stay.
 pub fn printable(text: &str) -> Cow<'_, str> {
     escape(text, |c| is_command(c) && c != '\n' && c != '\t')
 }
 
-/// A name or another text of one line, as a terminal may show it.
+/// Escapes a name or another text of one line for a terminal.
 pub fn printable_name(name: &str) -> Cow<'_, str> {
     escape(name, is_command)
 }
 
-/// The same, cut off behind so many characters of the name.
+/// Escapes the first `limit` characters of a name and cuts off the rest.
 pub fn printable_start(name: &str, limit: usize) -> String {
     match name.char_indices().nth(limit) {
         Some((end, _)) => format!("{}...", printable_name(&name[..end])),
@@ -25,7 +26,7 @@ pub fn printable_start(name: &str, limit: usize) -> String {
     }
 }
 
-/// Whether a terminal, or whoever lays a text out, obeys a character instead of showing it.
+/// Whether a terminal or a text layout interprets a character instead of showing it.
 fn is_command(c: char) -> bool {
     let turns =
         matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');

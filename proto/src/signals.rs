@@ -1,13 +1,14 @@
-//! Signals, as coordinator and worker understand them.
+//! Signal handling common to coordinator and worker.
 
-/// Whether this process was started with SIGHUP ignored, as `nohup` does: then the end of a terminal is no
-/// wish to stop. To be asked before a handler is installed.
+/// Whether this process was started with SIGHUP ignored, as by `nohup`: then the end of a terminal
+/// is no request to stop. Must be called before a handler is installed.
 pub fn hangup_is_ignored() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     is_first_ignored(&status)
 }
 
-/// SIGHUP is signal 1, the lowest bit of the mask. See proc(5), /proc/pid/status.
+/// Whether SIGHUP, signal 1 and so the lowest bit of the mask, is ignored. See proc(5),
+/// /proc/pid/status.
 fn is_first_ignored(status: &str) -> bool {
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|mask| u128::from_str_radix(mask.trim(), 16).ok());

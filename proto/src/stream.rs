@@ -1,62 +1,64 @@
-//! The endless stream of samples (rule D2): which sample has number q, and which numbers a shard reads.
+//! Endless stream of samples (rule D2): the sample of each number q, and the numbers that a shard
+//! reads.
 //!
 //! Number q lies in epoch q div N at place q mod N, for N samples. An epoch is a permutation of all samples,
 //! drawn by Fisher and Yates's algorithm from a ChaCha8 generator whose key is a hash of (seed, epoch). A
 //! batch may straddle epochs.
 //!
-//! A [`Change`] leaves samples out from some number on. There the stream begins anew over those that are
-//! left: epochs count from that number, and it is part of their key. Samples keep their index.
+//! A [`Change`] leaves samples out from some number on. There the stream begins anew over the
+//! remaining samples: epochs count from that number, and it is part of their key. Samples keep
+//! their index.
 //!
 //! Invariants:
-//! 1. Every epoch holds each sample exactly once; after a change, each that is left.
-//! 2. The sample of a number is a function of (seed, N, changes, q), of nothing that was asked before, and
-//!    never of the cluster. A change moves no number before it.
-//! 3. The draws are spelled out here, so that no release of a library changes the order of samples.
+//! 1. Every epoch holds each sample exactly once; after a change, each remaining sample.
+//! 2. The sample of a number is a function of (seed, N, changes, q) alone: not of earlier calls,
+//!    and never of the cluster. A change moves no number before it.
+//! 3. The draws are implemented here, so that no release of a library changes the order of samples.
 
 use std::collections::BTreeSet;
 
 use rand::rngs::ChaCha8Rng;
 use rand::{Rng, SeedableRng};
 
-/// Separates these keys from all other uses of a job's seed.
+/// Domain separation of these keys from all other uses of a job's seed.
 const CONTEXT: &str = "ganglion 2026 sample permutation";
 
-/// Separates the keys of epochs after a change from those before any.
+/// Domain separation of the keys of epochs after a change from those before any.
 const CHANGED_CONTEXT: &str = "ganglion 2026 sample permutation after a change";
 
-/// Samples left out of the stream from one of its numbers on.
+/// Change of the stream: samples left out from one of its numbers on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
-    /// The first number of the stream without them.
+    /// First number of the stream without the samples.
     pub from: u64,
-    /// Indices of the samples.
+    /// Indices of the samples that are left out.
     pub left_out: Vec<u64>,
 }
 
-/// The samples of a job, by their number in the endless stream.
+/// Samples of a job by their number in the endless stream.
 ///
-/// Keeps the permutations of the two epochs used last, 4 bytes a sample each: two, because a batch may
-/// straddle epochs.
+/// Keeps the permutations of the two most recent epochs, 4 bytes a sample each: two, because a
+/// batch may straddle epochs.
 #[derive(Clone, Debug)]
 pub struct SampleStream {
     seed: u64,
     len: u64,
-    /// In the order of their numbers; the first begins at 0.
+    /// Segments in the order of their numbers; the first begins at 0.
     segments: Vec<Segment>,
-    /// The epoch used last comes first, by its segment and number in it.
+    /// Permutations by segment and epoch, the most recent first.
     recent: Vec<((usize, u64), Vec<u32>)>,
 }
 
-/// The numbers between two changes.
+/// Segment of the stream between two changes.
 #[derive(Clone, Debug)]
 struct Segment {
     from: u64,
-    /// Sorted, with those of all changes before.
+    /// Sorted indices of the samples left out, including those of all changes before.
     left_out: BTreeSet<u64>,
 }
 
 impl SampleStream {
-    /// The stream over `len` samples.
+    /// Creates the stream over `len` samples.
     ///
     /// # Panics
     /// Unless `len` is from 1 to 2^32 - 1.
@@ -64,10 +66,11 @@ impl SampleStream {
         SampleStream::with_changes(seed, len, &[])
     }
 
-    /// The stream over `len` samples with changes, in the order of their numbers.
+    /// Creates the stream over `len` samples with changes, in the order of their numbers.
     ///
     /// # Panics
-    /// Unless `len` is from 1 to 2^32 - 1, the changes are in order, name samples below `len`, and leave one.
+    /// Unless `len` is from 1 to 2^32 - 1, and the changes are in order, name samples below `len`,
+    /// and leave one.
     pub fn with_changes(seed: u64, len: u64, changes: &[Change]) -> SampleStream {
         assert!((1..=u64::from(u32::MAX)).contains(&len), "a stream over {len} samples");
         let mut segments = vec![Segment { from: 0, left_out: BTreeSet::new() }];
@@ -83,7 +86,7 @@ impl SampleStream {
         SampleStream { seed, len, segments, recent: Vec::with_capacity(2) }
     }
 
-    /// The index, below `len`, of the sample with number `q`.
+    /// Returns the index, below `len`, of the sample with number `q`.
     pub fn sample(&mut self, q: u64) -> u64 {
         let at = self.segments.partition_point(|segment| segment.from <= q) - 1;
         let Segment { from, left_out } = &self.segments[at];
@@ -103,7 +106,7 @@ impl SampleStream {
         &self.recent[0].1
     }
 
-    /// The order of a segment's samples in one of its epochs.
+    /// Draws the order of a segment's samples in one of its epochs.
     fn permutation(&self, segment: usize, epoch: u64) -> Vec<u32> {
         let mut key = [self.seed.to_le_bytes(), epoch.to_le_bytes()].concat();
         let Segment { from, left_out } = &self.segments[segment];
@@ -123,11 +126,11 @@ impl SampleStream {
     }
 }
 
-/// An unbiased draw from 0 to `bound` - 1 (Lemire, 2019, "Fast random integer generation in an interval",
-/// algorithm 5).
+/// Unbiased draw from 0 to `bound` - 1 (Lemire, 2019, "Fast random integer generation in an
+/// interval", algorithm 5).
 ///
-/// The upper half of word x bound is the draw. Of the 2^32 words a few are thrown away, so that each draw has
-/// as many.
+/// The upper half of word x bound is the draw. A few of the 2^32 words are rejected, so that each
+/// result has equally many.
 fn below(rng: &mut ChaCha8Rng, bound: u32) -> u32 {
     let thrown_away = u64::from(bound.wrapping_neg() % bound);
     loop {
@@ -138,11 +141,11 @@ fn below(rng: &mut ChaCha8Rng, bound: u32) -> u32 {
     }
 }
 
-/// The number in the stream of the first of the `shard_batch` samples that data shard `shard` reads in
+/// Number in the stream of the first of the `shard_batch` samples that data shard `shard` reads in
 /// discriminator phase `phase` of `phases` in step `step`: ((s n + j) V + v) b.
 ///
 /// # Panics
-/// If the number is not below 2^64, which no run that ends reaches.
+/// If the number is not below 2^64, which no finite run reaches.
 pub fn stream_position(
     step: u64,
     phase: u32,
@@ -159,7 +162,8 @@ pub fn stream_position(
         .expect("a run takes fewer than 2^64 samples")
 }
 
-/// What reading `sample` as number `q` of the stream adds, mod 2^64, to the ledger (rule D9).
+/// Term that reading `sample` as number `q` of the stream adds, mod 2^64, to the sample checksum
+/// (`ledger`, rule D9).
 ///
 /// The first 8 bytes, little-endian, of BLAKE3 over both numbers, 8 bytes each, little-endian.
 pub fn ledger_term(q: u64, sample: u64) -> u64 {

@@ -1,7 +1,7 @@
-//! How often an address may do something.
+//! Rate limit per address.
 //!
-//! 1. The memory that it takes is bounded: of all addresses only so many are known, and those that have been
-//!    quiet are forgotten first.
+//! 1. Memory is bounded: only up to 4096 addresses are tracked, and those that have been quiet are
+//!    forgotten first.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -10,32 +10,32 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Addresses that are known at once.
+/// Most addresses that are tracked at once.
 const ADDRESSES: usize = 4096;
 
-/// Allows each address so many in a row, and one more for each pause.
+/// Rate limit: each address may act `in_a_row` times at once, and once more after each `pause`.
 #[derive(Debug)]
 pub struct Throttle {
     in_a_row: u32,
     pause: Duration,
-    /// When an address has nothing left to wait for.
+    /// Time at which each address has its full allowance again.
     quiet: Mutex<BTreeMap<IpAddr, Instant>>,
 }
 
 impl Throttle {
-    /// So many in a row, and one more for each pause.
+    /// Creates a limit of `in_a_row` actions at once, and one more after each pause.
     pub fn new(in_a_row: u32, pause: Duration) -> Throttle {
         Throttle { in_a_row, pause, quiet: Mutex::default() }
     }
 
-    /// Whether an address may do it now.
+    /// Whether an address may act now.
     pub fn allows(&self, address: IpAddr) -> bool {
         let quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
         let ahead = quiet.get(&address).map(|quiet| quiet.saturating_duration_since(Instant::now()));
         ahead.is_none_or(|ahead| ahead + self.pause <= self.pause * self.in_a_row)
     }
 
-    /// An address did it.
+    /// Records an action of an address.
     pub fn note(&self, address: IpAddr) {
         let now = Instant::now();
         let mut quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,16 +1,18 @@
-//! A trace: the timeline of a run, for ui.perfetto.dev and chrome://tracing.
+//! Timeline of a run (a trace), for ui.perfetto.dev and chrome://tracing.
 //!
-//! The file has the array form of Chrome's Trace Event Format, an event a line. The coordinator makes it, and
-//! all its local workers append to it.
+//! The file has the array form of Chrome's Trace Event Format, one event per line. The coordinator
+//! creates it, and all its local workers append to it.
 //!
-//! 1. The file begins with a bracket and an event; each later line begins with a comma. So only the closing
-//!    bracket is missing while processes write or after they were killed, and the format allows that.
-//! 2. A process hands over whole lines, a block of them in one call, and the system puts each block at the
-//!    end of the file. Nothing is locked: a process that stands still holds nobody up.
-//! 3. Times are whole microseconds of [`now`], rounded down. What follows each other shares a look at the
-//!    clock, so slices of a track do not overlap.
-//! 4. A trace never stops a run: when it cannot be written or has reached [`LIMIT`], that is said once and it
-//!    ends.
+//! 1. The file begins with a bracket and an event; each later line begins with a comma. So only the
+//!    closing bracket is missing while processes write or after they were killed, and the format
+//!    allows that.
+//! 2. A process hands over whole lines, a block of them in one call, and the system appends each
+//!    block to the file. No lock is shared between processes: a process that stands still delays no
+//!    other.
+//! 3. Times are whole microseconds of [`now`], rounded down. Consecutive slices share one reading
+//!    of the clock, so slices of a track do not overlap.
+//! 4. A trace never stops a run: when it cannot be written or has reached [`LIMIT`], that is logged
+//!    once and the trace ends.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -24,21 +26,21 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
-/// About the bytes that a trace may have: viewers hold all of it in memory.
+/// Approximate limit of a trace's size in bytes: viewers hold all of it in memory.
 pub const LIMIT: u64 = 128 << 20;
-/// Bytes of lines that are handed over at once.
+/// Size in bytes at which a block of lines is handed over.
 const BLOCK: usize = 16 << 10;
-/// Tracks that a process may have.
+/// Upper bound of the number of tracks of a process.
 const TRACKS: u32 = 8;
 
-/// The time on a clock that all processes of this machine share: `CLOCK_MONOTONIC`.
+/// Current time of a clock that all processes of this machine share: `CLOCK_MONOTONIC`.
 pub fn now() -> Duration {
     let time = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
     debug_assert!(time > Duration::ZERO, "every system has a monotonic clock");
     time
 }
 
-/// Where this process writes its part of a timeline, or nowhere.
+/// Writer of this process's part of a timeline; it may be off.
 #[derive(Clone, Default)]
 pub struct Trace(Option<Arc<Shared>>);
 
@@ -46,7 +48,8 @@ struct Shared {
     path: PathBuf,
     pid: u32,
     limit: u64,
-    /// Held by who made the file. Freed when the process ends, however it ends.
+    /// Lock on the file, held by the process that created it. The system frees it when the process
+    /// ends, however it ends.
     maker: Option<Flock<File>>,
     is_on: AtomicBool,
     sink: Mutex<Sink>,
@@ -57,14 +60,14 @@ struct Sink {
     block: Vec<u8>,
 }
 
-/// A row of the timeline: what it shows follows or nests.
+/// Track of the timeline: its slices follow each other or nest.
 #[derive(Clone)]
 pub struct Track {
     trace: Trace,
     number: u32,
 }
 
-/// No arguments.
+/// Empty set of arguments.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Nothing {}
 
@@ -78,7 +81,7 @@ struct Event<'a, A> {
     dur: Option<u64>,
     pid: u32,
     tid: u32,
-    /// Last: a viewer may look no further than it must.
+    /// The last field, so that a viewer finds the others without reading past it.
     args: A,
 }
 
@@ -87,27 +90,28 @@ struct Name<'a> {
     name: &'a str,
 }
 
-/// What is in a file that shall become a trace.
+/// Content of a file that shall become a trace.
 enum Content {
     Nothing,
-    /// A trace whose coordinator was killed.
+    /// Trace whose coordinator was killed.
     Unfinished,
-    /// A trace that is finished, full or torn.
+    /// Trace that is finished, full or torn.
     Old,
     Other,
 }
 
 impl Trace {
-    /// Writes nothing.
+    /// Returns a trace that writes nothing.
     pub fn off() -> Trace {
         Trace(None)
     }
 
-    /// Makes the file for a process of that name and those that [`join`](Trace::join). An unfinished trace is
-    /// continued, an older one replaced.
+    /// Creates the file for a process of that name and for those that [`join`](Trace::join) it. An
+    /// unfinished trace is continued, an older one replaced.
     ///
     /// # Errors
-    /// The file cannot be written, is something else, or another process has made it and still runs.
+    /// The file cannot be written, is not a trace, or another process has created it and still
+    /// runs.
     pub fn create(path: &Path, process: &str) -> io::Result<Trace> {
         Trace::create_up_to(LIMIT, path, process)
     }
@@ -143,10 +147,10 @@ impl Trace {
         Ok(trace)
     }
 
-    /// Appends to the file that another process has made.
+    /// Appends to the file that another process has created.
     ///
     /// # Errors
-    /// The file is not there or cannot be written.
+    /// The file does not exist or cannot be written.
     pub fn join(path: &Path) -> io::Result<Trace> {
         let file = OpenOptions::new().append(true).open(path)?;
         Trace::write_to(file, path, LIMIT, None)
@@ -173,31 +177,32 @@ impl Trace {
         sink.hand_over().map(drop)
     }
 
-    /// The file, if there is one that is written to.
+    /// Path of the file; `None` if nothing is written.
     pub fn path(&self) -> Option<&Path> {
         self.writer().map(|shared| shared.path.as_path())
     }
 
-    /// Names this process from now on.
+    /// Sets the name of this process from now on.
     pub fn name(&self, process: &str) {
         self.push("process_name", "M", 0, now(), None, Name { name: process });
     }
 
-    /// A row of this process. Numbers are below 8.
+    /// Returns a track of this process. Numbers are below 8.
     pub fn track(&self, number: u32, name: &str) -> Track {
         debug_assert!(number < TRACKS, "a process has few tracks");
         self.push("thread_name", "M", number, now(), None, Name { name });
         Track { trace: self.clone(), number }
     }
 
-    /// Hands over what waits.
+    /// Hands over the buffered lines.
     pub fn flush(&self) {
         if let Some(shared) = self.writer() {
             shared.hand_over(&mut shared.lock());
         }
     }
 
-    /// Ends this process's part, and with that of its maker the file: all others have ended by then.
+    /// Ends this process's part. In the process that created the file it also closes the file: all
+    /// other writers have ended by then.
     pub fn finish(&self) {
         let Some(shared) = self.writer() else { return };
         let mut sink = shared.lock();
@@ -224,7 +229,7 @@ impl Trace {
         let Some(shared) = self.writer() else { return };
         let ts = microseconds(at);
         let dur = until.map(|until| microseconds(until).saturating_sub(ts));
-        // Viewers take the number of a thread to be its own on the whole machine.
+        // Viewers expect thread ids to be unique on the whole machine.
         let (pid, tid) = (shared.pid, shared.pid.saturating_mul(TRACKS).saturating_add(track));
         let mut sink = shared.lock();
         sink.add(&Event { name, ph, ts, dur, pid, tid, args });
@@ -243,7 +248,7 @@ impl Shared {
         let path = self.path.display();
         match sink.hand_over() {
             Ok(length) if length < self.limit => return,
-            // Everybody comes to the limit; its maker says so for all.
+            // All writers reach the limit; the creator of the file logs it for all.
             Ok(_) if self.maker.is_none() => {}
             Ok(_) => tracing::warn!(
                 "the trace {path} is full at {} MiB and ends; the run goes on",
@@ -261,12 +266,12 @@ impl Sink {
         self.block.push(b',');
         match serde_json::to_writer(&mut self.block, event) {
             Ok(()) => self.block.push(b'\n'),
-            // Arguments that JSON has no form for.
+            // The arguments have no form in JSON: the event is dropped.
             Err(_) => self.block.truncate(start),
         }
     }
 
-    /// Writes the block; returns the length of the file, to which others add as well.
+    /// Writes the block; returns the length of the file, to which other processes append as well.
     fn hand_over(&mut self) -> io::Result<u64> {
         let (written, whole) = (self.file.write(&self.block), self.block.len());
         self.block.clear();
@@ -275,7 +280,8 @@ impl Sink {
         if part == whole {
             return Ok(length);
         }
-        // A full disk. A torn line would spoil the file, if nobody has written behind it.
+        // The disk is full. A torn line would spoil the file; cut it off if nobody has written
+        // behind it.
         if self.file.stream_position()? == length {
             self.file.set_len(length.saturating_sub(part as u64))?;
         }
@@ -292,29 +298,29 @@ impl Drop for Shared {
 }
 
 impl Track {
-    /// Whether anything is written.
+    /// Whether events are written.
     pub fn is_on(&self) -> bool {
         self.trace.writer().is_some()
     }
 
-    /// Something begins, within what has begun before.
+    /// Begins a slice, nested in the one that is open.
     pub fn begin(&self, at: Duration, name: &str, args: impl Serialize) {
         self.trace.push(name, "B", self.number, at, None, args);
     }
 
-    /// What began last ends.
+    /// Ends the slice that began last.
     pub fn end(&self, at: Duration) {
         self.trace.push("", "E", self.number, at, None, Nothing {});
     }
 
-    /// Something that is over. What takes less than a microsecond is left out.
+    /// Adds a slice that is over. Slices of less than a microsecond are left out.
     pub fn slice(&self, from: Duration, until: Duration, name: &str, args: impl Serialize) {
         if self.is_on() && microseconds(from) < microseconds(until) {
             self.trace.push(name, "X", self.number, from, Some(until), args);
         }
     }
 
-    /// The slice of what `work` does.
+    /// Runs `work` and adds its slice.
     pub fn during<T>(&self, name: &str, args: impl Serialize, work: impl FnOnce() -> T) -> T {
         if !self.is_on() {
             return work();
@@ -325,17 +331,17 @@ impl Track {
         done
     }
 
-    /// Something happens now.
+    /// Adds an event at the current time.
     pub fn instant(&self, name: &str, args: impl Serialize) {
         self.trace.push(name, "i", self.number, now(), None, args);
     }
 
-    /// The values of a curve are now these: numbers by name.
+    /// Sets the current values of a curve: numbers by name.
     pub fn values(&self, curve: &str, values: impl Serialize) {
         self.trace.push(curve, "C", self.number, now(), None, values);
     }
 
-    /// Hands over what waits, of all tracks.
+    /// Hands over the buffered lines of all tracks.
     pub fn flush(&self) {
         self.trace.flush();
     }
@@ -412,7 +418,8 @@ mod tests {
         assert!(events[1..].iter().all(|event| event["tid"] == events[1]["tid"]), "of one track");
     }
 
-    /// Invariant 1. Nothing is flushed by hand: what a block held at the kill is lost, in whole lines.
+    /// Invariant 1. Nothing is flushed by hand: the lines buffered at the kill are lost, as whole
+    /// lines.
     #[test]
     fn after_a_kill_only_the_closing_bracket_is_missing() {
         let (_folder, path) = file();
@@ -425,7 +432,7 @@ mod tests {
         assert!((100..1000).contains(&events.len()), "{}", events.len());
     }
 
-    /// Invariant 2, with a file of its own for each writer, as processes have.
+    /// Invariant 2, with a file handle of its own for each writer, as processes have.
     #[test]
     fn many_writers_keep_each_others_lines_whole() {
         let (_folder, path) = file();

@@ -240,7 +240,7 @@ fn an_empty_message_is_malformed() {
     assert!(FromWorker::from_wire(empty).is_err());
 }
 
-/// Nothing that a peer can put on the wire makes the conversion panic, and what passes is within its bounds.
+/// No content of a message makes the conversion panic, and accepted content is within its bounds.
 mod hostile {
     use proptest::prelude::*;
     use prost::Message;
@@ -357,12 +357,12 @@ mod hostile {
             let request = wire::SessionRequest { term, message: Some(message) };
             if let Ok((term, read)) = FromWorker::from_wire(request) {
                 prop_assert!(term.0 <= bounds::COUNT);
-                // Debug escapes the backslashes of what is escaped already.
+                // Debug escapes the backslashes of texts that are already escaped.
                 let shown = format!("{read:?}").replace("\\\\u{", "");
                 prop_assert!(!shown.contains('\u{1b}') && !shown.contains("\\u{1b}"), "{shown}");
                 let again = read.clone().to_wire(term);
                 prop_assert!(again.encoded_len() < 2 << 20, "{} bytes", again.encoded_len());
-                // Its own words pass again: a worker that comes back says the same.
+                // An accepted message is accepted again: a worker that comes back repeats it.
                 if !matches!(read, FromWorker::Metrics(_) | FromWorker::Evaluation(_)) {
                     prop_assert_eq!(FromWorker::from_wire(again), Ok((term, read)));
                 }

@@ -1,4 +1,4 @@
-//! The loop and its room, on a virtual clock and without sockets.
+//! Tests of the accept loop and its connection limit, on a virtual clock and without sockets.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -6,7 +6,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 
-/// A listener whose answers a test decides.
+/// Listener whose results are chosen by the test.
 struct Fake {
     came: mpsc::UnboundedReceiver<io::Result<(u32, SocketAddr)>>,
     asked: Arc<AtomicUsize>,
@@ -119,7 +119,7 @@ async fn who_does_something_keeps_its_place() {
     }
     bench.come(2, 6);
     assert!(timeout(WAIT_LIMIT / 2, bench.served.recv()).await.is_err(), "there is no place");
-    // One that rests again may be asked to leave, but not at once.
+    // A connection that is idle again may lose its slot, but not at once.
     busy[3].rest();
     let begun = Instant::now();
     bench.come(3, 7);
@@ -158,7 +158,7 @@ async fn those_that_wait_are_bounded_in_number_and_time() {
     assert_eq!(bench.next().await.0, 5000);
 }
 
-/// Invariant 4: those that are busy, and have shown nothing, are limited for each address.
+/// Invariant 4: busy unauthenticated connections are limited for each address.
 #[tokio::test(start_paused = true)]
 async fn one_address_leaves_places_for_others_until_it_has_shown_that_it_belongs_here() {
     let mut bench = Bench::new(Limits { strangers_of_address: 4, ..LIMITS });
@@ -198,7 +198,7 @@ async fn addresses_that_wait_take_turns_and_the_crowd_loses_its_newest() {
         place.engage();
         busy.push_back(place);
     }
-    // More than may wait, all of one address, and then one of two others.
+    // More connections than may wait, all of one address, and then one of two others.
     (0..u32::try_from(WAITING).unwrap() + 100).for_each(|number| bench.come(1, 1000 + number));
     bench.come(3, 7);
     bench.come(2, 8);

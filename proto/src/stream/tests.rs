@@ -1,4 +1,4 @@
-//! The order of samples.
+//! Tests of the order of samples.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// The numbers that the shards of a range read in one phase.
+/// Numbers that the shards of a range read in one phase.
 fn numbers(step: u64, phase: u32, job: [u32; 3], shards: Range<u32>) -> Vec<u64> {
     let [phases, data_shards, batch] = job;
     shards
@@ -77,7 +77,7 @@ proptest! {
         cuts.sort_unstable();
         let mut split = Vec::new();
         for range in cuts.windows(2) {
-            // Each worker has its own stream, which has seen only its own shards.
+            // Each worker has its own stream, which has seen its own shards only.
             let mut stream = SampleStream::new(seed, len);
             let share = numbers(step, phase, job, range[0]..range[1]);
             split.extend(share.into_iter().map(|q| stream.sample(q)));
@@ -85,7 +85,7 @@ proptest! {
         prop_assert_eq!(split, whole);
     }
 
-    /// Invariant 2 of the stream: the past of a stream does not show.
+    /// Invariant 2 of the stream: earlier calls do not matter.
     #[test]
     fn a_stream_has_no_memory(
         seed: u64,
@@ -99,7 +99,8 @@ proptest! {
     }
 }
 
-/// Invariant 3 of the stream: computed once, by another program, from the description in the module.
+/// Invariant 3 of the stream: computed once, by another program, from the description in the
+/// module.
 #[test]
 fn the_order_never_changes() {
     let mut stream = SampleStream::new(42, 10);
@@ -123,7 +124,7 @@ fn other_seeds_and_epochs_give_other_orders() {
     assert_eq!(order(1, 1), order(1, 1));
 }
 
-/// A chi-squared test of the sample at the first place: 15 degrees of freedom, seeds fixed.
+/// Chi-squared test of the sample at the first place: 15 degrees of freedom, fixed seeds.
 #[test]
 fn each_sample_is_as_likely_at_the_first_place() {
     let mut counts = BTreeMap::<u64, f64>::new();
@@ -135,7 +136,7 @@ fn each_sample_is_as_likely_at_the_first_place() {
     assert!(chi_squared < 37.7, "chi-squared {chi_squared} has a probability below 0.001");
 }
 
-/// Changes from given numbers on, each of which leaves a few samples out, never all.
+/// Returns changes from given numbers on, each of which leaves a few samples out, never all.
 fn changes(len: u64, wanted: &[(u64, Vec<u64>)]) -> Vec<Change> {
     let (mut from, mut gone) = (0, std::collections::BTreeSet::new());
     let change = |(after, some): &(u64, Vec<u64>)| {
@@ -150,8 +151,9 @@ fn changes(len: u64, wanted: &[(u64, Vec<u64>)]) -> Vec<Change> {
 }
 
 proptest! {
-    /// Invariant 1 with changes: between two of them, every epoch holds each sample that is left exactly
-    /// once, also where a change comes in the middle of an epoch; and no number before a change moves.
+    /// Invariant 1 with changes: between two of them, every epoch holds each remaining sample
+    /// exactly once, also where a change comes in the middle of an epoch; and no number before a
+    /// change moves.
     #[test]
     fn every_epoch_after_a_change_is_a_permutation_of_what_is_left(
         seed: u64,
@@ -181,7 +183,8 @@ proptest! {
         }
     }
 
-    /// Invariant 2 with changes: whoever asks, in whatever order, for whichever shards, gets the same sample.
+    /// Invariant 2 with changes: any worker that asks, in any order and for any shards, gets the
+    /// same sample.
     #[test]
     fn no_split_changes_the_samples_after_a_change(
         seed: u64, len in 2..80_u64, gone in 0..80_u64, step in 0..40_u64, world in 1..7_u32,
@@ -200,7 +203,7 @@ proptest! {
     }
 }
 
-/// Changes of the order would change runs that go on.
+/// A changed order would change the result of runs under way.
 #[test]
 fn the_order_after_a_change_never_changes() {
     let changes = [Change { from: 12, left_out: vec![3, 7] }, Change { from: 30, left_out: vec![0] }];
