@@ -1,6 +1,7 @@
-//! The few functions of ATen that tch has no safe wrapper for.
+//! Safe wrappers of ATen functions that tch lacks.
 //!
-//! 1. None panics or lets an exception through: what libtorch throws becomes an [`Error`].
+//! 1. No function panics or lets an exception through: an exception of libtorch becomes an
+//!    [`Error`].
 //! 2. [`fused_adam`] on CPU gives the same bits however a flat tensor is cut, as long as the cuts are
 //!    multiples of 16 elements: the last few elements of a slice are computed by other instructions.
 
@@ -10,24 +11,24 @@ use crate::Error;
 use crate::aten_ffi::shim;
 use crate::ffi::at_tensor;
 
-/// The hyperparameters of Adam (Kingma and Ba, 2015, algorithm 1).
+/// Hyperparameters of Adam (Kingma and Ba, 2015, algorithm 1).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Adam {
-    /// The learning rate.
+    /// Learning rate.
     pub lr: f64,
-    /// The decay of the first moment.
+    /// Decay rate of the first moment.
     pub beta1: f64,
-    /// The decay of the second moment.
+    /// Decay rate of the second moment.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// Term added to the root of the second moment.
     pub eps: f64,
 }
 
-/// One step of Adam, in one kernel, in place, without recording gradients. All tensors have one shape, kind
-/// and device; `step` counts from 1.
+/// Applies one step of Adam, in one kernel, in place, without recording gradients. All tensors have
+/// the same shape, kind and device; `step` counts from 1.
 ///
 /// # Errors
-/// [`Error::Invalid`] for step 0 or tensors that do not match; [`Error::Fatal`] for what libtorch refuses.
+/// [`Error::Invalid`] for step 0 or tensors that do not match; [`Error::Fatal`] if libtorch fails.
 pub fn fused_adam(
     params: &mut Tensor,
     grads: &Tensor,
@@ -46,29 +47,30 @@ pub fn fused_adam(
         }
     }
     let Adam { lr, beta1, beta2, eps } = adam;
-    // The kernel takes the step as a float: beyond 2^24 it is inexact, where it no longer matters.
+    // The kernel takes the step as a float: beyond 2^24 it is inexact, where that no longer
+    // matters.
     let settings = shim::AdamSettings { step: step as f64, lr, beta1, beta2, eps };
     let [params, grads, exp_avg, exp_avg_sq] = [&*params, grads, exp_avg, exp_avg_sq].map(at_tensor);
     Ok(shim::fused_adam(params, grads, exp_avg, exp_avg_sq, &settings)?)
 }
 
-/// The state of libtorch's default generator for CPUs, to see whether anything draws from it.
+/// Returns the state of libtorch's default generator for CPUs, to detect draws from it.
 ///
 /// # Errors
-/// [`Error::Fatal`] for what libtorch refuses.
+/// [`Error::Fatal`] if libtorch fails.
 pub fn default_generator_state() -> Result<Vec<u8>, Error> {
     Ok(shim::default_generator_state()?)
 }
 
-/// The instruction set that libtorch's CPU kernels use here, such as `AVX512`.
+/// Returns the instruction set that libtorch's CPU kernels use on this machine, such as `AVX512`.
 ///
 /// # Errors
-/// [`Error::Fatal`] for what libtorch refuses.
+/// [`Error::Fatal`] if libtorch fails.
 pub fn cpu_capability() -> Result<String, Error> {
     Ok(shim::cpu_capability()?)
 }
 
-/// The version of libtorch that this crate was compiled against.
+/// Returns the version of libtorch that this crate was compiled against.
 ///
 /// # Errors
 /// None in practice.
@@ -76,16 +78,16 @@ pub fn libtorch_version() -> Result<String, Error> {
     Ok(shim::libtorch_version()?)
 }
 
-/// Whether operations shall give the same bits each time, in this process, and fail where they have no such
-/// implementation. With cuDNN it also keeps timings from choosing algorithms.
+/// Sets whether operations of this process must give the same bits each time, and fail where they
+/// have no such implementation. With cuDNN it also stops the choice of algorithms by timing.
 ///
 /// # Errors
-/// [`Error::Fatal`] for what libtorch refuses.
+/// [`Error::Fatal`] if libtorch fails.
 pub fn set_deterministic(deterministic: bool) -> Result<(), Error> {
     Ok(shim::set_deterministic(deterministic)?)
 }
 
-/// The name and version of the C library at run time, such as `glibc 2.36`.
+/// Returns the name and version of the C library at run time, such as `glibc 2.36`.
 ///
 /// # Errors
 /// None in practice.
@@ -93,8 +95,8 @@ pub fn c_library_version() -> Result<String, Error> {
     Ok(shim::c_library_version()?)
 }
 
-/// Gives memory back to the system that is kept for tensors to come: the C library's, and that of all GPUs.
-/// What CUDA takes for itself stays until the process ends.
+/// Returns cached free memory to the system: the C library's, and that of all GPUs. Memory that
+/// CUDA itself takes stays until the process ends.
 ///
 /// # Errors
 /// [`Error::Fatal`] if CUDA reports an earlier error.
@@ -104,27 +106,29 @@ pub fn release_memory() -> Result<(), Error> {
     Ok(shim::trim_heap()?)
 }
 
-/// max(x, slope x), elementwise, in place and differentiable. tch's own has a fixed slope of 0.01.
+/// Computes max(x, slope x), elementwise, in place and differentiable. The slope of tch's own is
+/// fixed at 0.01.
 ///
 /// # Errors
-/// [`Error::Fatal`] for what libtorch refuses.
+/// [`Error::Fatal`] if libtorch fails.
 pub fn leaky_relu(tensor: &mut Tensor, slope: f64) -> Result<(), Error> {
     Ok(shim::leaky_relu(at_tensor(tensor), slope)?)
 }
 
-/// Whether a tensor of floats holds neither an infinity nor a NaN. A contiguous tensor of `f32` on a CPU is
-/// read once, by its bits, and nothing is allocated; of another the largest absolute value is taken.
+/// Whether a tensor of floats holds neither an infinity nor a NaN. A contiguous tensor of `f32` on
+/// a CPU is read once, by its bits, without an allocation; for any other the largest absolute value
+/// is computed.
 ///
 /// # Errors
-/// [`Error::Fatal`] for a tensor that holds no floats, and for what libtorch refuses.
+/// [`Error::Fatal`] for a tensor of another kind, and if libtorch fails.
 pub fn all_finite(tensor: &Tensor) -> Result<bool, Error> {
     Ok(shim::all_finite(at_tensor(tensor))?)
 }
 
-/// A hash of a contiguous tensor's bytes: XXH3 (64 bits) on a CPU. On another device a sum of its 32-bit
-/// words, each times an odd number that belongs to its place, mod 2^64, is taken there and hashed: it tells
-/// two tensors apart that differ in one element for certain, others almost certainly. So hashes of one kind
-/// of device can be compared.
+/// Returns a hash of a contiguous tensor's bytes: XXH3 (64 bits) on a CPU. On another device a sum
+/// of its 32-bit words, each times an odd number that depends on its place, mod 2^64, is computed
+/// there and hashed. It certainly distinguishes two tensors that differ in one element, and others
+/// almost certainly. So hashes from the same kind of device can be compared.
 ///
 /// # Errors
 /// [`Error::Invalid`] for a tensor that is not contiguous.
@@ -140,14 +144,15 @@ pub fn fingerprint(tensor: &Tensor, seed: u64) -> Result<u64, Error> {
     if bytes == 0 {
         return Ok(xxhash_rust::xxh3::xxh3_64_with_seed(&[], seed));
     }
-    // SAFETY: a contiguous, non-empty tensor on the CPU has `bytes` initialised bytes from `data_ptr` on,
-    // which live as long as `on_cpu`. Nothing on this thread writes to them before the slice is gone; a
-    // tensor that another thread writes to must not be handed in, as for any other operation of libtorch.
+    // SAFETY: a contiguous, non-empty tensor on the CPU has `bytes` initialised bytes from
+    // `data_ptr` on, which live as long as `on_cpu`. Nothing on this thread writes to them while
+    // the slice lives; a tensor that another thread writes to must not be passed in, as for any
+    // other operation of libtorch.
     let bytes = unsafe { std::slice::from_raw_parts(on_cpu.data_ptr().cast::<u8>(), bytes) };
     Ok(xxhash_rust::xxh3::xxh3_64_with_seed(bytes, seed))
 }
 
-/// The fingerprint of words that are not on a CPU: all that comes to the CPU is their sum.
+/// Returns the fingerprint of words that are not on a CPU: only their sum is copied to the CPU.
 fn fingerprint_of_sum(tensor: &Tensor, seed: u64) -> Result<u64, Error> {
     let sum = shim::weighted_sum(at_tensor(tensor))?;
     Ok(xxhash_rust::xxh3::xxh3_64_with_seed(&sum.to_le_bytes(), seed))
@@ -158,7 +163,7 @@ fn fingerprint_of_sum(tensor: &Tensor, seed: u64) -> Result<u64, Error> {
 mod tests {
     use super::*;
 
-    /// With a CPU in the other device's place.
+    /// Uses a CPU in place of the other device.
     #[test]
     fn a_sum_of_weighted_words_tells_tensors_apart() {
         let values: Vec<f32> = (0..3000_u16).map(|i| f32::from(i).sin()).collect();

@@ -1,8 +1,8 @@
-//! The bridge to the C++ shim for the ATen functions.
+//! Bridge to the C++ shim for the ATen functions.
 
 #[cxx::bridge(namespace = "c10d_shim")]
 pub(crate) mod shim {
-    /// The scalars of one Adam step.
+    /// Scalars of one Adam step.
     struct AdamSettings {
         step: f64,
         lr: f64,
@@ -11,7 +11,7 @@ pub(crate) mod shim {
         eps: f64,
     }
 
-    /// A tensor of a TorchScript module.
+    /// Tensor of a TorchScript module.
     struct ScriptTensor {
         name: String,
         shape: Vec<i64>,
@@ -68,6 +68,6 @@ pub(crate) mod shim {
     impl UniquePtr<Tensor> {}
 }
 
-// SAFETY: a module is nothing but reference-counted memory and a graph; any thread may run or destroy it, one
-// at a time.
+// SAFETY: a module consists only of reference-counted memory and a graph; any thread may run or
+// destroy it, one at a time.
 unsafe impl Send for shim::Script {}

@@ -1,6 +1,6 @@
-//! A group of the shim together with all that must not be freed before it.
+//! Group of the shim, together with everything that must not be freed before it.
 //!
-//! 1. Destroying a group blocks until its works are over, so it happens on a thread of its own.
+//! 1. Destroying a group blocks until its works are over, so that happens on a thread of its own.
 //! 2. Buffers parked here are freed only after the group is destroyed: until then libtorch may read or write
 //!    them.
 
@@ -14,8 +14,8 @@ use crate::Buffer;
 use crate::ffi::shim;
 use crate::sync::{lock, milliseconds};
 
-/// libtorch's side of an operation, which may have to be asked whether it is over. The answer may take its
-/// time.
+/// Operation on libtorch's side, which may have to be polled for its end. Polling may block for a
+/// while.
 pub(crate) trait Poll: Send + Sync {
     fn poll(&self);
 }
@@ -26,20 +26,21 @@ impl Poll for UniquePtr<shim::Work> {
     }
 }
 
-/// Buffers lent to one operation, and libtorch's side of it. The work goes before the buffers, unless
-/// somebody is just asking it: then it stays a moment longer than buffers that its operation has done with.
+/// Buffers lent to one operation, and its work on libtorch's side. The work is dropped before the
+/// buffers, unless it is just being polled: then it lives a moment longer than the buffers, which
+/// its operation no longer uses.
 pub(crate) struct Loan {
     pub(crate) work: Option<Arc<dyn Poll>>,
     pub(crate) buffers: Vec<Buffer>,
 }
 
-/// The parts in the order in which they have to be dropped.
+/// Parts of a backend in the order in which they must be dropped.
 struct Parts {
     group: UniquePtr<shim::Group>,
     parked: Vec<Loan>,
 }
 
-/// One group of the shim; dropping the last reference winds it down in the background.
+/// Owner of one group of the shim; dropping the last reference winds it down in the background.
 pub(crate) struct Backend {
     group: UniquePtr<shim::Group>,
     parked: Mutex<Vec<Loan>>,
@@ -54,11 +55,12 @@ impl Backend {
         &self.group
     }
 
-    /// Cuts the connections. A failure leaves the peers to their own time limits; the waiters here are free
-    /// already.
+    /// Cuts the connections. After a failure the peers run into their own time limits; the local
+    /// waiters have already been woken.
     pub(crate) fn cut(self: Arc<Backend>) {
         let aside = Arc::clone(&self);
-        // NCCL waits until the GPU has left its kernels, and others may wait for the thread that aborts.
+        // NCCL waits here until the GPU has left its kernels, and other threads may wait for the
+        // aborting one.
         let aside = move || drop(aside.group.close());
         let waits = self.group.polls();
         if !waits || thread::Builder::new().name("c10d-abort".into()).spawn(aside).is_err() {
@@ -66,7 +68,7 @@ impl Backend {
         }
     }
 
-    /// Keeps what an unfinished operation may still use.
+    /// Keeps the buffers and the work of an unfinished operation, which may still use them.
     pub(crate) fn park(&self, loan: Loan) {
         lock(&self.parked).push(loan);
     }
@@ -77,8 +79,8 @@ impl Drop for Backend {
         let group = std::mem::replace(&mut self.group, UniquePtr::null());
         let parked = std::mem::take(&mut *lock(&self.parked));
         let parts = Parts { group, parked };
-        // Without a thread to spare the closure is dropped here, and with it the parts, which blocks but is
-        // right.
+        // If no thread can be started, the closure is dropped here, and with it the parts, which
+        // blocks but is correct.
         let _ = thread::Builder::new().name("c10d-wind-down".into()).spawn(move || drop_in_order(parts));
     }
 }
@@ -89,14 +91,16 @@ fn drop_in_order(parts: Parts) {
     drop(parked);
 }
 
-/// The number of groups, works and loans of memory that libtorch has not let go of yet, in this process.
+/// Returns the number of groups, works and memory loans that libtorch has not released yet, in this
+/// process.
 pub fn live_handles() -> usize {
     shim::live_handles()
 }
 
-/// Waits until no handle is left, at most so long, and returns how many are left.
+/// Waits until no handle is left, for at most `timeout`, and returns how many are left.
 ///
-/// Call it before the process ends: libtorch does not like to be torn down while a group still winds down.
+/// Must be called before the process ends: libtorch may fail if it is torn down while a group winds
+/// down.
 pub fn wait_for_handles(timeout: Duration) -> usize {
     shim::wait_for_handles(milliseconds(timeout))
 }

@@ -1,6 +1,6 @@
 //! Memory that can be lent to a collective.
 //!
-//! 1. A buffer is the only owner of its memory; a collective that takes it takes it by value.
+//! 1. A buffer is the only owner of its memory; a collective takes it by value.
 //! 2. A collective checks at run time that nothing else refers to the memory, and refuses the buffer if so.
 //! 3. Bytes are handed out only while the buffer is borrowed mutably, so no view can be made meanwhile.
 
@@ -9,10 +9,10 @@ use tch::{Device, Kind, Tensor};
 use crate::ffi::{at_tensor, shim};
 use crate::{Error, error};
 
-/// A contiguous, one-dimensional tensor that nothing else refers to.
+/// Contiguous, one-dimensional tensor with no other reference to its memory.
 ///
-/// Lend it to a collective by value; the [`Pending`](crate::Pending) gives it back. While it is lent it
-/// cannot be touched:
+/// Lend it to a collective by value; the [`Pending`](crate::Pending) gives it back. While it is
+/// lent it cannot be touched:
 ///
 /// ```compile_fail,E0382
 /// # fn example(group: &c10d::Group, mut buffer: c10d::Buffer) -> Result<(), c10d::Error> {
@@ -36,10 +36,11 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// A new buffer of so many zeros. On a CPU its first element lies on a 64-byte boundary.
+    /// Allocates a buffer of `numel` zeros. On a CPU its first element lies on a 64-byte boundary.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a length beyond 2^63, [`Error::Fatal`] if the device has no such memory.
+    /// [`Error::Invalid`] for a length beyond 2^63, [`Error::Fatal`] if the device cannot allocate
+    /// it.
     pub fn zeros(numel: usize, kind: Kind, device: Device) -> Result<Buffer, Error> {
         let numel = i64::try_from(numel).map_err(|_| Error::Invalid(format!("{numel} elements")))?;
         let tensor = tch::no_grad(|| Tensor::f_zeros([numel], (kind, device)))?;
@@ -59,39 +60,39 @@ impl Buffer {
         }
     }
 
-    /// The number of elements.
+    /// Number of elements.
     pub fn numel(&self) -> usize {
         self.tensor.numel()
     }
 
-    /// The elements' kind.
+    /// Element type.
     pub fn kind(&self) -> Kind {
         self.tensor.kind()
     }
 
-    /// Where the memory is.
+    /// Device of the memory.
     pub fn device(&self) -> Device {
         self.tensor.device()
     }
 
-    /// The tensor, for reading. A shallow copy or view of it that still lives when the buffer is lent makes
-    /// the collective refuse the buffer as [`Error::Aliased`].
+    /// Returns the tensor, for reading. A shallow copy or view of it that still lives when the
+    /// buffer is lent makes the collective refuse the buffer as [`Error::Aliased`].
     pub fn tensor(&self) -> &Tensor {
         &self.tensor
     }
 
-    /// The tensor, for writing, without recording gradients.
+    /// Calls `write` with the tensor, without recording gradients.
     pub fn update<R>(&mut self, write: impl FnOnce(&mut Tensor) -> R) -> R {
         tch::no_grad(|| write(&mut self.tensor))
     }
 
-    /// Gives the tensor up.
+    /// Unwraps the tensor.
     pub fn into_tensor(self) -> Tensor {
         self.tensor
     }
 
-    /// The raw bytes of a buffer on a CPU. Borrows the buffer mutably, because a view made meanwhile could
-    /// write.
+    /// Returns the raw bytes of a buffer on a CPU. Borrows the buffer mutably, because a view made
+    /// meanwhile could write.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the memory is not a CPU's, [`Error::Aliased`] if something else refers to it.
@@ -99,7 +100,7 @@ impl Buffer {
         self.as_bytes_mut().map(|bytes| &*bytes)
     }
 
-    /// The raw bytes of a buffer on a CPU, for writing.
+    /// Returns the raw bytes of a buffer on a CPU, for writing.
     ///
     /// # Errors
     /// As [`as_bytes`](Buffer::as_bytes).
@@ -119,8 +120,8 @@ impl Buffer {
         Ok(unsafe { std::slice::from_raw_parts_mut(pointer, length) })
     }
 
-    /// Whether the buffer may be lent or shown as bytes. What `update` was given may have changed any of
-    /// this.
+    /// Checks that the buffer may be lent or viewed as bytes. The closure passed to `update` may
+    /// have changed any of this.
     pub(crate) fn check(&self) -> Result<(), Error> {
         let tensor = at_tensor(&self.tensor);
         if !shim::is_flat(tensor) {

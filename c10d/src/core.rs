@@ -1,10 +1,10 @@
-//! The state that a group, its pending operations and its aborters share.
+//! Shared state of a group, its pending operations and its aborters.
 //!
-//! 1. No lock is held while libtorch is called, to poll an operation or to free what was lent, so an abort
-//!    never waits for libtorch or CUDA to wake the waiters.
+//! 1. No lock is held during a call of libtorch, whether it polls an operation or frees lent
+//!    memory. So an abort never waits for libtorch or CUDA before it wakes the waiters.
 //! 2. Any failure of an operation, a timeout included, breaks the whole group: its ranks are out of step.
-//! 3. Buffers go back to the caller only after success. Those of operations that did not succeed stay with
-//!    the old group until it is destroyed.
+//! 3. Buffers go back to the caller only after success. Those of other operations stay with the old
+//!    group until it is destroyed.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -17,11 +17,11 @@ use crate::flight::{Flight, Signal};
 use crate::sync::lock;
 use crate::{Buffer, Error};
 
-/// Which operation of a group.
+/// Id of an operation within its group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct OperationId(u64);
 
-/// An operation whose buffers nobody has taken back yet.
+/// Operation whose buffers the caller has not taken back yet.
 struct Claim {
     flight: Arc<Flight>,
     loan: Loan,
@@ -29,7 +29,8 @@ struct Claim {
 }
 
 impl Claim {
-    /// libtorch's side of an operation whose end nobody has heard of; some backends have to be asked.
+    /// Returns libtorch's side of an operation without an outcome yet; some backends have to be
+    /// polled.
     fn unsettled(&self) -> Option<Arc<dyn Poll>> {
         self.loan.work.clone().filter(|_| self.flight.outcome().is_none())
     }
@@ -41,17 +42,17 @@ impl Claim {
 
 #[derive(Default)]
 struct Registry {
-    /// None once the group is closed or broken.
+    /// `None` once the group is closed or broken.
     backend: Option<Arc<Backend>>,
     next_id: u64,
     claims: BTreeMap<OperationId, Claim>,
 }
 
-/// What was launched.
+/// Launched operation.
 pub(crate) struct Launched {
     pub(crate) id: OperationId,
     pub(crate) flight: Arc<Flight>,
-    /// Set if somebody has to poll the work.
+    /// Work that must be polled; `None` if the backend reports the end by itself.
     pub(crate) work: Option<Arc<dyn Poll>>,
 }
 
@@ -79,7 +80,7 @@ impl Core {
         let work: Option<Arc<dyn Poll>> = match start(backend.group(), &buffers, signal) {
             Ok(work) => Some(Arc::new(work)),
             Err(exception) => {
-                // How much libtorch had done is unknown, so the buffers count as lent.
+                // It is unknown how far libtorch came, so the buffers count as lent.
                 let _ = flight.settle(Err(exception.into()));
                 None
             }
@@ -89,13 +90,13 @@ impl Core {
         Ok(Launched { id, flight, work: polled })
     }
 
-    /// Asks all operations that are under way whether they are over.
+    /// Polls all operations that are under way.
     fn poll(&self) {
         let unsettled: Vec<_> = lock(&self.registry).claims.values().filter_map(Claim::unsettled).collect();
         unsettled.iter().for_each(|work| work.poll());
     }
 
-    /// The backend, if the group is open and none of its operations has failed.
+    /// Returns the backend, if the group is open and none of its operations has failed.
     fn open_backend(&self) -> Option<Arc<Backend>> {
         self.poll();
         let mut registry = lock(&self.registry);
@@ -116,8 +117,8 @@ impl Core {
         backend
     }
 
-    /// Notes what is in flight. If the group was aborted since the launch began, the operation is aborted
-    /// too.
+    /// Registers an operation in flight. If the group was aborted since the launch began, the
+    /// operation is aborted too.
     fn enter(&self, backend: &Arc<Backend>, flight: Arc<Flight>, loan: Loan) -> OperationId {
         let mut registry = lock(&self.registry);
         let id = OperationId(registry.next_id);
@@ -130,7 +131,7 @@ impl Core {
         id
     }
 
-    /// Takes the buffers of an operation that succeeded.
+    /// Takes the buffers of a successful operation.
     pub(crate) fn claim(&self, id: OperationId) -> Vec<Buffer> {
         let claim = lock(&self.registry).claims.remove(&id);
         claim.expect("an operation that succeeded is claimed once").loan.buffers
@@ -160,7 +161,7 @@ impl Core {
         backend.cut();
     }
 
-    /// Closes the group to new operations, aborts and parks those in flight.
+    /// Closes the group to new operations; aborts and parks those in flight.
     fn close_registry(&self) -> Option<Arc<Backend>> {
         let mut registry = lock(&self.registry);
         let backend = registry.backend.take()?;
@@ -173,7 +174,7 @@ impl Core {
         Some(backend)
     }
 
-    /// Closes the group gently if nothing is in flight, else aborts it.
+    /// Closes the group gently if nothing is in flight, otherwise aborts it.
     pub(crate) fn close(&self) {
         self.poll();
         let mut registry = lock(&self.registry);
@@ -203,7 +204,7 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(20);
 
-    /// A work that says when it is asked, and does not answer before it is let go.
+    /// Work that signals when it is polled, and does not return before it is released.
     struct Stuck {
         asked: Sender<()>,
         let_go: Mutex<Receiver<()>>,
@@ -222,7 +223,7 @@ mod tests {
         Group::gloo(options, MemoryStore::new(), "alone").unwrap().into_core()
     }
 
-    /// Invariant 1, wherever an operation is asked about.
+    /// Invariant 1, wherever an operation is polled.
     #[test]
     fn an_abort_does_not_wait_for_an_answer_of_libtorch() {
         let asks: [fn(&Core, OperationId); 3] =

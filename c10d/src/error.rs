@@ -1,14 +1,15 @@
-//! What can go wrong, by what the caller can do about it.
+//! Errors, classified by the action that the caller can take.
 //!
-//! 1. libtorch's messages carry long backtraces; only the first line of one is ever kept.
+//! 1. libtorch's messages carry long backtraces; only the first line of a message is kept.
 
-/// An error of a group, a collective or a buffer. Each variant asks for another action.
+/// Error of a group, a collective or a buffer. Each variant asks for another action.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// The time given was over first. The group is broken: form a new one, or give up.
+    /// The time limit passed. The group is broken: form a new one, or give up.
     #[error("the time limit passed")]
     Timeout,
-    /// A connection to a peer failed. The group is broken: agree on who is left and form a new one.
+    /// A connection to a peer failed. The group is broken: agree on the remaining peers and form a
+    /// new one.
     #[error("a peer was lost: {0}")]
     PeerLost(String),
     /// The group was aborted, by its [`Aborter`](crate::Aborter) or by an earlier failure: form a new one.
@@ -17,16 +18,17 @@ pub enum Error {
     /// Something else refers to the buffer's memory: drop that view or copy and try again.
     #[error("the buffer's memory is shared with another tensor")]
     Aliased,
-    /// The arguments do not fit: a mistake in the calling code. Nothing was done.
+    /// The arguments do not match: a mistake in the calling code. Nothing was done.
     #[error("invalid argument: {0}")]
     Invalid(String),
-    /// libtorch failed in a way that trying again will not mend.
+    /// libtorch failed in a way that a retry will not mend.
     #[error("libtorch failed: {0}")]
     Fatal(String),
 }
 
 impl Error {
-    /// Reads what `describe` in the shim wrote: a letter, a space, the first line of the message.
+    /// Parses the output of `describe` in the shim: a letter, a space, the first line of the
+    /// message.
     pub(crate) fn from_shim(description: &str) -> Error {
         let (kind, detail) = description.split_once(' ').unwrap_or(("F", description));
         let detail = || first_line(detail);
@@ -51,17 +53,17 @@ impl From<tch::TchError> for Error {
     }
 }
 
-/// The first line of a message, without the space around it.
+/// Returns the first line of a message, trimmed.
 pub(crate) fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().trim().to_owned()
 }
 
-/// A collective that was refused before anything was lent: the reason, and the buffers back.
+/// Collective refused before anything was lent: the reason, with the buffers back.
 #[derive(Debug)]
 pub struct Refused<T> {
-    /// Why.
+    /// Reason of the refusal.
     pub error: Error,
-    /// What was offered, untouched.
+    /// Buffers of the caller, untouched.
     pub buffers: T,
 }
 

@@ -1,5 +1,5 @@
-//! The bridge to the C++ shim for groups and stores. Functions that can throw return a `Result`; the message
-//! is read by [`Error::from_shim`](crate::Error).
+//! Bridge to the C++ shim for groups and stores. Functions that can throw return a `Result`; the
+//! message is parsed by [`Error::from_shim`](crate::Error).
 
 use crate::flight::Signal;
 use crate::store::StoreHandle;
@@ -20,7 +20,7 @@ pub(crate) mod shim {
         fn wait(self: &StoreHandle, keys: &[&str], timeout_ms: u64) -> Result<()>;
     }
 
-    /// The limits of a Gloo group, in milliseconds.
+    /// Time limits of a Gloo group, in milliseconds.
     struct GlooLimits {
         meeting_ms: u64,
         operation_ms: u64,
@@ -103,13 +103,14 @@ pub(crate) mod shim {
     }
 }
 
-// SAFETY: a Group's members may be called from any thread: launches take turns under its own mutex, `close`
-// only touches connections that lock themselves, and its destructor may run on any thread.
+// SAFETY: a Group's members may be called from any thread: launches are serialised by its own
+// mutex, `close` only touches connections that lock themselves, and its destructor may run on any
+// thread.
 unsafe impl Send for shim::Group {}
 // SAFETY: as above.
 unsafe impl Sync for shim::Group {}
-// SAFETY: a Work is only polled, under its own mutex, and destroyed, and c10d's works are built for other
-// threads to look at.
+// SAFETY: a Work is only polled, under its own mutex, and destroyed, and c10d's works are built to
+// be inspected by other threads.
 unsafe impl Send for shim::Work {}
 // SAFETY: as above.
 unsafe impl Sync for shim::Work {}
@@ -118,7 +119,7 @@ unsafe impl Send for shim::TcpStore {}
 // SAFETY: as above.
 unsafe impl Sync for shim::TcpStore {}
 
-/// tch's tensor as the shim knows it.
+/// Casts tch's tensor to the shim's type.
 pub(crate) fn at_tensor(tensor: &tch::Tensor) -> &shim::Tensor {
     // SAFETY: tch keeps a valid, non-null `torch::Tensor*` (the same type as `at::Tensor*`) for as long as
     // the `tch::Tensor` lives, and the reference returned borrows it.

@@ -1,4 +1,4 @@
-//! The end of one operation: a result or an abort, whichever comes first.
+//! Outcome of one operation: a result or an abort, whichever comes first.
 //!
 //! 1. An operation ends exactly once: the first outcome wins, later ones are ignored.
 //! 2. A waiter sleeps on a condition variable here, never inside libtorch, so an abort always wakes it.
@@ -11,10 +11,10 @@ use cxx::CxxString;
 use crate::Error;
 use crate::sync::lock;
 
-/// How an operation ended.
+/// Outcome of an operation.
 pub(crate) type Outcome = Result<(), Error>;
 
-/// One operation's outcome, and whoever waits for it.
+/// Outcome of one operation, on which waiters can sleep.
 #[derive(Default)]
 pub(crate) struct Flight {
     outcome: Mutex<Option<Outcome>>,
@@ -22,7 +22,7 @@ pub(crate) struct Flight {
 }
 
 impl Flight {
-    /// Ends the operation unless it has ended already, and returns how it ended.
+    /// Ends the operation unless it has ended already, and returns its outcome.
     pub(crate) fn settle(&self, outcome: Outcome) -> Outcome {
         let mut slot = lock(&self.outcome);
         let first = slot.get_or_insert(outcome).clone();
@@ -30,12 +30,12 @@ impl Flight {
         first
     }
 
-    /// How the operation ended, if it has.
+    /// Returns the outcome; `None` while the operation is under way.
     pub(crate) fn outcome(&self) -> Option<Outcome> {
         lock(&self.outcome).clone()
     }
 
-    /// Sleeps until the operation has ended or the time has come.
+    /// Sleeps until the operation has ended or `until` has come.
     pub(crate) fn wait_until(&self, until: Instant) -> Option<Outcome> {
         let left = until.saturating_duration_since(Instant::now());
         self.wait_for(left)
@@ -51,7 +51,7 @@ impl Flight {
     }
 }
 
-/// What libtorch's threads hold of an operation, to tell that it is over.
+/// Handle by which libtorch's threads report the end of an operation.
 pub struct Signal(pub(crate) Arc<Flight>);
 
 impl Signal {

@@ -20,7 +20,7 @@ use crate::store::{KeyValueStore, StoreHandle};
 use crate::sync::milliseconds;
 use crate::{Buffer, Error};
 
-/// The address that a rank's peers reach it at.
+/// Address at which its peers reach a rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GlooAddress {
     /// A host name or IP address of this machine.
@@ -29,36 +29,37 @@ pub enum GlooAddress {
     Interface(String),
 }
 
-/// What a Gloo group is made with.
+/// Parameters of a Gloo group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GlooOptions {
-    /// This process's place in the group, from 0.
+    /// Rank of this process in the group, from 0.
     pub rank: usize,
-    /// The number of ranks, at least 1.
+    /// Number of ranks, at least 1.
     pub world_size: usize,
-    /// The limit for finding the peers.
+    /// Time limit for finding the peers.
     pub timeout: Duration,
-    /// Gloo's own limit for each operation. It also bounds how long an aborted group winds down.
+    /// Gloo's own time limit for each operation. It also bounds how long an aborted group winds
+    /// down.
     pub operation_timeout: Duration,
-    /// Where the peers reach this rank.
+    /// Address at which the peers reach this rank.
     pub address: GlooAddress,
 }
 
-/// How elements are combined.
+/// Elementwise reduction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReduceOp {
     /// a + b, in the backend's own order.
     Sum,
     /// a * b.
     Product,
-    /// The smaller one.
+    /// Elementwise minimum.
     Min,
-    /// The larger one.
+    /// Elementwise maximum.
     Max,
 }
 
 impl ReduceOp {
-    /// The value of `c10d::ReduceOp::RedOpType`.
+    /// Returns the value of `c10d::ReduceOp::RedOpType`.
     fn code(self) -> u8 {
         match self {
             ReduceOp::Sum => 0,
@@ -69,33 +70,34 @@ impl ReduceOp {
     }
 }
 
-/// The kinds of elements that both Gloo and NCCL carry.
+/// Element types that both Gloo and NCCL carry.
 const KINDS: [Kind; 8] =
     [Kind::Uint8, Kind::Int8, Kind::Int, Kind::Int64, Kind::Half, Kind::BFloat16, Kind::Float, Kind::Double];
 
-/// An operation in flight, or why it was not started, with the buffers back.
+/// Operation in flight, or the reason why it was not started, with the buffers back.
 pub type Launch<T> = Result<Pending<T>, Refused<T>>;
 
-/// A set of processes (or threads) that exchange buffers. See the crate's documentation for an example.
+/// Set of processes (or threads) that exchange buffers. See the crate's documentation for an
+/// example.
 pub struct Group {
     core: Arc<Core>,
     rank: usize,
     world_size: usize,
     device: Device,
-    /// Whether copies of the buffers travel in their place.
+    /// Whether copies of the buffers are sent in their place.
     staged: bool,
 }
 
 type Started = Result<UniquePtr<shim::Work>, cxx::Exception>;
 
 impl Group {
-    /// Forms a group over Gloo, for buffers on CPUs. Blocks until all ranks have connected to each other. The
-    /// prefix keeps groups in one store apart and must be new for each.
+    /// Forms a group over Gloo, for buffers on CPUs. Blocks until all ranks have connected to each
+    /// other. The prefix separates the groups in one store and must be new for each.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for options that cannot be, [`Error::Timeout`] if a rank did not come,
-    /// [`Error::PeerLost`] if one went away meanwhile, [`Error::Fatal`] for an unusable address, or what the
-    /// store answered.
+    /// [`Error::Invalid`] for invalid options, [`Error::Timeout`] if a rank did not come,
+    /// [`Error::PeerLost`] if one went away meanwhile, [`Error::Fatal`] for an unusable address, or
+    /// the store's own error.
     pub fn gloo(options: GlooOptions, store: Arc<dyn KeyValueStore>, prefix: &str) -> Result<Group, Error> {
         let GlooOptions { rank, world_size, timeout, operation_timeout, address } = options;
         let (small_rank, small_size) = check_ranks(rank, world_size, timeout.min(operation_timeout))?;
@@ -115,7 +117,7 @@ impl Group {
         Ok(Group::new(group, rank, world_size, Device::Cpu))
     }
 
-    /// The part of the group that its operations share.
+    /// Returns the part of the group that its operations share.
     #[cfg(test)]
     pub(crate) fn into_core(self) -> Arc<Core> {
         let core = Arc::clone(&self.core);
@@ -132,36 +134,37 @@ impl Group {
         Group { core: Core::new(group), rank, world_size, device, staged: false }
     }
 
-    /// The same group, for buffers on `device` from now on. What is in them goes through copies in the CPU's
-    /// memory, made when an operation is launched and read when it is waited for, both on the calling thread.
-    /// So Gloo serves GPUs too, slower than NCCL, also where ranks share one.
+    /// Returns the same group, for buffers on `device` from now on. Their content goes through
+    /// copies in the CPU's memory, made when an operation is launched and read when it is waited
+    /// for, both on the calling thread. So Gloo serves GPUs too, slower than NCCL, also where ranks
+    /// share one.
     #[must_use]
     pub fn staged(mut self, device: Device) -> Group {
         (self.device, self.staged) = (device, true);
         self
     }
 
-    /// This process's place in the group.
+    /// Rank of this process in the group.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
-    /// The number of ranks.
+    /// Number of ranks.
     pub fn world_size(&self) -> usize {
         self.world_size
     }
 
-    /// The device whose buffers this group takes.
+    /// Device of the buffers that this group accepts.
     pub fn device(&self) -> Device {
         self.device
     }
 
-    /// Whether the group still takes operations.
+    /// Whether the group still accepts operations.
     pub fn is_open(&self) -> bool {
         self.core.is_open()
     }
 
-    /// A handle that ends this group's operations from any thread.
+    /// Returns a handle that ends this group's operations from any thread.
     pub fn aborter(&self) -> Aborter {
         Aborter::new(&self.core)
     }
@@ -177,8 +180,9 @@ impl Group {
         })
     }
 
-    /// Sends `send_splits[r]` elements to each rank r, in order, and receives `receive_splits[r]` from it.
-    /// The splits may be ragged or 0; what rank a sends to b must be what b expects from a.
+    /// Sends `send_splits[r]` elements to each rank r, in order, and receives `receive_splits[r]`
+    /// from it. The splits may be ragged or 0; the count that rank a sends to b must be the one
+    /// that b expects from a.
     ///
     /// # Errors
     /// As for [`all_reduce`](Group::all_reduce), with both buffers back.
@@ -204,8 +208,8 @@ impl Group {
         })
     }
 
-    /// Gives each rank all ranks' `send` buffers, one after the other, in `receive`, which is `world_size`
-    /// times as long.
+    /// Gathers all ranks' `send` buffers on each rank, one after the other, in `receive`, which is
+    /// `world_size` times as long.
     ///
     /// # Errors
     /// As for [`all_reduce`](Group::all_reduce), with both buffers back.
@@ -230,14 +234,14 @@ impl Group {
             .check(&[&buffer])
             .and_then(|()| check_filled(&buffer))
             .and_then(|()| require(root < size, || format!("root {root} in a group of {size}")));
-        // A root that does not fit was refused above.
+        // A root out of range was refused above.
         let root = i64::try_from(root).unwrap_or(i64::MAX);
         self.launch(buffer, &[Use::Both], check, |group, buffers, signal| {
             group.broadcast(at_tensor(buffers[0].tensor()), root, signal)
         })
     }
 
-    /// Ends when all ranks have launched it.
+    /// Completes when all ranks have launched it.
     ///
     /// # Errors
     /// [`Error::Aborted`].
@@ -271,7 +275,7 @@ impl Group {
         }
     }
 
-    /// What holds for the buffers of every collective.
+    /// Checks the buffers of any collective.
     fn check(&self, buffers: &[&Buffer]) -> Result<(), Error> {
         for buffer in buffers {
             buffer.check()?;
@@ -317,7 +321,7 @@ fn check_filled(buffer: &Buffer) -> Result<(), Error> {
     require(buffer.numel() > 0, || "an empty buffer".into())
 }
 
-/// The rank and size as c10d counts them.
+/// Converts rank and size to c10d's types.
 pub(crate) fn check_ranks(rank: usize, world_size: usize, timeout: Duration) -> Result<(i32, i32), Error> {
     require(rank < world_size, || format!("rank {rank} in a group of {world_size}"))?;
     require(!timeout.is_zero(), || "a time limit of zero".into())?;

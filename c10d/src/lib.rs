@@ -1,8 +1,9 @@
 //! Safe Rust over libtorch's own collectives: process groups over Gloo and, with the feature `cuda`, NCCL.
 //!
-//! libtorch carries the engine that PyTorch trains on, `c10d`, but only for C++ and Python. This crate binds
-//! it with what a fault-tolerant trainer needs: typed errors, waits that an abort interrupts at once, buffers
-//! that nobody can touch while a collective has them, and a rendezvous store that is a Rust trait.
+//! libtorch carries the engine that PyTorch trains on, `c10d`, but only for C++ and Python. This
+//! crate binds it with the guarantees that a fault-tolerant trainer needs: typed errors, waits that
+//! an abort interrupts at once, buffers that cannot be touched while they are lent to a collective,
+//! and a rendezvous store that is a Rust trait.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -27,7 +28,7 @@
 //!
 //! Invariants of the whole crate, each held by tests:
 //! 1. No C++ exception and no Rust panic crosses the language boundary.
-//! 2. An operation ends once, as a result or as an error, and after anything but success its buffers never
+//! 2. An operation ends once, as a result or as an error, and unless it succeeded its buffers never
 //!    come back.
 //! 3. Every wait is limited, and an abort ends it at once.
 //! 4. A broken group is never used again; it winds down in the background and leaves nothing behind.

@@ -1,6 +1,7 @@
 //! Groups over NCCL, for buffers on GPUs.
 //!
-//! 1. Nothing but the caller ends an operation or the process: NCCL's own error handling and monitor are off.
+//! 1. Only the caller ends an operation or the process: NCCL's own error handling and monitor are
+//!    off.
 //! 2. An operation counts as done when the GPU has finished it, not when it is enqueued.
 
 use std::sync::Arc;
@@ -14,23 +15,24 @@ use crate::store::{KeyValueStore, StoreHandle};
 use crate::sync::milliseconds;
 use crate::{Error, Group};
 
-/// What an NCCL group is made with.
+/// Parameters of an NCCL group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NcclOptions {
-    /// This process's place in the group, from 0.
+    /// Rank of this process in the group, from 0.
     pub rank: usize,
-    /// The number of ranks, at least 1.
+    /// Number of ranks, at least 1.
     pub world_size: usize,
-    /// The limit for finding the peers.
+    /// Time limit for finding the peers.
     pub timeout: Duration,
-    /// The index of this rank's GPU.
+    /// Index of this rank's GPU.
     pub device: usize,
 }
 
 impl Group {
-    /// Forms a group over NCCL, for buffers on one GPU for each rank; no two ranks may share one. Blocks
-    /// until all ranks have made their communicators, and nothing ends that wait: NCCL looks at no time limit
-    /// in it. Operations wait for what is enqueued on the calling thread's current stream.
+    /// Forms a group over NCCL, for buffers on one GPU for each rank; no two ranks may share one.
+    /// Blocks until all ranks have made their communicators, and nothing ends that wait: NCCL has
+    /// no time limit for it. Operations wait for the work that is enqueued on the calling thread's
+    /// current stream.
     ///
     /// # Errors
     /// As for [`Group::gloo`]; [`Error::Fatal`] if there is no GPU.

@@ -1,4 +1,4 @@
-//! Operations in flight, and how to end them early.
+//! Operations in flight, and their abort.
 //!
 //! 1. Every wait is limited.
 //! 2. A wait returns at once when its group is aborted, whatever libtorch is doing.
@@ -13,13 +13,13 @@ use crate::staging::Staged;
 use crate::sync::deadline;
 use crate::{Buffer, Error};
 
-/// How often a backend that does not tell by itself is asked whether an operation is over.
+/// Interval at which a backend that does not report the end of an operation by itself is polled.
 const POLL_INTERVAL: Duration = Duration::from_micros(50);
 
 mod sealed {
     use crate::Buffer;
 
-    /// How what was lent is taken apart and put together again.
+    /// Conversion of lent values to buffers and back.
     pub trait Parts: Sized {
         fn into_buffers(self) -> Vec<Buffer>;
         fn from_buffers(buffers: Vec<Buffer>) -> Self;
@@ -27,7 +27,7 @@ mod sealed {
 }
 pub(crate) use sealed::Parts;
 
-/// What can be lent to an operation: nothing, a buffer, or two.
+/// Values that can be lent to an operation: nothing, a buffer, or two.
 pub trait Lent: Parts {}
 
 impl<T: Parts> Lent for T {}
@@ -61,14 +61,14 @@ impl Parts for (Buffer, Buffer) {
     }
 }
 
-/// An operation in flight, which holds the buffers `T` until it has succeeded.
+/// Operation in flight, which holds the buffers `T` until it has succeeded.
 ///
 /// Dropping it gives the buffers up: the operation goes on, and they are freed once it is over.
 #[must_use = "the operation's buffers come back through wait"]
 pub struct Pending<T: Lent> {
     core: Arc<Core>,
     launched: Launched,
-    /// What the caller lent, if copies of it travel.
+    /// Buffers of the caller, if copies of them are sent.
     staged: Option<Staged>,
     lent: std::marker::PhantomData<fn() -> T>,
 }
@@ -95,7 +95,7 @@ impl<T: Lent> Pending<T> {
         done.map(T::from_buffers)
     }
 
-    /// The caller's buffers, of an operation that has succeeded.
+    /// Returns the caller's buffers of a successful operation.
     fn take_buffers(&mut self) -> Result<Vec<Buffer>, Error> {
         let came = self.core.claim(self.launched.id);
         match self.staged.take() {
@@ -104,7 +104,7 @@ impl<T: Lent> Pending<T> {
         }
     }
 
-    /// Whether the operation is over, one way or another, so that `wait` would not sleep.
+    /// Whether the operation is over, with any outcome, so that `wait` would not sleep.
     pub fn is_done(&self) -> bool {
         self.poll();
         self.launched.flight.outcome().is_some()
@@ -144,7 +144,7 @@ impl<T: Lent> std::fmt::Debug for Pending<T> {
     }
 }
 
-/// Ends all operations of one group from any thread. It does not keep the group alive.
+/// Handle that ends all operations of one group from any thread. It does not keep the group alive.
 #[derive(Clone)]
 pub struct Aborter(Weak<Core>);
 
@@ -153,10 +153,10 @@ impl Aborter {
         Aborter(Arc::downgrade(core))
     }
 
-    /// Wakes everyone who waits for an operation of the group, with [`Error::Aborted`], then cuts its
-    /// connections. A peer notices if it is just waiting for this rank; one that waits for another rank has
-    /// to be aborted too. Later operations are refused. Doing it again, or after the group is gone, does
-    /// nothing.
+    /// Wakes all waiters of the group's operations with [`Error::Aborted`], then cuts its
+    /// connections. A peer notices if it is just waiting for this rank; one that waits for another
+    /// rank has to be aborted too. Later operations are refused. A second call, or one after the
+    /// group is gone, has no effect.
     pub fn abort(&self) {
         if let Some(core) = self.0.upgrade() {
             core.abort();

@@ -1,12 +1,12 @@
-//! Networks written in Python and saved as TorchScript, run with tensors that somebody else owns.
+//! Networks written in Python and saved as TorchScript, run with tensors that the caller owns.
 //!
-//! 1. A module's own tensors are only where training begins: each run is told which to use.
-//! 2. It runs as it is written: nothing observes, rewrites or fuses its graph, so it rounds the same way each
-//!    time.
-//! 3. What it draws while it trains (dropout) comes from libtorch's default generator, which each run seeds
-//!    anew. Runs of all modules of a process take turns.
+//! 1. A module's own tensors are only the initial values: each run is given the tensors to use.
+//! 2. The graph runs as it is written: nothing observes, rewrites or fuses it, so it rounds the
+//!    same way each time.
+//! 3. Draws during training (dropout) come from libtorch's default generator, which each run seeds
+//!    anew. Runs of all modules of a process are serialised.
 //!
-//! The first line of an error is the reason, as `torch` words it.
+//! The first line of an error is the reason, in the words of `torch`.
 
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
@@ -18,30 +18,31 @@ use crate::aten::default_generator_state;
 use crate::aten_ffi::shim;
 use crate::ffi::at_tensor;
 
-/// A tensor of a module.
+/// Description of a tensor of a module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ScriptTensor {
-    /// Its key in the module's `state_dict`.
+    /// Key in the module's `state_dict`.
     pub name: String,
-    /// Its shape.
+    /// Size of each dimension.
     pub shape: Vec<i64>,
-    /// Its kind in libtorch's words, such as `Float` or `Long`.
+    /// Element type in libtorch's words, such as `Float` or `Long`.
     pub kind: String,
-    /// Whether it is a parameter; else it is a buffer.
+    /// Whether the tensor is a parameter; otherwise it is a buffer.
     pub is_parameter: bool,
-    /// Whether it is a parameter that wants a gradient.
+    /// Whether the tensor is a parameter that requires a gradient.
     pub is_trained: bool,
     place: usize,
 }
 
 impl ScriptTensor {
-    /// Whether the two are one tensor by two names.
+    /// Whether both are the same tensor under two names.
     pub fn is_same(&self, other: &ScriptTensor) -> bool {
         self.place == other.place && self.place != 0
     }
 }
 
-/// A module. Its tensors are its parameters, in the order of `named_parameters`, then its buffers.
+/// TorchScript module. Its tensors are its parameters, in the order of `named_parameters`, then its
+/// buffers.
 pub struct Script {
     module: Mutex<cxx::UniquePtr<shim::Script>>,
     tensors: Vec<ScriptTensor>,
@@ -53,14 +54,15 @@ impl fmt::Debug for Script {
     }
 }
 
-/// The generator that runs seed is one for all modules.
+/// Serialises the runs: the generator that they seed is shared by all modules.
 static TURN: Mutex<()> = Mutex::new(());
 
 impl Script {
-    /// Reads what `torch.jit.save` wrote, onto the CPU.
+    /// Loads a file of `torch.jit.save` onto the CPU.
     ///
     /// # Errors
-    /// [`Error::Fatal`] with the reason, if it is no TorchScript, or has no method `forward`.
+    /// [`Error::Fatal`] with the reason, if the bytes are not TorchScript, or the module has no
+    /// method `forward`.
     pub fn load(bytes: &[u8]) -> Result<Script, Error> {
         let module = shim::load_script(bytes)?;
         let own = |about: shim::ScriptTensor| {
@@ -71,26 +73,26 @@ impl Script {
         Ok(Script { module: Mutex::new(module), tensors })
     }
 
-    /// What tensors it has.
+    /// Describes the tensors of the module.
     pub fn tensors(&self) -> &[ScriptTensor] {
         &self.tensors
     }
 
-    /// The present value of a tensor; that of the file, until it was run.
+    /// Returns the current value of a tensor; before the first run, that of the file.
     ///
     /// # Errors
-    /// [`Error::Fatal`] for an index beyond all.
+    /// [`Error::Fatal`] for an index out of range.
     pub fn tensor(&self, index: usize) -> Result<Tensor, Error> {
         let module = self.module.lock().unwrap_or_else(PoisonError::into_inner);
         owned(module.tensor(index)?)
     }
 
-    /// Runs `forward` with these tensors, one for each of [`Script::tensors`]: its result, and the buffers as
-    /// they are then. While it trains it may write into the buffers that it was given.
+    /// Runs `forward` with these tensors, one for each of [`Script::tensors`]; returns its result
+    /// and the buffers after it. In training it may write into the buffers that it was given.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for another number of tensors; [`Error::Fatal`] for what the module's program
-    /// refuses.
+    /// [`Error::Invalid`] for another number of tensors; [`Error::Fatal`] if the module's program
+    /// fails.
     pub fn run<'a>(
         &self,
         tensors: impl ExactSizeIterator<Item = &'a Tensor>,
@@ -117,17 +119,18 @@ impl Script {
         Ok((output, buffers))
     }
 
-    /// Runs `forward` as in evaluation, with the tensors that it has.
+    /// Runs `forward` in evaluation mode, with the tensors that the module has.
     ///
     /// # Errors
-    /// [`Error::Fatal`] for what the module's program refuses.
+    /// [`Error::Fatal`] if the module's program fails.
     pub fn evaluate(&self, input: &Tensor) -> Result<Tensor, Error> {
         let module = self.module.lock().unwrap_or_else(PoisonError::into_inner);
         let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         owned(module.run(false, 0, at_tensor(input))?)
     }
 
-    /// The operation that the result comes from, past what only gives it another shape, such as `sigmoid`.
+    /// Returns the operation that computes the result, such as `sigmoid`, skipping operations that
+    /// only change its shape.
     ///
     /// # Errors
     /// [`Error::Fatal`] if the program has no result.
@@ -136,7 +139,7 @@ impl Script {
         Ok(module.last_operation()?)
     }
 
-    /// Whether what `look` does draws from libtorch's default generator, beside what others may draw
+    /// Whether `look` draws from libtorch's default generator, including draws of other threads
     /// meanwhile.
     ///
     /// # Errors
@@ -148,15 +151,15 @@ impl Script {
     }
 }
 
-/// How a module runs.
+/// Mode of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// As in training, with draws by a seed.
+    /// Training mode, with draws from a seed.
     Training {
-        /// Of all that it draws.
+        /// Seed of all draws.
         seed: u64,
     },
-    /// As in evaluation.
+    /// Evaluation mode.
     Evaluation,
 }
 
@@ -164,7 +167,7 @@ fn owned(tensor: cxx::UniquePtr<shim::Tensor>) -> Result<Tensor, Error> {
     if tensor.is_null() {
         return Err(Error::Fatal("no tensor".into()));
     }
-    // SAFETY: the pointer comes from `new at::Tensor` and nobody else has it; tch deletes it when the tensor
-    // is dropped.
+    // SAFETY: the pointer comes from `new at::Tensor` and has no other owner; tch deletes it when
+    // the tensor is dropped.
     Ok(unsafe { Tensor::from_ptr(tensor.into_raw().cast()) })
 }

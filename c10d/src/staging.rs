@@ -1,25 +1,26 @@
-//! Copies that travel in place of buffers that a backend cannot carry itself.
+//! Staging: copies sent in place of buffers that a backend cannot carry itself.
 //!
 //! 1. Only the copies are lent: libtorch never has the memory of the buffers themselves.
-//! 2. A buffer is copied when the operation is launched, after all that its device was told to do before, and
-//!    written when the operation is waited for and has succeeded, never from another thread.
+//! 2. A buffer is copied when the operation is launched, after all work enqueued on its device
+//!    before. It is written when the operation is waited for and has succeeded, never from another
+//!    thread.
 
 use tch::{Device, Tensor};
 
 use crate::{Buffer, Error};
 
-/// What an operation does with a buffer.
+/// Access of an operation to a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Use {
-    /// Reads it.
+    /// Reads the buffer.
     Read,
-    /// Writes all of it.
+    /// Writes the whole buffer.
     Written,
-    /// Reads and writes it.
+    /// Reads and writes the buffer.
     Both,
 }
 
-/// The buffers of an operation, while copies of them travel.
+/// Buffers of an operation while copies of them are sent.
 pub(crate) struct Staged {
     buffers: Vec<Buffer>,
     uses: &'static [Use],
@@ -44,7 +45,7 @@ impl Staged {
         }
     }
 
-    /// The buffers, with what the copies came to.
+    /// Returns the buffers with the result of the copies.
     pub(crate) fn finish(mut self, copies: &[Buffer]) -> Result<Vec<Buffer>, Error> {
         for ((buffer, used), copy) in self.buffers.iter_mut().zip(self.uses).zip(copies) {
             if *used != Use::Read {
@@ -54,13 +55,13 @@ impl Staged {
         Ok(self.buffers)
     }
 
-    /// The buffers, as they were.
+    /// Returns the buffers unchanged.
     pub(crate) fn into_buffers(self) -> Vec<Buffer> {
         self.buffers
     }
 }
 
-/// Copies a whole tensor; the calling thread waits for it.
+/// Copies a whole tensor; the calling thread waits for the copy.
 fn write(to: &mut Buffer, from: &Tensor) -> Result<(), Error> {
     to.update(|to| to.f_copy_(from).map(drop)).map_err(Error::from)
 }

@@ -1,4 +1,4 @@
-//! The key-value store through which the ranks of a group find each other.
+//! Key-value store for the rendezvous of a group's ranks.
 //!
 //! 1. A store is shared by threads and processes; each operation is atomic.
 //! 2. A panic in an implementation becomes an error: it never unwinds into C++.
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::sync::{deadline, lock};
 
-/// Why a store did not answer.
+/// Reason why a store did not answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// The key did not appear in time. Forming a group then fails with
@@ -21,46 +21,47 @@ pub enum StoreError {
     /// [`Error::PeerLost`](crate::Error::PeerLost).
     #[error("the store cannot be reached: {0}")]
     Unreachable(String),
-    /// The wait was called off. Forming a group then fails with [`Error::Aborted`](crate::Error::Aborted).
+    /// The wait was cancelled. Forming a group then fails with
+    /// [`Error::Aborted`](crate::Error::Aborted).
     #[error("the wait was called off")]
     Aborted,
-    /// Anything else. Forming a group then fails with [`Error::Fatal`](crate::Error::Fatal).
+    /// Any other error. Forming a group then fails with [`Error::Fatal`](crate::Error::Fatal).
     #[error("{0}")]
     Fatal(String),
 }
 
-/// A key-value store that all ranks of a group share.
+/// Key-value store that all ranks of a group share.
 ///
 /// The calls may block. They come from the thread that forms the group and, with NCCL, from others. Values
 /// are bytes; a counter is stored as decimal text, as c10d does.
 pub trait KeyValueStore: Send + Sync {
-    /// Sets a key, replacing what it held.
+    /// Sets a key, replacing its value.
     ///
     /// # Errors
-    /// [`StoreError::Unreachable`] and its like, for this and all other operations.
+    /// [`StoreError::Unreachable`] and other variants, for this and all other operations.
     fn set(&self, key: &str, value: &[u8]) -> Result<(), StoreError>;
 
-    /// The value of a key, waiting until it has one.
+    /// Returns the value of a key; waits until it has one.
     ///
     /// # Errors
-    /// [`StoreError::Timeout`] if it has none in time.
+    /// [`StoreError::Timeout`] if the key has no value in time.
     fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>, StoreError>;
 
     /// Adds to a counter, which starts at 0, and returns the sum.
     ///
     /// # Errors
-    /// [`StoreError::Fatal`] if the key holds something else.
+    /// [`StoreError::Fatal`] if the value is not a counter.
     fn add(&self, key: &str, amount: i64) -> Result<i64, StoreError>;
 
-    /// Sets a key to `desired` if it holds `expected`, or if it is absent and `expected` is empty. Returns
-    /// what the key holds afterwards; for an absent key that was expected to hold something, `expected`
-    /// itself.
+    /// Sets a key to `desired` if its value is `expected`, or if it is absent and `expected` is
+    /// empty. Returns the value afterwards; for an absent key with a non-empty `expected`,
+    /// `expected` itself.
     ///
     /// # Errors
     /// Those of all operations.
     fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>, StoreError>;
 
-    /// Removes a key; returns whether it was there.
+    /// Removes a key; returns whether it existed.
     ///
     /// # Errors
     /// Those of all operations.
@@ -75,7 +76,7 @@ pub trait KeyValueStore: Send + Sync {
     /// Waits until all the keys have values.
     ///
     /// # Errors
-    /// [`StoreError::Timeout`] if one has none in time.
+    /// [`StoreError::Timeout`] if a key has no value in time.
     fn wait(&self, keys: &[&str], timeout: Duration) -> Result<(), StoreError> {
         let until = deadline(timeout);
         keys.iter().try_for_each(|key| {
@@ -85,7 +86,7 @@ pub trait KeyValueStore: Send + Sync {
     }
 }
 
-/// A store inside one process, for groups of threads and for tests.
+/// Store inside one process, for groups of threads and for tests.
 #[derive(Debug, Default)]
 pub struct MemoryStore {
     values: Mutex<HashMap<String, Vec<u8>>>,
@@ -93,7 +94,7 @@ pub struct MemoryStore {
 }
 
 impl MemoryStore {
-    /// An empty store.
+    /// Creates an empty store.
     pub fn new() -> Arc<MemoryStore> {
         Arc::default()
     }
@@ -156,7 +157,7 @@ impl KeyValueStore for MemoryStore {
     }
 }
 
-/// A store as C++ holds it: answers with strings as errors, in the form that `Error::from_shim` reads.
+/// Store for use by C++: its errors are strings in the form that `Error::from_shim` parses.
 pub struct StoreHandle(pub(crate) Arc<dyn KeyValueStore>);
 
 impl StoreHandle {

@@ -1,22 +1,22 @@
-//! Small helpers around locks and time.
+//! Helpers for locks and time.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The longest wait that is ever passed on: clocks in C++ overflow on longer ones.
+/// Longest wait that is ever passed on: clocks in C++ overflow on longer ones.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Locks, also after a panic elsewhere: nothing here leaves a guarded value half changed.
+/// Locks a mutex, also after a panic elsewhere: no code here leaves a guarded value half changed.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The end of a wait that starts now.
+/// Returns the end of a wait that starts now.
 pub(crate) fn deadline(timeout: Duration) -> Instant {
     Instant::now() + timeout.min(LONGEST)
 }
 
-/// Whole milliseconds, rounded up, so that a short wait does not become none.
+/// Converts to whole milliseconds, rounded up, so that a short wait does not become 0.
 pub(crate) fn milliseconds(timeout: Duration) -> u64 {
     let rounded = timeout.min(LONGEST) + Duration::from_nanos(999_999);
     u64::try_from(rounded.as_millis()).expect("a year in milliseconds fits in 64 bits")

@@ -9,9 +9,10 @@ use crate::store::{KeyValueStore, StoreError};
 use crate::sync::milliseconds;
 use crate::{Error, error};
 
-/// A store that one process serves and others connect to. It lives as long as the serving process's object.
+/// Store that one process serves and others connect to. It lives as long as the serving process's
+/// object.
 ///
-/// Operations on one object take turns, so a blocking `get` delays those of other threads.
+/// Operations on one object are serialised, so a blocking `get` delays those of other threads.
 pub struct TcpStore {
     store: UniquePtr<shim::TcpStore>,
 }
@@ -20,7 +21,7 @@ impl TcpStore {
     /// Serves a store, on a free port if `port` is 0, and connects to it.
     ///
     /// # Errors
-    /// [`Error::PeerLost`] or [`Error::Fatal`] if the port cannot be had.
+    /// [`Error::PeerLost`] or [`Error::Fatal`] if the port is not available.
     pub fn serve(host: &str, port: u16, timeout: Duration) -> Result<TcpStore, Error> {
         let store = shim::tcp_store(host, port, true, milliseconds(timeout))?;
         Ok(TcpStore { store })
@@ -29,13 +30,13 @@ impl TcpStore {
     /// Connects to a store that another process serves.
     ///
     /// # Errors
-    /// [`Error::Timeout`] or [`Error::PeerLost`] if nobody answers in time.
+    /// [`Error::Timeout`] or [`Error::PeerLost`] if no server answers in time.
     pub fn connect(host: &str, port: u16, timeout: Duration) -> Result<TcpStore, Error> {
         let store = shim::tcp_store(host, port, false, milliseconds(timeout))?;
         Ok(TcpStore { store })
     }
 
-    /// The port that the store is served on.
+    /// Port that the store is served on.
     pub fn port(&self) -> u16 {
         self.store.port()
     }
@@ -47,7 +48,7 @@ impl KeyValueStore for TcpStore {
     }
 
     fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>, StoreError> {
-        // c10d takes a limit of zero for none.
+        // c10d interprets a limit of zero as none.
         Ok(self.store.get(key, milliseconds(timeout).max(1))?)
     }
 
