@@ -1,4 +1,4 @@
-//! Where a storage is, as people write it.
+//! Address of a storage, as users write it.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -6,35 +6,35 @@ use std::path::PathBuf;
 use object_store::ObjectStoreScheme;
 use url::Url;
 
-/// What there is to choose from.
+/// Forms of addresses, for error texts.
 const CHOICE: &str =
     "a folder, file:///FOLDER, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX";
 
-/// The address of a storage. It holds no credentials.
+/// Address of a storage. It never contains credentials.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
-    /// A folder of this machine, or one that it mounts.
+    /// Folder of this machine, or one that it mounts.
     Folder(PathBuf),
-    /// A place in an object store.
+    /// Prefix in an object store.
     Cloud(Url),
 }
 
 impl Address {
-    /// Reads an address.
+    /// Parses an address.
     ///
     /// # Errors
-    /// What is wrong, and how to mend it, without the address: it may hold credentials.
+    /// Returns the problem and the fix, without the address: it may contain credentials.
     pub fn parse(text: &str) -> Result<Address, String> {
         match text.split_once("://") {
             None => Ok(Address::Folder(PathBuf::from(text))),
-            // Not percent-encoded: a folder's name as it is.
+            // Not percent-decoded: the folder's name is taken literally.
             Some(("file", folder)) if folder.starts_with('/') => Ok(Address::Folder(PathBuf::from(folder))),
             Some(("file", _)) => Err(format!("names no absolute folder; give {CHOICE}")),
             Some(_) => parse_url(text).map(Address::Cloud),
         }
     }
 
-    /// Whether a text holds what looks like credentials, and must not be shown.
+    /// Whether a text seems to contain credentials, and must not be shown.
     pub fn is_secret(text: &str) -> bool {
         text.contains("://") && Url::parse(text).is_ok_and(|url| holds_credentials(&url))
     }
@@ -70,7 +70,7 @@ fn parse_url(text: &str) -> Result<Url, String> {
 }
 
 fn holds_credentials(url: &Url) -> bool {
-    // abfs://CONTAINER@ACCOUNT... has a container where others have a user.
+    // abfs://CONTAINER@ACCOUNT... has a container where other URLs have a user.
     let azure = matches!(url.scheme(), "az" | "azure" | "adl" | "abfs" | "abfss");
     let user = !url.username().is_empty() && !azure;
     user || url.password().is_some() || url.query().is_some() || url.fragment().is_some()

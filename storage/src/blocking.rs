@@ -1,10 +1,10 @@
-//! A storage for threads that wait for it.
+//! Storage for threads that block on it.
 
 use tokio::runtime::{Builder, Runtime};
 
 use crate::Storage;
 
-/// A storage with a runtime of its own, in which its connections live.
+/// Storage with its own runtime, in which its connections live.
 #[derive(Debug)]
 pub struct Blocking {
     storage: Storage,
@@ -12,22 +12,22 @@ pub struct Blocking {
 }
 
 impl Blocking {
-    /// Gives a storage a thread.
+    /// Gives a storage its own runtime.
     ///
     /// # Errors
-    /// What the system said to one more thread.
+    /// The system refuses one more thread.
     pub fn new(storage: Storage) -> std::io::Result<Blocking> {
         let runtime =
             Builder::new_multi_thread().worker_threads(1).thread_name("storage").enable_all().build()?;
         Ok(Blocking { storage, runtime })
     }
 
-    /// The storage.
+    /// Storage to be used in [`Blocking::wait`].
     pub fn storage(&self) -> &Storage {
         &self.storage
     }
 
-    /// Waits for something that is done with it. Not to be called from a task.
+    /// Blocks until `work` is done. Must not be called from an async task.
     pub fn wait<T>(&self, work: impl Future<Output = T>) -> T {
         self.runtime.block_on(work)
     }

@@ -1,4 +1,5 @@
-//! Object stores. Credentials and endpoints come from the environment, or from the machine that this runs on.
+//! Object stores. Credentials and endpoints come from the environment, or from the machine that
+//! this runs on.
 
 use std::sync::{Arc, Once};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use crate::failure::reason;
 /// Opens the object store of an address; returns it and the prefix in it.
 pub(crate) fn open(url: &Url) -> std::result::Result<(Arc<dyn ObjectStore>, Path), String> {
     static PROVIDER: Once = Once::new();
-    // Whoever was first has installed the same.
+    // An error means that another caller was first, and it installed the same provider.
     PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
     let (scheme, prefix) = ObjectStoreScheme::parse(url).map_err(|error| error.to_string())?;
     let store = match scheme {
@@ -36,13 +37,13 @@ pub(crate) fn open(url: &Url) -> std::result::Result<(Arc<dyn ObjectStore>, Path
 fn s3(url: &Url) -> Result<Arc<dyn ObjectStore>> {
     let mut builder = AmazonS3Builder::from_env().with_url(url.as_str()).with_retry(retries());
     if builder.get_config_value(&AmazonS3ConfigKey::CopyIfNotExists).is_none() {
-        // What S3 itself understands. Others, such as R2, are set by AWS_COPY_IF_NOT_EXISTS.
+        // S3's own mechanism. Other servers, such as R2, are configured by AWS_COPY_IF_NOT_EXISTS.
         builder = builder.with_copy_if_not_exists(S3CopyIfNotExists::Multipart);
     }
     Ok(Arc::new(builder.build()?))
 }
 
-/// Short slips are mended here; who writes and reads tries longer outages again, and says so.
+/// Retries of short failures. For longer outages the callers retry, and log it.
 fn retries() -> RetryConfig {
     let backoff = BackoffConfig { max_backoff: Duration::from_secs(4), ..BackoffConfig::default() };
     RetryConfig { backoff, max_retries: 4, retry_timeout: Duration::from_secs(20) }

@@ -1,4 +1,4 @@
-//! What an error of a storage means, and how people read of it.
+//! Classification of storage errors, and their wording for users.
 
 use std::error::Error as _;
 use std::io;
@@ -8,12 +8,12 @@ use rustix::io::Errno;
 
 use crate::whole;
 
-/// A text longer than this is a page of the server's, and cut.
+/// Longest error text, in characters; a longer one is a page of the server's, and cut.
 const LONGEST: usize = 300;
-/// Where a library asks for credentials when the environment has none.
+/// Hosts at which a library asks for credentials when the environment has none.
 const METADATA: [&str; 3] = ["169.254.169.254", "169.254.170.2", "metadata.google.internal"];
 
-/// An error in a line: what the system or the server said, without what is around it.
+/// Returns an error in one line: the message of the system or the server, without its surroundings.
 pub fn reason(error: &Error) -> String {
     let whole = error.to_string();
     if asks_the_machine(&whole) {
@@ -30,18 +30,19 @@ pub fn reason(error: &Error) -> String {
     line.join(" ").chars().take(LONGEST).collect()
 }
 
-/// Whether the same may work later: the server or the way to it is at fault, not what was asked.
+/// Whether the same request may succeed later: the server or the way to it is at fault, not the
+/// request.
 pub(crate) fn may_pass(error: &Error) -> bool {
     let Error::Generic { .. } = error else { return matches!(error, Error::JoinError { .. }) };
     let text = error.to_string();
     let busy = text.contains("status code: 408") || text.contains("status code: 429");
-    // The status is known to the library only as text.
+    // The library exposes the status only as text.
     let refused = text.contains("status code: 4") || text.contains("redirect without LOCATION");
     (busy || !refused) && !asks_the_machine(&text) && error.source().is_some()
 }
 
-/// Whether an error of a folder says nothing of its files: the network or the server of the file system is
-/// away, or this machine is short of something.
+/// Whether an error of a folder says nothing about its files: the network or the file server is
+/// away, or this machine is short of a resource.
 pub(crate) fn is_passing(error: &Error) -> bool {
     const PASSING: [Errno; 14] = [
         Errno::AGAIN,
@@ -63,12 +64,13 @@ pub(crate) fn is_passing(error: &Error) -> bool {
     errno.is_some_and(|errno| PASSING.contains(&errno))
 }
 
-/// Whether an error of a folder says that it is full or failing, and not that it is the wrong one.
+/// Whether an error of a folder means that it is full or failing, and not that it is the wrong one.
 pub(crate) fn is_failing(error: &Error) -> bool {
     system_error(error).is_some_and(|error| !whole::is_mistake(error))
 }
 
-/// Whether an error of a folder says that something is not there, is there already, or may not be touched.
+/// Whether an error of a folder means that something does not exist, exists already, or may not be
+/// touched.
 pub(crate) fn is_final(error: &Error) -> bool {
     use io::ErrorKind::{AlreadyExists, NotFound, PermissionDenied};
     let kinds = [AlreadyExists, NotFound, PermissionDenied];
@@ -76,7 +78,7 @@ pub(crate) fn is_final(error: &Error) -> bool {
         || matches!(error, Error::NotFound { .. } | Error::AlreadyExists { .. })
 }
 
-/// Error of the system, without its context.
+/// Returns the system's error, without its context.
 fn system_error(error: &Error) -> Option<&io::Error> {
     let first: Option<&(dyn std::error::Error + 'static)> = Some(error);
     let mut causes = std::iter::successors(first, |cause| (*cause).source());
@@ -87,7 +89,7 @@ fn asks_the_machine(text: &str) -> bool {
     METADATA.iter().any(|host| text.contains(host))
 }
 
-/// The content of an XML element in an answer.
+/// Returns the content of an XML element in an answer.
 fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let (_, behind) = text.split_once(&format!("<{name}>"))?;
     Some(behind.split_once(&format!("</{name}>"))?.0)

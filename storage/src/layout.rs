@@ -1,8 +1,9 @@
-//! What lies where in a storage: the one place that knows.
+//! Layout of a storage: the only module that knows its names.
 //!
-//! `.run` names the run that the storage belongs to, `latest` the newest checkpoint, `best.json` the best
-//! one, of which `model-card.md` tells. A checkpoint is a folder `step-00001000`, and is one once it has its
-//! `manifest.json`. How that and the workers' left rows look, the `proto` crate knows.
+//! `.run` names the run that the storage belongs to, `latest` the newest checkpoint, and
+//! `best.json` the best one, which `model-card.md` describes. A checkpoint is a folder
+//! `step-00001000`, and counts as one once it has its `manifest.json`. The formats of the manifest
+//! and of the workers' metrics rows are defined in the `proto` crate.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -15,39 +16,40 @@ use object_store::{Error, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, R
 
 use crate::{Storage, whole};
 
-/// The run that a storage belongs to.
+/// File with the run that a storage belongs to.
 const MARKER: &str = ".run";
-/// The newest checkpoint's folder, and a line's end. A hint.
+/// File with the newest checkpoint's folder and a newline. A hint only.
 pub const LATEST: &str = "latest";
-/// Says which checkpoint is the best.
+/// File that names the best checkpoint.
 pub const BEST: &str = "best.json";
-/// Tells of the best checkpoint.
+/// File that describes the best checkpoint.
 pub const MODEL_CARD: &str = "model-card.md";
-/// A checkpoint's manifest, in its folder.
+/// File with a checkpoint's manifest, in its folder.
 pub const MANIFEST: &str = "manifest.json";
 
-/// A file in a folder of a storage.
+/// Returns the path of a file in a folder of a storage.
 pub fn in_folder(folder: &str, file: &str) -> Path {
     Path::from(folder).join(file)
 }
 
-/// Whose a storage is after a run claimed it.
+/// Result of a run's claim to a storage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Claim {
-    /// The run's.
+    /// The storage belongs to the run.
     Granted,
-    /// Another run's.
+    /// The storage belongs to another run.
     Taken,
-    /// The run's, but the server replaces a file where it was asked not to.
+    /// The storage belongs to the run, but its server replaces files that it was asked not to
+    /// replace.
     Unsafe,
 }
 
-/// The state of a file: another one once its content is another.
+/// Version of a file: differs if the content differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
     /// Length in bytes.
     pub bytes: u64,
-    /// Tells it from other contents of that file.
+    /// Identifier that differs for other contents of the same file.
     pub text: String,
 }
 
@@ -58,12 +60,12 @@ fn version(file: &ObjectMeta) -> Version {
 }
 
 impl Storage {
-    /// The run that the storage belongs to, if it belongs to one yet.
+    /// Returns the run that the storage belongs to; `None` if it belongs to none yet.
     pub async fn owner(&self) -> Result<Option<String>> {
         self.text(&Path::from(MARKER)).await
     }
 
-    /// Makes the storage a run's, unless it is another's.
+    /// Claims the storage for a run, unless it belongs to another.
     pub async fn claim(&self, run: &str) -> Result<Claim> {
         let (marker, name) = (Path::from(MARKER), PutPayload::from(run.to_string()));
         if self.owner().await?.is_none() {
@@ -72,12 +74,13 @@ impl Storage {
                 Err(error) => return Err(error),
             }
         }
-        // If two came at once, the first has it.
+        // If two runs claimed it at once, the first one has it.
         if self.owner().await?.as_deref() != Some(run) {
             return Ok(Claim::Taken);
         }
         if self.folder.is_some() {
-            // Which creates files as it is asked to; and one that is full now can be gone on with.
+            // A folder creates files conditionally, as asked, and needs no test; one that is full now
+            // can still be used.
             return Ok(Claim::Granted);
         }
         match self.put_new(&marker, &name).await {
@@ -86,13 +89,14 @@ impl Storage {
         }
     }
 
-    /// The folder that `latest` names.
+    /// Returns the folder that `latest` names.
     pub async fn latest(&self) -> Result<Option<String>> {
         let text = self.text(&Path::from(LATEST)).await?;
         Ok(text.map(|text| text.trim().to_string()))
     }
 
-    /// The folders of checkpoints and of attempts at one, by step and phase, the lowest first.
+    /// Returns the folders of complete and incomplete checkpoints by step and phase, the lowest
+    /// first.
     pub async fn checkpoints(&self) -> Result<Vec<String>> {
         let listed = self.store.list_with_delimiter(None).await?;
         let names = listed.common_prefixes.iter().filter_map(|path| path.filename());
@@ -101,35 +105,35 @@ impl Storage {
         Ok(ordered.into_values().collect())
     }
 
-    /// The names of the files in a folder, none if it is not there.
+    /// Returns the names of the files in a folder; none if it does not exist.
     pub async fn files(&self, folder: &str) -> Result<Vec<String>> {
         let listed = match self.store.list_with_delimiter(Some(&Path::from(folder))).await {
             Err(Error::NotFound { .. }) => return Ok(Vec::new()),
             listed => listed?,
         };
         let names = listed.objects.iter().filter_map(|file| file.location.filename());
-        // A draft is of a writer that is at work, or was killed.
+        // A draft belongs to a writer that is at work, or was killed.
         Ok(names.filter(|name| !whole::is_draft(name)).map(str::to_string).collect())
     }
 
-    /// The length of every file, by its name from the storage's root.
+    /// Returns the length of every file, by its path from the storage's root.
     pub async fn lengths(&self) -> Result<BTreeMap<String, u64>> {
         let files: Vec<_> = self.store.list(None).try_collect().await?;
         Ok(files.into_iter().map(|file| (file.location.to_string(), file.size)).collect())
     }
 
-    /// The version of every file, by its path from the storage's root.
+    /// Returns the version of every file, by its path from the storage's root.
     pub async fn versions(&self) -> Result<BTreeMap<Path, Version>> {
         let files: Vec<_> = self.store.list(None).try_collect().await?;
         Ok(files.into_iter().map(|file| (file.location.clone(), version(&file))).collect())
     }
 
-    /// The version of a file.
+    /// Returns the version of a file.
     pub async fn version(&self, path: &Path) -> Result<Version> {
         Ok(version(&self.store.head(path).await?))
     }
 
-    /// A small file's text; `None` if it is not there.
+    /// Returns a small file's text; `None` if it does not exist.
     pub async fn text(&self, path: &Path) -> Result<Option<String>> {
         match self.read(path).await {
             Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
@@ -138,13 +142,13 @@ impl Storage {
         }
     }
 
-    /// When a file was written.
+    /// Returns the time at which a file was last written.
     pub async fn modified(&self, path: &Path) -> Result<SystemTime> {
         Ok(self.store.head(path).await?.last_modified.into())
     }
 
-    /// Removes a checkpoint's manifest, if it is there: the checkpoint is none any more. Its other files
-    /// stay.
+    /// Removes a checkpoint's manifest, if it exists: the folder no longer counts as a checkpoint,
+    /// but its other files stay.
     pub async fn withdraw(&self, checkpoint: &str) -> Result<()> {
         match self.store.delete(&in_folder(checkpoint, MANIFEST)).await {
             Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
@@ -152,12 +156,12 @@ impl Storage {
         }
     }
 
-    /// Removes a checkpoint. Without its manifest, which goes first, it is none any more, should the rest
-    /// fail.
+    /// Removes a checkpoint. The manifest goes first: should the rest fail, the folder no longer
+    /// counts as a checkpoint.
     pub async fn remove(&self, checkpoint: &str) -> Result<()> {
         self.withdraw(checkpoint).await?;
         if let Some(root) = &self.folder {
-            // With what a writer that died left there under names of its own.
+            // Includes the drafts that a killed writer left there.
             let folder = root.join(checkpoint);
             let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder)).await?;
             return match removed {

@@ -1,14 +1,15 @@
-//! The storage of checkpoints: a folder or an object store, by its address. Coordinator and workers share
-//! this.
+//! Storage of checkpoints, a folder or an object store, by its address. Coordinator and workers
+//! share this crate.
 //!
-//! 1. A file appears whole or not at all, and stays: in a folder it is on the disk, after a power cut too,
-//!    when the call that wrote it returns; an object store promises the same.
-//! 2. A file that is created replaces none. One that is there with the same content is done; with other
-//!    content it is damaged, for a file's content follows from the job and the position, and is written
-//!    again.
+//! 1. A file appears whole or not at all, and stays: in a folder it is on the disk, also after a
+//!    power cut, when the call that wrote it returns; an object store promises the same.
+//! 2. A created file replaces none. An existing file with the same content counts as success. One
+//!    with other content is damaged, because a file's content follows from the job and the update
+//!    index, and is written again.
 //! 3. A storage belongs to one run, whose name is in its marker.
-//! 4. What leaves this crate as text shows no credentials; an address that holds some is refused.
-//! 5. No request waits for ever: an object store that does not answer is an error within about half a minute.
+//! 4. Texts that leave this crate contain no credentials; an address with credentials is refused.
+//! 5. No request waits for ever: an object store that does not answer is an error within about half
+//!    a minute.
 #![forbid(unsafe_code)]
 
 mod address;
@@ -41,20 +42,21 @@ pub use object_store::path::Path;
 pub use object_store::{Error, PutPayload, Result};
 pub use pause::Pauses;
 
-/// An open storage.
+/// Open storage.
 #[derive(Clone, Debug)]
 pub struct Storage {
     store: Arc<dyn ObjectStore>,
     address: Address,
-    /// The folder, if it is one: what an object store has no word for is done there.
+    /// Path of the folder, if the storage is one: operations without a counterpart in object stores
+    /// use it directly.
     folder: Option<PathBuf>,
 }
 
 impl Storage {
-    /// Opens a storage. A folder must be there; an object store is not asked yet.
+    /// Opens a storage. A folder must exist; an object store is not contacted yet.
     ///
     /// # Errors
-    /// What is wrong, and how to mend it.
+    /// Returns the problem and the fix.
     pub fn open(address: &Address) -> std::result::Result<Storage, String> {
         match address {
             Address::Folder(folder) => Storage::open_folder(folder),
@@ -81,19 +83,19 @@ impl Storage {
         Err("this program was built for folders only; build it with: make build CLOUD=1".to_string())
     }
 
-    /// A storage that ends with this process.
+    /// Creates a storage in memory, which ends with this process.
     pub fn in_memory() -> Storage {
         let address = Address::Folder(PathBuf::from("memory"));
         Storage { store: Arc::new(InMemory::new()), address, folder: None }
     }
 
-    /// Where it is.
+    /// Address of the storage.
     pub fn address(&self) -> &Address {
         &self.address
     }
 
-    /// Whether an error says only that the storage, or the way to it, is away and may come back: nothing of
-    /// what is in it.
+    /// Whether an error only means that the storage, or the way to it, is away and may come back.
+    /// It says nothing about the content.
     pub fn is_away(&self, error: &Error) -> bool {
         match self.folder {
             Some(_) => failure::is_passing(error),
@@ -101,21 +103,22 @@ impl Storage {
         }
     }
 
-    /// Whether an error of a folder says that it is full or failing, and not that it is the wrong one.
+    /// Whether an error of a folder means that it is full or failing, and not that it is the wrong
+    /// one.
     pub fn is_failing(&self, error: &Error) -> bool {
         self.folder.is_some() && failure::is_failing(error)
     }
 
-    /// Removes what writers that were killed left beside the checkpoints. Only for the coordinator: nobody
-    /// else writes there.
+    /// Removes the drafts that killed writers left beside the checkpoints. For the coordinator
+    /// only: no other process writes there.
     pub async fn sweep(&self) -> Result<()> {
         let Some(folder) = self.folder.clone() else { return Ok(()) };
         let swept = tokio::task::spawn_blocking(move || whole::sweep(&folder)).await?;
         swept.map_err(|error| Error::Generic { store: "folder", source: error.into() })
     }
 
-    /// Whether waiting may help against an error: besides a storage that is away, a folder that is full,
-    /// read-only or failing. People mend such.
+    /// Whether waiting may help against an error: the storage is away, or a folder is full,
+    /// read-only or failing, which an operator can mend.
     pub fn may_mend(&self, error: &Error) -> bool {
         self.is_away(error) || (self.folder.is_some() && !failure::is_final(error))
     }

@@ -1,15 +1,15 @@
-//! Names that come from outside: of objects in a store, of members of an archive, in a message of a peer.
+//! Names that come from outside: of objects in a store, of archive members, in a peer's message.
 
 use std::path::{Path, PathBuf};
 
 use ganglion_proto::printable_name;
 
-/// Longest name, as long as a key of S3 may be.
+/// Longest name in bytes, the limit of S3's keys.
 const MAX_BYTES: usize = 1024;
-/// Longest part between two slashes, as long as file systems allow.
+/// Longest part between two slashes in bytes, the limit of file systems.
 const MAX_PART_BYTES: usize = 255;
 
-/// Reason why a text is no [`RelativeName`].
+/// Reason why a text is not a [`RelativeName`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadName {
     /// Empty, or with an empty part: it begins or ends with a slash, or holds two in a row.
@@ -18,28 +18,29 @@ pub enum BadName {
     /// A part `.` or `..`.
     #[error("a part . or ..")]
     Dots,
-    /// A backslash: a separator to some, a part of a name to others.
+    /// A backslash: a separator on some systems, part of a name on others.
     #[error("a backslash")]
     Backslash,
-    /// A NUL, a line's end, an escape.
+    /// A NUL, a newline, an escape.
     #[error("a control character")]
     Control,
-    /// Beyond the limits of file systems and object stores.
+    /// Longer than file systems and object stores allow.
     #[error("too many bytes")]
     Length,
 }
 
-/// A name below a folder: parts with `/` between them. It has no root, no `.` and `..`, no backslash, no
-/// control character and a bounded length, so a path made of it lies in that folder. Displayed it is safe to
-/// show, and may be another text.
+/// Name below a folder: parts with `/` between them. It has no root, no `.` and `..`, no backslash,
+/// no control character and a bounded length, so a path made of it lies in that folder. Its
+/// `Display` form is escaped for showing, and may differ from the name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RelativeName(Box<str>);
 
 impl RelativeName {
-    /// Checks a text.
+    /// Parses and checks a text.
     ///
     /// # Errors
-    /// The text could name something outside of the folder, or cannot be a file's name everywhere.
+    /// The text could name something outside of the folder, or is not a valid file name on every
+    /// system.
     pub fn parse(text: &str) -> Result<RelativeName, BadName> {
         if text.len() > MAX_BYTES {
             return Err(BadName::Length);
@@ -57,12 +58,12 @@ impl RelativeName {
         Ok(RelativeName(text.into()))
     }
 
-    /// The name, with `/` between its parts.
+    /// Returns the name, with `/` between its parts.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The file or folder of this name in `folder`.
+    /// Returns the path of this name in `folder`.
     pub fn below(&self, folder: &Path) -> PathBuf {
         self.0.split('/').fold(folder.to_path_buf(), |path, part| path.join(part))
     }

@@ -1,10 +1,10 @@
-//! Pauses between attempts.
+//! Back-off pauses between attempts.
 
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
-/// Pauses that double up to a limit. Each is drawn between half and all of that, so that many who wait for
-/// one storage do not come back at once.
+/// Exponential back-off with jitter. The pauses double up to a limit; each is drawn between half
+/// and all of that, so that many clients of one storage do not come back at once.
 #[derive(Clone, Debug)]
 pub struct Pauses {
     next: Duration,
@@ -12,16 +12,16 @@ pub struct Pauses {
 }
 
 impl Pauses {
-    /// The first is at most this long.
+    /// Creates pauses of which the first is at most `first` and none is longer than `limit`.
     pub fn new(first: Duration, limit: Duration) -> Pauses {
         Pauses { next: first.min(limit), limit }
     }
 
-    /// The next pause.
+    /// Draws the next pause.
     pub fn draw(&mut self) -> Duration {
         let whole = self.next;
         self.next = (whole * 2).min(self.limit);
-        // A hasher's keys are the standard library's source of chance.
+        // A hasher's keys are the standard library's source of randomness.
         let chance = u32::try_from(RandomState::new().hash_one(0) % 1024).expect("it is below 1024");
         whole / 2 + whole * chance / 2048
     }

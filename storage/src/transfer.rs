@@ -1,15 +1,16 @@
-//! Files to and from a storage.
+//! Transfer of files to and from a storage.
 //!
-//! 1. A large file goes to an object store in parts, a few at a time, and from it in ranges, so one that is
-//!    slow delays little that has to be sent again. Parts of an upload that failed are removed.
-//! 2. An upload in parts cannot be conditional at its end, so a large file that is created goes under a name
-//!    of its own first, and is copied, in the store, to its name unless that is taken.
+//! 1. A large file goes to an object store in parts, a few at a time, and from it in ranges, so a
+//!    slow one delays little that has to be sent again. Parts of a failed upload are removed.
+//! 2. An upload in parts cannot be conditional at its end. So a large file that is created is first
+//!    uploaded under a temporary name, and then copied, within the store, to its name unless that
+//!    is taken.
 //!
 //! 3. Files of a folder are written by [`whole`](crate::whole), which also knows folders that refuse hard
 //!    links.
 //!
-//! Memory: what is written is not copied; what is only hashed or sent from a file is held a few parts at a
-//! time.
+//! Memory: written content is not copied; content that is only hashed, or sent from a file, is held
+//! a few parts at a time.
 
 use std::io::{self, ErrorKind, Read, Write};
 
@@ -20,16 +21,16 @@ use object_store::{Error, ObjectStoreExt, PutMode, PutOptions, PutPayload, Resul
 use crate::Storage;
 use crate::whole::{self, Draft};
 
-/// Files above this are large.
+/// Size of a part in bytes; larger files are transferred in parts.
 const PART: usize = 8 << 20;
-/// Parts on their way at once.
+/// Most parts in transfer at once.
 const AT_ONCE: usize = 4;
-/// The most parts that every store takes is 10,000.
+/// Upper bound of the number of parts. Every store accepts 10,000.
 const PARTS: usize = 5000;
 
 impl Storage {
-    /// Writes a file with this hash unless it is there. One that is there with another content is damaged,
-    /// and is written again.
+    /// Writes a file with this hash unless it exists. An existing file with another content is
+    /// damaged, and is written again.
     pub async fn create(&self, path: &Path, content: &PutPayload, blake3: &str) -> Result<()> {
         match self.put_new(path, content).await {
             Err(Error::AlreadyExists { .. }) => {}
@@ -42,12 +43,12 @@ impl Storage {
         Ok(())
     }
 
-    /// Writes a file; [`Error::AlreadyExists`] if one is there, whatever is in it.
+    /// Writes a file; [`Error::AlreadyExists`] if one exists, with any content.
     pub async fn put_new(&self, path: &Path, content: &PutPayload) -> Result<()> {
         if let Some(folder) = &self.folder {
             let there = folder.join(path.as_ref()).symlink_metadata();
             if there.is_ok_and(|there| there.is_file() && there.len() > 0) {
-                // Needs no room to find out.
+                // This check needs no free space.
                 return Err(Error::AlreadyExists { path: path.to_string(), source: "it is there".into() });
             }
             return self.put_local(path, content, Draft::put_new).await;
@@ -62,12 +63,12 @@ impl Storage {
         let staged = staged(path);
         self.put_in_parts(&staged, content).await?;
         let copied = self.store.copy_if_not_exists(&staged, path).await;
-        // What stays is removed with the folder.
+        // If the temporary file stays, it is removed with the folder.
         let _ = self.store.delete(&staged).await;
         copied
     }
 
-    /// Writes a file in place of any that is there.
+    /// Writes a file, replacing an existing one.
     pub async fn replace(&self, path: &Path, content: &PutPayload) -> Result<()> {
         if self.folder.is_some() {
             return self.put_local(path, content, Draft::put).await;
@@ -93,7 +94,7 @@ impl Storage {
         .await
     }
 
-    /// Writes a file of a folder aside of the tasks, since that may take long.
+    /// Writes a file of a folder on a blocking thread, since that may take long.
     async fn write_local(
         &self,
         path: &Path,
@@ -126,7 +127,8 @@ impl Storage {
         upload.finish().await.map(drop)
     }
 
-    /// Sends a file of this machine in place of any that is there. One that grows is sent as far as it was.
+    /// Sends a file of this machine, replacing an existing one. A growing file is sent up to its
+    /// length at the start.
     pub async fn send(&self, path: &Path, mut file: std::fs::File) -> Result<()> {
         let failed = |error: std::io::Error| Error::Generic { store: "file", source: error.into() };
         let length = usize::try_from(file.metadata().map_err(failed)?.len()).unwrap_or(usize::MAX);
@@ -166,7 +168,7 @@ impl Storage {
         Ok(WriteMultipart::new_with_chunk_size(upload, PART.max(length.div_ceil(PARTS))))
     }
 
-    /// Whether a file is there.
+    /// Whether a file exists.
     pub async fn exists(&self, path: &Path) -> Result<bool> {
         match self.store.head(path).await {
             Ok(_) => Ok(true),
@@ -175,7 +177,7 @@ impl Storage {
         }
     }
 
-    /// A file's content.
+    /// Returns a file's content.
     pub async fn read(&self, path: &Path) -> Result<Bytes> {
         let mut parts = Vec::new();
         self.each_part(path, |part| {
@@ -186,7 +188,7 @@ impl Storage {
         Ok(if parts.len() == 1 { parts.swap_remove(0) } else { parts.concat().into() })
     }
 
-    /// blake3 of a file's content, in hex.
+    /// Returns blake3 of a file's content, in hex.
     pub async fn hash(&self, path: &Path) -> Result<String> {
         let mut hasher = blake3::Hasher::new();
         self.each_part(path, |part| {
@@ -197,13 +199,13 @@ impl Storage {
         Ok(hasher.finalize().to_hex().to_string())
     }
 
-    /// Writes a file's content to a file of this machine.
+    /// Copies a file's content to a file of this machine.
     pub async fn fetch(&self, path: &Path, mut to: &std::fs::File) -> Result<()> {
         let failed = |error: std::io::Error| Error::Generic { store: "file", source: error.into() };
         self.each_part(path, |part| to.write_all(&part).map_err(failed)).await
     }
 
-    /// Hands a file's parts over in their order.
+    /// Passes a file's parts to `take`, in their order.
     async fn each_part(&self, path: &Path, mut take: impl FnMut(Bytes) -> Result<()>) -> Result<()> {
         let whole = self.store.get(path).await?;
         let length = whole.meta.size;
@@ -218,7 +220,7 @@ impl Storage {
     }
 }
 
-/// Adds to an upload once there is room; one that fails is removed.
+/// Adds a part to an upload once there is capacity; aborts an upload that failed.
 async fn pushed(mut upload: WriteMultipart, part: Bytes) -> Result<WriteMultipart> {
     if let Err(error) = upload.wait_for_capacity(AT_ONCE).await {
         let _ = upload.abort().await;
@@ -228,7 +230,7 @@ async fn pushed(mut upload: WriteMultipart, part: Bytes) -> Result<WriteMultipar
     Ok(upload)
 }
 
-/// A name beside a file's that nobody else uses.
+/// Returns a temporary name beside a file's, which no other writer uses.
 fn staged(path: &Path) -> Path {
     use std::hash::{BuildHasher, RandomState};
     let own = RandomState::new().hash_one(std::process::id());
@@ -242,7 +244,7 @@ mod tests {
     fn content(length: usize) -> (PutPayload, Bytes, String) {
         let bytes: Bytes =
             (0..length).map(|i| u8::try_from(i * i / 7 % 251).unwrap()).collect::<Vec<u8>>().into();
-        // In two pieces, as a file with a header has them.
+        // In two pieces, like a file with a header.
         let (front, rest) = (bytes.slice(..length / 3), bytes.slice(length / 3..));
         let hash = blake3::hash(&bytes).to_hex().to_string();
         (PutPayload::from_iter([front, rest]), bytes, hash)
@@ -255,7 +257,7 @@ mod tests {
         (folder, storages)
     }
 
-    /// Invariant 2 of the crate, for files that go as they are and for large ones.
+    /// Invariant 2 of the crate, for small files and for large ones.
     #[tokio::test]
     async fn a_file_is_created_once_and_written_again_if_it_is_damaged() {
         let (_folder, storages) = storages();

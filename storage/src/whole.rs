@@ -1,13 +1,14 @@
-//! Local files that appear whole or not at all.
+//! Atomic writes of local files: a file appears whole or not at all.
 //!
-//! 1. A reader finds the old content or the new one, after a power cut too: content is on the disk before the
-//!    name is, and the name before the call returns.
-//! 2. An error leaves what was there and removes the draft. A process that is killed leaves its draft, which
+//! 1. A reader finds the old content or the new one, also after a power cut: the content is on the
+//!    disk before the name is, and the name before the call returns.
+//! 2. An error leaves the old file and removes the draft. A killed process leaves its draft, which
 //!    has a name of its own and which [`sweep`] removes.
-//! 3. Of several writers of one name the last one to finish wins, or the first, for files that are created;
-//!    no content is mixed.
-//! 4. A symbolic link is followed, so that its target gets the content, but for secrets: theirs is replaced.
-//!    What is no plain file, such as `/dev/full`, is written to and never replaced.
+//! 3. Of several writers of one name the last one to finish wins, or the first, for files that are
+//!    created; their contents are never mixed.
+//! 4. A symbolic link is followed, so that its target gets the content, except for secrets: their
+//!    link is replaced. A file that is not a plain one, such as `/dev/full`, is written to and
+//!    never replaced.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind, Write};
@@ -19,16 +20,16 @@ use rustix::fs::{CWD, RenameFlags, renameat_with, statvfs};
 use rustix::io::Errno;
 use tempfile::{Builder, NamedTempFile};
 
-/// The end of a draft's name. Its beginning is a dot.
+/// Suffix of a draft's name. Its prefix is a dot.
 const DRAFT: &str = ".new";
-/// A chain of symbolic links longer than this is a loop.
+/// Longest chain of symbolic links; a longer one is a loop.
 const LINKS_LIMIT: u32 = 40;
-/// A name that was taken without content for so long is a dead writer's.
+/// Time after which an empty file that reserves a name counts as a dead writer's.
 const CLAIM_LIMIT: Duration = Duration::from_secs(5);
-/// How often such a name is looked at.
+/// Interval at which such a file is checked.
 const CLAIM_LOOK: Duration = Duration::from_millis(50);
 
-/// Writes a file in place of any that is there.
+/// Writes a file, replacing an existing one.
 ///
 /// # Errors
 /// The system's.
@@ -36,7 +37,7 @@ pub fn write(file: &Path, content: &[u8]) -> io::Result<()> {
     write_by(file, |mut draft| draft.write_all(content)).map_err(|error| explain(error, content.len(), file))
 }
 
-/// Writes a file that only this user can read, in place of whatever is there, a symbolic link included.
+/// Writes a file that only this user can read, replacing whatever exists, also a symbolic link.
 ///
 /// # Errors
 /// The system's.
@@ -46,7 +47,7 @@ pub fn write_secret(file: &Path, content: &[u8]) -> io::Result<()> {
     draft.put()
 }
 
-/// Creates a file with this mode, as far as the user's mask lets it.
+/// Creates a file with this mode, limited by the user's umask.
 ///
 /// # Errors
 /// The system's; [`ErrorKind::AlreadyExists`] if something is there.
@@ -56,10 +57,10 @@ pub fn create(file: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     draft.put_new()
 }
 
-/// Lets `fill` write a file's content, and puts it in place of any that is there.
+/// Lets `fill` write a file's content, then puts it in place of an existing file.
 ///
 /// # Errors
-/// The system's, or that of `fill`; the old file is there then.
+/// The system's, or that of `fill`; then the old file stays.
 pub fn write_by<T, E: From<io::Error>>(
     file: &Path,
     fill: impl FnOnce(&File) -> Result<T, E>,
@@ -74,10 +75,11 @@ pub fn write_by<T, E: From<io::Error>>(
     Ok(filled)
 }
 
-/// Tries whether a file can be written, before work is done for it: whatever is there stays as it is.
+/// Checks whether a file can be written, before work is done for it. An existing file stays
+/// unchanged.
 ///
 /// # Errors
-/// The system's, as a write would give it.
+/// The system's, as a write would return it.
 pub fn try_out(file: &Path) -> io::Result<()> {
     let file = follow(file)?;
     match is_special(&file)? {
@@ -86,8 +88,8 @@ pub fn try_out(file: &Path) -> io::Result<()> {
     }
 }
 
-/// Renames a file whose content is durable, in its folder, in place of any that has the name. Of several such
-/// renames in a row a power cut undoes the last ones only.
+/// Renames a file with durable content within its folder, replacing an existing one. After several
+/// such renames in a row, a power cut undoes only the last ones.
 ///
 /// # Errors
 /// The system's.
@@ -96,7 +98,7 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     sync_folder(parent(to))
 }
 
-/// Makes a folder and those above it, durably.
+/// Creates a folder and its parents, durably.
 ///
 /// # Errors
 /// The system's.
@@ -113,7 +115,7 @@ pub fn create_folders(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes the drafts that writers which were killed left in a folder. Nobody may write there at the time.
+/// Removes the drafts that killed writers left in a folder. No process may write there at the time.
 ///
 /// # Errors
 /// The system's.
@@ -127,13 +129,13 @@ pub fn sweep(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a file of this name is a draft.
+/// Whether a file name is a draft's.
 pub fn is_draft(name: &str) -> bool {
     name.starts_with('.') && name.ends_with(DRAFT)
 }
 
-/// Whether the choice of a place is wrong, so that another one may be right. Else the machine is full or
-/// failing.
+/// Whether an error means that the chosen place is wrong, so that another one may be right.
+/// Otherwise the machine is full or failing.
 pub fn is_mistake(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -147,8 +149,8 @@ pub fn is_mistake(error: &io::Error) -> bool {
     )
 }
 
-/// An error of the system, with the room that `needed` bytes in the folder of `file` lack, if that is the
-/// reason.
+/// Adds the needed and the free space in the folder of `file` to an error of the system, if lack of
+/// space is the reason.
 pub fn explain(error: io::Error, needed: usize, file: &Path) -> io::Error {
     if !matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) {
         return error;
@@ -166,7 +168,7 @@ fn size(bytes: u64) -> String {
     }
 }
 
-/// A file that is being written under a name of its own. Dropped before it is put in its place it is removed.
+/// File being written under a temporary name. Unless it is put in place, it is removed on drop.
 #[derive(Debug)]
 pub struct Draft {
     draft: NamedTempFile,
@@ -174,16 +176,16 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Begins a file that is to be at `target`.
+    /// Begins a file that will be put at `target`.
     ///
     /// # Errors
-    /// The system's, or `target` is no place for a plain file.
+    /// The system's, or `target` cannot be a plain file.
     pub fn beside(target: &Path) -> io::Result<Draft> {
         let target = follow(target)?;
         if is_special(&target)? {
             return Err(io::Error::new(ErrorKind::InvalidInput, "it is there and is no plain file"));
         }
-        // Others may read it as far as the user's mask lets them.
+        // Other users may read it as far as the umask allows.
         Draft::open(target, 0o666)
     }
 
@@ -198,7 +200,7 @@ impl Draft {
     fn open(target: PathBuf, mode: u32) -> io::Result<Draft> {
         let name =
             target.file_name().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "it names no file"))?;
-        // Short enough for any file system, whatever the target's own name.
+        // Short enough for any file system, whatever the length of the target's name.
         let begin: String = name.to_string_lossy().chars().take(50).collect();
         let prefix = format!(".{begin}.");
         let mut builder = Builder::new();
@@ -207,32 +209,32 @@ impl Draft {
         Ok(Draft { draft, target })
     }
 
-    /// The open file.
+    /// Open file handle.
     pub fn file(&self) -> &File {
         self.draft.as_file()
     }
 
-    /// The draft's own name, for a library that opens files itself.
+    /// Path of the draft, for a library that opens files itself.
     pub fn path(&self) -> &Path {
         self.draft.path()
     }
 
-    /// Puts the file in its place, and what was there away.
+    /// Puts the file in its place, replacing an existing one.
     ///
     /// # Errors
-    /// The system's. If it could only not be made durable, the new file may be there.
+    /// The system's. If only making it durable failed, the new file may be in place.
     pub fn put(mut self) -> io::Result<()> {
         self.file().sync_all()?;
         fs::rename(self.draft.path(), &self.target)?;
-        // The draft's name is gone, and is another's from now on.
+        // The draft's name is free, and may be another writer's from now on.
         self.draft.disable_cleanup(true);
         sync_folder(parent(&self.target))
     }
 
-    /// Puts the file in its place unless something is there.
+    /// Puts the file in its place unless something exists there.
     ///
     /// # Errors
-    /// The system's; [`ErrorKind::AlreadyExists`] if something is there.
+    /// The system's; [`ErrorKind::AlreadyExists`] if something exists there.
     pub fn put_new(self) -> io::Result<()> {
         let link = |from: &Path, to: &Path| fs::hard_link(from, to);
         self.put_new_by(&Ways { link, rename_new, patience: CLAIM_LIMIT })
@@ -242,8 +244,8 @@ impl Draft {
         self.file().sync_all()?;
         let (from, to) = (self.draft.path(), self.target.as_path());
         match (ways.link)(from, to) {
-            // A network file system that did it may say so only to a request that was lost, and this to its
-            // repetition.
+            // A network file system may have made the link on a request whose answer was lost, and
+            // report this to the repetition.
             Err(error) if error.kind() == ErrorKind::AlreadyExists && self.is_there()? => {}
             Err(error) if is_refused(&error) => match (ways.rename_new)(from, to) {
                 Err(error) if is_refused(&error) => claim(from, to, ways.patience)?,
@@ -261,11 +263,11 @@ impl Draft {
     }
 }
 
-/// The ways by which a file may come to a name that must be free; tests refuse some.
+/// Operations that move a file to a name that must be free; tests refuse some of them.
 struct Ways {
     link: fn(&Path, &Path) -> io::Result<()>,
     rename_new: fn(&Path, &Path) -> io::Result<()>,
-    /// How long a name without content is another writer's.
+    /// Time for which an empty file counts as another live writer's.
     patience: Duration,
 }
 
@@ -273,14 +275,14 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     Ok(renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)?)
 }
 
-/// Whether a file system does not know the way at all.
+/// Whether a file system does not support the operation at all.
 fn is_refused(error: &io::Error) -> bool {
     let refusals = [Errno::PERM, Errno::OPNOTSUPP, Errno::NOTSUP, Errno::MLINK, Errno::NOSYS, Errno::INVAL];
     Errno::from_io_error(error).is_some_and(|error| refusals.contains(&error))
 }
 
-/// Takes a name by an empty file, which only one writer can create, and then gives it its content. A writer
-/// that died in between is waited for, and its name taken over.
+/// Reserves a name by an empty file, which only one writer can create, and then gives it its
+/// content. A writer that died in between is waited for, and its name taken over.
 fn claim(from: &Path, to: &Path, patience: Duration) -> io::Result<()> {
     let begun = Instant::now();
     while let Err(error) = File::create_new(to) {
@@ -296,7 +298,7 @@ fn claim(from: &Path, to: &Path, patience: Duration) -> io::Result<()> {
     fs::rename(from, to)
 }
 
-/// The place that a chain of symbolic links leads to, whether or not something is there.
+/// Returns the target of a chain of symbolic links, whether or not it exists.
 fn follow(target: &Path) -> io::Result<PathBuf> {
     let mut place = target.to_path_buf();
     for _ in 0..LINKS_LIMIT {
@@ -319,7 +321,7 @@ fn is_special(place: &Path) -> io::Result<bool> {
     }
 }
 
-/// The folder that a file is in.
+/// Returns the folder of a file.
 fn parent(file: &Path) -> &Path {
     match file.parent() {
         Some(folder) if folder.as_os_str().is_empty() => Path::new("."),
@@ -328,7 +330,8 @@ fn parent(file: &Path) -> &Path {
     }
 }
 
-/// Makes the names in a folder durable. Some network file systems have no such call, and need none.
+/// Makes the names in a folder durable. Some network file systems lack this call, and do not need
+/// it.
 fn sync_folder(folder: &Path) -> io::Result<()> {
     match File::open(folder)?.sync_all() {
         Err(error) if is_refused(&error) || Errno::from_io_error(&error) == Some(Errno::BADF) => Ok(()),
@@ -435,7 +438,7 @@ mod tests {
         }
     }
 
-    /// Invariant 3, by each way that a file system may leave.
+    /// Invariant 3, by each operation that a file system may support.
     #[test]
     fn a_file_is_created_once_also_where_links_are_refused() {
         let link: fn(&Path, &Path) -> io::Result<()> = |from, to| fs::hard_link(from, to);
@@ -463,7 +466,8 @@ mod tests {
         }
     }
 
-    /// A network file system has linked, its answer was lost, and the same request found the name taken.
+    /// A network file system has made the link, its answer was lost, and the repeated request found
+    /// the name taken.
     #[test]
     fn a_link_whose_answer_was_lost_is_the_writers_own() {
         let link: fn(&Path, &Path) -> io::Result<()> = |from, to| {
