@@ -7,7 +7,7 @@
 //! | a name, such as a host's or a file's | [`NAME`] bytes | refused |
 //! | a path, an address of a storage | [`PATH`] bytes | refused |
 //! | a list | a number of items of its own, below | refused |
-//! | a count, such as a position or a step | [`COUNT`] | refused |
+//! | a count, such as an update index or a step | [`COUNT`] | refused |
 //!
 //! Texts and names are made safe to show (`shown.rs`). Their bounds apply to the result, since a
 //! peer passes it on.

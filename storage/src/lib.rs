@@ -94,8 +94,8 @@ impl Storage {
         &self.address
     }
 
-    /// Whether an error only means that the storage, or the way to it, is away and may come back.
-    /// It says nothing about the content.
+    /// Whether an error only means that the storage, or the way to it, is away and may come back,
+    /// and says nothing about the content.
     pub fn is_away(&self, error: &Error) -> bool {
         match self.folder {
             Some(_) => failure::is_passing(error),

@@ -1,4 +1,4 @@
-//! File systems that fail when a test wants it.
+//! File systems and system calls that fail on demand.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -9,17 +9,17 @@ use tempfile::TempDir;
 
 use crate::eventually;
 
-/// Bytes that stay free on a full disk: less than a part of a state.
+/// Bytes left free on a full disk: less than a part of a state.
 const LEFT: u64 = 16 << 10;
 
-/// A small file system of its own, a tmpfs.
+/// Small file system of its own, a tmpfs.
 pub struct Disk {
-    /// Where it is mounted.
+    /// Mount point.
     pub folder: PathBuf,
 }
 
 impl Disk {
-    /// Mounts one of 8 MB at a folder; says why if that cannot be done here.
+    /// Mounts a tmpfs of 8 MB at a folder; prints the reason if that is not possible here.
     pub fn mount(folder: PathBuf) -> Option<Disk> {
         fs::create_dir_all(&folder).expect("a folder");
         let mut mount = Command::new("mount");
@@ -31,7 +31,7 @@ impl Disk {
         Some(Disk { folder })
     }
 
-    /// Fills it but for a few kilobytes.
+    /// Fills the file system except for a few kilobytes.
     pub fn fill(&self) {
         let chunk = vec![0u8; 64 << 10];
         let mut filler = File::create(self.folder.join("filler")).expect("a file");
@@ -40,16 +40,17 @@ impl Disk {
         filler.set_len(length - LEFT).expect("it gets shorter");
     }
 
-    /// Makes room again.
+    /// Makes space again.
     pub fn free(&self) {
         fs::remove_file(self.folder.join("filler")).expect("it was filled");
     }
 
-    /// Makes it read-only, or writable again. Root ignores the modes of folders, and not those of mounts.
+    /// Makes the file system read-only, or writable again. Root ignores the modes of folders, but
+    /// not those of mounts.
     pub fn set_read_only(&self, read_only: bool) {
         let mode = if read_only { "remount,ro" } else { "remount,rw" };
         eventually("remount", || {
-            // Refused while a file is open for writing.
+            // Remounting is refused while a file is open for writing.
             let mut mount = Command::new("mount");
             mount.args(["-o", mode]).arg(&self.folder);
             mount.output().is_ok_and(|output| output.status.success()).then_some(())
@@ -63,13 +64,13 @@ impl Drop for Disk {
     }
 }
 
-/// Calls of the system that fail when a test wants it: a library that programs load first (`faults.c`).
+/// System calls that fail on demand, by a preloaded library (`faults.c`).
 pub struct Faults {
     folder: TempDir,
 }
 
 impl Faults {
-    /// Compiles the library; says why if that cannot be done here.
+    /// Compiles the library; prints the reason if that is not possible here.
     pub fn compile() -> Option<Faults> {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/faults.c");
@@ -86,21 +87,22 @@ impl Faults {
         }
     }
 
-    /// Variables for a program's environment.
+    /// Environment variables for a program under test.
     pub fn variables(&self) -> [(&'static str, String); 2] {
         let text = |path: PathBuf| path.display().to_string();
         [("LD_PRELOAD", text(self.folder.path().join("faults.so"))), ("GANGLION_FAULTS", text(self.switch()))]
     }
 
-    /// Lets an operation (sync, rename, link, write) fail with an error on paths with this part.
+    /// Makes an operation (sync, rename, link, write) fail with an error on paths that contain
+    /// `part`.
     pub fn set(&self, operation: &str, error: nix::errno::Errno, part: &str) {
-        // Renamed, so that nobody reads half of it.
+        // Renamed into place, so that no program reads half of it.
         let new = self.folder.path().join("new");
         fs::write(&new, format!("{operation} {} {part}\n", error as i32)).expect("a file");
         fs::rename(new, self.switch()).expect("a name");
     }
 
-    /// Lets all calls through again.
+    /// Lets all calls succeed again.
     pub fn clear(&self) {
         fs::remove_file(self.switch()).expect("there are faults");
     }

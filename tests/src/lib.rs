@@ -1,8 +1,9 @@
-//! What the end-to-end tests share: real coordinators and workers, each run in a folder of its own.
+//! Support of the end-to-end tests: real coordinators and workers, each run in a folder of its own.
 //!
-//! 1. Nothing sleeps and hopes: a test waits for an event of the run, at most [`LIMIT`].
-//! 2. Nothing is left behind: processes are killed and folders removed when their owner is dropped, the local
-//!    workers of a run too, which outlive their coordinator.
+//! 1. No test sleeps for a fixed time and hopes: it waits for an event of the run, at most
+//!    [`LIMIT`].
+//! 2. Nothing is left behind: processes are killed and folders removed when their owner is dropped,
+//!    also the local workers of a run, which outlive their coordinator.
 #![forbid(unsafe_code)]
 
 pub mod disk;
@@ -24,21 +25,21 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// How long anything may take before a test gives up on it.
+/// Time limit of every wait of a test.
 pub const LIMIT: Duration = Duration::from_secs(120);
-/// How often a file or a process is looked at.
+/// Interval at which a file or a process is polled.
 const LOOK: Duration = Duration::from_millis(10);
-/// How many lines of a file are looked at again and again: what is waited for is about to happen.
+/// Number of recent lines that are searched again on each poll: the awaited line is about to come.
 const RECENT: usize = 1000;
 
-/// A multi-layer perceptron that trains in a millisecond or two a step.
+/// Multi-layer perceptron that trains in a millisecond or two per step.
 pub const SMALL_MLP: &[&str] = &["model.width=16", "model.latent_dim=8", "job.shard_batch=2"];
-/// A convolutional pair with batch normalisation, as small.
+/// Convolutional pair with batch normalisation, equally small.
 pub const SMALL_DCGAN: &[&str] =
     &["model.kind=dcgan-28", "model.width=4", "model.latent_dim=8", "job.shard_batch=2"];
 
-/// The program of that name: in the folder `GANGLION_BIN`, or next to this program. For tests it is built if
-/// need be.
+/// Returns the path of a program: in the folder `GANGLION_BIN`, or next to this program. For tests
+/// it is built if need be.
 pub fn program(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| std::env::var_os("GANGLION_BIN").map_or_else(own_folder, PathBuf::from)).join(name)
@@ -69,7 +70,7 @@ fn build(release: bool) {
     assert!(built.success(), "the programs do not build");
 }
 
-/// A run directory, and the settings of its job.
+/// Run directory, with the settings of its job.
 pub struct Run {
     root: TempDir,
     coordinator: PathBuf,
@@ -79,7 +80,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// A new run of the default job with these settings, each `key=value`.
+    /// Creates a run of the default job with these settings, each `key=value`.
     pub fn new(settings: &[&[&str]]) -> Run {
         let root = tempfile::tempdir().expect("a temporary folder");
         let settings = settings.concat().into_iter().map(str::to_string).collect();
@@ -88,13 +89,13 @@ impl Run {
         Run { root, coordinator: program("coordinator"), settings, events, rows }
     }
 
-    /// The same run by the programs of another folder.
+    /// Uses the programs of another folder.
     pub fn by(mut self, programs: &Path) -> Run {
         self.coordinator = programs.join("coordinator");
         self
     }
 
-    /// Asks this run's coordinator for something.
+    /// Runs the coordinator's program with these arguments for this run.
     pub fn ask(&self, arguments: &[&str]) -> Ended {
         let mut command = Command::new(&self.coordinator);
         command.args(arguments).arg("--run-dir").arg(self.path(""));
@@ -108,7 +109,7 @@ impl Run {
         Process::start(command).wait()
     }
 
-    /// Proves the run from its files.
+    /// Asserts that the audit of the run's files succeeds.
     #[track_caller]
     pub fn assert_audited(&self) {
         let audited = self.audit();
@@ -120,13 +121,13 @@ impl Run {
         self.settings.push(setting.to_string());
     }
 
-    /// Leaves the folder where it is when this is dropped, for people to look at; returns the run directory.
+    /// Keeps the folder on drop, for inspection; returns the run directory.
     pub fn keep(&mut self) -> PathBuf {
         self.root.disable_cleanup(true);
         self.path("")
     }
 
-    /// The processes of the run's workers that are alive.
+    /// Process ids of the run's workers that are alive.
     pub fn live_workers(&self) -> Vec<i32> {
         let mut events = locked(&self.events);
         let known = events.lines().iter().filter_map(|event| {
@@ -141,17 +142,17 @@ impl Run {
         pids
     }
 
-    /// A file or folder of the run directory.
+    /// Returns the path of a file or folder in the run directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.root.path().join("run").join(name)
     }
 
-    /// A file or folder beside the run directory.
+    /// Returns the path of a file or folder beside the run directory.
     pub fn beside(&self, name: &str) -> PathBuf {
         self.root.path().join(name)
     }
 
-    /// Starts a coordinator with so many local workers.
+    /// Starts a coordinator with this number of local workers.
     pub fn start(&self, workers: u32) -> Process {
         self.start_with(&["--workers", &workers.to_string()])
     }
@@ -161,14 +162,15 @@ impl Run {
         Process::start(self.command(arguments))
     }
 
-    /// Starts a coordinator with so many local workers and these variables in their environment.
+    /// Starts a coordinator with this number of local workers and these variables in their
+    /// environment.
     pub fn start_in(&self, workers: u32, variables: &[(&str, String)]) -> Process {
         let mut command = self.command(&["--workers", &workers.to_string()]);
         command.envs(variables.iter().map(|(name, value)| (name, value)));
         Process::start(command)
     }
 
-    /// The command of a coordinator with these arguments.
+    /// Returns the command of a coordinator with these arguments.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.coordinator);
         command.arg("--run-dir").arg(self.path("")).args(arguments);
@@ -178,49 +180,49 @@ impl Run {
         command
     }
 
-    /// Trains to the end with so many local workers; returns the digest of the last state.
+    /// Trains to the end with this number of local workers; returns the digest of the last state.
     pub fn complete(&self, workers: u32) -> String {
         let ended = self.start(workers).wait();
         assert_eq!(ended.code, Some(0), "{}", ended.output);
         self.digest()
     }
 
-    /// The digest of the newest checkpoint.
+    /// Returns the state digest of the newest checkpoint.
     pub fn digest(&self) -> String {
         let manifest = fs::read(self.newest_checkpoint().join("manifest.json")).expect("a manifest");
         let manifest: Value = serde_json::from_slice(&manifest).expect("a manifest is JSON");
         manifest["state_digest"].as_str().expect("a digest is text").to_string()
     }
 
-    /// The folder of the newest checkpoint.
+    /// Returns the folder of the newest checkpoint.
     pub fn newest_checkpoint(&self) -> PathBuf {
         let latest = fs::read_to_string(self.path("checkpoints/latest")).expect("a checkpoint");
         self.path("checkpoints").join(latest.trim())
     }
 
-    /// All events so far.
+    /// Returns all events so far.
     pub fn events(&self) -> Vec<Value> {
         lines(&self.path("events.jsonl"))
     }
 
-    /// All rows of metrics so far.
+    /// Returns all metrics rows so far.
     pub fn rows(&self) -> Vec<Value> {
         lines(&self.path("metrics.jsonl"))
     }
 
-    /// Waits for an event of a kind that `is` wanted.
+    /// Waits for an event of this kind that `is` accepts.
     pub fn wait_for(&self, kind: &str, is: impl Fn(&Value) -> bool) -> Value {
         let wanted = |event: &&Value| event["kind"] == kind && is(event);
         eventually(kind, || locked(&self.events).lines().iter().find(wanted).cloned())
     }
 
-    /// Waits until a step was reported, and returns the newest that was.
+    /// Waits until this step was reported; returns the newest reported step.
     pub fn wait_for_step(&self, step: u64) -> u64 {
         let newest = || locked(&self.rows).lines().iter().filter_map(|row| row["step"].as_u64()).max();
         eventually("a step", || newest().filter(|newest| *newest >= step))
     }
 
-    /// The process ids of the members of a generation, by rank.
+    /// Process ids of the members of a generation, by rank.
     pub fn pids(&self, generation: u64) -> Vec<i32> {
         let formed = self.wait_for("generation_formed", |event| event["generation"] == generation);
         let members = formed["members"].as_array().expect("members");
@@ -239,41 +241,41 @@ impl Drop for Run {
     }
 }
 
-/// Whether a process runs our program: its number may be another process's by now.
+/// Whether a process runs the worker's program: its id may have been reused for another process.
 fn is_worker(pid: i32) -> bool {
     is_running(pid) && fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("worker"))
 }
 
-/// A digest that must be the same for all, and what it was computed by.
+/// Digest that other ways of computing must reproduce, with the name of its origin.
 pub struct Reference {
     what: String,
     digest: String,
 }
 
 impl Reference {
-    /// The digest that `what` gave.
+    /// Creates a reference from the digest that `what` gave.
     pub fn new(what: &str, digest: String) -> Reference {
         Reference { what: what.to_string(), digest }
     }
 
-    /// The digest of an undisturbed run of a job.
+    /// Computes the digest of an undisturbed run of a job.
     pub fn of(settings: &[&[&str]]) -> Reference {
         Reference::new("an undisturbed run", Run::new(settings).complete(1))
     }
 
-    /// Asserts that another way came to the same digest.
+    /// Asserts that another way gave the same digest.
     #[track_caller]
     pub fn equals(&self, what: &str, digest: &str) {
         assert_eq!(digest, self.digest, "{what} differs from {}", self.what);
     }
 
-    /// The digest.
+    /// Expected digest, in hex.
     pub fn digest(&self) -> &str {
         &self.digest
     }
 }
 
-/// Polls until there is something.
+/// Polls until `look` returns a value.
 pub fn eventually<T>(what: &str, look: impl Fn() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
@@ -285,36 +287,37 @@ pub fn eventually<T>(what: &str, look: impl Fn() -> Option<T>) -> T {
     }
 }
 
-/// Reads a file of JSON lines; its last line may be under way.
+/// Reads a file of JSON lines; an incomplete last line is ignored.
 fn lines(path: &Path) -> Vec<Value> {
     let text = fs::read_to_string(path).unwrap_or_default();
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     whole.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect()
 }
 
-/// Waiting tests poll: the lines that were read are kept, so that a look costs what is new.
+/// Locks a tail. Lines once read are kept, so that each poll of a waiting test only reads the new
+/// ones.
 fn locked(tail: &Mutex<Tail>) -> MutexGuard<'_, Tail> {
-    // A test that failed in a look is over; the lines are right all the same.
+    // A panic in a poll ended that test only; the lines are valid all the same.
     tail.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A file of JSON lines that grows, of which each line is read once. One that was cut or replaced is read
-/// anew.
+/// Growing file of JSON lines, of which each line is read once. A truncated or replaced file is
+/// read anew.
 pub struct Tail {
     path: PathBuf,
-    /// The file's inode, and the bytes of it that were read.
+    /// Inode of the file; `read` counts its bytes that were read.
     file: u64,
     read: u64,
     lines: Vec<Value>,
 }
 
 impl Tail {
-    /// Nothing is read yet, and the file need not be there.
+    /// Creates a tail that has read nothing yet; the file need not exist.
     pub fn new(path: PathBuf) -> Tail {
         Tail { path, file: 0, read: 0, lines: Vec::new() }
     }
 
-    /// All lines so far.
+    /// Returns all lines so far.
     pub fn lines(&mut self) -> &[Value] {
         if let Ok(new) = self.unread() {
             let whole = new.rfind('\n').map_or("", |end| &new[..=end]);
@@ -337,12 +340,12 @@ impl Tail {
         Ok(new)
     }
 
-    /// What the newest line gives that gives something, among the most recent lines.
+    /// Returns the first value of `is` among the most recent lines, the newest first.
     pub fn newest<T>(&mut self, is: impl Fn(&Value) -> Option<T>) -> Option<T> {
         self.lines().iter().rev().take(RECENT).find_map(is)
     }
 
-    /// Waits for a line that gives something.
+    /// Waits for a line for which `is` returns a value.
     pub fn wait_for<T>(&mut self, what: &str, is: impl Fn(&Value) -> Option<T>) -> T {
         let tail = RefCell::new(self);
         eventually(what, || tail.borrow_mut().newest(&is))
@@ -354,28 +357,28 @@ pub fn send(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).expect("the process is there");
 }
 
-/// Whether a process runs: there, and not only waiting to be reaped.
+/// Whether a process runs: it exists, and is not only waiting to be reaped.
 pub fn is_running(pid: i32) -> bool {
     let state = fs::read_to_string(format!("/proc/{pid}/stat")).ok();
     state.is_some_and(|stat| !stat.rsplit(')').next().unwrap_or_default().starts_with(" Z"))
 }
 
-/// A coordinator or a worker.
+/// Running coordinator or worker.
 pub struct Process {
     child: Child,
     output: TempDir,
 }
 
-/// How a process ended.
+/// Result of a process that ended.
 pub struct Ended {
-    /// Its exit code, unless a signal ended it.
+    /// Exit code; `None` if a signal ended the process.
     pub code: Option<i32>,
-    /// All that it printed.
+    /// Output of the process, both streams.
     pub output: String,
 }
 
 impl Process {
-    /// Starts a command; what it prints is kept.
+    /// Starts a command; its output is kept.
     pub fn start(mut command: Command) -> Process {
         let output = tempfile::tempdir().expect("a temporary folder");
         let file = File::create(output.path().join("output")).expect("a file");
@@ -383,39 +386,39 @@ impl Process {
         Process { child: command.spawn().expect("the program starts"), output }
     }
 
-    /// A worker that joins the run at `url`.
+    /// Starts a worker that joins the run at `url`.
     pub fn worker(url: &str) -> Process {
         Process::worker_with(url, &[])
     }
 
-    /// A worker with variables of the environment of its own.
+    /// Starts a worker with additional environment variables.
     pub fn worker_with(url: &str, variables: &[(&str, &str)]) -> Process {
         let mut command = Command::new(program("worker"));
         command.args(["--coordinator", url]).envs(variables.iter().copied());
         Process::start(command)
     }
 
-    /// Its id.
+    /// Process id.
     pub fn pid(&self) -> i32 {
         i32::try_from(self.child.id()).expect("a pid")
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the process.
     pub fn signal(&self, signal: Signal) {
         send(self.pid(), signal);
     }
 
-    /// What it has printed so far.
+    /// Returns the output so far.
     pub fn output(&self) -> String {
         fs::read_to_string(self.output.path().join("output")).expect("its output")
     }
 
-    /// Whether it has not ended.
+    /// Whether the process has not ended yet.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("it is our child").is_none()
     }
 
-    /// Waits for its end.
+    /// Waits for the process to end.
     pub fn wait(mut self) -> Ended {
         let start = Instant::now();
         loop {

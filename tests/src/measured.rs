@@ -1,4 +1,4 @@
-//! What every page of measurements tells besides its figures: when, where, under which load.
+//! Circumstances on every page of measurements: date, machine and load.
 
 use std::fs;
 use std::io;
@@ -8,24 +8,24 @@ use std::time::SystemTime;
 
 use ganglion_storage::whole;
 
-/// Seconds since 1970.
+/// Returns the seconds since the Unix epoch.
 pub fn now() -> f64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// The mean number of processes that ran or wanted to, over the last minute.
+/// Returns the mean number of runnable processes over the last minute.
 pub fn load() -> String {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').next().unwrap_or_default().to_string()
 }
 
-/// Today, and the time.
+/// Returns the current date and time in UTC.
 pub fn date() -> String {
     let date = Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]).output();
     date.map(|said| String::from_utf8_lossy(&said.stdout).trim().to_string()).unwrap_or_default()
 }
 
-/// This machine's cores.
+/// Describes this machine's cores.
 pub fn machine() -> String {
     let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu_value(&cpus, "model name").unwrap_or("an unknown CPU");
@@ -34,7 +34,7 @@ pub fn machine() -> String {
     format!("{} cores of {model} ({})", cores(), units.join(", "))
 }
 
-/// How many processes can run at once.
+/// Returns the number of processes that can run at once.
 pub fn cores() -> u32 {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     u32::try_from(cores).unwrap_or(u32::MAX)
@@ -54,20 +54,20 @@ fn cpu_value<'a>(cpus: &'a str, name: &str) -> Option<&'a str> {
     cpus.lines().find_map(|line| Some(line.strip_prefix(name)?.split_once(": ")?.1.trim()))
 }
 
-/// Puts a generated part into a page, between two lines of it, and leaves what is written by hand.
+/// Replaces the generated part of a page, between two lines of it; keeps the parts written by hand.
 pub fn write_part(path: &Path, begin: &str, end: &str, part: &str) -> io::Result<()> {
     let page = fs::read_to_string(path)?;
     let (before, after) = around(&page, begin, end)?;
     whole::write(path, format!("{before}{begin}\n\n{part}\n\n{end}{after}").as_bytes())
 }
 
-/// Tries whether a part can be put into a page, before time is spent on it.
+/// Checks that a part can be put into a page, before time is spent on it.
 pub fn try_part(path: &Path, begin: &str, end: &str) -> io::Result<()> {
     around(&fs::read_to_string(path)?, begin, end)?;
     whole::try_out(path)
 }
 
-/// Text written by hand, before and after a part.
+/// Returns the text written by hand, before and after a part.
 fn around<'a>(page: &'a str, begin: &str, end: &str) -> io::Result<(&'a str, &'a str)> {
     let bounds = page.split_once(begin).and_then(|(before, rest)| Some((before, rest.split_once(end)?.1)));
     bounds.ok_or_else(|| {

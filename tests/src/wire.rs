@@ -1,4 +1,4 @@
-//! Clients that speak the wire contract without being workers, so that they can also break it.
+//! Clients that speak the wire contract without being workers, so that they can also violate it.
 
 use ganglion_membership::{Generation, Term, WorkerId};
 use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Welcome};
@@ -10,7 +10,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Status, Streaming};
 
-/// What a worker says first that comes on its own.
+/// First message of a worker that joins on its own.
 pub fn hello() -> Hello {
     Hello {
         protocol: PROTOCOL,
@@ -24,33 +24,33 @@ pub fn hello() -> Hello {
     }
 }
 
-/// The same of one that claims to have been there before.
+/// First message of a worker that claims an earlier session.
 pub fn resuming(run: &str, worker: WorkerId, term: Term, generation: Generation) -> Hello {
     let resume = Resume { run: run.to_string(), worker, term, generation, rest: None };
     Hello { resume: Some(resume), ..hello() }
 }
 
-/// A connection to the coordinator at `url`.
+/// Connects to the coordinator at `url`.
 pub async fn connect(url: &str) -> Channel {
     let endpoint = Endpoint::from_shared(url.to_string()).expect("an address");
     endpoint.tcp_nodelay(true).connect().await.expect("a coordinator")
 }
 
-/// A session, once it was welcome.
+/// Session of a client that was welcomed.
 pub struct Stranger {
-    /// What it was told.
+    /// Welcome message of the coordinator.
     pub welcome: Welcome,
     requests: UnboundedSender<SessionRequest>,
     responses: Streaming<SessionResponse>,
 }
 
 impl Stranger {
-    /// Says hello; or returns why that was refused.
+    /// Joins with a hello; returns the status if that was refused.
     pub async fn join(channel: Channel, hello: Hello) -> Result<Stranger, Status> {
         Stranger::begin(channel, FromWorker::Hello(hello).to_wire(Term(0))).await
     }
 
-    /// Begins a session with any message, or returns why that was refused.
+    /// Begins a session with any message; returns the status if that was refused.
     pub async fn begin(channel: Channel, first: SessionRequest) -> Result<Stranger, Status> {
         let (requests, stream) = unbounded_channel();
         requests.send(first).expect("the receiver is here");
@@ -65,34 +65,35 @@ impl Stranger {
         }
     }
 
-    /// Says something in the term of its welcome.
+    /// Sends a message in the term of the welcome.
     pub fn say(&self, message: FromWorker) {
         self.say_in(self.welcome.term, message);
     }
 
-    /// Says something in a term.
+    /// Sends a message in a given term.
     pub fn say_in(&self, term: Term, message: FromWorker) {
         self.say_raw(message.to_wire(term));
     }
 
-    /// Says anything.
+    /// Sends any message.
     pub fn say_raw(&self, message: SessionRequest) {
-        // Nobody listens to it any more if the session has ended, and it finds that out when it listens.
+        // After the session's end the message is lost; the client learns of the end when it
+        // receives.
         let _ = self.requests.send(message);
     }
 
-    /// What it hears next; `None` once the session has ended.
+    /// Receives the next message; `None` once the session has ended.
     pub async fn hear(&mut self) -> Result<Option<ToWorker>, Status> {
         let heard = self.responses.message().await?;
         Ok(heard.map(|response| ToWorker::from_wire(response).expect("a coordinator keeps the contract").1))
     }
 
-    /// What it hears next, as it is on the wire.
+    /// Receives the next message in its wire form.
     pub async fn hear_raw(&mut self) -> Result<Option<SessionResponse>, Status> {
         self.responses.message().await
     }
 
-    /// How its session ends, whatever it hears before.
+    /// Receives until the session ends; returns its last message or its error.
     pub async fn end(mut self) -> Result<Option<ToWorker>, Status> {
         let mut last = None;
         while let Some(heard) = self.hear().await? {

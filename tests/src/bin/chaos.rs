@@ -1,7 +1,7 @@
-//! `make chaos`: real processes, random faults, and in the end the same bits.
+//! `make chaos`: real processes and random faults must give the same bits.
 //!
-//! Round after round a run is disturbed by whatever can happen to it, then left alone until it is complete.
-//! Its digest must be that of an undisturbed run, and its audit must be clean.
+//! In each round a run is disturbed by random faults, then left alone until it is complete. Its
+//! digest must be that of an undisturbed run, and its audit must be clean.
 #![allow(clippy::print_stdout)] // it is for people
 
 use std::fmt::Write as _;
@@ -15,7 +15,7 @@ use rand::rngs::ChaCha8Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
 
-/// The job that is disturbed.
+/// Settings of the disturbed job.
 const JOB: &[&str] = &[
     "job.steps=4000",
     "job.data_shards=6",
@@ -24,12 +24,12 @@ const JOB: &[&str] = &[
     "checkpoint.every_steps=300",
     "loss.discriminator_steps=2",
 ];
-/// The most local workers.
+/// Largest number of local workers.
 const WORKERS: u32 = 4;
-/// Faults of one round.
+/// Number of faults in one round.
 const FAULTS: usize = 25;
 
-/// What can happen.
+/// Kinds of faults.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     KillWorkers,
@@ -58,10 +58,10 @@ const ALL: [Fault; 9] = [
 struct Round {
     run: Run,
     coordinator: Process,
-    /// Workers that joined on their own.
+    /// Workers that were not started by the coordinator.
     joined: Vec<Process>,
     rng: ChaCha8Rng,
-    /// What happened, for people.
+    /// Log of the round's faults; diagnostic only.
     story: String,
 }
 
@@ -159,7 +159,7 @@ impl Round {
         signal(pid, Signal::SIGCONT);
     }
 
-    /// Kills the coordinator and these workers; after a while somebody starts the same command again.
+    /// Kills the coordinator and these workers; after a while the same command is started again.
     fn restart(&mut self, workers: &[i32]) {
         self.coordinator.signal(Signal::SIGKILL);
         kill_all(workers);
@@ -168,7 +168,7 @@ impl Round {
         std::mem::replace(&mut self.coordinator, again).wait();
     }
 
-    /// Leaves the run alone until it is complete, and judges it.
+    /// Leaves the run alone until it is complete, then checks it.
     fn verdict(&mut self, reference: &Reference) -> Result<(), String> {
         let ended = self.complete()?;
         let _ = write!(self.story, " -> {} generations", self.generations());
@@ -179,7 +179,7 @@ impl Round {
         if audited.code == Some(0) { Ok(()) } else { Err(audited.output) }
     }
 
-    /// Waits until the run is complete, starting the same command again where it gave up.
+    /// Waits until the run is complete; starts the same command again where it gave up.
     fn complete(&mut self) -> Result<String, String> {
         for _ in 0..5 {
             while self.coordinator.is_running() {

@@ -1,8 +1,8 @@
-//! Loads a coordinator with many sessions and measures it: `load 100 500 1000 2000`.
+//! Load test of a coordinator with many sessions: `load 100 500 1000 2000`.
 //!
-//! The sessions are real, each on a connection of its own; the workers behind them only say what workers say:
-//! heartbeats at their pace, a row a second from rank 0, and when one of them is killed that they lost a peer
-//! and are at rest.
+//! The sessions are real, each on a connection of its own. The simulated workers behind them only
+//! send a worker's messages: heartbeats at their pace, a metrics row per second from rank 0, and,
+//! when one of them is killed, that they lost a peer and are quiesced.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,21 +21,21 @@ use prost::Message as _;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
-/// How long the undisturbed group is watched.
+/// Time for which the undisturbed group is measured.
 const WATCH: Duration = Duration::from_secs(15);
-/// Sessions that are opened at once.
+/// Most sessions that are opened at once.
 const AT_ONCE: usize = 64;
 
-/// What the sessions share.
+/// Shared state of all sessions.
 struct Crowd {
-    /// Which of them dies, once it is decided.
+    /// Index of the session that dies, once it is chosen.
     victim: watch::Sender<Option<usize>>,
-    /// Whether they say that they have loaded.
+    /// Whether the sessions may report that they have loaded.
     load: watch::Sender<bool>,
-    /// By generation: members that were told, bytes of what they were told, when the last was.
+    /// Assignments by generation: count of members, total bytes, and time of the last one.
     told: Mutex<BTreeMap<u64, Told>>,
     joined: AtomicU64,
-    /// Said and heard.
+    /// Count of messages sent and received.
     messages: AtomicU64,
     step: AtomicU64,
 }
@@ -47,13 +47,13 @@ struct Told {
     last: SystemTime,
 }
 
-/// A session's place in the newest generation.
+/// Membership of a session in the newest generation.
 #[derive(Clone, Copy, Default)]
 struct Place {
     generation: u64,
     rank: u32,
     position: u64,
-    /// Whether it has said that it left.
+    /// Whether the session has reported that it left.
     rests: bool,
 }
 
@@ -65,7 +65,7 @@ impl Crowd {
         *entry = Told { members: entry.members + 1, bytes: entry.bytes + bytes, last: now };
     }
 
-    /// The first generation above another in which so many were told.
+    /// Returns the first generation above `above` that was assigned to this number of members.
     fn whole(&self, above: u64, members: usize) -> Option<(u64, Told)> {
         let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let mut newer = told.range(above + 1..);
@@ -107,7 +107,7 @@ fn facts() -> LoadedFacts {
     }
 }
 
-/// One session, from its hello to its death or the end.
+/// Runs one session, from its hello to its death or the end.
 async fn session(crowd: Arc<Crowd>, index: usize, url: String, gate: Arc<Semaphore>) {
     let permit = gate.acquire().await.expect("the gate stays open");
     let mut stranger = Stranger::join(connect(&url).await, hello()).await.expect("welcome");
@@ -153,7 +153,7 @@ async fn session(crowd: Arc<Crowd>, index: usize, url: String, gate: Arc<Semapho
     }
 }
 
-/// Takes a message in; returns what is to be answered.
+/// Handles a message; returns the answer, if any.
 fn take(crowd: &Crowd, place: &mut Place, response: SessionResponse) -> Option<FromWorker> {
     let bytes = response.encoded_len();
     match response.message? {
@@ -170,9 +170,9 @@ fn take(crowd: &Crowd, place: &mut Place, response: SessionResponse) -> Option<F
     }
 }
 
-/// What the system says of a process.
+/// Resource usage of a process, as the system reports it.
 struct Usage {
-    /// Seconds on processors.
+    /// Processor time in seconds.
     processor: f64,
     /// Resident memory in MiB.
     memory: u64,
@@ -187,17 +187,17 @@ fn usage(pid: i32) -> Usage {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the coordinator runs");
     let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kib: u64 = resident.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0);
-    // Linux counts the time of processes in hundredths of a second, whatever the machine.
+    // Linux counts processor time in hundredths of a second on every machine.
     Usage { processor: f64::from(ticks) / 100.0, memory: kib >> 10, at: Instant::now() }
 }
 
-/// When the coordinator decided to form a generation.
+/// Time at which the coordinator decided to form a generation.
 fn formed(run: &Run, generation: u64) -> f64 {
     let event = run.wait_for("generation_formed", |event| event["generation"] == generation);
     event["time"].as_f64().unwrap_or_default()
 }
 
-/// Measures a coordinator with so many sessions and prints a row of the table.
+/// Measures a coordinator with this number of sessions and prints a row of the table.
 async fn measure(count: usize) {
     let run = Run::new(&[&["job.steps=1000000000", "job.data_shards=2048", "job.shard_batch=1"]]);
     let coordinator = run.start_with(&["--workers", "0"]);

@@ -10,33 +10,33 @@ use plotters::prelude::*;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn Error>>;
 
-/// Pixels of a panel.
+/// Size of a panel in pixels.
 const PANEL: (u32, u32) = (450, 320);
-/// Blue and vermilion of Okabe and Ito, which people who see colours otherwise can tell apart too.
+/// Blue and vermilion of Okabe and Ito, which colour-blind readers can tell apart too.
 const COLOURS: [RGBColor; 2] = [RGBColor(0, 114, 178), RGBColor(213, 94, 0)];
 const FONT: &str = "sans-serif";
 
-/// How places on an axis follow from values.
+/// Mapping from values to places on an axis.
 #[derive(Clone, Copy, Debug)]
 pub enum Scale {
-    /// From 0.
+    /// Linear scale, from 0.
     Linear,
     Log,
 }
 
-/// An axis.
+/// Axis of a panel.
 pub struct Axis {
-    /// What it shows, with its unit.
+    /// Quantity with its unit.
     pub label: String,
     pub scale: Scale,
-    /// Values to write beside it; none for round ones.
+    /// Values of the tick labels; empty for round ones.
     pub ticks: Vec<f64>,
 }
 
-/// Points in a row.
+/// Connected points.
 #[derive(Clone)]
 pub struct Line {
-    /// Empty if there is only one.
+    /// Label in the legend; empty if there is only one line.
     pub label: String,
     pub points: Vec<(f64, f64)>,
     pub has_dots: bool,
@@ -48,9 +48,9 @@ pub struct Panel {
     pub x: Axis,
     pub y: Axis,
     pub lines: Vec<Line>,
-    /// At an x, from the least to the most.
+    /// Whiskers: an x, with the minimum and the maximum there.
     pub whiskers: Vec<(f64, f64, f64)>,
-    /// From this x on another light falls on the values, and why.
+    /// Shaded range from this x on, and its label.
     pub shaded: Option<(f64, String)>,
 }
 
@@ -122,7 +122,7 @@ impl Panel {
     }
 }
 
-/// What an axis shows.
+/// Range of an axis, with its ticks.
 struct Span {
     scale: Scale,
     ends: Range<f64>,
@@ -148,7 +148,7 @@ impl Axis {
 }
 
 impl Scale {
-    /// Round values between two: 1, 2 or 5 times a power of ten.
+    /// Returns round values between two: 1, 2 or 5 times a power of ten.
     fn ticks(self, ends: &Range<f64>) -> Vec<f64> {
         let decades = (-3..9).map(|exponent| 10.0_f64.powi(exponent));
         let mut rounds = decades.flat_map(|decade| [decade, 2.0 * decade, 5.0 * decade]);
@@ -190,7 +190,7 @@ impl ValueFormatter<f64> for Span {
     }
 }
 
-/// A number in few characters.
+/// Formats a number in few characters.
 fn short(value: f64) -> String {
     match value {
         large if large >= 1e6 => format!("{:.1}M", large / 1e6),

@@ -1,4 +1,4 @@
-//! Running one contender once: our own programs, or a program for PyTorch.
+//! One run of a contender: Ganglion, or a program for PyTorch.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,10 +13,10 @@ use serde_json::Value;
 use crate::figures::Figures;
 use crate::job::{Job, Precision};
 
-/// How often a running contender is looked at.
+/// Interval at which a running contender is polled.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Our programs.
+/// Runs a job with Ganglion's programs.
 pub fn ours(job: &Job) -> Result<Figures, String> {
     let settings = settings(job);
     let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
@@ -77,7 +77,7 @@ fn largest_resident(pid: i32) -> Option<f64> {
     Some(kib / 1024.0)
 }
 
-/// A program for PyTorch, started by its launcher.
+/// Runs a job with a program for PyTorch, started by its launcher.
 pub fn peer(job: &Job, way: &str, python_path: &Path) -> Result<Figures, String> {
     let mut process = Process::start(command(job, way, python_path)?);
     while process.is_running() {
@@ -116,7 +116,7 @@ fn command(job: &Job, way: &str, python_path: &Path) -> Result<Command, String> 
     Ok(command)
 }
 
-/// Which PyTorch is there.
+/// Returns the version of PyTorch.
 pub fn version(python_path: &Path) -> String {
     let entries = fs::read_dir(python_path).into_iter().flatten().flatten();
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());

@@ -1,30 +1,30 @@
-//! What runs showed, and what is made of it.
+//! Measurements of runs, and statistics over them.
 
 use std::fmt;
 
 use crate::chart::Panel;
 
-/// What one run of a contender showed.
+/// Measurements of one run of a contender.
 #[derive(Clone, Debug, Default)]
 pub struct Figures {
     /// Seconds from the command to the end of the first step.
     pub first_step: f64,
     /// Milliseconds of each counted step.
     pub steps: Vec<f64>,
-    /// The largest resident memory of a process that trains, in MiB.
+    /// Largest resident memory of a process that trains, in MiB.
     pub resident: f64,
-    /// The discriminator's and the generator's loss in each step.
+    /// Losses of the discriminator and the generator in each step.
     pub losses: Vec<[f64; 2]>,
 }
 
 impl Figures {
-    /// The median step, in milliseconds.
+    /// Median step time, in milliseconds.
     pub fn step(&self) -> f64 {
         median(&self.steps)
     }
 }
 
-/// The middle of some numbers; NaN of none.
+/// Median of some numbers; NaN of none.
 pub fn median(numbers: &[f64]) -> f64 {
     let mut sorted = numbers.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -35,13 +35,13 @@ pub fn median(numbers: &[f64]) -> f64 {
     }
 }
 
-/// The figures of several contenders that ran in turns, round by round.
+/// Measurements of several contenders that ran in turns, round by round.
 #[derive(Debug)]
 pub struct Rounds(Vec<Vec<Figures>>);
 
 impl Rounds {
-    /// Runs all contenders one after the other, again and again. Each other round goes backwards, so that a
-    /// machine that grows slower or faster favours none.
+    /// Runs all contenders one after the other, round after round. Every other round is in reverse
+    /// order, so that a machine that grows slower or faster favours none.
     pub fn run(
         what: &str,
         rounds: usize,
@@ -67,17 +67,17 @@ impl Rounds {
         Ok(Rounds(all))
     }
 
-    /// A contender's figure over the rounds.
+    /// Spread of a contender's figure over the rounds.
     pub fn of(&self, contender: usize, figure: impl Fn(&Figures) -> f64) -> Spread {
         Spread::of(self.0.iter().map(|round| figure(&round[contender])))
     }
 
-    /// How many times one contender's figure another's is. Only neighbours are divided.
+    /// Ratio of one contender's figure to another's. Only figures of the same round are divided.
     pub fn ratio(&self, of: usize, to: usize, figure: impl Fn(&Figures) -> f64) -> Spread {
         Spread::of(self.0.iter().map(|round| figure(&round[of]) / figure(&round[to])))
     }
 
-    /// How much was measured, for people: rounds and counted steps in each.
+    /// Describes the extent of the measurement: rounds and counted steps in each.
     pub fn extent(&self) -> String {
         let steps = self.0.first().and_then(|round| round.first()).map_or(0, |figures| figures.steps.len());
         let few = if self.0.len() < 3 { " (few)" } else { "" };
@@ -85,7 +85,7 @@ impl Rounds {
     }
 }
 
-/// Some numbers: the median, the least and the most.
+/// Median, minimum and maximum of some numbers.
 #[derive(Clone, Copy, Debug)]
 pub struct Spread {
     pub median: f64,
@@ -101,12 +101,12 @@ impl Spread {
         Spread { median: median(&numbers), least, most }
     }
 
-    /// Whether a ratio is as large as it should be.
+    /// Marks whether a ratio reaches its target.
     pub fn at_least(&self, target: f64) -> String {
         format!("{target}x: {}", verdict(self.median >= target))
     }
 
-    /// Whether a ratio is as small as it should be.
+    /// Marks whether a ratio stays within its target.
     pub fn at_most(&self, target: f64) -> String {
         format!("at most {target}x: {}", verdict(self.median <= target))
     }
@@ -116,21 +116,21 @@ fn verdict(is_met: bool) -> &'static str {
     if is_met { "met" } else { "**missed**" }
 }
 
-/// As a ratio.
+/// Formats the spread of a ratio.
 impl fmt::Display for Spread {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.2}x ({:.2}-{:.2})", self.median, self.least, self.most)
     }
 }
 
-/// What a part has to say.
+/// Report of one part.
 #[derive(Default)]
 pub struct Report {
-    /// Markdown.
+    /// Report as Markdown.
     pub text: String,
-    /// The same as a picture, if there is one.
+    /// Panels of the part's picture; empty without one.
     pub panels: Vec<Panel>,
-    /// Runs that failed.
+    /// Failures of runs.
     pub problems: Vec<String>,
 }
 
@@ -138,7 +138,7 @@ pub struct Report {
 pub mod tests {
     use super::*;
 
-    /// Rounds whose contenders took so many milliseconds a step.
+    /// Creates rounds from the step times of the contenders, in milliseconds.
     pub fn rounds_of(steps: &[&[f64]]) -> Rounds {
         let figures = |step: &f64| Figures { steps: vec![*step], ..Figures::default() };
         Rounds(steps.iter().map(|round| round.iter().map(figures).collect()).collect())

@@ -1,4 +1,4 @@
-//! How the time of a step grows with a job and with the workers.
+//! Growth of the step time with a job and with the workers.
 
 use ganglion_tests::measured::cores;
 
@@ -10,17 +10,17 @@ use crate::options::Options;
 use crate::table::Table;
 
 const ROUNDS: usize = 3;
-/// Of all runs here.
+/// Job that all runs of this part are derived from.
 const BASE: Job = Job { steps: 120, warm_up: 20, ..MLP };
 
-/// One thing that grows, while all else stays.
+/// Quantity that grows while everything else stays.
 struct Growth {
     title: &'static str,
-    /// The unit of what grows.
+    /// Unit of the quantity.
     axis: &'static str,
-    /// Of the times.
+    /// Scale of the step times.
     scale: Scale,
-    /// What it grows to, and the job then.
+    /// Values of the quantity, and the job for each.
     jobs: Vec<(u32, Job)>,
 }
 
@@ -60,8 +60,8 @@ fn growths() -> Vec<Growth> {
     ]
 }
 
-/// Of both networks of mlp-28 with the default noise of 100 numbers: weights and biases of 100-w-w-784 and
-/// 784-w-w-1.
+/// Number of parameters of both networks of mlp-28 with the default noise of 100 numbers: weights
+/// and biases of 100-w-w-784 and 784-w-w-1.
 fn parameters(w: u32) -> u32 {
     let generator = (100 + 1) * w + (w + 1) * w + (w + 1) * 784;
     let discriminator = (784 + 1) * w + (w + 1) * w + (w + 1);
@@ -69,7 +69,7 @@ fn parameters(w: u32) -> u32 {
 }
 
 impl Growth {
-    /// The milliseconds of a step for each job.
+    /// Measures the milliseconds of a step for each job.
     fn measure(&self, place: &str, options: &Options) -> Result<Vec<Spread>, String> {
         let names: Vec<String> = self.jobs.iter().map(|(to, _)| format!("{to} {}", self.axis)).collect();
         let run = |job: usize| contenders::ours(&self.jobs[job].1.clone().asked(options));
@@ -101,7 +101,7 @@ impl Growth {
     }
 }
 
-/// Measures all that grows.
+/// Measures all quantities.
 pub fn measure(options: &Options) -> Result<Report, String> {
     let growths = growths();
     let mut table = Table::new(&["what grows", "to", "ms a step", "least-most", "images/s"]);

@@ -1,10 +1,10 @@
-//! The jobs that are measured.
+//! Jobs of the measurements.
 
 use ganglion_tests::measured::cores;
 
 use crate::options::Options;
 
-/// In what the networks compute; the optimizer's state stays in fp32.
+/// Number format of the networks' passes; the optimizer's state stays in fp32.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Precision {
     Fp32,
@@ -20,7 +20,7 @@ impl Precision {
     }
 }
 
-/// A job, and the workers that train it.
+/// Job, with the number of workers that train it.
 #[derive(Clone, Debug)]
 pub struct Job {
     pub model: &'static str,
@@ -30,9 +30,9 @@ pub struct Job {
     pub data_shards: u32,
     pub shard_batch: u32,
     pub steps: u64,
-    /// The first steps, which are not counted.
+    /// Count of the first steps, which are not measured.
     pub warm_up: usize,
-    /// More of our own settings, `key=value`.
+    /// Additional settings for Ganglion's programs only, `key=value`.
     pub settings: &'static [&'static str],
 }
 
@@ -51,7 +51,7 @@ pub const DCGAN_28: Job = Job { model: "dcgan-28", width: 64, steps: 12, warm_up
 pub const DCGAN_64: Job = Job { model: "dcgan-64", steps: 6, warm_up: 1, ..DCGAN_28 };
 
 impl Job {
-    /// On so many workers, a data shard each.
+    /// Returns the job on this number of workers, one data shard each.
     pub const fn on(self, workers: u32) -> Job {
         Job { workers, data_shards: workers, ..self }
     }
@@ -61,22 +61,22 @@ impl Job {
         format!("{}, {} worker{plural}", self.model, self.workers)
     }
 
-    /// Images of all workers in one step.
+    /// Number of images of all workers in one step.
     pub fn global_batch(&self) -> u32 {
         self.data_shards * self.shard_batch
     }
 
-    /// Images a second, from the milliseconds of a step.
+    /// Returns the images per second at a step time in milliseconds.
     pub fn images_per_second(&self, step: f64) -> f64 {
         1e3 * f64::from(self.global_batch()) / step
     }
 
-    /// Whether its workers share cores of this machine.
+    /// Whether the workers share cores of this machine.
     pub fn is_oversubscribed(&self) -> bool {
         self.workers > cores()
     }
 
-    /// With as many steps as were asked for.
+    /// Returns the job with the number of steps that the options ask for.
     pub fn asked(self, options: &Options) -> Job {
         match options.steps {
             0 => self,

@@ -1,4 +1,4 @@
-//! Whether the same is learned: losses of our programs and of the tuned one, of the same job.
+//! Comparison of training quality: losses of Ganglion and of the tuned program, on the same job.
 
 use crate::chart::{Axis, Line, Panel, Scale};
 use crate::contenders;
@@ -7,12 +7,12 @@ use crate::job::{Job, MLP};
 use crate::options::Options;
 use crate::table::Table;
 
-/// Steps whose mean is one point of a curve.
+/// Number of steps whose mean is one point of a curve.
 const WINDOW: usize = 25;
-/// The last steps, whose mean is in the table.
+/// Number of the last steps, whose mean is in the table.
 const LAST: usize = 100;
 
-/// Trains with both.
+/// Trains with both programs.
 pub fn measure(options: &Options) -> Result<Report, String> {
     let job = Job { steps: 1000, ..MLP }.asked(options);
     eprintln!("losses: {}, ours", job.name());
@@ -55,7 +55,7 @@ fn panel(job: &Job, network: &str, curves: [(&str, &Vec<f64>); 2]) -> Panel {
     }
 }
 
-/// The means of neighbours, at the middle of each window.
+/// Returns the means of consecutive values, at the middle of each window.
 #[allow(clippy::cast_precision_loss)] // a count of steps
 fn smooth(losses: &[f64]) -> Vec<(f64, f64)> {
     let means = losses.windows(WINDOW).map(mean).enumerate();

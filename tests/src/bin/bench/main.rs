@@ -1,8 +1,8 @@
-//! Measures training: beside PyTorch's (the same networks, data, batches and arithmetic, on the same machine,
-//! in turns), with and without what the promise costs, and as jobs and clusters grow. Prints tables and
-//! writes them into a page.
+//! Measures training: against PyTorch's (the same networks, data, batches and arithmetic, on the
+//! same machine, in turns), with and without the cost of the promise, and as jobs and clusters
+//! grow. Prints tables and writes them into a page.
 //!
-//! 1. What is compared runs in alternation, so that a busy moment of the machine hits both; a ratio is the
+//! 1. Compared runs alternate, so that a busy moment of the machine hits both; a ratio is the
 //!    median of the ratios of neighbours.
 //! 2. A missed target is shown as missed. Only a run that fails makes the exit code 1, and the others go on.
 #![forbid(unsafe_code)]
@@ -45,7 +45,7 @@ fn main() -> ExitCode {
     code
 }
 
-/// Finds mistakes before time is spent.
+/// Checks the options before time is spent.
 fn check(options: &Options) -> Result<(), String> {
     for part in &options.parts {
         match part {
@@ -67,7 +67,7 @@ fn check(options: &Options) -> Result<(), String> {
     Ok(())
 }
 
-/// Measures a part and writes it into the page; returns the problems of its runs.
+/// Measures a part and writes it into the page; returns the failures of its runs.
 fn carry_out(part: Part, options: &Options) -> Result<Vec<String>, String> {
     let (load_before, begun) = (load(), now());
     let report = match part {
@@ -102,7 +102,7 @@ fn carry_out(part: Part, options: &Options) -> Result<Vec<String>, String> {
     Ok(report.problems)
 }
 
-/// The line of the page after which a part is written.
+/// Returns the line of the page after which a part is written.
 fn begin(part: Part) -> String {
     format!("<!-- Written by `make bench PARTS={}`; changes below this line are lost. -->", part.name())
 }

@@ -1,17 +1,17 @@
-//! What is asked for.
+//! Command-line options.
 
 use std::path::PathBuf;
 
-/// What can be measured.
+/// Parts of the benchmark.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Part {
-    /// Ours beside PyTorch's.
+    /// Ganglion against PyTorch.
     Rows,
-    /// What the promise costs.
+    /// Cost of the promise.
     Promise,
-    /// How cost grows.
+    /// Growth of the cost with jobs and clusters.
     Growth,
-    /// Loss curves beside PyTorch's.
+    /// Loss curves against PyTorch's.
     Losses,
 }
 
@@ -27,7 +27,7 @@ impl Part {
         }
     }
 
-    /// The file of its picture.
+    /// Returns the file name of the part's picture; `None` without one.
     pub fn picture(self) -> Option<&'static str> {
         match self {
             Part::Rows | Part::Promise => None,
@@ -37,30 +37,31 @@ impl Part {
     }
 }
 
-/// What is asked for.
+/// Command-line options.
 #[derive(Debug)]
 pub struct Options {
-    /// What to measure, in this order.
+    /// Parts to measure, in this order.
     pub parts: Vec<Part>,
-    /// Only what has a name that contains one of these, of the parts whose measurements have names.
+    /// Texts of which a measurement's name must contain one, in parts whose measurements have
+    /// names.
     pub only: Vec<String>,
-    /// How often each contender runs; 0 for as often as is usual.
+    /// Number of runs of each contender; 0 for the usual number.
     pub rounds: usize,
-    /// Steps of each run; 0 for as many as are usual.
+    /// Number of steps of each run; 0 for the usual number.
     pub steps: u64,
-    /// Measure bf16 also on a CPU that computes it in software.
+    /// Whether bf16 is measured also on a CPU that computes it in software.
     pub is_bf16_forced: bool,
-    /// Where PyTorch for Python is.
+    /// Folder with PyTorch for Python.
     pub python_path: PathBuf,
-    /// The page to write into.
+    /// Page to write into.
     pub page: Option<PathBuf>,
-    /// The folder to draw into.
+    /// Folder for the pictures.
     pub pictures: Option<PathBuf>,
 }
 
 impl Options {
-    /// Reads parts (`--rows`) and `--name value` pairs. No part means all, or the rows if only some are
-    /// wanted.
+    /// Parses parts (`--rows`) and `--name value` pairs. Without parts all are measured, or the
+    /// rows if only some measurements are asked for.
     pub fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
         let mut options = Options {
             parts: Vec::new(),
@@ -105,7 +106,7 @@ impl Options {
         Ok(())
     }
 
-    /// Those of them that are asked for, by their names.
+    /// Returns those of `all` that the options ask for, by their names.
     pub fn wanted<T>(&self, all: Vec<T>, name: impl Fn(&T) -> String) -> Result<Vec<T>, String> {
         let is_wanted = |one: &T| self.only.iter().any(|only| name(one).contains(only.as_str()));
         let names: Vec<String> = all.iter().map(&name).collect();
@@ -116,12 +117,12 @@ impl Options {
         Ok(wanted)
     }
 
-    /// How often each contender runs that usually runs so often.
+    /// Returns the number of runs of each contender, given the usual number.
     pub fn rounds(&self, usual: usize) -> usize {
         if self.rounds > 0 { self.rounds } else { usual }
     }
 
-    /// The command that measures one part like this.
+    /// Returns the command that measures one part with these options.
     pub fn command(&self, part: Part) -> String {
         let mut words = vec![format!("target/release/bench --{}", part.name())];
         words.extend(self.only.iter().map(|only| format!("--only {only:?}")));

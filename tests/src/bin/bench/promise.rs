@@ -1,4 +1,4 @@
-//! What the promise costs: our own jobs with and without what makes the bits the same.
+//! Cost of the promise: jobs with and without the measures that keep the bits the same.
 
 use crate::contenders;
 use crate::figures::{Figures, Report, Rounds};
@@ -6,13 +6,13 @@ use crate::job::{DCGAN_28, Job, MLP};
 use crate::options::Options;
 use crate::table::Table;
 
-/// A job in two variants.
+/// Job in two variants.
 pub struct Comparison {
-    /// What keeps the promise, and what stands in for it.
+    /// Measure that keeps the promise, and its substitute.
     what: &'static str,
     with: Job,
     without: Job,
-    /// How many times as long a step may take with it.
+    /// Largest acceptable ratio of step times, with the measure to without it.
     target: Option<f64>,
     rounds: usize,
 }
@@ -65,12 +65,12 @@ impl Comparison {
     }
 }
 
-/// The comparisons that are asked for.
+/// Returns the comparisons that the options ask for.
 pub fn wanted(options: &Options) -> Result<Vec<Comparison>, String> {
     options.wanted(comparisons(), Comparison::name)
 }
 
-/// Measures all comparisons that are asked for.
+/// Runs all comparisons that the options ask for.
 pub fn measure(options: &Options) -> Result<Report, String> {
     let all = wanted(options)?;
     let mut report = Report::default();

@@ -1,4 +1,4 @@
-//! Ours beside PyTorch's: what is compared, and what it should come to.
+//! Comparison with PyTorch: jobs, contenders and targets.
 
 use ganglion_tests::measured::computes_bf16;
 
@@ -8,28 +8,28 @@ use crate::job::{DCGAN_28, DCGAN_64, Job, MLP, Precision};
 use crate::options::Options;
 use crate::table;
 
-/// How many times as fast as the usual program the first step should be done.
+/// Target of the first step: speed-up over the usual program.
 pub const FIRST_STEP: f64 = 7.0;
-/// How much of the usual program's memory ours should need.
+/// Target of the resident memory: share of the usual program's.
 pub const RESIDENT: f64 = 0.3;
 
-/// A job that all contenders train.
+/// Job that all contenders train.
 pub struct Row {
     pub job: Job,
-    /// How often each contender runs.
+    /// Number of runs of each contender.
     rounds: usize,
-    /// How many times as fast as the usual program, as it is in fp32, and as the tuned one it should be.
+    /// Targets of the speed-up over the usual program in fp32, and over the tuned one.
     targets: Option<[f64; 2]>,
 }
 
-/// A program that takes part.
+/// Program that takes part.
 pub struct Contender {
     pub name: &'static str,
-    /// PyTorch's way; none is ours.
+    /// Name of the way to train with PyTorch; `None` for Ganglion.
     way: Option<&'static str>,
-    /// The precision, if it is not the row's.
+    /// Precision, if it is not the row's.
     precision: Option<Precision>,
-    /// Its place among the targets of a row.
+    /// Index among the targets of a row.
     pub target: Option<usize>,
 }
 
@@ -39,7 +39,8 @@ const USUAL: Contender =
 const TUNED: Contender =
     Contender { name: "tuned DDP", way: Some("tuned"), precision: None, target: Some(1) };
 const FP32: &[Contender] = &[OURS, USUAL, TUNED];
-/// PyTorch's two with autocast, and the usual program as it is: it knows no bf16, and the target means it so.
+/// Both programs for PyTorch with autocast, and the usual one in fp32: it has no bf16, and the
+/// target refers to it in that form.
 const BF16: &[Contender] = &[
     OURS,
     Contender { name: "usual + autocast", target: None, ..USUAL },
@@ -47,7 +48,7 @@ const BF16: &[Contender] = &[
     Contender { name: "usual in fp32", precision: Some(Precision::Fp32), ..USUAL },
 ];
 
-/// Who takes part in a precision: first ours, the usual program and the tuned one.
+/// Contenders of a precision: Ganglion first, then the usual program and the tuned one.
 pub fn contenders_in(precision: Precision) -> &'static [Contender] {
     match precision {
         Precision::Fp32 => FP32,
@@ -66,7 +67,7 @@ impl Contender {
     }
 }
 
-/// What became of a row.
+/// Outcome of a row.
 pub enum Outcome {
     Measured(Rounds),
     NotRun(&'static str),
@@ -92,7 +93,7 @@ impl Row {
         }
     }
 
-    /// How many times as fast as a contender ours should be.
+    /// Returns the target of the speed-up over a contender.
     pub fn target(&self, contender: &Contender) -> Option<f64> {
         Some(self.targets?[contender.target?])
     }
@@ -109,7 +110,8 @@ impl Row {
     }
 }
 
-/// All rows. A round of the larger models takes minutes, so those without a target have few.
+/// Returns all rows. A round of the larger models takes minutes, so those without a target have few
+/// rounds.
 fn rows() -> Vec<Row> {
     let mlp_4 = Job { steps: 200, ..MLP.on(4) };
     let dcgan_28_4 = Job { steps: 8, ..DCGAN_28.on(4) };
@@ -136,12 +138,12 @@ fn rows() -> Vec<Row> {
     ]
 }
 
-/// The rows that are asked for.
+/// Returns the rows that the options ask for.
 pub fn wanted(options: &Options) -> Result<Vec<Row>, String> {
     options.wanted(rows(), Row::name)
 }
 
-/// Measures all rows that are asked for.
+/// Measures all rows that the options ask for.
 pub fn measure(options: &Options) -> Result<Report, String> {
     let rows = wanted(options)?;
     let mut report = Report::default();

@@ -1,4 +1,4 @@
-//! The tables of the rows.
+//! Tables of the comparison with PyTorch.
 
 use std::fmt::Write as _;
 
@@ -8,10 +8,10 @@ use crate::figures::{Figures, Rounds};
 use crate::job::Precision;
 use crate::rows::{self, Outcome, Row, contenders_in};
 
-/// Rows and what became of them.
+/// Rows with their outcomes.
 type Results<'a> = [(&'a Row, Outcome)];
 
-/// All tables, as Markdown.
+/// Formats all tables as Markdown.
 pub fn render(results: &Results<'_>) -> String {
     let steps = [Precision::Fp32, Precision::Bf16].map(|precision| steps(precision, results));
     let tables = steps.into_iter().chain([first_steps(results), efficiencies(results)]);
@@ -35,7 +35,7 @@ fn label(row: &Row) -> String {
     format!("{}{mark}", row.name())
 }
 
-/// The times of steps in a precision.
+/// Formats the step times in a precision.
 fn steps(precision: Precision, results: &Results<'_>) -> String {
     let contenders = contenders_in(precision);
     let mut head = vec![format!("milliseconds a step, {}", precision.name()), "rounds x steps".to_string()];
@@ -66,7 +66,8 @@ fn steps(precision: Precision, results: &Results<'_>) -> String {
     table.text()
 }
 
-/// The times of first steps, and memory: for each contender, then against the usual program.
+/// Formats the times of first steps, and the memory: for each contender, then against the usual
+/// program.
 fn first_steps(results: &Results<'_>) -> String {
     let mut table = Table::new(&[
         "",
@@ -96,7 +97,8 @@ fn first_steps(results: &Results<'_>) -> String {
     table.text()
 }
 
-/// What share of so many times a single worker's speed so many workers have.
+/// Formats the parallel efficiency: the speed with n workers as a share of n times that of a single
+/// one.
 fn efficiencies(results: &Results<'_>) -> String {
     let mut table =
         Table::new(&["images/s over workers x images/s of one worker", "ours", "usual DDP", "tuned DDP"]);
@@ -118,7 +120,7 @@ fn efficiencies(results: &Results<'_>) -> String {
     table.text()
 }
 
-/// A table in Markdown; the first column is text.
+/// Table in Markdown; the first column is text.
 pub struct Table {
     columns: usize,
     head: String,
@@ -132,13 +134,13 @@ impl Table {
         Table { columns: names.len(), head, rows: String::new() }
     }
 
-    /// Adds a row; cells that are left out stay empty.
+    /// Adds a row; missing cells stay empty.
     pub fn row(&mut self, mut cells: Vec<String>) {
         cells.resize(self.columns, String::new());
         let _ = writeln!(self.rows, "| {} |", cells.join(" | "));
     }
 
-    /// The table; nothing if it has no rows.
+    /// Formats the table; empty if it has no rows.
     pub fn text(&self) -> String {
         if self.rows.is_empty() { String::new() } else { format!("{}{}", self.head, self.rows) }
     }

@@ -1,20 +1,22 @@
-//! The programs of the commit to compare with.
+//! Programs of the commit to compare with.
 //!
-//! `target/golden` has one checkout, which is moved from commit to commit so that only what changed is
-//! compiled, a target folder of its own for it, and a folder of programs for each commit that was built.
+//! `target/golden` has one checkout, which is moved from commit to commit so that only the changes
+//! are compiled, a target folder of its own for it, and a folder of programs for each commit that
+//! was built.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The folder of this repository.
+/// Root folder of this repository.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate is in the repository")
 }
 
-/// The folder of a commit's programs, which are built if need be. By default that commit is the newest one
-/// where something is not committed, else the one before it: either way what is compared is one change.
+/// Returns the folder of a commit's programs, which are built if need be. The default is the newest
+/// commit if the tree has uncommitted changes, otherwise the one before it: either way the
+/// comparison covers one change.
 pub fn programs(commit: Option<&str>) -> Result<PathBuf, String> {
     let commit = match commit {
         Some(commit) => commit,
@@ -44,7 +46,8 @@ pub fn programs(commit: Option<&str>) -> Result<PathBuf, String> {
     Ok(programs)
 }
 
-/// The number of the arithmetic of a folder's programs. Builds that have none have the first.
+/// Returns the version number of the arithmetic of a folder's programs. Builds without one count as
+/// the first.
 pub fn numerics(programs: &Path) -> Result<u32, String> {
     let told = output(Command::new(programs.join("worker")).arg("--version"))?;
     let number = told.split_once("(numerics ").and_then(|(_, rest)| rest.split_once(')'));
@@ -54,8 +57,8 @@ pub fn numerics(programs: &Path) -> Result<u32, String> {
     }
 }
 
-/// Makes the files of `target/golden/source` those of a commit. With an index of its own the repository does
-/// not know of this checkout, so removing the folder is all that it takes to be rid of it.
+/// Sets the files of `target/golden/source` to those of a commit. The checkout has an index of its
+/// own, so the repository does not know of it, and removing the folder is enough to be rid of it.
 fn check_out(hash: &str, all: &Path) -> Result<(), String> {
     let source = all.join("source");
     fs::create_dir_all(&source).map_err(|error| format!("{}: {error}", source.display()))?;
@@ -64,8 +67,8 @@ fn check_out(hash: &str, all: &Path) -> Result<(), String> {
     output(command.env("GIT_INDEX_FILE", all.join("index"))).map(drop)
 }
 
-/// Copies the compiled dependencies of this tree's build: they are most of the work, and the same but for
-/// those that the two commits have in other versions.
+/// Copies the compiled dependencies of this tree's build: they are most of the work, and equal
+/// unless the two commits have them in different versions.
 fn seed(from: &Path, to: &Path) -> io::Result<()> {
     let deps = to.join("deps");
     fs::create_dir_all(&deps)?;

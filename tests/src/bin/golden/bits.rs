@@ -1,20 +1,20 @@
-//! The bits of one run, and where those of two runs part.
+//! Bits of one run, and the first difference between the bits of two.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value;
 
-/// What a run computed.
+/// Bits that a run computed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bits {
     /// Digest of the last state.
     pub digest: String,
-    /// Hashes of all shard gradients; none of a build that does not log them.
+    /// Hashes of all shard gradients; empty for a build that does not log them.
     pub gradients: BTreeMap<Shard, Hashes>,
 }
 
-/// A shard gradient's place in a run.
+/// Key of a shard gradient in a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Shard {
     update: u64,
@@ -22,7 +22,7 @@ pub struct Shard {
     shard: u64,
 }
 
-/// A shard gradient's network, and the hashes of its parts by their names.
+/// Network of a shard gradient, and the hashes of its parts by name.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Hashes {
     network: String,
@@ -30,7 +30,7 @@ pub struct Hashes {
 }
 
 impl Bits {
-    /// Reads a log of shard gradients. One that was computed twice must have been the same both times.
+    /// Reads a log of shard gradients. One that was computed twice must have been equal both times.
     pub fn read(digest: String, log: &Path) -> Result<Bits, String> {
         let mut gradients = BTreeMap::new();
         for line in std::fs::read_to_string(log).unwrap_or_default().lines() {
@@ -43,8 +43,8 @@ impl Bits {
         Ok(Bits { digest, gradients })
     }
 
-    /// How these bits differ from those of `other`, if they do. Of an `other` without logged shard gradients
-    /// only the digest counts.
+    /// Describes the difference from the bits of `other`; `None` if they are equal. If `other` has
+    /// no logged shard gradients, only the digest counts.
     pub fn difference(&self, other: &Bits) -> Option<String> {
         let is_logged = !other.gradients.is_empty();
         let parted = if is_logged { self.first_parted(other) } else { None };
@@ -80,7 +80,7 @@ impl Shard {
     }
 }
 
-/// The parts in which two differ.
+/// Names the parts in which two shard gradients differ.
 fn differing(ours: &Hashes, theirs: &Hashes) -> String {
     let parts = ours.parts.iter().filter(|(part, hash)| theirs.parts.get(*part) != Some(hash));
     let names: Vec<&str> = parts.map(|(part, _)| part.as_str()).collect();

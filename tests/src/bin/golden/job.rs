@@ -1,5 +1,5 @@
-//! The jobs that are compared: those of `configs/`, and some for what these leave out, at sizes that take a
-//! second.
+//! Jobs of the comparison: those of `configs/`, and some for arithmetic that these do not cover, at
+//! sizes that take a second.
 
 use std::fs;
 use std::io;
@@ -11,9 +11,10 @@ use image::{ImageFormat, RgbImage};
 
 use crate::bits::Bits;
 
-/// Environment variable of a worker's log of shard gradients.
+/// Environment variable with a worker's log of shard gradients.
 const LOG: &str = "GANGLION_SHARD_GRADIENTS";
-/// Settings of every job. Three steps: the last gradients depend on the updates and averages of two.
+/// Settings of every job. Three steps: the last gradients depend on the updates and averages of
+/// two.
 const SHRUNK: &[&str] = &[
     "job.steps=3",
     "job.shard_batch=2",
@@ -24,7 +25,7 @@ const SHRUNK: &[&str] = &[
     "evaluation.with_checkpoints=false",
     "metrics.every_steps=1",
 ];
-/// Jobs for arithmetic that no file of `configs/` asks for, as settings of the embedded one.
+/// Jobs for arithmetic that no file of `configs/` uses, as settings of the embedded one.
 const FURTHER: &[(&str, &[&str])] = &[
     (
         "wasserstein-gp",
@@ -59,17 +60,19 @@ const FURTHER: &[(&str, &[&str])] = &[
         ],
     ),
 ];
-/// Additionally where values of the job change with the images seen: then they do so within the three steps.
+/// Additional setting where values of the job change with the images seen: it makes them change
+/// within the three steps.
 const SCHEDULED: &str = "optimizer.decay_images=64";
-/// The job in which a worker is killed: its discriminator looks at real samples ahead, and has buffers that
-/// follow.
+/// Job in which a worker is killed: its discriminator computes real samples ahead, and has buffer
+/// updates.
 const KILLED: &str = "mnist-dcgan";
-/// A worker dies in update 3, with the others' sums and before they have its own part of the mean.
+/// Failpoint: a worker dies in update 3, when it has the others' sums and before they have its
+/// chunk of the reduced gradient.
 const DEATH: &str = "gather@3";
-/// Pictures or records in the data sets that stand in for those that are not bundled.
+/// Number of pictures or records in the data sets that stand in for those that are not bundled.
 const SAMPLES: u32 = 64;
 
-/// Arithmetic of the networks' passes.
+/// Number format of the networks' passes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Precision {
     /// 32 bits.
@@ -79,10 +82,10 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// Both.
+    /// All values.
     pub const ALL: [Precision; 2] = [Precision::Fp32, Precision::Bf16];
 
-    /// The name in a job file.
+    /// Name in a job file.
     pub fn name(self) -> &'static str {
         match self {
             Precision::Fp32 => "fp32",
@@ -91,22 +94,22 @@ impl Precision {
     }
 }
 
-/// A cluster that runs a job.
+/// Cluster that runs a job.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Way {
     /// One worker.
     Alone,
-    /// Three, whose ranges of data shards are ragged.
+    /// Three workers, whose ranges of data shards are ragged.
     Three,
-    /// Three, of which one is killed.
+    /// Three workers, of which one is killed.
     Killed,
 }
 
 impl Way {
-    /// All of them.
+    /// All values.
     pub const ALL: [Way; 3] = [Way::Alone, Way::Three, Way::Killed];
 
-    /// The name in the table.
+    /// Name in the table.
     pub fn name(self) -> &'static str {
         match self {
             Way::Alone => "1 worker",
@@ -119,22 +122,22 @@ impl Way {
 /// Result of a run that neither failed nor hung.
 #[derive(Clone, Debug)]
 pub enum Outcome {
-    /// It completed.
+    /// The job completed.
     Done(Bits),
     /// The build refuses the job, for this reason.
     Refused(String),
 }
 
-/// A job that is compared.
+/// Job of the comparison.
 pub struct Job {
-    /// The name of its file, or what it is for.
+    /// Name of its file, or its purpose.
     pub name: String,
     file: Option<PathBuf>,
     settings: Vec<String>,
 }
 
-/// All jobs, those of a folder of job files first, or those whose names contain `only`. Data that are not
-/// bundled come from the folder `data`.
+/// Reads all jobs, those of a folder of job files first, or only those whose names contain `only`.
+/// Data that are not bundled come from the folder `data`.
 pub fn read_all(folder: &Path, data: &Path, only: Option<&str>) -> Result<Vec<Job>, String> {
     let wrong = |error: io::Error| format!("{}: {error}", folder.display());
     let entries = fs::read_dir(folder).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(wrong)?;
@@ -167,13 +170,13 @@ impl Job {
         Job { name: name.to_string(), file: None, settings }
     }
 
-    /// The ways in which this job is run.
+    /// Returns the clusters on which this job runs.
     pub fn ways(&self, precision: Precision) -> &'static [Way] {
         let is_killed = self.name == KILLED && precision == Precision::Fp32;
         if is_killed { &Way::ALL } else { &Way::ALL[..2] }
     }
 
-    /// Runs this job by the programs of a folder.
+    /// Runs this job with the programs of a folder.
     pub fn run(&self, precision: Precision, way: Way, programs: &Path) -> Result<Outcome, String> {
         let precision = format!("job.precision={}", precision.name());
         let settings: Vec<&str> = self.settings.iter().map(String::as_str).chain([&*precision]).collect();
@@ -219,7 +222,7 @@ pub fn write_data(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Bytes that are the same each time (Knuth's MMIX generator).
+/// Reproducible bytes (Knuth's MMIX generator).
 struct Noise(u64);
 
 impl Noise {

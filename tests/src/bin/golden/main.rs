@@ -24,11 +24,11 @@ use crate::options::Options;
 use crate::row::Row;
 use crate::verdict::{Found, verdict};
 
-/// The folders of the two builds' programs.
+/// Folders of the two builds' programs.
 pub struct Builds {
-    /// The build to compare with.
+    /// Folder of the build to compare with.
     pub base: PathBuf,
-    /// This tree's.
+    /// Folder of this tree's build.
     pub here: PathBuf,
 }
 
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs all jobs by both builds.
+/// Runs all jobs with both builds.
 fn compare() -> Result<Found, String> {
     let options = Options::parse(std::env::args().skip(1))?;
     let base = match options.base_programs {

@@ -1,20 +1,20 @@
-//! What is asked for.
+//! Command-line options.
 
 use std::path::PathBuf;
 
-/// What is asked for.
+/// Command-line options.
 #[derive(Debug, Default, PartialEq)]
 pub struct Options {
-    /// The commit to compare with.
+    /// Commit to compare with.
     pub base: Option<String>,
-    /// The folder of its programs, if they are built already.
+    /// Folder of that commit's programs, if they are built already.
     pub base_programs: Option<PathBuf>,
-    /// Only jobs whose names contain this.
+    /// Text that the names of the jobs must contain.
     pub only: Option<String>,
 }
 
 impl Options {
-    /// Reads `--name value` pairs.
+    /// Parses `--name value` pairs.
     pub fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
         let mut options = Options::default();
         while let Some(name) = arguments.next() {

@@ -1,4 +1,4 @@
-//! One job in one precision, run in all ways by both builds.
+//! One job in one precision, run on all clusters by both builds.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -10,23 +10,23 @@ use crate::Builds;
 use crate::bits::Bits;
 use crate::job::{Job, Outcome, Precision, Way};
 
-/// The comparison of one job in one precision.
+/// Comparison of one job in one precision.
 #[derive(Debug, Default)]
 pub struct Row {
-    /// A word for each way.
+    /// Result of each way in a word.
     pub cells: [&'static str; Way::ALL.len()],
-    /// The number of shard gradients that were compared.
+    /// Number of shard gradients that were compared.
     pub gradients: String,
-    /// Bits of this build that are not the base's.
+    /// Differences of this build's bits from the base's.
     pub differences: Vec<String>,
     /// Runs that give no bits to compare, and clusters of this build that change the result.
     pub failures: Vec<String>,
 }
 
-/// What the two builds made of a job in one way: the base, then this tree.
+/// Outcomes of a job in one way: the base's, then this tree's.
 type Pair = [Result<Outcome, String>; 2];
 
-/// Runs a job in all its ways by both builds, as many at once as there are cores.
+/// Runs a job in all its ways with both builds, as many at once as there are cores.
 pub fn run(job: &Job, precision: Precision, builds: &Builds) -> Row {
     let ways = job.ways(precision);
     let runs: Vec<(Way, &Path)> =

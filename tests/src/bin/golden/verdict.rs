@@ -1,17 +1,17 @@
-//! The verdict on two builds: whether different bits have different numbers.
+//! Verdict on two builds: whether different bits have different version numbers.
 
-/// What two builds were found to compute.
+/// Result of comparing two builds.
 #[derive(Debug, Default)]
 pub struct Found {
-    /// Numbers of their arithmetic: the base's, then this tree's.
+    /// Version numbers of their arithmetic (`NUMERICS`): the base's, then this tree's.
     pub numerics: [u32; 2],
-    /// Bits that are not the base's.
+    /// Differences of this tree's bits from the base's.
     pub differences: Vec<String>,
-    /// What cannot be mended by another number.
+    /// Failures that another number cannot mend.
     pub failures: Vec<String>,
 }
 
-/// What there is to say of two builds that may stand beside each other; or why they may not.
+/// Returns the text for two builds that are consistent; otherwise the reason why they are not.
 pub fn verdict(found: &Found) -> Result<String, String> {
     let [base, here] = found.numerics;
     if !found.failures.is_empty() {

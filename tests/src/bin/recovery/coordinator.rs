@@ -1,4 +1,5 @@
-//! The coordinator is killed and the same command is given again, again and again.
+//! Recovery from a coordinator's death: it is killed, and the same command started again, many
+//! times.
 
 use ganglion_tests::measured::{load, now};
 use ganglion_tests::{Run, Tail};
@@ -9,7 +10,7 @@ use crate::figures::{Sample, Section, count, first_time, number, spread_head, va
 use crate::options::{Options, Random};
 use crate::workers::{JOB, MEMBERS, intervals, stop, uneven, wait_for_full};
 
-/// What was measured.
+/// Measurements of all restarts.
 struct Restarts {
     kills: Vec<f64>,
     events: Vec<Value>,
@@ -17,7 +18,7 @@ struct Restarts {
     audited: bool,
 }
 
-/// Kills and starts again as often as asked.
+/// Kills and restarts the coordinator as often as the options say.
 pub fn measure(options: &Options) -> Section {
     let before = load();
     let run = Run::new(&[JOB]);
@@ -41,7 +42,8 @@ pub fn measure(options: &Options) -> Section {
     Restarts { kills, events, rows, audited }.section(options.seed, &before, &after)
 }
 
-/// Waits until a coordinator has the group again, or another one, and hears of its steps.
+/// Waits until a new coordinator has taken over the group, or formed one, and steps are reported to
+/// it.
 fn wait_for_takeover(events: &mut Tail, rows: &mut Tail, since: f64) {
     let taken = events.wait_for("group of a new coordinator", |event| {
         let has_group = is_kept(event) || event["kind"] == "generation_formed";
@@ -70,7 +72,7 @@ impl Restarts {
         self.kills.iter().any(overlaps)
     }
 
-    /// The longest time between two steps from a kill to the take-over.
+    /// Longest time between two steps from a kill to the take-over.
     fn longest_gap(&self, kill: f64) -> f64 {
         let taken = kill + self.first(kill, "generation_kept");
         let during = intervals(&self.rows).filter(|(from, to, _)| *to > kill && *from < taken);
@@ -100,7 +102,8 @@ impl Restarts {
         section
     }
 
-    /// The same as [`Restarts::longest_gap`] for as long a time that ends just before each kill.
+    /// The same as [`Restarts::longest_gap`], for an equally long window that ends just before each
+    /// kill.
     fn longest_in_quiet_windows(&self) -> Vec<f64> {
         let longest = |kill: &f64| {
             let length = self.first(*kill, "generation_kept");
@@ -123,7 +126,7 @@ impl Restarts {
         let kept = self.events_of("generation_kept");
         section.promise_none("restarts that did not keep the group", kills.saturating_sub(kept), &restarts);
         let steps = format!("of {}", self.rows.len());
-        // There is one group, so a step that is done again has two rows, or the file has another step less.
+        // There is one group, so a repeated step has two rows, or the file lacks a step.
         let again = self.rows.iter().filter(|row| count(row, "generation") != 1).count() as u64;
         section.promise_none("steps of another group than the first", again, &steps);
         section.promise_none("steps with no row or two", uneven(&self.rows), &steps);

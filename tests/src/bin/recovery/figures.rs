@@ -1,4 +1,4 @@
-//! Figures and how they are shown.
+//! Statistics and their formatting.
 
 use std::fmt::Write as _;
 
@@ -9,26 +9,28 @@ use serde_json::Value;
 pub struct Sample(Vec<f64>);
 
 impl Sample {
-    /// Takes seconds; those of moments that never came are left out.
+    /// Creates a sample from seconds; those that are not finite, of moments that never came, are
+    /// left out.
     pub fn new(seconds: impl IntoIterator<Item = f64>) -> Sample {
         let mut all: Vec<f64> = seconds.into_iter().filter(|s| s.is_finite()).map(|s| s * 1000.0).collect();
         all.sort_by(f64::total_cmp);
         Sample(all)
     }
 
-    /// The smallest value that this share of all values does not exceed.
+    /// Smallest value that this share of all values does not exceed.
     pub fn quantile(&self, share: f64) -> f64 {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
         let rank = (share * self.0.len() as f64).ceil() as usize; // between 0 and the length
         self.0.get(rank.max(1) - 1).copied().unwrap_or(f64::NAN)
     }
 
-    /// The median.
+    /// Median in milliseconds.
     pub fn median(&self) -> f64 {
         self.quantile(0.5)
     }
 
-    /// A row of a table of spreads; `targets` are shares and the milliseconds that they must stay under.
+    /// Formats a row of a table of spreads; `targets` are shares and the milliseconds that they
+    /// must stay under.
     pub fn row(&self, what: &str, targets: &[(f64, f64)]) -> String {
         let shown: Vec<String> = [0.5, 0.9, 0.99, 1.0].map(|share| ms(self.quantile(share))).to_vec();
         let verdicts: Vec<String> = targets.iter().map(|target| self.verdict(*target)).collect();
@@ -42,12 +44,12 @@ impl Sample {
     }
 }
 
-/// The head of a table of spreads.
+/// Formats the head of a table of spreads.
 pub fn spread_head(what: &str) -> String {
     format!("| {what} | median | p90 | p99 | max | target |\n|---|---|---|---|---|---|")
 }
 
-/// Milliseconds for people.
+/// Formats milliseconds.
 pub fn ms(milliseconds: f64) -> String {
     match milliseconds {
         none if none.is_nan() => "-".to_string(),
@@ -57,7 +59,7 @@ pub fn ms(milliseconds: f64) -> String {
     }
 }
 
-/// A part of the table.
+/// Section of the report.
 pub struct Section {
     title: String,
     lines: Vec<String>,
@@ -66,7 +68,7 @@ pub struct Section {
 }
 
 impl Section {
-    /// An empty part. The load before it shows how busy the machine was with other things.
+    /// Creates an empty section. The load before it shows how busy the machine was with other work.
     pub fn new(title: &str) -> Section {
         Section { title: title.to_string(), lines: Vec::new(), broken: Vec::new() }
     }
@@ -85,7 +87,7 @@ impl Section {
         }
     }
 
-    /// As text: Markdown, which a terminal can show too.
+    /// Formats the section as Markdown, which a terminal can show too.
     pub fn render(&self) -> String {
         let mut text = format!("### {}\n\n", self.title);
         for line in &self.lines {
@@ -95,22 +97,22 @@ impl Section {
     }
 }
 
-/// The head of a table of single values.
+/// Formats the head of a table of single values.
 pub fn value_head(what: &str) -> String {
     format!("| {what} | measured | |\n|---|---|---|")
 }
 
-/// A number of a line; NaN if it has none.
+/// Returns a number of a JSON line; NaN if it has none.
 pub fn number(line: &Value, key: &str) -> f64 {
     line[key].as_f64().unwrap_or(f64::NAN)
 }
 
-/// A count of a line; 0 if it has none.
+/// Returns a count of a JSON line; 0 if it has none.
 pub fn count(line: &Value, key: &str) -> u64 {
     line[key].as_u64().unwrap_or_default()
 }
 
-/// The time of the earliest line that `is` wanted; NaN if there is none.
+/// Returns the time of the earliest line that `is` accepts; NaN if there is none.
 pub fn first_time<'a>(lines: impl IntoIterator<Item = &'a Value>, is: impl Fn(&Value) -> bool) -> f64 {
     lines.into_iter().filter(|line| is(line)).map(|line| number(line, "time")).fold(f64::NAN, f64::min)
 }

@@ -1,4 +1,4 @@
-//! A job that nothing happens to: what the coordinator is asked, and what it costs.
+//! Undisturbed job: the messages to the coordinator, and its processor time.
 
 use std::fs;
 use std::thread::sleep;
@@ -14,7 +14,7 @@ use crate::options::Options;
 use crate::proxy::{Counts, Proxy, Speaker};
 use crate::workers::{MEMBERS, stop};
 
-/// Rows, checkpoints and pictures are asked for by the job, so they are seldom here.
+/// Settings without checkpoints and pictures: the job decides how many messages these cause.
 const QUIET: &[&str] = &["job.steps=100000000", "sample.every_steps=0", "checkpoint.every_steps=0"];
 /// Kinds of messages by their numbers in the wire contract.
 const HEARTBEAT: (Speaker, u64) = (Speaker::Worker, 6);
@@ -22,17 +22,17 @@ const ROW: (Speaker, u64) = (Speaker::Worker, 7);
 const RECORDED: (Speaker, u64) = (Speaker::Coordinator, 6);
 const PULSE: (Speaker, u64) = (Speaker::Coordinator, 9);
 
-/// What was measured of one job.
+/// Measurements of one job.
 struct Watched {
     job: &'static str,
     seconds: f64,
     steps_per_second: f64,
     messages: Counts,
-    /// Seconds of processor time of the coordinator.
+    /// Processor time of the coordinator in seconds.
     busy: f64,
 }
 
-/// Watches the default job, and one whose steps are far shorter, for half of the time each.
+/// Measures the default job, and one with far shorter steps, for half of the time each.
 pub fn measure(options: &Options) -> Section {
     let before = load();
     let half = Duration::from_secs_f64(f64::from(options.seconds) / 2.0);
@@ -83,7 +83,7 @@ fn watch(job: &'static str, settings: &[&[&str]], time: Duration) -> Watched {
     watched
 }
 
-/// Steps a second between the first and the last row.
+/// Returns the steps per second between the first and the last row.
 fn rate(rows: &[Value]) -> f64 {
     let (Some(first), Some(last)) = (rows.first(), rows.last()) else { return f64::NAN };
     (number(last, "step") - number(first, "step")) / (number(last, "time") - number(first, "time"))
@@ -94,7 +94,7 @@ fn difference(after: &Counts, before: &Counts) -> Counts {
     after.iter().map(less).collect()
 }
 
-/// The processor time that a process has used, in seconds: proc(5), /proc/pid/stat, fields 14 and 15.
+/// Returns the processor time of a process in seconds: proc(5), /proc/pid/stat, fields 14 and 15.
 fn busy(pid: i32) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);

@@ -1,9 +1,10 @@
-//! Measures what a death costs, on real processes: of a worker, of the coordinator, and beside them of a
-//! process of others' trainers. Prints a table and writes it into a page.
+//! Measures the cost of a death, on real processes: of a worker, of the coordinator, and for
+//! comparison of a process of other trainers. Prints a table and writes it into a page.
 //!
-//! 1. A figure comes from the times that the processes themselves wrote, not from when this program looked.
-//! 2. A missed time is marked as missed. Only a broken promise, such as a step done again, makes the exit
-//!    code 1.
+//! 1. A figure comes from the times that the processes themselves recorded, not from when this
+//!    program polled.
+//! 2. A missed target is marked as missed. Only a broken promise, such as a repeated step, makes
+//!    the exit code 1.
 #![forbid(unsafe_code)]
 
 mod coordinator;
@@ -40,7 +41,7 @@ fn main() -> ExitCode {
     if broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Finds out before the hours that it takes whether the page can be written.
+/// Checks that the page can be written, before hours are spent on measurements.
 fn checked(options: Options) -> Result<Options, String> {
     match &options.page {
         Some(path) => {
@@ -51,7 +52,7 @@ fn checked(options: Options) -> Result<Options, String> {
     }
 }
 
-/// All that is asked for; each part is printed as soon as it is there.
+/// Runs all requested measurements; each section is printed as soon as it is done.
 fn measure(options: &Options) -> Vec<Section> {
     let mut sections = Vec::new();
     let mut done = |section: Section| {

@@ -1,30 +1,30 @@
-//! What is asked for.
+//! Command-line options.
 
 use std::path::PathBuf;
 
-/// How much to measure; 0 leaves a part out.
+/// Extent of the measurements; 0 leaves a section out.
 #[derive(Debug)]
 pub struct Options {
-    /// Kills of a worker.
+    /// Number of kills of a worker.
     pub kills: u32,
-    /// Restarts of the coordinator.
+    /// Number of restarts of the coordinator.
     pub restarts: u32,
-    /// Seconds to watch a job that nothing happens to.
+    /// Seconds for which an undisturbed job is measured.
     pub seconds: u32,
-    /// Kills of a process of each other trainer.
+    /// Number of kills of a process of each other trainer.
     pub peer_kills: u32,
-    /// Of the random moments and victims.
+    /// Seed of the random moments and victims.
     pub seed: u64,
-    /// The page to write the table into.
+    /// Page to write the table into.
     pub page: Option<PathBuf>,
-    /// Where PyTorch and torchft for Python are.
+    /// Folder with PyTorch and torchft for Python.
     pub python_path: Option<PathBuf>,
-    /// How this program was called.
+    /// Command line of this program.
     pub command: String,
 }
 
 impl Options {
-    /// Reads `--name value` pairs.
+    /// Parses `--name value` pairs.
     pub fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
         let mut options = Options {
             kills: 100,
@@ -61,7 +61,7 @@ impl Options {
     }
 }
 
-/// Random numbers that a seed repeats: SplitMix64 of Steele, Lea and Flood (2014).
+/// Reproducible random numbers: SplitMix64 of Steele, Lea and Flood (2014).
 pub struct Random(pub u64);
 
 impl Random {
@@ -73,12 +73,12 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Uniform in [0, 1).
+    /// Draws uniformly from [0, 1).
     pub fn fraction(&mut self) -> f64 {
         f64::from(u32::try_from(self.next() >> 32).unwrap_or_default()) / 4_294_967_296.0
     }
 
-    /// One of them.
+    /// Draws one of the items.
     pub fn choose<'a, T>(&mut self, from: &'a [T]) -> &'a T {
         let index = self.next() % from.len() as u64;
         &from[usize::try_from(index).expect("an index")]

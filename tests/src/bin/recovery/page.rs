@@ -1,4 +1,4 @@
-//! The page of the table.
+//! Page with the tables.
 
 use std::io;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::options::Options;
 const BEGIN: &str = "<!-- Written by `make bench-recovery`; changes below this line are lost. -->";
 const END: &str = "<!-- Written by hand again. -->";
 
-/// The generated part.
+/// Formats the generated part.
 pub fn render(options: &Options, sections: &[Section]) -> String {
     let parts: Vec<String> = sections.iter().map(Section::render).collect();
     format!(
@@ -23,12 +23,12 @@ pub fn render(options: &Options, sections: &[Section]) -> String {
     )
 }
 
-/// Tries whether the generated part can be put into a page.
+/// Checks that the generated part can be put into a page.
 pub fn try_out(path: &Path) -> io::Result<()> {
     try_part(path, BEGIN, END)
 }
 
-/// Puts the generated part into a page and leaves what is written by hand.
+/// Replaces the generated part of a page and keeps the parts written by hand.
 pub fn write(path: &Path, part: &str) -> io::Result<()> {
     write_part(path, BEGIN, END, part)
 }

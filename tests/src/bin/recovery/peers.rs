@@ -1,5 +1,5 @@
-//! The same for others' trainers, on the same machine with the same model: PyTorch's elastic launcher, and
-//! torchft.
+//! Recovery of other trainers, on the same machine with the same model: PyTorch's elastic launcher,
+//! and torchft.
 
 use std::fs;
 use std::net::TcpListener;
@@ -18,9 +18,10 @@ use crate::figures::{Sample, Section, count, first_time, ms, number};
 use crate::options::{Options, Random};
 use crate::workers::{MEMBERS, Workers};
 
-/// How long a trainer may take for anything: on a busy machine PyTorch alone takes half a minute to load.
+/// Time limit of every wait for a trainer: on a busy machine PyTorch alone takes half a minute to
+/// load.
 const LIMIT: Duration = Duration::from_secs(180);
-/// How often its log is looked at.
+/// Interval at which a trainer's log is polled.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// A trainer under test: its log, its output, its processes.
@@ -32,7 +33,7 @@ struct Peer<'a> {
     random: Random,
 }
 
-/// What its kills cost, in seconds and steps.
+/// Costs of a trainer's kills, in seconds and steps.
 #[derive(Default)]
 struct Costs {
     next_step: Vec<f64>,
@@ -40,7 +41,7 @@ struct Costs {
     steps_again: Vec<u64>,
 }
 
-/// Kills processes of both.
+/// Kills processes of both trainers.
 pub fn measure(options: &Options, ours: Option<&Workers>) -> Section {
     let mut section = Section::new("Beside others");
     let before = load();
@@ -93,7 +94,7 @@ impl Peer<'_> {
         Ok(Peer { options, python_path, folder, log, random: Random(options.seed) })
     }
 
-    /// Starts Python with our scripts in reach.
+    /// Starts Python with the scripts of this repository on its path.
     fn python(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Process {
         let scripts = scripts();
         let path = format!("{}:{}", absolute(self.python_path), scripts.display());
@@ -104,8 +105,8 @@ impl Peer<'_> {
         Process::start(command)
     }
 
-    /// Waits until the log gives something; a trainer that does not get there is no reason to give the others
-    /// up.
+    /// Waits until the log gives a value. A trainer that does not get there is no reason to give up
+    /// the others.
     fn wait_for<T>(
         &mut self,
         what: &str,
@@ -131,7 +132,7 @@ impl Drop for Peer<'_> {
     fn drop(&mut self) {
         let lines = self.log.lines().to_vec();
         for pid in lines.iter().filter_map(pid) {
-            // The number may be another process's by now.
+            // The id may have been reused for another process.
             if fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("_peer.py"))
             {
                 send(pid, Signal::SIGKILL);
@@ -148,7 +149,7 @@ fn absolute(path: &Path) -> String {
     std::path::absolute(path).unwrap_or_default().display().to_string()
 }
 
-/// The version of a Python package, from the folder that says so.
+/// Returns the version of a Python package, from the name of its metadata folder.
 fn version(options: &Options, package: &str) -> String {
     let folder = options.python_path.as_deref().and_then(|path| fs::read_dir(path).ok());
     let names =
@@ -166,7 +167,7 @@ fn is(line: &Value, kind: &str, after: f64) -> bool {
     line["kind"] == kind && number(line, "time") > after
 }
 
-/// Steps of all members since a moment, one for each rank.
+/// Whether all members have made a step since a moment, one line for each rank.
 fn all_step(lines: &[Value], after: f64) -> Option<()> {
     let stepped = |rank: u32| {
         let own = |line: &&Value| is(line, "step", after) && count(line, "rank") == u64::from(rank);
@@ -175,13 +176,13 @@ fn all_step(lines: &[Value], after: f64) -> Option<()> {
     (0..MEMBERS).all(stepped).then_some(())
 }
 
-/// The launcher restarts all processes, which go on from the newest checkpoint.
+/// The launcher restarts all processes, which resume from the newest checkpoint.
 fn torchrun(peer: &mut Peer) -> Result<Costs, String> {
     let members = MEMBERS.to_string();
     let launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", &members];
     let launcher = [&launcher[..], &["--max-restarts", "1000", "torchrun_peer.py"]].concat();
-    // A store that the launcher keeps from one attempt to the next has the addresses of the dead, where Gloo
-    // looks for the living: restarts fail, again and again.
+    // A store that the launcher keeps from one attempt to the next still has the addresses of the
+    // dead, where Gloo looks for the living: restarts fail, again and again.
     let launcher = peer.python(&launcher, &[("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")]);
     let (mut costs, mut since) = (Costs::default(), 0.0);
     for _ in 0..peer.options.peer_kills {
@@ -217,7 +218,7 @@ fn torchrun(peer: &mut Peer) -> Result<Costs, String> {
     Ok(costs)
 }
 
-/// What deals out torchft's quorums, with the options of its README.
+/// Starts torchft's quorum server, with the options of its README.
 fn lighthouse(peer: &Peer, address: &str) -> Process {
     let program = format!("{}/bin/torchft_lighthouse", absolute(peer.python_path));
     let limits = ["--min_replicas", "1", "--quorum_tick_ms", "100", "--join_timeout_ms", "10000"];
@@ -228,8 +229,8 @@ fn free_address() -> std::io::Result<String> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
 }
 
-/// Survivors go on without the dead. The new process is started only then: while it loads, torchft would wait
-/// for it too.
+/// The survivors go on without the dead. The new process is started only then: while it loads,
+/// torchft would wait for it too.
 fn torchft(peer: &mut Peer) -> Result<Costs, String> {
     let address = free_address().map_err(|error| error.to_string())?;
     let _lighthouse = lighthouse(peer, &address);

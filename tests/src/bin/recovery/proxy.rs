@@ -1,8 +1,8 @@
-//! A relay between workers and their coordinator that counts what they say to each other.
+//! Relay between workers and their coordinator that counts their messages.
 //!
-//! It reads the frames of HTTP/2 (RFC 9113, section 4.1) as they pass and puts the messages of gRPC in them
-//! together: a byte of flags and four of length before each. Of a session's message it reads which kind it
-//! is.
+//! The relay parses the frames of HTTP/2 (RFC 9113, section 4.1) as they pass and reassembles the gRPC
+//! messages in them: a byte of flags and four of length before each. Of a session's message it only
+//! reads the kind.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -10,13 +10,13 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::spawn;
 
-/// What a client sends before its first frame.
+/// Length of a client's connection preface in bytes.
 const PREFACE: usize = 24;
 const FRAME_HEAD: usize = 9;
 const DATA: u8 = 0;
 const MESSAGE_HEAD: usize = 5;
 
-/// Who speaks.
+/// Sender of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Speaker {
     /// A worker.
@@ -25,18 +25,18 @@ pub enum Speaker {
     Coordinator,
 }
 
-/// How many messages of each kind passed, by the number of the kind in the wire contract.
+/// Count of messages by sender and kind, the kind's number being that of the wire contract.
 pub type Counts = BTreeMap<(Speaker, u64), u64>;
 
-/// A running relay.
+/// Running relay.
 pub struct Proxy {
-    /// Where workers find the coordinator.
+    /// Address for the workers.
     pub url: String,
     counts: Arc<Mutex<Counts>>,
 }
 
 impl Proxy {
-    /// Relays to the coordinator at `url`.
+    /// Starts a relay to the coordinator at `url`.
     pub fn start(url: &str) -> std::io::Result<Proxy> {
         let coordinator = url.trim_start_matches("http://").to_string();
         let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -52,7 +52,7 @@ impl Proxy {
         Ok(Proxy { url, counts })
     }
 
-    /// All messages so far.
+    /// Returns the counts so far.
     pub fn counts(&self) -> Counts {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -80,15 +80,15 @@ fn pass_on(mut from: TcpStream, mut to: TcpStream, mut count: Count) {
     let _ = to.shutdown(Shutdown::Write);
 }
 
-/// Counts the messages of one direction of a connection.
+/// Counter of the messages in one direction of a connection.
 struct Count {
     speaker: Speaker,
     counts: Arc<Mutex<Counts>>,
-    /// Bytes of frames that are not whole.
+    /// Bytes of an incomplete frame.
     frames: Vec<u8>,
-    /// Bytes that are no frame, at the start.
+    /// Bytes at the start that are not part of a frame.
     skip: usize,
-    /// Bytes of messages that are not whole, by stream.
+    /// Bytes of incomplete messages, by stream.
     messages: BTreeMap<u32, Vec<u8>>,
 }
 
@@ -129,7 +129,7 @@ impl Count {
     }
 }
 
-/// The number of the field after the term, which is the first.
+/// Returns the number of the field after the term, which is the first field.
 fn kind(message: &[u8]) -> u64 {
     let mut rest = message;
     let mut number = || {

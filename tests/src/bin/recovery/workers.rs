@@ -1,4 +1,4 @@
-//! One random member of four is killed, again and again.
+//! Recovery from a worker's death: one random member of four is killed, many times.
 
 use std::collections::BTreeSet;
 
@@ -10,14 +10,15 @@ use serde_json::Value;
 use crate::figures::{Sample, Section, count, first_time, number, spread_head, value_head};
 use crate::options::{Options, Random};
 
-/// Members at full strength.
+/// World size at full strength.
 pub const MEMBERS: u32 = 4;
-/// The default job, with a row for every step, so that every commit has its time in a file.
+/// Settings of the default job, with a row for every step, so that every commit has its time in a
+/// file.
 pub const JOB: &[&str] = &["job.steps=100000000", "metrics.every_steps=1"];
-/// Updates in a step of the default job: the discriminator's, then the generator's.
+/// Updates per step of the default job: the discriminator's, then the generator's.
 const PHASES: u64 = 2;
 
-/// What was measured.
+/// Measurements of all kills.
 pub struct Workers {
     seed: u64,
     load: [String; 2],
@@ -27,14 +28,14 @@ pub struct Workers {
     audited: bool,
 }
 
-/// A member was killed.
+/// Kill of a member.
 struct Kill {
     time: f64,
-    /// The generation that it was a member of.
+    /// Generation that the member belonged to.
     generation: u64,
 }
 
-/// How long after a kill, in seconds, things happened.
+/// Times after a kill, in seconds, of the stages of its recovery.
 struct Recovery {
     noticed: f64,
     regrouped: f64,
@@ -44,7 +45,7 @@ struct Recovery {
     full_step: f64,
 }
 
-/// Kills and waits until the group is at full strength, as often as asked.
+/// Kills a member and waits until the group is at full strength, as often as the options say.
 pub fn measure(options: &Options) -> Workers {
     let before = load();
     let run = Run::new(&[JOB]);
@@ -98,12 +99,12 @@ fn is_full(event: &Value) -> bool {
 }
 
 impl Workers {
-    /// From a kill to the next committed step.
+    /// Times from a kill to the next committed step.
     pub fn next_step(&self) -> Sample {
         Sample::new(self.recoveries().iter().map(|recovery| recovery.next_step))
     }
 
-    /// From a kill to a step of a group at full strength.
+    /// Times from a kill to a step of a group at full strength.
     pub fn full_step(&self) -> Sample {
         Sample::new(self.recoveries().iter().map(|recovery| recovery.full_step))
     }
@@ -133,7 +134,8 @@ impl Workers {
         }
     }
 
-    /// Steps that were committed, and done again by a later group: its position is before their end.
+    /// Count of steps that were committed, and repeated by a later group: its update index is
+    /// before their end.
     fn redone(&self) -> u64 {
         let formed = self.events.iter().filter(|event| event["kind"] == "generation_formed");
         let redone = |group: &Value| {
@@ -144,12 +146,12 @@ impl Workers {
         formed.map(redone).sum()
     }
 
-    /// Rows that a step has too many, or too few.
+    /// Count of steps that have more or fewer rows than one.
     fn uneven(&self) -> u64 {
         uneven(&self.rows)
     }
 
-    /// The table.
+    /// Formats the table.
     pub fn section(&self) -> Section {
         let mut section = Section::new("A worker is killed");
         let [before, after] = &self.load;
@@ -186,14 +188,15 @@ impl Workers {
     }
 }
 
-/// Steps of the range of all rows that do not have one row.
+/// Count of steps within the range of all rows that do not have exactly one row.
 pub fn uneven(rows: &[Value]) -> u64 {
     let steps: BTreeSet<u64> = rows.iter().map(|row| count(row, "step")).collect();
     let expected = steps.last().copied().unwrap_or_default();
     rows.len().abs_diff(steps.len()) as u64 + expected.abs_diff(steps.len() as u64)
 }
 
-/// Each two steps that follow each other in time: when they were committed, and the seconds between.
+/// Intervals between steps that are consecutive in time: the times of their commits, and the
+/// seconds between.
 pub fn intervals(rows: &[Value]) -> impl Iterator<Item = (f64, f64, f64)> {
     let mut times: Vec<f64> = rows.iter().map(|row| number(row, "time")).collect();
     times.sort_by(f64::total_cmp);
