@@ -87,6 +87,7 @@ impl Drop for Backend {
 
 fn drop_in_order(parts: Parts) {
     let Parts { group, parked } = parts;
+    // Blocks until libtorch no longer uses the parked buffers (invariant 2).
     drop(group);
     drop(parked);
 }

@@ -92,6 +92,8 @@ impl Core {
 
     /// Polls all operations that are under way.
     fn poll(&self) {
+        // Invariant 1: the lock is released at the end of this statement, before libtorch is
+        // called.
         let unsettled: Vec<_> = lock(&self.registry).claims.values().filter_map(Claim::unsettled).collect();
         unsettled.iter().for_each(|work| work.poll());
     }
@@ -109,6 +111,7 @@ impl Core {
             true => None,
             false => registry.backend.clone(),
         };
+        // Invariant 1: libtorch frees the memory after the lock is released.
         drop(registry);
         drop(freed);
         if backend.is_none() {
@@ -123,6 +126,7 @@ impl Core {
         let mut registry = lock(&self.registry);
         let id = OperationId(registry.next_id);
         registry.next_id += 1;
+        // A success that came before the abort still counts: the caller can claim its buffers.
         if registry.backend.is_none() && flight.settle(Err(Error::Aborted)).is_err() {
             backend.park(loan);
         } else {
@@ -143,6 +147,8 @@ impl Core {
         let Some(claim) = registry.claims.get_mut(&id) else { return };
         claim.abandoned = true;
         let unsettled = claim.unsettled();
+        // Invariant 1: polling may block. The operation may be claimed or parked meanwhile, so it
+        // is looked up again below.
         drop(registry);
         if let Some(work) = unsettled {
             work.poll();
@@ -167,6 +173,7 @@ impl Core {
         let backend = registry.backend.take()?;
         for (id, claim) in std::mem::take(&mut registry.claims) {
             match claim.flight.settle(Err(Error::Aborted)) {
+                // Succeeded before the abort: its caller can still claim the buffers.
                 Ok(()) => drop(registry.claims.insert(id, claim)),
                 Err(_) => backend.park(claim.loan),
             }

@@ -86,6 +86,7 @@ impl<T: Lent> Pending<T> {
     pub fn wait(mut self, timeout: Duration) -> Result<T, Error> {
         let outcome = match self.sleep_until(deadline(timeout)) {
             Some(outcome) => outcome,
+            // The operation may have ended just now; then its own outcome counts.
             None => self.launched.flight.settle(Err(Error::Timeout)),
         };
         let done = outcome.and_then(|()| self.take_buffers());
@@ -118,6 +119,7 @@ impl<T: Lent> Pending<T> {
 
     fn sleep_until(&self, end: Instant) -> Option<Outcome> {
         if self.launched.work.is_none() {
+            // libtorch reports the end by itself, so nothing has to be polled.
             return self.launched.flight.wait_until(end);
         }
         loop {

@@ -111,6 +111,7 @@ impl Script {
             Mode::Evaluation => (false, 0),
         };
         let output = {
+            // Held for the run alone, which seeds the shared generator and then draws from it.
             let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
             owned(module.run(training, seed, at_tensor(input))?)?
         };
@@ -125,6 +126,8 @@ impl Script {
     /// [`Error::Fatal`] if the module's program fails.
     pub fn evaluate(&self, input: &Tensor) -> Result<Tensor, Error> {
         let module = self.module.lock().unwrap_or_else(PoisonError::into_inner);
+        // The module's lock is taken before the turn, here and in `run`, so the two cannot
+        // deadlock.
         let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         owned(module.run(false, 0, at_tensor(input))?)
     }

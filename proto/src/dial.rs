@@ -126,6 +126,8 @@ impl Dial {
         let connector = TlsConnector::from(Arc::new(config));
         let explain = |error: io::Error| self.explain(expected, &error);
         let mut stream = connector.connect(name, stream).await.map_err(explain)?;
+        // Invariant 2: the server's first bytes mean that it accepted the certificate. A stream
+        // that ends instead means that it did not.
         if stream.fill_buf().await.map_err(explain)?.is_empty() {
             return Err(self.explain(expected, &io::ErrorKind::UnexpectedEof.into()));
         }

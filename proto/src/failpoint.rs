@@ -25,6 +25,7 @@ pub fn reached(point: &str, number: u64) {
     static WANTED: OnceLock<Option<Wanted>> = OnceLock::new();
     let Some(wanted) = WANTED.get_or_init(|| parse(&std::env::var(VARIABLE).ok()?)) else { return };
     if wanted.number == number && wanted.point == point {
+        // Creating the file decides which process is the first.
         let first = OpenOptions::new().write(true).create_new(true).open(&wanted.file).is_ok();
         if first && wanted.hang {
             loop {

@@ -250,6 +250,7 @@ impl Place {
     /// Runs `work` for as long as the slot is kept.
     pub async fn keep<T>(&self, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
         tokio::select! {
+            // Finished work counts even if the slot is lost at the same time.
             biased;
             done = work => done,
             () = self.shown_out() => {
@@ -301,10 +302,12 @@ pub async fn accept_loop<A: Accept>(
         let retry = async {
             match retry {
                 Some(at) => sleep_until(at).await,
+                // No retry is due: only the other branches can end this wait.
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
+            // Polled in order: shutdown first, newcomers last.
             biased;
             () = shutdown.as_mut() => return,
             // Waiting connections take precedence over newcomers. A slot freed while nobody listens

@@ -40,6 +40,7 @@ impl Throttle {
         let now = Instant::now();
         let mut quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
         if quiet.len() >= ADDRESSES && !quiet.contains_key(&address) {
+            // Addresses with their full allowance are forgotten first, then any one.
             quiet.retain(|_, quiet| *quiet > now);
             if quiet.len() >= ADDRESSES {
                 quiet.pop_first();

@@ -232,6 +232,7 @@ impl Trace {
         // Viewers expect thread ids to be unique on the whole machine.
         let (pid, tid) = (shared.pid, shared.pid.saturating_mul(TRACKS).saturating_add(track));
         let mut sink = shared.lock();
+        // The lock is held over the write of a full block, so that blocks keep their order.
         sink.add(&Event { name, ph, ts, dur, pid, tid, args });
         if sink.block.len() >= BLOCK {
             shared.hand_over(&mut sink);
@@ -273,6 +274,7 @@ impl Sink {
 
     /// Writes the block; returns the length of the file, to which other processes append as well.
     fn hand_over(&mut self) -> io::Result<u64> {
+        // One call, so that the system appends the block as a whole (invariant 2).
         let (written, whole) = (self.file.write(&self.block), self.block.len());
         self.block.clear();
         let length = self.file.metadata()?.len();

@@ -57,6 +57,7 @@ impl Storage {
             let create = PutOptions::from(PutMode::Create);
             return self.store.put_opts(path, content.clone(), create).await.map(drop);
         }
+        // Spares the upload of a file that exists; the conditional copy below decides.
         if self.exists(path).await? {
             return Err(Error::AlreadyExists { path: path.to_string(), source: "it is there".into() });
         }
@@ -212,6 +213,7 @@ impl Storage {
         if length <= PART as u64 {
             return take(whole.bytes().await?);
         }
+        // Ends the first request, whose body is not read: the content is read in ranges instead.
         drop(whole);
         for start in (0..length).step_by(PART) {
             take(self.store.get_range(path, start..length.min(start + PART as u64)).await?)?;
@@ -222,6 +224,7 @@ impl Storage {
 
 /// Adds a part to an upload once there is capacity; aborts an upload that failed.
 async fn pushed(mut upload: WriteMultipart, part: Bytes) -> Result<WriteMultipart> {
+    // Bounds the memory that parts in transfer take.
     if let Err(error) = upload.wait_for_capacity(AT_ONCE).await {
         let _ = upload.abort().await;
         return Err(error);

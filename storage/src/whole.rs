@@ -224,6 +224,7 @@ impl Draft {
     /// # Errors
     /// The system's. If only making it durable failed, the new file may be in place.
     pub fn put(mut self) -> io::Result<()> {
+        // Invariant 1: the content is on the disk before the name is.
         self.file().sync_all()?;
         fs::rename(self.draft.path(), &self.target)?;
         // The draft's name is free, and may be another writer's from now on.
@@ -287,10 +288,12 @@ fn claim(from: &Path, to: &Path, patience: Duration) -> io::Result<()> {
     let begun = Instant::now();
     while let Err(error) = File::create_new(to) {
         let is_empty = error.kind() == ErrorKind::AlreadyExists && fs::symlink_metadata(to)?.len() == 0;
+        // An empty draft put in place would look like a reservation, so it is refused.
         if !is_empty || fs::metadata(from)?.len() == 0 {
             return Err(error);
         }
         if begun.elapsed() >= patience {
+            // The writer that reserved the name counts as dead: its name is taken over.
             break;
         }
         std::thread::sleep(CLAIM_LOOK);

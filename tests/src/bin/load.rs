@@ -109,6 +109,7 @@ fn facts() -> LoadedFacts {
 
 /// Runs one session, from its hello to its death or the end.
 async fn session(crowd: Arc<Crowd>, index: usize, url: String, gate: Arc<Semaphore>) {
+    // Bounds the handshakes under way; an open session holds no permit.
     let permit = gate.acquire().await.expect("the gate stays open");
     let mut stranger = Stranger::join(connect(&url).await, hello()).await.expect("welcome");
     drop(permit);
