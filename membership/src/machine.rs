@@ -157,6 +157,7 @@ impl Machine {
 
     /// Takes one event and appends the resulting actions, in order.
     pub fn handle(&mut self, now: Time, event: Event, actions: &mut Vec<Action>) {
+        // Before any limit is checked: an oversleep restarts them all.
         self.notice_oversleep(now);
         if self.stage == Stage::Ended {
             return;
@@ -167,6 +168,7 @@ impl Machine {
         if routine && actions.len() == decided {
             return;
         }
+        // Losses come first: groups are formed, and changes planned, from the members that remain.
         self.drop_late(actions);
         self.judge_absent(actions);
         self.shed_locals(actions);

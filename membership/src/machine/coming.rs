@@ -165,6 +165,7 @@ impl Machine {
         if self.workers.remove(&worker).is_some() {
             if self.locals.workers.contains(&worker) {
                 self.locals.failures = 0;
+                // Its process is killed if it has not ended by then.
                 self.locals.lingering.insert(worker, self.now + self.settings.limits.deadline);
             }
             actions.push(Action::Release(worker));
@@ -180,6 +181,7 @@ impl Machine {
         let Some(entry) = self.workers.remove(&worker) else { return };
         let is_member = self.is_member(worker);
         if is_member && !dead {
+            // The member may train on out of sight of the coordinator, until its lease ends.
             self.absent.insert(worker, entry.last_heard + self.settings.limits.lease);
         }
         self.locals.lost(worker, &loss, entry.member_since, self.now, self.settings.limits.deadline);

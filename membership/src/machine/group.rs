@@ -75,6 +75,8 @@ impl Machine {
                 }
                 let is_reset = fault == Fault::Peer;
                 self.regroup(Cause::Fault(worker, fault), actions);
+                // The peer's session may have ended before this report: with both, the peer is lost
+                // at once.
                 if is_reset {
                     self.lose_disconnected(actions);
                 }
@@ -97,6 +99,7 @@ impl Machine {
     /// Rolls all members back to the newest checkpoint because their states differ.
     pub(super) fn diverged(&mut self, detail: String, actions: &mut Vec<Action>) {
         if self.condemned == Some(self.last_generation) {
+            // Another member has reported it already: a divergence is rolled back once.
             return;
         }
         self.divergences += 1;

@@ -110,6 +110,7 @@ impl Machine {
         let limits = &self.settings.limits;
         let members = self.members().filter_map(|id| self.workers.get(&id));
         let slowest = members.map(|worker| worker.progress.slowest_leaf).max();
+        // Ten times the slowest shard gradient, but never less than the failure deadline.
         slowest.map_or(limits.lease, |slowest| limits.deadline.max(slowest * 10))
     }
 
