@@ -321,7 +321,6 @@ impl Machine {
     }
 
     // ---- Questions
-    // -----------------------------------------------------------------------------------------------
 
     fn concerns_newest(&self, worker: WorkerId, generation: Generation) -> bool {
         generation == self.last_generation && self.is_member(worker) && self.workers.contains_key(&worker)

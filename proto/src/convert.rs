@@ -26,7 +26,6 @@ fn required<T>(field: Option<T>, name: &str) -> Result<T, Malformed> {
 }
 
 // ---- A worker's messages
-// -----------------------------------------------------------------------------------------
 
 impl FromWorker {
     /// Converts the message to the wire.
@@ -384,7 +383,6 @@ fn digest(hex: String) -> Result<String, Malformed> {
 }
 
 // ---- The coordinator's messages
-// ----------------------------------------------------------------------------------
 
 impl ToWorker {
     /// Converts the message to the wire.
@@ -573,7 +571,6 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
 }
 
 // ---- The job
-// -----------------------------------------------------------------------------------------------------
 
 fn path_to_wire(path: &Path) -> String {
     path.to_string_lossy().into_owned()
@@ -811,7 +808,6 @@ fn sample_from_wire(sample: &wire::Sample) -> job::Sample {
 }
 
 // ---- An operator's messages
-// --------------------------------------------------------------------------------------
 
 /// Checks a coordinator's status and makes its texts safe to show.
 ///

@@ -241,7 +241,6 @@ impl EvaluationRow {
 }
 
 // ---- On the wire
-// ---------------------------------------------------------------------------------------------------
 
 /// Largest number of metrics in a row.
 const FIGURES: usize = 64;

@@ -851,7 +851,6 @@ fn a_group_that_cannot_save_is_not_formed() {
 }
 
 // ---- Found by the simulation
-// -------------------------------------------------------------------------------------
 
 #[test]
 fn a_member_that_waits_longer_than_its_limit_asks_for_no_tick_that_is_due() {
