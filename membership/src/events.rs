@@ -167,7 +167,7 @@ pub struct Progress {
 /// Activity of a training thread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Activity {
-    /// Computing shard gradients or applying an update.
+    /// Computing shard gradients.
     Computing,
     /// Waiting for other members.
     Waiting,
