@@ -1,16 +1,16 @@
 //! The worker's side of its session with the coordinator.
 //!
 //! A thread of its own keeps the stream alive and answers at once, whatever the training thread does: it
-//! takes orders in, aborts a group that it is told to leave, sends heartbeats, and finds the coordinator
-//! again when the stream ends. The training thread asks for its next order when it is at rest, and looks at
-//! the newest plan when it reduces.
+//! receives assignments, aborts a group that it is told to leave, sends heartbeats, and reconnects to the
+//! coordinator when the stream ends. The training thread asks for its next assignment when it is quiesced,
+//! and reads the newest plan at each reduce.
 //!
 //! 1. An abort reaches the group of its generation even when it arrives before that group was formed.
 //! 2. Metrics rows and reports of written files are kept until the coordinator says that they are recorded.
 //! 3. Training goes on without a coordinator until the lease is over, and no further:
 //!    [`Session::may_commit`].
 //! 4. A worker refuses a coordinator of an older term than it has known, and one of another run.
-//! 5. A worker that its coordinator does not know any more gives its group up before it says that it has
+//! 5. A worker that its coordinator no longer knows gives its group up before it reports that it has
 //!    loaded.
 
 mod client;
@@ -45,21 +45,21 @@ use store::GrpcStore;
 
 use crate::tunnel::Tunnels;
 
-/// Steps of recorded evaluations that are remembered.
+/// Number of recorded evaluations' steps that are remembered.
 const RECORDED_LIMIT: usize = 64;
-/// Rows that a worker keeps at most, some 60 MB of them.
+/// Maximum number of unrecorded rows that a worker keeps: about 60 MB.
 const ROWS_LIMIT: usize = 1 << 18;
-/// How often a wait looks whether it is over for another reason than the one that it is told of.
+/// Interval at which a wait checks the conditions that do not wake it.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// How a worker's part in a run ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
-    /// It is not needed any more.
+    /// Released by the coordinator: the worker is no longer needed.
     Released,
     /// The run is complete: neither it nor another in its place is needed any more.
     Complete,
-    /// It may not take part.
+    /// Refused by the coordinator, with the reason.
     Rejected(String),
     /// The coordinator is gone for longer than the lease.
     Lost(String),
@@ -73,22 +73,22 @@ pub struct Session {
     /// The address under which this machine reaches the coordinator.
     local_address: std::net::IpAddr,
     credentials: Credentials,
-    /// What connects groups over Gloo if this worker speaks TLS.
+    /// TLS tunnels for Gloo; `None` without TLS.
     tunnels: Option<Tunnels>,
 }
 
-/// What the training thread and the session's thread share.
+/// State shared by the training thread and the session's thread.
 struct Shared {
     inbox: Mutex<Inbox>,
     changed: Condvar,
-    /// The newest generation that was aborted.
+    /// Newest aborted generation; the store's waits end when it changes.
     aborted: watch::Sender<Generation>,
     lease: Lease,
     position: AtomicU64,
     activity: AtomicU8,
     leaves: AtomicU64,
     slowest_leaf_us: AtomicU64,
-    /// Who looks at the GPU, if there is one.
+    /// Sampler of the GPU's use; unset on a CPU.
     gpu: OnceLock<GpuWatch>,
 }
 
@@ -102,35 +102,35 @@ struct Inbox {
     /// Whether the newest abort asks for a probe.
     probe: bool,
     group: Option<(Generation, Aborter)>,
-    /// What the training thread is at rest with; `None` while it may commit.
+    /// State at which the training thread is quiesced; `None` while it may commit.
     rest: Option<Rested>,
-    /// Why this worker left the newest generation, which its coordinator may not have heard.
+    /// Reason for leaving the newest generation, sent again with each new session.
     fault: Option<Fault>,
-    /// Whether the state that this worker holds must not be used.
+    /// Whether the state that this worker holds is invalidated.
     void: bool,
     facts: Option<(LoadedFacts, Option<Box<Found>>)>,
-    /// Whether the coordinator waits to hear of `facts` until the training thread is at rest.
+    /// Whether `facts` are held back from the coordinator until the training thread is quiesced.
     introduce: bool,
     end: Option<End>,
     rows: VecDeque<MetricsRow>,
-    /// Whether the coordinator gets the rows from this member.
+    /// Whether this member (rank 0) sends the rows to the coordinator.
     reports_rows: bool,
     parts: VecDeque<(Generation, WrittenPart)>,
     evaluations: Evaluations,
 }
 
-/// Evaluations that were made, and those that need no making.
+/// Evaluations made by this worker, and the steps of those already recorded.
 #[derive(Default)]
 struct Evaluations {
-    /// Not recorded, as far as this worker heard.
+    /// Rows that the coordinator has not acknowledged.
     rows: VecDeque<EvaluationRow>,
-    /// The newest steps of recorded ones.
+    /// Newest steps whose evaluation is recorded, at most [`RECORDED_LIMIT`].
     recorded: BTreeSet<u64>,
 }
 
 impl Session {
-    /// Finds the coordinator, says hello, and waits to be taken in.
-    /// `device` is what it computes on, for people.
+    /// Connects to the coordinator, sends the hello, and waits for the welcome. `device` names the compute
+    /// device; it is diagnostic only.
     pub fn open(
         url: &str,
         credentials: Credentials,
@@ -140,7 +140,7 @@ impl Session {
         client::open(url, credentials, spawn_token, device)
     }
 
-    /// The same on a given machine, as a task of the runtime that this is called on.
+    /// The same on a given host, as a task of the calling runtime.
     pub async fn open_on(
         host: Host,
         url: &str,
@@ -149,7 +149,7 @@ impl Session {
         client::begin(url, spawn_token, host).await
     }
 
-    /// What the coordinator said when it took this worker in the last time.
+    /// The coordinator's newest welcome.
     pub fn welcome(&self) -> Welcome {
         self.shared.lock().welcome.clone()
     }
@@ -169,7 +169,7 @@ impl Session {
         let _ = self.outbox.send(message);
     }
 
-    /// Tells the coordinator that this worker can train.
+    /// Reports to the coordinator that this worker has loaded and can train.
     pub fn loaded(&self, facts: LoadedFacts, found: Option<Box<Found>>) {
         self.shared.lock().facts = Some((facts.clone(), found.clone()));
         self.send(FromWorker::Loaded(facts, found));
@@ -181,7 +181,7 @@ impl Session {
         self.shared.lock().next()
     }
 
-    /// Waits at rest for the next generation, or the end.
+    /// Waits, quiesced, for the next generation or the end.
     pub fn next_assignment(&self) -> Result<Assignment, End> {
         self.set_activity(Activity::Resting);
         let mut inbox = self.shared.lock();
@@ -195,10 +195,10 @@ impl Session {
         }
     }
 
-    /// Tells the coordinator why this worker leaves a generation, again with each new session until there is
-    /// another generation: without the reason the others would be expected to come to rest as well. If the
-    /// members' states differ, what this worker holds must not be used, and the coordinator hears of that
-    /// before it hears that this worker rests.
+    /// Reports why this worker leaves a generation, and again with each new session until there is another
+    /// generation: without the reason the other members would be expected to quiesce as well. If the
+    /// members' states differ, this worker's state is invalidated, and the coordinator hears of that before
+    /// it hears that the worker is quiesced.
     pub fn left(&self, generation: Generation, fault: Fault) {
         let mut inbox = self.shared.lock();
         if matches!(fault, Fault::Diverged(_)) {
@@ -210,17 +210,17 @@ impl Session {
         self.send(FromWorker::Fault(generation, fault));
     }
 
-    /// Whether the state that this worker holds must not be used.
+    /// Whether the state that this worker holds is invalidated.
     pub fn is_void(&self) -> bool {
         self.shared.lock().void
     }
 
-    /// The state that must not be used is gone.
+    /// Notes that the invalidated state has been dropped.
     pub fn void_is_gone(&self) {
         self.shared.lock().void = false;
     }
 
-    /// The training thread is at rest and commits nothing more of a generation.
+    /// Reports that the training thread is quiesced and commits nothing more of a generation.
     pub fn rested(&self, generation: Generation, mut rest: Rested) {
         let mut inbox = self.shared.lock();
         inbox.group = None;
@@ -270,7 +270,7 @@ impl Session {
         *self.shared.aborted.borrow() >= generation
     }
 
-    /// Whether it shall find out whom of its last group it cannot reach.
+    /// Returns whether a probe of the last group's members was requested, and clears the request.
     pub fn take_probe(&self) -> bool {
         std::mem::take(&mut self.shared.lock().probe)
     }
@@ -294,41 +294,42 @@ impl Session {
         (Arc::new(GrpcStore::new(channel, self.runtime.clone(), token, term, generation, aborted)), term)
     }
 
-    /// Lets the heartbeats tell how a GPU is used. There is one a worker: a second watch changes nothing.
+    /// Adds the GPU's use to the heartbeats. A worker has one watch: a second one changes nothing.
     pub fn watch_gpu(&self, watch: GpuWatch) {
         let _ = self.shared.gpu.set(watch);
     }
 
-    /// How the worker's GPU is used.
+    /// Current use of the worker's GPU.
     pub fn gpu_use(&self) -> GpuUse {
         self.shared.gpu_use()
     }
 
-    /// What connects groups over Gloo if this worker speaks TLS.
+    /// TLS tunnels for Gloo; `None` without TLS.
     pub fn tunnels(&self) -> Option<&Tunnels> {
         self.tunnels.as_ref()
     }
 
-    /// Tells the heartbeats where training is.
+    /// Sets the update index (`position`) that heartbeats report.
     pub fn set_position(&self, position: Position) {
         self.shared.position.store(position.0, Ordering::Relaxed);
     }
 
-    /// Tells the heartbeats what the training thread does.
+    /// Sets the training thread's activity that heartbeats report.
     pub fn set_activity(&self, activity: Activity) {
         self.shared.activity.store(activity as u8, Ordering::Relaxed);
     }
 
-    /// Tells the heartbeats, for as long as the guard lives, that training pauses for what is no training.
+    /// Reports in heartbeats, until the returned value is dropped, that training is paused for other work.
     pub fn pause(&self) -> Pause<'_> {
         let activity = &self.shared.activity;
         Pause { activity, before: activity.swap(Activity::Paused as u8, Ordering::Relaxed) }
     }
 
-    /// Tells the heartbeats that a leaf was computed, and how long that took.
+    /// Counts a computed shard gradient (`leaf`) for the heartbeats, with the time it took.
     pub fn leaf_done(&self, took: Duration) {
         self.shared.leaves.fetch_add(1, Ordering::Relaxed);
-        // One that a pause of the machine made long is forgotten after some hundred others.
+        // The maximum decays: one outlier, such as a pause of the machine, is forgotten after some hundred
+        // others.
         let known = self.shared.slowest_leaf_us.load(Ordering::Relaxed);
         let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         self.shared.slowest_leaf_us.store(took.max(known - known / 256), Ordering::Relaxed);
@@ -342,13 +343,13 @@ impl Session {
         self.shared.lock().rows.push_back(row);
     }
 
-    /// Waits until there is room for another row: one that no coordinator can record is kept, and nothing is
-    /// dropped. An abort of `generation`, the end of the lease or of the session ends the wait.
+    /// Waits until another row may be kept: an unrecorded row is never dropped. An abort of `generation`,
+    /// the end of the lease or of the session ends the wait.
     pub fn wait_for_room(&self, generation: Generation) {
         self.wait_for_room_among(ROWS_LIMIT, generation);
     }
 
-    /// The same, where at most so many rows are kept.
+    /// The same with at most `limit` rows.
     fn wait_for_room_among(&self, limit: usize, generation: Generation) {
         let is_full = |inbox: &Inbox| inbox.rows.len() >= limit && inbox.end.is_none();
         let mut inbox = self.shared.lock();
@@ -363,7 +364,7 @@ impl Session {
         }
     }
 
-    /// The same for the row of a step that others have reported, if this worker does not keep it already.
+    /// Reports the row of a step that other members have reported, unless this worker keeps it already.
     pub fn report_unless_kept(&self, rank: Rank, row: MetricsRow) {
         let is_kept = self.shared.lock().rows.iter().any(|kept| kept.step == row.step);
         if !is_kept {
@@ -371,13 +372,13 @@ impl Session {
         }
     }
 
-    /// The rows that no coordinator has recorded, as far as this worker heard.
+    /// Rows that no coordinator has acknowledged.
     pub fn kept_rows(&self) -> Vec<MetricsRow> {
         self.shared.lock().rows.iter().cloned().collect()
     }
 
-    /// Sends all kept rows again, but for those of steps after `step`, which are computed again. After a
-    /// change of the group nobody knows which of them arrived, and who has them all.
+    /// Sends all kept rows again, except those of steps after `step`, which are computed again. After a
+    /// change of the group nobody knows which rows arrived and which member has them all.
     pub fn report_kept(&self, rank: Rank, step: u64) {
         // Sent under the lock, so that no row comes between: the queue has no limit, and sending does not
         // wait.
@@ -399,20 +400,20 @@ impl Session {
         }
     }
 
-    /// Whether the coordinator has said that the evaluation of a step is recorded.
+    /// Whether the coordinator has acknowledged the evaluation of a step.
     pub fn is_evaluated(&self, step: u64) -> bool {
         self.shared.lock().evaluations.recorded.contains(&step)
     }
 
-    /// Reports a written file of a state that a generation trained to, and keeps the report until the
-    /// checkpoint needs it no more.
+    /// Reports a written checkpoint file of a state that a generation trained to, and keeps the report
+    /// until the checkpoint is recorded.
     pub fn report_part(&self, generation: Generation, part: WrittenPart) {
         self.shared.lock().parts.push_back((generation, part.clone()));
         self.send(FromWorker::PartWritten(generation, part));
     }
 }
 
-/// A pause of training. See [`Session::pause`].
+/// Guard that marks training as paused until it is dropped. See [`Session::pause`].
 pub struct Pause<'a> {
     activity: &'a AtomicU8,
     before: u8,
@@ -429,7 +430,7 @@ impl Inbox {
         self.end.clone().map(Err).or_else(|| self.assignment.take().map(Ok))
     }
 
-    /// What is held, and what is still to be reported of it, must not be used.
+    /// Invalidates the held state and every pending report of it.
     fn condemn(&mut self) {
         self.void = true;
         self.parts.clear();
@@ -443,14 +444,14 @@ impl Inbox {
     }
 }
 
-/// Whether a hello must not tell of the rest that followed: its position would be taken for that of a good
-/// state.
+/// Whether a fault must be reported before the quiesced position that followed it: otherwise that position
+/// would be taken for one of a valid state.
 fn goes_before_rest(fault: &Fault) -> bool {
     matches!(fault, Fault::Diverged(_))
 }
 
-/// Why a worker left a generation, which its coordinator may not have heard, and what its hello did not tell
-/// for that.
+/// Messages to repeat in a new session: the fault of a generation, and the quiesced position that the hello
+/// left out because of it.
 fn unheard(generation: Generation, fault: Option<Fault>, rest: Option<Rested>) -> Vec<FromWorker> {
     let Some(fault) = fault else { return Vec::new() };
     let untold = rest.filter(|_| goes_before_rest(&fault));
@@ -512,7 +513,7 @@ impl Shared {
         }
     }
 
-    /// Who this worker is, for a coordinator that may know it.
+    /// Identity that a reconnecting worker presents in its hello.
     fn resume(&self) -> Resume {
         let inbox = self.lock();
         Resume {
@@ -524,7 +525,7 @@ impl Shared {
         }
     }
 
-    /// A coordinator took this worker in again: returns what it must hear that it may not have heard.
+    /// Takes over the welcome of a new connection, and returns the messages to send again.
     fn welcome_again(&self, welcome: Welcome, channel: Channel) -> Vec<FromWorker> {
         let mut inbox = self.lock();
         let stranger = welcome.worker != inbox.welcome.worker;
@@ -588,6 +589,8 @@ impl Shared {
     }
 
     fn abort_locked(&self, inbox: &Inbox, generation: Generation) {
+        // Waiters of the store see the new value. The aborter is called under the inbox's lock, so that a
+        // group set by `watch_group` meanwhile is not missed.
         self.aborted.send_modify(|newest| *newest = generation.max(*newest));
         if let Some((watched, aborter)) = &inbox.group
             && *watched <= generation
@@ -601,7 +604,7 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// The kept rows from a step on.
+    /// Kept rows from step `first` on.
     fn rows_from(&self, first: u64) -> Vec<MetricsRow> {
         self.lock().rows.iter().filter(|row| row.step >= first).cloned().collect()
     }
@@ -662,7 +665,7 @@ mod tests {
         }
     }
 
-    /// A session with a coordinator that says nothing.
+    /// A session whose coordinator sends nothing.
     fn session(runtime: &tokio::runtime::Runtime) -> Session {
         use ganglion_coordinator::job_file::{Source, read};
         let _entered = runtime.enter();
@@ -686,7 +689,8 @@ mod tests {
         }
     }
 
-    /// Begins a wait for room among so many rows, ends it by `end`, and returns the rows that are kept then.
+    /// Begins a wait with at most `limit` rows, ends it by `end`, and returns the steps of the rows kept
+    /// then.
     fn steps_after_a_wait(session: &Session, limit: usize, end: impl FnOnce(&Shared)) -> Vec<u64> {
         std::thread::scope(|scope| {
             session.set_activity(Activity::Computing);

@@ -1,7 +1,7 @@
-//! One generation of the group, from its forming to its end.
+//! One generation of the group, from forming to its end.
 //!
-//! 1. The first collective compares who everyone thinks they are; a worker that belongs elsewhere is found
-//!    before it can touch anyone's state.
+//! 1. The first collective compares every member's view of the group's identity; a worker that belongs to
+//!    another group is detected before it can touch anyone's state.
 //! 2. State comes from one member by broadcast, into spare memory; it replaces the receiver's only when all
 //!    of it arrived and its fingerprint is right. Until then the receiver keeps what it had.
 //! 3. Before the first phase all members have compared the fingerprint of the whole state.
@@ -27,45 +27,45 @@ use crate::reduce::{AllReduce, ReduceError, ShardMap};
 use crate::session::Session;
 use crate::state::{ALIGNMENT, Counters, Module, State, StateLayout, narrow};
 
-/// How often a wait looks for an abort.
+/// Interval at which the wait for the group looks for an abort.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// What goes with the state without being part of it.
+/// Data broadcast with the state but not part of it: what a member needs to report a step's row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Carried {
     /// The mean losses of the last discriminator and generator phases, for the row of a step that a change of
     /// the group cut in two.
     pub losses: [f32; 2],
-    /// What the discriminator said of real samples and of the generator's, means over its last phase's.
+    /// Mean D outputs for real and for generated samples, over the last discriminator phase.
     pub scores: [f32; 2],
-    /// How the newest step with a row came about, for a member that was healed past its end: it may have to
-    /// report it.
+    /// Circumstances of the newest step with a row, for a member that was synchronised past its end and may
+    /// have to report it.
     pub newest: Circumstances,
 }
 
-/// How a step with a row came about.
+/// Circumstances in which a step with a row was committed.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Circumstances {
-    /// The generation that committed it; 0 if nobody knows.
+    /// Generation that committed the step; 0 if unknown.
     pub generation: u64,
-    /// Its size.
+    /// World size of that generation.
     pub world_size: u32,
-    /// Real images consumed a second since the row before.
+    /// Real images consumed per second since the row before.
     pub images_per_second: f32,
-    /// When it was committed, in seconds since the Unix epoch.
+    /// Time of the commit, in seconds since the Unix epoch.
     pub time: f64,
 }
 
-/// Floats that go with a state when it is broadcast: its counters and what is carried with it.
+/// Floats behind the state in its broadcast: the counters and [`Carried`].
 const TAIL: usize = 2 * ALIGNMENT;
 
-/// A group of workers that reduce together.
+/// Process group of one generation, with an all-reduce for each network.
 pub struct Team {
-    /// The ranks and their shards.
+    /// Assignment of data shards to ranks.
     pub shards: ShardMap,
-    /// The generation.
+    /// Number of the generation.
     pub generation: u64,
-    /// Positions by which the run was rolled back.
+    /// Update indices (positions) by which the run was rolled back.
     pub skips: Vec<Position>,
     group: Arc<Group>,
     timeout: Duration,
@@ -73,7 +73,7 @@ pub struct Team {
     discriminator: AllReduce,
 }
 
-/// Why a team could not be formed, or its work not be done.
+/// Reasons why a group could not be formed or its training failed.
 #[derive(Debug, thiserror::Error)]
 pub enum TeamError {
     /// A collective failed.
@@ -88,7 +88,7 @@ pub enum TeamError {
     /// The log of shard gradients cannot be written.
     #[error(transparent)]
     Log(#[from] LogError),
-    /// No thread could be started that reads it.
+    /// No thread could be started to read the checkpoint.
     #[error("cannot read a checkpoint: {0}")]
     Spawn(#[from] std::io::Error),
     /// The real samples could not be read.
@@ -100,7 +100,7 @@ pub enum TeamError {
     /// Members belong to different groups.
     #[error("{0}")]
     Fenced(String),
-    /// What was reduced is not finite and is not to be skipped.
+    /// The reduced gradient is not finite and is not to be skipped.
     #[error(transparent)]
     NonFinite(#[from] NonFinite),
 }
@@ -121,7 +121,7 @@ impl<T> From<c10d::Refused<T>> for TeamError {
 }
 
 impl Team {
-    /// Meets the other members of an assignment.
+    /// Meets the other members of an assignment and checks that all mean the same group.
     pub fn form(
         assignment: &Assignment,
         session: &Session,
@@ -148,15 +148,15 @@ impl Team {
         let (generation, skips) = (generation.0, assignment.group.skips.clone());
         let team = Team { shards, generation, skips, group, timeout, generator, discriminator };
         match team.compare("group", &identity(session, assignment, term)) {
-            // Nobody's state is wrong: somebody came to the wrong place.
+            // No state is wrong: a worker reached a group that is not its own.
             Err(TeamError::Diverged(what)) => Err(TeamError::Fenced(what)),
             compared => compared.map(|()| team),
         }
     }
 
-    /// Gives every member the state of the assignment's position, at position 0 the `fresh` one. `held` is
-    /// what this member holds or has read; the member that the assignment names as the source must have it.
-    /// It stays as it was if this fails on the way.
+    /// Gives every member the state of the assignment's update index, at index 0 the `fresh` one. `held` is
+    /// the state that this member holds or has read; the assignment's source must have one. It stays
+    /// unchanged if this fails on the way.
     pub fn start(
         &self,
         start: &Start,
@@ -186,8 +186,7 @@ impl Team {
         self.compare("state", &summary(state)?)
     }
 
-    /// Whether every member holds the state of a position, and all hold the same. All members get the same
-    /// answer.
+    /// Whether all members hold the same state, at the given update index. All members get the same answer.
     fn all_hold(&self, position: Position, held: Option<&(State, Carried)>) -> Result<bool, TeamError> {
         let held = held.filter(|(state, _)| state.counters.position == position);
         let own = held.map_or(Ok([u64::MAX; 4]), |(state, _)| summary(state))?;
@@ -218,6 +217,7 @@ impl Team {
                 narrow(spare, layout.len..layout.len + TAIL).copy_(&tail);
             });
         }
+        // Bounded by the timeout of reduces; an abort of the group ends the wait at once.
         let spare = self.group.broadcast(spare, source)?.wait(self.timeout)?;
         let tail = narrow(spare.tensor(), layout.len..layout.len + TAIL).to_device(Device::Cpu);
         let (counters, carried, fingerprint) = Carried::from_tensor(&tail);
@@ -235,7 +235,7 @@ impl Team {
         Ok(())
     }
 
-    /// Sums the gradients of a network's phases.
+    /// Returns the all-reduce of a network's gradients.
     pub fn all_reduce(&mut self, module: Module) -> &mut AllReduce {
         match module {
             Module::Generator => &mut self.generator,
@@ -251,7 +251,7 @@ impl Team {
         }
     }
 
-    /// Whether all members have the same words.
+    /// Fails unless all members have the same words.
     fn compare(&self, what: &str, words: &[u64]) -> Result<(), TeamError> {
         match self.first_other(words)? {
             None => Ok(()),
@@ -262,7 +262,7 @@ impl Team {
         }
     }
 
-    /// The first rank that has other words than this one.
+    /// Returns the first rank whose words differ from this one's.
     fn first_other(&self, words: &[u64]) -> Result<Option<usize>, TeamError> {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         let mut own = Buffer::zeros(bytes.len(), Kind::Uint8, self.generator.device())?;
@@ -275,7 +275,8 @@ impl Team {
     }
 }
 
-/// Forms the process group, and tells the term of the coordinator behind it. An abort ends the wait at once.
+/// Forms the process group, and returns it with the term of its store's coordinator. An abort ends the wait
+/// at once.
 fn meet(
     shards: &ShardMap,
     assignment: &Assignment,
@@ -302,7 +303,7 @@ fn meet(
         None => connect(backend, options, store, device),
         Some(tunnels) => {
             let group = connect(backend, options, tunnels.clone(), device)?;
-            // Else it would have found other ways than these.
+            // A group that went around the tunnels would not be encrypted.
             tunnels.wait(world_size - 1, timeout).map(|()| group)
         }
     };
@@ -349,13 +350,13 @@ fn connect(
     }
 }
 
-/// What two equal states have in common.
+/// Words by which two states are compared: counters and fingerprint.
 fn summary(state: &State) -> Result<[u64; 4], c10d::Error> {
     let Counters { position, ledger, skipped } = state.counters;
     Ok([position.0, ledger, skipped, c10d::aten::fingerprint(&state.flat, 0)?])
 }
 
-/// What the members of one group have in common and no other group has.
+/// Words that identify a group: the same for all its members, and for no other group.
 fn identity(session: &Session, assignment: &Assignment, term: Term) -> [u64; 5] {
     let welcome = session.welcome();
     let hash = |bytes: &[u8]| xxhash_rust::xxh3::xxh3_64(bytes);
@@ -366,7 +367,7 @@ fn identity(session: &Session, assignment: &Assignment, term: Term) -> [u64; 5] 
 }
 
 impl Carried {
-    /// Takes the losses and scores of a phase from its mean leaf.
+    /// Takes the loss and D outputs of a phase from its reduced gradient.
     pub fn note(&mut self, module: Module, layout: &GradLayout, mean: &Tensor) {
         let told = narrow(mean, layout.loss()..layout.scores().end).to_device(Device::Cpu);
         let told = Vec::<f32>::try_from(told).unwrap_or_default();

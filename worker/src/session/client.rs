@@ -1,4 +1,4 @@
-//! The session's thread: one task that finds the coordinator, reads, writes and keeps time.
+//! The session's thread: one task that connects to the coordinator, reads, writes and keeps time.
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
@@ -25,46 +25,46 @@ use super::lease::{Clock, Lease, boot_clock};
 use super::{End, Session, Shared, probe};
 use crate::tunnel::Tunnels;
 
-/// How long to look for the coordinator at first.
+/// Limit on the search for the coordinator at start.
 const CONNECT_LIMIT: Duration = Duration::from_secs(20);
-/// How long one attempt may take at first.
+/// Limit on one attempt to connect.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(3);
-/// How long to wait for a welcome.
+/// Limit on the wait for the first welcome.
 const WELCOME_LIMIT: Duration = Duration::from_secs(20);
 /// The first pause between two attempts; it doubles.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Why no session came about.
+/// Reasons why a session could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The address is no address.
+    /// The address cannot be parsed or resolved.
     #[error(
         "--coordinator {url}: {reason}; an address looks like https://10.0.0.1:7000, or http:// for a coordinator without TLS"
     )]
     Address {
-        /// What was given.
+        /// Address as given.
         url: String,
-        /// What is wrong with it.
+        /// Reason.
         reason: String,
     },
-    /// Whoever answers there does not accept this worker, or is not to be trusted.
+    /// The peer does not accept this worker's credentials, or this worker does not trust the peer's.
     #[error("--coordinator {url}: {reason}")]
     Credentials {
-        /// Where.
+        /// Address as given.
         url: String,
-        /// What is wrong.
+        /// Reason.
         reason: String,
     },
-    /// Nobody answers there.
+    /// No coordinator answered within the limit.
     #[error("no coordinator at {url} after {attempts} attempts in {seconds} s: {reason}")]
     Unreachable {
-        /// Where.
+        /// Address as given.
         url: String,
-        /// How often it was tried.
+        /// Number of attempts.
         attempts: u32,
-        /// For how long.
+        /// Duration of the search, in seconds.
         seconds: u64,
-        /// The last failure.
+        /// Reason of the last failure.
         reason: String,
     },
     /// The coordinator answered that there is nothing left to do.
@@ -75,32 +75,32 @@ pub enum ConnectError {
     Refused(String),
 }
 
-/// What a session needs of the machine that the worker runs on. There is one; a simulation has others.
+/// Machine that a session runs on: clock, network, signals. A simulation substitutes its own.
 pub struct Host {
-    /// Its clock.
+    /// Clock of leases; the boot clock outside simulations.
     pub clock: Clock,
     /// Connects to a coordinator.
     pub connect: Connect,
-    /// What it shows when it connects.
+    /// Credentials shown to the coordinator.
     pub credentials: Credentials,
-    /// What asks the worker to end.
+    /// Requests to end, one for each signal received.
     pub asked_to_end: UnboundedReceiver<()>,
     /// The address under which other machines find this one.
     pub local_address: IpAddr,
-    /// Where this worker answers probes: HOST:PORT.
+    /// Address of the probe listener: HOST:PORT.
     pub answers: String,
-    /// What it computes on, for people.
+    /// Name of the compute device, diagnostic only.
     pub device: String,
-    /// How much memory the worker's process has, where the system tells.
+    /// Resident memory of the worker's process in bytes; `None` where the system does not tell.
     pub memory: fn() -> Option<u64>,
 }
 
-/// Connects to an endpoint.
+/// Function that connects to an endpoint.
 pub type Connect = Box<dyn Fn(Endpoint) -> Connecting + Send + Sync>;
-/// A connection that is being made.
+/// Future of a connection.
 pub type Connecting = Pin<Box<dyn Future<Output = Result<Channel, DialError>> + Send>>;
 
-/// Opens a session; returns once the worker is welcome.
+/// Opens a session on this machine; returns once the coordinator has sent its welcome.
 pub fn open(
     url: &str,
     credentials: Credentials,
@@ -132,7 +132,7 @@ pub fn open(
     session.map(|session| Session { tunnels, ..session })
 }
 
-/// Opens a session on a machine; returns once the worker is welcome.
+/// Opens a session on the given host; returns once the coordinator has sent its welcome.
 pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result<Session, ConnectError> {
     let (endpoint, _) = endpoint(url, &host.credentials)?;
     let Host { clock, connect, credentials, mut asked_to_end, local_address, answers, device, memory } = host;
@@ -170,7 +170,7 @@ pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result
     let (task, watched) = (tokio::spawn(dial.run(connection, talk)), shared.clone());
     tokio::spawn(async move {
         if let Err(panic) = task.await {
-            // Nobody would prolong the lease or hear of its end.
+            // Without this task nothing would renew the lease or notice that it ended.
             watched.end(End::Lost(format!("the session's thread ended: {panic}")));
         }
     });
@@ -178,7 +178,7 @@ pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result
     Ok(Session { shared, outbox, runtime, local_address, credentials, tunnels: None })
 }
 
-/// SIGTERM, SIGINT and SIGHUP of this process.
+/// Channel that receives one value for each SIGTERM, SIGINT or SIGHUP of this process.
 fn signals() -> std::io::Result<UnboundedReceiver<()>> {
     let (came, asked_to_end) = unbounded_channel();
     let hangup = (!hangup_is_ignored()).then(SignalKind::hangup);
@@ -206,7 +206,7 @@ fn endpoint(url: &str, credentials: &Credentials) -> Result<(Endpoint, SocketAdd
     Ok((endpoint, address))
 }
 
-/// The memory of this process that is in use.
+/// Resident memory of this process, in bytes.
 fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
@@ -214,7 +214,7 @@ fn resident_bytes() -> Option<u64> {
     Some(kib << 10)
 }
 
-/// The address of this machine on the way to another: what its peers can reach as well.
+/// Address of this machine on the route to another, which its peers can reach too.
 fn local_address_towards(address: SocketAddr) -> IpAddr {
     let any: SocketAddr = if address.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
     // Connecting a datagram socket sends nothing; it only chooses a route.
@@ -225,7 +225,7 @@ fn local_address_towards(address: SocketAddr) -> IpAddr {
     routed.map_or(address.ip(), |local| local.ip())
 }
 
-/// The address of the interface that reduces go over, if the user named one.
+/// Address of the interface that the user named for reduces (`GLOO_SOCKET_IFNAME`).
 fn data_address() -> Option<IpAddr> {
     let wanted = std::env::var("GLOO_SOCKET_IFNAME").ok()?;
     let addresses = nix::ifaddrs::getifaddrs().ok()?.filter(|found| found.interface_name == wanted);
@@ -233,7 +233,7 @@ fn data_address() -> Option<IpAddr> {
     v4.next().map(IpAddr::from)
 }
 
-/// How to get to the coordinator.
+/// Parameters for dialling the coordinator.
 struct Dial {
     url: String,
     endpoint: Endpoint,
@@ -241,14 +241,14 @@ struct Dial {
     spawn_token: Option<String>,
     clock: Clock,
     connect: Connect,
-    /// Where this worker answers probes.
+    /// Address of the probe listener.
     answers: String,
     device: String,
-    /// Attempts to open a session until now.
+    /// Attempts to open a session so far; sent in each hello.
     attempts: AtomicU64,
 }
 
-/// An open stream.
+/// Open stream with a welcomed worker.
 struct Connection {
     channel: Channel,
     requests: UnboundedSender<SessionRequest>,
@@ -258,15 +258,15 @@ struct Connection {
     since: Duration,
 }
 
-/// Why one attempt failed.
+/// Reasons why one attempt failed, by what may follow.
 enum Failed {
-    /// It may work later.
+    /// Temporary: another attempt may succeed.
     Later(String),
-    /// It will not.
+    /// Permanent: the coordinator refuses this worker.
     Refused(String),
-    /// It will not before the user has done something about credentials or address.
+    /// Permanent until the user changes credentials or address.
     Wrong(String),
-    /// There is nothing left to do.
+    /// The run is complete.
     Complete,
 }
 
@@ -291,7 +291,7 @@ impl Dial {
         }
     }
 
-    /// The first connection, for which the coordinator may not be there yet.
+    /// Makes the first connection. The coordinator may not be listening yet.
     async fn first(&self) -> Result<Connection, ConnectError> {
         let (started, mut attempts, mut pause) = (Instant::now(), 0, PAUSE);
         loop {
@@ -315,7 +315,7 @@ impl Dial {
         }
     }
 
-    /// Looks for the coordinator, or the next one of the run, until the lease is over.
+    /// Looks for the coordinator, or the run's next one, until the lease ends.
     async fn find_again(&self, talk: &mut Talk, reason: &str) -> Option<Connection> {
         let mut pause = PAUSE;
         loop {
@@ -340,6 +340,8 @@ impl Dial {
                     tracing::debug!("still without a coordinator after {reason:?}: {again}");
                 }
             }
+            // Bounded by the heartbeat interval, and a signal ends it at once: the lease is checked in
+            // time.
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = talk.asked_to_leave() => {}
@@ -368,6 +370,8 @@ impl Dial {
         let answered = tokio::time::timeout(limit, async {
             let mut responses = client.session(request).await?.into_inner();
             let first = responses.message().await?;
+            // The first response carries the answer to the hello. The limit around this block bounds the
+            // wait.
             Ok((responses, first))
         });
         let (responses, first) = match answered.await {
@@ -415,22 +419,22 @@ fn limits_of(welcome: &Welcome) -> Limits {
     Limits::derive(Duration::from_secs_f64(welcome.job.job.failure_deadline))
 }
 
-/// What is said over the connections of a session, one after the other.
+/// State of the conversation with the coordinator, kept across connections.
 struct Talk {
     shared: Arc<Shared>,
     outgoing: UnboundedReceiver<FromWorker>,
     clock: Clock,
     memory: fn() -> Option<u64>,
     asked_to_end: UnboundedReceiver<()>,
-    /// Rows that the coordinator asks for again.
+    /// Rows that the coordinator has requested again.
     again: Vec<MetricsRow>,
-    /// When the machine asked this worker to end.
+    /// When this worker was asked to end.
     leaving: Option<Instant>,
 }
 
 impl Talk {
-    /// Reads, writes and gives signs of life until the connection or the session ends. Returns why the
-    /// connection did.
+    /// Reads, writes and sends heartbeats until the connection or the session ends. Returns why the
+    /// connection ended, `None` when the session did.
     async fn converse(&mut self, connection: &mut Connection) -> Option<String> {
         let (welcome, channel) = (connection.welcome.clone(), connection.channel.clone());
         let (term, limits) = (welcome.term, limits_of(&welcome));
@@ -444,7 +448,7 @@ impl Talk {
         let mut unanswered: VecDeque<Duration> = VecDeque::new();
         loop {
             let message = tokio::select! {
-                // What has arrived is read before anybody is blamed for silence.
+                // Responses that have arrived are read before the coordinator is judged silent.
                 biased;
                 response = connection.responses.message() => match response {
                     Ok(Some(response)) => {
@@ -478,7 +482,7 @@ impl Talk {
         }
     }
 
-    /// Waits until the machine asks this worker to end.
+    /// Waits until this worker is asked to end.
     async fn asked_to_leave(&mut self) {
         match self.asked_to_end.recv().await {
             Some(()) => self.note_leaving(),
@@ -491,13 +495,13 @@ impl Talk {
         self.leaving.get_or_insert_with(Instant::now);
     }
 
-    /// Whether this worker was asked to end and no coordinator is there that could let it go.
+    /// Whether this worker was asked to end and has found no coordinator to release it for a deadline.
     fn left_alone(&self) -> bool {
         let patience = self.shared.lock().limits().deadline;
         self.leaving.is_some_and(|since| since.elapsed() > patience)
     }
 
-    /// Takes a message of the coordinator; returns whether the session is over.
+    /// Handles a message of the coordinator; returns whether the session is over.
     fn take(
         &mut self,
         term: Term,
