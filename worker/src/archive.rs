@@ -1,11 +1,10 @@
-//! Saving in the background: a thread that writes checkpoint files and draws sample grids while training goes
-//! on.
+//! Background saving: a thread that writes checkpoint files and draws sample grids while training goes on.
 //!
 //! 1. Training waits for this thread only when two checkpoints are already waiting, and never while the
 //!    storage fails. One that lets training wait for half a deadline without an answer fails.
-//! 2. A storage that fails is tried again until it works or a newer checkpoint is there. The last one is
-//!    never given up.
-//! 3. Whoever waits for a storage has paused, and is not late.
+//! 2. A failing storage is retried until it works or a newer checkpoint is waiting. The last one is never
+//!    given up.
+//! 3. A thread that waits for a storage counts as paused, and is not late.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -28,48 +27,48 @@ use crate::session::Session;
 use crate::state::StateLayout;
 use crate::storage::{PAUSES, RunStorage};
 
-/// Checkpoints that may wait.
+/// Maximum number of waiting checkpoints.
 const WAITING_LIMIT: usize = 2;
 
-/// What to do with a snapshot.
+/// Work on one snapshot.
 #[derive(Clone, Debug)]
 pub struct Order {
-    /// The generation that trained to it.
+    /// Generation that trained to the snapshot.
     pub generation: Generation,
-    /// The state.
+    /// State to save.
     pub snapshot: Arc<Snapshot>,
     /// Files of its checkpoint to write, by index.
     pub files: Vec<usize>,
-    /// Whether to draw a grid.
+    /// Whether to draw a sample grid.
     pub samples: bool,
 }
 
-/// What a trace tells of the thread's work.
+/// Arguments of the thread's slices in a trace.
 #[derive(Clone, Copy, Serialize)]
 struct Of {
     step: u64,
-    /// The file, by index.
+    /// Index of the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     file: Option<usize>,
 }
 
-/// What the background thread needs.
+/// Dependencies of the background thread.
 pub struct Context {
     /// The job.
     pub job: Job,
-    /// Its networks.
+    /// Generator and discriminator.
     pub models: Models,
-    /// Their state's layout.
+    /// Layout of the state.
     pub layout: StateLayout,
     /// The checkpoint storage.
     pub storage: Arc<RunStorage>,
-    /// Where to report.
+    /// Session for the reports.
     pub session: Arc<Session>,
-    /// Where a trace shows what the thread does.
+    /// Trace track of the thread.
     pub track: Track,
 }
 
-/// The training thread's end.
+/// Handle of the training thread to the background thread.
 pub struct Archive {
     shared: Arc<Monitor<Queue>>,
     session: Arc<Session>,
@@ -80,7 +79,7 @@ struct Queue {
     waiting: VecDeque<Order>,
     busy: bool,
     failing: bool,
-    /// Whether what is under way shall not be reported.
+    /// Whether the order under way is discarded, so that its files are not reported.
     void: bool,
     closed: bool,
 }
@@ -94,7 +93,8 @@ impl Archive {
         Ok(Archive { shared, session })
     }
 
-    /// Hands an order over.
+    /// Queues an order. Waits while the queue is full, half a deadline at most, and not while the storage
+    /// fails.
     pub fn push(&self, order: Order) {
         let limit = Instant::now() + self.session.limits().deadline / 2;
         let mut queue = self.shared.lock();
@@ -118,7 +118,7 @@ impl Archive {
         self.shared.notify();
     }
 
-    /// Forgets what waits, and reports nothing more of what is under way.
+    /// Drops the waiting orders, and reports nothing more of the one under way.
     pub fn discard(&self) {
         let mut queue = self.shared.lock();
         queue.waiting.clear();
@@ -127,7 +127,7 @@ impl Archive {
         self.shared.notify();
     }
 
-    /// Waits until all is written; returns whether it is. Gives up when `abandon` says so.
+    /// Waits until all is written; returns whether it is. Gives up when `abandon` returns true.
     pub fn drain(&self, abandon: impl Fn() -> bool) -> bool {
         let _pause = self.session.pause();
         let mut queue = self.shared.lock();
@@ -207,7 +207,7 @@ impl Monitor<Queue> {
                 context.track.slice(begun, now(), "write file", Of { file: Some(*index), ..of });
                 match written {
                     Ok(part) => {
-                        // Numbered by step: a file is there, and nobody knows of it.
+                        // Numbered by step: the file exists, and no report of it was sent.
                         failpoint::reached("checkpoint", part.step);
                         if self.lock().void {
                             return;
@@ -235,8 +235,8 @@ impl Monitor<Queue> {
         context.session.send(FromWorker::PartDelayed(order.snapshot.step, file, detail));
     }
 
-    /// Pauses after a failure; returns whether nobody needs the checkpoint that failed: a newer one is there,
-    /// or its state must not be used.
+    /// Pauses after a failure; returns whether the failed checkpoint is no longer needed: a newer one is
+    /// waiting, or its state is invalidated.
     fn give_up(&self, pause: Duration) -> bool {
         let mut queue = self.lock();
         queue.failing = true;

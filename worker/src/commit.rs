@@ -1,11 +1,11 @@
 //! Committing a phase: the only writer of state while a run trains.
 //!
-//! 1. `commit` is a function of (job, state, phase, reduced leaf, ledger); it draws nothing and reads no
-//!    clock.
+//! 1. `commit` is a function of (job, state, phase, reduced gradient, sample checksum); it draws nothing
+//!    and reads no clock.
 //! 2. Every optimizer call covers one whole module, whatever the number of workers.
-//! 3. `skip` is a commit: a function of (job, state, phase, ledger). It leaves parameters, moments and
-//!    running statistics as they are; position, ledger and moving average go on, and so does the count by
-//!    which Adam corrects its bias.
+//! 3. `skip` is a commit: a function of (job, state, phase, sample checksum). It leaves parameters, moments
+//!    and running statistics as they are; update index, sample checksum and moving average go on, and so
+//!    does the count by which Adam corrects its bias.
 
 use c10d::aten::{Adam, fused_adam};
 use ganglion_proto::job::Job;
@@ -17,7 +17,8 @@ use crate::objective::{GradLayout, Phase};
 use crate::schedule::Schedule;
 use crate::state::{Module, State, narrow};
 
-/// Applies the mean leaf of `phase` to the state. `ledger` is the hash sum of the real samples in it.
+/// Applies the reduced gradient of `phase` to the state. `ledger` is the sample checksum of the real
+/// samples in it.
 pub fn commit(
     job: &Job,
     state: &mut State,
@@ -41,7 +42,7 @@ pub fn commit(
     Ok(())
 }
 
-/// Lets a module's buffers follow what one pass of all leaves handed out, on the mean.
+/// Applies the buffer updates of one pass, means over all shards, to a module's buffers.
 fn follow(state: &State, module: Module, statistics: &Tensor) {
     let sections = state.layout.module(module);
     let buffers = state.section(sections.buffer_range());
@@ -54,13 +55,13 @@ fn follow(state: &State, module: Module, statistics: &Tensor) {
     }
 }
 
-/// Commits `phase` without what it reduced to, which was not finite.
+/// Commits `phase` without its reduced gradient, which was not finite.
 pub fn skip(job: &Job, state: &mut State, phase: Phase, ledger: u64) {
     state.counters.skipped += 1;
     go_on(job, state, phase, ledger);
 }
 
-/// What every commit ends with.
+/// Common end of every commit: moving average, update index, sample checksum.
 fn go_on(job: &Job, state: &mut State, phase: Phase, ledger: u64) {
     if phase.module == Module::Generator {
         no_grad(|| update_average(job, state));
@@ -80,7 +81,8 @@ fn update_parameters(job: &Job, state: &State, module: Module, gradient: &Tensor
     };
     let adam = Adam { lr, beta1: optimizer.beta1, beta2: schedule.beta2(), eps: optimizer.epsilon };
     fused_adam(
-        // Autograd sees that these change.
+        // A shallow clone shares the storage and its version counter, so autograd sees that the parameters
+        // change.
         &mut state.parameters(module).shallow_clone(),
         gradient,
         &mut state.section(sections.exp_avg_range()),
@@ -90,7 +92,7 @@ fn update_parameters(job: &Job, state: &State, module: Module, gradient: &Tensor
     )
 }
 
-/// The discriminator's updates before a phase of its own.
+/// Number of discriminator updates before a phase of its own.
 fn discriminator_updates(job: &Job, state: &State) -> u64 {
     let position = state.counters.position.0;
     let steps_before = position / job.phases_per_step();

@@ -1,7 +1,7 @@
-//! Judging what a phase was reduced to, before it is committed.
+//! Handling of reduced gradients that are not finite, before they are committed.
 //!
-//! 1. The verdict is a function of (job, counters, reduced leaf, skips), and all members hold the same of
-//!    each, so all skip or fault at the same position.
+//! 1. The verdict is a function of (job, counters, reduced gradient, skips), and all members hold the same
+//!    of each, so all skip or fault at the same update index.
 //! 2. A phase that is not finite is never committed: it is skipped, or the group ends before it.
 //! 3. A phase that is finite is always committed, also one whose position is among the skips. These only
 //!    *allow* a skip. A rolled-back position may have failed because of its own arithmetic, and then the
@@ -20,33 +20,34 @@ use tch::Tensor;
 use crate::objective::GradLayout;
 use crate::state::{Counters, Module, narrow};
 
-/// So many phases in a row may be skipped.
+/// Maximum number of consecutive phases that may be skipped.
 pub const LIMIT: u64 = 100;
 
-/// What to do with a reduced leaf.
+/// Decision on a reduced gradient.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is finite.
+    /// Finite: commit it.
     Commit,
-    /// It is not, for this reason, and the run goes on without it.
+    /// Not finite: the run goes on without it. The string says what is not finite.
     Skip(String),
-    /// It is not, and the group ends before it.
+    /// Not finite: the group ends before it.
     End(NonFinite),
 }
 
-/// A reduced leaf is not finite and may not be skipped.
+/// A reduced gradient that is not finite and may not be skipped.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{detail}")]
 pub struct NonFinite {
-    /// The phases committed before.
+    /// Update index: the number of phases committed before.
     pub position: Position,
-    /// What is not finite, in which step.
+    /// Description of what is not finite, and in which step.
     pub detail: String,
-    /// Whether the run shall end, instead of going on from the newest checkpoint.
+    /// Whether the run ends, instead of going on from the newest checkpoint.
     pub stop: bool,
 }
 
-/// Judges the mean leaf of a phase of `module`. `skips` are the positions by which the run was rolled back.
+/// Decides on the reduced gradient of a phase of `module`. `skips` are the update indices by which the run
+/// was rolled back.
 pub fn judge(
     job: &Job,
     counters: Counters,
@@ -75,7 +76,7 @@ pub fn judge(
     })
 }
 
-/// Says what is not finite.
+/// Describes what is not finite.
 fn describe(
     job: &Job,
     position: Position,

@@ -1,16 +1,16 @@
-//! The objectives. The only file that knows their mathematics.
+//! Adversarial losses. This file alone knows their mathematics.
 //!
 //! D(x) is the discriminator's logit, s the logistic function. Every function takes logits of shape (n, 1)
-//! and returns the *sum* over the n samples as a scalar: the mean over the global batch is taken once, after
-//! all leaves are summed. Logits go through softplus, never through a logarithm of a probability: -log s(x) =
-//! softplus(-x).
+//! and returns the *sum* over the n samples as a scalar: the mean over the global batch is taken once,
+//! after all shard gradients are summed. Logits go through softplus, never through a logarithm of a
+//! probability: -log s(x) = softplus(-x).
 
 use ganglion_proto::job::{Loss, LossKind};
 use tch::{Kind, Tensor, no_grad};
 
 use crate::nn::broken::BrokenModule;
 
-/// What the discriminator minimises: [`on_real`] and [`on_fake`].
+/// Loss of the discriminator: [`on_real`] plus [`on_fake`], or a loss over pairs.
 ///
 /// The gradient penalty of `wasserstein-gp` is [`gradient_penalty`], added by the caller.
 pub fn discriminator(kind: LossKind, real: &Tensor, fake: &Tensor) -> Tensor {
@@ -22,10 +22,10 @@ pub fn discriminator(kind: LossKind, real: &Tensor, fake: &Tensor) -> Tensor {
     }
 }
 
-/// What the discriminator minimises over real samples.
+/// Loss of the discriminator on real samples.
 ///
 /// # Panics
-/// For an objective that looks at pairs: its loss has no part that is one side's alone.
+/// For a pairwise objective, whose loss does not split into two sides.
 pub fn on_real(kind: LossKind, real: &Tensor) -> Tensor {
     match kind {
         // Goodfellow et al. (2014), equation 1: maximise log s(D(x)) + log(1 - s(D(G(z)))).
@@ -42,7 +42,7 @@ pub fn on_real(kind: LossKind, real: &Tensor) -> Tensor {
 
 const APART: &str = "pairs are not looked at apart";
 
-/// What the discriminator minimises over the generator's samples; the equations are those of [`on_real`].
+/// Loss of the discriminator on generated samples; the equations are those of [`on_real`].
 pub fn on_fake(kind: LossKind, fake: &Tensor) -> Tensor {
     match kind {
         LossKind::NonSaturating | LossKind::Minimax => total(&fake.softplus()),
@@ -53,8 +53,8 @@ pub fn on_fake(kind: LossKind, fake: &Tensor) -> Tensor {
     }
 }
 
-/// What the discriminator says of samples, for people: D(x) of the paper where the objective takes its output
-/// for a logit, else the output itself. In single precision, without a gradient.
+/// Summed D output, diagnostic only: D(x) of the paper where the objective takes its output for a logit,
+/// else the output itself. In single precision, without a gradient.
 pub fn score(kind: LossKind, logits: &Tensor) -> Tensor {
     no_grad(|| match kind {
         LossKind::NonSaturating | LossKind::Minimax => logits.sigmoid().sum(Kind::Float),
@@ -62,22 +62,21 @@ pub fn score(kind: LossKind, logits: &Tensor) -> Tensor {
     })
 }
 
-/// The sum of the signs of the logits of real samples: how sure the discriminator is of them (Karras et al.,
-/// 2020, equation 1). Without a gradient.
+/// Sum of the signs of the logits of real samples, a measure of overfitting (Karras et al., 2020, equation
+/// 1). Without a gradient.
 pub fn signs(real: &Tensor) -> Tensor {
     no_grad(|| real.sign().sum(Kind::Float))
 }
 
-/// What the generator minimises over pairs of a real sample and one of its own: Huang et al. (2024), equation
-/// 2.
+/// Loss of the generator over pairs of a real and a generated sample: Huang et al. (2024), equation 2.
 pub fn generator_of_pairs(real: &Tensor, fake: &Tensor) -> Tensor {
     total(&(real - fake).softplus())
 }
 
-/// What the generator minimises.
+/// Loss of the generator.
 ///
 /// # Panics
-/// For an objective that looks at pairs, which is [`generator_of_pairs`].
+/// For a pairwise objective, whose loss is [`generator_of_pairs`].
 pub fn generator(kind: LossKind, fake: &Tensor) -> Tensor {
     match kind {
         // Goodfellow et al. (2014), section 3: maximise log s(D(G(z))).
@@ -92,11 +91,11 @@ pub fn generator(kind: LossKind, fake: &Tensor) -> Tensor {
     }
 }
 
-/// Weighted sum over the samples of half the square of |grad D(x)| at each x of `images`, whose logits these
-/// are.
+/// Weighted sum over the samples of half the square of |grad D(x)| at each x of `images`, whose logits are
+/// `logits`.
 ///
-/// Mescheder et al. (2018), equations 9 (R1, at real samples) and 10 (R2, at the generator's). `images` must
-/// be what the logits were computed from and have gradients on. The result can be differentiated by the
+/// Mescheder et al. (2018), equations 9 (R1, at real samples) and 10 (R2, at generated ones). The logits
+/// must have been computed from `images`, which require gradients. The result can be differentiated by the
 /// discriminator's parameters.
 pub fn zero_centred_penalty(weight: f64, images: &Tensor, logits: &Tensor) -> Tensor {
     square_sum(&slope(&total(logits), images)) * (0.5 * weight)
@@ -121,8 +120,8 @@ pub fn gradient_penalty(
     square_sum(&(norms - 1.0)) * weight
 }
 
-/// The gradient of a discriminator's `total` at images, to be differentiated again. A module of the user's
-/// may hold what cannot be.
+/// Gradient of a discriminator's `total` at images, itself differentiable. A user's module may hold an
+/// operation without a second derivative.
 fn slope(total: &Tensor, images: &Tensor) -> Tensor {
     let gradients = Tensor::f_run_backward(&[total], &[images], true, true);
     let gradients = gradients.unwrap_or_else(|error| {

@@ -1,54 +1,54 @@
-//! The generator behind every random draw.
+//! Counter-based generator of every random draw.
 //!
-//! A draw depends on its [`Key`] alone: not on what was drawn before it, nor on the worker, thread or device
-//! that asks. libtorch's global generators are never used. ChaCha8 is counter-based, so a key costs one hash
-//! and no warm-up.
+//! A draw depends on its [`Key`] alone: not on earlier draws, nor on the worker, thread or device that
+//! asks. libtorch's global generators are never used. ChaCha8 is counter-based, so a key costs one hash and
+//! no warm-up.
 
 use rand::rngs::ChaCha8Rng;
 use rand::{Rng, SeedableRng};
 use rand_distr::{Distribution, StandardNormal, Uniform};
 use tch::Tensor;
 
-/// What a draw is for. The numbers are part of every run's result: never change or reuse one.
+/// Purpose of a draw. The numbers are part of every run's result: never change or reuse one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Purpose {
     /// Initial weights; `phase` is 0 for the generator and 1 for the discriminator, `shard` the tensor's
     /// index.
     Weights = 1,
-    /// The noise that becomes fake images.
+    /// Noise of generated images.
     Noise = 2,
-    /// Places between real and fake images for the gradient penalty.
+    /// Points between real and generated images for the gradient penalty.
     Interpolation = 3,
     /// Noise of the sample grids; `step` is the sample's index.
     Samples = 4,
-    /// Stand-ins for real images while the passport is taken.
+    /// Substitutes for real images while the environment's fingerprint (`passport`) is taken.
     Probe = 5,
     /// Classes of generated samples.
     Classes = 6,
-    /// What augmentation does to each sample.
+    /// Augmentation of each sample.
     Augmentation = 7,
-    /// A network's own draws; `phase` tells the passes of a leaf apart.
+    /// A network's own draws; `phase` tells the passes of a shard gradient apart.
     Network = 9,
     /// Noise of evaluations; `step` is the sample's index.
     Evaluation = 10,
-    /// The digit classifier's training: `step` 0 for the weights (`shard` is the tensor's index), then the
-    /// moves of each batch.
+    /// Training of the digit classifier: `step` 0 for the weights (`shard` is the tensor's index), then the
+    /// shifts of each batch.
     Classifier = 11,
 }
 
-/// Where in the run a draw belongs.
+/// Key of a draw: its place in the run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key {
-    /// The job's seed.
+    /// Seed of the job.
     pub seed: u64,
-    /// Steps done before.
+    /// Number of steps done before.
     pub step: u64,
-    /// Phase of the step.
+    /// Index of the phase within the step.
     pub phase: u32,
     /// Data shard.
     pub shard: u32,
-    /// What the draw is for.
+    /// Purpose of the draw.
     pub purpose: Purpose,
 }
 
@@ -63,19 +63,19 @@ impl Key {
         ChaCha8Rng::from_seed(*hasher.finalize().as_bytes())
     }
 
-    /// A number, to seed another generator with.
+    /// Returns a number to seed another generator with.
     pub fn number(&self) -> u64 {
         self.generator().next_u64()
     }
 
-    /// `count` draws of N(0, 1), as a flat tensor of f32 on the CPU.
+    /// Returns `count` draws of N(0, 1), as a flat tensor of f32 on the CPU.
     pub fn normal(&self, count: usize) -> Tensor {
         let mut generator = self.generator();
         let values: Vec<f32> = (0..count).map(|_| StandardNormal.sample(&mut generator)).collect();
         Tensor::from_slice(&values)
     }
 
-    /// `count` draws of U[low, high), as a flat tensor of f32 on the CPU.
+    /// Returns `count` draws of U[low, high), as a flat tensor of f32 on the CPU.
     pub fn uniform(&self, low: f32, high: f32, count: usize) -> Tensor {
         let mut generator = self.generator();
         let range = Uniform::new(low, high).expect("bounds come in order and are finite");
@@ -83,7 +83,7 @@ impl Key {
         Tensor::from_slice(&values)
     }
 
-    /// `count` draws from 0 to `below` - 1.
+    /// Returns `count` draws from 0 to `below` - 1.
     pub fn indices(&self, below: u32, count: usize) -> Vec<u32> {
         let mut generator = self.generator();
         let range = Uniform::new(0, below).expect("there is something to choose from");

@@ -1,15 +1,16 @@
-//! The state of training: one flat buffer of f32 and three counters.
+//! State of training: one flat buffer of f32, and three counters.
 //!
-//! 1. Nothing in the state depends on the cluster: it is a function of the job, the data and the position.
-//! 2. Each tensor starts on a 64-byte boundary of the buffer. The gaps hold +0.0 for ever, and no reader sees
-//!    them.
+//! 1. Nothing in the state depends on the cluster: it is a function of the job, the data and the update
+//!    index.
+//! 2. Each tensor starts on a 64-byte boundary of the buffer. The gaps hold +0.0 for ever, and no
+//!    reader sees them.
 //! 3. [`crate::commit`] is the only writer while a run trains.
-//! 4. What passes compute with is a function of the state: its parameters, or their cast to the job's
-//!    precision, which is made anew whenever they change.
+//! 4. Passes compute with a function of the state: its parameters, or their cast to the job's precision,
+//!    which is made anew whenever they change.
 //!
 //! The buffer holds, in this order: for the generator and then for the discriminator, the parameters, the
-//! buffers (such as batch normalisation's) and Adam's two moments; then the moving average of the generator's
-//! parameters and buffers; then, where it adapts, what controls augmentation.
+//! buffers (such as batch normalisation's) and Adam's two moments; then the moving average of the
+//! generator's parameters and buffers; then, for adaptive augmentation, its controller.
 
 use std::ops::Range;
 
@@ -20,15 +21,15 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::nn::{Follow, Init, Models, Network, TensorSpec};
 use crate::random::{Key, Purpose};
 
-/// Floats in 64 bytes: the grid on which tensors, chunks and optimizer slices lie.
+/// Number of floats in 64 bytes: the grid on which tensors, chunks and optimizer slices lie.
 pub const ALIGNMENT: usize = 16;
 
-/// Rounds up to the grid.
+/// Rounds a number of floats up to the grid.
 pub fn align(numel: usize) -> usize {
     numel.next_multiple_of(ALIGNMENT)
 }
 
-/// Which of the two networks.
+/// One of the two networks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Module {
     /// Noise to images.
@@ -38,7 +39,7 @@ pub enum Module {
 }
 
 impl Module {
-    /// Its name, as people and files have it.
+    /// Name in messages and files.
     pub fn name(self) -> &'static str {
         match self {
             Module::Generator => "generator",
@@ -47,7 +48,7 @@ impl Module {
     }
 }
 
-/// Where tensors lie in a flat buffer.
+/// Offsets of tensors in a flat buffer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Layout {
     entries: Vec<(TensorSpec, usize)>,
@@ -82,7 +83,7 @@ impl Layout {
         self.entries.iter().map(|(spec, offset)| (spec, *offset))
     }
 
-    /// Runs of neighbouring buffers that are committed in one way.
+    /// Returns runs of neighbouring buffers that follow their updates in the same way.
     pub fn follows(&self) -> Vec<(Range<usize>, Follow)> {
         let mut runs: Vec<(Range<usize>, Follow)> = Vec::new();
         for (spec, offset) in self.entries() {
@@ -95,7 +96,7 @@ impl Layout {
         runs
     }
 
-    /// The tensors, as views of `flat`.
+    /// Returns the tensors as views of `flat`.
     pub fn views(&self, flat: &Tensor) -> Vec<Tensor> {
         let view = |(spec, offset): &(TensorSpec, usize)| {
             narrow(flat, *offset..*offset + spec.numel()).view(spec.shape.as_slice())
@@ -104,18 +105,18 @@ impl Layout {
     }
 }
 
-/// The part of a flat tensor that holds these elements.
+/// Returns a view of the elements `range` of a flat tensor.
 pub fn narrow(flat: &Tensor, range: Range<usize>) -> Tensor {
     let signed = |n: usize| i64::try_from(n).expect("a tensor has fewer than 2^63 elements");
     flat.narrow(0, signed(range.start), signed(range.len()))
 }
 
-/// Where one network's sections lie in the state's buffer.
+/// Offsets of one network's sections in the state's buffer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sections {
-    /// The parameters, within their section.
+    /// Layout of the parameters within their section.
     pub parameters: Layout,
-    /// The buffers, within theirs.
+    /// Layout of the buffers within their section.
     pub buffers: Layout,
     start: usize,
 }
@@ -129,23 +130,24 @@ impl Sections {
         }
     }
 
-    /// Place of the parameters in the state's buffer.
+    /// Range of the parameters in the state's buffer.
     pub fn parameter_range(&self) -> Range<usize> {
         self.start..self.start + self.parameters.len()
     }
 
-    /// Place of the buffers, right behind the parameters.
+    /// Range of the buffers, directly behind the parameters.
     pub fn buffer_range(&self) -> Range<usize> {
         let start = self.parameter_range().end;
         start..start + self.buffers.len()
     }
 
-    /// Place of parameters and buffers together: all that a forward pass reads.
+    /// Range of parameters and buffers together: everything that a forward pass reads.
     pub fn weight_range(&self) -> Range<usize> {
         self.start..self.buffer_range().end
     }
 
-    /// Parameters and buffers, as views of a flat tensor that holds both, like [`Sections::weight_range`].
+    /// Returns parameters and buffers as views of a flat tensor that holds both, like
+    /// [`Sections::weight_range`].
     pub fn views(&self, weights: &Tensor) -> (Vec<Tensor>, Vec<Tensor>) {
         let (parameters, buffers) = (self.parameters.len(), self.buffers.len());
         (
@@ -154,13 +156,13 @@ impl Sections {
         )
     }
 
-    /// Place of Adam's first moments.
+    /// Range of Adam's first moments.
     pub fn exp_avg_range(&self) -> Range<usize> {
         let start = self.buffer_range().end;
         start..start + self.parameters.len()
     }
 
-    /// Place of Adam's second moments.
+    /// Range of Adam's second moments.
     pub fn exp_avg_sq_range(&self) -> Range<usize> {
         let start = self.exp_avg_range().end;
         start..start + self.parameters.len()
@@ -170,27 +172,27 @@ impl Sections {
 /// A tensor of the state by its name in checkpoints.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NamedTensor {
-    /// The name.
+    /// Name in checkpoints.
     pub name: String,
-    /// The shape.
+    /// Dimensions.
     pub shape: Vec<i64>,
-    /// Where its elements are in the state's buffer.
+    /// Range of its elements in the state's buffer.
     pub range: Range<usize>,
 }
 
-/// The layout of a whole state.
+/// Layout of a whole state.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StateLayout {
     /// The generator's sections.
     pub generator: Sections,
     /// The discriminator's.
     pub discriminator: Sections,
-    /// Floats in the buffer.
+    /// Number of floats in the buffer.
     pub len: usize,
-    /// What passes compute in.
+    /// Precision in which passes compute.
     pub precision: Precision,
     ema_start: usize,
-    /// Where the controller of augmentation is, if the job has one.
+    /// Offset of the controller of adaptive augmentation; `None` without one.
     controller: Option<usize>,
 }
 
@@ -214,12 +216,13 @@ impl StateLayout {
         layout
     }
 
-    /// Place of what controls augmentation: the probability, and the sum of what decides its next change.
+    /// Range of the controller of adaptive augmentation: the probability, and the sum that decides its next
+    /// change.
     pub fn controller_range(&self) -> Option<Range<usize>> {
         self.controller.map(|start| start..start + 2)
     }
 
-    /// One network's sections.
+    /// Returns one network's sections.
     pub fn module(&self, module: Module) -> &Sections {
         match module {
             Module::Generator => &self.generator,
@@ -227,12 +230,12 @@ impl StateLayout {
         }
     }
 
-    /// Place of the generator's moving average: its parameters, then its buffers.
+    /// Range of the generator's moving average: its parameters, then its buffers.
     pub fn ema_range(&self) -> Range<usize> {
         self.ema_start..self.ema_start + self.generator.weight_range().len()
     }
 
-    /// Every tensor of the buffer by name, in the order of the buffer.
+    /// Returns every tensor of the buffer by name, in the order of the buffer.
     pub fn tensors(&self) -> Vec<NamedTensor> {
         let mut tensors = Vec::new();
         let mut add = |prefix: &str, layout: &Layout, start: usize| {
@@ -258,24 +261,25 @@ impl StateLayout {
     }
 }
 
-/// What is not a float.
+/// Integer state: update index, sample checksum, consecutive skips.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Committed phases.
+    /// Update index: the number of committed phases.
     pub position: Position,
-    /// Sum mod 2^64 of the hashes of (place in the stream, sample) of every real sample committed.
+    /// Sample checksum: the sum mod 2^64 of the hashes of (place in the stream, sample) of every real
+    /// sample committed.
     pub ledger: u64,
-    /// Phases skipped in a row up to here, because what they reduced to was not finite.
+    /// Number of consecutive skipped phases up to here, whose reduced gradients were not finite.
     pub skipped: u64,
 }
 
-/// The state at a position.
+/// State at an update index.
 pub struct State {
-    /// Where things are in `flat`.
+    /// Layout of `flat`.
     pub layout: StateLayout,
     /// The buffer, on the training device.
     pub flat: Tensor,
-    /// The counters.
+    /// Integer state.
     pub counters: Counters,
     generator: ModuleViews,
     discriminator: ModuleViews,
@@ -285,7 +289,7 @@ struct ModuleViews {
     weights: Tensor,
     buffers: Vec<Tensor>,
     master: Vec<Tensor>,
-    /// In the precision of passes, if that is not fp32.
+    /// Parameters cast to the precision of passes; `None` for fp32.
     cast: Option<Tensor>,
     trainable: Vec<Tensor>,
     frozen: Vec<Tensor>,
@@ -293,8 +297,8 @@ struct ModuleViews {
 
 impl ModuleViews {
     fn new(flat: &Tensor, sections: &Sections, precision: Precision) -> ModuleViews {
-        // With a count of changes of its own: a network's commit does not end what was begun with the other
-        // network.
+        // `data` gives each network a version counter of its own: a commit of one network does not
+        // invalidate a graph that was built with the other.
         let weights = narrow(flat, sections.parameter_range()).data();
         let detached = |flat: &Tensor| -> Vec<Tensor> {
             sections.parameters.views(flat).into_iter().map(|view| view.detach()).collect()
@@ -321,7 +325,7 @@ impl ModuleViews {
 }
 
 impl State {
-    /// A state of zeros, to be filled.
+    /// Returns a state of zeros, to be filled.
     pub fn zeros(layout: StateLayout, device: Device) -> State {
         let len = i64::try_from(layout.len).expect("a state has fewer than 2^63 floats");
         let flat = Tensor::zeros([len], (Kind::Float, device));
@@ -330,7 +334,8 @@ impl State {
         State { layout, flat, counters: Counters::default(), generator, discriminator }
     }
 
-    /// The state at position 0: weights drawn from the seed, the average equal to the generator.
+    /// Returns the state at update index 0: weights drawn from the seed, the average equal to the
+    /// generator.
     pub fn initial(layout: StateLayout, seed: u64, device: Device) -> State {
         let state = State::zeros(layout, device);
         for (phase, module) in [(0, Module::Generator), (1, Module::Discriminator)] {
@@ -367,18 +372,18 @@ impl State {
         &self.views(module).master
     }
 
-    /// A network's buffers.
+    /// Buffers of a network.
     pub fn buffers(&self, module: Module) -> &[Tensor] {
         &self.views(module).buffers
     }
 
-    /// Casts all parameters to the precision of passes. To be called after the buffer was written as a whole.
+    /// Casts all parameters to the precision of passes. Call it after the buffer was written as a whole.
     pub fn cast(&self) {
         self.cast_module(Module::Generator);
         self.cast_module(Module::Discriminator);
     }
 
-    /// Casts a network's parameters to the precision of passes. To be called after they changed.
+    /// Casts a network's parameters to the precision of passes. Call it after they changed.
     pub fn cast_module(&self, module: Module) {
         let views = self.views(module);
         if let Some(cast) = &views.cast {
@@ -398,13 +403,13 @@ impl State {
         }
     }
 
-    /// A part of the buffer.
+    /// Returns a view of a part of the buffer.
     pub fn section(&self, range: Range<usize>) -> Tensor {
         narrow(&self.flat, range)
     }
 }
 
-/// The values that a tensor starts with, flat.
+/// Returns the initial values of a tensor, flat.
 pub fn initial_values(key: Key, spec: &TensorSpec) -> Tensor {
     match &spec.init {
         Init::Constant(value) => Tensor::full(

@@ -32,48 +32,48 @@ use crate::storage::{Reading, RunStorage};
 use crate::team::{Carried, Circumstances, Team, TeamError};
 use crate::tensor_bytes::{from_bytes, to_bytes};
 
-/// Batches that are read ahead.
+/// Number of batches read ahead.
 const READ_AHEAD: usize = 4;
 
-/// After so many groups in a row that lost a peer before they trained, a worker looks whom it can reach: a
-/// link that is refused, and not silent, would break one group after the other.
+/// Number of consecutive groups lost to a peer before they trained, after which a worker probes the other
+/// members: a link that is refused, and not silent, would break one group after the other.
 pub const UNFORMED: u32 = 3;
 
 /// Everything a worker trains with, and the state that it holds.
 pub struct Trainer {
     /// The job.
     pub job: Job,
-    /// Its networks.
+    /// Generator and discriminator.
     pub models: Models,
-    /// Their state's layout.
+    /// Layout of the state.
     pub layout: StateLayout,
-    /// The weights that the run begins with, if they are not drawn.
+    /// Initial weights of the run, if they are not drawn from the seed.
     pub beginning: Option<Beginning>,
     /// The training samples.
     pub data: Arc<DataSet>,
-    /// Where to compute.
+    /// Compute device.
     pub device: Device,
-    /// The coordinator.
+    /// Session with the coordinator.
     pub session: Arc<Session>,
-    /// Where checkpoints live.
+    /// Checkpoint storage.
     pub storage: Arc<RunStorage>,
-    /// A checkpoint that is being read, or was for a group that did not come to train.
+    /// A checkpoint being read, or already read for a group that never trained.
     pub reading: Option<Reading>,
-    /// Who writes them.
+    /// Background writer of checkpoints and sample grids.
     pub archive: Archive,
-    /// Who judges what the generator draws.
+    /// Background evaluator of generated samples.
     pub evaluations: Evaluations,
     /// Log of shard gradients, if the environment asks for one.
     pub gradient_log: Option<GradientLog>,
-    /// The state after the newest commit; none before the first assignment.
+    /// State after the newest commit; `None` before the first assignment.
     pub held: Option<(State, Carried)>,
-    /// Groups in a row that did not come to train.
+    /// Number of consecutive groups that did not come to train.
     pub unformed: u32,
-    /// Where a trace shows what the training thread does.
+    /// Trace track of the training thread.
     pub track: Track,
 }
 
-/// Why a generation ended for this worker.
+/// Outcome of a generation for this worker.
 #[derive(Debug)]
 pub enum Rest {
     /// The job's last step is done (`complete`), or a planned stop.
@@ -81,32 +81,32 @@ pub enum Rest {
         /// Whether the job's last step is done.
         complete: bool,
     },
-    /// All members agreed to rest here.
+    /// All members agreed to stop here for a planned change of the group.
     Planned,
-    /// The coordinator, or this worker's own end of the session, broke the group up.
+    /// The coordinator, or the end of this worker's session, broke the group up.
     Aborted,
     /// The user's data is wrong.
     InputWrong(String),
-    /// Something went wrong.
+    /// The generation failed, for this reason.
     Fault(Fault),
 }
 
-/// State of the loop while a group trains.
+/// Loop state of one generation.
 struct Course<'a> {
     phases: Vec<Phase>,
     compute: Box<dyn Compute + 'a>,
-    /// Where the time goes.
+    /// Timings of the phases' parts.
     laps: Laps,
     batches: Prefetcher,
-    /// Hash of what the last commit made.
+    /// Fingerprint of the parameters that the last commit updated.
     fingerprint: u64,
-    /// The samples of the phase before, where the next one reads the same.
+    /// Samples of the phase before, kept when the next phase reads the same.
     same: Option<Samples>,
-    /// The samples of the next step, of which something was computed while the others were waited for.
+    /// Samples of the next step, of which a part was computed during the wait for the other ranks.
     ahead: Option<Samples>,
 }
 
-/// What is to be done with the state after a step.
+/// Reports due on the state after a step.
 #[derive(Clone, Copy, Default)]
 struct Due {
     checkpoint: bool,
@@ -124,15 +124,15 @@ struct Samples {
 }
 
 impl Samples {
-    /// A shard's samples, by its place among this rank's. In memory of their own: where they start must not
-    /// depend on how shards are dealt, since kernels may look at alignment.
+    /// Returns a shard's samples, by its index among this rank's shards. They are copied: the address they
+    /// start at must not depend on how shards are dealt, since kernels may look at alignment.
     fn of_shard(&self, place: u32) -> ShardBatch {
         let own = |all: &Tensor| all.get(i64::from(place)).copy();
         ShardBatch { images: own(&self.images), classes: self.classes.as_ref().map(own) }
     }
 }
 
-/// Where a run of steps is, for its reports.
+/// Throughput since the last row of metrics.
 struct Pace {
     since: Instant,
     steps: u64,
@@ -143,7 +143,7 @@ impl Pace {
         Pace { since: Instant::now(), steps: 0 }
     }
 
-    /// How the step that was just committed came about.
+    /// Returns the circumstances of the step that was just committed.
     fn circumstances(&self, assignment: &Assignment, job: &Job) -> Circumstances {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let seconds = self.since.elapsed().as_secs_f64().max(1e-9);
@@ -195,14 +195,14 @@ impl Trainer {
         }
     }
 
-    /// The position of the state that this worker holds.
+    /// Update index (`position`) of the state that this worker holds.
     pub fn position(&self) -> Option<Position> {
         self.held.as_ref().map(|(state, _)| state.counters.position)
     }
 
-    /// Saves the state that this worker holds on its own, for a coordinator to come: the rows that none has
-    /// recorded, all files, then the manifest, each only if it is not there. Returns the checkpoint's folder,
-    /// or `None` if there is nothing that it could save.
+    /// Saves the state that this worker holds on its own, for a later coordinator: the unrecorded rows, all
+    /// files, then the manifest, each only if it is not there. Returns the checkpoint's folder, or `None`
+    /// if there is nothing to save.
     pub fn save_alone(&self) -> Result<Option<String>, CheckpointError> {
         let usable = self.storage.seen && !self.session.is_void();
         let Some((state, _)) = self.held.as_ref().filter(|_| usable) else { return Ok(None) };
@@ -218,7 +218,7 @@ impl Trainer {
             files.write_rows(&snapshot, worker, &rows).await?;
             files.write_whole(&snapshot).await.map(Some)
         };
-        // There is nobody else to hold it: a storage that is full may get room.
+        // No other worker holds this state: a storage that is full may get room.
         self.storage.wait(self.storage.patiently(save))
     }
 
@@ -229,7 +229,7 @@ impl Trainer {
         let starts_anew = !matches!(group.start, Start::Healed(_));
         if starts_anew || self.session.is_void() || self.position().is_some_and(|held| held > group.position)
         {
-            // Rolled back, or condemned: what was held must not be saved or passed on any more.
+            // Rolled back, or invalidated: the held state must not be saved or passed on any more.
             self.archive.discard();
             self.evaluations.discard_after(group.position.0 / self.job.phases_per_step());
             self.held = None;
@@ -260,14 +260,15 @@ impl Trainer {
         let rest = self.train_with(assignment, &mut team, &mut state, &mut carried);
         self.held = Some((state, carried));
         if let Err(TeamError::Data(DataError::Input(_) | DataError::Sample { .. })) = &rest {
-            // The team is still there: the others wait in their reduce, and do not take this one for lost.
+            // The group is still open: the other members wait in their reduce and do not take this one for
+            // lost.
             self.save_before_the_end();
         }
         rest
     }
 
-    /// Saves what this worker holds, which met a sample that it cannot read: that ends the run, but loses no
-    /// step of it.
+    /// Saves the state of this worker, which met a sample that it cannot read: that ends the run, but loses
+    /// no step of it.
     fn save_before_the_end(&self) {
         let session = self.session.clone();
         let _pause = session.pause();
@@ -278,7 +279,7 @@ impl Trainer {
         }
     }
 
-    /// Reads a checkpoint, unless the group is given up meanwhile: what was read by then is for the next one.
+    /// Reads a checkpoint. If the group is given up meanwhile, the reading is kept for the next group.
     fn read(
         &mut self,
         generation: Generation,
@@ -358,8 +359,8 @@ impl Trainer {
         self.track.during("save", Nothing {}, || self.finish(assignment, state, step == last_step))
     }
 
-    /// Makes up for reports that a change of the group cut short: a member that was healed past the end of a
-    /// step did not report it, and one that was lost did not save its share of a checkpoint.
+    /// Makes up for reports that a change of the group cut short: a member that was synchronised past the
+    /// end of a step did not report it, and one that was lost did not save its share of a checkpoint.
     fn catch_up(&self, assignment: &Assignment, state: &State, carried: &Carried) {
         let steps_done = state.counters.position.0 / self.job.phases_per_step();
         self.session.report_kept(Rank(assignment.rank), steps_done);
@@ -369,12 +370,14 @@ impl Trainer {
         let at_the_end_of_a_step = phase == 0 && (1..self.job.last_step(samples)).contains(&step);
         if at_the_end_of_a_step && matches!(assignment.group.start, Start::Healed(_)) {
             if self.job.metrics_due(step, samples) && carried.newest.generation > 0 {
-                // Whoever healed this member has reported it, and may be gone before anybody recorded it.
+                // The source of this member's state has reported the row, and may be gone before it was
+                // recorded.
                 self.session.report_unless_kept(Rank(assignment.rank), self.row(state, carried));
             }
             self.save(assignment, state, self.due(step));
         } else if at_the_end_of_a_step {
-            // Of the states that the last group had nobody may be left but the one that was saved.
+            // Of the last group's states perhaps only the saved one is left: its evaluation may still be
+            // missing.
             self.save(assignment, state, Due { evaluation: self.due(step).evaluation, ..Due::default() });
         }
     }
@@ -403,8 +406,8 @@ impl Trainer {
         Prefetcher::start_with(self.data.clone(), plan, device::upload(self.device))
     }
 
-    /// One phase: the gradients of this rank's shards, the mean of all, the update. Returns what all members
-    /// agree to do then.
+    /// Runs one phase: the gradients of this rank's shards, the mean over all shards, the update. Returns
+    /// the planned change that all members agree on.
     fn run_phase(
         &self,
         team: &mut Team,
@@ -420,7 +423,7 @@ impl Trainer {
         let samples = self.samples(phase, course)?;
         course.laps.lap(Part::Data);
         let plan = self.session.plan();
-        // Samples that were read before were counted.
+        // Samples that were read before are in the sample checksum already.
         let counted = samples.as_ref().filter(|_| phase.reads == Reads::Next);
         let header = Header {
             generation: team.generation,
@@ -469,7 +472,8 @@ impl Trainer {
         Ok(plan.filter(|plan| plan.number == reduced.agreed_plan).map(|plan| plan.kind))
     }
 
-    /// Updates the state by a phase's mean gradient, or skips it where that is not finite.
+    /// Updates the state by a phase's reduced gradient, or skips the phase where that is not finite.
+    /// Returns the fingerprint of the updated parameters.
     fn update(
         &self,
         team: &Team,
@@ -479,8 +483,8 @@ impl Trainer {
         reduced: &Reduced,
     ) -> Result<u64, TeamError> {
         let (module, layout, mean) = (phase.module, team.leaf_layout(phase.module), &reduced.mean);
-        // Numbered by position: this member has all parts of the phase and may be the only one; then it is
-        // one ahead.
+        // Numbered by update index: this member has all parts of the phase and may be the only one; then it
+        // is one update ahead.
         failpoint::reached("commit", state.counters.position.0);
         match judge(&self.job, state.counters, module, layout, mean, &team.skips)? {
             Verdict::Commit => commit(&self.job, state, phase, layout, mean, reduced.ledger)?,
@@ -503,7 +507,7 @@ impl Trainer {
         Gan { job, models, labels: data.labels(), device: *device }
     }
 
-    /// The samples of a phase, if it reads any.
+    /// Returns the samples of a phase, if it reads any.
     fn samples(&self, phase: Phase, course: &mut Course<'_>) -> Result<Option<Samples>, TeamError> {
         let known = match phase.reads {
             Reads::Nothing => return Ok(None),
@@ -512,12 +516,13 @@ impl Trainer {
         };
         match known {
             Some(samples) => Ok(Some(samples)),
-            // Also the same ones again, for a group that begins in the middle of a step.
+            // This also reads the same samples again, for a group that begins in the middle of a step.
             None => Ok(Some(self.samples_of(self.next_batch(&mut course.batches)?))),
         }
     }
 
-    /// The next batch, as soon as it is read. That data do not come is no member's fault: people are told.
+    /// Returns the next batch as soon as it is read. Data that is late is no member's fault: the wait
+    /// counts as a pause, and a warning is logged.
     fn next_batch(&self, batches: &mut Prefetcher) -> Result<Batch, DataError> {
         if let Some(batch) = batches.try_next() {
             return Ok(batch);
@@ -533,7 +538,7 @@ impl Trainer {
         batches.next()
     }
 
-    /// Computes what can be told of the next step before a phase's update, where its samples are there.
+    /// Computes a part of the next step's gradient before a phase's update, if its samples have arrived.
     fn look_ahead(
         &self,
         under_way: Phase,
@@ -553,7 +558,7 @@ impl Trainer {
         Ok(())
     }
 
-    /// A batch's samples by shard.
+    /// Returns a batch's samples by shard.
     fn samples_of(&self, batch: Batch) -> Samples {
         let labels = (!batch.labels.is_empty()).then(|| Tensor::from_slice(&batch.labels));
         let by_shard = |labels: Tensor| labels.view([-1, i64::from(self.job.job.shard_batch)]);
@@ -561,7 +566,7 @@ impl Trainer {
         Samples { images: self.real_images(&batch), classes, batch }
     }
 
-    /// A batch's images by shard: (shards, b, c, h, w).
+    /// Returns a batch's images by shard: (shards, b, c, h, w).
     fn real_images(&self, batch: &Batch) -> Tensor {
         let signed = |n: usize| i64::try_from(n).expect("an image is small");
         let shape = self.data.shape();
@@ -573,7 +578,8 @@ impl Trainer {
         }
     }
 
-    /// After a step: metrics, samples, checkpoints. None of them blocks.
+    /// Reports a finished step: metrics, samples, checkpoints. Blocks only for room: for rows, or in the
+    /// archive.
     fn report(
         &self,
         assignment: &Assignment,
@@ -603,7 +609,7 @@ impl Trainer {
         }
     }
 
-    /// What is due once so many steps are done.
+    /// Returns the reports due after `step` steps.
     fn due(&self, step: u64) -> Due {
         let samples = self.data.len() as u64;
         Due {
@@ -613,7 +619,7 @@ impl Trainer {
         }
     }
 
-    /// The row of the step that a state is the end of.
+    /// Returns the row of the step that a state ends.
     fn row(&self, state: &State, carried: &Carried) -> MetricsRow {
         let step = state.counters.position.0 / self.job.phases_per_step();
         let Circumstances { generation, world_size, images_per_second, time } = carried.newest;
@@ -636,7 +642,7 @@ impl Trainer {
 
     fn save(&self, assignment: &Assignment, state: &State, due: Due) {
         let files = if due.checkpoint { self.files_to_write(assignment) } else { Vec::new() };
-        // Every member could draw the same grid and judge the same samples: the first one does.
+        // Every member could draw the same grid and evaluate the same samples: rank 0 does.
         let is_first = assignment.rank == 0;
         let samples = due.samples && is_first;
         if files.is_empty() && !samples && !due.evaluation {
@@ -662,7 +668,8 @@ impl Trainer {
         }
     }
 
-    /// This member's share of a checkpoint's files: they are dealt to all members that see the storage.
+    /// Returns this member's share of a checkpoint's files: they are dealt to all members that see the
+    /// storage.
     fn files_to_write(&self, assignment: &Assignment) -> Vec<usize> {
         let members = &assignment.group.members;
         if !members[assignment.rank as usize].writes_parts {
@@ -674,7 +681,7 @@ impl Trainer {
         (first..file_count(&self.layout, self.job.job.data_shards)).step_by(writers).collect()
     }
 
-    /// Saves the last state and waits until it is on the storage, or the group is given up.
+    /// Saves the last state and waits until it is stored, or the group is given up.
     fn finish(&self, assignment: &Assignment, state: &State, complete: bool) -> Result<Rest, TeamError> {
         let samples = complete && self.job.sample.every_steps != 0;
         let step = state.counters.position.0 / self.job.phases_per_step();
@@ -683,15 +690,15 @@ impl Trainer {
         let generation = assignment.group.generation;
         let left = || self.session.end().is_some() || self.session.is_aborted(generation);
         if !self.archive.drain(left) {
-            // In the next group this state is saved again, by those that are there then.
+            // The members of the next group save this state again.
             return Ok(Rest::Aborted);
         }
-        // Should the member that makes the last evaluation be lost, the others are still here to make it.
+        // If the member that makes the last evaluation is lost, the others are still here to make it.
         self.evaluations.drain(left);
         Ok(Rest::Finished { complete })
     }
 
-    /// Tells the coordinator how this worker's part in a generation ended.
+    /// Reports to the coordinator how this worker's part in a generation ended.
     pub fn tell(&self, assignment: &Assignment, rest: Rest) {
         let generation = assignment.group.generation;
         if self.track.is_on() {
@@ -723,8 +730,8 @@ impl Trainer {
         self.session.rested(generation, Rested { position: self.position(), finished });
     }
 
-    /// After a wait that was too long, or where one group after the other cannot form: which members cannot
-    /// be reached, if there are any.
+    /// Adds the unreachable members to a fault, after a timeout or when one group after the other cannot
+    /// form. The fault stays as it is if all can be reached.
     fn with_links(&self, assignment: &Assignment, fault: Fault) -> Fault {
         let is_refused = fault == Fault::Peer && self.unformed >= UNFORMED;
         if fault != Fault::Timeout && !is_refused {
@@ -740,7 +747,7 @@ impl Trainer {
     }
 }
 
-/// What a trace calls the start of a group.
+/// Name of a group's start in a trace.
 fn start_name(start: &Start) -> &'static str {
     match start {
         Start::Fresh => "draw initial state",
@@ -749,7 +756,7 @@ fn start_name(start: &Start) -> &'static str {
     }
 }
 
-/// The step that a position is in, and the index of its next phase.
+/// The step of an update index, and the index of its next phase.
 fn place(counters: Counters, phases: &[Phase]) -> (u64, usize) {
     let per_step = phases.len() as u64;
     let phase = usize::try_from(counters.position.0 % per_step).expect("a step has few phases");

@@ -1,12 +1,12 @@
-//! Evaluating beside training: a thread of low priority that judges snapshots.
+//! Background evaluation: a thread of low priority that evaluates snapshots during training.
 //!
-//! 1. Training never waits for it, but once at its end, for the evaluation of the last state.
-//! 2. Every member keeps the snapshot of an evaluation until the coordinator has recorded that. The first
-//!    member makes it. After a change of the group nobody knows what became of those that are not recorded,
-//!    so all that hold one make it; two make the same row of it.
-//! 3. A later one waits. If more than `WAITING_LIMIT` wait, the oldest is left out, and that is told. The
+//! 1. Training never waits for it, except once at its end, for the evaluation of the last state.
+//! 2. Every member keeps the snapshot of an evaluation until the coordinator has recorded the result. The
+//!    first member makes it. After a change of the group the state of unrecorded ones is unknown, so every
+//!    member that holds one makes it; two members make the same row.
+//! 3. Evaluations queue. If more than `WAITING_LIMIT` wait, the oldest is left out, with a warning. The
 //!    last never is.
-//! 4. One that fails is reported as a row without figures, so that nobody waits for it.
+//! 4. A failed evaluation is reported as a row without figures, so that nothing waits for it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,30 +28,30 @@ use crate::sample::Generator;
 use crate::session::Session;
 use crate::state::StateLayout;
 
-/// Evaluations that may wait: each holds a state.
+/// Maximum number of waiting evaluations: each holds a state.
 const WAITING_LIMIT: usize = 4;
-/// How much less the thread matters than training.
+/// Increment of the thread's nice value over training.
 const NICE: i32 = 5;
 
-/// What the thread needs.
+/// Dependencies of the evaluation thread.
 pub struct Context {
     /// The job.
     pub job: Job,
-    /// Its networks.
+    /// Generator and discriminator.
     pub models: Models,
-    /// Their state's layout.
+    /// Layout of the state.
     pub layout: StateLayout,
     /// The training samples.
     pub data: Arc<DataSet>,
-    /// What evaluations need besides.
+    /// Feature extractor, settings and held-out samples.
     pub means: Means,
-    /// Where to report.
+    /// Session for the reports.
     pub session: Arc<Session>,
-    /// Where a trace shows what the thread does.
+    /// Trace track of the thread.
     pub track: Track,
 }
 
-/// The training thread's end.
+/// Handle of the training thread to the evaluation thread.
 pub struct Evaluations {
     shared: Arc<Monitor<Queue>>,
     session: Arc<Session>,
@@ -59,17 +59,17 @@ pub struct Evaluations {
 
 #[derive(Default)]
 struct Queue {
-    /// By step.
+    /// Unrecorded evaluations by step.
     held: BTreeMap<u64, Held>,
     closed: bool,
 }
 
-/// An evaluation that is not recorded.
+/// An evaluation that is not recorded yet.
 struct Held {
     snapshot: Arc<Snapshot>,
     /// Whether this member makes it.
     ours: bool,
-    /// Whether it was begun.
+    /// Whether this member has begun to make it.
     begun: bool,
 }
 
@@ -96,7 +96,7 @@ impl Evaluations {
         Ok(Evaluations { shared, session: session.clone() })
     }
 
-    /// Holds a snapshot until its evaluation is recorded, and makes that if it is `ours`.
+    /// Holds a snapshot until its evaluation is recorded, and makes the evaluation if it is `ours`.
     pub fn push(&self, snapshot: Arc<Snapshot>, ours: bool) {
         let mut queue = self.shared.lock();
         if queue.closed {
@@ -117,18 +117,18 @@ impl Evaluations {
         self.shared.notify();
     }
 
-    /// After a change of the group: this member makes all that it holds.
+    /// Makes all held evaluations on this member, after a change of the group.
     pub fn take_over(&self) {
         self.shared.lock().held.values_mut().for_each(|held| held.ours = true);
         self.shared.notify();
     }
 
-    /// Forgets the states after a step: they are computed again.
+    /// Drops the states after a step: they are computed again.
     pub fn discard_after(&self, step: u64) {
         self.shared.lock().held.retain(|held, _| *held <= step);
     }
 
-    /// Waits until the newest evaluation is recorded; gives up when `abandon` says so.
+    /// Waits until the newest evaluation is recorded; gives up when `abandon` returns true.
     pub fn drain(&self, abandon: impl Fn() -> bool) {
         let mut queue = self.shared.lock();
         let newest = queue.held.keys().next_back().copied();
@@ -156,7 +156,8 @@ impl Queue {
 impl Monitor<Queue> {
     fn serve(&self, context: Context) {
         crate::set_threads(context.job.job.threads);
-        // On Linux this is the thread's own. Without it evaluations are as good, and take from training.
+        // On Linux the nice value is the thread's own. If it cannot be set, evaluations compete with
+        // training.
         if let Err(error) = rustix::process::nice(NICE) {
             tracing::debug!("evaluations have the priority of training: {error}");
         }
@@ -188,20 +189,20 @@ impl Monitor<Queue> {
                     EvaluationRow { step: snapshot.step, metrics: Vec::new(), features, seconds }
                 }
             };
-            // Of a state that was rolled back meanwhile nobody wants to know.
+            // The state may have been rolled back meanwhile: then its row is not reported.
             if self.holds(&snapshot) {
                 session.report_evaluation(row);
             }
         }
     }
 
-    /// Whether a state is still one to judge.
+    /// Whether a state still waits for its evaluation.
     fn holds(&self, snapshot: &Arc<Snapshot>) -> bool {
         let queue = self.lock();
         queue.held.get(&snapshot.step).is_some_and(|held| Arc::ptr_eq(&held.snapshot, snapshot))
     }
 
-    /// The next to make. It stays held until it is recorded.
+    /// Returns the next snapshot to evaluate. It stays held until the result is recorded.
     fn next(&self, session: &Session) -> Option<Arc<Snapshot>> {
         let mut queue = self.lock();
         loop {
@@ -218,7 +219,7 @@ impl Monitor<Queue> {
     }
 }
 
-/// The figures of a state.
+/// Evaluates a state: returns its metrics by name.
 ///
 /// # Errors
 /// Samples cannot be read or judged.

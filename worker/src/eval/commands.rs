@@ -1,4 +1,4 @@
-//! The commands of the `worker` program that have to do with judging.
+//! Subcommands of the `worker` program for evaluation.
 
 use std::fmt::Write as _;
 use std::io::Write;
@@ -49,8 +49,8 @@ pub struct Eval {
     /// Real samples to hold them against; 0 for all.
     #[arg(long, default_value_t = 0)]
     reference: u32,
-    /// What metrics look at: auto, digits, pixels, or a TorchScript file from images (n, c, h, w) in [-1, 1]
-    /// to features (n, d).
+    /// Features for the metrics: auto, digits, pixels, or a TorchScript file from images (n, c, h, w) in
+    /// [-1, 1] to features (n, d).
     #[arg(long, default_value = "auto")]
     features: String,
     /// Seed of the noise.
@@ -64,7 +64,7 @@ pub struct Eval {
     json: bool,
 }
 
-/// Data as the command line names them.
+/// Data source as named on the command line.
 #[derive(Clone, Debug)]
 struct Source(DataKind, Option<PathBuf>);
 
@@ -79,13 +79,13 @@ impl FromStr for Source {
     }
 }
 
-/// What is read of the job of a run.
+/// Part of a run's job file that the evaluation reads.
 #[derive(Deserialize)]
 struct RunJob {
     data: Data,
 }
 
-/// Judges a checkpoint's samples, or samples of known worth, and prints what comes of it.
+/// Evaluates a checkpoint's samples, or reference samples of known quality, and prints the metrics.
 ///
 /// # Errors
 /// The input is wrong, or samples cannot be read.
@@ -141,7 +141,7 @@ fn of_rungs(judge: &Judge, data: &DataSet, held_out: &DataSet) -> Result<Judged,
 }
 
 impl Eval {
-    /// The data to hold samples against: those named, else those of the run.
+    /// Returns the real data: the named source, else the data of the run.
     fn source(&self, shape: Option<ImageShape>) -> Result<Data, Failure> {
         if let Some(Source(kind, path)) = &self.data {
             let side = shape.filter(|_| *kind == DataKind::Folder).and_then(|s| u32::try_from(s.height).ok());
@@ -181,7 +181,7 @@ fn as_json(judge: &Judge, reference: usize, judged: &Judged) -> String {
     format!("{about:#}\n")
 }
 
-/// A line a set of samples, or a line a metric if there is one set.
+/// Table of metrics: a row per set of samples, or a row per metric for a single set.
 fn as_table(judge: &Judge, reference: usize, judged: &Judged) -> String {
     let mut text = format!(
         "features {}; {} samples against {reference} real ones\n\n",

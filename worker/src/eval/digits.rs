@@ -4,9 +4,9 @@
 //! It gives metrics the features that Inception gives elsewhere, without a download. `worker
 //! train-classifier` makes the weights again.
 //!
-//! 1. What it says of an image depends on that image and the weights alone, not on the others of a batch in
-//!    any way but the rounding of a kernel that takes several at a time.
-//! 2. Its weights are fixed: they are part of what a metric means, so their hash is reported with each
+//! 1. The output for an image depends on that image and the weights alone, and on the others of a batch in
+//!    no way but the rounding of a kernel that takes several at a time.
+//! 2. The weights are fixed: they are part of what a metric means, so their hash is reported with each
 //!    evaluation.
 
 use safetensors::SafeTensors;
@@ -17,16 +17,16 @@ use crate::checkpoint::named_tensor;
 use crate::data::ImageShape;
 use crate::nn::{Init, TensorSpec};
 
-/// What the classifier looks at.
+/// Shape of the classifier's input.
 pub const SHAPE: ImageShape = ImageShape { channels: 1, height: 28, width: 28 };
-/// Digits.
+/// Number of classes.
 pub const CLASSES: i64 = 10;
-/// Numbers of the layer before the last.
+/// Width of the layer before the last.
 pub const FEATURES: i64 = 64;
 
 /// The bundled weights.
 static WEIGHTS: &[u8] = include_bytes!("../../digits/digits.safetensors");
-/// Their blake3 hash, in hex.
+/// blake3 hash of the bundled weights, in hex.
 static HASH: &str = include_str!("../../digits/digits.blake3");
 
 /// The classifier's weights, in the order of [`specs`].
@@ -35,16 +35,16 @@ pub struct Digits {
     weights: Vec<Tensor>,
 }
 
-/// What the classifier says of images.
+/// Output of the classifier.
 #[derive(Debug)]
 pub struct Seen {
-    /// (n, [`FEATURES`]), after the rectifier.
+    /// Features (n, [`FEATURES`]), after the rectifier.
     pub features: Tensor,
-    /// (n, [`CLASSES`]).
+    /// Logits (n, [`CLASSES`]).
     pub logits: Tensor,
 }
 
-/// The tensors of the network, with the starts that PyTorch gives its layers.
+/// Tensors of the network, with the initial values that PyTorch gives its layers.
 pub fn specs() -> Vec<TensorSpec> {
     let layers: [(&str, Vec<i64>); 5] = [
         ("conv1", vec![16, 1, 3, 3]),
@@ -67,8 +67,8 @@ pub fn specs() -> Vec<TensorSpec> {
     specs
 }
 
-/// The network's output for images (n, 1, 28, 28) in [-1, 1]: three times convolve, rectify and halve, then
-/// two linear layers.
+/// Forward pass for images (n, 1, 28, 28) in [-1, 1]: three times convolve, rectify and halve, then two
+/// linear layers.
 pub fn forward(images: &Tensor, weights: &[Tensor]) -> Seen {
     let mut maps = images.shallow_clone();
     for layer in weights[..6].chunks(2) {
@@ -81,7 +81,7 @@ pub fn forward(images: &Tensor, weights: &[Tensor]) -> Seen {
 }
 
 impl Digits {
-    /// The bundled classifier.
+    /// Loads the bundled classifier.
     ///
     /// # Errors
     /// The weights in this program are damaged.
@@ -93,7 +93,7 @@ impl Digits {
         Digits::read(WEIGHTS)
     }
 
-    /// The hash of the bundled weights.
+    /// Hash of the bundled weights.
     pub fn hash() -> &'static str {
         HASH.trim()
     }
@@ -109,12 +109,12 @@ impl Digits {
         Ok(Digits { weights: specs().iter().map(load).collect::<Result<_, _>>()? })
     }
 
-    /// What the classifier says of images (n, 1, 28, 28) in [-1, 1].
+    /// Classifies images (n, 1, 28, 28) in [-1, 1], without gradients.
     pub fn look(&self, images: &Tensor) -> Seen {
         no_grad(|| forward(images, &self.weights))
     }
 
-    /// The probabilities of the classes, (n, [`CLASSES`]) in f64.
+    /// Probabilities of the classes, (n, [`CLASSES`]) in f64.
     pub fn probabilities(seen: &Seen) -> Tensor {
         seen.logits.to_kind(Kind::Double).softmax(-1, Kind::Double)
     }

@@ -1,4 +1,4 @@
-//! What metrics look at: from images to features.
+//! Feature extractors: from images to the inputs of metrics.
 
 use std::path::Path;
 
@@ -11,31 +11,31 @@ use super::{EvalError, images, some_of};
 use crate::data::{DataSet, ImageShape};
 use crate::module_file;
 
-/// Images that are looked at in one pass. A fixed number, because a kernel may round by how many it gets.
+/// Number of images in one pass. Fixed, because a kernel's rounding may depend on the batch size.
 const BATCH: usize = 100;
 
-/// Turns images into features.
+/// Feature extractor.
 #[derive(Debug)]
 pub enum Extractor {
-    /// The digit classifier.
+    /// The bundled digit classifier.
     Digits(Digits),
-    /// Nothing: metrics look at the pixels.
+    /// No features: metrics of pixels only.
     Pixels,
     /// A TorchScript module and the hash of its file.
     File(Script, String),
 }
 
-/// What an extractor makes of samples.
+/// Features of samples.
 #[derive(Debug)]
 pub struct Looked {
-    /// (n, d) in f64, unless only pixels are looked at.
+    /// Features (n, d) in f64; `None` for pixels.
     pub features: Option<Tensor>,
-    /// (n, classes) in f64, if there is a classifier.
+    /// Class probabilities (n, classes) in f64; `None` without a classifier.
     pub probabilities: Option<Tensor>,
 }
 
 impl Extractor {
-    /// What a job asks for, for images of a shape.
+    /// Opens the extractor of a job, for images of a shape.
     ///
     /// # Errors
     /// The images do not suit it, or the file is no such module.
@@ -52,7 +52,7 @@ impl Extractor {
         }
     }
 
-    /// Its name and the hash of what it computes with.
+    /// Name of the extractor, and the hash of its weights.
     pub fn describe(&self) -> String {
         match self {
             Extractor::Digits(_) => format!("digits {}", Digits::hash()),
@@ -61,7 +61,7 @@ impl Extractor {
         }
     }
 
-    /// Looks at images (n, c, h, w) in [-1, 1], some at a time.
+    /// Extracts features of images (n, c, h, w) in [-1, 1], batch by batch.
     ///
     /// # Errors
     /// The module of a file fails.
@@ -70,7 +70,7 @@ impl Extractor {
         self.gather(images.split(batch, 0).into_iter().map(Ok))
     }
 
-    /// Looks at samples of a data set.
+    /// Extracts features of samples of a data set.
     ///
     /// # Errors
     /// A sample cannot be read, or the module of a file fails.
@@ -128,7 +128,7 @@ fn features_of(script: &Script, images: &Tensor) -> Result<Tensor, EvalError> {
     Ok(features.flatten(1, -1).to_kind(Kind::Double).to_device(tch::Device::Cpu))
 }
 
-/// `count` samples of a data set, all if it has fewer, and none that the job leaves out.
+/// Chooses `count` samples of a data set, all if it has fewer, and none that the job leaves out.
 pub fn chosen(data: &DataSet, count: usize) -> Vec<usize> {
     let left = data.left();
     let places = some_of(left.len(), if count == 0 { left.len() } else { count });

@@ -1,4 +1,5 @@
-//! Judging samples: all metrics that the features allow, against real samples that are looked at once.
+//! Evaluator: computes all metrics that the features allow, against a reference of real samples that is
+//! prepared once.
 
 use ganglion_proto::evaluation::{BestBy, Evaluation, names};
 use tch::{Kind, TchError, Tensor, no_grad};
@@ -16,10 +17,10 @@ use crate::random::{Key, Purpose};
 use crate::state::StateLayout;
 use crate::tensor_bytes::from_bytes;
 
-/// Samples of each kind that a discriminator is asked about.
+/// Number of samples of each kind that the discriminator is run on.
 const ASKED: usize = 1000;
 
-/// What samples are judged by.
+/// Evaluator of generated samples.
 #[derive(Debug)]
 pub struct Judge {
     extractor: Extractor,
@@ -27,12 +28,12 @@ pub struct Judge {
     reference: Reference,
 }
 
-/// Real samples, looked at.
+/// Statistics of real samples.
 #[derive(Debug)]
 struct Reference {
-    /// As many as are generated.
+    /// As many real images as are generated.
     images: Tensor,
-    /// Some that are trained on, and some that are not, if there are any.
+    /// Samples from the training set and from the held-out set, if there is one.
     asked: Option<[Asked; 2]>,
     features: Option<OfFeatures>,
     labels: Option<Labels>,
@@ -41,14 +42,14 @@ struct Reference {
 #[derive(Debug)]
 struct OfFeatures {
     all: Tensor,
-    /// As many as are generated.
+    /// Manifold of as many samples as are generated.
     some: Manifold,
     moments: Moments,
-    /// See [`memorised`].
+    /// Distance below which a sample counts as memorised. See [`memorised`].
     threshold: f64,
 }
 
-/// A discriminator in working order.
+/// Discriminator of a state, ready for inference.
 #[derive(Debug)]
 pub struct Critic {
     models: Models,
@@ -57,7 +58,7 @@ pub struct Critic {
 }
 
 impl Critic {
-    /// That of a state.
+    /// Builds the discriminator of a state.
     pub fn of(models: &Models, layout: &StateLayout, snapshot: &Snapshot) -> Critic {
         let sections = &layout.discriminator;
         let range = sections.weight_range();
@@ -65,7 +66,7 @@ impl Critic {
         Critic { models: models.clone(), weights, buffers }
     }
 
-    /// The mean of what it says of samples.
+    /// Mean logit over the samples.
     fn opinion(&self, asked: &Asked) -> f64 {
         let parts = |tensor: &Tensor| tensor.split(100, 0);
         let classes = asked.classes.as_ref().map(parts).unwrap_or_default();
@@ -78,7 +79,7 @@ impl Critic {
         Tensor::cat(&said, 0).mean(Kind::Double).double_value(&[])
     }
 
-    /// Generated samples to ask about: those of a generator that draws one class after the other.
+    /// Generated samples for the discriminator, from a generator that draws the classes in turn.
     fn generated(&self, images: &Tensor) -> Asked {
         let count = images.size()[0].min(i64::try_from(ASKED).expect("a small number"));
         let classes = i64::from(self.models.classes);
@@ -87,7 +88,7 @@ impl Critic {
     }
 }
 
-/// Samples that a discriminator is asked about, with their classes if the job's networks know classes.
+/// Samples that the discriminator is run on, with their classes for a conditional model.
 #[derive(Debug)]
 struct Asked {
     images: Tensor,
@@ -105,8 +106,8 @@ impl Asked {
     }
 }
 
-/// What an evaluation needs that is not a matter of its samples: opened and checked before training, looked
-/// at later.
+/// Inputs of evaluations that do not depend on generated samples: opened and checked before training, read
+/// later.
 #[derive(Debug)]
 pub struct Means {
     settings: Evaluation,
@@ -115,7 +116,7 @@ pub struct Means {
 }
 
 impl Means {
-    /// Opens what an evaluation needs, and checks that it fits the data.
+    /// Opens the extractor and checks that the inputs fit the data.
     ///
     /// # Errors
     /// The settings do not fit the data; says which.
@@ -152,7 +153,7 @@ impl Means {
         Ok(Means { settings: settings.clone(), extractor, held_out })
     }
 
-    /// Looks at the real samples.
+    /// Computes the statistics of the real samples.
     ///
     /// # Errors
     /// A sample cannot be read, or the features cannot be computed.
@@ -172,7 +173,7 @@ impl Means {
         Ok(Judge { extractor, samples, reference })
     }
 
-    /// What metrics look at.
+    /// Name of the feature extractor, with the hash of its weights.
     pub fn describe(&self) -> String {
         self.extractor.describe()
     }
@@ -195,23 +196,24 @@ impl OfFeatures {
     }
 }
 
-/// Where all samples are trained on, each counts as fresh to the others.
+/// Without held-out samples each training sample counts as fresh to the others.
 fn nearest_others(all: &Tensor, places: &[i64]) -> Tensor {
     nearest(&all.index_select(0, &Tensor::from_slice(places)), all, true)
 }
 
 impl Judge {
-    /// Generated samples that it takes.
+    /// Number of generated samples that an evaluation takes.
     pub fn samples(&self) -> usize {
         self.samples
     }
 
-    /// What metrics look at.
+    /// Name of the feature extractor, with the hash of its weights.
     pub fn describe(&self) -> String {
         self.extractor.describe()
     }
 
-    /// All metrics of generated images (n, c, h, w) in [-1, 1], and of the discriminator of the same state.
+    /// Returns all metrics of generated images (n, c, h, w) in [-1, 1], and of the discriminator of the
+    /// same state.
     ///
     /// # Errors
     /// The module of a file fails.
@@ -244,17 +246,17 @@ impl Judge {
     }
 }
 
-/// How far a discriminator takes samples that it has not seen for generated ones: 0 if it takes them for
-/// those that it has seen, 1 for generated ones. Karras et al. (2020), "Training generative adversarial
-/// networks with limited data", equation 1, r_v.
+/// Overfitting of the discriminator: 0 if it rates held-out samples as training samples, 1 if as generated
+/// ones. Karras et al. (2020), "Training generative adversarial networks with limited data", equation 1,
+/// r_v.
 fn overfitting(critic: &Critic, seen: &Asked, held_out: &Asked, generated: &Asked) -> f64 {
     let seen = critic.opinion(seen);
     let ratio = (seen - critic.opinion(held_out)) / (seen - critic.opinion(generated));
-    // One that does not tell real from generated has learned nothing by heart.
+    // A discriminator that rates all three alike has memorised nothing.
     if ratio.is_nan() && seen.is_finite() { 0.0 } else { ratio }
 }
 
-/// What is not finite has no distance.
+/// Fréchet distance; NaN where the features are not finite.
 fn frechet_or_nothing(real: &OfFeatures, own: &Tensor) -> f64 {
     let distance = || -> Result<f64, TchError> { frechet_distance(&real.moments, &Moments::of(own)) };
     distance().unwrap_or(f64::NAN)

@@ -1,11 +1,11 @@
-//! Judging what a generator draws.
+//! Evaluation: metrics of generated samples.
 //!
-//! 1. A metric is a function of features; features are a function of images and of fixed weights; the images
-//!    of an evaluation are a function of (job, state). So an evaluation is one, whoever makes it and
-//!    whenever.
+//! 1. A metric is a function of features; features are a function of images and of fixed weights; the
+//!    images of an evaluation are a function of (job, state). So an evaluation has one result, on any
+//!    member and at any time.
 //! 2. Nothing here writes state or anything that training reads: libtorch's settings stay as the worker set
 //!    them.
-//! 3. Beside training it never holds a step up: see [`beside`].
+//! 3. During training it never holds a step up: see [`beside`].
 
 pub mod beside;
 pub mod commands;
@@ -22,10 +22,10 @@ use tch::Tensor;
 use crate::data::{DataError, DataSet};
 use crate::sample::SampleError;
 
-/// Why there are no metrics.
+/// Reasons why there are no metrics.
 #[derive(Debug, thiserror::Error)]
 pub enum EvalError {
-    /// The user's input is wrong; says what, where and how to fix it.
+    /// The user's input is wrong; the message says what, where and how to fix it.
     #[error("{0}")]
     Input(String),
     /// The classifier's weights cannot be used.
@@ -37,15 +37,15 @@ pub enum EvalError {
     /// The generator cannot be read.
     #[error(transparent)]
     Sample(#[from] SampleError),
-    /// What libtorch refuses.
+    /// An error of libtorch.
     #[error("{0}")]
     Torch(#[from] tch::TchError),
-    /// The same, by way of c10d.
+    /// An error of libtorch by way of c10d.
     #[error("{0}")]
     C10d(#[from] c10d::Error),
 }
 
-/// Samples of a data set, (n, c, h, w) in [-1, 1].
+/// Reads samples of a data set, (n, c, h, w) in [-1, 1].
 ///
 /// # Errors
 /// A sample cannot be read.
@@ -59,8 +59,8 @@ pub fn images(data: &DataSet, indices: &[usize]) -> Result<Tensor, DataError> {
     Ok(Tensor::from_slice(&pixels).view(sizes.map(|n| i64::try_from(n).expect("an image is small"))))
 }
 
-/// `count` of the numbers below `len`, all if there are fewer, in order. They are drawn, always the same
-/// ones: a data set may be sorted, or come from sources that take turns, as MNIST's digits do.
+/// Chooses `count` of the numbers below `len`, all if there are fewer, in order. The choice is random with
+/// a fixed seed: a data set may be sorted, or come from sources that take turns, as MNIST's digits do.
 pub fn some_of(len: usize, count: usize) -> Vec<usize> {
     if count >= len {
         return (0..len).collect();

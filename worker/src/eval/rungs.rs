@@ -1,5 +1,4 @@
-//! Reference rungs: what metrics say of samples whose worth is known, so that people can read what they say
-//! of a generator's.
+//! Reference rungs: metrics of samples of known quality, as a scale for reading those of a generator.
 
 use tch::Tensor;
 
@@ -10,21 +9,21 @@ use super::{EvalError, images, some_of};
 use crate::data::DataSet;
 use crate::random::{Key, Purpose};
 
-/// The class that is left out, and the one that is left alone.
+/// The class left out of one rung, and the only class of another.
 const CHOSEN: [i64; 2] = [9, 3];
-/// Pixels of the square whose mean blurs.
+/// Side in pixels of the square whose mean blurs.
 const BLUR: i64 = 3;
 
-/// Samples of known worth.
+/// Samples of known quality.
 #[derive(Debug)]
 pub struct Rung {
-    /// What they are.
+    /// Name in the table.
     pub name: &'static str,
-    /// (n, c, h, w) in [-1, 1].
+    /// Images (n, c, h, w) in [-1, 1].
     pub images: Tensor,
 }
 
-/// The rungs, from samples that are not in the judge's reference and some that are.
+/// Builds the rungs, from samples outside the evaluator's reference and some inside it.
 ///
 /// # Errors
 /// A sample cannot be read.

@@ -1,8 +1,8 @@
 //! Training the digit classifier: `worker train-classifier`.
 //!
-//! 1. The weights are a function of (images, labels, seed, epochs) and of the passport's machine and build,
-//!    as a run's are: all draws have keys, and one thread computes.
-//! 2. No image of a test set enters: what is tested on is given apart, and only counted.
+//! 1. The weights are a function of (images, labels, seed, epochs) and of the environment's machine and
+//!    build (`passport`), as a run's are: all draws have keys, and one thread computes.
+//! 2. No image of a test set is trained on: test images are given apart, and only counted.
 
 use std::path::Path;
 
@@ -17,19 +17,19 @@ use crate::data::{DataSet, read_labels};
 use crate::random::{Key, Purpose};
 use crate::state::{Layout, initial_values, narrow};
 
-/// Digits in one update.
+/// Number of digits in one update.
 const BATCH: u64 = 128;
-/// Pixels by which a batch is moved at most, to each side: MNIST's digits keep four pixels of margin.
+/// Maximum shift of a batch in pixels, to each side: MNIST's digits keep four pixels of margin.
 const SHIFT: f32 = 2.0;
-/// Adam's step size at first; it falls to 0 on a straight line.
+/// Initial learning rate of Adam; it falls linearly to 0.
 const LEARNING_RATE: f64 = 2e-3;
 
-/// Digits and what they are.
+/// Digits with their labels.
 #[derive(Debug)]
 pub struct Labelled {
-    /// (n, 1, 28, 28) in [-1, 1].
+    /// Images (n, 1, 28, 28) in [-1, 1].
     pub images: Tensor,
-    /// (n), from 0 to 9.
+    /// Labels (n), from 0 to 9.
     pub labels: Tensor,
 }
 
@@ -51,7 +51,7 @@ impl Labelled {
         Ok(Labelled { images: images(data, &(0..wanted).collect::<Vec<_>>())?, labels })
     }
 
-    /// The share that a classifier tells right.
+    /// Share of digits that a classifier classifies correctly.
     pub fn accuracy(&self, digits: &Digits) -> f64 {
         let right = |(images, labels): (Tensor, Tensor)| {
             let told = digits.look(&images).logits.argmax(-1, false);
@@ -66,7 +66,7 @@ impl Labelled {
 /// Reads an IDX file of digits' labels.
 ///
 /// # Errors
-/// It is none, or a label is no digit.
+/// The file is no IDX file of labels, or a label is no digit.
 pub fn labels(path: &Path) -> Result<Tensor, EvalError> {
     let labels: Vec<i64> = read_labels(path)?.into_iter().map(i64::from).collect();
     if labels.iter().any(|label| *label >= CLASSES) {
@@ -75,10 +75,11 @@ pub fn labels(path: &Path) -> Result<Tensor, EvalError> {
     Ok(Tensor::from_slice(&labels))
 }
 
-/// Trains a classifier, and says after each epoch how far it is.
+/// Trains a classifier, and reports the mean loss of each epoch to `tell`. Returns the weights file's
+/// bytes.
 ///
 /// # Errors
-/// What libtorch refuses.
+/// An error of libtorch.
 pub fn train(
     digits: &Labelled,
     seed: u64,
@@ -119,7 +120,7 @@ pub fn train(
     Ok(serialize_floats(&layout, &flat, about.into()))
 }
 
-/// The digits of an update, moved a little.
+/// Digits of an update, shifted at random.
 fn batch(digits: &Labelled, stream: &mut SampleStream, seed: u64, update: u64) -> (Tensor, Tensor) {
     let numbers = update * BATCH..(update + 1) * BATCH;
     let chosen: Vec<i64> = numbers.map(|q| stream.sample(q).cast_signed()).collect();

@@ -1,46 +1,46 @@
-//! An error inside a module of the user's, on its way out of a pass.
+//! Errors inside a user's module, raised out of a forward pass.
 //!
-//! A forward pass has no result but its tensors, and of the networks only those of the user's can fail in
-//! one: they hold any program. So their errors unwind, and [`guarded`] stands at the outer end of each thread
-//! that computes passes. What a pass leaves behind is not used any more.
+//! A forward pass returns nothing but tensors, and of the networks only the user's can fail in one: they
+//! hold any program. So their errors unwind, and [`guarded`] catches them at the outer end of each thread
+//! that computes passes. Partial results of such a pass are not used any more.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
-/// The time that the check of a module may take, in seconds, by the environment.
+/// Environment variable with the time limit for the check of a module, in seconds.
 pub const LIMIT_VARIABLE: &str = "GANGLION_MODULE_LIMIT";
-/// That time where the environment does not say.
+/// Time limit where the environment sets none.
 const LIMIT: Duration = Duration::from_secs(300);
-/// The exit code for wrong input.
+/// Exit code for wrong input.
 const WRONG_INPUT: i32 = 2;
 
-/// A module's program failed.
+/// An error of a user's module.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{module} fails {phase}: {detail}")]
 pub struct BrokenModule {
-    /// The file that it is from.
+    /// Path of the module's file.
     pub module: String,
-    /// In which part of its work, such as `in training`.
+    /// Part of the work that failed, such as `in training`.
     pub phase: &'static str,
-    /// The reason, as libtorch words it.
+    /// Reason, as libtorch words it.
     pub detail: String,
 }
 
 impl BrokenModule {
-    /// Leaves the pass.
+    /// Unwinds out of the pass.
     pub fn raise(self) -> ! {
-        // No panic: the hook, which tells of bugs in this program, is not called.
+        // No panic: the hook, which reports bugs of this program, is not called.
         resume_unwind(Box::new(self))
     }
 
-    /// Whether the machine is to blame, and not the module.
+    /// Whether the machine lacks memory and the module is not to blame.
     pub fn is_lack_of_memory(&self) -> bool {
         self.detail.contains("out of memory") || self.detail.contains("not enough memory")
     }
 }
 
-/// Does work that runs passes; an error inside a user's module is its result.
+/// Runs work that computes passes; an error inside a user's module becomes the result.
 ///
 /// # Errors
 /// A module's program failed.
@@ -51,8 +51,8 @@ pub fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, BrokenModule> {
     })
 }
 
-/// Ends this process with the exit code for wrong input, and a word, unless it is dropped in time. A module's
-/// program cannot be interrupted: while it runs nothing else ends the thread that it runs in.
+/// Ends this process with the exit code for wrong input, and an error message, unless it is dropped in
+/// time. A module's program cannot be interrupted: while it runs nothing else ends its thread.
 pub struct Watchdog(Sender<()>);
 
 impl Watchdog {
@@ -71,7 +71,7 @@ impl Watchdog {
                 c10d::exit_at_once(WRONG_INPUT);
             }
         };
-        // Without a thread for it there is no limit, and the check is as good.
+        // If no thread can be started there is no limit; the check itself is unaffected.
         let _ = std::thread::Builder::new().name("watchdog".to_string()).spawn(watch);
         Watchdog(done)
     }

@@ -1,10 +1,10 @@
-//! Networks over tensors that somebody else owns.
+//! Networks over tensors that the caller owns.
 //!
-//! 1. A forward pass reads parameters and buffers and writes neither: what its buffers shall follow is handed
-//!    out, to be committed with the phase that it belongs to.
-//! 2. A network knows the names and shapes of its tensors; where they live is the state's business.
-//! 3. What a pass gives is a function of its input and its [`Pass`]. Random draws come from the pass's key
-//!    alone.
+//! 1. A forward pass reads parameters and buffers and writes neither: it returns its buffer updates, to be
+//!    committed with the phase that it belongs to.
+//! 2. A network knows the names and shapes of its tensors; the state owns their memory.
+//! 3. The output of a pass is a function of its input and its [`Pass`]. Random draws come from the pass's
+//!    key alone.
 
 pub mod broken;
 mod classes;
@@ -27,126 +27,127 @@ use tch::{Kind, Tensor};
 
 use crate::random::Key;
 
-/// A network: which tensors it has, and what it makes of a batch.
+/// A network: the tensors it has, and its forward pass.
 pub trait Network: fmt::Debug + Send + Sync {
-    /// The tensors that are trained, in the order in which a pass gets them.
+    /// Trained tensors, in the order in which a pass gets them.
     fn parameters(&self) -> Vec<TensorSpec>;
 
-    /// The tensors that follow the batches without being trained, in the order in which a pass gets them.
+    /// Tensors that follow the batches without being trained, in the order in which a pass gets them.
     fn buffers(&self) -> Vec<TensorSpec>;
 
-    /// Whether what it makes of a sample depends on the other samples of the batch, as with batch
+    /// Whether the output for a sample depends on the other samples of the batch, as with batch
     /// normalisation.
     fn sees_batch(&self) -> bool;
 
-    /// The network's output for a batch, in fp32, computed in the kind of its first parameter.
+    /// Returns the network's output for a batch, in fp32, computed in the kind of its first parameter.
     fn forward(&self, input: &Tensor, pass: &mut Pass<'_>) -> Tensor;
 
-    /// The buffers that the next pass of a leaf begins with, after one that handed these statistics out.
+    /// Returns the buffers for the next pass of a shard gradient, after a pass with these buffer updates.
     fn after(&self, buffers: &[Tensor], _statistics: &[Tensor]) -> Vec<Tensor> {
         buffers.iter().map(Tensor::shallow_clone).collect()
     }
 
-    /// What its `state_dict` has beside parameters and buffers.
+    /// Integer tensors of the `state_dict` beside parameters and buffers.
     fn constants(&self) -> &[Constant] {
         &[]
     }
 }
 
-/// What a forward pass computes with, and what it hands out.
+/// Inputs and buffer updates of one forward pass.
 #[derive(Debug)]
 pub struct Pass<'a> {
-    /// In the order of [`Network::parameters`].
+    /// Parameters, in the order of [`Network::parameters`].
     pub parameters: &'a [Tensor],
-    /// In the order of [`Network::buffers`].
+    /// Buffers, in the order of [`Network::buffers`].
     pub buffers: &'a [Tensor],
-    /// How the buffers are used.
+    /// Training or inference.
     pub mode: Mode,
     /// The class of each sample, (n) of int64, where the model is conditional.
     pub classes: Option<&'a Tensor>,
-    /// What the network draws by, if it draws at all. Each pass of a leaf has its own.
+    /// Key of the network's own draws. Each pass of a shard gradient has its own.
     pub key: Key,
-    /// In [`Mode::Batch`]: what each buffer shall follow, in their order, by this pass.
+    /// Buffer updates of this pass, in the order of the buffers; filled in [`Mode::Batch`] only.
     pub statistics: Vec<Tensor>,
 }
 
 impl<'a> Pass<'a> {
-    /// A pass that hands out what its buffers shall follow.
+    /// Returns a training pass, which fills in the buffer updates.
     pub fn batch(parameters: &'a [Tensor], buffers: &'a [Tensor], key: Key) -> Pass<'a> {
         Pass { parameters, buffers, mode: Mode::Batch, classes: None, key, statistics: Vec::new() }
     }
 
-    /// A pass by the buffers as they are.
+    /// Returns an inference pass with the buffers as they are.
     pub fn running(parameters: &'a [Tensor], buffers: &'a [Tensor], key: Key) -> Pass<'a> {
         Pass { mode: Mode::Running, ..Pass::batch(parameters, buffers, key) }
     }
 
-    /// The same with the classes of the samples.
+    /// Adds the classes of the samples.
     pub fn of(self, classes: Option<&'a Tensor>) -> Pass<'a> {
         Pass { classes, ..self }
     }
 
-    /// What it computes in.
+    /// Kind of tensor in which the pass computes.
     pub fn kind(&self) -> Kind {
         self.parameters.first().map_or(Kind::Float, Tensor::kind)
     }
 }
 
-/// How a network uses its buffers.
+/// Use of buffers in a forward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// As in training: batch normalisation goes by the batch and hands out its mean and unbiased variance.
+    /// Training: batch normalisation uses the batch's moments, and its updates are their mean and unbiased
+    /// variance.
     Batch,
-    /// As when drawing samples: by the buffers as they are, and nothing is handed out.
+    /// Inference: the buffers are used as they are, and there are no updates.
     Running,
 }
 
-/// How a parameter or buffer starts.
+/// Initial values of a parameter or buffer.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)] // the fields say it by their names
 pub enum Init {
-    /// All the same.
+    /// One value for all elements.
     Constant(f32),
     /// U[-bound, bound).
     Uniform { bound: f32 },
     /// N(mean, deviation).
     Normal { mean: f32, deviation: f32 },
-    /// As somebody else chose.
+    /// Given values, flat.
     Given(Arc<[f32]>),
 }
 
-/// A tensor of whole numbers that stays as it is.
+/// A constant tensor of integers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Constant {
-    /// Its name in checkpoints.
+    /// Name in checkpoints.
     pub name: String,
-    /// Its shape.
+    /// Dimensions.
     pub shape: Vec<i64>,
-    /// Its elements.
+    /// Elements, flat.
     pub values: Vec<i64>,
 }
 
-/// How a buffer follows what a phase's leaves hand out, on the mean.
+/// Rule by which a buffer follows the mean of its updates over all shards.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Follow {
-    /// Towards it, with this weight against what the buffer held before. With 1 it is replaced.
+    /// Exponential average: interpolates towards the mean with this weight. With 1 it is replaced.
     Towards(f64),
-    /// By it.
+    /// Sum: the mean is added.
     By,
 }
 
-/// A tensor of a network.
+/// Description of a network's tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorSpec {
-    /// Its name in checkpoints, `<layer>.weight` and the like.
+    /// Name in checkpoints, `<layer>.weight` and the like.
     pub name: String,
-    /// Its shape.
+    /// Dimensions.
     pub shape: Vec<i64>,
-    /// How it starts.
+    /// Initial values.
     pub init: Init,
-    /// Whether it stays fp32 in every precision.
+    /// Whether the tensor stays fp32 in every precision.
     pub exact: bool,
-    /// How a buffer is committed; of no meaning for parameters.
+    /// Rule by which a buffer is updated; of no meaning for parameters.
     pub follow: Follow,
 }
 
@@ -156,25 +157,25 @@ impl TensorSpec {
         TensorSpec { name, shape: shape.to_vec(), init, exact: false, follow: Follow::By }
     }
 
-    /// A buffer that goes towards what a phase's leaves hand out.
+    /// A buffer that interpolates towards the mean of its updates.
     pub fn buffer(name: String, shape: &[i64], init: Init, momentum: f64) -> TensorSpec {
         let follow = Follow::Towards(momentum);
         TensorSpec { name, shape: shape.to_vec(), init, exact: true, follow }
     }
 
-    /// A buffer that moves by what a phase's leaves hand out.
+    /// A buffer to which the mean of its updates is added.
     pub fn moved(name: String, shape: &[i64], init: Init) -> TensorSpec {
         TensorSpec { name, shape: shape.to_vec(), init, exact: true, follow: Follow::By }
     }
 
-    /// Elements.
+    /// Number of elements.
     pub fn numel(&self) -> usize {
         usize::try_from(self.shape.iter().product::<i64>()).expect("shapes are positive")
     }
 }
 
-/// How many of a network's first tensors belong to its first `layers` layers. A layer's tensors have one name
-/// up to the last dot.
+/// Number of a network's first tensors that belong to its first `layers` layers. A layer's tensors have one
+/// name up to the last dot.
 pub fn first_layers(parameters: &[TensorSpec], layers: u32) -> usize {
     let layer = |spec: &TensorSpec| spec.name.rsplit_once('.').map(|(layer, _)| layer.to_string());
     let mut known = Vec::new();
@@ -187,7 +188,7 @@ pub fn first_layers(parameters: &[TensorSpec], layers: u32) -> usize {
     of_first.count()
 }
 
-/// How many layers with parameters a network has.
+/// Number of layers with parameters.
 pub fn layers(parameters: &[TensorSpec]) -> u32 {
     (0..).find(|layers| first_layers(parameters, *layers) == parameters.len()).expect("a network has an end")
 }

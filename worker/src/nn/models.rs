@@ -1,4 +1,4 @@
-//! The pairs of networks on offer.
+//! Pairs of networks for each `model.kind`.
 
 use std::sync::Arc;
 
@@ -19,29 +19,29 @@ pub struct Models {
     pub discriminator: Arc<dyn Network>,
     /// Length of the noise vector.
     pub latent_dim: usize,
-    /// The images.
+    /// Shape of the images.
     pub shape: ImageShape,
-    /// How many classes of samples the networks know; 0 for none.
+    /// Number of classes that the networks are conditioned on; 0 for none.
     pub classes: u32,
 }
 
-/// Why a job's networks cannot be trained on its data.
+/// Reasons why a job's networks cannot be trained on its data.
 #[derive(Debug, thiserror::Error)]
 pub enum UnsuitableModel {
-    /// The data's images are not what the model draws.
+    /// The data's images do not have the model's shape.
     #[error(transparent)]
     Data(#[from] UnsuitableData),
-    /// A network of the user's: the key that names it, and what is wrong.
+    /// A user's network cannot be trained.
     #[error("{key}: {what}")]
     Script {
-        /// `model.generator` or `model.discriminator`.
+        /// Key of the job file: `model.generator` or `model.discriminator`.
         key: &'static str,
-        /// What is wrong, and how to mend it.
+        /// Reason, and how to fix it.
         what: String,
     },
 }
 
-/// The data's images are not what the model draws.
+/// The data's images do not have the model's shape.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "model.kind: {model} draws images of {wanted}, and the data has {found}; choose another model, or set \
@@ -54,12 +54,12 @@ pub struct UnsuitableData {
 }
 
 impl Models {
-    /// The networks of a job, for images of a shape.
+    /// Builds the networks of a job, for images of a shape.
     pub fn new(model: &Model, shape: ImageShape) -> Result<Models, UnsuitableModel> {
         Models::with_classes(model, shape, 0)
     }
 
-    /// The same for samples of so many classes, where the job wants its networks to know them.
+    /// The same for samples of `classes` classes, where the job wants a conditional model.
     pub fn with_classes(model: &Model, shape: ImageShape, classes: u32) -> Result<Models, UnsuitableModel> {
         let Some(side) = model.kind.side() else { return Models::scripts(model, shape) };
         let channels = (model.kind == ModelKind::Mlp28).then_some(1);
@@ -87,7 +87,7 @@ impl Models {
         })
     }
 
-    /// The generator alone: that of the user's own networks needs no discriminator.
+    /// Builds the generator alone: a user's generator needs no discriminator.
     pub fn generator_of(
         model: &Model,
         shape: ImageShape,
@@ -99,7 +99,7 @@ impl Models {
         }
     }
 
-    /// The user's own networks.
+    /// Loads the user's own networks.
     fn scripts(model: &Model, shape: ImageShape) -> Result<Models, UnsuitableModel> {
         let refused = |what| UnsuitableModel::Script { key: "model.discriminator", what };
         let path = model.discriminator.as_deref().ok_or_else(|| refused("missing".to_string()))?;
@@ -122,7 +122,7 @@ impl Models {
 
 fn networks(kind: ModelKind, sizes: Sizes) -> (Arc<dyn Network>, Arc<dyn Network>) {
     let Sizes { latent, width, channels, classes, .. } = sizes;
-    // Around networks that know no classes, OfClasses puts what does.
+    // Networks that know no classes are wrapped in `OfClasses`, which adds the conditioning.
     let (inputs, outputs) = if classes > 0 { (2 * latent, latent) } else { (latent, 1) };
     let plain = |(generator, discriminator)| -> (Arc<dyn Network>, Arc<dyn Network>) {
         (Arc::new(Sequential::new(generator)), Arc::new(Sequential::new(discriminator)))

@@ -1,12 +1,12 @@
-//! What the networks that are no plain lists of layers are made of: pieces that name their tensors and use
-//! them in the same order.
+//! Building blocks of networks that are no plain lists of layers: each names its tensors and uses them in
+//! the same order.
 
 use tch::{Device, Kind, Tensor};
 
 use super::{Init, TensorSpec};
 
-/// What both networks are made from: the length of the noise, the width, the images' channels and side, and
-/// the number of classes, 0 for none.
+/// Sizes that both networks are built from: the length of the noise, the width, the images' channels and
+/// side, and the number of classes, 0 for none.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sizes {
     pub(super) latent: i64,
@@ -16,7 +16,7 @@ pub(super) struct Sizes {
     pub(super) classes: i64,
 }
 
-/// Collects the tensors of a network by name.
+/// List of a network's tensors under construction.
 #[derive(Default)]
 pub(super) struct Specs {
     pub(super) list: Vec<TensorSpec>,
@@ -34,8 +34,8 @@ impl Specs {
     }
 }
 
-/// N(0, gain / sqrt(inputs)), which keeps the size of what passes through (He et al., 2015, equation 10);
-/// zeros for no gain.
+/// N(0, gain / sqrt(inputs)), which preserves the variance of activations (He et al., 2015, equation 10);
+/// zeros for a gain of 0.
 pub(super) fn scaled(gain: f32, inputs: i64) -> Init {
     if gain == 0.0 {
         return Init::Constant(0.0);
@@ -50,7 +50,7 @@ pub(super) fn root(count: i64) -> f32 {
     count.sqrt()
 }
 
-/// In fp32 what is in less.
+/// Casts tensors of lower precision to fp32.
 pub(super) fn in_single(x: &Tensor) -> Tensor {
     match x.kind() {
         Kind::Float | Kind::Double => x.shallow_clone(),
@@ -58,7 +58,8 @@ pub(super) fn in_single(x: &Tensor) -> Tensor {
     }
 }
 
-/// A row of `table` (classes, features) for each class. A product, which has all derivatives on all devices.
+/// Returns a row of `table` (classes, features) for each class. A matrix product, which has all derivatives
+/// on all devices.
 pub(super) fn embed(table: &Tensor, classes: Option<&Tensor>) -> Tensor {
     let classes = classes.expect("a conditional model is told the classes of its samples");
     let rows = table.size()[0];
@@ -99,7 +100,7 @@ pub(super) fn double(x: &Tensor) -> Tensor {
 }
 
 fn filter(like: &Tensor, scale: f64, features: i64) -> Tensor {
-    // [1, 3, 3, 1], computed: numbers that are copied into a tensor would not be recorded with the network.
+    // [1, 3, 3, 1], computed: values copied into a tensor would not be recorded when the network is traced.
     let side = (Tensor::arange(4, (Kind::Float, Device::Cpu)) - 1.5).abs() * -2.0 + 4.0;
     let square = side.view([4, 1]).matmul(&side.view([1, 4])) * scale;
     let square = square.to_kind(Kind::Float).to_device(like.device()).to_kind(like.kind());

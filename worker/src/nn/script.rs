@@ -1,11 +1,11 @@
-//! Networks that users wrote in Python, as TorchScript.
+//! Networks written by users in Python, as TorchScript.
 //!
 //! 1. Training begins with the parameters and buffers of the file.
-//! 2. A pass begins with the buffers it is given; what it hands out is by how much the module changed each,
-//!    so that one it leaves alone keeps its bits. A second pass of the same leaf begins where the first one
-//!    ended, as in PyTorch.
-//! 3. What the module draws is seeded by the pass's key.
-//! 4. Whole numbers among the buffers (`num_batches_tracked`) are no part of the state: a module whose result
+//! 2. A pass begins with the buffers it is given; its buffer updates are the changes that the module made
+//!    to each, so that one it leaves alone keeps its bits. A second pass of the same shard gradient begins
+//!    where the first one ended, as in PyTorch.
+//! 3. The module's random draws are seeded by the pass's key.
+//! 4. Integers among the buffers (`num_batches_tracked`) are no part of the state: a module whose result
 //!    depends on how often it ran is refused.
 
 use std::fmt;
@@ -20,7 +20,7 @@ use crate::data::ImageShape;
 use crate::module_file;
 use crate::tensor_bytes::to_bytes;
 
-/// What a network is for.
+/// Role of a network in a GAN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     /// Noise to images of this shape.
@@ -29,33 +29,33 @@ enum Role {
     Discriminator { shape: ImageShape },
 }
 
-/// A TorchScript module that trains.
+/// A TorchScript module that can be trained.
 pub struct ScriptNetwork {
     script: Script,
-    /// The file that it is from, for people.
+    /// Path of the module's file, for error messages.
     file: String,
     role: Role,
     /// Whether the module takes noise as (n, latent_dim, 1, 1).
     as_maps: bool,
-    /// Its buffers of whole numbers, in the order of its tensors.
+    /// Integer buffers, in the order of the module's tensors.
     constants: Vec<Constant>,
     parameters: Vec<TensorSpec>,
     buffers: Vec<TensorSpec>,
 }
 
-/// Samples that a module is checked with.
+/// Number of samples that a module is checked with.
 const PROBED: i64 = 2;
 
-/// Why a module cannot be trained: what is wrong, and how to mend it.
+/// Reason why a module cannot be trained, and how to fix it.
 type Refusal = String;
 
 impl ScriptNetwork {
-    /// The generator in a file.
+    /// Loads the generator in a file.
     pub fn generator(path: &Path, latent_dim: i64, shape: ImageShape) -> Result<ScriptNetwork, Refusal> {
         ScriptNetwork::open(path, Role::Generator { latent_dim, shape })
     }
 
-    /// The discriminator in a file.
+    /// Loads the discriminator in a file.
     pub fn discriminator(path: &Path, shape: ImageShape) -> Result<ScriptNetwork, Refusal> {
         let network = ScriptNetwork::open(path, Role::Discriminator { shape })?;
         if network.script.last_operation().is_ok_and(|operation| operation == "sigmoid") {
@@ -93,7 +93,8 @@ impl ScriptNetwork {
         Ok(network)
     }
 
-    /// Sorts the module's tensors, or says which cannot be trained.
+    /// Sorts the module's tensors into parameters, buffers and constants, or names one that cannot be
+    /// trained.
     fn take_tensors(&mut self) -> Result<(), Refusal> {
         let tensors = self.script.tensors();
         if !tensors.iter().any(|tensor| tensor.is_parameter) {
@@ -129,7 +130,7 @@ impl ScriptNetwork {
         Ok(())
     }
 
-    /// Runs the module on stand-ins, in all the ways in which training will.
+    /// Runs the module on dummy inputs, in all the ways in which training will.
     fn probe(&mut self) -> Result<(), Refusal> {
         let values = self.script.tensors().len();
         let own: Result<Vec<Tensor>, _> = (0..values).map(|index| self.script.tensor(index)).collect();
@@ -166,7 +167,7 @@ impl ScriptNetwork {
         Ok(output)
     }
 
-    /// Whether it made of so many samples what it must.
+    /// Checks the kind and shape of an output for `samples` samples.
     fn check_output(&self, output: &Tensor, samples: i64) -> Result<(), Refusal> {
         let found = output.size();
         if output.kind() != Kind::Float {
@@ -183,7 +184,8 @@ impl ScriptNetwork {
         }
     }
 
-    /// In evaluation a module must neither draw nor change: pictures and metrics are functions of the state.
+    /// Checks that the module neither draws nor changes in evaluation: sample grids and metrics are
+    /// functions of the state.
     fn check_evaluation(&self, own: &[Tensor], input: &Tensor) -> Result<(), Refusal> {
         let before: Vec<Vec<u8>> = own.iter().map(whole_bytes).collect();
         let draws = Script::draws(|| {
@@ -199,7 +201,7 @@ impl ScriptNetwork {
         Ok(())
     }
 
-    /// In training it must reach its parameters, and not care how often it ran.
+    /// Checks that a training pass reaches all parameters and does not depend on how often the module ran.
     fn check_training(&self, own: &[Tensor], input: &Tensor) -> Result<(), Refusal> {
         let wrong = |error: c10d::Error| format!("in training: {error}");
         let leaves = |own: &[Tensor]| -> Vec<Tensor> {
@@ -221,7 +223,7 @@ impl ScriptNetwork {
         let sum = output.sum(Kind::Float);
         Tensor::f_run_backward(&[&sum], &trained, false, false)
             .map_err(|error| wrong(c10d::Error::from(error)))?;
-        // The same again, with the whole numbers as the first run left them.
+        // The second run begins with the integers as the first run left them.
         let mut again = leaves(own);
         let buffers = self.script.tensors().iter().enumerate().filter(|(_, about)| !about.is_parameter);
         for ((index, _), after) in buffers.zip(&after) {
@@ -243,12 +245,12 @@ impl ScriptNetwork {
         Ok(())
     }
 
-    /// An input as the module takes it.
+    /// Returns an input in the shape that the module takes.
     fn shaped(&self, input: &Tensor) -> Tensor {
         if self.as_maps { input.unsqueeze(-1).unsqueeze(-1) } else { input.shallow_clone() }
     }
 
-    /// One tensor for each of the module's, from a pass's parameters and copies of its buffers.
+    /// Returns a tensor for each of the module's, from a pass's parameters and copies of its buffers.
     fn bound(&self, pass: &Pass<'_>) -> Vec<Tensor> {
         let (mut parameters, mut buffers) = (pass.parameters.iter(), pass.buffers.iter());
         let device = pass.parameters.first().map_or(Device::Cpu, Tensor::device);
@@ -277,7 +279,7 @@ impl Network for ScriptNetwork {
         self.buffers.clone()
     }
 
-    /// It may: nobody can tell from outside.
+    /// Always true: a module's dependence on the batch cannot be seen from outside.
     fn sees_batch(&self) -> bool {
         true
     }

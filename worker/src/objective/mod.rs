@@ -1,7 +1,7 @@
-//! Objectives: what a model is to the engine, which knows nothing else of it.
+//! Objectives: the engine's only view of a model.
 //!
-//! An objective says which updates a step consists of, and computes what each data shard contributes to one.
-//! The engine sums the contributions of all shards, in one order, and applies the mean.
+//! An objective lists the updates of a step, and computes each data shard's contribution to one. The engine
+//! sums the contributions of all shards, in one order, and applies the mean.
 //!
 //! 1. A shard's gradient is a function of (job, state, phase, step, shard, the shard's samples): it reads
 //!    state and writes none. What a [`Compute`] keeps from phase to phase saves work and changes no bit.
@@ -18,31 +18,31 @@ use crate::state::{Module, State};
 /// One update of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Phase {
-    /// Its place in the step.
+    /// Index of the phase within the step.
     pub index: u32,
-    /// The network that it updates.
+    /// Network that it updates.
     pub module: Module,
-    /// The samples that it reads.
+    /// Samples that it reads.
     pub reads: Reads,
 }
 
-/// The samples that a phase reads.
+/// Samples that a phase reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reads {
-    /// The next of the stream.
+    /// The next samples of the stream.
     Next,
-    /// Those of the phase before.
+    /// The samples of the phase before.
     Same,
-    /// None.
+    /// No samples.
     Nothing,
 }
 
-/// Where a shard's gradient belongs: its draws are keyed by it.
+/// Coordinates of a shard gradient; they key its draws.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShardAt {
     /// The phase.
     pub phase: Phase,
-    /// Steps done before.
+    /// Number of steps done before.
     pub step: u64,
     /// The data shard.
     pub shard: u32,
@@ -53,7 +53,7 @@ pub struct ShardAt {
 pub struct ShardBatch {
     /// (b, c, h, w), in [-1, 1].
     pub images: Tensor,
-    /// Their classes, (b) of int64, where the model is conditional.
+    /// Classes of the images, (b) of int64, where the model is conditional.
     pub classes: Option<Tensor>,
 }
 
@@ -62,14 +62,14 @@ pub trait Objective {
     /// The updates of every step, in order.
     fn phases(&self) -> Vec<Phase>;
 
-    /// Begins to compute gradients, with nothing kept.
+    /// Returns a computation with nothing kept yet.
     fn begin(&self) -> Box<dyn Compute + '_>;
 }
 
 /// Computes the gradients of one member's shards, phase by phase.
 pub trait Compute {
-    /// Fills `out` with what a shard contributes to a phase. `batch` are its samples, where the phase reads
-    /// some.
+    /// Fills `out` with a shard's contribution to a phase. `batch` holds the shard's samples, where the
+    /// phase reads some.
     ///
     /// # Errors
     /// libtorch refused.
@@ -81,11 +81,11 @@ pub trait Compute {
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error>;
 
-    /// Whether something of the next step can be computed while the gradients of a phase are summed: its
-    /// update must not change that.
+    /// Whether a part of the next step's gradient can be computed while the gradients of a phase are
+    /// summed. The update under way must not change that part.
     fn looks_ahead(&self, under_way: Phase) -> bool;
 
-    /// Computes that for a shard, of its next samples, and keeps it.
+    /// Computes that part for a shard's next samples, and keeps it.
     ///
     /// # Errors
     /// libtorch refused.

@@ -1,8 +1,8 @@
-//! Memory for what one data shard contributes to an update.
+//! Memory layout of a shard gradient: one data shard's contribution to an update.
 //!
-//! It holds, in this order: the gradient of the summed loss, laid out as the network's parameters; b times
-//! the buffer updates of each pass, laid out as its buffers; the scalars. All become means over the global
-//! batch when the sum over the shards is divided by V x b.
+//! In this order: the gradient of the summed loss, laid out as the network's parameters; b times the buffer
+//! updates of each pass, laid out as its buffers; the scalars. All become means over the global batch when
+//! the sum over the shards is divided by V x b.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::state::{ALIGNMENT, Layout, narrow};
 
-/// Where things lie in the gradients of one network's phases, in floats.
+/// Offsets, in floats, within the gradients of one network's phases.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradLayout {
     parameters: Layout,
@@ -19,59 +19,59 @@ pub struct GradLayout {
 }
 
 impl GradLayout {
-    /// A layout for these parameters, and for the batch statistics of so many passes.
+    /// A layout for these parameters, and for the buffer updates of `passes` passes.
     pub fn of(parameters: Layout, buffers: Layout, passes: usize) -> GradLayout {
         GradLayout { parameters, buffers, passes }
     }
 
-    /// Place of the gradient.
+    /// Range of the gradient.
     pub fn gradient(&self) -> Range<usize> {
         0..self.parameters.len()
     }
 
-    /// Places of the batch statistics, pass by pass.
+    /// Ranges of the buffer updates (batch statistics), pass by pass.
     pub fn statistics(&self) -> impl Iterator<Item = Range<usize>> {
         let (start, len) = (self.parameters.len(), self.buffers.len());
         (0..self.passes).map(move |pass| start + pass * len..start + (pass + 1) * len)
     }
 
-    /// Place of the loss.
+    /// Offset of the loss.
     pub fn loss(&self) -> usize {
         self.parameters.len() + self.passes * self.buffers.len()
     }
 
-    /// Places of the scores of real samples and of the generator's.
+    /// Range of the summed D outputs (`scores`) for real and for generated samples.
     pub fn scores(&self) -> Range<usize> {
         self.loss() + 1..self.loss() + 3
     }
 
-    /// Place of the signs of the logits of real samples, which a controller of augmentation goes by.
+    /// Range of the signs of the logits of real samples, the input of adaptive augmentation.
     pub fn signs(&self) -> Range<usize> {
         self.loss() + 3..self.loss() + 4
     }
 
-    /// Floats that decide something.
+    /// Range of the floats that decide something: all but the D outputs and signs.
     pub fn decisive(&self) -> Range<usize> {
         0..self.loss() + 1
     }
 
-    /// Floats in all: a multiple of [`ALIGNMENT`].
+    /// Total length in floats: a multiple of [`ALIGNMENT`].
     pub fn len(&self) -> usize {
         self.loss() + ALIGNMENT
     }
 
-    /// Never: there is the loss at least.
+    /// Always false: there is the loss at least.
     pub fn is_empty(&self) -> bool {
         false
     }
 }
 
-/// Scalars beside the loss: the scores of real samples and of the generator's, and the signs.
+/// Number of scalars beside the loss: the D outputs for real and for generated samples, and the signs.
 pub(super) const SCORES: usize = 3;
 
-/// Memory for the gradient of one shard.
+/// Shard gradient: views into one flat buffer.
 pub struct ShardGrad {
-    /// All of it, and room to spare behind it.
+    /// The whole buffer, with spare capacity behind the layout.
     pub flat: Tensor,
     pub(super) gradients: Vec<Tensor>,
     pub(super) statistics: Vec<Tensor>,
@@ -95,7 +95,7 @@ impl ShardGrad {
         }
     }
 
-    /// All of the contribution: the gradient, the buffer updates, the scalars.
+    /// The whole contribution: the gradient, the buffer updates, the scalars.
     pub fn contents(&self) -> [Vec<&Tensor>; 3] {
         let scalars = std::iter::once(&self.loss).chain(&self.scores);
         [self.gradients.iter().collect(), self.statistics.iter().collect(), scalars.collect()]

@@ -1,5 +1,6 @@
-//! Any number of ranks, in two rounds: each sends every other its chunk of the sums, finishes its own chunk
-//! in tree order, and gathers all chunks. A sum is elementwise, so cutting it changes no bit.
+//! Exchange between any number of ranks, in two rounds: each rank sends every other its chunk of the sums,
+//! finishes its own chunk in tree order, and gathers all chunks. A sum is elementwise, so cutting it
+//! changes no bit.
 
 use c10d::{Buffer, Error, Group, Pending};
 use ganglion_proto::failpoint;
@@ -10,23 +11,23 @@ use super::tree::{Node, TreeSum, cover};
 use super::{Mean, ShardGrad, ShardMap, signed};
 use crate::state::{ALIGNMENT, narrow};
 
-/// The route by chunks.
+/// The exchange by chunks.
 pub struct Chunks {
     shards: ShardMap,
-    /// Each rank's nodes.
+    /// Tree nodes whose sums each rank sends, by rank.
     nodes: Vec<Vec<Node>>,
-    /// Floats that a rank finishes.
+    /// Number of floats in the chunk that a rank finishes.
     chunk: usize,
-    /// By destination, then by node: that destination's chunk of the node's sum. By node, over all ranks:
-    /// this rank's chunk.
+    /// Send buffer, by destination, then by node: that destination's chunk of the node's sum. Receive
+    /// buffer, by node, over all ranks: this rank's chunk.
     scattered: Option<(Buffer, Buffer)>,
-    /// This rank's chunk of the mean with its header, and those of all ranks.
+    /// Send buffer: this rank's chunk of the mean with its header. Receive buffer: those of all ranks.
     gathered: Option<(Buffer, Buffer)>,
     pending: Option<Pending<(Buffer, Buffer)>>,
 }
 
 impl Chunks {
-    /// Memory for chunks of so many floats.
+    /// Allocates the buffers for chunks of `chunk` floats.
     pub fn new(shards: ShardMap, chunk: usize, device: Device) -> Result<Chunks, Error> {
         let cover = |range: &std::ops::Range<u32>| cover(range.clone(), shards.data_shards);
         let nodes: Vec<Vec<Node>> = shards.ranges.iter().map(cover).collect();
@@ -63,12 +64,12 @@ impl Chunks {
         Ok(())
     }
 
-    /// What [`Chunks::send`] has put under way.
+    /// Returns the collective that [`Chunks::send`] started.
     pub fn pending(&mut self) -> Option<Pending<(Buffer, Buffer)>> {
         self.pending.take()
     }
 
-    /// Finishes this rank's chunk, and starts to give it to all.
+    /// Finishes this rank's chunk, and starts to send it to all ranks.
     pub fn gather(
         &mut self,
         group: &Group,
@@ -85,12 +86,12 @@ impl Chunks {
             });
         });
         self.scattered = Some(scattered);
-        // Numbered by position: the others wait for this rank's chunk of the mean.
+        // Numbered by update index: the other ranks wait for this rank's chunk of the mean.
         failpoint::reached("gather", header.position);
         Ok(group.all_gather(own, all)?)
     }
 
-    /// The sum over all nodes, of which each row has one's.
+    /// Sums over all nodes; each row holds the sum of one.
     fn sum_nodes(&self, rows: &Tensor) -> Tensor {
         let mut sum = TreeSum::new(self.shards.data_shards);
         for (node, row) in self.nodes.iter().flatten().zip(0..) {
@@ -100,7 +101,7 @@ impl Chunks {
         root.expect("all ranks' nodes are the whole tree").1
     }
 
-    /// Puts the chunks together. Returns the headers, one a row.
+    /// Joins the chunks into the mean. Returns the headers, one a row.
     pub fn finish(&mut self, gathered: (Buffer, Buffer), mean: &Mean) -> Tensor {
         let (ranks, chunk) = (signed(self.shards.world_size()), signed(self.chunk));
         let rows = gathered.1.tensor().view([ranks, chunk + signed(ALIGNMENT)]);

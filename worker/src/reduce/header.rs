@@ -1,26 +1,27 @@
-//! What travels with each reduced gradient, so that ranks agree on where they are and what they hold.
+//! Reduce header: sent with each reduced gradient, so that ranks detect a disagreement before they commit.
 
 use tch::{Kind, Tensor};
 
 use crate::state::ALIGNMENT;
 
-/// What a rank says of itself with each reduce. All ranks must agree on the first three fields.
+/// Reduce header of one rank. All ranks must agree on the first three fields.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header {
-    /// The generation it trains in.
+    /// Generation that the rank trains in.
     pub generation: u64,
-    /// The phases it has committed.
+    /// Update index: the number of phases it has committed.
     pub position: u64,
-    /// Hash of what its last commit made.
+    /// Fingerprint of the parameters that its last commit updated.
     pub fingerprint: u64,
-    /// The planned change that it knows of; 0 for none. A change happens when all know of the same.
+    /// Number of the planned change that it knows of; 0 for none. A change happens when all ranks name the
+    /// same.
     pub plan: u64,
-    /// Hash sum of the real samples in its shards' gradients of this phase.
+    /// Sample checksum of the real samples in its shards' gradients of this phase.
     pub ledger: u64,
 }
 
 impl Header {
-    /// Whether two ranks are at the same place and hold the same.
+    /// Whether two headers agree in generation, update index and fingerprint.
     pub fn agrees(&self, other: &Header) -> bool {
         let place = |header: &Header| (header.generation, header.position, header.fingerprint);
         place(self) == place(other)
@@ -30,13 +31,13 @@ impl Header {
         [self.generation, self.position, self.fingerprint, self.plan, self.ledger, 0, 0, 0]
     }
 
-    /// As [`ALIGNMENT`] floats that are only ever copied.
+    /// Encodes the header as [`ALIGNMENT`] floats, which are only ever copied.
     pub fn to_tensor(self) -> Tensor {
         let bytes: Vec<u8> = self.words().iter().flat_map(|word| word.to_le_bytes()).collect();
         Tensor::from_slice(&bytes).view_dtype(Kind::Float)
     }
 
-    /// Reads one header from each [`ALIGNMENT`] floats.
+    /// Decodes one header from each [`ALIGNMENT`] floats.
     pub fn from_tensor(tensor: &Tensor) -> Vec<Header> {
         let bytes = Vec::<u8>::try_from(tensor.flatten(0, -1).view_dtype(Kind::Uint8));
         let bytes = bytes.expect("a contiguous tensor of bytes on the CPU");

@@ -1,17 +1,17 @@
-//! Summing gradients over all data shards, and with them agreeing on where everyone is.
+//! All-reduce: sums the gradients of all data shards, and checks with each sum that all ranks agree.
 //!
-//! Each rank sums the gradients of its own shards up to the maximal nodes of the tree. How the sums of all
-//! ranks come together is a route, chosen once for a group; whatever the number of ranks, the result has the
-//! same bits. Only a job that asks for the backend's own all-reduce gets bits that depend on it.
+//! Each rank sums the gradients of its own shards up to the maximal nodes of the tree. A route, chosen once
+//! for a group, combines the sums of all ranks; whatever the number of ranks, the result has the same bits.
+//! Only a job that asks for the backend's own all-reduce gets bits that depend on it.
 //!
 //! A reduce is a straight line: [`begin`](AllReduce::begin), then for each shard
 //! [`buffer`](AllReduce::buffer) and [`add`](AllReduce::add), then [`send`](AllReduce::send), then
 //! [`wait`](AllReduce::wait). Between the last two there is time for other work.
 //!
-//! 1. A rank sends its chunk of the mean only after it committed the phase before (the call order gives
+//! 1. A rank sends its chunk of the mean only after it committed the phase before (the call order ensures
 //!    that), so ranks differ by one phase at most.
-//! 2. With it goes a [`Header`]; a reduce whose headers differ is an error and is never committed.
-//! 3. Buffers lent to a collective that failed are gone; a new group has new ones.
+//! 2. A [`Header`] travels with it; a reduce whose headers differ is an error and is never committed.
+//! 3. Buffers lent to a collective that failed are lost; a new group has new ones.
 
 mod chunks;
 mod header;
@@ -37,79 +37,79 @@ use crate::objective::{GradLayout, ShardGrad};
 use crate::profile::{Laps, Part};
 use crate::state::align;
 
-/// The mean gradient over the global batch, and what came with it.
+/// Reduced gradient: the mean over the global batch, with the contents of the reduce headers.
 pub struct Reduced {
-    /// Laid out as a shard's gradient, with room to spare behind it.
+    /// Reduced gradient, laid out as a shard gradient, with spare capacity behind it.
     pub mean: Tensor,
-    /// The hash sum of all real samples in it.
+    /// Sample checksum of all real samples in it.
     pub ledger: u64,
-    /// The planned change that all ranks know of; 0 for none.
+    /// Number of the planned change that all ranks know of; 0 for none.
     pub agreed_plan: u64,
 }
 
-/// Why a reduce gave no result.
+/// Reasons why a reduce gave no result.
 #[derive(Debug, thiserror::Error)]
 pub enum ReduceError {
     /// A collective failed.
     #[error(transparent)]
     Collective(#[from] c10d::Error),
-    /// Ranks disagree about where they are or what they hold.
+    /// Ranks disagree in their reduce headers.
     #[error("rank {rank} is at {theirs:?} and rank {own_rank} at {ours:?}")]
     Disagreement {
         /// This rank.
         own_rank: usize,
-        /// What it says.
+        /// Header of this rank.
         ours: Header,
         /// The other rank.
         rank: usize,
-        /// What that says.
+        /// Header of the other rank.
         theirs: Header,
     },
 }
 
-/// The data shards of each rank of a group.
+/// Assignment of data shards to the ranks of a group.
 #[derive(Clone, Debug)]
 pub struct ShardMap {
-    /// V.
+    /// V, the number of data shards of the job.
     pub data_shards: u32,
-    /// Each rank's shards.
+    /// Contiguous range of shards of each rank, by rank.
     pub ranges: Vec<Range<u32>>,
     /// This rank.
     pub rank: usize,
 }
 
 impl ShardMap {
-    /// The shards of this rank.
+    /// Data shards of this rank.
     pub fn own(&self) -> Range<u32> {
         self.ranges[self.rank].clone()
     }
 
-    /// The number of ranks.
+    /// Number of ranks.
     pub fn world_size(&self) -> usize {
         self.ranges.len()
     }
 }
 
-/// How the sums of all ranks come together.
+/// Exchange by which the sums of all ranks are combined.
 enum Route {
-    /// There is one rank.
+    /// World size 1: no exchange.
     Alone,
-    /// Each of two ranks sends its whole sum, in one round: as many bytes as by chunks.
+    /// Two ranks: each sends its whole sum, in one round; as many bytes as by chunks.
     Pair(Pair),
-    /// By chunks, in two rounds.
+    /// Any number of ranks: by chunks, in two rounds.
     Chunks(Chunks),
-    /// By the backend's all-reduce.
+    /// The backend's own all-reduce.
     Ring(Ring),
 }
 
-/// Memory for the mean, and the number of samples that it is over.
+/// Buffer of the reduced gradient, and the number of samples that it averages.
 struct Mean {
     flat: Tensor,
-    /// The global batch. A tensor, because some devices multiply by the inverse of a plain number.
+    /// Global batch size. A tensor, because some devices multiply by the inverse of a plain number.
     divisor: Tensor,
 }
 
-/// Reduces the gradients of one network's phases within one group.
+/// All-reduce of one network's gradients within one group.
 pub struct AllReduce {
     group: Arc<Group>,
     timeout: Duration,
@@ -119,7 +119,7 @@ pub struct AllReduce {
     sum: TreeSum<ShardGrad>,
     route: Route,
     mean: Mean,
-    /// This rank's header of the reduce that is under way.
+    /// Header of this rank in the reduce under way.
     header: Header,
 }
 
@@ -130,8 +130,8 @@ impl Summand for ShardGrad {
 }
 
 impl AllReduce {
-    /// Memory for reduces of gradients of one layout, over `global_batch` samples each. No wait is longer
-    /// than `timeout`.
+    /// Allocates the buffers for gradients of one layout, over `global_batch` samples each. No wait is
+    /// longer than `timeout`.
     pub fn new(
         group: Arc<Group>,
         timeout: Duration,
@@ -160,24 +160,24 @@ impl AllReduce {
         Ok(AllReduce { group, timeout, shards, layout, device, sum, route, mean, header })
     }
 
-    /// The layout of the gradients.
+    /// Layout of the gradients.
     pub fn layout(&self) -> &GradLayout {
         &self.layout
     }
 
-    /// Where they are.
+    /// Device of the buffers.
     pub fn device(&self) -> Device {
         self.device
     }
 
-    /// Whether there are others to wait for.
+    /// Whether there are other ranks to wait for.
     pub fn has_peers(&self) -> bool {
         !matches!(self.route, Route::Alone)
     }
 
-    /// Begins a reduce.
+    /// Begins a reduce. Fails if the group was aborted.
     pub fn begin(&mut self) -> Result<(), ReduceError> {
-        // A rank that is alone exchanges nothing, so nothing else would tell it.
+        // A rank that is alone exchanges nothing, so no collective would report the abort.
         if !self.group.is_open() {
             return Err(c10d::Error::Aborted.into());
         }
@@ -185,20 +185,20 @@ impl AllReduce {
         Ok(())
     }
 
-    /// Memory for the gradient of a shard.
+    /// Returns a buffer for the gradient of a shard.
     pub fn buffer(&mut self) -> ShardGrad {
         let new = || ShardGrad::new(&self.layout, self.mean.flat.numel(), self.device);
         self.sum.spare().unwrap_or_else(new)
     }
 
-    /// Adds the gradient of a shard of this rank's. They come in order.
+    /// Adds the gradient of a shard of this rank. Shards come in order.
     pub fn add(&mut self, shard: u32, grad: ShardGrad) {
         self.sum.push(Node::leaf(shard), grad);
     }
 
-    /// Sends what was added to the others.
+    /// Sends the sums of this rank's gradients to the other ranks.
     pub fn send(&mut self, header: Header) -> Result<(), ReduceError> {
-        // Numbered by position: the others wait for this rank's sums.
+        // Numbered by update index: the other ranks wait for this rank's sums.
         failpoint::reached("reduce", header.position);
         self.header = header;
         let sums = self.sum.take();
@@ -219,7 +219,7 @@ impl AllReduce {
         Ok(sent?)
     }
 
-    /// Waits for the others; the mean over all shards is there then.
+    /// Waits for the other ranks, and returns the mean over all shards.
     pub fn wait(&mut self, laps: &mut Laps) -> Result<Reduced, ReduceError> {
         let AllReduce { group, timeout, route, mean, header, .. } = self;
         let headers = match route {
@@ -244,7 +244,7 @@ impl AllReduce {
         self.reduced(&Header::from_tensor(&headers.to_device(Device::Cpu)))
     }
 
-    /// The mean, if all ranks' headers agree.
+    /// Returns the reduced gradient, if all ranks' headers agree.
     fn reduced(&self, headers: &[Header]) -> Result<Reduced, ReduceError> {
         let ours = self.header;
         if let Some(rank) = headers.iter().position(|theirs| !theirs.agrees(&ours)) {
@@ -259,13 +259,13 @@ impl AllReduce {
         })
     }
 
-    /// Takes back what a reduce that was given up had summed.
+    /// Recycles the sums of a reduce that was given up.
     fn recycle(&mut self) {
         self.sum.take().into_iter().for_each(|(_, sum)| self.sum.recycle(sum));
     }
 }
 
-/// What a collective that is under way gives.
+/// Waits for a collective that is under way, at most `timeout`, and books the time as [`Part::Wait`].
 fn arrived<T: Lent>(
     pending: Option<Pending<T>>,
     timeout: Duration,

@@ -1,4 +1,5 @@
-//! Two ranks with one node each: they swap their whole sums in one round, and both finish all of it.
+//! Exchange between two ranks with one node each: they swap their whole sums in one round, and both compute
+//! the whole mean.
 
 use c10d::{Buffer, Error, Group, Pending};
 use tch::{Device, Kind, Tensor, no_grad};
@@ -7,24 +8,24 @@ use super::Mean;
 use super::header::Header;
 use crate::state::{ALIGNMENT, narrow};
 
-/// The route of two ranks.
+/// The exchange of two ranks.
 pub struct Pair {
     rank: usize,
-    /// Floats in a sum. Behind it comes the header.
+    /// Number of floats in a sum. The header follows it.
     len: usize,
-    /// This rank's sum and the other's, unless they are under way.
+    /// Send and receive buffers; `None` while they are lent to a collective.
     buffers: Option<(Buffer, Buffer)>,
     pending: Option<Pending<(Buffer, Buffer)>>,
 }
 
 impl Pair {
-    /// Memory for sums of `len` floats.
+    /// Allocates the buffers for sums of `len` floats.
     pub fn new(rank: usize, len: usize, device: Device) -> Result<Pair, Error> {
         let memory = || Buffer::zeros(len + ALIGNMENT, Kind::Float, device);
         Ok(Pair { rank, len, buffers: Some((memory()?, memory()?)), pending: None })
     }
 
-    /// Sends this rank's sum.
+    /// Sends this rank's sum and header.
     pub fn send(&mut self, group: &Group, sum: &Tensor, header: Header) -> Result<(), Error> {
         let (mut own, other) = self.buffers.take().ok_or(Error::Aborted)?;
         own.update(|own| {
@@ -37,12 +38,12 @@ impl Pair {
         Ok(())
     }
 
-    /// What [`Pair::send`] has put under way.
+    /// Returns the collective that [`Pair::send`] started.
     pub fn pending(&mut self) -> Option<Pending<(Buffer, Buffer)>> {
         self.pending.take()
     }
 
-    /// Adds the two sums, in the ranks' order. Returns the headers, one a row.
+    /// Adds the two sums, in the order of the ranks. Returns the headers, one a row.
     pub fn finish(&mut self, (own, other): (Buffer, Buffer), mean: &Mean) -> Tensor {
         let mut sums = [other.tensor(), other.tensor()];
         sums[self.rank] = own.tensor();

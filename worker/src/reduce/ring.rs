@@ -1,4 +1,5 @@
-//! The backend's own all-reduce, whose bits depend on the number of ranks. The headers follow.
+//! The backend's own all-reduce, whose bits depend on the number of ranks. The headers follow in a second
+//! collective.
 
 use c10d::{Buffer, Error, Group, Pending, ReduceOp};
 use tch::{Device, Kind, Tensor, no_grad};
@@ -7,23 +8,23 @@ use super::header::Header;
 use super::{Mean, ShardGrad};
 use crate::state::ALIGNMENT;
 
-/// The route over the backend's all-reduce.
+/// The exchange by the backend's all-reduce.
 pub struct Ring {
     sum: Option<Buffer>,
-    /// This rank's header and all ranks'.
+    /// Send and receive buffers of the headers.
     headers: Option<(Buffer, Buffer)>,
     pending: Option<Pending<Buffer>>,
 }
 
 impl Ring {
-    /// Memory for sums of `len` floats.
+    /// Allocates the buffers for sums of `len` floats.
     pub fn new(world_size: usize, len: usize, device: Device) -> Result<Ring, Error> {
         let memory = |len| Buffer::zeros(len, Kind::Float, device);
         let headers = (memory(ALIGNMENT)?, memory(world_size * ALIGNMENT)?);
         Ok(Ring { sum: Some(memory(len)?), headers: Some(headers), pending: None })
     }
 
-    /// Sends the sum of this rank's sums.
+    /// Sends the total of this rank's sums.
     pub fn send<'a>(
         &mut self,
         group: &Group,
@@ -41,18 +42,18 @@ impl Ring {
         Ok(())
     }
 
-    /// What [`Ring::send`] has put under way.
+    /// Returns the collective that [`Ring::send`] started.
     pub fn pending(&mut self) -> Option<Pending<Buffer>> {
         self.pending.take()
     }
 
-    /// Starts to give each rank the headers of all.
+    /// Starts to gather the headers of all ranks.
     pub fn gather(&mut self, group: &Group) -> Result<Pending<(Buffer, Buffer)>, Error> {
         let (own, all) = self.headers.take().ok_or(Error::Aborted)?;
         Ok(group.all_gather(own, all)?)
     }
 
-    /// Divides what the backend has summed. Returns the headers.
+    /// Divides the backend's sum. Returns the headers.
     pub fn finish(&mut self, sum: Buffer, headers: (Buffer, Buffer), mean: &Mean) -> Tensor {
         let _ = no_grad(|| sum.tensor().divide_out(&mean.flat, &mean.divisor));
         let rows = headers.1.tensor().shallow_clone();

@@ -1,12 +1,13 @@
-//! The one order in which leaves are summed.
+//! The one order in which shard gradients are summed: the leaves of a binary tree.
 //!
 //! Node (level j, index i) covers the leaves [i 2^j, (i + 1) 2^j) of `leaves`; the root covers them all. A
 //! node's sum is its left child's plus its right child's; a child that covers no leaf is skipped, not added
-//! as zero. Floating-point addition is not associative, so this order *is* the result: it must not depend on
-//! how leaves are dealt to ranks.
+//! as zero. Floating-point addition is not associative, so this order *is* the result: it must not depend
+//! on how leaves are dealt to ranks.
 //!
-//! 1. A [`TreeSum`] over all leaves, pushed one by one, is the definition.
-//! 2. Given the sums of any set of nodes that covers the leaves once, in order, it is the same to the bit.
+//! 1. A [`TreeSum`] over all leaves, pushed one by one, defines the sum.
+//! 2. Given the sums of any set of nodes that covers the leaves once, in order, the result is the same to
+//!    the bit.
 //! 3. [`cover`] splits a range of leaves into its maximal nodes, at most two of a level. A sum over the
 //!    leaves of the range ends with exactly these.
 
@@ -14,27 +15,27 @@ use std::ops::Range;
 
 use tch::{Tensor, no_grad};
 
-/// A node of the tree.
+/// Node of the tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Node {
-    /// Distance from the leaves.
+    /// Height above the leaves.
     pub level: u32,
-    /// Position within the level.
+    /// Index within the level.
     pub index: u32,
 }
 
 impl Node {
-    /// The node that covers all of `leaves`, which is at least 1.
+    /// Returns the node that covers all of `leaves`, which is at least 1.
     pub fn root(leaves: u32) -> Node {
         Node { level: leaves.next_power_of_two().trailing_zeros(), index: 0 }
     }
 
-    /// The node of a single leaf.
+    /// Returns the node of a single leaf.
     pub fn leaf(index: u32) -> Node {
         Node { level: 0, index }
     }
 
-    /// The leaves under this node, of a tree of `leaves`.
+    /// Returns the leaves under this node, in a tree of `leaves`.
     pub fn leaves(self, leaves: u32) -> Range<u32> {
         let end = |index: u64| {
             u32::try_from((index << self.level).min(u64::from(leaves))).expect("at most u32 leaves")
@@ -56,7 +57,7 @@ impl Node {
     }
 }
 
-/// The maximal nodes under which lie exactly the leaves of `range`, in order.
+/// Returns the maximal nodes that together cover exactly the leaves of `range`, in order.
 pub fn cover(range: Range<u32>, leaves: u32) -> Vec<Node> {
     fn visit(node: Node, range: &Range<u32>, leaves: u32, nodes: &mut Vec<Node>) {
         let own = node.leaves(leaves);
@@ -72,9 +73,9 @@ pub fn cover(range: Range<u32>, leaves: u32) -> Vec<Node> {
     nodes
 }
 
-/// A term of a [`TreeSum`].
+/// Term of a [`TreeSum`].
 pub trait Summand {
-    /// Adds the right neighbour, element by element.
+    /// Adds the right neighbour in place, element by element.
     fn add(&mut self, right: &Self);
 }
 
@@ -84,23 +85,23 @@ impl Summand for Tensor {
     }
 }
 
-/// A sum in tree order of terms that come one by one, from left to right. Two neighbours are added as soon as
-/// both are there, as digits of a binary counter are carried, so at most two terms of each level are held.
+/// Sum in tree order of terms that come one by one, from left to right. Two neighbours are added as soon as
+/// both are there, as a binary counter carries its digits, so at most two terms of each level are held.
 pub struct TreeSum<T> {
     leaves: u32,
-    /// Complete nodes that wait for a neighbour, from left to right.
+    /// Complete nodes waiting for a neighbour, from left to right.
     open: Vec<(Node, T)>,
-    /// Memory of terms that were added to others.
+    /// Buffers of terms that were added to others.
     spare: Vec<T>,
 }
 
 impl<T: Summand> TreeSum<T> {
-    /// An empty sum over a tree of `leaves`.
+    /// Returns an empty sum over a tree of `leaves`.
     pub fn new(leaves: u32) -> TreeSum<T> {
         TreeSum { leaves, open: Vec::new(), spare: Vec::new() }
     }
 
-    /// Adds the next term, which is the sum under `node`. Nodes come from left to right.
+    /// Adds the next term, the sum under `node`. Nodes come from left to right.
     pub fn push(&mut self, mut node: Node, mut sum: T) {
         debug_assert!(
             self.open
@@ -115,7 +116,7 @@ impl<T: Summand> TreeSum<T> {
                 node = node.parent();
                 continue;
             }
-            // A left node's sibling is still to come, a right node's may be another rank's.
+            // A left node's sibling is still to come; a right node's sibling may belong to another rank.
             let Some((_, left)) = self.open.pop_if(|(last, _)| *last == sibling && sibling < node) else {
                 break;
             };
@@ -126,17 +127,18 @@ impl<T: Summand> TreeSum<T> {
         self.open.push((node, sum));
     }
 
-    /// Ends the sum: the maximal nodes of the terms that came, from left to right. The next sum begins empty.
+    /// Ends the sum and returns the maximal nodes of its terms, from left to right. The next sum begins
+    /// empty.
     pub fn take(&mut self) -> Vec<(Node, T)> {
         std::mem::take(&mut self.open)
     }
 
-    /// Memory that is not in use any more, if there is any.
+    /// Returns a buffer that is no longer in use, if there is one.
     pub fn spare(&mut self) -> Option<T> {
         self.spare.pop()
     }
 
-    /// Gives memory back for terms to come.
+    /// Returns a buffer to the pool for later terms.
     pub fn recycle(&mut self, term: T) {
         self.spare.push(term);
     }
@@ -149,7 +151,7 @@ mod tests {
 
     use super::*;
 
-    /// The definition, written level by level from the leaves up, on one element.
+    /// Reference implementation, level by level from the leaves up, on one element.
     fn definition(leaves: &[f32]) -> f32 {
         let mut level = leaves.to_vec();
         while level.len() > 1 {
@@ -167,7 +169,7 @@ mod tests {
         }
     }
 
-    /// The sum of what the ranks of a split of the leaves sum alone.
+    /// Sum over all ranks, each of which sums its range of the leaves alone.
     fn reduced(leaves: &[f32], world_size: u32) -> f32 {
         let count = u32::try_from(leaves.len()).unwrap();
         let mut root = TreeSum::new(count);

@@ -4,7 +4,7 @@ use tch::{Kind, TchError, Tensor};
 
 use super::{float, rows};
 
-/// The mean and the covariance of features, in f64.
+/// Mean and covariance of features, in f64.
 #[derive(Debug)]
 pub struct Moments {
     mean: Tensor,
@@ -12,7 +12,7 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// Those of features (n, d), n at least 2; the covariance is the unbiased one.
+    /// Computes the moments of features (n, d), n at least 2; the covariance is the unbiased one.
     pub fn of(features: &Tensor) -> Moments {
         let features = features.to_kind(Kind::Double);
         let mean = features.mean_dim([0i64].as_slice(), false, Kind::Double);
@@ -22,13 +22,13 @@ impl Moments {
     }
 }
 
-/// The Fréchet distance of two sets of features, taken for normally distributed: Heusel et al. (2017), "GANs
+/// Fréchet distance of two sets of features, modelled as normal distributions: Heusel et al. (2017), "GANs
 /// trained by a two time-scale update rule", equation 6: |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)). With
 /// Inception's features it is the FID.
 ///
 /// Of the product's root only the trace is needed. C1 C2 has the eigenvalues of the symmetric C1^(1/2) C2
-/// C1^(1/2), so two symmetric decompositions give it, and none of a matrix whose root may turn out complex.
-///
+/// C1^(1/2), so two symmetric decompositions give it, and a matrix whose root may turn out complex is never
+/// decomposed.
 /// # Errors
 /// A number is not finite, so that there is no decomposition.
 pub fn frechet_distance(one: &Moments, other: &Moments) -> Result<f64, TchError> {

@@ -1,18 +1,19 @@
-//! The kernel distance.
+//! Kernel distance (KID).
 
 use tch::{Kind, Tensor};
 
 use super::{float, rows};
 
-/// Samples of a block: Bińkowski et al. (2018), section 4, take blocks because the cost grows with the
-/// square.
+/// Number of samples in a block: Bińkowski et al. (2018), section 4, take blocks because the cost grows
+/// with the square.
 const BLOCK: i64 = 1000;
 
-/// The squared maximum mean discrepancy of two sets of features with the kernel (x y / d + 1)^3, unbiased, a
-/// mean over blocks of up to 1,000 samples of each in their order: Bińkowski et al. (2018), "Demystifying MMD
-/// GANs", sections 3 and 4. With Inception's features it is the KID. It may be a little below zero.
+/// Squared maximum mean discrepancy of two sets of features with the kernel (x y / d + 1)^3, unbiased, a
+/// mean over blocks of up to 1,000 samples of each in their order: Bińkowski et al. (2018), "Demystifying
+/// MMD GANs", sections 3 and 4. With Inception's features it is the KID. It may be a little below zero.
 ///
-/// What does not fill a block is left out, unless there is no other. Both sets need two samples or more.
+/// A remainder that does not fill a block is left out, unless there is no other block. Both sets need two
+/// samples or more.
 pub fn kernel_distance(real: &Tensor, fake: &Tensor) -> f64 {
     in_blocks(real, fake, BLOCK)
 }
@@ -32,7 +33,7 @@ fn of_block(real: &Tensor, fake: &Tensor) -> f64 {
     let kernel =
         |x: &Tensor, y: &Tensor| (x.matmul(&y.transpose(0, 1)) / dimensions + 1.0).pow_tensor_scalar(3);
     let samples = float(rows(real));
-    // A sample with itself says nothing of its distribution.
+    // The kernel of a sample with itself is excluded: it carries no information on the distribution.
     let within = |x: &Tensor| {
         let all = kernel(x, x);
         ((all.sum(Kind::Double) - all.trace()) / (samples * (samples - 1.0))).double_value(&[])

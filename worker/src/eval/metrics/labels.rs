@@ -1,26 +1,26 @@
-//! What a classifier's labels tell.
+//! Metrics of class probabilities.
 
 use tch::{Kind, Tensor};
 
 use super::{float, rows};
 
-/// A class counts as covered if its share of the samples is at least this part of what the real samples have
-/// of it.
+/// Minimum ratio of a class's share among generated samples to its share among real ones, for the class to
+/// count as covered.
 const COVERED: f64 = 0.1;
 
-/// What a classifier said of samples: its probabilities (n, classes), in f64.
+/// Class probabilities of samples (n, classes), in f64.
 #[derive(Debug)]
 pub struct Labels {
     probabilities: Tensor,
 }
 
 impl Labels {
-    /// Of at least one sample.
+    /// Takes the probabilities of at least one sample.
     pub fn new(probabilities: &Tensor) -> Labels {
         Labels { probabilities: probabilities.to_kind(Kind::Double) }
     }
 
-    /// The share of the samples in each class, a sample being of its most likely class.
+    /// Share of the samples in each class; a sample belongs to its most likely class.
     pub fn shares(&self) -> Vec<f64> {
         let classes = self.probabilities.size()[1];
         let counts = self.probabilities.argmax(-1, false).bincount(None::<Tensor>, classes);
@@ -28,7 +28,7 @@ impl Labels {
         Vec::try_from(shares).unwrap_or_default()
     }
 
-    /// The classifier score, exp(E KL(p(y|x) || p(y))), from 1 to the number of classes: Salimans et al.
+    /// Classifier score, exp(E KL(p(y|x) || p(y))), from 1 to the number of classes: Salimans et al.
     /// (2016), "Improved techniques for training GANs", section 4, over all samples at once. With Inception
     /// it is the inception score.
     pub fn score(&self) -> f64 {
@@ -42,9 +42,9 @@ impl Labels {
             .double_value(&[])
     }
 
-    /// The classes of the real samples that the generated ones have too: mode coverage as in Metz et al.
-    /// (2017), "Unrolled generative adversarial networks", section 3.3.1, with a threshold of a tenth of the
-    /// real share for noise in labels.
+    /// Number of classes of the real samples that the generated ones cover: mode coverage as in Metz et al.
+    /// (2017), "Unrolled generative adversarial networks", section 3.3.1, with a threshold of a tenth of
+    /// the real share for noise in labels.
     pub fn modes(&self, real: &Labels) -> usize {
         let covered = |(own, real): &(f64, f64)| *real > 0.0 && *own >= COVERED * real;
         self.shares().into_iter().zip(real.shares()).filter(covered).count()
@@ -57,14 +57,14 @@ impl Labels {
         self.shares().into_iter().zip(real.shares()).map(term).sum()
     }
 
-    /// The entropy of the shares of the classes, as a part of the real samples'; 0 if all samples are of one
+    /// Ratio of the entropies of the class shares, generated to real; 0 if all generated samples are of one
     /// class.
     pub fn relative_entropy(&self, real: &Labels) -> f64 {
         let entropy = |labels: &Labels| -> f64 {
             labels.shares().iter().filter(|share| **share > 0.0).map(|share| -share * share.ln()).sum()
         };
         let of_real = entropy(real);
-        // Of one class alone it is -0.
+        // With one class the sum is -0.
         if of_real > 0.0 { entropy(self) / of_real + 0.0 } else { 1.0 }
     }
 }

@@ -1,7 +1,7 @@
-//! The metrics: functions of features, of class probabilities, or of pixels.
+//! Metrics: functions of features, of class probabilities, or of pixels.
 //!
-//! 1. Each is pure, computes in f64 on the CPU, and draws nothing but by a key of its own.
-//! 2. Features are (n, d), a row a sample; probabilities (n, classes); both without gradients.
+//! 1. Each is pure, computes in f64 on the CPU, and draws only with a key of its own.
+//! 2. Features are (n, d), one sample a row; probabilities (n, classes); both without gradients.
 //! 3. Each agrees with an independent implementation in numpy and scipy on the same numbers: see `tests`.
 
 mod frechet;
@@ -20,14 +20,14 @@ pub use pixels::{diversity, sliced_wasserstein};
 
 use tch::Tensor;
 
-/// A count as a number to compute with.
+/// Converts a count to a float.
 fn float(count: i64) -> f64 {
     #[allow(clippy::cast_precision_loss)] // counts of samples are far below 2^53
     let float = count as f64;
     float
 }
 
-/// How many rows there are.
+/// Number of rows.
 fn rows(features: &Tensor) -> i64 {
     features.size()[0]
 }

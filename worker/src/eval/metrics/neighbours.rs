@@ -1,24 +1,24 @@
-//! What nearest neighbours tell.
+//! Metrics of nearest neighbours.
 
 use tch::{Kind, Tensor};
 
 use super::{float, rows};
 
-/// Distances that are held at once: 8 MiB, which the allocator keeps from one time to the next.
+/// Maximum number of distances held at once: 8 MiB, which the allocator keeps between calls.
 const CHUNK: i64 = 1 << 20;
-/// The neighbour whose distance is a sample's radius: Kynkäänniemi et al. (2019), section 3.1.
+/// Index k of the neighbour whose distance is a sample's radius: Kynkäänniemi et al. (2019), section 3.1.
 const NEIGHBOUR: i64 = 3;
-/// The share of fresh real samples that is nearer to the training samples than the threshold is.
+/// Share of fresh real samples whose distance to the training samples is below the threshold.
 const NEAR: f64 = 0.01;
 
-/// Squared distances from each row of `from` to each of `to`.
+/// Returns the squared distances from each row of `from` to each of `to`.
 fn squared_distances(from: &Tensor, to: &Tensor) -> Tensor {
     let norms = |x: &Tensor| x.square().sum_dim_intlist([1i64].as_slice(), true, Kind::Double);
     let products = from.matmul(&to.transpose(0, 1));
     (norms(from) + norms(to).transpose(0, 1) - products * 2.0).clamp_min(0.0)
 }
 
-/// Something of the squared distances from each row of `from` to all of `to`, some rows at a time.
+/// Reduces the squared distances from each row of `from` to all of `to`, some rows at a time.
 fn by_rows(from: &Tensor, to: &Tensor, of: impl Fn(Tensor) -> Tensor) -> Tensor {
     let (from, to) = (from.to_kind(Kind::Double), to.to_kind(Kind::Double));
     let parts: Vec<Tensor> = from
@@ -29,21 +29,21 @@ fn by_rows(from: &Tensor, to: &Tensor, of: impl Fn(Tensor) -> Tensor) -> Tensor 
     Tensor::cat(&parts, 0)
 }
 
-/// The squared distance from each sample to its k-th nearest other one.
+/// Returns the squared distance from each sample to its k-th nearest other one.
 fn radii(samples: &Tensor) -> Tensor {
     let others = rows(samples) - 1;
-    // The nearest of all is the sample itself.
+    // The nearest sample of all is the sample itself.
     let place = NEIGHBOUR.min(others) + 1;
     by_rows(samples, samples, |squared| squared.kthvalue(place, 1, false).0)
 }
 
-/// The share of `samples` that lie within the reach of one or more.
+/// Share of `samples` that lie within the radius of at least one sample of a manifold.
 fn share_within(samples: &Tensor, of: &Manifold) -> f64 {
     let within = by_rows(samples, &of.samples, |squared| squared.le_tensor(&of.radii).any_dim(1, false));
     within.to_kind(Kind::Double).mean(Kind::Double).double_value(&[])
 }
 
-/// Samples, and how far each reaches: to its third-nearest other one.
+/// Samples with their radii: the squared distance to the third-nearest other one.
 #[derive(Debug)]
 pub struct Manifold {
     samples: Tensor,
@@ -51,13 +51,13 @@ pub struct Manifold {
 }
 
 impl Manifold {
-    /// That of two samples or more.
+    /// Computes the radii of two samples or more.
     pub fn of(samples: &Tensor) -> Manifold {
         let samples = samples.to_kind(Kind::Double);
         Manifold { radii: radii(&samples), samples }
     }
 
-    /// The samples.
+    /// Samples, (n, d) in f64.
     pub fn samples(&self) -> &Tensor {
         &self.samples
     }
@@ -71,8 +71,8 @@ pub fn precision_and_recall(real: &Manifold, fake: &Manifold) -> [f64; 2] {
     [share_within(&fake.samples, real), share_within(&real.samples, fake)]
 }
 
-/// The distance from each sample to the nearest of `to`; with `but_itself` both are the same samples, and the
-/// nearest other one is taken.
+/// Returns the distance from each sample to the nearest of `to`; with `but_itself` both are the same
+/// samples, and the nearest other one is taken.
 pub fn nearest(samples: &Tensor, to: &Tensor, but_itself: bool) -> Tensor {
     let nearest = |squared: Tensor| match but_itself && rows(to) > 1 {
         true => squared.kthvalue(2, 1, false).0,
@@ -81,18 +81,18 @@ pub fn nearest(samples: &Tensor, to: &Tensor, but_itself: bool) -> Tensor {
     by_rows(samples, to, nearest).sqrt()
 }
 
-/// The distance below which a hundredth of fresh real samples are, from theirs to the nearest training
-/// sample.
+/// Returns the memorisation threshold: the distance to the nearest training sample that a hundredth of
+/// fresh real samples stay below.
 pub fn threshold(fresh: &Tensor) -> f64 {
     #[allow(clippy::cast_possible_truncation)] // a place among samples
     let place = (float(rows(fresh)) * NEAR).ceil().max(1.0) as i64;
     fresh.kthvalue(place, 0, false).0.double_value(&[])
 }
 
-/// The share of generated samples whose nearest training sample is nearer than the threshold. Fresh real
+/// Share of generated samples whose nearest training sample is nearer than the threshold. Fresh real
 /// samples have 0.01; copies of training samples have 1. It is the idea of Meehan et al. (2020), "A
-/// non-parametric test to detect data-copying in generative models", as one number: what lies nearer to the
-/// training samples than fresh ones do was not generalised.
+/// non-parametric test to detect data-copying in generative models", as one number: samples nearer to the
+/// training samples than fresh ones were not generalised.
 pub fn memorised(generated: &Tensor, threshold: f64) -> f64 {
     generated.lt(threshold).to_kind(Kind::Double).mean(Kind::Double).double_value(&[])
 }

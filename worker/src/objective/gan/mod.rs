@@ -25,40 +25,41 @@ use crate::random::{Key, Purpose};
 use crate::schedule::Schedule;
 use crate::state::{Module, State, StateLayout};
 
-/// Of so many data shards a worker keeps what the generator has drawn, with all that its backward pass needs,
-/// from the discriminator's phase to its own; for others it is drawn again. More take more memory.
+/// Maximum number of data shards whose generated samples are kept, with all that their backward pass needs,
+/// from the discriminator's phase to the generator's. Those of other shards are drawn again. A larger
+/// number takes more memory.
 const KEPT: usize = 8;
 
 type Scores = [Option<Tensor>; SCORES];
 
-/// The passes of a shard's gradient whose networks' own draws must differ.
+/// Passes of a shard gradient; each has its own key for the networks' own draws.
 #[derive(Clone, Copy)]
 pub(super) enum PassId {
-    /// The generator, as it draws.
+    /// The generator's forward pass.
     Drawing = 0,
-    /// The discriminator, at real samples or at all in one.
+    /// The discriminator on real samples, or on all at once.
     Real = 1,
-    /// The discriminator, at the generator's samples.
+    /// The discriminator on generated samples.
     Fake = 2,
     /// The discriminator, for a penalty.
     Penalty = 3,
 }
 
-/// What the generator has drawn for a data shard, and how, so that a gradient can go back through it.
+/// Generated samples of a data shard, with the graph for a backward pass.
 pub struct FakeBatch {
     /// The data shard.
     pub shard: u32,
     fake: Tensor,
-    /// The classes that they are of, where the model is conditional.
+    /// Classes of the samples, where the model is conditional.
     classes: Option<Tensor>,
     statistics: Vec<Tensor>,
 }
 
-/// A part of a shard's gradient: of the discriminator's, what comes from real samples, from the generator's,
+/// Summand of a shard gradient. The discriminator's summands come from real samples, from generated ones,
 /// and from the penalty.
 pub struct GradPart {
     loss: Tensor,
-    /// Of real samples and of the generator's, where it looks at them.
+    /// Sums of D outputs for real and for generated samples, and of signs, where this part has them.
     scores: Scores,
     gradients: Vec<Tensor>,
     statistics: Vec<Tensor>,
@@ -66,10 +67,10 @@ pub struct GradPart {
 
 /// The samples that a shard's gradient is computed from.
 pub enum Input<'a> {
-    /// Real samples, what is known of their part, and the generator's samples, in a discriminator's phase.
+    /// Discriminator phase: real samples, their part of the gradient if known, and generated samples.
     Samples(&'a ShardBatch, Option<GradPart>, &'a FakeBatch),
-    /// What the generator has drawn, in its phase, and the real samples of the step's last discriminator
-    /// phase where the objective looks at pairs.
+    /// Generator phase: generated samples, and the real samples of the step's last discriminator phase for
+    /// a pairwise objective.
     Fake(FakeBatch, Option<&'a ShardBatch>),
 }
 
@@ -77,15 +78,15 @@ pub enum Input<'a> {
 pub struct Gan<'a> {
     /// The job.
     pub job: &'a Job,
-    /// Its networks.
+    /// Generator and discriminator.
     pub models: &'a Models,
     /// The class of each sample of the data, where the model is conditional.
     pub labels: &'a [u32],
-    /// Where to compute.
+    /// Compute device.
     pub device: Device,
 }
 
-/// The phases of every step, in order: the discriminator's, then the generator's.
+/// Phases of every step, in order: the discriminator's, then the generator's.
 pub fn phases(job: &Job) -> Vec<Phase> {
     let updates = job.loss.discriminator_steps;
     let discriminator =
@@ -94,7 +95,7 @@ pub fn phases(job: &Job) -> Vec<Phase> {
     discriminator.chain([Phase { index: updates, module: Module::Generator, reads }]).collect()
 }
 
-/// The layout of the gradients of a network's phases.
+/// Layout of the gradients of a network's phases.
 pub fn grad_layout(models: &Models, layout: &StateLayout, module: Module) -> GradLayout {
     let sections = layout.module(module);
     // With batch normalisation the discriminator sees real and fake samples apart.
@@ -115,12 +116,12 @@ impl Objective for Gan<'_> {
     }
 }
 
-/// What goes from phase to phase.
+/// Computation of one member's gradients: what is kept from phase to phase.
 struct Course<'a> {
     gan: &'a Gan<'a>,
-    /// What the generator has drawn for its next gradients.
+    /// Generated samples kept for the generator's phase.
     drawn: Vec<FakeBatch>,
-    /// What the discriminator makes of a shard's real samples in a phase to come.
+    /// The real samples' part of a discriminator gradient in a phase to come.
     ahead: Option<(ShardAt, GradPart)>,
 }
 
@@ -149,8 +150,8 @@ impl Compute for Course<'_> {
         Ok(())
     }
 
-    /// With batch normalisation the discriminator looks at real samples apart, and the generator's update
-    /// does not change what it makes of them.
+    /// With batch normalisation the discriminator sees real samples apart, and the generator's update does
+    /// not change their part of the gradient.
     fn looks_ahead(&self, under_way: Phase) -> bool {
         under_way.module == Module::Generator && self.gan.tells_real_apart()
     }
@@ -180,22 +181,22 @@ impl Gan<'_> {
         Ok(())
     }
 
-    /// Whether the samples that the generator draws in a phase are those of its own phase too.
+    /// Whether the samples generated in a phase are those of the generator's phase too.
     pub fn serves_generator(&self, phase: Phase) -> bool {
         phase.index + 1 == self.job.loss.discriminator_steps
     }
 
-    /// Whether the objective looks at pairs, so that the generator's phase needs real samples.
+    /// Whether the objective compares pairs, so that the generator's phase needs real samples.
     pub fn pairs(&self) -> bool {
         self.job.loss.kind.pairs()
     }
 
-    /// Whether the discriminator looks at real samples apart from the generator's.
+    /// Whether the discriminator sees real samples in a pass apart from the generated ones.
     pub fn tells_real_apart(&self) -> bool {
         self.models.discriminator.sees_batch() && !self.pairs()
     }
 
-    /// A pass of the discriminator, by these parameters of it.
+    /// Forward pass of the discriminator with the given parameters.
     pub(super) fn look<'a>(
         &self,
         at: ShardAt,
@@ -207,7 +208,7 @@ impl Gan<'_> {
         Pass::batch(parameters, state.buffers(Module::Discriminator), key)
     }
 
-    /// The discriminator's logits of images, once they are augmented.
+    /// Logits of the discriminator for images, after augmentation.
     pub(super) fn seen(
         &self,
         at: ShardAt,
@@ -229,7 +230,7 @@ impl Gan<'_> {
         augment(kinds, &probability, own(self.key(at, Purpose::Augmentation), which), images)
     }
 
-    /// The real samples, mirrored at random where left and right mean nothing.
+    /// Real samples, mirrored at random where the job allows flips.
     pub(super) fn mirrored(&self, at: ShardAt, real: &ShardBatch) -> Tensor {
         if !self.job.augmentation.flip {
             return real.images.shallow_clone();
@@ -241,7 +242,7 @@ impl Gan<'_> {
         self.job.augmentation.adaptive.then(|| loss::signs(real))
     }
 
-    /// So many of the discriminator's first tensors stay as they are.
+    /// Number of the discriminator's first tensors that stay frozen.
     pub(super) fn frozen_tensors(&self) -> usize {
         match self.job.model.freeze_discriminator {
             0 => 0,
@@ -259,7 +260,7 @@ impl Gan<'_> {
     }
 }
 
-/// A part with the gradient of its loss.
+/// Returns a part with the gradient of its loss.
 fn part(
     loss: Tensor,
     scores: Scores,
@@ -270,7 +271,7 @@ fn part(
     Ok(GradPart { loss, scores, gradients, statistics })
 }
 
-/// Whether a pass by these parameters is one in fp32.
+/// Whether all these parameters are fp32.
 fn is_single(parameters: &[Tensor]) -> bool {
     parameters.iter().all(|parameter| parameter.kind() == Kind::Float)
 }
@@ -295,8 +296,8 @@ fn fill(out: &mut ShardGrad, parts: &[GradPart], batch: f64, frozen: usize) {
     }
 }
 
-/// Puts a sum where it belongs. A parameter that a part of the loss does not depend on has no gradient from
-/// it.
+/// Writes a sum to its place. A parameter that a part of the loss does not depend on has no gradient from
+/// that part.
 fn sum_into<'a>(place: &mut Tensor, mut terms: impl Iterator<Item = &'a Tensor>) {
     match terms.find(|term| term.defined()) {
         Some(first) => place.copy_(first),
@@ -307,7 +308,7 @@ fn sum_into<'a>(place: &mut Tensor, mut terms: impl Iterator<Item = &'a Tensor>)
     }
 }
 
-/// The key of a network's own draws in one of a gradient's passes.
+/// Key of a network's own draws in one pass of a gradient.
 fn own(key: Key, look: PassId) -> Key {
     Key { phase: 4 * key.phase + look as u32, ..key }
 }
