@@ -1,9 +1,9 @@
-//! The files of a checkpoint: what is in them, how they are written and read.
+//! Files of a checkpoint: content, writing and reading.
 //!
-//! 1. Every file is a function of (job, state): its content does not depend on who writes it or on how many
-//!    workers there are, so a checkpoint of any cluster has the same bytes.
-//! 2. A file appears whole or not at all. One that is there already with the same content is done.
-//! 3. A reader takes no file whose hash is not the manifest's, and no state whose digest is not.
+//! 1. Every file is a function of (job, state): its content does not depend on the writer or the number of
+//!    workers, so a checkpoint of any cluster has the same bytes.
+//! 2. A file appears whole or not at all. An existing file with the same content counts as written.
+//! 3. A reader accepts no file whose hash is not the manifest's, and no state whose digest is not.
 
 use std::collections::BTreeMap;
 
@@ -20,39 +20,39 @@ use crate::nn::{Models, TensorSpec};
 use crate::state::{Counters, Layout, NamedTensor, StateLayout};
 use crate::tensor_bytes::{from_bytes, to_bytes};
 
-/// State parts are about this large, within the limits of [`part_count`].
+/// Approximate size of a state part, within the limits of [`part_count`].
 const PART_BYTES: usize = 64 << 20;
 
-/// A copy of the state, off the training device.
+/// Copy of the state in host memory.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
-    /// Steps done.
+    /// Number of steps done.
     pub step: u64,
-    /// Phases done of the next step.
+    /// Number of phases done of the next step.
     pub phase: u32,
-    /// The state's buffer, as little-endian floats.
+    /// Buffer of the state, as little-endian floats.
     pub flat: Vec<u8>,
-    /// The counters.
+    /// Integer state.
     pub counters: Counters,
 }
 
-/// A problem with a checkpoint's files.
+/// Errors of a checkpoint's files.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    /// The storage failed; it may work later.
+    /// The storage failed; the same operation may work later.
     #[error("{file}: {source}")]
     Storage {
-        /// The file.
+        /// Path of the file.
         file: String,
-        /// What the storage said.
+        /// Error of the storage.
         source: ganglion_storage::Error,
     },
-    /// A file or the whole is not what it should be.
+    /// A file, or the whole checkpoint, has unexpected content.
     #[error("{0}")]
     Corrupt(String),
 }
 
-/// A file to be written.
+/// A file of the checkpoint with its content.
 struct Planned {
     name: String,
     content: Content,
@@ -64,7 +64,7 @@ enum Content {
     Index(BTreeMap<String, String>),
 }
 
-/// The tensors that hold the counters, by name.
+/// Tensors that hold the integer state, by name.
 fn counter_tensors(counters: &Counters) -> [(&'static str, [u8; 8]); 3] {
     [
         ("counters.ledger", counters.ledger.to_le_bytes()),
@@ -73,7 +73,7 @@ fn counter_tensors(counters: &Counters) -> [(&'static str, [u8; 8]); 3] {
     ]
 }
 
-/// How many parts hold the state: a function of the job, and not of the workers that write them.
+/// Number of parts that hold the state: a function of the job, and not of the workers that write them.
 fn part_count(layout: &StateLayout, data_shards: u32) -> usize {
     (4 * layout.len).div_ceil(PART_BYTES).max(4).min(data_shards as usize).min(layout.tensors().len())
 }
@@ -109,7 +109,7 @@ fn plan(layout: &StateLayout, data_shards: u32) -> Vec<Planned> {
     files
 }
 
-/// How many files a checkpoint has.
+/// Number of files of a checkpoint.
 pub fn file_count(layout: &StateLayout, data_shards: u32) -> usize {
     part_count(layout, data_shards) + 2
 }
@@ -147,20 +147,20 @@ fn view<'a>(dtype: Dtype, shape: &[i64], bytes: &'a [u8]) -> TensorView<'a> {
     TensorView::new(dtype, shape, bytes).expect("a tensor has as many bytes as its shape says")
 }
 
-/// Writes the files of a checkpoint, and reads them.
+/// Writer and reader of a job's checkpoint files.
 pub struct Files<'a> {
-    /// The storage.
+    /// Storage of the checkpoints.
     pub storage: &'a Storage,
     /// The job.
     pub job: &'a Job,
-    /// Its networks.
+    /// Generator and discriminator.
     pub models: &'a Models,
-    /// Their state's layout.
+    /// Layout of the state.
     pub layout: &'a StateLayout,
 }
 
 impl Files<'_> {
-    /// The content of file `index` of a checkpoint.
+    /// Renders the content of a planned file.
     fn render(&self, snapshot: &Snapshot, state_digest: &str, planned: &Planned) -> PutPayload {
         let text = |key: &str, value: String| (key.to_string(), value);
         match &planned.content {
@@ -204,7 +204,7 @@ impl Files<'_> {
         }
     }
 
-    /// Writes file `index` of a checkpoint and says so.
+    /// Writes file `index` of a checkpoint and returns its report.
     pub async fn write(
         &self,
         snapshot: &Snapshot,
@@ -221,8 +221,8 @@ impl Files<'_> {
             blake3: hash(&content),
         };
         let path = in_folder(&Checkpoint::folder_of(snapshot.step, snapshot.phase), &file.file);
-        // One that is there: another worker, or an earlier life of the run, came here, and the same state
-        // gives the same bytes.
+        // An existing file is fine: another worker, or an earlier process of the run, wrote it, and the
+        // same state gives the same bytes.
         let written = self.storage.create(&path, &content, &file.blake3).await;
         written.map_err(|source| CheckpointError::Storage { file: path.to_string(), source })?;
         let small = |n: usize| u32::try_from(n).expect("a checkpoint has few files");
@@ -236,12 +236,12 @@ impl Files<'_> {
         })
     }
 
-    /// Writes a whole checkpoint, its manifest last; what is there already is left, but for what is damaged.
-    /// Returns its folder.
+    /// Writes a whole checkpoint, its manifest last. Existing files stay, except damaged ones. Returns its
+    /// folder.
     ///
     /// # Errors
-    /// The storage's, or a whole checkpoint of another state is there: one of the two is wrong, and that one
-    /// stays.
+    /// The storage's, or a whole checkpoint of another state exists: one of the two is wrong, and the
+    /// existing one stays.
     pub async fn write_whole(&self, snapshot: &Snapshot) -> Result<String, CheckpointError> {
         let digest = state_digest(self.layout, snapshot);
         self.refuse_other(snapshot, &digest).await?;
@@ -261,7 +261,7 @@ impl Files<'_> {
         }
     }
 
-    /// Sees to it that no whole checkpoint of another state is where this one goes.
+    /// Fails if a whole checkpoint of another state exists in the same folder.
     async fn refuse_other(&self, snapshot: &Snapshot, digest: &str) -> Result<(), CheckpointError> {
         let folder = Checkpoint::folder_of(snapshot.step, snapshot.phase);
         let failed = |source| CheckpointError::Storage { file: folder.clone(), source };
@@ -272,7 +272,7 @@ impl Files<'_> {
             match self.storage.hash(&in_folder(&folder, &file.file)).await {
                 Ok(found) if found == file.blake3 => {}
                 Err(source) if self.storage.is_away(&source) => return Err(failed(source)),
-                // What is damaged is written again.
+                // A damaged file is written again.
                 Ok(_) | Err(_) => return Ok(()),
             }
         }
@@ -282,8 +282,7 @@ impl Files<'_> {
         )))
     }
 
-    /// Leaves the rows that no coordinator has recorded in the folder of a checkpoint that a worker writes
-    /// alone.
+    /// Writes the unrecorded rows into the folder of a checkpoint that a worker writes alone.
     pub async fn write_rows(
         &self,
         snapshot: &Snapshot,
@@ -296,7 +295,7 @@ impl Files<'_> {
         written.map_err(|source| CheckpointError::Storage { file: path.to_string(), source })
     }
 
-    /// Reads the state of a checkpoint.
+    /// Reads and verifies the state of a checkpoint.
     pub async fn read(&self, checkpoint: &Checkpoint) -> Result<Snapshot, CheckpointError> {
         let mut snapshot = Snapshot {
             step: checkpoint.step,
@@ -353,7 +352,7 @@ fn take_tensor(
     Ok(())
 }
 
-/// A file's hash, as manifests have it.
+/// Hash of a file, as in manifests.
 fn hash(payload: &PutPayload) -> String {
     let mut hasher = blake3::Hasher::new();
     for chunk in payload {
@@ -366,7 +365,7 @@ fn little_endian(numbers: &[i64]) -> Vec<u8> {
     numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
-/// safetensors with its metadata in order, so that the same tensors give the same bytes.
+/// Serialises safetensors with its metadata in order, so that the same tensors give the same bytes.
 fn serialize<'a>(
     tensors: impl Iterator<Item = (String, TensorView<'a>)>,
     about: BTreeMap<String, String>,
@@ -375,7 +374,7 @@ fn serialize<'a>(
     with_metadata(bytes.into(), &about)
 }
 
-/// The bytes of a safetensors file with the tensors of a flat buffer.
+/// Returns the bytes of a safetensors file with the tensors of a flat buffer.
 pub fn serialize_floats(layout: &Layout, flat: &Tensor, about: BTreeMap<String, String>) -> Vec<u8> {
     let bytes = to_bytes(flat);
     let views = layout.entries().map(|(spec, offset)| {
@@ -385,8 +384,8 @@ pub fn serialize_floats(layout: &Layout, flat: &Tensor, about: BTreeMap<String, 
     serialize(views, about).iter().flatten().copied().collect()
 }
 
-/// Puts the metadata into a file's header. The library keeps it in a hash map, whose order changes from run
-/// to run.
+/// Inserts the metadata into a file's header. The library keeps it in a hash map, whose order changes from
+/// run to run.
 fn with_metadata(bytes: Bytes, about: &BTreeMap<String, String>) -> PutPayload {
     let length = u64::from_le_bytes(bytes[..8].try_into().expect("a header starts with its length"));
     let end = 8 + usize::try_from(length).expect("a header is small");
@@ -400,7 +399,7 @@ fn with_metadata(bytes: Bytes, about: &BTreeMap<String, String>) -> PutPayload {
     PutPayload::from_iter([Bytes::from(front), bytes.slice(end..)])
 }
 
-/// Header of `generator_ema.safetensors`: enough to draw without the job. `sample::Generator` reads it.
+/// Header of `generator_ema.safetensors`: enough to generate without the job. `sample::Generator` reads it.
 fn generator_metadata(job: &Job, models: &Models, step: u64) -> BTreeMap<String, String> {
     let script = job.model.generator.as_ref().map(|path| ("generator", path.display().to_string()));
     let items = [
@@ -416,7 +415,7 @@ fn generator_metadata(job: &Job, models: &Models, step: u64) -> BTreeMap<String,
     items.into_iter().chain(script).map(|(key, value)| (key.to_string(), value)).collect()
 }
 
-/// A network's tensor by its name, from a file that holds it.
+/// Returns a network's tensor by its name, from a file that holds it.
 pub fn named_tensor(file: &SafeTensors<'_>, spec: &TensorSpec, kind: &str) -> Result<Tensor, String> {
     let tensor = file.tensor(&spec.name).map_err(|error| error.to_string())?;
     if tensor.data().len() != 4 * spec.numel() {

@@ -1,4 +1,4 @@
-//! Choosing where to compute.
+//! Choice of the compute device.
 
 use std::str::FromStr;
 
@@ -7,7 +7,7 @@ use tch::{Cuda, Device};
 use crate::data::Upload;
 use crate::gpu;
 
-/// What the command line asks for.
+/// Device as given on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
     /// The GPU of this process's local rank if there is one, else the CPU.
@@ -35,12 +35,12 @@ impl FromStr for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// The device, if this machine and this build have it.
+    /// Returns the device, if this machine and this build have it.
     pub fn resolve(self) -> Result<Device, String> {
         self.among(gpus(), |name| std::env::var(name).ok())
     }
 
-    /// The device on a machine with so many GPUs, with these variables in the environment.
+    /// Returns the device on a machine with `gpus` GPUs, with these variables in the environment.
     fn among(self, gpus: usize, variable: impl Fn(&str) -> Option<String>) -> Result<Device, String> {
         match self {
             DeviceChoice::Cpu => Ok(Device::Cpu),
@@ -57,12 +57,12 @@ impl DeviceChoice {
     }
 }
 
-/// How many GPUs this process can use. `CUDA_VISIBLE_DEVICES` hides others.
+/// Number of GPUs that this process can use. `CUDA_VISIBLE_DEVICES` hides others.
 pub fn gpus() -> usize {
     if cfg!(feature = "cuda") { usize::try_from(Cuda::device_count()).unwrap_or(0) } else { 0 }
 }
 
-/// This process's number on its machine, as launchers give it. With more of them than GPUs they share evenly.
+/// Local rank of this process, as launchers give it. With more processes than GPUs they share evenly.
 fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Result<usize, String> {
     let given = ["LOCAL_RANK", "SLURM_LOCALID"].into_iter().find_map(|name| Some((name, variable(name)?)));
     let Some((name, value)) = given else { return Ok(0) };
@@ -70,7 +70,7 @@ fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Result<usize, String
     value.parse().map_err(wrong)
 }
 
-/// What copies samples to a GPU while the one before is trained on; `None` for a CPU.
+/// Function that copies samples to a GPU while training uses the batch before; `None` for a CPU.
 pub fn upload(device: Device) -> Option<Upload> {
     match device {
         #[cfg(feature = "cuda")]
@@ -79,7 +79,7 @@ pub fn upload(device: Device) -> Option<Upload> {
     }
 }
 
-/// Where a GPU sits: its address on the PCI bus; `None` for a CPU.
+/// Address of a GPU on the PCI bus; `None` for a CPU.
 pub fn place(device: Device) -> Result<Option<String>, c10d::Error> {
     match device {
         #[cfg(feature = "cuda")]
@@ -88,8 +88,8 @@ pub fn place(device: Device) -> Result<Option<String>, c10d::Error> {
     }
 }
 
-/// A device for people: `cuda:0 NVIDIA H100 80GB HBM3`, or `cpu` with the processor's name, where these are
-/// known.
+/// Description of a device, diagnostic only: `cuda:0 NVIDIA H100 80GB HBM3`, or `cpu` with the processor's
+/// name, where these are known.
 pub fn describe(device: Device) -> String {
     let (kind, name) = match device {
         Device::Cuda(index) => {
@@ -106,8 +106,8 @@ fn processor() -> Option<String> {
     line.split_once(": ").map(|(_, name)| name.trim().to_string())
 }
 
-/// The name of the GPU at a place of this machine, the same in all processes and containers on it, and on no
-/// other machine. NCCL tells GPUs apart by the same two facts.
+/// Name of the GPU at a PCI address of this machine, the same in all processes and containers on it, and on
+/// no other machine. NCCL tells GPUs apart by the same two facts.
 pub fn name(place: &str) -> String {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
     let machine =

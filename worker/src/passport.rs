@@ -1,4 +1,5 @@
-//! What this worker's bits depend on, and proof of it.
+//! Numeric fingerprint of the environment (`passport`): everything that this worker's bits depend on, with
+//! hashes that prove it.
 
 use ganglion_membership::{self as membership, Passport};
 use ganglion_proto::job::Job;
@@ -13,16 +14,16 @@ use crate::random::{Key, Purpose};
 use crate::state::{Module, State, StateLayout};
 use crate::tensor_bytes::to_bytes;
 
-/// Number of this program's arithmetic: two builds of one number compute the same bits, and may train
-/// together.
+/// Version of this program's arithmetic: two builds with the same number compute the same bits, and may
+/// train together.
 ///
 /// Raise it with every change that moves a bit of any job. `make golden` fails where bits differ from those
 /// of the commit before and this number does not. It is no hash of the sources, so that a run can go on with
 /// a newer build that computes the same. Builds before there was this number have the first.
 pub const NUMERICS: u32 = 1;
 
-/// Takes the passport: the number of the build's arithmetic, the machine's kind, and hashes of what this
-/// job's arithmetic gives here.
+/// Computes the fingerprint of the environment: the number of the build's arithmetic, the kind of machine,
+/// and hashes of this job's arithmetic on it.
 pub fn take(
     job: &Job,
     models: &Models,
@@ -48,11 +49,11 @@ pub fn take(
     Ok(Passport(items.chain(exclusions).collect()))
 }
 
-/// Samples of a probe: enough for kernels that take several at a time, and little work.
+/// Maximum batch size of a probe: enough for kernels that take several samples at a time, and little work.
 const SAMPLES: u32 = 8;
 
-/// Runs each kind of phase once from the initial state, on stand-ins for a few images, and hashes what comes
-/// out.
+/// Runs each kind of phase once from the initial state, on substitutes for a few images, and hashes the
+/// gradients and the state after the commits.
 fn probe(
     job: &Job,
     models: &Models,
@@ -81,7 +82,7 @@ fn probe(
             Module::Generator => Input::Fake(drawn, Some(&real)),
         };
         leaves.compute(spot, &state, input, &mut leaf)?;
-        // Scores are for people. A build that has others computes the same bits.
+        // D outputs are diagnostic only: a build that has others computes the same bits.
         let scores = leaf_layout.scores().map(|at| i64::try_from(at).expect("a leaf is small"));
         scores.for_each(|at| drop(leaf.flat.get(at).zero_()));
         leaf_hash.update(&to_bytes(&leaf.flat));
@@ -104,7 +105,7 @@ fn stand_ins(job: &Job, models: &Models, device: Device) -> ShardBatch {
     ShardBatch { images, classes }
 }
 
-/// The first 16 digits: enough to tell two apart, short enough to read.
+/// The first 16 digits: enough to tell two hashes apart, short enough to read.
 fn hex(hash: &[u8; 32]) -> String {
     blake3::Hash::from_bytes(*hash).to_hex()[..16].to_string()
 }

@@ -1,5 +1,5 @@
-//! Where the time of a step goes: always measured, since it costs a look at the clock for each part of a
-//! phase. A trace shows the same laps.
+//! Profile of a step. Always measured: it costs a reading of the clock for each part of a phase. A trace
+//! shows the same laps.
 
 use std::time::Duration;
 
@@ -9,18 +9,18 @@ use serde::Serialize;
 
 use crate::state::Module;
 
-/// A part of a phase.
+/// Part of a phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     /// Waiting for samples.
     Data,
-    /// Forward and backward passes, and adding the leaves up.
+    /// Forward and backward passes, and the sum of the shard gradients.
     Compute,
-    /// Waiting for other members.
+    /// Waiting for other ranks.
     Wait,
-    /// Judging and applying what was reduced.
+    /// Checking and applying the reduced gradient.
     Commit,
-    /// All else.
+    /// Everything else.
     Other,
 }
 
@@ -43,26 +43,26 @@ pub struct Laps {
     spent: [[Duration; 5]; 2],
     track: Track,
     place: Place,
-    /// The step that the track shows as going on.
+    /// Step whose slice is open on the track.
     step: Option<u64>,
 }
 
-/// Whose laps they are.
+/// Arguments of a step in a trace.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Place {
-    /// The generation.
+    /// Number of the generation.
     pub generation: u64,
-    /// The rank in it.
+    /// Rank of the worker in it.
     pub rank: u32,
 }
 
-/// What a trace tells of a phase.
+/// Arguments of a phase in a trace.
 #[derive(Serialize)]
 struct At {
     position: u64,
 }
 
-/// What a trace tells of a part.
+/// Arguments of a part in a trace.
 #[derive(Serialize)]
 struct Of {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -70,7 +70,7 @@ struct Of {
 }
 
 impl Laps {
-    /// Starts.
+    /// Starts the stopwatch.
     pub fn start(track: Track, place: Place) -> Laps {
         Laps {
             last: now(),
@@ -82,8 +82,8 @@ impl Laps {
         }
     }
 
-    /// The phase at a position begins, in the step of that number, counted from 1; what came since the one
-    /// before belongs to that.
+    /// Begins the phase at an update index, in step `step`, counted from 1. The time since the last lap
+    /// belongs to the phase before.
     pub fn begin(&mut self, module: Module, step: u64, position: u64) {
         self.lap(Part::Other);
         self.module = module;
@@ -102,12 +102,13 @@ impl Laps {
         self.track.begin(self.last, module.name(), At { position });
     }
 
-    /// A part was done.
+    /// Books the time since the last lap to a part.
     pub fn lap(&mut self, part: Part) {
         self.pass(part, None);
     }
 
-    /// The leaf of a shard was computed; returns how long it took, with what was added up before it.
+    /// Books the time of a shard gradient (`leaf`), with its addition to the sum; returns the time since
+    /// the last lap.
     pub fn leaf(&mut self, shard: u32) -> Duration {
         self.pass(Part::Compute, Some(shard))
     }
@@ -117,14 +118,14 @@ impl Laps {
         let took = now.saturating_sub(last);
         self.spent[usize::from(self.module == Module::Generator)][part as usize] += took;
         self.last = now;
-        // What comes before the first phase is of none.
+        // Time before the first phase belongs to none.
         if self.step.is_some() {
             self.track.slice(last, now, part.name(), Of { shard });
         }
         took
     }
 
-    /// No phase follows for now.
+    /// Ends the current phase; none follows for now.
     pub fn rest(&mut self) {
         self.lap(Part::Other);
         if self.step.take().is_some() {
@@ -133,7 +134,7 @@ impl Laps {
         }
     }
 
-    /// The profile of so many steps, which are then forgotten.
+    /// Returns the mean profile of `steps` steps, and resets it.
     pub fn take(&mut self, steps: u64) -> [Profile; 2] {
         self.lap(Part::Other);
         #[allow(clippy::cast_precision_loss)] // a count of steps

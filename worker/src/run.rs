@@ -1,4 +1,4 @@
-//! A worker's life, from its hello to its exit code.
+//! Life of a worker, from its hello to its exit code.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -30,26 +30,26 @@ use crate::state::StateLayout;
 use crate::storage::RunStorage;
 use crate::trainer::{Rest, Trainer};
 
-/// The environment variable by which the coordinator gives its own workers their token.
+/// Environment variable with the spawn token, which the coordinator sets for its own workers.
 pub const SPAWN_TOKEN: &str = "GANGLION_SPAWN_TOKEN";
 
-/// Why a worker was let go.
+/// Reasons for which a worker was released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Released {
     /// The run is complete.
     Complete,
-    /// It, or its machine, was to leave; or the run stopped, and may go on later.
+    /// The worker, or its machine, was asked to leave; or the run stopped, and may go on later.
     ToLeave,
 }
 
-/// Takes part in the run of the coordinator at `url` until it is let go, and shows on `trace` what it does.
+/// Takes part in the run of the coordinator at `url` until it is released, and records its work on `trace`.
 pub fn run(
     url: &str,
     credentials: Credentials,
     device: DeviceChoice,
     trace: &Trace,
 ) -> Result<Released, Failure> {
-    // First of all: it sets the environment, which threads read.
+    // Before any thread starts: it sets the environment, which threads read.
     #[cfg(feature = "cuda")]
     c10d::cuda::prepare().map_err(Failure::other)?;
     let device = device.resolve().map_err(Failure::Input)?;
@@ -111,8 +111,7 @@ pub fn run(
     }
 }
 
-/// Tells a trace who this is, and the time by the clock on the wall: that of another machine has another time
-/// axis.
+/// Records on a trace the worker's identity and the wall-clock time: another machine has another time axis.
 fn introduce(session: &Session, trace: &Trace, track: &Track) {
     let welcome = session.welcome();
     trace.name(&format!("worker {}", welcome.worker));
@@ -123,7 +122,7 @@ fn introduce(session: &Session, trace: &Trace, track: &Track) {
     track.instant("welcome", json!({ "time": time.as_secs_f64(), "term": welcome.term.0 }));
 }
 
-/// The end of a worker whose coordinator does not come back: what it holds is saved for the next one.
+/// Ends a worker whose coordinator does not come back: saves its state for the next one.
 fn alone(trainer: &Trainer, reason: &str) -> Failure {
     let saved = match trainer.save_alone() {
         Ok(Some(folder)) => format!("saved {folder} for the next coordinator"),
@@ -133,7 +132,7 @@ fn alone(trainer: &Trainer, reason: &str) -> Failure {
     Failure::Other(format!("lost the coordinator: {reason}; {saved}"))
 }
 
-/// Whether the discriminator has as many layers as shall stay.
+/// Checks that the discriminator has as many layers as the job freezes.
 fn check_frozen(job: &Job, models: &Models) -> Result<(), Failure> {
     let (wanted, there) = (job.model.freeze_discriminator, layers(&models.discriminator.parameters()));
     if wanted <= there {
@@ -214,7 +213,7 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
     })
 }
 
-/// Whether a phase does not take a sample twice.
+/// Checks that no phase reads a sample twice.
 fn check_batch(job: &Job, left: u64) -> Result<(), Failure> {
     let batch = job.global_batch();
     if batch <= left {
@@ -226,13 +225,13 @@ fn check_batch(job: &Job, left: u64) -> Result<(), Failure> {
     )))
 }
 
-/// Opens samples, with their classes if the job's networks know classes.
+/// Opens samples, with their classes for a conditional model.
 fn open_data(job: &Job, data: &Data) -> Result<DataSet, DataError> {
     let open = if job.model.conditional { DataSet::open_labelled } else { DataSet::open };
     open(data)
 }
 
-/// Opens what evaluations need, if the job has any, and starts their thread.
+/// Opens the inputs of evaluations, if the job has any, and starts their thread.
 fn evaluations(
     job: &Job,
     models: &Models,

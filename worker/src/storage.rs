@@ -1,10 +1,11 @@
-//! The run's checkpoint storage, as a worker reaches it.
+//! Checkpoint storage of the run, from a worker's side.
 //!
-//! 1. Nothing is written before the storage was seen to be the run's.
-//! 2. A storage that is away or fails when a worker comes is taken for the run's until it can be asked: else
-//!    a worker that replaces a lost one meanwhile would write no checkpoint for as long as it lives.
-//! 3. A checkpoint is read aside: the training thread looks up from it when it is told to leave its group,
-//!    and goes on with what was read in the next one.
+//! 1. Nothing is written before the storage was verified to be the run's.
+//! 2. A storage that is away or fails when a worker joins is taken for the run's until it answers:
+//!    otherwise a worker that replaces a lost one meanwhile would write no checkpoint for as long as it
+//!    lives.
+//! 3. A checkpoint is read on a thread of its own: the training thread stops waiting when it is told to
+//!    leave its group, and the next group continues with the same reading.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,34 +19,34 @@ use tokio::time::{sleep, timeout};
 
 use crate::checkpoint::{CheckpointError, Snapshot};
 
-/// How long a worker that comes waits for an answer. A refusal takes no longer, one for want of credentials
-/// included.
+/// Limit on the first answer that a joining worker waits for. A refusal takes no longer, including one for
+/// lack of credentials.
 const FIRST_LIMIT: Duration = Duration::from_secs(40);
-/// How long a storage that fails is waited for by whoever can do nothing else.
+/// Limit on retries of a failing storage where nothing else can be done.
 const LIMIT: Duration = Duration::from_secs(600);
-/// The first pause between two attempts, and the longest.
+/// First and longest pause between two attempts.
 pub const PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
 
-/// A storage that belongs to a run, or does not.
+/// Checkpoint storage, with what is known of its owner.
 pub struct RunStorage {
     blocking: Blocking,
     run: String,
-    /// Whether it was seen to be the run's.
+    /// Whether the storage was verified to be the run's.
     known: AtomicBool,
-    /// Whether this worker can write to it, as far as is known.
+    /// Whether this worker can write to the storage, as far as is known.
     pub seen: bool,
 }
 
 impl RunStorage {
-    /// Opens the storage at an address and asks whose it is.
+    /// Opens the storage at an address and asks for its owner.
     ///
     /// # Errors
-    /// The address cannot be used by this program at all; says why, and how to mend it.
+    /// The address cannot be used by this program at all; the message says why, and how to fix it.
     pub fn open(address: &str, run: &str) -> Result<RunStorage, String> {
         let wrong = |what: String| format!("checkpoint.url {address}: {what}");
         let parsed = Address::parse(address).map_err(wrong)?;
         let opened = match (&parsed, Storage::open(&parsed)) {
-            // A folder that this machine does not have.
+            // The folder does not exist on this machine.
             (Address::Folder(_), Err(_)) => None,
             (_, opened) => Some(opened.map_err(wrong)?),
         };
@@ -81,17 +82,17 @@ impl RunStorage {
         }
     }
 
-    /// The storage itself.
+    /// The underlying storage.
     pub fn storage(&self) -> &Storage {
         self.blocking.storage()
     }
 
-    /// Waits for something that is done with it.
+    /// Blocks until an operation on the storage is done.
     pub fn wait<T>(&self, work: impl Future<Output = T>) -> T {
         self.blocking.wait(work)
     }
 
-    /// Sees to it that the storage is the run's, before something is written.
+    /// Verifies that the storage is the run's, before something is written.
     pub async fn check(&self) -> Result<(), CheckpointError> {
         if self.known.load(Ordering::Relaxed) {
             return Ok(());
@@ -105,8 +106,7 @@ impl RunStorage {
         Ok(())
     }
 
-    /// Does something until it works, for a while at most, as long as waiting may help. People are told of
-    /// each reason once.
+    /// Retries an operation while waiting may help, up to [`LIMIT`]. Each reason is logged once.
     pub async fn patiently<T>(
         &self,
         work: impl AsyncFn() -> Result<T, CheckpointError>,
@@ -137,14 +137,14 @@ impl RunStorage {
     }
 }
 
-/// A checkpoint that is being read.
+/// A checkpoint being read on a thread of its own.
 pub struct Reading {
     checkpoint: Checkpoint,
     result: oneshot::Receiver<Result<Snapshot, CheckpointError>>,
 }
 
 impl Reading {
-    /// Goes on with `earlier` if that is of the same checkpoint; else starts to read it by `read`.
+    /// Continues `earlier` if it reads the same checkpoint; else starts a thread that runs `read`.
     pub fn of(
         earlier: Option<Reading>,
         checkpoint: &Checkpoint,
@@ -159,7 +159,7 @@ impl Reading {
         Ok(Reading { checkpoint: checkpoint.clone(), result })
     }
 
-    /// Waits a little; returns what was read once it is there.
+    /// Waits up to 100 ms; returns the result once it is there.
     pub fn poll(&mut self, storage: &Arc<RunStorage>) -> Option<Result<Snapshot, CheckpointError>> {
         const LOOK: Duration = Duration::from_millis(100);
         let lost = || CheckpointError::Corrupt("the thread that read the checkpoint is gone".to_string());
@@ -193,7 +193,7 @@ mod tests {
         error.to_string()
     }
 
-    /// Members that wait for a reader give up on it again and again; that must not begin its work anew.
+    /// Members that wait for a reader give up on it again and again; that must not restart its work.
     #[test]
     fn a_read_goes_on_in_the_next_group_unless_that_starts_from_another_checkpoint() {
         let (go_on, wait) = mpsc::channel::<()>();

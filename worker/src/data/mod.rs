@@ -1,4 +1,4 @@
-//! The training samples: where they come from, in which order, and how they reach the training loop.
+//! Training samples: sources, order, and delivery to the training loop.
 //!
 //! [`DataSet`] turns an index into pixels. [`SampleStream`](ganglion_proto::stream::SampleStream) turns a
 //! number of the job's endless stream into an index. [`Prefetcher`] joins both on a thread of its own, so
@@ -11,8 +11,8 @@
 //!    checked against what follows it, and all sizes have limits.
 //! 3. An image is bytes, height x width x channels, until its framing writes it as `f32`, channels x height x
 //!    width.
-//! 4. Labels are read only for those who ask for them: a data set without is whole, and its fingerprint knows
-//!    of none.
+//! 4. Labels are read only on request: a data set without them is whole, and its fingerprint does not
+//!    depend on them.
 
 pub mod check;
 mod cifar;
@@ -48,56 +48,56 @@ use labels::Labels;
 use left_out::{LeftOut, Names};
 pub use prefetch::{Batch, Plan, Prefetcher, Upload};
 
-/// Message where nothing is left.
+/// Error message of a job that excludes every sample.
 const EVERYTHING: &str = "data.exclude leaves out every sample; leave some in";
 
 /// Longest side of an image as the networks see it, in pixels.
 const MAX_SIDE: u32 = 8192;
 
-/// Most bytes of pixels that a data set may keep in memory.
+/// Maximum number of bytes of pixels that a data set may keep in memory.
 const MAX_BYTES_IN_MEMORY: u64 = 16 << 30;
 
-/// Longest file of a picture, or member of an archive, that is read.
+/// Maximum length of an image file, or member of an archive, that is read.
 const MAX_FILE_BYTES: u64 = 256 << 20;
 
-/// Why samples cannot be had.
+/// Reasons why samples cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
-    /// The job or the files are not what they must be, and only the user can mend that. The message names the
-    /// file, what was found, what was expected, and the fix.
+    /// The job or the files are wrong, and only the user can fix that. The message names the file, what was
+    /// found, what was expected, and the fix.
     #[error("{0}")]
     Input(String),
-    /// A sample cannot be had, and others can. The message names it and says how to go on without it.
+    /// One sample cannot be read. The message names it and says how to go on without it.
     #[error(
         "{problem}; get it again, or go on without it: the same command with {}", exclude_argument(&[name.as_str()])
     )]
     Sample {
-        /// The sample.
+        /// Name of the sample.
         name: String,
-        /// Where it is, and what is wrong with it.
+        /// Location of the sample, and the problem.
         problem: String,
     },
-    /// The system failed to do its part. The same input may well work at another time.
+    /// The system failed. The same input may well work at another time.
     #[error("cannot read {}: {source}", path.display())]
     System {
-        /// The file or folder in question.
+        /// File or folder in question.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
     /// Samples that were read cannot be copied to the training device.
     #[error("cannot copy samples to the training device: {0}")]
     Upload(String),
-    /// No batch is left to take: the plan is done, or an error that was already returned ended it.
+    /// No batch is left: the plan is done, or an error that was already returned ended it.
     #[error("no batch is left to take")]
     Finished,
 }
 
 impl DataError {
-    /// Message for the user, if that is who can mend it.
+    /// Returns the message for the user, if the user can fix the problem.
     ///
     /// # Errors
-    /// The error itself, if not.
+    /// The error itself, if the user cannot.
     pub fn into_input(self) -> Result<String, DataError> {
         match self {
             DataError::Input(_) | DataError::Sample { .. } => Ok(self.to_string()),
@@ -105,7 +105,7 @@ impl DataError {
         }
     }
 
-    /// Blames a sample for what is wrong with its file.
+    /// Attributes a problem of a file to its sample.
     fn of_sample(self, name: &str) -> DataError {
         match self {
             DataError::Input(problem) => DataError::Sample { name: name.to_owned(), problem },
@@ -113,7 +113,7 @@ impl DataError {
         }
     }
 
-    /// Sorts a failure to read `path` by who can mend it.
+    /// Classifies a failure to read `path` by whether the user can fix it.
     fn reading(path: &Path, source: io::Error) -> DataError {
         use io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
         let path = path.to_path_buf();
@@ -126,19 +126,19 @@ impl DataError {
     }
 }
 
-/// The shape of a sample.
+/// Shape of a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ImageShape {
-    /// Colour channels.
+    /// Number of colour channels.
     pub channels: usize,
-    /// Rows of pixels.
+    /// Height in pixels.
     pub height: usize,
-    /// Pixels in a row.
+    /// Width in pixels.
     pub width: usize,
 }
 
 impl ImageShape {
-    /// Numbers in a sample.
+    /// Number of values in a sample.
     pub fn numel(&self) -> usize {
         self.channels * self.height * self.width
     }
@@ -150,10 +150,10 @@ impl fmt::Display for ImageShape {
     }
 }
 
-/// Opens a file for reading, and tells its length, which is within a limit.
+/// Opens a regular file for reading, and returns it with its length, which is within `limit`.
 fn open_plain(path: &Path, limit: u64) -> Result<(File, u64), DataError> {
     let failed = |error| DataError::reading(path, error);
-    // Asked before opening, because to open a pipe is to wait for its writer.
+    // Checked before opening: opening a pipe waits for its writer.
     if !fs::metadata(path).map_err(failed)?.is_file() {
         return Err(input(path, "found neither a file nor a folder, expected an image; remove it"));
     }
@@ -163,7 +163,7 @@ fn open_plain(path: &Path, limit: u64) -> Result<(File, u64), DataError> {
     Ok((file, length))
 }
 
-/// An error of what lies at a path.
+/// Returns an input error of the file at a path.
 fn input(path: &Path, wrong: &str) -> DataError {
     DataError::Input(format!("{}: {wrong}", path.display()))
 }
@@ -171,12 +171,12 @@ fn input(path: &Path, wrong: &str) -> DataError {
 /// Reads an IDX file of labels, plain or compressed: the class of each sample, by its index.
 ///
 /// # Errors
-/// It cannot be read, or is none.
+/// The file cannot be read, or is no IDX file of labels.
 pub fn read_labels(path: &Path) -> Result<Vec<u32>, DataError> {
     Ok(idx::labels(path)?.of)
 }
 
-/// All samples of a job, by index.
+/// The samples of a job, by index.
 #[derive(Debug)]
 pub struct DataSet {
     source: Source,
@@ -189,11 +189,11 @@ pub struct DataSet {
     names: Names,
     /// Samples left out after the start of the run, in the job's order.
     left_out: Vec<u64>,
-    /// The same, to look one up.
+    /// The same samples as a set.
     gone: BTreeSet<usize>,
 }
 
-/// Where images are before they are framed.
+/// Source of unframed images.
 #[derive(Debug)]
 enum Source {
     Memory(Memory),
@@ -220,12 +220,12 @@ struct Memory {
 }
 
 impl Memory {
-    /// The number of images.
+    /// Number of images.
     fn len(&self) -> usize {
         self.bytes.len() / self.image_bytes()
     }
 
-    /// Drops all images but those of these numbers, which grow.
+    /// Drops all images but those with these ascending indices.
     fn keep(&mut self, kept: &[usize]) {
         let size = self.image_bytes();
         for (to, from) in kept.iter().enumerate() {
@@ -238,7 +238,7 @@ impl Memory {
         self.width as usize * self.height as usize * self.channels
     }
 
-    /// Hash of all images but those.
+    /// Hashes all images but those at the given indices.
     fn hash_without(&self, left_out: &[u64]) -> blake3::Hash {
         let mut content = blake3::Hasher::new();
         content.update(&self.height.to_le_bytes());
@@ -264,16 +264,16 @@ impl Memory {
     }
 }
 
-/// A data set, and what was learnt while opening it.
+/// An opened data set, with the findings of the opening.
 struct Opened {
     source: Source,
-    /// The shape of every framed image.
+    /// Shape of every framed image.
     shape: ImageShape,
-    /// Hash of all that is left in.
+    /// Hash of all samples that are left in.
     content: blake3::Hash,
-    /// The classes, where they were asked for.
+    /// Classes, where they were requested.
     labels: Option<Labels>,
-    /// Sizes, and what was left out.
+    /// Sizes, and the files that were left out.
     found: Found,
     names: Names,
     /// Samples left out after the start of the run, in the job's order.
@@ -281,7 +281,7 @@ struct Opened {
 }
 
 impl DataSet {
-    /// Opens the data of section `[data]` and checks them as far as that needs no decoding of images.
+    /// Opens the data of section `[data]` and checks it as far as that needs no decoding of images.
     ///
     /// # Errors
     /// [`DataError::Input`] if the section or the files are wrong, [`DataError::System`] if the system fails.
@@ -349,7 +349,7 @@ impl DataSet {
         if let Some(labels) = &labels {
             labels.check(memory.len())?;
         }
-        // An image has its number in the files for a name.
+        // The name of an image in memory is its number in the files.
         let all = memory.len();
         let mut kept: Vec<usize> = (0..all).collect();
         if !left_out.is_empty() {
@@ -391,7 +391,8 @@ impl DataSet {
         if let Some(labels) = &labels {
             labels.check(len)?;
             labels.report(&mut found);
-            // With those of samples that are left out later, too: the generator's classes are drawn from all.
+            // Labels of samples that are left out later count too: the generator's classes are drawn from
+            // all.
             fingerprint = labels.fingerprint_with(&fingerprint);
         }
         let pixels = |size: usize| u32::try_from(size).expect("a side is at most 8192 pixels");
@@ -400,22 +401,22 @@ impl DataSet {
         Ok(DataSet { source, framing, shape, len, labels, fingerprint, found, names, left_out, gone })
     }
 
-    /// The samples that the job leaves out after its start, by index, in its order.
+    /// Samples that the job leaves out after its start, by index, in its order.
     pub fn left_out(&self) -> &[u64] {
         &self.left_out
     }
 
-    /// The samples that no exclusion leaves out, by index, in order. At least one.
+    /// Samples that no exclusion leaves out, by index, in order. At least one.
     pub fn left(&self) -> Vec<usize> {
         (0..self.len).filter(|index| !self.gone.contains(index)).collect()
     }
 
-    /// A job's changes of the stream of these samples.
+    /// A job's changes to the stream of these samples.
     pub fn changes(&self, job: &Job) -> Vec<Change> {
         job.changes(self.left_out.iter().copied())
     }
 
-    /// Width, height and bytes of the images as they are stored, where those lie in memory.
+    /// Width, height and total bytes of the stored images, if they are in memory; else zeros.
     fn stored(&self) -> (u32, u32, u64) {
         match &self.source {
             Source::Memory(memory) => (memory.width, memory.height, memory.bytes.len() as u64),
@@ -423,12 +424,12 @@ impl DataSet {
         }
     }
 
-    /// Identifies the set of the samples' names, those that are left out after the start included.
+    /// Hash of the set of the samples' names, including those left out after the start.
     pub fn names(&self) -> String {
         self.names.hash()
     }
 
-    /// The number of samples, at least 1 and less than 2^32.
+    /// Number of samples, at least 1 and less than 2^32.
     #[expect(clippy::len_without_is_empty, reason = "a data set that opened is never empty")]
     pub fn len(&self) -> usize {
         self.len
@@ -439,12 +440,12 @@ impl DataSet {
         matches!(self.source, Source::Folder(_))
     }
 
-    /// The data set as it was found, for people.
+    /// Findings of the opening, diagnostic only.
     pub fn found(&self) -> &Found {
         &self.found
     }
 
-    /// The name of sample `index` for people: a file's, or the number of an image.
+    /// Name of sample `index`, diagnostic only: that of its file, or the number of an image.
     ///
     /// # Panics
     /// If `index` is not below [`len`](Self::len).
@@ -455,17 +456,18 @@ impl DataSet {
         }
     }
 
-    /// How many classes the samples have, by their labels; 0 if it was opened without.
+    /// Number of classes by the labels; 0 if the data set was opened without labels.
     pub fn classes(&self) -> u32 {
         self.labels.as_ref().map_or(0, |labels| labels.classes)
     }
 
-    /// The class of each sample, below [`classes`](Self::classes); empty if it was opened without labels.
+    /// Class of each sample, below [`classes`](Self::classes); empty if the data set was opened without
+    /// labels.
     pub fn labels(&self) -> &[u32] {
         self.labels.as_ref().map_or(&[], |labels| &labels.of)
     }
 
-    /// The shape of every sample.
+    /// Shape of every sample.
     pub fn shape(&self) -> ImageShape {
         self.shape
     }
@@ -473,7 +475,7 @@ impl DataSet {
     /// Writes sample `index` to `out`: channels x height x width, each number in [-1, 1] (byte / 127.5 - 1).
     ///
     /// # Errors
-    /// A file of a folder that cannot be decoded, or that is not what it was when the data set was opened.
+    /// A file of a folder cannot be decoded, or differs from the file at the opening.
     ///
     /// # Panics
     /// If `index` is not below [`len`](Self::len), or `out` is not [`ImageShape::numel`] long.
@@ -497,7 +499,7 @@ impl DataSet {
         }
     }
 
-    /// Identifies the samples: data sets with equal fingerprints give equal samples.
+    /// Fingerprint of the samples: data sets with equal fingerprints give equal samples.
     ///
     /// Covers those that no exclusion leaves out: the number of samples, their shape and framing, and their
     /// labels if it was opened with them. Of data in memory it covers every byte. Of a folder it covers each

@@ -1,8 +1,8 @@
-//! Reading ahead: a thread that fills batches in the order in which the training loop asks for them.
+//! Prefetching: a thread that fills batches in the order in which the training loop takes them.
 //!
 //! Invariants:
-//! 1. Batches come in the order of (step, phase), each exactly once; within a batch, samples lie in the order
-//!    of shards and then of the stream. Nothing of this depends on timing.
+//! 1. Batches come in the order of (step, phase), each exactly once; within a batch, samples lie in the
+//!    order of shards and then of the stream. This does not depend on timing.
 //! 2. Memory is bounded: besides the batches that the caller keeps there are at most `depth` + 1, and a
 //!    recycled buffer is used before a new one is made.
 //! 3. The thread ends before the prefetcher's drop returns, at the latest when the sample that it reads is
@@ -21,34 +21,34 @@ use tch::Tensor;
 
 use super::{DataError, DataSet};
 
-/// What to read ahead: all discriminator phases from (`first_step`, `first_phase`) up to step `end_step`,
-/// exclusive.
+/// Range of batches to read ahead: all discriminator phases from (`first_step`, `first_phase`) up to step
+/// `end_step`, exclusive.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// The job's seed.
+    /// Seed of the job.
     pub seed: u64,
-    /// V: data shards of the job.
+    /// V: number of data shards of the job.
     pub data_shards: u32,
-    /// b: samples of one data shard in one phase.
+    /// b: number of samples of one data shard in one phase.
     pub shard_batch: u32,
-    /// Discriminator phases in each step.
+    /// Number of discriminator phases in each step.
     pub phases: u32,
-    /// The data shards to read for.
+    /// Data shards to read for.
     pub shards: Range<u32>,
-    /// The step of the first batch.
+    /// Step of the first batch.
     pub first_step: u64,
-    /// The discriminator phase of the first batch; the steps after the first begin at phase 0.
+    /// Discriminator phase of the first batch; later steps begin at phase 0.
     pub first_phase: u32,
-    /// The step before which to stop.
+    /// Step before which to stop.
     pub end_step: u64,
-    /// How many batches may lie ready.
+    /// Maximum number of batches ready.
     pub depth: usize,
-    /// Samples left out of the stream.
+    /// Changes of the stream by samples that are left out.
     pub changes: Vec<Change>,
 }
 
 impl Plan {
-    /// The (step, phase) of every batch, in order.
+    /// Returns the (step, phase) of every batch, in order.
     fn batches(&self) -> impl Iterator<Item = (u64, u32)> + use<> {
         let &Plan { first_step, first_phase, end_step, phases, .. } = self;
         (first_step..end_step).flat_map(move |step| {
@@ -58,32 +58,32 @@ impl Plan {
     }
 }
 
-/// The real samples of one discriminator phase.
+/// Real samples of one discriminator phase.
 #[derive(Debug)]
 pub struct Batch {
-    /// The step that they are for.
+    /// Step that uses the batch.
     pub step: u64,
-    /// The discriminator phase inside the step.
+    /// Discriminator phase within the step.
     pub phase: u32,
-    /// (Shards x `shard_batch`) x channels x height x width, in the order of shards, in [-1, 1].
+    /// Pixels: (shards x `shard_batch`) x channels x height x width, in the order of shards, in [-1, 1].
     pub pixels: Vec<f32>,
-    /// The class of each sample, in the same order; empty if the data set has no labels.
+    /// Class of each sample, in the same order; empty if the data set has no labels.
     pub labels: Vec<i64>,
-    /// The pixels on the training device, if they were uploaded.
+    /// Pixels on the training device, if they were uploaded.
     pub uploaded: Option<Tensor>,
-    /// Sum mod 2^64 of [`ledger_term`] over the samples that were read.
+    /// Sample checksum: the sum mod 2^64 of [`ledger_term`] over the samples that were read.
     pub ledger: u64,
 }
 
-/// Copies pixels to the training device, on the reading thread.
+/// Function that copies pixels to the training device, on the reading thread.
 pub type Upload = Box<dyn FnMut(&[f32]) -> Result<Tensor, c10d::Error> + Send>;
 
-/// Batches read ahead of the training loop.
+/// Reader of batches ahead of the training loop.
 #[derive(Debug)]
 pub struct Prefetcher {
     /// `None` only inside `drop`.
     batches: Option<Receiver<Result<Batch, DataError>>>,
-    /// What was received and not taken yet.
+    /// Batch that was received and not taken yet.
     ready: Option<Result<Batch, DataError>>,
     spent: Sender<Vec<f32>>,
     stop: Arc<AtomicBool>,
@@ -91,7 +91,7 @@ pub struct Prefetcher {
 }
 
 impl Prefetcher {
-    /// Starts to read.
+    /// Starts the reading thread.
     ///
     /// # Panics
     /// If the plan's shards are not among its `data_shards`, or the system cannot start a thread.
@@ -99,7 +99,7 @@ impl Prefetcher {
         Prefetcher::start_with(dataset, plan, None)
     }
 
-    /// The same, with an upload of what was read.
+    /// The same, with an upload of each batch.
     ///
     /// # Panics
     /// As [`start`](Prefetcher::start).
@@ -117,14 +117,14 @@ impl Prefetcher {
         Prefetcher { batches: Some(batches), ready: None, spent, stop, thread: Some(thread) }
     }
 
-    /// The next batch, as soon as it is read.
+    /// Returns the next batch, and waits until it is read.
     ///
     /// # Errors
-    /// What went wrong in reading it, once; [`DataError::Finished`] afterwards and once all batches of the
-    /// plan are taken.
+    /// The error in reading it, once; [`DataError::Finished`] afterwards and once all batches of the plan
+    /// are taken.
     ///
     /// # Panics
-    /// With the panic of the reading thread, if there was one.
+    /// With the panic of the reading thread, if it panicked.
     #[expect(
         clippy::should_implement_trait,
         reason = "an iterator's caller would have to handle the end twice"
@@ -142,7 +142,7 @@ impl Prefetcher {
         })
     }
 
-    /// The next batch if it is read already. What went wrong in reading it is left for
+    /// Returns the next batch if it is read already. An error in reading it is left for
     /// [`next`](Prefetcher::next).
     pub fn try_next(&mut self) -> Option<Batch> {
         if self.ready.is_none() {
@@ -151,8 +151,8 @@ impl Prefetcher {
         self.ready.take_if(|batch| batch.is_ok()).and_then(Result::ok)
     }
 
-    /// Waits for the next batch, or for what went wrong in reading it, at most this long; returns whether it
-    /// is there.
+    /// Waits until the next batch, or the error in reading it, is there, at most `limit`; returns whether
+    /// it is.
     pub fn wait(&mut self, limit: Duration) -> bool {
         if self.ready.is_none()
             && let Some(batches) = &self.batches
@@ -166,9 +166,9 @@ impl Prefetcher {
         true
     }
 
-    /// Gives a batch's memory back for later batches. It may come from another prefetcher.
+    /// Returns a batch's memory to the pool for later batches. It may come from another prefetcher.
     pub fn recycle(&self, batch: Batch) {
-        // Without the thread no batch is to come, so the memory is not needed.
+        // Without the thread no batch will come, so the memory is not needed.
         let _ = self.spent.send(batch.pixels);
     }
 }
@@ -176,7 +176,7 @@ impl Prefetcher {
 impl Drop for Prefetcher {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        // Frees a thread that waits for room.
+        // Unblocks a thread that waits for room in the channel.
         self.batches = None;
         if let Some(thread) = self.thread.take() {
             // A panic was already printed by the thread, and a second one in a drop would end the process.
@@ -185,7 +185,7 @@ impl Drop for Prefetcher {
     }
 }
 
-/// The thread's side.
+/// State of the reading thread.
 struct Reader {
     dataset: Arc<DataSet>,
     plan: Plan,
@@ -209,7 +209,7 @@ impl Reader {
         }
     }
 
-    /// Reads one batch; `None` when told to stop.
+    /// Reads one batch; `None` when asked to stop.
     fn read(&mut self, step: u64, phase: u32) -> Result<Option<Batch>, DataError> {
         let Plan { data_shards, shard_batch, phases, ref shards, .. } = self.plan;
         let numel = self.dataset.shape().numel();
@@ -238,8 +238,8 @@ impl Reader {
         Ok(Some(Batch { step, phase, pixels, labels, uploaded, ledger }))
     }
 
-    /// Reads samples into their places, on several threads where they have to be decoded; false when told to
-    /// stop.
+    /// Reads samples into their places, on several threads where they have to be decoded; returns false
+    /// when asked to stop.
     fn read_all(&self, mut wanted: Vec<(usize, &mut [f32])>) -> Result<bool, DataError> {
         let threads = if self.dataset.is_decoded() { decoders() } else { 1 };
         let each = wanted.len().div_ceil(threads).max(1);
@@ -259,7 +259,7 @@ impl Reader {
         thread::scope(|scope| {
             let parts =
                 wanted.chunks_mut(each).map(|part| scope.spawn(move || read(part))).collect::<Vec<_>>();
-            // In the order of the samples, so that of several errors always the same one is told.
+            // In the order of the samples, so that of several errors always the same one is returned.
             let parts =
                 parts.into_iter().map(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic)));
             parts.collect::<Result<Vec<bool>, _>>().map(|parts| parts.into_iter().all(|whole| whole))
@@ -267,7 +267,7 @@ impl Reader {
     }
 }
 
-/// Threads that decode for one worker: it shares its machine with others, and with its own training.
+/// Number of decoding threads of one worker: it shares its machine with others, and with its own training.
 fn decoders() -> usize {
     thread::available_parallelism().map_or(1, |processors| (processors.get() / 2).clamp(1, 8))
 }
