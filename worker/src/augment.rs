@@ -1,16 +1,16 @@
-//! Augmentation: what samples go through before the discriminator sees them.
+//! Augmentation of the discriminator's inputs.
 //!
-//! Zhao et al. (2020), "Differentiable Augmentation for Data-Efficient GAN Training", equations 4 and 5: real
-//! samples and the generator's go through it alike, in both networks' phases, and gradients go back through
+//! Zhao et al. (2020), "Differentiable Augmentation for Data-Efficient GAN Training", equations 4 and 5:
+//! real and generated samples are augmented alike, in both networks' phases, and gradients go back through
 //! it. Karras et al. (2020), "Training Generative Adversarial Networks with Limited Data", section 3: each
-//! kind is done to a sample with a probability that follows how far the discriminator overfits.
+//! kind is applied to a sample with a probability that follows how far the discriminator overfits.
 //!
-//! 1. What is done to a sample is a function of its leaf's key and of the probability, and the same number of
-//!    draws is made whatever the probability is.
+//! 1. The augmentation of a sample is a function of its shard gradient's key and of the probability, and
+//!    the same number of draws is made whatever the probability is.
 //! 2. Every operation has derivatives of all orders by the pixels, and the same bits each time on every
 //!    device: samples are moved by products with matrices of zeros and ones.
-//! 3. The controller's probability is part of the state and moves by reduced values alone, so all ranks have
-//!    the same.
+//! 3. The controller's probability is part of the state and moves by reduced values alone, so all ranks
+//!    have the same.
 
 use ganglion_proto::job::{AugmentationKind, Job};
 use tch::{Kind, Tensor, no_grad};
@@ -18,21 +18,22 @@ use tch::{Kind, Tensor, no_grad};
 use crate::random::Key;
 use crate::state::State;
 
-/// Draws for one kind and one sample: whether, and how in three respects.
+/// Number of draws for one kind and one sample: whether it applies, and three parameters.
 const DRAWS: usize = 4;
-/// The controller looks at so many discriminator updates at a time: Karras et al. (2020), section 3.1.
+/// Number of discriminator updates between adjustments of the controller: Karras et al. (2020), section
+/// 3.1.
 const UPDATES: u64 = 4;
 
-/// How likely each kind is.
+/// Probability of each kind.
 #[derive(Debug)]
 pub enum Probability {
-    /// A number.
+    /// Fixed by the job.
     Fixed(f64),
-    /// The controller's, a tensor of one element.
+    /// Set by the controller; a tensor of one element.
     Adaptive(Tensor),
 }
 
-/// Does to images (b, c, h, w) in [-1, 1] what their key says.
+/// Augments images (b, c, h, w) in [-1, 1] by the draws of a key.
 pub fn augment(kinds: &[AugmentationKind], probability: &Probability, key: Key, images: &Tensor) -> Tensor {
     let samples = images.size()[0];
     let count = usize::try_from(samples).expect("a batch is small") * DRAWS * kinds.len();
@@ -51,12 +52,12 @@ pub fn augment(kinds: &[AugmentationKind], probability: &Probability, key: Key, 
     x
 }
 
-/// Mirrors half of the images, left to right.
+/// Mirrors each image left to right with probability one half.
 pub fn mirror(key: Key, images: &Tensor) -> Tensor {
     augment(&[AugmentationKind::Flip], &Probability::Fixed(0.5), key, images)
 }
 
-/// What a kind makes of images; `how` are draws from [0, 1) of shape (b, 1, 1, 1).
+/// Applies a kind to images; `how` are draws from [0, 1) of shape (b, 1, 1, 1).
 fn done(kind: AugmentationKind, how: &[Tensor; 3], x: &Tensor) -> Tensor {
     match kind {
         AugmentationKind::Flip => x.flip([3]),
@@ -67,14 +68,14 @@ fn done(kind: AugmentationKind, how: &[Tensor; 3], x: &Tensor) -> Tensor {
     }
 }
 
-/// By 0, 90, 180 or 270 degrees: Karras et al. (2020), appendix B.
+/// Rotates by 0, 90, 180 or 270 degrees: Karras et al. (2020), appendix B.
 fn rotate(how: &Tensor, x: &Tensor) -> Tensor {
     let turns = (how * 4.0).floor();
     (1..4).fold(x.shallow_clone(), |chosen, by| x.rot90(by, [2, 3]).where_self(&turns.eq(by), &chosen))
 }
 
-/// By whole pixels, at most an eighth of a side, with zeros (grey) coming in: the released code of Zhao et
-/// al. (2020).
+/// Translates by whole pixels, at most an eighth of a side, with zeros (grey) coming in: the released code
+/// of Zhao et al. (2020).
 fn translate(down: &Tensor, right: &Tensor, x: &Tensor) -> Tensor {
     let moved = |how: &Tensor, side: i64| {
         let most = (side + 4) / 8;
@@ -87,7 +88,7 @@ fn translate(down: &Tensor, right: &Tensor, x: &Tensor) -> Tensor {
     moved(down, height).matmul(x).matmul(&moved(right, width).transpose(2, 3))
 }
 
-/// Brightness, saturation, contrast: the released code of Zhao et al. (2020).
+/// Changes brightness, saturation and contrast: the released code of Zhao et al. (2020).
 fn color(how: &[Tensor; 3], x: &Tensor) -> Tensor {
     let x = x + (&how[0] - 0.5);
     let grey = x.mean_dim([1i64].as_slice(), true, None);
@@ -96,7 +97,7 @@ fn color(how: &[Tensor; 3], x: &Tensor) -> Tensor {
     (&x - &mean) * (&how[2] + 0.5) + mean
 }
 
-/// A square of half the side becomes zeros, wherever its middle lies: the released code of Zhao et al.
+/// Sets a square of half the side to zero, wherever its middle lies: the released code of Zhao et al.
 /// (2020).
 fn cut_out(row: &Tensor, column: &Tensor, x: &Tensor) -> Tensor {
     let within = |how: &Tensor, side: i64, shape: [i64; 4]| {
@@ -115,8 +116,9 @@ fn count(n: i64) -> f64 {
     n as f64
 }
 
-/// Moves the controller's probability after a discriminator's commit, by the mean sign of D(x) over real
-/// samples: Karras et al. (2020), section 3.1. `updates` counts the discriminator's, this one included.
+/// Adjusts the controller's probability after a discriminator's commit, by the mean sign of D(x) over real
+/// samples: Karras et al. (2020), section 3.1. `updates` counts the discriminator's updates, this one
+/// included.
 pub fn adjust(job: &Job, state: &State, sign: &Tensor, updates: u64) {
     let Some(controller) = state.layout.controller_range() else { return };
     let controller = state.section(controller);
@@ -135,7 +137,7 @@ pub fn adjust(job: &Job, state: &State, sign: &Tensor, updates: u64) {
     });
 }
 
-/// The controller's probability in a state, if it has one.
+/// Returns the controller's probability in a state, if it has one.
 pub fn controlled(state: &State) -> Option<Tensor> {
     state.layout.controller_range().map(|range| state.section(range).narrow(0, 0, 1))
 }

@@ -1,9 +1,9 @@
-//! Beginning with the weights of another run instead of drawn ones.
+//! Initial weights from another run's checkpoint.
 //!
-//! 1. Both networks' parameters and buffers and the moving average are taken; moments, counters and what
-//!    controls augmentation begin anew.
-//! 2. Every file is held against the manifest's hash. The checkpoint's digest goes into the passport, so all
-//!    workers of a run begin with the same one.
+//! 1. Both networks' parameters and buffers and the moving average are taken; moments, counters and the
+//!    controller of augmentation begin anew.
+//! 2. Every file is verified against the manifest's hash. The checkpoint's digest goes into the fingerprint
+//!    of the environment (`passport`), so all workers of a run begin with the same one.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,13 +16,13 @@ use tch::{Device, no_grad};
 use crate::state::{NamedTensor, State, StateLayout, narrow};
 use crate::tensor_bytes::from_bytes;
 
-/// How long a storage may take to give the files.
+/// Limit on the time to read the files from a storage.
 const LIMIT: Duration = Duration::from_secs(600);
 
-/// The prefixes of the tensors that are taken.
+/// Prefixes of the tensors that are taken.
 const TAKEN: [&str; 3] = ["generator.", "discriminator.", "ema."];
 
-/// The weights that a run begins with.
+/// Initial weights of a run.
 #[derive(Debug)]
 pub struct Beginning {
     tensors: Vec<(NamedTensor, Vec<u8>)>,
@@ -33,7 +33,7 @@ impl Beginning {
     /// Reads the checkpoint in the folder `place`, for networks of this layout.
     ///
     /// # Errors
-    /// What is wrong with the place or with what is there, and how to mend it.
+    /// The problem with the place or its content, and how to fix it.
     pub fn read(place: &str, layout: &StateLayout) -> Result<Beginning, String> {
         let shown = if Address::is_secret(place) { "..." } else { place };
         let wrong = |what: String| format!("model.init_from: {shown}: {what}");
@@ -52,12 +52,12 @@ impl Beginning {
         Ok(Beginning { tensors, digest })
     }
 
-    /// The digest of the state that it is from.
+    /// Digest of the state that the weights come from.
     pub fn digest(&self) -> &str {
         &self.digest
     }
 
-    /// The state at position 0 with these weights.
+    /// Returns the state at update index 0 with these weights.
     pub fn state(&self, layout: &StateLayout, seed: u64, device: Device) -> State {
         let state = State::initial(layout.clone(), seed, device);
         no_grad(|| {
@@ -70,7 +70,7 @@ impl Beginning {
     }
 }
 
-/// The files that hold a checkpoint's state, as their manifest has them, and the state's digest.
+/// Reads the files that hold a checkpoint's state, in the manifest's order, and the state's digest.
 async fn read_all(storage: &Storage) -> Result<(Vec<Vec<u8>>, String), String> {
     let about = storage.text(&Path::from(MANIFEST)).await.map_err(|error| reason(&error))?;
     let about = about.ok_or_else(|| format!("has no {MANIFEST}; give the folder of a checkpoint"))?;

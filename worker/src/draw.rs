@@ -1,5 +1,5 @@
-//! The commands of the `worker` program that draw: samples, walks between them, and the generator itself for
-//! other programs.
+//! Subcommands of the `worker` program for generation: samples, interpolations, and export of the generator
+//! to other programs.
 
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -39,7 +39,7 @@ impl Choice {
         generator.noise(Purpose::Samples, self.seed, index, self.truncation)
     }
 
-    /// The class of each of so many samples.
+    /// Returns the class of each of `count` samples.
     fn classes(&self, generator: &Generator, count: u32) -> Result<Vec<u32>, Failure> {
         match (self.class, generator.classes()) {
             (None, _) => Ok(generator.classes_in_turn(count)),
@@ -74,12 +74,12 @@ pub struct Sample {
     folder: Option<PathBuf>,
 }
 
-/// The most samples in one picture.
+/// Maximum number of samples in one picture.
 const MOST_IN_A_PICTURE: u32 = 10_000;
-/// Samples that are drawn before they are written.
+/// Number of samples generated before they are written.
 const AT_ONCE: u32 = 640;
 
-/// Draws samples.
+/// Generates samples.
 ///
 /// # Errors
 /// The arguments do not suit the checkpoint, or nothing can be written.
@@ -152,7 +152,7 @@ pub struct Interpolate {
     out: PathBuf,
 }
 
-/// Draws a film of walks through the noise.
+/// Renders a film of walks through the noise.
 ///
 /// # Errors
 /// The arguments do not suit the checkpoint, or nothing can be written.
@@ -189,15 +189,15 @@ pub fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The points (n, d) at `part` of the way along great circles, from 0 to 1. Noise of many dimensions lies
-/// near a sphere, which a straight line would leave: White (2016), "Sampling generative networks", section
-/// 2.1; Shoemake (1985).
+/// Interpolates the points (n, d) along great circles; `part` goes from 0 to 1. Noise of many dimensions
+/// lies near a sphere, which a straight line would leave: White (2016), "Sampling generative networks",
+/// section 2.1; Shoemake (1985).
 fn spherical(from: &Tensor, to: &Tensor, part: f64) -> Tensor {
     let along = |x: &Tensor| x.to_kind(Kind::Double);
     let (from, to) = (along(from), along(to));
     let length = |x: &Tensor| (x * x).sum_dim_intlist([1i64].as_slice(), true, Kind::Double).sqrt();
     let product = (&from * &to).sum_dim_intlist([1i64].as_slice(), true, Kind::Double);
-    // Away from 0, where the formula has no value and the line is as good.
+    // Clamped away from 0, where the formula is undefined and the straight line is as good.
     let angle = (product / (length(&from) * length(&to))).clamp(-1.0, 1.0).acos().clamp_min(1e-6);
     let weight = |part: f64| (&angle * part).sin() / angle.sin();
     (from * weight(1.0 - part) + to * weight(part)).to_kind(Kind::Float)
@@ -213,17 +213,17 @@ pub struct Export {
     out: PathBuf,
 }
 
-/// How far what an exported module draws may be from what we draw.
+/// Maximum difference between the images of an exported module and the generator's.
 const EXACT_ENOUGH: f64 = 1e-5;
 
-/// Writes the generator as a TorchScript module, once it draws what the generator draws.
+/// Exports the generator as a TorchScript module, once its images agree with the generator's.
 ///
 /// # Errors
 /// The generator cannot be exported, or nothing can be written.
 pub fn export(arguments: &Export) -> Result<(), Failure> {
     crate::set_threads(1);
     let Export { weights, out } = arguments;
-    // Beside the place, so that a module that fails is never there.
+    // Written beside the target first, so that a module that fails the check never gets its name.
     let draft = Draft::beside(out).map_err(|error| unwritable("--out", out, &error))?;
     let (_, generator) = weights.open()?;
     let apart =
@@ -248,14 +248,14 @@ pub fn export(arguments: &Export) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Writes what a generator computes as a module.
+/// Records the generator as a module.
 fn record(generator: &Generator, out: &Path) -> Result<(), tch::TchError> {
     let draw = &mut |inputs: &[Tensor]| vec![generator.forward(&inputs[0], inputs.get(1))];
     let module = no_grad(|| CModule::create_by_tracing("Generator", "forward", &inputs(generator, 2), draw));
     module?.save(out)
 }
 
-/// Noise, and classes where there are any, of so many samples.
+/// Inputs for `count` samples: noise, and classes for a conditional generator.
 fn inputs(generator: &Generator, count: u32) -> Vec<Tensor> {
     let noise: Vec<Tensor> =
         (0..count).map(|index| generator.noise(Purpose::Probe, 0, index, None)).collect();
@@ -264,7 +264,7 @@ fn inputs(generator: &Generator, count: u32) -> Vec<Tensor> {
     std::iter::once(Tensor::stack(&noise, 0)).chain(classes).collect()
 }
 
-/// How far apart the two draw, with another number of samples than was recorded and with one alone.
+/// Maximum difference between the two, for another number of samples than was recorded and for one alone.
 fn apart(generator: &Generator, module: &CModule) -> Result<f64, tch::TchError> {
     no_grad(|| {
         let mut most = 0.0f64;
@@ -289,12 +289,12 @@ fn write(path: &Path, option: &str, bytes: &[u8]) -> Result<(), Failure> {
     whole::write(path, bytes).map_err(|error| unwritable(option, path, &error))
 }
 
-/// Finds out before there is anything to write whether it can be written.
+/// Checks before the work that its output can be written.
 pub(crate) fn try_out(out: &Path) -> Result<(), Failure> {
     whole::try_out(out).map_err(|error| unwritable("--out", out, &error))
 }
 
-/// A place that cannot be written to: a wrong choice, unless only its disk is full or failing.
+/// Failure to write to a path: the user's choice is wrong, unless only the disk is full or failing.
 pub fn unwritable(option: &str, path: &Path, error: &io::Error) -> Failure {
     let line = format!("{option} {}: {error}", path.display());
     if whole::is_mistake(error) { Failure::Input(line) } else { Failure::Other(line) }
@@ -307,12 +307,12 @@ fn of_film(error: gif::EncodingError) -> io::Error {
     }
 }
 
-/// Names what was written.
+/// Prints the path that was written.
 fn say(path: &Path) {
     drop(writeln!(std::io::stdout(), "{}", path.display()));
 }
 
-/// Tells a terminal how far a command is.
+/// Shows the progress of a command on a terminal.
 fn progress(done: u32, of: u32, what: &str) {
     let mut terminal = std::io::stderr();
     if terminal.is_terminal() {

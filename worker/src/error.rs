@@ -1,14 +1,14 @@
-//! Failures of the `worker` program, and what each asks of people.
+//! Failures of the `worker` program, by what the user can do about them.
 
 use crate::gradient_log::LogError;
 use crate::nn::broken::BrokenModule;
 use crate::sample::SampleError;
 use crate::session::ConnectError;
 
-/// Failure of a command. A variant says who can do something about it.
+/// Failure of a command. The variant says whether the user can fix it.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// The user's input is wrong and is to be mended; the text says what, where and how.
+    /// The user's input is wrong; the message says what, where and how to fix it.
     #[error("{0}")]
     Input(String),
     /// The machine, the network or this program failed; the same command may succeed later or elsewhere.
@@ -17,17 +17,17 @@ pub enum Failure {
 }
 
 impl Failure {
-    /// A failure that the user's input is the cause of.
+    /// Returns a failure caused by the user's input.
     pub fn input(error: impl ToString) -> Failure {
         Failure::Input(error.to_string())
     }
 
-    /// A failure that is not the user's.
+    /// Returns a failure that is not the user's.
     pub fn other(error: impl ToString) -> Failure {
         Failure::Other(error.to_string())
     }
 
-    /// The process's exit code.
+    /// Exit code of the process.
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Input(_) => 2,

@@ -1,5 +1,5 @@
-//! How this worker's GPU is used, looked at by a thread of its own: the driver may take its time, and
-//! training does not wait for it.
+//! Sampler of the GPU's use, on a thread of its own: the driver may take its time, and training does not
+//! wait for it.
 
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,24 +8,24 @@ use std::time::Duration;
 use ganglion_proto::message::GpuUse;
 use nvml_wrapper::Nvml;
 
-/// Between two looks.
+/// Interval between two samples.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// The newest figures of a GPU, taken in the background until this is dropped.
+/// Newest figures of a GPU, sampled in the background until this is dropped.
 #[derive(Debug)]
 pub struct GpuWatch {
     newest: Arc<Mutex<GpuUse>>,
-    /// Its end tells the thread to end.
+    /// Dropping it ends the thread.
     _stop: Sender<()>,
 }
 
 impl GpuWatch {
-    /// Watches the GPU at a place on the PCI bus. Without the driver's library nothing is ever known of it.
+    /// Watches the GPU at an address of the PCI bus. Without the driver's library the figures stay unknown.
     pub fn start(place: &str) -> std::io::Result<GpuWatch> {
         let place = place.to_string();
         let mut driver = None;
         GpuWatch::with(PERIOD, move || {
-            // Loaded by the thread, since that takes a while.
+            // Loaded on the thread, since that takes a while.
             let driver = driver.get_or_insert_with(|| {
                 Nvml::init().map_err(|error| tracing::debug!("no figures of the GPU: {error}"))
             });
@@ -33,7 +33,7 @@ impl GpuWatch {
         })
     }
 
-    /// The same with another way to look.
+    /// The same with another function to sample.
     fn with(
         period: Duration,
         mut look: impl FnMut() -> GpuUse + Send + 'static,
@@ -53,18 +53,19 @@ impl GpuWatch {
         Ok(GpuWatch { newest, _stop: stop })
     }
 
-    /// What was seen last. Never waits for the driver.
+    /// Returns the newest figures. Never waits for the driver.
     pub fn newest(&self) -> GpuUse {
         *self.newest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What a GPU is called by its maker.
+/// Model name of a GPU.
 pub fn model(place: &str) -> Option<String> {
     Nvml::init().ok()?.device_by_pci_bus_id(place).ok()?.name().ok()
 }
 
-/// One look. What the driver does not tell, such as the use of a part of a GPU, stays unknown.
+/// Takes one sample. Figures that the driver does not give, such as the use of a part of a GPU, stay
+/// unknown.
 fn look(driver: &Nvml, place: &str) -> GpuUse {
     let Ok(gpu) = driver.device_by_pci_bus_id(place) else { return GpuUse::default() };
     GpuUse {

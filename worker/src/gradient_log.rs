@@ -21,10 +21,10 @@ use tch::Tensor;
 use crate::objective::{Phase, ShardGrad};
 use crate::tensor_bytes::to_bytes;
 
-/// The environment variable.
+/// Environment variable with the path of the log.
 pub const VARIABLE: &str = "GANGLION_SHARD_GRADIENTS";
 
-/// A log that cannot be opened or written.
+/// Error of a log that cannot be opened or written.
 #[derive(Debug, thiserror::Error)]
 #[error("{VARIABLE}: cannot write {}: {source}", path.display())]
 pub struct LogError {
@@ -32,14 +32,14 @@ pub struct LogError {
     source: io::Error,
 }
 
-/// A file that receives the hashes of shard gradients.
+/// File that receives the hashes of shard gradients.
 pub struct GradientLog {
     path: PathBuf,
     file: File,
 }
 
 impl GradientLog {
-    /// Opens the log that the environment asks for, if it asks for one.
+    /// Opens the log that the environment names, if it names one.
     pub fn from_environment() -> Result<Option<GradientLog>, LogError> {
         std::env::var_os(VARIABLE).map(GradientLog::open).transpose()
     }
@@ -52,7 +52,7 @@ impl GradientLog {
         }
     }
 
-    /// Appends the hashes of a shard's gradient.
+    /// Appends the hashes of a shard gradient.
     pub fn record(
         &self,
         update: u64,
@@ -75,7 +75,7 @@ impl GradientLog {
     }
 }
 
-/// The first 16 digits tell two builds apart, and are short enough to read.
+/// The first 16 digits: enough to tell two builds apart, short enough to read.
 fn hash(tensors: Vec<&Tensor>) -> String {
     let mut hasher = blake3::Hasher::new();
     for tensor in tensors {

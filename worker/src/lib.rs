@@ -1,13 +1,14 @@
-//! A worker: trains a GAN on its share of the data shards and reduces with the other workers of its group.
+//! Worker: trains a GAN on its share of the data shards and reduces with the other workers of its group.
 //!
-//! The promise is that the cluster never changes the result. What keeps it, module by module:
+//! The cluster never changes the result. Each module holds a part of that promise:
 //!
 //! - [`random`]: a draw depends on its key alone.
-//! - [`data`]: sample i of a shard is a number in an endless stream, whoever reads it.
-//! - [`objective`]: a shard's gradient is what one data shard contributes, whoever computes it.
-//! - [`reduce`]: leaves are summed in one order, for any number of ranks.
+//! - [`data`]: sample i of a shard is a number in an endless stream, whichever worker reads it.
+//! - [`objective`]: a shard gradient is one data shard's contribution to an update, whichever worker
+//!   computes it.
+//! - [`reduce`]: shard gradients are summed in one order, for any number of ranks.
 //! - [`commit`]: the only writer of [`state`], and a pure one.
-//! - [`finite`]: what is not finite is skipped or ends the group, by all members alike.
+//! - [`finite`]: a reduced gradient that is not finite is skipped or ends the group, by all members alike.
 //! - [`team`]: a group starts from one state, compared before the first phase.
 #![forbid(unsafe_code)]
 
@@ -47,7 +48,7 @@ pub mod trainer;
 mod tunnel;
 pub mod weights;
 
-/// Sets the threads inside one tensor operation, for the calling thread and those that it starts.
+/// Sets the number of threads inside one tensor operation, for the calling thread and those that it starts.
 pub fn set_threads(threads: u32) {
     tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
 }

@@ -85,7 +85,7 @@ enum Command {
     TrainClassifier(TrainClassifier),
 }
 
-/// The version, and the number by which workers may train together.
+/// Version, with the number of the build's arithmetic by which workers may train together.
 fn version() -> &'static str {
     static VERSION: LazyLock<String> =
         LazyLock::new(|| format!("{} (numerics {NUMERICS})", env!("CARGO_PKG_VERSION")));
@@ -101,7 +101,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             if spawned() {
-                // The coordinator tells people.
+                // The coordinator reports it to the user.
                 tracing::error!("{failure}");
             } else {
                 let _ = writeln!(std::io::stderr(), "error: {}", printable(&failure.to_string()));
@@ -142,8 +142,7 @@ struct CheckData {
     any_size: bool,
 }
 
-/// Tells on standard output how far it is, and what it found. Whoever asked may be gone: then so is this
-/// process.
+/// Reports progress and findings on standard output. If the reader is gone, the process exits.
 fn check_data(arguments: &CheckData) -> Result<(), Failure> {
     let data: Data =
         serde_json::from_str(&arguments.data).map_err(|error| Failure::Input(format!("--data: {error}")))?;
@@ -183,8 +182,8 @@ fn join(arguments: &Join) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A coordinator's own worker adds to its trace, and works without one if that cannot be. Others have traces
-/// of their own.
+/// Opens the trace. A coordinator's own worker appends to its coordinator's, and works without one if that
+/// fails. Other workers have traces of their own.
 fn open_trace(file: &Path) -> Result<Trace, Failure> {
     let opened = if spawned() { Trace::join(file) } else { Trace::create(file, "worker") };
     match opened {
@@ -196,7 +195,7 @@ fn open_trace(file: &Path) -> Result<Trace, Failure> {
     }
 }
 
-/// Whether a coordinator started this worker. It then adds the time and who we are to our log.
+/// Whether a coordinator started this worker. The coordinator then adds time and worker to the log lines.
 fn spawned() -> bool {
     std::env::var_os(SPAWN_TOKEN).is_some()
 }

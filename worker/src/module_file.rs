@@ -1,22 +1,22 @@
-//! Files of TorchScript modules, before libtorch sees them.
+//! Files of TorchScript modules, checked before libtorch reads them.
 //!
-//! Such a file is a zip archive. libtorch takes its members' lengths as they are claimed, so a small file
-//! could fill the memory; here they are held against the file first.
+//! Such a file is a zip archive. libtorch trusts the lengths that its members claim, so a small file could
+//! fill the memory; here they are checked against the file's length first.
 
 use std::io::Cursor;
 use std::path::Path;
 
-/// Members may claim this much beyond the file's length in any case: the code is compressed, the weights are
+/// Number of bytes that members may claim beyond the file's length: the code is compressed, the weights are
 /// not.
 const FREE_BYTES: u64 = 64 << 20;
 
 /// Reads a file whose members claim no more than it can hold.
 ///
 /// # Errors
-/// File that cannot be read, or claims more than it may hold.
+/// The file cannot be read, or claims more than it may hold.
 pub fn read(path: &Path) -> Result<Vec<u8>, String> {
     let unreadable = |error: std::io::Error| format!("cannot be read: {error}");
-    // A device has no end, and to open a pipe is to wait for its writer.
+    // A device has no end, and opening a pipe waits for its writer.
     if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
         return Err("is no file".to_string());
     }
@@ -26,7 +26,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>, String> {
 }
 
 fn check(bytes: &[u8]) -> Result<(), String> {
-    // What is no archive is refused by libtorch, in its words.
+    // A file that is no archive is refused by libtorch, with its own message.
     let Ok(mut archive) = zip::ZipArchive::new(Cursor::new(bytes)) else { return Ok(()) };
     let mut claimed = 0_u64;
     for index in 0..archive.len() {

@@ -1,9 +1,9 @@
-//! Something that two threads share, and a way to wait for its change.
+//! Monitor: a value shared by two threads, with a condition variable.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// A value under a lock, with a bell.
+/// Value under a lock, with a condition variable.
 #[derive(Debug, Default)]
 pub struct Monitor<T> {
     value: Mutex<T>,
@@ -11,18 +11,18 @@ pub struct Monitor<T> {
 }
 
 impl<T> Monitor<T> {
-    /// The value, for this thread alone.
+    /// Locks the value.
     pub fn lock(&self) -> MutexGuard<'_, T> {
         self.value.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a change, or a little while: whoever waits looks again at what it waits for.
+    /// Waits for a notification, 200 ms at most: the caller checks its condition again.
     pub fn wait<'a>(&self, value: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
         let waited = self.changed.wait_timeout(value, Duration::from_millis(200));
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// Waits while something holds, at most so long.
+    /// Waits while a condition holds, at most `limit`.
     pub fn wait_while<'a>(
         &self,
         value: MutexGuard<'a, T>,
@@ -33,7 +33,7 @@ impl<T> Monitor<T> {
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// Wakes all that wait.
+    /// Wakes all waiting threads.
     pub fn notify(&self) {
         self.changed.notify_all();
     }

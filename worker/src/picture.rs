@@ -1,4 +1,4 @@
-//! Pictures of images: grids, single ones, films.
+//! Pictures: sample grids, single images, films.
 
 use std::io::{Cursor, Write};
 
@@ -6,25 +6,25 @@ use ganglion_proto::message::SampleGrid;
 use image::{ExtendedColorType, ImageError, ImageFormat};
 use tch::{Kind, Tensor};
 
-/// Pixels between two images of a grid.
+/// Gap in pixels between two images of a grid.
 const GAP: i64 = 2;
 
-/// Pixels of 8 bits, row by row.
+/// Raster of 8-bit pixels, row by row.
 pub struct Picture {
     width: u32,
     height: u32,
-    /// 1 or 3.
+    /// Number of channels, 1 or 3.
     channels: u32,
     pixels: Vec<u8>,
 }
 
 impl Picture {
-    /// One image (c, h, w) in [-1, 1].
+    /// Returns one image (c, h, w) in [-1, 1].
     pub fn of(image: &Tensor) -> Picture {
         Picture::of_levels(&levels(image).permute([1, 2, 0]))
     }
 
-    /// Images (n, c, h, w) in [-1, 1] in rows of so many, black between them.
+    /// Returns a grid of images (n, c, h, w) in [-1, 1], `columns` in a row, black between them.
     pub fn grid(images: &Tensor, columns: i64) -> Picture {
         let [count, channels, height, width] =
             <[i64; 4]>::try_from(images.size()).expect("images have four dimensions");
@@ -42,7 +42,7 @@ impl Picture {
         Picture::of_levels(&whole.constant_pad_nd([0, 0, 0, GAP, 0, GAP]))
     }
 
-    /// (h, w, c) of bytes.
+    /// Takes (h, w, c) bytes.
     fn of_levels(levels: &Tensor) -> Picture {
         let small = |at: usize| u32::try_from(levels.size()[at]).expect("a picture is small");
         let pixels = levels.contiguous().flatten(0, -1);
@@ -50,10 +50,10 @@ impl Picture {
         Picture { height: small(0), width: small(1), channels: small(2), pixels }
     }
 
-    /// As a PNG file.
+    /// Encodes the picture as a PNG file.
     ///
     /// # Errors
-    /// It cannot be encoded.
+    /// The picture cannot be encoded.
     pub fn png(&self) -> Result<Vec<u8>, ImageError> {
         let kind = if self.channels == 1 { ExtendedColorType::L8 } else { ExtendedColorType::Rgb8 };
         let mut png = Cursor::new(Vec::new());
@@ -62,34 +62,34 @@ impl Picture {
         Ok(png.into_inner())
     }
 
-    /// The picture that a run keeps of a step.
+    /// Returns the sample grid of a step, as a run keeps it.
     ///
     /// # Errors
-    /// It cannot be encoded.
+    /// The picture cannot be encoded.
     pub fn of_step(&self, step: u64) -> Result<SampleGrid, ImageError> {
         let Picture { width, height, channels, .. } = *self;
         Ok(SampleGrid { step, png: self.png()?, width, height, channels })
     }
 }
 
-/// Bytes from [-1, 1].
+/// Converts [-1, 1] to bytes.
 fn levels(images: &Tensor) -> Tensor {
     ((images + 1.0) * 127.5).round().clamp(0.0, 255.0).to_kind(Kind::Uint8)
 }
 
-/// A GIF that is played again and again.
+/// Animated GIF that loops.
 pub struct Film<W: Write> {
     encoder: gif::Encoder<W>,
     size: (u16, u16),
-    /// Of a frame, in hundredths of a second.
+    /// Delay of a frame, in hundredths of a second.
     delay: u16,
 }
 
 impl<W: Write> Film<W> {
-    /// Begins one of frames like the first.
+    /// Begins a film of frames with the size of the first.
     ///
     /// # Errors
-    /// It is too large for a GIF, or cannot be written.
+    /// The picture is too large for a GIF, or the film cannot be written.
     pub fn begin(to: W, first: &Picture, delay: u16) -> Result<Film<W>, gif::EncodingError> {
         let side = |pixels: u32| u16::try_from(pixels).map_err(|_| too_large());
         let size = (side(first.width)?, side(first.height)?);
@@ -100,10 +100,10 @@ impl<W: Write> Film<W> {
         Ok(Film { encoder, size, delay })
     }
 
-    /// Adds a frame. Colours are reduced to 256 a frame, which is what a GIF has.
+    /// Adds a frame. Its colours are reduced to 256, the limit of a GIF.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The frame cannot be written.
     pub fn add(&mut self, picture: &Picture) -> Result<(), gif::EncodingError> {
         let (width, height) = self.size;
         let mut frame = match picture.channels {
@@ -119,16 +119,16 @@ impl<W: Write> Film<W> {
         self.encoder.write_frame(&frame)
     }
 
-    /// Ends it.
+    /// Ends the film.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The film cannot be written.
     pub fn end(self) -> Result<(), gif::EncodingError> {
         Ok(self.encoder.into_inner()?.flush()?)
     }
 }
 
-/// From 1, the best colours, to 30, the fastest.
+/// Speed of colour quantisation, from 1, the best colours, to 30, the fastest.
 const COLOUR_SPEED: i32 = 10;
 
 fn too_large() -> gif::EncodingError {

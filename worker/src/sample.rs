@@ -1,4 +1,4 @@
-//! Drawing samples from the generator's moving average.
+//! Samples of the generator's moving average.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,15 +16,15 @@ use crate::random::{Key, Purpose};
 use crate::state::{Layout, StateLayout};
 use crate::tensor_bytes::from_bytes;
 
-/// Samples drawn in one forward pass.
+/// Number of samples in one forward pass.
 const BATCH: usize = 64;
-/// Images in a row of a grid.
+/// Number of images in a row of a grid.
 pub const COLUMNS: i64 = 10;
 
-/// Why there is no grid.
+/// Reasons why there is no sample grid.
 #[derive(Debug, thiserror::Error)]
 pub enum SampleError {
-    /// The checkpoint cannot be read; says what and where.
+    /// The checkpoint cannot be read; the message says what and where.
     #[error("{0}")]
     Input(String),
     /// The picture cannot be written.
@@ -32,7 +32,7 @@ pub enum SampleError {
     Encode(#[from] image::ImageError),
 }
 
-/// A generator in working order.
+/// Generator ready for inference.
 pub struct Generator {
     network: Arc<dyn Network>,
     latent_dim: usize,
@@ -42,7 +42,7 @@ pub struct Generator {
     buffers: Vec<Tensor>,
 }
 
-/// The grid that a job asks for, from a state.
+/// Renders the sample grid of a job from a state.
 pub fn grid_of(
     job: &Job,
     models: &Models,
@@ -54,7 +54,7 @@ pub fn grid_of(
 }
 
 impl Generator {
-    /// The moving average of a state.
+    /// Builds the generator from the moving average of a state.
     pub fn of_average(models: &Models, layout: &StateLayout, snapshot: &Snapshot) -> Generator {
         let range = layout.ema_range();
         let average = from_bytes(&snapshot.flat[4 * range.start..4 * range.end]);
@@ -87,7 +87,7 @@ impl Generator {
         };
         let kind = serde_json::from_value(serde_json::Value::from(text("model")?.as_str()))
             .map_err(|error| input(error.to_string()))?;
-        // Files of earlier versions know of no classes.
+        // Files of earlier versions have no number of classes.
         let classes = if about.contains_key("classes") { number("classes")? } else { 0 };
         let model = Model {
             conditional: classes > 0,
@@ -108,23 +108,23 @@ impl Generator {
         Ok(Generator { network, latent_dim: model.latent_dim as usize, classes, shape, weights, buffers })
     }
 
-    /// How many classes it knows; 0 for none.
+    /// Number of classes that the generator is conditioned on; 0 for none.
     pub fn classes(&self) -> u32 {
         self.classes
     }
 
-    /// The images that it draws.
+    /// Shape of the generated images.
     pub fn shape(&self) -> ImageShape {
         self.shape
     }
 
-    /// Length of its noise.
+    /// Length of the noise vector.
     pub fn latent_dim(&self) -> usize {
         self.latent_dim
     }
 
-    /// `count` images, (count, c, h, w) in [-1, 1]. Sample i depends on the seed and i alone. A conditional
-    /// generator draws one class after the other.
+    /// Generates `count` images, (count, c, h, w) in [-1, 1]. Sample i depends on the seed and i alone. A
+    /// conditional generator takes the classes in turn.
     pub fn draw(&self, seed: u64, count: u32) -> Tensor {
         self.draw_for(Purpose::Samples, seed, count)
     }
@@ -135,8 +135,9 @@ impl Generator {
         self.images(&Tensor::stack(&noise, 0), &self.classes_in_turn(count))
     }
 
-    /// The noise of sample `index`, (latent_dim). With truncation what is beyond it is drawn anew: Brock et
-    /// al. (2019), "Large scale GAN training for high fidelity natural image synthesis", section 3.1.
+    /// Returns the noise of sample `index`, (latent_dim). With truncation, values beyond it are drawn
+    /// again: Brock et al. (2019), "Large scale GAN training for high fidelity natural image synthesis",
+    /// section 3.1.
     pub fn noise(&self, purpose: Purpose, seed: u64, index: u32, truncation: Option<f64>) -> Tensor {
         let draw =
             |phase| Key { seed, step: u64::from(index), phase, shard: 0, purpose }.normal(self.latent_dim);
@@ -152,13 +153,13 @@ impl Generator {
         noise
     }
 
-    /// A class for each of so many samples, one after the other.
+    /// Returns a class for each of `count` samples, in turn.
     pub fn classes_in_turn(&self, count: u32) -> Vec<u32> {
         (0..count).map(|index| index % self.classes.max(1)).collect()
     }
 
-    /// Images (n, c, h, w) in [-1, 1] from noise (n, latent_dim), each of a class below
-    /// [`classes`](Self::classes); a generator that knows no classes does not look at them.
+    /// Generates images (n, c, h, w) in [-1, 1] from noise (n, latent_dim), each of a class below
+    /// [`classes`](Self::classes); an unconditional generator ignores the classes.
     pub fn images(&self, noise: &Tensor, classes: &[u32]) -> Tensor {
         let size = i64::try_from(BATCH).expect("a small number");
         let draw = |(noise, classes): (&Tensor, &[u32])| {
@@ -170,8 +171,8 @@ impl Generator {
         Tensor::cat(&batches, 0)
     }
 
-    /// One pass of the network: noise (n, latent_dim), and classes (n) of int64 if it knows some, to images
-    /// (n, c, h, w).
+    /// Runs one pass of the network: noise (n, latent_dim), and classes (n) of int64 for a conditional
+    /// model, to images (n, c, h, w).
     pub fn forward(&self, noise: &Tensor, classes: Option<&Tensor>) -> Tensor {
         let key = Key { seed: 0, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
         let classes = classes.filter(|_| self.classes > 0);

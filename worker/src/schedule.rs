@@ -1,7 +1,7 @@
-//! Settings that change with the images seen.
+//! Hyperparameters that change with the images seen.
 //!
-//! A value is a function of the job and of the steps done, so all ranks have the same at a position, whenever
-//! they came to it. It stays the same within a step.
+//! A value is a function of the job and of the steps done, so all ranks have the same at an update index,
+//! at any time and in any group. It stays the same within a step.
 
 use ganglion_proto::job::{EmaSchedule, Job};
 
@@ -9,22 +9,22 @@ use ganglion_proto::job::{EmaSchedule, Job};
 /// (2020) and its released training loop, where it is at most this share of the images seen.
 const EMA_RAMP_UP: f64 = 0.05;
 
-/// Where in the run a value is asked for.
+/// Schedule of a job's hyperparameters at a step.
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule<'a> {
     job: &'a Job,
-    /// Real images seen before the step.
+    /// Number of real images seen before the step.
     images: u64,
 }
 
 impl<'a> Schedule<'a> {
-    /// The schedule after so many steps.
+    /// Returns the schedule after `steps` steps.
     pub fn after(job: &'a Job, steps: u64) -> Schedule<'a> {
         Schedule { job, images: steps.saturating_mul(job.samples_per_step()) }
     }
 
-    /// A value on its way from the first to the last along half a cosine over `optimizer.decay_images`: Huang
-    /// et al. (2024) and the released training loop.
+    /// Interpolates from the first to the last value along half a cosine over `optimizer.decay_images`:
+    /// Huang et al. (2024) and the released training loop.
     pub fn between(&self, first: f64, last: f64) -> f64 {
         let over = self.job.optimizer.decay_images;
         if over == 0 || first == last {
@@ -39,36 +39,36 @@ impl<'a> Schedule<'a> {
         last + (first - last) * 0.5 * (1.0 + libm::cos(std::f64::consts::PI * passed))
     }
 
-    /// The generator's learning rate.
+    /// Learning rate of the generator.
     pub fn generator_rate(&self) -> f64 {
         let optimizer = &self.job.optimizer;
         self.between(optimizer.learning_rate, optimizer.final_learning_rate)
     }
 
-    /// The discriminator's learning rate.
+    /// Learning rate of the discriminator.
     pub fn discriminator_rate(&self) -> f64 {
         let optimizer = &self.job.optimizer;
         self.between(optimizer.discriminator_learning_rate, optimizer.final_discriminator_learning_rate)
     }
 
-    /// The decay of the second moment.
+    /// Decay of Adam's second moment.
     pub fn beta2(&self) -> f64 {
         self.between(self.job.optimizer.beta2, self.job.optimizer.final_beta2)
     }
 
-    /// The weights of the penalties at real samples and at the generator's.
+    /// Weights of R1 and R2, the penalties at real and at generated samples.
     pub fn penalties(&self) -> [f64; 2] {
         let loss = &self.job.loss;
         [self.between(loss.r1, loss.final_r1), self.between(loss.r2, loss.final_r2)]
     }
 
-    /// How likely each kind of augmentation is.
+    /// Probability of each kind of augmentation.
     pub fn augmentation(&self) -> f64 {
         let augmentation = &self.job.augmentation;
         self.between(augmentation.probability, augmentation.final_probability)
     }
 
-    /// Share of the old moving average that stays in an update.
+    /// Decay of the moving average: the share of the old value that stays in an update.
     pub fn average_decay(&self) -> f64 {
         #[allow(clippy::cast_precision_loss)] // exact, as above
         let (batch, seen, half_life) = (

@@ -1,4 +1,4 @@
-//! Staying after the run: for those who start a worker again whenever it ends.
+//! Lingering after the run (`--stay`): for supervisors that restart a worker whenever it ends.
 
 use std::io;
 
@@ -6,13 +6,13 @@ use ganglion_proto::signals::hangup_is_ignored;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// A worker that stays. It hears of signals from when it is made on, so that none is lost between training
-/// and waiting.
+/// Listener for the signals that end a lingering worker. It listens from its creation, so that no signal is
+/// lost between training and waiting.
 pub struct Stay {
     runtime: Runtime,
     terminate: Signal,
     interrupt: Signal,
-    /// None where it is ignored.
+    /// `None` where SIGHUP is ignored.
     hangup: Option<Signal>,
 }
 
@@ -32,7 +32,7 @@ impl Stay {
         Ok(Stay { runtime, terminate, interrupt, hangup })
     }
 
-    /// Gives back the memory that was kept for training, and waits until one of them came.
+    /// Releases the memory that was kept for training, and waits for one of the signals.
     pub fn until_asked_to_end(mut self) -> Result<(), c10d::Error> {
         c10d::aten::release_memory()?;
         let mut hangup = self.hangup;

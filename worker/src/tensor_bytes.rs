@@ -1,4 +1,4 @@
-//! Tensors of floats as bytes, in the order of this machine.
+//! Conversion between tensors of floats and bytes, in this machine's byte order.
 
 use tch::{Device, Kind, Tensor};
 
@@ -10,7 +10,7 @@ pub fn to_bytes(tensor: &Tensor) -> Vec<u8> {
     bytes
 }
 
-/// The flat tensor of floats whose bytes these are.
+/// Returns the flat tensor of floats with these bytes.
 pub fn from_bytes(bytes: &[u8]) -> Tensor {
     Tensor::from_slice(bytes).view_dtype(Kind::Float)
 }

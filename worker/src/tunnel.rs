@@ -1,23 +1,23 @@
-//! TLS for reduces over Gloo.
+//! TLS tunnels for reduces over Gloo.
 //!
 //! Gloo has a transport of its own that should encrypt. In libtorch 2.11 it reads the certificates and then
-//! makes plain connections: `tcp::Context::createAndConnectAllPairs` does not ask the encrypting context for
-//! its pairs. So each member's Gloo listens on the loopback interface alone, and tunnels connect them:
+//! makes plain connections: `tcp::Context::createAndConnectAllPairs` does not ask the encrypting context
+//! for its pairs. So each member's Gloo listens on the loopback interface alone, and tunnels connect them:
 //!
 //! ```text
 //! Gloo of rank 2 -> entry on rank 2's loopback  ==TLS==>  exit of rank 0 -> Gloo of rank 0, on its loopback
 //! ```
 //!
-//! 1. What leaves the machine goes over TLS 1.3 with certificates on both ends. The one that answers shows a
-//!    certificate for the name that it told the group.
-//! 2. A connection reaches only the group whose secret it shows. Secrets are in the group's store, which
+//! 1. All traffic between machines goes over TLS 1.3 with certificates on both ends. The accepting end
+//!    shows a certificate for the name that it published to the group.
+//! 2. A connection reaches only the group whose secret it presents. Secrets are in the group's store, which
 //!    members alone read.
-//! 3. A group is used only once each of its connections came through here.
-//! 4. When one end of a tunnel breaks, the other does.
+//! 3. A group is used only once each of its connections came through a tunnel.
+//! 4. When one end of a tunnel breaks, the other is closed.
 //!
-//! Gloo's ranks find each other's addresses in the store, so the store is where entries are put in their
-//! place. Of two ranks that connects to the other whose address is greater: ranks listen, and have their
-//! entries, on 127.64.0.1, 127.64.0.2, ... .
+//! Gloo's ranks find each other's addresses in the store, so the store is where entries are substituted. Of
+//! two ranks the one with the greater address connects to the other: ranks listen, and have their entries,
+//! on 127.64.0.1, 127.64.0.2, ... .
 
 use std::collections::BTreeMap;
 use std::future::pending;
@@ -38,47 +38,47 @@ use tokio::time::timeout;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
-/// What is spoken inside of TLS.
+/// ALPN protocol inside of TLS.
 const PROTOCOL: &[u8] = b"ganglion-tunnel";
-/// How long it may take to connect, to greet, and to show a secret.
+/// Limit on each of connecting, the handshake, and the secret.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
-/// Connections at once. Those of one address that have shown no secret yet, and those that have said nothing;
-/// how long these keep their places while others wait.
+/// Connection limits: in total; per address, of those that have presented no secret yet and of those that
+/// have sent nothing; and the grace before these lose their places to others.
 const LIMITS: Limits =
     Limits { all: 4096, strangers_of_address: 384, idle_of_address: 256, grace: Duration::from_secs(2) };
-/// Lines in the log about one address in a row, and the pause for each further one.
+/// Number of log lines about one address in a row, and the pause for each further one.
 const COMPLAINTS: (u32, Duration) = (60, Duration::from_secs(10));
-/// Bytes that are taken over at once.
+/// Size of the buffer for copying, in bytes.
 const CHUNK: usize = 256 << 10;
-/// The family of IPv4's addresses, on Linux.
+/// Address family of IPv4, on Linux.
 const AF_INET: u16 = 2;
 
-/// Which group a connection belongs to.
+/// Secret that identifies a group's connections.
 type Secret = [u8; 32];
 
-/// This process's end of all tunnels.
+/// Tunnel endpoints of this process.
 pub struct Tunnels {
     shared: Arc<Shared>,
-    /// Threads of their own: what they encrypt must not keep the session's heartbeats.
+    /// Threads of its own: encryption must not delay the session's heartbeats.
     runtime: Runtime,
 }
 
 struct Shared {
     files: TlsFiles,
-    /// Where others reach the exits.
+    /// Address at which other workers reach the exits.
     address: SocketAddr,
     groups: Mutex<BTreeMap<Secret, Exit>>,
     complaints: Throttle,
 }
 
-/// Where a group's connections come out.
+/// Exit of a group's connections.
 #[derive(Clone)]
 struct Exit {
     gloo: SocketAddr,
     progress: Arc<Progress>,
 }
 
-/// The connections of a group that are through, and why one is not.
+/// Number of a group's established connections, and the reason if one failed.
 #[derive(Default)]
 struct Progress {
     state: Mutex<(usize, Option<String>)>,
@@ -97,7 +97,7 @@ impl Progress {
 }
 
 impl Tunnels {
-    /// Opens the exits, on an address by which other workers reach this machine.
+    /// Opens the listener of the exits, on an address by which other workers reach this machine.
     pub fn open(files: TlsFiles, address: IpAddr) -> io::Result<Tunnels> {
         let runtime =
             Builder::new_multi_thread().worker_threads(2).thread_name("tunnel").enable_all().build()?;
@@ -115,7 +115,8 @@ impl Tunnels {
         Ok(Tunnels { shared, runtime })
     }
 
-    /// The store of a group, through which this rank's tunnels are made. It must live as long as the group.
+    /// Returns the store of a group, through which this rank's tunnels are made. It must live as long as
+    /// the group.
     pub fn group(&self, rank: usize, store: Arc<dyn KeyValueStore>) -> io::Result<Arc<Tunnelled>> {
         let mut secret = Secret::default();
         io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut secret)?;
@@ -138,13 +139,13 @@ impl Shared {
 
     async fn receive(self: Arc<Shared>, stream: TcpStream, from: SocketAddr, place: Place) {
         let late = |_| Err(io::ErrorKind::TimedOut.into());
-        // Until it speaks it is idle, and makes place for whoever does.
+        // A silent connection is idle, and may lose its place to another that speaks.
         let spoke = timeout(GREETING_LIMIT, place.keep(stream.peek(&mut [0]))).await;
         if let Err(error) = spoke.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             return self.complain(from, &error);
         }
-        // A handshake waits for this machine as well: many at once take longer than any grace for those that
-        // say nothing.
+        // A handshake also waits for this machine: many at once take longer than any grace for silent
+        // connections.
         place.engage();
         match timeout(GREETING_LIMIT, self.greet(stream)).await.unwrap_or_else(late) {
             Ok((peer, exit)) => {
@@ -155,7 +156,7 @@ impl Shared {
         }
     }
 
-    /// Logs that a connection was closed; for those that come again and again not each time.
+    /// Logs that a connection was closed, at a limited rate for each address.
     fn complain(&self, from: SocketAddr, error: &io::Error) {
         if self.complaints.allows(from.ip()) {
             self.complaints.note(from.ip());
@@ -163,7 +164,7 @@ impl Shared {
         }
     }
 
-    /// Sees another worker's certificate, and for which group it comes.
+    /// Performs the handshake, and reads the secret of the group that the peer belongs to.
     async fn greet(&self, stream: TcpStream) -> io::Result<(TlsStream<TcpStream>, Exit)> {
         stream.set_nodelay(true)?;
         let config = self.files.read().and_then(|own| own.server(PROTOCOL)).map_err(io::Error::other)?;
@@ -178,14 +179,14 @@ impl Shared {
         Ok((TlsStream::Server(peer), exit))
     }
 
-    /// Connects a tunnel's end to this process's Gloo.
+    /// Connects the end of a tunnel to this process's Gloo.
     async fn leave(&self, peer: TlsStream<TcpStream>, exit: Exit) {
         match TcpStream::connect(exit.gloo).await {
             Ok(gloo) => {
                 exit.progress.note(Ok(()));
                 join(gloo, peer).await;
             }
-            // Its group is over.
+            // The group has ended.
             Err(error) => tracing::debug!("no group at the end of a tunnel: {error}"),
         }
     }
@@ -203,19 +204,19 @@ impl Shared {
     }
 }
 
-/// Carries all bytes both ways until both sides have ended, or one has broken.
+/// Copies bytes both ways until both sides have ended, or one has broken.
 async fn join(mut gloo: TcpStream, mut peer: TlsStream<TcpStream>) {
     if gloo.set_nodelay(true).is_ok() {
         let _ = copy_bidirectional_with_sizes(&mut gloo, &mut peer, CHUNK, CHUNK).await;
     }
 }
 
-/// What a member tells the others of its exit.
+/// Exit of a member, as published to its group.
 #[derive(Debug, PartialEq, Eq)]
 struct Told {
     secret: Secret,
     address: SocketAddr,
-    /// The name that its certificate is for.
+    /// Name in the member's certificate.
     name: String,
 }
 
@@ -231,7 +232,7 @@ impl Told {
     }
 }
 
-/// A group's store, in which the addresses of other ranks are those of this rank's entries to them.
+/// Store of a group that replaces the addresses of other ranks by those of this rank's entries to them.
 pub struct Tunnelled {
     shared: Arc<Shared>,
     runtime: tokio::runtime::Handle,
@@ -239,17 +240,17 @@ pub struct Tunnelled {
     rank: usize,
     secret: Secret,
     progress: Arc<Progress>,
-    /// The entries.
+    /// Tasks of the entries.
     tasks: Mutex<Vec<AbortHandle>>,
 }
 
 impl Tunnelled {
-    /// Where this rank's Gloo listens.
+    /// Address at which this rank's Gloo listens.
     pub fn loopback(&self) -> IpAddr {
         loopback(self.rank).into()
     }
 
-    /// Waits until so many connections came through.
+    /// Waits until `connections` connections are established.
     pub fn wait(&self, connections: usize, limit: Duration) -> Result<(), c10d::Error> {
         let state = self.progress.state.lock().unwrap_or_else(PoisonError::into_inner);
         let pending = |state: &mut (usize, Option<String>)| state.0 < connections && state.1.is_none();
@@ -262,7 +263,7 @@ impl Tunnelled {
         }
     }
 
-    /// Tells the others where connections to this rank's Gloo go, before they can look for it.
+    /// Publishes the exit of this rank, before the other ranks can look for its Gloo.
     fn tell(&self, port: u16) -> Result<(), StoreError> {
         let own = self.shared.files.read().and_then(|own| own.peer_name());
         let name = own.map_err(|error: CredentialError| StoreError::Unreachable(error.to_string()))?;
@@ -324,7 +325,7 @@ impl KeyValueStore for Tunnelled {
 
     fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>, StoreError> {
         let mut value = self.store.get(key, timeout)?;
-        // The greater one connects; the other waits to be found.
+        // The greater address connects; the other waits.
         if let Some((at, rank)) = find(&value)
             && rank < self.rank
         {
@@ -354,14 +355,14 @@ fn key(rank: usize) -> String {
     format!("tunnel/{rank}")
 }
 
-/// Where ranks listen: in the order of the ranks.
+/// Loopback address of a rank: ascending with the rank.
 fn loopback(rank: usize) -> Ipv4Addr {
     let first = u32::from(Ipv4Addr::new(127, 64, 0, 1));
     Ipv4Addr::from(first + u32::try_from(rank).expect("there are fewer ranks than loopback addresses"))
 }
 
-/// Finds the address of a rank in what Gloo writes to the store, a `sockaddr_in`; returns where its port is,
-/// and the rank.
+/// Finds the address of a rank, a `sockaddr_in`, in a value that Gloo writes to the store; returns the
+/// offset of its port, and the rank.
 fn find(value: &[u8]) -> Option<(usize, usize)> {
     let first = u32::from(loopback(0));
     value.windows(16).enumerate().find_map(|(at, window)| {

@@ -1,4 +1,4 @@
-//! The weights of a generator, wherever they lie.
+//! Lookup of a generator's weights.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use ganglion_storage::{Address, Blocking, Bytes, Error, LATEST, Path as StorageP
 use crate::error::Failure;
 use crate::sample::Generator;
 
-/// The averaged generator's file in a checkpoint's folder.
+/// Name of the averaged generator's file in a checkpoint's folder.
 const GENERATOR: &str = "generator_ema.safetensors";
 
 /// Which generator draws.
@@ -24,10 +24,10 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Finds and reads them: the generator, and the name of its file.
+    /// Finds and reads the weights: returns the name of the file, and the generator.
     ///
     /// # Errors
-    /// There is none, or it cannot be read.
+    /// There are no weights, or they cannot be read.
     pub fn open(&self) -> Result<(String, Generator), Failure> {
         let (name, bytes) = find(&self.checkpoint)?;
         let generator = Generator::read(&name, &bytes, self.generator.as_deref())?;
@@ -35,7 +35,7 @@ impl Weights {
     }
 }
 
-/// Under a file, a checkpoint's folder, a storage, or a run's folder.
+/// Finds the weights under a file, a checkpoint's folder, a storage, or a run's folder.
 fn find(place: &str) -> Result<(String, Bytes), Failure> {
     let shown = if Address::is_secret(place) { "..." } else { place };
     let input = |what: &str| Failure::Input(format!("--checkpoint {shown}: {what}"));

@@ -1,9 +1,9 @@
-//! Networks that are told classes, around any others that are not.
+//! Conditional networks: wrappers that add classes to unconditional ones.
 //!
-//! The generator sees a learnt vector of its class beside the noise. The discriminator makes a vector of an
-//! image, and says how well that fits a learnt one of its class: the projection of Miyato and Koyama (2018),
-//! "cGANs with projection discriminator", equation 3, without the term that knows no class, as in R3GAN's
-//! released code.
+//! The generator takes a learnt vector of its class beside the noise. The discriminator computes a vector
+//! of an image, and its logit is the product with a learnt one of its class: the projection of Miyato and
+//! Koyama (2018), "cGANs with projection discriminator", equation 3, without the unconditional term, as in
+//! R3GAN's released code.
 
 use std::sync::Arc;
 
@@ -12,17 +12,17 @@ use tch::Tensor;
 use super::pieces::{Specs, embed, root, scaled};
 use super::{Constant, Network, Pass, TensorSpec};
 
-/// The table of vectors, a parameter of both networks.
+/// Name of the table of vectors, a parameter of both networks.
 const TABLE: &str = "embedding.weight";
 
-/// Where in a network its classes are used.
+/// Role of the wrapped network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     Generator,
     Discriminator,
 }
 
-/// A network and a vector for each class.
+/// Network with a learnt vector for each class.
 #[derive(Clone, Debug)]
 pub(super) struct OfClasses {
     network: Arc<dyn Network>,
@@ -32,19 +32,19 @@ pub(super) struct OfClasses {
 }
 
 impl OfClasses {
-    /// From noise (n, length) by a network of (n, 2 length).
+    /// Wraps a network of (n, 2 length) into a generator from noise (n, length).
     pub(super) fn generator(network: Arc<dyn Network>, classes: i64, length: i64) -> Arc<dyn Network> {
         Arc::new(OfClasses { network, role: Role::Generator, classes, length })
     }
 
-    /// To logits (n, 1) by a network to (n, length).
+    /// Wraps a network to (n, length) into a discriminator with logits (n, 1).
     pub(super) fn discriminator(network: Arc<dyn Network>, classes: i64, length: i64) -> Arc<dyn Network> {
         Arc::new(OfClasses { network, role: Role::Discriminator, classes, length })
     }
 }
 
 impl Network for OfClasses {
-    /// The table comes where it is used: first in a generator, last in a discriminator.
+    /// The table is at the place of its use: first in a generator, last in a discriminator.
     fn parameters(&self) -> Vec<TensorSpec> {
         let mut table = Specs::default();
         let gain = match self.role {

@@ -21,21 +21,21 @@ use super::pieces::{Sizes, Specs, double, features_first, features_last, halve, 
 use super::sequential::leaky_relu;
 use super::{Init, Network, Pass, TensorSpec};
 
-/// Features that a grouped convolution looks at together: 16 in the paper's networks, and a vector on CPUs.
+/// Features per group of a grouped convolution: 16 in the paper's networks, and a vector on CPUs.
 const GROUP: i64 = 16;
-/// How much wider a block is inside.
+/// Ratio of a block's inner width to its outer width.
 const EXPANSION: i64 = 2;
-/// Slope of the activations below zero, and what keeps the size of what passes through them: sqrt(2 / (1 +
-/// slope^2)).
+/// Slope of the activations below zero, and the gain that preserves the variance through them: sqrt(2 / (1
+/// + slope^2)).
 const SLOPE: f64 = 0.2;
 const GAIN: f32 = 1.386_750_5;
 
-/// A part of one of the networks, over (n, h, w, features).
+/// Building block of one of the networks, over (n, h, w, features).
 #[derive(Clone, Debug, PartialEq)]
 enum Piece {
     /// A learnt map, weighed by a vector: (n, inputs) to (n, side, side, features).
     Start { inputs: i64, features: i64, side: i64 },
-    /// A residual block of a network of so many.
+    /// A residual block of a network of `blocks` blocks.
     Block { features: i64, blocks: i64 },
     /// Doubles each side.
     Up { inputs: i64, outputs: i64 },
@@ -118,17 +118,17 @@ fn block(x: &Tensor, groups: i64, next: Next<'_, '_>) -> Tensor {
     narrow.view([-1, height, width, features])
 }
 
-/// The features of each pixel.
+/// Returns the features of each pixel as a row.
 fn rows(x: &Tensor) -> Tensor {
     x.reshape([-1, x.size()[3]])
 }
 
-/// A 1 x 1 convolution over (n, h, w, features).
+/// Computes a 1 x 1 convolution over (n, h, w, features).
 fn mix(x: &Tensor, weight: &Tensor) -> Tensor {
     x.linear(&weight.flatten(1, -1), None::<Tensor>)
 }
 
-/// The side and the features of each stage, from the smallest side up.
+/// Returns the side and the features of each stage, from the smallest side up.
 fn stages(side: i64, width: i64) -> Vec<(i64, i64)> {
     let mut stages = vec![(side, width), (side / 2, 4 * width)];
     while let Some((side, _)) = stages.last().copied().filter(|(side, _)| side % 2 == 0 && *side > 4) {
@@ -138,16 +138,16 @@ fn stages(side: i64, width: i64) -> Vec<(i64, i64)> {
     stages
 }
 
-/// A network of pieces, one after the other.
+/// Network of building blocks, one after the other.
 #[derive(Clone, Debug)]
 pub(super) struct R3gan {
     pieces: Vec<(String, Piece)>,
-    /// Whether it makes images, whose features come first outside.
+    /// Whether the network generates images, whose features come first outside.
     draws: bool,
 }
 
 impl R3gan {
-    /// Noise (n, inputs) to images.
+    /// Builds the generator: noise (n, inputs) to images.
     pub(super) fn generator(sizes: Sizes, inputs: i64) -> R3gan {
         let stages = stages(sizes.side, sizes.width);
         let blocks = i64::try_from(stages.len()).expect("a few stages");
@@ -166,7 +166,7 @@ impl R3gan {
         R3gan { pieces, draws: true }
     }
 
-    /// Images to (n, outputs).
+    /// Builds the discriminator: images to (n, outputs).
     pub(super) fn discriminator(sizes: Sizes, outputs: i64) -> R3gan {
         let Sizes { width, channels, side, .. } = sizes;
         let mut stages = stages(side, width);

@@ -1,4 +1,4 @@
-//! The plain network: one layer after the other.
+//! Sequential networks: one layer after the other.
 //!
 //! Between convolutions the features of a pixel lie together (channels last): libtorch's kernels for CPUs,
 //! and those for GPUs in half precision, are faster on that. Parameters lie as PyTorch has them. No shape

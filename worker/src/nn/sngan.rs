@@ -15,7 +15,7 @@ use super::sequential::{BATCH_NORM_MOMENTUM, channels_last, normalise};
 use super::spectral::normalised;
 use super::{Init, Network, Pass, TensorSpec};
 
-/// Pixels a side of the map that the generator begins with.
+/// Side in pixels of the map that the generator begins with.
 const START: i64 = 4;
 
 /// Glorot and Bengio (2010), equation 16, with a gain.
@@ -37,7 +37,7 @@ fn conv(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
     channels_last(x).conv2d(weight, Some(bias), [1, 1], [padding, padding], [1, 1], 1)
 }
 
-/// A pass through a network: its tensors in order.
+/// Cursor over a network's tensors in order, during a pass.
 struct Walk<'p, 'a> {
     pass: &'p mut Pass<'a>,
     parameters: std::slice::Iter<'a, Tensor>,
@@ -58,7 +58,7 @@ impl<'p, 'a> Walk<'p, 'a> {
         conv(x, self.next(), self.next())
     }
 
-    /// The next weight, normalised.
+    /// Returns the next weight, spectrally normalised.
     fn spectral(&mut self) -> Tensor {
         let weight = self.next();
         self.buffers += 1;
@@ -70,7 +70,7 @@ impl<'p, 'a> Walk<'p, 'a> {
         conv(x, &weight, self.next())
     }
 
-    /// Batch normalisation, of each class its own if there are any, then max(x, 0).
+    /// Applies batch normalisation, per class in a conditional model, then max(x, 0).
     fn norm_relu(&mut self, x: &Tensor, classes: i64) -> Tensor {
         let (weight, bias) = (self.next(), self.next());
         self.buffers += 2;
@@ -87,7 +87,7 @@ impl<'p, 'a> Walk<'p, 'a> {
     }
 }
 
-/// Noise (n, latent) to images.
+/// Generator: noise (n, latent) to images.
 #[derive(Clone, Debug)]
 pub(super) struct Generator {
     latent: i64,
@@ -102,7 +102,7 @@ impl Generator {
         Generator { latent, features: 2 * width, channels, classes }
     }
 
-    /// The names of its batch normalisations, in order.
+    /// Names of the batch normalisations, in order.
     fn norms(&self) -> impl Iterator<Item = String> {
         let of_blocks = (0..3).flat_map(|block| [1, 2].map(|at| format!("block{block}.norm{at}")));
         of_blocks.chain(["norm".to_string()])
@@ -163,7 +163,7 @@ impl Network for Generator {
             let y = walk.conv(&double(&y));
             let y = walk.norm_relu(&y, self.classes);
             let y = walk.conv(&y);
-            // A convolution of single pixels may as well come before the doubling.
+            // A convolution of single pixels commutes with the doubling, and is cheaper before it.
             x = y + double(&walk.conv(&x));
         }
         let x = walk.norm_relu(&x, self.classes);
@@ -171,7 +171,7 @@ impl Network for Generator {
     }
 }
 
-/// Images to logits (n, 1).
+/// Discriminator: images to logits (n, 1).
 #[derive(Clone, Debug)]
 pub(super) struct Discriminator {
     features: i64,
@@ -179,7 +179,7 @@ pub(super) struct Discriminator {
     classes: i64,
 }
 
-/// The discriminator's blocks: whether each halves the sides.
+/// Whether each of the discriminator's blocks halves the sides.
 const HALVES: [bool; 4] = [true, true, false, false];
 
 impl Discriminator {
@@ -209,7 +209,7 @@ impl Network for Discriminator {
         specs.list
     }
 
-    /// The power method's vector of each weight.
+    /// Vectors of the power method, one for each weight.
     fn buffers(&self) -> Vec<TensorSpec> {
         let weights = self.parameters().into_iter().filter(|spec| spec.name.ends_with(".weight"));
         let vector = |spec: TensorSpec| {

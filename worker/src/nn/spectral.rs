@@ -1,18 +1,18 @@
 //! Spectral normalisation: Miyato, Kataoka, Koyama and Yoshida (2018), "Spectral Normalization for Generative
 //! Adversarial Networks", equation 8 and algorithm 1.
 //!
-//! The greatest singular value of a weight, taken as a matrix (outputs, everything else), is estimated by one
-//! step of the power method from a vector that is one of the network's buffers. A pass hands the next vector
-//! out; it depends on the weight and the vector alone and not on the samples, so all leaves of a phase hand
-//! out the same.
+//! The greatest singular value of a weight, taken as a matrix (outputs, everything else), is estimated by
+//! one step of the power method from a vector that is one of the network's buffers. The buffer update of a
+//! pass is the next vector; it depends on the weight and the vector alone and not on the samples, so it is
+//! the same in all shard gradients of a phase.
 
 use tch::{Tensor, no_grad};
 
 use super::pieces::in_single;
 use super::{Mode, Pass};
 
-/// The weight divided by the estimate of its greatest singular value, which has a gradient through the
-/// weight. `buffer` is the place of its vector among the network's buffers.
+/// Returns the weight divided by the estimate of its greatest singular value, with a gradient through the
+/// weight. `buffer` is the index of its vector among the network's buffers.
 pub(super) fn normalised(weight: &Tensor, buffer: usize, pass: &mut Pass<'_>) -> Tensor {
     let matrix = in_single(&weight.flatten(1, -1));
     let (left, right) = no_grad(|| {

@@ -1,41 +1,40 @@
-//! How long a worker may train without hearing from its coordinator.
+//! Lease: the time that a worker may train without hearing from its coordinator.
 //!
-//! 1. The lease begins when the newest heartbeat was sent that the coordinator answered: the coordinator
-//!    counts from when it read that, which is later. So it never believes a lease to be over that is not.
-//! 2. Time goes on while the machine sleeps.
+//! 1. The lease begins when the newest acknowledged heartbeat was sent: the coordinator counts from when it
+//!    read that heartbeat, which is later. So it never considers a lease expired that is not.
+//! 2. The clock goes on while the machine sleeps.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-/// A lease that is shared by the session, which prolongs it, and the training thread, which asks before it
-/// commits.
+/// Lease shared by the session, which renews it, and the training thread, which checks it before a commit.
 #[derive(Debug)]
 pub struct Lease {
-    /// When it ends, in nanoseconds of its clock.
+    /// End of the lease, in nanoseconds of its clock.
     until: AtomicU64,
     clock: Clock,
 }
 
-/// Tells the time since some moment in the past. It goes on while the machine sleeps.
+/// Clock with an arbitrary origin. It goes on while the machine sleeps.
 pub type Clock = fn() -> Duration;
 
 impl Lease {
-    /// A lease from a moment on.
+    /// Returns a lease that begins at `from`.
     pub fn new(clock: Clock, from: Duration, length: Duration) -> Lease {
         let lease = Lease { until: AtomicU64::new(0), clock };
         lease.prolong(from, length);
         lease
     }
 
-    /// Lets it begin at a later moment; an earlier one changes nothing.
+    /// Renews the lease from a later moment; an earlier one changes nothing.
     pub fn prolong(&self, from: Duration, length: Duration) {
         let until = u64::try_from((from + length).as_nanos()).unwrap_or(u64::MAX);
         self.until.fetch_max(until, Ordering::Relaxed);
     }
 
-    /// Whether it is not over.
+    /// Whether the lease has not expired.
     pub fn holds(&self) -> bool {
         (self.clock)() < Duration::from_nanos(self.until.load(Ordering::Relaxed))
     }
@@ -43,7 +42,7 @@ impl Lease {
 
 /// Time since the machine booted, sleep included.
 pub fn boot_clock() -> Duration {
-    // The clock is there since Linux 2.6.39, so it is.
+    // The call cannot fail: the clock exists since Linux 2.6.39.
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }
 

@@ -1,7 +1,8 @@
-//! Finding out which other workers this one cannot reach.
+//! Probes: detection of the workers that this one cannot reach.
 //!
-//! A link that drops everything makes a whole group wait, and nobody can tell who waits for whom. So each
-//! worker listens on a port of its own, on the interface of its reduces, and says hello to whoever connects.
+//! A link that drops everything makes a whole group wait, without a sign of which link it is. So each
+//! worker listens on a port of its own, on the interface of its reduces, and sends a greeting on each
+//! connection.
 
 use std::future::pending;
 use std::io::Read;
@@ -10,19 +11,19 @@ use std::time::Duration;
 
 use ganglion_proto::listen::{Limits, Room, accept_loop};
 
-/// What a worker says to whoever connects.
+/// Greeting sent on each connection.
 const GREETING: &[u8; 8] = b"ganglion";
 
-/// Connections at once. None lasts longer than it takes to greet.
+/// Connection limits. No connection lasts longer than it takes to greet.
 const LIMITS: Limits =
     Limits { all: 64, strangers_of_address: 64, idle_of_address: 64, grace: Duration::ZERO };
 
-/// Answers probes on a free port of `address` as long as the process lives; returns where.
+/// Answers probes on a free port of `address` as long as the process lives; returns the address.
 pub fn answer(address: IpAddr) -> std::io::Result<SocketAddr> {
     let listener = TcpListener::bind((address, 0))?;
     listener.set_nonblocking(true)?;
     let bound = listener.local_addr()?;
-    // A thread of its own: probes are answered whatever keeps the session.
+    // A runtime on its own thread: probes are answered even while the session is busy.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let entered = runtime.enter();
     let listener = tokio::net::TcpListener::from_std(listener)?;
@@ -38,7 +39,7 @@ pub fn answer(address: IpAddr) -> std::io::Result<SocketAddr> {
     Ok(bound)
 }
 
-/// The indices of the addresses that do not answer within `limit`, all asked at once.
+/// Returns the indices of the addresses that do not answer within `limit`, all probed at once.
 pub fn unreachable(addresses: &[String], limit: Duration) -> Vec<usize> {
     let ask = |address: &String| {
         let address = address.clone();

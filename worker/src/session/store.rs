@@ -1,4 +1,4 @@
-//! The coordinator's store, as the place where a group's members find each other.
+//! Client of the coordinator's key-value store, in which a group's members find each other.
 
 use std::time::Duration;
 
@@ -14,22 +14,22 @@ use tokio::sync::watch;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
-/// How long an answer to a request that does not wait may take.
+/// Limit on the answer to a request that does not wait.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
-/// The keys of one generation. Its calls block, so they must not come from the session's thread.
+/// Store of one generation's keys. Its calls block, so they must not come from the session's thread.
 pub struct GrpcStore {
     client: StoreServiceClient<Channel>,
     runtime: Handle,
     token: Option<JoinToken>,
     term: Term,
     generation: Generation,
-    /// The newest generation that the worker was told to leave.
+    /// Newest generation that the worker was told to leave.
     aborted: watch::Receiver<Generation>,
 }
 
 impl GrpcStore {
-    /// The store behind a channel.
+    /// Returns the store behind a channel.
     pub fn new(
         channel: Channel,
         runtime: Handle,

@@ -1,5 +1,5 @@
-//! The discriminator's gradient: of the loss over real samples and the generator's, and of its penalties. The
-//! generator's samples carry no gradient.
+//! Gradient of the discriminator: of the loss over real and generated samples, and of its penalties. The
+//! generated samples carry no gradient.
 
 use tch::Tensor;
 
@@ -10,8 +10,8 @@ use crate::objective::{ShardAt, ShardBatch};
 use crate::state::{Module, State};
 
 impl Gan<'_> {
-    /// The part of a discriminator's gradient that comes from real samples, where it looks at them apart. A
-    /// commit of the generator does not change it.
+    /// Computes the part of a discriminator gradient that comes from real samples, where they are seen
+    /// apart. A commit of the generator does not change it.
     pub fn real_part(&self, at: ShardAt, state: &State, real: &ShardBatch) -> Result<GradPart, c10d::Error> {
         let kind = self.job.loss.kind;
         let parameters = state.trainable(Module::Discriminator);
@@ -30,7 +30,7 @@ impl Gan<'_> {
     ) -> Result<GradPart, c10d::Error> {
         let kind = self.job.loss.kind;
         let parameters = state.trainable(Module::Discriminator);
-        // Its buffers are where the real samples' pass left them.
+        // The buffers as the pass over the real samples left them.
         let buffers = self.models.discriminator.after(state.buffers(Module::Discriminator), of_real);
         let pass = self.look(at, state, PassId::Fake, parameters).of(drawn.classes.as_ref());
         let mut pass = Pass { buffers: &buffers, ..pass };
@@ -49,7 +49,8 @@ impl Gan<'_> {
     ) -> Result<Vec<GradPart>, c10d::Error> {
         let [r1, r2] = self.penalties(at);
         let parameters = state.trainable(Module::Discriminator);
-        // Both penalties of samples that do not see each other, in fp32, can share a pass with the loss.
+        // Both penalties can share a pass with the loss if samples do not see each other and the pass is in
+        // fp32.
         let shares = r1 > 0.0 && r2 > 0.0 && !self.models.discriminator.sees_batch() && is_single(parameters);
         let mut parts = if self.tells_real_apart() {
             let of_real = of_real.map_or_else(|| self.real_part(at, state, real), Ok)?;
@@ -72,7 +73,7 @@ impl Gan<'_> {
         Ok(parts)
     }
 
-    /// The loss of real samples and of the generator's, which one pass serves unless samples see each other.
+    /// Computes the loss of real and generated samples together, in one pass unless samples see each other.
     pub(super) fn together(
         &self,
         at: ShardAt,
@@ -100,7 +101,8 @@ impl Gan<'_> {
         part(sum, [of_real, of_fake, self.signs(&logits[0])], parameters, statistics)
     }
 
-    /// The logits of real samples and of the generator's, and the statistics of all passes that these took.
+    /// Returns the logits of real and of generated samples, and the buffer updates of all passes that were
+    /// needed.
     pub(super) fn both_seen(
         &self,
         at: ShardAt,

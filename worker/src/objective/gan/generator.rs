@@ -1,4 +1,4 @@
-//! The generator's samples and its gradient, for which the discriminator is a constant.
+//! Generated samples, and the gradient of the generator, for which the discriminator is a constant.
 
 use tch::{Tensor, no_grad};
 
@@ -10,10 +10,10 @@ use crate::random::{Key, Purpose};
 use crate::state::{Module, State};
 
 impl Gan<'_> {
-    /// Draws the generator's samples for a shard's gradient. Under `no_grad` they cannot begin a generator's
-    /// gradient. `real` are the shard's real samples, where the objective looks at pairs.
+    /// Generates the samples for a shard gradient. Under `no_grad` they cannot begin a generator's
+    /// gradient. `real` are the shard's real samples, for a pairwise objective.
     pub fn draw(&self, at: ShardAt, state: &State, real: Option<&ShardBatch>) -> FakeBatch {
-        // The generator's phase takes the samples of the discriminator's last one.
+        // The generator's phase takes the samples of the last discriminator phase.
         let last = self.job.loss.discriminator_steps.saturating_sub(1);
         let phase = Phase { index: at.phase.index.min(last), ..at.phase };
         let key = |purpose| self.key(ShardAt { phase, ..at }, purpose);
@@ -29,8 +29,8 @@ impl Gan<'_> {
         FakeBatch { shard: at.shard, fake, classes, statistics }
     }
 
-    /// The classes of the generator's samples: those of the real samples that they are paired with, or else
-    /// as often as in the data.
+    /// Classes of the generated samples: those of the real samples that they are paired with, or else drawn
+    /// with the frequencies of the data.
     pub(super) fn classes(&self, key: Key, real: Option<&ShardBatch>) -> Tensor {
         if let Some(classes) = real.filter(|_| self.pairs()).and_then(|real| real.classes.as_ref()) {
             return classes.shallow_clone();

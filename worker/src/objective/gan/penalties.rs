@@ -1,4 +1,4 @@
-//! Penalties on the discriminator's gradient by its input. They are computed in fp32.
+//! Penalties on the gradient of the discriminator with respect to its input. They are computed in fp32.
 
 use tch::Tensor;
 
@@ -10,20 +10,21 @@ use crate::schedule::Schedule;
 use crate::state::{Module, State};
 
 impl Gan<'_> {
-    /// How much the penalties of a phase weigh: as many times more as phases go without them.
+    /// Factor of the penalties in a phase: 0 in phases without them, else the interval between phases with
+    /// them.
     pub(super) fn penalty_factor(&self, at: ShardAt) -> f64 {
         let every = self.job.loss.penalty_every;
         let update = at.step * u64::from(self.job.loss.discriminator_steps) + u64::from(at.phase.index);
         if update.is_multiple_of(u64::from(every)) { f64::from(every) } else { 0.0 }
     }
 
-    /// The weights of R1 and R2 in a phase.
+    /// Weights of R1 and R2 in a phase.
     pub(super) fn penalties(&self, at: ShardAt) -> [f64; 2] {
         let weights = Schedule::after(self.job, at.step).penalties();
         weights.map(|weight| weight * self.penalty_factor(at))
     }
 
-    /// R1 or R2, in fp32, in a pass of its own.
+    /// Computes R1 or R2, in fp32, in a pass of its own.
     pub(super) fn zero_centred(
         &self,
         at: ShardAt,
@@ -40,7 +41,8 @@ impl Gan<'_> {
         part(loss::zero_centred_penalty(weight, &images, &logits), [None, None, None], parameters, Vec::new())
     }
 
-    /// The gradient penalty, in fp32. The statistics of places between real and fake are not the data's.
+    /// Computes the gradient penalty, in fp32. Its buffer updates are dropped: points between real and
+    /// generated samples are not data.
     pub(super) fn penalty(
         &self,
         at: ShardAt,
