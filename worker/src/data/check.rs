@@ -1,8 +1,8 @@
-//! A look at every sample of a data set, as training reads it, on all processors.
+//! Check of a data set: reads every sample as training does, on all processors.
 //!
 //! 1. A sample is good if training could read it: the same file, decoder and framing.
 //! 2. Memory holds the paths, 4 bytes a sample for its size, and a picture a thread.
-//! 3. What is told does not depend on the number of threads.
+//! 3. The report does not depend on the number of threads.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -19,27 +19,27 @@ use super::folder::{self, Folder, Looked};
 use super::framing::Framing;
 use super::{DataError, DataSet, remote, required_path};
 
-/// Bad samples that are named. More than these are for a look at where the files come from.
+/// Maximum number of bad samples that are named. With more than these the source of the files is to blame.
 const NAMED: usize = 100_000;
-/// Sizes that are told apart.
+/// Maximum number of sizes that are counted apart.
 const SIZES: usize = 1 << 16;
-/// Sizes that are told.
+/// Maximum number of sizes in the report.
 const TOLD_SIZES: usize = 5;
-/// How often it is told how far the look is.
+/// Interval of progress reports.
 const PERIOD: Duration = Duration::from_millis(100);
-/// Samples that a thread takes at a time.
+/// Number of samples that a thread takes at a time.
 const STRIDE: usize = 16;
 
-/// How to look.
+/// Options of a check.
 #[derive(Clone, Copy, Debug)]
 pub struct Look {
-    /// On so many threads.
+    /// Number of threads.
     pub threads: usize,
     /// Whether samples may have any size. Otherwise those of another size than most are bad.
     pub any_size: bool,
 }
 
-/// Looks at every sample, and tells `progress` how many of how many it has.
+/// Reads every sample, and reports to `progress` the number done and the total.
 ///
 /// # Errors
 /// The data set as a whole is wrong, or cannot be read.
@@ -55,7 +55,7 @@ pub fn check(data: &Data, look: Look, progress: impl FnMut(u64, u64)) -> Result<
     Ok(report)
 }
 
-/// Data in few files are read as a whole, and all is well once they are.
+/// Checks data in few files, which are read as a whole: once they are, all samples are good.
 fn in_memory(data: &Data) -> Result<Report, DataError> {
     let (set, no_classes) = match DataSet::open_labelled(data) {
         Ok(set) => (set, None),
@@ -90,12 +90,12 @@ fn of_folder(data: &Data, how: Look, progress: impl FnMut(u64, u64)) -> Result<R
 struct Seen {
     bytes: u64,
     formats: BTreeMap<&'static str, u64>,
-    /// Width and height.
+    /// Number of samples by width and height.
     sizes: BTreeMap<(u32, u32), u64>,
     other_sizes: u64,
-    /// Framed, height and width: the samples of that size, by index.
+    /// Indices of the samples by framed height and width.
     framed: BTreeMap<(usize, usize), Vec<u32>>,
-    /// By index.
+    /// Problem of each bad sample, by index.
     bad: BTreeMap<usize, String>,
     bad_count: u64,
 }
@@ -138,7 +138,7 @@ impl Seen {
         other.framed.into_iter().for_each(|(size, at)| self.framed.entry(size).or_default().extend(at));
     }
 
-    /// The size that most samples have once framed; of several the greatest.
+    /// Returns the framed size of most samples; of several the greatest.
     fn usual(&self) -> Option<(usize, usize)> {
         self.framed.iter().max_by_key(|(size, places)| (places.len(), **size)).map(|(size, _)| *size)
     }
@@ -196,7 +196,7 @@ impl Seen {
     }
 }
 
-/// Reads all files on so many threads.
+/// Reads all files on `threads` threads.
 fn look(folder: &Folder, framing: &Framing, threads: usize, mut progress: impl FnMut(u64, u64)) -> Seen {
     let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));
     let (all, len) = (Mutex::new(Seen::default()), folder.len());
@@ -224,7 +224,7 @@ fn look(folder: &Folder, framing: &Framing, threads: usize, mut progress: impl F
             });
         }
         drop(working);
-        // Returns at once when the last thread ends.
+        // The wait returns at once when the last thread ends.
         while ended.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
             progress(done.load(Ordering::Relaxed), len as u64);
         }

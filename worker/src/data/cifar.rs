@@ -1,4 +1,4 @@
-//! The binary version of CIFAR-10: records of a label and 3 x 32 x 32 bytes of pixels, one plane for each
+//! CIFAR-10, binary version: records of a label and 3 x 32 x 32 bytes of pixels, one plane for each
 //! channel.
 
 use std::fs;
@@ -12,7 +12,7 @@ const PLANE_BYTES: usize = 32 * 32;
 const CHANNELS: usize = 3;
 const RECORD_BYTES: usize = 1 + CHANNELS * PLANE_BYTES;
 const LABELS: u8 = 10;
-/// The data set's names of its classes, in their order.
+/// Names of the classes, in their order.
 const NAMES: [&str; LABELS as usize] =
     ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"];
 
@@ -29,7 +29,7 @@ pub(super) fn open(path: &Path) -> Result<(Memory, Labels), DataError> {
     Ok((Memory { width: SIDE, height: SIDE, channels: CHANNELS, bytes }, labels))
 }
 
-/// The training files of a folder, in their order.
+/// Returns the training files of a folder, in their order.
 fn batches(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
     let files: Vec<PathBuf> = (1..=5).map(|batch| folder.join(format!("data_batch_{batch}.bin"))).collect();
     let missing: Vec<String> = files
@@ -70,7 +70,7 @@ fn append(path: &Path, pixels: &mut Vec<u8>, labels: &mut Vec<u32>) -> Result<()
     Ok(())
 }
 
-/// What is wrong with a file's content, if anything.
+/// Checks a file's content.
 fn check(records: &[u8]) -> Result<(), String> {
     let found = records.len();
     if records.starts_with(&[0x1f, 0x8b]) {
@@ -85,7 +85,7 @@ fn check(records: &[u8]) -> Result<(), String> {
              pixels); the file is cut off or not CIFAR-10's binary version"
         ));
     }
-    // The labels also tell a file of another format whose length happens to fit.
+    // The labels also detect a file of another format whose length happens to fit.
     match records
         .chunks_exact(RECORD_BYTES)
         .map(|record| record[0])

@@ -1,6 +1,6 @@
-//! The classes of a folder's pictures.
+//! Classes of a folder's pictures.
 //!
-//! The first of these rules that has something to go by is the rule for all pictures:
+//! The first of these rules that finds anything is the rule for all pictures:
 //! 1. Lists. A `dataset.json` gives the classes of the pictures beside and below it, in an archive too:
 //!    {"labels": [["NAME", CLASS], ...]}, with names from its place on. The nearest list that names a picture
 //!    counts.
@@ -19,14 +19,14 @@ use serde_json::Value;
 use super::search::{Entry, JSON_NOTE, LABELS_FILE, NOTE, Search};
 use super::{DataError, Labels, input, parallel};
 
-/// Longest list of classes: some millions of files.
+/// Maximum length of a list of classes: some millions of files.
 const LIST_LIMIT: u64 = 256 << 20;
-/// Longest file with the class of one picture.
+/// Maximum length of a file with the class of one picture.
 const NOTE_LIMIT: u64 = 1 << 20;
 /// Keys of a JSON file that may hold the class.
 const JSON_KEYS: [&str; 3] = ["label", "cls", "class"];
 
-/// Finds the classes of all pictures; counts the files that would have told of them, and do not, as left out.
+/// Finds the classes of all pictures. Files for classes that the rule does not use are counted as left out.
 pub(super) fn of(root: &Path, search: &mut Search) -> Result<Labels, DataError> {
     if !search.lists.is_empty() {
         leave_out(search, |_| true);
@@ -44,7 +44,7 @@ pub(super) fn of(root: &Path, search: &mut Search) -> Result<Labels, DataError> 
     by_folder(root, &search.pictures)
 }
 
-/// Counts files that might have told of classes.
+/// Counts unused files for classes as left out.
 pub(super) fn leave_out(search: &mut Search, unused: impl Fn(&Entry) -> bool) {
     let notes = std::mem::take(&mut search.notes);
     let (unused, used): (Vec<Entry>, Vec<Entry>) = notes.into_iter().partition(unused);
@@ -52,7 +52,7 @@ pub(super) fn leave_out(search: &mut Search, unused: impl Fn(&Entry) -> bool) {
     unused.iter().for_each(|note| search.leave_out(note));
 }
 
-/// An error of a picture that the rule gives no class.
+/// Error of a picture that the rule gives no class.
 fn without(entry: &Entry, why: &str) -> DataError {
     input(&entry.place.shown(), &format!("has no class, which model.conditional needs: {why}"))
 }
@@ -60,7 +60,7 @@ fn without(entry: &Entry, why: &str) -> DataError {
 // ---- Lists
 // -------------------------------------------------------------------------------------------------------
 
-/// The classes of files by their names from the list's place on.
+/// Classes of files by their names relative to the list.
 type List = HashMap<Vec<u8>, u32>;
 
 fn by_list(root: &Path, search: &Search) -> Result<Labels, DataError> {
@@ -148,7 +148,7 @@ fn json_class(content: &[u8]) -> Option<u32> {
     class.as_u64().and_then(|class| u32::try_from(class).ok())
 }
 
-/// Whether the JSON file beside a picture tells its class. Others tell of captions, sizes and licences.
+/// Whether the JSON file beside a picture holds its class. Others hold captions, sizes and licences.
 fn has_json_class(search: &Search, picture: &Entry) -> bool {
     let note = search.notes.iter().find(|note| note.key() == picture.key());
     note.and_then(|note| note.place.read_small(NOTE_LIMIT).ok())
@@ -196,20 +196,20 @@ fn by_folder(root: &Path, pictures: &[Entry]) -> Result<Labels, DataError> {
     Ok(Labels::new(of, "folder", root.display().to_string()).named(names))
 }
 
-/// The first folder on the way to a file, if it lies in one.
+/// Returns the first folder on the way to a file, if it lies in one.
 fn first(place: &[u8]) -> Option<&[u8]> {
     place.iter().position(|byte| *byte == b'/').map(|end| &place[..end])
 }
 
-/// The folder that all files share and below which all lie in folders.
+/// Returns the folder that all files share, if below it all lie in further folders.
 fn top<'a>(mut places: impl Iterator<Item = &'a [u8]>) -> Option<&'a [u8]> {
     let leads = |place: &'a [u8]| first(place).filter(|top| first(&place[top.len() + 1..]).is_some());
     let top = leads(places.next()?)?;
     places.all(|place| leads(place) == Some(top)).then_some(top)
 }
 
-/// The archives, by their names with the slash, whose pictures all lie in folders of one folder with the
-/// archive's name.
+/// Returns the archives, by their names with the slash, whose pictures all lie in folders of one folder
+/// with the archive's name.
 fn wrapping_archives(pictures: &[Entry]) -> BTreeSet<&[u8]> {
     let name = |entry: &Entry| entry.archive.map(|(at, _)| at);
     let mut found = BTreeSet::new();
@@ -228,7 +228,7 @@ fn wrapping_archives(pictures: &[Entry]) -> BTreeSet<&[u8]> {
     found
 }
 
-/// Bytes of the folders that hold all pictures, with their slashes.
+/// Length in bytes of the folders that hold all pictures, with their slashes.
 fn shared(places: &[Vec<u8>]) -> usize {
     let mut above = 0;
     while let Some(top) = top(places.iter().map(|place| &place[above..])) {

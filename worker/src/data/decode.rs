@@ -1,8 +1,8 @@
-//! Pictures: their size, their orientation and their pixels, from the bytes of a file.
+//! Decoding of pictures: size, orientation and pixels from the bytes of a file.
 //!
-//! 1. The content tells the format: the ending of a file's name is often wrong.
+//! 1. The content decides the format: the extension of a file's name is often wrong.
 //! 2. Memory is bounded by the file, not by the size in pixels that it claims.
-//! 3. A picture is turned and mirrored as its EXIF data say, unless the job ignores that.
+//! 3. A picture is turned and mirrored as its EXIF data says, unless the job ignores that.
 
 use std::io::Cursor;
 
@@ -10,21 +10,21 @@ use ganglion_proto::job;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
-/// Most bytes of a decoded picture.
+/// Maximum size of a decoded picture, in bytes.
 const MAX_DECODED_BYTES: u64 = 512 << 20;
-/// A small file may become this long in any case.
+/// Maximum decoded size of a small file, in bytes.
 const FREE_DECODED_BYTES: u64 = 64 << 20;
-/// Beyond that, times the length of its file. Deflate reaches 1032, with pictures that show nothing.
+/// Maximum ratio of decoded to encoded size beyond that. Deflate reaches 1032, with blank pictures.
 const MAX_RATIO: u64 = 1100;
 
-/// A picture as its first bytes describe it.
+/// Size and orientation of a picture, from its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Outline {
-    /// Pixels in a row, after turning.
+    /// Width in pixels, after turning.
     pub(super) width: u32,
-    /// Rows, after turning.
+    /// Height in pixels, after turning.
     pub(super) height: u32,
-    /// The orientation that is followed, as EXIF numbers it; 1 for none.
+    /// Orientation that is applied, as EXIF numbers it; 1 for none.
     pub(super) orientation: u8,
 }
 
@@ -36,7 +36,7 @@ pub(super) fn outline(bytes: &[u8], length: u64, turn: job::Orientation) -> Opti
         Err(wrong) => return Some(Err(wrong)),
         Ok(reader) => reader,
     };
-    // With these nothing that comes later tells of size or orientation.
+    // In these formats no later byte changes size or orientation.
     let early = matches!(reader.format(), Some(ImageFormat::Jpeg | ImageFormat::Png | ImageFormat::Bmp));
     if !early && !is_whole {
         return None;
@@ -71,7 +71,7 @@ fn described(
 /// Decodes and turns a picture.
 pub(super) fn decode(bytes: &[u8], turn: job::Orientation) -> Result<DynamicImage, String> {
     let reader = reader(bytes)?;
-    // The decoder fills what is missing with grey and says nothing.
+    // The decoder fills missing data with grey and reports nothing.
     if reader.format() == Some(ImageFormat::Jpeg) && !has_end(bytes) {
         return Err("the file is cut off".to_owned());
     }

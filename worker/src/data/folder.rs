@@ -6,8 +6,7 @@
 //!    keeps none of it: memory holds the names and no pixels.
 //! 3. An archive in a folder is a folder of its name; one that `data.path` names is that folder itself, so
 //!    pictures give the same samples packed and unpacked.
-//! 4. Pictures that the job leaves out are not looked at when the folder is opened, and may be missing by
-//!    then.
+//! 4. Pictures that the job leaves out are not read when the folder is opened, and may be missing by then.
 //! 5. Of a picture alpha is dropped, 16 bits become 8, and of an animation the first picture counts.
 
 use std::path::{Path, PathBuf};
@@ -26,16 +25,16 @@ use super::{
     DataError, EVERYTHING, ImageShape, Labels, LeftOut, Names, Opened, Source, classes, input, parallel,
 };
 
-/// A reading of all files that takes longer is told.
+/// Duration after which a reading of all files is logged.
 const TOLD: Duration = Duration::from_secs(5);
 
-/// The files of a data set.
+/// Files of a data set.
 #[derive(Debug)]
 pub(super) struct Folder {
     root: PathBuf,
-    /// Sorted by name.
+    /// Places of the files, sorted by name.
     files: Vec<Place>,
-    /// 1 or 3.
+    /// Number of channels, 1 or 3.
     channels: usize,
     orientation: Orientation,
 }
@@ -64,17 +63,17 @@ pub(super) fn open(
     Ok(Opened { source, shape, content, labels, found, names, left_out })
 }
 
-/// A folder whose files were only listed.
+/// A folder whose files were listed and not read.
 pub(super) struct ToCheck {
-    /// Those that no exclusion leaves out.
+    /// The files that no exclusion leaves out.
     pub(super) folder: Folder,
-    /// Classes, if there are any, and what is left out.
+    /// Classes, if there are any, and the files left out.
     pub(super) found: Found,
-    /// Why there are no classes.
+    /// Reason for the absence of classes.
     pub(super) no_classes: Option<DataError>,
 }
 
-/// Searches a folder for the pictures that are left in, and reads none.
+/// Lists the pictures that are left in, and reads none.
 pub(super) fn to_check(root: &Path, data: &Data) -> Result<ToCheck, DataError> {
     let channels = check_channels(data.channels)?;
     let listed = |labelled| list(root, data, labelled, LeftOut::new(&data.exclusions));
@@ -94,14 +93,14 @@ pub(super) fn to_check(root: &Path, data: &Data) -> Result<ToCheck, DataError> {
     Ok(ToCheck { folder, found, no_classes })
 }
 
-/// Facts of a file, after reading all of it.
+/// Facts of a file after a complete read.
 pub(super) struct Looked {
-    /// Bytes of the file.
+    /// Length of the file in bytes.
     pub(super) bytes: u64,
     pub(super) format: &'static str,
-    /// Pixels in a row, after turning.
+    /// Width in pixels, after turning.
     pub(super) width: u32,
-    /// Rows, after turning.
+    /// Height in pixels, after turning.
     pub(super) height: u32,
     /// Height and width, once framed.
     pub(super) framed: (usize, usize),
@@ -115,7 +114,7 @@ fn check_channels(channels: u32) -> Result<usize, DataError> {
     }
 }
 
-/// The pictures that take part in a run, in order, those included that are left out later.
+/// Pictures that take part in a run, in order, including those that are left out later.
 struct Listed<'a> {
     pictures: Vec<Entry>,
     labels: Option<Labels>,
@@ -123,7 +122,7 @@ struct Listed<'a> {
     left_out: LeftOut<'a>,
 }
 
-/// Searches a folder, and reads no picture.
+/// Lists a folder's pictures, and reads none.
 fn list<'a>(
     root: &Path,
     data: &Data,
@@ -135,7 +134,7 @@ fn list<'a>(
     if !left_out.is_empty() {
         add_missing(root, &mut search, &mut left_out)?;
     }
-    // Classes keep their numbers, so those of pictures count that are left out from the start.
+    // Classes keep their numbers, so pictures that are left out from the start count too.
     let mut labels = if labelled {
         Some(classes::of(root, &mut search)?)
     } else {
@@ -155,7 +154,7 @@ fn list<'a>(
     Ok(Listed { pictures, labels, found, left_out })
 }
 
-/// Adds the pictures that are left out and no longer there, once it is sure that they were.
+/// Adds excluded pictures that no longer exist, once it is certain that they did.
 fn add_missing(root: &Path, search: &mut Search, left_out: &mut LeftOut<'_>) -> Result<(), DataError> {
     let there: Vec<String> = search.pictures.iter().map(Entry::name).collect();
     for name in &there {
@@ -169,7 +168,7 @@ fn add_missing(root: &Path, search: &mut Search, left_out: &mut LeftOut<'_>) -> 
     left_out.check(&names, &root.display().to_string(), || Box::new(there.iter().cloned()))
 }
 
-/// Refuses a place without pictures, and says what there is instead.
+/// Refuses a place without pictures, with a message on what is there instead.
 fn check_count(root: &Path, data: &Data, search: &Search) -> Result<(), DataError> {
     if !search.pictures.is_empty() && u32::try_from(search.pictures.len()).is_ok() {
         return Ok(());
@@ -191,7 +190,7 @@ fn check_count(root: &Path, data: &Data, search: &Search) -> Result<(), DataErro
     )))
 }
 
-/// A file as it was found at the start.
+/// Outline and hash of a file at the opening.
 struct Surveyed {
     outline: Outline,
     length: u64,
@@ -215,7 +214,7 @@ impl Surveyed {
     }
 }
 
-/// The shape that all files share once framed, and a hash of them all.
+/// Returns the shape that all files share once framed, and a hash of them all.
 fn compare(
     pictures: &[&Entry],
     surveyed: &[Surveyed],
@@ -273,12 +272,12 @@ impl Folder {
         self.files.len()
     }
 
-    /// The name of file `index`, for people.
+    /// Name of file `index`, diagnostic only.
     pub(super) fn name(&self, index: usize) -> String {
         self.files[index].shown().display().to_string()
     }
 
-    /// The name of file `index` by which the job may leave it out.
+    /// Name of file `index` by which the job may leave it out.
     pub(super) fn relative(&self, index: usize) -> String {
         let shown = self.files[index].shown();
         shown.strip_prefix(&self.root).unwrap_or(&shown).to_string_lossy().into_owned()

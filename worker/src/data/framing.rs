@@ -1,9 +1,9 @@
 //! Framing: from an image of any size to a sample of the job's size, as numbers in [-1, 1].
 //!
 //! Invariants:
-//! 1. Framed is as if the image was first scaled so that its shorter side has `resize` pixels (the longer
-//!    rounded to the nearest pixel) and the central square of `crop` pixels was then cut, one pixel more on
-//!    the right and at the bottom where the rest is odd. What the cut leaves out is not computed.
+//! 1. The result is as if the image was first scaled so that its shorter side has `resize` pixels (the
+//!    longer rounded to the nearest pixel) and the central square of `crop` pixels was then cut, one pixel
+//!    more on the right and at the bottom where the rest is odd. Pixels outside the cut are not computed.
 //! 2. Scaling is linear, over the area that a pixel covers (no aliasing), in fixed-point numbers whose
 //!    weights come from additions, multiplications and divisions alone. So every processor and C library
 //!    gives the same bits, which a filter with sines (Lanczos) does not promise.
@@ -14,31 +14,31 @@ use ganglion_proto::job::Data;
 
 use super::{DataError, MAX_SIDE};
 
-/// An image as it is stored.
+/// Unframed image.
 pub(super) struct Image<'a> {
-    /// Pixels in a row, not 0.
+    /// Width in pixels, not 0.
     pub(super) width: u32,
-    /// Rows, not 0.
+    /// Height in pixels, not 0.
     pub(super) height: u32,
-    /// 1 or 3.
+    /// Number of channels, 1 or 3.
     pub(super) channels: usize,
-    /// Height x width x channels.
+    /// Pixels: height x width x channels.
     pub(super) bytes: &'a [u8],
 }
 
-/// The scaling and the cut that a job asks for.
+/// Scaling and crop of a job.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Framing {
-    /// Images stay as they are.
+    /// No change.
     Whole,
-    /// The central square of that many pixels a side.
+    /// The central square with this side in pixels.
     Crop(u32),
     /// Scale so that the shorter side has `side` pixels, then cut the central square of `crop`, at most
     /// `side`.
     Resize { side: u32, crop: u32 },
 }
 
-/// Where a square lies in an image, in pixels from its left upper corner.
+/// Position of a square in an image, in pixels from its upper left corner.
 struct Window {
     left: f64,
     top: f64,
@@ -72,7 +72,7 @@ impl Framing {
         }
     }
 
-    /// Height and width of an image after framing, or what is wrong with it.
+    /// Returns height and width of an image after framing, or the reason why it does not fit.
     pub(super) fn output_size(self, height: u32, width: u32) -> Result<(usize, usize), String> {
         let found = format!("found images of {width} x {height} pixels (width x height)");
         match self {
@@ -91,7 +91,7 @@ impl Framing {
         }
     }
 
-    /// For the fingerprint: differs between framings that give different pixels.
+    /// Encoding for the fingerprint: differs between framings that give different pixels.
     pub(super) fn to_bytes(self) -> [u8; 8] {
         let (side, crop) = match self {
             Framing::Whole => (0, 0),
@@ -103,7 +103,7 @@ impl Framing {
 
     /// Writes the framed image to `out`, channels x height x width, in [-1, 1].
     ///
-    /// `out` has the size that [`output_size`](Self::output_size) gave for the image.
+    /// `out` must have the size that [`output_size`](Self::output_size) gave for the image.
     pub(super) fn render(self, image: &Image<'_>, out: &mut [f32]) {
         match self {
             Framing::Whole => write_planes(image, 0, 0, image.width as usize, out),
@@ -122,8 +122,8 @@ impl Framing {
     }
 }
 
-/// The part of `image` that becomes the central square of `crop` pixels once the shorter side is scaled to
-/// `side`.
+/// Returns the part of `image` that becomes the central square of `crop` pixels once the shorter side is
+/// scaled to `side`.
 fn window(image: &Image<'_>, side: u32, crop: u32) -> Window {
     let shorter = image.width.min(image.height);
     let span = |length: u32| {
@@ -156,8 +156,7 @@ fn scale(image: &Image<'_>, window: &Window, side: u32) -> Canvas<'static> {
     scaled
 }
 
-/// Writes a window of an image, as wide as `width` and as high as `out` has room for, one plane for each
-/// channel.
+/// Writes a window of an image, `width` wide and as high as `out` has room for, one plane for each channel.
 fn write_planes(image: &Image<'_>, left: usize, top: usize, width: usize, out: &mut [f32]) {
     let channels = image.channels;
     let plane = out.len() / channels;

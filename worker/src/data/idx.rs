@@ -1,6 +1,6 @@
-//! IDX files of images, the format of MNIST: a header of four big-endian `u32` (magic number, images, rows,
-//! columns), then one byte for each pixel. Files of labels: two such numbers (magic number, labels), then one
-//! byte for each. Plain or compressed with gzip, told apart by their first bytes.
+//! IDX files, the format of MNIST. Images: a header of four big-endian `u32` (magic number, images, rows,
+//! columns), then one byte for each pixel. Labels: two such numbers (magic number, labels), then one byte
+//! for each. Plain or compressed with gzip, told apart by their first bytes.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read};
@@ -10,37 +10,37 @@ use flate2::bufread::MultiGzDecoder;
 
 use super::{DataError, Labels, MAX_BYTES_IN_MEMORY, MAX_SIDE, Memory, input, open_plain};
 
-/// Unsigned bytes in three dimensions.
+/// Magic number of images: unsigned bytes in three dimensions.
 const MAGIC_IMAGES: u32 = 0x0000_0803;
-/// Unsigned bytes in one dimension.
+/// Magic number of labels: unsigned bytes in one dimension.
 const MAGIC_LABELS: u32 = 0x0000_0801;
 const HEADER_BYTES: usize = 16;
 const LABELS_HEADER_BYTES: usize = 8;
-/// A compressed file may become this long in any case.
+/// Maximum content of a small compressed file, in bytes.
 const FREE_BYTES: u64 = 256 << 20;
-/// Beyond that, times its own length. MNIST's images reach 5, and pictures that show nothing 1000.
+/// Maximum compression ratio beyond that. MNIST's images reach 5, and blank pictures 1000.
 const MAX_RATIO: u64 = 100;
 
 /// The 10,000 test digits of MNIST.
 static BUNDLED: &[u8] =
     include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../data/mnist-10k/t10k-images-idx3-ubyte.gz"));
 
-/// The digits that come with the worker.
+/// Reads the bundled digits.
 pub(super) fn bundled() -> Result<Memory, DataError> {
     unpacked(BUNDLED, BUNDLED.len() as u64, Path::new("the bundled t10k-images-idx3-ubyte.gz"), decode)
 }
 
-/// Their labels.
+/// Labels of the bundled digits.
 static BUNDLED_LABELS: &[u8] =
     include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../data/mnist-10k/t10k-labels-idx1-ubyte.gz"));
 
-/// The labels of the digits that come with the worker.
+/// Reads the labels of the bundled digits.
 pub(super) fn bundled_labels() -> Result<Labels, DataError> {
     let path = Path::new("the bundled t10k-labels-idx1-ubyte.gz");
     unpacked(BUNDLED_LABELS, BUNDLED_LABELS.len() as u64, path, decode_labels)
 }
 
-/// A file itself, or the file of a folder that holds the training images.
+/// Returns a file itself, or the file of a folder that holds the training images.
 pub(super) fn file_of(path: &Path) -> Result<PathBuf, DataError> {
     let is_folder = fs::metadata(path).map_err(|error| DataError::reading(path, error))?.is_dir();
     if is_folder { choose(path) } else { Ok(path.to_path_buf()) }
@@ -74,7 +74,7 @@ pub(super) fn labels_beside(images: &Path) -> Result<Labels, DataError> {
     labels(path)
 }
 
-/// The file of a folder to train on: the training images by name, else the only file of images.
+/// Chooses the file of a folder to train on: the training images by name, else the only file of images.
 fn choose(folder: &Path) -> Result<PathBuf, DataError> {
     let names = names_of_images(folder).map_err(|error| DataError::reading(folder, error))?;
     let train = names.iter().find(|name| plain(name).starts_with("train-images"));
@@ -96,7 +96,7 @@ fn choose(folder: &Path) -> Result<PathBuf, DataError> {
     }
 }
 
-/// The files of images in a folder, by their names.
+/// Returns the names of the files of images in a folder.
 fn names_of_images(folder: &Path) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(folder)? {
@@ -113,7 +113,7 @@ fn names_of_images(folder: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-/// A file's name without the ending of compression.
+/// Returns a file's name without the extension of compression.
 fn plain(name: &str) -> &str {
     name.strip_suffix(".gz").unwrap_or(name)
 }
@@ -122,16 +122,17 @@ fn is_images(name: &str) -> bool {
     name.ends_with("-images-idx3-ubyte") || name.ends_with(".idx3-ubyte")
 }
 
-/// The uncompressed bytes of a file.
+/// Uncompressed content of a file.
 struct Unpacked<'a> {
     reader: &'a mut dyn Read,
-    /// The most bytes that they may be: those of a plain file, or what a compressed one may become.
+    /// Maximum length of the content: that of a plain file, or the limit for a compressed one.
     most: u64,
     packed: bool,
     path: &'a Path,
 }
 
-/// Lets `decode` read what a file of `length` bytes holds, whatever its compression. `path` is for messages.
+/// Runs `decode` on the content of a file of `length` bytes, uncompressed if necessary. `path` is for
+/// messages.
 fn unpacked<T>(
     mut reader: impl BufRead,
     length: u64,
@@ -153,7 +154,7 @@ fn unpacked<T>(
     })
 }
 
-/// Whether a decompressor complains about its input, not about reading it.
+/// Whether an error of a decompressor is about its input, not about reading it.
 fn is_corruption(error: &io::Error) -> bool {
     use io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
     matches!(error.kind(), InvalidData | InvalidInput | UnexpectedEof)
@@ -164,7 +165,7 @@ impl Unpacked<'_> {
         input(self.path, what)
     }
 
-    /// The first bytes, fewer if the file ends before.
+    /// Reads the first bytes, fewer if the file ends before.
     fn header(&mut self, length: usize) -> Result<Vec<u8>, DataError> {
         let mut header = Vec::with_capacity(length);
         let read = Read::by_ref(&mut self.reader).take(length as u64).read_to_end(&mut header);
@@ -172,8 +173,8 @@ impl Unpacked<'_> {
         Ok(header)
     }
 
-    /// Bytes after the header, which announces `expected` of them: these, or fewer, or one more that tells of
-    /// others.
+    /// Reads the bytes after the header, which announces `expected` of them. Returns these, or fewer, or
+    /// one more as a sign of surplus bytes.
     fn rest(&mut self, expected: u64) -> Result<Vec<u8>, DataError> {
         if self.packed && expected > self.most {
             return Err(self.wrong(&format!(
@@ -183,8 +184,8 @@ impl Unpacked<'_> {
             )));
         }
         let mut bytes = Vec::new();
-        // A plain file has its bytes; memory for the content of a compressed one grows with what is really
-        // there.
+        // The length of a plain file is known; memory for the content of a compressed one grows with the
+        // bytes that are really there.
         let known = if self.packed { 0 } else { expected.saturating_add(1).min(self.most) };
         bytes.reserve_exact(usize::try_from(known).unwrap_or(0));
         let read = Read::by_ref(&mut self.reader).take(expected.saturating_add(1)).read_to_end(&mut bytes);
@@ -192,7 +193,7 @@ impl Unpacked<'_> {
         Ok(bytes)
     }
 
-    /// Names the files of images that lie beside this one, for advice.
+    /// Names the files of images beside this one, for an error message.
     fn images_beside(&self) -> String {
         let folder = self.path.parent().and_then(|folder| names_of_images(folder).ok());
         let own = self.path.file_name().unwrap_or_default().to_string_lossy();
@@ -203,7 +204,7 @@ impl Unpacked<'_> {
     }
 }
 
-/// Reads the uncompressed bytes of a file and checks all that its header says.
+/// Reads the content of a file of images and checks its header.
 fn decode(file: &mut Unpacked<'_>) -> Result<Memory, DataError> {
     let header = file.header(HEADER_BYTES)?;
     let [images, height, width] = parse_header(&header).map_err(|Wrong { what, advise }| match advise {
@@ -234,7 +235,7 @@ fn decode(file: &mut Unpacked<'_>) -> Result<Memory, DataError> {
     Ok(Memory { width, height, channels: 1, bytes })
 }
 
-/// Reads the uncompressed bytes of a file of labels.
+/// Reads the content of a file of labels and checks its header.
 fn decode_labels(file: &mut Unpacked<'_>) -> Result<Labels, DataError> {
     let header = file.header(LABELS_HEADER_BYTES)?;
     let count = match (word(&header, 0), word(&header, 4)) {
@@ -262,19 +263,19 @@ fn decode_labels(file: &mut Unpacked<'_>) -> Result<Labels, DataError> {
     Ok(Labels::new(labels, "file of labels", file.path.display().to_string()))
 }
 
-/// Number of a header, if the file is that long.
+/// Returns a number of a header, if the file is that long.
 fn word(header: &[u8], at: usize) -> Option<u32> {
     header.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes)
 }
 
-/// A complaint about a header.
+/// Problem of a header.
 struct Wrong {
     what: String,
-    /// Whether another file of the data set may be the one that is meant.
+    /// Whether another file of the data set may be the intended one.
     advise: bool,
 }
 
-/// The numbers of images, rows and columns, or what is wrong with the header.
+/// Returns the numbers of images, rows and columns, or the problem of the header.
 fn parse_header(header: &[u8]) -> Result<[u32; 3], Wrong> {
     let wrong = |what: String| Wrong { what, advise: false };
     if let Some(magic) = word(header, 0).filter(|magic| *magic != MAGIC_IMAGES) {
@@ -316,7 +317,7 @@ fn parse_header(header: &[u8]) -> Result<[u32; 3], Wrong> {
     Ok([images, height, width])
 }
 
-/// Names a format by a file's first bytes, with the kind of data that reads it.
+/// Names a format by a file's first bytes, with the data kind that reads it.
 fn kind_of(header: &[u8]) -> Option<String> {
     const PICTURES: &[(&[u8], &str)] = &[
         (b"\x89PNG", "PNG"),

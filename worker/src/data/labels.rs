@@ -1,46 +1,46 @@
-//! The classes of samples: numbers from 0 on, one for each sample.
+//! Labels: the class of each sample, a number from 0 on.
 
 use ganglion_proto::found::{CLASSES_LIMIT, Class, Found};
 
 use super::DataError;
 
-/// More classes than this are a damaged file.
+/// Maximum number of classes; more are a sign of a damaged file.
 const MAX_CLASSES: u32 = 65_536;
 
-/// The labels of a data set.
+/// Labels of a data set.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Labels {
-    /// The class of each sample, by its index.
+    /// Class of each sample, by its index.
     pub(super) of: Vec<u32>,
-    /// One more than the greatest class.
+    /// Number of classes: one more than the greatest.
     pub(super) classes: u32,
-    /// The names of the classes; empty where they are numbers.
+    /// Names of the classes; empty where they are numbers.
     names: Vec<String>,
-    /// The rule that gave them, for people.
+    /// Rule by which the labels were found, diagnostic only.
     rule: &'static str,
-    /// Where they come from, for messages.
+    /// Source of the labels, for messages.
     origin: String,
 }
 
 impl Labels {
-    /// The labels that `origin` gives by a rule.
+    /// Labels that `origin` gives by a rule.
     pub(super) fn new(of: Vec<u32>, rule: &'static str, origin: impl Into<String>) -> Labels {
         let classes = of.iter().max().map_or(0, |greatest| greatest.saturating_add(1));
         Labels { of, classes, names: Vec::new(), rule, origin: origin.into() }
     }
 
-    /// The same with a name for each class.
+    /// Adds a name for each class.
     pub(super) fn named(self, names: Vec<String>) -> Labels {
         Labels { names, ..self }
     }
 
-    /// Forgets all samples but those of these numbers, which grow. Classes keep their numbers, also those
-    /// left without one.
+    /// Drops all samples but those with these ascending indices. Classes keep their numbers, also those
+    /// left without a sample.
     pub(super) fn keep(&mut self, kept: &[usize]) {
         self.of = kept.iter().map(|index| self.of[*index]).collect();
     }
 
-    /// Whether each of so many samples has one.
+    /// Checks that each of `samples` samples has a label, and that the classes are in bounds.
     pub(super) fn check(&self, samples: usize) -> Result<(), DataError> {
         let (origin, found) = (&self.origin, self.of.len());
         if found != samples {
@@ -58,7 +58,7 @@ impl Labels {
         Ok(())
     }
 
-    /// The fingerprint of samples with these labels, given that of the samples.
+    /// Returns the fingerprint of samples with these labels, given that of the samples.
     pub(super) fn fingerprint_with(&self, samples: &[u8; 32]) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new_derive_key("ganglion 2026 labelled data set");
         hasher.update(samples);
@@ -68,7 +68,7 @@ impl Labels {
         hasher.finalize().into()
     }
 
-    /// Tells of the classes, once they are checked.
+    /// Reports the classes, once they are checked.
     pub(super) fn report(&self, found: &mut Found) {
         let mut counts = vec![0; self.classes as usize];
         self.of.iter().for_each(|class| counts[*class as usize] += 1);

@@ -1,11 +1,10 @@
-//! Samples that the job leaves out, by name.
+//! Samples that the job leaves out (`data.exclude`), by name.
 //!
-//! 1. Those left out from the start are no samples: what they were is not looked at, and they need not be
-//!    there.
-//! 2. Those left out later keep their index for the whole run, also once they are gone; they are never read
-//!    for a step that is past the change, and the fingerprint does not cover them.
-//! 3. A change tells which names the data set had when it was made. So a name that was never there is found
-//!    out, as is another data set.
+//! 1. Those left out from the start are no samples: their files are not read, and may be missing.
+//! 2. Those left out later keep their index for the whole run, also once their files are gone; they are
+//!    never read for a step past the change, and the fingerprint does not cover them.
+//! 3. A change records the hash of the data set's names at its time. So a name that never existed is
+//!    detected, as is another data set.
 
 use std::collections::BTreeMap;
 
@@ -14,13 +13,13 @@ use ganglion_proto::job::Exclusion;
 
 use super::DataError;
 
-/// Names to propose for one that is not there.
+/// Maximum number of similar names to propose for an unknown one.
 const NEAREST: usize = 3;
 
-/// The samples that a job leaves out, held against those that there are.
+/// Samples that a job leaves out, matched against those that exist.
 pub(super) struct LeftOut<'a> {
     exclusions: &'a [Exclusion],
-    /// Each name, and whether it was found.
+    /// Excluded names, and whether each was found.
     named: BTreeMap<&'a str, bool>,
 }
 
@@ -34,12 +33,12 @@ impl<'a> LeftOut<'a> {
         self.named.is_empty()
     }
 
-    /// Whether a name is among them; notes that there is a sample of that name.
+    /// Whether a name is excluded; notes that its sample exists.
     pub(super) fn find(&mut self, name: &str) -> bool {
         self.named.get_mut(name).map(|found| *found = true).is_some()
     }
 
-    /// Whether a name is among them.
+    /// Whether a name is excluded.
     pub(super) fn names(&self, name: &str) -> bool {
         self.named.contains_key(name)
     }
@@ -49,7 +48,7 @@ impl<'a> LeftOut<'a> {
         !self.is_empty() && self.of(true).any(|other| other == name)
     }
 
-    /// The names that were not found, and whether each is known to have been there when the run began.
+    /// Names that were not found, and whether each is known to have existed when the run began.
     pub(super) fn missing(&self) -> impl Iterator<Item = (&'a str, bool)> {
         let missing = self.named.iter().filter(|(_, found)| !**found).map(|(name, _)| *name);
         missing.map(|name| {
@@ -58,29 +57,29 @@ impl<'a> LeftOut<'a> {
         })
     }
 
-    /// Tells of those that are there.
+    /// Reports the excluded samples that exist.
     pub(super) fn report(&self, found: &mut Found) {
         let there = self.named.iter().filter(|(_, there)| **there);
         there.for_each(|(name, _)| found.leave_out("samples by data.exclude", name));
     }
 
-    /// All names that are left out from the start, or all others, in the job's order.
+    /// Names that are left out from the start, or all others, in the job's order.
     pub(super) fn of(&self, the_start: bool) -> impl Iterator<Item = &'a str> {
         let chosen = self.exclusions.iter().filter(move |one| one.is_from_the_start() == the_start);
         chosen.flat_map(|one| one.files.iter().map(String::as_str))
     }
 
-    /// Holds the samples of the run, found or not, against what the job's changes know of them.
+    /// Checks the samples of the run, found or not, against the records of the job's changes.
     ///
     /// # Errors
-    /// A name is that of no sample, or the data set is not the one that was changed.
+    /// A name belongs to no sample, or the data set is not the one that was changed.
     pub(super) fn check<'n>(
         &self,
         names: &Names,
         place: &str,
         found: impl Fn() -> Box<dyn Iterator<Item = String> + 'n>,
     ) -> Result<(), DataError> {
-        // Of a run from before names were known, or of a new one, nobody can say what was there.
+        // For a new run, or one from before names were recorded, earlier names are unknown.
         for (name, _) in self.missing().filter(|(_, known)| !known) {
             let problem = no_sample(name, place, found());
             if !self.is_from_the_start(name) {
@@ -108,8 +107,8 @@ impl<'a> LeftOut<'a> {
         Ok(())
     }
 
-    /// The index of each name that is left out after the start, in the job's order, among the samples of the
-    /// run.
+    /// Returns the index of each name that is left out after the start, in the job's order, among the
+    /// samples of the run.
     pub(super) fn indices(&self, names: impl Iterator<Item = String>) -> Vec<u64> {
         if self.is_empty() {
             return Vec::new();
@@ -120,7 +119,7 @@ impl<'a> LeftOut<'a> {
     }
 }
 
-/// Sum of hashes of names: that of a set, whatever its order.
+/// Order-independent hash of a set of names: the sum of their hashes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Names(u64);
 
@@ -142,7 +141,7 @@ impl Names {
     }
 }
 
-/// Message for a name that is that of no sample.
+/// Error message for a name that belongs to no sample.
 fn no_sample(name: &str, place: &str, found: impl Iterator<Item = String>) -> String {
     let mut nearest: Vec<(usize, String)> = Vec::new();
     for other in found {

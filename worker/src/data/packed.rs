@@ -1,12 +1,12 @@
-//! Zip and tar files whose members are read where they lie.
+//! Archives: zip and tar files whose members are read in place.
 //!
-//! 1. Opening reads the directory of a zip, or the headers of a tar; memory holds names and places, and no
+//! 1. Opening reads the directory of a zip, or the headers of a tar; memory holds names and offsets, and no
 //!    content.
 //! 2. Claims of an archive about a member are checked against the archive's length before anything is
 //!    allocated.
-//! 3. Few archives are open at a time, however many a data set has. One that is opened again must be what it
-//!    was.
-//! 4. Members have names that stay below the archive. One with another name is left out, and counted.
+//! 3. Few archives are open at a time, however many a data set has. One that is opened again must be
+//!    unchanged.
+//! 4. The names of members stay below the archive. A member with another name is left out, and counted.
 
 use std::fs::{File, Metadata};
 use std::io::{BufReader, Read};
@@ -23,43 +23,43 @@ use ganglion_storage::RelativeName;
 use super::place::Content;
 use super::{DataError, MAX_FILE_BYTES, open_plain};
 
-/// Archives that are open at once: well below the usual limit of descriptors, which sockets need too.
+/// Maximum number of open archives: well below the usual limit of descriptors, which sockets need too.
 const OPEN_LIMIT: usize = 64;
-/// Deflate makes of a byte at most this many.
+/// Maximum ratio of expansion by deflate.
 const DEFLATE_RATIO: u64 = 1032;
-/// Longest name in a message.
+/// Maximum number of characters of a name in a message.
 const SHOWN_CHARACTERS: usize = 200;
 
-/// The archives of a data set that are open, the one used last at the end.
+/// Open archives of a data set, the most recently used last.
 #[derive(Debug, Default)]
 pub(super) struct OpenArchives {
     count: AtomicUsize,
     open: Mutex<Vec<(usize, Arc<File>)>>,
 }
 
-/// An archive.
+/// Archive of a data set.
 #[derive(Debug)]
 struct Archive {
     path: PathBuf,
-    /// Number among the archives of the data set.
+    /// Index among the archives of the data set.
     number: usize,
-    /// Identity, which tells it from another file that took its name.
+    /// Identity that detects another file under the same name.
     identity: (u64, i64, i64),
     length: u64,
     all: Arc<OpenArchives>,
 }
 
-/// A file in an archive.
+/// File in an archive.
 #[derive(Clone, Debug)]
 pub(super) struct Member {
     archive: Arc<Archive>,
-    /// Its name, with `/` between folders.
+    /// Name, with `/` between folders.
     pub(super) name: RelativeName,
-    /// Where it begins in the archive.
+    /// Offset of its first byte in the archive.
     offset: u64,
-    /// Bytes that it takes there.
+    /// Length in the archive, in bytes.
     packed: u64,
-    /// Bytes of its content.
+    /// Length of its content, in bytes.
     pub(super) length: u64,
     deflated: bool,
 }
@@ -99,8 +99,8 @@ impl OpenArchives {
     }
 }
 
-/// Changes with every write. Numbers of inodes are left out: some network file systems give another one at
-/// each opening.
+/// Identity of a file, changed by every write. Inode numbers are left out: some network file systems give
+/// another one at each opening.
 fn identity(metadata: &Metadata) -> (u64, i64, i64) {
     (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
 }
@@ -124,7 +124,7 @@ impl Archive {
     }
 }
 
-/// A member as the archive describes it, before anything of it is believed.
+/// Description of a member by the archive, not verified yet.
 struct Claim {
     name: String,
     offset: u64,
@@ -133,7 +133,8 @@ struct Claim {
     deflated: bool,
 }
 
-/// The files in an archive, in its order. Others are counted in `found`, with names below `relative`.
+/// Returns the files in an archive, in its order. Others are counted in `found`, with names below
+/// `relative`.
 pub(super) fn members(
     path: &Path,
     relative: &str,
@@ -186,7 +187,7 @@ pub(super) fn members(
 }
 
 fn in_zip(file: &File) -> Result<Vec<Claim>, String> {
-    /// Of a local header's flags: the content is encrypted.
+    /// Flag of a local header: the content is encrypted.
     const ENCRYPTED: u8 = 1;
     let mut zip = zip::ZipArchive::new(BufReader::new(file)).map_err(|error| error.to_string())?;
     let mut claims = Vec::with_capacity(zip.len());
@@ -243,12 +244,12 @@ fn in_tar(file: &File, mut special: impl FnMut(&str)) -> Result<Vec<Claim>, Stri
 }
 
 impl Member {
-    /// The archive and the name, for people.
+    /// Path of the archive with the name of the member, diagnostic only.
     pub(super) fn shown(&self) -> PathBuf {
         self.name.below(&self.archive.path)
     }
 
-    /// The content, as it can be read.
+    /// Opens the content for reading.
     pub(super) fn open(&self) -> Result<Content, DataError> {
         let file = self.archive.file()?;
         if !self.deflated {

@@ -1,13 +1,14 @@
-//! Work on many files, on all processors.
+//! Parallel map over many files, on all processors.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-/// Items that a thread takes at a time: enough to be cheap, few enough that all end together.
+/// Number of items that a thread takes at a time: enough to be cheap, few enough that all threads end
+/// together.
 const BLOCK: usize = 64;
 
-/// The results for items in their order, or the error of the first item that has one.
+/// Returns the results for items in their order, or the error of the first item that has one.
 pub(super) fn map<T: Sync, R: Send, E: Send>(
     items: &[T],
     work: impl Fn(&T) -> Result<R, E> + Sync,

@@ -1,4 +1,4 @@
-//! Files of a folder or an archive: how to read them, and how to tell whether they are what they were.
+//! Places of files, in a folder or an archive: reading, and hashes that detect changes.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -9,40 +9,40 @@ use std::sync::Arc;
 use super::packed::Member;
 use super::{DataError, MAX_FILE_BYTES, input, open_plain};
 
-/// Files up to this length are hashed whole.
+/// Maximum length of files that are hashed whole.
 const WHOLE_BYTES: u64 = 1 << 20;
-/// Of a longer one [`BLOCKS`] blocks of this length are hashed.
+/// Length of each of the [`BLOCKS`] blocks that are hashed of a longer file.
 const BLOCK_BYTES: u64 = 64 << 10;
-/// The first block begins the file, the last one ends it, the others lie evenly between.
+/// Number of blocks. The first begins the file, the last one ends it, the others lie evenly between.
 const BLOCKS: u64 = 16;
 
-/// The place of a file.
+/// Place of a file.
 #[derive(Debug)]
 pub(super) enum Place {
     Alone(PathBuf),
     Packed(Member),
 }
 
-/// The bytes of a file, as they can be read.
+/// Content of a file, ready for reading.
 pub(super) enum Content {
-    /// Of a file, from `offset` on.
+    /// Range of a file, from `offset` on.
     Part { file: Arc<File>, offset: u64, length: u64 },
-    /// In memory, because they had to be unpacked.
+    /// Bytes in memory, because they had to be unpacked.
     Bytes(Vec<u8>),
 }
 
-/// A file's first bytes, and what identifies all of it.
+/// First bytes of a file, with a hash that identifies all of it.
 pub(super) struct Head {
-    /// The whole file if it is short.
+    /// First bytes; the whole file if it is short.
     pub(super) bytes: Vec<u8>,
-    /// Bytes in the whole file.
+    /// Length of the whole file in bytes.
     pub(super) length: u64,
     /// blake3 of a short file, or of a long file's blocks.
     pub(super) hash: blake3::Hash,
 }
 
 impl Place {
-    /// For people.
+    /// Path for messages.
     pub(super) fn shown(&self) -> PathBuf {
         match self {
             Place::Alone(path) => path.clone(),
@@ -63,21 +63,21 @@ impl Place {
         }
     }
 
-    /// The whole file.
+    /// Reads the whole file.
     pub(super) fn read(&self) -> Result<Vec<u8>, DataError> {
         let content = self.open()?;
         let length = content.length();
         content.range(0, length).map_err(|error| DataError::reading(&self.shown(), error))
     }
 
-    /// The whole file, which must be small.
+    /// Reads the whole file, which must be within `limit`.
     pub(super) fn read_small(&self, limit: u64) -> Result<Vec<u8>, DataError> {
         let content = self.open()?;
         check_length(&self.shown(), content.length(), limit)?;
         content.range(0, content.length()).map_err(|error| DataError::reading(&self.shown(), error))
     }
 
-    /// The beginning of the file, and a hash of it.
+    /// Reads the beginning of the file, and hashes it.
     pub(super) fn head(&self) -> Result<Head, DataError> {
         let failed = |error| DataError::reading(&self.shown(), error);
         let content = self.open()?;
@@ -108,7 +108,7 @@ impl Content {
         }
     }
 
-    /// So many bytes from an offset on. They are there, or the file became shorter, which is an error.
+    /// Reads bytes from an offset on. If the file became shorter, that is an error.
     fn range(self: &Content, offset: u64, length: u64) -> io::Result<Vec<u8>> {
         let wanted = usize::try_from(length).map_err(io::Error::other)?;
         match self {
@@ -127,7 +127,7 @@ impl Content {
     }
 }
 
-/// Refuses files beyond a limit.
+/// Refuses a file longer than `limit`.
 pub(super) fn check_length(path: &Path, length: u64, limit: u64) -> Result<(), DataError> {
     if length <= limit {
         return Ok(());

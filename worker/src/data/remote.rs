@@ -1,13 +1,13 @@
-//! Data in an object store: fetched to this machine once, and read there as if it always had been.
+//! Data in an object store: fetched to this machine once, and read from the local copy.
 //!
-//! 1. A file appears whole, with the length that the store gives, and is noted after that, with its hash. So
-//!    a noted file is whole; one that is not what its note says is fetched again.
+//! 1. A file appears whole, with the length that the store gives, and is noted after that, with its hash.
+//!    So a noted file is whole; one that differs from its note is fetched again.
 //! 2. The workers of a machine share what is fetched. One fetches, the others wait for it. On a file system
 //!    without locks several may fetch at once: each file still appears whole, and none of them removes what
 //!    another is writing.
-//! 3. A file that is another in the store is fetched again; one that is no longer there is no longer here.
-//! 4. Notes lie beside the folder of the files, where no object's name leads. An object whose name cannot be
-//!    a file's is left out, and counted.
+//! 3. A file that has changed in the store is fetched again; one that is gone from it is removed here.
+//! 4. Notes lie beside the folder of the files, where no object's name leads. An object whose name cannot
+//!    be a file's is left out, and counted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -29,25 +29,25 @@ use serde::{Deserialize, Serialize};
 
 use super::DataError;
 
-/// Names the folder that fetched data lie under.
+/// Environment variable with the folder for fetched data.
 const CACHE: &str = "GANGLION_CACHE_DIR";
-/// In the folder of an address: its files.
+/// Folder of the files, within the folder of an address.
 const FILES: &str = "files";
-/// In the folder of an address: a note for each file that is whole.
+/// File with a note for each complete file, within the folder of an address.
 const NOTES: &str = "fetched.jsonl";
-/// In the folder of an address: locked by the worker that fetches.
+/// Lock file of the worker that fetches, within the folder of an address.
 const LOCK: &str = "lock";
 
-/// A store that is away is waited for so long, by whoever fetches from it.
+/// Limit on the wait for a store that is away.
 const PATIENCE: Duration = Duration::from_secs(600);
-/// A draft that did not change for so long is a dead writer's: far longer than a store is waited for.
+/// Age without a change after which a draft's writer counts as dead: far longer than a store is waited for.
 const DRAFT_LIMIT: Duration = Duration::from_secs(3600);
-/// How often it is told how far fetching is.
+/// Interval of progress messages.
 const TOLD: Duration = Duration::from_secs(5);
-/// The first and the longest pause between two attempts.
+/// First and longest pause between two attempts.
 const PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(10)];
 
-/// The same data by a path of this machine; fetches them if they lie in an object store.
+/// Returns the same data by a local path; fetches it first if it lies in an object store.
 pub(super) fn here(source: &Data, found: &mut Found) -> Result<Data, DataError> {
     let Some(text) = source.path.as_deref().and_then(Path::to_str) else {
         return Ok(source.clone());
@@ -59,7 +59,7 @@ pub(super) fn here(source: &Data, found: &mut Found) -> Result<Data, DataError> 
     let path = match Address::parse(text).map_err(|what| wrong(&what))? {
         Address::Folder(folder) => folder,
         Address::Cloud(_) => {
-            // An archive is a file; all else is a folder of files.
+            // An archive is a file; anything else is a folder of files.
             let (root, file) = match text.rsplit_once('/') {
                 Some((root, file)) if ArchiveKind::of(Path::new(file)).is_some() => (root, Some(file)),
                 _ => (text, None),
@@ -76,7 +76,7 @@ pub(super) fn here(source: &Data, found: &mut Found) -> Result<Data, DataError> 
     Ok(Data { path: Some(path), ..source.clone() })
 }
 
-/// The folder that fetched data lie under.
+/// Returns the folder for fetched data.
 fn cache() -> Result<PathBuf, DataError> {
     let of = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     of(CACHE)
@@ -89,28 +89,28 @@ fn cache() -> Result<PathBuf, DataError> {
         })
 }
 
-/// An object to fetch.
+/// Object to fetch.
 struct Wanted {
     name: RelativeName,
-    /// The same name as the store takes it.
+    /// Path of the object in the store.
     path: StoragePath,
     version: Version,
 }
 
-/// A file that is here, whole.
+/// Record of a complete local file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Note {
     name: String,
-    /// The version in the store.
+    /// Version in the store.
     version: String,
     bytes: u64,
     /// blake3 of the content, in hex.
     blake3: String,
-    /// Time of the last change by the clock of the file system: seconds, nanoseconds.
+    /// Time of the last change (ctime) by the clock of the file system: seconds, nanoseconds.
     changed: (i64, i64),
 }
 
-/// Makes a folder hold the chosen files of a storage, and no other chosen ones.
+/// Makes a folder hold the chosen files of a storage, and no others.
 fn fetch(
     storage: Storage,
     folder: &Path,
@@ -147,8 +147,8 @@ fn fetch(
     Ok(())
 }
 
-/// Waits until no other worker of this machine fetches into a folder; returns whether that is known. `ask`
-/// asks for the lock.
+/// Waits until no other worker of this machine fetches into a folder; returns whether that is certain.
+/// `ask` requests the lock.
 fn take_turn(folder: &Path, mut ask: impl FnMut(FlockOperation) -> Result<(), Errno>) -> io::Result<bool> {
     let mut operation = FlockOperation::NonBlockingLockExclusive;
     loop {
@@ -157,11 +157,11 @@ fn take_turn(folder: &Path, mut ask: impl FnMut(FlockOperation) -> Result<(), Er
             Err(Errno::INTR) => {}
             Err(Errno::WOULDBLOCK) => {
                 tracing::info!("another worker of this machine fetches the data; waiting for it");
-                // The system gives the lock back when its holder ends, and that one does not wait for ever
-                // for its store.
+                // Bounded: the system releases the lock when its holder ends, and the holder's wait for its
+                // store is limited.
                 operation = FlockOperation::LockExclusive;
             }
-            // What file systems say that do not know locks, and those whose lock service is not there.
+            // Errors of file systems without locks, and of those whose lock service is away.
             Err(error @ (Errno::NOSYS | Errno::OPNOTSUPP | Errno::NOLCK | Errno::INVAL)) => {
                 tracing::warn!(
                     "files in {} cannot be locked ({error}), so each worker of this machine may fetch the data; a {CACHE} on a \
@@ -175,18 +175,18 @@ fn take_turn(folder: &Path, mut ask: impl FnMut(FlockOperation) -> Result<(), Er
     }
 }
 
-/// A store, with the words for a mistake of the user's.
+/// Store, with the context for messages about the user's mistakes.
 struct Store<'a> {
     storage: Blocking,
     pauses: [Duration; 2],
     wrong: &'a dyn Fn(&str) -> DataError,
 }
 
-/// Reason why something did not come from a store.
+/// Reasons why a fetch failed.
 enum Failed {
-    /// The store's, which may pass.
+    /// Error of the store, which may be temporary.
     Store(ganglion_storage::Error),
-    /// This machine's.
+    /// Error of this machine.
     System(io::Error),
     Data(DataError),
 }
@@ -200,7 +200,7 @@ impl From<io::Error> for Failed {
 impl From<ganglion_storage::Error> for Failed {
     fn from(error: ganglion_storage::Error) -> Failed {
         match error {
-            // Of the file that is written to, not of the store.
+            // An error of the local file being written, not of the store.
             ganglion_storage::Error::Generic { store: "file", source } => match source.downcast() {
                 Ok(error) => Failed::System(*error),
                 Err(source) => Failed::Store(ganglion_storage::Error::Generic { store: "file", source }),
@@ -211,7 +211,8 @@ impl From<ganglion_storage::Error> for Failed {
 }
 
 impl Store<'_> {
-    /// Does some work, again while the store is away. `what` is for people, `place` is where it is done.
+    /// Retries work while the store is away. `what` is diagnostic only, `place` is the file or folder of
+    /// the work.
     fn patiently<T>(
         &self,
         what: &str,
@@ -241,7 +242,7 @@ impl Store<'_> {
     }
 }
 
-/// The chosen objects whose names can be those of files. The others are counted.
+/// Lists the chosen objects whose names can be those of files. The others are counted.
 fn wanted(
     store: &Store<'_>,
     chosen: &impl Fn(&str) -> bool,
@@ -257,7 +258,7 @@ fn wanted(
     for (path, version) in listed.iter().filter(|(path, _)| chosen(path.as_ref())) {
         let is_folder = folders.contains(path.as_ref());
         match RelativeName::parse(path.as_ref()) {
-            // Consoles make an empty object for a folder.
+            // Web consoles make an empty object for a folder.
             Ok(_) if is_folder && version.bytes == 0 => {}
             Ok(name) if !is_folder => {
                 wanted.push(Wanted { name, path: path.clone(), version: version.clone() });
@@ -274,7 +275,7 @@ fn wanted(
     Ok(wanted)
 }
 
-/// Fetches a file, and checks that it is whole and still the one that was listed.
+/// Fetches a file, and checks that it is complete and still the version that was listed.
 fn fetch_one(store: &Store<'_>, object: &Wanted, files: &Path) -> Result<Note, DataError> {
     let Wanted { name, path, version } = object;
     let place = name.below(files);
@@ -314,7 +315,7 @@ fn hash(file: &Path) -> io::Result<String> {
 }
 
 impl Note {
-    /// Whether a file is what it was when it was noted. One that was touched since is hashed.
+    /// Whether a file still has the noted content. One with another ctime is hashed.
     fn holds(&self, file: &Path) -> bool {
         let Ok(metadata) = fs::symlink_metadata(file) else { return false };
         if !metadata.is_file() || metadata.len() != self.bytes {
@@ -325,8 +326,8 @@ impl Note {
     }
 }
 
-/// Removes the files below a folder that are not to be there, and what killed writers left. Whoever is not
-/// known to be alone leaves folders, and drafts that may still be written.
+/// Removes unwanted files below a folder, and the leftovers of killed writers. A worker that may not be
+/// alone leaves folders, and drafts that may still be written.
 fn sweep(
     folder: &Path,
     relative: &str,
@@ -343,7 +344,7 @@ fn sweep(
                 let _ = fs::remove_dir(entry.path());
             }
         } else if !is_alone && is_being_written(&entry) {
-            // Another worker's.
+            // A draft of another worker.
         } else if is_unwanted(&name) || !entry.file_type()?.is_file() {
             fs::remove_file(entry.path())?;
         }
@@ -351,23 +352,22 @@ fn sweep(
     Ok(())
 }
 
-/// Whether a file is a draft whose writer may live.
+/// Whether a file is a draft whose writer may be alive.
 fn is_being_written(entry: &fs::DirEntry) -> bool {
     let changed = || entry.metadata()?.modified();
     let age = |changed: SystemTime| changed.elapsed().unwrap_or_default();
     whole::is_draft(&entry.file_name().to_string_lossy()) && changed().is_ok_and(|at| age(at) < DRAFT_LIMIT)
 }
 
-/// Notes that a file is here, in a line of its own: there may be a great many. A line that is lost costs a
-/// second fetch.
+/// Appends a note, in a line of its own: there may be very many. A lost line costs a second fetch.
 fn append(folder: &Path, note: &Note) -> io::Result<()> {
     let mut notes = File::options().create(true).append(true).open(folder.join(NOTES))?;
     let line = serde_json::to_string(note).map_err(io::Error::other)?;
-    // The first line's end keeps a line that was cut off from spoiling this one.
+    // The leading newline keeps a torn line from spoiling this one.
     notes.write_all(format!("\n{line}\n").as_bytes())
 }
 
-/// The last note of each file; a line that cannot be read notes nothing.
+/// Returns the last note of each file; an unreadable line is ignored.
 fn notes(folder: &Path) -> BTreeMap<String, Note> {
     let text = fs::read(folder.join(NOTES)).unwrap_or_default();
     let notes =

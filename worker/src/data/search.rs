@@ -1,14 +1,14 @@
-//! The files of a data set: which are pictures, which tell of classes, and which are left out.
+//! Search for the files of a data set: pictures, files for classes, and files left out.
 //!
-//! 1. A file's name is the way to it from the root, archives included, with `/` between the parts. Names are
-//!    compared as bytes; the order in which a file system lists them does not enter. Links are followed, not
-//!    in circles.
+//! 1. A file's name is the path to it from the root, archives included, with `/` between the parts. Names
+//!    are compared as bytes; the order in which a file system lists them does not enter. Links are
+//!    followed, but not in circles.
 //! 2. An archive is a place like its folder: for classes, the names of its members count as if they lay
 //!    beside it.
-//! 3. In a tar file all members whose names are equal up to the first dot of their last part are one sample,
-//!    as WebDataset has it. One of them is the picture: that of `data.image_extension`, else the one whose
-//!    ending has no dot (`0001.png`, not `0001.seg.png`), the first of [`PICTURES`] of several.
-//! 4. Each file is a picture, tells of classes, or is counted among those left out.
+//! 3. In a tar file all members whose names are equal up to the first dot of their last part are one
+//!    sample, as in WebDataset. One of them is the picture: that of `data.image_extension`, else the one
+//!    whose extension has no dot (`0001.png`, not `0001.seg.png`), the first of [`PICTURES`] of several.
+//! 4. Each file is a picture, a file for classes, or counted among those left out.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -23,47 +23,47 @@ use super::packed::{self, OpenArchives};
 use super::place::Place;
 use super::{DataError, input};
 
-/// The endings of pictures. Of several pictures of one sample the first of these counts: masks come as PNG.
+/// Extensions of pictures. Of several pictures of one sample the first of these counts: masks come as PNG.
 pub(super) const PICTURES: [&str; 9] = ["jpg", "jpeg", "jpe", "jfif", "webp", "png", "tif", "tiff", "bmp"];
-/// The file that may give the classes of the files beside and below it, as StyleGAN's tools write it.
+/// Name of the list of classes of the files beside and below it, as StyleGAN's tools write it.
 pub(super) const LABELS_FILE: &str = "dataset.json";
-/// The ending of a file with the class of the picture beside it.
+/// Extension of a file with the class of the picture beside it.
 pub(super) const NOTE: &str = "cls";
-/// The same for files that may tell more than the class.
+/// Extension of a JSON file that may hold the class among other data.
 pub(super) const JSON_NOTE: &str = "json";
-/// Characters of a name in a report.
+/// Maximum number of characters of a name in a report.
 const SHOWN_CHARACTERS: usize = 200;
-/// Parts of samples that are not their pictures.
+/// Label in reports for parts of samples that are not their pictures.
 const OTHER_PARTS: &str = "other parts of samples";
 
-/// A file that counts.
+/// File with a role in the data set.
 #[derive(Debug)]
 pub(super) struct Entry {
-    /// The names on the way from the root, with `/` between them.
+    /// Path from the root, with `/` between the names.
     pub(super) relative: Vec<u8>,
-    /// Where in `relative` the member of an archive begins, and how long the archive's own name before it is,
-    /// with the slash.
+    /// For a member of an archive: its offset in `relative`, and the length of the archive's own name
+    /// before it, with the slash.
     pub(super) archive: Option<(usize, usize)>,
     in_tar: bool,
     pub(super) place: Place,
 }
 
-/// The files below a root.
+/// Files below a root, by role.
 #[derive(Default)]
 pub(super) struct Search {
-    /// The pictures.
+    /// Pictures.
     pub(super) pictures: Vec<Entry>,
-    /// Files beside pictures that may tell of their classes.
+    /// Files beside pictures that may hold their classes.
     pub(super) notes: Vec<Entry>,
     /// Lists of classes.
     pub(super) lists: Vec<Entry>,
-    /// Whatever else there is.
+    /// Report of all other files.
     pub(super) found: Found,
     archives: Arc<OpenArchives>,
 }
 
 impl Entry {
-    /// An entry for a file that is not there.
+    /// Returns an entry for a file that does not exist.
     pub(super) fn missing(root: &Path, name: &str) -> Entry {
         let mut archive = ArchiveKind::of(root).map(|_| (0, 0));
         let mut in_tar = ArchiveKind::of(root) == Some(ArchiveKind::Tar);
@@ -78,17 +78,17 @@ impl Entry {
         Entry { relative: name.as_bytes().to_vec(), archive, in_tar, place: Place::Alone(root.join(name)) }
     }
 
-    /// The name by which the job may leave it out.
+    /// Name by which the job may leave the sample out.
     pub(super) fn name(&self) -> String {
         String::from_utf8_lossy(&self.relative).into_owned()
     }
 
-    /// The name with `/` for people.
+    /// Name with `/`, diagnostic only.
     pub(super) fn shown(&self) -> String {
         shown(&self.relative)
     }
 
-    /// The name as if members of an archive lay beside it.
+    /// Name as if members of an archive lay beside it.
     pub(super) fn unpacked(&self) -> Vec<u8> {
         match self.archive {
             Some((at, own)) => [&self.relative[..at - own], &self.relative[at..]].concat(),
@@ -101,7 +101,7 @@ impl Entry {
         &self.relative[..self.relative.len() - self.ending().len()]
     }
 
-    /// The rest of the name, from that dot on.
+    /// Rest of the name, from that dot on.
     fn ending(&self) -> &[u8] {
         let name = last(&self.relative);
         let dot = if self.in_tar {
@@ -112,14 +112,14 @@ impl Entry {
         dot.map_or(&[], |dot| &name[dot..])
     }
 
-    /// The ending in small letters, without the dot before it.
+    /// Extension in lower case, without the dot before it.
     fn extension(&self) -> String {
         let ending = String::from_utf8_lossy(self.ending()).to_ascii_lowercase();
         ending.strip_prefix('.').unwrap_or_default().to_string()
     }
 }
 
-/// The last part of a name.
+/// Returns the last part of a name.
 fn last(relative: &[u8]) -> &[u8] {
     relative.rsplit(|byte| *byte == b'/').next().unwrap_or_default()
 }
@@ -159,7 +159,7 @@ impl Search {
         }
     }
 
-    /// Counts a file that is no sample by its ending.
+    /// Counts a file that is no sample by its extension.
     pub(super) fn leave_out(&mut self, entry: &Entry) {
         let name = String::from_utf8_lossy(last(&entry.relative)).to_ascii_lowercase();
         let kind = match name.rsplit_once('.') {
@@ -221,7 +221,7 @@ impl Search {
         Ok(())
     }
 
-    /// Keeps the pictures with the ending that the job names.
+    /// Keeps the pictures with the extension that the job names.
     fn keep(&mut self, extension: &str) {
         let extension = extension.to_ascii_lowercase();
         let matches = |entry: &Entry| {
@@ -272,7 +272,7 @@ impl Search {
     }
 }
 
-/// The picture among several files of one sample.
+/// Returns the picture among several files of one sample.
 fn picture_of(group: &[Entry]) -> Result<&Entry, DataError> {
     let rank = |entry: &Entry| PICTURES.iter().position(|known| *known == entry.extension());
     group.iter().filter(|entry| rank(entry).is_some()).min_by_key(|entry| rank(entry)).ok_or_else(|| {
