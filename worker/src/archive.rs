@@ -129,6 +129,7 @@ impl Archive {
 
     /// Waits until all is written; returns whether it is. Gives up when `abandon` returns true.
     pub fn drain(&self, abandon: impl Fn() -> bool) -> bool {
+        // A member that waits here counts as paused, and is not late.
         let _pause = self.session.pause();
         let mut queue = self.shared.lock();
         while queue.busy || !queue.waiting.is_empty() {
@@ -161,6 +162,7 @@ impl Monitor<Queue> {
                     Ok(Err(error)) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),
                 }
             }
+            // No lock is held here: the training thread may queue, discard or drain meanwhile.
             context.storage.wait(self.write(context, &order));
             context.track.flush();
             self.lock().busy = false;

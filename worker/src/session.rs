@@ -52,7 +52,7 @@ const ROWS_LIMIT: usize = 1 << 18;
 /// Interval at which a wait checks the conditions that do not wake it.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How a worker's part in a run ends.
+/// End of a worker's part in a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
     /// Released by the coordinator: the worker is no longer needed.
@@ -164,7 +164,7 @@ impl Session {
         self.local_address
     }
 
-    /// Sends a message; if the session has ended there is nobody to read it, and [`Session::end`] says so.
+    /// Sends a message. After the session's end it is dropped, and [`Session::end`] tells of the end.
     pub fn send(&self, message: FromWorker) {
         let _ = self.outbox.send(message);
     }
@@ -242,7 +242,7 @@ impl Session {
         }
     }
 
-    /// How the session has ended, if it has.
+    /// Returns the end of the session, if it has ended.
     pub fn end(&self) -> Option<End> {
         self.shared.lock().end.clone()
     }
@@ -296,6 +296,7 @@ impl Session {
 
     /// Adds the GPU's use to the heartbeats. A worker has one watch: a second one changes nothing.
     pub fn watch_gpu(&self, watch: GpuWatch) {
+        // A second watch is dropped, and its thread ends with it.
         let _ = self.shared.gpu.set(watch);
     }
 
@@ -535,7 +536,8 @@ impl Shared {
         (inbox.welcome, inbox.channel) = (welcome, channel);
         if stranger {
             tracing::info!("the coordinator takes this worker in anew, as worker {}", inbox.welcome.worker);
-            // An assignment that the training thread has not taken yet fails at once, and then it is at rest.
+            // An assignment that the training thread has not taken yet fails at once, and then the thread is
+            // quiesced.
             let assigned = inbox.assigned.0;
             self.abort_locked(&inbox, assigned);
             inbox.introduce = inbox.rest.is_none();

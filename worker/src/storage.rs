@@ -106,7 +106,7 @@ impl RunStorage {
         Ok(())
     }
 
-    /// Retries an operation while waiting may help, up to [`LIMIT`]. Each reason is logged once.
+    /// Retries an operation while waiting may help, up to 600 s. Each reason is logged once.
     pub async fn patiently<T>(
         &self,
         work: impl AsyncFn() -> Result<T, CheckpointError>,

@@ -446,6 +446,8 @@ impl Trainer {
             all_reduce.add(shard, grad);
         }
         course.laps.lap(Part::Compute);
+        // The header carries the fingerprint of the last commit: other ranks detect a divergence before
+        // they commit this phase.
         all_reduce.send(header)?;
         if all_reduce.has_peers() {
             course.laps.lap(Part::Other);
@@ -455,6 +457,7 @@ impl Trainer {
         }
         let reduced = all_reduce.wait(&mut course.laps)?;
         course.laps.lap(Part::Other);
+        // Past the lease the coordinator may have formed another group: nothing more may be committed.
         if !self.session.may_commit() {
             return Err(c10d::Error::Aborted.into());
         }
@@ -578,8 +581,8 @@ impl Trainer {
         }
     }
 
-    /// Reports a finished step: metrics, samples, checkpoints. Blocks only for room: for rows, or in the
-    /// archive.
+    /// Reports a finished step: metrics, samples, checkpoints. Waits only while too many rows are unrecorded
+    /// or too many checkpoints are unwritten.
     fn report(
         &self,
         assignment: &Assignment,

@@ -105,6 +105,7 @@ impl Prefetcher {
     /// As [`start`](Prefetcher::start).
     pub fn start_with(dataset: Arc<DataSet>, plan: Plan, upload: Option<Upload>) -> Prefetcher {
         assert!(plan.shards.end <= plan.data_shards, "shards {:?} of {}", plan.shards, plan.data_shards);
+        // The bounded channel is the limit on memory: a full one blocks the reading thread.
         let (filled, batches) = sync_channel(plan.depth);
         let (spent, reusable) = channel();
         let stop = Arc::new(AtomicBool::new(false));
@@ -175,6 +176,7 @@ impl Prefetcher {
 
 impl Drop for Prefetcher {
     fn drop(&mut self) {
+        // Relaxed suffices: the thread may read one more sample before it sees the flag.
         self.stop.store(true, Ordering::Relaxed);
         // Unblocks a thread that waits for room in the channel.
         self.batches = None;

@@ -132,6 +132,7 @@ impl Evaluations {
     pub fn drain(&self, abandon: impl Fn() -> bool) {
         let mut queue = self.shared.lock();
         let newest = queue.held.keys().next_back().copied();
+        // A member that waits here counts as paused, and is not late.
         let _pause = self.session.pause();
         while newest.is_some_and(|newest| queue.held.contains_key(&newest)) && !abandon() {
             queue = self.shared.wait(queue);

@@ -1,7 +1,7 @@
 //! The digit classifier: a small convolutional network that tells handwritten digits apart, bundled with its
 //! weights.
 //!
-//! It gives metrics the features that Inception gives elsewhere, without a download. `worker
+//! The classifier gives metrics the features that Inception gives elsewhere, without a download. `worker
 //! train-classifier` makes the weights again.
 //!
 //! 1. The output for an image depends on that image and the weights alone, and on the others of a batch in

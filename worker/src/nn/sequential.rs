@@ -144,7 +144,7 @@ pub(super) fn linear_bound(inputs: i64) -> f32 {
     1.0 / inputs.sqrt()
 }
 
-/// The same images with the features of a pixel together in memory.
+/// Returns the images with the features of a pixel together in memory.
 pub(super) fn channels_last(x: &Tensor) -> Tensor {
     let [_, features, height, width] = sizes(x);
     if features == 1 && !x.requires_grad() {
@@ -208,7 +208,7 @@ pub(super) fn normalise(
             let samples: i64 = x.size().iter().product::<i64>() / x.size()[1];
             let samples = i32::try_from(samples).map_or(f64::from(i32::MAX), f64::from);
             let (mean, inverse) = (mean.detach(), inverse.detach());
-            // The kernel hands out 1 / sqrt(variance + epsilon) of the biased variance.
+            // The kernel returns 1 / sqrt(variance + epsilon) of the biased variance.
             let biased = inverse.pow_tensor_scalar(-2) - BATCH_NORM_EPSILON;
             pass.statistics.push(mean);
             pass.statistics.push(biased * (samples / (samples - 1.0).max(1.0)));

@@ -161,7 +161,7 @@ fn check_network(
     let weights = drawn(&specs, 1);
     let buffers = match network.sees_batch() {
         true => drawn(&network.buffers(), 2),
-        // Where the power method has come to rest the norm does not change with its vector, which passes take
+        // Where the power method has converged the norm does not change with its vector, which passes take
         // for constant.
         false => {
             singular_vectors(&specs, &weights)[..network.buffers().len()].iter().map(Tensor::copy).collect()
@@ -198,7 +198,7 @@ fn check_network(
     );
 }
 
-/// Of each weight as a matrix, the left singular vector of its greatest value.
+/// Left singular vector of each weight's greatest singular value, as a matrix.
 fn singular_vectors(specs: &[TensorSpec], weights: &[Tensor]) -> Vec<Tensor> {
     let vector = |(_, weight): (&TensorSpec, &Tensor)| {
         let (left, _, _) = weight.flatten(1, -1).svd(true, true);

@@ -215,6 +215,7 @@ impl AllReduce {
             Route::Chunks(chunks) => chunks.send(&self.group, &sums),
             Route::Ring(ring) => ring.send(&self.group, sums.iter().map(|(_, sum)| sum), header),
         };
+        // The routes copied the sums to their own send buffers, so this memory is free before the wait.
         sums.into_iter().for_each(|(_, sum)| self.sum.recycle(sum));
         Ok(sent?)
     }

@@ -20,7 +20,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 const GLOBAL_BATCH: u64 = 24;
 const REDUCTIONS: [Reduction; 2] = [Reduction::Tree, Reduction::Ring];
 
-/// A leaf of one parameter of so many elements.
+/// Layout of a shard gradient with one parameter.
 fn layout(numel: usize) -> GradLayout {
     let shape = vec![signed(numel)];
     let spec = TensorSpec::parameter("p".to_string(), &shape, Init::Constant(0.0));

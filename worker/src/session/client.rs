@@ -254,7 +254,7 @@ struct Connection {
     requests: UnboundedSender<SessionRequest>,
     responses: Streaming<SessionResponse>,
     welcome: Welcome,
-    /// When the hello was sent, by the host's clock.
+    /// Time at which the hello was sent, by the host's clock.
     since: Duration,
 }
 
@@ -428,7 +428,7 @@ struct Talk {
     asked_to_end: UnboundedReceiver<()>,
     /// Rows that the coordinator has requested again.
     again: Vec<MetricsRow>,
-    /// When this worker was asked to end.
+    /// Time at which this worker was asked to end.
     leaving: Option<Instant>,
 }
 

@@ -31,6 +31,7 @@ impl Lease {
     /// Renews the lease from a later moment; an earlier one changes nothing.
     pub fn prolong(&self, from: Duration, length: Duration) {
         let until = u64::try_from((from + length).as_nanos()).unwrap_or(u64::MAX);
+        // Relaxed suffices: the value stands alone, and a late reader sees a shorter lease.
         self.until.fetch_max(until, Ordering::Relaxed);
     }
 

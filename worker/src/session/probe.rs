@@ -45,6 +45,7 @@ pub fn unreachable(addresses: &[String], limit: Duration) -> Vec<usize> {
         let address = address.clone();
         std::thread::Builder::new().spawn(move || answers(&address, limit))
     };
+    // All threads are started before the first is joined, so that the probes run at the same time.
     let asked: Vec<_> = addresses.iter().map(ask).collect();
     let heard = asked.into_iter().map(|thread| thread.is_ok_and(|thread| thread.join().unwrap_or(false)));
     heard.enumerate().filter(|(_, heard)| !heard).map(|(index, _)| index).collect()

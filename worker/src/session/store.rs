@@ -60,6 +60,7 @@ impl GrpcStore {
             token.authorise(&mut request);
         }
         let mut aborted = self.aborted.clone();
+        // Bounded by `limit`; an abort of the generation ends the wait at once.
         let answer = self.runtime.block_on(async {
             tokio::select! {
                 answer = tokio::time::timeout(limit, call(self.client.clone(), request)) => Some(answer),

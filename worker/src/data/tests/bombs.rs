@@ -6,7 +6,7 @@ use super::packed_files::{tarred, zipped};
 use super::*;
 use zip::CompressionMethod;
 
-/// A gzip file of so many zeros after some bytes.
+/// A gzip file of some bytes followed by zeros.
 fn packed_zeros(head: &[u8], zeros: u64) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
     encoder.write_all(head).unwrap();

@@ -1,4 +1,4 @@
-//! Where classes come from, and every complaint about them.
+//! Sources of classes, and every error message about them.
 
 use super::*;
 
@@ -58,7 +58,7 @@ fn an_idx_file_has_its_labels_beside_it() {
         let beside: Vec<_> = bytes.into_iter().map(|bytes| ("train-labels-idx1-ubyte", bytes)).collect();
         let folder = idx_folder(&beside);
         assert_says(&refusal(open_labelled(&folder, DataKind::Idx)), &[expected]);
-        // Who does not use labels is not troubled by them.
+        // Without a request for labels a bad file of labels is no error.
         DataSet::open(&data(DataKind::Idx, folder.path())).unwrap();
     }
 }

@@ -21,7 +21,7 @@ fn features(seed: i64) -> Tensor {
         .view([SAMPLES, DIMENSIONS])
 }
 
-/// Those of `probabilities`.
+/// The numbers of `probabilities` in tests/python/metrics.py.
 fn probabilities(seed: i64) -> Tensor {
     let value = |place: i64| {
         let mixed = (place * place * 6007 + place * (15_485_863 % 10_007 + seed) + seed * 31) % 10_007;

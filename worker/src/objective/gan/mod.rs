@@ -140,6 +140,7 @@ impl Compute for Course<'_> {
             let fake = kept.map_or_else(draw, |kept| drawn.swap_remove(kept));
             return gan.compute(at, state, Input::Fake(fake, batch), out);
         };
+        // Only kept samples need a graph: the discriminator's gradient detaches them.
         let keep = gan.serves_generator(at.phase) && drawn.len() < KEPT;
         let fake = if keep { draw() } else { no_grad(draw) };
         let of_real = ahead.take_if(|(of, _)| *of == at).map(|(_, part)| part);
