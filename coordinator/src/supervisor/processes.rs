@@ -290,12 +290,13 @@ mod tests {
         }
     }
 
-    /// A stand-in for the `worker` program.
+    /// A stand-in for the `worker` program. A shell writes it: a process that another test starts meanwhile
+    /// would inherit this process's open file, and a program that is open for writing cannot be executed.
     fn script(folder: &tempfile::TempDir, text: &str) -> SystemProcesses {
-        use std::os::unix::fs::PermissionsExt;
         let program = folder.path().join("worker");
-        std::fs::write(&program, format!("#!/bin/sh\n{text}\n")).unwrap();
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let write = r##"printf '#!/bin/sh\n%s\n' "$1" > "$0" && chmod 755 "$0""##;
+        let written = std::process::Command::new("sh").args(["-c", write]).arg(&program).arg(text).status();
+        assert!(written.unwrap().success());
         SystemProcesses { program, log_format: LogFormat::Text }
     }
 
