@@ -2,7 +2,7 @@
 
 use ganglion_proto::credentials::CredentialError;
 
-use crate::checkpoints::Unusable;
+use crate::checkpoints::catalog::Unusable;
 use crate::journal::JournalError;
 use crate::run_dir::RunDirError;
 

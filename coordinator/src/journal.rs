@@ -22,10 +22,10 @@ use rusqlite::{Connection, OptionalExtension, params};
 pub use salvage::{LEAP, Recovery, Salvaged};
 use serde::{Deserialize, Serialize};
 
-use crate::clock::now;
-use crate::node::Node;
-use crate::ownership::Ownership;
-use crate::report::damage::SetAside;
+use crate::records::damage::SetAside;
+use crate::run_dir::ownership::Ownership;
+use crate::system::clock::now;
+use crate::system::node::Node;
 
 /// Definitions of the tables.
 const SCHEMA: &str = "

@@ -7,17 +7,17 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
-use ganglion_coordinator::audit::audit;
-use ganglion_coordinator::cli::{Cli, Command, DataCommand, RunChoice};
-use ganglion_coordinator::detach::{Launch, Launched, launch};
+use ganglion_coordinator::commands::admin_client::{Question, operate};
+use ganglion_coordinator::commands::audit::audit;
+use ganglion_coordinator::commands::cli::{Cli, Command, DataCommand, RunChoice};
+use ganglion_coordinator::commands::inspect;
+use ganglion_coordinator::control::detach::{Launch, Launched, launch};
 use ganglion_coordinator::error::Failure;
-use ganglion_coordinator::host::System;
-use ganglion_coordinator::inspect;
-use ganglion_coordinator::logging::start_log;
-use ganglion_coordinator::operate::{Question, operate};
-use ganglion_coordinator::recover::recover;
-use ganglion_coordinator::report::progress::Screen;
-use ganglion_coordinator::run::run;
+use ganglion_coordinator::records::logging::start_log;
+use ganglion_coordinator::records::progress::Screen;
+use ganglion_coordinator::startup::host::System;
+use ganglion_coordinator::startup::recover::recover;
+use ganglion_coordinator::startup::run::run;
 use ganglion_proto::listen::raise_descriptor_limit;
 use ganglion_proto::printable;
 

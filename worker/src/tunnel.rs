@@ -412,7 +412,7 @@ mod tests {
     /// Certificates of a new authority for 127.0.0.1, as `coordinator certs init` makes them.
     fn files(folder: &std::path::Path) -> TlsFiles {
         use clap::Parser;
-        use ganglion_coordinator::cli::{Cli, Command};
+        use ganglion_coordinator::commands::cli::{Cli, Command};
         let made = folder.join("made");
         let cli = Cli::parse_from(["coordinator", "certs", "init", "--dir", made.to_str().unwrap()]);
         let Some(Command::Certs(command)) = cli.command else { panic!("it makes certificates") };

@@ -10,7 +10,7 @@ use rusqlite::{Connection, OptionalExtension, Row};
 
 use super::opening::snapshot;
 use super::{Fact, JournalError, RecordedMember, RecordedStart, Recovery};
-use crate::report::damage::SetAside;
+use crate::records::damage::SetAside;
 
 /// All decisions of a run's coordinators, oldest first.
 #[derive(Clone, Debug, Default)]

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use ganglion_coordinator::shell::StopSignal;
+use ganglion_coordinator::control::StopSignal;
 use rand::RngExt;
 use rand::rngs::ChaCha8Rng;
 

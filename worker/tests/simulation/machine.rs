@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use ganglion_coordinator::host::Host;
+use ganglion_coordinator::api::grpc::tls::Acceptor;
+use ganglion_coordinator::control::StopSignal;
 use ganglion_coordinator::journal::Spawned;
-use ganglion_coordinator::report::disk::{Disk, SystemDisk};
-use ganglion_coordinator::server::tls::Acceptor;
-use ganglion_coordinator::shell::StopSignal;
-use ganglion_coordinator::supervisor::{Exited, Process, Processes, StartOrder};
+use ganglion_coordinator::records::disk::{Disk, SystemDisk};
+use ganglion_coordinator::startup::host::Host;
+use ganglion_coordinator::workers::{Exited, Process, Processes, StartOrder};
 use rand::RngExt;
 use rand::rngs::ChaCha8Rng;
 use tokio::sync::mpsc;

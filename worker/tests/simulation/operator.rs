@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ganglion_coordinator::access::{ACCESS_FILE, Access};
+use ganglion_coordinator::run_dir::access::{ACCESS_FILE, Access};
 use ganglion_proto::wire::admin_service_client::AdminServiceClient;
 use ganglion_proto::wire::{DrainRequest, GetStatusRequest, ScaleRequest};
 use tonic::Request;

@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use clap::Parser;
-use ganglion_coordinator::audit::audit;
-use ganglion_coordinator::cli::Cli;
+use ganglion_coordinator::commands::audit::audit;
+use ganglion_coordinator::commands::cli::Cli;
 use ganglion_coordinator::error::Failure;
-use ganglion_coordinator::report::progress::Screen;
-use ganglion_coordinator::run::run;
+use ganglion_coordinator::records::progress::Screen;
+use ganglion_coordinator::startup::run::run;
 use ganglion_proto::job::Job;
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};

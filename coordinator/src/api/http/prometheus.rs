@@ -1,0 +1,336 @@
+//! `/metrics`: the run for Prometheus. Rendered anew for each scrape, so that a worker that is gone
+//! has no figures.
+//!
+//! Counters come from the events of the run, those of earlier coordinators included, so a restart
+//! sets none of them back.
+
+use std::fmt;
+use std::sync::atomic::AtomicU64;
+
+use ganglion_proto::wire::WorkerStatus;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::registry::Registry;
+
+use super::View;
+use crate::records::alarms::Alarm;
+use crate::records::chronicle::{Chronicle, Known, RowLine};
+use crate::system::clock::now;
+
+/// Exposition format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// OpenMetrics 1.0.
+    OpenMetrics,
+    /// Prometheus' own text format.
+    Text,
+}
+
+/// Stages of a group; exactly one holds.
+const STAGES: [&str; 6] = ["gathering", "reconnecting", "training", "regrouping", "closing", "ended"];
+/// Kinds of faults that workers report.
+const FAULTS: [&str; 6] = ["peer", "timeout", "links", "diverged", "internal", "non_finite"];
+
+type Labels = Vec<(&'static str, String)>;
+type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
+
+impl Form {
+    /// Chooses the format for a client with this `Accept` header.
+    pub fn accepted(types: &str) -> Form {
+        if types.contains("application/openmetrics-text") { Form::OpenMetrics } else { Form::Text }
+    }
+
+    /// Content type of the format.
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Form::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Form::Text => "text/plain; version=0.0.4; charset=utf-8",
+        }
+    }
+}
+
+/// Renders all metrics of the moment.
+pub fn render(view: &View, chronicle: &Chronicle, form: Form) -> Result<String, fmt::Error> {
+    let mut registry = Registry::with_prefix("ganglion");
+    of_run(&mut registry, view);
+    {
+        let known = chronicle.look();
+        of_history(&mut registry, &known);
+        if let Some(row) = &known.newest {
+            of_row(&mut registry, row);
+        }
+    }
+    of_workers(&mut registry, &view.status.workers);
+    of_evaluations(&mut registry, &chronicle.look());
+    let mut text = String::new();
+    encode(&mut text, &registry)?;
+    Ok(if form == Form::Text { plain(&text) } else { text })
+}
+
+/// Converts OpenMetrics to the older format, which names a counter in full and has no units and no
+/// end marker.
+fn plain(text: &str) -> String {
+    let mut counters = Vec::new();
+    let mut lines = String::with_capacity(text.len());
+    for line in text.lines() {
+        if let Some(name) = line.strip_prefix("# TYPE ").and_then(|rest| rest.strip_suffix(" counter")) {
+            counters.push(name);
+        }
+    }
+    for line in text.lines().filter(|line| *line != "# EOF" && !line.starts_with("# UNIT ")) {
+        let described = line.strip_prefix("# HELP ").or_else(|| line.strip_prefix("# TYPE "));
+        let name = described.and_then(|rest| rest.split(' ').next()).filter(|name| counters.contains(name));
+        match name {
+            Some(name) => lines.push_str(&line.replacen(name, &format!("{name}_total"), 1)),
+            None => lines.push_str(line),
+        }
+        lines.push('\n');
+    }
+    lines
+}
+
+#[allow(clippy::cast_precision_loss)] // Prometheus knows no other numbers
+fn float(count: u64) -> f64 {
+    count as f64
+}
+
+fn gauge(registry: &mut Registry, name: &str, help: &str, value: f64) {
+    registry.register(name, help, ConstGauge::new(value));
+}
+
+fn counter(registry: &mut Registry, name: &str, help: &str, value: u64) {
+    registry.register(name, help, ConstCounter::new(value));
+}
+
+/// Registers one gauge, with a value for each set of labels.
+fn gauges(registry: &mut Registry, name: &str, help: &str, values: impl IntoIterator<Item = (Labels, f64)>) {
+    let family = Gauges::default();
+    for (labels, value) in values {
+        family.get_or_create(&labels).set(value);
+    }
+    registry.register(name, help, family);
+}
+
+fn of_run(registry: &mut Registry, view: &View) {
+    let status = &view.status;
+    let info = vec![
+        ("name", status.name.clone()),
+        ("run", status.run.clone()),
+        ("version", env!("CARGO_PKG_VERSION").to_string()),
+    ];
+    gauges(registry, "run_info", "The run and this program", [(info, 1.0)]);
+    gauge(registry, "step", "Steps recorded", float(status.step));
+    gauge(
+        registry,
+        "last_step",
+        "The step that ends the run, 0 while it is unknown",
+        float(status.last_step),
+    );
+    gauge(registry, "term", "The coordinator's term", float(status.term));
+    gauge(registry, "generation", "The newest generation of the group", float(status.generation));
+    gauge(registry, "world_size", "Workers in the newest group", status.world_size.into());
+    gauge(registry, "workers", "Workers in session", float(status.workers.len() as u64));
+    gauge(registry, "data_shards", "Data shards of the job", status.data_shards.into());
+    gauge(registry, "failure_deadline_seconds", "How long a worker may be silent", status.failure_deadline);
+    let age = view.at.elapsed().as_secs_f64();
+    gauge(registry, "loop_age_seconds", "Since the coordinator's loop last came round", age);
+    let finished = f64::from(u8::from(status.outcome == "complete"));
+    gauge(registry, "finished", "Whether the run is complete", finished);
+    let stages =
+        STAGES.map(|stage| (vec![("stage", stage.to_string())], f64::from(u8::from(stage == status.stage))));
+    gauges(registry, "stage", "What the group does", stages);
+    gauge(
+        registry,
+        "checkpoint_step",
+        "The step of the newest checkpoint, 0 before the first",
+        float(status.checkpoint_step),
+    );
+}
+
+fn of_history(registry: &mut Registry, known: &Known) {
+    for (name, help, kind) in [
+        ("regroups", "Generations that broke", "regroup"),
+        ("generations", "Generations that formed", "generation_formed"),
+        ("workers_lost", "Workers that were lost", "worker_lost"),
+        ("skipped_phases", "Phases that were skipped because they were not finite", "phase_skipped"),
+        ("checkpoints", "Checkpoints that became valid", "checkpoint"),
+        ("checkpoint_delays", "Failed attempts to write a file of a checkpoint", "checkpoint_delayed"),
+        ("metrics_breaches", "Steps that were computed again with another result", "metrics_breach"),
+        ("coordinator_starts", "Starts of a coordinator", "coordinator_started"),
+    ] {
+        counter(registry, name, help, known.count(kind));
+    }
+    let faults: Family<Labels, Counter> = Family::default();
+    let kinds = FAULTS.into_iter().chain(known.faults.keys().map(String::as_str));
+    for kind in kinds {
+        let count = known.faults.get(kind).copied().unwrap_or(0);
+        let counter = faults.get_or_create_owned(&vec![("kind", kind.to_string())]);
+        counter.inc_by(count.saturating_sub(counter.get()));
+    }
+    registry.register("faults", "Faults that workers reported", faults);
+    if let Some(checkpoint) = known.checkpoints.back() {
+        let time = checkpoint.time;
+        gauge(registry, "checkpoint_timestamp_seconds", "When the newest checkpoint became valid", time);
+        gauge(
+            registry,
+            "checkpoint_age_seconds",
+            "Since the newest checkpoint became valid",
+            (now() - time).max(0.0),
+        );
+    }
+}
+
+fn of_row(registry: &mut Registry, row: &RowLine) {
+    let pair = |key: &'static str, names: [&str; 2], values: [Option<f64>; 2]| {
+        let pairs = names.into_iter().zip(values);
+        pairs.filter_map(|(name, value)| Some((vec![(key, name.to_string())], value?))).collect::<Vec<_>>()
+    };
+    let modules = ["discriminator", "generator"];
+    let losses = pair("module", modules, [row.loss_discriminator, row.loss_generator]);
+    gauges(registry, "loss", "Mean loss of the newest step", losses);
+    let scores = pair("of", ["real", "fake"], [row.score_real, row.score_fake]);
+    gauges(registry, "score", "What the discriminator says of samples, a mean of the newest step", scores);
+    if let Some(rate) = row.images_per_second {
+        gauge(registry, "images_per_second", "Real images taken per second", rate);
+    }
+    counter(registry, "images", "Real images taken", row.images_seen);
+    gauge(registry, "epoch", "Passes over the data", row.epoch);
+    gauge(registry, "row_timestamp_seconds", "When the newest recorded step was committed", row.time);
+    let Some(profile) = row.profile else { return };
+    let parts = modules.into_iter().zip([profile.discriminator, profile.generator]);
+    let parts = parts.flat_map(|(module, profile)| {
+        profile.parts().map(|(part, milliseconds)| {
+            (vec![("module", module.to_string()), ("part", part.to_string())], milliseconds / 1000.0)
+        })
+    });
+    gauges(registry, "step_part_seconds", "Where the time of a step goes, by module and part", parts);
+}
+
+fn of_evaluations(registry: &mut Registry, known: &Known) {
+    let raised = |alarm: &Alarm| f64::from(u8::from(known.alarms.contains_key(alarm.name())));
+    let alarms = Alarm::ALL.iter().map(|alarm| (vec![("alarm", alarm.name().to_string())], raised(alarm)));
+    gauges(registry, "alarm", "Whether an alarm of the run is raised", alarms);
+    let Some(newest) = known.evaluations.values().next_back() else { return };
+    let figures =
+        newest.metrics.iter().filter_map(|(name, value)| Some((vec![("metric", name.clone())], (*value)?)));
+    gauges(registry, "evaluation", "The figures of the newest evaluation", figures);
+    gauge(registry, "evaluation_step", "The step of the newest evaluation", float(newest.step));
+    gauge(registry, "evaluation_seconds", "How long the newest evaluation took", newest.seconds);
+    if let Some(best) = &known.best {
+        gauge(registry, "best_checkpoint_step", "The step of the best checkpoint", float(best.step));
+    }
+}
+
+fn of_workers(registry: &mut Registry, workers: &[WorkerStatus]) {
+    let labels =
+        |worker: &WorkerStatus| vec![("worker", worker.worker.to_string()), ("host", worker.host.clone())];
+    let mut each = |name: &str, help: &str, of: fn(&WorkerStatus) -> Option<f64>| {
+        gauges(registry, name, help, workers.iter().filter_map(|worker| Some((labels(worker), of(worker)?))));
+    };
+    each("worker_position", "Phases that the worker has committed", |worker| {
+        worker.heartbeat_age.map(|_| float(worker.position))
+    });
+    each("worker_shards", "Data shards of the worker", |worker| Some(worker.shards.into()));
+    each("worker_heartbeat_age_seconds", "Since the worker's newest heartbeat", |worker| {
+        worker.heartbeat_age
+    });
+    each("worker_resident_memory_bytes", "Memory of the worker's process", |worker| {
+        worker.resident_bytes.map(float)
+    });
+    each("worker_gpu_memory_bytes", "Memory in use on the worker's GPU", |worker| {
+        worker.gpu_memory_bytes.map(float)
+    });
+    each("worker_gpu_utilisation_ratio", "How much of the time the worker's GPU was busy", |worker| {
+        worker.gpu_utilisation.map(|percent| f64::from(percent) / 100.0)
+    });
+    let infos = workers.iter().map(|worker| {
+        let rank = worker.rank.map_or(String::new(), |rank| rank.to_string());
+        let mut labels = labels(worker);
+        labels.extend([("rank", rank), ("pid", worker.pid.to_string()), ("device", worker.device.clone())]);
+        (labels, 1.0)
+    });
+    gauges(registry, "worker_info", "Who the worker is", infos);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{chronicle, view};
+    use super::*;
+
+    fn text(form: Form) -> String {
+        render(&view(), &chronicle(), form).unwrap()
+    }
+
+    #[test]
+    fn the_run_and_its_workers_have_figures() {
+        let text = text(Form::Text);
+        for line in [
+            "ganglion_step 30",
+            "ganglion_stage{stage=\"training\"} 1",
+            "ganglion_stage{stage=\"regrouping\"} 0",
+            "ganglion_loss{module=\"discriminator\"} 1.25",
+            "ganglion_score{of=\"fake\"} 0.25",
+            "ganglion_faults_total{kind=\"peer\"} 1",
+            "ganglion_faults_total{kind=\"timeout\"} 0",
+            "ganglion_coordinator_starts_total 1",
+            "ganglion_step_part_seconds{module=\"generator\",part=\"wait\"} 0.001",
+            "ganglion_worker_position{worker=\"3\",host=\"node \\\"7\\\"\\n\"} 41",
+            "ganglion_worker_gpu_utilisation_ratio{worker=\"3\",host=\"node \\\"7\\\"\\n\"} 0.87",
+        ] {
+            assert!(
+                text.lines().any(|known| known.strip_suffix(".0").unwrap_or(known) == line),
+                "{line}\n{text}"
+            );
+        }
+        assert!(!text.contains("ganglion_loss{module=\"generator\"}"), "what is not finite has no figure");
+    }
+
+    #[test]
+    fn a_worker_that_is_gone_has_no_figures() {
+        let mut view = view();
+        view.status.workers.clear();
+        let text = render(&view, &chronicle(), Form::Text).unwrap();
+        assert!(!text.contains("worker=\"3\""), "{text}");
+    }
+
+    #[test]
+    fn both_forms_name_a_counter_as_they_should() {
+        let (old, new) = (text(Form::Text), text(Form::OpenMetrics));
+        assert!(old.contains("# TYPE ganglion_regroups_total counter\n") && !old.contains("# EOF"));
+        assert!(new.contains("# TYPE ganglion_regroups counter\n") && new.ends_with("# EOF\n"));
+        for text in [&old, &new] {
+            assert!(text.contains("\nganglion_regroups_total 0\n"), "{text}");
+        }
+        assert_eq!(Form::accepted("application/openmetrics-text;version=1.0.0;q=0.5"), Form::OpenMetrics);
+        assert_eq!(Form::accepted("*/*"), Form::Text);
+    }
+
+    /// The deployed alerts and dashboards use existing metrics.
+    #[test]
+    fn alerts_and_dashboards_name_metrics_that_exist() {
+        let text = text(Form::Text);
+        let known: Vec<&str> = text
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .filter_map(|line| line.split(['{', ' ']).next())
+            .collect();
+        let deploy = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy");
+        for file in ["prometheus/alerts.yml", "prometheus/alerts_test.yml", "grafana/ganglion.json"] {
+            let text = std::fs::read_to_string(format!("{deploy}/{file}")).unwrap();
+            let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            let names =
+                text.match_indices("ganglion_").map(|(at, _)| text[at..].split(|c| !is_name(c)).next());
+            let mut count = 0;
+            for name in names.flatten() {
+                assert!(known.contains(&name), "{file}: there is no metric {name}");
+                count += 1;
+            }
+            assert!(count > 5, "{file}");
+        }
+        let board = std::fs::read_to_string(format!("{deploy}/grafana/ganglion.json")).unwrap();
+        let board: serde_json::Value = serde_json::from_str(&board).unwrap();
+        assert!(board["panels"].as_array().is_some_and(|panels| panels.len() > 10));
+    }
+}

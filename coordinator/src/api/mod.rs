@@ -1,0 +1,5 @@
+//! Interfaces to the outside: gRPC for workers and operators, HTTP for dashboards and probes.
+
+pub mod grpc;
+pub mod http;
+pub mod security;

@@ -1,0 +1,171 @@
+//! The model card of the best checkpoint, `model-card.md` beside it: its description, origin,
+//! quality and limits. The form follows Mitchell et al. (2019), "Model cards for model reporting".
+
+use std::fmt::Write;
+
+use ganglion_membership::Passport;
+use ganglion_proto::evaluation::EvaluationRow;
+use ganglion_proto::job::Job;
+
+use crate::checkpoints::best::{Best, folder};
+use crate::job_file;
+
+/// Subject of a model card.
+pub struct Subject<'a> {
+    /// The job.
+    pub job: &'a Job,
+    /// Unique name of the run.
+    pub run: &'a str,
+    /// The coordinator's term, which equals the number of terms.
+    pub term: u64,
+    /// The newest generation, which equals the number of generations.
+    pub generations: u64,
+    /// Fingerprint of the environment that results depend on.
+    pub passport: Option<&'a Passport>,
+    /// Number of samples in the data set.
+    pub samples: Option<u64>,
+    /// The best checkpoint.
+    pub best: &'a Best,
+    /// Evaluation of that checkpoint.
+    pub row: &'a EvaluationRow,
+}
+
+/// Renders the card as Markdown.
+pub fn render(subject: &Subject) -> String {
+    let Subject { job, best, row, .. } = subject;
+    let mut card = format!(
+        "# Model card: {} at step {}\n\n\
+         A generator of images, trained as half of a generative adversarial network by Ganglion. The weights are\n\
+         `{}/generator_ema.safetensors`: the moving average over the last steps, which samples should be drawn from.\n",
+        job.job.name,
+        best.step,
+        folder(best.step)
+    );
+    let _ = write!(card, "\n## Model\n\n");
+    line(&mut card, "networks", &job.model.kind.to_string());
+    if job.model.conditional {
+        line(&mut card, "classes", "known to both networks, from the data's labels");
+    }
+    line(&mut card, "noise", &format!("{} numbers of N(0, 1)", job.model.latent_dim));
+    line(&mut card, "objective", &job.loss.kind.to_string());
+    line(&mut card, "images seen in training", &(best.step * job.samples_per_step()).to_string());
+    data(&mut card, subject);
+    metrics(&mut card, best, row);
+    lineage(&mut card, subject);
+    let _ = write!(
+        card,
+        "\n## Intended use\n\n\
+         Drawing images like those of the training data, for study and for comparison with other generators. Whoever puts the\n\
+         model to another use must judge whether it is fit for it.\n\
+         \n## Limits\n\n\
+         - It can draw nothing that its training data did not show, and repeats what is one-sided in them.\n\
+         - The figures above are estimates from samples, by features that were made for other images than yours may be; they\n\
+         \x20 compare generators on the same data and say little in themselves.\n\
+         - A low share of memorised samples does not prove that no training sample can be drawn. Do not give a model of private\n\
+         \x20 data away on its account.\n\
+         - Licence and terms of the training data bind whoever uses what was learned from them.\n\
+         \n## Settings\n\n```toml\n{}```\n",
+        settings(job)
+    );
+    card
+}
+
+fn line(card: &mut String, what: &str, value: &str) {
+    let _ = writeln!(card, "- {what}: {value}");
+}
+
+fn data(card: &mut String, subject: &Subject) {
+    let _ = write!(card, "\n## Data\n\n");
+    let data = &subject.job.data;
+    let file = data.path.as_deref().and_then(|path| path.file_name());
+    let place = file.map(|file| format!(", `{}`", file.to_string_lossy())).unwrap_or_default();
+    line(card, "kind", &format!("{}{place}", data.kind));
+    if let Some(samples) = subject.samples {
+        line(card, "samples", &samples.to_string());
+    }
+    if let Some(hash) = subject.passport.and_then(|passport| passport.0.get("data")) {
+        line(card, "hash", hash);
+    }
+    let held_out = if subject.job.evaluation.held_out.is_some() { "yes" } else { "none" };
+    line(card, "held out from training, for evaluation", held_out);
+}
+
+fn metrics(card: &mut String, best: &Best, row: &EvaluationRow) {
+    let _ = write!(card, "\n## Evaluation\n\n");
+    line(
+        card,
+        "chosen by",
+        &format!("{} = {:.4}, the best of this run's checkpoints", best.metric, best.value),
+    );
+    line(card, "features", &row.features);
+    let _ = write!(card, "\n| metric | value |\n|---|---|\n");
+    for (name, value) in &row.metrics {
+        let _ = writeln!(card, "| {} | {value:.4} |", name.replace('_', " "));
+    }
+}
+
+fn lineage(card: &mut String, subject: &Subject) {
+    let _ = write!(card, "\n## Lineage\n\n");
+    line(card, "run", subject.run);
+    line(card, "seed", &subject.job.job.seed.to_string());
+    line(card, "starts of a coordinator", &subject.term.to_string());
+    line(card, "memberships of the group", &subject.generations.to_string());
+    for (item, value) in
+        subject.passport.iter().flat_map(|passport| &passport.0).filter(|(item, _)| *item != "data")
+    {
+        line(card, &item.replace('_', " "), value);
+    }
+}
+
+/// The resolved job, without the comments of its file and without addresses, which may hold a secret.
+fn settings(job: &Job) -> String {
+    let mut job = job.clone();
+    job.checkpoint.url = None;
+    let text = job_file::render(&job);
+    text.lines()
+        .filter(|line| !line.starts_with('#'))
+        .map(|line| format!("{line}\n"))
+        .collect::<String>()
+        .trim_start()
+        .to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job_file::{Source, read};
+
+    #[test]
+    fn a_card_tells_what_the_model_came_from_and_keeps_secrets() {
+        let job = read(&Source::Embedded, &["checkpoint.url=memory://s3cret".to_string()]);
+        let mut job = job.unwrap_or_else(|_| read(&Source::Embedded, &[]).unwrap());
+        job.checkpoint.url = Some("s3://key:s3cret@bucket".to_string());
+        let passport =
+            Passport([("data", "0a1b"), ("build", "9")].map(|(k, v)| (k.to_string(), v.to_string())).into());
+        let best = Best { step: 1000, metric: "frechet_distance", value: 1.5 };
+        let metrics = vec![("frechet_distance".to_string(), 1.5), ("kid".to_string(), f64::NAN)];
+        let row = EvaluationRow { step: 1000, metrics, features: "digits ab".to_string(), seconds: 2.0 };
+        let card = render(&Subject {
+            job: &job,
+            run: "r-u-n",
+            term: 3,
+            generations: 7,
+            passport: Some(&passport),
+            samples: Some(10_000),
+            best: &best,
+            row: &row,
+        });
+        for expected in [
+            "step-00001000/generator_ema.safetensors",
+            "- hash: 0a1b",
+            "- run: r-u-n",
+            "- build: 9",
+            "| frechet distance | 1.5000 |",
+            "images seen in training: 64000",
+            "learning_rate = 0.001",
+        ] {
+            assert!(card.contains(expected), "{expected}\n{card}");
+        }
+        assert!(!card.contains("s3cret"), "{card}");
+    }
+}

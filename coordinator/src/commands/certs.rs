@@ -1,0 +1,253 @@
+//! Creation of certificates and a join token, for users without a certificate authority of their own.
+//!
+//! 1. Nothing is overwritten.
+//! 2. Keys and the token are readable by this user alone, from the moment they exist.
+//! 3. A worker's certificate names no machine: it cannot impersonate the coordinator.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use ganglion_proto::credentials::{CA_FILE, CERTIFICATE_FILE, KEY_FILE, TlsFiles};
+use ganglion_storage::whole;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose,
+};
+use time::{Duration, OffsetDateTime};
+use tokio_rustls::rustls::pki_types::ServerName;
+
+use crate::error::Failure;
+use crate::workers::new_token;
+
+/// Validity of an authority, in days.
+const AUTHORITY_DAYS: u32 = 3650;
+/// Tolerated difference between clocks.
+const CLOCKS: Duration = Duration::hours(1);
+/// Names on the coordinator's certificate, besides those that the user gives.
+const LOCAL: [&str; 3] = ["localhost", "127.0.0.1", "::1"];
+/// Name on workers' certificates: no client connects to it.
+const WORKER: &str = "ganglion-worker";
+
+/// Work with certificates.
+#[derive(Debug, clap::Subcommand)]
+pub enum CertsCommand {
+    /// Makes an authority, a certificate each for the coordinator and for workers, and a join token.
+    Init(Init),
+}
+
+/// Options of `coordinator certs init`.
+#[derive(Debug, clap::Args)]
+pub struct Init {
+    /// Where they go; the folder must not be there yet.
+    #[arg(long, value_name = "DIR", default_value = "certs")]
+    pub dir: PathBuf,
+    /// A name or address by which workers connect to the coordinator, besides this machine's name. May be
+    /// given many times.
+    #[arg(long = "host", value_name = "NAME|IP")]
+    pub hosts: Vec<String>,
+    /// For how many days the two certificates are valid.
+    #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650))]
+    pub days: u32,
+    /// Sign with the authority of this folder, which an earlier call made, instead of with a new one.
+    #[arg(long, value_name = "DIR")]
+    pub ca: Option<PathBuf>,
+}
+
+impl CertsCommand {
+    /// Runs the command; returns the text to print.
+    pub fn run(&self) -> Result<String, Failure> {
+        let CertsCommand::Init(init) = self;
+        init.run()
+    }
+}
+
+/// A certificate authority that can sign.
+struct Authority {
+    certificate: String,
+    key: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Init {
+    fn run(&self) -> Result<String, Failure> {
+        let input = |what: String| Failure::Input(format!("--dir {}: {what}", self.dir.display()));
+        if self.dir.exists() {
+            return Err(input(
+                "it is there already; name a new folder, or remove it if nobody uses it".to_string(),
+            ));
+        }
+        if let Some(host) = self.hosts.iter().find(|host| !is_name(host)) {
+            return Err(Failure::Input(format!(
+                "--host {host}: no name of a machine; give names such as trainer.example.org, or addresses"
+            )));
+        }
+        let authority = match &self.ca {
+            None => Authority::new().map_err(failed)?,
+            Some(folder) => Authority::read(folder)
+                .map_err(|why| Failure::Input(format!("--ca {}: {why}", folder.display())))?,
+        };
+        let hosts = self.hosts();
+        let coordinator = self.certificate(&authority, "ganglion-coordinator", hosts.clone())?;
+        let worker = self.certificate(&authority, WORKER, vec![WORKER.to_string()])?;
+        let own = (authority.certificate.clone(), authority.key.clone());
+        for (name, (certificate, key)) in [("ca", own), ("coordinator", coordinator), ("worker", worker)] {
+            write(&self.dir.join(name), &authority.certificate, &certificate, &key)
+                .map_err(|error| input(error.to_string()))?;
+        }
+        let token = new_token().map_err(Failure::other)?;
+        write_new(&self.dir.join("join-token"), &token, 0o600).map_err(|error| input(error.to_string()))?;
+        for name in ["coordinator", "worker"] {
+            TlsFiles::new(&self.dir.join(name)).read()?;
+        }
+        Ok(self.advice(&hosts))
+    }
+
+    /// All names and addresses on the coordinator's certificate.
+    fn hosts(&self) -> Vec<String> {
+        let machine = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+        let local = LOCAL.map(str::to_string);
+        let mut hosts: Vec<String> = self.hosts.iter().cloned().chain(local).chain(machine).collect();
+        let mut seen = std::collections::BTreeSet::new();
+        hosts.retain(|host| is_name(host) && seen.insert(host.clone()));
+        hosts
+    }
+
+    fn certificate(
+        &self,
+        authority: &Authority,
+        name: &str,
+        hosts: Vec<String>,
+    ) -> Result<(String, String), Failure> {
+        let mut params = CertificateParams::new(hosts).map_err(failed)?;
+        name_it(&mut params, name, self.days);
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        // Workers are servers to each other, and operators use the coordinator's as clients.
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.use_authority_key_identifier_extension = true;
+        let key = KeyPair::generate().map_err(failed)?;
+        let signed = params.signed_by(&key, &authority.issuer).map_err(failed)?;
+        Ok((signed.pem(), key.serialize_pem()))
+    }
+
+    fn advice(&self, hosts: &[String]) -> String {
+        let dir = self.dir.display();
+        format!(
+            "made certificates for {days} days and a join token in {dir}:\n\
+             \x20 {dir}/coordinator  stays on the coordinator's machine; for {hosts}\n\
+             \x20 {dir}/worker       goes to each machine with workers, with {dir}/join-token\n\
+             \x20 {dir}/ca           signs further ones (--ca {dir}/ca); keep its tls.key where no run can read it\n\
+             then start with:\n\
+             \x20 coordinator --listen HOST:7000 --tls-dir {dir}/coordinator --join-token-file {dir}/join-token\n\
+             \x20 worker --coordinator https://HOST:7000 --tls-dir {dir}/worker --join-token-file {dir}/join-token",
+            days = self.days,
+            hosts = hosts.join(", "),
+        )
+    }
+}
+
+impl Authority {
+    fn new() -> Result<Authority, rcgen::Error> {
+        let key = KeyPair::generate()?;
+        let params = Authority::params(&key);
+        let (certificate, text) = (params.self_signed(&key)?.pem(), key.serialize_pem());
+        Ok(Authority { certificate, key: text, issuer: Issuer::new(params, key) })
+    }
+
+    /// Loads an authority that `new` made. Everything that its signatures need follows from its key.
+    fn read(folder: &Path) -> Result<Authority, String> {
+        let text =
+            |name: &str| fs::read_to_string(folder.join(name)).map_err(|error| format!("{name}: {error}"));
+        let (certificate, key_text) = (text(CERTIFICATE_FILE)?, text(KEY_FILE)?);
+        let key = KeyPair::from_pem(&key_text).map_err(|error| format!("{KEY_FILE}: {error}"))?;
+        let issuer = Issuer::new(Authority::params(&key), key);
+        Ok(Authority { certificate, key: key_text, issuer })
+    }
+
+    fn params(key: &KeyPair) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        // Two authorities of the same name would be mistaken for each other.
+        let number = blake3::hash(key.public_key_raw()).to_hex();
+        name_it(&mut params, &format!("Ganglion {}", &number[..16]), AUTHORITY_DAYS);
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params
+    }
+}
+
+/// Whether a certificate can name this host: a DNS name, perhaps with a wildcard, or an address.
+fn is_name(host: &str) -> bool {
+    ServerName::try_from(host.strip_prefix("*.").unwrap_or(host)).is_ok()
+}
+
+fn name_it(params: &mut CertificateParams, name: &str, days: u32) {
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, name);
+    let now = OffsetDateTime::now_utc();
+    (params.not_before, params.not_after) = (now - CLOCKS, now + Duration::days(days.into()));
+}
+
+#[allow(clippy::needless_pass_by_value)] // as map_err hands it over
+fn failed(error: rcgen::Error) -> Failure {
+    Failure::Other(format!("cannot make a certificate: {error}"))
+}
+
+fn write(folder: &Path, authority: &str, certificate: &str, key: &str) -> io::Result<()> {
+    fs::create_dir_all(folder)?;
+    write_new(&folder.join(CA_FILE), authority, 0o644)?;
+    write_new(&folder.join(CERTIFICATE_FILE), certificate, 0o644)?;
+    write_new(&folder.join(KEY_FILE), key, 0o600)
+}
+
+fn write_new(file: &Path, text: &str, mode: u32) -> io::Result<()> {
+    let end = if text.ends_with('\n') { "" } else { "\n" };
+    whole::create(file, format!("{text}{end}").as_bytes(), mode)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn init(dir: PathBuf, ca: Option<PathBuf>, hosts: &[&str]) -> Init {
+        Init { dir, hosts: hosts.iter().map(|host| host.to_string()).collect(), days: 1, ca }
+    }
+
+    #[test]
+    fn nothing_is_overwritten_and_secrets_are_this_users_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("certs");
+        let said = init(dir.clone(), None, &["trainer.example.org", "10.1.2.3"]).run().unwrap();
+        for name in ["trainer.example.org, 10.1.2.3, localhost, 127.0.0.1", "https://HOST:7000"] {
+            assert!(said.contains(name), "{said}");
+        }
+        for secret in ["ca/tls.key", "coordinator/tls.key", "worker/tls.key", "join-token"] {
+            let mode = fs::metadata(dir.join(secret)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{secret}");
+        }
+        let key = fs::read(dir.join("ca/tls.key")).unwrap();
+        let again = init(dir.clone(), None, &[]).run().unwrap_err();
+        assert!(again.exit_code() == 2 && again.to_string().contains("there already"), "{again}");
+        assert_eq!(fs::read(dir.join("ca/tls.key")).unwrap(), key);
+        let wrong = init(folder.path().join("x"), None, &["no name"]).run().unwrap_err();
+        assert!(wrong.exit_code() == 2 && wrong.to_string().contains("--host"), "{wrong}");
+    }
+
+    #[test]
+    fn an_authority_signs_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (old, new) = (folder.path().join("old"), folder.path().join("new"));
+        init(old.clone(), None, &[]).run().unwrap();
+        init(new.clone(), Some(old.join("ca")), &[]).run().unwrap();
+        let read = |file: PathBuf| fs::read(file).unwrap();
+        assert_eq!(read(old.join("ca/ca.crt")), read(new.join("worker/ca.crt")));
+        assert_ne!(read(old.join("worker/tls.crt")), read(new.join("worker/tls.crt")));
+        // Holders of the old files trust the new certificate.
+        fs::copy(old.join("ca/ca.crt"), new.join("worker/ca.crt")).unwrap();
+        TlsFiles::new(&new.join("worker")).read().unwrap();
+        let none = init(folder.path().join("x"), Some(folder.path().join("none")), &[]).run().unwrap_err();
+        assert!(none.exit_code() == 2 && none.to_string().contains("--ca"), "{none}");
+    }
+}

@@ -1,0 +1,317 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Parser, Subcommand};
+use ganglion_proto::job::Job;
+
+use crate::api::security::SecurityArguments;
+use crate::commands::certs::CertsCommand;
+use crate::commands::data_check::Check;
+use crate::records::logging::LogFormat;
+
+/// Trains a GAN data-parallel on many workers, with the same result for any number of them.
+#[derive(Debug, Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    /// Task other than training.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// The job. Without it: the MLP GAN on the bundled digits.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Workers to start on this machine: a number, or auto for one a GPU (one in all without GPUs). 0 starts
+    /// none and waits for others.
+    #[arg(long, default_value = "1", value_name = "N|auto")]
+    pub workers: Workers,
+    /// Where the run lives; the same folder again resumes it. Default: runs/NAME, by the job's name.
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// Where all checkpoints of a run are lost, compute it again from step 0, with the same bits. Without
+    /// this it is refused.
+    #[arg(long)]
+    pub from_start: bool,
+    /// Sets a key of the job, such as --set job.steps=500. May be given many times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Where workers find this coordinator. Default: a free port of 127.0.0.1, the same when a run resumes.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub listen: Option<String>,
+    /// Where the dashboard is, with /metrics for Prometheus and /healthz. Default: a free port of 127.0.0.1,
+    /// the same when a run resumes.
+    #[arg(long, value_name = "HOST:PORT|off")]
+    pub http: Option<String>,
+    /// Allow --listen and --http on an address that other machines reach, without TLS. Whoever reaches the
+    /// one can join the run, and whoever reaches the other can look at it.
+    #[arg(long)]
+    pub insecure: bool,
+    /// Authentication of workers and operators.
+    #[command(flatten)]
+    pub security: SecurityArguments,
+    /// Go on answering when the run is complete, until SIGTERM or Ctrl-C.
+    #[arg(long)]
+    pub stay: bool,
+    /// Train on without this terminal: returns once the run has started, and writes what there is to say to
+    /// coordinator.log in the run directory.
+    #[arg(long)]
+    pub detach: bool,
+    /// Said by --detach to the process that trains.
+    #[arg(long, hide = true, requires = "detach")]
+    pub detached: bool,
+    /// Write a timeline of this coordinator and its local workers, for ui.perfetto.dev; at most 128 MiB of
+    /// it.
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    /// Copy metrics, events, samples and TensorBoard's files there in the background: a folder, s3://, gs://
+    /// or az://.
+    #[arg(long, value_name = "URL")]
+    pub mirror: Option<String>,
+    /// How logs are written, those of local workers included.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, env = ganglion_proto::log::VARIABLE)]
+    pub log_format: LogFormat,
+}
+
+/// Task other than training.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Proves from a run's files that nothing was lost, doubled or changed. Reads only, also while the run
+    /// goes on.
+    ///
+    /// Prints a line for each claim. Exit code 0: all hold; 1: one does not; 2: RUN is no run directory.
+    Audit {
+        /// The run directory.
+        run: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows a run: its step, and while it goes on its workers with their numbers.
+    Status {
+        /// Which run.
+        #[command(flatten)]
+        run: RunChoice,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lists the runs in a folder: how far each is, and whether it goes on.
+    Runs {
+        /// The folder that holds run directories.
+        #[arg(default_value = "runs")]
+        folder: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lists a run's checkpoints with their digests.
+    Checkpoints {
+        /// Which run.
+        #[command(flatten)]
+        run: RunChoice,
+        /// Read every file and compare it with its hash; exit code 1 if one is damaged.
+        #[arg(long)]
+        verify: bool,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Makes a new journal for a run whose own is damaged or missing, from its checkpoints and what else can
+    /// be read.
+    ///
+    /// The old files stay beside the new ones. Exit code 0: the run can go on; 1: a coordinator holds it; 2:
+    /// RUN is no run, or there is no checkpoint.
+    Recover {
+        /// The run directory.
+        run: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Looks after data sets.
+    #[command(subcommand)]
+    Data(DataCommand),
+    /// Makes certificates and a join token.
+    #[command(subcommand)]
+    Certs(CertsCommand),
+    /// Lets a worker leave with nothing done again. A local one is not replaced.
+    Drain {
+        /// The worker's number, as `coordinator status` shows it.
+        worker: u64,
+        /// Which run.
+        #[command(flatten)]
+        run: RunChoice,
+    },
+    /// Sets how many workers the coordinator runs on its own machine.
+    Scale {
+        /// How many; at most the job's data shards.
+        workers: u32,
+        /// Which run.
+        #[command(flatten)]
+        run: RunChoice,
+    },
+    /// Stops a run after a clean checkpoint, and waits until it has stopped. The same command goes on with
+    /// it.
+    Stop {
+        /// Which run.
+        #[command(flatten)]
+        run: RunChoice,
+        /// How long to wait at most, in seconds. The run stops all the same, only later.
+        #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+        timeout: u64,
+    },
+    /// Prints the completions for a shell, such as `coordinator completions bash >
+    /// /etc/bash_completion.d/coordinator`.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Work with a data set.
+#[derive(Debug, Subcommand)]
+pub enum DataCommand {
+    /// Reads every sample as training would, on all processors, and names those that cannot be used.
+    ///
+    /// Exit code 0: all can be; 2: one cannot, or the data set as a whole. The last line is then what leaves
+    /// them out.
+    Check(Check),
+}
+
+/// Which run is meant.
+#[derive(Debug, clap::Args)]
+pub struct RunChoice {
+    /// The run directory.
+    #[arg(long, value_name = "DIR", default_value = "runs/mnist-mlp")]
+    pub run_dir: PathBuf,
+}
+
+/// Number of workers to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Workers {
+    /// A fixed number.
+    Count(u32),
+    /// One per GPU, or one where there is none.
+    Auto,
+}
+
+impl FromStr for Workers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Workers::Auto),
+            _ => text
+                .parse()
+                .map(Workers::Count)
+                .map_err(|_| "give a number of workers, such as 4, or auto".to_string()),
+        }
+    }
+}
+
+impl Cli {
+    /// Number of workers to start for a job, and for `auto` a line that explains it. `gpus` is the
+    /// number of GPUs that workers on this machine can use; only `auto` looks at it.
+    pub fn local_workers(&self, job: &Job, gpus: u32) -> Result<(u32, Option<String>), String> {
+        let shards = job.job.data_shards;
+        match self.workers {
+            Workers::Count(count) if count <= shards => Ok((count, None)),
+            Workers::Count(count) => Err(format!(
+                "--workers {count}: more than the job's {shards} data shards; start at most {shards}, or set \
+                 job.data_shards, which changes the result"
+            )),
+            Workers::Auto => {
+                let workers = gpus.clamp(1, shards);
+                Ok((workers, Some(explain(workers, gpus))))
+            }
+        }
+    }
+
+    /// Address to listen on: the one given, or a loopback address with `last_port`.
+    pub fn listen_address(&self, last_port: Option<u16>) -> Result<SocketAddr, String> {
+        let Some(text) = &self.listen else {
+            return Ok(([127, 0, 0, 1], last_port.unwrap_or(0)).into());
+        };
+        let wrong =
+            |reason: String| format!("--listen {text}: {reason}; give HOST:PORT, such as 127.0.0.1:7000");
+        let addresses = std::net::ToSocketAddrs::to_socket_addrs(text.as_str());
+        let address = addresses.map_err(|error| wrong(error.to_string()))?.next();
+        let address = address.ok_or_else(|| wrong("no such address".to_string()))?;
+        if !address.ip().is_loopback() && !self.insecure && self.security.tls_dir.is_none() {
+            return Err(format!(
+                "--listen {text}: other machines reach this address and the connection is not encrypted; give --tls-dir \
+                 DIR (`coordinator certs init` makes one), or on a network that you trust --insecure"
+            ));
+        }
+        Ok(address)
+    }
+}
+
+/// Explains the number that `auto` chose.
+fn explain(workers: u32, gpus: u32) -> String {
+    let counted = |count: u32, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+    let workers_say = counted(workers, "worker");
+    match gpus {
+        0 => format!("--workers auto: workers can use no GPU here, so {workers_say} on the CPU"),
+        _ if gpus > workers => {
+            format!("--workers auto: {gpus} GPUs, and {workers_say} for as many data shards")
+        }
+        _ => format!("--workers auto: {}, so {workers_say}", counted(gpus, "GPU")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cli(arguments: &[&str]) -> Cli {
+        Cli::parse_from([&["coordinator"], arguments].concat())
+    }
+
+    #[test]
+    fn a_command_stands_alone() {
+        assert!(cli(&["--workers", "2"]).command.is_none());
+        let Some(Command::Audit { run, json: false }) = cli(&["audit", "runs/x"]).command else {
+            panic!("an audit")
+        };
+        assert_eq!(run, PathBuf::from("runs/x"));
+        assert!(Cli::try_parse_from(["coordinator", "--workers", "2", "audit", "runs/x"]).is_err());
+    }
+
+    #[test]
+    fn auto_starts_a_worker_a_gpu_and_says_so() {
+        let job = crate::job_file::read(&crate::job_file::Source::Embedded, &[]).unwrap();
+        for (gpus, workers, says) in [
+            (0, 1, "no GPU here, so 1 worker on the CPU"),
+            (1, 1, "1 GPU, so 1 worker"),
+            (4, 4, "4 GPUs, so 4 workers"),
+            (16, 8, "16 GPUs, and 8 workers for as many data shards"),
+        ] {
+            let (count, why) = cli(&["--workers", "auto"]).local_workers(&job, gpus).unwrap();
+            assert_eq!(count, workers);
+            assert!(why.as_ref().is_some_and(|why| why.ends_with(says)), "{why:?}");
+            assert_eq!(cli(&["--workers", "3"]).local_workers(&job, gpus), Ok((3, None)));
+        }
+    }
+
+    #[test]
+    fn workers_are_a_number_or_auto() {
+        for wrong in ["", "many", "-1", "1.5", "AUTO", "4294967296"] {
+            assert!(Cli::try_parse_from(["coordinator", "--workers", wrong]).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn an_address_that_others_reach_needs_consent() {
+        assert!(cli(&["--listen", "0.0.0.0:7000"]).listen_address(None).is_err());
+        let consented = cli(&["--listen", "0.0.0.0:7000", "--insecure"]).listen_address(None);
+        assert_eq!(consented, Ok(([0, 0, 0, 0], 7000).into()));
+        let token = cli(&["--listen", "0.0.0.0:7000", "--join-token-file", "token"]).listen_address(None);
+        assert!(token.unwrap_err().contains("not encrypted"), "a token alone hides nothing");
+        let encrypted = cli(&["--listen", "0.0.0.0:7000", "--tls-dir", "certs"]).listen_address(None);
+        assert_eq!(encrypted, Ok(([0, 0, 0, 0], 7000).into()));
+        assert_eq!(cli(&[]).listen_address(Some(7001)), Ok(([127, 0, 0, 1], 7001).into()));
+        assert!(cli(&["--listen", "nonsense"]).listen_address(None).unwrap_err().contains("HOST:PORT"));
+    }
+}

@@ -1,0 +1,265 @@
+//! `coordinator data check`: whether every sample of a data set can be trained on, before any training.
+//!
+//! The `worker` program reads the samples, as training does; this side reads the job, shows
+//! progress and reports the result.
+
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use ganglion_proto::data_report::{Line, Report};
+use ganglion_proto::found::Found;
+use ganglion_proto::job::{Data, Job, exclude_argument};
+use ganglion_storage::whole;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::commands::inspect;
+use crate::error::Failure;
+use crate::job_file::{self, Source};
+use crate::workers::worker_program;
+
+/// Maximum number of samples named on the screen, and in an argument.
+const SHOWN: usize = 20;
+/// Interval between two progress lines where there is no terminal.
+const PLAIN_PERIOD: Duration = Duration::from_secs(2);
+/// Maximum number of classes listed one by one.
+const LISTED: usize = 20;
+
+/// Arguments of `coordinator data check`.
+#[derive(Debug, clap::Args)]
+pub struct Check {
+    /// The job whose data to check. Without it, and without --data: the bundled digits.
+    #[arg(long, value_name = "FILE", conflicts_with = "data")]
+    config: Option<PathBuf>,
+    /// The data to check instead of a job's, such as folder:pictures. Sizes are then not judged.
+    #[arg(long, value_name = "KIND:PATH")]
+    data: Option<String>,
+    /// Sets a key of the job, such as --set data.resize=64. May be given many times.
+    #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "data")]
+    overrides: Vec<String>,
+    /// Write the names of samples that cannot be used there, one a line, for --set data.exclude=@FILE.
+    #[arg(long, value_name = "FILE")]
+    bad: Option<PathBuf>,
+    /// Threads that read; all processors by default.
+    #[arg(long, value_name = "N")]
+    threads: Option<u32>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Check {
+    /// Runs the check; returns the text to print.
+    ///
+    /// # Errors
+    /// A sample cannot be used, or the data set as a whole; a signal; the `worker` program failed.
+    pub async fn run(&self) -> Result<String, Failure> {
+        let (data, job) = self.data()?;
+        if let Some(file) = &self.bad {
+            // Fail early on an unwritable file: the check may take long.
+            self.write_bad(file, "")?;
+        }
+        let mut worker = Command::new(worker_program().map_err(Failure::other)?);
+        let about = serde_json::to_string(&data).map_err(Failure::other)?;
+        worker.args(["check-data", "--data", &about]);
+        worker.args(self.threads.iter().flat_map(|threads| ["--threads".to_owned(), threads.to_string()]));
+        if job.is_none() {
+            worker.arg("--any-size");
+        }
+        // This process handles signals: the worker is killed with it, at once. The worker's log
+        // goes to the user, since data of an object store are fetched first, which may take long.
+        worker.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        let mut child = worker.process_group(0).kill_on_drop(true).spawn().map_err(Failure::other)?;
+        let report = follow(&mut child).await?;
+        self.conclude(&report, job.as_ref())
+    }
+
+    /// Data to check, and the job that they are for; `None` with --data.
+    fn data(&self) -> Result<(Data, Option<Job>), Failure> {
+        let Some(data) = &self.data else {
+            let source = self.config.clone().map_or(Source::Embedded, Source::File);
+            let job = job_file::read(&source, &self.overrides).map_err(Failure::input)?;
+            return Ok((job.data.clone(), Some(job)));
+        };
+        let (kind, path) =
+            data.split_once(':').map_or((data.as_str(), None), |(kind, path)| (kind, Some(path)));
+        let data = job_file::read_data(kind, path).map_err(Failure::input)?;
+        Ok((data, None))
+    }
+
+    fn conclude(&self, report: &Report, job: Option<&Job>) -> Result<String, Failure> {
+        let text = if self.json { inspect::as_json(report) } else { shown(report) };
+        if let Some(file) = &self.bad {
+            let names: String = report.bad_samples.iter().map(|bad| format!("{}\n", bad.name)).collect();
+            self.write_bad(file, &names)?;
+        }
+        let verdict = self.verdict(report).or_else(|| job.and_then(|job| too_few(report, job)));
+        match verdict {
+            None => Ok(text),
+            Some(verdict) => {
+                // A closed standard output cannot be reported, and the exit code says the same.
+                let _ = writeln!(std::io::stdout(), "{text}");
+                Err(Failure::Input(verdict))
+            }
+        }
+    }
+
+    /// Verdict on single samples, with the argument that leaves them out; `None` if all can be used.
+    fn verdict(&self, report: &Report) -> Option<String> {
+        let (bad, all) = (report.bad, report.found.samples);
+        if bad == 0 {
+            return None;
+        }
+        let names: Vec<&str> = report.bad_samples.iter().map(|bad| bad.name.as_str()).collect();
+        let advice = match &self.bad {
+            Some(file) => exclude_argument(&[&format!("@{}", file.display())]),
+            None if names.len() <= SHOWN => exclude_argument(&names),
+            None => "--bad FILE writes their names, for --set data.exclude=@FILE".to_owned(),
+        };
+        Some(format!("{bad} of {all} samples cannot be used; get them again, or leave them out:\n{advice}"))
+    }
+
+    fn write_bad(&self, file: &Path, names: &str) -> Result<(), Failure> {
+        whole::write(file, names.as_bytes())
+            .map_err(|error| Failure::Input(format!("--bad {}: {error}", file.display())))
+    }
+}
+
+/// Verdict on a data set with fewer usable samples than a phase takes; `None` if there are enough.
+fn too_few(report: &Report, job: &Job) -> Option<String> {
+    let (good, batch) = (report.found.samples - report.bad, job.global_batch());
+    (batch > good).then(|| {
+        format!(
+            "job.data_shards x job.shard_batch is {batch} samples, more than the {good} of the data; lower one of them"
+        )
+    })
+}
+
+/// Shows the worker's progress until it has reported its result.
+async fn follow(child: &mut Child) -> Result<Report, Failure> {
+    let stdout = child.stdout.take().ok_or_else(|| Failure::Other("the worker has no output".to_owned()))?;
+    let mut lines = BufReader::new(stdout).lines();
+    let mut progress = Progress::new();
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::other)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::other)?;
+    loop {
+        let line = tokio::select! {
+            line = lines.next_line() => line.map_err(Failure::other)?,
+            _ = interrupt.recv() => return Err(Failure::Interrupted(130)),
+            _ = terminate.recv() => return Err(Failure::Interrupted(143)),
+        };
+        let Some(line) = line else { break };
+        match serde_json::from_str(&line) {
+            Ok(Line::Progress { done, of }) => progress.show(done, of),
+            Ok(Line::Report(report)) => {
+                progress.finish();
+                return Ok(*report);
+            }
+            Ok(Line::Wrong(detail)) => {
+                progress.finish();
+                return Err(Failure::Input(detail));
+            }
+            Err(error) => return Err(Failure::Other(format!("`worker check-data` said {line:?}: {error}"))),
+        }
+    }
+    progress.finish();
+    // The output has ended without a report, so the process has ended or is about to.
+    let status = child.wait().await.map_err(Failure::other)?;
+    Err(Failure::Other(format!("`worker check-data` ended with {status}")))
+}
+
+/// Progress on standard error: a bar on a terminal, elsewhere a line now and then.
+struct Progress {
+    bar: Option<ProgressBar>,
+    told: Instant,
+}
+
+impl Progress {
+    fn new() -> Progress {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+            let style = "{bar:24.cyan/dim} {pos}/{len} samples  {per_sec}  ETA {eta}";
+            bar.set_style(ProgressStyle::with_template(style).expect("the template is well formed"));
+            bar
+        });
+        Progress { bar, told: Instant::now() }
+    }
+
+    fn show(&mut self, done: u64, of: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(of);
+            bar.set_position(done);
+        } else if self.told.elapsed() >= PLAIN_PERIOD {
+            self.told = Instant::now();
+            say(&format!("checked {done} of {of} samples"));
+        }
+    }
+
+    fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Prints a line on standard error. A closed one cannot be reported.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Renders a report as text.
+fn shown(report: &Report) -> String {
+    let place = report.path.as_ref().map_or_else(String::new, |path| format!(" {path}"));
+    let Found { samples, channels, height, width, .. } = report.found;
+    let mut text = format!("{}{place}: {samples} samples", report.kind);
+    if channels > 0 {
+        let _ = write!(text, ", {channels} x {height} x {width} (channels x height x width) for training");
+    }
+    let mut line = |what: &str, parts: Vec<String>| {
+        if !parts.is_empty() {
+            let _ = write!(text, "\n  {what:<9} {}", parts.join(", "));
+        }
+    };
+    line("formats", report.formats.iter().map(|(format, count)| format!("{format} {count}")).collect());
+    let mut sizes: Vec<String> = report
+        .sizes
+        .iter()
+        .map(|size| format!("{} x {} (width x height): {}", size.width, size.height, size.samples))
+        .collect();
+    if report.other_sizes > 0 {
+        sizes.push(format!("others: {}", report.other_sizes));
+    }
+    line("sizes", sizes);
+    line("classes", classes(report));
+    let left_out = report.found.left_out.iter();
+    line(
+        "left out",
+        left_out.map(|(kind, left)| format!("{} {kind} ({})", left.count, left.example)).collect(),
+    );
+    line("read", vec![format!("in {:.1} s", report.seconds)]);
+    for bad in report.bad_samples.iter().take(SHOWN) {
+        line("bad", vec![bad.problem.clone()]);
+    }
+    let more = report.bad.saturating_sub(SHOWN as u64);
+    if more > 0 {
+        line("bad", vec![format!("and {more} more")]);
+    }
+    text
+}
+
+fn classes(report: &Report) -> Vec<String> {
+    if let Some(why) = &report.no_classes {
+        return vec![format!("none: {why}")];
+    }
+    let named = report.found.classes.iter().take(LISTED);
+    let mut parts: Vec<String> = named.map(|class| format!("{} {}", class.name, class.samples)).collect();
+    if report.found.class_count as usize > LISTED {
+        parts.push(format!("... {} in all", report.found.class_count));
+    }
+    parts
+}

@@ -1,0 +1,304 @@
+//! Commands that read a run's files without asking a coordinator: `coordinator runs` and
+//! `coordinator checkpoints`.
+//!
+//! 1. Nothing is written, and a run in progress is not disturbed.
+//! 2. Only the ends of a run's records are read, so a long run is listed as fast as a short one.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use ganglion_membership::Checkpoint;
+use ganglion_storage::{Error, MANIFEST, Storage, in_folder};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::checkpoints::catalog::check_files;
+use crate::commands::audit::evidence::{manifests, open_storage, silent};
+use crate::error::Failure;
+use crate::job_file;
+use crate::journal::History;
+use crate::records::table::{Table, ago, size};
+use crate::run_dir::ownership::is_claimed;
+
+/// Bytes read from the end of a file; enough to hold its last line.
+const TAIL: u64 = 64 << 10;
+
+/// State of a run, as seen from its files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Standing {
+    /// A coordinator holds the run directory.
+    Running,
+    /// The last step is done.
+    Complete,
+    /// A coordinator stopped it after a clean checkpoint.
+    Stopped,
+    /// The newest coordinator ended with an error.
+    Failed,
+    /// The newest coordinator died without recording an end.
+    Interrupted,
+}
+
+impl Standing {
+    /// Returns the name used in the table and in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Standing::Running => "running",
+            Standing::Complete => "complete",
+            Standing::Stopped => "stopped",
+            Standing::Failed => "failed",
+            Standing::Interrupted => "interrupted",
+        }
+    }
+}
+
+/// Summary of a run, read from its files.
+#[derive(Debug, Serialize)]
+pub struct Overview {
+    /// The run directory.
+    pub run_dir: PathBuf,
+    /// Name of the job, `job.name`.
+    pub name: String,
+    /// State of the run.
+    pub standing: Standing,
+    /// Newest recorded step.
+    pub step: u64,
+    /// Last step of the job; `None` while the size of the data set is unknown.
+    pub last_step: Option<u64>,
+    /// Step of the newest checkpoint.
+    pub checkpoint_step: Option<u64>,
+    /// `state_digest` of the newest checkpoint.
+    pub state_digest: Option<String>,
+    /// Time of the newest record, in seconds of Unix time.
+    pub changed: f64,
+}
+
+/// Lists the runs in a folder, newest first.
+pub fn runs(folder: &Path, json: bool) -> Result<String, Failure> {
+    let unreadable = |error: io::Error| {
+        Failure::Input(format!("{}: {error}; give the folder that holds run directories", folder.display()))
+    };
+    let mut runs = Vec::new();
+    for entry in fs::read_dir(folder).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        if path.join("journal.sqlite").is_file() {
+            runs.push(overview(&path)?);
+        }
+    }
+    runs.sort_by(|one, other| other.changed.total_cmp(&one.changed));
+    if json {
+        return Ok(as_json(&runs));
+    }
+    if runs.is_empty() {
+        return Ok(format!("no runs in {}", folder.display()));
+    }
+    let mut table = Table::new(&["<run", "<state", "step", "of", "checkpoint", "changed"]);
+    for run in &runs {
+        table.row([
+            run.run_dir.display().to_string(),
+            run.standing.name().to_string(),
+            run.step.to_string(),
+            run.last_step.map_or("-".to_string(), |step| step.to_string()),
+            run.checkpoint_step.map_or("-".to_string(), |step| step.to_string()),
+            ago(run.changed),
+        ]);
+    }
+    Ok(table.to_string())
+}
+
+/// Reads the summary of one run directory.
+pub fn overview(run: &Path) -> Result<Overview, Failure> {
+    let wrong = |file: &str, error: &dyn std::fmt::Display| {
+        Failure::Input(format!(
+            "{}: {error}; give a folder that a coordinator trains in, such as runs/mnist-mlp",
+            run.join(file).display()
+        ))
+    };
+    let text = fs::read_to_string(run.join("job.toml")).map_err(|error| wrong("job.toml", &error))?;
+    let job = job_file::parse_resolved(&text).map_err(|errors| wrong("job.toml", &errors))?;
+    let journal = run.join("journal.sqlite");
+    let history = History::read(&journal).map_err(|error| wrong("journal.sqlite", &error))?;
+    let newest = history.checkpoints.iter().max_by_key(|checkpoint| checkpoint.position);
+    let row = last_line(&run.join("metrics.jsonl")).unwrap_or_default();
+    let event = last_line(&run.join("events.jsonl")).unwrap_or_default();
+    let time = |line: &Value| line["time"].as_f64().unwrap_or_default();
+    Ok(Overview {
+        run_dir: run.to_path_buf(),
+        name: job.job.name.clone(),
+        standing: standing(run, &event),
+        step: row["step"].as_u64().unwrap_or_default(),
+        last_step: history.samples.map(|samples| job.last_step(samples)),
+        checkpoint_step: newest.map(|checkpoint| checkpoint.step),
+        state_digest: newest.map(|checkpoint| checkpoint.state_digest.clone()),
+        changed: time(&row).max(time(&event)),
+    })
+}
+
+fn standing(run: &Path, newest_event: &Value) -> Standing {
+    if is_held(run) {
+        return Standing::Running;
+    }
+    match (newest_event["kind"].as_str(), newest_event["outcome"].as_str()) {
+        (Some("run_ended"), Some("complete")) => Standing::Complete,
+        (Some("run_ended"), Some("stopped")) => Standing::Stopped,
+        (Some("run_ended"), _) => Standing::Failed,
+        _ => Standing::Interrupted,
+    }
+}
+
+/// Whether a coordinator holds a run directory. The check takes a shared lock for an instant; a
+/// coordinator that starts at that instant tries again. On file systems whose locks do not reach
+/// other machines the claims decide.
+pub fn is_held(run: &Path) -> bool {
+    let Ok(file) = File::open(run.join("lock")) else { return false };
+    match Flock::lock(file, FlockArg::LockSharedNonblock) {
+        Err((_, Errno::EWOULDBLOCK)) => true,
+        asked => is_claimed(run, asked.is_ok()),
+    }
+}
+
+/// Returns the last whole line of a file of JSON lines.
+fn last_line(file: &Path) -> Option<Value> {
+    let mut file = File::open(file).ok()?;
+    let length = file.seek(SeekFrom::End(0)).ok()?;
+    file.seek(SeekFrom::Start(length.saturating_sub(TAIL))).ok()?;
+    let mut tail = Vec::new();
+    file.read_to_end(&mut tail).ok()?;
+    let whole = &tail[..tail.iter().rposition(|byte| *byte == b'\n')?];
+    let start = whole.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+    serde_json::from_slice(&whole[start..]).ok()
+}
+
+/// A checkpoint, as described by its manifest.
+#[derive(Debug, Default, Serialize)]
+struct Listed {
+    folder: String,
+    step: u64,
+    phase: u32,
+    bytes: u64,
+    /// Time at which the manifest was written, in seconds of Unix time; `None` where the storage
+    /// does not record it.
+    written: Option<f64>,
+    state_digest: String,
+    /// Description of the damage, if there is any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    damage: Option<String>,
+}
+
+/// Lists a run's checkpoints, oldest first. With `verify` all of their files are read and hashed.
+pub fn checkpoints(run: &Path, verify: bool, json: bool) -> Result<String, Failure> {
+    let text = fs::read_to_string(run.join("job.toml")).map_err(|error| {
+        Failure::Input(format!("--run-dir {}: job.toml: {error}; give the folder of a run", run.display()))
+    })?;
+    let job = job_file::parse_resolved(&text).map_err(Failure::input)?;
+    let storage = open_storage(run, &job).map_err(Failure::other)?;
+    let address = storage.storage().address().to_string();
+    let listed = storage.wait(list(storage.storage(), verify));
+    let listed = listed.map_err(|error| Failure::Other(silent(storage.storage(), &error).to_string()))?;
+    let damaged: Vec<String> = listed
+        .iter()
+        .filter_map(|listed| Some(format!("{}: {}", listed.folder, listed.damage.as_ref()?)))
+        .collect();
+    let text = if json { as_json(&listed) } else { render(&address, &listed, verify) };
+    if damaged.is_empty() {
+        return Ok(text);
+    }
+    Err(Failure::Other(format!("damaged checkpoints: {}\n{text}", damaged.join("; "))))
+}
+
+async fn list(storage: &Storage, verify: bool) -> Result<Vec<Listed>, Error> {
+    let mut listed = Vec::new();
+    for (folder, manifest) in manifests(storage).await? {
+        let written = storage.modified(&in_folder(&folder, MANIFEST)).await.ok();
+        let written = written.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs_f64()));
+        listed.push(match manifest {
+            Ok(checkpoint) => {
+                let damage = if verify { check_files(storage, &checkpoint).await? } else { None };
+                Listed::of(checkpoint, written, damage)
+            }
+            Err(damage) => Listed { folder, written, damage: Some(damage), ..Listed::default() },
+        });
+    }
+    Ok(listed)
+}
+
+impl Listed {
+    fn of(checkpoint: Checkpoint, written: Option<f64>, damage: Option<String>) -> Listed {
+        Listed {
+            folder: checkpoint.folder(),
+            step: checkpoint.step,
+            phase: checkpoint.phase,
+            bytes: checkpoint.files.iter().map(|file| file.bytes).sum(),
+            written,
+            state_digest: checkpoint.state_digest,
+            damage,
+        }
+    }
+}
+
+fn render(storage: &str, listed: &[Listed], verify: bool) -> String {
+    if listed.is_empty() {
+        return format!("no checkpoints in {storage}");
+    }
+    let mut table = Table::new(&["<checkpoint", "step", "size", "saved", "<state_digest", "<"]);
+    for checkpoint in listed {
+        let state = match &checkpoint.damage {
+            Some(_) => "damaged",
+            None if verify => "whole",
+            None => "",
+        };
+        table.row([
+            checkpoint.folder.clone(),
+            checkpoint.step.to_string(),
+            size(checkpoint.bytes),
+            checkpoint.written.map_or("-".to_string(), ago),
+            checkpoint.state_digest.clone(),
+            state.to_string(),
+        ]);
+    }
+    table.to_string()
+}
+
+/// Renders a value as JSON for programs.
+pub fn as_json(value: &impl Serialize) -> String {
+    serde_json::to_string_pretty(value).expect("texts and numbers can be written")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_whole_line_is_found_behind_a_torn_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("lines");
+        for (text, step) in [("{\"step\":1}\n", 1), ("{\"step\":1}\n{\"step\":2}\n{\"st", 2)] {
+            fs::write(&file, text).unwrap();
+            assert_eq!(last_line(&file).unwrap()["step"], step);
+        }
+        fs::write(&file, "{\"st").unwrap();
+        assert!(last_line(&file).is_none());
+        let long = format!("{}\n{{\"step\":3}}\n", "x".repeat(2 * usize::try_from(TAIL).unwrap()));
+        fs::write(&file, long).unwrap();
+        assert_eq!(last_line(&file).unwrap()["step"], 3);
+    }
+
+    #[test]
+    fn how_things_stand_is_told_by_the_lock_and_by_the_last_event() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path();
+        let ended = |outcome: &str| serde_json::json!({ "kind": "run_ended", "outcome": outcome });
+        assert_eq!(standing(run, &ended("complete")), Standing::Complete);
+        assert_eq!(standing(run, &ended("stopped")), Standing::Stopped);
+        assert_eq!(standing(run, &ended("input_error")), Standing::Failed);
+        assert_eq!(standing(run, &serde_json::json!({ "kind": "checkpoint" })), Standing::Interrupted);
+        let held = crate::run_dir::RunDir::hold(run).unwrap();
+        assert_eq!(standing(run, &ended("complete")), Standing::Running);
+        drop(held);
+        assert_eq!(standing(run, &ended("complete")), Standing::Complete);
+    }
+}

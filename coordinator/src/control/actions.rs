@@ -1,0 +1,346 @@
+//! Execution of the machine's decisions.
+
+use std::cmp::Ordering;
+
+use ganglion_membership::{
+    Action, Backend, Cause, Checkpoint, Difference, Event, Generation, Group, NUMERICS, Outcome, Passport,
+    Plan, PlanKind, Rejection, Start, WorkerId,
+};
+use ganglion_proto::job::Exclusion;
+use ganglion_proto::message::{Assignment, ToWorker};
+use ganglion_proto::{failpoint, log};
+use serde_json::json;
+
+use super::stuck::Held;
+use super::{Change, Shell, ShellError};
+use crate::checkpoints::writer::Kept;
+use crate::journal::Fact;
+
+impl Shell {
+    pub(super) fn act(&mut self, action: Action) -> Result<(), ShellError> {
+        match action {
+            Action::Reject(worker, rejection) => self.reject(worker, &rejection),
+            Action::AdoptPassport(passport) => self.adopt(&passport)?,
+            Action::Condemn(generation) => {
+                self.journal.set_fact(Fact::Condemned, &generation.to_string())?;
+                self.records.event("condemned", json!({ "generation": generation.0 }));
+                self.give_up_checkpoints();
+            }
+            Action::Close(generation) => {
+                self.journal.set_fact(Fact::Closed, &generation.to_string())?;
+            }
+            Action::AllowSkip(position) => {
+                self.journal.allow_skip(position)?;
+                self.records.event("skip_allowed", json!({ "position": position.0 }));
+            }
+            Action::Form(group, cause) => self.form(&group, &cause)?,
+            Action::Assign(worker) => self.assign(worker),
+            Action::Abort { generation, workers, cause, probe } => {
+                self.abort(generation, &workers, &cause, probe);
+            }
+            Action::Announce { plan, workers } => self.announce(plan, &workers),
+            Action::Commit(checkpoint) => self.commit(checkpoint)?,
+            Action::AbandonCheckpoint(step) => {
+                self.records.event("checkpoint_abandoned", json!({ "step": step }));
+            }
+            Action::Spawn => self.spawn()?,
+            Action::GiveUpReplacing(reason) => {
+                self.records.message(&format!("warning: not replacing local workers any more: {reason}"));
+                self.records.event("replacing_given_up", json!({ "reason": reason }));
+            }
+            Action::Keep => self.keep(),
+            Action::Lose(worker, loss) => self.lose(worker, &loss),
+            Action::Release(worker) => {
+                let complete = self.is_complete;
+                self.send(worker, ToWorker::Release { complete });
+                // The session ends once the worker has read the release.
+                self.workers.remove(&worker);
+            }
+            Action::Drop(worker) => {
+                self.supervisor.kill(worker);
+                self.records.event("worker_dropped", json!({ "worker": worker.0 }));
+                if let Some(connected) = self.workers.get_mut(&worker) {
+                    connected.outbox = None;
+                }
+            }
+            Action::End(outcome) => self.end(outcome),
+        }
+        Ok(())
+    }
+
+    /// Sends without waiting; a worker whose queue is full has stopped reading and loses its session.
+    pub(super) fn send(&mut self, worker: WorkerId, message: ToWorker) {
+        let Some(connected) = self.workers.get_mut(&worker) else { return };
+        let Some(outbox) = &connected.outbox else { return };
+        if outbox.try_send(message).is_err() {
+            tracing::warn!("worker {worker} does not read its messages; closing its session");
+            connected.outbox = None;
+            self.deaf.push(worker);
+        }
+    }
+
+    pub(super) fn send_to_all(&mut self, message: &ToWorker) {
+        let workers: Vec<WorkerId> = self.workers.keys().copied().collect();
+        workers.into_iter().for_each(|worker| self.send(worker, message.clone()));
+    }
+
+    fn abort(&mut self, generation: Generation, workers: &[WorkerId], cause: &Cause, probe: bool) {
+        self.records.message(&format!("regrouping: {cause}"));
+        self.records.event("regroup", json!({ "generation": generation.0, "reason": cause.to_string() }));
+        let condemned = self.machine.condemned() == Some(generation);
+        for worker in workers {
+            let reason = cause.to_string();
+            self.send(*worker, ToWorker::Abort { generation, reason, probe, condemned });
+        }
+    }
+
+    fn keep(&mut self) {
+        let Some(group) = self.machine.group() else { return };
+        let (generation, world_size) = (group.generation, group.members.len());
+        self.records.message(&format!("took over generation {generation}: {world_size} workers train on"));
+        self.has_started();
+        let fields = json!({ "generation": generation.0, "world_size": world_size, "term": self.term.0 });
+        self.records.event("generation_kept", fields);
+    }
+
+    fn reject(&mut self, worker: WorkerId, rejection: &Rejection) {
+        let reason = match rejection {
+            Rejection::Ending => "the run is ending".to_string(),
+            Rejection::Passport(differences) => other_bits(differences),
+        };
+        self.records.message(&format!("refused worker {worker}: {reason}"));
+        self.records.event("worker_refused", json!({ "worker": worker.0, "reason": reason }));
+        self.send(worker, ToWorker::Reject(reason));
+        self.workers.remove(&worker);
+    }
+
+    fn adopt(&mut self, passport: &Passport) -> Result<(), ShellError> {
+        let text = serde_json::to_string(&passport.0).map_err(std::io::Error::from)?;
+        self.journal.set_fact(Fact::Passport, &text)?;
+        self.records.event("passport", json!({ "items": passport.0 }));
+        Ok(())
+    }
+
+    fn form(&mut self, group: &Group, cause: &Cause) -> Result<(), ShellError> {
+        if let Some(lost) = self.lost.take_if(|_| group.start == Start::Fresh) {
+            // No member that holds a state came back, so a fresh start would drop the trained steps.
+            self.outcome = Some(Outcome::InputWrong(lost));
+            return Ok(());
+        }
+        self.journal.form(self.term, group, cause)?;
+        self.records.formed(group.position);
+        // Numbered by generation: journaled, and no member was told.
+        failpoint::reached("form", group.generation.0);
+        if let Change::Made(exclusion) = self.change.clone() {
+            self.change = Change::None;
+            self.records.message(&format!("left out {exclusion}"));
+            let Exclusion { after_step, after_phase, files, .. } = exclusion;
+            let fields = json!({ "after_step": after_step, "after_phase": after_phase, "files": files });
+            self.records.event("samples_excluded", fields);
+        }
+        self.store.begin(group.generation);
+        let start = match &group.start {
+            Start::Fresh => "fresh".to_string(),
+            Start::Healed(rank) => format!("rank {rank}"),
+            Start::Checkpoint(_, checkpoint) => checkpoint.folder(),
+        };
+        let members: Vec<_> = (0u32..)
+            .zip(&group.members)
+            .map(|(rank, member)| {
+                let pid = self.workers.get(&member.worker).map(|connected| connected.pid);
+                let shards = [member.shards.start, member.shards.end];
+                json!({ "rank": rank, "worker": member.worker.0, "pid": pid, "shards": shards })
+            })
+            .collect();
+        log::note("generation", group.generation.0);
+        self.records.event(
+            "generation_formed",
+            json!({
+                "generation": group.generation.0, "world_size": group.members.len(),
+                "position": group.position.0, "start": start, "cause": cause.to_string(),
+                "backend": group.backend.to_string(), "members": members,
+            }),
+        );
+        self.records.message(&format!(
+            "generation {}: {} worker{} from {start}, over {}{}",
+            group.generation,
+            group.members.len(),
+            if group.members.len() == 1 { "" } else { "s" },
+            group.backend,
+            if self.is_exposed(group) { ", which does not encrypt: fence its network" } else { "" },
+        ));
+        self.has_started();
+        for (rank, member) in (0u32..).zip(&group.members) {
+            self.supervisor.rename(member.worker, &format!("rank {rank}"));
+            self.assign(member.worker);
+            // Numbered by generation: perhaps one member was told, and the others were not.
+            failpoint::reached("assign", group.generation.0);
+        }
+        Ok(())
+    }
+
+    /// Whether other machines could read a group's reduces, though this coordinator uses TLS.
+    fn is_exposed(&self, group: &Group) -> bool {
+        group.backend == Backend::Nccl && group.members.len() > 1 && self.url.starts_with("https://")
+    }
+
+    /// Sends a member its place in the newest group.
+    fn assign(&mut self, worker: WorkerId) {
+        let Some(group) = self.machine.group().cloned() else { return };
+        let Some(rank) = group.members.iter().position(|member| member.worker == worker) else { return };
+        let address = |worker: &WorkerId| self.workers.get(worker).map(|known| known.address.clone());
+        let addresses =
+            group.members.iter().map(|member| address(&member.worker).unwrap_or_default()).collect();
+        let rank = u32::try_from(rank).expect("a rank is below V");
+        self.send(worker, ToWorker::Assignment(Assignment { group, rank, addresses }));
+    }
+
+    fn announce(&mut self, plan: Plan, workers: &[WorkerId]) {
+        let kind = match plan.kind {
+            PlanKind::Regroup => "regroup",
+            PlanKind::Stop => "stop",
+        };
+        self.records.event("plan", json!({ "plan": plan.number, "change": kind }));
+        for worker in workers {
+            self.send(*worker, ToWorker::Plan(plan));
+        }
+    }
+
+    /// Journals a checkpoint and orders it to be made valid.
+    pub(super) fn commit(&mut self, checkpoint: Checkpoint) -> Result<(), ShellError> {
+        // A new group reports files again, perhaps of a checkpoint that is in progress. `latest`
+        // never moves back.
+        match self.ordered.map(|newest| checkpoint.position.cmp(&newest)) {
+            Some(Ordering::Equal) => return Ok(()),
+            Some(Ordering::Less) => return self.act(Action::AbandonCheckpoint(checkpoint.step)),
+            Some(Ordering::Greater) | None => {}
+        }
+        if !self.records.are_durable(checkpoint.step) {
+            self.records.begin_sync();
+            self.postpone(checkpoint);
+            return Ok(());
+        }
+        if let Err(error) = self.journal.commit(&checkpoint) {
+            self.delayed(&checkpoint, &error.to_string());
+            self.postpone(checkpoint);
+            return Ok(());
+        }
+        self.ordered = Some(checkpoint.position);
+        self.keeper.order(checkpoint, self.judged.protected(self.samples));
+        Ok(())
+    }
+
+    /// Gives up the checkpoints that are not valid yet. Later ones of the same steps may hold other states.
+    fn give_up_checkpoints(&mut self) {
+        for checkpoint in std::mem::take(&mut self.unjournaled) {
+            self.records.event("checkpoint_abandoned", json!({ "step": checkpoint.step }));
+        }
+        self.keeper.give_up();
+        self.ordered = self.machine.checkpoint().map(|checkpoint| checkpoint.position);
+    }
+
+    /// Keeps a checkpoint for a later attempt, without duplicates.
+    fn postpone(&mut self, checkpoint: Checkpoint) {
+        if !self.unjournaled.iter().any(|known| known.position == checkpoint.position) {
+            self.unjournaled.push(checkpoint);
+        }
+    }
+
+    /// Handles a report of the checkpoint task.
+    pub(super) fn kept(&mut self, kept: Kept) -> Result<(), ShellError> {
+        match kept {
+            Kept::Delayed(checkpoint, reason) => {
+                self.delayed(&checkpoint, &reason);
+                Ok(())
+            }
+            Kept::BestDelayed(step, reason) => {
+                if self.delays.is_news("best.json", &reason) {
+                    self.records.message(&format!(
+                        "warning: the checkpoint of step {step} is the best, and best.json cannot be written: {reason}; \
+                         trying again"
+                    ));
+                }
+                Ok(())
+            }
+            Kept::GivenUp(step) => {
+                self.records.event("checkpoint_abandoned", json!({ "step": step }));
+                Ok(())
+            }
+            Kept::Valid(checkpoint, begun) => {
+                if let Err(error) = self.journal.made_valid(&checkpoint) {
+                    self.stick(error.into())?;
+                    self.held.push_front(Held::Kept(Kept::Valid(checkpoint, begun)));
+                    return Ok(());
+                }
+                self.ordered = self.ordered.max(Some(checkpoint.position));
+                self.records.timeline.stored("write manifest", begun);
+                self.lost = None;
+                self.records.checkpoint(&checkpoint);
+                if self.delays.end() {
+                    let step = checkpoint.step;
+                    self.records
+                        .message(&format!("checkpoints are written again: that of step {step} is saved"));
+                }
+                self.send_to_all(&ToWorker::CheckpointRecorded(checkpoint.step, checkpoint.phase));
+                if checkpoint.phase == 0 {
+                    self.judged.saved(checkpoint.step);
+                    self.order_best();
+                }
+                self.handle(Event::CheckpointCommitted(checkpoint))
+            }
+        }
+    }
+
+    fn delayed(&mut self, checkpoint: &Checkpoint, reason: &str) {
+        let step = checkpoint.step;
+        if self.delays.is_news("manifest.json", reason) {
+            self.records.message(&format!(
+                "warning: the checkpoint of step {step} waits for its manifest: {reason}; trying again until it is written"
+            ));
+        }
+        let fields = json!({ "step": step, "file": "manifest.json", "reason": reason });
+        self.records.event("checkpoint_delayed", fields);
+    }
+
+    fn end(&mut self, outcome: Outcome) {
+        self.records.catch_up();
+        self.outcome = Some(outcome);
+    }
+}
+
+/// Refusal of a worker with another fingerprint of the environment, with advice.
+fn other_bits(differences: &[Difference]) -> String {
+    let items: Vec<String> = differences.iter().map(ToString::to_string).collect();
+    let numerics = differences.iter().find(|difference| difference.item == NUMERICS);
+    let way_on = match numerics.map(|difference| difference.expected.as_str()) {
+        Some(number) if !number.is_empty() => format!(
+            "use a build whose `worker --version` says numerics {number}, as the run began with, or begin a new run"
+        ),
+        _ => "use the same build on the same kind of machine".to_string(),
+    };
+    format!(
+        "this worker would compute other bits than the run, which was started elsewhere: {}; {way_on}",
+        items.join("; ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_of_another_passport_is_told_what_to_do() {
+        let difference = |item: &str, expected: &str, found: &str| Difference {
+            item: item.to_string(),
+            expected: expected.to_string(),
+            found: found.to_string(),
+        };
+        let told = other_bits(&[difference(NUMERICS, "1", "2")]);
+        assert!(told.contains(r#"numerics is "2" here and "1" in the run"#), "{told}");
+        assert!(told.contains("`worker --version` says numerics 1"), "{told}");
+        for item in [difference("cpu_capability", "AVX2", "AVX512"), difference(NUMERICS, "", "2")] {
+            let told = other_bits(&[item]);
+            assert!(told.ends_with("use the same build on the same kind of machine"), "{told}");
+        }
+    }
+}

@@ -1,0 +1,541 @@
+//! The shell around the membership machine: one loop that feeds events to the machine and carries
+//! out its decisions.
+//!
+//! 1. A decision is journaled before anything acts on it. While the journal cannot be written
+//!    nothing is decided (`stuck.rs`).
+//! 2. The loop never waits for a worker: a worker that does not read its messages loses its session.
+//! 3. A file that cannot be written is retried while training goes on; nothing is acknowledged that
+//!    is not written. The loop waits neither for the checkpoint storage, which has a task of its
+//!    own (`checkpoints::writer`), nor for a sync of the records.
+//! 4. Only a worker's newest session is served: the one that the worker opened last, in whatever
+//!    order they arrive.
+
+mod actions;
+mod admin;
+mod after_completion;
+mod attempts;
+mod budget;
+mod delays;
+pub mod detach;
+mod evaluations;
+pub mod records;
+mod sessions;
+mod stuck;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ganglion_membership::{
+    Action, Checkpoint, Event, Limits, Machine, Outcome, Position, Progress, Recovered, Settings, Term, Time,
+    WorkerId,
+};
+use ganglion_proto::evaluation::AlarmPolicy;
+use ganglion_proto::failpoint;
+use ganglion_proto::job::{Exclusion, Job};
+use ganglion_proto::message::{ToWorker, Usage};
+use serde_json::json;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::api::grpc::{Input, Outbox, SessionId, Store};
+use crate::checkpoints::best::{Best, Judged};
+use crate::checkpoints::catalog::Checkpoints;
+use crate::checkpoints::writer::Keeper;
+use crate::control::detach::Launch;
+use crate::journal::{Fact, Journal, JournalError, Spawned};
+use crate::records::alarms::Watch;
+use crate::records::view::Publisher;
+use crate::workers::{EXIT_LIMIT, Exited, Supervisor, new_token};
+use attempts::Attempts;
+use budget::Budget;
+use delays::Delays;
+use records::Records;
+use stuck::Held;
+
+/// Interval at which pending writes are retried and recorded rows are acknowledged.
+const CHORES: Duration = Duration::from_secs(1);
+/// Time limit, at the end, for the last orders to the checkpoint storage.
+const KEEPER_LIMIT: Duration = Duration::from_secs(10);
+/// Signals this close together count as one request: a launcher may signal a process and then its
+/// whole group.
+const ONE_REQUEST: Duration = Duration::from_secs(1);
+
+/// A term's plan for the samples that the job asks to leave out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// No change is requested.
+    None,
+    /// This term only quiesces members of earlier terms; the next term makes the change.
+    Waits,
+    /// This term trains with the change.
+    Made(Exclusion),
+}
+
+/// Signal that asked for a stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopSignal {
+    /// SIGINT, Ctrl-C.
+    Interrupt,
+    /// SIGTERM.
+    Terminate,
+    /// SIGHUP: the terminal was closed.
+    Hangup,
+}
+
+impl StopSignal {
+    /// Exit code of a process that this signal stopped: 128 plus the signal's number.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            StopSignal::Interrupt => 130,
+            StopSignal::Terminate => 143,
+            StopSignal::Hangup => 129,
+        }
+    }
+}
+
+/// How this coordinator's part of the run ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Outcome reported by the machine.
+    pub outcome: Outcome,
+    /// The signal that caused a stop.
+    pub signal: Option<StopSignal>,
+}
+
+/// Inputs of [`Shell::new`].
+pub struct Parts {
+    /// The resolved job.
+    pub job: Job,
+    /// Term of this coordinator.
+    pub term: Term,
+    /// The run directory.
+    pub folder: PathBuf,
+    /// Unique name of the run.
+    pub run: String,
+    /// The open journal.
+    pub journal: Journal,
+    /// The checkpoint storage.
+    pub checkpoints: Checkpoints,
+    /// State recovered from earlier terms.
+    pub recovered: Recovered,
+    /// Message for a run whose checkpoints are lost while no living member holds a state either.
+    pub lost: Option<String>,
+    /// Recorded evaluations.
+    pub judged: Judged,
+    /// Number of local workers to start.
+    pub local_workers: u32,
+    /// Samples to leave out from now on.
+    pub change: Change,
+    /// Address at which local workers connect.
+    pub url: String,
+    /// Receives a view of the run each second.
+    pub publisher: Publisher,
+    /// The group's key-value store.
+    pub store: Store,
+    /// Metrics, events and progress.
+    pub records: Records,
+    /// Supervisor of the local workers, including those of earlier terms that are still running.
+    pub supervisor: Supervisor,
+    /// Receives the exits of local workers.
+    pub exited: mpsc::UnboundedReceiver<Exited>,
+    /// The launcher that waits for the start of the run, with `--detach`.
+    pub launch: Option<Launch>,
+}
+
+/// Driver of the membership machine. See the module documentation.
+pub struct Shell {
+    job: Job,
+    term: Term,
+    run: String,
+    journal: Journal,
+    keeper: Keeper,
+    machine: Machine,
+    url: String,
+    publisher: Publisher,
+    store: Store,
+    records: Records,
+    supervisor: Supervisor,
+    exited: mpsc::UnboundedReceiver<Exited>,
+    workers: BTreeMap<WorkerId, Connected>,
+    /// Attempts by which workers opened their newest sessions.
+    attempts: Attempts,
+    /// Journaled size of the data set.
+    samples: Option<u64>,
+    /// Journaled indices of the samples that the job leaves out.
+    left_out: Vec<u64>,
+    /// Samples to leave out, until a group has formed without them.
+    change: Change,
+    /// Workers whose sessions were closed because they do not read their messages.
+    deaf: Vec<WorkerId>,
+    /// Checkpoints that could not be journaled yet, or whose rows are not durable.
+    unjournaled: Vec<Checkpoint>,
+    /// Local processes whose process numbers could not be journaled yet, by token.
+    unnumbered: Vec<(String, Spawned)>,
+    /// Whether the size of the data set still has to be journaled.
+    size_waits: bool,
+    /// Whether the journal cannot be written. Nothing is decided then.
+    is_stuck: bool,
+    /// Whether the user was told about the stuck journal.
+    told_stuck: bool,
+    /// Decisions not carried out yet.
+    undone: VecDeque<Action>,
+    /// Events received while the journal is stuck.
+    held: VecDeque<Held>,
+    /// Warnings already given about checkpoints that cannot be written.
+    delays: Delays,
+    /// Update index of the newest checkpoint ordered from the keeper.
+    ordered: Option<Position>,
+    /// Message for a run that may not start from step 0; `None` if it may.
+    lost: Option<String>,
+    /// The row requested from the workers, and the time of the request.
+    asked: Option<(u64, Instant)>,
+    /// Time for which a worker may be disconnected.
+    lease: Duration,
+    signal: Option<StopSignal>,
+    /// Time at which `signal` arrived.
+    signalled: Instant,
+    started: Instant,
+    outcome: Option<Outcome>,
+    /// Whether the job's last step is done and saved.
+    is_complete: bool,
+    /// Recorded evaluations.
+    judged: Judged,
+    /// The best checkpoint, as last sent to the keeper.
+    best: Option<Best>,
+    /// Raises alarms.
+    watch: Watch,
+    /// Step of the newest row of metrics checked for alarms.
+    watched: u64,
+    /// The launcher that waits for the start of the run.
+    launch: Option<Launch>,
+}
+
+/// A worker known to the machine.
+struct Connected {
+    session: SessionId,
+    /// Queue of messages to the worker; `None` while it has no session.
+    outbox: Option<Outbox>,
+    host: String,
+    pid: u32,
+    /// Address at which other workers test whether they reach it.
+    address: String,
+    /// Device that the worker computes on.
+    device: String,
+    /// Events that the worker may still cause.
+    budget: Budget,
+    /// Time and content of the newest heartbeat.
+    heard: Option<(Instant, Progress, Usage)>,
+}
+
+/// Failure of this process or its machine that ends the run here.
+#[derive(Debug, thiserror::Error)]
+pub enum ShellError {
+    /// The journal failed: without it nothing may be decided.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A system call failed.
+    #[error("{0}")]
+    System(#[from] std::io::Error),
+}
+
+impl Shell {
+    /// Builds a shell. Nothing runs before [`Shell::run`].
+    pub fn new(parts: Parts) -> Shell {
+        let settings = Settings {
+            term: parts.term,
+            local_workers: parts.local_workers,
+            data_shards: parts.job.job.data_shards,
+            limits: Limits::derive(Duration::from_secs_f64(parts.job.job.failure_deadline)),
+        };
+        let lease = settings.limits.lease;
+        let mut watch = Watch::new(&parts.job);
+        // Alarms reported by earlier coordinators are not reported again; but a run that an alarm
+        // stopped is stopped by it again.
+        if parts.job.alarms.policy != AlarmPolicy::Stop {
+            parts.judged.rows().for_each(|row| drop(watch.evaluation(row)));
+        }
+        Shell {
+            watched: parts.records.last_step(),
+            watch,
+            judged: parts.judged,
+            best: None,
+            machine: Machine::new(settings, parts.recovered),
+            keeper: Keeper::start(parts.checkpoints, parts.job.checkpoint.keep_last),
+            job: parts.job,
+            term: parts.term,
+            run: parts.run,
+            journal: parts.journal,
+            url: parts.url,
+            publisher: parts.publisher,
+            store: parts.store,
+            records: parts.records,
+            supervisor: parts.supervisor,
+            exited: parts.exited,
+            launch: parts.launch,
+            workers: BTreeMap::new(),
+            attempts: Attempts::default(),
+            samples: None,
+            left_out: Vec::new(),
+            change: parts.change,
+            deaf: Vec::new(),
+            unjournaled: Vec::new(),
+            unnumbered: Vec::new(),
+            size_waits: false,
+            is_stuck: false,
+            told_stuck: false,
+            undone: VecDeque::new(),
+            held: VecDeque::new(),
+            delays: Delays::default(),
+            ordered: None,
+            lost: parts.lost,
+            asked: None,
+            lease,
+            signal: None,
+            signalled: Instant::now(),
+            started: Instant::now(),
+            outcome: None,
+            is_complete: false,
+        }
+    }
+
+    /// Runs until the machine ends the run, then waits for the local workers to exit. `signals`
+    /// delivers the user's signals.
+    pub async fn run(
+        &mut self,
+        inputs: &mut mpsc::Receiver<Input>,
+        signals: &mut mpsc::UnboundedReceiver<StopSignal>,
+    ) -> Result<Ended, ShellError> {
+        self.handle(Event::Started)?;
+        if self.machine.local_workers() == 0 {
+            self.has_started();
+        }
+        let mut chores = tokio::time::interval(CHORES);
+        while self.outcome.is_none() {
+            let deadline = self.machine.deadline().map(|time| self.started + time);
+            let sleep = deadline.unwrap_or_else(|| Instant::now() + CHORES);
+            tokio::select! {
+                // Polled in this order: signals first; the machine's timer last, so that heartbeats
+                // in the queue are handled before any worker is judged late.
+                biased;
+                Some(signal) = signals.recv() => self.stop(signal)?,
+                // Before the messages: a flood of them must not keep rows from being acknowledged.
+                _ = chores.tick() => self.do_chores()?,
+                // While the journal is stuck, input stays in the channel beyond this limit:
+                // back-pressure to the sessions.
+                Some(input) = inputs.recv(), if self.held.len() < stuck::LIMIT => self.take(input)?,
+                Some(exit) = self.exited.recv(), if !self.is_stuck => self.reaped(exit)?,
+                Some(kept) = self.keeper.next(), if !self.is_stuck => self.kept(kept)?,
+                // Dropping this future loses nothing: the sync runs in a thread of its own.
+                () = self.records.synced() => self.settle_rows()?,
+                () = tokio::time::sleep_until(sleep), if !self.is_stuck => self.handle(Event::Tick)?,
+            }
+        }
+        self.publish();
+        self.see_off().await;
+        // The last order may be the naming of the best checkpoint.
+        if !self.keeper.finish(KEEPER_LIMIT).await {
+            self.records.message(
+                "warning: the checkpoint storage takes too long; best.json may be of an earlier checkpoint",
+            );
+        }
+        let outcome = self.outcome.take().unwrap_or(Outcome::Stopped(None));
+        self.records.finish(&outcome, self.signal);
+        Ok(Ended { outcome, signal: self.signal })
+    }
+
+    /// Reports the start of the run to the launcher: a group trains, or no local worker exists that
+    /// could. From now on no terminal is needed.
+    pub fn has_started(&mut self) {
+        let Some(launch) = self.launch.take() else { return };
+        if let Err(error) = launch.started(&self.job.job.name, self.records.folder()) {
+            self.records.message(&format!("warning: --detach: cannot leave the terminal: {error}"));
+        }
+    }
+
+    fn start_worker(&mut self) -> Result<(), ShellError> {
+        let (token, local_rank) = (new_token()?, self.supervisor.free_rank());
+        self.journal.spawning(self.term, &token, local_rank)?;
+        let trace = self.records.timeline.path();
+        let spawned = self.supervisor.spawn(&self.url, token.clone(), local_rank, trace)?;
+        // Numbered by local rank: a process runs, and the journal has its token and not its process number.
+        failpoint::reached("spawn", local_rank.into());
+        self.unnumbered.push((token, spawned));
+        self.number_processes()?;
+        self.records.event("worker_started", json!({ "pid": spawned.pid, "local_rank": local_rank }));
+        Ok(())
+    }
+
+    /// Journals the process numbers of started workers. A process whose number cannot be journaled
+    /// yet runs all the same: its token was journaled.
+    fn number_processes(&mut self) -> Result<(), ShellError> {
+        while let Some((token, spawned)) = self.unnumbered.last() {
+            match self.journal.spawned(token, *spawned) {
+                Err(error) if error.may_mend() => return Ok(()),
+                done => done?,
+            }
+            self.unnumbered.pop();
+        }
+        Ok(())
+    }
+
+    /// Journals the size of the data set, and the indices of the samples left out.
+    fn journal_size(&mut self) -> Result<(), ShellError> {
+        let Some(samples) = self.samples else { return Ok(()) };
+        let left_out = json!(self.left_out).to_string();
+        let journaled = self.journal.set_fact(Fact::Samples, &samples.to_string());
+        self.size_waits = match journaled.and_then(|()| self.journal.set_fact(Fact::LeftOut, &left_out)) {
+            Err(error) if error.may_mend() => true,
+            done => done.map(|()| false)?,
+        };
+        Ok(())
+    }
+
+    fn now(&self) -> Time {
+        self.started.elapsed()
+    }
+
+    /// Passes an event to the machine and carries out its decisions.
+    fn handle(&mut self, event: Event) -> Result<(), ShellError> {
+        let mut actions = Vec::new();
+        self.machine.handle(self.now(), event, &mut actions);
+        // Workers released together with the run's end are told that it is complete.
+        self.is_complete |= actions.contains(&Action::End(Outcome::Complete));
+        self.undone.extend(actions);
+        self.carry_out()?;
+        while let Some(worker) = self.deaf.pop() {
+            self.handle(Event::Disconnected(worker))?;
+        }
+        if self.change == Change::Waits && !self.machine.is_reconnecting() {
+            self.change = Change::None;
+            self.handle(Event::StopRequested)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, input: Input) -> Result<(), ShellError> {
+        if self.is_stuck {
+            return self.hold(input);
+        }
+        match input {
+            Input::Hello { hello, session, outbox, answer } => {
+                match self.admit(hello.clone(), session, outbox.clone()) {
+                    Ok(admitted) => drop(answer.send(admitted)),
+                    Err(error) => {
+                        self.stick(error)?;
+                        self.held.push_front(Held::Input(Input::Hello { hello, session, outbox, answer }));
+                    }
+                }
+                Ok(())
+            }
+            Input::Message(session, worker, message) => self.take_message(session, worker, message),
+            Input::Closed(session, worker) => self.closed(session, worker),
+            Input::Admin(input) => self.administer(input),
+        }
+    }
+
+    fn reaped(&mut self, exit: Exited) -> Result<(), ShellError> {
+        if let Err(error) = self.journal.ended(&exit.token) {
+            self.stick(error.into())?;
+            self.held.push_front(Held::Exit(exit));
+            return Ok(());
+        }
+        let worker = self.supervisor.reaped(&exit.token);
+        if exit.input_error && self.machine.group().is_none() {
+            // The worker reports this in its session as well; whichever comes first ends the run.
+            let detail = exit.status.strip_prefix("exit status: 2: ").unwrap_or(&exit.status);
+            return self.handle(Event::InputWrong(detail.to_string()));
+        }
+        let number = worker.map(|worker| worker.0);
+        self.records
+            .event("worker_exited", json!({ "worker": number, "pid": exit.pid, "status": exit.status }));
+        self.handle(Event::Reaped { worker, status: exit.status })
+    }
+
+    /// Starts a local worker. A worker that cannot be started counts as one that ended at once.
+    pub(super) fn spawn(&mut self) -> Result<(), ShellError> {
+        match self.start_worker() {
+            Err(ShellError::System(error)) => {
+                self.handle(Event::Reaped { worker: None, status: format!("no start: {error}") })
+            }
+            done => done,
+        }
+    }
+
+    fn stop(&mut self, signal: StopSignal) -> Result<(), ShellError> {
+        if self.signal.is_some() && self.signalled.elapsed() < ONE_REQUEST {
+            return Ok(());
+        }
+        if self.signal.is_some() {
+            self.outcome = Some(Outcome::Failed("stopped at once by a second signal".to_string()));
+            return Ok(());
+        }
+        (self.signal, self.signalled) = (Some(signal), Instant::now());
+        self.records.message("stopping: saving a checkpoint after this step (once more to stop at once)");
+        self.records.event("stop_requested", json!({}));
+        self.handle(Event::StopRequested)
+    }
+
+    fn do_chores(&mut self) -> Result<(), ShellError> {
+        self.publish();
+        self.records.catch_up();
+        self.ask_for_rows();
+        self.unstick()?;
+        self.number_processes()?;
+        if self.size_waits {
+            self.journal_size()?;
+        }
+        self.settle_rows()
+    }
+
+    /// Completes the work that waited for rows to be durable.
+    fn settle_rows(&mut self) -> Result<(), ShellError> {
+        if let Some(step) = self.records.acknowledge() {
+            self.send_to_all(&ToWorker::MetricsRecorded(step));
+        }
+        for checkpoint in std::mem::take(&mut self.unjournaled) {
+            self.commit(checkpoint)?;
+        }
+        Ok(())
+    }
+
+    /// Requests rows that did not arrive, or found no room, from the workers. A row that no worker
+    /// has after the longest time for which a worker may be away is lost.
+    fn ask_for_rows(&mut self) {
+        let saved = self.unjournaled.iter().map(|checkpoint| checkpoint.step).max();
+        let limit = self.records.last_step().max(saved.unwrap_or(0));
+        let Some(step) = self.records.missing(limit).filter(|_| self.records.has_room()) else {
+            self.asked = None;
+            return;
+        };
+        match self.asked.filter(|(asked, _)| *asked == step) {
+            None => self.asked = Some((step, Instant::now())),
+            Some((_, since)) if since.elapsed() > self.lease => return self.records.give_up(limit),
+            Some(_) => {}
+        }
+        self.send_to_all(&ToWorker::MetricsWanted(step));
+    }
+
+    /// Gives the local workers time to exit, then kills the rest.
+    async fn see_off(&mut self) {
+        self.workers.clear();
+        if matches!(self.outcome, Some(Outcome::Failed(_))) {
+            self.supervisor.kill_all();
+        }
+        let mut deadline = Instant::now() + EXIT_LIMIT;
+        while !self.supervisor.is_empty() {
+            match tokio::time::timeout_at(deadline, self.exited.recv()).await {
+                Ok(Some(exit)) => {
+                    let _ = self.journal.ended(&exit.token);
+                    self.supervisor.reaped(&exit.token);
+                }
+                Ok(None) => return,
+                Err(_) => {
+                    self.supervisor.kill_all();
+                    // A killed process is still waited for, so that its end is journaled.
+                    deadline += EXIT_LIMIT;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,110 @@
+use super::*;
+use crate::job_file::{self, Source};
+use crate::records::disk::tests::FullDisk;
+use ganglion_proto::message::GpuUse;
+
+fn row(step: u64) -> MetricsRow {
+    MetricsRow {
+        step,
+        time: 1.0,
+        generation: 1,
+        world_size: 1,
+        loss_discriminator: 0.5,
+        loss_generator: 0.5,
+        images_per_second: 1.0,
+        images_seen: step,
+        ledger: step,
+        skipped: 0,
+        profile: None,
+        gpu: GpuUse::default(),
+        scores: None,
+    }
+}
+
+struct Bench {
+    folder: tempfile::TempDir,
+    disk: Arc<FullDisk>,
+    records: Records,
+}
+
+impl Bench {
+    /// A run that reports each step, and has formed its first generation.
+    fn new() -> Bench {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = Arc::new(FullDisk::default());
+        let job = job_file::read(&Source::Embedded, &["metrics.every_steps=1".to_string()]).unwrap();
+        let as_disk: Arc<dyn Disk> = disk.clone();
+        let mut records = Records::open(job, folder.path(), Screen::silent(), &as_disk).unwrap();
+        records.formed(Position(0));
+        Bench { folder, disk, records }
+    }
+
+    fn metrics(&self) -> PathBuf {
+        self.folder.path().join("metrics.jsonl")
+    }
+
+    fn rows(&self) -> usize {
+        std::fs::read_to_string(self.metrics()).unwrap().lines().count()
+    }
+
+    /// Advances a second; returns the acknowledgement to the workers.
+    async fn second(&mut self) -> Option<u64> {
+        self.records.catch_up();
+        if self.records.syncing.is_some() {
+            self.records.synced().await;
+        }
+        self.records.acknowledge()
+    }
+}
+
+/// Invariants 1 and 2: while the disk is full, more rows arrive than find room here.
+#[tokio::test]
+async fn a_full_disk_loses_no_row() {
+    let mut bench = Bench::new();
+    bench.records.take_row(row(1));
+    assert_eq!(bench.second().await, Some(1));
+    bench.disk.fill();
+    let limit = bench.disk.rows_that_wait();
+    let all = limit as u64 + 1000;
+    (2..=all).for_each(|step| bench.records.take_row(row(step)));
+    assert_eq!(bench.second().await, None);
+    assert_eq!((bench.records.waiting.len(), bench.rows()), (limit, 1));
+    assert!(!bench.records.are_durable(2) && bench.records.are_durable(1));
+
+    bench.disk.free();
+    let held = limit as u64 + 1;
+    assert_eq!(bench.second().await, Some(held), "the prefix that was written, not what came after it");
+    assert!(bench.records.has_room());
+    assert_eq!(bench.records.missing(all), Some(held + 1));
+    // The newest is computed before the others are reported again.
+    bench.records.take_row(row(all + 1));
+    assert_eq!(bench.second().await, None);
+    (held + 1..=all).for_each(|step| bench.records.take_row(row(step)));
+    assert_eq!(bench.second().await, Some(all + 1));
+    assert_eq!(bench.records.missing(all + 1), None);
+    assert_eq!(bench.rows() as u64, all + 1);
+}
+
+/// Invariant 3.
+#[tokio::test]
+async fn a_row_is_durable_before_it_is_acknowledged_and_before_its_checkpoint() {
+    let mut bench = Bench::new();
+    for step in [1, 2] {
+        bench.records.take_row(row(step));
+        let written = std::fs::metadata(bench.metrics()).unwrap().len();
+        assert!(bench.disk.synced(&bench.metrics()) < written);
+        assert_eq!(bench.records.acknowledge(), None);
+        assert!(!bench.records.are_durable(step));
+        assert_eq!(bench.second().await, Some(step));
+        assert_eq!(bench.disk.synced(&bench.metrics()), written);
+        assert!(bench.records.are_durable(step));
+    }
+    // A due row that has not arrived.
+    assert!(!bench.records.are_durable(3));
+    bench.records.take_row(row(4));
+    assert_eq!(bench.second().await, None, "4 is durable, and 3 is not there");
+    bench.records.give_up(4);
+    assert_eq!(bench.second().await, Some(4));
+    let told = std::fs::read_to_string(bench.folder.path().join("events.jsonl")).unwrap();
+    assert!(told.contains(r#""kind":"metrics_lost","count":1,"first":3,"last":3"#), "{told}");
+}

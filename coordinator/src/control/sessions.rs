@@ -1,0 +1,316 @@
+//! Workers' sessions: admission and messages.
+
+use ganglion_membership::{Event, Fault, Generation, LoadedFacts, Loss, Progress, WorkerId};
+use ganglion_proto::found::Found;
+use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcome};
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::budget::Budget;
+use super::stuck::Held;
+use super::{Connected, Shell, ShellError};
+use crate::api::grpc::{Input, Outbox, SessionId};
+
+/// Maximum number of ranks that a fault's event names; beyond that it gives their number.
+const NAMED_RANKS: usize = 64;
+
+impl Shell {
+    /// Admits a worker, under its earlier number if it may resume; the inner error is the reason of
+    /// a refusal.
+    pub(super) fn admit(
+        &mut self,
+        hello: Hello,
+        session: SessionId,
+        outbox: Outbox,
+    ) -> Result<Result<WorkerId, String>, ShellError> {
+        if let Some(refusal) = self.refusal(&hello) {
+            return Ok(Err(refusal));
+        }
+        let known = |resume: &&Resume| self.machine.knows(resume.worker, resume.generation);
+        let resume = hello.resume.as_ref().filter(known).cloned();
+        let token = hello.spawn_token.as_deref();
+        if resume.is_none()
+            && let Some(worker) = token.and_then(|token| self.supervisor.number(token))
+        {
+            return Ok(Ok(self.let_go_again(worker, &outbox)));
+        }
+        if resume.as_ref().is_some_and(|resume| !self.supervisor.may_be(resume.worker, token)) {
+            return Ok(Err("only with its token a worker of this coordinator goes on".to_string()));
+        }
+        if resume.as_ref().is_some_and(|resume| self.attempts.is_given_up(resume.worker, hello.attempt)) {
+            return Ok(Err("this worker has given this session up and opened a newer one".to_string()));
+        }
+        let worker = match &resume {
+            Some(resume) => resume.worker,
+            None => self.journal.admit(self.term, &hello.host, hello.pid, token)?,
+        };
+        let local = token.is_some_and(|token| self.supervisor.claim(token, worker));
+        if token.is_some_and(|token| !local && !self.supervisor.is_elsewhere(token)) {
+            return Ok(Err("its token is of no worker that this coordinator started".to_string()));
+        }
+        let Hello { host, pid, address, device, attempt, .. } = hello;
+        // Any generation will do: whether a worker is known does not depend on it.
+        self.attempts.opened(worker, attempt, |worker| self.machine.knows(worker, Generation(0)));
+        let connected = Connected {
+            session,
+            outbox: Some(outbox),
+            host: host.clone(),
+            pid,
+            address,
+            device,
+            budget: Budget::new(),
+            heard: None,
+        };
+        self.workers.insert(worker, connected);
+        self.send(worker, ToWorker::Welcome(Box::new(self.welcome(worker))));
+        self.send(worker, ToWorker::EvaluationsRecorded(self.judged.told()));
+        let kind = if resume.is_some() { "worker_resumed" } else { "worker_joined" };
+        self.records.event(kind, json!({ "worker": worker.0, "host": host, "pid": pid, "local": local }));
+        self.handle(match resume {
+            Some(Resume { generation, rest, .. }) => Event::Resumed { worker, generation, rest },
+            None => Event::Hello { worker, local },
+        })?;
+        Ok(Ok(worker))
+    }
+
+    fn welcome(&self, worker: WorkerId) -> Welcome {
+        Welcome {
+            term: self.term,
+            worker,
+            run: self.run.clone(),
+            job: self.job.clone(),
+            storage: self.keeper.address().to_string(),
+            condemned: self.machine.condemned().unwrap_or_default(),
+        }
+    }
+
+    /// Repeats the release of a local process. Such a process keeps one number as long as this
+    /// coordinator lives. A process that was released or given up, and has not received that, receives
+    /// it now: under a second number the end of the first one's process would go unnoticed.
+    fn let_go_again(&self, worker: WorkerId, outbox: &Outbox) -> WorkerId {
+        let _ = outbox.try_send(ToWorker::Welcome(Box::new(self.welcome(worker))));
+        let _ = outbox.try_send(ToWorker::Release { complete: false });
+        worker
+    }
+
+    pub(super) fn refusal(&self, hello: &Hello) -> Option<String> {
+        let resume = hello.resume.as_ref()?;
+        if resume.run != self.run {
+            return Some("this coordinator has another run".to_string());
+        }
+        let newer = resume.term > self.term;
+        newer.then(|| {
+            format!("a coordinator of term {} has this run; this is term {}", resume.term, self.term)
+        })
+    }
+
+    /// Handles the end of a session. The machine is told only if it was the worker's newest.
+    pub(super) fn closed(&mut self, session: SessionId, worker: WorkerId) -> Result<(), ShellError> {
+        match self.workers.get_mut(&worker) {
+            Some(connected) if connected.session == session && connected.outbox.is_some() => {
+                connected.outbox = None;
+                self.records.event("worker_disconnected", json!({ "worker": worker.0 }));
+                self.handle(Event::Disconnected(worker))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn take_message(
+        &mut self,
+        session: SessionId,
+        worker: WorkerId,
+        message: FromWorker,
+    ) -> Result<(), ShellError> {
+        let is_current = |current: &&mut Connected| current.session == session && current.outbox.is_some();
+        let Some(current) = self.workers.get_mut(&worker).filter(is_current) else { return Ok(()) };
+        let left_out = match message {
+            FromWorker::Loaded(..)
+            | FromWorker::Fault(..)
+            | FromWorker::Leave
+            | FromWorker::PartDelayed(..) => current.budget.spend(),
+            _ => Some(0),
+        };
+        let Some(left_out) = left_out else { return self.spent(session, worker, &message) };
+        match message {
+            FromWorker::Hello(_) => {
+                tracing::warn!("worker {worker} says hello twice; closing its session");
+                self.closed(session, worker)
+            }
+            FromWorker::Loaded(facts, found) => self.loaded(worker, facts, found.as_deref()),
+            FromWorker::Ready(generation, position) => {
+                self.handle(Event::Ready(worker, generation, position))
+            }
+            FromWorker::Fault(generation, fault) => {
+                // A worker outside the group has no generation that could fail.
+                if self.machine.has_trained(worker) {
+                    self.note_fault(worker, generation.0, &fault);
+                }
+                self.handle(Event::Fault(worker, generation, fault))
+            }
+            FromWorker::Heartbeat(progress, usage) => {
+                self.note_heartbeat(worker, progress, usage);
+                self.send(worker, ToWorker::Pulse);
+                self.handle(Event::Heartbeat(worker, progress))
+            }
+            FromWorker::Finished(generation, position, complete) => {
+                self.handle(Event::Finished { worker, generation, position, complete })
+            }
+            FromWorker::Leave => {
+                self.records.event("worker_leaves", json!({ "worker": worker.0 }));
+                self.handle(Event::Leave(worker))
+            }
+            FromWorker::InputError(detail) => self.input_wrong(worker, detail),
+            FromWorker::PartWritten(generation, part) => {
+                self.handle(Event::PartWritten(worker, generation, part))
+            }
+            FromWorker::Evaluation(row) if self.machine.has_trained(worker) => {
+                if let Err(error) = self.take_evaluation(row.clone()) {
+                    self.stick(error)?;
+                    let again = Input::Message(session, worker, FromWorker::Evaluation(row));
+                    self.held.push_front(Held::Input(again));
+                }
+                Ok(())
+            }
+            report if self.machine.has_trained(worker) => {
+                self.take_report(worker, report, left_out);
+                Ok(())
+            }
+            _ => {
+                tracing::warn!("dropped a report of worker {worker}, which has not trained");
+                Ok(())
+            }
+        }
+    }
+
+    /// Handles one event beyond the budget. A storage that fails again and again is reported now
+    /// and then; a healthy worker sends nothing else that often.
+    fn spent(
+        &mut self,
+        session: SessionId,
+        worker: WorkerId,
+        message: &FromWorker,
+    ) -> Result<(), ShellError> {
+        let is_trusted = self.machine.has_trained(worker);
+        if is_trusted && matches!(message, FromWorker::PartDelayed(..)) {
+            return Ok(());
+        }
+        tracing::warn!("worker {worker} causes too many events; closing its session");
+        if !is_trusted {
+            self.send(worker, ToWorker::Reject("it causes too many events".to_string()));
+        }
+        self.closed(session, worker)
+    }
+
+    /// Whether a session is the worker's newest, and open.
+    pub(super) fn is_current(&self, session: SessionId, worker: WorkerId) -> bool {
+        let current = self.workers.get(&worker);
+        current.is_some_and(|current| current.session == session && current.outbox.is_some())
+    }
+
+    pub(super) fn note_heartbeat(&mut self, worker: WorkerId, progress: Progress, usage: Usage) {
+        if let Some(connected) = self.workers.get_mut(&worker) {
+            connected.heard = Some((Instant::now(), progress, usage));
+        }
+    }
+
+    fn loaded(
+        &mut self,
+        worker: WorkerId,
+        facts: LoadedFacts,
+        found: Option<&Found>,
+    ) -> Result<(), ShellError> {
+        let later = self.job.data.exclusions.iter().filter(|exclusion| !exclusion.is_from_the_start());
+        let expected: usize = later.map(|exclusion| exclusion.files.len()).sum();
+        let known = facts.left_out.len() == expected
+            && facts.left_out.iter().all(|at| *at < facts.samples)
+            // A worker that loaded before the newest change has another sample stream.
+            && facts.passport.0.get("exclusions") == self.job.data.exclusions_hash().as_ref();
+        if !known {
+            let detail = "it does not know which samples the job leaves out".to_string();
+            self.send(worker, ToWorker::Reject(detail.clone()));
+            return self.handle(Event::Unable(worker, detail));
+        }
+        self.handle(Event::Loaded(worker, facts))?;
+        if let Some(found) = found.filter(|_| self.machine.has_loaded(worker)) {
+            self.records.data_found(found);
+        }
+        // The data of a worker with another fingerprint of the environment says nothing about the run.
+        let samples = self.machine.samples().filter(|samples| self.samples != Some(*samples));
+        if let Some(samples) = samples {
+            self.samples = Some(samples);
+            self.journal_size()?;
+            self.records.loaded(samples, self.machine.checkpoint());
+        }
+        if let Some(left_out) = self.machine.left_out().filter(|left_out| *left_out != self.left_out) {
+            self.left_out = left_out.to_vec();
+            self.journal_size()?;
+        }
+        Ok(())
+    }
+
+    /// Handles wrong input on a worker's machine. Once others train, a mistake on the machine of a
+    /// newcomer concerns that worker alone.
+    fn input_wrong(&mut self, worker: WorkerId, detail: String) -> Result<(), ShellError> {
+        let is_needed = self.machine.has_trained(worker) || self.supervisor.has(worker);
+        if is_needed || self.machine.group().is_none() {
+            return self.handle(Event::InputWrong(detail));
+        }
+        self.send(worker, ToWorker::Reject(detail.clone()));
+        self.handle(Event::Unable(worker, detail))
+    }
+
+    /// Takes a diagnostic report, which decides nothing.
+    fn take_report(&mut self, worker: WorkerId, report: FromWorker, left_out: u64) {
+        let samples = self.machine.samples().or(self.samples);
+        let last = samples.map_or(u64::MAX, |samples| self.job.last_step(samples));
+        let last_position = last.saturating_mul(self.job.phases_per_step());
+        match report {
+            FromWorker::Metrics(row) if row.step <= last => self.take_row(row),
+            FromWorker::Samples(grid) if grid.step <= last => self.records.take_samples(grid),
+            FromWorker::PhaseSkipped(position, detail) if position.0 < last_position => {
+                self.records.phase_skipped(position, &detail);
+            }
+            FromWorker::PartDelayed(step, file, detail) => {
+                if self.delays.is_news(&format!("worker {worker}"), &detail) {
+                    self.records.message(&format!(
+                        "warning: the checkpoint of step {step} waits: worker {worker} cannot write {file}: {detail}; \
+                         trying again until it can"
+                    ));
+                }
+                let mut fields = json!({ "worker": worker.0, "step": step, "file": file, "reason": detail });
+                if left_out > 0 {
+                    fields["left_out"] = left_out.into();
+                }
+                self.records.event("checkpoint_delayed", fields);
+            }
+            _ => tracing::warn!("dropped a report of worker {worker} of a step that the run does not have"),
+        }
+    }
+
+    fn note_fault(&mut self, worker: WorkerId, generation: u64, fault: &Fault) {
+        let (kind, detail) = match fault {
+            Fault::Peer => ("peer", String::new()),
+            Fault::Timeout => ("timeout", String::new()),
+            Fault::Links(ranks) => {
+                let named: Vec<String> =
+                    ranks.iter().take(NAMED_RANKS).map(|rank| rank.0.to_string()).collect();
+                let more = ranks.len().saturating_sub(NAMED_RANKS);
+                let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+                ("links", format!("[{}]{more}", named.join(", ")))
+            }
+            Fault::Diverged(detail) => ("diverged", detail.clone()),
+            Fault::Internal(detail) => ("internal", detail.clone()),
+            Fault::NonFinite { detail, .. } => ("non_finite", detail.clone()),
+        };
+        let fields = json!({ "worker": worker.0, "generation": generation, "fault": kind, "detail": detail });
+        self.records.event("fault", fields);
+    }
+
+    /// Notes that a worker is lost, if it was still connected.
+    pub(super) fn lose(&mut self, worker: WorkerId, loss: &Loss) {
+        let pid = self.workers.remove(&worker).map(|lost| lost.pid);
+        self.records
+            .event("worker_lost", json!({ "worker": worker.0, "pid": pid, "reason": loss.to_string() }));
+    }
+}

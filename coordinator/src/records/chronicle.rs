@@ -1,0 +1,456 @@
+//! In-memory index of a run's records for the dashboard: curves, events, checkpoints, pictures, counts.
+//!
+//! 1. It is built from the lines of `metrics.jsonl` and `events.jsonl`, those of earlier coordinators
+//!    first, and from nothing else. So a new coordinator shows the same as the one before.
+//! 2. Memory is bounded, and so is the cost of any query. A reader holds the lock for a moment
+//!    only: nothing waits for a client, a file or a process with it.
+//! 3. No decision depends on it.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ganglion_proto::found::Found;
+use serde::{Deserialize, Serialize};
+
+use super::curve::{Bucket, Curve, Point, SERIES};
+
+/// Maximum size of the events kept in memory, in bytes; older ones are in the file.
+const EVENT_BYTES: usize = 4 << 20;
+/// Maximum number of checkpoints kept.
+const CHECKPOINTS: usize = 32;
+/// Maximum number of evaluations kept.
+const EVALUATIONS: usize = 4096;
+/// Maximum number of pictures known by name.
+const PICTURES: usize = 100_000;
+
+/// Shared handle of the index; clones refer to the same one.
+#[derive(Clone, Debug, Default)]
+pub struct Chronicle(Arc<Mutex<Known>>);
+
+/// Content of the index. See the module documentation.
+#[derive(Debug, Default)]
+pub struct Known {
+    curve: Curve,
+    /// The row of the greatest step.
+    pub newest: Option<RowLine>,
+    /// Number of rows so far.
+    pub rows: u64,
+    /// Number and line of each event kept.
+    events: VecDeque<(u64, String)>,
+    event_bytes: usize,
+    /// Number of events so far, which is the number of the next one.
+    pub event_count: u64,
+    /// Time of the first event, in seconds of Unix time.
+    pub begun: Option<f64>,
+    /// Number of events by kind.
+    pub kinds: BTreeMap<String, u64>,
+    /// Number of faults that workers reported, by kind.
+    pub faults: BTreeMap<String, u64>,
+    /// Newest checkpoints, oldest first.
+    pub checkpoints: VecDeque<CheckpointLine>,
+    pictures: BTreeSet<u64>,
+    /// Newest evaluations, by step.
+    pub evaluations: BTreeMap<u64, EvaluationLine>,
+    /// The best checkpoint.
+    pub best: Option<BestLine>,
+    /// Active alarms by name, with their reasons.
+    pub alarms: BTreeMap<String, String>,
+    /// The data set as a worker found it.
+    pub data: Option<Found>,
+}
+
+/// A row of metrics, as parsed from its line.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)] // the columns of metrics.jsonl
+pub struct RowLine {
+    pub step: u64,
+    pub time: f64,
+    pub generation: u64,
+    pub world_size: u32,
+    pub loss_discriminator: Option<f64>,
+    pub loss_generator: Option<f64>,
+    pub score_real: Option<f64>,
+    pub score_fake: Option<f64>,
+    pub images_per_second: Option<f64>,
+    pub images_seen: u64,
+    pub epoch: f64,
+    pub skipped: u64,
+    pub profile: Option<ProfileLines>,
+}
+
+/// Time profile of a step, of the discriminator's and of the generator's phases.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[allow(missing_docs)]
+pub struct ProfileLines {
+    pub discriminator: ProfileLine,
+    pub generator: ProfileLine,
+}
+
+/// Time profile of one network's phases, in milliseconds a step.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[allow(missing_docs)]
+pub struct ProfileLine {
+    pub data: f64,
+    pub compute: f64,
+    pub wait: f64,
+    pub commit: f64,
+    pub other: f64,
+}
+
+impl ProfileLine {
+    /// The parts with their names.
+    pub fn parts(&self) -> [(&'static str, f64); 5] {
+        [
+            ("data", self.data),
+            ("compute", self.compute),
+            ("wait", self.wait),
+            ("commit", self.commit),
+            ("other", self.other),
+        ]
+    }
+}
+
+/// A checkpoint, as parsed from its event.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CheckpointLine {
+    /// Number of completed steps.
+    pub step: u64,
+    /// Time at which it became valid, in seconds of Unix time.
+    pub time: f64,
+    /// Folder in the storage.
+    pub folder: String,
+    /// `state_digest` of the checkpoint.
+    pub state_digest: String,
+}
+
+/// An evaluation, as parsed from its event.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct EvaluationLine {
+    pub step: u64,
+    pub time: f64,
+    pub metrics: BTreeMap<String, Option<f64>>,
+    pub features: String,
+    pub seconds: f64,
+}
+
+/// The data set, as parsed from its event.
+#[derive(Deserialize)]
+struct DataLine {
+    found: Found,
+}
+
+/// Reason of an alarm.
+#[derive(Deserialize)]
+struct Detail {
+    #[serde(default)]
+    detail: String,
+}
+
+/// The best checkpoint, as parsed from its event.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct BestLine {
+    pub step: u64,
+    pub folder: String,
+    pub metric: String,
+    pub value: f64,
+}
+
+/// Fields read from an event.
+#[derive(Deserialize)]
+struct EventLine<'a> {
+    time: f64,
+    kind: &'a str,
+    #[serde(default)]
+    fault: Option<&'a str>,
+    #[serde(default)]
+    step: Option<u64>,
+    #[serde(default)]
+    alarm: Option<&'a str>,
+}
+
+impl RowLine {
+    fn point(&self) -> Point {
+        let given = |value: Option<f64>| value.unwrap_or(f64::NAN);
+        let of_both = |part: usize| {
+            self.profile
+                .map_or(f64::NAN, |of| of.discriminator.parts()[part].1 + of.generator.parts()[part].1)
+        };
+        let [data, compute, wait, commit, other] = [0, 1, 2, 3, 4].map(of_both);
+        let values: [f64; SERIES.len()] = [
+            given(self.loss_discriminator),
+            given(self.loss_generator),
+            given(self.score_real),
+            given(self.score_fake),
+            given(self.images_per_second),
+            f64::from(self.world_size),
+            data,
+            compute,
+            wait,
+            commit,
+            other,
+        ];
+        Point { step: self.step, time: self.time, values }
+    }
+}
+
+impl Chronicle {
+    /// Locks the index. Hold the guard for a moment only: the coordinator's loop waits for it.
+    pub fn look(&self) -> MutexGuard<'_, Known> {
+        // Nothing panics while it holds the lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a line of `metrics.jsonl`.
+    pub fn row(&self, line: &[u8]) {
+        // The writer has validated the line; a line of another version without these columns is not drawn.
+        let Ok(row) = serde_json::from_slice::<RowLine>(line) else { return };
+        let mut known = self.look();
+        known.rows += 1;
+        known.curve.add(&row.point());
+        if known.newest.as_ref().is_none_or(|newest| newest.step < row.step) {
+            known.newest = Some(row);
+        }
+    }
+
+    /// Adds a line of `events.jsonl`.
+    pub fn event(&self, line: &[u8]) {
+        let mut known = self.look();
+        let number = known.event_count;
+        known.event_count += 1;
+        let (Ok(text), Ok(event)) =
+            (std::str::from_utf8(line), serde_json::from_slice::<EventLine<'_>>(line))
+        else {
+            return;
+        };
+        known.note(&event, line);
+        known.event_bytes += line.len();
+        known.events.push_back((number, text.to_string()));
+        while known.event_bytes > EVENT_BYTES && known.events.len() > 1 {
+            let gone = known.events.pop_front().map_or(0, |(_, line)| line.len());
+            known.event_bytes -= gone;
+        }
+    }
+}
+
+impl Known {
+    fn note(&mut self, event: &EventLine<'_>, line: &[u8]) {
+        self.begun.get_or_insert(event.time);
+        count(&mut self.kinds, event.kind);
+        match event.kind {
+            "fault" => count(&mut self.faults, event.fault.unwrap_or("unknown")),
+            "samples" => {
+                self.pictures.extend(event.step);
+                if self.pictures.len() > PICTURES {
+                    self.pictures.pop_first();
+                }
+            }
+            "checkpoint" => {
+                let Ok(checkpoint) = serde_json::from_slice::<CheckpointLine>(line) else { return };
+                self.checkpoints.retain(|known| known.step != checkpoint.step);
+                self.checkpoints.push_back(checkpoint);
+                if self.checkpoints.len() > CHECKPOINTS {
+                    self.checkpoints.pop_front();
+                }
+            }
+            "data" => {
+                let line = serde_json::from_slice::<DataLine>(line);
+                self.data = line.ok().map(|line| line.found).or(self.data.take());
+            }
+            _ => self.note_judged(event, line),
+        }
+    }
+
+    fn note_judged(&mut self, event: &EventLine<'_>, line: &[u8]) {
+        match (event.kind, event.alarm) {
+            ("evaluation", _) => {
+                let Ok(evaluation) = serde_json::from_slice::<EvaluationLine>(line) else { return };
+                self.evaluations.insert(evaluation.step, evaluation);
+                if self.evaluations.len() > EVALUATIONS {
+                    self.evaluations.pop_first();
+                }
+            }
+            ("best_checkpoint", _) => self.best = serde_json::from_slice(line).ok().or(self.best.take()),
+            ("alarm", Some(alarm)) => {
+                let detail =
+                    serde_json::from_slice::<Detail>(line).map(|found| found.detail).unwrap_or_default();
+                self.alarms.insert(alarm.to_string(), detail);
+            }
+            ("alarm_over", Some(alarm)) => drop(self.alarms.remove(alarm)),
+            _ => {}
+        }
+    }
+
+    /// Rows from a step on, as at most `points` + 1 buckets.
+    pub fn curve(&self, from: u64, points: usize) -> Vec<Bucket> {
+        self.curve.since(from, points)
+    }
+
+    /// Events from a number on with their numbers, at most `limit` and at most about `bytes` of them.
+    pub fn events(&self, from: u64, limit: usize, bytes: usize) -> Vec<(u64, String)> {
+        let start = self.events.partition_point(|(number, _)| *number < from);
+        let mut size = 0;
+        let fits = |(_, line): &&(u64, String)| {
+            let fits = size < bytes;
+            size += line.len();
+            fits
+        };
+        self.events.range(start..).take(limit).take_while(fits).cloned().collect()
+    }
+
+    /// Number of the oldest event kept.
+    pub fn first_event(&self) -> u64 {
+        self.events.front().map_or(self.event_count, |(number, _)| *number)
+    }
+
+    /// Steps that have a picture, at most `limit` of them: the first, the newest, and some between.
+    pub fn pictures(&self, limit: usize) -> Vec<u64> {
+        let all: Vec<u64> = self.pictures.iter().copied().collect();
+        if all.len() <= limit || limit < 2 {
+            return all.into_iter().rev().take(limit).rev().collect();
+        }
+        (0..limit).map(|at| all[at * (all.len() - 1) / (limit - 1)]).collect()
+    }
+
+    /// Number of events of a kind.
+    pub fn count(&self, kind: &str) -> u64 {
+        self.kinds.get(kind).copied().unwrap_or(0)
+    }
+}
+
+/// Counts one occurrence. The kinds are the coordinator's own, so there are few.
+fn count(counts: &mut BTreeMap<String, u64>, kind: &str) {
+    match counts.get_mut(kind) {
+        Some(count) => *count += 1,
+        None => drop(counts.insert(kind.to_string(), 1)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::records::disk::SystemDisk;
+    use crate::records::events::EventLog;
+    use crate::records::metrics::{MetricsLog, Row, row_of};
+
+    /// Invariant 1: lines that were there and lines that are added are taken alike.
+    #[test]
+    fn the_files_tell_the_same_before_and_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let open = |chronicle: &Chronicle| {
+            let (rows, events) = (chronicle.clone(), chronicle.clone());
+            let disk = || Arc::new(SystemDisk);
+            let metrics =
+                MetricsLog::open(&path("metrics.jsonl"), disk(), Box::new(move |line| rows.row(line)));
+            let events =
+                EventLog::open(&path("events.jsonl"), disk(), Box::new(move |line| events.event(line)));
+            (metrics.unwrap(), events.unwrap())
+        };
+        let first = Chronicle::default();
+        let (mut metrics, mut events) = open(&first);
+        for step in 1..=3 {
+            metrics.record(&Row { scores: Some([0.75, 0.25]), ..row_of(step * 10) }).unwrap();
+        }
+        let fault = serde_json::json!({ "worker": 1, "fault": "peer" });
+        events.append(1.0, "fault", &fault).unwrap();
+        let checkpoint = serde_json::json!({ "step": 20, "folder": "step-00000020", "state_digest": "ab" });
+        events.append(2.0, "checkpoint", &checkpoint).unwrap();
+        events.append(3.0, "samples", serde_json::json!({ "step": 20 })).unwrap();
+        let again = Chronicle::default();
+        let (mut metrics, _events) = open(&again);
+        for chronicle in [&first, &again] {
+            let known = chronicle.look();
+            assert_eq!((known.rows, known.event_count, known.begun), (3, 3, Some(1.0)));
+            assert_eq!((known.count("fault"), known.faults.get("peer")), (1, Some(&1)));
+            assert_eq!(known.checkpoints[0].state_digest, "ab");
+            assert_eq!(known.pictures(10), [20]);
+            assert_eq!(known.curve(0, 10)[2].series[2].mean(), Some(0.75));
+            assert_eq!(known.newest.as_ref().map(|row| row.step), Some(30));
+        }
+        // A row that is already recorded adds no line.
+        metrics.record(&row_of(40)).unwrap();
+        metrics.record(&row_of(40)).unwrap();
+        assert_eq!(again.look().rows, 4);
+    }
+
+    #[test]
+    fn evaluations_the_best_checkpoint_and_alarms_are_known() {
+        let chronicle = Chronicle::default();
+        let tell = |line: &str| chronicle.event(line.as_bytes());
+        for (step, distance) in [(20, "2.5"), (10, "null")] {
+            tell(&format!(
+                r#"{{"time":1.0,"kind":"evaluation","step":{step},"metrics":{{"kid":{distance}}},"features":"f","seconds":0.5}}"#
+            ));
+        }
+        tell(
+            r#"{"time":2.0,"kind":"best_checkpoint","step":20,"folder":"step-00000020","metric":"kid","value":2.5}"#,
+        );
+        tell(r#"{"time":3.0,"kind":"alarm","alarm":"collapse","step":20,"detail":"why"}"#);
+        {
+            let known = chronicle.look();
+            let told: Vec<_> =
+                known.evaluations.values().map(|line| (line.step, line.metrics["kid"])).collect();
+            assert_eq!(told, [(10, None), (20, Some(2.5))]);
+            assert_eq!(known.best.as_ref().map(|best| best.step), Some(20));
+            assert_eq!(known.alarms.get("collapse").map(String::as_str), Some("why"));
+        }
+        tell(r#"{"time":4.0,"kind":"alarm_over","alarm":"collapse","step":30}"#);
+        assert!(chronicle.look().alarms.is_empty());
+    }
+
+    #[test]
+    fn the_data_set_is_known_as_it_was_found() {
+        let chronicle = Chronicle::default();
+        let mut found = Found { samples: 5, ..Found::default() };
+        found.leave_out(".gif", "a.gif");
+        let line = serde_json::json!({ "time": 1.0, "kind": "data", "found": found });
+        chronicle.event(line.to_string().as_bytes());
+        chronicle.event(br#"{"time":2.0,"kind":"data","found":5}"#);
+        assert_eq!(chronicle.look().data.as_ref(), Some(&found));
+    }
+
+    /// Invariant 2.
+    #[test]
+    fn events_come_in_pages_and_the_oldest_go() {
+        let chronicle = Chronicle::default();
+        let filler = "x".repeat(1000);
+        for time in 0..10_000 {
+            chronicle.event(format!(r#"{{"time":{time}.0,"kind":"a","filler":"{filler}"}}"#).as_bytes());
+        }
+        let known = chronicle.look();
+        assert!(known.event_bytes <= EVENT_BYTES && known.event_bytes > EVENT_BYTES / 2);
+        assert_eq!((known.event_count, known.count("a")), (10_000, 10_000));
+        let page = known.events(0, 5, usize::MAX);
+        assert_eq!(page.len(), 5);
+        assert_eq!(page[0].0, known.first_event());
+        assert!(page[0].0 > 0, "the oldest are gone");
+        assert_eq!(known.events(9_998, 5, usize::MAX).len(), 2);
+        assert_eq!(known.events(0, 1000, 2500).len(), 3);
+        assert!(known.events(10_000, 5, usize::MAX).is_empty());
+    }
+
+    #[test]
+    fn many_pictures_are_told_by_some_of_them() {
+        let chronicle = Chronicle::default();
+        (1..=1000).for_each(|step| {
+            chronicle.event(format!(r#"{{"time":1.0,"kind":"samples","step":{step}}}"#).as_bytes());
+        });
+        let some = chronicle.look().pictures(11);
+        assert_eq!((some.len(), some[0], some[10]), (11, 1, 1000));
+        assert_eq!(chronicle.look().pictures(5000).len(), 1000);
+    }
+
+    #[test]
+    fn lines_that_say_something_else_are_passed_over() {
+        let chronicle = Chronicle::default();
+        for line in ["", "{", "[]", "{}", r#"{"time":"x","kind":5}"#, "\u{0}"] {
+            chronicle.event(line.as_bytes());
+            chronicle.row(line.as_bytes());
+        }
+        let known = chronicle.look();
+        assert_eq!((known.event_count, known.events.len()), (6, 0));
+    }
+}

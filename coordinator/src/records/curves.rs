@@ -1,0 +1,252 @@
+//! TensorBoard's curves and pictures, drawn from the lines of `metrics.jsonl` and `events.jsonl`.
+//!
+//! 1. Each line is drawn once: the event files of earlier coordinators are read back, so a line
+//!    that a death or a full disk kept from being drawn is drawn by the next coordinator.
+//! 2. A row is one record of an event file, written as a whole or not at all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::Deserialize;
+
+use super::chronicle::{EvaluationLine, RowLine};
+use super::tensorboard::{Png, TensorBoard};
+
+/// Tag of the curve that every row has a point of.
+const MARK: &str = "cluster/world_size";
+/// Tag of the series of pictures.
+const PICTURES: &str = "samples";
+/// Prefix of the tags of an evaluation's figures.
+const EVALUATION: &str = "evaluation/";
+
+/// Shared handle of the event file; clones refer to the same one.
+#[derive(Clone, Debug)]
+pub struct Curves(Arc<Mutex<Board>>);
+
+/// Steps that are already drawn.
+#[derive(Debug, Default)]
+struct Drawn {
+    rows: BTreeSet<u64>,
+    evaluations: BTreeSet<u64>,
+    pictures: BTreeSet<u64>,
+}
+
+#[derive(Debug)]
+struct Board {
+    run: PathBuf,
+    file: TensorBoard,
+    drawn: Drawn,
+}
+
+/// Columns of a row that only TensorBoard shows.
+#[derive(Deserialize)]
+struct Gpu {
+    gpu_memory_bytes: Option<u64>,
+    gpu_utilisation: Option<u32>,
+}
+
+/// Fields of an event that is drawn.
+#[derive(Deserialize)]
+struct Event<'a> {
+    kind: &'a str,
+    time: f64,
+    step: Option<u64>,
+    file: Option<&'a str>,
+}
+
+impl Curves {
+    /// Reads back the drawings of earlier coordinators in a run directory, and begins a new event file.
+    ///
+    /// # Errors
+    /// The folder cannot be read, or no file can be created in it.
+    pub fn open(run: &Path) -> io::Result<Curves> {
+        let folder = run.join("tensorboard");
+        let mut drawn = Drawn::default();
+        TensorBoard::read_back(&folder, |step, tag| {
+            let steps = match tag {
+                MARK => &mut drawn.rows,
+                PICTURES => &mut drawn.pictures,
+                _ if tag.starts_with(EVALUATION) => &mut drawn.evaluations,
+                _ => return,
+            };
+            steps.insert(step);
+        })?;
+        let board = Board { run: run.to_path_buf(), file: TensorBoard::create(&folder)?, drawn };
+        Ok(Curves(Arc::new(Mutex::new(board))))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Board> {
+        // No method leaves the board inconsistent, so a poisoned lock may be used.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Draws a line of `metrics.jsonl`, unless it is already drawn.
+    pub fn row(&self, line: &[u8]) {
+        // A line of another version without these columns is not drawn.
+        let Ok(row) = serde_json::from_slice::<RowLine>(line) else { return };
+        let mut board = self.lock();
+        if board.drawn.rows.insert(row.step) {
+            board.file.scalars(row.step, row.time, points(&row, line));
+        }
+    }
+
+    /// Draws a line of `events.jsonl`, if it is an evaluation or a picture.
+    pub fn event(&self, line: &[u8]) {
+        let Ok(event) = serde_json::from_slice::<Event<'_>>(line) else { return };
+        match event {
+            Event { kind: "evaluation", .. } => {
+                let Ok(row) = serde_json::from_slice::<EvaluationLine>(line) else { return };
+                let mut board = self.lock();
+                if board.drawn.evaluations.insert(row.step) {
+                    board.file.scalars(row.step, row.time, figures(row.metrics));
+                }
+            }
+            Event { kind: "samples", step: Some(step), file: Some(file), time } => {
+                self.lock().picture(step, time, file);
+            }
+            _ => {}
+        }
+    }
+
+    /// Hands all records to the operating system, so that TensorBoard can see them.
+    ///
+    /// # Errors
+    /// The file cannot be written. The remaining records are kept for a while, and drawn by the
+    /// next coordinator at the latest.
+    pub fn flush(&self) -> io::Result<()> {
+        // Locked while writing: only the coordinator's loop draws, so no other thread waits.
+        self.lock().file.flush()
+    }
+}
+
+impl Board {
+    fn picture(&mut self, step: u64, time: f64, file: &str) {
+        if self.drawn.pictures.contains(&step) {
+            return;
+        }
+        // Accepts only a name in the folder of samples; a picture that was removed is not drawn.
+        let Some(name) = file.strip_prefix("samples/").filter(|name| !name.contains('/')) else { return };
+        let Ok(bytes) = fs::read(self.run.join("samples").join(name)) else { return };
+        if let Some(png) = Png::of(&bytes) {
+            self.file.image_png(PICTURES, step, time, png);
+            self.drawn.pictures.insert(step);
+        }
+    }
+}
+
+fn points(row: &RowLine, line: &[u8]) -> Vec<(String, f64)> {
+    let named = [
+        ("loss/discriminator", row.loss_discriminator),
+        ("loss/generator", row.loss_generator),
+        ("throughput/images_per_second", row.images_per_second),
+        (MARK, Some(f64::from(row.world_size))),
+        ("score/real", row.score_real),
+        ("score/fake", row.score_fake),
+    ];
+    let mut points: Vec<(String, f64)> =
+        named.into_iter().filter_map(|(tag, value)| Some((tag.to_string(), value?))).collect();
+    if let Ok(gpu) = serde_json::from_slice::<Gpu>(line) {
+        #[allow(clippy::cast_precision_loss)] // a curve for people
+        points.extend(gpu.gpu_memory_bytes.map(|bytes| ("gpu/memory_bytes".to_string(), bytes as f64)));
+        points.extend(
+            gpu.gpu_utilisation.map(|percent| ("gpu/utilisation_percent".to_string(), f64::from(percent))),
+        );
+    }
+    for (module, profile) in
+        row.profile.iter().flat_map(|of| [("discriminator", of.discriminator), ("generator", of.generator)])
+    {
+        points.extend(
+            profile.parts().map(|(part, milliseconds)| {
+                (format!("milliseconds_of_a_step/{module}_{part}"), milliseconds)
+            }),
+        );
+    }
+    points
+}
+
+fn figures(metrics: BTreeMap<String, Option<f64>>) -> Vec<(String, f64)> {
+    metrics.into_iter().filter_map(|(name, value)| Some((format!("{EVALUATION}{name}"), value?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::records::metrics::row_of;
+
+    /// Number of occurrences of each series and step in the event files of a run.
+    pub(super) fn drawn(run: &Path) -> BTreeMap<(String, u64), u32> {
+        let mut drawn = BTreeMap::new();
+        TensorBoard::read_back(&run.join("tensorboard"), |step, tag| {
+            *drawn.entry((tag.to_string(), step)).or_insert(0) += 1;
+        })
+        .unwrap();
+        drawn
+    }
+
+    fn line(step: u64) -> Vec<u8> {
+        format!(r#"{{"step":{step},"time":1.5,"generation":1,"world_size":2,"loss_generator":0.5}}"#).into()
+    }
+
+    /// Invariant 1: records lost with an earlier process, torn records, and new ones.
+    #[test]
+    fn each_line_is_drawn_once_by_whoever_comes() {
+        let run = tempfile::tempdir().unwrap();
+        fs::create_dir(run.path().join("samples")).unwrap();
+        let png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x03\0\0\0\x02\x08\0";
+        fs::write(run.path().join("samples/step-00000002.png"), png).unwrap();
+        let events = [
+            r#"{"time":1.0,"kind":"samples","step":2,"file":"samples/step-00000002.png"}"#,
+            r#"{"time":1.0,"kind":"samples","step":3,"file":"samples/../../outside.png"}"#,
+            r#"{"time":1.0,"kind":"evaluation","step":2,"metrics":{"a":1.5,"b":null},"features":"f","seconds":1.0}"#,
+        ];
+        let tell = |steps: std::ops::RangeInclusive<u64>, curves: &Curves| {
+            steps.for_each(|step| curves.row(&line(step)));
+            events.iter().for_each(|event| curves.event(event.as_bytes()));
+        };
+        let dies = Curves::open(run.path()).unwrap();
+        dies.row(&line(1));
+        dies.flush().unwrap();
+        tell(1..=4, &dies);
+        // Two of its records reached the file, the second in part.
+        let board = dies.lock();
+        let file = fs::read_dir(run.path().join("tensorboard")).unwrap().next().unwrap().unwrap().path();
+        let unwritten = board.file.unwritten();
+        let mut content = fs::read(&file).unwrap();
+        content.extend_from_slice(&unwritten[..unwritten.len() / 3]);
+        fs::write(&file, content).unwrap();
+        drop(board);
+        std::mem::forget(dies);
+        for _ in 0..2 {
+            let next = Curves::open(run.path()).unwrap();
+            tell(1..=5, &next);
+            next.flush().unwrap();
+        }
+        let drawn = drawn(run.path());
+        assert!(drawn.values().all(|count| *count == 1), "{drawn:?}");
+        let of = |tag: &str| {
+            drawn.keys().filter(|(known, _)| known == tag).map(|(_, step)| *step).collect::<Vec<_>>()
+        };
+        assert_eq!((of(MARK), of("loss/generator")), (vec![1, 2, 3, 4, 5], vec![1, 2, 3, 4, 5]));
+        assert_eq!((of(PICTURES), of("evaluation/a"), of("evaluation/b")), (vec![2], vec![2], vec![]));
+    }
+
+    #[test]
+    fn a_row_shows_all_its_columns() {
+        let profile = ganglion_proto::message::Profile { compute: 2.5, ..Default::default() };
+        let gpu = ganglion_proto::message::GpuUse { memory_bytes: Some(5), utilisation: Some(97) };
+        let row = crate::records::metrics::Row {
+            profile: Some([profile; 2]),
+            gpu,
+            scores: Some([0.75, 0.25]),
+            ..row_of(1)
+        };
+        let line = row.line();
+        let points = points(&serde_json::from_str(&line).unwrap(), line.as_bytes());
+        assert_eq!(points.len(), 4 + 2 + 2 + 10);
+        assert!(points.contains(&("milliseconds_of_a_step/generator_compute".to_string(), 2.5)));
+        assert!(points.contains(&("gpu/utilisation_percent".to_string(), 97.0)));
+    }
+}

@@ -1,0 +1,43 @@
+//! Log of this process, and its formats.
+
+use std::fmt;
+
+use clap::ValueEnum;
+use ganglion_proto::log::JsonLines;
+use tracing_subscriber::EnvFilter;
+
+use crate::records::progress::Screen;
+
+/// Format of logs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    Text,
+    /// An object a line.
+    Json,
+}
+
+impl fmt::Display for LogFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        })
+    }
+}
+
+/// Starts this process's log, on a screen.
+pub fn start_log(screen: &Screen, format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    let (screen, is_terminal) = (screen.clone(), screen.is_terminal());
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_ansi(is_terminal)
+        .log_internal_errors(false)
+        .with_writer(move || screen.clone());
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.event_format(JsonLines).init(),
+    }
+}

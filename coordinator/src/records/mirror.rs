@@ -1,0 +1,279 @@
+//! `--mirror`: copies a run's metrics, events, samples and TensorBoard files to another storage
+//! while it goes on.
+//!
+//! 1. A thread of its own reads the run directory and sends; nothing waits for it but the run's
+//!    end, for a bounded time.
+//! 2. A file is sent again once its length or its modification time differs; files that an earlier
+//!    coordinator sent are not sent again. A file that grows is sent as far as it was.
+//! 3. A failure is reported once and retried. A storage that belongs to another run is left alone.
+//!
+//! Passes over the files take at most a tenth of the time: object stores cannot append, so a long
+//! file is sent whole.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use ganglion_storage::{Address, Blocking, Claim, Path as Place, Storage, reason};
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, timeout};
+
+use crate::records::progress::Screen;
+
+/// Interval between two passes.
+const EVERY: Duration = Duration::from_secs(30);
+/// Interval between two attempts at the end.
+const AGAIN: Duration = Duration::from_secs(2);
+/// Time for which the end of a run waits.
+const LAST: Duration = Duration::from_secs(60);
+/// Length of the pause after a long pass, as a multiple of that pass.
+const REST: u32 = 9;
+
+/// Single files that are copied; job.toml, which may change without growing, first.
+const FILES: [&str; 3] = ["job.toml", "events.jsonl", "metrics.jsonl"];
+/// Folders whose files are copied.
+const FOLDERS: [&str; 2] = ["samples", "tensorboard"];
+
+/// A running mirror, if `--mirror` is given.
+pub struct Mirror(Option<Working>);
+
+struct Working {
+    /// Set to true when the run has ended.
+    ending: watch::Sender<bool>,
+    done: oneshot::Receiver<()>,
+    address: Address,
+    screen: Screen,
+}
+
+impl Mirror {
+    /// Starts to copy a run's directory to `url`.
+    ///
+    /// # Errors
+    /// A message that says what is wrong with `url`, and how to mend it.
+    pub fn start(url: Option<&str>, run: &str, folder: &Path, screen: &Screen) -> Result<Mirror, String> {
+        let Some(url) = url else { return Ok(Mirror(None)) };
+        let address = Address::parse(url).map_err(|what| format!("--mirror: the address {what}"))?;
+        let wrong = |what: String| format!("--mirror {address}: {what}");
+        if let Address::Folder(target) = &address {
+            fs::create_dir_all(target).map_err(|error| wrong(error.to_string()))?;
+        }
+        let storage = Storage::open(&address).map_err(wrong)?;
+        let storage = Blocking::new(storage).map_err(|error| wrong(error.to_string()))?;
+        let (ending, ended) = watch::channel(false);
+        let (finished, done) = oneshot::channel();
+        let mut copier = Copier {
+            run: run.to_string(),
+            folder: folder.to_path_buf(),
+            screen: screen.clone(),
+            sent: None,
+            failing: false,
+        };
+        let thread = std::thread::Builder::new().name("mirror".to_string());
+        let work = move || {
+            storage.wait(copier.serve(storage.storage(), ended));
+            let _ = finished.send(());
+        };
+        thread.spawn(work).map_err(|error| wrong(error.to_string()))?;
+        Ok(Mirror(Some(Working { ending, done, address, screen: screen.clone() })))
+    }
+
+    /// Copies the last changes, if the storage takes them in time.
+    pub async fn finish(self) {
+        let Some(Working { ending, done, address, screen }) = self.0 else { return };
+        let _ = ending.send(true);
+        // The thread is not joined: a storage that hangs would hold the run's end.
+        if timeout(LAST, done).await.is_err() {
+            screen.print(&format!(
+                "warning: --mirror {address}: not all was copied in {} s; the same command copies the rest",
+                LAST.as_secs()
+            ));
+        }
+    }
+}
+
+/// Version of a file that was sent: its length, and its modification time if that is known.
+type Version = (u64, Option<SystemTime>);
+
+struct Copier {
+    run: String,
+    folder: PathBuf,
+    screen: Screen,
+    /// Versions sent, by file name; `None` until the storage was listed.
+    sent: Option<BTreeMap<String, Version>>,
+    failing: bool,
+}
+
+/// Reason why a pass ended early.
+enum Stopped {
+    /// A retry may succeed.
+    Failed(String),
+    /// The storage belongs to another run.
+    Taken,
+}
+
+impl From<ganglion_storage::Error> for Stopped {
+    fn from(error: ganglion_storage::Error) -> Self {
+        Stopped::Failed(reason(&error))
+    }
+}
+
+impl From<io::Error> for Stopped {
+    fn from(error: io::Error) -> Self {
+        Stopped::Failed(error.to_string())
+    }
+}
+
+impl Copier {
+    async fn serve(&mut self, storage: &Storage, mut ended: watch::Receiver<bool>) {
+        loop {
+            let is_last = *ended.borrow_and_update();
+            let begun = Instant::now();
+            let failed = match self.pass(storage).await {
+                Ok(()) => None,
+                Err(Stopped::Failed(reason)) => Some(reason),
+                Err(Stopped::Taken) => {
+                    let address = storage.address();
+                    self.screen.print(&format!(
+                        "warning: --mirror {address}: is another run's, so nothing is copied; choose another place"
+                    ));
+                    return;
+                }
+            };
+            self.tell(storage.address(), failed.as_deref());
+            if is_last && failed.is_none() {
+                return;
+            }
+            let pause = if is_last { AGAIN } else { EVERY.max(begun.elapsed() * REST) };
+            if let Ok(Err(_)) = timeout(pause, ended.changed()).await {
+                // The sender is gone: the coordinator ended some other way.
+                return;
+            }
+        }
+    }
+
+    fn tell(&mut self, address: &Address, failed: Option<&str>) {
+        match (std::mem::replace(&mut self.failing, failed.is_some()), failed) {
+            (false, Some(reason)) => {
+                self.screen.print(&format!("warning: --mirror {address}: {reason}; trying again"));
+            }
+            (true, None) => self.screen.print(&format!("--mirror {address}: works again")),
+            _ => {}
+        }
+    }
+
+    /// Sends the files that have changed.
+    async fn pass(&mut self, storage: &Storage) -> Result<(), Stopped> {
+        let sent = match &mut self.sent {
+            Some(sent) => sent,
+            none => {
+                if storage.claim(&self.run).await? == Claim::Taken {
+                    return Err(Stopped::Taken);
+                }
+                let there = storage.lengths().await?.into_iter();
+                let unknown = there.filter(|(name, _)| name != FILES[0]);
+                none.insert(unknown.map(|(name, length)| (name, (length, None))).collect())
+            }
+        };
+        for name in files(&self.folder)? {
+            let file = File::open(self.folder.join(&name))?;
+            let about = file.metadata()?;
+            let (length, changed) = (about.len(), about.modified().ok());
+            let is_same = |known: &Version| known.0 == length && (known.1.is_none() || known.1 == changed);
+            if !sent.get(&name).is_some_and(is_same) {
+                storage.send(&Place::from(name.as_str()), file).await?;
+                sent.insert(name, (length, changed));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Names of a run directory's files that are copied.
+fn files(folder: &Path) -> io::Result<Vec<String>> {
+    let mut files: Vec<String> =
+        FILES.into_iter().filter(|name| folder.join(name).is_file()).map(str::to_string).collect();
+    for inner in FOLDERS {
+        for entry in fs::read_dir(folder.join(inner))? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            // A file that is being written has another name until it is whole.
+            if entry.file_type()?.is_file() && !name.ends_with(".new") {
+                files.push(format!("{inner}/{name}"));
+            }
+        }
+    }
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run_directory() -> tempfile::TempDir {
+        let run = tempfile::tempdir().unwrap();
+        for name in FOLDERS {
+            fs::create_dir(run.path().join(name)).unwrap();
+        }
+        for (name, text) in [
+            ("job.toml", "a"),
+            ("metrics.jsonl", "1\n"),
+            ("samples/step-00000001.png", "png"),
+            ("samples/step-00000002.png.new", "torn"),
+            ("tensorboard/events", "tb"),
+            ("admin.json", "secret"),
+        ] {
+            fs::write(run.path().join(name), text).unwrap();
+        }
+        run
+    }
+
+    fn copier(run: &tempfile::TempDir, name: &str) -> Copier {
+        let (folder, screen) = (run.path().to_path_buf(), Screen::silent());
+        Copier { run: name.to_string(), folder, screen, sent: None, failing: false }
+    }
+
+    #[tokio::test]
+    async fn what_is_for_people_is_copied_and_nothing_else() {
+        let (run, target) = (run_directory(), tempfile::tempdir().unwrap());
+        let url = target.path().join("a/b").display().to_string();
+        let mirror = Mirror::start(Some(&url), "run", run.path(), &Screen::silent()).unwrap();
+        mirror.finish().await;
+        let storage = Storage::open(&Address::parse(&url).unwrap()).unwrap();
+        let names: Vec<String> = storage.lengths().await.unwrap().into_keys().collect();
+        assert_eq!(
+            names,
+            [".run", "job.toml", "metrics.jsonl", "samples/step-00000001.png", "tensorboard/events"]
+        );
+    }
+
+    /// Invariant 2.
+    #[tokio::test]
+    async fn only_what_has_changed_is_sent_again() {
+        let (run, storage) = (run_directory(), Storage::in_memory());
+        let read = async |name: &str| storage.text(&Place::from(name)).await.unwrap().unwrap();
+        assert!(copier(&run, "run").pass(&storage).await.is_ok());
+        // A file that an earlier coordinator sent is known by its length.
+        let overwritten = ganglion_storage::PutPayload::from_static(b"gnp");
+        storage.replace(&Place::from("samples/step-00000001.png"), &overwritten).await.unwrap();
+        let mut later = copier(&run, "run");
+        fs::write(run.path().join("metrics.jsonl"), "1\n2\n").unwrap();
+        fs::write(run.path().join("job.toml"), "b").unwrap();
+        assert!(later.pass(&storage).await.is_ok());
+        assert_eq!(read("samples/step-00000001.png").await, "gnp");
+        assert_eq!((read("metrics.jsonl").await.as_str(), read("job.toml").await.as_str()), ("1\n2\n", "b"));
+        fs::write(run.path().join("metrics.jsonl"), "1\n2\n3\n").unwrap();
+        assert!(later.pass(&storage).await.is_ok());
+        assert_eq!(read("metrics.jsonl").await, "1\n2\n3\n");
+    }
+
+    /// Invariant 3.
+    #[tokio::test]
+    async fn another_runs_place_is_left_alone() {
+        let (run, storage) = (run_directory(), Storage::in_memory());
+        storage.claim("other").await.unwrap();
+        assert!(matches!(copier(&run, "run").pass(&storage).await, Err(Stopped::Taken)));
+        assert_eq!(storage.lengths().await.unwrap().len(), 1);
+    }
+}

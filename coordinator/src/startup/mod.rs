@@ -1,0 +1,8 @@
+//! From a command line to a coordinator that trains: recovery, listeners, and what is announced.
+
+pub mod exclusion;
+pub mod host;
+pub mod mend;
+pub mod recover;
+pub mod resume;
+pub mod run;

@@ -1,0 +1,4 @@
+//! This machine: its clock, and its name.
+
+pub mod clock;
+pub mod node;
