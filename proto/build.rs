@@ -3,7 +3,7 @@
 use prost::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["session", "job", "store", "admin"].map(|name| format!("ganglion/v1/{name}.proto"));
+    let files = ["session", "store", "admin"].map(|name| format!("ganglion/v1/{name}.proto"));
     println!("cargo:rerun-if-changed=ganglion");
     let descriptors = protox::compile(files, ["."])?;
     let file = std::path::Path::new(&std::env::var("OUT_DIR")?).join("ganglion.bin");

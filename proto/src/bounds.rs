@@ -5,15 +5,13 @@
 //! |---|---|---|
 //! | a diagnostic text, such as the detail of a fault | [`TEXT`] bytes | cut off |
 //! | a name, such as a host's or a file's | [`NAME`] bytes | refused |
-//! | a path, an address of a storage | [`PATH`] bytes | refused |
+//! | the address of a storage | [`PATH`] bytes | refused |
+//! | a job | [`TEXT_LIMIT`](crate::job::TEXT_LIMIT) bytes | refused |
 //! | a list | a number of items of its own, below | refused |
 //! | a count, such as an update index or a step | [`COUNT`] | refused |
 //!
 //! Texts and names are made safe to show (`shown.rs`). Their bounds apply to the result, since a
 //! peer passes it on.
-
-use serde::de::DeserializeOwned;
-use serde::de::value::{Error as ValueError, StrDeserializer};
 
 use crate::error::Malformed;
 use crate::shown::{printable, printable_name};
@@ -22,7 +20,7 @@ use crate::shown::{printable, printable_name};
 pub(crate) const TEXT: usize = 4096;
 /// Largest name, in bytes. A host with its port has 259 at most.
 pub(crate) const NAME: usize = 512;
-/// Largest path or address of a storage, in bytes.
+/// Largest address of a storage, in bytes.
 pub(crate) const PATH: usize = 8192;
 /// Highest count: floating-point numbers and JSON hold it exactly. Multiplied by [`PHASES`] it fits
 /// into 63 bits, as SQLite and update indices need.
@@ -41,8 +39,6 @@ pub(crate) const PASSPORT: usize = 64;
 pub(crate) const EVALUATIONS: usize = 1 << 20;
 /// Most samples that a job leaves out.
 pub(crate) const LEFT_OUT: usize = 1 << 20;
-/// Most kinds of augmentation.
-pub(crate) const AUGMENTATIONS: usize = 64;
 /// Longest side of a picture, in pixels.
 pub(crate) const SIDE: u32 = 1 << 16;
 
@@ -89,17 +85,6 @@ pub(crate) fn count(number: u64, what: &str) -> Result<u64, Malformed> {
         return Err(Malformed(format!("{what} is {number}, and at most {COUNT} is allowed")));
     }
     Ok(number)
-}
-
-/// Parses a value of an enumeration by its name in job files.
-pub(crate) fn from_name<T: DeserializeOwned>(name: &str, key: &str) -> Result<T, Malformed> {
-    let parsed: Result<T, ValueError> = T::deserialize(StrDeserializer::new(name));
-    parsed.map_err(|error| Malformed(format!("{key}: {error}")))
-}
-
-/// Checks a path or an address, if there is one.
-pub(crate) fn path(text: Option<String>, what: &str) -> Result<Option<String>, Malformed> {
-    text.map(|text| within(text, PATH, what)).transpose()
 }
 
 #[cfg(test)]

@@ -1,18 +1,17 @@
 //! Conversion between the wire and the domain. The only module that knows both.
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ganglion_membership::{
-    Activity, Backend, Checkpoint, Fault, Generation, Group, Limits, LoadedFacts, Member, Passport, Plan,
-    PlanKind, Position, Progress, Rank, Rested, Start, StoredFile, Term, WorkerId, WrittenPart,
+    Activity, Backend, Checkpoint, Fault, Generation, Group, LoadedFacts, Member, Passport, Plan, PlanKind,
+    Position, Progress, Rank, Rested, Start, StoredFile, Term, WorkerId, WrittenPart,
 };
 
-use crate::bounds::{self, count, from_name, list, name, path, text, within};
+use crate::bounds::{self, count, list, name, text, within};
 use crate::error::{Malformed, malformed};
-use crate::evaluation::{Alarms, Evaluation, EvaluationRow};
+use crate::evaluation::EvaluationRow;
 use crate::found::Found;
-use crate::job::{self, Job, Length};
+use crate::job::Job;
 use crate::message::{
     Assignment, FromWorker, GpuUse, Hello, MetricsRow, Profile, Resume, SampleGrid, ToWorker, Usage, Welcome,
 };
@@ -392,7 +391,7 @@ impl ToWorker {
             ToWorker::Welcome(welcome) => Message::Welcome(wire::Welcome {
                 worker: welcome.worker.0,
                 run: welcome.run,
-                job: Some(job_to_wire(&welcome.job)),
+                job_toml: welcome.job.to_toml(),
                 storage: welcome.storage,
                 condemned: welcome.condemned.0,
             }),
@@ -431,7 +430,7 @@ impl ToWorker {
                 term,
                 worker: WorkerId(count(welcome.worker, "worker")?),
                 run: name(welcome.run, "run")?,
-                job: job_from_wire(required(welcome.job, "job")?)?,
+                job: Job::from_toml(&welcome.job_toml)?,
                 storage: within(welcome.storage, bounds::PATH, "storage")?,
                 condemned: generation(welcome.condemned)?,
             })),
@@ -568,243 +567,6 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
         rank: assignment.rank,
         addresses,
     })
-}
-
-// ---- The job
-
-fn path_to_wire(path: &Path) -> String {
-    path.to_string_lossy().into_owned()
-}
-
-fn job_to_wire(job: &Job) -> wire::Job {
-    let length = match job.job.length {
-        Length::Steps(steps) => wire::job::Length::Steps(steps),
-        Length::Epochs(epochs) => wire::job::Length::Epochs(epochs),
-    };
-    wire::Job {
-        name: job.job.name.clone(),
-        seed: job.job.seed,
-        length: Some(length),
-        data_shards: job.job.data_shards,
-        shard_batch: job.job.shard_batch,
-        threads: job.job.threads,
-        failure_deadline: job.job.failure_deadline,
-        non_finite: job.job.non_finite.to_string(),
-        precision: job.job.precision.to_string(),
-        reduction: job.job.reduction.to_string(),
-        deterministic: job.job.deterministic,
-        data: Some(wire::Data {
-            kind: job.data.kind.to_string(),
-            path: job.data.path.as_deref().map(path_to_wire),
-            resize: job.data.resize,
-            crop: job.data.crop,
-            channels: job.data.channels,
-            image_extension: job.data.image_extension.clone(),
-            orientation: job.data.orientation.to_string(),
-            exclusions: job.data.exclusions.iter().cloned().map(exclusion_to_wire).collect(),
-        }),
-        model: Some(wire::Model {
-            kind: job.model.kind.to_string(),
-            latent_dim: job.model.latent_dim,
-            width: job.model.width,
-            ema_half_life_images: job.model.ema_half_life_images,
-            conditional: job.model.conditional,
-            ema_schedule: job.model.ema_schedule.to_string(),
-            init_from: job.model.init_from.clone(),
-            freeze_discriminator: job.model.freeze_discriminator,
-            generator: job.model.generator.as_deref().map(path_to_wire),
-            discriminator: job.model.discriminator.as_deref().map(path_to_wire),
-        }),
-        loss: Some(wire::Loss {
-            kind: job.loss.kind.to_string(),
-            discriminator_steps: job.loss.discriminator_steps,
-            gradient_penalty: job.loss.gradient_penalty,
-            r1: job.loss.r1,
-            final_r1: job.loss.final_r1,
-            r2: job.loss.r2,
-            final_r2: job.loss.final_r2,
-            penalty_every: job.loss.penalty_every,
-        }),
-        optimizer: Some(optimizer_to_wire(&job.optimizer)),
-        augmentation: Some(augmentation_to_wire(&job.augmentation)),
-        checkpoint: Some(wire::Checkpoint {
-            every_steps: job.checkpoint.every_steps,
-            every_epochs: job.checkpoint.every_epochs,
-            keep_last: job.checkpoint.keep_last,
-            url: job.checkpoint.url.clone(),
-        }),
-        sample: Some(wire::Sample { every_steps: job.sample.every_steps, count: job.sample.count }),
-        metrics: Some(wire::Metrics { every_steps: job.metrics.every_steps }),
-        evaluation: Some(job.evaluation.to_wire()),
-        alarms: Some(job.alarms.to_wire()),
-    }
-}
-
-fn job_from_wire(wire: wire::Job) -> Result<Job, Malformed> {
-    let length = match required(wire.length, "job.length")? {
-        wire::job::Length::Steps(steps) => Length::Steps(steps),
-        wire::job::Length::Epochs(epochs) => Length::Epochs(epochs),
-    };
-    if wire.data_shards == 0 || wire.shard_batch == 0 {
-        return Err(malformed("a job without data shards or samples in them"));
-    }
-    if !(0.0..=Limits::LONGEST.as_secs_f64()).contains(&wire.failure_deadline) {
-        return Err(malformed("a failure deadline that is no time"));
-    }
-    Ok(Job {
-        job: job::General {
-            name: name(wire.name, "job.name")?,
-            seed: wire.seed,
-            length,
-            data_shards: wire.data_shards,
-            shard_batch: wire.shard_batch,
-            threads: wire.threads,
-            failure_deadline: wire.failure_deadline,
-            non_finite: from_name(&wire.non_finite, "job.non_finite")?,
-            precision: from_name(&wire.precision, "job.precision")?,
-            reduction: from_name(&wire.reduction, "job.reduction")?,
-            deterministic: wire.deterministic,
-        },
-        data: data_from_wire(required(wire.data, "job.data")?)?,
-        model: model_from_wire(required(wire.model, "job.model")?)?,
-        loss: loss_from_wire(required(wire.loss, "job.loss")?)?,
-        optimizer: optimizer_from_wire(required(wire.optimizer, "job.optimizer")?)?,
-        augmentation: augmentation_from_wire(&required(wire.augmentation, "job.augmentation")?)?,
-        checkpoint: checkpoint_from_wire(required(wire.checkpoint, "job.checkpoint")?)?,
-        sample: sample_from_wire(&required(wire.sample, "job.sample")?),
-        metrics: job::Metrics { every_steps: required(wire.metrics, "job.metrics")?.every_steps },
-        evaluation: Evaluation::from_wire(wire.evaluation)?,
-        alarms: Alarms::from_wire(wire.alarms)?,
-    })
-}
-
-fn data_from_wire(data: wire::Data) -> Result<job::Data, Malformed> {
-    Ok(job::Data {
-        kind: from_name(&data.kind, "data.kind")?,
-        path: path(data.path, "data.path")?.map(Into::into),
-        resize: data.resize,
-        crop: data.crop,
-        channels: data.channels,
-        image_extension: data.image_extension,
-        orientation: match data.orientation.as_str() {
-            "" => job::Orientation::Follow,
-            named => from_name(named, "data.orientation")?,
-        },
-        exclusions: data.exclusions.into_iter().map(exclusion_from_wire).collect(),
-    })
-}
-
-fn exclusion_to_wire(exclusion: job::Exclusion) -> wire::Exclusion {
-    let job::Exclusion { after_step, after_phase, names, files } = exclusion;
-    wire::Exclusion { after_step, after_phase, names, files }
-}
-
-fn exclusion_from_wire(exclusion: wire::Exclusion) -> job::Exclusion {
-    let wire::Exclusion { after_step, after_phase, names, files } = exclusion;
-    job::Exclusion { after_step, after_phase, names, files }
-}
-
-fn model_from_wire(model: wire::Model) -> Result<job::Model, Malformed> {
-    Ok(job::Model {
-        kind: from_name(&model.kind, "model.kind")?,
-        latent_dim: model.latent_dim,
-        width: model.width,
-        ema_half_life_images: model.ema_half_life_images,
-        ema_schedule: from_name(&model.ema_schedule, "model.ema_schedule")?,
-        conditional: model.conditional,
-        init_from: path(model.init_from, "model.init_from")?,
-        freeze_discriminator: model.freeze_discriminator,
-        generator: path(model.generator, "model.generator")?.map(PathBuf::from),
-        discriminator: path(model.discriminator, "model.discriminator")?.map(PathBuf::from),
-    })
-}
-
-fn loss_from_wire(loss: wire::Loss) -> Result<job::Loss, Malformed> {
-    if loss.discriminator_steps == 0 || loss.penalty_every == 0 {
-        return Err(malformed("a step without a discriminator phase, or penalties in every 0 of them"));
-    }
-    Ok(job::Loss {
-        kind: from_name(&loss.kind, "loss.kind")?,
-        discriminator_steps: loss.discriminator_steps,
-        gradient_penalty: loss.gradient_penalty,
-        r1: loss.r1,
-        final_r1: loss.final_r1,
-        r2: loss.r2,
-        final_r2: loss.final_r2,
-        penalty_every: loss.penalty_every,
-    })
-}
-
-fn optimizer_to_wire(optimizer: &job::Optimizer) -> wire::Optimizer {
-    wire::Optimizer {
-        kind: optimizer.kind.to_string(),
-        learning_rate: optimizer.learning_rate,
-        discriminator_learning_rate: optimizer.discriminator_learning_rate,
-        beta1: optimizer.beta1,
-        beta2: optimizer.beta2,
-        epsilon: optimizer.epsilon,
-        decay_images: optimizer.decay_images,
-        final_learning_rate: optimizer.final_learning_rate,
-        final_discriminator_learning_rate: optimizer.final_discriminator_learning_rate,
-        final_beta2: optimizer.final_beta2,
-    }
-}
-
-fn augmentation_to_wire(augmentation: &job::Augmentation) -> wire::Augmentation {
-    wire::Augmentation {
-        flip: augmentation.flip,
-        kinds: augmentation.kinds.iter().map(ToString::to_string).collect(),
-        probability: augmentation.probability,
-        final_probability: augmentation.final_probability,
-        adaptive: augmentation.adaptive,
-        target: augmentation.target,
-        adjust_images: augmentation.adjust_images,
-    }
-}
-
-fn augmentation_from_wire(augmentation: &wire::Augmentation) -> Result<job::Augmentation, Malformed> {
-    if augmentation.kinds.len() > bounds::AUGMENTATIONS {
-        return Err(malformed("too many kinds of augmentation"));
-    }
-    let kind = |name: &String| from_name(name, "augmentation.kinds");
-    let kinds: Result<_, _> = augmentation.kinds.iter().map(kind).collect();
-    Ok(job::Augmentation {
-        flip: augmentation.flip,
-        kinds: kinds?,
-        probability: augmentation.probability,
-        final_probability: augmentation.final_probability,
-        adaptive: augmentation.adaptive,
-        target: augmentation.target,
-        adjust_images: augmentation.adjust_images,
-    })
-}
-
-fn optimizer_from_wire(optimizer: wire::Optimizer) -> Result<job::Optimizer, Malformed> {
-    Ok(job::Optimizer {
-        kind: from_name(&optimizer.kind, "optimizer.kind")?,
-        learning_rate: optimizer.learning_rate,
-        discriminator_learning_rate: optimizer.discriminator_learning_rate,
-        beta1: optimizer.beta1,
-        beta2: optimizer.beta2,
-        epsilon: optimizer.epsilon,
-        decay_images: optimizer.decay_images,
-        final_learning_rate: optimizer.final_learning_rate,
-        final_discriminator_learning_rate: optimizer.final_discriminator_learning_rate,
-        final_beta2: optimizer.final_beta2,
-    })
-}
-
-fn checkpoint_from_wire(checkpoint: wire::Checkpoint) -> Result<job::Checkpoint, Malformed> {
-    Ok(job::Checkpoint {
-        every_steps: checkpoint.every_steps,
-        every_epochs: checkpoint.every_epochs,
-        keep_last: checkpoint.keep_last,
-        url: path(checkpoint.url, "checkpoint.url")?,
-    })
-}
-
-fn sample_from_wire(sample: &wire::Sample) -> job::Sample {
-    job::Sample { every_steps: sample.every_steps, count: sample.count }
 }
 
 // ---- An operator's messages

@@ -11,6 +11,7 @@ use prost::Message;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Malformed;
+use crate::names::display_as_in_the_file;
 use crate::wire;
 
 /// Section `[evaluation]`.
@@ -107,31 +108,18 @@ pub enum BestBy {
 }
 
 impl BestBy {
-    /// All values with their names.
-    pub const ALL: [(&'static str, BestBy); 5] = [
-        ("auto", BestBy::Auto),
-        (names::FRECHET, BestBy::FrechetDistance),
-        (names::KID, BestBy::Kid),
-        (names::SCORE, BestBy::ClassifierScore),
-        (names::WASSERSTEIN, BestBy::SlicedWasserstein),
-    ];
-
-    /// Name in job files.
-    pub fn name(self) -> &'static str {
-        let found = Self::ALL.iter().find(|(_, each)| *each == self);
-        found.expect("the table lists every variant").0
-    }
-
     /// Returns the name and value of the deciding metric of a row; `None` if the row does not have
     /// it.
     pub fn of(self, row: &EvaluationRow) -> Option<(&'static str, f64)> {
-        let auto: &[&str] = &[names::FRECHET, names::WASSERSTEIN];
-        let own = [self.name()];
-        let candidates = if self == BestBy::Auto { auto } else { &own };
-        candidates.iter().find_map(|name| {
-            let (_, each) = Self::ALL.iter().find(|(known, _)| known == name)?;
-            Some((each.name(), row.get(name).filter(|value| value.is_finite())?))
-        })
+        let candidates: &[&'static str] = match self {
+            BestBy::Auto => &[names::FRECHET, names::WASSERSTEIN],
+            BestBy::FrechetDistance => &[names::FRECHET],
+            BestBy::Kid => &[names::KID],
+            BestBy::ClassifierScore => &[names::SCORE],
+            BestBy::SlicedWasserstein => &[names::WASSERSTEIN],
+        };
+        let found = |name: &&'static str| Some((*name, row.get(name).filter(|value| value.is_finite())?));
+        candidates.iter().find_map(found)
     }
 
     /// Whether the value `one` of the named metric is better than `other`.
@@ -182,17 +170,7 @@ pub enum AlarmPolicy {
     Stop,
 }
 
-impl AlarmPolicy {
-    /// All values with their names.
-    pub const ALL: [(&'static str, AlarmPolicy); 3] =
-        [("off", AlarmPolicy::Off), ("warn", AlarmPolicy::Warn), ("stop", AlarmPolicy::Stop)];
-
-    /// Name in job files.
-    pub fn name(self) -> &'static str {
-        let found = Self::ALL.iter().find(|(_, each)| *each == self);
-        found.expect("the table lists every variant").0
-    }
-}
+display_as_in_the_file!(BestBy, AlarmPolicy);
 
 /// Names of the metrics in rows and in files.
 #[allow(missing_docs)] // docs/metrics.md says what each is
@@ -285,58 +263,6 @@ impl EvaluationRow {
             metrics: row.figures.into_iter().map(|figure| (figure.name, figure.value)).collect(),
             features: crate::bounds::text(row.features),
             seconds: row.seconds,
-        })
-    }
-}
-
-impl Evaluation {
-    pub(crate) fn to_wire(&self) -> wire::Evaluation {
-        wire::Evaluation {
-            every_steps: self.every_steps,
-            with_checkpoints: self.with_checkpoints,
-            samples: self.samples,
-            reference: self.reference,
-            features: self.features.to_string(),
-            held_out: self.held_out.as_ref().map(|path| path.to_string_lossy().into_owned()),
-            best_by: self.best_by.name().to_string(),
-        }
-    }
-
-    /// The job of a coordinator from before evaluations has none.
-    pub(crate) fn from_wire(wire: Option<wire::Evaluation>) -> Result<Evaluation, Malformed> {
-        let Some(wire) = wire else { return Ok(Evaluation::default()) };
-        Ok(Evaluation {
-            every_steps: wire.every_steps,
-            with_checkpoints: wire.with_checkpoints,
-            samples: wire.samples,
-            reference: wire.reference,
-            features: crate::bounds::within(wire.features, crate::bounds::PATH, "evaluation.features")?
-                .into(),
-            held_out: crate::bounds::path(wire.held_out, "evaluation.held_out")?.map(Into::into),
-            best_by: crate::bounds::from_name(&wire.best_by, "evaluation.best_by")?,
-        })
-    }
-}
-
-impl Alarms {
-    pub(crate) fn to_wire(&self) -> wire::Alarms {
-        wire::Alarms {
-            policy: self.policy.name().to_string(),
-            after_images: self.after_images,
-            collapse: self.collapse,
-            overfitting: self.overfitting,
-            saturated_rows: self.saturated_rows,
-        }
-    }
-
-    pub(crate) fn from_wire(wire: Option<wire::Alarms>) -> Result<Alarms, Malformed> {
-        let Some(wire) = wire else { return Ok(Alarms::default()) };
-        Ok(Alarms {
-            policy: crate::bounds::from_name(&wire.policy, "alarms.policy")?,
-            after_images: wire.after_images,
-            collapse: wire.collapse,
-            overfitting: wire.overfitting,
-            saturated_rows: wire.saturated_rows,
         })
     }
 }

@@ -1,7 +1,9 @@
 //! Job: everything that decides a run's result, as one TOML file.
 //!
-//! These are the domain types. The coordinator reads and checks the file; the worker trains by it.
-//! Outside of the coordinator's job reader every value of a [`Job`] is already checked.
+//! These are the domain types, and serde's derivation is their only other form: a resolved job is
+//! the same text in the run directory, on the wire and in a model card (`job/text.rs`). The
+//! coordinator reads and checks the file; the worker trains by it. Outside of the coordinator's job
+//! reader every value of a [`Job`] is already checked.
 //!
 //! Sizes are counts of samples or updates, never shares of memory; learning rates and betas are
 //! dimensionless.
@@ -12,7 +14,16 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::evaluation::{Alarms, Evaluation};
+use crate::names::display_as_in_the_file;
 use crate::stream::Change;
+
+#[cfg(test)]
+mod sample;
+mod text;
+
+#[cfg(test)]
+pub(crate) use sample::sample_of_all;
+pub use text::TEXT_LIMIT;
 
 /// Resolved training job: defaults filled in, paths absolute.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -621,17 +632,6 @@ impl Job {
 /// Whether `step` is a multiple of a period that is not zero.
 fn due(step: u64, every: u64) -> bool {
     every != 0 && step.is_multiple_of(every)
-}
-
-/// Implements `Display` for the job file's enumerations with their names in the file.
-macro_rules! display_as_in_the_file {
-    ($($name:ty),*) => {$(
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                self.serialize(f)
-            }
-        }
-    )*};
 }
 
 display_as_in_the_file!(

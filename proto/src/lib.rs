@@ -20,6 +20,7 @@ pub mod listen;
 pub mod log;
 pub mod manifest;
 pub mod message;
+pub mod names;
 pub mod rows;
 mod shown;
 pub mod signals;
@@ -41,7 +42,7 @@ pub use error::Malformed;
 pub use shown::{printable, printable_name, printable_start};
 
 /// Version of the wire contract. A worker with another version is refused at its hello.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// Largest message that either side accepts, in bytes.
 pub const MESSAGE_LIMIT: usize = 16 << 20;

@@ -217,7 +217,11 @@ fn what_does_not_speak_the_protocol_is_shown_out() {
 fn a_session_begins_with_a_hello_that_is_true() {
     let target = Target::new();
     let other = Hello { protocol: PROTOCOL + 1, ..hello() };
-    target.refuses(first(FromWorker::Hello(other)), Code::FailedPrecondition, "speaks version 2");
+    let versions = format!(
+        "this worker speaks version {} of the contract and the coordinator version {PROTOCOL}; use one build of both",
+        PROTOCOL + 1
+    );
+    target.refuses(first(FromWorker::Hello(other)), Code::FailedPrecondition, &versions);
     for message in claims(Generation(1)).into_iter().chain([FromWorker::Leave]) {
         target.refuses(first(message), Code::InvalidArgument, "starts with a hello");
     }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use ganglion_proto::evaluation::{AlarmPolicy, Alarms, BestBy, Evaluation, Features};
+use ganglion_proto::evaluation::{Alarms, Evaluation, Features};
 use ganglion_proto::job::DataKind;
 
 use super::sections::{CADENCE, MAX_STEPS, address, is_remote};
@@ -17,7 +17,7 @@ pub(super) fn evaluation(settings: &mut Settings, data: DataKind, check_paths: b
         reference: settings.whole_or("evaluation.reference", 0..=100_000_000, default.reference),
         features: features(settings, check_paths).unwrap_or(default.features),
         held_out: held_out(settings, data, check_paths),
-        best_by: settings.choice("evaluation.best_by", &BestBy::ALL).unwrap_or(default.best_by),
+        best_by: settings.choice_or("evaluation.best_by", default.best_by),
     }
 }
 
@@ -57,7 +57,7 @@ fn held_out(settings: &mut Settings, data: DataKind, check_paths: bool) -> Optio
 pub(super) fn alarms(settings: &mut Settings) -> Alarms {
     let default = Alarms::default();
     Alarms {
-        policy: settings.choice("alarms.policy", &AlarmPolicy::ALL).unwrap_or(default.policy),
+        policy: settings.choice_or("alarms.policy", default.policy),
         after_images: settings.whole_or("alarms.after_images", 0..=MAX_STEPS, default.after_images),
         collapse: settings.number_or("alarms.collapse", 0.0..=1.0, default.collapse),
         overfitting: settings.number_or("alarms.overfitting", 0.0..=10.0, default.overfitting),

@@ -17,7 +17,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 pub use exclusions::asked;
-use ganglion_proto::job::{Data, Job};
+use ganglion_proto::job::{Data, Job, TEXT_LIMIT};
 use settings::Settings;
 
 /// The job that runs when the user names none.
@@ -171,17 +171,31 @@ impl Text<'_> {
         let mut settings = Settings::parse(self.file, self.folder, self.text).map_err(JobErrors::sorted)?;
         settings.add_overrides(overrides);
         let job = sections::read(&mut settings, self.default_name, check_paths);
-        let errors = settings.finish();
+        let mut errors = settings.finish();
+        if errors.is_empty() {
+            errors.extend(self.too_long(&job));
+        }
         if errors.is_empty() { Ok(job) } else { Err(JobErrors::sorted(errors)) }
+    }
+
+    /// Error of a job that workers would refuse for the length of its text.
+    fn too_long(&self, job: &Job) -> Option<JobError> {
+        let length = job.to_toml().len();
+        let problem = format!(
+            "the job has {length} bytes with all its defaults, and at most {TEXT_LIMIT} can be sent to workers; leave fewer \
+             samples out by name"
+        );
+        let error = JobError { place: Place::File(self.file.to_owned()), key: String::new(), problem };
+        (length > TEXT_LIMIT).then_some(error)
     }
 }
 
 /// Renders the resolved job as TOML, for the run directory.
 pub fn render(job: &Job) -> String {
-    let body = toml::to_string(job).expect("a checked job has UTF-8 paths and numbers that TOML can hold");
     format!(
         "# The job of this run as it was resolved: defaults filled in, paths absolute. A coordinator that\n\
-         # resumes the run compares this file with the job given, so do not edit it.\n\n{body}"
+         # resumes the run compares this file with the job given, so do not edit it.\n\n{}",
+        job.to_toml()
     )
 }
 
@@ -214,9 +228,8 @@ pub fn differences(recorded: &Job, given: &Job) -> Vec<Difference> {
 
 /// Converts a job to a table from full keys to values.
 fn flat(job: &Job) -> toml::Table {
-    let sections = toml::Table::try_from(job).expect("a checked job can be written as TOML");
     let mut flat = toml::Table::new();
-    for (section, keys) in sections {
+    for (section, keys) in job.to_table() {
         let toml::Value::Table(keys) = keys else {
             unreachable!("a job consists of sections");
         };

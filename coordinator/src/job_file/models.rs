@@ -3,45 +3,15 @@
 use std::path::PathBuf;
 
 use ganglion_proto::job::{
-    Augmentation, AugmentationKind, EmaSchedule, Job, Loss, LossKind, Model, ModelKind, Optimizer,
-    OptimizerKind,
+    Augmentation, EmaSchedule, Job, Loss, LossKind, Model, ModelKind, Optimizer, OptimizerKind,
 };
 use ganglion_storage::Address;
 
-use super::sections::{MAX_STEPS, name_of};
+use super::sections::MAX_STEPS;
 use super::settings::Settings;
 
-pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[
-    ("mlp-28", ModelKind::Mlp28),
-    ("dcgan-28", ModelKind::Dcgan28),
-    ("dcgan-64", ModelKind::Dcgan64),
-    ("sngan-32", ModelKind::Sngan32),
-    ("r3gan-28", ModelKind::R3gan28),
-    ("r3gan-32", ModelKind::R3gan32),
-    ("script", ModelKind::Script),
-];
-const EMA_SCHEDULES: &[(&str, EmaSchedule)] =
-    &[("ramp-up", EmaSchedule::RampUp), ("cosine", EmaSchedule::Cosine)];
-const LOSS_KINDS: &[(&str, LossKind)] = &[
-    ("non-saturating", LossKind::NonSaturating),
-    ("minimax", LossKind::Minimax),
-    ("least-squares", LossKind::LeastSquares),
-    ("hinge", LossKind::Hinge),
-    ("wasserstein-gp", LossKind::WassersteinGp),
-    ("relativistic-pairing", LossKind::RelativisticPairing),
-];
-const OPTIMIZER_KINDS: &[(&str, OptimizerKind)] = &[("adam", OptimizerKind::Adam)];
-const AUGMENTATION_KINDS: &[(&str, AugmentationKind)] = &[
-    ("flip", AugmentationKind::Flip),
-    ("rotate90", AugmentationKind::Rotate90),
-    ("translation", AugmentationKind::Translation),
-    ("color", AugmentationKind::Color),
-    ("cutout", AugmentationKind::Cutout),
-];
-
 pub(super) fn model(settings: &mut Settings, check_paths: bool) -> Model {
-    let kind = settings.choice("model.kind", MODEL_KINDS);
-    let kind = kind.unwrap_or(ModelKind::Mlp28);
+    let kind = settings.choice_or("model.kind", ModelKind::Mlp28);
     let [generator, discriminator] =
         ["model.generator", "model.discriminator"].map(|key| script(settings, kind, key, check_paths));
     let (latent_dim, width) = match kind {
@@ -57,7 +27,7 @@ pub(super) fn model(settings: &mut Settings, check_paths: bool) -> Model {
         latent_dim: settings.whole_or("model.latent_dim", 1..=65_536, latent_dim),
         width: settings.whole_or("model.width", 1..=8192, width),
         ema_half_life_images: settings.whole_or("model.ema_half_life_images", 1..=MAX_STEPS, 10_000),
-        ema_schedule: settings.choice("model.ema_schedule", EMA_SCHEDULES).unwrap_or(EmaSchedule::RampUp),
+        ema_schedule: settings.choice_or("model.ema_schedule", EmaSchedule::RampUp),
         conditional: settings.flag_or("model.conditional", false),
         init_from: init_from.and_then(|place| checkpoint_to_begin_with(settings, place)),
         freeze_discriminator: settings.whole_or("model.freeze_discriminator", 0..=1000, 0),
@@ -71,10 +41,9 @@ fn script(settings: &mut Settings, kind: ModelKind, key: &'static str, check_pat
     let path = settings.text(key, "networks/G.pt").and_then(|path| settings.absolute(key, &path));
     match (&path, kind) {
         (Some(_), kind) if kind != ModelKind::Script && settings.sound(&["model.kind"]) => {
-            let name = name_of(MODEL_KINDS, kind);
             settings.fault(
                 key,
-                format!("given, but model.kind = \"{name}\" has networks of its own; set kind = \"script\""),
+                format!("given, but model.kind = \"{kind}\" has networks of its own; set kind = \"script\""),
             );
         }
         (None, ModelKind::Script) if settings.sound(&[key]) => {
@@ -115,7 +84,7 @@ pub(super) fn loss(settings: &mut Settings, model: ModelKind) -> Loss {
         ModelKind::Sngan32 => LossKind::Hinge,
         _ => LossKind::NonSaturating,
     };
-    let kind = settings.choice("loss.kind", LOSS_KINDS).unwrap_or(by_model);
+    let kind = settings.choice_or("loss.kind", by_model);
     // Gulrajani et al. (2017), algorithm 1, and Miyato et al. (2018), section 4: five updates for one of the
     // generator.
     let several = kind == LossKind::WassersteinGp || model == ModelKind::Sngan32;
@@ -144,7 +113,7 @@ pub(super) fn optimizer(settings: &mut Settings, loss: LossKind, model: ModelKin
         (_, ModelKind::Sngan32) => (0.0, 0.9),
         _ => (0.5, 0.999),
     };
-    let kind = settings.choice("optimizer.kind", OPTIMIZER_KINDS);
+    let kind = settings.choice_or("optimizer.kind", OptimizerKind::Adam);
     let learning_rate = settings.number_or("optimizer.learning_rate", 0.0..=10.0, 2e-4);
     let of_discriminator =
         settings.number_or("optimizer.discriminator_learning_rate", 0.0..=10.0, learning_rate);
@@ -153,7 +122,7 @@ pub(super) fn optimizer(settings: &mut Settings, loss: LossKind, model: ModelKin
     // The discriminator's rate keeps its ratio to the generator's.
     let shared = if last == learning_rate || learning_rate == 0.0 { 1.0 } else { last / learning_rate };
     Optimizer {
-        kind: kind.unwrap_or(OptimizerKind::Adam),
+        kind,
         learning_rate,
         discriminator_learning_rate: of_discriminator,
         beta1: settings.number_or("optimizer.beta1", 0.0..1.0, beta1),
@@ -174,7 +143,7 @@ pub(super) fn augmentation(settings: &mut Settings) -> Augmentation {
     let probability = settings.number_or("augmentation.probability", 0.0..=1.0, 1.0);
     Augmentation {
         flip: settings.flag_or("augmentation.flip", false),
-        kinds: settings.choices("augmentation.kinds", AUGMENTATION_KINDS),
+        kinds: settings.choices("augmentation.kinds"),
         probability,
         final_probability: settings.number_or("augmentation.final_probability", 0.0..=1.0, probability),
         adaptive: settings.flag_or("augmentation.adaptive", false),
@@ -265,7 +234,7 @@ fn check_adaptive(settings: &mut Settings, job: &Job) {
         settings.fault("augmentation.adaptive", problem);
     }
     if matches!(job.loss.kind, LossKind::RelativisticPairing | LossKind::WassersteinGp) {
-        let loss = name_of(LOSS_KINDS, job.loss.kind);
+        let loss = job.loss.kind;
         settings.fault(
             "augmentation.adaptive",
             format!(

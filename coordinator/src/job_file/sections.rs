@@ -14,7 +14,7 @@ use ganglion_proto::job::{
 use ganglion_storage::Address;
 
 use super::models;
-use super::models::{MODEL_KINDS, augmentation, loss, model, optimizer};
+use super::models::{augmentation, loss, model, optimizer};
 use super::settings::Settings;
 
 /// Maximum number of steps; more is taken for a typing error.
@@ -27,20 +27,6 @@ const MAX_SAMPLES: u64 = 1 << 62;
 const MAX_SEED: u64 = i64::MAX.unsigned_abs();
 /// Maximum length of a run's name, in bytes; it names a folder.
 const MAX_NAME_BYTES: usize = 64;
-
-const NON_FINITE: &[(&str, NonFinite)] =
-    &[("skip", NonFinite::Skip), ("roll-back", NonFinite::RollBack), ("stop", NonFinite::Stop)];
-const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];
-const REDUCTIONS: &[(&str, Reduction)] = &[("tree", Reduction::Tree), ("ring", Reduction::Ring)];
-const DATA_KINDS: &[(&str, DataKind)] = &[
-    ("mnist-10k", DataKind::Mnist10k),
-    ("idx", DataKind::Idx),
-    ("cifar-10", DataKind::Cifar10),
-    ("folder", DataKind::Folder),
-];
-
-const ORIENTATIONS: &[(&str, Orientation)] =
-    &[("follow", Orientation::Follow), ("ignore", Orientation::Ignore)];
 
 /// Range of a cadence in steps or samples; 0 means never.
 pub(super) const CADENCE: RangeInclusive<u64> = 0..=MAX_STEPS;
@@ -81,9 +67,9 @@ fn general(settings: &mut Settings, default_name: Option<&str>) -> General {
         shard_batch: settings.whole_or("job.shard_batch", 1..=65_536, 8),
         threads: settings.whole_or("job.threads", 1..=1024, 1),
         failure_deadline: settings.number_or("job.failure_deadline", 0.5..=3600.0, 5.0),
-        non_finite: settings.choice("job.non_finite", NON_FINITE).unwrap_or(NonFinite::Skip),
-        precision: settings.choice("job.precision", PRECISIONS).unwrap_or(Precision::Fp32),
-        reduction: settings.choice("job.reduction", REDUCTIONS).unwrap_or(Reduction::Tree),
+        non_finite: settings.choice_or("job.non_finite", NonFinite::Skip),
+        precision: settings.choice_or("job.precision", Precision::Fp32),
+        reduction: settings.choice_or("job.reduction", Reduction::Tree),
         deterministic: settings.flag_or("job.deterministic", true),
     }
 }
@@ -145,7 +131,7 @@ fn length(settings: &mut Settings) -> Length {
 }
 
 pub(super) fn data(settings: &mut Settings, check_paths: bool) -> Data {
-    let kind = settings.choice("data.kind", DATA_KINDS);
+    let kind = settings.choice("data.kind");
     if kind.is_none() && settings.sound(&["data.kind"]) {
         settings.fault(
             "data.kind",
@@ -162,7 +148,7 @@ pub(super) fn data(settings: &mut Settings, check_paths: bool) -> Data {
     let crop = settings.whole("data.crop", 1..=4096, 64);
     let channels = settings.whole("data.channels", 1..=3, 3);
     let image_extension = image_extension(settings);
-    let orientation = settings.choice("data.orientation", ORIENTATIONS);
+    let orientation = settings.choice::<Orientation>("data.orientation");
     let of_pictures =
         [("data.image_extension", image_extension.is_some()), ("data.orientation", orientation.is_some())];
     for (key, given) in of_pictures {
@@ -203,21 +189,20 @@ fn check_path(settings: &mut Settings, kind: DataKind, path: Option<&Path>, chec
         DataKind::Cifar10 => Some("the folder that holds data_batch_1.bin to data_batch_5.bin"),
         DataKind::Folder => Some("a folder of pictures, or a zip or tar file of them"),
     };
-    let name = name_of(DATA_KINDS, kind);
     let problem = match (needed, path) {
         (None, Some(_)) => {
             format!(
-                "given, but \"{name}\" comes with the program; remove it, or set data.kind = \
+                "given, but \"{kind}\" comes with the program; remove it, or set data.kind = \
                      \"idx\" to read it"
             )
         }
         (Some(needed), None) if settings.sound(&["data.path"]) => {
-            format!("missing; \"{name}\" needs path = \"...\" in [data], {needed}")
+            format!("missing; \"{kind}\" needs path = \"...\" in [data], {needed}")
         }
         (Some(needed), Some(path)) if check_paths && !is_remote(path) && !is_readable(kind, path) => {
             let state = if path.exists() { "is no folder" } else { "does not exist" };
             let shown = path.display();
-            format!("{shown} {state}; \"{name}\" needs {needed}")
+            format!("{shown} {state}; \"{kind}\" needs {needed}")
         }
         _ => return,
     };
@@ -252,8 +237,7 @@ fn check_channels(settings: &mut Settings, kind: Option<DataKind>, given: Option
         && given != own
         && settings.sound(&["data.channels"])
     {
-        let name = name_of(DATA_KINDS, kind);
-        settings.fault("data.channels", format!("is {given}, but \"{name}\" has {own}; remove it"));
+        settings.fault("data.channels", format!("is {given}, but \"{kind}\" has {own}; remove it"));
     }
     own
 }
@@ -318,8 +302,8 @@ fn check_image(settings: &mut Settings, job: &Job) {
     }
     check_side(settings, job);
     if job.model.kind == ModelKind::Mlp28 && job.data.channels != 1 {
-        let model = name_of(MODEL_KINDS, job.model.kind);
-        let data = name_of(DATA_KINDS, job.data.kind);
+        let model = job.model.kind;
+        let data = job.data.kind;
         settings.fault(
             "model.kind",
             format!(
@@ -332,8 +316,8 @@ fn check_image(settings: &mut Settings, job: &Job) {
 }
 
 fn check_side(settings: &mut Settings, job: &Job) {
-    let model = name_of(MODEL_KINDS, job.model.kind);
-    let data = name_of(DATA_KINDS, job.data.kind);
+    let model = job.model.kind;
+    let data = job.data.kind;
     let Some(side) = job.model.kind.side() else {
         // The user's networks report their sizes themselves, when they are loaded.
         return;
@@ -389,10 +373,4 @@ fn check_samples(settings: &mut Settings, job: &Job) {
             ),
         );
     }
-}
-
-/// Name of a choice in its table.
-pub(super) fn name_of<T: PartialEq>(choices: &[(&'static str, T)], choice: T) -> &'static str {
-    let entry = choices.iter().find(|(_, each)| *each == choice);
-    entry.expect("the table lists every variant").0
 }

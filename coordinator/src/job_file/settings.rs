@@ -12,6 +12,8 @@ use std::fmt::Display;
 use std::ops::{Bound, RangeBounds, RangeInclusive};
 use std::path::{Component, Path, PathBuf};
 
+use ganglion_proto::names::{named, names_of};
+use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -234,19 +236,25 @@ impl<'t> Settings<'t> {
         }
     }
 
-    /// Takes `key` as one of the names in `choices`.
-    pub(super) fn choice<T: Copy>(&mut self, key: &'static str, choices: &[(&'static str, T)]) -> Option<T> {
-        let text = self.text(key, choices[0].0)?;
-        let chosen = choices.iter().find(|(name, _)| *name == text);
-        if chosen.is_none() {
-            let problem = format!("there is no \"{text}\"; choose one of {}", names(choices));
-            self.fault(key, problem);
-        }
-        chosen.map(|(_, choice)| *choice)
+    /// Takes `key` as a value of an enumeration, by its name, or `default` if it is not given.
+    pub(super) fn choice_or<T: DeserializeOwned>(&mut self, key: &'static str, default: T) -> T {
+        self.choice(key).unwrap_or(default)
     }
 
-    /// Takes `key` as a list of names in `choices`, or as text with commas between them, without duplicates.
-    pub(super) fn choices<T: Copy>(&mut self, key: &'static str, choices: &[(&'static str, T)]) -> Vec<T> {
+    /// Takes `key` as a value of an enumeration, by its name.
+    pub(super) fn choice<T: DeserializeOwned>(&mut self, key: &'static str) -> Option<T> {
+        let text = self.text(key, names_of::<T>()[0])?;
+        let chosen = named(&text);
+        if chosen.is_none() {
+            let problem = format!("there is no \"{text}\"; choose one of {}", quoted::<T>());
+            self.fault(key, problem);
+        }
+        chosen
+    }
+
+    /// Takes `key` as a list of values of an enumeration, or as text with commas between them,
+    /// without duplicates.
+    pub(super) fn choices<T: DeserializeOwned>(&mut self, key: &'static str) -> Vec<T> {
         let given: Vec<String> = match self.take(key) {
             None => return Vec::new(),
             Some(DeValue::String(text)) => {
@@ -256,22 +264,23 @@ impl<'t> Settings<'t> {
                 items.iter().filter_map(|item| item.get_ref().as_str().map(str::to_owned)).collect()
             }
             Some(other) => {
-                let example = format!("[\"{}\"]", choices[0].0);
+                let example = format!("[\"{}\"]", names_of::<T>()[0]);
                 return self.wrong_type(key, "a list of names", &example, &other).unwrap_or_default();
             }
         };
+        let mut chosen = Vec::with_capacity(given.len());
         for (at, name) in given.iter().enumerate() {
-            if !choices.iter().any(|(known, _)| known == name) {
-                self.fault(key, format!("there is no \"{name}\"; choose from {}", names(choices)));
+            let Some(choice) = named(name) else {
+                self.fault(key, format!("there is no \"{name}\"; choose from {}", quoted::<T>()));
                 return Vec::new();
-            }
+            };
             if given[..at].contains(name) {
                 self.fault(key, format!("has \"{name}\" twice; remove one"));
                 return Vec::new();
             }
+            chosen.push(choice);
         }
-        let chosen = given.iter().filter_map(|name| choices.iter().find(|(known, _)| known == name));
-        chosen.map(|(_, choice)| *choice).collect()
+        chosen
     }
 
     /// Takes `key` as a text or a list of texts. An integer stands for its digits.
@@ -425,10 +434,10 @@ impl<'t> Settings<'t> {
     }
 }
 
-/// Names in a table of choices, quoted.
-fn names<T>(choices: &[(&'static str, T)]) -> String {
-    let quoted: Vec<String> = choices.iter().map(|(name, _)| format!("\"{name}\"")).collect();
-    quoted.join(", ")
+/// Names of an enumeration's values, quoted.
+fn quoted<T: DeserializeOwned>() -> String {
+    let names: Vec<String> = names_of::<T>().iter().map(|name| format!("\"{name}\"")).collect();
+    names.join(", ")
 }
 
 /// Number of the line, counted from 1, that holds a byte of a text.

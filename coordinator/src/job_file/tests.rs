@@ -408,6 +408,118 @@ fn a_damaged_resolved_job_is_refused() {
     assert!(errors.starts_with("job.toml:") && errors.contains("job.seed: must be"), "{errors}");
 }
 
+/// A `job.toml` as the first version wrote it.
+const OF_THE_FIRST_VERSION: &str = r#"# The job of this run as it was resolved: defaults filled in, paths absolute.
+
+[job]
+name = "small"
+seed = 7
+steps = 10
+data_shards = 8
+shard_batch = 8
+threads = 1
+failure_deadline = 5.0
+
+[data]
+kind = "mnist-10k"
+channels = 1
+
+[model]
+kind = "mlp-28"
+latent_dim = 100
+width = 256
+ema_half_life_images = 10000
+
+[loss]
+kind = "wasserstein-gp"
+discriminator_steps = 5
+gradient_penalty = 10.0
+
+[optimizer]
+kind = "adam"
+learning_rate = 0.0002
+discriminator_learning_rate = 0.0003
+beta1 = 0.0
+beta2 = 0.9
+epsilon = 0.00000001
+
+[checkpoint]
+every_steps = 1000
+every_epochs = 0
+keep_last = 3
+
+[sample]
+every_steps = 1000
+count = 50
+
+[metrics]
+every_steps = 10
+"#;
+
+/// Sections that later versions wrote beside those: settings that the first one had not, with the
+/// values that it computed with.
+const OF_LATER_VERSIONS: &str = r#"
+[augmentation]
+flip = false
+kinds = []
+probability = 1.0
+final_probability = 1.0
+adaptive = false
+target = 0.6
+adjust_images = 500000
+
+[evaluation]
+every_steps = 0
+with_checkpoints = false
+samples = 2000
+reference = 10000
+features = "auto"
+best_by = "auto"
+
+[alarms]
+policy = "warn"
+after_images = 25000
+collapse = 0.3
+overfitting = 0.8
+saturated_rows = 100
+"#;
+
+/// A newer build goes on with the runs of every older one: a key that their `job.toml` lacks has the
+/// value that they computed with.
+#[test]
+fn a_run_of_an_older_version_goes_on_with_the_same_job() {
+    let overrides = ["job.seed=7", "loss.kind=wasserstein-gp", "optimizer.discriminator_learning_rate=3e-4"];
+    let given = resolve(SMALL, &overrides).unwrap();
+    let later = format!("{OF_THE_FIRST_VERSION}{OF_LATER_VERSIONS}");
+    let with = |text: &str, section: &str, keys: &str| text.replace(section, &format!("{section}\n{keys}"));
+    let general = "non_finite = \"skip\"\nprecision = \"fp32\"\nreduction = \"tree\"\ndeterministic = true";
+    let later = with(&later, "[job]", general);
+    let model = "ema_schedule = \"ramp-up\"\nconditional = false\nfreeze_discriminator = 0";
+    let later = with(&later, "[model]", model);
+    let loss = "r1 = 0.0\nfinal_r1 = 0.0\nr2 = 0.0\nfinal_r2 = 0.0\npenalty_every = 1";
+    let later = with(&later, "[loss]", loss);
+    let optimizer = "decay_images = 0\nfinal_learning_rate = 0.0002\nfinal_discriminator_learning_rate = 0.0003\n\
+                     final_beta2 = 0.9";
+    let later = with(&later, "[optimizer]", optimizer);
+    for text in [OF_THE_FIRST_VERSION, &later] {
+        let recorded = parse_resolved(text).unwrap_or_else(|errors| panic!("{errors}"));
+        assert_eq!(differences(&recorded, &given), []);
+        assert_eq!(recorded, given);
+    }
+    // The second has every key of today's form, with its values spelled as they are written today.
+    assert_eq!(toml::from_str::<toml::Table>(&later).unwrap(), given.to_table());
+}
+
+/// Workers refuse a longer text, so it is refused before they are asked.
+#[test]
+fn a_job_that_is_too_long_to_send_is_refused() {
+    let list = tempfile::NamedTempFile::new().unwrap();
+    let names: String = (0..90_000).map(|number| format!("{number:0>100}\n")).collect();
+    std::fs::write(list.path(), names).unwrap();
+    let listed = format!("data.exclude=@{}", list.path().display());
+    assert_error(SMALL, &[&listed], "can be sent to workers; leave fewer samples out by name");
+}
+
 proptest! {
     /// Invariant 3.
     #[test]

@@ -1,104 +1,27 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::job::{
-    AugmentationKind, DataKind, EmaSchedule, LossKind, ModelKind, NonFinite, OptimizerKind, Precision,
-    Reduction,
-};
 
-fn loss() -> job::Loss {
-    job::Loss {
-        kind: LossKind::WassersteinGp,
-        discriminator_steps: 5,
-        gradient_penalty: 10.0,
-        r1: 1.0,
-        final_r1: 0.1,
-        r2: 2.0,
-        final_r2: 0.2,
-        penalty_every: 4,
-    }
-}
-
-fn exclusion() -> job::Exclusion {
-    let files = vec!["a b.png".into(), "c".into()];
-    job::Exclusion { after_step: 7, after_phase: 1, names: Some("9f".into()), files }
-}
-
-fn job() -> Job {
-    Job {
-        job: job::General {
-            name: "n".into(),
-            seed: u64::MAX,
-            length: Length::Epochs(3),
-            data_shards: 6,
-            shard_batch: 4,
-            threads: 1,
-            failure_deadline: 5.0,
-            non_finite: NonFinite::RollBack,
-            precision: Precision::Bf16,
-            reduction: Reduction::Ring,
-            deterministic: true,
-        },
-        data: job::Data {
-            kind: DataKind::Cifar10,
-            path: Some("/data/a b".into()),
-            resize: Some(64),
-            crop: None,
-            channels: 3,
-            image_extension: Some("jpg".into()),
-            orientation: job::Orientation::Ignore,
-            exclusions: vec![exclusion()],
-        },
-        model: job::Model {
-            kind: ModelKind::Dcgan64,
-            latent_dim: 100,
-            width: 64,
-            ema_half_life_images: 10,
-            ema_schedule: EmaSchedule::Cosine,
-            conditional: true,
-            init_from: Some("runs/a b".into()),
-            freeze_discriminator: 3,
-            generator: Some("/networks/G.pt".into()),
-            discriminator: Some("/networks/D.pt".into()),
-        },
-        loss: loss(),
-        optimizer: job::Optimizer {
-            kind: OptimizerKind::Adam,
-            learning_rate: 0.1 + 0.2,
-            discriminator_learning_rate: 1e-4,
-            beta1: 0.5,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            decay_images: 1000,
-            final_learning_rate: 0.1,
-            final_discriminator_learning_rate: 1e-5,
-            final_beta2: 0.99,
-        },
-        augmentation: job::Augmentation {
-            flip: true,
-            kinds: vec![AugmentationKind::Rotate90, AugmentationKind::Cutout],
-            probability: 0.5,
-            final_probability: 0.25,
-            adaptive: true,
-            target: 0.6,
-            adjust_images: 500,
-        },
-        checkpoint: job::Checkpoint { every_steps: 1, every_epochs: 2, keep_last: 3, url: None },
-        sample: job::Sample { every_steps: 7, count: 50 },
-        metrics: job::Metrics { every_steps: 10 },
-        evaluation: Evaluation {
-            every_steps: 5,
-            features: "/inception.pt".to_string().into(),
-            held_out: Some("/h".into()),
-            ..Evaluation::default()
-        },
-        alarms: Alarms { saturated_rows: 9, ..Alarms::default() },
-    }
-}
-
+/// A welcome carries the job as the text that [`Job::to_toml`] gives, and refuses any other.
 #[test]
-fn a_job_survives_the_wire_exactly() {
-    assert_eq!(job_from_wire(job_to_wire(&job())), Ok(job()));
+fn a_welcome_survives_the_wire_with_its_job() {
+    let job = crate::job::sample_of_all();
+    let welcome = Welcome {
+        term: Term(4),
+        worker: WorkerId(1),
+        run: "r".into(),
+        job,
+        storage: "/s".into(),
+        condemned: Generation(0),
+    };
+    let message = ToWorker::Welcome(Box::new(welcome));
+    let sent = message.clone().to_wire(Term(4));
+    assert_eq!(ToWorker::from_wire(sent.clone()), Ok((Term(4), message)));
+    let Some(wire::session_response::Message::Welcome(mut welcome)) = sent.message else { unreachable!() };
+    welcome.job_toml.push_str("momentum = 0.9\n");
+    let other = Some(wire::session_response::Message::Welcome(welcome));
+    let refused = ToWorker::from_wire(wire::SessionResponse { term: 4, message: other }).unwrap_err();
+    assert!(refused.to_string().contains("momentum"), "{refused}");
 }
 
 fn file() -> StoredFile {

@@ -143,7 +143,7 @@ impl Means {
                 | (Extractor::File(..), BestBy::ClassifierScore)
         );
         if lacks {
-            let (name, features) = (settings.best_by.name(), extractor.describe());
+            let (name, features) = (settings.best_by, extractor.describe());
             let what = format!(
                 "evaluation.best_by: there is no {name} by features of {features}; choose \"auto\" or other \
                  evaluation.features"

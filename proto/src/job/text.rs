@@ -1,0 +1,101 @@
+//! Text form of a resolved job: the only form in which a job leaves its process.
+//!
+//! 1. Reading the output of [`Job::to_toml`] gives the same job, each number with its bits.
+//! 2. A job is understood whole or refused: a key that this build does not know, or reads as
+//!    something else, is named.
+
+use ganglion_membership::Limits;
+use toml::{Table, Value};
+
+use super::Job;
+use crate::bounds::name;
+use crate::error::{Malformed, malformed};
+
+/// Largest text of a job, in bytes; a message of the session holds it.
+pub const TEXT_LIMIT: usize = crate::MESSAGE_LIMIT / 2;
+
+impl Job {
+    /// Renders the job as TOML.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("a checked job has UTF-8 paths and numbers that TOML can hold")
+    }
+
+    /// Converts the job to a table of its sections.
+    pub fn to_table(&self) -> Table {
+        Table::try_from(self).expect("a checked job has UTF-8 paths and numbers that TOML can hold")
+    }
+
+    /// Parses the output of [`Job::to_toml`] of a process that may be of another build.
+    ///
+    /// # Errors
+    /// The text is too long or no job, or has settings that this build does not know.
+    pub fn from_toml(text: &str) -> Result<Job, Malformed> {
+        if text.len() > TEXT_LIMIT {
+            let length = text.len();
+            return Err(Malformed(format!(
+                "the job has {length} bytes, and at most {TEXT_LIMIT} are allowed"
+            )));
+        }
+        let job: Job = toml::from_str(text).map_err(|error| unreadable(text, &error))?;
+        let sent: Table = toml::from_str(text).map_err(|error| unreadable(text, &error))?;
+        let unknown = not_understood(&sent, &job.to_table());
+        if !unknown.is_empty() {
+            return Err(Malformed(format!(
+                "the job has settings that this build does not know: {}; use one build of the coordinator and its workers",
+                unknown.join(", ")
+            )));
+        }
+        job.check()?;
+        Ok(job)
+    }
+
+    /// Checks what the arithmetic of samples, steps and times relies on. All else was checked by
+    /// the reader of the job file.
+    fn check(&self) -> Result<(), Malformed> {
+        let is_shown_as_it_is = name(self.job.name.clone(), "job.name")? == self.job.name;
+        if !is_shown_as_it_is {
+            return Err(malformed("a job's name with control characters"));
+        }
+        if self.job.data_shards == 0 || self.job.shard_batch == 0 {
+            return Err(malformed("a job without data shards or samples in them"));
+        }
+        if !(0.0..=Limits::LONGEST.as_secs_f64()).contains(&self.job.failure_deadline) {
+            return Err(malformed("a failure deadline that is no time"));
+        }
+        if self.loss.discriminator_steps == 0 || self.loss.penalty_every == 0 {
+            return Err(malformed("a step without a discriminator phase, or penalties in every 0 of them"));
+        }
+        let per_step = self.global_batch().checked_mul(u64::from(self.loss.discriminator_steps));
+        per_step.map(|_| ()).ok_or_else(|| malformed("a step with more samples than can be counted"))
+    }
+}
+
+/// Error of the TOML parser in one line, with the line that it is about.
+fn unreadable(text: &str, error: &toml::de::Error) -> Malformed {
+    let line = error.span().and_then(|span| {
+        let line_at = text.get(..span.start)?.matches('\n').count();
+        text.lines().nth(line_at)
+    });
+    let line = line.unwrap_or_default().trim();
+    Malformed(format!("the job cannot be read at \"{line}\": {}", error.message().trim()))
+}
+
+/// Full keys of the settings of `sent` that `understood` does not have with the same value.
+fn not_understood(sent: &Table, understood: &Table) -> Vec<String> {
+    let mut unknown = Vec::new();
+    for (key, value) in sent {
+        match (value, understood.get(key)) {
+            (Value::Table(sent), Some(Value::Table(understood))) => {
+                unknown.extend(not_understood(sent, understood).iter().map(|below| format!("{key}.{below}")));
+            }
+            // A NaN equals nothing, and an infinity is no setting either.
+            (Value::Float(number), _) if !number.is_finite() => unknown.push(format!("{key} = {number}")),
+            (value, Some(other)) if value == other => {}
+            _ => unknown.push(key.clone()),
+        }
+    }
+    unknown
+}
+
+#[cfg(test)]
+mod tests;

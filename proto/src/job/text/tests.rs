@@ -1,0 +1,210 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::job::sample_of_all;
+
+/// Text of [`sample_of_all`]. A run directory holds such a text, and workers of the same version of
+/// the contract read it: a change here needs a new version.
+const TEXT: &str = r#"[job]
+name = "n"
+seed = 9223372036854775807
+epochs = 3
+data_shards = 6
+shard_batch = 4
+threads = 1
+failure_deadline = 5.0
+non_finite = "roll-back"
+precision = "bf16"
+reduction = "ring"
+deterministic = true
+
+[data]
+kind = "cifar-10"
+path = "/data/a b"
+resize = 64
+channels = 3
+image_extension = "jpg"
+orientation = "ignore"
+
+[[data.exclusion]]
+after_step = 7
+after_phase = 1
+names = "9f"
+files = ["a b.png", "c"]
+
+[model]
+kind = "dcgan-64"
+latent_dim = 100
+width = 64
+ema_half_life_images = 10
+ema_schedule = "cosine"
+conditional = true
+init_from = "runs/a b"
+freeze_discriminator = 3
+generator = "/networks/G.pt"
+discriminator = "/networks/D.pt"
+
+[loss]
+kind = "wasserstein-gp"
+discriminator_steps = 5
+gradient_penalty = 10.0
+r1 = 1.0
+final_r1 = 0.1
+r2 = 2.0
+final_r2 = 0.2
+penalty_every = 4
+
+[optimizer]
+kind = "adam"
+learning_rate = 0.30000000000000004
+discriminator_learning_rate = 0.0001
+beta1 = 0.5
+beta2 = 0.999
+epsilon = 0.00000001
+decay_images = 1000
+final_learning_rate = 0.1
+final_discriminator_learning_rate = 0.00001
+final_beta2 = 0.99
+
+[augmentation]
+flip = true
+kinds = ["rotate90", "cutout"]
+probability = 0.5
+final_probability = 0.25
+adaptive = true
+target = 0.6
+adjust_images = 500
+
+[checkpoint]
+every_steps = 1
+every_epochs = 2
+keep_last = 3
+
+[sample]
+every_steps = 7
+count = 50
+
+[metrics]
+every_steps = 10
+
+[evaluation]
+every_steps = 5
+with_checkpoints = false
+samples = 2000
+reference = 10000
+features = "/inception.pt"
+held_out = "/h"
+best_by = "auto"
+
+[alarms]
+policy = "warn"
+after_images = 25000
+collapse = 0.3
+overfitting = 0.8
+saturated_rows = 9
+"#;
+
+#[test]
+fn the_text_is_fixed_and_gives_the_same_job() {
+    assert_eq!(sample_of_all().to_toml(), TEXT);
+    assert_eq!(Job::from_toml(TEXT), Ok(sample_of_all()));
+}
+
+fn refused(text: &str) -> String {
+    Job::from_toml(text).unwrap_err().to_string()
+}
+
+/// A worker must not train by half a job, which a newer coordinator would send.
+#[test]
+fn settings_that_this_build_does_not_know_are_named() {
+    let with = |from: &str, to: &str| {
+        assert!(TEXT.contains(from));
+        refused(&TEXT.replace(from, to))
+    };
+    let told = with("beta1 = 0.5", "beta1 = 0.5\nmomentum = 0.9\nnesterov = true");
+    assert!(told.contains("does not know: optimizer.momentum, optimizer.nesterov; use one build"), "{told}");
+    let told = with("[metrics]", "[sweep]\ntrials = 3\n[metrics]");
+    assert!(told.contains("does not know: sweep;"), "{told}");
+    let told = with("after_step = 7", "after_step = 7\nweight = 0.5");
+    assert!(told.contains("does not know: data.exclusion;"), "{told}");
+    let told = with("epochs = 3", "epochs = 3\nsteps = 4");
+    assert!(told.contains("job.epochs") || told.contains("job.steps"), "{told}");
+    let told = with("kind = \"wasserstein-gp\"", "kind = \"logistic\"");
+    assert!(told.contains("at \"kind = \"logistic\"\": unknown variant"), "{told}");
+    let told = with("beta2 = 0.999\n", "");
+    assert!(told.contains("[optimizer]") && told.contains("missing field `beta2`"), "{told}");
+    let told = with("count = 50", "count = -1");
+    assert!(told.contains("at \"count = -1\""), "{told}");
+}
+
+#[test]
+fn a_job_that_cannot_be_computed_with_is_refused() {
+    for (from, to, says) in [
+        ("r1 = 1.0", "r1 = nan", "loss.r1 = NaN"),
+        ("r1 = 1.0", "r1 = -inf", "loss.r1 = -inf"),
+        ("data_shards = 6", "data_shards = 0", "without data shards"),
+        ("failure_deadline = 5.0", "failure_deadline = -1.0", "no time"),
+        ("discriminator_steps = 5", "discriminator_steps = 0", "without a discriminator phase"),
+        ("name = \"n\"", "name = \"\\u001b[2J\"", "control characters"),
+    ] {
+        let told = refused(&TEXT.replacen(from, to, 1));
+        assert!(told.contains(says) && !told.contains('\n'), "{told}");
+    }
+    let most = ["data_shards = 4294967295", "shard_batch = 4294967295", "discriminator_steps = 4294967295"];
+    let many = TEXT.replace("data_shards = 6", most[0]).replace("shard_batch = 4", most[1]);
+    assert!(refused(&many.replace("discriminator_steps = 5", most[2])).contains("more samples than"));
+    let long = format!("# {}\n{TEXT}", "x".repeat(TEXT_LIMIT));
+    assert!(refused(&long).contains("at most 8388608 are allowed"));
+}
+
+/// All finite numbers of double precision.
+fn finite() -> impl Strategy<Value = f64> {
+    use proptest::num::f64::{NEGATIVE, NORMAL, POSITIVE, SUBNORMAL, ZERO};
+    let edges = [0.0, -0.0, f64::MIN_POSITIVE, 5e-324, -5e-324, f64::MAX, f64::MIN, f64::EPSILON, 0.1 + 0.2];
+    prop_oneof![
+        POSITIVE | NEGATIVE | NORMAL | SUBNORMAL | ZERO,
+        proptest::num::f32::ANY.prop_filter("finite", |value| value.is_finite()).prop_map(f64::from),
+        proptest::sample::select(edges.to_vec()),
+    ]
+}
+
+proptest! {
+    /// Invariant 1.
+    #[test]
+    fn numbers_keep_their_bits(values in proptest::collection::vec(finite(), 5), shards in 1..u32::MAX, seed in 0..=i64::MAX) {
+        let mut job = sample_of_all();
+        job.job.seed = seed.unsigned_abs();
+        job.job.data_shards = shards;
+        fn numbers(job: &mut Job) -> [&mut f64; 5] {
+            let Job { loss, optimizer, augmentation, alarms, .. } = job;
+            [&mut loss.r1, &mut optimizer.learning_rate, &mut optimizer.final_beta2, &mut augmentation.target,
+                &mut alarms.collapse]
+        }
+        for (place, value) in numbers(&mut job).into_iter().zip(&values) {
+            *place = *value;
+        }
+        let mut read = Job::from_toml(&job.to_toml()).unwrap();
+        prop_assert_eq!(&read, &job);
+        let bits: Vec<u64> = values.iter().map(|value| value.to_bits()).collect();
+        prop_assert_eq!(numbers(&mut read).map(|value| value.to_bits()).to_vec(), bits);
+    }
+
+    #[test]
+    fn texts_and_paths_stay_as_they_are(path in "/\\PC{0,40}", file in any::<String>(), url in any::<String>()) {
+        let mut job = sample_of_all();
+        job.data.path = Some(path.into());
+        job.data.exclusions[0].files = vec![file];
+        job.checkpoint.url = Some(url);
+        prop_assert_eq!(Job::from_toml(&job.to_toml()), Ok(job));
+    }
+
+    /// No text makes the reader panic, and what it takes is a job as it was sent.
+    #[test]
+    fn a_changed_text_is_refused_or_is_a_job(at in 0..TEXT.len(), cut in 0..20_usize, put in "\\PC{0,6}") {
+        let (at, end) = (TEXT.floor_char_boundary(at), TEXT.floor_char_boundary((at + cut).min(TEXT.len())));
+        let text = format!("{}{put}{}", &TEXT[..at], &TEXT[end..]);
+        if let Ok(job) = Job::from_toml(&text) {
+            prop_assert_eq!(Job::from_toml(&job.to_toml()), Ok(job));
+        }
+    }
+}
