@@ -6,47 +6,24 @@
 //! - [`data`]: sample i of a shard is a number in an endless stream, whichever worker reads it.
 //! - [`objective`]: a shard gradient is one data shard's contribution to an update, whichever worker
 //!   computes it.
-//! - [`reduce`]: shard gradients are summed in one order, for any number of ranks.
-//! - [`commit`]: the only writer of [`state`], and a pure one.
-//! - [`finite`]: a reduced gradient that is not finite is skipped or ends the group, by all members alike.
-//! - [`team`]: a group starts from one state, compared before the first phase.
+//! - [`engine::reduce`]: shard gradients are summed in one order, for any number of ranks.
+//! - [`engine::commit`]: the only writer of [`state`], and a pure one.
+//! - [`engine::finite`]: a reduced gradient that is not finite is skipped or ends the group, by all members alike.
+//! - [`engine::team`]: a group starts from one state, compared before the first phase.
 #![forbid(unsafe_code)]
 
-pub mod archive;
-pub mod augment;
-pub mod beginning;
 pub mod checkpoint;
-pub mod commit;
+pub mod commands;
 pub mod data;
 pub mod device;
-pub mod draw;
-pub mod error;
+pub mod engine;
 pub mod eval;
-pub mod finite;
-pub mod gpu;
-pub mod gradient_log;
-pub mod loss;
-mod module_file;
-mod monitor;
 pub mod nn;
 pub mod objective;
-pub mod passport;
-pub mod picture;
-pub mod profile;
 pub mod random;
-pub mod reduce;
-pub mod run;
-pub mod sample;
-pub mod schedule;
+pub mod sampling;
 pub mod session;
 pub mod state;
-pub mod stay;
-pub mod storage;
-pub mod team;
-pub mod tensor_bytes;
-pub mod trainer;
-mod tunnel;
-pub mod weights;
 
 /// Sets the number of threads inside one tensor operation, for the calling thread and those that it starts.
 pub fn set_threads(threads: u32) {

@@ -16,15 +16,15 @@ use ganglion_proto::listen::raise_descriptor_limit;
 use ganglion_proto::log::{self, JsonLines};
 use ganglion_proto::printable;
 use ganglion_proto::trace::Trace;
+use ganglion_worker::commands::error::Failure;
+use ganglion_worker::commands::evaluate::{Eval, TrainClassifier, eval, train_classifier};
+use ganglion_worker::commands::join::{Released, SPAWN_TOKEN, run};
+use ganglion_worker::commands::linger::Stay;
+use ganglion_worker::commands::sample::{Export, Interpolate, Sample, export, interpolate, sample};
 use ganglion_worker::data::check::{Look, check};
 use ganglion_worker::device::{DeviceChoice, gpus};
-use ganglion_worker::draw::{Export, Interpolate, Sample, export, interpolate, sample};
-use ganglion_worker::error::Failure;
-use ganglion_worker::eval::commands::{Eval, TrainClassifier, eval, train_classifier};
+use ganglion_worker::engine::passport::NUMERICS;
 use ganglion_worker::nn::broken::guarded;
-use ganglion_worker::passport::NUMERICS;
-use ganglion_worker::run::{Released, SPAWN_TOKEN, run};
-use ganglion_worker::stay::Stay;
 use tracing_subscriber::EnvFilter;
 
 /// Trains with the other workers of a run, or draws samples from a checkpoint.

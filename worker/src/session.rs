@@ -14,7 +14,9 @@
 //!    loaded.
 
 mod client;
+pub mod gloo_tls;
 mod lease;
+pub mod monitor;
 mod probe;
 mod store;
 
@@ -36,14 +38,14 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
-use crate::gpu::GpuWatch;
+use crate::device::gpu::GpuWatch;
 pub use client::{Connect, ConnectError, Connecting, Host};
 pub use lease::Clock;
 use lease::Lease;
 pub use probe::unreachable;
 use store::GrpcStore;
 
-use crate::tunnel::Tunnels;
+use crate::session::gloo_tls::Tunnels;
 
 /// Number of recorded evaluations' steps that are remembered.
 const RECORDED_LIMIT: usize = 64;

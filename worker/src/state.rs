@@ -4,7 +4,7 @@
 //!    index.
 //! 2. Each tensor starts on a 64-byte boundary of the buffer. The gaps hold +0.0 for ever, and no
 //!    reader sees them.
-//! 3. [`crate::commit`] is the only writer while a run trains.
+//! 3. [`crate::engine::commit`] is the only writer while a run trains.
 //! 4. Passes compute with a function of the state: its parameters, or their cast to the job's precision,
 //!    which is made anew whenever they change.
 //!

@@ -10,10 +10,10 @@ use common::{Bench, bits, content, job, save};
 use ganglion_membership::{Checkpoint, Position};
 use ganglion_proto::job::{LossKind, ModelKind};
 use ganglion_storage::{Address, MANIFEST, Storage, in_folder};
-use ganglion_worker::beginning::Beginning;
+use ganglion_worker::checkpoint::init_weights::Beginning;
 use ganglion_worker::checkpoint::{CheckpointError, Files, Snapshot, file_count, state_digest};
+use ganglion_worker::nn::tensor_bytes::to_bytes;
 use ganglion_worker::state::State;
-use ganglion_worker::tensor_bytes::to_bytes;
 use safetensors::SafeTensors;
 use tch::Device;
 

@@ -7,12 +7,12 @@ use common::{Bench, job};
 use ganglion_membership::Position;
 use ganglion_proto::job::{LossKind, ModelKind, NonFinite as Policy};
 use ganglion_worker::checkpoint::{Snapshot, state_digest};
-use ganglion_worker::commit::{commit, skip};
-use ganglion_worker::finite::{LIMIT, NonFinite, Verdict, judge};
+use ganglion_worker::engine::commit::{commit, skip};
+use ganglion_worker::engine::finite::{LIMIT, NonFinite, Verdict, judge};
+use ganglion_worker::nn::tensor_bytes::to_bytes;
 use ganglion_worker::objective::gan::phases;
 use ganglion_worker::objective::{GradLayout, Phase};
 use ganglion_worker::state::Module;
-use ganglion_worker::tensor_bytes::to_bytes;
 use tch::{Device, Kind, Tensor};
 
 /// With batch normalisation, so that a leaf has statistics.

@@ -7,10 +7,10 @@ use c10d::aten::default_generator_state;
 use common::{Bench, job};
 use ganglion_proto::job::{LossKind, ModelKind};
 use ganglion_worker::checkpoint::Snapshot;
-use ganglion_worker::commit::commit;
+use ganglion_worker::engine::commit::commit;
+use ganglion_worker::nn::tensor_bytes::to_bytes;
 use ganglion_worker::objective::gan::phases;
-use ganglion_worker::sample::grid_of;
-use ganglion_worker::tensor_bytes::to_bytes;
+use ganglion_worker::sampling::grid_of;
 
 #[test]
 fn training_and_sampling_never_draw_from_libtorch() {

@@ -10,13 +10,13 @@ use ganglion_proto::job::{LossKind, ModelKind, Precision};
 use ganglion_storage::Storage;
 use ganglion_worker::checkpoint::{Files, Snapshot};
 use ganglion_worker::data::{DataSet, Plan, Prefetcher};
-use ganglion_worker::loss;
 use ganglion_worker::nn::Pass;
+use ganglion_worker::nn::tensor_bytes::to_bytes;
+use ganglion_worker::objective::gan::loss;
 use ganglion_worker::objective::gan::{Input, phases};
 use ganglion_worker::objective::{Phase, ShardAt, ShardGrad};
 use ganglion_worker::random::{Key, Purpose};
 use ganglion_worker::state::Module;
-use ganglion_worker::tensor_bytes::to_bytes;
 use safetensors::SafeTensors;
 use tch::{Device, Kind, Tensor, no_grad};
 

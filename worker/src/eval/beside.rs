@@ -21,11 +21,11 @@ use super::EvalError;
 use super::judge::{Critic, Judge, Means};
 use crate::checkpoint::Snapshot;
 use crate::data::DataSet;
-use crate::monitor::Monitor;
 use crate::nn::Models;
 use crate::nn::broken::guarded;
-use crate::sample::Generator;
+use crate::sampling::Generator;
 use crate::session::Session;
+use crate::session::monitor::Monitor;
 use crate::state::StateLayout;
 
 /// Maximum number of waiting evaluations: each holds a state.

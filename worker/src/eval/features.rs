@@ -9,7 +9,7 @@ use tch::{Kind, Tensor, no_grad};
 use super::digits::{Digits, SHAPE};
 use super::{EvalError, images, some_of};
 use crate::data::{DataSet, ImageShape};
-use crate::module_file;
+use crate::nn::module_file;
 
 /// Number of images in one pass. Fixed, because a kernel's rounding may depend on the batch size.
 const BATCH: usize = 100;

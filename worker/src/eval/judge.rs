@@ -12,10 +12,10 @@ use super::metrics::{
 use super::{EvalError, images, some_of};
 use crate::checkpoint::Snapshot;
 use crate::data::DataSet;
+use crate::nn::tensor_bytes::from_bytes;
 use crate::nn::{Models, Pass};
 use crate::random::{Key, Purpose};
 use crate::state::StateLayout;
-use crate::tensor_bytes::from_bytes;
 
 /// Number of samples of each kind that the discriminator is run on.
 const ASKED: usize = 1000;

@@ -8,7 +8,6 @@
 //! 3. During training it never holds a step up: see [`beside`].
 
 pub mod beside;
-pub mod commands;
 pub mod digits;
 pub mod features;
 pub mod judge;
@@ -20,7 +19,7 @@ use ganglion_proto::stream::SampleStream;
 use tch::Tensor;
 
 use crate::data::{DataError, DataSet};
-use crate::sample::SampleError;
+use crate::sampling::SampleError;
 
 /// Reasons why there are no metrics.
 #[derive(Debug, thiserror::Error)]

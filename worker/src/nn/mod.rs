@@ -9,12 +9,14 @@
 pub mod broken;
 mod classes;
 mod models;
+pub mod module_file;
 mod pieces;
 mod r3gan;
 mod script;
 mod sequential;
 mod sngan;
 mod spectral;
+pub mod tensor_bytes;
 
 use std::fmt;
 use std::sync::Arc;

@@ -17,8 +17,8 @@ use tch::{Device, Kind, Tensor, no_grad};
 use super::broken::{BrokenModule, Watchdog};
 use super::{Constant, Init, Mode, Network, Pass, TensorSpec};
 use crate::data::ImageShape;
-use crate::module_file;
-use crate::tensor_bytes::to_bytes;
+use crate::nn::module_file;
+use crate::nn::tensor_bytes::to_bytes;
 
 /// Role of a network in a GAN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -23,7 +23,7 @@ use tonic::{Code, Request, Streaming};
 
 use super::lease::{Clock, Lease, boot_clock};
 use super::{End, Session, Shared, probe};
-use crate::tunnel::Tunnels;
+use crate::session::gloo_tls::Tunnels;
 
 /// Limit on the search for the coordinator at start.
 const CONNECT_LIMIT: Duration = Duration::from_secs(20);

@@ -1,5 +1,5 @@
 //! A worker's training: meeting the others, healing, reduces, commits, coming to rest. What the model does is
-//! what `trainer.rs`, `team.rs` and `reduce` do; the arithmetic and the collectives are its own.
+//! what `engine/trainer.rs`, `team.rs` and `reduce` do; the arithmetic and the collectives are its own.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,8 +14,8 @@ use ganglion_proto::message::{Assignment, GpuUse, MetricsRow};
 use ganglion_proto::stream::SampleStream;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use ganglion_proto::wire::{GetRequest, Key, SetRequest};
+use ganglion_worker::engine::trainer::UNFORMED;
 use ganglion_worker::session::Session;
-use ganglion_worker::trainer::UNFORMED;
 use rand::RngExt;
 use rand::rngs::ChaCha8Rng;
 use tonic::transport::Endpoint;

@@ -1,5 +1,5 @@
-//! A worker's process: the real session, and a model of the rest. What the model does is what `run.rs` and
-//! `archive.rs` do.
+//! A worker's process: the real session, and a model of the rest. What the model does is what `commands/join.rs` and
+//! `engine/checkpoint_writer.rs` do.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

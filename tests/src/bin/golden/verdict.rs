@@ -30,7 +30,7 @@ pub fn verdict(found: &Found) -> Result<String, String> {
         )),
         (false, false) => Err(format!(
             "different bits, and NUMERICS is {here} in both builds: their workers would train together. If the bits are \
-             to change, raise it in worker/src/passport.rs"
+             to change, raise it in worker/src/engine/passport.rs"
         )),
     }
 }

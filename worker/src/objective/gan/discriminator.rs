@@ -4,8 +4,8 @@
 use tch::Tensor;
 
 use super::{FakeBatch, Gan, GradPart, PassId, is_single, part};
-use crate::loss;
 use crate::nn::Pass;
+use crate::objective::gan::loss;
 use crate::objective::{ShardAt, ShardBatch};
 use crate::state::{Module, State};
 

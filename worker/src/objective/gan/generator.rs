@@ -3,8 +3,8 @@
 use tch::{Tensor, no_grad};
 
 use super::{FakeBatch, Gan, GradPart, PassId, own, part, signed};
-use crate::loss;
 use crate::nn::Pass;
+use crate::objective::gan::loss;
 use crate::objective::{Phase, ShardAt, ShardBatch};
 use crate::random::{Key, Purpose};
 use crate::state::{Module, State};

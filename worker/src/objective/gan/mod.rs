@@ -9,20 +9,22 @@
 //! The scalars of a gradient are the summed loss; in a discriminator's, its outputs for the real samples and
 //! for the generator's, and the signs of the former. Nothing is decided by the outputs.
 
+pub mod augment;
 mod discriminator;
 mod generator;
+pub mod loss;
 mod penalties;
+pub mod schedule;
 
 use ganglion_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad};
 
+use self::augment::{Probability, augment};
 use super::shard_grad::SCORES;
 use super::{Compute, GradLayout, Objective, Phase, Reads, ShardAt, ShardBatch, ShardGrad};
-use crate::augment::{self, Probability, augment};
-use crate::loss;
 use crate::nn::{Models, Pass, first_layers};
+use crate::objective::gan::schedule::Schedule;
 use crate::random::{Key, Purpose};
-use crate::schedule::Schedule;
 use crate::state::{Module, State, StateLayout};
 
 /// Maximum number of data shards whose generated samples are kept, with all that their backward pass needs,

@@ -3,10 +3,10 @@
 use tch::Tensor;
 
 use super::{FakeBatch, Gan, GradPart, PassId, part};
-use crate::loss;
+use crate::objective::gan::loss;
+use crate::objective::gan::schedule::Schedule;
 use crate::objective::{ShardAt, ShardBatch};
 use crate::random::Purpose;
-use crate::schedule::Schedule;
 use crate::state::{Module, State};
 
 impl Gan<'_> {

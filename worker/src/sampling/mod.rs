@@ -1,5 +1,7 @@
 //! Samples of the generator's moving average.
 
+pub mod picture;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,11 +12,11 @@ use tch::{Tensor, no_grad};
 
 use crate::checkpoint::{Snapshot, named_tensor};
 use crate::data::ImageShape;
+use crate::nn::tensor_bytes::from_bytes;
 use crate::nn::{Models, Network, Pass};
-use crate::picture::Picture;
 use crate::random::{Key, Purpose};
+use crate::sampling::picture::Picture;
 use crate::state::{Layout, StateLayout};
-use crate::tensor_bytes::from_bytes;
 
 /// Number of samples in one forward pass.
 const BATCH: usize = 64;

@@ -18,14 +18,14 @@ use ganglion_proto::trace::{Track, now};
 use ganglion_storage::{Pauses, reason};
 use serde::Serialize;
 
+use crate::checkpoint::storage::{PAUSES, RunStorage};
 use crate::checkpoint::{CheckpointError, Files, Snapshot, state_digest};
-use crate::monitor::Monitor;
 use crate::nn::Models;
 use crate::nn::broken::guarded;
-use crate::sample;
+use crate::sampling;
 use crate::session::Session;
+use crate::session::monitor::Monitor;
 use crate::state::StateLayout;
-use crate::storage::{PAUSES, RunStorage};
 
 /// Maximum number of waiting checkpoints.
 const WAITING_LIMIT: usize = 2;
@@ -155,7 +155,7 @@ impl Monitor<Queue> {
         while let Some(order) = self.next() {
             if order.samples {
                 let Context { job, models, layout, track, .. } = context;
-                let draw = || guarded(|| sample::grid_of(job, models, layout, &order.snapshot));
+                let draw = || guarded(|| sampling::grid_of(job, models, layout, &order.snapshot));
                 match track.during("draw samples", Of { step: order.snapshot.step, file: None }, draw) {
                     Ok(Ok(grid)) => context.session.send(FromWorker::Samples(grid)),
                     Err(error) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),

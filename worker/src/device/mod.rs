@@ -1,11 +1,12 @@
 //! Choice of the compute device.
 
+pub mod gpu;
+
 use std::str::FromStr;
 
 use tch::{Cuda, Device};
 
 use crate::data::Upload;
-use crate::gpu;
 
 /// Device as given on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

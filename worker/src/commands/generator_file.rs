@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use ganglion_storage::{Address, Blocking, Bytes, Error, LATEST, Path as StoragePath, Storage, reason};
 
-use crate::error::Failure;
-use crate::sample::Generator;
+use crate::commands::error::Failure;
+use crate::sampling::Generator;
 
 /// Name of the averaged generator's file in a checkpoint's folder.
 const GENERATOR: &str = "generator_ema.safetensors";

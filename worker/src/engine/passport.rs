@@ -5,14 +5,14 @@ use ganglion_membership::{self as membership, Passport};
 use ganglion_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::commit::commit;
 use crate::data::DataSet;
+use crate::engine::commit::commit;
 use crate::nn::Models;
+use crate::nn::tensor_bytes::to_bytes;
 use crate::objective::gan::{Gan, Input, grad_layout, phases};
 use crate::objective::{ShardAt, ShardBatch, ShardGrad};
 use crate::random::{Key, Purpose};
 use crate::state::{Module, State, StateLayout};
-use crate::tensor_bytes::to_bytes;
 
 /// Version of this program's arithmetic: two builds with the same number compute the same bits, and may
 /// train together.

@@ -18,8 +18,8 @@ use std::path::PathBuf;
 use serde_json::json;
 use tch::Tensor;
 
+use crate::nn::tensor_bytes::to_bytes;
 use crate::objective::{Phase, ShardGrad};
-use crate::tensor_bytes::to_bytes;
 
 /// Environment variable with the path of the log.
 pub const VARIABLE: &str = "GANGLION_SHARD_GRADIENTS";

@@ -13,8 +13,8 @@ use ganglion_storage::{Address, Blocking, MANIFEST, Path, Storage, reason};
 use safetensors::SafeTensors;
 use tch::{Device, no_grad};
 
+use crate::nn::tensor_bytes::from_bytes;
 use crate::state::{NamedTensor, State, StateLayout, narrow};
-use crate::tensor_bytes::from_bytes;
 
 /// Limit on the time to read the files from a storage.
 const LIMIT: Duration = Duration::from_secs(600);

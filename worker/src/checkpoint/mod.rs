@@ -5,6 +5,9 @@
 //! 2. A file appears whole or not at all. An existing file with the same content counts as written.
 //! 3. A reader accepts no file whose hash is not the manifest's, and no state whose digest is not.
 
+pub mod init_weights;
+pub mod storage;
+
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
@@ -16,9 +19,9 @@ use ganglion_storage::{MANIFEST, PutPayload, Storage, in_folder};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tch::Tensor;
 
+use crate::nn::tensor_bytes::{from_bytes, to_bytes};
 use crate::nn::{Models, TensorSpec};
 use crate::state::{Counters, Layout, NamedTensor, StateLayout};
-use crate::tensor_bytes::{from_bytes, to_bytes};
 
 /// Approximate size of a state part, within the limits of [`part_count`].
 const PART_BYTES: usize = 64 << 20;

@@ -12,16 +12,16 @@ use ganglion_storage::whole;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::EvalError;
-use super::digits::Digits;
-use super::judge::{Judge, Means};
-use super::rungs::{Rung, rungs};
-use super::train::{Labelled, train};
+use crate::commands::error::Failure;
+use crate::commands::generator_file::Weights;
+use crate::commands::sample::{try_out, unwritable};
 use crate::data::{DataSet, ImageShape};
-use crate::draw::{try_out, unwritable};
-use crate::error::Failure;
+use crate::eval::EvalError;
+use crate::eval::digits::Digits;
+use crate::eval::judge::{Judge, Means};
+use crate::eval::rungs::{Rung, rungs};
+use crate::eval::train::{Labelled, train};
 use crate::random::Purpose;
-use crate::weights::Weights;
 
 /// Arguments of `worker eval`.
 #[derive(Args)]

@@ -12,23 +12,23 @@ use ganglion_proto::trace::{Nothing, Trace, Track};
 use serde_json::json;
 use tch::Device;
 
-use crate::archive::{Archive, Context};
-use crate::beginning::Beginning;
+use crate::checkpoint::init_weights::Beginning;
+use crate::checkpoint::storage::RunStorage;
+use crate::commands::error::Failure;
 use crate::data::{DataError, DataSet};
+use crate::device::gpu::GpuWatch;
 use crate::device::{self, DeviceChoice};
-use crate::error::Failure;
+use crate::engine::checkpoint_writer::{Archive, Context};
+use crate::engine::gradient_log::GradientLog;
+use crate::engine::passport;
+use crate::engine::trainer::{Rest, Trainer};
 use crate::eval::EvalError;
 use crate::eval::beside::{self, Evaluations};
 use crate::eval::judge::Means;
-use crate::gpu::GpuWatch;
-use crate::gradient_log::GradientLog;
 use crate::nn::broken::guarded;
 use crate::nn::{Models, layers};
-use crate::passport;
 use crate::session::{ConnectError, End, Session};
 use crate::state::StateLayout;
-use crate::storage::RunStorage;
-use crate::trainer::{Rest, Trainer};
 
 /// Environment variable with the spawn token, which the coordinator sets for its own workers.
 pub const SPAWN_TOKEN: &str = "GANGLION_SPAWN_TOKEN";

@@ -33,8 +33,8 @@ pub use self::header::Header;
 use self::pair::Pair;
 use self::ring::Ring;
 use self::tree::{Node, Summand, TreeSum, cover};
+use crate::engine::profile::{Laps, Part};
 use crate::objective::{GradLayout, ShardGrad};
-use crate::profile::{Laps, Part};
 use crate::state::align;
 
 /// Reduced gradient: the mean over the global batch, with the contents of the reduce headers.

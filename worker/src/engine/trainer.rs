@@ -11,26 +11,26 @@ use ganglion_proto::{failpoint, log};
 use serde_json::json;
 use tch::{Device, Tensor, no_grad};
 
-use crate::archive::{Archive, Order};
-use crate::beginning::Beginning;
+use crate::checkpoint::init_weights::Beginning;
+use crate::checkpoint::storage::{Reading, RunStorage};
 use crate::checkpoint::{CheckpointError, Files, Snapshot, file_count};
-use crate::commit::{commit, skip};
 use crate::data::{Batch, DataError, DataSet, Plan, Prefetcher};
 use crate::device;
+use crate::engine::checkpoint_writer::{Archive, Order};
+use crate::engine::commit::{commit, skip};
+use crate::engine::finite::{NonFinite, Verdict, judge};
+use crate::engine::gradient_log::GradientLog;
+use crate::engine::profile::{Laps, Part, Place};
+use crate::engine::reduce::{Header, Reduced};
+use crate::engine::team::{Carried, Circumstances, Team, TeamError};
 use crate::eval::beside::Evaluations;
-use crate::finite::{NonFinite, Verdict, judge};
-use crate::gradient_log::GradientLog;
 use crate::nn::Models;
 use crate::nn::broken::guarded;
+use crate::nn::tensor_bytes::{from_bytes, to_bytes};
 use crate::objective::gan::{self, Gan};
 use crate::objective::{Compute, Objective, Phase, Reads, ShardAt, ShardBatch};
-use crate::profile::{Laps, Part, Place};
-use crate::reduce::{Header, Reduced};
 use crate::session::{Session, unreachable};
 use crate::state::{Counters, State, StateLayout};
-use crate::storage::{Reading, RunStorage};
-use crate::team::{Carried, Circumstances, Team, TeamError};
-use crate::tensor_bytes::{from_bytes, to_bytes};
 
 /// Number of batches read ahead.
 const READ_AHEAD: usize = 4;

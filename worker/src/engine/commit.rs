@@ -11,10 +11,10 @@ use c10d::aten::{Adam, fused_adam};
 use ganglion_proto::job::Job;
 use tch::{Tensor, no_grad};
 
-use crate::augment;
 use crate::nn::Follow;
+use crate::objective::gan::augment;
+use crate::objective::gan::schedule::Schedule;
 use crate::objective::{GradLayout, Phase};
-use crate::schedule::Schedule;
 use crate::state::{Module, State, narrow};
 
 /// Applies the reduced gradient of `phase` to the state. `ledger` is the sample checksum of the real

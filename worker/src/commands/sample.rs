@@ -8,11 +8,11 @@ use clap::Args;
 use ganglion_storage::whole::{self, Draft};
 use tch::{CModule, Kind, Tensor, no_grad};
 
-use crate::error::Failure;
-use crate::picture::{Film, Picture};
+use crate::commands::error::Failure;
+use crate::commands::generator_file::Weights;
 use crate::random::Purpose;
-use crate::sample::{COLUMNS, Generator, SampleError};
-use crate::weights::Weights;
+use crate::sampling::picture::{Film, Picture};
+use crate::sampling::{COLUMNS, Generator, SampleError};
 
 /// Whose noise, and of which class.
 #[derive(Args)]

@@ -11,8 +11,8 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
 use super::*;
+use crate::engine::profile::Place;
 use crate::nn::{Init, TensorSpec};
-use crate::profile::Place;
 use crate::state::{Layout, narrow};
 
 const LIMIT: Duration = Duration::from_secs(30);

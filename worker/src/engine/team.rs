@@ -18,12 +18,12 @@ use ganglion_proto::message::Assignment;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::checkpoint::CheckpointError;
-use crate::finite::NonFinite;
-use crate::gradient_log::LogError;
+use crate::engine::finite::NonFinite;
+use crate::engine::gradient_log::LogError;
+use crate::engine::reduce::{AllReduce, ReduceError, ShardMap};
 use crate::nn::Models;
 use crate::objective::GradLayout;
 use crate::objective::gan::grad_layout;
-use crate::reduce::{AllReduce, ReduceError, ShardMap};
 use crate::session::Session;
 use crate::state::{ALIGNMENT, Counters, Module, State, StateLayout, narrow};
 

@@ -1,8 +1,8 @@
 //! Failures of the `worker` program, by what the user can do about them.
 
-use crate::gradient_log::LogError;
+use crate::engine::gradient_log::LogError;
 use crate::nn::broken::BrokenModule;
-use crate::sample::SampleError;
+use crate::sampling::SampleError;
 use crate::session::ConnectError;
 
 /// Failure of a command. The variant says whether the user can fix it.
