@@ -12,9 +12,8 @@ use crate::error::{Malformed, malformed};
 use crate::evaluation::EvaluationRow;
 use crate::found::Found;
 use crate::job::Job;
-use crate::message::{
-    Assignment, FromWorker, GpuUse, Hello, MetricsRow, Profile, Resume, SampleGrid, ToWorker, Usage, Welcome,
-};
+use crate::message::{Assignment, FromWorker, GpuUse, Hello, Resume, SampleGrid, ToWorker, Usage, Welcome};
+use crate::record::{self, MetricsRow, Profile};
 use crate::wire;
 
 /// Upper bound of a reported time for one shard gradient (`leaf`); longer ones are clamped to it.
@@ -317,48 +316,48 @@ pub(crate) fn row_to_wire(row: MetricsRow) -> wire::MetricsRow {
         time: row.time,
         generation: row.generation,
         world_size: row.world_size,
-        loss_discriminator: row.loss_discriminator,
-        loss_generator: row.loss_generator,
         images_per_second: row.images_per_second,
         images_seen: row.images_seen,
         ledger: row.ledger,
         skipped: row.skipped,
-        discriminator_profile: row.profile.map(|[profile, _]| profile_to_wire(profile)),
-        generator_profile: row.profile.map(|[_, profile]| profile_to_wire(profile)),
-        gpu_memory_bytes: row.gpu.memory_bytes,
-        gpu_utilisation: row.gpu.utilisation,
-        score_real: row.scores.map(|[real, _]| real),
-        score_fake: row.scores.map(|[_, fake]| fake),
+        gpu_memory_bytes: row.gpu_memory_bytes,
+        gpu_utilisation: row.gpu_utilisation,
+        scalars: record::to_wire(&row.scalars),
+        profiles: row.profile.iter().map(profile_to_wire).collect(),
+        epoch: row.epoch,
     }
 }
 
-fn profile_to_wire(profile: Profile) -> wire::Profile {
-    let Profile { data, compute, wait, commit, other } = profile;
-    wire::Profile { data, compute, wait, commit, other }
+fn finite(number: f64, what: &str) -> Result<f64, Malformed> {
+    if number.is_finite() { Ok(number) } else { Err(Malformed(format!("{what} is {number}"))) }
 }
 
-fn profile_from_wire(profile: wire::Profile) -> Profile {
-    let wire::Profile { data, compute, wait, commit, other } = profile;
-    Profile { data, compute, wait, commit, other }
+fn profile_to_wire((network, profile): (&str, Profile)) -> wire::Profile {
+    let Profile { data, compute, wait, commit, other } = profile;
+    wire::Profile { data, compute, wait, commit, other, network: network.to_string() }
+}
+
+fn profile_from_wire(profile: wire::Profile) -> Result<(String, Profile), Malformed> {
+    let wire::Profile { data, compute, wait, commit, other, network } = profile;
+    Ok((name(network, "a network of a profile")?, Profile { data, compute, wait, commit, other }))
 }
 
 pub(crate) fn row_from_wire(row: wire::MetricsRow) -> Result<MetricsRow, Malformed> {
-    let discriminator = row.discriminator_profile.map(profile_from_wire);
-    let generator = row.generator_profile.map(profile_from_wire);
+    let profiles = list(row.profiles, bounds::NETWORKS, "profiles")?;
     Ok(MetricsRow {
         step: count(row.step, "step")?,
-        time: row.time,
+        time: finite(row.time, "time")?,
         generation: count(row.generation, "generation")?,
         world_size: row.world_size,
-        loss_discriminator: row.loss_discriminator,
-        loss_generator: row.loss_generator,
         images_per_second: row.images_per_second,
         images_seen: count(row.images_seen, "images_seen")?,
         ledger: row.ledger,
         skipped: count(row.skipped, "skipped")?,
-        profile: discriminator.zip(generator).map(|(discriminator, generator)| [discriminator, generator]),
-        gpu: GpuUse { memory_bytes: row.gpu_memory_bytes, utilisation: row.gpu_utilisation },
-        scores: row.score_real.zip(row.score_fake).map(|(real, fake)| [real, fake]),
+        scalars: record::of_row(row.scalars)?,
+        epoch: finite(row.epoch, "epoch")?,
+        profile: profiles.into_iter().map(profile_from_wire).collect::<Result<_, _>>()?,
+        gpu_memory_bytes: row.gpu_memory_bytes,
+        gpu_utilisation: row.gpu_utilisation,
     })
 }
 

@@ -21,6 +21,7 @@ pub mod log;
 pub mod manifest;
 pub mod message;
 pub mod names;
+pub mod record;
 pub mod rows;
 mod shown;
 pub mod signals;

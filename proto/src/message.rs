@@ -7,6 +7,7 @@ use ganglion_membership::{
 use crate::evaluation::EvaluationRow;
 use crate::found::Found;
 use crate::job::Job;
+pub use crate::record::{MetricsRow, Profile};
 
 /// Message of a worker to the coordinator.
 #[derive(Clone, Debug, PartialEq)]
@@ -149,40 +150,6 @@ pub struct Assignment {
     pub addresses: Vec<String>,
 }
 
-/// Metrics of one reported step.
-#[derive(Clone, Debug, PartialEq)]
-pub struct MetricsRow {
-    /// Count of steps done.
-    pub step: u64,
-    /// Time of the step's commit, in seconds since the Unix epoch.
-    pub time: f64,
-    /// Generation that committed the step.
-    pub generation: u64,
-    /// World size of that generation.
-    pub world_size: u32,
-    /// Mean loss of the discriminator over the global batch.
-    pub loss_discriminator: f64,
-    /// Mean loss of the generator over the global batch.
-    pub loss_generator: f64,
-    /// Real images consumed per second since the previous row.
-    pub images_per_second: f64,
-    /// Real images consumed since the start of the run.
-    pub images_seen: u64,
-    /// Sample checksum (`ledger`) of the state after the step: covers all samples committed up to
-    /// it.
-    pub ledger: u64,
-    /// Consecutive skipped phases at the end of the step.
-    pub skipped: u64,
-    /// Time profile of the discriminator's phases and of the generator's; `None` if it was not
-    /// measured.
-    pub profile: Option<[Profile; 2]>,
-    /// Usage of the reporting member's GPU.
-    pub gpu: GpuUse,
-    /// Discriminator output for real samples and for the generator's, means over the global batch;
-    /// `None` if it was not recorded.
-    pub scores: Option<[f64; 2]>,
-}
-
 /// Resource usage of a worker at a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -199,22 +166,6 @@ pub struct GpuUse {
     pub memory_bytes: Option<u64>,
     /// Recent busy time of the GPU, in percent.
     pub utilisation: Option<u32>,
-}
-
-/// Time profile of one network's phases on one member: milliseconds per step, mean over the steps
-/// since the previous row.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Profile {
-    /// Waiting for samples to be read.
-    pub data: f64,
-    /// Forward and backward passes of the member's data shards, and their summation.
-    pub compute: f64,
-    /// Waiting for other members in a reduce.
-    pub wait: f64,
-    /// Checking and applying the reduced gradient.
-    pub commit: f64,
-    /// Everything else.
-    pub other: f64,
 }
 
 /// Grid of generated samples.

@@ -7,9 +7,36 @@
 use prost::Message;
 
 use crate::convert::{row_from_wire, row_to_wire};
-use crate::error::Malformed;
-use crate::message::MetricsRow;
+use crate::error::{Malformed, malformed};
+use crate::record::MetricsRow;
 use crate::wire;
+
+/// Fields of rows before scalars had names. Files of such a build are read as well.
+#[derive(Clone, PartialEq, Message)]
+struct Former {
+    #[prost(double, optional, tag = "5")]
+    loss_discriminator: Option<f64>,
+    #[prost(double, optional, tag = "6")]
+    loss_generator: Option<f64>,
+    #[prost(double, optional, tag = "15")]
+    score_real: Option<f64>,
+    #[prost(double, optional, tag = "16")]
+    score_fake: Option<f64>,
+}
+
+impl Former {
+    fn scalars(&self) -> impl Iterator<Item = wire::Scalar> {
+        let named = [
+            ("loss_discriminator", self.loss_discriminator),
+            ("loss_generator", self.loss_generator),
+            ("score_real", self.score_real),
+            ("score_fake", self.score_fake),
+        ];
+        named
+            .into_iter()
+            .filter_map(|(name, value)| Some(wire::Scalar { name: name.to_string(), value: value? }))
+    }
+}
 
 /// Returns the file name for a worker.
 pub fn file_of(worker: u64) -> String {
@@ -28,10 +55,16 @@ pub fn encode(rows: &[MetricsRow]) -> Vec<u8> {
 
 /// Decodes the content of a file.
 pub fn decode(mut content: &[u8]) -> Result<Vec<MetricsRow>, Malformed> {
+    let broken = |error: prost::DecodeError| Malformed(error.to_string());
     let mut rows = Vec::new();
     while !content.is_empty() {
-        let row = wire::MetricsRow::decode_length_delimited(&mut content);
-        rows.push(row_from_wire(row.map_err(|error| Malformed(error.to_string()))?)?);
+        let length = prost::decode_length_delimiter(&mut content).map_err(broken)?;
+        let (bytes, rest) =
+            content.split_at_checked(length).ok_or_else(|| malformed("the last row is cut off"))?;
+        let mut row = wire::MetricsRow::decode(bytes).map_err(broken)?;
+        row.scalars.extend(Former::decode(bytes).map_err(broken)?.scalars());
+        rows.push(row_from_wire(row)?);
+        content = rest;
     }
     Ok(rows)
 }
@@ -39,8 +72,6 @@ pub fn decode(mut content: &[u8]) -> Result<Vec<MetricsRow>, Malformed> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::GpuUse;
-
     #[test]
     fn rows_come_back_with_their_bits_and_a_torn_file_is_refused() {
         let row = |step: u64| MetricsRow {
@@ -48,20 +79,38 @@ mod tests {
             time: 1e9 + 0.1,
             generation: 3,
             world_size: 2,
-            loss_discriminator: f64::from_bits(0x3ff1_2345_6789_abcd),
-            loss_generator: -0.0,
+            scalars: [("a", f64::from_bits(0x3ff1_2345_6789_abcd)), ("b", -0.0), ("c", f64::INFINITY)]
+                .into_iter()
+                .collect(),
+            epoch: 0.1,
             images_per_second: 1e3,
             images_seen: 64 * step,
             ledger: u64::MAX - step,
-            skipped: 0,
-            profile: None,
-            gpu: GpuUse { memory_bytes: Some(1), utilisation: None },
-            scores: Some([0.1 + 0.2, f64::INFINITY]),
+            gpu_memory_bytes: Some(1),
+            ..MetricsRow::default()
         };
         let rows: Vec<MetricsRow> = (1..4).map(row).collect();
         let content = encode(&rows);
         assert_eq!(decode(&content).unwrap(), rows);
         assert!(decode(&content[..content.len() - 1]).is_err());
         assert!(is_file(&file_of(7)) && !is_file("state-00001-of-00001.safetensors"));
+    }
+
+    #[test]
+    fn rows_of_before_scalars_had_names_are_read() {
+        let row = wire::MetricsRow { step: 7, ..wire::MetricsRow::default() };
+        let former = Former {
+            loss_discriminator: Some(0.1 + 0.2),
+            loss_generator: Some(1.5),
+            score_real: Some(0.75),
+            score_fake: None,
+        };
+        let bytes = [row.encode_to_vec(), former.encode_to_vec()].concat();
+        let mut content = Vec::new();
+        prost::encode_length_delimiter(bytes.len(), &mut content).unwrap();
+        content.extend(bytes);
+        let read = decode(&content).unwrap();
+        let scalars = [("loss_discriminator", 0.1 + 0.2), ("loss_generator", 1.5), ("score_real", 0.75)];
+        assert_eq!((read[0].step, &read[0].scalars), (7, &scalars.into_iter().collect()));
     }
 }

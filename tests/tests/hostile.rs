@@ -9,7 +9,7 @@ use ganglion_membership::{
     Fault, Generation, LoadedFacts, Passport, Position, Progress, Rank, StoredFile, Term, WorkerId,
     WrittenPart,
 };
-use ganglion_proto::message::{FromWorker, GpuUse, Hello, MetricsRow, SampleGrid, ToWorker, Usage};
+use ganglion_proto::message::{FromWorker, Hello, MetricsRow, SampleGrid, ToWorker, Usage};
 use ganglion_proto::wire::admin_service_client::AdminServiceClient;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use ganglion_proto::wire::{
@@ -143,21 +143,7 @@ fn part(step: u64) -> WrittenPart {
 }
 
 fn row(step: u64) -> MetricsRow {
-    MetricsRow {
-        step,
-        time: 0.0,
-        generation: 1,
-        world_size: 1,
-        loss_discriminator: 0.0,
-        loss_generator: 0.0,
-        images_per_second: 0.0,
-        images_seen: 0,
-        ledger: 0,
-        skipped: 0,
-        profile: None,
-        gpu: GpuUse::default(),
-        scores: None,
-    }
+    MetricsRow { step, generation: 1, world_size: 1, ..MetricsRow::default() }
 }
 
 /// Everything that a member of a generation may say of it.

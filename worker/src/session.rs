@@ -652,21 +652,7 @@ mod tests {
     }
 
     fn row(step: u64) -> MetricsRow {
-        MetricsRow {
-            step,
-            time: 0.0,
-            generation: 1,
-            world_size: 2,
-            loss_discriminator: 0.0,
-            loss_generator: 0.0,
-            images_per_second: 0.0,
-            images_seen: 0,
-            ledger: 0,
-            skipped: 0,
-            profile: None,
-            gpu: GpuUse::default(),
-            scores: None,
-        }
+        MetricsRow { step, generation: 1, world_size: 2, ..MetricsRow::default() }
     }
 
     /// A session whose coordinator sends nothing.

@@ -8,7 +8,7 @@
 //!    because of it.
 
 use ganglion_membership::{Checkpoint, StoredFile};
-use ganglion_proto::message::MetricsRow;
+use ganglion_proto::record::MetricsRow;
 use ganglion_proto::{failpoint, manifest, rows};
 use ganglion_storage::{
     Address, BEST, Claim, Error, LATEST, MANIFEST, MODEL_CARD, Path, PutPayload, Storage, in_folder, reason,

@@ -2,7 +2,8 @@
 
 use ganglion_membership::Outcome;
 use ganglion_proto::evaluation::{AlarmPolicy, EvaluationRow};
-use ganglion_proto::message::{MetricsRow, ToWorker};
+use ganglion_proto::message::ToWorker;
+use ganglion_proto::record::MetricsRow;
 use serde_json::json;
 
 use super::{Shell, ShellError};

@@ -19,7 +19,8 @@ use ganglion_membership::{Checkpoint, Outcome, Position};
 use ganglion_proto::evaluation::{EvaluationRow, names};
 use ganglion_proto::found::Found;
 use ganglion_proto::job::Job;
-use ganglion_proto::message::{MetricsRow, SampleGrid};
+use ganglion_proto::message::SampleGrid;
+use ganglion_proto::record::MetricsRow;
 use ganglion_proto::trace::Trace;
 use ganglion_storage::whole;
 use serde::Serialize;
@@ -32,7 +33,7 @@ use crate::records::damage::Damaged;
 use crate::records::disk::Disk;
 use crate::records::events::EventLog;
 use crate::records::line_file::Sync;
-use crate::records::metrics::{MetricsLog, RecordError, Recorded, Row};
+use crate::records::metrics::{MetricsLog, RecordError, Recorded};
 use crate::records::progress::{Progress, Screen};
 use crate::records::receipts::Receipts;
 use crate::records::timeline::Timeline;
@@ -55,12 +56,11 @@ pub struct Records {
     pub chronicle: Chronicle,
     /// Trace of the same events, with their durations.
     pub timeline: Timeline,
-    waiting: VecDeque<Row>,
+    waiting: VecDeque<MetricsRow>,
     /// Maximum number of rows that may wait to be written.
     waiting_limit: usize,
     receipts: Receipts,
     syncing: Option<JoinHandle<Synced>>,
-    samples: u64,
     skipped: Skipped,
     /// Files that cannot be written at present.
     failing: BTreeSet<&'static str>,
@@ -120,7 +120,6 @@ impl Records {
             waiting: VecDeque::new(),
             waiting_limit: disk.rows_that_wait(),
             syncing: None,
-            samples: 1,
             skipped: Skipped::default(),
             failing: BTreeSet::new(),
             data_told: false,
@@ -190,7 +189,6 @@ impl Records {
 
     /// Notes the size of the data set; from now on there is a progress bar.
     pub fn loaded(&mut self, samples: u64, from: Option<&Checkpoint>) {
-        self.samples = samples.max(1);
         self.receipts.ends_with(self.job.last_step(samples));
         if self.progress.is_none() {
             let first = from.map_or(0, |checkpoint| checkpoint.step).max(self.last_step());
@@ -200,35 +198,25 @@ impl Records {
 
     /// Takes a row that a worker reported.
     pub fn take_row(&mut self, row: MetricsRow) {
-        #[allow(clippy::cast_precision_loss)] // counts of images are far below 2^53
-        let epoch = row.images_seen as f64 / self.samples as f64;
         if self.waiting.len() >= self.waiting_limit {
             return self.refuse(row.step);
         }
         self.receipts.took(row.step);
-        self.waiting.push_back(Row {
-            step: row.step,
-            time: row.time,
-            generation: row.generation,
-            world_size: row.world_size,
-            loss_discriminator: row.loss_discriminator,
-            loss_generator: row.loss_generator,
-            images_per_second: row.images_per_second,
-            images_seen: row.images_seen,
-            ledger: row.ledger,
-            skipped: row.skipped,
-            epoch,
-            profile: row.profile,
-            gpu: row.gpu,
-            scores: row.scores,
-        });
+        self.waiting.push_back(row);
         self.write_rows();
     }
 
     /// Takes the rows that workers left on the storage. Most may already be recorded.
     pub fn take_left_rows(&mut self, rows: Vec<MetricsRow>, samples: Option<u64>) {
-        self.samples = samples.unwrap_or(1).max(1);
-        rows.into_iter().for_each(|row| self.take_row(row));
+        #[allow(clippy::cast_precision_loss)] // counts of images are far below 2^53
+        let epoch = |row: &MetricsRow| row.images_seen as f64 / samples.unwrap_or(1).max(1) as f64;
+        for mut row in rows {
+            // A former build left it to the coordinator to divide.
+            if row.epoch == 0.0 {
+                row.epoch = epoch(&row);
+            }
+            self.take_row(row);
+        }
     }
 
     /// Leaves a row with the workers.

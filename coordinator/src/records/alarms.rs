@@ -8,7 +8,7 @@ use std::fmt;
 
 use ganglion_proto::evaluation::{AlarmPolicy, Alarms, EvaluationRow, names};
 use ganglion_proto::job::{Job, LossKind};
-use ganglion_proto::message::MetricsRow;
+use ganglion_proto::record::MetricsRow;
 
 /// Kind of failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -137,16 +137,17 @@ impl Watch {
         if self.settings.policy == AlarmPolicy::Off {
             return Vec::new();
         }
-        let is_finite = row.loss_discriminator.is_finite() && row.loss_generator.is_finite();
+        let broken = row.scalars.iter().find(|(_, value)| !value.is_finite());
         self.not_finite[0] = if row.skipped > 0 {
             Some(format!(
                 "up to step {} {} updates in a row were not finite and were left out",
                 row.step, row.skipped
             ))
         } else {
-            (!is_finite).then(|| format!("a loss of step {} is not finite", row.step))
+            broken.map(|(name, _)| format!("{name} of step {} is not finite", row.step))
         };
-        let saturated = row.scores.and_then(|scores| saturated(self.loss, scores));
+        let scores = row.scalars.get("score_real").zip(row.scalars.get("score_fake"));
+        let saturated = scores.and_then(|(real, fake)| saturated(self.loss, [real, fake]));
         self.saturated = if saturated.is_some() { self.saturated + 1 } else { 0 };
         let balance = saturated.filter(|_| self.saturated >= self.settings.saturated_rows).map(|what| {
             format!("{what} in {} rows of metrics in a row, up to step {}", self.saturated, row.step)
@@ -189,7 +190,6 @@ fn saturated(loss: LossKind, [real, fake]: [f64; 2]) -> Option<&'static str> {
 mod tests {
     use super::*;
     use crate::job_file::{Source, read};
-    use ganglion_proto::message::GpuUse;
 
     fn watch(settings: &[&str]) -> Watch {
         let settings: Vec<String> = settings.iter().map(|setting| (*setting).to_string()).collect();
@@ -201,22 +201,9 @@ mod tests {
         EvaluationRow { step, metrics, features: String::new(), seconds: 0.0 }
     }
 
-    fn row(step: u64, scores: [f64; 2]) -> MetricsRow {
-        MetricsRow {
-            step,
-            time: 0.0,
-            generation: 1,
-            world_size: 1,
-            loss_discriminator: 1.0,
-            loss_generator: 1.0,
-            images_per_second: 1.0,
-            images_seen: 64 * step,
-            ledger: 0,
-            skipped: 0,
-            profile: None,
-            gpu: GpuUse::default(),
-            scores: Some(scores),
-        }
+    fn row(step: u64, [real, fake]: [f64; 2]) -> MetricsRow {
+        let scalars = [("score_real", real), ("score_fake", fake)].into_iter().collect();
+        MetricsRow { step, images_seen: 64 * step, scalars, ..MetricsRow::default() }
     }
 
     fn raised(changes: &[Change]) -> Vec<Alarm> {
@@ -289,6 +276,9 @@ mod tests {
             raised(&watch.row(&MetricsRow { skipped: 2, ..row(2001, [0.6, 0.4]) })),
             [Alarm::NonFinite]
         );
+        assert_eq!(watch.row(&row(2002, [0.6, 0.4])), [Change::Over(Alarm::NonFinite)]);
+        let reason = "score_real of step 2003 is not finite".to_string();
+        assert_eq!(watch.row(&row(2003, [f64::NAN, 0.4])), [Change::Raised(Alarm::NonFinite, reason)]);
         let mut off = self::watch(&["alarms.policy=off"]);
         assert_eq!(off.row(&MetricsRow { skipped: 2, ..row(1, [0.6, 0.4]) }), []);
     }

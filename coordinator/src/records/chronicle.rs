@@ -333,7 +333,8 @@ mod tests {
     use super::*;
     use crate::records::disk::SystemDisk;
     use crate::records::events::EventLog;
-    use crate::records::metrics::{MetricsLog, Row, row_of};
+    use crate::records::metrics::{MetricsLog, row_of, scored};
+    use ganglion_proto::record::MetricsRow;
 
     /// Invariant 1: lines that were there and lines that are added are taken alike.
     #[test]
@@ -352,7 +353,7 @@ mod tests {
         let first = Chronicle::default();
         let (mut metrics, mut events) = open(&first);
         for step in 1..=3 {
-            metrics.record(&Row { scores: Some([0.75, 0.25]), ..row_of(step * 10) }).unwrap();
+            metrics.record(&MetricsRow { scalars: scored(0.75, 0.25), ..row_of(step * 10) }).unwrap();
         }
         let fault = serde_json::json!({ "worker": 1, "fault": "peer" });
         events.append(1.0, "fault", &fault).unwrap();

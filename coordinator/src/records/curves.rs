@@ -174,7 +174,8 @@ fn figures(metrics: BTreeMap<String, Option<f64>>) -> Vec<(String, f64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::records::metrics::row_of;
+    use crate::records::metrics::{row_of, scored};
+    use ganglion_proto::record::{MetricsRow, Profile};
 
     /// Number of occurrences of each series and step in the event files of a run.
     pub(super) fn drawn(run: &Path) -> BTreeMap<(String, u64), u32> {
@@ -235,12 +236,12 @@ mod tests {
 
     #[test]
     fn a_row_shows_all_its_columns() {
-        let profile = ganglion_proto::message::Profile { compute: 2.5, ..Default::default() };
-        let gpu = ganglion_proto::message::GpuUse { memory_bytes: Some(5), utilisation: Some(97) };
-        let row = crate::records::metrics::Row {
-            profile: Some([profile; 2]),
-            gpu,
-            scores: Some([0.75, 0.25]),
+        let profile = Profile { compute: 2.5, ..Profile::default() };
+        let row = MetricsRow {
+            profile: [("discriminator", profile), ("generator", profile)].into_iter().collect(),
+            gpu_memory_bytes: Some(5),
+            gpu_utilisation: Some(97),
+            scalars: scored(0.75, 0.25),
             ..row_of(1)
         };
         let line = row.line();

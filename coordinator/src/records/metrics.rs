@@ -2,8 +2,8 @@
 //! and of the coordinator.
 //!
 //! 1. A step has at most one row. The computed part (step, images seen, sample checksum (`ledger`),
-//!    losses, scores) comes first in a row; a step that is recomputed must give the same bytes
-//!    there. Time, rates and the group that computed it may differ.
+//!    scalars) comes first in a row; a step that is recomputed must give the same bytes there. Time,
+//!    rates and the group that computed it may differ.
 //! 2. A row may come after one of a later step: rows wait on their worker for an acknowledgement,
 //!    which may be delayed.
 //! 3. A row is durable once a sync that began after it was written has ended.
@@ -16,106 +16,12 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use ganglion_proto::message::{GpuUse, Profile};
-use serde::{Deserialize, Serialize};
+use ganglion_proto::record::MetricsRow;
+use serde::Deserialize;
 
 use super::damage::{self, Damaged};
 use super::disk::Disk;
 use super::line_file::{LineFile, Sync, Watcher};
-
-/// Metrics of one step, known once it is committed.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Row {
-    /// Number of the step, counted from 1.
-    pub step: u64,
-    /// Time at which its last phase was committed, in seconds of Unix time.
-    pub time: f64,
-    /// Generation that committed it.
-    pub generation: u64,
-    /// Number of workers in that generation.
-    pub world_size: u32,
-    /// The discriminator's loss, a mean over the samples of its last phase.
-    pub loss_discriminator: f64,
-    /// The generator's loss, a mean over the samples of its phase.
-    pub loss_generator: f64,
-    /// Real images taken per second, over all workers.
-    pub images_per_second: f64,
-    /// Real images taken since the run began.
-    pub images_seen: u64,
-    /// Sample checksum (`ledger`) of the state after the step: it identifies the samples committed
-    /// up to it.
-    pub ledger: u64,
-    /// Consecutive phases skipped up to the step's end because their gradients were not finite.
-    pub skipped: u64,
-    /// Passes over the data since the run began.
-    pub epoch: f64,
-    /// Time profile of the discriminator's phases and of the generator's.
-    pub profile: Option<[Profile; 2]>,
-    /// Use of the reporting worker's GPU.
-    pub gpu: GpuUse,
-    /// Mean D outputs (scores) for real samples and for generated ones, over the discriminator's
-    /// last phase; `None` if they were not recorded.
-    pub scores: Option<[f64; 2]>,
-}
-
-/// Part of a row that the step determines.
-#[derive(Serialize)]
-struct Computed {
-    step: u64,
-    images_seen: u64,
-    /// Printed as 16 hexadecimal digits: many readers of JSON round numbers beyond 2^53.
-    ledger: String,
-    #[serde(skip_serializing_if = "is_zero")]
-    skipped: u64,
-    loss_discriminator: f64,
-    loss_generator: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    score_real: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    score_fake: Option<f64>,
-}
-
-/// Part of a row that depends on the circumstances of training, and values derived from the other part.
-#[derive(Serialize)]
-struct Circumstances {
-    epoch: f64,
-    time: f64,
-    generation: u64,
-    world_size: u32,
-    images_per_second: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    gpu_memory_bytes: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    gpu_utilisation: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    profile: Option<Profiles>,
-}
-
-/// Time profile of a step, in milliseconds.
-#[derive(Serialize)]
-struct Profiles {
-    discriminator: Parts,
-    generator: Parts,
-}
-
-/// Parts of a phase, in milliseconds with three decimals.
-#[derive(Serialize)]
-struct Parts {
-    data: f64,
-    compute: f64,
-    wait: f64,
-    commit: f64,
-    other: f64,
-}
-
-impl From<Profile> for Parts {
-    fn from(profile: Profile) -> Parts {
-        let [data, compute, wait, commit, other] =
-            [profile.data, profile.compute, profile.wait, profile.commit, profile.other]
-                .map(|milliseconds| (milliseconds * 1000.0).round() / 1000.0);
-        Parts { data, compute, wait, commit, other }
-    }
-}
 
 /// Effect of `record`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,7 +37,7 @@ pub enum Recorded {
 pub struct Breach {
     /// Number of the step.
     pub step: u64,
-    /// Computed part of the recorded row, as JSON: step, images seen, sample checksum, losses and scores.
+    /// Computed part of the recorded row, as JSON: step, images seen, sample checksum, scalars.
     pub recorded: String,
     /// Computed part of the recomputed row, as JSON.
     pub recomputed: String,
@@ -221,15 +127,14 @@ impl MetricsLog {
     ///
     /// # Errors
     /// [`RecordError::Breach`] if the step is recorded with another result.
-    pub fn record(&mut self, row: &Row) -> Result<Recorded, RecordError> {
-        let computed = row.computed();
+    pub fn record(&mut self, row: &MetricsRow) -> Result<Recorded, RecordError> {
+        let line = row.line();
         match self.index.binary_search_by_key(&row.step, |entry| entry.0) {
             Ok(found) => {
                 let recorded = self.lines.line_at(self.index[found].1)?;
-                compare(row.step, &recorded, computed).map_err(RecordError::Breach)
+                compare(row.step, &recorded, &line).map_err(RecordError::Breach)
             }
             Err(place) => {
-                let line = row.line();
                 let length = line.len() as u64 + 1;
                 let offset = self.lines.append(line.into_bytes())?;
                 self.index.insert(place, (row.step, offset));
@@ -242,66 +147,14 @@ impl MetricsLog {
 
 /// Compares a recomputed row with the recorded line as bytes: a number read back from text need not
 /// be the same.
-fn compare(step: u64, recorded: &[u8], computed: String) -> Result<Recorded, Breach> {
-    let rest = recorded.strip_prefix(computed.as_bytes());
-    if rest.is_some_and(|rest| rest.starts_with(b",")) {
+fn compare(step: u64, recorded: &[u8], recomputed: &str) -> Result<Recorded, Breach> {
+    let recorded = String::from_utf8_lossy(recorded);
+    let parts = [&recorded, recomputed].map(MetricsRow::computed);
+    if parts[0] == parts[1] {
         return Ok(Recorded::Same);
     }
-    let recorded = String::from_utf8_lossy(recorded);
-    let part = recorded.split(",\"epoch\"").next().unwrap_or_default();
-    Err(Breach { step, recorded: format!("{part}}}"), recomputed: format!("{computed}}}") })
-}
-
-impl Row {
-    /// The row's line, without its newline.
-    pub(super) fn line(&self) -> String {
-        format!("{},{}", self.computed(), self.circumstances())
-    }
-
-    /// First part of the row's line, from its opening brace on.
-    fn computed(&self) -> String {
-        let mut part = to_json(&Computed {
-            step: self.step,
-            images_seen: self.images_seen,
-            ledger: format!("{:016x}", self.ledger),
-            skipped: self.skipped,
-            loss_discriminator: self.loss_discriminator,
-            loss_generator: self.loss_generator,
-            score_real: self.scores.map(|[real, _]| real),
-            score_fake: self.scores.map(|[_, fake]| fake),
-        });
-        part.pop();
-        part
-    }
-
-    /// Second part of the row's line, up to its closing brace.
-    fn circumstances(&self) -> String {
-        let mut part = to_json(&Circumstances {
-            epoch: self.epoch,
-            time: self.time,
-            generation: self.generation,
-            world_size: self.world_size,
-            images_per_second: self.images_per_second,
-            gpu_memory_bytes: self.gpu.memory_bytes,
-            gpu_utilisation: self.gpu.utilisation,
-            profile: self.profile.map(|[discriminator, generator]| Profiles {
-                discriminator: discriminator.into(),
-                generator: generator.into(),
-            }),
-        });
-        part.remove(0);
-        part
-    }
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref)] // serde hands it over so
-fn is_zero(number: &u64) -> bool {
-    *number == 0
-}
-
-/// Renders a part as JSON. Numbers that are not finite become null.
-fn to_json(part: &impl Serialize) -> String {
-    serde_json::to_string(part).expect("a struct of numbers can be written as JSON")
+    let [recorded, recomputed] = parts.map(|part| format!("{part}}}"));
+    Err(Breach { step, recorded, recomputed })
 }
 
 impl fmt::Display for Breach {
@@ -315,29 +168,37 @@ impl fmt::Display for Breach {
 }
 
 #[cfg(test)]
-pub(super) fn row_of(step: u64) -> Row {
-    Row {
+pub(super) fn row_of(step: u64) -> MetricsRow {
+    MetricsRow {
         step,
+        images_seen: step * 64,
+        ledger: 0xfeed << 32 | step,
+        scalars: losses(1.25, 0.1 + 0.2),
+        epoch: 0.5,
         time: 1_700_000_000.5,
         generation: 3,
         world_size: 2,
-        loss_discriminator: 1.25,
-        loss_generator: 0.1 + 0.2,
         images_per_second: 8123.4,
-        images_seen: step * 64,
-        ledger: 0xfeed << 32 | step,
-        skipped: 0,
-        epoch: 0.5,
-        profile: None,
-        gpu: GpuUse::default(),
-        scores: None,
+        ..MetricsRow::default()
     }
+}
+
+#[cfg(test)]
+fn losses(discriminator: f64, generator: f64) -> ganglion_proto::record::Scalars {
+    [("loss_discriminator", discriminator), ("loss_generator", generator)].into_iter().collect()
+}
+
+#[cfg(test)]
+pub(super) fn scored(real: f64, fake: f64) -> ganglion_proto::record::Scalars {
+    let losses = losses(1.25, 0.1 + 0.2);
+    losses.iter().chain([("score_real", real), ("score_fake", fake)]).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::records::disk::SystemDisk;
+    use ganglion_proto::record::Profile;
     use serde_json::Value;
 
     fn log() -> (tempfile::TempDir, std::path::PathBuf, MetricsLog) {
@@ -353,22 +214,24 @@ mod tests {
     }
 
     #[test]
-    fn a_row_has_every_column() {
+    fn a_row_is_a_line_with_every_column() {
         let (_dir, path, mut log) = log();
         assert_eq!(log.record(&row_of(10)).unwrap(), Recorded::New);
-        let expected = serde_json::json!({
-            "step": 10, "time": 1_700_000_000.5, "generation": 3, "world_size": 2, "loss_discriminator": 1.25,
-            "loss_generator": 0.1 + 0.2, "images_per_second": 8123.4, "images_seen": 640, "ledger": "0000feed0000000a",
-            "epoch": 0.5,
-        });
-        assert_eq!(rows(&path), [expected]);
+        let expected = concat!(
+            r#"{"step":10,"images_seen":640,"ledger":"0000feed0000000a","loss_discriminator":1.25,"#,
+            r#""loss_generator":0.30000000000000004,"epoch":0.5,"time":1700000000.5,"generation":3,"#,
+            r#""world_size":2,"images_per_second":8123.4}"#,
+            "\n",
+        );
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);
     }
 
     #[test]
     fn a_measured_profile_shows_with_three_decimals_and_decides_nothing() {
         let (_dir, path, mut log) = log();
         let profile = Profile { data: 0.0, compute: 12.345_67, wait: 1.5, commit: 0.25, other: 0.1 };
-        log.record(&Row { profile: Some([profile, Profile::default()]), ..row_of(1) }).unwrap();
+        let profile = [("discriminator", profile), ("generator", Profile::default())].into_iter().collect();
+        log.record(&MetricsRow { profile, ..row_of(1) }).unwrap();
         assert_eq!(rows(&path)[0]["profile"]["discriminator"]["compute"], 12.346);
         assert_eq!(rows(&path)[0]["profile"]["generator"]["wait"], 0.0);
         assert_eq!(log.record(&row_of(1)).unwrap(), Recorded::Same);
@@ -378,12 +241,15 @@ mod tests {
     #[test]
     fn a_gpus_use_shows_where_there_is_one_and_decides_nothing() {
         let (_dir, path, mut log) = log();
-        let gpu = GpuUse { memory_bytes: Some(1 << 34), utilisation: Some(97) };
-        log.record(&Row { gpu, ..row_of(1) }).unwrap();
-        log.record(&Row { gpu: GpuUse { utilisation: None, ..gpu }, ..row_of(2) }).unwrap();
+        let gpu = |utilisation| MetricsRow {
+            gpu_memory_bytes: Some(1 << 34),
+            gpu_utilisation: utilisation,
+            ..row_of(1)
+        };
+        log.record(&gpu(Some(97))).unwrap();
+        log.record(&MetricsRow { step: 2, ..gpu(None) }).unwrap();
         assert_eq!(log.record(&row_of(1)).unwrap(), Recorded::Same);
-        let busier = GpuUse { utilisation: Some(98), ..gpu };
-        assert_eq!(log.record(&Row { gpu: busier, ..row_of(1) }).unwrap(), Recorded::Same);
+        assert_eq!(log.record(&gpu(Some(98))).unwrap(), Recorded::Same);
         let rows = rows(&path);
         assert_eq!(
             (&rows[0]["gpu_memory_bytes"], &rows[0]["gpu_utilisation"]),
@@ -399,8 +265,13 @@ mod tests {
         for step in [10, 20, 30] {
             log.record(&row_of(step)).unwrap();
         }
-        let again =
-            Row { time: 1_800_000_000.0, generation: 4, world_size: 1, images_per_second: 1.0, ..row_of(20) };
+        let again = MetricsRow {
+            time: 1_800_000_000.0,
+            generation: 4,
+            world_size: 1,
+            images_per_second: 1.0,
+            ..row_of(20)
+        };
         assert_eq!(log.record(&again).unwrap(), Recorded::Same);
         let mut log = MetricsLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
         assert_eq!(log.record(&again).unwrap(), Recorded::Same);
@@ -415,13 +286,13 @@ mod tests {
         let (_dir, path, mut log) = log();
         log.record(&row_of(10)).unwrap();
         let other = [
-            Row { loss_generator: 0.3, ..row_of(10) },
-            Row { loss_discriminator: -1.25, ..row_of(10) },
-            Row { loss_discriminator: f64::NAN, ..row_of(10) },
-            Row { images_seen: 64, ..row_of(10) },
-            Row { ledger: 1, ..row_of(10) },
-            Row { skipped: 1, ..row_of(10) },
-            Row { scores: Some([0.75, 0.25]), ..row_of(10) },
+            MetricsRow { scalars: losses(1.25, 0.3), ..row_of(10) },
+            MetricsRow { scalars: losses(-1.25, 0.1 + 0.2), ..row_of(10) },
+            MetricsRow { scalars: losses(f64::NAN, 0.1 + 0.2), ..row_of(10) },
+            MetricsRow { images_seen: 64, ..row_of(10) },
+            MetricsRow { ledger: 1, ..row_of(10) },
+            MetricsRow { skipped: 1, ..row_of(10) },
+            MetricsRow { scalars: scored(0.75, 0.25), ..row_of(10) },
         ];
         for row in other {
             let RecordError::Breach(breach) = log.record(&row).unwrap_err() else {
@@ -439,15 +310,16 @@ mod tests {
     #[test]
     fn a_longer_number_with_the_same_beginning_is_a_breach() {
         let (_dir, _path, mut log) = log();
-        log.record(&Row { loss_generator: 0.125, ..row_of(1) }).unwrap();
-        let shorter = Row { loss_generator: 0.12, ..row_of(1) };
+        log.record(&MetricsRow { scalars: losses(1.25, 0.125), ..row_of(1) }).unwrap();
+        let shorter = MetricsRow { scalars: losses(1.25, 0.12), ..row_of(1) };
         assert!(matches!(log.record(&shorter), Err(RecordError::Breach(_))));
     }
 
     #[test]
     fn numbers_that_are_not_finite_are_null() {
         let (_dir, path, mut log) = log();
-        let row = Row { loss_generator: f64::NAN, images_per_second: f64::INFINITY, ..row_of(1) };
+        let row =
+            MetricsRow { scalars: losses(1.25, f64::NAN), images_per_second: f64::INFINITY, ..row_of(1) };
         log.record(&row).unwrap();
         assert_eq!(log.record(&row).unwrap(), Recorded::Same);
         assert_eq!(rows(&path)[0]["loss_generator"], Value::Null);
@@ -457,7 +329,7 @@ mod tests {
     #[test]
     fn skipped_phases_show_only_where_there_are_some() {
         let (_dir, path, mut log) = log();
-        log.record(&Row { skipped: 3, ..row_of(1) }).unwrap();
+        log.record(&MetricsRow { skipped: 3, ..row_of(1) }).unwrap();
         log.record(&row_of(2)).unwrap();
         assert_eq!(rows(&path)[0]["skipped"], 3);
         assert_eq!(rows(&path)[1].get("skipped"), None);
@@ -466,10 +338,10 @@ mod tests {
     #[test]
     fn scores_show_where_they_were_noted_and_are_part_of_the_result() {
         let (_dir, path, mut log) = log();
-        let scored = Row { scores: Some([0.75, f64::NAN]), ..row_of(1) };
-        log.record(&scored).unwrap();
-        assert_eq!(log.record(&scored).unwrap(), Recorded::Same);
-        let other = Row { scores: Some([0.5, f64::NAN]), ..row_of(1) };
+        let noted = MetricsRow { scalars: scored(0.75, f64::NAN), ..row_of(1) };
+        log.record(&noted).unwrap();
+        assert_eq!(log.record(&noted).unwrap(), Recorded::Same);
+        let other = MetricsRow { scalars: scored(0.5, f64::NAN), ..row_of(1) };
         assert!(matches!(log.record(&other), Err(RecordError::Breach(_))));
         assert_eq!(
             (&rows(&path)[0]["score_real"], &rows(&path)[0]["score_fake"]),

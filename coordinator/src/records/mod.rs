@@ -19,6 +19,7 @@ pub mod events;
 pub mod metrics;
 pub mod progress;
 pub mod receipts;
+pub mod scalars;
 pub mod status;
 pub mod table;
 pub mod tensorboard;

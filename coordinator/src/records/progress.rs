@@ -12,9 +12,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use console::Term;
+use ganglion_proto::record::MetricsRow;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 
-use super::metrics::Row;
+use super::scalars;
 
 /// Interval between two plain lines, in seconds of training.
 const PLAIN_PERIOD_SECONDS: f64 = 10.0;
@@ -187,7 +188,7 @@ impl Progress {
     }
 
     /// Shows a row of metrics. Rows that were shown before a fault may come again.
-    pub fn row(&mut self, row: &Row) {
+    pub fn row(&mut self, row: &MetricsRow) {
         self.pace.add(row.step, row.time);
         let line = self.line(row);
         if let Some(bar) = &self.bar {
@@ -207,7 +208,7 @@ impl Progress {
 
     /// Whether a plain line is due: for the first row, the last, and those in between that are far
     /// enough apart. A clock that was set back counts as far enough.
-    fn is_due(&mut self, row: &Row) -> bool {
+    fn is_due(&mut self, row: &MetricsRow) -> bool {
         let is_near =
             self.printed.is_some_and(|time| (time..time + PLAIN_PERIOD_SECONDS).contains(&row.time));
         let is_due = !is_near || row.step >= self.total_steps;
@@ -217,7 +218,7 @@ impl Progress {
         is_due
     }
 
-    fn line(&self, row: &Row) -> String {
+    fn line(&self, row: &MetricsRow) -> String {
         let total = self.total_steps;
         let percent = u128::from(row.step) * 100 / u128::from(total.max(1));
         let rest = total.saturating_sub(row.step);
@@ -226,11 +227,10 @@ impl Progress {
             _ => String::new(),
         };
         format!(
-            "step {}/{total}  {percent}%  {} images/s  loss D {:.3} G {:.3}  workers {}{eta}",
+            "step {}/{total}  {percent}%  {} images/s{}  workers {}{eta}",
             row.step,
             grouped(row.images_per_second),
-            row.loss_discriminator,
-            row.loss_generator,
+            scalars::in_words(&row.scalars),
             row.world_size,
         )
     }
@@ -307,8 +307,8 @@ mod tests {
         Progress::new(&Screen::stderr(false), total_steps, 0)
     }
 
-    fn row(step: u64, time: f64) -> Row {
-        Row { time, ..row_of(step) }
+    fn row(step: u64, time: f64) -> MetricsRow {
+        MetricsRow { time, ..row_of(step) }
     }
 
     #[test]

@@ -1,13 +1,15 @@
 //! The coordinator's part of a trace: events as they are recorded, the lifetime of each group, the curves.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
+use ganglion_proto::record::MetricsRow;
 use ganglion_proto::trace::{Nothing, Trace, Track, now};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value};
 
-use super::metrics::Row;
+use super::scalars::Shown;
 
 /// Tracks of the coordinator in a trace. See the module documentation.
 pub struct Timeline {
@@ -78,21 +80,21 @@ impl Timeline {
         self.storage.slice(begun, now(), name, Nothing {});
     }
 
-    /// Adds a row's losses and rate.
-    pub fn row(&self, row: &Row) {
+    /// Adds a row's scalars and rate.
+    pub fn row(&self, row: &MetricsRow) {
         if !self.events.is_on() {
             return;
         }
-        for (curve, values) in [
-            ("loss", json!({ "discriminator": row.loss_discriminator, "generator": row.loss_generator })),
-            ("rate", json!({ "images_per_second": row.images_per_second })),
-        ] {
+        let mut curves: BTreeMap<&str, Map<String, Value>> = BTreeMap::new();
+        let rate = Shown { group: "rate", key: "", of: "images_per_second" };
+        let scalars = row.scalars.iter().map(|(name, value)| (Shown::new(name), value));
+        for (shown, value) in scalars.chain([(rate, row.images_per_second)]) {
             // JSON has no form for numbers that are not finite.
-            let is_whole = values.as_object().is_some_and(|values| values.values().all(Value::is_number));
-            if is_whole {
-                self.events.values(curve, values);
+            if let Value::Number(number) = value.into() {
+                curves.entry(shown.group).or_default().insert(shown.of.to_string(), number.into());
             }
         }
+        curves.into_iter().for_each(|(curve, values)| self.events.values(curve, values));
     }
 
     /// Hands buffered lines to the system.

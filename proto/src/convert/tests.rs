@@ -55,15 +55,15 @@ fn a_workers_messages_survive_the_wire() {
         time: 2.5,
         generation: 3,
         world_size: 4,
-        loss_discriminator: 5.5,
-        loss_generator: 6.5,
+        scalars: [("kl", 5.5), ("recon", 6.5)].into_iter().collect(),
+        epoch: 0.25,
         images_per_second: 7.5,
         images_seen: 8,
         ledger: u64::MAX,
         skipped: 9,
-        profile: None,
-        gpu: GpuUse { memory_bytes: Some(1 << 33), utilisation: Some(0) },
-        scores: Some([0.75, 0.25]),
+        profile: [("model", Profile { wait: 0.5, ..Profile::default() })].into_iter().collect(),
+        gpu_memory_bytes: Some(1 << 33),
+        gpu_utilisation: Some(0),
     };
     let passport = Passport(BTreeMap::from([("cpu".to_string(), "x".to_string())]));
     let loaded = LoadedFacts {
@@ -226,9 +226,9 @@ mod hostile {
 
     prop_compose! {
         fn row()(step in number(), generation in number(), images_seen in number(), ledger in number(),
-            skipped in number(), time: f64, loss: f64) -> wire::MetricsRow {
-            let loss_discriminator = loss;
-            wire::MetricsRow { step, generation, images_seen, ledger, skipped, time, loss_discriminator,
+            skipped in number(), time: f64, names in proptest::collection::vec(words(), 0..3), value: f64) -> wire::MetricsRow {
+            let scalars = names.into_iter().map(|name| wire::Scalar { name, value }).collect();
+            wire::MetricsRow { step, generation, images_seen, ledger, skipped, time, scalars,
                 ..wire::MetricsRow::default() }
         }
     }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ganglion_membership::{Activity, Fault, Generation, Limits, LoadedFacts, Passport, Position, Progress};
-use ganglion_proto::message::{self, FromWorker, GpuUse, MetricsRow};
+use ganglion_proto::message::{self, FromWorker, MetricsRow};
 use ganglion_proto::wire::session_response::Message;
 use ganglion_proto::wire::{Assignment, SessionResponse};
 use ganglion_tests::wire::{Stranger, connect, hello};
@@ -75,18 +75,14 @@ impl Crowd {
     fn row(&self, place: Place) -> FromWorker {
         FromWorker::Metrics(MetricsRow {
             step: self.step.fetch_add(1, Ordering::Relaxed) + 1,
+            images_seen: 1,
+            ledger: 1,
+            scalars: [("loss_discriminator", 1.0), ("loss_generator", 1.0)].into_iter().collect(),
             time: seconds(SystemTime::now()),
             generation: place.generation,
             world_size: 1,
-            loss_discriminator: 1.0,
-            loss_generator: 1.0,
             images_per_second: 1.0,
-            images_seen: 1,
-            ledger: 1,
-            skipped: 0,
-            profile: None,
-            gpu: GpuUse::default(),
-            scores: None,
+            ..MetricsRow::default()
         })
     }
 }

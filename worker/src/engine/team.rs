@@ -15,6 +15,7 @@ use ganglion_membership::{Activity, Backend, Position, Start, Term};
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::Assignment;
+use ganglion_proto::record::Scalars;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::checkpoint::CheckpointError;
@@ -376,6 +377,13 @@ impl Carried {
             Module::Generator => self.losses[1] = loss,
             Module::Discriminator => (self.losses[0], self.scores) = (loss, [real, fake]),
         }
+    }
+
+    /// The scalars of a row.
+    pub fn scalars(&self) -> Scalars {
+        let names = ["loss_discriminator", "loss_generator", "score_real", "score_fake"];
+        let values = self.losses.iter().chain(&self.scores).map(|value| f64::from(*value));
+        names.into_iter().zip(values).collect()
     }
 
     fn to_tensor(self, counters: Counters, fingerprint: u64) -> Tensor {

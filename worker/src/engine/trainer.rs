@@ -597,9 +597,15 @@ impl Trainer {
         pace.steps += 1;
         if self.job.metrics_due(step, samples) || stopping {
             carried.newest = pace.circumstances(assignment, &self.job);
-            let profile = Some(laps.take(pace.steps));
-            let gpu = self.session.gpu_use();
-            let row = MetricsRow { profile, gpu, ..self.row(state, carried) };
+            let [discriminator, generator] = laps.take(pace.steps);
+            let profile = [("discriminator", discriminator), ("generator", generator)].into_iter().collect();
+            let GpuUse { memory_bytes, utilisation } = self.session.gpu_use();
+            let row = MetricsRow {
+                profile,
+                gpu_memory_bytes: memory_bytes,
+                gpu_utilisation: utilisation,
+                ..self.row(state, carried)
+            };
             self.session.report(Rank(assignment.rank), row);
             self.session.wait_for_room(assignment.group.generation);
             self.track.flush();
@@ -626,20 +632,21 @@ impl Trainer {
     fn row(&self, state: &State, carried: &Carried) -> MetricsRow {
         let step = state.counters.position.0 / self.job.phases_per_step();
         let Circumstances { generation, world_size, images_per_second, time } = carried.newest;
+        let images_seen = step * self.job.samples_per_step();
+        #[allow(clippy::cast_precision_loss)] // counts of images are far below 2^53
+        let epoch = images_seen as f64 / self.data.len() as f64;
         MetricsRow {
             step,
+            images_seen,
+            ledger: state.counters.ledger,
+            skipped: state.counters.skipped,
+            scalars: carried.scalars(),
+            epoch,
             time,
             generation,
             world_size,
-            loss_discriminator: f64::from(carried.losses[0]),
-            loss_generator: f64::from(carried.losses[1]),
             images_per_second: f64::from(images_per_second),
-            images_seen: step * self.job.samples_per_step(),
-            ledger: state.counters.ledger,
-            skipped: state.counters.skipped,
-            profile: None,
-            gpu: GpuUse::default(),
-            scores: Some(carried.scores.map(f64::from)),
+            ..MetricsRow::default()
         }
     }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ganglion_membership::{Activity, Fault, PlanKind, Position, Rank, Rested, Start as From};
 use ganglion_proto::job::Job;
-use ganglion_proto::message::{Assignment, GpuUse, MetricsRow};
+use ganglion_proto::message::{Assignment, MetricsRow};
 use ganglion_proto::stream::SampleStream;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use ganglion_proto::wire::{GetRequest, Key, SetRequest};
@@ -306,18 +306,13 @@ fn row(job: &Job, state: &State, carried: &Carried) -> MetricsRow {
     let [generation, world_size] = *carried;
     MetricsRow {
         step,
-        time: 0.0,
-        generation,
-        world_size: u32::try_from(world_size).expect("few members"),
-        loss_discriminator: 0.0,
-        loss_generator: 0.0,
-        images_per_second: 1.0,
         images_seen: step * job.samples_per_step(),
         ledger: state.ledger,
-        skipped: 0,
-        profile: None,
-        gpu: GpuUse::default(),
-        scores: None,
+        scalars: [("loss_model", 0.0)].into_iter().collect(),
+        generation,
+        world_size: u32::try_from(world_size).expect("few members"),
+        images_per_second: 1.0,
+        ..MetricsRow::default()
     }
 }
 

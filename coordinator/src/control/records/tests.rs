@@ -1,23 +1,18 @@
 use super::*;
 use crate::job_file::{self, Source};
 use crate::records::disk::tests::FullDisk;
-use ganglion_proto::message::GpuUse;
 
 fn row(step: u64) -> MetricsRow {
     MetricsRow {
         step,
+        images_seen: step,
+        ledger: step,
+        scalars: [("kl", 0.5)].into_iter().collect(),
         time: 1.0,
         generation: 1,
         world_size: 1,
-        loss_discriminator: 0.5,
-        loss_generator: 0.5,
         images_per_second: 1.0,
-        images_seen: step,
-        ledger: step,
-        skipped: 0,
-        profile: None,
-        gpu: GpuUse::default(),
-        scores: None,
+        ..MetricsRow::default()
     }
 }
 
