@@ -1,5 +1,5 @@
-//! What happens when a group breaks: aborts, timeouts, lost peers. One test function, because the number of
-//! live handles is the process's own.
+//! Broken groups: aborts, timeouts, lost peers. One test function, because the number of live
+//! handles is the process's own.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
@@ -16,7 +16,7 @@ use common::{
 /// The old groups are gone after Gloo's own limit; the rest is for a busy machine.
 const WIND_DOWN: Duration = Duration::from_secs(10);
 
-/// How long a waiter may sleep on after an abort.
+/// Longest time for which a waiter may sleep after an abort.
 const ABORT_LIMIT: Duration = Duration::from_millis(50);
 
 #[test]
@@ -67,7 +67,7 @@ fn one_abort(repetition: u32) -> Duration {
             })
             .collect();
         all_launched.iter().take(survivors.len()).for_each(drop);
-        // Some waiters are met on their way to sleep, others asleep.
+        // The abort meets some waiters before they sleep, others asleep.
         thread::sleep(Duration::from_micros(u64::from(repetition % 10) * 300));
         // The rank opposite the dead one first; cutting its connections may reach its neighbours before their
         // abort.
@@ -113,7 +113,7 @@ fn an_abort_ends_many_operations() {
     }
 }
 
-/// Crate invariant 2: what ended as a result stays one.
+/// Crate invariant 2: an operation that ended with a result keeps it.
 fn a_finished_operation_survives_an_abort() {
     let groups = groups(2, GLOO_LIMIT);
     let pending: Vec<_> =
@@ -137,7 +137,7 @@ fn a_timeout_is_a_timeout() {
     let start = Instant::now();
     assert_eq!(first.wait(Duration::from_millis(30)).map(drop), Err(Error::Timeout));
     assert!(start.elapsed() >= Duration::from_millis(30));
-    // It breaks the whole group.
+    // The timeout breaks the whole group.
     assert_eq!(second.wait(LONG), Err(Error::Aborted));
     assert_eq!(groups[0].barrier().unwrap_err().error, Error::Aborted);
 }
@@ -172,7 +172,7 @@ fn an_operation_may_wait_longer_than_a_meeting() {
     });
 }
 
-/// Rank 0 goes away; its neighbours see it, break their groups, and so the rank opposite sees it too.
+/// Rank 0 ends. Its neighbours see that and break their groups, so the opposite rank sees it too.
 fn a_lost_peer_is_noticed_by_all() {
     let mut groups = groups(4, Duration::from_secs(30));
     let dead = groups.remove(0);
@@ -197,7 +197,7 @@ fn a_dropped_group_frees_its_waiter() {
     let aborter = group.aborter();
     drop(group);
     assert_eq!(pending.wait(LONG).map(drop), Err(Error::Aborted));
-    // Both are harmless on a group that is gone.
+    // Both are harmless on a destroyed group.
     aborter.abort();
     aborter.clone().abort();
 }

@@ -1,4 +1,4 @@
-//! The ATen functions: against plain computations, and without panics.
+//! ATen functions compared with plain computations; none panics.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use c10d::Error;
@@ -102,7 +102,7 @@ fn libtorch_says_what_it_is() {
     aten::set_deterministic(false).unwrap();
 }
 
-/// Every element decides, wherever it is; numbers at the limits are numbers.
+/// Every element counts, at any place; numbers at the limits are finite.
 #[test]
 fn one_infinity_or_nan_anywhere_is_found() {
     let quiet_nan_of_another_payload = f32::from_bits(0xffc0_1234);
@@ -140,7 +140,7 @@ fn only_the_elements_of_a_view_are_judged() {
     assert!(matches!(aten::all_finite(&Tensor::from_slice(&[1_i64])), Err(Error::Fatal(_))));
 }
 
-/// What the check costs. Run with `--ignored --nocapture`.
+/// Cost of the check. Run with `--ignored --nocapture`.
 #[test]
 #[ignore = "prints a time"]
 fn the_time_of_a_check() {

@@ -14,7 +14,7 @@ fn every_collective_is_right_with_one_to_four_ranks() {
     }
 }
 
-/// What a GPU's buffers go through, with the CPU in the GPU's place.
+/// Path of a GPU's buffers, with the CPU in place of the GPU.
 #[test]
 fn copies_of_buffers_travel_as_well() {
     for world_size in 1..=3 {

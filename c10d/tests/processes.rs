@@ -35,7 +35,7 @@ fn form(port: u16, prefix: &str, rank: usize, world_size: usize, timeout: Durati
     Group::gloo(common::options(rank, world_size, timeout), connect(port), prefix).unwrap()
 }
 
-/// Not a test of its own: what a child process does.
+/// Body of a child process; not a test of its own.
 #[test]
 fn rank() {
     let Ok(role) = std::env::var(ROLE) else { return };
@@ -55,7 +55,8 @@ fn rank() {
     }
 }
 
-/// Reduces until the group breaks, then forms the next one with the ranks that are left and reduces in it.
+/// Reduces until the group breaks, then forms the next one with the remaining ranks and reduces in
+/// it.
 fn survive(port: u16, rank: usize, world_size: usize) {
     let group = form(port, "first", rank, world_size, NO_HELP);
     let aborter = group.aborter();

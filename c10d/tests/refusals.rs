@@ -1,4 +1,4 @@
-//! Mistakes become typed errors that give the buffers back, and nothing panics.
+//! Misuse gives typed errors that return the buffers, and never a panic.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
@@ -93,7 +93,7 @@ fn groups_that_cannot_be_formed_say_why() {
     let nowhere = form(with(GlooAddress::Interface("no-such-interface".into())));
     assert!(matches!(&nowhere, Err(Error::Fatal(detail)) if !detail.contains('\n')), "{nowhere:?}");
     assert!(form(with(GlooAddress::Interface("lo".into()))).is_ok());
-    // Nobody else comes.
+    // No other rank comes.
     assert_eq!(form(options(0, 2, Duration::from_millis(100))), Err(Error::Timeout));
 }
 

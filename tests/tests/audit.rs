@@ -68,7 +68,7 @@ fn a_run_that_lost_a_worker_is_proven_while_it_goes_on_and_afterwards() {
     }
 }
 
-/// Rows are due by the cadence of their term, and a start from a checkpoint goes on from a journaled one.
+/// Rows are due by the cadence of their term, and a start from a checkpoint uses a journaled one.
 #[test]
 fn a_run_that_was_resumed_with_other_cadences_is_proven() {
     let mut run =

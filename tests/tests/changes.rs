@@ -1,4 +1,4 @@
-//! Workers join and leave on purpose, and nothing is done again.
+//! Workers that join and leave on purpose: nothing is computed again.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::sync::OnceLock;
@@ -11,7 +11,7 @@ const LONG: &[&str] =
 const LONG_DCGAN: &[&str] =
     &["job.steps=250", "job.failure_deadline=2", "metrics.every_steps=1", "checkpoint.every_steps=60"];
 
-/// The results of the jobs that most tests change the cluster of, computed once.
+/// Results of the jobs of most tests, computed once.
 fn undisturbed_mlp() -> &'static Reference {
     static REFERENCE: OnceLock<Reference> = OnceLock::new();
     REFERENCE.get_or_init(|| Reference::of(&[SMALL_MLP, LONG]))
@@ -22,7 +22,7 @@ fn undisturbed_dcgan() -> &'static Reference {
     REFERENCE.get_or_init(|| Reference::of(&[SMALL_DCGAN, LONG_DCGAN]))
 }
 
-/// The run is over, has the same bits, and no change in it was a fault.
+/// Asserts that the run is complete with the same bits, and that no change in it was a fault.
 #[track_caller]
 fn assert_undisturbed(run: &Run, coordinator: Process, reference: &Reference, what: &str) {
     let ended = coordinator.wait();
@@ -63,7 +63,7 @@ fn a_worker_that_is_asked_to_end_leaves_with_nothing_done_again() {
     let run = Run::new(&[SMALL_DCGAN, LONG_DCGAN]);
     let coordinator = run.start(2);
     run.wait_for_step(20);
-    // As a scheduler does that wants the machine back.
+    // As a scheduler does to free the machine.
     ganglion_tests::send(run.pids(1)[0], Signal::SIGTERM);
     assert_eq!(formed(&run, 1, 1)["cause"], "planned");
     let exited = run.wait_for("worker_exited", |_| true);

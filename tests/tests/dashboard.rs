@@ -1,5 +1,4 @@
-//! What those who look on see of a run: by its dashboard's addresses, while it goes on and after its
-//! coordinator died.
+//! The dashboard's addresses, during a run and after the death of its coordinator.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::io::{Read, Write};
@@ -9,11 +8,11 @@ use ganglion_tests::{Process, Run, SMALL_MLP, eventually, send};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-/// Longer than any test.
+/// Number of steps that no test reaches.
 const ENDLESS: &[&str] =
     &["job.steps=10000000", "metrics.every_steps=1", "sample.every_steps=50", "checkpoint.every_steps=100"];
 
-/// What a site answers: the status, and the body.
+/// Answer of a site: the status, and the body.
 fn get(site: &str, path: &str) -> Option<(u16, Vec<u8>)> {
     let address = site.strip_prefix("http://")?.strip_suffix('/')?;
     let mut stream = TcpStream::connect(address).ok()?;
@@ -30,7 +29,7 @@ fn json(site: &str, path: &str) -> Option<Value> {
     (status == 200).then(|| serde_json::from_slice(&body).unwrap())
 }
 
-/// The status, once it is as wanted.
+/// Waits until the status is as wanted; returns it.
 fn status(site: &str, what: &str, is: impl Fn(&Value) -> bool) -> Value {
     eventually(what, || json(site, "/api/status").filter(|status| is(status)))
 }
@@ -40,7 +39,7 @@ fn site(run: &Run, term: u64) -> String {
     started["dashboard"].as_str().unwrap().to_string()
 }
 
-/// A sample of Prometheus' text format, by its name with labels.
+/// Sample of Prometheus' text format, by name with labels.
 fn sample(text: &str, name: &str) -> Option<f64> {
     text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
 }
@@ -120,8 +119,8 @@ fn a_lost_worker_shows_and_then_shows_no_more() {
     stop(coordinator);
 }
 
-/// The discriminator's verdict is of the job: the same for any number of workers, like all that a row has of
-/// a step.
+/// The discriminator's scores are a function of the job, like all values of a row that describe a
+/// step.
 #[test]
 fn the_verdict_is_the_same_for_any_number_of_workers() {
     let verdicts = |workers| {

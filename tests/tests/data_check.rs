@@ -27,7 +27,7 @@ fn assert_says(ended: &Ended, code: i32, says: &[&str]) {
     }
 }
 
-/// The report on some data as JSON, but for the time; the same on one thread and on several.
+/// Report on some data as JSON, without the time; equal on one thread and on several.
 #[track_caller]
 fn report(data: &str, code: i32) -> Value {
     let on = |threads: &str| -> Value {
@@ -43,7 +43,7 @@ fn report(data: &str, code: i32) -> Value {
     one
 }
 
-/// A picture that differs from others by its number.
+/// Picture whose content depends on its number.
 fn picture(number: u32, format: ImageFormat) -> Vec<u8> {
     let pixel = |x: u32, y: u32| u8::try_from((x * (number + 3) + y * (number ^ 5)) % 251).unwrap();
     let mut bytes = Vec::new();
@@ -52,7 +52,7 @@ fn picture(number: u32, format: ImageFormat) -> Vec<u8> {
     bytes
 }
 
-/// One whose head is whole, and whose end is missing.
+/// Picture with a whole header and a missing end.
 fn cut_off(number: u32, format: ImageFormat) -> Vec<u8> {
     let mut whole = picture(number, format);
     whole.truncate(whole.len() - 40);
@@ -64,7 +64,7 @@ fn bad_names(report: &Value) -> Vec<&str> {
     report["bad_samples"].as_array().unwrap().iter().map(|bad| bad["name"].as_str().unwrap()).collect()
 }
 
-/// What a check says to leave out makes the set good.
+/// Leaving out the named samples makes the set good.
 #[test]
 fn each_bad_picture_of_a_folder_is_named_with_how_to_leave_it_out() {
     let root = TempDir::new().unwrap();
@@ -95,7 +95,7 @@ fn each_bad_picture_of_a_folder_is_named_with_how_to_leave_it_out() {
     let exclude = format!("data.exclude=@{}", bad.display());
     let without = [&job[..], &["--set", &exclude]].concat();
     assert_says(&check(&without), 0, &["58 samples", "2 samples by data.exclude"]);
-    // 64 samples a phase, of the 58 that are left.
+    // 64 samples per phase, of the 58 remaining ones.
     assert_says(&check(&[&without[..], &["--set", "job.shard_batch=8"]].concat()), 2, &["more than the 58"]);
 }
 
@@ -144,7 +144,7 @@ fn records_of_cifar_are_counted_and_a_bad_one_is_named() {
     let job: Vec<&str> = settings.iter().chain([&"data.exclude=2"]).flat_map(|set| ["--set", set]).collect();
     assert_says(&check(&job), 0, &["13 samples", "1 samples by data.exclude"]);
 
-    // Such a label is a sign of another format, so the file is refused as a whole, as it is by training.
+    // Such a label is a sign of another format, so the file is refused as a whole, as in training.
     records(&batch(3), &[3, 12, 3]);
     let ended = check(&["--data", &data, "--json"]);
     assert_says(&ended, 2, &["data_batch_3.bin", "label 12 in record 1"]);

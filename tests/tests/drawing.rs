@@ -1,4 +1,4 @@
-//! What a checkpoint is for once it is trained: samples, films, modules for other programs.
+//! Uses of a checkpoint: samples, films, modules for other programs.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs::{self, File};
@@ -47,12 +47,12 @@ fn single_samples_are_those_of_the_picture_by_class() {
         let cell = image::imageops::crop_imm(&whole, left, top, 28, 28).to_image();
         assert_eq!(pixels(&single), cell.into_raw(), "{}", single.display());
     }
-    // What is written is what a run reads: ten folders of samples, two of which hold two.
+    // A run reads the written folder: ten folders of samples, two of which hold two.
     let data = format!("data.path={}", folder.display());
     let again: &[&str] = &["data.kind=folder", &data, "data.channels=1", "data.resize=28", "data.crop=28"];
     fs::write(folder.join("notes.txt"), "of mine").unwrap();
     let drawn = trained(&[DCGAN, CLASSES, again]);
-    // The run says what it found there, once.
+    // The run reports its data, once.
     let told: Vec<_> = drawn.events().into_iter().filter(|event| event["kind"] == "data").collect();
     assert_eq!(told.len(), 1, "{told:?}");
     let found = &told[0]["found"];

@@ -15,7 +15,7 @@ fn small(model: &[&str], settings: &[&str]) -> Run {
     Run::new(&[model, SMALL_EVALUATION, settings])
 }
 
-/// What evaluations say, by step: all but the time that they took.
+/// Results of evaluations, by step, without the time that they took.
 fn evaluations(run: &Run) -> Vec<(u64, String)> {
     let events = run.events().into_iter().filter(|event| event["kind"] == "evaluation");
     let mut told: Vec<_> = events
@@ -78,8 +78,8 @@ fn networks_that_know_classes_are_asked_about_held_out_samples_and_features_come
 
 #[test]
 fn evaluations_are_the_same_through_the_death_of_the_one_that_makes_them() {
-    // No more than may wait: on a busy machine training is far ahead of them, and the oldest would be left
-    // out.
+    // As many as may wait: on a busy machine training is far ahead of them, and the oldest would be
+    // dropped.
     let settings = &["job.steps=400", "evaluation.every_steps=100", "metrics.every_steps=1"];
     let undisturbed = small(SMALL_MLP, settings);
     let reference = Reference::new("an undisturbed run", undisturbed.complete(1));
@@ -99,8 +99,8 @@ fn evaluations_are_the_same_through_the_death_of_the_one_that_makes_them() {
 
 #[test]
 fn evaluations_are_the_same_when_a_run_stops_and_goes_on() {
-    // No more than may wait: on a busy machine training is far ahead of them, and the oldest would be left
-    // out.
+    // As many as may wait: on a busy machine training is far ahead of them, and the oldest would be
+    // dropped.
     let settings = &["job.steps=200", "evaluation.every_steps=40", "metrics.every_steps=1"];
     let undisturbed = small(SMALL_MLP, settings);
     let reference = Reference::new("an undisturbed run", undisturbed.complete(1));
@@ -163,7 +163,7 @@ fn an_alarm_ends_a_run_that_shall_end_and_ends_it_again() {
         assert!(ended.output.contains("alarm: collapse"), "{}", ended.output);
         assert_eq!(count(&run, "alarm"), time);
     }
-    // All that an alarm does is up to its user, also for a run that has begun.
+    // The user decides what an alarm does, also for a run that has begun.
     run.set("alarms.policy=warn");
     run.set("job.steps=10");
     assert_eq!(run.start(1).wait().code, Some(0));

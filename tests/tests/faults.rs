@@ -8,20 +8,20 @@ use ganglion_tests::{Process, Reference, Run, SMALL_DCGAN, SMALL_MLP, eventually
 use nix::sys::signal::Signal;
 use rustix::process::{Pid, Resource, Rlimit};
 
-/// Long enough that faults fall into its middle.
+/// Job long enough that faults fall into its middle.
 const LONG: &[&str] =
     &["job.steps=1100", "job.failure_deadline=2", "metrics.every_steps=1", "checkpoint.every_steps=250"];
-/// The same for networks that take longer.
+/// The same for slower networks.
 const LONG_DCGAN: &[&str] =
     &["job.steps=250", "job.failure_deadline=2", "metrics.every_steps=1", "checkpoint.every_steps=60"];
 
-/// The result of the job that most tests disturb, computed once.
+/// Result of the job of most tests, computed once.
 fn undisturbed_mlp() -> &'static Reference {
     static REFERENCE: OnceLock<Reference> = OnceLock::new();
     REFERENCE.get_or_init(|| Reference::of(&[SMALL_MLP, LONG]))
 }
 
-/// Rows of all steps, once each; and all that can be proven from the files.
+/// Asserts one row for each step, and a clean audit.
 #[track_caller]
 fn assert_nothing_lost(run: &Run, steps: u64) {
     let mut rows: Vec<u64> = run.rows().iter().filter_map(|row| row["step"].as_u64()).collect();
@@ -119,7 +119,7 @@ fn a_worker_that_runs_out_of_memory_is_replaced() {
     let coordinator = run.start(2);
     run.wait_for("checkpoint", |_| true);
     let poor = run.pids(1)[0];
-    // From now on it gets no more memory, and the next change of its group needs some.
+    // From now on it gets no further memory, and the next change of its group needs some.
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::prlimit(Pid::from_raw(poor), Resource::As, none).unwrap();
     send(run.pids(1)[1], Signal::SIGKILL);
@@ -144,7 +144,7 @@ fn a_coordinator_that_is_killed_and_started_again_is_no_event_for_its_workers() 
     for kill in 1..=3 {
         let coordinator = run.start(2);
         if kill > 1 {
-            // One that is killed before its workers are back has taken nothing over.
+            // A coordinator that is killed before its workers are back has taken none over.
             run.wait_for("generation_kept", |event| event["term"] == kill);
         }
         run.wait_for_step(220 * kill);
@@ -198,7 +198,7 @@ fn without_a_coordinator_workers_save_what_they_hold_and_the_next_one_adopts_it(
     assert!(first["start"].as_str().unwrap().starts_with(&format!("step-{newest:08}")), "{first}");
     let whole = Run::new(&[SMALL_MLP, LONG, &[&format!("job.steps={}", newest + 20)]]);
     assert_eq!(run.digest(), whole.complete(1));
-    // Those that nobody recorded lay beside the checkpoint.
+    // Rows that no coordinator recorded lay beside the checkpoint.
     assert_nothing_lost(&run, newest + 20);
 }
 
@@ -208,7 +208,7 @@ fn a_run_that_is_interrupted_saves_and_goes_on_to_the_same_bits() {
     let coordinator = run.start(2);
     let before = run.wait_for_step(100);
     coordinator.signal(Signal::SIGINT);
-    // As a launcher does that signals the process and its group.
+    // As a launcher does, which signals the process and its group.
     coordinator.signal(Signal::SIGINT);
     let ended = coordinator.wait();
     assert_eq!(ended.code, Some(130), "{}", ended.output);

@@ -1,6 +1,7 @@
-//! Run directories on file systems that lack what local ones have: locks, memory that processes share.
+//! Run directories on file systems without locks or shared memory.
 //!
-//! A library that is preloaded refuses what such a file system refuses; its source is beside this file.
+//! A preloaded library refuses the calls that such a file system refuses; its source is beside this
+//! file.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;
@@ -12,7 +13,7 @@ use nix::sys::signal::Signal;
 
 const STEPS: &[&str] = &["job.steps=400", "metrics.every_steps=20", "checkpoint.every_steps=100"];
 
-/// A file system that lacks something.
+/// File system that lacks a feature.
 struct FileSystem {
     folder: tempfile::TempDir,
     lacks: &'static str,
@@ -82,7 +83,7 @@ fn a_run_lives_without_locks_and_without_shared_memory() {
         reference.equals(lacks, &run.digest());
         assert_ended(&here.ask(&run, "audit"), 0, &["2 terms"]);
         assert_ended(&here.ask(&run, "status"), 0, &["it is complete"]);
-        // Moved to a file system that has all of it, where its log is kept again.
+        // Moved to a full file system, where the journal has a write-ahead log again.
         assert_ended(&run.start(1).wait(), 0, &["is finished"]);
         run.assert_audited();
     }
@@ -101,7 +102,7 @@ fn of_two_coordinators_that_start_at_once_one_is_refused_also_without_locks() {
     run.assert_audited();
 }
 
-/// As a requeued job does on another node, whose locks this one does not see.
+/// As a requeued job on another node, whose locks this one does not see.
 #[test]
 fn a_coordinator_that_another_machine_took_over_from_stops_and_touches_nothing_more() {
     let reference = Reference::of(&[SMALL_MLP, STEPS]);

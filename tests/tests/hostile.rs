@@ -1,4 +1,4 @@
-//! Hostile input on the wire: it is refused, and the run goes on undisturbed.
+//! Hostile input on the wire: it is refused, and the run continues undisturbed.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::io::{Read, Write};
@@ -26,7 +26,7 @@ use tonic::{Code, Request, Status};
 
 /// The highest number that a message may hold where it counts something.
 const HIGHEST: u64 = 1 << 53;
-/// Bytes of events.jsonl, of which an attack is to leave next to nothing.
+/// Bound on the bytes of events.jsonl after an attack.
 const EVENTS_LIMIT: u64 = 256 << 10;
 const ENDLESS: &[&str] = &["job.steps=1000000", "job.failure_deadline=2", "metrics.every_steps=1"];
 
@@ -72,7 +72,7 @@ impl Target {
         self.runtime.block_on(async { tokio::time::timeout(LIMIT, stranger.end()).await.unwrap() })
     }
 
-    /// Waits until a client hears something.
+    /// Waits until a client receives a message.
     #[track_caller]
     fn hears(&self, stranger: &mut Stranger, wanted: impl Fn(&ToWorker) -> bool) {
         let hearing =
@@ -80,7 +80,7 @@ impl Target {
         self.runtime.block_on(async { tokio::time::timeout(LIMIT, hearing).await.expect("it hears") });
     }
 
-    /// Asserts that a first message is refused, and that the log says so.
+    /// Asserts that a first message is refused and logged.
     #[track_caller]
     fn refuses(&self, first: SessionRequest, code: Code, reason: &str) {
         let begun = self.runtime.block_on(Stranger::begin(self.channel(), first));
@@ -146,7 +146,7 @@ fn row(step: u64) -> MetricsRow {
     MetricsRow { step, generation: 1, world_size: 1, ..MetricsRow::default() }
 }
 
-/// Everything that a member of a generation may say of it.
+/// All messages of a member about its generation.
 fn claims(generation: Generation) -> Vec<FromWorker> {
     let (position, what) = (Position(1 << 40), "made up".to_string());
     let faults = [
@@ -194,7 +194,7 @@ fn what_does_not_speak_the_protocol_is_shown_out() {
     let mut socket = target.socket();
     socket.write_all(preface).unwrap();
     let _ = socket.write_all(&nonsense);
-    // Whatever HTTP/2 answers, it ends.
+    // HTTP/2 may answer anything, and then ends.
     let _ = socket.read_to_end(&mut Vec::new());
     target.assert_undisturbed();
 }
@@ -227,13 +227,13 @@ fn a_session_begins_with_a_hello_that_is_true() {
     }
     target.refuses(claim(&run, 1, 2, 1), Code::FailedPrecondition, "a coordinator of term 2 has this run");
     target.refuses(claim(&run, 1, 1, 1), Code::FailedPrecondition, "only with its token");
-    // Whoever claims what cannot be is a stranger like others.
+    // A client with impossible claims is treated as new.
     for (worker, generation) in [(1, 2), (99, 1), (99, HIGHEST)] {
         let resuming = resuming(&run, WorkerId(worker), Term(1), Generation(generation));
         let welcome = target.join(resuming).unwrap().welcome;
         assert!(welcome.worker != WorkerId(worker), "taken in as worker {worker}");
     }
-    // What arrives late of a session that was given up is not true any more.
+    // A late message of an abandoned session is out of date.
     let again = |worker, attempt| Hello { attempt, ..resuming(&run, worker, Term(1), Generation(0)) };
     let worker = target.join(hello()).unwrap().welcome.worker;
     let newer = target.join(again(worker, 3)).unwrap();
@@ -306,7 +306,7 @@ fn who_breaks_the_contract_in_a_session_loses_it() {
     }
     target.logs("closing the session of worker 4");
     target.logs("ranks has 1048576 items");
-    // Events are bounded too, and texts are no commands to a terminal.
+    // Events are bounded too, and texts cannot control a terminal.
     let stranger = target.join(Hello { host: "\x1b[2Jnode".to_string(), ..hello() }).unwrap();
     let joined = stranger.welcome.worker.0;
     (0..10_000).for_each(|_| stranger.say(FromWorker::Leave));
@@ -321,7 +321,7 @@ fn who_breaks_the_contract_in_a_session_loses_it() {
     target.assert_undisturbed();
 }
 
-/// A member is asked for a row that did not come. One that causes events without end fills no disk.
+/// A member is asked for a missing row. A member that causes endless events fills no disk.
 #[test]
 fn a_member_owes_its_rows_and_causes_so_many_events() {
     let target = Target::with(0, &["job.steps=1000", "job.failure_deadline=60", "metrics.every_steps=1"]);
@@ -427,17 +427,17 @@ fn extreme_numbers_and_texts_disturb_nothing() {
 #[test]
 fn who_stalls_is_shut_out() {
     let target = Target::new();
-    // These say nothing, or stop in the middle of a greeting or of a frame.
+    // These send nothing, or stop in the middle of a greeting or of a frame.
     let silent: Vec<TcpStream> = (0..300).map(|_| target.socket()).collect();
     let mut halting = [target.socket(), target.socket()];
     halting[0].write_all(b"PRI * HT").unwrap();
     halting[1].write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0").unwrap();
-    // One says hello and then nothing.
+    // One sends a hello and then nothing.
     let mute = target.join(hello()).unwrap();
     let lost = target.run.wait_for("worker_lost", |event| event["worker"] == mute.welcome.worker.0);
     assert_eq!(lost["reason"], "it was silent for too long");
     target.end_of(mute).unwrap();
-    // One says much and never reads.
+    // One sends much and never reads.
     let deaf = target.join(hello()).unwrap();
     for _ in 0..100_000 {
         deaf.say(FromWorker::Heartbeat(Progress::default(), Usage::default()));

@@ -1,5 +1,5 @@
-//! Faults at the worst instants: inside a reduce, a commit, a healing, a checkpoint, and between two of the
-//! coordinator's decisions.
+//! Faults at the worst instants: inside a reduce, a commit, a state sync, a checkpoint, and between
+//! two of the coordinator's decisions.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::sync::OnceLock;
@@ -26,7 +26,7 @@ fn undisturbed_mlp() -> &'static Reference {
     REFERENCE.get_or_init(|| Reference::of(&[SMALL_MLP, MLP]))
 }
 
-/// A run in which the first process that comes to a point kills itself.
+/// Run in which the first process to reach a point kills itself.
 fn with_failpoint(settings: &[&[&str]], workers: u32, point: &str) -> (Run, Process) {
     let run = Run::new(settings);
     let once = run.beside("once").display().to_string();
@@ -52,8 +52,8 @@ fn a_worker_may_die_at_any_instant_of_a_phase() {
     }
 }
 
-/// A generator's phase over pairs reads the real samples of the phase before it once more, and a controller
-/// of augmentation is healed with the rest of the state.
+/// A generator's phase over pairs reads the real samples of the phase before it once more, and a
+/// controller of augmentation is part of the synced state.
 #[test]
 fn a_worker_may_die_among_pairs_and_controllers() {
     const FEW: &[&str] = &[
@@ -91,7 +91,7 @@ fn a_worker_whose_training_stands_still_is_replaced() {
     let point = "hang:reduce@401";
     let (run, coordinator) = with_failpoint(&[SMALL_MLP, MLP], 3, point);
     assert_same(&run, coordinator, undisturbed_mlp(), point);
-    // Its session went on: it was not silent.
+    // The session continued: the worker was not silent.
     run.wait_for("worker_lost", |event| event["reason"] == "it made no progress for too long");
 }
 
@@ -112,7 +112,8 @@ fn a_worker_may_die_while_it_saves() {
     }
 }
 
-/// Generation 2 begins when the second of two workers is killed, generation 3 when its replacement is healed.
+/// Generation 2 begins when the second of two workers is killed, generation 3 when its replacement
+/// has the state.
 #[test]
 fn the_source_or_the_receiver_of_a_healing_may_die_in_its_middle() {
     // Long enough for a replacement to come.

@@ -1,5 +1,5 @@
-//! Runs that go on without a sample that cannot be read: the job with its change gives the same bits, whoever
-//! trains it.
+//! Runs that continue without an unreadable sample: the changed job gives the same bits on any
+//! cluster.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;
@@ -35,19 +35,19 @@ impl Pictures {
         Pictures { run, folder }
     }
 
-    /// Cuts a picture off where its head is whole.
+    /// Truncates a picture behind its header.
     fn damage(&self, index: u32) {
         let file = self.folder.join(name(index));
         let whole = fs::read(&file).unwrap();
         fs::write(&file, &whole[..whole.len() - 40]).unwrap();
     }
 
-    /// Trains without some more pictures.
+    /// Trains without further pictures.
     fn without(&self, workers: &str, exclude: &str) -> Ended {
         self.run.start_with(&["--workers", workers, "--set", &format!("data.exclude={exclude}")]).wait()
     }
 
-    /// The digest of the run's job from scratch, on one worker.
+    /// Digest of the run's job from scratch, on one worker.
     fn digest_of_a_fresh_run(&self) -> String {
         let fresh = Run::new(&[&["job.name=fresh"]]);
         let job = self.run.path("job.toml");
@@ -112,7 +112,7 @@ fn a_run_goes_on_without_bad_pictures_and_its_job_gives_the_same_bits() {
         .equals("its job from scratch", &pictures.digest_of_a_fresh_run());
 }
 
-/// The change waits for what members of a coordinator that died have trained meanwhile.
+/// The change waits for the state of members of a dead coordinator.
 #[test]
 fn a_change_comes_after_what_living_workers_have_trained() {
     let mut pictures = Pictures::new(1_000_000, &["checkpoint.every_steps=0"]);

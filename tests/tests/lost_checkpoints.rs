@@ -1,4 +1,4 @@
-//! Runs whose checkpoints are not where they were, or whose records are damaged.
+//! Runs with missing checkpoints or damaged records.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;
@@ -101,8 +101,7 @@ fn members_that_live_go_on_without_the_checkpoints() {
     run.assert_audited();
 }
 
-/// Of members on other machines nobody knows whether they live. Once they cannot any more, the run is at its
-/// end.
+/// Members on other machines may live until their lease is over. After that the run is lost.
 #[test]
 fn a_run_is_not_trained_anew_after_its_remote_members_have_not_come_back() {
     let steps = ["job.steps=3000", "job.failure_deadline=1", "checkpoint.every_steps=50"];

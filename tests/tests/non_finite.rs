@@ -18,13 +18,13 @@ fn exploding(settings: &[&str]) -> Run {
     Run::new(&[SMALL_MLP, EXPLODING, settings])
 }
 
-/// The positions that were skipped, in the order in which the coordinator told of them.
+/// Skipped update indexes, in the order of the coordinator's events.
 fn skipped(run: &Run) -> Vec<u64> {
     let events = run.events().into_iter().filter(|event| event["kind"] == "phase_skipped");
     events.map(|event| event["position"].as_u64().unwrap()).collect()
 }
 
-/// The first of the phases that are not finite, whose number depends on the machine's arithmetic.
+/// First non-finite phase; its number depends on the machine's arithmetic.
 fn first_skipped(run: &Run) -> u64 {
     let first = skipped(run)[0];
     assert!((2..20).contains(&first), "the job explodes at position {first}");
@@ -50,7 +50,7 @@ fn skips_have_the_same_bits_on_1_and_3_workers_and_are_told_once() {
     }
 }
 
-/// The count of skips is in the checkpoint and reaches all members, so it goes on where it was.
+/// The count of skips is in the checkpoint and reaches all members, so it continues.
 #[test]
 fn more_than_100_skips_in_a_row_end_the_run_also_across_a_resume() {
     for (before, after) in [(1, 3), (3, 1)] {
@@ -67,7 +67,7 @@ fn more_than_100_skips_in_a_row_end_the_run_also_across_a_resume() {
     }
 }
 
-/// Each phase that is not finite takes all members back to the start once; then it may be skipped.
+/// Each non-finite phase rolls all members back to the start once; then it may be skipped.
 #[test]
 fn rolling_back_comes_to_the_same_bits_as_skipping() {
     let reference = exploding(&["job.steps=10"]);

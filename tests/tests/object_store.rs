@@ -19,13 +19,13 @@ use serde_json::json;
 use zip::write::FileOptions;
 
 const BUCKET: &str = "bucket";
-/// What this server takes for a signature.
+/// Text that this server accepts as a signature.
 const SIGNED: &str =
     "AWS4-HMAC-SHA256 Credential=a/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=a";
 /// A secret that must not appear anywhere.
 const SECRET: &str = "hush-hush-hush";
 
-/// A server that speaks S3 and forgets all with its end.
+/// S3 server that keeps its objects in memory.
 struct Server {
     process: Process,
     address: SocketAddr,
@@ -42,7 +42,7 @@ impl Server {
         server
     }
 
-    /// One with a bucket.
+    /// Starts a server with a bucket.
     fn with_bucket() -> Server {
         let server = Server::start(&[]);
         assert_eq!(server.ask("PUT", "", b"").0, 200, "{}", server.process.output());
@@ -96,7 +96,7 @@ fn variables(endpoint: SocketAddr) -> Vec<(&'static str, String)> {
     ]
 }
 
-/// The way to a server, which can be cut and mended.
+/// Connection to a server, which can be cut and restored.
 struct Way {
     address: SocketAddr,
     cut: Arc<AtomicBool>,
@@ -168,7 +168,7 @@ fn assert_audited(run: &Run, variables: &[(&str, String)]) {
     assert!(!audited.output.contains(": 0 files"), "{}", audited.output);
 }
 
-/// The files of a folder, by name, but for the run's own marker.
+/// Files of a folder, by name, without the run's marker.
 fn files(folder: &std::path::Path) -> BTreeMap<String, Vec<u8>> {
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
     let whole = entries.filter(|entry| entry.file_type().unwrap().is_file());
@@ -185,7 +185,7 @@ fn a_bucket_gets_the_bytes_that_a_folder_gets() {
     let server = Server::with_bucket();
     let mut run = Run::new(&[SMALL_MLP, JOB]);
     run.set("checkpoint.url=s3://bucket/a/b");
-    // An object that is in the way has other content: it is damaged, and is written again.
+    // An existing object with other content is damaged, and is written again.
     let damaged = "/a/b/step-00000006/state-00001-of-00004.safetensors";
     assert_eq!(server.ask("PUT", damaged, b"damaged").0, 200);
     let variables = server.variables();
@@ -219,7 +219,7 @@ fn a_bucket_gets_the_bytes_that_a_folder_gets() {
         assert!(!text.contains(SECRET) && !text.contains("somebody"), "{file}");
     }
 
-    // It is the run's: the same command finds it finished, and another run is refused.
+    // The place belongs to the run: the same command finds it finished, and another run is refused.
     let again = start(&run, &["--workers", "1"], &variables).wait();
     assert!(again.code == Some(0) && again.output.contains("is finished"), "{}", again.output);
     let mut other = Run::new(&[SMALL_MLP, JOB]);
@@ -238,7 +238,7 @@ fn a_large_part_goes_in_parts_and_comes_back() {
     run.set("checkpoint.url=s3://bucket");
     let variables = server.variables();
     assert_complete(start(&run, &["--workers", "1"], &variables));
-    // It resumes from what it reads in ranges.
+    // The run resumes from a checkpoint that is read in ranges.
     run.set("job.steps=2");
     assert_complete(start(&run, &["--workers", "1"], &variables));
     let there = server.objects("step-00000002/");
@@ -295,7 +295,7 @@ fn picture(number: u8, whole: bool) -> Vec<u8> {
     bytes
 }
 
-/// Pictures, an archive and records that lie in a bucket, which is away for a while.
+/// Pictures, an archive and records in a bucket that is unreachable for a while.
 #[test]
 fn data_of_a_bucket_are_checked_like_those_of_a_folder() {
     let server = Server::with_bucket();
@@ -376,7 +376,7 @@ fn a_mistake_is_said_at_once() {
     }
 }
 
-/// Time that a store is away after all that a test waits for has happened: longer than a client's own
+/// Time for which a store stays unreachable after the awaited event: longer than a client's own
 /// attempts.
 const OUTAGE: Duration = Duration::from_secs(30);
 
@@ -421,7 +421,7 @@ fn training_goes_on_while_the_store_is_away_and_nothing_is_lost() {
     assert_eq!(manifest["state_digest"], digest.as_str());
 }
 
-/// The server takes connections and says nothing, while more checkpoints fall due than may wait.
+/// The server accepts connections and never answers, while more checkpoints are due than may wait.
 #[test]
 fn a_store_that_hangs_does_not_hold_training_up() {
     let job: &[&str] = &["job.steps=2000", "checkpoint.every_steps=50", "metrics.every_steps=10"];

@@ -1,4 +1,4 @@
-//! What operators ask of runs, whether they go on or not, and what they read in the log.
+//! Operators' commands on active and ended runs, and the log.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;
@@ -14,7 +14,7 @@ fn json(ended: Ended) -> Value {
     serde_json::from_str(&ended.output).unwrap()
 }
 
-/// Asks for the runs beside a run.
+/// Lists the runs in the folder of a run.
 fn runs(run: &Run) -> Value {
     let mut command = std::process::Command::new(program("coordinator"));
     command.arg("runs").arg(run.beside("")).arg("--json");

@@ -1,4 +1,4 @@
-//! Networks that a user wrote in Python, with batch normalisation, dropout and spectral normalisation inside.
+//! Networks written in Python, with batch normalisation, dropout and spectral normalisation.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::io::{Cursor, Read, Write};
@@ -92,7 +92,7 @@ fn changed(lines: &str) -> Vec<u8> {
     written.finish().unwrap().into_inner()
 }
 
-/// A module may behave while it is checked, and fail later.
+/// A module may pass its check, and fail later.
 #[test]
 fn a_module_that_fails_later_or_never_ends_is_named() {
     let folder = tempfile::tempdir().unwrap();
@@ -101,7 +101,7 @@ fn a_module_that_fails_later_or_never_ends_is_named() {
         std::fs::write(&path, changed(lines)).unwrap();
         path.display().to_string()
     };
-    // It is checked with two images, and trains with three.
+    // The check uses two images, training three.
     let fails = write("fails.pt", "    images = torch.expand(images, [2, -1, -1, -1])\n");
     let mut run = run("D.pt", &["job.steps=3"]);
     run.set(&format!("model.discriminator={fails}"));

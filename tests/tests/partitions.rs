@@ -1,9 +1,9 @@
-//! Links between machines are cut, silently, and mended; the result stays the same.
+//! Links between machines are cut, silently, and restored; the result stays the same.
 //!
-//! The machines are network namespaces on one bridge. Between two of them a link is cut by sending what one
-//! says to the other to an address that nobody has; a machine is cut from all by taking its end of the cable
-//! down. Both drop packets without a word to either side. Without the right to make namespaces the tests say
-//! so and pass.
+//! The machines are network namespaces on one bridge. Between two of them a link is cut by sending
+//! what one says to the other to an address that no machine has; a machine is cut from all by
+//! taking its end of the cable down. Both drop packets silently. Without the right to make
+//! namespaces the tests print that and pass.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::process::{Command, Stdio};
@@ -15,13 +15,13 @@ use ganglion_tests::{Process, Run, SMALL_DCGAN, SMALL_MLP, program};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-/// It ends when a test stops it.
+/// Job without an end of its own: a test stops it.
 const LONG: &[&str] =
     &["job.steps=1000000", "job.failure_deadline=2", "metrics.every_steps=1", "checkpoint.every_steps=1000"];
-/// The port of every coordinator, each on a network of its own.
+/// Port of every coordinator, each on a network of its own.
 const PORT: u16 = 7000;
 
-/// One at a time: a machine that computes for several groups is slower than their deadlines.
+/// One test at a time: a machine that computes for several groups misses their deadlines.
 fn alone() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -40,7 +40,7 @@ struct Network {
 }
 
 impl Network {
-    /// So many machines; `None` where there is no right to make them.
+    /// Makes this number of machines; `None` without the right to do so.
     fn of(machines: usize) -> Option<Network> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -105,7 +105,7 @@ impl Network {
         Process::start(command)
     }
 
-    /// Cuts the link between two machines, or mends it.
+    /// Cuts the link between two machines, or restores it.
     fn cut(&self, one: usize, other: usize, cut: bool) {
         for (from, to) in [(one, other), (other, one)] {
             let (namespace, address) = (self.namespace(from), Network::address(to));
@@ -119,7 +119,7 @@ impl Network {
         }
     }
 
-    /// Cuts a machine from all others, or mends that.
+    /// Cuts a machine from all others, or restores its link.
     fn unplug(&self, machine: usize, cut: bool) {
         let state = if cut { "down" } else { "up" };
         assert!(ip(&format!("link set {} {state}", self.cable(machine))));
@@ -136,7 +136,7 @@ impl Drop for Network {
     }
 }
 
-/// A group on machines of their own.
+/// Group whose members each have a machine of their own.
 struct Cluster {
     settings: [&'static [&'static str]; 2],
     run: Run,
@@ -147,7 +147,7 @@ struct Cluster {
 }
 
 impl Cluster {
-    /// So many workers that train; `None` where there is no right to make machines.
+    /// Starts a run on this number of workers; `None` without the right to make machines.
     fn of(workers: usize) -> Option<Cluster> {
         Cluster::with(workers, [SMALL_MLP, LONG])
     }
@@ -162,7 +162,7 @@ impl Cluster {
         let mut joined = Vec::new();
         for machine in 1..=workers {
             joined.push(network.worker(machine));
-            // One after the other, so that the numbers of the workers are those of their machines.
+            // One after the other, so that workers and machines have the same numbers.
             run.wait_for("worker_joined", |event| event["worker"] == machine as u64);
         }
         run.wait_for("generation_formed", |event| event["world_size"] == workers as u64);
@@ -197,7 +197,7 @@ impl Cluster {
         formed.filter_map(|event| event["generation"].as_u64()).max().unwrap()
     }
 
-    /// Stops the run once it goes on, and asserts that nothing of what happened is in its result.
+    /// Stops the run once it trains again, and asserts that its result is undisturbed.
     #[track_caller]
     fn assert_same_result(self) {
         let step = self.run.wait_for_step(1);

@@ -1,4 +1,4 @@
-//! What Python's own readers make of a run: safetensors and TensorBoard.
+//! Runs read by Python's own readers: safetensors and TensorBoard.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! Workers that nobody started here: as on other machines.
+//! Workers that no coordinator started, as on other machines.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::net::TcpListener;
@@ -29,7 +29,7 @@ fn two_remote_workers_train_as_local_ones_do() {
     }
 }
 
-/// Its lease, 12 deadlines, is longer than this test waits for anything.
+/// Job whose lease, 12 deadlines, is longer than any wait of this test.
 #[test]
 fn nobody_waits_for_workers_that_a_stop_released() {
     let mut run = Run::new(&[SMALL_MLP, &["job.steps=100000", "job.failure_deadline=20"]]);
@@ -68,7 +68,7 @@ fn a_worker_of_another_passport_is_refused_and_told_what_differs() {
     assert!(stranger.output.contains("cpu_capability"), "{}", stranger.output);
     let refused = run.wait_for("worker_refused", |_| true);
     assert!(refused["reason"].as_str().unwrap().contains("cpu_capability"), "{refused}");
-    // The run goes on without it.
+    // The run continues without it.
     let now = run.wait_for_step(1);
     run.wait_for_step(now + 50);
 }

@@ -36,7 +36,7 @@ fn every_loss_has_the_same_bits_on_1_and_3_workers() {
     }
 }
 
-/// Also before any sum: each data shard contributes the same to each update.
+/// Equal also before any sum: each data shard contributes the same to each update.
 #[test]
 fn each_shard_gradient_has_the_same_bits_on_1_and_3_workers() {
     let lines = |workers: u32| {
@@ -55,7 +55,7 @@ fn each_shard_gradient_has_the_same_bits_on_1_and_3_workers() {
     assert_eq!(lines(3), alone);
 }
 
-/// So many data shards that a lone worker draws some samples twice, and three workers none.
+/// Enough data shards that a lone worker draws some samples twice, and three workers none.
 #[test]
 fn twenty_data_shards_have_the_same_bits_on_1_and_3_workers() {
     for model in [SMALL_MLP, SMALL_DCGAN] {
@@ -76,7 +76,7 @@ fn bf16_has_the_same_bits_on_1_and_3_workers() {
     }
 }
 
-/// Every family of models with all that it can be told to do, at sizes that take seconds.
+/// Every family of models with all of its options, at sizes that take seconds.
 #[test]
 fn every_preset_has_the_same_bits_on_1_to_3_workers() {
     const PENALTIES: &[&str] = &["loss.r1=0.5", "loss.r2=0.5", "loss.final_r1=0.1", "loss.penalty_every=2"];
@@ -118,7 +118,7 @@ fn another_seed_is_another_result() {
     assert_ne!(digest("job.seed=1"), digest("job.seed=2"));
 }
 
-/// Stops after `half` of the steps by themselves, then goes on with another number of workers.
+/// Stops after `half` of the steps, then resumes with another number of workers.
 #[test]
 fn a_run_that_is_resumed_on_another_number_of_workers_has_the_same_bits() {
     for model in [SMALL_MLP, SMALL_DCGAN] {

@@ -1,4 +1,4 @@
-//! `--stay`: who stays when a run is complete, and until when.
+//! `--stay`: coordinators and workers that stay when a run is complete.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::process::Command;
@@ -6,7 +6,7 @@ use std::process::Command;
 use ganglion_tests::{Process, Run, SMALL_MLP, eventually, program};
 use nix::sys::signal::Signal;
 
-/// What both programs say once they stay.
+/// Message of both programs once they stay.
 const STAYS: &str = "is complete; staying until SIGTERM";
 
 fn staying_worker(url: &str) -> Process {
@@ -27,7 +27,7 @@ fn assert_ends_well(process: Process) -> String {
     ended.output
 }
 
-/// The address of the coordinator of a term.
+/// Address of the coordinator of a term.
 fn url(run: &Run, term: u64) -> String {
     let started = run.wait_for("coordinator_started", |event| event["term"] == term);
     started["address"].as_str().unwrap().to_string()
@@ -47,7 +47,7 @@ fn when_a_run_is_complete_both_stay_until_they_are_asked_to_end() {
     wait_until_it_stays(&coordinator);
     wait_until_it_stays(&stays);
     run.wait_for("run_ended", |event| event["outcome"] == "complete");
-    // Whoever comes now is let go with nothing loaded, and operators get an answer.
+    // A worker that joins now is released before it loads anything, and operators get an answer.
     let late = assert_ends_well(Process::worker(&url(&run, 1)));
     assert!(!late.contains("generation"), "{late}");
     let late = staying_worker(&url(&run, 1));
@@ -110,7 +110,7 @@ fn who_is_drained_or_stopped_does_not_stay() {
 #[test]
 fn a_worker_that_misses_the_end_hears_of_it_from_the_next_coordinator() {
     let run = Run::new(&[SMALL_MLP, &["job.steps=10"]]);
-    // The coordinator dies once the last checkpoint is valid, before it lets anybody go.
+    // The coordinator dies once the last checkpoint is valid, before it releases a worker.
     let mut command = run.command(&["--workers", "0", "--stay"]);
     command.env(ganglion_proto::failpoint::VARIABLE, format!("manifest@10:{}", run.beside("once").display()));
     let died = Process::start(command);

@@ -1,4 +1,4 @@
-//! Checkpoints on storage that fails, and what is read from them.
+//! Checkpoints on failing storage, and reading them.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;

@@ -1,4 +1,4 @@
-//! Storage that is full, read-only or failing, at each checkpoint: what needs it pauses, and nothing else.
+//! Storage that is full, read-only or failing, at each checkpoint: only work that needs it pauses.
 //!
 //! No worker is lost or killed for it, no step is done twice, and once there is room the run ends with the
 //! bits of an undisturbed one.
@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-/// Checkpoints at 900, 1800 and the end. Whoever is judged by this deadline is judged soon.
+/// Checkpoints at 900, 1800 and the end. The deadline is short, so a member is soon late.
 const JOB: &[&str] = &[
     "job.steps=2700",
     "checkpoint.every_steps=900",
@@ -34,7 +34,7 @@ const TRIES: usize = 5;
 enum Kind {
     Full,
     ReadOnly,
-    /// A call of the system on a path with this part.
+    /// System call on a path with this part.
     Call(&'static str, Errno, &'static str),
 }
 
@@ -49,7 +49,7 @@ impl Kind {
     }
 }
 
-/// When: during the checkpoint of this step.
+/// Step whose checkpoint is disturbed.
 #[derive(Clone, Copy, Debug)]
 enum Moment {
     First = 900,
@@ -101,8 +101,8 @@ fn count(events: &[Value], kind: &str) -> usize {
     events.iter().filter(|event| event["kind"] == kind).count()
 }
 
-/// A run in whose storage something fails at a moment, and then no more. On a busy machine training may be
-/// past that before this test is: then once more.
+/// Run whose storage fails during one checkpoint. On a busy machine training may be past it before
+/// this test is; then the case is run again.
 fn disturbed(kind: Kind, moment: Moment, workers: u32, reference: &Reference) {
     let in_time = (0..TRIES).any(|_| disturbed_in_time(kind, moment, workers, reference));
     assert!(in_time, "{kind:?} came too late for the {moment:?} checkpoint, {TRIES} times");
@@ -119,7 +119,7 @@ fn disturbed_in_time(kind: Kind, moment: Moment, workers: u32, reference: &Refer
         _ => drop(run.wait_for("checkpoint", |event| event["step"] == moment as u64 - 900)),
     }
     failing.begin();
-    // At the last one nobody trains: what is waited for here is longer than any patience with a worker.
+    // At the last checkpoint no worker trains: the wait is longer than any deadline of a worker.
     let attempts = if matches!(moment, Moment::Last) { ATTEMPTS } else { 1 };
     eventually("attempts", || {
         let delays = run.events().into_iter().filter(|event| event["kind"] == "checkpoint_delayed");
@@ -194,7 +194,7 @@ fn a_folder_that_refuses_hard_links_is_as_good() {
     Reference::of(&settings).equals("without hard links", &run.digest());
 }
 
-/// Nothing is decided that cannot be journaled: the loss of a worker waits, and workers and operators are
+/// Decisions wait for the journal: the loss of a worker waits, and workers and operators are
 /// answered.
 #[test]
 fn a_journal_that_cannot_be_written_holds_decisions_up_and_nothing_else() {
@@ -241,7 +241,7 @@ fn a_full_run_directory_ends_no_run() {
     reference.equals("a full run directory", &run.digest());
 }
 
-/// A worker whose coordinator does not come back holds the only copy of its state: it waits for room.
+/// A worker without a coordinator holds the only copy of its state: it waits for space.
 #[test]
 fn a_worker_that_saves_alone_waits_for_room() {
     let mut run = Run::new(&[
@@ -270,7 +270,7 @@ fn a_worker_that_saves_alone_waits_for_room() {
     assert!(ended.output.contains("works again"), "{}", ended.output);
 }
 
-/// A start without room says so, is not called a mistake, and works once there is room.
+/// A start without space reports that, not as wrong input, and works once there is space.
 #[test]
 fn a_start_without_room_goes_on_later() {
     let mut run = Run::new(&[SMALL_MLP, &["job.steps=2"]]);

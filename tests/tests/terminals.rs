@@ -11,11 +11,11 @@ use nix::unistd::{Pid, getsid};
 
 const ENDLESS: &[&str] = &["job.steps=10000000", "metrics.every_steps=20", "checkpoint.every_steps=1000000"];
 
-/// A coordinator that no test is the parent of.
+/// Coordinator that is not a child of the test.
 struct Detached(i32);
 
 impl Detached {
-    /// The one that `--detach` told of.
+    /// The coordinator that `--detach` printed.
     fn of(launched: &Ended) -> Detached {
         assert_eq!(launched.code, Some(0), "{}", launched.output);
         let (_, after) = launched.output.split_once("goes on without this terminal, as process ").unwrap();
@@ -58,7 +58,7 @@ fn a_terminal_that_is_closed_stops_its_run_after_a_checkpoint() {
     assert_eq!((ended["outcome"].as_str(), ended["detail"].as_str()), (Some("stopped"), Some("Hangup")));
     coordinator.wait();
     assert!(run.live_workers().is_empty());
-    // Signalled by itself it says so.
+    // Signalled alone, it reports the signal.
     let again = Process::start(heeding_hangups(&run.command(&["--workers", "1"])));
     run.wait_for("generation_formed", |event| event["generation"] == 2);
     again.signal(Signal::SIGHUP);
@@ -80,7 +80,7 @@ fn heeding_hangups(command: &Command) -> Command {
     heeding
 }
 
-/// Whoever says `nohup` wants the run to go on.
+/// With `nohup` the run must continue.
 #[test]
 fn a_hangup_that_is_ignored_stays_ignored() {
     let run = Run::new(&[SMALL_MLP, ENDLESS]);
@@ -116,7 +116,7 @@ fn a_detached_run_goes_on_alone_and_is_watched_and_stopped() {
     assert_eq!(fs::read_link(format!("/proc/{}/fd/0", coordinator.0)).unwrap(), Path::new("/dev/null"));
     run.wait_for_step(100);
     assert!(log(&run).contains("other workers join with"), "the log begins with the start:\n{}", log(&run));
-    // A second one is refused as ever, and does not touch the log.
+    // A second coordinator is refused as usual, and does not touch the log.
     let before = log(&run).len();
     let refused = run.start_with(&["--detach"]).wait();
     assert_eq!(refused.code, Some(1), "{}", refused.output);
@@ -126,7 +126,7 @@ fn a_detached_run_goes_on_alone_and_is_watched_and_stopped() {
     assert_eq!(stopped.code, Some(0), "{}", stopped.output);
     coordinator.wait();
     assert!(log(&run).contains("stopped; the same command goes on from step"), "{}", log(&run));
-    // Again, without local workers: it returns though nobody trains.
+    // Again, without local workers: it returns although no worker trains.
     let waits = Detached::of(&run.start_with(&["--workers", "0", "--detach"]).wait());
     send(waits.0, Signal::SIGTERM);
     waits.wait();
@@ -138,7 +138,7 @@ fn a_detached_run_goes_on_alone_and_is_watched_and_stopped() {
     );
 }
 
-/// The same words and the same exit code as without `--detach`, whoever finds the mistake.
+/// The same message and exit code as without `--detach`, from parent and child alike.
 #[test]
 fn a_detached_run_that_cannot_start_says_why() {
     let nowhere: &[&str] = &["data.kind=idx", "data.path=/nowhere/images.gz"];

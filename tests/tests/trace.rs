@@ -1,4 +1,4 @@
-//! The timeline of a run: one file with the coordinator and its workers, and true.
+//! The timeline of a run: one correct file of the coordinator and its workers.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::collections::BTreeMap;
@@ -12,21 +12,21 @@ use serde_json::Value;
 const SETTINGS: [&[&str]; 2] =
     [SMALL_MLP, &["job.steps=40", "job.data_shards=4", "checkpoint.every_steps=20", "metrics.every_steps=1"]];
 
-/// What takes time on one row of the timeline.
+/// Slice of one row of the timeline.
 struct Slice {
     name: String,
     from: u64,
     until: u64,
     args: Value,
-    /// The slices around it, the outermost first.
+    /// Enclosing slices, the outermost first.
     within: Vec<String>,
 }
 
-/// A row of the timeline.
+/// Row of the timeline.
 #[derive(Default)]
 struct Track {
     slices: Vec<Slice>,
-    /// Slices that did not end, the innermost last.
+    /// Open slices, the innermost last.
     open: Vec<Slice>,
     instants: Vec<(String, Value)>,
 }
@@ -34,7 +34,7 @@ struct Track {
 /// Rows by process and name.
 type Tracks = BTreeMap<(String, String), Track>;
 
-/// Reads a finished trace and asserts that what a row shows nests and does not overlap.
+/// Reads a finished trace; asserts that the slices of a row nest and do not overlap.
 fn read(file: &Path) -> Tracks {
     let events: Vec<Value> = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
     let named = |kind: &str, key: &str, of: &Value| {
@@ -125,7 +125,7 @@ fn a_trace_shows_the_coordinator_and_both_workers_and_changes_nothing() {
         assert!(!track(worker, "archive").named(|name| name == "write file").is_empty());
     }
 
-    // What the rows say of rank 0, but for the last digits of each lap.
+    // Equal to the metrics rows of rank 0, except for the last digits of each lap.
     let is_first = |track: &&Track| track.named(is_step).first().is_some_and(|step| step.args["rank"] == 0);
     let first = tracks.values().find(is_first).unwrap();
     for module in ["discriminator", "generator"] {

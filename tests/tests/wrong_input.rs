@@ -1,4 +1,4 @@
-//! Wrong input: a clear message, exit code 2 where the user must mend it, and nothing lost.
+//! Wrong input: a clear message, exit code 2 if the user must fix it, and nothing lost.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs;
@@ -18,7 +18,7 @@ fn assert_refused(ended: &Ended, code: i32, says: &[&str]) {
     assert!(!ended.output.contains("panicked"), "{}", ended.output);
 }
 
-/// A job file beside the run directory, and a coordinator's word on it.
+/// Job file beside the run directory, and a coordinator's message about it.
 fn with_config(run: &Run, text: &str) -> Ended {
     let file = run.beside("job.toml");
     fs::write(&file, text).unwrap();
@@ -59,7 +59,7 @@ fn a_config_that_is_not_there_is_named() {
     assert_refused(&run.start_with(&["--config", "/no/such.toml"]).wait(), 2, &["/no/such.toml"]);
 }
 
-/// The header of an IDX file of 28 x 28 images, and so many bytes of pixels.
+/// Header of an IDX file of 28 x 28 images, with `pixels` bytes of pixels.
 fn idx(magic: u32, count: u32, pixels: usize) -> Vec<u8> {
     let mut bytes: Vec<u8> = [magic, count, 28, 28].iter().flat_map(|size| size.to_be_bytes()).collect();
     bytes.resize(bytes.len() + pixels, 7);
@@ -212,7 +212,7 @@ fn a_second_coordinator_names_the_holder_and_disturbs_nothing() {
     run.wait_for_step(now + 20);
 }
 
-/// Before hours of measuring, not after them.
+/// The error comes before hours of measuring, not after them.
 #[test]
 fn results_that_cannot_be_written_are_told_before_the_work() {
     let folder = tempfile::tempdir().unwrap();
@@ -230,7 +230,7 @@ fn results_that_cannot_be_written_are_told_before_the_work() {
     let mut pictures = Command::new(env!("CARGO_BIN_EXE_bench"));
     pictures.args(["--growth", "--pictures", "/no"]);
     assert_refused(&Process::start(pictures).wait(), 2, &["--pictures /no", "No such"]);
-    // Before the checkpoint is looked for.
+    // The error comes before the search for the checkpoint.
     for (command, option) in
         [("sample", "--out"), ("sample", "--folder"), ("interpolate", "--out"), ("export", "--out")]
     {

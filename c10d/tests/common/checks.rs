@@ -1,4 +1,4 @@
-//! What every collective must give, with whole numbers, so that sums are exact in any order.
+//! Expected results of every collective, in whole numbers, so that sums are exact in any order.
 
 use c10d::{Buffer, Group, ReduceOp};
 use tch::{Device, Kind};
@@ -37,7 +37,8 @@ fn reduces(group: &Group) {
     }
 }
 
-/// What rank `from` sends to rank `to`: some pairs get nothing, and no two ranks get equally much.
+/// Data from rank `from` to rank `to`: some pairs exchange nothing, and no two ranks receive equal
+/// amounts.
 fn split(from: usize, to: usize) -> usize {
     (from * 3 + to * 5) % 4 * 10
 }

@@ -1,6 +1,6 @@
 //! Groups of threads for the tests of this crate.
 
-// Each test binary uses its own part of this.
+// Each test binary uses only some of these functions.
 #![allow(dead_code)]
 
 pub mod checks;
@@ -13,10 +13,10 @@ use std::time::Duration;
 use c10d::{Buffer, GlooAddress, GlooOptions, Group, KeyValueStore, MemoryStore};
 use tch::{Device, Kind, Tensor};
 
-/// More than any healthy operation here takes, less than a person waits.
+/// Longer than any healthy operation here, and short enough to wait for.
 pub const LONG: Duration = Duration::from_secs(20);
 
-/// Gloo's own limit in the tests: how long an aborted group winds down.
+/// Gloo's own limit in the tests: the longest wind-down of an aborted group.
 pub const GLOO_LIMIT: Duration = Duration::from_secs(2);
 
 static GROUPS: AtomicU64 = AtomicU64::new(0);
@@ -60,7 +60,7 @@ pub fn values_of(buffer: &Buffer) -> Vec<f32> {
     Vec::try_from(buffer.tensor()).unwrap()
 }
 
-/// Asserts that nothing of the shim is left after so long.
+/// Asserts that no object of the shim is left after the time `within`.
 pub fn assert_nothing_left(within: Duration) {
     assert_eq!(c10d::wait_for_handles(within), 0, "handles are left");
 }

@@ -333,7 +333,7 @@ fn paths_start_at_the_file_or_where_the_user_is() {
     assert_eq!(job.checkpoint.url.as_deref(), Some("file:///kept"));
 }
 
-/// User input may go to logs, credentials must not.
+/// User input may appear in logs, credentials must not.
 #[test]
 fn an_address_with_credentials_is_refused_and_not_shown() {
     let text = "[job]\nsteps = 1\n[checkpoint]\nurl = \"s3://key:hush@bucket/a\"\n";

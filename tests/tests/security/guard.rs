@@ -1,4 +1,4 @@
-//! What a coordinator answers to whom.
+//! Answers of a coordinator, by the client's credentials.
 
 use std::io;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ fn with<T>(message: T, token: Option<&str>) -> Request<T> {
     request
 }
 
-/// How each service answers.
+/// Answer of each service.
 async fn answers(channel: &Channel, token: Option<&str>) -> Vec<(&'static str, Result<(), Status>)> {
     let hello = FromWorker::Hello(hello()).to_wire(Term(0));
     let session = SessionServiceClient::new(channel.clone())
@@ -158,7 +158,7 @@ async fn an_address_with_too_many_wrong_tokens_is_not_heard_but_for_those_with_a
     let endpoint = credentials.endpoint(&url.parse().unwrap()).unwrap();
     let token = secrets.token();
     let member = credentials.clone().connect(endpoint.clone()).await.unwrap();
-    // What is admitted learns that there is no such generation.
+    // An admitted client learns that there is no such generation.
     let get = |channel: &Channel, token: &str| {
         let key = Some(Key { term: 1, generation: 9, name: "k".to_string() });
         let request = with(GetRequest { key, timeout_ms: 1 }, Some(token));

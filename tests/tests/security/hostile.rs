@@ -1,4 +1,4 @@
-//! Clients that disturb the handshake: the run goes on.
+//! Clients that disturb the handshake: the run continues.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -23,7 +23,7 @@ fn who_disturbs_the_handshake_disturbs_nothing_else() {
         stream
     };
     let noise: Vec<u8> = (0..4096u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-    // A record that begins a handshake, and what follows is none.
+    // The first record of a handshake, followed by other bytes.
     let garbled = [&[22, 3, 1, 2, 0][..], &noise].concat();
     for said in [&noise, &garbled] {
         let mut socket = connect();
@@ -42,7 +42,7 @@ fn who_disturbs_the_handshake_disturbs_nothing_else() {
     let before = run.wait_for_step(1);
     run.wait_for_step(before + 50);
     for mut socket in crowd {
-        // Closed, or reset: those that were too many at once, the others when their time was over.
+        // Closed, or reset: the excess ones at once, the others at their time limit.
         let _ = socket.read_to_end(&mut Vec::new());
     }
     let status = run.ask(&["status"]);

@@ -1,4 +1,4 @@
-//! Who may connect, and what others can read on the way.
+//! Access control, and secrecy of the traffic.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod guard;

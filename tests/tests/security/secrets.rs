@@ -7,11 +7,11 @@ use ganglion_proto::credentials::TlsFiles;
 use ganglion_proto::dial::Credentials;
 use ganglion_tests::{Process, Run, program};
 
-/// What `coordinator certs init` made.
+/// Files made by `coordinator certs init`.
 pub struct Secrets(PathBuf);
 
 impl Secrets {
-    /// Makes them beside a run.
+    /// Makes certificates and a token beside a run.
     pub fn new(run: &Run, name: &str) -> Secrets {
         let folder = run.beside(name);
         let mut command = Command::new(program("coordinator"));
@@ -21,7 +21,7 @@ impl Secrets {
         Secrets(folder)
     }
 
-    /// A file or folder of them.
+    /// Path of one of the files or folders.
     pub fn path(&self, name: &str) -> String {
         self.0.join(name).to_str().unwrap().to_string()
     }
@@ -31,7 +31,7 @@ impl Secrets {
         std::fs::read_to_string(self.0.join("join-token")).unwrap().trim().to_string()
     }
 
-    /// What a coordinator with TLS and join token is started with.
+    /// Arguments of a coordinator with TLS and join token.
     pub fn coordinator(&self, workers: u32) -> Vec<String> {
         let workers = workers.to_string();
         let (folder, token) = (self.path("coordinator"), self.path("join-token"));
@@ -40,19 +40,19 @@ impl Secrets {
             .to_vec()
     }
 
-    /// A worker with them.
+    /// Worker with these secrets.
     pub fn worker(&self, url: &str) -> Process {
         worker(url, &["--tls-dir", &self.path("worker"), "--join-token-file", &self.path("join-token")])
     }
 
-    /// What a worker connects with.
+    /// Arguments of a worker with these secrets.
     pub fn credentials(&self) -> Credentials {
         let tls = Some(TlsFiles::new(&self.0.join("worker")));
         Credentials { tls, name: None, token_file: Some(self.0.join("join-token")) }
     }
 }
 
-/// A worker with these arguments.
+/// Worker with these arguments.
 pub fn worker(url: &str, arguments: &[&str]) -> Process {
     let mut command = Command::new(program("worker"));
     command.args(["--coordinator", url]).args(arguments);
@@ -65,7 +65,7 @@ pub fn start(run: &Run, secrets: &Secrets, workers: u32) -> Process {
     run.start_with(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
-/// Where a run's coordinator is.
+/// Address of a run's coordinator.
 pub fn url(run: &Run) -> String {
     run.wait_for("coordinator_started", |_| true)["address"].as_str().unwrap().to_string()
 }

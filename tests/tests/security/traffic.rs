@@ -1,5 +1,5 @@
-//! What others can read on the way: of both planes nothing over TLS, and what is looked for without it, so
-//! that looking proves something.
+//! Secrecy of the traffic: over TLS none of the patterns can be read in either plane. Without TLS
+//! they are found, so the search works.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -16,14 +16,14 @@ use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, 
 
 use crate::secrets::{Secrets, start, url, worker};
 
-/// What the job is called: the coordinator tells each worker.
+/// Name of the job, which the coordinator sends to each worker.
 const NAME: &str = "a-name-that-nobody-else-has";
 
 fn contains(bytes: &[u8], pattern: &[u8]) -> bool {
     bytes.windows(pattern.len()).any(|window| window == pattern)
 }
 
-/// Passes connections on to a coordinator and keeps all that is said.
+/// Relays connections to a coordinator and keeps all bytes.
 struct Relay {
     address: String,
     heard: Arc<Mutex<Vec<u8>>>,
@@ -94,19 +94,19 @@ fn what_workers_and_coordinator_say_is_not_to_be_read() {
     }
 }
 
-/// Looks for patterns in all that this machine's interfaces carry.
+/// Searches for patterns in all traffic of this machine's interfaces.
 struct Capture {
     over: Arc<AtomicBool>,
     looking: JoinHandle<(usize, Vec<bool>)>,
 }
 
 impl Capture {
-    /// `None` if this process may not.
+    /// `None` without the right to capture.
     fn start(patterns: Vec<Vec<u8>>) -> Option<Capture> {
         let protocol = Some(eth::ALL);
         let socket =
             socket_with(AddressFamily::PACKET, SocketType::DGRAM, SocketFlags::CLOEXEC, protocol).ok()?;
-        // Nothing may be missed while this thread is not running.
+        // The buffer must hold all packets that arrive while this thread is not running.
         let _ = set_socket_recv_buffer_size_force(&socket, 64 << 20);
         set_socket_timeout(&socket, Timeout::Recv, Some(Duration::from_millis(50))).unwrap();
         let over = Arc::new(AtomicBool::new(false));
@@ -115,7 +115,7 @@ impl Capture {
         Some(Capture { over, looking })
     }
 
-    /// The bytes that were seen, and which patterns were among them.
+    /// Number of captured bytes, and the patterns found in them.
     fn end(self) -> (usize, Vec<bool>) {
         self.over.store(true, Ordering::Relaxed);
         self.looking.join().unwrap()
@@ -133,7 +133,7 @@ fn look(socket: &OwnedFd, patterns: &[Vec<u8>], over: &AtomicBool) -> (usize, Ve
                     *found |= contains(&bytes[..read], pattern);
                 }
             }
-            // Nothing comes any more, so what was sent has been seen.
+            // No packet comes any more, so all were captured.
             Err(_) if over.load(Ordering::Relaxed) => return (seen, found),
             Err(_) => {}
         }
@@ -167,7 +167,7 @@ fn pieces(run: &Run) -> Vec<Vec<u8>> {
 
 /// Trains a little with one worker, then on with two, of whom one sends the other all weights and moments.
 fn weights_on_the_way(secrets: Option<&str>) -> Option<(usize, usize)> {
-    // Nobody else on this machine trains these weights.
+    // No other process on this machine trains these weights.
     let mut run = Run::new(&[SMALL_MLP, &["job.steps=3", "job.seed=918273645", "job.data_shards=4"]]);
     let secrets = secrets.map(|name| Secrets::new(&run, name));
     run.complete(1);

@@ -1,4 +1,4 @@
-//! What a worker says that may not join: what is wrong, where, and how to mend it; at once, with exit code 2.
+//! Messages of a refused worker: error, place and fix; at once, with exit code 2.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use ganglion_tests::{Process, Run, SMALL_MLP};
 use crate::secrets::{Secrets, start, url, worker};
 
 const ENDLESS: &[&str] = &["job.steps=1000000"];
-/// What is wrong for good is not tried for long.
+/// Time limit for an error that retries cannot cure.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
 #[track_caller]
@@ -46,7 +46,7 @@ fn a_worker_without_the_right_secrets_says_what_it_lacks() {
     assert_says(with(&["--tls-dir", &stranger, "--join-token-file", &token]), &[&unknown]);
     let misnamed = ["--tls-dir", &tls, "--join-token-file", &token, "--tls-name", "elsewhere.example"];
     assert_says(with(&misnamed), &["is not for elsewhere.example, but for", "localhost", "--host"]);
-    // It trusts our authority, and no authority of ours has signed it.
+    // The worker trusts our authority, but its certificate is not signed by it.
     let mixed = run.beside("mixed");
     fs::create_dir(&mixed).unwrap();
     for file in ["tls.crt", "tls.key"] {

@@ -39,7 +39,7 @@ fn data(kind: DataKind, path: &Path) -> Data {
     }
 }
 
-/// Message of a refusal, which must be one that the user can fix.
+/// Message of a refusal, which must be an error that the user can fix.
 fn refusal<T>(result: Result<T, DataError>) -> String {
     match result.map_err(DataError::into_input) {
         Err(Ok(message)) => message,

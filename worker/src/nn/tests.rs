@@ -66,7 +66,7 @@ fn a_covering_convolution_is_libtorchs_with_its_gradients() {
 fn assert_same(ours: &Tensor, theirs: &Tensor, inputs: &[&Tensor]) {
     assert_eq!(ours.size(), theirs.size());
     assert!(ours.allclose(theirs, 1e-5, 1e-5, false));
-    // Squares, so that the gradients depend on all that went before.
+    // Squares, so that the gradients depend on all earlier layers.
     let gradients =
         |out: &Tensor| Tensor::run_backward(&[out.square().sum(Kind::Float)], inputs, false, false);
     for (ours, theirs) in gradients(ours).iter().zip(gradients(theirs)) {
@@ -207,7 +207,7 @@ fn singular_vectors(specs: &[TensorSpec], weights: &[Tensor]) -> Vec<Tensor> {
     specs.iter().zip(weights).filter(|(spec, _)| spec.name.ends_with(".weight")).map(vector).collect()
 }
 
-/// So small that hardly any activation passes its kink on the way, where the penalty jumps.
+/// Small enough that hardly any activation crosses its kink, where the penalty jumps.
 const STEP: f64 = 1e-8;
 
 /// Huang et al. (2024), section 4: a block begins as the identity, so the initial discriminator is one filter

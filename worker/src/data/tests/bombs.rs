@@ -16,15 +16,15 @@ fn packed_zeros(head: &[u8], zeros: u64) -> Vec<u8> {
 
 #[test]
 fn a_small_compressed_file_cannot_become_a_large_one() {
-    // What it announces decides before it is unpacked: 3.2 GB in a file of some bytes.
+    // The announced size decides before unpacking: 3.2 GB in a file of some bytes.
     let header = idx_bytes(0x0803, [50_000, 256, 250], &[]);
     let message = refusal(open_bytes(DataKind::Idx, &packed_zeros(&header, 1 << 20)));
     assert_says(&message, &["announces 3200000000 bytes", "more than the 268435456", "gunzip"]);
-    // And it is read no further than it announces.
+    // The file is read no further than its announced size.
     let header = idx_bytes(0x0803, [1, 2, 2], &[]);
     let message = refusal(open_bytes(DataKind::Idx, &packed_zeros(&header, 64 << 20)));
     assert_says(&message, &["more than the 4 bytes"]);
-    // A large one that says what it holds is read, whatever it shows.
+    // A large file with a true size is read, for any content.
     let header = idx_bytes(0x0803, [2_000, 100, 100], &[]);
     assert_eq!(open_bytes(DataKind::Idx, &packed_zeros(&header, 20_000_000)).unwrap().len(), 2_000);
 }
@@ -46,7 +46,7 @@ fn labels_are_read_no_further_than_they_announce() {
 
 #[test]
 fn a_picture_cannot_claim_more_pixels_than_its_file_may_hold() {
-    /// Changes the size of a PNG file, and mends the checksum of its header.
+    /// Changes the size of a PNG file, and corrects the checksum of its header.
     fn resized(png: &[u8], width: u32, height: u32) -> Vec<u8> {
         let mut png = png.to_vec();
         png[16..20].copy_from_slice(&width.to_be_bytes());
@@ -85,7 +85,7 @@ fn a_member_cannot_claim_another_length() {
         for wrong in [u32::MAX - 1, 200 << 20, length + 1, length - 1] {
             claiming(&zip, &content, method, wrong);
             let opened = DataSet::open(&data(DataKind::Folder, &zip));
-            // A stored member that claims less is what it claims, and no picture then.
+            // A stored member that claims less is cut to that length, and is no picture then.
             assert_says(&refusal(opened), &["a.zip", "a.png"]);
         }
     }

@@ -1,4 +1,4 @@
-//! Nothing is dropped silently: which files are samples, and what becomes of the others.
+//! Nothing is dropped silently: which files are samples, and how the others are reported.
 
 use super::packed_files::{tarred, zipped};
 use super::*;
@@ -43,7 +43,7 @@ fn the_picture_of_a_key_is_trained_on_and_its_class_counts() {
         members.push((format!("{i:04}.seg.png"), png(100 + i)));
         members.push((format!("{i:04}.cls"), (i % 2).to_string().into_bytes()));
     }
-    // A mask whose picture is missing is no picture.
+    // A mask without its picture is not a picture.
     members.push(("0009.seg.png".to_string(), png(109)));
     tarred(&root.path().join("0.tar"), &members);
     let opened = open_labelled(root.path()).unwrap();
@@ -54,7 +54,7 @@ fn the_picture_of_a_key_is_trained_on_and_its_class_counts() {
     assert_eq!(left_out(&opened), [("other parts of samples", 9, "0.tar/0000.seg.png")]);
     let line = opened.found().to_string();
     assert_says(&line, &["8 samples", "in tar files is its png", "2 classes by files *.cls: 0 (4), 1 (4)"]);
-    // Without classes their files are left out, and told.
+    // Without classes, files of labels are left out, and reported.
     let opened = open(root.path()).unwrap();
     assert_eq!(left_out(&opened)[0], (".cls", 8, "0.tar/0000.cls"));
 }
@@ -84,7 +84,7 @@ fn of_two_pictures_of_a_key_the_photograph_counts() {
     let opened = open(root.path()).unwrap();
     assert_eq!(left_out(&opened), [("other parts of samples", 1, "a.tar/1.png")]);
     assert_says(&opened.found().to_string(), &["is its jpg"]);
-    // A name with dots is one of a picture that is alone, and outside of tar files in any case.
+    // A name with dots belongs to a picture if that is alone, and always outside of tar files.
     tarred(&root.path().join("a.tar"), &named(&[("shot 10.15.png", png(1)), ("shot 11.15.png", png(2))]));
     assert_eq!(open(root.path()).unwrap().len(), 2);
     let folder = picture_folder(&[("1.png", 8, 8), ("1.seg.png", 8, 8)]);
@@ -109,7 +109,7 @@ fn classes_may_be_in_json_files() {
     assert_eq!((opened.labels(), opened.classes()), (&[2, 0][..], 3));
     tarred(&tar, &members(r#"{"label": "cat"}"#));
     assert_says(&refusal(open_labelled(root.path())), &["a.tar/2.json", "whole number under label, cls"]);
-    // Those that tell of other things are no labels, and folders count.
+    // JSON files with other content are no labels, so folders count.
     let captions = named(&[("cat/1.png", png(1)), ("cat/1.json", json(r#"{"caption": "x"}"#))]);
     tarred(&tar, &captions);
     let opened = open_labelled(root.path()).unwrap();
@@ -163,7 +163,7 @@ fn many_kinds_of_pictures_are_read() {
     assert_eq!(opened.name(1), root.path().join("b.webp").display().to_string());
 }
 
-/// 49 of 50 files have the ending that used to be passed over.
+/// 49 of 50 files have an extension that was once skipped silently.
 #[test]
 fn a_folder_that_is_mostly_webp_is_read_whole() {
     let root = TempDir::new().unwrap();

@@ -1,4 +1,4 @@
-//! Pictures that their EXIF data turn.
+//! Pictures rotated by their EXIF data.
 
 use super::packed_files::{tarred, zipped};
 use super::*;

@@ -90,7 +90,7 @@ fn archives_in_a_folder_are_read_with_the_classes_beside_their_pictures() {
     assert_eq!((packed.len(), packed.labels()), (4, &[3, 1, 0, 1][..]));
 }
 
-/// Fewer archives are open than there are, in whatever order they are read.
+/// Fewer archives are open than exist, in any order of reading.
 #[test]
 fn few_archives_are_open_however_many_there_are() {
     let root = TempDir::new().unwrap();
@@ -112,7 +112,7 @@ fn few_archives_are_open_however_many_there_are() {
         assert_eq!(read(&opened, i)[0], expected);
     }
     assert!(open_here() <= 64, "{} are open", open_here());
-    // An archive that is opened again must be what it was.
+    // An archive that is opened again must be unchanged.
     tarred(&root.path().join("00000.tar"), &[("000000.png".to_string(), picture(9))]);
     (1..archives).for_each(|i| drop(read(&opened, i)));
     let mut out = vec![0.0; opened.shape().numel()];

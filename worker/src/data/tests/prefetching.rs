@@ -56,7 +56,7 @@ fn batches_come_in_order_with_the_samples_of_the_stream() {
     }
 }
 
-/// With a copy on the CPU in the place of one on a GPU.
+/// With a copy on the CPU in place of one on a GPU.
 #[test]
 fn a_wait_ends_with_the_batch_and_takes_none() {
     let limit = std::time::Duration::from_secs(60);
@@ -109,7 +109,7 @@ fn memory_is_used_again() {
         buffers.insert(batch.pixels.as_ptr().addr());
         prefetcher.recycle(batch);
     }
-    // One with the caller, one being filled, and one in between.
+    // One buffer with the caller, one being filled, and one in between.
     assert!(buffers.len() <= 3, "{} buffers", buffers.len());
 }
 

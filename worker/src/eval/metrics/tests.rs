@@ -127,7 +127,7 @@ fn copies_are_memorised_and_fresh_samples_are_not() {
     assert_close(memorised(&nearest(&train, &train, false), limit), 1.0);
     let share = memorised(&nearest(&fresh, &train, false), limit);
     assert!(share <= 0.01, "{share}");
-    // Where nothing is held out each sample is fresh to the others.
+    // Without held-out data each sample is fresh to the others.
     let limit = threshold(&nearest(&train, &train, true));
     assert!(limit > 0.0 && memorised(&nearest(&train, &train, true), limit) <= 0.01);
 }

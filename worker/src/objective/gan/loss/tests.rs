@@ -11,7 +11,7 @@ const KINDS: [LossKind; 5] = [
     LossKind::Hinge,
     LossKind::WassersteinGp,
 ];
-/// The step of a central difference: its error is of order h^2, and rounding adds about 1e-16 / h.
+/// Step of a central difference: the error is of order h^2, and rounding adds about 1e-16 / h.
 const H: f64 = 1e-5;
 
 fn column(values: &[f64]) -> Tensor {
