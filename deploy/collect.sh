@@ -1,6 +1,6 @@
 #!/bin/sh
-# Collects what an image holds into a folder: the programs, the libraries beside libtorch that they load, the licences, the
-# list of all parts (`make sbom` has written it).
+# Collects the content of an image in a folder: the programs, the libraries that they load besides libtorch, the licences,
+# and the list of all parts (written by `make sbom`).
 #
 #     deploy/collect.sh OUT
 set -eu
@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 out=$1
 libtorch=$(pwd)/.libtorch
 
-# The part of libtorch that the worker links to, and what that links to, wherever the wheels have put it.
+# The part of libtorch that the worker links to, and its own dependencies, in any folder of the wheels.
 loaded() {
     ldd "$1" | awk -v under="$libtorch/" 'index($3, under) == 1 { print $3 }' | xargs -r realpath
 }
@@ -20,7 +20,7 @@ done
 
 {
     loaded target/release/worker
-    # cuDNN and the compiler of CUDA are looked for by name when they are first needed.
+    # cuDNN and the compiler of CUDA are loaded by name when first needed.
     if [ -e "$libtorch/nvidia/cudnn" ]; then
         for pattern in 'libcudnn*.so*' 'libnvrtc*.so*' libcaffe2_nvrtc.so; do
             find "$libtorch/nvidia" "$libtorch/torch/lib" -name "$pattern"
