@@ -37,7 +37,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "data/mnist-10k/t10k-images-idx3-ubyte.gz"
 COMPILE_MODE = "reduce-overhead"
-# At least so many times as fast as PyTorch: plain, and compiled.
+# Minimum speed relative to PyTorch: plain, and compiled.
 TARGETS = {"mlp-28": (3.0, 1.2), "dcgan-64": (1.3, 1.0)}
 PARTS = {"arithmetic": 90, "repeats": 70, "sharing": 90, "several": 90, "nccl": 5, "speed": 300}
 
@@ -68,7 +68,7 @@ def torch_folder(python_path):
 
 
 def environment(python_path, libtorch, visible):
-    """What all programs run with. `visible` are the GPUs that they may see; None for those that we see."""
+    """Environment of all programs. `visible` are the GPUs that they may see; None for all of ours."""
     variables = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     for launcher in ("LOCAL_RANK", "SLURM_LOCALID", "RANK", "WORLD_SIZE"):
         variables.pop(launcher, None)
@@ -83,7 +83,7 @@ def environment(python_path, libtorch, visible):
 
 
 def count_gpus(worker, variables):
-    """How many GPUs our worker can use, and how it says so."""
+    """Number of GPUs that our worker can use, and its output."""
     try:
         said = subprocess.run([worker, "gpus"], env=variables, capture_output=True, text=True, timeout=90)
     except FileNotFoundError:
@@ -132,7 +132,7 @@ def lines_of(path):
 
 
 class Run:
-    """One training by our programs, and what it left."""
+    """One run of our programs, with its files."""
 
     def __init__(self, bench, name, settings, workers, visible=None, extra=None):
         self.folder = bench.scratch / name
@@ -152,7 +152,7 @@ class Run:
         return [event for event in lines_of(self.folder / "events.jsonl") if event["kind"] == kind]
 
     def wait_for(self, what, found):
-        """Looks until `found` returns something."""
+        """Polls until `found` returns a value."""
         while not (seen := found()):
             if self.process.poll() is not None:
                 raise Failed(f"it ended before {what}: {self.last_words()}")
@@ -211,7 +211,7 @@ class Bench:
         self.bin, self.out = options.bin, options.out
         self.libtorch, self.python_path = options.libtorch, options.python_path
         self.gpus = gpus
-        # What a run sees unless it says otherwise: one GPU, or none.
+        # Default GPUs of a run: one, or none.
         self.hidden = gpus[0] if self.on_gpu else ""
         self.checks, self.runs, self.figures = [], [], {}
         self.end = time.monotonic() + options.limit
@@ -318,7 +318,7 @@ class Bench:
                 raise Failed("the run was over before the kill: no new group was formed")
             self.note(name, f"{short(alone or '', killed)}, {groups} groups", "equal bits", alone == killed)
 
-    # What the runs so far were, by their own word.
+    # Descriptions of the runs so far, from their own output.
     def nccl(self):
         if not self.on_gpu:
             return self.note("groups over NCCL", "no GPU", "", "skipped")
@@ -417,7 +417,7 @@ def errors(rows, expected):
 
 
 def over(run, count):
-    """The backend of the run's last group of so many members."""
+    """Backend of the run's last group of this size."""
     formed = [event for event in run.events("generation_formed") if event["world_size"] == count]
     return formed[-1]["backend"] if formed else f"no group of {count}"
 

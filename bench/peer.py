@@ -160,7 +160,7 @@ class Usual:
 
 
 class Tuned:
-    """As fast as we could write it."""
+    """The fastest version that we could write."""
 
     def __init__(self, options, generator, discriminator, images):
         convolutional = any(isinstance(module, nn.Conv2d) for module in discriminator.modules())
@@ -216,7 +216,7 @@ class Tuned:
 
     def step(self):
         if self.compiles:
-            # Tells CUDA graphs that what the step before gave is not needed any more.
+            # Tells CUDA graphs that the results of the step before are no longer needed.
             torch.compiler.cudagraph_mark_step_begin()
         real = self.next()
         with torch.no_grad():

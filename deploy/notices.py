@@ -1,4 +1,4 @@
-"""Writes the licences of all that is linked into the programs, as these licences ask of whoever passes programs on.
+"""Writes the licences of all code linked into the programs, as these licences require of a distributor.
 
     python3 deploy/notices.py > THIRD-PARTY.txt
 """
@@ -14,7 +14,7 @@ TEXTS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "UNLICENSE*")
 
 
 def metadata():
-    """What cargo knows of this workspace and its dependencies."""
+    """Returns cargo's metadata of this workspace and its dependencies."""
     command = [os.environ.get("CARGO", "cargo"), "metadata", "--locked", "--format-version", "1", "--all-features"]
     host = subprocess.run(["rustc", "--print", "host-tuple"], check=True, capture_output=True, text=True).stdout.strip()
     root = Path(__file__).resolve().parent.parent
@@ -23,7 +23,7 @@ def metadata():
 
 
 def linked(known):
-    """The packages of others that are part of the programs, by name and version."""
+    """Returns the third-party packages in the programs, by name and version."""
     packages = {package["id"]: package for package in known["packages"]}
     needs = {
         node["id"]: [dep["pkg"] for dep in node["deps"] if any(kind["kind"] is None for kind in dep["dep_kinds"])]
@@ -41,7 +41,7 @@ def linked(known):
 
 
 def notices(known):
-    """The text: each licence once, after the packages that come under it."""
+    """Returns the text: each licence once, after the packages under it."""
     users = {}
     lines = ["Parts of these programs, and their licences", ""]
     for package in linked(known):

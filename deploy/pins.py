@@ -1,4 +1,4 @@
-"""Keeps what is built from where it comes from: images by digest, Python packages by hash.
+"""Pins the inputs of builds by their content: images by digest, Python packages by hash.
 
     python3 deploy/pins.py check                      nothing is named by a tag or a version alone
     python3 deploy/pins.py update --docker podman     the digests that the tags have now, into deploy/Dockerfile
@@ -17,7 +17,7 @@ IMAGE = re.compile(r"^ARG (?P<name>\w+_IMAGE)=(?P<tag>[^@\s]+)(?:@(?P<digest>sha
 
 
 def unpinned_images(text):
-    """Images that a Dockerfile's text names otherwise than by digest."""
+    """Returns the images that a Dockerfile does not name by digest."""
     names = {image["name"] for image in IMAGE.finditer(text) if image["digest"]}
     stages = set()
     for source, stage in re.findall(r"^FROM (\S+)(?: AS (\S+))?", text, re.MULTILINE):
@@ -29,7 +29,7 @@ def unpinned_images(text):
 
 
 def unpinned_packages(text):
-    """Packages that a text of requirements names without a hash."""
+    """Returns the packages that a requirements file names without a hash."""
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         package = line.split("#")[0].strip()
         if package and not re.search(r"--hash=sha256:[0-9a-f]{64}\b", package):

@@ -1,4 +1,4 @@
-"""Writes the bill of materials of what is shipped (CycloneDX 1.5, JSON): the crates in both programs, and libtorch.
+"""Writes the bill of materials of the shipped programs (CycloneDX 1.5, JSON): the crates in both programs, and libtorch.
 
     python3 deploy/sbom.py --features ganglion-worker/cloud --out dist/ganglion.cdx.json
 
@@ -18,12 +18,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("coordinator", "worker")
-# A name that nothing else has: the tool writes a file beside each Cargo.toml.
+# A unique name: the tool writes a file beside each Cargo.toml.
 DRAFT = "ganglion-bill-of-materials"
 
 
 def bills(tool, features):
-    """What cargo-cyclonedx says of the programs, by program."""
+    """Returns the output of cargo-cyclonedx, by program."""
     command = [tool, "cyclonedx", "--format", "json", "--spec-version", "1.5", "--all", "--no-build-deps", "--quiet"]
     command += ["--override-filename", DRAFT, "--manifest-path", ROOT / "Cargo.toml"]
     command += ["--features", features] if features else []
@@ -38,7 +38,7 @@ def bills(tool, features):
 
 
 def libtorch(folder, shipped):
-    """The Python packages that libtorch is made of."""
+    """Returns the Python packages that libtorch comes from."""
     found = []
     for info in sorted(folder.glob("*.dist-info/METADATA")):
         head = HeaderParser().parsestr(info.read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def merged(parts, torch):
     programs = []
     for part in parts.values():
         own = part["metadata"]["component"]
-        # What the crate builds is told by its name.
+        # The crate's name implies its target.
         own.pop("components", None)
         programs.append(own["bom-ref"])
         for component in [own, *part["components"]]:

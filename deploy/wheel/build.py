@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "deploy"))
 from notices import metadata, notices  # noqa: E402
 
 PROGRAMS = ("coordinator", "worker")
-# Which glibc the first distributions had that brought this libstdc++ (GLIBCXX_3.4.x), as manylinux counts them.
+# glibc of the first distributions with this libstdc++ (GLIBCXX_3.4.x), as manylinux counts them.
 LIBSTDCXX = {24: 28, 28: 31, 29: 34, 30: 35, 33: 39}
 
 
@@ -29,7 +29,7 @@ def tool(*command):
 
 
 def finish(program, patchelf, folder):
-    """A program's bytes as they are shipped."""
+    """Returns a program's bytes as shipped."""
     copy = folder / program.name
     tool("strip", "-o", copy, program)
     tool(patchelf, "--remove-rpath", copy)
@@ -37,7 +37,7 @@ def finish(program, patchelf, folder):
 
 
 def platform_tag(programs):
-    """The oldest manylinux on which the programs start, by the versions of the symbols they need."""
+    """Returns the oldest manylinux on which the programs start, by the versions of the symbols they need."""
     needed = "".join(tool("objdump", "-T", program) for program in programs)
     glibc = max(int(minor) for minor in re.findall(r"\bGLIBC_2\.(\d+)", needed))
     libstdcxx = max((int(minor) for minor in re.findall(r"\bGLIBCXX_3\.4\.(\d+)", needed)), default=0)
@@ -67,7 +67,7 @@ Description-Content-Type: text/markdown
 
 
 def contents(arguments, version, programs, tag, third_party):
-    """The wheel's files but RECORD: (name, bytes, executable)."""
+    """Returns the wheel's files except RECORD: (name, bytes, executable)."""
     package = ROOT / "deploy/wheel/ganglion"
     info = f"ganglion-{version}.dist-info"
     torch = f"{arguments.torch}+{arguments.cuda}" if arguments.cuda else arguments.torch
@@ -89,7 +89,7 @@ def contents(arguments, version, programs, tag, third_party):
 
 
 def record(files, info):
-    """RECORD: each file's hash and size, and its own name."""
+    """Returns RECORD: each file's hash and size, and its own name."""
     def line(name, data):
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
         return f"{name},sha256={digest},{len(data)}\n"

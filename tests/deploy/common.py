@@ -1,4 +1,4 @@
-"""What the tests of packages, containers and Slurm share.
+"""Shared support of the tests of packages, containers and Slurm.
 
 1. Nothing sleeps and hopes: a test waits for what it needs to see, at most LIMIT.
 2. Nothing is left behind: what a test starts or makes, it hands to an ExitStack.
@@ -17,11 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAMS = Path(os.environ.get("GANGLION_BIN", ROOT / "target/release"))
-# Seconds until a test gives up on anything; machines may be busy.
+# Limit of every wait in seconds; machines may be busy.
 LIMIT = 600
 
 
-# Who asks a test to end gets its things put away as well.
+# A signal that ends a test also runs its cleanup.
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
@@ -35,7 +35,7 @@ def check(holds, what):
 
 
 def wait_for(what, look, limit=LIMIT):
-    """What `look` returns, once it is true."""
+    """Waits until the result of `look` is true; returns it."""
     end = time.monotonic() + limit
     while not (seen := look()):
         check(time.monotonic() < end, f"waited {limit} s for {what}")
@@ -44,7 +44,7 @@ def wait_for(what, look, limit=LIMIT):
 
 
 def run(*command, code=0, **options):
-    """Runs a program to its end; returns what it said. Another exit code than `code` fails the test."""
+    """Runs a program to its end; returns its output. Another exit code than `code` fails the test."""
     options = {"capture_output": True, "text": True, "timeout": LIMIT, **options}
     done = subprocess.run([str(part) for part in command], **options)
     said = (done.stdout or "") + (done.stderr or "")
@@ -60,7 +60,7 @@ def end(process):
 
 
 def scratch(stack):
-    """A folder that goes when the test ends, unless KEEP is set."""
+    """A folder that is deleted when the test ends, unless KEEP is set."""
     folder = Path(tempfile.mkdtemp(prefix="ganglion-test-"))
     if os.environ.get("KEEP"):
         say(f"keeping {folder}")
@@ -70,7 +70,7 @@ def scratch(stack):
 
 
 def lines(run_dir, name):
-    """The objects of a file that may be written to at this moment."""
+    """Returns the objects of a file that may be written to at the same time."""
     try:
         text = (run_dir / name).read_text()
     except FileNotFoundError:
@@ -83,7 +83,7 @@ def events(run_dir, kind):
 
 
 def last_step(run_dir):
-    """The newest step that was reported; 0 if none was."""
+    """Returns the newest reported step; 0 if there is none."""
     return max((row["step"] for row in lines(run_dir, "metrics.jsonl")), default=0)
 
 
@@ -104,7 +104,7 @@ def audit(run_dir):
 
 
 def main(tests):
-    """Runs tests in order, or those that the command line names, and says what came of them."""
+    """Runs tests in order, or the ones named on the command line, and prints the results."""
     named = [name for name in sys.argv[1:] if not name.startswith("-")]
     tests = [test for test in tests if test.__name__ in named] if named else tests
     for test in tests:

@@ -61,7 +61,7 @@ def world_sizes(run_dir):
 
 
 class Volume:
-    """A volume that goes with the test, and where the host sees it."""
+    """A volume that is deleted with the test, and its path on the host."""
 
     def __init__(self, stack):
         self.name = f"{PROJECT}-volume"
@@ -144,7 +144,7 @@ class Compose:
         return f"{PROJECT}_{service}_1"
 
     def wait_for_a_group_of(self, workers):
-        """Until a new group of so many is formed and trains on."""
+        """Waits until a new group of this size is formed and trains."""
         wait_for(f"a group of {workers}", lambda: world_sizes(self.run_dir)[-1:] == [workers])
         step = last_step(self.run_dir)
         wait_for("progress", lambda: last_step(self.run_dir) > step)

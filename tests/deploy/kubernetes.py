@@ -1,4 +1,4 @@
-"""Renders deploy/kubernetes and holds the result against Kubernetes' schemas and our own claims.
+"""Renders deploy/kubernetes and checks the result against Kubernetes' schemas and our own claims.
 
     python3 tests/deploy/kubernetes.py --packages FOLDER    # with kubernetes-validate in it, as `make test-kubernetes` does
 
@@ -21,7 +21,7 @@ OVERLAYS = ROOT / "deploy/kubernetes/overlays"
 VERSION = "1.32"
 LIMIT_SECONDS = 60
 COMPONENT = "app.kubernetes.io/component"
-# What is tried beside the overlays as they are: one of them with a component, and a job to go with it.
+# Variant tested besides the overlays: one of them with a component, and its job.
 VARIANTS = {
     "cpu with object-store": """
 resources: [{overlays}/cpu]
@@ -37,13 +37,13 @@ steps = 10
 [checkpoint]
 url = "s3://bucket/run"
 """
-# Made by people or by cert-manager; docs/kubernetes.md says how.
+# Made by hand or by cert-manager; docs/kubernetes.md says how.
 SECRETS = {"ganglion-join-token", "ganglion-coordinator-tls", "ganglion-worker-tls"}
-# Those that the restricted profile allows, of the ones that we use.
+# Of the kinds in use, those that the restricted profile allows.
 VOLUMES = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
-# A lease is so many failure deadlines: membership/src/limits.rs.
+# Length of a lease in failure deadlines: membership/src/limits.rs.
 LEASE = 12
-# What a drain may take beyond that, for the storage.
+# Additional time of a drain, for the storage.
 SPARE_SECONDS = 30
 
 
@@ -260,7 +260,7 @@ def images_and_gpus_are_those_of_the_overlay(rendered):
     assert bool(shm) == gpu and all(item["emptyDir"]["medium"] == "Memory" for item in shm), "shared memory"
 
 
-# ---- What breaks each --------------------------------------------------------------------------------------------------
+# ---- Faults that break each --------------------------------------------------------------------------------------------------
 
 
 def drop(path):
@@ -347,7 +347,7 @@ CLAIMS = {
 
 
 def holds(claim, rendered):
-    """Why a claim does not hold, if it does not."""
+    """Returns the reason why a claim does not hold, if any."""
     try:
         claim(rendered)
     except (AssertionError, KeyError) as broken:
@@ -372,7 +372,7 @@ def renderer():
 
 
 def check_schemas(text, packages):
-    """What kubernetes-validate says against it; a warning is an object that it does not know."""
+    """Returns the complaints of kubernetes-validate; a warning is an object that it does not know."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(text)
         file.flush()
@@ -387,7 +387,7 @@ def check_schemas(text, packages):
 
 
 def render(command, name):
-    """The text of an overlay or a variant; raises ValueError with what is wrong with it."""
+    """The text of an overlay or a variant; raises ValueError with the error."""
     with tempfile.TemporaryDirectory() as folder:
         place = OVERLAYS / name
         if name in VARIANTS:

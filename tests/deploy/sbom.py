@@ -1,4 +1,4 @@
-"""Checks a bill of materials: CycloneDX's schema, and that it names what the programs are made of.
+"""Checks a bill of materials: CycloneDX's schema, and the parts of the programs in it.
 
     python3 tests/deploy/sbom.py dist/ganglion.cdx.json
 """
@@ -12,7 +12,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Of each kind one that must be there: ours, a crate with native code, what libtorch comes from.
+# One required part of each kind: a crate of ours, a crate with native code, a package of libtorch.
 WANTED = {"ganglion-coordinator", "ganglion-worker", "c10d", "libsqlite3-sys", "torch-sys", "torch"}
 
 

@@ -56,7 +56,7 @@ PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF
 
 
 class Cluster:
-    """A cluster that runs."""
+    """A running cluster."""
 
     def __init__(self, stack):
         self.folder = scratch(stack)
@@ -149,7 +149,7 @@ class Cluster:
 
 
 class Job:
-    """A job that was submitted, of two nodes unless said otherwise."""
+    """A submitted job, by default of two nodes."""
 
     def __init__(self, cluster, *arguments, options=()):
         script = ROOT / "deploy/slurm/ganglion.sbatch"
@@ -168,7 +168,7 @@ class Job:
         return log.read_text() if log.exists() else ""
 
     def wait_for_step(self, least):
-        """Until it is that far, and far from the end."""
+        """Waits until the run has reached this step, far from its end."""
         wait_for(f"step {least}", lambda: self.ended() or last_step(self.run_dir) >= least)
         check(last_step(self.run_dir) < STEPS * 0.9, f"too late to disturb it\n{self.log()}")
 
@@ -193,7 +193,7 @@ class Job:
 
 
 class Tests:
-    """What is tried on one cluster, one after the other."""
+    """Tests on one cluster, one after the other."""
 
     def __init__(self, stack):
         self.cluster = Cluster(stack)

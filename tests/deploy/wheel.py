@@ -1,4 +1,4 @@
-"""Installs the wheel where there is no Rust, and trains with it.
+"""Installs the wheel in an environment without Rust, and trains with it.
 
     python3 tests/deploy/wheel.py          PyTorch is the one that was built with
     python3 tests/deploy/wheel.py --full   PyTorch comes through pip as for any user (4.5 GB)
@@ -63,7 +63,7 @@ class Elsewhere:
         return next((self.venv / "lib").glob("python3*/site-packages"))
 
     def add_torch(self):
-        """Adds the PyTorch that was built with, as another folder of packages."""
+        """Adds the PyTorch of the build, as another folder of packages."""
         (self.packages() / "torch.pth").write_text(f"{TORCH.parent}\n")
 
 
@@ -91,7 +91,7 @@ def the_programs_name_no_folder_of_libraries():
 
 
 class Tests:
-    """What is tried in one environment, one after the other."""
+    """Tests in one environment, one after the other."""
 
     def __init__(self, stack):
         self.here = Elsewhere(stack, "--no-deps")

@@ -68,7 +68,7 @@ class Discriminator(nn.Module):
 
 
 class Features(nn.Module):
-    """What metrics may look at: (n, 32) of images (n, 1, 28, 28). Without weights, so that it is the same anywhere."""
+    """Features for metrics: (n, 32) of images (n, 1, 28, 28). Without weights, so that it is equal everywhere."""
 
     def forward(self, images):
         rows, columns = nn.functional.adaptive_avg_pool2d(images, (28, 1)), nn.functional.adaptive_avg_pool2d(images, (1, 28))

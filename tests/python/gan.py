@@ -1,4 +1,4 @@
-"""What the programs that Ganglion is compared with train: the GAN of its default job, written as PyTorch's users do.
+"""The GAN of the default job as PyTorch's users write it, for comparisons with other trainers.
 
 The same networks, losses, optimizers and global batch as `configs/mnist-mlp.toml`; random numbers stand in for digits.
 """
@@ -38,7 +38,7 @@ class Gan:
         self.adams = [torch.optim.Adam(module.parameters(), lr=1e-3, betas=(0.5, 0.999)) for module in self.modules]
 
     def discriminator_gradient(self, batch):
-        """Real and fake images in one pass: a reduce less."""
+        """Real and fake images in one pass, which saves a reduce."""
         real = torch.rand(batch, PIXELS) * 2 - 1
         with torch.no_grad():
             fake = self.modules[0](torch.randn(batch, LATENT))
@@ -47,21 +47,21 @@ class Gan:
         (softplus(-logits[:batch]).mean() + softplus(logits[batch:]).mean()).backward()
 
     def generator_gradient(self, batch):
-        """The discriminator only passes it on."""
+        """The discriminator only propagates the gradient."""
         self.adams[0].zero_grad()
         self.modules[1].requires_grad_(False)
         softplus(-self.modules[1](self.generator(torch.randn(batch, LATENT)))).mean().backward()
         self.modules[1].requires_grad_(True)
 
     def state_dict(self):
-        """All that a later process needs."""
+        """State for a later process."""
         return {
             "modules": [module.state_dict() for module in self.modules],
             "adams": [adam.state_dict() for adam in self.adams],
         }
 
     def load_state_dict(self, state):
-        """Takes over what `state_dict` gave."""
+        """Restores a result of `state_dict`."""
         for module, part in zip(self.modules, state["modules"]):
             module.load_state_dict(part)
         for adam, part in zip(self.adams, state["adams"]):
@@ -69,7 +69,7 @@ class Gan:
 
 
 class Log:
-    """One file for all processes, a line an event."""
+    """One file for all processes, one line per event."""
 
     def __init__(self, rank):
         self.rank = rank

@@ -1,4 +1,4 @@
-"""Makes worker/src/eval/metrics/reference.rs: what numpy and scipy make of the metrics, for the tests to hold ours against.
+"""Makes worker/src/eval/metrics/reference.rs: metrics by numpy and scipy, for the tests to compare ours with.
 
     python3 tests/python/metrics.py > worker/src/eval/metrics/reference.rs
 
@@ -15,7 +15,7 @@ SAMPLES, DIMENSIONS, CLASSES = 240, 6, 10
 
 
 def features(seed):
-    """Numbers that a test can make again exactly: remainders of products, no random generator and no function of libm."""
+    """Numbers that a test can reproduce exactly: remainders of products, no random generator and no function of libm."""
     place = numpy.arange(SAMPLES * DIMENSIONS, dtype=numpy.int64).reshape(SAMPLES, DIMENSIONS)
     mixed = (place * place * 7919 + place * (104729 + 2 * seed) + seed * 1299709) % 10007
     # Squares make a skewed distribution; columns differ in scale.

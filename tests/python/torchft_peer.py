@@ -1,4 +1,4 @@
-"""torchft: every process a replica group of its own, with the time limits that it has by default.
+"""torchft: every process a replica group of its own, with its default time limits.
 
 torchft_peer.py RANK
 

@@ -1,4 +1,4 @@
-"""PyTorch's elastic launcher: DDP over Gloo, a checkpoint every so many steps, resumed from after a restart.
+"""PyTorch's elastic launcher: DDP over Gloo, a checkpoint at a fixed interval of steps, resumed from after a restart.
 
 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 4 --max-restarts 100 torchrun_peer.py
 

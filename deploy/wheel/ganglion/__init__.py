@@ -34,7 +34,7 @@ def _become(program):
 
 
 def _libtorch():
-    """The folder of libtorch's libraries; without the one this was built for the program ends with exit code 2."""
+    """Returns the folder of libtorch's libraries; exits with code 2 if it is not the version of this build."""
     mend = f"install it with: pip install torch=={TORCH.partition('+')[0]}"
     found = importlib.util.find_spec("torch")
     for package in found.submodule_search_locations if found else ():
@@ -46,7 +46,7 @@ def _libtorch():
 
 
 def _version(package):
-    """The version of the PyTorch in a folder, with the kind of its build, such as 2.11.0+cu130; empty if it is none."""
+    """Returns the version of the PyTorch in a folder with its build, such as 2.11.0+cu130; empty if there is none."""
     try:
         with open(os.path.join(package, "version.py"), encoding="utf-8") as file:
             said = re.search(r"^__version__ = '([^']*)'", file.read(), re.MULTILINE)
