@@ -14,7 +14,7 @@ mod salvage;
 use std::path::{Path, PathBuf};
 
 use ganglion_membership::{
-    Backend, Cause, Checkpoint, Generation, Group, Member, Passport, Position, Start, Term, WorkerId,
+    Backend, Cause, Checkpoint, Generation, Group, GroupMember, Passport, Position, Start, Term, WorkerId,
 };
 use ganglion_proto::evaluation::EvaluationRow;
 pub use history::{CheckpointRow, GenerationRow, History, TermRow};
@@ -390,7 +390,7 @@ impl Journal {
         };
         let is = |known: &Backend| known.to_string() == backend;
         let members: Vec<RecordedMember> = serde_json::from_str(&members).unwrap_or_default();
-        let member = |row: RecordedMember| Member {
+        let member = |row: RecordedMember| GroupMember {
             worker: WorkerId(row.worker),
             shards: row.shards[0]..row.shards[1],
             writes_parts: row.writes_parts,
@@ -597,7 +597,7 @@ fn to_json(value: &impl Serialize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ganglion_membership::{Member, Position, Rank};
+    use ganglion_membership::{GroupMember, Position, Rank};
 
     #[test]
     fn terms_and_workers_grow_across_openings_and_facts_stay() {
@@ -683,7 +683,7 @@ mod tests {
         journal.spawned("t", process).unwrap();
         journal.spawning(Term(1), "u", 4).unwrap();
         let worker = journal.admit(Term(1), "h", 77, Some("t")).unwrap();
-        let members = vec![Member { worker, shards: 0..8, writes_parts: true }];
+        let members = vec![GroupMember { worker, shards: 0..8, writes_parts: true }];
         let group = Group {
             generation: Generation(4),
             members,
@@ -730,7 +730,7 @@ mod tests {
     }
 
     fn group(generation: u64, start: Start) -> Group {
-        let member = |worker, shards| Member { worker: WorkerId(worker), shards, writes_parts: true };
+        let member = |worker, shards| GroupMember { worker: WorkerId(worker), shards, writes_parts: true };
         let members = vec![member(1, 0..2), member(2, 2..4)];
         Group {
             generation: Generation(generation),

@@ -380,7 +380,7 @@ pub struct Group {
     /// Generation number.
     pub generation: Generation,
     /// Members in the order of their ranks.
-    pub members: Vec<Member>,
+    pub members: Vec<GroupMember>,
     /// Update index at which the generation starts.
     pub position: Position,
     /// Source of the state at that update index.
@@ -394,7 +394,7 @@ pub struct Group {
 
 /// Member of a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Member {
+pub struct GroupMember {
     /// Worker id.
     pub worker: WorkerId,
     /// Data shards that the member computes.

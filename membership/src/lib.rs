@@ -1,8 +1,9 @@
 //! Group protocol: which workers train together, from which state, and how that changes.
 //!
-//! This crate is pure. [`Machine`] takes events and returns actions; it has no clock, socket, task or
-//! channel, and it iterates over ordered maps only, so the same events always give the same actions. The
-//! coordinator's shell owns the clock and the sockets, journals each decision and carries it out.
+//! This crate is pure. [`Machine`], the coordinator's half, takes events and returns actions; [`Member`], a
+//! worker's half, takes events and returns commands. They have no clock, socket, task or channel, and iterate
+//! over ordered maps only, so the same events always give the same actions. The coordinator's shell owns the
+//! clock and the sockets, journals each decision and carries it out; so does the worker with its threads.
 //!
 //! ```text
 //!              all expected are loaded              fault, loss, planned change
@@ -25,6 +26,7 @@ mod checkpoint;
 mod events;
 mod limits;
 mod machine;
+pub mod member;
 mod passport;
 mod shards;
 mod types;
@@ -32,11 +34,12 @@ mod types;
 pub use backend::Backend;
 pub use checkpoint::{Assembly, Checkpoint, PartConflict, StoredFile, WrittenPart};
 pub use events::{
-    Action, Activity, Cause, Event, Fault, Group, LoadedFacts, Loss, Member, Outcome, Plan, PlanKind,
+    Action, Activity, Cause, Event, Fault, Group, GroupMember, LoadedFacts, Loss, Outcome, Plan, PlanKind,
     Progress, Recovered, Rejection, Rested, Settings, Start,
 };
 pub use limits::Limits;
 pub use machine::Machine;
+pub use member::Member;
 pub use passport::{Difference, NUMERICS, OF_SAMPLES, Passport};
 pub use shards::shard_ranges;
 pub use types::{Generation, Position, Rank, Term, Time, WorkerId};

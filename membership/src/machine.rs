@@ -60,8 +60,6 @@ pub struct Machine {
     job_changed: bool,
     /// Count of divergences since the newest checkpoint.
     divergences: u32,
-    /// Reason for the next generation; `None` while none is known.
-    cause: Option<Cause>,
     /// Pairs of workers that cannot reach each other, each with the time until which they are kept
     /// apart.
     severed: BTreeMap<(WorkerId, WorkerId), Time>,
@@ -110,8 +108,8 @@ enum Stage {
     Reconnecting { until: Option<Time> },
     /// The newest generation trains.
     Training { plan: Option<Plan> },
-    /// The members quiesce; `until` ends the wait for them.
-    Regrouping { until: Time },
+    /// The members quiesce for the next generation, for this reason; `until` ends the wait for them.
+    Regrouping { until: Time, cause: Cause },
     /// All have finished. `outcome` is how the run ends once all is saved; `None` if its workers
     /// only leave.
     Closing { outcome: Option<Outcome> },
@@ -147,7 +145,6 @@ impl Machine {
             skips: skips.into_iter().collect(),
             job_changed,
             divergences: 0,
-            cause: None,
             severed: BTreeMap::new(),
             overslept: None,
             now: Time::ZERO,

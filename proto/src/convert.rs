@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use ganglion_membership::{
-    Activity, Backend, Checkpoint, Fault, Generation, Group, LoadedFacts, Member, Passport, Plan, PlanKind,
-    Position, Progress, Rank, Rested, Start, StoredFile, Term, WorkerId, WrittenPart,
+    Activity, Backend, Checkpoint, Fault, Generation, Group, GroupMember, LoadedFacts, Passport, Plan,
+    PlanKind, Position, Progress, Rank, Rested, Start, StoredFile, Term, WorkerId, WrittenPart,
 };
 
 use crate::bounds::{self, count, list, name, text, within};
@@ -478,7 +478,7 @@ fn assignment_to_wire(assignment: Assignment) -> wire::Assignment {
             state_digest: checkpoint.state_digest,
         }),
     };
-    let member = |(member, address): (Member, String)| wire::Member {
+    let member = |(member, address): (GroupMember, String)| wire::Member {
         worker: member.worker.0,
         first_shard: member.shards.start,
         shards: member.shards.end - member.shards.start,
@@ -539,7 +539,7 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
         let end = member.first_shard.checked_add(member.shards);
         let end = end.filter(|end| member.first_shard == next_shard && *end > next_shard);
         next_shard = end.ok_or_else(|| malformed("the data shards of the ranks do not follow each other"))?;
-        members.push(Member {
+        members.push(GroupMember {
             worker: WorkerId(count(member.worker, "worker")?),
             shards: member.first_shard..next_shard,
             writes_parts: member.writes_parts,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ganglion_membership::{Event, Member, WorkerId};
+use ganglion_membership::{Event, GroupMember, WorkerId};
 use ganglion_proto::activity_to_wire;
 use ganglion_proto::wire::{GetStatusResponse, WorkerStatus};
 use serde_json::json;
@@ -87,7 +87,7 @@ impl Shell {
         let samples = self.machine.samples().or(self.samples);
         let complete = self.is_complete.then_some("complete");
         let members = (0u32..).zip(group.map_or(&[][..], |group| &group.members));
-        let places: BTreeMap<WorkerId, (u32, &Member)> =
+        let places: BTreeMap<WorkerId, (u32, &GroupMember)> =
             members.map(|(rank, member)| (member.worker, (rank, member))).collect();
         let worker = |(worker, known): (&WorkerId, &Connected)| {
             self.worker_status(*worker, known, places.get(worker).copied())
@@ -115,7 +115,7 @@ impl Shell {
         &self,
         worker: WorkerId,
         known: &Connected,
-        place: Option<(u32, &Member)>,
+        place: Option<(u32, &GroupMember)>,
     ) -> WorkerStatus {
         let shards = place.map_or(0..0, |(_, member)| member.shards.clone());
         let (progress, usage) =

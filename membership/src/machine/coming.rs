@@ -82,10 +82,7 @@ impl Machine {
     /// Repeats the messages that a member may have missed while its session was away.
     fn remind(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
         match &self.stage {
-            Stage::Regrouping { .. } => {
-                let cause = self.cause.clone().unwrap_or(Cause::Planned);
-                self.abort(vec![worker], cause, actions);
-            }
+            Stage::Regrouping { cause, .. } => self.abort(vec![worker], cause.clone(), actions),
             Stage::Training { plan: Some(plan) } => {
                 actions.push(Action::Announce { plan: *plan, workers: vec![worker] });
             }
@@ -130,9 +127,7 @@ impl Machine {
     pub(super) fn disconnected(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
         let Some(entry) = self.workers.get_mut(&worker) else { return };
         entry.connected = false;
-        if matches!(self.stage, Stage::Regrouping { .. })
-            && matches!(self.cause, Some(Cause::Fault(_, Fault::Peer)))
-        {
+        if matches!(self.stage, Stage::Regrouping { cause: Cause::Fault(_, Fault::Peer), .. }) {
             self.lose_disconnected(actions);
         }
     }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::backend::Backend;
-use crate::events::{Member, Start};
+use crate::events::{GroupMember, Start};
 use crate::shards::shard_ranges;
 use crate::types::Rank;
 
@@ -19,8 +19,7 @@ impl Machine {
         let loaded = self.workers.values().filter(|w| w.facts.is_some()).count();
         let all_loaded = loaded == self.workers.len() && self.locals.lingering.is_empty();
         if all_loaded && loaded >= (self.expected_locals() as usize).max(1) {
-            self.cause = Some(Cause::Gathered);
-            self.form(actions);
+            self.form(Cause::Gathered, actions);
         }
     }
 
@@ -39,8 +38,7 @@ impl Machine {
             Stage::Training { plan: Some(Plan { kind: PlanKind::Regroup, .. }) } => {
                 // First member to quiesce for a planned change; the others follow at the same
                 // update index.
-                self.cause = Some(Cause::Planned);
-                self.stage = Stage::Regrouping { until: self.regroup_limit() };
+                self.stage = Stage::Regrouping { until: self.regroup_limit(), cause: Cause::Planned };
             }
             Stage::Training { .. } => {
                 let fault = Fault::Internal("it rests, and its reason was lost on the way".to_string());
@@ -135,18 +133,16 @@ impl Machine {
 
     /// Breaks the group up, during training or closing.
     pub(super) fn regroup(&mut self, cause: Cause, actions: &mut Vec<Action>) {
-        if let Stage::Training { .. } | Stage::Closing { .. } | Stage::Regrouping { .. } = self.stage {
-            let first = !matches!(self.stage, Stage::Regrouping { .. });
-            let planned = self.cause == Some(Cause::Planned);
-            if first {
-                self.stage = Stage::Regrouping { until: self.regroup_limit() };
-            }
-            if first || planned {
-                self.cause = Some(cause.clone());
-                self.abort(self.present_members(), cause, actions);
-            }
-            self.form_if_ready(actions);
-        }
+        let until = match &self.stage {
+            Stage::Training { .. } | Stage::Closing { .. } => self.regroup_limit(),
+            // A fault goes before a planned change.
+            Stage::Regrouping { until, cause: Cause::Planned } => *until,
+            Stage::Regrouping { .. } => return self.form_if_ready(actions),
+            Stage::Gathering | Stage::Reconnecting { .. } | Stage::Ended => return,
+        };
+        self.stage = Stage::Regrouping { until, cause: cause.clone() };
+        self.abort(self.present_members(), cause, actions);
+        self.form_if_ready(actions);
     }
 
     fn regroup_limit(&self) -> Time {
@@ -161,11 +157,12 @@ impl Machine {
     }
 
     pub(super) fn form_if_ready(&mut self, actions: &mut Vec<Action>) {
-        if !matches!(self.stage, Stage::Regrouping { .. }) || self.members().any(|id| self.is_awaited(&id)) {
+        let Stage::Regrouping { cause, .. } = &self.stage else { return };
+        if self.members().any(|id| self.is_awaited(&id)) {
             return;
         }
         if !self.present_members().is_empty() {
-            self.form(actions);
+            self.form(cause.clone(), actions);
         } else if self.absent.is_empty() {
             self.gather(actions);
         } else {
@@ -184,7 +181,7 @@ impl Machine {
         }
     }
 
-    fn form(&mut self, actions: &mut Vec<Action>) {
+    fn form(&mut self, cause: Cause, actions: &mut Vec<Action>) {
         let ids = self.next_members();
         if !ids.iter().any(|id| self.sees_storage(*id)) {
             return self.wait_for_a_writer(&ids, actions);
@@ -192,12 +189,11 @@ impl Machine {
         let world_size = u32::try_from(ids.len()).expect("a group is at most V workers");
         let ranges = shard_ranges(self.settings.data_shards, world_size);
         let with_shards = ids.into_iter().zip(ranges);
-        let members: Vec<Member> = with_shards
-            .map(|(worker, shards)| Member { worker, shards, writes_parts: self.sees_storage(worker) })
+        let members: Vec<GroupMember> = with_shards
+            .map(|(worker, shards)| GroupMember { worker, shards, writes_parts: self.sees_storage(worker) })
             .collect();
         let (position, start) = self.choose_start(&members);
         self.last_generation = Generation(self.last_generation.0 + 1);
-        let cause = self.cause.take().unwrap_or(Cause::Planned);
         let skips = self.skips.iter().copied().collect();
         let backend = Backend::of(members.iter().map(|member| self.gpu_of(member.worker)));
         self.begin(
@@ -293,8 +289,8 @@ impl Machine {
             .map(|(_, id)| id)
     }
 
-    fn choose_start(&self, members: &[Member]) -> (Position, Start) {
-        let rank_of = |is: &dyn Fn(&Member) -> bool| {
+    fn choose_start(&self, members: &[GroupMember]) -> (Position, Start) {
+        let rank_of = |is: &dyn Fn(&GroupMember) -> bool| {
             let index = members.iter().position(is).unwrap_or(0);
             Rank(u32::try_from(index).expect("a rank is below V"))
         };

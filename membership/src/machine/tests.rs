@@ -6,7 +6,7 @@ use super::locals::FIT;
 use super::*;
 use crate::backend::Backend;
 use crate::checkpoint::{StoredFile, WrittenPart};
-use crate::events::{Member, Rested, Start};
+use crate::events::{GroupMember, Rested, Start};
 use crate::limits::Limits;
 use crate::shards::shard_ranges;
 use crate::types::{Rank, Term};
@@ -264,7 +264,7 @@ fn a_checkpoint_that_is_newer_than_every_member_goes_first() {
 /// Returns a generation of an earlier coordinator.
 fn group(generation: u64, workers: &[u64]) -> Group {
     let ranges = shard_ranges(8, u32::try_from(workers.len()).unwrap());
-    let member = |(worker, shards)| Member { worker: WorkerId(worker), shards, writes_parts: true };
+    let member = |(worker, shards)| GroupMember { worker: WorkerId(worker), shards, writes_parts: true };
     Group {
         generation: Generation(generation),
         members: workers.iter().copied().zip(ranges).map(member).collect(),

@@ -4,6 +4,43 @@ use std::time::Duration;
 
 use super::*;
 
+/// Timers of the machine: each ends one kind of wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Timer {
+    /// A regroup waits no longer for members that are not ready.
+    Regroup,
+    /// A new coordinator waits no longer for members that are not back.
+    Reconnect,
+    /// A member computes and makes no progress.
+    Late,
+    /// All members wait for each other.
+    Stall,
+    /// A worker sent nothing for a deadline.
+    Silence,
+    /// The next local worker may be started.
+    Spawn,
+    /// A lost local worker's process has had time to end by itself.
+    Kill,
+    /// The lease of an absent member is over: it trains no more.
+    Lease,
+    /// Two workers that could not reach each other may be in one group again.
+    Apart,
+}
+
+impl Timer {
+    const ALL: [Timer; 9] = [
+        Timer::Regroup,
+        Timer::Reconnect,
+        Timer::Late,
+        Timer::Stall,
+        Timer::Silence,
+        Timer::Spawn,
+        Timer::Kill,
+        Timer::Lease,
+        Timer::Apart,
+    ];
+}
+
 impl Machine {
     /// Latest time at which [`Event::Tick`] is due. Never so late that a shell that slept until
     /// then seems to have overslept.
@@ -14,31 +51,31 @@ impl Machine {
     /// Computes the deadline from the current state.
     pub(super) fn next_due(&self) -> Option<Time> {
         let awake = self.now + self.settings.limits.deadline / 4;
-        self.next_limit().map(|limit| limit.min(awake))
+        Timer::ALL.into_iter().filter_map(|timer| self.timer(timer)).min().map(|limit| limit.min(awake))
     }
 
-    /// Time at which the next limit ends.
-    fn next_limit(&self) -> Option<Time> {
-        let limits = &self.settings.limits;
-        let stage = match &self.stage {
-            // After the limit nobody is waited for, except perhaps a worker that comes.
-            Stage::Regrouping { until } => Some(*until).filter(|until| *until > self.now),
-            Stage::Reconnecting { until } => until.filter(|until| *until > self.now),
-            Stage::Training { .. } => {
-                // Limits in the past were already acted on; the next to end is another member's.
+    /// Time at which a timer fires; `None` if it is not set. Limits in the past were already acted on:
+    /// what they ended stays ended, and of several members the next one is due.
+    fn timer(&self, timer: Timer) -> Option<Time> {
+        let later = |at: &Time| *at > self.now;
+        match (timer, &self.stage) {
+            (Timer::Regroup, Stage::Regrouping { until, .. }) => Some(*until).filter(later),
+            (Timer::Reconnect, Stage::Reconnecting { until }) => until.filter(later),
+            (Timer::Late, Stage::Training { .. }) => {
                 let patience = self.patience();
                 let busy = self.unready_members().into_iter();
-                let late = busy.filter_map(|id| self.late_at(&self.workers[&id], patience));
-                late.chain(self.stalled_at(patience)).filter(|at| *at > self.now).min()
+                busy.filter_map(|id| self.late_at(&self.workers[&id], patience)).filter(later).min()
             }
-            _ => None,
-        };
-        let silence = self.workers.values().map(|w| w.last_heard + limits.deadline).min();
-        let kill = self.locals.lingering.values().min().copied();
-        let lease = self.absent.values().min().copied();
-        let severed = self.severed.values().min().copied();
-        let all = [stage, silence, self.next_spawn(), kill, lease, severed];
-        all.into_iter().flatten().min()
+            (Timer::Stall, Stage::Training { .. }) => self.stalled_at(self.patience()).filter(later),
+            (Timer::Regroup | Timer::Reconnect | Timer::Late | Timer::Stall, _) => None,
+            (Timer::Silence, _) => {
+                self.workers.values().map(|w| w.last_heard + self.settings.limits.deadline).min()
+            }
+            (Timer::Spawn, _) => self.next_spawn(),
+            (Timer::Kill, _) => self.locals.lingering.values().min().copied(),
+            (Timer::Lease, _) => self.absent.values().min().copied(),
+            (Timer::Apart, _) => self.severed.values().min().copied(),
+        }
     }
 
     pub(super) fn heard_from(&mut self, event: &Event) {
@@ -81,7 +118,7 @@ impl Machine {
             worker.progress_since = self.now;
         }
         match &mut self.stage {
-            Stage::Regrouping { until } => *until = self.now + limits.deadline * 2,
+            Stage::Regrouping { until, .. } => *until = self.now + limits.deadline * 2,
             Stage::Reconnecting { until: Some(until) } => *until = self.now + limits.deadline,
             _ => {}
         }
@@ -133,7 +170,7 @@ impl Machine {
             self.drop_stuck(actions);
         }
         self.hurry(actions);
-        if let Stage::Regrouping { until } = self.stage
+        if let Stage::Regrouping { until, .. } = self.stage
             && self.now >= until
         {
             for worker in self.awaited_members() {
@@ -147,9 +184,9 @@ impl Machine {
     /// The first member to quiesce for a planned change may have had another reason, which was lost
     /// on the way: the others would wait for it in vain.
     fn hurry(&mut self, actions: &mut Vec<Action>) {
-        let Stage::Regrouping { until } = self.stage else { return };
-        let soon = self.now + self.settings.limits.deadline >= until;
-        if soon && self.cause == Some(Cause::Planned) && !self.unready_members().is_empty() {
+        let Stage::Regrouping { until, cause: Cause::Planned } = &self.stage else { return };
+        let soon = self.now + self.settings.limits.deadline >= *until;
+        if soon && !self.unready_members().is_empty() {
             self.regroup(Cause::Stalled, actions);
         }
     }

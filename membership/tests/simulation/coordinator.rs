@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
+use ganglion_membership::member::Resume;
 use ganglion_membership::{
     Action, Checkpoint, Event, Generation, Group, Machine, Outcome, Plan, Position, Recovered, Rested,
     Settings, Term, WorkerId,
@@ -11,9 +12,9 @@ use ganglion_membership::{
 
 use crate::directory::Row;
 use crate::job::{Instant, micros};
-use crate::network::{ConnId, Down, Node, Packet, Proc, Resume, Up};
+use crate::network::{ConnId, Down, Node, Packet, Proc, Up};
 use crate::note;
-use crate::worker::{Worker, generation_of};
+use crate::worker::{StepRow, Worker, generation_of};
 use crate::world::{Ctx, Happening, Seen};
 
 /// What a coordinator set itself.
@@ -206,8 +207,8 @@ impl Coordinator {
             Up::Loaded(facts) => Event::Loaded(worker, facts),
             Up::Ready(generation, position) => Event::Ready(worker, generation, position),
             Up::Fault(generation, fault) => Event::Fault(worker, generation, fault),
-            Up::Heartbeat(progress, sent) => {
-                self.send(conn, Down::Pulse(sent), ctx);
+            Up::Heartbeat(progress) => {
+                self.send(conn, Down::Pulse, ctx);
                 Event::Heartbeat(worker, progress)
             }
             Up::Leave => Event::Leave(worker),
@@ -216,6 +217,7 @@ impl Coordinator {
                 Event::Finished { worker, generation, position, complete }
             }
             Up::Enter(generation) => return self.enter(worker, proc, generation, ctx),
+            Up::Row(row) => return self.record(row, ctx),
         };
         self.feed(event, ctx);
     }
@@ -289,9 +291,25 @@ impl Coordinator {
         }
         self.sessions.insert(conn, (worker, proc));
         self.welcomed.insert(worker);
-        let saved = self.machine.checkpoint().map(|checkpoint| checkpoint.position);
         let condemned = ctx.directory.condemned;
-        self.send(conn, Down::Welcome { term: self.term, worker, saved, condemned }, ctx);
+        self.send(conn, Down::Welcome { term: self.term, worker, condemned }, ctx);
+        if let Some(checkpoint) = self.machine.checkpoint() {
+            self.send(conn, Down::Saved(checkpoint.position), ctx);
+        }
+        self.send(conn, Down::RowsRecorded(ctx.directory.rows_up_to()), ctx);
+    }
+
+    /// Records a row, and says so to all once no row before it is missing.
+    fn record(&mut self, row: StepRow, ctx: &mut Ctx) {
+        let before = ctx.directory.rows_up_to();
+        ctx.seen.push(Seen::Recorded(row));
+        ctx.directory.rows.insert(row.step, row.ledger);
+        let now = ctx.directory.rows_up_to();
+        if now > before {
+            for worker in self.newest.keys().copied().collect::<Vec<WorkerId>>() {
+                self.tell(worker, Down::RowsRecorded(now), ctx);
+            }
+        }
     }
 
     fn enter(&mut self, worker: WorkerId, proc: Proc, generation: Generation, ctx: &mut Ctx) {
@@ -393,10 +411,11 @@ impl Coordinator {
             Action::Close(generation) => ctx.journal(Row::Closed(generation)),
             Action::Form(group, _) => self.form(group, ctx)?,
             Action::Assign(worker) => self.assign(worker, ctx),
-            Action::Abort { generation, workers, cause, probe } => {
+            Action::Abort { generation, workers, probe, .. } => {
+                let condemned = ctx.directory.condemned == Some(generation);
                 for worker in workers {
                     self.step(ctx)?;
-                    self.tell(worker, Down::Abort { generation, cause: cause.clone(), probe }, ctx);
+                    self.tell(worker, Down::Abort { generation, probe, condemned }, ctx);
                 }
             }
             Action::Announce { plan, workers } => self.announce(plan, workers, ctx)?,

@@ -33,7 +33,9 @@ pub enum Trouble {
 
 #[derive(Default)]
 pub struct Directory {
-    pub rows: Vec<Row>,
+    pub journal: Vec<Row>,
+    /// Recorded rows of metrics: by step, its ledger.
+    pub rows: BTreeMap<u64, u64>,
     pub term: Term,
     last_worker: u64,
     last_token: u64,
@@ -70,7 +72,12 @@ impl Directory {
                 self.tokens.insert(*token, Vec::new());
             }
         }
-        self.rows.push(row);
+        self.journal.push(row);
+    }
+
+    /// The last step up to which all rows are recorded.
+    pub fn rows_up_to(&self) -> u64 {
+        (1..).zip(self.rows.keys()).take_while(|(step, recorded)| step == *recorded).count() as u64
     }
 
     pub fn next_worker(&self) -> WorkerId {

@@ -97,23 +97,19 @@ impl Job {
 /// The limits of a run in microseconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Waits {
-    pub deadline: u64,
     pub heartbeat: u64,
     pub attempt: u64,
     pub meet: u64,
     pub reduce: u64,
-    pub lease: u64,
 }
 
 impl Waits {
     pub fn of(limits: &Limits) -> Waits {
         Waits {
-            deadline: micros(limits.deadline),
             heartbeat: micros(limits.heartbeat),
             attempt: micros(limits.attempt),
             meet: micros(limits.meet),
             reduce: micros(limits.reduce),
-            lease: micros(limits.lease),
         }
     }
 }

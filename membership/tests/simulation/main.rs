@@ -1,6 +1,6 @@
-//! The simulation of the group protocol: the real machine in a world where everything goes wrong, and
-//! thirteen invariants that hold nevertheless. A seed decides everything that happens; the same seed gives
-//! the same log on any machine.
+//! The simulation of the group protocol: the real machine and the real members in a world where everything
+//! goes wrong, and fourteen invariants that hold nevertheless. A seed decides everything that happens; the
+//! same seed gives the same log on any machine.
 //!
 //! - Without either: the first seeds, some of today's, and those that failed once.
 //! - `SEEDS=n cargo test --release -p ganglion-membership --test simulation` runs the seeds 0 to n - 1 on all

@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
+use ganglion_membership::member::Resume;
 use ganglion_membership::{
-    Cause, Fault, Generation, Group, LoadedFacts, Plan, Position, Progress, Rested, Term, WorkerId,
-    WrittenPart,
+    Fault, Generation, Group, LoadedFacts, Plan, Position, Progress, Term, WorkerId, WrittenPart,
 };
 
 use crate::job::Instant;
+use crate::worker::StepRow;
 
 /// A connection; also the id of the session that it carries.
 pub type ConnId = usize;
@@ -33,7 +34,8 @@ pub enum Up {
     Loaded(LoadedFacts),
     Ready(Generation, Option<Position>),
     Fault(Generation, Fault),
-    Heartbeat(Progress, Instant),
+    Heartbeat(Progress),
+    Row(StepRow),
     Leave,
     PartWritten(Generation, WrittenPart),
     Finished {
@@ -45,34 +47,26 @@ pub enum Up {
     Enter(Generation),
 }
 
-/// What a worker that was here before says of itself.
-#[derive(Clone, Debug)]
-pub struct Resume {
-    pub worker: WorkerId,
-    pub term: Term,
-    pub generation: Generation,
-    pub rest: Option<Rested>,
-}
-
 /// What a coordinator says to a worker.
 #[derive(Clone, Debug)]
 pub enum Down {
-    /// The newest checkpoint, and the newest generation whose states must not be used, go with it.
+    /// The newest generation whose states must not be used goes with it.
     Welcome {
         term: Term,
         worker: WorkerId,
-        saved: Option<Position>,
         condemned: Option<Generation>,
     },
     Assignment(Term, Group),
     Abort {
         generation: Generation,
-        cause: Cause,
         probe: bool,
+        condemned: bool,
     },
     Announce(Plan),
-    /// The answer to the heartbeat that was sent then.
-    Pulse(Instant),
+    /// The answer to a heartbeat.
+    Pulse,
+    /// Rows up to this step are recorded.
+    RowsRecorded(u64),
     Release,
     Reject,
     Saved(Position),

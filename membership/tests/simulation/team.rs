@@ -1,14 +1,17 @@
-//! A worker's training thread: meeting the others, healing, reduces, commits, coming to rest.
+//! A worker's training thread: meeting the others, healing, reduces, commits, coming to rest. What it is to do
+//! next the member says.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
-use ganglion_membership::{Activity, Fault, Generation, Group, Plan, PlanKind, Position, Start, Term};
+use ganglion_membership::member::{Command, Event, Schedule};
+use ganglion_membership::{Activity, Fault, Generation, Group, Start, Term};
 
 use crate::job::{Instant, State, leaf, samples};
 use crate::mix::mix;
 use crate::network::{ConnId, Node, Packet, Peer, Proc, Trailer, Up};
 use crate::note;
-use crate::worker::{Timer, Worker};
+use crate::worker::{StepRow, Timer, Worker};
 use crate::world::{Ctx, Happening, Seen};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,26 +49,16 @@ pub struct Team {
     links: BTreeMap<Proc, ConnId>,
     broken: BTreeSet<Proc>,
     mail: BTreeMap<Proc, VecDeque<Peer>>,
-    pub plan: Option<Plan>,
-    stop_at: Option<Position>,
     /// What a receiver has of the source's state.
     spare: [Option<u64>; 2],
     /// Whether all had one state and training began.
     pub trains: bool,
     /// To rest as soon as the work in hand is done, with this fault to tell.
     leave: Option<Option<Fault>>,
-    /// The group that comes after the work in hand.
-    pub next: Option<(Term, Group)>,
-    /// Nobody wants to hear of it any more.
-    pub forgotten: bool,
-    /// Its state must not be used.
-    pub void: bool,
     /// The sum, the ledger's share and the plan of the phase that is committed.
     reduced: (u64, u64, u64),
     /// This rank's part, and the plan in its trailer.
     own: (u64, u64, u64),
-    /// Whether the job's last step is done, once it only saves.
-    complete: bool,
 }
 
 impl Team {
@@ -118,52 +111,47 @@ impl Worker {
     // ---- Beginning
     // -------------------------------------------------------------------------------------------
 
-    pub fn begin_next(&mut self, ctx: &mut Ctx) {
-        let Some(team) = &mut self.team else { return };
-        if let Some((term, group)) = team.next.take() {
-            self.close_links(ctx);
-            self.begin(term, group, ctx);
+    /// Does a piece of work of the training thread.
+    pub fn train(&mut self, command: Command<StepRow>, ctx: &mut Ctx) {
+        match command {
+            Command::Begin { term, group, rank } => self.begin(term, group, rank.0 as usize, ctx),
+            Command::Read(_) => self.begin_work(10_000, 60_000, ctx),
+            Command::Form => {
+                self.enter(Stage::Meeting, ctx);
+                self.say(Up::Enter(self.member.generation()), ctx);
+            }
+            Command::SyncState => self.sync_state(ctx),
+            Command::Run { .. } => self.next_phase(ctx),
+            Command::Save { .. } => {
+                self.save_share(ctx);
+                self.enter(Stage::Saving, ctx);
+                self.finish_if_saved(ctx);
+            }
+            Command::Leave => self.come_to_rest(None, false, ctx),
+            Command::Abort(_) => self.leave_team(None, ctx),
+            _ => unreachable!("it is no work of the training thread"),
         }
     }
 
-    pub fn begin(&mut self, term: Term, group: Group, ctx: &mut Ctx) {
-        let me = group.members.iter().position(|member| Some(member.worker) == self.id);
-        let Some(rank) = me else { return };
-        self.finished = None;
-        self.fault = None;
-        // Nobody asked for this state, or it must not be used: it is not a position to fall back to.
-        let outdated = |state: &State| match group.start {
-            Start::Healed(_) => state.position > group.position,
-            Start::Checkpoint(..) | Start::Fresh => state.position >= group.position,
-        };
-        if self.state.as_ref().is_some_and(outdated) {
-            self.drop_state();
-        }
-        let generation = group.generation;
+    fn begin(&mut self, term: Term, group: Group, rank: usize, ctx: &mut Ctx) {
+        self.close_links(ctx);
         self.team = Some(Team {
             term,
             group,
             rank,
             active: true,
-            stage: Stage::Meeting,
+            stage: Stage::Loading,
             since: ctx.now,
             peers: Vec::new(),
             links: BTreeMap::new(),
             broken: BTreeSet::new(),
             mail: BTreeMap::new(),
-            plan: None,
-            stop_at: None,
             spare: [None; 2],
             trains: false,
             leave: None,
-            next: None,
-            forgotten: false,
-            void: false,
             reduced: (0, 0, 0),
             own: (0, 0, 0),
-            complete: false,
         });
-        self.say(Up::Enter(generation), ctx);
     }
 
     /// All members came to the store.
@@ -249,7 +237,8 @@ impl Worker {
 
     /// Goes on as far as what has arrived allows.
     fn advance(&mut self, ctx: &mut Ctx) {
-        loop {
+        // It may crash on the way.
+        while self.alive {
             let Some(team) = self.team.as_ref().filter(|team| team.active && team.waits()) else { return };
             let moved = match team.stage {
                 Stage::Greeting if team.all_said() => self.greeted(ctx),
@@ -271,31 +260,31 @@ impl Worker {
             matches!(peer, Peer::Greet { term, generation, members, position }
                 if (*term, *generation, *members, *position) == own)
         });
-        let (position, source, rank) = (team.group.position, team.source(), team.rank);
-        let start = team.group.start.clone();
         if !same {
             self.leave_team(Some(Fault::Peer), ctx);
             return false;
         }
-        match start {
-            Start::Fresh => {
+        self.feed(Event::Formed, ctx);
+        true
+    }
+
+    fn sync_state(&mut self, ctx: &mut Ctx) {
+        let team = self.team.as_ref().expect("it is in a team");
+        let (position, is_source) = (team.group.position, team.source() == Some(team.rank));
+        match (&team.group.start, self.state) {
+            (Start::Fresh, _) => {
                 self.state = Some(ctx.job.lineage[0]);
                 self.compare(ctx);
             }
-            Start::Healed(_) if source == Some(rank) => match self.state {
-                Some(state) if state.position == position => {
-                    self.broadcast(&state, ctx);
-                    self.compare(ctx);
-                }
-                _ => self.leave_team(Some(Fault::Internal("it has no such state".to_string())), ctx),
-            },
-            Start::Checkpoint(..) if source == Some(rank) => {
-                self.enter(Stage::Loading, ctx);
-                self.begin_work(10_000, 60_000, ctx);
+            (_, Some(state)) if is_source && state.position == position => {
+                self.broadcast(&state, ctx);
+                self.compare(ctx);
             }
-            Start::Healed(_) | Start::Checkpoint(..) => self.enter(Stage::Healing, ctx),
+            _ if is_source => {
+                self.leave_team(Some(Fault::Internal("it has no such state".to_string())), ctx);
+            }
+            _ => self.enter(Stage::Healing, ctx),
         }
-        true
     }
 
     fn begin_work(&mut self, low: u64, high: u64, ctx: &mut Ctx) {
@@ -371,15 +360,15 @@ impl Worker {
         if team.peers.len() == 1 {
             ctx.copied(self.state.is_some_and(|state| state.tainted));
         }
-        let (term, generation) = (team.term, team.group.generation);
+        let (term, generation, position) = (team.term, team.group.generation, team.group.position);
         ctx.seen.push(Seen::Trains { proc: self.proc, term, generation });
-        self.save_share(false, ctx);
-        self.next_phase(ctx);
+        self.reported.retain(|step| step * ctx.job.phases <= position.0);
+        let schedule = Schedule { end: ctx.job.end(), phases_per_step: ctx.job.phases };
+        self.feed(Event::Synced(schedule), ctx);
         true
     }
 
     fn found_divergence(&mut self, ctx: &mut Ctx) {
-        self.team.as_mut().expect("it is in a team").void = true;
         self.leave_team(Some(Fault::Diverged("fingerprints differ".to_string())), ctx);
     }
 
@@ -387,14 +376,9 @@ impl Worker {
     // ----------------------------------------------------------------------------------------------
 
     fn next_phase(&mut self, ctx: &mut Ctx) {
-        let Some(state) = self.state else { return };
-        let team = self.team.as_ref().expect("it is in a team");
-        if state.position == ctx.job.end() {
-            return self.finish(true, ctx);
-        }
-        if team.stop_at == Some(state.position) {
-            return self.finish(false, ctx);
-        }
+        let plan = self.member.propose();
+        let team = self.team.as_mut().expect("it is in a team");
+        team.own.2 = plan;
         let shards = team.group.members[team.rank].shards.len() as u64;
         let pace = ctx.scenario.leaf;
         self.enter(Stage::Computing, ctx);
@@ -403,7 +387,7 @@ impl Worker {
     }
 
     pub fn worked(&mut self, number: u64, ctx: &mut Ctx) {
-        if number != self.work || self.expired {
+        if number != self.work {
             return;
         }
         match self.team.as_ref().map(|team| team.stage) {
@@ -424,9 +408,7 @@ impl Worker {
         match ctx.directory.load(checkpoint).filter(|_| answers) {
             Some(state) => {
                 self.state = Some(state);
-                self.broadcast(&state, ctx);
-                self.compare(ctx);
-                self.advance(ctx);
+                self.feed(Event::Read, ctx);
             }
             None => self.begin_work(50_000, 100_000, ctx),
         }
@@ -442,7 +424,7 @@ impl Worker {
             generation: team.group.generation,
             position: state.position,
             fingerprint: state.fingerprint(),
-            plan: team.plan.map_or(0, |plan| plan.number),
+            plan: team.own.2,
         };
         team.own = (sum, read, trailer.plan);
         self.leaves += shards.len() as u64;
@@ -485,8 +467,8 @@ impl Worker {
     }
 
     fn start_commit(&mut self, sum: u64, read: u64, plan: u64, ctx: &mut Ctx) {
-        if ctx.now >= self.lease_until {
-            return self.expire(ctx);
+        if !self.member.may_commit(Duration::from_micros(ctx.now)) {
+            return self.come_to_rest(None, true, ctx);
         }
         self.team.as_mut().expect("it is in a team").reduced = (sum, read, plan);
         self.enter(Stage::Committing, ctx);
@@ -504,30 +486,16 @@ impl Worker {
         let (Some(state), Some(team)) = (self.state, &self.team) else { return };
         let (generation, begun) = (team.group.generation, team.since);
         ctx.seen.push(Seen::Committed { proc: self.proc, begun, generation, state });
-        let agreed = team.plan.filter(|known| known.number == plan).map(|plan| plan.kind);
-        self.save_share(false, ctx);
-        if self.leaves_now(ctx) {
-            return;
-        }
-        match agreed {
-            Some(PlanKind::Regroup) if state.position < ctx.job.end() => self.come_to_rest(None, false, ctx),
-            Some(PlanKind::Stop) => {
-                let next = state.position.0.next_multiple_of(ctx.job.phases);
-                let team = self.team.as_mut().expect("it is in a team");
-                team.stop_at.get_or_insert(Position(next));
-                self.next_phase(ctx);
-            }
-            _ => self.next_phase(ctx),
+        self.feed(Event::Committed { position: state.position, agreed: plan }, ctx);
+        let goes_on = self.alive && self.team.as_ref().is_some_and(|team| team.stage == Stage::Committing);
+        if goes_on && !self.leaves_now(ctx) {
+            self.next_phase(ctx);
         }
     }
 
-    /// Writes this member's files where a checkpoint is due, or always.
-    fn save_share(&mut self, always: bool, ctx: &mut Ctx) {
+    /// Writes this member's share of the files of a checkpoint.
+    pub fn save_share(&mut self, ctx: &mut Ctx) {
         let Some(state) = self.state else { return };
-        let due = always || ctx.job.is_due(state.position);
-        if !due || self.saved >= Some(state.position) {
-            return;
-        }
         let team = self.team.as_ref().expect("it is in a team");
         let writers: Vec<usize> =
             (0..team.group.members.len()).filter(|rank| team.group.members[*rank].writes_parts).collect();
@@ -543,24 +511,11 @@ impl Worker {
     // ---- Coming to rest
     // --------------------------------------------------------------------------------------
 
-    /// Rests once its last state is on the storage, however long that takes.
-    fn finish(&mut self, complete: bool, ctx: &mut Ctx) {
-        if !complete {
-            self.save_share(true, ctx);
-        }
-        self.team.as_mut().expect("it is in a team").complete = complete;
-        self.enter(Stage::Saving, ctx);
-        self.finish_if_saved(ctx);
-    }
-
+    /// Its part is done once its last state is on the storage, however long that takes.
     pub fn finish_if_saved(&mut self, ctx: &mut Ctx) {
-        let saving = self.team.as_ref().filter(|team| team.active && team.stage == Stage::Saving);
-        if let Some(complete) = saving.map(|team| team.complete)
-            && self.is_saved()
-            && !self.expired
-        {
-            self.finished = Some(complete);
-            self.come_to_rest(None, false, ctx);
+        let saves = self.team.as_ref().is_some_and(|team| team.active && team.stage == Stage::Saving);
+        if saves && self.is_saved() {
+            self.feed(Event::Saved, ctx);
         }
     }
 
@@ -568,10 +523,7 @@ impl Worker {
     pub fn leave_team(&mut self, fault: Option<Fault>, ctx: &mut Ctx) {
         let Some(team) = &mut self.team else { return };
         if !team.active {
-            if team.void {
-                self.drop_state();
-            }
-            return self.begin_next(ctx);
+            return;
         }
         if matches!(team.stage, Stage::Computing | Stage::Committing | Stage::Loading) {
             let known = team.leave.take().flatten();
@@ -596,21 +548,9 @@ impl Worker {
         team.stage = Stage::Done;
         team.mail.clear();
         let generation = team.group.generation;
-        let forgotten = team.forgotten;
-        if team.void {
-            self.drop_state();
-        }
         self.readied = self.readied.max(generation);
-        ctx.seen.push(Seen::Rested { proc: self.proc, generation });
         note!(ctx, "worker process {} rests: {fault:?}, {:?}", self.proc, self.state);
-        if !forgotten {
-            if let Some(fault) = fault {
-                self.fault = Some((generation, fault));
-                self.say_fault(ctx);
-            }
-            self.say_rest(ctx);
-        }
-        self.begin_next(ctx);
+        self.feed(Event::Stopped(fault), ctx);
     }
 
     /// Gives up what takes too long.

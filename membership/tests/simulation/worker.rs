@@ -1,15 +1,16 @@
-//! A worker process: its session with the coordinator. Its training thread is in `team`.
+//! A worker process: the real `Member`, its session, its storage. Its training thread is in `team`.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
+use ganglion_membership::member::{Command, End, Event, Report, Reported, Row, Welcome};
 use ganglion_membership::{
-    Activity, Event, Fault, Generation, Group, LoadedFacts, Passport, Plan, Position, Progress, Rank, Rested,
-    Term, WorkerId, WrittenPart,
+    Activity, Generation, LoadedFacts, Member, Passport, Position, Progress, Rank, Term, WorkerId,
 };
 
 use crate::directory::{Trouble, whole};
-use crate::job::{Instant, State};
-use crate::network::{ConnId, Down, Node, Packet, Proc, Resume, Up};
+use crate::job::{Instant, State, micros};
+use crate::network::{ConnId, Down, Node, Packet, Proc, Up};
 use crate::note;
 use crate::team::Team;
 use crate::world::{Ctx, Happening, Seen};
@@ -17,16 +18,22 @@ use crate::world::{Ctx, Happening, Seen};
 /// What a worker set itself.
 #[derive(Clone, Debug)]
 pub enum Timer {
-    Beat,
+    /// What is waited for is looked at.
+    Look,
     HasLoaded,
+    /// The first hello.
     Connect,
+    /// A timer of the member.
+    Tick(Instant),
     /// The training thread's work of this number is done.
     Worked(u64),
+    /// The members that do not answer are known.
+    Probed,
     /// A file of a checkpoint is due to be written. What was to be saved before its state turned out void is
     /// not saved.
     Save(Generation, State, u32, u64),
-    /// Past its lease: it saves what it holds, and exits.
-    SaveAll(u32),
+    /// Without a coordinator it saves what it holds.
+    SaveAlone(u32),
 }
 
 /// What came to a process that was not run.
@@ -36,12 +43,17 @@ pub enum Input {
     Packet(ConnId, Node, Packet),
 }
 
-struct Session {
-    conn: ConnId,
-    opened: Instant,
-    welcomed: bool,
-    last_pulse: Instant,
-    said_at_rest: bool,
+/// The row of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepRow {
+    pub step: u64,
+    pub ledger: u64,
+}
+
+impl Row for StepRow {
+    fn step(&self) -> u64 {
+        self.step
+    }
 }
 
 pub struct Worker {
@@ -57,27 +69,21 @@ pub struct Worker {
     pub crash_after: Option<u32>,
     strange: bool,
     blind: bool,
-    loaded: bool,
     pub leaving: bool,
     pub refused: bool,
-    session: Option<Session>,
-    attempts: u64,
-    pub id: Option<WorkerId>,
-    pub term: Term,
-    pub lease_until: Instant,
-    pub expired: bool,
-    /// The newest generation that it was assigned to.
-    pub newest: Generation,
+    pub member: Member<StepRow>,
+    /// What the member wants done, in order.
+    commands: VecDeque<Command<StepRow>>,
+    is_busy: bool,
+    tick_at: Option<Instant>,
+    /// The connection of its session.
+    conn: Option<ConnId>,
     /// The newest generation in which it will never commit again.
     pub readied: Generation,
     pub state: Option<State>,
     pub team: Option<Team>,
-    pub finished: Option<bool>,
-    /// Why it left the newest generation, which its coordinator may not have heard.
-    pub fault: Option<(Generation, Fault)>,
-    /// Reports of files that are not acknowledged.
-    reports: BTreeMap<(u64, u32), (Generation, WrittenPart)>,
-    pub saved: Option<Position>,
+    /// Steps whose rows it has reported, but for those that it computes again.
+    pub reported: BTreeSet<u64>,
     /// What was lent to collectives, as the network reads it.
     pub buffers: BTreeMap<u64, u64>,
     pub next_buffer: u64,
@@ -104,8 +110,8 @@ impl Worker {
         ctx.after(load, Happening::Timer(proc, Timer::HasLoaded));
         let first = ctx.between(1_000, 50_000);
         ctx.after(first, Happening::Timer(proc, Timer::Connect));
-        let beat = ctx.between(1_000, ctx.waits.heartbeat);
-        ctx.after(beat, Happening::Timer(proc, Timer::Beat));
+        let look = ctx.between(1_000, ctx.waits.heartbeat);
+        ctx.after(look, Happening::Timer(proc, Timer::Look));
         let blind = token.is_none() && ctx.scenario.blind && ctx.chance(0.5);
         Worker {
             proc,
@@ -118,23 +124,17 @@ impl Worker {
             crash_after: None,
             strange,
             blind,
-            loaded: false,
             leaving: false,
             refused: false,
-            session: None,
-            attempts: 0,
-            id: None,
-            term: Term(0),
-            lease_until: Instant::MAX,
-            expired: false,
-            newest: Generation(0),
+            member: Member::new(Duration::from_micros(ctx.now), ctx.limits),
+            commands: VecDeque::new(),
+            is_busy: false,
+            tick_at: None,
+            conn: None,
             readied: Generation(0),
             state: None,
             team: None,
-            finished: None,
-            fault: None,
-            reports: BTreeMap::new(),
-            saved: None,
+            reported: BTreeSet::new(),
             buffers: BTreeMap::new(),
             next_buffer: 0,
             leaves: 0,
@@ -162,24 +162,31 @@ impl Worker {
             return;
         }
         match timer {
-            Timer::Beat => self.beat(ctx),
-            Timer::HasLoaded => {
-                self.loaded = true;
-                self.say_loaded(ctx);
+            Timer::Look => {
+                ctx.after(ctx.waits.heartbeat, Happening::Timer(self.proc, Timer::Look));
+                self.check_waits(ctx);
             }
-            Timer::Connect => self.connect(ctx),
+            Timer::HasLoaded => self.feed(Event::Loaded { sees_storage: !self.blind }, ctx),
+            Timer::Connect => {
+                self.open_session(ctx);
+                self.say(Up::Hello { proc: self.proc, attempt: 1, token: self.token, resume: None }, ctx);
+                self.set_tick(ctx);
+            }
+            Timer::Tick(at) if self.tick_at == Some(at) => {
+                self.tick_at = None;
+                self.feed(Event::Tick, ctx);
+            }
+            Timer::Tick(_) => {}
             Timer::Worked(number) => self.worked(number, ctx),
+            Timer::Probed => self.feed(Event::Probed(self.unreachable(ctx)), ctx),
             Timer::Save(generation, state, index, era) => self.save(generation, state, index, era, ctx),
-            Timer::SaveAll(attempt) => self.save_all(attempt, ctx),
+            Timer::SaveAlone(attempt) => self.save_alone(attempt, ctx),
         }
     }
 
     pub fn receive(&mut self, conn: ConnId, from: Node, packet: Packet, ctx: &mut Ctx) {
         if self.paused_until.is_some() {
             self.inbox.push_back(Input::Packet(conn, from, packet));
-            return;
-        }
-        if self.expired {
             return;
         }
         match (packet, from) {
@@ -191,9 +198,12 @@ impl Worker {
         }
     }
 
+    /// What has arrived is read before anybody is judged silent.
     pub fn wake(&mut self, ctx: &mut Ctx) {
         self.paused_until = None;
-        while let Some(input) = self.inbox.pop_front() {
+        let (packets, timers): (VecDeque<Input>, VecDeque<Input>) =
+            std::mem::take(&mut self.inbox).into_iter().partition(|input| matches!(input, Input::Packet(..)));
+        for input in packets.into_iter().chain(timers) {
             if !self.alive {
                 return;
             }
@@ -204,37 +214,141 @@ impl Worker {
         }
     }
 
+    // ---- The member
+    // ------------------------------------------------------------------------------------------
+
+    /// Lets the member take an event, and does what it wants.
+    pub fn feed(&mut self, event: Event<StepRow>, ctx: &mut Ctx) {
+        if !self.alive {
+            return;
+        }
+        let mut commands = Vec::new();
+        self.member.handle(Duration::from_micros(ctx.now), event, &mut commands);
+        self.commands.extend(commands);
+        if std::mem::replace(&mut self.is_busy, true) {
+            return;
+        }
+        while let Some(command) = self.commands.pop_front() {
+            if !self.alive {
+                return;
+            }
+            self.carry_out(command, ctx);
+        }
+        self.is_busy = false;
+        self.set_tick(ctx);
+    }
+
+    fn set_tick(&mut self, ctx: &mut Ctx) {
+        let Some(deadline) = self.member.next_deadline() else { return };
+        let at = micros(deadline).max(ctx.now + 1);
+        if self.tick_at.is_none_or(|tick| at < tick) {
+            self.tick_at = Some(at);
+            ctx.at(at, Happening::Timer(self.proc, Timer::Tick(at)));
+        }
+    }
+
+    fn carry_out(&mut self, command: Command<StepRow>, ctx: &mut Ctx) {
+        match command {
+            Command::Connect(hello) => {
+                self.open_session(ctx);
+                if let Some((generation, _)) =
+                    hello.resume.and_then(|resume| Some((resume.generation, resume.rest?)))
+                {
+                    ctx.seen.push(Seen::Rested { proc: self.proc, generation });
+                }
+                let (proc, token) = (self.proc, self.token);
+                self.say(Up::Hello { proc, attempt: hello.attempt, token, resume: hello.resume }, ctx);
+            }
+            Command::Disconnect => {
+                if let Some(conn) = self.conn.take() {
+                    ctx.close(conn, self.node());
+                }
+            }
+            Command::Heartbeat => self.say(Up::Heartbeat(self.progress(ctx.now)), ctx),
+            Command::Tell(report) => self.tell(report, ctx),
+            Command::DropState => {
+                self.state = None;
+                self.unwritten.clear();
+                self.era += 1;
+            }
+            Command::ReportStep(reported) => self.report_step(reported, ctx),
+            Command::Probe => {
+                let wait = if self.unreachable(ctx).is_empty() { 2_000 } else { ctx.waits.attempt };
+                ctx.after(wait, Happening::Timer(self.proc, Timer::Probed));
+            }
+            Command::SaveAlone => {
+                let wait = ctx.between(1_000, 50_000);
+                ctx.after(wait, Happening::Timer(self.proc, Timer::SaveAlone(0)));
+            }
+            Command::Exit(end) => {
+                note!(ctx, "worker process {} exits: {end:?}", self.proc);
+                self.refused = matches!(end, End::Rejected(_)) && self.strange;
+                self.alive = false;
+                ctx.after(0, Happening::Exit(self.proc));
+            }
+            training => self.train(training, ctx),
+        }
+    }
+
+    fn tell(&mut self, report: Report<StepRow>, ctx: &mut Ctx) {
+        let up = match report {
+            Report::Loaded => Up::Loaded(self.facts(ctx)),
+            Report::Fault(generation, fault) => Up::Fault(generation, fault),
+            Report::Quiesced(generation, rest) => {
+                ctx.seen.push(Seen::Rested { proc: self.proc, generation });
+                match (rest.finished, rest.position) {
+                    (Some(complete), Some(position)) => Up::Finished { generation, position, complete },
+                    _ => Up::Ready(generation, rest.position),
+                }
+            }
+            Report::Row(row) => Up::Row(row),
+            Report::Part(generation, part) => Up::PartWritten(generation, part),
+            Report::InputWrong(_) => unreachable!("all samples can be read"),
+            Report::Leave => Up::Leave,
+        };
+        self.say(up, ctx);
+    }
+
+    fn facts(&self, ctx: &Ctx) -> LoadedFacts {
+        let build = if self.strange { "other" } else { "ours" };
+        LoadedFacts {
+            passport: Passport([("build".to_string(), build.to_string())].into()),
+            samples: 1,
+            sees_storage: !self.blind,
+            phases_per_step: u32::try_from(ctx.job.phases).expect("few phases"),
+            gpu: None,
+            left_out: Vec::new(),
+        }
+    }
+
+    fn report_step(&mut self, reported: Reported, ctx: &mut Ctx) {
+        let Some(state) = self.state else { return };
+        let row = StepRow { step: state.position.0 / ctx.job.phases, ledger: state.ledger };
+        if reported == Reported::FromCheckpoint {
+            return;
+        }
+        self.reported.insert(row.step);
+        let is_again = reported == Reported::Again;
+        self.feed(if is_again { Event::RowOfOthers(row) } else { Event::Row(row) }, ctx);
+        if !matches!(reported, Reported::Last { .. }) && ctx.job.is_due(state.position) {
+            self.save_share(ctx);
+        }
+    }
+
     // ---- The session
     // -----------------------------------------------------------------------------------------
 
-    fn connect(&mut self, ctx: &mut Ctx) {
-        if self.session.is_some() || self.expired {
-            return;
-        }
+    fn open_session(&mut self, ctx: &mut Ctx) {
         let conn = ctx.network.open(self.node(), Node::Coordinator, None);
-        let rest = if self.has_diverged() { None } else { self.rest() };
-        let said_at_rest = rest.is_some();
-        let resume = self.id.map(|worker| Resume { worker, term: self.term, generation: self.newest, rest });
-        let opened = ctx.now;
-        self.session = Some(Session { conn, opened, welcomed: false, last_pulse: opened, said_at_rest });
-        if ctx.listens() {
-            self.attempts += 1;
-            let hello = Up::Hello { proc: self.proc, attempt: self.attempts, token: self.token, resume };
-            self.send(hello, ctx);
-        } else if !ctx.network.is_cut(self.node(), Node::Coordinator) {
+        self.conn = Some(conn);
+        if !ctx.listens() && !ctx.network.is_cut(self.node(), Node::Coordinator) {
             ctx.reset(conn);
         }
     }
 
-    /// What it has to show: nothing while it may commit.
-    pub fn rest(&self) -> Option<Rested> {
-        let busy = self.team.as_ref().is_some_and(|team| team.active);
-        let position = self.state.map(|state| state.position);
-        (!busy).then_some(Rested { position, finished: self.finished })
-    }
-
-    fn send(&mut self, up: Up, ctx: &mut Ctx) {
-        let Some(session) = &self.session else { return };
+    /// Says something to the coordinator; it may crash instead.
+    pub fn say(&mut self, up: Up, ctx: &mut Ctx) {
+        let Some(conn) = self.conn else { return };
         if let Some(left) = &mut self.crash_after {
             if *left == 0 {
                 self.alive = false;
@@ -243,53 +357,13 @@ impl Worker {
             }
             *left -= 1;
         }
-        ctx.send(session.conn, self.node(), Packet::Up(Box::new(up)));
-    }
-
-    /// Says something, if somebody listens. If not, a later hello says what it is at rest with.
-    pub fn say(&mut self, up: Up, ctx: &mut Ctx) {
-        if self.alive && self.session.as_ref().is_some_and(|session| session.welcomed) {
-            self.send(up, ctx);
-        }
-    }
-
-    fn drop_session(&mut self, ctx: &mut Ctx) {
-        if let Some(session) = self.session.take() {
-            ctx.close(session.conn, self.node());
-            self.connect_again(ctx);
-        }
+        ctx.send(conn, self.node(), Packet::Up(Box::new(up)));
     }
 
     fn lose_session(&mut self, conn: ConnId, ctx: &mut Ctx) {
-        if self.session.as_ref().is_some_and(|session| session.conn == conn) {
-            self.session = None;
-            self.connect_again(ctx);
-        }
-    }
-
-    fn connect_again(&mut self, ctx: &mut Ctx) {
-        let pause = ctx.between(ctx.waits.heartbeat / 4, ctx.waits.heartbeat);
-        ctx.after(pause, Happening::Timer(self.proc, Timer::Connect));
-    }
-
-    fn beat(&mut self, ctx: &mut Ctx) {
-        if self.expired {
-            return;
-        }
-        ctx.after(ctx.waits.heartbeat, Happening::Timer(self.proc, Timer::Beat));
-        if ctx.now >= self.lease_until {
-            return self.expire(ctx);
-        }
-        self.check_session(ctx);
-        self.say(Up::Heartbeat(self.progress(ctx.now), ctx.now), ctx);
-        self.check_waits(ctx);
-    }
-
-    fn check_session(&mut self, ctx: &mut Ctx) {
-        let Some(session) = &self.session else { return };
-        let patience = if session.welcomed { ctx.waits.deadline } else { ctx.waits.attempt };
-        if ctx.now >= session.last_pulse + patience {
-            self.drop_session(ctx);
+        if self.conn == Some(conn) {
+            self.conn = None;
+            self.feed(Event::Disconnected, ctx);
         }
     }
 
@@ -298,188 +372,40 @@ impl Worker {
             position: self.state.map_or(Position(0), |state| state.position),
             leaves: self.leaves + self.leaves_in_hand(now),
             activity: self.team.as_ref().map_or(Activity::Resting, Team::activity),
-            slowest_leaf: std::time::Duration::from_micros(self.slowest_leaf),
+            slowest_leaf: Duration::from_micros(self.slowest_leaf),
         }
     }
 
     fn hear(&mut self, conn: ConnId, down: Down, ctx: &mut Ctx) {
-        if self.session.as_ref().is_none_or(|session| session.conn != conn) {
+        if self.conn != Some(conn) {
             return;
         }
-        match down {
-            Down::Welcome { term, worker, saved, condemned } => {
-                self.heard_condemned(condemned, ctx);
-                self.welcomed(term, worker, saved, ctx);
+        let event = match down {
+            Down::Welcome { term, worker, condemned } => {
+                let condemned = condemned.unwrap_or_default();
+                Event::Welcomed(Welcome { term, worker, condemned, limits: ctx.limits })
             }
-            Down::Assignment(term, group) => self.assigned(term, group, ctx),
-            Down::Abort { generation, cause, probe } => self.abort(generation, &cause, probe, ctx),
-            Down::Announce(plan) => self.announced(plan),
-            Down::Pulse(sent) => self.pulse(sent, ctx),
-            Down::Release => self.exit(ctx),
-            Down::Reject => {
-                self.refused = self.strange;
-                self.exit(ctx);
+            Down::Assignment(term, group) => {
+                let before = self.member.generation();
+                self.feed(Event::Assigned(group.clone()), ctx);
+                if self.member.generation() > before {
+                    ctx.seen.push(Seen::Assigned { proc: self.proc, term, group });
+                }
+                return;
             }
-            Down::Saved(position) => self.acknowledged(position),
-            Down::Met(generation, procs) => self.met(generation, procs, ctx),
-        }
-    }
-
-    fn pulse(&mut self, sent: Instant, ctx: &Ctx) {
-        if let Some(session) = &mut self.session {
-            session.last_pulse = ctx.now;
-        }
-        if self.lease_until != Instant::MAX {
-            self.lease_until = self.lease_until.max(sent + ctx.waits.lease);
-        }
-    }
-
-    fn announced(&mut self, plan: Plan) {
-        if let Some(team) = &mut self.team {
-            team.plan = Some(plan);
-        }
-    }
-
-    fn acknowledged(&mut self, position: Position) {
-        self.saved = self.saved.max(Some(position));
-        self.reports = self.reports.split_off(&(position.0 + 1, 0));
-    }
-
-    fn welcomed(&mut self, term: Term, worker: WorkerId, saved: Option<Position>, ctx: &mut Ctx) {
-        if term < self.term {
-            return self.drop_session(ctx);
-        }
-        self.term = term;
-        let session = self.session.as_mut().expect("it was welcomed there");
-        session.welcomed = true;
-        session.last_pulse = ctx.now;
-        let lease = session.opened + ctx.waits.lease;
-        let said_at_rest = session.said_at_rest;
-        self.lease_until = if self.lease_until == Instant::MAX { lease } else { self.lease_until.max(lease) };
-        if self.id != Some(worker) {
-            self.id = Some(worker);
-            self.forget(ctx);
-        }
-        if let Some(position) = saved {
-            self.acknowledged(position);
-        }
-        self.say_loaded(ctx);
-        if !self.team.as_ref().is_some_and(|team| team.active) {
-            self.say_fault(ctx);
-            if !said_at_rest {
-                self.say_rest(ctx);
+            Down::Abort { generation, probe, condemned } => Event::Aborted { generation, probe, condemned },
+            Down::Announce(plan) => Event::Planned(plan),
+            Down::Pulse => Event::Pulse,
+            Down::Release => Event::Dismissed(End::Released),
+            Down::Reject => Event::Dismissed(End::Rejected("its passport differs".to_string())),
+            Down::Saved(position) => {
+                let phase = u32::try_from(position.0 % ctx.job.phases).expect("few phases");
+                Event::CheckpointRecorded(position.0 / ctx.job.phases, phase)
             }
-        }
-        if self.leaving {
-            self.say(Up::Leave, ctx);
-        }
-        for (generation, part) in self.reports.clone().into_values() {
-            self.say(Up::PartWritten(generation, part), ctx);
-        }
-    }
-
-    /// What it holds of a condemned generation is void, also what it has to report of it.
-    fn heard_condemned(&mut self, condemned: Option<Generation>, ctx: &mut Ctx) {
-        let Some(team) = &mut self.team else { return };
-        if condemned.is_some_and(|condemned| self.newest <= condemned) {
-            team.void = true;
-            self.reports.clear();
-            self.leave_team(None, ctx);
-        }
-    }
-
-    fn say_loaded(&mut self, ctx: &mut Ctx) {
-        if self.loaded {
-            let build = if self.strange { "other" } else { "ours" };
-            let facts = LoadedFacts {
-                passport: Passport([("build".to_string(), build.to_string())].into()),
-                samples: 1,
-                sees_storage: !self.blind,
-                phases_per_step: u32::try_from(ctx.job.phases).expect("few phases"),
-                gpu: None,
-                left_out: Vec::new(),
-            };
-            self.say(Up::Loaded(facts), ctx);
-        }
-    }
-
-    /// Says why it left its group, whether or not the coordinator has heard that already: without the reason
-    /// it would think that the others come to rest as well.
-    pub fn say_fault(&mut self, ctx: &mut Ctx) {
-        if let Some((generation, fault)) = self.fault.clone() {
-            self.say(Up::Fault(generation, fault), ctx);
-        }
-    }
-
-    fn has_diverged(&self) -> bool {
-        matches!(self.fault, Some((_, Fault::Diverged(_))))
-    }
-
-    /// Says that it is at rest.
-    pub fn say_rest(&mut self, ctx: &mut Ctx) {
-        let Some(team) = &self.team else { return };
-        let generation = team.group.generation;
-        let position = self.state.map(|state| state.position);
-        match (self.finished, position) {
-            (Some(complete), Some(position)) => {
-                self.say(Up::Finished { generation, position, complete }, ctx);
-            }
-            _ => self.say(Up::Ready(generation, position), ctx),
-        }
-    }
-
-    /// It is somebody new: its group is not its group any more, but old generations stay old.
-    fn forget(&mut self, ctx: &mut Ctx) {
-        self.finished = None;
-        self.fault = None;
-        self.void_reports();
-        if let Some(team) = &mut self.team {
-            team.next = None;
-            team.forgotten = true;
-        }
-        self.leave_team(None, ctx);
-    }
-
-    fn assigned(&mut self, term: Term, group: Group, ctx: &mut Ctx) {
-        if term < self.term || group.generation <= self.newest {
-            return;
-        }
-        self.newest = group.generation;
-        ctx.seen.push(Seen::Assigned { proc: self.proc, term, group: group.clone() });
-        if let Some(team) = &mut self.team {
-            team.next = Some((term, group));
-            if team.active {
-                return self.leave_team(None, ctx);
-            }
-        } else {
-            return self.begin(term, group, ctx);
-        }
-        self.begin_next(ctx);
-    }
-
-    fn abort(
-        &mut self,
-        generation: Generation,
-        cause: &ganglion_membership::Cause,
-        probe: bool,
-        ctx: &mut Ctx,
-    ) {
-        let Some(team) = &mut self.team else { return };
-        if generation < team.group.generation {
-            return;
-        }
-        if team.next.as_ref().is_some_and(|(_, group)| group.generation <= generation) {
-            team.next = None;
-        }
-        if matches!(cause, ganglion_membership::Cause::Diverged(_)) {
-            team.void = true;
-        }
-        let unreachable = if probe { self.unreachable(ctx) } else { Vec::new() };
-        if !unreachable.is_empty() {
-            self.fault = Some((generation, Fault::Links(unreachable)));
-            self.say_fault(ctx);
-        }
-        self.leave_team(None, ctx);
+            Down::RowsRecorded(step) => Event::RowsRecorded(step),
+            Down::Met(generation, procs) => return self.met(generation, procs, ctx),
+        };
+        self.feed(event, ctx);
     }
 
     fn unreachable(&self, ctx: &Ctx) -> Vec<Rank> {
@@ -487,6 +413,37 @@ impl Worker {
         let cut = |proc: Proc| ctx.network.is_cut(self.node(), Node::Worker(proc));
         let ranks = (0u32..).zip(&team.peers);
         ranks.filter(|(_, proc)| cut(**proc)).map(|(rank, _)| Rank(rank)).collect()
+    }
+
+    // ---- What others see of it
+    // -------------------------------------------------------------------------------
+
+    pub fn id(&self) -> Option<WorkerId> {
+        self.member.worker()
+    }
+
+    pub fn term(&self) -> Term {
+        self.member.term()
+    }
+
+    pub fn lease_until(&self) -> Instant {
+        self.member.lease().map_or(Instant::MAX, micros)
+    }
+
+    /// Whether it has given its coordinator up: it trains no more.
+    pub fn expired(&self) -> bool {
+        self.member.end() == Some(&End::Lost)
+    }
+
+    /// Whether it is at rest and will not train in `generation`, whatever reaches it.
+    pub fn is_out_of(&self, generation: Generation) -> bool {
+        let active = self.team.as_ref().is_some_and(|team| team.active);
+        !active && (self.readied >= generation || self.member.generation() < generation)
+    }
+
+    /// The connection of its session.
+    pub fn session(&self) -> Option<ConnId> {
+        self.conn
     }
 
     // ---- Checkpoints and the end
@@ -517,10 +474,7 @@ impl Worker {
                 .after(150_000, Happening::Timer(self.proc, Timer::Save(generation, state, index, self.era))),
             Some(part) => {
                 self.unwritten.remove(&(state.position.0, index));
-                if self.saved < Some(state.position) {
-                    self.reports.insert((state.position.0, index), (generation, part.clone()));
-                }
-                self.say(Up::PartWritten(generation, part), ctx);
+                self.feed(Event::PartWritten(generation, part), ctx);
                 self.finish_if_saved(ctx);
             }
         }
@@ -545,85 +499,48 @@ impl Worker {
         }
     }
 
-    /// Its state must not be used, nor what it was to save of it.
-    pub fn drop_state(&mut self) {
-        self.state = None;
-        self.void_reports();
-    }
-
-    /// Nothing more is saved or reported of what it saw until now.
-    fn void_reports(&mut self) {
-        self.reports.clear();
-        self.unwritten.clear();
-        self.era += 1;
-    }
-
     /// Its machine computes wrongly for a moment.
     pub fn flip(&mut self, ctx: &mut Ctx) {
         if let Some(state) = &mut self.state {
             state.halves[0] ^= 1 << 17;
             state.tainted = true;
-            ctx.flipped_in = Some(self.newest);
+            ctx.flipped_in = Some(self.member.generation());
             ctx.flips += 1;
         }
     }
 
-    /// The grace period is over: it trains no more.
-    pub fn expire(&mut self, ctx: &mut Ctx) {
-        note!(ctx, "worker process {} is past its lease", self.proc);
-        self.expired = true;
-        self.work += 1;
-        let wait = ctx.between(1_000, 50_000);
-        ctx.after(wait, Happening::Timer(self.proc, Timer::SaveAll(0)));
-    }
-
-    fn save_all(&mut self, attempt: u32, ctx: &mut Ctx) {
-        let Some(state) = self.state.filter(|_| !self.blind) else { return self.exit(ctx) };
-        if ctx.directory.storage_down || !self.storage_answers() {
-            if attempt < 10 {
-                ctx.after(200_000, Happening::Timer(self.proc, Timer::SaveAll(attempt + 1)));
-            } else {
-                self.exit(ctx);
+    fn save_alone(&mut self, attempt: u32, ctx: &mut Ctx) {
+        let down = ctx.directory.storage_down || !self.storage_answers();
+        if down && attempt < 10 {
+            return ctx.after(200_000, Happening::Timer(self.proc, Timer::SaveAlone(attempt + 1)));
+        }
+        if let Some(state) = self.state.filter(|_| !down) {
+            for row in self.member.rows() {
+                ctx.directory.rows.insert(row.step, row.ledger);
             }
-            return;
+            let checkpoint = whole(&ctx.job, &state);
+            let Ctx { directory, job, .. } = ctx;
+            for index in 0..job.parts {
+                directory.write_part(job, &state, index);
+            }
+            ctx.directory.write_manifest(checkpoint.clone());
+            // Cut off, it may never have heard that its state was condemned.
+            ctx.spoiled |= state.tainted;
+            ctx.seen.push(Seen::ManifestWritten(checkpoint));
         }
-        let checkpoint = whole(&ctx.job, &state);
-        let Ctx { directory, job, .. } = ctx;
-        for index in 0..job.parts {
-            directory.write_part(job, &state, index);
-        }
-        ctx.directory.write_manifest(checkpoint.clone());
-        // Cut off, it may never have heard that its state was condemned.
-        ctx.spoiled |= state.tainted;
-        ctx.seen.push(Seen::ManifestWritten(checkpoint));
-        self.exit(ctx);
-    }
-
-    pub fn exit(&mut self, ctx: &mut Ctx) {
-        self.alive = false;
-        ctx.after(0, Happening::Exit(self.proc));
+        self.feed(Event::SavedAlone, ctx);
     }
 
     /// Somebody asks it to leave.
     pub fn asked_to_leave(&mut self, ctx: &mut Ctx) {
         self.leaving = true;
-        self.say(Up::Leave, ctx);
-    }
-
-    /// Whether it is at rest and will not train in `generation`, whatever reaches it.
-    pub fn is_out_of(&self, generation: Generation) -> bool {
-        let active = self.team.as_ref().is_some_and(|team| team.active);
-        !active && (self.readied >= generation || self.newest < generation)
-    }
-
-    /// The connection of its session.
-    pub fn session(&self) -> Option<ConnId> {
-        self.session.as_ref().map(|session| session.conn)
+        self.feed(Event::LeaveRequested, ctx);
     }
 }
 
 /// The generation that a message speaks of.
-pub fn generation_of(event: &Event) -> Option<Generation> {
+pub fn generation_of(event: &ganglion_membership::Event) -> Option<Generation> {
+    use ganglion_membership::Event;
     match event {
         Event::Ready(_, generation, _)
         | Event::Fault(_, generation, _)

@@ -12,7 +12,7 @@ use crate::faults::{self, Mishap, Scenario};
 use crate::invariants::{Breach, Invariants};
 use crate::job::{Instant, Job, State, Waits};
 use crate::network::{ConnId, Network, Node, Packet, Peer, Proc};
-use crate::worker::{Timer, Worker};
+use crate::worker::{StepRow, Timer, Worker};
 
 /// What happens at an instant.
 #[derive(Debug)]
@@ -103,6 +103,8 @@ pub enum Seen {
         proc: Proc,
         generation: Generation,
     },
+    /// A row reached the records.
+    Recorded(StepRow),
     ManifestWritten(Checkpoint),
     LatestMoved {
         from: Option<u64>,

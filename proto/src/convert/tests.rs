@@ -117,7 +117,7 @@ fn a_workers_messages_survive_the_wire() {
 
 #[test]
 fn an_assignment_survives_the_wire_and_overlapping_shards_are_refused() {
-    let member = |worker, shards| Member { worker: WorkerId(worker), shards, writes_parts: true };
+    let member = |worker, shards| GroupMember { worker: WorkerId(worker), shards, writes_parts: true };
     let checkpoint = Checkpoint {
         position: Position(8),
         step: 4,

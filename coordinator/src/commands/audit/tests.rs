@@ -9,7 +9,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use ganglion_membership::{
-    Backend, Cause, Checkpoint, Generation, Group, Member, Position, Rank, Start, StoredFile, Term, WorkerId,
+    Backend, Cause, Checkpoint, Generation, Group, GroupMember, Position, Rank, Start, StoredFile, Term,
+    WorkerId,
 };
 use ganglion_proto::job::Job;
 use ganglion_proto::stream::{SampleStream, ledger_term};
@@ -66,7 +67,7 @@ fn ledger_after(step: u64) -> u64 {
 
 fn group(generation: u64, position: u64, start: Start, workers: &[u64]) -> Group {
     let each = 4 / u32::try_from(workers.len()).unwrap();
-    let member = |(rank, worker): (u32, &u64)| Member {
+    let member = |(rank, worker): (u32, &u64)| GroupMember {
         worker: WorkerId(*worker),
         shards: rank * each..(rank + 1) * each,
         writes_parts: true,

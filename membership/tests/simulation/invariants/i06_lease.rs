@@ -24,11 +24,11 @@ impl Lease {
     }
 
     fn is_gone(worker: &Worker, world: &World) -> bool {
-        !worker.alive || worker.expired || world.ctx.now >= worker.lease_until
+        !worker.alive || worker.expired() || world.ctx.now >= worker.lease_until()
     }
 
     fn of<'a>(&'a self, world: &'a World) -> impl Iterator<Item = &'a Worker> {
-        let is_member = |worker: &&Worker| worker.id.is_some_and(|id| self.members.contains(&id));
+        let is_member = |worker: &&Worker| worker.id().is_some_and(|id| self.members.contains(&id));
         world.workers.values().filter(is_member)
     }
 }
@@ -36,7 +36,7 @@ impl Lease {
 impl Invariant for Lease {
     fn see(&mut self, seen: &Seen, world: &World) -> Finding {
         if let Seen::Committed { proc, begun, state, .. } = seen {
-            let lease = world.workers[proc].lease_until;
+            let lease = world.workers[proc].lease_until();
             return hold(*begun < lease, || {
                 format!("process {proc} begins to commit {} at {begun} us, past its lease", state.position)
             });

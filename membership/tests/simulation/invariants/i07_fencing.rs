@@ -41,7 +41,7 @@ impl Invariant for Fencing {
     fn see(&mut self, seen: &Seen, world: &World) -> Finding {
         match seen {
             Seen::Assigned { proc, term, group } => {
-                let seen = world.workers[proc].term;
+                let seen = world.workers[proc].term();
                 self.newest.insert(*proc, (*term, group.generation));
                 hold(*term >= seen, || format!("process {proc} takes term {term} after {seen}"))
             }

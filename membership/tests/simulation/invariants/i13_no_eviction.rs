@@ -19,8 +19,8 @@ impl Invariant for NoEviction {
                 // A number that was given to a process that gave up waiting for it is nobody's, and pauses
                 // that follow on each other may be longer than a lease: who is past it trains no more, also
                 // while it still saves.
-                let is_it = |process: &Worker| process.id == Some(*worker);
-                let lives = world.workers.values().any(|w| w.alive && !w.expired && is_it(w));
+                let is_it = |process: &Worker| process.id() == Some(*worker);
+                let lives = world.workers.values().any(|w| w.alive && !w.expired() && is_it(w));
                 hold(!calm || !evicted || !lives, || format!("worker {worker} is evicted: {loss}"))
             }
             Seen::Decided(Action::Abort { generation, cause: Cause::Stalled, .. }) => {

@@ -1,4 +1,4 @@
-//! The thirteen invariants, checked after everything that happens.
+//! The fourteen invariants, checked after everything that happens.
 
 mod i01_one_generation;
 mod i02_one_apart;
@@ -13,6 +13,7 @@ mod i10_ledger;
 mod i11_nobody_forgotten;
 mod i12_progress;
 mod i13_no_eviction;
+mod i14_rows;
 
 use crate::world::{Seen, World};
 
@@ -32,7 +33,7 @@ impl Breach {
 /// What an invariant finds.
 pub type Finding = Result<(), String>;
 
-/// One of the thirteen.
+/// One of the fourteen.
 trait Invariant {
     /// Looks at something that was done.
     fn see(&mut self, _seen: &Seen, _world: &World) -> Finding {
@@ -68,6 +69,7 @@ impl Default for Invariants {
             Box::new(i11_nobody_forgotten::NobodyForgotten),
             Box::new(i12_progress::Progress::default()),
             Box::new(i13_no_eviction::NoEviction),
+            Box::new(i14_rows::Rows),
         ];
         Invariants((1..).zip(all).collect())
     }
