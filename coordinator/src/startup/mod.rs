@@ -2,7 +2,9 @@
 
 pub mod exclusion;
 pub mod host;
+mod listen;
 pub mod mend;
 pub mod recover;
 pub mod resume;
 pub mod run;
+mod take_over;
