@@ -14,6 +14,7 @@ pub mod dial;
 mod error;
 pub mod evaluation;
 pub mod failpoint;
+pub mod format;
 pub mod found;
 pub mod job;
 pub mod listen;

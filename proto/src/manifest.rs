@@ -2,15 +2,21 @@
 //!
 //! 1. The text is a function of the checkpoint, so any worker that writes the manifest of a state
 //!    writes the same bytes.
-//! 2. Parsing the output of [`render`] gives the same checkpoint.
+//! 2. Parsing the output of [`render`] gives the same checkpoint, and so does parsing the manifest of
+//!    an earlier version.
 
 use ganglion_membership::{Checkpoint, Position, StoredFile};
 use serde::{Deserialize, Serialize};
 
-/// Error: the text is not a manifest.
+use crate::format::{self, FormatError, Numbered};
+
+/// Number of the format that this version writes, and the newest that it reads.
+const FORMAT: u32 = 1;
+
+/// Error: the text is not a manifest of a known format.
 #[derive(Debug, thiserror::Error)]
 #[error("manifest.json: {0}")]
-pub struct NoManifest(#[from] serde_json::Error);
+pub struct NoManifest(#[from] FormatError);
 
 #[derive(Serialize, Deserialize)]
 struct Manifest {
@@ -41,13 +47,14 @@ pub fn render(checkpoint: &Checkpoint) -> String {
         parts,
         exports,
     };
-    let text = serde_json::to_string_pretty(&manifest).expect("a manifest is texts and numbers");
+    let numbered = Numbered { format: FORMAT, content: manifest };
+    let text = serde_json::to_string_pretty(&numbered).expect("a manifest is texts and numbers");
     text + "\n"
 }
 
 /// Parses a manifest. Does not check whether its files exist and are whole.
 pub fn parse(text: &str) -> Result<Checkpoint, NoManifest> {
-    let manifest: Manifest = serde_json::from_str(text)?;
+    let manifest: Manifest = format::parse(text, FORMAT)?;
     Ok(Checkpoint {
         position: Position(manifest.position),
         step: manifest.step,
@@ -84,15 +91,42 @@ mod tests {
         }
     }
 
+    /// Manifest as the first version wrote it: without a number.
+    const OF_THE_FIRST_VERSION: &str = r#"{
+  "step": 3,
+  "phase": 1,
+  "position": 7,
+  "state_digest": "d",
+  "parts": [
+    {
+      "file": "state-00001-of-00001.safetensors",
+      "bytes": 9,
+      "blake3": "h"
+    }
+  ],
+  "exports": [
+    {
+      "file": "generator_ema.safetensors",
+      "bytes": 9,
+      "blake3": "h"
+    }
+  ]
+}
+"#;
+
     /// Other tools read these names, and two writers of one checkpoint must agree on every byte.
     #[test]
     fn the_text_is_fixed() {
-        let text = "{\n  \"step\": 3,\n  \"phase\": 1,\n  \"position\": 7,\n  \"state_digest\": \"d\",\n  \"parts\": [\n    \
-                    {\n      \"file\": \"state-00001-of-00001.safetensors\",\n      \"bytes\": 9,\n      \"blake3\": \
-                    \"h\"\n    }\n  ],\n  \"exports\": [\n    {\n      \"file\": \"generator_ema.safetensors\",\n      \
-                    \"bytes\": 9,\n      \"blake3\": \"h\"\n    }\n  ]\n}\n";
+        let text = OF_THE_FIRST_VERSION.replacen('{', "{\n  \"format\": 1,", 1);
         assert_eq!(render(&checkpoint()), text);
-        assert_eq!(parse(text).unwrap(), checkpoint());
+        assert_eq!(parse(&text).unwrap(), checkpoint());
+    }
+
+    #[test]
+    fn a_manifest_of_an_earlier_version_is_read_and_one_of_a_newer_version_is_named() {
+        assert_eq!(parse(OF_THE_FIRST_VERSION).unwrap(), checkpoint());
+        let newer = parse(r#"{"format": 2, "files": []}"#).unwrap_err().to_string();
+        assert!(newer.starts_with("manifest.json: its format is 2, and this version knows none"), "{newer}");
     }
 
     #[test]

@@ -125,7 +125,7 @@ fn the_best_checkpoint_is_kept_and_named() {
     let best = judged.iter().min_by(|one, other| distance(one).total_cmp(&distance(other))).unwrap();
     let named = fs::read(run.path("checkpoints/best.json")).unwrap();
     let named: Value = serde_json::from_slice(&named).unwrap();
-    assert_eq!(named["step"], best["step"]);
+    assert_eq!((&named["format"], &named["step"]), (&1.into(), &best["step"]));
     assert_eq!(named["metrics"], best["metrics"]);
     let folder = named["folder"].as_str().unwrap();
     assert!(run.path("checkpoints").join(folder).join("manifest.json").exists(), "{folder} is gone");

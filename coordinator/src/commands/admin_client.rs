@@ -113,8 +113,7 @@ async fn reach(folder: &Path) -> Result<(AdminServiceClient<Channel>, Access), F
         ))
     };
     let text = std::fs::read_to_string(&file).map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
-    let access: Access =
-        serde_json::from_str(&text).map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
+    let access = Access::parse(&text).map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
     let uri = access.address.parse().map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
     let credentials = access.credentials();
     let endpoint = credentials.endpoint(&uri).map_err(|error| missing(error.to_string()))?;

@@ -12,6 +12,9 @@ use crate::checkpoints::model_card::{self, Subject};
 use crate::checkpoints::writer::BestFiles;
 use crate::records::alarms::Change;
 
+/// Number of the format of `best.json` that this version writes. No program of Ganglion's reads it.
+const BEST_FORMAT: u32 = 1;
+
 impl Shell {
     /// Takes an evaluation: journals it, records it, and updates best checkpoint and alarms.
     pub(super) fn take_evaluation(&mut self, row: EvaluationRow) -> Result<(), ShellError> {
@@ -102,7 +105,7 @@ impl Shell {
         let metrics: serde_json::Map<String, serde_json::Value> =
             row.metrics.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
         let named = json!({
-            "folder": folder(best.step), "step": best.step, "metric": best.metric, "value": best.value,
+            "format": BEST_FORMAT, "folder": folder(best.step), "step": best.step, "metric": best.metric, "value": best.value,
             "features": row.features, "metrics": metrics,
         });
         let passport = self.journal.passport().ok().flatten();

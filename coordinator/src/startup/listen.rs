@@ -80,7 +80,7 @@ impl<C> Doors<C> {
 
 /// Writes the access record for operators.
 fn leave_access(run_dir: &RunDir, access: &Access) -> Result<(), Failure> {
-    let text = serde_json::to_string(access).map_err(Failure::other)?;
+    let text = access.render().map_err(Failure::other)?;
     Ok(run_dir.write_secret(ACCESS_FILE, &text)?)
 }
 
