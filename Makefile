@@ -20,7 +20,7 @@ KILLS ?= 100
 RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test golden simulate simulate-planted simulate-shell chaos check fmt lint modules unused docs licences proto-lint clean \
+.PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test golden simulate simulate-planted simulate-shell chaos check fmt lint modules unused docs licences proto-lint proto-breaking proto-contract clean \
 	advisories pins update-pins requirements sbom check-sbom wheel image check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
 
 help: ## Show what there is to make.
@@ -143,7 +143,7 @@ check-alerts: ## Check the alerts and the configuration for Prometheus. Needs pr
 	promtool check config deploy/prometheus/prometheus.yml
 	promtool test rules deploy/prometheus/alerts_test.yml
 
-check: fmt lint modules unused docs licences advisories pins proto-lint test golden ## Everything that must be clean before a change lands.
+check: fmt lint modules unused docs licences advisories pins proto-lint proto-breaking test golden ## Everything that must be clean before a change lands.
 
 fmt:
 	$(CARGO) fmt --all --check
@@ -193,8 +193,27 @@ $(TOOLS)/uv:
 $(TOOLS)/bin/cargo-deny:
 	$(CARGO) install --quiet --locked --root $(TOOLS) cargo-deny
 
+BUF := ../$(TOOLS)/buf/bin/buf
+PROTOCOL = $(shell sed -n 's/^pub const PROTOCOL: u32 = \([0-9]*\);/\1/p' proto/src/lib.rs)
+
 proto-lint: $(TOOLS)/buf/bin/buf
-	cd proto && ../$(TOOLS)/buf/bin/buf lint
+	cd proto && $(BUF) lint
+
+# Within a version messages only grow. Between versions the number of a field that went is reserved, so that an older peer's
+# field is never taken for another.
+WIRE := '{"version":"v2","breaking":{"use":["WIRE"]}}'
+
+proto-breaking: $(TOOLS)/buf/bin/buf ## Check that the wire contract still fits those of proto/contract, one for each PROTOCOL.
+	@cd proto && for kept in contract/*.binpb; do \
+		$(BUF) breaking --against $$kept $$(test $$kept = contract/$(PROTOCOL).binpb || echo --config $(WIRE)) || \
+			{ echo "reserve what went; raise PROTOCOL, in proto/src/lib.rs, if it is of version $(PROTOCOL)" >&2; exit 1; }; \
+	done
+	@cd proto && $(BUF) build --exclude-source-info --output - | cmp --silent - contract/$(PROTOCOL).binpb || \
+		[ -n "$(KEEP)" ] || { echo "the wire contract is new or has grown: run make proto-contract" >&2; exit 1; }
+
+proto-contract: ## Keep the wire contract as that of PROTOCOL, in proto/contract.
+	@$(MAKE) --no-print-directory proto-breaking KEEP=1
+	cd proto && $(BUF) build --exclude-source-info --output contract/$(PROTOCOL).binpb
 
 $(TOOLS)/buf/bin/buf:
 	$(PIP) --target $(TOOLS)/buf --requirement $(REQUIREMENTS)/buf.txt
