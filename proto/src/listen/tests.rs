@@ -1,8 +1,9 @@
 //! Tests of the accept loop and its connection limit, on a virtual clock and without sockets.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use super::*;
 

@@ -15,9 +15,10 @@ use ganglion_proto::data_report::{Bad, Report, Size};
 use ganglion_proto::found as seen;
 use ganglion_proto::job::{Data, DataKind};
 
+use super::data_set::required_path;
 use super::folder::{self, Folder, Looked};
 use super::framing::Framing;
-use super::{DataError, DataSet, remote, required_path};
+use super::{DataError, DataSet, remote};
 
 /// Maximum number of bad samples that are named. With more than these the source of the files is to blame.
 const NAMED: usize = 100_000;

@@ -5,7 +5,9 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::{DataError, Labels, MAX_BYTES_IN_MEMORY, Memory, input, open_plain};
+use super::labels::Labels;
+use super::memory::Memory;
+use super::{DataError, MAX_BYTES_IN_MEMORY, input, open_plain};
 
 const SIDE: u32 = 32;
 const PLANE_BYTES: usize = 32 * 32;

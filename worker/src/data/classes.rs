@@ -16,8 +16,9 @@ use std::path::Path;
 use ganglion_proto::printable_start;
 use serde_json::Value;
 
+use super::labels::Labels;
 use super::search::{Entry, JSON_NOTE, LABELS_FILE, NOTE, Search};
-use super::{DataError, Labels, input, parallel};
+use super::{DataError, input, parallel};
 
 /// Maximum length of a list of classes: some millions of files.
 const LIST_LIMIT: u64 = 256 << 20;

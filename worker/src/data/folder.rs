@@ -15,15 +15,16 @@ use std::time::{Duration, Instant};
 use ganglion_proto::found::Found;
 use ganglion_proto::job::{Data, Orientation};
 
-use super::decode::{Outline, decode, outline};
 use image::DynamicImage;
 
+use super::data_set::{EVERYTHING, Opened, Source};
+use super::decode::{Outline, decode, outline};
 use super::framing::{Framing, Image};
+use super::labels::Labels;
+use super::left_out::{LeftOut, Names};
 use super::place::Place;
 use super::search::{Entry, PICTURES, Search};
-use super::{
-    DataError, EVERYTHING, ImageShape, Labels, LeftOut, Names, Opened, Source, classes, input, parallel,
-};
+use super::{DataError, ImageShape, classes, input, parallel};
 
 /// Duration after which a reading of all files is logged.
 const TOLD: Duration = Duration::from_secs(5);

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 
 use flate2::bufread::MultiGzDecoder;
 
-use super::{DataError, Labels, MAX_BYTES_IN_MEMORY, MAX_SIDE, Memory, input, open_plain};
+use super::labels::Labels;
+use super::memory::Memory;
+use super::{DataError, MAX_BYTES_IN_MEMORY, MAX_SIDE, input, open_plain};
 
 /// Magic number of images: unsigned bytes in three dimensions.
 const MAGIC_IMAGES: u32 = 0x0000_0803;
