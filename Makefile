@@ -101,6 +101,10 @@ golden: build ## Compare the bits of this tree with those of another commit (BAS
 chaos: build ## Disturb real runs at random, for MINUTES=10, and demand the same bits (SEED=x to repeat).
 	MINUTES=$(MINUTES) $(CARGO) run --release --locked -p ganglion-tests --bin chaos
 
+records-page: ## Write docs/records.md, the reference of metrics.jsonl and events.jsonl, from their types.
+	$(CARGO) run --release --locked --quiet -p ganglion-proto --example records_page > docs/records.md.new
+	mv docs/records.md.new docs/records.md
+
 simulate: ## Simulate the group protocol with faults (SEEDS=n, FIRST=n, or SEED=x to see one again). Needs no set-up.
 	SEEDS=$(SEEDS) $(CARGO) test --release --locked -p ganglion-membership --test simulation every_seed -- --nocapture
 

@@ -20,35 +20,35 @@ const NAME_LIMIT: usize = 200;
 /// Most classes that the one-line summary names.
 const SHOWN_CLASSES: usize = 10;
 
-/// Data set as it was found.
+/// Data set as it was found. Its keys are written in alphabetical order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Found {
-    /// Number of samples.
-    pub samples: u64,
     /// Number of colour channels of a sample.
     pub channels: u32,
-    /// Height of a sample in pixels, after scaling and cutting.
-    pub height: u32,
-    /// Width of a sample in pixels, after scaling and cutting.
-    pub width: u32,
-    /// Smallest width and height among the stored pictures, in the orientation in which they are
-    /// viewed.
-    pub least: [u32; 2],
+    /// Number of classes; 0 if the job does not use classes.
+    pub class_count: u32,
+    /// Rule that assigned the classes; empty without classes.
+    pub class_rule: String,
+    /// First [`CLASSES_LIMIT`] classes in the order of their numbers.
+    pub classes: Vec<Class>,
     /// Largest width and height among the stored pictures, in the orientation in which they are
     /// viewed.
     pub greatest: [u32; 2],
-    /// Count of pictures that are turned or mirrored by their EXIF data.
-    pub turned: u64,
-    /// Number of classes; 0 if the job does not use classes.
-    pub class_count: u32,
-    /// First [`CLASSES_LIMIT`] classes in the order of their numbers.
-    pub classes: Vec<Class>,
-    /// Rule that assigned the classes; empty without classes.
-    pub class_rule: String,
+    /// Height of a sample in pixels, after scaling and cutting.
+    pub height: u32,
     /// Rule that selected the files that are pictures; empty where all are.
     pub image_rule: String,
+    /// Smallest width and height among the stored pictures, in the orientation in which they are
+    /// viewed.
+    pub least: [u32; 2],
     /// Files that are not samples, by kind.
     pub left_out: BTreeMap<String, LeftOut>,
+    /// Number of samples.
+    pub samples: u64,
+    /// Count of pictures that are turned or mirrored by their EXIF data.
+    pub turned: u64,
+    /// Width of a sample in pixels, after scaling and cutting.
+    pub width: u32,
 }
 
 /// Class of samples.

@@ -117,7 +117,7 @@ def live(page, run):
     told = run.status()
     check(abs(page.number("#step") - told["step"]) < 2000, "the page's step is the coordinator's")
     check(page.number("#last-step") == 100000, "the last step is the job's")
-    for tile in ("#t-rate", "#t-loss-d", "#t-loss-g", "#t-real", "#t-fake", "#t-wait"):
+    for tile in ("#t-rate", "#t-loss_discriminator", "#t-loss_generator", "#t-score_real", "#t-score_fake", "#t-wait"):
         check(re.search(r"[0-9]", page.text(tile)), f"{tile} shows a number: {page.text(tile)}")
     check(page.text("#t-workers") == "2", "two workers are counted")
     rows = page.browser.evaluate("document.querySelectorAll('#workers tr:not(.empty)').length")

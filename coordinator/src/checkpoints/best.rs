@@ -133,7 +133,7 @@ mod tests {
     }
 
     fn row(step: u64, distance: f64) -> EvaluationRow {
-        let metrics = vec![(names::FRECHET.to_string(), distance)];
+        let metrics = [(names::FRECHET, distance)].into_iter().collect();
         EvaluationRow { step, metrics, features: "f".to_string(), seconds: 1.0 }
     }
 

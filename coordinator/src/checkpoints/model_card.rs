@@ -99,7 +99,7 @@ fn metrics(card: &mut String, best: &Best, row: &EvaluationRow) {
     );
     line(card, "features", &row.features);
     let _ = write!(card, "\n| metric | value |\n|---|---|\n");
-    for (name, value) in &row.metrics {
+    for (name, value) in row.metrics.iter() {
         let _ = writeln!(card, "| {} | {value:.4} |", name.replace('_', " "));
     }
 }
@@ -143,7 +143,7 @@ mod tests {
         let passport =
             Passport([("data", "0a1b"), ("build", "9")].map(|(k, v)| (k.to_string(), v.to_string())).into());
         let best = Best { step: 1000, metric: "frechet_distance", value: 1.5 };
-        let metrics = vec![("frechet_distance".to_string(), 1.5), ("kid".to_string(), f64::NAN)];
+        let metrics = [("frechet_distance", 1.5), ("kid", f64::NAN)].into_iter().collect();
         let row = EvaluationRow { step: 1000, metrics, features: "digits ab".to_string(), seconds: 2.0 };
         let card = render(&Subject {
             job: &job,

@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use ganglion_membership::Checkpoint;
+use ganglion_proto::record::{EventLine, MetricsRow, RunEvent, RunOutcome};
 use ganglion_storage::{Error, MANIFEST, Storage, in_folder};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
-use serde_json::Value;
 
 use crate::checkpoints::catalog::check_files;
 use crate::commands::audit::evidence::{manifests, open_storage, silent};
@@ -123,29 +123,30 @@ pub fn overview(run: &Path) -> Result<Overview, Failure> {
     let journal = run.join("journal.sqlite");
     let history = History::read(&journal).map_err(|error| wrong("journal.sqlite", &error))?;
     let newest = history.checkpoints.iter().max_by_key(|checkpoint| checkpoint.position);
-    let row = last_line(&run.join("metrics.jsonl")).unwrap_or_default();
-    let event = last_line(&run.join("events.jsonl")).unwrap_or_default();
-    let time = |line: &Value| line["time"].as_f64().unwrap_or_default();
+    let row = last_line(&run.join("metrics.jsonl"));
+    let row = row.and_then(|line| serde_json::from_slice::<MetricsRow>(&line).ok()).unwrap_or_default();
+    let event = last_line(&run.join("events.jsonl")).and_then(|line| EventLine::parse(&line).ok());
+    let changed = event.as_ref().map_or(row.time, |event| row.time.max(event.time));
     Ok(Overview {
         run_dir: run.to_path_buf(),
         name: job.job.name.clone(),
-        standing: standing(run, &event),
-        step: row["step"].as_u64().unwrap_or_default(),
+        standing: standing(run, event.and_then(|event| event.event.ok()).as_ref()),
+        step: row.step,
         last_step: history.samples.map(|samples| job.last_step(samples)),
         checkpoint_step: newest.map(|checkpoint| checkpoint.step),
         state_digest: newest.map(|checkpoint| checkpoint.state_digest.clone()),
-        changed: time(&row).max(time(&event)),
+        changed,
     })
 }
 
-fn standing(run: &Path, newest_event: &Value) -> Standing {
+fn standing(run: &Path, newest_event: Option<&RunEvent>) -> Standing {
     if is_held(run) {
         return Standing::Running;
     }
-    match (newest_event["kind"].as_str(), newest_event["outcome"].as_str()) {
-        (Some("run_ended"), Some("complete")) => Standing::Complete,
-        (Some("run_ended"), Some("stopped")) => Standing::Stopped,
-        (Some("run_ended"), _) => Standing::Failed,
+    match newest_event {
+        Some(RunEvent::RunEnded { outcome: RunOutcome::Complete, .. }) => Standing::Complete,
+        Some(RunEvent::RunEnded { outcome: RunOutcome::Stopped, .. }) => Standing::Stopped,
+        Some(RunEvent::RunEnded { .. }) => Standing::Failed,
         _ => Standing::Interrupted,
     }
 }
@@ -162,7 +163,7 @@ pub fn is_held(run: &Path) -> bool {
 }
 
 /// Returns the last whole line of a file of JSON lines.
-fn last_line(file: &Path) -> Option<Value> {
+fn last_line(file: &Path) -> Option<Vec<u8>> {
     let mut file = File::open(file).ok()?;
     let length = file.seek(SeekFrom::End(0)).ok()?;
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL))).ok()?;
@@ -170,7 +171,7 @@ fn last_line(file: &Path) -> Option<Value> {
     file.read_to_end(&mut tail).ok()?;
     let whole = &tail[..tail.iter().rposition(|byte| *byte == b'\n')?];
     let start = whole.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
-    serde_json::from_slice(&whole[start..]).ok()
+    Some(whole[start..].to_vec())
 }
 
 /// A checkpoint, as described by its manifest.
@@ -276,29 +277,30 @@ mod tests {
     fn the_last_whole_line_is_found_behind_a_torn_one() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("lines");
-        for (text, step) in [("{\"step\":1}\n", 1), ("{\"step\":1}\n{\"step\":2}\n{\"st", 2)] {
+        for (text, last) in [("one\n", "one"), ("one\ntwo\nth", "two")] {
             fs::write(&file, text).unwrap();
-            assert_eq!(last_line(&file).unwrap()["step"], step);
+            assert_eq!(last_line(&file).unwrap(), last.as_bytes());
         }
         fs::write(&file, "{\"st").unwrap();
         assert!(last_line(&file).is_none());
-        let long = format!("{}\n{{\"step\":3}}\n", "x".repeat(2 * usize::try_from(TAIL).unwrap()));
+        let long = format!("{}\nthree\n", "x".repeat(2 * usize::try_from(TAIL).unwrap()));
         fs::write(&file, long).unwrap();
-        assert_eq!(last_line(&file).unwrap()["step"], 3);
+        assert_eq!(last_line(&file).unwrap(), b"three");
     }
 
     #[test]
     fn how_things_stand_is_told_by_the_lock_and_by_the_last_event() {
         let folder = tempfile::tempdir().unwrap();
         let run = folder.path();
-        let ended = |outcome: &str| serde_json::json!({ "kind": "run_ended", "outcome": outcome });
-        assert_eq!(standing(run, &ended("complete")), Standing::Complete);
-        assert_eq!(standing(run, &ended("stopped")), Standing::Stopped);
-        assert_eq!(standing(run, &ended("input_error")), Standing::Failed);
-        assert_eq!(standing(run, &serde_json::json!({ "kind": "checkpoint" })), Standing::Interrupted);
+        let ended = |outcome| Some(RunEvent::RunEnded { detail: String::new(), outcome });
+        let standing = |event: Option<RunEvent>| standing(run, event.as_ref());
+        assert_eq!(standing(ended(RunOutcome::Complete)), Standing::Complete);
+        assert_eq!(standing(ended(RunOutcome::Stopped)), Standing::Stopped);
+        assert_eq!(standing(ended(RunOutcome::InputError)), Standing::Failed);
+        assert_eq!(standing(Some(RunEvent::Staying {})), Standing::Interrupted);
         let held = crate::run_dir::RunDir::hold(run).unwrap();
-        assert_eq!(standing(run, &ended("complete")), Standing::Running);
+        assert_eq!(standing(ended(RunOutcome::Complete)), Standing::Running);
         drop(held);
-        assert_eq!(standing(run, &ended("complete")), Standing::Complete);
+        assert_eq!(standing(ended(RunOutcome::Complete)), Standing::Complete);
     }
 }

@@ -3,13 +3,13 @@
 use std::cmp::Ordering;
 
 use ganglion_membership::{
-    Action, Backend, Cause, Checkpoint, Difference, Event, Generation, Group, NUMERICS, Outcome, Passport,
-    Plan, PlanKind, Rejection, Start, WorkerId,
+    Action, Backend, Cause, Checkpoint, Difference, Event, Generation, Group, GroupMember, NUMERICS, Outcome,
+    Passport, Plan, PlanKind, Rejection, Start, WorkerId,
 };
 use ganglion_proto::job::Exclusion;
 use ganglion_proto::message::{Assignment, ToWorker};
+use ganglion_proto::record::{MemberLine, PlannedChange, RunEvent};
 use ganglion_proto::{failpoint, log};
-use serde_json::json;
 
 use super::stuck::Held;
 use super::{Change, Shell, ShellError};
@@ -23,7 +23,7 @@ impl Shell {
             Action::AdoptPassport(passport) => self.adopt(&passport)?,
             Action::Condemn(generation) => {
                 self.journal.set_fact(Fact::Condemned, &generation.to_string())?;
-                self.records.event("condemned", json!({ "generation": generation.0 }));
+                self.records.event(&RunEvent::Condemned { generation: generation.0 });
                 self.give_up_checkpoints();
             }
             Action::Close(generation) => {
@@ -31,7 +31,7 @@ impl Shell {
             }
             Action::AllowSkip(position) => {
                 self.journal.allow_skip(position)?;
-                self.records.event("skip_allowed", json!({ "position": position.0 }));
+                self.records.event(&RunEvent::SkipAllowed { position: position.0 });
             }
             Action::Form(group, cause) => self.form(&group, &cause)?,
             Action::Assign(worker) => self.assign(worker),
@@ -41,12 +41,12 @@ impl Shell {
             Action::Announce { plan, workers } => self.announce(plan, &workers),
             Action::Commit(checkpoint) => self.commit(checkpoint)?,
             Action::AbandonCheckpoint(step) => {
-                self.records.event("checkpoint_abandoned", json!({ "step": step }));
+                self.records.event(&RunEvent::CheckpointAbandoned { step });
             }
             Action::Spawn => self.spawn()?,
             Action::GiveUpReplacing(reason) => {
                 self.records.message(&format!("warning: not replacing local workers any more: {reason}"));
-                self.records.event("replacing_given_up", json!({ "reason": reason }));
+                self.records.event(&RunEvent::ReplacingGivenUp { reason });
             }
             Action::Keep => self.keep(),
             Action::Lose(worker, loss) => self.lose(worker, &loss),
@@ -58,7 +58,7 @@ impl Shell {
             }
             Action::Drop(worker) => {
                 self.supervisor.kill(worker);
-                self.records.event("worker_dropped", json!({ "worker": worker.0 }));
+                self.records.event(&RunEvent::WorkerDropped { worker: worker.0 });
                 if let Some(connected) = self.workers.get_mut(&worker) {
                     connected.outbox = None;
                 }
@@ -86,7 +86,7 @@ impl Shell {
 
     fn abort(&mut self, generation: Generation, workers: &[WorkerId], cause: &Cause, probe: bool) {
         self.records.message(&format!("regrouping: {cause}"));
-        self.records.event("regroup", json!({ "generation": generation.0, "reason": cause.to_string() }));
+        self.records.event(&RunEvent::Regroup { generation: generation.0, reason: cause.to_string() });
         let condemned = self.machine.condemned() == Some(generation);
         for worker in workers {
             let reason = cause.to_string();
@@ -99,8 +99,11 @@ impl Shell {
         let (generation, world_size) = (group.generation, group.members.len());
         self.records.message(&format!("took over generation {generation}: {world_size} workers train on"));
         self.has_started();
-        let fields = json!({ "generation": generation.0, "world_size": world_size, "term": self.term.0 });
-        self.records.event("generation_kept", fields);
+        self.records.event(&RunEvent::GenerationKept {
+            generation: generation.0,
+            term: self.term.0,
+            world_size: world_size as u64,
+        });
     }
 
     fn reject(&mut self, worker: WorkerId, rejection: &Rejection) {
@@ -109,7 +112,7 @@ impl Shell {
             Rejection::Passport(differences) => other_bits(differences),
         };
         self.records.message(&format!("refused worker {worker}: {reason}"));
-        self.records.event("worker_refused", json!({ "worker": worker.0, "reason": reason }));
+        self.records.event(&RunEvent::WorkerRefused { reason: reason.clone(), worker: worker.0 });
         self.send(worker, ToWorker::Reject(reason));
         self.workers.remove(&worker);
     }
@@ -117,7 +120,7 @@ impl Shell {
     fn adopt(&mut self, passport: &Passport) -> Result<(), ShellError> {
         let text = serde_json::to_string(&passport.0).map_err(std::io::Error::from)?;
         self.journal.set_fact(Fact::Passport, &text)?;
-        self.records.event("passport", json!({ "items": passport.0 }));
+        self.records.event(&RunEvent::Passport { items: passport.0.clone() });
         Ok(())
     }
 
@@ -135,8 +138,7 @@ impl Shell {
             self.change = Change::None;
             self.records.message(&format!("left out {exclusion}"));
             let Exclusion { after_step, after_phase, files, .. } = exclusion;
-            let fields = json!({ "after_step": after_step, "after_phase": after_phase, "files": files });
-            self.records.event("samples_excluded", fields);
+            self.records.event(&RunEvent::SamplesExcluded { after_phase, after_step, files });
         }
         self.store.begin(group.generation);
         let start = match &group.start {
@@ -144,23 +146,23 @@ impl Shell {
             Start::Healed(rank) => format!("rank {rank}"),
             Start::Checkpoint(_, checkpoint) => checkpoint.folder(),
         };
-        let members: Vec<_> = (0u32..)
-            .zip(&group.members)
-            .map(|(rank, member)| {
-                let pid = self.workers.get(&member.worker).map(|connected| connected.pid);
-                let shards = [member.shards.start, member.shards.end];
-                json!({ "rank": rank, "worker": member.worker.0, "pid": pid, "shards": shards })
-            })
-            .collect();
+        let member = |(rank, member): (u32, &GroupMember)| MemberLine {
+            pid: self.workers.get(&member.worker).map(|connected| connected.pid),
+            rank,
+            shards: [member.shards.start, member.shards.end],
+            worker: member.worker.0,
+        };
+        let members = (0u32..).zip(&group.members).map(member).collect();
         log::note("generation", group.generation.0);
-        self.records.event(
-            "generation_formed",
-            json!({
-                "generation": group.generation.0, "world_size": group.members.len(),
-                "position": group.position.0, "start": start, "cause": cause.to_string(),
-                "backend": group.backend.to_string(), "members": members,
-            }),
-        );
+        self.records.event(&RunEvent::GenerationFormed {
+            backend: group.backend.to_string(),
+            cause: cause.to_string(),
+            generation: group.generation.0,
+            members,
+            position: group.position.0,
+            start: start.clone(),
+            world_size: group.members.len() as u64,
+        });
         self.records.message(&format!(
             "generation {}: {} worker{} from {start}, over {}{}",
             group.generation,
@@ -196,11 +198,11 @@ impl Shell {
     }
 
     fn announce(&mut self, plan: Plan, workers: &[WorkerId]) {
-        let kind = match plan.kind {
-            PlanKind::Regroup => "regroup",
-            PlanKind::Stop => "stop",
+        let change = match plan.kind {
+            PlanKind::Regroup => PlannedChange::Regroup,
+            PlanKind::Stop => PlannedChange::Stop,
         };
-        self.records.event("plan", json!({ "plan": plan.number, "change": kind }));
+        self.records.event(&RunEvent::Plan { change, plan: plan.number });
         for worker in workers {
             self.send(*worker, ToWorker::Plan(plan));
         }
@@ -233,7 +235,7 @@ impl Shell {
     /// Gives up the checkpoints that are not valid yet. Later ones of the same steps may hold other states.
     fn give_up_checkpoints(&mut self) {
         for checkpoint in std::mem::take(&mut self.unjournaled) {
-            self.records.event("checkpoint_abandoned", json!({ "step": checkpoint.step }));
+            self.records.event(&RunEvent::CheckpointAbandoned { step: checkpoint.step });
         }
         self.keeper.give_up();
         self.ordered = self.machine.checkpoint().map(|checkpoint| checkpoint.position);
@@ -263,7 +265,7 @@ impl Shell {
                 Ok(())
             }
             Kept::GivenUp(step) => {
-                self.records.event("checkpoint_abandoned", json!({ "step": step }));
+                self.records.event(&RunEvent::CheckpointAbandoned { step });
                 Ok(())
             }
             Kept::Valid(checkpoint, begun) => {
@@ -298,8 +300,8 @@ impl Shell {
                 "warning: the checkpoint of step {step} waits for its manifest: {reason}; trying again until it is written"
             ));
         }
-        let fields = json!({ "step": step, "file": "manifest.json", "reason": reason });
-        self.records.event("checkpoint_delayed", fields);
+        let (file, reason) = ("manifest.json".to_string(), reason.to_string());
+        self.records.event(&RunEvent::CheckpointDelayed { file, left_out: 0, reason, step, worker: None });
     }
 
     fn end(&mut self, outcome: Outcome) {

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use ganglion_membership::{Event, GroupMember, WorkerId};
 use ganglion_proto::activity_to_wire;
+use ganglion_proto::record::{RunEvent, RunOutcome};
 use ganglion_proto::wire::{GetStatusResponse, WorkerStatus};
-use serde_json::json;
 use tokio::time::Instant;
 
-use super::records::outcome_name;
+use super::records::recorded;
 use super::{Connected, Shell, ShellError, StopSignal};
 use crate::api::grpc::AdminInput;
 use crate::records::view::View;
@@ -50,7 +50,7 @@ impl Shell {
             let known: Vec<String> = self.machine.workers().map(|worker| worker.to_string()).collect();
             return Ok(Err(format!("there is no worker {worker}; there are: {}", known.join(", "))));
         }
-        self.records.event("drain_requested", json!({ "worker": worker.0 }));
+        self.records.event(&RunEvent::DrainRequested { worker: worker.0 });
         self.handle(Event::Leave(worker))?;
         if self.supervisor.has(worker) {
             // An operator who drains a local worker wants its place to stay free.
@@ -67,7 +67,7 @@ impl Shell {
         if workers > shards {
             return Ok(Err(format!("{workers} workers are more than the job's {shards} data shards")));
         }
-        self.records.event("scale_requested", json!({ "workers": workers }));
+        self.records.event(&RunEvent::ScaleRequested { workers });
         self.handle(Event::Scale(workers))?;
         Ok(Ok(()))
     }
@@ -85,7 +85,8 @@ impl Shell {
         let (group, checkpoint) = (self.machine.group(), self.machine.checkpoint());
         let world_size = group.map_or(0, |group| group.members.len());
         let samples = self.machine.samples().or(self.samples);
-        let complete = self.is_complete.then_some("complete");
+        let complete = self.is_complete.then_some(RunOutcome::Complete.name());
+        let outcome = self.outcome.as_ref().map(|outcome| recorded(outcome).name());
         let members = (0u32..).zip(group.map_or(&[][..], |group| &group.members));
         let places: BTreeMap<WorkerId, (u32, &GroupMember)> =
             members.map(|(rank, member)| (member.worker, (rank, member))).collect();
@@ -102,7 +103,7 @@ impl Shell {
             checkpoint_step: checkpoint.map_or(0, |checkpoint| checkpoint.step),
             state_digest: checkpoint.map_or(String::new(), |checkpoint| checkpoint.state_digest.clone()),
             stage: complete.map_or_else(|| self.machine.stage().to_string(), |_| "ended".to_string()),
-            outcome: self.outcome.as_ref().map(outcome_name).or(complete).unwrap_or_default().to_string(),
+            outcome: outcome.or(complete).unwrap_or_default().to_string(),
             data_shards: self.job.job.data_shards,
             phases_per_step: self.job.phases_per_step(),
             world_size: u32::try_from(world_size).unwrap_or(u32::MAX),

@@ -3,7 +3,7 @@
 
 use ganglion_membership::{Outcome, WorkerId};
 use ganglion_proto::message::{Hello, ToWorker};
-use serde_json::json;
+use ganglion_proto::record::RunEvent;
 use tokio::sync::mpsc;
 
 use super::{CHORES, Ended, Shell, ShellError, StopSignal};
@@ -29,7 +29,7 @@ impl Shell {
             "run {} is complete; staying until SIGTERM or Ctrl-C, as --stay says",
             self.job.job.name
         ));
-        self.records.event("staying", json!({}));
+        self.records.event(&RunEvent::Staying {});
         self.has_started();
         let mut chores = tokio::time::interval(CHORES);
         loop {

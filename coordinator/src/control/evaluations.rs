@@ -3,7 +3,7 @@
 use ganglion_membership::Outcome;
 use ganglion_proto::evaluation::{AlarmPolicy, EvaluationRow};
 use ganglion_proto::message::ToWorker;
-use ganglion_proto::record::MetricsRow;
+use ganglion_proto::record::{BestCheckpoint, MetricsRow, RunEvent};
 use serde_json::json;
 
 use super::{Shell, ShellError};
@@ -41,7 +41,7 @@ impl Shell {
                     "step {step} was evaluated again with another result, so the promise of equal results is broken"
                 );
                 self.records.message(&format!("warning: {detail}"));
-                self.records.event("evaluation_breach", json!({ "step": step, "detail": detail }));
+                self.records.event(&RunEvent::EvaluationBreach { detail, step });
             }
         }
         self.send_to_all(&ToWorker::EvaluationsRecorded(vec![step]));
@@ -63,8 +63,8 @@ impl Shell {
             match change {
                 Change::Raised(alarm, detail) => {
                     self.records.message(&format!("alarm: {alarm}: {detail}"));
-                    self.records
-                        .event("alarm", json!({ "alarm": alarm.name(), "step": step, "detail": detail }));
+                    let name = alarm.name().to_string();
+                    self.records.event(&RunEvent::Alarm { alarm: name, detail: detail.clone(), step });
                     if self.job.alarms.policy == AlarmPolicy::Stop && self.outcome.is_none() {
                         let best = self.judged.best().map(|(best, _)| folder(best.step));
                         let kept =
@@ -78,7 +78,7 @@ impl Shell {
                 }
                 Change::Over(alarm) => {
                     self.records.message(&format!("no {alarm} any more, as of step {step}"));
-                    self.records.event("alarm_over", json!({ "alarm": alarm.name(), "step": step }));
+                    self.records.event(&RunEvent::AlarmOver { alarm: alarm.name().to_string(), step });
                 }
             }
         }
@@ -92,21 +92,21 @@ impl Shell {
             return false;
         };
         let (best, files) = (best.clone(), self.best_files(best, row));
-        self.records.event(
-            "best_checkpoint",
-            json!({ "step": best.step, "folder": folder(best.step), "metric": best.metric, "value": best.value }),
-        );
+        self.records.event(&RunEvent::BestCheckpoint(BestCheckpoint {
+            folder: folder(best.step),
+            metric: best.metric.to_string(),
+            step: best.step,
+            value: best.value,
+        }));
         self.keeper.order_best(files, self.judged.protected(self.samples));
         self.best = Some(best);
         true
     }
 
     fn best_files(&self, best: &Best, row: &EvaluationRow) -> BestFiles {
-        let metrics: serde_json::Map<String, serde_json::Value> =
-            row.metrics.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
         let named = json!({
             "format": BEST_FORMAT, "folder": folder(best.step), "step": best.step, "metric": best.metric, "value": best.value,
-            "features": row.features, "metrics": metrics,
+            "features": row.features, "metrics": row.metrics,
         });
         let passport = self.journal.passport().ok().flatten();
         let card = model_card::render(&Subject {

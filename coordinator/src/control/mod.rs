@@ -34,6 +34,7 @@ use ganglion_proto::evaluation::AlarmPolicy;
 use ganglion_proto::failpoint;
 use ganglion_proto::job::{Exclusion, Job};
 use ganglion_proto::message::{ToWorker, Usage};
+use ganglion_proto::record::RunEvent;
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -362,7 +363,7 @@ impl Shell {
         failpoint::reached("spawn", local_rank.into());
         self.unnumbered.push((token, spawned));
         self.number_processes()?;
-        self.records.event("worker_started", json!({ "pid": spawned.pid, "local_rank": local_rank }));
+        self.records.event(&RunEvent::WorkerStarted { local_rank, pid: spawned.pid });
         Ok(())
     }
 
@@ -446,9 +447,11 @@ impl Shell {
             let detail = exit.status.strip_prefix("exit status: 2: ").unwrap_or(&exit.status);
             return self.handle(Event::InputWrong(detail.to_string()));
         }
-        let number = worker.map(|worker| worker.0);
-        self.records
-            .event("worker_exited", json!({ "worker": number, "pid": exit.pid, "status": exit.status }));
+        self.records.event(&RunEvent::WorkerExited {
+            pid: exit.pid,
+            status: exit.status.clone(),
+            worker: worker.map(|worker| worker.0),
+        });
         self.handle(Event::Reaped { worker, status: exit.status })
     }
 
@@ -472,7 +475,7 @@ impl Shell {
         }
         (self.signal, self.signalled) = (Some(signal), Instant::now());
         self.records.message("stopping: saving a checkpoint after this step (once more to stop at once)");
-        self.records.event("stop_requested", json!({}));
+        self.records.event(&RunEvent::StopRequested {});
         self.handle(Event::StopRequested)
     }
 

@@ -20,10 +20,9 @@ use ganglion_proto::evaluation::{EvaluationRow, names};
 use ganglion_proto::found::Found;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::SampleGrid;
-use ganglion_proto::record::MetricsRow;
+use ganglion_proto::record::{MetricsRow, RunEvent, RunOutcome, SavedCheckpoint};
 use ganglion_proto::trace::Trace;
 use ganglion_storage::whole;
-use serde::Serialize;
 use tokio::task::JoinHandle;
 
 use super::StopSignal;
@@ -78,13 +77,13 @@ struct Skipped {
     count: u64,
 }
 
-/// Name of an outcome in events.
-pub fn outcome_name(outcome: &Outcome) -> &'static str {
+/// Outcome as it is recorded.
+pub fn recorded(outcome: &Outcome) -> RunOutcome {
     match outcome {
-        Outcome::Complete => "complete",
-        Outcome::Stopped(_) => "stopped",
-        Outcome::InputWrong(_) => "input_error",
-        Outcome::Failed(_) => "failed",
+        Outcome::Complete => RunOutcome::Complete,
+        Outcome::Stopped(_) => RunOutcome::Stopped,
+        Outcome::InputWrong(_) => RunOutcome::InputError,
+        Outcome::Failed(_) => RunOutcome::Failed,
     }
 }
 
@@ -132,32 +131,27 @@ impl Records {
     }
 
     /// Records an event.
-    pub fn event(&mut self, kind: &str, fields: impl Serialize) {
+    pub fn event(&mut self, event: &RunEvent) {
         let time = now();
-        self.timeline.event(time, kind, &fields);
-        let written = self.events.append(time, kind, fields);
+        self.timeline.event(time, event);
+        let written = self.events.append(time, event);
         self.note("events.jsonl", written);
     }
 
     /// Records that a checkpoint is valid.
     pub fn checkpoint(&mut self, checkpoint: &Checkpoint) {
-        self.event(
-            "checkpoint",
-            serde_json::json!({
-                "step": checkpoint.step, "phase": checkpoint.phase,
-                "folder": checkpoint.folder(), "state_digest": checkpoint.state_digest,
-            }),
-        );
+        self.event(&RunEvent::Checkpoint(SavedCheckpoint {
+            folder: checkpoint.folder(),
+            phase: checkpoint.phase,
+            state_digest: checkpoint.state_digest.clone(),
+            step: checkpoint.step,
+        }));
     }
 
     /// Records an evaluation.
     pub fn evaluation(&mut self, row: &EvaluationRow) {
-        let metrics: serde_json::Map<String, serde_json::Value> =
-            row.metrics.iter().map(|(name, value)| (name.clone(), serde_json::json!(value))).collect();
-        let fields = serde_json::json!({
-            "step": row.step, "metrics": metrics, "features": row.features, "seconds": row.seconds,
-        });
-        self.event("evaluation", fields);
+        let metrics = row.metrics.clone().sorted();
+        self.event(&RunEvent::Evaluation(EvaluationRow { metrics, ..row.clone() }));
         let shown: Vec<String> = SHOWN
             .iter()
             .filter_map(|name| Some(format!("{} {:.3}", name.replace('_', " "), row.get(name)?)))
@@ -183,7 +177,7 @@ impl Records {
         self.message(&format!("data: {found}"));
         let is_recorded = self.chronicle.look().data.as_ref() == Some(found);
         if !is_recorded {
-            self.event("data", serde_json::json!({ "found": found }));
+            self.event(&RunEvent::Data { found: found.clone() });
         }
     }
 
@@ -290,12 +284,12 @@ impl Records {
             self.receipts.give_up(step);
             steps.push(step);
         }
-        let (Some(first), Some(last)) = (steps.first(), steps.last()) else { return };
-        let count = steps.len();
+        let (Some(&first), Some(&last)) = (steps.first(), steps.last()) else { return };
+        let count = steps.len() as u64;
         self.message(&format!(
             "warning: {count} rows of steps {first} to {last} are lost with the workers that had them"
         ));
-        self.event("metrics_lost", serde_json::json!({ "count": count, "first": first, "last": last }));
+        self.event(&RunEvent::MetricsLost { count, first, last });
     }
 
     /// Starts to sync the written records, unless a sync is in progress.
@@ -342,7 +336,7 @@ impl Records {
                 Err(RecordError::Breach(breach)) => {
                     let text = breach.to_string();
                     self.message(&format!("warning: {text}"));
-                    self.event("metrics_breach", serde_json::json!({ "detail": text }));
+                    self.event(&RunEvent::MetricsBreach { detail: text });
                     Recorded::Same
                 }
             };
@@ -367,7 +361,7 @@ impl Records {
         }
         let written = whole::write(&file, &grid.png);
         self.note("samples", written);
-        self.event("samples", serde_json::json!({ "step": grid.step, "file": format!("samples/{name}") }));
+        self.event(&RunEvent::Samples { file: format!("samples/{name}"), step: grid.step });
     }
 
     /// Notes that the phase that started at `position` was skipped. All members report it, and
@@ -379,8 +373,7 @@ impl Records {
         }
         self.skipped = Skipped { newest: Some(position), count: self.skipped.count + 1 };
         let step = position.0 / self.job.phases_per_step() + 1;
-        let fields = serde_json::json!({ "position": position.0, "step": step, "reason": detail });
-        self.event("phase_skipped", fields);
+        self.event(&RunEvent::PhaseSkipped { position: position.0, reason: detail.to_string(), step });
         if self.skipped.count.is_power_of_two() {
             let count = self.skipped.count;
             self.message(&format!(
@@ -401,8 +394,7 @@ impl Records {
             Outcome::Stopped(_) => signal.map(|signal| format!("{signal:?}")).unwrap_or_default(),
             Outcome::InputWrong(detail) | Outcome::Failed(detail) => detail.clone(),
         };
-        let fields = serde_json::json!({ "outcome": outcome_name(outcome), "detail": detail });
-        self.event("run_ended", fields);
+        self.event(&RunEvent::RunEnded { detail, outcome: recorded(outcome) });
         self.finish_writing();
         self.timeline.finish();
         if let Some(progress) = self.progress.take() {

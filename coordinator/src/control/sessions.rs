@@ -3,7 +3,7 @@
 use ganglion_membership::{Event, Fault, Generation, LoadedFacts, Loss, Progress, WorkerId};
 use ganglion_proto::found::Found;
 use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcome};
-use serde_json::json;
+use ganglion_proto::record::{FaultKind, RunEvent};
 use tokio::time::Instant;
 
 use super::budget::Budget;
@@ -64,8 +64,11 @@ impl Shell {
         self.workers.insert(worker, connected);
         self.send(worker, ToWorker::Welcome(Box::new(self.welcome(worker))));
         self.send(worker, ToWorker::EvaluationsRecorded(self.judged.told()));
-        let kind = if resume.is_some() { "worker_resumed" } else { "worker_joined" };
-        self.records.event(kind, json!({ "worker": worker.0, "host": host, "pid": pid, "local": local }));
+        let number = worker.0;
+        self.records.event(&match resume {
+            Some(_) => RunEvent::WorkerResumed { host, local, pid, worker: number },
+            None => RunEvent::WorkerJoined { host, local, pid, worker: number },
+        });
         self.handle(match resume {
             Some(Resume { generation, rest, .. }) => Event::Resumed { worker, generation, rest },
             None => Event::Hello { worker, local },
@@ -109,7 +112,7 @@ impl Shell {
         match self.workers.get_mut(&worker) {
             Some(connected) if connected.session == session && connected.outbox.is_some() => {
                 connected.outbox = None;
-                self.records.event("worker_disconnected", json!({ "worker": worker.0 }));
+                self.records.event(&RunEvent::WorkerDisconnected { worker: worker.0 });
                 self.handle(Event::Disconnected(worker))
             }
             _ => Ok(()),
@@ -157,7 +160,7 @@ impl Shell {
                 self.handle(Event::Finished { worker, generation, position, complete })
             }
             FromWorker::Leave => {
-                self.records.event("worker_leaves", json!({ "worker": worker.0 }));
+                self.records.event(&RunEvent::WorkerLeaves { worker: worker.0 });
                 self.handle(Event::Leave(worker))
             }
             FromWorker::InputError(detail) => self.input_wrong(worker, detail),
@@ -278,11 +281,14 @@ impl Shell {
                          trying again until it can"
                     ));
                 }
-                let mut fields = json!({ "worker": worker.0, "step": step, "file": file, "reason": detail });
-                if left_out > 0 {
-                    fields["left_out"] = left_out.into();
-                }
-                self.records.event("checkpoint_delayed", fields);
+                let worker = Some(worker.0);
+                self.records.event(&RunEvent::CheckpointDelayed {
+                    file,
+                    left_out,
+                    reason: detail,
+                    step,
+                    worker,
+                });
             }
             _ => tracing::warn!("dropped a report of worker {worker} of a step that the run does not have"),
         }
@@ -290,27 +296,25 @@ impl Shell {
 
     fn note_fault(&mut self, worker: WorkerId, generation: u64, fault: &Fault) {
         let (kind, detail) = match fault {
-            Fault::Peer => ("peer", String::new()),
-            Fault::Timeout => ("timeout", String::new()),
+            Fault::Peer => (FaultKind::Peer, String::new()),
+            Fault::Timeout => (FaultKind::Timeout, String::new()),
             Fault::Links(ranks) => {
                 let named: Vec<String> =
                     ranks.iter().take(NAMED_RANKS).map(|rank| rank.0.to_string()).collect();
                 let more = ranks.len().saturating_sub(NAMED_RANKS);
                 let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-                ("links", format!("[{}]{more}", named.join(", ")))
+                (FaultKind::Links, format!("[{}]{more}", named.join(", ")))
             }
-            Fault::Diverged(detail) => ("diverged", detail.clone()),
-            Fault::Internal(detail) => ("internal", detail.clone()),
-            Fault::NonFinite { detail, .. } => ("non_finite", detail.clone()),
+            Fault::Diverged(detail) => (FaultKind::Diverged, detail.clone()),
+            Fault::Internal(detail) => (FaultKind::Internal, detail.clone()),
+            Fault::NonFinite { detail, .. } => (FaultKind::NonFinite, detail.clone()),
         };
-        let fields = json!({ "worker": worker.0, "generation": generation, "fault": kind, "detail": detail });
-        self.records.event("fault", fields);
+        self.records.event(&RunEvent::Fault { detail, fault: kind, generation, worker: worker.0 });
     }
 
     /// Notes that a worker is lost, if it was still connected.
     pub(super) fn lose(&mut self, worker: WorkerId, loss: &Loss) {
         let pid = self.workers.remove(&worker).map(|lost| lost.pid);
-        self.records
-            .event("worker_lost", json!({ "worker": worker.0, "pid": pid, "reason": loss.to_string() }));
+        self.records.event(&RunEvent::WorkerLost { pid, reason: loss.to_string(), worker: worker.0 });
     }
 }

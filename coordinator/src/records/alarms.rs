@@ -197,7 +197,7 @@ mod tests {
     }
 
     fn evaluation(step: u64, metrics: &[(&str, f64)]) -> EvaluationRow {
-        let metrics = metrics.iter().map(|(name, value)| ((*name).to_string(), *value)).collect();
+        let metrics = metrics.iter().copied().collect();
         EvaluationRow { step, metrics, features: String::new(), seconds: 0.0 }
     }
 

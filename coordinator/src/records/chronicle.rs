@@ -9,10 +9,14 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::found::Found;
-use serde::{Deserialize, Serialize};
+use ganglion_proto::record::{
+    BestCheckpoint, EventKind, EventLine, FaultKind, MetricsRow, Profile, RunEvent, SavedCheckpoint,
+};
+use serde::Serialize;
 
-use super::curve::{Bucket, Curve, Point, SERIES};
+use super::curve::{Bucket, Curve};
 
 /// Maximum size of the events kept in memory, in bytes; older ones are in the file.
 const EVENT_BYTES: usize = 4 << 20;
@@ -32,7 +36,7 @@ pub struct Chronicle(Arc<Mutex<Known>>);
 pub struct Known {
     curve: Curve,
     /// The row of the greatest step.
-    pub newest: Option<RowLine>,
+    pub newest: Option<MetricsRow>,
     /// Number of rows so far.
     pub rows: u64,
     /// Number and line of each event kept.
@@ -45,155 +49,37 @@ pub struct Known {
     /// Number of events by kind.
     pub kinds: BTreeMap<String, u64>,
     /// Number of faults that workers reported, by kind.
-    pub faults: BTreeMap<String, u64>,
+    pub faults: BTreeMap<FaultKind, u64>,
     /// Newest checkpoints, oldest first.
-    pub checkpoints: VecDeque<CheckpointLine>,
+    pub checkpoints: VecDeque<Timed<SavedCheckpoint>>,
     pictures: BTreeSet<u64>,
     /// Newest evaluations, by step.
-    pub evaluations: BTreeMap<u64, EvaluationLine>,
+    pub evaluations: BTreeMap<u64, Timed<EvaluationRow>>,
     /// The best checkpoint.
-    pub best: Option<BestLine>,
+    pub best: Option<BestCheckpoint>,
     /// Active alarms by name, with their reasons.
     pub alarms: BTreeMap<String, String>,
     /// The data set as a worker found it.
     pub data: Option<Found>,
 }
 
-/// A row of metrics, as parsed from its line.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-#[allow(missing_docs)] // the columns of metrics.jsonl
-pub struct RowLine {
-    pub step: u64,
+/// Record of an event, with the event's time in seconds of Unix time.
+#[derive(Clone, Debug, Serialize)]
+#[allow(missing_docs)]
+pub struct Timed<T> {
     pub time: f64,
-    pub generation: u64,
-    pub world_size: u32,
-    pub loss_discriminator: Option<f64>,
-    pub loss_generator: Option<f64>,
-    pub score_real: Option<f64>,
-    pub score_fake: Option<f64>,
-    pub images_per_second: Option<f64>,
-    pub images_seen: u64,
-    pub epoch: f64,
-    pub skipped: u64,
-    pub profile: Option<ProfileLines>,
+    #[serde(flatten)]
+    pub record: T,
 }
 
-/// Time profile of a step, of the discriminator's and of the generator's phases.
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[allow(missing_docs)]
-pub struct ProfileLines {
-    pub discriminator: ProfileLine,
-    pub generator: ProfileLine,
-}
-
-/// Time profile of one network's phases, in milliseconds a step.
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[allow(missing_docs)]
-pub struct ProfileLine {
-    pub data: f64,
-    pub compute: f64,
-    pub wait: f64,
-    pub commit: f64,
-    pub other: f64,
-}
-
-impl ProfileLine {
-    /// The parts with their names.
-    pub fn parts(&self) -> [(&'static str, f64); 5] {
-        [
-            ("data", self.data),
-            ("compute", self.compute),
-            ("wait", self.wait),
-            ("commit", self.commit),
-            ("other", self.other),
-        ]
-    }
-}
-
-/// A checkpoint, as parsed from its event.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct CheckpointLine {
-    /// Number of completed steps.
-    pub step: u64,
-    /// Time at which it became valid, in seconds of Unix time.
-    pub time: f64,
-    /// Folder in the storage.
-    pub folder: String,
-    /// `state_digest` of the checkpoint.
-    pub state_digest: String,
-}
-
-/// An evaluation, as parsed from its event.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub struct EvaluationLine {
-    pub step: u64,
-    pub time: f64,
-    pub metrics: BTreeMap<String, Option<f64>>,
-    pub features: String,
-    pub seconds: f64,
-}
-
-/// The data set, as parsed from its event.
-#[derive(Deserialize)]
-struct DataLine {
-    found: Found,
-}
-
-/// Reason of an alarm.
-#[derive(Deserialize)]
-struct Detail {
-    #[serde(default)]
-    detail: String,
-}
-
-/// The best checkpoint, as parsed from its event.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub struct BestLine {
-    pub step: u64,
-    pub folder: String,
-    pub metric: String,
-    pub value: f64,
-}
-
-/// Fields read from an event.
-#[derive(Deserialize)]
-struct EventLine<'a> {
-    time: f64,
-    kind: &'a str,
-    #[serde(default)]
-    fault: Option<&'a str>,
-    #[serde(default)]
-    step: Option<u64>,
-    #[serde(default)]
-    alarm: Option<&'a str>,
-}
-
-impl RowLine {
-    fn point(&self) -> Point {
-        let given = |value: Option<f64>| value.unwrap_or(f64::NAN);
-        let of_both = |part: usize| {
-            self.profile
-                .map_or(f64::NAN, |of| of.discriminator.parts()[part].1 + of.generator.parts()[part].1)
-        };
-        let [data, compute, wait, commit, other] = [0, 1, 2, 3, 4].map(of_both);
-        let values: [f64; SERIES.len()] = [
-            given(self.loss_discriminator),
-            given(self.loss_generator),
-            given(self.score_real),
-            given(self.score_fake),
-            given(self.images_per_second),
-            f64::from(self.world_size),
-            data,
-            compute,
-            wait,
-            commit,
-            other,
-        ];
-        Point { step: self.step, time: self.time, values }
-    }
+/// Values of a row that are drawn as curves, by name.
+fn series(row: &MetricsRow) -> impl Iterator<Item = (&str, f64)> {
+    let fixed = [("images_per_second", row.images_per_second), ("world_size", f64::from(row.world_size))];
+    let parts = Profile::default().parts().into_iter().enumerate().map(|(at, (part, _))| {
+        let of_all: f64 = row.profile.iter().map(|(_, profile)| profile.parts()[at].1).sum();
+        (part, if row.profile.is_empty() { f64::NAN } else { of_all })
+    });
+    row.scalars.iter().chain(fixed).chain(parts)
 }
 
 impl Chronicle {
@@ -205,11 +91,11 @@ impl Chronicle {
 
     /// Adds a line of `metrics.jsonl`.
     pub fn row(&self, line: &[u8]) {
-        // The writer has validated the line; a line of another version without these columns is not drawn.
-        let Ok(row) = serde_json::from_slice::<RowLine>(line) else { return };
+        // The writer has validated the line; one of another version without the fixed columns is not drawn.
+        let Ok(row) = serde_json::from_slice::<MetricsRow>(line) else { return };
         let mut known = self.look();
         known.rows += 1;
-        known.curve.add(&row.point());
+        known.curve.add(row.step, row.time, series(&row));
         if known.newest.as_ref().is_none_or(|newest| newest.step < row.step) {
             known.newest = Some(row);
         }
@@ -220,12 +106,8 @@ impl Chronicle {
         let mut known = self.look();
         let number = known.event_count;
         known.event_count += 1;
-        let (Ok(text), Ok(event)) =
-            (std::str::from_utf8(line), serde_json::from_slice::<EventLine<'_>>(line))
-        else {
-            return;
-        };
-        known.note(&event, line);
+        let (Ok(text), Ok(event)) = (std::str::from_utf8(line), EventLine::parse(line)) else { return };
+        known.note(event);
         known.event_bytes += line.len();
         known.events.push_back((number, text.to_string()));
         while known.event_bytes > EVENT_BYTES && known.events.len() > 1 {
@@ -236,49 +118,36 @@ impl Chronicle {
 }
 
 impl Known {
-    fn note(&mut self, event: &EventLine<'_>, line: &[u8]) {
-        self.begun.get_or_insert(event.time);
-        count(&mut self.kinds, event.kind);
-        match event.kind {
-            "fault" => count(&mut self.faults, event.fault.unwrap_or("unknown")),
-            "samples" => {
-                self.pictures.extend(event.step);
+    fn note(&mut self, EventLine { time, kind, event }: EventLine) {
+        self.begun.get_or_insert(time);
+        *self.kinds.entry(kind).or_insert(0) += 1;
+        // An event of another version is shown as it is, and says nothing else here.
+        let Ok(event) = event else { return };
+        match event {
+            RunEvent::Fault { fault, .. } => *self.faults.entry(fault).or_insert(0) += 1,
+            RunEvent::Samples { step, .. } => {
+                self.pictures.insert(step);
                 if self.pictures.len() > PICTURES {
                     self.pictures.pop_first();
                 }
             }
-            "checkpoint" => {
-                let Ok(checkpoint) = serde_json::from_slice::<CheckpointLine>(line) else { return };
-                self.checkpoints.retain(|known| known.step != checkpoint.step);
-                self.checkpoints.push_back(checkpoint);
+            RunEvent::Checkpoint(checkpoint) => {
+                self.checkpoints.retain(|known| known.record.step != checkpoint.step);
+                self.checkpoints.push_back(Timed { time, record: checkpoint });
                 if self.checkpoints.len() > CHECKPOINTS {
                     self.checkpoints.pop_front();
                 }
             }
-            "data" => {
-                let line = serde_json::from_slice::<DataLine>(line);
-                self.data = line.ok().map(|line| line.found).or(self.data.take());
-            }
-            _ => self.note_judged(event, line),
-        }
-    }
-
-    fn note_judged(&mut self, event: &EventLine<'_>, line: &[u8]) {
-        match (event.kind, event.alarm) {
-            ("evaluation", _) => {
-                let Ok(evaluation) = serde_json::from_slice::<EvaluationLine>(line) else { return };
-                self.evaluations.insert(evaluation.step, evaluation);
+            RunEvent::Data { found } => self.data = Some(found),
+            RunEvent::Evaluation(row) => {
+                self.evaluations.insert(row.step, Timed { time, record: row });
                 if self.evaluations.len() > EVALUATIONS {
                     self.evaluations.pop_first();
                 }
             }
-            ("best_checkpoint", _) => self.best = serde_json::from_slice(line).ok().or(self.best.take()),
-            ("alarm", Some(alarm)) => {
-                let detail =
-                    serde_json::from_slice::<Detail>(line).map(|found| found.detail).unwrap_or_default();
-                self.alarms.insert(alarm.to_string(), detail);
-            }
-            ("alarm_over", Some(alarm)) => drop(self.alarms.remove(alarm)),
+            RunEvent::BestCheckpoint(best) => self.best = Some(best),
+            RunEvent::Alarm { alarm, detail, .. } => drop(self.alarms.insert(alarm, detail)),
+            RunEvent::AlarmOver { alarm, .. } => drop(self.alarms.remove(&alarm)),
             _ => {}
         }
     }
@@ -314,17 +183,14 @@ impl Known {
         (0..limit).map(|at| all[at * (all.len() - 1) / (limit - 1)]).collect()
     }
 
-    /// Number of events of a kind.
-    pub fn count(&self, kind: &str) -> u64 {
-        self.kinds.get(kind).copied().unwrap_or(0)
+    /// Names of the curves' series.
+    pub fn series(&self) -> &[String] {
+        self.curve.names()
     }
-}
 
-/// Counts one occurrence. The kinds are the coordinator's own, so there are few.
-fn count(counts: &mut BTreeMap<String, u64>, kind: &str) {
-    match counts.get_mut(kind) {
-        Some(count) => *count += 1,
-        None => drop(counts.insert(kind.to_string(), 1)),
+    /// Number of events of a kind.
+    pub fn count(&self, kind: EventKind) -> u64 {
+        self.kinds.get(kind.name()).copied().unwrap_or(0)
     }
 }
 
@@ -334,7 +200,6 @@ mod tests {
     use crate::records::disk::SystemDisk;
     use crate::records::events::EventLog;
     use crate::records::metrics::{MetricsLog, row_of, scored};
-    use ganglion_proto::record::MetricsRow;
 
     /// Invariant 1: lines that were there and lines that are added are taken alike.
     #[test]
@@ -355,20 +220,24 @@ mod tests {
         for step in 1..=3 {
             metrics.record(&MetricsRow { scalars: scored(0.75, 0.25), ..row_of(step * 10) }).unwrap();
         }
-        let fault = serde_json::json!({ "worker": 1, "fault": "peer" });
-        events.append(1.0, "fault", &fault).unwrap();
-        let checkpoint = serde_json::json!({ "step": 20, "folder": "step-00000020", "state_digest": "ab" });
-        events.append(2.0, "checkpoint", &checkpoint).unwrap();
-        events.append(3.0, "samples", serde_json::json!({ "step": 20 })).unwrap();
+        let (detail, fault) = (String::new(), FaultKind::Peer);
+        events.append(1.0, &RunEvent::Fault { detail, fault, generation: 1, worker: 1 }).unwrap();
+        let saved =
+            SavedCheckpoint { step: 20, state_digest: "ab".to_string(), ..SavedCheckpoint::default() };
+        events.append(2.0, &RunEvent::Checkpoint(saved)).unwrap();
+        events.append(3.0, &RunEvent::Samples { file: String::new(), step: 20 }).unwrap();
         let again = Chronicle::default();
         let (mut metrics, _events) = open(&again);
         for chronicle in [&first, &again] {
             let known = chronicle.look();
             assert_eq!((known.rows, known.event_count, known.begun), (3, 3, Some(1.0)));
-            assert_eq!((known.count("fault"), known.faults.get("peer")), (1, Some(&1)));
-            assert_eq!(known.checkpoints[0].state_digest, "ab");
+            assert_eq!((known.count(EventKind::Fault), known.faults.get(&FaultKind::Peer)), (1, Some(&1)));
+            assert_eq!(known.checkpoints[0].record.state_digest, "ab");
             assert_eq!(known.pictures(10), [20]);
-            assert_eq!(known.curve(0, 10)[2].series[2].mean(), Some(0.75));
+            assert_eq!(
+                (known.series()[2].as_str(), known.curve(0, 10)[2].series[2].mean()),
+                ("score_real", Some(0.75))
+            );
             assert_eq!(known.newest.as_ref().map(|row| row.step), Some(30));
         }
         // A row that is already recorded adds no line.
@@ -392,9 +261,13 @@ mod tests {
         tell(r#"{"time":3.0,"kind":"alarm","alarm":"collapse","step":20,"detail":"why"}"#);
         {
             let known = chronicle.look();
-            let told: Vec<_> =
-                known.evaluations.values().map(|line| (line.step, line.metrics["kid"])).collect();
-            assert_eq!(told, [(10, None), (20, Some(2.5))]);
+            let told: Vec<_> = known
+                .evaluations
+                .values()
+                .map(|line| (line.record.step, line.record.get("kid").unwrap()))
+                .collect();
+            assert!(told[0].0 == 10 && told[0].1.is_nan());
+            assert_eq!(told[1], (20, 2.5));
             assert_eq!(known.best.as_ref().map(|best| best.step), Some(20));
             assert_eq!(known.alarms.get("collapse").map(String::as_str), Some("why"));
         }
@@ -423,7 +296,7 @@ mod tests {
         }
         let known = chronicle.look();
         assert!(known.event_bytes <= EVENT_BYTES && known.event_bytes > EVENT_BYTES / 2);
-        assert_eq!((known.event_count, known.count("a")), (10_000, 10_000));
+        assert_eq!((known.event_count, known.kinds["a"]), (10_000, 10_000));
         let page = known.events(0, 5, usize::MAX);
         assert_eq!(page.len(), 5);
         assert_eq!(page[0].0, known.first_event());

@@ -8,35 +8,12 @@
 
 use std::collections::VecDeque;
 
-/// Series of a row that are drawn.
-pub const SERIES: [&str; 11] = [
-    "loss_discriminator",
-    "loss_generator",
-    "score_real",
-    "score_fake",
-    "images_per_second",
-    "world_size",
-    "data",
-    "compute",
-    "wait",
-    "commit",
-    "other",
-];
+/// Maximum number of series; those that appear later are left out.
+const MOST_SERIES: usize = 128;
 /// Maximum number of buckets of a level.
 const KEPT: usize = 2048;
 /// Number of buckets of a level that make one of the next.
 const FOLD: u64 = 4;
-
-/// Values of one step, in the order of [`SERIES`]; NaN where there is none.
-#[derive(Clone, Copy, Debug)]
-pub struct Point {
-    /// Number of the step.
-    pub step: u64,
-    /// Time of its commit, in seconds of Unix time.
-    pub time: f64,
-    /// Values in the order of [`SERIES`].
-    pub values: [f64; SERIES.len()],
-}
 
 /// Summary of the rows in a range of steps.
 #[derive(Clone, Debug)]
@@ -45,8 +22,9 @@ pub struct Bucket {
     pub step: u64,
     /// Time of that step's commit.
     pub time: f64,
-    /// One summary per series, in the order of [`SERIES`].
-    pub series: [Summary; SERIES.len()],
+    /// One summary per series, in the order of [`Curve::names`]; a series that appeared later has
+    /// none.
+    pub series: Vec<Summary>,
 }
 
 /// Summary of one series in a bucket.
@@ -86,13 +64,12 @@ impl Summary {
 }
 
 impl Bucket {
-    fn of(point: &Point) -> Bucket {
-        Bucket { step: point.step, time: point.time, series: point.values.map(Summary::of) }
-    }
-
     fn add(&mut self, other: &Bucket) {
         if other.step > self.step {
             (self.step, self.time) = (other.step, other.time);
+        }
+        if self.series.len() < other.series.len() {
+            self.series.resize(other.series.len(), Summary::of(f64::NAN));
         }
         self.series.iter_mut().zip(&other.series).for_each(|(summary, other)| summary.add(other));
     }
@@ -122,19 +99,37 @@ impl Level {
 /// All curves of a run. See the module documentation.
 #[derive(Debug)]
 pub struct Curve {
+    names: Vec<String>,
     levels: Vec<Level>,
 }
 
 impl Default for Curve {
     fn default() -> Self {
-        Curve { levels: vec![Level { width: 1, buckets: VecDeque::new() }] }
+        Curve { names: Vec::new(), levels: vec![Level { width: 1, buckets: VecDeque::new() }] }
     }
 }
 
 impl Curve {
-    /// Adds a row. Each step must be added once.
-    pub fn add(&mut self, point: &Point) {
-        let bucket = Bucket::of(point);
+    /// Names of the series, in the order in which they appeared.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// Adds the named values of a step that was committed at `time`, in seconds of Unix time. Each
+    /// step must be added once.
+    pub fn add<'a>(&mut self, step: u64, time: f64, values: impl Iterator<Item = (&'a str, f64)>) {
+        let mut series = vec![Summary::of(f64::NAN); self.names.len()];
+        for (name, value) in values {
+            match self.names.iter().position(|known| known == name) {
+                Some(place) => series[place] = Summary::of(value),
+                None if self.names.len() < MOST_SERIES => {
+                    self.names.push(name.to_string());
+                    series.push(Summary::of(value));
+                }
+                None => {}
+            }
+        }
+        let bucket = Bucket { step, time, series };
         let coarsest = self.levels.len() - 1;
         for (at, level) in self.levels.iter_mut().enumerate() {
             let gone = at < coarsest
@@ -195,15 +190,15 @@ impl Curve {
 mod tests {
     use super::*;
 
-    fn point(step: u64, value: f64) -> Point {
-        #[allow(clippy::cast_precision_loss)]
-        Point { step, time: step as f64, values: [value; SERIES.len()] }
+    #[allow(clippy::cast_precision_loss)]
+    fn add(curve: &mut Curve, step: u64, value: f64) {
+        curve.add(step, step as f64, [("a", value)].into_iter());
     }
 
     fn curve(steps: impl Iterator<Item = u64>) -> Curve {
         let mut curve = Curve::default();
         #[allow(clippy::cast_precision_loss)]
-        steps.for_each(|step| curve.add(&point(step, step as f64)));
+        steps.for_each(|step| add(&mut curve, step, step as f64));
         curve
     }
 
@@ -251,8 +246,8 @@ mod tests {
     #[test]
     fn a_late_row_is_in_its_bucket() {
         let mut curve = curve((1..=10_000).filter(|step| ![5, 9_990].contains(step)));
-        curve.add(&point(9_990, 0.0));
-        curve.add(&point(5, 0.0));
+        add(&mut curve, 9_990, 0.0);
+        add(&mut curve, 5, 0.0);
         let count = |buckets: &[Bucket]| buckets.iter().map(|bucket| bucket.series[0].count).sum::<u64>();
         assert_eq!(count(&curve.since(0, 100)), 10_000);
         assert_eq!(steps(&curve.since(9_989, 100)), (9_989..=10_000).collect::<Vec<_>>());
@@ -263,11 +258,25 @@ mod tests {
     #[test]
     fn what_is_not_finite_is_left_out() {
         let mut curve = Curve::default();
-        curve.add(&point(2, f64::NAN));
+        add(&mut curve, 2, f64::NAN);
         assert_eq!(curve.since(0, 10)[0].series[0].mean(), None);
-        curve.add(&point(3, f64::INFINITY));
-        curve.add(&point(4, 2.0));
+        add(&mut curve, 3, f64::INFINITY);
+        add(&mut curve, 4, 2.0);
         let both = curve.since(0, 1);
         assert_eq!(both.iter().filter_map(|bucket| bucket.series[0].mean()).collect::<Vec<_>>(), [2.0]);
+    }
+
+    #[test]
+    fn a_series_may_appear_later_and_the_number_of_series_is_bounded() {
+        let mut curve = curve(1..=4);
+        let late: Vec<String> = (0..2 * MOST_SERIES).map(|at| format!("s{at}")).collect();
+        for step in [5, 6] {
+            curve.add(step, 5.0, late.iter().map(|name| (name.as_str(), 2.0)));
+        }
+        assert_eq!((curve.names().len(), curve.names()[1].as_str()), (MOST_SERIES, "s0"));
+        let one = &curve.since(0, 1);
+        let last = one.last().unwrap();
+        assert_eq!((last.series[1].mean(), last.series.len()), (Some(2.0), MOST_SERIES));
+        assert_eq!(curve.since(0, 100)[0].series.len(), 1);
     }
 }

@@ -4,15 +4,15 @@
 //!    that a death or a full disk kept from being drawn is drawn by the next coordinator.
 //! 2. A row is one record of an event file, written as a whole or not at all.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::Deserialize;
+use ganglion_proto::record::{EventLine, MetricsRow, RunEvent};
 
-use super::chronicle::{EvaluationLine, RowLine};
+use super::scalars::Shown;
 use super::tensorboard::{Png, TensorBoard};
 
 /// Tag of the curve that every row has a point of.
@@ -39,22 +39,6 @@ struct Board {
     run: PathBuf,
     file: TensorBoard,
     drawn: Drawn,
-}
-
-/// Columns of a row that only TensorBoard shows.
-#[derive(Deserialize)]
-struct Gpu {
-    gpu_memory_bytes: Option<u64>,
-    gpu_utilisation: Option<u32>,
-}
-
-/// Fields of an event that is drawn.
-#[derive(Deserialize)]
-struct Event<'a> {
-    kind: &'a str,
-    time: f64,
-    step: Option<u64>,
-    file: Option<&'a str>,
 }
 
 impl Curves {
@@ -85,27 +69,27 @@ impl Curves {
 
     /// Draws a line of `metrics.jsonl`, unless it is already drawn.
     pub fn row(&self, line: &[u8]) {
-        // A line of another version without these columns is not drawn.
-        let Ok(row) = serde_json::from_slice::<RowLine>(line) else { return };
+        // A line of another version without the fixed columns is not drawn.
+        let Ok(row) = serde_json::from_slice::<MetricsRow>(line) else { return };
         let mut board = self.lock();
         if board.drawn.rows.insert(row.step) {
-            board.file.scalars(row.step, row.time, points(&row, line));
+            board.file.scalars(row.step, row.time, points(&row));
         }
     }
 
     /// Draws a line of `events.jsonl`, if it is an evaluation or a picture.
     pub fn event(&self, line: &[u8]) {
-        let Ok(event) = serde_json::from_slice::<Event<'_>>(line) else { return };
-        match event {
-            Event { kind: "evaluation", .. } => {
-                let Ok(row) = serde_json::from_slice::<EvaluationLine>(line) else { return };
+        match EventLine::parse(line) {
+            Ok(EventLine { time, event: Ok(RunEvent::Evaluation(row)), .. }) => {
                 let mut board = self.lock();
                 if board.drawn.evaluations.insert(row.step) {
-                    board.file.scalars(row.step, row.time, figures(row.metrics));
+                    let figures =
+                        row.metrics.iter().map(|(name, value)| (format!("{EVALUATION}{name}"), value));
+                    board.file.scalars(row.step, time, finite(figures));
                 }
             }
-            Event { kind: "samples", step: Some(step), file: Some(file), time } => {
-                self.lock().picture(step, time, file);
+            Ok(EventLine { time, event: Ok(RunEvent::Samples { file, step }), .. }) => {
+                self.lock().picture(step, time, &file);
             }
             _ => {}
         }
@@ -137,45 +121,33 @@ impl Board {
     }
 }
 
-fn points(row: &RowLine, line: &[u8]) -> Vec<(String, f64)> {
-    let named = [
-        ("loss/discriminator", row.loss_discriminator),
-        ("loss/generator", row.loss_generator),
-        ("throughput/images_per_second", row.images_per_second),
+#[allow(clippy::cast_precision_loss)] // curves for people
+fn points(row: &MetricsRow) -> Vec<(String, f64)> {
+    let scalars = row.scalars.iter().map(|(name, value)| (Shown::new(name).tag(), value));
+    let fixed = [
+        ("throughput/images_per_second", Some(row.images_per_second)),
         (MARK, Some(f64::from(row.world_size))),
-        ("score/real", row.score_real),
-        ("score/fake", row.score_fake),
+        ("gpu/memory_bytes", row.gpu_memory_bytes.map(|bytes| bytes as f64)),
+        ("gpu/utilisation_percent", row.gpu_utilisation.map(f64::from)),
     ];
-    let mut points: Vec<(String, f64)> =
-        named.into_iter().filter_map(|(tag, value)| Some((tag.to_string(), value?))).collect();
-    if let Ok(gpu) = serde_json::from_slice::<Gpu>(line) {
-        #[allow(clippy::cast_precision_loss)] // a curve for people
-        points.extend(gpu.gpu_memory_bytes.map(|bytes| ("gpu/memory_bytes".to_string(), bytes as f64)));
-        points.extend(
-            gpu.gpu_utilisation.map(|percent| ("gpu/utilisation_percent".to_string(), f64::from(percent))),
-        );
-    }
-    for (module, profile) in
-        row.profile.iter().flat_map(|of| [("discriminator", of.discriminator), ("generator", of.generator)])
-    {
-        points.extend(
-            profile.parts().map(|(part, milliseconds)| {
-                (format!("milliseconds_of_a_step/{module}_{part}"), milliseconds)
-            }),
-        );
-    }
-    points
+    let fixed = fixed.into_iter().filter_map(|(tag, value)| Some((tag.to_string(), value?)));
+    let parts = row.profile.iter().flat_map(|(network, profile)| {
+        let tag = move |part| format!("milliseconds_of_a_step/{network}_{part}");
+        profile.parts().map(|(part, milliseconds)| (tag(part), milliseconds))
+    });
+    finite(scalars.chain(fixed).chain(parts))
 }
 
-fn figures(metrics: BTreeMap<String, Option<f64>>) -> Vec<(String, f64)> {
-    metrics.into_iter().filter_map(|(name, value)| Some((format!("{EVALUATION}{name}"), value?))).collect()
+fn finite(points: impl Iterator<Item = (String, f64)>) -> Vec<(String, f64)> {
+    points.filter(|(_, value)| value.is_finite()).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::records::metrics::{row_of, scored};
-    use ganglion_proto::record::{MetricsRow, Profile};
+    use ganglion_proto::record::Profile;
+    use std::collections::BTreeMap;
 
     /// Number of occurrences of each series and step in the event files of a run.
     pub(super) fn drawn(run: &Path) -> BTreeMap<(String, u64), u32> {
@@ -188,7 +160,8 @@ mod tests {
     }
 
     fn line(step: u64) -> Vec<u8> {
-        format!(r#"{{"step":{step},"time":1.5,"generation":1,"world_size":2,"loss_generator":0.5}}"#).into()
+        let scalars = [("loss_generator", 0.5), ("kl", 2.0)].into_iter().collect();
+        MetricsRow { step, scalars, ..MetricsRow::default() }.line().into()
     }
 
     /// Invariant 1: records lost with an earlier process, torn records, and new ones.
@@ -230,7 +203,9 @@ mod tests {
         let of = |tag: &str| {
             drawn.keys().filter(|(known, _)| known == tag).map(|(_, step)| *step).collect::<Vec<_>>()
         };
-        assert_eq!((of(MARK), of("loss/generator")), (vec![1, 2, 3, 4, 5], vec![1, 2, 3, 4, 5]));
+        for tag in [MARK, "loss/generator", "scalar/kl"] {
+            assert_eq!(of(tag), [1, 2, 3, 4, 5], "{tag}");
+        }
         assert_eq!((of(PICTURES), of("evaluation/a"), of("evaluation/b")), (vec![2], vec![2], vec![]));
     }
 
@@ -244,8 +219,7 @@ mod tests {
             scalars: scored(0.75, 0.25),
             ..row_of(1)
         };
-        let line = row.line();
-        let points = points(&serde_json::from_str(&line).unwrap(), line.as_bytes());
+        let points = points(&row);
         assert_eq!(points.len(), 4 + 2 + 2 + 10);
         assert!(points.contains(&("milliseconds_of_a_step/generator_compute".to_string(), 2.5)));
         assert!(points.contains(&("gpu/utilisation_percent".to_string(), 97.0)));

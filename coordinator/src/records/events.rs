@@ -10,7 +10,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use ganglion_proto::record::{EventLine, RunEvent};
 
 use super::damage::{self, Damaged};
 use super::disk::Disk;
@@ -31,26 +31,9 @@ pub struct EventLog {
     dropped: u64,
 }
 
-#[derive(Serialize)]
-struct Line<'a, F> {
-    time: f64,
-    kind: &'a str,
-    #[serde(flatten)]
-    fields: F,
-}
-
-/// Fields common to all events.
-#[derive(Deserialize)]
-struct Event<'a> {
-    #[serde(rename = "time")]
-    _time: f64,
-    #[serde(rename = "kind", borrow)]
-    _kind: std::borrow::Cow<'a, str>,
-}
-
 /// Checks that a line is an event.
 pub(super) fn check(line: &[u8]) -> Result<(), serde_json::Error> {
-    serde_json::from_slice::<Event<'_>>(line).map(drop)
+    EventLine::parse(line).map(drop)
 }
 
 impl EventLog {
@@ -65,17 +48,12 @@ impl EventLog {
         Ok(EventLog { lines, waiting: VecDeque::new(), waiting_bytes: 0, dropped: 0 })
     }
 
-    /// Writes an event: its `time` in seconds of Unix time, its `kind`, and `fields`, a struct or a
-    /// map with keys other than these two, or `()`.
+    /// Writes an event with its `time` in seconds of Unix time.
     ///
     /// # Errors
-    /// The file cannot be written, and the event waits; or `fields` cannot be represented as JSON.
-    pub fn append(&mut self, time: f64, kind: &str, fields: impl Serialize) -> io::Result<()> {
-        let mut line = serde_json::to_vec(&Line { time, kind, fields })?;
-        if line.len() > LINE_LIMIT {
-            let fields = serde_json::json!({ "bytes_left_out": line.len() });
-            line = serde_json::to_vec(&Line { time, kind, fields })?;
-        }
+    /// The file cannot be written, and the event waits.
+    pub fn append(&mut self, time: f64, event: &RunEvent) -> io::Result<()> {
+        let line = event.line(time, LINE_LIMIT);
         if self.waiting_bytes + line.len() > WAITING_LIMIT {
             self.dropped += 1;
         } else {
@@ -96,8 +74,8 @@ impl EventLog {
             self.waiting.pop_front();
         }
         if self.dropped > 0 {
-            let fields = serde_json::json!({ "count": self.dropped });
-            self.lines.append(serde_json::to_vec(&Line { time, kind: "events_dropped", fields })?)?;
+            let dropped = RunEvent::EventsDropped { count: self.dropped };
+            self.lines.append(dropped.line(time, LINE_LIMIT))?;
             self.dropped = 0;
         }
         self.lines.restore()
@@ -118,53 +96,25 @@ impl EventLog {
 mod tests {
     use super::*;
     use crate::records::disk::{SystemDisk, tests::FullDisk};
+    use ganglion_proto::record::EventKind;
 
-    #[derive(Serialize)]
-    struct Lost {
-        worker: u64,
-        pid: Option<u32>,
-        rate: f64,
+    fn refused(worker: u64) -> RunEvent {
+        RunEvent::WorkerRefused { reason: "two\nlines".to_string(), worker }
     }
 
     #[test]
-    fn an_event_is_a_line_with_its_fields() {
+    fn an_event_is_a_line_with_its_keys() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events.jsonl");
         let mut log = EventLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
-        let lost = Lost { worker: 2, pid: Some(77), rate: f64::NAN };
-        log.append(1.5, "worker_lost", lost).unwrap();
-        log.append(2.0, "finished", ()).unwrap();
-        let fields = serde_json::json!({"reason": "two\nlines"});
-        log.append(3.0, "stopped", fields).unwrap();
+        log.append(1.5, &refused(2)).unwrap();
+        log.append(2.0, &RunEvent::Staying {}).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         assert_eq!(
             text,
-            "{\"time\":1.5,\"kind\":\"worker_lost\",\"worker\":2,\"pid\":77,\"rate\":null}\n\
-             {\"time\":2.0,\"kind\":\"finished\"}\n\
-             {\"time\":3.0,\"kind\":\"stopped\",\"reason\":\"two\\nlines\"}\n"
+            "{\"time\":1.5,\"kind\":\"worker_refused\",\"reason\":\"two\\nlines\",\"worker\":2}\n\
+             {\"time\":2.0,\"kind\":\"staying\"}\n"
         );
-    }
-
-    #[test]
-    fn a_line_that_would_be_too_long_tells_its_length_instead() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("events.jsonl");
-        let mut log = EventLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
-        log.append(1.0, "fault", serde_json::json!({ "detail": "x".repeat(LINE_LIMIT) })).unwrap();
-        let text = std::fs::read_to_string(&path).unwrap();
-        assert_eq!(
-            text,
-            format!("{{\"time\":1.0,\"kind\":\"fault\",\"bytes_left_out\":{}}}\n", LINE_LIMIT + 39)
-        );
-    }
-
-    #[test]
-    fn fields_that_have_no_names_are_refused_and_leave_no_trace() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("events.jsonl");
-        let mut log = EventLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
-        assert!(log.append(1.0, "odd", 5).is_err());
-        assert_eq!(std::fs::read(&path).unwrap(), b"");
     }
 
     #[test]
@@ -173,9 +123,9 @@ mod tests {
         let path = dir.path().join("events.jsonl");
         std::fs::write(&path, "{\"time\":1.0,\"kind\":\"a\",\"id\":7}\n{\"time\":2.0,\"ki").unwrap();
         let mut log = EventLog::open(&path, Arc::new(SystemDisk), Box::new(|_| ())).unwrap();
-        log.append(2.0, "b", ()).unwrap();
+        log.append(2.0, &RunEvent::Staying {}).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
-        assert_eq!(text.lines().nth(1), Some("{\"time\":2.0,\"kind\":\"b\"}"));
+        assert_eq!(text.lines().nth(1), Some("{\"time\":2.0,\"kind\":\"staying\"}"));
     }
 
     /// Invariant 2.
@@ -185,18 +135,25 @@ mod tests {
         let path = dir.path().join("events.jsonl");
         let disk = Arc::new(FullDisk::default());
         let mut log = EventLog::open(&path, disk.clone(), Box::new(|_| ())).unwrap();
-        log.append(1.0, "a", ()).unwrap();
+        log.append(1.0, &refused(1)).unwrap();
         disk.fill();
-        assert!(log.append(2.0, "b", ()).is_err());
-        let long = serde_json::json!({ "text": "x".repeat(LINE_LIMIT - 100) });
+        assert!(log.append(2.0, &refused(2)).is_err());
+        let long = RunEvent::MetricsBreach { detail: "x".repeat(LINE_LIMIT - 100) };
         for _ in 0..=WAITING_LIMIT / LINE_LIMIT {
-            assert!(log.append(3.0, "long", &long).is_err());
+            assert!(log.append(3.0, &long).is_err());
         }
         disk.free();
-        log.append(4.0, "c", ()).unwrap();
+        log.append(4.0, &refused(4)).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
-        let kinds: Vec<&str> = text.lines().map(|line| line.split('"').nth(5).unwrap()).collect();
-        let waited = ["long"; WAITING_LIMIT / LINE_LIMIT];
-        assert_eq!(kinds, [&["a", "b"][..], &waited, &["c", "events_dropped"]].concat());
+        let kinds: Vec<EventKind> = text
+            .lines()
+            .map(|line| EventLine::parse(line.as_bytes()).unwrap().event.unwrap().kind())
+            .collect();
+        let waited = [EventKind::MetricsBreach; WAITING_LIMIT / LINE_LIMIT];
+        let refused = [EventKind::WorkerRefused; 2];
+        assert_eq!(
+            kinds,
+            [&refused[..], &waited, &[EventKind::WorkerRefused, EventKind::EventsDropped]].concat()
+        );
     }
 }

@@ -6,10 +6,14 @@
 
 use ganglion_proto::record::Scalars;
 
-/// Groups with the label that tells their scalars apart.
-const GROUPS: [(&str, &str); 2] = [("loss", "module"), ("score", "of")];
-/// Group of the scalars that stand for themselves.
-const OTHERS: (&str, &str) = ("scalar", "name");
+/// Groups with the label that tells their scalars apart, and what they are. The last one is of the
+/// scalars that stand for themselves.
+pub const GROUPS: [(&str, &str, &str); 3] = [
+    ("loss", "module", "Mean loss of the newest step"),
+    ("score", "of", "What the discriminator says of samples, a mean of the newest step"),
+    ("scalar", "name", "What the objective reports of the newest step"),
+];
+const OTHERS: (&str, &str, &str) = GROUPS[2];
 
 /// Presentation of one scalar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,12 +29,17 @@ pub struct Shown<'a> {
 impl<'a> Shown<'a> {
     /// Derives the presentation from a scalar's name.
     pub fn new(name: &'a str) -> Shown<'a> {
-        let grouped = |(group, key): (&'static str, &'static str)| {
+        let grouped = |(group, key, _): (&'static str, &'static str, &'static str)| {
             let of = name.strip_prefix(group)?.strip_prefix('_').filter(|of| !of.is_empty())?;
             Some(Shown { group, key, of })
         };
-        let (group, key) = OTHERS;
-        GROUPS.into_iter().find_map(grouped).unwrap_or(Shown { group, key, of: name })
+        let (group, key, _) = OTHERS;
+        GROUPS[..2].iter().copied().find_map(grouped).unwrap_or(Shown { group, key, of: name })
+    }
+
+    /// Tag in TensorBoard.
+    pub fn tag(&self) -> String {
+        format!("{}/{}", self.group, self.of)
     }
 
     /// Label where there is little room: a network by its initial.

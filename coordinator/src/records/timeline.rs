@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use ganglion_proto::record::MetricsRow;
+use ganglion_proto::record::{MetricsRow, RunEvent};
 use ganglion_proto::trace::{Nothing, Trace, Track, now};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -22,10 +22,10 @@ pub struct Timeline {
 }
 
 #[derive(Serialize)]
-struct Told<'a, F> {
+struct Told {
     time: f64,
     #[serde(flatten)]
-    fields: &'a F,
+    keys: Map<String, Value>,
 }
 
 impl Timeline {
@@ -46,20 +46,18 @@ impl Timeline {
     }
 
     /// Adds an event, recorded at `time`, and the change of the group that it implies.
-    pub fn event(&mut self, time: f64, kind: &str, fields: &impl Serialize) {
+    pub fn event(&mut self, time: f64, event: &RunEvent) {
         if !self.events.is_on() {
             return;
         }
-        self.events.instant(kind, Told { time, fields });
-        let generation = || {
-            let fields = serde_json::to_value(fields).unwrap_or_default();
-            let number = |field: &str| fields[field].as_u64().unwrap_or_default();
-            format!("generation {}, world size {}", number("generation"), number("world_size"))
-        };
-        match kind {
-            "generation_formed" | "generation_kept" => self.turn_to(Some(&generation())),
-            "regroup" => self.turn_to(Some("regroup")),
-            "run_ended" => self.turn_to(None),
+        self.events.instant(event.kind().name(), Told { time, keys: event.keys() });
+        match event {
+            RunEvent::GenerationFormed { generation, world_size, .. }
+            | RunEvent::GenerationKept { generation, world_size, .. } => {
+                self.turn_to(Some(&format!("generation {generation}, world size {world_size}")));
+            }
+            RunEvent::Regroup { .. } => self.turn_to(Some(event.kind().name())),
+            RunEvent::RunEnded { .. } => self.turn_to(None),
             _ => {}
         }
         self.flush();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ganglion_membership::{Limits, Term};
-use serde_json::json;
+use ganglion_proto::record::RunEvent;
 use tokio::sync::{mpsc, watch};
 
 use crate::api::grpc::tls::Acceptor;
@@ -65,9 +65,12 @@ impl<C> Doors<C> {
     pub fn announce(&self, term: Term, reason: Option<&str>, taken: &mut TakenOver) {
         let (records, job) = (&mut taken.records, &taken.job.job);
         let (url, dashboard) = (&self.url, self.dashboard.url());
-        let pid = std::process::id();
-        let fields = json!({ "term": term.0, "pid": pid, "address": url, "dashboard": dashboard });
-        records.event("coordinator_started", fields);
+        records.event(&RunEvent::CoordinatorStarted {
+            address: url.clone(),
+            dashboard: dashboard.clone(),
+            pid: std::process::id(),
+            term: term.0,
+        });
         let (name, folder, invitation) = (&job.name, records.folder().display(), &self.invitation);
         let join =
             format!("run {name} in {folder}; other workers join with: worker --coordinator {invitation}");

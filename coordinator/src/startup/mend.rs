@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ganglion_proto::job::Job;
-use serde_json::json;
+use ganglion_proto::record::RunEvent;
 
 use crate::control::records::Records;
 use crate::error::Failure;
@@ -44,7 +44,8 @@ pub fn open_records(
     };
     for found in aside {
         records.message(&format!("warning: {}", found.describe()));
-        records.event("record_set_aside", json!(found));
+        let SetAside { file, aside, kept, lost, steps } = found;
+        records.event(&RunEvent::RecordSetAside { aside, file, kept, lost, steps });
     }
     Ok(records)
 }
@@ -85,6 +86,7 @@ mod tests {
     use crate::job_file::{self, Source};
     use crate::records::disk::SystemDisk;
     use ganglion_membership::{Checkpoint, Position};
+    use ganglion_proto::record::EventKind;
 
     /// A run with two rows and an event, whose journal knows step 40.
     fn run() -> (tempfile::TempDir, Job, Journal) {
@@ -117,7 +119,7 @@ mod tests {
             assert_eq!(std::fs::read(folder.path().join(format!("{name}.damaged-1"))).unwrap(), bytes);
             let [found] = &journal.set_asides().unwrap()[..] else { panic!("one was set aside") };
             assert_eq!((found.file.as_str(), found.kept, found.lost), (name, kept, 1));
-            assert_eq!(records.chronicle.look().count("record_set_aside"), 1);
+            assert_eq!(records.chronicle.look().count(EventKind::RecordSetAside), 1);
             drop(records);
             open(folder.path(), &job, &mut journal);
             assert_eq!(journal.set_asides().unwrap().len(), 1, "once");

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use ganglion_membership::Checkpoint;
 use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::job::Job;
+use ganglion_proto::record::{EventLine, RunEvent};
 use ganglion_storage::whole;
 use serde::Serialize;
 use serde_json::Value;
@@ -220,7 +221,8 @@ fn tell(run_dir: &RunDir, job: &Job, recovery: &Recovery) -> Result<Vec<SetAside
     let disk: Arc<dyn Disk> = Arc::new(SystemDisk);
     let mut records = open_records(job, run_dir.folder(), &Screen::silent(), &disk, &mut journal)?;
     let all = journal.set_asides()?;
-    records.event("journal_recovered", recovery);
+    let Recovery { floor, lost } = recovery.clone();
+    records.event(&RunEvent::JournalRecovered { floor, lost });
     records.finish_writing();
     Ok(all)
 }
@@ -230,37 +232,32 @@ impl Told {
         let mut told = Told::default();
         for name in ["metrics.jsonl", "events.jsonl"] {
             let content = fs::read(run.join(name)).unwrap_or_default();
-            let lines = content.split(|byte| *byte == b'\n');
-            lines.filter_map(|line| serde_json::from_slice(line).ok()).for_each(|line| told.take(&line));
+            for line in content.split(|byte| *byte == b'\n') {
+                serde_json::from_slice(line).iter().for_each(|line| told.count(line));
+                EventLine::parse(line)
+                    .ok()
+                    .and_then(|line| line.event.ok())
+                    .into_iter()
+                    .for_each(|event| told.hear(event));
+            }
         }
         told
     }
 
-    fn take(&mut self, line: &Value) {
+    fn count(&mut self, line: &Value) {
         let numbers = ["term", "generation", "worker", "floor"].map(|name| line[name].as_u64().unwrap_or(0));
         let numbers = numbers.into_iter().filter(|number| *number < CREDIBLE);
         self.before.floor = numbers.fold(self.before.floor, u64::max);
-        match line["kind"].as_str() {
-            Some("passport") => self.passport = Some(line["items"].to_string()),
-            Some("evaluation") => self.evaluations.extend(evaluation(line)),
-            Some("journal_recovered") => {
-                let earlier = serde_json::from_value::<Recovery>(line.clone());
-                self.before.lost.extend(earlier.map(|earlier| earlier.lost).unwrap_or_default());
-            }
+    }
+
+    fn hear(&mut self, event: RunEvent) {
+        match event {
+            RunEvent::Passport { items } => self.passport = serde_json::to_string(&items).ok(),
+            RunEvent::Evaluation(row) => self.evaluations.push(row),
+            RunEvent::JournalRecovered { lost, .. } => self.before.lost.extend(lost),
             _ => {}
         }
     }
-}
-
-fn evaluation(line: &Value) -> Option<EvaluationRow> {
-    let metrics = line["metrics"].as_object()?.iter();
-    let metrics = metrics.map(|(name, value)| (name.clone(), value.as_f64().unwrap_or(f64::NAN)));
-    Some(EvaluationRow {
-        step: line["step"].as_u64()?,
-        metrics: metrics.collect(),
-        features: line["features"].as_str()?.to_string(),
-        seconds: line["seconds"].as_f64()?,
-    })
 }
 
 impl Recovered {

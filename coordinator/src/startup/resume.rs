@@ -8,7 +8,7 @@
 //!    on from it, and reports which steps are computed again.
 
 use ganglion_membership::Checkpoint;
-use serde_json::json;
+use ganglion_proto::record::RunEvent;
 
 use crate::checkpoints::catalog::{Checkpoints, Damaged};
 use crate::checkpoints::retry::Patience;
@@ -103,7 +103,7 @@ pub async fn find(
 fn newest_known(journal: &Journal, chronicle: &Chronicle) -> Result<Option<Checkpoint>, JournalError> {
     let mut journaled = journal.checkpoints()?;
     let known = chronicle.look();
-    let told = |digest: &str| known.checkpoints.iter().any(|line| line.state_digest == digest);
+    let told = |digest: &str| known.checkpoints.iter().any(|saved| saved.record.state_digest == digest);
     journaled.retain(|row| row.valid || told(&row.checkpoint.state_digest));
     Ok(journaled.pop().map(|row| row.checkpoint))
 }
@@ -147,8 +147,11 @@ impl Told<'_> {
             records.message(&format!(
                 "warning: checkpoint {folder} is damaged ({reason}); going on from {instead}"
             ));
-            let fields = json!({ "folder": folder, "reason": reason, "instead": instead });
-            records.event("checkpoint_damaged", fields);
+            records.event(&RunEvent::CheckpointDamaged {
+                folder: folder.clone(),
+                instead: instead.clone(),
+                reason: reason.clone(),
+            });
         }
         let Some(known) = self.known else { return };
         let folder = known.folder();
@@ -164,8 +167,8 @@ impl Told<'_> {
         records.message(&format!(
             "warning: checkpoint {folder}, the newest of this run, is not in {place}; going on from {instead}: {again}"
         ));
-        let fields = json!({ "folder": folder, "step": known.step, "place": place, "instead": instead });
-        records.event("checkpoint_missing", fields);
+        let (place, step) = (place.to_string(), known.step);
+        records.event(&RunEvent::CheckpointMissing { folder, instead, place, step });
     }
 }
 

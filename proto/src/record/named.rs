@@ -58,6 +58,12 @@ impl<T> Named<T> {
         self.iter().find(|(known, _)| *known == name).map(|(_, value)| value)
     }
 
+    /// The same values, ordered by name.
+    pub fn sorted(mut self) -> Self {
+        self.0.sort_by(|(one, _), (other, _)| one.cmp(other));
+        self
+    }
+
     /// Whether there are no values.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::job::Job;
+use ganglion_proto::record::Scalars;
 use ganglion_proto::trace::Track;
 use serde::Serialize;
 
@@ -182,12 +183,13 @@ impl Monitor<Queue> {
             let seconds = began.elapsed().as_secs_f64();
             let row = match metrics {
                 Ok(metrics) => {
+                    let metrics = metrics.into_iter().collect();
                     EvaluationRow { step: snapshot.step, metrics, features: features.clone(), seconds }
                 }
                 Err(error) => {
                     tracing::warn!("no evaluation of step {}: {error}", snapshot.step);
                     let features = format!("failed: {error}");
-                    EvaluationRow { step: snapshot.step, metrics: Vec::new(), features, seconds }
+                    EvaluationRow { step: snapshot.step, metrics: Scalars::default(), features, seconds }
                 }
             };
             // The state may have been rolled back meanwhile: then its row is not reported.

@@ -40,3 +40,34 @@ impl Asset {
         ([(header::CONTENT_TYPE, HeaderValue::from_static(self.kind))], self.content).into_response()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ganglion_proto::record::EventKind;
+
+    /// Names of kinds of events in a script: what `kind` is compared with, and the keys of tables.
+    fn kinds(script: &str) -> Vec<&str> {
+        let compared = script.split("kind === '").skip(1).filter_map(|rest| rest.split('\'').next());
+        let part = |begin: &str, end: &str| {
+            script.split(begin).nth(1).and_then(|rest| rest.split(end).next()).unwrap_or_default()
+        };
+        let marked = part("const MARKED = new Map([", "]);").split('[').skip(1);
+        let marked = marked.filter_map(|entry| entry.split('\'').nth(1));
+        let silent = part("const SILENT = new Set([", "]);").split('\'').skip(1).step_by(2);
+        let described = part("const told = {\n", "}[event.kind]").lines();
+        let described = described.filter_map(|line| line.trim().split_once(": () =>")).map(|(key, _)| key);
+        compared.chain(marked).chain(silent).chain(described).collect()
+    }
+
+    #[test]
+    fn scripts_name_only_kinds_of_events_that_there_are() {
+        let mut count = 0;
+        for asset in super::all().iter().filter(|asset| asset.path.ends_with(".js")) {
+            for kind in kinds(asset.content) {
+                assert!(EventKind::of(kind).is_some(), "{}: there is no kind of events {kind}", asset.path);
+                count += 1;
+            }
+        }
+        assert!(count > 50, "{count}");
+    }
+}

@@ -11,13 +11,15 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use ganglion_proto::MESSAGE_LIMIT;
+use ganglion_proto::record::EventKind;
 use serde_json::{Map, Value, json};
 use tokio::io::AsyncReadExt;
 use tokio::time::{Instant, timeout};
 
 use super::guard::{Admission, TOKEN_FILE};
 use super::{Site, assets, prometheus};
-use crate::records::curve::{Bucket, SERIES, Summary};
+use crate::records::curve::{Bucket, Summary};
+use crate::records::scalars::Shown;
 use crate::records::status;
 use crate::system::clock::now;
 
@@ -166,7 +168,7 @@ async fn tell_status(State(site): State<Arc<Site>>) -> Response {
         told["begun"] = known.begun.into();
         told["rows"] = known.rows.into();
         told["events"] = known.event_count.into();
-        told["pictures"] = known.count("samples").into();
+        told["pictures"] = known.count(EventKind::Samples).into();
         told["checkpoints"] = json!(known.checkpoints);
         told["evaluations"] = known.evaluations.len().into();
         told["best"] = json!(known.best);
@@ -182,23 +184,29 @@ async fn tell_metrics(State(site): State<Arc<Site>>, uri: Uri) -> Response {
         return no_number();
     };
     let points = usize::try_from(points.clamp(1, POINTS.1)).unwrap_or(1);
-    let (buckets, rows) = {
+    let (buckets, rows, names, newest) = {
         let known = site.chronicle.look();
-        (known.curve(from, points), known.rows)
+        (known.curve(from, points), known.rows, known.series().to_vec(), known.newest.clone())
     };
     let mut told = Map::new();
     told.insert("rows".to_string(), rows.into());
     told.insert("step".to_string(), buckets.iter().map(|bucket| bucket.step).collect());
     told.insert("time".to_string(), buckets.iter().map(|bucket| bucket.time).collect());
-    for (at, name) in SERIES.into_iter().enumerate() {
-        told.insert(name.to_string(), series(&buckets, at));
+    let scalars = newest.iter().flat_map(|row| row.scalars.iter()).map(|(name, _)| name);
+    let scalars = scalars.filter(|name| names.iter().any(|known| known == name)).map(|name| {
+        let shown = Shown::new(name);
+        json!({ "name": name, "group": shown.group, "of": shown.of, "label": shown.short() })
+    });
+    told.insert("scalars".to_string(), scalars.collect());
+    for (at, name) in names.into_iter().enumerate() {
+        told.insert(name, series(&buckets, at));
     }
     as_json(&Value::Object(told))
 }
 
 fn series(buckets: &[Bucket], at: usize) -> Value {
     let column = |of: fn(&Summary) -> Option<f64>| -> Value {
-        buckets.iter().map(|bucket| of(&bucket.series[at]).and_then(short)).collect()
+        buckets.iter().map(|bucket| bucket.series.get(at).and_then(of).and_then(short)).collect()
     };
     json!({
         "mean": column(Summary::mean),

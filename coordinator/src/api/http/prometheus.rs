@@ -7,6 +7,7 @@
 use std::fmt;
 use std::sync::atomic::AtomicU64;
 
+use ganglion_proto::record::{EventKind, FaultKind, MetricsRow};
 use ganglion_proto::wire::WorkerStatus;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
@@ -16,7 +17,8 @@ use prometheus_client::registry::Registry;
 
 use super::View;
 use crate::records::alarms::Alarm;
-use crate::records::chronicle::{Chronicle, Known, RowLine};
+use crate::records::chronicle::{Chronicle, Known};
+use crate::records::scalars::{GROUPS, Shown};
 use crate::system::clock::now;
 
 /// Exposition format.
@@ -30,8 +32,6 @@ pub enum Form {
 
 /// Stages of a group; exactly one holds.
 const STAGES: [&str; 6] = ["gathering", "reconnecting", "training", "regrouping", "closing", "ended"];
-/// Kinds of faults that workers report.
-const FAULTS: [&str; 6] = ["peer", "timeout", "links", "diverged", "internal", "non_finite"];
 
 type Labels = Vec<(&'static str, String)>;
 type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
@@ -151,22 +151,25 @@ fn of_run(registry: &mut Registry, view: &View) {
 
 fn of_history(registry: &mut Registry, known: &Known) {
     for (name, help, kind) in [
-        ("regroups", "Generations that broke", "regroup"),
-        ("generations", "Generations that formed", "generation_formed"),
-        ("workers_lost", "Workers that were lost", "worker_lost"),
-        ("skipped_phases", "Phases that were skipped because they were not finite", "phase_skipped"),
-        ("checkpoints", "Checkpoints that became valid", "checkpoint"),
-        ("checkpoint_delays", "Failed attempts to write a file of a checkpoint", "checkpoint_delayed"),
-        ("metrics_breaches", "Steps that were computed again with another result", "metrics_breach"),
-        ("coordinator_starts", "Starts of a coordinator", "coordinator_started"),
+        ("regroups", "Generations that broke", EventKind::Regroup),
+        ("generations", "Generations that formed", EventKind::GenerationFormed),
+        ("workers_lost", "Workers that were lost", EventKind::WorkerLost),
+        ("skipped_phases", "Phases that were skipped because they were not finite", EventKind::PhaseSkipped),
+        ("checkpoints", "Checkpoints that became valid", EventKind::Checkpoint),
+        (
+            "checkpoint_delays",
+            "Failed attempts to write a file of a checkpoint",
+            EventKind::CheckpointDelayed,
+        ),
+        ("metrics_breaches", "Steps that were computed again with another result", EventKind::MetricsBreach),
+        ("coordinator_starts", "Starts of a coordinator", EventKind::CoordinatorStarted),
     ] {
         counter(registry, name, help, known.count(kind));
     }
     let faults: Family<Labels, Counter> = Family::default();
-    let kinds = FAULTS.into_iter().chain(known.faults.keys().map(String::as_str));
-    for kind in kinds {
+    for kind in FaultKind::ALL.iter().chain(known.faults.keys()) {
         let count = known.faults.get(kind).copied().unwrap_or(0);
-        let counter = faults.get_or_create_owned(&vec![("kind", kind.to_string())]);
+        let counter = faults.get_or_create_owned(&vec![("kind", kind.name().to_string())]);
         counter.inc_by(count.saturating_sub(counter.get()));
     }
     registry.register("faults", "Faults that workers reported", faults);
@@ -182,30 +185,29 @@ fn of_history(registry: &mut Registry, known: &Known) {
     }
 }
 
-fn of_row(registry: &mut Registry, row: &RowLine) {
-    let pair = |key: &'static str, names: [&str; 2], values: [Option<f64>; 2]| {
-        let pairs = names.into_iter().zip(values);
-        pairs.filter_map(|(name, value)| Some((vec![(key, name.to_string())], value?))).collect::<Vec<_>>()
-    };
-    let modules = ["discriminator", "generator"];
-    let losses = pair("module", modules, [row.loss_discriminator, row.loss_generator]);
-    gauges(registry, "loss", "Mean loss of the newest step", losses);
-    let scores = pair("of", ["real", "fake"], [row.score_real, row.score_fake]);
-    gauges(registry, "score", "What the discriminator says of samples, a mean of the newest step", scores);
-    if let Some(rate) = row.images_per_second {
-        gauge(registry, "images_per_second", "Real images taken per second", rate);
+fn of_row(registry: &mut Registry, row: &MetricsRow) {
+    for (group, key, help) in GROUPS {
+        let shown = row.scalars.iter().map(|(name, value)| (Shown::new(name), value));
+        let of_group = shown.filter(|(shown, value)| shown.group == group && value.is_finite());
+        let values: Vec<_> =
+            of_group.map(|(shown, value)| (vec![(key, shown.of.to_string())], value)).collect();
+        if !values.is_empty() {
+            gauges(registry, group, help, values);
+        }
+    }
+    if row.images_per_second.is_finite() {
+        gauge(registry, "images_per_second", "Real images taken per second", row.images_per_second);
     }
     counter(registry, "images", "Real images taken", row.images_seen);
     gauge(registry, "epoch", "Passes over the data", row.epoch);
     gauge(registry, "row_timestamp_seconds", "When the newest recorded step was committed", row.time);
-    let Some(profile) = row.profile else { return };
-    let parts = modules.into_iter().zip([profile.discriminator, profile.generator]);
-    let parts = parts.flat_map(|(module, profile)| {
-        profile.parts().map(|(part, milliseconds)| {
-            (vec![("module", module.to_string()), ("part", part.to_string())], milliseconds / 1000.0)
-        })
+    let parts = row.profile.iter().flat_map(|(network, profile)| {
+        let labels = move |part: &str| vec![("module", network.to_string()), ("part", part.to_string())];
+        profile.parts().map(|(part, milliseconds)| (labels(part), milliseconds / 1000.0))
     });
-    gauges(registry, "step_part_seconds", "Where the time of a step goes, by module and part", parts);
+    if !row.profile.is_empty() {
+        gauges(registry, "step_part_seconds", "Where the time of a step goes, by module and part", parts);
+    }
 }
 
 fn of_evaluations(registry: &mut Registry, known: &Known) {
@@ -213,11 +215,11 @@ fn of_evaluations(registry: &mut Registry, known: &Known) {
     let alarms = Alarm::ALL.iter().map(|alarm| (vec![("alarm", alarm.name().to_string())], raised(alarm)));
     gauges(registry, "alarm", "Whether an alarm of the run is raised", alarms);
     let Some(newest) = known.evaluations.values().next_back() else { return };
-    let figures =
-        newest.metrics.iter().filter_map(|(name, value)| Some((vec![("metric", name.clone())], (*value)?)));
+    let figures = newest.record.metrics.iter().filter(|(_, value)| value.is_finite());
+    let figures = figures.map(|(name, value)| (vec![("metric", name.to_string())], value));
     gauges(registry, "evaluation", "The figures of the newest evaluation", figures);
-    gauge(registry, "evaluation_step", "The step of the newest evaluation", float(newest.step));
-    gauge(registry, "evaluation_seconds", "How long the newest evaluation took", newest.seconds);
+    gauge(registry, "evaluation_step", "The step of the newest evaluation", float(newest.record.step));
+    gauge(registry, "evaluation_seconds", "How long the newest evaluation took", newest.record.seconds);
     if let Some(best) = &known.best {
         gauge(registry, "best_checkpoint_step", "The step of the best checkpoint", float(best.step));
     }
@@ -272,6 +274,7 @@ mod tests {
             "ganglion_stage{stage=\"regrouping\"} 0",
             "ganglion_loss{module=\"discriminator\"} 1.25",
             "ganglion_score{of=\"fake\"} 0.25",
+            "ganglion_scalar{name=\"grad_norm\"} 0.5",
             "ganglion_faults_total{kind=\"peer\"} 1",
             "ganglion_faults_total{kind=\"timeout\"} 0",
             "ganglion_coordinator_starts_total 1",

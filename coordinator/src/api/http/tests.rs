@@ -54,7 +54,7 @@ pub(super) fn chronicle() -> Chronicle {
     let profile = r#"{"data":0.1,"compute":5.0,"wait":1.0,"commit":0.5,"other":0.2}"#;
     for step in [10, 20, 30] {
         let row = format!(
-            r#"{{"step":{step},"images_seen":640,"ledger":"00","loss_discriminator":1.25,"loss_generator":null,"score_real":0.75,"score_fake":0.25,"epoch":0.5,"time":1.5,"generation":1,"world_size":1,"images_per_second":812.5,"profile":{{"discriminator":{profile},"generator":{profile}}}}}"#
+            r#"{{"step":{step},"images_seen":640,"ledger":"00000000000000aa","grad_norm":0.5,"loss_discriminator":1.25,"loss_generator":null,"score_real":0.75,"score_fake":0.25,"epoch":0.5,"time":1.5,"generation":1,"world_size":1,"images_per_second":812.5,"profile":{{"discriminator":{profile},"generator":{profile}}}}}"#
         );
         chronicle.row(row.as_bytes());
     }
@@ -197,6 +197,9 @@ async fn curves_and_events_come_in_bounded_pieces() {
     assert_eq!(all["loss_discriminator"]["mean"][0], 1.25);
     assert_eq!(all["loss_generator"]["mean"][0], Value::Null);
     assert_eq!(all["wait"]["mean"][0], 2.0);
+    let generator =
+        serde_json::json!({ "name": "loss_generator", "group": "loss", "of": "generator", "label": "G" });
+    assert_eq!((&all["scalars"][0]["name"], &all["scalars"][2]), (&"grad_norm".into(), &generator));
     assert_eq!(bench.get("/api/metrics?from=21").await.json()["step"], serde_json::json!([30]));
     assert!(bench.get("/api/metrics?points=1").await.json()["step"].as_array().unwrap().len() <= 2);
     let page = bench.get("/api/events?after=1").await.json();

@@ -9,10 +9,11 @@
 use std::collections::BTreeMap;
 
 use ganglion_membership::Checkpoint;
+use ganglion_proto::record::{RunEvent, SavedCheckpoint};
 use ganglion_storage::{Bytes, Error, MANIFEST, Storage, in_folder, reason};
 use safetensors::tensor::{SafeTensors, TensorView};
 
-use super::evidence::{Event, Evidence, silent};
+use super::evidence::{Evidence, silent};
 use super::{Claim, NoRun};
 
 /// All checkpoints that have a manifest, by folder.
@@ -201,7 +202,10 @@ pub(super) fn states_have_their_digests(evidence: &Evidence, whole: &Whole) -> C
 pub(super) fn journal_agrees(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("every checkpoint is as it was journaled");
     let [mut present, mut alone] = [0; 2];
-    let told: Vec<_> = evidence.events_of("checkpoint").map(|event| (event.step, event.phase)).collect();
+    let told = |step: u64, phase: u32| {
+        let same = |saved: &SavedCheckpoint| (saved.step, saved.phase) == (step, phase);
+        evidence.events().any(|event| matches!(event, RunEvent::Checkpoint(saved) if same(saved)))
+    };
     for (folder, manifest) in &evidence.manifests {
         let Ok(checkpoint) = manifest else { continue };
         claim.expect(checkpoint.folder() == *folder, || {
@@ -212,7 +216,7 @@ pub(super) fn journal_agrees(evidence: &Evidence) -> Claim {
         match row {
             None => {
                 alone += 1;
-                let is_told = told.contains(&(Some(at.0), Some(at.1)));
+                let is_told = told(checkpoint.step, checkpoint.phase);
                 claim.expect(!is_told && evidence.latest.as_ref() != Some(folder), || {
                     format!("checkpoint {folder} was never journaled")
                 });
@@ -240,11 +244,16 @@ pub(super) fn journal_agrees(evidence: &Evidence) -> Claim {
 /// announcements no longer count.
 pub(super) fn latest_is_newest(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("latest names the newest checkpoint");
-    let all = &evidence.events.whole;
-    let gone = |event: &Event| ["checkpoint_damaged", "checkpoint_missing"].contains(&event.kind.as_str());
-    let since = all.iter().rposition(gone).map_or(0, |last| last + 1);
-    let told = all[since..].iter().filter(|event| event.kind == "checkpoint");
-    let told = told.filter_map(|event| Some(evidence.end_of(event.step?).saturating_add(event.phase?))).max();
+    let mut told = None;
+    for event in evidence.events() {
+        match event {
+            RunEvent::CheckpointDamaged { .. } | RunEvent::CheckpointMissing { .. } => told = None,
+            RunEvent::Checkpoint(saved) => {
+                told = told.max(Some(evidence.end_of(saved.step).saturating_add(saved.phase.into())));
+            }
+            _ => {}
+        }
+    }
     let Some(latest) = &evidence.latest else {
         claim.expect(told.is_none(), || "there is no latest, though a checkpoint was committed".to_string());
         return claim.of("no checkpoint yet".to_string());

@@ -7,9 +7,8 @@ use std::path::Path;
 use ganglion_membership::Checkpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::manifest;
+use ganglion_proto::record::{EventLine, MetricsRow, RunEvent, Unread};
 use ganglion_storage::{Address, Blocking, MANIFEST, Storage, in_folder, reason};
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
 
 use crate::job_file;
 use crate::journal::History;
@@ -24,8 +23,9 @@ pub struct NoRun(String);
 pub(super) struct Evidence {
     /// The newest resolved job.
     pub(super) job: Job,
-    pub(super) events: Lines<Event>,
-    pub(super) rows: Lines<Row>,
+    /// Events; `None` for one of another version.
+    pub(super) events: Lines<Option<RunEvent>>,
+    pub(super) rows: Lines<MetricsRow>,
     /// Folder named by `latest`.
     pub(super) latest: Option<String>,
     /// Manifests by folder; the error says why one cannot be parsed.
@@ -39,33 +39,6 @@ pub(super) struct Evidence {
 pub(super) struct Lines<T> {
     pub(super) whole: Vec<T>,
     pub(super) damaged: Vec<String>,
-}
-
-/// Fields of an event that an audit needs.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-pub(super) struct Event {
-    pub(super) kind: String,
-    pub(super) term: Option<u64>,
-    pub(super) generation: Option<u64>,
-    pub(super) position: Option<u64>,
-    pub(super) world_size: Option<u64>,
-    pub(super) step: Option<u64>,
-    pub(super) phase: Option<u64>,
-    pub(super) state_digest: Option<String>,
-    pub(super) outcome: Option<String>,
-    pub(super) detail: Option<String>,
-}
-
-/// Fields of a row of metrics that an audit needs.
-#[derive(Debug, Deserialize)]
-pub(super) struct Row {
-    pub(super) step: u64,
-    pub(super) generation: u64,
-    pub(super) world_size: u64,
-    pub(super) images_seen: u64,
-    #[serde(default)]
-    pub(super) ledger: String,
 }
 
 impl Evidence {
@@ -93,11 +66,11 @@ impl Evidence {
                 job.display()
             ))
         })?;
-        let lines = |name: &str| (file(name), name.to_string());
-        let (path, name) = lines("events.jsonl");
-        let events = Lines::read(&path, &name).map_err(|error| unreadable(&path, error.to_string()))?;
-        let (path, name) = lines("metrics.jsonl");
-        let rows = Lines::read(&path, &name).map_err(|error| unreadable(&path, error.to_string()))?;
+        let (path, name) = (file("events.jsonl"), "events.jsonl");
+        let events = Lines::read(&path, name, event).map_err(|error| unreadable(&path, error.to_string()))?;
+        let (path, name) = (file("metrics.jsonl"), "metrics.jsonl");
+        let rows = Lines::read(&path, name, |line| serde_json::from_slice(line));
+        let rows = rows.map_err(|error| unreadable(&path, error.to_string()))?;
         let storage = open_storage(run, &resolved)?;
         let latest = storage.wait(storage.storage().latest());
         let latest = latest.map_err(|error| silent(storage.storage(), &error))?;
@@ -109,12 +82,12 @@ impl Evidence {
 
     /// Whether the last coordinator recorded its end. If not, it may still be at work.
     pub(super) fn ended(&self) -> bool {
-        self.events.whole.last().is_some_and(|event| event.kind == "run_ended")
+        matches!(self.events.whole.last(), Some(Some(RunEvent::RunEnded { .. })))
     }
 
-    /// Events of a kind, in order.
-    pub(super) fn events_of(&self, kind: &'static str) -> impl Iterator<Item = &Event> {
-        self.events.whole.iter().filter(move |event| event.kind == kind)
+    /// Events of this version, in order.
+    pub(super) fn events(&self) -> impl DoubleEndedIterator<Item = &RunEvent> {
+        self.events.whole.iter().flatten()
     }
 
     /// Manifests that could be parsed.
@@ -133,10 +106,23 @@ impl Evidence {
     }
 }
 
-impl<T: DeserializeOwned> Lines<T> {
+/// Parses an event; `None` for one of another version, or without its keys.
+fn event(line: &[u8]) -> Result<Option<RunEvent>, serde_json::Error> {
+    match EventLine::parse(line)?.event {
+        Ok(event) => Ok(Some(event)),
+        Err(Unread::Broken(error)) => Err(error),
+        Err(Unread::OtherVersion | Unread::LeftOut) => Ok(None),
+    }
+}
+
+impl<T> Lines<T> {
     /// Reads a file; empty if it does not exist yet. The last line may be in progress or torn: it
     /// counts only once it is whole.
-    fn read(path: &Path, name: &str) -> io::Result<Lines<T>> {
+    fn read(
+        path: &Path,
+        name: &str,
+        parse: impl Fn(&[u8]) -> Result<T, serde_json::Error>,
+    ) -> io::Result<Lines<T>> {
         let mut lines = Lines { whole: Vec::new(), damaged: Vec::new() };
         let mut reader = match fs::File::open(path) {
             Ok(file) => BufReader::new(file),
@@ -150,7 +136,7 @@ impl<T: DeserializeOwned> Lines<T> {
             if line.pop() != Some(b'\n') {
                 break;
             }
-            match serde_json::from_slice(&line) {
+            match parse(&line) {
                 Ok(read) => lines.whole.push(read),
                 Err(error) => lines.damaged.push(format!("{name}:{number} cannot be read: {error}")),
             }

@@ -2,8 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ganglion_proto::record::{RunEvent, SavedCheckpoint};
+
 use super::Claim;
-use super::evidence::{Event, Evidence};
+use super::evidence::Evidence;
 use crate::journal::GenerationRow;
 
 /// Claims that terms and generations are numbered in the order in which they came, and that no
@@ -24,9 +26,15 @@ pub(super) fn numbers_grow(evidence: &Evidence) -> Claim {
         newest = newest.max(*term);
     }
     // Events are in the file in the order in which they happened.
-    let numbers = |kind, number: fn(&Event) -> Option<u64>| evidence.events_of(kind).filter_map(number);
-    let started: Vec<u64> = numbers("coordinator_started", |event| event.term).collect();
-    let formed: Vec<u64> = numbers("generation_formed", |event| event.generation).collect();
+    let numbers = |number: fn(&RunEvent) -> Option<u64>| evidence.events().filter_map(number).collect();
+    let started: Vec<u64> = numbers(|event| match event {
+        RunEvent::CoordinatorStarted { term, .. } => Some(*term),
+        _ => None,
+    });
+    let formed: Vec<u64> = numbers(|event| match event {
+        RunEvent::GenerationFormed { generation, .. } => Some(*generation),
+        _ => None,
+    });
     for (what, numbers) in [("term", started), ("generation", formed)] {
         for pair in numbers.windows(2).filter(|pair| pair[0] >= pair[1]) {
             claim.breach(format!("events.jsonl has {what} {} after {what} {}", pair[1], pair[0]));
@@ -81,52 +89,41 @@ pub(super) fn events_agree(evidence: &Evidence) -> Claim {
     let history = &evidence.history;
     let generations: BTreeMap<u64, &GenerationRow> =
         history.generations.iter().map(|row| (row.generation, row)).collect();
-    let formed: Vec<&Event> = evidence.events_of("generation_formed").collect();
-    for event in &formed {
-        let generation = event.generation.unwrap_or(0);
-        let is_lost = !generations.contains_key(&generation) && evidence.may_lack("generations", generation);
-        let same = is_lost
-            || generations.get(&generation).is_some_and(|row| {
-                event.position == Some(row.position) && event.world_size == Some(row.members.len() as u64)
-            });
-        claim.expect(same, || {
-            format!(
-                "events.jsonl has generation {generation} otherwise: {}",
-                told(event, generations.get(&generation))
-            )
-        });
+    let (mut formed, mut saved) = (0, 0);
+    for event in evidence.events() {
+        match event {
+            RunEvent::GenerationFormed { generation, position, world_size, .. } => {
+                formed += 1;
+                let row = generations.get(generation);
+                let is_lost = row.is_none() && evidence.may_lack("generations", *generation);
+                let same = |row: &&GenerationRow| {
+                    (*position, *world_size) == (row.position, row.members.len() as u64)
+                };
+                claim.expect(is_lost || row.is_some_and(same), || {
+                    let journaled = row.map_or("nothing".to_string(), |row| {
+                        format!("position {}, {} workers", row.position, row.members.len())
+                    });
+                    format!(
+                        "events.jsonl has generation {generation} otherwise: position {position}, {world_size} workers; \
+                         journaled is {journaled}"
+                    )
+                });
+            }
+            RunEvent::Checkpoint(SavedCheckpoint { step, phase, state_digest, .. }) => {
+                saved += 1;
+                let mut rows = history.checkpoints.iter().filter(|row| row.step == *step).peekable();
+                let is_lost = rows.peek().is_none() && evidence.may_lack("checkpoints", 0);
+                let same =
+                    rows.any(|row| row.phase == u64::from(*phase) && row.state_digest == *state_digest);
+                claim.expect(is_lost || same, || {
+                    format!("events.jsonl has a checkpoint of step {step} that was not journaled so")
+                });
+            }
+            _ => {}
+        }
     }
-    let saved: Vec<&Event> = evidence.events_of("checkpoint").collect();
-    for event in &saved {
-        let is_lost = evidence.may_lack("checkpoints", 0)
-            && !history.checkpoints.iter().any(|row| event.step == Some(row.step));
-        let same = is_lost
-            || history.checkpoints.iter().any(|row| {
-                (event.step, event.phase) == (Some(row.step), Some(row.phase))
-                    && event.state_digest.as_ref() == Some(&row.state_digest)
-            });
-        let step = event.step.unwrap_or(0);
-        claim.expect(same, || {
-            format!("events.jsonl has a checkpoint of step {step} that was not journaled so")
-        });
-    }
-    let missing =
-        (history.generations.len() + history.checkpoints.len()).saturating_sub(formed.len() + saved.len());
-    claim.of(format!(
-        "{} of generations and {} of checkpoints; {missing} journaled ones have none",
-        formed.len(),
-        saved.len()
-    ))
-}
-
-fn told(event: &Event, row: Option<&&GenerationRow>) -> String {
-    let known = |number: Option<u64>| number.map_or("none".to_string(), |number| number.to_string());
-    let journaled = row.map_or("nothing".to_string(), |row| {
-        format!("position {}, {} workers", row.position, row.members.len())
-    });
-    format!(
-        "position {}, {} workers; journaled is {journaled}",
-        known(event.position),
-        known(event.world_size)
-    )
+    let journaled = history.generations.len() + history.checkpoints.len();
+    let missing = journaled.saturating_sub(formed + saved);
+    claim
+        .of(format!("{formed} of generations and {saved} of checkpoints; {missing} journaled ones have none"))
 }

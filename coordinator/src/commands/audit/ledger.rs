@@ -18,7 +18,7 @@ use super::evidence::Evidence;
 struct Told {
     /// Count of numbers, from 0 on, that it must cover.
     numbers: u64,
-    ledger: Option<u64>,
+    ledger: u64,
     place: String,
 }
 
@@ -46,9 +46,8 @@ pub(super) fn every_sample_was_committed_once(evidence: &Evidence, whole: &Whole
             ledger = ledger.wrapping_add(ledger_term(number, stream.sample(number)));
             number += 1;
         }
-        claim.expect(*found == Some(ledger), || {
-            let found = found.map_or("no ledger".to_string(), |found| format!("{found:016x}"));
-            format!("{place} has {found}, the job gives {ledger:016x} for the first {numbers} numbers")
+        claim.expect(*found == ledger, || {
+            format!("{place} has {found:016x}, the job gives {ledger:016x} for the first {numbers} numbers")
         });
     }
     #[allow(clippy::cast_precision_loss)] // for people
@@ -90,14 +89,12 @@ fn stream(evidence: &Evidence, samples: u64, told: &[Told], claim: &mut Claim) -
 fn told(evidence: &Evidence, whole: &Whole) -> Vec<Told> {
     let rows = evidence.rows.whole.iter().map(|row| Told {
         numbers: evidence.job.samples_before(evidence.end_of(row.step)),
-        ledger: Some(&row.ledger)
-            .filter(|text| text.len() == 16)
-            .and_then(|text| u64::from_str_radix(text, 16).ok()),
+        ledger: row.ledger,
         place: format!("metrics.jsonl, step {},", row.step),
     });
     let states = whole.states().map(|(folder, state)| Told {
         numbers: evidence.job.samples_before(state.position),
-        ledger: Some(state.ledger),
+        ledger: state.ledger,
         place: format!("checkpoint {folder}"),
     });
     rows.chain(states).collect()

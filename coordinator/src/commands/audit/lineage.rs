@@ -14,6 +14,8 @@
 
 use std::collections::BTreeMap;
 
+use ganglion_proto::record::RunEvent;
+
 use super::Claim;
 use super::evidence::Evidence;
 use crate::journal::{GenerationRow, RecordedStart};
@@ -130,8 +132,10 @@ fn recorded(evidence: &Evidence) -> BTreeMap<u64, u64> {
 /// Claims that no recomputed step differed from its recorded row.
 pub(super) fn recomputed_steps_are_equal(evidence: &Evidence) -> Claim {
     let mut claim = Claim::new("steps that were computed again gave the same rows");
-    for event in evidence.events_of("metrics_breach") {
-        claim.breach(event.detail.clone().unwrap_or_else(|| "an event tells of another row".to_string()));
+    for event in evidence.events() {
+        if let RunEvent::MetricsBreach { detail } = event {
+            claim.breach(detail.clone());
+        }
     }
     let back = |row: &&GenerationRow| !matches!(row.start, Some(RecordedStart::Healed { .. }));
     let starts: Vec<&GenerationRow> = evidence.history.generations.iter().filter(back).collect();

@@ -12,9 +12,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ganglion_proto::record::{MetricsRow, RunEvent, RunOutcome};
+
 use super::Claim;
 use super::aside::may_have_held;
-use super::evidence::{Evidence, Row};
+use super::evidence::Evidence;
 use crate::journal::{GenerationRow, RecordedStart};
 
 /// Claims that every step that was to be reported has exactly one row.
@@ -87,7 +89,7 @@ fn reached(evidence: &Evidence) -> BTreeMap<u64, u64> {
 /// Step of the newest checkpoint, if the run ended as complete.
 fn last_step(evidence: &Evidence) -> Option<u64> {
     let last = evidence.events.whole.last()?;
-    let complete = last.kind == "run_ended" && last.outcome.as_deref() == Some("complete");
+    let complete = matches!(last, Some(RunEvent::RunEnded { outcome: RunOutcome::Complete, .. }));
     let newest = evidence.history.checkpoints.last()?;
     complete.then_some(newest.step)
 }
@@ -100,7 +102,7 @@ pub(super) fn are_of_their_generation(evidence: &Evidence) -> Claim {
         evidence.history.generations.iter().map(|row| (row.generation, row)).collect();
     let mut seen = BTreeSet::new();
     for row in &evidence.rows.whole {
-        let Row { step, generation, .. } = row;
+        let MetricsRow { step, generation, .. } = row;
         seen.insert(generation);
         match generations.get(generation) {
             None if evidence.may_lack("generations", *generation) => {}
@@ -113,7 +115,7 @@ pub(super) fn are_of_their_generation(evidence: &Evidence) -> Claim {
                     format!("step {step} is of generation {generation}, which started after it, at position {start}")
                 });
                 let workers = formed.members.len();
-                claim.expect(row.world_size == workers as u64, || {
+                claim.expect(row.world_size as usize == workers, || {
                     format!(
                         "step {step} tells of {} workers, generation {generation} had {workers}",
                         row.world_size

@@ -54,21 +54,12 @@ function bytes(count) {
 const known = { status: null, metrics: null, outcome: null, events: [], next: 0, pictures: [], seenPictures: -1, asked: null };
 let awaySince = null;
 
+// Scalars of the objective have cards by their group; one that stands for itself has its own. The coordinator tells the groups.
+const COLORS = ['--d', '--g', '--part-wait', '--part-commit', '--part-data', '--part-other'];
+const GROUPS = { loss: ['Loss', 'Losses'], score: ['Discriminator’s verdict', 'Discriminator’s verdict'] };
+let cards = [];
+
 const charts = {
-  loss: new Chart($('c-loss'), {
-    smooth: true,
-    series: [
-      { key: 'loss_discriminator', label: 'D', color: '--d' },
-      { key: 'loss_generator', label: 'G', color: '--g' },
-    ],
-  }),
-  score: new Chart($('c-score'), {
-    smooth: true,
-    series: [
-      { key: 'score_real', label: 'real', color: '--d' },
-      { key: 'score_fake', label: 'fake', color: '--g' },
-    ],
-  }),
   rate: new Chart($('c-rate'), { grounded: true, smooth: true, series: [{ key: 'images_per_second', label: 'images/s', color: '--d' }] }),
   time: new Chart($('c-time'), {
     stacked: true,
@@ -196,6 +187,7 @@ function show() {
   set('name', status.name);
   state(...((status.outcome ? OUTCOMES[status.outcome] : STAGES[status.stage]) ?? ['quiet', status.stage]));
   showProgress(status, metrics);
+  makeCards(metrics.scalars);
   showTiles(status, metrics);
   showCurves(status, metrics);
   showPictures(status);
@@ -239,10 +231,7 @@ function showTiles(status, metrics) {
   const of = (key) => (at < 0 ? null : metrics[key].mean[at]);
   set('t-rate', figure(of('images_per_second')));
   set('t-seen', at < 0 ? '\u00a0' : `step ${whole(metrics.step[at])}`);
-  set('t-loss-d', figure(of('loss_discriminator')));
-  set('t-loss-g', figure(of('loss_generator')));
-  set('t-real', figure(of('score_real')));
-  set('t-fake', figure(of('score_fake')));
+  document.querySelectorAll('.tile.scalars').forEach((tile, place) => showScalars(tile, cards[place], of));
   const parts = ['data', 'compute', 'wait', 'commit', 'other'].map(of);
   const total = parts.reduce((sum, part) => sum + (part ?? 0), 0);
   set('t-wait', total ? `${Math.round((100 * parts[2]) / total)} %` : '–');
@@ -257,13 +246,52 @@ function showTiles(status, metrics) {
   set('t-age', newest ? ago(status.now - newest.time) : '\u00a0');
 }
 
+function showScalars(tile, card, of) {
+  const [title, pair, keys] = tile.children;
+  title.textContent = card ? card.title : '\u00a0';
+  const series = card ? card.series.slice(0, 2) : [];
+  const tone = (at) => ['d', 'g'][at];
+  const number = (one, at) => {
+    const made = make('span', tone(at), figure(of(one.key)));
+    made.id = `t-${one.key}`;
+    return made;
+  };
+  pair.replaceChildren(...(series.length ? series.map(number) : ['–']));
+  keys.replaceChildren(...(series.length > 1 ? series.map((one, at) => make('span', `key ${tone(at)}`, one.full)) : ['\u00a0']));
+}
+
+/** Makes the cards of the scalars that the newest row has, once for each set of them. */
+function makeCards(scalars) {
+  if (!scalars.length || !changed('scalars', scalars)) return;
+  for (const { key, element } of cards) {
+    element.remove();
+    delete charts[key];
+  }
+  const groups = new Map();
+  for (const { name, group, of, label } of scalars) {
+    const key = group in GROUPS ? group : `scalar-${name}`;
+    const series = groups.get(key) ?? [];
+    const full = group === 'score' ? `D(${of})` : of.replaceAll('_', ' ');
+    series.push({ key: name, label, full, color: COLORS[series.length % COLORS.length] });
+    groups.set(key, series);
+  }
+  cards = [...groups].map(([key, series]) => {
+    const [title, heading] = GROUPS[key] ?? [series[0].full, series[0].full];
+    const element = make('article', 'card chart', make('header', '', make('h2', '', heading), make('ul')), make('div', 'plot'));
+    element.id = `c-${key}`;
+    $('c-rate').before(element);
+    charts[key] = new Chart(element, { smooth: true, series });
+    return { key, title, series, element };
+  });
+}
+
 function showCurves(status, metrics) {
   // Where a group broke: curves show that nothing came of it.
   const perStep = Math.max(1, status.phases_per_step);
   const formed = known.events.filter((event) => event.kind === 'generation_formed' && event.generation > 1);
   const marks = formed.map((event) => event.position / perStep);
-  const judge = ['non-saturating', 'minimax'].includes(status.job.loss.kind);
-  charts.score.range = judge ? [0, 1] : null;
+  const judge = ['non-saturating', 'minimax'].includes(status.job.loss?.kind);
+  if (charts.score) charts.score.range = judge ? [0, 1] : null;
   for (const chart of Object.values(charts)) chart.set(metrics, marks);
 }
 

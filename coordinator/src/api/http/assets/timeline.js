@@ -139,11 +139,11 @@ export class Timeline {
   markers(x) {
     const marked = this.events.filter((event) => MARKED.has(event.kind)).slice(-MARKS);
     return marked.map((event) => {
-      const kind = MARKED.get(event.kind);
+      const mark = MARKED.get(event.kind);
       const at = x(event.time);
-      this.spots.push({ left: at - 5, right: at + 5, event, top: kind === 'start' ? ROOF - 8 : GROUND });
-      if (kind === 'fault') return element('path', { d: `M${at} ${GROUND + 4}l4.5 8h-9z`, class: 'fault' });
-      if (kind === 'start') return element('line', { x1: at, x2: at, y1: 2, y2: GROUND, class: 'start' });
+      this.spots.push({ left: at - 5, right: at + 5, event, top: mark === 'start' ? ROOF - 8 : GROUND });
+      if (mark === 'fault') return element('path', { d: `M${at} ${GROUND + 4}l4.5 8h-9z`, class: 'fault' });
+      if (mark === 'start') return element('line', { x1: at, x2: at, y1: 2, y2: GROUND, class: 'start' });
       return element('circle', { cx: at, cy: GROUND + 8, r: 3, class: 'checkpoint' });
     });
   }
