@@ -10,6 +10,27 @@ use url::Url;
 const CHOICE: &str =
     "a folder, file:///FOLDER, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX";
 
+/// Error: a text is not the address of a storage. The message does not repeat the text, which may
+/// contain credentials.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AddressError {
+    /// The text holds credentials, and must not be shown.
+    #[error(
+        "holds credentials, or what looks like them (a user and password, or something behind a question mark), which would \
+         end up in logs; remove them and put them into the environment, as docs/storage.md says"
+    )]
+    Credentials,
+    /// The URL of a file is relative.
+    #[error("names no absolute folder; give {CHOICE}")]
+    RelativeFolder,
+    /// The text is no URL.
+    #[error("is no address: {0}; give {CHOICE}")]
+    NoUrl(#[from] url::ParseError),
+    /// The URL is of something else.
+    #[error("is of no storage that is known here; give {CHOICE}")]
+    UnknownKind,
+}
+
 /// Address of a storage. It never contains credentials.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
@@ -23,13 +44,13 @@ impl Address {
     /// Parses an address.
     ///
     /// # Errors
-    /// Returns the problem and the fix, without the address: it may contain credentials.
-    pub fn parse(text: &str) -> Result<Address, String> {
+    /// See [`AddressError`].
+    pub fn parse(text: &str) -> Result<Address, AddressError> {
         match text.split_once("://") {
             None => Ok(Address::Folder(PathBuf::from(text))),
             // Not percent-decoded: the folder's name is taken literally.
             Some(("file", folder)) if folder.starts_with('/') => Ok(Address::Folder(PathBuf::from(folder))),
-            Some(("file", _)) => Err(format!("names no absolute folder; give {CHOICE}")),
+            Some(("file", _)) => Err(AddressError::RelativeFolder),
             Some(_) => parse_url(text).map(Address::Cloud),
         }
     }
@@ -49,14 +70,10 @@ impl fmt::Display for Address {
     }
 }
 
-fn parse_url(text: &str) -> Result<Url, String> {
-    let url = Url::parse(text).map_err(|error| format!("is no address: {error}; give {CHOICE}"))?;
+fn parse_url(text: &str) -> Result<Url, AddressError> {
+    let url = Url::parse(text)?;
     if holds_credentials(&url) {
-        return Err(
-            "holds credentials, or what looks like them (a user and password, or something behind a question mark), \
-             which would end up in logs; remove them and put them into the environment, as docs/storage.md says"
-                .to_string(),
-        );
+        return Err(AddressError::Credentials);
     }
     match ObjectStoreScheme::parse(&url) {
         Ok((
@@ -65,7 +82,7 @@ fn parse_url(text: &str) -> Result<Url, String> {
             | ObjectStoreScheme::MicrosoftAzure,
             _,
         )) => Ok(url),
-        _ => Err(format!("is of no storage that is known here; give {CHOICE}")),
+        _ => Err(AddressError::UnknownKind),
     }
 }
 
@@ -107,7 +124,7 @@ mod tests {
         for text in
             ["file://here", "ftp://host/a", "http://host/a", "https://example.org/a", "memory:///", "s3://"]
         {
-            let error = Address::parse(text).unwrap_err();
+            let error = Address::parse(text).unwrap_err().to_string();
             assert!(error.contains("s3://BUCKET/PREFIX"), "{text}: {error}");
         }
     }
@@ -123,7 +140,8 @@ mod tests {
             "https://bucket.s3.eu-west-1.amazonaws.com/a#hush",
         ] {
             let error = Address::parse(text).unwrap_err();
-            assert!(error.contains("environment") && !error.contains("hush"), "{error}");
+            assert_eq!(error, AddressError::Credentials);
+            assert!(!error.to_string().contains("hush"), "{error}");
             assert!(Address::is_secret(text));
         }
         assert!(!Address::is_secret("s3://bucket/a") && !Address::is_secret("/a?b"));

@@ -32,7 +32,7 @@ use object_store::memory::InMemory;
 #[cfg(feature = "cloud")]
 use object_store::prefix::PrefixStore;
 
-pub use address::Address;
+pub use address::{Address, AddressError};
 pub use blocking::Blocking;
 pub use bytes::Bytes;
 pub use failure::reason;

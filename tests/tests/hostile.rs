@@ -207,7 +207,10 @@ fn a_session_begins_with_a_hello_that_is_true() {
         "this worker speaks version {} of the contract and the coordinator version {PROTOCOL}; use one build of both",
         PROTOCOL + 1
     );
-    target.refuses(first(FromWorker::Hello(other)), Code::FailedPrecondition, &versions);
+    target.refuses(first(FromWorker::Hello(other.clone())), Code::FailedPrecondition, &versions);
+    // Its hello may hold what this version would refuse.
+    let longer = Hello { host: "x".repeat(1000), ..other };
+    target.refuses(first(FromWorker::Hello(longer)), Code::FailedPrecondition, &versions);
     for message in claims(Generation(1)).into_iter().chain([FromWorker::Leave]) {
         target.refuses(first(message), Code::InvalidArgument, "starts with a hello");
     }

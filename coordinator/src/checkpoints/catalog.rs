@@ -32,6 +32,16 @@ pub struct Damaged {
     pub reason: String,
 }
 
+/// Contents of a checkpoint's folder.
+enum Contents {
+    /// All files of the manifest.
+    Whole(Checkpoint),
+    /// No manifest: the checkpoint was never valid.
+    Unfinished,
+    /// Something else; with the damage.
+    Damaged(String),
+}
+
 /// Reason why a run cannot use a storage.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
@@ -49,7 +59,7 @@ impl Checkpoints {
     pub async fn open(address: &str, run: &str, patience: &Patience) -> Result<Checkpoints, Unusable> {
         let input =
             |address: &dyn std::fmt::Display, what: &str| Unusable::Input(format!("{address}: {what}"));
-        let address = Address::parse(address).map_err(Unusable::Input)?;
+        let address = Address::parse(address).map_err(|wrong| Unusable::Input(wrong.to_string()))?;
         let is_folder = matches!(address, Address::Folder(_));
         let unusable = |what: &str| match &address {
             Address::Folder(folder) => {
@@ -92,7 +102,7 @@ impl Checkpoints {
     /// Reason why a storage cannot hold anything of a run, if there is one. Nothing is created or
     /// written there.
     pub async fn absence(address: &str, patience: &Patience) -> Result<Option<String>, Unusable> {
-        let address = Address::parse(address).map_err(Unusable::Input)?;
+        let address = Address::parse(address).map_err(|wrong| Unusable::Input(wrong.to_string()))?;
         if let Address::Folder(folder) = &address
             && !folder.exists()
         {
@@ -167,9 +177,9 @@ impl Checkpoints {
         let mut damaged = Vec::new();
         for folder in self.storage.checkpoints().await?.into_iter().rev() {
             match self.read(&folder).await? {
-                Ok(Some(checkpoint)) => return Ok((Some(checkpoint), damaged)),
-                Ok(None) => {}
-                Err(reason) => damaged.push(Damaged { folder, reason }),
+                Contents::Whole(checkpoint) => return Ok((Some(checkpoint), damaged)),
+                Contents::Unfinished => {}
+                Contents::Damaged(reason) => damaged.push(Damaged { folder, reason }),
             }
         }
         Ok((None, damaged))
@@ -193,21 +203,20 @@ impl Checkpoints {
         Ok(found)
     }
 
-    /// Reads a folder's manifest and checks its files. `Ok(None)` where there is no manifest, `Err`
-    /// with the damage where there is any.
-    async fn read(&self, folder: &str) -> Result<Result<Option<Checkpoint>, String>, Error> {
+    /// Reads a folder's manifest and checks its files.
+    async fn read(&self, folder: &str) -> Result<Contents, Error> {
         let text = match self.storage.text(&in_folder(folder, MANIFEST)).await {
             Ok(Some(text)) => text,
-            Ok(None) => return Ok(Ok(None)),
-            Err(error) => return wrong(&self.storage, MANIFEST, error).map(Err),
+            Ok(None) => return Ok(Contents::Unfinished),
+            Err(error) => return wrong(&self.storage, MANIFEST, error).map(Contents::Damaged),
         };
         let checkpoint = match manifest::parse(&text) {
             Ok(checkpoint) if checkpoint.folder() == folder => checkpoint,
-            Ok(other) => return Ok(Err(format!("{MANIFEST} is of {}", other.folder()))),
-            Err(error) => return Ok(Err(error.to_string())),
+            Ok(other) => return Ok(Contents::Damaged(format!("{MANIFEST} is of {}", other.folder()))),
+            Err(error) => return Ok(Contents::Damaged(error.to_string())),
         };
-        let wrong = check_files(&self.storage, &checkpoint).await?;
-        Ok(wrong.map_or(Ok(Some(checkpoint)), Err))
+        let damage = check_files(&self.storage, &checkpoint).await?;
+        Ok(damage.map_or(Contents::Whole(checkpoint), Contents::Damaged))
     }
 
     /// Writes `best.json` and the model card.

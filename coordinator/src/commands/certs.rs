@@ -85,7 +85,7 @@ impl Init {
         let authority = match &self.ca {
             None => Authority::new().map_err(failed)?,
             Some(folder) => Authority::read(folder)
-                .map_err(|why| Failure::Input(format!("--ca {}: {why}", folder.display())))?,
+                .map_err(|error| Failure::Input(format!("--ca {}: {error}", folder.display())))?,
         };
         let hosts = self.hosts();
         let coordinator = self.certificate(&authority, "ganglion-coordinator", hosts.clone())?;
@@ -147,6 +147,15 @@ impl Init {
     }
 }
 
+/// Error: a folder is not that of an authority.
+#[derive(Debug, thiserror::Error)]
+enum NoAuthority {
+    #[error("{name}: {source}")]
+    File { name: &'static str, source: io::Error },
+    #[error("{KEY_FILE}: {0}")]
+    Key(rcgen::Error),
+}
+
 impl Authority {
     fn new() -> Result<Authority, rcgen::Error> {
         let key = KeyPair::generate()?;
@@ -156,11 +165,11 @@ impl Authority {
     }
 
     /// Loads an authority that `new` made. Everything that its signatures need follows from its key.
-    fn read(folder: &Path) -> Result<Authority, String> {
+    fn read(folder: &Path) -> Result<Authority, NoAuthority> {
         let text =
-            |name: &str| fs::read_to_string(folder.join(name)).map_err(|error| format!("{name}: {error}"));
+            |name| fs::read_to_string(folder.join(name)).map_err(|source| NoAuthority::File { name, source });
         let (certificate, key_text) = (text(CERTIFICATE_FILE)?, text(KEY_FILE)?);
-        let key = KeyPair::from_pem(&key_text).map_err(|error| format!("{KEY_FILE}: {error}"))?;
+        let key = KeyPair::from_pem(&key_text).map_err(NoAuthority::Key)?;
         let issuer = Issuer::new(Authority::params(&key), key);
         Ok(Authority { certificate, key: key_text, issuer })
     }

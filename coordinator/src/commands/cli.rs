@@ -7,6 +7,7 @@ use std::str::FromStr;
 use clap::{Parser, Subcommand};
 use ganglion_proto::job::Job;
 
+use crate::api::address::{ListenError, Listener, loopback};
 use crate::api::security::SecurityArguments;
 use crate::commands::certs::CertsCommand;
 use crate::commands::data_check::Check;
@@ -210,17 +211,32 @@ impl FromStr for Workers {
     }
 }
 
+/// Error: more workers than the job has data shards.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "--workers {count}: more than the job's {shards} data shards; start at most {shards}, or set job.data_shards, which \
+     changes the result"
+)]
+pub struct TooManyWorkers {
+    count: u32,
+    shards: u32,
+}
+
+/// The listener for workers and operators.
+static LISTENER: Listener = Listener {
+    option: "--listen",
+    choice: "HOST:PORT, such as 127.0.0.1:7000",
+    advice: "give --tls-dir DIR (`coordinator certs init` makes one), or on a network that you trust --insecure",
+};
+
 impl Cli {
     /// Number of workers to start for a job, and for `auto` a line that explains it. `gpus` is the
     /// number of GPUs that workers on this machine can use; only `auto` looks at it.
-    pub fn local_workers(&self, job: &Job, gpus: u32) -> Result<(u32, Option<String>), String> {
+    pub fn local_workers(&self, job: &Job, gpus: u32) -> Result<(u32, Option<String>), TooManyWorkers> {
         let shards = job.job.data_shards;
         match self.workers {
             Workers::Count(count) if count <= shards => Ok((count, None)),
-            Workers::Count(count) => Err(format!(
-                "--workers {count}: more than the job's {shards} data shards; start at most {shards}, or set \
-                 job.data_shards, which changes the result"
-            )),
+            Workers::Count(count) => Err(TooManyWorkers { count, shards }),
             Workers::Auto => {
                 let workers = gpus.clamp(1, shards);
                 Ok((workers, Some(explain(workers, gpus))))
@@ -229,22 +245,10 @@ impl Cli {
     }
 
     /// Address to listen on: the one given, or a loopback address with `last_port`.
-    pub fn listen_address(&self, last_port: Option<u16>) -> Result<SocketAddr, String> {
-        let Some(text) = &self.listen else {
-            return Ok(([127, 0, 0, 1], last_port.unwrap_or(0)).into());
-        };
-        let wrong =
-            |reason: String| format!("--listen {text}: {reason}; give HOST:PORT, such as 127.0.0.1:7000");
-        let addresses = std::net::ToSocketAddrs::to_socket_addrs(text.as_str());
-        let address = addresses.map_err(|error| wrong(error.to_string()))?.next();
-        let address = address.ok_or_else(|| wrong("no such address".to_string()))?;
-        if !address.ip().is_loopback() && !self.insecure && self.security.tls_dir.is_none() {
-            return Err(format!(
-                "--listen {text}: other machines reach this address and the connection is not encrypted; give --tls-dir \
-                 DIR (`coordinator certs init` makes one), or on a network that you trust --insecure"
-            ));
-        }
-        Ok(address)
+    pub fn listen_address(&self, last_port: Option<u16>) -> Result<SocketAddr, ListenError> {
+        let may_be_open = self.insecure || self.security.tls_dir.is_some();
+        let given = self.listen.as_deref().map(|text| LISTENER.parse(text, may_be_open));
+        given.unwrap_or_else(|| Ok(loopback(last_port)))
     }
 }
 
@@ -308,10 +312,11 @@ mod tests {
         let consented = cli(&["--listen", "0.0.0.0:7000", "--insecure"]).listen_address(None);
         assert_eq!(consented, Ok(([0, 0, 0, 0], 7000).into()));
         let token = cli(&["--listen", "0.0.0.0:7000", "--join-token-file", "token"]).listen_address(None);
-        assert!(token.unwrap_err().contains("not encrypted"), "a token alone hides nothing");
+        assert!(matches!(token, Err(ListenError::Open { .. })), "a token alone hides nothing");
         let encrypted = cli(&["--listen", "0.0.0.0:7000", "--tls-dir", "certs"]).listen_address(None);
         assert_eq!(encrypted, Ok(([0, 0, 0, 0], 7000).into()));
         assert_eq!(cli(&[]).listen_address(Some(7001)), Ok(([127, 0, 0, 1], 7001).into()));
-        assert!(cli(&["--listen", "nonsense"]).listen_address(None).unwrap_err().contains("HOST:PORT"));
+        let wrong = cli(&["--listen", "nonsense"]).listen_address(None).unwrap_err().to_string();
+        assert!(wrong.starts_with("--listen nonsense: ") && wrong.contains("HOST:PORT"), "{wrong}");
     }
 }

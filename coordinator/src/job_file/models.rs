@@ -5,9 +5,8 @@ use std::path::PathBuf;
 use ganglion_proto::job::{
     Augmentation, EmaSchedule, Job, Loss, LossKind, Model, ModelKind, Optimizer, OptimizerKind,
 };
-use ganglion_storage::Address;
 
-use super::sections::MAX_STEPS;
+use super::sections::{MAX_STEPS, address};
 use super::settings::Settings;
 
 pub(super) fn model(settings: &mut Settings, check_paths: bool) -> Model {
@@ -29,7 +28,7 @@ pub(super) fn model(settings: &mut Settings, check_paths: bool) -> Model {
         ema_half_life_images: settings.whole_or("model.ema_half_life_images", 1..=MAX_STEPS, 10_000),
         ema_schedule: settings.choice_or("model.ema_schedule", EmaSchedule::RampUp),
         conditional: settings.flag_or("model.conditional", false),
-        init_from: init_from.and_then(|place| checkpoint_to_begin_with(settings, place)),
+        init_from: init_from.and_then(|place| address(settings, "model.init_from", place)),
         freeze_discriminator: settings.whole_or("model.freeze_discriminator", 0..=1000, 0),
         generator,
         discriminator,
@@ -56,26 +55,6 @@ fn script(settings: &mut Settings, kind: ModelKind, key: &'static str, check_pat
         _ => {}
     }
     path
-}
-
-/// Location of another run's checkpoint: a URL unchanged, a folder made absolute.
-fn checkpoint_to_begin_with(settings: &mut Settings, place: String) -> Option<String> {
-    const KEY: &str = "model.init_from";
-    match Address::parse(&place) {
-        Ok(Address::Folder(_)) if !place.contains("://") => {
-            settings.absolute(KEY, &place)?.to_str().map(str::to_owned)
-        }
-        Ok(_) => Some(place),
-        Err(problem) if Address::is_secret(&place) => {
-            settings.conceal(KEY);
-            settings.fault(KEY, problem);
-            None
-        }
-        Err(problem) => {
-            settings.fault(KEY, format!("\"{place}\" {problem}"));
-            None
-        }
-    }
 }
 
 pub(super) fn loss(settings: &mut Settings, model: ModelKind) -> Loss {

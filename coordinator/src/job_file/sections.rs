@@ -11,7 +11,7 @@ use ganglion_proto::job::{
     Orientation, Precision, Reduction, Sample,
 };
 
-use ganglion_storage::Address;
+use ganglion_storage::{Address, AddressError};
 
 use super::models;
 use super::models::{augmentation, loss, model, optimizer};
@@ -263,9 +263,9 @@ pub(super) fn address(settings: &mut Settings, key: &'static str, url: String) -
             folder.to_str().map(str::to_owned)
         }
         Ok(_) => Some(url),
-        Err(problem) if Address::is_secret(&url) => {
+        Err(problem @ AddressError::Credentials) => {
             settings.conceal(key);
-            settings.fault(key, problem);
+            settings.fault(key, problem.to_string());
             None
         }
         Err(problem) => {

@@ -16,7 +16,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use ganglion_storage::{Address, Blocking, Claim, Path as Place, Storage, reason};
+use ganglion_storage::{Address, AddressError, Blocking, Claim, Path as Place, Storage, reason};
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, timeout};
 
@@ -47,15 +47,36 @@ struct Working {
     screen: Screen,
 }
 
+/// Error: a run's directory cannot be copied to the given place.
+#[derive(Debug, thiserror::Error)]
+pub enum MirrorError {
+    /// The text is no address.
+    #[error("--mirror: the address {0}")]
+    Address(#[from] AddressError),
+    /// The place cannot be opened.
+    #[error("--mirror {address}: {reason}")]
+    Unusable {
+        /// The place.
+        address: Address,
+        /// Finding of the system or the store.
+        reason: String,
+    },
+}
+
 impl Mirror {
     /// Starts to copy a run's directory to `url`.
     ///
     /// # Errors
-    /// A message that says what is wrong with `url`, and how to mend it.
-    pub fn start(url: Option<&str>, run: &str, folder: &Path, screen: &Screen) -> Result<Mirror, String> {
+    /// See [`MirrorError`].
+    pub fn start(
+        url: Option<&str>,
+        run: &str,
+        folder: &Path,
+        screen: &Screen,
+    ) -> Result<Mirror, MirrorError> {
         let Some(url) = url else { return Ok(Mirror(None)) };
-        let address = Address::parse(url).map_err(|what| format!("--mirror: the address {what}"))?;
-        let wrong = |what: String| format!("--mirror {address}: {what}");
+        let address = Address::parse(url)?;
+        let wrong = |reason| MirrorError::Unusable { address: address.clone(), reason };
         if let Address::Folder(target) = &address {
             fs::create_dir_all(target).map_err(|error| wrong(error.to_string()))?;
         }

@@ -94,7 +94,7 @@ async fn listen<H: Host>(
     tls: Option<Arc<Acceptor>>,
 ) -> Result<(mpsc::Receiver<H::Connection>, SocketAddr), Failure> {
     let last_port = journal.fact(Fact::Port)?.and_then(|port| port.parse().ok());
-    let wanted = cli.listen_address(last_port).map_err(Failure::Input)?;
+    let wanted = cli.listen_address(last_port).map_err(Failure::input)?;
     let listening = match host.listen(wanted, tls.clone()).await {
         Err(error) if cli.listen.is_none() && last_port.is_some() => {
             tracing::warn!("port {} of the last time: {error}; taking another", wanted.port());

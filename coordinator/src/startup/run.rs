@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tonic::transport::server::Connected;
 
 use crate::api::grpc::guard::Guard;
-use crate::api::grpc::{Store, serve};
+use crate::api::grpc::{Services, Store, serve};
 use crate::api::security::Security;
 use crate::checkpoints::best::Judged;
 use crate::commands::cli::{Cli, Workers};
@@ -68,7 +68,7 @@ async fn live(
     let job = read_job(cli)?;
     let processes = host.processes().map_err(Failure::other)?;
     let (local_workers, reason) = local_workers(cli, &job, &*processes)?;
-    cli.listen_address(None).map_err(Failure::Input)?;
+    cli.listen_address(None).map_err(Failure::input)?;
     let security = Security::of(&cli.security)?;
 
     let run_dir = hold(cli, &job, &screen, launch.as_mut())?;
@@ -76,7 +76,7 @@ async fn live(
     let wanted = Wanted { run_dir: &run_dir, screen: &screen, disk, processes, from_start };
     let mut taken = take_over(wanted, job).await?;
     let mirror = Mirror::start(cli.mirror.as_deref(), &taken.run, run_dir.folder(), &screen)
-        .map_err(Failure::Input)?;
+        .map_err(Failure::input)?;
     let done = taken.done.clone();
     if done.is_some() && !cli.stay {
         mirror.finish().await;
@@ -188,7 +188,7 @@ async fn while_held<T>(
 /// Number of workers to start, with a line that explains it.
 fn local_workers(cli: &Cli, job: &Job, processes: &dyn Processes) -> Result<(u32, Option<String>), Failure> {
     let gpus = if cli.workers == Workers::Auto { count_gpus(processes)? } else { 0 };
-    cli.local_workers(job, gpus).map_err(Failure::Input)
+    cli.local_workers(job, gpus).map_err(Failure::input)
 }
 
 /// Takes the next term, and publishes it in the claim.
@@ -246,9 +246,9 @@ where
 {
     let (inputs, mut receiver) = mpsc::channel(INPUTS);
     let (shutdown, stopping) = watch::channel(false);
-    let (term, store) = (parts.term, parts.store.clone());
-    let views = parts.publisher.subscribe();
-    let mut server = tokio::spawn(serve(incoming, term, inputs, store, guard, views, stopping));
+    let (store, views) = (parts.store.clone(), parts.publisher.subscribe());
+    let services = Services { term: parts.term, inputs, store, guard, views };
+    let mut server = tokio::spawn(serve(services, incoming, stopping));
     let mut shell = Shell::new(parts);
     let ended = if life.found_complete {
         shell.found_complete(life.samples)

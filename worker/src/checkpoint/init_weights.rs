@@ -37,7 +37,7 @@ impl Beginning {
     pub fn read(place: &str, layout: &StateLayout) -> Result<Beginning, String> {
         let shown = if Address::is_secret(place) { "..." } else { place };
         let wrong = |what: String| format!("model.init_from: {shown}: {what}");
-        let address = Address::parse(place).map_err(wrong)?;
+        let address = Address::parse(place).map_err(|error| wrong(error.to_string()))?;
         if matches!(&address, Address::Folder(folder) if !folder.is_dir()) {
             return Err(wrong(
                 "is no folder; give that of a checkpoint, such as runs/NAME/checkpoints/step-00001000".into(),

@@ -44,7 +44,7 @@ impl RunStorage {
     /// The address cannot be used by this program at all; the message says why, and how to fix it.
     pub fn open(address: &str, run: &str) -> Result<RunStorage, String> {
         let wrong = |what: String| format!("checkpoint.url {address}: {what}");
-        let parsed = Address::parse(address).map_err(wrong)?;
+        let parsed = Address::parse(address).map_err(|error| wrong(error.to_string()))?;
         let opened = match (&parsed, Storage::open(&parsed)) {
             // The folder does not exist on this machine.
             (Address::Folder(_), Err(_)) => None,

@@ -49,7 +49,7 @@ fn find(place: &str) -> Result<(String, Bytes), Failure> {
         Some((root, file)) if file.ends_with(".safetensors") => (root, Some(file)),
         _ => (place, None),
     };
-    let address = Address::parse(root).map_err(|what| input(&what))?;
+    let address = Address::parse(root).map_err(|what| input(&what.to_string()))?;
     if matches!(&address, Address::Folder(folder) if !folder.is_dir()) {
         return Err(absent());
     }

@@ -56,7 +56,7 @@ pub(super) fn here(source: &Data, found: &mut Found) -> Result<Data, DataError> 
         let shown = if Address::is_secret(text) { "an address" } else { text };
         DataError::Input(format!("data.path: {shown}: {what}"))
     };
-    let path = match Address::parse(text).map_err(|what| wrong(&what))? {
+    let path = match Address::parse(text).map_err(|what| wrong(&what.to_string()))? {
         Address::Folder(folder) => folder,
         Address::Cloud(_) => {
             // An archive is a file; anything else is a folder of files.
@@ -64,7 +64,7 @@ pub(super) fn here(source: &Data, found: &mut Found) -> Result<Data, DataError> 
                 Some((root, file)) if ArchiveKind::of(Path::new(file)).is_some() => (root, Some(file)),
                 _ => (text, None),
             };
-            let address = Address::parse(root).map_err(|what| wrong(&what))?;
+            let address = Address::parse(root).map_err(|what| wrong(&what.to_string()))?;
             let storage = Storage::open(&address).map_err(|what| wrong(&what))?;
             let folder = cache()?.join(&blake3::hash(root.as_bytes()).to_hex()[..16]);
             let chosen = |name: &str| file.is_none_or(|file| file == name);

@@ -23,6 +23,7 @@ use std::time::Duration;
 use ganglion_membership::{Term, WorkerId};
 use ganglion_proto::message::{FromWorker, Hello, ToWorker};
 use ganglion_proto::wire::admin_service_server::{AdminService, AdminServiceServer};
+use ganglion_proto::wire::session_request::Message;
 use ganglion_proto::wire::session_service_server::{SessionService, SessionServiceServer};
 use ganglion_proto::wire::store_service_server::StoreServiceServer;
 use ganglion_proto::wire::{
@@ -103,20 +104,30 @@ pub enum AdminInput {
     Stop(oneshot::Sender<()>),
 }
 
-/// Serves the connections that arrive on `incoming` until `shutdown` changes. `views` of the shell
-/// determine the reported health.
+/// Services of a term, and what they pass their requests on to.
+pub struct Services {
+    /// The term.
+    pub term: Term,
+    /// Queue of the shell.
+    pub inputs: mpsc::Sender<Input>,
+    /// Store in which the members of a group meet.
+    pub store: Store,
+    /// Authentication of all requests.
+    pub guard: Guard,
+    /// Views of the shell, which determine the reported health.
+    pub views: watch::Receiver<Option<Arc<View>>>,
+}
+
+/// Serves the connections that arrive on `incoming` until `shutdown` changes.
 pub async fn serve<C>(
+    services: Services,
     incoming: mpsc::Receiver<C>,
-    term: Term,
-    inputs: mpsc::Sender<Input>,
-    store: Store,
-    guard: Guard,
-    views: watch::Receiver<Option<Arc<View>>>,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<(), tonic::transport::Error>
 where
     C: Connected + AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
+    let Services { term, inputs, store, guard, views } = services;
     let room = Arc::new(Semaphore::new(SESSIONS));
     let sessions = Sessions { term, inputs: inputs.clone(), opened: AtomicU64::new(0), room };
     let sessions = SessionServiceServer::new(sessions).max_decoding_message_size(MESSAGE_LIMIT);
@@ -200,12 +211,12 @@ impl SessionService for Sessions {
         let worker = admitted.await.map_err(|_| ended())?;
         let worker = worker.map_err(|reason| refused(Status::failed_precondition(reason)))?;
         let (broke, breach) = oneshot::channel();
-        let reading = read(self.term, session, worker, requests, self.inputs.clone(), broke);
+        let (term, inputs) = (self.term, self.inputs.clone());
+        let reader = Reader { term, session, worker, inputs };
         tokio::spawn(async move {
-            reading.await;
+            reader.read(requests, broke).await;
             drop(place);
         });
-        let term = self.term;
         let responses = ReceiverStream::new(messages).map(move |message| Ok(message.to_wire(term)));
         Ok(Response::new(Box::pin(responses.chain(last_word(breach)))))
     }
@@ -228,50 +239,61 @@ fn ended() -> Status {
 }
 
 fn hello_of(request: SessionRequest) -> Result<Hello, Status> {
-    match FromWorker::from_wire(request) {
-        Ok((_, FromWorker::Hello(hello))) if hello.protocol == PROTOCOL => Ok(hello),
-        Ok((_, FromWorker::Hello(hello))) => Err(Status::failed_precondition(format!(
+    // Before all else: the hello of another version may break the rules of this one.
+    if let Some(Message::Hello(hello)) = &request.message
+        && hello.protocol != PROTOCOL
+    {
+        return Err(Status::failed_precondition(format!(
             "this worker speaks version {} of the contract and the coordinator version {PROTOCOL}; use one build of both",
             hello.protocol
-        ))),
+        )));
+    }
+    match FromWorker::from_wire(request) {
+        Ok((_, FromWorker::Hello(hello))) => Ok(hello),
         Ok(_) => Err(Status::invalid_argument("a session starts with a hello")),
         Err(malformed) => Err(Status::invalid_argument(malformed.to_string())),
     }
 }
 
-/// Passes on a worker's messages until its stream ends or violates the contract.
-async fn read(
+/// Reader of the messages of one session.
+struct Reader {
     term: Term,
     session: SessionId,
     worker: WorkerId,
-    mut requests: Streaming<SessionRequest>,
     inputs: mpsc::Sender<Input>,
-    broke: oneshot::Sender<Status>,
-) {
-    let breach = loop {
-        let request = match requests.message().await {
-            Ok(Some(request)) => request,
-            Ok(None) => break None,
-            Err(status) => break Some(status).filter(is_breach),
-        };
-        match FromWorker::from_wire(request) {
-            Ok((of, message)) if of == term => {
-                // Back-pressure: while the shell's queue is full, the stream is not read. An error
-                // means that the shell has ended.
-                if inputs.send(Input::Message(session, worker, message)).await.is_err() {
-                    return;
+}
+
+impl Reader {
+    /// Passes on a worker's messages until its stream ends or violates the contract.
+    async fn read(self, mut requests: Streaming<SessionRequest>, broke: oneshot::Sender<Status>) {
+        let Reader { term, session, worker, inputs } = self;
+        let breach = loop {
+            let request = match requests.message().await {
+                Ok(Some(request)) => request,
+                Ok(None) => break None,
+                Err(status) => break Some(status).filter(is_breach),
+            };
+            match FromWorker::from_wire(request) {
+                Ok((of, message)) if of == term => {
+                    // Back-pressure: while the shell's queue is full, the stream is not read. An error
+                    // means that the shell has ended.
+                    if inputs.send(Input::Message(session, worker, message)).await.is_err() {
+                        return;
+                    }
                 }
+                Ok((of, _)) => {
+                    tracing::warn!("dropped a message of worker {worker} of term {of} in term {term}");
+                }
+                Err(malformed) => break Some(Status::invalid_argument(malformed.to_string())),
             }
-            Ok((of, _)) => tracing::warn!("dropped a message of worker {worker} of term {of} in term {term}"),
-            Err(malformed) => break Some(Status::invalid_argument(malformed.to_string())),
+        };
+        if let Some(breach) = breach {
+            tracing::warn!("closing the session of worker {worker}: {}", breach.message());
+            let _ = broke.send(breach);
         }
-    };
-    if let Some(breach) = breach {
-        tracing::warn!("closing the session of worker {worker}: {}", breach.message());
-        let _ = broke.send(breach);
+        // Last, after all messages of the session. If the shell has ended, nothing needs it any more.
+        let _ = inputs.send(Input::Closed(session, worker)).await;
     }
-    // Last, after all messages of the session. If the shell has ended, nothing needs it any more.
-    let _ = inputs.send(Input::Closed(session, worker)).await;
 }
 
 /// Whether a stream ended because of its content, and not because the connection failed.

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio_rustls::server::TlsStream;
 
 use super::{Guard, Served, Site, View, keep_token, plainly, serve};
+use crate::api::address::{ListenError, Listener, loopback};
 use crate::api::grpc::tls::Acceptor;
 use crate::api::security::Security;
 use crate::error::Failure;
@@ -66,7 +67,7 @@ pub async fn start(
     let acceptor = security.browsers()?;
     let (given, is_secure) = (wanted.address, acceptor.is_some());
     let last_port = journal.fact(Fact::HttpPort)?.and_then(|port| port.parse().ok());
-    let wanted = address(given, last_port, wanted.is_insecure || is_secure).map_err(Failure::Input)?;
+    let wanted = address(given, last_port, wanted.is_insecure || is_secure).map_err(Failure::input)?;
     let Some(wanted) = wanted else { return Ok(Dashboard(None)) };
     let other = |error: io::Error| Failure::Other(format!("the dashboard cannot be served: {error}"));
     let listener = listen(wanted, given.is_some()).await.map_err(|error| {
@@ -100,29 +101,24 @@ async fn secretly(stream: TcpStream, acceptor: Arc<Acceptor>) -> io::Result<TlsS
     acceptor.accept(plainly(stream).await?).await
 }
 
+/// The listener of the dashboard.
+static LISTENER: Listener = Listener {
+    option: "--http",
+    choice: "HOST:PORT, such as 127.0.0.1:7001, or off",
+    advice: "on a network that you trust add --insecure, else give --tls-dir, or serve on 127.0.0.1 and use a tunnel",
+};
+
 /// Address to serve on: the one given, a loopback address with `last_port`, or `None` for `off`.
 fn address(
     given: Option<&str>,
     last_port: Option<u16>,
-    is_allowed: bool,
-) -> Result<Option<SocketAddr>, String> {
-    let text = match given {
-        None => return Ok(Some(([127, 0, 0, 1], last_port.unwrap_or(0)).into())),
-        Some("off") => return Ok(None),
-        Some(text) => text,
-    };
-    let wrong =
-        |reason: String| format!("--http {text}: {reason}; give HOST:PORT, such as 127.0.0.1:7001, or off");
-    let addresses = std::net::ToSocketAddrs::to_socket_addrs(text);
-    let address = addresses.map_err(|error| wrong(error.to_string()))?.next();
-    let address = address.ok_or_else(|| wrong("no such address".to_string()))?;
-    if !super::is_local(address.ip()) && !is_allowed {
-        return Err(format!(
-            "--http {text}: other machines reach this address and the connection is not encrypted; on a network that you \
-             trust add --insecure, else give --tls-dir, or serve on 127.0.0.1 and use a tunnel"
-        ));
+    may_be_open: bool,
+) -> Result<Option<SocketAddr>, ListenError> {
+    match given {
+        None => Ok(Some(loopback(last_port))),
+        Some("off") => Ok(None),
+        Some(text) => LISTENER.parse(text, may_be_open).map(Some),
     }
-    Ok(Some(address))
 }
 
 /// Opens the listener. If the port is only the one of the last start, another port of the same host
@@ -149,9 +145,12 @@ mod tests {
         assert_eq!(address(Some("127.0.0.1:80"), Some(7001), false), loopback(80));
         assert_eq!(address(Some("off"), Some(7001), false), Ok(None));
         assert_eq!(address(Some("0.0.0.0:7001"), None, true), Ok(Some(([0, 0, 0, 0], 7001).into())));
-        assert!(address(Some("0.0.0.0:7001"), None, false).unwrap_err().contains("--insecure"));
+        assert!(address(Some("0.0.0.0:7001"), None, false).unwrap_err().to_string().contains("--insecure"));
         for wrong in ["nonsense", "", "on", "127.0.0.1", "127.0.0.1:70000"] {
-            assert!(address(Some(wrong), None, true).unwrap_err().contains("HOST:PORT"), "{wrong}");
+            assert!(
+                address(Some(wrong), None, true).unwrap_err().to_string().contains("HOST:PORT"),
+                "{wrong}"
+            );
         }
     }
 

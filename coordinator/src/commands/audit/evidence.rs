@@ -152,7 +152,7 @@ pub(crate) fn open_storage(run: &Path, job: &Job) -> Result<Blocking, NoRun> {
     let wrong = |what: String| {
         NoRun(format!("checkpoint.url {text}: {what}; without it nothing is proven of checkpoints"))
     };
-    let address = Address::parse(&text).map_err(wrong)?;
+    let address = Address::parse(&text).map_err(|error| wrong(error.to_string()))?;
     let storage = match &address {
         Address::Folder(folder) if !folder.exists() => Storage::in_memory(),
         _ => Storage::open(&address).map_err(wrong)?,
