@@ -46,6 +46,8 @@ pub struct Known {
     pub event_count: u64,
     /// Time of the first event, in seconds of Unix time.
     pub begun: Option<f64>,
+    /// Newest format of the records; 0 before any coordinator.
+    pub format: u32,
     /// Number of events by kind.
     pub kinds: BTreeMap<String, u64>,
     /// Number of faults that workers reported, by kind.
@@ -124,6 +126,9 @@ impl Known {
         // An event of another version is shown as it is, and says nothing else here.
         let Ok(event) = event else { return };
         match event {
+            RunEvent::CoordinatorStarted { format, .. } => {
+                self.format = self.format.max(format.unwrap_or(1));
+            }
             RunEvent::Fault { fault, .. } => *self.faults.entry(fault).or_insert(0) += 1,
             RunEvent::Samples { step, .. } => {
                 self.pictures.insert(step);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ganglion_membership::{Limits, Term};
-use ganglion_proto::record::RunEvent;
+use ganglion_proto::record::{FORMAT, RunEvent};
 use tokio::sync::{mpsc, watch};
 
 use crate::api::grpc::tls::Acceptor;
@@ -68,6 +68,7 @@ impl<C> Doors<C> {
         records.event(&RunEvent::CoordinatorStarted {
             address: url.clone(),
             dashboard: dashboard.clone(),
+            format: Some(FORMAT),
             pid: std::process::id(),
             term: term.0,
         });

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ganglion_proto::job::Job;
-use ganglion_proto::record::RunEvent;
+use ganglion_proto::record::{FORMAT, RunEvent};
 
 use crate::control::records::Records;
 use crate::error::Failure;
@@ -42,6 +42,15 @@ pub fn open_records(
             Err(error) => return Err(Failure::Input(error.to_string())),
         }
     };
+    let format = records.chronicle.look().format;
+    if format > FORMAT {
+        // No decision depends on what is lacking, so the run goes on.
+        records.message(&format!(
+            "warning: a newer version wrote to {}: the format is {format}, and this version knows none above {FORMAT}; what \
+             it does not know is not shown",
+            RECORDS.join(" and ")
+        ));
+    }
     for found in aside {
         records.message(&format!("warning: {}", found.describe()));
         let SetAside { file, aside, kept, lost, steps } = found;
@@ -105,6 +114,27 @@ mod tests {
     fn open(folder: &Path, job: &Job, journal: &mut Journal) -> Records {
         let disk: Arc<dyn Disk> = Arc::new(SystemDisk);
         open_records(job, folder, &Screen::silent(), &disk, journal).unwrap()
+    }
+
+    /// Neither is damage.
+    #[test]
+    fn records_of_another_version_are_kept_as_they_are() {
+        for started in [r#""term":1"#, r#""format":7,"term":1,"more":{}"#] {
+            let (folder, job, mut journal) = run();
+            let path = folder.path().join("events.jsonl");
+            let text = format!("{{\"time\":1.0,\"kind\":\"coordinator_started\",{started}}}\n");
+            std::fs::write(&path, &text).unwrap();
+            let records = open(folder.path(), &job, &mut journal);
+            let known = records.chronicle.look();
+            assert_eq!(
+                (known.format, known.count(EventKind::CoordinatorStarted)),
+                (if text.contains('7') { 7 } else { 1 }, 1)
+            );
+            drop(known);
+            drop(records);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+            assert_eq!(journal.set_asides().unwrap(), []);
+        }
     }
 
     #[test]

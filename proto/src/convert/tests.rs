@@ -115,6 +115,19 @@ fn a_workers_messages_survive_the_wire() {
     }
 }
 
+/// No text of a peer reaches a terminal as it is.
+#[test]
+fn a_strange_token_is_safe_to_show() {
+    let strange = Hello { spawn_token: Some("\x1b[2J".into()), ..hello() };
+    let read = FromWorker::from_wire(FromWorker::Hello(strange).to_wire(Term(0)));
+    let Ok((_, FromWorker::Hello(read))) = read else { panic!("{read:?}") };
+    assert_eq!(
+        read.spawn_token.as_deref(),
+        Some("\\u{1b}[2J"),
+        "no text of a peer reaches a terminal as it is"
+    );
+}
+
 #[test]
 fn an_assignment_survives_the_wire_and_overlapping_shards_are_refused() {
     let member = |worker, shards| GroupMember { worker: WorkerId(worker), shards, writes_parts: true };

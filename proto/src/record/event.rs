@@ -153,6 +153,9 @@ events! {
             address: String,
             /// Address of the dashboard, without a token; null without a dashboard.
             dashboard: Option<String>,
+            /// Number of the format of both records from here on; 1 if it is absent.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            format: Option<u32>,
             /// Process id of the coordinator.
             pid: u32,
             /// Number of this start.

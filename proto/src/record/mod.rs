@@ -23,6 +23,10 @@ use crate::bounds::list;
 use crate::error::Malformed;
 use crate::wire;
 
+/// Number of the format of `metrics.jsonl` and `events.jsonl` that this version writes, and the
+/// newest that it reads in full. Keys and kinds are added without a new number.
+pub const FORMAT: u32 = 1;
+
 /// Most scalars of a row or of an evaluation.
 pub const SCALARS: usize = 64;
 /// Longest name of a scalar, in bytes.

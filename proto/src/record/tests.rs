@@ -11,7 +11,7 @@ const LINES: [&str; 43] = [
     r#"{"time":1.5,"kind":"checkpoint","folder":"step-00000020","phase":0,"state_digest":"ab","step":20}"#,
     r#"{"time":1.5,"kind":"evaluation","features":"digits 0a","metrics":{"frechet_distance":2.5,"kid":null},"seconds":0.25,"step":20}"#,
     r#"{"time":1.5,"kind":"best_checkpoint","folder":"step-00000020","metric":"kid","step":20,"value":2.5}"#,
-    r#"{"time":1.5,"kind":"coordinator_started","address":"http://127.0.0.1:1","dashboard":null,"pid":7,"term":2}"#,
+    r#"{"time":1.5,"kind":"coordinator_started","address":"http://127.0.0.1:1","dashboard":null,"format":1,"pid":7,"term":2}"#,
     r#"{"time":1.5,"kind":"run_ended","detail":"Terminate","outcome":"stopped"}"#,
     r#"{"time":1.5,"kind":"stop_requested"}"#,
     r#"{"time":1.5,"kind":"staying"}"#,
@@ -92,6 +92,8 @@ fn a_line_of_another_version_is_read_as_far_as_it_is_known() {
     let later = parse(r#"{"time":2.0,"kind":"worker_promoted","worker":3}"#);
     assert!(matches!(later.event, Err(Unread::OtherVersion)));
     assert_eq!((later.time, later.kind.as_str()), (2.0, "worker_promoted"));
+    let before_formats = parse(r#"{"time":2.0,"kind":"coordinator_started","pid":7,"term":2}"#);
+    assert!(matches!(before_formats.event, Ok(RunEvent::CoordinatorStarted { format: None, term: 2, .. })));
     let more = parse(r#"{"time":2.0,"kind":"worker_leaves","worker":3,"why":"spot"}"#);
     assert_eq!(more.event.unwrap(), RunEvent::WorkerLeaves { worker: 3 });
     let fewer = parse(r#"{"time":2.0,"kind":"fault","worker":3,"fault":"cosmic_ray"}"#);

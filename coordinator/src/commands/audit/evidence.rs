@@ -7,7 +7,7 @@ use std::path::Path;
 use ganglion_membership::Checkpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::manifest;
-use ganglion_proto::record::{EventLine, MetricsRow, RunEvent, Unread};
+use ganglion_proto::record::{EventLine, FORMAT, MetricsRow, RunEvent, Unread};
 use ganglion_storage::{Address, Blocking, MANIFEST, Storage, in_folder, reason};
 
 use crate::job_file;
@@ -68,6 +68,18 @@ impl Evidence {
         })?;
         let (path, name) = (file("events.jsonl"), "events.jsonl");
         let events = Lines::read(&path, name, event).map_err(|error| unreadable(&path, error.to_string()))?;
+        let formats = events.whole.iter().flatten().filter_map(|event| match event {
+            RunEvent::CoordinatorStarted { format, .. } => *format,
+            _ => None,
+        });
+        let newest = formats.max().unwrap_or_default();
+        if newest > FORMAT {
+            return Err(NoRun(format!(
+                "{}: a newer version wrote the run's records: their format is {newest}, and this version knows none above \
+                 {FORMAT}; audit with the version that wrote them, or a newer one",
+                path.display()
+            )));
+        }
         let (path, name) = (file("metrics.jsonl"), "metrics.jsonl");
         let rows = Lines::read(&path, name, |line| serde_json::from_slice(line));
         let rows = rows.map_err(|error| unreadable(&path, error.to_string()))?;

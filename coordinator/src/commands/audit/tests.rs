@@ -255,6 +255,17 @@ fn an_untouched_run_holds() {
 const TERMS: &str = "terms and generations only grow";
 
 #[test]
+fn records_of_a_newer_version_are_not_judged() {
+    let story = Story::new();
+    story.write();
+    let mut events = fs::read_to_string(story.path("events.jsonl")).unwrap();
+    events.push_str("{\"time\":9.0,\"kind\":\"coordinator_started\",\"term\":9,\"format\":2}\n");
+    fs::write(story.path("events.jsonl"), events).unwrap();
+    let refused = Evidence::read(&story.path("")).err().unwrap().to_string();
+    assert!(refused.contains("their format is 2, and this version knows none above 1"), "{refused}");
+}
+
+#[test]
 fn a_generation_of_an_unknown_term_is_found() {
     let mut story = Story::new();
     story.groups[2].0 = 2;
