@@ -141,6 +141,20 @@ impl Shell {
             self.records.event(&RunEvent::SamplesExcluded { after_phase, after_step, files });
         }
         self.store.begin(group.generation);
+        log::note("generation", group.generation.0);
+        self.tell_group(group, cause);
+        self.has_started();
+        for (rank, member) in (0u32..).zip(&group.members) {
+            self.supervisor.rename(member.worker, &format!("rank {rank}"));
+            self.assign(member.worker);
+            // Numbered by generation: perhaps one member was told, and the others were not.
+            failpoint::reached("assign", group.generation.0);
+        }
+        Ok(())
+    }
+
+    /// Records and prints a new group.
+    fn tell_group(&mut self, group: &Group, cause: &Cause) {
         let start = match &group.start {
             Start::Fresh => "fresh".to_string(),
             Start::Healed(rank) => format!("rank {rank}"),
@@ -153,7 +167,6 @@ impl Shell {
             worker: member.worker.0,
         };
         let members = (0u32..).zip(&group.members).map(member).collect();
-        log::note("generation", group.generation.0);
         self.records.event(&RunEvent::GenerationFormed {
             backend: group.backend.to_string(),
             cause: cause.to_string(),
@@ -171,14 +184,6 @@ impl Shell {
             group.backend,
             if self.is_exposed(group) { ", which does not encrypt: fence its network" } else { "" },
         ));
-        self.has_started();
-        for (rank, member) in (0u32..).zip(&group.members) {
-            self.supervisor.rename(member.worker, &format!("rank {rank}"));
-            self.assign(member.worker);
-            // Numbered by generation: perhaps one member was told, and the others were not.
-            failpoint::reached("assign", group.generation.0);
-        }
-        Ok(())
     }
 
     /// Whether other machines could read a group's reduces, though this coordinator uses TLS.

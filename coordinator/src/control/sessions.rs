@@ -48,22 +48,8 @@ impl Shell {
         if token.is_some_and(|token| !local && !self.supervisor.is_elsewhere(token)) {
             return Ok(Err("its token is of no worker that this coordinator started".to_string()));
         }
-        let Hello { host, pid, address, device, attempt, .. } = hello;
-        // Any generation will do: whether a worker is known does not depend on it.
-        self.attempts.opened(worker, attempt, |worker| self.machine.knows(worker, Generation(0)));
-        let connected = Connected {
-            session,
-            outbox: Some(outbox),
-            host: host.clone(),
-            pid,
-            address,
-            device,
-            budget: Budget::new(),
-            heard: None,
-        };
-        self.workers.insert(worker, connected);
-        self.send(worker, ToWorker::Welcome(Box::new(self.welcome(worker))));
-        self.send(worker, ToWorker::EvaluationsRecorded(self.judged.told()));
+        let (host, pid) = (hello.host.clone(), hello.pid);
+        self.welcomed(worker, hello, session, outbox);
         let number = worker.0;
         self.records.event(&match resume {
             Some(_) => RunEvent::WorkerResumed { host, local, pid, worker: number },
@@ -74,6 +60,26 @@ impl Shell {
             None => Event::Hello { worker, local },
         })?;
         Ok(Ok(worker))
+    }
+
+    /// Opens an admitted worker's session, and tells it where the run stands.
+    fn welcomed(&mut self, worker: WorkerId, hello: Hello, session: SessionId, outbox: Outbox) {
+        let Hello { host, pid, address, device, attempt, .. } = hello;
+        // Any generation will do: whether a worker is known does not depend on it.
+        self.attempts.opened(worker, attempt, |worker| self.machine.knows(worker, Generation(0)));
+        let connected = Connected {
+            session,
+            outbox: Some(outbox),
+            host,
+            pid,
+            address,
+            device,
+            budget: Budget::new(),
+            heard: None,
+        };
+        self.workers.insert(worker, connected);
+        self.send(worker, ToWorker::Welcome(Box::new(self.welcome(worker))));
+        self.send(worker, ToWorker::EvaluationsRecorded(self.judged.told()));
     }
 
     fn welcome(&self, worker: WorkerId) -> Welcome {
@@ -127,13 +133,11 @@ impl Shell {
     ) -> Result<(), ShellError> {
         let is_current = |current: &&mut Connected| current.session == session && current.outbox.is_some();
         let Some(current) = self.workers.get_mut(&worker).filter(is_current) else { return Ok(()) };
-        let left_out = match message {
-            FromWorker::Loaded(..)
-            | FromWorker::Fault(..)
-            | FromWorker::Leave
-            | FromWorker::PartDelayed(..) => current.budget.spend(),
-            _ => Some(0),
-        };
+        let is_recorded = matches!(
+            message,
+            FromWorker::Loaded(..) | FromWorker::Fault(..) | FromWorker::Leave | FromWorker::PartDelayed(..)
+        );
+        let left_out = if is_recorded { current.budget.spend() } else { Some(0) };
         let Some(left_out) = left_out else { return self.spent(session, worker, &message) };
         match message {
             FromWorker::Hello(_) => {
@@ -167,20 +171,19 @@ impl Shell {
             FromWorker::PartWritten(generation, part) => {
                 self.handle(Event::PartWritten(worker, generation, part))
             }
-            FromWorker::Evaluation(row) if self.machine.has_trained(worker) => {
-                if let Err(error) = self.take_evaluation(row.clone()) {
-                    self.stick(error)?;
-                    let again = Input::Message(session, worker, FromWorker::Evaluation(row));
-                    self.held.push_front(Held::Input(again));
-                }
-                Ok(())
-            }
-            report if self.machine.has_trained(worker) => {
-                self.take_report(worker, report, left_out);
-                Ok(())
-            }
-            _ => {
+            _ if !self.machine.has_trained(worker) => {
                 tracing::warn!("dropped a report of worker {worker}, which has not trained");
+                Ok(())
+            }
+            FromWorker::Evaluation(row) => {
+                let Err(error) = self.take_evaluation(row.clone()) else { return Ok(()) };
+                self.stick(error)?;
+                let again = Input::Message(session, worker, FromWorker::Evaluation(row));
+                self.held.push_front(Held::Input(again));
+                Ok(())
+            }
+            report => {
+                self.take_report(worker, report, left_out);
                 Ok(())
             }
         }

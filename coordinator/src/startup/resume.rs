@@ -84,11 +84,6 @@ pub async fn find(
     let told = Told { known: known.as_ref(), found: checkpoint.as_ref(), lives: lost.is_some() };
     told.tell(&damaged, asked.place, records);
     if let Some(checkpoint) = &checkpoint {
-        let left = patience.wait_for(storage, async || checkpoints.left_rows(checkpoint.step).await).await;
-        let left = left.map_err(|error| storage_failed(&checkpoints, patience, &error))?;
-        records.take_left_rows(left, known_samples(journal)?);
-        // Rows are written before their checkpoint counts, as during training.
-        records.finish_writing();
         settle(journal, &checkpoints, records, checkpoint, patience).await?;
     }
     let address = storage.address().to_string();
@@ -172,8 +167,9 @@ impl Told<'_> {
     }
 }
 
-/// Makes the newest checkpoint valid everywhere: an earlier coordinator may have died before
-/// announcing it, or workers may have written it without a coordinator.
+/// Takes over the rows that workers left beside the newest checkpoint, and makes it valid everywhere: an
+/// earlier coordinator may have died before announcing it, or workers may have written it without a
+/// coordinator.
 async fn settle(
     journal: &mut Journal,
     checkpoints: &Checkpoints,
@@ -182,6 +178,11 @@ async fn settle(
     patience: &Patience,
 ) -> Result<(), Failure> {
     let storage = checkpoints.storage();
+    let left = patience.wait_for(storage, async || checkpoints.left_rows(checkpoint.step).await).await;
+    let left = left.map_err(|error| storage_failed(checkpoints, patience, &error))?;
+    records.take_left_rows(left, known_samples(journal)?);
+    // Rows are written before their checkpoint counts, as during training.
+    records.finish_writing();
     let latest = patience.wait_for(storage, async || storage.latest().await).await;
     if latest.ok().flatten().as_deref() != Some(checkpoint.folder().as_str()) {
         journal.commit(checkpoint)?;
