@@ -6,61 +6,74 @@
 
 use ganglion_proto::record::Scalars;
 
-/// Groups with the label that tells their scalars apart, and what they are. The last one is of the
-/// scalars that stand for themselves.
-pub const GROUPS: [(&str, &str, &str); 3] = [
-    ("loss", "module", "Mean loss of the newest step"),
-    ("score", "of", "What the discriminator says of samples, a mean of the newest step"),
-    ("scalar", "name", "What the objective reports of the newest step"),
+/// Group of scalars that are shown together.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Name: the part of a scalar's name before the underscore.
+    pub name: &'static str,
+    /// Label that tells the scalars of the group apart.
+    pub key: &'static str,
+    /// Description.
+    pub help: &'static str,
+}
+
+/// All groups. The last one is of the scalars that stand for themselves.
+pub static GROUPS: [Group; 3] = [
+    Group { name: "loss", key: "module", help: "Mean loss of the newest step" },
+    Group {
+        name: "score",
+        key: "of",
+        help: "What the discriminator says of samples, a mean of the newest step",
+    },
+    Group { name: "scalar", key: "name", help: "What the objective reports of the newest step" },
 ];
-const OTHERS: (&str, &str, &str) = GROUPS[2];
+const OTHERS: usize = GROUPS.len() - 1;
+
+/// Most scalars in a line of words that stand for themselves.
+const WORDS: usize = 4;
 
 /// Presentation of one scalar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shown<'a> {
-    /// Group: `loss`, `score` or `scalar`.
-    pub group: &'static str,
-    /// Name of the label that tells the scalars of the group apart.
-    pub key: &'static str,
-    /// Value of that label.
+    /// Group of the scalar.
+    pub group: &'static Group,
+    /// Value of the group's label.
     pub of: &'a str,
 }
 
 impl<'a> Shown<'a> {
     /// Derives the presentation from a scalar's name.
     pub fn new(name: &'a str) -> Shown<'a> {
-        let grouped = |(group, key, _): (&'static str, &'static str, &'static str)| {
-            let of = name.strip_prefix(group)?.strip_prefix('_').filter(|of| !of.is_empty())?;
-            Some(Shown { group, key, of })
+        let grouped = |group: &'static Group| {
+            let of = name.strip_prefix(group.name)?.strip_prefix('_').filter(|of| !of.is_empty())?;
+            Some(Shown { group, of })
         };
-        let (group, key, _) = OTHERS;
-        GROUPS[..2].iter().copied().find_map(grouped).unwrap_or(Shown { group, key, of: name })
+        GROUPS[..OTHERS].iter().find_map(grouped).unwrap_or(Shown { group: &GROUPS[OTHERS], of: name })
     }
 
     /// Tag in TensorBoard.
     pub fn tag(&self) -> String {
-        format!("{}/{}", self.group, self.of)
+        format!("{}/{}", self.group.name, self.of)
     }
 
     /// Label where there is little room: a network by its initial.
     pub fn short(&self) -> String {
         match self.of.chars().next() {
-            Some(initial) if self.group == "loss" => initial.to_ascii_uppercase().to_string(),
+            Some(initial) if self.group.name == "loss" => initial.to_ascii_uppercase().to_string(),
             _ => self.of.replace('_', " "),
         }
     }
 }
 
-/// One line with the losses, then the scalars that stand for themselves.
+/// One line with the losses, then some of the scalars that stand for themselves.
 pub fn in_words(scalars: &Scalars) -> String {
-    let of_group = |wanted: &'static str| {
+    let of_group = |wanted: &'static Group| {
         let shown = scalars.iter().map(|(name, value)| (Shown::new(name), value));
-        shown
-            .filter(move |(shown, _)| shown.group == wanted)
-            .map(|(shown, value)| format!(" {} {value:.3}", shown.short()))
-            .collect::<String>()
+        shown.filter(move |(shown, _)| shown.group == wanted)
     };
-    let (losses, others) = (of_group("loss"), of_group(OTHERS.0));
+    let word = |(shown, value): (Shown<'_>, f64)| format!(" {} {value:.3}", shown.short());
+    let losses: String = of_group(&GROUPS[0]).map(word).collect();
+    let others: String = of_group(&GROUPS[OTHERS]).take(WORDS).map(word).collect();
     let losses = if losses.is_empty() { losses } else { format!("  loss{losses}") };
     let others = if others.is_empty() { others } else { format!(" {others}") };
     format!("{losses}{others}")
@@ -80,7 +93,8 @@ mod tests {
             ("loss_", "scalar", "name", "loss_", "loss "),
         ] {
             let shown = Shown::new(name);
-            assert_eq!((shown, shown.short().as_str()), (Shown { group, key, of }, short));
+            assert_eq!((shown.group.name, shown.group.key), (group, key));
+            assert_eq!((shown.of, shown.short().as_str()), (of, short));
         }
     }
 
@@ -92,5 +106,8 @@ mod tests {
         assert_eq!(words(&[("recon", 0.1), ("kl", 12.0)]), "  recon 0.100 kl 12.000");
         assert_eq!(words(&[("loss_model", 0.1), ("kl", 12.0)]), "  loss M 0.100  kl 12.000");
         assert_eq!(words(&[]), "");
+        let many: Vec<(String, f64)> = (0..9).map(|at| (format!("s{at}"), 1.0)).collect();
+        let many: Vec<(&str, f64)> = many.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+        assert_eq!(words(&many), "  s0 1.000 s1 1.000 s2 1.000 s3 1.000");
     }
 }

@@ -84,12 +84,12 @@ impl Timeline {
             return;
         }
         let mut curves: BTreeMap<&str, Map<String, Value>> = BTreeMap::new();
-        let rate = Shown { group: "rate", key: "", of: "images_per_second" };
         let scalars = row.scalars.iter().map(|(name, value)| (Shown::new(name), value));
-        for (shown, value) in scalars.chain([(rate, row.images_per_second)]) {
+        let scalars = scalars.map(|(shown, value)| (shown.group.name, shown.of, value));
+        for (curve, of, value) in scalars.chain([("rate", "images_per_second", row.images_per_second)]) {
             // JSON has no form for numbers that are not finite.
             if let Value::Number(number) = value.into() {
-                curves.entry(shown.group).or_default().insert(shown.of.to_string(), number.into());
+                curves.entry(curve).or_default().insert(of.to_string(), number.into());
             }
         }
         curves.into_iter().for_each(|(curve, values)| self.events.values(curve, values));

@@ -195,7 +195,7 @@ async fn tell_metrics(State(site): State<Arc<Site>>, uri: Uri) -> Response {
     let scalars = newest.iter().flat_map(|row| row.scalars.iter()).map(|(name, _)| name);
     let scalars = scalars.filter(|name| names.iter().any(|known| known == name)).map(|name| {
         let shown = Shown::new(name);
-        json!({ "name": name, "group": shown.group, "of": shown.of, "label": shown.short() })
+        json!({ "name": name, "group": shown.group.name, "of": shown.of, "label": shown.short() })
     });
     told.insert("scalars".to_string(), scalars.collect());
     for (at, name) in names.into_iter().enumerate() {

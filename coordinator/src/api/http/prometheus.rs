@@ -186,13 +186,13 @@ fn of_history(registry: &mut Registry, known: &Known) {
 }
 
 fn of_row(registry: &mut Registry, row: &MetricsRow) {
-    for (group, key, help) in GROUPS {
+    for group in &GROUPS {
         let shown = row.scalars.iter().map(|(name, value)| (Shown::new(name), value));
         let of_group = shown.filter(|(shown, value)| shown.group == group && value.is_finite());
         let values: Vec<_> =
-            of_group.map(|(shown, value)| (vec![(key, shown.of.to_string())], value)).collect();
+            of_group.map(|(shown, value)| (vec![(group.key, shown.of.to_string())], value)).collect();
         if !values.is_empty() {
-            gauges(registry, group, help, values);
+            gauges(registry, group.name, group.help, values);
         }
     }
     if row.images_per_second.is_finite() {
