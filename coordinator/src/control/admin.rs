@@ -12,10 +12,8 @@ use tokio::time::Instant;
 use super::records::recorded;
 use super::{Connected, Shell, ShellError, StopSignal};
 use crate::api::grpc::AdminInput;
+use crate::api::grpc::refusal::NotChanged;
 use crate::records::view::View;
-
-/// Refusal of changes to a run that is complete.
-const NOTHING_LEFT: &str = "the run is complete, and no worker is left";
 
 impl Shell {
     pub(super) fn administer(&mut self, input: AdminInput) -> Result<(), ShellError> {
@@ -42,13 +40,13 @@ impl Shell {
         Ok(())
     }
 
-    fn drain(&mut self, worker: WorkerId) -> Result<Result<(), String>, ShellError> {
+    fn drain(&mut self, worker: WorkerId) -> Result<Result<(), NotChanged>, ShellError> {
         if self.is_complete {
-            return Ok(Err(NOTHING_LEFT.to_string()));
+            return Ok(Err(NotChanged::Complete));
         }
         if !self.machine.workers().any(|known| known == worker) {
-            let known: Vec<String> = self.machine.workers().map(|worker| worker.to_string()).collect();
-            return Ok(Err(format!("there is no worker {worker}; there are: {}", known.join(", "))));
+            let known = self.machine.workers().collect();
+            return Ok(Err(NotChanged::NoWorker { worker, known }));
         }
         self.records.event(&RunEvent::DrainRequested { worker: worker.0 });
         self.handle(Event::Leave(worker))?;
@@ -59,13 +57,13 @@ impl Shell {
         Ok(Ok(()))
     }
 
-    fn scale(&mut self, workers: u32) -> Result<Result<(), String>, ShellError> {
+    fn scale(&mut self, workers: u32) -> Result<Result<(), NotChanged>, ShellError> {
         if self.is_complete {
-            return Ok(Err(NOTHING_LEFT.to_string()));
+            return Ok(Err(NotChanged::Complete));
         }
         let shards = self.job.job.data_shards;
         if workers > shards {
-            return Ok(Err(format!("{workers} workers are more than the job's {shards} data shards")));
+            return Ok(Err(NotChanged::TooManyWorkers { workers, shards }));
         }
         self.records.event(&RunEvent::ScaleRequested { workers });
         self.handle(Event::Scale(workers))?;

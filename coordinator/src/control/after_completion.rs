@@ -7,6 +7,7 @@ use ganglion_proto::record::RunEvent;
 use tokio::sync::mpsc;
 
 use super::{CHORES, Ended, Shell, ShellError, StopSignal};
+use crate::api::grpc::refusal::NotAdmitted;
 use crate::api::grpc::{Input, Outbox};
 
 /// Number of workers that connect after the end. Numbers from the journal are higher.
@@ -60,7 +61,7 @@ impl Shell {
         Ok(())
     }
 
-    fn turn_away(&self, hello: &Hello, outbox: &Outbox) -> Result<WorkerId, String> {
+    fn turn_away(&self, hello: &Hello, outbox: &Outbox) -> Result<WorkerId, NotAdmitted> {
         if let Some(refusal) = self.refusal(hello) {
             return Err(refusal);
         }

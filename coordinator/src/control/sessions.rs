@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use super::budget::Budget;
 use super::stuck::Held;
 use super::{Connected, Shell, ShellError};
+use crate::api::grpc::refusal::NotAdmitted;
 use crate::api::grpc::{Input, Outbox, SessionId};
 
 /// Maximum number of ranks that a fault's event names; beyond that it gives their number.
@@ -22,7 +23,7 @@ impl Shell {
         hello: Hello,
         session: SessionId,
         outbox: Outbox,
-    ) -> Result<Result<WorkerId, String>, ShellError> {
+    ) -> Result<Result<WorkerId, NotAdmitted>, ShellError> {
         if let Some(refusal) = self.refusal(&hello) {
             return Ok(Err(refusal));
         }
@@ -35,10 +36,10 @@ impl Shell {
             return Ok(Ok(self.let_go_again(worker, &outbox)));
         }
         if resume.as_ref().is_some_and(|resume| !self.supervisor.may_be(resume.worker, token)) {
-            return Ok(Err("only with its token a worker of this coordinator goes on".to_string()));
+            return Ok(Err(NotAdmitted::WithoutToken));
         }
         if resume.as_ref().is_some_and(|resume| self.attempts.is_given_up(resume.worker, hello.attempt)) {
-            return Ok(Err("this worker has given this session up and opened a newer one".to_string()));
+            return Ok(Err(NotAdmitted::GivenUp));
         }
         let worker = match &resume {
             Some(resume) => resume.worker,
@@ -46,7 +47,7 @@ impl Shell {
         };
         let local = token.is_some_and(|token| self.supervisor.claim(token, worker));
         if token.is_some_and(|token| !local && !self.supervisor.is_elsewhere(token)) {
-            return Ok(Err("its token is of no worker that this coordinator started".to_string()));
+            return Ok(Err(NotAdmitted::StrangeToken));
         }
         let (host, pid) = (hello.host.clone(), hello.pid);
         self.welcomed(worker, hello, session, outbox);
@@ -102,15 +103,13 @@ impl Shell {
         worker
     }
 
-    pub(super) fn refusal(&self, hello: &Hello) -> Option<String> {
+    pub(super) fn refusal(&self, hello: &Hello) -> Option<NotAdmitted> {
         let resume = hello.resume.as_ref()?;
         if resume.run != self.run {
-            return Some("this coordinator has another run".to_string());
+            return Some(NotAdmitted::OtherRun);
         }
-        let newer = resume.term > self.term;
-        newer.then(|| {
-            format!("a coordinator of term {} has this run; this is term {}", resume.term, self.term)
-        })
+        let (newer, own) = (resume.term, self.term);
+        (newer > own).then_some(NotAdmitted::TakenOver { newer, own })
     }
 
     /// Handles the end of a session. The machine is told only if it was the worker's newest.

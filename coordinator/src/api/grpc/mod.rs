@@ -11,6 +11,7 @@
 pub mod connection;
 pub mod door;
 pub mod guard;
+pub mod refusal;
 mod store;
 pub mod tls;
 
@@ -43,6 +44,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::records::view::View;
 use guard::{Guard, GuardLayer};
+use refusal::{NotAdmitted, NotChanged};
 pub use store::Store;
 
 /// Capacity of the queue of messages to one worker.
@@ -82,7 +84,7 @@ pub enum Input {
         /// Queue of messages to the worker.
         outbox: Outbox,
         /// Receives the worker's number, or the reason of a refusal.
-        answer: oneshot::Sender<Result<WorkerId, String>>,
+        answer: oneshot::Sender<Result<WorkerId, NotAdmitted>>,
     },
     /// A message of a worker.
     Message(SessionId, WorkerId, FromWorker),
@@ -97,9 +99,9 @@ pub enum AdminInput {
     /// Returns the status of the run.
     Status(oneshot::Sender<GetStatusResponse>),
     /// Drains a worker. The answer gives the reason of a refusal.
-    Drain(WorkerId, oneshot::Sender<Result<(), String>>),
+    Drain(WorkerId, oneshot::Sender<Result<(), NotChanged>>),
     /// Sets the number of local workers. The answer gives the reason of a refusal.
-    Scale(u32, oneshot::Sender<Result<(), String>>),
+    Scale(u32, oneshot::Sender<Result<(), NotChanged>>),
     /// Stops the run after a clean checkpoint.
     Stop(oneshot::Sender<()>),
 }
@@ -209,7 +211,7 @@ impl SessionService for Sessions {
         // The shell answers every hello, though only once the journal can be written. If the shell
         // ends, the sender is dropped and this returns an error.
         let worker = admitted.await.map_err(|_| ended())?;
-        let worker = worker.map_err(|reason| refused(Status::failed_precondition(reason)))?;
+        let worker = worker.map_err(|reason| refused(Status::failed_precondition(reason.to_string())))?;
         let (broke, breach) = oneshot::channel();
         let (term, inputs) = (self.term, self.inputs.clone());
         let reader = Reader { term, session, worker, inputs };
@@ -232,6 +234,11 @@ fn last_word<T>(mut breach: oneshot::Receiver<Status>) -> impl Stream<Item = Res
 fn refused(status: Status) -> Status {
     tracing::warn!("refused a session: {}", status.message());
     status
+}
+
+#[allow(clippy::needless_pass_by_value)] // as map_err hands it over
+fn not_changed(reason: NotChanged) -> Status {
+    Status::failed_precondition(reason.to_string())
 }
 
 fn ended() -> Status {
@@ -328,13 +335,13 @@ impl AdminService for Admin {
     async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
         let worker = WorkerId(request.into_inner().worker);
         let answer = self.ask(|answer| AdminInput::Drain(worker, answer)).await?;
-        answer.map(|()| Response::new(DrainResponse {})).map_err(Status::failed_precondition)
+        answer.map(|()| Response::new(DrainResponse {})).map_err(not_changed)
     }
 
     async fn scale(&self, request: Request<ScaleRequest>) -> Result<Response<ScaleResponse>, Status> {
         let workers = request.into_inner().workers;
         let answer = self.ask(|answer| AdminInput::Scale(workers, answer)).await?;
-        answer.map(|()| Response::new(ScaleResponse {})).map_err(Status::failed_precondition)
+        answer.map(|()| Response::new(ScaleResponse {})).map_err(not_changed)
     }
 
     async fn stop(&self, _request: Request<StopRequest>) -> Result<Response<StopResponse>, Status> {
