@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::evaluation::EvaluationRow;
 use super::row::is_zero;
 use super::schema::{Field, events, record};
-use crate::evaluation::EvaluationRow;
 use crate::found::Found;
 use crate::names::names_of;
 

@@ -1,5 +1,6 @@
 //! Records of a run: the types behind the lines of its files.
 
+mod evaluation;
 mod event;
 mod named;
 mod page;
@@ -8,16 +9,15 @@ mod schema;
 #[cfg(test)]
 mod tests;
 
+pub use evaluation::EvaluationRow;
 pub use event::{
     BestCheckpoint, EventKind, EventLine, FaultKind, MemberLine, PlannedChange, RunEvent, RunOutcome,
     SavedCheckpoint, Unread,
 };
 pub use named::{Named, Profiles, Scalars};
 pub use page::page;
-pub(crate) use row::nullable;
 pub use row::{MetricsRow, Profile};
 pub use schema::Field;
-pub(crate) use schema::record;
 
 use crate::bounds::list;
 use crate::error::Malformed;

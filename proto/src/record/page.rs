@@ -3,8 +3,7 @@
 use std::fmt::Write;
 
 use super::row::{MetricsRow, Profile};
-use super::{EventKind, FaultKind, Field, PlannedChange, RunOutcome};
-use crate::evaluation::EvaluationRow;
+use super::{EvaluationRow, EventKind, FaultKind, Field, PlannedChange, RunOutcome};
 use crate::names::names_of;
 
 const HEAD: &str = "\
