@@ -92,7 +92,7 @@ fn every_kind_travels() {
     });
 }
 
-/// The root may close its group as soon as its own part is done: what it sent still arrives.
+/// The root may close its group as soon as its own part is done: its data still arrives.
 #[test]
 fn an_idle_group_is_closed_gently() {
     for _ in 0..10 {

@@ -208,7 +208,7 @@ fn a_session_begins_with_a_hello_that_is_true() {
         PROTOCOL + 1
     );
     target.refuses(first(FromWorker::Hello(other.clone())), Code::FailedPrecondition, &versions);
-    // Its hello may hold what this version would refuse.
+    // The hello may hold data that this version would refuse.
     let longer = Hello { host: "x".repeat(1000), ..other };
     target.refuses(first(FromWorker::Hello(longer)), Code::FailedPrecondition, &versions);
     for message in claims(Generation(1)).into_iter().chain([FromWorker::Leave]) {

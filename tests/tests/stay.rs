@@ -133,7 +133,7 @@ fn a_worker_that_stays_gives_its_memory_back() {
     let coordinator = run.start_with(&["--workers", "0", "--stay"]);
     let worker = staying_worker(&url(&run, 1));
     wait_until_it_stays(&worker);
-    // Its other threads end on their own.
+    // The worker's other threads end on their own.
     eventually("memory given back", || (resident_kilobytes(&worker) < 120 << 10).then_some(()));
     drop(coordinator);
 }

@@ -155,7 +155,7 @@ fn age(run: &Run) {
     fs::remove_file(run.path("admin.json")).ok();
 }
 
-/// A build goes on with the run directories of all before it, with the same bits.
+/// A build resumes the run directories of all earlier ones, with the same bits.
 #[test]
 fn a_run_directory_of_the_first_version_goes_on_with_the_same_bits() {
     let reference = Reference::of(&[SMALL_MLP, &["job.steps=40"]]);

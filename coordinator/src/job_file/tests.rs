@@ -484,7 +484,7 @@ overfitting = 0.8
 saturated_rows = 100
 "#;
 
-/// A newer build goes on with the runs of every older one: a key that their `job.toml` lacks has the
+/// A newer build resumes the runs of every older one: a key that their `job.toml` lacks has the
 /// value that they computed with.
 #[test]
 fn a_run_of_an_older_version_goes_on_with_the_same_job() {

@@ -288,7 +288,7 @@ fn taking_over() -> Bench {
 }
 
 impl Bench {
-    /// A worker is back and reports what it has loaded.
+    /// A worker is back and reports its loaded state.
     fn resume(&mut self, worker: u64, rest: Option<Rested>) -> Vec<Action> {
         let generation = self.generation();
         assert!(self.machine.knows(WorkerId(worker), generation));
@@ -575,7 +575,7 @@ fn a_member_that_has_paused_is_never_late_and_the_others_wait_for_it() {
     };
     assert_eq!(wait(Activity::Paused, Activity::Waiting, 1000), []);
     assert_eq!(wait(Activity::Paused, Activity::Paused, 1000), []);
-    // The member goes on, and from then on has the usual time.
+    // The member continues, and from then on has the usual time.
     assert_eq!(wait(Activity::Computing, Activity::Waiting, 4), []);
     assert!(wait(Activity::Computing, Activity::Waiting, 3).contains(&Action::Drop(WorkerId(1))));
 }
@@ -906,7 +906,7 @@ fn a_regroup_waits_for_what_a_member_that_is_back_has_loaded() {
     assert_eq!(formed(&actions).unwrap().start, Start::Healed(Rank(1)));
 }
 
-/// A window that ended with nobody present does not count for the next worker that comes back.
+/// A window that ended without a worker does not count for the next worker that comes back.
 #[test]
 fn each_time_one_comes_back_the_others_have_a_window() {
     let mut bench = taking_over();
@@ -1059,7 +1059,7 @@ fn one_that_takes_long_for_the_last_phase_does_not_leave_a_stalled_group_behind(
     assert!(matches!(&actions[..], [Action::Abort { cause: Cause::Stalled, .. }]), "{actions:?}");
 }
 
-/// Nobody would ever come: seeds 105034 and 928086.
+/// No worker would ever come: seeds 105034 and 928086.
 #[test]
 fn local_workers_that_are_not_replaced_any_more_are_not_waited_for() {
     let mut bench = training_locally(3);

@@ -146,7 +146,7 @@ fn a_member_is_quiesced_only_once_its_training_thread_stopped() {
     let mut test = Test::training();
     assert_eq!(test.commit(1), []);
     assert_eq!(test.abort(1, false, false), [Command::Abort(Generation(1))]);
-    // It may be in the middle of a commit, which is never interrupted.
+    // The worker may be in a commit, which is never interrupted.
     assert_eq!(test.hello().rest, None);
     test.welcome(1, 1, 0);
     assert_eq!(test.commit(2), [Command::ReportStep(Reported::Committed)]);
@@ -207,7 +207,7 @@ fn rows_files_and_evaluations_are_told_until_they_are_recorded_rows_before_files
     assert_eq!(test.welcome(1, 1, 0), [Command::Tell(Report::Loaded), row(2)]);
     assert_eq!(test.take(Event::RowsWanted(2)), [row(2)]);
     assert!(test.member.is_evaluated(1) && !test.member.is_evaluated(2));
-    // What comes late of a recorded one is of no use.
+    // A late report of a recorded one is ignored.
     assert_eq!(test.take(Event::Evaluation(StepRow(1))), []);
     assert_eq!(test.take(Event::PartWritten(Generation(1), file)), []);
 }
@@ -302,7 +302,7 @@ fn a_state_that_was_condemned_while_nobody_listened_is_dropped_with_the_welcome(
     assert_eq!(test.welcome(2, 1, 1), [Command::DropState, Command::Tell(Report::Loaded)]);
     assert_eq!(test.hello().rest, Some(NOTHING));
 
-    // One that still trains drops it at rest.
+    // A member that still trains drops it once quiesced.
     let mut test = Test::training();
     test.commit(1);
     assert_eq!(test.abort(1, false, true), [Command::Abort(Generation(1))]);
@@ -339,7 +339,7 @@ fn the_source_of_a_checkpoint_reads_it_before_it_meets_the_others() {
     assert_eq!(test.take(Event::Read), [Command::Form]);
     assert_eq!(test.member.held(), Some(Position(6)));
     test.take(Event::Formed);
-    // Its row was reported before the checkpoint was recorded; an evaluation may be missing.
+    // The row was reported before the checkpoint was recorded; an evaluation may be missing.
     assert_eq!(test.synced()[0], Command::ReportStep(Reported::FromCheckpoint));
 }
 

@@ -389,7 +389,7 @@ async fn a_flood_from_one_address_delays_no_probe_of_another() {
         };
         let answer = timeout(LIMIT, probe).await.expect("answered in time");
         assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
-        // The next probe comes while the flood goes on.
+        // The next probe comes during the flood.
         let goes_on = async {
             while opened.load(Ordering::Relaxed) < before + 20 {
                 tokio::task::yield_now().await;
@@ -438,7 +438,7 @@ async fn a_question_that_came_before_its_place_was_taken_is_answered() {
     }
 }
 
-/// Invariant 1: a client that does not read its answers delays nobody.
+/// Invariant 1: a client that does not read its answers delays no other.
 #[tokio::test]
 async fn a_client_that_does_not_read_delays_nobody() {
     let bench = bench(Guard::open).await;

@@ -198,7 +198,7 @@ proptest! {
         prop_assert_eq!(Job::from_toml(&job.to_toml()), Ok(job));
     }
 
-    /// No text makes the reader panic, and what it takes is a job as it was sent.
+    /// No text makes the reader panic, and an accepted text is a job as it was sent.
     #[test]
     fn a_changed_text_is_refused_or_is_a_job(at in 0..TEXT.len(), cut in 0..20_usize, put in "\\PC{0,6}") {
         let (at, end) = (TEXT.floor_char_boundary(at), TEXT.floor_char_boundary((at + cut).min(TEXT.len())));

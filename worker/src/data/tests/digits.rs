@@ -1,4 +1,4 @@
-//! The bundled digits, and what holds for every kind of data.
+//! The bundled digits, and properties of every kind of data.
 
 use std::collections::BTreeSet;
 
