@@ -109,12 +109,12 @@ const LATER_KEYS: [&str; 16] = [
     "final_discriminator_learning_rate",
     "final_beta2",
 ];
-/// Sections that it did not have.
+/// Sections that the first version did not have.
 const LATER_SECTIONS: [&str; 3] = ["[augmentation]", "[evaluation]", "[alarms]"];
 
-/// Rewrites a run directory as the first version would have left it. But for the starts of
-/// generations, which that one wrote in a form for people; and but for the note that the last
-/// generation is quiesced, without which a coordinator waits out the lease of its members.
+/// Rewrites a run directory as the first version would have left it, with two exceptions: the
+/// starts of generations, which that version wrote as prose, and the note that the last generation
+/// is quiesced, without which a coordinator waits until the lease of its members is over.
 fn age(run: &Run) {
     let text = fs::read_to_string(run.path("job.toml")).unwrap();
     let mut is_later_section = false;
