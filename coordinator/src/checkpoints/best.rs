@@ -20,6 +20,8 @@ const TOLD: usize = 64;
 pub struct Judged {
     job: Job,
     rows: BTreeMap<u64, EvaluationRow>,
+    /// Steps of the checkpoints that were ordered and are not known to be valid yet.
+    ordered: BTreeSet<u64>,
     /// Steps of the checkpoints known to be valid.
     saved: BTreeSet<u64>,
     best: Option<Best>,
@@ -51,7 +53,8 @@ impl Judged {
     /// Builds the state from recorded evaluations and from the folders of the checkpoints on the storage.
     pub fn new(job: Job, rows: Vec<EvaluationRow>, folders: &[String]) -> Judged {
         let (steps, saved) = (rows.into_iter().map(|row| (row.step, row)), BTreeSet::new());
-        let mut judged = Judged { job, rows: steps.collect(), saved, best: None };
+        let ordered = BTreeSet::new();
+        let mut judged = Judged { job, rows: steps.collect(), ordered, saved, best: None };
         let steps: Vec<u64> = judged.rows.keys().copied().collect();
         for step in steps.into_iter().filter(|step| folders.contains(&folder(*step))) {
             judged.saved(step);
@@ -80,8 +83,14 @@ impl Judged {
         self.consider(step);
     }
 
+    /// Notes that the checkpoint of a step was ordered: it may be valid before that is known here.
+    pub fn ordered(&mut self, step: u64) {
+        self.ordered.insert(step);
+    }
+
     /// Notes that the checkpoint of a step is valid.
     pub fn saved(&mut self, step: u64) {
+        self.ordered.remove(&step);
         self.saved.insert(step);
         self.consider(step);
     }
@@ -113,7 +122,8 @@ impl Judged {
         let newest = self.rows.keys().next_back().copied().unwrap_or(0);
         let due = |step: &u64| samples.is_some_and(|samples| self.job.evaluation_due(*step, samples));
         let waiting = self.saved.iter().copied().filter(|step| *step > newest).filter(due);
-        self.best.iter().map(|best| best.step).chain(waiting).map(folder).collect()
+        let ordered = self.ordered.iter().copied().filter(|step| self.rows.contains_key(step) || due(step));
+        self.best.iter().map(|best| best.step).chain(waiting).chain(ordered).map(folder).collect()
     }
 }
 
@@ -172,6 +182,21 @@ mod tests {
         judged.evaluated(row(20, 2.0));
         assert_eq!(judged.protected(Some(1000)), [10, 30, 40].map(folder));
         judged.evaluated(row(40, 4.0));
+        assert_eq!(judged.protected(Some(1000)), [folder(10)]);
+    }
+
+    /// Invariant 3: the next checkpoint may be ordered before the last one is known to be valid.
+    #[test]
+    fn one_that_was_ordered_is_protected_until_it_is_known_to_be_valid() {
+        let mut judged = Judged::new(job(), Vec::new(), &[]);
+        judged.ordered(10);
+        judged.evaluated(row(10, 1.0));
+        judged.ordered(20);
+        judged.ordered(25);
+        assert_eq!(judged.protected(Some(1000)), [10, 20].map(folder));
+        judged.saved(10);
+        judged.saved(20);
+        judged.evaluated(row(20, 2.0));
         assert_eq!(judged.protected(Some(1000)), [folder(10)]);
     }
 

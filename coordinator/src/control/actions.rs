@@ -233,7 +233,11 @@ impl Shell {
             return Ok(());
         }
         self.ordered = Some(checkpoint.position);
-        self.keeper.order(checkpoint, self.judged.protected(self.samples));
+        let (step, protected) = (checkpoint.step, self.judged.protected(self.samples));
+        if checkpoint.phase == 0 {
+            self.judged.ordered(step);
+        }
+        self.keeper.order(checkpoint, protected);
         Ok(())
     }
 
@@ -290,8 +294,13 @@ impl Shell {
                 }
                 self.send_to_all(&ToWorker::CheckpointRecorded(checkpoint.step, checkpoint.phase));
                 if checkpoint.phase == 0 {
+                    let was_protected = self.judged.protected(self.samples);
                     self.judged.saved(checkpoint.step);
-                    self.order_best();
+                    let protected = self.judged.protected(self.samples);
+                    // A pruning since it was ordered has left it for as long as it might be the best.
+                    if !self.order_best() && protected != was_protected {
+                        self.keeper.order_pruning(protected);
+                    }
                 }
                 self.handle(Event::CheckpointCommitted(checkpoint))
             }
