@@ -25,6 +25,7 @@ use ganglion_worker::data::check::{Look, check};
 use ganglion_worker::device::{DeviceChoice, gpus};
 use ganglion_worker::engine::passport::NUMERICS;
 use ganglion_worker::nn::broken::guarded;
+use ganglion_worker::objective::gan;
 use tracing_subscriber::EnvFilter;
 
 /// Trains with the other workers of a run, or draws samples from a checkpoint.
@@ -173,7 +174,7 @@ fn join(arguments: &Join) -> Result<(), Failure> {
         name: arguments.tls_name.clone(),
         token_file: arguments.join_token_file.clone(),
     };
-    let result = run(&arguments.coordinator, credentials, arguments.device, &trace);
+    let result = run(&arguments.coordinator, credentials, arguments.device, &gan::make, &trace);
     trace.finish();
     if let (Released::Complete, Some(stay)) = (result?, stay) {
         tracing::info!("the run is complete; staying until SIGTERM or Ctrl-C, as --stay says");

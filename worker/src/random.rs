@@ -13,8 +13,7 @@ use tch::Tensor;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Purpose {
-    /// Initial weights; `phase` is 0 for the generator and 1 for the discriminator, `shard` the tensor's
-    /// index.
+    /// Initial weights; `phase` is the index of the network, `shard` that of the tensor.
     Weights = 1,
     /// Noise of generated images.
     Noise = 2,

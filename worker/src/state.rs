@@ -8,17 +8,18 @@
 //! 4. Passes compute with a function of the state: its parameters, or their cast to the job's precision,
 //!    which is made anew whenever they change.
 //!
-//! The buffer holds, in this order: for the generator and then for the discriminator, the parameters, the
-//! buffers (such as batch normalisation's) and Adam's two moments; then the moving average of the
-//! generator's parameters and buffers; then, for adaptive augmentation, its controller.
+//! The buffer holds, in this order: for each network the parameters, the buffers (such as batch
+//! normalisation's) and Adam's two moments; then the moving averages of networks' parameters and buffers;
+//! then the objective's own tensors.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use ganglion_membership::Position;
-use ganglion_proto::job::{Job, Precision};
+use ganglion_proto::job::Precision;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::nn::{Follow, Init, Models, Network, TensorSpec};
+use crate::nn::{Follow, Init, TensorSpec};
 use crate::random::{Key, Purpose};
 
 /// Number of floats in 64 bytes: the grid on which tensors, chunks and optimizer slices lie.
@@ -29,23 +30,21 @@ pub fn align(numel: usize) -> usize {
     numel.next_multiple_of(ALIGNMENT)
 }
 
-/// One of the two networks.
+/// Index of a network among those of the objective.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Module {
-    /// Noise to images.
-    Generator,
-    /// Images to logits.
-    Discriminator,
-}
+pub struct NetworkId(pub usize);
 
-impl Module {
+/// Tensors of a network, with its name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedNetwork {
     /// Name in messages and files.
-    pub fn name(self) -> &'static str {
-        match self {
-            Module::Generator => "generator",
-            Module::Discriminator => "discriminator",
-        }
-    }
+    pub name: Cow<'static, str>,
+    /// Trained tensors, in order.
+    pub parameters: Vec<TensorSpec>,
+    /// Tensors that follow the batches without being trained, in order.
+    pub buffers: Vec<TensorSpec>,
+    /// Name in files of the moving average of both, for a network that has one.
+    pub average: Option<Cow<'static, str>>,
 }
 
 /// Offsets of tensors in a flat buffer.
@@ -114,19 +113,25 @@ pub fn narrow(flat: &Tensor, range: Range<usize>) -> Tensor {
 /// Offsets of one network's sections in the state's buffer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sections {
+    /// Name of the network.
+    pub name: Cow<'static, str>,
     /// Layout of the parameters within their section.
     pub parameters: Layout,
     /// Layout of the buffers within their section.
     pub buffers: Layout,
     start: usize,
+    /// Name and start of the moving average of parameters and buffers.
+    average: Option<(Cow<'static, str>, usize)>,
 }
 
 impl Sections {
-    fn new(network: &dyn Network, start: usize) -> Sections {
+    fn new(network: &NamedNetwork, start: usize) -> Sections {
         Sections {
-            parameters: Layout::new(network.parameters()),
-            buffers: Layout::new(network.buffers()),
+            name: network.name.clone(),
+            parameters: Layout::new(network.parameters.clone()),
+            buffers: Layout::new(network.buffers.clone()),
             start,
+            average: None,
         }
     }
 
@@ -156,6 +161,11 @@ impl Sections {
         )
     }
 
+    /// Range of the moving average: of the parameters, then of the buffers.
+    pub fn average_range(&self) -> Option<Range<usize>> {
+        self.average.as_ref().map(|(_, start)| *start..*start + self.weight_range().len())
+    }
+
     /// Range of Adam's first moments.
     pub fn exp_avg_range(&self) -> Range<usize> {
         let start = self.buffer_range().end;
@@ -183,56 +193,42 @@ pub struct NamedTensor {
 /// Layout of a whole state.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StateLayout {
-    /// The generator's sections.
-    pub generator: Sections,
-    /// The discriminator's.
-    pub discriminator: Sections,
+    networks: Vec<Sections>,
+    /// Layout of the objective's own tensors within their section, and its start.
+    own: (Layout, usize),
     /// Number of floats in the buffer.
     pub len: usize,
     /// Precision in which passes compute.
     pub precision: Precision,
-    ema_start: usize,
-    /// Offset of the controller of adaptive augmentation; `None` without one.
-    controller: Option<usize>,
 }
 
 impl StateLayout {
-    /// The layout for a pair of networks.
-    pub fn new(models: &Models, precision: Precision) -> StateLayout {
-        let generator = Sections::new(&*models.generator, 0);
-        let discriminator = Sections::new(&*models.discriminator, generator.exp_avg_sq_range().end);
-        let ema_start = discriminator.exp_avg_sq_range().end;
-        let len = ema_start + generator.weight_range().len();
-        StateLayout { generator, discriminator, len, precision, ema_start, controller: None }
-    }
-
-    /// The layout of a job's state.
-    pub fn of_job(models: &Models, job: &Job) -> StateLayout {
-        let mut layout = StateLayout::new(models, job.job.precision);
-        if job.augmentation.adaptive {
-            layout.controller = Some(layout.len);
-            layout.len += ALIGNMENT;
+    /// Lays out these networks, then the objective's `own` tensors.
+    pub fn new(networks: &[NamedNetwork], own: &[TensorSpec], precision: Precision) -> StateLayout {
+        let mut len = 0;
+        let mut sections = Vec::with_capacity(networks.len());
+        for network in networks {
+            let placed = Sections::new(network, len);
+            len = placed.exp_avg_sq_range().end;
+            sections.push(placed);
         }
-        layout
-    }
-
-    /// Range of the controller of adaptive augmentation: the probability, and the sum that decides its next
-    /// change.
-    pub fn controller_range(&self) -> Option<Range<usize>> {
-        self.controller.map(|start| start..start + 2)
-    }
-
-    /// Returns one network's sections.
-    pub fn module(&self, module: Module) -> &Sections {
-        match module {
-            Module::Generator => &self.generator,
-            Module::Discriminator => &self.discriminator,
+        for (placed, network) in sections.iter_mut().zip(networks) {
+            placed.average = network.average.clone().map(|name| (name, len));
+            len += placed.average_range().map_or(0, |range| range.len());
         }
+        let own = (Layout::new(own.to_vec()), len);
+        len += own.0.len();
+        StateLayout { networks: sections, own, len, precision }
     }
 
-    /// Range of the generator's moving average: its parameters, then its buffers.
-    pub fn ema_range(&self) -> Range<usize> {
-        self.ema_start..self.ema_start + self.generator.weight_range().len()
+    /// Sections of all networks, in order.
+    pub fn networks(&self) -> &[Sections] {
+        &self.networks
+    }
+
+    /// Sections of one network.
+    pub fn network(&self, network: NetworkId) -> &Sections {
+        &self.networks[network.0]
     }
 
     /// Returns every tensor of the buffer by name, in the order of the buffer.
@@ -240,24 +236,34 @@ impl StateLayout {
         let mut tensors = Vec::new();
         let mut add = |prefix: &str, layout: &Layout, start: usize| {
             tensors.extend(layout.entries().map(|(spec, offset)| NamedTensor {
-                name: format!("{prefix}.{}", spec.name),
+                name: format!("{prefix}{}", spec.name),
                 shape: spec.shape.clone(),
                 range: start + offset..start + offset + spec.numel(),
             }));
         };
-        for (name, sections) in [("generator", &self.generator), ("discriminator", &self.discriminator)] {
-            let moment = |kind: &str| format!("optimizer.{name}.{kind}");
-            add(name, &sections.parameters, sections.parameter_range().start);
-            add(name, &sections.buffers, sections.buffer_range().start);
-            add(&moment("exp_avg"), &sections.parameters, sections.exp_avg_range().start);
-            add(&moment("exp_avg_sq"), &sections.parameters, sections.exp_avg_sq_range().start);
+        for network in &self.networks {
+            let name = &network.name;
+            add(&format!("{name}."), &network.parameters, network.parameter_range().start);
+            add(&format!("{name}."), &network.buffers, network.buffer_range().start);
+            let moment = |kind: &str| format!("optimizer.{name}.{kind}.");
+            add(&moment("exp_avg"), &network.parameters, network.exp_avg_range().start);
+            add(&moment("exp_avg_sq"), &network.parameters, network.exp_avg_sq_range().start);
         }
-        add("ema", &self.generator.parameters, self.ema_start);
-        add("ema", &self.generator.buffers, self.ema_start + self.generator.parameters.len());
-        if let Some(range) = self.controller_range() {
-            tensors.push(NamedTensor { name: "augmentation.controller".to_string(), shape: vec![2], range });
+        for network in &self.networks {
+            if let Some((name, start)) = &network.average {
+                add(&format!("{name}."), &network.parameters, *start);
+                add(&format!("{name}."), &network.buffers, start + network.parameters.len());
+            }
         }
+        add("", &self.own.0, self.own.1);
         tensors
+    }
+
+    /// Prefixes of the names of all weights: of the networks' tensors and of their averages.
+    pub fn weight_prefixes(&self) -> Vec<String> {
+        let averages = self.networks.iter().filter_map(|network| network.average.as_ref());
+        let names = self.networks.iter().map(|network| &network.name).chain(averages.map(|(name, _)| name));
+        names.map(|name| format!("{name}.")).collect()
     }
 }
 
@@ -281,11 +287,10 @@ pub struct State {
     pub flat: Tensor,
     /// Integer state.
     pub counters: Counters,
-    generator: ModuleViews,
-    discriminator: ModuleViews,
+    networks: Vec<NetworkViews>,
 }
 
-struct ModuleViews {
+struct NetworkViews {
     weights: Tensor,
     buffers: Vec<Tensor>,
     master: Vec<Tensor>,
@@ -295,8 +300,8 @@ struct ModuleViews {
     frozen: Vec<Tensor>,
 }
 
-impl ModuleViews {
-    fn new(flat: &Tensor, sections: &Sections, precision: Precision) -> ModuleViews {
+impl NetworkViews {
+    fn new(flat: &Tensor, sections: &Sections, precision: Precision) -> NetworkViews {
         // `data` gives each network a version counter of its own: a commit of one network does not
         // invalidate a graph that was built with the other.
         let weights = narrow(flat, sections.parameter_range()).data();
@@ -313,7 +318,7 @@ impl ModuleViews {
         };
         let leaves =
             |views: Vec<Tensor>| views.into_iter().map(|view| view.set_requires_grad(true)).collect();
-        ModuleViews {
+        NetworkViews {
             master: leaves(detached(&weights)),
             trainable: leaves(computed_with()),
             frozen: computed_with(),
@@ -329,17 +334,16 @@ impl State {
     pub fn zeros(layout: StateLayout, device: Device) -> State {
         let len = i64::try_from(layout.len).expect("a state has fewer than 2^63 floats");
         let flat = Tensor::zeros([len], (Kind::Float, device));
-        let views = |sections: &Sections| ModuleViews::new(&flat, sections, layout.precision);
-        let (generator, discriminator) = (views(&layout.generator), views(&layout.discriminator));
-        State { layout, flat, counters: Counters::default(), generator, discriminator }
+        let views = |sections: &Sections| NetworkViews::new(&flat, sections, layout.precision);
+        let networks = layout.networks.iter().map(views).collect();
+        State { layout, flat, counters: Counters::default(), networks }
     }
 
-    /// Returns the state at update index 0: weights drawn from the seed, the average equal to the
-    /// generator.
+    /// Returns the state at update index 0: weights drawn from the seed, each average equal to its
+    /// network.
     pub fn initial(layout: StateLayout, seed: u64, device: Device) -> State {
         let state = State::zeros(layout, device);
-        for (phase, module) in [(0, Module::Generator), (1, Module::Discriminator)] {
-            let sections = state.layout.module(module).clone();
+        for (phase, sections) in (0..).zip(&state.layout.networks) {
             let weights = sections.weight_range();
             let specs = sections
                 .parameters
@@ -350,57 +354,64 @@ impl State {
                 let start = weights.start + offset;
                 narrow(&state.flat, start..start + spec.numel()).copy_(&initial_values(key, spec));
             }
+            if let Some(average) = sections.average_range() {
+                narrow(&state.flat, average).copy_(&narrow(&state.flat, weights));
+            }
         }
-        let generator = narrow(&state.flat, state.layout.generator.weight_range());
-        narrow(&state.flat, state.layout.ema_range()).copy_(&generator);
+        let phase = u32::try_from(state.layout.networks.len()).expect("a few networks");
+        for (shard, (spec, offset)) in (0..).zip(state.layout.own.0.entries()) {
+            let key = Key { seed, step: 0, phase, shard, purpose: Purpose::Weights };
+            let start = state.layout.own.1 + offset;
+            narrow(&state.flat, start..start + spec.numel()).copy_(&initial_values(key, spec));
+        }
         state.cast();
         state
     }
 
+    /// Tensor `index` of the objective's own.
+    pub fn own(&self, index: usize) -> Tensor {
+        let (layout, start) = &self.layout.own;
+        let (spec, offset) = layout.entries().nth(index).expect("an objective asks for what it declared");
+        let range = start + offset..start + offset + spec.numel();
+        narrow(&self.flat, range).view(spec.shape.as_slice())
+    }
+
     /// A network's parameters as autograd's leaves, in the precision of passes.
-    pub fn trainable(&self, module: Module) -> &[Tensor] {
-        &self.views(module).trainable
+    pub fn trainable(&self, network: NetworkId) -> &[Tensor] {
+        &self.networks[network.0].trainable
     }
 
     /// A network's parameters as constants: a backward pass computes no gradient for them.
-    pub fn frozen(&self, module: Module) -> &[Tensor] {
-        &self.views(module).frozen
+    pub fn frozen(&self, network: NetworkId) -> &[Tensor] {
+        &self.networks[network.0].frozen
     }
 
     /// A network's parameters in fp32, as autograd's leaves.
-    pub fn master(&self, module: Module) -> &[Tensor] {
-        &self.views(module).master
+    pub fn master(&self, network: NetworkId) -> &[Tensor] {
+        &self.networks[network.0].master
     }
 
     /// Buffers of a network.
-    pub fn buffers(&self, module: Module) -> &[Tensor] {
-        &self.views(module).buffers
+    pub fn buffers(&self, network: NetworkId) -> &[Tensor] {
+        &self.networks[network.0].buffers
     }
 
     /// Casts all parameters to the precision of passes. Call it after the buffer was written as a whole.
     pub fn cast(&self) {
-        self.cast_module(Module::Generator);
-        self.cast_module(Module::Discriminator);
+        (0..self.networks.len()).for_each(|network| self.cast_network(NetworkId(network)));
     }
 
     /// Casts a network's parameters to the precision of passes. Call it after they changed.
-    pub fn cast_module(&self, module: Module) {
-        let views = self.views(module);
+    pub fn cast_network(&self, network: NetworkId) {
+        let views = &self.networks[network.0];
         if let Some(cast) = &views.cast {
             no_grad(|| cast.shallow_clone().copy_(&views.weights));
         }
     }
 
     /// A network's parameters, flat.
-    pub fn parameters(&self, module: Module) -> &Tensor {
-        &self.views(module).weights
-    }
-
-    fn views(&self, module: Module) -> &ModuleViews {
-        match module {
-            Module::Generator => &self.generator,
-            Module::Discriminator => &self.discriminator,
-        }
+    pub fn parameters(&self, network: NetworkId) -> &Tensor {
+        &self.networks[network.0].weights
     }
 
     /// Returns a view of a part of the buffer.

@@ -11,7 +11,7 @@ use ganglion_membership::{Checkpoint, Position};
 use ganglion_proto::job::{LossKind, ModelKind};
 use ganglion_storage::{Address, MANIFEST, Storage, in_folder};
 use ganglion_worker::checkpoint::init_weights::Beginning;
-use ganglion_worker::checkpoint::{CheckpointError, Files, Snapshot, file_count, state_digest};
+use ganglion_worker::checkpoint::{CheckpointError, Files, Snapshot, state_digest};
 use ganglion_worker::nn::tensor_bytes::to_bytes;
 use ganglion_worker::state::State;
 use safetensors::SafeTensors;
@@ -24,7 +24,7 @@ fn snapshot(bench: &Bench) -> Snapshot {
 }
 
 fn files<'a>(bench: &'a Bench, storage: &'a Storage) -> Files<'a> {
-    Files { storage, job: &bench.job, models: &bench.models, layout: &bench.layout }
+    bench.files(storage)
 }
 
 fn bench() -> Bench {
@@ -54,8 +54,8 @@ async fn the_bytes_do_not_depend_on_who_writes_them_or_in_which_order() {
     let (bench, one, other) = (bench(), Storage::in_memory(), Storage::in_memory());
     let snapshot = snapshot(&bench);
     let saved = save(&files(&bench, &one), &snapshot).await;
-    let digest = state_digest(&bench.layout, &snapshot);
-    for index in (0..file_count(&bench.layout, 4)).rev() {
+    let digest = state_digest(&bench.model.layout, &snapshot);
+    for index in (0..bench.model.file_count(4)).rev() {
         files(&bench, &other).write(&snapshot, &digest, index).await.unwrap();
     }
     for file in &saved.files {
@@ -90,15 +90,20 @@ async fn the_digest_follows_from_the_files() {
 async fn the_digest_depends_on_every_element_and_counter() {
     let bench = bench();
     let snapshot = snapshot(&bench);
-    let digest = state_digest(&bench.layout, &snapshot);
-    for tensor in bench.layout.tensors() {
+    let digest = state_digest(&bench.model.layout, &snapshot);
+    for tensor in bench.model.layout.tensors() {
         let mut other = snapshot.clone();
         other.flat[4 * tensor.range.end - 1] ^= 0x80;
-        assert_ne!(state_digest(&bench.layout, &other), digest, "the sign of the last of {}", tensor.name);
+        assert_ne!(
+            state_digest(&bench.model.layout, &other),
+            digest,
+            "the sign of the last of {}",
+            tensor.name
+        );
     }
     let mut other = snapshot.clone();
     other.counters.ledger += 1;
-    assert_ne!(state_digest(&bench.layout, &other), digest);
+    assert_ne!(state_digest(&bench.model.layout, &other), digest);
 }
 
 #[tokio::test]
@@ -202,17 +207,17 @@ fn a_run_begins_with_the_weights_of_a_checkpoint() {
     let snapshot =
         Snapshot { step: 3, phase: 0, flat: to_bytes(&other.state.flat), counters: other.state.counters };
     let storage = Storage::open(&Address::parse(folder.path().to_str().unwrap()).unwrap()).unwrap();
-    let files = Files { storage: &storage, job: &other.job, models: &other.models, layout: &other.layout };
+    let files = other.files(&storage);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let written = runtime.block_on(files.write_whole(&snapshot)).unwrap();
     let place = folder.path().join(written);
-    let begun = Beginning::read(place.to_str().unwrap(), &other.layout).unwrap();
-    let state = begun.state(&other.layout, 5, Device::Cpu);
+    let begun = Beginning::read(place.to_str().unwrap(), &other.model.layout).unwrap();
+    let state = begun.state(&other.model.layout, 5, Device::Cpu);
     let same = |start: usize, numel: usize| {
         let section = |state: &State| bits(&state.section(start..start + numel));
         section(&state) == section(&other.state)
     };
-    for sections in [&other.layout.generator, &other.layout.discriminator] {
+    for sections in other.model.layout.networks() {
         let start = sections.weight_range().start;
         assert!(sections.parameters.entries().all(|(spec, at)| same(start + at, spec.numel())));
         assert!(!same(sections.exp_avg_range().start, 1), "moments begin anew");
@@ -220,8 +225,8 @@ fn a_run_begins_with_the_weights_of_a_checkpoint() {
     assert_eq!(state.counters.position, Position(0));
 
     let narrow = Bench::new(job(ModelKind::Mlp28, LossKind::NonSaturating));
-    let error = Beginning::read(place.to_str().unwrap(), &narrow.layout).unwrap_err();
+    let error = Beginning::read(place.to_str().unwrap(), &narrow.model.layout).unwrap_err();
     assert!(error.contains("model.init_from") && error.contains("set model.kind"), "{error}");
-    let error = Beginning::read(folder.path().to_str().unwrap(), &narrow.layout).unwrap_err();
+    let error = Beginning::read(folder.path().to_str().unwrap(), &narrow.model.layout).unwrap_err();
     assert!(error.contains("has no manifest.json; give the folder of a checkpoint"), "{error}");
 }

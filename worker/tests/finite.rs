@@ -8,11 +8,10 @@ use ganglion_membership::Position;
 use ganglion_proto::job::{LossKind, ModelKind, NonFinite as Policy};
 use ganglion_worker::checkpoint::{Snapshot, state_digest};
 use ganglion_worker::engine::commit::{commit, skip};
-use ganglion_worker::engine::finite::{LIMIT, NonFinite, Verdict, judge};
+use ganglion_worker::engine::finite::{LIMIT, NonFinite, Rules, Verdict, judge};
 use ganglion_worker::nn::tensor_bytes::to_bytes;
-use ganglion_worker::objective::gan::phases;
-use ganglion_worker::objective::{GradLayout, Phase};
-use ganglion_worker::state::Module;
+use ganglion_worker::objective::gan::{DISCRIMINATOR, GENERATOR};
+use ganglion_worker::objective::{GradLayout, NetworkId, Objective, Phase, ScalarRole};
 use tch::{Device, Kind, Tensor};
 
 /// With batch normalisation, so that a leaf has statistics.
@@ -29,13 +28,22 @@ fn leaf(layout: &GradLayout, at: usize, value: f32) -> Tensor {
     Tensor::from_slice(&leaf)
 }
 
-fn of(module: Module, bench: &Bench) -> Phase {
-    phases(&bench.job).into_iter().find(|phase| phase.module == module).unwrap()
+fn of(network: NetworkId, bench: &Bench) -> Phase {
+    bench.gan.phases().into_iter().find(|phase| phase.network == network).unwrap()
 }
 
-fn verdict(bench: &Bench, module: Module, mean: &Tensor, skips: &[Position]) -> Result<Verdict, NonFinite> {
-    let layout = bench.leaf_layout(module);
-    match judge(&bench.job, bench.state.counters, module, &layout, mean, skips).unwrap() {
+fn layout(network: NetworkId, bench: &Bench) -> &GradLayout {
+    bench.model.gradient(of(network, bench))
+}
+
+fn verdict(
+    bench: &Bench,
+    network: NetworkId,
+    mean: &Tensor,
+    skips: &[Position],
+) -> Result<Verdict, NonFinite> {
+    let rules = Rules { policy: bench.job.job.non_finite, skips };
+    match judge(rules, &bench.model, of(network, bench), bench.state.counters, mean).unwrap() {
         Verdict::End(fault) => Err(fault),
         verdict => Ok(verdict),
     }
@@ -48,8 +56,8 @@ fn every_part_of_a_leaf_is_judged_and_named() {
     let mut bench = bench(Policy::Skip);
     // The second discriminator phase of step 8.
     bench.state.counters.position = Position(22);
-    for module in [Module::Generator, Module::Discriminator] {
-        let layout = bench.leaf_layout(module);
+    for (network, whose) in [(GENERATOR, "generator"), (DISCRIMINATOR, "discriminator")] {
+        let layout = layout(network, &bench);
         let gradient = layout.gradient();
         let (first, last) = (layout.statistics().next().unwrap(), layout.statistics().last().unwrap());
         for (at, part) in [
@@ -57,22 +65,22 @@ fn every_part_of_a_leaf_is_judged_and_named() {
             (gradient.end - 1, "gradient of step 8 is"),
             (first.start, "batch statistics of step 8 are"),
             (last.end - 1, "batch statistics of step 8 are"),
-            (layout.loss(), "loss of step 8 is"),
+            (layout.losses().start, "loss of step 8 is"),
         ] {
             for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                let found = verdict(&bench, module, &leaf(&layout, at, value), &[]).unwrap();
-                let whose = format!("{module:?}").to_lowercase();
+                let found = verdict(&bench, network, &leaf(layout, at, value), &[]).unwrap();
                 assert_eq!(found, Verdict::Skip(format!("the {whose}'s {part} not finite")));
             }
-            let largest = leaf(&layout, at, f32::MAX);
-            assert_eq!(verdict(&bench, module, &largest, &[]), Ok(Verdict::Commit));
+            let largest = leaf(layout, at, f32::MAX);
+            assert_eq!(verdict(&bench, network, &largest, &[]), Ok(Verdict::Commit));
         }
         let behind = Tensor::full([16], f64::NAN, (Kind::Float, Device::Cpu));
-        let roomy = Tensor::cat(&[leaf(&layout, 0, 1.0), behind], 0);
-        assert_eq!(verdict(&bench, module, &roomy, &[]), Ok(Verdict::Commit));
+        let roomy = Tensor::cat(&[leaf(layout, 0, 1.0), behind], 0);
+        assert_eq!(verdict(&bench, network, &roomy, &[]), Ok(Verdict::Commit));
         // Scores are for people: one that is not finite decides nothing.
-        for at in layout.scores() {
-            assert_eq!(verdict(&bench, module, &leaf(&layout, at, f32::NAN), &[]), Ok(Verdict::Commit));
+        for (at, scalar) in layout.scalar_range().zip(layout.scalars()) {
+            let found = verdict(&bench, network, &leaf(layout, at, f32::NAN), &[]);
+            assert_eq!(found == Ok(Verdict::Commit), scalar.role != ScalarRole::Loss, "{scalar:?}");
         }
     }
 }
@@ -82,8 +90,8 @@ fn each_policy_has_its_verdict() {
     let judged = |policy, at, skips: &[Position]| {
         let mut bench = bench(policy);
         bench.state.counters.position = Position(at);
-        let mean = leaf(&bench.leaf_layout(Module::Generator), 0, f32::NAN);
-        verdict(&bench, Module::Generator, &mean, skips)
+        let mean = leaf(layout(GENERATOR, &bench), 0, f32::NAN);
+        verdict(&bench, GENERATOR, &mean, skips)
     };
     assert!(matches!(judged(Policy::Skip, 5, &[]), Ok(Verdict::Skip(_))));
     let stopped = judged(Policy::Stop, 5, &[Position(5)]).unwrap_err();
@@ -98,25 +106,22 @@ fn each_policy_has_its_verdict() {
 #[test]
 fn a_finite_phase_is_committed_even_where_a_skip_is_allowed() {
     let bench = bench(Policy::RollBack);
-    let finite = leaf(&bench.leaf_layout(Module::Generator), 0, 1.0);
-    assert_eq!(verdict(&bench, Module::Generator, &finite, &[Position(0)]), Ok(Verdict::Commit));
+    let finite = leaf(layout(GENERATOR, &bench), 0, 1.0);
+    assert_eq!(verdict(&bench, GENERATOR, &finite, &[Position(0)]), Ok(Verdict::Commit));
 }
 
 #[test]
 fn too_many_skips_in_a_row_end_the_run() {
     for (policy, skips) in [(Policy::Skip, &[][..]), (Policy::RollBack, &[Position(0)])] {
         let mut bench = bench(policy);
-        let layout = bench.leaf_layout(Module::Discriminator);
-        let mean = leaf(&layout, layout.loss(), f32::INFINITY);
+        let phase = layout(DISCRIMINATOR, &bench).clone();
+        let mean = leaf(&phase, phase.losses().start, f32::INFINITY);
         bench.state.counters.skipped = LIMIT - 1;
-        assert!(matches!(verdict(&bench, Module::Discriminator, &mean, skips), Ok(Verdict::Skip(_))));
+        assert!(matches!(verdict(&bench, DISCRIMINATOR, &mean, skips), Ok(Verdict::Skip(_))));
         bench.state.counters.skipped = LIMIT;
-        let fault = verdict(&bench, Module::Discriminator, &mean, skips).unwrap_err();
+        let fault = verdict(&bench, DISCRIMINATOR, &mean, skips).unwrap_err();
         assert!(fault.stop && fault.detail.contains("as in 100 phases before it"), "{fault:?}");
-        assert_eq!(
-            verdict(&bench, Module::Discriminator, &leaf(&layout, 0, 0.0), skips),
-            Ok(Verdict::Commit)
-        );
+        assert_eq!(verdict(&bench, DISCRIMINATOR, &leaf(&phase, 0, 0.0), skips), Ok(Verdict::Commit));
     }
 }
 
@@ -125,20 +130,19 @@ fn too_many_skips_in_a_row_end_the_run() {
 fn a_skip_leaves_parameters_moments_and_statistics_alone() {
     let mut bench = bench(Policy::Skip);
     // So that the average differs from the generator, and the moments from zero.
-    for phase in phases(&bench.job) {
-        let layout = bench.leaf_layout(phase.module);
-        let mean = leaf(&layout, 0, 2.0);
-        commit(&bench.job, &mut bench.state, phase, &layout, &mean, 5).unwrap();
+    for phase in bench.gan.phases() {
+        let mean = leaf(bench.model.gradient(phase), 0, 2.0);
+        commit(&bench.model, &mut bench.state, phase, &mean, 5).unwrap();
     }
-    let average = bench.layout.ema_range().start;
-    for (skips, module) in [(1, Module::Discriminator), (2, Module::Generator)] {
+    let average = bench.model.layout.network(GENERATOR).average_range().unwrap().start;
+    for (skips, network) in [(1, DISCRIMINATOR), (2, GENERATOR)] {
         let (before, counters) = (to_bytes(&bench.state.flat), bench.state.counters);
-        let phase = of(module, &bench);
-        skip(&bench.job, &mut bench.state, phase, 7);
+        let phase = of(network, &bench);
+        skip(&bench.model, &mut bench.state, phase, 7);
         let after = to_bytes(&bench.state.flat);
-        assert!(before[..4 * average] == after[..4 * average], "{module:?}");
+        assert!(before[..4 * average] == after[..4 * average], "{network:?}");
         let average_moved = before[4 * average..] != after[4 * average..];
-        assert_eq!(average_moved, module == Module::Generator);
+        assert_eq!(average_moved, network == GENERATOR);
         assert_eq!(bench.state.counters.position.0, counters.position.0 + 1);
         assert_eq!(bench.state.counters.ledger, counters.ledger + 7);
         assert_eq!(bench.state.counters.skipped, skips);
@@ -148,12 +152,11 @@ fn a_skip_leaves_parameters_moments_and_statistics_alone() {
 #[test]
 fn a_commit_ends_a_row_of_skips() {
     let mut bench = bench(Policy::Skip);
-    let phase = of(Module::Discriminator, &bench);
-    skip(&bench.job, &mut bench.state, phase, 0);
-    skip(&bench.job, &mut bench.state, phase, 0);
-    let layout = bench.leaf_layout(phase.module);
-    let mean = leaf(&layout, 0, 1.0);
-    commit(&bench.job, &mut bench.state, phase, &layout, &mean, 0).unwrap();
+    let phase = of(DISCRIMINATOR, &bench);
+    skip(&bench.model, &mut bench.state, phase, 0);
+    skip(&bench.model, &mut bench.state, phase, 0);
+    let mean = leaf(bench.model.gradient(phase), 0, 1.0);
+    commit(&bench.model, &mut bench.state, phase, &mean, 0).unwrap();
     assert_eq!((bench.state.counters.skipped, bench.state.counters.position.0), (0, 3));
 }
 
@@ -162,7 +165,7 @@ fn the_count_of_skips_is_part_of_the_digest() {
     let bench = bench(Policy::Skip);
     let mut snapshot =
         Snapshot { step: 0, phase: 0, flat: to_bytes(&bench.state.flat), counters: bench.state.counters };
-    let digest = state_digest(&bench.layout, &snapshot);
+    let digest = state_digest(&bench.model.layout, &snapshot);
     snapshot.counters.skipped = 1;
-    assert_ne!(state_digest(&bench.layout, &snapshot), digest);
+    assert_ne!(state_digest(&bench.model.layout, &snapshot), digest);
 }

@@ -9,7 +9,7 @@ use ganglion_proto::job::{LossKind, ModelKind};
 use ganglion_worker::checkpoint::Snapshot;
 use ganglion_worker::engine::commit::commit;
 use ganglion_worker::nn::tensor_bytes::to_bytes;
-use ganglion_worker::objective::gan::phases;
+use ganglion_worker::objective::Objective;
 use ganglion_worker::sampling::grid_of;
 
 #[test]
@@ -23,14 +23,13 @@ fn training_and_sampling_never_draw_from_libtorch() {
     ];
     for job in jobs {
         let mut bench = Bench::new(job);
-        for phase in phases(&bench.job) {
+        for phase in bench.gan.phases() {
             let leaf = bench.leaf(phase, 0);
-            let layout = bench.leaf_layout(phase.module);
-            commit(&bench.job, &mut bench.state, phase, &layout, &leaf.flat, 0).unwrap();
+            commit(&bench.model, &mut bench.state, phase, &leaf.flat, 0).unwrap();
         }
         let (flat, counters) = (to_bytes(&bench.state.flat), bench.state.counters);
         let snapshot = Snapshot { step: 1, phase: 0, flat, counters };
-        grid_of(&bench.job, &bench.models, &bench.layout, &snapshot).unwrap();
+        grid_of(&*bench.gan, &bench.model.layout, &snapshot, 7, 4).unwrap();
         assert!(default_generator_state().unwrap() == before, "{:?}", bench.job.model.kind);
     }
     // The check can fail: a draw does move it.

@@ -8,15 +8,14 @@ use std::sync::Arc;
 use common::{Bench, bits, job};
 use ganglion_proto::job::{LossKind, ModelKind, Precision};
 use ganglion_storage::Storage;
-use ganglion_worker::checkpoint::{Files, Snapshot};
+use ganglion_worker::checkpoint::Snapshot;
 use ganglion_worker::data::{DataSet, Plan, Prefetcher};
 use ganglion_worker::nn::Pass;
 use ganglion_worker::nn::tensor_bytes::to_bytes;
 use ganglion_worker::objective::gan::loss;
-use ganglion_worker::objective::gan::{Input, phases};
+use ganglion_worker::objective::gan::{DISCRIMINATOR, GENERATOR, Input, phases};
 use ganglion_worker::objective::{Phase, ShardAt, ShardGrad};
 use ganglion_worker::random::{Key, Purpose};
-use ganglion_worker::state::Module;
 use safetensors::SafeTensors;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -41,9 +40,9 @@ const KINDS: [LossKind; 5] = [
 fn a_discriminator_gives_one_logit_an_image() {
     for kind in [ModelKind::Mlp28, ModelKind::Dcgan28, ModelKind::Dcgan64] {
         let bench = Bench::new(job(kind, LossKind::NonSaturating));
-        let frozen = bench.state.frozen(Module::Discriminator);
+        let frozen = bench.state.frozen(DISCRIMINATOR);
         let key = Key { seed: 1, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
-        let mut pass = Pass::batch(frozen, bench.state.buffers(Module::Discriminator), key);
+        let mut pass = Pass::batch(frozen, bench.state.buffers(DISCRIMINATOR), key);
         let logits = bench.models.discriminator.forward(&bench.real().images, &mut pass);
         assert_eq!(logits.size(), [3, 1], "{kind}");
     }
@@ -96,17 +95,14 @@ fn a_phase_computes_gradients_of_its_own_network_only() {
         let (of_d, of_g) = (phases[0], phases[2]);
         let d_leaf = bench.leaf(of_d, 1);
         let untouched = |module| bench.state.trainable(module).iter().all(|p| !p.grad().defined());
-        assert!(untouched(Module::Generator), "{model}: a discriminator phase reached the generator");
+        assert!(untouched(GENERATOR), "{model}: a discriminator phase reached the generator");
         let before = bits(&d_leaf.flat);
         let g_leaf = bench.leaf(of_g, 1);
         assert!(bits(&d_leaf.flat) == before, "{model}: the generator's phase reached the discriminator");
         for (leaf, phase) in [(&d_leaf, of_d), (&g_leaf, of_g)] {
-            let gradient = leaf.flat.narrow(
-                0,
-                0,
-                i64::try_from(bench.leaf_layout(phase.module).gradient().end).unwrap(),
-            );
-            assert!(gradient.abs().sum(Kind::Float).double_value(&[]) > 0.0, "{model}, {:?}", phase.module);
+            let gradient =
+                leaf.flat.narrow(0, 0, i64::try_from(bench.model.gradient(phase).gradient().end).unwrap());
+            assert!(gradient.abs().sum(Kind::Float).double_value(&[]) > 0.0, "{model}, {:?}", phase.network);
         }
     }
 }
@@ -133,12 +129,12 @@ fn samples_are_the_same_kept_or_drawn_again() {
         let mut job = job(kind, LossKind::NonSaturating);
         job.job.precision = precision;
         let bench = Bench::new(job);
-        let leaves = bench.leaves();
+        let leaves = &bench.gan;
         let phases = phases(&bench.job);
         let spot = |phase| ShardAt { phase, step: 0, shard: 1 };
         let leaf = |phase: Phase, input: Input<'_>| {
-            let layout = bench.leaf_layout(phase.module);
-            let mut out = ShardGrad::new(&layout, layout.len(), Device::Cpu);
+            let layout = bench.model.gradient(phase);
+            let mut out = ShardGrad::new(layout, layout.len(), Device::Cpu);
             leaves.compute(spot(phase), &bench.state, input, &mut out).unwrap();
             bits(&out.flat)
         };
@@ -171,20 +167,20 @@ fn bf16_stays_near_fp32() {
         (ModelKind::Mlp28, LossKind::WassersteinGp),
         (ModelKind::Dcgan28, LossKind::NonSaturating),
     ] {
-        let leaf = |precision, module| {
+        let leaf = |precision, network| {
             let mut job = job(kind, loss);
             job.job.precision = precision;
             let bench = Bench::new(job);
-            let phase = phases(&bench.job).into_iter().find(|phase| phase.module == module).unwrap();
+            let phase = phases(&bench.job).into_iter().find(|phase| phase.network == network).unwrap();
             bench.leaf(phase, 0).flat
         };
-        for module in [Module::Discriminator, Module::Generator] {
+        for network in [DISCRIMINATOR, GENERATOR] {
             let [exact, rounded] =
-                [Precision::Fp32, Precision::Bf16].map(|precision| leaf(precision, module));
+                [Precision::Fp32, Precision::Bf16].map(|precision| leaf(precision, network));
             let relative = (&rounded - &exact).norm().double_value(&[]) / exact.norm().double_value(&[]);
-            assert!(relative > 0.0, "{kind}, {loss}, {module:?}: bf16 rounds");
+            assert!(relative > 0.0, "{kind}, {loss}, {network:?}: bf16 rounds");
             // Eight bits, and batch normalisation over three samples.
-            assert!(relative < 0.1, "{kind}, {loss}, {module:?}: off by {relative}");
+            assert!(relative < 0.1, "{kind}, {loss}, {network:?}: off by {relative}");
         }
     }
 }
@@ -226,7 +222,7 @@ fn each_step_sees_other_samples_until_the_epoch_is_over() {
 async fn a_checkpoint_names_every_tensor_and_brings_the_state_back() {
     let bench = Bench::new(job(ModelKind::Mlp28, LossKind::NonSaturating));
     let storage = Storage::in_memory();
-    let files = Files { storage: &storage, job: &bench.job, models: &bench.models, layout: &bench.layout };
+    let files = bench.files(&storage);
     let (flat, counters) = (to_bytes(&bench.state.flat), bench.state.counters);
     let snapshot = Snapshot { step: 0, phase: 0, flat, counters };
     let checkpoint = common::save(&files, &snapshot).await;

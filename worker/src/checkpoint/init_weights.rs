@@ -1,7 +1,7 @@
 //! Initial weights from another run's checkpoint.
 //!
-//! 1. Both networks' parameters and buffers and the moving average are taken; moments, counters and the
-//!    controller of augmentation begin anew.
+//! 1. All networks' parameters and buffers and the moving averages are taken; moments, counters and the
+//!    objective's own tensors begin anew.
 //! 2. Every file is verified against the manifest's hash. The checkpoint's digest goes into the fingerprint
 //!    of the environment (`passport`), so all workers of a run begin with the same one.
 
@@ -18,9 +18,6 @@ use crate::state::{NamedTensor, State, StateLayout, narrow};
 
 /// Limit on the time to read the files from a storage.
 const LIMIT: Duration = Duration::from_secs(600);
-
-/// Prefixes of the tensors that are taken.
-const TAKEN: [&str; 3] = ["generator.", "discriminator.", "ema."];
 
 /// Initial weights of a run.
 #[derive(Debug)]
@@ -89,7 +86,8 @@ async fn read_all(storage: &Storage) -> Result<(Vec<Vec<u8>>, String), String> {
 /// Takes the weights of a layout's networks from files, which must be of the same networks.
 fn take(layout: &StateLayout, files: &[Vec<u8>]) -> Result<Vec<(NamedTensor, Vec<u8>)>, String> {
     const MEND: &str = "set model.kind, width, latent_dim and conditional as that run had them";
-    let is_taken = |name: &str| TAKEN.iter().any(|prefix| name.starts_with(prefix));
+    let prefixes = layout.weight_prefixes();
+    let is_taken = |name: &str| prefixes.iter().any(|prefix| name.starts_with(prefix));
     let mut wanted: BTreeMap<String, NamedTensor> =
         layout.tensors().into_iter().map(|t| (t.name.clone(), t)).collect();
     wanted.retain(|name, _| is_taken(name));

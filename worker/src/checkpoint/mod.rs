@@ -9,10 +9,10 @@ pub mod init_weights;
 pub mod storage;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use bytes::Bytes;
 use ganglion_membership::{Checkpoint, Position, StoredFile, WorkerId, WrittenPart};
-use ganglion_proto::job::Job;
 use ganglion_proto::message::MetricsRow;
 use ganglion_proto::{manifest, rows};
 use ganglion_storage::{MANIFEST, PutPayload, Storage, in_folder};
@@ -20,7 +20,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tch::Tensor;
 
 use crate::nn::tensor_bytes::{from_bytes, to_bytes};
-use crate::nn::{Models, TensorSpec};
+use crate::nn::{Constant, TensorSpec};
 use crate::state::{Counters, Layout, NamedTensor, StateLayout};
 
 /// Approximate size of a state part, within the limits of [`part_count`].
@@ -37,6 +37,26 @@ pub struct Snapshot {
     pub flat: Vec<u8>,
     /// Integer state.
     pub counters: Counters,
+}
+
+impl Snapshot {
+    /// Floats of a range of the buffer, flat.
+    pub fn floats(&self, range: Range<usize>) -> Tensor {
+        from_bytes(&self.flat[4 * range.start..4 * range.end])
+    }
+}
+
+/// A file of a checkpoint beside the state, with the weights that samples are drawn with.
+#[derive(Clone, Debug)]
+pub struct WeightsFile {
+    /// Name of the file.
+    pub name: String,
+    /// Prefix of the tensors' names in the state; they have none in the file.
+    pub section: String,
+    /// Integer tensors of the file.
+    pub constants: Vec<Constant>,
+    /// Metadata beside the format and the step: enough to draw samples without the job.
+    pub about: BTreeMap<String, String>,
 }
 
 /// Errors of a checkpoint's files.
@@ -63,7 +83,7 @@ struct Planned {
 
 enum Content {
     State { tensors: Vec<NamedTensor>, with_counters: bool },
-    Generator(Vec<NamedTensor>),
+    Weights(Vec<NamedTensor>),
     Index(BTreeMap<String, String>),
 }
 
@@ -85,7 +105,7 @@ fn part_name(index: usize, parts: usize) -> String {
     format!("state-{:05}-of-{parts:05}.safetensors", index + 1)
 }
 
-fn plan(layout: &StateLayout, data_shards: u32) -> Vec<Planned> {
+fn plan(layout: &StateLayout, weights: Option<&WeightsFile>, data_shards: u32) -> Vec<Planned> {
     let parts = part_count(layout, data_shards);
     let mut dealt: Vec<(usize, Vec<NamedTensor>)> = vec![(0, Vec::new()); parts];
     let mut tensors = layout.tensors();
@@ -104,17 +124,19 @@ fn plan(layout: &StateLayout, data_shards: u32) -> Vec<Planned> {
         weight_map.extend(tensors.iter().map(|tensor| (tensor.name.clone(), name.clone())));
         files.push(Planned { name, content: Content::State { tensors, with_counters: index == 0 } });
     }
-    let ema = layout.tensors().into_iter().filter(|tensor| tensor.name.starts_with("ema."));
-    let generator = "generator_ema.safetensors".to_string();
-    files.push(Planned { name: generator, content: Content::Generator(ema.collect()) });
+    if let Some(file) = weights {
+        let tensors = layout.tensors().into_iter().filter(|tensor| tensor.name.starts_with(&file.section));
+        let content = Content::Weights(tensors.collect());
+        files.push(Planned { name: file.name.clone(), content });
+    }
     let index = "state.safetensors.index.json".to_string();
     files.push(Planned { name: index, content: Content::Index(weight_map) });
     files
 }
 
 /// Number of files of a checkpoint.
-pub fn file_count(layout: &StateLayout, data_shards: u32) -> usize {
-    part_count(layout, data_shards) + 2
+pub fn file_count(layout: &StateLayout, weights: Option<&WeightsFile>, data_shards: u32) -> usize {
+    part_count(layout, data_shards) + usize::from(weights.is_some()) + 1
 }
 
 /// blake3 over all tensors by name, in hex: name, NUL, dtype, NUL, rank and shape as u64, elements;
@@ -154,12 +176,12 @@ fn view<'a>(dtype: Dtype, shape: &[i64], bytes: &'a [u8]) -> TensorView<'a> {
 pub struct Files<'a> {
     /// Storage of the checkpoints.
     pub storage: &'a Storage,
-    /// The job.
-    pub job: &'a Job,
-    /// Generator and discriminator.
-    pub models: &'a Models,
+    /// V: number of data shards of the job.
+    pub data_shards: u32,
     /// Layout of the state.
     pub layout: &'a StateLayout,
+    /// File of weights to draw samples with, for an objective that has one.
+    pub weights: Option<&'a WeightsFile>,
 }
 
 impl Files<'_> {
@@ -183,16 +205,18 @@ impl Files<'_> {
                 ];
                 serialize(views, about.into())
             }
-            Content::Generator(tensors) => {
+            Content::Weights(tensors) => {
+                let file = self.weights.expect("a file is planned for an objective that has one");
                 let floats = tensors.iter().map(|tensor| {
-                    let name = tensor.name.trim_start_matches("ema.").to_string();
+                    let name = tensor.name.trim_start_matches(&file.section).to_string();
                     (name, view(Dtype::F32, &tensor.shape, floats(snapshot, tensor)))
                 });
-                let constants = self.models.generator.constants();
+                let constants = &file.constants;
                 let bytes: Vec<Vec<u8>> = constants.iter().map(|one| little_endian(&one.values)).collect();
                 let whole = constants.iter().zip(&bytes);
                 let whole = whole.map(|(one, bytes)| (one.name.clone(), view(Dtype::I64, &one.shape, bytes)));
-                serialize(floats.chain(whole), generator_metadata(self.job, self.models, snapshot.step))
+                let about = [text("format", "pt".to_string()), text("step", snapshot.step.to_string())];
+                serialize(floats.chain(whole), file.about.clone().into_iter().chain(about).collect())
             }
             Content::Index(weight_map) => {
                 let named: usize = self.layout.tensors().iter().map(|tensor| 4 * tensor.range.len()).sum();
@@ -214,7 +238,7 @@ impl Files<'_> {
         state_digest: &str,
         index: usize,
     ) -> Result<WrittenPart, CheckpointError> {
-        let planned = plan(self.layout, self.job.job.data_shards);
+        let planned = plan(self.layout, self.weights, self.data_shards);
         let count = planned.len();
         let planned = &planned[index];
         let content = self.render(snapshot, state_digest, planned);
@@ -248,7 +272,7 @@ impl Files<'_> {
     pub async fn write_whole(&self, snapshot: &Snapshot) -> Result<String, CheckpointError> {
         let digest = state_digest(self.layout, snapshot);
         self.refuse_other(snapshot, &digest).await?;
-        let count = file_count(self.layout, self.job.job.data_shards);
+        let count = file_count(self.layout, self.weights, self.data_shards);
         let mut files = Vec::with_capacity(count);
         for index in 0..count {
             files.push(self.write(snapshot, &digest, index).await?.file);
@@ -400,22 +424,6 @@ fn with_metadata(bytes: Bytes, about: &BTreeMap<String, String>) -> PutPayload {
     front.extend(header.as_bytes());
     // The tensors themselves are not copied once more.
     PutPayload::from_iter([Bytes::from(front), bytes.slice(end..)])
-}
-
-/// Header of `generator_ema.safetensors`: enough to generate without the job. `sample::Generator` reads it.
-fn generator_metadata(job: &Job, models: &Models, step: u64) -> BTreeMap<String, String> {
-    let script = job.model.generator.as_ref().map(|path| ("generator", path.display().to_string()));
-    let items = [
-        ("format", "pt".to_string()),
-        ("model", job.model.kind.to_string()),
-        ("latent_dim", job.model.latent_dim.to_string()),
-        ("width", job.model.width.to_string()),
-        ("classes", models.classes.to_string()),
-        ("channels", models.shape.channels.to_string()),
-        ("height", models.shape.height.to_string()),
-        ("step", step.to_string()),
-    ];
-    items.into_iter().chain(script).map(|(key, value)| (key.to_string(), value)).collect()
 }
 
 /// Returns a network's tensor by its name, from a file that holds it.

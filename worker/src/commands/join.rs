@@ -26,9 +26,8 @@ use crate::eval::EvalError;
 use crate::eval::beside::{self, Evaluations};
 use crate::eval::judge::Means;
 use crate::nn::broken::guarded;
-use crate::nn::{Models, layers};
+use crate::objective::{Model, Objective, Unsuitable};
 use crate::session::{ConnectError, End, Session};
-use crate::state::StateLayout;
 
 /// Environment variable with the spawn token, which the coordinator sets for its own workers.
 pub const SPAWN_TOKEN: &str = "GANGLION_SPAWN_TOKEN";
@@ -42,11 +41,16 @@ pub enum Released {
     ToLeave,
 }
 
+/// Makes the objective of a job, for its data and a device.
+pub type MakeObjective<'a> = &'a dyn Fn(&Job, &DataSet, Device) -> Result<Arc<dyn Objective>, Unsuitable>;
+
 /// Takes part in the run of the coordinator at `url` until it is released, and records its work on `trace`.
+/// Trains the objective that `make` makes of the run's job.
 pub fn run(
     url: &str,
     credentials: Credentials,
     device: DeviceChoice,
+    make: MakeObjective<'_>,
     trace: &Trace,
 ) -> Result<Released, Failure> {
     // Before any thread starts: it sets the environment, which threads read.
@@ -62,8 +66,9 @@ pub fn run(
         opened => Arc::new(opened?),
     };
     introduce(&session, trace, &track);
-    let loading =
-        || guarded(|| load(&session, device, trace, &track)).unwrap_or_else(|broken| Err(broken.into()));
+    let loading = || {
+        guarded(|| load(&session, device, make, trace, &track)).unwrap_or_else(|broken| Err(broken.into()))
+    };
     let loaded = track.during("load", Nothing {}, loading);
     let mut trainer = match loaded {
         Ok(trainer) => trainer,
@@ -132,19 +137,14 @@ fn alone(trainer: &Trainer, reason: &str) -> Failure {
     Failure::Other(format!("lost the coordinator: {reason}; {saved}"))
 }
 
-/// Checks that the discriminator has as many layers as the job freezes.
-fn check_frozen(job: &Job, models: &Models) -> Result<(), Failure> {
-    let (wanted, there) = (job.model.freeze_discriminator, layers(&models.discriminator.parameters()));
-    if wanted <= there {
-        return Ok(());
-    }
-    Err(Failure::Input(format!(
-        "model.freeze_discriminator is {wanted}, but the discriminator has {there} layers; choose at most {there}"
-    )))
-}
-
-/// Opens the data, builds the networks, proves the arithmetic.
-fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) -> Result<Trainer, Failure> {
+/// Opens the data, makes the objective, proves the arithmetic.
+fn load(
+    session: &Arc<Session>,
+    device: Device,
+    make: MakeObjective<'_>,
+    trace: &Trace,
+    track: &Track,
+) -> Result<Trainer, Failure> {
     let welcome = session.welcome();
     let job = welcome.job.clone();
     crate::set_threads(job.job.threads);
@@ -154,50 +154,34 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
         Ok(detail) => Failure::Input(detail),
         Err(other) => Failure::Other(other.to_string()),
     })?;
-    let samples = data.len() as u64;
     let found = Box::new(data.found().clone());
-    check_batch(&job, samples - data.left_out().len() as u64)?;
-    let models = Models::with_classes(&job.model, data.shape(), data.classes()).map_err(Failure::input)?;
-    check_frozen(&job, &models)?;
-    let layout = StateLayout::of_job(&models, &job);
+    check_batch(&job, (data.len() - data.left_out().len()) as u64)?;
+    let objective = make(&job, &data, device).map_err(Failure::input)?;
+    let model = Arc::new(Model::new(objective, job.job.precision));
+    model.check().map_err(Failure::input)?;
     let storage = Arc::new(RunStorage::open(&welcome.storage, &welcome.run).map_err(Failure::Input)?);
-    let beginning = job.model.init_from.as_deref().map(|place| Beginning::read(place, &layout)).transpose();
-    let beginning = beginning.map_err(Failure::Input)?;
-    let mut passport = passport::take(&job, &models, &layout, &data, device).map_err(Failure::other)?;
-    if let Some(beginning) = &beginning {
-        passport.0.insert("initial_weights".to_string(), beginning.digest().to_string());
-    }
-    let phases_per_step = job.loss.discriminator_steps + 1;
-    let place = device::place(device).map_err(Failure::other)?;
-    let gpu = place.as_deref().map(device::name);
-    let facts = LoadedFacts {
-        passport,
-        samples,
-        sees_storage: storage.seen,
-        phases_per_step,
-        gpu,
-        left_out: data.left_out().to_vec(),
-    };
-    if let Some(place) = place {
+    let beginning = job.model.init_from.as_deref().map(|place| Beginning::read(place, &model.layout));
+    let beginning = beginning.transpose().map_err(Failure::Input)?;
+    let facts = facts(&job, &model, &data, beginning.as_ref(), device)?;
+    let facts = LoadedFacts { sees_storage: storage.seen, ..facts };
+    if let Some(place) = device::place(device).map_err(Failure::other)? {
         let watch = GpuWatch::start(&place).map_err(Failure::other)?;
         session.watch_gpu(watch);
     }
     let context = Context {
         job: job.clone(),
-        models: models.clone(),
-        layout: layout.clone(),
+        model: model.clone(),
         storage: storage.clone(),
         session: session.clone(),
         track: trace.track(2, "archive"),
     };
     let archive = Archive::start(context).map_err(Failure::other)?;
     let data = Arc::new(data);
-    let evaluations = evaluations(&job, &models, &layout, &data, session, trace)?;
+    let evaluations = evaluations(&job, &model, &data, session, trace)?;
     session.loaded(facts, Some(found));
     Ok(Trainer {
         job,
-        models,
-        layout,
+        model,
         beginning,
         data,
         device,
@@ -210,6 +194,29 @@ fn load(session: &Arc<Session>, device: Device, trace: &Trace, track: &Track) ->
         held: None,
         unformed: 0,
         track: track.clone(),
+    })
+}
+
+/// Computes what the coordinator is told of this worker, the storage aside.
+fn facts(
+    job: &Job,
+    model: &Model,
+    data: &DataSet,
+    beginning: Option<&Beginning>,
+    device: Device,
+) -> Result<LoadedFacts, Failure> {
+    let mut passport = passport::take(job, model, data, device).map_err(Failure::other)?;
+    if let Some(beginning) = beginning {
+        passport.0.insert("initial_weights".to_string(), beginning.digest().to_string());
+    }
+    let place = device::place(device).map_err(Failure::other)?;
+    Ok(LoadedFacts {
+        passport,
+        samples: data.len() as u64,
+        sees_storage: false,
+        phases_per_step: u32::try_from(model.phases().len()).expect("a step has few phases"),
+        gpu: place.as_deref().map(device::name),
+        left_out: data.left_out().to_vec(),
     })
 }
 
@@ -234,21 +241,27 @@ fn open_data(job: &Job, data: &Data) -> Result<DataSet, DataError> {
 /// Opens the inputs of evaluations, if the job has any, and starts their thread.
 fn evaluations(
     job: &Job,
-    models: &Models,
-    layout: &StateLayout,
+    model: &Arc<Model>,
     data: &Arc<DataSet>,
     session: &Arc<Session>,
     trace: &Trace,
 ) -> Result<Evaluations, Failure> {
     let settings = &job.evaluation;
     let wanted = settings.every_steps != 0 || settings.with_checkpoints;
+    let draws = model.objective.sampler().is_some();
+    if wanted && !draws {
+        let mend = "set evaluation.every_steps = 0 and evaluation.with_checkpoints = false";
+        return Err(Failure::Input(format!("the objective draws no samples to evaluate; {mend}")));
+    }
+    if job.sample.every_steps != 0 && !draws {
+        tracing::info!("the objective draws no samples: there are no grids");
+    }
     let open = || -> Result<beside::Context, EvalError> {
         let held_out = settings.held_out.clone().map(|path| job.data.elsewhere(path));
         let held_out = held_out.map(|data| open_data(job, &data)).transpose()?;
         Ok(beside::Context {
             job: job.clone(),
-            models: models.clone(),
-            layout: layout.clone(),
+            model: model.clone(),
             data: data.clone(),
             means: Means::open(settings, data, held_out)?,
             session: session.clone(),

@@ -21,8 +21,8 @@ use tch::Tensor;
 
 use super::{DataError, DataSet};
 
-/// Range of batches to read ahead: all discriminator phases from (`first_step`, `first_phase`) up to step
-/// `end_step`, exclusive.
+/// Range of batches to read ahead: of all phases that read new samples, from (`first_step`, `first_phase`)
+/// up to step `end_step`, exclusive.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Seed of the job.
@@ -31,13 +31,13 @@ pub struct Plan {
     pub data_shards: u32,
     /// b: number of samples of one data shard in one phase.
     pub shard_batch: u32,
-    /// Number of discriminator phases in each step.
+    /// Number of phases in each step that read new samples. Only these are counted.
     pub phases: u32,
     /// Data shards to read for.
     pub shards: Range<u32>,
     /// Step of the first batch.
     pub first_step: u64,
-    /// Discriminator phase of the first batch; later steps begin at phase 0.
+    /// Phase of the first batch; later steps begin at phase 0.
     pub first_phase: u32,
     /// Step before which to stop.
     pub end_step: u64,
@@ -58,12 +58,12 @@ impl Plan {
     }
 }
 
-/// Real samples of one discriminator phase.
+/// Real samples of one phase.
 #[derive(Debug)]
 pub struct Batch {
     /// Step that uses the batch.
     pub step: u64,
-    /// Discriminator phase within the step.
+    /// Phase within the step, of those that read new samples.
     pub phase: u32,
     /// Pixels: (shards x `shard_batch`) x channels x height x width, in the order of shards, in [-1, 1].
     pub pixels: Vec<f32>,

@@ -19,13 +19,12 @@ use ganglion_storage::{Pauses, reason};
 use serde::Serialize;
 
 use crate::checkpoint::storage::{PAUSES, RunStorage};
-use crate::checkpoint::{CheckpointError, Files, Snapshot, state_digest};
-use crate::nn::Models;
+use crate::checkpoint::{CheckpointError, Snapshot, state_digest};
 use crate::nn::broken::guarded;
+use crate::objective::Model;
 use crate::sampling;
 use crate::session::Session;
 use crate::session::monitor::Monitor;
-use crate::state::StateLayout;
 
 /// Maximum number of waiting checkpoints.
 const WAITING_LIMIT: usize = 2;
@@ -56,10 +55,8 @@ struct Of {
 pub struct Context {
     /// The job.
     pub job: Job,
-    /// Generator and discriminator.
-    pub models: Models,
-    /// Layout of the state.
-    pub layout: StateLayout,
+    /// The model.
+    pub model: Arc<Model>,
     /// The checkpoint storage.
     pub storage: Arc<RunStorage>,
     /// Session for the reports.
@@ -153,9 +150,11 @@ impl Monitor<Queue> {
     fn serve(&self, context: &Context) {
         crate::set_threads(context.job.job.threads);
         while let Some(order) = self.next() {
-            if order.samples {
-                let Context { job, models, layout, track, .. } = context;
-                let draw = || guarded(|| sampling::grid_of(job, models, layout, &order.snapshot));
+            if let (true, Some(sampler)) = (order.samples, context.model.objective.sampler()) {
+                let Context { job, model, track, .. } = context;
+                let (seed, count) = (job.job.seed, job.sample.count);
+                let grid = || sampling::grid_of(sampler, &model.layout, &order.snapshot, seed, count);
+                let draw = || guarded(grid);
                 match track.during("draw samples", Of { step: order.snapshot.step, file: None }, draw) {
                     Ok(Ok(grid)) => context.session.send(FromWorker::Samples(grid)),
                     Err(error) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),
@@ -190,14 +189,9 @@ impl Monitor<Queue> {
             return;
         }
         let of = Of { step: order.snapshot.step, file: None };
-        let hash = || state_digest(&context.layout, &order.snapshot);
+        let hash = || state_digest(&context.model.layout, &order.snapshot);
         let digest = context.track.during("hash state", of, hash);
-        let files = Files {
-            storage: context.storage.storage(),
-            job: &context.job,
-            models: &context.models,
-            layout: &context.layout,
-        };
+        let files = context.model.files(context.storage.storage(), context.job.job.data_shards);
         for index in &order.files {
             let mut pauses = Pauses::new(PAUSES[0], PAUSES[1]);
             loop {

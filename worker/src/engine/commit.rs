@@ -1,50 +1,58 @@
 //! Committing a phase: the only writer of state while a run trains.
 //!
-//! 1. `commit` is a function of (job, state, phase, reduced gradient, sample checksum); it draws nothing
-//!    and reads no clock.
-//! 2. Every optimizer call covers one whole module, whatever the number of workers.
-//! 3. `skip` is a commit: a function of (job, state, phase, sample checksum). It leaves parameters, moments
-//!    and running statistics as they are; update index, sample checksum and moving average go on, and so
-//!    does the count by which Adam corrects its bias.
+//! 1. `commit` is a function of (objective, state, phase, reduced gradient, sample checksum); it draws
+//!    nothing and reads no clock.
+//! 2. Every optimizer call covers one whole network, whatever the number of workers.
+//! 3. `skip` is a commit: a function of (objective, state, phase, sample checksum). It leaves parameters,
+//!    moments and running statistics as they are; update index, sample checksum and moving averages go on,
+//!    and so does the count by which Adam corrects its bias.
 
-use c10d::aten::{Adam, fused_adam};
-use ganglion_proto::job::Job;
+use c10d::aten::fused_adam;
 use tch::{Tensor, no_grad};
 
 use crate::nn::Follow;
-use crate::objective::gan::augment;
-use crate::objective::gan::schedule::Schedule;
-use crate::objective::{GradLayout, Phase};
-use crate::state::{Module, State, narrow};
+use crate::objective::{Model, NetworkId, Phase};
+use crate::state::{State, narrow};
 
 /// Applies the reduced gradient of `phase` to the state. `ledger` is the sample checksum of the real
 /// samples in it.
 pub fn commit(
-    job: &Job,
+    model: &Model,
     state: &mut State,
     phase: Phase,
-    layout: &GradLayout,
     mean: &Tensor,
     ledger: u64,
 ) -> Result<(), c10d::Error> {
-    update_parameters(job, state, phase.module, &narrow(mean, layout.gradient()))?;
-    state.cast_module(phase.module);
+    let layout = model.gradient(phase);
+    let steps = model.steps(state.counters.position);
+    let updates = model.updates_before(steps, phase) + 1;
+    let sections = state.layout.network(phase.network);
+    fused_adam(
+        // A shallow clone shares the storage and its version counter, so autograd sees that the parameters
+        // change.
+        &mut state.parameters(phase.network).shallow_clone(),
+        &narrow(mean, layout.gradient()),
+        &mut state.section(sections.exp_avg_range()),
+        &mut state.section(sections.exp_avg_sq_range()),
+        updates,
+        model.objective.optimizer(phase, steps),
+    )?;
+    state.cast_network(phase.network);
     no_grad(|| {
         for statistics in layout.statistics() {
-            follow(state, phase.module, &narrow(mean, statistics));
+            follow(state, phase.network, &narrow(mean, statistics));
         }
+        let scalars = narrow(mean, layout.scalar_range());
+        model.objective.after_update(phase, updates, &scalars, state);
     });
-    if phase.module == Module::Discriminator {
-        augment::adjust(job, state, &narrow(mean, layout.signs()), discriminator_updates(job, state) + 1);
-    }
     state.counters.skipped = 0;
-    go_on(job, state, phase, ledger);
+    go_on(model, state, phase, ledger);
     Ok(())
 }
 
-/// Applies the buffer updates of one pass, means over all shards, to a module's buffers.
-fn follow(state: &State, module: Module, statistics: &Tensor) {
-    let sections = state.layout.module(module);
+/// Applies the buffer updates of one pass, means over all shards, to a network's buffers.
+fn follow(state: &State, network: NetworkId, statistics: &Tensor) {
+    let sections = state.layout.network(network);
     let buffers = state.section(sections.buffer_range());
     for (range, follow) in sections.buffers.follows() {
         let (mut held, new) = (narrow(&buffers, range.clone()), narrow(statistics, range));
@@ -56,52 +64,25 @@ fn follow(state: &State, module: Module, statistics: &Tensor) {
 }
 
 /// Commits `phase` without its reduced gradient, which was not finite.
-pub fn skip(job: &Job, state: &mut State, phase: Phase, ledger: u64) {
+pub fn skip(model: &Model, state: &mut State, phase: Phase, ledger: u64) {
     state.counters.skipped += 1;
-    go_on(job, state, phase, ledger);
+    go_on(model, state, phase, ledger);
 }
 
-/// Common end of every commit: moving average, update index, sample checksum.
-fn go_on(job: &Job, state: &mut State, phase: Phase, ledger: u64) {
-    if phase.module == Module::Generator {
-        no_grad(|| update_average(job, state));
+/// Common end of every commit: moving averages at the end of a step, update index, sample checksum.
+fn go_on(model: &Model, state: &mut State, phase: Phase, ledger: u64) {
+    if model.is_last(phase) {
+        no_grad(|| update_averages(model, state));
     }
     state.counters.position.0 += 1;
     state.counters.ledger = state.counters.ledger.wrapping_add(ledger);
 }
 
-fn update_parameters(job: &Job, state: &State, module: Module, gradient: &Tensor) -> Result<(), c10d::Error> {
-    let sections = state.layout.module(module);
-    let optimizer = &job.optimizer;
-    let steps_before = state.counters.position.0 / job.phases_per_step();
-    let schedule = Schedule::after(job, steps_before);
-    let (lr, updates_before) = match module {
-        Module::Generator => (schedule.generator_rate(), steps_before),
-        Module::Discriminator => (schedule.discriminator_rate(), discriminator_updates(job, state)),
-    };
-    let adam = Adam { lr, beta1: optimizer.beta1, beta2: schedule.beta2(), eps: optimizer.epsilon };
-    fused_adam(
-        // A shallow clone shares the storage and its version counter, so autograd sees that the parameters
-        // change.
-        &mut state.parameters(module).shallow_clone(),
-        gradient,
-        &mut state.section(sections.exp_avg_range()),
-        &mut state.section(sections.exp_avg_sq_range()),
-        updates_before + 1,
-        adam,
-    )
-}
-
-/// Number of discriminator updates before a phase of its own.
-fn discriminator_updates(job: &Job, state: &State) -> u64 {
-    let position = state.counters.position.0;
-    let steps_before = position / job.phases_per_step();
-    steps_before * u64::from(job.loss.discriminator_steps) + position % job.phases_per_step()
-}
-
-fn update_average(job: &Job, state: &State) {
-    let steps = state.counters.position.0 / job.phases_per_step() + 1;
-    let mut average = state.section(state.layout.ema_range());
-    let generator = state.section(state.layout.generator.weight_range());
-    let _ = average.lerp_(&generator, 1.0 - Schedule::after(job, steps).average_decay());
+fn update_averages(model: &Model, state: &State) {
+    let steps = model.steps(state.counters.position) + 1;
+    for (network, sections) in (0..).map(NetworkId).zip(state.layout.networks()) {
+        let Some(average) = sections.average_range() else { continue };
+        let decay = model.objective.average_decay(network, steps);
+        let _ = state.section(average).lerp_(&state.section(sections.weight_range()), 1.0 - decay);
+    }
 }

@@ -14,11 +14,11 @@
 //!    change gives nothing but more of them.
 
 use ganglion_membership::Position;
-use ganglion_proto::job::{Job, NonFinite as Policy};
+use ganglion_proto::job::NonFinite as Policy;
 use tch::Tensor;
 
-use crate::objective::GradLayout;
-use crate::state::{Counters, Module, narrow};
+use crate::objective::{Model, Phase};
+use crate::state::{Counters, narrow};
 
 /// Maximum number of consecutive phases that may be skipped.
 pub const LIMIT: u64 = 100;
@@ -46,28 +46,35 @@ pub struct NonFinite {
     pub stop: bool,
 }
 
-/// Decides on the reduced gradient of a phase of `module`. `skips` are the update indices by which the run
-/// was rolled back.
+/// Treatment of phases that are not finite.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules<'a> {
+    /// Policy of the job.
+    pub policy: Policy,
+    /// Update indices by which the run was rolled back.
+    pub skips: &'a [Position],
+}
+
+/// Decides on the reduced gradient of a phase.
 pub fn judge(
-    job: &Job,
+    rules: Rules<'_>,
+    model: &Model,
+    phase: Phase,
     counters: Counters,
-    module: Module,
-    layout: &GradLayout,
     mean: &Tensor,
-    skips: &[Position],
 ) -> Result<Verdict, c10d::Error> {
-    if c10d::aten::all_finite(&narrow(mean, layout.decisive()))? {
+    if c10d::aten::all_finite(&narrow(mean, model.gradient(phase).decisive()))? {
         return Ok(Verdict::Commit);
     }
     let position = counters.position;
-    let what = describe(job, position, module, layout, mean)?;
+    let what = describe(model, phase, position, mean)?;
     let end = |detail, stop| Verdict::End(NonFinite { position, detail, stop });
-    Ok(match job.job.non_finite {
+    Ok(match rules.policy {
         Policy::Stop => {
             let advice = "unless a device erred, a run that goes on meets it again";
             end(format!("{what}, and job.non_finite is \"stop\"; {advice}"), true)
         }
-        Policy::RollBack if !skips.contains(&position) => end(what, false),
+        Policy::RollBack if !rules.skips.contains(&position) => end(what, false),
         Policy::RollBack | Policy::Skip if counters.skipped >= LIMIT => {
             let advice = "start a new run with a smaller optimizer.learning_rate";
             end(format!("{what}, as in {LIMIT} phases before it: skipping does not help; {advice}"), true)
@@ -77,23 +84,17 @@ pub fn judge(
 }
 
 /// Describes what is not finite.
-fn describe(
-    job: &Job,
-    position: Position,
-    module: Module,
-    layout: &GradLayout,
-    mean: &Tensor,
-) -> Result<String, c10d::Error> {
+fn describe(model: &Model, phase: Phase, position: Position, mean: &Tensor) -> Result<String, c10d::Error> {
+    let layout = model.gradient(phase);
     let finite = |range| c10d::aten::all_finite(&narrow(mean, range));
     let what = if !finite(layout.gradient())? {
         "gradient"
-    } else if !finite(layout.loss()..layout.loss() + 1)? {
+    } else if !finite(layout.losses())? {
         "loss"
     } else {
         "batch statistics"
     };
-    let whose = module.name();
-    let step = position.0 / job.phases_per_step() + 1;
+    let (whose, step) = (model.network(phase), model.steps(position) + 1);
     let verb = if what == "batch statistics" { "are" } else { "is" };
     Ok(format!("the {whose}'s {what} of step {step} {verb} not finite"))
 }

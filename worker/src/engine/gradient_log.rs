@@ -16,13 +16,17 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use serde_json::json;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::nn::tensor_bytes::to_bytes;
-use crate::objective::{Phase, ShardGrad};
+use crate::objective::{ShardAt, ShardGrad};
 
 /// Environment variable with the path of the log.
 pub const VARIABLE: &str = "GANGLION_SHARD_GRADIENTS";
+
+/// Minimum number of hashed scalars, with zeros for those that a phase does not have: logs of all builds
+/// compare.
+const SCALARS: usize = 4;
 
 /// Error of a log that cannot be opened or written.
 #[derive(Debug, thiserror::Error)]
@@ -56,16 +60,20 @@ impl GradientLog {
     pub fn record(
         &self,
         update: u64,
-        phase: Phase,
-        shard: u32,
+        at: ShardAt,
+        network: &str,
         gradient: &ShardGrad,
     ) -> Result<(), LogError> {
-        let [gradients, buffers, scalars] = gradient.contents().map(hash);
+        let (gradients, buffers) = (hash(&gradient.gradients), hash(&gradient.statistics));
+        let zero = Tensor::zeros([1], (Kind::Float, Device::Cpu));
+        let scalars = gradient.scalars.iter();
+        let absent = SCALARS.saturating_sub(scalars.len());
+        let scalars = hash(scalars.chain(std::iter::repeat_n(&zero, absent)));
         let line = json!({
             "update": update,
-            "phase": phase.index,
-            "network": phase.module.name(),
-            "shard": shard,
+            "phase": at.phase.index,
+            "network": network,
+            "shard": at.shard,
             "gradient": gradients,
             "buffers": buffers,
             "scalars": scalars,
@@ -76,7 +84,7 @@ impl GradientLog {
 }
 
 /// The first 16 digits: enough to tell two builds apart, short enough to read.
-fn hash(tensors: Vec<&Tensor>) -> String {
+fn hash<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> String {
     let mut hasher = blake3::Hasher::new();
     for tensor in tensors {
         hasher.update(&to_bytes(tensor));
@@ -87,21 +95,22 @@ fn hash(tensors: Vec<&Tensor>) -> String {
 #[cfg(test)]
 mod tests {
     use serde_json::Value;
-    use tch::Device;
 
     use super::*;
     use crate::nn::{Init, TensorSpec};
-    use crate::objective::{GradLayout, Reads};
-    use crate::state::{Layout, Module};
+    use crate::objective::{GradLayout, NetworkId, Phase, Reads, ScalarRole, ScalarSpec};
+    use crate::state::Layout;
 
-    const PHASE: Phase = Phase { index: 1, module: Module::Generator, reads: Reads::Nothing };
+    const PHASE: Phase = Phase { index: 1, network: NetworkId(0), reads: Reads::Nothing };
+    const AT: ShardAt = ShardAt { phase: PHASE, step: 3, shard: 2 };
 
     /// A buffer of one parameter and one of a network's buffers, each of three elements.
     fn buffer(capacity: usize) -> ShardGrad {
         let of = |name: &str| {
             Layout::new(vec![TensorSpec::parameter(name.to_string(), &[3], Init::Constant(0.0))])
         };
-        let layout = GradLayout::of(of("weight"), of("mean"), 1);
+        let layout =
+            GradLayout::of(of("weight"), of("mean"), 1, vec![ScalarSpec::new("loss", ScalarRole::Loss)]);
         ShardGrad::new(&layout, layout.len() + capacity, Device::Cpu)
     }
 
@@ -114,12 +123,12 @@ mod tests {
     fn one_changed_bit_shows_where_it_is_and_nowhere_else() {
         let folder = tempfile::tempdir().unwrap();
         let log = GradientLog::open(folder.path().join("log").into()).unwrap();
-        log.record(7, PHASE, 2, &buffer(0)).unwrap();
+        log.record(7, AT, "generator", &buffer(0)).unwrap();
         for section in 0..3 {
             let changed = buffer(64);
-            let mut at = changed.contents()[section][0].get(0);
+            let mut at = [&changed.gradients, &changed.statistics, &changed.scalars][section][0].get(0);
             let _ = at.fill_(f64::from(f32::from_bits(1)));
-            log.record(7, PHASE, 2, &changed).unwrap();
+            log.record(7, AT, "generator", &changed).unwrap();
         }
         let lines = lines(&log);
         for (at, line) in lines[1..].iter().enumerate() {

@@ -5,14 +5,12 @@ use ganglion_membership::{self as membership, Passport};
 use ganglion_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::data::DataSet;
+use crate::data::{DataSet, ImageShape};
 use crate::engine::commit::commit;
-use crate::nn::Models;
 use crate::nn::tensor_bytes::to_bytes;
-use crate::objective::gan::{Gan, Input, grad_layout, phases};
-use crate::objective::{ShardAt, ShardBatch, ShardGrad};
+use crate::objective::{Model, ScalarRole, ShardAt, ShardBatch, ShardGrad};
 use crate::random::{Key, Purpose};
-use crate::state::{Module, State, StateLayout};
+use crate::state::{State, narrow};
 
 /// Version of this program's arithmetic: two builds with the same number compute the same bits, and may
 /// train together.
@@ -24,14 +22,12 @@ pub const NUMERICS: u32 = 1;
 
 /// Computes the fingerprint of the environment: the number of the build's arithmetic, the kind of machine,
 /// and hashes of this job's arithmetic on it.
-pub fn take(
-    job: &Job,
-    models: &Models,
-    layout: &StateLayout,
-    data: &DataSet,
-    device: Device,
-) -> Result<Passport, c10d::Error> {
-    let (forward_backward, commits) = probe(job, models, layout, device)?;
+pub fn take(job: &Job, model: &Model, data: &DataSet, device: Device) -> Result<Passport, c10d::Error> {
+    let small = job.job.shard_batch.min(SAMPLES);
+    let probe = Model::new(model.objective.probe(small).into(), job.job.precision);
+    let classes = if data.labels().is_empty() { 0 } else { data.classes() };
+    let batch = stand_ins(job.job.seed, small, data.shape(), classes).to(device);
+    let (forward_backward, commits) = hashes(&probe, job.job.seed, &batch, device)?;
     let exclusions = job.data.exclusions_hash().map(|hash| ("exclusions".to_string(), hash));
     let items = [
         ("c_library", c10d::aten::c_library_version()?),
@@ -52,56 +48,43 @@ pub fn take(
 /// Maximum batch size of a probe: enough for kernels that take several samples at a time, and little work.
 const SAMPLES: u32 = 8;
 
-/// Runs each kind of phase once from the initial state, on substitutes for a few images, and hashes the
-/// gradients and the state after the commits.
-fn probe(
-    job: &Job,
-    models: &Models,
-    layout: &StateLayout,
+/// Runs the first phase of each network once from the initial state, on substitutes for a few images, and
+/// hashes the gradients and the state after the commits.
+fn hashes(
+    model: &Model,
+    seed: u64,
+    batch: &ShardBatch,
     device: Device,
 ) -> Result<(String, String), c10d::Error> {
-    let mut job = job.clone();
-    job.job.shard_batch = job.job.shard_batch.min(SAMPLES);
-    let job = &job;
-    let mut state = State::initial(layout.clone(), job.job.seed, device);
-    let labels: Vec<u32> = (0..models.classes).collect();
-    let leaves = Gan { job, models, labels: &labels, device };
-    let mut leaf_hash = blake3::Hasher::new();
-    for phase in phases(job) {
-        let first_of_its_kind = phase.index == 0 || phase.module == Module::Generator;
-        if !first_of_its_kind {
-            continue;
+    let mut state = State::initial(model.layout.clone(), seed, device);
+    let mut compute = model.objective.begin();
+    let mut gradients = blake3::Hasher::new();
+    for phase in model.phases().iter().copied().filter(|phase| model.updates_before(0, *phase) == 0) {
+        let layout = model.gradient(phase);
+        let mut gradient = ShardGrad::new(layout, layout.len(), device);
+        compute.gradient(ShardAt { phase, step: 0, shard: 0 }, &state, Some(batch), &mut gradient)?;
+        // Diagnostics decide nothing: a build that has others computes the same bits.
+        for (at, scalar) in layout.scalar_range().zip(layout.scalars()) {
+            if scalar.role == ScalarRole::Diagnostic {
+                let _ = narrow(&gradient.flat, at..at + 1).zero_();
+            }
         }
-        let leaf_layout = grad_layout(models, layout, phase.module);
-        let mut leaf = ShardGrad::new(&leaf_layout, leaf_layout.len(), device);
-        let real = stand_ins(job, models, device);
-        let spot = ShardAt { phase, step: 0, shard: 0 };
-        let drawn = leaves.draw(spot, &state, Some(&real));
-        let input = match phase.module {
-            Module::Discriminator => Input::Samples(&real, None, &drawn),
-            Module::Generator => Input::Fake(drawn, Some(&real)),
-        };
-        leaves.compute(spot, &state, input, &mut leaf)?;
-        // D outputs are diagnostic only: a build that has others computes the same bits.
-        let scores = leaf_layout.scores().map(|at| i64::try_from(at).expect("a leaf is small"));
-        scores.for_each(|at| drop(leaf.flat.get(at).zero_()));
-        leaf_hash.update(&to_bytes(&leaf.flat));
-        commit(job, &mut state, phase, &leaf_layout, &leaf.flat, 0)?;
+        gradients.update(&to_bytes(&gradient.flat));
+        commit(model, &mut state, phase, &gradient.flat, 0)?;
     }
     let state_hash = blake3::hash(&to_bytes(&state.flat));
-    Ok((hex(leaf_hash.finalize().as_bytes()), hex(state_hash.as_bytes())))
+    Ok((hex(gradients.finalize().as_bytes()), hex(state_hash.as_bytes())))
 }
 
-fn stand_ins(job: &Job, models: &Models, device: Device) -> ShardBatch {
-    let (shape, batch) = (models.shape, job.job.shard_batch as usize);
-    let key = Key { seed: job.job.seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
+fn stand_ins(seed: u64, batch: u32, shape: ImageShape, classes: u32) -> ShardBatch {
+    let key = Key { seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
     let signed = |n: usize| i64::try_from(n).expect("an image is small");
-    let sizes = [signed(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
-    let images = no_grad(|| key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes).to_device(device));
-    let classes = (models.classes > 0).then(|| {
-        let count = i64::from(models.classes);
-        Tensor::arange(i64::from(job.job.shard_batch), (Kind::Int64, device)).remainder(count)
-    });
+    let sizes = [i64::from(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
+    let count = batch as usize * shape.numel();
+    let images = no_grad(|| key.uniform(-1.0, 1.0, count).view(sizes));
+    let in_turn =
+        || Tensor::arange(i64::from(batch), (Kind::Int64, Device::Cpu)).remainder(i64::from(classes));
+    let classes = (classes > 0).then(in_turn);
     ShardBatch { images, classes }
 }
 

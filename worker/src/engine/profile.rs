@@ -7,7 +7,7 @@ use ganglion_proto::message::Profile;
 use ganglion_proto::trace::{Track, now};
 use serde::Serialize;
 
-use crate::state::Module;
+use crate::objective::{NetworkId, Phase};
 
 /// Part of a phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +39,10 @@ impl Part {
 /// A stopwatch whose laps are the parts of phases.
 pub struct Laps {
     last: Duration,
-    module: Module,
-    spent: [[Duration; 5]; 2],
+    /// Index of the current network among `spent`.
+    current: usize,
+    /// Time spent on each network's phases, in the order in which a step first updates them.
+    spent: Vec<(NetworkId, [Duration; 5])>,
     track: Track,
     place: Place,
     /// Step whose slice is open on the track.
@@ -70,23 +72,23 @@ struct Of {
 }
 
 impl Laps {
-    /// Starts the stopwatch.
-    pub fn start(track: Track, place: Place) -> Laps {
-        Laps {
-            last: now(),
-            module: Module::Discriminator,
-            spent: Default::default(),
-            track,
-            place,
-            step: None,
+    /// Starts the stopwatch, for the phases of a step.
+    pub fn start(track: Track, place: Place, phases: &[Phase]) -> Laps {
+        let mut spent: Vec<(NetworkId, [Duration; 5])> = Vec::new();
+        for phase in phases {
+            if !spent.iter().any(|(network, _)| *network == phase.network) {
+                spent.push((phase.network, Default::default()));
+            }
         }
+        Laps { last: now(), current: 0, spent, track, place, step: None }
     }
 
-    /// Begins the phase at an update index, in step `step`, counted from 1. The time since the last lap
-    /// belongs to the phase before.
-    pub fn begin(&mut self, module: Module, step: u64, position: u64) {
+    /// Begins a phase, at an update index, of the network called `name`. Steps count from 1. The time since
+    /// the last lap belongs to the phase before.
+    pub fn begin(&mut self, phase: Phase, name: &str, step: u64, position: u64) {
         self.lap(Part::Other);
-        self.module = module;
+        let known = self.spent.iter().position(|(network, _)| *network == phase.network);
+        self.current = known.expect("the stopwatch knows all phases");
         if !self.track.is_on() {
             return;
         }
@@ -99,7 +101,7 @@ impl Laps {
             }
             self.track.begin(self.last, &format!("step {step}"), self.place);
         }
-        self.track.begin(self.last, module.name(), At { position });
+        self.track.begin(self.last, name, At { position });
     }
 
     /// Books the time since the last lap to a part.
@@ -116,7 +118,7 @@ impl Laps {
     fn pass(&mut self, part: Part, shard: Option<u32>) -> Duration {
         let (last, now) = (self.last, now());
         let took = now.saturating_sub(last);
-        self.spent[usize::from(self.module == Module::Generator)][part as usize] += took;
+        self.spent[self.current].1[part as usize] += took;
         self.last = now;
         // Time before the first phase belongs to none.
         if self.step.is_some() {
@@ -134,20 +136,23 @@ impl Laps {
         }
     }
 
-    /// Returns the mean profile of `steps` steps, and resets it.
-    pub fn take(&mut self, steps: u64) -> [Profile; 2] {
+    /// Returns the mean profile of `steps` steps by network, in the order in which a step first updates them,
+    /// and resets it.
+    pub fn take(&mut self, steps: u64) -> impl Iterator<Item = (NetworkId, Profile)> {
         self.lap(Part::Other);
         #[allow(clippy::cast_precision_loss)] // a count of steps
         let steps = steps.max(1) as f64;
-        std::mem::take(&mut self.spent).map(|spent| {
+        self.spent.iter_mut().map(move |(network, spent)| {
+            let spent = std::mem::take(spent);
             let mean = |part: Part| 1e3 * spent[part as usize].as_secs_f64() / steps;
-            Profile {
+            let profile = Profile {
                 data: mean(Part::Data),
                 compute: mean(Part::Compute),
                 wait: mean(Part::Wait),
                 commit: mean(Part::Commit),
                 other: mean(Part::Other),
-            }
+            };
+            (*network, profile)
         })
     }
 }
@@ -163,24 +168,30 @@ mod tests {
     use ganglion_proto::trace::Trace;
 
     use super::*;
+    use crate::objective::Reads;
 
     #[test]
-    fn all_time_belongs_to_one_part_of_one_module() {
-        let mut laps = Laps::start(Trace::off().track(1, "training"), Place { generation: 1, rank: 0 });
+    fn all_time_belongs_to_one_part_of_one_network() {
+        let phase = |index, network| Phase { index, network: NetworkId(network), reads: Reads::Nothing };
+        // The second network comes first in a step.
+        let phases = [phase(0, 1), phase(1, 1), phase(2, 0)];
+        let track = Trace::off().track(1, "training");
+        let mut laps = Laps::start(track, Place { generation: 1, rank: 0 }, &phases);
         let begun = laps.last;
-        for (position, module) in (0..).zip([Module::Discriminator, Module::Generator, Module::Discriminator])
-        {
-            laps.begin(module, 1 + position / 2, position);
+        for (position, phase) in (0..).zip(phases) {
+            laps.begin(phase, "network", 1, position);
             for part in [Part::Data, Part::Compute, Part::Wait, Part::Commit] {
                 laps.lap(part);
             }
         }
-        let [discriminator, generator] = laps.take(2);
-        let total = |p: Profile| p.data + p.compute + p.wait + p.commit + p.other;
+        let profiles: Vec<_> = laps.take(2).collect();
+        let [(NetworkId(1), second), (NetworkId(0), first)] = profiles.as_slice() else {
+            panic!("two networks: {profiles:?}")
+        };
+        let total = |p: &Profile| p.data + p.compute + p.wait + p.commit + p.other;
         let elapsed = 1e3 * (laps.last - begun).as_secs_f64() / 2.0;
-        assert!((total(discriminator) + total(generator) - elapsed).abs() < 1e-9);
-        assert!(generator.data > 0.0 && generator.other > 0.0);
-        let [again, _] = laps.take(1);
-        assert!(again.compute == 0.0, "what was taken is forgotten");
+        assert!((total(first) + total(second) - elapsed).abs() < 1e-9);
+        assert!(first.data > 0.0 && first.other > 0.0);
+        assert!(laps.take(1).all(|(_, again)| again.compute == 0.0), "what was taken is forgotten");
     }
 }

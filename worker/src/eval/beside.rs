@@ -19,15 +19,14 @@ use ganglion_proto::trace::Track;
 use serde::Serialize;
 
 use super::EvalError;
-use super::judge::{Critic, Judge, Means};
+use super::judge::{Judge, Means};
 use crate::checkpoint::Snapshot;
 use crate::data::DataSet;
-use crate::nn::Models;
 use crate::nn::broken::guarded;
-use crate::sampling::Generator;
+use crate::objective::Model;
+use crate::random::{Key, Purpose};
 use crate::session::Session;
 use crate::session::monitor::Monitor;
-use crate::state::StateLayout;
 
 /// Maximum number of waiting evaluations: each holds a state.
 const WAITING_LIMIT: usize = 4;
@@ -38,10 +37,8 @@ const NICE: i32 = 5;
 pub struct Context {
     /// The job.
     pub job: Job,
-    /// Generator and discriminator.
-    pub models: Models,
-    /// Layout of the state.
-    pub layout: StateLayout,
+    /// The model, whose objective draws samples.
+    pub model: Arc<Model>,
     /// The training samples.
     pub data: Arc<DataSet>,
     /// Feature extractor, settings and held-out samples.
@@ -163,7 +160,7 @@ impl Monitor<Queue> {
         if let Err(error) = rustix::process::nice(NICE) {
             tracing::debug!("evaluations have the priority of training: {error}");
         }
-        let Context { job, models, layout, data, means, session, track } = context;
+        let Context { job, model, data, means, session, track } = context;
         let features = means.describe();
         let mut means = Some(means);
         let mut judge: Option<Judge> = None;
@@ -175,7 +172,7 @@ impl Monitor<Queue> {
                 }
                 let judge =
                     judge.as_ref().ok_or_else(|| EvalError::Input("see the first failure".to_string()))?;
-                evaluate(&job, &models, &layout, judge, &snapshot)
+                evaluate(&model, job.job.seed, judge, &snapshot)
             };
             let make = || guarded(make).unwrap_or_else(|broken| Err(EvalError::Input(broken.to_string())));
             let metrics = track.during("evaluate", of, make);
@@ -225,16 +222,17 @@ impl Monitor<Queue> {
 /// Evaluates a state: returns its metrics by name.
 ///
 /// # Errors
-/// Samples cannot be read or judged.
+/// Samples cannot be read or judged, or the objective draws none.
 pub fn evaluate(
-    job: &Job,
-    models: &Models,
-    layout: &StateLayout,
+    model: &Model,
+    seed: u64,
     judge: &Judge,
     snapshot: &Snapshot,
 ) -> Result<Vec<(String, f64)>, EvalError> {
-    let generator = Generator::of_average(models, layout, snapshot);
+    let sampler = model.objective.sampler();
+    let sampler = sampler.ok_or_else(|| EvalError::Input("the objective draws no samples".to_string()))?;
     let count = u32::try_from(judge.samples()).unwrap_or(u32::MAX);
-    let images = generator.draw_for(crate::random::Purpose::Evaluation, job.job.seed, count);
-    judge.metrics(&images, Some(&Critic::of(models, layout, snapshot)))
+    let key = Key { seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Evaluation };
+    let images = sampler.draw(&model.layout, snapshot, key, count);
+    judge.metrics(&images, sampler.critic(&model.layout, snapshot).as_ref())
 }

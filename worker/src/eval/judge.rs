@@ -10,14 +10,12 @@ use super::metrics::{
     precision_and_recall, sliced_wasserstein, threshold,
 };
 use super::{EvalError, images, some_of};
-use crate::checkpoint::Snapshot;
 use crate::data::DataSet;
-use crate::nn::tensor_bytes::from_bytes;
-use crate::nn::{Models, Pass};
+use crate::nn::Pass;
 use crate::random::{Key, Purpose};
-use crate::state::StateLayout;
+use crate::sampling::Critic;
 
-/// Number of samples of each kind that the discriminator is run on.
+/// Number of samples of each kind that a critic rates.
 const ASKED: usize = 1000;
 
 /// Evaluator of generated samples.
@@ -49,46 +47,28 @@ struct OfFeatures {
     threshold: f64,
 }
 
-/// Discriminator of a state, ready for inference.
-#[derive(Debug)]
-pub struct Critic {
-    models: Models,
-    weights: Vec<Tensor>,
-    buffers: Vec<Tensor>,
+/// Mean rating of samples.
+fn opinion(critic: &Critic, asked: &Asked) -> f64 {
+    let parts = |tensor: &Tensor| tensor.split(100, 0);
+    let classes = asked.classes.as_ref().map(parts).unwrap_or_default();
+    let say = |(shard, part): (u32, &Tensor)| {
+        let key = Key { seed: 0, step: 0, phase: 3, shard, purpose: Purpose::Network };
+        let pass = Pass::running(&critic.weights, &critic.buffers, key);
+        critic.network.forward(part, &mut pass.of(classes.get(shard as usize)))
+    };
+    let said: Vec<Tensor> = no_grad(|| (0..).zip(&parts(&asked.images)).map(say).collect());
+    Tensor::cat(&said, 0).mean(Kind::Double).double_value(&[])
 }
 
-impl Critic {
-    /// Builds the discriminator of a state.
-    pub fn of(models: &Models, layout: &StateLayout, snapshot: &Snapshot) -> Critic {
-        let sections = &layout.discriminator;
-        let range = sections.weight_range();
-        let (weights, buffers) = sections.views(&from_bytes(&snapshot.flat[4 * range.start..4 * range.end]));
-        Critic { models: models.clone(), weights, buffers }
-    }
-
-    /// Mean logit over the samples.
-    fn opinion(&self, asked: &Asked) -> f64 {
-        let parts = |tensor: &Tensor| tensor.split(100, 0);
-        let classes = asked.classes.as_ref().map(parts).unwrap_or_default();
-        let say = |(shard, part): (u32, &Tensor)| {
-            let key = Key { seed: 0, step: 0, phase: 3, shard, purpose: Purpose::Network };
-            let mut pass = Pass::running(&self.weights, &self.buffers, key).of(classes.get(shard as usize));
-            self.models.discriminator.forward(part, &mut pass)
-        };
-        let said: Vec<Tensor> = no_grad(|| (0..).zip(&parts(&asked.images)).map(say).collect());
-        Tensor::cat(&said, 0).mean(Kind::Double).double_value(&[])
-    }
-
-    /// Generated samples for the discriminator, from a generator that draws the classes in turn.
-    fn generated(&self, images: &Tensor) -> Asked {
-        let count = images.size()[0].min(i64::try_from(ASKED).expect("a small number"));
-        let classes = i64::from(self.models.classes);
-        let in_turn = || Tensor::arange(count, (Kind::Int64, images.device())).remainder(classes);
-        Asked { images: images.narrow(0, 0, count), classes: (classes > 0).then(in_turn) }
-    }
+/// Generated samples for a critic, from a generator that draws the classes in turn.
+fn generated(critic: &Critic, images: &Tensor) -> Asked {
+    let count = images.size()[0].min(i64::try_from(ASKED).expect("a small number"));
+    let in_turn =
+        || Tensor::arange(count, (Kind::Int64, images.device())).remainder(i64::from(critic.classes));
+    Asked { images: images.narrow(0, 0, count), classes: (critic.classes > 0).then(in_turn) }
 }
 
-/// Samples that the discriminator is run on, with their classes for a conditional model.
+/// Samples that a critic rates, with their classes for a conditional model.
 #[derive(Debug)]
 struct Asked {
     images: Tensor,
@@ -212,8 +192,7 @@ impl Judge {
         self.extractor.describe()
     }
 
-    /// Returns all metrics of generated images (n, c, h, w) in [-1, 1], and of the discriminator of the
-    /// same state.
+    /// Returns all metrics of generated images (n, c, h, w) in [-1, 1], and of the critic of the same state.
     ///
     /// # Errors
     /// The module of a file fails.
@@ -240,19 +219,19 @@ impl Judge {
         note(names::WASSERSTEIN, sliced_wasserstein(&self.reference.images, images));
         note(names::DIVERSITY, diversity(&self.reference.images, images));
         if let (Some(critic), Some([seen, held_out])) = (critic, &self.reference.asked) {
-            note(names::OVERFITTING, overfitting(critic, seen, held_out, &critic.generated(images)));
+            note(names::OVERFITTING, overfitting(critic, seen, held_out, &generated(critic, images)));
         }
         Ok(metrics)
     }
 }
 
-/// Overfitting of the discriminator: 0 if it rates held-out samples as training samples, 1 if as generated
+/// Overfitting of a critic: 0 if it rates held-out samples as training samples, 1 if as generated
 /// ones. Karras et al. (2020), "Training generative adversarial networks with limited data", equation 1,
 /// r_v.
 fn overfitting(critic: &Critic, seen: &Asked, held_out: &Asked, generated: &Asked) -> f64 {
-    let seen = critic.opinion(seen);
-    let ratio = (seen - critic.opinion(held_out)) / (seen - critic.opinion(generated));
-    // A discriminator that rates all three alike has memorised nothing.
+    let seen = opinion(critic, seen);
+    let ratio = (seen - opinion(critic, held_out)) / (seen - opinion(critic, generated));
+    // A critic that rates all three alike has memorised nothing.
     if ratio.is_nan() && seen.is_finite() { 0.0 } else { ratio }
 }
 

@@ -1,19 +1,27 @@
 //! Objectives: the engine's only view of a model.
 //!
-//! An objective lists the updates of a step, and computes each data shard's contribution to one. The engine
-//! sums the contributions of all shards, in one order, and applies the mean.
+//! An objective names its networks, lists the updates of a step, and computes each data shard's contribution
+//! to one. The engine sums the contributions of all shards, in one order, and applies the mean.
 //!
 //! 1. A shard's gradient is a function of (job, state, phase, step, shard, the shard's samples): it reads
 //!    state and writes none. What a [`Compute`] keeps from phase to phase saves work and changes no bit.
 //! 2. It has memory of its own, and parameters keep no gradient, so that autograd never adds one to another.
+//! 3. All else that an objective decides is a function of (job, phase, step), or of reduced values: all
+//!    ranks have the same.
 
 pub mod gan;
+mod model;
 mod shard_grad;
 
-use tch::Tensor;
+use c10d::aten::Adam;
+use tch::{Device, Tensor};
 
-pub use self::shard_grad::{GradLayout, ShardGrad};
-use crate::state::{Module, State};
+pub use self::model::Model;
+pub use self::shard_grad::{GradLayout, ScalarRole, ScalarSpec, ShardGrad};
+use crate::checkpoint::WeightsFile;
+use crate::nn::TensorSpec;
+use crate::sampling::Sampler;
+pub use crate::state::{NamedNetwork, NetworkId, State};
 
 /// One update of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +29,7 @@ pub struct Phase {
     /// Index of the phase within the step.
     pub index: u32,
     /// Network that it updates.
-    pub module: Module,
+    pub network: NetworkId,
     /// Samples that it reads.
     pub reads: Reads,
 }
@@ -31,7 +39,7 @@ pub struct Phase {
 pub enum Reads {
     /// The next samples of the stream.
     Next,
-    /// The samples of the phase before.
+    /// The newest samples that a phase of the step has read.
     Same,
     /// No samples.
     Nothing,
@@ -53,17 +61,73 @@ pub struct ShardAt {
 pub struct ShardBatch {
     /// (b, c, h, w), in [-1, 1].
     pub images: Tensor,
-    /// Classes of the images, (b) of int64, where the model is conditional.
+    /// Classes of the images, (b) of int64, where the data set has labels.
     pub classes: Option<Tensor>,
 }
 
+impl ShardBatch {
+    /// The same samples on a device.
+    pub fn to(&self, device: Device) -> ShardBatch {
+        let classes = self.classes.as_ref().map(|classes| classes.to_device(device));
+        ShardBatch { images: self.images.to_device(device), classes }
+    }
+}
+
+/// A job's model cannot be trained on its data; the text says why, and how to fix it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unsuitable(pub String);
+
 /// A model as the engine sees it.
-pub trait Objective {
+pub trait Objective: Send + Sync {
+    /// Networks, in the order of their sections in the state. [`NetworkId`] is an index into them.
+    fn networks(&self) -> Vec<NamedNetwork>;
+
+    /// Tensors of the objective's own in the state, by their names in files: read in each phase with
+    /// [`State::own`], written by [`Objective::after_update`].
+    fn own_tensors(&self) -> Vec<TensorSpec> {
+        Vec::new()
+    }
+
     /// The updates of every step, in order.
     fn phases(&self) -> Vec<Phase>;
 
+    /// Scalars of a phase's gradients.
+    fn scalars(&self, phase: Phase) -> Vec<ScalarSpec>;
+
+    /// Number of passes of a phase whose buffer updates are committed.
+    fn passes(&self, _phase: Phase) -> usize {
+        1
+    }
+
     /// Returns a computation with nothing kept yet.
     fn begin(&self) -> Box<dyn Compute + '_>;
+
+    /// Settings of the optimizer for a phase's update, `steps` steps after the start.
+    fn optimizer(&self, phase: Phase, steps: u64) -> Adam;
+
+    /// Share of a network's moving average that stays at the end of a step, `steps` steps after the start.
+    fn average_decay(&self, _network: NetworkId, _steps: u64) -> f64 {
+        0.0
+    }
+
+    /// Updates the objective's own tensors after a phase's update, number `updates` of its network, by the
+    /// means of the phase's scalars.
+    fn after_update(&self, _phase: Phase, _updates: u64, _scalars: &Tensor, _state: &State) {}
+
+    /// Draws samples from a state, for an objective that generates any.
+    fn sampler(&self) -> Option<&dyn Sampler> {
+        None
+    }
+
+    /// File that each checkpoint has beside the state, with the weights that samples are drawn with.
+    fn weights_file(&self) -> Option<WeightsFile> {
+        None
+    }
+
+    /// The same objective for shards of `shard_batch` samples, with substitutes for what it knows of the
+    /// data: its arithmetic identifies the machine, whatever the data are.
+    fn probe(&self, shard_batch: u32) -> Box<dyn Objective>;
 }
 
 /// Computes the gradients of one member's shards, phase by phase.
@@ -81,13 +145,17 @@ pub trait Compute {
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error>;
 
-    /// Whether a part of the next step's gradient can be computed while the gradients of a phase are
-    /// summed. The update under way must not change that part.
-    fn looks_ahead(&self, under_way: Phase) -> bool;
+    /// Whether a part of the next step's first gradient can be computed while the gradients of a step's
+    /// last phase are summed. The update under way must not change that part.
+    fn looks_ahead(&self) -> bool {
+        false
+    }
 
     /// Computes that part for a shard's next samples, and keeps it.
     ///
     /// # Errors
     /// libtorch refused.
-    fn look_ahead(&mut self, at: ShardAt, state: &State, batch: &ShardBatch) -> Result<(), c10d::Error>;
+    fn look_ahead(&mut self, _at: ShardAt, _state: &State, _batch: &ShardBatch) -> Result<(), c10d::Error> {
+        Ok(())
+    }
 }

@@ -4,24 +4,58 @@
 //! updates of each pass, laid out as its buffers; the scalars. All become means over the global batch when
 //! the sum over the shards is divided by V x b.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::state::{ALIGNMENT, Layout, narrow};
+use crate::state::{Layout, align, narrow};
 
-/// Offsets, in floats, within the gradients of one network's phases.
+/// A scalar of a shard gradient.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScalarSpec {
+    /// Name in metrics.
+    pub name: Cow<'static, str>,
+    /// Use of the mean over the global batch.
+    pub role: ScalarRole,
+}
+
+impl ScalarSpec {
+    /// A scalar of this name.
+    pub fn new(name: impl Into<Cow<'static, str>>, role: ScalarRole) -> ScalarSpec {
+        ScalarSpec { name: name.into(), role }
+    }
+}
+
+/// Use of a scalar.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScalarRole {
+    /// A loss: reported, and an update is not applied where it is not finite. Losses come first.
+    Loss,
+    /// A diagnostic: reported, and decides nothing.
+    Diagnostic,
+    /// An input of [`Objective::after_update`](super::Objective::after_update); not reported.
+    Internal,
+}
+
+/// Offsets, in floats, within the gradients of a phase.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradLayout {
     parameters: Layout,
     buffers: Layout,
     passes: usize,
+    scalars: Vec<ScalarSpec>,
 }
 
 impl GradLayout {
-    /// A layout for these parameters, and for the buffer updates of `passes` passes.
-    pub fn of(parameters: Layout, buffers: Layout, passes: usize) -> GradLayout {
-        GradLayout { parameters, buffers, passes }
+    /// A layout for these parameters, for the buffer updates of `passes` passes, and for scalars.
+    ///
+    /// # Panics
+    /// A loss comes after another scalar.
+    pub fn of(parameters: Layout, buffers: Layout, passes: usize, scalars: Vec<ScalarSpec>) -> GradLayout {
+        let is_other = |scalar: &ScalarSpec| scalar.role != ScalarRole::Loss;
+        assert!(scalars.is_sorted_by_key(is_other), "losses come before other scalars: {scalars:?}");
+        GradLayout { parameters, buffers, passes, scalars }
     }
 
     /// Range of the gradient.
@@ -35,48 +69,49 @@ impl GradLayout {
         (0..self.passes).map(move |pass| start + pass * len..start + (pass + 1) * len)
     }
 
-    /// Offset of the loss.
-    pub fn loss(&self) -> usize {
-        self.parameters.len() + self.passes * self.buffers.len()
+    /// The scalars, in order.
+    pub fn scalars(&self) -> &[ScalarSpec] {
+        &self.scalars
     }
 
-    /// Range of the summed D outputs (`scores`) for real and for generated samples.
-    pub fn scores(&self) -> Range<usize> {
-        self.loss() + 1..self.loss() + 3
+    /// Range of all scalars.
+    pub fn scalar_range(&self) -> Range<usize> {
+        let start = self.parameters.len() + self.passes * self.buffers.len();
+        start..start + self.scalars.len()
     }
 
-    /// Range of the signs of the logits of real samples, the input of adaptive augmentation.
-    pub fn signs(&self) -> Range<usize> {
-        self.loss() + 3..self.loss() + 4
+    /// Range of the losses.
+    pub fn losses(&self) -> Range<usize> {
+        let start = self.scalar_range().start;
+        start..start + self.scalars.iter().filter(|scalar| scalar.role == ScalarRole::Loss).count()
     }
 
-    /// Range of the floats that decide something: all but the D outputs and signs.
+    /// Range of the floats that must be finite: all but the scalars behind the losses.
     pub fn decisive(&self) -> Range<usize> {
-        0..self.loss() + 1
+        0..self.losses().end
     }
 
-    /// Total length in floats: a multiple of [`ALIGNMENT`].
+    /// Total length in floats: a multiple of [`ALIGNMENT`](crate::state::ALIGNMENT).
     pub fn len(&self) -> usize {
-        self.loss() + ALIGNMENT
+        self.scalar_range().start + align(self.scalars.len().max(1))
     }
 
-    /// Always false: there is the loss at least.
+    /// Always false: there is room for a scalar at least.
     pub fn is_empty(&self) -> bool {
         false
     }
 }
 
-/// Number of scalars beside the loss: the D outputs for real and for generated samples, and the signs.
-pub(super) const SCORES: usize = 3;
-
-/// Shard gradient: views into one flat buffer.
+/// Shard gradient: views into one flat buffer. A buffer is used again: an objective writes every tensor.
 pub struct ShardGrad {
     /// The whole buffer, with spare capacity behind the layout.
     pub flat: Tensor,
-    pub(super) gradients: Vec<Tensor>,
-    pub(super) statistics: Vec<Tensor>,
-    pub(super) loss: Tensor,
-    pub(super) scores: [Tensor; SCORES],
+    /// Gradient of the summed loss, by parameter.
+    pub gradients: Vec<Tensor>,
+    /// b times the buffer updates, by pass and buffer.
+    pub statistics: Vec<Tensor>,
+    /// Scalars, each of one element, summed over the shard's samples.
+    pub scalars: Vec<Tensor>,
 }
 
 impl ShardGrad {
@@ -89,15 +124,8 @@ impl ShardGrad {
         ShardGrad {
             gradients: layout.parameters.views(&narrow(&flat, layout.gradient())),
             statistics: statistics.flat_map(|range| layout.buffers.views(&narrow(&flat, range))).collect(),
-            loss: narrow(&flat, layout.loss()..layout.loss() + 1),
-            scores: std::array::from_fn(|at| layout.scores().start + at).map(|at| narrow(&flat, at..at + 1)),
+            scalars: layout.scalar_range().map(|at| narrow(&flat, at..at + 1)).collect(),
             flat,
         }
-    }
-
-    /// The whole contribution: the gradient, the buffer updates, the scalars.
-    pub fn contents(&self) -> [Vec<&Tensor>; 3] {
-        let scalars = std::iter::once(&self.loss).chain(&self.scores);
-        [self.gradients.iter().collect(), self.statistics.iter().collect(), scalars.collect()]
     }
 }

@@ -1,22 +1,21 @@
-//! Samples of the generator's moving average.
+//! Samples that a state generates.
 
 pub mod picture;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ganglion_proto::job::{Job, Model};
+use ganglion_proto::job::Model;
 use ganglion_proto::message::SampleGrid;
 use safetensors::SafeTensors;
 use tch::{Tensor, no_grad};
 
 use crate::checkpoint::{Snapshot, named_tensor};
 use crate::data::ImageShape;
-use crate::nn::tensor_bytes::from_bytes;
 use crate::nn::{Models, Network, Pass};
 use crate::random::{Key, Purpose};
 use crate::sampling::picture::Picture;
-use crate::state::{Layout, StateLayout};
+use crate::state::{Layout, Sections, StateLayout};
 
 /// Number of samples in one forward pass.
 const BATCH: usize = 64;
@@ -44,24 +43,57 @@ pub struct Generator {
     buffers: Vec<Tensor>,
 }
 
-/// Renders the sample grid of a job from a state.
+/// Network that rates samples, ready for inference.
+#[derive(Debug)]
+pub struct Critic {
+    /// Samples to ratings, (n, 1).
+    pub network: Arc<dyn Network>,
+    /// Number of classes that the network is conditioned on; 0 for none.
+    pub classes: u32,
+    /// Parameters.
+    pub weights: Vec<Tensor>,
+    /// Buffers.
+    pub buffers: Vec<Tensor>,
+}
+
+/// Draws samples with the weights of a state, for an objective that generates any.
+pub trait Sampler {
+    /// Returns images (count, c, h, w) in [-1, 1]. Image i depends on the state, on the key's seed and
+    /// purpose, and on i.
+    fn draw(&self, layout: &StateLayout, snapshot: &Snapshot, key: Key, count: u32) -> Tensor;
+
+    /// Returns the network of the state that tells real samples from generated ones, if there is one.
+    fn critic(&self, _layout: &StateLayout, _snapshot: &Snapshot) -> Option<Critic> {
+        None
+    }
+}
+
+/// Renders a grid of `count` samples from a state.
 pub fn grid_of(
-    job: &Job,
-    models: &Models,
+    sampler: &dyn Sampler,
     layout: &StateLayout,
     snapshot: &Snapshot,
+    seed: u64,
+    count: u32,
 ) -> Result<SampleGrid, SampleError> {
-    let images = Generator::of_average(models, layout, snapshot).draw(job.job.seed, job.sample.count);
+    let key = Key { seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Samples };
+    let images = sampler.draw(layout, snapshot, key, count);
     Ok(Picture::grid(&images, COLUMNS).of_step(snapshot.step)?)
 }
 
+impl Critic {
+    /// Takes a network's weights from a state.
+    pub fn of(network: Arc<dyn Network>, classes: u32, sections: &Sections, snapshot: &Snapshot) -> Critic {
+        let (weights, buffers) = sections.views(&snapshot.floats(sections.weight_range()));
+        Critic { network, classes, weights, buffers }
+    }
+}
+
 impl Generator {
-    /// Builds the generator from the moving average of a state.
-    pub fn of_average(models: &Models, layout: &StateLayout, snapshot: &Snapshot) -> Generator {
-        let range = layout.ema_range();
-        let average = from_bytes(&snapshot.flat[4 * range.start..4 * range.end]);
-        let sections = &layout.generator;
-        let (weights, buffers) = sections.views(&average);
+    /// Builds the generator from the moving average of a state, or from its weights if it has none.
+    pub fn of_average(models: &Models, sections: &Sections, snapshot: &Snapshot) -> Generator {
+        let range = sections.average_range().unwrap_or_else(|| sections.weight_range());
+        let (weights, buffers) = sections.views(&snapshot.floats(range));
         Generator {
             network: models.generator.clone(),
             latent_dim: models.latent_dim,

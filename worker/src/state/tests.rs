@@ -2,11 +2,13 @@ use ganglion_proto::job::{Model, ModelKind};
 
 use super::*;
 use crate::data::ImageShape;
+use crate::nn::Models;
+use crate::objective::gan::{GENERATOR, networks};
 
 fn layout(kind: ModelKind, side: usize) -> StateLayout {
     let model = Model::plain(kind, 10, 8);
     let shape = ImageShape { channels: 1, height: side, width: side };
-    StateLayout::new(&Models::new(&model, shape).unwrap(), Precision::Fp32)
+    StateLayout::new(&networks(&Models::new(&model, shape).unwrap()), &[], Precision::Fp32)
 }
 
 #[test]
@@ -37,8 +39,8 @@ fn the_initial_state_depends_on_the_seed_alone() {
 #[test]
 fn views_share_the_buffer() {
     let state = State::initial(layout(ModelKind::Mlp28, 28), 1, Device::Cpu);
-    let first = state.layout.generator.parameter_range().start;
+    let first = state.layout.network(GENERATOR).parameter_range().start;
     let _ = tch::no_grad(|| narrow(&state.flat, first..first + 1).fill_(42.0));
-    assert_eq!(state.frozen(Module::Generator)[0].double_value(&[0, 0]), 42.0);
-    assert_eq!(state.trainable(Module::Generator)[0].double_value(&[0, 0]), 42.0);
+    assert_eq!(state.frozen(GENERATOR)[0].double_value(&[0, 0]), 42.0);
+    assert_eq!(state.trainable(GENERATOR)[0].double_value(&[0, 0]), 42.0);
 }

@@ -1,6 +1,8 @@
 //! What several tests need: small jobs, and all that one phase takes.
 #![allow(dead_code)] // each test program uses its own share
 
+use std::sync::Arc;
+
 use ganglion_membership::{Assembly, Checkpoint as Saved};
 use ganglion_proto::evaluation::{Alarms, Evaluation};
 use ganglion_proto::job::{
@@ -11,10 +13,10 @@ use ganglion_storage::{Storage, in_folder};
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
 use ganglion_worker::data::ImageShape;
 use ganglion_worker::nn::Models;
-use ganglion_worker::objective::gan::{Gan, Input, grad_layout};
-use ganglion_worker::objective::{GradLayout, Phase, ShardAt, ShardBatch, ShardGrad};
+use ganglion_worker::objective::gan::{DISCRIMINATOR, Gan, Input};
+use ganglion_worker::objective::{Model as Objective, Phase, ShardAt, ShardBatch, ShardGrad};
 use ganglion_worker::random::{Key, Purpose};
-use ganglion_worker::state::{Module, State, StateLayout};
+use ganglion_worker::state::State;
 use tch::{Device, Kind, Tensor};
 
 /// A job small enough to compute in milliseconds.
@@ -85,7 +87,8 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
 pub struct Bench {
     pub job: Job,
     pub models: Models,
-    pub layout: StateLayout,
+    pub gan: Arc<Gan>,
+    pub model: Objective,
     pub state: State,
 }
 
@@ -95,14 +98,17 @@ impl Bench {
         let side = job.model.kind.side().unwrap() as usize;
         let shape = ImageShape { channels: 1, height: side, width: side };
         let models = Models::with_classes(&job.model, shape, 3).unwrap();
-        let layout = StateLayout::of_job(&models, &job);
-        let state = State::initial(layout.clone(), job.job.seed, Device::Cpu);
-        Bench { job, models, layout, state }
+        let labels = vec![0, 1, 1, 2];
+        let gan = Gan { job: job.clone(), models: models.clone(), labels, device: Device::Cpu };
+        let gan = Arc::new(gan);
+        let model = Objective::new(gan.clone(), job.job.precision);
+        let state = State::initial(model.layout.clone(), job.job.seed, Device::Cpu);
+        Bench { job, models, gan, model, state }
     }
 
-    /// Where things lie in a module's leaves.
-    pub fn leaf_layout(&self, module: Module) -> GradLayout {
-        grad_layout(&self.models, &self.layout, module)
+    /// The files of the job's checkpoints.
+    pub fn files<'a>(&'a self, storage: &'a Storage) -> Files<'a> {
+        self.model.files(storage, self.job.job.data_shards)
     }
 
     /// Stand-ins for a shard's real samples.
@@ -116,24 +122,18 @@ impl Bench {
         ShardBatch { images: key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes), classes }
     }
 
-    /// Who computes leaves.
-    pub fn leaves(&self) -> Gan<'_> {
-        Gan { job: &self.job, models: &self.models, labels: &[0, 1, 1, 2], device: Device::Cpu }
-    }
-
     /// The leaf of a shard in a phase of step 0.
     pub fn leaf(&self, phase: Phase, shard: u32) -> ShardGrad {
-        let layout = self.leaf_layout(phase.module);
-        let mut leaf = ShardGrad::new(&layout, layout.len(), Device::Cpu);
-        let leaves = self.leaves();
+        let layout = self.model.gradient(phase);
+        let mut leaf = ShardGrad::new(layout, layout.len(), Device::Cpu);
         let real = self.real();
         let spot = ShardAt { phase, step: 0, shard };
-        let drawn = leaves.draw(spot, &self.state, Some(&real));
-        let input = match phase.module {
-            Module::Discriminator => Input::Samples(&real, None, &drawn),
-            Module::Generator => Input::Fake(drawn, Some(&real)),
+        let drawn = self.gan.draw(spot, &self.state, Some(&real));
+        let input = match phase.network {
+            DISCRIMINATOR => Input::Samples(&real, None, &drawn),
+            _ => Input::Fake(drawn, Some(&real)),
         };
-        leaves.compute(spot, &self.state, input, &mut leaf).unwrap();
+        self.gan.compute(spot, &self.state, input, &mut leaf).unwrap();
         leaf
     }
 }
@@ -143,14 +143,17 @@ pub fn bits(tensor: &Tensor) -> Vec<u32> {
     Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap().into_iter().map(f32::to_bits).collect()
 }
 
+/// Number of phases of a small job's step.
+const PHASES: u32 = 3;
+
 /// Writes all files of a checkpoint.
 pub async fn save(files: &Files<'_>, snapshot: &Snapshot) -> Saved {
     let digest = state_digest(files.layout, snapshot);
     let mut assembly = Assembly::default();
     let mut saved = None;
-    for index in 0..file_count(files.layout, files.job.job.data_shards) {
+    for index in 0..file_count(files.layout, files.weights, files.data_shards) {
         let part = files.write(snapshot, &digest, index).await.unwrap();
-        saved = assembly.add(part, files.job.loss.discriminator_steps + 1).unwrap();
+        saved = assembly.add(part, PHASES).unwrap();
     }
     saved.expect("the last file completes the checkpoint")
 }

@@ -1,5 +1,5 @@
 //! A worker's training: meeting the others, healing, reduces, commits, coming to rest. What the model does is
-//! what `engine/trainer.rs`, `team.rs` and `reduce` do; the arithmetic and the collectives are its own.
+//! what `engine/trainer.rs`, `generation.rs` and `reduce` do; the arithmetic and the collectives are its own.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -67,6 +67,19 @@ pub enum ReduceError {
     },
 }
 
+/// The ranks of a group, as a reduce sees them.
+#[derive(Clone)]
+pub struct Peers {
+    /// Group of the collectives.
+    pub group: Arc<Group>,
+    /// Limit of each wait.
+    pub timeout: Duration,
+    /// Assignment of data shards to the ranks.
+    pub shards: ShardMap,
+    /// Device of the buffers.
+    pub device: Device,
+}
+
 /// Assignment of data shards to the ranks of a group.
 #[derive(Clone, Debug)]
 pub struct ShardMap {
@@ -109,13 +122,10 @@ struct Mean {
     divisor: Tensor,
 }
 
-/// All-reduce of one network's gradients within one group.
+/// All-reduce of gradients of one layout within one group.
 pub struct AllReduce {
-    group: Arc<Group>,
-    timeout: Duration,
-    shards: ShardMap,
+    peers: Peers,
     layout: GradLayout,
-    device: Device,
     sum: TreeSum<ShardGrad>,
     route: Route,
     mean: Mean,
@@ -130,16 +140,14 @@ impl Summand for ShardGrad {
 }
 
 impl AllReduce {
-    /// Allocates the buffers for gradients of one layout, over `global_batch` samples each. No wait is
-    /// longer than `timeout`.
+    /// Allocates the buffers for gradients of one layout, over `global_batch` samples each.
     pub fn new(
-        group: Arc<Group>,
-        timeout: Duration,
-        shards: ShardMap,
+        peers: Peers,
         layout: GradLayout,
-        (global_batch, reduction): (u64, Reduction),
-        device: Device,
+        global_batch: u64,
+        reduction: Reduction,
     ) -> Result<AllReduce, c10d::Error> {
+        let (shards, device) = (&peers.shards, peers.device);
         let world_size = shards.world_size();
         let mut len = align(layout.len());
         let has_one_node = |range: &Range<u32>| cover(range.clone(), shards.data_shards).len() == 1;
@@ -157,17 +165,7 @@ impl AllReduce {
         let divisor = Tensor::from(global_batch as f32).to_device(device);
         let mean = Mean { flat: Tensor::zeros([signed(len)], (Kind::Float, device)), divisor };
         let (sum, header) = (TreeSum::new(shards.data_shards), Header::default());
-        Ok(AllReduce { group, timeout, shards, layout, device, sum, route, mean, header })
-    }
-
-    /// Layout of the gradients.
-    pub fn layout(&self) -> &GradLayout {
-        &self.layout
-    }
-
-    /// Device of the buffers.
-    pub fn device(&self) -> Device {
-        self.device
+        Ok(AllReduce { peers, layout, sum, route, mean, header })
     }
 
     /// Whether there are other ranks to wait for.
@@ -178,7 +176,7 @@ impl AllReduce {
     /// Begins a reduce. Fails if the group was aborted.
     pub fn begin(&mut self) -> Result<(), ReduceError> {
         // A rank that is alone exchanges nothing, so no collective would report the abort.
-        if !self.group.is_open() {
+        if !self.peers.group.is_open() {
             return Err(c10d::Error::Aborted.into());
         }
         self.recycle();
@@ -187,7 +185,7 @@ impl AllReduce {
 
     /// Returns a buffer for the gradient of a shard.
     pub fn buffer(&mut self) -> ShardGrad {
-        let new = || ShardGrad::new(&self.layout, self.mean.flat.numel(), self.device);
+        let new = || ShardGrad::new(&self.layout, self.mean.flat.numel(), self.peers.device);
         self.sum.spare().unwrap_or_else(new)
     }
 
@@ -210,10 +208,10 @@ impl AllReduce {
                 Ok(())
             }
             Route::Pair(pair) => {
-                sums.iter().try_for_each(|(_, sum)| pair.send(&self.group, &sum.flat, header))
+                sums.iter().try_for_each(|(_, sum)| pair.send(&self.peers.group, &sum.flat, header))
             }
-            Route::Chunks(chunks) => chunks.send(&self.group, &sums),
-            Route::Ring(ring) => ring.send(&self.group, sums.iter().map(|(_, sum)| sum), header),
+            Route::Chunks(chunks) => chunks.send(&self.peers.group, &sums),
+            Route::Ring(ring) => ring.send(&self.peers.group, sums.iter().map(|(_, sum)| sum), header),
         };
         // The routes copied the sums to their own send buffers, so this memory is free before the wait.
         sums.into_iter().for_each(|(_, sum)| self.sum.recycle(sum));
@@ -222,7 +220,7 @@ impl AllReduce {
 
     /// Waits for the other ranks, and returns the mean over all shards.
     pub fn wait(&mut self, laps: &mut Laps) -> Result<Reduced, ReduceError> {
-        let AllReduce { group, timeout, route, mean, header, .. } = self;
+        let AllReduce { peers: Peers { group, timeout, .. }, route, mean, header, .. } = self;
         let headers = match route {
             Route::Alone => return self.reduced(&[self.header]),
             Route::Pair(pair) => {
@@ -249,7 +247,7 @@ impl AllReduce {
     fn reduced(&self, headers: &[Header]) -> Result<Reduced, ReduceError> {
         let ours = self.header;
         if let Some(rank) = headers.iter().position(|theirs| !theirs.agrees(&ours)) {
-            let (own_rank, theirs) = (self.shards.rank, headers[rank]);
+            let (own_rank, theirs) = (self.peers.shards.rank, headers[rank]);
             return Err(ReduceError::Disagreement { own_rank, ours, rank, theirs });
         }
         let all_know = headers.iter().all(|header| header.plan == ours.plan);

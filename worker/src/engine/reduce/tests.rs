@@ -13,6 +13,7 @@ use proptest::test_runner::TestRunner;
 use super::*;
 use crate::engine::profile::Place;
 use crate::nn::{Init, TensorSpec};
+use crate::objective::{NetworkId, Phase, Reads, ScalarRole, ScalarSpec};
 use crate::state::{Layout, narrow};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -20,11 +21,14 @@ const LIMIT: Duration = Duration::from_secs(30);
 const GLOBAL_BATCH: u64 = 24;
 const REDUCTIONS: [Reduction; 2] = [Reduction::Tree, Reduction::Ring];
 
+const PHASE: Phase = Phase { index: 0, network: NetworkId(0), reads: Reads::Nothing };
+
 /// Layout of a shard gradient with one parameter.
 fn layout(numel: usize) -> GradLayout {
     let shape = vec![signed(numel)];
     let spec = TensorSpec::parameter("p".to_string(), &shape, Init::Constant(0.0));
-    GradLayout::of(Layout::new(vec![spec]), Layout::default(), 1)
+    let loss = vec![ScalarSpec::new("loss", ScalarRole::Loss)];
+    GradLayout::of(Layout::new(vec![spec]), Layout::default(), 1, loss)
 }
 
 /// Runs `part` as each rank of a group that shares `data_shards`; the results come in rank order.
@@ -55,7 +59,8 @@ fn as_ranks<R: Send>(
 }
 
 fn all_reduce(group: Arc<Group>, shards: ShardMap, layout: GradLayout, reduction: Reduction) -> AllReduce {
-    AllReduce::new(group, LIMIT, shards, layout, (GLOBAL_BATCH, reduction), Device::Cpu).unwrap()
+    let peers = Peers { group, timeout: LIMIT, shards, device: Device::Cpu };
+    AllReduce::new(peers, layout, GLOBAL_BATCH, reduction).unwrap()
 }
 
 /// Reduces what `fill` puts in place of each shard's gradient.
@@ -64,9 +69,9 @@ fn reduce(
     header: Header,
     fill: impl Fn(u32, &Tensor),
 ) -> Result<Reduced, ReduceError> {
-    let mut laps = Laps::start(Trace::off().track(1, "test"), Place { generation: 1, rank: 0 });
+    let mut laps = Laps::start(Trace::off().track(1, "test"), Place { generation: 1, rank: 0 }, &[PHASE]);
     all_reduce.begin()?;
-    for shard in all_reduce.shards.own() {
+    for shard in all_reduce.peers.shards.own() {
         let grad = all_reduce.buffer();
         fill(shard, &grad.flat);
         all_reduce.add(shard, grad);

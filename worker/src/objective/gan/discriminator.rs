@@ -3,18 +3,18 @@
 
 use tch::Tensor;
 
-use super::{FakeBatch, Gan, GradPart, PassId, is_single, part};
+use super::{DISCRIMINATOR, FakeBatch, Gan, GradPart, PassId, is_single, part};
 use crate::nn::Pass;
 use crate::objective::gan::loss;
 use crate::objective::{ShardAt, ShardBatch};
-use crate::state::{Module, State};
+use crate::state::State;
 
-impl Gan<'_> {
+impl Gan {
     /// Computes the part of a discriminator gradient that comes from real samples, where they are seen
     /// apart. A commit of the generator does not change it.
     pub fn real_part(&self, at: ShardAt, state: &State, real: &ShardBatch) -> Result<GradPart, c10d::Error> {
         let kind = self.job.loss.kind;
-        let parameters = state.trainable(Module::Discriminator);
+        let parameters = state.trainable(DISCRIMINATOR);
         let mut pass = self.look(at, state, PassId::Real, parameters).of(real.classes.as_ref());
         let logits = self.seen(at, state, PassId::Real, &self.mirrored(at, real), &mut pass);
         let scores = [Some(loss::score(kind, &logits)), None, self.signs(&logits)];
@@ -29,9 +29,9 @@ impl Gan<'_> {
         of_real: &[Tensor],
     ) -> Result<GradPart, c10d::Error> {
         let kind = self.job.loss.kind;
-        let parameters = state.trainable(Module::Discriminator);
+        let parameters = state.trainable(DISCRIMINATOR);
         // The buffers as the pass over the real samples left them.
-        let buffers = self.models.discriminator.after(state.buffers(Module::Discriminator), of_real);
+        let buffers = self.models.discriminator.after(state.buffers(DISCRIMINATOR), of_real);
         let pass = self.look(at, state, PassId::Fake, parameters).of(drawn.classes.as_ref());
         let mut pass = Pass { buffers: &buffers, ..pass };
         let logits = self.seen(at, state, PassId::Fake, &drawn.fake.detach(), &mut pass);
@@ -48,7 +48,7 @@ impl Gan<'_> {
         drawn: &FakeBatch,
     ) -> Result<Vec<GradPart>, c10d::Error> {
         let [r1, r2] = self.penalties(at);
-        let parameters = state.trainable(Module::Discriminator);
+        let parameters = state.trainable(DISCRIMINATOR);
         // Both penalties can share a pass with the loss if samples do not see each other and the pass is in
         // fp32.
         let shares = r1 > 0.0 && r2 > 0.0 && !self.models.discriminator.sees_batch() && is_single(parameters);
@@ -83,7 +83,7 @@ impl Gan<'_> {
         penalties: Option<[f64; 2]>,
     ) -> Result<GradPart, c10d::Error> {
         let kind = self.job.loss.kind;
-        let parameters = state.trainable(Module::Discriminator);
+        let parameters = state.trainable(DISCRIMINATOR);
         let mut images = [self.mirrored(at, real), drawn.fake.detach()];
         if penalties.is_some() {
             images = images.map(|images| images.detach().set_requires_grad(true));
@@ -117,8 +117,7 @@ impl Gan<'_> {
         if self.models.discriminator.sees_batch() {
             let mut of_real = look(PassId::Real).of(classes[0]);
             let of_real_logits = self.models.discriminator.forward(&real, &mut of_real);
-            let buffers =
-                self.models.discriminator.after(state.buffers(Module::Discriminator), &of_real.statistics);
+            let buffers = self.models.discriminator.after(state.buffers(DISCRIMINATOR), &of_real.statistics);
             let mut of_fake = Pass { buffers: &buffers, ..look(PassId::Fake).of(classes[1]) };
             let logits = [of_real_logits, self.models.discriminator.forward(&fake, &mut of_fake)];
             let mut statistics = of_real.statistics;

@@ -2,14 +2,14 @@
 
 use tch::{Tensor, no_grad};
 
-use super::{FakeBatch, Gan, GradPart, PassId, own, part, signed};
+use super::{DISCRIMINATOR, FakeBatch, GENERATOR, Gan, GradPart, PassId, own, part, signed};
 use crate::nn::Pass;
 use crate::objective::gan::loss;
 use crate::objective::{Phase, ShardAt, ShardBatch};
 use crate::random::{Key, Purpose};
-use crate::state::{Module, State};
+use crate::state::State;
 
-impl Gan<'_> {
+impl Gan {
     /// Generates the samples for a shard gradient. Under `no_grad` they cannot begin a generator's
     /// gradient. `real` are the shard's real samples, for a pairwise objective.
     pub fn draw(&self, at: ShardAt, state: &State, real: Option<&ShardBatch>) -> FakeBatch {
@@ -21,7 +21,7 @@ impl Gan<'_> {
         let noise = key(Purpose::Noise).normal(self.shard_batch() * self.models.latent_dim);
         let noise = noise.view([-1, latent]).to_device(self.device);
         let classes = (self.models.classes > 0).then(|| self.classes(key(Purpose::Classes), real));
-        let (parameters, buffers) = (state.trainable(Module::Generator), state.buffers(Module::Generator));
+        let (parameters, buffers) = (state.trainable(GENERATOR), state.buffers(GENERATOR));
         let pass = Pass::batch(parameters, buffers, own(key(Purpose::Network), PassId::Drawing));
         let mut pass = pass.of(classes.as_ref());
         let fake = self.models.generator.forward(&noise, &mut pass);
@@ -48,7 +48,7 @@ impl Gan<'_> {
         real: Option<&ShardBatch>,
         state: &State,
     ) -> Result<GradPart, c10d::Error> {
-        let frozen = state.frozen(Module::Discriminator);
+        let frozen = state.frozen(DISCRIMINATOR);
         let mut pass = self.look(at, state, PassId::Fake, frozen).of(drawn.classes.as_ref());
         let fake = self.seen(at, state, PassId::Fake, &drawn.fake, &mut pass);
         let loss = match real.filter(|_| self.pairs()) {
@@ -60,6 +60,6 @@ impl Gan<'_> {
             }
             None => loss::generator(self.job.loss.kind, &fake),
         };
-        part(loss, [None, None, None], state.trainable(Module::Generator), drawn.statistics)
+        part(loss, [None, None, None], state.trainable(GENERATOR), drawn.statistics)
     }
 }

@@ -16,16 +16,40 @@ pub mod loss;
 mod penalties;
 pub mod schedule;
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use c10d::aten::Adam;
 use ganglion_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use self::augment::{Probability, augment};
-use super::shard_grad::SCORES;
-use super::{Compute, GradLayout, Objective, Phase, Reads, ShardAt, ShardBatch, ShardGrad};
-use crate::nn::{Models, Pass, first_layers};
-use crate::objective::gan::schedule::Schedule;
+use self::schedule::Schedule;
+use super::{
+    Compute, NamedNetwork, NetworkId, Objective, Phase, Reads, ScalarRole, ScalarSpec, ShardAt, ShardBatch,
+    ShardGrad, Unsuitable,
+};
+use crate::checkpoint::{Snapshot, WeightsFile};
+use crate::data::DataSet;
+use crate::nn::{Init, Models, Network, Pass, TensorSpec, first_layers, layers};
 use crate::random::{Key, Purpose};
-use crate::state::{Module, State, StateLayout};
+use crate::sampling::{Critic, Generator, Sampler};
+use crate::state::{State, StateLayout};
+
+/// Noise to images.
+pub const GENERATOR: NetworkId = NetworkId(0);
+/// Images to logits.
+pub const DISCRIMINATOR: NetworkId = NetworkId(1);
+
+/// Index of the controller of adaptive augmentation among the objective's own tensors: the probability, and
+/// the sum that decides its next change.
+const CONTROLLER: usize = 0;
+
+/// Number of scalars beside the loss: the D outputs for real and for generated samples, and the signs of
+/// the logits of real samples, the input of adaptive augmentation.
+const SCORES: usize = 3;
+/// Place of the signs among all scalars.
+const SIGNS: i64 = 3;
 
 /// Maximum number of data shards whose generated samples are kept, with all that their backward pass needs,
 /// from the discriminator's phase to the generator's. Those of other shards are drawn again. A larger
@@ -77,50 +101,157 @@ pub enum Input<'a> {
 }
 
 /// The GAN of a job.
-pub struct Gan<'a> {
+pub struct Gan {
     /// The job.
-    pub job: &'a Job,
+    pub job: Job,
     /// Generator and discriminator.
-    pub models: &'a Models,
+    pub models: Models,
     /// The class of each sample of the data, where the model is conditional.
-    pub labels: &'a [u32],
+    pub labels: Vec<u32>,
     /// Compute device.
     pub device: Device,
+}
+
+/// Makes the GAN of a job, for its data.
+///
+/// # Errors
+/// The networks do not fit the data or the job.
+pub fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objective>, Unsuitable> {
+    let models = Models::with_classes(&job.model, data.shape(), data.classes());
+    let models = models.map_err(|error| Unsuitable(error.to_string()))?;
+    let (wanted, there) = (job.model.freeze_discriminator, layers(&models.discriminator.parameters()));
+    if wanted > there {
+        return Err(Unsuitable(format!(
+            "model.freeze_discriminator is {wanted}, but the discriminator has {there} layers; choose at most {there}"
+        )));
+    }
+    Ok(Arc::new(Gan { job: job.clone(), models, labels: data.labels().to_vec(), device }))
+}
+
+/// Networks of a GAN: the generator, whose average draws samples, then the discriminator.
+pub fn networks(models: &Models) -> Vec<NamedNetwork> {
+    let named = |name: &'static str, network: &dyn Network, average: Option<&'static str>| NamedNetwork {
+        name: name.into(),
+        parameters: network.parameters(),
+        buffers: network.buffers(),
+        average: average.map(Into::into),
+    };
+    vec![
+        named("generator", &*models.generator, Some("ema")),
+        named("discriminator", &*models.discriminator, None),
+    ]
 }
 
 /// Phases of every step, in order: the discriminator's, then the generator's.
 pub fn phases(job: &Job) -> Vec<Phase> {
     let updates = job.loss.discriminator_steps;
-    let discriminator =
-        (0..updates).map(|index| Phase { index, module: Module::Discriminator, reads: Reads::Next });
+    let discriminator = (0..updates).map(|index| Phase { index, network: DISCRIMINATOR, reads: Reads::Next });
     let reads = if job.loss.kind.pairs() { Reads::Same } else { Reads::Nothing };
-    discriminator.chain([Phase { index: updates, module: Module::Generator, reads }]).collect()
+    discriminator.chain([Phase { index: updates, network: GENERATOR, reads }]).collect()
 }
 
-/// Layout of the gradients of a network's phases.
-pub fn grad_layout(models: &Models, layout: &StateLayout, module: Module) -> GradLayout {
-    let sections = layout.module(module);
-    // With batch normalisation the discriminator sees real and fake samples apart.
-    let passes = match module {
-        Module::Discriminator if models.discriminator.sees_batch() => 2,
-        _ => 1,
-    };
-    GradLayout::of(sections.parameters.clone(), sections.buffers.clone(), passes)
-}
+impl Objective for Gan {
+    fn networks(&self) -> Vec<NamedNetwork> {
+        networks(&self.models)
+    }
 
-impl Objective for Gan<'_> {
+    fn own_tensors(&self) -> Vec<TensorSpec> {
+        let controller =
+            || TensorSpec::parameter("augmentation.controller".to_string(), &[2], Init::Constant(0.0));
+        if self.job.augmentation.adaptive { vec![controller()] } else { Vec::new() }
+    }
+
     fn phases(&self) -> Vec<Phase> {
-        phases(self.job)
+        phases(&self.job)
+    }
+
+    fn scalars(&self, phase: Phase) -> Vec<ScalarSpec> {
+        if phase.network == GENERATOR {
+            return vec![ScalarSpec::new("loss_generator", ScalarRole::Loss)];
+        }
+        vec![
+            ScalarSpec::new("loss_discriminator", ScalarRole::Loss),
+            ScalarSpec::new("score_real", ScalarRole::Diagnostic),
+            ScalarSpec::new("score_fake", ScalarRole::Diagnostic),
+            ScalarSpec::new("signs", ScalarRole::Internal),
+        ]
+    }
+
+    /// With batch normalisation the discriminator sees real and generated samples apart.
+    fn passes(&self, phase: Phase) -> usize {
+        if phase.network == DISCRIMINATOR && self.models.discriminator.sees_batch() { 2 } else { 1 }
     }
 
     fn begin(&self) -> Box<dyn Compute + '_> {
         Box::new(Course { gan: self, drawn: Vec::new(), ahead: None })
     }
+
+    fn optimizer(&self, phase: Phase, steps: u64) -> Adam {
+        let (schedule, optimizer) = (Schedule::after(&self.job, steps), &self.job.optimizer);
+        let lr = match phase.network {
+            GENERATOR => schedule.generator_rate(),
+            _ => schedule.discriminator_rate(),
+        };
+        Adam { lr, beta1: optimizer.beta1, beta2: schedule.beta2(), eps: optimizer.epsilon }
+    }
+
+    fn average_decay(&self, _network: NetworkId, steps: u64) -> f64 {
+        Schedule::after(&self.job, steps).average_decay()
+    }
+
+    fn after_update(&self, phase: Phase, updates: u64, scalars: &Tensor, state: &State) {
+        if self.job.augmentation.adaptive && phase.network == DISCRIMINATOR {
+            augment::adjust(&self.job, &state.own(CONTROLLER), &scalars.narrow(0, SIGNS, 1), updates);
+        }
+    }
+
+    fn sampler(&self) -> Option<&dyn Sampler> {
+        Some(self)
+    }
+
+    fn weights_file(&self) -> Option<WeightsFile> {
+        let (job, models) = (&self.job, &self.models);
+        let script = job.model.generator.as_ref().map(|path| ("generator", path.display().to_string()));
+        let items = [
+            ("model", job.model.kind.to_string()),
+            ("latent_dim", job.model.latent_dim.to_string()),
+            ("width", job.model.width.to_string()),
+            ("classes", models.classes.to_string()),
+            ("channels", models.shape.channels.to_string()),
+            ("height", models.shape.height.to_string()),
+        ];
+        let items = items.into_iter().chain(script).map(|(key, value)| (key.to_string(), value));
+        Some(WeightsFile {
+            name: "generator_ema.safetensors".to_string(),
+            section: "ema.".to_string(),
+            constants: models.generator.constants().to_vec(),
+            about: items.collect::<BTreeMap<_, _>>(),
+        })
+    }
+
+    /// The classes of generated samples are drawn from each class once.
+    fn probe(&self, shard_batch: u32) -> Box<dyn Objective> {
+        let (mut job, models) = (self.job.clone(), self.models.clone());
+        job.job.shard_batch = shard_batch;
+        Box::new(Gan { job, labels: (0..models.classes).collect(), models, device: self.device })
+    }
+}
+
+impl Sampler for Gan {
+    fn draw(&self, layout: &StateLayout, snapshot: &Snapshot, key: Key, count: u32) -> Tensor {
+        let generator = Generator::of_average(&self.models, layout.network(GENERATOR), snapshot);
+        generator.draw_for(key.purpose, key.seed, count)
+    }
+
+    fn critic(&self, layout: &StateLayout, snapshot: &Snapshot) -> Option<Critic> {
+        let (network, classes) = (self.models.discriminator.clone(), self.models.classes);
+        Some(Critic::of(network, classes, layout.network(DISCRIMINATOR), snapshot))
+    }
 }
 
 /// Computation of one member's gradients: what is kept from phase to phase.
 struct Course<'a> {
-    gan: &'a Gan<'a>,
+    gan: &'a Gan,
     /// Generated samples kept for the generator's phase.
     drawn: Vec<FakeBatch>,
     /// The real samples' part of a discriminator gradient in a phase to come.
@@ -137,7 +268,7 @@ impl Compute for Course<'_> {
     ) -> Result<(), c10d::Error> {
         let Course { gan, drawn, ahead } = self;
         let draw = || gan.draw(at, state, batch);
-        let Some(real) = batch.filter(|_| at.phase.module == Module::Discriminator) else {
+        let Some(real) = batch.filter(|_| at.phase.network == DISCRIMINATOR) else {
             let kept = drawn.iter().position(|drawn| drawn.shard == at.shard);
             let fake = kept.map_or_else(draw, |kept| drawn.swap_remove(kept));
             return gan.compute(at, state, Input::Fake(fake, batch), out);
@@ -155,8 +286,8 @@ impl Compute for Course<'_> {
 
     /// With batch normalisation the discriminator sees real samples apart, and the generator's update does
     /// not change their part of the gradient.
-    fn looks_ahead(&self, under_way: Phase) -> bool {
-        under_way.module == Module::Generator && self.gan.tells_real_apart()
+    fn looks_ahead(&self) -> bool {
+        self.gan.tells_real_apart()
     }
 
     fn look_ahead(&mut self, at: ShardAt, state: &State, batch: &ShardBatch) -> Result<(), c10d::Error> {
@@ -165,7 +296,7 @@ impl Compute for Course<'_> {
     }
 }
 
-impl Gan<'_> {
+impl Gan {
     /// Fills `out` with the gradient of a shard.
     pub fn compute(
         &self,
@@ -208,7 +339,7 @@ impl Gan<'_> {
         parameters: &'a [Tensor],
     ) -> Pass<'a> {
         let key = own(self.key(at, Purpose::Network), which);
-        Pass::batch(parameters, state.buffers(Module::Discriminator), key)
+        Pass::batch(parameters, state.buffers(DISCRIMINATOR), key)
     }
 
     /// Logits of the discriminator for images, after augmentation.
@@ -228,8 +359,9 @@ impl Gan<'_> {
         if kinds.is_empty() {
             return images.shallow_clone();
         }
-        let fixed = || Probability::Fixed(Schedule::after(self.job, at.step).augmentation());
-        let probability = augment::controlled(state).map_or_else(fixed, Probability::Adaptive);
+        let fixed = || Probability::Fixed(Schedule::after(&self.job, at.step).augmentation());
+        let controlled = || Probability::Adaptive(state.own(CONTROLLER).narrow(0, 0, 1));
+        let probability = if self.job.augmentation.adaptive { controlled() } else { fixed() };
         augment(kinds, &probability, own(self.key(at, Purpose::Augmentation), which), images)
     }
 
@@ -293,9 +425,11 @@ fn fill(out: &mut ShardGrad, parts: &[GradPart], batch: f64, frozen: usize) {
     for (place, statistic) in out.statistics.iter_mut().zip(statistics) {
         place.copy_(&(statistic * batch));
     }
-    sum_into(&mut out.loss, parts.iter().map(|part| &part.loss));
-    for (of, place) in out.scores.iter_mut().enumerate() {
-        sum_into(place, parts.iter().filter_map(|part| part.scores[of].as_ref()));
+    if let Some((loss, scores)) = out.scalars.split_first_mut() {
+        sum_into(loss, parts.iter().map(|part| &part.loss));
+        for (of, place) in scores.iter_mut().enumerate() {
+            sum_into(place, parts.iter().filter_map(|part| part.scores[of].as_ref()));
+        }
     }
 }
 

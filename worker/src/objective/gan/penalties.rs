@@ -2,14 +2,14 @@
 
 use tch::Tensor;
 
-use super::{FakeBatch, Gan, GradPart, PassId, part};
+use super::{DISCRIMINATOR, FakeBatch, Gan, GradPart, PassId, part};
 use crate::objective::gan::loss;
 use crate::objective::gan::schedule::Schedule;
 use crate::objective::{ShardAt, ShardBatch};
 use crate::random::Purpose;
-use crate::state::{Module, State};
+use crate::state::State;
 
-impl Gan<'_> {
+impl Gan {
     /// Factor of the penalties in a phase: 0 in phases without them, else the interval between phases with
     /// them.
     pub(super) fn penalty_factor(&self, at: ShardAt) -> f64 {
@@ -20,7 +20,7 @@ impl Gan<'_> {
 
     /// Weights of R1 and R2 in a phase.
     pub(super) fn penalties(&self, at: ShardAt) -> [f64; 2] {
-        let weights = Schedule::after(self.job, at.step).penalties();
+        let weights = Schedule::after(&self.job, at.step).penalties();
         weights.map(|weight| weight * self.penalty_factor(at))
     }
 
@@ -34,7 +34,7 @@ impl Gan<'_> {
         images: &Tensor,
         classes: Option<&Tensor>,
     ) -> Result<GradPart, c10d::Error> {
-        let parameters = state.master(Module::Discriminator);
+        let parameters = state.master(DISCRIMINATOR);
         let images = images.detach().set_requires_grad(true);
         let mut pass = self.look(at, state, PassId::Penalty, parameters).of(classes);
         let logits = self.seen(at, state, which, &images, &mut pass);
@@ -52,7 +52,7 @@ impl Gan<'_> {
     ) -> Result<GradPart, c10d::Error> {
         let key = self.key(at, Purpose::Interpolation);
         let places = key.uniform(0.0, 1.0, self.shard_batch()).to_device(self.device);
-        let parameters = state.master(Module::Discriminator);
+        let parameters = state.master(DISCRIMINATOR);
         let mut pass = self.look(at, state, PassId::Penalty, parameters).of(real.classes.as_ref());
         let logits = |x: &Tensor| self.models.discriminator.forward(x, &mut pass);
         let weight = self.job.loss.gradient_penalty * self.penalty_factor(at);

@@ -16,7 +16,6 @@ use ganglion_proto::job::{AugmentationKind, Job};
 use tch::{Kind, Tensor, no_grad};
 
 use crate::random::Key;
-use crate::state::State;
 
 /// Number of draws for one kind and one sample: whether it applies, and three parameters.
 const DRAWS: usize = 4;
@@ -116,12 +115,10 @@ fn count(n: i64) -> f64 {
     n as f64
 }
 
-/// Adjusts the controller's probability after a discriminator's commit, by the mean sign of D(x) over real
-/// samples: Karras et al. (2020), section 3.1. `updates` counts the discriminator's updates, this one
-/// included.
-pub fn adjust(job: &Job, state: &State, sign: &Tensor, updates: u64) {
-    let Some(controller) = state.layout.controller_range() else { return };
-    let controller = state.section(controller);
+/// Adjusts a controller after a discriminator's update, by the mean sign of D(x) over real samples: Karras et
+/// al. (2020), section 3.1. `controller` holds the probability, and the sum of signs since the last
+/// adjustment. `updates` counts the discriminator's updates, this one included.
+pub fn adjust(job: &Job, controller: &Tensor, sign: &Tensor, updates: u64) {
     let (mut probability, mut signs) = (controller.narrow(0, 0, 1), controller.narrow(0, 1, 1));
     no_grad(|| {
         let _ = signs.g_add_(sign);
@@ -135,11 +132,6 @@ pub fn adjust(job: &Job, state: &State, sign: &Tensor, updates: u64) {
         let _ = probability.g_add_(&(excess.sign() * (images / over))).clamp_(0.0, 1.0);
         let _ = signs.zero_();
     });
-}
-
-/// Returns the controller's probability in a state, if it has one.
-pub fn controlled(state: &State) -> Option<Tensor> {
-    state.layout.controller_range().map(|range| state.section(range).narrow(0, 0, 1))
 }
 
 #[cfg(test)]

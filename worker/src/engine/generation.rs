@@ -15,63 +15,29 @@ use ganglion_membership::{Activity, Backend, Position, Start, Term};
 use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::Assignment;
-use ganglion_proto::record::Scalars;
 use tch::{Device, Kind, Tensor, no_grad};
 
+use super::finite::NonFinite;
+use super::gradient_log::LogError;
+use super::reduce::{AllReduce, Peers, ReduceError, ShardMap};
+use super::report::Pending;
+use super::trainer::Held;
 use crate::checkpoint::CheckpointError;
-use crate::engine::finite::NonFinite;
-use crate::engine::gradient_log::LogError;
-use crate::engine::reduce::{AllReduce, ReduceError, ShardMap};
-use crate::nn::Models;
-use crate::objective::GradLayout;
-use crate::objective::gan::grad_layout;
+use crate::objective::{Model, Phase};
 use crate::session::Session;
-use crate::state::{ALIGNMENT, Counters, Module, State, StateLayout, narrow};
+use crate::state::{Counters, State, align, narrow};
 
 /// Interval at which the wait for the group looks for an abort.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Data broadcast with the state but not part of it: what a member needs to report a step's row.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Carried {
-    /// The mean losses of the last discriminator and generator phases, for the row of a step that a change of
-    /// the group cut in two.
-    pub losses: [f32; 2],
-    /// Mean D outputs for real and for generated samples, over the last discriminator phase.
-    pub scores: [f32; 2],
-    /// Circumstances of the newest step with a row, for a member that was synchronised past its end and may
-    /// have to report it.
-    pub newest: Circumstances,
-}
-
-/// Circumstances in which a step with a row was committed.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Circumstances {
-    /// Generation that committed the step; 0 if unknown.
-    pub generation: u64,
-    /// World size of that generation.
-    pub world_size: u32,
-    /// Real images consumed per second since the row before.
-    pub images_per_second: f32,
-    /// Time of the commit, in seconds since the Unix epoch.
-    pub time: f64,
-}
-
-/// Floats behind the state in its broadcast: the counters and [`Carried`].
-const TAIL: usize = 2 * ALIGNMENT;
-
-/// Process group of one generation, with an all-reduce for each network.
+/// Process group of one generation, with an all-reduce for each layout of gradients.
 pub struct Team {
-    /// Assignment of data shards to ranks.
-    pub shards: ShardMap,
     /// Number of the generation.
     pub generation: u64,
     /// Update indices (positions) by which the run was rolled back.
     pub skips: Vec<Position>,
-    group: Arc<Group>,
-    timeout: Duration,
-    generator: AllReduce,
-    discriminator: AllReduce,
+    peers: Peers,
+    all_reduces: Vec<AllReduce>,
 }
 
 /// Reasons why a group could not be formed or its training failed.
@@ -127,8 +93,7 @@ impl Team {
         assignment: &Assignment,
         session: &Session,
         job: &Job,
-        models: &Models,
-        layout: &StateLayout,
+        model: &Model,
         device: Device,
     ) -> Result<Team, TeamError> {
         let generation = assignment.group.generation;
@@ -140,14 +105,13 @@ impl Team {
         let (group, term) = meet(&shards, assignment, session, device)?;
         let (group, timeout) = (Arc::new(group), session.limits().reduce);
         session.watch_group(generation, group.aborter());
-        let all_reduce = |module| {
-            let layout = grad_layout(models, layout, module);
-            let over = (job.global_batch(), job.job.reduction);
-            AllReduce::new(group.clone(), timeout, shards.clone(), layout, over, device)
-        };
-        let (generator, discriminator) = (all_reduce(Module::Generator)?, all_reduce(Module::Discriminator)?);
+        let peers = Peers { group, timeout, shards, device };
+        let layouts = model.gradients().iter();
+        let all_reduce =
+            |layout| AllReduce::new(peers.clone(), layout, job.global_batch(), job.job.reduction);
+        let all_reduces = layouts.cloned().map(all_reduce).collect::<Result<_, _>>()?;
         let (generation, skips) = (generation.0, assignment.group.skips.clone());
-        let team = Team { shards, generation, skips, group, timeout, generator, discriminator };
+        let team = Team { generation, skips, peers, all_reduces };
         match team.compare("group", &identity(session, assignment, term)) {
             // No state is wrong: a worker reached a group that is not its own.
             Err(TeamError::Diverged(what)) => Err(TeamError::Fenced(what)),
@@ -160,24 +124,21 @@ impl Team {
     /// unchanged if this fails on the way.
     pub fn start(
         &self,
-        start: &Start,
-        position: Position,
-        layout: &StateLayout,
-        fresh: &dyn Fn() -> State,
-        held: &mut Option<(State, Carried)>,
-        device: Device,
+        assignment: &Assignment,
+        model: &Model,
+        fresh: impl FnOnce() -> State,
+        held: &mut Option<Held>,
     ) -> Result<(), TeamError> {
-        match start {
-            Start::Fresh => {
-                *held = Some((fresh(), Carried::default()));
-            }
+        let position = assignment.group.position;
+        match &assignment.group.start {
+            Start::Fresh => *held = Some(Held { state: fresh(), pending: Pending::new(model) }),
             // After a loss the survivors mostly hold the same state already.
             Start::Healed(_) if self.all_hold(position, held.as_ref())? => return Ok(()),
             Start::Healed(source) | Start::Checkpoint(source, _) => {
-                self.broadcast(source.0 as usize, layout, held, device)?;
+                self.broadcast(source.0 as usize, model, held)?;
             }
         }
-        let Some((state, _)) = held else {
+        let Some(Held { state, .. }) = held else {
             return Err(TeamError::Diverged("the source of the state has none".to_string()));
         };
         if state.counters.position != position {
@@ -188,68 +149,70 @@ impl Team {
     }
 
     /// Whether all members hold the same state, at the given update index. All members get the same answer.
-    fn all_hold(&self, position: Position, held: Option<&(State, Carried)>) -> Result<bool, TeamError> {
-        let held = held.filter(|(state, _)| state.counters.position == position);
-        let own = held.map_or(Ok([u64::MAX; 4]), |(state, _)| summary(state))?;
+    fn all_hold(&self, position: Position, held: Option<&Held>) -> Result<bool, TeamError> {
+        let held = held.filter(|held| held.state.counters.position == position);
+        let own = held.map_or(Ok([u64::MAX; 4]), |held| summary(&held.state))?;
         let other = self.first_other(&own)?;
         Ok(held.is_some() && other.is_none())
     }
 
-    fn broadcast(
-        &self,
-        source: usize,
-        layout: &StateLayout,
-        held: &mut Option<(State, Carried)>,
-        device: Device,
-    ) -> Result<(), TeamError> {
-        if self.shards.world_size() == 1 {
+    /// Sends the source's state to all members, with the counters and the pending report in words behind it.
+    fn broadcast(&self, source: usize, model: &Model, held: &mut Option<Held>) -> Result<(), TeamError> {
+        let Peers { group, timeout, shards, device } = &self.peers;
+        if shards.world_size() == 1 {
             return Ok(());
         }
-        let mut spare = Buffer::zeros(layout.len + TAIL, Kind::Float, device)?;
+        let (len, words) = (model.layout.len, Pending::words(model));
+        // A word is as long as two floats.
+        let mut spare = Buffer::zeros(len + align(2 * words), Kind::Float, *device)?;
         // Numbered by generation: the source is about to send, a receiver has received and not taken over
         // yet.
-        if self.shards.rank == source {
+        if shards.rank == source {
             failpoint::reached("heal-source", self.generation);
         }
-        if let Some((state, carried)) = held.as_ref().filter(|_| self.shards.rank == source) {
-            let tail = carried.to_tensor(state.counters, c10d::aten::fingerprint(&state.flat, 0)?);
+        if let Some(Held { state, pending }) = held.as_ref().filter(|_| shards.rank == source) {
+            let words = pending.to_words(state.counters, c10d::aten::fingerprint(&state.flat, 0)?);
+            let bytes: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
+            let words = Tensor::from_slice(&bytes).view_dtype(Kind::Float);
             spare.update(|spare| {
-                narrow(spare, 0..layout.len).copy_(&state.flat);
-                narrow(spare, layout.len..layout.len + TAIL).copy_(&tail);
+                narrow(spare, 0..len).copy_(&state.flat);
+                narrow(spare, len..len + words.numel()).copy_(&words);
             });
         }
         // Bounded by the timeout of reduces; an abort of the group ends the wait at once.
-        let spare = self.group.broadcast(spare, source)?.wait(self.timeout)?;
-        let tail = narrow(spare.tensor(), layout.len..layout.len + TAIL).to_device(Device::Cpu);
-        let (counters, carried, fingerprint) = Carried::from_tensor(&tail);
-        let received = narrow(spare.tensor(), 0..layout.len);
+        let spare = group.broadcast(spare, source)?.wait(*timeout)?;
+        let received = narrow(spare.tensor(), 0..len);
+        let bytes =
+            narrow(spare.tensor(), len..len + 2 * words).to_device(Device::Cpu).view_dtype(Kind::Uint8);
+        let bytes = Vec::<u8>::try_from(bytes).expect("bytes on the CPU");
+        let (words, _) = bytes.as_chunks();
+        let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        let told = Pending::from_words(&words);
+        let (counters, fingerprint, pending) =
+            told.ok_or_else(|| TeamError::Diverged("a broadcast report is damaged".to_string()))?;
         if c10d::aten::fingerprint(&received, 0)? != fingerprint {
             return Err(TeamError::Diverged("a broadcast state does not have its fingerprint".to_string()));
         }
-        if self.shards.rank != source {
+        if shards.rank != source {
             failpoint::reached("heal", self.generation);
         }
-        let (state, known) =
-            held.get_or_insert_with(|| (State::zeros(layout.clone(), device), Carried::default()));
-        no_grad(|| state.flat.copy_(&received));
-        (state.counters, *known) = (counters, carried);
+        let held = held.get_or_insert_with(|| {
+            let state = State::zeros(model.layout.clone(), *device);
+            Held { state, pending: Pending::new(model) }
+        });
+        no_grad(|| held.state.flat.copy_(&received));
+        (held.state.counters, held.pending) = (counters, pending);
         Ok(())
     }
 
-    /// Returns the all-reduce of a network's gradients.
-    pub fn all_reduce(&mut self, module: Module) -> &mut AllReduce {
-        match module {
-            Module::Generator => &mut self.generator,
-            Module::Discriminator => &mut self.discriminator,
-        }
+    /// Assignment of data shards to ranks.
+    pub fn shards(&self) -> &ShardMap {
+        &self.peers.shards
     }
 
-    /// The layout of a network's gradients.
-    pub fn leaf_layout(&self, module: Module) -> &GradLayout {
-        match module {
-            Module::Generator => self.generator.layout(),
-            Module::Discriminator => self.discriminator.layout(),
-        }
+    /// Returns the all-reduce of a phase's gradients.
+    pub fn all_reduce(&mut self, model: &Model, phase: Phase) -> &mut AllReduce {
+        &mut self.all_reduces[model.layout_of(phase)]
     }
 
     /// Fails unless all members have the same words.
@@ -258,7 +221,7 @@ impl Team {
             None => Ok(()),
             Some(rank) => Err(TeamError::Diverged(format!(
                 "rank {rank} and rank {} differ in their {what} at the start of generation {}",
-                self.shards.rank, self.generation
+                self.peers.shards.rank, self.generation
             ))),
         }
     }
@@ -266,11 +229,11 @@ impl Team {
     /// Returns the first rank whose words differ from this one's.
     fn first_other(&self, words: &[u64]) -> Result<Option<usize>, TeamError> {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let mut own = Buffer::zeros(bytes.len(), Kind::Uint8, self.generator.device())?;
+        let Peers { group, timeout, shards, device } = &self.peers;
+        let mut own = Buffer::zeros(bytes.len(), Kind::Uint8, *device)?;
         own.update(|own| own.copy_(&Tensor::from_slice(&bytes)));
-        let all =
-            Buffer::zeros(bytes.len() * self.shards.world_size(), Kind::Uint8, self.generator.device())?;
-        let (_, all) = self.group.all_gather(own, all)?.wait(self.timeout)?;
+        let all = Buffer::zeros(bytes.len() * shards.world_size(), Kind::Uint8, *device)?;
+        let (_, all) = group.all_gather(own, all)?.wait(*timeout)?;
         let all = Vec::<u8>::try_from(all.tensor().to_device(Device::Cpu)).expect("bytes on the CPU");
         Ok(all.chunks_exact(bytes.len()).position(|theirs| theirs != bytes))
     }
@@ -365,59 +328,4 @@ fn identity(session: &Session, assignment: &Assignment, term: Term) -> [u64; 5] 
         assignment.group.members.iter().flat_map(|member| member.worker.0.to_le_bytes()).collect();
     let group = &assignment.group;
     [hash(welcome.run.as_bytes()), term.0, group.generation.0, group.position.0, hash(&members)]
-}
-
-impl Carried {
-    /// Takes the loss and D outputs of a phase from its reduced gradient.
-    pub fn note(&mut self, module: Module, layout: &GradLayout, mean: &Tensor) {
-        let told = narrow(mean, layout.loss()..layout.scores().end).to_device(Device::Cpu);
-        let told = Vec::<f32>::try_from(told).unwrap_or_default();
-        let [loss, real, fake] = told.try_into().unwrap_or([f32::NAN; 3]);
-        match module {
-            Module::Generator => self.losses[1] = loss,
-            Module::Discriminator => (self.losses[0], self.scores) = (loss, [real, fake]),
-        }
-    }
-
-    /// The scalars of a row.
-    pub fn scalars(&self) -> Scalars {
-        let names = ["loss_discriminator", "loss_generator", "score_real", "score_fake"];
-        let values = self.losses.iter().chain(&self.scores).map(|value| f64::from(*value));
-        names.into_iter().zip(values).collect()
-    }
-
-    fn to_tensor(self, counters: Counters, fingerprint: u64) -> Tensor {
-        let mut bytes = Vec::with_capacity(4 * TAIL);
-        for word in [counters.position.0, counters.ledger, counters.skipped, fingerprint] {
-            bytes.extend(word.to_le_bytes());
-        }
-        self.losses.iter().for_each(|loss| bytes.extend(loss.to_le_bytes()));
-        let Circumstances { generation, world_size, images_per_second, time } = self.newest;
-        bytes.extend(generation.to_le_bytes());
-        bytes.extend(world_size.to_le_bytes());
-        bytes.extend(images_per_second.to_le_bytes());
-        bytes.extend(time.to_le_bytes());
-        self.scores.iter().for_each(|score| bytes.extend(score.to_le_bytes()));
-        bytes.resize(4 * TAIL, 0);
-        Tensor::from_slice(&bytes).view_dtype(Kind::Float)
-    }
-
-    fn from_tensor(tensor: &Tensor) -> (Counters, Carried, u64) {
-        let bytes = Vec::<u8>::try_from(tensor.view_dtype(Kind::Uint8)).expect("bytes on the CPU");
-        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
-        let half = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
-        let float = |at: usize| f32::from_bits(half(at));
-        let counters = Counters { position: Position(word(0)), ledger: word(8), skipped: word(16) };
-        let newest = Circumstances {
-            generation: word(40),
-            world_size: half(48),
-            images_per_second: float(52),
-            time: f64::from_bits(word(56)),
-        };
-        (
-            counters,
-            Carried { losses: [float(32), float(36)], scores: [float(64), float(68)], newest },
-            word(24),
-        )
-    }
 }

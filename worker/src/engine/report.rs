@@ -1,0 +1,300 @@
+//! Reports of a finished step: the metrics row, the sample grid, the checkpoint, the evaluation.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use ganglion_membership::{Position, Rank, Start};
+use ganglion_proto::job::Job;
+use ganglion_proto::message::{Assignment, GpuUse, MetricsRow};
+use tch::{Device, Tensor};
+
+use super::checkpoint_writer::Order;
+use super::generation::TeamError;
+use super::profile::Laps;
+use super::trainer::{Held, Rest, Trainer};
+use crate::checkpoint::Snapshot;
+use crate::nn::tensor_bytes::to_bytes;
+use crate::objective::{Model, Phase, ScalarRole};
+use crate::state::{Counters, State, narrow};
+
+/// Pending report: what a member needs to report a step's row. It is broadcast with the state, and no part
+/// of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pending {
+    /// Newest mean of each reported scalar, in the order of [`Model::reported`], for the row of a step that
+    /// a change of the group cut in two.
+    scalars: Vec<f64>,
+    /// Circumstances of the newest step with a row, for a member that was synchronised past its end and may
+    /// have to report it.
+    newest: Circumstances,
+}
+
+/// Circumstances in which a step with a row was committed.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Circumstances {
+    /// Generation that committed the step; 0 if unknown.
+    generation: u64,
+    /// World size of that generation.
+    world_size: u32,
+    /// Real images consumed per second since the row before.
+    images_per_second: f64,
+    /// Time of the commit, in seconds since the Unix epoch.
+    time: f64,
+}
+
+impl Pending {
+    /// Nothing to report yet.
+    pub fn new(model: &Model) -> Pending {
+        Pending { scalars: vec![0.0; model.reported().len()], newest: Circumstances::default() }
+    }
+
+    /// Takes the reported scalars of a phase from its reduced gradient.
+    pub fn note(&mut self, model: &Model, phase: Phase, mean: &Tensor) {
+        let layout = model.gradient(phase);
+        let means = narrow(mean, layout.scalar_range()).to_device(Device::Cpu);
+        let means = Vec::<f32>::try_from(means).expect("floats on the CPU");
+        for (scalar, mean) in layout.scalars().iter().zip(means) {
+            let place = model.reported().iter().position(|name| *name == scalar.name);
+            if let (Some(place), false) = (place, scalar.role == ScalarRole::Internal) {
+                self.scalars[place] = f64::from(mean);
+            }
+        }
+    }
+
+    /// Number of words of [`to_words`](Self::to_words).
+    pub fn words(model: &Model) -> usize {
+        Pending::new(model).to_words(Counters::default(), 0).len()
+    }
+
+    /// Encodes the report, with the counters and the fingerprint of the state that it goes with.
+    pub fn to_words(&self, counters: Counters, fingerprint: u64) -> Vec<u64> {
+        let Counters { position, ledger, skipped } = counters;
+        let Circumstances { generation, world_size, images_per_second, time } = self.newest;
+        let fixed = [position.0, ledger, skipped, fingerprint, generation, u64::from(world_size)];
+        let floats = [images_per_second, time].into_iter().chain(self.scalars.iter().copied());
+        fixed.into_iter().chain(floats.map(f64::to_bits)).collect()
+    }
+
+    /// Decodes what [`to_words`](Self::to_words) encoded; `None` for anything else.
+    pub fn from_words(words: &[u64]) -> Option<(Counters, u64, Pending)> {
+        let [position, ledger, skipped, fingerprint, generation, world_size, pace, time, scalars @ ..] =
+            words
+        else {
+            return None;
+        };
+        let counters = Counters { position: Position(*position), ledger: *ledger, skipped: *skipped };
+        let newest = Circumstances {
+            generation: *generation,
+            world_size: u32::try_from(*world_size).ok()?,
+            images_per_second: f64::from_bits(*pace),
+            time: f64::from_bits(*time),
+        };
+        let scalars = scalars.iter().map(|word| f64::from_bits(*word)).collect();
+        Some((counters, *fingerprint, Pending { scalars, newest }))
+    }
+}
+
+/// Reports due on the state after a step.
+#[derive(Clone, Copy, Default)]
+struct Due {
+    checkpoint: bool,
+    samples: bool,
+    evaluation: bool,
+}
+
+/// Throughput since the last row of metrics.
+pub struct Pace {
+    since: Instant,
+    steps: u64,
+}
+
+impl Pace {
+    /// Starts to measure.
+    pub fn start() -> Pace {
+        Pace { since: Instant::now(), steps: 0 }
+    }
+
+    /// Returns the circumstances of the step that was just committed.
+    fn circumstances(&self, assignment: &Assignment, job: &Job) -> Circumstances {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let seconds = self.since.elapsed().as_secs_f64().max(1e-9);
+        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // a rate for people
+        let images_per_second = ((self.steps * job.samples_per_step()) as f64 / seconds) as f32;
+        Circumstances {
+            generation: assignment.group.generation.0,
+            world_size: u32::try_from(assignment.group.members.len()).unwrap_or(u32::MAX),
+            images_per_second: f64::from(images_per_second),
+            time: now.as_secs_f64(),
+        }
+    }
+}
+
+impl Trainer {
+    /// Makes up for reports that a change of the group cut short: a member that was synchronised past the
+    /// end of a step did not report it, and one that was lost did not save its share of a checkpoint.
+    pub(super) fn catch_up(&self, assignment: &Assignment, held: &Held) {
+        let (step, phase) = self.model.place(held.state.counters.position);
+        self.session.report_kept(Rank(assignment.rank), step);
+        self.evaluations.take_over();
+        let samples = self.data.len() as u64;
+        let at_the_end_of_a_step = phase.index == 0 && (1..self.job.last_step(samples)).contains(&step);
+        if at_the_end_of_a_step && matches!(assignment.group.start, Start::Healed(_)) {
+            if self.job.metrics_due(step, samples) && held.pending.newest.generation > 0 {
+                // The source of this member's state has reported the row, and may be gone before it was
+                // recorded.
+                self.session.report_unless_kept(Rank(assignment.rank), self.row(held));
+            }
+            self.save(assignment, &held.state, self.due(step));
+        } else if at_the_end_of_a_step {
+            // Of the last group's states perhaps only the saved one is left: its evaluation may still be
+            // missing.
+            let due = Due { evaluation: self.due(step).evaluation, ..Due::default() };
+            self.save(assignment, &held.state, due);
+        }
+    }
+
+    /// Reports a finished step: metrics, samples, checkpoints. Waits only while too many rows are unrecorded
+    /// or too many checkpoints are unwritten.
+    pub(super) fn report(
+        &self,
+        assignment: &Assignment,
+        held: &mut Held,
+        pace: &mut Pace,
+        laps: &mut Laps,
+        stopping: bool,
+    ) {
+        let samples = self.data.len() as u64;
+        let step = self.model.steps(held.state.counters.position);
+        pace.steps += 1;
+        if self.job.metrics_due(step, samples) || stopping {
+            held.pending.newest = pace.circumstances(assignment, &self.job);
+            let name = |network| self.model.layout.network(network).name.to_string();
+            let profile = laps.take(pace.steps).map(|(network, profile)| (name(network), profile)).collect();
+            let GpuUse { memory_bytes, utilisation } = self.session.gpu_use();
+            let row = MetricsRow {
+                profile,
+                gpu_memory_bytes: memory_bytes,
+                gpu_utilisation: utilisation,
+                ..self.row(held)
+            };
+            self.session.report(Rank(assignment.rank), row);
+            self.session.wait_for_room(assignment.group.generation);
+            self.track.flush();
+            *pace = Pace::start();
+        }
+        // The last state, of the job or before a stop, is saved by `finish`.
+        let last = stopping || step == self.job.last_step(samples);
+        if !last {
+            self.save(assignment, &held.state, self.due(step));
+        }
+    }
+
+    /// Returns the reports due after `step` steps.
+    fn due(&self, step: u64) -> Due {
+        let samples = self.data.len() as u64;
+        Due {
+            checkpoint: self.job.checkpoint_due(step, samples),
+            samples: self.job.sample_due(step, samples),
+            evaluation: self.job.evaluation_due(step, samples),
+        }
+    }
+
+    /// Returns the row of the step that a state ends.
+    fn row(&self, held: &Held) -> MetricsRow {
+        let Held { state, pending } = held;
+        let step = self.model.steps(state.counters.position);
+        let Circumstances { generation, world_size, images_per_second, time } = pending.newest;
+        let images_seen = step * self.job.samples_per_step();
+        #[allow(clippy::cast_precision_loss)] // counts of images are far below 2^53
+        let epoch = images_seen as f64 / self.data.len() as f64;
+        MetricsRow {
+            step,
+            images_seen,
+            ledger: state.counters.ledger,
+            skipped: state.counters.skipped,
+            scalars: self.model.reported().iter().cloned().zip(pending.scalars.iter().copied()).collect(),
+            epoch,
+            time,
+            generation,
+            world_size,
+            images_per_second,
+            ..MetricsRow::default()
+        }
+    }
+
+    fn save(&self, assignment: &Assignment, state: &State, due: Due) {
+        let files = if due.checkpoint { self.files_to_write(assignment) } else { Vec::new() };
+        // Every member could draw the same grid and evaluate the same samples: rank 0 does.
+        let is_first = assignment.rank == 0;
+        let samples = due.samples && is_first;
+        if files.is_empty() && !samples && !due.evaluation {
+            return;
+        }
+        let snapshot = Arc::new(self.snapshot(state));
+        if due.evaluation {
+            self.evaluations.push(snapshot.clone(), is_first);
+        }
+        if !files.is_empty() || samples {
+            let generation = assignment.group.generation;
+            self.archive.push(Order { generation, snapshot, files, samples });
+        }
+    }
+
+    /// Copies a state to host memory.
+    pub(super) fn snapshot(&self, state: &State) -> Snapshot {
+        let (step, phase) = self.model.place(state.counters.position);
+        Snapshot { step, phase: phase.index, flat: to_bytes(&state.flat), counters: state.counters }
+    }
+
+    /// Returns this member's share of a checkpoint's files: they are dealt to all members that see the
+    /// storage.
+    fn files_to_write(&self, assignment: &Assignment) -> Vec<usize> {
+        let members = &assignment.group.members;
+        if !members[assignment.rank as usize].writes_parts {
+            return Vec::new();
+        }
+        let writers = members.iter().filter(|member| member.writes_parts).count();
+        let before = members[..assignment.rank as usize].iter().filter(|member| member.writes_parts);
+        let first = before.count();
+        (first..self.model.file_count(self.job.job.data_shards)).step_by(writers).collect()
+    }
+
+    /// Saves the last state and waits until it is stored, or the group is given up.
+    pub(super) fn finish(
+        &self,
+        assignment: &Assignment,
+        state: &State,
+        complete: bool,
+    ) -> Result<Rest, TeamError> {
+        let samples = complete && self.job.sample.every_steps != 0;
+        let evaluation = self.due(self.model.steps(state.counters.position)).evaluation;
+        self.save(assignment, state, Due { checkpoint: true, samples, evaluation });
+        let generation = assignment.group.generation;
+        let left = || self.session.end().is_some() || self.session.is_aborted(generation);
+        if !self.archive.drain(left) {
+            // The members of the next group save this state again.
+            return Ok(Rest::Aborted);
+        }
+        // If the member that makes the last evaluation is lost, the others are still here to make it.
+        self.evaluations.drain(left);
+        Ok(Rest::Finished { complete })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pending_report_comes_out_as_it_went_in() {
+        let newest =
+            Circumstances { generation: 7, world_size: 3, images_per_second: 0.1, time: 1_753_000_000.25 };
+        for scalars in [vec![], vec![0.5, f64::NEG_INFINITY, -0.0]] {
+            let pending = Pending { scalars, newest };
+            let counters = Counters { position: Position(5), ledger: u64::MAX, skipped: 2 };
+            let words = pending.to_words(counters, 9);
+            assert_eq!(Pending::from_words(&words), Some((counters, 9, pending)));
+        }
+        assert_eq!(Pending::from_words(&[0; 7]), None);
+    }
+}

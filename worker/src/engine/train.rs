@@ -1,0 +1,293 @@
+//! The loop: update by update, until the job or the group ends.
+
+use std::time::Instant;
+
+use ganglion_membership::{Activity, PlanKind, Position};
+use ganglion_proto::message::{Assignment, FromWorker};
+use ganglion_proto::trace::Nothing;
+use ganglion_proto::{failpoint, log};
+use tch::Tensor;
+
+use super::commit::{commit, skip};
+use super::finite::{Rules, Verdict, judge};
+use super::generation::{Team, TeamError};
+use super::profile::{Laps, Part, Place};
+use super::reduce::{Header, Reduced};
+use super::report::Pace;
+use super::trainer::{Held, Rest, Trainer};
+use crate::data::{Batch, DataError, Plan, Prefetcher};
+use crate::device;
+use crate::objective::{Compute, Phase, Reads, ShardAt, ShardBatch};
+
+/// Number of batches read ahead.
+const READ_AHEAD: usize = 4;
+
+/// Loop state of one generation.
+struct Course<'a> {
+    compute: Box<dyn Compute + 'a>,
+    /// Timings of the phases' parts.
+    laps: Laps,
+    batches: Prefetcher,
+    /// Fingerprint of the parameters that the last commit updated.
+    fingerprint: u64,
+    /// Samples of a phase before, kept while a later phase of the step reads the same.
+    same: Option<Samples>,
+    /// Samples of the next step, of which a part was computed during the wait for the other ranks.
+    ahead: Option<Samples>,
+}
+
+/// The real samples of a phase.
+struct Samples {
+    batch: Batch,
+    /// By shard: (shards, b, c, h, w).
+    images: Tensor,
+    /// By shard: (shards, b), where the data set has labels.
+    classes: Option<Tensor>,
+}
+
+impl Samples {
+    /// Returns a shard's samples, by its index among this rank's shards. They are copied: the address they
+    /// start at must not depend on how shards are dealt, since kernels may look at alignment.
+    fn of_shard(&self, place: u32) -> ShardBatch {
+        let own = |all: &Tensor| all.get(i64::from(place)).copy();
+        ShardBatch { images: own(&self.images), classes: self.classes.as_ref().map(own) }
+    }
+}
+
+impl Trainer {
+    /// Trains from the held state on, until the job or the group ends.
+    pub(super) fn train_with(
+        &self,
+        assignment: &Assignment,
+        team: &mut Team,
+        held: &mut Held,
+    ) -> Result<Rest, TeamError> {
+        self.catch_up(assignment, held);
+        let last_step = self.job.last_step(self.data.len() as u64);
+        let at = Place { generation: team.generation, rank: assignment.rank };
+        let mut course = Course {
+            compute: self.model.objective.begin(),
+            laps: Laps::start(self.track.clone(), at, self.model.phases()),
+            batches: self.read_ahead(team, held.state.counters.position, last_step),
+            fingerprint: 0,
+            same: None,
+            ahead: None,
+        };
+        let (mut pace, mut agreed) = (Pace::start(), None);
+        let (mut step, mut phase) = self.model.place(held.state.counters.position);
+        // A stop is at the end of a step.
+        while step < last_step && (agreed != Some(PlanKind::Stop) || phase.index > 0) {
+            let plan = self.run_phase(team, held, phase, &mut course)?;
+            agreed = plan.or(agreed);
+            (step, phase) = self.model.place(held.state.counters.position);
+            if phase.index == 0 {
+                let stopping = agreed == Some(PlanKind::Stop);
+                self.report(assignment, held, &mut pace, &mut course.laps, stopping);
+            }
+            if agreed == Some(PlanKind::Regroup) {
+                return Ok(Rest::Planned);
+            }
+        }
+        course.laps.rest();
+        self.track.during("save", Nothing {}, || self.finish(assignment, &held.state, step == last_step))
+    }
+
+    /// Runs one phase: the gradients of this rank's shards, the mean over all shards, the update. Returns
+    /// the planned change that all members agree on.
+    fn run_phase(
+        &self,
+        team: &mut Team,
+        held: &mut Held,
+        phase: Phase,
+        course: &mut Course<'_>,
+    ) -> Result<Option<PlanKind>, TeamError> {
+        let position = held.state.counters.position;
+        let step = self.model.steps(position);
+        course.laps.begin(phase, self.model.network(phase), step + 1, position.0);
+        log::note("step", step + 1);
+        let samples = self.samples(phase, course)?;
+        course.laps.lap(Part::Data);
+        let plan = self.session.plan();
+        // Samples that were read before are in the sample checksum already.
+        let counted = samples.as_ref().filter(|_| phase.reads == Reads::Next);
+        let header = Header {
+            generation: team.generation,
+            position: position.0,
+            fingerprint: course.fingerprint,
+            plan: plan.map_or(0, |plan| plan.number),
+            ledger: counted.map_or(0, |samples| samples.batch.ledger),
+        };
+        let (shards, all_reduce) = (team.shards().own(), team.all_reduce(&self.model, phase));
+        all_reduce.begin()?;
+        self.session.set_activity(Activity::Computing);
+        for shard in shards.clone() {
+            let batch = samples.as_ref().map(|samples| samples.of_shard(shard - shards.start));
+            let (at, mut grad) = (ShardAt { phase, step, shard }, all_reduce.buffer());
+            let computed = course.compute.gradient(at, &held.state, batch.as_ref(), &mut grad);
+            computed.map_err(TeamError::Compute)?;
+            if let Some(log) = &self.gradient_log {
+                log.record(position.0, at, self.model.network(phase), &grad)?;
+            }
+            self.session.leaf_done(course.laps.leaf(shard));
+            all_reduce.add(shard, grad);
+        }
+        course.laps.lap(Part::Compute);
+        // The header carries the fingerprint of the last commit: other ranks detect a divergence before
+        // they commit this phase.
+        all_reduce.send(header)?;
+        if all_reduce.has_peers() {
+            course.laps.lap(Part::Other);
+            self.look_ahead(held, phase, shards.start, course)?;
+            course.laps.lap(Part::Compute);
+            self.session.set_activity(Activity::Waiting);
+        }
+        let reduced = all_reduce.wait(&mut course.laps)?;
+        course.laps.lap(Part::Other);
+        // Past the lease the coordinator may have formed another group: nothing more may be committed.
+        if !self.session.may_commit() {
+            return Err(c10d::Error::Aborted.into());
+        }
+        course.fingerprint = self.update(team, held, phase, &reduced)?;
+        course.laps.lap(Part::Commit);
+        self.put_away(samples, phase, course);
+        // The plan as it went into the header: a newer one may be here by now.
+        Ok(plan.filter(|plan| plan.number == reduced.agreed_plan).map(|plan| plan.kind))
+    }
+
+    /// Updates the state by a phase's reduced gradient, or skips the phase where that is not finite.
+    /// Returns the fingerprint of the updated parameters.
+    fn update(
+        &self,
+        team: &Team,
+        held: &mut Held,
+        phase: Phase,
+        reduced: &Reduced,
+    ) -> Result<u64, TeamError> {
+        let (model, Held { state, pending }) = (&self.model, held);
+        // Numbered by update index: this member has all parts of the phase and may be the only one; then it
+        // is one update ahead.
+        failpoint::reached("commit", state.counters.position.0);
+        let rules = Rules { policy: self.job.job.non_finite, skips: &team.skips };
+        match judge(rules, model, phase, state.counters, &reduced.mean)? {
+            Verdict::Commit => commit(model, state, phase, &reduced.mean, reduced.ledger)?,
+            Verdict::End(fault) => return Err(fault.into()),
+            Verdict::Skip(detail) => {
+                self.session.send(FromWorker::PhaseSkipped(state.counters.position, detail));
+                skip(model, state, phase, reduced.ledger);
+            }
+        }
+        let position = state.counters.position;
+        failpoint::reached("committed", position.0);
+        pending.note(model, phase, &reduced.mean);
+        let fingerprint = c10d::aten::fingerprint(state.parameters(phase.network), position.0)?;
+        self.session.set_position(position);
+        Ok(fingerprint)
+    }
+
+    /// Computes a part of the next step's gradient before a step's last update, if its samples have
+    /// arrived.
+    fn look_ahead(
+        &self,
+        held: &Held,
+        under_way: Phase,
+        shard: u32,
+        course: &mut Course<'_>,
+    ) -> Result<(), TeamError> {
+        if !self.model.is_last(under_way) || !course.compute.looks_ahead() {
+            return Ok(());
+        }
+        let Some(batch) = course.batches.try_next() else { return Ok(()) };
+        let samples = self.samples_of(batch);
+        let step = self.model.steps(held.state.counters.position) + 1;
+        let at = ShardAt { phase: self.model.phases()[0], step, shard };
+        let computed = course.compute.look_ahead(at, &held.state, &samples.of_shard(0));
+        computed.map_err(TeamError::Compute)?;
+        course.ahead = Some(samples);
+        Ok(())
+    }
+
+    fn read_ahead(&self, team: &Team, position: Position, end_step: u64) -> Prefetcher {
+        let (step, phase) = self.model.place(position);
+        // In the middle of a step perhaps only phases are left that read nothing, or again what was read
+        // before.
+        let (first_step, first_phase) = match self.model.next_reader(phase.index) {
+            Some(reader) => (step, self.model.batch_of(reader)),
+            None => (step + 1, 0),
+        };
+        let plan = Plan {
+            seed: self.job.job.seed,
+            data_shards: self.job.job.data_shards,
+            shard_batch: self.job.job.shard_batch,
+            phases: self.model.batches_per_step(),
+            shards: team.shards().own(),
+            first_step,
+            first_phase,
+            end_step,
+            depth: READ_AHEAD,
+            changes: self.data.changes(&self.job),
+        };
+        Prefetcher::start_with(self.data.clone(), plan, device::upload(self.device))
+    }
+
+    /// Returns the samples of a phase, if it reads any.
+    fn samples(&self, phase: Phase, course: &mut Course<'_>) -> Result<Option<Samples>, TeamError> {
+        let known = match phase.reads {
+            Reads::Nothing => return Ok(None),
+            Reads::Same => course.same.take(),
+            Reads::Next => course.ahead.take(),
+        };
+        match known {
+            Some(samples) => Ok(Some(samples)),
+            // This also reads the same samples again, for a group that begins in the middle of a step.
+            None => Ok(Some(self.samples_of(self.next_batch(&mut course.batches)?))),
+        }
+    }
+
+    /// Keeps samples for a later phase of the step, or recycles their memory.
+    fn put_away(&self, samples: Option<Samples>, phase: Phase, course: &mut Course<'_>) {
+        let Some(samples) = samples else { return };
+        let next = self.model.next_reader(phase.index + 1);
+        if next.is_some_and(|next| next.reads == Reads::Same) {
+            course.same = Some(samples);
+        } else {
+            course.batches.recycle(samples.batch);
+        }
+    }
+
+    /// Returns the next batch as soon as it is read. Data that is late is no member's fault: the wait
+    /// counts as a pause, and a warning is logged.
+    fn next_batch(&self, batches: &mut Prefetcher) -> Result<Batch, DataError> {
+        if let Some(batch) = batches.try_next() {
+            return Ok(batch);
+        }
+        let _pause = self.session.pause();
+        let (since, limit) = (Instant::now(), self.session.limits().deadline);
+        if !batches.wait(limit) {
+            tracing::warn!("the data do not come: waiting for {} s for the next batch", limit.as_secs_f64());
+            let batch = batches.next();
+            tracing::warn!("the data come again, after {:.0} s", since.elapsed().as_secs_f64());
+            return batch;
+        }
+        batches.next()
+    }
+
+    /// Returns a batch's samples by shard.
+    fn samples_of(&self, batch: Batch) -> Samples {
+        let labels = (!batch.labels.is_empty()).then(|| Tensor::from_slice(&batch.labels));
+        let by_shard = |labels: Tensor| labels.view([-1, i64::from(self.job.job.shard_batch)]);
+        let classes = labels.map(|labels| by_shard(labels).to_device(self.device));
+        Samples { images: self.real_images(&batch), classes, batch }
+    }
+
+    /// Returns a batch's images by shard: (shards, b, c, h, w).
+    fn real_images(&self, batch: &Batch) -> Tensor {
+        let signed = |n: usize| i64::try_from(n).expect("an image is small");
+        let shape = self.data.shape();
+        let batch_size = i64::from(self.job.job.shard_batch);
+        let sizes = [-1, batch_size, signed(shape.channels), signed(shape.height), signed(shape.width)];
+        match &batch.uploaded {
+            Some(uploaded) => uploaded.view(sizes),
+            None => Tensor::from_slice(&batch.pixels).view(sizes).to_device(self.device),
+        }
+    }
+}

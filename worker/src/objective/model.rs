@@ -1,0 +1,165 @@
+//! An objective with the layouts that follow from it.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use ganglion_membership::Position;
+use ganglion_proto::job::Precision;
+use ganglion_proto::record::check_scalar;
+use ganglion_storage::Storage;
+
+use super::{GradLayout, Objective, Phase, Reads, ScalarRole, Unsuitable};
+use crate::checkpoint::{Files, WeightsFile, file_count};
+use crate::state::StateLayout;
+
+/// An objective, and what follows from it for a run: layouts in memory, names, counts.
+pub struct Model {
+    /// The objective.
+    pub objective: Arc<dyn Objective>,
+    /// Layout of the state.
+    pub layout: StateLayout,
+    weights: Option<WeightsFile>,
+    phases: Vec<Phase>,
+    /// Layouts of gradients, each once; and for each phase which of them it has.
+    gradients: Vec<GradLayout>,
+    layout_of: Vec<usize>,
+    reported: Vec<Cow<'static, str>>,
+}
+
+impl Model {
+    /// Lays an objective out, for passes of a precision.
+    pub fn new(objective: Arc<dyn Objective>, precision: Precision) -> Model {
+        let layout = StateLayout::new(&objective.networks(), &objective.own_tensors(), precision);
+        let phases = objective.phases();
+        let weights = objective.weights_file();
+        let (gradients, layout_of, reported) = (Vec::new(), Vec::new(), Vec::new());
+        let mut model = Model { objective, layout, weights, phases, gradients, layout_of, reported };
+        for phase in model.phases.clone() {
+            model.lay_out(phase);
+        }
+        for role in [ScalarRole::Loss, ScalarRole::Diagnostic] {
+            model.name(role);
+        }
+        model
+    }
+
+    /// Adds the layout of a phase's gradients.
+    fn lay_out(&mut self, phase: Phase) {
+        let network = self.layout.network(phase.network);
+        let (parameters, buffers) = (network.parameters.clone(), network.buffers.clone());
+        let (passes, scalars) = (self.objective.passes(phase), self.objective.scalars(phase));
+        let gradient = GradLayout::of(parameters, buffers, passes, scalars);
+        let known = self.gradients.iter().position(|known| *known == gradient);
+        self.layout_of.push(known.unwrap_or(self.gradients.len()));
+        if known.is_none() {
+            self.gradients.push(gradient);
+        }
+    }
+
+    /// Adds the names of the scalars of a role.
+    fn name(&mut self, role: ScalarRole) {
+        let scalars = self.gradients.iter().flat_map(GradLayout::scalars);
+        for scalar in scalars.filter(|scalar| scalar.role == role) {
+            if !self.reported.contains(&scalar.name) {
+                self.reported.push(scalar.name.clone());
+            }
+        }
+    }
+
+    /// Checks that rows of metrics can have the scalars.
+    ///
+    /// # Errors
+    /// A scalar has a name that no column can have.
+    pub fn check(&self) -> Result<(), Unsuitable> {
+        let check = |name: &Cow<'_, str>| check_scalar(name).map_err(|error| Unsuitable(error.to_string()));
+        self.reported.iter().try_for_each(check)
+    }
+
+    /// Writer and reader of the files of checkpoints.
+    pub fn files<'a>(&'a self, storage: &'a Storage, data_shards: u32) -> Files<'a> {
+        Files { storage, data_shards, layout: &self.layout, weights: self.weights.as_ref() }
+    }
+
+    /// Number of files of a checkpoint.
+    pub fn file_count(&self, data_shards: u32) -> usize {
+        file_count(&self.layout, self.weights.as_ref(), data_shards)
+    }
+
+    /// The updates of every step, in order.
+    pub fn phases(&self) -> &[Phase] {
+        &self.phases
+    }
+
+    /// Number of updates in a step.
+    pub fn phases_per_step(&self) -> u64 {
+        self.phases.len() as u64
+    }
+
+    /// Number of whole steps before an update index, and the phase of the update.
+    pub fn place(&self, position: Position) -> (u64, Phase) {
+        let phase = usize::try_from(position.0 % self.phases_per_step()).expect("a step has few phases");
+        (position.0 / self.phases_per_step(), self.phases[phase])
+    }
+
+    /// Number of whole steps before an update index.
+    pub fn steps(&self, position: Position) -> u64 {
+        position.0 / self.phases_per_step()
+    }
+
+    /// Whether a phase is a step's last.
+    pub fn is_last(&self, phase: Phase) -> bool {
+        phase.index as usize + 1 == self.phases.len()
+    }
+
+    /// The layouts of gradients, each once.
+    pub fn gradients(&self) -> &[GradLayout] {
+        &self.gradients
+    }
+
+    /// Index of a phase's layout among [`gradients`](Self::gradients).
+    pub fn layout_of(&self, phase: Phase) -> usize {
+        self.layout_of[phase.index as usize]
+    }
+
+    /// Layout of a phase's gradients.
+    pub fn gradient(&self, phase: Phase) -> &GradLayout {
+        &self.gradients[self.layout_of(phase)]
+    }
+
+    /// Name of the network that a phase updates.
+    pub fn network(&self, phase: Phase) -> &str {
+        &self.layout.network(phase.network).name
+    }
+
+    /// Number of updates of a phase's network before that phase of a step.
+    pub fn updates_before(&self, steps: u64, phase: Phase) -> u64 {
+        let count = |phases: &[Phase]| phases.iter().filter(|other| other.network == phase.network).count();
+        steps * count(&self.phases) as u64 + count(&self.phases[..phase.index as usize]) as u64
+    }
+
+    /// Names of the reported scalars, each once: losses, then diagnostics, in the order of a step.
+    pub fn reported(&self) -> &[Cow<'static, str>] {
+        &self.reported
+    }
+
+    /// Number of batches that a step reads.
+    pub fn batches_per_step(&self) -> u32 {
+        self.batches_before(self.phases.len())
+    }
+
+    /// Place of a phase's samples among the batches of a step.
+    pub fn batch_of(&self, phase: Phase) -> u32 {
+        let before = self.batches_before(phase.index as usize);
+        if phase.reads == Reads::Same { before.saturating_sub(1) } else { before }
+    }
+
+    fn batches_before(&self, index: usize) -> u32 {
+        let new = self.phases[..index].iter().filter(|phase| phase.reads == Reads::Next).count();
+        u32::try_from(new).expect("a step has few phases")
+    }
+
+    /// The first phase of a step from phase `index` on that reads samples.
+    pub fn next_reader(&self, index: u32) -> Option<Phase> {
+        self.phases[index as usize..].iter().copied().find(|phase| phase.reads != Reads::Nothing)
+    }
+}
