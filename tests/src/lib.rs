@@ -60,6 +60,7 @@ fn own_folder() -> PathBuf {
 fn build(release: bool) {
     let mut build = Command::new(env!("CARGO"));
     build.args(["build", "--quiet", "--locked", "-p", "ganglion-coordinator", "-p", "ganglion-worker"]);
+    build.args(["--bins", "--examples"]);
     if release {
         build.arg("--release");
     }
