@@ -7,7 +7,7 @@ use ganglion_membership::{Fault, LoadedFacts};
 use ganglion_proto::dial::Credentials;
 use ganglion_proto::job::{Data, Job};
 use ganglion_proto::log;
-use ganglion_proto::message::FromWorker;
+use ganglion_proto::message::{Assignment, FromWorker};
 use ganglion_proto::trace::{Nothing, Trace, Track};
 use serde_json::json;
 use tch::Device;
@@ -90,18 +90,8 @@ pub fn run(
                 return Err(track.during("save alone", Nothing {}, || alone(&trainer, &reason)));
             }
         };
-        let group = &assignment.group;
-        log::note("generation", group.generation.0);
-        log::note("rank", assignment.rank);
         trace.name(&format!("worker {}", session.welcome().worker));
-        tracing::info!(
-            "generation {}: rank {} of {} with data shards {:?} from position {}",
-            group.generation,
-            assignment.rank,
-            group.members.len(),
-            group.members[assignment.rank as usize].shards,
-            group.position,
-        );
+        tell_of(&assignment);
         let rest = trainer.take_part(&assignment);
         let failed = match &rest {
             Rest::Fault(Fault::Internal(detail)) => Some(detail.clone()),
@@ -125,6 +115,21 @@ fn introduce(session: &Session, trace: &Trace, track: &Track) {
     log::note("worker", welcome.worker.0);
     let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     track.instant("welcome", json!({ "time": time.as_secs_f64(), "term": welcome.term.0 }));
+}
+
+/// Logs an assignment, and notes it for later lines.
+fn tell_of(assignment: &Assignment) {
+    let group = &assignment.group;
+    log::note("generation", group.generation.0);
+    log::note("rank", assignment.rank);
+    tracing::info!(
+        "generation {}: rank {} of {} with data shards {:?} from position {}",
+        group.generation,
+        assignment.rank,
+        group.members.len(),
+        group.members[assignment.rank as usize].shards,
+        group.position,
+    );
 }
 
 /// Ends a worker whose coordinator does not come back: saves its state for the next one.

@@ -1,0 +1,162 @@
+//! What the engine takes from an objective: networks, phases, scalars and averages, of any number.
+#![allow(clippy::unwrap_used)] // a test may panic
+
+use std::sync::Arc;
+
+use c10d::aten::Adam;
+use ganglion_membership::Position;
+use ganglion_proto::job::Precision;
+use ganglion_worker::engine::commit::commit;
+use ganglion_worker::nn::{Init, TensorSpec};
+use ganglion_worker::objective::{
+    Compute, Model, NamedNetwork, NetworkId, Objective, Phase, Reads, ScalarRole, ScalarSpec, State,
+};
+use ganglion_worker::state::narrow;
+use tch::{Device, Kind, Tensor, no_grad};
+
+const ENCODER: NetworkId = NetworkId(0);
+const DECODER: NetworkId = NetworkId(1);
+const CRITIC: NetworkId = NetworkId(2);
+
+/// Three networks, two of them averaged, in five phases.
+struct Three;
+
+impl Objective for Three {
+    fn networks(&self) -> Vec<NamedNetwork> {
+        let network = |name: &'static str, average: Option<&'static str>| NamedNetwork {
+            name: name.into(),
+            parameters: vec![TensorSpec::parameter("weight".into(), &[3], Init::Constant(1.0))],
+            buffers: vec![TensorSpec::buffer("mean".into(), &[3], Init::Constant(0.0), 1.0)],
+            average: average.map(Into::into),
+        };
+        vec![
+            network("encoder", Some("slow_encoder")),
+            network("decoder", None),
+            network("critic", Some("slow_critic")),
+        ]
+    }
+
+    fn own_tensors(&self) -> Vec<TensorSpec> {
+        vec![TensorSpec::parameter("controller.gain".into(), &[2], Init::Constant(0.0))]
+    }
+
+    fn phases(&self) -> Vec<Phase> {
+        let phases = [
+            (ENCODER, Reads::Next),
+            (DECODER, Reads::Same),
+            (CRITIC, Reads::Nothing),
+            (ENCODER, Reads::Same),
+            (CRITIC, Reads::Next),
+        ];
+        (0..).zip(phases).map(|(index, (network, reads))| Phase { index, network, reads }).collect()
+    }
+
+    fn scalars(&self, phase: Phase) -> Vec<ScalarSpec> {
+        let loss = |name: &'static str| ScalarSpec::new(name, ScalarRole::Loss);
+        match phase.network {
+            ENCODER => vec![loss("reconstruction"), ScalarSpec::new("kl", ScalarRole::Diagnostic)],
+            DECODER => vec![loss("reconstruction")],
+            _ => vec![loss("critic"), ScalarSpec::new("margin", ScalarRole::Internal)],
+        }
+    }
+
+    fn begin(&self) -> Box<dyn Compute + '_> {
+        unreachable!("no gradient is computed here")
+    }
+
+    fn optimizer(&self, phase: Phase, _steps: u64) -> Adam {
+        let lr = if phase.network == DECODER { 0.0 } else { 0.5 };
+        Adam { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8 }
+    }
+
+    fn average_decay(&self, network: NetworkId, _steps: u64) -> f64 {
+        if network == ENCODER { 0.75 } else { 0.0 }
+    }
+
+    /// Keeps the count of updates, and the margin.
+    fn after_update(&self, phase: Phase, updates: u64, scalars: &Tensor, state: &State) {
+        if phase.network == CRITIC {
+            let _ = state.own(0).narrow(0, 0, 1).fill_(f64::from(u32::try_from(updates).unwrap()));
+            state.own(0).narrow(0, 1, 1).copy_(&scalars.narrow(0, 1, 1));
+        }
+    }
+
+    fn probe(&self, _shard_batch: u32) -> Box<dyn Objective> {
+        Box::new(Three)
+    }
+}
+
+fn model() -> Model {
+    Model::new(Arc::new(Three), Precision::Fp32)
+}
+
+#[test]
+fn phases_of_a_network_share_a_layout_and_scalars_are_named_once() {
+    let model = model();
+    assert_eq!(model.gradients().len(), 3);
+    let phases = model.phases();
+    assert_eq!(model.layout_of(phases[0]), model.layout_of(phases[3]));
+    assert_eq!(model.layout_of(phases[2]), model.layout_of(phases[4]));
+    assert_eq!(model.reported(), ["reconstruction", "critic", "kl"], "losses first");
+    model.check().unwrap();
+}
+
+#[test]
+fn positions_and_batches_follow_from_the_phases() {
+    let model = model();
+    let phases = model.phases();
+    assert_eq!(model.place(Position(7)), (1, phases[2]));
+    assert!(model.is_last(phases[4]) && !model.is_last(phases[3]));
+    assert_eq!(model.updates_before(2, phases[3]), 5);
+    assert_eq!(model.updates_before(2, phases[1]), 2);
+    assert_eq!(model.batches_per_step(), 2);
+    let readers = [Some(0), Some(1), Some(3), Some(3), Some(4), None];
+    for (index, reader) in (0..).zip(readers) {
+        assert_eq!(model.next_reader(index).map(|phase| phase.index), reader, "from phase {index}");
+    }
+    let batches: Vec<u32> = [0, 1, 3, 4].map(|phase| model.batch_of(phases[phase])).to_vec();
+    assert_eq!(batches, [0, 0, 0, 1]);
+}
+
+#[test]
+fn every_tensor_has_its_name() {
+    let names: Vec<String> = model().layout.tensors().into_iter().map(|tensor| tensor.name).collect();
+    let of = |name: &str| {
+        let tensors = [format!("{name}.weight"), format!("{name}.mean")];
+        let moment = |kind: &str| format!("optimizer.{name}.{kind}.weight");
+        [tensors.as_slice(), &[moment("exp_avg"), moment("exp_avg_sq")]].concat()
+    };
+    let averages = ["slow_encoder.weight", "slow_encoder.mean", "slow_critic.weight", "slow_critic.mean"];
+    let mut expected = [of("encoder"), of("decoder"), of("critic")].concat();
+    expected.extend(averages.map(String::from));
+    expected.push("controller.gain".to_string());
+    assert_eq!(names, expected);
+}
+
+/// Each average moves at the end of a step, by its own decay; the objective's own tensors by its hook.
+#[test]
+fn a_step_updates_each_network_and_average_by_what_the_objective_says() {
+    let model = model();
+    let mut state = State::initial(model.layout.clone(), 1, Device::Cpu);
+    let weight = |state: &State, network| state.parameters(network).double_value(&[0]);
+    let average = |state: &State, network| {
+        let range = state.layout.network(network).average_range().unwrap();
+        state.section(range).double_value(&[0])
+    };
+    for phase in model.phases() {
+        assert_eq!([average(&state, ENCODER), average(&state, CRITIC)], [1.0; 2], "before the step's end");
+        let layout = model.gradient(*phase);
+        let len = i64::try_from(layout.len()).unwrap();
+        let mean = Tensor::zeros([len], (Kind::Float, Device::Cpu));
+        let _ = no_grad(|| narrow(&mean, layout.gradient()).fill_(2.0));
+        let _ = no_grad(|| narrow(&mean, layout.scalar_range()).fill_(0.25));
+        commit(&model, &mut state, *phase, &mean, 1).unwrap();
+    }
+    // Adam moves by its rate in each of two updates of equal gradients.
+    assert!(weight(&state, ENCODER).abs() < 1e-6, "{}", weight(&state, ENCODER));
+    assert_eq!(weight(&state, DECODER), 1.0);
+    assert!((average(&state, ENCODER) - 0.75).abs() < 1e-6, "{}", average(&state, ENCODER));
+    assert_eq!(average(&state, CRITIC), weight(&state, CRITIC));
+    assert_eq!(Vec::<f32>::try_from(state.own(0)).unwrap(), [2.0, 0.25]);
+    assert_eq!((state.counters.position, state.counters.ledger), (Position(5), 5));
+}
