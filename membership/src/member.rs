@@ -278,17 +278,19 @@ impl<R: Row> Member<R> {
         self.lease
     }
 
+    /// Whether the coordinator has welcomed this connection.
+    pub fn is_connected(&self) -> bool {
+        matches!(self.link, Link::Open { .. })
+    }
+
+    /// Whether no more is to be heard or said.
+    pub fn is_closed(&self) -> bool {
+        matches!((&self.link, &self.stage), (Link::Closed, _) | (_, Stage::Ended))
+    }
+
     /// End of the worker's part in the run, if it has come.
     pub fn end(&self) -> Option<&End> {
         self.end.as_ref()
-    }
-
-    /// Whether the training thread was told to leave this generation.
-    pub fn is_aborted(&self, generation: Generation) -> bool {
-        match &self.stage {
-            Stage::Busy(part) => generation < part.group.generation || part.aborted,
-            _ => true,
-        }
     }
 
     // ---- The end

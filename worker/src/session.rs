@@ -5,72 +5,108 @@
 //! coordinator when the stream ends. The training thread asks for its next assignment when it is quiesced,
 //! and reads the newest plan at each reduce.
 //!
+//! The decisions are those of the protocol's [`Member`]: both threads tell it what happened, under one lock, and
+//! carry its commands out. What concerns the session's thread and the group's waits is done at once; the
+//! training thread takes its orders one by one.
+//!
 //! 1. An abort reaches the group of its generation even when it arrives before that group was formed.
-//! 2. Metrics rows and reports of written files are kept until the coordinator says that they are recorded.
-//! 3. Training goes on without a coordinator until the lease is over, and no further:
-//!    [`Session::may_commit`].
-//! 4. A worker refuses a coordinator of an older term than it has known, and one of another run.
-//! 5. A worker that its coordinator no longer knows gives its group up before it reports that it has
-//!    loaded.
+//! 2. Messages leave in the order in which the member wants them told.
+//! 3. The lease is asked for before each commit: [`Session::may_commit`].
 
 mod client;
+mod clock;
 pub mod gloo_tls;
-mod lease;
 pub mod monitor;
 mod probe;
 mod store;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use c10d::{Aborter, KeyValueStore};
+pub use ganglion_membership::member::End;
+use ganglion_membership::member::{self, Command, Event, Report};
 use ganglion_membership::{
-    Activity, Fault, Generation, Limits, LoadedFacts, Plan, Position, Progress, Rank, Rested, Term,
-    WrittenPart,
+    Activity, Fault, Generation, Limits, LoadedFacts, Member, Position, Progress, Rank, Term, WrittenPart,
 };
 use ganglion_proto::dial::Credentials;
 use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::found::Found;
-use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow, Resume, Welcome};
+use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow, Welcome};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
 use crate::device::gpu::GpuWatch;
 pub use client::{Connect, ConnectError, Connecting, Host};
-pub use lease::Clock;
-use lease::Lease;
+pub use clock::Clock;
 pub use probe::unreachable;
 use store::GrpcStore;
 
 use crate::session::gloo_tls::Tunnels;
 
-/// Number of recorded evaluations' steps that are remembered.
-const RECORDED_LIMIT: usize = 64;
-/// Maximum number of unrecorded rows that a worker keeps: about 60 MB.
-const ROWS_LIMIT: usize = 1 << 18;
 /// Interval at which a wait checks the conditions that do not wake it.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// End of a worker's part in a run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum End {
-    /// Released by the coordinator: the worker is no longer needed.
-    Released,
-    /// The run is complete: neither it nor another in its place is needed any more.
-    Complete,
-    /// Refused by the coordinator, with the reason.
-    Rejected(String),
-    /// The coordinator is gone for longer than the lease.
-    Lost(String),
+/// Order to the training thread. Each is documented at [`Command`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Order {
+    /// Drop the held state and everything still to be saved of it.
+    DropState,
+    /// Take up the part in a new generation, and end with [`Session::stopped`].
+    Begin(Assignment),
+    /// Find out which members of the last group do not answer, and end with [`Session::probe`].
+    Probe,
+    /// Save the held state and the kept rows alone.
+    SaveAlone,
+    /// End the process.
+    Exit(End),
+    /// A piece of work for the generation that has begun.
+    Work(Work),
+}
+
+/// Work of the training thread for one generation. Each is documented at [`Command`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Read the checkpoint that the group starts from.
+    Read,
+    /// Meet the other members.
+    Form,
+    /// Give all members the state of the group's update index.
+    SyncState,
+    /// Report a step that ends at the held state.
+    ReportStep(member::Reported),
+    /// Train until the update index.
+    Run(Position),
+    /// Save the held state, and wait until it is stored; with whether the job's last step is done.
+    Save(bool),
+    /// Leave the group in order.
+    Leave,
+}
+
+/// Row that a worker keeps until it is recorded.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ReportRow {
+    /// Row of metrics.
+    Metrics(Box<MetricsRow>),
+    /// Row of an evaluation.
+    Evaluation(EvaluationRow),
+}
+
+impl member::Row for ReportRow {
+    fn step(&self) -> u64 {
+        match self {
+            ReportRow::Metrics(row) => row.step,
+            ReportRow::Evaluation(row) => row.step,
+        }
+    }
 }
 
 /// An open session.
 pub struct Session {
     shared: Arc<Shared>,
-    outbox: UnboundedSender<FromWorker>,
     runtime: tokio::runtime::Handle,
     /// The address under which this machine reaches the coordinator.
     local_address: std::net::IpAddr,
@@ -85,7 +121,8 @@ struct Shared {
     changed: Condvar,
     /// Newest aborted generation; the store's waits end when it changes.
     aborted: watch::Sender<Generation>,
-    lease: Lease,
+    /// Clock of leases.
+    clock: Clock,
     position: AtomicU64,
     activity: AtomicU8,
     leaves: AtomicU64,
@@ -95,39 +132,30 @@ struct Shared {
 }
 
 struct Inbox {
+    member: Member<ReportRow>,
+    /// Orders that the training thread has not taken yet.
+    orders: VecDeque<Order>,
+    /// Commands for the session's thread.
+    dial: VecDeque<Dialling>,
+    outbox: UnboundedSender<FromWorker>,
     welcome: Welcome,
     channel: Channel,
-    /// The newest assignment's generation, and the term that gave it.
-    assigned: (Generation, Term),
-    assignment: Option<Assignment>,
-    plan: Option<Plan>,
-    /// Whether the newest abort asks for a probe.
-    probe: bool,
+    /// Address at which each rank of the newest assignment is probed.
+    addresses: Vec<String>,
+    /// Generation under way, and the term that gave it.
+    begun: (Generation, Term),
     group: Option<(Generation, Aborter)>,
-    /// State at which the training thread is quiesced; `None` while it may commit.
-    rest: Option<Rested>,
-    /// Reason for leaving the newest generation, sent again with each new session.
-    fault: Option<Fault>,
-    /// Whether the state that this worker holds is invalidated.
-    void: bool,
     facts: Option<(LoadedFacts, Option<Box<Found>>)>,
-    /// Whether `facts` are held back from the coordinator until the training thread is quiesced.
-    introduce: bool,
-    end: Option<End>,
-    rows: VecDeque<MetricsRow>,
-    /// Whether this member (rank 0) sends the rows to the coordinator.
-    reports_rows: bool,
-    parts: VecDeque<(Generation, WrittenPart)>,
-    evaluations: Evaluations,
+    /// Why the coordinator was lost.
+    lost: String,
 }
 
-/// Evaluations made by this worker, and the steps of those already recorded.
-#[derive(Default)]
-struct Evaluations {
-    /// Rows that the coordinator has not acknowledged.
-    rows: VecDeque<EvaluationRow>,
-    /// Newest steps whose evaluation is recorded, at most [`RECORDED_LIMIT`].
-    recorded: BTreeSet<u64>,
+/// Command for the session's thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Dialling {
+    Connect(member::Hello),
+    Disconnect,
+    Heartbeat,
 }
 
 impl Session {
@@ -166,30 +194,45 @@ impl Session {
         self.local_address
     }
 
-    /// Sends a message. After the session's end it is dropped, and [`Session::end`] tells of the end.
+    /// Sends a message that is no matter of the protocol. After the session's end it is dropped, and
+    /// [`Session::end`] tells of the end.
     pub fn send(&self, message: FromWorker) {
-        let _ = self.outbox.send(message);
+        self.shared.lock().send(message);
+    }
+
+    /// Tells the member what happened.
+    pub fn tell(&self, event: Event<ReportRow>) {
+        self.shared.feed(event);
+    }
+
+    /// The same for an event of the generation that has begun. Returns the work that follows.
+    pub fn advance(&self, event: Event<ReportRow>) -> Vec<Work> {
+        let mut inbox = self.shared.lock();
+        self.shared.take(&mut inbox, event);
+        let work = |order| if let Order::Work(work) = order { Some(work) } else { None };
+        // No other order is given while a generation is under way.
+        inbox.orders.drain(..).filter_map(work).collect()
     }
 
     /// Reports to the coordinator that this worker has loaded and can train.
     pub fn loaded(&self, facts: LoadedFacts, found: Option<Box<Found>>) {
-        self.shared.lock().facts = Some((facts.clone(), found.clone()));
-        self.send(FromWorker::Loaded(facts, found));
+        let mut inbox = self.shared.lock();
+        let sees_storage = facts.sees_storage;
+        inbox.facts = Some((facts, found));
+        self.shared.take(&mut inbox, Event::Loaded { sees_storage });
     }
 
-    /// The next generation, or the end, if it is there.
-    pub fn try_next_assignment(&self) -> Option<Result<Assignment, End>> {
-        self.set_activity(Activity::Resting);
-        self.shared.lock().next()
+    /// The next order, if there is one.
+    pub fn try_next_order(&self) -> Option<Order> {
+        self.shared.lock().orders.pop_front()
     }
 
-    /// Waits, quiesced, for the next generation or the end.
-    pub fn next_assignment(&self) -> Result<Assignment, End> {
-        self.set_activity(Activity::Resting);
+    /// Waits, quiesced, for the next order.
+    pub fn next_order(&self) -> Order {
         let mut inbox = self.shared.lock();
         loop {
-            if let Some(next) = inbox.next() {
-                return next;
+            if let Some(order) = inbox.orders.pop_front() {
+                return order;
             }
             // The session's thread watches the lease, so this wait ends with that at the latest.
             let waited = self.shared.changed.wait_timeout(inbox, Duration::from_secs(1));
@@ -197,74 +240,72 @@ impl Session {
         }
     }
 
-    /// Reports why this worker leaves a generation, and again with each new session until there is another
-    /// generation: without the reason the other members would be expected to quiesce as well. If the
-    /// members' states differ, this worker's state is invalidated, and the coordinator hears of that before
-    /// it hears that the worker is quiesced.
-    pub fn left(&self, generation: Generation, fault: Fault) {
-        let mut inbox = self.shared.lock();
-        if matches!(fault, Fault::Diverged(_)) {
-            inbox.condemn();
-        }
-        if inbox.assigned.0 == generation {
-            inbox.fault = Some(fault.clone());
-        }
-        self.send(FromWorker::Fault(generation, fault));
+    /// Reports that the training thread is at rest with the state of this update index, and commits nothing
+    /// more of the generation under way; with the reason, if it failed.
+    pub fn stopped(&self, held: Option<Position>, fault: Option<Fault>) {
+        self.come_to_rest(Event::Stopped { held, fault });
     }
 
-    /// Whether the state that this worker holds is invalidated.
-    pub fn is_void(&self) -> bool {
-        self.shared.lock().void
+    /// The same, because the user's input is wrong.
+    pub fn input_wrong(&self, detail: String) {
+        self.come_to_rest(Event::InputWrong(detail));
     }
 
-    /// Notes that the invalidated state has been dropped.
-    pub fn void_is_gone(&self) {
-        self.shared.lock().void = false;
-    }
-
-    /// Reports that the training thread is quiesced and commits nothing more of a generation.
-    pub fn rested(&self, generation: Generation, mut rest: Rested) {
+    fn come_to_rest(&self, event: Event<ReportRow>) {
+        self.set_activity(Activity::Resting);
         let mut inbox = self.shared.lock();
         inbox.group = None;
-        if inbox.void {
-            rest = Rested { position: None, finished: None };
-        }
-        if inbox.assigned.0 == generation {
-            inbox.rest = Some(rest);
-        }
-        let message = match (rest.finished, rest.position) {
-            (Some(complete), Some(position)) => FromWorker::Finished(generation, position, complete),
-            (_, position) => FromWorker::Ready(generation, position),
-        };
-        self.send(message);
-        if std::mem::take(&mut inbox.introduce)
-            && let Some((facts, found)) = inbox.facts.clone()
-        {
-            self.send(FromWorker::Loaded(facts, found));
-        }
+        // Work of the generation that was not taken any more.
+        inbox.orders.clear();
+        self.shared.take(&mut inbox, event);
     }
 
-    /// Returns the end of the session, if it has ended.
+    /// Finds out which members of the newest group do not answer, and reports them. Takes half a deadline
+    /// at most.
+    pub fn probe(&self) {
+        let (addresses, limit) = self.members_to_probe();
+        self.probed(unreachable(&addresses, limit));
+    }
+
+    /// Addresses of the newest group's members, by rank, and the longest time to wait for an answer.
+    pub fn members_to_probe(&self) -> (Vec<String>, Duration) {
+        let inbox = self.shared.lock();
+        (inbox.addresses.clone(), inbox.limits().attempt)
+    }
+
+    /// Reports the ranks that do not answer.
+    pub fn probed(&self, ranks: Vec<usize>) {
+        let ranks = ranks.into_iter().filter_map(|rank| u32::try_from(rank).ok()).map(Rank).collect();
+        self.tell(Event::Probed(ranks));
+    }
+
+    /// End of this worker's part in the run, if it has come.
     pub fn end(&self) -> Option<End> {
-        self.shared.lock().end.clone()
+        self.shared.lock().member.end().cloned()
     }
 
     /// Waits for the session's end, at most this long.
     pub fn wait_for_end(&self, limit: Duration) -> Option<End> {
         let inbox = self.shared.lock();
-        let waited = self.shared.changed.wait_timeout_while(inbox, limit, |inbox| inbox.end.is_none());
-        waited.unwrap_or_else(PoisonError::into_inner).0.end.clone()
+        let goes_on = |inbox: &mut Inbox| inbox.member.end().is_none();
+        let waited = self.shared.changed.wait_timeout_while(inbox, limit, goes_on);
+        waited.unwrap_or_else(PoisonError::into_inner).0.member.end().cloned()
     }
 
-    /// The newest plan for the current group.
-    pub fn plan(&self) -> Option<Plan> {
-        self.shared.lock().plan
+    /// Why the coordinator was lost, after [`End::Lost`].
+    pub fn why_lost(&self) -> String {
+        self.shared.lock().lost.clone()
+    }
+
+    /// Number of the plan that this worker proposes for the phase that begins.
+    pub fn propose(&self) -> u64 {
+        self.shared.lock().member.propose()
     }
 
     /// Whether a phase may be committed: while the coordinator answers, and until the lease is over when it
     /// does not.
     pub fn may_commit(&self) -> bool {
-        self.shared.lease.holds()
+        self.shared.lock().member.may_commit((self.shared.clock)())
     }
 
     /// Whether this worker was told to leave `generation`.
@@ -272,25 +313,20 @@ impl Session {
         *self.shared.aborted.borrow() >= generation
     }
 
-    /// Returns whether a probe of the last group's members was requested, and clears the request.
-    pub fn take_probe(&self) -> bool {
-        std::mem::take(&mut self.shared.lock().probe)
-    }
-
     /// Lets an abort of `generation` reach this group from now on; an abort that came earlier does so at
     /// once.
     pub fn watch_group(&self, generation: Generation, aborter: Aborter) {
         let mut inbox = self.shared.lock();
-        if self.is_aborted(generation) || inbox.end.is_some() {
+        if self.is_aborted(generation) {
             aborter.abort();
         }
         inbox.group = Some((generation, aborter));
     }
 
-    /// The store in which the members of the newest generation find each other, and its term.
+    /// The store in which the members of the generation under way find each other, and its term.
     pub fn store(&self) -> (Arc<dyn KeyValueStore>, Term) {
         let inbox = self.shared.lock();
-        let ((generation, term), channel) = (inbox.assigned, inbox.channel.clone());
+        let ((generation, term), channel) = (inbox.begun, inbox.channel.clone());
         let aborted = self.shared.aborted.subscribe();
         let token = self.credentials.token().unwrap_or_default();
         (Arc::new(GrpcStore::new(channel, self.runtime.clone(), token, term, generation, aborted)), term)
@@ -338,81 +374,61 @@ impl Session {
         self.shared.slowest_leaf_us.store(took.max(known - known / 256), Ordering::Relaxed);
     }
 
-    /// Keeps a row until it is recorded; rank 0 sends it as well.
-    pub fn report(&self, rank: Rank, row: MetricsRow) {
-        if rank == Rank(0) {
-            self.send(FromWorker::Metrics(row.clone()));
-        }
-        self.shared.lock().rows.push_back(row);
+    /// Keeps a row of metrics until it is recorded; rank 0 sends it as well.
+    pub fn report(&self, row: MetricsRow) {
+        self.tell(Event::Row(ReportRow::Metrics(Box::new(row))));
+    }
+
+    /// Reports the row of a step that other members have reported, unless this worker keeps it already.
+    pub fn report_unless_kept(&self, row: MetricsRow) {
+        self.tell(Event::RowOfOthers(ReportRow::Metrics(Box::new(row))));
     }
 
     /// Waits until another row may be kept: an unrecorded row is never dropped. An abort of `generation`,
     /// the end of the lease or of the session ends the wait.
     pub fn wait_for_room(&self, generation: Generation) {
-        self.wait_for_room_among(ROWS_LIMIT, generation);
+        self.wait_for_room_among(member::ROWS_LIMIT, generation);
     }
 
     /// The same with at most `limit` rows.
     fn wait_for_room_among(&self, limit: usize, generation: Generation) {
-        let is_full = |inbox: &Inbox| inbox.rows.len() >= limit && inbox.end.is_none();
+        let is_full = |inbox: &Inbox| inbox.member.rows().len() >= limit && inbox.member.end().is_none();
         let mut inbox = self.shared.lock();
         if !is_full(&inbox) {
             return;
         }
         tracing::warn!("{limit} rows are not recorded; training waits until the coordinator can write them");
         self.set_activity(Activity::Paused);
-        while is_full(&inbox) && !self.is_aborted(generation) && self.may_commit() {
+        let may_commit = |inbox: &Inbox| inbox.member.may_commit((self.shared.clock)());
+        while is_full(&inbox) && !self.is_aborted(generation) && may_commit(&inbox) {
             let waited = self.shared.changed.wait_timeout(inbox, LOOK);
             inbox = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// Reports the row of a step that other members have reported, unless this worker keeps it already.
-    pub fn report_unless_kept(&self, rank: Rank, row: MetricsRow) {
-        let is_kept = self.shared.lock().rows.iter().any(|kept| kept.step == row.step);
-        if !is_kept {
-            self.report(rank, row);
-        }
-    }
-
-    /// Rows that no coordinator has acknowledged.
+    /// Rows of metrics that no coordinator has acknowledged.
     pub fn kept_rows(&self) -> Vec<MetricsRow> {
-        self.shared.lock().rows.iter().cloned().collect()
-    }
-
-    /// Sends all kept rows again, except those of steps after `step`, which are computed again. After a
-    /// change of the group nobody knows which rows arrived and which member has them all.
-    pub fn report_kept(&self, rank: Rank, step: u64) {
-        // Sent under the lock, so that no row comes between: the queue has no limit, and sending does not
-        // wait.
-        let mut inbox = self.shared.lock();
-        inbox.reports_rows = rank == Rank(0);
-        inbox.rows.retain(|row| row.step <= step);
-        inbox.parts.retain(|(_, part)| part.step <= step);
-        inbox.evaluations.rows.retain(|row| row.step <= step);
-        inbox.rows.iter().for_each(|row| self.send(FromWorker::Metrics(row.clone())));
-        inbox.evaluations.rows.iter().for_each(|row| self.send(FromWorker::Evaluation(row.clone())));
+        let metrics = |row: &ReportRow| match row {
+            ReportRow::Metrics(row) => Some(MetricsRow::clone(row)),
+            ReportRow::Evaluation(_) => None,
+        };
+        self.shared.lock().member.rows().filter_map(metrics).collect()
     }
 
     /// Reports an evaluation, and keeps the row until it is recorded.
     pub fn report_evaluation(&self, row: EvaluationRow) {
-        let mut inbox = self.shared.lock();
-        if !inbox.evaluations.recorded.contains(&row.step) {
-            inbox.evaluations.rows.push_back(row.clone());
-            self.send(FromWorker::Evaluation(row));
-        }
+        self.tell(Event::Evaluation(ReportRow::Evaluation(row)));
     }
 
     /// Whether the coordinator has acknowledged the evaluation of a step.
     pub fn is_evaluated(&self, step: u64) -> bool {
-        self.shared.lock().evaluations.recorded.contains(&step)
+        self.shared.lock().member.is_evaluated(step)
     }
 
     /// Reports a written checkpoint file of a state that a generation trained to, and keeps the report
     /// until the checkpoint is recorded.
     pub fn report_part(&self, generation: Generation, part: WrittenPart) {
-        self.shared.lock().parts.push_back((generation, part.clone()));
-        self.send(FromWorker::PartWritten(generation, part));
+        self.tell(Event::PartWritten(generation, part));
     }
 }
 
@@ -429,65 +445,84 @@ impl Drop for Pause<'_> {
 }
 
 impl Inbox {
-    fn next(&mut self) -> Option<Result<Assignment, End>> {
-        self.end.clone().map(Err).or_else(|| self.assignment.take().map(Ok))
-    }
-
-    /// Invalidates the held state and every pending report of it.
-    fn condemn(&mut self) {
-        self.void = true;
-        self.parts.clear();
-        if let Some(rest) = &mut self.rest {
-            *rest = Rested { position: None, finished: None };
-        }
-    }
-
     fn limits(&self) -> Limits {
-        Limits::derive(Duration::from_secs_f64(self.welcome.job.job.failure_deadline))
+        limits_of(&self.welcome)
+    }
+
+    /// Sends a message; after the session's end nobody takes it.
+    fn send(&self, message: FromWorker) {
+        let _ = self.outbox.send(message);
+    }
+
+    fn order(&mut self, order: Order) {
+        self.orders.push_back(order);
+    }
+
+    /// Message that carries a report; `None` if there is nothing to report.
+    fn message(&self, report: Report<ReportRow>) -> Option<FromWorker> {
+        Some(match report {
+            Report::Loaded => {
+                let (facts, found) = self.facts.clone()?;
+                FromWorker::Loaded(facts, found)
+            }
+            Report::Fault(generation, fault) => FromWorker::Fault(generation, fault),
+            Report::Quiesced(generation, rest) => match (rest.finished, rest.position) {
+                (Some(complete), Some(position)) => FromWorker::Finished(generation, position, complete),
+                (_, position) => FromWorker::Ready(generation, position),
+            },
+            Report::Row(ReportRow::Metrics(row)) => FromWorker::Metrics(*row),
+            Report::Row(ReportRow::Evaluation(row)) => FromWorker::Evaluation(row),
+            Report::Part(generation, part) => FromWorker::PartWritten(generation, part),
+            Report::InputWrong(detail) => FromWorker::InputError(detail),
+            Report::Leave => FromWorker::Leave,
+        })
     }
 }
 
-/// Whether a fault must be reported before the quiesced position that followed it: otherwise that position
-/// would be taken for one of a valid state.
-fn goes_before_rest(fault: &Fault) -> bool {
-    matches!(fault, Fault::Diverged(_))
+fn limits_of(welcome: &Welcome) -> Limits {
+    Limits::derive(Duration::from_secs_f64(welcome.job.job.failure_deadline))
 }
 
-/// Messages to repeat in a new session: the fault of a generation, and the quiesced position that the hello
-/// left out because of it.
-fn unheard(generation: Generation, fault: Option<Fault>, rest: Option<Rested>) -> Vec<FromWorker> {
-    let Some(fault) = fault else { return Vec::new() };
-    let untold = rest.filter(|_| goes_before_rest(&fault));
-    let ready = untold.map(|rest| FromWorker::Ready(generation, rest.position));
-    std::iter::once(FromWorker::Fault(generation, fault)).chain(ready).collect()
+/// A welcome as the member takes it.
+fn accepted(welcome: &Welcome) -> Event<ReportRow> {
+    Event::Welcomed(member::Welcome {
+        term: welcome.term,
+        worker: welcome.worker,
+        condemned: welcome.condemned,
+        limits: limits_of(welcome),
+    })
 }
 
 impl Shared {
-    fn new(welcome: Welcome, channel: Channel, lease: Lease) -> Shared {
+    /// Returns the state of a worker that said its first hello at `since` and was welcomed.
+    fn new(
+        welcome: Welcome,
+        channel: Channel,
+        (clock, since): (Clock, Duration),
+        outbox: UnboundedSender<FromWorker>,
+    ) -> Shared {
+        let mut member = Member::new(since, limits_of(&welcome));
+        let mut commands = Vec::new();
+        member.handle(clock(), accepted(&welcome), &mut commands);
+        debug_assert!(commands.is_empty(), "{commands:?}");
         let inbox = Inbox {
+            member,
+            orders: VecDeque::new(),
+            dial: VecDeque::new(),
+            outbox,
+            begun: (Generation(0), Term(0)),
             welcome,
             channel,
-            assigned: (Generation(0), Term(0)),
-            assignment: None,
-            plan: None,
-            probe: false,
+            addresses: Vec::new(),
             group: None,
-            rest: Some(Rested { position: None, finished: None }),
-            fault: None,
-            void: false,
             facts: None,
-            introduce: false,
-            end: None,
-            rows: VecDeque::new(),
-            reports_rows: false,
-            parts: VecDeque::new(),
-            evaluations: Evaluations::default(),
+            lost: String::new(),
         };
         Shared {
             inbox: Mutex::new(inbox),
             changed: Condvar::new(),
             aborted: watch::Sender::new(Generation(0)),
-            lease,
+            clock,
             position: AtomicU64::new(0),
             activity: AtomicU8::new(Activity::Resting as u8),
             leaves: AtomicU64::new(0),
@@ -516,83 +551,52 @@ impl Shared {
         }
     }
 
-    /// Identity that a reconnecting worker presents in its hello.
-    fn resume(&self) -> Resume {
-        let inbox = self.lock();
-        Resume {
-            run: inbox.welcome.run.clone(),
-            worker: inbox.welcome.worker,
-            term: inbox.welcome.term,
-            generation: inbox.assigned.0,
-            rest: inbox.rest.filter(|_| !inbox.fault.as_ref().is_some_and(goes_before_rest)),
-        }
+    /// Tells the member what happened.
+    fn feed(&self, event: Event<ReportRow>) {
+        self.take(&mut self.lock(), event);
     }
 
-    /// Takes over the welcome of a new connection, and returns the messages to send again.
-    fn welcome_again(&self, welcome: Welcome, channel: Channel) -> Vec<FromWorker> {
-        let mut inbox = self.lock();
-        let stranger = welcome.worker != inbox.welcome.worker;
-        if inbox.assigned.0 > Generation(0) && inbox.assigned.0 <= welcome.condemned {
-            inbox.condemn();
+    /// The same under the lock: commands are carried out in the order in which the member decided.
+    fn take(&self, inbox: &mut Inbox, event: Event<ReportRow>) {
+        let mut commands = Vec::new();
+        inbox.member.handle((self.clock)(), event, &mut commands);
+        for command in commands {
+            self.carry_out(inbox, command);
         }
-        (inbox.welcome, inbox.channel) = (welcome, channel);
-        if stranger {
-            tracing::info!("the coordinator takes this worker in anew, as worker {}", inbox.welcome.worker);
-            // An assignment that the training thread has not taken yet fails at once, and then the thread is
-            // quiesced.
-            let assigned = inbox.assigned.0;
-            self.abort_locked(&inbox, assigned);
-            inbox.introduce = inbox.rest.is_none();
-            inbox.fault = None;
-        }
-        let mut again = Vec::new();
-        if !inbox.introduce {
-            let facts = inbox.facts.clone();
-            again.extend(facts.map(|(facts, found)| FromWorker::Loaded(facts, found)));
-        }
-        again.extend(unheard(inbox.assigned.0, inbox.fault.clone(), inbox.rest));
-        // Rows go before files: with the last file of the last checkpoint the run may end.
-        if inbox.reports_rows {
-            again.extend(inbox.rows.iter().cloned().map(FromWorker::Metrics));
-        }
-        again.extend(inbox.evaluations.rows.iter().cloned().map(FromWorker::Evaluation));
-        let parts = inbox.parts.iter().cloned();
-        again.extend(parts.map(|(generation, part)| FromWorker::PartWritten(generation, part)));
-        again
-    }
-
-    fn take_assignment(&self, term: Term, assignment: Assignment) {
-        let mut inbox = self.lock();
-        if assignment.group.generation <= inbox.assigned.0 {
-            return;
-        }
-        inbox.assigned = (assignment.group.generation, term);
-        inbox.plan = None;
-        inbox.rest = None;
-        inbox.fault = None;
-        inbox.assignment = Some(assignment);
         self.changed.notify_all();
     }
 
-    fn take_plan(&self, plan: Plan) {
-        let mut inbox = self.lock();
-        if inbox.plan.is_none_or(|known| known.number < plan.number) {
-            inbox.plan = Some(plan);
-        }
-    }
-
-    fn abort(&self, generation: Generation, probe: bool, condemned: bool) {
-        let mut inbox = self.lock();
-        if inbox.assigned.0 == generation {
-            inbox.probe |= probe;
-            if condemned {
-                inbox.condemn();
+    fn carry_out(&self, inbox: &mut Inbox, command: Command<ReportRow>) {
+        match command {
+            Command::Connect(hello) => inbox.dial.push_back(Dialling::Connect(hello)),
+            Command::Disconnect => inbox.dial.push_back(Dialling::Disconnect),
+            Command::Heartbeat => inbox.dial.push_back(Dialling::Heartbeat),
+            Command::Tell(report) => {
+                if let Some(message) = inbox.message(report) {
+                    inbox.send(message);
+                }
             }
+            Command::Abort(generation) => self.abort(inbox, generation),
+            Command::Begin { term, group, rank } => {
+                inbox.begun = (group.generation, term);
+                let addresses = inbox.addresses.clone();
+                inbox.order(Order::Begin(Assignment { group, rank: rank.0, addresses }));
+            }
+            Command::DropState => inbox.order(Order::DropState),
+            Command::Probe => inbox.order(Order::Probe),
+            Command::SaveAlone => inbox.order(Order::SaveAlone),
+            Command::Exit(end) => inbox.order(Order::Exit(end)),
+            Command::Read(_) => inbox.order(Order::Work(Work::Read)),
+            Command::Form => inbox.order(Order::Work(Work::Form)),
+            Command::SyncState => inbox.order(Order::Work(Work::SyncState)),
+            Command::ReportStep(reported) => inbox.order(Order::Work(Work::ReportStep(reported))),
+            Command::Run { until } => inbox.order(Order::Work(Work::Run(until))),
+            Command::Save { complete } => inbox.order(Order::Work(Work::Save(complete))),
+            Command::Leave => inbox.order(Order::Work(Work::Leave)),
         }
-        self.abort_locked(&inbox, generation);
     }
 
-    fn abort_locked(&self, inbox: &Inbox, generation: Generation) {
+    fn abort(&self, inbox: &Inbox, generation: Generation) {
         // Waiters of the store see the new value. The aborter is called under the inbox's lock, so that a
         // group set by `watch_group` meanwhile is not missed.
         self.aborted.send_modify(|newest| *newest = generation.max(*newest));
@@ -603,53 +607,40 @@ impl Shared {
         }
     }
 
-    fn forget_rows(&self, recorded: u64) {
-        self.lock().rows.retain(|row| row.step > recorded);
-        self.changed.notify_all();
-    }
-
-    /// Kept rows from step `first` on.
-    fn rows_from(&self, first: u64) -> Vec<MetricsRow> {
-        self.lock().rows.iter().filter(|row| row.step >= first).cloned().collect()
-    }
-
-    fn forget_parts(&self, recorded: (u64, u32)) {
-        self.lock().parts.retain(|(_, part)| (part.step, part.phase) > recorded);
-    }
-
-    fn forget_evaluations(&self, steps: &[u64]) {
-        let evaluations = &mut self.lock().evaluations;
-        evaluations.rows.retain(|row| !steps.contains(&row.step));
-        evaluations.recorded.extend(steps);
-        while evaluations.recorded.len() > RECORDED_LIMIT {
-            evaluations.recorded.pop_first();
-        }
-    }
-
-    fn end(&self, end: End) {
+    /// Takes over the welcome of a new connection. Returns what the coordinator may not have heard, which
+    /// goes before anything else.
+    fn welcome_again(&self, welcome: Welcome, channel: Channel) -> Vec<FromWorker> {
         let mut inbox = self.lock();
-        self.abort_locked(&inbox, Generation(u64::MAX));
-        inbox.end.get_or_insert(end);
+        let known = inbox.member.worker();
+        let mut commands = Vec::new();
+        inbox.member.handle((self.clock)(), accepted(&welcome), &mut commands);
+        if known != Some(welcome.worker) {
+            tracing::info!("the coordinator takes this worker in anew, as worker {}", welcome.worker);
+        }
+        (inbox.welcome, inbox.channel) = (welcome, channel);
+        let mut first = Vec::new();
+        for command in commands {
+            match command {
+                Command::Tell(report) => first.extend(inbox.message(report)),
+                command => self.carry_out(&mut inbox, command),
+            }
+        }
         self.changed.notify_all();
+        first
+    }
+
+    fn take_assignment(&self, assignment: Assignment) {
+        let mut inbox = self.lock();
+        if assignment.group.generation > inbox.member.generation() {
+            inbox.addresses = assignment.addresses;
+        }
+        self.take(&mut inbox, Event::Assigned(assignment.group));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_new_session_tells_again_why_the_worker_rests() {
-        let (generation, rest) =
-            (Generation(3), Some(Rested { position: Some(Position(8)), finished: None }));
-        assert!(unheard(generation, None, rest).is_empty());
-        let late = unheard(generation, Some(Fault::Timeout), rest);
-        assert!(matches!(&late[..], [FromWorker::Fault(Generation(3), Fault::Timeout)]), "{late:?}");
-        let differs = Fault::Diverged("rank 0 and rank 1".to_string());
-        assert!(goes_before_rest(&differs) && !goes_before_rest(&Fault::Peer));
-        let differs = unheard(generation, Some(differs), rest);
-        assert!(matches!(&differs[..], [FromWorker::Fault(..), FromWorker::Ready(..)]), "{differs:?}");
-    }
 
     fn row(step: u64) -> MetricsRow {
         MetricsRow { step, generation: 1, world_size: 2, ..MetricsRow::default() }
@@ -668,10 +659,9 @@ mod tests {
             condemned: Generation(0),
         };
         let channel = tonic::transport::Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
-        let lease = Lease::new(lease::boot_clock, lease::boot_clock(), Duration::from_secs(600));
+        let (outbox, clock) = (tokio::sync::mpsc::unbounded_channel().0, clock::boot_clock as Clock);
         Session {
-            shared: Arc::new(Shared::new(welcome, channel, lease)),
-            outbox: tokio::sync::mpsc::unbounded_channel().0,
+            shared: Arc::new(Shared::new(welcome, channel, (clock, clock()), outbox)),
             runtime: runtime.handle().clone(),
             local_address: std::net::Ipv4Addr::LOCALHOST.into(),
             credentials: Credentials::default(),
@@ -690,7 +680,7 @@ mod tests {
                 std::thread::yield_now();
             }
             // It is woken, and there is no more room than before.
-            session.shared.forget_rows(0);
+            session.shared.feed(Event::RowsRecorded(0));
             assert!(!wait.is_finished(), "nothing was recorded");
             end(&session.shared);
             wait.join().unwrap();
@@ -702,27 +692,17 @@ mod tests {
     fn training_pauses_while_no_more_rows_can_be_kept_and_drops_none() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let session = session(&runtime);
-        (1..=3).for_each(|step| session.report(Rank(1), row(step)));
+        (1..=3).for_each(|step| session.report(row(step)));
         session.set_activity(Activity::Computing);
         session.wait_for_room_among(4, Generation(3));
         assert_eq!(session.shared.progress().activity, Activity::Computing, "there was room");
-        assert_eq!(steps_after_a_wait(&session, 3, |shared| shared.forget_rows(1)), [2, 3]);
+        assert_eq!(steps_after_a_wait(&session, 3, |shared| shared.feed(Event::RowsRecorded(1))), [2, 3]);
         assert_eq!(
-            steps_after_a_wait(&session, 2, |shared| shared.abort(Generation(3), false, false)),
+            steps_after_a_wait(&session, 2, |shared| shared.abort(&shared.lock(), Generation(3))),
             [2, 3]
         );
-        session.shared.end(End::Released);
+        session.tell(Event::Dismissed(End::Released));
         session.wait_for_room_among(2, Generation(4));
         assert_eq!(session.kept_rows().len(), 2);
-    }
-
-    #[test]
-    fn rows_that_are_asked_for_are_those_that_are_kept_from_there_on() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let session = session(&runtime);
-        (1..=5).for_each(|step| session.report(Rank(1), row(step)));
-        session.shared.forget_rows(2);
-        let steps = |first| session.shared.rows_from(first).iter().map(|row| row.step).collect::<Vec<_>>();
-        assert_eq!((steps(1), steps(4), steps(6)), (vec![3, 4, 5], vec![4, 5], vec![]));
     }
 }

@@ -70,7 +70,13 @@ pub enum Event<R> {
     Saved,
     /// The training thread is at rest: the answer to [`Command::Leave`] and [`Command::Abort`], or a
     /// failure of the group. It commits nothing more of the generation.
-    Stopped(Option<Fault>),
+    Stopped {
+        /// Update index of the state that it holds. A failure may come between the moment at which it took
+        /// a source's state over and the moment at which all have compared theirs.
+        held: Option<Position>,
+        /// Reason of a failure.
+        fault: Option<Fault>,
+    },
     /// The training thread is at rest, because the user's input is wrong; with the reason.
     InputWrong(String),
     /// These ranks do not answer: the answer to [`Command::Probe`].

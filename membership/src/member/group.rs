@@ -91,7 +91,7 @@ impl<R: Row> Member<R> {
 
     pub(super) fn worked(&mut self, event: Event<R>, commands: &mut Vec<Command<R>>) {
         match event {
-            Event::Stopped(fault) => return self.stopped(fault, commands),
+            Event::Stopped { held, fault } => return self.stopped(held, fault, commands),
             Event::InputWrong(detail) => {
                 self.wrong = Some(detail.clone());
                 self.tell(Report::InputWrong(detail), commands);
@@ -213,8 +213,9 @@ impl<R: Row> Member<R> {
 
     // ---- Coming to rest
 
-    fn stopped(&mut self, fault: Option<Fault>, commands: &mut Vec<Command<R>>) {
+    fn stopped(&mut self, held: Option<Position>, fault: Option<Fault>, commands: &mut Vec<Command<R>>) {
         let Stage::Busy(part) = &mut self.stage else { return };
+        self.held = held;
         if matches!(fault, Some(Fault::Diverged(_))) {
             part.invalid = true;
             self.condemned = self.condemned.max(part.group.generation);

@@ -101,6 +101,12 @@ impl Test {
         self.take(Event::Committed { position: Position(position), agreed })
     }
 
+    /// The training thread comes to rest with the state that was committed last.
+    fn stop(&mut self, fault: Option<Fault>) -> Commands {
+        let held = self.member.held();
+        self.take(Event::Stopped { held, fault })
+    }
+
     fn row(&mut self, step: u64) -> Commands {
         self.take(Event::Row(StepRow(step)))
     }
@@ -150,7 +156,7 @@ fn a_member_is_quiesced_only_once_its_training_thread_stopped() {
     assert_eq!(test.hello().rest, None);
     test.welcome(1, 1, 0);
     assert_eq!(test.commit(2), [Command::ReportStep(Reported::Committed)]);
-    assert_eq!(test.take(Event::Stopped(None)), [quiesced(1, rest(2))]);
+    assert_eq!(test.stop(None), [quiesced(1, rest(2))]);
     assert_eq!(test.hello().rest, Some(rest(2)));
 }
 
@@ -167,7 +173,7 @@ fn nothing_is_committed_past_the_lease_which_counts_from_the_newest_answered_hea
     let commands = test.pass(lease * 2);
     assert!(commands.ends_with(&[Command::Abort(Generation(1))]), "{commands:?}");
     test.commit(1);
-    assert_eq!(test.take(Event::Stopped(None)), [Command::SaveAlone]);
+    assert_eq!(test.stop(None), [Command::SaveAlone]);
     assert_eq!(test.take(Event::SavedAlone), [Command::Exit(End::Lost)]);
 }
 
@@ -217,7 +223,7 @@ fn a_new_group_hears_all_kept_rows_but_those_that_are_computed_again() {
     let mut test = Test::training();
     (1..=3).for_each(|step| drop(test.row(step)));
     test.abort(1, false, false);
-    test.take(Event::Stopped(None));
+    test.stop(None);
     let commands = test.take(Event::Assigned(healed(2, 4)));
     assert!(matches!(&commands[..], [Command::Begin { .. }, Command::Form]), "{commands:?}");
     test.take(Event::Formed);
@@ -241,7 +247,7 @@ fn a_stop_ends_the_step_and_a_regroup_the_phase_once_all_agree() {
     );
     assert_eq!(test.take(Event::Saved), [Command::Leave]);
     let finished = Rested { position: Some(Position(2)), finished: Some(false) };
-    assert_eq!(test.take(Event::Stopped(None)), [quiesced(1, finished)]);
+    assert_eq!(test.stop(None), [quiesced(1, finished)]);
 
     let mut test = Test::training();
     test.plan(7, PlanKind::Regroup);
@@ -249,7 +255,7 @@ fn a_stop_ends_the_step_and_a_regroup_the_phase_once_all_agree() {
     // The plan of the header counts, not the one that is known when the reduce ends.
     test.plan(8, PlanKind::Stop);
     assert_eq!(test.take(Event::Committed { position: Position(1), agreed: 7 }), [Command::Leave]);
-    assert_eq!(test.take(Event::Stopped(None)), [quiesced(1, rest(1))]);
+    assert_eq!(test.stop(None), [quiesced(1, rest(1))]);
 }
 
 #[test]
@@ -270,7 +276,7 @@ fn the_end_of_the_job_is_saved_and_told_whatever_is_planned() {
     assert_eq!(test.commit(10), last);
     test.take(Event::Saved);
     let finished = Rested { position: Some(Position(10)), finished: Some(true) };
-    assert_eq!(test.take(Event::Stopped(None)), [quiesced(1, finished)]);
+    assert_eq!(test.stop(None), [quiesced(1, finished)]);
     assert_eq!(
         test.take(Event::Dismissed(End::Complete)),
         [Command::Disconnect, Command::Exit(End::Complete)]
@@ -284,7 +290,7 @@ fn what_diverged_is_dropped_and_told_before_the_rest() {
     test.take(Event::PartWritten(Generation(1), part(1)));
     let differs = Fault::Diverged("rank 0 and rank 1".to_string());
     let told = [fault(1, differs.clone()), Command::DropState, quiesced(1, NOTHING)];
-    assert_eq!(test.take(Event::Stopped(Some(differs.clone()))), told);
+    assert_eq!(test.stop(Some(differs.clone())), told);
     assert_eq!(test.take(Event::PartWritten(Generation(1), part(1))), []);
     // In a new session too: the hello says nothing of a rest.
     assert_eq!(test.hello().rest, None);
@@ -297,7 +303,7 @@ fn a_state_that_was_condemned_while_nobody_listened_is_dropped_with_the_welcome(
     let mut test = Test::training();
     test.commit(1);
     test.abort(1, false, false);
-    test.take(Event::Stopped(None));
+    test.stop(None);
     assert_eq!(test.hello().rest, Some(rest(1)));
     assert_eq!(test.welcome(2, 1, 1), [Command::DropState, Command::Tell(Report::Loaded)]);
     assert_eq!(test.hello().rest, Some(NOTHING));
@@ -306,7 +312,7 @@ fn a_state_that_was_condemned_while_nobody_listened_is_dropped_with_the_welcome(
     let mut test = Test::training();
     test.commit(1);
     assert_eq!(test.abort(1, false, true), [Command::Abort(Generation(1))]);
-    assert_eq!(test.take(Event::Stopped(None)), [Command::DropState, quiesced(1, NOTHING)]);
+    assert_eq!(test.stop(None), [Command::DropState, quiesced(1, NOTHING)]);
 }
 
 #[test]
@@ -320,7 +326,7 @@ fn a_group_that_starts_elsewhere_or_further_back_drops_the_state() {
         let mut test = Test::training();
         test.commit(1);
         test.commit(2);
-        test.take(Event::Stopped(Some(Fault::Peer)));
+        test.stop(Some(Fault::Peer));
         let commands = test.take(Event::Assigned(next));
         assert_eq!(commands[0] == Command::DropState, drops, "{commands:?}");
         assert_eq!(test.member.held().is_none(), drops);
@@ -350,7 +356,7 @@ fn a_newer_generation_takes_the_place_of_one_whose_abort_was_missed() {
     assert_eq!(test.take(Event::Assigned(healed(1, 0))), [], "it has that one");
     assert_eq!(test.take(Event::Assigned(healed(3, 1))), [Command::Abort(Generation(1))]);
     test.plan(9, PlanKind::Regroup);
-    let commands = test.take(Event::Stopped(Some(Fault::Timeout)));
+    let commands = test.stop(Some(Fault::Timeout));
     let [Command::Begin { group, rank, .. }, Command::Form] = &commands[..] else { panic!("{commands:?}") };
     assert_eq!((group.generation, *rank), (Generation(3), Rank(0)));
     test.take(Event::Formed);
@@ -364,7 +370,7 @@ fn the_reason_for_leaving_is_told_again_until_there_is_another_generation() {
     test.commit(1);
     let lost = Fault::NonFinite { position: Position(1), detail: "a loss".to_string(), stop: false };
     let told = [fault(1, lost.clone()), quiesced(1, rest(1))];
-    assert_eq!(test.take(Event::Stopped(Some(lost.clone()))), told);
+    assert_eq!(test.stop(Some(lost.clone())), told);
     for _ in 0..2 {
         assert_eq!(test.hello().rest, Some(rest(1)));
         assert_eq!(test.welcome(1, 1, 0), [Command::Tell(Report::Loaded), fault(1, lost.clone())]);
@@ -380,7 +386,7 @@ fn a_stranger_gives_its_group_up_before_it_says_that_it_has_loaded() {
     test.commit(1);
     assert_eq!(test.hello().worker, WorkerId(1));
     assert_eq!(test.welcome(2, 8, 0), [Command::Abort(Generation(1))]);
-    assert_eq!(test.take(Event::Stopped(Some(Fault::Peer))), [Command::Tell(Report::Loaded)]);
+    assert_eq!(test.stop(Some(Fault::Peer)), [Command::Tell(Report::Loaded)]);
     assert_eq!((test.hello().worker, test.hello().rest), (WorkerId(8), Some(rest(1))));
 }
 
@@ -388,7 +394,7 @@ fn a_stranger_gives_its_group_up_before_it_says_that_it_has_loaded() {
 fn broken_links_are_looked_for_before_the_rest_is_told() {
     // After a timeout.
     let mut test = Test::training();
-    assert_eq!(test.take(Event::Stopped(Some(Fault::Timeout))), [Command::Probe]);
+    assert_eq!(test.stop(Some(Fault::Timeout)), [Command::Probe]);
     assert_eq!(test.hello().rest, None);
     test.welcome(1, 1, 0);
     let links = Fault::Links(vec![Rank(1)]);
@@ -396,12 +402,12 @@ fn broken_links_are_looked_for_before_the_rest_is_told() {
     // After an abort that asks for it; all answer.
     let mut test = Test::training();
     test.abort(1, true, false);
-    assert_eq!(test.take(Event::Stopped(None)), [Command::Probe]);
+    assert_eq!(test.stop(None), [Command::Probe]);
     assert_eq!(test.take(Event::Probed(Vec::new())), [quiesced(1, rest(0))]);
     // After groups in a row that did not form.
     for generation in 2..2 + u64::from(UNFORMED) {
         test.take(Event::Assigned(healed(generation, 0)));
-        let probes = test.take(Event::Stopped(Some(Fault::Peer))) == [Command::Probe];
+        let probes = test.stop(Some(Fault::Peer)) == [Command::Probe];
         assert_eq!(probes, generation == 1 + u64::from(UNFORMED), "{generation}");
     }
     // A coordinator that ends the worker does not wait for the answer.
@@ -414,7 +420,7 @@ fn a_released_worker_exits_once_its_training_thread_is_at_rest() {
     let mut test = Test::training();
     let released = test.take(Event::Dismissed(End::Released));
     assert_eq!(released, [Command::Disconnect, Command::Abort(Generation(1))]);
-    assert_eq!(test.take(Event::Stopped(None)), [Command::Exit(End::Released)]);
+    assert_eq!(test.stop(None), [Command::Exit(End::Released)]);
     assert_eq!((test.member.next_deadline(), test.commit(1)), (None, vec![]));
 }
 
@@ -423,7 +429,7 @@ fn a_worker_that_fails_says_so_and_ends_in_time() {
     let mut test = Test::training();
     let internal = Fault::Internal("no memory".to_string());
     let told = [fault(1, internal.clone()), quiesced(1, rest(0))];
-    assert_eq!(test.take(Event::Stopped(Some(internal))), told);
+    assert_eq!(test.stop(Some(internal)), told);
     let commands = test.pass(limits().attempt);
     assert_eq!(commands.last(), Some(&Command::Exit(End::Failed("no memory".to_string()))));
 }
@@ -450,5 +456,18 @@ fn a_worker_that_is_asked_to_end_says_so_again_and_waits_a_deadline_without_a_co
     test.take(Event::Disconnected);
     let commands = test.pass(limits().deadline);
     assert!(commands.contains(&Command::Abort(Generation(1))), "{commands:?}");
-    assert_eq!(test.take(Event::Stopped(None)), [Command::SaveAlone]);
+    assert_eq!(test.stop(None), [Command::SaveAlone]);
+}
+
+#[test]
+fn what_the_training_thread_holds_at_rest_is_what_it_took_over_and_not_what_it_had() {
+    let mut test = Test::training();
+    test.commit(1);
+    test.stop(None);
+    test.take(Event::Assigned(group(2, 3, Start::Healed(Rank(1)))));
+    test.take(Event::Formed);
+    // It has the source's state, and the source is lost before all have compared theirs.
+    let held = Some(Position(3));
+    let told = test.take(Event::Stopped { held, fault: Some(Fault::Peer) });
+    assert_eq!(told, [fault(2, Fault::Peer), quiesced(2, rest(3))]);
 }

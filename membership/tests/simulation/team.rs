@@ -550,7 +550,8 @@ impl Worker {
         let generation = team.group.generation;
         self.readied = self.readied.max(generation);
         note!(ctx, "worker process {} rests: {fault:?}, {:?}", self.proc, self.state);
-        self.feed(Event::Stopped(fault), ctx);
+        let held = self.state.map(|state| state.position);
+        self.feed(Event::Stopped { held, fault }, ctx);
     }
 
     /// Gives up what takes too long.

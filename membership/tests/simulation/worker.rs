@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ganglion_membership::member::{Command, End, Event, Report, Reported, Row, Welcome};
 use ganglion_membership::{
-    Activity, Generation, LoadedFacts, Member, Passport, Position, Progress, Rank, Term, WorkerId,
+    Activity, Generation, LoadedFacts, Member, Passport, Position, Progress, Rank, Rested, Term, WorkerId,
 };
 
 use crate::directory::{Trouble, whole};
@@ -251,10 +251,10 @@ impl Worker {
         match command {
             Command::Connect(hello) => {
                 self.open_session(ctx);
-                if let Some((generation, _)) =
+                if let Some((generation, rest)) =
                     hello.resume.and_then(|resume| Some((resume.generation, resume.rest?)))
                 {
-                    ctx.seen.push(Seen::Rested { proc: self.proc, generation });
+                    self.note_rest(generation, rest, ctx);
                 }
                 let (proc, token) = (self.proc, self.token);
                 self.say(Up::Hello { proc, attempt: hello.attempt, token, resume: hello.resume }, ctx);
@@ -295,7 +295,7 @@ impl Worker {
             Report::Loaded => Up::Loaded(self.facts(ctx)),
             Report::Fault(generation, fault) => Up::Fault(generation, fault),
             Report::Quiesced(generation, rest) => {
-                ctx.seen.push(Seen::Rested { proc: self.proc, generation });
+                self.note_rest(generation, rest, ctx);
                 match (rest.finished, rest.position) {
                     (Some(complete), Some(position)) => Up::Finished { generation, position, complete },
                     _ => Up::Ready(generation, rest.position),
@@ -307,6 +307,11 @@ impl Worker {
             Report::Leave => Up::Leave,
         };
         self.say(up, ctx);
+    }
+
+    fn note_rest(&self, generation: Generation, rest: Rested, ctx: &mut Ctx) {
+        let (proc, position, held) = (self.proc, rest.position, self.state);
+        ctx.seen.push(Seen::Rested { proc, generation, position, held });
     }
 
     fn facts(&self, ctx: &Ctx) -> LoadedFacts {

@@ -99,9 +99,12 @@ pub enum Seen {
         generation: Generation,
         state: State,
     },
+    /// A worker says that it is at rest with a state of this position.
     Rested {
         proc: Proc,
         generation: Generation,
+        position: Option<Position>,
+        held: Option<State>,
     },
     /// A row reached the records.
     Recorded(StepRow),

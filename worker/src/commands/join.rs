@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use ganglion_membership::{Fault, LoadedFacts};
+use ganglion_membership::LoadedFacts;
+use ganglion_membership::member::Event;
 use ganglion_proto::dial::Credentials;
 use ganglion_proto::job::{Data, Job};
 use ganglion_proto::log;
@@ -21,13 +22,13 @@ use crate::device::{self, DeviceChoice};
 use crate::engine::checkpoint_writer::{Archive, Context};
 use crate::engine::gradient_log::GradientLog;
 use crate::engine::passport;
-use crate::engine::trainer::{Rest, Trainer};
+use crate::engine::trainer::Trainer;
 use crate::eval::EvalError;
 use crate::eval::beside::{self, Evaluations};
 use crate::eval::judge::Means;
 use crate::nn::broken::guarded;
 use crate::objective::{Model, Objective, Unsuitable};
-use crate::session::{ConnectError, End, Session};
+use crate::session::{ConnectError, End, Order, Session};
 
 /// Environment variable with the spawn token, which the coordinator sets for its own workers.
 pub const SPAWN_TOKEN: &str = "GANGLION_SPAWN_TOKEN";
@@ -80,28 +81,36 @@ pub fn run(
         }
         Err(other) => return Err(other),
     };
+    serve(&mut trainer, trace)
+}
+
+/// Does what the protocol wants of the training thread, one order after the other, until the worker's part in
+/// the run ends.
+fn serve(trainer: &mut Trainer, trace: &Trace) -> Result<Released, Failure> {
+    let (session, track) = (trainer.session.clone(), trainer.track.clone());
+    let mut saved = None;
     loop {
-        let assignment = match track.during("at rest", Nothing {}, || session.next_assignment()) {
-            Ok(assignment) => assignment,
-            Err(End::Released) => return Ok(Released::ToLeave),
-            Err(End::Complete) => return Ok(Released::Complete),
-            Err(End::Rejected(reason)) => return Err(Failure::Other(reason)),
-            Err(End::Lost(reason)) => {
-                return Err(track.during("save alone", Nothing {}, || alone(&trainer, &reason)));
+        match track.during("at rest", Nothing {}, || session.next_order()) {
+            Order::DropState => trainer.drop_state(),
+            Order::Begin(assignment) => {
+                trace.name(&format!("worker {}", session.welcome().worker));
+                tell_of(&assignment);
+                trainer.take_part(&assignment);
             }
-        };
-        trace.name(&format!("worker {}", session.welcome().worker));
-        tell_of(&assignment);
-        let rest = trainer.take_part(&assignment);
-        let failed = match &rest {
-            Rest::Fault(Fault::Internal(detail)) => Some(detail.clone()),
-            _ => None,
-        };
-        trainer.tell(&assignment, rest);
-        if let Some(detail) = failed {
-            // The coordinator has read this when it ends the session.
-            session.wait_for_end(session.limits().attempt);
-            return Err(Failure::Other(detail));
+            Order::Probe => session.probe(),
+            Order::SaveAlone => {
+                saved = Some(track.during("save alone", Nothing {}, || save_alone(trainer)));
+                session.tell(Event::SavedAlone);
+            }
+            Order::Exit(End::Released) => return Ok(Released::ToLeave),
+            Order::Exit(End::Complete) => return Ok(Released::Complete),
+            Order::Exit(End::Rejected(reason) | End::Failed(reason)) => return Err(Failure::Other(reason)),
+            Order::Exit(End::Lost) => {
+                let saved = saved.unwrap_or_else(|| "there is nothing to save".to_string());
+                return Err(Failure::Other(format!("lost the coordinator: {}; {saved}", session.why_lost())));
+            }
+            // What was left of a generation that ended.
+            Order::Work(_) => {}
         }
     }
 }
@@ -132,14 +141,13 @@ fn tell_of(assignment: &Assignment) {
     );
 }
 
-/// Ends a worker whose coordinator does not come back: saves its state for the next one.
-fn alone(trainer: &Trainer, reason: &str) -> Failure {
-    let saved = match trainer.save_alone() {
+/// Saves the state of a worker whose coordinator does not come back, for the next one; returns how that went.
+fn save_alone(trainer: &Trainer) -> String {
+    match trainer.save_alone() {
         Ok(Some(folder)) => format!("saved {folder} for the next coordinator"),
         Ok(None) => "there is nothing to save".to_string(),
         Err(error) => format!("and what this worker holds cannot be saved: {error}"),
-    };
-    Failure::Other(format!("lost the coordinator: {reason}; {saved}"))
+    }
 }
 
 /// Opens the data, makes the objective, proves the arithmetic.
@@ -197,7 +205,6 @@ fn load(
         evaluations,
         gradient_log: GradientLog::from_environment()?,
         held: None,
-        unformed: 0,
         track: track.clone(),
     })
 }

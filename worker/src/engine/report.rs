@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use ganglion_membership::{Position, Rank, Start};
+use ganglion_membership::Position;
+use ganglion_membership::member::{Event, Reported};
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{Assignment, GpuUse, MetricsRow};
 use tch::{Device, Tensor};
@@ -11,7 +12,7 @@ use tch::{Device, Tensor};
 use super::checkpoint_writer::Order;
 use super::generation::TeamError;
 use super::profile::Laps;
-use super::trainer::{Held, Rest, Trainer};
+use super::trainer::{Held, Trainer};
 use crate::checkpoint::Snapshot;
 use crate::nn::tensor_bytes::to_bytes;
 use crate::objective::{Model, Phase, ScalarRole};
@@ -130,63 +131,60 @@ impl Pace {
 }
 
 impl Trainer {
-    /// Makes up for reports that a change of the group cut short: a member that was synchronised past the
-    /// end of a step did not report it, and one that was lost did not save its share of a checkpoint.
-    pub(super) fn catch_up(&self, assignment: &Assignment, held: &Held) {
-        let (step, phase) = self.model.place(held.state.counters.position);
-        self.session.report_kept(Rank(assignment.rank), step);
-        self.evaluations.take_over();
-        let samples = self.data.len() as u64;
-        let at_the_end_of_a_step = phase.index == 0 && (1..self.job.last_step(samples)).contains(&step);
-        if at_the_end_of_a_step && matches!(assignment.group.start, Start::Healed(_)) {
-            if self.job.metrics_due(step, samples) && held.pending.newest.generation > 0 {
-                // The source of this member's state has reported the row, and may be gone before it was
-                // recorded.
-                self.session.report_unless_kept(Rank(assignment.rank), self.row(held));
-            }
-            self.save(assignment, &held.state, self.due(step));
-        } else if at_the_end_of_a_step {
-            // Of the last group's states perhaps only the saved one is left: its evaluation may still be
-            // missing.
-            let due = Due { evaluation: self.due(step).evaluation, ..Due::default() };
-            self.save(assignment, &held.state, due);
-        }
-    }
-
-    /// Reports a finished step: metrics, samples, checkpoints. Waits only while too many rows are unrecorded
-    /// or too many checkpoints are unwritten.
+    /// Reports a step that ends at the held state: metrics, samples, checkpoints. Waits only while too many
+    /// rows are unrecorded or too many checkpoints are unwritten.
     pub(super) fn report(
         &self,
         assignment: &Assignment,
         held: &mut Held,
+        reported: Reported,
         pace: &mut Pace,
         laps: &mut Laps,
-        stopping: bool,
     ) {
-        let samples = self.data.len() as u64;
         let step = self.model.steps(held.state.counters.position);
-        pace.steps += 1;
-        if self.job.metrics_due(step, samples) || stopping {
-            held.pending.newest = pace.circumstances(assignment, &self.job);
-            let name = |network| self.model.layout.network(network).name.to_string();
-            let profile = laps.take(pace.steps).map(|(network, profile)| (name(network), profile)).collect();
-            let GpuUse { memory_bytes, utilisation } = self.session.gpu_use();
-            let row = MetricsRow {
-                profile,
-                gpu_memory_bytes: memory_bytes,
-                gpu_utilisation: utilisation,
-                ..self.row(held)
-            };
-            self.session.report(Rank(assignment.rank), row);
-            self.session.wait_for_room(assignment.group.generation);
-            self.track.flush();
-            *pace = Pace::start();
+        let row_is_due = self.job.metrics_due(step, self.data.len() as u64);
+        match reported {
+            Reported::Committed | Reported::Last { .. } => {
+                pace.steps += 1;
+                if row_is_due || matches!(reported, Reported::Last { stopping: true }) {
+                    self.report_row(assignment, held, pace, laps);
+                }
+            }
+            Reported::Again if row_is_due && held.pending.newest.generation > 0 => {
+                // The source of this member's state has reported the row, and may be gone before it was
+                // recorded.
+                self.session.report_unless_kept(self.row(held));
+            }
+            Reported::Again | Reported::FromCheckpoint => {}
         }
-        // The last state, of the job or before a stop, is saved by `finish`.
-        let last = stopping || step == self.job.last_step(samples);
-        if !last {
-            self.save(assignment, &held.state, self.due(step));
+        let due = self.due(step);
+        match reported {
+            Reported::Committed | Reported::Again => self.save(assignment, &held.state, due),
+            // Of the last group's states perhaps only the saved one is left: its evaluation may still be
+            // missing.
+            Reported::FromCheckpoint => {
+                let due = Due { evaluation: due.evaluation, ..Due::default() };
+                self.save(assignment, &held.state, due);
+            }
+            // `finish` saves it.
+            Reported::Last { .. } => {}
         }
+    }
+
+    fn report_row(&self, assignment: &Assignment, held: &mut Held, pace: &mut Pace, laps: &mut Laps) {
+        held.pending.newest = pace.circumstances(assignment, &self.job);
+        let name = |network| self.model.layout.network(network).name.to_string();
+        let profile = laps.take(pace.steps).map(|(network, profile)| (name(network), profile)).collect();
+        let GpuUse { memory_bytes, utilisation } = self.session.gpu_use();
+        self.session.report(MetricsRow {
+            profile,
+            gpu_memory_bytes: memory_bytes,
+            gpu_utilisation: utilisation,
+            ..self.row(held)
+        });
+        self.session.wait_for_room(assignment.group.generation);
+        self.track.flush();
+        *pace = Pace::start();
     }
 
     /// Returns the reports due after `step` steps.
@@ -265,19 +263,19 @@ impl Trainer {
         assignment: &Assignment,
         state: &State,
         complete: bool,
-    ) -> Result<Rest, TeamError> {
+    ) -> Result<(), TeamError> {
         let samples = complete && self.job.sample.every_steps != 0;
         let evaluation = self.due(self.model.steps(state.counters.position)).evaluation;
         self.save(assignment, state, Due { checkpoint: true, samples, evaluation });
-        let generation = assignment.group.generation;
-        let left = || self.session.end().is_some() || self.session.is_aborted(generation);
+        let left = || self.session.is_aborted(assignment.group.generation);
         if !self.archive.drain(left) {
             // The members of the next group save this state again.
-            return Ok(Rest::Aborted);
+            return Err(c10d::Error::Aborted.into());
         }
         // If the member that makes the last evaluation is lost, the others are still here to make it.
         self.evaluations.drain(left);
-        Ok(Rest::Finished { complete })
+        self.session.advance(Event::Saved);
+        Ok(())
     }
 }
 

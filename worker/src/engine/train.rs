@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use ganglion_membership::{Activity, PlanKind, Position};
+use ganglion_membership::member::{Event, Schedule};
+use ganglion_membership::{Activity, Position};
 use ganglion_proto::message::{Assignment, FromWorker};
 use ganglion_proto::trace::Nothing;
 use ganglion_proto::{failpoint, log};
@@ -14,10 +15,11 @@ use super::generation::{Team, TeamError};
 use super::profile::{Laps, Part, Place};
 use super::reduce::{Header, Reduced};
 use super::report::Pace;
-use super::trainer::{Held, Rest, Trainer};
+use super::trainer::{Held, Trainer};
 use crate::data::{Batch, DataError, Plan, Prefetcher};
 use crate::device;
 use crate::objective::{Compute, Phase, Reads, ShardAt, ShardBatch};
+use crate::session::Work;
 
 /// Number of batches read ahead.
 const READ_AHEAD: usize = 4;
@@ -61,8 +63,8 @@ impl Trainer {
         assignment: &Assignment,
         team: &mut Team,
         held: &mut Held,
-    ) -> Result<Rest, TeamError> {
-        self.catch_up(assignment, held);
+    ) -> Result<(), TeamError> {
+        self.evaluations.take_over();
         let last_step = self.job.last_step(self.data.len() as u64);
         let at = Place { generation: team.generation, rank: assignment.rank };
         let mut course = Course {
@@ -73,48 +75,54 @@ impl Trainer {
             same: None,
             ahead: None,
         };
-        let (mut pace, mut agreed) = (Pace::start(), None);
-        let (mut step, mut phase) = self.model.place(held.state.counters.position);
-        // A stop is at the end of a step.
-        while step < last_step && (agreed != Some(PlanKind::Stop) || phase.index > 0) {
-            let plan = self.run_phase(team, held, phase, &mut course)?;
-            agreed = plan.or(agreed);
-            (step, phase) = self.model.place(held.state.counters.position);
-            if phase.index == 0 {
-                let stopping = agreed == Some(PlanKind::Stop);
-                self.report(assignment, held, &mut pace, &mut course.laps, stopping);
+        let (mut pace, phases_per_step) = (Pace::start(), self.job.phases_per_step());
+        let schedule = Schedule { end: Position(last_step.saturating_mul(phases_per_step)), phases_per_step };
+        let mut next = self.session.advance(Event::Synced(schedule));
+        loop {
+            for work in next {
+                match work {
+                    Work::ReportStep(reported) => {
+                        self.report(assignment, held, reported, &mut pace, &mut course.laps);
+                    }
+                    Work::Save(complete) => {
+                        course.laps.rest();
+                        let save = || self.finish(assignment, &held.state, complete);
+                        return self.track.during("save", Nothing {}, save);
+                    }
+                    Work::Leave => return Ok(()),
+                    Work::Read | Work::Form | Work::SyncState | Work::Run(_) => {}
+                }
             }
-            if agreed == Some(PlanKind::Regroup) {
-                return Ok(Rest::Planned);
-            }
+            let (_, phase) = self.model.place(held.state.counters.position);
+            let agreed = self.run_phase(team, held, phase, &mut course)?;
+            let position = held.state.counters.position;
+            next = self.session.advance(Event::Committed { position, agreed });
         }
-        course.laps.rest();
-        self.track.during("save", Nothing {}, || self.finish(assignment, &held.state, step == last_step))
     }
 
     /// Runs one phase: the gradients of this rank's shards, the mean over all shards, the update. Returns
-    /// the planned change that all members agree on.
+    /// the number of the plan that all members proposed, 0 if there is none.
     fn run_phase(
         &self,
         team: &mut Team,
         held: &mut Held,
         phase: Phase,
         course: &mut Course<'_>,
-    ) -> Result<Option<PlanKind>, TeamError> {
+    ) -> Result<u64, TeamError> {
         let position = held.state.counters.position;
         let step = self.model.steps(position);
         course.laps.begin(phase, self.model.network(phase), step + 1, position.0);
         log::note("step", step + 1);
         let samples = self.samples(phase, course)?;
         course.laps.lap(Part::Data);
-        let plan = self.session.plan();
+        let plan = self.session.propose();
         // Samples that were read before are in the sample checksum already.
         let counted = samples.as_ref().filter(|_| phase.reads == Reads::Next);
         let header = Header {
             generation: team.generation,
             position: position.0,
             fingerprint: course.fingerprint,
-            plan: plan.map_or(0, |plan| plan.number),
+            plan,
             ledger: counted.map_or(0, |samples| samples.batch.ledger),
         };
         let (shards, all_reduce) = (team.shards().own(), team.all_reduce(&self.model, phase));
@@ -150,8 +158,7 @@ impl Trainer {
         course.fingerprint = self.update(team, held, phase, &reduced)?;
         course.laps.lap(Part::Commit);
         self.put_away(samples, phase, course);
-        // The plan as it went into the header: a newer one may be here by now.
-        Ok(plan.filter(|plan| plan.number == reduced.agreed_plan).map(|plan| plan.kind))
+        Ok(reduced.agreed_plan)
     }
 
     /// Updates the state by a phase's reduced gradient, or skips the phase where that is not finite.

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use ganglion_membership::{Checkpoint, Fault, Generation, Position, Rank, Rested, Start};
+use ganglion_membership::member::Event;
+use ganglion_membership::{Checkpoint, Fault, Generation, Position, Start};
 use ganglion_proto::job::Job;
-use ganglion_proto::message::{Assignment, FromWorker};
+use ganglion_proto::message::Assignment;
 use ganglion_proto::trace::{Nothing, Track, now};
 use serde_json::json;
 use tch::{Device, no_grad};
@@ -23,12 +24,8 @@ use crate::eval::beside::Evaluations;
 use crate::nn::broken::guarded;
 use crate::nn::tensor_bytes::from_bytes;
 use crate::objective::Model;
-use crate::session::{Session, unreachable};
+use crate::session::Session;
 use crate::state::State;
-
-/// Number of consecutive groups lost to a peer before they trained, after which a worker probes the other
-/// members: a link that is refused, and not silent, would break one group after the other.
-pub const UNFORMED: u32 = 3;
 
 /// Everything a worker trains with, and the state that it holds.
 pub struct Trainer {
@@ -56,8 +53,6 @@ pub struct Trainer {
     pub gradient_log: Option<GradientLog>,
     /// State after the newest commit; `None` before the first assignment.
     pub held: Option<Held>,
-    /// Number of consecutive groups that did not come to train.
-    pub unformed: u32,
     /// Trace track of the training thread.
     pub track: Track,
 }
@@ -70,17 +65,10 @@ pub struct Held {
     pub pending: Pending,
 }
 
-/// Outcome of a generation for this worker.
+/// Reason why a generation ended early for this worker.
 #[derive(Debug)]
-pub enum Rest {
-    /// The job's last step is done (`complete`), or a planned stop.
-    Finished {
-        /// Whether the job's last step is done.
-        complete: bool,
-    },
-    /// All members agreed to stop here for a planned change of the group.
-    Planned,
-    /// The coordinator, or the end of this worker's session, broke the group up.
+enum Broken {
+    /// The coordinator, or the end of this worker's part in the run, broke the group up.
     Aborted,
     /// The user's data is wrong.
     InputWrong(String),
@@ -89,44 +77,40 @@ pub enum Rest {
 }
 
 impl Trainer {
-    /// Takes part in one generation until it ends.
-    pub fn take_part(&mut self, assignment: &Assignment) -> Rest {
-        let trained = match guarded(|| self.train(assignment)) {
-            Ok(trained) => trained,
+    /// Takes part in one generation until it ends, and says how.
+    pub fn take_part(&mut self, assignment: &Assignment) {
+        let ended = match guarded(|| self.train(assignment)) {
+            Ok(trained) => trained.map_err(Broken::from),
             Err(broken) if broken.is_lack_of_memory() => {
-                return Rest::Fault(Fault::Internal(broken.to_string()));
+                Err(Broken::Fault(Fault::Internal(broken.to_string())))
             }
-            Err(broken) => return Rest::InputWrong(broken.to_string()),
+            Err(broken) => Err(Broken::InputWrong(broken.to_string())),
         };
-        match trained {
-            Ok(rest) => rest,
-            Err(TeamError::Data(error)) => match error.into_input() {
-                Ok(detail) => Rest::InputWrong(detail),
-                Err(other) => Rest::Fault(Fault::Internal(other.to_string())),
-            },
-            Err(TeamError::Diverged(detail)) => Rest::Fault(Fault::Diverged(detail)),
-            Err(TeamError::Fenced(detail)) => {
-                tracing::warn!("{detail}");
-                Rest::Fault(Fault::Peer)
+        let generation = assignment.group.generation;
+        if self.track.is_on() {
+            let args = json!({ "generation": generation.0, "reason": format!("{ended:?}") });
+            self.track.instant("leave group", args);
+            self.track.flush();
+        }
+        match ended {
+            Ok(()) | Err(Broken::Aborted) => self.session.stopped(self.position(), None),
+            Err(Broken::InputWrong(detail)) => self.session.input_wrong(detail),
+            Err(Broken::Fault(fault)) => {
+                tracing::info!("leaving generation {generation}: {fault:?}");
+                self.session.stopped(self.position(), Some(fault));
             }
-            Err(TeamError::NonFinite(NonFinite { position, detail, stop })) => {
-                Rest::Fault(Fault::NonFinite { position, detail, stop })
-            }
-            Err(TeamError::Collective(error)) => match error {
-                c10d::Error::Aborted => Rest::Aborted,
-                c10d::Error::PeerLost(detail) => {
-                    tracing::info!("lost a peer: {detail}");
-                    Rest::Fault(Fault::Peer)
-                }
-                c10d::Error::Timeout => Rest::Fault(Fault::Timeout),
-                other => Rest::Fault(Fault::Internal(other.to_string())),
-            },
-            Err(error) => Rest::Fault(Fault::Internal(error.to_string())),
         }
     }
 
+    /// Drops the held state, which was rolled back or invalidated: it must not be saved or passed on any
+    /// more.
+    pub fn drop_state(&mut self) {
+        self.archive.discard();
+        self.held = None;
+    }
+
     /// Update index (`position`) of the state that this worker holds.
-    pub fn position(&self) -> Option<Position> {
+    fn position(&self) -> Option<Position> {
         self.held.as_ref().map(|held| held.state.counters.position)
     }
 
@@ -134,8 +118,9 @@ impl Trainer {
     /// files, then the manifest, each only if it is not there. Returns the checkpoint's folder, or `None`
     /// if there is nothing to save.
     pub fn save_alone(&self) -> Result<Option<String>, CheckpointError> {
-        let usable = self.storage.seen && !self.session.is_void();
-        let Some(Held { state, .. }) = self.held.as_ref().filter(|_| usable) else { return Ok(None) };
+        let Some(Held { state, .. }) = self.held.as_ref().filter(|_| self.storage.seen) else {
+            return Ok(None);
+        };
         if state.counters.position == Position(0) {
             return Ok(None);
         }
@@ -151,29 +136,22 @@ impl Trainer {
         self.storage.wait(self.storage.patiently(save))
     }
 
-    fn train(&mut self, assignment: &Assignment) -> Result<Rest, TeamError> {
+    fn train(&mut self, assignment: &Assignment) -> Result<(), TeamError> {
         let group = &assignment.group;
         // A new coordinator may have brought other cadences, or more steps.
         self.job = self.session.welcome().job;
-        let starts_anew = !matches!(group.start, Start::Healed(_));
-        if starts_anew || self.session.is_void() || self.position().is_some_and(|held| held > group.position)
-        {
-            // Rolled back, or invalidated: the held state must not be saved or passed on any more.
-            self.archive.discard();
-            self.evaluations.discard_after(self.model.steps(group.position));
-            self.held = None;
-            self.session.void_is_gone();
-        }
+        self.evaluations.discard_after(self.model.steps(group.position));
         if let Start::Checkpoint(source, checkpoint) = &group.start
             && source.0 == assignment.rank
         {
             self.held = Some(self.read(assignment.group.generation, checkpoint)?);
+            self.session.advance(Event::Read);
         }
-        self.unformed += 1;
         let (job, model, track) = (&self.job, &*self.model, &self.track);
         let place = Place { generation: group.generation.0, rank: assignment.rank };
         let form = || Team::form(assignment, &self.session, job, model, self.device);
         let mut team = track.during("form group", place, form)?;
+        self.session.advance(Event::Formed);
         let (held, seed, device) = (&mut self.held, job.job.seed, self.device);
         let fresh = || match &self.beginning {
             Some(beginning) => beginning.state(&model.layout, seed, device),
@@ -185,7 +163,6 @@ impl Trainer {
             return Err(TeamError::Diverged("a group started without a state".to_string()));
         };
         held.state.cast();
-        self.unformed = 0;
         let rest = self.train_with(assignment, &mut team, &mut held);
         self.held = Some(held);
         if let Err(TeamError::Data(DataError::Input(_) | DataError::Sample { .. })) = &rest {
@@ -239,52 +216,31 @@ impl Trainer {
         };
         Ok(Reading::of(self.reading.take(), checkpoint, read)?)
     }
+}
 
-    /// Reports to the coordinator how this worker's part in a generation ended.
-    pub fn tell(&self, assignment: &Assignment, rest: Rest) {
-        let generation = assignment.group.generation;
-        if self.track.is_on() {
-            let args = json!({ "generation": generation.0, "reason": format!("{rest:?}") });
-            self.track.instant("leave group", args);
-            self.track.flush();
-        }
-        let mut finished = None;
-        match rest {
-            Rest::Finished { complete } => finished = Some(complete),
-            Rest::InputWrong(detail) => return self.session.send(FromWorker::InputError(detail)),
-            Rest::Fault(Fault::Diverged(detail)) => {
-                tracing::warn!("leaving generation {generation}: {detail}");
-                self.archive.discard();
-                self.session.left(generation, Fault::Diverged(detail));
+impl From<TeamError> for Broken {
+    fn from(error: TeamError) -> Broken {
+        let internal = |error: &dyn std::fmt::Display| Broken::Fault(Fault::Internal(error.to_string()));
+        match error {
+            TeamError::Data(error) => match error.into_input() {
+                Ok(detail) => Broken::InputWrong(detail),
+                Err(other) => internal(&other),
+            },
+            TeamError::Diverged(detail) => Broken::Fault(Fault::Diverged(detail)),
+            TeamError::Fenced(detail) => {
+                tracing::warn!("{detail}");
+                Broken::Fault(Fault::Peer)
             }
-            Rest::Fault(fault) => {
-                tracing::info!("leaving generation {generation}: {fault:?}");
-                let fault = self.with_links(assignment, fault);
-                self.session.left(generation, fault);
+            TeamError::NonFinite(NonFinite { position, detail, stop }) => {
+                Broken::Fault(Fault::NonFinite { position, detail, stop })
             }
-            Rest::Aborted if self.session.take_probe() => {
-                if let links @ Fault::Links(_) = self.with_links(assignment, Fault::Timeout) {
-                    self.session.left(generation, links);
-                }
+            TeamError::Collective(c10d::Error::Aborted) => Broken::Aborted,
+            TeamError::Collective(c10d::Error::PeerLost(detail)) => {
+                tracing::info!("lost a peer: {detail}");
+                Broken::Fault(Fault::Peer)
             }
-            Rest::Aborted | Rest::Planned => {}
-        }
-        self.session.rested(generation, Rested { position: self.position(), finished });
-    }
-
-    /// Adds the unreachable members to a fault, after a timeout or when one group after the other cannot
-    /// form. The fault stays as it is if all can be reached.
-    fn with_links(&self, assignment: &Assignment, fault: Fault) -> Fault {
-        let is_refused = fault == Fault::Peer && self.unformed >= UNFORMED;
-        if fault != Fault::Timeout && !is_refused {
-            return fault;
-        }
-        let lost = unreachable(&assignment.addresses, self.session.limits().attempt);
-        match lost.as_slice() {
-            [] => fault,
-            lost => {
-                Fault::Links(lost.iter().filter_map(|rank| Some(Rank(u32::try_from(*rank).ok()?))).collect())
-            }
+            TeamError::Collective(c10d::Error::Timeout) => Broken::Fault(Fault::Timeout),
+            error => internal(&error),
         }
     }
 }

@@ -1,15 +1,14 @@
 //! The session's thread: one task that connects to the coordinator, reads, writes and keeps time.
 
-use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use ganglion_membership::{Limits, Term};
+use ganglion_membership::Term;
+use ganglion_membership::member::{self, End, Event};
 use ganglion_proto::dial::{Credentials, DialError};
-use ganglion_proto::message::{FromWorker, Hello, MetricsRow, Resume, ToWorker, Usage, Welcome};
+use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcome};
 use ganglion_proto::signals::hangup_is_ignored;
 use ganglion_proto::wire::session_service_client::SessionServiceClient;
 use ganglion_proto::wire::{SessionRequest, SessionResponse};
@@ -21,8 +20,8 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Streaming};
 
-use super::lease::{Clock, Lease, boot_clock};
-use super::{End, Session, Shared, probe};
+use super::clock::{Clock, boot_clock};
+use super::{Dialling, Session, Shared, probe};
 use crate::session::gloo_tls::Tunnels;
 
 /// Limit on the search for the coordinator at start.
@@ -146,7 +145,6 @@ pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result
         connect,
         answers,
         device,
-        attempts: AtomicU64::new(0),
     };
     let connection = tokio::select! {
         biased;
@@ -155,27 +153,20 @@ pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result
         }
         connection = dial.first() => connection?,
     };
-    let lease = Lease::new(clock, connection.since, limits_of(&connection.welcome).lease);
-    let shared = Arc::new(Shared::new(connection.welcome.clone(), connection.channel.clone(), lease));
     let (outbox, outgoing) = unbounded_channel();
-    let talk = Talk {
-        shared: shared.clone(),
-        outgoing,
-        clock,
-        memory,
-        asked_to_end,
-        leaving: None,
-        again: Vec::new(),
-    };
+    let (welcome, channel) = (connection.welcome.clone(), connection.channel.clone());
+    let shared = Arc::new(Shared::new(welcome, channel, (clock, connection.since), outbox));
+    let talk = Talk { shared: shared.clone(), outgoing, clock, memory, asked_to_end };
     let (task, watched) = (tokio::spawn(dial.run(connection, talk)), shared.clone());
     tokio::spawn(async move {
         if let Err(panic) = task.await {
             // Without this task nothing would renew the lease or notice that it ended.
-            watched.end(End::Lost(format!("the session's thread ended: {panic}")));
+            watched.lock().lost = format!("the session's thread ended: {panic}");
+            watched.feed(Event::Dismissed(End::Lost));
         }
     });
     let runtime = tokio::runtime::Handle::current();
-    Ok(Session { shared, outbox, runtime, local_address, credentials, tunnels: None })
+    Ok(Session { shared, runtime, local_address, credentials, tunnels: None })
 }
 
 /// Channel that receives one value for each SIGTERM, SIGINT or SIGHUP of this process.
@@ -244,8 +235,6 @@ struct Dial {
     /// Address of the probe listener.
     answers: String,
     device: String,
-    /// Attempts to open a session so far; sent in each hello.
-    attempts: AtomicU64,
 }
 
 /// Open stream with a welcomed worker.
@@ -284,9 +273,10 @@ impl Dial {
         loop {
             let Some(reason) = talk.converse(&mut connection).await else { return };
             tracing::warn!("lost the coordinator: {reason}; training goes on while the lease lasts");
-            match self.find_again(&mut talk, &reason).await {
+            talk.shared.lock().lost = reason;
+            match self.find_again(&mut talk).await {
                 Some(found) => connection = found,
-                None => return talk.shared.end(End::Lost(reason)),
+                None => return,
             }
         }
     }
@@ -296,7 +286,10 @@ impl Dial {
         let (started, mut attempts, mut pause) = (Instant::now(), 0, PAUSE);
         loop {
             attempts += 1;
-            let reason = match self.attempt(None, WELCOME_LIMIT).await {
+            let hello = member::Hello { attempt: 1, resume: None };
+            let attempt = tokio::time::timeout(WELCOME_LIMIT, self.attempt(hello, String::new()));
+            let silent = |_| Err(Failed::Later(format!("{} does not answer", self.url)));
+            let reason = match attempt.await.unwrap_or_else(silent) {
                 Ok(connection) => return Ok(connection),
                 Err(Failed::Refused(reason)) => return Err(ConnectError::Refused(reason)),
                 Err(Failed::Wrong(reason)) => {
@@ -315,51 +308,64 @@ impl Dial {
         }
     }
 
-    /// Looks for the coordinator, or the run's next one, until the lease ends.
-    async fn find_again(&self, talk: &mut Talk, reason: &str) -> Option<Connection> {
-        let mut pause = PAUSE;
+    /// Looks for the coordinator, or the run's next one, until the member gives up.
+    async fn find_again(&self, talk: &mut Talk) -> Option<Connection> {
         loop {
-            if !talk.shared.lease.holds() || talk.left_alone() {
+            match talk.next().await {
+                Dialling::Connect(hello) => {
+                    if let Some(connection) = self.try_again(talk, hello).await {
+                        return Some(connection);
+                    }
+                }
+                // Nothing is connected.
+                Dialling::Disconnect | Dialling::Heartbeat => {}
+            }
+            if talk.shared.lock().member.is_closed() {
                 return None;
             }
-            let resume = talk.shared.resume();
-            let (limits, term) = (talk.shared.lock().limits(), resume.term);
-            match self.attempt(Some(resume), limits.attempt).await {
-                Ok(connection) if connection.welcome.term >= term => return Some(connection),
-                Ok(connection) => {
-                    tracing::warn!(
-                        "a coordinator of term {}, older than {term}, is not ours",
-                        connection.welcome.term
-                    );
-                }
-                Err(Failed::Complete) => {
-                    talk.shared.end(End::Complete);
-                    return None;
-                }
-                Err(Failed::Later(again) | Failed::Refused(again) | Failed::Wrong(again)) => {
-                    tracing::debug!("still without a coordinator after {reason:?}: {again}");
-                }
-            }
-            // Bounded by the heartbeat interval, and a signal ends it at once: the lease is checked in
-            // time.
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = talk.asked_to_leave() => {}
-            }
-            pause = (pause * 2).min(limits.heartbeat);
         }
     }
 
-    async fn attempt(&self, resume: Option<Resume>, limit: Duration) -> Result<Connection, Failed> {
-        let connected =
-            tokio::time::timeout(limit.min(ATTEMPT_LIMIT), (self.connect)(self.endpoint.clone())).await;
+    /// Makes one attempt, until it ends or the member gives it up.
+    async fn try_again(&self, talk: &mut Talk, hello: member::Hello) -> Option<Connection> {
+        let run = talk.shared.lock().welcome.run.clone();
+        let attempt = tokio::select! {
+            biased;
+            attempt = self.attempt(hello, run) => attempt,
+            // The only command during an attempt is to give it up.
+            _ = talk.next() => return None,
+        };
+        match attempt {
+            Ok(connection) => {
+                let (welcome, channel) = (connection.welcome.clone(), connection.channel.clone());
+                let term = welcome.term;
+                for message in talk.shared.welcome_again(welcome, channel) {
+                    let _ = connection.requests.send(message.to_wire(term));
+                }
+                if talk.shared.lock().member.is_connected() {
+                    return Some(connection);
+                }
+                tracing::warn!("a coordinator of term {term} is older than ours");
+            }
+            Err(Failed::Complete) => talk.shared.feed(Event::Dismissed(End::Complete)),
+            Err(Failed::Later(reason) | Failed::Refused(reason) | Failed::Wrong(reason)) => {
+                tracing::debug!("still without a coordinator: {reason}");
+                talk.shared.feed(Event::Disconnected);
+            }
+        }
+        None
+    }
+
+    /// Connects and says hello. `run` names the run to resume.
+    async fn attempt(&self, hello: member::Hello, run: String) -> Result<Connection, Failed> {
+        let connected = tokio::time::timeout(ATTEMPT_LIMIT, (self.connect)(self.endpoint.clone())).await;
         let channel = match connected {
             Ok(channel) => channel?,
             Err(_) => return Err(Failed::Later("no connection in time".to_string())),
         };
         let (requests, stream) = unbounded_channel();
         let since = (self.clock)();
-        let _ = requests.send(FromWorker::Hello(self.hello(resume)).to_wire(Term(0)));
+        let _ = requests.send(FromWorker::Hello(self.hello(hello, run)).to_wire(Term(0)));
         let mut client = SessionServiceClient::new(channel.clone())
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT);
@@ -367,18 +373,16 @@ impl Dial {
         if let Some(token) = self.credentials.token()? {
             token.authorise(&mut request);
         }
-        let answered = tokio::time::timeout(limit, async {
+        // The first response carries the answer to the hello. The caller bounds the wait.
+        let answered = async {
             let mut responses = client.session(request).await?.into_inner();
             let first = responses.message().await?;
-            // The first response carries the answer to the hello. The limit around this block bounds the
-            // wait.
             Ok((responses, first))
-        });
+        };
         let (responses, first) = match answered.await {
-            Ok(Ok((responses, Some(first)))) => (responses, first),
-            Ok(Ok((_, None))) => return Err(Failed::Later("the coordinator closed the session".to_string())),
-            Ok(Err(status)) => return Err(failed(&status)),
-            Err(_) => return Err(Failed::Later(format!("{} does not answer", self.url))),
+            Ok((responses, Some(first))) => (responses, first),
+            Ok((_, None)) => return Err(Failed::Later("the coordinator closed the session".to_string())),
+            Err(status) => return Err(failed(&status)),
         };
         match ToWorker::from_wire(first) {
             Ok((_, ToWorker::Welcome(welcome))) => {
@@ -391,7 +395,14 @@ impl Dial {
         }
     }
 
-    fn hello(&self, resume: Option<Resume>) -> Hello {
+    fn hello(&self, hello: member::Hello, run: String) -> Hello {
+        let resume = |resume: member::Resume| Resume {
+            run,
+            worker: resume.worker,
+            term: resume.term,
+            generation: resume.generation,
+            rest: resume.rest,
+        };
         Hello {
             protocol: PROTOCOL,
             spawn_token: self.spawn_token.clone(),
@@ -399,9 +410,9 @@ impl Dial {
                 .map_or_else(|_| "unknown".to_string(), |name| name.to_string_lossy().into_owned()),
             pid: std::process::id(),
             address: self.answers.clone(),
-            resume,
+            resume: hello.resume.map(resume),
             device: self.device.clone(),
-            attempt: self.attempts.fetch_add(1, Ordering::Relaxed) + 1,
+            attempt: hello.attempt,
         }
     }
 }
@@ -415,10 +426,6 @@ fn failed(status: &tonic::Status) -> Failed {
     }
 }
 
-fn limits_of(welcome: &Welcome) -> Limits {
-    Limits::derive(Duration::from_secs_f64(welcome.job.job.failure_deadline))
-}
-
 /// State of the conversation with the coordinator, kept across connections.
 struct Talk {
     shared: Arc<Shared>,
@@ -426,122 +433,104 @@ struct Talk {
     clock: Clock,
     memory: fn() -> Option<u64>,
     asked_to_end: UnboundedReceiver<()>,
-    /// Rows that the coordinator has requested again.
-    again: Vec<MetricsRow>,
-    /// Time at which this worker was asked to end.
-    leaving: Option<Instant>,
 }
 
 impl Talk {
     /// Reads, writes and sends heartbeats until the connection or the session ends. Returns why the
     /// connection ended, `None` when the session did.
     async fn converse(&mut self, connection: &mut Connection) -> Option<String> {
-        let (welcome, channel) = (connection.welcome.clone(), connection.channel.clone());
-        let (term, limits) = (welcome.term, limits_of(&welcome));
-        self.shared.lease.prolong(connection.since, limits.lease);
-        let again = self.shared.welcome_again(welcome, channel);
-        let leave = self.leaving.map(|_| FromWorker::Leave);
-        for message in again.into_iter().chain(leave) {
-            let _ = connection.requests.send(message.to_wire(term));
-        }
-        let mut heartbeats = tokio::time::interval(limits.heartbeat);
-        let mut unanswered: VecDeque<Duration> = VecDeque::new();
-        loop {
+        let term = connection.welcome.term;
+        let lost = loop {
             let message = tokio::select! {
                 // Responses that have arrived are read before the coordinator is judged silent.
                 biased;
                 response = connection.responses.message() => match response {
                     Ok(Some(response)) => {
-                        if self.take(term, response, &mut unanswered, limits) { return None }
-                        for row in self.again.drain(..) {
-                            let _ = connection.requests.send(FromWorker::Metrics(row).to_wire(term));
-                        }
-                        continue;
+                        self.take(term, response);
+                        None
                     }
-                    Ok(None) => return Some("it closed the session".to_string()),
-                    Err(status) => return Some(printable(status.message()).into_owned()),
+                    Ok(None) => break "it closed the session".to_string(),
+                    Err(status) => break printable(status.message()).into_owned(),
                 },
-                Some(message) = self.outgoing.recv() => message,
-                _ = heartbeats.tick() => {
-                    let now = (self.clock)();
-                    if unanswered.front().is_some_and(|sent| now > *sent + limits.deadline) {
-                        return Some("it does not answer".to_string());
+                Some(message) = self.outgoing.recv() => Some(message),
+                dialling = next(&self.shared, self.clock, &mut self.asked_to_end) => match dialling {
+                    Dialling::Heartbeat => {
+                        let usage = Usage { resident_bytes: (self.memory)(), gpu: self.shared.gpu_use() };
+                        Some(FromWorker::Heartbeat(self.shared.progress(), usage))
                     }
-                    unanswered.push_back(now);
-                    let usage = Usage { resident_bytes: (self.memory)(), gpu: self.shared.gpu_use() };
-                    FromWorker::Heartbeat(self.shared.progress(), usage)
-                }
-                Some(()) = self.asked_to_end.recv() => {
-                    self.note_leaving();
-                    FromWorker::Leave
-                }
+                    Dialling::Disconnect | Dialling::Connect(_) => {
+                        return (!self.shared.lock().member.is_closed()).then(|| "it does not answer".to_string());
+                    }
+                },
             };
-            if connection.requests.send(message.to_wire(term)).is_err() {
-                return Some("the session's stream is closed".to_string());
+            if self.shared.lock().member.is_closed() {
+                return None;
             }
-        }
-    }
-
-    /// Waits until this worker is asked to end.
-    async fn asked_to_leave(&mut self) {
-        match self.asked_to_end.recv().await {
-            Some(()) => self.note_leaving(),
-            None => std::future::pending().await,
-        }
-    }
-
-    fn note_leaving(&mut self) {
-        tracing::info!("asked to end: leaving once the others have what this worker holds");
-        self.leaving.get_or_insert_with(Instant::now);
-    }
-
-    /// Whether this worker was asked to end and has found no coordinator to release it for a deadline.
-    fn left_alone(&self) -> bool {
-        let patience = self.shared.lock().limits().deadline;
-        self.leaving.is_some_and(|since| since.elapsed() > patience)
-    }
-
-    /// Handles a message of the coordinator; returns whether the session is over.
-    fn take(
-        &mut self,
-        term: Term,
-        response: SessionResponse,
-        unanswered: &mut VecDeque<Duration>,
-        limits: Limits,
-    ) -> bool {
-        let message = match ToWorker::from_wire(response) {
-            Ok((of, message)) if of == term => message,
-            Ok((of, _)) => {
-                tracing::warn!("dropped a message of term {of} in term {term}");
-                return false;
-            }
-            Err(malformed) => {
-                tracing::warn!("dropped a message: {malformed}");
-                return false;
+            if let Some(message) = message
+                && connection.requests.send(message.to_wire(term)).is_err()
+            {
+                break "the session's stream is closed".to_string();
             }
         };
-        let shared = &self.shared;
-        match message {
-            ToWorker::Pulse => {
-                if let Some(sent) = unanswered.pop_front() {
-                    shared.lease.prolong(sent, limits.lease);
-                }
-            }
-            ToWorker::Assignment(assignment) => shared.take_assignment(term, assignment),
-            ToWorker::Plan(plan) => shared.take_plan(plan),
+        self.shared.feed(Event::Disconnected);
+        Some(lost)
+    }
+
+    /// The next command of the member for this thread.
+    async fn next(&mut self) -> Dialling {
+        next(&self.shared, self.clock, &mut self.asked_to_end).await
+    }
+
+    /// Handles a message of the coordinator.
+    fn take(&self, term: Term, response: SessionResponse) {
+        let message = match ToWorker::from_wire(response) {
+            Ok((of, message)) if of == term => message,
+            Ok((of, _)) => return tracing::warn!("dropped a message of term {of} in term {term}"),
+            Err(malformed) => return tracing::warn!("dropped a message: {malformed}"),
+        };
+        let event = match message {
+            ToWorker::Pulse => Event::Pulse,
+            ToWorker::Assignment(assignment) => return self.shared.take_assignment(assignment),
+            ToWorker::Plan(plan) => Event::Planned(plan),
             ToWorker::Abort { generation, reason, probe, condemned } => {
                 tracing::info!("leaving generation {generation}: {reason}");
-                shared.abort(generation, probe, condemned);
+                Event::Aborted { generation, probe, condemned }
             }
-            ToWorker::MetricsRecorded(step) => shared.forget_rows(step),
-            ToWorker::MetricsWanted(step) => self.again.extend(shared.rows_from(step)),
-            ToWorker::CheckpointRecorded(step, phase) => shared.forget_parts((step, phase)),
-            ToWorker::EvaluationsRecorded(steps) => shared.forget_evaluations(&steps),
-            ToWorker::Release { complete: true } => shared.end(End::Complete),
-            ToWorker::Release { complete: false } => shared.end(End::Released),
-            ToWorker::Reject(reason) => shared.end(End::Rejected(reason)),
-            ToWorker::Welcome(_) => tracing::warn!("dropped a second welcome"),
+            ToWorker::MetricsRecorded(step) => Event::RowsRecorded(step),
+            ToWorker::MetricsWanted(step) => Event::RowsWanted(step),
+            ToWorker::CheckpointRecorded(step, phase) => Event::CheckpointRecorded(step, phase),
+            ToWorker::EvaluationsRecorded(steps) => Event::EvaluationsRecorded(steps),
+            ToWorker::Release { complete: true } => Event::Dismissed(End::Complete),
+            ToWorker::Release { complete: false } => Event::Dismissed(End::Released),
+            ToWorker::Reject(reason) => Event::Dismissed(End::Rejected(reason)),
+            ToWorker::Welcome(_) => return tracing::warn!("dropped a second welcome"),
+        };
+        self.shared.feed(event);
+    }
+}
+
+/// Waits for the member's next command to the session's thread: for its timers, and for the machine to ask
+/// this worker to end.
+async fn next(shared: &Shared, clock: Clock, asked_to_end: &mut UnboundedReceiver<()>) -> Dialling {
+    loop {
+        let (command, deadline) = {
+            let mut inbox = shared.lock();
+            (inbox.dial.pop_front(), inbox.member.next_deadline())
+        };
+        if let Some(command) = command {
+            return command;
         }
-        shared.lock().end.is_some()
+        if shared.lock().member.is_closed() {
+            return Dialling::Disconnect;
+        }
+        // A heartbeat is never far: events of the training thread need not wake this thread.
+        let wait = deadline.map_or(Duration::from_secs(1), |deadline| deadline.saturating_sub(clock()));
+        tokio::select! {
+            () = tokio::time::sleep(wait) => shared.feed(Event::Tick),
+            Some(()) = asked_to_end.recv() => {
+                tracing::info!("asked to end: leaving once the others have what this worker holds");
+                shared.feed(Event::LeaveRequested);
+            }
+        }
     }
 }

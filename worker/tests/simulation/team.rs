@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use ganglion_membership::{Activity, Fault, PlanKind, Position, Rank, Rested, Start as From};
+use ganglion_membership::member::{Event, Reported, Schedule};
+use ganglion_membership::{Activity, Fault, Position, Start as From};
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{Assignment, MetricsRow};
 use ganglion_proto::stream::SampleStream;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use ganglion_proto::wire::{GetRequest, Key, SetRequest};
-use ganglion_worker::engine::trainer::UNFORMED;
-use ganglion_worker::session::Session;
+use ganglion_worker::session::{Session, Work};
 use rand::RngExt;
 use rand::rngs::ChaCha8Rng;
 use tonic::transport::Endpoint;
@@ -25,28 +25,10 @@ use crate::mix::mix;
 use crate::net::{self, Hub, LINKS, Link};
 use crate::worker::{Archive, LOOK, Start};
 
-/// Why a generation ended for this worker.
-#[derive(Debug)]
-pub enum Rest {
-    Finished { complete: bool },
-    Planned,
-    Aborted,
-    Fault(Fault),
-}
-
 /// What ends a wait for others.
 enum Broken {
     Aborted,
     Fault(Fault),
-}
-
-impl std::convert::From<Broken> for Rest {
-    fn from(broken: Broken) -> Rest {
-        match broken {
-            Broken::Aborted => Rest::Aborted,
-            Broken::Fault(fault) => Rest::Fault(fault),
-        }
-    }
 }
 
 /// What goes with the state without being part of it.
@@ -61,8 +43,6 @@ pub struct Trainer {
     pub rng: ChaCha8Rng,
     pub start: Start,
     pub held: Option<Held>,
-    /// Groups in a row that did not come to train.
-    pub unformed: u32,
 }
 
 /// A group that has met.
@@ -75,19 +55,21 @@ struct Team<'a> {
 }
 
 impl Trainer {
-    pub async fn take_part(&mut self, assignment: &Assignment) -> Rest {
-        match self.train(assignment).await {
-            Ok(rest) => rest,
-            Err(broken) => broken.into(),
-        }
+    pub async fn take_part(&mut self, assignment: &Assignment) {
+        let fault = match self.train(assignment).await {
+            Ok(()) | Err(Broken::Aborted) => None,
+            Err(Broken::Fault(fault)) => Some(fault),
+        };
+        self.session.stopped(self.held.map(|(state, _)| state.position), fault);
     }
 
-    fn position(&self) -> Option<Position> {
-        self.held.map(|(state, _)| state.position)
+    pub fn drop_state(&mut self) {
+        self.archive.discard();
+        self.held = None;
     }
 
     pub fn save_alone(&self) {
-        let Some((state, _)) = self.held.filter(|_| !self.session.is_void()) else { return };
+        let Some((state, _)) = self.held else { return };
         let down = self.start.shared.storage_down.load(Ordering::Relaxed);
         if state.position == Position(0) || down {
             return;
@@ -100,16 +82,9 @@ impl Trainer {
         }
     }
 
-    async fn train(&mut self, assignment: &Assignment) -> Result<Rest, Broken> {
+    async fn train(&mut self, assignment: &Assignment) -> Result<(), Broken> {
         let group = &assignment.group;
         let job = self.session.welcome().job;
-        let starts_anew = !matches!(group.start, From::Healed(_));
-        if starts_anew || self.session.is_void() || self.position().is_some_and(|held| held > group.position)
-        {
-            self.archive.discard();
-            self.held = None;
-            self.session.void_is_gone();
-        }
         if let From::Checkpoint(source, checkpoint) = &group.start
             && source.0 == assignment.rank
         {
@@ -125,13 +100,13 @@ impl Trainer {
             let read =
                 job::read(&self.archive.storage, checkpoint).map_err(|error| internal(&error.to_string()))?;
             self.held = Some((read, Carried::default()));
+            session.advance(Event::Read);
         }
-        self.unformed += 1;
         let session = self.session.clone();
         let mut team = Team::form(assignment, &session, &self.hub, &self.start).await?;
+        session.advance(Event::Formed);
         team.start(&job, &mut self.held).await?;
         let (mut state, mut carried) = self.held.expect("a team starts with a state");
-        self.unformed = 0;
         self.start.shared.begin(group.generation.0, group.position.0);
         let rest = self.train_with(&job, assignment, &mut team, &mut state, &mut carried).await;
         self.held = Some((state, carried));
@@ -145,34 +120,31 @@ impl Trainer {
         team: &mut Team<'_>,
         state: &mut State,
         carried: &mut Carried,
-    ) -> Result<Rest, Broken> {
-        self.catch_up(job, assignment, state, carried);
+    ) -> Result<(), Broken> {
+        let generation = assignment.group.generation;
         let mut stream = SampleStream::new(job.job.seed, SAMPLES);
-        let last_step = job.last_step(SAMPLES);
-        let mut agreed = None;
-        while state.place(job).0 < last_step && agreed != Some(PlanKind::Stop) {
-            loop {
-                let plan = self.run_phase(job, team, state, &mut stream).await?;
-                self.start.shared.commit(&self.start.name, assignment.group.generation.0, state);
-                agreed = plan.or(agreed);
-                if agreed == Some(PlanKind::Regroup) || state.place(job).1 == 0 {
-                    break;
+        let phases_per_step = job.phases_per_step();
+        let schedule = Schedule { end: Position(job.last_step(SAMPLES) * phases_per_step), phases_per_step };
+        let mut next = self.session.advance(Event::Synced(schedule));
+        loop {
+            for work in next {
+                match work {
+                    Work::ReportStep(reported) => self.report(job, assignment, state, carried, reported),
+                    Work::Save(_) => {
+                        self.archive.push(generation, *state, files(assignment));
+                        let _pause = self.session.pause();
+                        let saved = self.archive.drain(|| self.session.is_aborted(generation)).await;
+                        let left = if saved { self.session.advance(Event::Saved) } else { Vec::new() };
+                        return if left.is_empty() { Err(Broken::Aborted) } else { Ok(()) };
+                    }
+                    Work::Leave => return Ok(()),
+                    Work::Read | Work::Form | Work::SyncState | Work::Run(_) => {}
                 }
             }
-            if state.place(job).1 == 0 {
-                self.report(job, assignment, state, carried, agreed == Some(PlanKind::Stop));
-            }
-            if agreed == Some(PlanKind::Regroup) {
-                return Ok(Rest::Planned);
-            }
+            let agreed = self.run_phase(job, team, state, &mut stream).await?;
+            self.start.shared.commit(&self.start.name, generation.0, state);
+            next = self.session.advance(Event::Committed { position: state.position, agreed });
         }
-        self.archive.push(assignment.group.generation, *state, files(assignment));
-        let _pause = self.session.pause();
-        let left = || self.session.end().is_some() || self.session.is_aborted(assignment.group.generation);
-        if !self.archive.drain(left).await {
-            return Ok(Rest::Aborted);
-        }
-        Ok(Rest::Finished { complete: state.place(job).0 == last_step })
     }
 
     async fn run_phase(
@@ -181,9 +153,9 @@ impl Trainer {
         team: &mut Team<'_>,
         state: &mut State,
         stream: &mut SampleStream,
-    ) -> Result<Option<PlanKind>, Broken> {
+    ) -> Result<u64, Broken> {
         let shards = team.shards();
-        let plan = self.session.plan();
+        let plan_number = self.session.propose();
         self.session.set_activity(Activity::Computing);
         let mut sum = 0_u64;
         for shard in shards.clone() {
@@ -192,7 +164,6 @@ impl Trainer {
         }
         self.session.set_activity(Activity::Waiting);
         let ledger = job::ledger(job, stream, state.position, shards);
-        let plan_number = plan.map_or(0, |plan| plan.number);
         let own = [team.term, state.position.0, state.fingerprint(), plan_number, ledger, sum];
         let all = team.all_gather(&own).await?;
         if let Some(rank) = all.iter().position(|theirs| theirs[..3] != own[..3]) {
@@ -205,7 +176,7 @@ impl Trainer {
         state.commit(total(5), total(4));
         self.session.set_position(state.position);
         let is_agreed = all.iter().all(|theirs| theirs[3] == plan_number);
-        Ok(plan.filter(|_| is_agreed).map(|plan| plan.kind))
+        Ok(if is_agreed { plan_number } else { 0 })
     }
 
     /// One leaf.
@@ -224,80 +195,50 @@ impl Trainer {
         if team.is_aborted() { Err(Broken::Aborted) } else { Ok(()) }
     }
 
-    fn catch_up(&self, job: &Job, assignment: &Assignment, state: &State, carried: &Carried) {
-        let (step, phase) = state.place(job);
-        self.session.report_kept(Rank(assignment.rank), step);
-        let at_the_end = phase == 0 && (1..job.last_step(SAMPLES)).contains(&step);
-        if !at_the_end || !matches!(assignment.group.start, From::Healed(_)) {
-            return;
-        }
-        if job.metrics_due(step, SAMPLES) && carried[0] > 0 {
-            self.session.report_unless_kept(Rank(assignment.rank), row(job, state, carried));
-        }
-        if job.checkpoint_due(step, SAMPLES) {
-            self.archive.push(assignment.group.generation, *state, files(assignment));
-        }
-    }
-
     fn report(
         &self,
         job: &Job,
         assignment: &Assignment,
         state: &State,
         carried: &mut Carried,
-        stopping: bool,
+        reported: Reported,
     ) {
         let (step, _) = state.place(job);
-        if job.metrics_due(step, SAMPLES) || stopping {
-            *carried = [assignment.group.generation.0, assignment.group.members.len() as u64];
-            self.session.report(Rank(assignment.rank), row(job, state, carried));
+        let row_is_due = job.metrics_due(step, SAMPLES);
+        match reported {
+            Reported::Again if row_is_due && carried[0] > 0 => {
+                self.session.report_unless_kept(row(job, state, carried));
+            }
+            Reported::Again | Reported::FromCheckpoint => {}
+            Reported::Committed | Reported::Last { .. } => {
+                if row_is_due || matches!(reported, Reported::Last { stopping: true }) {
+                    *carried = [assignment.group.generation.0, assignment.group.members.len() as u64];
+                    self.session.report(row(job, state, carried));
+                }
+            }
         }
-        let last = stopping || step == job.last_step(SAMPLES);
-        if !last && job.checkpoint_due(step, SAMPLES) {
+        let saves = matches!(reported, Reported::Committed | Reported::Again);
+        if saves && job.checkpoint_due(step, SAMPLES) {
             self.archive.push(assignment.group.generation, *state, files(assignment));
         }
     }
 
-    pub async fn tell(&self, assignment: &Assignment, rest: Rest) {
-        let generation = assignment.group.generation;
-        let mut finished = None;
-        match rest {
-            Rest::Finished { complete } => finished = Some(complete),
-            Rest::Fault(Fault::Diverged(detail)) => {
-                self.archive.discard();
-                self.session.left(generation, Fault::Diverged(detail));
-            }
-            Rest::Fault(fault) => {
-                let fault = self.with_links(assignment, fault).await;
-                self.session.left(generation, fault);
-            }
-            Rest::Aborted if self.session.take_probe() => {
-                if let links @ Fault::Links(_) = self.with_links(assignment, Fault::Timeout).await {
-                    self.session.left(generation, links);
-                }
-            }
-            Rest::Aborted | Rest::Planned => {}
-        }
-        self.session.rested(generation, Rested { position: self.position(), finished });
-    }
-
-    async fn with_links(&self, assignment: &Assignment, fault: Fault) -> Fault {
-        if fault != Fault::Timeout && (fault != Fault::Peer || self.unformed < UNFORMED) {
-            return fault;
-        }
-        let limit = self.session.limits().attempt;
-        let asked = assignment.addresses.iter().map(|address| {
-            let address = address.clone();
-            tokio::spawn(async move { net::answers(&address, limit).await })
+    /// Finds out which members do not answer.
+    pub async fn probe(&self) {
+        let (addresses, limit) = self.session.members_to_probe();
+        let own = format!("{}:{LINKS}", self.start.address);
+        let asked = addresses.into_iter().map(|address| {
+            let is_own = address == own;
+            tokio::spawn(async move { is_own || net::answers(&address, limit).await })
         });
         let asked: Vec<_> = asked.collect();
         let mut lost = Vec::new();
-        for (rank, answer) in (0..).zip(asked) {
-            if rank != assignment.rank && !answer.await.unwrap_or(false) {
-                lost.push(Rank(rank));
+        for (rank, answer) in asked.into_iter().enumerate() {
+            if !answer.await.unwrap_or(false) {
+                lost.push(rank);
             }
         }
-        if lost.is_empty() { fault } else { Fault::Links(lost) }
+        self.session.probed(lost);
     }
 }
 

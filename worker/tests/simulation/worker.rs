@@ -8,17 +8,18 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ganglion_membership::{Fault, Generation, LoadedFacts, Passport};
+use ganglion_membership::member::Event;
+use ganglion_membership::{Generation, LoadedFacts, Passport};
 use ganglion_proto::dial::Credentials;
 use ganglion_proto::message::FromWorker;
-use ganglion_worker::session::{ConnectError, End, Host, Session};
+use ganglion_worker::session::{ConnectError, End, Host, Order, Session};
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 use tokio::sync::mpsc;
 
 use crate::job::{self, SAMPLES, State};
 use crate::net::{self, Hub, LINKS};
-use crate::team::{Rest, Trainer};
+use crate::team::Trainer;
 
 /// Between two looks at what another thread would wake a real worker for.
 pub const LOOK: Duration = Duration::from_millis(2);
@@ -119,49 +120,43 @@ pub async fn live(start: Start) {
     };
     session.loaded(facts, None);
     let archive = Archive::start(session.clone(), start.clone(), storage_of(&welcome.storage));
-    train(Trainer { session, hub, archive, rng, start, held: None, unformed: 0 }).await;
+    train(Trainer { session, hub, archive, rng, start, held: None }).await;
 }
 
 async fn train(mut trainer: Trainer) {
     loop {
-        let assignment = match next_assignment(&trainer.session).await {
-            Ok(assignment) => assignment,
-            Err(End::Lost(_)) => return trainer.save_alone(),
-            Err(End::Released | End::Complete) => return,
-            Err(End::Rejected(reason)) => return trainer.start.shared.breach(format!("rejected: {reason}")),
-        };
-        let rest = trainer.take_part(&assignment).await;
-        let failed = matches!(rest, Rest::Fault(Fault::Internal(_)));
-        trainer.tell(&assignment, rest).await;
-        if failed {
-            let patience = trainer.session.limits().attempt;
-            let _ = tokio::time::timeout(patience, ended(&trainer.session)).await;
-            return;
+        match next_order(&trainer.session).await {
+            Order::DropState => trainer.drop_state(),
+            Order::Begin(assignment) => trainer.take_part(&assignment).await,
+            Order::Probe => trainer.probe().await,
+            Order::SaveAlone => {
+                trainer.save_alone();
+                trainer.session.tell(Event::SavedAlone);
+            }
+            Order::Exit(End::Rejected(reason)) => {
+                return trainer.start.shared.breach(format!("rejected: {reason}"));
+            }
+            Order::Exit(_) => return,
+            Order::Work(_) => {}
         }
     }
 }
 
-async fn next_assignment(session: &Session) -> Result<ganglion_proto::message::Assignment, End> {
+async fn next_order(session: &Session) -> Order {
     loop {
-        if let Some(next) = session.try_next_assignment() {
-            return next;
+        if let Some(order) = session.try_next_order() {
+            return order;
         }
-        tokio::time::sleep(LOOK).await;
-    }
-}
-
-async fn ended(session: &Session) {
-    while session.end().is_none() {
         tokio::time::sleep(LOOK).await;
     }
 }
 
 /// A state of a generation, and the files of its checkpoint to write.
-type Order = (Generation, State, Vec<u32>);
+type Share = (Generation, State, Vec<u32>);
 
 /// Saves in the background.
 pub struct Archive {
-    orders: mpsc::UnboundedSender<Order>,
+    orders: mpsc::UnboundedSender<Share>,
     queue: Arc<Queue>,
     pub storage: PathBuf,
 }
@@ -176,7 +171,7 @@ struct Queue {
 
 impl Archive {
     fn start(session: Arc<Session>, start: Start, storage: PathBuf) -> Archive {
-        let (orders, mut ordered) = mpsc::unbounded_channel::<Order>();
+        let (orders, mut ordered) = mpsc::unbounded_channel::<Share>();
         let queue = Arc::new(Queue::default());
         let (theirs, folder) = (queue.clone(), storage.clone());
         tokio::spawn(async move {

@@ -1,4 +1,5 @@
-//! A worker never commits in a generation after it was ready for it.
+//! A worker never commits in a generation after it was ready for it, and holds the state that it says it is
+//! ready with.
 
 use std::collections::BTreeMap;
 
@@ -16,9 +17,11 @@ pub struct ReadyIsFinal {
 impl Invariant for ReadyIsFinal {
     fn see(&mut self, seen: &Seen, _world: &World) -> Finding {
         match seen {
-            Seen::Rested { proc, generation } => {
+            Seen::Rested { proc, generation, position, held } => {
                 self.rested.insert(*proc, *generation);
-                Ok(())
+                hold(held.map(|state| state.position) == *position, || {
+                    format!("process {proc} says it rests at {position:?}, and holds {held:?}")
+                })
             }
             Seen::Committed { proc, generation, state, .. } => {
                 let final_since = self.rested.get(proc).is_some_and(|rested| generation <= rested);
