@@ -98,6 +98,7 @@ pub enum JournalError {
 
 impl From<rusqlite::Error> for JournalError {
     fn from(error: rusqlite::Error) -> JournalError {
+        // The only code that the commit hook of `guard` causes.
         const REFUSED: i32 = rusqlite::ffi::SQLITE_CONSTRAINT_COMMITHOOK;
         match error.sqlite_error() {
             Some(refused) if refused.extended_code == REFUSED => JournalError::Superseded,
@@ -124,6 +125,7 @@ impl JournalError {
             CannotOpen, DatabaseBusy, DatabaseLocked, DiskFull, OutOfMemory, ReadOnly, SystemIoFailure,
         };
         let JournalError::Sqlite(error) = self else { return false };
+        // Neither damage nor a refused commit is here: to repeat those would hide them.
         let passing =
             [CannotOpen, DatabaseBusy, DatabaseLocked, DiskFull, OutOfMemory, ReadOnly, SystemIoFailure];
         error.sqlite_error_code().is_some_and(|code| passing.contains(&code))
@@ -236,12 +238,14 @@ impl Journal {
         if finding != "ok" {
             return Err(JournalError::Damaged { file: file.to_path_buf(), reason: finding });
         }
+        // Before any table is touched: a newer version's journal stays as that version wrote it.
         let layout: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
         if layout > LAYOUT {
             return Err(JournalError::Newer(layout));
         }
         connection.execute_batch(SCHEMA)?;
         add_columns(&connection)?;
+        // Last: a death before this has only added what an older version ignores.
         connection.pragma_update(None, "user_version", LAYOUT)?;
         Ok(Journal { connection, node: Node::here(), lacking, earlier_term: 0 })
     }
@@ -255,6 +259,8 @@ impl Journal {
     pub fn guard(&mut self, ownership: &Ownership) -> Result<(), JournalError> {
         let fence = ownership.fence().clone();
         self.earlier_term = ownership.earlier_term();
+        // The hook is the last thing before a commit, and turns it into a rollback where it returns
+        // true. So a write that was begun before the claim was lost is refused as well.
         Ok(self.connection.commit_hook(Some(move || fence.check().is_err()))?)
     }
 
@@ -262,7 +268,11 @@ impl Journal {
     pub fn begin_term(&mut self, metrics_every_steps: u64) -> Result<Term, JournalError> {
         let next = "INSERT INTO terms (term, started, pid, metrics_every_steps)
                     SELECT MAX(COALESCE(MAX(term), 0), ?4) + 1, ?1, ?2, ?3 FROM terms";
+        // Above the claims' terms too: a journal that was restored from a copy must not hand out a term
+        // again (M1).
         let floor = self.floor()?.max(self.earlier_term);
+        // One statement, and so one transaction: no death leaves a number that is taken and not
+        // recorded.
         self.connection.execute(next, params![now(), std::process::id(), metrics_every_steps, floor])?;
         let newest = "SELECT MAX(term) FROM terms";
         Ok(Term(self.connection.query_row(newest, [], |row| row.get(0))?))
@@ -279,6 +289,7 @@ impl Journal {
         let next = "INSERT INTO workers (worker, term, host, pid, token)
             SELECT MAX(COALESCE(MAX(worker), 0), ?5) + 1, ?1, ?2, ?3, ?4 FROM workers";
         self.connection.execute(next, params![term.0, host, pid, token, self.floor()?])?;
+        // Safe in a second statement, since this is the only writer.
         let newest = "SELECT MAX(worker) FROM workers";
         Ok(WorkerId(self.connection.query_row(newest, [], |row| row.get(0))?))
     }
@@ -294,6 +305,7 @@ impl Journal {
     pub fn spawned(&mut self, token: &str, process: Spawned) -> Result<(), JournalError> {
         let row =
             "UPDATE children SET pid = ?2, started = ?3, host = ?4, boot = ?5, pids = ?6 WHERE token = ?1";
+        // With the number: it means something only on this boot and in this PID namespace.
         let Node { host, boot, pids } = &self.node;
         self.connection.execute(row, params![token, process.pid, process.started, host, boot, pids])?;
         Ok(())
@@ -306,6 +318,7 @@ impl Journal {
 
     /// Records the end of several processes, with one wait for the disk.
     pub fn all_ended(&mut self, tokens: &[&str]) -> Result<(), JournalError> {
+        // One commit is one wait for the disk, and a run of weeks may have had thousands of processes.
         let change = self.connection.transaction()?;
         for token in tokens {
             change.execute("UPDATE children SET ended = 1 WHERE token = ?1 AND ended = 0", [token])?;
@@ -371,6 +384,8 @@ impl Journal {
             ))
         });
         let (row, floor) = (row.optional()?, self.floor()?);
+        // Rows that were read from a damaged journal may not be its newest: their members are not waited
+        // for, and none may come back under its number.
         let Some((generation, position, members, backend)) = row.filter(|(newest, ..)| *newest > floor)
         else {
             return Ok((floor > 0).then(|| Journal::group_before(floor)));
@@ -388,6 +403,7 @@ impl Journal {
             position: Position(position),
             start: Start::Fresh,
             skips: Vec::new(),
+            // An unknown text is of another version; Gloo works on all machines.
             backend: Some(Backend::Nccl).filter(is).unwrap_or_default(),
         }))
     }
@@ -428,6 +444,7 @@ impl Journal {
     /// Records that a checkpoint is valid: from now on the run does not start without it unless the
     /// user asks for that. Idempotent.
     pub fn made_valid(&mut self, checkpoint: &Checkpoint) -> Result<(), JournalError> {
+        // `AND valid = 0` saves the wait for the disk where nothing changes.
         let change = "UPDATE checkpoints SET valid = 1 WHERE step = ?1 AND phase = ?2 AND valid = 0";
         self.connection.execute(change, params![checkpoint.step, checkpoint.phase])?;
         Ok(())
@@ -471,6 +488,8 @@ impl Journal {
 
     /// Records an evaluation. The first one of a step is kept.
     pub fn evaluated(&mut self, row: &EvaluationRow) -> Result<(), JournalError> {
+        // The first one stays: another result for the same step is a breach, which is reported and not
+        // stored.
         let insert = "INSERT INTO evaluations VALUES (?1, ?2) ON CONFLICT DO NOTHING";
         self.connection.execute(insert, params![row.step, row.encode()])?;
         Ok(())
@@ -480,6 +499,7 @@ impl Journal {
     pub fn evaluations(&self) -> Result<Vec<EvaluationRow>, JournalError> {
         let mut rows = self.connection.prepare("SELECT row FROM evaluations ORDER BY step")?;
         let rows = rows.query_map([], |row| row.get::<_, Vec<u8>>(0))?.collect::<Result<Vec<_>, _>>()?;
+        // A later version may have written it; no decision depends on having them all.
         Ok(rows.iter().filter_map(|row| EvaluationRow::decode(row).ok()).collect())
     }
 
@@ -509,6 +529,7 @@ impl Journal {
         let mut passport = self.passport()?.unwrap_or_default();
         passport.0.retain(|item, _| !forgotten.contains(&item.as_str()));
         let excluded = to_json(&(self.last_generation()?.0, count));
+        // Both facts at once: a job whose samples changed must never meet the old fingerprint.
         let moment = self.connection.transaction()?;
         let row = "INSERT OR REPLACE INTO facts VALUES (?1, ?2)";
         moment.execute(row, params![Fact::Excluded.name(), excluded])?;
@@ -522,12 +543,14 @@ impl Journal {
     pub fn unused_exclusion(&self) -> Result<Option<usize>, JournalError> {
         let fact = self.fact(Fact::Excluded)?.and_then(|text| serde_json::from_str(&text).ok());
         let Some((generation, count)): Option<(u64, usize)> = fact else { return Ok(None) };
+        // A group that formed since has trained with it, so it is a part of the run.
         Ok((self.last_generation()?.0 == generation).then_some(count))
     }
 }
 
 /// Adds the columns that the tables of an earlier version lack, as the schema defines them.
 fn add_columns(connection: &Connection) -> Result<(), JournalError> {
+    // The schema is the only list of columns: one that is added there reaches old journals as well.
     let model = Connection::open_in_memory()?;
     model.execute_batch(SCHEMA)?;
     let mut columns = model.prepare(

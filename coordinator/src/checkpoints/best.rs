@@ -13,6 +13,7 @@ use ganglion_proto::evaluation::{BestBy, EvaluationRow};
 use ganglion_proto::job::Job;
 
 /// Maximum number of evaluated steps sent to a worker that joins.
+// As many as a worker remembers (`EVALUATED_LIMIT` in membership/src/member/reports.rs).
 const TOLD: usize = 64;
 
 /// Evaluations of a run, and what follows from them. See the module documentation.
@@ -96,8 +97,11 @@ impl Judged {
     }
 
     fn consider(&mut self, step: u64) {
+        // Evaluation and checkpoint arrive in either order; the later of the two decides.
         let Some(row) = self.rows.get(&step).filter(|_| self.saved.contains(&step)) else { return };
         let Some((metric, value)) = self.job.evaluation.best_by.of(row) else { return };
+        // The earlier one of equals, whatever order they became known in: another coordinator must name
+        // the same (1).
         let is_best = self.best.as_ref().is_none_or(|best| {
             BestBy::is_better(metric, value, best.value) || (value == best.value && step < best.step)
         });
@@ -119,6 +123,8 @@ impl Judged {
 
     /// Folders of the checkpoints that must not be removed. `samples` is the size of the data set.
     pub fn protected(&self, samples: Option<u64>) -> Vec<String> {
+        // Evaluations are made in the order of steps: one that is due below the newest will not come any
+        // more.
         let newest = self.rows.keys().next_back().copied().unwrap_or(0);
         let due = |step: &u64| samples.is_some_and(|samples| self.job.evaluation_due(*step, samples));
         let waiting = self.saved.iter().copied().filter(|step| *step > newest).filter(due);

@@ -80,6 +80,7 @@ impl Checkpoints {
         let claimed = patience.wait_for(&storage, async || storage.claim(run).await).await;
         match claimed {
             Ok(Claim::Granted) => {
+                // Only after the claim: another run's files must not be touched.
                 if let Err(error) = storage.sweep().await {
                     tracing::warn!("{address}: what killed writers left stays: {}", reason(&error));
                 }
@@ -129,10 +130,13 @@ impl Checkpoints {
         let text = manifest::render(checkpoint);
         let hash = blake3::hash(text.as_bytes()).to_hex();
         let folder = checkpoint.folder();
+        // A manifest of another state may lie there. It is evidence, and `create` replaces it.
         self.set_aside_other(checkpoint).await?;
         self.storage.create(&in_folder(&folder, MANIFEST), &PutPayload::from(text), hash.as_str()).await?;
         // Numbered by step: the checkpoint is valid, and `latest` does not name it.
         failpoint::reached("manifest", checkpoint.step);
+        // It may have been given up while the storage took the manifest. Asked before `latest` moves,
+        // since a checkpoint that `latest` names stays.
         if !is_wanted() {
             return self.withdraw(checkpoint).await.map(|()| false);
         }
@@ -147,6 +151,7 @@ impl Checkpoints {
         let folder = checkpoint.folder();
         let there = self.storage.text(&in_folder(&folder, MANIFEST)).await?;
         let is_it = there.and_then(|text| manifest::parse(&text).ok());
+        // Another state's manifest in the same place may be a valid one.
         match is_it.is_some_and(|there| there.state_digest == checkpoint.state_digest) {
             true => self.storage.withdraw(&folder).await,
             false => Ok(()),
@@ -175,9 +180,11 @@ impl Checkpoints {
     /// Finds the newest checkpoint whose files are whole; also returns the newer ones that are not.
     pub async fn newest_valid(&self) -> Result<(Option<Checkpoint>, Vec<Damaged>), Error> {
         let mut damaged = Vec::new();
+        // Newest first, by step: `latest` is not asked, because it may lag behind or be damaged.
         for folder in self.storage.checkpoints().await?.into_iter().rev() {
             match self.read(&folder).await? {
                 Contents::Whole(checkpoint) => return Ok((Some(checkpoint), damaged)),
+                // Not damage: its writers died, or its manifest was still to come.
                 Contents::Unfinished => {}
                 Contents::Damaged(reason) => damaged.push(Damaged { folder, reason }),
             }
@@ -198,6 +205,7 @@ impl Checkpoints {
                 }
             }
         }
+        // Rows beyond the checkpoint are of steps that are computed again.
         found.retain(|row: &MetricsRow| row.step <= last_step);
         found.sort_by_key(|row| row.step);
         Ok(found)
@@ -221,6 +229,7 @@ impl Checkpoints {
 
     /// Writes `best.json` and the model card.
     pub async fn name_best(&self, named: &str, card: &str) -> Result<(), Error> {
+        // The card first: what `best.json` names has its description by then.
         for (file, content) in [(MODEL_CARD, card), (BEST, named)] {
             self.storage.replace(&Path::from(file), &PutPayload::from(content.to_string())).await?;
         }

@@ -41,6 +41,7 @@ pub fn render(subject: &Subject) -> String {
         best.step,
         folder(best.step)
     );
+    // Writing to a text cannot fail, here and below.
     let _ = write!(card, "\n## Model\n\n");
     line(&mut card, "networks", &job.model.kind.to_string());
     if job.model.conditional {

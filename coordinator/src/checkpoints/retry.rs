@@ -11,6 +11,7 @@ use crate::records::progress::Screen;
 /// coordinator again.
 const LIMIT: Duration = Duration::from_secs(300);
 /// Maximum pause between two attempts.
+// Short against `LIMIT`, so that a storage that is back is noticed soon.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Retry policy, with the screen that its messages go to.
@@ -36,6 +37,7 @@ impl Patience {
         storage: &Storage,
         ask: impl AsyncFn() -> Result<T, Error>,
     ) -> Result<T, Error> {
+        // Drawn at random: a fleet of runs must not ask a store that is recovering all at once.
         let mut pauses = Pauses::new(Duration::from_secs(1), PAUSE_LIMIT);
         let started = Instant::now();
         let mut told = false;
@@ -50,6 +52,7 @@ impl Patience {
                 let reason = reason(&error);
                 self.screen.print(&format!("waiting for the storage {address}, at most {limit} s: {reason}"));
             }
+            // Nothing else waits meanwhile: the doors are not served yet.
             tokio::time::sleep(pauses.draw()).await;
         }
     }

@@ -21,6 +21,7 @@ use tokio::task::JoinHandle;
 use crate::checkpoints::catalog::Checkpoints;
 
 /// The first pause after a failure, and the longest.
+// A store that is down for hours is asked twice a minute, and one that hiccups soon again.
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 
 /// Report of the task to the shell.
@@ -113,6 +114,8 @@ impl Keeper {
         let (closed, _) = mpsc::unbounded_channel();
         // Dropping the sender closes the queue: the task ends after its last order.
         self.orders = closed;
+        // Bounded, for an order that is retried ends only with its storage. The rest is dropped with the
+        // task.
         tokio::time::timeout(limit, &mut self.task).await.is_ok()
     }
 
@@ -138,6 +141,7 @@ async fn keep(
     // Ends when the shell closes the queue, after the orders in it.
     while let Some(order) = ordered.recv().await {
         let begun = trace::now();
+        // New for each order: the last one's failures say nothing about this one.
         let mut pauses = Pauses::new(PAUSES[0], PAUSES[1]);
         let mut is_valid = false;
         loop {
@@ -155,15 +159,19 @@ async fn keep(
                 Order::Prune(_) => Ok(()),
             };
             let Err(delayed) = done else { break };
+            // Fails only if the shell has ended; the order is still carried out, up to the limit of
+            // `finish`.
             let _ = telling.send(delayed);
             // A checkpoint that is given up need not wait for its storage, so the pause ends early.
             let _ = tokio::time::timeout(pauses.draw(), given_up.changed()).await;
         }
         let (Order::Commit(_, _, protected) | Order::Best(_, protected) | Order::Prune(protected)) = &order;
+        // Not retried: the next order prunes as well.
         if let Err(error) = checkpoints.prune(keep_last, protected).await {
             tracing::warn!("cannot remove old checkpoints: {}", reason(&error));
         }
         if let Order::Commit(_, checkpoint, _) = order {
+            // After the pruning: a run that ends with this report leaves no checkpoint too many (3).
             let kept = if is_valid { Kept::Valid(checkpoint, begun) } else { Kept::GivenUp(checkpoint.step) };
             let _ = telling.send(kept);
         }

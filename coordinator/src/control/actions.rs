@@ -22,14 +22,22 @@ impl Shell {
             Action::Reject(worker, rejection) => self.reject(worker, &rejection),
             Action::AdoptPassport(passport) => self.adopt(&passport)?,
             Action::Condemn(generation) => {
+                // D10: durable before anything else follows from it. A coordinator that starts between
+                // this and the regroup must know that these states do not count.
                 self.journal.set_fact(Fact::Condemned, &generation.to_string())?;
                 self.records.event(&RunEvent::Condemned { generation: generation.0 });
+                // A storage that was away may still take one, and the run would go on from a wrong
+                // state.
                 self.give_up_checkpoints();
             }
             Action::Close(generation) => {
+                // Durable before the releases that follow: else the next coordinator would wait a lease
+                // for members that have exited.
                 self.journal.set_fact(Fact::Closed, &generation.to_string())?;
             }
             Action::AllowSkip(position) => {
+                // Durable before the group that may skip is formed. A coordinator that has lost it would
+                // form a group that rolls back at the same phase again.
                 self.journal.allow_skip(position)?;
                 self.records.event(&RunEvent::SkipAllowed { position: position.0 });
             }
@@ -57,8 +65,11 @@ impl Shell {
                 self.workers.remove(&worker);
             }
             Action::Drop(worker) => {
+                // A worker on another machine cannot be killed; its session ends, and its lease stops it
+                // (M4).
                 self.supervisor.kill(worker);
                 self.records.event(&RunEvent::WorkerDropped { worker: worker.0 });
+                // The entry stays for `lose`, which takes the process number from it.
                 if let Some(connected) = self.workers.get_mut(&worker) {
                     connected.outbox = None;
                 }
@@ -72,9 +83,12 @@ impl Shell {
     pub(super) fn send(&mut self, worker: WorkerId, message: ToWorker) {
         let Some(connected) = self.workers.get_mut(&worker) else { return };
         let Some(outbox) = &connected.outbox else { return };
+        // Never `send().await`: one worker that does not read would hold the loop, and with it all
+        // others.
         if outbox.try_send(message).is_err() {
             tracing::warn!("worker {worker} does not read its messages; closing its session");
             connected.outbox = None;
+            // The machine hears of it in `handle`, when the actions at hand are done.
             self.deaf.push(worker);
         }
     }
@@ -87,6 +101,7 @@ impl Shell {
     fn abort(&mut self, generation: Generation, workers: &[WorkerId], cause: &Cause, probe: bool) {
         self.records.message(&format!("regrouping: {cause}"));
         self.records.event(&RunEvent::Regroup { generation: generation.0, reason: cause.to_string() });
+        // With this a member gives up its own state when it quiesces (D10), and reports ready with none.
         let condemned = self.machine.condemned() == Some(generation);
         for worker in workers {
             let reason = cause.to_string();
@@ -119,6 +134,8 @@ impl Shell {
 
     fn adopt(&mut self, passport: &Passport) -> Result<(), ShellError> {
         let text = serde_json::to_string(&passport.0).map_err(std::io::Error::from)?;
+        // D11: durable before a group trains by it. The next coordinator must refuse the same workers,
+        // or a run would mix two kinds of bits.
         self.journal.set_fact(Fact::Passport, &text)?;
         self.records.event(&RunEvent::Passport { items: passport.0.clone() });
         Ok(())
@@ -130,6 +147,8 @@ impl Shell {
             self.outcome = Some(Outcome::InputWrong(lost));
             return Ok(());
         }
+        // M1: durable before any member hears of it. A coordinator that died after telling one, and
+        // before this, would be followed by one that uses the number again.
         self.journal.form(self.term, group, cause)?;
         self.records.formed(group.position);
         // Numbered by generation: journaled, and no member was told.
@@ -140,6 +159,8 @@ impl Shell {
             let Exclusion { after_step, after_phase, files, .. } = exclusion;
             self.records.event(&RunEvent::SamplesExcluded { after_phase, after_step, files });
         }
+        // Before any assignment: a member looks for its peers at once, and the store refuses a
+        // generation that it does not serve (M6).
         self.store.begin(group.generation);
         log::note("generation", group.generation.0);
         self.tell_group(group, cause);
@@ -197,6 +218,8 @@ impl Shell {
         let Some(rank) = group.members.iter().position(|member| member.worker == worker) else { return };
         let address = |worker: &WorkerId| self.workers.get(worker).map(|known| known.address.clone());
         let addresses =
+            // Empty for a member that is lost by now. Addresses serve only the test of links, and the
+            // regroup that follows brings others.
             group.members.iter().map(|member| address(&member.worker).unwrap_or_default()).collect();
         let rank = u32::try_from(rank).expect("a rank is below V");
         self.send(worker, ToWorker::Assignment(Assignment { group, rank, addresses }));
@@ -222,11 +245,15 @@ impl Shell {
             Some(Ordering::Less) => return self.act(Action::AbandonCheckpoint(checkpoint.step)),
             Some(Ordering::Greater) | None => {}
         }
+        // M13: once a checkpoint counts, nobody computes the rows before it again. A power cut must not
+        // take them and leave it.
         if !self.records.are_durable(checkpoint.step) {
             self.records.begin_sync();
             self.postpone(checkpoint);
             return Ok(());
         }
+        // Journaled before the manifest is ordered. A failure does not stick the loop: nothing else
+        // waits for this checkpoint, and the chores try again.
         if let Err(error) = self.journal.commit(&checkpoint) {
             self.delayed(&checkpoint, &error.to_string());
             self.postpone(checkpoint);
@@ -234,6 +261,7 @@ impl Shell {
         }
         self.ordered = Some(checkpoint.position);
         let (step, protected) = (checkpoint.step, self.judged.protected(self.samples));
+        // Only a state between two steps is evaluated, so only its folder can become the best.
         if checkpoint.phase == 0 {
             self.judged.ordered(step);
         }
@@ -247,11 +275,15 @@ impl Shell {
             self.records.event(&RunEvent::CheckpointAbandoned { step: checkpoint.step });
         }
         self.keeper.give_up();
+        // Back to the newest valid one: states that are computed anew have the same steps, and must not
+        // count as ordered already.
         self.ordered = self.machine.checkpoint().map(|checkpoint| checkpoint.position);
     }
 
     /// Keeps a checkpoint for a later attempt, without duplicates.
     fn postpone(&mut self, checkpoint: Checkpoint) {
+        // A new group reports its files again, and the machine then decides on the same checkpoint
+        // again.
         if !self.unjournaled.iter().any(|known| known.position == checkpoint.position) {
             self.unjournaled.push(checkpoint);
         }
@@ -278,13 +310,19 @@ impl Shell {
                 Ok(())
             }
             Kept::Valid(checkpoint, begun) => {
+                // Before the workers hear of it: an acknowledged worker may exit (M11). A coordinator
+                // that follows, and finds no checkpoint, must know that there was one and refuse to
+                // start from step 0.
                 if let Err(error) = self.journal.made_valid(&checkpoint) {
                     self.stick(error.into())?;
                     self.held.push_front(Held::Kept(Kept::Valid(checkpoint, begun)));
                     return Ok(());
                 }
+                // A checkpoint that was given up and had become valid by then is reported after
+                // `ordered` went back.
                 self.ordered = self.ordered.max(Some(checkpoint.position));
                 self.records.timeline.stored("write manifest", begun);
+                // There is a checkpoint again, so no group of this term can start fresh any more.
                 self.lost = None;
                 self.records.checkpoint(&checkpoint);
                 if self.delays.end() {
@@ -302,6 +340,7 @@ impl Shell {
                         self.keeper.order_pruning(protected);
                     }
                 }
+                // Last: it may end the run, and a release must not overtake the acknowledgement above.
                 self.handle(Event::CheckpointCommitted(checkpoint))
             }
         }

@@ -18,6 +18,7 @@ use crate::records::view::View;
 impl Shell {
     pub(super) fn administer(&mut self, input: AdminInput) -> Result<(), ShellError> {
         match input {
+            // The operator may have gone meanwhile; then nobody needs the answer.
             AdminInput::Status(answer) => drop(answer.send(self.status())),
             AdminInput::Drain(worker, answer) => {
                 let possible = self.drain(worker)?;
@@ -44,11 +45,13 @@ impl Shell {
         if self.is_complete {
             return Ok(Err(NotChanged::Complete));
         }
+        // Checked before the event is recorded, so the log has no request that had no effect.
         if !self.machine.workers().any(|known| known == worker) {
             let known = self.machine.workers().collect();
             return Ok(Err(NotChanged::NoWorker { worker, known }));
         }
         self.records.event(&RunEvent::DrainRequested { worker: worker.0 });
+        // Before the number of local workers shrinks: else the machine would shed one of its own choice.
         self.handle(Event::Leave(worker))?;
         if self.supervisor.has(worker) {
             // An operator who drains a local worker wants its place to stay free.
@@ -62,6 +65,7 @@ impl Shell {
             return Ok(Err(NotChanged::Complete));
         }
         let shards = self.job.job.data_shards;
+        // A worker without a data shard could only wait as a spare.
         if workers > shards {
             return Ok(Err(NotChanged::TooManyWorkers { workers, shards }));
         }
@@ -72,6 +76,7 @@ impl Shell {
 
     /// Publishes a view for all readers, without waiting for any.
     pub(super) fn publish(&self) {
+        // `send_replace` keeps only the newest view, so a slow reader costs nothing.
         if self.publisher.receiver_count() > 0 {
             let view = View { status: self.status(), at: Instant::now() };
             self.publisher.send_replace(Some(Arc::new(view)));

@@ -56,12 +56,14 @@ impl Shell {
         match input {
             Input::Hello { hello, outbox, answer, .. } => drop(answer.send(self.turn_away(&hello, &outbox))),
             Input::Admin(input) => self.administer(input)?,
+            // Sessions from before the end. Nothing that they report can change a run that is complete.
             Input::Message(..) | Input::Closed(..) => {}
         }
         Ok(())
     }
 
     fn turn_away(&self, hello: &Hello, outbox: &Outbox) -> Result<WorkerId, NotAdmitted> {
+        // A worker of another run must not take this run's completion for its own.
         if let Some(refusal) = self.refusal(hello) {
             return Err(refusal);
         }

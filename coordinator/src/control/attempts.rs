@@ -21,6 +21,8 @@ impl Attempts {
 
     /// Notes that a worker has opened a session, and forgets all workers that are not `known` any more.
     pub(super) fn opened(&mut self, worker: WorkerId, attempt: u64, known: impl Fn(WorkerId) -> bool) {
+        // At each opening, so that the map never holds more workers than the machine knows, plus this
+        // one.
         self.0.retain(|worker, _| known(*worker));
         self.0.insert(worker, attempt);
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Maximum number of events in a burst.
+// Far above what a healthy worker causes at once: a line for its join, its fault and each delayed file.
 const IN_A_ROW: u32 = 256;
 /// Pause before each further event.
 const PAUSE: Duration = Duration::from_millis(250);
@@ -30,6 +31,8 @@ impl Budget {
     pub(super) fn spend(&mut self) -> Option<u64> {
         let now = Instant::now();
         let quiet = self.quiet.max(now) + PAUSE;
+        // Time alone is the account, so a flood costs no memory: `quiet` runs ahead of the clock by one
+        // pause for each event, and a burst is what fits between the two.
         if quiet - now > PAUSE * IN_A_ROW {
             self.left_out += 1;
             return None;

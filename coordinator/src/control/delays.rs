@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 /// Maximum number of writers and reasons remembered; further ones are not reported.
+// Reasons are texts of workers, so their number needs a bound that does not trust them.
 const LIMIT: usize = 64;
 
 /// Warnings since the last checkpoint became valid: writer and reason of each.

@@ -53,6 +53,8 @@ pub async fn launch() -> Result<Launched, Failure> {
         ));
     }
     let failed = |error: io::Error| Failure::Other(format!("--detach: {error}"));
+    // The socket takes the place of standard input: a link that exactly one process inherits, without a
+    // number on a command line.
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;
     let mut child = Command::new(std::env::current_exe().map_err(failed)?)
         .args(std::env::args_os().skip(1))
@@ -82,12 +84,15 @@ pub async fn launch() -> Result<Launched, Failure> {
 async fn hear(from: UnixStream, process: Pid) -> io::Result<Vec<u8>> {
     from.set_nonblocking(true)?;
     let mut from = tokio::net::UnixStream::from_std(from)?;
+    // From here on a signal is passed on, and does not end the launcher alone.
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let mut report = Vec::new();
     let reading = from.read_to_end(&mut report);
     tokio::pin!(reading);
     loop {
         let stop = tokio::select! {
+            // Ends when the coordinator closes its end, by starting or by dying: the launcher cannot
+            // outwait it.
             read = &mut reading => {
                 read?;
                 break;
@@ -116,6 +121,7 @@ pub struct Launch {
 impl Launch {
     /// Leaves the launcher's session and takes over the link from standard input.
     pub fn join(screen: &Screen) -> io::Result<Launch> {
+        // A closed terminal then sends it no SIGHUP, and Ctrl-C reaches the launcher alone.
         setsid()?;
         let launcher = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
         Ok(Launch { launcher, screen: screen.clone(), log: None })
@@ -136,8 +142,11 @@ impl Launch {
     pub fn started(self, name: &str, folder: &Path) -> io::Result<()> {
         let Launch { mut launcher, screen, log } = self;
         let log = log.ok_or_else(|| io::Error::other("the log was not opened"))?;
+        // Standard error becomes the log itself: a copy would write each line twice.
         screen.copy_to(None);
         let nothing = File::open("/dev/null")?;
+        // Before the launcher hears of the start: it returns then, its terminal may be closed at once,
+        // and a write there would fail.
         dup2_stdin(&nothing)?;
         dup2_stdout(&log)?;
         dup2_stderr(&log)?;

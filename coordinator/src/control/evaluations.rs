@@ -19,6 +19,7 @@ impl Shell {
     /// Takes an evaluation: journals it, records it, and updates best checkpoint and alarms.
     pub(super) fn take_evaluation(&mut self, row: EvaluationRow) -> Result<(), ShellError> {
         let step = row.step;
+        // Each session tells first what its worker has loaded, so without a size nothing was evaluated.
         let last = self.samples.map_or(0, |samples| self.job.last_step(samples));
         if step > last {
             tracing::warn!("dropped an evaluation of step {step}, which the run does not have");
@@ -26,15 +27,20 @@ impl Shell {
         }
         match self.judged.know(&row) {
             Known::New => {
+                // First: best checkpoint and alarms follow from it, and a later coordinator must draw
+                // the same conclusions.
                 self.journal.evaluated(&row)?;
                 self.records.evaluation(&row);
                 let changes = self.watch.evaluation(&row);
                 self.judged.evaluated(row);
+                // Either order prunes. The checkpoint of this step was kept for its figures, and may go
+                // now.
                 if !self.order_best() {
                     self.keeper.order_pruning(self.judged.protected(self.samples));
                 }
                 self.note_alarms(step, changes);
             }
+            // The acknowledgement was lost, or another member made the evaluation as well.
             Known::Same => {}
             Known::Breach => {
                 let detail = format!(
@@ -44,6 +50,7 @@ impl Shell {
                 self.records.event(&RunEvent::EvaluationBreach { detail, step });
             }
         }
+        // For a breach too: a report that is never acknowledged would come again for ever.
         self.send_to_all(&ToWorker::EvaluationsRecorded(vec![step]));
         Ok(())
     }
@@ -65,6 +72,7 @@ impl Shell {
                     self.records.message(&format!("alarm: {alarm}: {detail}"));
                     let name = alarm.name().to_string();
                     self.records.event(&RunEvent::Alarm { alarm: name, detail: detail.clone(), step });
+                    // The first reason to end stays.
                     if self.job.alarms.policy == AlarmPolicy::Stop && self.outcome.is_none() {
                         let best = self.judged.best().map(|(best, _)| folder(best.step));
                         let kept =
@@ -108,6 +116,8 @@ impl Shell {
             "format": BEST_FORMAT, "folder": folder(best.step), "step": best.step, "metric": best.metric, "value": best.value,
             "features": row.features, "metrics": row.metrics,
         });
+        // The card is for readers. A journal that cannot be read just now costs it a line, and not the
+        // run.
         let passport = self.journal.passport().ok().flatten();
         let card = model_card::render(&Subject {
             job: &self.job,

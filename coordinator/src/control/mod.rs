@@ -55,8 +55,11 @@ use records::Records;
 use stuck::Held;
 
 /// Interval at which pending writes are retried and recorded rows are acknowledged.
+// The dashboard wants a view a second: `/readyz` calls the loop stuck after five without a new one.
 const CHORES: Duration = Duration::from_secs(1);
 /// Time limit, at the end, for the last orders to the checkpoint storage.
+// A group that closes has its last manifest before the end (M11), so what is cut short here is at most
+// the naming of the best checkpoint and the removal of old ones.
 const KEEPER_LIMIT: Duration = Duration::from_secs(10);
 /// Signals this close together count as one request: a launcher may signal a process and then its
 /// whole group.
@@ -307,13 +310,17 @@ impl Shell {
         inputs: &mut mpsc::Receiver<Input>,
         signals: &mut mpsc::UnboundedReceiver<StopSignal>,
     ) -> Result<Ended, ShellError> {
+        // Before any input: the machine takes nothing else as its first event.
         self.handle(Event::Started)?;
+        // Workers of other machines may come in an hour or never; a launcher cannot hold its terminal
+        // for that.
         if self.machine.local_workers() == 0 {
             self.has_started();
         }
         let mut chores = tokio::time::interval(CHORES);
         while self.outcome.is_none() {
             let deadline = self.machine.deadline().map(|time| self.started + time);
+            // `select!` needs some sleep; a tick that no limit asked for changes nothing.
             let sleep = deadline.unwrap_or_else(|| Instant::now() + CHORES);
             tokio::select! {
                 // Polled in this order: signals first; the machine's timer last, so that heartbeats
@@ -325,14 +332,22 @@ impl Shell {
                 // While the journal is stuck, input stays in the channel beyond this limit:
                 // back-pressure to the sessions.
                 Some(input) = inputs.recv(), if self.held.len() < stuck::LIMIT => self.take(input)?,
+                // The end of a process is journaled before the machine hears of it, so exits stay in
+                // their channel until that is possible again.
                 Some(exit) = self.exited.recv(), if !self.is_stuck => self.reaped(exit)?,
+                // A checkpoint that is valid is journaled as such before workers hear of it, so reports
+                // wait as well.
                 Some(kept) = self.keeper.next(), if !self.is_stuck => self.kept(kept)?,
                 // Dropping this future loses nothing: the sync runs in a thread of its own.
                 () = self.records.synced() => self.settle_rows()?,
+                // While the journal is stuck, heartbeats are answered and do not reach the machine. A
+                // tick would have it judge all workers silent; without one it takes the gap for an
+                // oversleep of its own (M9).
                 () = tokio::time::sleep_until(sleep), if !self.is_stuck => self.handle(Event::Tick)?,
             }
         }
         self.publish();
+        // Waits for local workers, EXIT_LIMIT before they are killed; remote ones are not waited for.
         self.see_off().await;
         // The last order may be the naming of the best checkpoint.
         if !self.keeper.finish(KEEPER_LIMIT).await {
@@ -356,6 +371,9 @@ impl Shell {
 
     fn start_worker(&mut self) -> Result<(), ShellError> {
         let (token, local_rank) = (new_token()?, self.supervisor.free_rank());
+        // M12: the token is durable before the process exists. A coordinator that follows one that dies
+        // in between knows whom to expect; the other order would leave a worker whose token nobody
+        // knows.
         self.journal.spawning(self.term, &token, local_rank)?;
         let trace = self.records.timeline.path();
         let spawned = self.supervisor.spawn(&self.url, token.clone(), local_rank, trace)?;
@@ -370,6 +388,8 @@ impl Shell {
     /// Journals the process numbers of started workers. A process whose number cannot be journaled
     /// yet runs all the same: its token was journaled.
     fn number_processes(&mut self) -> Result<(), ShellError> {
+        // Only looked at until the number is durable: an entry that cannot be journaled stays for the
+        // next chore.
         while let Some((token, spawned)) = self.unnumbered.last() {
             match self.journal.spawned(token, *spawned) {
                 Err(error) if error.may_mend() => return Ok(()),
@@ -385,6 +405,8 @@ impl Shell {
         let Some(samples) = self.samples else { return Ok(()) };
         let left_out = json!(self.left_out).to_string();
         let journaled = self.journal.set_fact(Fact::Samples, &samples.to_string());
+        // No decision of this term depends on the size being durable, so a failure here does not stick
+        // the loop; the chores try again.
         self.size_waits = match journaled.and_then(|()| self.journal.set_fact(Fact::LeftOut, &left_out)) {
             Err(error) if error.may_mend() => true,
             done => done.map(|()| false)?,
@@ -402,11 +424,17 @@ impl Shell {
         self.machine.handle(self.now(), event, &mut actions);
         // Workers released together with the run's end are told that it is complete.
         self.is_complete |= actions.contains(&Action::End(Outcome::Complete));
+        // Behind the actions that still wait for the journal: carried out in any other order, a later
+        // decision would be announced before an earlier one is durable (M1).
         self.undone.extend(actions);
         self.carry_out()?;
+        // Told here and not in `send`: a send happens in the middle of the actions of one decision, and
+        // the machine must not decide again between two of them.
         while let Some(worker) = self.deaf.pop() {
             self.handle(Event::Disconnected(worker))?;
         }
+        // The wait for members of earlier terms is over. The present ones are stopped in order, and the
+        // next term makes the change.
         if self.change == Change::Waits && !self.machine.is_reconnecting() {
             self.change = Change::None;
             self.handle(Event::StopRequested)?;
@@ -420,10 +448,13 @@ impl Shell {
         }
         match input {
             Input::Hello { hello, session, outbox, answer } => {
+                // Cloned, since a hello that meets a stuck journal must be tried again exactly as it
+                // came.
                 match self.admit(hello.clone(), session, outbox.clone()) {
                     Ok(admitted) => drop(answer.send(admitted)),
                     Err(error) => {
                         self.stick(error)?;
+                        // In front: while `unstick` empties the queue, later inputs are still in it.
                         self.held.push_front(Held::Input(Input::Hello { hello, session, outbox, answer }));
                     }
                 }
@@ -436,6 +467,8 @@ impl Shell {
     }
 
     fn reaped(&mut self, exit: Exited) -> Result<(), ShellError> {
+        // Journaled before the machine acts on it. A later coordinator on another machine cannot look
+        // the process up, and would wait for the end of its lease.
         if let Err(error) = self.journal.ended(&exit.token) {
             self.stick(error.into())?;
             self.held.push_front(Held::Exit(exit));
@@ -458,6 +491,8 @@ impl Shell {
     /// Starts a local worker. A worker that cannot be started counts as one that ended at once.
     pub(super) fn spawn(&mut self) -> Result<(), ShellError> {
         match self.start_worker() {
+            // Through the machine, which knows how to pace and when to give up replacements; a retry
+            // here would spin.
             Err(ShellError::System(error)) => {
                 self.handle(Event::Reaped { worker: None, status: format!("no start: {error}") })
             }
@@ -469,6 +504,8 @@ impl Shell {
         if self.signal.is_some() && self.signalled.elapsed() < ONE_REQUEST {
             return Ok(());
         }
+        // No checkpoint is waited for: a second request means that the user does not want to wait for
+        // one. The next start goes on from the newest that is valid.
         if self.signal.is_some() {
             self.outcome = Some(Outcome::Failed("stopped at once by a second signal".to_string()));
             return Ok(());
@@ -496,6 +533,7 @@ impl Shell {
         if let Some(step) = self.records.acknowledge() {
             self.send_to_all(&ToWorker::MetricsRecorded(step));
         }
+        // All at once, since `commit` puts back each one that cannot be journaled yet.
         for checkpoint in std::mem::take(&mut self.unjournaled) {
             self.commit(checkpoint)?;
         }
@@ -506,7 +544,10 @@ impl Shell {
     /// has after the longest time for which a worker may be away is lost.
     fn ask_for_rows(&mut self) {
         let saved = self.unjournaled.iter().map(|checkpoint| checkpoint.step).max();
+        // A checkpoint that waits needs all rows up to its step, also where no later row has shown that
+        // one is missing.
         let limit = self.records.last_step().max(saved.unwrap_or(0));
+        // With rows still waiting for the disk, requested ones would only be refused again.
         let Some(step) = self.records.missing(limit).filter(|_| self.records.has_room()) else {
             self.asked = None;
             return;
@@ -521,7 +562,11 @@ impl Shell {
 
     /// Gives the local workers time to exit, then kills the rest.
     async fn see_off(&mut self) {
+        // Drops the outboxes: a session ends once its worker has read what was sent before, a release
+        // included.
         self.workers.clear();
+        // A failure may end the loop without any release. The workers would train on until the end of
+        // their lease, for nobody.
         if matches!(self.outcome, Some(Outcome::Failed(_))) {
             self.supervisor.kill_all();
         }
@@ -529,9 +574,11 @@ impl Shell {
         while !self.supervisor.is_empty() {
             match tokio::time::timeout_at(deadline, self.exited.recv()).await {
                 Ok(Some(exit)) => {
+                    // A failure costs the next start a look at a process that is gone.
                     let _ = self.journal.ended(&exit.token);
                     self.supervisor.reaped(&exit.token);
                 }
+                // Cannot happen while the supervisor lives, for it holds a sender.
                 Ok(None) => return,
                 Err(_) => {
                     self.supervisor.kill_all();

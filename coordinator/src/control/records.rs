@@ -170,11 +170,13 @@ impl Records {
     /// Reports what a worker found in the data set: to the user once, and as an event unless there
     /// is an equal one.
     pub fn data_found(&mut self, found: &Found) {
+        // Every worker that loads reports the same; one line is enough.
         if self.data_told {
             return;
         }
         self.data_told = true;
         self.message(&format!("data: {found}"));
+        // An earlier coordinator may have recorded the same.
         let is_recorded = self.chronicle.look().data.as_ref() == Some(found);
         if !is_recorded {
             self.event(&RunEvent::Data { found: found.clone() });
@@ -195,6 +197,8 @@ impl Records {
         if self.waiting.len() >= self.waiting_limit {
             return self.refuse(row.step);
         }
+        // Noted before it is written: a row that waits here counts as received, and `first_unsafe` keeps
+        // it from being acknowledged.
         self.receipts.took(row.step);
         self.waiting.push_back(row);
         self.write_rows();
@@ -232,6 +236,7 @@ impl Records {
 
     /// Writes what waits, and starts a sync. Rows written now are acknowledged after that sync.
     pub fn catch_up(&mut self) {
+        // Before the sync, which then covers what was just written.
         self.write_waiting();
         self.begin_sync();
     }
@@ -261,6 +266,8 @@ impl Records {
     /// First step up to `limit` whose row a power cut would take, or whose row is missing.
     fn first_unsafe(&mut self, limit: u64) -> Option<u64> {
         let waiting = self.waiting.iter().map(|row| row.step).min();
+        // A row is safe only if none of these holds: it waits for the disk, it was written and not
+        // synced, or it has not come at all.
         [waiting, self.metrics.first_fresh(), self.missing(limit)].into_iter().flatten().min()
     }
 
@@ -295,9 +302,13 @@ impl Records {
     /// Starts to sync the written records, unless a sync is in progress.
     pub fn begin_sync(&mut self) {
         let jobs = [self.events.to_sync(), self.metrics.to_sync()];
+        // One sync at a time. Rows that are written meanwhile are covered by the next one, at most a
+        // second later.
         if self.syncing.is_some() || jobs.iter().all(Option::is_none) {
             return;
         }
+        // In a thread: a busy disk takes seconds for it, and the loop must answer heartbeats within a
+        // deadline.
         self.syncing = Some(tokio::task::spawn_blocking(move || sync(jobs)));
     }
 
@@ -337,6 +348,8 @@ impl Records {
                     let text = breach.to_string();
                     self.message(&format!("warning: {text}"));
                     self.event(&RunEvent::MetricsBreach { detail: text });
+                    // The recorded row stays, and the other one is acknowledged: a worker that keeps
+                    // repeating it would change nothing.
                     Recorded::Same
                 }
             };
@@ -368,6 +381,7 @@ impl Records {
     /// again when they compute it again: it is recorded once. The user is told of the first, the
     /// second, the fourth and so on.
     pub fn phase_skipped(&mut self, position: Position, detail: &str) {
+        // Another member has reported it, or it was computed again.
         if self.skipped.newest >= Some(position) {
             return;
         }

@@ -24,32 +24,47 @@ impl Shell {
         session: SessionId,
         outbox: Outbox,
     ) -> Result<Result<WorkerId, NotAdmitted>, ShellError> {
+        // First: a worker of another run, or one that has seen a newer term (M1), leaves no trace in
+        // this journal.
         if let Some(refusal) = self.refusal(&hello) {
             return Ok(Err(refusal));
         }
+        // A number that the machine has forgotten is a stranger's: that worker joins anew, under another
+        // one.
         let known = |resume: &&Resume| self.machine.knows(resume.worker, resume.generation);
         let resume = hello.resume.as_ref().filter(known).cloned();
         let token = hello.spawn_token.as_deref();
+        // This process has a number here already, and comes without it.
         if resume.is_none()
             && let Some(worker) = token.and_then(|token| self.supervisor.number(token))
         {
             return Ok(Ok(self.let_go_again(worker, &outbox)));
         }
+        // Worker numbers are no secret. The place of a local worker is for the process that holds its
+        // token.
         if resume.as_ref().is_some_and(|resume| !self.supervisor.may_be(resume.worker, token)) {
             return Ok(Err(NotAdmitted::WithoutToken));
         }
+        // A hello that was delayed on its way. Admitting it would close the newer session, which the
+        // worker uses.
         if resume.as_ref().is_some_and(|resume| self.attempts.is_given_up(resume.worker, hello.attempt)) {
             return Ok(Err(NotAdmitted::GivenUp));
         }
         let worker = match &resume {
             Some(resume) => resume.worker,
+            // Durable before the worker learns its number, so that no coordinator ever assigns it again
+            // (M1).
             None => self.journal.admit(self.term, &hello.host, hello.pid, token)?,
         };
         let local = token.is_some_and(|token| self.supervisor.claim(token, worker));
+        // A token names a process that a coordinator of this run started: one that is unknown here and
+        // elsewhere is made up, or from another run directory.
         if token.is_some_and(|token| !local && !self.supervisor.is_elsewhere(token)) {
             return Ok(Err(NotAdmitted::StrangeToken));
         }
         let (host, pid) = (hello.host.clone(), hello.pid);
+        // Before the machine hears of the worker: its answer may be an assignment, which must not be
+        // read before the welcome that names term and number.
         self.welcomed(worker, hello, session, outbox);
         let number = worker.0;
         self.records.event(&match resume {
@@ -80,6 +95,8 @@ impl Shell {
         };
         self.workers.insert(worker, connected);
         self.send(worker, ToWorker::Welcome(Box::new(self.welcome(worker))));
+        // A worker keeps a snapshot until it knows that its figures are journaled; the acknowledgement
+        // may have been lost with its last session.
         self.send(worker, ToWorker::EvaluationsRecorded(self.judged.told()));
     }
 
@@ -115,6 +132,7 @@ impl Shell {
     /// Handles the end of a session. The machine is told only if it was the worker's newest.
     pub(super) fn closed(&mut self, session: SessionId, worker: WorkerId) -> Result<(), ShellError> {
         match self.workers.get_mut(&worker) {
+            // The late end of an older session must not disconnect the worker's newer one.
             Some(connected) if connected.session == session && connected.outbox.is_some() => {
                 connected.outbox = None;
                 self.records.event(&RunEvent::WorkerDisconnected { worker: worker.0 });
@@ -131,7 +149,10 @@ impl Shell {
         message: FromWorker,
     ) -> Result<(), ShellError> {
         let is_current = |current: &&mut Connected| current.session == session && current.outbox.is_some();
+        // Invariant 4 of the loop: input of an older session tells of a time that the machine has left
+        // behind.
         let Some(current) = self.workers.get_mut(&worker).filter(is_current) else { return Ok(()) };
+        // Each of these writes a line to events.jsonl, which is kept for ever.
         let is_recorded = matches!(
             message,
             FromWorker::Loaded(..) | FromWorker::Fault(..) | FromWorker::Leave | FromWorker::PartDelayed(..)
@@ -156,6 +177,8 @@ impl Shell {
             }
             FromWorker::Heartbeat(progress, usage) => {
                 self.note_heartbeat(worker, progress, usage);
+                // Answered before the machine decides anything: the answer renews the worker's lease,
+                // and the worker measures its deadline by it.
                 self.send(worker, ToWorker::Pulse);
                 self.handle(Event::Heartbeat(worker, progress))
             }
@@ -170,11 +193,15 @@ impl Shell {
             FromWorker::PartWritten(generation, part) => {
                 self.handle(Event::PartWritten(worker, generation, part))
             }
+            // Below are reports about the run's content. A worker that was never a member has computed
+            // nothing of it, so its rows and figures can only be wrong.
             _ if !self.machine.has_trained(worker) => {
                 tracing::warn!("dropped a report of worker {worker}, which has not trained");
                 Ok(())
             }
             FromWorker::Evaluation(row) => {
+                // An evaluation is journaled, since it decides which checkpoint is the best; so it can
+                // meet a stuck journal.
                 let Err(error) = self.take_evaluation(row.clone()) else { return Ok(()) };
                 self.stick(error)?;
                 let again = Input::Message(session, worker, FromWorker::Evaluation(row));
@@ -201,6 +228,8 @@ impl Shell {
             return Ok(());
         }
         tracing::warn!("worker {worker} causes too many events; closing its session");
+        // A member may reconnect and train on. A stranger is sent away for good, or it would be back at
+        // once.
         if !is_trusted {
             self.send(worker, ToWorker::Reject("it causes too many events".to_string()));
         }
@@ -227,6 +256,7 @@ impl Shell {
     ) -> Result<(), ShellError> {
         let later = self.job.data.exclusions.iter().filter(|exclusion| !exclusion.is_from_the_start());
         let expected: usize = later.map(|exclusion| exclusion.files.len()).sum();
+        // All members must leave out the same samples, or they would read different streams (D2).
         let known = facts.left_out.len() == expected
             && facts.left_out.iter().all(|at| *at < facts.samples)
             // A worker that loaded before the newest change has another sample stream.
@@ -237,6 +267,7 @@ impl Shell {
             return self.handle(Event::Unable(worker, detail));
         }
         self.handle(Event::Loaded(worker, facts))?;
+        // Only what the machine took in is shown as the run's data.
         if let Some(found) = found.filter(|_| self.machine.has_loaded(worker)) {
             self.records.data_found(found);
         }
@@ -258,6 +289,7 @@ impl Shell {
     /// newcomer concerns that worker alone.
     fn input_wrong(&mut self, worker: WorkerId, detail: String) -> Result<(), ShellError> {
         let is_needed = self.machine.has_trained(worker) || self.supervisor.has(worker);
+        // A member or a local worker reads what the run was given; its mistake is the run's.
         if is_needed || self.machine.group().is_none() {
             return self.handle(Event::InputWrong(detail));
         }
@@ -268,6 +300,7 @@ impl Shell {
     /// Takes a diagnostic report, which decides nothing.
     fn take_report(&mut self, worker: WorkerId, report: FromWorker, left_out: u64) {
         let samples = self.machine.samples().or(self.samples);
+        // Bounds what a worker may claim: a row far beyond the end would stay the newest one for ever.
         let last = samples.map_or(u64::MAX, |samples| self.job.last_step(samples));
         let last_position = last.saturating_mul(self.job.phases_per_step());
         match report {
@@ -316,6 +349,7 @@ impl Shell {
 
     /// Notes that a worker is lost, if it was still connected.
     pub(super) fn lose(&mut self, worker: WorkerId, loss: &Loss) {
+        // Removes the worker's outbox too, which ends its session if it is only slow.
         let pid = self.workers.remove(&worker).map(|lost| lost.pid);
         self.records.event(&RunEvent::WorkerLost { pid, reason: loss.to_string(), worker: worker.0 });
     }

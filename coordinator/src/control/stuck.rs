@@ -15,6 +15,7 @@ use crate::checkpoints::writer::Kept;
 use crate::workers::Exited;
 
 /// Maximum number of inputs that wait here.
+// As much again as the shell's own queue holds (`INPUTS` in startup/run.rs).
 pub(super) const LIMIT: usize = 4096;
 
 /// An input that waits for the journal.
@@ -33,8 +34,11 @@ impl Shell {
         while !self.is_stuck
             && let Some(action) = self.undone.pop_front()
         {
+            // An action writes to the journal before it does anything else, so one that fails here has
+            // done nothing, and is repeated as a whole.
             if let Err(error) = self.act(action.clone()) {
                 self.stick(error)?;
+                // First again: later actions may be told to workers only after it (M1).
                 self.undone.push_front(action);
             }
         }
@@ -59,9 +63,11 @@ impl Shell {
 
     /// Retries the waiting decisions and inputs, in order.
     pub(super) fn unstick(&mut self) -> Result<(), ShellError> {
+        // Taken for mended; the first write that fails says otherwise.
         if !std::mem::take(&mut self.is_stuck) {
             return Ok(());
         }
+        // Decisions before inputs: an input is judged by what was decided before it came.
         self.carry_out()?;
         while !self.is_stuck
             && let Some(held) = self.held.pop_front()
@@ -84,8 +90,10 @@ impl Shell {
             Input::Message(session, worker, message) if !needs_decision(&message) => {
                 self.take_aside(session, worker, message)
             }
+            // A stop reaches the machine, and its actions wait in `undone` like all others.
             Input::Admin(input @ (AdminInput::Status(_) | AdminInput::Stop(_))) => self.administer(input),
             input => {
+                // Bounded by the loop, which stops reading its queue at `LIMIT`.
                 self.held.push_back(Held::Input(input));
                 Ok(())
             }

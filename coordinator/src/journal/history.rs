@@ -82,8 +82,10 @@ impl History {
     }
 
     fn of(connection: &mut Connection) -> Result<History, JournalError> {
+        // A read transaction: all tables are of one moment (2).
         let moment = connection.transaction()?;
         let mut history = History::default();
+        // A coordinator is about to create the tables.
         if !moment.table_exists(None, "facts")? {
             return Ok(history);
         }

@@ -20,6 +20,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::JournalError;
 
 /// Maximum number of attempts of a reader to find a moment without writes, and the pause between.
+// One second in all. A commit takes milliseconds, so a reader meets a quiet moment long before.
 const LOOKS: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -46,6 +47,7 @@ const SHARED: [(FsType, &str); 13] = [
 pub(super) fn to_write(file: &Path) -> Result<(Connection, Option<String>), JournalError> {
     let shared = shared_file_system(file);
     let refused = match shared {
+        // Not even tried: a log seems to work there, until two machines use it at once.
         Some(name) => Refused::Shared(name),
         None => match with_log(file) {
             Ok(connection) => return Ok((connection, None)),
@@ -56,6 +58,7 @@ pub(super) fn to_write(file: &Path) -> Result<(Connection, Option<String>), Jour
     };
     match (without_log(file), refused) {
         (Ok((connection, locks)), refused) => Ok((connection, Some(refused.told(locks)))),
+        // The first error says more: the second attempt only follows from it.
         (Err(_), Refused::Log(error)) => Err(error.into()),
         (Err(error), Refused::Shared(_)) => Err(error.into()),
     }
@@ -88,6 +91,7 @@ impl Refused {
 fn with_log(file: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(file)?;
     let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
+    // SQLite reports a refused mode by keeping the old one.
     if mode != "wal" {
         return Err(rusqlite::Error::InvalidParameterName(format!("SQLite stays with {mode}")));
     }

@@ -57,6 +57,7 @@ struct Table {
 impl Salvaged {
     /// Reads the readable rows of a journal; none if there is no journal.
     pub fn read(file: &Path) -> Salvaged {
+        // SQLite would create a missing file.
         let opened = if file.is_file() { opening::to_read(file).ok() } else { None };
         let Some(connection) = opened else { return Salvaged::default() };
         Salvaged(TABLES.into_iter().map(|table| (table, read_table(&connection, table))).collect())
@@ -110,6 +111,8 @@ fn read_table(connection: &Connection, table: &str) -> Table {
         read.is_whole = matches!(connection.table_exists(None, "facts"), Ok(true));
         return read;
     }
+    // Each direction stops at the first unreadable page; together they find the rows on both sides of
+    // the damage.
     read.is_whole =
         ["ASC", "DESC"].iter().any(|order| read_rows(connection, table, order, &mut read).is_ok());
     read
@@ -123,6 +126,7 @@ fn read_rows(connection: &Connection, table: &str, order: &str, read: &mut Table
     let mut rows = statement.query([])?;
     while let Some(row) = rows.next()? {
         let values = (1..=columns).map(|at| row.get(at)).collect::<rusqlite::Result<_>>()?;
+        // By row number, so that a row found from both ends counts once.
         read.rows.insert(row.get(0)?, values);
     }
     Ok(())
@@ -141,6 +145,7 @@ impl Journal {
         for (table, read) in salvaged.0.iter().filter(|(table, _)| **table != "facts") {
             let mut known = Vec::new();
             for (at, column) in read.columns.iter().enumerate() {
+                // A journal of a newer version may have columns that this one does not know.
                 if change.column_exists(None, *table, column.as_str())? {
                     known.push((at, column.as_str()));
                 }
@@ -153,11 +158,13 @@ impl Journal {
             }
         }
         change.commit()?;
+        // The next multiple of `LEAP`, above all that was ever seen.
         let floor = (before.floor.max(salvaged.greatest_number()) / LEAP + 1) * LEAP;
         let mut lost = [before.lost, salvaged.lost()].concat();
         lost.sort();
         lost.dedup();
         let recovery = Recovery { floor, lost };
+        // Last: until it is there, the draft has no numbers to give, and it is not exchanged.
         self.set_fact(Fact::Floor, &floor.to_string())?;
         self.set_fact(Fact::Recovered, &super::to_json(&recovery))?;
         Ok(recovery)

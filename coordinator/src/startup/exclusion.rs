@@ -31,7 +31,10 @@ pub fn decide(
     let newest = saved.max(records.last_step().max(evaluated) * phases);
     let exclusions = &job.data.exclusions;
     let earlier = exclusions.last().map_or(0, |last| last.after_step * phases + last.after_phase);
+    // Never before the last exclusion: job.toml has the tables in this order.
     let from = newest.max(earlier);
+    // Workers compare this: the same names must mean the same files, or another sample would be left
+    // out.
     let names = journal.passport()?.and_then(|passport| passport.0.get(NAMES).cloned());
     Ok(Exclusion { after_step: from / phases, after_phase: from % phases, names, files })
 }

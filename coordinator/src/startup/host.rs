@@ -73,11 +73,13 @@ impl Host for System {
             (SignalKind::interrupt(), StopSignal::Interrupt),
             (SignalKind::terminate(), StopSignal::Terminate),
         ];
+        // Under nohup the user wants the run to outlive the terminal.
         if !hangup_is_ignored() {
             kinds.push((SignalKind::hangup(), StopSignal::Hangup));
         }
         for (kind, stop) in kinds {
             let (mut listener, came) = (signal(kind)?, came.clone());
+            // Ends with the shell, which drops the receiver.
             tokio::spawn(async move { while listener.recv().await.is_some() && came.send(stop).is_ok() {} });
         }
         Ok(signals)

@@ -46,14 +46,17 @@ pub async fn open<H: Host>(
     taken: &mut TakenOver,
 ) -> Result<Doors<H::Connection>, Failure> {
     let (incoming, address) = listen(cli, host, &mut taken.journal, security.acceptor.clone()).await?;
+    // Workers on other machines cannot connect to 0.0.0.0.
     let address = SocketAddr::new(reachable(address.ip()), address.port());
     let url = format!("{}://{address}", security.scheme());
+    // A new token for each start: one that leaked with an earlier one is worth nothing.
     let access = security.access(address, new_token().map_err(Failure::other)?)?;
     let (publisher, view) = watch::channel(None);
     let (chronicle, job, run) = (taken.records.chronicle.clone(), &taken.job, &taken.run);
     let content = http::Content { view, chronicle, job, run };
     let wanted = http::Wanted { address: cli.http.as_deref(), is_insecure: cli.insecure };
     let dashboard = http::start(wanted, security, &mut taken.journal, run_dir, content).await?;
+    // Last: an operator who finds the file finds a listener behind the address.
     leave_access(run_dir, &access)?;
     let invitation = format!("{url}{}", security.invitation(access.tls_name.as_deref()));
     Ok(Doors { incoming, url, access, dashboard, publisher, invitation })
@@ -97,6 +100,8 @@ async fn listen<H: Host>(
     let last_port = journal.fact(Fact::Port)?.and_then(|port| port.parse().ok());
     let wanted = cli.listen_address(last_port).map_err(Failure::input)?;
     let listening = match host.listen(wanted, tls.clone()).await {
+        // Another process has the port now. Only a port that nobody asked for may change: an address of
+        // the user's is one that others were told.
         Err(error) if cli.listen.is_none() && last_port.is_some() => {
             tracing::warn!("port {} of the last time: {error}; taking another", wanted.port());
             host.listen(SocketAddr::new(wanted.ip(), 0), tls).await
@@ -106,6 +111,8 @@ async fn listen<H: Host>(
     let (incoming, address) = listening.map_err(|error| {
         Failure::Input(format!("--listen {wanted}: {error}; choose another port, or 0 for any that is free"))
     })?;
+    // The next coordinator takes this port again: workers that lost theirs try the address that they
+    // know, until their lease ends.
     journal.set_fact(Fact::Port, &address.port().to_string())?;
     Ok((incoming, address))
 }

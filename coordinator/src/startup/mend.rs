@@ -36,6 +36,8 @@ pub fn open_records(
             Err(Damaged::Lines(path)) if aside.len() < 2 * RECORDS.len() => {
                 aside.push(set_aside(job, &path, journal)?);
             }
+            // A full or failing disk: the same command may succeed later, so it is not called the user's
+            // mistake.
             Err(error @ Damaged::Io(..)) if !error.is_mistake() => {
                 return Err(Failure::Other(error.to_string()));
             }
@@ -65,6 +67,8 @@ fn missing(job: &Job, folder: &Path, journal: &mut Journal) -> Result<Vec<SetAsi
     let mut gone = Vec::new();
     for name in RECORDS.iter().filter(|name| step > 0 && !folder.join(name).exists()) {
         let found = SetAside::gone(name, step);
+        // The journal first, here and below: a death in between leaves a loss that is told and did not
+        // happen, and never one that happened and is not told.
         journal.set_aside(&found)?;
         gone.push(found);
     }
@@ -78,6 +82,7 @@ fn set_aside(job: &Job, path: &Path, journal: &mut Journal) -> Result<SetAside, 
             path.display()
         ))
     };
+    // Rows behind the damage may have reached up to the newest step that the journal knows.
     let found = damage::examine(path, reach(job, journal)?).map_err(failed)?;
     journal.set_aside(&found)?;
     damage::set_aside(path, &found).map_err(failed)?;

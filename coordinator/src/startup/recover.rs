@@ -34,6 +34,7 @@ const JOURNAL: &str = "journal.sqlite";
 /// Name of the new journal until it is complete.
 const DRAFT: &str = ".journal.sqlite.new";
 /// Upper limit of credible numbers; a greater one comes from damage.
+// SQLite's integers end at 2^63, and `LEAP` is added to this.
 const CREDIBLE: u64 = 1 << 60;
 /// Suffixes of a journal and of the files that SQLite writes beside it. A remaining rollback
 /// journal would be rolled back into the new one.
@@ -68,8 +69,10 @@ struct Told {
 
 /// Makes a new journal for a run; returns the report to print.
 pub fn recover(run: &Path, json: bool) -> Result<String, Failure> {
+    // Before the folder is held: a mistyped path must not become a run directory.
     let job = read_job(run)?;
     let run_dir = RunDir::hold(run)?;
+    // Before the journal is touched: without a checkpoint no new one is made (3).
     let (owner, checkpoints) = find_checkpoints(run_dir.folder(), &job)?;
     let Some(newest) = checkpoints.iter().max_by_key(|checkpoint| checkpoint.position) else {
         return Err(Failure::Input(format!(
@@ -84,8 +87,10 @@ pub fn recover(run: &Path, json: bool) -> Result<String, Failure> {
     let name = run_name(&salvaged, owner, run)?;
     let told = Told::read(run_dir.folder());
     let draft = run_dir.path(DRAFT);
+    // A draft that is there was never exchanged, so its recovery was not completed.
     remove_draft(&draft).map_err(failed)?;
     let mut journal = Journal::open(&draft)?;
+    // Losses of earlier recoveries stay losses, whichever file still tells of them.
     let before = salvaged.fact(Fact::Recovered).and_then(|text| serde_json::from_str::<Recovery>(&text).ok());
     let lost = [told.before.lost.clone(), before.map(|before| before.lost).unwrap_or_default()].concat();
     let recovery = journal.take_over(&salvaged, Recovery { floor: told.before.floor, lost })?;
@@ -99,8 +104,10 @@ pub fn recover(run: &Path, json: bool) -> Result<String, Failure> {
         steps: Vec::new(),
     };
     let is_there = run_dir.path(JOURNAL).exists();
+    // No file to keep, only a loss to tell.
     let aside = if is_there { aside } else { SetAside { aside: String::new(), ..aside } };
     journal.set_aside(&aside)?;
+    // Closes it, so that SQLite moves the log into the file: the draft is exchanged as one file.
     drop(journal);
     exchange(&run_dir, &draft, &aside.aside).map_err(failed)?;
     let recovered = Recovered {
@@ -139,6 +146,7 @@ fn find_checkpoints(run: &Path, job: &Job) -> Result<(Option<String>, Vec<Checkp
     let (owner, manifests) = found?;
     let whole = manifests.into_iter().filter_map(|(folder, manifest)| {
         let manifest = manifest.ok()?;
+        // A manifest in another folder's place would give a step that is not there.
         (manifest.folder() == folder).then_some(manifest)
     });
     Ok((owner, whole.collect()))
@@ -163,11 +171,14 @@ fn newest_journal(run_dir: &RunDir) -> io::Result<Option<PathBuf>> {
 
 fn run_name(salvaged: &Salvaged, owner: Option<String>, run: &Path) -> Result<String, Failure> {
     match (owner, salvaged.fact(Fact::Run)) {
+        // Going on would train one run from another one's state.
         (Some(owner), Some(known)) if owner != known => Err(Failure::Input(format!(
             "{}: the checkpoints are another run's ({owner}, not {known}); name their place in job.toml as checkpoint.url",
             run.display()
         ))),
         (Some(name), _) | (None, Some(name)) => Ok(name),
+        // Neither mark nor journal can be read. The checkpoints lie where job.toml says, so they are
+        // this run's.
         (None, None) => crate::workers::new_token().map_err(|error| Failure::Other(error.to_string())),
     }
 }
@@ -190,6 +201,7 @@ fn with(path: &Path, end: &str) -> PathBuf {
 
 /// Adds facts that the old journal has lost.
 fn fill(journal: &mut Journal, told: &Told, checkpoints: &[Checkpoint]) -> Result<(), Failure> {
+    // What the old journal has is nearer to the truth than what events tell of it.
     if let Some(passport) = told.passport.as_ref().filter(|_| journal.passport().ok().flatten().is_none()) {
         journal.set_fact(Fact::Passport, passport)?;
     }
@@ -212,6 +224,8 @@ fn exchange(run_dir: &RunDir, draft: &Path, aside: &str) -> io::Result<()> {
         let name = if aside.is_empty() { free_name(&journal) } else { aside.to_string() };
         whole::rename(&with(&journal, beside), &with(&run_dir.path(&name), beside))?;
     }
+    // The last step: until here a repeated command finds the old journal, or what was set aside, and
+    // begins again.
     whole::rename(draft, &journal)
 }
 
@@ -246,6 +260,7 @@ impl Told {
 
     fn count(&mut self, line: &Value) {
         let numbers = ["term", "generation", "worker", "floor"].map(|name| line[name].as_u64().unwrap_or(0));
+        // One damaged digit must not use up the numbers of all later terms.
         let numbers = numbers.into_iter().filter(|number| *number < CREDIBLE);
         self.before.floor = numbers.fold(self.before.floor, u64::max);
     }

@@ -58,12 +58,16 @@ pub async fn find(
         _ => Ok(()),
     };
     if known.is_some() {
+        // Before the storage is opened: that would create a folder that is only not mounted, and the run
+        // would go on in the wrong place.
         let absence = Checkpoints::absence(asked.place, patience).await?;
         stops(&absence.and_then(|reason| refusal(&reason)))?;
     }
     // From here on the storage may be written: it is marked as the run's.
     let checkpoints = Checkpoints::open(asked.place, asked.run, patience).await?;
     let storage = checkpoints.storage();
+    // Reads every file of the newest checkpoint, however long that takes; only a storage that is away
+    // has a limit.
     let newest = patience.wait_for(storage, async || checkpoints.newest_valid().await).await;
     let (checkpoint, damaged) = newest.map_err(|error| storage_failed(&checkpoints, patience, &error))?;
     let mut lost = match checkpoint {
@@ -78,6 +82,7 @@ pub async fn find(
             asked.place
         )));
     }
+    // The user has consented to step 0.
     if asked.from_start {
         lost = None;
     }
@@ -99,6 +104,7 @@ fn newest_known(journal: &Journal, chronicle: &Chronicle) -> Result<Option<Check
     let mut journaled = journal.checkpoints()?;
     let known = chronicle.look();
     let told = |digest: &str| known.checkpoints.iter().any(|saved| saved.record.state_digest == digest);
+    // A checkpoint that was decided on and never valid is no loss.
     journaled.retain(|row| row.valid || told(&row.checkpoint.state_digest));
     Ok(journaled.pop().map(|row| row.checkpoint))
 }
@@ -184,13 +190,18 @@ async fn settle(
     // Rows are written before their checkpoint counts, as during training.
     records.finish_writing();
     let latest = patience.wait_for(storage, async || storage.latest().await).await;
+    // `latest` is a hint (M11). Where it cannot be read the checkpoint is made valid once more, which
+    // changes nothing.
     if latest.ok().flatten().as_deref() != Some(checkpoint.folder().as_str()) {
+        // Before the manifest, as during training: the audit expects each announced checkpoint in the
+        // journal.
         journal.commit(checkpoint)?;
         let committed =
             patience.wait_for(storage, async || checkpoints.commit(checkpoint, || true).await).await;
         committed.map_err(|error| storage_failed(checkpoints, patience, &error))?;
         records.checkpoint(checkpoint);
     }
+    // From here on a start without this checkpoint is refused.
     journal.made_valid(checkpoint)?;
     Ok(())
 }

@@ -33,6 +33,8 @@ use crate::startup::take_over::{TakenOver, Wanted, judged, open_journal, storage
 use crate::workers::{Processes, Supervisor};
 
 /// Capacity of the shell's input queue.
+// As many as there may be sessions (`SESSIONS` in api/grpc): a message of each fits. A full queue leaves
+// the next ones in their connections.
 const INPUTS: usize = 4096;
 /// Time limit, at the end, for clients to read their last messages.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -66,18 +68,23 @@ async fn live(
     mut launch: Option<Launch>,
 ) -> Result<Option<String>, Failure> {
     let job = read_job(cli)?;
+    // Whatever the user got wrong is found before the run directory exists, so a mistake leaves no
+    // folder behind.
     let processes = host.processes().map_err(Failure::other)?;
     let (local_workers, reason) = local_workers(cli, &job, &*processes)?;
+    // Only the check: the port of the last term is read from the journal, once that is open.
     cli.listen_address(None).map_err(Failure::input)?;
     let security = Security::of(&cli.security)?;
 
     let run_dir = hold(cli, &job, &screen, launch.as_mut())?;
     let (disk, from_start) = (host.disk(), cli.from_start);
     let wanted = Wanted { run_dir: &run_dir, screen: &screen, disk, processes, from_start };
+    // Waits for a storage that is away, five minutes at most (checkpoints/retry.rs).
     let mut taken = take_over(wanted, job).await?;
     let mirror = Mirror::start(cli.mirror.as_deref(), &taken.run, run_dir.folder(), &screen)
         .map_err(Failure::input)?;
     let done = taken.done.clone();
+    // No term is taken for a start that finds nothing to do.
     if done.is_some() && !cli.stay {
         mirror.finish().await;
         return Ok(done);
@@ -89,10 +96,13 @@ async fn live(
     let winding_down = taken.change == Change::Waits;
     let samples = known_samples(&taken.journal)?;
     let life = Life { found_complete: done.is_some(), samples, stay: cli.stay };
+    // Before the doors open: no client may hear of a term that is not durable (M1).
     let term = begin_term(&mut taken.journal, &run_dir, &job)?;
     let doors = listen::open(cli, host, &security, &run_dir, &mut taken).await?;
+    // Before the first spawn: a worker without these variables could not pass the guard.
     taken.supervisor.environment = security.environment(doors.access.tls_name.as_deref());
     doors.announce(term, reason.as_deref(), &mut taken);
+    // Waits for the storage as above. Clients that connect meanwhile wait to be served.
     let judged = judged(&mut taken).await?;
     let Doors { incoming, url, access, dashboard, publisher, .. } = doors;
     let folder = run_dir.folder().to_path_buf();
@@ -102,6 +112,8 @@ async fn live(
     let ended = while_held(&run_dir, supervise(parts, life, incoming, signals, guard)).await?;
     // Both are bounded and independent, so their limits run at the same time.
     tokio::join!(mirror.finish(), dashboard.farewell());
+    // A term that only quiesced the members is followed by the one that makes the change, unless the
+    // user or the end of the run came first.
     match winding_down && ended.signal.is_none() && ended.outcome != Outcome::Complete {
         true => rested(&ended, &run_dir, &screen).map(|()| None),
         false => done.map_or_else(|| conclude(ended, &job, &run_dir), Ok).map(Some),
@@ -152,6 +164,7 @@ fn read_job(cli: &Cli) -> Result<Job, Failure> {
 /// reason of the pending exclusion.
 fn rested(ended: &Ended, run_dir: &RunDir, screen: &Screen) -> Result<(), Failure> {
     match &ended.outcome {
+        // The next term decides a change only where no member may train on (startup/exclusion.rs, 3).
         Outcome::Stopped(_) => {
             let mut journal = open_journal(run_dir, screen)?;
             let newest = journal.last_generation()?;
@@ -165,6 +178,7 @@ fn rested(ended: &Ended, run_dir: &RunDir, screen: &Screen) -> Result<(), Failur
 /// Takes the run directory, and opens the log of a run that leaves its terminal.
 fn hold(cli: &Cli, job: &Job, screen: &Screen, launch: Option<&mut Launch>) -> Result<RunDir, Failure> {
     let folder = cli.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&job.job.name));
+    // Everything that is written from here on is fenced by this claim (M1).
     let run_dir = RunDir::hold_telling(&folder, &|line| screen.print(line))?;
     if let Some(launch) = launch {
         launch.open_log(run_dir.folder())?;
@@ -178,6 +192,8 @@ async fn while_held<T>(
     run_dir: &RunDir,
     run: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {
+    // Cancels the shell at any await. That is safe, since its decisions are durable before they are
+    // told.
     tokio::select! {
         // The fence may have refused a commit before its loss was reported.
         ended = run => ended.map_err(|failure| run_dir.fence().check().err().map_or(failure, Failure::other)),
@@ -194,6 +210,7 @@ fn local_workers(cli: &Cli, job: &Job, processes: &dyn Processes) -> Result<(u32
 /// Takes the next term, and publishes it in the claim.
 fn begin_term(journal: &mut Journal, run_dir: &RunDir, job: &Job) -> Result<Term, Failure> {
     let term = journal.begin_term(job.metrics.every_steps)?;
+    // A holder of a lost journal still finds the term in the claim, and takes a higher one.
     run_dir.ownership().begun(term.0);
     log::note("run", job.job.name.as_str());
     log::note("term", term.0);
@@ -203,6 +220,7 @@ fn begin_term(journal: &mut Journal, run_dir: &RunDir, job: &Job) -> Result<Term
 /// Checks and files needed only by an unfinished run; a finished one keeps its trace.
 fn prepare_to_train(cli: &Cli, local_workers: u32, supervisor: &Supervisor) -> Result<Timeline, Failure> {
     if local_workers > 0 {
+        // Before the term: a missing program would show as workers that end at once.
         supervisor.check_program().map_err(Failure::other)?;
     }
     open_trace(cli)
@@ -248,6 +266,7 @@ where
     let (shutdown, stopping) = watch::channel(false);
     let (store, views) = (parts.store.clone(), parts.publisher.subscribe());
     let services = Services { term: parts.term, inputs, store, guard, views };
+    // A task of its own: TLS and HTTP/2 of many clients must not delay the shell's loop.
     let mut server = tokio::spawn(serve(services, incoming, stopping));
     let mut shell = Shell::new(parts);
     let ended = if life.found_complete {
@@ -258,10 +277,12 @@ where
     if life.stay && ended.outcome == Outcome::Complete && ended.signal.is_none() {
         shell.stay(&mut receiver, &mut signals).await?;
     }
+    // Fails only if the server has ended before.
     let _ = shutdown.send(true);
     // The last messages to workers on other machines are still on their way; a worker that missed
     // one would wait out its lease.
     let _ = tokio::time::timeout(FAREWELL, &mut server).await;
+    // A client that keeps its stream open must not keep the run from ending.
     server.abort();
     Ok(ended)
 }

@@ -77,6 +77,7 @@ pub async fn take_over(wanted: Wanted<'_>, job: Job) -> Result<TakenOver, Failur
     let run = run_name(&mut journal)?;
     let patience = Patience::new(screen.clone());
     let mut records = open_records(&job, run_dir.folder(), screen, &disk, &mut journal)?;
+    // Before the storage is asked: whether members may live decides what a missing checkpoint means.
     let mut recovered = left_behind(&journal, changed)?;
     let (exits, exited) = mpsc::unbounded_channel();
     let mut supervisor = Supervisor::new(processes, exits);
@@ -85,6 +86,7 @@ pub async fn take_over(wanted: Wanted<'_>, job: Job) -> Result<TakenOver, Failur
     let wanted = Asked { place: &place, run: &run, may_live: may_live(&recovered), from_start };
     let found = resume::find(&wanted, &mut journal, &mut records, &patience).await?;
     recovered.checkpoint = found.checkpoint;
+    // Only now: a start that is refused for its checkpoints leaves job.toml as it was.
     run_dir.write_job(&job)?;
     let done = finished(&journal, &job, recovered.checkpoint.as_ref(), run_dir)?;
     if done.is_some() {
@@ -105,6 +107,7 @@ pub async fn take_over(wanted: Wanted<'_>, job: Job) -> Result<TakenOver, Failur
         lost: found.lost,
         patience,
     };
+    // A finished run has no step left from which samples could be left out.
     if taken.done.is_none() && !asked.is_empty() {
         taken.leave_out(asked, run_dir)?;
     }
@@ -114,12 +117,15 @@ pub async fn take_over(wanted: Wanted<'_>, job: Job) -> Result<TakenOver, Failur
 impl TakenOver {
     /// Leaves samples out from here on; while members of earlier terms may train, only once they rest.
     fn leave_out(&mut self, asked: Vec<String>, run_dir: &RunDir) -> Result<(), Failure> {
+        // A member that trains on would read the samples for some steps more, and the change would not
+        // be at one update index for all.
         if may_live(&self.recovered) {
             self.change = Change::Waits;
             return Ok(());
         }
         let exclusion = exclusion::decide(asked, &self.job, &self.journal, &self.records)?;
         exclusion::write(&exclusion, &mut self.job, &mut self.journal, run_dir)?;
+        // Read again, since the change made the journal forget the items about samples.
         let is_known = self.recovered.group.is_some();
         self.recovered.passport = if is_known { self.journal.passport()? } else { None };
         self.change = Change::Made(exclusion);
@@ -136,6 +142,8 @@ pub fn storage_of(job: &Job, run_dir: &RunDir) -> String {
 pub fn open_journal(run_dir: &RunDir, screen: &Screen) -> Result<Journal, Failure> {
     let journal = run_dir.path("journal.sqlite");
     let holds = |name: &&str| std::fs::metadata(run_dir.path(name)).is_ok_and(|file| file.len() > 0);
+    // Each shows that a coordinator has worked here. SQLite would begin an empty journal without a word,
+    // and numbers of terms and generations would be assigned twice (M1).
     let records = ["metrics.jsonl", "events.jsonl", "checkpoints/.run"];
     if !holds(&"journal.sqlite")
         && let Some(record) = records.iter().find(|name| holds(name))
@@ -152,6 +160,7 @@ pub fn open_journal(run_dir: &RunDir, screen: &Screen) -> Result<Journal, Failur
         tracing::debug!("{}: its mode stays as it is: {error}", journal.display());
     }
     let mut journal = Journal::open(&journal)?;
+    // From here on each commit looks for a newer claim first.
     journal.guard(run_dir.ownership())?;
     if let Some(lacking) = journal.lacking() {
         screen.print(lacking);
@@ -163,6 +172,7 @@ fn run_name(journal: &mut Journal) -> Result<String, Failure> {
     if let Some(run) = journal.fact(Fact::Run)? {
         return Ok(run);
     }
+    // A random name, as two runs of one job may share an object store.
     let run = new_token().map_err(Failure::other)?;
     journal.set_fact(Fact::Run, &run)?;
     Ok(run)
@@ -174,9 +184,11 @@ pub async fn judged(taken: &mut TakenOver) -> Result<Judged, Failure> {
     let rows = journal.evaluations()?;
     let untold = rows.iter().filter(|row| !records.chronicle.look().evaluations.contains_key(&row.step));
     let untold: Vec<_> = untold.cloned().collect();
+    // The journal has an evaluation before the events do, so a death in between leaves one untold.
     untold.iter().for_each(|row| records.evaluation(row));
     let storage = checkpoints.storage();
     let folders = match rows.is_empty() {
+        // Nothing was evaluated, so a start need not wait for a listing.
         true => Ok(Vec::new()),
         false => patience.wait_for(storage, async || storage.checkpoints().await).await,
     };
@@ -187,10 +199,13 @@ pub async fn judged(taken: &mut TakenOver) -> Result<Judged, Failure> {
 /// Group of the earlier terms, from the journal.
 fn left_behind(journal: &Journal, job_changed: bool) -> Result<Recovered, Failure> {
     let group = journal.last_group()?;
+    // Before the first group nothing depends on a fingerprint: the first worker that loads sets it.
     let passport = if group.is_some() { journal.passport()? } else { None };
     let condemned = known_generation(journal, Fact::Condemned)?;
     let closed = known_generation(journal, Fact::Closed)?;
     let resting = group.iter().filter(|group| closed == Some(group.generation));
+    // Members of a closed generation have exited or are about to, and commit nothing: nobody waits for
+    // them.
     let dead = resting.flat_map(|group| &group.members).map(|member| member.worker).collect();
     let skips = journal.skips()?;
     Ok(Recovered { group, dead, condemned, skips, passport, job_changed, ..Recovered::default() })
@@ -220,6 +235,7 @@ fn adopt(
     let mut ended = Vec::new();
     for child in &children {
         match supervisor.adopt(child, &here) {
+            // Counts against `--workers`, so that no process too many is started (M12).
             Adoption::Runs => {
                 recovered.running += 1;
                 recovered.locals.extend(child.worker);
@@ -246,6 +262,7 @@ fn finished(
     run_dir: &RunDir,
 ) -> Result<Option<String>, Failure> {
     let samples = known_samples(journal)?;
+    // Without either of them the length of the run, or how far it is, is unknown.
     let (Some(samples), Some(checkpoint)) = (samples, checkpoint) else { return Ok(None) };
     let last_step = job.last_step(samples);
     if checkpoint.step < last_step {

@@ -166,7 +166,10 @@ impl Supervisor {
 
     /// Adopts a process of an earlier coordinator, if it runs on this machine.
     pub fn adopt(&mut self, row: &ChildRow, here: &Node) -> Adoption {
+        // Without a process number there is nothing to look up. Such a process, if it exists, says hello
+        // with its token.
         let Some(spawned) = row.process.filter(|_| !row.ended) else { return Adoption::Ended };
+        // A process number means nothing on another boot or in another container.
         match here.relation(&row.node) {
             Relation::Same => {}
             Relation::Before => return Adoption::Ended,
@@ -183,6 +186,7 @@ impl Supervisor {
             local_rank: row.local_rank,
             name: Arc::default(),
             worker: row.worker,
+            // It has not said hello here: a hello without a number to resume is not yet a second one.
             numbered: false,
         };
         self.children.insert(row.token.clone(), handle);
@@ -205,6 +209,7 @@ impl Supervisor {
     pub fn rename(&self, worker: WorkerId, name: &str) {
         let child = self.children.values().find(|child| child.worker == Some(worker));
         if let Some(child) = child {
+            // Held for one assignment. The reader of the worker's log takes it for one copy a line.
             *child.name.lock().unwrap_or_else(PoisonError::into_inner) = name.to_string();
         }
     }
@@ -214,6 +219,8 @@ impl Supervisor {
         let here = self.children.iter().map(|(token, child)| (token, child.worker));
         let elsewhere = self.elsewhere.iter().map(|(token, worker)| (token, *worker));
         let mut tokens = here.chain(elsewhere).filter(|(_, own)| *own == Some(worker));
+        // A number without a token belongs to a worker that no coordinator started; for that one the
+        // guard's credentials are enough.
         tokens.next().is_none_or(|(own, _)| Some(own.as_str()) == token)
     }
 
@@ -263,6 +270,7 @@ impl Supervisor {
 
 /// Generates a token that cannot be guessed.
 pub fn new_token() -> io::Result<String> {
+    // 128 bits, from the kernel: no number of guesses finds one.
     let mut bytes = [0u8; 16];
     std::io::Read::read_exact(&mut std::fs::File::open(Path::new("/dev/urandom"))?, &mut bytes)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())

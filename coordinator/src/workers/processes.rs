@@ -22,8 +22,11 @@ use crate::system::node::start_time;
 use super::{Exited, Process, Processes, Spawned, StartOrder};
 
 /// Time limit of `worker gpus`: a driver may have to be loaded first.
+// A user waits for this at the prompt, so it errs on the long side.
 const COUNT_LIMIT: Duration = Duration::from_secs(60);
 /// Maximum length of a line of a worker's log, in bytes; the rest is dropped.
+// A worker's panic with a backtrace fits; a binary file that was printed by mistake must not fill this
+// process.
 const LINE_LIMIT: usize = 16 << 10;
 /// Interval at which the end of `worker gpus` is polled.
 const LOOK: Duration = Duration::from_millis(5);
@@ -81,6 +84,7 @@ impl Processes for SystemProcesses {
         let end = Instant::now() + COUNT_LIMIT;
         while counting.try_wait()?.is_none() {
             if Instant::now() > end {
+                // A driver that hangs would hold the start for ever.
                 counting.kill()?;
                 counting.wait()?;
                 let what = format!("`worker gpus` did not end within {} s", COUNT_LIMIT.as_secs());
@@ -108,15 +112,21 @@ impl Processes for SystemProcesses {
             .env("LOCAL_RANK", order.local_rank.to_string())
             .env(log::VARIABLE, self.log_format.to_string())
             .stdin(Stdio::null())
+            // The coordinator's own standard output has its last line alone.
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
+            // Invariant 1: Ctrl-C is for the coordinator, which stops the workers in order.
             .process_group(0)
             .spawn()?;
         let pid = child.id().unwrap_or_default();
         let lines = child.stderr.take();
         // Opened before the process can be reaped, so the number is still its own.
         let handle = Handle(open(pid).map(Arc::new));
+        // A start time that cannot be read is 0, which no later look-up matches: the process is not
+        // adopted, and never mistaken.
         let spawned = Spawned { pid, started: start_time(pid).unwrap_or_default() };
+        // Owns the child from here on: it alone reaps, so the number stays the process's until the exit
+        // is reported.
         tokio::spawn(watch(child, lines, order.name, order.token, order.exits));
         Ok((Box::new(handle), spawned))
     }
@@ -176,6 +186,7 @@ async fn watch(
     let mut last_words = None;
     if let Some(lines) = lines {
         let mut lines = BufReader::new(lines);
+        // Waits as long as the process lives: the pipe ends with its last writer.
         while let Some(line) = next_line(&mut lines).await {
             // Locked per line, since the label changes once the worker has a rank. Not held over an await.
             let name = name.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -192,6 +203,7 @@ async fn watch(
     if let Some(words) = last_words {
         status = format!("{status}: {words}");
     }
+    // Fails only once the shell has ended, which then needs no exit.
     let _ = exits.send(Exited { token, pid, status, input_error });
 }
 
@@ -208,6 +220,7 @@ async fn next_line(lines: &mut (impl AsyncBufRead + Unpin)) -> Option<String> {
         any = true;
         let end = bytes.iter().position(|byte| *byte == b'\n');
         let part = &bytes[..end.unwrap_or(bytes.len())];
+        // The rest is read and dropped, so that the worker never blocks on a full pipe.
         let room = LINE_LIMIT - line.len();
         line.extend_from_slice(&part[..part.len().min(room)]);
         cut |= part.len() > room;
