@@ -52,6 +52,8 @@ impl Failure {
 impl From<JournalError> for Failure {
     fn from(error: JournalError) -> Self {
         match error {
+            // Only the user can help here, with another version or with `coordinator recover`: a
+            // supervisor that restarts the program would do so for ever.
             JournalError::Newer(_) | JournalError::Damaged { .. } => Failure::input(error),
             JournalError::Sqlite(_) if error.may_mend() => Failure::Other(format!(
                 "{error}; nothing is lost: once that is mended, the same command goes on"
@@ -68,6 +70,7 @@ impl From<RunDirError> for Failure {
     fn from(error: RunDirError) -> Self {
         match error {
             RunDirError::Input(_) => Failure::input(error),
+            // May be free in a moment, so a restart by a supervisor makes sense.
             RunDirError::Held { .. } | RunDirError::System(_) => Failure::other(error),
         }
     }

@@ -33,8 +33,10 @@ fn main() -> ExitCode {
 fn train(cli: Cli) -> ExitCode {
     let screen = Screen::stderr(std::io::stderr().is_terminal() && !cli.detached);
     start_log(&screen, cli.log_format);
+    // Before any socket: limits of connections are set by what the system allows (api/grpc/door.rs).
     raise_descriptor_limit();
     let system = System { log_format: cli.log_format };
+    // Before the runtime starts threads: from here on the process belongs to no terminal.
     let launch = cli.detached.then(|| Launch::join(&screen)).transpose();
     let launch = launch.map_err(|error| Failure::Other(format!("--detach: {error}")));
     let ended = launch.and_then(|launch| block_on(run(cli, &system, screen, launch)));
@@ -90,6 +92,8 @@ fn audited(run: &Path, json: bool) -> ExitCode {
 }
 
 fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    // The shell's loop runs on this thread. Two more serve connections, so that a TLS handshake does not
+    // hold up a heartbeat's answer; files and syncs have the pool for blocking calls.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|error| Failure::Other(format!("cannot start: {error}")))?;
     let result = runtime.block_on(future);

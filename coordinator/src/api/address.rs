@@ -48,6 +48,7 @@ impl Listener {
         let wrong = |reason| ListenError::Wrong { listener: self, text: text.to_string(), reason };
         let mut addresses = text.to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
         let address = addresses.next().ok_or_else(|| wrong("no such address".to_string()))?;
+        // Default deny: without TLS and without consent nobody else may reach a listener.
         match address.ip().is_loopback() || may_be_open {
             true => Ok(address),
             false => Err(ListenError::Open { listener: self, text: text.to_string() }),

@@ -40,11 +40,13 @@ pub struct Security {
 impl Security {
     /// Reads the files named by the options.
     pub fn of(arguments: &SecurityArguments) -> Result<Security, CredentialError> {
+        // Its name goes to local workers through the environment, and must mean the same file there.
         let absolute = |file: &Path| std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf());
         let token_file = arguments.join_token_file.as_deref().map(absolute);
         let join = JoinToken::read(token_file.as_deref())?;
         let tls = arguments.tls_dir.as_deref().map(TlsFiles::new);
         let open = |files: &TlsFiles| Acceptor::open(files.clone(), Clients::Members);
+        // Read now, so that a wrong file ends the start, and not the first handshake.
         let acceptor = tls.as_ref().map(open).transpose()?;
         Ok(Security { acceptor, tls, token_file, join })
     }

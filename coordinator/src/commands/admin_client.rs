@@ -20,6 +20,7 @@ use crate::records::table::{Table, size};
 use crate::run_dir::access::{ACCESS_FILE, Access};
 
 /// Time limit for a coordinator's answer.
+// A healthy loop answers within milliseconds; one whose journal is stuck does not answer changes at all.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Interval at which a stopping run is polled.
 const LOOK: Duration = Duration::from_millis(100);
@@ -52,12 +53,14 @@ pub async fn operate(folder: &Path, question: Question) -> Result<String, Failur
 
 /// Returns the status of a run. If no coordinator holds it, the status is read from its files.
 async fn status(folder: &Path, json: bool) -> Result<String, Failure> {
+    // Asked of the directory and not of the address: another program may have the port by now.
     if !is_held(folder) {
         let run = overview(folder)?;
         return Ok(if json { as_json(&run) } else { at_rest(&run) });
     }
     let (mut client, access) = reach(folder).await?;
     let answer = client.get_status(authorised(GetStatusRequest {}, &access)?).await.map_err(refused)?;
+    // An operator's terminal shows names that workers chose, so they are cleaned like all input.
     let answer = checked_status(answer.into_inner()).map_err(Failure::other)?;
     Ok(if json { as_json(&status_json(&answer)) } else { table(&answer) })
 }
@@ -88,6 +91,7 @@ async fn scale(workers: u32, folder: &Path) -> Result<String, Failure> {
 /// Asks a coordinator to stop, and waits until it no longer holds the run.
 async fn stop(limit: Duration, folder: &Path) -> Result<String, Failure> {
     let (mut client, access) = reach(folder).await?;
+    // A repeated `stop` asks for the same and does not stop at once, as a second signal would.
     client.stop(authorised(StopRequest {}, &access)?).await.map_err(refused)?;
     let started = Instant::now();
     // The coordinator answers at once and stops after its step and checkpoint, so its hold on the
@@ -117,8 +121,10 @@ async fn reach(folder: &Path) -> Result<(AdminServiceClient<Channel>, Access), F
     let uri = access.address.parse().map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
     let credentials = access.credentials();
     let endpoint = credentials.endpoint(&uri).map_err(|error| missing(error.to_string()))?;
+    // Both bounds: a port that nobody serves, and a process that is stopped and still accepts.
     let endpoint = endpoint.connect_timeout(ANSWER_LIMIT).timeout(ANSWER_LIMIT);
     let channel = credentials.connect(endpoint).await.map_err(|error| match error {
+        // TLS or its names do not fit: waiting changes nothing.
         DialError::Wrong(what) => Failure::Input(format!("the coordinator at {}: {what}", access.address)),
         DialError::Later(_) => Failure::Other(format!(
             "no coordinator answers at {}; is the run still going on?",

@@ -21,8 +21,11 @@ use crate::error::Failure;
 use crate::workers::new_token;
 
 /// Validity of an authority, in days.
+// Ten years: changing an authority means changing every machine's files.
 const AUTHORITY_DAYS: u32 = 3650;
 /// Tolerated difference between clocks.
+// A certificate that is made here and used at once on a machine whose clock is behind must be valid
+// there.
 const CLOCKS: Duration = Duration::hours(1);
 /// Names on the coordinator's certificate, besides those that the user gives.
 const LOCAL: [&str; 3] = ["localhost", "127.0.0.1", "::1"];
@@ -72,6 +75,7 @@ struct Authority {
 impl Init {
     fn run(&self) -> Result<String, Failure> {
         let input = |what: String| Failure::Input(format!("--dir {}: {what}", self.dir.display()));
+        // First: files of an older authority beside new ones would fit to nothing (1).
         if self.dir.exists() {
             return Err(input(
                 "it is there already; name a new folder, or remove it if nobody uses it".to_string(),
@@ -97,6 +101,7 @@ impl Init {
         }
         let token = new_token().map_err(Failure::other)?;
         write_new(&self.dir.join("join-token"), &token, 0o600).map_err(|error| input(error.to_string()))?;
+        // Read back by the code that will use them: a folder that cannot work is reported here.
         for name in ["coordinator", "worker"] {
             TlsFiles::new(&self.dir.join(name)).read()?;
         }
@@ -121,6 +126,7 @@ impl Init {
     ) -> Result<(String, String), Failure> {
         let mut params = CertificateParams::new(hosts).map_err(failed)?;
         name_it(&mut params, name, self.days);
+        // TLS 1.3 signs the handshake and needs no other use of the key.
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         // Workers are servers to each other, and operators use the coordinator's as clients.
         params.extended_key_usages =
@@ -170,6 +176,7 @@ impl Authority {
             |name| fs::read_to_string(folder.join(name)).map_err(|source| NoAuthority::File { name, source });
         let (certificate, key_text) = (text(CERTIFICATE_FILE)?, text(KEY_FILE)?);
         let key = KeyPair::from_pem(&key_text).map_err(NoAuthority::Key)?;
+        // The name follows from the key, so an issuer that is made again signs as the same one.
         let issuer = Issuer::new(Authority::params(&key), key);
         Ok(Authority { certificate, key: key_text, issuer })
     }
@@ -179,6 +186,7 @@ impl Authority {
         // Two authorities of the same name would be mistaken for each other.
         let number = blake3::hash(key.public_key_raw()).to_hex();
         name_it(&mut params, &format!("Ganglion {}", &number[..16]), AUTHORITY_DAYS);
+        // No authority below this one: a key that signs machines must not make more of its kind.
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params
@@ -211,6 +219,7 @@ fn write(folder: &Path, authority: &str, certificate: &str, key: &str) -> io::Re
 
 fn write_new(file: &Path, text: &str, mode: u32) -> io::Result<()> {
     let end = if text.ends_with('\n') { "" } else { "\n" };
+    // Fails if the file exists, and has its mode from the start (2).
     whole::create(file, format!("{text}{end}").as_bytes(), mode)
 }
 

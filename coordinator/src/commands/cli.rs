@@ -236,8 +236,11 @@ impl Cli {
         let shards = job.job.data_shards;
         match self.workers {
             Workers::Count(count) if count <= shards => Ok((count, None)),
+            // More workers than data shards would wait as spares for ever, which nobody asks for on
+            // purpose.
             Workers::Count(count) => Err(TooManyWorkers { count, shards }),
             Workers::Auto => {
+                // One at least: a machine without a GPU trains on its CPU.
                 let workers = gpus.clamp(1, shards);
                 Ok((workers, Some(explain(workers, gpus))))
             }
@@ -246,6 +249,7 @@ impl Cli {
 
     /// Address to listen on: the one given, or a loopback address with `last_port`.
     pub fn listen_address(&self, last_port: Option<u16>) -> Result<SocketAddr, ListenError> {
+        // TLS, or the user's word for it.
         let may_be_open = self.insecure || self.security.tls_dir.is_some();
         let given = self.listen.as_deref().map(|text| LISTENER.parse(text, may_be_open));
         given.unwrap_or_else(|| Ok(loopback(last_port)))

@@ -68,6 +68,7 @@ impl Check {
         let about = serde_json::to_string(&data).map_err(Failure::other)?;
         worker.args(["check-data", "--data", &about]);
         worker.args(self.threads.iter().flat_map(|threads| ["--threads".to_owned(), threads.to_string()]));
+        // Without a job there is no model that asks for a size.
         if job.is_none() {
             worker.arg("--any-size");
         }
@@ -75,6 +76,7 @@ impl Check {
         // goes to the user, since data of an object store are fetched first, which may take long.
         worker.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = worker.process_group(0).kill_on_drop(true).spawn().map_err(Failure::other)?;
+        // Without a limit: a large data set takes as long as it takes, and a signal ends it.
         let report = follow(&mut child).await?;
         self.conclude(&report, job.as_ref())
     }
@@ -98,6 +100,7 @@ impl Check {
             let names: String = report.bad_samples.iter().map(|bad| format!("{}\n", bad.name)).collect();
             self.write_bad(file, &names)?;
         }
+        // Single samples first: without them the rest may be enough or not.
         let verdict = self.verdict(report).or_else(|| job.and_then(|job| too_few(report, job)));
         match verdict {
             None => Ok(text),

@@ -25,6 +25,7 @@ use crate::records::table::{Table, ago, size};
 use crate::run_dir::ownership::is_claimed;
 
 /// Bytes read from the end of a file; enough to hold its last line.
+// A row or an event has some hundred bytes; the event of a large group some thousand.
 const TAIL: u64 = 64 << 10;
 
 /// State of a run, as seen from its files.
@@ -85,6 +86,7 @@ pub fn runs(folder: &Path, json: bool) -> Result<String, Failure> {
     let mut runs = Vec::new();
     for entry in fs::read_dir(folder).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
+        // Other folders may lie beside runs.
         if path.join("journal.sqlite").is_file() {
             runs.push(overview(&path)?);
         }
@@ -121,6 +123,7 @@ pub fn overview(run: &Path) -> Result<Overview, Failure> {
     let text = fs::read_to_string(run.join("job.toml")).map_err(|error| wrong("job.toml", &error))?;
     let job = job_file::parse_resolved(&text).map_err(|errors| wrong("job.toml", &errors))?;
     let journal = run.join("journal.sqlite");
+    // Read without a lock, so that a coordinator at work is not held up (1).
     let history = History::read(&journal).map_err(|error| wrong("journal.sqlite", &error))?;
     let newest = history.checkpoints.iter().max_by_key(|checkpoint| checkpoint.position);
     let row = last_line(&run.join("metrics.jsonl"));
@@ -143,6 +146,7 @@ fn standing(run: &Path, newest_event: Option<&RunEvent>) -> Standing {
     if is_held(run) {
         return Standing::Running;
     }
+    // Only once nobody holds it: a run that goes on may have an old end among its events.
     match newest_event {
         Some(RunEvent::RunEnded { outcome: RunOutcome::Complete, .. }) => Standing::Complete,
         Some(RunEvent::RunEnded { outcome: RunOutcome::Stopped, .. }) => Standing::Stopped,
@@ -157,6 +161,7 @@ fn standing(run: &Path, newest_event: Option<&RunEvent>) -> Standing {
 pub fn is_held(run: &Path) -> bool {
     let Ok(file) = File::open(run.join("lock")) else { return false };
     match Flock::lock(file, FlockArg::LockSharedNonblock) {
+        // A holder has it exclusively; two checks at once share it.
         Err((_, Errno::EWOULDBLOCK)) => true,
         asked => is_claimed(run, asked.is_ok()),
     }
@@ -169,6 +174,7 @@ fn last_line(file: &Path) -> Option<Vec<u8>> {
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL))).ok()?;
     let mut tail = Vec::new();
     file.read_to_end(&mut tail).ok()?;
+    // Behind the last newline a line may be in progress.
     let whole = &tail[..tail.iter().rposition(|byte| *byte == b'\n')?];
     let start = whole.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
     Some(whole[start..].to_vec())
@@ -221,6 +227,7 @@ async fn list(storage: &Storage, verify: bool) -> Result<Vec<Listed>, Error> {
                 let damage = if verify { check_files(storage, &checkpoint).await? } else { None };
                 Listed::of(checkpoint, written, damage)
             }
+            // Listed all the same: a checkpoint that cannot be used must be seen.
             Err(damage) => Listed { folder, written, damage: Some(damage), ..Listed::default() },
         });
     }

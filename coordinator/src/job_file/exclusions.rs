@@ -37,7 +37,9 @@ pub(super) fn read(settings: &mut Settings, data: Option<&Path>) -> Vec<Exclusio
         exclusions.iter().any(|exclusion| exclusion.files.contains(name))
     };
     let mut files = names(settings, data);
+    // The request may repeat what the tables record: the same command resumes the run (2).
     files.retain(|name| !named(&exclusions, name));
+    // In front: it takes effect at step 0, and the tables are in order.
     if !files.is_empty() {
         exclusions.insert(0, Exclusion { after_step: 0, after_phase: 0, names: None, files });
     }
@@ -60,6 +62,7 @@ fn names(settings: &mut Settings, data: Option<&Path>) -> Vec<String> {
         below.unwrap_or(name).trim_start_matches("./").to_owned()
     };
     let mut names: Vec<String> = names.iter().map(relative).filter(|name| !name.is_empty()).collect();
+    // Sorted, so that the order in which a user lists them makes no other job.
     names.sort();
     names.dedup();
     names

@@ -171,7 +171,9 @@ impl Text<'_> {
         let mut settings = Settings::parse(self.file, self.folder, self.text).map_err(JobErrors::sorted)?;
         settings.add_overrides(overrides);
         let job = sections::read(&mut settings, self.default_name, check_paths);
+        // After all readers: a key that none of them took is unknown.
         let mut errors = settings.finish();
+        // Only a job without errors has a length that means anything.
         if errors.is_empty() {
             errors.extend(self.too_long(&job));
         }
@@ -216,6 +218,8 @@ pub fn differences(recorded: &Job, given: &Job) -> Vec<Difference> {
     keys.sort();
     keys.dedup();
     keys.into_iter()
+        // What is not listed may not change: a new key decides the result until somebody shows that it
+        // does not.
         .filter(|key| !CHANGEABLE.contains(&key.as_str()))
         .filter(|key| recorded.get(*key) != given.get(*key))
         .map(|key| Difference {

@@ -182,6 +182,7 @@ fn check_finals(settings: &mut Settings, job: &Job) {
         optimizer.final_beta2 != optimizer.beta2,
         augmentation.final_probability != augmentation.probability,
     ];
+    // With a length, all of them may change.
     if optimizer.decay_images > 0 || !settings.sound(&["optimizer.decay_images"]) {
         return;
     }

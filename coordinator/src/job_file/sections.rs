@@ -35,6 +35,7 @@ pub(super) const CADENCE: RangeInclusive<u64> = 0..=MAX_STEPS;
 pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_paths: bool) -> Job {
     let general = general(settings, default_name);
     let data = data(settings, check_paths);
+    // Before loss and optimizer, whose defaults follow from the model's paper.
     let model = model(settings, check_paths);
     let loss = loss(settings, model.kind);
     let job = Job {
@@ -50,6 +51,8 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
         model,
         loss,
     };
+    // After all keys were taken: these checks compare settings, and are skipped where one of them is
+    // wrong.
     check_image(settings, &job);
     models::check(settings, &job);
     check_samples(settings, &job);
@@ -66,6 +69,7 @@ fn general(settings: &mut Settings, default_name: Option<&str>) -> General {
         data_shards: settings.whole_or("job.data_shards", 1..=65_536, 8),
         shard_batch: settings.whole_or("job.shard_batch", 1..=65_536, 8),
         threads: settings.whole_or("job.threads", 1..=1024, 1),
+        // Five heartbeats are due in it, and each may come late on a busy machine.
         failure_deadline: settings.number_or("job.failure_deadline", 0.5..=3600.0, 5.0),
         non_finite: settings.choice_or("job.non_finite", NonFinite::Skip),
         precision: settings.choice_or("job.precision", Precision::Fp32),
@@ -77,6 +81,7 @@ fn general(settings: &mut Settings, default_name: Option<&str>) -> General {
 /// Name of the run, by default that of the file.
 fn name(settings: &mut Settings, default_name: Option<&str>) -> String {
     let given = settings.text("job.name", "my-first-gan");
+    // The text was refused already; a second error for the same key would mislead.
     if !settings.sound(&["job.name"]) {
         return String::new();
     }
@@ -162,6 +167,7 @@ pub(super) fn data(settings: &mut Settings, check_paths: bool) -> Data {
         kind: kind.unwrap_or(DataKind::Mnist10k),
         path,
         resize,
+        // A resized picture is square only if it was before, and models take squares.
         crop: crop.or(resize),
         channels: check_channels(settings, kind, channels),
         image_extension,
@@ -263,6 +269,7 @@ pub(super) fn address(settings: &mut Settings, key: &'static str, url: String) -
             folder.to_str().map(str::to_owned)
         }
         Ok(_) => Some(url),
+        // The error names the setting: a secret must not reach a terminal or a log with it.
         Err(problem @ AddressError::Credentials) => {
             settings.conceal(key);
             settings.fault(key, problem.to_string());

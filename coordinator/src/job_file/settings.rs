@@ -108,6 +108,7 @@ impl<'t> Settings<'t> {
             };
             let value = match DeValue::parse(text.trim()) {
                 Ok(value) => value.into_inner(),
+                // A name needs no quotes on a command line.
                 Err(_) => DeValue::String(text.into()),
             };
             self.given.insert(key.trim().to_owned(), Setting { value, place });
@@ -118,6 +119,7 @@ impl<'t> Settings<'t> {
     /// the other.
     pub(super) fn override_either(&mut self, one: &str, other: &str) {
         match (self.is_overridden(one), self.is_overridden(other)) {
+            // The last word wins: a user who sets the steps does not mean the file's epochs.
             (true, false) => self.given.remove(other),
             (false, true) => self.given.remove(one),
             _ => None,
@@ -377,6 +379,7 @@ impl<'t> Settings<'t> {
         };
         let nearest = self.known.iter().min_by_key(|known| slips(known));
         match nearest {
+            // One slip, and one more for every four letters: beyond that a guess misleads.
             Some(known) if slips(known) <= 1 + name.len() / 4 => {
                 format!("unknown key; did you mean {known}?")
             }
@@ -417,6 +420,7 @@ impl<'t> Settings<'t> {
     }
 
     fn take(&mut self, key: &'static str) -> Option<DeValue<'t>> {
+        // Also where it is not given: the known keys are the ones that were asked for (1).
         self.known.push(key);
         self.given.get(key).map(|setting| setting.value.clone())
     }
@@ -482,6 +486,7 @@ fn from_folder(folder: &Path, path: &Path) -> std::io::Result<PathBuf> {
         // like two.
         return Ok(absolute.components().collect());
     }
+    // `..` of a link is the parent of the link's target for the system, and of the link for a mere text.
     let mut absolute = std::path::absolute(folder.join("."))?.canonicalize()?;
     let mut rest = path.components();
     loop {

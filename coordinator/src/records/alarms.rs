@@ -81,6 +81,7 @@ impl Watch {
 
     /// Processes an evaluation; returns the alarms that change.
     pub fn evaluation(&mut self, row: &EvaluationRow) -> Vec<Change> {
+        // All generators look collapsed before they have learned anything.
         let is_early = row.step * self.images_per_step < self.settings.after_images;
         if self.settings.policy == AlarmPolicy::Off || row.metrics.is_empty() || is_early {
             return Vec::new();
@@ -116,6 +117,7 @@ impl Watch {
         let limit = self.settings.collapse;
         let share = |name: &str| row.get(name).filter(|share| *share < limit);
         let (step, limit) = (row.step, 100.0 * limit);
+        // Diversity first: it needs no classes.
         if let Some(share) = share(names::DIVERSITY) {
             let share = 100.0 * share;
             return Some(format!(
@@ -148,6 +150,7 @@ impl Watch {
         };
         let scores = row.scalars.get("score_real").zip(row.scalars.get("score_fake"));
         let saturated = scores.and_then(|(real, fake)| saturated(self.loss, [real, fake]));
+        // Healthy runs have single saturated rows; several one after the other are a sign.
         self.saturated = if saturated.is_some() { self.saturated + 1 } else { 0 };
         let balance = saturated.filter(|_| self.saturated >= self.settings.saturated_rows).map(|what| {
             format!("{what} in {} rows of metrics in a row, up to step {}", self.saturated, row.step)
@@ -161,6 +164,7 @@ impl Watch {
 
     fn settle(&mut self, alarm: Alarm, reason: Option<String>) -> Option<Change> {
         match reason {
+            // The set makes an alarm one event, however long its cause lasts (2).
             Some(reason) => self.raised.insert(alarm).then_some(Change::Raised(alarm, reason)),
             None => self.raised.remove(&alarm).then_some(Change::Over(alarm)),
         }

@@ -107,11 +107,14 @@ impl Chronicle {
     pub fn event(&self, line: &[u8]) {
         let mut known = self.look();
         let number = known.event_count;
+        // Unreadable lines count as well: a number is the place of a line in the file, for this
+        // coordinator and the next.
         known.event_count += 1;
         let (Ok(text), Ok(event)) = (std::str::from_utf8(line), EventLine::parse(line)) else { return };
         known.note(event);
         known.event_bytes += line.len();
         known.events.push_back((number, text.to_string()));
+        // The newest one stays, however long it is.
         while known.event_bytes > EVENT_BYTES && known.events.len() > 1 {
             let gone = known.events.pop_front().map_or(0, |(_, line)| line.len());
             known.event_bytes -= gone;
@@ -122,6 +125,7 @@ impl Chronicle {
 impl Known {
     fn note(&mut self, EventLine { time, kind, event }: EventLine) {
         self.begun.get_or_insert(time);
+        // Before its keys are looked at: an event that this version cannot read has still happened.
         *self.kinds.entry(kind).or_insert(0) += 1;
         // An event of another version is shown as it is, and says nothing else here.
         let Ok(event) = event else { return };
@@ -137,6 +141,7 @@ impl Known {
                 }
             }
             RunEvent::Checkpoint(checkpoint) => {
+                // A step that was computed again is saved again.
                 self.checkpoints.retain(|known| known.record.step != checkpoint.step);
                 self.checkpoints.push_back(Timed { time, record: checkpoint });
                 if self.checkpoints.len() > CHECKPOINTS {
@@ -164,6 +169,7 @@ impl Known {
 
     /// Events from a number on with their numbers, at most `limit` and at most about `bytes` of them.
     pub fn events(&self, from: u64, limit: usize, bytes: usize) -> Vec<(u64, String)> {
+        // Numbers are in order, so a poll for new events costs a search and not a scan.
         let start = self.events.partition_point(|(number, _)| *number < from);
         let mut size = 0;
         let fits = |(_, line): &&(u64, String)| {

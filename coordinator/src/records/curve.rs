@@ -86,6 +86,7 @@ impl Level {
     fn add(&mut self, bucket: &Bucket) {
         let index = bucket.step / self.width;
         let place = match self.buckets.back() {
+            // A late row; nearly all rows go to the end, without a search.
             Some((last, _)) if *last >= index => self.buckets.partition_point(|(known, _)| *known < index),
             _ => self.buckets.len(),
         };
@@ -132,12 +133,14 @@ impl Curve {
         let bucket = Bucket { step, time, series };
         let coarsest = self.levels.len() - 1;
         for (at, level) in self.levels.iter_mut().enumerate() {
+            // A finer level has dropped that bucket: a new one with this row alone would be wrong (2).
             let gone = at < coarsest
                 && level.buckets.front().is_some_and(|(first, _)| *first > bucket.step / level.width);
             if !gone {
                 level.add(&bucket);
             }
         }
+        // Before buckets are dropped: the new level must be made of all rows.
         if self.levels[coarsest].buckets.len() > KEPT {
             self.grow();
         }
@@ -162,6 +165,7 @@ impl Curve {
             level.buckets.len() < KEPT
                 || level.buckets.front().is_some_and(|(first, _)| first * level.width <= from)
         };
+        // The finest level that still has the first step asked for.
         let Some(level) = self.levels.iter().find(reaches).or(self.levels.last()) else { return Vec::new() };
         let start = level.buckets.partition_point(|(_, bucket)| bucket.step < from);
         let (Some((first, _)), Some((last, _))) = (level.buckets.get(start), level.buckets.back()) else {

@@ -72,6 +72,7 @@ impl Curves {
         // A line of another version without the fixed columns is not drawn.
         let Ok(row) = serde_json::from_slice::<MetricsRow>(line) else { return };
         let mut board = self.lock();
+        // Lines are read again by each coordinator, and TensorBoard would draw a point twice (1).
         if board.drawn.rows.insert(row.step) {
             board.file.scalars(row.step, row.time, points(&row));
         }

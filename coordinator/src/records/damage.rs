@@ -100,6 +100,7 @@ pub fn examine(path: &Path, reach: u64) -> io::Result<SetAside> {
             continue;
         };
         found.kept += 1;
+        // The gap between the readable neighbours is all that can have been lost in that place.
         if std::mem::take(&mut open) && newest + 1 < step {
             found.steps.push((newest + 1, step - 1));
         }

@@ -29,6 +29,7 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// Maximum number of rows that wait while the disk takes none. Workers keep them too, and are
     /// asked for those that found no room.
     fn rows_that_wait(&self) -> usize {
+        // A quarter of what each worker keeps (`ROWS_LIMIT` in membership/src/member.rs).
         1 << 16
     }
 }
@@ -43,6 +44,7 @@ impl Disk for SystemDisk {
     }
 
     fn sync(&self, _: &Path, file: &File) -> io::Result<()> {
+        // The data and the length; times of change need not survive.
         file.sync_data()
     }
 

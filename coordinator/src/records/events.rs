@@ -54,6 +54,7 @@ impl EventLog {
     /// The file cannot be written, and the event waits.
     pub fn append(&mut self, time: f64, event: &RunEvent) -> io::Result<()> {
         let line = event.line(time, LINE_LIMIT);
+        // A disk that stays full for days must not fill the memory.
         if self.waiting_bytes + line.len() > WAITING_LIMIT {
             self.dropped += 1;
         } else {
@@ -69,6 +70,7 @@ impl EventLog {
     /// The file cannot be written.
     pub fn catch_up(&mut self, time: f64) -> io::Result<()> {
         while let Some(line) = self.waiting.front() {
+            // Cloned, since a line that cannot be written stays at the front.
             self.lines.append(line.clone())?;
             self.waiting_bytes -= line.len();
             self.waiting.pop_front();

@@ -53,6 +53,8 @@ impl Sync {
     /// Error of the system.
     pub fn run(&self) -> io::Result<()> {
         self.disk.sync(&self.path, &self.file)?;
+        // Once for each file: the name of a new one is an entry of the folder, which has a sync of its
+        // own.
         if self.is_named { Ok(()) } else { self.disk.sync_name(&self.path) }
     }
 }
@@ -80,8 +82,10 @@ impl LineFile {
             watcher(&line);
             end += length;
         }
+        // Its writer died in the middle, so no caller was told that the line is there.
         file.set_len(end)?;
         let (path, file, recent) = (path.to_path_buf(), Arc::new(file), Vec::new());
+        // Nothing counts as durable: an earlier process may have died before its sync.
         Ok(LineFile { path, file, disk, watcher, end, synced: 0, recent, is_shaken: false, is_named: false })
     }
 
@@ -89,6 +93,7 @@ impl LineFile {
     pub(super) fn append(&mut self, mut line: Vec<u8>) -> io::Result<u64> {
         debug_assert!(!line.contains(&b'\n'), "a line holds no newline");
         line.push(b'\n');
+        // Before the new line: its offset must not shift when lost bytes come back.
         self.restore()?;
         let start = self.end;
         if let Err(error) = self.disk.append(&self.path, &self.file, &line) {
@@ -97,7 +102,9 @@ impl LineFile {
             return Err(ganglion_storage::whole::explain(error, line.len(), &self.path));
         }
         self.end += line.len() as u64;
+        // Kept until a sync succeeds (3).
         self.recent.extend_from_slice(&line);
+        // After the write: what is shown is in the file.
         (self.watcher)(&line[..line.len() - 1]);
         Ok(start)
     }
@@ -107,6 +114,7 @@ impl LineFile {
         if !self.is_shaken {
             return Ok(());
         }
+        // What the system kept of them is unknown, so they are written from their first byte on.
         self.file.set_len(self.end - self.recent.len() as u64)?;
         self.disk.append(&self.path, &self.file, &self.recent)?;
         self.is_shaken = false;
@@ -141,6 +149,8 @@ impl LineFile {
     pub(super) fn was_synced(&mut self, sync: &Sync, done: &io::Result<()>) {
         match done {
             Ok(()) => {
+                // Up to the end that the file had when the sync began; later lines may be in it by
+                // chance, and are not counted.
                 self.synced = sync.end.max(self.synced);
                 self.is_named = true;
                 let since = usize::try_from(self.end - self.synced).unwrap_or(usize::MAX);

@@ -28,12 +28,14 @@ impl fmt::Display for LogFormat {
 
 /// Starts this process's log, on a screen.
 pub fn start_log(screen: &Screen, format: LogFormat) {
+    // Progress and messages are not a log; only what is out of the ordinary comes on top of them.
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     let (screen, is_terminal) = (screen.clone(), screen.is_terminal());
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
         .with_ansi(is_terminal)
+        // A closed terminal would have each line reported once more, to that terminal.
         .log_internal_errors(false)
         .with_writer(move || screen.clone());
     match format {

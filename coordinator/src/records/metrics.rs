@@ -90,6 +90,7 @@ impl MetricsLog {
             Ok(())
         })
         .map_err(|error| Damaged::of(path, error))?;
+        // Rows may be out of order in the file (2).
         index.sort_unstable();
         Ok(MetricsLog { lines, index, fresh })
     }
@@ -131,6 +132,7 @@ impl MetricsLog {
         let line = row.line();
         match self.index.binary_search_by_key(&row.step, |entry| entry.0) {
             Ok(found) => {
+                // Read from the file: keeping all rows in memory would grow with the run.
                 let recorded = self.lines.line_at(self.index[found].1)?;
                 compare(row.step, &recorded, &line).map_err(RecordError::Breach)
             }

@@ -27,8 +27,10 @@ const EVERY: Duration = Duration::from_secs(30);
 /// Interval between two attempts at the end.
 const AGAIN: Duration = Duration::from_secs(2);
 /// Time for which the end of a run waits.
+// The run is done; an operator or an orchestrator waits for the process to end.
 const LAST: Duration = Duration::from_secs(60);
 /// Length of the pause after a long pass, as a multiple of that pass.
+// A pass of one part work and nine parts rest: a tenth of the time.
 const REST: u32 = 9;
 
 /// Single files that are copied; job.toml, which may change without growing, first.
@@ -149,6 +151,7 @@ impl From<io::Error> for Stopped {
 impl Copier {
     async fn serve(&mut self, storage: &Storage, mut ended: watch::Receiver<bool>) {
         loop {
+            // Before the pass: a pass that began earlier may have missed the last lines.
             let is_last = *ended.borrow_and_update();
             let begun = Instant::now();
             let failed = match self.pass(storage).await {
@@ -166,6 +169,7 @@ impl Copier {
             if is_last && failed.is_none() {
                 return;
             }
+            // At the end the user waits, so a failed attempt is repeated soon.
             let pause = if is_last { AGAIN } else { EVERY.max(begun.elapsed() * REST) };
             if let Ok(Err(_)) = timeout(pause, ended.changed()).await {
                 // The sender is gone: the coordinator ended some other way.
@@ -189,10 +193,13 @@ impl Copier {
         let sent = match &mut self.sent {
             Some(sent) => sent,
             none => {
+                // Before the first write: two runs would overwrite each other's files.
                 if storage.claim(&self.run).await? == Claim::Taken {
                     return Err(Stopped::Taken);
                 }
                 let there = storage.lengths().await?.into_iter();
+                // job.toml may change without a change of its length, so it is sent once by each
+                // coordinator.
                 let unknown = there.filter(|(name, _)| name != FILES[0]);
                 none.insert(unknown.map(|(name, length)| (name, (length, None))).collect())
             }
@@ -204,6 +211,7 @@ impl Copier {
             let is_same = |known: &Version| known.0 == length && (known.1.is_none() || known.1 == changed);
             if !sent.get(&name).is_some_and(is_same) {
                 storage.send(&Place::from(name.as_str()), file).await?;
+                // Of before the copy: a file that grew meanwhile differs, and is sent again.
                 sent.insert(name, (length, changed));
             }
         }

@@ -18,6 +18,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, T
 use super::scalars;
 
 /// Interval between two plain lines, in seconds of training.
+// Enough for a log that is read later.
 const PLAIN_PERIOD_SECONDS: f64 = 10.0;
 /// Weight of the newest row in the moving average of the pace.
 const PACE_WEIGHT: f64 = 0.1;
@@ -96,6 +97,7 @@ impl Write for Screen {
     }
 
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        // Before the terminal: the copy must have a line that a closed terminal refuses.
         self.write_copy(bytes);
         self.suspend(|| io::stderr().lock().write_all(bytes))
     }
@@ -250,6 +252,8 @@ impl Pace {
         let Some((last_step, last_time)) = last else {
             return;
         };
+        // A repeated step says nothing about the pace, and a negative duration would turn the estimate
+        // around.
         if step <= last_step || time < last_time {
             return;
         }

@@ -42,6 +42,8 @@ impl Receipts {
 
     /// Notes that a generation was formed that goes on after this step.
     pub fn formed(&mut self, after: u64) {
+        // A roll-back goes on from an earlier step: rows from there on are due from this term's
+        // generations as well.
         let floor = self.floor.map_or(after, |floor| floor.min(after));
         if self.floor != Some(floor) {
             (self.floor, self.whole) = (Some(floor), floor);
@@ -72,6 +74,8 @@ impl Receipts {
             if !is_known(next) && !self.lost.contains(&next) {
                 return Some(owed.map_or(next, |owed| owed.min(next)));
             }
+            // Remembered, so that each due step is asked about once and the cost does not grow with the
+            // run.
             self.whole = next;
         }
         owed
@@ -92,6 +96,7 @@ impl Receipts {
     /// Step to acknowledge once all rows before `bound` are durable and `newest` is the newest row;
     /// `None` if the workers already know it.
     pub fn acknowledge(&mut self, newest: u64, bound: u64) -> Option<u64> {
+        // A prefix (1): nothing from the first unsafe row on may be forgotten by the workers.
         let step = newest.min(bound.saturating_sub(1));
         if step == 0 || self.told >= Some(step) {
             return None;

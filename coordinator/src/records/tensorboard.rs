@@ -24,6 +24,7 @@ const FRAME: u64 = 16;
 /// Size at which buffered records are handed to the system, in bytes.
 const BUFFER: usize = 64 << 10;
 /// Maximum number of bytes that wait for the disk. The next coordinator draws the rest.
+// A view is not worth more memory on a full disk.
 const UNWRITTEN_LIMIT: usize = 16 << 20;
 
 /// Fields of TensorFlow's `Event` that are written here.
@@ -169,6 +170,7 @@ impl TensorBoard {
     /// The file cannot be written. The remaining records wait for the next flush, up to a limit.
     pub fn flush(&mut self) -> io::Result<()> {
         if let Err(error) = self.file.write_all(&self.unwritten) {
+            // No reader gets past half a record, so it goes at once (2).
             self.file.set_len(self.end).ok();
             if self.unwritten.len() > UNWRITTEN_LIMIT {
                 self.unwritten.clear();
@@ -211,6 +213,7 @@ fn read_file(path: &Path, visit: &mut impl FnMut(u64, &str)) -> io::Result<()> {
     let mut reader = BufReader::with_capacity(BUFFER, file);
     let mut good = 0;
     while let Some(data) = next_record(&mut reader, length - good)? {
+        // Valid checksums and not an event: not ours, and nothing behind it can be trusted either.
         let Ok(event) = Event::decode(data.as_slice()) else { break };
         let step = u64::try_from(event.step).unwrap_or(0);
         event.summary.iter().flat_map(|summary| &summary.value).for_each(|value| visit(step, &value.tag));
@@ -231,6 +234,7 @@ fn next_record(reader: &mut impl Read, left: u64) -> io::Result<Option<Vec<u8>>>
     reader.read_exact(&mut head)?;
     let (length, crc) = head.split_at(8);
     let claimed = u64::from_le_bytes(length.try_into().expect("it is eight bytes"));
+    // The length has a checksum of its own: a damaged one must not ask for gigabytes.
     if crc != masked_crc(length).to_le_bytes() || claimed > left - FRAME {
         return Ok(None);
     }

@@ -60,6 +60,7 @@ impl Timeline {
             RunEvent::RunEnded { .. } => self.turn_to(None),
             _ => {}
         }
+        // A trace is read after a crash as well.
         self.flush();
     }
 

@@ -9,8 +9,11 @@ use tokio::time::Instant;
 
 /// Time after which a loop without progress counts as hung: a multiple of the failure deadline, and
 /// a minimum.
+// Workers give a session up after one deadline without an answer, so a loop that is silent for two
+// serves nobody.
 const HUNG: (f64, Duration) = (2.0, Duration::from_secs(10));
 /// Additional time at the end of a run: local workers exit, and the storage gets its last orders.
+// The loop publishes nothing any more while it waits for exits, storage and mirror.
 const ENDING: Duration = Duration::from_secs(60);
 
 /// Snapshot of the run, as published by the shell.

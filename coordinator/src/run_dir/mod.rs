@@ -24,6 +24,7 @@ use crate::job_file;
 use crate::run_dir::ownership::{ClaimError, Fence, Ownership, recorded_holder};
 
 /// Maximum number of attempts to take the lock of a run directory, and the pause between.
+// A check by `coordinator runs` holds the lock for an instant, and 80 ms outlast several of them.
 const LOCK_ATTEMPTS: u32 = 5;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
@@ -78,6 +79,7 @@ impl RunDir {
         let named = format!("--run-dir {}", folder.display());
         let unusable = |error: std::io::Error| RunDirError::of(&named, error);
         create(folder).map_err(unusable)?;
+        // One name for one place: links may change while the run goes on.
         let folder = folder.canonicalize().map_err(unusable)?;
         let held = |holder: String| RunDirError::Held { folder: folder.clone(), holder };
         let mut options = OpenOptions::new();
@@ -94,11 +96,14 @@ impl RunDir {
                 None
             }
         };
+        // May block for PATIENCE: nothing of this coordinator runs yet that could wait for it.
         let ownership = Ownership::claim(&folder, lock.is_some(), tell).map_err(|error| match error {
             ClaimError::Held(holder) => held(holder),
             ClaimError::Unusable { error, .. } => unusable(error),
         })?;
         let run_dir = RunDir { folder, ownership, _lock: lock };
+        // Only with the claim: two coordinators that start at once would make and sweep each other's
+        // files.
         for folder in ["samples", "tensorboard"] {
             whole::create_folders(&run_dir.path(folder)).map_err(unusable)?;
         }
@@ -140,6 +145,8 @@ impl RunDir {
     /// written it.
     pub fn read_secret(&self, name: &str) -> Option<String> {
         let mut file = File::open(self.path(name)).ok()?;
+        // The opened file's own metadata: an exchange of the name in between cannot show another file's
+        // mode.
         let (about, link) = (file.metadata().ok()?, fs::symlink_metadata(self.path(name)).ok()?);
         let is_own = about.uid() == nix::unistd::geteuid().as_raw() && about.mode() & 0o077 == 0;
         if !link.is_file() || !is_own {
@@ -156,6 +163,7 @@ impl RunDir {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.open(self.path(name))?;
+        // Takes rights away and never adds any: a journal that its user made read-only stays so.
         let mode = file.metadata()?.mode() & 0o700;
         file.set_permissions(Permissions::from_mode(mode))
     }
@@ -172,6 +180,7 @@ impl RunDir {
             let mut recorded = job_file::parse_resolved(&text)
                 .map_err(|error| input(format!("not a job of this version:\n{error}")))?;
             let on_disk = recorded.clone();
+            // Nothing was computed with it, so a mistake in it may be taken back.
             if unused == Some(recorded.data.exclusions.len()) {
                 recorded.data.exclusions.pop();
             }
@@ -190,6 +199,8 @@ impl RunDir {
                 )));
             }
             settled.job.data.exclusions = recorded.data.exclusions;
+            // Members of the newest generation train by the job on the disk. Another one reaches them
+            // only with a new generation.
             settled.changed = on_disk != settled.job;
         }
         Ok(settled)
@@ -212,9 +223,11 @@ impl RunDir {
 fn create(folder: &Path) -> std::io::Result<()> {
     let above = folder.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
     whole::create_folders(above)?;
+    // The mode at its creation: there is no moment at which others could open it.
     match DirBuilder::new().mode(0o700).create(folder) {
         Err(_) if folder.is_dir() => Ok(()),
         Err(error) => Err(error),
+        // Otherwise a power cut could take the folder with a journal that counted as durable.
         Ok(()) => File::open(above)?.sync_all(),
     }
 }
@@ -246,6 +259,7 @@ fn lock(mut file: File) -> Locking {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Locking::Taken(lock),
             Err((refused, Errno::EWOULDBLOCK | Errno::EINTR)) => file = refused,
+            // Not a refusal: the claim alone must do (ownership.rs).
             Err((_, errno)) => return Locking::Fails(errno),
         }
         std::thread::sleep(LOCK_PAUSE);

@@ -31,9 +31,12 @@ use tokio::sync::watch;
 use crate::system::node::{Node, Relation, start_time};
 
 /// Interval at which a holder renews its claim.
+// Ten of these fit into PATIENCE, so one that fails or comes late does no harm.
 pub const RENEWAL: Duration = Duration::from_secs(2);
 /// Time for which a claim must stay unrenewed before it is taken over, where its holder cannot be
 /// looked up.
+// After the death of a machine the run stands still for this long, so it is as short as renewals that
+// stall allow.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 /// Interval at which a watched claim is read.
 const LOOK: Duration = Duration::from_millis(250);
@@ -41,6 +44,7 @@ const LOOK: Duration = Duration::from_millis(250);
 /// which is then judged.
 const ATTEMPTS: u32 = 16;
 /// Maximum number of bytes read of a claim.
+// Anything may lie under the name of a claim; one of ours has a few hundred bytes.
 const CLAIM_LIMIT: u64 = 4096;
 
 /// Holder of a run directory, as written in its claim.
@@ -117,12 +121,15 @@ pub struct Fence {
 impl Fence {
     /// Checks for a newer claim.
     pub fn check(&self) -> Result<(), Superseded> {
+        // Once lost, for ever lost: the newer claim may have been removed since.
         if let Some(superseded) = self.lost.borrow().clone() {
             return Err(superseded);
         }
         // `lock` first: an existing file is read afresh also on NFS, a new name in `owners/` may
         // not be seen.
         let named = read(&self.folder.join("lock")).holder.filter(|holder| holder.claim > self.claim);
+        // An unreadable folder is no evidence of a newer claim: a storage that fails for a moment must
+        // not end the run.
         let newest = || newest(&claims(&self.folder)).ok().flatten().filter(|claim| *claim > self.claim);
         let by = match named {
             Some(holder) => holder.to_string(),
@@ -132,6 +139,7 @@ impl Fence {
             },
         };
         let superseded = Superseded { by };
+        // Wakes `lost`, whose caller then stops the coordinator.
         self.lost.send_replace(Some(superseded.clone()));
         Err(superseded)
     }
@@ -176,11 +184,13 @@ impl Ownership {
             let newest = newest(&owners).map_err(unusable)?;
             let mut earlier_term = 0;
             if let Some(claim) = newest {
+                // Blocks up to `patience` if the holder cannot be looked up.
                 earlier_term = overcome(&claim_file(folder, claim), locked, patience, tell)?;
             }
             let holder = Holder::this_process(newest.unwrap_or(0) + 1, locked, earlier_term);
             match create(folder, &holder) {
                 Ok(()) => return Ok(Ownership::begin(folder, holder)),
+                // Another process has this number now; the next round judges that one.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(unusable(error)),
             }
@@ -201,6 +211,7 @@ impl Ownership {
         let renew = move || {
             let mut count = 0;
             let mut failing = false;
+            // The pause, which ends at once when the owner is dropped. A lost claim is renewed no more.
             while stopped.recv_timeout(RENEWAL) == Err(RecvTimeoutError::Timeout) && watched.check().is_ok() {
                 count += 1;
                 // Held while writing: `begun` and the release write the same file.
@@ -232,6 +243,7 @@ impl Ownership {
     pub fn begun(&self, term: u64) {
         let mut holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
         holder.term = term;
+        // `lock` has the newer holder's name by then, and must keep it.
         if self.fence.check().is_err() {
             return;
         }
@@ -303,14 +315,18 @@ fn judge(claim: &Claim, locked: bool) -> Verdict {
     let here = Node::here();
     let same_kernel = !here.boot.is_empty() && here.boot == holder.node.boot;
     let ended = Verdict::Ended(holder.term);
+    // Both had the lock of one kernel, which gives it to one process at a time: this one has it, so that
+    // one is gone.
     if holder.released || (same_kernel && holder.locked && locked) {
         return ended;
     }
     match here.relation(&holder.node) {
+        // The number alone may be another process's by now.
         Relation::Same if start_time(holder.pid) == Some(holder.started) => {
             Verdict::Lives(holder.to_string())
         }
         Relation::Same => ended,
+        // A reboot ended it, whether it said so or not.
         Relation::Before if !same_kernel => ended,
         // Two containers of one name may run on one kernel.
         Relation::Before | Relation::Elsewhere => Verdict::Unknown,
@@ -335,6 +351,7 @@ fn overcome(file: &Path, locked: bool, patience: Duration, tell: &dyn Fn(&str)) 
     while begun.elapsed() < patience {
         std::thread::sleep(LOOK.min(patience / 4));
         let now = read(file);
+        // Each write has other bytes, so equal content means that nobody has written.
         if now == first {
             continue;
         }
@@ -346,6 +363,8 @@ fn overcome(file: &Path, locked: bool, patience: Duration, tell: &dyn Fn(&str)) 
             )),
         };
     }
+    // Its holder may still be alive and cut off. Its fence finds the newer claim before it commits
+    // anything (M1).
     Ok(first.holder.map_or(0, |holder| holder.term))
 }
 
@@ -368,6 +387,7 @@ fn create(folder: &Path, holder: &Holder) -> io::Result<()> {
     }
     let written = write(&folder.join("lock"), holder, 0);
     written.or_else(|error| if holder.locked { Ok(()) } else { Err(error) })?;
+    // Only lower ones: their holders were judged, and the newest number must stay taken.
     for claim in numbers(&claims(folder))?.into_iter().filter(|claim| *claim < holder.claim) {
         let _ = fs::remove_file(claim_file(folder, claim));
     }
@@ -379,12 +399,15 @@ fn write(file: &Path, holder: &Holder, renewal: u64) -> io::Result<()> {
     let text = text(holder, renewal);
     let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(file)?;
     file.write_all(&text)?;
+    // After the content: a reader in between finds the new first line, and at worst the end of an older
+    // text behind it.
     file.set_len(text.len() as u64)
 }
 
 /// Renders the holder as a line, and a second line that changes with each renewal.
 fn text(holder: &Holder, renewal: u64) -> Vec<u8> {
     static WRITTEN: AtomicU64 = AtomicU64::new(0);
+    // Relaxed: the numbers must differ, and order no other memory.
     let count = WRITTEN.fetch_add(1, Ordering::Relaxed);
     let holder = serde_json::to_string(holder).expect("numbers and texts can be written as JSON");
     format!("{holder}\nrenewal {renewal:010}, write {count:010}\n").into_bytes()

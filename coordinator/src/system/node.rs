@@ -38,6 +38,8 @@ pub enum Relation {
 impl Node {
     /// The node that this process runs on.
     pub fn here() -> Node {
+        // Empty where /proc is not mounted. Such a record reads like one of an earlier version: its
+        // process is looked up here.
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let pids = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
         let host = nix::unistd::gethostname().unwrap_or_default();
@@ -90,6 +92,7 @@ pub fn start_time(pid: u32) -> Option<u64> {
     if state == "Z" || state == "X" {
         return None;
     }
+    // The state was field 3, so the 19th after it is field 22.
     fields.nth(18)?.parse().ok()
 }
 

@@ -20,6 +20,7 @@ use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
 /// Time limit for a client's first authorised call.
+// Time for a slow client to be authorised; a place is wanted back sooner only if others wait.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Credentials that a client showed when it connected.
@@ -87,6 +88,7 @@ impl Connection {
         let held = place.clone();
         let patience = async move {
             tokio::select! {
+                // Another connection needs this place.
                 () = held.shown_out() => {}
                 () = sleep(PATIENCE) => {}
             }
@@ -94,6 +96,7 @@ impl Connection {
         Connection {
             stream,
             peer: Peer { shown, place, admitted: Arc::default() },
+            // Boxed once for each connection: the future has no name, and `poll_read` needs it pinned.
             patience: Box::pin(patience),
         }
     }

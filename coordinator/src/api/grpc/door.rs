@@ -30,6 +30,7 @@ const NO_TLS: &[u8] = b"this coordinator does not speak TLS\n";
 /// Time limit for the TLS handshake or the HTTP/2 preface.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
 /// Interval at which the rest of a preface is polled.
+// Clients send the preface in one packet, so the second look is rare.
 const LOOK: Duration = Duration::from_millis(20);
 /// Connection limits: all connections at once, where the system allows twice as many descriptors;
 /// idle ones of one address, which have made no authorised call yet; and the time for which these
@@ -39,6 +40,7 @@ const LIMITS: Limits =
 /// Log lines per address in a burst, and the pause before each further one.
 const COMPLAINTS: (u32, Duration) = (60, Duration::from_secs(10));
 /// Capacity of the queue of accepted connections.
+// The server takes connections faster than handshakes end; more would only hide that it hangs.
 const WAITING: usize = 64;
 
 /// Starts to accept connections; returns those whose clients have sent a preface or finished a handshake.
@@ -49,6 +51,7 @@ pub fn open(listener: TcpListener, tls: Option<Arc<Acceptor>>) -> mpsc::Receiver
     tokio::spawn(async move {
         let (closed, inside) = (hall.let_in.clone(), hall);
         let serve = |stream, from, place| drop(tokio::spawn(inside.clone().receive(stream, from, place)));
+        // Ends with the server, which drops the receiver.
         accept_loop(listener, room, "workers and operators", closed.closed(), serve).await;
     });
     greeted
@@ -63,6 +66,7 @@ struct Hall {
 
 impl Hall {
     async fn receive(self: Arc<Hall>, stream: TcpStream, from: SocketAddr, place: Place) {
+        // In a task for each connection: one that says nothing delays no other.
         let greeting = place.keep(greet(stream, self.tls.as_deref()));
         // Ends early if another connection needs this place.
         let greeted = tokio::time::timeout(GREETING_LIMIT, greeting).await;
@@ -84,6 +88,7 @@ impl Hall {
 }
 
 async fn greet(mut stream: TcpStream, tls: Option<&Acceptor>) -> io::Result<(Stream, Shown)> {
+    // Messages are small and awaited. Nagle's algorithm would hold a heartbeat back for a round trip.
     stream.set_nodelay(true)?;
     // The caller limits the time of all waits here.
     let speaks_tls = first_byte(&stream).await? == HANDSHAKE;
@@ -95,6 +100,7 @@ async fn greet(mut stream: TcpStream, tls: Option<&Acceptor>) -> io::Result<(Str
             Ok((Stream::Tls(stream), shown))
         }
         (None, true) => {
+            // Bounded by the greeting's limit, like all waits here.
             stream.write_all(NO_TLS).await?;
             Err(io::Error::new(ErrorKind::InvalidData, "it speaks TLS, and this coordinator does not"))
         }

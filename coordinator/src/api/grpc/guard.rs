@@ -28,8 +28,10 @@ use tower::{Layer, Service};
 use super::connection::{Peer, Shown};
 
 /// Wrong secrets per address in a burst, and the pause before each further one.
+// A user who mistypes has room; a guess at a token has none at 30 a minute.
 const WRONG: (u32, Duration) = (30, Duration::from_secs(2));
 /// New sessions per address in a burst, and the pause before each further one.
+// As many as may be open at once: a whole cluster behind one address may join together.
 const SESSIONS: (u32, Duration) = (4096, Duration::from_millis(200));
 
 /// Access rules of the gRPC services.
@@ -72,6 +74,7 @@ impl Guard {
             _ if path.starts_with("/grpc.health.v1.Health/") => Needs::Nothing,
             "/ganglion.v1.AdminService/GetStatus" if !self.guarded => Needs::Membership,
             _ if path.starts_with("/ganglion.v1.AdminService/") => Needs::Operator,
+            // Services that are added later are closed until somebody opens them here.
             _ => Needs::Membership,
         }
     }
@@ -90,8 +93,12 @@ impl Guard {
             self.check_secret(request, expected, peer)?;
         }
         let Some(peer) = peer else { return Ok(()) };
+        // Only after the secret: the connection now keeps its place, and wrong tokens of its neighbours
+        // do not block it (3).
         peer.admit();
         if path == "/ganglion.v1.SessionService/Session" {
+            // Counted for authorised clients alone: strangers must not use up what members of their
+            // address need.
             if !self.sessions.allows(peer.address()) {
                 return Err(Status::resource_exhausted("too many new sessions of this address; try later"));
             }
@@ -111,6 +118,7 @@ impl Guard {
             return Err(Status::resource_exhausted("too many wrong tokens of this address; try later"));
         }
         let given = request.headers().get(AUTHORIZATION).map(|given| given.as_bytes());
+        // The hash of a missing header is nobody's secret either, so it needs no case of its own.
         if blake3::hash(given.unwrap_or_default()) == expected {
             return Ok(());
         }
@@ -184,6 +192,7 @@ where
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         match self.guard.check(&request) {
             Ok(()) => Box::pin(self.inner.call(request)),
+            // The inner service never sees the call, so no handler can forget to ask.
             Err(status) => Box::pin(std::future::ready(Ok(status.into_http()))),
         }
     }

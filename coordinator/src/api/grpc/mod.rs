@@ -48,10 +48,14 @@ use refusal::{NotAdmitted, NotChanged};
 pub use store::Store;
 
 /// Capacity of the queue of messages to one worker.
+// Answers to heartbeats, and a few messages for each change of a group: a full queue means that the
+// worker stopped reading long ago.
 const OUTBOX: usize = 256;
 /// Time limit for the hello of a new session.
+// As for all first words of a client (docs/membership.md, "Waits").
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// Maximum number of concurrent sessions, including those before their hello.
+// Bounds what clients can make this process hold: each session has a task and a queue.
 const SESSIONS: usize = 4096;
 /// Maximum number of concurrent calls on one connection: a worker has its session and a few keys
 /// that it waits for.
@@ -132,6 +136,7 @@ where
     let Services { term, inputs, store, guard, views } = services;
     let room = Arc::new(Semaphore::new(SESSIONS));
     let sessions = Sessions { term, inputs: inputs.clone(), opened: AtomicU64::new(0), room };
+    // The largest message is a picture of samples; what is longer is refused before it is read.
     let sessions = SessionServiceServer::new(sessions).max_decoding_message_size(MESSAGE_LIMIT);
     let store = StoreServiceServer::new(store).max_decoding_message_size(STORE_LIMIT);
     let admin = AdminServiceServer::new(Admin { inputs }).max_decoding_message_size(ADMIN_LIMIT);
@@ -143,6 +148,8 @@ where
         .expect("these descriptors were compiled with the services");
     let incoming = ReceiverStream::new(incoming).map(Ok::<_, std::io::Error>);
     let served = Server::builder()
+        // A machine that vanished sends no FIN. After these 30 s its connection gives back its
+        // descriptor; membership has a limit of its own (M8).
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .max_concurrent_streams(STREAMS)
@@ -167,6 +174,7 @@ where
 async fn report_health(reporter: HealthReporter, views: watch::Receiver<Option<Arc<View>>>) -> Infallible {
     let mut looks = tokio::time::interval(HEALTH_LOOK);
     loop {
+        // Reads a view that the loop has published: nothing here waits for the loop.
         looks.tick().await;
         let hung = views.borrow().as_ref().and_then(|view| view.is_hung_for());
         let status = if hung.is_some() { ServingStatus::NotServing } else { ServingStatus::Serving };
@@ -196,6 +204,7 @@ impl SessionService for Sessions {
             return Err(refused(Status::resource_exhausted(format!("{SESSIONS} sessions are open"))));
         };
         let mut requests = request.into_inner();
+        // The place in `room` is held meanwhile, so a client that says nothing has a limit.
         let hello = match tokio::time::timeout(HELLO_LIMIT, requests.message()).await {
             Ok(Ok(Some(request))) => hello_of(request),
             Ok(Ok(None)) => Err(Status::invalid_argument("a session starts with a hello")),
@@ -207,6 +216,8 @@ impl SessionService for Sessions {
         let (answer, admitted) = oneshot::channel();
         // Relaxed: the numbers must differ, and order no other memory.
         let session = SessionId(self.opened.fetch_add(1, Ordering::Relaxed));
+        // Waits while the shell's queue is full. The session's place stays taken, which is the
+        // back-pressure on new clients.
         self.inputs.send(Input::Hello { hello, session, outbox, answer }).await.map_err(|_| ended())?;
         // The shell answers every hello, though only once the journal can be written. If the shell
         // ends, the sender is dropped and this returns an error.
@@ -215,10 +226,13 @@ impl SessionService for Sessions {
         let (broke, breach) = oneshot::channel();
         let (term, inputs) = (self.term, self.inputs.clone());
         let reader = Reader { term, session, worker, inputs };
+        // Ends with the client's stream, or with the shell. It owns the place, so a session counts until
+        // its last message was passed on.
         tokio::spawn(async move {
             reader.read(requests, broke).await;
             drop(place);
         });
+        // Ends when the shell drops the outbox, after the messages that are in it.
         let responses = ReceiverStream::new(messages).map(move |message| Ok(message.to_wire(term)));
         Ok(Response::new(Box::pin(responses.chain(last_word(breach)))))
     }
@@ -288,6 +302,8 @@ impl Reader {
                         return;
                     }
                 }
+                // Sent before the worker knew of this term. It reports everything of importance again
+                // after its welcome.
                 Ok((of, _)) => {
                     tracing::warn!("dropped a message of worker {worker} of term {of} in term {term}");
                 }
@@ -296,6 +312,7 @@ impl Reader {
         };
         if let Some(breach) = breach {
             tracing::warn!("closing the session of worker {worker}: {}", breach.message());
+            // The client may be gone and need no reason.
             let _ = broke.send(breach);
         }
         // Last, after all messages of the session. If the shell has ended, nothing needs it any more.
@@ -305,6 +322,7 @@ impl Reader {
 
 /// Whether a stream ended because of its content, and not because the connection failed.
 fn is_breach(status: &Status) -> bool {
+    // A failed connection comes with the transport's error as its source.
     std::error::Error::source(status).is_none() && matches!(status.code(), Code::OutOfRange | Code::Internal)
 }
 

@@ -20,6 +20,7 @@ use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
 
 /// Maximum number of keys of a generation. A group of n needs about n^2.
+// A thousand members, squared.
 const KEY_LIMIT: usize = 1 << 20;
 /// Maximum size of a key's name and value together, in bytes.
 const ENTRY_LIMIT: usize = 64 << 10;
@@ -30,6 +31,7 @@ const NAME_LIMIT: usize = 1024;
 /// Maximum number of keys in one `contains` request.
 const ASKED_LIMIT: usize = 1 << 16;
 /// Maximum wait for a key.
+// The client says how long it waits; this bounds one that says too much.
 const WAIT_LIMIT: Duration = Duration::from_secs(600);
 
 /// Shared handle of the store.
@@ -85,6 +87,7 @@ impl Entries {
         if size > ENTRY_LIMIT || bytes > STORE_LIMIT || self.values.len() >= KEY_LIMIT {
             return Err(Status::resource_exhausted("the store is full or the entry too large"));
         }
+        // Under the lock: a woken waiter looks again only when the value is in.
         if let Some(waiting) = self.waiting.remove(&name) {
             waiting.notify_waiters();
         }
@@ -115,16 +118,20 @@ impl Store {
     /// Drops all keys and serves a new generation from now on.
     pub fn begin(&self, generation: Generation) {
         let before = std::mem::replace(&mut *self.entries(), Entries { generation, ..Entries::default() });
+        // Waiters of the old generation look again, and are refused: no member of it waits for a peer
+        // that will not come.
         before.waiting.values().for_each(|waiting| waiting.notify_waiters());
     }
 
     fn entries(&self) -> MutexGuard<'_, Entries> {
+        // Never held over an await. Nothing in it panics halfway, so a poisoned lock may be used.
         self.shared.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Checks a key and returns its name, if its generation is the one that is served.
     fn open(&self, entries: &Entries, key: Option<Key>) -> Result<String, Status> {
         let key = key.ok_or_else(|| Status::invalid_argument("key is missing"))?;
+        // M6: a member that was left behind must not meet the members of a newer generation.
         if key.term != self.shared.term.0 || key.generation != entries.generation.0 {
             let newest = entries.generation;
             let what = format!(
@@ -158,6 +165,7 @@ impl Store {
                 Err(waiter) => waiter,
             };
             let mut changed = pin!(waiter.notify.notified());
+            // Registers before the second look, so that a change between look and wait is not missed.
             changed.as_mut().enable();
             // The key may have been set, and even removed again, before this waiter was enabled.
             match self.look(key.clone())? {
@@ -176,6 +184,7 @@ impl Store {
 
 fn counter(value: Option<&Vec<u8>>) -> Result<i64, Status> {
     let Some(value) = value else { return Ok(0) };
+    // As text, like in libtorch's TCPStore: `get` must read a counter as well.
     let number = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok());
     number.ok_or_else(|| Status::failed_precondition("the key holds no counter"))
 }
@@ -218,6 +227,7 @@ impl StoreService for Store {
         let request = request.into_inner();
         let mut entries = self.entries();
         let name = self.open(&entries, request.key)?;
+        // The cases of libtorch's TCPStore, which Gloo and NCCL are written for.
         let value = match entries.values.get(&name) {
             Some(value) if *value != request.expected => value.clone(),
             None if !request.expected.is_empty() => request.expected,
@@ -243,6 +253,7 @@ impl StoreService for Store {
         let entries = self.entries();
         let mut all = true;
         let keys = request.into_inner().keys;
+        // The lock is held for all of them, so that they are judged at one moment.
         if keys.len() > ASKED_LIMIT {
             return Err(Status::resource_exhausted(format!(
                 "at most {ASKED_LIMIT} keys may be asked for at once"

@@ -19,6 +19,7 @@ use tokio_rustls::rustls::{ServerConfig, version::TLS13};
 use tokio_rustls::server::TlsStream;
 
 /// Minimum interval between two checks of the files, which happen when connections arrive.
+// A renewed certificate is used seconds later, and a flood of handshakes reads no file.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// Kind of clients of a listener.
@@ -66,6 +67,7 @@ impl Acceptor {
         if current.looked.elapsed() < LOOK {
             return current.acceptor.clone();
         }
+        // Before the files are read: unusable ones are not read again for each handshake.
         current.looked = Instant::now();
         let read = self.files.read().and_then(|identity| acceptor(identity, self.clients));
         let unusable = match read {
@@ -75,6 +77,7 @@ impl Acceptor {
             }
             Err(error) => Some(error.to_string()),
         };
+        // Half of a renewal is normal for a moment; each reason is told once.
         if let Some(why) = unusable.as_ref().filter(|why| current.unusable.as_ref() != Some(why)) {
             tracing::warn!("going on with the certificate read before: {why}");
         }
@@ -84,18 +87,22 @@ impl Acceptor {
 }
 
 fn acceptor(identity: Identity, clients: Clients) -> Result<TlsAcceptor, CredentialError> {
+    // All clients are of this build, or browsers: none needs an older version.
     let builder = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13]);
     let builder = builder.map_err(CredentialError::unusable)?;
     let builder = match clients {
         Clients::Browsers => builder.with_no_client_auth(),
         Clients::Members => {
             let verifier = WebPkiClientVerifier::builder_with_provider(identity.roots, provider());
+            // So a client without a certificate gets an answer that says what is missing; the guard lets
+            // it do nothing (door.rs).
             let verifier = verifier.allow_unauthenticated().build().map_err(CredentialError::unusable)?;
             builder.with_client_cert_verifier(verifier)
         }
     };
     let mut config =
         builder.with_single_cert(identity.chain, identity.key).map_err(CredentialError::unusable)?;
+    // A client of the other listener fails here, in the handshake, and not with an unreadable answer.
     config.alpn_protocols = match clients {
         Clients::Members => vec![b"h2".to_vec()],
         Clients::Browsers => vec![b"http/1.1".to_vec()],

@@ -68,13 +68,17 @@ impl Guard {
 
     /// Checks a request. `is_probe` marks paths that reveal nothing about the run.
     pub fn authorise(&self, uri: &Uri, headers: &HeaderMap, is_probe: bool) -> Admission {
+        // Orchestrators probe without secrets, and a probe's answer tells nothing of the run.
         if is_probe {
             return Admission::Granted;
         }
+        // DNS rebinding: a page elsewhere makes its own name mean this machine; a browser then still
+        // sends that name.
         if self.is_local && !names_this_machine(headers) {
             return Admission::WrongHost;
         }
         let Some(token) = &self.token else { return Admission::Granted };
+        // Hashes are compared in constant time, whatever was given.
         let is_right = |given: &str| blake3::hash(given.as_bytes()) == *token;
         let text = |name| headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
         let bearer = text(header::AUTHORIZATION).find_map(|value| value.strip_prefix("Bearer "));
@@ -83,6 +87,8 @@ impl Guard {
         if bearer.is_some_and(is_right) || shown.is_some_and(is_right) {
             return Admission::Granted;
         }
+        // Last, for a link that a user opens: the cookie takes over, so that the token does not stay in
+        // each address.
         match super::pages::parameter(uri, "token").filter(|given| is_right(given)) {
             Some(given) => self.cookie_of(given).map_or(Admission::Granted, Admission::GrantedWith),
             None => Admission::NoToken,
@@ -91,6 +97,7 @@ impl Guard {
 
     fn cookie_of(&self, token: &str) -> Option<HeaderValue> {
         let secure = if self.is_secure { "; Secure" } else { "" };
+        // No script can read it, and no other site can have it sent.
         let cookie = format!("{}={token}; Path=/; HttpOnly; SameSite=Strict{secure}", self.cookie);
         HeaderValue::from_str(&cookie).ok()
     }

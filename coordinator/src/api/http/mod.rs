@@ -51,10 +51,12 @@ const HEADER_LIMIT: Duration = if cfg!(test) { Duration::from_millis(500) } else
 /// Maximum size of a request with its headers, in bytes.
 const HEADER_BYTES: usize = 16 << 10;
 /// Lifetime of a connection. A client that goes on opens another.
+// Bounds what one client can hold; a browser opens the next connection by itself.
 const LIFE: Duration = Duration::from_secs(60);
 /// Time limit for the last answer on a connection.
 const LAST_ANSWER: Duration = Duration::from_secs(10);
 /// A client whose newest status request is no older than this is still watching.
+// The page asks once a second, so this is five missed requests.
 const LOOKING: Duration = Duration::from_secs(5);
 /// Time limit, at the end, for watching clients to see how the run ended.
 const FAREWELL: Duration = Duration::from_secs(3);
@@ -101,9 +103,11 @@ impl Served {
     /// Waits, within limits, until watching clients have seen how the run ended.
     pub async fn farewell(&self) {
         let mut asked = self.site.asked.subscribe();
+        // Nobody is watching, so there is nobody to wait for.
         let is_looked_at = asked.borrow().is_some_and(|(at, _)| at.elapsed() < LOOKING);
         if is_looked_at {
             let seen = asked.wait_for(|asked| asked.is_some_and(|(_, ended)| ended));
+            // A tab that was closed a moment ago never asks again.
             if timeout(FAREWELL, seen).await.is_ok() {
                 sleep(REST).await;
             }
@@ -161,6 +165,7 @@ where
 {
     let router = TowerToHyperService::new(router);
     let answer = service_fn(|question| {
+        // A connection in the middle of an answer does not make place for another.
         place.engage();
         let answer = router.call(question);
         async move {
@@ -169,6 +174,7 @@ where
             answer
         }
     });
+    // HTTP/1.1 alone: one request at a time is what the limits above are for.
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_LIMIT)
@@ -181,6 +187,7 @@ where
         biased;
         _ = connection.as_mut() => return,
         () = place.shown_out() => return,
+        // The answer at hand is still given.
         () = sleep(LIFE) => connection.as_mut().graceful_shutdown(),
     }
     // Bounded: a client that does not read its answer is abandoned.

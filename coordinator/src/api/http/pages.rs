@@ -28,6 +28,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Maximum age of the shell's view while its loop counts as running; it publishes one a second.
 const READY_LIMIT: Duration = Duration::from_secs(5);
 /// Number of points in a curve: the default, and the maximum.
+// More than a screen has pixels to draw.
 const POINTS: (u64, u64) = (600, 2000);
 /// Maximum number of events in a page, and of their bytes.
 const EVENT_PAGE: (usize, usize) = (500, 256 << 10);
@@ -80,6 +81,7 @@ pub fn parameter<'a>(uri: &'a Uri, name: &str) -> Option<&'a str> {
 
 /// Checks the access of a request, and adds the security headers to its answer.
 async fn check(State(site): State<Arc<Site>>, request: Request, next: Next) -> Response {
+    // A middleware around all routes: one that is added later is guarded too.
     let mut response = match admit(&site, &request) {
         Ok(cookie) => {
             // Bounds all handlers, their reads of files included.
@@ -108,6 +110,7 @@ fn admit(site: &Site, request: &Request) -> Result<Option<HeaderValue>, Box<Resp
         response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
         return Err(Box::new(response));
     }
+    // Nothing here takes one, and an unread body would hold the connection.
     if has_body(request.headers()) {
         return refuse(StatusCode::PAYLOAD_TOO_LARGE, "no body is read here");
     }
@@ -175,6 +178,7 @@ async fn tell_status(State(site): State<Arc<Site>>) -> Response {
         told["alarms"] = json!(known.alarms);
     }
     told["job"] = site.job.clone();
+    // `farewell` waits for this: the client has seen how the run ended.
     site.asked.send_replace(Some((Instant::now(), !view.status.outcome.is_empty())));
     as_json(&told)
 }
@@ -184,6 +188,7 @@ async fn tell_metrics(State(site): State<Arc<Site>>, uri: Uri) -> Response {
         return no_number();
     };
     let points = usize::try_from(points.clamp(1, POINTS.1)).unwrap_or(1);
+    // Copied under the lock and written without it: the shell's loop waits for this lock.
     let (buckets, rows, names, newest) = {
         let known = site.chronicle.look();
         (known.curve(from, points), known.rows, known.series().to_vec(), known.newest.clone())
@@ -256,6 +261,7 @@ fn picture_step(name: &str) -> Option<u64> {
 
 async fn show_picture(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Response {
     let missing = || refusal(StatusCode::NOT_FOUND, "there is no such picture");
+    // Only names that the coordinator gives: no text of a request becomes a path.
     let Some(step) = picture_step(&name) else { return missing() };
     let Ok(file) = tokio::fs::File::open(site.samples.join(picture_name(step))).await else {
         return missing();
@@ -302,6 +308,7 @@ fn stuck(age: Duration) -> Response {
 
 async fn tell_ready(State(site): State<Arc<Site>>) -> Response {
     let age = site.view.borrow().as_ref().map(|view| view.at.elapsed());
+    // Stricter than health: a probe that takes traffic away may do so early, one that kills may not.
     match age {
         Some(age) if age <= READY_LIMIT => "ready\n".into_response(),
         Some(age) => stuck(age),

@@ -31,6 +31,7 @@ pub enum Form {
 }
 
 /// Stages of a group; exactly one holds.
+// As `Machine::stage` names them.
 const STAGES: [&str; 6] = ["gathering", "reconnecting", "training", "regrouping", "closing", "ended"];
 
 type Labels = Vec<(&'static str, String)>;
@@ -167,9 +168,11 @@ fn of_history(registry: &mut Registry, known: &Known) {
         counter(registry, name, help, known.count(kind));
     }
     let faults: Family<Labels, Counter> = Family::default();
+    // Each kind has a series from the start: a rate needs a 0 before the first fault.
     for kind in FaultKind::ALL.iter().chain(known.faults.keys()) {
         let count = known.faults.get(kind).copied().unwrap_or(0);
         let counter = faults.get_or_create_owned(&vec![("kind", kind.name().to_string())]);
+        // A kind comes twice, from both lists, and must count once.
         counter.inc_by(count.saturating_sub(counter.get()));
     }
     registry.register("faults", "Faults that workers reported", faults);
@@ -180,6 +183,7 @@ fn of_history(registry: &mut Registry, known: &Known) {
             registry,
             "checkpoint_age_seconds",
             "Since the newest checkpoint became valid",
+            // A clock that was set back must not give a negative age.
             (now() - time).max(0.0),
         );
     }

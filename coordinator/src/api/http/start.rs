@@ -64,6 +64,7 @@ pub async fn start(
     run_dir: &RunDir,
     content: Content<'_>,
 ) -> Result<Dashboard, Failure> {
+    // Before the port is taken: wrong files are the user's to mend.
     let acceptor = security.browsers()?;
     let (given, is_secure) = (wanted.address, acceptor.is_some());
     let last_port = journal.fact(Fact::HttpPort)?.and_then(|port| port.parse().ok());
@@ -76,8 +77,10 @@ pub async fn start(
         ))
     })?;
     let address = listener.local_addr().map_err(other)?;
+    // A tab that is open on the page finds the next coordinator at the same port.
     journal.set_fact(Fact::HttpPort, &address.port().to_string())?;
     let guard = match security.guards() {
+        // Where members must authenticate, a look must not be free either.
         true => Guard::with_token(&keep_token(run_dir)?, content.run, is_secure),
         false => Guard::open(address),
     };

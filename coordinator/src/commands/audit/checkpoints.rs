@@ -49,6 +49,8 @@ impl Whole {
                     Ok(checkpoint) => Found::read(storage, folder, checkpoint).await?,
                     Err(reason) => Found::Damaged(vec![reason.clone()]),
                 };
+                // Asked after the files were read: a removal begins with the manifest, so damage that is
+                // only a removal shows here (1).
                 let gone = !storage.exists(&in_folder(folder, MANIFEST)).await?;
                 all.push((folder.clone(), if gone { Found::Gone } else { found }));
             }
@@ -215,6 +217,7 @@ pub(super) fn journal_agrees(evidence: &Evidence) -> Claim {
         let row = evidence.history.checkpoints.iter().find(|row| (row.step, row.phase) == at);
         match row {
             None => {
+                // Workers past their lease write without a coordinator (M11).
                 alone += 1;
                 let is_told = told(checkpoint.step, checkpoint.phase);
                 claim.expect(!is_told && evidence.latest.as_ref() != Some(folder), || {
@@ -247,6 +250,7 @@ pub(super) fn latest_is_newest(evidence: &Evidence) -> Claim {
     let mut told = None;
     for event in evidence.events() {
         match event {
+            // The run went back behind it with the user's knowledge, and may announce lower ones now.
             RunEvent::CheckpointDamaged { .. } | RunEvent::CheckpointMissing { .. } => told = None,
             RunEvent::Checkpoint(saved) => {
                 told = told.max(Some(evidence.end_of(saved.step).saturating_add(saved.phase.into())));

@@ -67,12 +67,15 @@ impl Evidence {
             ))
         })?;
         let (path, name) = (file("events.jsonl"), "events.jsonl");
+        // The order of the module's rule 2: events and rows, then the storage, then the journal.
         let events = Lines::read(&path, name, event).map_err(|error| unreadable(&path, error.to_string()))?;
         let formats = events.whole.iter().flatten().filter_map(|event| match event {
             RunEvent::CoordinatorStarted { format, .. } => *format,
             _ => None,
         });
         let newest = formats.max().unwrap_or_default();
+        // Whatever this version does not know would be passed over, and a claim would hold that is not
+        // shown.
         if newest > FORMAT {
             return Err(NoRun(format!(
                 "{}: a newer version wrote the run's records: their format is {newest}, and this version knows none above \
@@ -88,6 +91,7 @@ impl Evidence {
         let latest = latest.map_err(|error| silent(storage.storage(), &error))?;
         let manifests = storage.wait(manifests(storage.storage()));
         let manifests = manifests.map_err(|error| silent(storage.storage(), &error))?;
+        // Last of all files.
         let history = History::read(&journal).map_err(|error| unreadable(run, error.to_string()))?;
         Ok(Evidence { job: resolved, events, rows, latest, manifests, storage, history })
     }
@@ -145,6 +149,7 @@ impl<T> Lines<T> {
         for number in 1_u64.. {
             line.clear();
             reader.read_until(b'\n', &mut line)?;
+            // No decision was told by half a line.
             if line.pop() != Some(b'\n') {
                 break;
             }
@@ -166,6 +171,7 @@ pub(crate) fn open_storage(run: &Path, job: &Job) -> Result<Blocking, NoRun> {
     };
     let address = Address::parse(&text).map_err(|error| wrong(error.to_string()))?;
     let storage = match &address {
+        // Opening it would create it, and an audit writes nothing (1).
         Address::Folder(folder) if !folder.exists() => Storage::in_memory(),
         _ => Storage::open(&address).map_err(wrong)?,
     };
@@ -188,6 +194,7 @@ pub(crate) async fn manifests(
     for folder in storage.checkpoints().await? {
         let manifest = match storage.text(&in_folder(&folder, MANIFEST)).await {
             Ok(Some(text)) => manifest::parse(&text).map_err(|error| error.to_string()),
+            // Not a checkpoint yet, or removed since the listing.
             Ok(None) => continue,
             Err(error) if storage.is_away(&error) => return Err(error),
             Err(error) => Err(format!("{MANIFEST}: {}", reason(&error))),

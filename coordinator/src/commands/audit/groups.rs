@@ -20,6 +20,7 @@ pub(super) fn numbers_grow(evidence: &Evidence) -> Claim {
         claim.expect(known.contains(term) || evidence.may_lack("terms", *term), || {
             format!("generation {generation} is of term {term}, which never began")
         });
+        // One term forms many generations, so equal is right.
         claim.expect(*term >= newest, || {
             format!("generation {generation} is of term {term}, the one before it of term {newest}")
         });
@@ -95,6 +96,7 @@ pub(super) fn events_agree(evidence: &Evidence) -> Claim {
             RunEvent::GenerationFormed { generation, position, world_size, .. } => {
                 formed += 1;
                 let row = generations.get(generation);
+                // A row that the recovery could not read proves nothing against the event.
                 let is_lost = row.is_none() && evidence.may_lack("generations", *generation);
                 let same = |row: &&GenerationRow| {
                     (*position, *world_size) == (row.position, row.members.len() as u64)

@@ -36,12 +36,14 @@ pub(super) fn every_sample_was_committed_once(evidence: &Evidence, whole: &Whole
         return claim
             .of("no worker has loaded the data yet, or the journal does not tell any more".to_string());
     };
+    // One pass over the stream serves all of them: it is as long as the run.
     told.sort_by_key(|told| told.numbers);
     let Some(mut stream) = stream(evidence, samples, &told, &mut claim) else {
         return claim.of("not computed".to_string());
     };
     let (mut number, mut ledger) = (0, 0_u64);
     for Told { numbers, ledger: found, place } in &told {
+        // Rows and states at one update index share the sum.
         while number < *numbers {
             ledger = ledger.wrapping_add(ledger_term(number, stream.sample(number)));
             number += 1;
@@ -76,6 +78,7 @@ fn stream(evidence: &Evidence, samples: u64, told: &[Told], claim: &mut Claim) -
     let newest = told.last().map_or(0, |told| told.numbers);
     let left: std::collections::BTreeSet<u64> =
         changes.iter().flat_map(|change| change.left_out.clone()).collect();
+    // Summed with samples that were left out, every later checksum would look like a breach of training.
     if unknown.is_some_and(|from| newest > from)
         || left.last().is_some_and(|last| *last >= samples)
         || left.len() as u64 >= samples

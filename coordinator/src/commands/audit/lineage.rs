@@ -50,6 +50,8 @@ pub(super) fn starts_follow(evidence: &Evidence) -> Claim {
         if let Some(wrong) = wrong {
             claim.breach(format!("generation {} at position {}: {wrong}", row.generation, row.position));
         }
+        // States from before the return to a checkpoint are computed again, and bound nothing any more
+        // (3).
         if !matches!(row.start, Some(RecordedStart::Healed { .. })) {
             held.clear();
         }
@@ -72,6 +74,7 @@ fn committed(evidence: &Evidence, row: &GenerationRow, at: (u64, u64), digest: &
     if known.state_digest != digest {
         return Some(format!("the checkpoint of step {step}, phase {phase} has another digest"));
     }
+    // A checkpoint that was committed under this generation cannot be its source.
     let late = known.generation >= row.generation;
     late.then(|| format!("the checkpoint of step {step}, phase {phase} was journaled later"))
 }

@@ -33,6 +33,7 @@ pub(super) fn every_step_has_one(evidence: &Evidence) -> Claim {
         let every = cadence(evidence, row);
         let phases = evidence.job.phases_per_step();
         let (first, last) = (row.position / phases + 1, reached[&row.generation] / phases);
+        // A term of an older version did not journal its cadence, so nothing is known to be due in it.
         if every > 0 {
             let multiples = (first.div_ceil(every)..=last / every).map(|multiple| multiple * every);
             // More steps than there are rows need not be listed: one is missing then, however far a
@@ -42,6 +43,7 @@ pub(super) fn every_step_has_one(evidence: &Evidence) -> Claim {
     }
     due.extend(last_step(evidence));
     let missing = due.difference(&steps).copied();
+    // Rows of a damaged record are told as lost by another claim; they are no breach here.
     let (lost, missing): (Vec<u64>, Vec<u64>) = missing.partition(|step| may_have_held(evidence, *step));
     if let [first, ..] = missing.as_slice() {
         claim.breach(format!("metrics.jsonl lacks step {first}{}", others(missing.len() - 1)));
@@ -77,6 +79,7 @@ fn reached(evidence: &Evidence) -> BTreeMap<u64, u64> {
         reached.entry(generation).and_modify(|known| *known = position.max(*known));
     };
     for pair in history.generations.windows(2) {
+        // The source held this state, and was a member of the generation before.
         if let Some(RecordedStart::Healed { .. }) = pair[1].start {
             raise(pair[0].generation, pair[1].position);
         }
@@ -110,6 +113,7 @@ pub(super) fn are_of_their_generation(evidence: &Evidence) -> Claim {
                 claim.breach(format!("step {step} is of generation {generation}, which was never formed"))
             }
             Some(formed) => {
+                // A step that ended before the start belongs to an earlier generation.
                 claim.expect(evidence.end_of(*step) > formed.position, || {
                     let start = formed.position;
                     format!("step {step} is of generation {generation}, which started after it, at position {start}")
