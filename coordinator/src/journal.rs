@@ -338,6 +338,7 @@ impl Journal {
             Ok(ChildRow {
                 token: row.get(0)?,
                 local_rank: row.get(1)?,
+                // Both or neither: a number without its start time could be any process's by now.
                 process: pid.zip(started).map(|(pid, started)| Spawned { pid, started }),
                 node: Node { host: row.get(6)?, boot: row.get(7)?, pids: row.get(8)? },
                 ended: row.get(4)?,
@@ -527,6 +528,8 @@ impl Journal {
     /// fingerprint of the environment, which the next worker reports anew.
     pub fn exclude(&mut self, count: usize, forgotten: &[&str]) -> Result<(), JournalError> {
         let mut passport = self.passport()?.unwrap_or_default();
+        // Forgotten, and not recomputed: only a worker that has loaded the changed data knows the new
+        // values.
         passport.0.retain(|item, _| !forgotten.contains(&item.as_str()));
         let excluded = to_json(&(self.last_generation()?.0, count));
         // Both facts at once: a job whose samples changed must never meet the old fingerprint.

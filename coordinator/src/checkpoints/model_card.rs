@@ -16,9 +16,9 @@ pub struct Subject<'a> {
     pub job: &'a Job,
     /// Unique name of the run.
     pub run: &'a str,
-    /// The coordinator's term, which equals the number of terms.
+    /// The coordinator's term: the number of terms, unless a journal was lost or recovered.
     pub term: u64,
-    /// The newest generation, which equals the number of generations.
+    /// The newest generation: the number of generations, unless the journal was recovered.
     pub generations: u64,
     /// Fingerprint of the environment that results depend on.
     pub passport: Option<&'a Passport>,

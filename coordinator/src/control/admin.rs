@@ -31,6 +31,7 @@ impl Shell {
             AdminInput::Stop(answer) => {
                 // A repeated request has no further effect: a second signal would stop at once.
                 match self.signal {
+                    // There is no machine left to ask: `stay` looks at the signal after each request.
                     None if self.is_complete => self.signal = Some(StopSignal::Terminate),
                     None => self.stop(StopSignal::Terminate)?,
                     Some(_) => {}

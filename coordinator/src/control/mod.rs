@@ -554,6 +554,7 @@ impl Shell {
         };
         match self.asked.filter(|(asked, _)| *asked == step) {
             None => self.asked = Some((step, Instant::now())),
+            // A member out of sight may still bring it, until its lease ends.
             Some((_, since)) if since.elapsed() > self.lease => return self.records.give_up(limit),
             Some(_) => {}
         }

@@ -219,6 +219,7 @@ impl Records {
 
     /// Leaves a row with the workers.
     fn refuse(&mut self, step: u64) {
+        // Nothing from this row on is acknowledged, so its worker keeps it and is asked for it later.
         self.receipts.refused(step);
         if self.failing.insert("more rows") {
             let limit = self.waiting_limit;
@@ -287,6 +288,7 @@ impl Records {
     /// Gives up all missing rows up to a step: no worker has them any more.
     pub fn give_up(&mut self, limit: u64) {
         let mut steps = Vec::new();
+        // Ends, since each step that is given up counts as lost from then on.
         while let Some(step) = self.missing(limit) {
             self.receipts.give_up(step);
             steps.push(step);
@@ -372,6 +374,7 @@ impl Records {
             // The grid was drawn again after a change of the group.
             return;
         }
+        // Whole or not there: the dashboard and the mirror read this folder at any moment.
         let written = whole::write(&file, &grid.png);
         self.note("samples", written);
         self.event(&RunEvent::Samples { file: format!("samples/{name}"), step: grid.step });
@@ -388,6 +391,8 @@ impl Records {
         self.skipped = Skipped { newest: Some(position), count: self.skipped.count + 1 };
         let step = position.0 / self.job.phases_per_step() + 1;
         self.event(&RunEvent::PhaseSkipped { position: position.0, reason: detail.to_string(), step });
+        // A run that skips thousands of phases must not flood the terminal; each one is an event all the
+        // same.
         if self.skipped.count.is_power_of_two() {
             let count = self.skipped.count;
             self.message(&format!(

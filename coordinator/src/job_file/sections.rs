@@ -68,6 +68,8 @@ fn general(settings: &mut Settings, default_name: Option<&str>) -> General {
         length: length(settings),
         data_shards: settings.whole_or("job.data_shards", 1..=65_536, 8),
         shard_batch: settings.whole_or("job.shard_batch", 1..=65_536, 8),
+        // A part of the fingerprint of the environment (D11): other thread counts give other bits, so
+        // one is the default that all machines can have.
         threads: settings.whole_or("job.threads", 1..=1024, 1),
         // Five heartbeats are due in it, and each may come late on a busy machine.
         failure_deadline: settings.number_or("job.failure_deadline", 0.5..=3600.0, 5.0),
@@ -256,6 +258,7 @@ fn checkpoint(settings: &mut Settings) -> Checkpoint {
     Checkpoint {
         every_steps: settings.whole_or("checkpoint.every_steps", CADENCE, every_steps),
         every_epochs: every_epochs.unwrap_or(0),
+        // Three, so that a damaged newest one still has two before it.
         keep_last: settings.whole_or("checkpoint.keep_last", 0..=1_000_000, 3),
         url: url.and_then(|url| address(settings, "checkpoint.url", url)),
     }
@@ -336,6 +339,7 @@ fn check_side(settings: &mut Settings, job: &Job) {
     };
     let whole = job.data.resize.or(own);
     let cut = job.data.crop.or(whole);
+    // The key that the user can change, and not one that was derived from it.
     let key = if settings.is_given("data.crop") { "data.crop" } else { "data.resize" };
     match (whole, cut) {
         (Some(whole), Some(cut)) if cut > whole => settings.fault(

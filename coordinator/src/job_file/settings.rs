@@ -73,6 +73,7 @@ impl<'t> Settings<'t> {
             let place = self.place_of(&section, text);
             match value.into_inner() {
                 DeValue::Table(keys) => {
+                    // Kept even if empty: a mistyped section without keys would go unnoticed.
                     self.headers.push((section.get_ref().to_string(), place));
                     for (key, value) in keys {
                         let name = format!("{}.{}", section.get_ref(), key.get_ref());
@@ -201,6 +202,7 @@ impl<'t> Settings<'t> {
     fn number(&mut self, key: &'static str, limits: impl RangeBounds<f64>, example: f64) -> Option<f64> {
         let text = match self.take(key)? {
             DeValue::Float(float) => float.as_str().to_owned(),
+            // Hexadecimal numbers have no meaning as fractions.
             DeValue::Integer(integer) if integer.radix() == 10 => integer.as_str().to_owned(),
             other => return self.wrong_type(key, "a number", &example, &other),
         };

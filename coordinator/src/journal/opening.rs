@@ -104,7 +104,11 @@ fn with_log(file: &Path) -> rusqlite::Result<Connection> {
 fn without_log(file: &Path) -> rusqlite::Result<(Connection, bool)> {
     let locks = locks_work(file);
     let connection = match locks {
+        // SQLite's own locks, as far as the file system carries them; they are the third fence after
+        // lock and claim.
         true => Connection::open(file)?,
+        // Without locks a commit would fail each time, on a system where the run directory has one
+        // holder all the same (2).
         false => Connection::open_with_flags_and_vfs(file, OpenFlags::default(), c"unix-none")?,
     };
     // A connection in exclusive mode can take in a log that an earlier holder left without shared memory.
@@ -113,6 +117,7 @@ fn without_log(file: &Path) -> rusqlite::Result<(Connection, bool)> {
     if mode != "truncate" {
         return Err(rusqlite::Error::InvalidParameterName(format!("SQLite stays with {mode}")));
     }
+    // Back to normal, or readers could not open it at all.
     connection.query_row("PRAGMA locking_mode = NORMAL", [], |_| Ok(()))?;
     settle(&connection)?;
     Ok((connection, locks))
@@ -121,6 +126,8 @@ fn without_log(file: &Path) -> rusqlite::Result<(Connection, bool)> {
 /// Makes a commit durable when it returns, and reads something, which shows whether the file can be
 /// read at all.
 fn settle(connection: &Connection) -> rusqlite::Result<()> {
+    // FULL and not NORMAL: with a log, NORMAL syncs at checkpoints alone, and a power cut could take a
+    // decision that was announced (M1).
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.query_row("SELECT COUNT(*) FROM sqlite_schema", [], |_| Ok(()))
 }
@@ -143,6 +150,7 @@ fn locks_work(beside: &Path) -> bool {
             l_len: 1,
             l_pid: 0,
         };
+        // The call that SQLite makes; some file systems offer `flock` and not this.
         fcntl(&file, FcntlArg::F_SETLK(&lock))?;
         Ok(())
     };
@@ -178,8 +186,11 @@ pub(super) fn snapshot<T>(
     let mut last = None;
     for _ in 0..LOOKS {
         let before = Look::at(file)?;
+        // A write in progress would be read half: nothing is locked.
         if before.is_quiet {
             let result = to_read(file).and_then(|mut connection| read(&mut connection));
+            // SQLite's counter in the header grows with each commit, so an equal header means that none
+            // came in between.
             if Look::at(file)? == before {
                 return result;
             }
@@ -227,6 +238,8 @@ fn copied<T>(
     let mut before = contents();
     for _ in 0..LOOKS {
         let after = contents();
+        // Two equal readings: the files were of one moment, unless a writer undid its own bytes in
+        // between.
         if before == after {
             let folder = tempfile::tempdir().map_err(JournalError::File)?;
             let copy = folder.path().join("journal.sqlite");

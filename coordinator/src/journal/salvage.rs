@@ -24,6 +24,8 @@ pub const LEAP: u64 = 1_000_000_000;
 const TABLES: [&str; 8] =
     ["facts", "terms", "workers", "generations", "skips", "checkpoints", "evaluations", "set_aside"];
 /// Facts of the old journal that are still true.
+// Not the closed, invalidated or excluded generation: these name generations that no longer count after
+// a recovery.
 const FACTS: [Fact; 6] =
     [Fact::Run, Fact::Port, Fact::HttpPort, Fact::Passport, Fact::Samples, Fact::Storage];
 

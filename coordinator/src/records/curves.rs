@@ -51,6 +51,8 @@ impl Curves {
         let mut drawn = Drawn::default();
         TensorBoard::read_back(&folder, |step, tag| {
             let steps = match tag {
+                // One tag for each row suffices: a row is one record, and so is there as a whole or not
+                // (2).
                 MARK => &mut drawn.rows,
                 PICTURES => &mut drawn.pictures,
                 _ if tag.starts_with(EVALUATION) => &mut drawn.evaluations,

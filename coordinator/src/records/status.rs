@@ -54,6 +54,7 @@ fn worker_json(worker: &WorkerStatus, failure_deadline: f64) -> Value {
 /// missed ones are reported.
 pub fn health(worker: &WorkerStatus, failure_deadline: f64) -> &'static str {
     match worker.heartbeat_age {
+        // First: the age of a heartbeat says nothing once the session has ended.
         _ if !worker.connected => "away",
         None => "new",
         Some(age) if age > 0.6 * failure_deadline => "silent",

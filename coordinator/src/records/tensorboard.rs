@@ -110,11 +110,13 @@ impl TensorBoard {
         fs::create_dir_all(dir)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.unwrap_or_default();
+        // Names as TensorBoard's own writers give them: it orders files by the time in them.
         let host = nix::unistd::gethostname().unwrap_or_default();
         let stem = format!("{PREFIX}{:010}.{}.{}", now.as_secs(), host.to_string_lossy(), std::process::id());
         let mut board = TensorBoard { file: create_numbered(dir, &stem)?, unwritten: Vec::new(), end: 0 };
         board.write(&Event {
             wall_time: now.as_secs_f64(),
+            // The first record of each file, by which readers know the format.
             file_version: Some("brain.Event:2".to_owned()),
             ..Event::default()
         });

@@ -48,6 +48,7 @@ impl Access {
     /// Credentials for an operator's connection: the coordinator's own certificate, unless the
     /// environment names another.
     pub fn credentials(&self) -> Credentials {
+        // Only where the coordinator speaks TLS: a certificate for a plain address would be an error.
         let own = self.tls_dir.as_ref();
         let folder = own.map(|own| std::env::var_os(TLS_DIR).map_or_else(|| own.clone(), PathBuf::from));
         Credentials {

@@ -148,12 +148,15 @@ impl Supervisor {
         local_rank: u32,
         trace: Option<&Path>,
     ) -> io::Result<Spawned> {
+        // A name for the lines before the worker has a rank.
         let name = Arc::new(Mutex::new(format!("local worker {local_rank}")));
         let order = StartOrder {
             url: url.to_string(),
             token: token.clone(),
             local_rank,
             trace: trace.map(Path::to_path_buf),
+            // Secrets go this way as names of files: a command line is readable by all users of the
+            // machine.
             environment: self.environment.clone(),
             name: name.clone(),
             exits: self.exits.clone(),

@@ -56,7 +56,7 @@ const LIFE: Duration = Duration::from_secs(60);
 /// Time limit for the last answer on a connection.
 const LAST_ANSWER: Duration = Duration::from_secs(10);
 /// A client whose newest status request is no older than this is still watching.
-// The page asks once a second, so this is five missed requests.
+// The page asks every 1.5 s (`PERIOD` in assets/app.js), so this is three missed requests.
 const LOOKING: Duration = Duration::from_secs(5);
 /// Time limit, at the end, for watching clients to see how the run ended.
 const FAREWELL: Duration = Duration::from_secs(3);

@@ -26,6 +26,7 @@ use crate::system::clock::now;
 /// Time limit to produce an answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Maximum age of the shell's view while its loop counts as running; it publishes one a second.
+// Five views missed: a loop that is merely busy for a moment stays ready.
 const READY_LIMIT: Duration = Duration::from_secs(5);
 /// Number of points in a curve: the default, and the maximum.
 // More than a screen has pixels to draw.
@@ -231,6 +232,7 @@ async fn tell_events(State(site): State<Arc<Site>>, uri: Uri) -> Response {
         let known = site.chronicle.look();
         (known.events(after, EVENT_PAGE.0, EVENT_PAGE.1), known.first_event(), known.event_count)
     };
+    // Where nothing fits, the client still moves on to what is kept, and never behind the newest.
     let next = events.last().map_or(after.max(first).min(count), |(number, _)| number + 1);
     let events: Vec<String> =
         events.into_iter().map(|(number, line)| format!(r#"{{"number":{number},"event":{line}}}"#)).collect();

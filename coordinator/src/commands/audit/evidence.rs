@@ -45,6 +45,7 @@ impl Evidence {
     pub(super) fn read(run: &Path) -> Result<Evidence, NoRun> {
         let file = |name: &str| run.join(name);
         let (job, journal) = (file("job.toml"), file("journal.sqlite"));
+        // The two files that every claim is measured by.
         for needed in [&job, &journal] {
             if !needed.is_file() {
                 let name = needed.file_name().unwrap_or_default().display();
@@ -196,6 +197,7 @@ pub(crate) async fn manifests(
             Ok(Some(text)) => manifest::parse(&text).map_err(|error| error.to_string()),
             // Not a checkpoint yet, or removed since the listing.
             Ok(None) => continue,
+            // Unreachable proves nothing about the manifest, so nothing is claimed of it.
             Err(error) if storage.is_away(&error) => return Err(error),
             Err(error) => Err(format!("{MANIFEST}: {}", reason(&error))),
         };

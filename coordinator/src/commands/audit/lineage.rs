@@ -97,6 +97,7 @@ impl Held {
             _ => None,
         };
         let workers = match source {
+            // The source alone: the others may have died before they received it.
             Some(rank) => all().skip(rank).take(1).collect(),
             None => all().collect(),
         };
