@@ -114,6 +114,7 @@ impl Init {
         let local = LOCAL.map(str::to_string);
         let mut hosts: Vec<String> = self.hosts.iter().cloned().chain(local).chain(machine).collect();
         let mut seen = std::collections::BTreeSet::new();
+        // A machine's own name may be one that no certificate can have.
         hosts.retain(|host| is_name(host) && seen.insert(host.clone()));
         hosts
     }

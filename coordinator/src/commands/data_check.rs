@@ -156,6 +156,7 @@ async fn follow(child: &mut Child) -> Result<Report, Failure> {
             _ = interrupt.recv() => return Err(Failure::Interrupted(130)),
             _ = terminate.recv() => return Err(Failure::Interrupted(143)),
         };
+        // The worker closed its output without a report.
         let Some(line) = line else { break };
         match serde_json::from_str(&line) {
             Ok(Line::Progress { done, of }) => progress.show(done, of),

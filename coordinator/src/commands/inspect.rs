@@ -171,6 +171,7 @@ pub fn is_held(run: &Path) -> bool {
 fn last_line(file: &Path) -> Option<Vec<u8>> {
     let mut file = File::open(file).ok()?;
     let length = file.seek(SeekFrom::End(0)).ok()?;
+    // Only the end: the metrics of a long run may be gigabytes (2).
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL))).ok()?;
     let mut tail = Vec::new();
     file.read_to_end(&mut tail).ok()?;

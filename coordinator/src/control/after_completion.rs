@@ -46,6 +46,7 @@ impl Shell {
                 () = self.records.synced() => {}
                 Some(input) = inputs.recv() => self.answer(input)?,
             }
+            // Set by an operator's `stop` in `administer`.
             if self.signal.is_some() {
                 return Ok(());
             }

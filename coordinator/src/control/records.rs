@@ -194,6 +194,7 @@ impl Records {
 
     /// Takes a row that a worker reported.
     pub fn take_row(&mut self, row: MetricsRow) {
+        // Memory for a full disk is bounded; the worker has the row as well (M13).
         if self.waiting.len() >= self.waiting_limit {
             return self.refuse(row.step);
         }
@@ -345,6 +346,7 @@ impl Records {
                     self.note("metrics.jsonl", Ok(()));
                     recorded
                 }
+                // The row stays in front, so that rows are written in the order in which they came.
                 Err(RecordError::Io(error)) => return self.note("metrics.jsonl", Err(error)),
                 Err(RecordError::Breach(breach)) => {
                     let text = breach.to_string();

@@ -50,6 +50,7 @@ impl Shell {
         match error {
             ShellError::Journal(error) if error.may_mend() => {
                 self.is_stuck = true;
+                // Once for the whole time: the chores try again each second.
                 if !std::mem::replace(&mut self.told_stuck, true) {
                     self.records.message(&format!(
                         "warning: {error}; workers train on, and nothing is decided until the journal can be written"
@@ -107,6 +108,7 @@ impl Shell {
         message: FromWorker,
     ) -> Result<(), ShellError> {
         match message {
+            // Not for the machine: what it decides of a heartbeat would have to be journaled.
             FromWorker::Heartbeat(progress, usage) => {
                 if self.is_current(session, worker) {
                     self.note_heartbeat(worker, progress, usage);

@@ -68,8 +68,8 @@ fn general(settings: &mut Settings, default_name: Option<&str>) -> General {
         length: length(settings),
         data_shards: settings.whole_or("job.data_shards", 1..=65_536, 8),
         shard_batch: settings.whole_or("job.shard_batch", 1..=65_536, 8),
-        // A part of the fingerprint of the environment (D11): other thread counts give other bits, so
-        // one is the default that all machines can have.
+        // A part of the fingerprint of the environment (D11): another number of threads may give other
+        // bits. One is what every machine can have.
         threads: settings.whole_or("job.threads", 1..=1024, 1),
         // Five heartbeats are due in it, and each may come late on a busy machine.
         failure_deadline: settings.number_or("job.failure_deadline", 0.5..=3600.0, 5.0),

@@ -130,6 +130,7 @@ fn rows<T, const N: usize>(
 ) -> Result<Vec<T>, JournalError> {
     let mut known = Vec::new();
     for column in columns {
+        // A reader adds no columns (1), so it must do without those of later versions.
         known.push(if connection.column_exists(None, table, column)? { column } else { "0" });
     }
     let query = format!("SELECT {} FROM {table} ORDER BY {}", known.join(", "), columns[0]);

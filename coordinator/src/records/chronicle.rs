@@ -19,6 +19,7 @@ use serde::Serialize;
 use super::curve::{Bucket, Curve};
 
 /// Maximum size of the events kept in memory, in bytes; older ones are in the file.
+// Some ten thousand events, far more than a page shows; its memory must not grow with the run.
 const EVENT_BYTES: usize = 4 << 20;
 /// Maximum number of checkpoints kept.
 const CHECKPOINTS: usize = 32;

@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 /// Maximum number of series; those that appear later are left out.
 const MOST_SERIES: usize = 128;
 /// Maximum number of buckets of a level.
+// No fewer than the dashboard asks for at once (`POINTS` in api/http/pages.rs).
 const KEPT: usize = 2048;
 /// Number of buckets of a level that make one of the next.
 const FOLD: u64 = 4;

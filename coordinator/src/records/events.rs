@@ -75,6 +75,7 @@ impl EventLog {
             self.waiting_bytes -= line.len();
             self.waiting.pop_front();
         }
+        // After the waiting ones: the number stands where the gap is.
         if self.dropped > 0 {
             let dropped = RunEvent::EventsDropped { count: self.dropped };
             self.lines.append(dropped.line(time, LINE_LIMIT))?;

@@ -119,6 +119,8 @@ impl MetricsLog {
     pub fn was_synced(&mut self, sync: &Sync, done: &io::Result<()>) {
         self.lines.was_synced(sync, done);
         let synced = self.lines.synced();
+        // In the order of the file, which is the order in which bytes become durable; steps may be in
+        // another.
         while self.fresh.front().is_some_and(|(end, _)| *end <= synced) {
             self.fresh.pop_front();
         }
@@ -151,6 +153,7 @@ impl MetricsLog {
 /// be the same.
 fn compare(step: u64, recorded: &[u8], recomputed: &str) -> Result<Recorded, Breach> {
     let recorded = String::from_utf8_lossy(recorded);
+    // Without times and rates, which differ each time (M13).
     let parts = [&recorded, recomputed].map(MetricsRow::computed);
     if parts[0] == parts[1] {
         return Ok(Recorded::Same);

@@ -83,6 +83,7 @@ impl Mirror {
             fs::create_dir_all(target).map_err(|error| wrong(error.to_string()))?;
         }
         let storage = Storage::open(&address).map_err(wrong)?;
+        // A runtime of its own in the thread: a store that hangs cannot hold the coordinator's.
         let storage = Blocking::new(storage).map_err(|error| wrong(error.to_string()))?;
         let (ending, ended) = watch::channel(false);
         let (finished, done) = oneshot::channel();
@@ -166,6 +167,7 @@ impl Copier {
                 }
             };
             self.tell(storage.address(), failed.as_deref());
+            // The last pass was without an error, so all is there.
             if is_last && failed.is_none() {
                 return;
             }

@@ -71,6 +71,7 @@ impl Receipts {
         while self.floor.is_some()
             && let Some(next) = self.next_due().filter(|next| *next <= limit)
         {
+            // A lost row must not hold acknowledgements back for ever.
             if !is_known(next) && !self.lost.contains(&next) {
                 return Some(owed.map_or(next, |owed| owed.min(next)));
             }

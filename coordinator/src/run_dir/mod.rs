@@ -149,6 +149,7 @@ impl RunDir {
         // mode.
         let (about, link) = (file.metadata().ok()?, fs::symlink_metadata(self.path(name)).ok()?);
         let is_own = about.uid() == nix::unistd::geteuid().as_raw() && about.mode() & 0o077 == 0;
+        // A link, or a file of another user's, may have been put there to be read as a secret of ours.
         if !link.is_file() || !is_own {
             return None;
         }
@@ -175,6 +176,7 @@ impl RunDir {
         let file = self.path("job.toml");
         let input = |what: String| RunDirError::Input(format!("{}: {what}", file.display()));
         let mut settled = Settled { job, changed: true, asked: Vec::new() };
+        // Before the first group any job is right: nothing was computed by another one.
         if begun && file.exists() {
             let text = fs::read_to_string(&file).map_err(|error| input(error.to_string()))?;
             let mut recorded = job_file::parse_resolved(&text)

@@ -223,6 +223,8 @@ impl Ownership {
                 failing = written.is_err();
             }
         };
+        // A thread and no task: a loop or a runtime that hangs must not make the holder look dead while
+        // it can still commit.
         let renewing = std::thread::Builder::new().name("claim".to_string()).spawn(renew);
         // Without the thread the fence is still checked before each commit.
         let renewing = renewing.map_err(|error| tracing::warn!("the claim is not renewed: {error}")).ok();
@@ -311,6 +313,7 @@ enum Verdict {
 }
 
 fn judge(claim: &Claim, locked: bool) -> Verdict {
+    // Being written, or torn: it may become a living holder's at any moment.
     let Some(holder) = &claim.holder else { return Verdict::Unknown };
     let here = Node::here();
     let same_kernel = !here.boot.is_empty() && here.boot == holder.node.boot;

@@ -51,6 +51,7 @@ pub async fn open<H: Host>(
     let url = format!("{}://{address}", security.scheme());
     // A new token for each start: one that leaked with an earlier one is worth nothing.
     let access = security.access(address, new_token().map_err(Failure::other)?)?;
+    // Empty until the shell's first view: `/readyz` says that the coordinator is starting.
     let (publisher, view) = watch::channel(None);
     let (chronicle, job, run) = (taken.records.chronicle.clone(), &taken.job, &taken.run);
     let content = http::Content { view, chronicle, job, run };

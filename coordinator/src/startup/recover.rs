@@ -96,6 +96,7 @@ pub fn recover(run: &Path, json: bool) -> Result<String, Failure> {
     let recovery = journal.take_over(&salvaged, Recovery { floor: told.before.floor, lost })?;
     journal.set_fact(Fact::Run, &name)?;
     fill(&mut journal, &told, &checkpoints)?;
+    // The new journal tells of the loss of the old one from its first moment on.
     let aside = SetAside {
         file: JOURNAL.to_string(),
         aside: free_name(&run_dir.path(JOURNAL)),

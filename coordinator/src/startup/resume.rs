@@ -53,6 +53,8 @@ pub async fn find(
         let known = known.as_ref()?;
         Some(refusal(known, asked.place, before.as_deref(), reason))
     };
+    // While members may live, one that comes back may hold the state; only without any the loss is
+    // final.
     let stops = |lost: &Option<String>| match lost {
         Some(lost) if !asked.may_live && !asked.from_start => Err(Failure::Input(lost.clone())),
         _ => Ok(()),

@@ -176,6 +176,7 @@ impl Supervisor {
         match here.relation(&row.node) {
             Relation::Same => {}
             Relation::Before => return Adoption::Ended,
+            // Remembered by its token, so that it may say hello here although nobody can look it up.
             Relation::Elsewhere => {
                 self.elsewhere.insert(row.token.clone(), row.worker);
                 return Adoption::Elsewhere;

@@ -140,6 +140,7 @@ impl Processes for SystemProcesses {
         let Spawned { pid, started } = process;
         // The handle is opened before the start time is read: the number cannot be reused in between.
         let handle = Arc::new(open(pid)?);
+        // The number was reused: another process must be neither adopted nor killed.
         if start_time(pid) != Some(started) {
             return None;
         }

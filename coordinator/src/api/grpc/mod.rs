@@ -152,6 +152,7 @@ where
         // descriptor; membership has a limit of its own (M8).
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
+        // One connection could otherwise hold all places of sessions and waiters.
         .max_concurrent_streams(STREAMS)
         .http2_max_header_list_size(HEADERS)
         .layer(GuardLayer(Arc::new(guard)))
@@ -161,6 +162,7 @@ where
         .add_service(store)
         .add_service(admin)
         .serve_with_incoming_shutdown(incoming, async move {
+            // Graceful: sessions end after their last messages, within the caller's limit.
             let _ = shutdown.changed().await;
         });
     tokio::select! {

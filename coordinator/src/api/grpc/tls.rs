@@ -58,6 +58,7 @@ impl Acceptor {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
+        // The lock is free again by here: a slow handshake holds up no other.
         self.renewed().accept(stream).await
     }
 

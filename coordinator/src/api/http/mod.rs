@@ -145,6 +145,7 @@ where
                 }
             });
         };
+        // A room of its own: browsers cannot take the places of workers.
         let room = Room::new(LIMITS.within_descriptors());
         accept_loop(listener, room, "the dashboard", pending(), receive).await;
     });
