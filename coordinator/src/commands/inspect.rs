@@ -25,7 +25,8 @@ use crate::records::table::{Table, ago, size};
 use crate::run_dir::ownership::is_claimed;
 
 /// Bytes read from the end of a file; enough to hold its last line.
-// A row or an event has some hundred bytes; the event of a large group some thousand.
+// A row or an event has some hundred bytes. The event of a group of hundreds of members is longer, and
+// is the last one only where a coordinator died right after it.
 const TAIL: u64 = 64 << 10;
 
 /// State of a run, as seen from its files.

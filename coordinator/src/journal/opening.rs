@@ -104,8 +104,8 @@ fn with_log(file: &Path) -> rusqlite::Result<Connection> {
 fn without_log(file: &Path) -> rusqlite::Result<(Connection, bool)> {
     let locks = locks_work(file);
     let connection = match locks {
-        // SQLite's own locks, as far as the file system carries them; they are the third fence after
-        // lock and claim.
+        // With locks where they work: another program that opens the file by SQLite then sees no half of
+        // a commit.
         true => Connection::open(file)?,
         // Without locks a commit would fail each time, on a system where the run directory has one
         // holder all the same (2).
@@ -117,7 +117,8 @@ fn without_log(file: &Path) -> rusqlite::Result<(Connection, bool)> {
     if mode != "truncate" {
         return Err(rusqlite::Error::InvalidParameterName(format!("SQLite stays with {mode}")));
     }
-    // Back to normal, or readers could not open it at all.
+    // Back to normal: the exclusive lock would shut out every other program for as long as the run goes
+    // on.
     connection.query_row("PRAGMA locking_mode = NORMAL", [], |_| Ok(()))?;
     settle(&connection)?;
     Ok((connection, locks))

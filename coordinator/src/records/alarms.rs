@@ -181,8 +181,7 @@ fn saturated(loss: LossKind, [real, fake]: [f64; 2]) -> Option<&'static str> {
         _ => return None,
     };
     let won = real > won_real && fake < won_fake;
-    // Labels that are confused, or a learning rate that overshoots: both outputs are wrong with
-    // certainty.
+    // Only where an output is a probability: both are wrong with certainty.
     let lost =
         matches!(loss, LossKind::NonSaturating | LossKind::Minimax) && real < won_fake && fake > won_real;
     match (won, lost) {

@@ -87,7 +87,8 @@ impl Level {
     fn add(&mut self, bucket: &Bucket) {
         let index = bucket.step / self.width;
         let place = match self.buckets.back() {
-            // A late row; nearly all rows go to the end, without a search.
+            // A row of a bucket that is there, or a late one. All others go to the end, without a
+            // search.
             Some((last, _)) if *last >= index => self.buckets.partition_point(|(known, _)| *known < index),
             _ => self.buckets.len(),
         };

@@ -110,7 +110,8 @@ impl TensorBoard {
         fs::create_dir_all(dir)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.unwrap_or_default();
-        // Names as TensorBoard's own writers give them: it orders files by the time in them.
+        // Named as by TensorBoard's own writers: the time comes first, so the order of names is that of
+        // starts.
         let host = nix::unistd::gethostname().unwrap_or_default();
         let stem = format!("{PREFIX}{:010}.{}.{}", now.as_secs(), host.to_string_lossy(), std::process::id());
         let mut board = TensorBoard { file: create_numbered(dir, &stem)?, unwritten: Vec::new(), end: 0 };

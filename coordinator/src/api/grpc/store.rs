@@ -253,7 +253,7 @@ impl StoreService for Store {
         let entries = self.entries();
         let mut all = true;
         let keys = request.into_inner().keys;
-        // The lock is held for all of them, so that they are judged at one moment.
+        // The lock is held for all of them, so there must not be too many.
         if keys.len() > ASKED_LIMIT {
             return Err(Status::resource_exhausted(format!(
                 "at most {ASKED_LIMIT} keys may be asked for at once"

@@ -29,7 +29,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 // Five views missed: a loop that is merely busy for a moment stays ready.
 const READY_LIMIT: Duration = Duration::from_secs(5);
 /// Number of points in a curve: the default, and the maximum.
-// More than a screen has pixels to draw.
+// Bounds an answer: each series has three numbers for each point.
 const POINTS: (u64, u64) = (600, 2000);
 /// Maximum number of events in a page, and of their bytes.
 const EVENT_PAGE: (usize, usize) = (500, 256 << 10);
