@@ -428,8 +428,8 @@ impl Shell {
         // decision would be announced before an earlier one is durable (M1).
         self.undone.extend(actions);
         self.carry_out()?;
-        // Told here and not in `send`: a send happens in the middle of the actions of one decision, and
-        // the machine must not decide again between two of them.
+        // Told here and not in `send`, which is called in the middle of an action: the rest of that
+        // action would come after decisions that follow from the loss.
         while let Some(worker) = self.deaf.pop() {
             self.handle(Event::Disconnected(worker))?;
         }
