@@ -19,6 +19,7 @@ impl Backend {
         for gpu in gpus {
             match gpu {
                 Some(gpu) if !seen.contains(&gpu) => seen.push(gpu),
+                // A member on a CPU cannot take part in NCCL, and NCCL refuses two ranks on one GPU.
                 _ => return Backend::Gloo,
             }
         }

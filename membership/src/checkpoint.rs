@@ -68,6 +68,8 @@ impl Checkpoint {
         let numbers = folder.strip_prefix("step-")?;
         let (step, phase) = numbers.split_once("-phase-").unwrap_or((numbers, "0"));
         let (step, phase) = (step.parse().ok()?, phase.parse().ok()?);
+        // Only the one spelling that a coordinator writes counts: `parse` also takes a sign, or fewer
+        // digits.
         (Checkpoint::folder_of(step, phase) == folder).then_some((step, phase))
     }
 
@@ -79,6 +81,7 @@ impl Checkpoint {
     /// Returns the files that hold the state, in order. The other files are derived from it for
     /// other readers.
     pub fn state_files(&self) -> Vec<StoredFile> {
+        // Members that read a state need only these; a generator's file is for other programs.
         let is_state = |file: &&StoredFile| file.file.starts_with("state-");
         self.files.iter().filter(is_state).cloned().collect()
     }
@@ -112,20 +115,24 @@ impl Assembly {
         phases_per_step: u32,
     ) -> Result<Option<Checkpoint>, PartConflict> {
         let key = (part.step, part.phase);
+        // The first report sets the digest that all others are held against.
         let open = self.open.entry(key).or_insert_with(|| Open {
             count: part.count,
             state_digest: part.state_digest.clone(),
             files: BTreeMap::new(),
         });
+        // The number of files is a function of the job (M10), so another one is another state as well.
         if open.state_digest != part.state_digest || open.count != part.count {
             return Err(PartConflict { step: part.step });
         }
+        // From a worker, hence not trusted: an index out of range must not complete the count.
         if part.index < part.count {
             open.files.insert(part.index, part.file);
         }
         if open.files.len() < open.count as usize {
             return Ok(None);
         }
+        // A folder is named after steps and phases; members compare update indices.
         let position = part.step * u64::from(phases_per_step) + u64::from(part.phase);
         Ok(self.open.remove(&key).map(|open| Checkpoint {
             position: Position(position),
@@ -138,6 +145,7 @@ impl Assembly {
 
     /// Discards incomplete checkpoints older than a committed one; returns their steps.
     pub fn forget_before(&mut self, step: u64, phase: u32) -> Vec<u64> {
+        // Keys are ordered by step, then phase, so all that lie below this one are older.
         let kept = self.open.split_off(&(step, phase));
         std::mem::replace(&mut self.open, kept).into_keys().map(|(step, _)| step).collect()
     }

@@ -34,10 +34,19 @@ impl Limits {
         let deadline = failure_deadline.clamp(Limits::SHORTEST, Limits::LONGEST);
         Limits {
             deadline,
+            // Four of five may be late or lost before a worker counts as silent.
             heartbeat: deadline / 5,
+            // One attempt that hangs, and the pause before the next, fit in one deadline: a worker that
+            // lost its connection is back before it is given up.
             attempt: deadline / 2,
+            // Longer than the deadline: the coordinator finds out who is missing before the others give
+            // up.
             meet: deadline * 2,
+            // Well above the deadline: the coordinator sees a late member before the others give up on
+            // it (M8).
             reduce: deadline * 12,
+            // Not shorter than a reduce: a group that only lost its coordinator is not ended by its own
+            // waits.
             lease: deadline * 12,
         }
     }

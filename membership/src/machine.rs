@@ -124,18 +124,24 @@ impl Machine {
             recovered;
         let lease = settings.limits.lease;
         let members = group.iter().flat_map(|group| &group.members).map(|member| member.worker);
+        // A lease that an earlier coordinator prolonged ends at the latest one lease after this start,
+        // since that coordinator was gone by then (M4).
         let absent: BTreeMap<WorkerId, Time> =
             members.filter(|worker| !dead.contains(worker)).map(|worker| (worker, lease)).collect();
         let stage = if absent.is_empty() { Stage::Gathering } else { Stage::Reconnecting { until: None } };
         Machine {
+            // Above every plan of an earlier term: members keep the highest number that they know, and
+            // plans are not journaled.
             last_plan: settings.term.0 << 32,
             locals: Locals::new(locals.into_iter().collect(), running),
             settings,
             workers: BTreeMap::new(),
             absent,
             stage,
+            // Also if the group cannot go on: its number is never used again (M1).
             last_generation: group.as_ref().map_or(Generation(0), |group| group.generation),
             group,
+            // Members of an earlier coordinator's generation have met in a store that died with it.
             formed_here: false,
             stop_requested: false,
             passport,
@@ -159,20 +165,24 @@ impl Machine {
         if self.stage == Stage::Ended {
             return;
         }
+        // A message is a sign of life even if what it says proves out of date.
         self.heard_from(&event);
         let (routine, decided) = (self.is_routine(&event), actions.len());
         self.take(event, actions);
+        // Nothing was decided and no limit has come: what follows would only look at every worker again.
         if routine && actions.len() == decided {
             return;
         }
         // Losses come first: groups are formed, and changes planned, from the members that remain.
         self.drop_late(actions);
         self.judge_absent(actions);
+        // Before a group forms, so that it is not formed with a worker that is to go.
         self.shed_locals(actions);
         self.form_if_gathered(actions);
         self.replace(actions);
         self.form_if_ready(actions);
         self.plan_ahead(actions);
+        // Last, from the state that all decisions have left.
         self.due = self.next_due();
     }
 
@@ -183,6 +193,7 @@ impl Machine {
         let routine = match event {
             Event::Heartbeat(..) | Event::Ready(..) | Event::Fault(..) => true,
             Event::Loaded(..) => self.stage == Stage::Gathering,
+            // Anything else may bring a limit nearer, or change who is a member.
             _ => false,
         };
         routine && self.due.is_some_and(|due| self.now < due)
@@ -197,9 +208,11 @@ impl Machine {
             Event::Ready(worker, generation, position) => self.ready(worker, generation, position, actions),
             Event::Fault(worker, generation, fault) => self.fault(worker, generation, fault, actions),
             Event::Heartbeat(worker, progress) => self.progressed(worker, progress),
+            // A tick exists for the checks that follow every event.
             Event::Tick => {}
             Event::Disconnected(worker) => self.disconnected(worker, actions),
             Event::Leave(worker) => self.leave(worker, actions),
+            // Carried out by `shed_locals` and `replace`, which run after every event.
             Event::Scale(count) => self.settings.local_workers = count,
             Event::Reaped { worker, status } => self.reaped(worker, status, actions),
             Event::PartWritten(worker, generation, part) => {
@@ -209,8 +222,10 @@ impl Machine {
             Event::Finished { worker, generation, position, complete } => {
                 self.finished(worker, generation, position, complete, actions);
             }
+            // The job or its data are wrong for every worker: no other would do better.
             Event::InputWrong(detail) => self.end(Outcome::InputWrong(detail), actions),
             Event::Unable(worker, detail) => {
+                // Dropped first: what it still sends must not count after its loss.
                 actions.push(Action::Drop(worker));
                 self.lost(worker, Loss::Failed(detail), actions);
             }
@@ -257,6 +272,7 @@ impl Machine {
 
     /// Number of samples in the data set, once a worker has loaded it.
     pub fn samples(&self) -> Option<u64> {
+        // Any worker will do: their fingerprints, which cover the data, are equal (D11).
         self.workers.values().find_map(|w| w.facts.as_ref()).map(|facts| facts.samples)
     }
 
@@ -276,6 +292,7 @@ impl Machine {
     /// member of the newest generation. Any other worker is a stranger.
     pub fn knows(&self, worker: WorkerId, generation: Generation) -> bool {
         let known = self.workers.contains_key(&worker) || self.absent.contains_key(&worker);
+        // A newer generation than the journal's was never announced by this run (M1).
         known && generation <= self.last_generation
     }
 
@@ -295,6 +312,7 @@ impl Machine {
         let workers: Vec<WorkerId> = self.workers.keys().copied().collect();
         actions.extend(workers.into_iter().map(Action::Release));
         self.stage = Stage::Ended;
+        // After the releases: the shell carries actions out in order, and ends with this one.
         actions.push(Action::End(outcome));
     }
 
@@ -306,6 +324,8 @@ impl Machine {
             Stage::Reconnecting { until } => {
                 until.get_or_insert(self.now + self.settings.limits.deadline);
             }
+            // All members were leaving, and the run was to wait for others. Now it ends, once they have
+            // saved; the update index is filled in then.
             Stage::Closing { outcome: outcome @ None } => *outcome = Some(Outcome::Stopped(None)),
             // A group learns of the stop by a plan, as soon as it trains.
             Stage::Training { .. } | Stage::Regrouping { .. } | Stage::Closing { .. } | Stage::Ended => {}
@@ -320,6 +340,7 @@ impl Machine {
     // ---- Questions
 
     fn concerns_newest(&self, worker: WorkerId, generation: Generation) -> bool {
+        // Invariant 4. A member that is lost, or not back yet, does not count either.
         generation == self.last_generation && self.is_member(worker) && self.workers.contains_key(&worker)
     }
 
@@ -347,6 +368,7 @@ impl Machine {
     }
 
     fn is_awaited(&self, member: &WorkerId) -> bool {
+        // One without facts could not be judged: whether it can save, and which GPU it has.
         let awaited = |worker: &Worker| worker.rest == Rest::Busy || worker.facts.is_none();
         self.workers.get(member).is_some_and(awaited)
     }

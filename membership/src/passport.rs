@@ -29,6 +29,7 @@ pub const OF_SAMPLES: [&str; 3] = ["data", "data_names", "exclusions"];
 impl Passport {
     /// Whether the first worker that has an item may set it anew.
     pub fn lets_adopt(&self, item: &str) -> bool {
+        // Only while the run has none: once it is set, a worker that differs is refused (D11).
         OF_SAMPLES.contains(&item) && !self.0.contains_key(item)
     }
 
@@ -38,6 +39,7 @@ impl Passport {
     pub fn numbered(mut self) -> Passport {
         if self.0.get("build").is_some_and(|version| version == "0.1.0") {
             self.0.remove("build");
+            // A number that is there counts, whatever the version says.
             self.0.entry(NUMERICS.to_string()).or_insert_with(|| "1".to_string());
         }
         self
@@ -45,6 +47,7 @@ impl Passport {
 
     /// Returns the items in which `other` differs, in the order of their names.
     pub fn differences(&self, other: &Passport) -> Vec<Difference> {
+        // Items of both: one that only one side has is a difference too.
         let items: BTreeSet<&String> = self.0.keys().chain(other.0.keys()).collect();
         let value = |passport: &Passport, item: &String| passport.0.get(item).cloned().unwrap_or_default();
         items

@@ -11,9 +11,11 @@ pub fn shard_ranges(data_shards: u32, world_size: u32) -> Vec<Range<u32>> {
         (1..=data_shards).contains(&world_size),
         "{world_size} ranks cannot share {data_shards} data shards"
     );
+    // In 64 bits the product of a rank and the number of shards cannot overflow.
     let (shards, ranks) = (u64::from(data_shards), u64::from(world_size));
     let cut =
         |rank: u64| u32::try_from(rank * shards / ranks).expect("a cut is at most the number of shards");
+    // A cut is the end of one range and the start of the next, so no shard is left out or dealt twice.
     (0..ranks).map(|rank| cut(rank)..cut(rank + 1)).collect()
 }
 

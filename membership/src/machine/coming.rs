@@ -5,6 +5,7 @@ use crate::events::Rested;
 
 impl Machine {
     pub(super) fn hello(&mut self, worker: WorkerId, local: bool, actions: &mut Vec<Action>) {
+        // Once it is known how the run ends. While all members only leave, a newcomer is welcome.
         if matches!(self.stage, Stage::Closing { outcome: Some(_) }) {
             actions.push(Action::Reject(worker, Rejection::Ending));
             return;
@@ -22,14 +23,19 @@ impl Machine {
         rest: Option<Rested>,
         actions: &mut Vec<Action>,
     ) {
+        // It is in sight again: its lease need not run out.
         self.absent.remove(&worker);
+        // Its process is alive and wanted: it must not be killed for an earlier loss.
         self.locals.lingering.remove(&worker);
         let now = self.now;
+        // A member that was away may have committed out of sight: busy until it says otherwise (M2).
         let entry =
             self.workers.entry(worker).or_insert_with(|| Worker { rest: Rest::Busy, ..Worker::new(now) });
         entry.connected = true;
         entry.last_heard = now;
+        // Nothing of its progress could arrive while it was away.
         entry.progress_since = now;
+        // A spare holds nothing that the run needs, and reports by itself that it has loaded.
         if !self.is_member(worker) {
             return;
         }
@@ -40,6 +46,7 @@ impl Machine {
         } else {
             self.remind(worker, actions);
         }
+        // The first member that is back opens the window for the others (M12).
         if let Stage::Reconnecting { until } = &mut self.stage {
             until.get_or_insert(now + self.settings.limits.deadline);
         }
@@ -56,9 +63,11 @@ impl Machine {
     ) {
         let condemned = self.condemned.is_some_and(|condemned| generation <= condemned);
         let trains = matches!(self.stage, Stage::Training { .. });
+        // The group can still meet in this coordinator's store: the assignment was lost, not the group.
         if trains && self.formed_here {
             actions.push(Action::Assign(worker));
         } else if let Some(rest) = rest {
+            // A state of an invalidated generation must not become a source (D10).
             let position = rest.position.filter(|_| !condemned);
             self.rested(worker, Rested { position, finished: None }, actions);
         } else {
@@ -72,6 +81,8 @@ impl Machine {
     fn rested(&mut self, worker: WorkerId, rest: Rested, actions: &mut Vec<Action>) {
         let generation = self.last_generation;
         match (rest.finished, rest.position) {
+            // Finished without a state does not count as finished: the state may have been invalidated
+            // since.
             (Some(complete), Some(position)) => {
                 self.finished(worker, generation, position, complete, actions)
             }
@@ -86,12 +97,15 @@ impl Machine {
             Stage::Training { plan: Some(plan) } => {
                 actions.push(Action::Announce { plan: *plan, workers: vec![worker] });
             }
+            // Nothing was announced to a group that trains without a plan, and releases come when it has
+            // closed.
             _ => {}
         }
     }
 
     pub(super) fn loaded(&mut self, worker: WorkerId, facts: LoadedFacts, actions: &mut Vec<Action>) {
         match &self.passport {
+            // The first worker of the run sets what all later ones are held against (D11).
             None => {
                 self.passport = Some(facts.passport.clone());
                 actions.push(Action::AdoptPassport(facts.passport.clone()));
@@ -106,8 +120,10 @@ impl Machine {
                     actions.push(Action::AdoptPassport(facts.passport.clone()));
                 }
                 if !differences.is_empty() {
+                    // Before the refusal: no group may form with it.
                     self.workers.remove(&worker);
                     actions.push(Action::Reject(worker, Rejection::Passport(differences)));
+                    // Its replacement would run on the same machine and be refused as well, without end.
                     if self.locals.workers.contains(&worker) && self.workers.is_empty() {
                         let what = "this machine's workers would compute other bits than the run".to_string();
                         self.end(Outcome::Failed(what), actions);
@@ -116,10 +132,12 @@ impl Machine {
                 }
             }
         }
+        // It may have been dropped while its report was on the way.
         if let Some(entry) = self.workers.get_mut(&worker) {
             entry.facts = Some(facts);
         }
         self.form_if_gathered(actions);
+        // A member that was away is awaited until it has loaded again: this may have been the last one.
         self.form_if_ready(actions);
     }
 
@@ -127,6 +145,7 @@ impl Machine {
     pub(super) fn disconnected(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
         let Some(entry) = self.workers.get_mut(&worker) else { return };
         entry.connected = false;
+        // A peer reported its connection reset, now the session is gone too: with both it is lost (M9).
         if matches!(self.stage, Stage::Regrouping { cause: Cause::Fault(_, Fault::Peer), .. }) {
             self.lose_disconnected(actions);
         }
@@ -139,6 +158,7 @@ impl Machine {
         if self.overslept.is_some_and(|overslept| self.now < overslept + deadline) {
             return;
         }
+        // A quiesced member holds nobody up. It has until the deadline to come back.
         for worker in self.unready_members() {
             if !self.workers[&worker].connected {
                 self.lost(worker, Loss::Session, actions);
@@ -150,6 +170,8 @@ impl Machine {
         let is_member = self.is_member(worker);
         let Some(entry) = self.workers.get_mut(&worker) else { return };
         entry.leaving = true;
+        // Nobody waits for it: a spare holds no state, and while gathering there is no state but the
+        // checkpoint.
         if !is_member || self.stage == Stage::Gathering {
             self.let_go(worker, actions);
         }
@@ -159,6 +181,7 @@ impl Machine {
     pub(super) fn let_go(&mut self, worker: WorkerId, actions: &mut Vec<Action>) {
         if self.workers.remove(&worker).is_some() {
             if self.locals.workers.contains(&worker) {
+                // It goes in order, so its end says nothing about how well replacements last.
                 self.locals.failures = 0;
                 // Its process is killed if it has not ended by then.
                 self.locals.lingering.insert(worker, self.now + self.settings.limits.deadline);
@@ -170,9 +193,11 @@ impl Machine {
     /// A worker is lost.
     pub(super) fn lost(&mut self, worker: WorkerId, loss: Loss, actions: &mut Vec<Action>) {
         let dead = matches!(loss, Loss::Exited(_) | Loss::Failed(_));
+        // It trains no more, so nobody has to wait for its lease.
         if dead {
             self.absent.remove(&worker);
         }
+        // Lost before, or never known: there is no group to break up for it.
         let Some(entry) = self.workers.remove(&worker) else { return };
         let is_member = self.is_member(worker);
         if is_member && !dead {
@@ -187,11 +212,14 @@ impl Machine {
             // remaining members write them again.
             Stage::Training { .. } | Stage::Closing { .. } if is_member => self.regroup(cause, actions),
             Stage::Regrouping { .. } => self.form_if_ready(actions),
+            // No group was ever formed, so it cannot have been a fault of the group: a replacement would
+            // fail alike.
             Stage::Gathering if self.group.is_none() && self.locals.workers.contains(&worker) => {
                 let what = format!("worker {worker}: {loss}, before training began");
                 self.end(Outcome::Failed(what), actions);
             }
             Stage::Gathering => self.form_if_gathered(actions),
+            // While reconnecting, `judge_absent` decides, after every event.
             _ => {}
         }
     }
@@ -205,6 +233,7 @@ impl Worker {
             last_heard: now,
             progress: Progress::default(),
             progress_since: now,
+            // A new worker has committed nothing, and a regroup need not wait for it.
             rest: Rest::Ready(None),
             finished: None,
             leaving: false,

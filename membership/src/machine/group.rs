@@ -16,8 +16,11 @@ impl Machine {
         if self.stage != Stage::Gathering {
             return;
         }
+        // Those that still load are waited for: a group formed without them would regroup at once. A
+        // process that lingers may hold the GPU that its replacement needs.
         let loaded = self.workers.values().filter(|w| w.facts.is_some()).count();
         let all_loaded = loaded == self.workers.len() && self.locals.lingering.is_empty();
+        // At least one, also for a run that starts no local workers and waits for others.
         if all_loaded && loaded >= (self.expected_locals() as usize).max(1) {
             self.form(Cause::Gathered, actions);
         }
@@ -30,6 +33,7 @@ impl Machine {
         position: Option<Position>,
         actions: &mut Vec<Action>,
     ) {
+        // Invariant 4: a promise about an older generation says nothing about this one (M2).
         if !self.concerns_newest(worker, generation) {
             return;
         }
@@ -40,10 +44,12 @@ impl Machine {
                 // update index.
                 self.stage = Stage::Regrouping { until: self.regroup_limit(), cause: Cause::Planned };
             }
+            // No change was planned, so a report of a fault must have been lost with a session.
             Stage::Training { .. } => {
                 let fault = Fault::Internal("it rests, and its reason was lost on the way".to_string());
                 self.regroup(Cause::Fault(worker, fault), actions);
             }
+            // While regrouping or closing, a quiesced member is what is waited for.
             _ => {}
         }
         self.form_if_ready(actions);
@@ -61,13 +67,17 @@ impl Machine {
         }
         match fault {
             Fault::Diverged(detail) => self.diverged(detail, actions),
+            // The job asks to stop, or the state cannot recover: another run of the phase would give the
+            // same.
             Fault::NonFinite { detail, stop: true, .. } => self.end(Outcome::Failed(detail), actions),
             Fault::NonFinite { position, detail, .. } => self.not_finite(position, detail, actions),
+            // It says itself that it cannot go on, which is as good as its end.
             Fault::Internal(detail) => {
                 actions.push(Action::Drop(worker));
                 self.lost(worker, Loss::Failed(detail), actions);
             }
             Fault::Peer | Fault::Timeout | Fault::Links(_) => {
+                // Before the regroup, which chooses members that can reach each other.
                 if let Fault::Links(ranks) = &fault {
                     self.sever(worker, ranks);
                 }
@@ -116,7 +126,9 @@ impl Machine {
             let what = format!("{detail}; rolled back by {SKIPS} phases already, the run gets nowhere");
             return self.end(Outcome::Failed(what), actions);
         }
+        // All members judge the same bytes and report the same: the first report decides.
         if self.skips.insert(position) {
+            // Journaled before the roll-back: a new coordinator must know why the run went back.
             actions.push(Action::AllowSkip(position));
             self.roll_back(Cause::NonFinite(detail), actions);
         }
@@ -137,7 +149,9 @@ impl Machine {
             Stage::Training { .. } | Stage::Closing { .. } => self.regroup_limit(),
             // A fault goes before a planned change.
             Stage::Regrouping { until, cause: Cause::Planned } => *until,
+            // Already breaking up because of a fault: this report may have been the last one awaited.
             Stage::Regrouping { .. } => return self.form_if_ready(actions),
+            // No group is training.
             Stage::Gathering | Stage::Reconnecting { .. } | Stage::Ended => return,
         };
         self.stage = Stage::Regrouping { until, cause: cause.clone() };
@@ -158,11 +172,13 @@ impl Machine {
 
     pub(super) fn form_if_ready(&mut self, actions: &mut Vec<Action>) {
         let Stage::Regrouping { cause, .. } = &self.stage else { return };
+        // M3: each member is ready, lost, or late by the regroup's limit.
         if self.members().any(|id| self.is_awaited(&id)) {
             return;
         }
         if !self.present_members().is_empty() {
             self.form(cause.clone(), actions);
+        // None is left, and none can be training: the checkpoint is the newest state.
         } else if self.absent.is_empty() {
             self.gather(actions);
         } else {
@@ -183,6 +199,7 @@ impl Machine {
 
     fn form(&mut self, cause: Cause, actions: &mut Vec<Action>) {
         let ids = self.next_members();
+        // A group that nobody can save for would lose all its work at its end.
         if !ids.iter().any(|id| self.sees_storage(*id)) {
             return self.wait_for_a_writer(&ids, actions);
         }
@@ -192,9 +209,11 @@ impl Machine {
         let members: Vec<GroupMember> = with_shards
             .map(|(worker, shards)| GroupMember { worker, shards, writes_parts: self.sees_storage(worker) })
             .collect();
+        // Before the number is raised: it asks whether the last generation is invalidated.
         let (position, start) = self.choose_start(&members);
         self.last_generation = Generation(self.last_generation.0 + 1);
         let skips = self.skips.iter().copied().collect();
+        // For all at once: members that chose for themselves might choose differently.
         let backend = Backend::of(members.iter().map(|member| self.gpu_of(member.worker)));
         self.begin(
             Group { generation: self.last_generation, members, position, start, skips, backend },
@@ -207,6 +226,7 @@ impl Machine {
     /// can, the quiesced members hold the state until then.
     fn wait_for_a_writer(&mut self, ids: &[WorkerId], actions: &mut Vec<Action>) {
         if matches!(self.stage, Stage::Regrouping { .. }) && self.is_a_local_to_come() {
+            // A leaver that holds nothing the others need does not wait with them.
             self.let_leavers_go(|leaver| ids.contains(&leaver), actions);
             return;
         }
@@ -223,6 +243,7 @@ impl Machine {
     }
 
     fn begin(&mut self, group: Group, cause: Cause, actions: &mut Vec<Action>) {
+        // The last reports concerned the generation before; a member has to report anew.
         for worker in self.workers.values_mut() {
             worker.rest = Rest::Ready(None);
             worker.finished = None;
@@ -232,11 +253,14 @@ impl Machine {
             entry.rest = Rest::Busy;
             entry.progress.position = group.position;
             entry.progress_since = self.now;
+            // Kept from its first group: it says how long the worker has lasted.
             entry.member_since.get_or_insert(self.now);
         }
         self.group = Some(group.clone());
         self.formed_here = true;
         self.job_changed = false;
+        // A lost member can commit nothing more: every reduce needs all members (D5), and one has left.
+        // If it comes back, it is a stranger (invariant 7).
         self.absent.clear();
         self.stage = Stage::Training { plan: None };
         actions.push(Action::Form(group.clone(), cause));
@@ -250,6 +274,8 @@ impl Machine {
     /// at their update index.
     fn next_members(&self) -> Vec<WorkerId> {
         let source = self.source();
+        // With a source that stays, those that leave are not needed; without one they carry the state
+        // on.
         let stays = |id: &WorkerId| !self.is_leaving(*id);
         let advanced = source.and_then(|source| self.rest_position(source));
         let held_by_one_who_stays = source.is_some_and(|source| stays(&source));
@@ -259,6 +285,7 @@ impl Machine {
             .filter(|id| stays(id) || (!held_by_one_who_stays && (advanced.is_some() || !anybody_stays)));
         let mut chosen: Vec<WorkerId> = source.into_iter().collect();
         let fits = |chosen: &[WorkerId], id: WorkerId| {
+            // The oldest come first, so of a pair without a link the newer one waits outside.
             let reaches = |other: &WorkerId| !self.severed.contains_key(&(id.min(*other), id.max(*other)));
             let has_room = chosen.len() < self.settings.data_shards as usize;
             has_room && !chosen.contains(&id) && chosen.iter().all(reaches)
@@ -273,6 +300,7 @@ impl Machine {
                 chosen.push(id);
             }
         }
+        // Ranks in the order of ids, however the members were chosen.
         chosen.sort_unstable();
         chosen
     }
@@ -280,6 +308,7 @@ impl Machine {
     /// Most advanced quiesced member: one that stays takes precedence over one that leaves, then
     /// the lowest number.
     fn source(&self) -> Option<WorkerId> {
+        // No state of an invalidated generation may go on: all read the checkpoint (D10).
         if self.condemned == Some(self.last_generation) {
             return None;
         }
@@ -297,10 +326,12 @@ impl Machine {
         let best = self.source().and_then(|source| Some((self.rest_position(source)?, source)));
         match (best, &self.checkpoint) {
             (Some((position, source)), checkpoint)
+                // Equally far: the held state needs no read from the storage.
                 if checkpoint.as_ref().is_none_or(|c| c.position <= position) =>
             {
                 (position, Start::Healed(rank_of(&|member| member.worker == source)))
             }
+            // Nobody holds a state, or a worker that trained on alone has saved a newer one (M11).
             (_, Some(checkpoint)) => {
                 let reader = rank_of(&|member| member.writes_parts);
                 (checkpoint.position, Start::Checkpoint(reader, checkpoint.clone()))
@@ -314,6 +345,7 @@ impl Machine {
         let Stage::Training { plan } = self.stage else { return };
         let Some(due) = self.due_change() else { return };
         let known = plan.map(|plan| plan.kind);
+        // A stop is never taken back for a regroup: its members finish instead (invariant 5).
         if known != Some(due) && known != Some(PlanKind::Stop) {
             self.last_plan += 1;
             let plan = Plan { number: self.last_plan, kind: due };
@@ -331,6 +363,7 @@ impl Machine {
         let stays = members.iter().any(|id| !self.is_leaving(*id));
         let joins = self.joiners(&members);
         match (leaves, stays || joins) {
+            // Nobody would hold the state after them: they save it before they go (M7).
             (true, false) => Some(PlanKind::Stop),
             (true, true) => Some(PlanKind::Regroup),
             (false, _) => joins.then_some(PlanKind::Regroup),
@@ -341,7 +374,9 @@ impl Machine {
     fn joiners(&self, members: &[WorkerId]) -> bool {
         let staying = members.iter().filter(|id| !self.is_leaving(**id)).count();
         let leavers_only = staying == 0;
+        // Beyond V workers a newcomer is a spare, unless all members are about to leave.
         let room = members.len() < self.settings.data_shards as usize || leavers_only;
+        // A worker that would be left out again must not break the group up.
         let reaches_all = |id: &WorkerId| {
             members.iter().all(|other| !self.severed.contains_key(&((*id).min(*other), (*id).max(*other))))
         };

@@ -43,8 +43,10 @@ impl Locals {
         if !self.workers.contains(&worker) {
             return;
         }
+        // After a worker that trained for a while the count starts anew: its replacement may well last.
         let lasted = member_since.is_some_and(|since| now >= since + FIT);
         self.failures = if lasted { 0 } else { self.failures + 1 };
+        // Its process is still there: it ends by itself, or is killed after a while.
         if !matches!(loss, Loss::Exited(_)) {
             self.lingering.insert(worker, now + patience);
         }
@@ -52,7 +54,9 @@ impl Locals {
 
     fn pause(&self) -> Duration {
         match self.failures {
+            // 1| The first replacement starts at once: most losses come alone.
             0 | 1 => Duration::ZERO,
+            // The power is bounded, as failures are counted on after replacement was given up.
             failures => PAUSE * 2u32.pow((failures - 2).min(REPLACEMENTS)),
         }
     }
@@ -66,10 +70,12 @@ impl Machine {
     pub(super) fn reaped(&mut self, worker: Option<WorkerId>, status: String, actions: &mut Vec<Action>) {
         self.locals.running = self.locals.running.saturating_sub(1);
         match worker {
+            // `lost` counts the failure, unless the worker was lost before its process ended.
             Some(worker) => {
                 self.locals.lingering.remove(&worker);
                 self.lost(worker, Loss::Exited(status.clone()), actions);
             }
+            // It ended before it said hello, so `lost` never hears of it.
             None => self.locals.failures += 1,
         }
         if self.stage == Stage::Ended {
@@ -80,15 +86,19 @@ impl Machine {
             let what = format!("a local worker ended with {status} before training began");
             return self.end(Outcome::Failed(what), actions);
         }
+        // Counted from this end, so that a program that dies at its start is not started in a tight
+        // loop.
         self.locals.next_spawn = self.now + self.locals.pause();
         if self.locals.given_up() {
             let failures = self.locals.failures;
             let what =
                 format!("{failures} local workers in a row did not last; the last one ended with {status}");
+            // Without a replacement there is nobody left to train; otherwise the others go on.
             if self.workers.is_empty() {
                 self.end(Outcome::Failed(what), actions);
             } else {
                 actions.push(Action::GiveUpReplacing(what));
+                // A regroup may wait for a local worker that can save: none will come any more.
                 self.form_if_ready(actions);
             }
         } else {
@@ -108,6 +118,7 @@ impl Machine {
         let has_loaded = |(id, worker): &(&WorkerId, &Worker)| {
             worker.facts.is_some() && !worker.leaving && self.locals.workers.contains(id)
         };
+        // One that is leaving does not count: it will not write the next checkpoint.
         let loaded = self.workers.iter().filter(has_loaded).count();
         self.misses_a_local() || self.locals.running as usize > loaded
     }
@@ -115,12 +126,14 @@ impl Machine {
     /// Starts the missing local workers.
     pub(super) fn replace(&mut self, actions: &mut Vec<Action>) {
         while self.misses_a_local() && self.now >= self.locals.next_spawn {
+            // Counted from the order on, not from the hello, so that no event orders it twice.
             self.locals.running += 1;
             actions.push(Action::Spawn);
         }
     }
 
     fn misses_a_local(&self) -> bool {
+        // Once the run's end is decided nobody new is needed. While all members only leave, one is.
         !matches!(self.stage, Stage::Closing { outcome: Some(_) } | Stage::Ended)
             && !self.stop_requested
             && self.locals.running < self.settings.local_workers
@@ -136,6 +149,7 @@ impl Machine {
         let is_staying_local = |id: &WorkerId| self.locals.workers.contains(id) && !self.is_leaving(*id);
         let staying: Vec<WorkerId> = self.workers.keys().copied().filter(is_staying_local).collect();
         let wanted = self.settings.local_workers as usize;
+        // Ids grow, so the newest go: the oldest are warm, and one of them is the source.
         for worker in staying.into_iter().skip(wanted) {
             self.leave(worker, actions);
         }

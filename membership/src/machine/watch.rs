@@ -50,6 +50,7 @@ impl Machine {
 
     /// Computes the deadline from the current state.
     pub(super) fn next_due(&self) -> Option<Time> {
+        // A quarter, where half a deadline counts as overslept: a timer that fires late is no oversleep.
         let awake = self.now + self.settings.limits.deadline / 4;
         Timer::ALL.into_iter().filter_map(|timer| self.timer(timer)).min().map(|limit| limit.min(awake))
     }
@@ -68,6 +69,7 @@ impl Machine {
             }
             (Timer::Stall, Stage::Training { .. }) => self.stalled_at(self.patience()).filter(later),
             (Timer::Regroup | Timer::Reconnect | Timer::Late | Timer::Stall, _) => None,
+            // Not filtered by `later`: a silent worker is dropped at once, so none is left in the past.
             (Timer::Silence, _) => {
                 self.workers.values().map(|w| w.last_heard + self.settings.limits.deadline).min()
             }
@@ -86,6 +88,8 @@ impl Machine {
             | Event::Heartbeat(worker, _)
             | Event::PartWritten(worker, ..)
             | Event::Finished { worker, .. } => worker,
+            // A hello or a resume sets it for itself. The end of a process or of a session is no sign of
+            // life.
             _ => return,
         };
         if let Some(entry) = self.workers.get_mut(worker) {
@@ -96,6 +100,7 @@ impl Machine {
     pub(super) fn progressed(&mut self, worker: WorkerId, progress: Progress) {
         let now = self.now;
         if let Some(entry) = self.workers.get_mut(&worker)
+            // Any change counts: another activity, or one more shard gradient.
             && entry.progress != progress
         {
             entry.progress = progress;
@@ -109,15 +114,19 @@ impl Machine {
         let slept = now.saturating_sub(self.now);
         self.now = self.now.max(now);
         let limits = self.settings.limits;
+        // `deadline` asks for a tick each quarter, so a longer pause was no mere delay.
         if slept <= limits.deadline / 2 {
             return;
         }
         self.overslept = Some(self.now);
+        // Their heartbeats wait unread in the sockets (M9). Leases of absent members are left alone:
+        // they end by the members' own clocks.
         for worker in self.workers.values_mut() {
             worker.last_heard = self.now;
             worker.progress_since = self.now;
         }
         match &mut self.stage {
+            // Answers of the members may be among the unread messages.
             Stage::Regrouping { until, .. } => *until = self.now + limits.deadline * 2,
             Stage::Reconnecting { until: Some(until) } => *until = self.now + limits.deadline,
             _ => {}
@@ -170,6 +179,8 @@ impl Machine {
             self.drop_stuck(actions);
         }
         self.hurry(actions);
+        // M3: a member that is not ready by now is left behind. The group forms with the last of these
+        // losses.
         if let Stage::Regrouping { until, .. } = self.stage
             && self.now >= until
         {
@@ -186,6 +197,7 @@ impl Machine {
     fn hurry(&mut self, actions: &mut Vec<Action>) {
         let Stage::Regrouping { until, cause: Cause::Planned } = &self.stage else { return };
         let soon = self.now + self.settings.limits.deadline >= *until;
+        // One deadline before the limit: a member that only waits for the others can still answer.
         if soon && !self.unready_members().is_empty() {
             self.regroup(Cause::Stalled, actions);
         }
@@ -202,6 +214,7 @@ impl Machine {
             self.stage = Stage::Reconnecting { until: None };
         }
         for worker in silent {
+            // An earlier loss may have formed a group that let this worker go.
             if self.workers.contains_key(&worker) {
                 actions.push(Action::Drop(worker));
                 self.lost(worker, Loss::Silent, actions);
@@ -213,6 +226,8 @@ impl Machine {
         let deadline = self.settings.limits.deadline;
         for (worker, kill_at) in &mut self.locals.lingering {
             if self.now >= *kill_at {
+                // Again after a deadline: an order to a process that does not end may have to be
+                // repeated.
                 *kill_at = self.now + deadline;
                 actions.push(Action::Drop(*worker));
             }
@@ -226,16 +241,21 @@ impl Machine {
         let patience = self.patience();
         let late_at = |id: &WorkerId| self.late_at(&self.workers[id], patience);
         let late = |id: &WorkerId| late_at(id).is_some_and(|at| self.now >= at);
+        // Nobody is over the limit: the usual case, which must stay cheap.
         if busy.is_empty() || !busy.iter().any(late) {
             return;
         }
         let waits = |id: &WorkerId| self.workers[id].progress.activity == Activity::Waiting;
+        // A member that waits is late because of another one: only those that compute are to blame.
         let stuck: Vec<WorkerId> = busy.iter().copied().filter(|id| late(id) && !waits(id)).collect();
         let nothing_moves = self.stalled_at(patience).is_some_and(|at| self.now >= at);
+        // Without one that computes, the wait is a link's: a probe finds it. Not so while another was
+        // just on the move.
         if stuck.is_empty() && nothing_moves && busy.iter().all(|id| late(id) && waits(id)) {
             self.regroup(Cause::Stalled, actions);
         }
         for worker in stuck {
+            // An earlier loss may have formed a group that let this worker go.
             if self.workers.contains_key(&worker) {
                 actions.push(Action::Drop(worker));
                 self.lost(worker, Loss::Late, actions);
@@ -246,12 +266,15 @@ impl Machine {
     /// Decides about the members that are not present, as far as possible.
     pub(super) fn judge_absent(&mut self, actions: &mut Vec<Action>) {
         let now = self.now;
+        // Past its lease a member commits nothing and stops by itself (M4).
         self.absent.retain(|_, lease| *lease > now);
         let Stage::Reconnecting { until } = self.stage else { return };
         let present = self.present_members();
         let waited = until.is_some_and(|until| now >= until);
+        // All of them have ended or are past their lease: nobody can hold a newer state (M4).
         if present.is_empty() && self.absent.is_empty() {
             self.gather(actions);
+        // The members that may still train save by themselves at the end of their lease (M11).
         } else if present.is_empty() && waited && self.stop_requested {
             self.end_stopped(actions);
         } else if present.is_empty() && waited {
@@ -274,6 +297,8 @@ impl Machine {
             return;
         }
         self.stage = Stage::Training { plan: None };
+        // All still train, or all have finished: nothing happened to the group that needs another
+        // generation (M12).
         if whole && usable && (busy == present.len() || finished) {
             actions.push(Action::Keep);
             self.close_if_finished(actions);
