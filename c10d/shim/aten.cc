@@ -26,7 +26,10 @@ void fused_adam(
     const at::Tensor& exp_avg,
     const at::Tensor& exp_avg_sq,
     const AdamSettings& settings) {
+  // The parameters are leaves that require gradients, which autograd lets nobody change in place.
   c10::NoGradGuard no_grad;
+  // The kernel does not count: its correction of the bias takes the step from here. On the parameters'
+  // device, as it reads all its tensors there.
   const auto step = at::full({}, settings.step, params.options().dtype(at::kFloat).requires_grad(false));
   at::_fused_adam_(
       {params},
@@ -46,6 +49,7 @@ void fused_adam(
 
 rust::Vec<std::uint8_t> default_generator_state() {
   auto generator = at::detail::getDefaultCPUGenerator();
+  // A draw holds this lock too, so no state is read in the middle of one.
   std::lock_guard<std::mutex> guard(generator.mutex());
   const at::Tensor state = generator.get_state().contiguous();
   const auto* begin = state.const_data_ptr<std::uint8_t>();
@@ -73,6 +77,7 @@ void set_deterministic(bool deterministic) {
 
 rust::String c_library_version() { return std::string("glibc ") + gnu_get_libc_version(); }
 
+// glibc keeps freed memory for itself otherwise, for as long as the process lives.
 void trim_heap() { malloc_trim(/*pad=*/0); }
 
 void leaky_relu(const at::Tensor& tensor, double slope) {
@@ -125,8 +130,10 @@ at::Tensor make_weights(std::int64_t count, at::Device device) {
 
 // The weights of a few lengths are kept: a run hashes the same tensors again and again.
 at::Tensor weights_of(std::int64_t count, at::Device device) {
+  // A weight has 8 bytes: at most 64 MiB for one length, and 512 MiB in all.
   constexpr std::int64_t largest_kept = 1 << 23;
   constexpr std::size_t most_kept = 8;
+  // Never destroyed: another thread may still hash while the process exits.
   static std::mutex* const mutex = new std::mutex();
   static auto* const kept = new std::map<std::pair<std::string, std::int64_t>, at::Tensor>();
   if (count > largest_kept) {
@@ -138,6 +145,7 @@ at::Tensor weights_of(std::int64_t count, at::Device device) {
   if (known != kept->end()) {
     return known->second;
   }
+  // A run has few lengths. Another objective in the same process brings others, and starts anew.
   if (kept->size() >= most_kept) {
     kept->clear();
   }
@@ -149,7 +157,9 @@ at::Tensor weights_of(std::int64_t count, at::Device device) {
 std::uint64_t weighted_sum(const at::Tensor& tensor) {
   c10::NoGradGuard no_grad;
   TORCH_CHECK(tensor.is_contiguous() && tensor.element_size() == 4, "only contiguous words of 32 bits are summed");
+  // By their bits, so -0.0 and NaNs differ from what compares equal to them.
   const at::Tensor words = tensor.detach().flatten().view(at::kInt);
+  // Products of 64 bits wrap, so a GPU may sum in any order.
   const at::Tensor sum = words.mul(weights_of(words.numel(), tensor.device())).sum();
   return static_cast<std::uint64_t>(sum.item<std::int64_t>());
 }

@@ -27,6 +27,7 @@ bool is_ours(const std::string& text) {
 // Gloo's exceptions have no header here, so their type is known by its name.
 char kind_of(const std::exception& error, const std::string& text) {
   if (dynamic_cast<const c10d::TimeoutError*>(&error) != nullptr ||
+      // Gloo reports its limits as plain exceptions, so only their words tell.
       contains_any(text, {"Timed out", "timed out", "Wait timeout", "wait timeout", "Timeout waiting"})) {
     return 'T';
   }
@@ -44,6 +45,7 @@ char kind_of(const std::exception& error, const std::string& text) {
 
 std::string compose(const std::exception& error, std::string text) {
   const char kind = kind_of(error, text);
+  // `find` gives the largest number if there is only one line.
   text.resize(std::min(text.size(), text.find('\n')));
   return std::string(1, kind) + ' ' + text;
 }
@@ -52,6 +54,7 @@ std::string compose(const std::exception& error, std::string text) {
 
 std::string describe(const std::exception_ptr& error) noexcept {
   try {
+    // The only way to look into an exception_ptr.
     std::rethrow_exception(error);
   } catch (const rust::Error& e) {
     // The store's own error comes back as it was sent.

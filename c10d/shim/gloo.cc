@@ -17,6 +17,8 @@ class Gloo final : public c10d::ProcessGroupGloo {
 
   void cut() {
     for (auto& context : contexts_) {
+      // May leave a local waiter asleep. Nobody in Rust waits inside of libtorch, so none is
+      // (flight.rs).
       context->closeConnections();
     }
   }
@@ -27,6 +29,8 @@ class GlooWatch final : public Watch {
   GlooWatch(c10::intrusive_ptr<c10d::Work> work, rust::Box<Signal> signal) : work_(std::move(work)) {
     // A callback has to be copyable.
     auto shared = std::make_shared<rust::Box<Signal>>(std::move(signal));
+    // Runs on Gloo's thread, or at once on this one if the work is over already. It must not throw:
+    // there is nobody to catch it.
     work_->getFuture()->addCallback([shared](c10::ivalue::Future& future) noexcept {
       (*shared)->complete(future.hasError() ? describe(future.exception_ptr()) : std::string());
     });
@@ -69,11 +73,13 @@ std::unique_ptr<Group> gloo_group(
     rust::Str prefix) {
   const std::chrono::milliseconds timeout(limits.meeting_ms);
   auto options = c10d::ProcessGroupGloo::Options::create(timeout);
+  // One device: each adds connections to every peer.
   options->devices.push_back(
       interface.empty() ? c10d::ProcessGroupGloo::createDeviceForHostname(std::string(hostname))
                         : c10d::ProcessGroupGloo::createDeviceForInterface(std::string(interface)));
   auto group = c10::make_intrusive<Gloo>(
       make_store(std::move(store), prefix, timeout), rank, world_size, std::move(options));
+  // The meeting had its own, shorter limit above. From here on operations have theirs.
   group->setTimeout(std::chrono::milliseconds(limits.operation_ms));
   return std::make_unique<Group>(std::make_unique<GlooEngine>(std::move(group)));
 }

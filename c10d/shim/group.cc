@@ -31,6 +31,7 @@ std::vector<std::int64_t> to_vector(rust::Slice<const std::int64_t> slice) {
 // Runs one launch and watches the work that it gives.
 template <typename Launch>
 std::unique_ptr<Work> start(Engine& engine, rust::Box<Signal> signal, Launch&& launch) {
+  // Held for the launch alone. What was launched runs on libtorch's threads.
   std::lock_guard<std::mutex> turn(engine.launching());
   auto work = launch(engine.backend());
   return std::make_unique<Work>(engine.watch(std::move(work), std::move(signal)));
@@ -64,6 +65,7 @@ std::unique_ptr<Work> Group::all_to_all(
     rust::Slice<const std::int64_t> receive_splits,
     rust::Box<Signal> signal) const {
   return start(*engine_, std::move(signal), [&](c10d::Backend& backend) {
+    // alltoall_base and _allgather_base take flat tensors, so nothing is copied into lists of chunks.
     at::Tensor output = lend(receive);
     at::Tensor input = lend(send);
     auto output_counts = to_vector(receive_splits);
@@ -94,6 +96,7 @@ std::unique_ptr<Work> Group::broadcast(
 std::unique_ptr<Work> Group::barrier(rust::Box<Signal> signal) const {
   return start(*engine_, std::move(signal), [&](c10d::Backend& backend) {
     c10d::BarrierOptions options;
+    // NCCL's barrier is a reduce of one number, and has to know on which GPU.
     options.device = backend.getBoundDeviceId();
     if (options.device) {
       options.device_ids = {options.device->index()};
@@ -108,6 +111,7 @@ bool is_flat(const at::Tensor& tensor) {
 }
 
 bool is_exclusive(const at::Tensor& tensor) {
+  // The first count is of tensors that share this object, the second of views over its memory.
   return tensor.use_count() == 1 && tensor.has_storage() && tensor.storage().use_count() == 1;
 }
 

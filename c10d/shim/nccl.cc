@@ -31,6 +31,7 @@ class NcclWatch final : public Watch {
       : work_(std::move(work)), signal_(std::move(signal)) {}
 
   void poll() override {
+    // A waiter and a launch may poll the same work at once; the signal is completed once.
     std::lock_guard<std::mutex> turn(mutex_);
     if (told_) {
       return;
@@ -60,6 +61,7 @@ class NcclEngine final : public Engine {
   explicit NcclEngine(c10::intrusive_ptr<c10d::ProcessGroupNCCL> group) : group_(std::move(group)) {}
 
   c10d::Backend& backend() override { return *group_; }
+  // Waits until the GPU has left its kernels, so Rust calls this on a thread of its own.
   void close() override { group_->abort(); }
   bool polls() const override { return true; }
   // One for each group: a launch may wait for the peers, since NCCL connects two ranks when they first talk.

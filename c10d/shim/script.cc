@@ -60,6 +60,7 @@ Script::Script(torch::jit::Module module) : module_(std::move(module)) {
                           bool is_parameter) {
     slots_.push_back({owner, attribute, path.empty() ? attribute : path + "." + attribute, is_parameter});
   };
+  // Parameters first, then buffers, by which Rust counts the tensors.
   for (const bool parameters : {true, false}) {
     for (const auto& [path, owner] : module_.named_modules()) {
       if (parameters) {
@@ -87,6 +88,7 @@ rust::Vec<ScriptTensor> Script::tensors() const {
     about.kind = std::string(c10::toString(tensor.scalar_type()));
     about.is_parameter = slot.is_parameter;
     about.is_trained = slot.is_parameter && tensor.requires_grad();
+    // An address tells that two names share memory. Without elements there is none to share.
     about.place = reinterpret_cast<std::size_t>(tensor.numel() == 0 ? nullptr : tensor.const_data_ptr());
     all.push_back(std::move(about));
   }
@@ -108,10 +110,13 @@ void Script::bind(std::size_t index, const at::Tensor& tensor) const {
 std::unique_ptr<at::Tensor> Script::run(bool training, std::uint64_t seed, const at::Tensor& input) const {
   return with_reason([&] {
     interpret_plainly();
+    // For this thread and this call: other users of libtorch keep their optimizer.
     const torch::jit::GraphOptimizerEnabledGuard as_written(false);
+    // Another handle: `train` sets an attribute, and this function is const for cxx.
     torch::jit::Module module = module_;
     module.train(training);
     if (training) {
+      // In evaluation nothing is drawn, which the caller checks by the generator's state.
       at::manual_seed(seed);
     }
     const c10::IValue output = module.forward({input});
@@ -122,6 +127,7 @@ std::unique_ptr<at::Tensor> Script::run(bool training, std::uint64_t seed, const
 
 // What the result comes from, past what only gives it another shape.
 rust::String Script::last_operation() const {
+  // Inlining rewrites the graph, and this one must run as it was written.
   const auto graph = module_.get_method("forward").graph()->copy();
   torch::jit::Inline(*graph);
   const torch::jit::Node* node = graph->outputs().at(0)->node();

@@ -44,6 +44,7 @@ class RustStore final : public c10d::Store {
       : c10d::Store(timeout), store_(std::move(store)) {}
 
   c10::intrusive_ptr<c10d::Store> clone() override {
+    // c10d clones the store for threads of its own. All clones ask the same Rust store.
     return c10::make_intrusive<RustStore>(store_, timeout_);
   }
 
@@ -66,6 +67,7 @@ class RustStore final : public c10d::Store {
     return (*store_)->contains({strs.data(), strs.size()});
   }
 
+  // Neither Gloo nor NCCL asks for it.
   std::int64_t getNumKeys() override { C10_THROW_ERROR(NotImplementedError, "the store does not count its keys"); }
 
   void wait(const std::vector<std::string>& keys) override { wait(keys, timeout_); }
@@ -100,6 +102,7 @@ void TcpStore::set(rust::Str key, rust::Slice<const std::uint8_t> value) const {
 
 rust::Vec<std::uint8_t> TcpStore::get(rust::Str key, std::uint64_t timeout_ms) const {
   const std::string name(key);
+  // `get` alone would wait for the limit of the whole store.
   store_->wait({name}, std::chrono::milliseconds(timeout_ms));
   return to_vec(store_->get(name));
 }
@@ -128,6 +131,7 @@ std::unique_ptr<TcpStore> tcp_store(
   c10d::TCPStoreOptions options;
   options.port = port;
   options.isServer = is_server;
+  // The server does not count its clients: a group's members come and go.
   options.waitWorkers = false;
   options.timeout = std::chrono::milliseconds(timeout_ms);
   return std::make_unique<TcpStore>(std::make_unique<c10d::TCPStore>(std::string(host), options));

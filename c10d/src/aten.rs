@@ -37,11 +37,13 @@ pub fn fused_adam(
     step: u64,
     adam: Adam,
 ) -> Result<(), Error> {
+    // The correction of the bias divides by 1 - beta^step, which would be 0.
     if step == 0 {
         return Err(Error::Invalid("Adam's steps count from 1".into()));
     }
     let properties = |tensor: &Tensor| (tensor.size(), tensor.kind(), tensor.device());
     for other in [grads, exp_avg, exp_avg_sq] {
+        // The kernel walks all four by the first one's size.
         if properties(other) != properties(params) {
             return Err(Error::Invalid("Adam's tensors must have one shape, kind and device".into()));
         }
@@ -136,11 +138,13 @@ pub fn fingerprint(tensor: &Tensor, seed: u64) -> Result<u64, Error> {
     if !tensor.is_contiguous() {
         return Err(Error::Invalid("only a contiguous tensor has a fingerprint".into()));
     }
+    // A GPU hashes slowly what it sums fast, and the copy would be as long as the tensor.
     if tensor.device() != tch::Device::Cpu && tensor.kind().elt_size_in_bytes() == 4 {
         return fingerprint_of_sum(tensor, seed);
     }
     let on_cpu = tensor.f_to_device(tch::Device::Cpu)?;
     let bytes = on_cpu.numel() * on_cpu.kind().elt_size_in_bytes();
+    // An empty tensor may have no memory, and a slice must not begin at a null pointer.
     if bytes == 0 {
         return Ok(xxhash_rust::xxh3::xxh3_64_with_seed(&[], seed));
     }

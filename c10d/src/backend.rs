@@ -62,20 +62,24 @@ impl Backend {
         // NCCL waits here until the GPU has left its kernels, and other threads may wait for the
         // aborting one.
         let aside = move || drop(aside.group.close());
+        // Gloo only closes its sockets, which takes no time and needs no thread.
         let waits = self.group.polls();
         if !waits || thread::Builder::new().name("c10d-abort".into()).spawn(aside).is_err() {
+            // Cut or not, this group is never used again; its peers have limits of their own.
             let _ = self.group.close();
         }
     }
 
     /// Keeps the buffers and the work of an unfinished operation, which may still use them.
     pub(crate) fn park(&self, loan: Loan) {
+        // Held for the push alone: parking is part of an abort, which must not wait.
         lock(&self.parked).push(loan);
     }
 }
 
 impl Drop for Backend {
     fn drop(&mut self) {
+        // Moved out of `self`: another thread is to own and destroy them.
         let group = std::mem::replace(&mut self.group, UniquePtr::null());
         let parked = std::mem::take(&mut *lock(&self.parked));
         let parts = Parts { group, parked };

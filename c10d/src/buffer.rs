@@ -42,6 +42,7 @@ impl Buffer {
     /// [`Error::Invalid`] for a length beyond 2^63, [`Error::Fatal`] if the device cannot allocate
     /// it.
     pub fn zeros(numel: usize, kind: Kind, device: Device) -> Result<Buffer, Error> {
+        // libtorch's sizes are signed.
         let numel = i64::try_from(numel).map_err(|_| Error::Invalid(format!("{numel} elements")))?;
         let tensor = tch::no_grad(|| Tensor::f_zeros([numel], (kind, device)))?;
         Ok(Buffer { tensor })
@@ -83,6 +84,8 @@ impl Buffer {
 
     /// Calls `write` with the tensor, without recording gradients.
     pub fn update<R>(&mut self, write: impl FnOnce(&mut Tensor) -> R) -> R {
+        // The closure may replace the tensor or keep a view of it: `check` looks again before the buffer
+        // is lent.
         tch::no_grad(|| write(&mut self.tensor))
     }
 
@@ -105,10 +108,13 @@ impl Buffer {
     /// # Errors
     /// As [`as_bytes`](Buffer::as_bytes).
     pub fn as_bytes_mut(&mut self) -> Result<&mut [u8], Error> {
+        // A view that an earlier `update` kept could change the bytes while they are borrowed.
         self.check()?;
+        // An address in a GPU's memory must not be followed here.
         if self.device() != Device::Cpu {
             return Err(Error::Invalid(format!("bytes of memory on {:?}", self.device())));
         }
+        // libtorch may give an empty tensor no memory, and a slice must not begin at a null pointer.
         if self.numel() == 0 {
             return Ok(&mut []);
         }
@@ -128,6 +134,7 @@ impl Buffer {
             let what = "a buffer must stay dense, contiguous, one-dimensional and without gradient";
             return Err(Error::Invalid(what.into()));
         }
+        // D6: another owner could write while libtorch's threads read.
         if !shim::is_exclusive(tensor) {
             return Err(Error::Aliased);
         }

@@ -72,10 +72,12 @@ impl Core {
         buffers: Vec<Buffer>,
         start: impl FnOnce(&shim::Group, &[Buffer], Box<Signal>) -> Result<UniquePtr<shim::Work>, cxx::Exception>,
     ) -> Result<Launched, (Error, Vec<Buffer>)> {
+        // Refused before anything is lent, so that the buffers can go back.
         let Some(backend) = self.open_backend() else {
             return Err((Error::Aborted, buffers));
         };
         let flight = Arc::<Flight>::default();
+        // libtorch's callback owns this half: it may come long after the caller has given up.
         let signal = Box::new(Signal(Arc::clone(&flight)));
         let work: Option<Arc<dyn Poll>> = match start(backend.group(), &buffers, signal) {
             Ok(work) => Some(Arc::new(work)),
@@ -85,6 +87,7 @@ impl Core {
                 None
             }
         };
+        // A backend that reports the end by itself spares its waiters the polling.
         let polled = work.clone().filter(|_| backend.group().polls());
         let id = self.enter(&backend, Arc::clone(&flight), Loan { work, buffers });
         Ok(Launched { id, flight, work: polled })
@@ -100,13 +103,17 @@ impl Core {
 
     /// Returns the backend, if the group is open and none of its operations has failed.
     fn open_backend(&self) -> Option<Arc<Backend>> {
+        // A failure that nobody has asked for yet must be known before another operation starts.
         self.poll();
         let mut registry = lock(&self.registry);
+        // Nobody takes back the buffers of an abandoned operation, so they are freed here once it is
+        // over.
         let over = |claim: &Claim| claim.abandoned && claim.has_succeeded();
         let ids = registry.claims.iter().filter(|(_, claim)| over(claim)).map(|(id, _)| *id);
         let ids: Vec<OperationId> = ids.collect();
         let freed: Vec<_> = ids.iter().filter_map(|id| registry.claims.remove(id)).collect();
         let failed = |claim: &Claim| matches!(claim.flight.outcome(), Some(Err(_)));
+        // Invariant 2: after a failure the ranks may disagree on which operation comes next.
         let backend = match registry.claims.values().any(failed) {
             true => None,
             false => registry.backend.clone(),
@@ -114,6 +121,7 @@ impl Core {
         // Invariant 1: libtorch frees the memory after the lock is released.
         drop(registry);
         drop(freed);
+        // Also the peers have to notice, and the waiters of the other operations.
         if backend.is_none() {
             self.abort();
         }
@@ -123,6 +131,8 @@ impl Core {
     /// Registers an operation in flight. If the group was aborted since the launch began, the
     /// operation is aborted too.
     fn enter(&self, backend: &Arc<Backend>, flight: Arc<Flight>, loan: Loan) -> OperationId {
+        // Taken after the launch, which is a call of libtorch (invariant 1): an abort may have come in
+        // between.
         let mut registry = lock(&self.registry);
         let id = OperationId(registry.next_id);
         registry.next_id += 1;
@@ -137,6 +147,7 @@ impl Core {
 
     /// Takes the buffers of a successful operation.
     pub(crate) fn claim(&self, id: OperationId) -> Vec<Buffer> {
+        // The lock ends with this statement; the work, which belongs to libtorch, is dropped after it.
         let claim = lock(&self.registry).claims.remove(&id);
         claim.expect("an operation that succeeded is claimed once").loan.buffers
     }
@@ -144,6 +155,7 @@ impl Core {
     /// Gives up the right to an operation's buffers. They are freed once the operation is over.
     pub(crate) fn abandon(&self, id: OperationId) {
         let mut registry = lock(&self.registry);
+        // Claimed by `wait`, or parked by an abort.
         let Some(claim) = registry.claims.get_mut(&id) else { return };
         claim.abandoned = true;
         let unsettled = claim.unsettled();
@@ -153,6 +165,7 @@ impl Core {
         if let Some(work) = unsettled {
             work.poll();
         }
+        // Locked for a moment to look and to remove; freeing comes after.
         let mut registry = lock(&self.registry);
         let over = registry.claims.get(&id).is_some_and(Claim::has_succeeded);
         let freed = over.then(|| registry.claims.remove(&id));
@@ -170,6 +183,7 @@ impl Core {
     /// Closes the group to new operations; aborts and parks those in flight.
     fn close_registry(&self) -> Option<Arc<Backend>> {
         let mut registry = lock(&self.registry);
+        // The first abort takes the backend. Later ones find none, and have nothing left to do.
         let backend = registry.backend.take()?;
         for (id, claim) in std::mem::take(&mut registry.claims) {
             match claim.flight.settle(Err(Error::Aborted)) {
@@ -183,8 +197,11 @@ impl Core {
 
     /// Closes the group gently if nothing is in flight, otherwise aborts it.
     pub(crate) fn close(&self) {
+        // Asked now, as an operation that is over but not polled would turn this close into an abort.
         self.poll();
         let mut registry = lock(&self.registry);
+        // Nothing is in flight, so the destructor waits for nobody; unclaimed buffers are no longer in
+        // use.
         if registry.claims.values().all(Claim::has_succeeded) {
             let backend = registry.backend.take();
             drop(registry);

@@ -38,5 +38,6 @@ pub fn upload(values: &[f32], device: usize) -> Result<Tensor, Error> {
 }
 
 fn small(device: usize) -> Result<i8, Error> {
+    // libtorch numbers devices by 8 bits.
     i8::try_from(device).map_err(|_| Error::Invalid(format!("GPU {device}")))
 }

@@ -30,12 +30,15 @@ impl Error {
     /// Parses the output of `describe` in the shim: a letter, a space, the first line of the
     /// message.
     pub(crate) fn from_shim(description: &str) -> Error {
+        // A message without a letter is not from the shim: nothing is known about it.
         let (kind, detail) = description.split_once(' ').unwrap_or(("F", description));
         let detail = || first_line(detail);
         match kind {
             "T" => Error::Timeout,
             "P" => Error::PeerLost(detail()),
             "A" => Error::Aborted,
+            // Also for an unknown letter: an error that is not understood must not be taken for a lost
+            // peer, which would be tried again.
             _ => Error::Fatal(detail()),
         }
     }

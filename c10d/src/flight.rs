@@ -25,6 +25,8 @@ impl Flight {
     /// Ends the operation unless it has ended already, and returns its outcome.
     pub(crate) fn settle(&self, outcome: Outcome) -> Outcome {
         let mut slot = lock(&self.outcome);
+        // Invariant 1: after a success the buffers may be claimed, after an abort they are parked. Not
+        // both.
         let first = slot.get_or_insert(outcome).clone();
         self.settled.notify_all();
         first
@@ -32,6 +34,7 @@ impl Flight {
 
     /// Returns the outcome; `None` while the operation is under way.
     pub(crate) fn outcome(&self) -> Option<Outcome> {
+        // Held for the clone alone, as in all functions here, so a callback of libtorch never waits.
         lock(&self.outcome).clone()
     }
 
@@ -41,6 +44,7 @@ impl Flight {
         self.wait_for(left)
     }
 
+    // The lock is given up during the sleep. A spurious wake-up sleeps on.
     fn wait_for(&self, time: Duration) -> Option<Outcome> {
         let slot = lock(&self.outcome);
         let (slot, _) = self
@@ -57,6 +61,7 @@ pub struct Signal(pub(crate) Arc<Flight>);
 impl Signal {
     /// Called from one of libtorch's threads; an empty description means success.
     pub(crate) fn complete(&self, description: &CxxString) {
+        // No lock but the flight's is taken here: the thread is libtorch's, and others need it to go on.
         let outcome = match description.is_empty() {
             true => Ok(()),
             false => Err(Error::from_shim(&description.to_string_lossy())),

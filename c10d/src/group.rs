@@ -62,6 +62,7 @@ impl ReduceOp {
     /// Returns the value of `c10d::ReduceOp::RedOpType`.
     fn code(self) -> u8 {
         match self {
+            // 1 is the average, which Gloo does not have.
             ReduceOp::Sum => 0,
             ReduceOp::Product => 2,
             ReduceOp::Min => 3,
@@ -100,11 +101,13 @@ impl Group {
     /// the store's own error.
     pub fn gloo(options: GlooOptions, store: Arc<dyn KeyValueStore>, prefix: &str) -> Result<Group, Error> {
         let GlooOptions { rank, world_size, timeout, operation_timeout, address } = options;
+        // c10d takes a limit of zero for none, and every wait here is limited.
         let (small_rank, small_size) = check_ranks(rank, world_size, timeout.min(operation_timeout))?;
         let (hostname, interface) = match &address {
             GlooAddress::Hostname(name) => (name.as_str(), ""),
             GlooAddress::Interface(name) => ("", name.as_str()),
         };
+        // An empty text stands for "not given" on the side of C++.
         if hostname.is_empty() && interface.is_empty() {
             return Err(Error::Invalid("an empty address".into()));
         }
@@ -121,6 +124,7 @@ impl Group {
     #[cfg(test)]
     pub(crate) fn into_core(self) -> Arc<Core> {
         let core = Arc::clone(&self.core);
+        // Its `drop` would close the core.
         std::mem::forget(self);
         core
     }
@@ -174,6 +178,7 @@ impl Group {
     /// # Errors
     /// [`Error::Invalid`], [`Error::Aliased`] or [`Error::Aborted`], with the buffer back.
     pub fn all_reduce(&self, buffer: Buffer, op: ReduceOp) -> Launch<Buffer> {
+        // All checks come before the launch: what is refused here was never lent, and comes back.
         let check = self.check(&[&buffer]).and_then(|()| check_filled(&buffer));
         self.launch(buffer, &[Use::Both], check, |group, buffers, signal| {
             group.all_reduce(at_tensor(buffers[0].tensor()), op.code(), signal)
@@ -200,6 +205,7 @@ impl Group {
         });
         let (check, (send_splits, receive_splits)) = match splits {
             Ok(splits) => (Ok(()), splits),
+            // The splits are not used: the launch is refused before it needs them.
             Err(error) => (Err(error), Default::default()),
         };
         self.launch((send, receive), &[Use::Read, Use::Written], check, |group, buffers, signal| {
@@ -262,6 +268,7 @@ impl Group {
         let refused = |(error, buffers)| Refused { error, buffers: T::from_buffers(buffers) };
         let buffers = lent.into_buffers();
         let (staged, travelling) = if self.staged {
+            // Out of memory, for example: nothing was sent yet.
             let (staged, copies) = Staged::new(buffers, uses).map_err(refused)?;
             (Some(staged), copies)
         } else {
@@ -270,6 +277,7 @@ impl Group {
         match self.core.launch(travelling, start) {
             Ok(launched) => Ok(Pending::new(Arc::clone(&self.core), launched, staged)),
             Err((error, travelling)) => {
+                // Only the copies were at risk: the caller's own memory was not lent.
                 Err(refused((error, staged.map_or(travelling, Staged::into_buffers))))
             }
         }
@@ -278,6 +286,7 @@ impl Group {
     /// Checks the buffers of any collective.
     fn check(&self, buffers: &[&Buffer]) -> Result<(), Error> {
         for buffer in buffers {
+            // Before its device or kind is looked at, since `update` may have changed anything.
             buffer.check()?;
             let (kind, device) = (buffer.kind(), buffer.device());
             require(device == self.device, || {
@@ -291,6 +300,7 @@ impl Group {
 
     fn check_splits(&self, name: &str, buffer: &Buffer, splits: &[usize]) -> Result<Vec<i64>, Error> {
         let (count, size) = (splits.len(), self.world_size);
+        // c10d takes an empty list of splits for even ones.
         require(count == size, || format!("{count} {name} splits in a group of {size}"))?;
         let sum = splits.iter().try_fold(0_usize, |sum, split| sum.checked_add(*split));
         let numel = buffer.numel();
@@ -302,6 +312,8 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
+        // A group that is dropped in the middle of an operation is aborted: its peers wait in it, and
+        // its destructor would wait for them (invariant 3).
         self.core.close();
     }
 }
@@ -323,6 +335,7 @@ fn check_filled(buffer: &Buffer) -> Result<(), Error> {
 
 /// Converts rank and size to c10d's types.
 pub(crate) fn check_ranks(rank: usize, world_size: usize, timeout: Duration) -> Result<(i32, i32), Error> {
+    // Else the others would wait for a rank that does not exist, or never get this one.
     require(rank < world_size, || format!("rank {rank} in a group of {world_size}"))?;
     require(!timeout.is_zero(), || "a time limit of zero".into())?;
     let small = |number| i32::try_from(number).map_err(|_| Error::Invalid(format!("{number} ranks")));

@@ -14,6 +14,7 @@ use crate::sync::deadline;
 use crate::{Buffer, Error};
 
 /// Interval at which a backend that does not report the end of an operation by itself is polled.
+// Linux rounds a shorter sleep up to about this: its timers have a slack of 50 us.
 const POLL_INTERVAL: Duration = Duration::from_micros(50);
 
 mod sealed {
@@ -90,6 +91,7 @@ impl<T: Lent> Pending<T> {
             None => self.launched.flight.settle(Err(Error::Timeout)),
         };
         let done = outcome.and_then(|()| self.take_buffers());
+        // A peer may wait in this operation or the next: an abort cuts the connections, so it notices.
         if done.is_err() {
             self.core.abort();
         }
@@ -101,6 +103,7 @@ impl<T: Lent> Pending<T> {
         let came = self.core.claim(self.launched.id);
         match self.staged.take() {
             None => Ok(came),
+            // Copied on this thread, after the success: no other thread writes the caller's memory.
             Some(staged) => staged.finish(&came),
         }
     }
@@ -123,6 +126,7 @@ impl<T: Lent> Pending<T> {
             return self.launched.flight.wait_until(end);
         }
         loop {
+            // At the limit too: an operation that ended in the last interval counts as ended.
             self.poll();
             let now = Instant::now();
             let outcome = self.launched.flight.wait_until(end.min(now + POLL_INTERVAL));
@@ -135,6 +139,7 @@ impl<T: Lent> Pending<T> {
 
 impl<T: Lent> Drop for Pending<T> {
     fn drop(&mut self) {
+        // After `wait` the operation is claimed or parked, and this does nothing.
         self.core.abandon(self.launched.id);
     }
 }

@@ -37,6 +37,7 @@ pub struct ScriptTensor {
 impl ScriptTensor {
     /// Whether both are the same tensor under two names.
     pub fn is_same(&self, other: &ScriptTensor) -> bool {
+        // Tensors without elements have no place, and are never the same.
         self.place == other.place && self.place != 0
     }
 }
@@ -102,12 +103,14 @@ impl Script {
         if tensors.len() != self.tensors.len() {
             return Err(Error::Invalid(format!("{} tensors for {}", tensors.len(), self.tensors.len())));
         }
+        // Held until the buffers are read: binding, running and reading belong to one caller.
         let module = self.module.lock().unwrap_or_else(PoisonError::into_inner);
         for (index, tensor) in tensors.enumerate() {
             module.bind(index, at_tensor(tensor))?;
         }
         let (training, seed) = match mode {
             Mode::Training { seed } => (true, seed),
+            // No draw is made in evaluation, so the seed has no meaning.
             Mode::Evaluation => (false, 0),
         };
         let output = {
@@ -115,6 +118,7 @@ impl Script {
             let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
             owned(module.run(training, seed, at_tensor(input))?)?
         };
+        // Parameters are the caller's own, and a run does not change them.
         let buffers = (0..self.tensors.len()).filter(|index| !self.tensors[*index].is_parameter);
         let buffers = buffers.map(|index| owned(module.tensor(index)?)).collect::<Result<_, Error>>()?;
         Ok((output, buffers))
@@ -148,6 +152,7 @@ impl Script {
     /// # Errors
     /// Those of `look`.
     pub fn draws(look: impl FnOnce() -> Result<(), Error>) -> Result<bool, Error> {
+        // A draw moves the generator, so its state is evidence.
         let before = default_generator_state()?;
         look()?;
         Ok(default_generator_state()? != before)

@@ -34,6 +34,7 @@ impl Staged {
     ) -> Result<(Staged, Vec<Buffer>), (Error, Vec<Buffer>)> {
         let copies = buffers.iter().zip(uses).map(|(buffer, used)| {
             let mut copy = Buffer::zeros(buffer.numel(), buffer.kind(), Device::Cpu)?;
+            // Its content is about to be replaced, and a copy from a GPU is slow.
             if *used != Use::Written {
                 write(&mut copy, buffer.tensor())?;
             }
@@ -41,6 +42,7 @@ impl Staged {
         });
         match copies.collect() {
             Ok(copies) => Ok((Staged { buffers, uses }, copies)),
+            // The copies are dropped: nothing has been lent yet.
             Err(error) => Err((error, buffers)),
         }
     }
@@ -48,6 +50,7 @@ impl Staged {
     /// Returns the buffers with the result of the copies.
     pub(crate) fn finish(mut self, copies: &[Buffer]) -> Result<Vec<Buffer>, Error> {
         for ((buffer, used), copy) in self.buffers.iter_mut().zip(self.uses).zip(copies) {
+            // What was only sent is unchanged.
             if *used != Use::Read {
                 write(buffer, copy.tensor())?;
             }
@@ -63,5 +66,7 @@ impl Staged {
 
 /// Copies a whole tensor; the calling thread waits for the copy.
 fn write(to: &mut Buffer, from: &Tensor) -> Result<(), Error> {
+    // A blocking copy: it comes after the work that the device has enqueued, and is over when it
+    // returns.
     to.update(|to| to.f_copy_(from).map(drop)).map_err(Error::from)
 }

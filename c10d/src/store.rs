@@ -78,6 +78,7 @@ pub trait KeyValueStore: Send + Sync {
     /// # Errors
     /// [`StoreError::Timeout`] if a key has no value in time.
     fn wait(&self, keys: &[&str], timeout: Duration) -> Result<(), StoreError> {
+        // One limit for all keys together, not for each.
         let until = deadline(timeout);
         keys.iter().try_for_each(|key| {
             let left = until.saturating_duration_since(Instant::now());
@@ -103,6 +104,7 @@ impl MemoryStore {
 impl KeyValueStore for MemoryStore {
     fn set(&self, key: &str, value: &[u8]) -> Result<(), StoreError> {
         lock(&self.values).insert(key.to_owned(), value.to_owned());
+        // All waiters look for themselves: each may wait for another key.
         self.changed.notify_all();
         Ok(())
     }
@@ -112,12 +114,14 @@ impl KeyValueStore for MemoryStore {
         let left = until.saturating_duration_since(Instant::now());
         let (values, _) = self
             .changed
+            // The lock is given up while it sleeps.
             .wait_timeout_while(lock(&self.values), left, |values| !values.contains_key(key))
             .unwrap_or_else(PoisonError::into_inner);
         values.get(key).cloned().ok_or(StoreError::Timeout)
     }
 
     fn add(&self, key: &str, amount: i64) -> Result<i64, StoreError> {
+        // Held over reading and writing: two ranks that add at once must both count.
         let mut values = lock(&self.values);
         let current = match values.get(key) {
             None => 0,
@@ -127,6 +131,7 @@ impl KeyValueStore for MemoryStore {
                 .ok_or_else(|| StoreError::Fatal(format!("{key} does not hold a number")))?,
         };
         let sum =
+            // A counter that wrapped would look like a new one.
             current.checked_add(amount).ok_or_else(|| StoreError::Fatal(format!("{key} would overflow")))?;
         values.insert(key.to_owned(), sum.to_string().into_bytes());
         self.changed.notify_all();
@@ -136,6 +141,7 @@ impl KeyValueStore for MemoryStore {
     fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>, StoreError> {
         let mut values = lock(&self.values);
         let matches = match values.get(key) {
+            // As c10d's own stores do: an absent key answers with what was expected of it.
             None if !expected.is_empty() => return Ok(expected.to_owned()),
             None => true,
             Some(current) => current == expected,
@@ -193,8 +199,11 @@ impl StoreHandle {
         &self,
         operation: impl FnOnce(&dyn KeyValueStore) -> Result<T, StoreError>,
     ) -> Result<T, String> {
+        // Unwinding into C++ would be undefined. After a panic the group is not formed, so what the
+        // store holds is not used by it again.
         match catch_unwind(AssertUnwindSafe(|| operation(&*self.0))) {
             Ok(Ok(value)) => Ok(value),
+            // The letters that `Error::from_shim` reads. C++ passes them on unchanged.
             Ok(Err(StoreError::Timeout)) => Err("T ".into()),
             Ok(Err(StoreError::Aborted)) => Err("A ".into()),
             Ok(Err(error @ StoreError::Unreachable(_))) => Err(format!("P {error}")),

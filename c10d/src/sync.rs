@@ -13,11 +13,13 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Returns the end of a wait that starts now.
 pub(crate) fn deadline(timeout: Duration) -> Instant {
+    // `Instant` overflows with a panic beyond its range.
     Instant::now() + timeout.min(LONGEST)
 }
 
 /// Converts to whole milliseconds, rounded up, so that a short wait does not become 0.
 pub(crate) fn milliseconds(timeout: Duration) -> u64 {
+    // Limited first: the addition would overflow for the longest durations.
     let rounded = timeout.min(LONGEST) + Duration::from_nanos(999_999);
     u64::try_from(rounded.as_millis()).expect("a year in milliseconds fits in 64 bits")
 }
