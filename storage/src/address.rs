@@ -47,6 +47,7 @@ impl Address {
     /// See [`AddressError`].
     pub fn parse(text: &str) -> Result<Address, AddressError> {
         match text.split_once("://") {
+            // Without a scheme it is a path, whatever characters it has.
             None => Ok(Address::Folder(PathBuf::from(text))),
             // Not percent-decoded: the folder's name is taken literally.
             Some(("file", folder)) if folder.starts_with('/') => Ok(Address::Folder(PathBuf::from(folder))),
@@ -72,6 +73,7 @@ impl fmt::Display for Address {
 
 fn parse_url(text: &str) -> Result<Url, AddressError> {
     let url = Url::parse(text)?;
+    // Refused and not cut out: the address is journaled, logged and sent to workers.
     if holds_credentials(&url) {
         return Err(AddressError::Credentials);
     }
@@ -82,6 +84,7 @@ fn parse_url(text: &str) -> Result<Url, AddressError> {
             | ObjectStoreScheme::MicrosoftAzure,
             _,
         )) => Ok(url),
+        // `ObjectStoreScheme` also knows memory, files and plain web servers.
         _ => Err(AddressError::UnknownKind),
     }
 }
@@ -90,6 +93,7 @@ fn holds_credentials(url: &Url) -> bool {
     // abfs://CONTAINER@ACCOUNT... has a container where other URLs have a user.
     let azure = matches!(url.scheme(), "az" | "azure" | "adl" | "abfs" | "abfss");
     let user = !url.username().is_empty() && !azure;
+    // A signature of a shared link stands behind the question mark or the number sign.
     user || url.password().is_some() || url.query().is_some() || url.fragment().is_some()
 }
 

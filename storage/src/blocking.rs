@@ -18,6 +18,8 @@ impl Blocking {
     /// The system refuses one more thread.
     pub fn new(storage: Storage) -> std::io::Result<Blocking> {
         let runtime =
+            // A thread of its own drives the connections also while nobody is in `wait`: an idle one
+            // must still answer its server.
             Builder::new_multi_thread().worker_threads(1).thread_name("storage").enable_all().build()?;
         Ok(Blocking { storage, runtime })
     }

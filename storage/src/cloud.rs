@@ -26,6 +26,8 @@ pub(crate) fn open(url: &Url) -> std::result::Result<(Arc<dyn ObjectStore>, Path
             builder.build().map(|store| Arc::new(store) as Arc<dyn ObjectStore>)
         }
         ObjectStoreScheme::MicrosoftAzure => {
+            // Each builder reads the environment first, so that the address wins where both say
+            // something.
             let builder = MicrosoftAzureBuilder::from_env().with_url(url.as_str()).with_retry(retries());
             builder.build().map(|store| Arc::new(store) as Arc<dyn ObjectStore>)
         }
@@ -45,6 +47,8 @@ fn s3(url: &Url) -> Result<Arc<dyn ObjectStore>> {
 
 /// Retries of short failures. For longer outages the callers retry, and log it.
 fn retries() -> RetryConfig {
+    // With these numbers a request that fails ends within about half a minute (invariant 5 of the
+    // crate).
     let backoff = BackoffConfig { max_backoff: Duration::from_secs(4), ..BackoffConfig::default() };
     RetryConfig { backoff, max_retries: 4, retry_timeout: Duration::from_secs(20) }
 }

@@ -19,13 +19,16 @@ pub fn reason(error: &Error) -> String {
     if asks_the_machine(&whole) {
         return "no credentials: the environment has none, and the machine gives none".to_string();
     }
+    // An answer of S3 or Azure: its own code and message say more than the library's words around it.
     if let (Some(code), Some(message)) = (element(&whole, "Code"), element(&whole, "Message")) {
         return format!("{} ({code})", message.trim_end_matches('.'));
     }
     let mut cause: &dyn std::error::Error = error;
+    // The innermost cause is the system's or the server's.
     while let Some(source) = cause.source() {
         cause = source;
     }
+    // In one line: it becomes a field of the log and of an event.
     let line: Vec<String> = cause.to_string().split_whitespace().map(str::to_string).collect();
     line.join(" ").chars().take(LONGEST).collect()
 }
@@ -33,8 +36,10 @@ pub fn reason(error: &Error) -> String {
 /// Whether the same request may succeed later: the server or the way to it is at fault, not the
 /// request.
 pub(crate) fn may_pass(error: &Error) -> bool {
+    // The library gives the other variants a meaning of their own: not found, denied, and so on.
     let Error::Generic { .. } = error else { return matches!(error, Error::JoinError { .. }) };
     let text = error.to_string();
+    // Too slow, or too many requests: the only answers of the 400s that pass.
     let busy = text.contains("status code: 408") || text.contains("status code: 429");
     // The library exposes the status only as text.
     let refused = text.contains("status code: 4") || text.contains("redirect without LOCATION");
@@ -60,6 +65,7 @@ pub(crate) fn is_passing(error: &Error) -> bool {
         Errno::STALE,
         Errno::TIMEDOUT,
     ];
+    // The library wraps the system's error once or twice.
     let errno = system_error(error).and_then(Errno::from_io_error);
     errno.is_some_and(|errno| PASSING.contains(&errno))
 }

@@ -55,6 +55,7 @@ pub struct Version {
 
 fn version(file: &ObjectMeta) -> Version {
     let written = file.last_modified.to_rfc3339();
+    // Without a tag, which a server may leave out, the time of writing has to do.
     let text = format!("{} {}", file.size, file.e_tag.as_deref().unwrap_or(&written));
     Version { bytes: file.size, text }
 }
@@ -70,6 +71,7 @@ impl Storage {
         let (marker, name) = (Path::from(MARKER), PutPayload::from(run.to_string()));
         if self.owner().await?.is_none() {
             match self.put_new(&marker, &name).await {
+                // Another run may have come first in between: the name that is there decides.
                 Ok(()) | Err(Error::AlreadyExists { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -83,6 +85,8 @@ impl Storage {
             // can still be used.
             return Ok(Claim::Granted);
         }
+        // An object store that ignores the condition would let two coordinators overwrite each other, so
+        // it is tried once.
         match self.put_new(&marker, &name).await {
             Err(Error::AlreadyExists { .. }) => Ok(Claim::Granted),
             other => other.map(|()| Claim::Unsafe),
@@ -92,6 +96,7 @@ impl Storage {
     /// Returns the folder that `latest` names.
     pub async fn latest(&self) -> Result<Option<String>> {
         let text = self.text(&Path::from(LATEST)).await?;
+        // A hint only: a name with other white space around it still names its folder.
         Ok(text.map(|text| text.trim().to_string()))
     }
 
@@ -101,6 +106,7 @@ impl Storage {
         let listed = self.store.list_with_delimiter(None).await?;
         let names = listed.common_prefixes.iter().filter_map(|path| path.filename());
         let placed = names.filter_map(|name| Some((Checkpoint::place_of(name)?, name.to_string())));
+        // By numbers, not by names: from nine digits on, names sort otherwise.
         let ordered: BTreeMap<(u64, u32), String> = placed.collect();
         Ok(ordered.into_values().collect())
     }
@@ -108,6 +114,7 @@ impl Storage {
     /// Returns the names of the files in a folder; none if it does not exist.
     pub async fn files(&self, folder: &str) -> Result<Vec<String>> {
         let listed = match self.store.list_with_delimiter(Some(&Path::from(folder))).await {
+            // A folder appears with its first file, so its absence is no error.
             Err(Error::NotFound { .. }) => return Ok(Vec::new()),
             listed => listed?,
         };
@@ -151,6 +158,7 @@ impl Storage {
     /// but its other files stay.
     pub async fn withdraw(&self, checkpoint: &str) -> Result<()> {
         match self.store.delete(&in_folder(checkpoint, MANIFEST)).await {
+            // Gone already, as after an attempt whose answer was lost.
             Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(error),
         }
@@ -163,8 +171,10 @@ impl Storage {
         if let Some(root) = &self.folder {
             // Includes the drafts that a killed writer left there.
             let folder = root.join(checkpoint);
+            // Awaits the disk on a thread for such work: a network file system may take minutes.
             let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder)).await?;
             return match removed {
+                // Another attempt has removed it.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
                 removed => removed.map_err(|error| Error::Generic { store: "folder", source: error.into() }),
             };

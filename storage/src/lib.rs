@@ -65,7 +65,10 @@ impl Storage {
     }
 
     fn open_folder(folder: &std::path::Path) -> std::result::Result<Storage, String> {
+        // A folder that does not exist is an error here, and not the beginning of a new one: it may not
+        // be mounted.
         let opened = LocalFileSystem::new_with_prefix(folder).map_err(|error| reason(&error))?;
+        // Links and dots are resolved once, so that the folder stays the same for the whole run.
         let folder = folder.canonicalize().map_err(|error| error.to_string())?;
         let store = Arc::new(opened);
         Ok(Storage { store, address: Address::Folder(folder.clone()), folder: Some(folder) })
@@ -112,7 +115,9 @@ impl Storage {
     /// Removes the drafts that killed writers left beside the checkpoints. For the coordinator
     /// only: no other process writes there.
     pub async fn sweep(&self) -> Result<()> {
+        // Object stores have no drafts: uploads in parts appear at their end, or never.
         let Some(folder) = self.folder.clone() else { return Ok(()) };
+        // On a thread for blocking work, as it lists and removes files.
         let swept = tokio::task::spawn_blocking(move || whole::sweep(&folder)).await?;
         swept.map_err(|error| Error::Generic { store: "folder", source: error.into() })
     }

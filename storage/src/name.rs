@@ -42,6 +42,7 @@ impl RelativeName {
     /// The text could name something outside of the folder, or is not a valid file name on every
     /// system.
     pub fn parse(text: &str) -> Result<RelativeName, BadName> {
+        // First, so that a long text is not looked through.
         if text.len() > MAX_BYTES {
             return Err(BadName::Length);
         }
@@ -50,6 +51,7 @@ impl RelativeName {
                 "" => return Err(BadName::EmptyPart),
                 "." | ".." => return Err(BadName::Dots),
                 _ if part.len() > MAX_PART_BYTES => return Err(BadName::Length),
+                // On another system a backslash separates parts, and a checkpoint may be read there.
                 _ if part.contains('\\') => return Err(BadName::Backslash),
                 _ if part.chars().any(char::is_control) => return Err(BadName::Control),
                 _ => {}
@@ -65,6 +67,7 @@ impl RelativeName {
 
     /// Returns the path of this name in `folder`.
     pub fn below(&self, folder: &Path) -> PathBuf {
+        // By parts, each of which was checked: `join` with a rooted text would leave the folder.
         self.0.split('/').fold(folder.to_path_buf(), |path, part| path.join(part))
     }
 }

@@ -23,6 +23,7 @@ impl Pauses {
         self.next = (whole * 2).min(self.limit);
         // A hasher's keys are the standard library's source of randomness.
         let chance = u32::try_from(RandomState::new().hash_one(0) % 1024).expect("it is below 1024");
+        // From half of the pause on: it stays a pause, and clients still spread.
         whole / 2 + whole * chance / 2048
     }
 }

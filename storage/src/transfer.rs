@@ -34,8 +34,10 @@ impl Storage {
     pub async fn create(&self, path: &Path, content: &PutPayload, blake3: &str) -> Result<()> {
         match self.put_new(path, content).await {
             Err(Error::AlreadyExists { .. }) => {}
+            // A success, or an error that says nothing about what is there.
             done => return done,
         }
+        // The content follows from the job and the update index, so another one is damage (invariant 2).
         if self.hash(path).await? != blake3 {
             tracing::warn!("{path} is damaged; writing it again");
             self.replace(path, content).await?;
@@ -46,6 +48,8 @@ impl Storage {
     /// Writes a file; [`Error::AlreadyExists`] if one exists, with any content.
     pub async fn put_new(&self, path: &Path, content: &PutPayload) -> Result<()> {
         if let Some(folder) = &self.folder {
+            // An empty file may be another writer's reservation (`whole::claim`), and does not count as
+            // there.
             let there = folder.join(path.as_ref()).symlink_metadata();
             if there.is_ok_and(|there| there.is_file() && there.len() > 0) {
                 // This check needs no free space.
@@ -54,6 +58,7 @@ impl Storage {
             return self.put_local(path, content, Draft::put_new).await;
         }
         if content.content_length() <= PART {
+            // A small file is one request, which the store itself makes conditional.
             let create = PutOptions::from(PutMode::Create);
             return self.store.put_opts(path, content.clone(), create).await.map(drop);
         }
@@ -62,10 +67,12 @@ impl Storage {
             return Err(Error::AlreadyExists { path: path.to_string(), source: "it is there".into() });
         }
         let staged = staged(path);
+        // A wait without limit of its own: each request in it has one (`cloud::retries`).
         self.put_in_parts(&staged, content).await?;
         let copied = self.store.copy_if_not_exists(&staged, path).await;
         // If the temporary file stays, it is removed with the folder.
         let _ = self.store.delete(&staged).await;
+        // The copy's result decides, not the upload's: another writer may have taken the name meanwhile.
         copied
     }
 
@@ -106,6 +113,7 @@ impl Storage {
         let (path, above) = (path.to_string(), target.parent().map(std::path::Path::to_path_buf));
         let failed = |error: io::Error| Error::Generic { store: "folder", source: error.into() };
         let work = move || {
+            // A checkpoint's folder appears with its first file, whichever part of it that is.
             whole::create_folders(&above.unwrap_or_default()).map_err(failed)?;
             match Draft::beside(&target).and_then(write) {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {
@@ -114,6 +122,8 @@ impl Storage {
                 written => written.map_err(|error| failed(whole::explain(error, length, &target))),
             }
         };
+        // Waits for the disk or a network file system; not bounded here, as nothing ends a blocked
+        // write.
         tokio::task::spawn_blocking(work).await?
     }
 
@@ -121,6 +131,7 @@ impl Storage {
         let mut upload = self.begin_upload(path, content.content_length()).await?;
         for mut piece in content.iter().cloned() {
             while !piece.is_empty() {
+                // Slices of the same memory: content that is written is not copied.
                 let part = piece.split_to(piece.len().min(PART));
                 upload = pushed(upload, part).await?;
             }
@@ -132,6 +143,7 @@ impl Storage {
     /// length at the start.
     pub async fn send(&self, path: &Path, mut file: std::fs::File) -> Result<()> {
         let failed = |error: std::io::Error| Error::Generic { store: "file", source: error.into() };
+        // Read once: a log may grow while it is sent, and the number of parts follows from the length.
         let length = usize::try_from(file.metadata().map_err(failed)?.len()).unwrap_or(usize::MAX);
         if self.folder.is_some() {
             let copy = move |draft: Draft| {
@@ -154,6 +166,7 @@ impl Storage {
             let part = match next(left) {
                 Ok(part) => part,
                 Err(error) => {
+                    // The store keeps parts of an unfinished upload, and charges for them.
                     let _ = upload.abort().await;
                     return Err(error);
                 }
@@ -166,6 +179,7 @@ impl Storage {
 
     async fn begin_upload(&self, path: &Path, length: usize) -> Result<WriteMultipart> {
         let upload = self.store.put_multipart(path).await?;
+        // Parts grow with the file, so that their number stays below what stores accept.
         Ok(WriteMultipart::new_with_chunk_size(upload, PART.max(length.div_ceil(PARTS))))
     }
 
@@ -186,6 +200,7 @@ impl Storage {
             Ok(())
         })
         .await?;
+        // One part needs no copy.
         Ok(if parts.len() == 1 { parts.swap_remove(0) } else { parts.concat().into() })
     }
 
@@ -214,8 +229,10 @@ impl Storage {
             return take(whole.bytes().await?);
         }
         // Ends the first request, whose body is not read: the content is read in ranges instead.
+        // An unread body would keep its connection busy.
         drop(whole);
         for start in (0..length).step_by(PART) {
+            // One at a time, so that memory holds one part. Each has the limit of a request.
             take(self.store.get_range(path, start..length.min(start + PART as u64)).await?)?;
         }
         Ok(())
@@ -229,6 +246,7 @@ async fn pushed(mut upload: WriteMultipart, part: Bytes) -> Result<WriteMultipar
         let _ = upload.abort().await;
         return Err(error);
     }
+    // Only queued here; an error of this part shows at the next one, or at the end.
     upload.put(part);
     Ok(upload)
 }
@@ -236,6 +254,7 @@ async fn pushed(mut upload: WriteMultipart, part: Bytes) -> Result<WriteMultipar
 /// Returns a temporary name beside a file's, which no other writer uses.
 fn staged(path: &Path) -> Path {
     use std::hash::{BuildHasher, RandomState};
+    // Drawn anew: two processes on different machines may have the same number.
     let own = RandomState::new().hash_one(std::process::id());
     Path::from(format!("{path}.{own:016x}.new"))
 }

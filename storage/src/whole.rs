@@ -34,6 +34,7 @@ const CLAIM_LOOK: Duration = Duration::from_millis(50);
 /// # Errors
 /// The system's.
 pub fn write(file: &Path, content: &[u8]) -> io::Result<()> {
+    // Explained here, where the size of the content is known.
     write_by(file, |mut draft| draft.write_all(content)).map_err(|error| explain(error, content.len(), file))
 }
 
@@ -42,6 +43,7 @@ pub fn write(file: &Path, content: &[u8]) -> io::Result<()> {
 /// # Errors
 /// The system's.
 pub fn write_secret(file: &Path, content: &[u8]) -> io::Result<()> {
+    // The mode is that of the draft, so the secret is at no time readable by others.
     let draft = Draft::secret_beside(file)?;
     draft.file().write_all(content)?;
     draft.put()
@@ -65,7 +67,9 @@ pub fn write_by<T, E: From<io::Error>>(
     file: &Path,
     fill: impl FnOnce(&File) -> Result<T, E>,
 ) -> Result<T, E> {
+    // Before the draft: it must lie beside the target, on the same file system, to be renamed.
     let file = &follow(file)?;
+    // A device or a pipe would be replaced by a plain file.
     if is_special(file)? {
         return fill(&File::options().write(true).open(file)?);
     }
@@ -103,12 +107,14 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
 /// # Errors
 /// The system's.
 pub fn create_folders(folder: &Path) -> io::Result<()> {
+    // The end of the recursion: the root, or `.` for a relative path.
     if folder.as_os_str().is_empty() || folder.is_dir() {
         return Ok(());
     }
     let above = parent(folder);
     create_folders(above)?;
     match fs::create_dir(folder) {
+        // Another process made it in between.
         Err(error) if error.kind() == ErrorKind::AlreadyExists && folder.is_dir() => Ok(()),
         Err(error) => Err(error),
         Ok(()) => sync_folder(above),
@@ -122,6 +128,7 @@ pub fn create_folders(folder: &Path) -> io::Result<()> {
 pub fn sweep(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
+        // A folder with such a name is not ours.
         if entry.file_name().to_str().is_some_and(is_draft) && entry.file_type()?.is_file() {
             fs::remove_file(entry.path())?;
         }
@@ -155,6 +162,7 @@ pub fn explain(error: io::Error, needed: usize, file: &Path) -> io::Error {
     if !matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) {
         return error;
     }
+    // Blocks that an ordinary user may take: a file system reserves some for root.
     let free = statvfs(parent(file)).map(|found| found.f_bavail.saturating_mul(found.f_frsize));
     let free = free.map(|bytes| format!(", {} is free", size(bytes))).unwrap_or_default();
     io::Error::new(error.kind(), format!("{error}: it needs {}{free}", size(needed as u64)))
@@ -201,6 +209,7 @@ impl Draft {
         let name =
             target.file_name().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "it names no file"))?;
         // Short enough for any file system, whatever the length of the target's name.
+        // 200 bytes at most in UTF-8, and the random part and the suffix fit into 255.
         let begin: String = name.to_string_lossy().chars().take(50).collect();
         let prefix = format!(".{begin}.");
         let mut builder = Builder::new();
@@ -228,6 +237,7 @@ impl Draft {
         self.file().sync_all()?;
         fs::rename(self.draft.path(), &self.target)?;
         // The draft's name is free, and may be another writer's from now on.
+        // Else its removal could delete that writer's file.
         self.draft.disable_cleanup(true);
         sync_folder(parent(&self.target))
     }
@@ -243,10 +253,13 @@ impl Draft {
 
     fn put_new_by(self, ways: &Ways) -> io::Result<()> {
         self.file().sync_all()?;
+        // Three ways, the best first: a hard link, an exclusive rename, a reserved name. Network file
+        // systems refuse some.
         let (from, to) = (self.draft.path(), self.target.as_path());
         match (ways.link)(from, to) {
             // A network file system may have made the link on a request whose answer was lost, and
             // report this to the repetition.
+            // A repeated request after a lost answer finds its own link.
             Err(error) if error.kind() == ErrorKind::AlreadyExists && self.is_there()? => {}
             Err(error) if is_refused(&error) => match (ways.rename_new)(from, to) {
                 Err(error) if is_refused(&error) => claim(from, to, ways.patience)?,
@@ -260,6 +273,7 @@ impl Draft {
     /// Whether this very file is in its place.
     fn is_there(&self) -> io::Result<bool> {
         let (own, there) = (self.file().metadata()?, fs::symlink_metadata(&self.target)?);
+        // Inode numbers are unique on one device only.
         Ok((own.dev(), own.ino()) == (there.dev(), there.ino()))
     }
 }
@@ -279,6 +293,7 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
 /// Whether a file system does not support the operation at all.
 fn is_refused(error: &io::Error) -> bool {
     let refusals = [Errno::PERM, Errno::OPNOTSUPP, Errno::NOTSUP, Errno::MLINK, Errno::NOSYS, Errno::INVAL];
+    // File systems do not agree on the number by which they say this.
     Errno::from_io_error(error).is_some_and(|error| refusals.contains(&error))
 }
 
@@ -286,6 +301,7 @@ fn is_refused(error: &io::Error) -> bool {
 /// content. A writer that died in between is waited for, and its name taken over.
 fn claim(from: &Path, to: &Path, patience: Duration) -> io::Result<()> {
     let begun = Instant::now();
+    // Only one process can create the empty file: this is what makes the name its own.
     while let Err(error) = File::create_new(to) {
         let is_empty = error.kind() == ErrorKind::AlreadyExists && fs::symlink_metadata(to)?.len() == 0;
         // An empty draft put in place would look like a reservation, so it is refused.
@@ -298,6 +314,7 @@ fn claim(from: &Path, to: &Path, patience: Duration) -> io::Result<()> {
         }
         std::thread::sleep(CLAIM_LOOK);
     }
+    // Replaces the reservation. Until then a reader finds an empty file, which no checkpoint has.
     fs::rename(from, to)
 }
 
@@ -306,7 +323,9 @@ fn follow(target: &Path) -> io::Result<PathBuf> {
     let mut place = target.to_path_buf();
     for _ in 0..LINKS_LIMIT {
         match fs::read_link(&place) {
+            // A relative link counts from its own folder.
             Ok(next) => place = parent(&place).join(next),
+            // Not a link, or nothing there: the end of the chain.
             Err(error) if matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::NotFound) => {
                 return Ok(place);
             }
@@ -327,6 +346,7 @@ fn is_special(place: &Path) -> io::Result<bool> {
 /// Returns the folder of a file.
 fn parent(file: &Path) -> &Path {
     match file.parent() {
+        // The parent of a bare name is the empty path, which the system does not open.
         Some(folder) if folder.as_os_str().is_empty() => Path::new("."),
         Some(folder) => folder,
         None => Path::new("/"),
@@ -337,6 +357,7 @@ fn parent(file: &Path) -> &Path {
 /// it.
 fn sync_folder(folder: &Path) -> io::Result<()> {
     match File::open(folder)?.sync_all() {
+        // Some systems do not let a folder that is open for reading be synced.
         Err(error) if is_refused(&error) || Errno::from_io_error(&error) == Some(Errno::BADF) => Ok(()),
         synced => synced,
     }
