@@ -46,18 +46,22 @@ pub(crate) const SIDE: u32 = 1 << 16;
 
 /// Bounds a diagnostic text: printable, cut off at its bound.
 pub(crate) fn text(text: String) -> String {
+    // A cut inside of a character would be no text.
     let cut =
         |text: &str| (0..=TEXT.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
     // Cut before escaping as well: escapes are longer than the original, and a peer may send many
     // of them.
     let mut shown = printable(&text[..cut(&text)]).into_owned();
+    // Again, since escaping has made it longer.
     shown.truncate(cut(&shown));
     shown
 }
 
 /// Bounds a name: one line, printable.
 pub(crate) fn name(name: String, what: &str) -> Result<String, Malformed> {
+    // Before escaping, so that a text without end is not escaped first.
     let name = within(name, NAME, what)?;
+    // And after it, as the escaped form is passed on.
     within(printable_name(&name).into_owned(), NAME, what)
 }
 
@@ -83,6 +87,7 @@ pub(crate) fn list<T>(items: Vec<T>, limit: usize, what: &str) -> Result<Vec<T>,
 
 /// Checks a count against [`COUNT`].
 pub(crate) fn count(number: u64, what: &str) -> Result<u64, Malformed> {
+    // An equal number passes: floating-point numbers hold it exactly too.
     if number > COUNT {
         return Err(Malformed(format!("{what} is {number}, and at most {COUNT} is allowed")));
     }

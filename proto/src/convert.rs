@@ -49,6 +49,7 @@ impl FromWorker {
                 position: progress.position.0,
                 activity: activity_to_wire(progress.activity).into(),
                 leaves: progress.leaves,
+                // A longer time than the type can hold is clamped, and then again by the reader.
                 slowest_leaf_us: u64::try_from(progress.slowest_leaf.as_micros()).unwrap_or(u64::MAX),
                 resident_bytes: usage.resident_bytes,
                 gpu_memory_bytes: usage.gpu.memory_bytes,
@@ -90,9 +91,13 @@ impl FromWorker {
     /// Converts a message from the wire, with its term.
     pub fn from_wire(request: wire::SessionRequest) -> Result<(Term, FromWorker), Malformed> {
         use wire::session_request::Message;
+        // Without a message it is of a kind that this build does not know; fields alone would be
+        // ignored.
         let message = match required(request.message, "message")? {
             Message::Hello(hello) => FromWorker::Hello(hello_from_wire(hello)?),
             Message::Loaded(mut loaded) => {
+                // Taken out first: the rest becomes the facts by which a worker is judged, this one is
+                // diagnostic.
                 let data = loaded.data.take().map(Found::from_wire).transpose()?;
                 FromWorker::Loaded(loaded_from_wire(loaded)?, data.map(Box::new))
             }
@@ -147,6 +152,7 @@ fn position(number: u64) -> Result<Position, Malformed> {
 }
 
 fn samples_from_wire(grid: wire::SampleGrid) -> Result<SampleGrid, Malformed> {
+    // It goes to readers of pictures, as TensorBoard, which take sizes on trust.
     let is_picture = (1..=bounds::SIDE).contains(&grid.width)
         && (1..=bounds::SIDE).contains(&grid.height)
         && (1..=4).contains(&grid.channels);
@@ -191,6 +197,7 @@ fn hello_from_wire(hello: wire::Hello) -> Result<Hello, Malformed> {
     let token = name(hello.spawn_token, "spawn_token")?;
     Ok(Hello {
         protocol: hello.protocol,
+        // Empty stands for none: on the wire the field is a plain text.
         spawn_token: Some(token).filter(|token| !token.is_empty()),
         host: name(hello.host, "host")?,
         pid: hello.pid,
@@ -216,9 +223,11 @@ fn resume_from_wire(resume: wire::Resume) -> Result<Resume, Malformed> {
 }
 
 fn loaded_from_wire(loaded: wire::Loaded) -> Result<LoadedFacts, Malformed> {
+    // Both are divisors later: of the stream's numbers, and of update indices.
     if loaded.samples == 0 || !(1..=bounds::PHASES).contains(&loaded.phases_per_step) {
         return Err(Malformed(format!("loaded without samples, or without 1 to {} phases", bounds::PHASES)));
     }
+    // An empty one would become the run's, and all later workers would be refused (D11).
     if loaded.passport.is_empty() || loaded.passport.len() > bounds::PASSPORT {
         return Err(Malformed(format!("a passport has 1 to {} items", bounds::PASSPORT)));
     }
@@ -243,6 +252,7 @@ fn loaded_from_wire(loaded: wire::Loaded) -> Result<LoadedFacts, Malformed> {
 }
 
 fn fault_to_wire(generation: Generation, fault: Fault) -> wire::session_request::Message {
+    // Only this fault is about one phase.
     let at = match &fault {
         Fault::NonFinite { position, .. } => position.0,
         _ => 0,
@@ -266,6 +276,7 @@ fn fault_from_wire(fault: wire::Fault) -> Result<Fault, Malformed> {
         wire::FaultKind::Peer => Fault::Peer,
         wire::FaultKind::Timeout => Fault::Timeout,
         wire::FaultKind::Links => {
+            // The coordinator looks each rank up among the members.
             let ranks = list(fault.ranks, bounds::MEMBERS, "ranks")?;
             Fault::Links(ranks.into_iter().map(Rank).collect())
         }
@@ -276,6 +287,7 @@ fn fault_from_wire(fault: wire::Fault) -> Result<Fault, Malformed> {
             detail: text(fault.detail),
             stop: kind == wire::FaultKind::NonFiniteStop,
         },
+        // A newer build's fault: refused, as its consequence is not known here.
         wire::FaultKind::Unspecified => return Err(malformed("unknown kind of fault")),
     })
 }
@@ -285,6 +297,8 @@ fn heartbeat_from_wire(heartbeat: &wire::Heartbeat) -> Result<FromWorker, Malfor
         position: position(heartbeat.position)?,
         leaves: count(heartbeat.leaves, "leaves")?,
         activity: activity_from_wire(heartbeat.activity())?,
+        // Ten times this is how long a member may be late (M8): a wrong clock must not make that
+        // endless.
         slowest_leaf: Duration::from_micros(heartbeat.slowest_leaf_us).min(SLOWEST_LEAF),
     };
     let gpu = GpuUse { memory_bytes: heartbeat.gpu_memory_bytes, utilisation: heartbeat.gpu_utilisation };
@@ -330,6 +344,7 @@ pub(crate) fn row_to_wire(row: MetricsRow) -> wire::MetricsRow {
 }
 
 fn finite(number: f64, what: &str) -> Result<f64, Malformed> {
+    // Steps are compared and sorted by it, which a NaN would spoil.
     if number.is_finite() { Ok(number) } else { Err(Malformed(format!("{what} is {number}"))) }
 }
 
@@ -370,6 +385,7 @@ fn file_from_wire(file: wire::StoredFile) -> Result<StoredFile, Malformed> {
     // The name becomes part of a path on the coordinator's machine.
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     let file_name = within(file.file, bounds::NAME, "file")?;
+    // A dot would begin a hidden file or a draft, and `..` leads out of the folder.
     if file_name.is_empty() || file_name.starts_with('.') || !file_name.chars().all(allowed) {
         return Err(Malformed(format!("{file_name:?} is not the name of a checkpoint's file")));
     }
@@ -377,6 +393,7 @@ fn file_from_wire(file: wire::StoredFile) -> Result<StoredFile, Malformed> {
 }
 
 fn digest(hex: String) -> Result<String, Malformed> {
+    // One form only: digests are compared as texts.
     let is_digest = hex.len() == 64 && hex.bytes().all(|c| c.is_ascii_hexdigit());
     is_digest.then_some(hex).ok_or_else(|| malformed("a digest is 64 hexadecimal digits"))
 }
@@ -430,7 +447,10 @@ impl ToWorker {
                 term,
                 worker: WorkerId(count(welcome.worker, "worker")?),
                 run: name(welcome.run, "run")?,
+                // Whole or not at all: a setting that is not understood would change the result in
+                // silence.
                 job: Job::from_toml(&welcome.job_toml)?,
+                // Not made safe to show: it is an address that has to stay as it is.
                 storage: within(welcome.storage, bounds::PATH, "storage")?,
                 condemned: generation(welcome.condemned)?,
             })),
@@ -489,6 +509,7 @@ fn assignment_to_wire(assignment: Assignment) -> wire::Assignment {
     wire::Assignment {
         generation: group.generation.0,
         rank: assignment.rank,
+        // One address for each member, by rank.
         members: group.members.into_iter().zip(assignment.addresses).map(member).collect(),
         position: group.position.0,
         start: Some(start),
@@ -533,10 +554,13 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
         }
     };
     let told = list(assignment.members, bounds::MEMBERS, "members")?;
+    // The list was bounded above, so this allocates no more than the message justifies.
     let mut members = Vec::with_capacity(told.len());
     let mut addresses = Vec::with_capacity(told.len());
     let mut next_shard = 0;
     for member in told {
+        // A worker trusts these ranges: a gap would leave a shard out of the sum, an overlap count it
+        // twice (D2).
         let end = member.first_shard.checked_add(member.shards);
         let end = end.filter(|end| member.first_shard == next_shard && *end > next_shard);
         next_shard = end.ok_or_else(|| malformed("the data shards of the ranks do not follow each other"))?;
@@ -551,6 +575,7 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
         Start::Healed(source) | Start::Checkpoint(source, _) => source.0,
         Start::Fresh => 0,
     };
+    // Both are used as indices into the members.
     if assignment.rank.max(source) as usize >= members.len() {
         return Err(malformed("a rank beyond the group"));
     }
@@ -585,6 +610,7 @@ pub fn checked_status(mut status: wire::GetStatusResponse) -> Result<wire::GetSt
     ] {
         *text = name(std::mem::take(text), what)?;
     }
+    // An operator's program shows these texts in a terminal.
     let workers = list(status.workers, bounds::MEMBERS, "workers")?.into_iter();
     let worker = |worker: wire::WorkerStatus| {
         let (host, device) = (name(worker.host, "host")?, name(worker.device, "device")?);

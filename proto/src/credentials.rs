@@ -69,6 +69,7 @@ impl TlsFiles {
     /// Names the TLS files of a folder; reads nothing.
     pub fn new(folder: &Path) -> TlsFiles {
         // A process that this one starts may have another working directory.
+        // Children of a coordinator get this path in their environment.
         TlsFiles(std::path::absolute(folder).unwrap_or_else(|_| folder.to_path_buf()))
     }
 
@@ -95,6 +96,8 @@ impl TlsFiles {
             let text = std::fs::read(self.path(name)).map_err(|error| unreadable(name, &error))?;
             let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
             let found = found.map_err(|error| unreadable(name, &error))?;
+            // The parser passes over what is not a certificate, so a key in place of one gives an empty
+            // list.
             if found.is_empty() {
                 return Err(unreadable(name, &"no certificate in it"));
             }
@@ -108,6 +111,7 @@ impl TlsFiles {
         let key = std::fs::read(self.path(KEY_FILE)).map_err(|error| unreadable(KEY_FILE, &error))?;
         let key = PrivateKeyDer::from_pem_slice(&key).map_err(|error| unreadable(KEY_FILE, &error))?;
         let identity = Identity { chain, key, roots: Arc::new(roots) };
+        // On this side: a peer's refusal would name neither the file nor the reason.
         self.check(&identity)?;
         Ok(identity)
     }
@@ -117,6 +121,7 @@ impl TlsFiles {
             CredentialError(format!("--tls-dir: {}: {why}", self.path(CERTIFICATE_FILE).display()))
         };
         let provider = provider();
+        // Compares the public key of the certificate with that of the private key.
         rustls::sign::CertifiedKey::from_der(identity.chain.clone(), identity.key.clone_key(), &provider)
             .map_err(|error| wrong(format!("it does not go with {KEY_FILE} beside it: {error}")))?;
         // Every process is a client of some peers and a server of others: workers are both to each
@@ -156,6 +161,7 @@ impl Identity {
         let roots = &self.roots.roots;
         let algorithms = provider.signature_verification_algorithms.all;
         let now = UnixTime::since_unix_epoch(now());
+        // Without revocation lists: the files are replaced instead (invariant 2).
         own.verify_for_usage(algorithms, roots, between, now, usage, None, None).map(drop)
     }
 
@@ -169,11 +175,13 @@ impl Identity {
     /// Whether this certificate is valid for a name or an address.
     pub fn is_for(&self, name: &rustls::pki_types::ServerName<'_>) -> bool {
         let own = self.chain.first().map(EndEntityCert::try_from);
+        // For names and for addresses, as the peers do it.
         own.is_some_and(|own| own.is_ok_and(|own| own.verify_is_valid_for_subject_name(name).is_ok()))
     }
 
     /// Returns a name by which peers can verify this certificate.
     pub fn peer_name(&self) -> Result<String, CredentialError> {
+        // A wildcard is not a name, but any name in its place is covered.
         let name = self.names().into_iter().next().map(|name| name.replacen('*', "any", 1));
         name.ok_or_else(|| CredentialError::unusable("the own one is for no DNS name; make it with one"))
     }
@@ -181,6 +189,7 @@ impl Identity {
     /// Returns the client configuration of this process for a protocol.
     pub fn client(self, protocol: &[u8]) -> Result<ClientConfig, CredentialError> {
         let builder = ClientConfig::builder_with_provider(provider());
+        // One version for all: this program has no older peers.
         let builder = builder.with_protocol_versions(&[&TLS13]).map_err(CredentialError::unusable)?;
         let builder = builder.with_root_certificates(self.roots);
         let config = builder.with_client_auth_cert(self.chain, self.key);
@@ -200,13 +209,15 @@ impl Identity {
         let mut config = builder.with_single_cert(self.chain, self.key).map_err(CredentialError::unusable)?;
         config.alpn_protocols = vec![protocol.to_vec()];
         // Clients never resume a connection, so tickets would be wasted.
+        // Each costs a message of the handshake.
         config.send_tls13_tickets = 0;
         Ok(config)
     }
 }
 
-/// Returns the cryptography provider: never the process's default, which nobody sets.
+/// Returns the cryptography provider: never the process's default, which only object stores set.
 pub fn provider() -> Arc<CryptoProvider> {
+    // As an argument everywhere: with two providers linked in, rustls would not choose one by itself.
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
@@ -231,17 +242,20 @@ impl JoinToken {
             let place = format!("--join-token-file {}", file.display());
             let text = std::fs::read_to_string(file)
                 .map_err(|error| CredentialError(format!("{place}: {error}; give the file that holds it")))?;
+            // A file ends with a newline, which `parse` trims.
             return JoinToken::parse(&place, &text).map(Some);
         }
         match std::env::var(JOIN_TOKEN) {
             Ok(text) => JoinToken::parse(JOIN_TOKEN, &text).map(Some),
             Err(std::env::VarError::NotPresent) => Ok(None),
+            // The value is not shown: it may be the token but for one byte.
             Err(std::env::VarError::NotUnicode(_)) => Err(unusable(JOIN_TOKEN)),
         }
     }
 
     fn parse(place: &str, text: &str) -> Result<JoinToken, CredentialError> {
         let token = text.trim();
+        // It becomes the value of a header.
         if token.len() < SHORTEST_TOKEN || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(unusable(place));
         }
@@ -257,6 +271,7 @@ impl JoinToken {
     pub fn authorise<T>(&self, request: &mut Request<T>) {
         // Parsing cannot fail: a token consists of printable ASCII.
         if let Ok(mut header) = self.header().parse::<AsciiMetadataValue>() {
+            // So that neither logs nor the header compression of HTTP/2 keep it.
             header.set_sensitive(true);
             request.metadata_mut().insert("authorization", header);
         }

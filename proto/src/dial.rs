@@ -52,6 +52,7 @@ impl Credentials {
     /// Checks that an address suits these credentials and that they can be used; returns the
     /// endpoint to connect to.
     pub fn endpoint(&self, uri: &Uri) -> Result<Endpoint, DialError> {
+        // Read only to be checked: a token that cannot be used shows before the first attempt.
         JoinToken::read(self.token_file.as_deref())?;
         let secure = uri.scheme_str() == Some("https");
         match &self.tls {
@@ -65,6 +66,7 @@ impl Credentials {
             )),
             None => Ok(Endpoint::from(uri.clone())),
             Some(files) => {
+                // Likewise for the certificates; each connection reads them anew.
                 files.read()?;
                 // The connection that is handed over is already encrypted; tonic must not add TLS.
                 let plain = uri.to_string().replacen("https://", "http://", 1);
@@ -98,6 +100,7 @@ impl Credentials {
 
 /// Returns the cause that this module gave, else the system's.
 fn cause(error: &tonic::transport::Error) -> DialError {
+    // tonic wraps what the connector returned: only an inner error tells anything.
     let mut deepest: &dyn std::error::Error = error;
     while let Some(source) = deepest.source() {
         if let Some(own) = source.downcast_ref::<DialError>() {
@@ -116,15 +119,22 @@ struct Dial {
 impl Dial {
     async fn open(&self, uri: &Uri) -> Result<TlsStream<TcpStream>, DialError> {
         let later = |error: io::Error| DialError::Later(error.to_string());
+        // Brackets of an IPv6 address, which are part of the URI and not of the name.
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        // Waits as long as the system tries. The caller bounds a whole attempt (a worker:
+        // `Limits::attempt`).
         let stream = TcpStream::connect((host, uri.port_u16().unwrap_or_default())).await.map_err(later)?;
+        // Heartbeats and headers are small, and would wait for the acknowledgement of what was sent
+        // before.
         stream.set_nodelay(true).map_err(later)?;
         let expected = self.name.as_deref().unwrap_or(host);
         let name = ServerName::try_from(expected.to_string())
             .map_err(|_| DialError::Wrong(format!("{expected} is no name that a certificate can be for")))?;
+        // tonic speaks HTTP/2 only, and a server that does not is found out here.
         let config = self.files.read()?.client(b"h2")?;
         let connector = TlsConnector::from(Arc::new(config));
         let explain = |error: io::Error| self.explain(expected, &error);
+        // Bounded by the attempt, like the connection itself.
         let mut stream = connector.connect(name, stream).await.map_err(explain)?;
         // Invariant 2: the server's first bytes mean that it accepted the certificate. A stream
         // that ends instead means that it did not.
@@ -144,6 +154,8 @@ impl Dial {
             Some(TlsError::AlertReceived(alert)) => match refusal(*alert) {
                 Some(why) => format!("the coordinator does not accept {own}: {why}"),
                 None => {
+                    // An alert that is not about certificates may be the end of a coordinator that
+                    // restarts.
                     return DialError::Later(format!("the coordinator ended the TLS handshake: {alert:?}"));
                 }
             },
@@ -152,6 +164,7 @@ impl Dial {
                  out, or start the coordinator with --tls-dir"
                     .to_string()
             }
+            // Not known to be a mistake of the user's, so it is tried again.
             Some(other) => return DialError::Later(other.to_string()),
             None => return DialError::Later(format!("the connection ended in the TLS handshake: {error}")),
         })
@@ -204,6 +217,7 @@ fn refusal(alert: AlertDescription) -> Option<&'static str> {
         | AlertDescription::AccessDenied => {
             "make one with the usages \"server auth\" and \"client auth\", as `coordinator certs init` does"
         }
+        // Says nothing about this worker's certificate.
         _ => return None,
     })
 }

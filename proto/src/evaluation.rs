@@ -110,18 +110,21 @@ impl BestBy {
     /// it.
     pub fn of(self, row: &EvaluationRow) -> Option<(&'static str, f64)> {
         let candidates: &[&'static str] = match self {
+            // In this order: features say more than pixels, where there are any.
             BestBy::Auto => &[names::FRECHET, names::WASSERSTEIN],
             BestBy::FrechetDistance => &[names::FRECHET],
             BestBy::Kid => &[names::KID],
             BestBy::ClassifierScore => &[names::SCORE],
             BestBy::SlicedWasserstein => &[names::WASSERSTEIN],
         };
+        // A distance of a collapsed state may have no value, and must not count as the best.
         let found = |name: &&'static str| Some((*name, row.get(name).filter(|value| value.is_finite())?));
         candidates.iter().find_map(found)
     }
 
     /// Whether the value `one` of the named metric is better than `other`.
     pub fn is_better(name: &str, one: f64, other: f64) -> bool {
+        // The only metric of which more is better.
         if name == names::SCORE { one > other } else { one < other }
     }
 }
@@ -147,6 +150,7 @@ pub struct Alarms {
 impl Default for Alarms {
     fn default() -> Self {
         Alarms {
+            // The alarms are heuristics: they tell, and do not end a run unless asked to.
             policy: AlarmPolicy::Warn,
             after_images: 25_000,
             collapse: 0.3,

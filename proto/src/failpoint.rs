@@ -23,12 +23,14 @@ struct Wanted {
 /// Marks a failpoint: kills the process or stops the thread if the environment asks for it here.
 pub fn reached(point: &str, number: u64) {
     static WANTED: OnceLock<Option<Wanted>> = OnceLock::new();
+    // Read once: this is on the path of each phase.
     let Some(wanted) = WANTED.get_or_init(|| parse(&std::env::var(VARIABLE).ok()?)) else { return };
     if wanted.number == number && wanted.point == point {
         // Creating the file decides which process is the first.
         let first = OpenOptions::new().write(true).create_new(true).open(&wanted.file).is_ok();
         if first && wanted.hang {
             loop {
+                // In a loop, since a park may end by itself.
                 std::thread::park();
             }
         }

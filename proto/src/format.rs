@@ -51,6 +51,7 @@ fn first() -> u32 {
 /// # Errors
 /// See [`FormatError`].
 pub fn parse<T: DeserializeOwned>(text: &str, known: u32) -> Result<T, FormatError> {
+    // Read twice, the number alone first: the content of a newer format need not fit the type.
     let Number { format } = serde_json::from_str(text)?;
     if format > known {
         return Err(FormatError::Newer { found: format, known });

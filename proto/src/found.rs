@@ -73,6 +73,7 @@ impl Found {
     /// Records a file that is not a sample.
     pub fn leave_out(&mut self, kind: &str, example: impl Display) {
         const OTHERS: &str = "files of other kinds";
+        // One more kind collects the rest, so that the list stays bounded for any data set.
         let full = self.left_out.len() >= KINDS_LIMIT && !self.left_out.contains_key(kind);
         let entry = self.left_out.entry(if full { OTHERS } else { kind }.to_string()).or_default();
         entry.count += 1;
@@ -117,6 +118,7 @@ impl Found {
     pub(crate) fn from_wire(wire: wire::DataFound) -> Result<Found, Malformed> {
         let pair =
             |sides: Vec<u32>| sides.try_into().map_err(|_| malformed("a size is a width and a height"));
+        // The kind of the others comes on top.
         if wire.classes.len() > CLASSES_LIMIT || wire.left_out.len() > KINDS_LIMIT + 1 {
             return Err(malformed("more classes or kinds of files than are told"));
         }
@@ -166,6 +168,7 @@ impl Found {
 /// Returns a text of bounded length without control characters.
 fn short(text: &str) -> String {
     let mut shown: String =
+        // Of a file on a worker's machine, and shown on a terminal.
         text.chars().filter(|character| !character.is_control()).take(NAME_LIMIT).collect();
     if text.chars().nth(NAME_LIMIT).is_some() {
         shown.push_str("...");

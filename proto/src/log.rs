@@ -27,6 +27,7 @@ static PLACE: RwLock<BTreeMap<&str, Value>> = RwLock::new(BTreeMap::new());
 
 /// Sets a field that every line has from now on, such as `generation`.
 pub fn note(key: &'static str, value: impl Into<Value>) {
+    // Held for one insertion; a formatter waits no longer than that.
     PLACE.write().unwrap_or_else(PoisonError::into_inner).insert(key, value.into());
 }
 
@@ -47,13 +48,16 @@ where
         let mut line = Map::new();
         line.insert("time".to_string(), unix_time().into());
         line.insert("level".to_string(), event.metadata().level().to_string().into());
+        // Before the process's own fields, so that the event's win (invariant 2).
         event.record(&mut Fields(&mut line));
         let place = PLACE.read().unwrap_or_else(PoisonError::into_inner);
         for (key, value) in &*place {
+            // A worker's line that the coordinator passes on has its own rank and step.
             if !line.contains_key(*key) {
                 line.insert(key.to_string(), value.clone());
             }
         }
+        // JSON escapes newlines in texts, so the one at the end is the only one (invariant 3).
         writeln!(writer, "{}", Value::Object(line))
     }
 }
@@ -73,6 +77,7 @@ impl Fields<'_> {
 
 impl Visit for Fields<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        // Of a type that has no other form here: the words of its `Debug`.
         self.take(field, format!("{value:?}"));
     }
 
@@ -115,6 +120,7 @@ pub struct Line {
 
 /// Parses a line of the structured log; `None` for any other text.
 pub fn parse(line: &str) -> Option<Line> {
+    // A worker's output may hold lines of libraries, which are passed on as they are.
     let fields: Map<String, Value> = serde_json::from_str(line).ok()?;
     let text = |key: &str| fields.get(key)?.as_str().map(str::to_string);
     let number = |key: &str| fields.get(key)?.as_u64();

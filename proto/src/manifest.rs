@@ -38,6 +38,7 @@ struct File {
 /// Formats the manifest of a checkpoint.
 pub fn render(checkpoint: &Checkpoint) -> String {
     let (parts, exports) =
+        // In this order within each: the parts hold the state, exports can be made from it again.
         checkpoint.files.iter().map(File::of).partition(|file| file.file.starts_with("state-"));
     let manifest = Manifest {
         step: checkpoint.step,
@@ -48,6 +49,7 @@ pub fn render(checkpoint: &Checkpoint) -> String {
         exports,
     };
     let numbered = Numbered { format: FORMAT, content: manifest };
+    // In the order of the fields, so the text is a function of the checkpoint (invariant 1).
     let text = serde_json::to_string_pretty(&numbered).expect("a manifest is texts and numbers");
     text + "\n"
 }
@@ -59,6 +61,7 @@ pub fn parse(text: &str) -> Result<Checkpoint, NoManifest> {
         position: Position(manifest.position),
         step: manifest.step,
         phase: manifest.phase,
+        // The order in which `render` took them apart.
         files: manifest.parts.into_iter().chain(manifest.exports).map(StoredFile::from).collect(),
         state_digest: manifest.state_digest,
     })

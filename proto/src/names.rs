@@ -14,6 +14,7 @@ pub fn named<T: DeserializeOwned>(name: &str) -> Option<T> {
 pub fn names_of<T: DeserializeOwned>() -> &'static [&'static str] {
     let mut names: &'static [&'static str] = &[];
     // Ends without a value: the names are all that is asked for.
+    // An error in any case: `Asking` holds no value.
     let _ = T::deserialize(Asking(&mut names));
     names
 }
@@ -30,6 +31,7 @@ impl<'de> Deserializer<'de> for Asking<'_> {
         variants: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Error> {
+        // Noted before the visitor sees that there is no value.
         *self.0 = variants;
         self.deserialize_any(visitor)
     }

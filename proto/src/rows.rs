@@ -50,6 +50,7 @@ pub fn is_file(name: &str) -> bool {
 
 /// Encodes the content of a file.
 pub fn encode(rows: &[MetricsRow]) -> Vec<u8> {
+    // With its length before it, so a file that is cut off shows it.
     rows.iter().flat_map(|row| row_to_wire(row.clone()).encode_length_delimited_to_vec()).collect()
 }
 
@@ -60,9 +61,12 @@ pub fn decode(mut content: &[u8]) -> Result<Vec<MetricsRow>, Malformed> {
     while !content.is_empty() {
         let length = prost::decode_length_delimiter(&mut content).map_err(broken)?;
         let (bytes, rest) =
+            // The writer may have been killed: nothing of a torn file is taken.
             content.split_at_checked(length).ok_or_else(|| malformed("the last row is cut off"))?;
         let mut row = wire::MetricsRow::decode(bytes).map_err(broken)?;
+        // Each build's fields have tags of their own, so one of the two readings is empty.
         row.scalars.extend(Former::decode(bytes).map_err(broken)?.scalars());
+        // Bounded like a message: the file lies where others may write.
         rows.push(row_from_wire(row)?);
         content = rest;
     }

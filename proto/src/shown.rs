@@ -28,18 +28,22 @@ pub fn printable_start(name: &str, limit: usize) -> String {
 
 /// Whether a terminal or a text layout interprets a character instead of showing it.
 fn is_command(c: char) -> bool {
+    // Marks and overrides of direction: with them a name can be shown as another one.
     let turns =
         matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     c.is_control() || turns || matches!(c, '\u{2028}' | '\u{2029}')
 }
 
 fn escape(text: &str, is_wrong: impl Fn(char) -> bool) -> Cow<'_, str> {
+    // Nearly always: nothing is copied then.
     if !text.contains(&is_wrong) {
         return text.into();
     }
     let mut shown = String::with_capacity(text.len() + 8);
     for character in text.chars() {
         match is_wrong(character) {
+            // Gives backslashes, letters, digits and braces alone, which no second escape changes
+            // (invariant 2).
             true => shown.extend(character.escape_default()),
             false => shown.push(character),
         }

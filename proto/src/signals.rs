@@ -11,6 +11,7 @@ pub fn hangup_is_ignored() -> bool {
 /// /proc/pid/status.
 fn is_first_ignored(status: &str) -> bool {
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    // 128 bits, as the mask has more than 64 signals on some machines.
     let mask = mask.and_then(|mask| u128::from_str_radix(mask.trim(), 16).ok());
     mask.is_some_and(|mask| mask & 1 == 1)
 }

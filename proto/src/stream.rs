@@ -72,14 +72,17 @@ impl SampleStream {
     /// Unless `len` is from 1 to 2^32 - 1, and the changes are in order, name samples below `len`,
     /// and leave one.
     pub fn with_changes(seed: u64, len: u64, changes: &[Change]) -> SampleStream {
+        // A permutation holds 4 bytes a sample.
         assert!((1..=u64::from(u32::MAX)).contains(&len), "a stream over {len} samples");
         let mut segments = vec![Segment { from: 0, left_out: BTreeSet::new() }];
         for change in changes {
             let last = segments.last().expect("there is a first segment");
+            // Out of order, the first change would not be found by its number.
             assert!(last.from <= change.from, "changes from {} and then from {}", last.from, change.from);
             let mut left_out = last.left_out.clone();
             left_out.extend(&change.left_out);
             assert!(left_out.last().is_none_or(|last| *last < len), "a change beyond {len} samples");
+            // An epoch over nothing has no place for any number.
             assert!((left_out.len() as u64) < len, "a change that leaves none of {len} samples");
             segments.push(Segment { from: change.from, left_out });
         }
@@ -88,8 +91,11 @@ impl SampleStream {
 
     /// Returns the index, below `len`, of the sample with number `q`.
     pub fn sample(&mut self, q: u64) -> u64 {
+        // The last segment that has begun by q; the first begins at 0, so there is one.
         let at = self.segments.partition_point(|segment| segment.from <= q) - 1;
         let Segment { from, left_out } = &self.segments[at];
+        // Epochs count from the change on: what was left out earlier moves no place before it (invariant
+        // 2).
         let (place, left) = (q - from, self.len - left_out.len() as u64);
         let within = usize::try_from(place % left).expect("a place is below 2^32");
         u64::from(self.epoch(at, place / left)[within])
@@ -97,9 +103,12 @@ impl SampleStream {
 
     fn epoch(&mut self, segment: usize, epoch: u64) -> &[u32] {
         match self.recent.iter().position(|&(known, _)| known == (segment, epoch)) {
+            // Two are kept because a batch may straddle epochs: without the swap, both would be drawn
+            // for each batch.
             Some(at) => self.recent[..=at].rotate_right(1),
             None => {
                 self.recent.truncate(1);
+                // Its cost grows with the data set: in training the thread that reads ahead pays it.
                 self.recent.insert(0, ((segment, epoch), self.permutation(segment, epoch)));
             }
         }
@@ -110,14 +119,17 @@ impl SampleStream {
     fn permutation(&self, segment: usize, epoch: u64) -> Vec<u32> {
         let mut key = [self.seed.to_le_bytes(), epoch.to_le_bytes()].concat();
         let Segment { from, left_out } = &self.segments[segment];
+        // Jobs without changes keep the keys that they had before there were any.
         let context = if segment == 0 { CONTEXT } else { CHANGED_CONTEXT };
         if segment > 0 {
             key.extend(from.to_le_bytes());
         }
+        // One key for each use of the seed: no other draw of the job can coincide with it.
         let mut rng = ChaCha8Rng::from_seed(blake3::derive_key(context, &key));
 
         let len = u32::try_from(self.len).expect("a stream has fewer than 2^32 samples");
         let mut order: Vec<u32> = (0..len).filter(|sample| !left_out.contains(&u64::from(*sample))).collect();
+        // From the last place down, as Durstenfeld has it (1964, algorithm 235).
         for last in (1..order.len()).rev() {
             let bound = u32::try_from(last + 1).expect("an epoch has fewer than 2^32 samples");
             order.swap(last, below(&mut rng, bound) as usize);
@@ -132,9 +144,11 @@ impl SampleStream {
 /// The upper half of word x bound is the draw. A few of the 2^32 words are rejected, so that each
 /// result has equally many.
 fn below(rng: &mut ChaCha8Rng, bound: u32) -> u32 {
+    // (2^32 - bound) mod bound, which is 2^32 mod bound, without 33 bits.
     let thrown_away = u64::from(bound.wrapping_neg() % bound);
     loop {
         let product = u64::from(rng.next_u32()) * u64::from(bound);
+        // Words whose lower half is below that would make some results more frequent than others.
         if product & u64::from(u32::MAX) >= thrown_away {
             return u32::try_from(product >> 32).expect("the upper half of a u64 fits into a u32");
         }
@@ -157,6 +171,7 @@ pub fn stream_position(
     let nested =
         |outer: u64, size: u32, inner: u32| outer.checked_mul(u64::from(size))?.checked_add(u64::from(inner));
     nested(step, phases, phase)
+        // From the outside in: step, phase, shard, sample (D2).
         .and_then(|phase| nested(phase, data_shards, shard))
         .and_then(|shard| nested(shard, shard_batch, 0))
         .expect("a run takes fewer than 2^64 samples")
@@ -170,6 +185,7 @@ pub fn ledger_term(q: u64, sample: u64) -> u64 {
     let mut entry = [0; 16];
     entry[..8].copy_from_slice(&q.to_le_bytes());
     entry[8..].copy_from_slice(&sample.to_le_bytes());
+    // A hash, and not the numbers: two samples that were swapped must not give the same sum.
     let hash = blake3::hash(&entry);
     let first = hash.as_bytes().first_chunk().expect("a hash has 32 bytes");
     u64::from_le_bytes(*first)

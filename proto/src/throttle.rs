@@ -30,8 +30,11 @@ impl Throttle {
 
     /// Whether an address may act now.
     pub fn allows(&self, address: IpAddr) -> bool {
+        // Held for a look-up; nothing here waits.
         let quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
         let ahead = quiet.get(&address).map(|quiet| quiet.saturating_duration_since(Instant::now()));
+        // Each action moves the time of the full allowance by one pause, so this counts without a
+        // counter.
         ahead.is_none_or(|ahead| ahead + self.pause <= self.pause * self.in_a_row)
     }
 
@@ -47,6 +50,7 @@ impl Throttle {
             }
         }
         let until = quiet.entry(address).or_insert(now);
+        // Time that passed while an address was quiet is not saved up beyond the allowance.
         *until = (*until).max(now) + self.pause;
     }
 }

@@ -35,6 +35,7 @@ const TRACKS: u32 = 8;
 
 /// Current time of a clock that all processes of this machine share: `CLOCK_MONOTONIC`.
 pub fn now() -> Duration {
+    // In a release build a trace with zeros is better than a run that ends for it.
     let time = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
     debug_assert!(time > Duration::ZERO, "every system has a monotonic clock");
     time
@@ -117,7 +118,10 @@ impl Trace {
     }
 
     fn create_up_to(limit: u64, path: &Path, process: &str) -> io::Result<Trace> {
+        // The system moves to the end at each write, so that blocks of several processes do not
+        // overwrite each other.
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
+        // A coordinator that still runs is not waited for: the user chose the same file twice.
         let lock = Flock::lock(file.try_clone()?, FlockArg::LockExclusiveNonblock).map_err(
             |(_, errno)| match errno {
                 Errno::EWOULDBLOCK => {
@@ -132,12 +136,14 @@ impl Trace {
             Content::Other => {
                 return Err(io::Error::other("the file is there and is no trace; choose another one"));
             }
+            // The rest of a run whose coordinator was killed: the same timeline goes on.
             Content::Unfinished => false,
             Content::Nothing | Content::Old => {
                 file.set_len(0)?;
                 true
             }
         };
+        // Kept for as long as the trace, by its only creator.
         let trace = Trace::write_to(file, path, limit, Some(lock))?;
         if begins {
             trace.begin_file(process)?;
@@ -158,6 +164,7 @@ impl Trace {
 
     fn write_to(file: File, path: &Path, limit: u64, maker: Option<Flock<File>>) -> io::Result<Trace> {
         let shared = Shared {
+            // Workers get the path, and may have another working directory.
             path: path.canonicalize()?,
             pid: std::process::id(),
             limit,
@@ -173,6 +180,7 @@ impl Trace {
         self.name(process);
         let mut sink = shared.lock();
         // The first event has no comma before it.
+        // In place of the comma that each event begins with.
         sink.block.splice(..1, *b"[\n");
         sink.hand_over().map(drop)
     }
@@ -205,11 +213,13 @@ impl Trace {
     /// other writers have ended by then.
     pub fn finish(&self) {
         let Some(shared) = self.writer() else { return };
+        // Held to the end, so that no event of another thread comes behind the bracket.
         let mut sink = shared.lock();
         if shared.maker.is_some() {
             sink.block.extend(b"]\n");
         }
         shared.hand_over(&mut sink);
+        // Nothing is ordered by it: the lock guards the file, and a late event is only lost.
         shared.is_on.store(false, Ordering::Relaxed);
     }
 
@@ -230,6 +240,7 @@ impl Trace {
         let ts = microseconds(at);
         let dur = until.map(|until| microseconds(until).saturating_sub(ts));
         // Viewers expect thread ids to be unique on the whole machine.
+        // Below 2^22 on Linux, so nothing is lost in practice.
         let (pid, tid) = (shared.pid, shared.pid.saturating_mul(TRACKS).saturating_add(track));
         let mut sink = shared.lock();
         // The lock is held over the write of a full block, so that blocks keep their order.
@@ -250,6 +261,7 @@ impl Shared {
         match sink.hand_over() {
             Ok(length) if length < self.limit => return,
             // All writers reach the limit; the creator of the file logs it for all.
+            // Only one message for all processes.
             Ok(_) if self.maker.is_none() => {}
             Ok(_) => tracing::warn!(
                 "the trace {path} is full at {} MiB and ends; the run goes on",
@@ -275,7 +287,9 @@ impl Sink {
     /// Writes the block; returns the length of the file, to which other processes append as well.
     fn hand_over(&mut self) -> io::Result<u64> {
         // One call, so that the system appends the block as a whole (invariant 2).
+        // `write_all` would go on after a part, perhaps behind another process's block.
         let (written, whole) = (self.file.write(&self.block), self.block.len());
+        // Also after an error: the next block is complete by itself.
         self.block.clear();
         let length = self.file.metadata()?.len();
         let part = written?;
@@ -285,6 +299,8 @@ impl Sink {
         // The disk is full. A torn line would spoil the file; cut it off if nobody has written
         // behind it.
         if self.file.stream_position()? == length {
+            // If another process wrote at the same moment, the torn line stays: viewers pass over it, or
+            // the trace ends there.
             self.file.set_len(length.saturating_sub(part as u64))?;
         }
         Err(io::ErrorKind::StorageFull.into())
@@ -293,6 +309,7 @@ impl Sink {
 
 impl Drop for Shared {
     fn drop(&mut self) {
+        // A trace that has ended must not get a last block behind its bracket.
         if self.is_on.load(Ordering::Relaxed) {
             let _ = self.lock().hand_over();
         }
@@ -317,6 +334,7 @@ impl Track {
 
     /// Adds a slice that is over. Slices of less than a microsecond are left out.
     pub fn slice(&self, from: Duration, until: Duration, name: &str, args: impl Serialize) {
+        // Rounded ends that are equal would be shown as an instant, which nests in none.
         if self.is_on() && microseconds(from) < microseconds(until) {
             self.trace.push(name, "X", self.number, from, Some(until), args);
         }
@@ -363,10 +381,12 @@ fn look(file: &mut File, limit: u64) -> io::Result<Content> {
     }
     let (mut first, mut last) = (Vec::new(), Vec::new());
     file.seek(SeekFrom::Start(0))?;
+    // An event follows at once, so these three bytes are never another JSON file's by chance.
     file.take(3).read_to_end(&mut first)?;
     file.seek(SeekFrom::Start(about.len().saturating_sub(2)))?;
     file.take(2).read_to_end(&mut last)?;
     Ok(match (first.as_slice(), last.as_slice()) {
+        // Whole lines to the end: nothing was torn, and it was not finished.
         (b"[\n{", b"}\n") if about.len() < limit => Content::Unfinished,
         (b"[\n{", _) => Content::Old,
         _ => Content::Other,

@@ -12,6 +12,7 @@ use crate::bounds::name;
 use crate::error::{Malformed, malformed};
 
 /// Largest text of a job, in bytes; a message of the session holds it.
+// Half, so that the rest of the welcome fits beside it.
 pub const TEXT_LIMIT: usize = crate::MESSAGE_LIMIT / 2;
 
 impl Job {
@@ -36,6 +37,7 @@ impl Job {
                 "the job has {length} bytes, and at most {TEXT_LIMIT} are allowed"
             )));
         }
+        // Read twice: serde passes over keys that it does not know, and the second reading shows them.
         let job: Job = toml::from_str(text).map_err(|error| unreadable(text, &error))?;
         let sent: Table = toml::from_str(text).map_err(|error| unreadable(text, &error))?;
         let unknown = not_understood(&sent, &job.to_table());
@@ -52,10 +54,12 @@ impl Job {
     /// Checks what the arithmetic of samples, steps and times relies on. All else was checked by
     /// the reader of the job file.
     fn check(&self) -> Result<(), Malformed> {
+        // Its own form: the name is a part of paths and of lines on a terminal.
         let is_shown_as_it_is = name(self.job.name.clone(), "job.name")? == self.job.name;
         if !is_shown_as_it_is {
             return Err(malformed("a job's name with control characters"));
         }
+        // The divisors of the stream's numbers and of steps.
         if self.job.data_shards == 0 || self.job.shard_batch == 0 {
             return Err(malformed("a job without data shards or samples in them"));
         }
@@ -66,6 +70,8 @@ impl Job {
             return Err(malformed("a step without a discriminator phase, or penalties in every 0 of them"));
         }
         let per_step = self.global_batch().checked_mul(u64::from(self.loss.discriminator_steps));
+        // A step's samples are multiplied by steps later; here it is known that at least one step can be
+        // counted.
         per_step.map(|_| ()).ok_or_else(|| malformed("a step with more samples than can be counted"))
     }
 }
@@ -73,6 +79,7 @@ impl Job {
 /// Error of the TOML parser in one line, with the line that it is about.
 fn unreadable(text: &str, error: &toml::de::Error) -> Malformed {
     let line = error.span().and_then(|span| {
+        // Counted by line ends before the place of the error.
         let line_at = text.get(..span.start)?.matches('\n').count();
         text.lines().nth(line_at)
     });
@@ -85,11 +92,14 @@ fn not_understood(sent: &Table, understood: &Table) -> Vec<String> {
     let mut unknown = Vec::new();
     for (key, value) in sent {
         match (value, understood.get(key)) {
+            // Section by section, so that the message names the key and not only its section.
             (Value::Table(sent), Some(Value::Table(understood))) => {
                 unknown.extend(not_understood(sent, understood).iter().map(|below| format!("{key}.{below}")));
             }
             // A NaN equals nothing, and an infinity is no setting either.
             (Value::Float(number), _) if !number.is_finite() => unknown.push(format!("{key} = {number}")),
+            // Understood with another value counts as not understood: a default in its place would
+            // change the result.
             (value, Some(other)) if value == other => {}
             _ => unknown.push(key.clone()),
         }

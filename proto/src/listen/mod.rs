@@ -67,10 +67,13 @@ pub async fn accept_loop<A: Accept>(
     shutdown: impl Future<Output = ()>,
     mut serve: impl FnMut(A::Stream, SocketAddr, Place),
 ) {
+    // A line at most each minute (invariant 5); the first one at once.
     let mut door = Door { listener, what, failing: None, refusals: Throttle::new(1, QUIET) };
     let mut queue = Queue::default();
+    // Polled again and again in the loop, and must not start anew.
     let mut shutdown = pin!(shutdown);
     loop {
+        // Before each wait: a place may have become free by a timer or by the last connection.
         let retry = queue.seat(&room, &door, &mut serve);
         let retry = async {
             match retry {
@@ -88,7 +91,9 @@ pub async fn accept_loop<A: Accept>(
             () = room.freed.notified(), if queue.length > 0 => {}
             () = retry => {}
             came = door.next(&room) => {
+                // An error of `accept` was logged, and its pause is over.
                 let Some((stream, from)) = came else { continue };
+                // Never waits: a slot or a place in the queue, else the longest queue loses its newest.
                 queue.push(&room, &door, (stream, from), &mut serve);
             }
         }
@@ -97,9 +102,11 @@ pub async fn accept_loop<A: Accept>(
 
 /// Accepts one connection, within a time limit.
 pub async fn accept_one(listener: TcpListener, what: &str, limit: Duration) -> io::Result<TcpStream> {
+    // One connection is all that is wanted, so the room limits nothing.
     let limits = Limits { all: 1, strangers_of_address: 1, idle_of_address: 1, grace: Duration::ZERO };
     let room = Room::new(limits);
     let mut door = Door { listener, what, failing: None, refusals: Throttle::new(1, QUIET) };
+    // The whole wait is bounded, however many attempts fail.
     let accepted = timeout(limit, async {
         loop {
             if let Some((stream, _)) = door.next(&room).await {
@@ -126,6 +133,7 @@ impl<A: Accept> Door<'_, A> {
             Ok(came) => return Some(came),
             Err(error) => error,
         };
+        // Without a number of the system it is none of one connection, and the pause follows.
         let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
         if is_of_one_connection(errno) {
             tracing::debug!("a connection for {} ended before it was accepted: {error}", self.what);
@@ -141,12 +149,14 @@ impl<A: Accept> Door<'_, A> {
         }
         // A slot that becomes free cuts the pause short; that is rarer than this error would come
         // back.
+        // An error that stays, such as too few descriptors, would otherwise fill a core.
         sleep(PAUSE).await;
         None
     }
 
     /// Logs that a connection was closed, unless that was logged for its address recently.
     fn refuse(&self, from: SocketAddr, why: &str) {
+        // The same peer may come over IPv4 and over IPv4 mapped into IPv6.
         let address = from.ip().to_canonical();
         if self.refusals.allows(address) {
             self.refusals.note(address);

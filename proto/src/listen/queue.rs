@@ -33,6 +33,7 @@ impl<S> Queue<S> {
         serve: &mut impl FnMut(S, SocketAddr, Place),
     ) {
         let address = from.ip().to_canonical();
+        // A newcomer does not overtake those of its own address that wait.
         if !self.waiting.contains_key(&address)
             && let Ok(place) = room.take(address)
         {
@@ -40,6 +41,7 @@ impl<S> Queue<S> {
         }
         self.waiting.entry(address).or_default().push_back((stream, from, Instant::now()));
         self.length += 1;
+        // The address with the most loses, so one address alone cannot push others out (invariant 4).
         if self.length > WAITING
             && let Some(address) =
                 self.waiting.iter().max_by_key(|(_, waiting)| waiting.len()).map(|(at, _)| *at)
@@ -64,11 +66,13 @@ impl<S> Queue<S> {
             match room.take(address) {
                 Ok(place) => {
                     let Some((stream, from, _)) = self.pop(address, VecDeque::pop_front) else { continue };
+                    // Its turn is over, so the others of the round come before its next.
                     self.last = Some(address);
                     turns.push_back(address);
                     serve(stream, from, place);
                 }
                 Err(due) => {
+                    // Whichever is earlier: a slot may become free, or the first one's patience ends.
                     let due = due.map_or(given_up, |due| due.min(given_up));
                     retry = Some(retry.map_or(due, |retry| retry.min(due)));
                 }
@@ -81,6 +85,7 @@ impl<S> Queue<S> {
     fn turns(&self) -> VecDeque<IpAddr> {
         let mut turns: VecDeque<IpAddr> = self.waiting.keys().copied().collect();
         let before = turns.iter().take_while(|address| self.last >= Some(**address)).count();
+        // In a circle: with a fixed order the highest addresses would starve.
         turns.rotate_left(before);
         turns
     }
@@ -95,6 +100,7 @@ impl<S> Queue<S> {
         loop {
             let (_, from, since) = self.waiting.get(&address)?.front()?;
             let (from, given_up) = (*from, *since + WAIT_LIMIT);
+            // Expired ones are refused here, when their turn comes; nobody needs a timer for each.
             if given_up > Instant::now() {
                 return Some(given_up);
             }
@@ -110,6 +116,7 @@ impl<S> Queue<S> {
         end: impl FnOnce(&mut VecDeque<(S, SocketAddr, Instant)>) -> Option<(S, SocketAddr, Instant)>,
     ) -> Option<(S, SocketAddr, Instant)> {
         let waiting = self.waiting.get_mut(&address)?;
+        // The oldest for a slot, the newest for a refusal.
         let one = end(waiting)?;
         if waiting.is_empty() {
             self.waiting.remove(&address);

@@ -28,8 +28,10 @@ impl Limits {
     /// may open. One address leaves a quarter of them.
     #[must_use]
     pub fn within_descriptors(self) -> Limits {
+        // Half: the other half is for files, and for the connections that this process opens.
         let most = usize::try_from(descriptor_limit() / 2).unwrap_or(usize::MAX);
         let all = self.all.min(most).max(1);
+        // A quarter stays for other addresses, also under a limit that was lowered.
         Limits { all, strangers_of_address: self.strangers_of_address.min((all - all / 4).max(1)), ..self }
     }
 }
@@ -46,6 +48,7 @@ pub fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     let shown = |limit: Option<u64>| limit.map_or("unlimited".to_string(), |limit| limit.to_string());
     let (soft, hard) = (shown(limit.current), shown(limit.maximum));
+    // A process may raise its own soft limit without privileges. If it may not, the lower one holds.
     match setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
         Ok(()) => tracing::debug!("descriptors: soft limit {soft} raised to the hard limit {hard}"),
         Err(error) => tracing::debug!("descriptors: soft limit {soft} stays, hard limit {hard}: {error}"),
@@ -99,23 +102,28 @@ impl Room {
     /// Takes a slot, if need be that of a connection idle for long. On failure returns the time at
     /// which a slot may be free, where that is known.
     pub(super) fn take(self: &Arc<Room>, address: IpAddr) -> Result<Place, Option<Instant>> {
+        // Held until the slot is entered, so that two connections do not take the last one.
         let mut taken = self.taken();
         let idle = taken.idle.get(&address).map_or(0, BTreeMap::len);
         let strangers = taken.strangers.get(&address).copied().unwrap_or(0);
+        // Its own address pays for it, not the others.
         let is_crowded = idle >= self.limits.idle_of_address || strangers >= self.limits.strangers_of_address;
         if is_crowded || taken.places.len() >= self.limits.all {
             let (since, number) =
+                // All are busy: none can be shown out, and when one becomes idle `freed` tells.
                 if is_crowded { taken.oldest(address) } else { taken.oldest_of_most() }.ok_or(None)?;
             let due = since + self.limits.grace;
             if due > Instant::now() {
                 return Err(Some(due));
             }
+            // Gives the slot away now; the connection closes as soon as its task runs.
             taken.show_out(number);
         }
         let (number, out) = (taken.next, Arc::new(Notify::new()));
         taken.next += 1;
         taken.places.insert(number, Held { address, idle: None, is_stranger: true, out: out.clone() });
         *taken.strangers.entry(address).or_default() += 1;
+        // Idle until it shows that it belongs here, so that silence costs it the slot first.
         taken.rest(number);
         drop(taken);
         Ok(Place { room: self.clone(), address, number, out })
@@ -149,6 +157,7 @@ impl Taken {
 
     fn rest(&mut self, number: u64) {
         let Some(held) = self.places.get_mut(&number) else { return };
+        // A number and not the time: two connections may become idle in the same instant.
         let order = self.next;
         self.next += 1;
         let idle = self.idle.entry(held.address).or_default();
@@ -183,6 +192,7 @@ impl Taken {
     }
 
     fn remove(&mut self, number: u64) -> Option<Held> {
+        // Both lists count it, so both have to forget it.
         self.engage(number);
         self.trust(number);
         self.places.remove(&number)
@@ -190,6 +200,7 @@ impl Taken {
 
     fn show_out(&mut self, number: u64) {
         if let Some(held) = self.remove(number) {
+            // Leaves a permit if the connection does not wait just now, so the order is not lost.
             held.out.notify_one();
         }
     }
@@ -204,6 +215,7 @@ impl Place {
     /// Marks the connection as busy: it keeps its slot until it is idle again.
     pub fn engage(&self) {
         self.room.taken().engage(self.number);
+        // Not a slot, but the count of idle ones of this address has changed, which may let one in.
         self.room.freed.notify_one();
     }
 
@@ -242,6 +254,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
+        // A slot that another connection has taken is gone already, and this removes nothing.
         drop(self.room.taken().remove(self.number));
         self.room.freed.notify_one();
     }

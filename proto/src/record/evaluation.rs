@@ -35,6 +35,8 @@ impl EvaluationRow {
     /// bits, except for the sign of a zero, which the wire does not carry.
     pub fn agrees(&self, other: &EvaluationRow) -> bool {
         let bits = |row: &EvaluationRow| -> Vec<(String, u64)> {
+            // Turns -0.0 into 0.0, which are the same result. By bits otherwise, as NaN equals itself
+            // here.
             row.metrics.iter().map(|(name, value)| (name.to_string(), (value + 0.0).to_bits())).collect()
         };
         self.step == other.step && self.features == other.features && bits(self) == bits(other)
@@ -72,6 +74,7 @@ impl EvaluationRow {
         let figures = row.figures.into_iter().map(|figure| (figure.name, figure.value));
         Ok(EvaluationRow {
             step: crate::bounds::count(row.step, "step")?,
+            // Names of metrics become keys of JSON, columns and labels of time series.
             metrics: super::checked(figures.collect())?,
             features: crate::bounds::text(row.features),
             seconds: row.seconds,

@@ -126,6 +126,7 @@ impl FaultKind {
 
     /// Name in `events.jsonl`.
     pub fn name(self) -> &'static str {
+        // serde's names are in the order of the variants, as is this number.
         names_of::<FaultKind>()[self as usize]
     }
 }
@@ -529,6 +530,7 @@ impl RunEvent {
     pub fn line(&self, time: f64, limit: usize) -> Vec<u8> {
         let write = "texts and numbers can be written as JSON";
         let line = serde_json::to_vec(&Line { time, event: self }).expect(write);
+        // A line that readers cannot hold would stop all of them; its length says that there was one.
         if line.len() <= limit {
             return line;
         }
@@ -540,6 +542,7 @@ impl RunEvent {
     pub fn keys(&self) -> serde_json::Map<String, serde_json::Value> {
         let value = serde_json::to_value(self).ok();
         let mut keys = value.and_then(|value| value.as_object().cloned()).unwrap_or_default();
+        // It is the name of the event, and not one of its keys.
         keys.remove("kind");
         keys
     }
@@ -551,9 +554,11 @@ impl EventLine {
     /// # Errors
     /// The line is no event: it lacks a time or a kind.
     pub fn parse(line: &[u8]) -> Result<EventLine, serde_json::Error> {
+        // Read alone first: a kind of another version has keys that are not known here.
         let Head { time, kind, bytes_left_out } = serde_json::from_slice(line)?;
         let event = match (EventKind::of(&kind), bytes_left_out) {
             (None, _) => Err(Unread::OtherVersion),
+            // Cut off by `line`: the keys are not there.
             (Some(_), Some(_)) => Err(Unread::LeftOut),
             (Some(_), None) => serde_json::from_slice(line).map_err(Unread::Broken),
         };

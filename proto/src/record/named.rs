@@ -25,6 +25,7 @@ trait Cell: Sized {
 
 impl Cell for f64 {
     fn read(value: Value) -> Option<f64> {
+        // JSON has no NaN and no infinity, which are written as null.
         if value.is_null() { Some(f64::NAN) } else { value.as_f64() }
     }
 }
@@ -96,6 +97,7 @@ impl<'de, T: Cell> Deserialize<'de> for Named<T> {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Named<T>, A::Error> {
                 let mut values = Vec::new();
                 while let Some((name, value)) = map.next_entry::<String, Value>()? {
+                    // A value of another type belongs to a key of a later version, and is passed over.
                     values.extend(T::read(value).map(|value| (name, value)));
                 }
                 Ok(Named(values))

@@ -83,6 +83,7 @@ impl MetricsRow {
     /// Part of a line that is a function of the job.
     pub fn computed(line: &str) -> &str {
         // No scalar has the name of this column, and no value is a text with quotes.
+        // A line of an earlier version has no such column: all of it counts as computed.
         line.split(",\"epoch\":").next().unwrap_or(line)
     }
 }
@@ -107,6 +108,7 @@ pub(super) fn is_zero(number: &u64) -> bool {
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde hands it over so
 fn thousandths<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    // Milliseconds to the microsecond: more digits would be noise in each line.
     serializer.serialize_f64((number * 1000.0).round() / 1000.0)
 }
 
@@ -121,11 +123,13 @@ mod hexadecimal {
 
     #[allow(clippy::trivially_copy_pass_by_ref)] // serde hands it over so
     pub(super) fn serialize<S: Serializer>(number: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        // As text: JSON's numbers are exact up to 2^53 only, in most readers.
         format!("{number:016x}").serialize(serializer)
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
         let digits = String::deserialize(deserializer)?;
+        // A number that was cut off must not pass for a small one.
         let number = u64::from_str_radix(&digits, 16).ok().filter(|_| digits.len() == 16);
         number.ok_or_else(|| D::Error::custom("a checksum has 16 hexadecimal digits"))
     }

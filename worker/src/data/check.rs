@@ -58,6 +58,7 @@ pub fn check(data: &Data, look: Look, progress: impl FnMut(u64, u64)) -> Result<
 
 /// Checks data in few files, which are read as a whole: once they are, all samples are good.
 fn in_memory(data: &Data) -> Result<Report, DataError> {
+    // With classes if there are any; a data set without them is good as well.
     let (set, no_classes) = match DataSet::open_labelled(data) {
         Ok(set) => (set, None),
         Err(error) => (DataSet::open(data)?, Some(error.to_string())),
@@ -121,6 +122,7 @@ impl Seen {
     fn blame(&mut self, index: usize, problem: String) {
         self.bad_count += 1;
         self.bad.insert(index, problem);
+        // The last ones go: the first in the order of the data set are the ones to look at.
         if self.bad.len() > NAMED {
             self.bad.pop_last();
         }
@@ -128,6 +130,7 @@ impl Seen {
 
     fn join(&mut self, other: Seen) {
         self.bytes += other.bytes;
+        // Sizes beyond the limit depend on which thread saw them first; their sum does not.
         self.other_sizes += other.other_sizes;
         self.bad_count += other.bad_count;
         self.bad.extend(other.bad);
@@ -141,6 +144,7 @@ impl Seen {
 
     /// Returns the framed size of most samples; of several the greatest.
     fn usual(&self) -> Option<(usize, usize)> {
+        // By the size itself where two are as frequent, so that no order of threads decides.
         self.framed.iter().max_by_key(|(size, places)| (places.len(), **size)).map(|(size, _)| *size)
     }
 
@@ -186,6 +190,7 @@ impl Seen {
             .into_iter()
             .map(|((width, height), samples)| Size { width, height, samples })
             .collect();
+        // A stable sort: sizes that are as frequent stay in their order.
         sizes.sort_by_key(|size| std::cmp::Reverse(size.samples));
         let rest = sizes.split_off(sizes.len().min(TOLD_SIZES));
         report.other_sizes = self.other_sizes + rest.iter().map(|size| size.samples).sum::<u64>();
@@ -204,6 +209,7 @@ fn look(folder: &Folder, framing: &Framing, threads: usize, mut progress: impl F
     let work = || {
         let (mut seen, mut out) = (Seen::default(), Vec::new());
         loop {
+            // Only the number matters: results go through the lock below.
             let first = next.fetch_add(STRIDE, Ordering::Relaxed);
             if first >= len {
                 break;
@@ -213,6 +219,7 @@ fn look(folder: &Folder, framing: &Framing, threads: usize, mut progress: impl F
                 done.fetch_add(1, Ordering::Relaxed);
             }
         }
+        // Once for each thread, at its end.
         all.lock().unwrap_or_else(PoisonError::into_inner).join(seen);
     };
     let (working, ended) = mpsc::channel::<()>();
@@ -221,6 +228,7 @@ fn look(folder: &Folder, framing: &Framing, threads: usize, mut progress: impl F
             let (work, working) = (&work, working.clone());
             scope.spawn(move || {
                 work();
+                // The last one to go closes the channel, which ends the wait below at once.
                 drop(working);
             });
         }

@@ -54,6 +54,7 @@ fn batches(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
 /// Reads a file's records and adds their labels, and their pixels, height x width x channels.
 fn append(path: &Path, pixels: &mut Vec<u8>, labels: &mut Vec<u32>) -> Result<(), DataError> {
     let (file, length) = open_plain(path, u64::MAX)?;
+    // All files together have to fit.
     let room = MAX_BYTES_IN_MEMORY.saturating_sub(pixels.len() as u64);
     if length > room {
         let wrong = format!("found {length} bytes, which do not fit into memory; use data.kind = \"folder\"");
@@ -62,10 +63,12 @@ fn append(path: &Path, pixels: &mut Vec<u8>, labels: &mut Vec<u32>) -> Result<()
     let mut records = Vec::new();
     file.take(length).read_to_end(&mut records).map_err(|error| DataError::reading(path, error))?;
     check(&records).map_err(|wrong| input(path, &wrong))?;
+    // A little more than needed, by the labels; far less than doubling.
     pixels.reserve_exact(records.len());
     for record in records.chunks_exact(RECORD_BYTES) {
         labels.push(u32::from(record[0]));
         for at in 1..=PLANE_BYTES {
+            // From planes to pixels: an image is height x width x channels here (invariant 3 of `data`).
             pixels.extend([record[at], record[at + PLANE_BYTES], record[at + 2 * PLANE_BYTES]]);
         }
     }

@@ -29,6 +29,7 @@ const JSON_KEYS: [&str; 3] = ["label", "cls", "class"];
 
 /// Finds the classes of all pictures. Files for classes that the rule does not use are counted as left out.
 pub(super) fn of(root: &Path, search: &mut Search) -> Result<Labels, DataError> {
+    // A list is meant for this purpose only, so it comes first.
     if !search.lists.is_empty() {
         leave_out(search, |_| true);
         return by_list(root, search);
@@ -38,6 +39,7 @@ pub(super) fn of(root: &Path, search: &mut Search) -> Result<Labels, DataError> 
         leave_out(search, |note| !is(note, NOTE));
         return by_note(root, search, NOTE);
     }
+    // The first picture decides: JSON files beside pictures often hold something else.
     if search.pictures.first().is_some_and(|picture| has_json_class(search, picture)) {
         return by_note(root, search, JSON_NOTE);
     }
@@ -73,10 +75,13 @@ fn by_list(root: &Path, search: &Search) -> Result<Labels, DataError> {
     let class = |entry: &Entry| {
         let mut nearest = None;
         let name = &entry.relative;
+        // From the nearest folder up, so that a list below another one wins.
         let places = (0..name.len()).rev().filter(|at| *at == 0 || name[at - 1] == b'/');
         for place in places {
             let Some((list, classes)) = lists.get(&name[..place]) else { continue };
             let unpacked = match entry.archive {
+                // The list lies outside of the archive, and may name its members as if they were
+                // unpacked.
                 Some((at, own)) if place + own <= at => [&name[place..at - own], &name[at..]].concat(),
                 _ => name[place..].to_vec(),
             };
@@ -93,6 +98,7 @@ fn by_list(root: &Path, search: &Search) -> Result<Labels, DataError> {
             None => without(entry, &format!("others are in a {LABELS_FILE}, and there is none above it")),
         })
     };
+    // The first error in the order of the names.
     let of: Result<Vec<u32>, DataError> = search.pictures.iter().map(class).collect();
     let origin = search.lists.first().map_or(root.to_path_buf(), |list| list.place.shown());
     Ok(Labels::new(of?, LABELS_FILE, origin.display().to_string()))
@@ -116,6 +122,7 @@ fn read_list(list: &Entry) -> Result<List, DataError> {
 // -----------------------------------------------------------------------------------
 
 fn by_note(root: &Path, search: &Search, kind: &str) -> Result<Labels, DataError> {
+    // Up to the first dot in a tar file, as WebDataset has it.
     let by_key: HashMap<&[u8], &Entry> = search.notes.iter().map(|note| (note.key(), note)).collect();
     let class = |entry: &Entry| {
         let note = by_key.get(entry.key());
@@ -145,6 +152,7 @@ fn read_note(note: &Entry, kind: &str) -> Result<u32, DataError> {
 
 fn json_class(content: &[u8]) -> Option<u32> {
     let value: Value = serde_json::from_slice(content).ok()?;
+    // The first of these keys that is there, also if its value is no class: nothing is guessed.
     let class = JSON_KEYS.iter().find_map(|key| value.get(key))?;
     class.as_u64().and_then(|class| u32::try_from(class).ok())
 }
@@ -173,6 +181,7 @@ fn by_folder(root: &Path, pictures: &[Entry]) -> Result<Labels, DataError> {
         place
     };
     let places: Vec<Vec<u8>> = pictures.iter().map(place).collect();
+    // Folders that hold all pictures tell none of them apart.
     let above = shared(&places);
     let class = |(place, entry): (&Vec<u8>, &Entry)| {
         let folder = first(&place[above..]).map(<[u8]>::to_vec);
@@ -188,6 +197,7 @@ fn by_folder(root: &Path, pictures: &[Entry]) -> Result<Labels, DataError> {
     };
     let folders: Result<Vec<Vec<u8>>, DataError> = places.iter().zip(pictures).map(class).collect();
     let folders = folders?;
+    // Sorted, so that the numbers do not depend on the order of the pictures.
     let names: Vec<&Vec<u8>> = folders.iter().collect::<BTreeSet<_>>().into_iter().collect();
     let number = |folder: &Vec<u8>| {
         names.binary_search(&folder).ok().and_then(|at| u32::try_from(at).ok()).unwrap_or(u32::MAX)
@@ -204,6 +214,7 @@ fn first(place: &[u8]) -> Option<&[u8]> {
 
 /// Returns the folder that all files share, if below it all lie in further folders.
 fn top<'a>(mut places: impl Iterator<Item = &'a [u8]>) -> Option<&'a [u8]> {
+    // Only if every picture lies in a folder further below: otherwise this level has classes.
     let leads = |place: &'a [u8]| first(place).filter(|top| first(&place[top.len() + 1..]).is_some());
     let top = leads(places.next()?)?;
     places.all(|place| leads(place) == Some(top)).then_some(top)

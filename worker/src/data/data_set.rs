@@ -86,6 +86,7 @@ impl DataSet {
 
     fn open_as(source: &Data, labelled: bool) -> Result<DataSet, DataError> {
         let mut found = Found::default();
+        // First: all that follows reads local files.
         let source = &remote::here(source, &mut found)?;
         let framing = Framing::new(source)?;
         let left_out = LeftOut::new(&source.exclusions);
@@ -96,6 +97,8 @@ impl DataSet {
                     .to_owned(),
             )),
             DataKind::Mnist10k => {
+                // Labels are opened only on request, and their absence is no error otherwise (invariant
+                // 4 of `data`).
                 let labels = labelled.then(idx::bundled_labels).transpose()?;
                 DataSet::in_memory(idx::bundled()?, "the bundled digits", framing, labels, left_out)
             }
@@ -133,11 +136,13 @@ impl DataSet {
         let size = [memory.width, memory.height];
         let mut found = Found { least: size, greatest: size, ..Found::default() };
         if let Some(labels) = &labels {
+            // Before samples are dropped: both lists still have the same numbers.
             labels.check(memory.len())?;
         }
         // The name of an image in memory is its number in the files.
         let all = memory.len();
         let mut kept: Vec<usize> = (0..all).collect();
+        // The usual case, for which no name is made.
         if !left_out.is_empty() {
             kept.retain(|number| {
                 let number = number.to_string();
@@ -150,8 +155,11 @@ impl DataSet {
         left_out.report(&mut found);
         let numbers = || kept.iter().map(usize::to_string);
         let names = Names::of(numbers());
+        // A name that belongs to no sample is most likely a mistake of the user's.
         left_out.check(&names, name, || Box::new((0..all).map(|number| number.to_string())))?;
         let left_out = left_out.indices(numbers());
+        // Samples that are left out later may be damaged or gone by then: the fingerprint does not cover
+        // them.
         let content = memory.hash_without(&left_out);
         DataSet::new(
             framing,
@@ -164,13 +172,16 @@ impl DataSet {
         let len = source.len();
         let gone: BTreeSet<usize> =
             left_out.iter().filter_map(|index| usize::try_from(*index).ok()).collect();
+        // An epoch over nothing has no place for any number.
         if gone.len() >= len {
             return Err(DataError::Input(EVERYTHING.to_owned()));
         }
+        // A key of its own, so that this hash equals no other of the same bytes.
         let mut hasher = blake3::Hasher::new_derive_key("ganglion 2026 data set");
         for size in [shape.channels, shape.height, shape.width, len - gone.len()] {
             hasher.update(&(size as u64).to_le_bytes());
         }
+        // Two framings of the same files give other samples (D11).
         hasher.update(&framing.to_bytes());
         hasher.update(content.as_bytes());
         let mut fingerprint = hasher.finalize().into();
@@ -266,6 +277,7 @@ impl DataSet {
     /// # Panics
     /// If `index` is not below [`len`](Self::len), or `out` is not [`ImageShape::numel`] long.
     pub fn read(&self, index: usize, out: &mut [f32]) -> Result<(), DataError> {
+        // A number of the stream is below `len`; beyond it the plan is wrong, and not the data.
         assert!(index < self.len, "sample {index} of {}", self.len);
         assert_eq!(out.len(), self.shape.numel(), "a sample is {}", self.shape);
         match &self.source {
@@ -275,6 +287,7 @@ impl DataSet {
             }
             Source::Folder(folder) => {
                 folder.read(index, &self.framing, self.shape, out).map_err(|error| match error {
+                    // The file may be gone by now, and a run that went back needs it once more.
                     DataError::Input(problem) if self.gone.contains(&index) => DataError::Input(format!(
                         "{problem}; it is needed by a step from before the one after which data.exclude leaves it out: \
                          put the file back as it was, or begin anew with another --run-dir"

@@ -11,6 +11,7 @@ use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
 /// Maximum size of a decoded picture, in bytes.
+// 8192 x 8192 pixels of three channels and 16 bits are 403 MB.
 const MAX_DECODED_BYTES: u64 = 512 << 20;
 /// Maximum decoded size of a small file, in bytes.
 const FREE_DECODED_BYTES: u64 = 64 << 20;
@@ -32,6 +33,7 @@ pub(super) struct Outline {
 pub(super) fn outline(bytes: &[u8], length: u64, turn: job::Orientation) -> Option<Result<Outline, String>> {
     let is_whole = bytes.len() as u64 >= length;
     let reader = match reader(bytes) {
+        // Nothing was read yet: whether it is a picture is not known.
         Err(_) if !is_whole && bytes.is_empty() => return None,
         Err(wrong) => return Some(Err(wrong)),
         Ok(reader) => reader,
@@ -54,6 +56,7 @@ fn described(
     turn: job::Orientation,
 ) -> Result<Outline, String> {
     let mut decoder = reader.into_decoder().map_err(|error| error.to_string())?;
+    // Before anything is allocated for the pixels.
     check_size(&decoder, length)?;
     let orientation = orientation(&mut decoder, turn)?;
     let (width, height) = decoder.dimensions();
@@ -72,10 +75,12 @@ fn described(
 pub(super) fn decode(bytes: &[u8], turn: job::Orientation) -> Result<DynamicImage, String> {
     let reader = reader(bytes)?;
     // The decoder fills missing data with grey and reports nothing.
+    // A cut-off picture would be trained on with a grey part.
     if reader.format() == Some(ImageFormat::Jpeg) && !has_end(bytes) {
         return Err("the file is cut off".to_owned());
     }
     let mut decoder = reader.into_decoder().map_err(|error| error.to_string())?;
+    // Before the decoder allocates by the size that it claims.
     check_size(&decoder, bytes.len() as u64)?;
     let orientation = orientation(&mut decoder, turn)?;
     let mut image = DynamicImage::from_decoder(decoder).map_err(|error| error.to_string())?;
@@ -92,6 +97,7 @@ fn orientation(decoder: &mut impl ImageDecoder, turn: job::Orientation) -> Resul
 
 fn check_size(decoder: &impl ImageDecoder, length: u64) -> Result<(), String> {
     let bytes = decoder.total_bytes();
+    // A small file may be a blank picture, which is compressed far more than others.
     let limit = FREE_DECODED_BYTES.max(length.saturating_mul(MAX_RATIO)).min(MAX_DECODED_BYTES);
     if bytes <= limit {
         return Ok(());
@@ -106,12 +112,14 @@ fn reader(bytes: &[u8]) -> Result<ImageReader<Cursor<&[u8]>>, String> {
     let mut reader =
         ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| error.to_string())?;
     let mut limits = Limits::default();
+    // Also for what a decoder allocates besides the pixels.
     limits.max_alloc = Some(MAX_DECODED_BYTES);
     reader.limits(limits);
     match reader.format() {
         Some(
             ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP | ImageFormat::Bmp | ImageFormat::Tiff,
         ) => Ok(reader),
+        // Other formats of the library are off: a GIF or an SVG among the samples is a mistake.
         _ => Err("the content is neither PNG nor JPEG, WebP, BMP or TIFF".to_owned()),
     }
 }
@@ -121,6 +129,7 @@ fn reader(bytes: &[u8]) -> Result<ImageReader<Cursor<&[u8]>>, String> {
 fn has_end(bytes: &[u8]) -> bool {
     const START_OF_SCAN: [u8; 2] = [0xff, 0xda];
     const END_OF_IMAGE: [u8; 2] = [0xff, 0xd9];
+    // Previews in the metadata have markers of their own: only the last one counts.
     let last_end = bytes.windows(2).rposition(|marker| marker == END_OF_IMAGE);
     last_end.is_some_and(|end| !bytes[end..].windows(2).any(|marker| marker == START_OF_SCAN))
 }

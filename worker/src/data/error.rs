@@ -45,6 +45,7 @@ impl DataError {
     /// The error itself, if the user cannot.
     pub fn into_input(self) -> Result<String, DataError> {
         match self {
+            // Both are mended by the user; the others may pass, or are this program's.
             DataError::Input(_) | DataError::Sample { .. } => Ok(self.to_string()),
             DataError::System { .. } | DataError::Upload(_) | DataError::Finished => Err(self),
         }
@@ -54,6 +55,7 @@ impl DataError {
     pub(super) fn of_sample(self, name: &str) -> DataError {
         match self {
             DataError::Input(problem) => DataError::Sample { name: name.to_owned(), problem },
+            // An error of the system says nothing about the sample.
             other => other,
         }
     }
@@ -66,6 +68,7 @@ impl DataError {
             NotFound | PermissionDenied | IsADirectory | NotADirectory => {
                 DataError::Input(format!("cannot read {}: {source}; correct data.path", path.display()))
             }
+            // Such as an error of the disk or of the network: the same file may be read the next time.
             _ => DataError::System { path, source },
         }
     }

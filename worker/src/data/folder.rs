@@ -51,10 +51,13 @@ pub(super) fn open(
     let channels = check_channels(data.channels)?;
     let Listed { pictures, labels, mut found, left_out } = list(root, data, labelled, left_out)?;
     let begun = Instant::now();
+    // Pictures that are left out, at any time, are not read: they may be damaged.
     let looked_at: Vec<&Entry> = pictures.iter().filter(|entry| !left_out.names(&entry.name())).collect();
+    // Waits for all files, without a limit: a run cannot begin without their fingerprint (D11).
     let surveyed = parallel::map(&looked_at, |entry| Surveyed::read(entry, data.orientation))?;
     if begun.elapsed() > TOLD {
         let (files, took) = (looked_at.len(), begun.elapsed().as_secs());
+        // Only where it took long enough to be asked about.
         tracing::info!("read the {files} files of {} for their fingerprint in {took} s", root.display());
     }
     let (shape, content) = compare(&looked_at, &surveyed, channels, framing, &mut found)?;
@@ -79,6 +82,7 @@ pub(super) fn to_check(root: &Path, data: &Data) -> Result<ToCheck, DataError> {
     let channels = check_channels(data.channels)?;
     let listed = |labelled| list(root, data, labelled, LeftOut::new(&data.exclusions));
     let (listed, no_classes) = match listed(true) {
+        // A check of data tells also about folders that have no classes.
         Ok(listed) => (listed, None),
         Err(error) => (listed(false)?, Some(error)),
     };
@@ -136,9 +140,11 @@ fn list<'a>(
         add_missing(root, &mut search, &mut left_out)?;
     }
     // Classes keep their numbers, so pictures that are left out from the start count too.
+    // The rule looks at all pictures, and so do the numbers of the classes.
     let mut labels = if labelled {
         Some(classes::of(root, &mut search)?)
     } else {
+        // Without classes the files for them are reported as left out (invariant 4 of `search`).
         classes::leave_out(&mut search, |_| true);
         let lists = std::mem::take(&mut search.lists);
         lists.iter().for_each(|list| search.leave_out(list));
@@ -161,8 +167,11 @@ fn add_missing(root: &Path, search: &mut Search, left_out: &mut LeftOut<'_>) -> 
     for name in &there {
         left_out.find(name);
     }
+    // A name that a change recorded did exist, and its picture keeps its index (invariant 2 of
+    // `left_out`).
     let missing = left_out.missing().filter(|(name, known)| *known || !left_out.is_from_the_start(name));
     search.pictures.extend(missing.map(|(name, _)| Entry::missing(root, name)));
+    // In the order of the names, as if the missing ones were there.
     search.pictures.sort_by(|one, other| one.relative.cmp(&other.relative));
     let all = search.pictures.iter().map(Entry::name);
     let names = Names::of(all.filter(|name| !left_out.is_from_the_start(name)));
@@ -171,6 +180,7 @@ fn add_missing(root: &Path, search: &mut Search, left_out: &mut LeftOut<'_>) -> 
 
 /// Refuses a place without pictures, with a message on what is there instead.
 fn check_count(root: &Path, data: &Data, search: &Search) -> Result<(), DataError> {
+    // The stream's permutations hold indices of 32 bits.
     if !search.pictures.is_empty() && u32::try_from(search.pictures.len()).is_ok() {
         return Ok(());
     }
@@ -205,6 +215,7 @@ impl Surveyed {
 
     fn of(place: &Place, turn: Orientation) -> Result<Surveyed, DataError> {
         let head = place.head()?;
+        // From the first bytes if they suffice: a survey of many files must not decode them.
         let outline = match outline(&head.bytes, head.length, turn) {
             Some(outline) => outline,
             None => outline(&place.read()?, head.length, turn)
@@ -228,6 +239,7 @@ fn compare(
     (found.least, found.greatest) = ([u32::MAX; 2], [0; 2]);
     for (entry, Surveyed { outline, length, hash }) in pictures.iter().zip(surveyed) {
         let Outline { width, height, orientation } = *outline;
+        // Lengths before names, so that no two lists of files give the same bytes.
         content.update(&(entry.relative.len() as u64).to_le_bytes());
         content.update(&entry.relative);
         content.update(&length.to_le_bytes());
@@ -239,11 +251,13 @@ fn compare(
             found.least[side] = found.least[side].min(size);
             found.greatest[side] = found.greatest[side].max(size);
         }
+        // 1 is the usual one, in which nothing is turned.
         found.turned += u64::from(orientation != 1);
 
         let size = framing
             .output_size(height, width)
             .map_err(|wrong| input(&entry.place.shown(), &wrong).of_sample(&entry.name()))?;
+        // One size for all: a batch is one tensor.
         match &first {
             None => first = Some((*outline, size)),
             Some((_, first_size)) if *first_size == size => {}
@@ -300,6 +314,7 @@ impl Folder {
         let bytes = place.read()?;
         let image = decode(&bytes, self.orientation).map_err(|wrong| corrupt(path, &wrong))?;
         let (width, height) = (image.width(), image.height());
+        // Framed whatever its size: the check of data tells which size most have.
         let framed = framing.output_size(height, width).map_err(|wrong| input(path, &wrong))?;
         out.resize(self.channels * framed.0 * framed.1, 0.0);
         self.render(image, framing, out);
@@ -310,6 +325,7 @@ impl Folder {
 
     fn render(&self, image: DynamicImage, framing: &Framing, out: &mut [f32]) {
         let (width, height) = (image.width(), image.height());
+        // The job decides, not the file: grey pictures may be trained on in colour, and the reverse.
         let bytes = match self.channels {
             1 => image.into_luma8().into_raw(),
             _ => image.into_rgb8().into_raw(),
@@ -330,6 +346,7 @@ impl Folder {
         let image = decode(&place.read()?, self.orientation).map_err(|wrong| corrupt(path, &wrong))?;
         let (width, height) = (image.width(), image.height());
         let size = framing.output_size(height, width).map_err(|wrong| input(path, &wrong))?;
+        // It would be written beyond its place in the batch.
         if size != (shape.height, shape.width) {
             return Err(input(
                 path,

@@ -57,9 +57,11 @@ impl Framing {
             }
         }
         match (data.resize, data.crop) {
+            // All samples then need one size, which is checked when the data are opened.
             (None, None) => Ok(Framing::Whole),
             (None, Some(crop)) => Ok(Framing::Crop(crop)),
             (Some(side), crop) => {
+                // Samples are square unless they keep their own size.
                 let crop = crop.unwrap_or(side);
                 if crop > side {
                     return Err(DataError::Input(format!(
@@ -98,6 +100,7 @@ impl Framing {
             Framing::Crop(crop) => (0, crop),
             Framing::Resize { side, crop } => (side, crop),
         };
+        // Sides are at most 8192, so both numbers fit.
         ((u64::from(side) << 32) | u64::from(crop)).to_le_bytes()
     }
 
@@ -109,6 +112,7 @@ impl Framing {
             Framing::Whole => write_planes(image, 0, 0, image.width as usize, out),
             Framing::Crop(crop) => {
                 let left = (image.width - crop) as usize / 2;
+                // Rounded down: one pixel more is cut on the right and at the bottom (invariant 1).
                 let top = (image.height - crop) as usize / 2;
                 write_planes(image, left, top, crop as usize, out);
             }
@@ -127,6 +131,7 @@ impl Framing {
 fn window(image: &Image<'_>, side: u32, crop: u32) -> Window {
     let shorter = image.width.min(image.height);
     let span = |length: u32| {
+        // To the nearest pixel, in whole numbers: the same on all machines.
         let scaled = (u64::from(length) * u64::from(side) + u64::from(shorter / 2)) / u64::from(shorter);
         // Exact: the scaled length is below 2^32 x 2^13.
         let ratio = f64::from(length) / scaled as f64;
@@ -144,6 +149,7 @@ fn scale(image: &Image<'_>, window: &Window, side: u32) -> Canvas<'static> {
     let source =
         ImageRef::new(image.width, image.height, image.bytes, pixel).expect("an image has all its bytes");
     let mut scaled = Canvas::new(side, side, pixel);
+    // In the library this is the triangle over the area of a pixel when it scales down (invariant 2).
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).crop(
         window.left,
         window.top,
@@ -165,6 +171,7 @@ fn write_planes(image: &Image<'_>, left: usize, top: usize, width: usize, out: &
         let pixels = row.chunks_exact(channels).skip(left).take(width);
         for (x, pixel) in pixels.enumerate() {
             for (channel, &value) in pixel.iter().enumerate() {
+                // 0 becomes -1 and 255 becomes 1, both exactly.
                 out[channel * plane + y * width + x] = f32::from(value) / 127.5 - 1.0;
             }
         }

@@ -50,6 +50,7 @@ pub(super) fn file_of(path: &Path) -> Result<PathBuf, DataError> {
 
 /// Reads a file of images.
 pub(super) fn open(path: &Path) -> Result<Memory, DataError> {
+    // No limit here: the header is held against the length below.
     let (file, length) = open_plain(path, u64::MAX)?;
     unpacked(BufReader::new(file), length, path, decode)
 }
@@ -64,7 +65,9 @@ pub(super) fn labels(path: &Path) -> Result<Labels, DataError> {
 pub(super) fn labels_beside(images: &Path) -> Result<Labels, DataError> {
     let name = images.file_name().unwrap_or_default().to_string_lossy();
     let wanted = plain(&name).replace("images", "labels").replace("idx3", "idx1");
+    // The plain one first, as for images.
     let places = [wanted.clone(), format!("{wanted}.gz")].map(|name| images.with_file_name(name));
+    // Without `images` in its name the wanted file would be the file itself.
     let found = places.iter().find(|place| wanted != plain(&name) && place.is_file());
     let Some(path) = found else {
         return Err(DataError::Input(format!(
@@ -79,6 +82,7 @@ pub(super) fn labels_beside(images: &Path) -> Result<Labels, DataError> {
 /// Chooses the file of a folder to train on: the training images by name, else the only file of images.
 fn choose(folder: &Path) -> Result<PathBuf, DataError> {
     let names = names_of_images(folder).map_err(|error| DataError::reading(folder, error))?;
+    // By name: a folder of MNIST has the test images beside them.
     let train = names.iter().find(|name| plain(name).starts_with("train-images"));
     match (train, names.as_slice()) {
         (Some(train), _) => Ok(folder.join(train)),
@@ -142,13 +146,16 @@ fn unpacked<T>(
     decode: impl FnOnce(&mut Unpacked<'_>) -> Result<T, DataError>,
 ) -> Result<T, DataError> {
     let start = reader.fill_buf().map_err(|error| DataError::reading(path, error))?;
+    // The magic number of gzip (RFC 1952): endings of names are often wrong.
     if !start.starts_with(&[0x1f, 0x8b]) {
         return decode(&mut Unpacked { reader: &mut reader, most: length, packed: false, path });
     }
     let most = length.saturating_mul(MAX_RATIO).max(FREE_BYTES);
+    // A file may be several gzip members in a row, as some tools write it.
     let mut reader = MultiGzDecoder::new(reader);
     let decoded = decode(&mut Unpacked { reader: &mut reader, most, packed: true, path });
     decoded.map_err(|error| match error {
+        // An error of the disk stays the system's: the same file may be read the next time.
         DataError::System { source, .. } if is_corruption(&source) => {
             input(path, &format!("the gzip data are corrupt or cut off ({source}); get the file again"))
         }
@@ -178,6 +185,7 @@ impl Unpacked<'_> {
     /// Reads the bytes after the header, which announces `expected` of them. Returns these, or fewer, or
     /// one more as a sign of surplus bytes.
     fn rest(&mut self, expected: u64) -> Result<Vec<u8>, DataError> {
+        // Before anything is read: a small file could claim to fill the memory.
         if self.packed && expected > self.most {
             return Err(self.wrong(&format!(
                 "its header announces {expected} bytes, more than the {} that a compressed file of its length may \
@@ -190,6 +198,7 @@ impl Unpacked<'_> {
         // bytes that are really there.
         let known = if self.packed { 0 } else { expected.saturating_add(1).min(self.most) };
         bytes.reserve_exact(usize::try_from(known).unwrap_or(0));
+        // One byte more than announced, to notice that more follow.
         let read = Read::by_ref(&mut self.reader).take(expected.saturating_add(1)).read_to_end(&mut bytes);
         read.map_err(|source| DataError::System { path: self.path.to_path_buf(), source })?;
         Ok(bytes)
@@ -213,6 +222,7 @@ fn decode(file: &mut Unpacked<'_>) -> Result<Memory, DataError> {
         true => file.wrong(&format!("{what}{}", file.images_beside())),
         false => file.wrong(&what),
     })?;
+    // Below 2^96, and each factor is 32 bits: could overflow only far beyond what the next line allows.
     let expected = u64::from(images) * u64::from(height) * u64::from(width);
     let announced = format!("{images} images of {width} x {height}");
     if expected > MAX_BYTES_IN_MEMORY {

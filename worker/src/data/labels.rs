@@ -25,6 +25,7 @@ pub(super) struct Labels {
 impl Labels {
     /// Labels that `origin` gives by a rule.
     pub(super) fn new(of: Vec<u32>, rule: &'static str, origin: impl Into<String>) -> Labels {
+        // A file may claim the greatest number, and is refused by `check`.
         let classes = of.iter().max().map_or(0, |greatest| greatest.saturating_add(1));
         Labels { of, classes, names: Vec::new(), rule, origin: origin.into() }
     }
@@ -48,6 +49,7 @@ impl Labels {
                 "{origin}: found {found} labels for {samples} images, expected one each; get both files again"
             )));
         }
+        // Before `report` allocates one count for each.
         if self.classes > MAX_CLASSES {
             return Err(DataError::Input(format!(
                 "{origin}: found class {}, expected 0 to {}; number the classes from 0 on",
@@ -60,6 +62,7 @@ impl Labels {
 
     /// Returns the fingerprint of samples with these labels, given that of the samples.
     pub(super) fn fingerprint_with(&self, samples: &[u8; 32]) -> [u8; 32] {
+        // Apart from the fingerprint of the same samples without labels.
         let mut hasher = blake3::Hasher::new_derive_key("ganglion 2026 labelled data set");
         hasher.update(samples);
         for label in &self.of {

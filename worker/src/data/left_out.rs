@@ -65,6 +65,7 @@ impl<'a> LeftOut<'a> {
 
     /// Names that are left out from the start, or all others, in the job's order.
     pub(super) fn of(&self, the_start: bool) -> impl Iterator<Item = &'a str> {
+        // A job has few changes; its names may be many.
         let chosen = self.exclusions.iter().filter(move |one| one.is_from_the_start() == the_start);
         chosen.flat_map(|one| one.files.iter().map(String::as_str))
     }
@@ -87,11 +88,14 @@ impl<'a> LeftOut<'a> {
             }
             tracing::warn!("{problem}");
         }
+        // From the newest change back: each step adds the names that were samples before it.
         let mut then = *names;
         for exclusion in self.exclusions.iter().rev() {
             if exclusion.is_from_the_start() {
+                // The sum of hashes lets a name be added without the list of all.
                 exclusion.files.iter().for_each(|name| then.add(name));
             }
+            // A change of an earlier build has no record, and is believed.
             if exclusion.names.as_ref().is_none_or(|names| *names == then.hash()) {
                 continue;
             }
@@ -113,6 +117,7 @@ impl<'a> LeftOut<'a> {
         if self.is_empty() {
             return Vec::new();
         }
+        // Only of names that are left out, so memory does not grow with the data set.
         let places: BTreeMap<String, u64> =
             names.zip(0..).filter(|(name, _)| self.named.contains_key(name.as_str())).collect();
         self.of(false).filter_map(|name| places.get(name).copied()).collect()
@@ -133,6 +138,7 @@ impl Names {
     fn add(&mut self, name: &str) {
         let hash = blake3::hash(name.as_bytes());
         let first = hash.as_bytes().first_chunk().expect("a hash has 32 bytes");
+        // A sum and not a sequence: names come in any order. It detects mistakes, not attacks.
         self.0 = self.0.wrapping_add(u64::from_le_bytes(*first));
     }
 
@@ -145,6 +151,7 @@ impl Names {
 fn no_sample(name: &str, place: &str, found: impl Iterator<Item = String>) -> String {
     let mut nearest: Vec<(usize, String)> = Vec::new();
     for other in found {
+        // Over all names, which takes a while: the run has ended, and this is its last message.
         let distance = strsim::levenshtein(name, &other);
         if nearest.len() < NEAREST || nearest.last().is_some_and(|(last, _)| distance < *last) {
             let at = nearest.partition_point(|(known, _)| *known <= distance);

@@ -24,6 +24,7 @@ impl Memory {
     pub(super) fn keep(&mut self, kept: &[usize]) {
         let size = self.image_bytes();
         for (to, from) in kept.iter().enumerate() {
+            // In place: the images may fill most of the memory.
             self.bytes.copy_within(from * size..(from + 1) * size, to * size);
         }
         self.bytes.truncate(kept.len() * size);
@@ -38,6 +39,7 @@ impl Memory {
         let mut content = blake3::Hasher::new();
         content.update(&self.height.to_le_bytes());
         content.update(&self.width.to_le_bytes());
+        // The same hash as image by image, without a loop over them.
         if left_out.is_empty() {
             return content.update(&self.bytes).finalize();
         }

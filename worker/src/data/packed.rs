@@ -72,6 +72,7 @@ impl OpenArchives {
         let metadata = file.metadata().map_err(|error| DataError::reading(path, error))?;
         let archive = Archive {
             path: path.to_path_buf(),
+            // A number is only a name here, so no order with other memory is needed.
             number: self.count.fetch_add(1, Ordering::Relaxed),
             identity: identity(&metadata),
             length,
@@ -82,6 +83,7 @@ impl OpenArchives {
     }
 
     fn get(&self, number: usize) -> Option<Arc<File>> {
+        // Held for a look-up; files are opened without it.
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let at = open.iter().position(|(other, _)| *other == number)?;
         let entry = open.remove(at);
@@ -92,6 +94,7 @@ impl OpenArchives {
 
     fn put(&self, number: usize, file: &Arc<File>) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        // The one that was not used for the longest time. Readers that still have it keep it open.
         if open.len() >= OPEN_LIMIT {
             open.remove(0);
         }
@@ -110,6 +113,8 @@ impl Archive {
         if let Some(file) = self.all.get(self.number) {
             return Ok(file);
         }
+        // Opened again after others took its place: it must be the same file as at the start (invariant
+        // 3).
         let (file, _) = open_plain(&self.path, u64::MAX)?;
         let metadata = file.metadata().map_err(|error| DataError::reading(&self.path, error))?;
         if identity(&metadata) != self.identity {
@@ -146,6 +151,7 @@ pub(super) fn members(
     let special = |name: &str| found.leave_out("links and special members of archives", shown(name));
     let claims = match ArchiveKind::of(path) {
         Some(ArchiveKind::Zip) => in_zip(&file),
+        // What is no zip is a tar, by its name; if it is none, its headers do not fit.
         _ => in_tar(&file, special),
     };
     let claims = claims.map_err(|wrong| {
@@ -160,12 +166,14 @@ pub(super) fn members(
                 printable_start(&claim.name, SHOWN_CHARACTERS)
             ))
         };
+        // Both come from the archive, and may be any numbers.
         if claim.offset.checked_add(claim.packed).is_none_or(|end| end > archive.length) {
             return Err(wrong("it ends beyond the archive, which is cut off"));
         }
         if !claim.deflated && claim.length != claim.packed {
             return Err(wrong("the archive gives it two lengths"));
         }
+        // More is not possible in deflate, so more is a lie.
         let most = if claim.deflated { claim.packed.saturating_mul(DEFLATE_RATIO) } else { claim.packed };
         if claim.length > most {
             let what = format!("it claims {} bytes, more than its {} can hold", claim.length, claim.packed);
@@ -202,6 +210,7 @@ fn in_zip(file: &File) -> Result<Vec<Claim>, String> {
             zip::CompressionMethod::Deflated => true,
             other => return Err(format!("{shown} is compressed by {other}, expected stored or deflated")),
         };
+        // The library does not show this flag for entries that it gives raw.
         let mut flags = [0];
         file.read_exact_at(&mut flags, entry.header_start() + 6).map_err(|error| error.to_string())?;
         if flags[0] & ENCRYPTED != 0 {
@@ -224,6 +233,7 @@ fn in_tar(file: &File, mut special: impl FnMut(&str)) -> Result<Vec<Claim>, Stri
     for entry in tar.entries_with_seek().map_err(|error| error.to_string())? {
         let entry = entry.map_err(|error| error.to_string())?;
         let kind = entry.header().entry_type();
+        // A description of the archive, and no member.
         if kind.is_dir() || kind.is_pax_global_extensions() {
             continue;
         }
@@ -233,6 +243,7 @@ fn in_tar(file: &File, mut special: impl FnMut(&str)) -> Result<Vec<Claim>, Stri
             continue;
         }
         claims.push(Claim {
+            // `tar` writes it before all names if it was given a folder.
             name: name.trim_start_matches("./").to_string(),
             offset: entry.raw_file_position(),
             packed: entry.size(),
@@ -255,6 +266,7 @@ impl Member {
         if !self.deflated {
             return Ok(Content::Part { file, offset: self.offset, length: self.length });
         }
+        // The packed bytes are held in memory as a whole.
         if self.packed > MAX_FILE_BYTES {
             return Err(self.corrupt("it is too long"));
         }
@@ -263,6 +275,7 @@ impl Member {
         read.map_err(|error| DataError::reading(&self.archive.path, error))?;
         let mut content = Vec::new();
         let decoder = flate2::read::DeflateDecoder::new(packed.as_slice());
+        // One byte more than the archive says, to notice that more follow.
         let unpacked = decoder.take(self.length.saturating_add(1)).read_to_end(&mut content);
         unpacked.map_err(|error| self.corrupt(&error.to_string()))?;
         if content.len() as u64 != self.length {

@@ -13,10 +13,12 @@ pub(super) fn map<T: Sync, R: Send, E: Send>(
     items: &[T],
     work: impl Fn(&T) -> Result<R, E> + Sync,
 ) -> Result<Vec<R>, E> {
+    // All of them: training has not begun.
     let threads = thread::available_parallelism().map_or(1, usize::from);
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let done = Mutex::new(Vec::new());
     let run = || {
+        // Only a hint to stop early; results go through the lock.
         while !failed.load(Ordering::Relaxed) {
             // Blocks are taken in order, so all before a failure are taken, and are finished.
             let block = next.fetch_add(1, Ordering::Relaxed);
@@ -25,11 +27,13 @@ pub(super) fn map<T: Sync, R: Send, E: Send>(
             if results.is_err() {
                 failed.store(true, Ordering::Relaxed);
             }
+            // Held for one push after a block of work.
             done.lock().unwrap_or_else(PoisonError::into_inner).push((block, results));
         }
     };
     thread::scope(|scope| {
         let others: Vec<_> =
+            // No thread without a block.
             (1..threads.min(items.len().div_ceil(BLOCK))).map(|_| scope.spawn(run)).collect();
         run();
         for other in others {
@@ -37,6 +41,7 @@ pub(super) fn map<T: Sync, R: Send, E: Send>(
         }
     });
     let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    // In the order of the items, so the error that is returned is the first, whatever the threads did.
     done.sort_by_key(|(block, _)| *block);
     let mut all = Vec::with_capacity(items.len());
     for (_, results) in done {

@@ -57,6 +57,7 @@ impl Place {
                 Ok(Content::Part { file: Arc::new(file), offset: 0, length })
             }
             Place::Packed(member) => {
+                // Before it is opened, which may unpack it.
                 check_length(&member.shown(), member.length, MAX_FILE_BYTES)?;
                 member.open()
             }
@@ -82,6 +83,7 @@ impl Place {
         let failed = |error| DataError::reading(&self.shown(), error);
         let content = self.open()?;
         let length = content.length();
+        // Most pictures are shorter: they are read once for outline and hash.
         if length <= WHOLE_BYTES {
             let bytes = content.range(0, length).map_err(failed)?;
             return Ok(Head { hash: blake3::hash(&bytes), bytes, length });
@@ -89,6 +91,7 @@ impl Place {
         let mut hasher = blake3::Hasher::new();
         let mut bytes = Vec::new();
         for block in 0..BLOCKS {
+            // Evenly from 0 to the last block, which ends the file.
             let offset = block * (length - BLOCK_BYTES) / (BLOCKS - 1);
             let read = content.range(offset, BLOCK_BYTES).map_err(failed)?;
             hasher.update(&read);
@@ -114,12 +117,15 @@ impl Content {
         match self {
             Content::Part { file, offset: start, .. } => {
                 let mut bytes = vec![0; wanted];
+                // By position, so that several threads can read one file at once.
                 file.read_exact_at(&mut bytes, start + offset)?;
                 Ok(bytes)
             }
             Content::Bytes(bytes) => {
                 let mut read = Vec::with_capacity(wanted);
                 let from = usize::try_from(offset).map_err(io::Error::other)?;
+                // Bytes that end before are returned as they are: lengths were checked when they were
+                // unpacked.
                 bytes.get(from..).unwrap_or_default().take(length).read_to_end(&mut read)?;
                 Ok(read)
             }

@@ -52,6 +52,7 @@ impl Plan {
     fn batches(&self) -> impl Iterator<Item = (u64, u32)> + use<> {
         let &Plan { first_step, first_phase, end_step, phases, .. } = self;
         (first_step..end_step).flat_map(move |step| {
+            // A run that goes on in the middle of a step has read the earlier phases' batches.
             let first = if step == first_step { first_phase } else { 0 };
             (first..phases).map(move |phase| (step, phase))
         })
@@ -104,11 +105,13 @@ impl Prefetcher {
     /// # Panics
     /// As [`start`](Prefetcher::start).
     pub fn start_with(dataset: Arc<DataSet>, plan: Plan, upload: Option<Upload>) -> Prefetcher {
+        // A shard beyond would read another shard's samples (D2).
         assert!(plan.shards.end <= plan.data_shards, "shards {:?} of {}", plan.shards, plan.data_shards);
         // The bounded channel is the limit on memory: a full one blocks the reading thread.
         let (filled, batches) = sync_channel(plan.depth);
         let (spent, reusable) = channel();
         let stop = Arc::new(AtomicBool::new(false));
+        // On the caller's side, so that a wrong plan panics where it was made.
         let stream = SampleStream::with_changes(plan.seed, dataset.len() as u64, &plan.changes);
         let reader = Reader { dataset, plan, stream, upload, filled, reusable, stop: Arc::clone(&stop) };
         let thread = thread::Builder::new()
@@ -131,11 +134,15 @@ impl Prefetcher {
         reason = "an iterator's caller would have to handle the end twice"
     )]
     pub fn next(&mut self) -> Result<Batch, DataError> {
+        // `wait` may have received it already.
         if let Some(ready) = self.ready.take() {
             return ready;
         }
         let batches = self.batches.as_ref().expect("only drop takes the receiver");
+        // Not bounded: a thread that ends, for any reason, closes the channel. The member that waits
+        // here counts as computing, and is found out if it takes too long (M8).
         batches.recv().unwrap_or_else(|_| {
+            // The channel is closed: either the plan is done, or the thread panicked.
             if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
                 resume_unwind(panic);
             }
@@ -149,6 +156,7 @@ impl Prefetcher {
         if self.ready.is_none() {
             self.ready = self.batches.as_ref().and_then(|batches| batches.try_recv().ok());
         }
+        // An error stays for `next`, which can return it.
         self.ready.take_if(|batch| batch.is_ok()).and_then(Result::ok)
     }
 
@@ -161,6 +169,7 @@ impl Prefetcher {
             match batches.recv_timeout(limit) {
                 Ok(batch) => self.ready = Some(batch),
                 Err(RecvTimeoutError::Timeout) => return false,
+                // The next `next` tells which end it was.
                 Err(RecvTimeoutError::Disconnected) => {}
             }
         }
@@ -205,6 +214,7 @@ impl Reader {
                 return;
             };
             let failed = batch.is_err();
+            // Waits while enough batches are ready (invariant 2). Dropping the receiver ends the wait.
             if self.filled.send(batch).is_err() || failed {
                 return;
             }
@@ -215,11 +225,14 @@ impl Reader {
     fn read(&mut self, step: u64, phase: u32) -> Result<Option<Batch>, DataError> {
         let Plan { data_shards, shard_batch, phases, ref shards, .. } = self.plan;
         let numel = self.dataset.shape().numel();
+        // A buffer that came back, if there is one; a new one else.
         let mut pixels = self.reusable.try_recv().unwrap_or_default();
         pixels.resize(shards.len() * shard_batch as usize * numel, 0.0);
         let mut ledger = 0_u64;
         let mut labels = Vec::new();
         let numbers = shards.clone().flat_map(|shard| {
+            // In the order of shards, then of the stream (D2): the place in the batch says whose sample
+            // it is.
             let first = stream_position(step, phase, phases, data_shards, shard, shard_batch);
             first..first + u64::from(shard_batch)
         });
@@ -230,11 +243,14 @@ impl Reader {
                 usize::try_from(sample).expect("a sample's index is below the length of the data set");
             wanted.push((index, out));
             labels.extend(self.dataset.labels().get(index).copied().map(i64::from));
+            // Counted where it is read, so the checksum is of what was really trained on (D9).
             ledger = ledger.wrapping_add(ledger_term(q, sample));
         }
+        // The lock-step of decoding threads: a batch is given on whole, or not at all.
         if !self.read_all(wanted)? {
             return Ok(None);
         }
+        // On this thread and on a stream of its own, while the training thread computes.
         let uploaded = self.upload.as_mut().map(|upload| upload(&pixels)).transpose();
         let uploaded = uploaded.map_err(|error| DataError::Upload(error.to_string()))?;
         Ok(Some(Batch { step, phase, pixels, labels, uploaded, ledger }))
@@ -243,11 +259,13 @@ impl Reader {
     /// Reads samples into their places, on several threads where they have to be decoded; returns false
     /// when asked to stop.
     fn read_all(&self, mut wanted: Vec<(usize, &mut [f32])>) -> Result<bool, DataError> {
+        // Data in memory are only copied, which threads would not speed up.
         let threads = if self.dataset.is_decoded() { decoders() } else { 1 };
         let each = wanted.len().div_ceil(threads).max(1);
         let (dataset, stop) = (&*self.dataset, &*self.stop);
         let read = |wanted: &mut [(usize, &mut [f32])]| {
             for (index, out) in wanted {
+                // Looked at before each sample: a drop waits for one of them at most (invariant 3).
                 if stop.load(Ordering::Relaxed) {
                     return Ok(false);
                 }
@@ -271,5 +289,6 @@ impl Reader {
 
 /// Number of decoding threads of one worker: it shares its machine with others, and with its own training.
 fn decoders() -> usize {
+    // Half of the processors: the other half trains.
     thread::available_parallelism().map_or(1, |processors| (processors.get() / 2).clamp(1, 8))
 }

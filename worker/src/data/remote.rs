@@ -60,12 +60,14 @@ pub(super) fn here(source: &Data, found: &mut Found) -> Result<Data, DataError> 
         Address::Folder(folder) => folder,
         Address::Cloud(_) => {
             // An archive is a file; anything else is a folder of files.
+            // Only the last part: a prefix may have a dot in it.
             let (root, file) = match text.rsplit_once('/') {
                 Some((root, file)) if ArchiveKind::of(Path::new(file)).is_some() => (root, Some(file)),
                 _ => (text, None),
             };
             let address = Address::parse(root).map_err(|what| wrong(&what.to_string()))?;
             let storage = Storage::open(&address).map_err(|what| wrong(&what))?;
+            // A folder for each address, whatever characters it has.
             let folder = cache()?.join(&blake3::hash(root.as_bytes()).to_hex()[..16]);
             let chosen = |name: &str| file.is_none_or(|file| file == name);
             fetch(storage, &folder, chosen, found, &wrong)?;
@@ -122,17 +124,21 @@ fn fetch(
     let files = folder.join(FILES);
     whole::create_folders(&files).map_err(system)?;
     let lock = File::create(folder.join(LOCK)).map_err(system)?;
+    // Held until the end of this function: the lock goes with the file handle.
     let is_alone = take_turn(folder, |operation| flock(&lock, operation)).map_err(system)?;
     let store = Store { storage: Blocking::new(storage).map_err(system)?, pauses: PAUSES, wrong };
     let wanted = wanted(&store, &chosen, found)?;
     let names: BTreeSet<&str> = wanted.iter().map(|object| object.name.as_str()).collect();
     let unwanted = |name: &str| chosen(name) && !names.contains(name);
+    // Before anything is fetched, as a name may now be a folder's.
     sweep(&files, "", &unwanted, is_alone).map_err(system)?;
     let have = notes(folder);
     let is_here = |object: &Wanted| {
         let note = have.get(object.name.as_str());
+        // Another version in the store is fetched again (invariant 3); another content here is damage.
         note.is_some_and(|note| note.version == object.version.text && note.holds(&object.name.below(&files)))
     };
+    // Decided once: nobody else writes here while the lock is held.
     let missing: Vec<&Wanted> = wanted.iter().filter(|object| !is_here(object)).collect();
     let mut told: Option<Instant> = None;
     for (done, object) in missing.iter().enumerate() {
@@ -141,7 +147,10 @@ fn fetch(
             tracing::info!("fetching {name}, {} of {all} files, to {}", done + 1, files.display());
             told = Some(Instant::now());
         }
+        // One file after the other, each with the limit of `patiently`; a killed worker goes on where it
+        // was.
         let note = fetch_one(&store, object, &files)?;
+        // After the file is whole, and before the next (invariant 1).
         append(folder, &note).map_err(system)?;
     }
     Ok(())
@@ -154,6 +163,7 @@ fn take_turn(folder: &Path, mut ask: impl FnMut(FlockOperation) -> Result<(), Er
     loop {
         match ask(operation) {
             Ok(()) => return Ok(true),
+            // A signal came in between; the request is made again.
             Err(Errno::INTR) => {}
             Err(Errno::WOULDBLOCK) => {
                 tracing::info!("another worker of this machine fetches the data; waiting for it");
@@ -225,18 +235,23 @@ impl Store<'_> {
         loop {
             let error = match work() {
                 Ok(done) => return Ok(done),
+                // The store has answered: the file changed, or came short.
                 Err(Failed::Data(error)) => return Err(error),
                 Err(Failed::System(error)) => return Err(system(error)),
                 Err(Failed::Store(error)) => error,
             };
             let why = format!("{what}: {}", reason(&error));
+            // Another error is the user's to mend, such as an address without rights.
             if !self.storage.storage().is_away(&error) {
                 return Err((self.wrong)(&why));
             }
+            // The coordinator waits for this worker; a store that stays away is told to the user.
             if begun.elapsed() > PATIENCE {
                 return Err(system(io::Error::other(why)));
             }
             tracing::warn!("{why}; trying again");
+            // At most ten seconds, with jitter, so that workers of many machines do not come back at
+            // once.
             thread::sleep(pauses.draw());
         }
     }
@@ -256,6 +271,7 @@ fn wanted(
         .collect();
     let mut wanted = Vec::new();
     for (path, version) in listed.iter().filter(|(path, _)| chosen(path.as_ref())) {
+        // A name that is also a folder's cannot be a file's.
         let is_folder = folders.contains(path.as_ref());
         match RelativeName::parse(path.as_ref()) {
             // Web consoles make an empty object for a folder.
@@ -284,8 +300,10 @@ fn fetch_one(store: &Store<'_>, object: &Wanted, files: &Path) -> Result<Note, D
     let storage = &store.storage;
     whole::create_folders(place.parent().unwrap_or(files)).map_err(system)?;
     let write = || {
+        // The file appears under its name only if all checks in here pass.
         whole::write_by(&place, |file| -> Result<(), Failed> {
             storage.wait(storage.storage().fetch(path, file))?;
+            // Asked after the fetch: ranges of two versions could have been put together.
             if storage.wait(storage.storage().version(path))? != *version {
                 return Err(wrong("it was changed while it was fetched"));
             }
@@ -297,6 +315,7 @@ fn fetch_one(store: &Store<'_>, object: &Wanted, files: &Path) -> Result<Note, D
         })
     };
     store.patiently(&name.to_string(), &place, write)?;
+    // Of what lies on the disk, and not of what came: this is what a later worker compares.
     let blake3 = hash(&place).map_err(system)?;
     let metadata = fs::metadata(&place).map_err(system)?;
     Ok(Note {
@@ -321,6 +340,7 @@ impl Note {
         if !metadata.is_file() || metadata.len() != self.bytes {
             return false;
         }
+        // The change time moves with every write, and cannot be set back.
         (metadata.ctime(), metadata.ctime_nsec()) == self.changed
             || hash(file).is_ok_and(|found| found == self.blake3)
     }
@@ -341,6 +361,7 @@ fn sweep(
             sweep(&entry.path(), &format!("{name}/"), is_unwanted, is_alone)?;
             if is_alone {
                 // Only if it is empty: a file may have its name now.
+                // An error means that the folder is not empty.
                 let _ = fs::remove_dir(entry.path());
             }
         } else if !is_alone && is_being_written(&entry) {
@@ -364,6 +385,7 @@ fn append(folder: &Path, note: &Note) -> io::Result<()> {
     let mut notes = File::options().create(true).append(true).open(folder.join(NOTES))?;
     let line = serde_json::to_string(note).map_err(io::Error::other)?;
     // The leading newline keeps a torn line from spoiling this one.
+    // One call, so that lines of two workers are not mixed.
     notes.write_all(format!("\n{line}\n").as_bytes())
 }
 
@@ -372,6 +394,7 @@ fn notes(folder: &Path) -> BTreeMap<String, Note> {
     let text = fs::read(folder.join(NOTES)).unwrap_or_default();
     let notes =
         text.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<Note>(line).ok());
+    // Later lines replace earlier ones of the same name.
     notes.map(|note| (note.name.clone(), note)).collect()
 }
 

@@ -71,6 +71,7 @@ impl Entry {
         for part in name.split_inclusive('/') {
             let kind = part.strip_suffix('/').and_then(|part| ArchiveKind::of(Path::new(part)));
             at += part.len();
+            // The outermost archive counts: an archive within one is not looked into.
             if let (Some(kind), None) = (kind, archive) {
                 (archive, in_tar) = (Some((at, part.len())), kind == ArchiveKind::Tar);
             }
@@ -91,6 +92,7 @@ impl Entry {
     /// Name as if members of an archive lay beside it.
     pub(super) fn unpacked(&self) -> Vec<u8> {
         match self.archive {
+            // Without the archive's own name, as if its members lay beside it.
             Some((at, own)) => [&self.relative[..at - own], &self.relative[at..]].concat(),
             None => self.relative.clone(),
         }
@@ -104,6 +106,7 @@ impl Entry {
     /// Rest of the name, from that dot on.
     fn ending(&self) -> &[u8] {
         let name = last(&self.relative);
+        // WebDataset's rule for tar files only: in a folder `a.b.png` is a picture of its own.
         let dot = if self.in_tar {
             name.iter().position(|byte| *byte == b'.')
         } else {
@@ -138,6 +141,7 @@ impl Search {
             search.folder(root, &[], &mut Vec::new())?;
         }
         for entries in [&mut search.pictures, &mut search.notes, &mut search.lists] {
+            // File systems list in any order, which must not enter (invariant 1).
             entries.sort_by(|one, other| one.relative.cmp(&other.relative));
         }
         match extension {
@@ -152,6 +156,7 @@ impl Search {
         let lower = String::from_utf8_lossy(name).to_ascii_lowercase();
         let is_picture = lower.rsplit_once('.').is_some_and(|(_, ending)| PICTURES.contains(&ending));
         match entry.extension().as_str() {
+            // First by the last part: `0001.seg.png` is a picture too, of which `choose` decides.
             _ if is_picture => self.pictures.push(entry),
             JSON_NOTE if name == LABELS_FILE.as_bytes() => self.lists.push(entry),
             NOTE | JSON_NOTE => self.notes.push(entry),
@@ -176,6 +181,7 @@ impl Search {
         let own = if relative.is_empty() { 0 } else { own + 1 };
         for member in packed::members(path, &shown(relative), &self.archives, &mut self.found)? {
             let name = [relative, member.name.as_str().as_bytes()].concat();
+            // Editors, archivers and operating systems leave such files.
             if member.name.as_str().split('/').any(|part| part.starts_with('.')) {
                 self.found.leave_out("hidden", shown(&name));
                 continue;
@@ -195,6 +201,7 @@ impl Search {
     ) -> Result<(), DataError> {
         let failed = |error| DataError::reading(folder, error);
         let real = folder.canonicalize().map_err(failed)?;
+        // By real paths: a link to a folder above would never end.
         if ancestors.contains(&real) {
             return Err(input(
                 folder,
@@ -217,6 +224,7 @@ impl Search {
                 self.take(Entry { relative: below, archive: None, in_tar: false, place: Place::Alone(path) });
             }
         }
+        // Only folders on the way count: two links to one folder are no circle.
         ancestors.pop();
         Ok(())
     }
@@ -241,6 +249,7 @@ impl Search {
     /// Chooses the picture of each sample in tar files.
     fn choose(&mut self) -> Result<(), DataError> {
         let pictures = std::mem::take(&mut self.pictures);
+        // The list is sorted, so the files of a sample lie together.
         let groups: Vec<&[Entry]> =
             pictures.chunk_by(|one, other| one.in_tar && other.in_tar && one.key() == other.key()).collect();
         let mut chosen = BTreeMap::new();
@@ -248,6 +257,7 @@ impl Search {
         for group in groups.iter().filter(|group| group.len() > 1) {
             let picture = picture_of(group)?;
             *chosen.entry(picture.extension()).or_insert(0_u64) += 1;
+            // Their extensions are those of masks and the like in the whole data set.
             parts.extend(group.iter().map(Entry::extension).filter(|extension| extension.contains('.')));
         }
         let is_picture = |group: &[Entry], entry: &Entry| match group {

@@ -9,6 +9,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 /// Environment variable with the time limit for the check of a module, in seconds.
+// For modules that compile for longer, or machines that are slower.
 pub const LIMIT_VARIABLE: &str = "GANGLION_MODULE_LIMIT";
 /// Time limit where the environment sets none.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -31,6 +32,7 @@ impl BrokenModule {
     /// Unwinds out of the pass.
     pub fn raise(self) -> ! {
         // No panic: the hook, which reports bugs of this program, is not called.
+        // Unwinds through this program's frames only: the pass has left libtorch by then.
         resume_unwind(Box::new(self))
     }
 
@@ -45,8 +47,10 @@ impl BrokenModule {
 /// # Errors
 /// A module's program failed.
 pub fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, BrokenModule> {
+    // What the pass has written belongs to a shard gradient that is given up with it.
     catch_unwind(AssertUnwindSafe(work)).map_err(|panic| match panic.downcast::<BrokenModule>() {
         Ok(broken) => *broken,
+        // A bug of this program stays one.
         Err(panic) => resume_unwind(panic),
     })
 }
@@ -68,6 +72,7 @@ impl Watchdog {
         let watch = move || {
             if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
                 tracing::error!("{words}");
+                // The module's thread cannot be ended, and destructors would wait for it.
                 c10d::exit_at_once(WRONG_INPUT);
             }
         };
@@ -79,6 +84,7 @@ impl Watchdog {
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
+        // An error means that the thread has ended already, or was never started.
         let _ = self.0.send(());
     }
 }

@@ -49,6 +49,7 @@ impl Network for OfClasses {
         let mut table = Specs::default();
         let gain = match self.role {
             Role::Generator => 1.0,
+            // The product sums over `length` features, so this keeps the logit's variance at 1.
             Role::Discriminator => 1.0 / root(self.length),
         };
         table.add(TABLE.to_string(), &[self.classes, self.length], scaled(gain, self.classes));
@@ -74,9 +75,11 @@ impl Network for OfClasses {
             Role::Discriminator => all.split_last().expect(few),
         };
         let row = embed(table, pass.classes);
+        // The wrapped network knows no classes, and must not see the table among its parameters.
         let mut inner = Pass { parameters: own, classes: None, statistics: Vec::new(), ..*pass };
         let output = match self.role {
             Role::Generator => {
+                // In the kind of the table, which is the kind of the pass.
                 let input = Tensor::cat(&[input.to_kind(row.kind()), row], 1);
                 self.network.forward(&input, &mut inner)
             }
@@ -85,6 +88,7 @@ impl Network for OfClasses {
                 (seen * row).sum_dim_intlist([1i64].as_slice(), true, None)
             }
         };
+        // The wrapper has no buffers, so the updates are the network's in its own order.
         pass.statistics = inner.statistics;
         output
     }

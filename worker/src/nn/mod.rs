@@ -46,6 +46,7 @@ pub trait Network: fmt::Debug + Send + Sync {
 
     /// Returns the buffers for the next pass of a shard gradient, after a pass with these buffer updates.
     fn after(&self, buffers: &[Tensor], _statistics: &[Tensor]) -> Vec<Tensor> {
+        // A network whose passes only read its buffers goes on with the same ones.
         buffers.iter().map(Tensor::shallow_clone).collect()
     }
 
@@ -90,6 +91,7 @@ impl<'a> Pass<'a> {
 
     /// Kind of tensor in which the pass computes.
     pub fn kind(&self) -> Kind {
+        // A network without parameters computes as the state is kept.
         self.parameters.first().map_or(Kind::Float, Tensor::kind)
     }
 }
@@ -179,6 +181,7 @@ impl TensorSpec {
 /// Number of a network's first tensors that belong to its first `layers` layers. A layer's tensors have one
 /// name up to the last dot.
 pub fn first_layers(parameters: &[TensorSpec], layers: u32) -> usize {
+    // `0.weight` and `0.bias` are one layer; a name without a dot is one of its own.
     let layer = |spec: &TensorSpec| spec.name.rsplit_once('.').map(|(layer, _)| layer.to_string());
     let mut known = Vec::new();
     let of_first = parameters.iter().take_while(|spec| {
@@ -192,6 +195,7 @@ pub fn first_layers(parameters: &[TensorSpec], layers: u32) -> usize {
 
 /// Number of layers with parameters.
 pub fn layers(parameters: &[TensorSpec]) -> u32 {
+    // Ends, since with each layer at least one tensor more is counted.
     (0..).find(|layers| first_layers(parameters, *layers) == parameters.len()).expect("a network has an end")
 }
 

@@ -62,6 +62,7 @@ impl Models {
     /// The same for samples of `classes` classes, where the job wants a conditional model.
     pub fn with_classes(model: &Model, shape: ImageShape, classes: u32) -> Result<Models, UnsuitableModel> {
         let Some(side) = model.kind.side() else { return Models::scripts(model, shape) };
+        // The perceptron ends in 784 numbers: one channel of 28 x 28.
         let channels = (model.kind == ModelKind::Mlp28).then_some(1);
         let fits = [shape.height, shape.width] == [side as usize; 2]
             && channels.is_none_or(|channels| shape.channels == channels);
@@ -73,8 +74,10 @@ impl Models {
         let sizes = Sizes {
             latent: i64::from(model.latent_dim),
             width: i64::from(model.width),
+            // Data are grey or in colour; nothing else passes the check of `data.channels`.
             channels: if shape.channels == 1 { 1 } else { 3 },
             side: i64::from(side),
+            // Classes of the data count only where the job asks for them.
             classes: if model.conditional { i64::from(classes) } else { 0 },
         };
         let (generator, discriminator) = networks(model.kind, sizes);
@@ -123,6 +126,8 @@ impl Models {
 fn networks(kind: ModelKind, sizes: Sizes) -> (Arc<dyn Network>, Arc<dyn Network>) {
     let Sizes { latent, width, channels, classes, .. } = sizes;
     // Networks that know no classes are wrapped in `OfClasses`, which adds the conditioning.
+    // Beside the noise comes a vector of the class as long as it; the discriminator's vector is
+    // multiplied by one (`classes.rs`).
     let (inputs, outputs) = if classes > 0 { (2 * latent, latent) } else { (latent, 1) };
     let plain = |(generator, discriminator)| -> (Arc<dyn Network>, Arc<dyn Network>) {
         (Arc::new(Sequential::new(generator)), Arc::new(Sequential::new(discriminator)))
@@ -135,6 +140,7 @@ fn networks(kind: ModelKind, sizes: Sizes) -> (Arc<dyn Network>, Arc<dyn Network
             (Arc::new(R3gan::generator(sizes, inputs)), Arc::new(R3gan::discriminator(sizes, outputs)))
         }
         ModelKind::Sngan32 => {
+            // It has classes within, and is not wrapped.
             return (Arc::new(sngan::Generator::new(sizes)), Arc::new(sngan::Discriminator::new(sizes)));
         }
         ModelKind::Script => unreachable!("its networks come from files"),
@@ -148,6 +154,7 @@ fn networks(kind: ModelKind, sizes: Sizes) -> (Arc<dyn Network>, Arc<dyn Network
     )
 }
 
+// The slope of Radford et al. (2015), section 3.
 const LEAKY: Layer = Layer::LeakyRelu { slope: 0.2 };
 
 /// Multi-layer perceptrons: latent-width-width-784 and 784-width-width-outputs.
@@ -162,6 +169,7 @@ fn mlp_28(latent: i64, width: i64, outputs: i64) -> (Vec<Layer>, Vec<Layer>) {
         Layer::Tanh,
         Layer::Reshape(vec![1, 28, 28]),
     ];
+    // No last activation in any of them: the losses take the logit.
     let discriminator = vec![
         Layer::Reshape(vec![784]),
         linear(784, width),
@@ -174,6 +182,7 @@ fn mlp_28(latent: i64, width: i64, outputs: i64) -> (Vec<Layer>, Vec<Layer>) {
 }
 
 /// A convolution that halves each side, or its transpose that doubles it.
+// The kernel is a multiple of the stride, so it covers each pixel equally often (Odena et al., 2016).
 const HALVING: (i64, i64, i64) = (4, 2, 1);
 /// A convolution that covers a whole map, or its transpose that starts one.
 const fn covering(kernel: i64) -> (i64, i64, i64) {
@@ -206,6 +215,8 @@ fn dcgan_28(latent: i64, width: i64, channels: i64, outputs: i64) -> (Vec<Layer>
         Layer::Tanh,
     ];
     let discriminator = vec![
+        // No normalisation in the first layer of the discriminator, nor in the last of the generator:
+        // Radford et al. (2015), section 3.
         down(channels, 2 * width, HALVING),
         LEAKY,
         down(2 * width, 4 * width, HALVING),

@@ -8,6 +8,7 @@ use std::path::Path;
 
 /// Number of bytes that members may claim beyond the file's length: the code is compressed, the weights are
 /// not.
+// Enough for the code of a large model, and little beside the memory of a worker.
 const FREE_BYTES: u64 = 64 << 20;
 
 /// Reads a file whose members claim no more than it can hold.
@@ -31,6 +32,7 @@ fn check(bytes: &[u8]) -> Result<(), String> {
     let mut claimed = 0_u64;
     for index in 0..archive.len() {
         let member = archive.by_index_raw(index).map_err(|error| format!("is damaged: {error}"))?;
+        // Claims may add up beyond 64 bits, which must not wrap to a small number.
         claimed = claimed.saturating_add(member.size());
     }
     let limit = bytes.len() as u64 + FREE_BYTES;

@@ -37,6 +37,7 @@ impl Specs {
 /// N(0, gain / sqrt(inputs)), which preserves the variance of activations (He et al., 2015, equation 10);
 /// zeros for a gain of 0.
 pub(super) fn scaled(gain: f32, inputs: i64) -> Init {
+    // The last layer of a block: it begins at zero exactly, and needs no draw.
     if gain == 0.0 {
         return Init::Constant(0.0);
     }
@@ -53,6 +54,7 @@ pub(super) fn root(count: i64) -> f32 {
 /// Casts tensors of lower precision to fp32.
 pub(super) fn in_single(x: &Tensor) -> Tensor {
     match x.kind() {
+        // The double kind is that of the tests, which check derivatives.
         Kind::Float | Kind::Double => x.shallow_clone(),
         _ => x.to_kind(Kind::Float),
     }
@@ -63,6 +65,7 @@ pub(super) fn in_single(x: &Tensor) -> Tensor {
 pub(super) fn embed(table: &Tensor, classes: Option<&Tensor>) -> Tensor {
     let classes = classes.expect("a conditional model is told the classes of its samples");
     let rows = table.size()[0];
+    // Exact: each product has one term that is not 0.
     Tensor::eye(rows, (table.kind(), table.device())).index_select(0, classes).matmul(table)
 }
 
@@ -79,6 +82,7 @@ pub(super) fn features_first(x: &Tensor) -> Tensor {
 /// Halves each side of (n, h, w, c): a bilinear filter, [1, 3, 3, 1] / 8 each way.
 pub(super) fn halve(x: &Tensor) -> Tensor {
     let features = x.size()[3];
+    // The square filter sums to 64.
     let filter = filter(x, 1.0 / 64.0, features);
     features_last(&features_first(x).conv2d(&filter, None::<Tensor>, [2, 2], [1, 1], [1, 1], features))
 }
@@ -86,6 +90,7 @@ pub(super) fn halve(x: &Tensor) -> Tensor {
 /// Doubles each side of (n, h, w, c): the same filter, transposed and four times as strong.
 pub(super) fn double(x: &Tensor) -> Tensor {
     let features = x.size()[3];
+    // Only one in four of its inputs is not 0.
     let filter = filter(x, 4.0 / 64.0, features);
     let (two, one) = ([2, 2], [1, 1]);
     features_last(&features_first(x).conv_transpose2d(

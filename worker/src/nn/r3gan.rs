@@ -28,6 +28,7 @@ const EXPANSION: i64 = 2;
 /// Slope of the activations below zero, and the gain that preserves the variance through them: sqrt(2 / (1
 /// + slope^2)).
 const SLOPE: f64 = 0.2;
+// sqrt(2 / 1.04) for the slope of 0.2.
 const GAIN: f32 = 1.386_750_5;
 
 /// Building block of one of the networks, over (n, h, w, features).
@@ -60,13 +61,16 @@ impl Piece {
             Piece::Block { features, blocks } => {
                 let (wide, zero) = (EXPANSION * features, Init::Constant(0.0));
                 // The paper's gain for m = 3 convolutions a block: blocks^(-1 / (2 m - 2)).
+                // With m = 3 the exponent is -1/4: the root of the root.
                 let gain = GAIN / root(blocks).sqrt();
                 add("conv1.weight", &[wide, features, 1, 1], scaled(gain, features));
                 add("conv1.bias", &[wide], zero.clone());
                 add("conv2.weight", &[wide, GROUP, 3, 3], scaled(gain, 9 * GROUP));
                 add("conv2.bias", &[wide], zero.clone());
+                // Zero, so that a block begins as the identity (Zhang et al., 2019).
                 add("conv3.weight", &[features, wide, 1, 1], zero);
             }
+            // The sides change and the features do not: nothing is learnt.
             Piece::Up { inputs, outputs } | Piece::Down { inputs, outputs } if inputs == outputs => {}
             Piece::Up { inputs, outputs }
             | Piece::Down { inputs, outputs }
@@ -84,13 +88,16 @@ impl Piece {
         match *self {
             Piece::Start { features, side, .. } => {
                 let basis = next().view([1, features, side * side]).transpose(1, 2);
+                // The order of `specs`: first the map, then its weights.
                 let weighed = x.linear(next(), None::<Tensor>).view([-1, 1, features]) * basis;
                 weighed.view([-1, side, side, features])
             }
             Piece::Block { features, .. } => block(x, EXPANSION * features / GROUP, next),
             Piece::Up { inputs, outputs } if inputs == outputs => double(x),
+            // Mixed on the smaller side, which costs a quarter.
             Piece::Up { .. } => double(&mix(x, next())),
             Piece::Down { inputs, outputs } if inputs == outputs => halve(x),
+            // Likewise: after halving.
             Piece::Down { .. } => mix(&halve(x), next()),
             Piece::Mix { .. } => mix(x, next()),
             Piece::End { features, side, .. } => {
@@ -114,6 +121,7 @@ fn block(x: &Tensor, groups: i64, next: Next<'_, '_>) -> Tensor {
     let (weight, bias) = (next(), next());
     let seen = features_first(&wide).conv2d(weight, Some(bias), [1, 1], [1, 1], [1, 1], groups);
     let seen = features_last(&leaky_relu(seen, SLOPE));
+    // The sum of the block and its input, in place on the product, which is needed nowhere else.
     let narrow = rows(&seen).linear(&next().flatten(1, -1), None::<Tensor>).g_add_(&rows(x));
     narrow.view([-1, height, width, features])
 }
@@ -131,6 +139,7 @@ fn mix(x: &Tensor, weight: &Tensor) -> Tensor {
 /// Returns the side and the features of each stage, from the smallest side up.
 fn stages(side: i64, width: i64) -> Vec<(i64, i64)> {
     let mut stages = vec![(side, width), (side / 2, 4 * width)];
+    // Down to 7 for images of 28, and to 4 for those of 32.
     while let Some((side, _)) = stages.last().copied().filter(|(side, _)| side % 2 == 0 && *side > 4) {
         stages.push((side / 2, 8 * width));
     }
@@ -143,6 +152,7 @@ fn stages(side: i64, width: i64) -> Vec<(i64, i64)> {
 pub(super) struct R3gan {
     pieces: Vec<(String, Piece)>,
     /// Whether the network generates images, whose features come first outside.
+    // Outside, images have their features first.
     draws: bool,
 }
 

@@ -58,6 +58,7 @@ impl ScriptNetwork {
     /// Loads the discriminator in a file.
     pub fn discriminator(path: &Path, shape: ImageShape) -> Result<ScriptNetwork, Refusal> {
         let network = ScriptNetwork::open(path, Role::Discriminator { shape })?;
+        // Only a hint: a program that hides its sigmoid is not found out, and trains badly.
         if network.script.last_operation().is_ok_and(|operation| operation == "sigmoid") {
             let path = path.display();
             return Err(format!(
@@ -69,11 +70,13 @@ impl ScriptNetwork {
 
     fn open(path: &Path, role: Role) -> Result<ScriptNetwork, Refusal> {
         let said = |what: String| format!("{}: {what}", path.display());
+        // Before libtorch reads the file, which trusts the lengths in it.
         let bytes = module_file::read(path).map_err(said)?;
         let script = Script::load(&bytes).map_err(|error| {
             said(format!("is no TorchScript; write it with torch.jit.script(module).save(...): {error}"))
         })?;
         let file = path.display().to_string();
+        // From here on the module's own program runs, which may not end.
         let _watchdog = Watchdog::over(&file);
         ScriptNetwork::new(script, file, role).map_err(said)
     }
@@ -97,11 +100,13 @@ impl ScriptNetwork {
     /// trained.
     fn take_tensors(&mut self) -> Result<(), Refusal> {
         let tensors = self.script.tensors();
+        // A frozen module has its weights as constants of its graph, which nothing can train.
         if !tensors.iter().any(|tensor| tensor.is_parameter) {
             return Err("has no parameters; save it before torch.jit.freeze".to_string());
         }
         for (index, tensor) in tensors.iter().enumerate() {
             let name = &tensor.name;
+            // The state has a place for each name; one tensor under two would be updated twice.
             if let Some(other) = tensors[..index].iter().find(|other| other.is_same(tensor)) {
                 return Err(format!("{} and {name} are one tensor, which is not supported", other.name));
             }
@@ -116,12 +121,15 @@ impl ScriptNetwork {
                 ("Float", false) => {
                     self.buffers.push(TensorSpec::moved(name.clone(), &tensor.shape, given(&value)));
                 }
+                // Counters such as `num_batches_tracked`: kept for the file's sake, and no part of the
+                // state (invariant 4).
                 ("Long", false) => {
                     let values = value.detach().contiguous().view(-1);
                     let values = Vec::try_from(values).map_err(|error: tch::TchError| error.to_string())?;
                     let (name, shape) = (name.clone(), tensor.shape.clone());
                     self.constants.push(Constant { name, shape, values });
                 }
+                // The state is one buffer of f32.
                 (kind, _) => {
                     return Err(format!("{name} is of kind {kind}; only 32-bit floats are supported"));
                 }
@@ -135,15 +143,18 @@ impl ScriptNetwork {
         let values = self.script.tensors().len();
         let own: Result<Vec<Tensor>, _> = (0..values).map(|index| self.script.tensor(index)).collect();
         let own: Vec<Tensor> =
+            // Copies, as a check must not change the values that training begins with.
             own.map_err(|error| error.to_string())?.iter().map(|t| t.detach().copy()).collect();
         let input = match self.role {
             Role::Generator { latent_dim, .. } => {
                 Tensor::ones([PROBED, latent_dim], (Kind::Float, Device::Cpu))
             }
             Role::Discriminator { shape } => {
+                // A value that an image has: the module may normalise its input.
                 Tensor::ones(sizes(PROBED, shape), (Kind::Float, Device::Cpu)) * 0.5
             }
         };
+        // Noise comes flat in most generators, and as maps of one pixel in DCGAN's.
         let first = self.evaluate(&own, &input);
         if let (Err(first), Role::Generator { latent_dim, .. }) = (&first, self.role) {
             self.as_maps = true;
@@ -195,6 +206,7 @@ impl ScriptNetwork {
         if draws.map_err(|error| error.to_string())? {
             return Err(format!("draws random numbers in evaluation; {traced}"));
         }
+        // By bytes: a NaN in a buffer equals itself.
         if own.iter().map(whole_bytes).ne(before) {
             return Err(format!("changes its buffers in evaluation; {traced}"));
         }
@@ -206,6 +218,7 @@ impl ScriptNetwork {
         let wrong = |error: c10d::Error| format!("in training: {error}");
         let leaves = |own: &[Tensor]| -> Vec<Tensor> {
             let pairs = own.iter().zip(self.script.tensors());
+            // Leaves of their own, as a run of training has them.
             pairs.map(|(tensor, about)| tensor.copy().set_requires_grad(about.is_trained)).collect()
         };
         let train = |tensors: &[Tensor]| {
@@ -221,6 +234,8 @@ impl ScriptNetwork {
             .map(|(t, _)| t)
             .collect();
         let sum = output.sum(Kind::Float);
+        // Fails if a trained parameter is not reached: it would never move, which its author cannot
+        // mean.
         Tensor::f_run_backward(&[&sum], &trained, false, false)
             .map_err(|error| wrong(c10d::Error::from(error)))?;
         // The second run begins with the integers as the first run left them.
@@ -231,6 +246,7 @@ impl ScriptNetwork {
                 again[index] = after.copy();
             }
         }
+        // With the same seed: what differs now can only come from the counters.
         let (second, after_second) = train(&again).map_err(wrong)?;
         let floats = |all: &[Tensor]| -> Vec<Vec<u8>> {
             all.iter().filter(|tensor| tensor.kind() == Kind::Float).map(whole_bytes).collect()
@@ -261,6 +277,7 @@ impl ScriptNetwork {
         let tensor = |about: &ScriptTensor| {
             let next = match (about.is_parameter, about.kind.as_str()) {
                 (true, _) => parameters.next().map(Tensor::shallow_clone),
+                // A copy: in training the module writes into its buffers (D1).
                 (false, "Float") => buffers.next().map(Tensor::copy),
                 _ => constants.next(),
             };
@@ -287,6 +304,7 @@ impl Network for ScriptNetwork {
     fn forward(&self, input: &Tensor, pass: &mut Pass<'_>) -> Tensor {
         let tensors = no_grad(|| self.bound(pass));
         let mode = match pass.mode {
+            // A key of its own for each pass: dropout of a shard depends on neither rank nor order (D2).
             Mode::Batch => ScriptMode::Training { seed: pass.key.number() },
             Mode::Running => ScriptMode::Evaluation,
         };
@@ -294,16 +312,20 @@ impl Network for ScriptNetwork {
             let phase = if pass.mode == Mode::Batch { "in training" } else { "in evaluation" };
             BrokenModule { module: self.file.clone(), phase, detail }.raise()
         };
+        // Not bounded: the check of the module has shown that it ends, and late members are found out
+        // (M8).
         let run = self.script.run(tensors.iter(), &self.shaped(input), mode);
         let (output, after) = run.unwrap_or_else(|error| broken(error.to_string()));
         self.check_output(&output, input.size()[0]).unwrap_or_else(|what| broken(what));
         if pass.mode == Mode::Batch {
+            // The integers of the module are not in the state, so they have no update.
             let after = after.iter().filter(|tensor| tensor.kind() == Kind::Float);
             let changes = after.zip(pass.buffers).map(|(after, before)| no_grad(|| after.detach() - before));
             pass.statistics = changes.collect();
         }
         match self.role {
             Role::Generator { .. } => output,
+            // A critic may give (n), (n, 1) or (n, 1, 1, 1).
             Role::Discriminator { .. } => output.reshape([-1, 1]),
         }
     }
@@ -330,6 +352,7 @@ fn given(value: &Tensor) -> Init {
 
 fn whole_bytes(tensor: &Tensor) -> Vec<u8> {
     let tensor = tensor.detach().contiguous().view(-1);
+    // Integers of a module are small counts, which doubles hold exactly.
     if tensor.kind() == Kind::Float { to_bytes(&tensor) } else { to_bytes(&tensor.to_kind(Kind::Double)) }
 }
 

@@ -50,6 +50,7 @@ impl Sequential {
     /// If it begins with an activation, which would overwrite the input.
     pub fn new(layers: Vec<Layer>) -> Self {
         let first = layers.iter().find(|layer| !matches!(layer, Layer::Reshape(_)));
+        // It works in place, and the input belongs to the caller, which uses it again.
         let activates = matches!(first, Some(Layer::LeakyRelu { .. } | Layer::Relu | Layer::Tanh));
         assert!(!activates, "a network begins with something else than an activation");
         Sequential { layers }
@@ -64,12 +65,14 @@ impl Network for Sequential {
     fn parameters(&self) -> Vec<TensorSpec> {
         let mut specs = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
+            // Its moments are sums over many numbers, which bf16 would round away.
             let exact = matches!(layer, Layer::BatchNorm { .. });
             let mut add = |kind: &str, shape: &[i64], init| {
                 let spec = TensorSpec::parameter(format!("{index}.{kind}"), shape, init);
                 specs.push(TensorSpec { exact, ..spec });
             };
             // DCGAN's weights, Radford et al. (2015), section 3.
+            // Of convolutions; linear layers have PyTorch's own initial values.
             let normal = Init::Normal { mean: 0.0, deviation: 0.02 };
             match *layer {
                 Layer::Linear { inputs, outputs } => {
@@ -112,6 +115,7 @@ impl Network for Sequential {
         let mut parameters = pass.parameters.iter();
         let mut next = || parameters.next().expect("a tensor for each of the network's parameters");
         let mut buffers_used = 0;
+        // Once, at the entry: all layers compute in the kind of the parameters.
         let mut x = input.to_kind(pass.kind());
         for layer in &self.layers {
             x = match layer {
@@ -124,6 +128,7 @@ impl Network for Sequential {
                 }
                 Layer::BatchNorm { .. } => {
                     let normalised = normalise(&x, Some((next(), next())), pass, buffers_used);
+                    // A mean and a variance for each normalisation, in the order of the layers.
                     buffers_used += 2;
                     normalised
                 }
@@ -140,6 +145,7 @@ impl Network for Sequential {
 
 /// PyTorch's default for linear layers: Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(n), 1/sqrt(n)).
 pub(super) fn linear_bound(inputs: i64) -> f32 {
+    // Sizes of layers are far below 2^16, which a float holds exactly.
     let inputs = f32::from(u16::try_from(inputs).unwrap_or(u16::MAX));
     1.0 / inputs.sqrt()
 }
@@ -161,6 +167,7 @@ pub(super) fn sizes(x: &Tensor) -> [i64; 4] {
 
 pub(super) fn conv(x: &Tensor, weight: &Tensor, kernel: i64, stride: i64, padding: i64) -> Tensor {
     let [_, inputs, height, width] = sizes(x);
+    // The map is as large as the kernel, so there is one place for it.
     if padding == 0 && (height, width) == (kernel, kernel) {
         // The kernel covers the whole map: a product of matrices, several times as fast.
         let [outputs, ..] = sizes(weight);
@@ -198,19 +205,25 @@ pub(super) fn normalise(
     let (weight, bias) = (affine.map(|(weight, _)| weight), affine.map(|(_, bias)| bias));
     match pass.mode {
         Mode::Running => {
+            // In inference a sample's result must not depend on the others of its batch.
             let (mean, variance) = (&pass.buffers[buffer], &pass.buffers[buffer + 1]);
             x.batch_norm(weight, bias, Some(mean), Some(variance), false, 0.0, BATCH_NORM_EPSILON, false)
         }
         Mode::Batch => {
             let none = None::<&Tensor>;
             let (out, mean, inverse) =
+                // Without running statistics to write: they come back as updates, and are committed
+                // (D1).
                 x.native_batch_norm(weight, bias, none, none, true, 0.0, BATCH_NORM_EPSILON);
+            // Numbers of a feature over the batch and the map.
             let samples: i64 = x.size().iter().product::<i64>() / x.size()[1];
             let samples = i32::try_from(samples).map_or(f64::from(i32::MAX), f64::from);
             let (mean, inverse) = (mean.detach(), inverse.detach());
             // The kernel returns 1 / sqrt(variance + epsilon) of the biased variance.
+            // By the kernel's own rounding: the variance is not computed a second time.
             let biased = inverse.pow_tensor_scalar(-2) - BATCH_NORM_EPSILON;
             pass.statistics.push(mean);
+            // The unbiased variance, as PyTorch keeps it; of one number the biased one.
             pass.statistics.push(biased * (samples / (samples - 1.0).max(1.0)));
             out
         }

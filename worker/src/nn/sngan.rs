@@ -21,11 +21,13 @@ const START: i64 = 4;
 /// Glorot and Bengio (2010), equation 16, with a gain.
 fn glorot(gain: f32, inputs: i64, outputs: i64, kernel: i64) -> Init {
     let area = kernel * kernel;
+    // Of a uniform distribution whose variance is 2 / (inputs + outputs).
     Init::Uniform { bound: gain * 6.0_f32.sqrt() / root(area * (inputs + outputs)) }
 }
 
 /// Adds a convolution, or with `kernel` 1 a shortcut.
 fn add_conv(specs: &mut Specs, name: &str, inputs: i64, outputs: i64, kernel: i64) {
+    // The released code scales convolutions within a block by sqrt(2), and shortcuts by 1.
     let gain = if kernel == 1 { 1.0 } else { 2.0_f32.sqrt() };
     let init = glorot(gain, inputs, outputs, kernel);
     specs.add(format!("{name}.weight"), &[outputs, inputs, kernel, kernel], init);
@@ -33,6 +35,7 @@ fn add_conv(specs: &mut Specs, name: &str, inputs: i64, outputs: i64, kernel: i6
 }
 
 fn conv(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
+    // Keeps the side: 1 for a kernel of 3, 0 for one of 1.
     let padding = weight.size()[3] / 2;
     channels_last(x).conv2d(weight, Some(bias), [1, 1], [padding, padding], [1, 1], 1)
 }
@@ -61,6 +64,7 @@ impl<'p, 'a> Walk<'p, 'a> {
     /// Returns the next weight, spectrally normalised.
     fn spectral(&mut self) -> Tensor {
         let weight = self.next();
+        // One vector of the power method for each weight.
         self.buffers += 1;
         normalised(weight, self.buffers - 1, self.pass)
     }
@@ -73,13 +77,16 @@ impl<'p, 'a> Walk<'p, 'a> {
     /// Applies batch normalisation, per class in a conditional model, then max(x, 0).
     fn norm_relu(&mut self, x: &Tensor, classes: i64) -> Tensor {
         let (weight, bias) = (self.next(), self.next());
+        // A mean and a variance.
         self.buffers += 2;
         let buffer = self.buffers - 2;
+        // Without classes the kernel scales and shifts by itself.
         if classes == 0 {
             return normalise(x, Some((weight, bias)), self.pass, buffer).relu_();
         }
         let normal = normalise(x, None, self.pass, buffer);
         let of_classes = |table: &Tensor| {
+            // The tables stay in fp32 in every precision, like all of batch normalisation.
             let rows = embed(table, self.pass.classes).to_kind(normal.kind());
             rows.unsqueeze(2).unsqueeze(3)
         };
