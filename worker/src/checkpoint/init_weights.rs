@@ -32,6 +32,7 @@ impl Beginning {
     /// # Errors
     /// The problem with the place or its content, and how to fix it.
     pub fn read(place: &str, layout: &StateLayout) -> Result<Beginning, String> {
+        // The address may hold credentials, which must not be shown.
         let shown = if Address::is_secret(place) { "..." } else { place };
         let wrong = |what: String| format!("model.init_from: {shown}: {what}");
         let address = Address::parse(place).map_err(|error| wrong(error.to_string()))?;
@@ -42,6 +43,7 @@ impl Beginning {
         }
         let storage = Storage::open(&address).map_err(wrong)?;
         let storage = Blocking::new(storage).map_err(|error| wrong(error.to_string()))?;
+        // Nothing of the run is there yet, so there is nothing else to do meanwhile; the limit ends it.
         let read = storage.wait(async { tokio::time::timeout(LIMIT, read_all(storage.storage())).await });
         let read = read.map_err(|_| wrong("the storage does not answer".to_string()))?;
         let (files, digest) = read.map_err(wrong)?;
@@ -59,9 +61,11 @@ impl Beginning {
         let state = State::initial(layout.clone(), seed, device);
         no_grad(|| {
             for (tensor, bytes) in &self.tensors {
+                // Into the flat buffer; moments and counters stay as `initial` made them.
                 narrow(&state.flat, tensor.range.clone()).copy_(&from_bytes(bytes));
             }
         });
+        // Passes in bf16 read casts, which have to be of these weights.
         state.cast();
         state
     }
@@ -73,6 +77,7 @@ async fn read_all(storage: &Storage) -> Result<(Vec<Vec<u8>>, String), String> {
     let about = about.ok_or_else(|| format!("has no {MANIFEST}; give the folder of a checkpoint"))?;
     let checkpoint = manifest::parse(&about).map_err(|error| format!("{MANIFEST}: {error}"))?;
     let mut files = Vec::new();
+    // One file after the other, so that memory holds one request.
     for file in checkpoint.state_files() {
         let bytes = storage.read(&Path::from(file.file.as_str())).await.map_err(|error| reason(&error))?;
         if blake3::hash(&bytes).to_hex().to_string() != file.blake3 {
@@ -90,6 +95,7 @@ fn take(layout: &StateLayout, files: &[Vec<u8>]) -> Result<Vec<(NamedTensor, Vec
     let is_taken = |name: &str| prefixes.iter().any(|prefix| name.starts_with(prefix));
     let mut wanted: BTreeMap<String, NamedTensor> =
         layout.tensors().into_iter().map(|t| (t.name.clone(), t)).collect();
+    // The objective's own tensors begin anew (invariant 1).
     wanted.retain(|name, _| is_taken(name));
     let mut tensors = Vec::new();
     for file in files {
@@ -100,6 +106,7 @@ fn take(layout: &StateLayout, files: &[Vec<u8>]) -> Result<Vec<(NamedTensor, Vec
                 .ok_or_else(|| format!("has {name}, which this job's networks lack; {MEND}"))?;
             let shape: Vec<i64> =
                 tensor.shape().iter().filter_map(|size| i64::try_from(*size).ok()).collect();
+            // Of f32, whatever type the file claims.
             if shape != place.shape || tensor.data().len() != 4 * place.range.len() {
                 return Err(format!(
                     "has {name} of shape {shape:?}, and this job of {:?}; {MEND}",
@@ -109,6 +116,7 @@ fn take(layout: &StateLayout, files: &[Vec<u8>]) -> Result<Vec<(NamedTensor, Vec
             tensors.push((place, tensor.data().to_vec()));
         }
     }
+    // A network that is only partly there would be trained from a mixture.
     match wanted.keys().next() {
         Some(name) => Err(format!("lacks {name}; {MEND}")),
         None => Ok(tensors),

@@ -98,6 +98,8 @@ fn counter_tensors(counters: &Counters) -> [(&'static str, [u8; 8]); 3] {
 
 /// Number of parts that hold the state: a function of the job, and not of the workers that write them.
 fn part_count(layout: &StateLayout, data_shards: u32) -> usize {
+    // At least four, so that several members share the work; no more than shards, as a group is no
+    // larger, nor than tensors.
     (4 * layout.len).div_ceil(PART_BYTES).max(4).min(data_shards as usize).min(layout.tensors().len())
 }
 
@@ -110,6 +112,7 @@ fn plan(layout: &StateLayout, weights: Option<&WeightsFile>, data_shards: u32) -
     let mut dealt: Vec<(usize, Vec<NamedTensor>)> = vec![(0, Vec::new()); parts];
     let mut tensors = layout.tensors();
     // The largest first, each to the part with the least; a stable sort keeps this a function of the layout.
+    // The longest first fills the parts most evenly.
     tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.range.len()));
     for tensor in tensors {
         let least = dealt.iter_mut().min_by_key(|(floats, _)| *floats).expect("at least one part");
@@ -117,6 +120,7 @@ fn plan(layout: &StateLayout, weights: Option<&WeightsFile>, data_shards: u32) -
         least.1.push(tensor);
     }
     let mut weight_map: BTreeMap<String, String> =
+        // The counters are in the first part, whatever tensors it has.
         counter_tensors(&Counters::default()).map(|(name, _)| (name.to_string(), part_name(0, parts))).into();
     let mut files = Vec::new();
     for (index, (_, tensors)) in dealt.into_iter().enumerate() {
@@ -143,6 +147,7 @@ pub fn file_count(layout: &StateLayout, weights: Option<&WeightsFile>, data_shar
 /// little-endian.
 pub fn state_digest(layout: &StateLayout, snapshot: &Snapshot) -> String {
     let counters = counter_tensors(&snapshot.counters);
+    // By name, so that the digest does not depend on the layout in memory.
     let mut tensors: BTreeMap<&str, (Dtype, Vec<i64>, &[u8])> = BTreeMap::new();
     for (name, bytes) in &counters {
         tensors.insert(name, (Dtype::I64, vec![1], bytes));
@@ -153,6 +158,7 @@ pub fn state_digest(layout: &StateLayout, snapshot: &Snapshot) -> String {
     }
     let mut hasher = blake3::Hasher::new();
     for (name, (dtype, shape, bytes)) in tensors {
+        // A NUL ends each text, so that two lists of tensors cannot give the same bytes.
         hasher.update(name.as_bytes()).update(&[0]).update(dtype.to_string().as_bytes()).update(&[0]);
         hasher.update(&(shape.len() as u64).to_le_bytes());
         for size in shape {
@@ -198,6 +204,7 @@ impl Files<'_> {
                         (tensor.name.clone(), view(Dtype::F32, &tensor.shape, floats(snapshot, tensor)))
                     }));
                 let about = [
+                    // What PyTorch's readers of safetensors expect.
                     text("format", "pt".to_string()),
                     text("step", snapshot.step.to_string()),
                     text("phase", snapshot.phase.to_string()),
@@ -241,6 +248,7 @@ impl Files<'_> {
         let planned = plan(self.layout, self.weights, self.data_shards);
         let count = planned.len();
         let planned = &planned[index];
+        // Rendered anew for each file: the content of all of them would be a second state in memory.
         let content = self.render(snapshot, state_digest, planned);
         let file = StoredFile {
             file: planned.name.clone(),
@@ -250,6 +258,8 @@ impl Files<'_> {
         let path = in_folder(&Checkpoint::folder_of(snapshot.step, snapshot.phase), &file.file);
         // An existing file is fine: another worker, or an earlier process of the run, wrote it, and the
         // same state gives the same bytes.
+        // Waits for the storage: not bounded here, but each request is (`storage`), and the caller tries
+        // again while training goes on.
         let written = self.storage.create(&path, &content, &file.blake3).await;
         written.map_err(|source| CheckpointError::Storage { file: path.to_string(), source })?;
         let small = |n: usize| u32::try_from(n).expect("a checkpoint has few files");
@@ -271,10 +281,12 @@ impl Files<'_> {
     /// existing one stays.
     pub async fn write_whole(&self, snapshot: &Snapshot) -> Result<String, CheckpointError> {
         let digest = state_digest(self.layout, snapshot);
+        // Before anything is written: a whole checkpoint must not get files of another state.
         self.refuse_other(snapshot, &digest).await?;
         let count = file_count(self.layout, self.weights, self.data_shards);
         let mut files = Vec::with_capacity(count);
         for index in 0..count {
+            // In order, each waited for: without a coordinator nobody else writes.
             files.push(self.write(snapshot, &digest, index).await?.file);
         }
         let position = snapshot.counters.position;
@@ -282,6 +294,7 @@ impl Files<'_> {
         let checkpoint = Checkpoint { position, step, phase, files, state_digest: digest };
         let path = in_folder(&checkpoint.folder(), MANIFEST);
         let content = PutPayload::from(manifest::render(&checkpoint));
+        // Last (invariant 2): with it the folder counts as a checkpoint.
         match self.storage.create(&path, &content, &hash(&content)).await {
             Ok(()) => Ok(checkpoint.folder()),
             Err(source) => Err(CheckpointError::Storage { file: path.to_string(), source }),
@@ -297,6 +310,7 @@ impl Files<'_> {
         let Some(there) = there.filter(|there| there.state_digest != digest) else { return Ok(()) };
         for file in &there.files {
             match self.storage.hash(&in_folder(&folder, &file.file)).await {
+                // By content: only a checkpoint that is whole can contradict this one.
                 Ok(found) if found == file.blake3 => {}
                 Err(source) if self.storage.is_away(&source) => return Err(failed(source)),
                 // A damaged file is written again.
@@ -318,6 +332,7 @@ impl Files<'_> {
     ) -> Result<(), CheckpointError> {
         let folder = Checkpoint::folder_of(snapshot.step, snapshot.phase);
         let path = in_folder(&folder, &rows::file_of(worker.0));
+        // Rows are this worker's own, under its own name, and only grow.
         let written = self.storage.replace(&path, &PutPayload::from(rows::encode(rows))).await;
         written.map_err(|source| CheckpointError::Storage { file: path.to_string(), source })
     }
@@ -332,10 +347,12 @@ impl Files<'_> {
         };
         let mut missing: BTreeMap<String, NamedTensor> =
             self.layout.tensors().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
+        // One after the other, so that memory holds the state and one file.
         for file in checkpoint.state_files() {
             let path = in_folder(&checkpoint.folder(), &file.file);
             let failed = |source| CheckpointError::Storage { file: path.to_string(), source };
             let bytes = self.storage.read(&path).await.map_err(failed)?;
+            // Before the file is parsed: what is damaged may not even be safetensors.
             if blake3::hash(&bytes).to_hex().to_string() != file.blake3 {
                 return Err(CheckpointError::Corrupt(format!("{path} does not have the manifest's hash")));
             }
@@ -345,9 +362,11 @@ impl Files<'_> {
                 take_tensor(&mut snapshot, &mut missing, name, tensor.data()).map_err(corrupt)?;
             }
         }
+        // A tensor that no file has would stay zero.
         if let Some(name) = missing.keys().next() {
             return Err(CheckpointError::Corrupt(format!("{} lacks {name}", checkpoint.folder())));
         }
+        // The files are each whole, and may still be of different states (invariant 3).
         if state_digest(self.layout, &snapshot) != checkpoint.state_digest {
             let what = format!("{} does not have the manifest's state digest", checkpoint.folder());
             return Err(CheckpointError::Corrupt(what));
@@ -364,6 +383,7 @@ fn take_tensor(
 ) -> Result<(), String> {
     let number = || data.try_into().map(u64::from_le_bytes).map_err(|_| format!("{name} is not one number"));
     match name {
+        // By name, in whichever file they are.
         "counters.position" => snapshot.counters.position = Position(number()?),
         "counters.ledger" => snapshot.counters.ledger = number()?,
         "counters.skipped" => snapshot.counters.skipped = number()?,
@@ -414,11 +434,14 @@ pub fn serialize_floats(layout: &Layout, flat: &Tensor, about: BTreeMap<String, 
 /// Inserts the metadata into a file's header. The library keeps it in a hash map, whose order changes from
 /// run to run.
 fn with_metadata(bytes: Bytes, about: &BTreeMap<String, String>) -> PutPayload {
+    // The form of safetensors: 8 bytes with the length of the header, the header, the tensors.
     let length = u64::from_le_bytes(bytes[..8].try_into().expect("a header starts with its length"));
     let end = 8 + usize::try_from(length).expect("a header is small");
     let tensors = std::str::from_utf8(&bytes[8..end]).expect("a header is JSON").trim_end();
     let about = serde_json::to_string(about).expect("texts can be written");
+    // The library's own brace is replaced by the one with the metadata in it.
     let mut header = format!("{{\"__metadata__\":{about},{}", &tensors[1..]);
+    // Padded with spaces, as the format has it, so that the tensors are aligned.
     header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
     let mut front = (header.len() as u64).to_le_bytes().to_vec();
     front.extend(header.as_bytes());

@@ -45,12 +45,15 @@ impl RunStorage {
     pub fn open(address: &str, run: &str) -> Result<RunStorage, String> {
         let wrong = |what: String| format!("checkpoint.url {address}: {what}");
         let parsed = Address::parse(address).map_err(|error| wrong(error.to_string()))?;
+        // A folder that is not here may be mounted on other workers only. Another address must be
+        // usable.
         let opened = match (&parsed, Storage::open(&parsed)) {
             // The folder does not exist on this machine.
             (Address::Folder(_), Err(_)) => None,
             (_, opened) => Some(opened.map_err(wrong)?),
         };
         let is_there = opened.is_some();
+        // In place of a storage, so that all calls have one; `seen` keeps this worker from writing.
         let blocking = Blocking::new(opened.unwrap_or_else(Storage::in_memory));
         let blocking = blocking.map_err(|error| wrong(error.to_string()))?;
         let mut storage =
@@ -61,12 +64,15 @@ impl RunStorage {
 
     fn ask(&self) -> bool {
         let storage = self.storage();
+        // Before the worker joins, so nobody waits for it but its own coordinator.
         match self.wait(async { timeout(FIRST_LIMIT, storage.owner()).await }) {
             Ok(Ok(owner)) => {
                 let is_ours = owner.as_ref() == Some(&self.run);
+                // Only ever set once it is known; a reader that sees it late asks once more.
                 self.known.store(is_ours, Ordering::Relaxed);
                 is_ours
             }
+            // Such as a lack of rights: waiting does not help, so the others write.
             Ok(Err(error)) if !storage.may_mend(&error) => {
                 let (address, reason) = (storage.address(), reason(&error));
                 tracing::warn!("this worker writes no checkpoints: {address}: {reason}");
@@ -98,6 +104,7 @@ impl RunStorage {
             return Ok(());
         }
         let failed = |source| CheckpointError::Storage { file: "the run's marker".to_string(), source };
+        // Each time until it is known: a wrong storage must not get one file (invariant 1).
         if self.storage().owner().await.map_err(failed)?.as_ref() != Some(&self.run) {
             let what = format!("{} is not this run's storage", self.storage().address());
             return Err(CheckpointError::Corrupt(what));
@@ -116,9 +123,11 @@ impl RunStorage {
         loop {
             match work().await {
                 Err(CheckpointError::Storage { file, source })
+                    // Waits of the storage have limits of their own; this bounds their sum.
                     if self.storage().may_mend(&source) && started.elapsed() < LIMIT =>
                 {
                     let reason = reason(&source);
+                    // The same reason again would fill the log.
                     if told != reason {
                         let limit = LIMIT.as_secs();
                         tracing::warn!("{file}: {reason}; trying again for {limit} s at most");
@@ -150,10 +159,12 @@ impl Reading {
         checkpoint: &Checkpoint,
         read: impl FnOnce() -> Result<Snapshot, CheckpointError> + Send + 'static,
     ) -> std::io::Result<Reading> {
+        // Another checkpoint was chosen meanwhile: what was read is of no use.
         if let Some(earlier) = earlier.filter(|earlier| earlier.checkpoint == *checkpoint) {
             return Ok(earlier);
         }
         let (done, result) = oneshot::channel();
+        // An error means that nobody waits any more.
         let work = move || drop(done.send(read()));
         thread::Builder::new().name("read".to_string()).spawn(work)?;
         Ok(Reading { checkpoint: checkpoint.clone(), result })
@@ -163,6 +174,8 @@ impl Reading {
     pub fn poll(&mut self, storage: &Arc<RunStorage>) -> Option<Result<Snapshot, CheckpointError>> {
         const LOOK: Duration = Duration::from_millis(100);
         let lost = || CheckpointError::Corrupt("the thread that read the checkpoint is gone".to_string());
+        // Short, so that an order to leave the group is seen in time; a look that comes too early costs
+        // nothing.
         match storage.wait(async { timeout(LOOK, &mut self.result).await }) {
             Ok(Ok(read)) => Some(read),
             Ok(Err(_)) => Some(Err(lost())),

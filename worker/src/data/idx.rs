@@ -222,7 +222,7 @@ fn decode(file: &mut Unpacked<'_>) -> Result<Memory, DataError> {
         true => file.wrong(&format!("{what}{}", file.images_beside())),
         false => file.wrong(&what),
     })?;
-    // Below 2^96, and each factor is 32 bits: could overflow only far beyond what the next line allows.
+    // The header's sides were checked against MAX_SIDE, so the product is below 2^58.
     let expected = u64::from(images) * u64::from(height) * u64::from(width);
     let announced = format!("{images} images of {width} x {height}");
     if expected > MAX_BYTES_IN_MEMORY {

@@ -246,7 +246,7 @@ impl Reader {
             // Counted where it is read, so the checksum is of what was really trained on (D9).
             ledger = ledger.wrapping_add(ledger_term(q, sample));
         }
-        // The lock-step of decoding threads: a batch is given on whole, or not at all.
+        // A batch is given on whole, or not at all.
         if !self.read_all(wanted)? {
             return Ok(None);
         }

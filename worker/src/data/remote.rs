@@ -138,7 +138,8 @@ fn fetch(
         // Another version in the store is fetched again (invariant 3); another content here is damage.
         note.is_some_and(|note| note.version == object.version.text && note.holds(&object.name.below(&files)))
     };
-    // Decided once: nobody else writes here while the lock is held.
+    // Decided once: with the lock nobody else writes here, and without it a file is fetched twice at
+    // worst.
     let missing: Vec<&Wanted> = wanted.iter().filter(|object| !is_here(object)).collect();
     let mut told: Option<Instant> = None;
     for (done, object) in missing.iter().enumerate() {

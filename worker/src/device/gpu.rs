@@ -44,7 +44,9 @@ impl GpuWatch {
         std::thread::Builder::new().name("gpu".to_string()).spawn(move || {
             loop {
                 let seen = look();
+                // Held for the copy alone, after the driver has answered.
                 *theirs.lock().unwrap_or_else(PoisonError::into_inner) = seen;
+                // Wakes at once when the watch is dropped, which closes the channel.
                 if stopped.recv_timeout(period) != Err(RecvTimeoutError::Timeout) {
                     return;
                 }
@@ -55,6 +57,7 @@ impl GpuWatch {
 
     /// Returns the newest figures. Never waits for the driver.
     pub fn newest(&self) -> GpuUse {
+        // At most as long as a copy, as the thread asks the driver without it.
         *self.newest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -67,6 +70,7 @@ pub fn model(place: &str) -> Option<String> {
 /// Takes one sample. Figures that the driver does not give, such as the use of a part of a GPU, stay
 /// unknown.
 fn look(driver: &Nvml, place: &str) -> GpuUse {
+    // A part of a GPU has no address of its own at the driver.
     let Ok(gpu) = driver.device_by_pci_bus_id(place) else { return GpuUse::default() };
     GpuUse {
         memory_bytes: gpu.memory_info().ok().map(|memory| memory.used),

@@ -46,6 +46,7 @@ impl DeviceChoice {
         match self {
             DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Auto if gpus == 0 => Ok(Device::Cpu),
+            // More processes than GPUs share them in turn, each as evenly as possible.
             DeviceChoice::Auto => Ok(Device::Cuda(local_rank(variable)? % gpus)),
             DeviceChoice::Cuda(index) if index < gpus => Ok(Device::Cuda(index)),
             DeviceChoice::Cuda(_) if !cfg!(feature = "cuda") => {
@@ -60,11 +61,13 @@ impl DeviceChoice {
 
 /// Number of GPUs that this process can use. `CUDA_VISIBLE_DEVICES` hides others.
 pub fn gpus() -> usize {
+    // Without the feature libtorch_cuda is not linked, and tch would find no GPU.
     if cfg!(feature = "cuda") { usize::try_from(Cuda::device_count()).unwrap_or(0) } else { 0 }
 }
 
 /// Local rank of this process, as launchers give it. With more processes than GPUs they share evenly.
 fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Result<usize, String> {
+    // In this order: torchrun's name, which the coordinator uses as well, then Slurm's.
     let given = ["LOCAL_RANK", "SLURM_LOCALID"].into_iter().find_map(|name| Some((name, variable(name)?)));
     let Some((name, value)) = given else { return Ok(0) };
     let wrong = |_| format!("{name}={value}: not a number; it says which GPU to use, so mend it or unset it");
@@ -102,6 +105,7 @@ pub fn describe(device: Device) -> String {
 }
 
 fn processor() -> Option<String> {
+    // Diagnostic only; the fingerprint of the environment has its own facts about the processor.
     let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("model name"))?;
     line.split_once(": ").map(|(_, name)| name.trim().to_string())
@@ -110,6 +114,8 @@ fn processor() -> Option<String> {
 /// Name of the GPU at a PCI address of this machine, the same in all processes and containers on it, and on
 /// no other machine. NCCL tells GPUs apart by the same two facts.
 pub fn name(place: &str) -> String {
+    // Two containers of one machine have the same, and no two machines do. A host's name is only nearly
+    // as good.
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
     let machine =
         boot.map(|id| id.trim().to_string()).or_else(|| nix::unistd::gethostname().ok()?.into_string().ok());

@@ -81,6 +81,7 @@ impl Evaluations {
     ///
     /// # Errors
     /// The system has no thread left.
+    // A job without evaluations needs no thread, and `push` does nothing.
     pub fn start(context: Option<Context>, session: &Arc<Session>) -> std::io::Result<Evaluations> {
         let shared = Arc::new(Monitor::<Queue>::default());
         if let Some(context) = context {
@@ -89,6 +90,7 @@ impl Evaluations {
                 .name("evaluation".to_string())
                 .spawn(move || theirs.serve(context))?;
         } else {
+            // So that nobody waits for a thread that was not started.
             shared.lock().closed = true;
         }
         Ok(Evaluations { shared, session: session.clone() })
@@ -100,9 +102,12 @@ impl Evaluations {
         if queue.closed {
             return;
         }
+        // Here too, as the thread may be busy with one evaluation for long.
         queue.forget(|step| self.session.is_evaluated(step));
+        // A second push of the same step, after a change of the group, may only add the duty.
         queue.held.entry(snapshot.step).or_insert(Held { snapshot, ours, begun: false }).ours |= ours;
         let waiting = queue.held.values().filter(|held| !held.begun).count();
+        // The one under way is not given up: its work is nearly done.
         let oldest = queue.held.iter().find(|(_, held)| !held.begun).map(|(step, held)| (*step, held.ours));
         if let Some((step, ours)) = oldest.filter(|_| waiting > WAITING_LIMIT) {
             queue.held.remove(&step);
@@ -112,6 +117,7 @@ impl Evaluations {
                 );
             }
         }
+        // After the change, under the lock: the thread waits for exactly this.
         self.shared.notify();
     }
 
@@ -123,17 +129,22 @@ impl Evaluations {
 
     /// Drops the states after a step: they are computed again.
     pub fn discard_after(&self, step: u64) {
+        // A roll-back: another state of the same step will be pushed (D10).
         self.shared.lock().held.retain(|held, _| *held <= step);
     }
 
     /// Waits until the newest evaluation is recorded; gives up when `abandon` returns true.
     pub fn drain(&self, abandon: impl Fn() -> bool) {
         let mut queue = self.shared.lock();
+        // Only the newest is waited for: it is that of the last state.
         let newest = queue.held.keys().next_back().copied();
         // A member that waits here counts as paused, and is not late.
         let _pause = self.session.pause();
+        // Not bounded by a time: an evaluation may take long, and the state is saved already.
         while newest.is_some_and(|newest| queue.held.contains_key(&newest)) && !abandon() {
+            // Woken by a record of the coordinator's, or by an order to leave.
             queue = self.shared.wait(queue);
+            // Asked under the lock again: the record may have come while this slept.
             queue.forget(|step| self.session.is_evaluated(step));
         }
     }
@@ -154,6 +165,7 @@ impl Queue {
 
 impl Monitor<Queue> {
     fn serve(&self, context: Context) {
+        // As many as training has: another number would give other bits in some kernels.
         crate::set_threads(context.job.job.threads);
         // On Linux the nice value is the thread's own. If it cannot be set, evaluations compete with
         // training.
@@ -167,6 +179,7 @@ impl Monitor<Queue> {
         while let Some(snapshot) = self.next(&session) {
             let (began, of) = (Instant::now(), Of { step: snapshot.step });
             let make = || {
+                // On this thread, since reading the reference takes long; once for the whole run.
                 if let Some(means) = means.take() {
                     judge = Some(means.judge(&data)?);
                 }
@@ -174,6 +187,7 @@ impl Monitor<Queue> {
                     judge.as_ref().ok_or_else(|| EvalError::Input("see the first failure".to_string()))?;
                 evaluate(&model, job.job.seed, judge, &snapshot)
             };
+            // A user's module may fail: training goes on without its figures.
             let make = || guarded(make).unwrap_or_else(|broken| Err(EvalError::Input(broken.to_string())));
             let metrics = track.during("evaluate", of, make);
             track.flush();
@@ -190,6 +204,7 @@ impl Monitor<Queue> {
                 }
             };
             // The state may have been rolled back meanwhile: then its row is not reported.
+            // Asked at the end: while it was made the state may have been invalidated.
             if self.holds(&snapshot) {
                 session.report_evaluation(row);
             }
@@ -199,6 +214,7 @@ impl Monitor<Queue> {
     /// Whether a state still waits for its evaluation.
     fn holds(&self, snapshot: &Arc<Snapshot>) -> bool {
         let queue = self.lock();
+        // The same step may be held again with another state.
         queue.held.get(&snapshot.step).is_some_and(|held| Arc::ptr_eq(&held.snapshot, snapshot))
     }
 
@@ -206,6 +222,7 @@ impl Monitor<Queue> {
     fn next(&self, session: &Session) -> Option<Arc<Snapshot>> {
         let mut queue = self.lock();
         loop {
+            // Before one is chosen: another member may have made it.
             queue.forget(|step| session.is_evaluated(step));
             if let Some(held) = queue.held.values_mut().find(|held| held.ours && !held.begun) {
                 held.begun = true;
@@ -232,6 +249,7 @@ pub fn evaluate(
     let sampler = model.objective.sampler();
     let sampler = sampler.ok_or_else(|| EvalError::Input("the objective draws no samples".to_string()))?;
     let count = u32::try_from(judge.samples()).unwrap_or(u32::MAX);
+    // A fixed key: the same noise for each evaluation, so that figures differ by the state alone.
     let key = Key { seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Evaluation };
     let images = sampler.draw(&model.layout, snapshot, key, count);
     judge.metrics(&images, sampler.critic(&model.layout, snapshot).as_ref())

@@ -71,10 +71,12 @@ pub fn specs() -> Vec<TensorSpec> {
 /// linear layers.
 pub fn forward(images: &Tensor, weights: &[Tensor]) -> Seen {
     let mut maps = images.shallow_clone();
+    // Pairs of weight and bias, in the order of `specs`.
     for layer in weights[..6].chunks(2) {
         let convolved = maps.conv2d(&layer[0], Some(&layer[1]), [1, 1], [1, 1], [1, 1], 1);
         maps = convolved.relu().max_pool2d([2, 2], [2, 2], [0, 0], [1, 1], false);
     }
+    // Features after the rectifier, as Inception's are.
     let features = maps.flatten(1, -1).linear(&weights[6], Some(&weights[7])).relu();
     let logits = features.linear(&weights[8], Some(&weights[9]));
     Seen { features, logits }
@@ -87,6 +89,7 @@ impl Digits {
     /// The weights in this program are damaged.
     pub fn bundled() -> Result<Digits, EvalError> {
         let hash = blake3::hash(WEIGHTS).to_hex();
+        // Built in, but a file in a source tree can be half fetched.
         if hash.as_str() != HASH.trim() {
             return Err(EvalError::Classifier(format!("their hash is {hash}, not {}", HASH.trim())));
         }
@@ -116,6 +119,7 @@ impl Digits {
 
     /// Probabilities of the classes, (n, [`CLASSES`]) in f64.
     pub fn probabilities(seen: &Seen) -> Tensor {
+        // Logarithms of small probabilities follow.
         seen.logits.to_kind(Kind::Double).softmax(-1, Kind::Double)
     }
 }

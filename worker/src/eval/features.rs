@@ -41,6 +41,7 @@ impl Extractor {
     /// The images do not suit it, or the file is no such module.
     pub fn open(features: &Features, shape: ImageShape) -> Result<Extractor, EvalError> {
         match features {
+            // The classifier is of use for 28 x 28 grey images only; other data have pixels.
             Features::Auto if shape == SHAPE => Ok(Extractor::Digits(Digits::bundled()?)),
             Features::Auto | Features::Pixels => Ok(Extractor::Pixels),
             Features::Digits if shape == SHAPE => Ok(Extractor::Digits(Digits::bundled()?)),
@@ -67,6 +68,7 @@ impl Extractor {
     /// The module of a file fails.
     pub fn look(&self, images: &Tensor) -> Result<Looked, EvalError> {
         let batch = i64::try_from(BATCH).expect("a small number");
+        // Batches of one size, so that the same image gets the same bits (see BATCH).
         self.gather(images.split(batch, 0).into_iter().map(Ok))
     }
 
@@ -87,6 +89,7 @@ impl Extractor {
                     probabilities.push(Digits::probabilities(&seen));
                     features.push(seen.features.to_kind(Kind::Double));
                 }
+                // There are no features: metrics of pixels take the images themselves.
                 Extractor::Pixels => break,
                 Extractor::File(module, _) => features.push(features_of(module, &images?)?),
             }
@@ -100,10 +103,12 @@ fn open_file(file: &Path, shape: ImageShape) -> Result<Extractor, EvalError> {
     let wrong = |what: String| EvalError::Input(format!("evaluation.features {}: {what}", file.display()));
     let bytes = module_file::read(file).map_err(wrong)?;
     let script = Script::load(&bytes).map_err(|error| wrong(format!("no TorchScript module: {error}")))?;
+    // Two images, so that a module that mixes them up is noticed by its shape.
     let sizes = [2, shape.channels, shape.height, shape.width];
     let sizes = sizes.map(|n| i64::try_from(n).expect("an image is small"));
     let probe = Tensor::zeros(sizes, (Kind::Float, tch::Device::Cpu));
     let mut looked = Ok(());
+    // The result of an evaluation must depend on the images alone (invariant 1 of `eval`).
     let draws = Script::draws(|| {
         looked = features_of(&script, &probe).map(drop);
         Ok(())
@@ -121,6 +126,7 @@ fn features_of(script: &Script, images: &Tensor) -> Result<Tensor, EvalError> {
     let samples = images.size()[0];
     let features =
         no_grad(|| script.evaluate(images)).map_err(|error| EvalError::Input(error.to_string()))?;
+    // One row for each image, whatever the shape of a row.
     if features.size().first() != Some(&samples) {
         let what = format!("it makes {:?} of {samples} images; it must make ({samples}, d)", features.size());
         return Err(EvalError::Input(what));

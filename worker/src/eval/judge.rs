@@ -49,9 +49,11 @@ struct OfFeatures {
 
 /// Mean rating of samples.
 fn opinion(critic: &Critic, asked: &Asked) -> f64 {
+    // A fixed size, as for features.
     let parts = |tensor: &Tensor| tensor.split(100, 0);
     let classes = asked.classes.as_ref().map(parts).unwrap_or_default();
     let say = |(shard, part): (u32, &Tensor)| {
+        // A network that draws in inference gets the same draws in each evaluation.
         let key = Key { seed: 0, step: 0, phase: 3, shard, purpose: Purpose::Network };
         let pass = Pass::running(&critic.weights, &critic.buffers, key);
         critic.network.forward(part, &mut pass.of(classes.get(shard as usize)))
@@ -64,6 +66,7 @@ fn opinion(critic: &Critic, asked: &Asked) -> f64 {
 fn generated(critic: &Critic, images: &Tensor) -> Asked {
     let count = images.size()[0].min(i64::try_from(ASKED).expect("a small number"));
     let in_turn =
+        // As `Generator::draw_for` deals the classes.
         || Tensor::arange(count, (Kind::Int64, images.device())).remainder(i64::from(critic.classes));
     Asked { images: images.narrow(0, 0, count), classes: (critic.classes > 0).then(in_turn) }
 }
@@ -113,10 +116,13 @@ impl Means {
                 return refused(format!("its images are {own}, and those of the data {of_data}"));
             }
             let (own, of_data) = (held_out.classes(), data.classes());
+            // Fewer are allowed: a held-out set may lack a class, but not have one that the critic does
+            // not know.
             if own > of_data {
                 return refused(format!("it has {own} classes, and the data {of_data}"));
             }
         }
+        // Before training: a best checkpoint by a metric that no row has would never be found.
         let lacks = matches!(
             (&extractor, settings.best_by),
             (Extractor::Pixels, BestBy::FrechetDistance | BestBy::Kid | BestBy::ClassifierScore)
@@ -140,6 +146,7 @@ impl Means {
     pub fn judge(self, data: &DataSet) -> Result<Judge, EvalError> {
         let Means { settings, extractor, held_out } = self;
         let samples = settings.samples as usize;
+        // Waits for the disk; on the evaluation thread, so training goes on.
         let looked = extractor.look_at(data, &chosen(data, settings.reference as usize))?;
         let fresh = held_out.as_ref().map(|held_out| extractor.look_at(held_out, &chosen(held_out, samples)));
         let fresh = fresh.transpose()?.and_then(|looked| looked.features);
@@ -166,6 +173,7 @@ impl OfFeatures {
             some_of(count, samples).into_iter().filter_map(|n| i64::try_from(n).ok()).collect();
         let some = all.index_select(0, &Tensor::from_slice(&places));
         let nearest =
+            // Held-out samples are fresh by themselves. Training samples are fresh only to the others.
             fresh.map_or_else(|| nearest_others(&all, &places), |fresh| nearest(fresh, &all, false));
         OfFeatures {
             moments: Moments::of(&all),

@@ -51,6 +51,7 @@ pub enum EvalError {
 pub fn images(data: &DataSet, indices: &[usize]) -> Result<Tensor, DataError> {
     let shape = data.shape();
     let mut pixels = vec![0.0; indices.len() * shape.numel()];
+    // In the order of the indices: a metric over pairs depends on it.
     for (index, out) in indices.iter().zip(pixels.chunks_exact_mut(shape.numel())) {
         data.read(*index, out)?;
     }
@@ -61,13 +62,16 @@ pub fn images(data: &DataSet, indices: &[usize]) -> Result<Tensor, DataError> {
 /// Chooses `count` of the numbers below `len`, all if there are fewer, in order. The choice is random with
 /// a fixed seed: a data set may be sorted, or come from sources that take turns, as MNIST's digits do.
 pub fn some_of(len: usize, count: usize) -> Vec<usize> {
+    // All of them in order, without a draw.
     if count >= len {
         return (0..len).collect();
     }
+    // A fixed seed, as the choice must be the same for every run that is compared.
     let mut stream = SampleStream::new(0, len as u64);
     let drawn =
         (0..count as u64).map(|place| usize::try_from(stream.sample(place)).expect("an index in memory"));
     let mut drawn: Vec<usize> = drawn.collect();
+    // In order, so that files are read as they lie.
     drawn.sort_unstable();
     drawn
 }

@@ -29,6 +29,7 @@ pub struct Rung {
 /// A sample cannot be read.
 pub fn rungs(judge: &Judge, data: &DataSet, held_out: &DataSet) -> Result<Vec<Rung>, EvalError> {
     let all = images(held_out, &(0..held_out.len()).collect::<Vec<_>>())?;
+    // Held-out samples are what a perfect generator would give.
     let count = judge.samples().min(held_out.len());
     let some = |of: &Tensor| {
         let len = usize::try_from(of.size()[0]).unwrap_or_default();
@@ -42,12 +43,14 @@ pub fn rungs(judge: &Judge, data: &DataSet, held_out: &DataSet) -> Result<Vec<Ru
     add("real", real.shallow_clone());
     add("copies of the data", images(data, &chosen(data, count))?);
     if held_out.shape() == SHAPE {
+        // By the classifier's own judgement, as the metrics are.
         let told = Digits::bundled()?.look(&all).logits.argmax(-1, false);
         let of = |mask: Tensor| some(&all.index_select(0, &mask.nonzero().flatten(0, -1)));
         add("nine of ten digits", of(told.not_equal(CHOSEN[0])));
         add("one digit", of(told.eq(CHOSEN[1])));
     }
     let sides = [BLUR, BLUR];
+    // Keeps the size of the images.
     add("blurred", real.avg_pool2d(sides, [1, 1], [BLUR / 2, BLUR / 2], false, false, None::<i64>));
     let key = Key { seed: 0, step: 0, phase: 2, shard: 0, purpose: Purpose::Evaluation };
     add("noise", key.uniform(-1.0, 1.0, real.numel()).view(real.size().as_slice()));

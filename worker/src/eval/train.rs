@@ -44,6 +44,7 @@ impl Labelled {
         }
         let labels = labels(file)?;
         let (found, wanted) = (labels.size()[0], data.len());
+        // A label too few would shift all others.
         if usize::try_from(found) != Ok(wanted) {
             let what = format!("{}: {found} labels for {wanted} images", file.display());
             return Err(EvalError::Input(what));
@@ -57,6 +58,7 @@ impl Labelled {
             let told = digits.look(&images).logits.argmax(-1, false);
             told.eq_tensor(&labels).to_kind(Kind::Double).sum(Kind::Double).double_value(&[])
         };
+        // Accuracy is a count, so any size gives the same.
         let parts = self.images.split(1000, 0).into_iter().zip(self.labels.split(1000, 0));
         let count = i32::try_from(self.labels.size()[0]).map_or(f64::from(i32::MAX), f64::from);
         parts.map(right).sum::<f64>() / count
@@ -92,8 +94,10 @@ pub fn train(
     let (mut flat, gradient, mut first, mut second) = (zeros(), zeros(), zeros(), zeros());
     for (shard, (spec, offset)) in (0..).zip(layout.entries()) {
         let key = Key { seed, step: 0, phase: 0, shard, purpose: Purpose::Classifier };
+        // Into the flat buffer of which the weights are views.
         narrow(&flat, offset..offset + spec.numel()).copy_(&initial_values(key, spec));
     }
+    // Leaves of their own over the same memory, as Adam writes to it in place.
     let views = || layout.views(&flat).into_iter().map(|view| view.detach().set_requires_grad(true));
     let (weights, places): (Vec<Tensor>, _) = (views().collect(), layout.views(&gradient));
     let samples = digits.labels.size()[0].unsigned_abs();
@@ -103,10 +107,12 @@ pub fn train(
     for update in 0..updates {
         let (images, labels) = batch(digits, &mut stream, seed, update);
         let loss = forward(&images, &weights).logits.cross_entropy_for_logits(&labels);
+        // New tensors each time: a gradient that the weights kept would be added to.
         let gradients = Tensor::f_run_backward(&[&loss], &weights, false, false)?;
         no_grad(|| places.iter().zip(&gradients).for_each(|(place, of)| place.shallow_clone().copy_(of)));
         #[allow(clippy::cast_precision_loss)] // counts of updates are far below 2^53
         let left = 1.0 - update as f64 / updates as f64;
+        // Counted from the update at hand, so that it falls to 0 after the last.
         let adam = Adam { lr: LEARNING_RATE * left, beta1: 0.9, beta2: 0.999, eps: 1e-8 };
         fused_adam(&mut flat, &gradient, &mut first, &mut second, update + 1, adam)?;
         loss_sum += loss.double_value(&[]);
@@ -126,6 +132,7 @@ fn batch(digits: &Labelled, stream: &mut SampleStream, seed: u64, update: u64) -
     let chosen: Vec<i64> = numbers.map(|q| stream.sample(q).cast_signed()).collect();
     let chosen = Tensor::from_slice(&chosen);
     let key = Key { seed, step: update + 1, phase: 0, shard: 0, purpose: Purpose::Classifier };
+    // Rounded, so that each whole shift is as frequent.
     let moves = key.uniform(-SHIFT - 0.5, SHIFT + 0.5, 2).round();
     let moves: [i64; 2] = [moves.int64_value(&[0]), moves.int64_value(&[1])];
     (digits.images.index_select(0, &chosen).roll(moves, [2, 3]), digits.labels.index_select(0, &chosen))

@@ -68,6 +68,7 @@ pub struct ShardBatch {
 impl ShardBatch {
     /// The same samples on a device.
     pub fn to(&self, device: Device) -> ShardBatch {
+        // Without a copy where they are there already.
         let classes = self.classes.as_ref().map(|classes| classes.to_device(device));
         ShardBatch { images: self.images.to_device(device), classes }
     }
@@ -97,6 +98,8 @@ pub trait Objective: Send + Sync {
 
     /// Number of passes of a phase whose buffer updates are committed.
     fn passes(&self, _phase: Phase) -> usize {
+        // With several passes each has buffer updates of its own, which are committed one after the
+        // other.
         1
     }
 
@@ -108,6 +111,7 @@ pub trait Objective: Send + Sync {
 
     /// Share of a network's moving average that stays at the end of a step, `steps` steps after the start.
     fn average_decay(&self, _network: NetworkId, _steps: u64) -> f64 {
+        // Nothing of the old average stays: the average is the network itself.
         0.0
     }
 
@@ -148,6 +152,7 @@ pub trait Compute {
     /// Whether a part of the next step's first gradient can be computed while the gradients of a step's
     /// last phase are summed. The update under way must not change that part.
     fn looks_ahead(&self) -> bool {
+        // An objective that looks ahead promises that the update under way does not change that part.
         false
     }
 

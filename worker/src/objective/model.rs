@@ -37,6 +37,7 @@ impl Model {
         for phase in model.phases.clone() {
             model.lay_out(phase);
         }
+        // In this order: losses are the first columns of a row.
         for role in [ScalarRole::Loss, ScalarRole::Diagnostic] {
             model.name(role);
         }
@@ -49,6 +50,7 @@ impl Model {
         let (parameters, buffers) = (network.parameters.clone(), network.buffers.clone());
         let (passes, scalars) = (self.objective.passes(phase), self.objective.scalars(phase));
         let gradient = GradLayout::of(parameters, buffers, passes, scalars);
+        // Phases with equal layouts share their buffers, which saves memory.
         let known = self.gradients.iter().position(|known| *known == gradient);
         self.layout_of.push(known.unwrap_or(self.gradients.len()));
         if known.is_none() {
@@ -60,6 +62,7 @@ impl Model {
     fn name(&mut self, role: ScalarRole) {
         let scalars = self.gradients.iter().flat_map(GradLayout::scalars);
         for scalar in scalars.filter(|scalar| scalar.role == role) {
+            // The phases of one network report the same scalars; a row has each once.
             if !self.reported.contains(&scalar.name) {
                 self.reported.push(scalar.name.clone());
             }
@@ -71,6 +74,7 @@ impl Model {
     /// # Errors
     /// A scalar has a name that no column can have.
     pub fn check(&self) -> Result<(), Unsuitable> {
+        // Before training: a row that cannot be written would show only at the first report.
         let check = |name: &Cow<'_, str>| check_scalar(name).map_err(|error| Unsuitable(error.to_string()));
         self.reported.iter().try_for_each(check)
     }
@@ -133,6 +137,7 @@ impl Model {
 
     /// Number of updates of a phase's network before that phase of a step.
     pub fn updates_before(&self, steps: u64, phase: Phase) -> u64 {
+        // Adam counts the updates of one network, of which a step may have several.
         let count = |phases: &[Phase]| phases.iter().filter(|other| other.network == phase.network).count();
         steps * count(&self.phases) as u64 + count(&self.phases[..phase.index as usize]) as u64
     }
@@ -150,10 +155,12 @@ impl Model {
     /// Place of a phase's samples among the batches of a step.
     pub fn batch_of(&self, phase: Phase) -> u32 {
         let before = self.batches_before(phase.index as usize);
+        // The batch before: the newest that a phase of the step has read.
         if phase.reads == Reads::Same { before.saturating_sub(1) } else { before }
     }
 
     fn batches_before(&self, index: usize) -> u32 {
+        // Only these move the stream (D2).
         let new = self.phases[..index].iter().filter(|phase| phase.reads == Reads::Next).count();
         u32::try_from(new).expect("a step has few phases")
     }

@@ -88,11 +88,13 @@ impl GradLayout {
 
     /// Range of the floats that must be finite: all but the scalars behind the losses.
     pub fn decisive(&self) -> Range<usize> {
+        // A diagnostic that is not finite must not stop a run.
         0..self.losses().end
     }
 
     /// Total length in floats: a multiple of [`ALIGNMENT`](crate::state::ALIGNMENT).
     pub fn len(&self) -> usize {
+        // The rest up to 64 bytes is summed as well, and read by nobody.
         self.scalar_range().start + align(self.scalars.len().max(1))
     }
 
@@ -117,8 +119,10 @@ pub struct ShardGrad {
 impl ShardGrad {
     /// A buffer of `capacity` floats, at least the layout's.
     pub fn new(layout: &GradLayout, capacity: usize, device: Device) -> ShardGrad {
+        // Views of a shorter buffer would lie in other memory.
         assert!(capacity >= layout.len(), "a gradient needs {} floats", layout.len());
         let capacity = i64::try_from(capacity).expect("fewer than 2^63 floats");
+        // Also the spare capacity is summed and sent: it must be numbers.
         let flat = Tensor::zeros([capacity], (Kind::Float, device));
         let statistics = layout.statistics();
         ShardGrad {

@@ -18,6 +18,7 @@ use crate::sampling::picture::Picture;
 use crate::state::{Layout, Sections, StateLayout};
 
 /// Number of samples in one forward pass.
+// Fixed, as a kernel's rounding may depend on the size of a batch.
 const BATCH: usize = 64;
 /// Number of images in a row of a grid.
 pub const COLUMNS: i64 = 10;
@@ -76,6 +77,7 @@ pub fn grid_of(
     seed: u64,
     count: u32,
 ) -> Result<SampleGrid, SampleError> {
+    // Without the step of training: grids of a run show the same noise, so they can be compared.
     let key = Key { seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Samples };
     let images = sampler.draw(layout, snapshot, key, count);
     Ok(Picture::grid(&images, COLUMNS).of_step(snapshot.step)?)
@@ -92,6 +94,7 @@ impl Critic {
 impl Generator {
     /// Builds the generator from the moving average of a state, or from its weights if it has none.
     pub fn of_average(models: &Models, sections: &Sections, snapshot: &Snapshot) -> Generator {
+        // Samples of the average are better than those of the last weights (Yazıcı et al., 2019).
         let range = sections.average_range().unwrap_or_else(|| sections.weight_range());
         let (weights, buffers) = sections.views(&snapshot.floats(range));
         Generator {
@@ -125,9 +128,11 @@ impl Generator {
         let classes = if about.contains_key("classes") { number("classes")? } else { 0 };
         let model = Model {
             conditional: classes > 0,
+            // The path in the file is that of the machine that trained.
             generator: script.map(Path::to_path_buf).or_else(|| about.get("generator").map(PathBuf::from)),
             ..Model::plain(kind, number("latent_dim")?, number("width")?)
         };
+        // All models draw squares.
         let side = number("height")? as usize;
         let shape = ImageShape { channels: number("channels")? as usize, height: side, width: side };
         let network =
@@ -174,11 +179,13 @@ impl Generator {
     /// section 3.1.
     pub fn noise(&self, purpose: Purpose, seed: u64, index: u32, truncation: Option<f64>) -> Tensor {
         let draw =
+            // A key for each sample, so that it does not depend on how many are drawn.
             |phase| Key { seed, step: u64::from(index), phase, shard: 0, purpose }.normal(self.latent_dim);
         let mut noise = draw(0);
         let Some(limit) = truncation else { return noise };
         for phase in 1.. {
             let beyond = noise.abs().gt(limit);
+            // Ends with probability 1; a limit far below one takes long.
             if !bool::try_from(beyond.any()).expect("one truth value") {
                 break;
             }
@@ -189,6 +196,7 @@ impl Generator {
 
     /// Returns a class for each of `count` samples, in turn.
     pub fn classes_in_turn(&self, count: u32) -> Vec<u32> {
+        // Without classes there is nothing to take in turn.
         (0..count).map(|index| index % self.classes.max(1)).collect()
     }
 
@@ -209,6 +217,7 @@ impl Generator {
     /// model, to images (n, c, h, w).
     pub fn forward(&self, noise: &Tensor, classes: Option<&Tensor>) -> Tensor {
         let key = Key { seed: 0, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
+        // `images` always passes a list of classes.
         let classes = classes.filter(|_| self.classes > 0);
         self.network.forward(noise, &mut Pass::running(&self.weights, &self.buffers, key).of(classes))
     }

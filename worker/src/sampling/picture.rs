@@ -28,10 +28,13 @@ impl Picture {
     pub fn grid(images: &Tensor, columns: i64) -> Picture {
         let [count, channels, height, width] =
             <[i64; 4]>::try_from(images.size()).expect("images have four dimensions");
+        // A grid of fewer images than columns is as wide as they are.
         let columns = columns.clamp(1, count.max(1));
         let rows = (count + columns - 1) / columns;
         let blank =
             Tensor::zeros([rows * columns - count, channels, height, width], (Kind::Uint8, images.device()));
+        // Empty cells fill the last row.
+        // A gap to the left and above each image; the last ones on the right and below come at the end.
         let cells = Tensor::cat(&[levels(images), blank], 0).constant_pad_nd([GAP, 0, GAP, 0]);
         let cells = cells.view([rows, columns, channels, height + GAP, width + GAP]);
         let whole = cells.permute([0, 3, 1, 4, 2]).reshape([
@@ -74,6 +77,7 @@ impl Picture {
 
 /// Converts [-1, 1] to bytes.
 fn levels(images: &Tensor) -> Tensor {
+    // The inverse of what framing does to bytes, so that a byte survives both.
     ((images + 1.0) * 127.5).round().clamp(0.0, 255.0).to_kind(Kind::Uint8)
 }
 
@@ -91,9 +95,11 @@ impl<W: Write> Film<W> {
     /// # Errors
     /// The picture is too large for a GIF, or the film cannot be written.
     pub fn begin(to: W, first: &Picture, delay: u16) -> Result<Film<W>, gif::EncodingError> {
+        // The format has 16 bits for a side.
         let side = |pixels: u32| u16::try_from(pixels).map_err(|_| too_large());
         let size = (side(first.width)?, side(first.height)?);
         let greys: Vec<u8> = (0..=255).flat_map(|level| [level; 3]).collect();
+        // Grey pictures share one palette, and keep all their levels.
         let palette: &[u8] = if first.channels == 1 { &greys } else { &[] };
         let mut encoder = gif::Encoder::new(to, size.0, size.1, palette)?;
         encoder.set_repeat(gif::Repeat::Infinite)?;

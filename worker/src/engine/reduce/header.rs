@@ -28,12 +28,14 @@ impl Header {
     }
 
     fn words(self) -> [u64; 8] {
+        // Room up to 64 bytes, by which a later version may send more.
         [self.generation, self.position, self.fingerprint, self.plan, self.ledger, 0, 0, 0]
     }
 
     /// Encodes the header as [`ALIGNMENT`] floats, which are only ever copied.
     pub fn to_tensor(self) -> Tensor {
         let bytes: Vec<u8> = self.words().iter().flat_map(|word| word.to_le_bytes()).collect();
+        // Bits and not numbers: no kernel may compute with them, as NaNs would lose their payload.
         Tensor::from_slice(&bytes).view_dtype(Kind::Float)
     }
 
@@ -42,6 +44,7 @@ impl Header {
         let bytes = Vec::<u8>::try_from(tensor.flatten(0, -1).view_dtype(Kind::Uint8));
         let bytes = bytes.expect("a contiguous tensor of bytes on the CPU");
         let word = |row: &[u8], at: usize| {
+            // All processes write little-endian, whatever the machine.
             u64::from_le_bytes(row[8 * at..8 * (at + 1)].try_into().expect("8 bytes"))
         };
         let header = |row: &[u8]| Header {

@@ -135,6 +135,7 @@ pub struct AllReduce {
 
 impl Summand for ShardGrad {
     fn add(&mut self, right: &ShardGrad) {
+        // Parameters of a network have views in this memory; the sum is no part of any graph.
         let _ = no_grad(|| self.flat.g_add_(&right.flat));
     }
 }
@@ -150,18 +151,22 @@ impl AllReduce {
         let (shards, device) = (&peers.shards, peers.device);
         let world_size = shards.world_size();
         let mut len = align(layout.len());
+        // For ranges of more nodes a + b over two ranks would be another order than the tree's (D4).
         let has_one_node = |range: &Range<u32>| cover(range.clone(), shards.data_shards).len() == 1;
         let route = match world_size {
             1 => Route::Alone,
             _ if reduction == Reduction::Ring => Route::Ring(Ring::new(world_size, len, device)?),
             2 if shards.ranges.iter().all(has_one_node) => Route::Pair(Pair::new(shards.rank, len, device)?),
             _ => {
+                // Whole alignments: a chunk that ended between would be divided by a kernel's scalar
+                // tail (D8).
                 let chunk = align(layout.len().div_ceil(world_size));
                 len = world_size * chunk;
                 Route::Chunks(Chunks::new(shards.clone(), chunk, device)?)
             }
         };
         #[allow(clippy::cast_precision_loss)] // a batch is far below 2^24
+        // One number for all members: V x b follows from the job.
         let divisor = Tensor::from(global_batch as f32).to_device(device);
         let mean = Mean { flat: Tensor::zeros([signed(len)], (Kind::Float, device)), divisor };
         let (sum, header) = (TreeSum::new(shards.data_shards), Header::default());
@@ -179,6 +184,7 @@ impl AllReduce {
         if !self.peers.group.is_open() {
             return Err(c10d::Error::Aborted.into());
         }
+        // Terms of a reduce that a regroup cut off must not enter this one.
         self.recycle();
         Ok(())
     }
@@ -186,11 +192,13 @@ impl AllReduce {
     /// Returns a buffer for the gradient of a shard.
     pub fn buffer(&mut self) -> ShardGrad {
         let new = || ShardGrad::new(&self.layout, self.mean.flat.numel(), self.peers.device);
+        // From the reduces before, once they were added. Lent memory is never among them (D6).
         self.sum.spare().unwrap_or_else(new)
     }
 
     /// Adds the gradient of a shard of this rank. Shards come in order.
     pub fn add(&mut self, shard: u32, grad: ShardGrad) {
+        // In order, as the tree adds a neighbour as soon as it is there.
         self.sum.push(Node::leaf(shard), grad);
     }
 
@@ -202,6 +210,7 @@ impl AllReduce {
         let sums = self.sum.take();
         let sent = match &mut self.route {
             Route::Alone => {
+                // One sum, as the only rank covers the whole tree.
                 for (_, sum) in &sums {
                     let _ = no_grad(|| sum.flat.divide_out(&self.mean.flat, &self.mean.divisor));
                 }
@@ -222,37 +231,46 @@ impl AllReduce {
     pub fn wait(&mut self, laps: &mut Laps) -> Result<Reduced, ReduceError> {
         let AllReduce { peers: Peers { group, timeout, .. }, route, mean, header, .. } = self;
         let headers = match route {
+            // There is nobody to disagree with, and nothing to wait for.
             Route::Alone => return self.reduced(&[self.header]),
             Route::Pair(pair) => {
+                // Waits for the other rank: bounded by the reduce limit, and ended at once by an abort.
                 let came = arrived(pair.pending(), *timeout, laps)?;
                 pair.finish(came, mean)
             }
             Route::Chunks(chunks) => {
+                // Waits for all ranks' chunks, which may still compute their shards: bounded as above.
                 let came = arrived(chunks.pending(), *timeout, laps)?;
                 let gathering = chunks.gather(group, came, *header, mean)?;
                 laps.lap(Part::Other);
+                // Short: all ranks have the chunks by now, and only divide.
                 let came = arrived(Some(gathering), *timeout, laps)?;
                 chunks.finish(came, mean)
             }
             Route::Ring(ring) => {
+                // Both waits as above, with the headers after the sum.
                 let sum = arrived(ring.pending(), *timeout, laps)?;
                 let headers = arrived(Some(ring.gather(group)?), *timeout, laps)?;
                 ring.finish(sum, headers, mean)
             }
         };
+        // From a GPU this waits for all that was enqueued, so no error of it is missed (D7).
         self.reduced(&Header::from_tensor(&headers.to_device(Device::Cpu)))
     }
 
     /// Returns the reduced gradient, if all ranks' headers agree.
     fn reduced(&self, headers: &[Header]) -> Result<Reduced, ReduceError> {
         let ours = self.header;
+        // Before anything is committed (D9). The first rank that differs is named; more may.
         if let Some(rank) = headers.iter().position(|theirs| !theirs.agrees(&ours)) {
             let (own_rank, theirs) = (self.peers.shards.rank, headers[rank]);
             return Err(ReduceError::Disagreement { own_rank, ours, rank, theirs });
         }
+        // Only if all propose it does a change happen, so that all act at the same update index.
         let all_know = headers.iter().all(|header| header.plan == ours.plan);
         Ok(Reduced {
             mean: self.mean.flat.shallow_clone(),
+            // Each rank has counted its own shards: the sum is that of all samples.
             ledger: headers.iter().fold(0, |sum, header| sum.wrapping_add(header.ledger)),
             agreed_plan: if all_know { ours.plan } else { 0 },
         })

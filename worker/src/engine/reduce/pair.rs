@@ -27,11 +27,14 @@ impl Pair {
 
     /// Sends this rank's sum and header.
     pub fn send(&mut self, group: &Group, sum: &Tensor, header: Header) -> Result<(), Error> {
+        // Gone if an earlier reduce failed (D6).
         let (mut own, other) = self.buffers.take().ok_or(Error::Aborted)?;
         own.update(|own| {
+            // A copy: the sum's memory takes the next gradients.
             narrow(own, 0..self.len).copy_(sum);
             self.header_of(own).copy_(&header.to_tensor());
         });
+        // All to the other rank, and nothing to itself.
         let mut counts = [self.len + ALIGNMENT; 2];
         counts[self.rank] = 0;
         self.pending = Some(group.all_to_all(own, &counts, other, &counts)?);
@@ -45,13 +48,16 @@ impl Pair {
 
     /// Adds the two sums, in the order of the ranks. Returns the headers, one a row.
     pub fn finish(&mut self, (own, other): (Buffer, Buffer), mean: &Mean) -> Tensor {
+        // By rank and not by owner: a + b is the tree's order only if shard 0 is in a (D4).
         let mut sums = [other.tensor(), other.tensor()];
         sums[self.rank] = own.tensor();
         let headers = Tensor::stack(&sums.map(|sum| self.header_of(sum)), 0);
         no_grad(|| {
             let [left, right] = sums.map(|sum| narrow(sum, 0..self.len));
+            // A true division, by a tensor, as in the other routes.
             let _ = left.add_out(&mean.flat, &right).divide_(&mean.divisor);
         });
+        // Both are read no more: the headers were copied by `stack`.
         self.buffers = Some((own, other));
         headers
     }

@@ -33,9 +33,11 @@ impl Ring {
     ) -> Result<(), Error> {
         let mut own = self.sum.take().ok_or(Error::Aborted)?;
         for (place, sum) in sums.enumerate() {
+            // The first is copied and not added to zeros, which would lose the sign of -0.0.
             own.update(|own| if place == 0 { own.copy_(&sum.flat) } else { drop(own.g_add_(&sum.flat)) });
         }
         if let Some((own, _)) = &mut self.headers {
+            // Before the first collective: it is the header of this phase, whatever the next one is.
             own.update(|own| own.copy_(&header.to_tensor()));
         }
         self.pending = Some(group.all_reduce(own, ReduceOp::Sum)?);
@@ -49,13 +51,16 @@ impl Ring {
 
     /// Starts to gather the headers of all ranks.
     pub fn gather(&mut self, group: &Group) -> Result<Pending<(Buffer, Buffer)>, Error> {
+        // In a collective of its own, as a sum would mix the headers.
         let (own, all) = self.headers.take().ok_or(Error::Aborted)?;
         Ok(group.all_gather(own, all)?)
     }
 
     /// Divides the backend's sum. Returns the headers.
     pub fn finish(&mut self, sum: Buffer, headers: (Buffer, Buffer), mean: &Mean) -> Tensor {
+        // From the lent memory, which came back with success, into the mean's own.
         let _ = no_grad(|| sum.tensor().divide_out(&mean.flat, &mean.divisor));
+        // A view of the receive buffer: it is decoded before the next reduce lends it.
         let rows = headers.1.tensor().shallow_clone();
         (self.sum, self.headers) = (Some(sum), Some(headers));
         rows

@@ -27,6 +27,7 @@ pub struct Node {
 impl Node {
     /// Returns the node that covers all of `leaves`, which is at least 1.
     pub fn root(leaves: u32) -> Node {
+        // The root covers the next power of two; what lies beyond the leaves is skipped.
         Node { level: leaves.next_power_of_two().trailing_zeros(), index: 0 }
     }
 
@@ -38,6 +39,7 @@ impl Node {
     /// Returns the leaves under this node, in a tree of `leaves`.
     pub fn leaves(self, leaves: u32) -> Range<u32> {
         let end = |index: u64| {
+            // In 64 bits, as the end of the last node may lie beyond 2^32.
             u32::try_from((index << self.level).min(u64::from(leaves))).expect("at most u32 leaves")
         };
         end(u64::from(self.index))..end(u64::from(self.index) + 1)
@@ -61,7 +63,9 @@ impl Node {
 pub fn cover(range: Range<u32>, leaves: u32) -> Vec<Node> {
     fn visit(node: Node, range: &Range<u32>, leaves: u32, nodes: &mut Vec<Node>) {
         let own = node.leaves(leaves);
+        // Outside of the range, or of the tree.
         if own.is_empty() || own.end <= range.start || own.start >= range.end {
+        // Whole: this is a maximal node, since its parent was not.
         } else if range.start <= own.start && own.end <= range.end {
             nodes.push(node);
         } else {
@@ -103,6 +107,7 @@ impl<T: Summand> TreeSum<T> {
 
     /// Adds the next term, the sum under `node`. Nodes come from left to right.
     pub fn push(&mut self, mut node: Node, mut sum: T) {
+        // Out of order a sum would still come out, with other bits.
         debug_assert!(
             self.open
                 .last()
@@ -114,12 +119,14 @@ impl<T: Summand> TreeSum<T> {
             // -0.0.
             if sibling.leaves(self.leaves).is_empty() {
                 node = node.parent();
+                // The parent of a node without a neighbour has the same sum.
                 continue;
             }
             // A left node's sibling is still to come; a right node's sibling may belong to another rank.
             let Some((_, left)) = self.open.pop_if(|(last, _)| *last == sibling && sibling < node) else {
                 break;
             };
+            // The left term's memory holds the sum; the right one's is free after the addition.
             self.spare.push(std::mem::replace(&mut sum, left));
             sum.add(&self.spare[self.spare.len() - 1]);
             node = node.parent();

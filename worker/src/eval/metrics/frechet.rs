@@ -17,6 +17,7 @@ impl Moments {
         let features = features.to_kind(Kind::Double);
         let mean = features.mean_dim([0i64].as_slice(), false, Kind::Double);
         let centred = &features - &mean;
+        // The unbiased covariance, as the published code of the FID takes it.
         let covariance = centred.transpose(0, 1).matmul(&centred) / (float(rows(&features)) - 1.0);
         Moments { mean, covariance }
     }
@@ -34,6 +35,7 @@ impl Moments {
 pub fn frechet_distance(one: &Moments, other: &Moments) -> Result<f64, TchError> {
     let root = symmetric_root(&one.covariance)?;
     let product = root.matmul(&other.covariance).matmul(&root);
+    // Rounding leaves it a little asymmetric, and the decomposition reads one triangle only.
     let symmetric = (&product + product.transpose(0, 1)) / 2.0;
     // Rounding may leave an eigenvalue a little below zero.
     let eigenvalues = symmetric.f_linalg_eigvalsh("L")?.clamp_min(0.0);
@@ -45,5 +47,6 @@ pub fn frechet_distance(one: &Moments, other: &Moments) -> Result<f64, TchError>
 
 fn symmetric_root(matrix: &Tensor) -> Result<Tensor, TchError> {
     let (values, vectors) = matrix.f_linalg_eigh("L")?;
+    // Likewise for a covariance of fewer samples than dimensions.
     Ok((&vectors * values.clamp_min(0.0).sqrt()).matmul(&vectors.transpose(0, 1)))
 }

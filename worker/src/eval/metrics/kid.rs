@@ -20,6 +20,7 @@ pub fn kernel_distance(real: &Tensor, fake: &Tensor) -> f64 {
 
 pub(super) fn in_blocks(real: &Tensor, fake: &Tensor, size: i64) -> f64 {
     let (real, fake) = (real.to_kind(Kind::Double), fake.to_kind(Kind::Double));
+    // Blocks are of pairs of as many samples of each.
     let samples = rows(&real).min(rows(&fake));
     let size = samples.min(size);
     let blocks = samples / size;
@@ -31,6 +32,7 @@ pub(super) fn in_blocks(real: &Tensor, fake: &Tensor, size: i64) -> f64 {
 fn of_block(real: &Tensor, fake: &Tensor) -> f64 {
     let dimensions = float(real.size()[1]);
     let kernel =
+        // The cubic kernel of section 3.
         |x: &Tensor, y: &Tensor| (x.matmul(&y.transpose(0, 1)) / dimensions + 1.0).pow_tensor_scalar(3);
     let samples = float(rows(real));
     // The kernel of a sample with itself is excluded: it carries no information on the distribution.

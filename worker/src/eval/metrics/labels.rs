@@ -23,6 +23,7 @@ impl Labels {
     /// Share of the samples in each class; a sample belongs to its most likely class.
     pub fn shares(&self) -> Vec<f64> {
         let classes = self.probabilities.size()[1];
+        // With all classes, also those that no sample is of.
         let counts = self.probabilities.argmax(-1, false).bincount(None::<Tensor>, classes);
         let shares = counts.to_kind(Kind::Double) / float(rows(&self.probabilities));
         Vec::try_from(shares).unwrap_or_default()
@@ -33,6 +34,7 @@ impl Labels {
     /// it is the inception score.
     pub fn score(&self) -> f64 {
         let marginal = self.probabilities.mean_dim([0i64].as_slice(), true, Kind::Double);
+        // 0 log 0 counts as 0, where the logarithm alone is infinite.
         let logarithm = |p: &Tensor| p.clamp_min(f64::MIN_POSITIVE).log();
         let divergence = &self.probabilities * (logarithm(&self.probabilities) - logarithm(&marginal));
         divergence
@@ -53,6 +55,7 @@ impl Labels {
     /// KL(generated || real) of the shares of the classes, in nats; the same section. Infinite if samples are
     /// of a class that no real sample has.
     pub fn divergence(&self, real: &Labels) -> f64 {
+        // Likewise: a class that no generated sample is of adds nothing.
         let term = |(own, real): (f64, f64)| if own > 0.0 { own * (own / real).ln() } else { 0.0 };
         self.shares().into_iter().zip(real.shares()).map(term).sum()
     }

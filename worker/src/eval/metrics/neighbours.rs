@@ -15,6 +15,7 @@ const NEAR: f64 = 0.01;
 fn squared_distances(from: &Tensor, to: &Tensor) -> Tensor {
     let norms = |x: &Tensor| x.square().sum_dim_intlist([1i64].as_slice(), true, Kind::Double);
     let products = from.matmul(&to.transpose(0, 1));
+    // By the binomial formula; rounding may leave it a little below zero, where a root would be NaN.
     (norms(from) + norms(to).transpose(0, 1) - products * 2.0).clamp_min(0.0)
 }
 
@@ -22,6 +23,7 @@ fn squared_distances(from: &Tensor, to: &Tensor) -> Tensor {
 fn by_rows(from: &Tensor, to: &Tensor, of: impl Fn(Tensor) -> Tensor) -> Tensor {
     let (from, to) = (from.to_kind(Kind::Double), to.to_kind(Kind::Double));
     let parts: Vec<Tensor> = from
+        // As many rows as fit; at least one, however long it is.
         .split((CHUNK / rows(&to)).clamp(1, CHUNK), 0)
         .iter()
         .map(|part| of(squared_distances(part, &to)))
@@ -33,6 +35,7 @@ fn by_rows(from: &Tensor, to: &Tensor, of: impl Fn(Tensor) -> Tensor) -> Tensor 
 fn radii(samples: &Tensor) -> Tensor {
     let others = rows(samples) - 1;
     // The nearest sample of all is the sample itself.
+    // The place counts the sample itself.
     let place = NEIGHBOUR.min(others) + 1;
     by_rows(samples, samples, |squared| squared.kthvalue(place, 1, false).0)
 }
@@ -75,6 +78,7 @@ pub fn precision_and_recall(real: &Manifold, fake: &Manifold) -> [f64; 2] {
 /// samples, and the nearest other one is taken.
 pub fn nearest(samples: &Tensor, to: &Tensor, but_itself: bool) -> Tensor {
     let nearest = |squared: Tensor| match but_itself && rows(to) > 1 {
+        // The first one is the sample itself, at distance 0.
         true => squared.kthvalue(2, 1, false).0,
         false => squared.amin([1i64].as_slice(), false),
     };
@@ -85,6 +89,7 @@ pub fn nearest(samples: &Tensor, to: &Tensor, but_itself: bool) -> Tensor {
 /// fresh real samples stay below.
 pub fn threshold(fresh: &Tensor) -> f64 {
     #[allow(clippy::cast_possible_truncation)] // a place among samples
+    // At least one sample, so that there is a threshold for small sets too.
     let place = (float(rows(fresh)) * NEAR).ceil().max(1.0) as i64;
     fresh.kthvalue(place, 0, false).0.double_value(&[])
 }

@@ -17,12 +17,14 @@ const CHUNK: i64 = 64;
 ///
 /// Of each set as many samples are taken as the smaller one has.
 pub fn sliced_wasserstein(real: &Tensor, fake: &Tensor) -> f64 {
+    // The distance of sorted lists needs lists of one length.
     let samples = rows(real).min(rows(fake));
     let points = |images: &Tensor| images.narrow(0, 0, samples).flatten(1, -1).to_kind(Kind::Float);
     let (real, fake) = (points(real), points(fake));
     let dimensions = real.size()[1];
     // One direction a row: the values to sort lie together in memory.
     let along =
+        // In one dimension the optimal transport pairs the sorted values.
         |directions: &Tensor, points: &Tensor| directions.matmul(&points.transpose(0, 1)).sort(1, false).0;
     let distance = |chunk: i64| {
         let directions = directions(chunk, dimensions);
@@ -36,6 +38,7 @@ pub fn sliced_wasserstein(real: &Tensor, fake: &Tensor) -> f64 {
 /// Returns the directions of a chunk, each of length 1: ([`CHUNK`], dimensions).
 fn directions(chunk: i64, dimensions: i64) -> Tensor {
     let shard = u32::try_from(chunk).expect("few chunks");
+    // Fixed directions: the figures of two evaluations differ by the samples alone.
     let key = Key { seed: 0, step: 0, phase: 1, shard, purpose: Purpose::Evaluation };
     let count = usize::try_from(dimensions * CHUNK).expect("an image is small");
     let drawn = key.normal(count).view([CHUNK, dimensions]);

@@ -18,6 +18,7 @@ impl Gan {
         let mut pass = self.look(at, state, PassId::Real, parameters).of(real.classes.as_ref());
         let logits = self.seen(at, state, PassId::Real, &self.mirrored(at, real), &mut pass);
         let scores = [Some(loss::score(kind, &logits)), None, self.signs(&logits)];
+        // Committed as the first of the phase's two passes.
         part(loss::on_real(kind, &logits), scores, parameters, pass.statistics)
     }
 
@@ -34,6 +35,7 @@ impl Gan {
         let buffers = self.models.discriminator.after(state.buffers(DISCRIMINATOR), of_real);
         let pass = self.look(at, state, PassId::Fake, parameters).of(drawn.classes.as_ref());
         let mut pass = Pass { buffers: &buffers, ..pass };
+        // No gradient into the generator (invariant 1 of `gan`).
         let logits = self.seen(at, state, PassId::Fake, &drawn.fake.detach(), &mut pass);
         let scores = [None, Some(loss::score(kind, &logits)), None];
         part(loss::on_fake(kind, &logits), scores, parameters, pass.statistics)
@@ -51,14 +53,17 @@ impl Gan {
         let parameters = state.trainable(DISCRIMINATOR);
         // Both penalties can share a pass with the loss if samples do not see each other and the pass is in
         // fp32.
+        // A penalty is computed in fp32, so a pass in bf16 cannot serve both.
         let shares = r1 > 0.0 && r2 > 0.0 && !self.models.discriminator.sees_batch() && is_single(parameters);
         let mut parts = if self.tells_real_apart() {
+            // Looked ahead or computed now: the same arithmetic.
             let of_real = of_real.map_or_else(|| self.real_part(at, state, real), Ok)?;
             let of_fake = self.fake_part(at, state, drawn, &of_real.statistics)?;
             vec![of_real, of_fake]
         } else {
             vec![self.together(at, state, real, drawn, shares.then_some([r1, r2]))?]
         };
+        // A weight of 0 is also that of a phase in between (`penalty_factor`).
         if r1 > 0.0 && !shares {
             let classes = real.classes.as_ref();
             parts.push(self.zero_centred(at, state, PassId::Real, r1, &self.mirrored(at, real), classes)?);
@@ -67,6 +72,7 @@ impl Gan {
             let (fake, classes) = (drawn.fake.detach(), drawn.classes.as_ref());
             parts.push(self.zero_centred(at, state, PassId::Fake, r2, &fake, classes)?);
         }
+        // Lazy regularisation: Karras et al. (2020), StyleGAN2, section 3.2.
         if loss::has_gradient_penalty(&self.job.loss) && self.penalty_factor(at) > 0.0 {
             parts.push(self.penalty(at, state, real, drawn)?);
         }
@@ -86,6 +92,7 @@ impl Gan {
         let parameters = state.trainable(DISCRIMINATOR);
         let mut images = [self.mirrored(at, real), drawn.fake.detach()];
         if penalties.is_some() {
+            // Leaves, by which the penalties differentiate.
             images = images.map(|images| images.detach().set_requires_grad(true));
         }
         let classes = [real.classes.as_ref(), drawn.classes.as_ref()];
@@ -95,6 +102,7 @@ impl Gan {
         let mut sum = loss::discriminator(kind, &logits[0], &logits[1]);
         for side in 0..2 {
             if let Some(weights) = penalties {
+                // In the order real, generated: another order has other bits.
                 sum = sum.g_add(&loss::zero_centred_penalty(weights[side], &images[side], &logits[side]));
             }
         }
@@ -113,10 +121,13 @@ impl Gan {
     ) -> ([Tensor; 2], Vec<Tensor>) {
         let look = |which| self.look(at, state, which, parameters);
         let shown = |side: usize, which| self.augmented(at, state, which, &images[side]);
+        // Alike for both kinds (Zhao et al., 2020), by keys of their own.
         let [real, fake] = [shown(0, PassId::Real), shown(1, PassId::Fake)];
+        // Apart, since moments over both kinds at once would tell them apart.
         if self.models.discriminator.sees_batch() {
             let mut of_real = look(PassId::Real).of(classes[0]);
             let of_real_logits = self.models.discriminator.forward(&real, &mut of_real);
+            // The second pass begins where the first ended, as in PyTorch's usual loop.
             let buffers = self.models.discriminator.after(state.buffers(DISCRIMINATOR), &of_real.statistics);
             let mut of_fake = Pass { buffers: &buffers, ..look(PassId::Fake).of(classes[1]) };
             let logits = [of_real_logits, self.models.discriminator.forward(&fake, &mut of_fake)];
@@ -126,6 +137,7 @@ impl Gan {
         }
         let classes = classes[0].zip(classes[1]).map(|(real, fake)| Tensor::cat(&[real, fake], 0));
         let mut pass = look(PassId::Real).of(classes.as_ref());
+        // One pass over both is faster than two, and has one gradient.
         let logits = self.models.discriminator.forward(&Tensor::cat(&[real, fake], 0), &mut pass);
         let halves = logits.chunk(2, 0);
         ([0, 1].map(|half| halves[half].shallow_clone()), pass.statistics)

@@ -14,12 +14,15 @@ impl Gan {
     /// gradient. `real` are the shard's real samples, for a pairwise objective.
     pub fn draw(&self, at: ShardAt, state: &State, real: Option<&ShardBatch>) -> FakeBatch {
         // The generator's phase takes the samples of the last discriminator phase.
+        // The index of the last discriminator phase.
         let last = self.job.loss.discriminator_steps.saturating_sub(1);
         let phase = Phase { index: at.phase.index.min(last), ..at.phase };
         let key = |purpose| self.key(ShardAt { phase, ..at }, purpose);
         let latent = signed(self.models.latent_dim);
+        // Drawn on the CPU, also for a GPU: the same bits on both (D2).
         let noise = key(Purpose::Noise).normal(self.shard_batch() * self.models.latent_dim);
         let noise = noise.view([-1, latent]).to_device(self.device);
+        // From a key of their own, so that the noise is the same with and without classes.
         let classes = (self.models.classes > 0).then(|| self.classes(key(Purpose::Classes), real));
         let (parameters, buffers) = (state.trainable(GENERATOR), state.buffers(GENERATOR));
         let pass = Pass::batch(parameters, buffers, own(key(Purpose::Network), PassId::Drawing));
@@ -33,9 +36,11 @@ impl Gan {
     /// with the frequencies of the data.
     pub(super) fn classes(&self, key: Key, real: Option<&ShardBatch>) -> Tensor {
         if let Some(classes) = real.filter(|_| self.pairs()).and_then(|real| real.classes.as_ref()) {
+            // Pairs are of one class: Huang et al. (2024) compare a sample with one that could be it.
             return classes.shallow_clone();
         }
         let below = u32::try_from(self.labels.len()).expect("a data set has fewer than 2^32 samples");
+        // By index into the data, which gives the classes their frequencies there.
         let drawn = key.indices(below, self.shard_batch());
         let classes: Vec<i64> = drawn.into_iter().map(|at| i64::from(self.labels[at as usize])).collect();
         Tensor::from_slice(&classes).to_device(self.device)
@@ -48,6 +53,8 @@ impl Gan {
         real: Option<&ShardBatch>,
         state: &State,
     ) -> Result<GradPart, c10d::Error> {
+        // The same values without a gradient: the weight gradients of the discriminator are not
+        // computed.
         let frozen = state.frozen(DISCRIMINATOR);
         let mut pass = self.look(at, state, PassId::Fake, frozen).of(drawn.classes.as_ref());
         let fake = self.seen(at, state, PassId::Fake, &drawn.fake, &mut pass);
@@ -55,11 +62,14 @@ impl Gan {
             Some(real) => {
                 let mut pass = self.look(at, state, PassId::Real, frozen).of(real.classes.as_ref());
                 let images = self.mirrored(at, real);
+                // Real samples give the generator no gradient.
                 let real = no_grad(|| self.seen(at, state, PassId::Real, &images, &mut pass));
                 loss::generator_of_pairs(&real, &fake)
             }
             None => loss::generator(self.job.loss.kind, &fake),
         };
+        // The updates of the pass that drew the samples: a pass of the discriminator's here commits
+        // none.
         part(loss, [None, None, None], state.trainable(GENERATOR), drawn.statistics)
     }
 }

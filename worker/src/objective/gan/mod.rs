@@ -54,6 +54,7 @@ const SIGNS: i64 = 3;
 /// Maximum number of data shards whose generated samples are kept, with all that their backward pass needs,
 /// from the discriminator's phase to the generator's. Those of other shards are drawn again. A larger
 /// number takes more memory.
+// A graph of a shard is many times as large as its samples.
 const KEPT: usize = 8;
 
 type Scores = [Option<Tensor>; SCORES];
@@ -119,6 +120,7 @@ pub struct Gan {
 pub fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objective>, Unsuitable> {
     let models = Models::with_classes(&job.model, data.shape(), data.classes());
     let models = models.map_err(|error| Unsuitable(error.to_string()))?;
+    // A number beyond would freeze all of it, which nobody means.
     let (wanted, there) = (job.model.freeze_discriminator, layers(&models.discriminator.parameters()));
     if wanted > there {
         return Err(Unsuitable(format!(
@@ -146,6 +148,7 @@ pub fn networks(models: &Models) -> Vec<NamedNetwork> {
 pub fn phases(job: &Job) -> Vec<Phase> {
     let updates = job.loss.discriminator_steps;
     let discriminator = (0..updates).map(|index| Phase { index, network: DISCRIMINATOR, reads: Reads::Next });
+    // The pairs of the generator's loss are those of the discriminator's last phase.
     let reads = if job.loss.kind.pairs() { Reads::Same } else { Reads::Nothing };
     discriminator.chain([Phase { index: updates, network: GENERATOR, reads }]).collect()
 }
@@ -158,6 +161,7 @@ impl Objective for Gan {
     fn own_tensors(&self) -> Vec<TensorSpec> {
         let controller =
             || TensorSpec::parameter("augmentation.controller".to_string(), &[2], Init::Constant(0.0));
+        // A part of the state, so that a resumed run goes on with the same probability.
         if self.job.augmentation.adaptive { vec![controller()] } else { Vec::new() }
     }
 
@@ -188,6 +192,7 @@ impl Objective for Gan {
 
     fn optimizer(&self, phase: Phase, steps: u64) -> Adam {
         let (schedule, optimizer) = (Schedule::after(&self.job, steps), &self.job.optimizer);
+        // Two learning rates, as in Heusel et al. (2017).
         let lr = match phase.network {
             GENERATOR => schedule.generator_rate(),
             _ => schedule.discriminator_rate(),
@@ -200,6 +205,7 @@ impl Objective for Gan {
     }
 
     fn after_update(&self, phase: Phase, updates: u64, scalars: &Tensor, state: &State) {
+        // The signs are those of its logits for real samples.
         if self.job.augmentation.adaptive && phase.network == DISCRIMINATOR {
             augment::adjust(&self.job, &state.own(CONTROLLER), &scalars.narrow(0, SIGNS, 1), updates);
         }
@@ -233,6 +239,8 @@ impl Objective for Gan {
     fn probe(&self, shard_batch: u32) -> Box<dyn Objective> {
         let (mut job, models) = (self.job.clone(), self.models.clone());
         job.job.shard_batch = shard_batch;
+        // The data are substituted, so their frequencies must not enter the fingerprint of the
+        // environment.
         Box::new(Gan { job, labels: (0..models.classes).collect(), models, device: self.device })
     }
 }
@@ -268,7 +276,10 @@ impl Compute for Course<'_> {
     ) -> Result<(), c10d::Error> {
         let Course { gan, drawn, ahead } = self;
         let draw = || gan.draw(at, state, batch);
+        // A phase of the generator may have real samples too, for pairs.
         let Some(real) = batch.filter(|_| at.phase.network == DISCRIMINATOR) else {
+            // Kept in the discriminator's last phase; else drawn again, with the same key and so the
+            // same bits.
             let kept = drawn.iter().position(|drawn| drawn.shard == at.shard);
             let fake = kept.map_or_else(draw, |kept| drawn.swap_remove(kept));
             return gan.compute(at, state, Input::Fake(fake, batch), out);
@@ -276,6 +287,7 @@ impl Compute for Course<'_> {
         // Only kept samples need a graph: the discriminator's gradient detaches them.
         let keep = gan.serves_generator(at.phase) && drawn.len() < KEPT;
         let fake = if keep { draw() } else { no_grad(draw) };
+        // Only for exactly this phase: after a regroup it is of no use.
         let of_real = ahead.take_if(|(of, _)| *of == at).map(|(_, part)| part);
         gan.compute(at, state, Input::Samples(real, of_real, &fake), out)?;
         if keep {
@@ -291,6 +303,7 @@ impl Compute for Course<'_> {
     }
 
     fn look_ahead(&mut self, at: ShardAt, state: &State, batch: &ShardBatch) -> Result<(), c10d::Error> {
+        // One part for one shard: it is used by the next gradient, or dropped.
         self.ahead = Some((at, self.gan.real_part(at, state, batch)?));
         Ok(())
     }
@@ -309,6 +322,7 @@ impl Gan {
             Input::Samples(real, of_real, drawn) => {
                 (self.discriminator(at, state, real, of_real, drawn)?, self.frozen_tensors())
             }
+            // Frozen layers are the discriminator's.
             Input::Fake(drawn, real) => (vec![self.generator(at, drawn, real, state)?], 0),
         };
         no_grad(|| fill(out, &parts, f64::from(self.job.job.shard_batch), frozen));
@@ -317,6 +331,7 @@ impl Gan {
 
     /// Whether the samples generated in a phase are those of the generator's phase too.
     pub fn serves_generator(&self, phase: Phase) -> bool {
+        // Its last phase draws by the key that the generator's phase uses (`draw`).
         phase.index + 1 == self.job.loss.discriminator_steps
     }
 
@@ -338,6 +353,7 @@ impl Gan {
         which: PassId,
         parameters: &'a [Tensor],
     ) -> Pass<'a> {
+        // A key for each pass, as dropout must not repeat its draws in the next one.
         let key = own(self.key(at, Purpose::Network), which);
         Pass::batch(parameters, state.buffers(DISCRIMINATOR), key)
     }
@@ -356,10 +372,12 @@ impl Gan {
 
     pub(super) fn augmented(&self, at: ShardAt, state: &State, which: PassId, images: &Tensor) -> Tensor {
         let kinds = &self.job.augmentation.kinds;
+        // No draw is made, and no bit of such a job depends on augmentation.
         if kinds.is_empty() {
             return images.shallow_clone();
         }
         let fixed = || Probability::Fixed(Schedule::after(&self.job, at.step).augmentation());
+        // By reference to the state, without a wait for a GPU.
         let controlled = || Probability::Adaptive(state.own(CONTROLLER).narrow(0, 0, 1));
         let probability = if self.job.augmentation.adaptive { controlled() } else { fixed() };
         augment(kinds, &probability, own(self.key(at, Purpose::Augmentation), which), images)
@@ -370,6 +388,7 @@ impl Gan {
         if !self.job.augmentation.flip {
             return real.images.shallow_clone();
         }
+        // A pass that augments nothing, so that this key is used once.
         augment::mirror(own(self.key(at, Purpose::Augmentation), PassId::Drawing), &real.images)
     }
 
@@ -402,6 +421,7 @@ fn part(
     parameters: &[Tensor],
     statistics: Vec<Tensor>,
 ) -> Result<GradPart, c10d::Error> {
+    // New tensors for each part: what autograd keeps in parameters would be added in its own order (D3).
     let gradients = Tensor::f_run_backward(&[&loss], parameters, false, false)?;
     Ok(GradPart { loss, scores, gradients, statistics })
 }
@@ -423,6 +443,8 @@ fn fill(out: &mut ShardGrad, parts: &[GradPart], batch: f64, frozen: usize) {
     }
     let statistics = parts.iter().flat_map(|part| &part.statistics);
     for (place, statistic) in out.statistics.iter_mut().zip(statistics) {
+        // Updates are means over the b samples of a shard; times b the division by V x b makes them a
+        // mean over shards.
         place.copy_(&(statistic * batch));
     }
     if let Some((loss, scores)) = out.scalars.split_first_mut() {
@@ -437,6 +459,7 @@ fn fill(out: &mut ShardGrad, parts: &[GradPart], batch: f64, frozen: usize) {
 /// that part.
 fn sum_into<'a>(place: &mut Tensor, mut terms: impl Iterator<Item = &'a Tensor>) {
     match terms.find(|term| term.defined()) {
+        // Copied and not added to zeros: -0.0 + 0.0 has other bits.
         Some(first) => place.copy_(first),
         None => drop(place.zero_()),
     }
@@ -447,6 +470,7 @@ fn sum_into<'a>(place: &mut Tensor, mut terms: impl Iterator<Item = &'a Tensor>)
 
 /// Key of a network's own draws in one pass of a gradient.
 fn own(key: Key, look: PassId) -> Key {
+    // Four passes for each phase, so no two have the same key.
     Key { phase: 4 * key.phase + look as u32, ..key }
 }
 

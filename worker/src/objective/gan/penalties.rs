@@ -13,7 +13,9 @@ impl Gan {
     /// Factor of the penalties in a phase: 0 in phases without them, else the interval between phases with
     /// them.
     pub(super) fn penalty_factor(&self, at: ShardAt) -> f64 {
+        // Every k-th phase, k times as strong: Karras et al. (2020), StyleGAN2, section 3.2.
         let every = self.job.loss.penalty_every;
+        // Counted over all steps, so that the interval goes on across them.
         let update = at.step * u64::from(self.job.loss.discriminator_steps) + u64::from(at.phase.index);
         if update.is_multiple_of(u64::from(every)) { f64::from(every) } else { 0.0 }
     }
@@ -34,7 +36,9 @@ impl Gan {
         images: &Tensor,
         classes: Option<&Tensor>,
     ) -> Result<GradPart, c10d::Error> {
+        // The fp32 parameters: a second derivative in bf16 would be mostly rounding.
         let parameters = state.master(DISCRIMINATOR);
+        // The gradient is taken at these images, and goes no further back.
         let images = images.detach().set_requires_grad(true);
         let mut pass = self.look(at, state, PassId::Penalty, parameters).of(classes);
         let logits = self.seen(at, state, which, &images, &mut pass);
@@ -51,11 +55,13 @@ impl Gan {
         drawn: &FakeBatch,
     ) -> Result<GradPart, c10d::Error> {
         let key = self.key(at, Purpose::Interpolation);
+        // One place for each sample, drawn by the key of the shard (D2).
         let places = key.uniform(0.0, 1.0, self.shard_batch()).to_device(self.device);
         let parameters = state.master(DISCRIMINATOR);
         let mut pass = self.look(at, state, PassId::Penalty, parameters).of(real.classes.as_ref());
         let logits = |x: &Tensor| self.models.discriminator.forward(x, &mut pass);
         let weight = self.job.loss.gradient_penalty * self.penalty_factor(at);
+        // The discriminator sees augmented samples only, so the penalty holds it in check there.
         let real = self.augmented(at, state, PassId::Real, &self.mirrored(at, real));
         let fake = self.augmented(at, state, PassId::Fake, &drawn.fake.detach());
         let loss = loss::gradient_penalty(weight, &real, &fake, &places, logits);

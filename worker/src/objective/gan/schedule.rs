@@ -27,15 +27,18 @@ impl<'a> Schedule<'a> {
     /// Huang et al. (2024) and the released training loop.
     pub fn between(&self, first: f64, last: f64) -> f64 {
         let over = self.job.optimizer.decay_images;
+        // Exactly the value, without the rounding of the formula.
         if over == 0 || first == last {
             return first;
         }
+        // Exactly the last value from there on.
         if self.images >= over {
             return last;
         }
         // Counts of images are far below 2^53, so these conversions are exact.
         #[allow(clippy::cast_precision_loss)]
         let passed = self.images as f64 / over as f64;
+        // Not the C library's, whose last bits differ between machines.
         last + (first - last) * 0.5 * (1.0 + libm::cos(std::f64::consts::PI * passed))
     }
 
@@ -72,7 +75,9 @@ impl<'a> Schedule<'a> {
     pub fn average_decay(&self) -> f64 {
         #[allow(clippy::cast_precision_loss)] // exact, as above
         let (batch, seen, half_life) = (
+            // An update of the average is one step, which shows this number of images.
             self.job.global_batch() as f64,
+            // Images that the generator has been trained for: one global batch a step.
             (self.images / u64::from(self.job.loss.discriminator_steps)) as f64,
             self.job.model.ema_half_life_images as f64,
         );
@@ -80,6 +85,7 @@ impl<'a> Schedule<'a> {
             EmaSchedule::RampUp => half_life.min(seen * EMA_RAMP_UP),
             EmaSchedule::Cosine => self.between(0.0, half_life),
         };
+        // At the start nothing stays: the average follows at once.
         if half_life <= 0.0 { 0.0 } else { libm::exp2(-batch / half_life) }
     }
 }

@@ -37,6 +37,7 @@ pub fn augment(kinds: &[AugmentationKind], probability: &Probability, key: Key, 
     let samples = images.size()[0];
     let count = usize::try_from(samples).expect("a batch is small") * DRAWS * kinds.len();
     let rows = i64::try_from(DRAWS * kinds.len()).expect("a few kinds");
+    // All draws at once, whatever applies: the next kind's do not depend on this one's (invariant 1).
     let draws = key.uniform(0.0, 1.0, count).to_device(images.device()).view([rows, samples]);
     let mut x = images.shallow_clone();
     for (kind, first) in kinds.iter().zip((0..).step_by(DRAWS)) {
@@ -46,6 +47,7 @@ pub fn augment(kinds: &[AugmentationKind], probability: &Probability, key: Key, 
             Probability::Adaptive(probability) => draw(0).lt_tensor(probability),
         };
         let how = [draw(1), draw(2), draw(3)];
+        // Computed for all and chosen after: no branch depends on a value on a GPU.
         x = done(*kind, &how, &x).where_self(&is_done, &x);
     }
     x
@@ -69,6 +71,7 @@ fn done(kind: AugmentationKind, how: &[Tensor; 3], x: &Tensor) -> Tensor {
 
 /// Rotates by 0, 90, 180 or 270 degrees: Karras et al. (2020), appendix B.
 fn rotate(how: &Tensor, x: &Tensor) -> Tensor {
+    // Four turns as likely each; floor(4 u) is at most 3, as u < 1.
     let turns = (how * 4.0).floor();
     (1..4).fold(x.shallow_clone(), |chosen, by| x.rot90(by, [2, 3]).where_self(&turns.eq(by), &chosen))
 }
@@ -78,17 +81,20 @@ fn rotate(how: &Tensor, x: &Tensor) -> Tensor {
 fn translate(down: &Tensor, right: &Tensor, x: &Tensor) -> Tensor {
     let moved = |how: &Tensor, side: i64| {
         let most = (side + 4) / 8;
+        // Whole pixels from -most to most.
         let by = (how * count(2 * most + 1)).floor() - count(most);
         let at = Tensor::arange(side, (Kind::Float, x.device()));
         // Row i is taken from row i + by.
         (at.view([1, 1, side, 1]) + by).eq_tensor(&at.view([1, 1, 1, side])).to_kind(x.kind())
     };
     let [height, width] = [x.size()[2], x.size()[3]];
+    // A product with zeros and ones moves pixels exactly, and its derivative is another such product.
     moved(down, height).matmul(x).matmul(&moved(right, width).transpose(2, 3))
 }
 
 /// Changes brightness, saturation and contrast: the released code of Zhao et al. (2020).
 fn color(how: &[Tensor; 3], x: &Tensor) -> Tensor {
+    // Brightness from -0.5 to 0.5, saturation from 0 to 2, contrast from 0.5 to 1.5, as in that code.
     let x = x + (&how[0] - 0.5);
     let grey = x.mean_dim([1i64].as_slice(), true, None);
     let x = (&x - &grey) * (&how[1] * 2.0) + grey;
@@ -101,6 +107,7 @@ fn color(how: &[Tensor; 3], x: &Tensor) -> Tensor {
 fn cut_out(row: &Tensor, column: &Tensor, x: &Tensor) -> Tensor {
     let within = |how: &Tensor, side: i64, shape: [i64; 4]| {
         let size = (side + 1) / 2;
+        // The middle may lie at any pixel, so a hole at the edge is smaller.
         let start = (how * count(side + 1 - size % 2)).floor() - count(size / 2);
         let at = Tensor::arange(side, (Kind::Float, x.device())).view(shape);
         at.ge_tensor(&start).logical_and(&at.lt_tensor(&(start + count(size))))
@@ -122,13 +129,16 @@ pub fn adjust(job: &Job, controller: &Tensor, sign: &Tensor, updates: u64) {
     let (mut probability, mut signs) = (controller.narrow(0, 0, 1), controller.narrow(0, 1, 1));
     no_grad(|| {
         let _ = signs.g_add_(sign);
+        // Counted by the network's updates, which are the same on all ranks.
         if !updates.is_multiple_of(UPDATES) {
             return;
         }
         #[allow(clippy::cast_precision_loss)] // far below 2^53
         let (images, over) = ((UPDATES * job.global_batch()) as f64, job.augmentation.adjust_images as f64);
         #[allow(clippy::cast_precision_loss)]
+        // The mean sign of the last updates, by reduced values alone (invariant 3).
         let excess = &signs / UPDATES as f64 - job.augmentation.target;
+        // By a fixed amount either way: from 0 to 1 within `adjust_images` images.
         let _ = probability.g_add_(&(excess.sign() * (images / over))).clamp_(0.0, 1.0);
         let _ = signs.zero_();
     });

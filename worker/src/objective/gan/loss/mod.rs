@@ -65,6 +65,7 @@ pub fn score(kind: LossKind, logits: &Tensor) -> Tensor {
 /// Sum of the signs of the logits of real samples, a measure of overfitting (Karras et al., 2020, equation
 /// 1). Without a gradient.
 pub fn signs(real: &Tensor) -> Tensor {
+    // Signs and not values: their mean is between -1 and 1 for any loss.
     no_grad(|| real.sign().sum(Kind::Float))
 }
 
@@ -98,6 +99,8 @@ pub fn generator(kind: LossKind, fake: &Tensor) -> Tensor {
 /// must have been computed from `images`, which require gradients. The result can be differentiated by the
 /// discriminator's parameters.
 pub fn zero_centred_penalty(weight: f64, images: &Tensor, logits: &Tensor) -> Tensor {
+    // The sum's gradient at one image is that of its own logit, as long as samples do not see each
+    // other.
     square_sum(&slope(&total(logits), images)) * (0.5 * weight)
 }
 
@@ -113,6 +116,7 @@ pub fn gradient_penalty(
     logits: impl FnOnce(&Tensor) -> Tensor,
 ) -> Tensor {
     let places = places.view([-1, 1, 1, 1]);
+    // The straight line between a real and a generated sample.
     let between = fake.lerp_tensor(real, &places).detach().set_requires_grad(true);
     let slope = slope(&total(&logits(&between)), &between);
     // The norm's own derivative is 0 at 0, where that of a square root is infinite.
@@ -123,6 +127,7 @@ pub fn gradient_penalty(
 /// Gradient of a discriminator's `total` at images, itself differentiable. A user's module may hold an
 /// operation without a second derivative.
 fn slope(total: &Tensor, images: &Tensor) -> Tensor {
+    // Keeps the graph, and makes one for the derivative of the derivative.
     let gradients = Tensor::f_run_backward(&[total], &[images], true, true);
     let gradients = gradients.unwrap_or_else(|error| {
         let module = "the discriminator".to_string();
