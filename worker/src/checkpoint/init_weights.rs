@@ -77,7 +77,6 @@ async fn read_all(storage: &Storage) -> Result<(Vec<Vec<u8>>, String), String> {
     let about = about.ok_or_else(|| format!("has no {MANIFEST}; give the folder of a checkpoint"))?;
     let checkpoint = manifest::parse(&about).map_err(|error| format!("{MANIFEST}: {error}"))?;
     let mut files = Vec::new();
-    // One file after the other, so that memory holds one request.
     for file in checkpoint.state_files() {
         let bytes = storage.read(&Path::from(file.file.as_str())).await.map_err(|error| reason(&error))?;
         if blake3::hash(&bytes).to_hex().to_string() != file.blake3 {

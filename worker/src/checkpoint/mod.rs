@@ -112,7 +112,6 @@ fn plan(layout: &StateLayout, weights: Option<&WeightsFile>, data_shards: u32) -
     let mut dealt: Vec<(usize, Vec<NamedTensor>)> = vec![(0, Vec::new()); parts];
     let mut tensors = layout.tensors();
     // The largest first, each to the part with the least; a stable sort keeps this a function of the layout.
-    // The longest first fills the parts most evenly.
     tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.range.len()));
     for tensor in tensors {
         let least = dealt.iter_mut().min_by_key(|(floats, _)| *floats).expect("at least one part");
@@ -286,7 +285,7 @@ impl Files<'_> {
         let count = file_count(self.layout, self.weights, self.data_shards);
         let mut files = Vec::with_capacity(count);
         for index in 0..count {
-            // In order, each waited for: without a coordinator nobody else writes.
+            // One after the other, so that memory holds one file beside the state.
             files.push(self.write(snapshot, &digest, index).await?.file);
         }
         let position = snapshot.counters.position;
@@ -332,7 +331,7 @@ impl Files<'_> {
     ) -> Result<(), CheckpointError> {
         let folder = Checkpoint::folder_of(snapshot.step, snapshot.phase);
         let path = in_folder(&folder, &rows::file_of(worker.0));
-        // Rows are this worker's own, under its own name, and only grow.
+        // The file is this worker's own: nobody else writes it.
         let written = self.storage.replace(&path, &PutPayload::from(rows::encode(rows))).await;
         written.map_err(|source| CheckpointError::Storage { file: path.to_string(), source })
     }

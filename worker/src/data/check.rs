@@ -228,7 +228,6 @@ fn look(folder: &Folder, framing: &Framing, threads: usize, mut progress: impl F
             let (work, working) = (&work, working.clone());
             scope.spawn(move || {
                 work();
-                // The last one to go closes the channel, which ends the wait below at once.
                 drop(working);
             });
         }

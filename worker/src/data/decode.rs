@@ -75,7 +75,6 @@ fn described(
 pub(super) fn decode(bytes: &[u8], turn: job::Orientation) -> Result<DynamicImage, String> {
     let reader = reader(bytes)?;
     // The decoder fills missing data with grey and reports nothing.
-    // A cut-off picture would be trained on with a grey part.
     if reader.format() == Some(ImageFormat::Jpeg) && !has_end(bytes) {
         return Err("the file is cut off".to_owned());
     }

@@ -140,7 +140,6 @@ fn list<'a>(
         add_missing(root, &mut search, &mut left_out)?;
     }
     // Classes keep their numbers, so pictures that are left out from the start count too.
-    // The rule looks at all pictures, and so do the numbers of the classes.
     let mut labels = if labelled {
         Some(classes::of(root, &mut search)?)
     } else {

@@ -70,7 +70,6 @@ pub fn model(place: &str) -> Option<String> {
 /// Takes one sample. Figures that the driver does not give, such as the use of a part of a GPU, stay
 /// unknown.
 fn look(driver: &Nvml, place: &str) -> GpuUse {
-    // A part of a GPU has no address of its own at the driver.
     let Ok(gpu) = driver.device_by_pci_bus_id(place) else { return GpuUse::default() };
     GpuUse {
         memory_bytes: gpu.memory_info().ok().map(|memory| memory.used),

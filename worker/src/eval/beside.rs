@@ -81,9 +81,9 @@ impl Evaluations {
     ///
     /// # Errors
     /// The system has no thread left.
-    // A job without evaluations needs no thread, and `push` does nothing.
     pub fn start(context: Option<Context>, session: &Arc<Session>) -> std::io::Result<Evaluations> {
         let shared = Arc::new(Monitor::<Queue>::default());
+        // A job without evaluations needs no thread, and `push` then does nothing.
         if let Some(context) = context {
             let theirs = shared.clone();
             std::thread::Builder::new()
@@ -107,7 +107,7 @@ impl Evaluations {
         // A second push of the same step, after a change of the group, may only add the duty.
         queue.held.entry(snapshot.step).or_insert(Held { snapshot, ours, begun: false }).ours |= ours;
         let waiting = queue.held.values().filter(|held| !held.begun).count();
-        // The one under way is not given up: its work is nearly done.
+        // The one under way is not given up: its work would be lost.
         let oldest = queue.held.iter().find(|(_, held)| !held.begun).map(|(step, held)| (*step, held.ours));
         if let Some((step, ours)) = oldest.filter(|_| waiting > WAITING_LIMIT) {
             queue.held.remove(&step);
@@ -204,7 +204,6 @@ impl Monitor<Queue> {
                 }
             };
             // The state may have been rolled back meanwhile: then its row is not reported.
-            // Asked at the end: while it was made the state may have been invalidated.
             if self.holds(&snapshot) {
                 session.report_evaluation(row);
             }

@@ -132,7 +132,7 @@ impl Generator {
             generator: script.map(Path::to_path_buf).or_else(|| about.get("generator").map(PathBuf::from)),
             ..Model::plain(kind, number("latent_dim")?, number("width")?)
         };
-        // All models draw squares.
+        // The models of this program draw squares.
         let side = number("height")? as usize;
         let shape = ImageShape { channels: number("channels")? as usize, height: side, width: side };
         let network =

@@ -65,7 +65,6 @@ pub fn cover(range: Range<u32>, leaves: u32) -> Vec<Node> {
         let own = node.leaves(leaves);
         // Outside of the range, or of the tree.
         if own.is_empty() || own.end <= range.start || own.start >= range.end {
-        // Whole: this is a maximal node, since its parent was not.
         } else if range.start <= own.start && own.end <= range.end {
             nodes.push(node);
         } else {

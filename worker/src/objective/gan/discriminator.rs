@@ -72,7 +72,7 @@ impl Gan {
             let (fake, classes) = (drawn.fake.detach(), drawn.classes.as_ref());
             parts.push(self.zero_centred(at, state, PassId::Fake, r2, &fake, classes)?);
         }
-        // Lazy regularisation: Karras et al. (2020), StyleGAN2, section 3.2.
+        // Lazy regularisation: Karras et al. (2020), StyleGAN2, section 3.1.
         if loss::has_gradient_penalty(&self.job.loss) && self.penalty_factor(at) > 0.0 {
             parts.push(self.penalty(at, state, real, drawn)?);
         }

@@ -120,7 +120,7 @@ pub struct Gan {
 pub fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objective>, Unsuitable> {
     let models = Models::with_classes(&job.model, data.shape(), data.classes());
     let models = models.map_err(|error| Unsuitable(error.to_string()))?;
-    // A number beyond would freeze all of it, which nobody means.
+    // A number beyond is most likely a mistake: there are no such layers.
     let (wanted, there) = (job.model.freeze_discriminator, layers(&models.discriminator.parameters()));
     if wanted > there {
         return Err(Unsuitable(format!(
@@ -303,7 +303,7 @@ impl Compute for Course<'_> {
     }
 
     fn look_ahead(&mut self, at: ShardAt, state: &State, batch: &ShardBatch) -> Result<(), c10d::Error> {
-        // One part for one shard: it is used by the next gradient, or dropped.
+        // One part for one shard: the next gradient uses it, or it is replaced.
         self.ahead = Some((at, self.gan.real_part(at, state, batch)?));
         Ok(())
     }

@@ -13,7 +13,7 @@ impl Gan {
     /// Factor of the penalties in a phase: 0 in phases without them, else the interval between phases with
     /// them.
     pub(super) fn penalty_factor(&self, at: ShardAt) -> f64 {
-        // Every k-th phase, k times as strong: Karras et al. (2020), StyleGAN2, section 3.2.
+        // Every k-th phase, k times as strong: Karras et al. (2020), StyleGAN2, section 3.1.
         let every = self.job.loss.penalty_every;
         // Counted over all steps, so that the interval goes on across them.
         let update = at.step * u64::from(self.job.loss.discriminator_steps) + u64::from(at.phase.index);
