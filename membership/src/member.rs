@@ -147,8 +147,10 @@ impl<R: Row> Member<R> {
         Member {
             limits,
             now,
+            // The first hello is sent before there is a member, so there is a connection to wait for.
             link: Link::first(now),
             attempts: 1,
+            // Below the term of every coordinator.
             term: Term(0),
             worker: None,
             lease: None,
@@ -172,7 +174,9 @@ impl<R: Row> Member<R> {
 
     /// Takes one event and appends the resulting commands, in order.
     pub fn handle(&mut self, now: Time, event: Event<R>, commands: &mut Vec<Command<R>>) {
+        // Several threads bring events: one that was overtaken must not turn the time back.
         self.now = self.now.max(now);
+        // What the threads still bring on their way out changes nothing.
         if matches!(self.stage, Stage::Ended) {
             return;
         }
@@ -190,6 +194,7 @@ impl<R: Row> Member<R> {
             }
             Event::Loaded { sees_storage } => {
                 self.loaded = Some(sees_storage);
+                // Now if there is a session; else the next welcome does it.
                 self.introduce(commands);
             }
             event => self.report(event, commands),
@@ -203,6 +208,7 @@ impl<R: Row> Member<R> {
             Event::RowsWanted(step) => self.tell_all(self.reports.rows_from(step), commands),
             Event::EvaluationsRecorded(steps) => self.reports.evaluations_recorded(&steps),
             Event::CheckpointRecorded(step, phase) => self.reports.checkpoint_recorded(step, phase),
+            // A row of this member's own has the same content as the others' (M13).
             Event::RowOfOthers(row) if self.reports.keeps_row_of(row.step()) => {}
             Event::Row(row) | Event::RowOfOthers(row) => {
                 let sent = self.reports.keep_row(row);
@@ -213,6 +219,8 @@ impl<R: Row> Member<R> {
                 self.tell_all(sent.map(Report::Row), commands);
             }
             Event::PartWritten(generation, part) => {
+                // D10: a file of an invalidated state must not count, also if it was written before that
+                // was known.
                 if generation > self.condemned && self.reports.keep_part(generation, &part) {
                     self.tell(Report::Part(generation, part), commands);
                 }
@@ -232,6 +240,7 @@ impl<R: Row> Member<R> {
     /// The plan that takes effect is this one, not the one known when the reduce ends (D9).
     pub fn propose(&mut self) -> u64 {
         let Stage::Busy(part) = &mut self.stage else { return 0 };
+        // Outside of training there is no phase in which a plan could take effect.
         if let Work::Running { proposed, .. } = &mut part.work {
             *proposed = part.plan;
         }
@@ -297,9 +306,11 @@ impl<R: Row> Member<R> {
 
     /// The worker's part in the run ends, once the training thread is at rest.
     fn conclude(&mut self, end: End, commands: &mut Vec<Command<R>>) {
+        // The first reason stands: a dismissal may follow this worker's own failure.
         if self.end.is_none() {
             self.end = Some(end);
         }
+        // The coordinator has answered, so there is nothing left to wait for.
         self.farewell = None;
         self.next = None;
         self.hang_up(commands);
@@ -312,7 +323,9 @@ impl<R: Row> Member<R> {
     }
 
     fn exit_if_quiesced(&mut self, commands: &mut Vec<Command<R>>) {
+        // Not in the middle of a phase, nor before the coordinator could read why this worker failed.
         let (Stage::Quiesced, Some(end), None) = (&self.stage, &self.end, self.farewell) else { return };
+        // The state at update index 0 follows from the seed: there is nothing to save.
         let trained = self.held.is_some_and(|held| held > Position(0));
         if *end == End::Lost && trained && self.loaded == Some(true) {
             self.stage = Stage::SavingAlone;
@@ -339,10 +352,13 @@ impl<R: Row> Member<R> {
         if matches!(self.stage, Stage::Ended) {
             return None;
         }
+        // A worker that knows how it ends waits for no coordinator.
         let lasts = self.end.is_none();
         match timer {
             Timer::Lease => self.lease.filter(|_| lasts),
             Timer::Alone => {
+                // Asked to leave, and nobody there to release it: after a deadline it saves and goes
+                // (M11).
                 let alone = self.leaving.zip(self.link.lost_since()).filter(|_| lasts);
                 alone.map(|(leaving, lost)| leaving.max(lost) + self.limits.deadline)
             }
@@ -352,6 +368,7 @@ impl<R: Row> Member<R> {
     }
 
     fn tick(&mut self, commands: &mut Vec<Command<R>>) {
+        // All that are due: firing one may set or clear another.
         for timer in Timer::ALL {
             if self.timer(timer).is_some_and(|at| at <= self.now) {
                 self.fire(timer, commands);
@@ -361,11 +378,13 @@ impl<R: Row> Member<R> {
 
     fn fire(&mut self, timer: Timer, commands: &mut Vec<Command<R>>) {
         match timer {
+            // M4: past the lease the next coordinator may continue without this worker.
             Timer::Lease | Timer::Alone => self.conclude(End::Lost, commands),
             Timer::Farewell => {
                 self.farewell = None;
                 self.exit_if_quiesced(commands);
             }
+            // An open connection that nobody answers is as good as a closed one.
             Timer::Answer => {
                 self.disconnected();
                 commands.push(Command::Disconnect);

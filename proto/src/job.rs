@@ -193,14 +193,17 @@ impl Data {
     pub fn exclusions_hash(&self) -> Option<String> {
         let mut hasher = blake3::Hasher::new();
         for Exclusion { after_step, after_phase, files, .. } in &self.exclusions {
+            // Quoted by `Debug`, so that no name can look like two.
             hasher.update(format!("{after_step} {after_phase} {files:?}\n").as_bytes());
         }
+        // It tells changes of the job apart, and protects nothing: 64 bits are enough.
         (!self.exclusions.is_empty()).then(|| hasher.finalize().to_hex()[..16].to_string())
     }
 
     /// Returns the section for other samples of the same kind, read in the same way. The exclusions
     /// do not apply to them.
     pub fn elsewhere(&self, path: PathBuf) -> Data {
+        // Names in the job are those of its own data.
         Data { path: Some(path), exclusions: Vec::new(), ..self.clone() }
     }
 }
@@ -275,6 +278,7 @@ impl ArchiveKind {
     /// Returns the format of a file by its extension; `None` if it is no archive.
     pub fn of(file: &Path) -> Option<ArchiveKind> {
         let ending = file.extension()?.to_str()?;
+        // Systems that ignore case write `.ZIP`.
         match ending.to_ascii_lowercase().as_str() {
             "zip" => Some(ArchiveKind::Zip),
             "tar" => Some(ArchiveKind::Tar),
@@ -533,9 +537,11 @@ pub struct Metrics {
 /// Returns a `--set` argument, quoted for a shell, that leaves samples out.
 pub fn exclude_argument(names: &[&str]) -> String {
     let value = match names {
+        // The usual case is easy to read and to type.
         [one] => (*one).to_owned(),
         several => serde_json::json!(several).to_string(),
     };
+    // What no shell takes for anything but text.
     let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "._-/+:,@%".contains(letter);
     match value.chars().all(is_plain) {
         true => format!("--set data.exclude={value}"),
@@ -557,12 +563,14 @@ impl Job {
     /// Number of real samples that the first `position` phases take from the stream.
     pub fn samples_before(&self, position: u64) -> u64 {
         let (steps, phases) = (position / self.phases_per_step(), position % self.phases_per_step());
+        // Only the discriminator's phases read, and they come first in a step.
         steps * self.samples_per_step() + phases * self.global_batch()
     }
 
     /// Number in the stream of the first sample that an exclusion applies to: that of the next
     /// discriminator phase.
     pub fn number_of(&self, exclusion: &Exclusion) -> u64 {
+        // After the last phase that reads, the next number is that of the next step.
         let phases = exclusion.after_phase.min(u64::from(self.loss.discriminator_steps));
         exclusion.after_step * self.samples_per_step() + phases * self.global_batch()
     }
@@ -573,6 +581,7 @@ impl Job {
         let later = self.data.exclusions.iter().filter(|exclusion| !exclusion.is_from_the_start());
         let change = |exclusion: &Exclusion| Change {
             from: self.number_of(exclusion),
+            // In the job's order: each change takes as many indices as it names samples.
             left_out: left_out.by_ref().take(exclusion.files.len()).collect(),
         };
         later.map(change).collect()
@@ -593,11 +602,13 @@ impl Job {
 
     /// First step after which `epochs` passes over `samples` are complete.
     pub fn steps_of_epochs(&self, epochs: u64, samples: u64) -> u64 {
+        // A number of epochs beyond any run stays beyond it.
         epochs.saturating_mul(samples).div_ceil(self.samples_per_step())
     }
 
     /// Whether a checkpoint is due once `step` steps of a run over `samples` are done.
     pub fn checkpoint_due(&self, step: u64, samples: u64) -> bool {
+        // Both rules may hold, and the last step is saved by any.
         let by_steps = due(step, self.checkpoint.every_steps);
         let by_epochs = self.checkpoint.every_epochs != 0 && {
             // An epoch ends inside this step: a multiple of `every_epochs` passes was completed by
@@ -612,6 +623,7 @@ impl Job {
     /// Whether an evaluation is due once `step` steps of a run over `samples` are done.
     pub fn evaluation_due(&self, step: u64, samples: u64) -> bool {
         let Evaluation { every_steps, with_checkpoints, .. } = self.evaluation;
+        // A run without evaluations has none at its end either.
         let last = step == self.last_step(samples) && (every_steps != 0 || with_checkpoints);
         let by_steps = every_steps != 0 && step != 0 && step.is_multiple_of(every_steps);
         last || by_steps || (with_checkpoints && self.checkpoint_due(step, samples))

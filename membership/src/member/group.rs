@@ -9,8 +9,10 @@ impl<R: Row> Member<R> {
     pub(super) fn assigned(&mut self, group: Group, commands: &mut Vec<Command<R>>) {
         let rank = group.members.iter().position(|member| Some(member.worker) == self.worker);
         let rank = rank.and_then(|rank| u32::try_from(rank).ok()).map(Rank);
+        // Invariant 5; and nothing begins any more once the end is known.
         let (Some(rank), true, None) = (rank, group.generation > self.assigned, &self.end) else { return };
         self.assigned = group.generation;
+        // The reason was about an older generation, which nobody asks about any more.
         self.fault = None;
         self.finished = None;
         let part = Part {
@@ -30,16 +32,19 @@ impl<R: Row> Member<R> {
                 self.next = Some(part);
                 self.abort_part(commands);
             }
+            // Past its lease it saves what it holds, and the group goes on without it (M4).
             Stage::SavingAlone | Stage::Ended => {}
         }
     }
 
     pub(super) fn planned(&mut self, plan: Plan) {
         let newest = match (&mut self.next, &mut self.stage) {
+            // The newer assignment waits: a plan that comes now is about that group.
             (Some(next), _) => &mut next.plan,
             (None, Stage::Busy(part)) => &mut part.plan,
             _ => return,
         };
+        // Plans may come twice, by a resume; a higher number replaces a lower one.
         if newest.is_none_or(|known| known.number < plan.number) {
             *newest = Some(plan);
         }
@@ -55,10 +60,13 @@ impl<R: Row> Member<R> {
         if condemned {
             self.condemned(generation, commands);
         }
+        // An assignment that was given up before it began.
         self.next.take_if(|next| next.group.generation <= generation);
         if let Stage::Busy(part) = &mut self.stage
+            // An order about a newer generation than this worker knows covers the older ones too.
             && part.group.generation <= generation
         {
+            // The ranks to probe are those of that very generation.
             part.probe |= probe && part.group.generation == generation;
             self.abort_part(commands);
         }
@@ -68,6 +76,7 @@ impl<R: Row> Member<R> {
     pub(super) fn condemned(&mut self, generation: Generation, commands: &mut Vec<Command<R>>) {
         let is_news = generation > self.condemned;
         self.condemned = self.condemned.max(generation);
+        // Heard before, or about generations from which this worker holds nothing.
         if !is_news || self.assigned == Generation(0) || self.assigned > generation {
             return;
         }
@@ -93,6 +102,7 @@ impl<R: Row> Member<R> {
         match event {
             Event::Stopped { held, fault } => return self.stopped(held, fault, commands),
             Event::InputWrong(detail) => {
+                // Kept, and told in each new session: the user has to mend it.
                 self.wrong = Some(detail.clone());
                 self.tell(Report::InputWrong(detail), commands);
                 self.stage = Stage::Quiesced;
@@ -107,6 +117,7 @@ impl<R: Row> Member<R> {
         let goes_on = !part.aborted;
         match (event, part.work) {
             (Event::Read, Work::Reading) => {
+                // The state was read, so it is held even if the group was given up meanwhile.
                 self.held = Some(part.group.position);
                 if goes_on {
                     part.work = Work::Forming;
@@ -117,6 +128,7 @@ impl<R: Row> Member<R> {
                 part.work = Work::Syncing;
                 commands.push(Command::SyncState);
             }
+            // Also after an abort, for the same reason.
             (Event::Synced(schedule), Work::Syncing) => self.synced(schedule, commands),
             (Event::Committed { position, agreed }, Work::Running { .. }) => {
                 self.committed(position, agreed, commands);
@@ -126,6 +138,7 @@ impl<R: Row> Member<R> {
                 self.finished = Some(complete);
                 commands.push(Command::Leave);
             }
+            // Of work that was given up: the training thread has not seen the order yet.
             _ => {}
         }
     }
@@ -137,11 +150,13 @@ impl<R: Row> Member<R> {
             // Rolled back: nobody may fall back to the held state.
             self.drop_state(commands);
         }
+        // Taken back by `synced`: counts groups in a row that broke before they trained.
         self.unformed += 1;
         let (term, rank) = (part.term, part.rank);
         commands.push(Command::Begin { term, group: part.group.clone(), rank });
         let mut part = part;
         part.work = match &part.group.start {
+            // Only the source reads; the others receive the state from it (M5).
             Start::Checkpoint(source, checkpoint) if *source == rank => {
                 commands.push(Command::Read(checkpoint.clone()));
                 Work::Reading
@@ -151,6 +166,7 @@ impl<R: Row> Member<R> {
                 Work::Forming
             }
         };
+        // From here until it has stopped the training thread may commit (M2).
         self.stage = Stage::Busy(part);
     }
 
@@ -159,6 +175,7 @@ impl<R: Row> Member<R> {
         let position = part.group.position;
         self.held = Some(position);
         self.unformed = 0;
+        // It has the state of a group that is given up: it can be a source for the next.
         if part.aborted {
             return;
         }
@@ -168,8 +185,11 @@ impl<R: Row> Member<R> {
             Start::Healed(_) => Reported::Again,
             Start::Fresh | Start::Checkpoint(..) => Reported::FromCheckpoint,
         };
+        // Rank 0 sends the rows, and sends all that are kept: nobody knows which ones arrived (M13).
         let kept = self.reports.begin(part.rank == Rank(0), step);
         self.tell_all(kept, commands);
+        // A member that was brought past the end of a step has not reported it, and those that did may
+        // be lost.
         if schedule.ends_step(position) && position > Position(0) && position < schedule.end {
             commands.push(Command::ReportStep(again));
         }
@@ -188,9 +208,11 @@ impl<R: Row> Member<R> {
             let reported = if last { Reported::Last { stopping } } else { Reported::Committed };
             commands.push(Command::ReportStep(reported));
         }
+        // The commit stands, as it was already done; the order comes next.
         if part.aborted {
             return;
         }
+        // All headers had this number, so all leave at this update index (D9).
         if position < until && change == Some(PlanKind::Regroup) {
             part.work = Work::Leaving;
             commands.push(Command::Leave);
@@ -201,6 +223,7 @@ impl<R: Row> Member<R> {
 
     fn run_or_save(&mut self, schedule: Schedule, until: Position, commands: &mut Vec<Command<R>>) {
         let Stage::Busy(part) = &mut self.stage else { return };
+        // A group may also form at the last update index, only to save.
         if self.held >= Some(until) {
             let complete = self.held >= Some(schedule.end);
             part.work = Work::Saving { complete };
@@ -221,12 +244,15 @@ impl<R: Row> Member<R> {
             self.condemned = self.condemned.max(part.group.generation);
             self.reports.invalidate();
         }
+        // After a limit passed in silence, or when it was asked to look. A peer that is refused may just
+        // be dead, so only after several groups.
         let is_link = match &fault {
             Some(Fault::Timeout) => true,
             Some(Fault::Peer) => self.unformed >= UNFORMED,
             Some(_) => false,
             None => part.probe,
         };
+        // A probe takes time, and is of use only if its result is heard.
         if is_link && self.is_heard() {
             self.drop_if_invalid(commands);
             self.stage = Stage::Probing(fault);
@@ -238,6 +264,7 @@ impl<R: Row> Member<R> {
 
     fn probed(&mut self, ranks: Vec<Rank>, commands: &mut Vec<Command<R>>) {
         let Stage::Probing(fault) = &mut self.stage else { return };
+        // All can be reached: the first reason stands.
         let fault = if ranks.is_empty() { fault.take() } else { Some(Fault::Links(ranks)) };
         self.left(fault, commands);
         self.quiesce(commands);
@@ -251,6 +278,7 @@ impl<R: Row> Member<R> {
     /// Says why this worker left a generation.
     fn left(&mut self, fault: Option<Fault>, commands: &mut Vec<Command<R>>) {
         let Some(fault) = fault else { return };
+        // Once the coordinator has moved on it wants no reason.
         if self.is_heard() {
             self.fault = Some(fault.clone());
             self.tell(Report::Fault(self.assigned, fault.clone()), commands);
@@ -258,6 +286,7 @@ impl<R: Row> Member<R> {
         if let Fault::Internal(detail) = fault
             && self.end.is_none()
         {
+            // A worker that cannot go on must not begin another generation.
             self.next = None;
             self.end = Some(End::Failed(detail));
             // The coordinator has read this once it ends the session.
@@ -275,12 +304,14 @@ impl<R: Row> Member<R> {
     fn quiesce(&mut self, commands: &mut Vec<Command<R>>) {
         self.drop_if_invalid(commands);
         self.stage = Stage::Quiesced;
+        // Invariant 7: of the group that it gave up nobody wants to hear.
         if std::mem::take(&mut self.is_stranger) {
             self.introduce(commands);
         } else if self.next.is_none() {
             self.tell(Report::Quiesced(self.assigned, self.rested()), commands);
         }
         self.exit_if_quiesced(commands);
+        // Unless it ends now.
         if matches!(self.stage, Stage::Quiesced)
             && let Some(next) = self.next.take()
         {
@@ -289,6 +320,7 @@ impl<R: Row> Member<R> {
     }
 
     pub(super) fn rested(&self) -> Rested {
+        // After a roll-back there is no state that could have finished.
         Rested { position: self.held, finished: self.finished.filter(|_| self.held.is_some()) }
     }
 

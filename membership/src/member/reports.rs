@@ -65,6 +65,7 @@ impl<R: Row> Reports<R> {
 
     /// Keeps an evaluation; returns it unless that of its step is recorded.
     pub(super) fn keep_evaluation(&mut self, row: R) -> Option<R> {
+        // Another member made it, and it is recorded: there is no second one.
         if self.evaluated.contains(&row.step()) {
             return None;
         }
@@ -74,6 +75,7 @@ impl<R: Row> Reports<R> {
 
     /// Keeps a report of a file; returns whether it is of use.
     pub(super) fn keep_part(&mut self, generation: Generation, part: &WrittenPart) -> bool {
+        // `None` is below everything: before the first checkpoint all files are of use.
         let wanted = self.recorded < Some((part.step, part.phase));
         if wanted {
             self.parts.push_back((generation, part.clone()));
@@ -86,6 +88,7 @@ impl<R: Row> Reports<R> {
     }
 
     pub(super) fn checkpoint_recorded(&mut self, step: u64, phase: u32) {
+        // A late message about an older checkpoint must not bring files back.
         self.recorded = self.recorded.max(Some((step, phase)));
         self.parts.retain(|(_, part)| (part.step, part.phase) > (step, phase));
     }
@@ -93,6 +96,7 @@ impl<R: Row> Reports<R> {
     pub(super) fn evaluations_recorded(&mut self, steps: &[u64]) {
         self.evaluations.retain(|row| !steps.contains(&row.step()));
         self.evaluated.extend(steps);
+        // The oldest go: evaluations under way are of the newest steps.
         while self.evaluated.len() > EVALUATED_LIMIT {
             self.evaluated.pop_first();
         }
@@ -107,6 +111,7 @@ impl<R: Row> Reports<R> {
     /// arrived and which member has them all: returns all that are kept, to be sent again.
     pub(super) fn begin(&mut self, sends_rows: bool, step: u64) -> Vec<Report<R>> {
         self.sends_rows = sends_rows;
+        // Later rows come again, with the same content but for times (M13).
         self.rows.retain(|row| row.step() <= step);
         self.parts.retain(|(_, part)| part.step <= step);
         self.evaluations.retain(|row| row.step() <= step);
@@ -121,6 +126,7 @@ impl<R: Row> Reports<R> {
     /// Reports for a new session. Rows go before files: with the last file of the last checkpoint the run
     /// may end.
     pub(super) fn unrecorded(&self) -> Vec<Report<R>> {
+        // The others keep theirs, in case rank 0 is lost before its rows are recorded.
         let rows = self.rows.iter().filter(|_| self.sends_rows);
         let parts = self.parts.iter().cloned().map(|(generation, part)| Report::Part(generation, part));
         rows.chain(&self.evaluations).cloned().map(Report::Row).chain(parts).collect()

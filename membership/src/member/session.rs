@@ -55,6 +55,7 @@ impl Link {
         match (timer, self) {
             (Timer::Answer, Link::Connecting { since, .. }) => Some(*since + limits.attempt),
             (Timer::Answer, Link::Open { unanswered, .. }) => {
+                // The oldest: answers come in the order of the heartbeats.
                 unanswered.front().map(|sent| *sent + limits.deadline)
             }
             (Timer::Reconnect, Link::Away { until, .. }) => Some(*until),
@@ -66,9 +67,11 @@ impl Link {
 
 impl<R: Row> Member<R> {
     pub(super) fn connect(&mut self, commands: &mut Vec<Command<R>>) {
+        // An attempt is under way, or the part in the run has ended.
         let Link::Away { since: lost, pause, .. } = self.link else { return };
         self.attempts += 1;
         let resume = self.resume();
+        // Noted, as by the time of the welcome the training thread may have come to rest.
         let says_rest = resume.is_some_and(|resume| resume.rest.is_some());
         self.link = Link::Connecting { since: self.now, lost, pause, says_rest };
         commands.push(Command::Connect(Hello { attempt: self.attempts, resume }));
@@ -83,16 +86,21 @@ impl<R: Row> Member<R> {
     }
 
     pub(super) fn welcomed(&mut self, welcome: Welcome, commands: &mut Vec<Command<R>>) {
+        // A welcome that comes after its attempt was given up is void.
         let Link::Connecting { since, says_rest, .. } = self.link else { return };
+        // A coordinator that a newer one has replaced, and that does not know it yet (M1).
         if welcome.term < self.term {
             self.disconnected();
             return commands.push(Command::Disconnect);
         }
         (self.term, self.limits) = (welcome.term, welcome.limits);
+        // A heartbeat at once: a new coordinator needs the progress of its group.
         self.link = Link::Open { next: self.now, unanswered: VecDeque::new() };
         self.prolong_lease(since);
+        // Another id than before: this coordinator could not resume the worker.
         let is_stranger = self.worker.is_some_and(|known| known != welcome.worker);
         self.worker = Some(welcome.worker);
+        // Before anything is told: an invalidated state must not be told as held (D10).
         self.condemned(welcome.condemned, commands);
         if is_stranger {
             self.forget(commands);
@@ -106,6 +114,7 @@ impl<R: Row> Member<R> {
         self.fault = None;
         self.finished = None;
         self.next = None;
+        // At rest it is ready to load anew. Else the thread has to come to rest first (invariant 7).
         self.is_stranger = !matches!(self.stage, Stage::Quiesced);
         self.abort_part(commands);
     }
@@ -133,6 +142,7 @@ impl<R: Row> Member<R> {
     pub(super) fn disconnected(&mut self) {
         let (since, pause) = match self.link {
             Link::Connecting { lost, pause, .. } => (lost, pause),
+            // The wait starts anew after each session that was open: the coordinator was there.
             Link::Open { .. } => (self.now, PAUSE),
             Link::Away { .. } | Link::Closed => return,
         };
@@ -150,6 +160,7 @@ impl<R: Row> Member<R> {
 
     pub(super) fn pulse(&mut self) {
         let Link::Open { unanswered, .. } = &mut self.link else { return };
+        // An answer beyond those that were asked for is ignored.
         if let Some(sent) = unanswered.pop_front() {
             self.prolong_lease(sent);
         }
@@ -158,6 +169,7 @@ impl<R: Row> Member<R> {
     /// Prolongs the lease from a message that the coordinator answered. The coordinator counts from when it
     /// read that message, which is later: it never takes a lease for over that is not.
     fn prolong_lease(&mut self, sent: Time) {
+        // An answer that comes late must not shorten what a later one has given.
         self.lease = self.lease.max(Some(sent + self.limits.lease));
     }
 
@@ -165,6 +177,7 @@ impl<R: Row> Member<R> {
         if self.leaving.is_none() {
             self.leaving = Some(self.now);
         }
+        // Told again in each new session, by `leaving`.
         self.tell(Report::Leave, commands);
     }
 
@@ -176,6 +189,7 @@ impl<R: Row> Member<R> {
     }
 
     pub(super) fn tell(&self, report: Report<R>, commands: &mut Vec<Command<R>>) {
+        // What is not told now is kept, and told in the next session (invariant 4).
         if matches!(self.link, Link::Open { .. }) {
             commands.push(Command::Tell(report));
         }

@@ -41,6 +41,7 @@ const BESIDE_CURVES: [&str; 2] = ["rows", "scalars"];
 /// The name cannot be a column of `metrics.jsonl`; the text says why.
 pub fn check_scalar(name: &str) -> Result<(), Malformed> {
     let mut taken = MetricsRow::FIELDS.iter().chain(Profile::FIELDS).map(|field| field.name);
+    // Scalars are columns of the row itself, beside the fixed ones.
     if taken.any(|taken| taken == name) || BESIDE_CURVES.contains(&name) {
         return Err(Malformed(format!(
             "a scalar is named {name}, as a fixed column is: give it another name"
@@ -54,6 +55,7 @@ fn check_name(name: &str) -> Result<(), Malformed> {
     if (1..=NAME_BYTES).contains(&name.len()) && name.bytes().all(allowed) {
         return Ok(());
     }
+    // Its start only: a peer's name may be long.
     let start: String = name.chars().take(NAME_BYTES).collect();
     Err(Malformed(format!(
         "{start:?} is not the name of a scalar: 1 to {NAME_BYTES} lower-case letters, digits and underscores"
@@ -66,6 +68,7 @@ pub(crate) fn to_wire(scalars: &Scalars) -> Vec<wire::Scalar> {
 
 /// Checks the scalars of a metrics row.
 pub(crate) fn of_row(scalars: Vec<wire::Scalar>) -> Result<Scalars, Malformed> {
+    // First the names, as two of them could be one column of the row.
     scalars.iter().try_for_each(|scalar| check_scalar(&scalar.name))?;
     checked(scalars.into_iter().map(|scalar| (scalar.name, scalar.value)).collect())
 }
@@ -75,6 +78,7 @@ pub(crate) fn checked(scalars: Vec<(String, f64)>) -> Result<Scalars, Malformed>
     let scalars = list(scalars, SCALARS, "the list of scalars")?;
     for (at, (name, _)) in scalars.iter().enumerate() {
         check_name(name)?;
+        // In an object the second value would replace the first.
         if scalars[..at].iter().any(|(earlier, _)| earlier == name) {
             return Err(Malformed(format!("the scalar {name} comes twice")));
         }
