@@ -16,7 +16,7 @@ impl Machine {
         if self.stage != Stage::Gathering {
             return;
         }
-        // Those that still load are waited for: a group formed without them would regroup at once. A
+        // Workers that still load are waited for: a group formed without them would regroup at once. A
         // process that lingers may hold the GPU that its replacement needs.
         let loaded = self.workers.values().filter(|w| w.facts.is_some()).count();
         let all_loaded = loaded == self.workers.len() && self.locals.lingering.is_empty();
@@ -178,8 +178,8 @@ impl Machine {
         }
         if !self.present_members().is_empty() {
             self.form(cause.clone(), actions);
-        // None is left, and none can be training: the checkpoint is the newest state.
         } else if self.absent.is_empty() {
+            // None is left, and none can be training: the checkpoint is the newest state.
             self.gather(actions);
         } else {
             // One of the members may still train: only its own lease ends that.
@@ -259,8 +259,8 @@ impl Machine {
         self.group = Some(group.clone());
         self.formed_here = true;
         self.job_changed = false;
-        // A lost member can commit nothing more: every reduce needs all members (D5), and one has left.
-        // If it comes back, it is a stranger (invariant 7).
+        // A lost member commits the reduce under way at most: each needs all members (D5), and one has
+        // left. If it comes back, it is a stranger (invariant 7).
         self.absent.clear();
         self.stage = Stage::Training { plan: None };
         actions.push(Action::Form(group.clone(), cause));
@@ -274,8 +274,7 @@ impl Machine {
     /// at their update index.
     fn next_members(&self) -> Vec<WorkerId> {
         let source = self.source();
-        // With a source that stays, those that leave are not needed; without one they carry the state
-        // on.
+        // With a source that stays, leavers are not needed; without one they carry the state on.
         let stays = |id: &WorkerId| !self.is_leaving(*id);
         let advanced = source.and_then(|source| self.rest_position(source));
         let held_by_one_who_stays = source.is_some_and(|source| stays(&source));

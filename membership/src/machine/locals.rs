@@ -54,7 +54,7 @@ impl Locals {
 
     fn pause(&self) -> Duration {
         match self.failures {
-            // 1| The first replacement starts at once: most losses come alone.
+            // The first replacement starts at once: most losses come alone.
             0 | 1 => Duration::ZERO,
             // The power is bounded, as failures are counted on after replacement was given up.
             failures => PAUSE * 2u32.pow((failures - 2).min(REPLACEMENTS)),

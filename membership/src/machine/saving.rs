@@ -36,7 +36,7 @@ impl Machine {
             return;
         }
         let position = members.iter().filter_map(|id| self.rest_position(*id)).max();
-        // Members finish at one update index (D9). One that differs is sent back to train.
+        // All or none, as members finish at one update index (D9).
         let complete = members.iter().all(|id| finished(id) == Some(true));
         let all_leave = members.iter().all(|id| self.is_leaving(*id));
         let outcome = match (complete, self.stop_requested, all_leave) {

@@ -246,7 +246,7 @@ impl Machine {
             return;
         }
         let waits = |id: &WorkerId| self.workers[id].progress.activity == Activity::Waiting;
-        // A member that waits is late because of another one: only those that compute are to blame.
+        // A member that waits is late because of another one: only members that compute are to blame.
         let stuck: Vec<WorkerId> = busy.iter().copied().filter(|id| late(id) && !waits(id)).collect();
         let nothing_moves = self.stalled_at(patience).is_some_and(|at| self.now >= at);
         // Without one that computes, the wait is a link's: a probe finds it. Not so while another was
@@ -271,11 +271,11 @@ impl Machine {
         let Stage::Reconnecting { until } = self.stage else { return };
         let present = self.present_members();
         let waited = until.is_some_and(|until| now >= until);
-        // All of them have ended or are past their lease: nobody can hold a newer state (M4).
+        // All of them have ended or are past their lease: none trains any more (M4).
         if present.is_empty() && self.absent.is_empty() {
             self.gather(actions);
-        // The members that may still train save by themselves at the end of their lease (M11).
         } else if present.is_empty() && waited && self.stop_requested {
+            // The members that may still train save by themselves at the end of their lease (M11).
             self.end_stopped(actions);
         } else if present.is_empty() && waited {
             // The members that were back are lost again: the next one opens a window of its own.

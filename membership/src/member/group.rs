@@ -188,8 +188,8 @@ impl<R: Row> Member<R> {
         // Rank 0 sends the rows, and sends all that are kept: nobody knows which ones arrived (M13).
         let kept = self.reports.begin(part.rank == Rank(0), step);
         self.tell_all(kept, commands);
-        // A member that was brought past the end of a step has not reported it, and those that did may
-        // be lost.
+        // A member that was brought past the end of a step has not reported it, and the others may be
+        // lost.
         if schedule.ends_step(position) && position > Position(0) && position < schedule.end {
             commands.push(Command::ReportStep(again));
         }

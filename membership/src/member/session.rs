@@ -160,7 +160,7 @@ impl<R: Row> Member<R> {
 
     pub(super) fn pulse(&mut self) {
         let Link::Open { unanswered, .. } = &mut self.link else { return };
-        // An answer beyond those that were asked for is ignored.
+        // An answer that no heartbeat asked for is ignored.
         if let Some(sent) = unanswered.pop_front() {
             self.prolong_lease(sent);
         }

@@ -142,7 +142,7 @@ impl Evaluations {
         let _pause = self.session.pause();
         // Not bounded by a time: an evaluation may take long, and the state is saved already.
         while newest.is_some_and(|newest| queue.held.contains_key(&newest)) && !abandon() {
-            // Woken by a record of the coordinator's, or by an order to leave.
+            // At most 200 ms (`Monitor::wait`), so that an order to leave is seen too.
             queue = self.shared.wait(queue);
             // Asked under the lock again: the record may have come while this slept.
             queue.forget(|step| self.session.is_evaluated(step));

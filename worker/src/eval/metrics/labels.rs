@@ -23,7 +23,7 @@ impl Labels {
     /// Share of the samples in each class; a sample belongs to its most likely class.
     pub fn shares(&self) -> Vec<f64> {
         let classes = self.probabilities.size()[1];
-        // With all classes, also those that no sample is of.
+        // With all classes, also empty ones.
         let counts = self.probabilities.argmax(-1, false).bincount(None::<Tensor>, classes);
         let shares = counts.to_kind(Kind::Double) / float(rows(&self.probabilities));
         Vec::try_from(shares).unwrap_or_default()
