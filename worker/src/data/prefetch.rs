@@ -139,8 +139,7 @@ impl Prefetcher {
             return ready;
         }
         let batches = self.batches.as_ref().expect("only drop takes the receiver");
-        // Not bounded: a thread that ends, for any reason, closes the channel. The member that waits
-        // here counts as computing, and is found out if it takes too long (M8).
+        // Not bounded: a thread that ends, for any reason, closes the channel.
         batches.recv().unwrap_or_else(|_| {
             // The channel is closed: either the plan is done, or the thread panicked.
             if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {

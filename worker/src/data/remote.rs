@@ -341,7 +341,7 @@ impl Note {
         if !metadata.is_file() || metadata.len() != self.bytes {
             return false;
         }
-        // The change time moves with every write, and cannot be set back.
+        // The change time moves with every write, and no call sets it.
         (metadata.ctime(), metadata.ctime_nsec()) == self.changed
             || hash(file).is_ok_and(|found| found == self.blake3)
     }
@@ -362,7 +362,6 @@ fn sweep(
             sweep(&entry.path(), &format!("{name}/"), is_unwanted, is_alone)?;
             if is_alone {
                 // Only if it is empty: a file may have its name now.
-                // An error means that the folder is not empty.
                 let _ = fs::remove_dir(entry.path());
             }
         } else if !is_alone && is_being_written(&entry) {

@@ -62,7 +62,6 @@ pub fn images(data: &DataSet, indices: &[usize]) -> Result<Tensor, DataError> {
 /// Chooses `count` of the numbers below `len`, all if there are fewer, in order. The choice is random with
 /// a fixed seed: a data set may be sorted, or come from sources that take turns, as MNIST's digits do.
 pub fn some_of(len: usize, count: usize) -> Vec<usize> {
-    // All of them in order, without a draw.
     if count >= len {
         return (0..len).collect();
     }

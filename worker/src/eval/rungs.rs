@@ -29,7 +29,6 @@ pub struct Rung {
 /// A sample cannot be read.
 pub fn rungs(judge: &Judge, data: &DataSet, held_out: &DataSet) -> Result<Vec<Rung>, EvalError> {
     let all = images(held_out, &(0..held_out.len()).collect::<Vec<_>>())?;
-    // Held-out samples are what a perfect generator would give.
     let count = judge.samples().min(held_out.len());
     let some = |of: &Tensor| {
         let len = usize::try_from(of.size()[0]).unwrap_or_default();

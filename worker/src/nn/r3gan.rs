@@ -28,7 +28,6 @@ const EXPANSION: i64 = 2;
 /// Slope of the activations below zero, and the gain that preserves the variance through them: sqrt(2 / (1
 /// + slope^2)).
 const SLOPE: f64 = 0.2;
-// sqrt(2 / 1.04) for the slope of 0.2.
 const GAIN: f32 = 1.386_750_5;
 
 /// Building block of one of the networks, over (n, h, w, features).
@@ -152,7 +151,6 @@ fn stages(side: i64, width: i64) -> Vec<(i64, i64)> {
 pub(super) struct R3gan {
     pieces: Vec<(String, Piece)>,
     /// Whether the network generates images, whose features come first outside.
-    // Outside, images have their features first.
     draws: bool,
 }
 

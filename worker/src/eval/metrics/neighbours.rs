@@ -35,7 +35,6 @@ fn by_rows(from: &Tensor, to: &Tensor, of: impl Fn(Tensor) -> Tensor) -> Tensor 
 fn radii(samples: &Tensor) -> Tensor {
     let others = rows(samples) - 1;
     // The nearest sample of all is the sample itself.
-    // The place counts the sample itself.
     let place = NEIGHBOUR.min(others) + 1;
     by_rows(samples, samples, |squared| squared.kthvalue(place, 1, false).0)
 }
