@@ -69,7 +69,6 @@ impl TlsFiles {
     /// Names the TLS files of a folder; reads nothing.
     pub fn new(folder: &Path) -> TlsFiles {
         // A process that this one starts may have another working directory.
-        // Children of a coordinator get this path in their environment.
         TlsFiles(std::path::absolute(folder).unwrap_or_else(|_| folder.to_path_buf()))
     }
 
@@ -209,7 +208,6 @@ impl Identity {
         let mut config = builder.with_single_cert(self.chain, self.key).map_err(CredentialError::unusable)?;
         config.alpn_protocols = vec![protocol.to_vec()];
         // Clients never resume a connection, so tickets would be wasted.
-        // Each costs a message of the handshake.
         config.send_tls13_tickets = 0;
         Ok(config)
     }

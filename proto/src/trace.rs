@@ -180,7 +180,6 @@ impl Trace {
         self.name(process);
         let mut sink = shared.lock();
         // The first event has no comma before it.
-        // In place of the comma that each event begins with.
         sink.block.splice(..1, *b"[\n");
         sink.hand_over().map(drop)
     }
@@ -240,7 +239,7 @@ impl Trace {
         let ts = microseconds(at);
         let dur = until.map(|until| microseconds(until).saturating_sub(ts));
         // Viewers expect thread ids to be unique on the whole machine.
-        // Below 2^22 on Linux, so nothing is lost in practice.
+        // Process ids are below 2^22 on Linux, so no number saturates.
         let (pid, tid) = (shared.pid, shared.pid.saturating_mul(TRACKS).saturating_add(track));
         let mut sink = shared.lock();
         // The lock is held over the write of a full block, so that blocks keep their order.
@@ -261,7 +260,6 @@ impl Shared {
         match sink.hand_over() {
             Ok(length) if length < self.limit => return,
             // All writers reach the limit; the creator of the file logs it for all.
-            // Only one message for all processes.
             Ok(_) if self.maker.is_none() => {}
             Ok(_) => tracing::warn!(
                 "the trace {path} is full at {} MiB and ends; the run goes on",

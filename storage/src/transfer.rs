@@ -229,7 +229,6 @@ impl Storage {
             return take(whole.bytes().await?);
         }
         // Ends the first request, whose body is not read: the content is read in ranges instead.
-        // An unread body would keep its connection busy.
         drop(whole);
         for start in (0..length).step_by(PART) {
             // One at a time, so that memory holds one part. Each has the limit of a request.

@@ -237,7 +237,6 @@ impl Draft {
         self.file().sync_all()?;
         fs::rename(self.draft.path(), &self.target)?;
         // The draft's name is free, and may be another writer's from now on.
-        // Else its removal could delete that writer's file.
         self.draft.disable_cleanup(true);
         sync_folder(parent(&self.target))
     }
@@ -259,7 +258,6 @@ impl Draft {
         match (ways.link)(from, to) {
             // A network file system may have made the link on a request whose answer was lost, and
             // report this to the repetition.
-            // A repeated request after a lost answer finds its own link.
             Err(error) if error.kind() == ErrorKind::AlreadyExists && self.is_there()? => {}
             Err(error) if is_refused(&error) => match (ways.rename_new)(from, to) {
                 Err(error) if is_refused(&error) => claim(from, to, ways.patience)?,

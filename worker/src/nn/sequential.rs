@@ -220,7 +220,6 @@ pub(super) fn normalise(
             let samples = i32::try_from(samples).map_or(f64::from(i32::MAX), f64::from);
             let (mean, inverse) = (mean.detach(), inverse.detach());
             // The kernel returns 1 / sqrt(variance + epsilon) of the biased variance.
-            // By the kernel's own rounding: the variance is not computed a second time.
             let biased = inverse.pow_tensor_scalar(-2) - BATCH_NORM_EPSILON;
             pass.statistics.push(mean);
             // The unbiased variance, as PyTorch keeps it; of one number the biased one.

@@ -53,7 +53,6 @@ impl Gan {
         let parameters = state.trainable(DISCRIMINATOR);
         // Both penalties can share a pass with the loss if samples do not see each other and the pass is in
         // fp32.
-        // A penalty is computed in fp32, so a pass in bf16 cannot serve both.
         let shares = r1 > 0.0 && r2 > 0.0 && !self.models.discriminator.sees_batch() && is_single(parameters);
         let mut parts = if self.tells_real_apart() {
             // Looked ahead or computed now: the same arithmetic.

@@ -14,7 +14,6 @@ impl Gan {
     /// gradient. `real` are the shard's real samples, for a pairwise objective.
     pub fn draw(&self, at: ShardAt, state: &State, real: Option<&ShardBatch>) -> FakeBatch {
         // The generator's phase takes the samples of the last discriminator phase.
-        // The index of the last discriminator phase.
         let last = self.job.loss.discriminator_steps.saturating_sub(1);
         let phase = Phase { index: at.phase.index.min(last), ..at.phase };
         let key = |purpose| self.key(ShardAt { phase, ..at }, purpose);
