@@ -150,7 +150,6 @@ impl<R: Row> Member<R> {
             // The first hello is sent before there is a member, so there is a connection to wait for.
             link: Link::first(now),
             attempts: 1,
-            // Below the term of every coordinator.
             term: Term(0),
             worker: None,
             lease: None,

@@ -39,7 +39,6 @@ impl Passport {
     pub fn numbered(mut self) -> Passport {
         if self.0.get("build").is_some_and(|version| version == "0.1.0") {
             self.0.remove("build");
-            // A number that is there counts, whatever the version says.
             self.0.entry(NUMERICS.to_string()).or_insert_with(|| "1".to_string());
         }
         self

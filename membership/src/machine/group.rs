@@ -151,7 +151,6 @@ impl Machine {
             Stage::Regrouping { until, cause: Cause::Planned } => *until,
             // Already breaking up because of a fault: this report may have been the last one awaited.
             Stage::Regrouping { .. } => return self.form_if_ready(actions),
-            // No group is training.
             Stage::Gathering | Stage::Reconnecting { .. } | Stage::Ended => return,
         };
         self.stage = Stage::Regrouping { until, cause: cause.clone() };

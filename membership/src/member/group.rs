@@ -311,7 +311,6 @@ impl<R: Row> Member<R> {
             self.tell(Report::Quiesced(self.assigned, self.rested()), commands);
         }
         self.exit_if_quiesced(commands);
-        // Unless it ends now.
         if matches!(self.stage, Stage::Quiesced)
             && let Some(next) = self.next.take()
         {

@@ -154,7 +154,7 @@ fn networks(kind: ModelKind, sizes: Sizes) -> (Arc<dyn Network>, Arc<dyn Network
     )
 }
 
-// The slope of Radford et al. (2015), section 3.
+// The slope of Radford et al. (2015), section 4.
 const LEAKY: Layer = Layer::LeakyRelu { slope: 0.2 };
 
 /// Multi-layer perceptrons: latent-width-width-784 and 784-width-width-outputs.

@@ -71,7 +71,7 @@ impl Network for Sequential {
                 let spec = TensorSpec::parameter(format!("{index}.{kind}"), shape, init);
                 specs.push(TensorSpec { exact, ..spec });
             };
-            // DCGAN's weights, Radford et al. (2015), section 3.
+            // DCGAN's weights, Radford et al. (2015), section 4.
             // Of convolutions; linear layers have PyTorch's own initial values.
             let normal = Init::Normal { mean: 0.0, deviation: 0.02 };
             match *layer {

@@ -32,7 +32,7 @@ pub(super) fn in_blocks(real: &Tensor, fake: &Tensor, size: i64) -> f64 {
 fn of_block(real: &Tensor, fake: &Tensor) -> f64 {
     let dimensions = float(real.size()[1]);
     let kernel =
-        // The cubic kernel of section 3.
+        // The cubic kernel of section 4.
         |x: &Tensor, y: &Tensor| (x.matmul(&y.transpose(0, 1)) / dimensions + 1.0).pow_tensor_scalar(3);
     let samples = float(rows(real));
     // The kernel of a sample with itself is excluded: it carries no information on the distribution.
