@@ -143,6 +143,11 @@ impl Assembly {
         }))
     }
 
+    /// Discards what was reported of a committed checkpoint after it was complete.
+    pub fn close(&mut self, step: u64, phase: u32) {
+        self.open.remove(&(step, phase));
+    }
+
     /// Discards incomplete checkpoints older than a committed one; returns their steps.
     pub fn forget_before(&mut self, step: u64, phase: u32) -> Vec<u64> {
         // Keys are ordered by step, then phase, so all that lie below this one are older.

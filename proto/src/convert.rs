@@ -110,7 +110,12 @@ impl FromWorker {
             Message::Heartbeat(heartbeat) => heartbeat_from_wire(&heartbeat)?,
             Message::Metrics(row) => FromWorker::Metrics(row_from_wire(row)?),
             Message::PartWritten(part) => {
-                let generation = Generation(part.generation);
+                let generation = generation(part.generation)?;
+                let files = 1..=bounds::FILES as u64;
+                let is_placed = part.phase < bounds::PHASES && part.index < part.count;
+                if !is_placed || !files.contains(&u64::from(part.count)) {
+                    return Err(Malformed("a file of a checkpoint without its place".to_string()));
+                }
                 let part = WrittenPart {
                     step: count(part.step, "step")?,
                     phase: part.phase,

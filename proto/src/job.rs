@@ -615,7 +615,7 @@ impl Job {
             // it and not before.
             let period = samples.saturating_mul(self.checkpoint.every_epochs);
             let seen = step * self.samples_per_step();
-            seen / period > (seen - self.samples_per_step()) / period
+            seen / period > seen.saturating_sub(self.samples_per_step()) / period
         };
         step == self.last_step(samples) || by_steps || by_epochs
     }

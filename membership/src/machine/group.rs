@@ -122,16 +122,19 @@ impl Machine {
 
     /// Rolls all members back, and allows them to skip the phase if it is not finite again.
     fn not_finite(&mut self, position: Position, detail: String, actions: &mut Vec<Action>) {
+        // All members judge the same bytes and report the same: the first report decides. So it comes
+        // before the limit, which must not depend on how many report.
+        if self.skips.contains(&position) {
+            return;
+        }
         if self.skips.len() >= SKIPS {
             let what = format!("{detail}; rolled back by {SKIPS} phases already, the run gets nowhere");
             return self.end(Outcome::Failed(what), actions);
         }
-        // All members judge the same bytes and report the same: the first report decides.
-        if self.skips.insert(position) {
-            // Journaled before the roll-back: a new coordinator must know why the run went back.
-            actions.push(Action::AllowSkip(position));
-            self.roll_back(Cause::NonFinite(detail), actions);
-        }
+        self.skips.insert(position);
+        // Journaled before the roll-back: a new coordinator must know why the run went back.
+        actions.push(Action::AllowSkip(position));
+        self.roll_back(Cause::NonFinite(detail), actions);
     }
 
     fn roll_back(&mut self, cause: Cause, actions: &mut Vec<Action>) {

@@ -516,6 +516,40 @@ fn what_is_not_finite_rolls_all_back_and_may_be_skipped_from_then_on() {
     assert_eq!(ended(&actions), Some(&Outcome::Failed("step 10".to_string())));
 }
 
+/// Otherwise the result would depend on the number of members: one member reports once.
+#[test]
+fn the_last_skip_that_is_allowed_is_reported_by_all_members() {
+    let mut bench = Bench::training(2);
+    for (skip, generation) in (0..1000).zip(1..) {
+        let fault = || Fault::NonFinite { position: Position(skip), detail: String::new(), stop: false };
+        bench.handle(Event::Fault(WorkerId(1), Generation(generation), fault()));
+        let actions = bench.handle(Event::Fault(WorkerId(2), Generation(generation), fault()));
+        assert_eq!(actions, [], "skip {skip}");
+        bench.ready(1, skip);
+        assert!(formed(&bench.ready(2, skip)).is_some(), "skip {skip}");
+    }
+    let beyond = Fault::NonFinite { position: Position(1000), detail: String::new(), stop: false };
+    let actions = bench.handle(Event::Fault(WorkerId(1), Generation(1001), beyond));
+    assert!(matches!(ended(&actions), Some(Outcome::Failed(_))), "{actions:?}");
+}
+
+/// A new session or group tells of its files again.
+#[test]
+fn files_told_again_before_the_commit_are_no_abandoned_checkpoint() {
+    let mut bench = Bench::training(2);
+    let written = |bench: &mut Bench, worker, step, index| {
+        bench.handle(Event::PartWritten(WorkerId(worker), Generation(1), part(step, index, "d")))
+    };
+    written(&mut bench, 1, 3, 0);
+    let actions = written(&mut bench, 2, 3, 1);
+    let [Action::Commit(checkpoint)] = actions.as_slice() else { panic!("{actions:?}") };
+    written(&mut bench, 1, 3, 0);
+    bench.handle(Event::CheckpointCommitted(checkpoint.clone()));
+    written(&mut bench, 1, 10, 0);
+    let actions = written(&mut bench, 2, 10, 1);
+    assert!(matches!(actions.as_slice(), [Action::Commit(_)]), "{actions:?}");
+}
+
 #[test]
 fn a_divergence_is_not_forgotten_by_the_next_coordinator() {
     let recovered = Recovered {

@@ -132,9 +132,10 @@ impl Generator {
             generator: script.map(Path::to_path_buf).or_else(|| about.get("generator").map(PathBuf::from)),
             ..Model::plain(kind, number("latent_dim")?, number("width")?)
         };
-        // The models of this program draw squares.
-        let side = number("height")? as usize;
-        let shape = ImageShape { channels: number("channels")? as usize, height: side, width: side };
+        // The models of this program draw squares; networks of the user's may draw others.
+        let height = number("height")? as usize;
+        let width = if about.contains_key("image_width") { number("image_width")? as usize } else { height };
+        let shape = ImageShape { channels: number("channels")? as usize, height, width };
         let network =
             Models::generator_of(&model, shape, classes).map_err(|error| input(error.to_string()))?;
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| input(error.to_string()))?;

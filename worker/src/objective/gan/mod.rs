@@ -226,7 +226,10 @@ impl Objective for Gan {
             ("channels", models.shape.channels.to_string()),
             ("height", models.shape.height.to_string()),
         ];
-        let items = items.into_iter().chain(script).map(|(key, value)| (key.to_string(), value));
+        let (height, width) = (models.shape.height, models.shape.width);
+        // Only where it is another: the bytes of square ones stay as they always were.
+        let side = (width != height).then(|| ("image_width", width.to_string()));
+        let items = items.into_iter().chain(side).chain(script).map(|(key, value)| (key.to_string(), value));
         Some(WeightsFile {
             name: "generator_ema.safetensors".to_string(),
             section: "ema.".to_string(),
