@@ -156,7 +156,7 @@ async fn a_damaged_file_is_written_again_and_a_good_one_is_left() {
     assert!(inode(0) != damaged && inode(1) == good);
 }
 
-/// A manifest that is there says nothing until it was compared.
+/// An existing manifest counts only once it was compared.
 #[tokio::test]
 async fn a_checkpoint_that_is_there_is_compared_before_it_is_taken_for_done() {
     let (bench, storage) = (bench(), Storage::in_memory());
@@ -175,7 +175,7 @@ async fn a_checkpoint_that_is_there_is_compared_before_it_is_taken_for_done() {
     assert_eq!(storage.text(&path).await.unwrap().unwrap(), manifest, "it is left as it is");
     let there = ganglion_proto::manifest::parse(&manifest).unwrap();
     assert!(files.read(&there).await.is_ok_and(|read| read.flat == theirs.flat));
-    // One that is damaged is nobody's, and one that is torn neither.
+    // A damaged manifest belongs to no state, nor does a torn one.
     for damage in ["file", "manifest"] {
         match damage {
             "file" => flip_a_bit(&storage, &there, &there.files[0].file).await,
@@ -197,7 +197,7 @@ async fn a_checkpoint_of_another_model_is_refused() {
     assert!(matches!(error, CheckpointError::Corrupt(_)), "{error}");
 }
 
-/// What a run begins with: the weights and the average of another, and nothing else of it.
+/// A run that starts from another one takes only its weights and its average.
 #[test]
 fn a_run_begins_with_the_weights_of_a_checkpoint() {
     let folder = tempfile::tempdir().unwrap();

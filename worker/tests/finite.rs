@@ -1,4 +1,4 @@
-//! Phases that are not finite: what is judged, by which policy, and what a skip leaves alone.
+//! Phases that are not finite: the judged values, the policies, and the state after a skip.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;
@@ -14,14 +14,14 @@ use ganglion_worker::objective::gan::{DISCRIMINATOR, GENERATOR};
 use ganglion_worker::objective::{GradLayout, NetworkId, Objective, Phase, ScalarRole};
 use tch::{Device, Kind, Tensor};
 
-/// With batch normalisation, so that a leaf has statistics.
+/// With batch normalisation, so that a shard gradient has buffer updates.
 fn bench(policy: Policy) -> Bench {
     let mut job = job(ModelKind::Dcgan28, LossKind::NonSaturating);
     job.job.non_finite = policy;
     Bench::new(job)
 }
 
-/// A leaf with `value` at one place.
+/// Shard gradient with `value` at one place.
 fn leaf(layout: &GradLayout, at: usize, value: f32) -> Tensor {
     let mut leaf = vec![0.5_f32; layout.len()];
     leaf[at] = value;
@@ -49,8 +49,8 @@ fn verdict(
     }
 }
 
-/// The gradient, the statistics and the loss all count, at their first and last element; the room behind a
-/// leaf does not.
+/// The gradient, the buffer updates and the loss all count, at their first and last element. The
+/// padding behind a shard gradient does not.
 #[test]
 fn every_part_of_a_leaf_is_judged_and_named() {
     let mut bench = bench(Policy::Skip);
@@ -77,7 +77,7 @@ fn every_part_of_a_leaf_is_judged_and_named() {
         let behind = Tensor::full([16], f64::NAN, (Kind::Float, Device::Cpu));
         let roomy = Tensor::cat(&[leaf(layout, 0, 1.0), behind], 0);
         assert_eq!(verdict(&bench, network, &roomy, &[]), Ok(Verdict::Commit));
-        // Scores are for people: one that is not finite decides nothing.
+        // Scores are diagnostic only: a non-finite one decides nothing.
         for (at, scalar) in layout.scalar_range().zip(layout.scalars()) {
             let found = verdict(&bench, network, &leaf(layout, at, f32::NAN), &[]);
             assert_eq!(found == Ok(Verdict::Commit), scalar.role != ScalarRole::Loss, "{scalar:?}");
@@ -102,7 +102,7 @@ fn each_policy_has_its_verdict() {
     assert!(matches!(judged(Policy::RollBack, 5, &[Position(4), Position(5)]), Ok(Verdict::Skip(_))));
 }
 
-/// Module invariant 3: a position that once failed is committed if it turns out finite.
+/// Module invariant 3: an update that once failed is committed if it is finite the second time.
 #[test]
 fn a_finite_phase_is_committed_even_where_a_skip_is_allowed() {
     let bench = bench(Policy::RollBack);

@@ -66,7 +66,7 @@ fn the_loss_takes_any_logit_and_is_the_cross_entropy_of_its_sigmoid() {
     }
 }
 
-/// 3. A generator that is trained on the labels of fakes: it learns to be found out.
+/// 3. A generator that is trained on the labels of fakes: it learns to be detected.
 #[test]
 fn a_generator_learns_to_be_taken_for_real() {
     for kind in KINDS {
@@ -107,7 +107,8 @@ fn a_phase_computes_gradients_of_its_own_network_only() {
     }
 }
 
-/// A leaf is a function of its key and the state: computed again, after others, it has the same bits.
+/// A shard gradient is a function of its key and the state: computed again, after others, it has
+/// the same bits.
 #[test]
 fn a_leaf_has_the_same_bits_whatever_was_computed_before() {
     for kind in [ModelKind::Mlp28, ModelKind::Dcgan28] {
@@ -121,8 +122,8 @@ fn a_leaf_has_the_same_bits_whatever_was_computed_before() {
     }
 }
 
-/// The samples that a generator's phase begins with are those of the last discriminator phase, and it does
-/// not matter whether they were kept or drawn again, with the means to go back or without.
+/// A generator's phase starts with the samples of the last discriminator phase. It does not matter
+/// whether they were kept or drawn again, with or without their graph.
 #[test]
 fn samples_are_the_same_kept_or_drawn_again() {
     for (kind, precision) in EVERY_ARITHMETIC {
@@ -217,7 +218,7 @@ fn each_step_sees_other_samples_until_the_epoch_is_over() {
     assert!(epochs[0] == epochs[1], "each epoch has the same 10,000 images");
 }
 
-/// 6. A checkpoint under a key that is no name, so that nothing finds it again.
+/// 6. A checkpoint under an invalid name, so that nothing finds it again.
 #[tokio::test]
 async fn a_checkpoint_names_every_tensor_and_brings_the_state_back() {
     let bench = Bench::new(job(ModelKind::Mlp28, LossKind::NonSaturating));

@@ -119,9 +119,9 @@ impl Machine {
     }
 
     pub(super) fn committed(&mut self, checkpoint: Checkpoint, actions: &mut Vec<Action>) {
+        // Files that were reported again meanwhile are no checkpoint of their own.
+        self.assembly.close(checkpoint.step, checkpoint.phase);
         if self.checkpoint.as_ref().is_none_or(|c| c.position < checkpoint.position) {
-            // Files that were reported again meanwhile are no checkpoint of their own.
-            self.assembly.close(checkpoint.step, checkpoint.phase);
             self.checkpoint = Some(checkpoint);
             self.divergences = 0;
         }

@@ -1,4 +1,4 @@
-//! What several tests need: small jobs, and all that one phase takes.
+//! Shared support of the tests: small jobs, and everything to compute one phase.
 #![allow(dead_code)] // each test program uses its own share
 
 use std::sync::Arc;
@@ -83,7 +83,7 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
     }
 }
 
-/// All that one worker computes phases of a job with.
+/// Everything that one worker needs to compute phases of a job.
 pub struct Bench {
     pub job: Job,
     pub models: Models,
@@ -122,7 +122,7 @@ impl Bench {
         ShardBatch { images: key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes), classes }
     }
 
-    /// The leaf of a shard in a phase of step 0.
+    /// Computes a shard's gradient in a phase of step 0.
     pub fn leaf(&self, phase: Phase, shard: u32) -> ShardGrad {
         let layout = self.model.gradient(phase);
         let mut leaf = ShardGrad::new(layout, layout.len(), Device::Cpu);

@@ -63,7 +63,7 @@ fn all_reduce(group: Arc<Group>, shards: ShardMap, layout: GradLayout, reduction
     AllReduce::new(peers, layout, GLOBAL_BATCH, reduction).unwrap()
 }
 
-/// Reduces what `fill` puts in place of each shard's gradient.
+/// Reduces shard gradients that `fill` writes.
 fn reduce(
     all_reduce: &mut AllReduce,
     header: Header,
@@ -84,7 +84,7 @@ fn floats(tensor: &Tensor, len: usize) -> Vec<f32> {
     Vec::try_from(narrow(tensor, 0..len)).unwrap()
 }
 
-/// The definition, element by element and level by level from the leaves up.
+/// The definition, element by element and level by level from the shards up.
 fn definition(leaves: &[Vec<f32>]) -> Vec<u32> {
     let element = |at: usize| {
         let mut level: Vec<f32> = leaves.iter().map(|leaf| leaf[at]).collect();
@@ -179,8 +179,8 @@ fn a_plan_counts_once_all_know_it_and_ledgers_add_up() {
     }
 }
 
-/// In the backend's order the bits may be others, but all ranks have the same, and the sum is that of all
-/// leaves.
+/// In the backend's order the bits may be others, but all ranks have the same, and the sum is that
+/// of all shard gradients.
 #[test]
 fn a_ring_gives_all_ranks_the_same_mean_of_all_leaves() {
     let layout = layout(1000);
@@ -203,7 +203,7 @@ fn a_ring_gives_all_ranks_the_same_mean_of_all_leaves() {
     }
 }
 
-/// Module invariant 3, and a group's end is told as what it is.
+/// Module invariant 3, and the end of a group is reported as such.
 #[test]
 fn a_failed_reduce_leaves_nothing_to_reduce_with() {
     as_ranks(2, 2, |shards, group| {
