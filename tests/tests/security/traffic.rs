@@ -1,16 +1,17 @@
 //! Secrecy of the traffic: over TLS none of the patterns can be read in either plane. Without TLS
 //! they are found, so the search works.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, spawn};
-use std::time::Duration;
 
-use ganglion_tests::{Process, Run, SMALL_MLP};
+use ganglion_tests::{LIMIT, Process, Run, SMALL_MLP, eventually};
 use rustix::net::sockopt::{Timeout, set_socket_recv_buffer_size_force, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
 
@@ -94,10 +95,30 @@ fn what_workers_and_coordinator_say_is_not_to_be_read() {
     }
 }
 
-/// Searches for patterns in all traffic of this machine's interfaces.
+/// Searches for patterns in all traffic of this machine's interfaces, from its start to its end.
 struct Capture {
-    over: Arc<AtomicBool>,
     looking: JoinHandle<(usize, Vec<bool>)>,
+    marks: Arc<Marks>,
+}
+
+/// Packets that mark the begin and the end of a capture: all earlier packets have been seen by then.
+struct Marks {
+    begin: String,
+    end: String,
+}
+
+impl Marks {
+    /// No other capture on this machine has the same.
+    fn new() -> Marks {
+        static CAPTURES: AtomicU32 = AtomicU32::new(0);
+        let name = format!("{}.{}", std::process::id(), CAPTURES.fetch_add(1, Ordering::Relaxed));
+        Marks { begin: format!("capture {name} begins"), end: format!("capture {name} ends") }
+    }
+}
+
+fn send(mark: &str) {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.send_to(mark.as_bytes(), socket.local_addr().unwrap()).unwrap();
 }
 
 impl Capture {
@@ -107,35 +128,71 @@ impl Capture {
         let socket =
             socket_with(AddressFamily::PACKET, SocketType::DGRAM, SocketFlags::CLOEXEC, protocol).ok()?;
         // The buffer must hold all packets that arrive while this thread is not running.
-        let _ = set_socket_recv_buffer_size_force(&socket, 64 << 20);
-        set_socket_timeout(&socket, Timeout::Recv, Some(Duration::from_millis(50))).unwrap();
-        let over = Arc::new(AtomicBool::new(false));
-        let stop = over.clone();
-        let looking = spawn(move || look(&socket, &patterns, &stop));
-        Some(Capture { over, looking })
+        let _ = set_socket_recv_buffer_size_force(&socket, 256 << 20);
+        set_socket_timeout(&socket, Timeout::Recv, Some(LIMIT)).unwrap();
+        let marks = Arc::new(Marks::new());
+        let (begins, begun) = channel();
+        let known = marks.clone();
+        let looking = spawn(move || look(&socket, &Patterns::new(patterns), &known, &begins));
+        send(&marks.begin);
+        begun.recv_timeout(LIMIT).expect("the capture sees what is sent");
+        Some(Capture { looking, marks })
     }
 
-    /// Number of captured bytes, and the patterns found in them.
+    /// The bytes that were seen, and which patterns were among them.
     fn end(self) -> (usize, Vec<bool>) {
-        self.over.store(true, Ordering::Relaxed);
+        // Again and again: the packets of other processes may leave no room for one.
+        eventually("end of the capture", || {
+            send(&self.marks.end);
+            self.looking.is_finished().then_some(())
+        });
         self.looking.join().unwrap()
     }
 }
 
-fn look(socket: &OwnedFd, patterns: &[Vec<u8>], over: &AtomicBool) -> (usize, Vec<bool>) {
-    let (mut bytes, mut seen, mut found) = (vec![0; 1 << 17], 0, vec![false; patterns.len()]);
+fn look(socket: &OwnedFd, patterns: &Patterns, marks: &Marks, begins: &Sender<()>) -> (usize, Vec<bool>) {
+    let (mut bytes, mut seen, mut found) = (vec![0; 1 << 17], 0, vec![false; patterns.whole.len()]);
     loop {
-        match recv(socket, &mut bytes[..], RecvFlags::empty()) {
-            Ok((read, _)) if is_inside(&bytes[..read]) => {}
-            Ok((read, _)) => {
-                seen += read;
-                for (pattern, found) in patterns.iter().zip(&mut found) {
-                    *found |= contains(&bytes[..read], pattern);
+        let (read, _) = recv(socket, &mut bytes[..], RecvFlags::empty()).expect("the end is marked");
+        let packet = &bytes[..read];
+        if packet.ends_with(marks.begin.as_bytes()) {
+            let _ = begins.send(());
+        } else if packet.ends_with(marks.end.as_bytes()) {
+            return (seen, found);
+        } else if !is_inside(packet) {
+            seen += read;
+            patterns.find(packet, &mut found);
+        }
+    }
+}
+
+/// Patterns, indexed by their first bytes. One pass finds all of them: a capture that falls behind loses packets.
+struct Patterns {
+    whole: Vec<Vec<u8>>,
+    starting: HashMap<[u8; 4], Vec<usize>>,
+    /// The first two bytes of each pattern.
+    may_start: Vec<bool>,
+}
+
+impl Patterns {
+    fn new(whole: Vec<Vec<u8>>) -> Patterns {
+        let mut starting: HashMap<[u8; 4], Vec<usize>> = HashMap::new();
+        let mut may_start = vec![false; 1 << 16];
+        for (number, pattern) in whole.iter().enumerate() {
+            starting.entry(pattern[..4].try_into().unwrap()).or_default().push(number);
+            may_start[usize::from(u16::from_le_bytes([pattern[0], pattern[1]]))] = true;
+        }
+        Patterns { whole, starting, may_start }
+    }
+
+    /// Notes which patterns a packet contains.
+    fn find(&self, packet: &[u8], found: &mut [bool]) {
+        for (at, start) in packet.windows(4).enumerate() {
+            if self.may_start[usize::from(u16::from_le_bytes([start[0], start[1]]))] {
+                for number in self.starting.get(start).into_iter().flatten() {
+                    found[*number] |= packet[at..].starts_with(&self.whole[*number]);
                 }
             }
-            // No packet comes any more, so all were captured.
-            Err(_) if over.load(Ordering::Relaxed) => return (seen, found),
-            Err(_) => {}
         }
     }
 }
