@@ -87,7 +87,9 @@ def count_gpus(worker, variables):
     try:
         said = subprocess.run([worker, "gpus"], env=variables, capture_output=True, text=True, timeout=90)
     except FileNotFoundError:
-        raise NoGpu(f"{worker}: no such program; build it with `make build CUDA=1`, or name its folder with --bin") from None
+        raise NoGpu(
+            f"{worker}: no such program; build it with `make build CUDA=1`, or name its folder with --bin"
+        ) from None
     except subprocess.TimeoutExpired:
         raise NoGpu(f"`{worker} gpus` did not end within 90 s: the driver hangs") from None
     if said.returncode != 0 or not said.stdout.strip().isdigit():
@@ -140,7 +142,9 @@ class Run:
         command = [bench.bin / "coordinator", "--workers", str(workers), "--run-dir", self.folder]
         for key, value in dict(QUIET, **settings).items():
             command += ["--set", f"{key}={value}"]
-        variables = dict(environment(None, bench.libtorch, bench.hidden if visible is None else visible), **(extra or {}))
+        variables = dict(
+            environment(None, bench.libtorch, bench.hidden if visible is None else visible), **(extra or {})
+        )
         self.log = bench.scratch / f"{name}.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
@@ -334,7 +338,9 @@ class Bench:
         used = [row["gpu_memory_bytes"] for row in rows if row.get("gpu_memory_bytes")]
         busy = [row["gpu_utilisation"] for row in rows if "gpu_utilisation" in row]
         most = f"{max(used, default=0) / 2**20:.0f} MiB and {max(busy, default=0)} % at most"
-        self.note("rows that tell how the GPU was used", f"{len(used)} of {len(rows)}: {most}", "some", bool(used and busy))
+        self.note(
+            "rows that tell how the GPU was used", f"{len(used)} of {len(rows)}: {most}", "some", bool(used and busy)
+        )
 
     # In turns, so that a busy moment hits all.
     def speed(self):
@@ -439,7 +445,9 @@ def write(bench):
 
 
 def report(bench):
-    device = f"{len(bench.gpus)} GPUs ({describe_gpus()})" if bench.on_gpu else "a CPU, in small: nothing here is a result"
+    device = (
+        f"{len(bench.gpus)} GPUs ({describe_gpus()})" if bench.on_gpu else "a CPU, in small: nothing here is a result"
+    )
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     rows = "".join(f"| {' | '.join(check)} |\n" for check in bench.checks)
     return f"Checked {date} on {device}.\n\n| part | check | result | limit | verdict |\n|---|---|---|---|---|\n{rows}"
@@ -451,7 +459,9 @@ def options():
     parser.add_argument("--out", type=pathlib.Path, default=os.environ.get("OUT", "bench-gpu"), help="default: $OUT")
     parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "target/release", help="the folder of our programs")
     parser.add_argument("--python-path", type=pathlib.Path, help="where PyTorch is, if not with this Python")
-    parser.add_argument("--libtorch", type=pathlib.Path, help="the libtorch of our programs: default .libtorch/torch, else PyTorch's")
+    parser.add_argument(
+        "--libtorch", type=pathlib.Path, help="the libtorch of our programs: default .libtorch/torch, else PyTorch's"
+    )
     parser.add_argument("--limit", type=float, default=530, help="seconds that all may take")
     parser.add_argument("--only", action="append", choices=PARTS, help="only this part; may be given many times")
     chosen = parser.parse_args()

@@ -1,6 +1,6 @@
 """Writes the licences of all code linked into the programs, as these licences require of a distributor.
 
-    python3 deploy/notices.py > THIRD-PARTY.txt
+python3 deploy/notices.py > THIRD-PARTY.txt
 """
 
 import json

@@ -1,7 +1,7 @@
 """Pins the inputs of builds by their content: images by digest, Python packages by hash.
 
-    python3 deploy/pins.py check                      nothing is named by a tag or a version alone
-    python3 deploy/pins.py update --docker podman     the digests that the tags have now, into deploy/Dockerfile
+python3 deploy/pins.py check                      nothing is named by a tag or a version alone
+python3 deploy/pins.py update --docker podman     the digests that the tags have now, into deploy/Dockerfile
 """
 
 import argparse
@@ -55,7 +55,9 @@ def newest_digest(docker, tag):
     subprocess.run([docker, "pull", "--quiet", tag], check=True, stdout=subprocess.DEVNULL)
     shown = subprocess.run(
         [docker, "image", "inspect", "--format", "{{range .RepoDigests}}{{println .}}{{end}}", tag],
-        check=True, capture_output=True, text=True,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     return re.search(r"@(sha256:[0-9a-f]{64})", shown)[1]
 

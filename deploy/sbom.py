@@ -27,7 +27,7 @@ def bills(tool, features):
     command = [tool, "cyclonedx", "--format", "json", "--spec-version", "1.5", "--all", "--no-build-deps", "--quiet"]
     command += ["--override-filename", DRAFT, "--manifest-path", ROOT / "Cargo.toml"]
     command += ["--features", features] if features else []
-    drafts = lambda: ROOT.glob(f"*/{DRAFT}.json")  # noqa: E731
+    drafts = lambda: ROOT.glob(f"*/{DRAFT}.json")
     try:
         subprocess.run([str(part) for part in command], check=True, env={**os.environ, "SOURCE_DATE_EPOCH": "0"})
         texts = {draft.parent.name: draft.read_text(encoding="utf-8") for draft in drafts()}
@@ -45,8 +45,13 @@ def libtorch(folder, shipped):
         name, version = head["Name"], head["Version"]
         purl = f"pkg:pypi/{name.lower().replace('_', '-')}@{version}"
         component = {
-            "type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl,
-            "description": head["Summary"] or "", "scope": "required",
+            "type": "library",
+            "bom-ref": purl,
+            "name": name,
+            "version": version,
+            "purl": purl,
+            "description": head["Summary"] or "",
+            "scope": "required",
             "properties": [{"name": "ganglion:shipped", "value": str(shipped).lower()}],
         }
         licence = head["License-Expression"] or head["License"]
@@ -80,7 +85,10 @@ def merged(parts, torch):
         "version": 1,
         "metadata": {
             "component": {
-                "type": "application", "bom-ref": "ganglion", "name": "ganglion", "version": version,
+                "type": "application",
+                "bom-ref": "ganglion",
+                "name": "ganglion",
+                "version": version,
                 "licenses": [{"expression": "Apache-2.0"}],
             },
         },

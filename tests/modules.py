@@ -67,6 +67,7 @@ def graph(source):
 
 def circles(edges):
     """The strongly connected components of more than one module."""
+
     def reached(start):
         seen, left = set(), [start]
         while left:
@@ -77,8 +78,11 @@ def circles(edges):
         return seen
 
     reach = {module: reached(module) for module in edges}
-    return {frozenset(other for other in edges if module in reach[other] and other in reach[module])
-            for module in edges if module in reach[module]}
+    return {
+        frozenset(other for other in edges if module in reach[other] and other in reach[module])
+        for module in edges
+        if module in reach[module]
+    }
 
 
 def main():

@@ -9,7 +9,6 @@
 #include "error.h"
 #include "rust/cxx.h"
 
-
 namespace c10d_shim {
 
 struct AdamSettings;

@@ -48,8 +48,7 @@ std::unique_ptr<at::Tensor> upload(rust::Slice<const float> values, std::int8_t 
   at::Tensor there = pinned.to(at::Device(at::kCUDA, device), at::kFloat, /*non_blocking=*/true);
   own->synchronize();
   // Its memory is this stream's. It must not be used again before the stream that reads it has done so.
-  c10::cuda::CUDACachingAllocator::recordStream(
-      there.storage().data_ptr(), c10::cuda::getDefaultCUDAStream(device));
+  c10::cuda::CUDACachingAllocator::recordStream(there.storage().data_ptr(), c10::cuda::getDefaultCUDAStream(device));
   return std::make_unique<at::Tensor>(std::move(there));
 }
 

@@ -31,7 +31,7 @@ class Engine {
 };
 
 // The Rust store under a prefix, as c10d sees it.
-c10::intrusive_ptr<c10d::Store> make_store(
-    rust::Box<StoreHandle> store, rust::Str prefix, std::chrono::milliseconds timeout);
+c10::intrusive_ptr<c10d::Store>
+make_store(rust::Box<StoreHandle> store, rust::Str prefix, std::chrono::milliseconds timeout);
 
 } // namespace c10d_shim

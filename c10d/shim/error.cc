@@ -36,8 +36,13 @@ char kind_of(const std::exception& error, const std::string& text) {
       contains_any(typeid(error).name(), {"4gloo11IoException"}) ||
       contains_any(
           text,
-          {"Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
-           "Socket closed", "Read error", "Write error"})) {
+          {"Connection closed by peer",
+           "Connection reset by peer",
+           "Connection refused",
+           "Broken pipe",
+           "Socket closed",
+           "Read error",
+           "Write error"})) {
     return 'P';
   }
   return 'F';

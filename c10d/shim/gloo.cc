@@ -77,8 +77,8 @@ std::unique_ptr<Group> gloo_group(
   options->devices.push_back(
       interface.empty() ? c10d::ProcessGroupGloo::createDeviceForHostname(std::string(hostname))
                         : c10d::ProcessGroupGloo::createDeviceForInterface(std::string(interface)));
-  auto group = c10::make_intrusive<Gloo>(
-      make_store(std::move(store), prefix, timeout), rank, world_size, std::move(options));
+  auto group =
+      c10::make_intrusive<Gloo>(make_store(std::move(store), prefix, timeout), rank, world_size, std::move(options));
   // The meeting had its own, shorter limit above. From here on operations have theirs.
   group->setTimeout(std::chrono::milliseconds(limits.operation_ms));
   return std::make_unique<Group>(std::make_unique<GlooEngine>(std::move(group)));

@@ -48,8 +48,7 @@ Group::~Group() = default;
 void Group::close() const { engine_->close(); }
 bool Group::polls() const { return engine_->polls(); }
 
-std::unique_ptr<Work> Group::all_reduce(
-    const at::Tensor& tensor, std::uint8_t op, rust::Box<Signal> signal) const {
+std::unique_ptr<Work> Group::all_reduce(const at::Tensor& tensor, std::uint8_t op, rust::Box<Signal> signal) const {
   return start(*engine_, std::move(signal), [&](c10d::Backend& backend) {
     std::vector<at::Tensor> tensors{lend(tensor)};
     c10d::AllreduceOptions options;
@@ -74,8 +73,8 @@ std::unique_ptr<Work> Group::all_to_all(
   });
 }
 
-std::unique_ptr<Work> Group::all_gather(
-    const at::Tensor& send, const at::Tensor& receive, rust::Box<Signal> signal) const {
+std::unique_ptr<Work> Group::all_gather(const at::Tensor& send, const at::Tensor& receive, rust::Box<Signal> signal)
+    const {
   return start(*engine_, std::move(signal), [&](c10d::Backend& backend) {
     at::Tensor output = lend(receive);
     at::Tensor input = lend(send);
@@ -83,8 +82,7 @@ std::unique_ptr<Work> Group::all_gather(
   });
 }
 
-std::unique_ptr<Work> Group::broadcast(
-    const at::Tensor& tensor, std::int64_t root, rust::Box<Signal> signal) const {
+std::unique_ptr<Work> Group::broadcast(const at::Tensor& tensor, std::int64_t root, rust::Box<Signal> signal) const {
   return start(*engine_, std::move(signal), [&](c10d::Backend& backend) {
     std::vector<at::Tensor> tensors{lend(tensor)};
     c10d::BroadcastOptions options;
@@ -117,8 +115,6 @@ bool is_exclusive(const at::Tensor& tensor) {
 
 std::size_t byte_length(const at::Tensor& tensor) { return tensor.nbytes(); }
 
-std::uint8_t* data_pointer(const at::Tensor& tensor) {
-  return static_cast<std::uint8_t*>(tensor.mutable_data_ptr());
-}
+std::uint8_t* data_pointer(const at::Tensor& tensor) { return static_cast<std::uint8_t*>(tensor.mutable_data_ptr()); }
 
 } // namespace c10d_shim

@@ -43,18 +43,15 @@ class Group {
 
   // Each launches one operation that ends by completing the signal, exactly once, on some thread. The tensors'
   // memory must live, and stay unwritten by others, until the signal says success or the group is destroyed.
-  std::unique_ptr<Work> all_reduce(
-      const at::Tensor& tensor, std::uint8_t op, rust::Box<Signal> signal) const;
+  std::unique_ptr<Work> all_reduce(const at::Tensor& tensor, std::uint8_t op, rust::Box<Signal> signal) const;
   std::unique_ptr<Work> all_to_all(
       const at::Tensor& send,
       rust::Slice<const std::int64_t> send_splits,
       const at::Tensor& receive,
       rust::Slice<const std::int64_t> receive_splits,
       rust::Box<Signal> signal) const;
-  std::unique_ptr<Work> all_gather(
-      const at::Tensor& send, const at::Tensor& receive, rust::Box<Signal> signal) const;
-  std::unique_ptr<Work> broadcast(
-      const at::Tensor& tensor, std::int64_t root, rust::Box<Signal> signal) const;
+  std::unique_ptr<Work> all_gather(const at::Tensor& send, const at::Tensor& receive, rust::Box<Signal> signal) const;
+  std::unique_ptr<Work> broadcast(const at::Tensor& tensor, std::int64_t root, rust::Box<Signal> signal) const;
   std::unique_ptr<Work> barrier(rust::Box<Signal> signal) const;
 
   // Cuts the connections to all peers, so that they notice.

@@ -39,8 +39,7 @@ std::size_t live_handles() {
 
 std::size_t wait_for_handles(std::uint64_t timeout_ms) {
   std::unique_lock<std::mutex> guard(ledger().mutex);
-  ledger().changed.wait_for(
-      guard, std::chrono::milliseconds(timeout_ms), [] { return ledger().live == 0; });
+  ledger().changed.wait_for(guard, std::chrono::milliseconds(timeout_ms), [] { return ledger().live == 0; });
   return ledger().live;
 }
 

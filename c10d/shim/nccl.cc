@@ -91,7 +91,10 @@ std::unique_ptr<Group> nccl_group(
   // Else the first operation would wait for what the making of the communicator did not.
   options->config.blocking = 1;
   auto group = c10::make_intrusive<c10d::ProcessGroupNCCL>(
-      make_store(std::move(store), prefix, timeout), rank, world_size, std::move(options));
+      make_store(std::move(store), prefix, timeout),
+      rank,
+      world_size,
+      std::move(options));
   const at::Device gpu(at::kCUDA, device);
   group->setBoundDeviceId(gpu);
   // Now, and not with the first operation: whoever forms a group expects to wait for the peers, and an abort cannot end

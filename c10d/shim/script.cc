@@ -56,8 +56,11 @@ void interpret_plainly() {
 } // namespace
 
 Script::Script(torch::jit::Module module) : module_(std::move(module)) {
-  const auto add = [this](const torch::jit::Module& owner, const std::string& path, const std::string& attribute,
-                          bool is_parameter) {
+  const auto add = [this](
+                       const torch::jit::Module& owner,
+                       const std::string& path,
+                       const std::string& attribute,
+                       bool is_parameter) {
     slots_.push_back({owner, attribute, path.empty() ? attribute : path + "." + attribute, is_parameter});
   };
   // Parameters first, then buffers, by which Rust counts the tensors.

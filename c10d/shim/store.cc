@@ -85,10 +85,11 @@ class RustStore final : public c10d::Store {
 
 } // namespace
 
-c10::intrusive_ptr<c10d::Store> make_store(
-    rust::Box<StoreHandle> store, rust::Str prefix, std::chrono::milliseconds timeout) {
+c10::intrusive_ptr<c10d::Store>
+make_store(rust::Box<StoreHandle> store, rust::Str prefix, std::chrono::milliseconds timeout) {
   return c10::make_intrusive<c10d::PrefixStore>(
-      std::string(prefix), c10::make_intrusive<RustStore>(std::move(store), timeout));
+      std::string(prefix),
+      c10::make_intrusive<RustStore>(std::move(store), timeout));
 }
 
 TcpStore::TcpStore(std::unique_ptr<c10d::TCPStore> store) : store_(std::move(store)) {}
@@ -107,12 +108,12 @@ rust::Vec<std::uint8_t> TcpStore::get(rust::Str key, std::uint64_t timeout_ms) c
   return to_vec(store_->get(name));
 }
 
-std::int64_t TcpStore::add(rust::Str key, std::int64_t amount) const {
-  return store_->add(std::string(key), amount);
-}
+std::int64_t TcpStore::add(rust::Str key, std::int64_t amount) const { return store_->add(std::string(key), amount); }
 
 rust::Vec<std::uint8_t> TcpStore::compare_set(
-    rust::Str key, rust::Slice<const std::uint8_t> expected, rust::Slice<const std::uint8_t> desired) const {
+    rust::Str key,
+    rust::Slice<const std::uint8_t> expected,
+    rust::Slice<const std::uint8_t> desired) const {
   return to_vec(store_->compareSet(std::string(key), to_bytes(expected), to_bytes(desired)));
 }
 
@@ -126,8 +127,7 @@ bool TcpStore::contains(rust::Slice<const rust::Str> keys) const {
   return store_->check(names);
 }
 
-std::unique_ptr<TcpStore> tcp_store(
-    rust::Str host, std::uint16_t port, bool is_server, std::uint64_t timeout_ms) {
+std::unique_ptr<TcpStore> tcp_store(rust::Str host, std::uint16_t port, bool is_server, std::uint64_t timeout_ms) {
   c10d::TCPStoreOptions options;
   options.port = port;
   options.isServer = is_server;

@@ -90,6 +90,7 @@ def contents(arguments, version, programs, tag, third_party):
 
 def record(files, info):
     """Returns RECORD: each file's hash and size, and its own name."""
+
     def line(name, data):
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
         return f"{name},sha256={digest},{len(data)}\n"
@@ -111,7 +112,9 @@ def main():
     parser.add_argument("--torch", required=True, help="the version of PyTorch that the programs were built for")
     parser.add_argument("--cuda", default="", metavar="cuNNN", help="the programs use this CUDA; part of the version")
     parser.add_argument("--programs", type=Path, default=ROOT / "target/release", help="the folder they were built in")
-    parser.add_argument("--sbom", type=Path, required=True, help="the list of the programs' parts, of sbom.py (PEP 770)")
+    parser.add_argument(
+        "--sbom", type=Path, required=True, help="the list of the programs' parts, of sbom.py (PEP 770)"
+    )
     parser.add_argument("--patchelf", default="patchelf", help="the patchelf program")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder to write to")
     arguments = parser.parse_args()

@@ -123,7 +123,7 @@ def live(page, run):
     rows = page.browser.evaluate("document.querySelectorAll('#workers tr:not(.empty)').length")
     check(rows == 2, "and listed")
     for chart in ("c-loss", "c-score", "c-rate", "c-time"):
-        check(page.wait(chart, lambda: page.drawn(chart) > 500), f"{chart} is drawn")
+        check(page.wait(chart, lambda chart=chart: page.drawn(chart) > 500), f"{chart} is drawn")
     digest = page.wait("a checkpoint", lambda: page.text("#checkpoints code"))
     check(digest in [event["state_digest"] for event in run.events("checkpoint")], "checkpoints show their digests")
 
@@ -190,7 +190,9 @@ def main():
     parser.add_argument("--pictures", help="a folder for screenshots")
     options = parser.parse_args()
     if program() is None:
-        sys.exit("this test needs Chromium: install it (Debian: apt-get install chromium), or leave `make test-browser` out")
+        sys.exit(
+            "this test needs Chromium: install it (Debian: apt-get install chromium), or leave `make test-browser` out"
+        )
     if options.pictures:
         os.makedirs(options.pictures, exist_ok=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -10,6 +10,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 if ! podman image exists "$base"; then
+    # shellcheck disable=SC2016 # apt-get puts in the site, not the shell.
     mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep -m1 '/debian/\?$')
     debootstrap --variant=minbase --include=ca-certificates bookworm "$folder/debian" "$mirror" >&2
     # As bookworm-slim does.

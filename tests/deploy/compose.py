@@ -14,7 +14,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from common import (
-    LIMIT, ROOT, audit, check, digest, events, last_step, main, run, say, scratch, undisturbed, wait_for,
+    LIMIT,
+    ROOT,
+    audit,
+    check,
+    digest,
+    events,
+    last_step,
+    main,
+    run,
+    say,
+    scratch,
+    undisturbed,
+    wait_for,
 )
 
 IMAGE = os.environ.get("GANGLION_IMAGE", "ganglion:cpu")
@@ -22,8 +34,15 @@ PROJECT = f"ganglion-test-{os.getpid()}"
 STEPS = 3000
 SETTINGS = [
     argument
-    for setting in (f"job.steps={STEPS}", "model.width=32", "job.shard_batch=4", "job.data_shards=4",
-                    "metrics.every_steps=10", "checkpoint.every_steps=1000", "sample.every_steps=3000")
+    for setting in (
+        f"job.steps={STEPS}",
+        "model.width=32",
+        "job.shard_batch=4",
+        "job.data_shards=4",
+        "metrics.every_steps=10",
+        "checkpoint.every_steps=1000",
+        "sample.every_steps=3000",
+    )
     for argument in ("--set", setting)
 ]
 # A machine without systemd, and without the right to raise limits, needs these.
@@ -91,9 +110,26 @@ class Alone:
         self.name = f"{PROJECT}-alone"
         self.run_dir = self.volume.folder / "alone"
         podman(
-            "run", "--detach", "--name", self.name, "--read-only", "--tmpfs", "/tmp", "--cap-drop", "all",
-            "--network", "none", "--volume", f"{self.volume.name}:/runs", IMAGE,
-            "coordinator", "--workers", "2", "--run-dir", "/runs/alone", *SETTINGS,
+            "run",
+            "--detach",
+            "--name",
+            self.name,
+            "--read-only",
+            "--tmpfs",
+            "/tmp",
+            "--cap-drop",
+            "all",
+            "--network",
+            "none",
+            "--volume",
+            f"{self.volume.name}:/runs",
+            IMAGE,
+            "coordinator",
+            "--workers",
+            "2",
+            "--run-dir",
+            "/runs/alone",
+            *SETTINGS,
         )
         stack.callback(podman, "rm", "--force", self.name)
 
@@ -137,7 +173,16 @@ class Compose:
         self.run_dir = Path(volume) / "compose"
 
     def do(self, *arguments):
-        command = [sys.executable, "-m", "podman_compose", "-f", ROOT / "deploy/compose.yaml", "-p", PROJECT, *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "podman_compose",
+            "-f",
+            ROOT / "deploy/compose.yaml",
+            "-p",
+            PROJECT,
+            *arguments,
+        ]
         return run(*command, env=self.environment)
 
     def container(self, service):
@@ -148,7 +193,9 @@ class Compose:
         wait_for(f"a group of {workers}", lambda: world_sizes(self.run_dir)[-1:] == [workers])
         step = last_step(self.run_dir)
         wait_for("progress", lambda: last_step(self.run_dir) > step)
-        check(last_step(self.run_dir) < STEPS, f"too late to disturb it\n{podman('logs', self.container('coordinator'))}")
+        check(
+            last_step(self.run_dir) < STEPS, f"too late to disturb it\n{podman('logs', self.container('coordinator'))}"
+        )
 
 
 def a_killed_and_a_cut_off_worker_change_no_bit():
@@ -181,8 +228,10 @@ if __name__ == "__main__":
             configuration.write_text(CONFIGURATION)
             os.environ["CONTAINERS_CONF"] = str(configuration)
         build_if_missing()
-        main([
-            the_image_holds_what_runs_and_nothing_else,
-            process_1_reaps_stops_and_resumes,
-            a_killed_and_a_cut_off_worker_change_no_bit,
-        ])
+        main(
+            [
+                the_image_holds_what_runs_and_nothing_else,
+                process_1_reaps_stops_and_resumes,
+                a_killed_and_a_cut_off_worker_change_no_bit,
+            ]
+        )

@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAYS = ROOT / "deploy/kubernetes/overlays"
@@ -149,7 +150,9 @@ def admitted(rendered, direction, pod, peer, port):
     side, rules = ("from", "ingress") if direction == "Ingress" else ("to", "egress")
     for rule in (rule for spec in policies for rule in spec.get(rules, [])):
         peers = rule.get(side)
-        near = [item["podSelector"] for item in peers or [] if "namespaceSelector" not in item and "podSelector" in item]
+        near = [
+            item["podSelector"] for item in peers or [] if "namespaceSelector" not in item and "podSelector" in item
+        ]
         fits = peers is None or any(selects(selector, peer) for selector in near)
         if fits and ("ports" not in rule or port in {item["port"] for item in rule["ports"]}):
             return True

@@ -1,13 +1,13 @@
 """Checks a bill of materials: CycloneDX's schema, and the parts of the programs in it.
 
-    python3 tests/deploy/sbom.py dist/ganglion.cdx.json
+python3 tests/deploy/sbom.py dist/ganglion.cdx.json
 """
 
 import json
 import sys
-import tomllib
 from pathlib import Path
 
+import tomllib
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 

@@ -14,14 +14,33 @@ import subprocess
 from contextlib import ExitStack
 
 from common import (
-    PROGRAMS, ROOT, audit, check, digest, end, events, last_step, main, run, scratch, undisturbed, wait_for,
+    PROGRAMS,
+    ROOT,
+    audit,
+    check,
+    digest,
+    end,
+    events,
+    last_step,
+    main,
+    run,
+    scratch,
+    undisturbed,
+    wait_for,
 )
 
 STEPS = 3000
 SETTINGS = [
     argument
-    for setting in (f"job.steps={STEPS}", "model.width=32", "job.shard_batch=4", "job.data_shards=4",
-                    "metrics.every_steps=10", "checkpoint.every_steps=1000", "sample.every_steps=3000")
+    for setting in (
+        f"job.steps={STEPS}",
+        "model.width=32",
+        "job.shard_batch=4",
+        "job.data_shards=4",
+        "metrics.every_steps=10",
+        "checkpoint.every_steps=1000",
+        "sample.every_steps=3000",
+    )
     for argument in ("--set", setting)
 ]
 NODES = {"n1": "10.0.0.11", "n2": "10.0.0.12", "n3": "10.0.0.13"}
@@ -265,13 +284,15 @@ class Tests:
 if __name__ == "__main__":
     with ExitStack() as stack:
         tests = Tests(stack)
-        main([
-            tests.two_nodes_train_one_run,
-            tests.wrong_input_fails_the_job_with_exit_code_2,
-            tests.workers_that_all_fail_fail_the_job,
-            tests.a_lost_node_is_done_without,
-            tests.the_first_node_is_lost_and_others_resume,
-            tests.a_requeued_job_resumes,
-            tests.a_preempted_job_saves_and_resumes,
-            tests.a_cancelled_job_stays_cancelled,
-        ])
+        main(
+            [
+                tests.two_nodes_train_one_run,
+                tests.wrong_input_fails_the_job_with_exit_code_2,
+                tests.workers_that_all_fail_fail_the_job,
+                tests.a_lost_node_is_done_without,
+                tests.the_first_node_is_lost_and_others_resume,
+                tests.a_requeued_job_resumes,
+                tests.a_preempted_job_saves_and_resumes,
+                tests.a_cancelled_job_stays_cancelled,
+            ]
+        )

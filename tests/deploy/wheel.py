@@ -1,7 +1,7 @@
 """Installs the wheel in an environment without Rust, and trains with it.
 
-    python3 tests/deploy/wheel.py          PyTorch is the one that was built with
-    python3 tests/deploy/wheel.py --full   PyTorch comes through pip as for any user (4.5 GB)
+python3 tests/deploy/wheel.py          PyTorch is the one that was built with
+python3 tests/deploy/wheel.py --full   PyTorch comes through pip as for any user (4.5 GB)
 """
 
 import base64
@@ -156,12 +156,14 @@ if __name__ == "__main__":
     say(f"testing {the_wheel().name}")
     with ExitStack() as stack:
         tests = Tests(stack)
-        main([
-            every_file_is_as_recorded,
-            the_programs_name_no_folder_of_libraries,
-            tests.without_its_pytorch_it_says_what_to_install,
-            tests.it_trains_the_same_bits_and_draws,
-            tests.it_stops_when_told_to_and_resumes,
-            tests.wrong_input_is_told_with_exit_code_2,
-            *([tests.pip_brings_pytorch_along] if "--full" in sys.argv[1:] else []),
-        ])
+        main(
+            [
+                every_file_is_as_recorded,
+                the_programs_name_no_folder_of_libraries,
+                tests.without_its_pytorch_it_says_what_to_install,
+                tests.it_trains_the_same_bits_and_draws,
+                tests.it_stops_when_told_to_and_resumes,
+                tests.wrong_input_is_told_with_exit_code_2,
+                *([tests.pip_brings_pytorch_along] if "--full" in sys.argv[1:] else []),
+            ]
+        )

@@ -12,18 +12,24 @@ import sys
 import tempfile
 from pathlib import Path
 
+import make
 import torch
 from safetensors.torch import load_file
-
-import make
 
 STEPS = 60
 LIMIT_SECONDS = 300
 
 
 def train(programs, networks, run_dir, workers):
-    settings = ["model.kind=script", f"model.generator={networks}/G.pt", f"model.discriminator={networks}/D.pt",
-                f"model.latent_dim={make.LATENT}", f"job.steps={STEPS}", "job.shard_batch=4", "job.data_shards=6"]
+    settings = [
+        "model.kind=script",
+        f"model.generator={networks}/G.pt",
+        f"model.discriminator={networks}/D.pt",
+        f"model.latent_dim={make.LATENT}",
+        f"job.steps={STEPS}",
+        "job.shard_batch=4",
+        "job.data_shards=6",
+    ]
     command = [programs / "coordinator", "--workers", str(workers), "--run-dir", run_dir]
     for setting in settings:
         command += ["--set", setting]

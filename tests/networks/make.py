@@ -71,7 +71,10 @@ class Features(nn.Module):
     """Features for metrics: (n, 32) of images (n, 1, 28, 28). Without weights, so that it is equal everywhere."""
 
     def forward(self, images):
-        rows, columns = nn.functional.adaptive_avg_pool2d(images, (28, 1)), nn.functional.adaptive_avg_pool2d(images, (1, 28))
+        rows, columns = (
+            nn.functional.adaptive_avg_pool2d(images, (28, 1)),
+            nn.functional.adaptive_avg_pool2d(images, (1, 28)),
+        )
         whole = torch.cat([rows.flatten(1), columns.flatten(1)], 1)
         return nn.functional.adaptive_avg_pool1d(whole.unsqueeze(1), 32).squeeze(1)
 
@@ -88,12 +91,17 @@ def main(folder):
     save(Features(), folder / "features.pt")
     refused = folder / "refused"
     save(nn.Sequential(Discriminator(), nn.Sigmoid()), refused / "sigmoid.pt")
-    save(nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 1)),
-         refused / "counts.pt")
+    save(
+        nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 1)),
+        refused / "counts.pt",
+    )
     save(nn.Sequential(nn.Flatten(), nn.Linear(784, 2)), refused / "two-numbers.pt")
     save(nn.Sequential(nn.Flatten(), nn.Linear(784, 1)).double(), refused / "double.pt")
-    traced = torch.jit.trace(nn.Sequential(nn.Flatten(), nn.Linear(784, 1), nn.Dropout()).train(),
-                             torch.ones(2, 1, 28, 28), check_trace=False)
+    traced = torch.jit.trace(
+        nn.Sequential(nn.Flatten(), nn.Linear(784, 1), nn.Dropout()).train(),
+        torch.ones(2, 1, 28, 28),
+        check_trace=False,
+    )
     traced.save(refused / "traced.pt")
 
 

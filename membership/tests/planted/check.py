@@ -1,6 +1,6 @@
 """Plants each mistake of this folder into a copy of the machine, and demands that the simulation finds it.
 
-    python3 membership/tests/planted/check.py [--seeds N] [NAME...]
+python3 membership/tests/planted/check.py [--seeds N] [NAME...]
 """
 
 import argparse
