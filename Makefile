@@ -20,7 +20,7 @@ KILLS ?= 100
 RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo bench bench-gpu bench-load bench-recovery test golden simulate simulate-planted simulate-shell chaos check fmt lint modules unused docs licences proto-lint proto-breaking proto-contract clean \
+.PHONY: help setup build build-bench build-tests demo bench bench-functions bench-gpu bench-load bench-recovery test test-bench golden simulate simulate-planted simulate-shell chaos check fmt lint style modules features unused docs licences proto-lint proto-breaking proto-contract clean \
 	advisories pins update-pins requirements sbom check-sbom wheel image check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
 
 help: ## Show what there is to make.
@@ -52,8 +52,18 @@ endif
 
 FEATURES := $(if $(CUDA),ganglion-worker/cuda) $(if $(CLOUD),ganglion-coordinator/cloud ganglion-worker/cloud)
 
+# What is built is always the two programs, alone or with more, so that a crate has the same features each time
+# and is compiled once; `make features` checks that.
+BUILD := $(CARGO) build --release --locked -p ganglion-coordinator -p ganglion-worker
+
 build: setup ## Build the programs (CUDA=1: for GPUs; CLOUD=1: with object stores).
-	$(CARGO) build --release --locked --workspace $(if $(strip $(FEATURES)),--features "$(strip $(FEATURES))")
+	$(BUILD) $(if $(strip $(FEATURES)),--features "$(strip $(FEATURES))")
+
+build-bench: setup
+	$(BUILD) -p ganglion-bench
+
+build-tests: setup
+	$(BUILD) -p ganglion-tests -p ganglion-failing
 
 # ---- Use -------------------------------------------------------------------------------------------------------------
 
@@ -67,17 +77,20 @@ demo: build ## Train the MLP GAN on real digits with two workers, then draw 50 d
 BENCH_PARTS := $(or $(PARTS),$(if $(ONLY),rows,rows promise growth losses))
 BENCH_NEEDS := $(if $(filter rows losses,$(BENCH_PARTS)),$(TOOLS)/bench)
 
-bench: build $(BENCH_NEEDS) ## Measure training, also beside PyTorch; write bench/RESULTS.md (PARTS="rows growth", ONLY="mlp-28").
+bench: build-bench $(BENCH_NEEDS) ## Measure training, also beside PyTorch; write bench/RESULTS.md (PARTS="rows growth", ONLY="mlp-28").
 	target/release/bench $(addprefix --,$(BENCH_PARTS)) $(if $(ONLY),--only "$(ONLY)") $(if $(BF16),--bf16) \
 		--python-path $(TOOLS)/bench --page bench/RESULTS.md --pictures docs
 
 bench-gpu: ## Check and measure all that needs a GPU, into OUT=folder (after `make build CUDA=1`; GPU="--device cpu" to try it).
 	$(PYTHON) bench/gpu.py --out $(or $(OUT),bench-gpu) $(GPU)
 
-bench-load: build ## Measure a coordinator with many sessions: SESSIONS="100 500".
+bench-functions: setup ## Measure single functions: the sum of gradients, Adam, digests, framing, the journal (ONLY="tree").
+	$(CARGO) bench --locked -p ganglion-bench --benches -- $(ONLY)
+
+bench-load: build-bench ## Measure a coordinator with many sessions: SESSIONS="100 500".
 	target/release/load $(SESSIONS)
 
-bench-recovery: build $(TOOLS)/bench ## Kill workers and coordinators, and those of others; write docs/recovery.md.
+bench-recovery: build-bench $(TOOLS)/bench ## Kill workers and coordinators, and those of others; write docs/recovery.md.
 	target/release/recovery --kills $(KILLS) --restarts $(RESTARTS) --seed $(or $(SEED),1) --python-path $(TOOLS)/bench \
 		--page docs/recovery.md
 
@@ -90,16 +103,19 @@ $(TOOLS)/bench:
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
 
-test: build $(TOOLS)/python ## Run all tests.
-	RUST_TEST_THREADS=$(TEST_THREADS) GANGLION_BIN="$(CURDIR)/target/release" $(CARGO) test --release --locked --workspace
+test: build-tests $(TOOLS)/python ## Run all tests.
+	RUST_TEST_THREADS=$(TEST_THREADS) GANGLION_BIN="$(CURDIR)/target/release" $(CARGO) test --release --locked --workspace --exclude ganglion-bench
 	@if command -v kubectl || command -v kustomize; then $(MAKE) --no-print-directory test-kubernetes; \
 	else echo "deploy/kubernetes was not checked: that needs kubectl or kustomize"; fi
 
-golden: build ## Compare the bits of this tree with those of another commit (BASE=main, ONLY=part of a job's name).
+test-bench: build-bench ## Test the programs that measure.
+	$(CARGO) test --release --locked -p ganglion-bench --bins --tests
+
+golden: build-tests ## Compare the bits of this tree with those of another commit (BASE=main, ONLY=part of a job's name).
 	target/release/golden $(if $(BASE),--base $(BASE)) $(if $(ONLY),--only $(ONLY))
 
-chaos: build ## Disturb real runs at random, for MINUTES=10, and demand the same bits (SEED=x to repeat).
-	MINUTES=$(MINUTES) $(CARGO) run --release --locked -p ganglion-tests --bin chaos
+chaos: build-tests ## Disturb real runs at random, for MINUTES=10, and demand the same bits (SEED=x to repeat).
+	MINUTES=$(MINUTES) target/release/chaos
 
 records-page: ## Write docs/records.md, the reference of metrics.jsonl and events.jsonl, from their types.
 	$(CARGO) run --release --locked --quiet -p ganglion-proto --example records_page > docs/records.md.new
@@ -147,7 +163,7 @@ check-alerts: ## Check the alerts and the configuration for Prometheus. Needs pr
 	promtool check config deploy/prometheus/prometheus.yml
 	promtool test rules deploy/prometheus/alerts_test.yml
 
-check: fmt lint modules unused docs licences advisories pins proto-lint proto-breaking test golden ## Everything that must be clean before a change lands.
+check: fmt lint style modules features unused docs licences advisories pins proto-lint proto-breaking test test-bench golden ## Everything that must be clean before a change lands.
 
 fmt:
 	$(CARGO) fmt --all --check
@@ -155,8 +171,27 @@ fmt:
 lint: setup
 	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
 
+# Words, scripts, Python and the C++ of c10d.
+style: $(TOOLS)/lint ## Check spelling, shell scripts, Python and the layout of the C++.
+	$(TOOLS)/lint/bin/typos
+	$(TOOLS)/lint/bin/shellcheck $(SCRIPTS)
+	$(TOOLS)/lint/bin/ruff check --no-cache
+	$(TOOLS)/lint/bin/ruff format --no-cache --check --quiet
+	PYTHONPATH=$(TOOLS)/lint $(TOOLS)/lint/bin/clang-format --dry-run --Werror $(SHIM)
+
+SCRIPTS := .ci/run deploy/collect.sh deploy/slurm/ganglion.sbatch tests/deploy/bases.sh
+SHIM := $(shell find c10d/shim -name '*.cc' -o -name '*.h')
+
+$(TOOLS)/lint:
+	@echo "getting typos, shellcheck, ruff and clang-format (about 25 MB)"
+	@$(PIP) --target $@.new --requirement $(REQUIREMENTS)/lint.txt
+	@mv $@.new $@
+
 modules: ## Check that modules do not depend on each other in a circle.
 	$(PYTHON) tests/modules.py
+
+features: ## Check that no crate is compiled twice for want of one set of features.
+	$(PYTHON) tests/features.py
 
 unused: $(TOOLS)/bin/cargo-machete
 	$(TOOLS)/bin/cargo-machete

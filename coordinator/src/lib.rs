@@ -3,6 +3,17 @@
 //!
 //! The crate never links libtorch. Every decision about the group is [`ganglion_membership::Machine`]'s;
 //! this crate is the shell around it: sockets, clock, files and processes.
+//!
+//! A job is checked as a whole, before anything is started:
+//!
+//! ```
+//! use ganglion_coordinator::job_file::{Source, read};
+//!
+//! let job = read(&Source::Embedded, &["job.steps=100".to_string()]).unwrap();
+//! assert_eq!(job.job.steps, 100);
+//! let errors = read(&Source::Embedded, &["job.step=100".to_string()]).unwrap_err();
+//! assert!(errors.to_string().contains("did you mean job.steps?"), "{errors}");
+//! ```
 #![forbid(unsafe_code)]
 
 pub mod api;
@@ -12,6 +23,7 @@ pub mod control;
 pub mod error;
 pub mod job_file;
 pub mod journal;
+pub mod program;
 pub mod records;
 pub mod run_dir;
 pub mod startup;

@@ -20,6 +20,21 @@
 //! ```
 //!
 //! A new coordinator of a run that trained begins in Reconnecting.
+//!
+//! A coordinator that shall run two workers itself begins by starting them:
+//!
+//! ```
+//! use std::time::Duration;
+//! use ganglion_membership::{Action, Event, Limits, Machine, Recovered, Settings, Term};
+//!
+//! let limits = Limits::derive(Duration::from_secs(10));
+//! let settings = Settings { term: Term(1), local_workers: 2, data_shards: 8, limits };
+//! let mut machine = Machine::new(settings, Recovered::default());
+//! let mut actions = Vec::new();
+//! machine.handle(Duration::ZERO, Event::Started, &mut actions);
+//! let spawned = actions.iter().filter(|action| matches!(action, Action::Spawn)).count();
+//! assert_eq!(spawned, 2);
+//! ```
 
 mod backend;
 mod checkpoint;

@@ -8,7 +8,6 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use tokio_rustls::rustls;
 use tokio_rustls::rustls::crypto::CryptoProvider;
@@ -20,6 +19,8 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tonic::Request;
 use tonic::metadata::AsciiMetadataValue;
 use webpki::{EndEntityCert, KeyUsage};
+
+use crate::clock;
 
 /// File of the trusted certificate authorities.
 pub const CA_FILE: &str = "ca.crt";
@@ -159,7 +160,7 @@ impl Identity {
         let own = EndEntityCert::try_from(own)?;
         let roots = &self.roots.roots;
         let algorithms = provider.signature_verification_algorithms.all;
-        let now = UnixTime::since_unix_epoch(now());
+        let now = UnixTime::since_unix_epoch(clock::unix_time());
         // Without revocation lists: the files are replaced instead (invariant 2).
         own.verify_for_usage(algorithms, roots, between, now, usage, None, None).map(drop)
     }
@@ -217,10 +218,6 @@ impl Identity {
 pub fn provider() -> Arc<CryptoProvider> {
     // As an argument everywhere: with two providers linked in, rustls would not choose one by itself.
     Arc::new(rustls::crypto::ring::default_provider())
-}
-
-fn now() -> Duration {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 /// Secret by which a worker is allowed to join.

@@ -5,8 +5,21 @@
 //! of samples ([`stream`]), the manifest of a checkpoint ([`manifest`]), the timeline ([`trace`])
 //! and the structured log ([`log`]). Content from the wire is checked during conversion: see
 //! [`Malformed`].
+//!
+//! A line of `metrics.jsonl` is a [`MetricsRow`](record::MetricsRow):
+//!
+//! ```
+//! use ganglion_proto::record::MetricsRow;
+//!
+//! let line = r#"{"step": 100, "images_seen": 12800, "ledger": "00c0ffee00c0ffee", "loss_generator": 0.7,
+//!                "time": 1.5, "generation": 1, "world_size": 2}"#;
+//! let row: MetricsRow = serde_json::from_str(line)?;
+//! assert_eq!((row.step, row.scalars.get("loss_generator")), (100, Some(0.7)));
+//! # Ok::<(), serde_json::Error>(())
+//! ```
 
 mod bounds;
+pub mod clock;
 mod convert;
 pub mod credentials;
 pub mod data_report;

@@ -10,14 +10,16 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{PoisonError, RwLock};
-use std::time::SystemTime;
 
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
+
+use crate::clock;
 
 /// Environment variable by which a coordinator has its workers write the structured log.
 pub const VARIABLE: &str = "GANGLION_LOG_FORMAT";
@@ -29,6 +31,15 @@ static PLACE: RwLock<BTreeMap<&str, Value>> = RwLock::new(BTreeMap::new());
 pub fn note(key: &'static str, value: impl Into<Value>) {
     // Held for one insertion; a formatter waits no longer than that.
     PLACE.write().unwrap_or_else(PoisonError::into_inner).insert(key, value.into());
+}
+
+/// Environment variable that says which events are logged, such as `info` or `warn,ganglion_worker=debug`.
+const FILTER: &str = "RUST_LOG";
+
+/// Filter of this process's log: that of the environment, or this level where it has none that can be read.
+pub fn filter(default: LevelFilter) -> Targets {
+    let wanted = std::env::var(FILTER).ok().and_then(|text| text.parse().ok());
+    wanted.unwrap_or_else(|| Targets::new().with_default(default))
 }
 
 /// Formatter that writes each event as a line of the structured log.
@@ -46,7 +57,7 @@ where
         event: &Event<'_>,
     ) -> fmt::Result {
         let mut line = Map::new();
-        line.insert("time".to_string(), unix_time().into());
+        line.insert("time".to_string(), clock::now().into());
         line.insert("level".to_string(), event.metadata().level().to_string().into());
         // Before the process's own fields, so that the event's win (invariant 2).
         event.record(&mut Fields(&mut line));
@@ -60,10 +71,6 @@ where
         // JSON escapes newlines in texts, so the one at the end is the only one (invariant 3).
         writeln!(writer, "{}", Value::Object(line))
     }
-}
-
-fn unix_time() -> f64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 /// Visitor that collects an event's fields.

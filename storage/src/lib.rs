@@ -10,6 +10,22 @@
 //! 4. Texts that leave this crate contain no credentials; an address with credentials is refused.
 //! 5. No request waits for ever: an object store that does not answer is an error within about half
 //!    a minute.
+//!
+//! ```
+//! use ganglion_storage::{Address, Path, PutPayload, Storage};
+//!
+//! let folder = tempfile::tempdir()?;
+//! let address = Address::parse(&folder.path().display().to_string())?;
+//! let storage = Storage::open(&address)?;
+//! # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+//! let path = Path::parse("step-00000100/manifest.json")?;
+//! storage.put_new(&path, &PutPayload::from_static(b"{}")).await?;
+//! assert_eq!(storage.read(&path).await?.as_ref(), b"{}");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # })?;
+//! assert!(Address::parse("s3://key:secret@bucket/runs").is_err(), "no address has credentials");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![forbid(unsafe_code)]
 
 mod address;

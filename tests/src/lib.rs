@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod disk;
+pub mod failpoint;
 pub mod measured;
 pub mod wire;
 
@@ -41,8 +42,12 @@ pub const SMALL_DCGAN: &[&str] =
 /// Returns the path of a program: in the folder `GANGLION_BIN`, or next to this program. For tests
 /// it is built if need be.
 pub fn program(name: &str) -> PathBuf {
+    folder_of_programs().join(name)
+}
+
+fn folder_of_programs() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    FOLDER.get_or_init(|| std::env::var_os("GANGLION_BIN").map_or_else(own_folder, PathBuf::from)).join(name)
+    FOLDER.get_or_init(|| std::env::var_os("GANGLION_BIN").map_or_else(own_folder, PathBuf::from))
 }
 
 fn own_folder() -> PathBuf {
@@ -60,7 +65,7 @@ fn own_folder() -> PathBuf {
 fn build(release: bool) {
     let mut build = Command::new(env!("CARGO"));
     build.args(["build", "--quiet", "--locked", "-p", "ganglion-coordinator", "-p", "ganglion-worker"]);
-    build.args(["--bins", "--examples"]);
+    build.args(["-p", "ganglion-failing", "--bins", "--examples"]);
     if release {
         build.arg("--release");
     }
@@ -94,6 +99,13 @@ impl Run {
     pub fn by(mut self, programs: &Path) -> Run {
         self.coordinator = programs.join("coordinator");
         self
+    }
+
+    /// Uses the programs with failpoints.
+    pub fn with_failpoints(self) -> Run {
+        let folder = failpoint::programs(folder_of_programs());
+        assert_ne!(folder, folder_of_programs(), "there are no programs with failpoints: `make build-tests`");
+        self.by(&folder)
     }
 
     /// Runs the coordinator's program with these arguments for this run.

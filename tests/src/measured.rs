@@ -4,13 +4,13 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::process::Command;
-use std::time::SystemTime;
 
+use ganglion_proto::clock;
 use ganglion_storage::whole;
 
 /// Returns the seconds since the Unix epoch.
 pub fn now() -> f64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+    clock::now()
 }
 
 /// Returns the mean number of runnable processes over the last minute.

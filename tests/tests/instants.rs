@@ -4,6 +4,7 @@
 
 use std::sync::OnceLock;
 
+use ganglion_tests::failpoint::VARIABLE;
 use ganglion_tests::{Process, Reference, Run, SMALL_DCGAN, SMALL_MLP};
 
 const MLP: &[&str] = &[
@@ -28,9 +29,9 @@ fn undisturbed_mlp() -> &'static Reference {
 
 /// Run in which the first process to reach a point kills itself.
 fn with_failpoint(settings: &[&[&str]], workers: u32, point: &str) -> (Run, Process) {
-    let run = Run::new(settings);
+    let run = Run::new(settings).with_failpoints();
     let once = run.beside("once").display().to_string();
-    let variables = [(ganglion_proto::failpoint::VARIABLE, format!("{point}:{once}"))];
+    let variables = [(VARIABLE, format!("{point}:{once}"))];
     let coordinator = run.start_in(workers, &variables);
     (run, coordinator)
 }

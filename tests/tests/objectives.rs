@@ -3,8 +3,7 @@
 
 use std::path::Path;
 
-use ganglion_proto::failpoint;
-use ganglion_tests::{Reference, Run, program};
+use ganglion_tests::{Reference, Run, failpoint, program};
 use tempfile::TempDir;
 
 const JOB: &[&str] = &["job.steps=30", "job.data_shards=6", "job.shard_batch=4", "job.failure_deadline=2"];
@@ -16,7 +15,7 @@ fn programs() -> TempDir {
     let folder = tempfile::tempdir_in(coordinator.parent().unwrap()).unwrap();
     let link = |from: &Path, name: &str| std::fs::hard_link(from, folder.path().join(name)).unwrap();
     link(&coordinator, "coordinator");
-    link(&program("examples/regression"), "worker");
+    link(&program("failing-regression"), "worker");
     folder
 }
 

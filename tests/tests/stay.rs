@@ -109,10 +109,10 @@ fn who_is_drained_or_stopped_does_not_stay() {
 
 #[test]
 fn a_worker_that_misses_the_end_hears_of_it_from_the_next_coordinator() {
-    let run = Run::new(&[SMALL_MLP, &["job.steps=10"]]);
+    let run = Run::new(&[SMALL_MLP, &["job.steps=10"]]).with_failpoints();
     // The coordinator dies once the last checkpoint is valid, before it releases a worker.
     let mut command = run.command(&["--workers", "0", "--stay"]);
-    command.env(ganglion_proto::failpoint::VARIABLE, format!("manifest@10:{}", run.beside("once").display()));
+    command.env(ganglion_tests::failpoint::VARIABLE, format!("manifest@10:{}", run.beside("once").display()));
     let died = Process::start(command);
     let worker = staying_worker(&url(&run, 1));
     assert_ne!(died.wait().code, Some(0));

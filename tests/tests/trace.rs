@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use ganglion_tests::failpoint::VARIABLE;
 use ganglion_tests::{Process, Run, SMALL_MLP, program};
 use serde_json::Value;
 
@@ -141,10 +142,10 @@ fn a_trace_shows_the_coordinator_and_both_workers_and_changes_nothing() {
 
 #[test]
 fn a_trace_shows_a_worker_that_is_killed_and_how_the_others_go_on() {
-    let run = Run::new(&SETTINGS);
+    let run = Run::new(&SETTINGS).with_failpoints();
     let file = run.beside("trace.json");
     let mut command = run.command(&["--workers", "2", "--trace", file.to_str().unwrap()]);
-    command.env("GANGLION_FAILPOINT", format!("commit@41:{}", run.beside("killed").display()));
+    command.env(VARIABLE, format!("commit@41:{}", run.beside("killed").display()));
     let ended = Process::start(command).wait();
     assert_eq!(ended.code, Some(0), "{}", ended.output);
 

@@ -212,24 +212,8 @@ fn a_second_coordinator_names_the_holder_and_disturbs_nothing() {
     run.wait_for_step(now + 20);
 }
 
-/// The error comes before hours of measuring, not after them.
 #[test]
-fn results_that_cannot_be_written_are_told_before_the_work() {
-    let folder = tempfile::tempdir().unwrap();
-    let page = folder.path().join("page.md");
-    fs::write(&page, "by hand alone").unwrap();
-    for program in [env!("CARGO_BIN_EXE_bench"), env!("CARGO_BIN_EXE_recovery")] {
-        for (page, says) in
-            [(page.as_path(), "no place for generated text"), (Path::new("/no/page.md"), "No such")]
-        {
-            let mut command = Command::new(program);
-            command.arg("--page").arg(page);
-            assert_refused(&Process::start(command).wait(), 2, &["--page", page.to_str().unwrap(), says]);
-        }
-    }
-    let mut pictures = Command::new(env!("CARGO_BIN_EXE_bench"));
-    pictures.args(["--growth", "--pictures", "/no"]);
-    assert_refused(&Process::start(pictures).wait(), 2, &["--pictures /no", "No such"]);
+fn drawings_that_cannot_be_written_are_told_before_the_work() {
     // The error comes before the search for the checkpoint.
     for (command, option) in
         [("sample", "--out"), ("sample", "--folder"), ("interpolate", "--out"), ("export", "--out")]

@@ -10,6 +10,27 @@
 //! - [`engine::commit`]: the only writer of [`state`], and a pure one.
 //! - [`engine::finite`]: a reduced gradient that is not finite is skipped or ends the group, by all members alike.
 //! - [`engine::generation`]: a group starts from one state, compared before the first phase.
+//!
+//! The sum has the same bits whoever adds its terms:
+//!
+//! ```no_run
+//! use ganglion_worker::engine::reduce::tree::{Node, TreeSum, cover};
+//! use tch::Tensor;
+//!
+//! let gradient = |shard: u32| Tensor::from_slice(&[0.1 * f64::from(shard)]);
+//! let sum_of = |shards: std::ops::Range<u32>| {
+//!     let mut sum = TreeSum::new(4);
+//!     shards.for_each(|shard| sum.push(Node::leaf(shard), gradient(shard)));
+//!     sum.take()
+//! };
+//! // Two workers with two shards each, and one that adds their sums.
+//! let mut both = TreeSum::new(4);
+//! for (node, sum) in sum_of(0..2).into_iter().chain(sum_of(2..4)) {
+//!     both.push(node, sum);
+//! }
+//! assert_eq!(cover(0..4, 4), [Node::root(4)]);
+//! assert_eq!(both.take()[0].1, sum_of(0..4)[0].1);
+//! ```
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
@@ -20,6 +41,7 @@ pub mod engine;
 pub mod eval;
 pub mod nn;
 pub mod objective;
+pub mod program;
 pub mod random;
 pub mod sampling;
 pub mod session;

@@ -3,8 +3,10 @@
 use std::fmt;
 
 use clap::ValueEnum;
-use ganglion_proto::log::JsonLines;
-use tracing_subscriber::EnvFilter;
+use ganglion_proto::log::{JsonLines, filter};
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::records::progress::Screen;
 
@@ -29,17 +31,17 @@ impl fmt::Display for LogFormat {
 /// Starts this process's log, on a screen.
 pub fn start_log(screen: &Screen, format: LogFormat) {
     // Progress and messages are not a log; only what is out of the ordinary comes on top of them.
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = filter(LevelFilter::WARN);
     let (screen, is_terminal) = (screen.clone(), screen.is_terminal());
     let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(LevelFilter::TRACE)
         .with_target(false)
         .with_ansi(is_terminal)
         // A closed terminal would have each line reported once more, to that terminal.
         .log_internal_errors(false)
         .with_writer(move || screen.clone());
     match format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.event_format(JsonLines).init(),
+        LogFormat::Text => log.finish().with(filter).init(),
+        LogFormat::Json => log.event_format(JsonLines).finish().with(filter).init(),
     }
 }

@@ -13,8 +13,8 @@
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
+use ganglion_proto::clock;
 use prost::Message;
 
 /// Prefix of the names of event files.
@@ -108,8 +108,7 @@ impl TensorBoard {
     /// The folder or the file cannot be created.
     pub fn create(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let now = now.unwrap_or_default();
+        let now = clock::unix_time();
         // Named as by TensorBoard's own writers: the time comes first, so the order of names is that of
         // starts.
         let host = nix::unistd::gethostname().unwrap_or_default();

@@ -23,11 +23,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use crate::system::clock;
 use crate::system::node::{Node, Relation, start_time};
 
 /// Interval at which a holder renews its claim.
@@ -280,7 +281,7 @@ pub fn is_claimed(folder: &Path, locks_work: bool) -> bool {
         Verdict::Lives(_) => true,
         Verdict::Unknown => {
             let renewed = fs::metadata(&file).and_then(|file| file.modified());
-            let age = |renewed| SystemTime::now().duration_since(renewed).unwrap_or_default();
+            let age = |renewed| clock::wall_clock().duration_since(renewed).unwrap_or_default();
             renewed.is_ok_and(|renewed| age(renewed) < PATIENCE)
         }
     }

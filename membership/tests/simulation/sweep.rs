@@ -3,6 +3,10 @@
 //! The environment decides: `SEEDS` how many, `FIRST` from which on, `THREADS` on how many threads; `SEED`
 //! runs one and prints all that happens in it. If it says nothing, the seeds that failed once run, the first
 //! ones, and some that no other day has.
+#![allow(
+    clippy::disallowed_methods,
+    reason = "a sweep runs for days on cores; the simulations in it have no clock"
+)]
 
 use std::io::Write;
 use std::ops::Range;

@@ -1,10 +1,11 @@
 //! Life of a worker, from its hello to its exit code.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use ganglion_membership::LoadedFacts;
 use ganglion_membership::member::Event;
+use ganglion_proto::clock;
 use ganglion_proto::dial::Credentials;
 use ganglion_proto::job::{Data, Job};
 use ganglion_proto::log;
@@ -122,8 +123,7 @@ fn introduce(session: &Session, trace: &Trace, track: &Track) {
     log::note("run", welcome.job.job.name.as_str());
     log::note("term", welcome.term.0);
     log::note("worker", welcome.worker.0);
-    let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    track.instant("welcome", json!({ "time": time.as_secs_f64(), "term": welcome.term.0 }));
+    track.instant("welcome", json!({ "time": clock::now(), "term": welcome.term.0 }));
 }
 
 /// Logs an assignment, and notes it for later lines.

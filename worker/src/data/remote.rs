@@ -401,6 +401,7 @@ fn notes(folder: &Path) -> BTreeMap<String, Note> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ganglion_proto::clock;
     use ganglion_storage::PutPayload;
 
     fn put(storage: &Storage, name: &str, content: &[u8]) {
@@ -525,7 +526,7 @@ mod tests {
             fs::create_dir_all(folder.path().join("a")).unwrap();
             for draft in drafts {
                 let file = File::create(folder.path().join(draft)).unwrap();
-                file.set_modified(SystemTime::now() - age).unwrap();
+                file.set_modified(clock::wall_clock() - age).unwrap();
             }
             fs::create_dir_all(folder.path().join("b")).unwrap();
             sweep(folder.path(), "", &|_| true, is_alone).unwrap();

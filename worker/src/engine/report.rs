@@ -1,10 +1,11 @@
 //! Reports of a finished step: the metrics row, the sample grid, the checkpoint, the evaluation.
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use ganglion_membership::Position;
 use ganglion_membership::member::{Event, Reported};
+use ganglion_proto::clock;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{Assignment, GpuUse, MetricsRow};
 use tch::{Device, Tensor};
@@ -117,7 +118,7 @@ impl Pace {
 
     /// Returns the circumstances of the step that was just committed.
     fn circumstances(&self, assignment: &Assignment, job: &Job) -> Circumstances {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let now = clock::unix_time();
         let seconds = self.since.elapsed().as_secs_f64().max(1e-9);
         #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // a rate for people
         let images_per_second = ((self.steps * job.samples_per_step()) as f64 / seconds) as f32;

@@ -39,7 +39,7 @@ pub fn programs(commit: Option<&str>) -> Result<PathBuf, String> {
     }
     build(&all)?;
     fs::create_dir_all(&new).map_err(failed)?;
-    for name in ["coordinator", "worker"] {
+    for name in programs_of(&all) {
         fs::copy(all.join("target/release").join(name), new.join(name)).map_err(failed)?;
     }
     fs::rename(&new, &programs).map_err(failed)?;
@@ -87,13 +87,21 @@ fn seed(from: &Path, to: &Path) -> io::Result<()> {
     copy(&[from.join(".fingerprint"), from.join("build")], to)
 }
 
-/// Builds the programs of the checkout, with all members' features, as `make build` does: the dependencies
-/// are the same.
+/// Names of the programs of the checkout. Earlier commits have no others with failpoints.
+fn programs_of(all: &Path) -> &'static [&'static str] {
+    const NAMES: [&str; 4] = ["coordinator", "worker", "failing-coordinator", "failing-worker"];
+    if all.join("source/tests/failing").exists() { &NAMES } else { &NAMES[..2] }
+}
+
+/// Builds the programs of the checkout, as `make build` does: the dependencies are the same.
 fn build(all: &Path) -> Result<(), String> {
     let mut command = Command::new(env!("CARGO"));
     command.current_dir(all.join("source")).env("CARGO_TARGET_DIR", all.join("target"));
-    command.args(["build", "--release", "--locked", "--quiet", "--workspace", "--bin", "coordinator"]);
-    command.args(["--bin", "worker"]);
+    command.args(["build", "--release", "--locked", "--quiet"]);
+    command.args(["-p", "ganglion-coordinator", "-p", "ganglion-worker"]);
+    if programs_of(all).len() > 2 {
+        command.args(["-p", "ganglion-failing"]);
+    }
     // The checkout has no libtorch of its own.
     if std::env::var_os("LIBTORCH").is_none() && std::env::var_os("LIBTORCH_USE_PYTORCH").is_none() {
         command.env("LIBTORCH", root().join(".libtorch/torch"));

@@ -5,8 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use ganglion_proto::failpoint;
-use ganglion_tests::Run;
+use ganglion_tests::{Run, failpoint};
 use image::{ImageFormat, RgbImage};
 
 use crate::bits::Bits;
@@ -180,7 +179,8 @@ impl Job {
     pub fn run(&self, precision: Precision, way: Way, programs: &Path) -> Result<Outcome, String> {
         let precision = format!("job.precision={}", precision.name());
         let settings: Vec<&str> = self.settings.iter().map(String::as_str).chain([&*precision]).collect();
-        let run = Run::new(&[&settings]).by(programs);
+        let failing = (way == Way::Killed).then(|| failpoint::programs(programs));
+        let run = Run::new(&[&settings]).by(failing.as_deref().unwrap_or(programs));
         let (log, death) = (run.beside("shard-gradients"), run.beside("death"));
         let workers = if way == Way::Alone { "1" } else { "3" };
         let mut command = run.command(&["--workers", workers]);

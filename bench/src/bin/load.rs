@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ganglion_membership::{Activity, Fault, Generation, Limits, LoadedFacts, Passport, Position, Progress};
+use ganglion_proto::clock;
 use ganglion_proto::message::{self, FromWorker, MetricsRow};
 use ganglion_proto::wire::session_response::Message;
 use ganglion_proto::wire::{Assignment, SessionResponse};
@@ -60,7 +61,7 @@ struct Place {
 impl Crowd {
     fn note(&self, generation: u64, bytes: usize) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = SystemTime::now();
+        let now = clock::wall_clock();
         let entry = told.entry(generation).or_insert(Told { members: 0, bytes: 0, last: now });
         *entry = Told { members: entry.members + 1, bytes: entry.bytes + bytes, last: now };
     }
@@ -78,7 +79,7 @@ impl Crowd {
             images_seen: 1,
             ledger: 1,
             scalars: [("loss_discriminator", 1.0), ("loss_generator", 1.0)].into_iter().collect(),
-            time: seconds(SystemTime::now()),
+            time: seconds(clock::wall_clock()),
             generation: place.generation,
             world_size: 1,
             images_per_second: 1.0,
@@ -230,7 +231,7 @@ async fn measure(count: usize) {
     let (after, said) = (usage(coordinator.pid()), crowd.messages.load(Ordering::Relaxed) - said);
     let seconds_watched = (after.at - before.at).as_secs_f64();
 
-    let lost = seconds(SystemTime::now());
+    let lost = seconds(clock::wall_clock());
     let _ = crowd.victim.send(Some(count / 2));
     let (next, told) = wait("group of the others", crowd.clone(), first, count - 1).await;
     let (decided, last) = (formed(&run, next) - lost, seconds(told.last) - lost);
