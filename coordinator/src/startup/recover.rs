@@ -332,6 +332,30 @@ mod tests {
         assert_is_old(&run_dir.path("journal.sqlite.damaged-1"));
     }
 
+    /// A later repetition of an evaluation is compared by its bits, and called a breach if one differs.
+    #[test]
+    fn an_evaluation_is_read_back_from_its_event_bit_for_bit() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut number = 1_u64;
+        let mut metric = |name: usize| {
+            // Knuth's MMIX generator. Between 2^-32 and 2^32, with all bits of the fraction.
+            number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let exponent = 991 + (number >> 58);
+            (format!("m{name}"), f64::from_bits((exponent << 52) | (number >> 12)))
+        };
+        let metrics: Vec<(String, f64)> = (0..1000).map(&mut metric).collect();
+        let metrics = metrics.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+        let row = EvaluationRow { step: 20, metrics, features: "digits ab".to_string(), seconds: 0.1 };
+        let line = RunEvent::Evaluation(row.clone()).line(1.5, usize::MAX);
+        fs::write(folder.path().join("events.jsonl"), [line, vec![b'\n']].concat()).unwrap();
+        let told = Told::read(folder.path());
+        let [read] = told.evaluations.as_slice() else { panic!("one evaluation") };
+        for (name, value) in row.metrics.iter() {
+            assert_eq!(read.get(name).map(f64::to_bits), Some(value.to_bits()), "{value:?}");
+        }
+        assert!(row.agrees(read));
+    }
+
     #[test]
     fn a_recovery_that_ended_half_way_is_taken_up() {
         let folder = tempfile::tempdir().unwrap();
