@@ -30,7 +30,8 @@ pub struct LineFile {
     synced: u64,
     /// Bytes from the offset `end - recent.len()` on.
     recent: Vec<u8>,
-    /// Whether the bytes in `recent` may be lost from the file, after a failed sync.
+    /// Whether the file may differ from `recent` there: bytes may be lost after a failed sync, and a
+    /// part of a line may be left after a failed write.
     is_shaken: bool,
     /// Whether the file's directory entry is durable.
     is_named: bool,
@@ -97,8 +98,8 @@ impl LineFile {
         self.restore()?;
         let start = self.end;
         if let Err(error) = self.disk.append(&self.path, &self.file, &line) {
-            // If this fails too, the next opening cuts off the rest of the line.
-            self.file.set_len(start).ok();
+            // If this fails too, the rest is cut off before the next line: none may be written behind it.
+            self.is_shaken |= self.file.set_len(start).is_err();
             return Err(ganglion_storage::whole::explain(error, line.len(), &self.path));
         }
         self.end += line.len() as u64;
@@ -109,7 +110,7 @@ impl LineFile {
         Ok(start)
     }
 
-    /// Writes again the bytes that a failed sync may have lost.
+    /// Writes again the bytes that a failed sync may have lost, in place of whatever is there.
     pub(super) fn restore(&mut self) -> io::Result<()> {
         if !self.is_shaken {
             return Ok(());

@@ -97,8 +97,10 @@ pub struct TensorBoard {
     file: File,
     /// Whole records that are not in the file yet.
     unwritten: Vec<u8>,
-    /// Length of the file, in bytes.
+    /// Length of the whole records in the file, in bytes.
     end: u64,
+    /// Whether the file may end in a part of a record.
+    is_torn: bool,
 }
 
 impl TensorBoard {
@@ -113,7 +115,8 @@ impl TensorBoard {
         // starts.
         let host = nix::unistd::gethostname().unwrap_or_default();
         let stem = format!("{PREFIX}{:010}.{}.{}", now.as_secs(), host.to_string_lossy(), std::process::id());
-        let mut board = TensorBoard { file: create_numbered(dir, &stem)?, unwritten: Vec::new(), end: 0 };
+        let file = create_numbered(dir, &stem)?;
+        let mut board = TensorBoard { file, unwritten: Vec::new(), end: 0, is_torn: false };
         board.write(&Event {
             wall_time: now.as_secs_f64(),
             // The first record of each file, by which readers know the format.
@@ -171,9 +174,25 @@ impl TensorBoard {
     /// # Errors
     /// The file cannot be written. The remaining records wait for the next flush, up to a limit.
     pub fn flush(&mut self) -> io::Result<()> {
-        if let Err(error) = self.file.write_all(&self.unwritten) {
-            // No reader gets past half a record, so it goes at once (2).
-            self.file.set_len(self.end).ok();
+        let written = self.cut().and_then(|()| self.file.write_all(&self.unwritten));
+        self.wrote(written)
+    }
+
+    /// Cuts off the part of a record that a failed write may have left.
+    fn cut(&mut self) -> io::Result<()> {
+        if self.is_torn {
+            self.file.set_len(self.end)?;
+            self.is_torn = false;
+        }
+        Ok(())
+    }
+
+    /// Notes the result of writing all that was unwritten.
+    fn wrote(&mut self, written: io::Result<()>) -> io::Result<()> {
+        if let Err(error) = written {
+            self.is_torn = true;
+            // No reader gets past half a record, so it goes at once (2); else before the next write.
+            let _ = self.cut();
             if self.unwritten.len() > UNWRITTEN_LIMIT {
                 self.unwritten.clear();
             }
@@ -252,7 +271,8 @@ fn next_record(reader: &mut impl Read, left: u64) -> io::Result<Option<Vec<u8>>>
 /// one, and the next coordinator has a new file.
 fn create_numbered(dir: &Path, stem: &str) -> io::Result<File> {
     for number in 0..u32::MAX {
-        match File::create_new(dir.join(format!("{stem}.{number}"))) {
+        // Appending: after a record was cut off, the next one begins at the new end, and not behind it.
+        match File::options().append(true).create_new(true).open(dir.join(format!("{stem}.{number}"))) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             other => return other,
         }
@@ -326,6 +346,26 @@ mod tests {
         let image = events[2].summary.as_ref().unwrap().value[0].image.clone().unwrap();
         assert_eq!((image.height, image.width, image.colorspace), (2, 3, 1));
         assert_eq!(image.encoded_image_string, b"not really a PNG");
+    }
+
+    /// Invariant 2, for a write of which only a part found room.
+    #[test]
+    fn what_follows_a_record_that_a_full_disk_cut_can_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut board = TensorBoard::create(dir.path()).unwrap();
+        board.scalars(1, 1.0, vec![("a".to_string(), 0.5)]);
+        let half = board.unwritten[..board.unwritten.len() / 2].to_vec();
+        board.file.write_all(&half).unwrap();
+        assert!(board.wrote(Err(io::ErrorKind::StorageFull.into())).is_err());
+        assert_eq!(board.file.metadata().unwrap().len(), board.end);
+        // The part could not be cut off either.
+        board.file.write_all(&half).unwrap();
+        board.is_torn = true;
+        board.scalars(2, 1.0, vec![("a".to_string(), 0.5)]);
+        board.flush().unwrap();
+        let path = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+        let steps: Vec<i64> = events(&fs::read(path).unwrap()).iter().map(|event| event.step).collect();
+        assert_eq!(steps, [0, 1, 2]);
     }
 
     #[test]
