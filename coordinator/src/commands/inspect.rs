@@ -24,10 +24,13 @@ use crate::journal::History;
 use crate::records::table::{Table, ago, size};
 use crate::run_dir::ownership::is_claimed;
 
-/// Bytes read from the end of a file; enough to hold its last line.
+/// Bytes read from the end of a file at first; four times as many where its last line is longer.
 // A row or an event has some hundred bytes. The event of a group of hundreds of members is longer, and
 // is the last one only where a coordinator died right after it.
 const TAIL: u64 = 64 << 10;
+/// Maximum number of bytes read from the end of a file.
+// Room for the longest line of events.jsonl (`LINE_LIMIT` in records/events.rs) and for one in progress.
+const TAIL_LIMIT: u64 = 4 << 20;
 
 /// State of a run, as seen from its files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -172,14 +175,33 @@ pub fn is_held(run: &Path) -> bool {
 fn last_line(file: &Path) -> Option<Vec<u8>> {
     let mut file = File::open(file).ok()?;
     let length = file.seek(SeekFrom::End(0)).ok()?;
+    let mut size = TAIL;
     // Only the end: the metrics of a long run may be gigabytes (2).
-    file.seek(SeekFrom::Start(length.saturating_sub(TAIL))).ok()?;
-    let mut tail = Vec::new();
-    file.read_to_end(&mut tail).ok()?;
-    // Behind the last newline a line may be in progress.
-    let whole = &tail[..tail.iter().rposition(|byte| *byte == b'\n')?];
-    let start = whole.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
-    Some(whole[start..].to_vec())
+    while size <= TAIL_LIMIT {
+        let from = length.saturating_sub(size);
+        file.seek(SeekFrom::Start(from)).ok()?;
+        let mut tail = Vec::new();
+        // No further than `length`: what is appended meanwhile may be any number of lines.
+        (&file).take(length - from).read_to_end(&mut tail).ok()?;
+        if let Some(line) = last_whole(&tail, from == 0) {
+            return Some(line.to_vec());
+        }
+        if from == 0 {
+            return None;
+        }
+        size *= 4;
+    }
+    None
+}
+
+/// Last whole line in the end of a file, or in all of it. Behind the last newline a line may be in
+/// progress.
+fn last_whole(tail: &[u8], is_all: bool) -> Option<&[u8]> {
+    let newline = |text: &[u8]| text.iter().rposition(|byte| *byte == b'\n');
+    let whole = &tail[..newline(tail)?];
+    // Without a newline before it, the line may begin before the part that was read.
+    let start = newline(whole).map(|end| end + 1).or(is_all.then_some(0))?;
+    Some(&whole[start..])
 }
 
 /// A checkpoint, as described by its manifest.
@@ -295,6 +317,27 @@ mod tests {
         let long = format!("{}\nthree\n", "x".repeat(2 * usize::try_from(TAIL).unwrap()));
         fs::write(&file, long).unwrap();
         assert_eq!(last_line(&file).unwrap(), b"three");
+    }
+
+    #[test]
+    fn a_last_line_of_any_length_is_read_from_its_beginning() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("lines");
+        let tail = usize::try_from(TAIL).unwrap();
+        for length in [tail - 1, tail, tail + 1, 1 << 20] {
+            let long = "x".repeat(length);
+            for before in ["", "one\n"] {
+                // A torn line behind it may be as long.
+                for torn in ["", &long] {
+                    fs::write(&file, format!("{before}{long}\n{torn}")).unwrap();
+                    assert!(
+                        last_line(&file).unwrap() == long.as_bytes(),
+                        "{length} {before:?} {}",
+                        torn.len()
+                    );
+                }
+            }
+        }
     }
 
     #[test]
