@@ -206,6 +206,17 @@ pub struct JournaledCheckpoint {
     pub valid: bool,
 }
 
+/// Number of rows about a run's coordinators.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Starts of a coordinator.
+    pub terms: u64,
+    /// Memberships of the group.
+    pub generations: u64,
+    /// Whether no such row was lost in a recovery.
+    pub is_whole: bool,
+}
+
 impl Fact {
     fn name(self) -> &'static str {
         match self {
@@ -253,6 +264,12 @@ impl Journal {
     /// Shortcoming of the journal's file system, diagnostic only.
     pub fn lacking(&self) -> Option<&str> {
         self.lacking.as_deref()
+    }
+
+    /// Makes all later writes fail, as on a full disk, or work again.
+    #[cfg(test)]
+    pub(crate) fn refuse_writes(&self, refuse: bool) {
+        self.connection.pragma_update(None, "query_only", refuse).unwrap();
     }
 
     /// Makes each commit check first whether this process still owns the run directory.
@@ -427,6 +444,21 @@ impl Journal {
         let newest = "SELECT COALESCE(MAX(generation), 0) FROM generations";
         let newest: u64 = self.connection.query_row(newest, [], |row| row.get(0))?;
         Ok(Generation(newest.max(self.floor()?)))
+    }
+
+    /// Counts the starts of a coordinator and the memberships of the group. Their numbers do not: these
+    /// leap in a recovery.
+    pub fn counts(&self) -> Result<Counts, JournalError> {
+        let query = "SELECT (SELECT COUNT(*) FROM terms), (SELECT COUNT(*) FROM generations)";
+        let (terms, generations) = self.connection.query_row(query, [], |row| row.try_into())?;
+        let recovery = self.fact(Fact::Recovered)?.map(|text| serde_json::from_str::<Recovery>(&text));
+        let lost = |table: &str| match &recovery {
+            Some(Ok(recovery)) => recovery.lost.iter().any(|lost| lost == table),
+            // A report that cannot be read rules nothing out.
+            Some(Err(_)) => true,
+            None => false,
+        };
+        Ok(Counts { terms, generations, is_whole: !lost("terms") && !lost("generations") })
     }
 
     /// Records that a checkpoint is about to be made valid, and the newest generation at that
@@ -650,6 +682,24 @@ mod tests {
 
     /// A checkpoint that was given up before it was valid leaves its place to another state of the
     /// same step.
+    #[test]
+    fn what_is_counted_does_not_leap_in_a_recovery() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(&folder.path().join("journal.sqlite")).unwrap();
+        journal.begin_term(1).unwrap();
+        journal.form(Term(1), &group(1, Start::Fresh), &Cause::Gathered).unwrap();
+        let recovery = Recovery { floor: LEAP, lost: vec!["workers".to_string()] };
+        journal.set_fact(Fact::Floor, &LEAP.to_string()).unwrap();
+        journal.set_fact(Fact::Recovered, &to_json(&recovery)).unwrap();
+        let term = journal.begin_term(1).unwrap();
+        assert_eq!(term, Term(LEAP + 1));
+        journal.form(term, &group(LEAP + 1, Start::Fresh), &Cause::Gathered).unwrap();
+        assert_eq!(journal.counts().unwrap(), Counts { terms: 2, generations: 2, is_whole: true });
+        let recovery = Recovery { lost: vec!["generations".to_string()], ..recovery };
+        journal.set_fact(Fact::Recovered, &to_json(&recovery)).unwrap();
+        assert!(!journal.counts().unwrap().is_whole);
+    }
+
     #[test]
     fn another_state_takes_the_place_of_a_checkpoint_until_that_is_valid() {
         let folder = tempfile::tempdir().unwrap();

@@ -9,6 +9,7 @@ use ganglion_proto::job::Job;
 
 use crate::checkpoints::best::{Best, folder};
 use crate::job_file;
+use crate::journal::Counts;
 
 /// Subject of a model card.
 pub struct Subject<'a> {
@@ -16,10 +17,8 @@ pub struct Subject<'a> {
     pub job: &'a Job,
     /// Unique name of the run.
     pub run: &'a str,
-    /// The coordinator's term: the number of terms, unless a journal was lost or recovered.
-    pub term: u64,
-    /// The newest generation: the number of generations, unless the journal was recovered.
-    pub generations: u64,
+    /// Number of starts of a coordinator and of memberships of the group.
+    pub counts: Counts,
     /// Fingerprint of the environment that results depend on.
     pub passport: Option<&'a Passport>,
     /// Number of samples in the data set.
@@ -109,8 +108,10 @@ fn lineage(card: &mut String, subject: &Subject) {
     let _ = write!(card, "\n## Lineage\n\n");
     line(card, "run", subject.run);
     line(card, "seed", &subject.job.job.seed.to_string());
-    line(card, "starts of a coordinator", &subject.term.to_string());
-    line(card, "memberships of the group", &subject.generations.to_string());
+    let Counts { terms, generations, is_whole } = subject.counts;
+    let bound = if is_whole { "" } else { "at least " };
+    line(card, "starts of a coordinator", &format!("{bound}{terms}"));
+    line(card, "memberships of the group", &format!("{bound}{generations}"));
     for (item, value) in
         subject.passport.iter().flat_map(|passport| &passport.0).filter(|(item, _)| *item != "data")
     {
@@ -149,8 +150,7 @@ mod tests {
         let card = render(&Subject {
             job: &job,
             run: "r-u-n",
-            term: 3,
-            generations: 7,
+            counts: Counts { terms: 3, generations: 7, is_whole: false },
             passport: Some(&passport),
             samples: Some(10_000),
             best: &best,
@@ -160,6 +160,8 @@ mod tests {
             "step-00001000/generator_ema.safetensors",
             "- hash: 0a1b",
             "- run: r-u-n",
+            "- starts of a coordinator: at least 3",
+            "- memberships of the group: at least 7",
             "- build: 9",
             "| frechet distance | 1.5000 |",
             "images seen in training: 64000",

@@ -122,8 +122,7 @@ impl Shell {
         let card = model_card::render(&Subject {
             job: &self.job,
             run: &self.run,
-            term: self.term.0,
-            generations: self.journal.last_generation().unwrap_or_default().0,
+            counts: self.journal.counts().unwrap_or_default(),
             passport: passport.as_ref(),
             samples: self.samples,
             best,
