@@ -42,6 +42,9 @@ use crate::system::clock::now;
 const SHOWN: [&str; 6] =
     [names::FRECHET, names::SCORE, names::MODES, names::PRECISION, names::RECALL, names::WASSERSTEIN];
 
+/// Maximum number of pictures that wait for the disk, each of some megabytes at most.
+const PICTURES_LIMIT: usize = 16;
+
 /// All records of a run.
 pub struct Records {
     job: Job,
@@ -58,6 +61,8 @@ pub struct Records {
     waiting: VecDeque<MetricsRow>,
     /// Maximum number of rows that may wait to be written.
     waiting_limit: usize,
+    /// Pictures that are not written yet, oldest first.
+    pictures: VecDeque<SampleGrid>,
     receipts: Receipts,
     syncing: Option<JoinHandle<Synced>>,
     skipped: Skipped,
@@ -118,6 +123,7 @@ impl Records {
             progress: None,
             waiting: VecDeque::new(),
             waiting_limit: disk.rows_that_wait(),
+            pictures: VecDeque::new(),
             syncing: None,
             skipped: Skipped::default(),
             failing: BTreeSet::new(),
@@ -248,6 +254,7 @@ impl Records {
         let written = self.events.catch_up(now());
         self.note("events.jsonl", written);
         self.write_rows();
+        self.write_pictures();
         self.timeline.flush();
         let flushed = self.curves.flush();
         self.note("tensorboard", flushed);
@@ -370,16 +377,40 @@ impl Records {
 
     /// Stores a grid of samples as a picture and shows it in TensorBoard.
     pub fn take_samples(&mut self, grid: SampleGrid) {
-        let name = format!("step-{:08}.png", grid.step);
-        let file = self.folder.join("samples").join(&name);
-        if std::fs::read(&file).is_ok_and(|known| known == grid.png) {
-            // The grid was drawn again after a change of the group.
-            return;
+        // A grid that waits and is drawn again, after a change of the group, waits once.
+        self.pictures.retain(|waiting| waiting.step != grid.step);
+        self.pictures.push_back(grid);
+        self.write_pictures();
+        // Only the oldest: a new one tells more of the run.
+        while self.pictures.len() > PICTURES_LIMIT
+            && let Some(dropped) = self.pictures.pop_front()
+        {
+            let step = dropped.step;
+            self.message(&format!(
+                "warning: the samples of step {step} are lost: too many wait for the disk"
+            ));
         }
-        // Whole or not there: the dashboard and the mirror read this folder at any moment.
-        let written = whole::write(&file, &grid.png);
-        self.note("samples", written);
-        self.event(&RunEvent::Samples { file: format!("samples/{name}"), step: grid.step });
+    }
+
+    fn write_pictures(&mut self) {
+        while let Some(grid) = self.pictures.pop_front() {
+            let name = format!("step-{:08}.png", grid.step);
+            let file = self.folder.join("samples").join(&name);
+            if std::fs::read(&file).is_ok_and(|known| known == grid.png) {
+                // The grid was drawn again after a change of the group.
+                continue;
+            }
+            // Whole or not there: the dashboard and the mirror read this folder at any moment.
+            let written = whole::write(&file, &grid.png);
+            let is_written = written.is_ok();
+            self.note("samples", written);
+            if !is_written {
+                // In front again: pictures are shown in the order in which they came.
+                return self.pictures.push_front(grid);
+            }
+            // After the file: the event names it, and readers open it at once.
+            self.event(&RunEvent::Samples { file: format!("samples/{name}"), step: grid.step });
+        }
     }
 
     /// Notes that the phase that started at `position` was skipped. All members report it, and
@@ -415,6 +446,12 @@ impl Records {
             Outcome::Stopped(_) => signal.map(|signal| format!("{signal:?}")).unwrap_or_default(),
             Outcome::InputWrong(detail) | Outcome::Failed(detail) => detail.clone(),
         };
+        // Before the end's event, which is the last one of a run that has ended.
+        self.write_waiting();
+        if !self.pictures.is_empty() {
+            let count = std::mem::take(&mut self.pictures).len();
+            self.message(&format!("warning: {count} pictures could not be written to samples"));
+        }
         self.event(&RunEvent::RunEnded { detail, outcome: recorded(outcome) });
         self.finish_writing();
         self.timeline.finish();

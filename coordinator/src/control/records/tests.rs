@@ -103,3 +103,27 @@ async fn a_row_is_durable_before_it_is_acknowledged_and_before_its_checkpoint() 
     let told = std::fs::read_to_string(bench.folder.path().join("events.jsonl")).unwrap();
     assert!(told.contains(r#""kind":"metrics_lost","count":1,"first":3,"last":3"#), "{told}");
 }
+
+/// Invariant 2, and that an event names only a picture that is there.
+#[tokio::test]
+async fn a_picture_is_told_of_once_it_could_be_written() {
+    let mut bench = Bench::new();
+    let path = |name: &str| bench.folder.path().join(name);
+    let (samples, events) = (path("samples"), path("events.jsonl"));
+    let told = || std::fs::read_to_string(&events).unwrap().matches(r#""kind":"samples""#).count();
+    let grid =
+        |step: u64| SampleGrid { step, png: step.to_le_bytes().to_vec(), width: 1, height: 1, channels: 1 };
+    // No folder of that name can be written to.
+    std::fs::write(&samples, "").unwrap();
+    let newest = PICTURES_LIMIT as u64 + 2;
+    (1..=newest).chain([newest]).for_each(|step| bench.records.take_samples(grid(step)));
+    assert_eq!((told(), bench.records.pictures.len()), (0, PICTURES_LIMIT));
+    std::fs::remove_file(&samples).unwrap();
+    std::fs::create_dir(&samples).unwrap();
+    bench.second().await;
+    assert_eq!((told(), bench.records.pictures.len()), (PICTURES_LIMIT, 0));
+    let picture = samples.join(format!("step-{newest:08}.png"));
+    assert_eq!(std::fs::read(picture).unwrap(), newest.to_le_bytes());
+    bench.records.take_samples(grid(newest));
+    assert_eq!(told(), PICTURES_LIMIT, "it was drawn again");
+}
