@@ -82,9 +82,11 @@ impl Drop for Waiter<'_> {
 impl Entries {
     fn put(&mut self, name: String, value: Vec<u8>) -> Result<(), Status> {
         let size = name.len() + value.len();
-        let replaced = self.values.get(&name).map_or(0, |old| name.len() + old.len());
-        let bytes = self.bytes - replaced + size;
-        if size > ENTRY_LIMIT || bytes > STORE_LIMIT || self.values.len() >= KEY_LIMIT {
+        let replaced = self.values.get(&name).map(|old| name.len() + old.len());
+        let bytes = self.bytes - replaced.unwrap_or(0) + size;
+        // A key that is there takes no further place: counters still count in a full store.
+        let is_full = replaced.is_none() && self.values.len() >= KEY_LIMIT;
+        if size > ENTRY_LIMIT || bytes > STORE_LIMIT || is_full {
             return Err(Status::resource_exhausted("the store is full or the entry too large"));
         }
         // Under the lock: a woken waiter looks again only when the value is in.
@@ -352,6 +354,17 @@ mod tests {
         assert!(entries.put("b".to_string(), vec![]).is_err());
         assert!(entries.remove("a") && !entries.remove("a"));
         entries.put("b".to_string(), vec![0; 19]).unwrap();
+    }
+
+    #[test]
+    fn a_key_can_be_replaced_where_no_other_finds_room() {
+        let values = (0..KEY_LIMIT).map(|key| (key.to_string(), Vec::new())).collect();
+        let mut entries = Entries { values, ..Entries::default() };
+        entries.bytes = entries.values.keys().map(String::len).sum();
+        entries.put("0".to_string(), vec![7]).unwrap();
+        assert!(entries.put("another".to_string(), vec![7]).is_err());
+        assert!(entries.remove("1"));
+        entries.put("another".to_string(), vec![7]).unwrap();
     }
 
     #[tokio::test]
