@@ -123,10 +123,13 @@ impl Storage {
         Ok(names.filter(|name| !whole::is_draft(name)).map(str::to_string).collect())
     }
 
-    /// Returns the length of every file, by its path from the storage's root.
-    pub async fn lengths(&self) -> Result<BTreeMap<String, u64>> {
+    /// Returns the length of every file and the time at which it was last written, by its path from the
+    /// storage's root.
+    pub async fn lengths(&self) -> Result<BTreeMap<String, (u64, SystemTime)>> {
         let files: Vec<_> = self.store.list(None).try_collect().await?;
-        Ok(files.into_iter().map(|file| (file.location.to_string(), file.size)).collect())
+        let about =
+            files.into_iter().map(|file| (file.location.to_string(), (file.size, file.last_modified.into())));
+        Ok(about.collect())
     }
 
     /// Returns the version of every file, by its path from the storage's root.

@@ -3,8 +3,9 @@
 //!
 //! 1. A thread of its own reads the run directory and sends; nothing waits for it but the run's
 //!    end, for a bounded time.
-//! 2. A file is sent again once its length or its modification time differs; files that an earlier
-//!    coordinator sent are not sent again. A file that grows is sent as far as it was.
+//! 2. A file is sent again once its length or its modification time differs. One that an earlier
+//!    coordinator sent is sent again if its length differs, or if it was modified after its copy was
+//!    written, by the clocks of the two. A file that grows is sent as far as it was.
 //! 3. A failure is reported once and retried. A storage that belongs to another run is left alone.
 //!
 //! Passes over the files take at most a tenth of the time: object stores cannot append, so a long
@@ -117,15 +118,31 @@ impl Mirror {
     }
 }
 
-/// Version of a file that was sent: its length, and its modification time if that is known.
-type Version = (u64, Option<SystemTime>);
+/// State of a file's copy.
+enum Copied {
+    /// Sent by this coordinator: length and modification time of the file before that.
+    Sent(u64, Option<SystemTime>),
+    /// Found on the storage: length of the copy, and the time at which it was written.
+    Found(u64, SystemTime),
+}
+
+impl Copied {
+    /// Whether a file with this length and modification time is the copy's.
+    fn is_of(&self, length: u64, changed: Option<SystemTime>) -> bool {
+        match *self {
+            Copied::Sent(sent, before) => sent == length && before == changed,
+            // A file may be repaired, or cut and grown again, to the length that it had.
+            Copied::Found(found, written) => found == length && changed.is_some_and(|time| time <= written),
+        }
+    }
+}
 
 struct Copier {
     run: String,
     folder: PathBuf,
     screen: Screen,
-    /// Versions sent, by file name; `None` until the storage was listed.
-    sent: Option<BTreeMap<String, Version>>,
+    /// Copies by file name; `None` until the storage was listed.
+    sent: Option<BTreeMap<String, Copied>>,
     failing: bool,
 }
 
@@ -200,21 +217,20 @@ impl Copier {
                     return Err(Stopped::Taken);
                 }
                 let there = storage.lengths().await?.into_iter();
-                // job.toml may change without a change of its length, so it is sent once by each
-                // coordinator.
-                let unknown = there.filter(|(name, _)| name != FILES[0]);
-                none.insert(unknown.map(|(name, length)| (name, (length, None))).collect())
+                // job.toml is written by each start, often with the same length, so it is sent once by
+                // each, whatever the clocks say.
+                let there = there.filter(|(name, _)| name != FILES[0]);
+                none.insert(there.map(|(name, (length, at))| (name, Copied::Found(length, at))).collect())
             }
         };
         for name in files(&self.folder)? {
             let file = File::open(self.folder.join(&name))?;
             let about = file.metadata()?;
             let (length, changed) = (about.len(), about.modified().ok());
-            let is_same = |known: &Version| known.0 == length && (known.1.is_none() || known.1 == changed);
-            if !sent.get(&name).is_some_and(is_same) {
+            if !sent.get(&name).is_some_and(|copied| copied.is_of(length, changed)) {
                 storage.send(&Place::from(name.as_str()), file).await?;
                 // Of before the copy: a file that grew meanwhile differs, and is sent again.
-                sent.insert(name, (length, changed));
+                sent.insert(name, Copied::Sent(length, changed));
             }
         }
         Ok(())
@@ -297,6 +313,29 @@ mod tests {
         fs::write(run.path().join("metrics.jsonl"), "1\n2\n3\n").unwrap();
         assert!(later.pass(&storage).await.is_ok());
         assert_eq!(read("metrics.jsonl").await, "1\n2\n3\n");
+    }
+
+    /// Invariant 2, for lengths that say nothing.
+    #[tokio::test]
+    async fn a_file_that_was_repaired_to_its_old_length_is_sent_again() {
+        let (run, storage) = (run_directory(), Storage::in_memory());
+        let picture = "samples/step-00000001.png";
+        let repair = |text: &str, later: u64| {
+            let path = run.path().join(picture);
+            fs::write(&path, text).unwrap();
+            // Explicit, since clocks and files have different resolutions.
+            let time = fs::metadata(&path).unwrap().modified().unwrap() + Duration::from_secs(later);
+            File::options().write(true).open(path).unwrap().set_modified(time).unwrap();
+        };
+        let read = async || storage.text(&Place::from(picture)).await.unwrap().unwrap();
+        assert!(copier(&run, "run").pass(&storage).await.is_ok());
+        let mut later = copier(&run, "run");
+        repair("gnp", 60);
+        assert!(later.pass(&storage).await.is_ok());
+        assert_eq!(read().await, "gnp", "before this coordinator looked");
+        repair("pgn", 120);
+        assert!(later.pass(&storage).await.is_ok());
+        assert_eq!(read().await, "pgn", "and while it runs");
     }
 
     /// Invariant 3.
