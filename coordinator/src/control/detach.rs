@@ -127,6 +127,12 @@ impl Launch {
         Ok(Launch { launcher, screen: screen.clone(), log: None })
     }
 
+    /// Link to a launcher at the other end of a socket.
+    #[cfg(test)]
+    pub(super) fn to(launcher: UnixStream, screen: &Screen) -> Launch {
+        Launch { launcher, screen: screen.clone(), log: None }
+    }
+
     /// Opens the log; all later output goes there as well.
     pub fn open_log(&mut self, folder: &Path) -> Result<(), Failure> {
         let file = folder.join(LOG_FILE);

@@ -21,6 +21,8 @@ mod evaluations;
 pub mod records;
 mod sessions;
 mod stuck;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
@@ -186,6 +188,9 @@ pub struct Shell {
     undone: VecDeque<Action>,
     /// Events received while the journal is stuck.
     held: VecDeque<Held>,
+    /// Newest heartbeats that were answered while the journal is stuck and that the machine does not
+    /// know.
+    unheard: BTreeMap<WorkerId, Progress>,
     /// Warnings already given about checkpoints that cannot be written.
     delays: Delays,
     /// Update index of the newest checkpoint ordered from the keeper.
@@ -290,6 +295,7 @@ impl Shell {
             told_stuck: false,
             undone: VecDeque::new(),
             held: VecDeque::new(),
+            unheard: BTreeMap::new(),
             delays: Delays::default(),
             ordered: None,
             lost: parts.lost,
@@ -340,9 +346,8 @@ impl Shell {
                 Some(kept) = self.keeper.next(), if !self.is_stuck => self.kept(kept)?,
                 // Dropping this future loses nothing: the sync runs in a thread of its own.
                 () = self.records.synced() => self.settle_rows()?,
-                // While the journal is stuck, heartbeats are answered and do not reach the machine. A
-                // tick would have it judge all workers silent; without one it takes the gap for an
-                // oversleep of its own (M9).
+                // While the journal is stuck, messages wait. A tick would have the machine judge workers
+                // that have answered; without one it takes the gap for an oversleep of its own (M9).
                 () = tokio::time::sleep_until(sleep), if !self.is_stuck => self.handle(Event::Tick)?,
             }
         }
@@ -367,6 +372,11 @@ impl Shell {
         if let Err(error) = launch.started(&self.job.job.name, self.records.folder()) {
             self.records.message(&format!("warning: --detach: cannot leave the terminal: {error}"));
         }
+    }
+
+    /// The launcher, if it was not told of a start: it waits for the next term's.
+    pub fn waiting_launch(&mut self) -> Option<Launch> {
+        self.launch.take()
     }
 
     fn start_worker(&mut self) -> Result<(), ShellError> {
@@ -420,8 +430,13 @@ impl Shell {
 
     /// Passes an event to the machine and carries out its decisions.
     fn handle(&mut self, event: Event) -> Result<(), ShellError> {
-        let mut actions = Vec::new();
-        self.machine.handle(self.now(), event, &mut actions);
+        let (now, mut actions) = (self.now(), Vec::new());
+        // Before any event: each call of the machine judges who is silent, and what it has not heard of
+        // was answered all the same. Those answers renewed leases (M4).
+        for (worker, progress) in std::mem::take(&mut self.unheard) {
+            self.machine.handle(now, Event::Heartbeat(worker, progress), &mut actions);
+        }
+        self.machine.handle(now, event, &mut actions);
         // Workers released together with the run's end are told that it is complete.
         self.is_complete |= actions.contains(&Action::End(Outcome::Complete));
         // Behind the actions that still wait for the journal: carried out in any other order, a later
@@ -532,6 +547,11 @@ impl Shell {
     fn settle_rows(&mut self) -> Result<(), ShellError> {
         if let Some(step) = self.records.acknowledge() {
             self.send_to_all(&ToWorker::MetricsRecorded(step));
+        }
+        // A decision that waits may give these checkpoints up (D10), and was made after them; `Condemn`
+        // must find them here.
+        if self.is_stuck {
+            return Ok(());
         }
         // All at once, since `commit` puts back each one that cannot be journaled yet.
         for checkpoint in std::mem::take(&mut self.unjournaled) {

@@ -50,6 +50,11 @@ impl Shell {
         if resume.as_ref().is_some_and(|resume| self.attempts.is_given_up(resume.worker, hello.attempt)) {
             return Ok(Err(NotAdmitted::GivenUp));
         }
+        // A token names a process that a coordinator of this run started: one that is unknown here and
+        // elsewhere is made up, or from another run directory. Such a worker uses up no number.
+        if token.is_some_and(|token| !self.supervisor.has_token(token)) {
+            return Ok(Err(NotAdmitted::StrangeToken));
+        }
         let worker = match &resume {
             Some(resume) => resume.worker,
             // Durable before the worker learns its number, so that no coordinator ever assigns it again
@@ -57,11 +62,6 @@ impl Shell {
             None => self.journal.admit(self.term, &hello.host, hello.pid, token)?,
         };
         let local = token.is_some_and(|token| self.supervisor.claim(token, worker));
-        // A token names a process that a coordinator of this run started: one that is unknown here and
-        // elsewhere is made up, or from another run directory.
-        if token.is_some_and(|token| !local && !self.supervisor.is_elsewhere(token)) {
-            return Ok(Err(NotAdmitted::StrangeToken));
-        }
         let (host, pid) = (hello.host.clone(), hello.pid);
         // Before the machine hears of the worker: its answer may be an assignment, which must not be
         // read before the welcome that names term and number.

@@ -3,7 +3,8 @@
 //!
 //! 1. A decision that is not journaled is not acted on, nor is any later one.
 //! 2. Workers that train get their heartbeat acknowledgements meanwhile, so that none runs out of its
-//!    lease; their other messages wait, up to [`LIMIT`] of them here, and the rest in their sessions.
+//!    lease, and the machine hears of them before it judges anybody. Their other messages wait, up to
+//!    [`LIMIT`] of them here, and the rest in their sessions.
 //! 3. The journal is retried with the chores. The user is told once, and once more when it is over.
 
 use ganglion_membership::WorkerId;
@@ -108,10 +109,12 @@ impl Shell {
         message: FromWorker,
     ) -> Result<(), ShellError> {
         match message {
-            // Not for the machine: what it decides of a heartbeat would have to be journaled.
+            // Not for the machine yet: what it decides of a heartbeat would have to be journaled. It
+            // hears of the newest before the next event that reaches it.
             FromWorker::Heartbeat(progress, usage) => {
                 if self.is_current(session, worker) {
                     self.note_heartbeat(worker, progress, usage);
+                    self.unheard.insert(worker, progress);
                     self.send(worker, ToWorker::Pulse);
                 }
                 Ok(())

@@ -7,4 +7,4 @@ pub mod mend;
 pub mod recover;
 pub mod resume;
 pub mod run;
-mod take_over;
+pub(crate) mod take_over;

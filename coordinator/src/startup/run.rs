@@ -53,19 +53,20 @@ pub async fn run(
     mut launch: Option<Launch>,
 ) -> Result<String, Failure> {
     loop {
-        if let Some(line) = live(&cli, host, screen.clone(), launch.take()).await? {
+        if let Some(line) = live(&cli, host, screen.clone(), &mut launch).await? {
             return Ok(line);
         }
     }
 }
 
 /// Runs one term. Returns `None` if another term must follow: this one quiesced the members of
-/// earlier ones, for a change of the job that they must not learn of while they train.
+/// earlier ones, for a change of the job that they must not learn of while they train. A launcher
+/// that was not told of a start waits for that of the next term.
 async fn live(
     cli: &Cli,
     host: &impl Host,
     screen: Screen,
-    mut launch: Option<Launch>,
+    launch: &mut Option<Launch>,
 ) -> Result<Option<String>, Failure> {
     let job = read_job(cli)?;
     // Whatever the user got wrong is found before the run directory exists, so a mistake leaves no
@@ -106,10 +107,12 @@ async fn live(
     let judged = judged(&mut taken).await?;
     let Doors { incoming, url, access, dashboard, publisher, .. } = doors;
     let folder = run_dir.folder().to_path_buf();
-    let parts = parts(taken, Begun { term, folder, url, publisher, judged, local_workers, launch });
+    let parts =
+        parts(taken, Begun { term, folder, url, publisher, judged, local_workers, launch: launch.take() });
     let (signals, guard) = (host.signals().map_err(Failure::other)?, security.guard(&access.token));
     // Waits as long as the run lasts. A newer claim to the run directory ends it.
-    let ended = while_held(&run_dir, supervise(parts, life, incoming, signals, guard)).await?;
+    let (ended, waiting) = while_held(&run_dir, supervise(parts, life, incoming, signals, guard)).await?;
+    *launch = waiting;
     // Both are bounded and independent, so their limits run at the same time.
     tokio::join!(mirror.finish(), dashboard.farewell());
     // A term that only quiesced the members is followed by the one that makes the change, unless the
@@ -251,14 +254,15 @@ struct Life {
     stay: bool,
 }
 
-/// Runs server and shell until the run ends, and longer with `--stay`.
+/// Runs server and shell until the run ends, and longer with `--stay`. Returns the launcher too, if it
+/// was not told of a start.
 async fn supervise<C>(
     parts: Parts,
     life: Life,
     incoming: mpsc::Receiver<C>,
     mut signals: mpsc::UnboundedReceiver<StopSignal>,
     guard: Guard,
-) -> Result<Ended, Failure>
+) -> Result<(Ended, Option<Launch>), Failure>
 where
     C: Connected + AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -284,7 +288,7 @@ where
     let _ = tokio::time::timeout(FAREWELL, &mut server).await;
     // A client that keeps its stream open must not keep the run from ending.
     server.abort();
-    Ok(ended)
+    Ok((ended, shell.waiting_launch()))
 }
 
 fn conclude(ended: Ended, job: &Job, run_dir: &RunDir) -> Result<String, Failure> {

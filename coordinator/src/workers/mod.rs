@@ -228,9 +228,10 @@ impl Supervisor {
         tokens.next().is_none_or(|(own, _)| Some(own.as_str()) == token)
     }
 
-    /// Whether `token` belongs to a worker that an earlier coordinator started on another machine.
-    pub fn is_elsewhere(&self, token: &str) -> bool {
-        self.elsewhere.contains_key(token)
+    /// Whether `token` belongs to a local worker, or to one that an earlier coordinator started on
+    /// another machine.
+    pub fn has_token(&self, token: &str) -> bool {
+        self.children.contains_key(token) || self.elsewhere.contains_key(token)
     }
 
     /// Removes a process that exited; returns its worker, if it had said hello.

@@ -399,7 +399,7 @@ mod tests {
         assert_eq!(before == Adoption::Ended, here.relation(&rebooted) == Relation::Before);
         let moved = Node { host: "another".to_string(), ..rebooted };
         assert_eq!(adopt(ChildRow { node: moved, ..row(pid, started) }), Adoption::Elsewhere);
-        assert!(supervisor.is_elsewhere("t"), "it may say hello with its token");
+        assert!(supervisor.has_token("t"), "it may say hello with its token");
         assert!(supervisor.may_be(WorkerId(7), Some("t")) && !supervisor.may_be(WorkerId(7), None));
         assert!(supervisor.is_empty(), "and is none of this machine's");
         assert_eq!(supervisor.adopt(&row(pid, started), &here), Adoption::Runs);

@@ -75,7 +75,7 @@ pub type Outbox = mpsc::Sender<ToWorker>;
 /// Identifies one session of a worker. A worker that reconnects gets a new one; late input of its
 /// older sessions is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SessionId(u64);
+pub struct SessionId(pub(crate) u64);
 
 /// Input for the shell.
 pub enum Input {
