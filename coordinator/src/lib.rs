@@ -9,8 +9,8 @@
 //! ```
 //! use ganglion_coordinator::job_file::{Source, read};
 //!
-//! let job = read(&Source::Embedded, &["job.steps=100".to_string()]).unwrap();
-//! assert_eq!(job.job.steps, 100);
+//! let job = read(&Source::Embedded, &["job.seed=7".to_string()]).unwrap();
+//! assert_eq!(job.job.seed, 7);
 //! let errors = read(&Source::Embedded, &["job.step=100".to_string()]).unwrap_err();
 //! assert!(errors.to_string().contains("did you mean job.steps?"), "{errors}");
 //! ```
