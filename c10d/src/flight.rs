@@ -56,7 +56,7 @@ impl Flight {
 }
 
 /// Handle by which libtorch's threads report the end of an operation.
-pub struct Signal(pub(crate) Arc<Flight>);
+pub(crate) struct Signal(pub(crate) Arc<Flight>);
 
 impl Signal {
     /// Called from one of libtorch's threads; an empty description means success.

@@ -36,6 +36,8 @@
 //! This is the only crate of the workspace with unsafe code.
 
 pub mod aten;
+// A bridge of cxx declares all that it has as public.
+#[allow(unreachable_pub)]
 mod aten_ffi;
 mod backend;
 mod buffer;
@@ -43,6 +45,8 @@ mod core;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod error;
+// A bridge of cxx declares all that it has as public.
+#[allow(unreachable_pub)]
 mod ffi;
 mod flight;
 mod group;

@@ -164,7 +164,7 @@ impl KeyValueStore for MemoryStore {
 }
 
 /// Store for use by C++: its errors are strings in the form that `Error::from_shim` parses.
-pub struct StoreHandle(pub(crate) Arc<dyn KeyValueStore>);
+pub(crate) struct StoreHandle(pub(crate) Arc<dyn KeyValueStore>);
 
 impl StoreHandle {
     pub(crate) fn set(&self, key: &str, value: &[u8]) -> Result<(), String> {

@@ -17,7 +17,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
-pub mod checkpoints;
+mod checkpoints;
 pub mod commands;
 pub mod control;
 pub mod error;
@@ -27,5 +27,5 @@ pub mod program;
 pub mod records;
 pub mod run_dir;
 pub mod startup;
-pub mod system;
+mod system;
 pub mod workers;

@@ -80,7 +80,7 @@ impl Compute for Regression {
 }
 
 /// Joins the run at the URL that the command line gives.
-pub fn main() -> ExitCode {
+pub(crate) fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     let [_, option, url] = arguments.as_slice() else { return ExitCode::from(2) };
     if option != "--coordinator" {

@@ -38,7 +38,7 @@ pub mod commands;
 pub mod data;
 pub mod device;
 pub mod engine;
-pub mod eval;
+mod eval;
 pub mod nn;
 pub mod objective;
 pub mod program;

@@ -15,8 +15,8 @@
 
 mod client;
 mod clock;
-pub mod gloo_tls;
-pub mod monitor;
+pub(crate) mod gloo_tls;
+pub(crate) mod monitor;
 mod probe;
 mod store;
 

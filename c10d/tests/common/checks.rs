@@ -6,7 +6,7 @@ use tch::{Device, Kind};
 use super::{LONG, buffer_of, values_of};
 
 /// Runs each collective and compares its result with a plain computation.
-pub fn every_collective(group: &Group) {
+pub(crate) fn every_collective(group: &Group) {
     reduces(group);
     exchanges(group);
     gathers(group);
@@ -14,7 +14,7 @@ pub fn every_collective(group: &Group) {
     group.barrier().unwrap().wait(LONG).unwrap();
 }
 
-pub fn sample(rank: usize, length: usize) -> Vec<f32> {
+pub(crate) fn sample(rank: usize, length: usize) -> Vec<f32> {
     (0..length).map(|i| ((rank * 7 + i) % 11) as f32).collect()
 }
 

@@ -3,7 +3,7 @@
 // Each test binary uses only some of these functions.
 #![allow(dead_code)]
 
-pub mod checks;
+pub(crate) mod checks;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,20 +14,20 @@ use c10d::{Buffer, GlooAddress, GlooOptions, Group, KeyValueStore, MemoryStore};
 use tch::{Device, Kind, Tensor};
 
 /// Longer than any healthy operation here, and short enough to wait for.
-pub const LONG: Duration = Duration::from_secs(20);
+pub(crate) const LONG: Duration = Duration::from_secs(20);
 
 /// Gloo's own limit in the tests: the longest wind-down of an aborted group.
-pub const GLOO_LIMIT: Duration = Duration::from_secs(2);
+pub(crate) const GLOO_LIMIT: Duration = Duration::from_secs(2);
 
 static GROUPS: AtomicU64 = AtomicU64::new(0);
 
-pub fn options(rank: usize, world_size: usize, timeout: Duration) -> GlooOptions {
+pub(crate) fn options(rank: usize, world_size: usize, timeout: Duration) -> GlooOptions {
     let address = GlooAddress::Hostname("127.0.0.1".into());
     GlooOptions { rank, world_size, timeout, operation_timeout: timeout, address }
 }
 
 /// Forms one group among threads of this process, and returns it rank by rank.
-pub fn groups(world_size: usize, timeout: Duration) -> Vec<Group> {
+pub(crate) fn groups(world_size: usize, timeout: Duration) -> Vec<Group> {
     let store: Arc<dyn KeyValueStore> = MemoryStore::new();
     let prefix = format!("group {}", GROUPS.fetch_add(1, Ordering::Relaxed));
     thread::scope(|scope| {
@@ -41,7 +41,7 @@ pub fn groups(world_size: usize, timeout: Duration) -> Vec<Group> {
 }
 
 /// Runs one thread per rank of a new group and returns what they return.
-pub fn on_ranks<R: Send>(world_size: usize, run: impl Fn(&Group) -> R + Sync) -> Vec<R> {
+pub(crate) fn on_ranks<R: Send>(world_size: usize, run: impl Fn(&Group) -> R + Sync) -> Vec<R> {
     let groups = groups(world_size, GLOO_LIMIT);
     thread::scope(|scope| {
         let run = &run;
@@ -50,17 +50,17 @@ pub fn on_ranks<R: Send>(world_size: usize, run: impl Fn(&Group) -> R + Sync) ->
     })
 }
 
-pub fn buffer_of(values: &[f32]) -> Buffer {
+pub(crate) fn buffer_of(values: &[f32]) -> Buffer {
     let mut buffer = Buffer::zeros(values.len(), Kind::Float, Device::Cpu).unwrap();
     buffer.update(|tensor| tensor.copy_(&Tensor::from_slice(values)));
     buffer
 }
 
-pub fn values_of(buffer: &Buffer) -> Vec<f32> {
+pub(crate) fn values_of(buffer: &Buffer) -> Vec<f32> {
     Vec::try_from(buffer.tensor()).unwrap()
 }
 
 /// Asserts that no object of the shim is left after the time `within`.
-pub fn assert_nothing_left(within: Duration) {
+pub(crate) fn assert_nothing_left(within: Duration) {
     assert_eq!(c10d::wait_for_handles(within), 0, "handles are left");
 }

@@ -57,6 +57,6 @@ impl Listener {
 }
 
 /// Loopback address with the port of the last start, or any free one.
-pub fn loopback(last_port: Option<u16>) -> SocketAddr {
+pub(crate) fn loopback(last_port: Option<u16>) -> SocketAddr {
     ([127, 0, 0, 1], last_port.unwrap_or(0)).into()
 }

@@ -1,6 +1,6 @@
 //! Interfaces to the outside: gRPC for workers and operators, HTTP for dashboards and probes.
 
-pub mod address;
+pub(crate) mod address;
 pub mod grpc;
-pub mod http;
-pub mod security;
+pub(crate) mod http;
+pub(crate) mod security;

@@ -29,7 +29,7 @@ pub struct SecurityArguments {
 }
 
 /// Authentication settings of a coordinator.
-pub struct Security {
+pub(crate) struct Security {
     /// TLS of the gRPC listener; `None` without TLS.
     pub acceptor: Option<Arc<Acceptor>>,
     tls: Option<TlsFiles>,
@@ -39,7 +39,7 @@ pub struct Security {
 
 impl Security {
     /// Reads the files named by the options.
-    pub fn of(arguments: &SecurityArguments) -> Result<Security, CredentialError> {
+    pub(crate) fn of(arguments: &SecurityArguments) -> Result<Security, CredentialError> {
         // Its name goes to local workers through the environment, and must mean the same file there.
         let absolute = |file: &Path| std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf());
         let token_file = arguments.join_token_file.as_deref().map(absolute);
@@ -52,34 +52,29 @@ impl Security {
     }
 
     /// Whether clients must authenticate.
-    pub fn guards(&self) -> bool {
+    pub(crate) fn guards(&self) -> bool {
         self.tls.is_some() || self.join.is_some()
     }
 
-    /// TLS files, for other listeners of this process.
-    pub fn tls(&self) -> Option<&TlsFiles> {
-        self.tls.as_ref()
-    }
-
     /// TLS of the dashboard's listener.
-    pub fn browsers(&self) -> Result<Option<Arc<Acceptor>>, CredentialError> {
+    pub(crate) fn browsers(&self) -> Result<Option<Arc<Acceptor>>, CredentialError> {
         self.tls.as_ref().map(|files| Acceptor::open(files.clone(), Clients::Browsers)).transpose()
     }
 
     /// Scheme of the addresses.
-    pub fn scheme(&self) -> &'static str {
+    pub(crate) fn scheme(&self) -> &'static str {
         if self.tls.is_some() { "https" } else { "http" }
     }
 
     /// Access record for clients that may read this run directory.
-    pub fn access(&self, address: SocketAddr, token: String) -> Result<Access, CredentialError> {
+    pub(crate) fn access(&self, address: SocketAddr, token: String) -> Result<Access, CredentialError> {
         let tls_name = self.tls.as_ref().map(|files| name(files, address.ip())).transpose()?.flatten();
         let tls_dir = self.tls.as_ref().map(|files| files.folder().to_path_buf());
         Ok(Access { address: format!("{}://{address}", self.scheme()), token, tls_dir, tls_name })
     }
 
     /// Environment variables of local workers.
-    pub fn environment(&self, tls_name: Option<&str>) -> Vec<(&'static str, OsString)> {
+    pub(crate) fn environment(&self, tls_name: Option<&str>) -> Vec<(&'static str, OsString)> {
         let folder = self.tls.as_ref().map(|files| (TLS_DIR, files.folder().into()));
         let name = tls_name.map(|name| (TLS_NAME, name.into()));
         let token = self.token_file.as_ref().map(|file| (JOIN_TOKEN_FILE, file.into()));
@@ -87,7 +82,7 @@ impl Security {
     }
 
     /// Options that remote workers need besides the address.
-    pub fn invitation(&self, tls_name: Option<&str>) -> String {
+    pub(crate) fn invitation(&self, tls_name: Option<&str>) -> String {
         let mut text = String::new();
         if self.tls.is_some() {
             text.push_str(" --tls-dir DIR");
@@ -102,7 +97,7 @@ impl Security {
     }
 
     /// Creates the authentication layer; `operator` is the operators' token.
-    pub fn guard(&self, operator: &str) -> Guard {
+    pub(crate) fn guard(&self, operator: &str) -> Guard {
         Guard::new(operator, self.join.as_ref(), self.tls.is_some())
     }
 }

@@ -134,7 +134,7 @@ impl Judged {
 }
 
 /// Folder of a checkpoint that lies between two steps.
-pub fn folder(step: u64) -> String {
+pub(crate) fn folder(step: u64) -> String {
     Checkpoint::folder_of(step, 0)
 }
 

@@ -258,7 +258,7 @@ impl Checkpoints {
 
 /// Checks the files of a checkpoint: each must be there and have the manifest's hash. Returns the
 /// damage, if there is any.
-pub async fn check_files(storage: &Storage, checkpoint: &Checkpoint) -> Result<Option<String>, Error> {
+pub(crate) async fn check_files(storage: &Storage, checkpoint: &Checkpoint) -> Result<Option<String>, Error> {
     for StoredFile { file, blake3, .. } in &checkpoint.files {
         let damage = match storage.hash(&in_folder(&checkpoint.folder(), file)).await {
             Ok(hash) if hash == *blake3 => continue,

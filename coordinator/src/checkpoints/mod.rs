@@ -1,7 +1,7 @@
 //! Checkpoints: which there are, writing them, the best one, and patience with their storage.
 
-pub mod best;
-pub mod catalog;
-pub mod model_card;
-pub mod retry;
-pub mod writer;
+pub(crate) mod best;
+pub(crate) mod catalog;
+pub(crate) mod model_card;
+pub(crate) mod retry;
+pub(crate) mod writer;

@@ -12,7 +12,7 @@ use crate::job_file;
 use crate::journal::Counts;
 
 /// Subject of a model card.
-pub struct Subject<'a> {
+pub(crate) struct Subject<'a> {
     /// The job.
     pub job: &'a Job,
     /// Unique name of the run.
@@ -30,7 +30,7 @@ pub struct Subject<'a> {
 }
 
 /// Renders the card as Markdown.
-pub fn render(subject: &Subject) -> String {
+pub(crate) fn render(subject: &Subject) -> String {
     let Subject { job, best, row, .. } = subject;
     let mut card = format!(
         "# Model card: {} at step {}\n\n\

@@ -26,7 +26,7 @@ const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 
 /// Report of the task to the shell.
 #[derive(Debug)]
-pub enum Kept {
+pub(crate) enum Kept {
     /// A checkpoint is valid; writing began at this time of the trace.
     Valid(Checkpoint, Duration),
     /// The checkpoint of a step was given up before it was valid.
@@ -39,7 +39,7 @@ pub enum Kept {
 
 /// Files that describe the best checkpoint.
 #[derive(Clone, Debug)]
-pub struct BestFiles {
+pub(crate) struct BestFiles {
     /// Step of the checkpoint.
     pub step: u64,
     /// Content of `best.json`.
@@ -59,7 +59,7 @@ enum Order {
 }
 
 /// Handle of the task. Dropping it aborts the task.
-pub struct Keeper {
+pub(crate) struct Keeper {
     address: String,
     orders: UnboundedSender<Order>,
     /// Number of checkpoints ordered so far.
@@ -72,7 +72,7 @@ pub struct Keeper {
 
 impl Keeper {
     /// Starts the task; it keeps the newest `keep_last` checkpoints, 0 for all.
-    pub fn start(checkpoints: Checkpoints, keep_last: u64) -> Keeper {
+    pub(crate) fn start(checkpoints: Checkpoints, keep_last: u64) -> Keeper {
         let (orders, ordered) = mpsc::unbounded_channel();
         let (telling, told) = mpsc::unbounded_channel();
         let address = checkpoints.storage().address().to_string();
@@ -82,35 +82,35 @@ impl Keeper {
     }
 
     /// Address of the storage, for workers.
-    pub fn address(&self) -> &str {
+    pub(crate) fn address(&self) -> &str {
         &self.address
     }
 
     /// Orders a checkpoint whose files are all there to be made valid. The folders in `protected`
     /// are not removed.
-    pub fn order(&mut self, checkpoint: Checkpoint, protected: Vec<String>) {
+    pub(crate) fn order(&mut self, checkpoint: Checkpoint, protected: Vec<String>) {
         self.ordered += 1;
         // Sending fails only after the task has ended.
         let _ = self.orders.send(Order::Commit(self.ordered, checkpoint, protected));
     }
 
     /// Gives up the ordered checkpoints that are not valid yet.
-    pub fn give_up(&self) {
+    pub(crate) fn give_up(&self) {
         self.given_up.send_replace(self.ordered);
     }
 
     /// Orders the best checkpoint to be named.
-    pub fn order_best(&self, files: BestFiles, protected: Vec<String>) {
+    pub(crate) fn order_best(&self, files: BestFiles, protected: Vec<String>) {
         let _ = self.orders.send(Order::Best(files, protected));
     }
 
     /// Orders old checkpoints to be removed, since some may have waited for their evaluation.
-    pub fn order_pruning(&self, protected: Vec<String>) {
+    pub(crate) fn order_pruning(&self, protected: Vec<String>) {
         let _ = self.orders.send(Order::Prune(protected));
     }
 
     /// Closes the queue and waits for the task, at most `limit`; returns whether it has finished.
-    pub async fn finish(&mut self, limit: Duration) -> bool {
+    pub(crate) async fn finish(&mut self, limit: Duration) -> bool {
         let (closed, _) = mpsc::unbounded_channel();
         // Dropping the sender closes the queue: the task ends after its last order.
         self.orders = closed;
@@ -120,7 +120,7 @@ impl Keeper {
     }
 
     /// Waits for the next report of the task. Cancel safe.
-    pub async fn next(&mut self) -> Option<Kept> {
+    pub(crate) async fn next(&mut self) -> Option<Kept> {
         self.told.recv().await
     }
 }

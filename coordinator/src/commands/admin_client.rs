@@ -27,7 +27,7 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// Request of an operator.
 #[derive(Debug)]
-pub enum Question {
+pub(crate) enum Question {
     /// Shows the status of the run.
     Status {
         /// Whether to print JSON.
@@ -42,7 +42,7 @@ pub enum Question {
 }
 
 /// Sends a request to the coordinator of a run, and returns the text to print.
-pub async fn operate(folder: &Path, question: Question) -> Result<String, Failure> {
+pub(crate) async fn operate(folder: &Path, question: Question) -> Result<String, Failure> {
     match question {
         Question::Status { json } => status(folder, json).await,
         Question::Drain(worker) => drain(worker, folder).await,

@@ -35,7 +35,7 @@ const TAIL_LIMIT: u64 = 4 << 20;
 /// State of a run, as seen from its files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Standing {
+pub(crate) enum Standing {
     /// A coordinator holds the run directory.
     Running,
     /// The last step is done.
@@ -50,7 +50,7 @@ pub enum Standing {
 
 impl Standing {
     /// Returns the name used in the table and in JSON.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Standing::Running => "running",
             Standing::Complete => "complete",
@@ -63,7 +63,7 @@ impl Standing {
 
 /// Summary of a run, read from its files.
 #[derive(Debug, Serialize)]
-pub struct Overview {
+pub(crate) struct Overview {
     /// The run directory.
     pub run_dir: PathBuf,
     /// Name of the job, `job.name`.
@@ -83,7 +83,7 @@ pub struct Overview {
 }
 
 /// Lists the runs in a folder, newest first.
-pub fn runs(folder: &Path, json: bool) -> Result<String, Failure> {
+pub(crate) fn runs(folder: &Path, json: bool) -> Result<String, Failure> {
     let unreadable = |error: io::Error| {
         Failure::Input(format!("{}: {error}; give the folder that holds run directories", folder.display()))
     };
@@ -117,7 +117,7 @@ pub fn runs(folder: &Path, json: bool) -> Result<String, Failure> {
 }
 
 /// Reads the summary of one run directory.
-pub fn overview(run: &Path) -> Result<Overview, Failure> {
+pub(crate) fn overview(run: &Path) -> Result<Overview, Failure> {
     let wrong = |file: &str, error: &dyn std::fmt::Display| {
         Failure::Input(format!(
             "{}: {error}; give a folder that a coordinator trains in, such as runs/mnist-mlp",
@@ -162,7 +162,7 @@ fn standing(run: &Path, newest_event: Option<&RunEvent>) -> Standing {
 /// Whether a coordinator holds a run directory. The check takes a shared lock for an instant; a
 /// coordinator that starts at that instant tries again. On file systems whose locks do not reach
 /// other machines the claims decide.
-pub fn is_held(run: &Path) -> bool {
+pub(crate) fn is_held(run: &Path) -> bool {
     let Ok(file) = File::open(run.join("lock")) else { return false };
     match Flock::lock(file, FlockArg::LockSharedNonblock) {
         // A holder has it exclusively; two checks at once share it.
@@ -221,7 +221,7 @@ struct Listed {
 }
 
 /// Lists a run's checkpoints, oldest first. With `verify` all of their files are read and hashed.
-pub fn checkpoints(run: &Path, verify: bool, json: bool) -> Result<String, Failure> {
+pub(crate) fn checkpoints(run: &Path, verify: bool, json: bool) -> Result<String, Failure> {
     let text = fs::read_to_string(run.join("job.toml")).map_err(|error| {
         Failure::Input(format!("--run-dir {}: job.toml: {error}; give the folder of a run", run.display()))
     })?;
@@ -296,7 +296,7 @@ fn render(storage: &str, listed: &[Listed], verify: bool) -> String {
 }
 
 /// Renders a value as JSON for programs.
-pub fn as_json(value: &impl Serialize) -> String {
+pub(crate) fn as_json(value: &impl Serialize) -> String {
     serde_json::to_string_pretty(value).expect("texts and numbers can be written")
 }
 

@@ -1,8 +1,8 @@
 //! The program's subcommands beside training, a file for each, and its command line.
 
-pub mod admin_client;
+pub(crate) mod admin_client;
 pub mod audit;
-pub mod certs;
+pub(crate) mod certs;
 pub mod cli;
-pub mod data_check;
-pub mod inspect;
+pub(crate) mod data_check;
+pub(crate) mod inspect;

@@ -9,18 +9,18 @@ const LIMIT: usize = 64;
 
 /// Warnings since the last checkpoint became valid: writer and reason of each.
 #[derive(Debug, Default)]
-pub struct Delays(BTreeSet<(String, String)>);
+pub(super) struct Delays(BTreeSet<(String, String)>);
 
 impl Delays {
     /// Whether a writer's failure for a reason was not reported yet.
-    pub fn is_news(&mut self, who: &str, reason: &str) -> bool {
+    pub(super) fn is_news(&mut self, who: &str, reason: &str) -> bool {
         // The required and free space differs from file to file.
         let reason = reason.split(": it needs ").next().unwrap_or(reason);
         self.0.len() < LIMIT && self.0.insert((who.to_string(), reason.to_string()))
     }
 
     /// Clears the warnings, since a checkpoint is valid; returns whether there were any.
-    pub fn end(&mut self) -> bool {
+    pub(super) fn end(&mut self) -> bool {
         !std::mem::take(&mut self.0).is_empty()
     }
 }

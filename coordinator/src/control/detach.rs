@@ -26,7 +26,7 @@ use crate::error::Failure;
 use crate::records::progress::Screen;
 
 /// Name of the log in the run directory.
-pub const LOG_FILE: &str = "coordinator.log";
+pub(crate) const LOG_FILE: &str = "coordinator.log";
 
 /// Message to the launcher: the run has started.
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,7 +36,7 @@ struct Started {
 }
 
 /// Result of a launch.
-pub enum Launched {
+pub(crate) enum Launched {
     /// The run has started; the text is for the user.
     GoesOn(String),
     /// The coordinator ended before, with this exit code.
@@ -44,7 +44,7 @@ pub enum Launched {
 }
 
 /// Starts a coordinator with this process's arguments, and returns once its run has started or ended.
-pub async fn launch() -> Result<Launched, Failure> {
+pub(crate) async fn launch() -> Result<Launched, Failure> {
     if std::process::id() == 1 {
         return Err(Failure::Input(
             "--detach: this is the first process of a container, which would end with it; leave --detach out, and let \

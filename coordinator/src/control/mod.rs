@@ -16,9 +16,9 @@ mod after_completion;
 mod attempts;
 mod budget;
 mod delays;
-pub mod detach;
+pub(crate) mod detach;
 mod evaluations;
-pub mod records;
+pub(crate) mod records;
 mod sessions;
 mod stuck;
 #[cfg(test)]

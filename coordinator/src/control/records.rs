@@ -83,7 +83,7 @@ struct Skipped {
 }
 
 /// Outcome as it is recorded.
-pub fn recorded(outcome: &Outcome) -> RunOutcome {
+pub(crate) fn recorded(outcome: &Outcome) -> RunOutcome {
     match outcome {
         Outcome::Complete => RunOutcome::Complete,
         Outcome::Stopped(_) => RunOutcome::Stopped,

@@ -12,7 +12,7 @@ use ganglion_proto::record::MetricsRow;
 
 /// Kind of failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Alarm {
+pub(crate) enum Alarm {
     /// Mode collapse: samples are all alike, or of few classes.
     Collapse,
     /// The discriminator has memorised its samples.
@@ -25,10 +25,11 @@ pub enum Alarm {
 
 impl Alarm {
     /// All kinds.
-    pub const ALL: [Alarm; 4] = [Alarm::Collapse, Alarm::Overfitting, Alarm::Balance, Alarm::NonFinite];
+    pub(crate) const ALL: [Alarm; 4] =
+        [Alarm::Collapse, Alarm::Overfitting, Alarm::Balance, Alarm::NonFinite];
 
     /// Name of the alarm in events and metrics.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Alarm::Collapse => "collapse",
             Alarm::Overfitting => "discriminator_overfitting",
@@ -46,7 +47,7 @@ impl fmt::Display for Alarm {
 
 /// Change of an alarm's state.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub(crate) enum Change {
     /// The alarm begins, for this reason.
     Raised(Alarm, String),
     /// The cause of the alarm has gone.
@@ -55,7 +56,7 @@ pub enum Change {
 
 /// Detector: a state machine over the rows.
 #[derive(Debug)]
-pub struct Watch {
+pub(crate) struct Watch {
     settings: Alarms,
     loss: LossKind,
     images_per_step: u64,
@@ -68,7 +69,7 @@ pub struct Watch {
 
 impl Watch {
     /// Creates the detector of a job.
-    pub fn new(job: &Job) -> Watch {
+    pub(crate) fn new(job: &Job) -> Watch {
         Watch {
             settings: job.alarms.clone(),
             loss: job.loss.kind,
@@ -80,7 +81,7 @@ impl Watch {
     }
 
     /// Processes an evaluation; returns the alarms that change.
-    pub fn evaluation(&mut self, row: &EvaluationRow) -> Vec<Change> {
+    pub(crate) fn evaluation(&mut self, row: &EvaluationRow) -> Vec<Change> {
         // All generators look collapsed before they have learned anything.
         let is_early = row.step * self.images_per_step < self.settings.after_images;
         if self.settings.policy == AlarmPolicy::Off || row.metrics.is_empty() || is_early {
@@ -135,7 +136,7 @@ impl Watch {
     }
 
     /// Processes a row of metrics; returns the alarms that change.
-    pub fn row(&mut self, row: &MetricsRow) -> Vec<Change> {
+    pub(crate) fn row(&mut self, row: &MetricsRow) -> Vec<Change> {
         if self.settings.policy == AlarmPolicy::Off {
             return Vec::new();
         }

@@ -101,7 +101,7 @@ impl Level {
 
 /// All curves of a run. See the module documentation.
 #[derive(Debug)]
-pub struct Curve {
+pub(crate) struct Curve {
     names: Vec<String>,
     levels: Vec<Level>,
 }
@@ -114,13 +114,13 @@ impl Default for Curve {
 
 impl Curve {
     /// Names of the series, in the order in which they appeared.
-    pub fn names(&self) -> &[String] {
+    pub(crate) fn names(&self) -> &[String] {
         &self.names
     }
 
     /// Adds the named values of a step that was committed at `time`, in seconds of Unix time. Each
     /// step must be added once.
-    pub fn add<'a>(&mut self, step: u64, time: f64, values: impl Iterator<Item = (&'a str, f64)>) {
+    pub(crate) fn add<'a>(&mut self, step: u64, time: f64, values: impl Iterator<Item = (&'a str, f64)>) {
         let mut series = vec![Summary::of(f64::NAN); self.names.len()];
         for (name, value) in values {
             match self.names.iter().position(|known| known == name) {
@@ -162,7 +162,7 @@ impl Curve {
     }
 
     /// Rows from a step on, as at most `points` + 1 buckets, oldest first.
-    pub fn since(&self, from: u64, points: usize) -> Vec<Bucket> {
+    pub(crate) fn since(&self, from: u64, points: usize) -> Vec<Bucket> {
         let reaches = |level: &&Level| {
             level.buckets.len() < KEPT
                 || level.buckets.front().is_some_and(|(first, _)| first * level.width <= from)
@@ -187,7 +187,8 @@ impl Curve {
     }
 
     /// Newest step; `None` before the first row.
-    pub fn last_step(&self) -> Option<u64> {
+    #[cfg(test)]
+    pub(crate) fn last_step(&self) -> Option<u64> {
         self.levels.first()?.buckets.back().map(|(_, bucket)| bucket.step)
     }
 }

@@ -24,7 +24,7 @@ const EVALUATION: &str = "evaluation/";
 
 /// Shared handle of the event file; clones refer to the same one.
 #[derive(Clone, Debug)]
-pub struct Curves(Arc<Mutex<Board>>);
+pub(crate) struct Curves(Arc<Mutex<Board>>);
 
 /// Steps that are already drawn.
 #[derive(Debug, Default)]
@@ -46,7 +46,7 @@ impl Curves {
     ///
     /// # Errors
     /// The folder cannot be read, or no file can be created in it.
-    pub fn open(run: &Path) -> io::Result<Curves> {
+    pub(crate) fn open(run: &Path) -> io::Result<Curves> {
         let folder = run.join("tensorboard");
         let mut drawn = Drawn::default();
         TensorBoard::read_back(&folder, |step, tag| {
@@ -70,7 +70,7 @@ impl Curves {
     }
 
     /// Draws a line of `metrics.jsonl`, unless it is already drawn.
-    pub fn row(&self, line: &[u8]) {
+    pub(crate) fn row(&self, line: &[u8]) {
         // A line of another version without the fixed columns is not drawn.
         let Ok(row) = serde_json::from_slice::<MetricsRow>(line) else { return };
         let mut board = self.lock();
@@ -81,7 +81,7 @@ impl Curves {
     }
 
     /// Draws a line of `events.jsonl`, if it is an evaluation or a picture.
-    pub fn event(&self, line: &[u8]) {
+    pub(crate) fn event(&self, line: &[u8]) {
         match EventLine::parse(line) {
             Ok(EventLine { time, event: Ok(RunEvent::Evaluation(row)), .. }) => {
                 let mut board = self.lock();
@@ -103,7 +103,7 @@ impl Curves {
     /// # Errors
     /// The file cannot be written. The remaining records are kept for a while, and drawn by the
     /// next coordinator at the latest.
-    pub fn flush(&self) -> io::Result<()> {
+    pub(crate) fn flush(&self) -> io::Result<()> {
         // Locked while writing: only the coordinator's loop draws, so no other thread waits.
         self.lock().file.flush()
     }

@@ -88,7 +88,7 @@ impl SetAside {
 ///
 /// # Errors
 /// The file cannot be read.
-pub fn examine(path: &Path, reach: u64) -> io::Result<SetAside> {
+pub(crate) fn examine(path: &Path, reach: u64) -> io::Result<SetAside> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut found = SetAside { aside: free_name(path), ..SetAside::gone(&name, 0) };
     found.steps.clear();
@@ -116,7 +116,7 @@ pub fn examine(path: &Path, reach: u64) -> io::Result<SetAside> {
 ///
 /// # Errors
 /// Error of the system; the record is then unchanged, or already replaced.
-pub fn set_aside(path: &Path, found: &SetAside) -> io::Result<()> {
+pub(crate) fn set_aside(path: &Path, found: &SetAside) -> io::Result<()> {
     let content = fs::read(path)?;
     let aside = path.with_file_name(&found.aside);
     // A hard link where the file system supports it, since it replaces nothing.
@@ -148,7 +148,7 @@ fn read_line(name: &str, line: &[u8]) -> Option<u64> {
 }
 
 /// Unused name next to a file.
-pub fn free_name(path: &Path) -> String {
+pub(crate) fn free_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let names = (1_u32..).map(|number| format!("{name}.damaged-{number}"));
     let mut free = names.filter(|name| !path.with_file_name(name).exists());

@@ -23,7 +23,7 @@ const WAITING_LIMIT: usize = 4 << 20;
 const LINE_LIMIT: usize = 1 << 20;
 
 /// The open `events.jsonl`. See the module documentation.
-pub struct EventLog {
+pub(crate) struct EventLog {
     lines: LineFile,
     waiting: VecDeque<Vec<u8>>,
     waiting_bytes: usize,
@@ -42,7 +42,7 @@ impl EventLog {
     ///
     /// # Errors
     /// The file cannot be opened, or a whole line is not an event.
-    pub fn open(path: &Path, disk: Arc<dyn Disk>, watcher: Watcher) -> Result<Self, Damaged> {
+    pub(crate) fn open(path: &Path, disk: Arc<dyn Disk>, watcher: Watcher) -> Result<Self, Damaged> {
         let lines = LineFile::open(path, disk, watcher, |_, line| check(line).map_err(damage::broken));
         let lines = lines.map_err(|error| Damaged::of(path, error))?;
         Ok(EventLog { lines, waiting: VecDeque::new(), waiting_bytes: 0, dropped: 0 })
@@ -52,7 +52,7 @@ impl EventLog {
     ///
     /// # Errors
     /// The file cannot be written, and the event waits.
-    pub fn append(&mut self, time: f64, event: &RunEvent) -> io::Result<()> {
+    pub(crate) fn append(&mut self, time: f64, event: &RunEvent) -> io::Result<()> {
         let line = event.line(time, LINE_LIMIT);
         // A disk that stays full for days must not fill the memory.
         if self.waiting_bytes + line.len() > WAITING_LIMIT {
@@ -68,7 +68,7 @@ impl EventLog {
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn catch_up(&mut self, time: f64) -> io::Result<()> {
+    pub(crate) fn catch_up(&mut self, time: f64) -> io::Result<()> {
         while let Some(line) = self.waiting.front() {
             // Cloned, since a line that cannot be written stays at the front.
             self.lines.append(line.clone())?;
@@ -85,12 +85,12 @@ impl EventLog {
     }
 
     /// Pending sync, if there is anything to sync.
-    pub fn to_sync(&self) -> Option<Sync> {
+    pub(crate) fn to_sync(&self) -> Option<Sync> {
         self.lines.to_sync()
     }
 
     /// Notes the result of a sync.
-    pub fn was_synced(&mut self, sync: &Sync, done: &io::Result<()>) {
+    pub(crate) fn was_synced(&mut self, sync: &Sync, done: &io::Result<()>) {
         self.lines.was_synced(sync, done);
     }
 }

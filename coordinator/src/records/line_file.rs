@@ -16,10 +16,10 @@ use super::disk::Disk;
 
 /// Callback invoked once for every line of a file, in order: those that are there when it is
 /// opened, then those that are appended.
-pub type Watcher = Box<dyn FnMut(&[u8]) + Send>;
+pub(crate) type Watcher = Box<dyn FnMut(&[u8]) + Send>;
 
 /// An open file of lines. See the module documentation.
-pub struct LineFile {
+pub(crate) struct LineFile {
     path: PathBuf,
     file: Arc<File>,
     disk: Arc<dyn Disk>,
@@ -39,7 +39,7 @@ pub struct LineFile {
 
 /// Sync of a file up to its current end, for a thread that may wait for the disk.
 #[derive(Debug)]
-pub struct Sync {
+pub(crate) struct Sync {
     path: PathBuf,
     file: Arc<File>,
     disk: Arc<dyn Disk>,
@@ -52,7 +52,7 @@ impl Sync {
     ///
     /// # Errors
     /// Error of the system.
-    pub fn run(&self) -> io::Result<()> {
+    pub(crate) fn run(&self) -> io::Result<()> {
         self.disk.sync(&self.path, &self.file)?;
         // Once for each file: the name of a new one is an entry of the folder, which has a sync of its
         // own.

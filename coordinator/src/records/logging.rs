@@ -29,7 +29,7 @@ impl fmt::Display for LogFormat {
 }
 
 /// Starts this process's log, on a screen.
-pub fn start_log(screen: &Screen, format: LogFormat) {
+pub(crate) fn start_log(screen: &Screen, format: LogFormat) {
     // Progress and messages are not a log; only what is out of the ordinary comes on top of them.
     let filter = filter(LevelFilter::WARN);
     let (screen, is_terminal) = (screen.clone(), screen.is_terminal());

@@ -25,7 +25,7 @@ use super::line_file::{LineFile, Sync, Watcher};
 
 /// Effect of `record`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Recorded {
+pub(crate) enum Recorded {
     /// The row was written.
     New,
     /// Nothing was written: the step has the same row already.
@@ -34,7 +34,7 @@ pub enum Recorded {
 
 /// A recomputed step differs from the recorded one: the promise of equal results is broken.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Breach {
+pub(crate) struct Breach {
     /// Number of the step.
     pub step: u64,
     /// Computed part of the recorded row, as JSON: step, images seen, sample checksum, scalars.
@@ -45,7 +45,7 @@ pub struct Breach {
 
 /// Reason why a row was not recorded.
 #[derive(Debug, thiserror::Error)]
-pub enum RecordError {
+pub(crate) enum RecordError {
     /// The file cannot be written or read. The row is not in it.
     #[error("metrics.jsonl: {0}")]
     Io(#[from] io::Error),
@@ -55,7 +55,7 @@ pub enum RecordError {
 }
 
 /// The open `metrics.jsonl` with its index. See the module documentation.
-pub struct MetricsLog {
+pub(crate) struct MetricsLog {
     lines: LineFile,
     /// Recorded steps and the offsets of their lines in bytes, ordered by step.
     index: Vec<(u64, u64)>,
@@ -80,7 +80,7 @@ impl MetricsLog {
     ///
     /// # Errors
     /// The file cannot be opened, or a line that is whole is no row of metrics.
-    pub fn open(path: &Path, disk: Arc<dyn Disk>, watcher: Watcher) -> Result<Self, Damaged> {
+    pub(crate) fn open(path: &Path, disk: Arc<dyn Disk>, watcher: Watcher) -> Result<Self, Damaged> {
         let mut index = Vec::new();
         let mut fresh = VecDeque::new();
         let lines = LineFile::open(path, disk, watcher, |offset, line| {
@@ -96,27 +96,27 @@ impl MetricsLog {
     }
 
     /// Greatest recorded step.
-    pub fn last_step(&self) -> Option<u64> {
+    pub(crate) fn last_step(&self) -> Option<u64> {
         self.index.last().map(|(step, _)| *step)
     }
 
     /// Whether a step has a row.
-    pub fn has(&self, step: u64) -> bool {
+    pub(crate) fn has(&self, step: u64) -> bool {
         self.index.binary_search_by_key(&step, |entry| entry.0).is_ok()
     }
 
     /// Least step whose row may not survive a power cut.
-    pub fn first_fresh(&self) -> Option<u64> {
+    pub(crate) fn first_fresh(&self) -> Option<u64> {
         self.fresh.iter().map(|(_, step)| *step).min()
     }
 
     /// Pending sync, if there is anything to sync.
-    pub fn to_sync(&self) -> Option<Sync> {
+    pub(crate) fn to_sync(&self) -> Option<Sync> {
         self.lines.to_sync()
     }
 
     /// Notes the result of a sync.
-    pub fn was_synced(&mut self, sync: &Sync, done: &io::Result<()>) {
+    pub(crate) fn was_synced(&mut self, sync: &Sync, done: &io::Result<()>) {
         self.lines.was_synced(sync, done);
         let synced = self.lines.synced();
         // In the order of the file, which is the order in which bytes become durable; steps may be in
@@ -130,7 +130,7 @@ impl MetricsLog {
     ///
     /// # Errors
     /// [`RecordError::Breach`] if the step is recorded with another result.
-    pub fn record(&mut self, row: &MetricsRow) -> Result<Recorded, RecordError> {
+    pub(crate) fn record(&mut self, row: &MetricsRow) -> Result<Recorded, RecordError> {
         let line = row.line();
         match self.index.binary_search_by_key(&row.step, |entry| entry.0) {
             Ok(found) => {

@@ -40,7 +40,7 @@ const FILES: [&str; 3] = ["job.toml", "events.jsonl", "metrics.jsonl"];
 const FOLDERS: [&str; 2] = ["samples", "tensorboard"];
 
 /// A running mirror, if `--mirror` is given.
-pub struct Mirror(Option<Working>);
+pub(crate) struct Mirror(Option<Working>);
 
 struct Working {
     /// Set to true when the run has ended.
@@ -52,7 +52,7 @@ struct Working {
 
 /// Error: a run's directory cannot be copied to the given place.
 #[derive(Debug, thiserror::Error)]
-pub enum MirrorError {
+pub(crate) enum MirrorError {
     /// The text is no address.
     #[error("--mirror: the address {0}")]
     Address(#[from] AddressError),
@@ -71,7 +71,7 @@ impl Mirror {
     ///
     /// # Errors
     /// See [`MirrorError`].
-    pub fn start(
+    pub(crate) fn start(
         url: Option<&str>,
         run: &str,
         folder: &Path,
@@ -105,7 +105,7 @@ impl Mirror {
     }
 
     /// Copies the last changes, if the storage takes them in time.
-    pub async fn finish(self) {
+    pub(crate) async fn finish(self) {
         let Some(Working { ending, done, address, screen }) = self.0 else { return };
         let _ = ending.send(true);
         // The thread is not joined: a storage that hangs would hold the run's end.

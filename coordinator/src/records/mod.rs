@@ -5,23 +5,23 @@
 //! from the coordinator's loop, except waits for the disk; nothing else here has a thread, sleeps
 //! or decides anything.
 
-pub mod alarms;
-pub mod line_file;
-pub mod logging;
-pub mod mirror;
+pub(crate) mod alarms;
+pub(crate) mod line_file;
+pub(crate) mod logging;
+pub(crate) mod mirror;
 
-pub mod chronicle;
-pub mod curve;
-pub mod curves;
-pub mod damage;
+pub(crate) mod chronicle;
+pub(crate) mod curve;
+pub(crate) mod curves;
+pub(crate) mod damage;
 pub mod disk;
-pub mod events;
-pub mod metrics;
+pub(crate) mod events;
+pub(crate) mod metrics;
 pub mod progress;
-pub mod receipts;
-pub mod scalars;
-pub mod status;
-pub mod table;
-pub mod tensorboard;
-pub mod timeline;
-pub mod view;
+pub(crate) mod receipts;
+pub(crate) mod scalars;
+pub(crate) mod status;
+pub(crate) mod table;
+pub(crate) mod tensorboard;
+pub(crate) mod timeline;
+pub(crate) mod view;

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 
 /// State of the acknowledgements. See the module documentation.
 #[derive(Debug, Default)]
-pub struct Receipts {
+pub(crate) struct Receipts {
     /// Cadence: a row is due every `every` steps.
     every: u64,
     /// Last step of the run, once it is known; its row is due too.
@@ -31,17 +31,17 @@ pub struct Receipts {
 
 impl Receipts {
     /// Creates the state for a cadence; no row has been received.
-    pub fn new(every: u64) -> Receipts {
+    pub(crate) fn new(every: u64) -> Receipts {
         Receipts { every, ..Receipts::default() }
     }
 
     /// Sets the last step of the run.
-    pub fn ends_with(&mut self, last: u64) {
+    pub(crate) fn ends_with(&mut self, last: u64) {
         self.last = Some(last);
     }
 
     /// Notes that a generation was formed that goes on after this step.
-    pub fn formed(&mut self, after: u64) {
+    pub(crate) fn formed(&mut self, after: u64) {
         // A roll-back goes on from an earlier step: rows from there on are due from this term's
         // generations as well.
         let floor = self.floor.map_or(after, |floor| floor.min(after));
@@ -51,7 +51,7 @@ impl Receipts {
     }
 
     /// Notes that a row was received and is held here.
-    pub fn took(&mut self, step: u64) {
+    pub(crate) fn took(&mut self, step: u64) {
         self.owed.remove(&step);
         self.lost.remove(&step);
         if self.told >= Some(step) {
@@ -61,12 +61,12 @@ impl Receipts {
     }
 
     /// Notes that a row was received for which there is no room.
-    pub fn refused(&mut self, step: u64) {
+    pub(crate) fn refused(&mut self, step: u64) {
         self.owed.insert(step);
     }
 
     /// First step, up to `limit`, whose row is not held here. `is_known` tells which rows are.
-    pub fn missing(&mut self, limit: u64, is_known: impl Fn(u64) -> bool) -> Option<u64> {
+    pub(crate) fn missing(&mut self, limit: u64, is_known: impl Fn(u64) -> bool) -> Option<u64> {
         let owed = self.owed.first().copied().filter(|step| *step <= limit);
         while self.floor.is_some()
             && let Some(next) = self.next_due().filter(|next| *next <= limit)
@@ -89,14 +89,14 @@ impl Receipts {
     }
 
     /// Notes that no worker has the row of a step any more.
-    pub fn give_up(&mut self, step: u64) {
+    pub(crate) fn give_up(&mut self, step: u64) {
         self.owed.remove(&step);
         self.lost.insert(step);
     }
 
     /// Step to acknowledge once all rows before `bound` are durable and `newest` is the newest row;
     /// `None` if the workers already know it.
-    pub fn acknowledge(&mut self, newest: u64, bound: u64) -> Option<u64> {
+    pub(crate) fn acknowledge(&mut self, newest: u64, bound: u64) -> Option<u64> {
         // A prefix (1): nothing from the first unsafe row on may be forgotten by the workers.
         let step = newest.min(bound.saturating_sub(1));
         if step == 0 || self.told >= Some(step) {

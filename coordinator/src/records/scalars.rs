@@ -8,7 +8,7 @@ use ganglion_proto::record::Scalars;
 
 /// Group of scalars that are shown together.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Group {
+pub(crate) struct Group {
     /// Name: the part of a scalar's name before the underscore.
     pub name: &'static str,
     /// Label that tells the scalars of the group apart.
@@ -18,7 +18,7 @@ pub struct Group {
 }
 
 /// All groups. The last one is of the scalars that stand for themselves.
-pub static GROUPS: [Group; 3] = [
+pub(crate) static GROUPS: [Group; 3] = [
     Group { name: "loss", key: "module", help: "Mean loss of the newest step" },
     Group {
         name: "score",
@@ -34,7 +34,7 @@ const WORDS: usize = 4;
 
 /// Presentation of one scalar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shown<'a> {
+pub(crate) struct Shown<'a> {
     /// Group of the scalar.
     pub group: &'static Group,
     /// Value of the group's label.
@@ -43,7 +43,7 @@ pub struct Shown<'a> {
 
 impl<'a> Shown<'a> {
     /// Derives the presentation from a scalar's name.
-    pub fn new(name: &'a str) -> Shown<'a> {
+    pub(crate) fn new(name: &'a str) -> Shown<'a> {
         let grouped = |group: &'static Group| {
             let of = name.strip_prefix(group.name)?.strip_prefix('_').filter(|of| !of.is_empty())?;
             Some(Shown { group, of })
@@ -52,12 +52,12 @@ impl<'a> Shown<'a> {
     }
 
     /// Tag in TensorBoard.
-    pub fn tag(&self) -> String {
+    pub(crate) fn tag(&self) -> String {
         format!("{}/{}", self.group.name, self.of)
     }
 
     /// Label where there is little room: a network by its initial.
-    pub fn short(&self) -> String {
+    pub(crate) fn short(&self) -> String {
         match self.of.chars().next() {
             Some(initial) if self.group.name == "loss" => initial.to_ascii_uppercase().to_string(),
             _ => self.of.replace('_', " "),
@@ -66,7 +66,7 @@ impl<'a> Shown<'a> {
 }
 
 /// One line with the losses, then some of the scalars that stand for themselves.
-pub fn in_words(scalars: &Scalars) -> String {
+pub(crate) fn in_words(scalars: &Scalars) -> String {
     let of_group = |wanted: &'static Group| {
         let shown = scalars.iter().map(|(name, value)| (Shown::new(name), value));
         shown.filter(move |(shown, _)| shown.group == wanted)

@@ -4,7 +4,7 @@ use ganglion_proto::wire::{Activity, GetStatusResponse, WorkerStatus};
 use serde_json::{Value, json};
 
 /// Renders the status as a JSON object.
-pub fn json(status: &GetStatusResponse) -> Value {
+pub(crate) fn json(status: &GetStatusResponse) -> Value {
     let outcome = Some(&status.outcome).filter(|outcome| !outcome.is_empty());
     let digest = Some(&status.state_digest).filter(|digest| !digest.is_empty());
     let workers: Vec<Value> =
@@ -52,7 +52,7 @@ fn worker_json(worker: &WorkerStatus, failure_deadline: f64) -> Value {
 
 /// Health of a worker, as a word. Five heartbeats are due within a failure deadline, so three
 /// missed ones are reported.
-pub fn health(worker: &WorkerStatus, failure_deadline: f64) -> &'static str {
+pub(crate) fn health(worker: &WorkerStatus, failure_deadline: f64) -> &'static str {
     match worker.heartbeat_age {
         // First: the age of a heartbeat says nothing once the session has ended.
         _ if !worker.connected => "away",
@@ -63,7 +63,7 @@ pub fn health(worker: &WorkerStatus, failure_deadline: f64) -> &'static str {
 }
 
 /// Activity of a worker's training thread, as a word.
-pub fn activity(activity: Activity) -> &'static str {
+pub(crate) fn activity(activity: Activity) -> &'static str {
     match activity {
         Activity::Computing => "computing",
         Activity::Waiting => "waiting",

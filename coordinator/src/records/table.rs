@@ -9,7 +9,7 @@ use crate::system::clock::now;
 
 /// Rows under headings. A column is as wide as necessary; numbers are aligned to the right, texts,
 /// whose heading begins with `<`, to the left.
-pub struct Table {
+pub(crate) struct Table {
     columns: Vec<Column>,
     rows: Vec<Vec<String>>,
 }
@@ -21,7 +21,7 @@ struct Column {
 
 impl Table {
     /// Creates a table without rows.
-    pub fn new(headings: &[&str]) -> Table {
+    pub(crate) fn new(headings: &[&str]) -> Table {
         let column = |heading: &&str| Column {
             heading: heading.trim_start_matches('<').to_string(),
             to_the_left: heading.starts_with('<'),
@@ -30,7 +30,7 @@ impl Table {
     }
 
     /// Adds a row, one cell per column.
-    pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         let cells: Vec<String> = cells.into_iter().collect();
         debug_assert_eq!(cells.len(), self.columns.len(), "a row has a cell a column");
         self.rows.push(cells);
@@ -58,13 +58,13 @@ impl fmt::Display for Table {
 }
 
 /// Renders the age of a Unix time in seconds.
-pub fn ago(time: f64) -> String {
+pub(crate) fn ago(time: f64) -> String {
     let elapsed = Duration::try_from_secs_f64(now() - time).unwrap_or_default();
     format!("{} ago", HumanDuration(elapsed))
 }
 
 /// Renders a number of bytes with its unit.
-pub fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     HumanBytes(bytes).to_string()
 }
 

@@ -70,7 +70,7 @@ struct Image {
 
 /// An encoded PNG with the properties that TensorBoard requires.
 #[derive(Clone, Copy, Debug)]
-pub struct Png<'a> {
+pub(crate) struct Png<'a> {
     /// Content of the PNG file.
     pub bytes: &'a [u8],
     /// Height in pixels.
@@ -83,7 +83,7 @@ pub struct Png<'a> {
 
 impl<'a> Png<'a> {
     /// Reads the properties from the header of a PNG; `None` if it is not one.
-    pub fn of(bytes: &'a [u8]) -> Option<Png<'a>> {
+    pub(crate) fn of(bytes: &'a [u8]) -> Option<Png<'a>> {
         let header = bytes.strip_prefix(b"\x89PNG\r\n\x1a\n")?.get(8..18)?;
         let side = |at: usize| Some(u32::from_be_bytes(header.get(at..at + 4)?.try_into().ok()?));
         let channels = if matches!(header.get(9)?, 0 | 4) { 1 } else { 3 };
@@ -93,7 +93,7 @@ impl<'a> Png<'a> {
 
 /// An open event file.
 #[derive(Debug)]
-pub struct TensorBoard {
+pub(crate) struct TensorBoard {
     file: File,
     /// Whole records that are not in the file yet.
     unwritten: Vec<u8>,
@@ -108,7 +108,7 @@ impl TensorBoard {
     ///
     /// # Errors
     /// The folder or the file cannot be created.
-    pub fn create(dir: &Path) -> io::Result<Self> {
+    pub(crate) fn create(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
         let now = clock::unix_time();
         // Named as by TensorBoard's own writers: the time comes first, so the order of names is that of
@@ -133,7 +133,7 @@ impl TensorBoard {
     ///
     /// # Errors
     /// A file cannot be read.
-    pub fn read_back(dir: &Path, mut visit: impl FnMut(u64, &str)) -> io::Result<()> {
+    pub(crate) fn read_back(dir: &Path, mut visit: impl FnMut(u64, &str)) -> io::Result<()> {
         let entries = match fs::read_dir(dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             entries => entries?,
@@ -150,14 +150,14 @@ impl TensorBoard {
 
     /// Adds points to curves, by their tags, as one record. `wall_time` is in seconds of Unix time.
     #[expect(clippy::cast_possible_truncation, reason = "TensorBoard's scalars have single precision")]
-    pub fn scalars(&mut self, step: u64, wall_time: f64, points: Vec<(String, f64)>) {
+    pub(crate) fn scalars(&mut self, step: u64, wall_time: f64, points: Vec<(String, f64)>) {
         let value =
             |(tag, value): (String, f64)| Value { tag, simple_value: Some(value as f32), image: None };
         self.summary(step, wall_time, points.into_iter().map(value).collect());
     }
 
     /// Adds a picture to the series `tag`. `wall_time` is in seconds of Unix time.
-    pub fn image_png(&mut self, tag: &str, step: u64, wall_time: f64, image: Png) {
+    pub(crate) fn image_png(&mut self, tag: &str, step: u64, wall_time: f64, image: Png) {
         let side = |pixels: u32| i32::try_from(pixels).unwrap_or(i32::MAX);
         let image = Image {
             height: side(image.height),
@@ -173,7 +173,7 @@ impl TensorBoard {
     ///
     /// # Errors
     /// The file cannot be written. The remaining records wait for the next flush, up to a limit.
-    pub fn flush(&mut self) -> io::Result<()> {
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
         let written = self.cut().and_then(|()| self.file.write_all(&self.unwritten));
         self.wrote(written)
     }

@@ -37,4 +37,4 @@ impl View {
 }
 
 /// Sender of the shell's snapshots.
-pub type Publisher = watch::Sender<Option<Arc<View>>>;
+pub(crate) type Publisher = watch::Sender<Option<Arc<View>>>;

@@ -7,7 +7,7 @@
 //! 3. Secrets in it are readable by its user only, whatever files had their names before.
 
 pub mod access;
-pub mod ownership;
+pub(crate) mod ownership;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::Read;

@@ -33,12 +33,12 @@ use crate::system::node::{Node, Relation, start_time};
 
 /// Interval at which a holder renews its claim.
 // Ten of these fit into PATIENCE, so one that fails or comes late does no harm.
-pub const RENEWAL: Duration = Duration::from_secs(2);
+pub(crate) const RENEWAL: Duration = Duration::from_secs(2);
 /// Time for which a claim must stay unrenewed before it is taken over, where its holder cannot be
 /// looked up.
 // After the death of a machine the run stands still for this long, so it is as short as renewals that
 // stall allow.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// Interval at which a watched claim is read.
 const LOOK: Duration = Duration::from_millis(250);
 /// Maximum number of attempts to get a claim. Each refusal means that another process got one,
@@ -50,7 +50,7 @@ const CLAIM_LIMIT: u64 = 4096;
 
 /// Holder of a run directory, as written in its claim.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Holder {
+pub(crate) struct Holder {
     /// Number of the claim.
     pub claim: u64,
     /// Process number of the holder.
@@ -273,7 +273,7 @@ impl Drop for Ownership {
 
 /// Whether a run directory is claimed, seen from outside. For a holder on another machine the age
 /// of its newest renewal decides, by this machine's clock.
-pub fn is_claimed(folder: &Path, locks_work: bool) -> bool {
+pub(crate) fn is_claimed(folder: &Path, locks_work: bool) -> bool {
     let Some(claim) = newest(&claims(folder)).ok().flatten() else { return false };
     let file = claim_file(folder, claim);
     match judge(&read(&file), locks_work) {
@@ -288,7 +288,7 @@ pub fn is_claimed(folder: &Path, locks_work: bool) -> bool {
 }
 
 /// Description of the holder in a run directory's `lock`.
-pub fn recorded_holder(folder: &Path) -> String {
+pub(crate) fn recorded_holder(folder: &Path) -> String {
     let claim = read(&folder.join("lock"));
     // An earlier version wrote a line of text.
     let text = || String::from_utf8_lossy(&claim.content).lines().next().unwrap_or_default().to_string();

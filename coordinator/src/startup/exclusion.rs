@@ -19,7 +19,7 @@ use crate::run_dir::RunDir;
 const NAMES: &str = "data_names";
 
 /// Decides from which update on samples are left out.
-pub fn decide(
+pub(crate) fn decide(
     files: Vec<String>,
     job: &Job,
     journal: &Journal,
@@ -40,7 +40,7 @@ pub fn decide(
 }
 
 /// Adds an exclusion to the job, first in the journal, then in job.toml.
-pub fn write(
+pub(crate) fn write(
     exclusion: &Exclusion,
     job: &mut Job,
     journal: &mut Journal,

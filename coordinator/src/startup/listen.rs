@@ -22,7 +22,7 @@ use crate::startup::take_over::TakenOver;
 use crate::workers::new_token;
 
 /// Open listeners of a coordinator.
-pub struct Doors<C> {
+pub(super) struct Doors<C> {
     /// Accepted gRPC connections.
     pub incoming: mpsc::Receiver<C>,
     /// Address at which local workers connect.
@@ -38,7 +38,7 @@ pub struct Doors<C> {
 }
 
 /// Opens the listeners, and leaves the access record for operators in the run directory.
-pub async fn open<H: Host>(
+pub(super) async fn open<H: Host>(
     cli: &Cli,
     host: &H,
     security: &Security,
@@ -66,7 +66,7 @@ pub async fn open<H: Host>(
 impl<C> Doors<C> {
     /// Prints and records the addresses and settings of this coordinator. `reason` explains the number of
     /// local workers.
-    pub fn announce(&self, term: Term, reason: Option<&str>, taken: &mut TakenOver) {
+    pub(super) fn announce(&self, term: Term, reason: Option<&str>, taken: &mut TakenOver) {
         let (records, job) = (&mut taken.records, &taken.job.job);
         let (url, dashboard) = (&self.url, self.dashboard.url());
         records.event(&RunEvent::CoordinatorStarted {

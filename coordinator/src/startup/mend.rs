@@ -21,7 +21,7 @@ use crate::records::progress::Screen;
 const RECORDS: [&str; 2] = ["metrics.jsonl", "events.jsonl"];
 
 /// Opens the records of a run, and reports those that were set aside.
-pub fn open_records(
+pub(crate) fn open_records(
     job: &Job,
     folder: &Path,
     screen: &Screen,

@@ -68,7 +68,7 @@ struct Told {
 }
 
 /// Makes a new journal for a run; returns the report to print.
-pub fn recover(run: &Path, json: bool) -> Result<String, Failure> {
+pub(crate) fn recover(run: &Path, json: bool) -> Result<String, Failure> {
     // Before the folder is held: a mistyped path must not become a run directory.
     let job = read_job(run)?;
     let run_dir = RunDir::hold(run)?;

@@ -18,7 +18,7 @@ use crate::journal::{Fact, Journal, JournalError};
 use crate::records::chronicle::Chronicle;
 
 /// Inputs of the search, from a run that starts.
-pub struct Asked<'a> {
+pub(crate) struct Asked<'a> {
     /// Address of the storage, from the job.
     pub place: &'a str,
     /// Unique name of the run.
@@ -30,7 +30,7 @@ pub struct Asked<'a> {
 }
 
 /// Result of the search for checkpoints.
-pub struct Found {
+pub(crate) struct Found {
     /// The storage, marked as the run's.
     pub checkpoints: Checkpoints,
     /// The newest whole checkpoint.
@@ -41,7 +41,7 @@ pub struct Found {
 }
 
 /// Finds the newest checkpoint, and reports those that are missing or damaged.
-pub async fn find(
+pub(crate) async fn find(
     asked: &Asked<'_>,
     journal: &mut Journal,
     records: &mut Records,
@@ -209,7 +209,7 @@ async fn settle(
 }
 
 /// Failure of a starting run whose checkpoint storage failed.
-pub fn storage_failed(
+pub(crate) fn storage_failed(
     checkpoints: &Checkpoints,
     patience: &Patience,
     error: &ganglion_storage::Error,
@@ -222,6 +222,6 @@ pub fn storage_failed(
 }
 
 /// Size of the data set, once a worker has loaded it.
-pub fn known_samples(journal: &Journal) -> Result<Option<u64>, Failure> {
+pub(crate) fn known_samples(journal: &Journal) -> Result<Option<u64>, Failure> {
     Ok(journal.fact(Fact::Samples)?.and_then(|samples| samples.parse().ok()))
 }

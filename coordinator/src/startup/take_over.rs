@@ -23,7 +23,7 @@ use crate::system::node::Node;
 use crate::workers::{Adoption, Exited, Processes, Supervisor, new_token};
 
 /// State of the run as taken over from earlier coordinators.
-pub struct TakenOver {
+pub(crate) struct TakenOver {
     /// The job, including the samples that the run leaves out.
     pub job: Job,
     /// Final line of a run that is already finished; `None` if there is work left.
@@ -51,7 +51,7 @@ pub struct TakenOver {
 }
 
 /// The machine, the directory and the wishes with which a run is taken over.
-pub struct Wanted<'a> {
+pub(crate) struct Wanted<'a> {
     /// The run directory, held.
     pub run_dir: &'a RunDir,
     /// Terminal.
@@ -68,7 +68,7 @@ pub struct Wanted<'a> {
 ///
 /// # Errors
 /// The run is not this job's, or its journal, records or storage cannot be used.
-pub async fn take_over(wanted: Wanted<'_>, job: Job) -> Result<TakenOver, Failure> {
+pub(crate) async fn take_over(wanted: Wanted<'_>, job: Job) -> Result<TakenOver, Failure> {
     let Wanted { run_dir, screen, disk, processes, from_start } = wanted;
     let mut journal = open_journal(run_dir, screen)?;
     // Nothing was trained before the first group formed, so a mistake in the job may still be mended.
@@ -134,12 +134,12 @@ impl TakenOver {
 }
 
 /// Address of the storage that holds the run's checkpoints.
-pub fn storage_of(job: &Job, run_dir: &RunDir) -> String {
+pub(crate) fn storage_of(job: &Job, run_dir: &RunDir) -> String {
     job.checkpoint.url.clone().unwrap_or_else(|| run_dir.path("checkpoints").display().to_string())
 }
 
 /// Opens the journal. If it is missing while the run's records exist, the run is refused: it is not new.
-pub fn open_journal(run_dir: &RunDir, screen: &Screen) -> Result<Journal, Failure> {
+pub(crate) fn open_journal(run_dir: &RunDir, screen: &Screen) -> Result<Journal, Failure> {
     let journal = run_dir.path("journal.sqlite");
     let holds = |name: &&str| std::fs::metadata(run_dir.path(name)).is_ok_and(|file| file.len() > 0);
     // Each shows that a coordinator has worked here. SQLite would begin an empty journal without a word,
@@ -179,7 +179,7 @@ fn run_name(journal: &mut Journal) -> Result<String, Failure> {
 }
 
 /// Loads the recorded evaluations, and writes the events that an earlier coordinator's death prevented.
-pub async fn judged(taken: &mut TakenOver) -> Result<Judged, Failure> {
+pub(crate) async fn judged(taken: &mut TakenOver) -> Result<Judged, Failure> {
     let TakenOver { journal, checkpoints, job, records, patience, .. } = taken;
     let rows = journal.evaluations()?;
     let untold = rows.iter().filter(|row| !records.chronicle.look().evaluations.contains_key(&row.step));

@@ -1,4 +1,4 @@
 //! This machine: its clock, and its name.
 
-pub mod clock;
-pub mod node;
+pub(crate) mod clock;
+pub(crate) mod node;

@@ -82,7 +82,7 @@ impl fmt::Display for Node {
 }
 
 /// Start time of a process, in the system's ticks since boot. See proc(5), /proc/pid/stat, field 22.
-pub fn start_time(pid: u32) -> Option<u64> {
+pub(crate) fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is the program's name in parentheses, which may hold anything.
     let (_, fields) = stat.rsplit_once(')')?;

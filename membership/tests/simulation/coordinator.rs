@@ -19,7 +19,7 @@ use crate::world::{Ctx, Happening, Seen};
 
 /// What a coordinator set itself.
 #[derive(Clone, Debug)]
-pub enum Alarm {
+pub(crate) enum Alarm {
     Tick(Instant),
     /// The storage failed: once more.
     Commit(Checkpoint, u32),
@@ -45,7 +45,7 @@ struct Store {
     entered: BTreeMap<WorkerId, Proc>,
 }
 
-pub struct Coordinator {
+pub(crate) struct Coordinator {
     pub term: Term,
     pub machine: Machine,
     started: Instant,
@@ -73,7 +73,7 @@ pub struct Coordinator {
 }
 
 impl Coordinator {
-    pub fn start(workers: &BTreeMap<Proc, Worker>, ctx: &mut Ctx) -> Coordinator {
+    pub(crate) fn start(workers: &BTreeMap<Proc, Worker>, ctx: &mut Ctx) -> Coordinator {
         let term = Term(ctx.directory.term.0 + 1);
         note!(ctx, "a coordinator starts with term {term}");
         ctx.journal(Row::Term(term));
@@ -111,26 +111,26 @@ impl Coordinator {
         }
     }
 
-    pub fn begin(&mut self, ctx: &mut Ctx) {
+    pub(crate) fn begin(&mut self, ctx: &mut Ctx) {
         self.feed(Event::Started, ctx);
     }
 
     // ---- What comes in
     // ---------------------------------------------------------------------------------------
 
-    pub fn receive(&mut self, conn: ConnId, packet: Packet, ctx: &mut Ctx) {
+    pub(crate) fn receive(&mut self, conn: ConnId, packet: Packet, ctx: &mut Ctx) {
         self.take(Input::Packet(conn, packet), ctx);
     }
 
-    pub fn alarm(&mut self, alarm: Alarm, ctx: &mut Ctx) {
+    pub(crate) fn alarm(&mut self, alarm: Alarm, ctx: &mut Ctx) {
         self.take(Input::Alarm(alarm), ctx);
     }
 
-    pub fn reaped(&mut self, token: u64, ctx: &mut Ctx) {
+    pub(crate) fn reaped(&mut self, token: u64, ctx: &mut Ctx) {
         self.take(Input::Reaped(token), ctx);
     }
 
-    pub fn wake(&mut self, ctx: &mut Ctx) {
+    pub(crate) fn wake(&mut self, ctx: &mut Ctx) {
         self.paused_until = None;
         while let Some(input) = self.inbox.pop_front() {
             self.take(input, ctx);
@@ -551,13 +551,13 @@ fn recover(workers: &BTreeMap<Proc, Worker>, ctx: &Ctx) -> Recovered {
 }
 
 impl Ctx {
-    pub fn journal(&mut self, row: Row) {
+    pub(crate) fn journal(&mut self, row: Row) {
         note!(self, "journal {row:?}");
         self.seen.push(Seen::Journaled(row.clone()));
         self.directory.journal(row);
     }
 
-    pub fn move_latest(&mut self, position: Position) {
+    pub(crate) fn move_latest(&mut self, position: Position) {
         let from = self.directory.latest;
         self.directory.move_latest(position);
         self.seen.push(Seen::LatestMoved { from });

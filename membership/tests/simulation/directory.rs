@@ -10,7 +10,7 @@ use crate::job::{Job, State};
 
 /// A row of the journal.
 #[derive(Clone, Debug)]
-pub enum Row {
+pub(crate) enum Row {
     Term(Term),
     Worker(WorkerId, Option<u64>),
     Group(Term, Group),
@@ -22,7 +22,7 @@ pub enum Row {
 
 /// Fault of the storage as a worker sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trouble {
+pub(crate) enum Trouble {
     /// Nothing is answered until it is mended.
     Hangs,
     /// Full, read-only or away: everything is refused at once.
@@ -32,7 +32,7 @@ pub enum Trouble {
 }
 
 #[derive(Default)]
-pub struct Directory {
+pub(crate) struct Directory {
     pub journal: Vec<Row>,
     /// Recorded rows of metrics: by step, its ledger.
     pub rows: BTreeMap<u64, u64>,
@@ -54,7 +54,7 @@ pub struct Directory {
 }
 
 impl Directory {
-    pub fn journal(&mut self, row: Row) {
+    pub(crate) fn journal(&mut self, row: Row) {
         match &row {
             Row::Term(term) => self.term = *term,
             Row::Worker(worker, token) => {
@@ -76,26 +76,26 @@ impl Directory {
     }
 
     /// The last step up to which all rows are recorded.
-    pub fn rows_up_to(&self) -> u64 {
+    pub(crate) fn rows_up_to(&self) -> u64 {
         (1..).zip(self.rows.keys()).take_while(|(step, recorded)| step == *recorded).count() as u64
     }
 
-    pub fn next_worker(&self) -> WorkerId {
+    pub(crate) fn next_worker(&self) -> WorkerId {
         WorkerId(self.last_worker + 1)
     }
 
-    pub fn next_token(&self) -> u64 {
+    pub(crate) fn next_token(&self) -> u64 {
         self.last_token + 1
     }
 
     /// The token of the process that a worker is.
-    pub fn token_of(&self, worker: WorkerId) -> Option<u64> {
+    pub(crate) fn token_of(&self, worker: WorkerId) -> Option<u64> {
         let is = |(_, workers): &(&u64, &Vec<WorkerId>)| workers.contains(&worker);
         self.tokens.iter().find(is).map(|(token, _)| *token)
     }
 
     /// Writes a file, which does no harm where it is there already; `None` while the storage is down.
-    pub fn write_part(&mut self, job: &Job, state: &State, index: u32) -> Option<WrittenPart> {
+    pub(crate) fn write_part(&mut self, job: &Job, state: &State, index: u32) -> Option<WrittenPart> {
         if self.storage_down {
             return None;
         }
@@ -104,7 +104,7 @@ impl Directory {
     }
 
     /// Writes a manifest where there is none; the one that is there goes before.
-    pub fn write_manifest(&mut self, checkpoint: Checkpoint) -> Option<Checkpoint> {
+    pub(crate) fn write_manifest(&mut self, checkpoint: Checkpoint) -> Option<Checkpoint> {
         if self.storage_down {
             return None;
         }
@@ -112,16 +112,16 @@ impl Directory {
     }
 
     /// Moves `latest`, never back.
-    pub fn move_latest(&mut self, position: Position) {
+    pub(crate) fn move_latest(&mut self, position: Position) {
         self.latest = Some(self.latest.map_or(position.0, |latest| latest.max(position.0)));
     }
 
     /// The most advanced checkpoint whose files are all there.
-    pub fn newest_manifest(&self) -> Option<&Checkpoint> {
+    pub(crate) fn newest_manifest(&self) -> Option<&Checkpoint> {
         self.manifests.values().rev().find(|checkpoint| self.is_whole(checkpoint))
     }
 
-    pub fn is_whole(&self, checkpoint: &Checkpoint) -> bool {
+    pub(crate) fn is_whole(&self, checkpoint: &Checkpoint) -> bool {
         let there = |(index, file): (u32, &StoredFile)| {
             self.files.contains_key(&(checkpoint.position.0, index, file.blake3.clone()))
         };
@@ -129,14 +129,14 @@ impl Directory {
     }
 
     /// What a checkpoint holds; `None` while the storage is down.
-    pub fn load(&self, checkpoint: &Checkpoint) -> Option<State> {
+    pub(crate) fn load(&self, checkpoint: &Checkpoint) -> Option<State> {
         let key = (checkpoint.position.0, 0, checkpoint.state_digest.clone());
         if self.storage_down { None } else { self.files.get(&key).copied() }
     }
 }
 
 /// The report of a file.
-pub fn part(job: &Job, state: &State, index: u32) -> WrittenPart {
+pub(crate) fn part(job: &Job, state: &State, index: u32) -> WrittenPart {
     let (step, phase) = (state.position.0 / job.phases, state.position.0 % job.phases);
     WrittenPart {
         step,
@@ -153,7 +153,7 @@ fn file(state: &State, index: u32) -> StoredFile {
 }
 
 /// A checkpoint that one worker writes alone.
-pub fn whole(job: &Job, state: &State) -> Checkpoint {
+pub(crate) fn whole(job: &Job, state: &State) -> Checkpoint {
     let first = part(job, state, 0);
     Checkpoint {
         position: state.position,

@@ -12,7 +12,7 @@ use crate::world::{Happening, World};
 
 /// The cluster of a seed.
 #[derive(Clone, Debug)]
-pub struct Scenario {
+pub(crate) struct Scenario {
     pub locals: u32,
     pub remotes: u32,
     /// The longest that a packet takes, and whether a few take much longer.
@@ -35,7 +35,7 @@ pub struct Scenario {
 
 /// Something that goes wrong.
 #[derive(Clone, Debug)]
-pub enum Mishap {
+pub(crate) enum Mishap {
     CrashCoordinator,
     /// So many steps of carrying out actions later.
     CrashCoordinatorWithin(u32),
@@ -82,7 +82,7 @@ pub enum Mishap {
 }
 
 /// Draws a seed's scenario, job and mishaps.
-pub fn draw(rng: &mut ChaCha8Rng, seed: u64) -> (Scenario, Job, Vec<(Instant, Mishap)>) {
+pub(crate) fn draw(rng: &mut ChaCha8Rng, seed: u64) -> (Scenario, Job, Vec<(Instant, Mishap)>) {
     let calm = rng.random_bool(0.15);
     let total = rng.random_range(1..=5);
     let locals = match rng.random_range(0..3) {
@@ -189,7 +189,7 @@ fn draw_time(rng: &mut ChaCha8Rng, long: bool) -> u64 {
 }
 
 /// Lets a mishap strike.
-pub fn strike(world: &mut World, mishap: Mishap) {
+pub(crate) fn strike(world: &mut World, mishap: Mishap) {
     if world.ctx.quiet {
         return;
     }

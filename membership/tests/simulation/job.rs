@@ -6,11 +6,11 @@ use std::time::Duration;
 use crate::mix::mix;
 
 /// Microseconds since the world began.
-pub type Instant = u64;
+pub(crate) type Instant = u64;
 
 /// What a worker holds: the committed phases in two halves, so that a state can be torn, and the ledger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct State {
+pub(crate) struct State {
     pub position: Position,
     pub halves: [u64; 2],
     pub ledger: u64,
@@ -20,22 +20,22 @@ pub struct State {
 
 impl State {
     /// The state that the seed gives.
-    pub fn fresh(seed: u64) -> State {
+    pub(crate) fn fresh(seed: u64) -> State {
         State { position: Position(0), halves: [mix(seed, 1), mix(seed, 2)], ledger: 0, tainted: false }
     }
 
     /// What members compare.
-    pub fn fingerprint(&self) -> u64 {
+    pub(crate) fn fingerprint(&self) -> u64 {
         mix(mix(self.halves[0], self.halves[1]), self.ledger)
     }
 
     /// The digest that manifests carry.
-    pub fn digest(&self) -> String {
+    pub(crate) fn digest(&self) -> String {
         format!("{:016x}", self.fingerprint())
     }
 
     /// Applies a reduced phase.
-    pub fn commit(&mut self, sum: u64, samples: u64) {
+    pub(crate) fn commit(&mut self, sum: u64, samples: u64) {
         self.halves = [mix(self.halves[0], sum), mix(self.halves[1], sum.rotate_left(7))];
         self.ledger = self.ledger.wrapping_add(samples);
         self.position.0 += 1;
@@ -43,18 +43,18 @@ impl State {
 }
 
 /// What one data shard gives to the phase after a state. It depends on the state, as a gradient does.
-pub fn leaf(state: &State, shard: u32) -> u64 {
+pub(crate) fn leaf(state: &State, shard: u32) -> u64 {
     mix(mix(state.position.0, u64::from(shard)), state.fingerprint())
 }
 
 /// The ledger's share of one data shard in one phase.
-pub fn samples(position: Position, shard: u32) -> u64 {
+pub(crate) fn samples(position: Position, shard: u32) -> u64 {
     mix(position.0 ^ 0x5a5a, u64::from(shard))
 }
 
 /// One training.
 #[derive(Clone, Debug)]
-pub struct Job {
+pub(crate) struct Job {
     pub shards: u32,
     pub phases: u64,
     pub steps: u64,
@@ -67,7 +67,7 @@ pub struct Job {
 }
 
 impl Job {
-    pub fn new(seed: u64, shards: u32, phases: u64, steps: u64, every: u64, parts: u32) -> Job {
+    pub(crate) fn new(seed: u64, shards: u32, phases: u64, steps: u64, every: u64, parts: u32) -> Job {
         let mut state = State::fresh(seed);
         let mut lineage = vec![state];
         for _ in 0..phases * steps {
@@ -79,24 +79,24 @@ impl Job {
         Job { shards, phases, steps, every, parts, lineage }
     }
 
-    pub fn end(&self) -> Position {
+    pub(crate) fn end(&self) -> Position {
         Position(self.phases * self.steps)
     }
 
     /// What the state of a position must be.
-    pub fn expected(&self, position: Position) -> Option<&State> {
+    pub(crate) fn expected(&self, position: Position) -> Option<&State> {
         self.lineage.get(usize::try_from(position.0).ok()?)
     }
 
     /// Whether a checkpoint is due at a position.
-    pub fn is_due(&self, position: Position) -> bool {
+    pub(crate) fn is_due(&self, position: Position) -> bool {
         position.0 > 0 && (position == self.end() || position.0.is_multiple_of(self.phases * self.every))
     }
 }
 
 /// The limits of a run in microseconds.
 #[derive(Clone, Copy, Debug)]
-pub struct Waits {
+pub(crate) struct Waits {
     pub heartbeat: u64,
     pub attempt: u64,
     pub meet: u64,
@@ -104,7 +104,7 @@ pub struct Waits {
 }
 
 impl Waits {
-    pub fn of(limits: &Limits) -> Waits {
+    pub(crate) fn of(limits: &Limits) -> Waits {
         Waits {
             heartbeat: micros(limits.heartbeat),
             attempt: micros(limits.attempt),
@@ -114,6 +114,6 @@ impl Waits {
     }
 }
 
-pub fn micros(duration: Duration) -> u64 {
+pub(crate) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).expect("a simulation is short")
 }

@@ -11,19 +11,19 @@ use crate::job::Instant;
 use crate::worker::StepRow;
 
 /// A connection; also the id of the session that it carries.
-pub type ConnId = usize;
+pub(crate) type ConnId = usize;
 /// A process of a worker.
-pub type Proc = u32;
+pub(crate) type Proc = u32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Node {
+pub(crate) enum Node {
     Coordinator,
     Worker(Proc),
 }
 
 /// What a worker says to its coordinator.
 #[derive(Clone, Debug)]
-pub enum Up {
+pub(crate) enum Up {
     Hello {
         proc: Proc,
         /// Which of its attempts to open a session this is.
@@ -49,7 +49,7 @@ pub enum Up {
 
 /// What a coordinator says to a worker.
 #[derive(Clone, Debug)]
-pub enum Down {
+pub(crate) enum Down {
     /// The newest generation whose states must not be used goes with it.
     Welcome {
         term: Term,
@@ -76,7 +76,7 @@ pub enum Down {
 
 /// What members say to each other.
 #[derive(Clone, Debug)]
-pub enum Peer {
+pub(crate) enum Peer {
     Greet {
         term: Term,
         generation: Generation,
@@ -102,7 +102,7 @@ pub enum Peer {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Trailer {
+pub(crate) struct Trailer {
     pub generation: Generation,
     pub position: Position,
     pub fingerprint: u64,
@@ -110,7 +110,7 @@ pub struct Trailer {
 }
 
 #[derive(Clone, Debug)]
-pub enum Packet {
+pub(crate) enum Packet {
     Up(Box<Up>),
     Down(Box<Down>),
     Peer(Peer),
@@ -119,7 +119,7 @@ pub enum Packet {
 }
 
 /// A connection. Side 0 opened it.
-pub struct Conn {
+pub(crate) struct Conn {
     pub ends: [Node; 2],
     /// The term and generation of a link between two members.
     pub link: Option<(Term, Generation)>,
@@ -132,19 +132,19 @@ pub struct Conn {
 }
 
 impl Conn {
-    pub fn side_of(&self, node: Node) -> usize {
+    pub(crate) fn side_of(&self, node: Node) -> usize {
         usize::from(self.ends[0] != node)
     }
 }
 
 #[derive(Default)]
-pub struct Network {
+pub(crate) struct Network {
     pub conns: Vec<Conn>,
     cut: BTreeSet<(Node, Node)>,
 }
 
 impl Network {
-    pub fn open(&mut self, from: Node, to: Node, link: Option<(Term, Generation)>) -> ConnId {
+    pub(crate) fn open(&mut self, from: Node, to: Node, link: Option<(Term, Generation)>) -> ConnId {
         self.conns.push(Conn {
             ends: [from, to],
             link,
@@ -157,30 +157,30 @@ impl Network {
     }
 
     /// The link of two members in a generation, if one of them opened it.
-    pub fn link(&self, a: Proc, b: Proc, of: (Term, Generation)) -> Option<ConnId> {
+    pub(crate) fn link(&self, a: Proc, b: Proc, of: (Term, Generation)) -> Option<ConnId> {
         let ends = [Node::Worker(a), Node::Worker(b)];
         let is = |conn: &Conn| conn.link == Some(of) && conn.ends.iter().all(|end| ends.contains(end));
         self.conns.iter().rposition(is)
     }
 
-    pub fn cut(&mut self, a: Node, b: Node) {
+    pub(crate) fn cut(&mut self, a: Node, b: Node) {
         self.cut.insert((a.min(b), a.max(b)));
     }
 
-    pub fn mend(&mut self, a: Node, b: Node) {
+    pub(crate) fn mend(&mut self, a: Node, b: Node) {
         self.cut.remove(&(a.min(b), a.max(b)));
     }
 
-    pub fn mend_all(&mut self) {
+    pub(crate) fn mend_all(&mut self) {
         self.cut.clear();
     }
 
-    pub fn is_cut(&self, a: Node, b: Node) -> bool {
+    pub(crate) fn is_cut(&self, a: Node, b: Node) -> bool {
         !self.cut.is_empty() && self.cut.contains(&(a.min(b), a.max(b)))
     }
 
     /// Connections of a node, or between two, that still carry something.
-    pub fn of(&self, a: Node, b: Option<Node>) -> Vec<ConnId> {
+    pub(crate) fn of(&self, a: Node, b: Option<Node>) -> Vec<ConnId> {
         let is =
             |conn: &Conn| !conn.broken && conn.ends.contains(&a) && b.is_none_or(|b| conn.ends.contains(&b));
         (0..self.conns.len()).filter(|id| is(&self.conns[*id])).collect()

@@ -19,7 +19,7 @@ use std::time::{Instant, SystemTime};
 const OF_A_DAY: u64 = 1_000_000;
 
 /// What became of a seed.
-pub struct Run {
+pub(crate) struct Run {
     /// What went wrong.
     pub failure: Option<String>,
     /// All that happened, if it was asked for.
@@ -29,7 +29,7 @@ pub struct Run {
 
 /// A simulation: a function from a seed, and whether to keep a log, to what becomes of it.
 #[derive(Clone, Copy)]
-pub struct Simulation {
+pub(crate) struct Simulation {
     /// The package that it is a test of.
     pub package: &'static str,
     /// Seeds to run if nobody says how many.
@@ -43,7 +43,7 @@ pub struct Simulation {
 
 impl Simulation {
     /// Does what the environment asks for. Panics if a seed fails.
-    pub fn start(&self) {
+    pub(crate) fn start(&self) {
         match number("SEED") {
             Some(seed) => self.replay(seed),
             None => self.sweep(&self.seeds_to_run()),
@@ -73,7 +73,7 @@ impl Simulation {
     }
 
     /// Runs a seed. A panic in it is a failure too.
-    pub fn run(&self, seed: u64, keep_log: bool) -> Run {
+    pub(crate) fn run(&self, seed: u64, keep_log: bool) -> Run {
         let caught = std::panic::catch_unwind(AssertUnwindSafe(|| (self.run)(seed, keep_log)));
         caught.unwrap_or_else(|panic| Run {
             failure: Some(panic_message(&*panic)),

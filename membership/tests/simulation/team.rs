@@ -15,7 +15,7 @@ use crate::worker::{StepRow, Timer, Worker};
 use crate::world::{Ctx, Happening, Seen};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
+pub(crate) enum Stage {
     /// At the store.
     Meeting,
     /// The first collective: is this the same group for all?
@@ -35,7 +35,7 @@ pub enum Stage {
 }
 
 /// The group that a worker is or was last in.
-pub struct Team {
+pub(crate) struct Team {
     pub term: Term,
     pub group: Group,
     pub rank: usize,
@@ -62,7 +62,7 @@ pub struct Team {
 }
 
 impl Team {
-    pub fn activity(&self) -> Activity {
+    pub(crate) fn activity(&self) -> Activity {
         match self.stage {
             Stage::Done => Activity::Resting,
             Stage::Computing | Stage::Committing => Activity::Computing,
@@ -112,7 +112,7 @@ impl Worker {
     // -------------------------------------------------------------------------------------------
 
     /// Does a piece of work of the training thread.
-    pub fn train(&mut self, command: Command<StepRow>, ctx: &mut Ctx) {
+    pub(crate) fn train(&mut self, command: Command<StepRow>, ctx: &mut Ctx) {
         match command {
             Command::Begin { term, group, rank } => self.begin(term, group, rank.0 as usize, ctx),
             Command::Read(_) => self.begin_work(10_000, 60_000, ctx),
@@ -155,7 +155,7 @@ impl Worker {
     }
 
     /// All members came to the store.
-    pub fn met(&mut self, generation: Generation, procs: Vec<Proc>, ctx: &mut Ctx) {
+    pub(crate) fn met(&mut self, generation: Generation, procs: Vec<Proc>, ctx: &mut Ctx) {
         let Some(team) = &mut self.team else { return };
         if !team.active || team.group.generation != generation || team.stage != Stage::Meeting {
             return;
@@ -200,7 +200,7 @@ impl Worker {
         })
     }
 
-    pub fn hear_peer(&mut self, conn: ConnId, from: Proc, peer: Peer, ctx: &mut Ctx) {
+    pub(crate) fn hear_peer(&mut self, conn: ConnId, from: Proc, peer: Peer, ctx: &mut Ctx) {
         let of = ctx.network.conns[conn].link;
         match &mut self.team {
             Some(team) if team.active && of == Some((team.term, team.group.generation)) => {
@@ -213,7 +213,7 @@ impl Worker {
         }
     }
 
-    pub fn lose_peer(&mut self, conn: ConnId, from: Proc, ctx: &mut Ctx) {
+    pub(crate) fn lose_peer(&mut self, conn: ConnId, from: Proc, ctx: &mut Ctx) {
         let of = ctx.network.conns[conn].link;
         let Some(team) = &mut self.team else { return };
         if !team.active || of != Some((team.term, team.group.generation)) {
@@ -295,7 +295,7 @@ impl Worker {
     }
 
     /// Leaves of the phase in hand that are done.
-    pub fn leaves_in_hand(&self, now: Instant) -> u64 {
+    pub(crate) fn leaves_in_hand(&self, now: Instant) -> u64 {
         let Some(team) = self.team.as_ref().filter(|team| team.stage == Stage::Computing) else { return 0 };
         let shards = team.group.members[team.rank].shards.len() as u64;
         let (start, end) = self.work_time;
@@ -386,7 +386,7 @@ impl Worker {
         self.begin_work(pace * shards / 2, pace * shards * slow, ctx);
     }
 
-    pub fn worked(&mut self, number: u64, ctx: &mut Ctx) {
+    pub(crate) fn worked(&mut self, number: u64, ctx: &mut Ctx) {
         if number != self.work {
             return;
         }
@@ -494,7 +494,7 @@ impl Worker {
     }
 
     /// Writes this member's share of the files of a checkpoint.
-    pub fn save_share(&mut self, ctx: &mut Ctx) {
+    pub(crate) fn save_share(&mut self, ctx: &mut Ctx) {
         let Some(state) = self.state else { return };
         let team = self.team.as_ref().expect("it is in a team");
         let writers: Vec<usize> =
@@ -512,7 +512,7 @@ impl Worker {
     // --------------------------------------------------------------------------------------
 
     /// Its part is done once its last state is on the storage, however long that takes.
-    pub fn finish_if_saved(&mut self, ctx: &mut Ctx) {
+    pub(crate) fn finish_if_saved(&mut self, ctx: &mut Ctx) {
         let saves = self.team.as_ref().is_some_and(|team| team.active && team.stage == Stage::Saving);
         if saves && self.is_saved() {
             self.feed(Event::Saved, ctx);
@@ -520,7 +520,7 @@ impl Worker {
     }
 
     /// Leaves the group, at once or when the work in hand is done.
-    pub fn leave_team(&mut self, fault: Option<Fault>, ctx: &mut Ctx) {
+    pub(crate) fn leave_team(&mut self, fault: Option<Fault>, ctx: &mut Ctx) {
         let Some(team) = &mut self.team else { return };
         if !team.active {
             return;
@@ -555,7 +555,7 @@ impl Worker {
     }
 
     /// Gives up what takes too long.
-    pub fn check_waits(&mut self, ctx: &mut Ctx) {
+    pub(crate) fn check_waits(&mut self, ctx: &mut Ctx) {
         let Some(team) = self.team.as_ref().filter(|team| team.active) else { return };
         let waited = ctx.now - team.since;
         let (stage, generation) = (team.stage, team.group.generation);

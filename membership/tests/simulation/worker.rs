@@ -17,7 +17,7 @@ use crate::world::{Ctx, Happening, Seen};
 
 /// What a worker set itself.
 #[derive(Clone, Debug)]
-pub enum Timer {
+pub(crate) enum Timer {
     /// What is waited for is looked at.
     Look,
     HasLoaded,
@@ -38,14 +38,14 @@ pub enum Timer {
 
 /// What came to a process that was not run.
 #[derive(Debug)]
-pub enum Input {
+pub(crate) enum Input {
     Timer(Timer),
     Packet(ConnId, Node, Packet),
 }
 
 /// The row of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StepRow {
+pub(crate) struct StepRow {
     pub step: u64,
     pub ledger: u64,
 }
@@ -56,7 +56,7 @@ impl Row for StepRow {
     }
 }
 
-pub struct Worker {
+pub(crate) struct Worker {
     pub proc: Proc,
     pub token: Option<u64>,
     pub alive: bool,
@@ -105,7 +105,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub fn start(proc: Proc, token: Option<u64>, strange: bool, ctx: &mut Ctx) -> Worker {
+    pub(crate) fn start(proc: Proc, token: Option<u64>, strange: bool, ctx: &mut Ctx) -> Worker {
         let load = ctx.between(20_000, 400_000);
         ctx.after(load, Happening::Timer(proc, Timer::HasLoaded));
         let first = ctx.between(1_000, 50_000);
@@ -149,14 +149,14 @@ impl Worker {
         }
     }
 
-    pub fn node(&self) -> Node {
+    pub(crate) fn node(&self) -> Node {
         Node::Worker(self.proc)
     }
 
     // ---- What comes in
     // ---------------------------------------------------------------------------------------
 
-    pub fn time(&mut self, timer: Timer, ctx: &mut Ctx) {
+    pub(crate) fn time(&mut self, timer: Timer, ctx: &mut Ctx) {
         if self.paused_until.is_some() {
             self.inbox.push_back(Input::Timer(timer));
             return;
@@ -184,7 +184,7 @@ impl Worker {
         }
     }
 
-    pub fn receive(&mut self, conn: ConnId, from: Node, packet: Packet, ctx: &mut Ctx) {
+    pub(crate) fn receive(&mut self, conn: ConnId, from: Node, packet: Packet, ctx: &mut Ctx) {
         if self.paused_until.is_some() {
             self.inbox.push_back(Input::Packet(conn, from, packet));
             return;
@@ -199,7 +199,7 @@ impl Worker {
     }
 
     /// What has arrived is read before anybody is judged silent.
-    pub fn wake(&mut self, ctx: &mut Ctx) {
+    pub(crate) fn wake(&mut self, ctx: &mut Ctx) {
         self.paused_until = None;
         let (packets, timers): (VecDeque<Input>, VecDeque<Input>) =
             std::mem::take(&mut self.inbox).into_iter().partition(|input| matches!(input, Input::Packet(..)));
@@ -218,7 +218,7 @@ impl Worker {
     // ------------------------------------------------------------------------------------------
 
     /// Lets the member take an event, and does what it wants.
-    pub fn feed(&mut self, event: Event<StepRow>, ctx: &mut Ctx) {
+    pub(crate) fn feed(&mut self, event: Event<StepRow>, ctx: &mut Ctx) {
         if !self.alive {
             return;
         }
@@ -352,7 +352,7 @@ impl Worker {
     }
 
     /// Says something to the coordinator; it may crash instead.
-    pub fn say(&mut self, up: Up, ctx: &mut Ctx) {
+    pub(crate) fn say(&mut self, up: Up, ctx: &mut Ctx) {
         let Some(conn) = self.conn else { return };
         if let Some(left) = &mut self.crash_after {
             if *left == 0 {
@@ -423,38 +423,38 @@ impl Worker {
     // ---- What others see of it
     // -------------------------------------------------------------------------------
 
-    pub fn id(&self) -> Option<WorkerId> {
+    pub(crate) fn id(&self) -> Option<WorkerId> {
         self.member.worker()
     }
 
-    pub fn term(&self) -> Term {
+    pub(crate) fn term(&self) -> Term {
         self.member.term()
     }
 
-    pub fn lease_until(&self) -> Instant {
+    pub(crate) fn lease_until(&self) -> Instant {
         self.member.lease().map_or(Instant::MAX, micros)
     }
 
     /// Whether it has given its coordinator up: it trains no more.
-    pub fn expired(&self) -> bool {
+    pub(crate) fn expired(&self) -> bool {
         self.member.end() == Some(&End::Lost)
     }
 
     /// Whether it is at rest and will not train in `generation`, whatever reaches it.
-    pub fn is_out_of(&self, generation: Generation) -> bool {
+    pub(crate) fn is_out_of(&self, generation: Generation) -> bool {
         let active = self.team.as_ref().is_some_and(|team| team.active);
         !active && (self.readied >= generation || self.member.generation() < generation)
     }
 
     /// The connection of its session.
-    pub fn session(&self) -> Option<ConnId> {
+    pub(crate) fn session(&self) -> Option<ConnId> {
         self.conn
     }
 
     // ---- Checkpoints and the end
     // -----------------------------------------------------------------------------
 
-    pub fn save_later(&mut self, generation: Generation, state: State, index: u32, ctx: &mut Ctx) {
+    pub(crate) fn save_later(&mut self, generation: Generation, state: State, index: u32, ctx: &mut Ctx) {
         let slow = if self.storage == Some(Trouble::Slow) { 40 } else { 1 };
         let wait = ctx.between(2_000, 80_000) * slow;
         self.unwritten.insert((state.position.0, index));
@@ -486,17 +486,17 @@ impl Worker {
     }
 
     /// Whether all that it was to save is on the storage.
-    pub fn is_saved(&self) -> bool {
+    pub(crate) fn is_saved(&self) -> bool {
         self.unwritten.is_empty()
     }
 
     /// Whether its storage does what it is asked for, sooner or later.
-    pub fn storage_answers(&self) -> bool {
+    pub(crate) fn storage_answers(&self) -> bool {
         !matches!(self.storage, Some(Trouble::Hangs | Trouble::Fails))
     }
 
     /// Answers the requests that were not answered, one after the other.
-    pub fn storage_mended(&mut self, ctx: &mut Ctx) {
+    pub(crate) fn storage_mended(&mut self, ctx: &mut Ctx) {
         self.storage = None;
         for timer in std::mem::take(&mut self.unanswered) {
             let wait = ctx.between(500, 20_000);
@@ -505,7 +505,7 @@ impl Worker {
     }
 
     /// Its machine computes wrongly for a moment.
-    pub fn flip(&mut self, ctx: &mut Ctx) {
+    pub(crate) fn flip(&mut self, ctx: &mut Ctx) {
         if let Some(state) = &mut self.state {
             state.halves[0] ^= 1 << 17;
             state.tainted = true;
@@ -537,14 +537,14 @@ impl Worker {
     }
 
     /// Somebody asks it to leave.
-    pub fn asked_to_leave(&mut self, ctx: &mut Ctx) {
+    pub(crate) fn asked_to_leave(&mut self, ctx: &mut Ctx) {
         self.leaving = true;
         self.feed(Event::LeaveRequested, ctx);
     }
 }
 
 /// The generation that a message speaks of.
-pub fn generation_of(event: &ganglion_membership::Event) -> Option<Generation> {
+pub(crate) fn generation_of(event: &ganglion_membership::Event) -> Option<Generation> {
     use ganglion_membership::Event;
     match event {
         Event::Ready(_, generation, _)

@@ -16,7 +16,7 @@ use crate::worker::{StepRow, Timer, Worker};
 
 /// What happens at an instant.
 #[derive(Debug)]
-pub enum Happening {
+pub(crate) enum Happening {
     Deliver {
         conn: ConnId,
         to: usize,
@@ -53,7 +53,7 @@ pub enum Happening {
 
 /// What the invariants see, besides the world itself.
 #[derive(Clone, Debug)]
-pub enum Seen {
+pub(crate) enum Seen {
     Journaled(Row),
     CoordinatorStarted {
         adopted: Option<Position>,
@@ -117,7 +117,7 @@ pub enum Seen {
 }
 
 /// What every process of the world may use.
-pub struct Ctx {
+pub(crate) struct Ctx {
     pub now: Instant,
     pub rng: ChaCha8Rng,
     queue: BTreeMap<(Instant, u64), Happening>,
@@ -156,27 +156,27 @@ macro_rules! note {
 }
 
 impl Ctx {
-    pub fn write_down(&mut self, line: String) {
+    pub(crate) fn write_down(&mut self, line: String) {
         let time = self.now;
         if let Some(log) = &mut self.log {
             log.push(format!("{:>4}.{:06} {line}", time / 1_000_000, time % 1_000_000));
         }
     }
 
-    pub fn at(&mut self, time: Instant, happening: Happening) {
+    pub(crate) fn at(&mut self, time: Instant, happening: Happening) {
         self.next += 1;
         self.queue.insert((time.max(self.now), self.next), happening);
     }
 
-    pub fn after(&mut self, wait: u64, happening: Happening) {
+    pub(crate) fn after(&mut self, wait: u64, happening: Happening) {
         self.at(self.now + wait, happening);
     }
 
-    pub fn between(&mut self, low: u64, high: u64) -> u64 {
+    pub(crate) fn between(&mut self, low: u64, high: u64) -> u64 {
         self.rng.random_range(low..=high.max(low))
     }
 
-    pub fn chance(&mut self, probability: f64) -> bool {
+    pub(crate) fn chance(&mut self, probability: f64) -> bool {
         self.rng.random_bool(probability)
     }
 
@@ -189,24 +189,24 @@ impl Ctx {
 
     /// A state was copied, or is the only one. With a flipped bit in it that is nobody's mistake, until
     /// somebody saw it.
-    pub fn copied(&mut self, tainted: bool) {
+    pub(crate) fn copied(&mut self, tainted: bool) {
         self.spoiled |= tainted && self.directory.condemned < self.flipped_in;
     }
 
-    pub fn start_local(&mut self, token: u64) {
+    pub(crate) fn start_local(&mut self, token: u64) {
         self.after(0, Happening::StartLocal(token));
     }
 
-    pub fn kill_local(&mut self, token: u64) {
+    pub(crate) fn kill_local(&mut self, token: u64) {
         self.after(0, Happening::KillLocal(token));
     }
 
     /// Whether somebody answers at the coordinator's address.
-    pub fn listens(&self) -> bool {
+    pub(crate) fn listens(&self) -> bool {
         self.coordinator_up
     }
 
-    pub fn open_link(&mut self, from: Node, to: Node, of: (Term, Generation)) -> ConnId {
+    pub(crate) fn open_link(&mut self, from: Node, to: Node, of: (Term, Generation)) -> ConnId {
         let link = self.network.open(from, to, Some(of));
         let Node::Worker(proc) = to else { return link };
         if self.ended.contains(&proc) {
@@ -218,7 +218,7 @@ impl Ctx {
     // ---- Connections
     // -----------------------------------------------------------------------------------------
 
-    pub fn send(&mut self, conn: ConnId, from: Node, packet: Packet) {
+    pub(crate) fn send(&mut self, conn: ConnId, from: Node, packet: Packet) {
         let delay = self.delay();
         let entry = &mut self.network.conns[conn];
         let to = 1 - entry.side_of(from);
@@ -231,7 +231,7 @@ impl Ctx {
     }
 
     /// One side ends a connection: what it sent still arrives, then the end.
-    pub fn close(&mut self, conn: ConnId, by: Node) {
+    pub(crate) fn close(&mut self, conn: ConnId, by: Node) {
         self.send(conn, by, Packet::End);
         let entry = &mut self.network.conns[conn];
         let side = entry.side_of(by);
@@ -240,7 +240,7 @@ impl Ctx {
     }
 
     /// A connection breaks: everything that is in flight is lost, both ways.
-    pub fn reset(&mut self, conn: ConnId) {
+    pub(crate) fn reset(&mut self, conn: ConnId) {
         if self.network.conns[conn].broken {
             return;
         }
@@ -269,7 +269,7 @@ impl Ctx {
         }
     }
 
-    pub fn mend(&mut self, a: Node, b: Node) {
+    pub(crate) fn mend(&mut self, a: Node, b: Node) {
         self.network.mend(a, b);
         self.drain(self.network.of(a, Some(b)));
     }
@@ -291,7 +291,7 @@ impl Ctx {
     }
 }
 
-pub struct World {
+pub(crate) struct World {
     pub ctx: Ctx,
     pub coordinator: Option<Coordinator>,
     pub workers: BTreeMap<Proc, Worker>,
@@ -306,7 +306,7 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(seed: u64, keep_log: bool) -> World {
+    pub(crate) fn new(seed: u64, keep_log: bool) -> World {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let (scenario, job, mishaps) = faults::draw(&mut rng, seed);
         let limits = Limits::derive(std::time::Duration::from_secs(1));
@@ -360,7 +360,7 @@ impl World {
     }
 
     /// Lets everything happen until the run is complete or an invariant is broken.
-    pub fn run(&mut self) -> Result<(), Breach> {
+    pub(crate) fn run(&mut self) -> Result<(), Breach> {
         let mut invariants = Invariants::default();
         while !self.complete {
             let Some(((time, _), happening)) = self.ctx.queue.pop_first() else {
@@ -399,13 +399,13 @@ impl World {
     }
 
     /// The worker to whom the last thing happened, if it lives: nobody else has changed.
-    pub fn touched_worker(&self) -> Option<&Worker> {
+    pub(crate) fn touched_worker(&self) -> Option<&Worker> {
         let Some(Node::Worker(proc)) = self.touched else { return None };
         self.workers.get(&proc).filter(|worker| worker.alive)
     }
 
     /// The coordinator, if the last thing happened to it and it goes on.
-    pub fn touched_coordinator(&self) -> Option<&Coordinator> {
+    pub(crate) fn touched_coordinator(&self) -> Option<&Coordinator> {
         let coordinator = self.coordinator.as_ref().filter(|_| self.touched == Some(Node::Coordinator));
         coordinator.filter(|coordinator| !coordinator.crashed && coordinator.outcome.is_none())
     }
@@ -494,7 +494,7 @@ impl World {
         }
     }
 
-    pub fn end_worker(&mut self, proc: Proc, graceful: bool) {
+    pub(crate) fn end_worker(&mut self, proc: Proc, graceful: bool) {
         let Some(worker) = self.workers.get_mut(&proc) else { return };
         if worker.ended {
             return;
@@ -535,7 +535,7 @@ impl World {
         self.with_coordinator(None, |c, ctx| c.begin(ctx));
     }
 
-    pub fn crash_coordinator(&mut self) {
+    pub(crate) fn crash_coordinator(&mut self) {
         if self.coordinator.take().is_some() {
             note!(self.ctx, "the coordinator crashes");
             self.ctx.coordinator_up = false;
@@ -587,7 +587,7 @@ impl World {
     // ---- Pauses
     // ----------------------------------------------------------------------------------------------
 
-    pub fn pause(&mut self, node: Node, time: u64) {
+    pub(crate) fn pause(&mut self, node: Node, time: u64) {
         note!(self.ctx, "{node:?} is not run for {time} us");
         let until = self.ctx.now + time;
         match node {

@@ -6,7 +6,7 @@ use super::named::{Profiles, Scalars};
 use super::schema::record;
 
 /// Number that is written as 16 hexadecimal digits.
-pub type Hexadecimal = u64;
+pub(super) type Hexadecimal = u64;
 
 record! {
     /// Metrics of one reported step: a line of `metrics.jsonl`. The columns are in the order of the

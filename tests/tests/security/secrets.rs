@@ -8,11 +8,11 @@ use ganglion_proto::dial::Credentials;
 use ganglion_tests::{Process, Run, program};
 
 /// Files made by `coordinator certs init`.
-pub struct Secrets(PathBuf);
+pub(crate) struct Secrets(PathBuf);
 
 impl Secrets {
     /// Makes certificates and a token beside a run.
-    pub fn new(run: &Run, name: &str) -> Secrets {
+    pub(crate) fn new(run: &Run, name: &str) -> Secrets {
         let folder = run.beside(name);
         let mut command = Command::new(program("coordinator"));
         command.args(["certs", "init", "--dir"]).arg(&folder);
@@ -22,17 +22,17 @@ impl Secrets {
     }
 
     /// Path of one of the files or folders.
-    pub fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         self.0.join(name).to_str().unwrap().to_string()
     }
 
     /// The join token.
-    pub fn token(&self) -> String {
+    pub(crate) fn token(&self) -> String {
         std::fs::read_to_string(self.0.join("join-token")).unwrap().trim().to_string()
     }
 
     /// Arguments of a coordinator with TLS and join token.
-    pub fn coordinator(&self, workers: u32) -> Vec<String> {
+    pub(crate) fn coordinator(&self, workers: u32) -> Vec<String> {
         let workers = workers.to_string();
         let (folder, token) = (self.path("coordinator"), self.path("join-token"));
         ["--workers", &workers, "--tls-dir", &folder, "--join-token-file", &token]
@@ -41,31 +41,31 @@ impl Secrets {
     }
 
     /// Worker with these secrets.
-    pub fn worker(&self, url: &str) -> Process {
+    pub(crate) fn worker(&self, url: &str) -> Process {
         worker(url, &["--tls-dir", &self.path("worker"), "--join-token-file", &self.path("join-token")])
     }
 
     /// Arguments of a worker with these secrets.
-    pub fn credentials(&self) -> Credentials {
+    pub(crate) fn credentials(&self) -> Credentials {
         let tls = Some(TlsFiles::new(&self.0.join("worker")));
         Credentials { tls, name: None, token_file: Some(self.0.join("join-token")) }
     }
 }
 
 /// Worker with these arguments.
-pub fn worker(url: &str, arguments: &[&str]) -> Process {
+pub(crate) fn worker(url: &str, arguments: &[&str]) -> Process {
     let mut command = Command::new(program("worker"));
     command.args(["--coordinator", url]).args(arguments);
     Process::start(command)
 }
 
 /// Starts a coordinator with secrets.
-pub fn start(run: &Run, secrets: &Secrets, workers: u32) -> Process {
+pub(crate) fn start(run: &Run, secrets: &Secrets, workers: u32) -> Process {
     let arguments = secrets.coordinator(workers);
     run.start_with(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
 /// Address of a run's coordinator.
-pub fn url(run: &Run) -> String {
+pub(crate) fn url(run: &Run) -> String {
     run.wait_for("coordinator_started", |_| true)["address"].as_str().unwrap().to_string()
 }

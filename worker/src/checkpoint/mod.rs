@@ -6,7 +6,7 @@
 //! 3. A reader accepts no file whose hash is not the manifest's, and no state whose digest is not.
 
 pub mod init_weights;
-pub mod storage;
+pub(crate) mod storage;
 
 use std::collections::BTreeMap;
 use std::ops::Range;

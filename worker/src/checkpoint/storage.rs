@@ -25,10 +25,10 @@ const FIRST_LIMIT: Duration = Duration::from_secs(40);
 /// Limit on retries of a failing storage where nothing else can be done.
 const LIMIT: Duration = Duration::from_secs(600);
 /// First and longest pause between two attempts.
-pub const PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
+pub(crate) const PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
 
 /// Checkpoint storage, with what is known of its owner.
-pub struct RunStorage {
+pub(crate) struct RunStorage {
     blocking: Blocking,
     run: String,
     /// Whether the storage was verified to be the run's.
@@ -42,7 +42,7 @@ impl RunStorage {
     ///
     /// # Errors
     /// The address cannot be used by this program at all; the message says why, and how to fix it.
-    pub fn open(address: &str, run: &str) -> Result<RunStorage, String> {
+    pub(crate) fn open(address: &str, run: &str) -> Result<RunStorage, String> {
         let wrong = |what: String| format!("checkpoint.url {address}: {what}");
         let parsed = Address::parse(address).map_err(|error| wrong(error.to_string()))?;
         // A folder that is not here may be mounted on other workers only. Another address must be
@@ -89,17 +89,17 @@ impl RunStorage {
     }
 
     /// The underlying storage.
-    pub fn storage(&self) -> &Storage {
+    pub(crate) fn storage(&self) -> &Storage {
         self.blocking.storage()
     }
 
     /// Blocks until an operation on the storage is done.
-    pub fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+    pub(crate) fn wait<T>(&self, work: impl Future<Output = T>) -> T {
         self.blocking.wait(work)
     }
 
     /// Verifies that the storage is the run's, before something is written.
-    pub async fn check(&self) -> Result<(), CheckpointError> {
+    pub(crate) async fn check(&self) -> Result<(), CheckpointError> {
         if self.known.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -114,7 +114,7 @@ impl RunStorage {
     }
 
     /// Retries an operation while waiting may help, up to 600 s. Each reason is logged once.
-    pub async fn patiently<T>(
+    pub(crate) async fn patiently<T>(
         &self,
         work: impl AsyncFn() -> Result<T, CheckpointError>,
     ) -> Result<T, CheckpointError> {
@@ -147,14 +147,14 @@ impl RunStorage {
 }
 
 /// A checkpoint being read on a thread of its own.
-pub struct Reading {
+pub(crate) struct Reading {
     checkpoint: Checkpoint,
     result: oneshot::Receiver<Result<Snapshot, CheckpointError>>,
 }
 
 impl Reading {
     /// Continues `earlier` if it reads the same checkpoint; else starts a thread that runs `read`.
-    pub fn of(
+    pub(crate) fn of(
         earlier: Option<Reading>,
         checkpoint: &Checkpoint,
         read: impl FnOnce() -> Result<Snapshot, CheckpointError> + Send + 'static,
@@ -171,7 +171,7 @@ impl Reading {
     }
 
     /// Waits up to 100 ms; returns the result once it is there.
-    pub fn poll(&mut self, storage: &Arc<RunStorage>) -> Option<Result<Snapshot, CheckpointError>> {
+    pub(crate) fn poll(&mut self, storage: &Arc<RunStorage>) -> Option<Result<Snapshot, CheckpointError>> {
         const LOOK: Duration = Duration::from_millis(100);
         let lost = || CheckpointError::Corrupt("the thread that read the checkpoint is gone".to_string());
         // Short, so that an order to leave the group is seen in time; a look that comes too early costs

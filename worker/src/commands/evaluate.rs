@@ -25,7 +25,7 @@ use crate::random::Purpose;
 
 /// Arguments of `worker eval`.
 #[derive(Args)]
-pub struct Eval {
+pub(crate) struct Eval {
     /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object
     /// store.
     #[arg(long, value_name = "PATH|URL", required_unless_present = "rungs", conflicts_with = "rungs")]
@@ -89,7 +89,7 @@ struct RunJob {
 ///
 /// # Errors
 /// The input is wrong, or samples cannot be read.
-pub fn eval(arguments: &Eval) -> Result<(), Failure> {
+pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
     crate::set_threads(arguments.threads);
     let weights = arguments
         .checkpoint
@@ -208,7 +208,7 @@ fn as_table(judge: &Judge, reference: usize, judged: &Judged) -> String {
 
 /// Arguments of `worker train-classifier`.
 #[derive(Args)]
-pub struct TrainClassifier {
+pub(crate) struct TrainClassifier {
     /// The images to train on, an IDX file such as train-images-idx3-ubyte.gz.
     #[arg(long, value_name = "FILE")]
     images: PathBuf,
@@ -250,7 +250,7 @@ impl From<EvalError> for Failure {
 ///
 /// # Errors
 /// The files are wrong, or cannot be written.
-pub fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failure> {
+pub(crate) fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failure> {
     crate::set_threads(1);
     let beside = arguments.out.with_extension("blake3");
     try_out(&arguments.out)?;

@@ -13,7 +13,7 @@ const GENERATOR: &str = "generator_ema.safetensors";
 
 /// Which generator draws.
 #[derive(Args, Clone, Debug)]
-pub struct Weights {
+pub(crate) struct Weights {
     /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object
     /// store.
     #[arg(long, value_name = "PATH|URL")]
@@ -28,7 +28,7 @@ impl Weights {
     ///
     /// # Errors
     /// There are no weights, or they cannot be read.
-    pub fn open(&self) -> Result<(String, Generator), Failure> {
+    pub(crate) fn open(&self) -> Result<(String, Generator), Failure> {
         let (name, bytes) = find(&self.checkpoint)?;
         let generator = Generator::read(&name, &bytes, self.generator.as_deref())?;
         Ok((name, generator))

@@ -8,7 +8,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Listener for the signals that end a lingering worker. It listens from its creation, so that no signal is
 /// lost between training and waiting.
-pub struct Stay {
+pub(crate) struct Stay {
     runtime: Runtime,
     terminate: Signal,
     interrupt: Signal,
@@ -18,7 +18,7 @@ pub struct Stay {
 
 impl Stay {
     /// Listens for SIGTERM, SIGINT and SIGHUP. Starts no thread.
-    pub fn listen() -> io::Result<Stay> {
+    pub(crate) fn listen() -> io::Result<Stay> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         let hangup = (!hangup_is_ignored()).then(SignalKind::hangup);
         let (terminate, interrupt, hangup) = {
@@ -33,7 +33,7 @@ impl Stay {
     }
 
     /// Releases the memory that was kept for training, and waits for one of the signals.
-    pub fn until_asked_to_end(mut self) -> Result<(), c10d::Error> {
+    pub(crate) fn until_asked_to_end(mut self) -> Result<(), c10d::Error> {
         c10d::aten::release_memory()?;
         let mut hangup = self.hangup;
         let hung_up = async {

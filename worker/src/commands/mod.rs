@@ -1,8 +1,8 @@
 //! The program's subcommands, and how a failure ends it.
 
-pub mod error;
-pub mod evaluate;
-pub mod generator_file;
+pub(crate) mod error;
+pub(crate) mod evaluate;
+pub(crate) mod generator_file;
 pub mod join;
-pub mod linger;
-pub mod sample;
+pub(crate) mod linger;
+pub(crate) mod sample;

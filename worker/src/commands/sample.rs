@@ -57,7 +57,7 @@ impl Choice {
 
 /// Arguments of `worker sample`.
 #[derive(Args)]
-pub struct Sample {
+pub(crate) struct Sample {
     #[command(flatten)]
     weights: Weights,
     /// How many samples.
@@ -83,7 +83,7 @@ const AT_ONCE: u32 = 640;
 ///
 /// # Errors
 /// The arguments do not suit the checkpoint, or nothing can be written.
-pub fn sample(arguments: &Sample) -> Result<(), Failure> {
+pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
     crate::set_threads(1);
     let Sample { weights, count, choice, out, folder } = arguments;
     if let Some(out) = out {
@@ -130,7 +130,7 @@ pub fn sample(arguments: &Sample) -> Result<(), Failure> {
 
 /// Arguments of `worker interpolate`.
 #[derive(Args)]
-pub struct Interpolate {
+pub(crate) struct Interpolate {
     #[command(flatten)]
     weights: Weights,
     /// How many walks are shown side by side.
@@ -156,7 +156,7 @@ pub struct Interpolate {
 ///
 /// # Errors
 /// The arguments do not suit the checkpoint, or nothing can be written.
-pub fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
+pub(crate) fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
     crate::set_threads(1);
     let Interpolate { weights, count, points, frames, delay, choice, out } = arguments;
     try_out(out)?;
@@ -205,7 +205,7 @@ fn spherical(from: &Tensor, to: &Tensor, part: f64) -> Tensor {
 
 /// Arguments of `worker export`.
 #[derive(Args)]
-pub struct Export {
+pub(crate) struct Export {
     #[command(flatten)]
     weights: Weights,
     /// The module to write, a TorchScript file.
@@ -220,7 +220,7 @@ const EXACT_ENOUGH: f64 = 1e-5;
 ///
 /// # Errors
 /// The generator cannot be exported, or nothing can be written.
-pub fn export(arguments: &Export) -> Result<(), Failure> {
+pub(crate) fn export(arguments: &Export) -> Result<(), Failure> {
     crate::set_threads(1);
     let Export { weights, out } = arguments;
     // Written beside the target first, so that a module that fails the check never gets its name.
@@ -295,7 +295,7 @@ pub(crate) fn try_out(out: &Path) -> Result<(), Failure> {
 }
 
 /// Failure to write to a path: the user's choice is wrong, unless only the disk is full or failing.
-pub fn unwritable(option: &str, path: &Path, error: &io::Error) -> Failure {
+pub(crate) fn unwritable(option: &str, path: &Path, error: &io::Error) -> Failure {
     let line = format!("{option} {}: {error}", path.display());
     if whole::is_mistake(error) { Failure::Input(line) } else { Failure::Other(line) }
 }

@@ -33,7 +33,7 @@ const STRIDE: usize = 16;
 
 /// Options of a check.
 #[derive(Clone, Copy, Debug)]
-pub struct Look {
+pub(crate) struct Look {
     /// Number of threads.
     pub threads: usize,
     /// Whether samples may have any size. Otherwise those of another size than most are bad.
@@ -44,7 +44,7 @@ pub struct Look {
 ///
 /// # Errors
 /// The data set as a whole is wrong, or cannot be read.
-pub fn check(data: &Data, look: Look, progress: impl FnMut(u64, u64)) -> Result<Report, DataError> {
+pub(crate) fn check(data: &Data, look: Look, progress: impl FnMut(u64, u64)) -> Result<Report, DataError> {
     let started = Instant::now();
     let mut report = match data.kind {
         DataKind::Folder => of_folder(data, look, progress)?,

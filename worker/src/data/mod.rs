@@ -14,7 +14,7 @@
 //! 4. Labels are read only on request: a data set without them is whole, and its fingerprint does not
 //!    depend on them.
 
-pub mod check;
+pub(crate) mod check;
 mod cifar;
 mod classes;
 mod data_set;

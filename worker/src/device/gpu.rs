@@ -63,7 +63,7 @@ impl GpuWatch {
 }
 
 /// Model name of a GPU.
-pub fn model(place: &str) -> Option<String> {
+pub(crate) fn model(place: &str) -> Option<String> {
     Nvml::init().ok()?.device_by_pci_bus_id(place).ok()?.name().ok()
 }
 

@@ -1,6 +1,6 @@
 //! Choice of the compute device.
 
-pub mod gpu;
+pub(crate) mod gpu;
 
 use std::str::FromStr;
 

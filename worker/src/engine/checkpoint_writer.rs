@@ -31,7 +31,7 @@ const WAITING_LIMIT: usize = 2;
 
 /// Work on one snapshot.
 #[derive(Clone, Debug)]
-pub struct Order {
+pub(crate) struct Order {
     /// Generation that trained to the snapshot.
     pub generation: Generation,
     /// State to save.
@@ -52,7 +52,7 @@ struct Of {
 }
 
 /// Dependencies of the background thread.
-pub struct Context {
+pub(crate) struct Context {
     /// The job.
     pub job: Job,
     /// The model.
@@ -66,7 +66,7 @@ pub struct Context {
 }
 
 /// Handle of the training thread to the background thread.
-pub struct Archive {
+pub(crate) struct Archive {
     shared: Arc<Monitor<Queue>>,
     session: Arc<Session>,
 }
@@ -83,7 +83,7 @@ struct Queue {
 
 impl Archive {
     /// Starts the thread.
-    pub fn start(context: Context) -> std::io::Result<Archive> {
+    pub(crate) fn start(context: Context) -> std::io::Result<Archive> {
         let shared = Arc::new(Monitor::<Queue>::default());
         let (theirs, session) = (shared.clone(), context.session.clone());
         std::thread::Builder::new().name("archive".to_string()).spawn(move || theirs.serve(&context))?;
@@ -92,7 +92,7 @@ impl Archive {
 
     /// Queues an order. Waits while the queue is full, half a deadline at most, and not while the storage
     /// fails.
-    pub fn push(&self, order: Order) {
+    pub(crate) fn push(&self, order: Order) {
         let limit = Instant::now() + self.session.limits().deadline / 2;
         let mut queue = self.shared.lock();
         let pause = (queue.waiting.len() >= WAITING_LIMIT).then(|| self.session.pause());
@@ -116,7 +116,7 @@ impl Archive {
     }
 
     /// Drops the waiting orders, and reports nothing more of the one under way.
-    pub fn discard(&self) {
+    pub(crate) fn discard(&self) {
         let mut queue = self.shared.lock();
         queue.waiting.clear();
         queue.void = queue.busy;
@@ -125,7 +125,7 @@ impl Archive {
     }
 
     /// Waits until all is written; returns whether it is. Gives up when `abandon` returns true.
-    pub fn drain(&self, abandon: impl Fn() -> bool) -> bool {
+    pub(crate) fn drain(&self, abandon: impl Fn() -> bool) -> bool {
         // A member that waits here counts as paused, and is not late.
         let _pause = self.session.pause();
         let mut queue = self.shared.lock();

@@ -31,7 +31,7 @@ use crate::state::{Counters, State, align, narrow};
 const LOOK: Duration = Duration::from_millis(2);
 
 /// Process group of one generation, with an all-reduce for each layout of gradients.
-pub struct Team {
+pub(crate) struct Team {
     /// Number of the generation.
     pub generation: u64,
     /// Update indices (positions) by which the run was rolled back.
@@ -42,7 +42,7 @@ pub struct Team {
 
 /// Reasons why a group could not be formed or its training failed.
 #[derive(Debug, thiserror::Error)]
-pub enum TeamError {
+pub(crate) enum TeamError {
     /// A collective failed.
     #[error(transparent)]
     Collective(#[from] c10d::Error),
@@ -89,7 +89,7 @@ impl<T> From<c10d::Refused<T>> for TeamError {
 
 impl Team {
     /// Meets the other members of an assignment and checks that all mean the same group.
-    pub fn form(
+    pub(crate) fn form(
         assignment: &Assignment,
         session: &Session,
         job: &Job,
@@ -122,7 +122,7 @@ impl Team {
     /// Gives every member the state of the assignment's update index, at index 0 the `fresh` one. `held` is
     /// the state that this member holds or has read; the assignment's source must have one. It stays
     /// unchanged if this fails on the way.
-    pub fn start(
+    pub(crate) fn start(
         &self,
         assignment: &Assignment,
         model: &Model,
@@ -206,12 +206,12 @@ impl Team {
     }
 
     /// Assignment of data shards to ranks.
-    pub fn shards(&self) -> &ShardMap {
+    pub(crate) fn shards(&self) -> &ShardMap {
         &self.peers.shards
     }
 
     /// Returns the all-reduce of a phase's gradients.
-    pub fn all_reduce(&mut self, model: &Model, phase: Phase) -> &mut AllReduce {
+    pub(crate) fn all_reduce(&mut self, model: &Model, phase: Phase) -> &mut AllReduce {
         &mut self.all_reduces[model.layout_of(phase)]
     }
 

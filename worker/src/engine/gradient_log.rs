@@ -22,7 +22,7 @@ use crate::nn::tensor_bytes::to_bytes;
 use crate::objective::{ShardAt, ShardGrad};
 
 /// Environment variable with the path of the log.
-pub const VARIABLE: &str = "GANGLION_SHARD_GRADIENTS";
+pub(crate) const VARIABLE: &str = "GANGLION_SHARD_GRADIENTS";
 
 /// Minimum number of hashed scalars, with zeros for those that a phase does not have: logs of all builds
 /// compare.
@@ -37,14 +37,14 @@ pub struct LogError {
 }
 
 /// File that receives the hashes of shard gradients.
-pub struct GradientLog {
+pub(crate) struct GradientLog {
     path: PathBuf,
     file: File,
 }
 
 impl GradientLog {
     /// Opens the log that the environment names, if it names one.
-    pub fn from_environment() -> Result<Option<GradientLog>, LogError> {
+    pub(crate) fn from_environment() -> Result<Option<GradientLog>, LogError> {
         std::env::var_os(VARIABLE).map(GradientLog::open).transpose()
     }
 
@@ -57,7 +57,7 @@ impl GradientLog {
     }
 
     /// Appends the hashes of a shard gradient.
-    pub fn record(
+    pub(crate) fn record(
         &self,
         update: u64,
         at: ShardAt,

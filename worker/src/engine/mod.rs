@@ -4,14 +4,14 @@
 //! members one state; [`train`] is the loop, and [`report`] reports its steps;
 //! [`reduce`] sums gradients; [`commit`] applies their mean, after [`finite`] judged it.
 
-pub mod checkpoint_writer;
+pub(crate) mod checkpoint_writer;
 pub mod commit;
 pub mod finite;
-pub mod generation;
-pub mod gradient_log;
-pub mod passport;
-pub mod profile;
+pub(crate) mod generation;
+pub(crate) mod gradient_log;
+pub(crate) mod passport;
+pub(crate) mod profile;
 pub mod reduce;
-pub mod report;
-pub mod train;
-pub mod trainer;
+pub(crate) mod report;
+pub(crate) mod train;
+pub(crate) mod trainer;

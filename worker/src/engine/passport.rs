@@ -18,11 +18,16 @@ use crate::state::{State, narrow};
 /// Raise it with every change that moves a bit of any job. `make golden` fails where bits differ from those
 /// of the commit before and this number does not. It is no hash of the sources, so that a run can go on with
 /// a newer build that computes the same. Builds before there was this number have the first.
-pub const NUMERICS: u32 = 1;
+pub(crate) const NUMERICS: u32 = 1;
 
 /// Computes the fingerprint of the environment: the number of the build's arithmetic, the kind of machine,
 /// and hashes of this job's arithmetic on it.
-pub fn take(job: &Job, model: &Model, data: &DataSet, device: Device) -> Result<Passport, c10d::Error> {
+pub(crate) fn take(
+    job: &Job,
+    model: &Model,
+    data: &DataSet,
+    device: Device,
+) -> Result<Passport, c10d::Error> {
     let small = job.job.shard_batch.min(SAMPLES);
     let probe = Model::new(model.objective.probe(small).into(), job.job.precision);
     let classes = if data.labels().is_empty() { 0 } else { data.classes() };

@@ -22,7 +22,7 @@ use crate::state::{Counters, State, narrow};
 /// Pending report: what a member needs to report a step's row. It is broadcast with the state, and no part
 /// of it.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Pending {
+pub(crate) struct Pending {
     /// Newest mean of each reported scalar, in the order of [`Model::reported`], for the row of a step that
     /// a change of the group cut in two.
     scalars: Vec<f64>,
@@ -46,12 +46,12 @@ struct Circumstances {
 
 impl Pending {
     /// Nothing to report yet.
-    pub fn new(model: &Model) -> Pending {
+    pub(crate) fn new(model: &Model) -> Pending {
         Pending { scalars: vec![0.0; model.reported().len()], newest: Circumstances::default() }
     }
 
     /// Takes the reported scalars of a phase from its reduced gradient.
-    pub fn note(&mut self, model: &Model, phase: Phase, mean: &Tensor) {
+    pub(crate) fn note(&mut self, model: &Model, phase: Phase, mean: &Tensor) {
         let layout = model.gradient(phase);
         let means = narrow(mean, layout.scalar_range()).to_device(Device::Cpu);
         let means = Vec::<f32>::try_from(means).expect("floats on the CPU");
@@ -64,12 +64,12 @@ impl Pending {
     }
 
     /// Number of words of [`to_words`](Self::to_words).
-    pub fn words(model: &Model) -> usize {
+    pub(crate) fn words(model: &Model) -> usize {
         Pending::new(model).to_words(Counters::default(), 0).len()
     }
 
     /// Encodes the report, with the counters and the fingerprint of the state that it goes with.
-    pub fn to_words(&self, counters: Counters, fingerprint: u64) -> Vec<u64> {
+    pub(crate) fn to_words(&self, counters: Counters, fingerprint: u64) -> Vec<u64> {
         let Counters { position, ledger, skipped } = counters;
         let Circumstances { generation, world_size, images_per_second, time } = self.newest;
         let fixed = [position.0, ledger, skipped, fingerprint, generation, u64::from(world_size)];
@@ -78,7 +78,7 @@ impl Pending {
     }
 
     /// Decodes what [`to_words`](Self::to_words) encoded; `None` for anything else.
-    pub fn from_words(words: &[u64]) -> Option<(Counters, u64, Pending)> {
+    pub(crate) fn from_words(words: &[u64]) -> Option<(Counters, u64, Pending)> {
         let [position, ledger, skipped, fingerprint, generation, world_size, pace, time, scalars @ ..] =
             words
         else {
@@ -105,14 +105,14 @@ struct Due {
 }
 
 /// Throughput since the last row of metrics.
-pub struct Pace {
+pub(crate) struct Pace {
     since: Instant,
     steps: u64,
 }
 
 impl Pace {
     /// Starts to measure.
-    pub fn start() -> Pace {
+    pub(crate) fn start() -> Pace {
         Pace { since: Instant::now(), steps: 0 }
     }
 

@@ -28,7 +28,7 @@ use crate::session::Session;
 use crate::state::State;
 
 /// Everything a worker trains with, and the state that it holds.
-pub struct Trainer {
+pub(crate) struct Trainer {
     /// The job.
     pub job: Job,
     /// The model.
@@ -58,7 +58,7 @@ pub struct Trainer {
 }
 
 /// State after the newest commit, with the report that goes with it.
-pub struct Held {
+pub(crate) struct Held {
     /// The state.
     pub state: State,
     /// The pending report.
@@ -78,7 +78,7 @@ enum Broken {
 
 impl Trainer {
     /// Takes part in one generation until it ends, and says how.
-    pub fn take_part(&mut self, assignment: &Assignment) {
+    pub(crate) fn take_part(&mut self, assignment: &Assignment) {
         let ended = match guarded(|| self.train(assignment)) {
             Ok(trained) => trained.map_err(Broken::from),
             Err(broken) if broken.is_lack_of_memory() => {
@@ -104,7 +104,7 @@ impl Trainer {
 
     /// Drops the held state, which was rolled back or invalidated: it must not be saved or passed on any
     /// more.
-    pub fn drop_state(&mut self) {
+    pub(crate) fn drop_state(&mut self) {
         self.archive.discard();
         self.held = None;
     }
@@ -117,7 +117,7 @@ impl Trainer {
     /// Saves the state that this worker holds on its own, for a later coordinator: the unrecorded rows, all
     /// files, then the manifest, each only if it is not there. Returns the checkpoint's folder, or `None`
     /// if there is nothing to save.
-    pub fn save_alone(&self) -> Result<Option<String>, CheckpointError> {
+    pub(crate) fn save_alone(&self) -> Result<Option<String>, CheckpointError> {
         let Some(Held { state, .. }) = self.held.as_ref().filter(|_| self.storage.seen) else {
             return Ok(None);
         };

@@ -34,7 +34,7 @@ const WAITING_LIMIT: usize = 4;
 const NICE: i32 = 5;
 
 /// Dependencies of the evaluation thread.
-pub struct Context {
+pub(crate) struct Context {
     /// The job.
     pub job: Job,
     /// The model, whose objective draws samples.
@@ -50,7 +50,7 @@ pub struct Context {
 }
 
 /// Handle of the training thread to the evaluation thread.
-pub struct Evaluations {
+pub(crate) struct Evaluations {
     shared: Arc<Monitor<Queue>>,
     session: Arc<Session>,
 }
@@ -81,7 +81,7 @@ impl Evaluations {
     ///
     /// # Errors
     /// The system has no thread left.
-    pub fn start(context: Option<Context>, session: &Arc<Session>) -> std::io::Result<Evaluations> {
+    pub(crate) fn start(context: Option<Context>, session: &Arc<Session>) -> std::io::Result<Evaluations> {
         let shared = Arc::new(Monitor::<Queue>::default());
         // A job without evaluations needs no thread, and `push` then does nothing.
         if let Some(context) = context {
@@ -97,7 +97,7 @@ impl Evaluations {
     }
 
     /// Holds a snapshot until its evaluation is recorded, and makes the evaluation if it is `ours`.
-    pub fn push(&self, snapshot: Arc<Snapshot>, ours: bool) {
+    pub(crate) fn push(&self, snapshot: Arc<Snapshot>, ours: bool) {
         let mut queue = self.shared.lock();
         if queue.closed {
             return;
@@ -122,19 +122,19 @@ impl Evaluations {
     }
 
     /// Makes all held evaluations on this member, after a change of the group.
-    pub fn take_over(&self) {
+    pub(crate) fn take_over(&self) {
         self.shared.lock().held.values_mut().for_each(|held| held.ours = true);
         self.shared.notify();
     }
 
     /// Drops the states after a step: they are computed again.
-    pub fn discard_after(&self, step: u64) {
+    pub(crate) fn discard_after(&self, step: u64) {
         // A roll-back: another state of the same step will be pushed (D10).
         self.shared.lock().held.retain(|held, _| *held <= step);
     }
 
     /// Waits until the newest evaluation is recorded; gives up when `abandon` returns true.
-    pub fn drain(&self, abandon: impl Fn() -> bool) {
+    pub(crate) fn drain(&self, abandon: impl Fn() -> bool) {
         let mut queue = self.shared.lock();
         // Only the newest is waited for: it is that of the last state.
         let newest = queue.held.keys().next_back().copied();
@@ -239,7 +239,7 @@ impl Monitor<Queue> {
 ///
 /// # Errors
 /// Samples cannot be read or judged, or the objective draws none.
-pub fn evaluate(
+pub(crate) fn evaluate(
     model: &Model,
     seed: u64,
     judge: &Judge,

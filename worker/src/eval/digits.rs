@@ -18,11 +18,11 @@ use crate::data::ImageShape;
 use crate::nn::{Init, TensorSpec};
 
 /// Shape of the classifier's input.
-pub const SHAPE: ImageShape = ImageShape { channels: 1, height: 28, width: 28 };
+pub(crate) const SHAPE: ImageShape = ImageShape { channels: 1, height: 28, width: 28 };
 /// Number of classes.
-pub const CLASSES: i64 = 10;
+pub(crate) const CLASSES: i64 = 10;
 /// Width of the layer before the last.
-pub const FEATURES: i64 = 64;
+pub(crate) const FEATURES: i64 = 64;
 
 /// The bundled weights.
 static WEIGHTS: &[u8] = include_bytes!("../../digits/digits.safetensors");
@@ -31,13 +31,13 @@ static HASH: &str = include_str!("../../digits/digits.blake3");
 
 /// The classifier's weights, in the order of [`specs`].
 #[derive(Debug)]
-pub struct Digits {
+pub(crate) struct Digits {
     weights: Vec<Tensor>,
 }
 
 /// Output of the classifier.
 #[derive(Debug)]
-pub struct Seen {
+pub(crate) struct Seen {
     /// Features (n, [`FEATURES`]), after the rectifier.
     pub features: Tensor,
     /// Logits (n, [`CLASSES`]).
@@ -45,7 +45,7 @@ pub struct Seen {
 }
 
 /// Tensors of the network, with the initial values that PyTorch gives its layers.
-pub fn specs() -> Vec<TensorSpec> {
+pub(crate) fn specs() -> Vec<TensorSpec> {
     let layers: [(&str, Vec<i64>); 5] = [
         ("conv1", vec![16, 1, 3, 3]),
         ("conv2", vec![32, 16, 3, 3]),
@@ -69,7 +69,7 @@ pub fn specs() -> Vec<TensorSpec> {
 
 /// Forward pass for images (n, 1, 28, 28) in [-1, 1]: three times convolve, rectify and halve, then two
 /// linear layers.
-pub fn forward(images: &Tensor, weights: &[Tensor]) -> Seen {
+pub(crate) fn forward(images: &Tensor, weights: &[Tensor]) -> Seen {
     let mut maps = images.shallow_clone();
     // Pairs of weight and bias, in the order of `specs`.
     for layer in weights[..6].chunks(2) {
@@ -87,7 +87,7 @@ impl Digits {
     ///
     /// # Errors
     /// The weights in this program are damaged.
-    pub fn bundled() -> Result<Digits, EvalError> {
+    pub(crate) fn bundled() -> Result<Digits, EvalError> {
         let hash = blake3::hash(WEIGHTS).to_hex();
         // Built in, but a file in a source tree can be half fetched.
         if hash.as_str() != HASH.trim() {
@@ -97,7 +97,7 @@ impl Digits {
     }
 
     /// Hash of the bundled weights.
-    pub fn hash() -> &'static str {
+    pub(crate) fn hash() -> &'static str {
         HASH.trim()
     }
 
@@ -105,7 +105,7 @@ impl Digits {
     ///
     /// # Errors
     /// They are not such weights.
-    pub fn read(bytes: &[u8]) -> Result<Digits, EvalError> {
+    pub(crate) fn read(bytes: &[u8]) -> Result<Digits, EvalError> {
         let wrong = |what: String| EvalError::Classifier(what);
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| wrong(error.to_string()))?;
         let load = |spec: &TensorSpec| named_tensor(&tensors, spec, "its").map_err(wrong);
@@ -113,12 +113,12 @@ impl Digits {
     }
 
     /// Classifies images (n, 1, 28, 28) in [-1, 1], without gradients.
-    pub fn look(&self, images: &Tensor) -> Seen {
+    pub(crate) fn look(&self, images: &Tensor) -> Seen {
         no_grad(|| forward(images, &self.weights))
     }
 
     /// Probabilities of the classes, (n, [`CLASSES`]) in f64.
-    pub fn probabilities(seen: &Seen) -> Tensor {
+    pub(crate) fn probabilities(seen: &Seen) -> Tensor {
         // Logarithms of small probabilities follow.
         seen.logits.to_kind(Kind::Double).softmax(-1, Kind::Double)
     }

@@ -16,7 +16,7 @@ const BATCH: usize = 100;
 
 /// Feature extractor.
 #[derive(Debug)]
-pub enum Extractor {
+pub(crate) enum Extractor {
     /// The bundled digit classifier.
     Digits(Digits),
     /// No features: metrics of pixels only.
@@ -27,7 +27,7 @@ pub enum Extractor {
 
 /// Features of samples.
 #[derive(Debug)]
-pub struct Looked {
+pub(crate) struct Looked {
     /// Features (n, d) in f64; `None` for pixels.
     pub features: Option<Tensor>,
     /// Class probabilities (n, classes) in f64; `None` without a classifier.
@@ -39,7 +39,7 @@ impl Extractor {
     ///
     /// # Errors
     /// The images do not suit it, or the file is no such module.
-    pub fn open(features: &Features, shape: ImageShape) -> Result<Extractor, EvalError> {
+    pub(crate) fn open(features: &Features, shape: ImageShape) -> Result<Extractor, EvalError> {
         match features {
             // The classifier is of use for 28 x 28 grey images only; other data have pixels.
             Features::Auto if shape == SHAPE => Ok(Extractor::Digits(Digits::bundled()?)),
@@ -54,7 +54,7 @@ impl Extractor {
     }
 
     /// Name of the extractor, and the hash of its weights.
-    pub fn describe(&self) -> String {
+    pub(crate) fn describe(&self) -> String {
         match self {
             Extractor::Digits(_) => format!("digits {}", Digits::hash()),
             Extractor::Pixels => "pixels".to_string(),
@@ -66,7 +66,7 @@ impl Extractor {
     ///
     /// # Errors
     /// The module of a file fails.
-    pub fn look(&self, images: &Tensor) -> Result<Looked, EvalError> {
+    pub(crate) fn look(&self, images: &Tensor) -> Result<Looked, EvalError> {
         let batch = i64::try_from(BATCH).expect("a small number");
         // Batches of one size, so that the same image gets the same bits (see BATCH).
         self.gather(images.split(batch, 0).into_iter().map(Ok))
@@ -76,7 +76,7 @@ impl Extractor {
     ///
     /// # Errors
     /// A sample cannot be read, or the module of a file fails.
-    pub fn look_at(&self, data: &DataSet, indices: &[usize]) -> Result<Looked, EvalError> {
+    pub(crate) fn look_at(&self, data: &DataSet, indices: &[usize]) -> Result<Looked, EvalError> {
         self.gather(indices.chunks(BATCH).map(|chunk| Ok(images(data, chunk)?)))
     }
 
@@ -135,7 +135,7 @@ fn features_of(script: &Script, images: &Tensor) -> Result<Tensor, EvalError> {
 }
 
 /// Chooses `count` samples of a data set, all if it has fewer, and none that the job leaves out.
-pub fn chosen(data: &DataSet, count: usize) -> Vec<usize> {
+pub(crate) fn chosen(data: &DataSet, count: usize) -> Vec<usize> {
     let left = data.left();
     let places = some_of(left.len(), if count == 0 { left.len() } else { count });
     places.into_iter().map(|place| left[place]).collect()

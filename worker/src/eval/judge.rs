@@ -20,7 +20,7 @@ const ASKED: usize = 1000;
 
 /// Evaluator of generated samples.
 #[derive(Debug)]
-pub struct Judge {
+pub(crate) struct Judge {
     extractor: Extractor,
     samples: usize,
     reference: Reference,
@@ -92,7 +92,7 @@ impl Asked {
 /// Inputs of evaluations that do not depend on generated samples: opened and checked before training, read
 /// later.
 #[derive(Debug)]
-pub struct Means {
+pub(crate) struct Means {
     settings: Evaluation,
     extractor: Extractor,
     held_out: Option<DataSet>,
@@ -103,7 +103,7 @@ impl Means {
     ///
     /// # Errors
     /// The settings do not fit the data; says which.
-    pub fn open(
+    pub(crate) fn open(
         settings: &Evaluation,
         data: &DataSet,
         held_out: Option<DataSet>,
@@ -143,7 +143,7 @@ impl Means {
     ///
     /// # Errors
     /// A sample cannot be read, or the features cannot be computed.
-    pub fn judge(self, data: &DataSet) -> Result<Judge, EvalError> {
+    pub(crate) fn judge(self, data: &DataSet) -> Result<Judge, EvalError> {
         let Means { settings, extractor, held_out } = self;
         let samples = settings.samples as usize;
         // Waits for the disk; on the evaluation thread, so training goes on.
@@ -161,7 +161,7 @@ impl Means {
     }
 
     /// Name of the feature extractor, with the hash of its weights.
-    pub fn describe(&self) -> String {
+    pub(crate) fn describe(&self) -> String {
         self.extractor.describe()
     }
 }
@@ -191,12 +191,12 @@ fn nearest_others(all: &Tensor, places: &[i64]) -> Tensor {
 
 impl Judge {
     /// Number of generated samples that an evaluation takes.
-    pub fn samples(&self) -> usize {
+    pub(crate) fn samples(&self) -> usize {
         self.samples
     }
 
     /// Name of the feature extractor, with the hash of its weights.
-    pub fn describe(&self) -> String {
+    pub(crate) fn describe(&self) -> String {
         self.extractor.describe()
     }
 
@@ -204,7 +204,11 @@ impl Judge {
     ///
     /// # Errors
     /// The module of a file fails.
-    pub fn metrics(&self, images: &Tensor, critic: Option<&Critic>) -> Result<Vec<(String, f64)>, EvalError> {
+    pub(crate) fn metrics(
+        &self,
+        images: &Tensor,
+        critic: Option<&Critic>,
+    ) -> Result<Vec<(String, f64)>, EvalError> {
         let mut metrics = Vec::new();
         let mut note = |name: &str, value: f64| metrics.push((name.to_string(), value));
         let images = &images.to_kind(Kind::Float);

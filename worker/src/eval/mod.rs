@@ -7,13 +7,13 @@
 //!    them.
 //! 3. During training it never holds a step up: see [`beside`].
 
-pub mod beside;
-pub mod digits;
-pub mod features;
-pub mod judge;
-pub mod metrics;
-pub mod rungs;
-pub mod train;
+pub(crate) mod beside;
+pub(crate) mod digits;
+pub(crate) mod features;
+pub(crate) mod judge;
+pub(crate) mod metrics;
+pub(crate) mod rungs;
+pub(crate) mod train;
 
 use ganglion_proto::stream::SampleStream;
 use tch::Tensor;
@@ -48,7 +48,7 @@ pub enum EvalError {
 ///
 /// # Errors
 /// A sample cannot be read.
-pub fn images(data: &DataSet, indices: &[usize]) -> Result<Tensor, DataError> {
+pub(crate) fn images(data: &DataSet, indices: &[usize]) -> Result<Tensor, DataError> {
     let shape = data.shape();
     let mut pixels = vec![0.0; indices.len() * shape.numel()];
     // In the order of the indices: a metric over pairs depends on it.
@@ -61,7 +61,7 @@ pub fn images(data: &DataSet, indices: &[usize]) -> Result<Tensor, DataError> {
 
 /// Chooses `count` of the numbers below `len`, all if there are fewer, in order. The choice is random with
 /// a fixed seed: a data set may be sorted, or come from sources that take turns, as MNIST's digits do.
-pub fn some_of(len: usize, count: usize) -> Vec<usize> {
+pub(crate) fn some_of(len: usize, count: usize) -> Vec<usize> {
     if count >= len {
         return (0..len).collect();
     }

@@ -16,7 +16,7 @@ const BLUR: i64 = 3;
 
 /// Samples of known quality.
 #[derive(Debug)]
-pub struct Rung {
+pub(crate) struct Rung {
     /// Name in the table.
     pub name: &'static str,
     /// Images (n, c, h, w) in [-1, 1].
@@ -27,7 +27,7 @@ pub struct Rung {
 ///
 /// # Errors
 /// A sample cannot be read.
-pub fn rungs(judge: &Judge, data: &DataSet, held_out: &DataSet) -> Result<Vec<Rung>, EvalError> {
+pub(crate) fn rungs(judge: &Judge, data: &DataSet, held_out: &DataSet) -> Result<Vec<Rung>, EvalError> {
     let all = images(held_out, &(0..held_out.len()).collect::<Vec<_>>())?;
     let count = judge.samples().min(held_out.len());
     let some = |of: &Tensor| {

@@ -26,7 +26,7 @@ const LEARNING_RATE: f64 = 2e-3;
 
 /// Digits with their labels.
 #[derive(Debug)]
-pub struct Labelled {
+pub(crate) struct Labelled {
     /// Images (n, 1, 28, 28) in [-1, 1].
     pub images: Tensor,
     /// Labels (n), from 0 to 9.
@@ -38,7 +38,7 @@ impl Labelled {
     ///
     /// # Errors
     /// They are no digits of MNIST's form, or do not belong together.
-    pub fn read(data: &DataSet, file: &Path) -> Result<Labelled, EvalError> {
+    pub(crate) fn read(data: &DataSet, file: &Path) -> Result<Labelled, EvalError> {
         if data.shape() != SHAPE {
             return Err(EvalError::Input(format!("the images are {}, not {SHAPE}", data.shape())));
         }
@@ -53,7 +53,7 @@ impl Labelled {
     }
 
     /// Share of digits that a classifier classifies correctly.
-    pub fn accuracy(&self, digits: &Digits) -> f64 {
+    pub(crate) fn accuracy(&self, digits: &Digits) -> f64 {
         let right = |(images, labels): (Tensor, Tensor)| {
             let told = digits.look(&images).logits.argmax(-1, false);
             told.eq_tensor(&labels).to_kind(Kind::Double).sum(Kind::Double).double_value(&[])
@@ -69,7 +69,7 @@ impl Labelled {
 ///
 /// # Errors
 /// The file is no IDX file of labels, or a label is no digit.
-pub fn labels(path: &Path) -> Result<Tensor, EvalError> {
+pub(crate) fn labels(path: &Path) -> Result<Tensor, EvalError> {
     let labels: Vec<i64> = read_labels(path)?.into_iter().map(i64::from).collect();
     if labels.iter().any(|label| *label >= CLASSES) {
         return Err(EvalError::Input(format!("{}: a label is no digit", path.display())));
@@ -82,7 +82,7 @@ pub fn labels(path: &Path) -> Result<Tensor, EvalError> {
 ///
 /// # Errors
 /// An error of libtorch.
-pub fn train(
+pub(crate) fn train(
     digits: &Labelled,
     seed: u64,
     epochs: u64,

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 /// Environment variable with the time limit for the check of a module, in seconds.
 // For modules that compile for longer, or machines that are slower.
-pub const LIMIT_VARIABLE: &str = "GANGLION_MODULE_LIMIT";
+pub(crate) const LIMIT_VARIABLE: &str = "GANGLION_MODULE_LIMIT";
 /// Time limit where the environment sets none.
 const LIMIT: Duration = Duration::from_secs(300);
 /// Exit code for wrong input.
@@ -46,7 +46,7 @@ impl BrokenModule {
 ///
 /// # Errors
 /// A module's program failed.
-pub fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, BrokenModule> {
+pub(crate) fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, BrokenModule> {
     // What the pass has written belongs to a shard gradient that is given up with it.
     catch_unwind(AssertUnwindSafe(work)).map_err(|panic| match panic.downcast::<BrokenModule>() {
         Ok(broken) => *broken,
@@ -57,11 +57,11 @@ pub fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, BrokenModule> {
 
 /// Ends this process with the exit code for wrong input, and an error message, unless it is dropped in
 /// time. A module's program cannot be interrupted: while it runs nothing else ends its thread.
-pub struct Watchdog(Sender<()>);
+pub(crate) struct Watchdog(Sender<()>);
 
 impl Watchdog {
     /// Watches over the check of a module.
-    pub fn over(module: &str) -> Watchdog {
+    pub(crate) fn over(module: &str) -> Watchdog {
         let given = std::env::var(LIMIT_VARIABLE).ok().and_then(|text| text.parse().ok());
         let limit = given.map_or(LIMIT, Duration::from_secs);
         let (done, ended) = channel();

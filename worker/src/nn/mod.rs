@@ -6,10 +6,10 @@
 //! 3. The output of a pass is a function of its input and its [`Pass`]. Random draws come from the pass's
 //!    key alone.
 
-pub mod broken;
+pub(crate) mod broken;
 mod classes;
 mod models;
-pub mod module_file;
+pub(crate) mod module_file;
 mod pieces;
 mod r3gan;
 mod script;

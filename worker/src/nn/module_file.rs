@@ -15,7 +15,7 @@ const FREE_BYTES: u64 = 64 << 20;
 ///
 /// # Errors
 /// The file cannot be read, or claims more than it may hold.
-pub fn read(path: &Path) -> Result<Vec<u8>, String> {
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, String> {
     let unreadable = |error: std::io::Error| format!("cannot be read: {error}");
     // A device has no end, and opening a pipe waits for its writer.
     if !std::fs::metadata(path).map_err(unreadable)?.is_file() {

@@ -1,6 +1,6 @@
 //! Samples that a state generates.
 
-pub mod picture;
+pub(crate) mod picture;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 const GAP: i64 = 2;
 
 /// Raster of 8-bit pixels, row by row.
-pub struct Picture {
+pub(crate) struct Picture {
     width: u32,
     height: u32,
     /// Number of channels, 1 or 3.
@@ -20,12 +20,12 @@ pub struct Picture {
 
 impl Picture {
     /// Returns one image (c, h, w) in [-1, 1].
-    pub fn of(image: &Tensor) -> Picture {
+    pub(crate) fn of(image: &Tensor) -> Picture {
         Picture::of_levels(&levels(image).permute([1, 2, 0]))
     }
 
     /// Returns a grid of images (n, c, h, w) in [-1, 1], `columns` in a row, black between them.
-    pub fn grid(images: &Tensor, columns: i64) -> Picture {
+    pub(crate) fn grid(images: &Tensor, columns: i64) -> Picture {
         let [count, channels, height, width] =
             <[i64; 4]>::try_from(images.size()).expect("images have four dimensions");
         // A grid of fewer images than columns is as wide as they are.
@@ -57,7 +57,7 @@ impl Picture {
     ///
     /// # Errors
     /// The picture cannot be encoded.
-    pub fn png(&self) -> Result<Vec<u8>, ImageError> {
+    pub(crate) fn png(&self) -> Result<Vec<u8>, ImageError> {
         let kind = if self.channels == 1 { ExtendedColorType::L8 } else { ExtendedColorType::Rgb8 };
         let mut png = Cursor::new(Vec::new());
         let (pixels, width, height) = (&self.pixels, self.width, self.height);
@@ -69,7 +69,7 @@ impl Picture {
     ///
     /// # Errors
     /// The picture cannot be encoded.
-    pub fn of_step(&self, step: u64) -> Result<SampleGrid, ImageError> {
+    pub(crate) fn of_step(&self, step: u64) -> Result<SampleGrid, ImageError> {
         let Picture { width, height, channels, .. } = *self;
         Ok(SampleGrid { step, png: self.png()?, width, height, channels })
     }
@@ -82,7 +82,7 @@ fn levels(images: &Tensor) -> Tensor {
 }
 
 /// Animated GIF that loops.
-pub struct Film<W: Write> {
+pub(crate) struct Film<W: Write> {
     encoder: gif::Encoder<W>,
     size: (u16, u16),
     /// Delay of a frame, in hundredths of a second.
@@ -94,7 +94,7 @@ impl<W: Write> Film<W> {
     ///
     /// # Errors
     /// The picture is too large for a GIF, or the film cannot be written.
-    pub fn begin(to: W, first: &Picture, delay: u16) -> Result<Film<W>, gif::EncodingError> {
+    pub(crate) fn begin(to: W, first: &Picture, delay: u16) -> Result<Film<W>, gif::EncodingError> {
         // The format has 16 bits for a side.
         let side = |pixels: u32| u16::try_from(pixels).map_err(|_| too_large());
         let size = (side(first.width)?, side(first.height)?);
@@ -110,7 +110,7 @@ impl<W: Write> Film<W> {
     ///
     /// # Errors
     /// The frame cannot be written.
-    pub fn add(&mut self, picture: &Picture) -> Result<(), gif::EncodingError> {
+    pub(crate) fn add(&mut self, picture: &Picture) -> Result<(), gif::EncodingError> {
         let (width, height) = self.size;
         let mut frame = match picture.channels {
             1 => gif::Frame {
@@ -129,7 +129,7 @@ impl<W: Write> Film<W> {
     ///
     /// # Errors
     /// The film cannot be written.
-    pub fn end(self) -> Result<(), gif::EncodingError> {
+    pub(crate) fn end(self) -> Result<(), gif::EncodingError> {
         Ok(self.encoder.into_inner()?.flush()?)
     }
 }

@@ -100,7 +100,7 @@ pub type Connect = Box<dyn Fn(Endpoint) -> Connecting + Send + Sync>;
 pub type Connecting = Pin<Box<dyn Future<Output = Result<Channel, DialError>> + Send>>;
 
 /// Opens a session on this machine; returns once the coordinator has sent its welcome.
-pub fn open(
+pub(super) fn open(
     url: &str,
     credentials: Credentials,
     spawn_token: Option<String>,
@@ -132,7 +132,11 @@ pub fn open(
 }
 
 /// Opens a session on the given host; returns once the coordinator has sent its welcome.
-pub async fn begin(url: &str, spawn_token: Option<String>, host: Host) -> Result<Session, ConnectError> {
+pub(super) async fn begin(
+    url: &str,
+    spawn_token: Option<String>,
+    host: Host,
+) -> Result<Session, ConnectError> {
     let (endpoint, _) = endpoint(url, &host.credentials)?;
     let Host { clock, connect, credentials, mut asked_to_end, local_address, answers, device, memory } = host;
     let url = url.to_string();

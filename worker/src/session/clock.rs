@@ -8,7 +8,7 @@ use nix::time::{ClockId, clock_gettime};
 pub type Clock = fn() -> Duration;
 
 /// Time since the machine booted, sleep included.
-pub fn boot_clock() -> Duration {
+pub(super) fn boot_clock() -> Duration {
     // The call cannot fail: the clock exists since Linux 2.6.39.
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }

@@ -5,25 +5,25 @@ use std::time::Duration;
 
 /// Value under a lock, with a condition variable.
 #[derive(Debug, Default)]
-pub struct Monitor<T> {
+pub(crate) struct Monitor<T> {
     value: Mutex<T>,
     changed: Condvar,
 }
 
 impl<T> Monitor<T> {
     /// Locks the value.
-    pub fn lock(&self) -> MutexGuard<'_, T> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
         self.value.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for a notification, 200 ms at most: the caller checks its condition again.
-    pub fn wait<'a>(&self, value: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    pub(crate) fn wait<'a>(&self, value: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
         let waited = self.changed.wait_timeout(value, Duration::from_millis(200));
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// Waits while a condition holds, at most `limit`.
-    pub fn wait_while<'a>(
+    pub(crate) fn wait_while<'a>(
         &self,
         value: MutexGuard<'a, T>,
         limit: Duration,
@@ -34,7 +34,7 @@ impl<T> Monitor<T> {
     }
 
     /// Wakes all waiting threads.
-    pub fn notify(&self) {
+    pub(crate) fn notify(&self) {
         self.changed.notify_all();
     }
 }

@@ -19,7 +19,7 @@ const LIMITS: Limits =
     Limits { all: 64, strangers_of_address: 64, idle_of_address: 64, grace: Duration::ZERO };
 
 /// Answers probes on a free port of `address` as long as the process lives; returns the address.
-pub fn answer(address: IpAddr) -> std::io::Result<SocketAddr> {
+pub(super) fn answer(address: IpAddr) -> std::io::Result<SocketAddr> {
     let listener = TcpListener::bind((address, 0))?;
     listener.set_nonblocking(true)?;
     let bound = listener.local_addr()?;

@@ -18,7 +18,7 @@ use tonic::{Code, Request, Status};
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// Store of one generation's keys. Its calls block, so they must not come from the session's thread.
-pub struct GrpcStore {
+pub(super) struct GrpcStore {
     client: StoreServiceClient<Channel>,
     runtime: Handle,
     token: Option<JoinToken>,
@@ -30,7 +30,7 @@ pub struct GrpcStore {
 
 impl GrpcStore {
     /// Returns the store behind a channel.
-    pub fn new(
+    pub(super) fn new(
         channel: Channel,
         runtime: Handle,
         token: Option<JoinToken>,

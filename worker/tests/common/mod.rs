@@ -20,7 +20,7 @@ use ganglion_worker::state::State;
 use tch::{Device, Kind, Tensor};
 
 /// A job small enough to compute in milliseconds.
-pub fn job(model: ModelKind, loss: LossKind) -> Job {
+pub(crate) fn job(model: ModelKind, loss: LossKind) -> Job {
     Job {
         job: General {
             name: "small".to_string(),
@@ -84,7 +84,7 @@ pub fn job(model: ModelKind, loss: LossKind) -> Job {
 }
 
 /// Everything that one worker needs to compute phases of a job.
-pub struct Bench {
+pub(crate) struct Bench {
     pub job: Job,
     pub models: Models,
     pub gan: Arc<Gan>,
@@ -94,7 +94,7 @@ pub struct Bench {
 
 impl Bench {
     /// The state of the job's seed.
-    pub fn new(job: Job) -> Bench {
+    pub(crate) fn new(job: Job) -> Bench {
         let side = job.model.kind.side().unwrap() as usize;
         let shape = ImageShape { channels: 1, height: side, width: side };
         let models = Models::with_classes(&job.model, shape, 3).unwrap();
@@ -107,12 +107,12 @@ impl Bench {
     }
 
     /// The files of the job's checkpoints.
-    pub fn files<'a>(&'a self, storage: &'a Storage) -> Files<'a> {
+    pub(crate) fn files<'a>(&'a self, storage: &'a Storage) -> Files<'a> {
         self.model.files(storage, self.job.job.data_shards)
     }
 
     /// Stand-ins for a shard's real samples.
-    pub fn real(&self) -> ShardBatch {
+    pub(crate) fn real(&self) -> ShardBatch {
         let (shape, batch) = (self.models.shape, self.job.job.shard_batch as usize);
         let key = Key { seed: 1, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
         let signed = |n: usize| i64::try_from(n).unwrap();
@@ -123,7 +123,7 @@ impl Bench {
     }
 
     /// Computes a shard's gradient in a phase of step 0.
-    pub fn leaf(&self, phase: Phase, shard: u32) -> ShardGrad {
+    pub(crate) fn leaf(&self, phase: Phase, shard: u32) -> ShardGrad {
         let layout = self.model.gradient(phase);
         let mut leaf = ShardGrad::new(layout, layout.len(), Device::Cpu);
         let real = self.real();
@@ -139,7 +139,7 @@ impl Bench {
 }
 
 /// A flat tensor's floats, as bits.
-pub fn bits(tensor: &Tensor) -> Vec<u32> {
+pub(crate) fn bits(tensor: &Tensor) -> Vec<u32> {
     Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap().into_iter().map(f32::to_bits).collect()
 }
 
@@ -147,7 +147,7 @@ pub fn bits(tensor: &Tensor) -> Vec<u32> {
 const PHASES: u32 = 3;
 
 /// Writes all files of a checkpoint.
-pub async fn save(files: &Files<'_>, snapshot: &Snapshot) -> Saved {
+pub(crate) async fn save(files: &Files<'_>, snapshot: &Snapshot) -> Saved {
     let digest = state_digest(files.layout, snapshot);
     let mut assembly = Assembly::default();
     let mut saved = None;
@@ -159,6 +159,6 @@ pub async fn save(files: &Files<'_>, snapshot: &Snapshot) -> Saved {
 }
 
 /// The content of a file of a checkpoint.
-pub async fn content(storage: &Storage, checkpoint: &Saved, file: &str) -> Vec<u8> {
+pub(crate) async fn content(storage: &Storage, checkpoint: &Saved, file: &str) -> Vec<u8> {
     storage.read(&in_folder(&checkpoint.folder(), file)).await.unwrap().to_vec()
 }

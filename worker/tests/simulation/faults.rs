@@ -12,7 +12,7 @@ use crate::world::{COORDINATOR, Due, World};
 
 /// The cluster and the job of a seed.
 #[derive(Clone, Debug)]
-pub struct Scenario {
+pub(crate) struct Scenario {
     pub locals: u32,
     pub remotes: u32,
     /// The longest that a message takes, in milliseconds.
@@ -26,7 +26,7 @@ pub struct Scenario {
 
 /// Something that goes wrong, for so many milliseconds where it lasts.
 #[derive(Clone, Debug)]
-pub enum Mishap {
+pub(crate) enum Mishap {
     KillCoordinator,
     /// The coordinator's machine stops at once, with the workers on it; the others too if that is said.
     PowerCut(bool),
@@ -57,7 +57,7 @@ pub enum Mishap {
 }
 
 /// Draws a seed's scenario and mishaps.
-pub fn draw(rng: &mut ChaCha8Rng) -> (Scenario, Vec<(Duration, Mishap)>) {
+pub(crate) fn draw(rng: &mut ChaCha8Rng) -> (Scenario, Vec<(Duration, Mishap)>) {
     let total = rng.random_range(1..=4);
     let locals = match rng.random_range(0..3) {
         0 => total,
@@ -140,7 +140,7 @@ fn draw_mishap(rng: &mut ChaCha8Rng, kind: u32, is_long: bool) -> Mishap {
 }
 
 /// Lets a mishap strike.
-pub fn strike(world: &mut World<'_>, mishap: &Mishap) {
+pub(crate) fn strike(world: &mut World<'_>, mishap: &Mishap) {
     if world.quiet {
         return;
     }

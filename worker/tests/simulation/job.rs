@@ -15,13 +15,13 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use crate::mix::mix;
 
 /// Samples in the data set.
-pub const SAMPLES: u64 = 50;
+pub(crate) const SAMPLES: u64 = 50;
 /// Files of a checkpoint.
 const FILES: u32 = 2;
 
 /// What a worker holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct State {
+pub(crate) struct State {
     pub position: Position,
     pub ledger: u64,
     pub value: u64,
@@ -29,36 +29,41 @@ pub struct State {
 
 impl State {
     /// The state that the seed gives.
-    pub fn fresh(seed: u64) -> State {
+    pub(crate) fn fresh(seed: u64) -> State {
         State { position: Position(0), ledger: 0, value: mix(seed, 1) }
     }
 
     /// What members compare.
-    pub fn fingerprint(&self) -> u64 {
+    pub(crate) fn fingerprint(&self) -> u64 {
         mix(mix(self.value, self.ledger), self.position.0)
     }
 
     /// What one data shard gives to the phase after this state. It depends on the state, as a gradient does.
-    pub fn leaf(&self, shard: u32) -> u64 {
+    pub(crate) fn leaf(&self, shard: u32) -> u64 {
         mix(self.fingerprint(), u64::from(shard))
     }
 
     /// Applies a reduced phase.
-    pub fn commit(&mut self, sum: u64, ledger: u64) {
+    pub(crate) fn commit(&mut self, sum: u64, ledger: u64) {
         self.value = mix(self.value, sum);
         self.ledger = self.ledger.wrapping_add(ledger);
         self.position.0 += 1;
     }
 
     /// The step and phase after this state.
-    pub fn place(&self, job: &Job) -> (u64, u32) {
+    pub(crate) fn place(&self, job: &Job) -> (u64, u32) {
         let per_step = job.phases_per_step();
         (self.position.0 / per_step, u32::try_from(self.position.0 % per_step).expect("few phases"))
     }
 }
 
 /// The ledger's share of some data shards in the phase at a position.
-pub fn ledger(job: &Job, stream: &mut SampleStream, position: Position, shards: std::ops::Range<u32>) -> u64 {
+pub(crate) fn ledger(
+    job: &Job,
+    stream: &mut SampleStream,
+    position: Position,
+    shards: std::ops::Range<u32>,
+) -> u64 {
     let per_step = job.phases_per_step();
     let phase = u32::try_from(position.0 % per_step).expect("few phases");
     let phases = job.loss.discriminator_steps;
@@ -72,7 +77,7 @@ pub fn ledger(job: &Job, stream: &mut SampleStream, position: Position, shards: 
 }
 
 /// The states of an undisturbed run, by position.
-pub fn lineage(job: &Job) -> Vec<State> {
+pub(crate) fn lineage(job: &Job) -> Vec<State> {
     let mut stream = SampleStream::new(job.job.seed, SAMPLES);
     let mut state = State::fresh(job.job.seed);
     let mut states = vec![state];
@@ -96,7 +101,7 @@ fn tensors(state: &State) -> BTreeMap<&'static str, [u8; 8]> {
 }
 
 /// The digest of a state, as checkpoints have it.
-pub fn digest(state: &State) -> String {
+pub(crate) fn digest(state: &State) -> String {
     let mut hasher = blake3::Hasher::new();
     for (name, bytes) in tensors(state) {
         hasher.update(name.as_bytes()).update(&[0]).update(b"I64").update(&[0]);
@@ -106,7 +111,7 @@ pub fn digest(state: &State) -> String {
 }
 
 /// Which files a member of a group writes, by the indices of its place among the writers.
-pub fn files_of(place: usize, writers: usize) -> Vec<u32> {
+pub(crate) fn files_of(place: usize, writers: usize) -> Vec<u32> {
     (u32::try_from(place).expect("few members")..FILES).step_by(writers).collect()
 }
 
@@ -121,7 +126,7 @@ fn content(state: &State, index: u32) -> (String, Vec<u8>) {
 }
 
 /// Writes a file of a checkpoint, if it is not there.
-pub fn write_part(storage: &Path, job: &Job, state: &State, index: u32) -> io::Result<WrittenPart> {
+pub(crate) fn write_part(storage: &Path, job: &Job, state: &State, index: u32) -> io::Result<WrittenPart> {
     let (step, phase) = state.place(job);
     let (file, bytes) = content(state, index);
     let folder = storage.join(Checkpoint::folder_of(step, phase));
@@ -133,7 +138,7 @@ pub fn write_part(storage: &Path, job: &Job, state: &State, index: u32) -> io::R
 }
 
 /// Leaves rows for the next coordinator.
-pub fn write_rows(
+pub(crate) fn write_rows(
     storage: &Path,
     job: &Job,
     state: &State,
@@ -147,7 +152,7 @@ pub fn write_rows(
 }
 
 /// Writes a whole checkpoint, if there is none of that position.
-pub fn write_whole(storage: &Path, job: &Job, state: &State) -> io::Result<()> {
+pub(crate) fn write_whole(storage: &Path, job: &Job, state: &State) -> io::Result<()> {
     let parts: Vec<WrittenPart> =
         (0..FILES).map(|index| write_part(storage, job, state, index)).collect::<Result<_, _>>()?;
     let checkpoint = Checkpoint {
@@ -165,7 +170,7 @@ pub fn write_whole(storage: &Path, job: &Job, state: &State) -> io::Result<()> {
 }
 
 /// Reads a checkpoint.
-pub fn read(storage: &Path, checkpoint: &Checkpoint) -> io::Result<State> {
+pub(crate) fn read(storage: &Path, checkpoint: &Checkpoint) -> io::Result<State> {
     let mut values = BTreeMap::new();
     for file in checkpoint.state_files() {
         let bytes = fs::read(storage.join(checkpoint.folder()).join(&file.file))?;

@@ -22,7 +22,7 @@ use crate::net::{self, Connection};
 
 /// The processes of workers on the coordinator's machine, and what is to be done to them.
 #[derive(Default)]
-pub struct Table {
+pub(crate) struct Table {
     last_pid: u32,
     running: BTreeMap<u32, Running>,
     /// Who listens to signals of the coordinator that runs.
@@ -40,7 +40,7 @@ struct Running {
 
 impl Table {
     /// A process has ended: the coordinator that runs hears of it.
-    pub fn ended(&mut self, pid: u32) {
+    pub(crate) fn ended(&mut self, pid: u32) {
         if let Some(Running { token, exits }) = self.running.remove(&pid) {
             let _ =
                 exits.send(Exited { token, pid, status: "a simulated end".to_string(), input_error: false });
@@ -48,7 +48,7 @@ impl Table {
     }
 
     /// Sends a signal to the coordinator.
-    pub fn stop(&mut self, signal: StopSignal) {
+    pub(crate) fn stop(&mut self, signal: StopSignal) {
         if let Some(stops) = &self.stops {
             let _ = stops.send(signal);
         }
@@ -57,22 +57,22 @@ impl Table {
 
 /// The coordinator's machine.
 #[derive(Clone, Default)]
-pub struct Machine(Arc<Mutex<Table>>, Arc<Platter>);
+pub(crate) struct Machine(Arc<Mutex<Table>>, Arc<Platter>);
 
 impl Machine {
-    pub fn table(&self) -> MutexGuard<'_, Table> {
+    pub(crate) fn table(&self) -> MutexGuard<'_, Table> {
         self.0.lock().expect("nothing panics with it")
     }
 
     /// The disk of the run directory is full from now on, or has room again. Records go there; for the
     /// journal there is room left.
-    pub fn fill_disk(&self, is_full: bool) {
+    pub(crate) fn fill_disk(&self, is_full: bool) {
         self.1.is_full.store(is_full, Ordering::Relaxed);
     }
 
     /// The power fails: of what was written and not synced anything may be gone. Checkpoints and the journal
     /// are synced when they are written.
-    pub fn lose_power(&self, run: &Path, rng: &mut ChaCha8Rng) -> String {
+    pub(crate) fn lose_power(&self, run: &Path, rng: &mut ChaCha8Rng) -> String {
         let reached = self.1.reached.lock().expect("nothing panics with it");
         let mut lost = Vec::new();
         for name in ["metrics.jsonl", "events.jsonl"] {

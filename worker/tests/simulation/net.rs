@@ -18,12 +18,12 @@ use tonic::transport::server::Connected;
 use turmoil::net::{TcpListener, TcpStream};
 
 /// Where workers listen for each other.
-pub const LINKS: u16 = 9000;
+pub(crate) const LINKS: u16 = 9000;
 /// What a worker says to whoever connects.
 const GREETING: &[u8; 8] = b"ganglion";
 
 /// A client's connection.
-pub struct Connection(TcpStream);
+pub(crate) struct Connection(TcpStream);
 
 impl Connected for Connection {
     type ConnectInfo = ();
@@ -55,7 +55,7 @@ impl AsyncWrite for Connection {
 }
 
 /// Listens on a port of the host that this runs on.
-pub async fn listen(port: u16) -> io::Result<mpsc::Receiver<Connection>> {
+pub(crate) async fn listen(port: u16) -> io::Result<mpsc::Receiver<Connection>> {
     let listener = TcpListener::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)).await?;
     let (let_in, incoming) = mpsc::channel(64);
     tokio::spawn(async move {
@@ -69,7 +69,7 @@ pub async fn listen(port: u16) -> io::Result<mpsc::Receiver<Connection>> {
 }
 
 /// Connects to a gRPC server.
-pub fn connector() -> Connect {
+pub(crate) fn connector() -> Connect {
     Box::new(|endpoint| {
         Box::pin(async move {
             let connect = |uri: Uri| async move {
@@ -84,15 +84,15 @@ pub fn connector() -> Connect {
 }
 
 /// Which link: term, generation, and the rank that opened it.
-pub type LinkName = [u64; 3];
+pub(crate) type LinkName = [u64; 3];
 
 /// Links that others opened, until a team takes them.
 #[derive(Clone, Default)]
-pub struct Hub(Arc<Mutex<BTreeMap<LinkName, Link>>>);
+pub(crate) struct Hub(Arc<Mutex<BTreeMap<LinkName, Link>>>);
 
 impl Hub {
     /// Takes connections as long as the process lives.
-    pub async fn open() -> io::Result<Hub> {
+    pub(crate) async fn open() -> io::Result<Hub> {
         let (hub, mut incoming) = (Hub::default(), listen(LINKS).await?);
         let theirs = hub.clone();
         tokio::spawn(async move {
@@ -114,7 +114,7 @@ impl Hub {
     }
 
     /// Waits for a link.
-    pub async fn take(&self, name: LinkName) -> Link {
+    pub(crate) async fn take(&self, name: LinkName) -> Link {
         loop {
             if let Some(link) = self.0.lock().expect("nothing panics with it").remove(&name) {
                 return link;
@@ -125,11 +125,11 @@ impl Hub {
 }
 
 /// A connection between two workers, which carries lists of numbers.
-pub struct Link(Connection);
+pub(crate) struct Link(Connection);
 
 impl Link {
     /// Opens a link.
-    pub async fn open(address: SocketAddr, name: LinkName) -> io::Result<Link> {
+    pub(crate) async fn open(address: SocketAddr, name: LinkName) -> io::Result<Link> {
         let mut link = Link(Connection(TcpStream::connect(address).await?));
         link.greeted().await?;
         link.send(&name).await?;
@@ -142,14 +142,14 @@ impl Link {
         if greeting == *GREETING { Ok(()) } else { Err(io::Error::other("no worker")) }
     }
 
-    pub async fn send(&mut self, words: &[u64]) -> io::Result<()> {
+    pub(crate) async fn send(&mut self, words: &[u64]) -> io::Result<()> {
         let count = words.len() as u64;
         let bytes: Vec<u8> =
             std::iter::once(&count).chain(words).flat_map(|word| word.to_le_bytes()).collect();
         self.0.write_all(&bytes).await
     }
 
-    pub async fn receive(&mut self) -> io::Result<Vec<u64>> {
+    pub(crate) async fn receive(&mut self) -> io::Result<Vec<u64>> {
         let count = self.0.read_u64_le().await?;
         let mut words = Vec::new();
         for _ in 0..count {
@@ -160,7 +160,7 @@ impl Link {
 }
 
 /// Whether somebody answers at an address.
-pub async fn answers(address: &str, limit: Duration) -> bool {
+pub(crate) async fn answers(address: &str, limit: Duration) -> bool {
     let Ok(address) = address.parse::<SocketAddr>() else { return false };
     let ask = async {
         let mut link = Link(Connection(TcpStream::connect(address).await?));

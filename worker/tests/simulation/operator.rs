@@ -18,7 +18,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Asks for the first worker to be drained.
-pub fn drain(world: &mut World<'_>) {
+pub(crate) fn drain(world: &mut World<'_>) {
     ask(world, |folder| async move {
         let (mut client, access) = reach(folder).await?;
         let status = client.get_status(Request::new(GetStatusRequest {})).await?.into_inner();
@@ -30,7 +30,7 @@ pub fn drain(world: &mut World<'_>) {
 }
 
 /// Asks for so many local workers.
-pub fn scale(world: &mut World<'_>, workers: u32) {
+pub(crate) fn scale(world: &mut World<'_>, workers: u32) {
     // A run without local workers gets none: nobody would end them with it.
     if world.scenario.locals > 0 {
         ask(world, move |folder| async move {

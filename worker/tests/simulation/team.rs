@@ -34,9 +34,9 @@ enum Broken {
 /// What goes with the state without being part of it.
 type Held = (State, Carried);
 /// Which generation committed the newest step with a row, and its size.
-pub type Carried = [u64; 2];
+pub(crate) type Carried = [u64; 2];
 
-pub struct Trainer {
+pub(crate) struct Trainer {
     pub session: Arc<Session>,
     pub hub: Hub,
     pub archive: Archive,
@@ -55,7 +55,7 @@ struct Team<'a> {
 }
 
 impl Trainer {
-    pub async fn take_part(&mut self, assignment: &Assignment) {
+    pub(crate) async fn take_part(&mut self, assignment: &Assignment) {
         let fault = match self.train(assignment).await {
             Ok(()) | Err(Broken::Aborted) => None,
             Err(Broken::Fault(fault)) => Some(fault),
@@ -63,12 +63,12 @@ impl Trainer {
         self.session.stopped(self.held.map(|(state, _)| state.position), fault);
     }
 
-    pub fn drop_state(&mut self) {
+    pub(crate) fn drop_state(&mut self) {
         self.archive.discard();
         self.held = None;
     }
 
-    pub fn save_alone(&self) {
+    pub(crate) fn save_alone(&self) {
         let Some((state, _)) = self.held else { return };
         let down = self.start.shared.storage_down.load(Ordering::Relaxed);
         if state.position == Position(0) || down {
@@ -224,7 +224,7 @@ impl Trainer {
     }
 
     /// Finds out which members do not answer.
-    pub async fn probe(&self) {
+    pub(crate) async fn probe(&self) {
         let (addresses, limit) = self.session.members_to_probe();
         let own = format!("{}:{LINKS}", self.start.address);
         let asked = addresses.into_iter().map(|address| {

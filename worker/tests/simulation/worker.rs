@@ -22,11 +22,11 @@ use crate::net::{self, Hub, LINKS};
 use crate::team::Trainer;
 
 /// Between two looks at what another thread would wake a real worker for.
-pub const LOOK: Duration = Duration::from_millis(2);
+pub(crate) const LOOK: Duration = Duration::from_millis(2);
 
 /// What the world and its workers share.
 #[derive(Default)]
-pub struct Shared {
+pub(crate) struct Shared {
     /// Whether writes and reads of checkpoints by workers fail.
     pub storage_down: AtomicBool,
     /// The states of an undisturbed run.
@@ -41,14 +41,14 @@ pub struct Shared {
 
 impl Shared {
     /// A generation begins to train.
-    pub fn begin(&self, generation: u64, position: u64) {
+    pub(crate) fn begin(&self, generation: u64, position: u64) {
         self.begun.lock().expect("nothing panics with it").insert(generation, position);
     }
 
     /// A member of a generation committed a phase. It must be one of an undisturbed run's; and once a newer
     /// generation trains, one that was under way: a member may be one phase ahead of where the newer one
     /// began.
-    pub fn commit(&self, name: &str, generation: u64, state: &State) {
+    pub(crate) fn commit(&self, name: &str, generation: u64, state: &State) {
         let place = usize::try_from(state.position.0).expect("a short run");
         if self.lineage.get(place) != Some(state) {
             self.breach(format!("{name} committed {state:?}, which an undisturbed run does not have"));
@@ -65,14 +65,14 @@ impl Shared {
         self.furthest.fetch_max(state.position.0, Ordering::Relaxed);
     }
 
-    pub fn breach(&self, what: String) {
+    pub(crate) fn breach(&self, what: String) {
         self.breach.lock().expect("nothing panics with it").get_or_insert(what);
     }
 }
 
 /// What a process is started with.
 #[derive(Clone)]
-pub struct Start {
+pub(crate) struct Start {
     pub name: String,
     pub seed: u64,
     pub url: String,
@@ -88,7 +88,7 @@ pub struct Start {
 }
 
 /// A process's life.
-pub async fn live(start: Start) {
+pub(crate) async fn live(start: Start) {
     let (asks, asked_to_end) = mpsc::unbounded_channel();
     *start.asks.lock().expect("nothing panics with it") = Some(asks);
     let Ok(hub) = Hub::open().await else { return start.shared.breach("no port for links".to_string()) };
@@ -155,7 +155,7 @@ async fn next_order(session: &Session) -> Order {
 type Share = (Generation, State, Vec<u32>);
 
 /// Saves in the background.
-pub struct Archive {
+pub(crate) struct Archive {
     orders: mpsc::UnboundedSender<Share>,
     queue: Arc<Queue>,
     pub storage: PathBuf,
@@ -199,7 +199,7 @@ impl Archive {
         Archive { orders, queue, storage }
     }
 
-    pub fn push(&self, generation: Generation, state: State, files: Vec<u32>) {
+    pub(crate) fn push(&self, generation: Generation, state: State, files: Vec<u32>) {
         if !files.is_empty() {
             self.queue.pushed.fetch_add(1, Ordering::Relaxed);
             self.queue.waiting.fetch_add(1, Ordering::Relaxed);
@@ -207,12 +207,12 @@ impl Archive {
         }
     }
 
-    pub fn discard(&self) {
+    pub(crate) fn discard(&self) {
         self.queue.void.store(self.queue.pushed.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
     /// Waits until all is written; returns whether it is. Gives up when `abandon` says so.
-    pub async fn drain(&self, abandon: impl Fn() -> bool) -> bool {
+    pub(crate) async fn drain(&self, abandon: impl Fn() -> bool) -> bool {
         while self.queue.waiting.load(Ordering::Relaxed) > 0 {
             if abandon() {
                 return false;

@@ -27,12 +27,12 @@ use crate::worker::{Shared, Start, live};
 /// The coordinator's port.
 const PORT: u16 = 7000;
 /// The coordinator's host.
-pub const COORDINATOR: &str = "coordinator";
+pub(crate) const COORDINATOR: &str = "coordinator";
 /// How long a run may take once nothing goes wrong any more.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A worker's process that runs.
-pub struct Worker {
+pub(crate) struct Worker {
     /// Its number on the coordinator's machine, if it runs there.
     pub pid: Option<u32>,
     pub hangs_until: Arc<AtomicU64>,
@@ -42,7 +42,7 @@ pub struct Worker {
 }
 
 /// What is due at a time.
-pub enum Due {
+pub(crate) enum Due {
     Mishap(Mishap),
     StartCoordinator,
     StartRemote,
@@ -60,7 +60,7 @@ pub enum Due {
 
 type Outcome = Arc<Mutex<Option<Result<String, Failure>>>>;
 
-pub struct World<'a> {
+pub(crate) struct World<'a> {
     pub sim: Sim<'a>,
     pub rng: ChaCha8Rng,
     pub scenario: Scenario,
@@ -79,7 +79,7 @@ pub struct World<'a> {
 }
 
 impl World<'_> {
-    pub fn new(seed: u64, folder: &Path, keep_log: bool) -> World<'static> {
+    pub(crate) fn new(seed: u64, folder: &Path, keep_log: bool) -> World<'static> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let (scenario, mishaps) = faults::draw(&mut rng);
         let mut builder = turmoil::Builder::new();
@@ -132,24 +132,24 @@ impl World<'_> {
     }
 
     /// Nothing goes wrong but what is asked for from now on.
-    pub fn calm(&mut self) {
+    pub(crate) fn calm(&mut self) {
         self.due.retain(|_, due| !matches!(due, Due::Mishap(_)));
     }
 
-    pub fn now(&self) -> Duration {
+    pub(crate) fn now(&self) -> Duration {
         self.sim.elapsed()
     }
 
-    pub fn at(&mut self, time: Duration, due: Due) {
+    pub(crate) fn at(&mut self, time: Duration, due: Due) {
         self.started += 1;
         self.due.insert((time, self.started), due);
     }
 
-    pub fn after(&mut self, wait: u64, due: Due) {
+    pub(crate) fn after(&mut self, wait: u64, due: Due) {
         self.at(self.now() + Duration::from_millis(wait), due);
     }
 
-    pub fn note(&mut self, line: String) {
+    pub(crate) fn note(&mut self, line: String) {
         let now = self.now();
         if let Some(log) = &mut self.log {
             log.push(format!("{:>8.3} {line}", now.as_secs_f64()));
@@ -157,7 +157,7 @@ impl World<'_> {
     }
 
     /// Lets everything happen until the run is complete; then looks at what it left.
-    pub fn run(&mut self) -> Result<(), String> {
+    pub(crate) fn run(&mut self) -> Result<(), String> {
         let mut quiet_at = None;
         loop {
             self.sim.step().map_err(|error| error.to_string())?;
@@ -261,7 +261,7 @@ impl World<'_> {
         self.workers.iter().filter(|(_, worker)| is(worker)).map(|(name, _)| name.clone()).collect()
     }
 
-    pub fn kill(&mut self, name: &str) {
+    pub(crate) fn kill(&mut self, name: &str) {
         if self.workers.contains_key(name) {
             self.note(format!("{name} is killed"));
             self.sim.crash(name);
@@ -270,7 +270,7 @@ impl World<'_> {
     }
 
     /// Asks a worker to end.
-    pub fn ask(&mut self, name: &str) {
+    pub(crate) fn ask(&mut self, name: &str) {
         if let Some(worker) = self.workers.get_mut(name) {
             worker.leaves = true;
             if let Some(asks) = &*worker.asks.lock().expect("nothing panics with it") {
@@ -296,7 +296,7 @@ impl World<'_> {
         self.scenario.locals == 0 && self.workers.is_empty()
     }
 
-    pub fn crash_coordinator(&mut self) {
+    pub(crate) fn crash_coordinator(&mut self) {
         if self.coordinator_is_up {
             self.note("the coordinator is killed".to_string());
             self.sim.crash(COORDINATOR);
@@ -305,7 +305,7 @@ impl World<'_> {
     }
 
     /// Cuts the power of the coordinator's machine, or of all.
-    pub fn cut_power(&mut self, all: bool) {
+    pub(crate) fn cut_power(&mut self, all: bool) {
         let is_hit = |(name, worker): (&String, &Worker)| (all || worker.pid.is_some()).then(|| name.clone());
         let hit: Vec<String> = self.workers.iter().filter_map(is_hit).collect();
         self.crash_coordinator();
@@ -372,7 +372,7 @@ impl World<'_> {
     }
 
     /// All hosts that run.
-    pub fn hosts(&self) -> Vec<String> {
+    pub(crate) fn hosts(&self) -> Vec<String> {
         self.workers.keys().cloned().chain([COORDINATOR.to_string()]).collect()
     }
 

@@ -18,14 +18,14 @@ const FONT: &str = "sans-serif";
 
 /// Mapping from values to places on an axis.
 #[derive(Clone, Copy, Debug)]
-pub enum Scale {
+pub(crate) enum Scale {
     /// Linear scale, from 0.
     Linear,
     Log,
 }
 
 /// Axis of a panel.
-pub struct Axis {
+pub(crate) struct Axis {
     /// Quantity with its unit.
     pub label: String,
     pub scale: Scale,
@@ -35,7 +35,7 @@ pub struct Axis {
 
 /// Connected points.
 #[derive(Clone)]
-pub struct Line {
+pub(crate) struct Line {
     /// Label in the legend; empty if there is only one line.
     pub label: String,
     pub points: Vec<(f64, f64)>,
@@ -43,7 +43,7 @@ pub struct Line {
 }
 
 /// One chart.
-pub struct Panel {
+pub(crate) struct Panel {
     pub title: String,
     pub x: Axis,
     pub y: Axis,
@@ -55,7 +55,7 @@ pub struct Panel {
 }
 
 /// Draws panels, two beside each other.
-pub fn draw(panels: &[Panel]) -> Result<String, String> {
+pub(crate) fn draw(panels: &[Panel]) -> Result<String, String> {
     let mut svg = String::new();
     draw_into(&mut svg, panels).map_err(|error| format!("the picture cannot be drawn: {error}"))?;
     Ok(svg)

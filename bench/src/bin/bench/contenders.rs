@@ -17,7 +17,7 @@ use crate::job::{Job, Precision};
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Runs a job with Ganglion's programs.
-pub fn ours(job: &Job) -> Result<Figures, String> {
+pub(crate) fn ours(job: &Job) -> Result<Figures, String> {
     let settings = settings(job);
     let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
     let run = Run::new(&[&settings, job.settings]);
@@ -78,7 +78,7 @@ fn largest_resident(pid: i32) -> Option<f64> {
 }
 
 /// Runs a job with a program for PyTorch, started by its launcher.
-pub fn peer(job: &Job, way: &str, python_path: &Path) -> Result<Figures, String> {
+pub(crate) fn peer(job: &Job, way: &str, python_path: &Path) -> Result<Figures, String> {
     let mut process = Process::start(command(job, way, python_path)?);
     while process.is_running() {
         sleep(LOOK);
@@ -117,7 +117,7 @@ fn command(job: &Job, way: &str, python_path: &Path) -> Result<Command, String> 
 }
 
 /// Returns the version of PyTorch.
-pub fn version(python_path: &Path) -> String {
+pub(crate) fn version(python_path: &Path) -> String {
     let entries = fs::read_dir(python_path).into_iter().flatten().flatten();
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
     let found =

@@ -6,7 +6,7 @@ use crate::chart::Panel;
 
 /// Measurements of one run of a contender.
 #[derive(Clone, Debug, Default)]
-pub struct Figures {
+pub(crate) struct Figures {
     /// Seconds from the command to the end of the first step.
     pub first_step: f64,
     /// Milliseconds of each counted step.
@@ -19,13 +19,13 @@ pub struct Figures {
 
 impl Figures {
     /// Median step time, in milliseconds.
-    pub fn step(&self) -> f64 {
+    pub(crate) fn step(&self) -> f64 {
         median(&self.steps)
     }
 }
 
 /// Median of some numbers; NaN of none.
-pub fn median(numbers: &[f64]) -> f64 {
+pub(crate) fn median(numbers: &[f64]) -> f64 {
     let mut sorted = numbers.to_vec();
     sorted.sort_by(f64::total_cmp);
     match sorted.len() {
@@ -37,12 +37,12 @@ pub fn median(numbers: &[f64]) -> f64 {
 
 /// Measurements of several contenders that ran in turns, round by round.
 #[derive(Debug)]
-pub struct Rounds(Vec<Vec<Figures>>);
+pub(crate) struct Rounds(Vec<Vec<Figures>>);
 
 impl Rounds {
     /// Runs all contenders one after the other, round after round. Every other round is in reverse
     /// order, so that a machine that grows slower or faster favours none.
-    pub fn run(
+    pub(crate) fn run(
         what: &str,
         rounds: usize,
         contenders: &[String],
@@ -68,17 +68,17 @@ impl Rounds {
     }
 
     /// Spread of a contender's figure over the rounds.
-    pub fn of(&self, contender: usize, figure: impl Fn(&Figures) -> f64) -> Spread {
+    pub(crate) fn of(&self, contender: usize, figure: impl Fn(&Figures) -> f64) -> Spread {
         Spread::of(self.0.iter().map(|round| figure(&round[contender])))
     }
 
     /// Ratio of one contender's figure to another's. Only figures of the same round are divided.
-    pub fn ratio(&self, of: usize, to: usize, figure: impl Fn(&Figures) -> f64) -> Spread {
+    pub(crate) fn ratio(&self, of: usize, to: usize, figure: impl Fn(&Figures) -> f64) -> Spread {
         Spread::of(self.0.iter().map(|round| figure(&round[of]) / figure(&round[to])))
     }
 
     /// Describes the extent of the measurement: rounds and counted steps in each.
-    pub fn extent(&self) -> String {
+    pub(crate) fn extent(&self) -> String {
         let steps = self.0.first().and_then(|round| round.first()).map_or(0, |figures| figures.steps.len());
         let few = if self.0.len() < 3 { " (few)" } else { "" };
         format!("{} x {steps}{few}", self.0.len())
@@ -87,7 +87,7 @@ impl Rounds {
 
 /// Median, minimum and maximum of some numbers.
 #[derive(Clone, Copy, Debug)]
-pub struct Spread {
+pub(crate) struct Spread {
     pub median: f64,
     pub least: f64,
     pub most: f64,
@@ -102,12 +102,12 @@ impl Spread {
     }
 
     /// Marks whether a ratio reaches its target.
-    pub fn at_least(&self, target: f64) -> String {
+    pub(crate) fn at_least(&self, target: f64) -> String {
         format!("{target}x: {}", verdict(self.median >= target))
     }
 
     /// Marks whether a ratio stays within its target.
-    pub fn at_most(&self, target: f64) -> String {
+    pub(crate) fn at_most(&self, target: f64) -> String {
         format!("at most {target}x: {}", verdict(self.median <= target))
     }
 }
@@ -125,7 +125,7 @@ impl fmt::Display for Spread {
 
 /// Report of one part.
 #[derive(Default)]
-pub struct Report {
+pub(crate) struct Report {
     /// Report as Markdown.
     pub text: String,
     /// Panels of the part's picture; empty without one.
@@ -135,11 +135,11 @@ pub struct Report {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// Creates rounds from the step times of the contenders, in milliseconds.
-    pub fn rounds_of(steps: &[&[f64]]) -> Rounds {
+    pub(crate) fn rounds_of(steps: &[&[f64]]) -> Rounds {
         let figures = |step: &f64| Figures { steps: vec![*step], ..Figures::default() };
         Rounds(steps.iter().map(|round| round.iter().map(figures).collect()).collect())
     }

@@ -102,7 +102,7 @@ impl Growth {
 }
 
 /// Measures all quantities.
-pub fn measure(options: &Options) -> Result<Report, String> {
+pub(crate) fn measure(options: &Options) -> Result<Report, String> {
     let growths = growths();
     let mut table = Table::new(&["what grows", "to", "ms a step", "least-most", "images/s"]);
     let mut panels = Vec::new();

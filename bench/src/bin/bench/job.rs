@@ -6,13 +6,13 @@ use crate::options::Options;
 
 /// Number format of the networks' passes; the optimizer's state stays in fp32.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Precision {
+pub(crate) enum Precision {
     Fp32,
     Bf16,
 }
 
 impl Precision {
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Precision::Fp32 => "fp32",
             Precision::Bf16 => "bf16",
@@ -22,7 +22,7 @@ impl Precision {
 
 /// Job, with the number of workers that train it.
 #[derive(Clone, Debug)]
-pub struct Job {
+pub(crate) struct Job {
     pub model: &'static str,
     pub width: u32,
     pub precision: Precision,
@@ -36,7 +36,7 @@ pub struct Job {
     pub settings: &'static [&'static str],
 }
 
-pub const MLP: Job = Job {
+pub(crate) const MLP: Job = Job {
     model: "mlp-28",
     width: 256,
     precision: Precision::Fp32,
@@ -47,37 +47,37 @@ pub const MLP: Job = Job {
     warm_up: 50,
     settings: &[],
 };
-pub const DCGAN_28: Job = Job { model: "dcgan-28", width: 64, steps: 12, warm_up: 2, ..MLP };
-pub const DCGAN_64: Job = Job { model: "dcgan-64", steps: 6, warm_up: 1, ..DCGAN_28 };
+pub(crate) const DCGAN_28: Job = Job { model: "dcgan-28", width: 64, steps: 12, warm_up: 2, ..MLP };
+pub(crate) const DCGAN_64: Job = Job { model: "dcgan-64", steps: 6, warm_up: 1, ..DCGAN_28 };
 
 impl Job {
     /// Returns the job on this number of workers, one data shard each.
-    pub const fn on(self, workers: u32) -> Job {
+    pub(crate) const fn on(self, workers: u32) -> Job {
         Job { workers, data_shards: workers, ..self }
     }
 
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         let plural = if self.workers == 1 { "" } else { "s" };
         format!("{}, {} worker{plural}", self.model, self.workers)
     }
 
     /// Number of images of all workers in one step.
-    pub fn global_batch(&self) -> u32 {
+    pub(crate) fn global_batch(&self) -> u32 {
         self.data_shards * self.shard_batch
     }
 
     /// Returns the images per second at a step time in milliseconds.
-    pub fn images_per_second(&self, step: f64) -> f64 {
+    pub(crate) fn images_per_second(&self, step: f64) -> f64 {
         1e3 * f64::from(self.global_batch()) / step
     }
 
     /// Whether the workers share cores of this machine.
-    pub fn is_oversubscribed(&self) -> bool {
+    pub(crate) fn is_oversubscribed(&self) -> bool {
         self.workers > cores()
     }
 
     /// Returns the job with the number of steps that the options ask for.
-    pub fn asked(self, options: &Options) -> Job {
+    pub(crate) fn asked(self, options: &Options) -> Job {
         match options.steps {
             0 => self,
             steps => {

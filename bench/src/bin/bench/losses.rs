@@ -13,7 +13,7 @@ const WINDOW: usize = 25;
 const LAST: usize = 100;
 
 /// Trains with both programs.
-pub fn measure(options: &Options) -> Result<Report, String> {
+pub(crate) fn measure(options: &Options) -> Result<Report, String> {
     let job = Job { steps: 1000, ..MLP }.asked(options);
     eprintln!("losses: {}, ours", job.name());
     let ours = contenders::ours(&job)?.losses;

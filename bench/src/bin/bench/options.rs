@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 /// Parts of the benchmark.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Part {
+pub(crate) enum Part {
     /// Ganglion against PyTorch.
     Rows,
     /// Cost of the promise.
@@ -16,9 +16,9 @@ pub enum Part {
 }
 
 impl Part {
-    pub const ALL: [Part; 4] = [Part::Rows, Part::Promise, Part::Growth, Part::Losses];
+    pub(crate) const ALL: [Part; 4] = [Part::Rows, Part::Promise, Part::Growth, Part::Losses];
 
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Part::Rows => "rows",
             Part::Promise => "promise",
@@ -28,7 +28,7 @@ impl Part {
     }
 
     /// Returns the file name of the part's picture; `None` without one.
-    pub fn picture(self) -> Option<&'static str> {
+    pub(crate) fn picture(self) -> Option<&'static str> {
         match self {
             Part::Rows | Part::Promise => None,
             Part::Growth => Some("growth.svg"),
@@ -39,7 +39,7 @@ impl Part {
 
 /// Command-line options.
 #[derive(Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// Parts to measure, in this order.
     pub parts: Vec<Part>,
     /// Texts of which a measurement's name must contain one, in parts whose measurements have
@@ -62,7 +62,7 @@ pub struct Options {
 impl Options {
     /// Parses parts (`--rows`) and `--name value` pairs. Without parts all are measured, or the
     /// rows if only some measurements are asked for.
-    pub fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
+    pub(crate) fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
         let mut options = Options {
             parts: Vec::new(),
             only: Vec::new(),
@@ -107,7 +107,7 @@ impl Options {
     }
 
     /// Returns those of `all` that the options ask for, by their names.
-    pub fn wanted<T>(&self, all: Vec<T>, name: impl Fn(&T) -> String) -> Result<Vec<T>, String> {
+    pub(crate) fn wanted<T>(&self, all: Vec<T>, name: impl Fn(&T) -> String) -> Result<Vec<T>, String> {
         let is_wanted = |one: &T| self.only.iter().any(|only| name(one).contains(only.as_str()));
         let names: Vec<String> = all.iter().map(&name).collect();
         let wanted: Vec<T> = all.into_iter().filter(|one| self.only.is_empty() || is_wanted(one)).collect();
@@ -118,12 +118,12 @@ impl Options {
     }
 
     /// Returns the number of runs of each contender, given the usual number.
-    pub fn rounds(&self, usual: usize) -> usize {
+    pub(crate) fn rounds(&self, usual: usize) -> usize {
         if self.rounds > 0 { self.rounds } else { usual }
     }
 
     /// Returns the command that measures one part with these options.
-    pub fn command(&self, part: Part) -> String {
+    pub(crate) fn command(&self, part: Part) -> String {
         let mut words = vec![format!("target/release/bench --{}", part.name())];
         words.extend(self.only.iter().map(|only| format!("--only {only:?}")));
         words.extend((self.rounds > 0).then(|| format!("--rounds {}", self.rounds)));

@@ -7,7 +7,7 @@ use crate::options::Options;
 use crate::table::Table;
 
 /// Job in two variants.
-pub struct Comparison {
+pub(crate) struct Comparison {
     /// Measure that keeps the promise, and its substitute.
     what: &'static str,
     with: Job,
@@ -66,12 +66,12 @@ impl Comparison {
 }
 
 /// Returns the comparisons that the options ask for.
-pub fn wanted(options: &Options) -> Result<Vec<Comparison>, String> {
+pub(crate) fn wanted(options: &Options) -> Result<Vec<Comparison>, String> {
     options.wanted(comparisons(), Comparison::name)
 }
 
 /// Runs all comparisons that the options ask for.
-pub fn measure(options: &Options) -> Result<Report, String> {
+pub(crate) fn measure(options: &Options) -> Result<Report, String> {
     let all = wanted(options)?;
     let mut report = Report::default();
     let mut table =

@@ -9,12 +9,12 @@ use crate::options::Options;
 use crate::table;
 
 /// Target of the first step: speed-up over the usual program.
-pub const FIRST_STEP: f64 = 7.0;
+pub(crate) const FIRST_STEP: f64 = 7.0;
 /// Target of the resident memory: share of the usual program's.
-pub const RESIDENT: f64 = 0.3;
+pub(crate) const RESIDENT: f64 = 0.3;
 
 /// Job that all contenders train.
-pub struct Row {
+pub(crate) struct Row {
     pub job: Job,
     /// Number of runs of each contender.
     rounds: usize,
@@ -23,7 +23,7 @@ pub struct Row {
 }
 
 /// Program that takes part.
-pub struct Contender {
+pub(crate) struct Contender {
     pub name: &'static str,
     /// Name of the way to train with PyTorch; `None` for Ganglion.
     way: Option<&'static str>,
@@ -49,7 +49,7 @@ const BF16: &[Contender] = &[
 ];
 
 /// Contenders of a precision: Ganglion first, then the usual program and the tuned one.
-pub fn contenders_in(precision: Precision) -> &'static [Contender] {
+pub(crate) fn contenders_in(precision: Precision) -> &'static [Contender] {
     match precision {
         Precision::Fp32 => FP32,
         Precision::Bf16 => BF16,
@@ -68,25 +68,25 @@ impl Contender {
 }
 
 /// Outcome of a row.
-pub enum Outcome {
+pub(crate) enum Outcome {
     Measured(Rounds),
     NotRun(&'static str),
 }
 
 impl Row {
-    pub const fn new(job: Job, rounds: usize) -> Row {
+    pub(crate) const fn new(job: Job, rounds: usize) -> Row {
         Row { job, rounds, targets: None }
     }
 
-    pub const fn with_targets(self, usual: f64, tuned: f64) -> Row {
+    pub(crate) const fn with_targets(self, usual: f64, tuned: f64) -> Row {
         Row { targets: Some([usual, tuned]), ..self }
     }
 
-    pub const fn in_bf16(self) -> Row {
+    pub(crate) const fn in_bf16(self) -> Row {
         Row { job: Job { precision: Precision::Bf16, ..self.job }, ..self }
     }
 
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         match self.job.precision {
             Precision::Fp32 => self.job.name(),
             Precision::Bf16 => format!("{}, bf16", self.job.name()),
@@ -94,7 +94,7 @@ impl Row {
     }
 
     /// Returns the target of the speed-up over a contender.
-    pub fn target(&self, contender: &Contender) -> Option<f64> {
+    pub(crate) fn target(&self, contender: &Contender) -> Option<f64> {
         Some(self.targets?[contender.target?])
     }
 
@@ -139,12 +139,12 @@ fn rows() -> Vec<Row> {
 }
 
 /// Returns the rows that the options ask for.
-pub fn wanted(options: &Options) -> Result<Vec<Row>, String> {
+pub(crate) fn wanted(options: &Options) -> Result<Vec<Row>, String> {
     options.wanted(rows(), Row::name)
 }
 
 /// Measures all rows that the options ask for.
-pub fn measure(options: &Options) -> Result<Report, String> {
+pub(crate) fn measure(options: &Options) -> Result<Report, String> {
     let rows = wanted(options)?;
     let mut report = Report::default();
     let mut results = Vec::new();

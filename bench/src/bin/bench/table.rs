@@ -12,7 +12,7 @@ use crate::rows::{self, Outcome, Row, contenders_in};
 type Results<'a> = [(&'a Row, Outcome)];
 
 /// Formats all tables as Markdown.
-pub fn render(results: &Results<'_>) -> String {
+pub(crate) fn render(results: &Results<'_>) -> String {
     let steps = [Precision::Fp32, Precision::Bf16].map(|precision| steps(precision, results));
     let tables = steps.into_iter().chain([first_steps(results), efficiencies(results)]);
     let tables: Vec<String> = tables.filter(|table| !table.is_empty()).collect();
@@ -121,27 +121,27 @@ fn efficiencies(results: &Results<'_>) -> String {
 }
 
 /// Table in Markdown; the first column is text.
-pub struct Table {
+pub(crate) struct Table {
     columns: usize,
     head: String,
     rows: String,
 }
 
 impl Table {
-    pub fn new(head: &[impl AsRef<str>]) -> Table {
+    pub(crate) fn new(head: &[impl AsRef<str>]) -> Table {
         let names: Vec<&str> = head.iter().map(AsRef::as_ref).collect();
         let head = format!("| {} |\n|---|{}\n", names.join(" | "), "---:|".repeat(names.len() - 1));
         Table { columns: names.len(), head, rows: String::new() }
     }
 
     /// Adds a row; missing cells stay empty.
-    pub fn row(&mut self, mut cells: Vec<String>) {
+    pub(crate) fn row(&mut self, mut cells: Vec<String>) {
         cells.resize(self.columns, String::new());
         let _ = writeln!(self.rows, "| {} |", cells.join(" | "));
     }
 
     /// Formats the table; empty if it has no rows.
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         if self.rows.is_empty() { String::new() } else { format!("{}{}", self.head, self.rows) }
     }
 }

@@ -19,7 +19,7 @@ struct Restarts {
 }
 
 /// Kills and restarts the coordinator as often as the options say.
-pub fn measure(options: &Options) -> Section {
+pub(crate) fn measure(options: &Options) -> Section {
     let before = load();
     let run = Run::new(&[JOB]);
     let mut coordinator = run.start(MEMBERS);

@@ -33,7 +33,7 @@ struct Watched {
 }
 
 /// Measures the default job, and one with far shorter steps, for half of the time each.
-pub fn measure(options: &Options) -> Section {
+pub(crate) fn measure(options: &Options) -> Section {
     let before = load();
     let half = Duration::from_secs_f64(f64::from(options.seconds) / 2.0);
     let watched = [

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 /// Extent of the measurements; 0 leaves a section out.
 #[derive(Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// Number of kills of a worker.
     pub kills: u32,
     /// Number of restarts of the coordinator.
@@ -25,7 +25,7 @@ pub struct Options {
 
 impl Options {
     /// Parses `--name value` pairs.
-    pub fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
+    pub(crate) fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
         let mut options = Options {
             kills: 100,
             restarts: 20,
@@ -62,7 +62,7 @@ impl Options {
 }
 
 /// Reproducible random numbers: SplitMix64 of Steele, Lea and Flood (2014).
-pub struct Random(pub u64);
+pub(crate) struct Random(pub u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -74,18 +74,18 @@ impl Random {
     }
 
     /// Draws uniformly from [0, 1).
-    pub fn fraction(&mut self) -> f64 {
+    pub(crate) fn fraction(&mut self) -> f64 {
         f64::from(u32::try_from(self.next() >> 32).unwrap_or_default()) / 4_294_967_296.0
     }
 
     /// Draws one of the items.
-    pub fn choose<'a, T>(&mut self, from: &'a [T]) -> &'a T {
+    pub(crate) fn choose<'a, T>(&mut self, from: &'a [T]) -> &'a T {
         let index = self.next() % from.len() as u64;
         &from[usize::try_from(index).expect("an index")]
     }
 
     /// Sleeps between `least` and `most` seconds.
-    pub fn sleep(&mut self, least: f64, most: f64) {
+    pub(crate) fn sleep(&mut self, least: f64, most: f64) {
         let seconds = least + (most - least) * self.fraction();
         std::thread::sleep(std::time::Duration::from_secs_f64(seconds));
     }

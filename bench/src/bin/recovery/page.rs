@@ -12,7 +12,7 @@ const BEGIN: &str = "<!-- Written by `make bench-recovery`; changes below this l
 const END: &str = "<!-- Written by hand again. -->";
 
 /// Formats the generated part.
-pub fn render(options: &Options, sections: &[Section]) -> String {
+pub(crate) fn render(options: &Options, sections: &[Section]) -> String {
     let parts: Vec<String> = sections.iter().map(Section::render).collect();
     format!(
         "Measured {} on {}, by `{}`.\n\n{}",
@@ -24,11 +24,11 @@ pub fn render(options: &Options, sections: &[Section]) -> String {
 }
 
 /// Checks that the generated part can be put into a page.
-pub fn try_out(path: &Path) -> io::Result<()> {
+pub(crate) fn try_out(path: &Path) -> io::Result<()> {
     try_part(path, BEGIN, END)
 }
 
 /// Replaces the generated part of a page and keeps the parts written by hand.
-pub fn write(path: &Path, part: &str) -> io::Result<()> {
+pub(crate) fn write(path: &Path, part: &str) -> io::Result<()> {
     write_part(path, BEGIN, END, part)
 }

@@ -42,7 +42,7 @@ struct Costs {
 }
 
 /// Kills processes of both trainers.
-pub fn measure(options: &Options, ours: Option<&Workers>) -> Section {
+pub(crate) fn measure(options: &Options, ours: Option<&Workers>) -> Section {
     let mut section = Section::new("Beside others");
     let before = load();
     let rows = [("torchrun, DDP", torchrun as fn(&mut Peer) -> Result<Costs, String>), ("torchft", torchft)]

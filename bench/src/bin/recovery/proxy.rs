@@ -18,7 +18,7 @@ const MESSAGE_HEAD: usize = 5;
 
 /// Sender of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Speaker {
+pub(crate) enum Speaker {
     /// A worker.
     Worker,
     /// The coordinator.
@@ -26,10 +26,10 @@ pub enum Speaker {
 }
 
 /// Count of messages by sender and kind, the kind's number being that of the wire contract.
-pub type Counts = BTreeMap<(Speaker, u64), u64>;
+pub(crate) type Counts = BTreeMap<(Speaker, u64), u64>;
 
 /// Running relay.
-pub struct Proxy {
+pub(crate) struct Proxy {
     /// Address for the workers.
     pub url: String,
     counts: Arc<Mutex<Counts>>,
@@ -37,7 +37,7 @@ pub struct Proxy {
 
 impl Proxy {
     /// Starts a relay to the coordinator at `url`.
-    pub fn start(url: &str) -> std::io::Result<Proxy> {
+    pub(crate) fn start(url: &str) -> std::io::Result<Proxy> {
         let coordinator = url.trim_start_matches("http://").to_string();
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let url = format!("http://{}", listener.local_addr()?);
@@ -53,7 +53,7 @@ impl Proxy {
     }
 
     /// Returns the counts so far.
-    pub fn counts(&self) -> Counts {
+    pub(crate) fn counts(&self) -> Counts {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

@@ -11,15 +11,15 @@ use crate::figures::{Sample, Section, count, first_time, number, spread_head, va
 use crate::options::{Options, Random};
 
 /// World size at full strength.
-pub const MEMBERS: u32 = 4;
+pub(crate) const MEMBERS: u32 = 4;
 /// Settings of the default job, with a row for every step, so that every commit has its time in a
 /// file.
-pub const JOB: &[&str] = &["job.steps=100000000", "metrics.every_steps=1"];
+pub(crate) const JOB: &[&str] = &["job.steps=100000000", "metrics.every_steps=1"];
 /// Updates per step of the default job: the discriminator's, then the generator's.
 const PHASES: u64 = 2;
 
 /// Measurements of all kills.
-pub struct Workers {
+pub(crate) struct Workers {
     seed: u64,
     load: [String; 2],
     kills: Vec<Kill>,
@@ -46,7 +46,7 @@ struct Recovery {
 }
 
 /// Kills a member and waits until the group is at full strength, as often as the options say.
-pub fn measure(options: &Options) -> Workers {
+pub(crate) fn measure(options: &Options) -> Workers {
     let before = load();
     let run = Run::new(&[JOB]);
     let coordinator = run.start(MEMBERS);
@@ -78,7 +78,7 @@ fn kill_one(formed: &Value, generation: u64, random: &mut Random) -> Kill {
 }
 
 /// Waits until a group of all members, younger than `generation`, has committed a step.
-pub fn wait_for_full(events: &mut Tail, rows: &mut Tail, generation: u64) -> Value {
+pub(crate) fn wait_for_full(events: &mut Tail, rows: &mut Tail, generation: u64) -> Value {
     let formed = events.wait_for("group at full strength", |event| {
         let full = is_full(event) && count(event, "generation") > generation;
         full.then(|| event.clone())
@@ -89,7 +89,7 @@ pub fn wait_for_full(events: &mut Tail, rows: &mut Tail, generation: u64) -> Val
 }
 
 /// Stops a run, which saves a checkpoint.
-pub fn stop(coordinator: Process) {
+pub(crate) fn stop(coordinator: Process) {
     coordinator.signal(Signal::SIGINT);
     coordinator.wait();
 }
@@ -100,12 +100,12 @@ fn is_full(event: &Value) -> bool {
 
 impl Workers {
     /// Times from a kill to the next committed step.
-    pub fn next_step(&self) -> Sample {
+    pub(crate) fn next_step(&self) -> Sample {
         Sample::new(self.recoveries().iter().map(|recovery| recovery.next_step))
     }
 
     /// Times from a kill to a step of a group at full strength.
-    pub fn full_step(&self) -> Sample {
+    pub(crate) fn full_step(&self) -> Sample {
         Sample::new(self.recoveries().iter().map(|recovery| recovery.full_step))
     }
 
@@ -152,7 +152,7 @@ impl Workers {
     }
 
     /// Formats the table.
-    pub fn section(&self) -> Section {
+    pub(crate) fn section(&self) -> Section {
         let mut section = Section::new("A worker is killed");
         let [before, after] = &self.load;
         section.line(format!(
@@ -189,7 +189,7 @@ impl Workers {
 }
 
 /// Count of steps within the range of all rows that do not have exactly one row.
-pub fn uneven(rows: &[Value]) -> u64 {
+pub(crate) fn uneven(rows: &[Value]) -> u64 {
     let steps: BTreeSet<u64> = rows.iter().map(|row| count(row, "step")).collect();
     let expected = steps.last().copied().unwrap_or_default();
     rows.len().abs_diff(steps.len()) as u64 + expected.abs_diff(steps.len() as u64)
@@ -197,7 +197,7 @@ pub fn uneven(rows: &[Value]) -> u64 {
 
 /// Intervals between steps that are consecutive in time: the times of their commits, and the
 /// seconds between.
-pub fn intervals(rows: &[Value]) -> impl Iterator<Item = (f64, f64, f64)> {
+pub(crate) fn intervals(rows: &[Value]) -> impl Iterator<Item = (f64, f64, f64)> {
     let mut times: Vec<f64> = rows.iter().map(|row| number(row, "time")).collect();
     times.sort_by(f64::total_cmp);
     let next = times.clone().into_iter().skip(1);

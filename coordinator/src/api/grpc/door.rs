@@ -44,7 +44,7 @@ const COMPLAINTS: (u32, Duration) = (60, Duration::from_secs(10));
 const WAITING: usize = 64;
 
 /// Starts to accept connections; returns those whose clients have sent a preface or finished a handshake.
-pub fn open(listener: TcpListener, tls: Option<Arc<Acceptor>>) -> mpsc::Receiver<Connection> {
+pub(crate) fn open(listener: TcpListener, tls: Option<Arc<Acceptor>>) -> mpsc::Receiver<Connection> {
     let (let_in, greeted) = mpsc::channel(WAITING);
     let hall = Arc::new(Hall { tls, let_in, complaints: Throttle::new(COMPLAINTS.0, COMPLAINTS.1) });
     let room = Room::new(LIMITS.within_descriptors());

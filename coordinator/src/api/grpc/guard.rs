@@ -158,7 +158,7 @@ fn shown_enough(shown: Shown) -> Result<(), Status> {
 
 /// Tower layer that puts the rules before services.
 #[derive(Clone)]
-pub struct GuardLayer(pub Arc<Guard>);
+pub(crate) struct GuardLayer(pub Arc<Guard>);
 
 impl<S> Layer<S> for GuardLayer {
     type Service = Guarded<S>;
@@ -170,7 +170,7 @@ impl<S> Layer<S> for GuardLayer {
 
 /// Services behind the authentication layer.
 #[derive(Clone)]
-pub struct Guarded<S> {
+pub(crate) struct Guarded<S> {
     guard: Arc<Guard>,
     inner: S,
 }

@@ -8,10 +8,10 @@
 //!    to everybody.
 //! 5. Connections, sessions, streams, headers and messages are bounded in number and size.
 
-pub mod connection;
-pub mod door;
-pub mod guard;
-pub mod refusal;
+pub(crate) mod connection;
+pub(crate) mod door;
+pub(crate) mod guard;
+pub(crate) mod refusal;
 mod store;
 pub mod tls;
 

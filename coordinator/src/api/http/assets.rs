@@ -4,7 +4,7 @@ use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 
 /// A file with its content type.
-pub struct Asset {
+pub(super) struct Asset {
     /// Path at which it is served.
     pub path: &'static str,
     kind: &'static str,
@@ -30,13 +30,13 @@ static ASSETS: [Asset; 6] = [
 ];
 
 /// All built-in files.
-pub fn all() -> &'static [Asset] {
+pub(super) fn all() -> &'static [Asset] {
     &ASSETS
 }
 
 impl Asset {
     /// Answer with the file's content.
-    pub fn answer(&self) -> Response {
+    pub(super) fn answer(&self) -> Response {
         ([(header::CONTENT_TYPE, HeaderValue::from_static(self.kind))], self.content).into_response()
     }
 }

@@ -17,11 +17,11 @@ use crate::run_dir::{RunDir, RunDirError};
 use crate::workers::new_token;
 
 /// File in the run directory that holds the token.
-pub const TOKEN_FILE: &str = "http-token";
+pub(crate) const TOKEN_FILE: &str = "http-token";
 
 /// Access rules of one dashboard. See the module documentation.
 #[derive(Debug)]
-pub struct Guard {
+pub(crate) struct Guard {
     token: Option<blake3::Hash>,
     /// Name of the cookie. A host's cookies are shared by all its ports, so each run has its own.
     cookie: String,
@@ -33,7 +33,7 @@ pub struct Guard {
 
 /// Verdict on a request.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Admission {
+pub(crate) enum Admission {
     /// The request is answered.
     Granted,
     /// The request is answered, and the client gets this cookie for later ones.
@@ -46,7 +46,7 @@ pub enum Admission {
 
 impl Guard {
     /// Open rules; `address` decides whether requests must name this machine.
-    pub fn open(address: SocketAddr) -> Guard {
+    pub(crate) fn open(address: SocketAddr) -> Guard {
         Guard {
             token: None,
             cookie: String::new(),
@@ -56,18 +56,18 @@ impl Guard {
     }
 
     /// Rules that require the token.
-    pub fn with_token(token: &str, run: &str, is_secure: bool) -> Guard {
+    pub(crate) fn with_token(token: &str, run: &str, is_secure: bool) -> Guard {
         let cookie = format!("ganglion-{}", run.get(..8).unwrap_or(run));
         Guard { token: Some(blake3::hash(token.as_bytes())), cookie, is_secure, is_local: false }
     }
 
     /// Whether the dashboard is served over TLS.
-    pub fn is_secure(&self) -> bool {
+    pub(crate) fn is_secure(&self) -> bool {
         self.is_secure
     }
 
     /// Checks a request. `is_probe` marks paths that reveal nothing about the run.
-    pub fn authorise(&self, uri: &Uri, headers: &HeaderMap, is_probe: bool) -> Admission {
+    pub(crate) fn authorise(&self, uri: &Uri, headers: &HeaderMap, is_probe: bool) -> Admission {
         // Orchestrators probe without secrets, and a probe's answer tells nothing of the run.
         if is_probe {
             return Admission::Granted;
@@ -117,7 +117,7 @@ fn names_this_machine(headers: &HeaderMap) -> bool {
 /// Returns the run's token. The token of the last start is kept, so that a browser need not ask
 /// again; a new one is made if there is none or if others could have read it. It is stored in
 /// [`TOKEN_FILE`], which only this user can read.
-pub fn keep_token(run_dir: &RunDir) -> Result<String, RunDirError> {
+pub(crate) fn keep_token(run_dir: &RunDir) -> Result<String, RunDirError> {
     let known = run_dir.read_secret(TOKEN_FILE).unwrap_or_default();
     let is_one = known.len() == 32 && known.bytes().all(|byte| byte.is_ascii_hexdigit());
     let fresh =

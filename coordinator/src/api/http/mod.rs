@@ -36,8 +36,8 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::records::chronicle::Chronicle;
 use crate::records::view::View;
-pub use guard::{Guard, TOKEN_FILE, keep_token};
-pub use start::{Content, Dashboard, Wanted, start};
+pub(crate) use guard::{Guard, keep_token};
+pub(crate) use start::{Content, Dashboard, Wanted, start};
 
 /// Maximum number of connections, of those of one address, and of those of one address that wait
 /// for a request. The connection that has waited the longest makes place for a newcomer, so probes
@@ -64,7 +64,7 @@ const FAREWELL: Duration = Duration::from_secs(3);
 const REST: Duration = Duration::from_millis(500);
 
 /// Content and access rules of the site.
-pub struct Site {
+pub(crate) struct Site {
     /// The newest view; `None` before the shell's first.
     pub view: watch::Receiver<Option<Arc<View>>>,
     /// Index of the run's records.
@@ -80,7 +80,7 @@ pub struct Site {
 }
 
 /// A running server; dropping it ends the server.
-pub struct Served {
+pub(crate) struct Served {
     /// Address of the listener.
     pub address: SocketAddr,
     site: Arc<Site>,
@@ -95,13 +95,13 @@ impl Drop for Served {
 
 impl Served {
     /// URL of the page.
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         let scheme = if self.site.guard.is_secure() { "https" } else { "http" };
         format!("{scheme}://{}/", self.address)
     }
 
     /// Waits, within limits, until watching clients have seen how the run ended.
-    pub async fn farewell(&self) {
+    pub(crate) async fn farewell(&self) {
         let mut asked = self.site.asked.subscribe();
         // Nobody is watching, so there is nobody to wait for.
         let is_looked_at = asked.borrow().is_some_and(|(at, _)| at.elapsed() < LOOKING);
@@ -116,13 +116,13 @@ impl Served {
 }
 
 /// Whether only this machine can reach an address.
-pub fn is_local(address: IpAddr) -> bool {
+pub(crate) fn is_local(address: IpAddr) -> bool {
     address.is_loopback()
 }
 
 /// Serves a site. `secure` turns an accepted connection into the stream to speak over, such as by a
 /// TLS handshake; [`plainly`] leaves it as it is.
-pub fn serve<S, F>(
+pub(crate) fn serve<S, F>(
     listener: TcpListener,
     site: Site,
     secure: impl Fn(TcpStream) -> F + Clone + Send + Sync + 'static,
@@ -153,7 +153,7 @@ where
 }
 
 /// Passes a connection on without encryption.
-pub async fn plainly(stream: TcpStream) -> io::Result<TcpStream> {
+pub(crate) async fn plainly(stream: TcpStream) -> io::Result<TcpStream> {
     stream.set_nodelay(true)?;
     Ok(stream)
 }

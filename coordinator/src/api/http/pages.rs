@@ -56,7 +56,7 @@ const HARDENING: [(HeaderName, HeaderValue); 6] = [
 ];
 
 /// Builds the router of all pages.
-pub fn router(site: Arc<Site>) -> Router {
+pub(super) fn router(site: Arc<Site>) -> Router {
     let mut router = Router::new()
         .route("/api/status", get(tell_status))
         .route("/api/metrics", get(tell_metrics))
@@ -75,7 +75,7 @@ pub fn router(site: Arc<Site>) -> Router {
 }
 
 /// Value of a query parameter, without decoding.
-pub fn parameter<'a>(uri: &'a Uri, name: &str) -> Option<&'a str> {
+pub(super) fn parameter<'a>(uri: &'a Uri, name: &str) -> Option<&'a str> {
     let mut pairs = uri.query()?.split('&').filter_map(|pair| pair.split_once('='));
     pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
 }

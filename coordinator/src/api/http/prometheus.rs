@@ -23,7 +23,7 @@ use crate::system::clock::now;
 
 /// Exposition format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
+pub(super) enum Form {
     /// OpenMetrics 1.0.
     OpenMetrics,
     /// Prometheus' own text format.
@@ -39,12 +39,12 @@ type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
 
 impl Form {
     /// Chooses the format for a client with this `Accept` header.
-    pub fn accepted(types: &str) -> Form {
+    pub(super) fn accepted(types: &str) -> Form {
         if types.contains("application/openmetrics-text") { Form::OpenMetrics } else { Form::Text }
     }
 
     /// Content type of the format.
-    pub fn content_type(self) -> &'static str {
+    pub(super) fn content_type(self) -> &'static str {
         match self {
             Form::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
             Form::Text => "text/plain; version=0.0.4; charset=utf-8",
@@ -53,7 +53,7 @@ impl Form {
 }
 
 /// Renders all metrics of the moment.
-pub fn render(view: &View, chronicle: &Chronicle, form: Form) -> Result<String, fmt::Error> {
+pub(super) fn render(view: &View, chronicle: &Chronicle, form: Form) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("ganglion");
     of_run(&mut registry, view);
     {

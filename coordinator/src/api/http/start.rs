@@ -19,7 +19,7 @@ use crate::records::chronicle::Chronicle;
 use crate::run_dir::RunDir;
 
 /// Requested listener of the dashboard.
-pub struct Wanted<'a> {
+pub(crate) struct Wanted<'a> {
     /// Value of `--http`.
     pub address: Option<&'a str>,
     /// Whether other machines may reach it without encryption.
@@ -27,7 +27,7 @@ pub struct Wanted<'a> {
 }
 
 /// Content of the dashboard.
-pub struct Content<'a> {
+pub(crate) struct Content<'a> {
     /// Views published by the shell.
     pub view: watch::Receiver<Option<Arc<View>>>,
     /// Index of the run's records.
@@ -39,16 +39,16 @@ pub struct Content<'a> {
 }
 
 /// A coordinator's dashboard, if it has one.
-pub struct Dashboard(Option<Served>);
+pub(crate) struct Dashboard(Option<Served>);
 
 impl Dashboard {
     /// URL of the page.
-    pub fn url(&self) -> Option<String> {
+    pub(crate) fn url(&self) -> Option<String> {
         self.0.as_ref().map(Served::url)
     }
 
     /// Waits, within limits, until watching clients have seen how the run ended.
-    pub async fn farewell(&self) {
+    pub(crate) async fn farewell(&self) {
         if let Some(served) = &self.0 {
             served.farewell().await;
         }
@@ -57,7 +57,7 @@ impl Dashboard {
 
 /// Starts the dashboard where `--http` says. The port is journaled, and the next coordinator takes
 /// it again.
-pub async fn start(
+pub(crate) async fn start(
     wanted: Wanted<'_>,
     security: &Security,
     journal: &mut Journal,

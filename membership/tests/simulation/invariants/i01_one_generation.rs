@@ -10,7 +10,7 @@ use crate::network::Proc;
 use crate::world::{Seen, World};
 
 #[derive(Default)]
-pub struct OneGeneration {
+pub(super) struct OneGeneration {
     known: BTreeMap<Generation, (Term, Group)>,
     term: Term,
     newest: Generation,

@@ -3,7 +3,7 @@
 use super::{Finding, Invariant};
 use crate::world::{Seen, World};
 
-pub struct OneApart;
+pub(super) struct OneApart;
 
 impl Invariant for OneApart {
     fn see(&mut self, seen: &Seen, world: &World) -> Finding {

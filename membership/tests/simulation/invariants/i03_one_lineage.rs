@@ -10,7 +10,7 @@ use crate::job::State;
 use crate::world::{Seen, World};
 
 #[derive(Default)]
-pub struct OneLineage {
+pub(super) struct OneLineage {
     condemned: Option<Generation>,
     times: u32,
 }

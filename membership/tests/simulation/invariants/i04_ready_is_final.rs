@@ -10,7 +10,7 @@ use crate::network::Proc;
 use crate::world::{Seen, World};
 
 #[derive(Default)]
-pub struct ReadyIsFinal {
+pub(super) struct ReadyIsFinal {
     rested: BTreeMap<Proc, Generation>,
 }
 

@@ -11,7 +11,7 @@ use crate::directory::Row;
 use crate::world::{Seen, World};
 
 #[derive(Default)]
-pub struct RightStart {
+pub(super) struct RightStart {
     generation: Generation,
     members: Vec<WorkerId>,
     condemned: Option<Generation>,

@@ -9,7 +9,7 @@ use crate::worker::Worker;
 use crate::world::{Seen, World};
 
 #[derive(Default)]
-pub struct Lease {
+pub(super) struct Lease {
     generation: Generation,
     members: Vec<WorkerId>,
 }

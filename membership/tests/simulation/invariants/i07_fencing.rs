@@ -10,7 +10,7 @@ use crate::network::Proc;
 use crate::world::{Seen, World};
 
 #[derive(Default)]
-pub struct Fencing {
+pub(super) struct Fencing {
     newest: BTreeMap<Proc, (Term, Generation)>,
 }
 

@@ -4,7 +4,7 @@
 use super::{Finding, Invariant, hold};
 use crate::world::{Seen, World};
 
-pub struct Manifests;
+pub(super) struct Manifests;
 
 impl Invariant for Manifests {
     fn see(&mut self, seen: &Seen, world: &World) -> Finding {

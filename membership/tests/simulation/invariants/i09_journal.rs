@@ -10,7 +10,7 @@ use crate::directory::Row;
 use crate::world::{Seen, World};
 
 #[derive(Default)]
-pub struct JournalFirst {
+pub(super) struct JournalFirst {
     groups: BTreeSet<Generation>,
     tokens: BTreeSet<u64>,
     newest: Generation,

@@ -3,7 +3,7 @@
 use super::{Finding, Invariant, hold};
 use crate::world::{Seen, World};
 
-pub struct Ledger;
+pub(super) struct Ledger;
 
 impl Invariant for Ledger {
     fn see(&mut self, seen: &Seen, world: &World) -> Finding {

@@ -4,7 +4,7 @@
 use super::{Finding, Invariant, hold};
 use crate::world::World;
 
-pub struct NobodyForgotten;
+pub(super) struct NobodyForgotten;
 
 impl Invariant for NobodyForgotten {
     fn look(&mut self, world: &World) -> Finding {

@@ -13,7 +13,7 @@ const NEXT: u64 = 40_000_000;
 const ALL: u64 = 80_000_000;
 
 #[derive(Default)]
-pub struct Progress {
+pub(super) struct Progress {
     newest: Position,
     moved: Instant,
 }

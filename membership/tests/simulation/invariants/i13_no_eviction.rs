@@ -8,7 +8,7 @@ use super::{Finding, Invariant, hold};
 use crate::worker::Worker;
 use crate::world::{Seen, World};
 
-pub struct NoEviction;
+pub(super) struct NoEviction;
 
 impl Invariant for NoEviction {
     fn see(&mut self, seen: &Seen, world: &World) -> Finding {

@@ -6,7 +6,7 @@ use ganglion_membership::Position;
 use super::{Finding, Invariant, hold};
 use crate::world::{Seen, World};
 
-pub struct Rows;
+pub(super) struct Rows;
 
 impl Invariant for Rows {
     fn see(&mut self, seen: &Seen, world: &World) -> Finding {

@@ -19,19 +19,19 @@ use crate::world::{Seen, World};
 
 /// An invariant that does not hold.
 #[derive(Debug)]
-pub struct Breach {
+pub(crate) struct Breach {
     pub invariant: u32,
     pub what: String,
 }
 
 impl Breach {
-    pub fn new(invariant: u32, what: String) -> Breach {
+    pub(crate) fn new(invariant: u32, what: String) -> Breach {
         Breach { invariant, what }
     }
 }
 
 /// What an invariant finds.
-pub type Finding = Result<(), String>;
+pub(crate) type Finding = Result<(), String>;
 
 /// One of the fourteen.
 trait Invariant {
@@ -51,7 +51,7 @@ trait Invariant {
     }
 }
 
-pub struct Invariants(Vec<(u32, Box<dyn Invariant>)>);
+pub(crate) struct Invariants(Vec<(u32, Box<dyn Invariant>)>);
 
 impl Default for Invariants {
     fn default() -> Self {
@@ -76,7 +76,7 @@ impl Default for Invariants {
 }
 
 impl Invariants {
-    pub fn check(&mut self, world: &mut World) -> Result<(), Breach> {
+    pub(crate) fn check(&mut self, world: &mut World) -> Result<(), Breach> {
         let seen = std::mem::take(&mut world.ctx.seen);
         for (number, invariant) in &mut self.0 {
             let breach = |what| Breach::new(*number, what);
@@ -88,7 +88,7 @@ impl Invariants {
         Ok(())
     }
 
-    pub fn check_end(&mut self, world: &World) -> Result<(), Breach> {
+    pub(crate) fn check_end(&mut self, world: &World) -> Result<(), Breach> {
         for (number, invariant) in &mut self.0 {
             invariant.look_back(world).map_err(|what| Breach::new(*number, what))?;
         }

@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Root folder of this repository.
-pub fn root() -> &'static Path {
+pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate is in the repository")
 }
 
 /// Returns the folder of a commit's programs, which are built if need be. The default is the newest
 /// commit if the tree has uncommitted changes, otherwise the one before it: either way the
 /// comparison covers one change.
-pub fn programs(commit: Option<&str>) -> Result<PathBuf, String> {
+pub(crate) fn programs(commit: Option<&str>) -> Result<PathBuf, String> {
     let commit = match commit {
         Some(commit) => commit,
         None if git(&["status", "--porcelain"])?.is_empty() => "HEAD^",
@@ -48,7 +48,7 @@ pub fn programs(commit: Option<&str>) -> Result<PathBuf, String> {
 
 /// Returns the version number of the arithmetic of a folder's programs. Builds without one count as
 /// the first.
-pub fn numerics(programs: &Path) -> Result<u32, String> {
+pub(crate) fn numerics(programs: &Path) -> Result<u32, String> {
     let told = output(Command::new(programs.join("worker")).arg("--version"))?;
     let number = told.split_once("(numerics ").and_then(|(_, rest)| rest.split_once(')'));
     match number {

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 /// Bits that a run computed.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Bits {
+pub(crate) struct Bits {
     /// Digest of the last state.
     pub digest: String,
     /// Hashes of all shard gradients; empty for a build that does not log them.
@@ -16,7 +16,7 @@ pub struct Bits {
 
 /// Key of a shard gradient in a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Shard {
+pub(crate) struct Shard {
     update: u64,
     phase: u64,
     shard: u64,
@@ -24,14 +24,14 @@ pub struct Shard {
 
 /// Network of a shard gradient, and the hashes of its parts by name.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Hashes {
+pub(crate) struct Hashes {
     network: String,
     parts: BTreeMap<String, String>,
 }
 
 impl Bits {
     /// Reads a log of shard gradients. One that was computed twice must have been equal both times.
-    pub fn read(digest: String, log: &Path) -> Result<Bits, String> {
+    pub(crate) fn read(digest: String, log: &Path) -> Result<Bits, String> {
         let mut gradients = BTreeMap::new();
         for line in std::fs::read_to_string(log).unwrap_or_default().lines() {
             let (shard, hashes) = parse(line).ok_or_else(|| format!("not of a shard gradient: {line}"))?;
@@ -45,7 +45,7 @@ impl Bits {
 
     /// Describes the difference from the bits of `other`; `None` if they are equal. If `other` has
     /// no logged shard gradients, only the digest counts.
-    pub fn difference(&self, other: &Bits) -> Option<String> {
+    pub(crate) fn difference(&self, other: &Bits) -> Option<String> {
         let is_logged = !other.gradients.is_empty();
         let parted = if is_logged { self.first_parted(other) } else { None };
         let digests = if self.digest == other.digest {

@@ -73,7 +73,7 @@ const SAMPLES: u32 = 64;
 
 /// Number format of the networks' passes.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Precision {
+pub(crate) enum Precision {
     /// 32 bits.
     Fp32,
     /// 16 bits, with weights of 32.
@@ -82,10 +82,10 @@ pub enum Precision {
 
 impl Precision {
     /// All values.
-    pub const ALL: [Precision; 2] = [Precision::Fp32, Precision::Bf16];
+    pub(crate) const ALL: [Precision; 2] = [Precision::Fp32, Precision::Bf16];
 
     /// Name in a job file.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Precision::Fp32 => "fp32",
             Precision::Bf16 => "bf16",
@@ -95,7 +95,7 @@ impl Precision {
 
 /// Cluster that runs a job.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Way {
+pub(crate) enum Way {
     /// One worker.
     Alone,
     /// Three workers, whose ranges of data shards are ragged.
@@ -106,10 +106,10 @@ pub enum Way {
 
 impl Way {
     /// All values.
-    pub const ALL: [Way; 3] = [Way::Alone, Way::Three, Way::Killed];
+    pub(crate) const ALL: [Way; 3] = [Way::Alone, Way::Three, Way::Killed];
 
     /// Name in the table.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Way::Alone => "1 worker",
             Way::Three => "3 workers",
@@ -120,7 +120,7 @@ impl Way {
 
 /// Result of a run that neither failed nor hung.
 #[derive(Clone, Debug)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The job completed.
     Done(Bits),
     /// The build refuses the job, for this reason.
@@ -128,7 +128,7 @@ pub enum Outcome {
 }
 
 /// Job of the comparison.
-pub struct Job {
+pub(crate) struct Job {
     /// Name of its file, or its purpose.
     pub name: String,
     file: Option<PathBuf>,
@@ -137,7 +137,7 @@ pub struct Job {
 
 /// Reads all jobs, those of a folder of job files first, or only those whose names contain `only`.
 /// Data that are not bundled come from the folder `data`.
-pub fn read_all(folder: &Path, data: &Path, only: Option<&str>) -> Result<Vec<Job>, String> {
+pub(crate) fn read_all(folder: &Path, data: &Path, only: Option<&str>) -> Result<Vec<Job>, String> {
     let wrong = |error: io::Error| format!("{}: {error}", folder.display());
     let entries = fs::read_dir(folder).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(wrong)?;
     let mut files: Vec<PathBuf> = entries.iter().map(fs::DirEntry::path).collect();
@@ -170,13 +170,13 @@ impl Job {
     }
 
     /// Returns the clusters on which this job runs.
-    pub fn ways(&self, precision: Precision) -> &'static [Way] {
+    pub(crate) fn ways(&self, precision: Precision) -> &'static [Way] {
         let is_killed = self.name == KILLED && precision == Precision::Fp32;
         if is_killed { &Way::ALL } else { &Way::ALL[..2] }
     }
 
     /// Runs this job with the programs of a folder.
-    pub fn run(&self, precision: Precision, way: Way, programs: &Path) -> Result<Outcome, String> {
+    pub(crate) fn run(&self, precision: Precision, way: Way, programs: &Path) -> Result<Outcome, String> {
         let precision = format!("job.precision={}", precision.name());
         let settings: Vec<&str> = self.settings.iter().map(String::as_str).chain([&*precision]).collect();
         let failing = (way == Way::Killed).then(|| failpoint::programs(programs));
@@ -202,7 +202,7 @@ impl Job {
 }
 
 /// Writes a small CIFAR-10 and a folder of pictures, for the jobs whose data are not bundled.
-pub fn write_data(folder: &Path) -> io::Result<()> {
+pub(crate) fn write_data(folder: &Path) -> io::Result<()> {
     let (cifar, pictures) = (folder.join("cifar-10"), folder.join("folder"));
     fs::create_dir_all(&cifar)?;
     fs::create_dir_all(&pictures)?;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 /// Command-line options.
 #[derive(Debug, Default, PartialEq)]
-pub struct Options {
+pub(crate) struct Options {
     /// Commit to compare with.
     pub base: Option<String>,
     /// Folder of that commit's programs, if they are built already.
@@ -15,7 +15,7 @@ pub struct Options {
 
 impl Options {
     /// Parses `--name value` pairs.
-    pub fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
+    pub(crate) fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
         let mut options = Options::default();
         while let Some(name) = arguments.next() {
             let mut value = || arguments.next().ok_or_else(|| format!("{name}: no value"));

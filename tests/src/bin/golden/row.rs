@@ -12,7 +12,7 @@ use crate::job::{Job, Outcome, Precision, Way};
 
 /// Comparison of one job in one precision.
 #[derive(Debug, Default)]
-pub struct Row {
+pub(crate) struct Row {
     /// Result of each way in a word.
     pub cells: [&'static str; Way::ALL.len()],
     /// Number of shard gradients that were compared.
@@ -27,7 +27,7 @@ pub struct Row {
 type Pair = [Result<Outcome, String>; 2];
 
 /// Runs a job in all its ways with both builds, as many at once as there are cores.
-pub fn run(job: &Job, precision: Precision, builds: &Builds) -> Row {
+pub(crate) fn run(job: &Job, precision: Precision, builds: &Builds) -> Row {
     let ways = job.ways(precision);
     let runs: Vec<(Way, &Path)> =
         ways.iter().flat_map(|way| [(*way, &*builds.base), (*way, &*builds.here)]).collect();

@@ -2,7 +2,7 @@
 
 /// Result of comparing two builds.
 #[derive(Debug, Default)]
-pub struct Found {
+pub(crate) struct Found {
     /// Version numbers of their arithmetic (`NUMERICS`): the base's, then this tree's.
     pub numerics: [u32; 2],
     /// Differences of this tree's bits from the base's.
@@ -12,7 +12,7 @@ pub struct Found {
 }
 
 /// Returns the text for two builds that are consistent; otherwise the reason why they are not.
-pub fn verdict(found: &Found) -> Result<String, String> {
+pub(crate) fn verdict(found: &Found) -> Result<String, String> {
     let [base, here] = found.numerics;
     if !found.failures.is_empty() {
         return Err("that is no matter of another NUMERICS".to_string());

@@ -12,7 +12,7 @@ use super::{Mean, ShardGrad, ShardMap, signed};
 use crate::state::{ALIGNMENT, narrow};
 
 /// The exchange by chunks.
-pub struct Chunks {
+pub(super) struct Chunks {
     shards: ShardMap,
     /// Tree nodes whose sums each rank sends, by rank.
     nodes: Vec<Vec<Node>>,
@@ -28,7 +28,7 @@ pub struct Chunks {
 
 impl Chunks {
     /// Allocates the buffers for chunks of `chunk` floats.
-    pub fn new(shards: ShardMap, chunk: usize, device: Device) -> Result<Chunks, Error> {
+    pub(super) fn new(shards: ShardMap, chunk: usize, device: Device) -> Result<Chunks, Error> {
         let cover = |range: &std::ops::Range<u32>| cover(range.clone(), shards.data_shards);
         let nodes: Vec<Vec<Node>> = shards.ranges.iter().map(cover).collect();
         let all_nodes: usize = nodes.iter().map(Vec::len).sum();
@@ -50,7 +50,7 @@ impl Chunks {
     }
 
     /// Sends each rank its chunk of this rank's sums.
-    pub fn send(&mut self, group: &Group, sums: &[(Node, ShardGrad)]) -> Result<(), Error> {
+    pub(super) fn send(&mut self, group: &Group, sums: &[(Node, ShardGrad)]) -> Result<(), Error> {
         // Gone if an earlier reduce failed: they belong to the old group (D6).
         let (mut own, received) = self.scattered.take().ok_or(Error::Aborted)?;
         let by_destination = [signed(self.shards.world_size()), signed(sums.len()), signed(self.chunk)];
@@ -70,12 +70,12 @@ impl Chunks {
     }
 
     /// Returns the collective that [`Chunks::send`] started.
-    pub fn pending(&mut self) -> Option<Pending<(Buffer, Buffer)>> {
+    pub(super) fn pending(&mut self) -> Option<Pending<(Buffer, Buffer)>> {
         self.pending.take()
     }
 
     /// Finishes this rank's chunk, and starts to send it to all ranks.
-    pub fn gather(
+    pub(super) fn gather(
         &mut self,
         group: &Group,
         mut scattered: (Buffer, Buffer),
@@ -112,7 +112,7 @@ impl Chunks {
     }
 
     /// Joins the chunks into the mean. Returns the headers, one a row.
-    pub fn finish(&mut self, gathered: (Buffer, Buffer), mean: &Mean) -> Tensor {
+    pub(super) fn finish(&mut self, gathered: (Buffer, Buffer), mean: &Mean) -> Tensor {
         let (ranks, chunk) = (signed(self.shards.world_size()), signed(self.chunk));
         let rows = gathered.1.tensor().view([ranks, chunk + signed(ALIGNMENT)]);
         let headers = rows.narrow(1, chunk, signed(ALIGNMENT)).contiguous();

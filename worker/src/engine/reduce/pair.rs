@@ -9,7 +9,7 @@ use super::header::Header;
 use crate::state::{ALIGNMENT, narrow};
 
 /// The exchange of two ranks.
-pub struct Pair {
+pub(super) struct Pair {
     rank: usize,
     /// Number of floats in a sum. The header follows it.
     len: usize,
@@ -20,13 +20,13 @@ pub struct Pair {
 
 impl Pair {
     /// Allocates the buffers for sums of `len` floats.
-    pub fn new(rank: usize, len: usize, device: Device) -> Result<Pair, Error> {
+    pub(super) fn new(rank: usize, len: usize, device: Device) -> Result<Pair, Error> {
         let memory = || Buffer::zeros(len + ALIGNMENT, Kind::Float, device);
         Ok(Pair { rank, len, buffers: Some((memory()?, memory()?)), pending: None })
     }
 
     /// Sends this rank's sum and header.
-    pub fn send(&mut self, group: &Group, sum: &Tensor, header: Header) -> Result<(), Error> {
+    pub(super) fn send(&mut self, group: &Group, sum: &Tensor, header: Header) -> Result<(), Error> {
         // Gone if an earlier reduce failed (D6).
         let (mut own, other) = self.buffers.take().ok_or(Error::Aborted)?;
         own.update(|own| {
@@ -42,12 +42,12 @@ impl Pair {
     }
 
     /// Returns the collective that [`Pair::send`] started.
-    pub fn pending(&mut self) -> Option<Pending<(Buffer, Buffer)>> {
+    pub(super) fn pending(&mut self) -> Option<Pending<(Buffer, Buffer)>> {
         self.pending.take()
     }
 
     /// Adds the two sums, in the order of the ranks. Returns the headers, one a row.
-    pub fn finish(&mut self, (own, other): (Buffer, Buffer), mean: &Mean) -> Tensor {
+    pub(super) fn finish(&mut self, (own, other): (Buffer, Buffer), mean: &Mean) -> Tensor {
         // By rank and not by owner: a + b is the tree's order only if shard 0 is in a (D4).
         let mut sums = [other.tensor(), other.tensor()];
         sums[self.rank] = own.tensor();

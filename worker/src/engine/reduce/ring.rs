@@ -9,7 +9,7 @@ use super::{Mean, ShardGrad};
 use crate::state::ALIGNMENT;
 
 /// The exchange by the backend's all-reduce.
-pub struct Ring {
+pub(super) struct Ring {
     sum: Option<Buffer>,
     /// Send and receive buffers of the headers.
     headers: Option<(Buffer, Buffer)>,
@@ -18,14 +18,14 @@ pub struct Ring {
 
 impl Ring {
     /// Allocates the buffers for sums of `len` floats.
-    pub fn new(world_size: usize, len: usize, device: Device) -> Result<Ring, Error> {
+    pub(super) fn new(world_size: usize, len: usize, device: Device) -> Result<Ring, Error> {
         let memory = |len| Buffer::zeros(len, Kind::Float, device);
         let headers = (memory(ALIGNMENT)?, memory(world_size * ALIGNMENT)?);
         Ok(Ring { sum: Some(memory(len)?), headers: Some(headers), pending: None })
     }
 
     /// Sends the total of this rank's sums.
-    pub fn send<'a>(
+    pub(super) fn send<'a>(
         &mut self,
         group: &Group,
         sums: impl Iterator<Item = &'a ShardGrad>,
@@ -45,19 +45,19 @@ impl Ring {
     }
 
     /// Returns the collective that [`Ring::send`] started.
-    pub fn pending(&mut self) -> Option<Pending<Buffer>> {
+    pub(super) fn pending(&mut self) -> Option<Pending<Buffer>> {
         self.pending.take()
     }
 
     /// Starts to gather the headers of all ranks.
-    pub fn gather(&mut self, group: &Group) -> Result<Pending<(Buffer, Buffer)>, Error> {
+    pub(super) fn gather(&mut self, group: &Group) -> Result<Pending<(Buffer, Buffer)>, Error> {
         // In a collective of its own, as a sum would mix the headers.
         let (own, all) = self.headers.take().ok_or(Error::Aborted)?;
         Ok(group.all_gather(own, all)?)
     }
 
     /// Divides the backend's sum. Returns the headers.
-    pub fn finish(&mut self, sum: Buffer, headers: (Buffer, Buffer), mean: &Mean) -> Tensor {
+    pub(super) fn finish(&mut self, sum: Buffer, headers: (Buffer, Buffer), mean: &Mean) -> Tensor {
         // From the lent memory, which came back with success, into the mean's own.
         let _ = no_grad(|| sum.tensor().divide_out(&mean.flat, &mean.divisor));
         // A view of the receive buffer: it is decoded before the next reduce lends it.

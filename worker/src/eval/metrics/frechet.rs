@@ -6,14 +6,14 @@ use super::{float, rows};
 
 /// Mean and covariance of features, in f64.
 #[derive(Debug)]
-pub struct Moments {
+pub(crate) struct Moments {
     mean: Tensor,
     covariance: Tensor,
 }
 
 impl Moments {
     /// Computes the moments of features (n, d), n at least 2; the covariance is the unbiased one.
-    pub fn of(features: &Tensor) -> Moments {
+    pub(crate) fn of(features: &Tensor) -> Moments {
         let features = features.to_kind(Kind::Double);
         let mean = features.mean_dim([0i64].as_slice(), false, Kind::Double);
         let centred = &features - &mean;
@@ -32,7 +32,7 @@ impl Moments {
 /// decomposed.
 /// # Errors
 /// A number is not finite, so that there is no decomposition.
-pub fn frechet_distance(one: &Moments, other: &Moments) -> Result<f64, TchError> {
+pub(crate) fn frechet_distance(one: &Moments, other: &Moments) -> Result<f64, TchError> {
     let root = symmetric_root(&one.covariance)?;
     let product = root.matmul(&other.covariance).matmul(&root);
     // Rounding leaves it a little asymmetric, and the decomposition reads one triangle only.

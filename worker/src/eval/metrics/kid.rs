@@ -14,7 +14,7 @@ const BLOCK: i64 = 1000;
 ///
 /// A remainder that does not fill a block is left out, unless there is no other block. Both sets need two
 /// samples or more.
-pub fn kernel_distance(real: &Tensor, fake: &Tensor) -> f64 {
+pub(crate) fn kernel_distance(real: &Tensor, fake: &Tensor) -> f64 {
     in_blocks(real, fake, BLOCK)
 }
 

@@ -12,11 +12,11 @@ mod pixels;
 #[cfg(test)]
 mod tests;
 
-pub use frechet::{Moments, frechet_distance};
-pub use kid::kernel_distance;
-pub use labels::Labels;
-pub use neighbours::{Manifold, memorised, nearest, precision_and_recall, threshold};
-pub use pixels::{diversity, sliced_wasserstein};
+pub(crate) use frechet::{Moments, frechet_distance};
+pub(crate) use kid::kernel_distance;
+pub(crate) use labels::Labels;
+pub(crate) use neighbours::{Manifold, memorised, nearest, precision_and_recall, threshold};
+pub(crate) use pixels::{diversity, sliced_wasserstein};
 
 use tch::Tensor;
 

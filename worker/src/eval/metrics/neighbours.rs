@@ -47,20 +47,20 @@ fn share_within(samples: &Tensor, of: &Manifold) -> f64 {
 
 /// Samples with their radii: the squared distance to the third-nearest other one.
 #[derive(Debug)]
-pub struct Manifold {
+pub(crate) struct Manifold {
     samples: Tensor,
     radii: Tensor,
 }
 
 impl Manifold {
     /// Computes the radii of two samples or more.
-    pub fn of(samples: &Tensor) -> Manifold {
+    pub(crate) fn of(samples: &Tensor) -> Manifold {
         let samples = samples.to_kind(Kind::Double);
         Manifold { radii: radii(&samples), samples }
     }
 
     /// Samples, (n, d) in f64.
-    pub fn samples(&self) -> &Tensor {
+    pub(crate) fn samples(&self) -> &Tensor {
         &self.samples
     }
 }
@@ -69,13 +69,13 @@ impl Manifold {
 /// metric for assessing generative models", equation 2. Precision is the share of generated samples that lie
 /// among the real ones, recall the share of the real ones that lie among the generated ones. Both sets should
 /// be as large.
-pub fn precision_and_recall(real: &Manifold, fake: &Manifold) -> [f64; 2] {
+pub(crate) fn precision_and_recall(real: &Manifold, fake: &Manifold) -> [f64; 2] {
     [share_within(&fake.samples, real), share_within(&real.samples, fake)]
 }
 
 /// Returns the distance from each sample to the nearest of `to`; with `but_itself` both are the same
 /// samples, and the nearest other one is taken.
-pub fn nearest(samples: &Tensor, to: &Tensor, but_itself: bool) -> Tensor {
+pub(crate) fn nearest(samples: &Tensor, to: &Tensor, but_itself: bool) -> Tensor {
     let nearest = |squared: Tensor| match but_itself && rows(to) > 1 {
         // The first one is the sample itself, at distance 0.
         true => squared.kthvalue(2, 1, false).0,
@@ -86,7 +86,7 @@ pub fn nearest(samples: &Tensor, to: &Tensor, but_itself: bool) -> Tensor {
 
 /// Returns the memorisation threshold: the distance to the nearest training sample that a hundredth of
 /// fresh real samples stay below.
-pub fn threshold(fresh: &Tensor) -> f64 {
+pub(crate) fn threshold(fresh: &Tensor) -> f64 {
     #[allow(clippy::cast_possible_truncation)] // a place among samples
     // At least one sample, so that there is a threshold for small sets too.
     let place = (float(rows(fresh)) * NEAR).ceil().max(1.0) as i64;
@@ -97,6 +97,6 @@ pub fn threshold(fresh: &Tensor) -> f64 {
 /// samples have 0.01; copies of training samples have 1. It is the idea of Meehan et al. (2020), "A
 /// non-parametric test to detect data-copying in generative models", as one number: samples nearer to the
 /// training samples than fresh ones were not generalised.
-pub fn memorised(generated: &Tensor, threshold: f64) -> f64 {
+pub(crate) fn memorised(generated: &Tensor, threshold: f64) -> f64 {
     generated.lt(threshold).to_kind(Kind::Double).mean(Kind::Double).double_value(&[])
 }

@@ -16,7 +16,7 @@ const CHUNK: i64 = 64;
 /// pyramid, here on whole images. Pixels go from -1 to 1.
 ///
 /// Of each set as many samples are taken as the smaller one has.
-pub fn sliced_wasserstein(real: &Tensor, fake: &Tensor) -> f64 {
+pub(crate) fn sliced_wasserstein(real: &Tensor, fake: &Tensor) -> f64 {
     // The distance of sorted lists needs lists of one length.
     let samples = rows(real).min(rows(fake));
     let points = |images: &Tensor| images.narrow(0, 0, samples).flatten(1, -1).to_kind(Kind::Float);
@@ -50,7 +50,7 @@ fn directions(chunk: i64, dimensions: i64) -> Tensor {
 /// distances between two samples, by their pixels. 0 if all are alike.
 ///
 /// The mean squared distance of two samples is twice the sum of the variances, so no pairs need be formed.
-pub fn diversity(real: &Tensor, fake: &Tensor) -> f64 {
+pub(crate) fn diversity(real: &Tensor, fake: &Tensor) -> f64 {
     let spread = |images: &Tensor| {
         let points = images.flatten(1, -1).to_kind(Kind::Double);
         points.var_dim([0i64].as_slice(), true, false).sum(Kind::Double).sqrt().double_value(&[])

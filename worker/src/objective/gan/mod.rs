@@ -9,12 +9,12 @@
 //! The scalars of a gradient are the summed loss; in a discriminator's, its outputs for the real samples and
 //! for the generator's, and the signs of the former. Nothing is decided by the outputs.
 
-pub mod augment;
+pub(crate) mod augment;
 mod discriminator;
 mod generator;
 pub mod loss;
 mod penalties;
-pub mod schedule;
+pub(crate) mod schedule;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -11,7 +11,7 @@ const EMA_RAMP_UP: f64 = 0.05;
 
 /// Schedule of a job's hyperparameters at a step.
 #[derive(Clone, Copy, Debug)]
-pub struct Schedule<'a> {
+pub(crate) struct Schedule<'a> {
     job: &'a Job,
     /// Number of real images seen before the step.
     images: u64,
@@ -19,13 +19,13 @@ pub struct Schedule<'a> {
 
 impl<'a> Schedule<'a> {
     /// Returns the schedule after `steps` steps.
-    pub fn after(job: &'a Job, steps: u64) -> Schedule<'a> {
+    pub(crate) fn after(job: &'a Job, steps: u64) -> Schedule<'a> {
         Schedule { job, images: steps.saturating_mul(job.samples_per_step()) }
     }
 
     /// Interpolates from the first to the last value along half a cosine over `optimizer.decay_images`:
     /// Huang et al. (2024) and the released training loop.
-    pub fn between(&self, first: f64, last: f64) -> f64 {
+    pub(crate) fn between(&self, first: f64, last: f64) -> f64 {
         let over = self.job.optimizer.decay_images;
         // Exactly the value, without the rounding of the formula.
         if over == 0 || first == last {
@@ -43,36 +43,36 @@ impl<'a> Schedule<'a> {
     }
 
     /// Learning rate of the generator.
-    pub fn generator_rate(&self) -> f64 {
+    pub(crate) fn generator_rate(&self) -> f64 {
         let optimizer = &self.job.optimizer;
         self.between(optimizer.learning_rate, optimizer.final_learning_rate)
     }
 
     /// Learning rate of the discriminator.
-    pub fn discriminator_rate(&self) -> f64 {
+    pub(crate) fn discriminator_rate(&self) -> f64 {
         let optimizer = &self.job.optimizer;
         self.between(optimizer.discriminator_learning_rate, optimizer.final_discriminator_learning_rate)
     }
 
     /// Decay of Adam's second moment.
-    pub fn beta2(&self) -> f64 {
+    pub(crate) fn beta2(&self) -> f64 {
         self.between(self.job.optimizer.beta2, self.job.optimizer.final_beta2)
     }
 
     /// Weights of R1 and R2, the penalties at real and at generated samples.
-    pub fn penalties(&self) -> [f64; 2] {
+    pub(crate) fn penalties(&self) -> [f64; 2] {
         let loss = &self.job.loss;
         [self.between(loss.r1, loss.final_r1), self.between(loss.r2, loss.final_r2)]
     }
 
     /// Probability of each kind of augmentation.
-    pub fn augmentation(&self) -> f64 {
+    pub(crate) fn augmentation(&self) -> f64 {
         let augmentation = &self.job.augmentation;
         self.between(augmentation.probability, augmentation.final_probability)
     }
 
     /// Decay of the moving average: the share of the old value that stays in an update.
-    pub fn average_decay(&self) -> f64 {
+    pub(crate) fn average_decay(&self) -> f64 {
         #[allow(clippy::cast_precision_loss)] // exact, as above
         let (batch, seen, half_life) = (
             // An update of the average is one step, which shows this number of images.

@@ -25,7 +25,7 @@ const UPDATES: u64 = 4;
 
 /// Probability of each kind.
 #[derive(Debug)]
-pub enum Probability {
+pub(crate) enum Probability {
     /// Fixed by the job.
     Fixed(f64),
     /// Set by the controller; a tensor of one element.
@@ -33,7 +33,12 @@ pub enum Probability {
 }
 
 /// Augments images (b, c, h, w) in [-1, 1] by the draws of a key.
-pub fn augment(kinds: &[AugmentationKind], probability: &Probability, key: Key, images: &Tensor) -> Tensor {
+pub(crate) fn augment(
+    kinds: &[AugmentationKind],
+    probability: &Probability,
+    key: Key,
+    images: &Tensor,
+) -> Tensor {
     let samples = images.size()[0];
     let count = usize::try_from(samples).expect("a batch is small") * DRAWS * kinds.len();
     let rows = i64::try_from(DRAWS * kinds.len()).expect("a few kinds");
@@ -54,7 +59,7 @@ pub fn augment(kinds: &[AugmentationKind], probability: &Probability, key: Key, 
 }
 
 /// Mirrors each image left to right with probability one half.
-pub fn mirror(key: Key, images: &Tensor) -> Tensor {
+pub(crate) fn mirror(key: Key, images: &Tensor) -> Tensor {
     augment(&[AugmentationKind::Flip], &Probability::Fixed(0.5), key, images)
 }
 
@@ -125,7 +130,7 @@ fn count(n: i64) -> f64 {
 /// Adjusts a controller after a discriminator's update, by the mean sign of D(x) over real samples: Karras et
 /// al. (2020), section 3.1. `controller` holds the probability, and the sum of signs since the last
 /// adjustment. `updates` counts the discriminator's updates, this one included.
-pub fn adjust(job: &Job, controller: &Tensor, sign: &Tensor, updates: u64) {
+pub(crate) fn adjust(job: &Job, controller: &Tensor, sign: &Tensor, updates: u64) {
     let (mut probability, mut signs) = (controller.narrow(0, 0, 1), controller.narrow(0, 1, 1));
     no_grad(|| {
         let _ = signs.g_add_(sign);
