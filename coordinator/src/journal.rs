@@ -16,7 +16,8 @@ mod salvage;
 use std::path::{Path, PathBuf};
 
 use ganglion_membership::{
-    Backend, Cause, Checkpoint, Generation, Group, GroupMember, Passport, Position, Start, Term, WorkerId,
+    Backend, Cause, Checkpoint, Generation, Group, GroupMember, Passport, Position, Start, StepShape, Term,
+    WorkerId,
 };
 use ganglion_proto::evaluation::EvaluationRow;
 pub use history::{CheckpointRow, GenerationRow, History, TermRow};
@@ -154,6 +155,8 @@ pub enum Fact {
     Passport,
     /// Number of samples in the data set.
     Samples,
+    /// Shape of the objective's steps: number of phases, and indices of those that read, as JSON.
+    Shape,
     /// Index of each sample that the job leaves out after its start, in the job's order, as JSON.
     LeftOut,
     /// The newest generation when the job's newest exclusion was written, and the number of
@@ -225,6 +228,7 @@ impl Fact {
             Fact::HttpPort => "http_port",
             Fact::Passport => "passport",
             Fact::Samples => "samples",
+            Fact::Shape => "step_shape",
             Fact::LeftOut => "left_out",
             Fact::Excluded => "excluded",
             Fact::Condemned => "condemned",
@@ -234,6 +238,17 @@ impl Fact {
             Fact::Recovered => "recovered",
         }
     }
+}
+
+/// Text of a shape as a fact.
+pub fn shape_text(shape: &StepShape) -> String {
+    serde_json::json!([shape.phases(), shape.readers()]).to_string()
+}
+
+/// Parses the text of a shape; `None` where it is damaged.
+pub fn parse_shape(text: &str) -> Option<StepShape> {
+    let (phases, readers) = serde_json::from_str(text).ok()?;
+    StepShape::new(phases, readers)
 }
 
 impl Journal {
@@ -838,6 +853,8 @@ mod tests {
         let term = journal.begin_term(5).unwrap();
         let worker = journal.admit(term, "h", 7, None).unwrap();
         journal.set_fact(Fact::Samples, "100").unwrap();
+        let shape = StepShape::new(3, vec![0, 2]);
+        journal.set_fact(Fact::Shape, &shape_text(shape.as_ref().unwrap())).unwrap();
         journal.form(term, &group(1, Start::Fresh), &Cause::Gathered).unwrap();
         journal.commit(&saved("d")).unwrap();
         journal.made_valid(&saved("d")).unwrap();
@@ -849,7 +866,7 @@ mod tests {
                 journal = Journal::open(&folder.path().join("other.sqlite")).unwrap();
             }
             let history = History::read(&file).unwrap();
-            assert_eq!(history.samples, Some(100));
+            assert_eq!((history.samples, &history.shape), (Some(100), &shape));
             assert_eq!((history.terms[0].term, history.terms[0].metrics_every_steps), (term.0, 5));
             assert_eq!(history.workers.get(&worker.0), Some(&term.0));
             let starts: Vec<_> = history.generations.iter().map(|row| row.start.clone().unwrap()).collect();

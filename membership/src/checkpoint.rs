@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::shape::StepShape;
 use crate::types::Position;
 
 /// A file of a checkpoint.
@@ -109,11 +110,7 @@ struct Open {
 
 impl Assembly {
     /// Adds a report; returns the checkpoint that it completes.
-    pub fn add(
-        &mut self,
-        part: WrittenPart,
-        phases_per_step: u32,
-    ) -> Result<Option<Checkpoint>, PartConflict> {
+    pub fn add(&mut self, part: WrittenPart, shape: &StepShape) -> Result<Option<Checkpoint>, PartConflict> {
         let key = (part.step, part.phase);
         // The first report sets the digest that all others are held against.
         let open = self.open.entry(key).or_insert_with(|| Open {
@@ -133,7 +130,7 @@ impl Assembly {
             return Ok(None);
         }
         // A folder is named after steps and phases; members compare update indices.
-        let position = part.step * u64::from(phases_per_step) + u64::from(part.phase);
+        let position = part.step * shape.phases() + u64::from(part.phase);
         Ok(self.open.remove(&key).map(|open| Checkpoint {
             position: Position(position),
             step: part.step,
@@ -160,6 +157,10 @@ impl Assembly {
 mod tests {
     use super::*;
 
+    fn two() -> StepShape {
+        StepShape::new(2, vec![0]).unwrap()
+    }
+
     fn part(index: u32, digest: &str) -> WrittenPart {
         let file = StoredFile { file: format!("state-{index}"), bytes: 1, blake3: "h".into() };
         WrittenPart { step: 3, phase: 0, index, count: 2, file, state_digest: digest.into() }
@@ -168,9 +169,9 @@ mod tests {
     #[test]
     fn a_checkpoint_is_complete_with_its_last_file_and_duplicates_do_no_harm() {
         let mut assembly = Assembly::default();
-        assert_eq!(assembly.add(part(1, "d"), 2), Ok(None));
-        assert_eq!(assembly.add(part(1, "d"), 2), Ok(None));
-        let done = assembly.add(part(0, "d"), 2).unwrap().unwrap();
+        assert_eq!(assembly.add(part(1, "d"), &two()), Ok(None));
+        assert_eq!(assembly.add(part(1, "d"), &two()), Ok(None));
+        let done = assembly.add(part(0, "d"), &two()).unwrap().unwrap();
         assert_eq!((done.position, done.files.len()), (Position(6), 2));
         assert_eq!(done.folder(), "step-00000003");
     }
@@ -195,7 +196,7 @@ mod tests {
     #[test]
     fn two_states_for_one_position_are_a_conflict() {
         let mut assembly = Assembly::default();
-        assembly.add(part(0, "d"), 2).unwrap();
-        assert_eq!(assembly.add(part(1, "e"), 2), Err(PartConflict { step: 3 }));
+        assembly.add(part(0, "d"), &two()).unwrap();
+        assert_eq!(assembly.add(part(1, "e"), &two()), Err(PartConflict { step: 3 }));
     }
 }

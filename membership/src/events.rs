@@ -8,6 +8,7 @@ use crate::backend::Backend;
 use crate::checkpoint::{Checkpoint, WrittenPart};
 use crate::limits::Limits;
 use crate::passport::{Difference, Passport};
+use crate::shape::StepShape;
 use crate::types::{Generation, Position, Rank, Term, WorkerId};
 
 /// Constant inputs of the machine, given once at its start.
@@ -48,6 +49,8 @@ pub struct Recovered {
     pub checkpoint: Option<Checkpoint>,
     /// Fingerprint of the environment (`passport`) that the run was started with.
     pub passport: Option<Passport>,
+    /// Shape of the run's steps, once it is known.
+    pub shape: Option<StepShape>,
 }
 
 /// Report of a worker that has loaded.
@@ -59,8 +62,8 @@ pub struct LoadedFacts {
     pub samples: u64,
     /// Whether the worker can write checkpoints.
     pub sees_storage: bool,
-    /// Number of phases in one step.
-    pub phases_per_step: u32,
+    /// Shape of the objective's steps.
+    pub shape: StepShape,
     /// Name of the worker's GPU, equal on all workers that share the GPU; `None` for a CPU.
     pub gpu: Option<String>,
     /// Index of each sample that the job leaves out after the start of the run, in the job's order.

@@ -43,6 +43,7 @@ mod limits;
 mod machine;
 pub mod member;
 mod passport;
+mod shape;
 mod shards;
 mod types;
 
@@ -56,5 +57,6 @@ pub use limits::Limits;
 pub use machine::Machine;
 pub use member::Member;
 pub use passport::{Difference, NUMERICS, OF_SAMPLES, Passport};
+pub use shape::StepShape;
 pub use shards::shard_ranges;
 pub use types::{Generation, Position, Rank, Term, Time, WorkerId};

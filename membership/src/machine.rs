@@ -31,6 +31,7 @@ use crate::events::{
     Recovered, Rejection, Settings,
 };
 use crate::passport::Passport;
+use crate::shape::StepShape;
 use crate::types::{Generation, Position, Time, WorkerId};
 use locals::Locals;
 
@@ -50,6 +51,7 @@ pub struct Machine {
     last_plan: u64,
     stop_requested: bool,
     passport: Option<Passport>,
+    shape: Option<StepShape>,
     checkpoint: Option<Checkpoint>,
     assembly: Assembly,
     /// Newest invalidated generation: its states must not be used.
@@ -120,8 +122,8 @@ enum Stage {
 impl Machine {
     /// Creates a machine at its start. [`Event::Started`] must be its first event.
     pub fn new(settings: Settings, recovered: Recovered) -> Self {
-        let Recovered { group, dead, locals, running, condemned, skips, job_changed, checkpoint, passport } =
-            recovered;
+        let Recovered { group, dead, locals, running, .. } = recovered;
+        let Recovered { condemned, skips, job_changed, checkpoint, passport, shape, .. } = recovered;
         let lease = settings.limits.lease;
         let members = group.iter().flat_map(|group| &group.members).map(|member| member.worker);
         // A lease that an earlier coordinator prolonged ends at the latest one lease after this start,
@@ -145,6 +147,7 @@ impl Machine {
             formed_here: false,
             stop_requested: false,
             passport,
+            shape,
             checkpoint,
             assembly: Assembly::default(),
             condemned,
@@ -268,6 +271,11 @@ impl Machine {
     /// Target number of local workers.
     pub fn local_workers(&self) -> u32 {
         self.settings.local_workers
+    }
+
+    /// Shape of the run's steps, once a worker has loaded its objective.
+    pub fn shape(&self) -> Option<&StepShape> {
+        self.shape.as_ref()
     }
 
     /// Number of samples in the data set, once a worker has loaded it.

@@ -26,7 +26,7 @@ pub(crate) const PATH: usize = 8192;
 /// into 63 bits, as SQLite and update indices need.
 pub(crate) const COUNT: u64 = 1 << 53;
 /// Most phases in a step.
-pub(crate) const PHASES: u32 = (1 << 10) - 1;
+pub const PHASES: u32 = (1 << 10) - 1;
 /// Most members of a group.
 pub(crate) const MEMBERS: usize = 1 << 16;
 /// Most networks of an objective.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ganglion_membership::{
     Activity, Backend, Checkpoint, Fault, Generation, Group, GroupMember, LoadedFacts, Passport, Plan,
-    PlanKind, Position, Progress, Rank, Rested, Start, StoredFile, Term, WorkerId, WrittenPart,
+    PlanKind, Position, Progress, Rank, Rested, Start, StepShape, StoredFile, Term, WorkerId, WrittenPart,
 };
 
 use crate::bounds::{self, count, list, name, text, within};
@@ -35,7 +35,9 @@ impl FromWorker {
                 passport: facts.passport.0,
                 samples: facts.samples,
                 sees_storage: facts.sees_storage,
-                phases_per_step: facts.phases_per_step,
+                // The wire bounds it when it is read.
+                phases_per_step: u32::try_from(facts.shape.phases()).unwrap_or(u32::MAX),
+                data_phases: facts.shape.readers().to_vec(),
                 gpu: facts.gpu.unwrap_or_default(),
                 data: data.map(|data| data.to_wire()),
                 left_out: facts.left_out,
@@ -250,10 +252,20 @@ fn loaded_from_wire(loaded: wire::Loaded) -> Result<LoadedFacts, Malformed> {
             .numbered(),
         samples: count(loaded.samples, "samples")?,
         sees_storage: loaded.sees_storage,
-        phases_per_step: loaded.phases_per_step,
+        shape: shape_from_wire(loaded.phases_per_step, loaded.data_phases)?,
         gpu: Some(name(loaded.gpu, "gpu")?).filter(|gpu| !gpu.is_empty()),
         left_out: list(loaded.left_out, bounds::LEFT_OUT, "samples left out")?,
     })
+}
+
+fn shape_from_wire(phases: u32, readers: Vec<u32>) -> Result<StepShape, Malformed> {
+    let readers = match readers.is_empty() {
+        // A build that tells no readers knows GANs alone, whose last phase is the generator's.
+        true => (0..phases.saturating_sub(1)).collect(),
+        false => list(readers, bounds::PHASES as usize, "phases that read samples")?,
+    };
+    let shape = StepShape::new(phases, readers);
+    shape.ok_or_else(|| malformed("a step in which no phase reads samples, or one that it does not have"))
 }
 
 fn fault_to_wire(generation: Generation, fault: Fault) -> wire::session_request::Message {

@@ -11,6 +11,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use ganglion_membership::{Position, StepShape};
 use serde::{Deserialize, Serialize};
 
 use crate::evaluation::{Alarms, Evaluation};
@@ -52,6 +53,9 @@ pub struct Job {
     /// Alarms about a run that goes wrong.
     #[serde(default)]
     pub alarms: Alarms,
+    /// Shape of the steps of the objective that is trained, where it is known; the text does not have it.
+    #[serde(skip)]
+    pub shape: Option<StepShape>,
 }
 
 /// Section `[job]`.
@@ -555,24 +559,31 @@ impl Job {
         u64::from(self.job.data_shards) * u64::from(self.job.shard_batch)
     }
 
-    /// Number of updates in one step: those of the discriminator, then one of the generator.
+    /// Shape of a step: the objective's, or that of a GAN: updates of the discriminator, each with samples
+    /// of its own, then one of the generator.
+    pub fn shape(&self) -> StepShape {
+        let updates = self.loss.discriminator_steps;
+        let gan = || StepShape::new(updates.saturating_add(1), (0..updates).collect());
+        // Journals of earlier versions have none, and their runs trained GANs alone.
+        self.shape.clone().or_else(gan).expect("a GAN has phases that read samples")
+    }
+
+    /// Number of updates in one step.
     pub fn phases_per_step(&self) -> u64 {
-        u64::from(self.loss.discriminator_steps) + 1
+        self.shape().phases()
     }
 
     /// Number of real samples that the first `position` phases take from the stream.
     pub fn samples_before(&self, position: u64) -> u64 {
-        let (steps, phases) = (position / self.phases_per_step(), position % self.phases_per_step());
-        // Only the discriminator's phases read, and they come first in a step.
-        steps * self.samples_per_step() + phases * self.global_batch()
+        self.shape().batches_before(Position(position)) * self.global_batch()
     }
 
     /// Number in the stream of the first sample that an exclusion applies to: that of the next
-    /// discriminator phase.
+    /// phase that reads new ones.
     pub fn number_of(&self, exclusion: &Exclusion) -> u64 {
-        // After the last phase that reads, the next number is that of the next step.
-        let phases = exclusion.after_phase.min(u64::from(self.loss.discriminator_steps));
-        exclusion.after_step * self.samples_per_step() + phases * self.global_batch()
+        let shape = self.shape();
+        let batches = exclusion.after_step * shape.batches() + shape.batches_of(exclusion.after_phase);
+        batches * self.global_batch()
     }
 
     /// Returns the changes of the stream by exclusions after the start. `left_out` gives the index
@@ -589,7 +600,7 @@ impl Job {
 
     /// Number of real samples that one step takes from the stream.
     pub fn samples_per_step(&self) -> u64 {
-        self.global_batch() * u64::from(self.loss.discriminator_steps)
+        self.global_batch() * self.shape().batches()
     }
 
     /// Last step of the run, for a data set of `samples`.
@@ -658,3 +669,40 @@ display_as_in_the_file!(
     OptimizerKind,
     AugmentationKind
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All that is counted in steps, phases and samples: of 24 a batch, in a job whose GAN has 5 updates of
+    /// the discriminator.
+    fn counts(shape: Option<StepShape>) -> [u64; 6] {
+        let job = Job { shape, ..sample_of_all() };
+        let [here, later] = [1, 4].map(|after_phase| Exclusion {
+            after_step: 2,
+            after_phase,
+            names: None,
+            files: Vec::new(),
+        });
+        [
+            job.phases_per_step(),
+            job.samples_per_step(),
+            job.samples_before(13),
+            job.number_of(&here),
+            job.number_of(&later),
+            job.steps_of_epochs(3, 100),
+        ]
+    }
+
+    #[test]
+    fn samples_are_counted_by_the_objective_or_as_a_gan_takes_them() {
+        let batch = 24;
+        let gan = [6, 5 * batch, (2 * 5 + 1) * batch, (2 * 5 + 1) * batch, (2 * 5 + 4) * batch, 3];
+        assert_eq!(counts(None), gan);
+        assert_eq!(counts(StepShape::new(6, (0..5).collect())), gan);
+        let one = [1, batch, 13 * batch, 3 * batch, 3 * batch, 13];
+        assert_eq!(counts(StepShape::new(1, vec![0])), one);
+        let apart = [4, 2 * batch, 6 * batch, 4 * batch, 6 * batch, 7];
+        assert_eq!(counts(StepShape::new(4, vec![1, 3])), apart);
+    }
+}

@@ -6,8 +6,8 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use ganglion_membership::{
-    Fault, Generation, LoadedFacts, Passport, Position, Progress, Rank, StoredFile, Term, WorkerId,
-    WrittenPart,
+    Fault, Generation, LoadedFacts, Passport, Position, Progress, Rank, StepShape, StoredFile, Term,
+    WorkerId, WrittenPart,
 };
 use ganglion_proto::message::{FromWorker, Hello, MetricsRow, SampleGrid, ToWorker, Usage};
 use ganglion_proto::wire::admin_service_client::AdminServiceClient;
@@ -129,7 +129,7 @@ fn facts(items: &[(&str, &str)]) -> LoadedFacts {
         passport,
         samples: 7,
         sees_storage: true,
-        phases_per_step: 2,
+        shape: StepShape::new(2, vec![0]).unwrap(),
         gpu: None,
         left_out: Vec::new(),
     }

@@ -6,7 +6,18 @@ use std::path::Path;
 use ganglion_tests::{Reference, Run, failpoint, program};
 use tempfile::TempDir;
 
-const JOB: &[&str] = &["job.steps=30", "job.data_shards=6", "job.shard_batch=4", "job.failure_deadline=2"];
+/// Number of samples of a step: one phase reads, whatever a GAN of this job would do.
+const IMAGES: u64 = 6 * 150;
+/// One epoch of the 10,000 digits.
+const STEPS: u64 = 12;
+const JOB: &[&str] = &[
+    "job.epochs=1",
+    "job.data_shards=6",
+    "job.shard_batch=150",
+    "job.failure_deadline=2",
+    "loss.discriminator_steps=2",
+    "metrics.every_steps=1",
+];
 
 /// A folder with the coordinator, and as its worker the example of linear regression: one network, one
 /// phase, one scalar.
@@ -19,21 +30,33 @@ fn programs() -> TempDir {
     folder
 }
 
+/// Asserts that the run took one epoch, counted as its objective counts, and that its files prove it.
+#[track_caller]
+fn assert_counted(run: &Run) {
+    let audited = run.audit();
+    assert_eq!(audited.code, Some(0), "{}", audited.output);
+    assert!(audited.output.lines().all(|line| line.starts_with("ok    ")), "{}", audited.output);
+    let seen =
+        run.rows().iter().map(|row| (row["step"].as_u64(), row["images_seen"].as_u64())).collect::<Vec<_>>();
+    let expected: Vec<_> = (1..=STEPS).map(|step| (Some(step), Some(step * IMAGES))).collect();
+    assert_eq!(seen, expected);
+}
+
 #[test]
-fn an_objective_from_outside_has_the_same_bits_on_1_to_3_workers_and_through_a_kill() {
+fn an_objective_from_outside_has_the_same_bits_on_1_and_2_workers_and_through_a_kill() {
     let programs = programs();
     let run = || Run::new(&[JOB]).by(programs.path());
-    let reference = Reference::new("1 worker", run().complete(1));
-    for workers in [2, 3] {
-        reference.equals(&format!("{workers} workers"), &run().complete(workers));
-    }
+    let (one, two) = (run(), run());
+    let reference = Reference::new("1 worker", one.complete(1));
+    reference.equals("2 workers", &two.complete(2));
     let killed = run();
     let once = killed.beside("once");
-    let death = (failpoint::VARIABLE, format!("commit@20:{}", once.display()));
+    let death = (failpoint::VARIABLE, format!("commit@7:{}", once.display()));
     let ended = killed.start_in(3, &[death]).wait();
     assert_eq!(ended.code, Some(0), "{}", ended.output);
     assert!(once.exists(), "no worker was killed");
     reference.equals("3 workers of which one was killed", &killed.digest());
+    [&one, &two, &killed].into_iter().for_each(assert_counted);
     let tensors = std::fs::read_to_string(killed.newest_checkpoint().join("state.safetensors.index.json"));
     let tensors = tensors.unwrap();
     assert!(tensors.contains("\"line.weight\"") && !tensors.contains("generator"), "{tensors}");

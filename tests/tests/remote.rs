@@ -3,7 +3,7 @@
 
 use std::net::TcpListener;
 
-use ganglion_membership::{LoadedFacts, Passport};
+use ganglion_membership::{LoadedFacts, Passport, StepShape};
 use ganglion_proto::message::{FromWorker, ToWorker};
 use ganglion_tests::wire::{Stranger, connect, hello};
 use ganglion_tests::{Process, Run, SMALL_DCGAN, SMALL_MLP};
@@ -105,7 +105,7 @@ async fn a_worker_of_other_arithmetic_is_refused_and_told_what_to_do() {
         passport,
         samples: 10_000,
         sees_storage: true,
-        phases_per_step: 2,
+        shape: StepShape::new(2, vec![0]).unwrap(),
         gpu: None,
         left_out: Vec::new(),
     };

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use c10d::aten::Adam;
-use ganglion_membership::Position;
+use ganglion_membership::{Position, StepShape};
 use ganglion_proto::job::Precision;
 use ganglion_worker::engine::commit::commit;
 use ganglion_worker::nn::{Init, TensorSpec};
@@ -87,7 +87,7 @@ impl Objective for Three {
 }
 
 fn model() -> Model {
-    Model::new(Arc::new(Three), Precision::Fp32)
+    Model::new(Arc::new(Three), Precision::Fp32).unwrap()
 }
 
 #[test]
@@ -98,7 +98,47 @@ fn phases_of_a_network_share_a_layout_and_scalars_are_named_once() {
     assert_eq!(model.layout_of(phases[0]), model.layout_of(phases[3]));
     assert_eq!(model.layout_of(phases[2]), model.layout_of(phases[4]));
     assert_eq!(model.reported(), ["reconstruction", "critic", "kl"], "losses first");
-    model.check().unwrap();
+}
+
+/// Phases with these reads, and a scalar with this name.
+struct Odd(&'static [Reads], &'static str);
+
+impl Objective for Odd {
+    fn networks(&self) -> Vec<NamedNetwork> {
+        Three.networks()
+    }
+
+    fn phases(&self) -> Vec<Phase> {
+        (0..).zip(self.0).map(|(index, reads)| Phase { index, network: CRITIC, reads: *reads }).collect()
+    }
+
+    fn scalars(&self, _phase: Phase) -> Vec<ScalarSpec> {
+        vec![ScalarSpec::new(self.1, ScalarRole::Loss)]
+    }
+
+    fn begin(&self) -> Box<dyn Compute + '_> {
+        unreachable!("no gradient is computed here")
+    }
+
+    fn optimizer(&self, phase: Phase, steps: u64) -> Adam {
+        Three.optimizer(phase, steps)
+    }
+
+    fn probe(&self, _shard_batch: u32) -> Box<dyn Objective> {
+        Box::new(Odd(self.0, self.1))
+    }
+}
+
+#[test]
+fn an_objective_without_samples_or_with_names_for_no_column_is_unsuitable() {
+    let laid_out = |reads, name| Model::new(Arc::new(Odd(reads, name)), Precision::Fp32);
+    assert!(laid_out(&[Reads::Nothing, Reads::Next], "loss").is_ok());
+    for reads in [&[][..], &[Reads::Nothing], &[Reads::Same], &[Reads::Next; 1025]] {
+        let told = laid_out(reads, "loss").err().unwrap().to_string();
+        assert!(told.contains("1 to 1024 phases"), "{told}");
+    }
+    let told = laid_out(&[Reads::Next], "Loss!").err().unwrap().to_string();
+    assert!(told.contains("Loss!"), "{told}");
 }
 
 #[test]
@@ -110,6 +150,7 @@ fn positions_and_batches_follow_from_the_phases() {
     assert_eq!(model.updates_before(2, phases[3]), 5);
     assert_eq!(model.updates_before(2, phases[1]), 2);
     assert_eq!(model.batches_per_step(), 2);
+    assert_eq!(model.shape(), &StepShape::new(5, vec![0, 4]).unwrap());
     let readers = [Some(0), Some(1), Some(3), Some(3), Some(4), None];
     for (index, reader) in (0..).zip(readers) {
         assert_eq!(model.next_reader(index).map(|phase| phase.index), reader, "from phase {index}");

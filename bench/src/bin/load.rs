@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ganglion_membership::{Activity, Fault, Generation, Limits, LoadedFacts, Passport, Position, Progress};
+use ganglion_membership::{
+    Activity, Fault, Generation, Limits, LoadedFacts, Passport, Position, Progress, StepShape,
+};
 use ganglion_proto::clock;
 use ganglion_proto::message::{self, FromWorker, MetricsRow};
 use ganglion_proto::wire::session_response::Message;
@@ -98,7 +100,7 @@ fn facts() -> LoadedFacts {
         passport,
         samples: 10_000,
         sees_storage: true,
-        phases_per_step: 2,
+        shape: StepShape::new(2, vec![0]).expect("it reads"),
         gpu: None,
         left_out: Vec::new(),
     }

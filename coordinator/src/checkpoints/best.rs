@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ganglion_membership::Checkpoint;
+use ganglion_membership::{Checkpoint, StepShape};
 use ganglion_proto::evaluation::{BestBy, EvaluationRow};
 use ganglion_proto::job::Job;
 
@@ -108,6 +108,11 @@ impl Judged {
         if is_best {
             self.best = Some(Best { step, metric, value });
         }
+    }
+
+    /// Counts samples by the shape of the objective that is trained.
+    pub fn learn_shape(&mut self, shape: &StepShape) {
+        self.job.shape = Some(shape.clone());
     }
 
     /// The best checkpoint and its evaluation.

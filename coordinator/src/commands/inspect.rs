@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use ganglion_membership::Checkpoint;
+use ganglion_proto::job::Job;
 use ganglion_proto::record::{EventLine, MetricsRow, RunEvent, RunOutcome};
 use ganglion_storage::{Error, MANIFEST, Storage, in_folder};
 use nix::errno::Errno;
@@ -139,7 +140,7 @@ pub(crate) fn overview(run: &Path) -> Result<Overview, Failure> {
         name: job.job.name.clone(),
         standing: standing(run, event.and_then(|event| event.event.ok()).as_ref()),
         step: row.step,
-        last_step: history.samples.map(|samples| job.last_step(samples)),
+        last_step: history.samples.map(|samples| Job { shape: history.shape, ..job }.last_step(samples)),
         checkpoint_step: newest.map(|checkpoint| checkpoint.step),
         state_digest: newest.map(|checkpoint| checkpoint.state_digest.clone()),
         changed,

@@ -17,7 +17,7 @@ impl Shell {
     /// Marks a run as complete before this coordinator started; `samples` is the size of the data set.
     pub fn found_complete(&mut self, samples: Option<u64>) -> Ended {
         (self.is_complete, self.samples) = (true, samples);
-        Ended { outcome: Outcome::Complete, signal: None }
+        Ended { outcome: Outcome::Complete, signal: None, shape: self.job.shape() }
     }
 
     /// Answers requests until a signal arrives.

@@ -29,8 +29,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ganglion_membership::{
-    Action, Checkpoint, Event, Limits, Machine, Outcome, Position, Progress, Recovered, Settings, Term, Time,
-    WorkerId,
+    Action, Checkpoint, Event, Limits, Machine, Outcome, Position, Progress, Recovered, Settings, StepShape,
+    Term, Time, WorkerId,
 };
 use ganglion_proto::evaluation::AlarmPolicy;
 use ganglion_proto::failpoint;
@@ -46,7 +46,7 @@ use crate::checkpoints::best::{Best, Judged};
 use crate::checkpoints::catalog::Checkpoints;
 use crate::checkpoints::writer::Keeper;
 use crate::control::detach::Launch;
-use crate::journal::{Fact, Journal, JournalError, Spawned};
+use crate::journal::{Fact, Journal, JournalError, Spawned, shape_text};
 use crate::records::alarms::Watch;
 use crate::records::view::Publisher;
 use crate::workers::{EXIT_LIMIT, Exited, Supervisor, new_token};
@@ -107,6 +107,8 @@ pub struct Ended {
     pub outcome: Outcome,
     /// The signal that caused a stop.
     pub signal: Option<StopSignal>,
+    /// Shape of the run's steps.
+    pub shape: StepShape,
 }
 
 /// Inputs of [`Shell::new`].
@@ -362,7 +364,7 @@ impl Shell {
         }
         let outcome = self.outcome.take().unwrap_or(Outcome::Stopped(None));
         self.records.finish(&outcome, self.signal);
-        Ok(Ended { outcome, signal: self.signal })
+        Ok(Ended { outcome, signal: self.signal, shape: self.job.shape() })
     }
 
     /// Reports the start of the run to the launcher: a group trains, or no local worker exists that
@@ -410,11 +412,14 @@ impl Shell {
         Ok(())
     }
 
-    /// Journals the size of the data set, and the indices of the samples left out.
+    /// Journals the size of the data set, the shape of a step, and the indices of the samples left out.
     fn journal_size(&mut self) -> Result<(), ShellError> {
         let Some(samples) = self.samples else { return Ok(()) };
         let left_out = json!(self.left_out).to_string();
-        let journaled = self.journal.set_fact(Fact::Samples, &samples.to_string());
+        let mut journaled = self.journal.set_fact(Fact::Samples, &samples.to_string());
+        if let (Ok(()), Some(shape)) = (&journaled, &self.job.shape) {
+            journaled = self.journal.set_fact(Fact::Shape, &shape_text(shape));
+        }
         // No decision of this term depends on the size being durable, so a failure here does not stick
         // the loop; the chores try again.
         self.size_waits = match journaled.and_then(|()| self.journal.set_fact(Fact::LeftOut, &left_out)) {
@@ -422,6 +427,16 @@ impl Shell {
             done => done.map(|()| false)?,
         };
         Ok(())
+    }
+
+    /// Takes the shape of a step over from the machine, which has it from the first worker that loads.
+    fn learn_shape(&mut self) {
+        let news = self.machine.shape().filter(|shape| self.job.shape.as_ref() != Some(*shape));
+        let Some(shape) = news.cloned() else { return };
+        self.records.learn_shape(&shape);
+        self.judged.learn_shape(&shape);
+        self.job.shape = Some(shape);
+        self.watch.learn_shape(&self.job);
     }
 
     fn now(&self) -> Time {
@@ -437,6 +452,8 @@ impl Shell {
             self.machine.handle(now, Event::Heartbeat(worker, progress), &mut actions);
         }
         self.machine.handle(now, event, &mut actions);
+        // Before the actions, which count steps by it.
+        self.learn_shape();
         // Workers released together with the run's end are told that it is complete.
         self.is_complete |= actions.contains(&Action::End(Outcome::Complete));
         // Behind the actions that still wait for the journal: carried out in any other order, a later

@@ -15,7 +15,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ganglion_membership::{Checkpoint, Outcome, Position};
+use ganglion_membership::{Checkpoint, Outcome, Position, StepShape};
 use ganglion_proto::evaluation::{EvaluationRow, names};
 use ganglion_proto::found::Found;
 use ganglion_proto::job::Job;
@@ -187,6 +187,11 @@ impl Records {
         if !is_recorded {
             self.event(&RunEvent::Data { found: found.clone() });
         }
+    }
+
+    /// Counts steps by the shape of the objective that is trained.
+    pub fn learn_shape(&mut self, shape: &StepShape) {
+        self.job.shape = Some(shape.clone());
     }
 
     /// Notes the size of the data set; from now on there is a progress bar.

@@ -6,6 +6,7 @@
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use ganglion_proto::PHASES;
 use ganglion_proto::job::{
     ArchiveKind, Checkpoint, Data, DataKind, General, Job, Length, Metrics, ModelKind, NonFinite,
     Orientation, Precision, Reduction, Sample,
@@ -46,6 +47,7 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
         metrics: metrics(settings),
         evaluation: super::evaluation::evaluation(settings, data.kind, check_paths),
         alarms: super::evaluation::alarms(settings),
+        shape: None,
         job: general,
         data,
         model,
@@ -57,7 +59,10 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
     models::check(settings, &job);
     check_samples(settings, &job);
     check_precision(settings, &job);
-    super::exclusions::check(settings, &job);
+    // A run's own record, which needs no default for its name, may be of an objective whose steps have more
+    // phases than its GAN's.
+    let phases = if default_name.is_some() { job.phases_per_step() } else { PHASES.into() };
+    super::exclusions::check(settings, &job, phases);
     job
 }
 

@@ -6,10 +6,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use ganglion_membership::StepShape;
 use rusqlite::{Connection, OptionalExtension, Row};
 
 use super::opening::snapshot;
-use super::{Fact, JournalError, RecordedMember, RecordedStart, Recovery};
+use super::{Fact, JournalError, RecordedMember, RecordedStart, Recovery, parse_shape};
 use crate::records::damage::SetAside;
 
 /// All decisions of a run's coordinators, oldest first.
@@ -17,6 +18,8 @@ use crate::records::damage::SetAside;
 pub struct History {
     /// Number of samples in the data set, once a worker has loaded it.
     pub samples: Option<u64>,
+    /// Shape of the objective's steps, once a worker has loaded it; earlier versions did not journal it.
+    pub shape: Option<StepShape>,
     /// Index of each sample that the job leaves out after its start, in the job's order, as far as
     /// that is known.
     pub left_out: Vec<u64>,
@@ -94,6 +97,7 @@ impl History {
             moment.query_row(value, [fact.name()], |row| row.get(0)).optional()
         };
         history.samples = fact(Fact::Samples)?.and_then(|samples| samples.parse().ok());
+        history.shape = fact(Fact::Shape)?.and_then(|text| parse_shape(&text));
         history.recovery = fact(Fact::Recovered)?.and_then(|text| serde_json::from_str(&text).ok());
         let left_out = fact(Fact::LeftOut)?.and_then(|left_out| serde_json::from_str(&left_out).ok());
         history.left_out = left_out.unwrap_or_default();

@@ -80,6 +80,11 @@ impl Watch {
         }
     }
 
+    /// Counts images by the shape of the job's steps.
+    pub fn learn_shape(&mut self, job: &Job) {
+        self.images_per_step = job.samples_per_step();
+    }
+
     /// Processes an evaluation; returns the alarms that change.
     pub(crate) fn evaluation(&mut self, row: &EvaluationRow) -> Vec<Change> {
         // All generators look collapsed before they have learned anything.

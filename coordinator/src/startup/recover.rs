@@ -29,6 +29,7 @@ use crate::records::disk::{Disk, SystemDisk};
 use crate::records::progress::Screen;
 use crate::run_dir::RunDir;
 use crate::startup::mend::open_records;
+use crate::startup::resume::known_shape;
 
 const JOURNAL: &str = "journal.sqlite";
 /// Name of the new journal until it is complete.
@@ -233,6 +234,7 @@ fn exchange(run_dir: &RunDir, draft: &Path, aside: &str) -> io::Result<()> {
 /// Sets damaged records aside as well, and records the recovery as an event.
 fn tell(run_dir: &RunDir, job: &Job, recovery: &Recovery) -> Result<Vec<SetAside>, Failure> {
     let mut journal = Journal::open(&run_dir.path(JOURNAL))?;
+    let job = &Job { shape: known_shape(&journal)?, ..job.clone() };
     let disk: Arc<dyn Disk> = Arc::new(SystemDisk);
     let mut records = open_records(job, run_dir.folder(), &Screen::silent(), &disk, &mut journal)?;
     let all = journal.set_asides()?;

@@ -7,14 +7,14 @@
 //! 3. An older checkpoint in place of a missing or damaged one gives the same bits, so the run goes
 //!    on from it, and reports which steps are computed again.
 
-use ganglion_membership::Checkpoint;
+use ganglion_membership::{Checkpoint, StepShape};
 use ganglion_proto::record::RunEvent;
 
 use crate::checkpoints::catalog::{Checkpoints, Damaged};
 use crate::checkpoints::retry::Patience;
 use crate::control::records::Records;
 use crate::error::Failure;
-use crate::journal::{Fact, Journal, JournalError};
+use crate::journal::{Fact, Journal, JournalError, parse_shape};
 use crate::records::chronicle::Chronicle;
 
 /// Inputs of the search, from a run that starts.
@@ -219,6 +219,11 @@ pub(crate) fn storage_failed(
         true => format!("checkpoints: {}", patience.over(storage, error)),
         false => format!("checkpoints: {}", ganglion_storage::reason(error)),
     })
+}
+
+/// Shape of the objective's steps, once a worker has loaded it. Earlier versions did not journal it.
+pub fn known_shape(journal: &Journal) -> Result<Option<StepShape>, Failure> {
+    Ok(journal.fact(Fact::Shape)?.and_then(|text| parse_shape(&text)))
 }
 
 /// Size of the data set, once a worker has loaded it.

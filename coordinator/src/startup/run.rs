@@ -300,9 +300,8 @@ fn conclude(ended: Ended, job: &Job, run_dir: &RunDir) -> Result<String, Failure
             run_dir.path("samples").display()
         )),
         Outcome::Stopped(position) => {
-            let per_step = job.phases_per_step();
             let code = ended.signal.unwrap_or(StopSignal::Interrupt).exit_code();
-            Err(Failure::Stopped { code, step: position.map_or(0, |position| position.0 / per_step) })
+            Err(Failure::Stopped { code, step: position.map_or(0, |position| ended.shape.steps(position)) })
         }
         Outcome::InputWrong(detail) => Err(Failure::Input(detail)),
         Outcome::Failed(reason) => Err(Failure::Other(format!(

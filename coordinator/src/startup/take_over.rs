@@ -18,7 +18,7 @@ use crate::records::progress::Screen;
 use crate::run_dir::{RunDir, Settled};
 use crate::startup::exclusion;
 use crate::startup::mend::open_records;
-use crate::startup::resume::{self, Asked, known_samples, storage_failed};
+use crate::startup::resume::{self, Asked, known_samples, known_shape, storage_failed};
 use crate::system::node::Node;
 use crate::workers::{Adoption, Exited, Processes, Supervisor, new_token};
 
@@ -73,12 +73,14 @@ pub(crate) async fn take_over(wanted: Wanted<'_>, job: Job) -> Result<TakenOver,
     let mut journal = open_journal(run_dir, screen)?;
     // Nothing was trained before the first group formed, so a mistake in the job may still be mended.
     let begun = journal.last_generation()? > Generation(0);
-    let Settled { job, changed, asked } = run_dir.check_job(job, begun, journal.unused_exclusion()?)?;
+    let Settled { mut job, changed, asked } = run_dir.check_job(job, begun, journal.unused_exclusion()?)?;
+    // Before any record is opened: update indices become steps by it.
+    job.shape = if begun { known_shape(&journal)? } else { None };
     let run = run_name(&mut journal)?;
     let patience = Patience::new(screen.clone());
     let mut records = open_records(&job, run_dir.folder(), screen, &disk, &mut journal)?;
     // Before the storage is asked: whether members may live decides what a missing checkpoint means.
-    let mut recovered = left_behind(&journal, changed)?;
+    let mut recovered = Recovered { shape: job.shape.clone(), ..left_behind(&journal, changed)? };
     let (exits, exited) = mpsc::unbounded_channel();
     let mut supervisor = Supervisor::new(processes, exits);
     adopt(&mut journal, &mut supervisor, &mut recovered)?;

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::events::Rested;
+use crate::passport::Difference;
 
 impl Machine {
     pub(super) fn hello(&mut self, worker: WorkerId, local: bool, actions: &mut Vec<Action>) {
@@ -104,34 +105,25 @@ impl Machine {
     }
 
     pub(super) fn loaded(&mut self, worker: WorkerId, facts: LoadedFacts, actions: &mut Vec<Action>) {
-        match &self.passport {
-            // The first worker of the run sets what all later ones are held against (D11).
-            None => {
-                self.passport = Some(facts.passport.clone());
-                actions.push(Action::AdoptPassport(facts.passport.clone()));
+        let differences = self.differences(&facts);
+        if !differences.is_empty() {
+            // Before the refusal: no group may form with it.
+            self.workers.remove(&worker);
+            actions.push(Action::Reject(worker, Rejection::Passport(differences)));
+            // Its replacement would run on the same machine and be refused as well, without end.
+            if self.locals.workers.contains(&worker) && self.workers.is_empty() {
+                let what = "this machine's workers would compute other bits than the run".to_string();
+                self.end(Outcome::Failed(what), actions);
             }
-            Some(passport) => {
-                let mut differences = passport.differences(&facts.passport);
-                differences.retain(|difference| !passport.lets_adopt(&difference.item));
-                if differences.is_empty() && *passport != facts.passport {
-                    // A change of the job changed these items, and they were forgotten with it; or
-                    // an older version had none.
-                    self.passport = Some(facts.passport.clone());
-                    actions.push(Action::AdoptPassport(facts.passport.clone()));
-                }
-                if !differences.is_empty() {
-                    // Before the refusal: no group may form with it.
-                    self.workers.remove(&worker);
-                    actions.push(Action::Reject(worker, Rejection::Passport(differences)));
-                    // Its replacement would run on the same machine and be refused as well, without end.
-                    if self.locals.workers.contains(&worker) && self.workers.is_empty() {
-                        let what = "this machine's workers would compute other bits than the run".to_string();
-                        self.end(Outcome::Failed(what), actions);
-                    }
-                    return;
-                }
-            }
+            return;
         }
+        // The first worker of the run sets what all later ones are held against (D11). Later, a change of the
+        // job changed some items, and they were forgotten with it; or an older version had none.
+        if self.passport.as_ref() != Some(&facts.passport) {
+            self.passport = Some(facts.passport.clone());
+            actions.push(Action::AdoptPassport(facts.passport.clone()));
+        }
+        self.shape.get_or_insert_with(|| facts.shape.clone());
         // It may have been dropped while its report was on the way.
         if let Some(entry) = self.workers.get_mut(&worker) {
             entry.facts = Some(facts);
@@ -139,6 +131,21 @@ impl Machine {
         self.form_if_gathered(actions);
         // A member that was away is awaited until it has loaded again: this may have been the last one.
         self.form_if_ready(actions);
+    }
+
+    /// Items in which a worker differs from the run, and may not.
+    fn differences(&self, facts: &LoadedFacts) -> Vec<Difference> {
+        let mut differences = Vec::new();
+        if let Some(passport) = &self.passport {
+            differences = passport.differences(&facts.passport);
+            differences.retain(|difference| !passport.lets_adopt(&difference.item));
+        }
+        // No item of the fingerprint: builds that do not report one may still join.
+        if let Some(shape) = self.shape.as_ref().filter(|shape| **shape != facts.shape) {
+            let (expected, found) = (shape.to_string(), facts.shape.to_string());
+            differences.push(Difference { item: "step".to_string(), expected, found });
+        }
+        differences
     }
 
     /// A worker whose session ended is only suspected: it may be back within the deadline.

@@ -102,7 +102,7 @@ impl Machine {
         if (part.step, part.phase) <= newest && self.checkpoint.is_some() {
             return;
         }
-        match self.assembly.add(part, facts.phases_per_step) {
+        match self.assembly.add(part, &facts.shape) {
             Ok(None) => {}
             Ok(Some(checkpoint)) => {
                 // A writer replaces a waiting state by a newer one, so an older checkpoint's files may

@@ -34,7 +34,7 @@ fn facts(cpu: &str) -> LoadedFacts {
         passport,
         samples: 100,
         sees_storage: true,
-        phases_per_step: PHASES,
+        shape: StepShape::new(PHASES, vec![0]).unwrap(),
         gpu: None,
         left_out: Vec::new(),
     }
@@ -187,6 +187,43 @@ fn another_passport_is_refused_and_told_what_differs() {
         panic!("{actions:?}");
     };
     assert_eq!((differences[0].item.as_str(), differences[0].found.as_str()), ("cpu", "B"));
+}
+
+#[test]
+fn a_worker_whose_steps_have_another_shape_is_refused() {
+    let of = |phases, readers: &[u32]| {
+        let shape = StepShape::new(phases, readers.to_vec()).unwrap();
+        LoadedFacts { shape, ..facts("A") }
+    };
+    let run = of(3, &[0, 1]);
+    let passport = || Some(run.passport.clone());
+    let shape = || Some(run.shape.clone());
+    // A new run; one whose earlier version journaled no shape; and one that has it.
+    for recovered in [
+        Recovered::default(),
+        Recovered { passport: passport(), ..Recovered::default() },
+        Recovered { passport: passport(), shape: shape(), ..Recovered::default() },
+    ] {
+        let is_known = recovered.shape.is_some();
+        let mut bench = Bench::new(0, 8, recovered);
+        let mut refused = |worker, facts: LoadedFacts| {
+            bench.handle(Event::Hello { worker: WorkerId(worker), local: false });
+            let actions = bench.handle(Event::Loaded(WorkerId(worker), facts));
+            let reason = actions.into_iter().find_map(|action| match action {
+                Action::Reject(_, Rejection::Passport(differences)) => Some(differences[0].item.clone()),
+                _ => None,
+            });
+            reason.unwrap_or_default()
+        };
+        if is_known {
+            assert_eq!(refused(1, of(2, &[0])), "step");
+        }
+        assert_eq!(refused(2, run.clone()), "");
+        for other in [of(3, &[0, 2]), of(4, &[0, 1]), of(2, &[0])] {
+            assert_eq!(refused(3, other), "step");
+        }
+        assert_eq!(bench.machine.shape(), Some(&run.shape));
+    }
 }
 
 /// A change of the job changes the items of the samples, and nothing else.

@@ -547,6 +547,8 @@ fn recover(workers: &BTreeMap<Proc, Worker>, ctx: &Ctx) -> Recovered {
         job_changed: false,
         checkpoint: directory.newest_manifest().cloned(),
         passport: directory.passport.clone(),
+        // The first worker sets it anew: all have the same.
+        shape: None,
     }
 }
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use ganglion_membership::member::{Command, End, Event, Report, Reported, Row, Welcome};
 use ganglion_membership::{
-    Activity, Generation, LoadedFacts, Member, Passport, Position, Progress, Rank, Rested, Term, WorkerId,
+    Activity, Generation, LoadedFacts, Member, Passport, Position, Progress, Rank, Rested, StepShape, Term,
+    WorkerId,
 };
 
 use crate::directory::{Trouble, whole};
@@ -320,7 +321,8 @@ impl Worker {
             passport: Passport([("build".to_string(), build.to_string())].into()),
             samples: 1,
             sees_storage: !self.blind,
-            phases_per_step: u32::try_from(ctx.job.phases).expect("few phases"),
+            shape: StepShape::new(u32::try_from(ctx.job.phases).expect("few phases"), vec![0])
+                .expect("it reads"),
             gpu: None,
             left_out: Vec::new(),
         }

@@ -70,7 +70,7 @@ fn a_workers_messages_survive_the_wire() {
         passport,
         samples: 5,
         sees_storage: true,
-        phases_per_step: 2,
+        shape: StepShape::new(3, vec![0, 2]).unwrap(),
         gpu: None,
         left_out: Vec::new(),
     };
@@ -223,9 +223,9 @@ mod hostile {
 
     prop_compose! {
         fn loaded()(items in 0usize..70, item in words(), value in words(), samples in number(),
-            phases_per_step: u32, gpu in words()) -> wire::Loaded {
+            phases_per_step: u32, data_phases in proptest::collection::vec(0..4u32, 0..3), gpu in words()) -> wire::Loaded {
             let passport = (0..items).map(|number| (format!("{item}{number}"), value.clone())).collect();
-            wire::Loaded { passport, samples, sees_storage: true, phases_per_step, gpu, ..wire::Loaded::default() }
+            wire::Loaded { passport, samples, sees_storage: true, phases_per_step, data_phases, gpu, ..wire::Loaded::default() }
         }
     }
 

@@ -90,5 +90,6 @@ pub(crate) fn sample_of_all() -> Job {
             ..Evaluation::default()
         },
         alarms: Alarms { saturated_rows: 9, ..Alarms::default() },
+        shape: None,
     }
 }

@@ -8,7 +8,7 @@ use ganglion_membership::Limits;
 use toml::{Table, Value};
 
 use super::Job;
-use crate::bounds::name;
+use crate::bounds::{PHASES, name};
 use crate::error::{Malformed, malformed};
 
 /// Largest text of a job, in bytes; a message of the session holds it.
@@ -72,7 +72,12 @@ impl Job {
         let per_step = self.global_batch().checked_mul(u64::from(self.loss.discriminator_steps));
         // A step's samples are multiplied by steps later; here it is known that at least one step can be
         // counted.
-        per_step.map(|_| ()).ok_or_else(|| malformed("a step with more samples than can be counted"))
+        per_step.map(|_| ()).ok_or_else(|| malformed("a step with more samples than can be counted"))?;
+        // As for a worker's report: a shape lists its phases.
+        if self.loss.discriminator_steps >= PHASES {
+            return Err(Malformed(format!("a step with more than {PHASES} phases")));
+        }
+        Ok(())
     }
 }
 

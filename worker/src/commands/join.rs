@@ -159,7 +159,7 @@ fn load(
     track: &Track,
 ) -> Result<Trainer, Failure> {
     let welcome = session.welcome();
-    let job = welcome.job.clone();
+    let mut job = welcome.job.clone();
     crate::set_threads(job.job.threads);
     tch::set_num_interop_threads(1);
     c10d::aten::set_deterministic(job.job.deterministic).map_err(Failure::other)?;
@@ -170,8 +170,8 @@ fn load(
     let found = Box::new(data.found().clone());
     check_batch(&job, (data.len() - data.left_out().len()) as u64)?;
     let objective = make(&job, &data, device).map_err(Failure::input)?;
-    let model = Arc::new(Model::new(objective, job.job.precision));
-    model.check().map_err(Failure::input)?;
+    let model = Arc::new(Model::new(objective, job.job.precision).map_err(Failure::input)?);
+    job = model.counting(job);
     let storage = Arc::new(RunStorage::open(&welcome.storage, &welcome.run).map_err(Failure::Input)?);
     let beginning = job.model.init_from.as_deref().map(|place| Beginning::read(place, &model.layout));
     let beginning = beginning.transpose().map_err(Failure::Input)?;
@@ -217,7 +217,8 @@ fn facts(
     beginning: Option<&Beginning>,
     device: Device,
 ) -> Result<LoadedFacts, Failure> {
-    let mut passport = passport::take(job, model, data, device).map_err(Failure::other)?;
+    let probe = passport::probe(job, model).map_err(Failure::input)?;
+    let mut passport = passport::take(job, &probe, data, device).map_err(Failure::other)?;
     if let Some(beginning) = beginning {
         passport.0.insert("initial_weights".to_string(), beginning.digest().to_string());
     }
@@ -226,7 +227,7 @@ fn facts(
         passport,
         samples: data.len() as u64,
         sees_storage: false,
-        phases_per_step: u32::try_from(model.phases().len()).expect("a step has few phases"),
+        shape: model.shape().clone(),
         gpu: place.as_deref().map(device::name),
         left_out: data.left_out().to_vec(),
     })

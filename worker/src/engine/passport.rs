@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::data::{DataSet, ImageShape};
 use crate::engine::commit::commit;
 use crate::nn::tensor_bytes::to_bytes;
-use crate::objective::{Model, ScalarRole, ShardAt, ShardBatch, ShardGrad};
+use crate::objective::{Model, ScalarRole, ShardAt, ShardBatch, ShardGrad, Unsuitable};
 use crate::random::{Key, Purpose};
 use crate::state::{State, narrow};
 
@@ -20,19 +20,26 @@ use crate::state::{State, narrow};
 /// a newer build that computes the same. Builds before there was this number have the first.
 pub(crate) const NUMERICS: u32 = 1;
 
+/// The objective by which the machine is identified, laid out.
+///
+/// # Errors
+/// It cannot be laid out.
+pub(crate) fn probe(job: &Job, model: &Model) -> Result<Model, Unsuitable> {
+    Model::new(model.objective.probe(job.job.shard_batch.min(SAMPLES)).into(), job.job.precision)
+}
+
 /// Computes the fingerprint of the environment: the number of the build's arithmetic, the kind of machine,
 /// and hashes of this job's arithmetic on it.
 pub(crate) fn take(
     job: &Job,
-    model: &Model,
+    probe: &Model,
     data: &DataSet,
     device: Device,
 ) -> Result<Passport, c10d::Error> {
     let small = job.job.shard_batch.min(SAMPLES);
-    let probe = Model::new(model.objective.probe(small).into(), job.job.precision);
     let classes = if data.labels().is_empty() { 0 } else { data.classes() };
     let batch = stand_ins(job.job.seed, small, data.shape(), classes).to(device);
-    let (forward_backward, commits) = hashes(&probe, job.job.seed, &batch, device)?;
+    let (forward_backward, commits) = hashes(probe, job.job.seed, &batch, device)?;
     let exclusions = job.data.exclusions_hash().map(|hash| ("exclusions".to_string(), hash));
     let items = [
         ("c_library", c10d::aten::c_library_version()?),

@@ -75,7 +75,7 @@ impl Trainer {
             same: None,
             ahead: None,
         };
-        let (mut pace, phases_per_step) = (Pace::start(), self.model.phases_per_step());
+        let (mut pace, phases_per_step) = (Pace::start(), self.model.shape().phases());
         let schedule = Schedule { end: Position(last_step.saturating_mul(phases_per_step)), phases_per_step };
         let mut next = self.session.advance(Event::Synced(schedule));
         loop {

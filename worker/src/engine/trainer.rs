@@ -139,7 +139,7 @@ impl Trainer {
     fn train(&mut self, assignment: &Assignment) -> Result<(), TeamError> {
         let group = &assignment.group;
         // A new coordinator may have brought other cadences, or more steps.
-        self.job = self.session.welcome().job;
+        self.job = self.model.counting(self.session.welcome().job);
         self.evaluations.discard_after(self.model.steps(group.position));
         if let Start::Checkpoint(source, checkpoint) = &group.start
             && source.0 == assignment.rank

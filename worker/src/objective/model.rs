@@ -3,8 +3,9 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use ganglion_membership::Position;
-use ganglion_proto::job::Precision;
+use ganglion_membership::{Position, StepShape};
+use ganglion_proto::PHASES;
+use ganglion_proto::job::{Job, Precision};
 use ganglion_proto::record::check_scalar;
 use ganglion_storage::Storage;
 
@@ -20,6 +21,7 @@ pub struct Model {
     pub layout: StateLayout,
     weights: Option<WeightsFile>,
     phases: Vec<Phase>,
+    shape: StepShape,
     /// Layouts of gradients, each once; and for each phase which of them it has.
     gradients: Vec<GradLayout>,
     layout_of: Vec<usize>,
@@ -28,12 +30,16 @@ pub struct Model {
 
 impl Model {
     /// Lays an objective out, for passes of a precision.
-    pub fn new(objective: Arc<dyn Objective>, precision: Precision) -> Model {
+    ///
+    /// # Errors
+    /// No phase reads samples, or a scalar has a name that no column of the metrics can have.
+    pub fn new(objective: Arc<dyn Objective>, precision: Precision) -> Result<Model, Unsuitable> {
         let layout = StateLayout::new(&objective.networks(), &objective.own_tensors(), precision);
         let phases = objective.phases();
+        let shape = shape(&phases)?;
         let weights = objective.weights_file();
         let (gradients, layout_of, reported) = (Vec::new(), Vec::new(), Vec::new());
-        let mut model = Model { objective, layout, weights, phases, gradients, layout_of, reported };
+        let mut model = Model { objective, layout, weights, phases, shape, gradients, layout_of, reported };
         for phase in model.phases.clone() {
             model.lay_out(phase);
         }
@@ -41,7 +47,11 @@ impl Model {
         for role in [ScalarRole::Loss, ScalarRole::Diagnostic] {
             model.name(role);
         }
-        model
+        // Before training: a row that cannot be written would show only at the first report.
+        for name in &model.reported {
+            check_scalar(name).map_err(|error| Unsuitable(error.to_string()))?;
+        }
+        Ok(model)
     }
 
     /// Adds the layout of a phase's gradients.
@@ -69,16 +79,6 @@ impl Model {
         }
     }
 
-    /// Checks that rows of metrics can have the scalars.
-    ///
-    /// # Errors
-    /// A scalar has a name that no column can have.
-    pub fn check(&self) -> Result<(), Unsuitable> {
-        // Before training: a row that cannot be written would show only at the first report.
-        let check = |name: &Cow<'_, str>| check_scalar(name).map_err(|error| Unsuitable(error.to_string()));
-        self.reported.iter().try_for_each(check)
-    }
-
     /// Writer and reader of the files of checkpoints.
     pub fn files<'a>(&'a self, storage: &'a Storage, data_shards: u32) -> Files<'a> {
         Files { storage, data_shards, layout: &self.layout, weights: self.weights.as_ref() }
@@ -94,20 +94,25 @@ impl Model {
         &self.phases
     }
 
-    /// Number of updates in a step.
-    pub fn phases_per_step(&self) -> u64 {
-        self.phases.len() as u64
+    /// Shape of a step.
+    pub fn shape(&self) -> &StepShape {
+        &self.shape
+    }
+
+    /// The job, counting steps and samples as this objective does.
+    pub fn counting(&self, job: Job) -> Job {
+        Job { shape: Some(self.shape.clone()), ..job }
     }
 
     /// Number of whole steps before an update index, and the phase of the update.
     pub fn place(&self, position: Position) -> (u64, Phase) {
-        let phase = usize::try_from(position.0 % self.phases_per_step()).expect("a step has few phases");
-        (position.0 / self.phases_per_step(), self.phases[phase])
+        let phase = usize::try_from(self.shape.phase(position)).expect("a step has few phases");
+        (self.shape.steps(position), self.phases[phase])
     }
 
     /// Number of whole steps before an update index.
     pub fn steps(&self, position: Position) -> u64 {
-        position.0 / self.phases_per_step()
+        self.shape.steps(position)
     }
 
     /// Whether a phase is a step's last.
@@ -149,24 +154,36 @@ impl Model {
 
     /// Number of batches that a step reads.
     pub fn batches_per_step(&self) -> u32 {
-        self.batches_before(self.phases.len())
+        self.batches_before(u32::MAX)
     }
 
     /// Place of a phase's samples among the batches of a step.
     pub fn batch_of(&self, phase: Phase) -> u32 {
-        let before = self.batches_before(phase.index as usize);
+        let before = self.batches_before(phase.index);
         // The batch before: the newest that a phase of the step has read.
         if phase.reads == Reads::Same { before.saturating_sub(1) } else { before }
     }
 
-    fn batches_before(&self, index: usize) -> u32 {
-        // Only these move the stream (D2).
-        let new = self.phases[..index].iter().filter(|phase| phase.reads == Reads::Next).count();
-        u32::try_from(new).expect("a step has few phases")
+    fn batches_before(&self, index: u32) -> u32 {
+        u32::try_from(self.shape.batches_of(index.into())).expect("a step has few phases")
     }
 
     /// The first phase of a step from phase `index` on that reads samples.
     pub fn next_reader(&self, index: u32) -> Option<Phase> {
         self.phases[index as usize..].iter().copied().find(|phase| phase.reads != Reads::Nothing)
     }
+}
+
+/// Shape of steps with these phases.
+fn shape(phases: &[Phase]) -> Result<StepShape, Unsuitable> {
+    // Only these move the stream (D2).
+    let readers = phases.iter().filter(|phase| phase.reads == Reads::Next).map(|phase| phase.index).collect();
+    let count = u32::try_from(phases.len()).ok().filter(|count| *count <= PHASES);
+    let shape = count.and_then(|count| StepShape::new(count, readers));
+    shape.ok_or_else(|| {
+        Unsuitable(format!(
+            "a step of the objective needs 1 to {PHASES} phases with the indices 0, 1 and so on, of which one reads the \
+             next samples"
+        ))
+    })
 }

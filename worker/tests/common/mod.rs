@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use ganglion_membership::{Assembly, Checkpoint as Saved};
+use ganglion_membership::{Assembly, Checkpoint as Saved, StepShape};
 use ganglion_proto::evaluation::{Alarms, Evaluation};
 use ganglion_proto::job::{
     Augmentation, Checkpoint, Data, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind,
@@ -80,6 +80,7 @@ pub(crate) fn job(model: ModelKind, loss: LossKind) -> Job {
         metrics: Metrics { every_steps: 1 },
         evaluation: Evaluation::default(),
         alarms: Alarms::default(),
+        shape: None,
     }
 }
 
@@ -101,7 +102,7 @@ impl Bench {
         let labels = vec![0, 1, 1, 2];
         let gan = Gan { job: job.clone(), models: models.clone(), labels, device: Device::Cpu };
         let gan = Arc::new(gan);
-        let model = Objective::new(gan.clone(), job.job.precision);
+        let model = Objective::new(gan.clone(), job.job.precision).unwrap();
         let state = State::initial(model.layout.clone(), job.job.seed, Device::Cpu);
         Bench { job, models, gan, model, state }
     }
@@ -143,17 +144,16 @@ pub(crate) fn bits(tensor: &Tensor) -> Vec<u32> {
     Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap().into_iter().map(f32::to_bits).collect()
 }
 
-/// Number of phases of a small job's step.
-const PHASES: u32 = 3;
-
 /// Writes all files of a checkpoint.
 pub(crate) async fn save(files: &Files<'_>, snapshot: &Snapshot) -> Saved {
     let digest = state_digest(files.layout, snapshot);
     let mut assembly = Assembly::default();
+    // A small job's.
+    let shape = StepShape::new(3, vec![0, 1]).unwrap();
     let mut saved = None;
     for index in 0..file_count(files.layout, files.weights, files.data_shards) {
         let part = files.write(snapshot, &digest, index).await.unwrap();
-        saved = assembly.add(part, PHASES).unwrap();
+        saved = assembly.add(part, &shape).unwrap();
     }
     saved.expect("the last file completes the checkpoint")
 }

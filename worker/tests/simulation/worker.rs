@@ -114,7 +114,7 @@ pub(crate) async fn live(start: Start) {
         passport: Passport([("cpu_capability".to_string(), "ours".to_string())].into()),
         samples: SAMPLES,
         sees_storage: true,
-        phases_per_step: u32::try_from(welcome.job.phases_per_step()).expect("few phases"),
+        shape: welcome.job.shape(),
         gpu: None,
         left_out: Vec::new(),
     };

@@ -94,7 +94,9 @@ impl Evidence {
         let manifests = manifests.map_err(|error| silent(storage.storage(), &error))?;
         // Last of all files.
         let history = History::read(&journal).map_err(|error| unreadable(run, error.to_string()))?;
-        Ok(Evidence { job: resolved, events, rows, latest, manifests, storage, history })
+        // By the objective that was trained; a journal of an earlier version has the job's own alone.
+        let job = Job { shape: history.shape.clone(), ..resolved };
+        Ok(Evidence { job, events, rows, latest, manifests, storage, history })
     }
 
     /// Whether the last coordinator recorded its end. If not, it may still be at work.

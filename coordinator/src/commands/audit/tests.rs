@@ -266,6 +266,21 @@ fn records_of_a_newer_version_are_not_judged() {
 }
 
 #[test]
+fn steps_are_counted_by_the_journal_and_in_an_earlier_one_as_the_jobs_gan_takes_them() {
+    let story = Story::new();
+    story.write();
+    let per_step = || Evidence::read(&story.path("")).unwrap().job.samples_per_step();
+    let earlier = per_step();
+    story.holds();
+    let mut journal = Journal::open(&story.path("journal.sqlite")).unwrap();
+    for (shape, expected) in [("[2,[0]]", earlier), ("[2,[0,1]]", 2 * earlier), ("[2,[2]]", earlier)] {
+        journal.set_fact(Fact::Shape, shape).unwrap();
+        assert_eq!(per_step(), expected, "{shape}");
+    }
+    story.holds();
+}
+
+#[test]
 fn a_generation_of_an_unknown_term_is_found() {
     let mut story = Story::new();
     story.groups[2].0 = 2;

@@ -145,6 +145,7 @@ fn a_job_that_cannot_be_computed_with_is_refused() {
         ("data_shards = 6", "data_shards = 0", "without data shards"),
         ("failure_deadline = 5.0", "failure_deadline = -1.0", "no time"),
         ("discriminator_steps = 5", "discriminator_steps = 0", "without a discriminator phase"),
+        ("discriminator_steps = 5", "discriminator_steps = 1024", "more than 1024 phases"),
         ("name = \"n\"", "name = \"\\u001b[2J\"", "control characters"),
     ] {
         let told = refused(&TEXT.replacen(from, to, 1));
