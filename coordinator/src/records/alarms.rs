@@ -81,7 +81,7 @@ impl Watch {
     }
 
     /// Counts images by the shape of the job's steps.
-    pub fn learn_shape(&mut self, job: &Job) {
+    pub(crate) fn learn_shape(&mut self, job: &Job) {
         self.images_per_step = job.samples_per_step();
     }
 

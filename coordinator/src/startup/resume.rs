@@ -222,7 +222,7 @@ pub(crate) fn storage_failed(
 }
 
 /// Shape of the objective's steps, once a worker has loaded it. Earlier versions did not journal it.
-pub fn known_shape(journal: &Journal) -> Result<Option<StepShape>, Failure> {
+pub(crate) fn known_shape(journal: &Journal) -> Result<Option<StepShape>, Failure> {
     Ok(journal.fact(Fact::Shape)?.and_then(|text| parse_shape(&text)))
 }
 
