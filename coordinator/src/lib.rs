@@ -23,7 +23,6 @@ pub mod control;
 pub mod error;
 pub mod job_file;
 pub mod journal;
-pub mod program;
 pub mod records;
 pub mod run_dir;
 pub mod startup;

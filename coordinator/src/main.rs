@@ -4,5 +4,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    ganglion_coordinator::program::main()
+    ganglion_coordinator::startup::program::main()
 }

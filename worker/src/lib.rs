@@ -41,7 +41,6 @@ pub mod engine;
 mod eval;
 pub mod nn;
 pub mod objective;
-pub mod program;
 pub mod random;
 pub mod sampling;
 pub mod session;

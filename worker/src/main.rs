@@ -4,5 +4,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    ganglion_worker::program::main()
+    ganglion_worker::commands::program::main()
 }

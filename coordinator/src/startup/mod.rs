@@ -4,6 +4,7 @@ pub(crate) mod exclusion;
 pub mod host;
 mod listen;
 pub(crate) mod mend;
+pub mod program;
 pub(crate) mod recover;
 pub(crate) mod resume;
 pub mod run;

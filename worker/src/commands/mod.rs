@@ -5,4 +5,5 @@ pub(crate) mod evaluate;
 pub(crate) mod generator_file;
 pub mod join;
 pub(crate) mod linger;
+pub mod program;
 pub(crate) mod sample;

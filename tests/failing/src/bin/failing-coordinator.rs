@@ -5,5 +5,5 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     ganglion_proto::failpoint::install(ganglion_tests::failpoint::obey);
-    ganglion_coordinator::program::main()
+    ganglion_coordinator::startup::program::main()
 }

@@ -5,5 +5,5 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     ganglion_proto::failpoint::install(ganglion_tests::failpoint::obey);
-    ganglion_worker::program::main()
+    ganglion_worker::commands::program::main()
 }
