@@ -13,6 +13,7 @@ use ganglion_worker::data::DataSet;
 use ganglion_worker::engine::reduce::tree::{Node, TreeSum};
 use ganglion_worker::nn::Models;
 use ganglion_worker::objective::gan::networks;
+use ganglion_worker::set_threads;
 use ganglion_worker::state::{Counters, StateLayout};
 use tch::{Device, Kind, Tensor};
 
@@ -31,6 +32,7 @@ fn floats() -> Tensor {
 /// Sum of the gradients of eight data shards, as one worker alone adds them.
 fn tree_sum(criterion: &mut Criterion) {
     const SHARDS: u32 = 8;
+    set_threads(1); // as in a worker
     let mut group = criterion.benchmark_group("reduce");
     group.throughput(Throughput::Bytes(u64::from(SHARDS) * FLOATS.unsigned_abs() * 4));
     let gradients = || (0..SHARDS).map(|_| floats()).collect::<Vec<_>>();
