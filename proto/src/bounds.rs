@@ -24,9 +24,9 @@ pub(crate) const NAME: usize = 512;
 pub(crate) const PATH: usize = 8192;
 /// Highest count: floating-point numbers and JSON hold it exactly. Multiplied by [`PHASES`] it fits
 /// into 63 bits, as SQLite and update indices need.
-pub(crate) const COUNT: u64 = 1 << 53;
+pub(crate) const COUNT: u64 = (1 << 53) - 1;
 /// Most phases in a step.
-pub const PHASES: u32 = (1 << 10) - 1;
+pub const PHASES: u32 = 1 << 10;
 /// Most members of a group.
 pub(crate) const MEMBERS: usize = 1 << 16;
 /// Most networks of an objective.
@@ -118,7 +118,7 @@ mod tests {
         let refused = count(COUNT + 1, "step").unwrap_err().to_string();
         assert_eq!(
             refused,
-            "malformed message: step is 9007199254740993, and at most 9007199254740992 is allowed"
+            "malformed message: step is 9007199254740992, and at most 9007199254740991 is allowed"
         );
         assert!(list(vec![0; 3], 3, "ranks").is_ok() && list(vec![0; 4], 3, "ranks").is_err());
     }
