@@ -25,7 +25,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
 /// The highest number that a message may hold where it counts something.
-const HIGHEST: u64 = 1 << 53;
+const HIGHEST: u64 = (1 << 53) - 1;
 /// Bound on the bytes of events.jsonl after an attack.
 const EVENTS_LIMIT: u64 = 256 << 10;
 const ENDLESS: &[&str] = &["job.steps=1000000", "job.failure_deadline=2", "metrics.every_steps=1"];
