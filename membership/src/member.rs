@@ -84,7 +84,7 @@ pub struct Member<R> {
     finished: Option<bool>,
     /// Reason for leaving the newest generation.
     fault: Option<Fault>,
-    /// What is wrong with the user's input.
+    /// Fault in the user's input, for the coordinator.
     wrong: Option<String>,
     /// Number of consecutive groups that did not come to train.
     unformed: u32,

@@ -1,4 +1,5 @@
-//! Worker: trains an objective, such as a GAN, on its share of the data shards and reduces with the other workers of its group.
+//! Worker: trains an objective, such as a GAN, on its share of the data shards, and reduces with the other
+//! workers of its group.
 //!
 //! The cluster never changes the result. Each module holds a part of that promise:
 //!
@@ -8,7 +9,8 @@
 //!   computes it.
 //! - [`engine::reduce`]: shard gradients are summed in one order, for any number of ranks.
 //! - [`engine::commit`]: the only writer of [`state`], and a pure one.
-//! - [`engine::finite`]: a reduced gradient that is not finite is skipped or ends the group, by all members alike.
+//! - [`engine::finite`]: a reduced gradient that is not finite is skipped or ends the group, by all members
+//!   alike.
 //! - [`engine::generation`]: a group starts from one state, compared before the first phase.
 //!
 //! The sum has the same bits whoever adds its terms:

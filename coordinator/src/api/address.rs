@@ -7,7 +7,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 pub struct Listener {
     /// Name of the option.
     pub option: &'static str,
-    /// Its values, for error texts.
+    /// Valid values, for error texts.
     pub choice: &'static str,
     /// Ways out where others reach the address and nothing is encrypted.
     pub advice: &'static str,
@@ -21,7 +21,7 @@ pub enum ListenError {
     Wrong {
         /// The option.
         listener: &'static Listener,
-        /// Its value.
+        /// The value that was refused.
         text: String,
         /// Finding of the system.
         reason: String,
@@ -34,7 +34,7 @@ pub enum ListenError {
     Open {
         /// The option.
         listener: &'static Listener,
-        /// Its value.
+        /// The value that was refused.
         text: String,
     },
 }

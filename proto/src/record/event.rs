@@ -91,7 +91,7 @@ pub enum RunOutcome {
     Stopped,
     /// The user's input is wrong.
     InputError,
-    /// It cannot go on.
+    /// The run cannot go on.
     Failed,
     /// An outcome of another version.
     #[default]

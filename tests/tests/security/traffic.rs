@@ -166,7 +166,8 @@ fn look(socket: &OwnedFd, patterns: &Patterns, marks: &Marks, begins: &Sender<()
     }
 }
 
-/// Patterns, indexed by their first bytes. One pass finds all of them: a capture that falls behind loses packets.
+/// Patterns, indexed by their first bytes. One pass finds all of them: a capture that falls behind loses
+/// packets.
 struct Patterns {
     whole: Vec<Vec<u8>>,
     starting: HashMap<[u8; 4], Vec<usize>>,

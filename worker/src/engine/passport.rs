@@ -23,7 +23,7 @@ pub(crate) const NUMERICS: u32 = 1;
 /// The objective by which the machine is identified, laid out.
 ///
 /// # Errors
-/// It cannot be laid out.
+/// The objective cannot be laid out.
 pub(crate) fn probe(job: &Job, model: &Model) -> Result<Model, Unsuitable> {
     Model::new(model.objective.probe(job.job.shard_batch.min(SAMPLES)).into(), job.job.precision)
 }
