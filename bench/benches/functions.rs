@@ -58,7 +58,8 @@ fn adam(criterion: &mut Criterion) {
         let mut step = 0;
         bencher.iter(|| {
             step += 1;
-            fused_adam(&mut params, &grads, &mut exp_avg, &mut exp_avg_sq, step, settings).expect("it fits");
+            fused_adam(&mut params, &grads, [&mut exp_avg, &mut exp_avg_sq], step, settings)
+                .expect("it fits");
         });
     });
 }

@@ -24,16 +24,15 @@ pub struct Adam {
     pub eps: f64,
 }
 
-/// Applies one step of Adam, in one kernel, in place, without recording gradients. All tensors have
-/// the same shape, kind and device; `step` counts from 1.
+/// Applies one step of Adam, in one kernel, in place, without recording gradients. The moments are the
+/// first, then the second. All tensors have the same shape, kind and device; `step` counts from 1.
 ///
 /// # Errors
 /// [`Error::Invalid`] for step 0 or tensors that do not match; [`Error::Fatal`] if libtorch fails.
 pub fn fused_adam(
     params: &mut Tensor,
     grads: &Tensor,
-    exp_avg: &mut Tensor,
-    exp_avg_sq: &mut Tensor,
+    [exp_avg, exp_avg_sq]: [&mut Tensor; 2],
     step: u64,
     adam: Adam,
 ) -> Result<(), Error> {
@@ -42,7 +41,7 @@ pub fn fused_adam(
         return Err(Error::Invalid("Adam's steps count from 1".into()));
     }
     let properties = |tensor: &Tensor| (tensor.size(), tensor.kind(), tensor.device());
-    for other in [grads, exp_avg, exp_avg_sq] {
+    for other in [grads, &*exp_avg, &*exp_avg_sq] {
         // The kernel walks all four by the first one's size.
         if properties(other) != properties(params) {
             return Err(Error::Invalid("Adam's tensors must have one shape, kind and device".into()));
@@ -52,7 +51,7 @@ pub fn fused_adam(
     // The kernel takes the step as a float: beyond 2^24 it is inexact, where that no longer
     // matters.
     let settings = shim::AdamSettings { step: step as f64, lr, beta1, beta2, eps };
-    let [params, grads, exp_avg, exp_avg_sq] = [&*params, grads, exp_avg, exp_avg_sq].map(at_tensor);
+    let [params, grads, exp_avg, exp_avg_sq] = [&*params, grads, &*exp_avg, &*exp_avg_sq].map(at_tensor);
     Ok(shim::fused_adam(params, grads, exp_avg, exp_avg_sq, &settings)?)
 }
 

@@ -4,6 +4,8 @@
 use crate::flight::Signal;
 use crate::store::StoreHandle;
 
+// The calls are those of the C++.
+#[allow(clippy::too_many_arguments)]
 #[cxx::bridge(namespace = "c10d_shim")]
 pub(crate) mod shim {
     extern "Rust" {

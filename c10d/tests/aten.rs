@@ -19,7 +19,7 @@ impl Flat {
 
     fn step(&mut self, grads: &Tensor, step: u64) {
         let [params, exp_avg, exp_avg_sq] = &mut self.0;
-        aten::fused_adam(params, grads, exp_avg, exp_avg_sq, step, ADAM).unwrap();
+        aten::fused_adam(params, grads, [exp_avg, exp_avg_sq], step, ADAM).unwrap();
     }
 
     fn bits(&self) -> Vec<u32> {
@@ -78,12 +78,12 @@ fn fused_adam_does_not_depend_on_cuts_at_multiples_of_16() {
 fn mistakes_become_errors() {
     let of = |length: i64| Tensor::zeros([length], (Kind::Float, Device::Cpu));
     let fatal = |result| matches!(result, Err(Error::Fatal(detail)) if !detail.contains('\n'));
-    let zero = aten::fused_adam(&mut of(3), &of(3), &mut of(3), &mut of(3), 0, ADAM);
+    let zero = aten::fused_adam(&mut of(3), &of(3), [&mut of(3), &mut of(3)], 0, ADAM);
     assert!(matches!(zero, Err(Error::Invalid(_))));
-    let ragged = aten::fused_adam(&mut of(3), &of(4), &mut of(3), &mut of(3), 1, ADAM);
+    let ragged = aten::fused_adam(&mut of(3), &of(4), [&mut of(3), &mut of(3)], 1, ADAM);
     assert!(matches!(ragged, Err(Error::Invalid(_))));
     let whole = || Tensor::zeros([3], (Kind::Int, Device::Cpu));
-    assert!(fatal(aten::fused_adam(&mut whole(), &whole(), &mut whole(), &mut whole(), 1, ADAM)));
+    assert!(fatal(aten::fused_adam(&mut whole(), &whole(), [&mut whole(), &mut whole()], 1, ADAM)));
 }
 
 #[test]

@@ -223,7 +223,7 @@ impl Machine {
             }
             Event::CheckpointCommitted(checkpoint) => self.committed(checkpoint, actions),
             Event::Finished { worker, generation, position, complete } => {
-                self.finished(worker, generation, position, complete, actions);
+                self.finished((worker, generation), position, complete, actions);
             }
             // The job or its data are wrong for every worker: no other would do better.
             Event::InputWrong(detail) => self.end(Outcome::InputWrong(detail), actions),

@@ -155,26 +155,33 @@ fn below(rng: &mut ChaCha8Rng, bound: u32) -> u32 {
     }
 }
 
-/// Number in the stream of the first of the `shard_batch` samples that data shard `shard` reads in
-/// discriminator phase `phase` of `phases` in step `step`: ((s n + j) V + v) b.
-///
-/// # Panics
-/// If the number is not below 2^64, which no finite run reaches.
-pub fn stream_position(
-    step: u64,
-    phase: u32,
-    phases: u32,
-    data_shards: u32,
-    shard: u32,
-    shard_batch: u32,
-) -> u64 {
-    let nested =
-        |outer: u64, size: u32, inner: u32| outer.checked_mul(u64::from(size))?.checked_add(u64::from(inner));
-    nested(step, phases, phase)
-        // From the outside in: step, phase, shard, sample (D2).
-        .and_then(|phase| nested(phase, data_shards, shard))
-        .and_then(|shard| nested(shard, shard_batch, 0))
-        .expect("a run takes fewer than 2^64 samples")
+/// Division of the stream into steps, their reading phases, and the data shards of those.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamShape {
+    /// n, the number of phases of a step that read samples.
+    pub phases: u32,
+    /// V, the number of data shards.
+    pub data_shards: u32,
+    /// b, the number of samples that a shard reads in a phase.
+    pub shard_batch: u32,
+}
+
+impl StreamShape {
+    /// Number in the stream of the first sample that data shard `shard` reads in reading phase `phase` of
+    /// step `step`: ((s n + j) V + v) b.
+    ///
+    /// # Panics
+    /// If the number is not below 2^64, which no finite run reaches.
+    pub fn first(&self, step: u64, phase: u32, shard: u32) -> u64 {
+        let nested = |outer: u64, size: u32, inner: u32| {
+            outer.checked_mul(u64::from(size))?.checked_add(u64::from(inner))
+        };
+        nested(step, self.phases, phase)
+            // From the outside in: step, phase, shard, sample (D2).
+            .and_then(|phase| nested(phase, self.data_shards, shard))
+            .and_then(|shard| nested(shard, self.shard_batch, 0))
+            .expect("a run takes fewer than 2^64 samples")
+    }
 }
 
 /// Term that reading `sample` as number `q` of the stream adds, mod 2^64, to the sample checksum

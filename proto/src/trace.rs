@@ -86,6 +86,13 @@ struct Event<'a, A> {
     args: A,
 }
 
+impl<'a, A> Event<'a, A> {
+    /// Event of a phase `ph`, a letter of the format. [`Trace::push`] fills process and thread in.
+    fn at(time: Duration, ph: &'static str, name: &'a str, args: A) -> Event<'a, A> {
+        Event { name, ph, ts: microseconds(time), dur: None, pid: 0, tid: 0, args }
+    }
+}
+
 #[derive(Serialize)]
 struct Name<'a> {
     name: &'a str,
@@ -191,13 +198,13 @@ impl Trace {
 
     /// Sets the name of this process from now on.
     pub fn name(&self, process: &str) {
-        self.push("process_name", "M", 0, now(), None, Name { name: process });
+        self.push(0, Event::at(now(), "M", "process_name", Name { name: process }));
     }
 
     /// Returns a track of this process. Numbers are below 8.
     pub fn track(&self, number: u32, name: &str) -> Track {
         debug_assert!(number < TRACKS, "a process has few tracks");
-        self.push("thread_name", "M", number, now(), None, Name { name });
+        self.push(number, Event::at(now(), "M", "thread_name", Name { name }));
         Track { trace: self.clone(), number }
     }
 
@@ -226,24 +233,15 @@ impl Trace {
         self.0.as_deref().filter(|shared| shared.is_on.load(Ordering::Relaxed))
     }
 
-    fn push(
-        &self,
-        name: &str,
-        ph: &'static str,
-        track: u32,
-        at: Duration,
-        until: Option<Duration>,
-        args: impl Serialize,
-    ) {
+    fn push(&self, track: u32, mut event: Event<'_, impl Serialize>) {
         let Some(shared) = self.writer() else { return };
-        let ts = microseconds(at);
-        let dur = until.map(|until| microseconds(until).saturating_sub(ts));
+        event.pid = shared.pid;
         // Viewers expect thread ids to be unique on the whole machine.
         // Process ids are below 2^22 on Linux, so no number saturates.
-        let (pid, tid) = (shared.pid, shared.pid.saturating_mul(TRACKS).saturating_add(track));
+        event.tid = shared.pid.saturating_mul(TRACKS).saturating_add(track);
         let mut sink = shared.lock();
         // The lock is held over the write of a full block, so that blocks keep their order.
-        sink.add(&Event { name, ph, ts, dur, pid, tid, args });
+        sink.add(&event);
         if sink.block.len() >= BLOCK {
             shared.hand_over(&mut sink);
         }
@@ -322,19 +320,20 @@ impl Track {
 
     /// Begins a slice, nested in the one that is open.
     pub fn begin(&self, at: Duration, name: &str, args: impl Serialize) {
-        self.trace.push(name, "B", self.number, at, None, args);
+        self.trace.push(self.number, Event::at(at, "B", name, args));
     }
 
     /// Ends the slice that began last.
     pub fn end(&self, at: Duration) {
-        self.trace.push("", "E", self.number, at, None, Nothing {});
+        self.trace.push(self.number, Event::at(at, "E", "", Nothing {}));
     }
 
     /// Adds a slice that is over. Slices of less than a microsecond are left out.
     pub fn slice(&self, from: Duration, until: Duration, name: &str, args: impl Serialize) {
         // Rounded ends that are equal would be shown as an instant, which nests in none.
-        if self.is_on() && microseconds(from) < microseconds(until) {
-            self.trace.push(name, "X", self.number, from, Some(until), args);
+        let length = microseconds(until).saturating_sub(microseconds(from));
+        if self.is_on() && length > 0 {
+            self.trace.push(self.number, Event { dur: Some(length), ..Event::at(from, "X", name, args) });
         }
     }
 
@@ -351,12 +350,12 @@ impl Track {
 
     /// Adds an event at the current time.
     pub fn instant(&self, name: &str, args: impl Serialize) {
-        self.trace.push(name, "i", self.number, now(), None, args);
+        self.trace.push(self.number, Event::at(now(), "i", name, args));
     }
 
     /// Sets the current values of a curve: numbers by name.
     pub fn values(&self, curve: &str, values: impl Serialize) {
-        self.trace.push(curve, "C", self.number, now(), None, values);
+        self.trace.push(self.number, Event::at(now(), "C", curve, values));
     }
 
     /// Hands over the buffered lines of all tracks.

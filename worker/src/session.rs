@@ -35,6 +35,7 @@ use ganglion_proto::dial::Credentials;
 use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::found::Found;
 use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow, Welcome};
+use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 use tonic::transport::Channel;
@@ -326,10 +327,16 @@ impl Session {
     /// The store in which the members of the generation under way find each other, and its term.
     pub fn store(&self) -> (Arc<dyn KeyValueStore>, Term) {
         let inbox = self.shared.lock();
-        let ((generation, term), channel) = (inbox.begun, inbox.channel.clone());
-        let aborted = self.shared.aborted.subscribe();
-        let token = self.credentials.token().unwrap_or_default();
-        (Arc::new(GrpcStore::new(channel, self.runtime.clone(), token, term, generation, aborted)), term)
+        let (generation, term) = inbox.begun;
+        let store = GrpcStore {
+            client: StoreServiceClient::new(inbox.channel.clone()),
+            runtime: self.runtime.clone(),
+            token: self.credentials.token().unwrap_or_default(),
+            term,
+            generation,
+            aborted: self.shared.aborted.subscribe(),
+        };
+        (Arc::new(store), term)
     }
 
     /// Adds the GPU's use to the heartbeats. A worker has one watch: a second one changes nothing.

@@ -13,7 +13,7 @@ use ganglion_worker::data::{DataSet, Plan, Prefetcher};
 use ganglion_worker::nn::Pass;
 use ganglion_worker::nn::tensor_bytes::to_bytes;
 use ganglion_worker::objective::gan::loss;
-use ganglion_worker::objective::gan::{DISCRIMINATOR, GENERATOR, Input, phases};
+use ganglion_worker::objective::gan::{DISCRIMINATOR, GENERATOR, Input, Point, phases};
 use ganglion_worker::objective::{Phase, ShardAt, ShardGrad};
 use ganglion_worker::random::{Key, Purpose};
 use safetensors::SafeTensors;
@@ -145,7 +145,7 @@ fn samples_are_the_same_kept_or_drawn_again() {
         let with_kept = leaf(phases[1], Input::Samples(&real, None, &kept));
         assert!(with_kept == leaf(phases[1], Input::Samples(&real, None, &drawn)), "{kind}, {precision}");
         if leaves.tells_real_apart() {
-            let ahead = leaves.real_part(spot(phases[1]), &bench.state, &real).unwrap();
+            let ahead = leaves.real_part(Point { at: spot(phases[1]), state: &bench.state }, &real).unwrap();
             let with_ahead = leaf(phases[1], Input::Samples(&real, Some(ahead), &drawn));
             assert!(with_ahead == with_kept, "{kind}, {precision}: computed ahead");
         }

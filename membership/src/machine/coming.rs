@@ -1,5 +1,6 @@
 //! Joining, resuming, leaving and loss of workers.
 
+use super::locals::FIT;
 use super::*;
 use crate::events::Rested;
 use crate::passport::Difference;
@@ -85,7 +86,7 @@ impl Machine {
             // Finished without a state does not count as finished: the state may have been invalidated
             // since.
             (Some(complete), Some(position)) => {
-                self.finished(worker, generation, position, complete, actions)
+                self.finished((worker, generation), position, complete, actions)
             }
             _ => self.ready(worker, generation, rest.position, actions),
         }
@@ -211,7 +212,8 @@ impl Machine {
             // The member may train on out of sight of the coordinator, until its lease ends.
             self.absent.insert(worker, entry.last_heard + self.settings.limits.lease);
         }
-        self.locals.lost(worker, &loss, entry.member_since, self.now, self.settings.limits.deadline);
+        let lasted = entry.member_since.is_some_and(|since| self.now >= since + FIT);
+        self.locals.lost(worker, &loss, lasted, self.now + self.settings.limits.deadline);
         actions.push(Action::Lose(worker, loss.clone()));
         let cause = Cause::Lost(worker, loss.clone());
         match self.stage {

@@ -32,23 +32,17 @@ impl Locals {
         Locals { workers, lingering: BTreeMap::new(), running, failures: 0, next_spawn: Time::ZERO }
     }
 
-    pub(super) fn lost(
-        &mut self,
-        worker: WorkerId,
-        loss: &Loss,
-        member_since: Option<Time>,
-        now: Time,
-        patience: Duration,
-    ) {
+    /// Counts a loss. `lasted` says whether the worker had trained for a while; its process, if it is still
+    /// there, is killed at `kill`.
+    pub(super) fn lost(&mut self, worker: WorkerId, loss: &Loss, lasted: bool, kill: Time) {
         if !self.workers.contains(&worker) {
             return;
         }
         // After a worker that trained for a while the count starts anew: its replacement may well last.
-        let lasted = member_since.is_some_and(|since| now >= since + FIT);
         self.failures = if lasted { 0 } else { self.failures + 1 };
         // Its process is still there: it ends by itself, or is killed after a while.
         if !matches!(loss, Loss::Exited(_)) {
-            self.lingering.insert(worker, now + patience);
+            self.lingering.insert(worker, kill);
         }
     }
 

@@ -6,8 +6,7 @@ use crate::checkpoint::WrittenPart;
 impl Machine {
     pub(super) fn finished(
         &mut self,
-        worker: WorkerId,
-        generation: Generation,
+        (worker, generation): (WorkerId, Generation),
         position: Position,
         complete: bool,
         actions: &mut Vec<Action>,

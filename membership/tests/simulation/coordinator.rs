@@ -190,7 +190,7 @@ impl Coordinator {
 
     fn hear(&mut self, conn: ConnId, up: Up, ctx: &mut Ctx) {
         if let Up::Hello { proc, attempt, token, resume } = up {
-            return self.hello(conn, (proc, attempt), token, resume, ctx);
+            return self.hello(conn, (proc, attempt), (token, resume), ctx);
         }
         let Some((worker, proc)) = self.sessions.get(&conn).copied() else { return };
         if self.newest.get(&worker) != Some(&conn) {
@@ -226,8 +226,7 @@ impl Coordinator {
         &mut self,
         conn: ConnId,
         (proc, attempt): (Proc, u64),
-        token: Option<u64>,
-        resume: Option<Resume>,
+        (token, resume): (Option<u64>, Option<Resume>),
         ctx: &mut Ctx,
     ) {
         if resume.as_ref().is_some_and(|resume| resume.term > self.term) {

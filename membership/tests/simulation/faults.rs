@@ -94,7 +94,8 @@ pub(crate) fn draw(rng: &mut ChaCha8Rng, seed: u64) -> (Scenario, Job, Vec<(Inst
     let phases = rng.random_range(2..=3);
     let steps = rng.random_range(6..=40);
     let every = rng.random_range(1..=8);
-    let job = Job::new(seed, shards, phases, steps, every, rng.random_range(1..=3));
+    let parts = rng.random_range(1..=3);
+    let job = Job { shards, phases, steps, every, parts, lineage: Vec::new() }.with_lineage(seed);
     let long = rng.random_bool(0.15);
     let quiet_at = rng.random_range(if long { 15_000_000..=40_000_000 } else { 1_000_000..=12_000_000 });
     // Training alone would take about as long as the mishaps.

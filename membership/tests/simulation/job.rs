@@ -67,16 +67,18 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    pub(crate) fn new(seed: u64, shards: u32, phases: u64, steps: u64, every: u64, parts: u32) -> Job {
+    /// Adds the states of an undisturbed run.
+    pub(crate) fn with_lineage(self, seed: u64) -> Job {
         let mut state = State::fresh(seed);
         let mut lineage = vec![state];
-        for _ in 0..phases * steps {
+        let shards = self.shards;
+        for _ in 0..self.phases * self.steps {
             let sum = (0..shards).fold(0u64, |sum, shard| sum.wrapping_add(leaf(&state, shard)));
             let read = (0..shards).fold(0u64, |sum, v| sum.wrapping_add(samples(state.position, v)));
             state.commit(sum, read);
             lineage.push(state);
         }
-        Job { shards, phases, steps, every, parts, lineage }
+        Job { lineage, ..self }
     }
 
     pub(crate) fn end(&self) -> Position {

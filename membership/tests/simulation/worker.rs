@@ -180,7 +180,7 @@ impl Worker {
             Timer::Tick(_) => {}
             Timer::Worked(number) => self.worked(number, ctx),
             Timer::Probed => self.feed(Event::Probed(self.unreachable(ctx)), ctx),
-            Timer::Save(generation, state, index, era) => self.save(generation, state, index, era, ctx),
+            Timer::Save(generation, state, index, era) => self.save((generation, state, index), era, ctx),
             Timer::SaveAlone(attempt) => self.save_alone(attempt, ctx),
         }
     }
@@ -463,7 +463,7 @@ impl Worker {
         ctx.after(wait, Happening::Timer(self.proc, Timer::Save(generation, state, index, self.era)));
     }
 
-    fn save(&mut self, generation: Generation, state: State, index: u32, era: u64, ctx: &mut Ctx) {
+    fn save(&mut self, (generation, state, index): (Generation, State, u32), era: u64, ctx: &mut Ctx) {
         if era != self.era {
             return;
         }

@@ -12,7 +12,7 @@ fn numbers(step: u64, phase: u32, job: [u32; 3], shards: Range<u32>) -> Vec<u64>
     let [phases, data_shards, batch] = job;
     shards
         .flat_map(|shard| {
-            let first = stream_position(step, phase, phases, data_shards, shard, batch);
+            let first = StreamShape { phases, data_shards, shard_batch: batch }.first(step, phase, shard);
             first..first + u64::from(batch)
         })
         .collect()
@@ -29,13 +29,14 @@ fn positions_count_without_gaps() {
             }
         }
     }
-    assert_eq!(stream_position(1_000_000, 1, 2, 8, 3, 64), ((1_000_000 * 2 + 1) * 8 + 3) * 64);
+    let shape = StreamShape { phases: 2, data_shards: 8, shard_batch: 64 };
+    assert_eq!(shape.first(1_000_000, 1, 3), ((1_000_000 * 2 + 1) * 8 + 3) * 64);
 }
 
 #[test]
 #[should_panic(expected = "fewer than 2^64 samples")]
 fn positions_do_not_wrap() {
-    stream_position(u64::MAX / 2, 0, 4, 1, 0, 1);
+    StreamShape { phases: 4, data_shards: 1, shard_batch: 1 }.first(u64::MAX / 2, 0, 0);
 }
 
 proptest! {
@@ -190,7 +191,7 @@ proptest! {
         seed: u64, len in 2..80_u64, gone in 0..80_u64, step in 0..40_u64, world in 1..7_u32,
     ) {
         let job = [2, 7, 3];
-        let from = stream_position(5, 1, 2, 7, 0, 3);
+        let from = StreamShape { phases: 2, data_shards: 7, shard_batch: 3 }.first(5, 1, 0);
         let changes = [Change { from, left_out: vec![gone % len] }];
         let mut whole = SampleStream::with_changes(seed, len, &changes);
         let expected: Vec<u64> = numbers(step, 1, job, 0..7).into_iter().map(|q| whole.sample(q)).collect();

@@ -16,7 +16,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, s
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use ganglion_proto::stream::{Change, SampleStream, ledger_term, stream_position};
+use ganglion_proto::stream::{Change, SampleStream, StreamShape, ledger_term};
 use tch::Tensor;
 
 use super::{DataError, DataSet};
@@ -232,7 +232,7 @@ impl Reader {
         let numbers = shards.clone().flat_map(|shard| {
             // In the order of shards, then of the stream (D2): the place in the batch says whose sample
             // it is.
-            let first = stream_position(step, phase, phases, data_shards, shard, shard_batch);
+            let first = StreamShape { phases, data_shards, shard_batch }.first(step, phase, shard);
             first..first + u64::from(shard_batch)
         });
         let mut wanted = Vec::new();

@@ -32,8 +32,7 @@ pub fn commit(
         // change.
         &mut state.parameters(phase.network).shallow_clone(),
         &narrow(mean, layout.gradient()),
-        &mut state.section(sections.exp_avg_range()),
-        &mut state.section(sections.exp_avg_sq_range()),
+        [&mut state.section(sections.exp_avg_range()), &mut state.section(sections.exp_avg_sq_range())],
         updates,
         model.objective.optimizer(phase, steps),
     )?;

@@ -12,7 +12,7 @@ use tch::{Device, Tensor};
 
 use super::checkpoint_writer::Order;
 use super::generation::TeamError;
-use super::profile::Laps;
+use super::train::Course;
 use super::trainer::{Held, Trainer};
 use crate::checkpoint::Snapshot;
 use crate::nn::tensor_bytes::to_bytes;
@@ -139,16 +139,15 @@ impl Trainer {
         assignment: &Assignment,
         held: &mut Held,
         reported: Reported,
-        pace: &mut Pace,
-        laps: &mut Laps,
+        course: &mut Course<'_>,
     ) {
         let step = self.model.steps(held.state.counters.position);
         let row_is_due = self.job.metrics_due(step, self.data.len() as u64);
         match reported {
             Reported::Committed | Reported::Last { .. } => {
-                pace.steps += 1;
+                course.pace.steps += 1;
                 if row_is_due || matches!(reported, Reported::Last { stopping: true }) {
-                    self.report_row(assignment, held, pace, laps);
+                    self.report_row(assignment, held, course);
                 }
             }
             Reported::Again if row_is_due && held.pending.newest.generation > 0 => {
@@ -172,7 +171,8 @@ impl Trainer {
         }
     }
 
-    fn report_row(&self, assignment: &Assignment, held: &mut Held, pace: &mut Pace, laps: &mut Laps) {
+    fn report_row(&self, assignment: &Assignment, held: &mut Held, course: &mut Course<'_>) {
+        let Course { pace, laps, .. } = course;
         held.pending.newest = pace.circumstances(assignment, &self.job);
         let name = |network| self.model.layout.network(network).name.to_string();
         let profile = laps.take(pace.steps).map(|(network, profile)| (name(network), profile)).collect();

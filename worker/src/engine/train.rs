@@ -25,10 +25,12 @@ use crate::session::Work;
 const READ_AHEAD: usize = 4;
 
 /// Loop state of one generation.
-struct Course<'a> {
+pub(super) struct Course<'a> {
     compute: Box<dyn Compute + 'a>,
+    /// Throughput since the last row.
+    pub(super) pace: Pace,
     /// Timings of the phases' parts.
-    laps: Laps,
+    pub(super) laps: Laps,
     batches: Prefetcher,
     /// Fingerprint of the parameters that the last commit updated.
     fingerprint: u64,
@@ -69,20 +71,21 @@ impl Trainer {
         let at = Place { generation: team.generation, rank: assignment.rank };
         let mut course = Course {
             compute: self.model.objective.begin(),
+            pace: Pace::start(),
             laps: Laps::start(self.track.clone(), at, self.model.phases()),
             batches: self.read_ahead(team, held.state.counters.position, last_step),
             fingerprint: 0,
             same: None,
             ahead: None,
         };
-        let (mut pace, phases_per_step) = (Pace::start(), self.model.shape().phases());
+        let phases_per_step = self.model.shape().phases();
         let schedule = Schedule { end: Position(last_step.saturating_mul(phases_per_step)), phases_per_step };
         let mut next = self.session.advance(Event::Synced(schedule));
         loop {
             for work in next {
                 match work {
                     Work::ReportStep(reported) => {
-                        self.report(assignment, held, reported, &mut pace, &mut course.laps);
+                        self.report(assignment, held, reported, &mut course);
                     }
                     Work::Save(complete) => {
                         course.laps.rest();

@@ -114,7 +114,7 @@ pub(crate) fn train(
         let left = 1.0 - update as f64 / updates as f64;
         // Counted from the update at hand, so that it falls to 0 after the last.
         let adam = Adam { lr: LEARNING_RATE * left, beta1: 0.9, beta2: 0.999, eps: 1e-8 };
-        fused_adam(&mut flat, &gradient, &mut first, &mut second, update + 1, adam)?;
+        fused_adam(&mut flat, &gradient, [&mut first, &mut second], update + 1, adam)?;
         loss_sum += loss.double_value(&[]);
         if (update + 1) % per_epoch == 0 {
             #[allow(clippy::cast_precision_loss)]

@@ -19,28 +19,16 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// Store of one generation's keys. Its calls block, so they must not come from the session's thread.
 pub(super) struct GrpcStore {
-    client: StoreServiceClient<Channel>,
-    runtime: Handle,
-    token: Option<JoinToken>,
-    term: Term,
-    generation: Generation,
+    pub(super) client: StoreServiceClient<Channel>,
+    pub(super) runtime: Handle,
+    pub(super) token: Option<JoinToken>,
+    pub(super) term: Term,
+    pub(super) generation: Generation,
     /// Newest generation that the worker was told to leave.
-    aborted: watch::Receiver<Generation>,
+    pub(super) aborted: watch::Receiver<Generation>,
 }
 
 impl GrpcStore {
-    /// Returns the store behind a channel.
-    pub(super) fn new(
-        channel: Channel,
-        runtime: Handle,
-        token: Option<JoinToken>,
-        term: Term,
-        generation: Generation,
-        aborted: watch::Receiver<Generation>,
-    ) -> Self {
-        GrpcStore { client: StoreServiceClient::new(channel), runtime, token, term, generation, aborted }
-    }
-
     fn key(&self, name: &str) -> Key {
         Key { term: self.term.0, generation: self.generation.0, name: name.to_string() }
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 use ganglion_membership::{Checkpoint, Position, StoredFile, WorkerId, WrittenPart};
 use ganglion_proto::job::Job;
 use ganglion_proto::message::MetricsRow;
-use ganglion_proto::stream::{SampleStream, ledger_term, stream_position};
+use ganglion_proto::stream::{SampleStream, StreamShape, ledger_term};
 use ganglion_proto::{manifest, rows};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
@@ -70,8 +70,9 @@ pub(crate) fn ledger(
     if phase >= phases {
         return 0;
     }
-    let (shard_batch, all) = (job.job.shard_batch, job.job.data_shards);
-    let first = |shard| stream_position(position.0 / per_step, phase, phases, all, shard, shard_batch);
+    let (shard_batch, data_shards) = (job.job.shard_batch, job.job.data_shards);
+    let shape = StreamShape { phases, data_shards, shard_batch };
+    let first = |shard| shape.first(position.0 / per_step, phase, shard);
     let numbers = shards.flat_map(|shard| first(shard)..first(shard) + u64::from(shard_batch));
     numbers.fold(0, |sum: u64, number| sum.wrapping_add(ledger_term(number, stream.sample(number))))
 }

@@ -106,10 +106,10 @@ impl Trainer {
         let mut team = Team::form(assignment, &session, &self.hub, &self.start).await?;
         session.advance(Event::Formed);
         team.start(&job, &mut self.held).await?;
-        let (mut state, mut carried) = self.held.expect("a team starts with a state");
+        let mut held = self.held.expect("a team starts with a state");
         self.start.shared.begin(group.generation.0, group.position.0);
-        let rest = self.train_with(&job, assignment, &mut team, &mut state, &mut carried).await;
-        self.held = Some((state, carried));
+        let rest = self.train_with(&job, assignment, &mut team, &mut held).await;
+        self.held = Some(held);
         rest
     }
 
@@ -118,8 +118,7 @@ impl Trainer {
         job: &Job,
         assignment: &Assignment,
         team: &mut Team<'_>,
-        state: &mut State,
-        carried: &mut Carried,
+        held: &mut (State, Carried),
     ) -> Result<(), Broken> {
         let generation = assignment.group.generation;
         let mut stream = SampleStream::new(job.job.seed, SAMPLES);
@@ -129,9 +128,9 @@ impl Trainer {
         loop {
             for work in next {
                 match work {
-                    Work::ReportStep(reported) => self.report(job, assignment, state, carried, reported),
+                    Work::ReportStep(reported) => self.report(job, assignment, held, reported),
                     Work::Save(_) => {
-                        self.archive.push(generation, *state, files(assignment));
+                        self.archive.push(generation, held.0, files(assignment));
                         let _pause = self.session.pause();
                         let saved = self.archive.drain(|| self.session.is_aborted(generation)).await;
                         let left = if saved { self.session.advance(Event::Saved) } else { Vec::new() };
@@ -141,6 +140,7 @@ impl Trainer {
                     Work::Read | Work::Form | Work::SyncState | Work::Run(_) => {}
                 }
             }
+            let (state, _) = held;
             let agreed = self.run_phase(job, team, state, &mut stream).await?;
             self.start.shared.commit(&self.start.name, generation.0, state);
             next = self.session.advance(Event::Committed { position: state.position, agreed });
@@ -199,8 +199,7 @@ impl Trainer {
         &self,
         job: &Job,
         assignment: &Assignment,
-        state: &State,
-        carried: &mut Carried,
+        (state, carried): &mut (State, Carried),
         reported: Reported,
     ) {
         let (step, _) = state.place(job);

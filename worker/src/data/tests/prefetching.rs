@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use ganglion_proto::stream::{SampleStream, ledger_term, stream_position};
+use ganglion_proto::stream::{SampleStream, StreamShape, ledger_term};
 use tch::Tensor;
 
 use super::*;
@@ -40,7 +40,8 @@ fn batches_come_in_order_with_the_samples_of_the_stream() {
             let mut ledger = 0_u64;
             let mut samples = Vec::new();
             for shard in 1..3 {
-                let first = stream_position(step, phase, 2, 4, shard, 3);
+                let first =
+                    StreamShape { phases: 2, data_shards: 4, shard_batch: 3 }.first(step, phase, shard);
                 for q in first..first + 3 {
                     let sample = stream.sample(q);
                     samples.push(f32::from(u8::try_from(sample).unwrap()) / 127.5 - 1.0);

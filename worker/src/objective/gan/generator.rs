@@ -2,7 +2,7 @@
 
 use tch::{Tensor, no_grad};
 
-use super::{DISCRIMINATOR, FakeBatch, GENERATOR, Gan, GradPart, PassId, own, part, signed};
+use super::{DISCRIMINATOR, FakeBatch, GENERATOR, Gan, GradPart, PassId, Point, own, part, signed};
 use crate::nn::Pass;
 use crate::objective::gan::loss;
 use crate::objective::{Phase, ShardAt, ShardBatch};
@@ -47,28 +47,27 @@ impl Gan {
 
     pub(super) fn generator(
         &self,
-        at: ShardAt,
+        point: Point<'_>,
         drawn: FakeBatch,
         real: Option<&ShardBatch>,
-        state: &State,
     ) -> Result<GradPart, c10d::Error> {
         // The same values without a gradient: the weight gradients of the discriminator are not
         // computed.
-        let frozen = state.frozen(DISCRIMINATOR);
-        let mut pass = self.look(at, state, PassId::Fake, frozen).of(drawn.classes.as_ref());
-        let fake = self.seen(at, state, PassId::Fake, &drawn.fake, &mut pass);
+        let frozen = point.state.frozen(DISCRIMINATOR);
+        let mut pass = self.look(point, PassId::Fake, frozen).of(drawn.classes.as_ref());
+        let fake = self.seen(point, PassId::Fake, &drawn.fake, &mut pass);
         let loss = match real.filter(|_| self.pairs()) {
             Some(real) => {
-                let mut pass = self.look(at, state, PassId::Real, frozen).of(real.classes.as_ref());
-                let images = self.mirrored(at, real);
+                let mut pass = self.look(point, PassId::Real, frozen).of(real.classes.as_ref());
+                let images = self.mirrored(point.at, real);
                 // Real samples give the generator no gradient.
-                let real = no_grad(|| self.seen(at, state, PassId::Real, &images, &mut pass));
+                let real = no_grad(|| self.seen(point, PassId::Real, &images, &mut pass));
                 loss::generator_of_pairs(&real, &fake)
             }
             None => loss::generator(self.job.loss.kind, &fake),
         };
         // The updates of the pass that drew the samples: a pass of the discriminator's here commits
         // none.
-        part(loss, [None, None, None], state.trainable(GENERATOR), drawn.statistics)
+        part(loss, [None, None, None], point.state.trainable(GENERATOR), drawn.statistics)
     }
 }

@@ -72,6 +72,15 @@ pub(super) enum PassId {
     Penalty = 3,
 }
 
+/// Shard whose gradient is computed, and the state that it is computed at.
+#[derive(Clone, Copy)]
+pub struct Point<'a> {
+    /// The shard, with step and phase.
+    pub at: ShardAt,
+    /// The state.
+    pub state: &'a State,
+}
+
 /// Generated samples of a data shard, with the graph for a backward pass.
 pub struct FakeBatch {
     /// The data shard.
@@ -307,7 +316,7 @@ impl Compute for Course<'_> {
 
     fn look_ahead(&mut self, at: ShardAt, state: &State, batch: &ShardBatch) -> Result<(), c10d::Error> {
         // One part for one shard: the next gradient uses it, or it is replaced.
-        self.ahead = Some((at, self.gan.real_part(at, state, batch)?));
+        self.ahead = Some((at, self.gan.real_part(Point { at, state }, batch)?));
         Ok(())
     }
 }
@@ -321,12 +330,13 @@ impl Gan {
         input: Input<'_>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error> {
+        let point = Point { at, state };
         let (parts, frozen) = match input {
             Input::Samples(real, of_real, drawn) => {
-                (self.discriminator(at, state, real, of_real, drawn)?, self.frozen_tensors())
+                (self.discriminator(point, real, of_real, drawn)?, self.frozen_tensors())
             }
             // Frozen layers are the discriminator's.
-            Input::Fake(drawn, real) => (vec![self.generator(at, drawn, real, state)?], 0),
+            Input::Fake(drawn, real) => (vec![self.generator(point, drawn, real)?], 0),
         };
         no_grad(|| fill(out, &parts, f64::from(self.job.job.shard_batch), frozen));
         Ok(())
@@ -349,31 +359,25 @@ impl Gan {
     }
 
     /// Forward pass of the discriminator with the given parameters.
-    pub(super) fn look<'a>(
-        &self,
-        at: ShardAt,
-        state: &'a State,
-        which: PassId,
-        parameters: &'a [Tensor],
-    ) -> Pass<'a> {
+    pub(super) fn look<'a>(&self, point: Point<'a>, which: PassId, parameters: &'a [Tensor]) -> Pass<'a> {
         // A key for each pass, as dropout must not repeat its draws in the next one.
-        let key = own(self.key(at, Purpose::Network), which);
-        Pass::batch(parameters, state.buffers(DISCRIMINATOR), key)
+        let key = own(self.key(point.at, Purpose::Network), which);
+        Pass::batch(parameters, point.state.buffers(DISCRIMINATOR), key)
     }
 
     /// Logits of the discriminator for images, after augmentation.
     pub(super) fn seen(
         &self,
-        at: ShardAt,
-        state: &State,
+        point: Point<'_>,
         which: PassId,
         images: &Tensor,
         pass: &mut Pass<'_>,
     ) -> Tensor {
-        self.models.discriminator.forward(&self.augmented(at, state, which, images), pass)
+        self.models.discriminator.forward(&self.augmented(point, which, images), pass)
     }
 
-    pub(super) fn augmented(&self, at: ShardAt, state: &State, which: PassId, images: &Tensor) -> Tensor {
+    pub(super) fn augmented(&self, point: Point<'_>, which: PassId, images: &Tensor) -> Tensor {
+        let Point { at, state } = point;
         let kinds = &self.job.augmentation.kinds;
         // No draw is made, and no bit of such a job depends on augmentation.
         if kinds.is_empty() {

@@ -2,12 +2,11 @@
 
 use tch::Tensor;
 
-use super::{DISCRIMINATOR, FakeBatch, Gan, GradPart, PassId, part};
+use super::{DISCRIMINATOR, FakeBatch, Gan, GradPart, PassId, Point, part};
 use crate::objective::gan::loss;
 use crate::objective::gan::schedule::Schedule;
 use crate::objective::{ShardAt, ShardBatch};
 use crate::random::Purpose;
-use crate::state::State;
 
 impl Gan {
     /// Factor of the penalties in a phase: 0 in phases without them, else the interval between phases with
@@ -26,22 +25,20 @@ impl Gan {
         weights.map(|weight| weight * self.penalty_factor(at))
     }
 
-    /// Computes R1 or R2, in fp32, in a pass of its own.
+    /// Computes R1 or R2 of samples, images with their classes, in fp32, in a pass of its own.
     pub(super) fn zero_centred(
         &self,
-        at: ShardAt,
-        state: &State,
+        point: Point<'_>,
         which: PassId,
         weight: f64,
-        images: &Tensor,
-        classes: Option<&Tensor>,
+        (images, classes): (&Tensor, Option<&Tensor>),
     ) -> Result<GradPart, c10d::Error> {
         // The fp32 parameters: a second derivative in bf16 would be mostly rounding.
-        let parameters = state.master(DISCRIMINATOR);
+        let parameters = point.state.master(DISCRIMINATOR);
         // The gradient is taken at these images, and goes no further back.
         let images = images.detach().set_requires_grad(true);
-        let mut pass = self.look(at, state, PassId::Penalty, parameters).of(classes);
-        let logits = self.seen(at, state, which, &images, &mut pass);
+        let mut pass = self.look(point, PassId::Penalty, parameters).of(classes);
+        let logits = self.seen(point, which, &images, &mut pass);
         part(loss::zero_centred_penalty(weight, &images, &logits), [None, None, None], parameters, Vec::new())
     }
 
@@ -49,21 +46,20 @@ impl Gan {
     /// generated samples are not data.
     pub(super) fn penalty(
         &self,
-        at: ShardAt,
-        state: &State,
+        point: Point<'_>,
         real: &ShardBatch,
         drawn: &FakeBatch,
     ) -> Result<GradPart, c10d::Error> {
-        let key = self.key(at, Purpose::Interpolation);
+        let key = self.key(point.at, Purpose::Interpolation);
         // One place for each sample, drawn by the key of the shard (D2).
         let places = key.uniform(0.0, 1.0, self.shard_batch()).to_device(self.device);
-        let parameters = state.master(DISCRIMINATOR);
-        let mut pass = self.look(at, state, PassId::Penalty, parameters).of(real.classes.as_ref());
+        let parameters = point.state.master(DISCRIMINATOR);
+        let mut pass = self.look(point, PassId::Penalty, parameters).of(real.classes.as_ref());
         let logits = |x: &Tensor| self.models.discriminator.forward(x, &mut pass);
-        let weight = self.job.loss.gradient_penalty * self.penalty_factor(at);
+        let weight = self.job.loss.gradient_penalty * self.penalty_factor(point.at);
         // The discriminator sees augmented samples only, so the penalty holds it in check there.
-        let real = self.augmented(at, state, PassId::Real, &self.mirrored(at, real));
-        let fake = self.augmented(at, state, PassId::Fake, &drawn.fake.detach());
+        let real = self.augmented(point, PassId::Real, &self.mirrored(point.at, real));
+        let fake = self.augmented(point, PassId::Fake, &drawn.fake.detach());
         let loss = loss::gradient_penalty(weight, &real, &fake, &places, logits);
         part(loss, [None, None, None], parameters, Vec::new())
     }
