@@ -21,7 +21,7 @@ RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build build-bench build-tests demo bench bench-functions bench-gpu bench-load bench-recovery test test-bench golden simulate simulate-planted simulate-shell chaos check fmt lint style modules features unused docs licences proto-lint proto-breaking proto-contract clean \
-	advisories pins update-pins requirements sbom check-sbom wheel image check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
+	advisories pins update-pins requirements sbom check-sbom wheel image release check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
 
 help: ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -154,6 +154,8 @@ $(TOOLS)/cloud:
 
 test-pytorch: build $(TOOLS)/bench $(TOOLS)/python ## Train networks written in PyTorch, and load the result back into it.
 	PYTHONPATH="$(CURDIR)/$(TOOLS)/bench:$(CURDIR)/$(TOOLS)/python" $(PYTHON) tests/networks/check.py --programs target/release
+	PYTHONPATH="$(CURDIR)/$(TOOLS)/bench:$(CURDIR)/$(TOOLS)/python" GANGLION_PYTORCH=1 GANGLION_BIN="$(CURDIR)/target/release" \
+		$(CARGO) test --release --locked -p ganglion-tests --test pages
 
 test-browser: build ## Look at the dashboard of a real run with a real browser. Needs Chromium.
 	$(PYTHON) tests/browser/dashboard.py --programs target/release
@@ -179,7 +181,7 @@ style: $(TOOLS)/lint ## Check spelling, shell scripts, Python and the layout of 
 	$(TOOLS)/lint/bin/ruff format --no-cache --check --quiet
 	PYTHONPATH=$(TOOLS)/lint $(TOOLS)/lint/bin/clang-format --dry-run --Werror $(SHIM)
 
-SCRIPTS := .ci/run deploy/collect.sh deploy/slurm/ganglion.sbatch tests/deploy/bases.sh
+SCRIPTS := .ci/run deploy/collect.sh deploy/release.sh deploy/slurm/ganglion.sbatch tests/deploy/bases.sh
 SHIM := $(shell find c10d/shim -name '*.cc' -o -name '*.h')
 
 $(TOOLS)/lint:
@@ -292,6 +294,9 @@ $(TOOLS)/patchelf:
 
 image: ## Build the container image ganglion:cpu (CUDA=1: ganglion:cuda; IMAGE_ARGS="--build-arg ...").
 	$(DOCKER) build --file deploy/Dockerfile --target $(IMAGE_KIND) --tag ganglion:$(IMAGE_KIND) $(IMAGE_ARGS) .
+
+release: ## Make a release in dist/: wheel, image, bills of materials, checksums (CUDA=1 adds those for GPUs; DRAFT=1 to try).
+	DOCKER=$(DOCKER) CUDA=$(CUDA) DRAFT=$(DRAFT) IMAGE_ARGS="$(IMAGE_ARGS)" deploy/release.sh
 
 # Needs Debian's podman, buildah, runc, netavark, aardvark-dns, debootstrap, slurmctld, slurmd, slurm-client and munge.
 test-deploy: wheel check-sbom test-kubernetes $(TOOLS)/compose ## Test the wheel, the container image and Slurm for real (as root; ONLY="wheel slurm").
