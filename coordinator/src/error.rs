@@ -1,6 +1,10 @@
 //! Failures of the `coordinator` program, and the user's action for each.
 
+use std::io;
+
 use ganglion_proto::credentials::CredentialError;
+use ganglion_proto::out::{self, OutError};
+use ganglion_storage::whole;
 
 use crate::checkpoints::catalog::Unusable;
 use crate::journal::JournalError;
@@ -26,6 +30,9 @@ pub enum Failure {
     /// The machine, the network or this program failed; the same command may succeed later or elsewhere.
     #[error("{0}")]
     Other(String),
+    /// The reader of the output has gone, and wants to hear no more.
+    #[error("the reader of the output has gone")]
+    Closed,
 }
 
 impl Failure {
@@ -39,12 +46,20 @@ impl Failure {
         Failure::Other(error.to_string())
     }
 
+    /// Failure to write what an option names: a wrong choice of the user's, unless the disk is full
+    /// or failing.
+    pub fn unwritable(option: impl std::fmt::Display, error: &io::Error) -> Failure {
+        let text = format!("{option}: {error}");
+        if whole::is_mistake(error) { Failure::Input(text) } else { Failure::Other(text) }
+    }
+
     /// Exit code of the process.
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Input(_) => 2,
             Failure::Stopped { code, .. } | Failure::Interrupted(code) => *code,
             Failure::Other(_) => 1,
+            Failure::Closed => out::CLOSED,
         }
     }
 }
@@ -81,6 +96,15 @@ impl From<Unusable> for Failure {
         match error {
             Unusable::Input(_) => Failure::input(error),
             Unusable::Away(_) => Failure::other(error),
+        }
+    }
+}
+
+impl From<OutError> for Failure {
+    fn from(error: OutError) -> Self {
+        match error {
+            OutError::Closed => Failure::Closed,
+            OutError::Failed(_) => Failure::other(error),
         }
     }
 }

@@ -15,6 +15,7 @@
 //! assert!(errors.to_string().contains("did you mean job.steps?"), "{errors}");
 //! ```
 #![forbid(unsafe_code)]
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod api;
 mod checkpoints;

@@ -1,5 +1,6 @@
 //! The `coordinator` program.
 #![forbid(unsafe_code)]
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 use std::process::ExitCode;
 

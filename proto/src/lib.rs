@@ -6,6 +6,8 @@
 //! and the structured log ([`log`]). Content from the wire is checked during conversion: see
 //! [`Malformed`].
 //!
+//! What both programs print goes through [`out`] and [`progress`].
+//!
 //! A line of `metrics.jsonl` is a [`MetricsRow`](record::MetricsRow):
 //!
 //! ```
@@ -17,6 +19,7 @@
 //! assert_eq!((row.step, row.scalars.get("loss_generator")), (100, Some(0.7)));
 //! # Ok::<(), serde_json::Error>(())
 //! ```
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 mod bounds;
 pub mod clock;
@@ -35,6 +38,8 @@ pub mod log;
 pub mod manifest;
 pub mod message;
 pub mod names;
+pub mod out;
+pub mod progress;
 pub mod record;
 pub mod rows;
 mod shown;

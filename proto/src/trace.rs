@@ -13,6 +13,7 @@
 //!    of the clock, so slices of a track do not overlap.
 //! 4. A trace never stops a run: when it cannot be written or has reached [`LIMIT`], that is logged
 //!    once and the trace ends.
+//! 5. An older trace stays until the first block of the new one is written.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -25,6 +26,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
+use tempfile::Builder;
 
 /// Approximate limit of a trace's size in bytes: viewers hold all of it in memory.
 pub const LIMIT: u64 = 128 << 20;
@@ -128,27 +130,16 @@ impl Trace {
         // The system moves to the end at each write, so that blocks of several processes do not
         // overwrite each other.
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
-        // A coordinator that still runs is not waited for: the user chose the same file twice.
-        let lock = Flock::lock(file.try_clone()?, FlockArg::LockExclusiveNonblock).map_err(
-            |(_, errno)| match errno {
-                Errno::EWOULDBLOCK => {
-                    io::Error::other("another process writes a trace there; choose another file")
-                }
-                _ => io::Error::other(format!(
-                    "it cannot be locked ({errno}); choose a file on another file system"
-                )),
-            },
-        )?;
+        let lock = lock(&file)?;
         let begins = match look(&mut file, limit)? {
             Content::Other => {
-                return Err(io::Error::other("the file is there and is no trace; choose another one"));
+                return Err(wrong("the file is there and is no trace; choose another one"));
             }
+            // The lock on the old file is held until the new one is in its place.
+            Content::Old => return Trace::replace(limit, path, process),
             // The rest of a run whose coordinator was killed: the same timeline goes on.
             Content::Unfinished => false,
-            Content::Nothing | Content::Old => {
-                file.set_len(0)?;
-                true
-            }
+            Content::Nothing => true,
         };
         // Kept for as long as the trace, by its only creator.
         let trace = Trace::write_to(file, path, limit, Some(lock))?;
@@ -157,6 +148,23 @@ impl Trace {
         } else {
             trace.name(process);
         }
+        Ok(trace)
+    }
+
+    /// Creates the file beside an older trace, and puts it in its place once it has begun.
+    fn replace(limit: u64, path: &Path, process: &str) -> io::Result<Trace> {
+        // Of a link, the target.
+        let path = path.canonicalize()?;
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        let mut builder = Builder::new();
+        builder.prefix(".trace.").suffix(".new").append(true);
+        builder.permissions(std::fs::metadata(&path)?.permissions());
+        let draft = builder.tempfile_in(folder)?;
+        let file = draft.as_file().try_clone()?;
+        let lock = lock(&file)?;
+        let trace = Trace::write_to(file, &path, limit, Some(lock))?;
+        trace.begin_file(process)?;
+        draft.persist(&path)?;
         Ok(trace)
     }
 
@@ -364,6 +372,20 @@ impl Track {
     }
 }
 
+/// Error of a file that the user should not have chosen.
+fn wrong(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, what)
+}
+
+/// Locks a file for its creator. A coordinator that still runs is not waited for: the user chose the
+/// same file twice.
+fn lock(file: &File) -> io::Result<Flock<File>> {
+    Flock::lock(file.try_clone()?, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        Errno::EWOULDBLOCK => wrong("another process writes a trace there; choose another file"),
+        _ => wrong(&format!("it cannot be locked ({errno}); choose a file on another file system")),
+    })
+}
+
 fn microseconds(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
@@ -371,7 +393,7 @@ fn microseconds(time: Duration) -> u64 {
 fn look(file: &mut File, limit: u64) -> io::Result<Content> {
     let about = file.metadata()?;
     if !about.is_file() {
-        return Err(io::Error::other("not a regular file"));
+        return Err(wrong("not a regular file, which several processes can write to; choose another one"));
     }
     if about.len() == 0 {
         return Ok(Content::Nothing);
@@ -521,6 +543,21 @@ mod tests {
         trace.finish();
         assert_eq!(events(&format!("{text}]")).len(), 2 + written);
         assert_eq!(Trace::off().path(), None);
+    }
+
+    /// Invariant 5. A limit on the size of files stands for a disk that is full.
+    #[test]
+    fn an_older_trace_stays_where_a_new_one_cannot_begin() {
+        let (folder, path) = file();
+        Trace::create(&path, "first").unwrap().finish();
+        let old = read(&path);
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        Trace::create(&link, "second").unwrap().finish();
+        assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(events(&read(&path))[0]["args"]["name"], "second");
+        assert_ne!(read(&path), old);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "and no draft is left");
     }
 
     /// Invariant 4, where the system refuses to write.

@@ -7,12 +7,13 @@
 //! 3. Of several writers of one name the last one to finish wins, or the first, for files that are
 //!    created; their contents are never mixed.
 //! 4. A symbolic link is followed, so that its target gets the content, except for secrets: their
-//!    link is replaced. A file that is not a plain one, such as `/dev/full`, is written to and
-//!    never replaced.
+//!    link is replaced. A file that is not a plain one, such as `/dev/full` or a pipe, is written to
+//!    and never replaced. So is an open file, such as `/dev/stdout`.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -20,8 +21,10 @@ use rustix::fs::{CWD, RenameFlags, renameat_with, statvfs};
 use rustix::io::Errno;
 use tempfile::{Builder, NamedTempFile};
 
-/// Suffix of a draft's name. Its prefix is a dot.
-const DRAFT: &str = ".new";
+/// Suffix of a draft's name: no file of a user's has it. Its prefix is a dot.
+const DRAFT: &str = ".ganglion.new";
+/// Folders in which this process's open files are.
+const OPEN_FILES: [&str; 2] = ["/dev/fd", "/proc/self/fd"];
 /// Longest chain of symbolic links; a longer one is a loop.
 const LINKS_LIMIT: u32 = 40;
 /// Time after which an empty file that reserves a name counts as a dead writer's.
@@ -34,8 +37,13 @@ const CLAIM_LOOK: Duration = Duration::from_millis(50);
 /// # Errors
 /// The system's.
 pub fn write(file: &Path, content: &[u8]) -> io::Result<()> {
-    // Explained here, where the size of the content is known.
-    write_by(file, |mut draft| draft.write_all(content)).map_err(|error| explain(error, content.len(), file))
+    let written = write_by(file, |mut draft| draft.write_all(content));
+    match follow(file).and_then(|file| is_special(&file)) {
+        // A device has no room that could be told.
+        Ok(true) => written,
+        // Explained here, where the size of the content is known.
+        _ => written.map_err(|error| explain(error, content.len(), file)),
+    }
 }
 
 /// Writes a file that only this user can read, replacing whatever exists, also a symbolic link.
@@ -71,7 +79,7 @@ pub fn write_by<T, E: From<io::Error>>(
     let file = &follow(file)?;
     // A device or a pipe would be replaced by a plain file.
     if is_special(file)? {
-        return fill(&File::options().write(true).open(file)?);
+        return fill(&open_special(file)?);
     }
     let draft = Draft::beside(file)?;
     let filled = fill(draft.file())?;
@@ -86,9 +94,21 @@ pub fn write_by<T, E: From<io::Error>>(
 /// The system's, as a write would return it.
 pub fn try_out(file: &Path) -> io::Result<()> {
     let file = follow(file)?;
-    match is_special(&file)? {
-        true => File::options().write(true).open(file).map(drop),
-        false => Draft::beside(&file).map(drop),
+    match fs::metadata(&file) {
+        // A pipe that is opened twice has an end for its reader in between.
+        Ok(found) if found.file_type().is_fifo() => Ok(()),
+        _ if is_special(&file)? => open_special(&file).map(drop),
+        _ => Draft::beside(&file).map(drop),
+    }
+}
+
+/// Whether what is written to a file comes out at standard output, where nothing else may come then.
+#[allow(clippy::disallowed_methods)] // nothing is written
+pub fn is_standard_output(file: &Path) -> bool {
+    let own = io::stdout().as_fd().try_clone_to_owned().and_then(|own| File::from(own).metadata());
+    match (follow(file).and_then(fs::metadata), own) {
+        (Ok(file), Ok(own)) => (file.dev(), file.ino()) == (own.dev(), own.ino()),
+        _ => false,
     }
 }
 
@@ -164,7 +184,7 @@ pub fn explain(error: io::Error, needed: usize, file: &Path) -> io::Error {
     }
     // Blocks that an ordinary user may take: a file system reserves some for root.
     let free = statvfs(parent(file)).map(|found| found.f_bavail.saturating_mul(found.f_frsize));
-    let free = free.map(|bytes| format!(", {} is free", size(bytes))).unwrap_or_default();
+    let free = free.map(|bytes| format!(", free: {}", size(bytes))).unwrap_or_default();
     io::Error::new(error.kind(), format!("{error}: it needs {}{free}", size(needed as u64)))
 }
 
@@ -181,6 +201,8 @@ fn size(bytes: u64) -> String {
 pub struct Draft {
     draft: NamedTempFile,
     target: PathBuf,
+    /// Device, pipe or open file that gets the content instead of being replaced.
+    special: Option<File>,
 }
 
 impl Draft {
@@ -195,6 +217,21 @@ impl Draft {
         }
         // Other users may read it as far as the umask allows.
         Draft::open(target, 0o666)
+    }
+
+    /// The same for a target of any kind, for a library that opens files by path. What is no plain
+    /// file gets the content when the draft is put.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn for_output(target: &Path) -> io::Result<Draft> {
+        let target = follow(target)?;
+        if !is_special(&target)? {
+            return Draft::beside(&target);
+        }
+        // Waits for the reader of a pipe.
+        let special = Some(open_special(&target)?);
+        Ok(Draft { draft: NamedTempFile::new()?, target, special })
     }
 
     /// Begins a file that only this user can read.
@@ -215,7 +252,7 @@ impl Draft {
         let mut builder = Builder::new();
         builder.prefix(&prefix).suffix(DRAFT).permissions(Permissions::from_mode(mode));
         let draft = builder.tempfile_in(parent(&target))?;
-        Ok(Draft { draft, target })
+        Ok(Draft { draft, target, special: None })
     }
 
     /// Open file handle.
@@ -233,6 +270,11 @@ impl Draft {
     /// # Errors
     /// The system's. If only making it durable failed, the new file may be in place.
     pub fn put(mut self) -> io::Result<()> {
+        if let Some(special) = &mut self.special {
+            // By its name: a library may have made the file anew.
+            io::copy(&mut File::open(self.draft.path())?, special)?;
+            return special.flush();
+        }
         // Invariant 1: the content is on the disk before the name is.
         self.file().sync_all()?;
         fs::rename(self.draft.path(), &self.target)?;
@@ -320,6 +362,10 @@ fn claim(from: &Path, to: &Path, patience: Duration) -> io::Result<()> {
 fn follow(target: &Path) -> io::Result<PathBuf> {
     let mut place = target.to_path_buf();
     for _ in 0..LINKS_LIMIT {
+        // Its link names what was opened, and that may have another name by now, or none.
+        if is_open_file(&place) {
+            return Ok(place);
+        }
         match fs::read_link(&place) {
             // A relative link counts from its own folder.
             Ok(next) => place = parent(&place).join(next),
@@ -333,11 +379,29 @@ fn follow(target: &Path) -> io::Result<PathBuf> {
     Err(Errno::LOOP.into())
 }
 
+/// Whether a path names a file that this process has open, such as `/dev/fd/1`.
+fn is_open_file(place: &Path) -> bool {
+    place.parent().is_some_and(|folder| OPEN_FILES.iter().any(|open| folder == Path::new(open)))
+}
+
+/// Whether a file is written to instead of being replaced.
 fn is_special(place: &Path) -> io::Result<bool> {
     match fs::symlink_metadata(place) {
-        Ok(found) => Ok(!found.is_file()),
+        Ok(found) => Ok(is_open_file(place) || !found.is_file()),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+#[allow(clippy::disallowed_methods)] // the user named it as a file
+fn open_special(place: &Path) -> io::Result<File> {
+    let number = place.file_name().filter(|_| is_open_file(place));
+    match number.and_then(|number| number.to_str()) {
+        // The very file: one that was opened anew would be written from its beginning.
+        Some("1") => Ok(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
+        Some("2") => Ok(File::from(io::stderr().as_fd().try_clone_to_owned()?)),
+        Some(_) => File::options().append(true).open(place),
+        None => File::options().write(true).open(place),
     }
 }
 
@@ -405,10 +469,11 @@ mod tests {
         let file = folder.path().join("file");
         let Draft { draft, .. } = Draft::beside(&file).unwrap();
         draft.keep().unwrap();
-        fs::write(folder.path().join("mine.new"), "").unwrap();
-        assert_eq!(names(folder.path()).len(), 2);
+        let own = [".file.new", ".file.secret.new", "file.new", "mine.ganglion.new"];
+        own.iter().for_each(|own| fs::write(folder.path().join(own), "").unwrap());
+        assert_eq!(names(folder.path()).len(), own.len() + 1);
         sweep(folder.path()).unwrap();
-        assert_eq!(names(folder.path()), ["mine.new"]);
+        assert_eq!(names(folder.path()), own);
     }
 
     #[test]
@@ -438,11 +503,45 @@ mod tests {
             assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
         }
         symlink("/dev/full", &null).unwrap();
-        assert_eq!(write(&null, b"1").unwrap_err().kind(), ErrorKind::StorageFull);
+        let full = write(&null, b"1").unwrap_err();
+        assert_eq!((full.kind(), full.to_string().contains("free")), (ErrorKind::StorageFull, false));
         assert!(Draft::beside(&null).is_err() && !fs::metadata("/dev/full").unwrap().is_file());
         symlink("loop", folder.path().join("loop")).unwrap();
         assert!(write(&folder.path().join("loop"), b"1").is_err());
         assert_eq!(names(folder.path()), ["link", "loop", "null", "target"]);
+    }
+
+    /// Invariant 4, for a pipe and for a library that opens files by path.
+    #[test]
+    fn a_pipe_gets_the_content_and_is_not_opened_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        // Without a reader this would wait.
+        try_out(&pipe).unwrap();
+        let read = std::thread::scope(|scope| {
+            let reader = scope.spawn(|| fs::read(&pipe).unwrap());
+            let draft = Draft::for_output(&pipe).unwrap();
+            fs::write(draft.path(), "content").unwrap();
+            draft.put().unwrap();
+            reader.join().unwrap()
+        });
+        assert_eq!((read, names(folder.path())), (b"content".to_vec(), vec!["pipe".into()]));
+        assert!(is_special(&pipe).unwrap());
+    }
+
+    #[test]
+    fn an_open_file_is_known_by_its_number() {
+        for open in ["/dev/stdout", "/dev/stderr", "/dev/fd/2", "/proc/self/fd/1"] {
+            let place = follow(Path::new(open)).unwrap();
+            assert!(is_open_file(&place) && is_special(&place).unwrap(), "{open}: {}", place.display());
+            open_special(&place).unwrap();
+        }
+        assert!(is_standard_output(Path::new("/dev/stdout")));
+        assert!(!is_standard_output(Path::new("/dev/full")) && !is_open_file(Path::new("/dev/fd")));
+        let folder = tempfile::tempdir().unwrap();
+        assert!(try_out(folder.path()).is_err(), "a folder is no file");
+        assert_eq!(try_out(folder.path()).unwrap_err().kind(), ErrorKind::IsADirectory);
     }
 
     #[test]

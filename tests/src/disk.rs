@@ -21,9 +21,14 @@ pub struct Disk {
 impl Disk {
     /// Mounts a tmpfs of 8 MB at a folder; prints the reason if that is not possible here.
     pub fn mount(folder: PathBuf) -> Option<Disk> {
+        Disk::mount_of("8m", folder)
+    }
+
+    /// The same for a size as `mount` reads it.
+    pub fn mount_of(size: &str, folder: PathBuf) -> Option<Disk> {
         fs::create_dir_all(&folder).expect("a folder");
         let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"]).arg(&folder);
+        mount.args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(&folder);
         if !mount.output().is_ok_and(|output| output.status.success()) {
             eprintln!("SKIPPED: a disk of its own needs the right to mount a tmpfs (root)");
             return None;
@@ -33,11 +38,17 @@ impl Disk {
 
     /// Fills the file system except for a few kilobytes.
     pub fn fill(&self) {
+        let filler = self.fill_up();
+        let length = filler.metadata().expect("its length").len();
+        filler.set_len(length - LEFT).expect("it gets shorter");
+    }
+
+    /// Fills the file system up; returns the file that does.
+    pub fn fill_up(&self) -> File {
         let chunk = vec![0u8; 64 << 10];
         let mut filler = File::create(self.folder.join("filler")).expect("a file");
         while filler.write_all(&chunk).is_ok() {}
-        let length = filler.metadata().expect("its length").len();
-        filler.set_len(length - LEFT).expect("it gets shorter");
+        filler
     }
 
     /// Makes space again.

@@ -84,10 +84,53 @@ fn every_line_of_the_structured_log_says_where_in_the_run_it_was() {
     ganglion_tests::send(run.pids(1)[1], Signal::SIGKILL);
     let ended = coordinator.wait();
     assert_eq!(ended.code, Some(0), "{}", ended.output);
-    let lines = ended.output.lines().filter(|line| line.starts_with('{'));
-    let lines: Vec<Value> = lines.map(|line| serde_json::from_str(line).unwrap()).collect();
+    let lines = objects(&ended.output);
     assert!(lines.iter().all(|line| line["run"] == "mnist-mlp" && line["time"].is_f64()), "{}", ended.output);
     let of_survivor =
         |line: &&Value| line["rank"] == 0 && line["generation"] == 1 && line["step"].as_u64() >= Some(50);
     assert!(lines.iter().any(|line| of_survivor(&line)), "{}", ended.output);
+    let words = |words: &str| {
+        lines.iter().any(|line| line["message"].as_str().is_some_and(|text| text.contains(words)))
+    };
+    for told in ["other workers join with", "regrouping: ", "step 600/600", "is complete"] {
+        assert!(words(told), "no {told:?} in:\n{}", ended.output);
+    }
+}
+
+/// Lines of the structured log; all must be.
+#[track_caller]
+fn objects(output: &str) -> Vec<Value> {
+    let parse = |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    output.lines().map(parse).collect()
+}
+
+/// Messages of commands other than training are of the structured log as well; results are not.
+#[test]
+fn every_command_writes_its_messages_as_the_log_is_written() {
+    let run = Run::new(&[SMALL_MLP, &["job.steps=2"]]);
+    run.complete(1);
+    let (place, picture) = (run.path(""), run.beside("digits.png"));
+    let (place, picture) = (place.to_str().unwrap(), picture.to_str().unwrap());
+    for (name, line, level, says) in [
+        ("worker", &["sample", "--checkpoint", place, "--out", picture][..], "INFO", "digits.png"),
+        ("worker", &["sample", "--checkpoint", "/nowhere", "--out", picture], "ERROR", "/nowhere"),
+        ("worker", &["sample", "--nonsense"], "ERROR", "--nonsense"),
+        ("worker", &["--coordinator", "nonsense"], "ERROR", "--coordinator nonsense"),
+        ("coordinator", &["audit", "/nowhere"], "ERROR", "/nowhere"),
+        ("coordinator", &["status", "--nonsense"], "ERROR", "--nonsense"),
+        ("coordinator", &["--set", "job.stepz=1"], "ERROR", "job.stepz"),
+        ("coordinator", &["data", "check", "--data", "folder:/nowhere"], "ERROR", "/nowhere"),
+    ] {
+        let mut command = std::process::Command::new(program(name));
+        command.args(line).args(["--log-format", "json"]);
+        let ended = Process::start(command).wait();
+        let lines = objects(&ended.output);
+        let last = lines.last().unwrap();
+        assert_eq!(last["level"], level, "{}", ended.output);
+        assert!(last["message"].as_str().unwrap().contains(says), "{}", ended.output);
+    }
+    let mut status = std::process::Command::new(program("coordinator"));
+    status.args(["status", "--run-dir", place]).env("GANGLION_LOG_FORMAT", "json");
+    let ended = Process::start(status).wait();
+    assert!(ended.output.starts_with("run mnist-mlp: "), "{}", ended.output);
 }

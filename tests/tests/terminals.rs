@@ -37,6 +37,21 @@ fn log(run: &Run) -> String {
     fs::read_to_string(run.path("coordinator.log")).unwrap_or_default()
 }
 
+/// A command on a terminal of that kind and width, whose name is printed first.
+fn on_terminal(command: &Command, kind: &str, width: usize) -> Process {
+    let mut terminal = Command::new("script");
+    let line = format!("tty; stty rows 24 cols {width}; exec {}", line(command));
+    terminal.args(["--quiet", "--return", "--flush", "--command", &line, "/dev/null"]).env("TERM", kind);
+    Process::start(terminal)
+}
+
+/// Widths of the lines that were drawn over, in columns: those that end in a carriage return alone.
+fn drawn(output: &str) -> Vec<usize> {
+    let plain = console::strip_ansi_codes(output).replace("\r\n", "\n");
+    let lines = plain.split('\n').flat_map(|line| line.split('\r').rev().skip(1));
+    lines.map(console::measure_text_width).filter(|width| *width > 0).collect()
+}
+
 /// The program that runs a command, as one line for a shell.
 fn line(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
@@ -164,5 +179,70 @@ fn a_detached_run_that_cannot_start_says_why() {
             assert_eq!(ended.code, Some(code), "{}", ended.output);
             assert!(ended.output.contains(says), "no {says:?} in:\n{}", ended.output);
         }
+    }
+}
+
+#[test]
+fn the_status_line_fits_a_terminal_of_any_width_and_follows_it() {
+    let run = Run::new(&[SMALL_MLP, ENDLESS]);
+    let coordinator = on_terminal(&run.command(&["--workers", "1"]), "xterm", 40);
+    let is_drawn = |output: &str| drawn(output).len() > 20 && output.contains("step ");
+    let output = eventually("a status line", || Some(coordinator.output()).filter(|output| is_drawn(output)));
+    assert_eq!(drawn(&output).into_iter().max(), Some(40), "{output:?}");
+    let terminal = output.lines().next().unwrap().trim().to_string();
+    for width in [23, 90] {
+        let so_far = coordinator.output().len();
+        assert!(
+            Command::new("stty")
+                .args(["-F", &terminal, "cols", &width.to_string()])
+                .status()
+                .unwrap()
+                .success()
+        );
+        // Of the lines that were under way some may have the old width.
+        let later = |output: &String| drawn(output.get(so_far..).unwrap_or_default()).len() > 20;
+        let output = eventually("later lines", || Some(coordinator.output()).filter(later));
+        let widths = drawn(&output[so_far..]);
+        assert_eq!(widths[widths.len() - 10..], [width; 10], "{:?}", &output[so_far..]);
+    }
+    coordinator.signal(Signal::SIGKILL);
+    let started = run.wait_for("coordinator_started", |_| true);
+    send(i32::try_from(started["pid"].as_i64().unwrap()).unwrap(), Signal::SIGTERM);
+}
+
+#[test]
+fn a_terminal_that_cannot_draw_gets_lines() {
+    let run = Run::new(&[SMALL_MLP, &["job.steps=50", "metrics.every_steps=10"]]);
+    let ended = on_terminal(&run.command(&["--workers", "1"]), "dumb", 80).wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
+    let lines = ended.output.replace("\r\n", "\n");
+    assert!(!lines.contains(['\r', '\x1b']), "{lines:?}");
+    for line in ["step 10/50", "step 50/50", "is complete"] {
+        assert!(lines.lines().any(|known| known.contains(line)), "no {line:?} in:\n{lines}");
+    }
+}
+
+/// The line of a command that waits, here for somebody who reads what it writes.
+#[test]
+fn the_progress_of_a_command_fits_and_goes() {
+    let run = Run::new(&[SMALL_MLP, &["job.steps=2"]]);
+    run.complete(1);
+    let out = run.beside("a pipe with a long name, as files of people often have");
+    assert!(Command::new("mkfifo").arg(&out).status().unwrap().success());
+    let mut command = Command::new(ganglion_tests::program("worker"));
+    command.arg("sample").arg("--checkpoint").arg(run.path("")).arg("--out").arg(&out);
+    for (kind, says) in [("xterm", "drawing a picture"), ("dumb", "drawing a picture: ")] {
+        let drawing = on_terminal(&command, kind, 15);
+        let output =
+            eventually("progress", || Some(drawing.output()).filter(|output| output.contains(&says[..12])));
+        match kind {
+            "xterm" => assert!(
+                output.contains("\x1b[K") && drawn(&output).iter().all(|width| *width < 15),
+                "{output:?}"
+            ),
+            _ => assert!(!output.contains('\x1b') && output.contains(says), "{output:?}"),
+        }
+        fs::read(&out).unwrap();
+        assert_eq!(drawing.wait().code, Some(0));
     }
 }

@@ -34,6 +34,7 @@
 //! assert_eq!(both.take()[0].1, sum_of(0..4)[0].1);
 //! ```
 #![forbid(unsafe_code)]
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod checkpoint;
 pub mod commands;

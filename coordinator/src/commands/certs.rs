@@ -4,8 +4,9 @@
 //! 2. Keys and the token are readable by this user alone, from the moment they exist.
 //! 3. A worker's certificate names no machine: it cannot impersonate the coordinator.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use ganglion_proto::credentials::{CA_FILE, CERTIFICATE_FILE, KEY_FILE, TlsFiles};
@@ -14,6 +15,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,
 };
+use tempfile::Builder;
 use time::{Duration, OffsetDateTime};
 use tokio_rustls::rustls::pki_types::ServerName;
 
@@ -95,12 +97,10 @@ impl Init {
         let coordinator = self.certificate(&authority, "ganglion-coordinator", hosts.clone())?;
         let worker = self.certificate(&authority, WORKER, vec![WORKER.to_string()])?;
         let own = (authority.certificate.clone(), authority.key.clone());
-        for (name, (certificate, key)) in [("ca", own), ("coordinator", coordinator), ("worker", worker)] {
-            write(&self.dir.join(name), &authority.certificate, &certificate, &key)
-                .map_err(|error| input(error.to_string()))?;
-        }
         let token = new_token().map_err(Failure::other)?;
-        write_new(&self.dir.join("join-token"), &token, 0o600).map_err(|error| input(error.to_string()))?;
+        let parts = [("ca", own), ("coordinator", coordinator), ("worker", worker)];
+        put(&self.dir, &authority.certificate, &parts, &token)
+            .map_err(|error| Failure::unwritable(format_args!("--dir {}", self.dir.display()), &error))?;
         // Read back by the code that will use them: a folder that cannot work is reported here.
         for name in ["coordinator", "worker"] {
             TlsFiles::new(&self.dir.join(name)).read()?;
@@ -211,6 +211,23 @@ fn failed(error: rcgen::Error) -> Failure {
     Failure::Other(format!("cannot make a certificate: {error}"))
 }
 
+/// Writes all files, and then gives their folder its name: it appears whole or not at all.
+fn put(dir: &Path, authority: &str, parts: &[(&str, (String, String))], token: &str) -> io::Result<()> {
+    let above = dir.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    whole::create_folders(above)?;
+    let all = Permissions::from_mode(0o777);
+    let draft = Builder::new().prefix(".certs.").suffix(".new").permissions(all).tempdir_in(above)?;
+    for (name, (certificate, key)) in parts {
+        write(&draft.path().join(name), authority, certificate, key)?;
+    }
+    write_new(&draft.path().join("join-token"), token, 0o600)?;
+    // Refused if another process has made the folder meanwhile, and it is not empty (1).
+    whole::rename(draft.path(), dir)?;
+    // It has another name now.
+    let _ = draft.keep();
+    Ok(())
+}
+
 fn write(folder: &Path, authority: &str, certificate: &str, key: &str) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     write_new(&folder.join(CA_FILE), authority, 0o644)?;
@@ -226,8 +243,6 @@ fn write_new(file: &Path, text: &str, mode: u32) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     fn init(dir: PathBuf, ca: Option<PathBuf>, hosts: &[&str]) -> Init {
@@ -246,6 +261,7 @@ mod tests {
             let mode = fs::metadata(dir.join(secret)).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600, "{secret}");
         }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no draft is left");
         let key = fs::read(dir.join("ca/tls.key")).unwrap();
         let again = init(dir.clone(), None, &[]).run().unwrap_err();
         assert!(again.exit_code() == 2 && again.to_string().contains("there already"), "{again}");

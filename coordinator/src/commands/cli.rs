@@ -69,8 +69,8 @@ pub struct Cli {
     /// or az://.
     #[arg(long, value_name = "URL")]
     pub mirror: Option<String>,
-    /// How logs are written, those of local workers included.
-    #[arg(long, value_enum, default_value_t = LogFormat::Text, env = ganglion_proto::log::VARIABLE)]
+    /// How messages are written, those of local workers included: text, or json for an object a line.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, env = ganglion_proto::log::VARIABLE)]
     pub log_format: LogFormat,
 }
 
@@ -230,11 +230,15 @@ static LISTENER: Listener = Listener {
 };
 
 impl Cli {
-    /// Number of workers to start for a job, and for `auto` a line that explains it. `gpus` is the
+    /// Number of workers to start for a job, and for `auto` and for none a line that explains it. `gpus` is the
     /// number of GPUs that workers on this machine can use; only `auto` looks at it.
     pub fn local_workers(&self, job: &Job, gpus: u32) -> Result<(u32, Option<String>), TooManyWorkers> {
         let shards = job.job.data_shards;
         match self.workers {
+            Workers::Count(0) => {
+                let why = "--workers 0: waiting for workers of other machines; none is started here";
+                Ok((0, Some(why.to_string())))
+            }
             Workers::Count(count) if count <= shards => Ok((count, None)),
             // More workers than data shards would wait as spares for ever, which nobody asks for on
             // purpose.

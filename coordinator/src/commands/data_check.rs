@@ -4,16 +4,15 @@
 //! progress and reports the result.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
 
 use ganglion_proto::data_report::{Line, Report};
 use ganglion_proto::found::Found;
 use ganglion_proto::job::{Data, Job, exclude_argument};
+use ganglion_proto::progress::Progress;
+use ganglion_proto::{log, out};
 use ganglion_storage::whole;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
@@ -25,8 +24,6 @@ use crate::workers::worker_program;
 
 /// Maximum number of samples named on the screen, and in an argument.
 const SHOWN: usize = 20;
-/// Interval between two progress lines where there is no terminal.
-const PLAIN_PERIOD: Duration = Duration::from_secs(2);
 /// Maximum number of classes listed one by one.
 const LISTED: usize = 20;
 
@@ -54,15 +51,16 @@ pub struct Check {
 }
 
 impl Check {
-    /// Runs the check; returns the text to print.
+    /// Runs the check and prints its report.
     ///
     /// # Errors
     /// A sample cannot be used, or the data set as a whole; a signal; the `worker` program failed.
-    pub async fn run(&self) -> Result<String, Failure> {
+    pub async fn run(&self) -> Result<(), Failure> {
         let (data, job) = self.data()?;
         if let Some(file) = &self.bad {
             // Fail early on an unwritable file: the check may take long.
-            self.write_bad(file, "")?;
+            whole::try_out(file)
+                .map_err(|error| Failure::unwritable(format_args!("--bad {}", file.display()), &error))?;
         }
         let mut worker = Command::new(worker_program().map_err(Failure::other)?);
         let about = serde_json::to_string(&data).map_err(Failure::other)?;
@@ -75,6 +73,7 @@ impl Check {
         // This process handles signals: the worker is killed with it, at once. The worker's log
         // goes to the user, since data of an object store are fetched first, which may take long.
         worker.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        worker.env(log::VARIABLE, log::format());
         let mut child = worker.process_group(0).kill_on_drop(true).spawn().map_err(Failure::other)?;
         // Without a limit: a large data set takes as long as it takes, and a signal ends it.
         let report = follow(&mut child).await?;
@@ -94,22 +93,17 @@ impl Check {
         Ok((data, None))
     }
 
-    fn conclude(&self, report: &Report, job: Option<&Job>) -> Result<String, Failure> {
+    fn conclude(&self, report: &Report, job: Option<&Job>) -> Result<(), Failure> {
         let text = if self.json { inspect::as_json(report) } else { shown(report) };
         if let Some(file) = &self.bad {
             let names: String = report.bad_samples.iter().map(|bad| format!("{}\n", bad.name)).collect();
-            self.write_bad(file, &names)?;
+            whole::write(file, names.as_bytes())
+                .map_err(|error| Failure::unwritable(format_args!("--bad {}", file.display()), &error))?;
         }
+        out::print(&text)?;
         // Single samples first: without them the rest may be enough or not.
         let verdict = self.verdict(report).or_else(|| job.and_then(|job| too_few(report, job)));
-        match verdict {
-            None => Ok(text),
-            Some(verdict) => {
-                // A closed standard output cannot be reported, and the exit code says the same.
-                let _ = writeln!(std::io::stdout(), "{text}");
-                Err(Failure::Input(verdict))
-            }
-        }
+        verdict.map_or(Ok(()), |verdict| Err(Failure::Input(verdict)))
     }
 
     /// Verdict on single samples, with the argument that leaves them out; `None` if all can be used.
@@ -125,11 +119,6 @@ impl Check {
             None => "--bad FILE writes their names, for --set data.exclude=@FILE".to_owned(),
         };
         Some(format!("{bad} of {all} samples cannot be used; get them again, or leave them out:\n{advice}"))
-    }
-
-    fn write_bad(&self, file: &Path, names: &str) -> Result<(), Failure> {
-        whole::write(file, names.as_bytes())
-            .map_err(|error| Failure::Input(format!("--bad {}: {error}", file.display())))
     }
 }
 
@@ -147,7 +136,8 @@ fn too_few(report: &Report, job: &Job) -> Option<String> {
 async fn follow(child: &mut Child) -> Result<Report, Failure> {
     let stdout = child.stdout.take().ok_or_else(|| Failure::Other("the worker has no output".to_owned()))?;
     let mut lines = BufReader::new(stdout).lines();
-    let mut progress = Progress::new();
+    let progress = Progress::start("looking for the samples");
+    let mut has_begun = false;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::other)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::other)?;
     loop {
@@ -159,61 +149,20 @@ async fn follow(child: &mut Child) -> Result<Report, Failure> {
         // The worker closed its output without a report.
         let Some(line) = line else { break };
         match serde_json::from_str(&line) {
-            Ok(Line::Progress { done, of }) => progress.show(done, of),
-            Ok(Line::Report(report)) => {
-                progress.finish();
-                return Ok(*report);
+            Ok(Line::Progress { done, of }) => {
+                if !std::mem::replace(&mut has_begun, true) {
+                    progress.part("samples checked", of);
+                }
+                progress.set(done, of);
             }
-            Ok(Line::Wrong(detail)) => {
-                progress.finish();
-                return Err(Failure::Input(detail));
-            }
+            Ok(Line::Report(report)) => return Ok(*report),
+            Ok(Line::Wrong(detail)) => return Err(Failure::Input(detail)),
             Err(error) => return Err(Failure::Other(format!("`worker check-data` said {line:?}: {error}"))),
         }
     }
-    progress.finish();
     // The output has ended without a report, so the process has ended or is about to.
     let status = child.wait().await.map_err(Failure::other)?;
     Err(Failure::Other(format!("`worker check-data` ended with {status}")))
-}
-
-/// Progress on standard error: a bar on a terminal, elsewhere a line now and then.
-struct Progress {
-    bar: Option<ProgressBar>,
-    told: Instant,
-}
-
-impl Progress {
-    fn new() -> Progress {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-            let style = "{bar:24.cyan/dim} {pos}/{len} samples  {per_sec}  ETA {eta}";
-            bar.set_style(ProgressStyle::with_template(style).expect("the template is well formed"));
-            bar
-        });
-        Progress { bar, told: Instant::now() }
-    }
-
-    fn show(&mut self, done: u64, of: u64) {
-        if let Some(bar) = &self.bar {
-            bar.set_length(of);
-            bar.set_position(done);
-        } else if self.told.elapsed() >= PLAIN_PERIOD {
-            self.told = Instant::now();
-            say(&format!("checked {done} of {of} samples"));
-        }
-    }
-
-    fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
-}
-
-/// Prints a line on standard error. A closed one cannot be reported.
-fn say(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Renders a report as text.

@@ -11,6 +11,8 @@ use std::time::UNIX_EPOCH;
 
 use ganglion_membership::Checkpoint;
 use ganglion_proto::job::Job;
+use ganglion_proto::out;
+use ganglion_proto::progress::Progress;
 use ganglion_proto::record::{EventLine, MetricsRow, RunEvent, RunOutcome};
 use ganglion_storage::{Error, MANIFEST, Storage, in_folder};
 use nix::errno::Errno;
@@ -221,30 +223,32 @@ struct Listed {
     damage: Option<String>,
 }
 
-/// Lists a run's checkpoints, oldest first. With `verify` all of their files are read and hashed.
-pub(crate) fn checkpoints(run: &Path, verify: bool, json: bool) -> Result<String, Failure> {
+/// Prints a run's checkpoints, oldest first. With `verify` all of their files are read and hashed.
+pub(crate) fn checkpoints(run: &Path, verify: bool, json: bool) -> Result<(), Failure> {
+    let progress = Progress::start("looking for checkpoints");
     let text = fs::read_to_string(run.join("job.toml")).map_err(|error| {
         Failure::Input(format!("--run-dir {}: job.toml: {error}; give the folder of a run", run.display()))
     })?;
     let job = job_file::parse_resolved(&text).map_err(Failure::input)?;
     let storage = open_storage(run, &job).map_err(Failure::other)?;
     let address = storage.storage().address().to_string();
-    let listed = storage.wait(list(storage.storage(), verify));
+    let listed = storage.wait(list(storage.storage(), verify, &progress));
     let listed = listed.map_err(|error| Failure::Other(silent(storage.storage(), &error).to_string()))?;
     let damaged: Vec<String> = listed
         .iter()
         .filter_map(|listed| Some(format!("{}: {}", listed.folder, listed.damage.as_ref()?)))
         .collect();
-    let text = if json { as_json(&listed) } else { render(&address, &listed, verify) };
+    out::print(&if json { as_json(&listed) } else { render(&address, &listed, verify) })?;
     if damaged.is_empty() {
-        return Ok(text);
+        return Ok(());
     }
-    Err(Failure::Other(format!("damaged checkpoints: {}\n{text}", damaged.join("; "))))
+    Err(Failure::Other(format!("damaged checkpoints: {}", damaged.join("; "))))
 }
 
-async fn list(storage: &Storage, verify: bool) -> Result<Vec<Listed>, Error> {
-    let mut listed = Vec::new();
-    for (folder, manifest) in manifests(storage).await? {
+async fn list(storage: &Storage, verify: bool, progress: &Progress) -> Result<Vec<Listed>, Error> {
+    let (mut listed, manifests) = (Vec::new(), manifests(storage).await?);
+    progress.part("checkpoints read", if verify { manifests.len() as u64 } else { 0 });
+    for (folder, manifest) in manifests {
         let written = storage.modified(&in_folder(&folder, MANIFEST)).await.ok();
         let written = written.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs_f64()));
         listed.push(match manifest {
@@ -255,6 +259,7 @@ async fn list(storage: &Storage, verify: bool) -> Result<Vec<Listed>, Error> {
             // Listed all the same: a checkpoint that cannot be used must be seen.
             Err(damage) => Listed { folder, written, damage: Some(damage), ..Listed::default() },
         });
+        progress.add(1);
     }
     Ok(listed)
 }

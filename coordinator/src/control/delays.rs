@@ -33,9 +33,9 @@ mod tests {
     fn a_reason_is_told_once_until_it_is_over() {
         let mut delays = Delays::default();
         assert!(!delays.end());
-        assert!(delays.is_news("worker 1", "No space left: it needs 5 MB, 1 MB is free"));
-        assert!(!delays.is_news("worker 1", "No space left: it needs 3 MB, 0 MB is free"));
-        assert!(delays.is_news("worker 2", "No space left: it needs 3 MB, 0 MB is free"));
+        assert!(delays.is_news("worker 1", "No space left: it needs 5 MB, free: 1 MB"));
+        assert!(!delays.is_news("worker 1", "No space left: it needs 3 MB, free: 0 MB"));
+        assert!(delays.is_news("worker 2", "No space left: it needs 3 MB, free: 0 MB"));
         assert!(delays.is_news("worker 1", "Read-only file system"));
         assert!(delays.end() && !delays.end());
         assert!(delays.is_news("worker 1", "No space left"));

@@ -20,6 +20,7 @@ pub(crate) mod detach;
 mod evaluations;
 pub(crate) mod records;
 mod sessions;
+mod still;
 mod stuck;
 #[cfg(test)]
 mod tests;
@@ -54,6 +55,7 @@ use attempts::Attempts;
 use budget::Budget;
 use delays::Delays;
 use records::Records;
+use still::Still;
 use stuck::Held;
 
 /// Interval at which pending writes are retried and recorded rows are acknowledged.
@@ -137,6 +139,8 @@ pub struct Parts {
     pub change: Change,
     /// Address at which local workers connect.
     pub url: String,
+    /// Address for other workers, with the options that they need.
+    pub invitation: String,
     /// Receives a view of the run each second.
     pub publisher: Publisher,
     /// The group's key-value store.
@@ -160,6 +164,7 @@ pub struct Shell {
     keeper: Keeper,
     machine: Machine,
     url: String,
+    invitation: String,
     publisher: Publisher,
     store: Store,
     records: Records,
@@ -218,6 +223,8 @@ pub struct Shell {
     watch: Watch,
     /// Step of the newest row of metrics checked for alarms.
     watched: u64,
+    /// What was told of a run that shows nothing new.
+    still: Still,
     /// The launcher that waits for the start of the run.
     launch: Option<Launch>,
 }
@@ -278,6 +285,8 @@ impl Shell {
             run: parts.run,
             journal: parts.journal,
             url: parts.url,
+            invitation: parts.invitation,
+            still: Still::default(),
             publisher: parts.publisher,
             store: parts.store,
             records: parts.records,
@@ -550,6 +559,7 @@ impl Shell {
 
     fn do_chores(&mut self) -> Result<(), ShellError> {
         self.publish();
+        self.tell_if_still();
         self.records.catch_up();
         self.ask_for_rows();
         self.unstick()?;

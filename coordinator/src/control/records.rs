@@ -14,6 +14,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ganglion_membership::{Checkpoint, Outcome, Position, StepShape};
 use ganglion_proto::evaluation::{EvaluationRow, names};
@@ -166,6 +167,11 @@ impl Records {
             true => self.message(&format!("warning: no evaluation of step {}: {}", row.step, row.features)),
             false => self.message(&format!("evaluation of step {}: {}", row.step, shown.join(", "))),
         }
+    }
+
+    /// Time for which the user was shown nothing.
+    pub fn quiet_for(&self) -> Duration {
+        self.screen.quiet_for()
     }
 
     /// Prints a message for the user, above the progress bar.

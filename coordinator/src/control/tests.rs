@@ -77,6 +77,7 @@ impl Bench {
             local_workers,
             change,
             url: String::new(),
+            invitation: String::new(),
             publisher: watch::Sender::new(None),
             store: Store::new(Term(1)),
             records: taken.records,

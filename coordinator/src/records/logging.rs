@@ -4,6 +4,7 @@ use std::fmt;
 
 use clap::ValueEnum;
 use ganglion_proto::log::{JsonLines, filter};
+use ganglion_proto::out;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -32,11 +33,11 @@ impl fmt::Display for LogFormat {
 pub(crate) fn start_log(screen: &Screen, format: LogFormat) {
     // Progress and messages are not a log; only what is out of the ordinary comes on top of them.
     let filter = filter(LevelFilter::WARN);
-    let (screen, is_terminal) = (screen.clone(), screen.is_terminal());
+    let screen = screen.clone();
     let log = tracing_subscriber::fmt()
         .with_max_level(LevelFilter::TRACE)
         .with_target(false)
-        .with_ansi(is_terminal)
+        .with_ansi(out::may_colour())
         // A closed terminal would have each line reported once more, to that terminal.
         .log_internal_errors(false)
         .with_writer(move || screen.clone());

@@ -1,17 +1,23 @@
 //! Progress of a run on standard error: a bar on a terminal, elsewhere a line every few seconds.
 //!
-//! 1. Rows drive everything. Times come from the rows, which carry the time of their step's commit;
-//!    there is no clock, no thread and no sleep in here, and a run that stands still prints nothing.
+//! 1. Rows drive the bar. Times come from the rows, which carry the time of their step's commit;
+//!    there is no thread and no sleep in here. For how long nothing was shown is noted, so that the
+//!    shell can tell of a run that stands still.
 //! 2. All other output to standard error goes through a [`Screen`], so that it does not tear the bar.
 //! 3. A closed terminal is not a failure: output to it is dropped.
+//! 4. The bar and its text fit a terminal of any width. Where there is little room the bar goes, and
+//!    the end of the text.
 
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use console::Term;
+use ganglion_proto::log;
+use ganglion_proto::out::Stderr;
+use ganglion_proto::progress::{grouped, short};
 use ganglion_proto::record::MetricsRow;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 
@@ -22,6 +28,12 @@ use super::scalars;
 const PLAIN_PERIOD_SECONDS: f64 = 10.0;
 /// Weight of the newest row in the moving average of the pace.
 const PACE_WEIGHT: f64 = 0.1;
+/// Width of a terminal from which on there is room for a bar beside the text.
+const BAR_WIDTH: usize = 60;
+/// Style with a bar.
+const WITH_BAR: &str = "{bar:24.cyan/dim} {wide_msg}";
+/// Style without one.
+const WITHOUT_BAR: &str = "{wide_msg}";
 
 /// Standard error, shared by the bar and all other output.
 ///
@@ -32,6 +44,8 @@ pub struct Screen {
     bars: MultiProgress,
     is_terminal: bool,
     is_silent: bool,
+    /// Time at which something was shown last.
+    shown: Arc<Mutex<Instant>>,
     /// File that receives a copy of all lines.
     copy: Arc<Mutex<Option<File>>>,
 }
@@ -47,6 +61,7 @@ impl Screen {
             bars: MultiProgress::with_draw_target(target),
             is_terminal,
             is_silent: false,
+            shown: Arc::new(Mutex::new(Instant::now())),
             copy: Arc::default(),
         }
     }
@@ -61,24 +76,30 @@ impl Screen {
         self.bars.suspend(write)
     }
 
-    /// Prints a line above the bar, without the characters that would control the terminal. A
-    /// closed standard error is ignored: it cannot be reported, and training does not depend on it.
+    /// Prints a line above the bar, in the form that messages have, without the characters that would
+    /// control the terminal. A closed standard error is ignored: it cannot be reported, and training
+    /// does not depend on it.
     pub fn print(&self, line: &str) {
         if !self.is_silent {
-            let line = ganglion_proto::printable(line);
-            self.suspend(|| writeln!(io::stderr().lock(), "{line}")).ok();
-            self.write_copy(format!("{line}\n").as_bytes());
+            self.note_shown();
+            let line = log::message(line) + "\n";
+            self.suspend(|| Stderr.write_all(line.as_bytes())).ok();
+            self.write_copy(line.as_bytes());
         }
+    }
+
+    /// Time for which nothing was shown.
+    pub fn quiet_for(&self) -> Duration {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
+    fn note_shown(&self) {
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
     /// Sets the file that receives a copy of all lines, or none.
     pub fn copy_to(&self, file: Option<File>) {
         *self.copy.lock().unwrap_or_else(PoisonError::into_inner) = file;
-    }
-
-    /// Whether lines may have colours.
-    pub fn is_terminal(&self) -> bool {
-        self.is_terminal
     }
 
     /// Errors are ignored: a failing copy is no reason to keep the line from the screen.
@@ -91,7 +112,7 @@ impl Screen {
 
 impl Write for Screen {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.suspend(|| io::stderr().lock().write(bytes))?;
+        let written = self.suspend(|| Stderr.write(bytes))?;
         self.write_copy(&bytes[..written]);
         Ok(written)
     }
@@ -99,7 +120,7 @@ impl Write for Screen {
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         // Before the terminal: the copy must have a line that a closed terminal refuses.
         self.write_copy(bytes);
-        self.suspend(|| io::stderr().lock().write_all(bytes))
+        self.suspend(|| Stderr.write_all(bytes))
     }
 
     /// A single write, so that the bar does not come back in the middle of a line.
@@ -108,7 +129,7 @@ impl Write for Screen {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().lock().flush()
+        Stderr.flush()
     }
 }
 
@@ -180,8 +201,7 @@ impl Progress {
     pub fn new(screen: &Screen, total_steps: u64, start_step: u64) -> Self {
         let bar = screen.is_terminal.then(|| {
             let bar = screen.bars.add(ProgressBar::new(total_steps));
-            let style = ProgressStyle::with_template("{bar:24.cyan/dim} {msg}");
-            bar.set_style(style.expect("the template is well formed"));
+            bar.set_style(style());
             bar.set_position(start_step);
             bar.set_message(format!("step {start_step}/{total_steps}"));
             bar
@@ -194,6 +214,9 @@ impl Progress {
         self.pace.add(row.step, row.time);
         let line = self.line(row);
         if let Some(bar) = &self.bar {
+            self.screen.note_shown();
+            // The terminal may have another width than at the last row.
+            bar.set_style(style());
             bar.set_position(row.step);
             bar.set_message(line);
         } else if self.is_due(row) {
@@ -228,14 +251,22 @@ impl Progress {
             Some(eta) if rest > 0 => format!("  ETA {}", short(eta)),
             _ => String::new(),
         };
+        // The most important first (4).
         format!(
-            "step {}/{total}  {percent}%  {} images/s{}  workers {}{eta}",
+            "step {}/{total}  {percent}%{eta}  {} images/s{}  workers {}",
             row.step,
-            grouped(row.images_per_second),
+            rounded(row.images_per_second),
             scalars::in_words(&row.scalars),
             row.world_size,
         )
     }
+}
+
+/// Style for the terminal's present width.
+fn style() -> ProgressStyle {
+    let (_, width) = Term::stderr().size();
+    let template = if usize::from(width) < BAR_WIDTH { WITHOUT_BAR } else { WITH_BAR };
+    ProgressStyle::with_template(template).expect("the template is well formed")
 }
 
 /// Time per step: a moving average over the rows in which the newest weighs most.
@@ -275,31 +306,9 @@ fn as_f64(count: u64) -> f64 {
 }
 
 /// Renders a number rounded to an integer, its digits grouped by three.
-fn grouped(number: f64) -> String {
+fn rounded(number: f64) -> String {
     let digits = format!("{number:.0}");
-    if !digits.bytes().all(|digit| digit.is_ascii_digit()) {
-        return digits;
-    }
-    let mut grouped = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    grouped
-}
-
-/// Renders a duration in its two largest units.
-fn short(duration: Duration) -> String {
-    let seconds = duration.as_secs();
-    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
-    match seconds {
-        0..60 => format!("{seconds}s"),
-        60..3600 => format!("{minutes}m {:02}s", seconds % 60),
-        3600..86_400 => format!("{hours}h {:02}m", minutes % 60),
-        _ => format!("{days}d {:02}h", hours % 24),
-    }
+    digits.parse().map_or(digits, grouped)
 }
 
 #[cfg(test)]
@@ -322,7 +331,7 @@ mod tests {
         progress.pace.add(1200, 100.05);
         assert_eq!(
             progress.line(&row_of(1200)),
-            "step 1200/20000  6%  8,123 images/s  loss D 1.250 G 0.300  workers 2  ETA 1m 34s"
+            "step 1200/20000  6%  ETA 1m 34s  8,123 images/s  loss D 1.250 G 0.300  workers 2"
         );
         assert!(!progress.line(&row_of(20_000)).contains("ETA"));
     }
@@ -417,15 +426,7 @@ mod tests {
 
     #[test]
     fn numbers_are_easy_to_read() {
-        assert_eq!(grouped(8123.4), "8,123");
-        assert_eq!(grouped(999.6), "1,000");
-        assert_eq!(grouped(12.0), "12");
-        assert_eq!(grouped(1_234_567.0), "1,234,567");
-        assert_eq!(grouped(f64::NAN), "NaN");
-        let short_of = |seconds| short(Duration::from_secs(seconds));
-        assert_eq!(short_of(59), "59s");
-        assert_eq!(short_of(90), "1m 30s");
-        assert_eq!(short_of(7500), "2h 05m");
-        assert_eq!(short_of(200_000), "2d 07h");
+        assert_eq!([8123.4, 999.6, 12.0].map(rounded), ["8,123", "1,000", "12"]);
+        assert_eq!(rounded(f64::NAN), "NaN");
     }
 }

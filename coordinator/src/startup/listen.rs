@@ -34,7 +34,7 @@ pub(super) struct Doors<C> {
     /// Receives the views that the dashboard shows.
     pub publisher: Publisher,
     /// Address for workers on other machines, with the options that they need.
-    invitation: String,
+    pub invitation: String,
 }
 
 /// Opens the listeners, and leaves the access record for operators in the run directory.

@@ -1,13 +1,15 @@
 //! The `coordinator` program.
 
-use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use ganglion_proto::listen::raise_descriptor_limit;
-use ganglion_proto::printable;
+use ganglion_proto::log;
+use ganglion_proto::out::{self, OutError};
+use ganglion_proto::progress::Progress;
+use tracing::Level;
 
 use crate::commands::admin_client::{Question, operate};
 use crate::commands::audit::audit;
@@ -15,7 +17,7 @@ use crate::commands::cli::{Cli, Command, DataCommand, RunChoice};
 use crate::commands::inspect;
 use crate::control::detach::{Launch, Launched, launch};
 use crate::error::Failure;
-use crate::records::logging::start_log;
+use crate::records::logging::{LogFormat, start_log};
 use crate::records::progress::Screen;
 use crate::startup::host::System;
 use crate::startup::recover::recover;
@@ -23,16 +25,41 @@ use crate::startup::run::run;
 
 /// Does what the command line says; returns the exit code.
 pub fn main() -> ExitCode {
-    let mut cli = Cli::parse();
+    // Before the command line is read: what is wrong with it is a message as well.
+    log::structure(log::is_asked_for());
+    let mut cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return explained(&error),
+    };
+    log::structure(cli.log_format == LogFormat::Json);
     match cli.command.take() {
         None if cli.detach && !cli.detached => launched(),
         None => train(cli),
-        Some(command) => serve(command),
+        Some(command) => {
+            // Of what is out of the ordinary, such as a damaged record.
+            start_log(&Screen::stderr(false), cli.log_format);
+            conclude(serve(command))
+        }
+    }
+}
+
+/// Prints what a command line gets that asks for help, or is wrong.
+fn explained(error: &clap::Error) -> ExitCode {
+    if error.use_stderr() && log::is_structured() {
+        let text = error.to_string();
+        out::tell(Level::ERROR, text.trim_start_matches("error: ").trim_end());
+        return ExitCode::from(2);
+    }
+    let printed = error.print().map_err(OutError::from).and_then(|()| out::flush());
+    match printed {
+        // Of a message on standard error that is lost, the exit code says the same.
+        Err(failed) if !error.use_stderr() => conclude(Err(failed.into())),
+        _ => ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1)),
     }
 }
 
 fn train(cli: Cli) -> ExitCode {
-    let screen = Screen::stderr(std::io::stderr().is_terminal() && !cli.detached);
+    let screen = Screen::stderr(out::can_draw() && !cli.detached);
     start_log(&screen, cli.log_format);
     // Before any socket: limits of connections are set by what the system allows (api/grpc/door.rs).
     raise_descriptor_limit();
@@ -41,54 +68,53 @@ fn train(cli: Cli) -> ExitCode {
     let launch = cli.detached.then(|| Launch::join(&screen)).transpose();
     let launch = launch.map_err(|error| Failure::Other(format!("--detach: {error}")));
     let ended = launch.and_then(|launch| block_on(run(cli, &system, screen, launch)));
-    conclude(ended)
+    conclude(ended.and_then(|text| Ok(out::say(&text)?)))
 }
 
 /// Launches a coordinator that continues when this process has ended.
 fn launched() -> ExitCode {
     match block_on(launch()) {
-        Ok(Launched::GoesOn(text)) => conclude(Ok(text)),
+        Ok(Launched::GoesOn(text)) => conclude(out::say(&text).map_err(Failure::from)),
         Ok(Launched::Ended(code)) => code,
         Err(failure) => conclude(Err(failure)),
     }
 }
 
 /// Runs a command other than training.
-fn serve(command: Command) -> ExitCode {
-    let ask = |run: &RunChoice, question| conclude(block_on(operate(&run.run_dir, question)));
+fn serve(command: Command) -> Result<(), Failure> {
+    let ask = |run: &RunChoice, question| {
+        let _progress = Progress::start("waiting for the run's coordinator");
+        block_on(operate(&run.run_dir, question))
+    };
+    // A result is printed as it is, and a message as messages are.
+    let told = |message: Result<String, Failure>| Ok(out::say(&message?)?);
     match command {
         Command::Audit { run, json } => audited(&run, json),
-        Command::Recover { run, json } => conclude(recover(&run, json)),
-        Command::Certs(command) => conclude(command.run()),
-        Command::Status { run, json } => ask(&run, Question::Status { json }),
-        Command::Drain { worker, run } => ask(&run, Question::Drain(worker)),
-        Command::Scale { workers, run } => ask(&run, Question::Scale(workers)),
-        Command::Stop { run, timeout } => ask(&run, Question::Stop(Duration::from_secs(timeout))),
-        Command::Runs { folder, json } => conclude(inspect::runs(&folder, json)),
-        Command::Checkpoints { run, verify, json } => {
-            conclude(inspect::checkpoints(&run.run_dir, verify, json))
-        }
-        Command::Data(DataCommand::Check(check)) => conclude(block_on(check.run())),
+        Command::Recover { run, json: false } => told(recover(&run, false)),
+        Command::Recover { run, json: true } => Ok(out::print(&recover(&run, true)?)?),
+        Command::Certs(command) => told(command.run()),
+        Command::Status { run, json } => Ok(out::print(&ask(&run, Question::Status { json })?)?),
+        Command::Drain { worker, run } => told(ask(&run, Question::Drain(worker))),
+        Command::Scale { workers, run } => told(ask(&run, Question::Scale(workers))),
+        Command::Stop { run, timeout } => told(ask(&run, Question::Stop(Duration::from_secs(timeout)))),
+        Command::Runs { folder, json } => Ok(out::print(&inspect::runs(&folder, json)?)?),
+        Command::Checkpoints { run, verify, json } => inspect::checkpoints(&run.run_dir, verify, json),
+        Command::Data(DataCommand::Check(check)) => block_on(check.run()),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "coordinator", &mut script);
-            say(&mut std::io::stdout(), String::from_utf8_lossy(&script).trim_end());
-            ExitCode::SUCCESS
+            Ok(out::print(&String::from_utf8_lossy(&script))?)
         }
     }
 }
 
-fn audited(run: &Path, json: bool) -> ExitCode {
-    match audit(run) {
-        Ok(report) => {
-            let text = if json { inspect::as_json(&report) } else { report.to_string() };
-            say(&mut std::io::stdout(), &text);
-            if report.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-        }
-        Err(error) => {
-            say(&mut std::io::stderr(), &format!("error: {error}"));
-            ExitCode::from(2)
-        }
+fn audited(run: &Path, json: bool) -> Result<(), Failure> {
+    let report = audit(run, &Progress::start("reading the run")).map_err(Failure::input)?;
+    out::print(&if json { inspect::as_json(&report) } else { report.to_string() })?;
+    match report.breaches() {
+        0 => Ok(()),
+        1 => Err(Failure::Other("1 claim does not hold".to_string())),
+        count => Err(Failure::Other(format!("{count} claims do not hold"))),
     }
 }
 
@@ -103,22 +129,13 @@ fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Fa
     result
 }
 
-fn conclude(result: Result<String, Failure>) -> ExitCode {
-    match result {
-        Ok(line) => {
-            say(&mut std::io::stdout(), &line);
-            ExitCode::SUCCESS
-        }
-        Err(failure) => {
-            let stopped = matches!(failure, Failure::Stopped { .. } | Failure::Interrupted(_));
-            let prefix = if stopped { "" } else { "error: " };
-            say(&mut std::io::stderr(), &printable(&format!("{prefix}{failure}")));
-            ExitCode::from(failure.exit_code())
-        }
+/// Tells of a failure; returns the exit code.
+fn conclude(result: Result<(), Failure>) -> ExitCode {
+    let Err(failure) = result else { return ExitCode::SUCCESS };
+    match failure {
+        Failure::Closed => {}
+        Failure::Stopped { .. } | Failure::Interrupted(_) => out::tell(Level::INFO, &failure.to_string()),
+        Failure::Input(_) | Failure::Other(_) => out::tell(Level::ERROR, &failure.to_string()),
     }
-}
-
-/// Prints a line. A closed terminal or pipe cannot be reported, and the exit code says the same.
-fn say(to: &mut impl std::io::Write, line: &str) {
-    let _ = writeln!(to, "{line}");
+    ExitCode::from(failure.exit_code())
 }

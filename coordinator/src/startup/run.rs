@@ -105,10 +105,12 @@ async fn live(
     doors.announce(term, reason.as_deref(), &mut taken);
     // Waits for the storage as above. Clients that connect meanwhile wait to be served.
     let judged = judged(&mut taken).await?;
-    let Doors { incoming, url, access, dashboard, publisher, .. } = doors;
+    let Doors { incoming, url, invitation, access, dashboard, publisher } = doors;
     let folder = run_dir.folder().to_path_buf();
-    let parts =
-        parts(taken, Begun { term, folder, url, publisher, judged, local_workers, launch: launch.take() });
+    let parts = parts(
+        taken,
+        Begun { term, folder, url, invitation, publisher, judged, local_workers, launch: launch.take() },
+    );
     let (signals, guard) = (host.signals().map_err(Failure::other)?, security.guard(&access.token));
     // Waits as long as the run lasts. A newer claim to the run directory ends it.
     let (ended, waiting) = while_held(&run_dir, supervise(parts, life, incoming, signals, guard)).await?;
@@ -128,6 +130,7 @@ struct Begun {
     term: Term,
     folder: PathBuf,
     url: String,
+    invitation: String,
     publisher: Publisher,
     judged: Judged,
     local_workers: u32,
@@ -149,6 +152,7 @@ fn parts(taken: TakenOver, begun: Begun) -> Parts {
         local_workers: begun.local_workers,
         change: taken.change,
         url: begun.url,
+        invitation: begun.invitation,
         publisher: begun.publisher,
         store: Store::new(begun.term),
         records: taken.records,
@@ -232,7 +236,7 @@ fn prepare_to_train(cli: &Cli, local_workers: u32, supervisor: &Supervisor) -> R
 fn open_trace(cli: &Cli) -> Result<Timeline, Failure> {
     let Some(file) = &cli.trace else { return Ok(Timeline::new(&Trace::off())) };
     let trace = Trace::create(file, "coordinator")
-        .map_err(|error| Failure::Input(format!("--trace {}: {error}", file.display())))?;
+        .map_err(|error| Failure::unwritable(format_args!("--trace {}", file.display()), &error))?;
     Ok(Timeline::new(&trace))
 }
 

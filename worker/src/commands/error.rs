@@ -1,5 +1,11 @@
 //! Failures of the `worker` program, by what the user can do about them.
 
+use std::io;
+use std::path::Path;
+
+use ganglion_proto::out::{self, OutError};
+use ganglion_storage::whole;
+
 use crate::engine::gradient_log::LogError;
 use crate::nn::broken::BrokenModule;
 use crate::sampling::SampleError;
@@ -14,6 +20,9 @@ pub enum Failure {
     /// The machine, the network or this program failed; the same command may succeed later or elsewhere.
     #[error("{0}")]
     Other(String),
+    /// The reader of the output has gone, and wants to hear no more.
+    #[error("the reader of the output has gone")]
+    Closed,
 }
 
 impl Failure {
@@ -27,11 +36,28 @@ impl Failure {
         Failure::Other(error.to_string())
     }
 
+    /// Failure to write to a path that an option names: a wrong choice of the user's, unless the disk
+    /// is full or failing.
+    pub fn unwritable(option: &str, path: &Path, error: &io::Error) -> Failure {
+        let line = format!("{option} {}: {error}", path.display());
+        if whole::is_mistake(error) { Failure::Input(line) } else { Failure::Other(line) }
+    }
+
     /// Exit code of the process.
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Input(_) => 2,
             Failure::Other(_) => 1,
+            Failure::Closed => out::CLOSED,
+        }
+    }
+}
+
+impl From<OutError> for Failure {
+    fn from(error: OutError) -> Self {
+        match error {
+            OutError::Closed => Failure::Closed,
+            OutError::Failed(_) => Failure::other(error),
         }
     }
 }

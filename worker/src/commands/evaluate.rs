@@ -1,20 +1,22 @@
 //! Subcommands of the `worker` program for evaluation.
 
 use std::fmt::Write as _;
-use std::io::Write;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Args;
 use ganglion_proto::evaluation::{BestBy, Evaluation, Features};
 use ganglion_proto::job::{Data, DataKind, Orientation};
-use ganglion_storage::whole;
+use ganglion_proto::out;
+use ganglion_proto::progress::Progress;
+use ganglion_storage::whole::Draft;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::commands::error::Failure;
 use crate::commands::generator_file::Weights;
-use crate::commands::sample::{try_out, unwritable};
+use crate::commands::sample::{say_beside, try_out};
 use crate::data::{DataSet, ImageShape};
 use crate::eval::EvalError;
 use crate::eval::digits::Digits;
@@ -91,6 +93,7 @@ struct RunJob {
 /// The input is wrong, or samples cannot be read.
 pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
     crate::set_threads(arguments.threads);
+    let progress = Progress::start("reading generator and data");
     let weights = arguments
         .checkpoint
         .clone()
@@ -114,29 +117,35 @@ pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
     let features = Features::from(arguments.features.clone());
     let settings =
         Evaluation { samples, reference, features, best_by: BestBy::Auto, ..Evaluation::default() };
-    let judge = Means::open(&settings, &data, held_out()?)?.judge(&data)?;
+    let judge = Means::open(&settings, &data, held_out()?)?.judge(&data, &progress)?;
     let judged = match generator {
         Some((name, generator)) => {
-            let images = generator.draw_for(Purpose::Evaluation, arguments.seed, samples);
-            vec![(name, judge.metrics(&images, None)?)]
+            progress.part("samples", samples.into());
+            let images = generator.draw_counted(Purpose::Evaluation, arguments.seed, samples, &progress);
+            vec![(name, judge.metrics(&images, None, &progress)?)]
         }
         None => {
             let held_out = held_out()?
                 .ok_or_else(|| Failure::Input("give --checkpoint, or --rungs with --held-out".to_string()))?;
-            of_rungs(&judge, &data, &held_out)?
+            of_rungs(&judge, &data, &held_out, &progress)?
         }
     };
     let count = if reference == 0 { data.len() } else { data.len().min(reference as usize) };
     let text =
         if arguments.json { as_json(&judge, count, &judged) } else { as_table(&judge, count, &judged) };
-    let _ = write!(std::io::stdout(), "{text}");
-    Ok(())
+    drop(progress);
+    Ok(out::print(&text)?)
 }
 
 type Judged = Vec<(String, Vec<(String, f64)>)>;
 
-fn of_rungs(judge: &Judge, data: &DataSet, held_out: &DataSet) -> Result<Judged, EvalError> {
-    let judged = |Rung { name, images }| Ok((name.to_string(), judge.metrics(&images, None)?));
+fn of_rungs(
+    judge: &Judge,
+    data: &DataSet,
+    held_out: &DataSet,
+    progress: &Progress,
+) -> Result<Judged, EvalError> {
+    let judged = |Rung { name, images }| Ok((name.to_string(), judge.metrics(&images, None, progress)?));
     rungs(judge, data, held_out)?.into_iter().map(judged).collect()
 }
 
@@ -255,6 +264,7 @@ pub(crate) fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failur
     let beside = arguments.out.with_extension("blake3");
     try_out(&arguments.out)?;
     try_out(&beside)?;
+    let progress = Progress::start("reading digits");
     let read = |images: &PathBuf, labels: &PathBuf| -> Result<Labelled, EvalError> {
         let path = Some(images.clone());
         let data = Data {
@@ -272,17 +282,36 @@ pub(crate) fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failur
     let digits = read(&arguments.images, &arguments.labels)?;
     let test = arguments.test_images.as_ref().zip(arguments.test_labels.as_ref());
     let test = test.map(|(images, labels)| read(images, labels)).transpose()?;
-    let say = |line: String| drop(writeln!(std::io::stdout(), "{line}"));
-    let tell = |epoch, loss| say(format!("epoch {epoch} of {}: loss {loss:.4}", arguments.epochs));
-    let weights = train(&digits, arguments.seed, arguments.epochs, tell)?;
+    let say = |line: String| say_beside(&arguments.out, &line);
+    let mut said = Ok(());
+    let tell = |epoch, loss: f64| {
+        // Of the first error: whoever reads has then gone.
+        if said.is_ok() {
+            said = say(format!("epoch {epoch} of {}: loss {loss:.4}", arguments.epochs));
+        }
+    };
+    let weights = train(&digits, arguments.seed, arguments.epochs, &progress, tell)?;
+    drop(progress);
     let hash = blake3::hash(&weights).to_hex();
     if let Some(test) = test {
         let accuracy = 100.0 * test.accuracy(&Digits::read(&weights)?);
-        say(format!("{accuracy:.2} % of the test images are told right"));
+        said = said.and_then(|()| say(format!("{accuracy:.2} % of the test images are told right")));
     }
-    whole::write(&arguments.out, &weights)
-        .and_then(|()| whole::write(&beside, format!("{hash}\n").as_bytes()))
-        .map_err(|error| unwritable("--out", &arguments.out, &error))?;
-    say(format!("{} blake3 {hash}", arguments.out.display()));
-    Ok(())
+    // Also where nobody reads on: the work is done.
+    write_both([(&arguments.out, &weights), (&beside, format!("{hash}\n").as_bytes())])
+        .map_err(|error| Failure::unwritable("--out", &arguments.out, &error))?;
+    said.and_then(|()| say(format!("{} blake3 {hash}", arguments.out.display())))
+}
+
+/// Writes files that belong together: both contents are on the disk before either has its name.
+fn write_both(files: [(&PathBuf, &[u8]); 2]) -> io::Result<()> {
+    let draft = |(file, content): (&PathBuf, &[u8])| -> io::Result<Draft> {
+        let draft = Draft::for_output(file)?;
+        draft.file().write_all(content)?;
+        Ok(draft)
+    };
+    let [weights, hash] = files.map(draft);
+    let (weights, hash) = (weights?, hash?);
+    weights.put()?;
+    hash.put()
 }

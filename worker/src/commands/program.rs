@@ -1,6 +1,5 @@
 //! The `worker` program: joins a run, or draws samples from a checkpoint.
 
-use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::LazyLock;
@@ -13,8 +12,10 @@ use ganglion_proto::dial::Credentials;
 use ganglion_proto::job::Data;
 use ganglion_proto::listen::raise_descriptor_limit;
 use ganglion_proto::log::{self, JsonLines};
-use ganglion_proto::printable;
+use ganglion_proto::out::{self, OutError, Stderr};
+use ganglion_proto::progress::Progress;
 use ganglion_proto::trace::Trace;
+use tracing::Level;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -38,6 +39,9 @@ struct Cli {
     command: Option<Command>,
     #[command(flatten)]
     join: Option<Join>,
+    /// How messages are written: text, or json for an object a line.
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text", value_parser = ["text", "json"], env = log::VARIABLE)]
+    log_format: String,
 }
 
 #[derive(Args)]
@@ -64,9 +68,6 @@ struct Join {
     /// same name.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// How logs are written: text, or json for an object a line.
-    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = ["text", "json"], env = log::VARIABLE)]
-    log_format: String,
 }
 
 #[derive(Subcommand)]
@@ -97,22 +98,43 @@ fn version() -> &'static str {
 
 /// Does what the command line says; returns the exit code.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    start_log(cli.join.as_ref().is_some_and(|join| join.log_format == "json"));
+    // Before the command line is read: what is wrong with it is a message as well.
+    log::structure(log::is_asked_for());
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return explained(&error),
+    };
+    log::structure(cli.log_format == "json");
+    start_log();
     raise_descriptor_limit();
     let result = guarded(|| obey(cli)).unwrap_or_else(|broken| Err(broken.into()));
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            if spawned() {
-                // The coordinator reports it to the user.
-                tracing::error!("{failure}");
-            } else {
-                let _ = writeln!(std::io::stderr(), "error: {}", printable(&failure.to_string()));
-            }
-            ExitCode::from(failure.exit_code())
-        }
+    result.map_or_else(|failure| conclude(&failure), |()| ExitCode::SUCCESS)
+}
+
+/// Prints what a command line gets that asks for help, or is wrong.
+fn explained(error: &clap::Error) -> ExitCode {
+    if error.use_stderr() && log::is_structured() {
+        let text = error.to_string();
+        out::tell(Level::ERROR, text.trim_start_matches("error: ").trim_end());
+        return ExitCode::from(2);
     }
+    let printed = error.print().map_err(OutError::from).and_then(|()| out::flush());
+    match printed {
+        // Of a message on standard error that is lost, the exit code says the same.
+        Err(failed) if !error.use_stderr() => conclude(&failed.into()),
+        _ => ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1)),
+    }
+}
+
+/// Tells of a failure; returns the exit code.
+fn conclude(failure: &Failure) -> ExitCode {
+    match failure {
+        Failure::Closed => {}
+        // The coordinator reports it to the user.
+        _ if spawned() => tracing::error!("{failure}"),
+        _ => out::tell(Level::ERROR, &failure.to_string()),
+    }
+    ExitCode::from(failure.exit_code())
 }
 
 fn obey(cli: Cli) -> Result<(), Failure> {
@@ -121,8 +143,10 @@ fn obey(cli: Cli) -> Result<(), Failure> {
         (Some(Command::Interpolate(arguments)), _) => interpolate(&arguments),
         (Some(Command::Export(arguments)), _) => export(&arguments),
         (Some(Command::Gpus), _) => {
-            let _ = writeln!(std::io::stdout(), "{}", gpus());
-            Ok(())
+            let progress = Progress::start("asking the driver");
+            let count = gpus();
+            drop(progress);
+            Ok(out::print(&count.to_string())?)
         }
         (Some(Command::CheckData(arguments)), _) => check_data(&arguments),
         (Some(Command::Eval(arguments)), _) => eval(&arguments),
@@ -153,8 +177,10 @@ fn check_data(arguments: &CheckData) -> Result<(), Failure> {
     let threads = arguments.threads.or_else(|| available_parallelism().ok().map(Into::into)).unwrap_or(1);
     let tell = |line: &Line| {
         let text = serde_json::to_string(line).unwrap_or_default();
-        if writeln!(std::io::stdout(), "{text}").is_err() {
-            std::process::exit(1);
+        if let Err(error) = out::print(&text) {
+            let failure = Failure::from(error);
+            conclude(&failure);
+            std::process::exit(failure.exit_code().into());
         }
     };
     let look = Look { threads, any_size: arguments.any_size };
@@ -195,7 +221,7 @@ fn open_trace(file: &Path) -> Result<Trace, Failure> {
             tracing::warn!("no trace in {}: {error}", file.display());
             Ok(Trace::off())
         }
-        opened => opened.map_err(|error| Failure::Input(format!("--trace {}: {error}", file.display()))),
+        opened => opened.map_err(|error| Failure::unwritable("--trace", file, &error)),
     }
 }
 
@@ -205,16 +231,16 @@ fn spawned() -> bool {
 }
 
 /// Logs to standard error.
-fn start_log(structured: bool) {
+fn start_log() {
     let filter = log::filter(LevelFilter::INFO);
     let log = tracing_subscriber::fmt()
         .with_max_level(LevelFilter::TRACE)
-        .with_writer(std::io::stderr)
+        .with_writer(|| Stderr)
         .with_target(false)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(out::may_colour())
         // A dead coordinator takes the pipe along; complaining about that would need the pipe.
         .log_internal_errors(false);
-    if structured {
+    if log::is_structured() {
         log.event_format(JsonLines).finish().with(filter).init();
     } else if spawned() {
         log.without_time().finish().with(filter).init();

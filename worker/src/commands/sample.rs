@@ -1,12 +1,18 @@
 //! Subcommands of the `worker` program for generation: samples, interpolations, and export of the generator
 //! to other programs.
 
-use std::io::{self, BufWriter, IsTerminal, Write};
+use std::fs::File;
+use std::io::{self, BufWriter, Read, Seek};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use ganglion_storage::whole::{self, Draft};
+use ganglion_proto::out;
+use ganglion_proto::progress::Progress;
+use ganglion_storage::whole;
+use rustix::fs::{MemfdFlags, memfd_create};
 use tch::{CModule, Kind, Tensor, no_grad};
+use tracing::Level;
 
 use crate::commands::error::Failure;
 use crate::commands::generator_file::Weights;
@@ -92,8 +98,9 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
     if let Some(folder) = folder {
         std::fs::create_dir_all(folder)
             .and_then(|()| whole::try_out(&folder.join("000000.png")))
-            .map_err(|error| unwritable("--folder", folder, &error))?;
+            .map_err(|error| Failure::unwritable("--folder", folder, &error))?;
     }
+    let progress = Progress::start("reading the generator");
     let (_, generator) = weights.open()?;
     let classes = choice.classes(&generator, *count)?;
     let draw = |from: u32, to: u32| {
@@ -108,10 +115,11 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
             );
             return Err(Failure::Input(what));
         }
+        progress.part("drawing a picture", 0);
         write(out, "--out", &png(&Picture::grid(&draw(0, *count), COLUMNS))?)?;
-        say(out);
-        return Ok(());
+        return say(out);
     };
+    progress.part("samples", (*count).into());
     for from in (0..*count).step_by(AT_ONCE as usize) {
         let to = (from + AT_ONCE).min(*count);
         for (index, image) in (from..to).zip(draw(from, to).unbind(0)) {
@@ -119,13 +127,12 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
                 0 => folder.clone(),
                 _ => folder.join(format!("{:03}", classes[index as usize])),
             };
-            std::fs::create_dir_all(&own).map_err(|error| unwritable("--folder", &own, &error))?;
+            std::fs::create_dir_all(&own).map_err(|error| Failure::unwritable("--folder", &own, &error))?;
             write(&own.join(format!("{index:06}.png")), "--folder", &png(&Picture::of(&image))?)?;
+            progress.add(1);
         }
-        progress(to, *count, "samples");
     }
-    say(folder);
-    Ok(())
+    say(folder)
 }
 
 /// Arguments of `worker interpolate`.
@@ -160,6 +167,7 @@ pub(crate) fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
     crate::set_threads(1);
     let Interpolate { weights, count, points, frames, delay, choice, out } = arguments;
     try_out(out)?;
+    let progress = Progress::start("reading the generator");
     let (_, generator) = weights.open()?;
     let classes = choice.classes(&generator, *count)?;
     let noise = |point: u32| {
@@ -175,18 +183,18 @@ pub(crate) fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
         Picture::grid(&generator.images(&between, &classes), COLUMNS)
     };
     let (first, all) = (picture(0), points * frames);
+    progress.part("pictures", all.into());
     let drawn = whole::write_by(out, |file| {
         let mut film = Film::begin(BufWriter::new(file), &first, *delay).map_err(of_film)?;
         film.add(&first).map_err(of_film)?;
         for index in 1..all {
             film.add(&picture(index)).map_err(of_film)?;
-            progress(index + 1, all, "pictures");
+            progress.set((index + 1).into(), all.into());
         }
         film.end().map_err(of_film)
     });
-    drawn.map_err(|error: io::Error| unwritable("--out", out, &error))?;
-    say(out);
-    Ok(())
+    drawn.map_err(|error: io::Error| Failure::unwritable("--out", out, &error))?;
+    say(out)
 }
 
 /// Interpolates the points (n, d) along great circles; `part` goes from 0 to 1. Noise of many dimensions
@@ -223,16 +231,21 @@ const EXACT_ENOUGH: f64 = 1e-5;
 pub(crate) fn export(arguments: &Export) -> Result<(), Failure> {
     crate::set_threads(1);
     let Export { weights, out } = arguments;
-    // Written beside the target first, so that a module that fails the check never gets its name.
-    let draft = Draft::beside(out).map_err(|error| unwritable("--out", out, &error))?;
+    try_out(out)?;
+    let progress = Progress::start("reading the generator");
     let (_, generator) = weights.open()?;
-    let apart =
-        record(&generator, draft.path()).and_then(|()| apart(&generator, &CModule::load(draft.path())?));
-    let apart = match apart {
-        Ok(apart) if apart <= EXACT_ENOUGH => {
-            draft.put().map(|()| apart).map_err(|error| unwritable("--out", out, &error))
+    progress.part("writing and checking the module", 0);
+    let exported = record(&generator).and_then(|module| {
+        // As another program reads it.
+        let apart = apart(&generator, &CModule::load_data(&mut module.as_slice())?)?;
+        Ok((module, apart))
+    });
+    let apart = match exported {
+        // Only now: a module that fails the check never gets a name.
+        Ok((module, apart)) if apart <= EXACT_ENOUGH => write(out, "--out", &module).map(|()| apart),
+        Ok((_, apart)) => {
+            Err(Failure::Other(format!("the exported module draws otherwise, by up to {apart:e}")))
         }
-        Ok(apart) => Err(Failure::Other(format!("the exported module draws otherwise, by up to {apart:e}"))),
         Err(error) => Err(Failure::Other(format!("the generator cannot be exported: {error}"))),
     }?;
     let classes = if generator.classes() > 0 { " and classes (n) of int64" } else { "" };
@@ -244,15 +257,21 @@ pub(crate) fn export(arguments: &Export) -> Result<(), Failure> {
         shape.height,
         shape.width
     );
-    drop(writeln!(std::io::stdout(), "{line}"));
-    Ok(())
+    drop(progress);
+    say_beside(out, &line)
 }
 
-/// Records the generator as a module.
-fn record(generator: &Generator, out: &Path) -> Result<(), tch::TchError> {
+/// Records the generator as a module; returns the bytes of its file.
+fn record(generator: &Generator) -> Result<Vec<u8>, tch::TchError> {
     let draw = &mut |inputs: &[Tensor]| vec![generator.forward(&inputs[0], inputs.get(1))];
-    let module = no_grad(|| CModule::create_by_tracing("Generator", "forward", &inputs(generator, 2), draw));
-    module?.save(out)
+    let module = no_grad(|| CModule::create_by_tracing("Generator", "forward", &inputs(generator, 2), draw))?;
+    // libtorch ends the process when a disk is full, so it writes to memory. It takes paths alone.
+    let memory = File::from(memfd_create("module", MemfdFlags::CLOEXEC).map_err(io::Error::from)?);
+    module.save(format!("/proc/self/fd/{}", memory.as_raw_fd()))?;
+    let mut bytes = Vec::new();
+    (&memory).rewind()?;
+    (&memory).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Inputs for `count` samples: noise, and classes for a conditional generator.
@@ -286,18 +305,12 @@ fn png(picture: &Picture) -> Result<Vec<u8>, Failure> {
 }
 
 fn write(path: &Path, option: &str, bytes: &[u8]) -> Result<(), Failure> {
-    whole::write(path, bytes).map_err(|error| unwritable(option, path, &error))
+    whole::write(path, bytes).map_err(|error| Failure::unwritable(option, path, &error))
 }
 
 /// Checks before the work that its output can be written.
 pub(crate) fn try_out(out: &Path) -> Result<(), Failure> {
-    whole::try_out(out).map_err(|error| unwritable("--out", out, &error))
-}
-
-/// Failure to write to a path: the user's choice is wrong, unless only the disk is full or failing.
-pub(crate) fn unwritable(option: &str, path: &Path, error: &io::Error) -> Failure {
-    let line = format!("{option} {}: {error}", path.display());
-    if whole::is_mistake(error) { Failure::Input(line) } else { Failure::Other(line) }
+    whole::try_out(out).map_err(|error| Failure::unwritable("--out", out, &error))
 }
 
 fn of_film(error: gif::EncodingError) -> io::Error {
@@ -308,17 +321,17 @@ fn of_film(error: gif::EncodingError) -> io::Error {
 }
 
 /// Prints the path that was written.
-fn say(path: &Path) {
-    drop(writeln!(std::io::stdout(), "{}", path.display()));
+fn say(path: &Path) -> Result<(), Failure> {
+    say_beside(path, &path.display().to_string())
 }
 
-/// Shows the progress of a command on a terminal.
-fn progress(done: u32, of: u32, what: &str) {
-    let mut terminal = std::io::stderr();
-    if terminal.is_terminal() {
-        let end = if done == of { "\n" } else { "" };
-        drop(write!(terminal, "\r{done} of {of} {what}{end}"));
+/// Prints a message about a file that was written; not between the file's own bytes.
+pub(crate) fn say_beside(file: &Path, message: &str) -> Result<(), Failure> {
+    if whole::is_standard_output(file) {
+        out::tell(Level::INFO, message);
+        return Ok(());
     }
+    Ok(out::say(message)?)
 }
 
 #[cfg(test)]

@@ -521,7 +521,7 @@ mod tests {
     #[test]
     fn who_may_not_be_alone_removes_no_draft_that_is_being_written() {
         let folder = tempfile::tempdir().unwrap();
-        let drafts = [".1.png.a.new", "a/.2.png.b.new"];
+        let drafts = [".1.png.a.ganglion.new", "a/.2.png.b.ganglion.new"];
         let left = |is_alone: bool, age: Duration| {
             fs::create_dir_all(folder.path().join("a")).unwrap();
             for draft in drafts {

@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::job::Job;
+use ganglion_proto::progress::Progress;
 use ganglion_proto::record::Scalars;
 use ganglion_proto::trace::Track;
 use serde::Serialize;
@@ -181,7 +182,7 @@ impl Monitor<Queue> {
             let make = || {
                 // On this thread, since reading the reference takes long; once for the whole run.
                 if let Some(means) = means.take() {
-                    judge = Some(means.judge(&data)?);
+                    judge = Some(means.judge(&data, &Progress::off())?);
                 }
                 let judge =
                     judge.as_ref().ok_or_else(|| EvalError::Input("see the first failure".to_string()))?;
@@ -251,5 +252,5 @@ pub(crate) fn evaluate(
     // A fixed key: the same noise for each evaluation, so that figures differ by the state alone.
     let key = Key { seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Evaluation };
     let images = sampler.draw(&model.layout, snapshot, key, count);
-    judge.metrics(&images, sampler.critic(&model.layout, snapshot).as_ref())
+    judge.metrics(&images, sampler.critic(&model.layout, snapshot).as_ref(), &Progress::off())
 }

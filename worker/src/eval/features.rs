@@ -4,6 +4,7 @@ use std::path::Path;
 
 use c10d::script::Script;
 use ganglion_proto::evaluation::Features;
+use ganglion_proto::progress::Progress;
 use tch::{Kind, Tensor, no_grad};
 
 use super::digits::{Digits, SHAPE};
@@ -66,21 +67,30 @@ impl Extractor {
     ///
     /// # Errors
     /// The module of a file fails.
-    pub(crate) fn look(&self, images: &Tensor) -> Result<Looked, EvalError> {
+    pub(crate) fn look(&self, images: &Tensor, progress: &Progress) -> Result<Looked, EvalError> {
         let batch = i64::try_from(BATCH).expect("a small number");
         // Batches of one size, so that the same image gets the same bits (see BATCH).
-        self.gather(images.split(batch, 0).into_iter().map(Ok))
+        self.gather(images.split(batch, 0).into_iter().map(Ok), progress)
     }
 
     /// Extracts features of samples of a data set.
     ///
     /// # Errors
     /// A sample cannot be read, or the module of a file fails.
-    pub(crate) fn look_at(&self, data: &DataSet, indices: &[usize]) -> Result<Looked, EvalError> {
-        self.gather(indices.chunks(BATCH).map(|chunk| Ok(images(data, chunk)?)))
+    pub(crate) fn look_at(
+        &self,
+        data: &DataSet,
+        indices: &[usize],
+        progress: &Progress,
+    ) -> Result<Looked, EvalError> {
+        self.gather(indices.chunks(BATCH).map(|chunk| Ok(images(data, chunk)?)), progress)
     }
 
-    fn gather(&self, batches: impl Iterator<Item = Result<Tensor, EvalError>>) -> Result<Looked, EvalError> {
+    fn gather(
+        &self,
+        batches: impl Iterator<Item = Result<Tensor, EvalError>>,
+        progress: &Progress,
+    ) -> Result<Looked, EvalError> {
         let (mut features, mut probabilities) = (Vec::new(), Vec::new());
         for images in batches {
             match self {
@@ -93,6 +103,7 @@ impl Extractor {
                 Extractor::Pixels => break,
                 Extractor::File(module, _) => features.push(features_of(module, &images?)?),
             }
+            progress.add(BATCH as u64);
         }
         let whole = |parts: Vec<Tensor>| (!parts.is_empty()).then(|| Tensor::cat(&parts, 0));
         Ok(Looked { features: whole(features), probabilities: whole(probabilities) })

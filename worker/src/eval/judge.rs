@@ -2,6 +2,7 @@
 //! prepared once.
 
 use ganglion_proto::evaluation::{BestBy, Evaluation, names};
+use ganglion_proto::progress::Progress;
 use tch::{Kind, TchError, Tensor, no_grad};
 
 use super::features::{Extractor, Looked, chosen};
@@ -143,12 +144,18 @@ impl Means {
     ///
     /// # Errors
     /// A sample cannot be read, or the features cannot be computed.
-    pub(crate) fn judge(self, data: &DataSet) -> Result<Judge, EvalError> {
+    pub(crate) fn judge(self, data: &DataSet, progress: &Progress) -> Result<Judge, EvalError> {
         let Means { settings, extractor, held_out } = self;
         let samples = settings.samples as usize;
         // Waits for the disk; on the evaluation thread, so training goes on.
-        let looked = extractor.look_at(data, &chosen(data, settings.reference as usize))?;
-        let fresh = held_out.as_ref().map(|held_out| extractor.look_at(held_out, &chosen(held_out, samples)));
+        let look_at = |data, count, what| {
+            let chosen = chosen(data, count);
+            progress.part(what, chosen.len() as u64);
+            extractor.look_at(data, &chosen, progress)
+        };
+        let looked = look_at(data, settings.reference as usize, "real samples")?;
+        let fresh = held_out.as_ref().map(|held_out| look_at(held_out, samples, "held-out samples"));
+        progress.part("statistics of real samples", 0);
         let fresh = fresh.transpose()?.and_then(|looked| looked.features);
         let asked = |held_out: &DataSet| Ok::<_, EvalError>([Asked::of(data)?, Asked::of(held_out)?]);
         let reference = Reference {
@@ -208,11 +215,14 @@ impl Judge {
         &self,
         images: &Tensor,
         critic: Option<&Critic>,
+        progress: &Progress,
     ) -> Result<Vec<(String, f64)>, EvalError> {
         let mut metrics = Vec::new();
         let mut note = |name: &str, value: f64| metrics.push((name.to_string(), value));
         let images = &images.to_kind(Kind::Float);
-        let Looked { features, probabilities } = self.extractor.look(images)?;
+        progress.part("features of samples", images.size()[0].unsigned_abs());
+        let Looked { features, probabilities } = self.extractor.look(images, progress)?;
+        progress.part("computing the metrics", 0);
         if let (Some(own), Some(real)) = (&features, &self.reference.features) {
             note(names::FRECHET, frechet_or_nothing(real, own));
             note(names::KID, kernel_distance(real.some.samples(), own));

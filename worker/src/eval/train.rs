@@ -7,6 +7,7 @@
 use std::path::Path;
 
 use c10d::aten::{Adam, fused_adam};
+use ganglion_proto::progress::Progress;
 use ganglion_proto::stream::SampleStream;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -86,7 +87,8 @@ pub(crate) fn train(
     digits: &Labelled,
     seed: u64,
     epochs: u64,
-    tell: impl Fn(u64, f64),
+    progress: &Progress,
+    mut tell: impl FnMut(u64, f64),
 ) -> Result<Vec<u8>, EvalError> {
     let layout = Layout::new(specs());
     let len = i64::try_from(layout.len()).expect("the network is small");
@@ -104,6 +106,7 @@ pub(crate) fn train(
     let mut stream = SampleStream::new(seed, samples);
     let (per_epoch, updates) = (samples / BATCH, epochs * (samples / BATCH));
     let mut loss_sum = 0.0;
+    progress.part("batches", updates);
     for update in 0..updates {
         let (images, labels) = batch(digits, &mut stream, seed, update);
         let loss = forward(&images, &weights).logits.cross_entropy_for_logits(&labels);
@@ -116,6 +119,7 @@ pub(crate) fn train(
         let adam = Adam { lr: LEARNING_RATE * left, beta1: 0.9, beta2: 0.999, eps: 1e-8 };
         fused_adam(&mut flat, &gradient, [&mut first, &mut second], update + 1, adam)?;
         loss_sum += loss.double_value(&[]);
+        progress.add(1);
         if (update + 1) % per_epoch == 0 {
             #[allow(clippy::cast_precision_loss)]
             tell((update + 1) / per_epoch, std::mem::take(&mut loss_sum) / per_epoch as f64);
@@ -154,10 +158,10 @@ mod tests {
     #[test]
     fn it_learns_and_the_same_again_gives_the_same_weights() {
         let digits = stripes();
-        let trained = train(&digits, 3, 2, |_, _| {}).unwrap();
-        assert_eq!(trained, train(&digits, 3, 2, |_, _| {}).unwrap());
-        assert_ne!(trained, train(&digits, 4, 2, |_, _| {}).unwrap());
-        let longer = Digits::read(&train(&digits, 3, 60, |_, _| {}).unwrap()).unwrap();
+        let trained = train(&digits, 3, 2, &Progress::off(), |_, _| {}).unwrap();
+        assert_eq!(trained, train(&digits, 3, 2, &Progress::off(), |_, _| {}).unwrap());
+        assert_ne!(trained, train(&digits, 4, 2, &Progress::off(), |_, _| {}).unwrap());
+        let longer = Digits::read(&train(&digits, 3, 60, &Progress::off(), |_, _| {}).unwrap()).unwrap();
         assert!(digits.accuracy(&longer) > 0.9, "{}", digits.accuracy(&longer));
     }
 

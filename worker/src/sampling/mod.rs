@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use ganglion_proto::job::Model;
 use ganglion_proto::message::SampleGrid;
+use ganglion_proto::progress::Progress;
 use safetensors::SafeTensors;
 use tch::{Tensor, no_grad};
 
@@ -171,8 +172,13 @@ impl Generator {
 
     /// The same, from noise for another purpose.
     pub fn draw_for(&self, purpose: Purpose, seed: u64, count: u32) -> Tensor {
+        self.draw_counted(purpose, seed, count, &Progress::off())
+    }
+
+    /// The same, with each batch counted.
+    pub fn draw_counted(&self, purpose: Purpose, seed: u64, count: u32, progress: &Progress) -> Tensor {
         let noise: Vec<Tensor> = (0..count).map(|index| self.noise(purpose, seed, index, None)).collect();
-        self.images(&Tensor::stack(&noise, 0), &self.classes_in_turn(count))
+        self.images_counted(&Tensor::stack(&noise, 0), &self.classes_in_turn(count), progress)
     }
 
     /// Returns the noise of sample `index`, (latent_dim). With truncation, values beyond it are drawn
@@ -204,10 +210,17 @@ impl Generator {
     /// Generates images (n, c, h, w) in [-1, 1] from noise (n, latent_dim), each of a class below
     /// [`classes`](Self::classes); an unconditional generator ignores the classes.
     pub fn images(&self, noise: &Tensor, classes: &[u32]) -> Tensor {
+        self.images_counted(noise, classes, &Progress::off())
+    }
+
+    /// The same, with each batch counted.
+    pub fn images_counted(&self, noise: &Tensor, classes: &[u32], progress: &Progress) -> Tensor {
         let size = i64::try_from(BATCH).expect("a small number");
         let draw = |(noise, classes): (&Tensor, &[u32])| {
             let classes: Vec<i64> = classes.iter().map(|class| i64::from(*class)).collect();
-            self.forward(noise, Some(&Tensor::from_slice(&classes)))
+            let images = self.forward(noise, Some(&Tensor::from_slice(&classes)));
+            progress.add(classes.len() as u64);
+            images
         };
         let batches: Vec<Tensor> =
             no_grad(|| noise.split(size, 0).iter().zip(classes.chunks(BATCH)).map(draw).collect());

@@ -32,6 +32,8 @@ const ATTEMPT_LIMIT: Duration = Duration::from_secs(3);
 const WELCOME_LIMIT: Duration = Duration::from_secs(20);
 /// The first pause between two attempts; it doubles.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Interval at which a search that fails is told of.
+const WORD: Duration = Duration::from_secs(5);
 
 /// Reasons why a session could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -288,6 +290,9 @@ impl Dial {
     /// Makes the first connection. The coordinator may not be listening yet.
     async fn first(&self) -> Result<Connection, ConnectError> {
         let (started, mut attempts, mut pause) = (Instant::now(), 0, PAUSE);
+        // Before the first attempt, which may hang on an address that drops what comes.
+        tracing::info!("connecting to the coordinator at {}", self.url);
+        let mut word = Word::new();
         loop {
             attempts += 1;
             let hello = member::Hello { attempt: 1, resume: None };
@@ -306,7 +311,10 @@ impl Dial {
                 let (url, seconds) = (self.url.clone(), started.elapsed().as_secs());
                 return Err(ConnectError::Unreachable { url, attempts, seconds, reason });
             }
-            tracing::debug!("attempt {attempts} to reach {}: {reason}", self.url);
+            if word.is_due() {
+                let (url, limit) = (&self.url, CONNECT_LIMIT.as_secs());
+                tracing::info!("no coordinator at {url} yet: {reason}; trying again, for {limit} s in all");
+            }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(2));
         }
@@ -314,10 +322,12 @@ impl Dial {
 
     /// Looks for the coordinator, or the run's next one, until the member gives up.
     async fn find_again(&self, talk: &mut Talk) -> Option<Connection> {
+        // The loss itself was told just now.
+        let mut word = Word::said();
         loop {
             match talk.next().await {
                 Dialling::Connect(hello) => {
-                    if let Some(connection) = self.try_again(talk, hello).await {
+                    if let Some(connection) = self.try_again(talk, hello, &mut word).await {
                         return Some(connection);
                     }
                 }
@@ -331,7 +341,7 @@ impl Dial {
     }
 
     /// Makes one attempt, until it ends or the member gives it up.
-    async fn try_again(&self, talk: &mut Talk, hello: member::Hello) -> Option<Connection> {
+    async fn try_again(&self, talk: &mut Talk, hello: member::Hello, word: &mut Word) -> Option<Connection> {
         let run = talk.shared.lock().welcome.run.clone();
         let attempt = tokio::select! {
             biased;
@@ -353,7 +363,9 @@ impl Dial {
             }
             Err(Failed::Complete) => talk.shared.feed(Event::Dismissed(End::Complete)),
             Err(Failed::Later(reason) | Failed::Refused(reason) | Failed::Wrong(reason)) => {
-                tracing::debug!("still without a coordinator: {reason}");
+                if word.is_due() {
+                    tracing::warn!("still without a coordinator at {}: {reason}", self.url);
+                }
                 talk.shared.feed(Event::Disconnected);
             }
         }
@@ -418,6 +430,28 @@ impl Dial {
             device: self.device.clone(),
             attempt: hello.attempt,
         }
+    }
+}
+
+/// When a search that fails was told of last.
+struct Word(Option<Instant>);
+
+impl Word {
+    fn new() -> Word {
+        Word(None)
+    }
+
+    fn said() -> Word {
+        Word(Some(Instant::now()))
+    }
+
+    /// Whether a line is due; notes that it is said.
+    fn is_due(&mut self) -> bool {
+        let is_due = self.0.is_none_or(|said| said.elapsed() >= WORD);
+        if is_due {
+            self.0 = Some(Instant::now());
+        }
+        is_due
     }
 }
 

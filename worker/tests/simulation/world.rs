@@ -13,6 +13,7 @@ use ganglion_coordinator::error::Failure;
 use ganglion_coordinator::records::progress::Screen;
 use ganglion_coordinator::startup::run::run;
 use ganglion_proto::job::Job;
+use ganglion_proto::progress::Progress;
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 use tokio::sync::mpsc;
@@ -393,7 +394,7 @@ impl World<'_> {
         if self.keeps_rows && events.contains(r#""kind":"metrics_lost""#) {
             return Err("rows are lost".to_string());
         }
-        let report = audit(&self.folder).map_err(|error| error.to_string())?;
+        let report = audit(&self.folder, &Progress::off()).map_err(|error| error.to_string())?;
         if report.holds() { Ok(()) } else { Err(format!("the audit finds a breach:\n{report}")) }
     }
 

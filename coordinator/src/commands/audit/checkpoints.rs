@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 
 use ganglion_membership::Checkpoint;
+use ganglion_proto::progress::Progress;
 use ganglion_proto::record::{RunEvent, SavedCheckpoint};
 use ganglion_storage::{Bytes, Error, MANIFEST, Storage, in_folder, reason};
 use safetensors::tensor::{SafeTensors, TensorView};
@@ -40,7 +41,8 @@ pub(super) struct State {
 
 impl Whole {
     /// Reads every file of every checkpoint.
-    pub(super) fn read(evidence: &Evidence) -> Result<Whole, NoRun> {
+    pub(super) fn read(evidence: &Evidence, progress: &Progress) -> Result<Whole, NoRun> {
+        progress.part("checkpoints read", evidence.manifests.len() as u64);
         let storage = evidence.storage.storage();
         let read = evidence.storage.wait(async {
             let mut all = Vec::new();
@@ -53,6 +55,7 @@ impl Whole {
                 // only a removal shows here (1).
                 let gone = !storage.exists(&in_folder(folder, MANIFEST)).await?;
                 all.push((folder.clone(), if gone { Found::Gone } else { found }));
+                progress.add(1);
             }
             Ok(Whole(all))
         });

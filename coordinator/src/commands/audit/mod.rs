@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use evidence::Evidence;
 pub use evidence::NoRun;
+use ganglion_proto::progress::Progress;
 use serde::Serialize;
 
 /// Pause before a breach is checked again: longer than a coordinator takes to write its decisions,
@@ -47,21 +48,21 @@ struct Claim {
 }
 
 /// Audits a run directory.
-pub fn audit(run: &Path) -> Result<Report, NoRun> {
+pub fn audit(run: &Path, progress: &Progress) -> Result<Report, NoRun> {
     let evidence = Evidence::read(run)?;
-    let report = judge(&evidence)?;
+    let report = judge(&evidence, progress)?;
     // Nobody writes any more after an end, so a second look could only find the same.
     if report.holds() || evidence.ended() {
         return Ok(report);
     }
     // Everything is read again: a decision that was being written is then in all files (3).
     std::thread::sleep(SECOND_LOOK);
-    judge(&Evidence::read(run)?)
+    judge(&Evidence::read(run)?, progress)
 }
 
-fn judge(evidence: &Evidence) -> Result<Report, NoRun> {
+fn judge(evidence: &Evidence, progress: &Progress) -> Result<Report, NoRun> {
     // Once for all claims, since it reads and hashes gigabytes.
-    let whole = checkpoints::Whole::read(evidence)?;
+    let whole = checkpoints::Whole::read(evidence, progress)?;
     Ok(Report(vec![
         groups::numbers_grow(evidence),
         groups::shards_are_dealt(evidence),
@@ -82,7 +83,12 @@ fn judge(evidence: &Evidence) -> Result<Report, NoRun> {
 impl Report {
     /// Whether all claims hold.
     pub fn holds(&self) -> bool {
-        self.0.iter().all(|claim| claim.breaches.is_empty())
+        self.breaches() == 0
+    }
+
+    /// Number of claims that do not hold.
+    pub fn breaches(&self) -> usize {
+        self.0.iter().filter(|claim| !claim.breaches.is_empty()).count()
     }
 }
 

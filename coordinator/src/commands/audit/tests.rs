@@ -13,6 +13,7 @@ use ganglion_membership::{
     WorkerId,
 };
 use ganglion_proto::job::Job;
+use ganglion_proto::progress::Progress;
 use ganglion_proto::stream::{SampleStream, ledger_term};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
@@ -213,7 +214,7 @@ impl Story {
     }
 
     fn report(&self) -> Report {
-        judge(&Evidence::read(self.folder.path()).unwrap()).unwrap()
+        judge(&Evidence::read(self.folder.path()).unwrap(), &Progress::off()).unwrap()
     }
 
     #[track_caller]
@@ -721,13 +722,15 @@ fn a_run_without_checkpoints_or_with_a_coordinator_is_not_recovered() {
 #[test]
 fn a_folder_that_is_no_run_directory_is_named() {
     let story = Story::new();
-    let error = audit(story.folder.path()).unwrap_err().to_string();
+    let error = audit(story.folder.path(), &Progress::off()).unwrap_err().to_string();
     for part in ["not a run directory", "job.toml", "runs/mnist-mlp"] {
         assert!(error.contains(part), "{part:?} is not in {error:?}");
     }
     story.write();
     fs::write(story.path("job.toml"), "nonsense").unwrap();
-    assert!(audit(story.folder.path()).unwrap_err().to_string().contains("restore the file"));
+    assert!(
+        audit(story.folder.path(), &Progress::off()).unwrap_err().to_string().contains("restore the file")
+    );
 }
 
 #[test]
