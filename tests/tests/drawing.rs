@@ -125,3 +125,20 @@ fn every_generator_can_be_exported() {
     assert_eq!(ended.code, Some(2), "{}", ended.output);
     assert!(ended.output.contains("--out /no/such/folder"), "{}", ended.output);
 }
+
+/// Also where standard output is a file to which is appended; the message is elsewhere.
+#[test]
+fn a_picture_goes_to_standard_output_and_nothing_else_does() {
+    let run = trained(&[DCGAN]);
+    let (log, picture) = (run.beside("log"), run.beside("picture.png"));
+    done(&worker(&run, &["sample", "--count", "3", "--out", picture.to_str().unwrap()]));
+    let mut command = Command::new(program("worker"));
+    command.args(["sample", "--count", "3", "--out", "/dev/stdout", "--checkpoint"]).arg(run.path(""));
+    let piped = command.output().unwrap();
+    assert_eq!(String::from_utf8(piped.stderr).unwrap(), "/dev/stdout\n");
+    assert_eq!(piped.stdout, fs::read(&picture).unwrap());
+    fs::write(&log, "before\n").unwrap();
+    command.stdout(File::options().append(true).open(&log).unwrap());
+    assert!(command.status().unwrap().success());
+    assert_eq!(fs::read(&log).unwrap(), [b"before\n", &piped.stdout[..]].concat());
+}

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use ganglion_tests::disk::Disk;
 use ganglion_tests::failpoint::VARIABLE;
 use ganglion_tests::{Process, Run, SMALL_MLP, program};
 use serde_json::Value;
@@ -172,4 +173,24 @@ fn a_remote_worker_has_a_trace_of_its_own() {
     let tracks = read(&file);
     assert!(tracks.keys().all(|(process, _)| process == "worker 1"), "{:?}", tracks.keys());
     assert_trained(&tracks[&("worker 1".to_string(), "training".to_string())]);
+}
+
+#[test]
+fn an_older_trace_stays_where_there_is_no_room_for_a_new_one() {
+    let run = Run::new(&[SMALL_MLP, &["job.steps=2"]]);
+    let Some(disk) = Disk::mount(run.beside("disk")) else { return };
+    let trace = disk.folder.join("trace.json");
+    let old = "[\n{\"name\":\"an older run\",\"ph\":\"i\",\"ts\":1,\"pid\":1,\"tid\":1,\"args\":{}}\n]\n";
+    fs::write(&trace, old).unwrap();
+    let full = disk.fill_up();
+    let ended = run.start_with(&["--workers", "1", "--trace", trace.to_str().unwrap()]).wait();
+    assert_eq!(ended.code, Some(1), "{}", ended.output);
+    assert!(ended.output.contains("--trace") && ended.output.contains("No space left"), "{}", ended.output);
+    assert_eq!(fs::read_to_string(&trace).unwrap(), old);
+    assert_eq!(fs::read_dir(&disk.folder).unwrap().count(), 2, "no draft is left");
+    drop(full);
+    disk.free();
+    let ended = run.start_with(&["--workers", "1", "--trace", trace.to_str().unwrap()]).wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
+    assert!(!fs::read_to_string(&trace).unwrap().contains("an older run"));
 }

@@ -155,7 +155,9 @@ fn standing(run: &Path, newest_event: Option<&RunEvent>) -> Standing {
     }
     // Only once nobody holds it: a run that goes on may have an old end among its events.
     match newest_event {
-        Some(RunEvent::RunEnded { outcome: RunOutcome::Complete, .. }) => Standing::Complete,
+        Some(RunEvent::RunEnded { outcome: RunOutcome::Complete, .. } | RunEvent::Staying {}) => {
+            Standing::Complete
+        }
         Some(RunEvent::RunEnded { outcome: RunOutcome::Stopped, .. }) => Standing::Stopped,
         Some(RunEvent::RunEnded { .. }) => Standing::Failed,
         _ => Standing::Interrupted,
@@ -355,7 +357,8 @@ mod tests {
         assert_eq!(standing(ended(RunOutcome::Complete)), Standing::Complete);
         assert_eq!(standing(ended(RunOutcome::Stopped)), Standing::Stopped);
         assert_eq!(standing(ended(RunOutcome::InputError)), Standing::Failed);
-        assert_eq!(standing(Some(RunEvent::Staying {})), Standing::Interrupted);
+        assert_eq!(standing(Some(RunEvent::Staying {})), Standing::Complete);
+        assert_eq!(standing(Some(RunEvent::StopRequested {})), Standing::Interrupted);
         let held = crate::run_dir::RunDir::hold(run).unwrap();
         assert_eq!(standing(ended(RunOutcome::Complete)), Standing::Running);
         drop(held);
