@@ -73,6 +73,8 @@ fn a_run_is_seen_before_and_after_its_coordinators_death() {
     assert!(sample(&text, "ganglion_step") >= Some(100.0), "{text}");
     let real = sample(&text, "ganglion_score{of=\"real\"}").unwrap();
     assert!((0.0..=1.0).contains(&real), "a probability: {text}");
+    let half_life = sample(&text, "ganglion_setting{name=\"ema_half_life_images\"}");
+    assert!(half_life > Some(0.0), "it grows with the run: {text}");
     for probe in ["/healthz", "/readyz"] {
         assert_eq!(get(&first, probe).unwrap().0, 200, "{probe}");
     }
@@ -119,23 +121,44 @@ fn a_lost_worker_shows_and_then_shows_no_more() {
     stop(coordinator);
 }
 
-/// The discriminator's scores are a function of the job, like all values of a row that describe a
-/// step.
+/// Scores and moving settings are a function of the job, like all values of a row that describe a step.
 #[test]
-fn the_verdict_is_the_same_for_any_number_of_workers() {
-    let verdicts = |workers| {
-        let run = Run::new(&[SMALL_MLP, &["job.steps=30", "metrics.every_steps=1"]]);
+fn scalars_are_the_same_for_any_number_of_workers() {
+    const MOVING: &[&str] = &[
+        "optimizer.decay_images=400",
+        "optimizer.final_learning_rate=1e-5",
+        "augmentation.kinds=translation",
+        "augmentation.adaptive=true",
+        "augmentation.target=0.1",
+        "augmentation.adjust_images=500",
+    ];
+    const NAMES: [&str; 6] = [
+        "score_real",
+        "score_fake",
+        "setting_learning_rate_generator",
+        "setting_learning_rate_discriminator",
+        "setting_ema_half_life_images",
+        "setting_augmentation_probability",
+    ];
+    let scalars = |workers| {
+        let run = Run::new(&[SMALL_MLP, MOVING, &["job.steps=30", "metrics.every_steps=1"]]);
         run.complete(workers);
         let mut rows = run.rows();
         rows.sort_by_key(|row| row["step"].as_u64());
-        rows.iter().map(|row| [row["score_real"].clone(), row["score_fake"].clone()]).collect::<Vec<_>>()
+        let of_row =
+            |row: &Value| NAMES.map(|name| row[name].as_f64().unwrap_or_else(|| panic!("{name}: {row}")));
+        rows.iter().map(of_row).collect::<Vec<_>>()
     };
-    let one = verdicts(1);
+    let one = scalars(1);
     assert!(
-        one.iter().flatten().all(|score| score.as_f64().is_some_and(|score| score > 0.0 && score < 1.0)),
+        one.iter().all(|[real, fake, ..]| [real, fake].iter().all(|score| (0.0..=1.0).contains(*score))),
         "{one:?}"
     );
-    assert_eq!(one, verdicts(3));
+    let (first, last) = (one[0], one[one.len() - 1]);
+    assert!(first[2] > 1e-4 && (last[2], last[3]) == (1e-5, 1e-5), "the rates fall: {first:?} {last:?}");
+    assert!(last[4] > first[4], "the half-life grows: {first:?} {last:?}");
+    assert!(one.iter().any(|row| row[5] > 0.0), "the controller moves: {one:?}");
+    assert_eq!(one, scalars(3));
 }
 
 #[test]

@@ -1,18 +1,22 @@
 //! What the engine takes from an objective: networks, phases, scalars and averages, of any number.
 #![allow(clippy::unwrap_used)] // a test may panic
 
+mod common;
+
 use std::sync::Arc;
 
 use c10d::aten::Adam;
 use ganglion_membership::{Position, StepShape};
-use ganglion_proto::job::Precision;
+use ganglion_proto::job::{AugmentationKind, EmaSchedule, Job, LossKind, ModelKind, Precision};
 use ganglion_worker::engine::commit::commit;
 use ganglion_worker::nn::{Init, TensorSpec};
 use ganglion_worker::objective::{
-    Compute, Model, NamedNetwork, NetworkId, Objective, Phase, Reads, ScalarRole, ScalarSpec, State,
+    Compute, Model, NamedNetwork, NetworkId, Objective, Phase, Reads, ScalarRole, ScalarSpec, Setting, State,
 };
 use ganglion_worker::state::narrow;
 use tch::{Device, Kind, Tensor, no_grad};
+
+use common::{Bench, job};
 
 const ENCODER: NetworkId = NetworkId(0);
 const DECODER: NetworkId = NetworkId(1);
@@ -71,6 +75,13 @@ impl Objective for Three {
 
     fn average_decay(&self, network: NetworkId, _steps: u64) -> f64 {
         if network == ENCODER { 0.75 } else { 0.0 }
+    }
+
+    fn settings(&self) -> Vec<Setting<'_>> {
+        let value = |steps: u64, state: &State| {
+            f64::from(u32::try_from(steps).unwrap()) + state.own(0).double_value(&[1])
+        };
+        vec![Setting { name: "gain", value: Box::new(value) }]
     }
 
     /// Keeps the count of updates, and the margin.
@@ -200,4 +211,51 @@ fn a_step_updates_each_network_and_average_by_what_the_objective_says() {
     assert_eq!(average(&state, CRITIC), weight(&state, CRITIC));
     assert_eq!(Vec::<f32>::try_from(state.own(0)).unwrap(), [2.0, 0.25]);
     assert_eq!((state.counters.position, state.counters.ledger), (Position(5), 5));
+    assert_eq!(model.settings(&state), [("setting_gain".to_string(), 1.25)], "after one step, of this state");
+}
+
+/// A row has the settings that change over the run, whatever changes them, and no others.
+#[test]
+fn a_gan_reports_the_settings_that_change() {
+    let settings = |change: &dyn Fn(&mut Job)| {
+        let mut job = job(ModelKind::Mlp28, LossKind::NonSaturating);
+        change(&mut job);
+        let Bench { model, mut state, .. } = Bench::new(job);
+        // 24 real images are seen in a step, in two phases.
+        state.counters.position = Position(3 * 100);
+        model.settings(&state)
+    };
+    let named =
+        |of: &[(&str, f64)]| of.iter().map(|(name, value)| ((*name).to_string(), *value)).collect::<Vec<_>>();
+    let ramp = ("setting_ema_half_life_images", 0.05 * 1200.0);
+    assert_eq!(settings(&|_| ()), named(&[ramp]));
+    let scheduled = |job: &mut Job| {
+        job.optimizer.decay_images = 2400;
+        job.optimizer.final_learning_rate = 0.0;
+        job.optimizer.final_beta2 = 0.5;
+        (job.loss.final_r1, job.loss.final_r2) = (0.1, 0.2);
+        job.augmentation.final_probability = 0.0;
+        job.model.ema_schedule = EmaSchedule::Cosine;
+    };
+    // At the end of the schedule.
+    let finals = named(&[
+        ("setting_learning_rate_generator", 0.0),
+        ("setting_beta2", 0.5),
+        ("setting_r1", 0.1),
+        ("setting_r2", 0.2),
+        ("setting_ema_half_life_images", 1000.0),
+    ]);
+    assert_eq!(settings(&scheduled), finals, "the probability applies to nothing");
+    let augmented = |job: &mut Job| {
+        job.augmentation.kinds = vec![AugmentationKind::Color];
+        job.augmentation.final_probability = 0.25;
+        job.optimizer.decay_images = 2400;
+    };
+    let probability = |value| ("setting_augmentation_probability", value);
+    assert_eq!(settings(&augmented), named(&[probability(0.25), ramp]));
+    let adaptive = |job: &mut Job| {
+        augmented(job);
+        job.augmentation.adaptive = true;
+    };
+    assert_eq!(settings(&adaptive), named(&[ramp, probability(0.0)]), "the controller begins at 0");
 }

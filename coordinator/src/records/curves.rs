@@ -163,7 +163,7 @@ mod tests {
     }
 
     fn line(step: u64) -> Vec<u8> {
-        let scalars = [("loss_generator", 0.5), ("kl", 2.0)].into_iter().collect();
+        let scalars = [("loss_generator", 0.5), ("kl", 2.0), ("setting_r1", 1.0)].into_iter().collect();
         MetricsRow { step, scalars, ..MetricsRow::default() }.line().into()
     }
 
@@ -206,7 +206,7 @@ mod tests {
         let of = |tag: &str| {
             drawn.keys().filter(|(known, _)| known == tag).map(|(_, step)| *step).collect::<Vec<_>>()
         };
-        for tag in [MARK, "loss/generator", "scalar/kl"] {
+        for tag in [MARK, "loss/generator", "scalar/kl", "setting/r1"] {
             assert_eq!(of(tag), [1, 2, 3, 4, 5], "{tag}");
         }
         assert_eq!((of(PICTURES), of("evaluation/a"), of("evaluation/b")), (vec![2], vec![2], vec![]));

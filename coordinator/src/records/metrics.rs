@@ -2,15 +2,16 @@
 //! and of the coordinator.
 //!
 //! 1. A step has at most one row. The computed part (step, images seen, sample checksum (`ledger`),
-//!    scalars) comes first in a row; a step that is recomputed must give the same bytes there. Time,
-//!    rates and the group that computed it may differ.
+//!    scalars) comes first in a row; a step that is recomputed must give the same bytes there, but for
+//!    scalars that one of two builds does not report. Time, rates and the group that computed it may
+//!    differ.
 //! 2. A row may come after one of a later step: rows wait on their worker for an acknowledgement,
 //!    which may be delayed.
 //! 3. A row is durable once a sync that began after it was written has ended.
 //!
 //! Memory: 16 bytes a row, for an index from steps to lines; the rows themselves stay in the file.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::io;
 use std::path::Path;
@@ -155,11 +156,29 @@ fn compare(step: u64, recorded: &[u8], recomputed: &str) -> Result<Recorded, Bre
     let recorded = String::from_utf8_lossy(recorded);
     // Without times and rates, which differ each time (M13).
     let parts = [&recorded, recomputed].map(MetricsRow::computed);
-    if parts[0] == parts[1] {
+    if parts[0] == parts[1] || agree(parts) {
         return Ok(Recorded::Same);
     }
     let [recorded, recomputed] = parts.map(|part| format!("{part}}}"));
     Err(Breach { step, recorded, recomputed })
+}
+
+/// Whether the computed parts of two builds agree: they have the same fixed columns, and the same bytes
+/// for every scalar that both report.
+fn agree([one, other]: [&str; 2]) -> bool {
+    let [one, other] = [columns(one), columns(other)];
+    let is_fixed = |name: &str| MetricsRow::FIELDS.iter().any(|field| field.name == name);
+    one.keys().chain(other.keys()).all(|name| match (one.get(name), other.get(name)) {
+        (Some(one), Some(other)) => one == other,
+        _ => !is_fixed(name),
+    })
+}
+
+/// Columns of a computed part, as written.
+fn columns(part: &str) -> BTreeMap<&str, &str> {
+    // Numbers and hexadecimal digits alone: no value has a comma or a colon.
+    let entries = part.trim_start_matches('{').split(',').filter_map(|entry| entry.split_once(':'));
+    entries.map(|(name, value)| (name.trim_matches('"'), value)).collect()
 }
 
 impl fmt::Display for Breach {
@@ -297,7 +316,10 @@ mod tests {
             MetricsRow { images_seen: 64, ..row_of(10) },
             MetricsRow { ledger: 1, ..row_of(10) },
             MetricsRow { skipped: 1, ..row_of(10) },
-            MetricsRow { scalars: scored(0.75, 0.25), ..row_of(10) },
+            MetricsRow {
+                scalars: losses(1.25, 0.3).iter().chain([("score_real", 0.5)]).collect(),
+                ..row_of(10)
+            },
         ];
         for row in other {
             let RecordError::Breach(breach) = log.record(&row).unwrap_err() else {
@@ -310,6 +332,18 @@ mod tests {
             serde_json::from_str::<Value>(&breach.recomputed).unwrap();
         }
         assert_eq!(rows(&path).len(), 1);
+    }
+
+    /// Invariant 1: a run goes on with a later build, and with the one before again.
+    #[test]
+    fn a_scalar_that_only_one_build_reports_is_no_breach() {
+        let (_dir, path, mut log) = log();
+        let later = |step| MetricsRow { scalars: scored(0.75, f64::NAN), ..row_of(step) };
+        log.record(&row_of(10)).unwrap();
+        assert_eq!(log.record(&later(10)).unwrap(), Recorded::Same);
+        log.record(&later(20)).unwrap();
+        assert_eq!(log.record(&row_of(20)).unwrap(), Recorded::Same);
+        assert_eq!(rows(&path)[0].get("score_real"), None, "the recorded row stays");
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! the trace and the progress line group and label them.
 //!
 //! `loss_NETWORK` is the loss of a network, `score_OF` a mean output of a discriminator for samples
-//! of a kind. Every other scalar stands for itself.
+//! of a kind, `setting_NAME` a setting that a schedule or a controller moves. Every other scalar
+//! stands for itself.
 
 use ganglion_proto::record::Scalars;
 
@@ -18,12 +19,17 @@ pub(crate) struct Group {
 }
 
 /// All groups. The last one is of the scalars that stand for themselves.
-pub(crate) static GROUPS: [Group; 3] = [
+pub(crate) static GROUPS: [Group; 4] = [
     Group { name: "loss", key: "module", help: "Mean loss of the newest step" },
     Group {
         name: "score",
         key: "of",
         help: "What the discriminator says of samples, a mean of the newest step",
+    },
+    Group {
+        name: "setting",
+        key: "name",
+        help: "A setting that a schedule or a controller moves, after the newest step",
     },
     Group { name: "scalar", key: "name", help: "What the objective reports of the newest step" },
 ];
@@ -88,6 +94,7 @@ mod tests {
         for (name, group, key, of, short) in [
             ("loss_discriminator", "loss", "module", "discriminator", "D"),
             ("score_real", "score", "of", "real", "real"),
+            ("setting_r1", "setting", "name", "r1", "r1"),
             ("grad_norm", "scalar", "name", "grad_norm", "grad norm"),
             ("loss", "scalar", "name", "loss", "loss"),
             ("loss_", "scalar", "name", "loss_", "loss "),
@@ -99,9 +106,14 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_words_leaves_scores_out() {
+    fn a_line_of_words_leaves_scores_and_settings_out() {
         let words = |scalars: &[(&str, f64)]| in_words(&scalars.iter().copied().collect());
-        let gan = [("loss_discriminator", 1.25), ("loss_generator", f64::NAN), ("score_real", 0.75)];
+        let gan = [
+            ("loss_discriminator", 1.25),
+            ("loss_generator", f64::NAN),
+            ("score_real", 0.75),
+            ("setting_r1", 1.0),
+        ];
         assert_eq!(words(&gan), "  loss D 1.250 G NaN");
         assert_eq!(words(&[("recon", 0.1), ("kl", 12.0)]), "  recon 0.100 kl 12.000");
         assert_eq!(words(&[("loss_model", 0.1), ("kl", 12.0)]), "  loss M 0.100  kl 12.000");

@@ -28,6 +28,10 @@ the output for its logarithm. They are means over the global batch of the step's
 columns shows any scalar: TensorBoard as `scalar/NAME`, Prometheus as `ganglion_scalar{name}`, the dashboard as a curve. Only
 `loss_NETWORK` and `score_OF` are grouped, as `loss/NETWORK` and `ganglion_loss{module}`, `score/OF` and `ganglion_score{of}`.
 
+A setting that a schedule or a controller moves over the run is a scalar too, `setting_NAME`, as it is after the step: learning
+rates, beta2, the weights of R1 and R2, the probability of augmentation, the half-life of the moving average. TensorBoard has it
+as `setting/NAME`, Prometheus as `ganglion_setting{name}`. A setting that stays the same is in `job.toml` and in no row.
+
 A name has at most 64 lower-case letters, digits and underscores, and is none of the columns above; a row has at most 64 scalars.
 
 In `profile` each network has an object of milliseconds per step:

@@ -206,12 +206,14 @@ impl Trainer {
         let images_seen = step * self.job.samples_per_step();
         #[allow(clippy::cast_precision_loss)] // counts of images are far below 2^53
         let epoch = images_seen as f64 / self.data.len() as f64;
+        let reported = self.model.reported().iter().map(ToString::to_string);
+        let reported = reported.zip(pending.scalars.iter().copied());
         MetricsRow {
             step,
             images_seen,
             ledger: state.counters.ledger,
             skipped: state.counters.skipped,
-            scalars: self.model.reported().iter().cloned().zip(pending.scalars.iter().copied()).collect(),
+            scalars: reported.chain(self.model.settings(state)).collect(),
             epoch,
             time,
             generation,

@@ -74,6 +74,25 @@ impl ShardBatch {
     }
 }
 
+/// A setting that a schedule or a controller moves over a run. Rows of metrics report it as `setting_NAME`.
+pub struct Setting<'a> {
+    /// Name of the setting.
+    pub name: &'static str,
+    /// Value of the setting.
+    pub value: SettingValue<'a>,
+}
+
+/// Value of a setting after a number of steps, in the state that they led to: a function of both alone.
+pub type SettingValue<'a> = Box<dyn Fn(u64, &State) -> f64 + 'a>;
+
+impl Setting<'_> {
+    /// Name among the scalars of a row.
+    fn column(&self) -> String {
+        // All that shows scalars tells settings by this beginning (`records/scalars.rs` of the coordinator).
+        format!("setting_{}", self.name)
+    }
+}
+
 /// A job's model cannot be trained on its data; the text says why, and how to fix it.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -95,6 +114,11 @@ pub trait Objective: Send + Sync {
 
     /// Scalars of a phase's gradients.
     fn scalars(&self, phase: Phase) -> Vec<ScalarSpec>;
+
+    /// Settings that change over a run. One that stays the same is in the job, and in no row.
+    fn settings(&self) -> Vec<Setting<'_>> {
+        Vec::new()
+    }
 
     /// Number of passes of a phase whose buffer updates are committed.
     fn passes(&self, _phase: Phase) -> usize {

@@ -9,9 +9,9 @@ use ganglion_proto::job::{Job, Precision};
 use ganglion_proto::record::check_scalar;
 use ganglion_storage::Storage;
 
-use super::{GradLayout, Objective, Phase, Reads, ScalarRole, Unsuitable};
+use super::{GradLayout, Objective, Phase, Reads, ScalarRole, Setting, Unsuitable};
 use crate::checkpoint::{Files, WeightsFile, file_count};
-use crate::state::StateLayout;
+use crate::state::{State, StateLayout};
 
 /// An objective, and what follows from it for a run: layouts in memory, names, counts.
 pub struct Model {
@@ -47,8 +47,9 @@ impl Model {
         for role in [ScalarRole::Loss, ScalarRole::Diagnostic] {
             model.name(role);
         }
+        let settings: Vec<String> = model.objective.settings().iter().map(Setting::column).collect();
         // Before training: a row that cannot be written would show only at the first report.
-        for name in &model.reported {
+        for name in model.reported.iter().map(AsRef::as_ref).chain(settings.iter().map(String::as_str)) {
             check_scalar(name).map_err(|error| Unsuitable(error.to_string()))?;
         }
         Ok(model)
@@ -150,6 +151,13 @@ impl Model {
     /// Names of the reported scalars, each once: losses, then diagnostics, in the order of a step.
     pub fn reported(&self) -> &[Cow<'static, str>] {
         &self.reported
+    }
+
+    /// Scalars of a row that a state has beside the reported ones: the settings that change over a run.
+    pub fn settings(&self, state: &State) -> Vec<(String, f64)> {
+        let steps = self.steps(state.counters.position);
+        let value = |setting: &Setting<'_>| (setting.column(), (setting.value)(steps, state));
+        self.objective.settings().iter().map(value).collect()
     }
 
     /// Number of batches that a step reads.

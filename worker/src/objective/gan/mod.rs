@@ -24,10 +24,10 @@ use ganglion_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use self::augment::{Probability, augment};
-use self::schedule::Schedule;
+use self::schedule::{AUGMENTATION, Schedule};
 use super::{
-    Compute, NamedNetwork, NetworkId, Objective, Phase, Reads, ScalarRole, ScalarSpec, ShardAt, ShardBatch,
-    ShardGrad, Unsuitable,
+    Compute, NamedNetwork, NetworkId, Objective, Phase, Reads, ScalarRole, ScalarSpec, Setting, ShardAt,
+    ShardBatch, ShardGrad, Unsuitable,
 };
 use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::DataSet;
@@ -188,6 +188,21 @@ impl Objective for Gan {
             ScalarSpec::new("score_fake", ScalarRole::Diagnostic),
             ScalarSpec::new("signs", ScalarRole::Internal),
         ]
+    }
+
+    fn settings(&self) -> Vec<Setting<'_>> {
+        let (job, augmentation) = (&self.job, &self.job.augmentation);
+        let probability = |_: u64, state: &State| state.own(CONTROLLER).double_value(&[0]);
+        let adaptive =
+            augmentation.adaptive.then(|| Setting { name: AUGMENTATION, value: Box::new(probability) });
+        // A schedule of a probability that applies to nothing, or that the controller sets, moves nothing.
+        let has_schedule = !augmentation.adaptive && !augmentation.kinds.is_empty();
+        let scheduled = Schedule::moving(job).filter(|(name, _)| *name != AUGMENTATION || has_schedule);
+        let scheduled = scheduled.map(|(name, value)| Setting {
+            name,
+            value: Box::new(move |steps, _: &State| value(&Schedule::after(job, steps))),
+        });
+        scheduled.chain(adaptive).collect()
     }
 
     /// With batch normalisation the discriminator sees real and generated samples apart.

@@ -9,6 +9,9 @@ use ganglion_proto::job::{EmaSchedule, Job};
 /// (2020) and its released training loop, where it is at most this share of the images seen.
 const EMA_RAMP_UP: f64 = 0.05;
 
+/// Name of the probability of augmentation, whether a schedule or the adaptive controller moves it.
+pub(crate) const AUGMENTATION: &str = "augmentation_probability";
+
 /// Schedule of a job's hyperparameters at a step.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Schedule<'a> {
@@ -17,7 +20,27 @@ pub(crate) struct Schedule<'a> {
     images: u64,
 }
 
+/// Hyperparameter with a schedule.
+type Scheduled = fn(&Schedule<'_>) -> f64;
+
+/// All hyperparameters with a schedule, by the names that rows of metrics have for them.
+const ALL: [(&str, Scheduled); 7] = [
+    ("learning_rate_generator", |schedule| schedule.generator_rate()),
+    ("learning_rate_discriminator", |schedule| schedule.discriminator_rate()),
+    ("beta2", |schedule| schedule.beta2()),
+    ("r1", |schedule| schedule.penalties()[0]),
+    ("r2", |schedule| schedule.penalties()[1]),
+    (AUGMENTATION, |schedule| schedule.augmentation()),
+    ("ema_half_life_images", |schedule| schedule.half_life()),
+];
+
 impl<'a> Schedule<'a> {
+    /// Returns the hyperparameters whose values change over a run of the job, by name.
+    pub(crate) fn moving(job: &Job) -> impl Iterator<Item = (&'static str, Scheduled)> {
+        let [first, last] = [0, u64::MAX].map(|images| Schedule { job, images });
+        ALL.into_iter().filter(move |(_, value)| value(&first) != value(&last))
+    }
+
     /// Returns the schedule after `steps` steps.
     pub(crate) fn after(job: &'a Job, steps: u64) -> Schedule<'a> {
         Schedule { job, images: steps.saturating_mul(job.samples_per_step()) }
@@ -71,20 +94,25 @@ impl<'a> Schedule<'a> {
         self.between(augmentation.probability, augmentation.final_probability)
     }
 
-    /// Decay of the moving average: the share of the old value that stays in an update.
-    pub(crate) fn average_decay(&self) -> f64 {
+    /// Half-life of the moving average, in images that the generator is trained for.
+    fn half_life(&self) -> f64 {
         #[allow(clippy::cast_precision_loss)] // exact, as above
-        let (batch, seen, half_life) = (
-            // An update of the average is one step, which shows this number of images.
-            self.job.global_batch() as f64,
+        let (seen, half_life) = (
             // Images that the generator has been trained for: one global batch a step.
             (self.images / u64::from(self.job.loss.discriminator_steps)) as f64,
             self.job.model.ema_half_life_images as f64,
         );
-        let half_life = match self.job.model.ema_schedule {
+        match self.job.model.ema_schedule {
             EmaSchedule::RampUp => half_life.min(seen * EMA_RAMP_UP),
             EmaSchedule::Cosine => self.between(0.0, half_life),
-        };
+        }
+    }
+
+    /// Decay of the moving average: the share of the old value that stays in an update.
+    pub(crate) fn average_decay(&self) -> f64 {
+        // An update of the average is one step, which shows this number of images.
+        #[allow(clippy::cast_precision_loss)] // exact, as above
+        let (batch, half_life) = (self.job.global_batch() as f64, self.half_life());
         // At the start nothing stays: the average follows at once.
         if half_life <= 0.0 { 0.0 } else { libm::exp2(-batch / half_life) }
     }
