@@ -105,6 +105,8 @@ $(TOOLS)/bench:
 
 test: build-tests $(TOOLS)/python ## Run all tests.
 	RUST_TEST_THREADS=$(TEST_THREADS) GANGLION_BIN="$(CURDIR)/target/release" $(CARGO) test --release --locked --workspace --exclude ganglion-bench
+	@if command -v node > /dev/null; then node tests/browser/figures.mjs; \
+	else echo "the dashboard's formats were not checked: that needs node"; fi
 	@if command -v kubectl || command -v kustomize; then $(MAKE) --no-print-directory test-kubernetes; \
 	else echo "deploy/kubernetes was not checked: that needs kubectl or kustomize"; fi
 

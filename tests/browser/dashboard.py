@@ -1,8 +1,10 @@
-"""Looks at the dashboard of a real run with a real browser.
+"""Looks at the dashboard with a real browser.
 
-    python3 tests/browser/dashboard.py [--programs target/release] [--pictures FOLDER]
+    python3 tests/browser/dashboard.py [--programs target/release] [--pictures FOLDER] [--states COMMAND]
 
-Two workers train; one is killed, then the coordinator, which comes back; the page is read all the while. Needs Chromium.
+First a real run: two workers train; one is killed, then the coordinator, which comes back; the page is read all the while.
+Then synthetic runs (coordinator/src/api/http/states.rs) with everything at its largest, and with everything missing: nothing
+may be wider than the window, cut off, or lie over something else, at any size and in both schemes. Needs Chromium.
 """
 
 import argparse
@@ -19,13 +21,47 @@ import urllib.request
 from chrome import Browser, program, wait_for
 
 SETTINGS = ["job.steps=100000", "metrics.every_steps=5", "sample.every_steps=100", "checkpoint.every_steps=200"]
-SIZES = [(1400, 900), (1200, 800), (768, 1024), (390, 844)]
-# Elements that hide a part of what they hold and do not say so with an ellipsis, but for those that only screen readers see.
-CLIPPED = """[...document.querySelectorAll('main *, .top *')].filter((element) => {
+SIZES = [(1440, 900), (1280, 800), (1000, 800), (768, 1024), (390, 844)]
+STATES = "cargo test --release --locked -p ganglion-coordinator --lib -- --ignored --nocapture serve_all"
+NAMED = "const named = (element) => (element.closest('[id]')?.id ?? '') + ' ' + (element.getAttribute('class') ?? '') + ': ' + element.textContent.trim().slice(0, 60);"
+# Elements whose text does not fit into them, but for those that only screen readers see, and those that scroll down. Where a text
+# ends with an ellipsis, its title has all of it.
+CLIPPED = """(() => { %s
+return [...document.querySelectorAll('main *, .top *, footer *')].filter((element) => {
     const style = getComputedStyle(element);
-    return style.overflowX === 'hidden' && style.textOverflow !== 'ellipsis' && element.clientWidth > 1
-        && element.scrollWidth > element.clientWidth + 1;
-}).map((element) => element.closest('[id]')?.id + ': ' + element.textContent.trim().slice(0, 80))"""
+    const told = (element.title ?? '').includes(element.textContent.trim()) && element.textContent.trim();
+    const across = element.scrollWidth > element.clientWidth + 1;
+    const down = element.scrollHeight > element.clientHeight + 1 && style.overflowY === 'hidden';
+    return element.clientWidth > 1 && style.display !== 'inline' && !told && (across || down);
+}).map(named); })()""" % NAMED
+# Pairs of texts that lie over each other.
+OVERLAPPING = """(() => { %s
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+const texts = [];
+for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    const element = node.parentElement;
+    if (!node.textContent.trim() || !element.checkVisibility() || element.closest('.top, noscript, thead, .tip')) continue;
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    const clip = element.closest('.scroll, #events')?.getBoundingClientRect();
+    const end = getComputedStyle(element).overflowX === 'hidden' ? element.getBoundingClientRect().right : Infinity;
+    for (const { left, right: whole, top, bottom } of range.getClientRects()) {
+        if (clip && (bottom > clip.bottom || top < clip.top)) continue;
+        const right = Math.min(whole, end);
+        if (right - left > 1) texts.push({ left, right, top: top + 3, bottom: bottom - 3, element });
+    }
+}
+texts.sort((a, b) => a.top - b.top);
+const found = [];
+texts.forEach((one, at) => {
+    for (let next = at + 1; next < texts.length && texts[next].top < one.bottom; next += 1) {
+        const other = texts[next];
+        if (one.element !== other.element && one.left + 1 < other.right && other.left + 1 < one.right) found.push(named(one.element) + ' | ' + named(other.element));
+    }
+});
+return found; })()""" % NAMED
+# Calls of the page's formats with the texts that they give.
+FIGURES = os.path.join(os.path.dirname(__file__), "figures.json")
 
 
 class Run:
@@ -171,23 +207,119 @@ def restart(page, run):
     check(page.wait("two starts", lambda: page.browser.evaluate(starts) == 2), "both starts are in the timeline")
 
 
-def fits(page, pictures):
+def fits(page, pictures, name):
+    """Looks at the page at all sizes, in both schemes."""
+    wrong = []
     for width, height in SIZES:
         for scheme in ("light", "dark"):
             page.browser.look(width, height, scheme)
-            time.sleep(0.3)  # for the resized charts to be drawn
-            wide = page.browser.evaluate("document.documentElement.scrollWidth")
-            check(wide <= width, f"nothing is wider than {width}, {scheme}")
-            clipped = page.browser.evaluate(CLIPPED)
-            check(not clipped, f"and nothing is cut off: {clipped}")
+            # Two frames: the charts are drawn again once they know their new size.
+            page.browser.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+            where = f"{name}, {width} wide, {scheme}"
+            if page.browser.evaluate("document.documentElement.scrollWidth") > width:
+                wrong.append(f"{where}: wider than the window")
+            wrong += [f"{where}: cut off: {what}" for what in page.browser.evaluate(CLIPPED)]
+            wrong += [f"{where}: over each other: {what}" for what in page.browser.evaluate(OVERLAPPING)]
             if pictures:
-                page.browser.picture(os.path.join(pictures, f"dashboard-{width}-{scheme}.png"), whole=width < 600)
+                page.browser.picture(os.path.join(pictures, f"{name}-{width}-{scheme}.png"), whole=True)
+    check(not wrong, f"{name}: everything fits: " + "; ".join(wrong[:20]))
+
+
+class States:
+    """The server of synthetic runs."""
+
+    def __init__(self, command):
+        self.process = subprocess.Popen(
+            command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def addresses(self):
+        """The address of each state, by name. Its program may have to be built first."""
+        found = {}
+        for line in self.process.stdout:
+            if "states are served" in line:
+                return found
+            match = re.search(r"state (\w+) (http\S+)", line)
+            if match:
+                found[match[1]] = match[2]
+        raise RuntimeError("the synthetic runs are not served: see coordinator/src/api/http/states.rs")
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def texts(browser, page):
+    """What a state says of itself, by what must be on the page."""
+    with open(FIGURES, encoding="utf-8") as file:
+        figures = json.load(file)
+    calls = ", ".join(f"all.{call}" for call in figures)
+    written = browser.evaluate(f"import('/format.js').then((all) => [{calls}])")
+    got = [text.replace("\u00a0", " ") for text in written]
+    wrong = [(call, text) for call, text in zip(figures, got) if text != figures[call]]
+    check(not wrong, f"numbers are written as they should be: {wrong}")
+    check(page.browser.evaluate("document.querySelectorAll('#alarms li').length") == 3, "three alarms are at the top")
+    check(page.browser.evaluate("document.querySelectorAll('#evaluations .small').length") == 12, "all metrics have curves")
+    check(page.browser.evaluate("document.querySelectorAll('#settings .small').length") == 7, "all settings that change too")
+    check("none" not in page.text("#w-count") and page.text("#t-workers") == "65", "workers are counted")
+
+
+TRUTHS = {
+    "full": ("65 in generation 128, 1 spare", "in generation 128, 1 spare"),
+    "finished": ("all have left", "all have left"),
+    "alone": ("none has joined yet", "none has joined yet"),
+    "orphaned": ("none in session after generation 1", "none in session after generation 1"),
+    "foreign": ("3 in generation 1", "in generation 1"),
+}
+
+
+def states(browser, command, pictures):
+    served = States(command)
+    try:
+        addresses = served.addresses()
+        check(set(addresses) == set(TRUTHS), "each synthetic run has an address")
+        for name, url in addresses.items():
+            browser.look(*SIZES[0])
+            page = Page(browser, url)
+            page.open()
+            page.wait("a job", lambda page=page: page.text("#job"))
+            wanted = "document.getElementById('s-image').naturalWidth > 0 || document.getElementById('s-slider').disabled"
+            page.wait("a picture", lambda wanted=wanted: browser.evaluate(wanted))
+            card, tile = TRUTHS[name]
+            check(page.text("#w-count").startswith(card) and page.text("#t-generation") == tile, f"{name}: one truth")
+            if name == "full":
+                texts(browser, page)
+            fits(page, pictures, name)
+    finally:
+        served.end()
+
+
+def real(browser, options):
+    """A real run, with its faults."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        run = Run(options.programs, os.path.join(folder, "run"))
+        try:
+            run.start()
+            browser.look(*SIZES[0])
+            page = Page(browser, run.url)
+            page.open()
+            live(page, run)
+            samples(page)
+            faults(page, run)
+            restart(page, run)
+            fits(page, options.pictures, "run")
+            run.end()
+            page.state("Stopped")
+        finally:
+            run.end()
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--programs", default="target/release", help="where coordinator and worker are")
     parser.add_argument("--pictures", help="a folder for screenshots")
+    parser.add_argument("--states", default=STATES, help="the command that serves synthetic runs")
+    parser.add_argument("--only", choices=["run", "states"], help="look at the real run or at the synthetic ones alone")
     options = parser.parse_args()
     if program() is None:
         sys.exit(
@@ -195,24 +327,12 @@ def main():
         )
     if options.pictures:
         os.makedirs(options.pictures, exist_ok=True)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        run = Run(options.programs, os.path.join(folder, "run"))
-        try:
-            run.start()
-            with Browser() as browser:
-                browser.look(*SIZES[0])
-                page = Page(browser, run.url)
-                page.open()
-                live(page, run)
-                samples(page)
-                faults(page, run)
-                restart(page, run)
-                fits(page, options.pictures)
-                run.end()
-                page.state("Stopped")
-                check(not browser.complaints, f"the browser has no complaints: {browser.complaints}")
-        finally:
-            run.end()
+    with Browser() as browser:
+        if options.only != "states":
+            real(browser, options)
+        if options.only != "run":
+            states(browser, options.states, options.pictures)
+        check(not browser.complaints, f"the browser has no complaints: {browser.complaints}")
     print("the dashboard is as it should be")
 
 

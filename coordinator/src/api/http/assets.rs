@@ -12,7 +12,7 @@ pub(super) struct Asset {
     pub content: &'static str,
 }
 
-static ASSETS: [Asset; 6] = [
+static ASSETS: [Asset; 7] = [
     Asset { path: "/", kind: "text/html; charset=utf-8", content: include_str!("assets/index.html") },
     Asset { path: "/style.css", kind: "text/css; charset=utf-8", content: include_str!("assets/style.css") },
     Asset { path: "/app.js", kind: "text/javascript; charset=utf-8", content: include_str!("assets/app.js") },
@@ -20,6 +20,11 @@ static ASSETS: [Asset; 6] = [
         path: "/chart.js",
         kind: "text/javascript; charset=utf-8",
         content: include_str!("assets/chart.js"),
+    },
+    Asset {
+        path: "/format.js",
+        kind: "text/javascript; charset=utf-8",
+        content: include_str!("assets/format.js"),
     },
     Asset {
         path: "/timeline.js",

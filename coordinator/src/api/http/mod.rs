@@ -196,4 +196,6 @@ where
 }
 
 #[cfg(test)]
+mod states;
+#[cfg(test)]
 mod tests;

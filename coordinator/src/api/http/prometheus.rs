@@ -279,6 +279,7 @@ mod tests {
             "ganglion_loss{module=\"discriminator\"} 1.25",
             "ganglion_score{of=\"fake\"} 0.25",
             "ganglion_scalar{name=\"grad_norm\"} 0.5",
+            "ganglion_setting{name=\"r1\"} 0.25",
             "ganglion_faults_total{kind=\"peer\"} 1",
             "ganglion_faults_total{kind=\"timeout\"} 0",
             "ganglion_coordinator_starts_total 1",

@@ -54,7 +54,7 @@ pub(super) fn chronicle() -> Chronicle {
     let profile = r#"{"data":0.1,"compute":5.0,"wait":1.0,"commit":0.5,"other":0.2}"#;
     for step in [10, 20, 30] {
         let row = format!(
-            r#"{{"step":{step},"images_seen":640,"ledger":"00000000000000aa","grad_norm":0.5,"loss_discriminator":1.25,"loss_generator":null,"score_real":0.75,"score_fake":0.25,"epoch":0.5,"time":1.5,"generation":1,"world_size":1,"images_per_second":812.5,"profile":{{"discriminator":{profile},"generator":{profile}}}}}"#
+            r#"{{"step":{step},"images_seen":640,"ledger":"00000000000000aa","grad_norm":0.5,"setting_r1":0.25,"loss_discriminator":1.25,"loss_generator":null,"score_real":0.75,"score_fake":0.25,"epoch":0.5,"time":1.5,"generation":1,"world_size":1,"images_per_second":812.5,"profile":{{"discriminator":{profile},"generator":{profile}}}}}"#
         );
         chronicle.row(row.as_bytes());
     }
@@ -93,14 +93,32 @@ async fn bench(guard: impl FnOnce(SocketAddr) -> Guard) -> Bench {
     Bench { served: serve(listener, site, plainly).unwrap(), publisher, _folder: folder }
 }
 
-struct Answer {
+pub(super) struct Answer {
     status: u16,
     head: String,
-    body: Vec<u8>,
+    pub(super) body: Vec<u8>,
+}
+
+/// Sends a raw request and reads the answer to the end.
+pub(super) async fn say(address: SocketAddr, request: String) -> Answer {
+    let spoken = tokio::task::spawn_blocking(move || {
+        let mut client = Client::connect(address).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        client.write_all(request.as_bytes()).unwrap();
+        let mut all = Vec::new();
+        // A server that has answered may close before it has read everything that a client sends.
+        let _ = client.read_to_end(&mut all);
+        all
+    });
+    let all = spoken.await.unwrap();
+    let end = all.windows(4).position(|four| four == b"\r\n\r\n").expect("an answer has a head");
+    let head = String::from_utf8_lossy(&all[..end]).into_owned();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    Answer { status, head, body: all[end + 4..].to_vec() }
 }
 
 impl Answer {
-    fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap()
     }
 
@@ -113,21 +131,7 @@ impl Answer {
 impl Bench {
     /// Sends a raw request and reads the answer to the end.
     async fn say(&self, request: String) -> Answer {
-        let address = self.served.address;
-        let spoken = tokio::task::spawn_blocking(move || {
-            let mut client = Client::connect(address).unwrap();
-            client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-            client.write_all(request.as_bytes()).unwrap();
-            let mut all = Vec::new();
-            // A server that has answered may close before it has read everything that a client sends.
-            let _ = client.read_to_end(&mut all);
-            all
-        });
-        let all = spoken.await.unwrap();
-        let end = all.windows(4).position(|four| four == b"\r\n\r\n").expect("an answer has a head");
-        let head = String::from_utf8_lossy(&all[..end]).into_owned();
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        Answer { status, head, body: all[end + 4..].to_vec() }
+        say(self.served.address, request).await
     }
 
     async fn ask(&self, method: &str, path: &str, headers: &str) -> Answer {
@@ -147,6 +151,7 @@ async fn everything_is_where_it_is_looked_for() {
         ("/", "text/html"),
         ("/style.css", "text/css"),
         ("/app.js", "text/javascript"),
+        ("/format.js", "text/javascript"),
         ("/chart.js", "text/javascript"),
         ("/timeline.js", "text/javascript"),
         ("/icon.svg", "image/svg+xml"),
@@ -199,7 +204,8 @@ async fn curves_and_events_come_in_bounded_pieces() {
     assert_eq!(all["wait"]["mean"][0], 2.0);
     let generator =
         serde_json::json!({ "name": "loss_generator", "group": "loss", "of": "generator", "label": "G" });
-    assert_eq!((&all["scalars"][0]["name"], &all["scalars"][2]), (&"grad_norm".into(), &generator));
+    assert_eq!((&all["scalars"][0]["name"], &all["scalars"][3]), (&"grad_norm".into(), &generator));
+    assert_eq!(all["scalars"][1]["group"], "setting");
     assert_eq!(bench.get("/api/metrics?from=21").await.json()["step"], serde_json::json!([30]));
     assert!(bench.get("/api/metrics?points=1").await.json()["step"].as_array().unwrap().len() <= 2);
     let page = bench.get("/api/events?after=1").await.json();
@@ -471,6 +477,31 @@ async fn who_looks_sees_the_end() {
     }
     assert!(begun.elapsed() >= REST, "it can still ask for the last rows");
     assert!(bench.served.site.asked.borrow().is_some_and(|(_, ended)| ended));
+}
+
+/// The scripts find what they look for in the page.
+#[test]
+fn the_scripts_name_elements_that_the_page_has() {
+    let content = |path: &str| assets::all().iter().find(|asset| asset.path == path).unwrap().content;
+    let (page, script) = (content("/"), content("/app.js"));
+    let named = |call: &'static str| script.split(call).skip(1).filter_map(|rest| rest.split('\'').next());
+    let ids: Vec<&str> = ["$('", " set('", "(set('", "Smalls('"].into_iter().flat_map(named).collect();
+    assert!(ids.len() > 60, "{}", ids.len());
+    for id in ids {
+        assert!(page.contains(&format!("id=\"{id}\"")), "there is no element {id}");
+    }
+}
+
+/// One module writes all numbers, so each is written alike wherever it is.
+#[test]
+fn numbers_are_written_in_one_place() {
+    let scripts =
+        assets::all().iter().filter(|asset| asset.path.ends_with(".js") && asset.path != "/format.js");
+    for asset in scripts {
+        for own in ["toFixed", "toPrecision", "toExponential", "toLocale", "Intl."] {
+            assert!(!asset.content.contains(own), "{}: {own}", asset.path);
+        }
+    }
 }
 
 /// The page works without a network: it loads nothing from elsewhere.

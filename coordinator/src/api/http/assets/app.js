@@ -1,7 +1,8 @@
 // The page of a run. It asks the coordinator again and again, and shows what it knows while there is none.
 // Whatever comes from outside is put in as text, never as HTML.
 
-import { Chart, figure } from './chart.js';
+import { Chart } from './chart.js';
+import { NONE, ago, brief, bytes, clock, duration, exact, figure, milliseconds, percent, plural, spoken, whole } from './format.js';
 import { Timeline } from './timeline.js';
 
 const PERIOD = 1500;
@@ -10,9 +11,13 @@ const POINTS = 500;
 const EVENTS_SHOWN = 200;
 const EVENTS_KEPT = 50000;
 const FRAME = 160;
+/** Longest text of an event in the list, in characters. */
+const TEXT = 400;
+/** More scalars of their own than so many get small curves. */
+const OWN_CARDS = 2;
+const CHECKPOINTS_SHOWN = 8;
 
 const $ = (id) => document.getElementById(id);
-const whole = (number) => Math.round(number).toLocaleString('en');
 const set = (id, text) => {
   const element = $(id);
   if (element.textContent !== text) element.textContent = text;
@@ -23,32 +28,6 @@ function make(tag, className, ...content) {
   if (className) element.className = className;
   element.append(...content.map((part) => (part instanceof Node ? part : String(part))));
   return element;
-}
-
-function duration(seconds) {
-  const s = Math.max(0, Math.round(seconds));
-  if (s < 60) return `${s} s`;
-  if (s < 3600) return `${Math.floor(s / 60)} min ${String(s % 60).padStart(2, '0')} s`;
-  if (s < 86400) return `${Math.floor(s / 3600)} h ${String(Math.floor((s % 3600) / 60)).padStart(2, '0')} min`;
-  return `${Math.floor(s / 86400)} d ${Math.floor((s % 86400) / 3600)} h`;
-}
-
-const ago = (seconds) => (seconds < 5 ? 'just now' : `${duration(seconds)} ago`);
-
-function clock(time) {
-  const date = new Date(time * 1000);
-  const today = date.toDateString() === new Date().toDateString();
-  const options = { hour: '2-digit', minute: '2-digit', second: '2-digit', hour12: false };
-  return date.toLocaleString('en-GB', today ? options : { day: 'numeric', month: 'short', ...options });
-}
-
-function bytes(count) {
-  if (count === null || count === undefined) return '–';
-  const units = ['B', 'KiB', 'MiB', 'GiB', 'TiB'];
-  let at = 0;
-  let size = count;
-  for (; size >= 1024 && at < units.length - 1; at += 1) size /= 1024;
-  return `${size >= 100 || at === 0 ? Math.round(size) : size.toFixed(1)} ${units[at]}`;
 }
 
 const known = { status: null, metrics: null, outcome: null, events: [], next: 0, pictures: [], seenPictures: -1, asked: null };
@@ -63,7 +42,8 @@ const charts = {
   rate: new Chart($('c-rate'), { grounded: true, smooth: true, series: [{ key: 'images_per_second', label: 'images/s', color: '--d' }] }),
   time: new Chart($('c-time'), {
     stacked: true,
-    unit: ' ms',
+    write: milliseconds,
+    axis: (value) => (value ? milliseconds(value, brief) : '0'),
     series: [
       { key: 'compute', label: 'compute', color: '--part-compute' },
       { key: 'wait', label: 'wait', color: '--part-wait' },
@@ -73,7 +53,9 @@ const charts = {
     ],
   }),
 };
-const timeline = new Timeline($('strip'), $('tip'), { duration, clock, describe });
+/** Small curves by the id of their card: each list is drawn from curves by name. */
+const smalls = {};
+const timeline = new Timeline($('strip'), $('tip'), describe);
 
 // ---- Asking -----------------------------------------------------------------------------------------------------------
 
@@ -114,23 +96,25 @@ async function look() {
 }
 
 async function tick() {
-  try {
-    await look();
+  const refusal = await look().then(
+    () => null,
+    (error) => error,
+  );
+  plan(PERIOD);
+  if (!refusal) {
     awaySince = null;
     set('notice', '');
     $('notice').hidden = true;
+    // Outside of what can be refused: a mistake of this page is no absence of the coordinator.
     show();
-  } catch (error) {
-    if (error.refused) {
-      $('notice').hidden = false;
-      set('notice', error.message);
-      state('quiet', 'Not admitted');
-    } else {
-      awaySince ??= Date.now() / 1000;
-      showAway();
-    }
+  } else if (refusal.refused) {
+    $('notice').hidden = false;
+    set('notice', refusal.message);
+    state('quiet', 'Not admitted');
+  } else {
+    awaySince ??= Date.now() / 1000;
+    showAway();
   }
-  plan(PERIOD);
 }
 
 let timer = null;
@@ -183,10 +167,11 @@ function showAway() {
 
 function show() {
   const { status, metrics } = known;
-  document.title = `${status.last_step ? `${percent(status)} · ` : ''}${status.name} · Ganglion`;
+  document.title = `${status.last_step ? `${percent(done(status))} · ` : ''}${status.name} · Ganglion`;
   set('name', status.name);
   state(...((status.outcome ? OUTCOMES[status.outcome] : STAGES[status.stage]) ?? ['quiet', status.stage]));
   showProgress(status, metrics);
+  showAlarms(status);
   makeCards(metrics.scalars);
   showTiles(status, metrics);
   showCurves(status, metrics);
@@ -199,20 +184,35 @@ function show() {
   showJob(status);
 }
 
-const percent = (status) => `${Math.floor((100 * status.step) / Math.max(1, status.last_step))} %`;
+const done = (status) => status.step / Math.max(1, status.last_step);
 
 function showProgress(status, metrics) {
+  const share = status.last_step ? done(status) : 0;
   set('step', whole(status.step));
-  set('last-step', status.last_step ? whole(status.last_step) : '–');
-  set('percent', status.last_step ? percent(status) : '–');
-  const share = status.last_step ? (100 * status.step) / status.last_step : 0;
-  $('bar').setAttribute('aria-valuenow', share.toFixed(1));
-  $('bar').firstElementChild.style.transform = `scaleX(${share / 100})`;
+  set('last-step', status.last_step ? `of ${whole(status.last_step)} steps` : 'steps');
+  set('percent', status.last_step ? percent(share) : '');
+  $('bar').setAttribute('aria-valuenow', String(Math.floor(100 * share)));
+  $('bar').firstElementChild.style.transform = `scaleX(${share})`;
   const pace = secondsPerStep(metrics);
   const left = status.last_step - status.step;
-  if (status.outcome || left <= 0) set('eta', status.begun ? `begun ${clock(status.begun)}` : '');
+  const ended = known.events.findLast((event) => event.kind === 'run_ended');
+  if (status.outcome && ended) set('eta', `ended ${clock(ended.time)}`);
+  else if (status.outcome || left <= 0) set('eta', status.begun ? `begun ${clock(status.begun)}` : '');
   else if (pace && status.last_step) set('eta', `${duration(pace * left)} left`);
   else set('eta', '\u00a0');
+}
+
+/** What is wrong with the run: nobody should have to look for it. */
+function showAlarms(status) {
+  const raised = Object.entries(status.alarms ?? {});
+  if (!changed('alarms', raised)) return;
+  $('alarms').replaceChildren(
+    ...raised.map(([name, detail]) => {
+      const words = spoken(name);
+      return make('li', '', make('b', '', words.charAt(0).toUpperCase() + words.slice(1)), make('span', '', shortened(detail)));
+    }),
+  );
+  $('alarms').hidden = !raised.length;
 }
 
 /** The usual time of a step lately: a pause between two coordinators is no part of it. */
@@ -234,55 +234,90 @@ function showTiles(status, metrics) {
   document.querySelectorAll('.tile.scalars').forEach((tile, place) => showScalars(tile, cards[place], of));
   const parts = ['data', 'compute', 'wait', 'commit', 'other'].map(of);
   const total = parts.reduce((sum, part) => sum + (part ?? 0), 0);
-  set('t-wait', total ? `${Math.round((100 * parts[2]) / total)} %` : '–');
-  set('t-step', total ? `of ${figure(total)} ms a step` : '\u00a0');
-  const members = status.workers.filter((worker) => worker.rank !== null).length;
-  set('t-workers', String(status.workers.length));
-  const spare = status.workers.length - members;
-  const group = status.generation ? `generation ${whole(status.generation)}` : 'no generation yet';
-  set('t-generation', group + (spare > 0 && status.generation ? `, ${spare} waiting` : ''));
+  set('t-wait', total ? percent(parts[2] / total) : NONE);
+  set('t-step', total ? `of ${milliseconds(total)} a step` : '\u00a0');
+  set('t-workers', whole(status.workers.length));
+  set('t-generation', group(status));
   const newest = status.checkpoints.at(-1);
   set('t-checkpoint', newest ? whole(newest.step) : 'none');
   set('t-age', newest ? ago(status.now - newest.time) : '\u00a0');
 }
 
+/** Who trains, in a few words: the same wherever the page says it. */
+function group(status) {
+  const members = status.workers.filter((worker) => worker.rank !== null).length;
+  const spare = status.workers.length - members;
+  if (!status.workers.length) {
+    if (status.outcome) return 'all have left';
+    return status.generation ? `none in session after generation ${whole(status.generation)}` : 'none has joined yet';
+  }
+  if (!members) return 'in no group yet';
+  return `in generation ${whole(status.generation)}${spare ? `, ${whole(spare)} spare` : ''}`;
+}
+
+/** Newest values of a card's first scalars, each over its name. */
 function showScalars(tile, card, of) {
-  const [title, pair, keys] = tile.children;
-  title.textContent = card ? card.title : '\u00a0';
-  const series = card ? card.series.slice(0, 2) : [];
-  const tone = (at) => ['d', 'g'][at];
-  const number = (one, at) => {
-    const made = make('span', tone(at), figure(of(one.key)));
-    made.id = `t-${one.key}`;
-    return made;
+  const [title, pair] = tile.children;
+  // Before the first row nobody knows which scalars there are.
+  tile.hidden = !card && cards.length > 0;
+  if (!card) return;
+  title.textContent = card.title;
+  const series = card.series.slice(0, 2);
+  const column = (one, at) => {
+    const value = make('b', '', figure(of(one.key)));
+    value.id = `t-${one.key}`;
+    const name = make('small', '', series.length > 1 ? one.full : '\u00a0');
+    name.title = name.textContent;
+    return make('span', ['d', 'g'][at], value, name);
   };
-  pair.replaceChildren(...(series.length ? series.map(number) : ['–']));
-  keys.replaceChildren(...(series.length > 1 ? series.map((one, at) => make('span', `key ${tone(at)}`, one.full)) : ['\u00a0']));
+  pair.replaceChildren(...series.map(column));
 }
 
 /** Makes the cards of the scalars that the newest row has, once for each set of them. */
 function makeCards(scalars) {
   if (!scalars.length || !changed('scalars', scalars)) return;
   for (const { key, element } of cards) {
-    element.remove();
+    element?.remove();
     delete charts[key];
   }
   const groups = new Map();
-  for (const { name, group, of, label } of scalars) {
+  for (const { name, group, of, label } of scalars.filter((scalar) => scalar.group !== 'setting')) {
     const key = group in GROUPS ? group : `scalar-${name}`;
     const series = groups.get(key) ?? [];
-    const full = group === 'score' ? `D(${of})` : of.replaceAll('_', ' ');
-    series.push({ key: name, label, full, color: COLORS[series.length % COLORS.length] });
+    const full = group === 'score' ? `D(${of})` : spoken(of);
+    // A network's initial could be taken for the prefix of a number.
+    series.push({ key: name, label: group === 'loss' ? full : label, full, color: COLORS[series.length % COLORS.length] });
     groups.set(key, series);
   }
   cards = [...groups].map(([key, series]) => {
     const [title, heading] = GROUPS[key] ?? [series[0].full, series[0].full];
-    const element = make('article', 'card chart', make('header', '', make('h2', '', heading), make('ul')), make('div', 'plot'));
-    element.id = `c-${key}`;
-    $('c-rate').before(element);
-    charts[key] = new Chart(element, { smooth: true, series });
-    return { key, title, series, element };
+    return { key, title, heading: series.length > 1 ? heading : title, series };
   });
+  const own = cards.filter(({ key }) => !(key in GROUPS));
+  for (const card of cards) if (card.key in GROUPS || own.length <= OWN_CARDS) makeCard(card);
+  makeSmalls('scalars', own.length > OWN_CARDS ? own.map(({ series }) => series[0].key) : [], spoken);
+  const settings = scalars.filter((scalar) => scalar.group === 'setting');
+  makeSmalls('settings', settings.map(({ name }) => name), (name) => spoken(name.replace('setting_', '')));
+}
+
+function makeCard(card) {
+  card.element = make('article', 'card chart', make('header', '', make('h2', '', card.heading), make('ul')), make('div', 'plot'));
+  card.element.id = `c-${card.key}`;
+  $('c-rate').before(card.element);
+  charts[card.key] = new Chart(card.element, { smooth: true, series: card.series });
+}
+
+/** Fills a card with small curves, each with its name and its newest value. */
+function makeSmalls(id, names, title) {
+  if (!changed(`smalls-${id}`, names)) return;
+  const places = names.map((name) => make('article', 'small', make('h3', '', title(name)), make('ul'), make('div', 'plot')));
+  $(id).querySelector('.smalls').replaceChildren(...places);
+  $(id).hidden = !names.length;
+  smalls[id] = names.map((key, at) => new Chart(places[at], { small: true, series: [{ key, label: title(key), color: '--d' }] }));
+}
+
+function showSmalls(id, curves, marks) {
+  for (const chart of smalls[id] ?? []) chart.set(curves, marks);
 }
 
 function showCurves(status, metrics) {
@@ -293,6 +328,8 @@ function showCurves(status, metrics) {
   const judge = ['non-saturating', 'minimax'].includes(status.job.loss?.kind);
   if (charts.score) charts.score.range = judge ? [0, 1] : null;
   for (const chart of Object.values(charts)) chart.set(metrics, marks);
+  showSmalls('scalars', metrics, marks);
+  showSmalls('settings', metrics, marks);
 }
 
 // ---- Samples ----------------------------------------------------------------------------------------------------------
@@ -301,8 +338,9 @@ const film = { at: -1, follows: true, playing: null };
 
 function showPictures(status) {
   const every = status.job.sample.every_steps;
-  set('s-first', every ? whole(every) : '–');
-  if (!every && !known.pictures.length) set('s-none', 'This job draws none: sample.every_steps is 0.');
+  if (!every) set('s-none', 'This job draws none: sample.every_steps is 0.');
+  else if (status.outcome) set('s-none', 'None was drawn.');
+  else set('s-none', `The next ones come with step ${whole((Math.floor(status.step / every) + 1) * every)}.`);
   const count = known.pictures.length;
   const slider = $('s-slider');
   slider.max = String(Math.max(0, count - 1));
@@ -323,6 +361,8 @@ function frame(at) {
   const image = $('s-image');
   image.src = `${picture.url}?run=${known.status.run}`;
   image.alt = `Images that the generator drew at step ${whole(picture.step)}`;
+  // As large as the pictures are: the frame takes their shape.
+  image.onload = () => $('s-image').parentElement.style.setProperty('--shape', `${image.naturalWidth} / ${image.naturalHeight}`);
   image.hidden = false;
   $('s-none').hidden = true;
 }
@@ -390,34 +430,43 @@ function workerRow(worker, shards) {
     : 'none';
   const dot = make('i', 'dot');
   dot.dataset.tone = TONES[worker.health] ?? 'quiet';
-  const gpu = worker.gpu_memory_bytes === null ? '' : ` · GPU ${bytes(worker.gpu_memory_bytes)}`;
-  const busy = worker.gpu_utilisation === null ? '' : ` · ${worker.gpu_utilisation} % busy`;
+  const gpu = worker.gpu_memory_bytes === null ? '' : `, GPU ${bytes(worker.gpu_memory_bytes)}`;
+  const busy = worker.gpu_utilisation === null ? '' : `, ${worker.gpu_utilisation}\u00a0% busy`;
   return make(
     'tr',
     '',
     cell('Worker', 'who', make('b', '', worker.worker), rank),
-    cell('Data shards', '', share, range),
-    cell('State', '', dot, workerState(worker)),
-    cell('Position', 'n', worker.position === null ? '–' : whole(worker.position)),
+    cell('Data shards', 'part', share, range),
+    cell('State', 'doing', dot, workerState(worker)),
+    cell('Update', 'n', whole(worker.position)),
     cell('Memory', 'n', bytes(worker.resident_bytes) + gpu),
-    cell('Device', 'clip', (worker.device || '–') + busy),
-    cell('Host', 'clip', `${worker.host} · ${worker.pid}${worker.local ? '' : ' · joined'}`),
-    cell('Heard', 'n', worker.heartbeat_age === null ? '–' : `${worker.heartbeat_age.toFixed(1)} s`),
+    cell('Device', 'long', (worker.device || NONE) + busy),
+    cell('Host', 'long', `${worker.host}, process ${worker.pid}${worker.local ? '' : ', joined'}`),
+    cell('Heard', 'n', worker.heartbeat_age === null ? NONE : ago(worker.heartbeat_age)),
   );
 }
 
+const HEALTH = { new: 'loading', silent: 'silent', away: 'away' };
+
 function showWorkers(status) {
-  const group = status.generation ? `${status.world_size} in generation ${whole(status.generation)}` : 'no generation yet';
-  set('w-count', `${group}, ${status.data_shards} data shards`);
+  const { workers } = status;
+  const troubles = Object.entries(HEALTH).map(([health, word]) => {
+    const count = workers.filter((worker) => worker.health === health).length;
+    return count ? `${whole(count)} ${word}` : '';
+  });
+  const count = workers.length ? `${whole(workers.length)} ` : '';
+  set('w-count', [count + group(status), ...troubles, plural(status.data_shards, 'data shard')].filter(Boolean).join(' · '));
   const order = (worker) => worker.rank ?? 1e9 + worker.worker;
-  const workers = status.workers.slice().sort((a, b) => order(a) - order(b));
-  const rows = workers.map((worker) => workerRow(worker, Math.max(1, status.data_shards)));
-  if (!rows.length) {
-    const empty = make('td', '', 'No worker is in session.');
-    empty.colSpan = 8;
-    rows.push(make('tr', 'empty', empty));
-  }
+  const sorted = workers.slice().sort((a, b) => order(a) - order(b));
+  const rows = sorted.map((worker) => workerRow(worker, Math.max(1, status.data_shards)));
+  $('workers').closest('table').hidden = !rows.length;
+  $('w-none').hidden = rows.length > 0;
   $('workers').replaceChildren(...rows);
+  set('w-why', status.outcome ? 'The run has ended, and its workers have left.' : 'No worker is in session.');
+  const started = known.events.findLast((event) => event.kind === 'coordinator_started');
+  const command = !status.outcome && started?.address ? `worker --coordinator ${started.address}` : '';
+  set('w-join', command);
+  $('w-join').parentElement.hidden = !command;
 }
 
 const drawn = {};
@@ -430,11 +479,14 @@ function changed(name, of) {
 }
 
 function showCheckpoints(status) {
-  const { checkpoints } = status;
-  set('k-count', checkpoints.length ? `keeps the last ${status.job.checkpoint.keep_last || 'ones, all of them'}` : '');
-  if (!checkpoints.length || !changed('checkpoints', checkpoints)) return;
-  const items = checkpoints
-    .slice(-8)
+  const { checkpoints, best } = status;
+  const kept = status.job.checkpoint?.keep_last || CHECKPOINTS_SHOWN;
+  if (!checkpoints.length || !changed('checkpoints', [checkpoints, best])) return;
+  set('k-count', status.job.checkpoint?.keep_last ? `the last ${whole(kept)} are kept, and the best` : 'all are kept');
+  // Those that are deleted by now are not listed.
+  const newest = checkpoints.slice(-Math.min(kept, CHECKPOINTS_SHOWN));
+  const others = checkpoints.filter((checkpoint) => checkpoint.step === best?.step && !newest.includes(checkpoint));
+  const items = [...others, ...newest]
     .reverse()
     .map((checkpoint) => {
       const digest = make('code', '', checkpoint.state_digest);
@@ -448,40 +500,37 @@ function showCheckpoints(status) {
           setTimeout(() => (copy.textContent = 'copy'), 1500);
         });
       });
-      return make('li', '', make('b', '', `step ${whole(checkpoint.step)}`), digest, copy, make('time', '', clock(checkpoint.time)));
+      const name = make('b', '', `step ${whole(checkpoint.step)}`, ...(checkpoint.step === best?.step ? [' ', make('span', 'rank', 'best')] : []));
+      return make('li', '', name, digest, copy, make('time', '', clock(checkpoint.time)));
     });
   $('checkpoints').replaceChildren(...items);
 }
 
-// What the table of evaluations shows, where a run has it.
-const FIGURES = ['frechet_distance', 'classifier_score', 'modes', 'label_kl', 'precision', 'recall', 'sliced_wasserstein', 'diversity'];
-
 function showEvaluations(status) {
-  const raised = Object.keys(status.alarms ?? {}).map((alarm) => alarm.replaceAll('_', ' '));
-  const rows = known.events.filter((event) => event.kind === 'evaluation');
-  if (!rows.length || !changed('evaluations', [rows.length, status.best, raised])) return;
-  const spoken = (name) => name.replaceAll('_', ' ').replace('frechet', 'Fréchet');
-  const names = FIGURES.filter((name) => rows.some((row) => Number.isFinite(row.metrics[name])));
-  const cell = (name, text) => {
-    const made = make('td', 'n', text);
-    made.dataset.label = spoken(name);
-    return made;
-  };
-  const line = (row) => {
-    const best = row.step === status.best?.step ? ', the best' : '';
-    const figures = names.map((name) => cell(name, Number.isFinite(row.metrics[name]) ? figure(row.metrics[name]) : '–'));
-    return make('tr', '', make('td', 'who', `step ${whole(row.step)}${best}`), ...figures);
-  };
-  set('v-alarms', raised.length ? `alarm: ${raised.join(', ')}` : '');
-  $('v-names').replaceChildren(make('th', '', 'Step'), ...names.map((name) => make('th', 'n', spoken(name))));
-  $('v-rows').replaceChildren(...rows.slice(-8).reverse().map(line));
-  $('evaluations').hidden = false;
+  const rows = known.events.filter((event) => event.kind === 'evaluation' && event.metrics);
+  if (!rows.length || !changed('evaluations', [rows.length, status.best])) return;
+  // A step that was computed again was evaluated again, with the same figures.
+  const steps = new Map(rows.map((row) => [row.step, row]));
+  const sorted = [...steps.values()].sort((a, b) => a.step - b.step);
+  const names = [...new Set(sorted.flatMap((row) => Object.keys(row.metrics)))];
+  const curves = { step: sorted.map((row) => row.step) };
+  for (const name of names) {
+    const mean = sorted.map((row) => row.metrics[name] ?? null);
+    curves[name] = { mean, low: mean, high: mean };
+  }
+  makeSmalls('evaluations', names, spoken);
+  showSmalls('evaluations', curves, []);
+  const best = status.best;
+  set('v-best', best ? `best checkpoint: step ${whole(best.step)}, ${spoken(best.metric)} ${figure(best.value)}` : '');
+  set('v-count', `${whole(sorted.length)} so far, the newest of step ${whole(sorted.at(-1).step)}`);
 }
+
+/** The beginning of a text that may be very long. */
+const shortened = (text) => (text.length > TEXT ? `${text.slice(0, TEXT)}…` : text);
 
 /** What an event says to people: its tone, and a sentence. */
 function describe(event) {
   const worker = event.worker === null || event.worker === undefined ? 'a worker' : `worker ${event.worker}`;
-  const plural = (count, what) => `${count} ${what}${count === 1 ? '' : 's'}`;
   const reason = event.reason ? `: ${event.reason}` : '';
   const told = {
     coordinator_started: () => ['start', `Coordinator started, term ${event.term}, process ${event.pid}`],
@@ -508,9 +557,9 @@ function describe(event) {
     condemned: () => ['bad', `The states of generation ${event.generation} are not used any more`],
     evaluation: () => ['quiet', `Evaluated step ${whole(event.step)}`],
     evaluation_breach: () => ['bad', event.detail],
-    best_checkpoint: () => ['save', `The checkpoint of step ${whole(event.step)} is the best: ${event.metric.replaceAll('_', ' ')} ${figure(event.value)}`],
-    alarm: () => ['bad', `Alarm, ${event.alarm.replaceAll('_', ' ')}: ${event.detail}`],
-    alarm_over: () => ['good', `No ${event.alarm.replaceAll('_', ' ')} any more`],
+    best_checkpoint: () => ['save', `The checkpoint of step ${whole(event.step)} is the best: ${spoken(event.metric)} ${figure(event.value)}`],
+    alarm: () => ['bad', `Alarm, ${spoken(event.alarm)}: ${event.detail}`],
+    alarm_over: () => ['good', `No ${spoken(event.alarm)} any more`],
     phase_skipped: () => ['warn', `A phase of step ${event.step} was skipped${reason}`],
     metrics_breach: () => ['bad', event.detail],
     stop_requested: () => ['quiet', 'A stop was asked for'],
@@ -519,13 +568,13 @@ function describe(event) {
     plan: () => ['quiet', `Planned: ${event.change}`],
     run_ended: () => [
       event.outcome === 'complete' ? 'good' : event.outcome === 'stopped' ? 'quiet' : 'bad',
-      `The run ended: ${String(event.outcome).replace('_', ' ')}${event.detail ? `, ${event.detail}` : ''}`,
+      `The run ended: ${spoken(event.outcome)}${event.detail ? `, ${event.detail}` : ''}`,
     ],
     samples: () => ['quiet', `Samples of step ${whole(event.step)}`],
     passport: () => ['quiet', 'The passport of the run was taken'],
   }[event.kind];
-  const [tone, text] = told ? told() : ['quiet', `${event.kind.replaceAll('_', ' ')}${reason}`];
-  return { tone, text: text.charAt(0).toUpperCase() + text.slice(1) };
+  const [tone, text] = told ? told() : ['quiet', `${spoken(event.kind)}${reason}`];
+  return { tone, text: shortened(String(text).charAt(0).toUpperCase() + String(text).slice(1)) };
 }
 
 const SILENT = new Set(['evaluation', 'samples', 'passport']);
@@ -549,25 +598,48 @@ $('e-faults').addEventListener('change', showEvents);
 function showJob(status) {
   set('j-run', `run ${status.run.slice(0, 8)}, term ${status.term}`);
   if (!changed('job', status.job)) return;
-  const { job, model, data, loss, optimizer } = status.job;
-  const lines = [
-    ['Model', `${model.kind}, width ${model.width}, latent ${model.latent_dim}`],
-    ['Data', data.path ? `${data.kind}, ${data.path}` : data.kind],
-    ['Loss', loss.kind + (loss.discriminator_steps > 1 ? `, ${loss.discriminator_steps} discriminator phases` : '')],
-    ['Batch', `${job.data_shards * job.shard_batch} = ${job.data_shards} data shards × ${job.shard_batch}`],
-    ['Optimizer', `${optimizer.kind}, G ${optimizer.learning_rate}, D ${optimizer.discriminator_learning_rate}`],
-    ['Precision', job.precision],
-    ['Reduction', job.reduction],
-    ['Seed', job.seed],
-    ['Deadline', `${job.failure_deadline} s`],
-  ];
+  const lines = jobLines(status.job);
   $('job').replaceChildren(...lines.map(([name, value]) => make('div', '', make('dt', '', name), make('dd', '', value))));
+}
+
+/** The settings of a job for people: those that move over the run with both of their ends. */
+function jobLines({ job, data, model, loss, optimizer, augmentation }) {
+  const over = optimizer.decay_images;
+  const moves = (first, last) => (over && first !== last ? `${exact(first)} → ${exact(last)}` : exact(first));
+  const [g, d] = [optimizer.learning_rate, optimizer.discriminator_learning_rate];
+  const [lastG, lastD] = [optimizer.final_learning_rate, optimizer.final_discriminator_learning_rate];
+  const penalties = [
+    ['wasserstein-gp'].includes(loss.kind) && `gradient penalty ${exact(loss.gradient_penalty)}`,
+    (loss.r1 || loss.final_r1) && `R1 ${moves(loss.r1, loss.final_r1)}`,
+    (loss.r2 || loss.final_r2) && `R2 ${moves(loss.r2, loss.final_r2)}`,
+  ].filter(Boolean);
+  const every = penalties.length && loss.penalty_every > 1 ? `, every ${whole(loss.penalty_every)} updates` : '';
+  const chance = augmentation.adaptive
+    ? `adaptive, target ${exact(augmentation.target)}`
+    : `probability ${moves(augmentation.probability, augmentation.final_probability)}`;
+  const augmented = [augmentation.flip && 'flips', augmentation.kinds.length && `${augmentation.kinds.join(', ')}: ${chance}`];
+  const growth = model.ema_schedule === 'ramp-up' ? 'at most 5 % of the images seen' : 'along half a cosine from 0';
+  return [
+    ['Model', `${model.kind}, width ${whole(model.width)}, latent ${whole(model.latent_dim)}${model.conditional ? ', conditional' : ''}`],
+    ['Data', data.path ? `${data.kind}, ${data.path}` : data.kind],
+    ['Loss', loss.kind + (loss.discriminator_steps > 1 ? `, ${whole(loss.discriminator_steps)} discriminator phases` : '')],
+    ['Penalties', penalties.length ? penalties.join(', ') + every : ''],
+    ['Batch', `${whole(job.data_shards * job.shard_batch)} = ${plural(job.data_shards, 'data shard')} × ${whole(job.shard_batch)}`],
+    ['Optimizer', `${optimizer.kind}, β ${exact(optimizer.beta1)} and ${moves(optimizer.beta2, optimizer.final_beta2)}`],
+    ['Rates', `G ${moves(g, lastG)}, D ${moves(d, lastD)}`],
+    ['Schedule', over ? `half a cosine over ${figure(over)} images` : ''],
+    ['Average', `half-life ${figure(model.ema_half_life_images)} images, ${growth}`],
+    ['Augmented', augmented.filter(Boolean).join('; ')],
+    ['Precision', `${job.precision}, ${job.reduction} reduction`],
+    ['Seed', String(job.seed)],
+    ['Deadline', duration(job.failure_deadline)],
+  ].filter(([, value]) => value);
 }
 
 // The token is in the cookie by now; it need not stay in the address, where it can be read and copied.
 if (location.search.includes('token=')) history.replaceState(null, '', location.pathname);
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => {
-  for (const chart of Object.values(charts)) chart.draw();
+  for (const chart of [...Object.values(charts), ...Object.values(smalls).flat()]) chart.draw();
 });
 setInterval(() => awaySince && showAway(), 1000);
 tick();

@@ -1,6 +1,13 @@
 // Curves over steps, on a canvas: lines with the bounds of what each point stands for, or areas on top of each other.
 
-const GUTTER = { left: 46, right: 10, top: 8, bottom: 20 };
+import { figure, tick, whole } from './format.js';
+
+const GUTTER = { left: 34, right: 10, top: 8, bottom: 20 };
+/** Of a small chart, which has no axes. */
+const EDGE = { left: 1, right: 5, top: 5, bottom: 5 };
+const FONT = 11;
+/** Least distance of the marks of two generations. */
+const MARKS_APART = 12;
 
 /** Round numbers that divide a range into about so many parts. */
 export function ticks(low, high, count) {
@@ -14,33 +21,17 @@ export function ticks(low, high, count) {
   return found;
 }
 
-/** A number in a few characters. */
-export function brief(value, digits = 3) {
-  if (value === null || value === undefined || !Number.isFinite(value)) return '–';
-  const size = Math.abs(value);
-  if (size >= 1e6) return `${trim((value / 1e6).toPrecision(3))}M`;
-  if (size >= 1e4) return `${trim((value / 1e3).toPrecision(3))}k`;
-  if (size >= 100) return Math.round(value).toLocaleString('en');
-  if (size === 0) return '0';
-  return size < 1e-3 ? value.toExponential(1) : trim(value.toPrecision(digits));
-}
-
-/** The same with as many digits at any time, for a figure that changes in its place. */
-export function figure(value) {
-  const size = Math.abs(value ?? NaN);
-  return size >= 1e-3 && size < 100 ? value.toPrecision(3) : brief(value);
-}
-
-const trim = (text) => (text.includes('.') ? text.replace(/0+$/, '').replace(/\.$/, '') : text);
-
 function quantile(sorted, share) {
   return sorted[Math.min(sorted.length - 1, Math.max(0, Math.round(share * (sorted.length - 1))))];
 }
 
 export class Chart {
-  /** `series`: [{ key, label, color }], where a color names a custom property of CSS. */
-  constructor(card, { series, stacked = false, range = null, grounded = false, smooth = false, unit = '' }) {
-    Object.assign(this, { card, series, stacked, range, grounded, smooth, unit, data: null, marks: [], at: null });
+  /**
+   * `series`: [{ key, label, color }], where a color names a custom property of CSS. `write` writes a value, `axis` one
+   * beside an axis. A small chart has no axes, and its value in its heading.
+   */
+  constructor(card, { series, stacked = false, range = null, grounded = false, smooth = false, small = false, write = figure, axis = tick }) {
+    Object.assign(this, { card, series, stacked, range, grounded, smooth, small, write, axis, data: null, marks: [], at: null });
     this.plot = card.querySelector('.plot');
     this.canvas = document.createElement('canvas');
     this.canvas.tabIndex = 0;
@@ -58,26 +49,31 @@ export class Chart {
 
   buildLegend() {
     const list = this.card.querySelector('ul');
+    const alone = this.series.length === 1;
     for (const one of this.series) {
-      const button = document.createElement('button');
-      button.type = 'button';
-      button.setAttribute('aria-pressed', 'true');
-      button.style.setProperty('--c', `var(${one.color})`);
+      const item = document.createElement(alone ? 'span' : 'button');
       const value = document.createElement('b');
       one.value = value;
-      button.append(one.label, value);
-      button.addEventListener('click', () => {
-        const hide = !this.hidden.has(one.key);
-        if (hide && this.hidden.size === this.series.length - 1) return;
-        this.hidden[hide ? 'add' : 'delete'](one.key);
-        button.setAttribute('aria-pressed', String(!hide));
-        this.draw();
-      });
-      const item = document.createElement('li');
-      item.append(button);
-      list.append(item);
+      if (!alone) {
+        item.type = 'button';
+        item.setAttribute('aria-pressed', 'true');
+        item.style.setProperty('--c', `var(${one.color})`);
+        item.append(one.label);
+        item.addEventListener('click', () => this.toggle(one, item));
+      }
+      item.append(value);
+      const line = document.createElement('li');
+      line.append(item);
+      list.append(line);
     }
-    if (this.series.length === 1) list.hidden = true;
+  }
+
+  toggle(one, button) {
+    const hide = !this.hidden.has(one.key);
+    if (hide && this.hidden.size === this.series.length - 1) return;
+    this.hidden[hide ? 'add' : 'delete'](one.key);
+    button.setAttribute('aria-pressed', String(!hide));
+    this.draw();
   }
 
   set(data, marks) {
@@ -86,11 +82,11 @@ export class Chart {
     const last = data.step.length - 1;
     const parts = this.series.map((one) => {
       const value = last < 0 ? null : data[one.key].mean[last];
-      one.value.textContent = figure(value);
-      return `${one.label} ${figure(value)}${this.unit}`;
+      one.value.textContent = this.write(value);
+      return `${one.label} ${this.write(value)}`;
     });
-    const title = this.card.querySelector('h2').textContent;
-    const where = last < 0 ? 'no steps yet' : `step ${data.step[last].toLocaleString('en')}: ${parts.join(', ')}`;
+    const title = this.card.querySelector('h2, h3').textContent;
+    const where = last < 0 ? 'no steps yet' : `step ${whole(data.step[last])}: ${parts.join(', ')}`;
     this.canvas.setAttribute('aria-label', `${title}, ${where}. Left and right move along the curve.`);
     this.draw();
   }
@@ -128,22 +124,26 @@ export class Chart {
     ctx.clearRect(0, 0, width, height);
     const style = getComputedStyle(this.card);
     const color = (name) => style.getPropertyValue(name).trim();
-    ctx.font = `11px ${style.fontFamily}`;
+    ctx.font = `${FONT}px ${style.fontFamily}`;
     const count = this.data ? this.data.step.length : 0;
-    const box = { left: GUTTER.left, right: width - GUTTER.right, top: GUTTER.top, bottom: height - GUTTER.bottom };
     if (!count) {
+      if (this.small) return;
       ctx.fillStyle = color('--muted');
       ctx.textAlign = 'center';
-      ctx.fillText('waiting for the first steps', width / 2, height / 2);
+      ctx.fillText('no steps yet', width / 2, height / 2);
       return;
     }
     const [low, high] = this.bounds();
+    const labels = this.labels(low, high);
+    const room = Math.max(...labels.map(({ text }) => ctx.measureText(text).width));
+    const edge = this.small ? EDGE : { ...GUTTER, left: Math.max(GUTTER.left, Math.ceil(room) + 12) };
+    const box = { left: edge.left, right: width - edge.right, top: edge.top, bottom: height - edge.bottom };
     const steps = this.data.step;
     const [first, last] = [count > 1 ? steps[0] : 0, steps[count - 1]];
     const x = (step) => box.left + ((step - first) / Math.max(1, last - first)) * (box.right - box.left);
     const y = (value) => box.bottom - ((value - low) / (high - low || 1)) * (box.bottom - box.top);
     Object.assign(this, { x, box });
-    this.axes(ctx, color, { low, high, first, last, x, y, box });
+    if (!this.small) this.axes(ctx, color, { labels, first, last, x, y, box });
     ctx.save();
     ctx.beginPath();
     ctx.rect(box.left, box.top - 4, box.right - box.left + 4, box.bottom - box.top + 5);
@@ -154,11 +154,18 @@ export class Chart {
     if (this.at !== null) this.cross(ctx, color, x, y, box);
   }
 
-  axes(ctx, color, { low, high, first, last, x, y, box }) {
+  /** Values beside the axis, with their texts. */
+  labels(low, high) {
+    const values = ticks(low, high, 4);
+    const spacing = values.length > 1 ? values[1] - values[0] : Math.abs(values[0]);
+    return values.map((value) => ({ value, text: this.axis(value, spacing) }));
+  }
+
+  axes(ctx, color, { labels, first, last, x, y, box }) {
     ctx.lineWidth = 1;
     ctx.textBaseline = 'middle';
     ctx.textAlign = 'right';
-    for (const value of ticks(low, high, 4)) {
+    for (const { value, text } of labels) {
       const at = Math.round(y(value)) + 0.5;
       if (at < box.top - 3 || at > box.bottom + 1) continue;
       ctx.strokeStyle = color('--grid');
@@ -167,22 +174,26 @@ export class Chart {
       ctx.lineTo(box.right, at);
       ctx.stroke();
       ctx.fillStyle = color('--muted');
-      ctx.fillText(brief(value), box.left - 8, at);
+      ctx.fillText(text, box.left - 8, at);
     }
     ctx.textBaseline = 'alphabetic';
     ctx.fillStyle = color('--muted');
-    const wanted = Math.max(2, Math.floor((box.right - box.left) / 72));
-    for (const step of ticks(first, last, wanted)) {
+    const wanted = Math.max(2, Math.floor((box.right - box.left) / 84));
+    const steps = ticks(first, last, wanted);
+    for (const step of steps) {
       if (!Number.isInteger(step)) continue;
       const at = x(step);
-      ctx.textAlign = at > box.right - 18 ? 'right' : at < box.left + 14 ? 'left' : 'center';
-      ctx.fillText(brief(step, 4), at, box.bottom + 15);
+      ctx.textAlign = at > box.right - 24 ? 'right' : at < box.left + 24 ? 'left' : 'center';
+      ctx.fillText(tick(step, steps.length > 1 ? steps[1] - steps[0] : 1), at, box.bottom + 15);
     }
     ctx.strokeStyle = color('--mark');
     ctx.setLineDash([2, 3]);
+    let drawn = -Infinity;
     for (const step of this.marks) {
-      if (step < first || step > last) continue;
       const at = Math.round(x(step)) + 0.5;
+      // Where there are many, some of them show as much as all.
+      if (step < first || step > last || at < drawn + MARKS_APART) continue;
+      drawn = at;
       ctx.beginPath();
       ctx.moveTo(at, box.top);
       ctx.lineTo(at, box.bottom);
@@ -212,7 +223,8 @@ export class Chart {
         ctx.globalAlpha = 1;
       }
       stroke(ctx, step, this.smooth ? smoothed(mean) : mean, x, y, 1.6);
-      if (step.length === 1 && mean[0] !== null) dot(ctx, x(step[0]), y(mean[0]), color(one.color));
+      const end = mean.length - 1;
+      if ((step.length === 1 || this.small) && mean[end] !== null) dot(ctx, x(step[end]), y(mean[end]), color(one.color));
     }
   }
 
@@ -283,13 +295,13 @@ export class Chart {
     const { tip, at, data } = this;
     tip.replaceChildren();
     const head = document.createElement('strong');
-    head.textContent = `step ${data.step[at].toLocaleString('en')}`;
+    head.textContent = `step ${whole(data.step[at])}`;
     tip.append(head);
     for (const one of this.shown().slice().reverse()) {
       const row = document.createElement('span');
       row.style.setProperty('--c', `var(${one.color})`);
       const value = document.createElement('b');
-      value.textContent = figure(data[one.key].mean[at]) + this.unit;
+      value.textContent = this.write(data[one.key].mean[at]);
       row.append(one.label, value);
       tip.append(row);
     }

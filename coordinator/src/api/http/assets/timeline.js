@@ -1,6 +1,8 @@
 // The life of a run: how many workers trained when, what broke, what was saved. Time goes from left to right; times in which
 // no coordinator ran for long are cut short.
 
+import { clock, duration, plural } from './format.js';
+
 const NS = 'http://www.w3.org/2000/svg';
 const HEIGHT = 92;
 const GROUND = 64;
@@ -29,8 +31,8 @@ function element(name, attributes) {
 }
 
 export class Timeline {
-  constructor(strip, tip, words) {
-    Object.assign(this, { strip, tip, words, events: [], status: null, now: 0 });
+  constructor(strip, tip, describe) {
+    Object.assign(this, { strip, tip, describe, events: [], status: null, now: 0 });
     this.svg = element('svg', { height: HEIGHT, role: 'img' });
     strip.append(this.svg);
     new ResizeObserver(() => this.draw()).observe(strip);
@@ -117,7 +119,7 @@ export class Timeline {
       );
       if (group.size && size > 26) {
         const label = element('text', { x: left + 8, y: GROUND - height + 14, class: 'size' });
-        label.textContent = size > 110 ? `${group.size} worker${group.size === 1 ? '' : 's'}` : group.size;
+        label.textContent = size > 110 ? plural(group.size, 'worker') : group.size;
         parts.push(label);
       }
       this.spots.push({ left, right: left + size, group });
@@ -153,7 +155,7 @@ export class Timeline {
       const labels = [];
       const text = (place, anchor, time) => {
         const label = element('text', { x: place, y: HEIGHT - 4, class: 'hour', 'text-anchor': anchor });
-        label.textContent = this.words.clock(time);
+        label.textContent = clock(time);
         labels.push(label);
       };
       if (at === 0 || span.width > 150) text(span.left, 'start', span.from);
@@ -173,13 +175,13 @@ export class Timeline {
     }
     const event = spot.event ?? spot.group.event;
     const head = document.createElement('strong');
-    head.textContent = this.words.clock(event.time);
+    head.textContent = clock(event.time);
     const line = document.createElement('p');
-    line.textContent = this.words.describe(event).text;
+    line.textContent = this.describe(event).text;
     const parts = [head, line];
     if (spot.group) {
       const length = document.createElement('p');
-      length.textContent = `for ${this.words.duration(spot.group.to - spot.group.from)}`;
+      length.textContent = `for ${duration(spot.group.to - spot.group.from)}`;
       parts.push(length);
     }
     this.tip.replaceChildren(...parts);
