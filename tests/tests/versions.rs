@@ -112,6 +112,16 @@ const LATER_KEYS: [&str; 16] = [
 /// Sections that the first version did not have.
 const LATER_SECTIONS: [&str; 3] = ["[augmentation]", "[evaluation]", "[alarms]"];
 
+/// Removes the scalars that rows of the first version did not have.
+fn age_rows(run: &Run) {
+    let text = fs::read_to_string(run.path("metrics.jsonl")).unwrap();
+    let is_kept = |entry: &&str| !entry.starts_with("\"setting_") && !entry.starts_with("\"score_");
+    let aged = |line: &str| line.split(',').filter(is_kept).collect::<Vec<_>>().join(",") + "\n";
+    let rows: String = text.lines().map(aged).collect();
+    assert!(rows.len() < text.len(), "{text}");
+    fs::write(run.path("metrics.jsonl"), rows).unwrap();
+}
+
 /// Rewrites a run directory as the first version would have left it, with two exceptions: the
 /// starts of generations, which that version wrote as prose, and the note that the last generation
 /// is quiesced, without which a coordinator waits until the lease of its members is over.
@@ -128,6 +138,7 @@ fn age(run: &Run) {
     let kept: Vec<&str> = text.lines().filter(is_kept).collect();
     assert!(kept.len() + LATER_KEYS.len() < text.lines().count(), "{text}");
     fs::write(run.path("job.toml"), kept.join("\n") + "\n").unwrap();
+    age_rows(run);
 
     let journal = Connection::open(run.path("journal.sqlite")).unwrap();
     journal

@@ -347,6 +347,7 @@ impl State {
 /// Serves each state at an address of its own until the input ends.
 #[tokio::test]
 #[ignore = "serves pages for a browser until its input ends"]
+#[expect(clippy::print_stdout, reason = "the browser's script reads the addresses")]
 async fn serve_all() {
     let folder = tempfile::tempdir().unwrap();
     let mut serving = Vec::new();
