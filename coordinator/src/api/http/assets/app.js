@@ -167,6 +167,8 @@ function showAway() {
 
 function show() {
   const { status, metrics } = known;
+  // Rows are asked for after the status, and may be newer.
+  status.step = Math.max(status.step, metrics.step.at(-1) ?? 0);
   document.title = `${status.last_step ? `${percent(done(status))} · ` : ''}${status.name} · Ganglion`;
   set('name', status.name);
   state(...((status.outcome ? OUTCOMES[status.outcome] : STAGES[status.stage]) ?? ['quiet', status.stage]));
@@ -482,7 +484,7 @@ function showCheckpoints(status) {
   const { checkpoints, best } = status;
   const kept = status.job.checkpoint?.keep_last || CHECKPOINTS_SHOWN;
   if (!checkpoints.length || !changed('checkpoints', [checkpoints, best])) return;
-  set('k-count', status.job.checkpoint?.keep_last ? `the last ${whole(kept)} are kept, and the best` : 'all are kept');
+  set('k-count', status.job.checkpoint?.keep_last ? `the last ${whole(kept)} are kept${best ? ', and the best' : ''}` : 'all are kept');
   // Those that are deleted by now are not listed.
   const newest = checkpoints.slice(-Math.min(kept, CHECKPOINTS_SHOWN));
   const others = checkpoints.filter((checkpoint) => checkpoint.step === best?.step && !newest.includes(checkpoint));
@@ -618,7 +620,7 @@ function jobLines({ job, data, model, loss, optimizer, augmentation }) {
     ? `adaptive, target ${exact(augmentation.target)}`
     : `probability ${moves(augmentation.probability, augmentation.final_probability)}`;
   const augmented = [augmentation.flip && 'flips', augmentation.kinds.length && `${augmentation.kinds.join(', ')}: ${chance}`];
-  const growth = model.ema_schedule === 'ramp-up' ? 'at most 5 % of the images seen' : 'along half a cosine from 0';
+  const growth = model.ema_schedule === 'ramp-up' ? 'at most 5\u00a0% of the images seen' : 'along half a cosine from 0';
   return [
     ['Model', `${model.kind}, width ${whole(model.width)}, latent ${whole(model.latent_dim)}${model.conditional ? ', conditional' : ''}`],
     ['Data', data.path ? `${data.kind}, ${data.path}` : data.kind],
@@ -626,13 +628,14 @@ function jobLines({ job, data, model, loss, optimizer, augmentation }) {
     ['Penalties', penalties.length ? penalties.join(', ') + every : ''],
     ['Batch', `${whole(job.data_shards * job.shard_batch)} = ${plural(job.data_shards, 'data shard')} × ${whole(job.shard_batch)}`],
     ['Optimizer', `${optimizer.kind}, β ${exact(optimizer.beta1)} and ${moves(optimizer.beta2, optimizer.final_beta2)}`],
-    ['Rates', `G ${moves(g, lastG)}, D ${moves(d, lastD)}`],
-    ['Schedule', over ? `half a cosine over ${figure(over)} images` : ''],
-    ['Average', `half-life ${figure(model.ema_half_life_images)} images, ${growth}`],
+    ['Learning rates', `G ${moves(g, lastG)}, D ${moves(d, lastD)}`],
+    ['Schedule', over ? `half a cosine over ${exact(over)} images` : ''],
+    ['EMA', `half-life ${exact(model.ema_half_life_images)} images, ${growth}`],
     ['Augmented', augmented.filter(Boolean).join('; ')],
     ['Precision', `${job.precision}, ${job.reduction} reduction`],
-    ['Seed', String(job.seed)],
-    ['Deadline', duration(job.failure_deadline)],
+    // Numbers beyond lose digits on their way here.
+    ['Seed', Number.isSafeInteger(job.seed) ? String(job.seed) : 'in job.toml'],
+    ['Deadline', `${exact(job.failure_deadline)} s`],
   ].filter(([, value]) => value);
 }
 

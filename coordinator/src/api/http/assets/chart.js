@@ -178,7 +178,7 @@ export class Chart {
     }
     ctx.textBaseline = 'alphabetic';
     ctx.fillStyle = color('--muted');
-    const wanted = Math.max(2, Math.floor((box.right - box.left) / 84));
+    const wanted = Math.max(2, Math.floor((box.right - box.left) / 70));
     const steps = ticks(first, last, wanted);
     for (const step of steps) {
       if (!Number.isInteger(step)) continue;

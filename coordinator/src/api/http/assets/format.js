@@ -37,7 +37,8 @@ export function brief(value, digits = 3) {
 /** 1.50e-4 as 1.5e-4. */
 function power(text) {
   const [mantissa, exponent] = text.split('e');
-  return `${bare(mantissa)}e${exponent.replace('+', '')}`;
+  // No line ends behind the minus.
+  return `${bare(mantissa)}e${exponent.replace('+', '').replace('-', '-\u2060')}`;
 }
 
 /** A value on an axis: with the digits that tell it from its neighbours, which are so far away. */

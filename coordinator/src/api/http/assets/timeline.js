@@ -94,7 +94,8 @@ export class Timeline {
     return (time) => {
       let at = placed[0];
       for (const span of placed) if (time >= span.from) at = span;
-      const inside = Math.min(time, at.to) - at.from;
+      // A clock may have been set back in between.
+      const inside = Math.max(0, Math.min(time, at.to) - at.from);
       return at.left + (at.to > at.from ? (inside / (at.to - at.from)) * at.width : 0);
     };
   }
