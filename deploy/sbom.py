@@ -110,7 +110,13 @@ def main():
     torch = libtorch(arguments.libtorch.resolve(), not arguments.without_libtorch)
     bill = merged(bills(arguments.tool, arguments.features), torch)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(bill, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Beside its place first: a full disk must not leave half a bill, which a release would carry.
+    draft = arguments.out.with_name(f".{arguments.out.name}.{os.getpid()}.new")
+    try:
+        draft.write_text(json.dumps(bill, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.replace(arguments.out)
+    finally:
+        draft.unlink(missing_ok=True)
     print(f"{arguments.out}: {len(bill['components'])} parts")
 
 

@@ -22,6 +22,8 @@ use crate::{log, printable_name};
 /// Exit code of a command whose reader has closed the pipe: 128 and the number of SIGPIPE.
 // Not 0: a script that reads only the first lines of an audit must not take it for one that holds.
 pub const CLOSED: u8 = 141;
+/// Exit code for wrong input.
+const WRONG: u8 = 2;
 /// Moves to the beginning of the line and removes what is there.
 const CLEAR: &str = "\r\x1b[K";
 
@@ -87,12 +89,21 @@ pub fn tell(level: Level, message: &str) {
     let _ = Stderr.write_all(line.as_bytes());
 }
 
-/// Flushes what a library has written to standard output.
+/// Prints the answer to a command line that asks for help, or is wrong: by `print`, which may use
+/// colours, or as a message of the structured log. Returns the exit code.
 ///
 /// # Errors
 /// As [`print`].
-pub fn flush() -> Result<(), OutError> {
-    Ok(io::stdout().flush()?)
+pub fn usage(is_wrong: bool, text: &str, print: impl FnOnce() -> io::Result<()>) -> Result<u8, OutError> {
+    if is_wrong && log::is_structured() {
+        tell(Level::ERROR, text.trim_start_matches("error: ").trim_end());
+        return Ok(WRONG);
+    }
+    match print().and_then(|()| io::stdout().flush()) {
+        // Invariant 1.
+        _ if is_wrong => Ok(WRONG),
+        printed => Ok(printed.map(|()| 0)?),
+    }
 }
 
 /// Whether standard error is a terminal on which a line can be drawn over, and messages are for

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::Shell;
 
 /// Time for which nothing may be shown.
-const PAUSE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_secs(5);
 /// Longest time between two lines that are the same.
 const PAUSE_LIMIT: Duration = Duration::from_secs(600);
 

@@ -213,8 +213,9 @@ impl Progress {
     pub fn row(&mut self, row: &MetricsRow) {
         self.pace.add(row.step, row.time);
         let line = self.line(row);
+        // Also of one between two plain lines: the next line is near.
+        self.screen.note_shown();
         if let Some(bar) = &self.bar {
-            self.screen.note_shown();
             // The terminal may have another width than at the last row.
             bar.set_style(style());
             bar.set_position(row.step);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser};
 use ganglion_proto::listen::raise_descriptor_limit;
 use ganglion_proto::log;
-use ganglion_proto::out::{self, OutError};
+use ganglion_proto::out;
 use ganglion_proto::progress::Progress;
 use tracing::Level;
 
@@ -29,7 +29,10 @@ pub fn main() -> ExitCode {
     log::structure(log::is_asked_for());
     let mut cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => return explained(&error),
+        Err(error) => {
+            let answered = out::usage(error.use_stderr(), &error.to_string(), || error.print());
+            return answered.map_or_else(|error| conclude(Err(error.into())), ExitCode::from);
+        }
     };
     log::structure(cli.log_format == LogFormat::Json);
     match cli.command.take() {
@@ -40,21 +43,6 @@ pub fn main() -> ExitCode {
             start_log(&Screen::stderr(false), cli.log_format);
             conclude(serve(command))
         }
-    }
-}
-
-/// Prints what a command line gets that asks for help, or is wrong.
-fn explained(error: &clap::Error) -> ExitCode {
-    if error.use_stderr() && log::is_structured() {
-        let text = error.to_string();
-        out::tell(Level::ERROR, text.trim_start_matches("error: ").trim_end());
-        return ExitCode::from(2);
-    }
-    let printed = error.print().map_err(OutError::from).and_then(|()| out::flush());
-    match printed {
-        // Of a message on standard error that is lost, the exit code says the same.
-        Err(failed) if !error.use_stderr() => conclude(Err(failed.into())),
-        _ => ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1)),
     }
 }
 
@@ -83,21 +71,23 @@ fn launched() -> ExitCode {
 /// Runs a command other than training.
 fn serve(command: Command) -> Result<(), Failure> {
     let ask = |run: &RunChoice, question| {
-        let _progress = Progress::start("waiting for the run's coordinator");
-        block_on(operate(&run.run_dir, question))
+        during("waiting for the run's coordinator", || block_on(operate(&run.run_dir, question)))
     };
+    let recovered = |run, json| during("reading what there is of the run", || recover(run, json));
     // A result is printed as it is, and a message as messages are.
     let told = |message: Result<String, Failure>| Ok(out::say(&message?)?);
     match command {
         Command::Audit { run, json } => audited(&run, json),
-        Command::Recover { run, json: false } => told(recover(&run, false)),
-        Command::Recover { run, json: true } => Ok(out::print(&recover(&run, true)?)?),
+        Command::Recover { run, json: false } => told(recovered(&run, false)),
+        Command::Recover { run, json: true } => Ok(out::print(&recovered(&run, true)?)?),
         Command::Certs(command) => told(command.run()),
         Command::Status { run, json } => Ok(out::print(&ask(&run, Question::Status { json })?)?),
         Command::Drain { worker, run } => told(ask(&run, Question::Drain(worker))),
         Command::Scale { workers, run } => told(ask(&run, Question::Scale(workers))),
         Command::Stop { run, timeout } => told(ask(&run, Question::Stop(Duration::from_secs(timeout)))),
-        Command::Runs { folder, json } => Ok(out::print(&inspect::runs(&folder, json)?)?),
+        Command::Runs { folder, json } => {
+            Ok(out::print(&during("reading the runs", || inspect::runs(&folder, json))?)?)
+        }
         Command::Checkpoints { run, verify, json } => inspect::checkpoints(&run.run_dir, verify, json),
         Command::Data(DataCommand::Check(check)) => block_on(check.run()),
         Command::Completions { shell } => {
@@ -106,6 +96,12 @@ fn serve(command: Command) -> Result<(), Failure> {
             Ok(out::print(&String::from_utf8_lossy(&script))?)
         }
     }
+}
+
+/// Does some work that may take long, and shows what it is.
+fn during<T>(doing: &str, work: impl FnOnce() -> T) -> T {
+    let _progress = Progress::start(doing);
+    work()
 }
 
 fn audited(run: &Path, json: bool) -> Result<(), Failure> {

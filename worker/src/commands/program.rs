@@ -12,7 +12,7 @@ use ganglion_proto::dial::Credentials;
 use ganglion_proto::job::Data;
 use ganglion_proto::listen::raise_descriptor_limit;
 use ganglion_proto::log::{self, JsonLines};
-use ganglion_proto::out::{self, OutError, Stderr};
+use ganglion_proto::out::{self, Stderr};
 use ganglion_proto::progress::Progress;
 use ganglion_proto::trace::Trace;
 use tracing::Level;
@@ -102,28 +102,16 @@ pub fn main() -> ExitCode {
     log::structure(log::is_asked_for());
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => return explained(&error),
+        Err(error) => {
+            let answered = out::usage(error.use_stderr(), &error.to_string(), || error.print());
+            return answered.map_or_else(|error| conclude(&error.into()), ExitCode::from);
+        }
     };
     log::structure(cli.log_format == "json");
     start_log();
     raise_descriptor_limit();
     let result = guarded(|| obey(cli)).unwrap_or_else(|broken| Err(broken.into()));
     result.map_or_else(|failure| conclude(&failure), |()| ExitCode::SUCCESS)
-}
-
-/// Prints what a command line gets that asks for help, or is wrong.
-fn explained(error: &clap::Error) -> ExitCode {
-    if error.use_stderr() && log::is_structured() {
-        let text = error.to_string();
-        out::tell(Level::ERROR, text.trim_start_matches("error: ").trim_end());
-        return ExitCode::from(2);
-    }
-    let printed = error.print().map_err(OutError::from).and_then(|()| out::flush());
-    match printed {
-        // Of a message on standard error that is lost, the exit code says the same.
-        Err(failed) if !error.use_stderr() => conclude(&failed.into()),
-        _ => ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1)),
-    }
 }
 
 /// Tells of a failure; returns the exit code.
