@@ -4,7 +4,7 @@
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' deploy/requirements/libtorch-cpu.in)
 PYTHON ?= python3
 CARGO ?= cargo
-DEMO_DIR ?= runs/demo
+DEMO_DIR ?= runs/mnist-mlp
 WORKERS ?= 2
 MINUTES ?= 10
 SEEDS ?= 100000
@@ -69,7 +69,7 @@ build-tests: setup
 
 demo: build ## Train the MLP GAN on real digits with two workers, then draw 50 digits.
 	target/release/coordinator --workers $(WORKERS) --run-dir $(DEMO_DIR)
-	target/release/worker sample --checkpoint $(DEMO_DIR) --count 50 --seed 7 --out $(DEMO_DIR)/digits.png
+	target/release/worker sample $(DEMO_DIR) --count 50 --seed 7 --out $(DEMO_DIR)/digits.png
 
 # ---- Measure ---------------------------------------------------------------------------------------------------------
 

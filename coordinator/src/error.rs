@@ -4,6 +4,7 @@ use std::io;
 
 use ganglion_proto::credentials::CredentialError;
 use ganglion_proto::out::{self, OutError};
+use ganglion_storage::run::RunError;
 use ganglion_storage::whole;
 
 use crate::checkpoints::catalog::Unusable;
@@ -105,6 +106,15 @@ impl From<OutError> for Failure {
         match error {
             OutError::Closed => Failure::Closed,
             OutError::Failed(_) => Failure::other(error),
+        }
+    }
+}
+
+impl From<RunError> for Failure {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Input(_) => Failure::input(error),
+            RunError::Storage(_) => Failure::other(error),
         }
     }
 }

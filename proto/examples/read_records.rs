@@ -1,6 +1,6 @@
 //! Reads the records of a run, while it goes on or later: its metrics, and how often its group changed.
 //!
-//!     cargo run --release -p ganglion-proto --example read_records -- runs/demo
+//!     cargo run --release -p ganglion-proto --example read_records -- runs/mnist-mlp
 
 use std::error::Error;
 use std::fs;
@@ -15,7 +15,7 @@ fn lines(text: &str) -> impl Iterator<Item = &str> {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let run = PathBuf::from(std::env::args().nth(1).ok_or("name a run directory, such as runs/demo")?);
+    let run = PathBuf::from(std::env::args().nth(1).ok_or("name a run directory, such as runs/mnist-mlp")?);
     let metrics = fs::read_to_string(run.join("metrics.jsonl"))?;
     println!("{:>8} {:>12} {:>12}  scalars", "step", "images seen", "images/s");
     for line in lines(&metrics) {

@@ -22,6 +22,8 @@ const MARKER: &str = ".run";
 pub const LATEST: &str = "latest";
 /// File that names the best checkpoint.
 pub const BEST: &str = "best.json";
+/// Number of the format of [`BEST`] that this version writes, and the newest that it reads.
+pub const BEST_FORMAT: u32 = 1;
 /// File that describes the best checkpoint.
 pub const MODEL_CARD: &str = "model-card.md";
 /// File with a checkpoint's manifest, in its folder.

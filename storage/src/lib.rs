@@ -37,6 +37,7 @@ mod failure;
 mod layout;
 mod name;
 mod pause;
+pub mod run;
 mod transfer;
 pub mod whole;
 
@@ -53,7 +54,7 @@ pub use address::{Address, AddressError};
 pub use blocking::Blocking;
 pub use bytes::Bytes;
 pub use failure::reason;
-pub use layout::{BEST, Claim, LATEST, MANIFEST, MODEL_CARD, Version, in_folder};
+pub use layout::{BEST, BEST_FORMAT, Claim, LATEST, MANIFEST, MODEL_CARD, Version, in_folder};
 pub use name::{BadName, RelativeName};
 pub use object_store::path::Path;
 pub use object_store::{Error, PutPayload, Result};

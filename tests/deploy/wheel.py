@@ -120,7 +120,7 @@ class Tests:
         train_dir = here.work / "runs/mnist-mlp"
         check(digest(train_dir, STEPS) == self.expected, "the wheel trains other bits")
         audit(train_dir)
-        picture = here.run("worker", "sample", "--checkpoint", train_dir, "--out", "digits.png").strip()
+        picture = here.run("worker", "sample", train_dir, "--out", "digits.png").strip()
         check((here.work / picture).read_bytes().startswith(b"\x89PNG"), "no picture")
         check("is finished" in here.run("coordinator", "--workers", "2", *SETTINGS), "a finished run does not say so")
         check(sorted(path.name for path in here.work.iterdir()) == ["digits.png", "runs"], "it wrote elsewhere")

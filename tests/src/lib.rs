@@ -111,7 +111,7 @@ impl Run {
     /// Runs the coordinator's program with these arguments for this run.
     pub fn ask(&self, arguments: &[&str]) -> Ended {
         let mut command = Command::new(&self.coordinator);
-        command.args(arguments).arg("--run-dir").arg(self.path(""));
+        command.args(arguments).arg(self.path(""));
         Process::start(command).wait()
     }
 

@@ -20,7 +20,7 @@ fn trained(settings: &[&[&str]]) -> Run {
 
 fn worker(run: &Run, arguments: &[&str]) -> Ended {
     let mut command = Command::new(program("worker"));
-    command.arg(arguments[0]).arg("--checkpoint").arg(run.path("")).args(&arguments[1..]);
+    command.arg(arguments[0]).arg(run.path("")).args(&arguments[1..]);
     Process::start(command).wait()
 }
 

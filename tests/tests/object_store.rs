@@ -208,8 +208,7 @@ fn a_bucket_gets_the_bytes_that_a_folder_gets() {
     }
     let picture = |place: &str| {
         let out = run.beside("out.png");
-        let ended =
-            ask("worker", &["sample", "--checkpoint", place, "--out", out.to_str().unwrap()], &variables);
+        let ended = ask("worker", &["sample", place, "--out", out.to_str().unwrap()], &variables);
         assert_eq!(ended.code, Some(0), "{}", ended.output);
         fs::read(out).unwrap()
     };

@@ -34,7 +34,7 @@ fn they_have_the_same_bits_on_1_to_3_workers_and_through_a_kill() {
     disturbed.assert_audited();
     let picture = undisturbed.beside("picture.png");
     let sampled = std::process::Command::new(program("worker"))
-        .args(["sample", "--count", "10", "--checkpoint"])
+        .args(["sample", "--count", "10"])
         .arg(undisturbed.path(""))
         .arg("--out")
         .arg(&picture)

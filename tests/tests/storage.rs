@@ -101,7 +101,7 @@ fn samples_depend_on_the_checkpoint_and_the_seed_alone() {
         let mut command = Command::new(program("worker"));
         command.args(["sample", "--count", "50", "--seed", seed, "--out"]).arg(&out);
         let ended = Process::start({
-            command.arg("--checkpoint").arg(from);
+            command.arg(from);
             command
         })
         .wait();

@@ -119,8 +119,7 @@ fn a_detached_run_goes_on_alone_and_is_watched_and_stopped() {
     let coordinator = Detached::of(&launched);
     let started = run.wait_for("generation_formed", |_| true);
     assert_eq!(started["world_size"], 2, "it returned once a group trained");
-    for says in ["coordinator.log", "coordinator status --run-dir", "coordinator stop --run-dir", "join with"]
-    {
+    for says in ["coordinator.log", "coordinator status /", "coordinator stop /", "join with"] {
         assert!(launched.output.contains(says), "no {says:?} in:\n{}", launched.output);
     }
     assert_eq!(getsid(Some(Pid::from_raw(coordinator.0))), Ok(Pid::from_raw(coordinator.0)));

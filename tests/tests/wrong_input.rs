@@ -177,7 +177,7 @@ fn the_run_directory_of_another_job_is_left_alone() {
     run.set("job.seed=5");
     run.set("loss.kind=hinge");
     run.set("job.steps=4");
-    assert_refused(&run.start(1).wait(), 2, &["job.seed", "loss.kind", "another job"]);
+    assert_refused(&run.start(1).wait(), 2, &["job.seed", "loss.kind", "another job", "--set job.name="]);
     assert_eq!(run.digest(), digest);
 }
 
@@ -219,7 +219,7 @@ fn drawings_that_cannot_be_written_are_told_before_the_work() {
         [("sample", "--out"), ("sample", "--folder"), ("interpolate", "--out"), ("export", "--out")]
     {
         let mut drawing = Command::new(program("worker"));
-        drawing.args([command, "--checkpoint", "/no/checkpoint", option, "/proc/nothing/here"]);
+        drawing.args([command, "/no/checkpoint", option, "/proc/nothing/here"]);
         assert_refused(&Process::start(drawing).wait(), 2, &[&format!("{option} /proc/nothing/here")]);
     }
 }
@@ -231,13 +231,13 @@ fn samples_of_something_else_are_refused() {
     fs::write(&file, "not weights").unwrap();
     let sample = |checkpoint: &Path| {
         let mut command = Command::new(program("worker"));
-        command
-            .args(["sample", "--out"])
-            .arg(folder.path().join("out.png"))
-            .arg("--checkpoint")
-            .arg(checkpoint);
+        command.args(["sample", "--out"]).arg(folder.path().join("out.png")).arg(checkpoint);
         Process::start(command).wait()
     };
     assert_refused(&sample(&file), 2, &["generator_ema.safetensors", "safetensors"]);
-    assert_refused(&sample(Path::new("/no/such/run")), 2, &["--checkpoint /no/such/run"]);
+    assert_refused(
+        &sample(Path::new("/no/such/run")),
+        2,
+        &["/no/such/run: neither a run nor a checkpoint is there"],
+    );
 }

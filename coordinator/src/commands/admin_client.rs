@@ -111,10 +111,7 @@ async fn stop(limit: Duration, folder: &Path) -> Result<String, Failure> {
 async fn reach(folder: &Path) -> Result<(AdminServiceClient<Channel>, Access), Failure> {
     let file = folder.join(ACCESS_FILE);
     let missing = |reason: String| {
-        Failure::Input(format!(
-            "--run-dir {}: {reason}; give the folder of a run whose coordinator is running",
-            folder.display()
-        ))
+        Failure::Input(format!("{}: {reason}; give a run whose coordinator is running", folder.display()))
     };
     let text = std::fs::read_to_string(&file).map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
     let access = Access::parse(&text).map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;

@@ -1,16 +1,20 @@
 //! The command line.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::{Parser, Subcommand};
 use ganglion_proto::job::Job;
+use ganglion_proto::out;
+use ganglion_storage::run::{self, Chosen, RunError, RunName};
+use tracing::Level;
 
 use crate::api::address::{ListenError, Listener, loopback};
 use crate::api::security::SecurityArguments;
 use crate::commands::certs::CertsCommand;
 use crate::commands::data_check::Check;
+use crate::error::Failure;
 use crate::records::logging::LogFormat;
 
 /// Trains a GAN data-parallel on many workers, with the same result for any number of them.
@@ -82,8 +86,9 @@ pub enum Command {
     ///
     /// Prints a line for each claim. Exit code 0: all hold; 1: one does not; 2: RUN is no run directory.
     Audit {
-        /// The run directory.
-        run: PathBuf,
+        /// Which run.
+        #[command(flatten)]
+        run: RunChoice,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -106,7 +111,7 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Lists a run's checkpoints with their digests.
+    /// Lists a run's checkpoints with their digests; RUN@best, RUN@latest or RUN@5000 lists one of them.
     Checkpoints {
         /// Which run.
         #[command(flatten)]
@@ -124,8 +129,9 @@ pub enum Command {
     /// The old files stay beside the new ones. Exit code 0: the run can go on; 1: a coordinator holds it; 2:
     /// RUN is no run, or there is no checkpoint.
     Recover {
-        /// The run directory.
-        run: PathBuf,
+        /// Which run.
+        #[command(flatten)]
+        run: RunChoice,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -183,9 +189,53 @@ pub enum DataCommand {
 /// Which run is meant.
 #[derive(Debug, clap::Args)]
 pub struct RunChoice {
-    /// The run directory.
-    #[arg(long, value_name = "DIR", default_value = "runs/mnist-mlp")]
-    pub run_dir: PathBuf,
+    /// The run: its folder, or its name in runs/. Without it a command that only reads takes the newest run
+    /// there, and one that changes a run takes the only one.
+    #[arg(value_name = "RUN")]
+    run: Option<RunName>,
+    /// The run, as earlier versions had it.
+    #[arg(long, value_name = "RUN", hide = true, conflicts_with = "run")]
+    run_dir: Option<RunName>,
+}
+
+impl RunChoice {
+    fn name(&self) -> Option<&RunName> {
+        self.run.as_ref().or(self.run_dir.as_ref())
+    }
+
+    /// The run that a command reads, and perhaps one of its checkpoints.
+    pub(crate) fn to_read(&self) -> Result<Chosen, Failure> {
+        told(run::chosen(self.name()))
+    }
+
+    /// The folder of the run that a command reads as a whole.
+    pub(crate) fn folder(&self) -> Result<PathBuf, Failure> {
+        as_a_whole(self.to_read()?)
+    }
+
+    /// The folder of the run that a command changes; see [`run::only`].
+    pub(crate) fn to_change(&self, is_one: impl Fn(&Path) -> bool, what: &str) -> Result<PathBuf, Failure> {
+        as_a_whole(told(run::only(self.name(), is_one, what))?)
+    }
+}
+
+/// Says which run was taken, if none was named.
+fn told(chosen: Result<Chosen, RunError>) -> Result<Chosen, Failure> {
+    let chosen = chosen?;
+    if let Some(told) = &chosen.told {
+        // Beside the answer: that is for programs as well.
+        out::tell(Level::INFO, told);
+    }
+    Ok(chosen)
+}
+
+fn as_a_whole(chosen: Chosen) -> Result<PathBuf, Failure> {
+    match chosen.checkpoint {
+        None => Ok(chosen.folder),
+        Some(checkpoint) => Err(Failure::Input(format!(
+            "@{checkpoint}: this command takes a run as a whole; leave @{checkpoint} out"
+        ))),
+    }
 }
 
 /// Number of workers to start.
@@ -284,11 +334,43 @@ mod tests {
     #[test]
     fn a_command_stands_alone() {
         assert!(cli(&["--workers", "2"]).command.is_none());
-        let Some(Command::Audit { run, json: false }) = cli(&["audit", "runs/x"]).command else {
-            panic!("an audit")
-        };
-        assert_eq!(run, PathBuf::from("runs/x"));
+        assert!(matches!(cli(&["audit", "runs/x"]).command, Some(Command::Audit { json: false, .. })));
         assert!(Cli::try_parse_from(["coordinator", "--workers", "2", "audit", "runs/x"]).is_err());
+    }
+
+    /// As an argument, and as the option of earlier versions.
+    #[test]
+    fn every_command_on_a_run_takes_its_name() {
+        let commands = [
+            &["audit"][..],
+            &["status"],
+            &["checkpoints"],
+            &["recover"],
+            &["drain", "3"],
+            &["scale", "3"],
+            &["stop"],
+        ];
+        for command in commands {
+            for name in [&["runs/x@7"][..], &["--run-dir", "runs/x@7"]] {
+                let run = match cli(&[command, name].concat()).command {
+                    Some(
+                        Command::Audit { run, .. }
+                        | Command::Status { run, .. }
+                        | Command::Checkpoints { run, .. }
+                        | Command::Recover { run, .. }
+                        | Command::Drain { run, .. }
+                        | Command::Scale { run, .. }
+                        | Command::Stop { run, .. },
+                    ) => run,
+                    other => panic!("{other:?}"),
+                };
+                assert_eq!(run.name(), "runs/x@7".parse().ok().as_ref(), "{command:?}");
+            }
+            assert!(
+                Cli::try_parse_from([&["coordinator"], command, &["a", "--run-dir", "b"]].concat()).is_err()
+            );
+            assert!(Cli::try_parse_from([&["coordinator"], command, &[""]].concat()).is_err());
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! 2. Only the ends of a run's records are read, so a long run is listed as fast as a short one.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
@@ -14,13 +14,14 @@ use ganglion_proto::job::Job;
 use ganglion_proto::out;
 use ganglion_proto::progress::Progress;
 use ganglion_proto::record::{EventLine, MetricsRow, RunEvent, RunOutcome};
-use ganglion_storage::{Error, MANIFEST, Storage, in_folder};
+use ganglion_storage::run::{Chosen, JOB, Shelf, best, manifests, runs_in};
+use ganglion_storage::{Address, Error, MANIFEST, Storage, in_folder};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 
 use crate::checkpoints::catalog::check_files;
-use crate::commands::audit::evidence::{manifests, open_storage, silent};
+use crate::commands::audit::evidence::silent;
 use crate::error::Failure;
 use crate::job_file;
 use crate::journal::History;
@@ -85,20 +86,63 @@ pub(crate) struct Overview {
     pub changed: f64,
 }
 
-/// Lists the runs in a folder, newest first.
-pub(crate) fn runs(folder: &Path, json: bool) -> Result<String, Failure> {
-    let unreadable = |error: io::Error| {
-        Failure::Input(format!("{}: {error}; give the folder that holds run directories", folder.display()))
-    };
-    let mut runs = Vec::new();
-    for entry in fs::read_dir(folder).map_err(unreadable)? {
-        let path = entry.map_err(unreadable)?.path();
-        // Other folders may lie beside runs.
-        if path.join("journal.sqlite").is_file() {
-            runs.push(overview(&path)?);
+/// A run in a list.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum ListedRun {
+    Read(Overview),
+    /// A run whose files cannot be read, with the reason.
+    Unreadable {
+        run_dir: PathBuf,
+        standing: &'static str,
+        reason: String,
+    },
+}
+
+impl ListedRun {
+    fn read(run: PathBuf) -> ListedRun {
+        match overview(&run) {
+            Ok(overview) => ListedRun::Read(overview),
+            // One of them must not hide the others.
+            Err(failure) => {
+                ListedRun::Unreadable { run_dir: run, standing: "unreadable", reason: failure.to_string() }
+            }
         }
     }
-    runs.sort_by(|one, other| other.changed.total_cmp(&one.changed));
+
+    fn changed(&self) -> f64 {
+        match self {
+            ListedRun::Read(run) => run.changed,
+            ListedRun::Unreadable { .. } => f64::NEG_INFINITY,
+        }
+    }
+
+    fn row(&self) -> [String; 6] {
+        let dash = || "-".to_string();
+        let step = |step: Option<u64>| step.map_or_else(dash, |step| step.to_string());
+        match self {
+            ListedRun::Read(run) => [
+                run.run_dir.display().to_string(),
+                run.standing.name().to_string(),
+                run.step.to_string(),
+                step(run.last_step),
+                step(run.checkpoint_step),
+                ago(run.changed),
+            ],
+            ListedRun::Unreadable { run_dir, standing, .. } => {
+                [run_dir.display().to_string(), (*standing).to_string(), dash(), dash(), dash(), dash()]
+            }
+        }
+    }
+}
+
+/// Lists the runs in a folder, newest first; those that cannot be read come last, with the reason.
+pub(crate) fn runs(folder: &Path, json: bool) -> Result<String, Failure> {
+    let listed = runs_in(folder).map_err(|error| {
+        Failure::Input(format!("{}: {error}; give the folder that holds run directories", folder.display()))
+    })?;
+    let mut runs: Vec<ListedRun> = listed.into_iter().map(ListedRun::read).collect();
+    runs.sort_by(|one, other| other.changed().total_cmp(&one.changed()));
     if json {
         return Ok(as_json(&runs));
     }
@@ -106,17 +150,14 @@ pub(crate) fn runs(folder: &Path, json: bool) -> Result<String, Failure> {
         return Ok(format!("no runs in {}", folder.display()));
     }
     let mut table = Table::new(&["<run", "<state", "step", "of", "checkpoint", "changed"]);
-    for run in &runs {
-        table.row([
-            run.run_dir.display().to_string(),
-            run.standing.name().to_string(),
-            run.step.to_string(),
-            run.last_step.map_or("-".to_string(), |step| step.to_string()),
-            run.checkpoint_step.map_or("-".to_string(), |step| step.to_string()),
-            ago(run.changed),
-        ]);
-    }
-    Ok(table.to_string())
+    runs.iter().for_each(|run| table.row(run.row()));
+    let reasons = runs.iter().filter_map(|run| match run {
+        ListedRun::Read(_) => None,
+        ListedRun::Unreadable { run_dir, reason, .. } => {
+            Some(format!("\n{} cannot be read: {reason}", run_dir.display()))
+        }
+    });
+    Ok(format!("{table}{}", reasons.collect::<String>()))
 }
 
 /// Reads the summary of one run directory.
@@ -133,20 +174,26 @@ pub(crate) fn overview(run: &Path) -> Result<Overview, Failure> {
     // Read without a lock, so that a coordinator at work is not held up (1).
     let history = History::read(&journal).map_err(|error| wrong("journal.sqlite", &error))?;
     let newest = history.checkpoints.iter().max_by_key(|checkpoint| checkpoint.position);
-    let row = last_line(&run.join("metrics.jsonl"));
-    let row = row.and_then(|line| serde_json::from_slice::<MetricsRow>(&line).ok()).unwrap_or_default();
+    let row = newest_row(run);
     let event = last_line(&run.join("events.jsonl")).and_then(|line| EventLine::parse(&line).ok());
     let changed = event.as_ref().map_or(row.time, |event| row.time.max(event.time));
     Ok(Overview {
         run_dir: run.to_path_buf(),
         name: job.job.name.clone(),
         standing: standing(run, event.and_then(|event| event.event.ok()).as_ref()),
-        step: row.step,
+        // The newest row may be damaged, which the next start mends.
+        step: row.step.max(newest.map_or(0, |newest| newest.step)),
         last_step: history.samples.map(|samples| Job { shape: history.shape, ..job }.last_step(samples)),
         checkpoint_step: newest.map(|checkpoint| checkpoint.step),
         state_digest: newest.map(|checkpoint| checkpoint.state_digest.clone()),
         changed,
     })
+}
+
+/// The newest row of a run's metrics; the default where there is none that can be read.
+pub(crate) fn newest_row(run: &Path) -> MetricsRow {
+    let row = last_line(&run.join("metrics.jsonl"));
+    row.and_then(|line| serde_json::from_slice(&line).ok()).unwrap_or_default()
 }
 
 fn standing(run: &Path, newest_event: Option<&RunEvent>) -> Standing {
@@ -220,46 +267,62 @@ struct Listed {
     /// does not record it.
     written: Option<f64>,
     state_digest: String,
+    /// Other names of the checkpoint, `latest` and `best`.
+    names: Vec<&'static str>,
     /// Description of the damage, if there is any.
     #[serde(skip_serializing_if = "Option::is_none")]
     damage: Option<String>,
 }
 
-/// Prints a run's checkpoints, oldest first. With `verify` all of their files are read and hashed.
-pub(crate) fn checkpoints(run: &Path, verify: bool, json: bool) -> Result<(), Failure> {
+/// Prints a run's checkpoints, oldest first, or the one that was chosen. With `verify` all of their files
+/// are read and hashed.
+pub(crate) fn checkpoints(run: &Chosen, verify: bool, json: bool) -> Result<(), Failure> {
     let progress = Progress::start("looking for checkpoints");
-    let text = fs::read_to_string(run.join("job.toml")).map_err(|error| {
-        Failure::Input(format!("--run-dir {}: job.toml: {error}; give the folder of a run", run.display()))
+    let folder = &run.folder;
+    let text = fs::read_to_string(folder.join(JOB)).map_err(|error| {
+        Failure::Input(format!("{}: {error}; give the folder of a run", folder.join(JOB).display()))
     })?;
     let job = job_file::parse_resolved(&text).map_err(Failure::input)?;
-    let storage = open_storage(run, &job).map_err(Failure::other)?;
-    let address = storage.storage().address().to_string();
-    let listed = storage.wait(list(storage.storage(), verify, &progress));
-    let listed = listed.map_err(|error| Failure::Other(silent(storage.storage(), &error).to_string()))?;
+    let shelf = Shelf::open(&folder.display().to_string(), folder, job.checkpoint.url.as_deref())?;
+    let storage = shelf.storage();
+    let one = run.checkpoint.map(|choice| shelf.checkpoint(Some(choice))).transpose()?;
+    let listed = shelf.wait(list(storage, one.as_deref(), verify, &progress));
+    let listed = listed.map_err(|error| Failure::Other(silent(storage, &error).to_string()))?;
     let damaged: Vec<String> = listed
         .iter()
         .filter_map(|listed| Some(format!("{}: {}", listed.folder, listed.damage.as_ref()?)))
         .collect();
-    out::print(&if json { as_json(&listed) } else { render(&address, &listed, verify) })?;
+    out::print(&if json { as_json(&listed) } else { render(storage.address(), &listed, verify) })?;
     if damaged.is_empty() {
         return Ok(());
     }
     Err(Failure::Other(format!("damaged checkpoints: {}", damaged.join("; "))))
 }
 
-async fn list(storage: &Storage, verify: bool, progress: &Progress) -> Result<Vec<Listed>, Error> {
-    let (mut listed, manifests) = (Vec::new(), manifests(storage).await?);
+async fn list(
+    storage: &Storage,
+    one: Option<&str>,
+    verify: bool,
+    progress: &Progress,
+) -> Result<Vec<Listed>, Error> {
+    let (mut listed, mut manifests) = (Vec::new(), manifests(storage).await?);
+    let (latest, best) = (manifests.last().map(|(folder, _)| folder.clone()), best(storage).await?);
+    let best = best.and_then(Result::ok);
+    manifests.retain(|(folder, _)| one.is_none_or(|one| one == folder));
     progress.part("checkpoints read", if verify { manifests.len() as u64 } else { 0 });
     for (folder, manifest) in manifests {
         let written = storage.modified(&in_folder(&folder, MANIFEST)).await.ok();
         let written = written.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs_f64()));
+        let names = [("latest", &latest), ("best", &best)];
+        let names = names.iter().filter(|(_, named)| named.as_ref() == Some(&folder));
+        let about = Listed { names: names.map(|(name, _)| *name).collect(), written, ..Listed::default() };
         listed.push(match manifest {
             Ok(checkpoint) => {
                 let damage = if verify { check_files(storage, &checkpoint).await? } else { None };
-                Listed::of(checkpoint, written, damage)
+                Listed { damage, ..about.of(checkpoint) }
             }
             // Listed all the same: a checkpoint that cannot be used must be seen.
-            Err(damage) => Listed { folder, written, damage: Some(damage), ..Listed::default() },
+            Err(damage) => Listed { folder, damage: Some(damage), ..about },
         });
         progress.add(1);
     }
@@ -267,24 +330,23 @@ async fn list(storage: &Storage, verify: bool, progress: &Progress) -> Result<Ve
 }
 
 impl Listed {
-    fn of(checkpoint: Checkpoint, written: Option<f64>, damage: Option<String>) -> Listed {
+    fn of(self, checkpoint: Checkpoint) -> Listed {
         Listed {
             folder: checkpoint.folder(),
             step: checkpoint.step,
             phase: checkpoint.phase,
             bytes: checkpoint.files.iter().map(|file| file.bytes).sum(),
-            written,
             state_digest: checkpoint.state_digest,
-            damage,
+            ..self
         }
     }
 }
 
-fn render(storage: &str, listed: &[Listed], verify: bool) -> String {
+fn render(storage: &Address, listed: &[Listed], verify: bool) -> String {
     if listed.is_empty() {
         return format!("no checkpoints in {storage}");
     }
-    let mut table = Table::new(&["<checkpoint", "step", "size", "saved", "<state_digest", "<"]);
+    let mut table = Table::new(&["<checkpoint", "step", "size", "saved", "<state_digest", "<", "<"]);
     for checkpoint in listed {
         let state = match &checkpoint.damage {
             Some(_) => "damaged",
@@ -297,6 +359,7 @@ fn render(storage: &str, listed: &[Listed], verify: bool) -> String {
             size(checkpoint.bytes),
             checkpoint.written.map_or("-".to_string(), ago),
             checkpoint.state_digest.clone(),
+            checkpoint.names.join(", "),
             state.to_string(),
         ]);
     }

@@ -1,6 +1,7 @@
 //! Execution of the machine's decisions.
 
 use std::cmp::Ordering;
+use std::io;
 
 use ganglion_membership::{
     Action, Backend, Cause, Checkpoint, Difference, Event, Generation, Group, GroupMember, NUMERICS, Outcome,
@@ -15,6 +16,7 @@ use super::stuck::Held;
 use super::{Change, Shell, ShellError};
 use crate::checkpoints::writer::Kept;
 use crate::journal::Fact;
+use crate::run_dir::write_job;
 
 impl Shell {
     pub(super) fn act(&mut self, action: Action) -> Result<(), ShellError> {
@@ -150,6 +152,12 @@ impl Shell {
         // M1: durable before any member hears of it. A coordinator that died after telling one, and
         // before this, would be followed by one that uses the number again.
         self.journal.form(self.term, group, cause)?;
+        // Behind it, so that job.toml never has what no group trains by; and before a member hears of the
+        // group, so that the next coordinator knows what the members train by.
+        if std::mem::take(&mut self.unrecorded) {
+            write_job(self.records.folder(), &self.job)
+                .map_err(|error| io::Error::new(error.kind(), format!("job.toml: {error}")))?;
+        }
         self.records.formed(group.position);
         // Numbered by generation: journaled, and no member was told.
         failpoint::reached("form", group.generation.0);

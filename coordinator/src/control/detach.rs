@@ -72,8 +72,8 @@ pub(crate) async fn launch() -> Result<Launched, Failure> {
             let log = log.display();
             Ok(Launched::GoesOn(format!(
                 "run {name} goes on without this terminal, as process {process}; its log is {log}\n\
-                 look at it with: coordinator status --run-dir {folder}\n\
-                 stop it with: coordinator stop --run-dir {folder}"
+                 look at it with: coordinator status {folder}\n\
+                 stop it with: coordinator stop {folder}"
             )))
         }
         Err(_) => Ok(Launched::Ended(code_of(child.wait().map_err(failed)?))),

@@ -4,6 +4,7 @@ use ganglion_membership::Outcome;
 use ganglion_proto::evaluation::{AlarmPolicy, EvaluationRow};
 use ganglion_proto::message::ToWorker;
 use ganglion_proto::record::{BestCheckpoint, MetricsRow, RunEvent};
+use ganglion_storage::BEST_FORMAT;
 use serde_json::json;
 
 use super::{Shell, ShellError};
@@ -11,9 +12,6 @@ use crate::checkpoints::best::{Best, Known, folder};
 use crate::checkpoints::model_card::{self, Subject};
 use crate::checkpoints::writer::BestFiles;
 use crate::records::alarms::Change;
-
-/// Number of the format of `best.json` that this version writes. No program of Ganglion's reads it.
-const BEST_FORMAT: u32 = 1;
 
 impl Shell {
     /// Takes an evaluation: journals it, records it, and updates best checkpoint and alarms.

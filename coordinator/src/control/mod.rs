@@ -179,6 +179,8 @@ pub struct Shell {
     left_out: Vec<u64>,
     /// Samples to leave out, until a group has formed without them.
     change: Change,
+    /// Whether job.toml may be of an earlier term: no group has formed in this one.
+    unrecorded: bool,
     /// Workers whose sessions were closed because they do not read their messages.
     deaf: Vec<WorkerId>,
     /// Checkpoints that could not be journaled yet, or whose rows are not durable.
@@ -298,6 +300,7 @@ impl Shell {
             samples: None,
             left_out: Vec::new(),
             change: parts.change,
+            unrecorded: true,
             deaf: Vec::new(),
             unjournaled: Vec::new(),
             unnumbered: Vec::new(),

@@ -25,9 +25,10 @@ const EMBEDDED: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../con
 /// Default name of that job's run.
 const EMBEDDED_NAME: &str = "mnist-mlp";
 
-/// Keys that may change when a run resumes: its length, its reporting and its patience. None of
-/// them moves a bit of the state at a given step.
+/// Keys that may change when a run resumes: its name, its length, its reporting and its patience. None
+/// of them moves a bit of the state at a given step.
 const CHANGEABLE: &[&str] = &[
+    "job.name",
     "job.steps",
     "job.epochs",
     "job.failure_deadline",
@@ -48,6 +49,10 @@ const CHANGEABLE: &[&str] = &[
     // This change is separate: the module `exclusions` decides what may change.
     "data.exclusion",
 ];
+
+/// Keys that name a place whose content decides the result. The place may change when a run resumes, as
+/// each worker proves the content by its fingerprint.
+const PLACES: &[&str] = &["data.path", "model.generator", "model.discriminator", "model.init_from"];
 
 /// Origin of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -213,14 +218,31 @@ pub fn parse_resolved(text: &str) -> Result<Job, JobErrors> {
 /// Compares two jobs: the keys that differ and must not when a run resumes, ordered by name. Empty
 /// means that `given` may continue the run.
 pub fn differences(recorded: &Job, given: &Job) -> Vec<Difference> {
+    let moves = moves(recorded, given);
+    let mut differences = all_differences(recorded, given);
+    // What is not listed may not change: a new key decides the result until somebody shows that it does
+    // not.
+    differences.retain(|found| !CHANGEABLE.contains(&found.key.as_str()) && !moves.contains(found));
+    differences
+}
+
+/// Compares the places of two jobs whose content decides the result.
+pub fn moves(recorded: &Job, given: &Job) -> Vec<Difference> {
+    let mut moves = all_differences(recorded, given);
+    // A place that only one of the two has is another job and no move.
+    moves.retain(|found| {
+        PLACES.contains(&found.key.as_str()) && found.recorded != NOT_SET && found.given != NOT_SET
+    });
+    moves
+}
+
+/// All keys in which two jobs differ, ordered by name.
+fn all_differences(recorded: &Job, given: &Job) -> Vec<Difference> {
     let (recorded, given) = (flat(recorded), flat(given));
     let mut keys: Vec<&String> = recorded.keys().chain(given.keys()).collect();
     keys.sort();
     keys.dedup();
     keys.into_iter()
-        // What is not listed may not change: a new key decides the result until somebody shows that it
-        // does not.
-        .filter(|key| !CHANGEABLE.contains(&key.as_str()))
         .filter(|key| recorded.get(*key) != given.get(*key))
         .map(|key| Difference {
             key: key.clone(),
@@ -229,6 +251,9 @@ pub fn differences(recorded: &Job, given: &Job) -> Vec<Difference> {
         })
         .collect()
 }
+
+/// Value of a key that a job does not have, for messages.
+const NOT_SET: &str = "not set";
 
 /// Converts a job to a table from full keys to values.
 fn flat(job: &Job) -> toml::Table {
@@ -245,7 +270,7 @@ fn flat(job: &Job) -> toml::Table {
 }
 
 fn shown(value: Option<&toml::Value>) -> String {
-    value.map_or("not set".to_owned(), toml::Value::to_string)
+    value.map_or(NOT_SET.to_owned(), toml::Value::to_string)
 }
 
 impl Place {

@@ -385,6 +385,7 @@ fn a_run_goes_on_only_with_the_job_it_was_started_with() {
         "sample.count=1",
         "metrics.every_steps=1",
     ];
+    let changeable = [&changeable[..], &["job.name=other"]].concat();
     assert_eq!(differences(&recorded, &resolve(SMALL, &changeable).unwrap()), []);
     let given = ["job.seed=1", "data.kind=idx", "data.path=/d", "job.non_finite=roll-back"];
     let given = resolve(SMALL, &given).unwrap();
@@ -601,4 +602,17 @@ fn a_resumed_job_asks_only_for_what_is_not_left_out_yet() {
     }
     let other = asked(&recorded, &job(&["data.exclusion=[{after_step = 6, files = [\"2\"]}]"])).unwrap_err();
     assert!(other.to_string().contains("after step 6"), "{other}");
+}
+
+/// Workers compare what is there. A place that only one job has is another job.
+#[test]
+fn content_may_move_and_not_appear() {
+    let job = |settings: &[&str]| resolve(SMALL, &[&["data.kind=idx"], settings].concat()).unwrap();
+    let [old, new] = ["/old", "/new"].map(|at| job(&[&format!("data.path={at}"), "job.steps=9"]));
+    assert_eq!(differences(&old, &new), []);
+    let keys: Vec<String> = moves(&old, &new).into_iter().map(|moved| moved.key).collect();
+    assert_eq!(keys, ["data.path"]);
+    let weights = job(&["data.path=/old", "model.init_from=/weights"]);
+    assert_eq!(differences(&old, &weights)[0].key, "model.init_from");
+    assert_eq!(moves(&old, &weights), []);
 }

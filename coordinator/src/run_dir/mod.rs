@@ -170,12 +170,12 @@ impl RunDir {
     }
 
     /// Checks the job against a run that has begun: no setting that decides its result may differ,
-    /// except for samples to leave out. Exclusion number `unused`, which no group has trained with
-    /// yet, is not a part of the run.
+    /// except for samples to leave out and for places, whose content workers compare. Exclusion number
+    /// `unused`, which no group has trained with yet, is not a part of the run.
     pub fn check_job(&self, job: Job, begun: bool, unused: Option<usize>) -> Result<Settled, RunDirError> {
         let file = self.path("job.toml");
         let input = |what: String| RunDirError::Input(format!("{}: {what}", file.display()));
-        let mut settled = Settled { job, changed: true, asked: Vec::new() };
+        let mut settled = Settled { job, recorded: None, asked: Vec::new() };
         // Before the first group any job is right: nothing was computed by another one.
         if begun && file.exists() {
             let text = fs::read_to_string(&file).map_err(|error| input(error.to_string()))?;
@@ -195,28 +195,32 @@ impl RunDir {
                 let lines: Vec<String> =
                     differences.iter().map(|difference| format!("  {difference}")).collect();
                 return Err(input(format!(
-                    "this run directory belongs to another job:\n{}\n  choose another --run-dir or job.name, or \
-                     restore these settings",
-                    lines.join("\n")
+                    "this run directory belongs to another job:\n{}\n  to train this job as a run of its own, give it a \
+                     name: --set job.name={}-2 (without --run-dir), or another --run-dir; to go on with the run that is \
+                     here, restore these settings",
+                    lines.join("\n"),
+                    settled.job.job.name
                 )));
             }
             settled.job.data.exclusions = recorded.data.exclusions;
-            // Members of the newest generation train by the job on the disk. Another one reaches them
-            // only with a new generation.
-            settled.changed = on_disk != settled.job;
+            settled.recorded = Some(on_disk);
         }
         Ok(settled)
     }
 
     /// Writes the resolved job.
     pub fn write_job(&self, job: &Job) -> Result<(), RunDirError> {
-        let file = self.path("job.toml");
-        let text = job_file::render(job);
-        // An equal file is not written again, so a run whose directory is full can go on.
-        if !fs::read(&file).is_ok_and(|there| there == text.as_bytes()) {
-            whole::write(&file, text.as_bytes()).map_err(|error| RunDirError::of(&file.display(), error))?;
-        }
-        Ok(())
+        write_job(&self.folder, job).map_err(|error| RunDirError::of(&self.path("job.toml").display(), error))
+    }
+}
+
+/// Writes the resolved job of the run in a folder.
+pub(crate) fn write_job(folder: &Path, job: &Job) -> std::io::Result<()> {
+    let (file, text) = (folder.join("job.toml"), job_file::render(job));
+    // An equal file is not written again, so a run whose directory is full can go on.
+    match fs::read(&file).is_ok_and(|there| there == text.as_bytes()) {
+        true => Ok(()),
+        false => whole::write(&file, text.as_bytes()),
     }
 }
 
@@ -239,8 +243,8 @@ fn create(folder: &Path) -> std::io::Result<()> {
 pub struct Settled {
     /// The given job, with the recorded exclusions of the run.
     pub job: Job,
-    /// Whether it differs from the recorded job.
-    pub changed: bool,
+    /// The job that the newest group trains by; `None` before the first.
+    pub recorded: Option<Job>,
     /// Names of samples that the job asks to leave out from now on.
     pub asked: Vec<String>,
 }

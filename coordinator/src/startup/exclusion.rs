@@ -3,17 +3,15 @@
 //! 1. A change takes effect only where no record exists: not before the newest row of metrics, the
 //!    newest evaluation and the newest checkpoint. So all steps that are computed again up to there
 //!    get the same bits.
-//! 2. The journal has a change before job.toml does, and job.toml before any worker. Until a group
-//!    has formed with it, it can be replaced by another: a mistake in it costs nothing.
+//! 2. The journal has a change before any worker, and job.toml has it once a group has formed with it.
+//!    Until then it can be replaced by another: a mistake in it costs nothing.
 //! 3. Members of earlier terms are quiesced, or past their lease, before a change is decided.
 
 use ganglion_membership::OF_SAMPLES;
 use ganglion_proto::job::{Exclusion, Job};
 
 use crate::control::records::Records;
-use crate::error::Failure;
 use crate::journal::{Journal, JournalError};
-use crate::run_dir::RunDir;
 
 /// Item of the fingerprint of the environment that identifies the data set's names.
 const NAMES: &str = "data_names";
@@ -39,17 +37,11 @@ pub(crate) fn decide(
     Ok(Exclusion { after_step: from / phases, after_phase: from % phases, names, files })
 }
 
-/// Adds an exclusion to the job, first in the journal, then in job.toml.
-pub(crate) fn write(
-    exclusion: &Exclusion,
-    job: &mut Job,
-    journal: &mut Journal,
-    run_dir: &RunDir,
-) -> Result<(), Failure> {
+/// Adds an exclusion to the job, and journals it.
+pub(crate) fn write(exclusion: &Exclusion, job: &mut Job, journal: &mut Journal) -> Result<(), JournalError> {
     job.data.exclusions.push(exclusion.clone());
     // Samples left out from the start are not a part of the run, so all items about samples are
     // reported anew.
     let forgotten = if exclusion.is_from_the_start() { &OF_SAMPLES[..] } else { &["data", "exclusions"] };
-    journal.exclude(job.data.exclusions.len(), forgotten)?;
-    Ok(run_dir.write_job(job)?)
+    journal.exclude(job.data.exclusions.len(), forgotten)
 }

@@ -1,6 +1,6 @@
 //! The `coordinator` program.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -70,25 +70,30 @@ fn launched() -> ExitCode {
 
 /// Runs a command other than training.
 fn serve(command: Command) -> Result<(), Failure> {
-    let ask = |run: &RunChoice, question| {
-        during("waiting for the run's coordinator", || block_on(operate(&run.run_dir, question)))
+    let ask = |folder: PathBuf, question| {
+        during("waiting for the run's coordinator", || block_on(operate(&folder, question)))
     };
-    let recovered = |run, json| during("reading what there is of the run", || recover(run, json));
+    let change =
+        |run: &RunChoice, question| ask(run.to_change(inspect::is_held, "run that is going on")?, question);
+    let recovered = |run: &RunChoice, json| {
+        let folder = run.to_change(|_| true, "run")?;
+        during("reading what there is of the run", || recover(&folder, json))
+    };
     // A result is printed as it is, and a message as messages are.
     let told = |message: Result<String, Failure>| Ok(out::say(&message?)?);
     match command {
-        Command::Audit { run, json } => audited(&run, json),
+        Command::Audit { run, json } => audited(&run.folder()?, json),
         Command::Recover { run, json: false } => told(recovered(&run, false)),
         Command::Recover { run, json: true } => Ok(out::print(&recovered(&run, true)?)?),
         Command::Certs(command) => told(command.run()),
-        Command::Status { run, json } => Ok(out::print(&ask(&run, Question::Status { json })?)?),
-        Command::Drain { worker, run } => told(ask(&run, Question::Drain(worker))),
-        Command::Scale { workers, run } => told(ask(&run, Question::Scale(workers))),
-        Command::Stop { run, timeout } => told(ask(&run, Question::Stop(Duration::from_secs(timeout)))),
+        Command::Status { run, json } => Ok(out::print(&ask(run.folder()?, Question::Status { json })?)?),
+        Command::Drain { worker, run } => told(change(&run, Question::Drain(worker))),
+        Command::Scale { workers, run } => told(change(&run, Question::Scale(workers))),
+        Command::Stop { run, timeout } => told(change(&run, Question::Stop(Duration::from_secs(timeout)))),
         Command::Runs { folder, json } => {
             Ok(out::print(&during("reading the runs", || inspect::runs(&folder, json))?)?)
         }
-        Command::Checkpoints { run, verify, json } => inspect::checkpoints(&run.run_dir, verify, json),
+        Command::Checkpoints { run, verify, json } => inspect::checkpoints(&run.to_read()?, verify, json),
         Command::Data(DataCommand::Check(check)) => block_on(check.run()),
         Command::Completions { shell } => {
             let mut script = Vec::new();

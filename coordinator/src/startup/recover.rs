@@ -15,11 +15,12 @@ use ganglion_membership::Checkpoint;
 use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::job::Job;
 use ganglion_proto::record::{EventLine, RunEvent};
+use ganglion_storage::run::manifests;
 use ganglion_storage::whole;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::commands::audit::evidence::{manifests, open_storage, silent};
+use crate::commands::audit::evidence::{open_storage, silent};
 use crate::commands::inspect::as_json;
 use crate::error::Failure;
 use crate::job_file;

@@ -1,12 +1,13 @@
 //! Lifetime of a coordinator, from its command line to its exit code.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ganglion_membership::{Outcome, Term};
 use ganglion_proto::job::Job;
 use ganglion_proto::log;
 use ganglion_proto::trace::Trace;
+use ganglion_storage::run::RUNS;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
 use tonic::transport::server::Connected;
@@ -184,7 +185,7 @@ fn rested(ended: &Ended, run_dir: &RunDir, screen: &Screen) -> Result<(), Failur
 
 /// Takes the run directory, and opens the log of a run that leaves its terminal.
 fn hold(cli: &Cli, job: &Job, screen: &Screen, launch: Option<&mut Launch>) -> Result<RunDir, Failure> {
-    let folder = cli.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&job.job.name));
+    let folder = cli.run_dir.clone().unwrap_or_else(|| Path::new(RUNS).join(&job.job.name));
     // Everything that is written from here on is fenced by this claim (M1).
     let run_dir = RunDir::hold_telling(&folder, &|line| screen.print(line))?;
     if let Some(launch) = launch {

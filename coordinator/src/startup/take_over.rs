@@ -3,15 +3,18 @@
 use std::sync::Arc;
 
 use ganglion_membership::{Checkpoint, Generation, Recovered};
-use ganglion_proto::job::Job;
+use ganglion_proto::job::{Job, Length};
+use ganglion_storage::run::place_of;
 use tokio::sync::mpsc;
 
 use crate::checkpoints::best::Judged;
 use crate::checkpoints::catalog::Checkpoints;
 use crate::checkpoints::retry::Patience;
+use crate::commands::inspect::newest_row;
 use crate::control::Change;
 use crate::control::records::Records;
 use crate::error::Failure;
+use crate::job_file;
 use crate::journal::{Fact, Journal};
 use crate::records::disk::Disk;
 use crate::records::progress::Screen;
@@ -73,24 +76,43 @@ pub(crate) async fn take_over(wanted: Wanted<'_>, job: Job) -> Result<TakenOver,
     let mut journal = open_journal(run_dir, screen)?;
     // Nothing was trained before the first group formed, so a mistake in the job may still be mended.
     let begun = journal.last_generation()? > Generation(0);
-    let Settled { mut job, changed, asked } = run_dir.check_job(job, begun, journal.unused_exclusion()?)?;
-    // Before any record is opened: update indices become steps by it.
+    let Settled { mut job, recorded, asked } = run_dir.check_job(job, begun, journal.unused_exclusion()?)?;
+    let moves = recorded.as_ref().map(|recorded| job_file::moves(recorded, &job)).unwrap_or_default();
+    // Before any record is opened: update indices become steps by it, and a refusal writes nothing.
     job.shape = if begun { known_shape(&journal)? } else { None };
+    check_length(&job, begun, &journal, run_dir)?;
     let run = run_name(&mut journal)?;
     let patience = Patience::new(screen.clone());
     let mut records = open_records(&job, run_dir.folder(), screen, &disk, &mut journal)?;
     // Before the storage is asked: whether members may live decides what a missing checkpoint means.
-    let mut recovered = Recovered { shape: job.shape.clone(), ..left_behind(&journal, changed)? };
+    let mut recovered = Recovered { shape: job.shape.clone(), ..left_behind(&journal)? };
     let (exits, exited) = mpsc::unbounded_channel();
     let mut supervisor = Supervisor::new(processes, exits);
     adopt(&mut journal, &mut supervisor, &mut recovered)?;
+    // Members that live read at the old place; the content of the new one is compared once they rest.
+    let change = if !moves.is_empty() && may_live(&recovered) { Change::Waits } else { Change::None };
+    if let Some(recorded) = recorded.as_ref().filter(|_| change == Change::Waits) {
+        stay_in_place(&mut job, recorded);
+    }
+    // Members of the newest generation train by the recorded job. Another one reaches them only with a new
+    // generation.
+    recovered.job_changed = recorded != Some(Job { shape: None, ..job.clone() });
     let place = storage_of(&job, run_dir);
     let wanted = Asked { place: &place, run: &run, may_live: may_live(&recovered), from_start };
     let found = resume::find(&wanted, &mut journal, &mut records, &patience).await?;
     recovered.checkpoint = found.checkpoint;
-    // Only now: a start that is refused for its checkpoints leaves job.toml as it was.
-    run_dir.write_job(&job)?;
     let done = finished(&journal, &job, recovered.checkpoint.as_ref(), run_dir)?;
+    // Nothing is read for a finished run.
+    for moved in moves.iter().filter(|_| done.is_none()) {
+        records.message(&format!("{moved}: the run goes on if the content is the same"));
+    }
+    match recorded {
+        // Nothing was trained: whatever is asked for is the run.
+        None => run_dir.write_job(&job)?,
+        Some(recorded) if done.is_some() => run_dir.write_job(&as_finished(recorded, &job))?,
+        // Written with the next group: what no worker has accepted may yet be refused.
+        Some(_) => {}
+    }
     if done.is_some() {
         // Workers may be left of a coordinator that died before it could release them.
         supervisor.ask_all_to_end();
@@ -98,7 +120,7 @@ pub(crate) async fn take_over(wanted: Wanted<'_>, job: Job) -> Result<TakenOver,
     let mut taken = TakenOver {
         job,
         done,
-        change: Change::None,
+        change,
         run,
         journal,
         records,
@@ -111,14 +133,14 @@ pub(crate) async fn take_over(wanted: Wanted<'_>, job: Job) -> Result<TakenOver,
     };
     // A finished run has no step left from which samples could be left out.
     if taken.done.is_none() && !asked.is_empty() {
-        taken.leave_out(asked, run_dir)?;
+        taken.leave_out(asked)?;
     }
     Ok(taken)
 }
 
 impl TakenOver {
     /// Leaves samples out from here on; while members of earlier terms may train, only once they rest.
-    fn leave_out(&mut self, asked: Vec<String>, run_dir: &RunDir) -> Result<(), Failure> {
+    fn leave_out(&mut self, asked: Vec<String>) -> Result<(), Failure> {
         // A member that trains on would read the samples for some steps more, and the change would not
         // be at one update index for all.
         if may_live(&self.recovered) {
@@ -126,7 +148,7 @@ impl TakenOver {
             return Ok(());
         }
         let exclusion = exclusion::decide(asked, &self.job, &self.journal, &self.records)?;
-        exclusion::write(&exclusion, &mut self.job, &mut self.journal, run_dir)?;
+        exclusion::write(&exclusion, &mut self.job, &mut self.journal)?;
         // Read again, since the change made the journal forget the items about samples.
         let is_known = self.recovered.group.is_some();
         self.recovered.passport = if is_known { self.journal.passport()? } else { None };
@@ -135,9 +157,46 @@ impl TakenOver {
     }
 }
 
+/// Refuses a job that ends before what its run has done: no committed step is lost.
+fn check_length(job: &Job, begun: bool, journal: &Journal, run_dir: &RunDir) -> Result<(), Failure> {
+    // Without a data set there is neither a step nor a number of steps in an epoch.
+    let Some(samples) = known_samples(journal)?.filter(|_| begun) else { return Ok(()) };
+    let journaled = journal.newest_position()?.0 / job.phases_per_step();
+    let (last, done) = (job.last_step(samples), journaled.max(newest_row(run_dir.folder()).step));
+    if done <= last {
+        return Ok(());
+    }
+    let asked = match job.job.length {
+        Length::Steps(_) => format!("job.steps is {last}"),
+        Length::Epochs(epochs) => format!("job.epochs is {epochs}, which is {last} steps"),
+    };
+    Err(Failure::Input(format!(
+        "{}: the run has done {done} steps, and {asked}; ask for {done} steps or more, or train the shorter job as a run \
+         of its own: --set job.name={}-2 (without --run-dir), or another --run-dir",
+        run_dir.folder().display(),
+        job.job.name
+    )))
+}
+
+/// Takes over the recorded places of content.
+fn stay_in_place(job: &mut Job, recorded: &Job) {
+    job.data.path.clone_from(&recorded.data.path);
+    job.model.generator.clone_from(&recorded.model.generator);
+    job.model.discriminator.clone_from(&recorded.model.discriminator);
+    job.model.init_from.clone_from(&recorded.model.init_from);
+}
+
+/// The job to record of a finished run, of which another one was asked for: as it ran, to the length that it
+/// has, with the checkpoints where they are now.
+fn as_finished(mut recorded: Job, asked: &Job) -> Job {
+    recorded.job.length = asked.job.length;
+    recorded.checkpoint.url.clone_from(&asked.checkpoint.url);
+    recorded
+}
+
 /// Address of the storage that holds the run's checkpoints.
 pub(crate) fn storage_of(job: &Job, run_dir: &RunDir) -> String {
-    job.checkpoint.url.clone().unwrap_or_else(|| run_dir.path("checkpoints").display().to_string())
+    place_of(run_dir.folder(), job.checkpoint.url.as_deref())
 }
 
 /// Opens the journal. If it is missing while the run's records exist, the run is refused: it is not new.
@@ -199,7 +258,7 @@ pub(crate) async fn judged(taken: &mut TakenOver) -> Result<Judged, Failure> {
 }
 
 /// Group of the earlier terms, from the journal.
-fn left_behind(journal: &Journal, job_changed: bool) -> Result<Recovered, Failure> {
+fn left_behind(journal: &Journal) -> Result<Recovered, Failure> {
     let group = journal.last_group()?;
     // Before the first group nothing depends on a fingerprint: the first worker that loads sets it.
     let passport = if group.is_some() { journal.passport()? } else { None };
@@ -210,7 +269,7 @@ fn left_behind(journal: &Journal, job_changed: bool) -> Result<Recovered, Failur
     // them.
     let dead = resting.flat_map(|group| &group.members).map(|member| member.worker).collect();
     let skips = journal.skips()?;
-    Ok(Recovered { group, dead, condemned, skips, passport, job_changed, ..Recovered::default() })
+    Ok(Recovered { group, dead, condemned, skips, passport, ..Recovered::default() })
 }
 
 /// Whether a member that holds a state may be alive.

@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 
 use ganglion_proto::out::{self, OutError};
+use ganglion_storage::run::RunError;
 use ganglion_storage::whole;
 
 use crate::engine::gradient_log::LogError;
@@ -58,6 +59,15 @@ impl From<OutError> for Failure {
         match error {
             OutError::Closed => Failure::Closed,
             OutError::Failed(_) => Failure::other(error),
+        }
+    }
+}
+
+impl From<RunError> for Failure {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Input(what) => Failure::Input(what),
+            RunError::Storage(what) => Failure::Other(what),
         }
     }
 }

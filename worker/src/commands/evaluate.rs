@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
@@ -15,7 +15,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::commands::error::Failure;
-use crate::commands::generator_file::Weights;
+use crate::commands::generator_file::{Found, Weights};
 use crate::commands::sample::{say_beside, try_out};
 use crate::data::{DataSet, ImageShape};
 use crate::eval::EvalError;
@@ -28,18 +28,13 @@ use crate::random::Purpose;
 /// Arguments of `worker eval`.
 #[derive(Args)]
 pub(crate) struct Eval {
-    /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object
-    /// store.
-    #[arg(long, value_name = "PATH|URL", required_unless_present = "rungs", conflicts_with = "rungs")]
-    checkpoint: Option<String>,
-    /// The TorchScript file of the generator, of a run with networks of its own, if it is not where it was.
-    #[arg(long, value_name = "FILE", requires = "checkpoint")]
-    generator: Option<PathBuf>,
+    #[command(flatten)]
+    weights: Weights,
     /// Judge samples of known worth instead: real ones, some of their classes, blurred ones, noise.
     #[arg(long, requires = "held_out")]
     rungs: bool,
     /// The real samples: a kind of data.kind, and for most a path, such as
-    /// idx:/data/train-images-idx3-ubyte.gz. By default those of the run that the checkpoint lies in.
+    /// idx:/data/train-images-idx3-ubyte.gz. By default those of the run.
     #[arg(long, value_name = "KIND[:PATH]")]
     data: Option<Source>,
     /// Real samples of the same kind that were not trained on.
@@ -94,13 +89,12 @@ struct RunJob {
 pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
     crate::set_threads(arguments.threads);
     let progress = Progress::start("reading generator and data");
-    let weights = arguments
-        .checkpoint
-        .clone()
-        .map(|checkpoint| Weights { checkpoint, generator: arguments.generator.clone() });
-    let generator = weights.as_ref().map(Weights::open).transpose()?;
-    let shape = generator.as_ref().map(|(_, generator)| generator.shape());
-    let source = arguments.source(shape)?;
+    if arguments.rungs && arguments.weights.is_given() {
+        return Err(Failure::Input("--rungs judges no run; leave one of the two out".to_string()));
+    }
+    let found = (!arguments.rungs).then(|| arguments.weights.open()).transpose()?;
+    let shape = found.as_ref().map(|found| found.generator.shape());
+    let source = arguments.source(shape, found.as_ref().and_then(|found| found.job.as_ref()))?;
     let open = |data: &Data| DataSet::open(data).map_err(EvalError::from);
     let held_out = || -> Result<Option<DataSet>, EvalError> {
         let path = arguments.held_out.clone();
@@ -118,15 +112,15 @@ pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
     let settings =
         Evaluation { samples, reference, features, best_by: BestBy::Auto, ..Evaluation::default() };
     let judge = Means::open(&settings, &data, held_out()?)?.judge(&data, &progress)?;
-    let judged = match generator {
-        Some((name, generator)) => {
+    let judged = match found {
+        Some(Found { name, generator, .. }) => {
             progress.part("samples", samples.into());
             let images = generator.draw_counted(Purpose::Evaluation, arguments.seed, samples, &progress);
             vec![(name, judge.metrics(&images, None, &progress)?)]
         }
         None => {
             let held_out = held_out()?
-                .ok_or_else(|| Failure::Input("give --checkpoint, or --rungs with --held-out".to_string()))?;
+                .ok_or_else(|| Failure::Input("give a run, or --rungs with --held-out".to_string()))?;
             of_rungs(&judge, &data, &held_out, &progress)?
         }
     };
@@ -150,8 +144,8 @@ fn of_rungs(
 }
 
 impl Eval {
-    /// Returns the real data: the named source, else the data of the run.
-    fn source(&self, shape: Option<ImageShape>) -> Result<Data, Failure> {
+    /// Returns the real data: the named source, else the data of the run with this job.
+    fn source(&self, shape: Option<ImageShape>, job: Option<&(String, String)>) -> Result<Data, Failure> {
         if let Some(Source(kind, path)) = &self.data {
             let side = shape.filter(|_| *kind == DataKind::Folder).and_then(|s| u32::try_from(s.height).ok());
             let channels = shape.map_or(Ok(3), |shape| u32::try_from(shape.channels)).unwrap_or(3);
@@ -160,19 +154,12 @@ impl Eval {
             let exclusions = Vec::new();
             return Ok(Data { kind, path, resize, crop, channels, image_extension, orientation, exclusions });
         }
-        let place = self.checkpoint.as_deref().unwrap_or_default();
-        let job = Path::new(place)
-            .ancestors()
-            .take(4)
-            .map(|folder| folder.join("job.toml"))
-            .find(|job| job.is_file());
-        let job = job.ok_or_else(|| {
+        let (file, text) = job.ok_or_else(|| {
             let what = "there is no job.toml beside the checkpoint that tells of its data; give --data, such as --data mnist-10k";
             Failure::Input(what.to_string())
         })?;
-        let wrong = |error: String| Failure::Input(format!("{}: {error}; give --data", job.display()));
-        let text = std::fs::read_to_string(&job).map_err(|error| wrong(error.to_string()))?;
-        let read: RunJob = toml::from_str(&text).map_err(|error| wrong(error.message().to_string()))?;
+        let wrong = |error: toml::de::Error| format!("{file}: {}; give --data", error.message());
+        let read: RunJob = toml::from_str(text).map_err(|error| Failure::Input(wrong(error)))?;
         Ok(read.data)
     }
 }

@@ -1,9 +1,11 @@
 //! Lookup of a generator's weights.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
-use ganglion_storage::{Address, Blocking, Bytes, Error, LATEST, Path as StoragePath, Storage, reason};
+use ganglion_proto::out;
+use ganglion_storage::run::{self, RunName};
+use tracing::Level;
 
 use crate::commands::error::Failure;
 use crate::sampling::Generator;
@@ -14,66 +16,68 @@ const GENERATOR: &str = "generator_ema.safetensors";
 /// Which generator draws.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Weights {
-    /// A checkpoint's folder, a run's folder, or a generator_ema.safetensors. The place may be in an object
-    /// store.
-    #[arg(long, value_name = "PATH|URL")]
-    pub checkpoint: String,
+    /// The run: its folder, its name in runs/, or an address; by default the newest in runs/. RUN@best is its
+    /// best checkpoint, RUN@5000 that of a step, and RUN the newest. Also a checkpoint's folder or file.
+    #[arg(value_name = "RUN[@best|@STEP]")]
+    run: Option<RunName>,
+    /// The run, as earlier versions had it.
+    #[arg(long, value_name = "RUN", hide = true, conflicts_with = "run")]
+    checkpoint: Option<RunName>,
     /// The TorchScript file of the generator, of a run with networks of its own, if it is not where it was.
     #[arg(long, value_name = "FILE")]
-    pub generator: Option<PathBuf>,
+    generator: Option<PathBuf>,
+}
+
+/// A generator, and where it was found.
+pub(crate) struct Found {
+    /// Name of its file.
+    pub name: String,
+    pub generator: Generator,
+    /// Name and text of its run's job, if the run is known.
+    pub job: Option<(String, String)>,
 }
 
 impl Weights {
-    /// Finds and reads the weights: returns the name of the file, and the generator.
+    /// Whether anything was named.
+    pub(crate) fn is_given(&self) -> bool {
+        self.run.is_some() || self.checkpoint.is_some() || self.generator.is_some()
+    }
+
+    /// Finds and reads the weights.
     ///
     /// # Errors
     /// There are no weights, or they cannot be read.
-    pub(crate) fn open(&self) -> Result<(String, Generator), Failure> {
-        let (name, bytes) = find(&self.checkpoint)?;
-        let generator = Generator::read(&name, &bytes, self.generator.as_deref())?;
-        Ok((name, generator))
+    pub(crate) fn open(&self) -> Result<Found, Failure> {
+        let read = run::read(self.run.as_ref().or(self.checkpoint.as_ref()), GENERATOR)?;
+        if let Some(told) = read.told {
+            // Beside the answer: that is for programs as well.
+            out::tell(Level::INFO, &told);
+        }
+        let generator = Generator::read(&read.name, &read.bytes, self.generator.as_deref())?;
+        Ok(Found { name: read.name, generator, job: read.job })
     }
 }
 
-/// Finds the weights under a file, a checkpoint's folder, a storage, or a run's folder.
-fn find(place: &str) -> Result<(String, Bytes), Failure> {
-    let shown = if Address::is_secret(place) { "..." } else { place };
-    let input = |what: &str| Failure::Input(format!("--checkpoint {shown}: {what}"));
-    if Path::new(place).is_file() {
-        let bytes = std::fs::read(place).map_err(|error| input(&error.to_string()))?;
-        return Ok((place.to_string(), bytes.into()));
-    }
-    let absent =
-        || input(&format!("no {GENERATOR} there; give a folder such as runs/NAME/checkpoints/step-00001000"));
-    let (root, file) = match place.rsplit_once('/') {
-        Some((root, file)) if file.ends_with(".safetensors") => (root, Some(file)),
-        _ => (place, None),
-    };
-    let address = Address::parse(root).map_err(|what| input(&what.to_string()))?;
-    if matches!(&address, Address::Folder(folder) if !folder.is_dir()) {
-        return Err(absent());
-    }
-    let storage = Storage::open(&address).map_err(|what| input(&what))?;
-    let storage = Blocking::new(storage).map_err(Failure::other)?;
-    let found = storage.wait(find_in(storage.storage(), file));
-    let (name, bytes) = found.map_err(|error| input(&reason(&error)))?.ok_or_else(absent)?;
-    Ok((format!("{root}/{name}"), bytes))
-}
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
 
-async fn find_in(storage: &Storage, file: Option<&str>) -> Result<Option<(String, Bytes)>, Error> {
-    let mut places = vec![file.unwrap_or(GENERATOR).to_string()];
-    for root in ["", "checkpoints/"] {
-        let latest = StoragePath::from(format!("{root}{LATEST}"));
-        if let (None, Some(folder)) = (file, storage.text(&latest).await?) {
-            places.push(format!("{root}{}/{GENERATOR}", folder.trim()));
-        }
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        weights: Weights,
     }
-    for place in places {
-        match storage.read(&StoragePath::from(place.as_str())).await {
-            Ok(bytes) => return Ok(Some((place, bytes))),
-            Err(Error::NotFound { .. }) => {}
-            Err(error) => return Err(error),
+
+    /// As an argument, and as the option of earlier versions.
+    #[test]
+    fn a_run_is_named_in_either_way() {
+        for arguments in [&["worker", "x@best"][..], &["worker", "--checkpoint", "x@best"]] {
+            let Weights { run, checkpoint, .. } = Cli::parse_from(arguments).weights;
+            assert_eq!(run.or(checkpoint), "x@best".parse().ok());
         }
+        assert!(Cli::try_parse_from(["worker", "a", "--checkpoint", "b"]).is_err());
+        assert!(!Cli::parse_from(["worker"]).weights.is_given());
     }
-    Ok(None)
 }

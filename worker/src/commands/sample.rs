@@ -101,7 +101,7 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
             .map_err(|error| Failure::unwritable("--folder", folder, &error))?;
     }
     let progress = Progress::start("reading the generator");
-    let (_, generator) = weights.open()?;
+    let generator = weights.open()?.generator;
     let classes = choice.classes(&generator, *count)?;
     let draw = |from: u32, to: u32| {
         let noise: Vec<Tensor> = (from..to).map(|index| choice.noise(&generator, index)).collect();
@@ -168,7 +168,7 @@ pub(crate) fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
     let Interpolate { weights, count, points, frames, delay, choice, out } = arguments;
     try_out(out)?;
     let progress = Progress::start("reading the generator");
-    let (_, generator) = weights.open()?;
+    let generator = weights.open()?.generator;
     let classes = choice.classes(&generator, *count)?;
     let noise = |point: u32| {
         let own: Vec<Tensor> =
@@ -233,7 +233,7 @@ pub(crate) fn export(arguments: &Export) -> Result<(), Failure> {
     let Export { weights, out } = arguments;
     try_out(out)?;
     let progress = Progress::start("reading the generator");
-    let (_, generator) = weights.open()?;
+    let generator = weights.open()?.generator;
     progress.part("writing and checking the module", 0);
     let exported = record(&generator).and_then(|module| {
         // As another program reads it.

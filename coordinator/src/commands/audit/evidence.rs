@@ -6,9 +6,9 @@ use std::path::Path;
 
 use ganglion_membership::Checkpoint;
 use ganglion_proto::job::Job;
-use ganglion_proto::manifest;
 use ganglion_proto::record::{EventLine, FORMAT, MetricsRow, RunEvent, Unread};
-use ganglion_storage::{Address, Blocking, MANIFEST, Storage, in_folder, reason};
+use ganglion_storage::run::{manifests, place_of};
+use ganglion_storage::{Address, Blocking, Storage, reason};
 
 use crate::job_file;
 use crate::journal::History;
@@ -167,8 +167,7 @@ impl<T> Lines<T> {
 
 /// Opens the storage of checkpoints. A folder that does not exist yet is an empty storage.
 pub(crate) fn open_storage(run: &Path, job: &Job) -> Result<Blocking, NoRun> {
-    let own = || run.join("checkpoints").display().to_string();
-    let text = job.checkpoint.url.clone().unwrap_or_else(own);
+    let text = place_of(run, job.checkpoint.url.as_deref());
     let wrong = |what: String| {
         NoRun(format!("checkpoint.url {text}: {what}; without it nothing is proven of checkpoints"))
     };
@@ -187,23 +186,4 @@ pub(crate) fn silent(storage: &Storage, error: &ganglion_storage::Error) -> NoRu
     NoRun(format!(
         "{address}: {reason}; without the checkpoints nothing is proven: audit once they can be read"
     ))
-}
-
-/// Reads the manifests on a storage, by folder. A manifest that is removed meanwhile is left out.
-pub(crate) async fn manifests(
-    storage: &Storage,
-) -> ganglion_storage::Result<Vec<(String, Result<Checkpoint, String>)>> {
-    let mut manifests = Vec::new();
-    for folder in storage.checkpoints().await? {
-        let manifest = match storage.text(&in_folder(&folder, MANIFEST)).await {
-            Ok(Some(text)) => manifest::parse(&text).map_err(|error| error.to_string()),
-            // Not a checkpoint yet, or removed since the listing.
-            Ok(None) => continue,
-            // Unreachable proves nothing about the manifest, so nothing is claimed of it.
-            Err(error) if storage.is_away(&error) => return Err(error),
-            Err(error) => Err(format!("{MANIFEST}: {}", reason(&error))),
-        };
-        manifests.push((folder, manifest));
-    }
-    Ok(manifests)
 }
