@@ -39,10 +39,13 @@ fn collect(folder: &Path, into: &mut BTreeMap<PathBuf, Vec<u8>>) {
     }
 }
 
-/// Names of the files that differ.
+/// Names of the files that differ. A start adds an event file for TensorBoard's curves, which is empty until
+/// something is trained.
 fn changed(before: &BTreeMap<PathBuf, Vec<u8>>, after: &BTreeMap<PathBuf, Vec<u8>>) -> Vec<PathBuf> {
     let all = before.keys().chain(after.keys()).filter(|path| before.get(*path) != after.get(*path));
-    all.cloned().collect()
+    all.filter(|path| before.contains_key(*path) || !path.display().to_string().contains("tfevents"))
+        .cloned()
+        .collect()
 }
 
 fn set<'a>(settings: &[&'a str]) -> Vec<&'a str> {

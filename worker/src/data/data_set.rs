@@ -156,7 +156,10 @@ impl DataSet {
         let numbers = || kept.iter().map(usize::to_string);
         let names = Names::of(numbers());
         // A name that belongs to no sample is most likely a mistake of the user's.
-        left_out.check(&names, name, || Box::new((0..all).map(|number| number.to_string())))?;
+        let numbered =
+            || -> Box<dyn Iterator<Item = String>> { Box::new((0..all).map(|number| number.to_string())) };
+        left_out.check_all_there(name, numbered)?;
+        left_out.check(&names, name, numbered)?;
         let left_out = left_out.indices(numbers());
         // Samples that are left out later may be damaged or gone by then: the fingerprint does not cover
         // them.

@@ -70,6 +70,19 @@ impl<'a> LeftOut<'a> {
         chosen.flat_map(|one| one.files.iter().map(String::as_str))
     }
 
+    /// Checks that each name that is left out later is a sample's, where no sample can be gone.
+    ///
+    /// # Errors
+    /// A name belongs to no sample.
+    pub(super) fn check_all_there<'n>(
+        &self,
+        place: &str,
+        found: impl Fn() -> Box<dyn Iterator<Item = String> + 'n>,
+    ) -> Result<(), DataError> {
+        let mut later = self.missing().map(|(name, _)| name).filter(|name| !self.is_from_the_start(name));
+        later.next().map_or(Ok(()), |name| Err(DataError::Input(no_sample(name, place, found()))))
+    }
+
     /// Checks the samples of the run, found or not, against the records of the job's changes.
     ///
     /// # Errors
