@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 
 from chrome import Browser, program, wait_for
@@ -23,49 +22,11 @@ from chrome import Browser, program, wait_for
 SETTINGS = ["job.steps=100000", "metrics.every_steps=5", "sample.every_steps=100", "checkpoint.every_steps=200"]
 SIZES = [(1440, 900), (1280, 800), (1000, 800), (768, 1024), (390, 844)]
 STATES = "cargo test --release --locked -p ganglion-coordinator --lib -- --ignored --nocapture serve_all"
-NAMED = "const named = (element) => (element.closest('[id]')?.id ?? '') + ' ' + (element.getAttribute('class') ?? '') + ': ' + element.textContent.trim().slice(0, 60);"
-# Elements whose text does not fit into them, but for those that only screen readers see, and those that scroll down. Where a text
-# ends with an ellipsis, its title has all of it.
-CLIPPED = """(() => { %s
-return [...document.querySelectorAll('main *, .top *, footer *')].filter((element) => {
-    if (element instanceof SVGElement) {
-        const [own, all] = [element, element.closest('svg')].map((part) => part.getBoundingClientRect());
-        return element.localName === 'text' && (own.left < all.left - 1 || own.right > all.right + 1);
-    }
-    const style = getComputedStyle(element);
-    const told = (element.title ?? '').includes(element.textContent.trim()) && element.textContent.trim();
-    const across = element.scrollWidth > element.clientWidth + 1;
-    const down = element.scrollHeight > element.clientHeight + 1 && style.overflowY === 'hidden';
-    return element.clientWidth > 1 && style.display !== 'inline' && !told && (across || down);
-}).map(named); })()""" % NAMED
-# Pairs of texts that lie over each other.
-OVERLAPPING = """(() => { %s
-const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-const texts = [];
-for (let node = walker.nextNode(); node; node = walker.nextNode()) {
-    const element = node.parentElement;
-    if (!node.textContent.trim() || !element.checkVisibility() || element.closest('.top, noscript, thead, .tip')) continue;
-    const range = document.createRange();
-    range.selectNodeContents(node);
-    const clip = element.closest('.scroll, #events')?.getBoundingClientRect();
-    const end = getComputedStyle(element).overflowX === 'hidden' ? element.getBoundingClientRect().right : Infinity;
-    for (const { left, right: whole, top, bottom } of range.getClientRects()) {
-        if (clip && (bottom > clip.bottom || top < clip.top)) continue;
-        const right = Math.min(whole, end);
-        if (right - left > 1) texts.push({ left, right, top: top + 3, bottom: bottom - 3, element });
-    }
-}
-texts.sort((a, b) => a.top - b.top);
-const found = [];
-texts.forEach((one, at) => {
-    for (let next = at + 1; next < texts.length && texts[next].top < one.bottom; next += 1) {
-        const other = texts[next];
-        if (one.element !== other.element && one.left + 1 < other.right && other.left + 1 < one.right) found.push(named(one.element) + ' | ' + named(other.element));
-    }
-});
-return found; })()""" % NAMED
+HERE = os.path.dirname(__file__)
 # Calls of the page's formats with the texts that they give.
-FIGURES = os.path.join(os.path.dirname(__file__), "figures.json")
+FIGURES = os.path.join(HERE, "figures.json")
+# Looks for texts that are cut off or lie over each other.
+FIT = os.path.join(HERE, "fit.js")
 
 
 class Run:
@@ -213,6 +174,8 @@ def restart(page, run):
 
 def fits(page, pictures, name):
     """Looks at the page at all sizes, in both schemes."""
+    with open(FIT, encoding="utf-8") as file:
+        fit = file.read()
     wrong = []
     for width, height in SIZES:
         for scheme in ("light", "dark"):
@@ -222,8 +185,8 @@ def fits(page, pictures, name):
             where = f"{name}, {width} wide, {scheme}"
             if page.browser.evaluate("document.documentElement.scrollWidth") > width:
                 wrong.append(f"{where}: wider than the window")
-            wrong += [f"{where}: cut off: {what}" for what in page.browser.evaluate(CLIPPED)]
-            wrong += [f"{where}: over each other: {what}" for what in page.browser.evaluate(OVERLAPPING)]
+            wrong += [f"{where}: cut off: {what}" for what in page.browser.evaluate(f"{fit} cutOff()")]
+            wrong += [f"{where}: over each other: {what}" for what in page.browser.evaluate(f"{fit} overlapping()")]
             if pictures:
                 page.browser.picture(os.path.join(pictures, f"{name}-{width}-{scheme}.png"), whole=True)
     check(not wrong, f"{name}: everything fits: " + "; ".join(wrong[:20]))
@@ -262,12 +225,18 @@ def texts(browser, page):
     got = [text.replace("\u00a0", " ").replace("\u2060", "") for text in written]
     wrong = [(call, text) for call, text in zip(figures, got) if text != figures[call]]
     check(not wrong, f"numbers are written as they should be: {wrong}")
-    check(page.browser.evaluate("document.querySelectorAll('#alarms li').length") == 3, "three alarms are at the top")
-    check(page.browser.evaluate("document.querySelectorAll('#evaluations .small').length") == 12, "all metrics have curves")
-    check(page.browser.evaluate("document.querySelectorAll('#settings .small').length") == 7, "all settings that change too")
+    for selector, count, what in [
+        ("#alarms li", 3, "alarms are at the top"),
+        ("#evaluations .small", 12, "metrics of evaluations have curves"),
+        ("#settings .small", 7, "settings that change have curves"),
+    ]:
+        found = browser.evaluate(f"document.querySelectorAll({json.dumps(selector)}).length")
+        check(found == count, f"{found} {what}")
     check("none" not in page.text("#w-count") and page.text("#t-workers") == "65", "workers are counted")
 
 
+# A picture, or no pictures.
+DRAWN = "document.getElementById('s-image').naturalWidth > 0 || document.getElementById('s-slider').disabled"
 TRUTHS = {
     "full": ("65 in generation 128, 1 spare", "in generation 128, 1 spare"),
     "finished": ("all have left", "all have left"),
@@ -287,8 +256,7 @@ def states(browser, command, pictures):
             page = Page(browser, url)
             page.open()
             page.wait("a job", lambda page=page: page.text("#job"))
-            wanted = "document.getElementById('s-image').naturalWidth > 0 || document.getElementById('s-slider').disabled"
-            page.wait("a picture", lambda wanted=wanted: browser.evaluate(wanted))
+            page.wait("a picture", lambda: browser.evaluate(DRAWN))
             card, tile = TRUTHS[name]
             check(page.text("#w-count").startswith(card) and page.text("#t-generation") == tile, f"{name}: one truth")
             if name == "full":
