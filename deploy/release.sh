@@ -29,10 +29,10 @@ make advisories REQUIRE_ADVISORIES=1 || refuse "known faults of the crates were 
 
 rm -rf dist
 for kind in "${kinds[@]}"; do
-  cuda=$([ "$kind" = cuda ] && echo CUDA=1 || true)
-  make wheel CLOUD=1 $cuda
+  cuda=$([ "$kind" = cuda ] && echo 1 || true)
+  make wheel CLOUD=1 CUDA="$cuda"
   mv dist/wheel.cdx.json "dist/ganglion-$version-$kind-wheel.cdx.json"
-  make image DOCKER="$docker" $cuda ${IMAGE_ARGS:+IMAGE_ARGS="$IMAGE_ARGS"}
+  make image DOCKER="$docker" CUDA="$cuda" ${IMAGE_ARGS:+IMAGE_ARGS="$IMAGE_ARGS"}
   container=$("$docker" create "ganglion:$kind")
   "$docker" cp "$container:/usr/share/doc/ganglion/ganglion.cdx.json" "dist/ganglion-$version-$kind-image.cdx.json"
   "$docker" rm "$container" >/dev/null
