@@ -14,7 +14,7 @@ use std::env;
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
 
-use console::{Term, truncate_str};
+use console::{Term, measure_text_width, truncate_str};
 use tracing::Level;
 
 use crate::{log, printable_name};
@@ -140,12 +140,30 @@ impl Write for Stderr {
     }
 }
 
-/// Draws the status line, cut to the terminal's present width.
-pub(crate) fn draw(line: &str) {
+/// Joins the parts of a status line that fit into so many columns. A part is there as a whole or not at
+/// all, since half a number is another number; only the first is cut.
+pub fn fitting(parts: &[String], between: &str, columns: usize) -> String {
+    let mut line = String::new();
+    for part in parts {
+        let longer = if line.is_empty() { part.clone() } else { format!("{line}{between}{part}") };
+        if measure_text_width(&longer) > columns {
+            break;
+        }
+        line = longer;
+    }
+    match parts.first() {
+        Some(first) if line.is_empty() => truncate_str(first, columns, "").into_owned(),
+        _ => line,
+    }
+}
+
+/// Draws the status line, as much of it as fits the terminal's present width.
+pub(crate) fn draw(parts: &[String]) {
     let (_, width) = Term::stderr().size();
     // The last column stays free: behind it some terminals go on in the next line.
     let room = usize::from(width).saturating_sub(1);
-    let text = format!("{CLEAR}{}", truncate_str(&printable_name(line), room, ""));
+    let parts: Vec<String> = parts.iter().map(|part| printable_name(part).into_owned()).collect();
+    let text = format!("{CLEAR}{}", fitting(&parts, ", ", room));
     let mut drawn = DRAWN.lock().unwrap_or_else(PoisonError::into_inner);
     *drawn = io::stderr().lock().write_all(text.as_bytes()).is_ok();
 }
@@ -174,6 +192,23 @@ mod tests {
         let full = OutError::from(io::Error::from_raw_os_error(28));
         assert_eq!(full.to_string(), "cannot write the output: no space left on device");
         assert!(matches!(OutError::from(io::Error::from_raw_os_error(32)), OutError::Closed));
+    }
+
+    #[test]
+    fn a_status_line_has_whole_parts_and_fits() {
+        let parts = ["step 12/20", "60%", "8,123 images/s"].map(str::to_string);
+        for (columns, line) in [
+            (80, "step 12/20  60%  8,123 images/s"),
+            (31, "step 12/20  60%  8,123 images/s"),
+            (30, "step 12/20  60%"),
+            (11, "step 12/20"),
+            (6, "step 1"),
+            (0, ""),
+        ] {
+            assert_eq!(fitting(&parts, "  ", columns), line);
+        }
+        assert_eq!(fitting(&["日本語".to_string()], "  ", 5), "日本");
+        assert_eq!(fitting(&[], "  ", 5), "");
     }
 
     #[test]

@@ -105,13 +105,13 @@ impl Shared {
     fn show(&self) {
         let (begun, can_draw) = (Instant::now(), out::can_draw());
         let mut pause = QUIET;
-        while let Some(line) = self.line_after(pause, begun) {
+        while let Some(parts) = self.parts_after(pause, begun) {
             // Without the lock: a terminal that stands still must not hold the command up.
             pause = if can_draw {
-                out::draw(&line);
+                out::draw(&parts);
                 REDRAW
             } else {
-                out::tell(Level::INFO, &line);
+                out::tell(Level::INFO, &parts.join(", "));
                 PERIOD
             };
         }
@@ -120,25 +120,26 @@ impl Shared {
         }
     }
 
-    /// Waits, then returns the line to show; `None` at the end of the command.
-    fn line_after(&self, pause: Duration, begun: Instant) -> Option<String> {
+    /// Waits, then returns what to show; `None` at the end of the command.
+    fn parts_after(&self, pause: Duration, begun: Instant) -> Option<Vec<String>> {
         let waited = self.ended.wait_timeout_while(self.lock(), pause, |state| !state.has_ended);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        (!state.has_ended).then(|| state.line(begun.elapsed()))
+        (!state.has_ended).then(|| state.parts(begun.elapsed()))
     }
 }
 
 impl State {
-    /// The most important first: a narrow terminal shows the beginning.
-    fn line(&self, elapsed: Duration) -> String {
+    /// Parts of the line, the most important first: a narrow terminal shows the beginning.
+    fn parts(&self, elapsed: Duration) -> Vec<String> {
         let State { doing, done, of, .. } = self;
         let elapsed = short(elapsed);
         if *of == 0 {
-            return format!("{doing}: {elapsed}");
+            return vec![format!("{doing}: {elapsed}")];
         }
         let percent = u128::from(*done) * 100 / u128::from(*of);
-        let left = self.left().map(|left| format!(", ETA {}", short(left))).unwrap_or_default();
-        format!("{doing}: {} of {} ({percent}%){left}, {elapsed} so far", grouped(*done), grouped(*of))
+        let counts = format!("{doing}: {} of {} ({percent}%)", grouped(*done), grouped(*of));
+        let left = self.left().map(|left| format!("ETA {}", short(left)));
+        [Some(counts), left, Some(format!("{elapsed} so far"))].into_iter().flatten().collect()
     }
 
     /// Time that the rest of the part takes at its pace so far; `None` before there is one.
@@ -187,10 +188,10 @@ mod tests {
         let since = Instant::now().checked_sub(Duration::from_secs(30)).unwrap();
         let state =
             State { doing: "samples".to_string(), done: 25_000, of: 100_000, since, has_ended: false };
-        let line = state.line(Duration::from_secs(100));
+        let line = state.parts(Duration::from_secs(100)).join(", ");
         assert_eq!(line, "samples: 25,000 of 100,000 (25%), ETA 1m 30s, 1m 40s so far");
         let uncounted = State { of: 0, ..state };
-        assert_eq!(uncounted.line(Duration::from_secs(3)), "samples: 3s");
+        assert_eq!(uncounted.parts(Duration::from_secs(3)), ["samples: 3s"]);
     }
 
     /// Invariants 1 and 3: what ends soon shows nothing, and its end is not waited for.

@@ -6,7 +6,7 @@
 //! 2. All other output to standard error goes through a [`Screen`], so that it does not tear the bar.
 //! 3. A closed terminal is not a failure: output to it is dropped.
 //! 4. The bar and its text fit a terminal of any width. Where there is little room the bar goes, and
-//!    the end of the text.
+//!    the last parts of the text.
 
 use std::fmt;
 use std::fs::File;
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use console::Term;
 use ganglion_proto::log;
-use ganglion_proto::out::Stderr;
+use ganglion_proto::out::{Stderr, fitting};
 use ganglion_proto::progress::{grouped, short};
 use ganglion_proto::record::MetricsRow;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
@@ -28,10 +28,12 @@ use super::scalars;
 const PLAIN_PERIOD_SECONDS: f64 = 10.0;
 /// Weight of the newest row in the moving average of the pace.
 const PACE_WEIGHT: f64 = 0.1;
-/// Width of a terminal from which on there is room for a bar beside the text.
-const BAR_WIDTH: usize = 60;
+/// Columns of the bar, and of the space behind it.
+const BAR_WIDTH: usize = 25;
 /// Style with a bar.
 const WITH_BAR: &str = "{bar:24.cyan/dim} {wide_msg}";
+/// Between the parts of a line.
+const BETWEEN: &str = "  ";
 /// Style without one.
 const WITHOUT_BAR: &str = "{wide_msg}";
 
@@ -201,7 +203,7 @@ impl Progress {
     pub fn new(screen: &Screen, total_steps: u64, start_step: u64) -> Self {
         let bar = screen.is_terminal.then(|| {
             let bar = screen.bars.add(ProgressBar::new(total_steps));
-            bar.set_style(style());
+            bar.set_style(layout().0);
             bar.set_position(start_step);
             bar.set_message(format!("step {start_step}/{total_steps}"));
             bar
@@ -217,9 +219,11 @@ impl Progress {
         self.screen.note_shown();
         if let Some(bar) = &self.bar {
             // The terminal may have another width than at the last row.
-            bar.set_style(style());
+            let (style, room) = layout();
+            bar.set_style(style);
             bar.set_position(row.step);
-            bar.set_message(line);
+            let parts: Vec<String> = line.split(BETWEEN).map(str::to_string).collect();
+            bar.set_message(fitting(&parts, BETWEEN, room));
         } else if self.is_due(row) {
             self.screen.print(&line);
         }
@@ -263,11 +267,15 @@ impl Progress {
     }
 }
 
-/// Style for the terminal's present width.
-fn style() -> ProgressStyle {
-    let (_, width) = Term::stderr().size();
-    let template = if usize::from(width) < BAR_WIDTH { WITHOUT_BAR } else { WITH_BAR };
-    ProgressStyle::with_template(template).expect("the template is well formed")
+/// Style for the terminal's present width, and the columns that are left for the text.
+fn layout() -> (ProgressStyle, usize) {
+    let width = usize::from(Term::stderr().size().1);
+    let (template, room) = match width.checked_sub(BAR_WIDTH) {
+        // Text of at least twice a bar's width beside it.
+        Some(room) if room > 2 * BAR_WIDTH => (WITH_BAR, room),
+        _ => (WITHOUT_BAR, width),
+    };
+    (ProgressStyle::with_template(template).expect("the template is well formed"), room)
 }
 
 /// Time per step: a moving average over the rows in which the newest weighs most.
