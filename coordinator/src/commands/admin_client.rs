@@ -115,6 +115,13 @@ async fn reach(folder: &Path) -> Result<(AdminServiceClient<Channel>, Access), F
     };
     let text = std::fs::read_to_string(&file).map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
     let access = Access::parse(&text).map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
+    // Asked of the directory: another program may have the port by now, and would be sent the token.
+    if !is_held(folder) {
+        let run = folder.display();
+        return Err(Failure::Other(format!(
+            "no coordinator runs {run}; `coordinator status` says how it stands"
+        )));
+    }
     let uri = access.address.parse().map_err(|error| missing(format!("{ACCESS_FILE}: {error}")))?;
     let credentials = access.credentials();
     let endpoint = credentials.endpoint(&uri).map_err(|error| missing(error.to_string()))?;

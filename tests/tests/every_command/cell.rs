@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -245,7 +245,7 @@ fn harm(run: &Path, condition: Condition) {
                 }
             }
         }
-        Condition::NanWeights => nan(&checkpoint().join("generator_ema.safetensors")),
+        Condition::NanWeights => nan(&checkpoint()),
         _ => {}
     }
 }
@@ -255,15 +255,20 @@ fn cut(file: &Path) {
     File::options().write(true).open(file).unwrap().set_len(length / 2).unwrap();
 }
 
-/// Makes every number of a safetensors file one that is none.
-fn nan(file: &Path) {
-    let mut file = File::options().read(true).write(true).open(file).unwrap();
-    let mut length = [0; 8];
-    file.read_exact(&mut length).unwrap();
-    let header = u64::from_le_bytes(length) + 8;
-    let numbers = (file.metadata().unwrap().len() - header) / 4;
-    file.seek(SeekFrom::Start(header)).unwrap();
-    file.write_all(&f32::NAN.to_le_bytes().repeat(usize::try_from(numbers).unwrap())).unwrap();
+/// Makes every number of a checkpoint's generator one that is none, as a training may that diverged.
+fn nan(checkpoint: &Path) {
+    let (weights, manifest) =
+        (checkpoint.join("generator_ema.safetensors"), checkpoint.join("manifest.json"));
+    let mut bytes = fs::read(&weights).unwrap();
+    let hash = |bytes: &[u8]| blake3::hash(bytes).to_hex().to_string();
+    let old = hash(&bytes);
+    let header = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap() + 8;
+    bytes[header..].chunks_exact_mut(4).for_each(|number| number.copy_from_slice(&f32::NAN.to_le_bytes()));
+    // The manifest tells of these weights.
+    let text = fs::read_to_string(&manifest).unwrap();
+    assert!(text.contains(&old));
+    fs::write(manifest, text.replace(&old, &hash(&bytes))).unwrap();
+    fs::write(weights, bytes).unwrap();
 }
 
 /// Starts a coordinator that answers for a finished run.
