@@ -79,7 +79,8 @@ pub(crate) async fn find(
     stops(&lost)?;
     if let Some(checkpoint) = checkpoint.as_ref().filter(|_| asked.from_start && known.is_some()) {
         return Err(Failure::Input(format!(
-            "--from-start: the run has {} in {}, and goes on from there without it; to begin anew, choose another --run-dir",
+            "--from-start: the run has {} in {}, and goes on from there without it; to begin anew, name another \
+             run, with --set job.name=NAME or --run-dir",
             checkpoint.folder(),
             asked.place
         )));
@@ -126,8 +127,8 @@ fn refusal(known: &Checkpoint, place: &str, before: Option<&str>, reason: &str) 
     format!(
         "the run's checkpoints are not there: its journal knows {folder} (state_digest {digest}){saved}, and in {place} \
          {reason}\n  mount or restore them, or name their place with --set checkpoint.url=ADDRESS: the same command then \
-         goes on from step {step}\n  to begin anew, choose another --run-dir; to compute these {step} steps again in this \
-         one, with the same bits, add --from-start"
+         goes on from step {step}\n  to begin anew, name another run, with --set job.name=NAME or --run-dir; to compute \
+         these {step} steps again in this one, with the same bits, add --from-start"
     )
 }
 

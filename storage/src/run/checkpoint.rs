@@ -8,7 +8,6 @@ use ganglion_membership::Checkpoint;
 use ganglion_proto::{format, manifest};
 use serde::Deserialize;
 
-use super::name::known;
 use super::{CheckpointChoice, Chosen, JOB, RunError, RunName, chosen};
 use crate::layout::{BEST, BEST_FORMAT, MANIFEST, in_folder};
 use crate::{Address, Blocking, Error, Path as Place, Result as Stored, Storage, reason};
@@ -276,7 +275,7 @@ impl Elsewhere {
     }
 
     fn nothing(&self) -> RunError {
-        self.wrong(&format!("neither a run nor a checkpoint is there; {}", known()))
+        self.name.unknown("neither a run nor a checkpoint")
     }
 }
 
@@ -491,6 +490,7 @@ mod tests {
         run.write("run/job.toml", "[checkpoint");
         run.assert_refused("run", &["run/job.toml: ", "it says where the checkpoints are"]);
         run.assert_refused("other", &["other: neither a run nor a checkpoint is there"]);
+        run.assert_refused("run@bset", &["run@bset: neither", "behind @ stands best, latest or a step"]);
         let run = Run::new(&[4], Some("kept"));
         fs::remove_dir_all(run.path("kept")).unwrap();
         run.assert_refused(

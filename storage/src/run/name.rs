@@ -146,12 +146,13 @@ impl RunName {
         (given.components().count() == 1 && is_run(&by_name)).then_some(by_name)
     }
 
-    fn unknown(&self) -> RunError {
+    /// Error for a name that leads nowhere; `what` is missing.
+    pub(super) fn unknown(&self, what: &str) -> RunError {
         let hint = match self.checkpoint.is_none() && self.text.contains('@') {
             true => "; behind @ stands best, latest or a step",
             false => "",
         };
-        RunError::Input(format!("{self}: no run is there{hint}; {}", known()))
+        RunError::Input(format!("{self}: {what} is there{hint}; {}", known()))
     }
 }
 
@@ -188,7 +189,7 @@ fn changed(run: &Path) -> SystemTime {
 }
 
 /// What a user may name, for messages.
-pub(super) fn known() -> String {
+fn known() -> String {
     let runs = runs_in(Path::new(RUNS)).unwrap_or_default();
     if runs.is_empty() {
         return format!("there are no runs in {RUNS}/ here, so give the folder that a coordinator trains in");
@@ -207,7 +208,7 @@ pub fn chosen(name: Option<&RunName>) -> Result<Chosen, RunError> {
     let name = name.map(RunName::as_it_is);
     let checkpoint = name.as_ref().and_then(RunName::checkpoint);
     if let Some(name) = name.filter(|name| !name.place.is_empty()) {
-        let folder = name.folder().ok_or_else(|| name.unknown())?;
+        let folder = name.folder().ok_or_else(|| name.unknown("no run"))?;
         return Ok(Chosen { folder, checkpoint, told: None });
     }
     let runs = runs_in(Path::new(RUNS)).unwrap_or_default();
