@@ -72,7 +72,7 @@ impl From<JournalError> for Failure {
             // supervisor that restarts the program would do so for ever.
             JournalError::Newer(_) | JournalError::Damaged { .. } => Failure::input(error),
             JournalError::Sqlite(_) if error.may_mend() => Failure::Other(format!(
-                "{error}; nothing is lost: once that is mended, the same command goes on"
+                "{error}; once that is mended, the same command goes on, and nothing is lost"
             )),
             JournalError::Sqlite(_)
             | JournalError::File(_)

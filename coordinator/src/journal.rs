@@ -157,6 +157,8 @@ pub enum Fact {
     Samples,
     /// Shape of the objective's steps: number of phases, and indices of those that read, as JSON.
     Shape,
+    /// Files of the samples with their hashes, unless there are many, as JSON.
+    Files,
     /// Index of each sample that the job leaves out after its start, in the job's order, as JSON.
     LeftOut,
     /// The newest generation when the job's newest exclusion was written, and the number of
@@ -229,6 +231,7 @@ impl Fact {
             Fact::Passport => "passport",
             Fact::Samples => "samples",
             Fact::Shape => "step_shape",
+            Fact::Files => "files",
             Fact::LeftOut => "left_out",
             Fact::Excluded => "excluded",
             Fact::Condemned => "condemned",

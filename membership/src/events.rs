@@ -264,11 +264,15 @@ impl fmt::Display for Cause {
             Cause::Gathered => f.write_str("gathered"),
             Cause::Planned => f.write_str("planned"),
             Cause::Lost(worker, loss) => write!(f, "lost worker {worker}: {loss}"),
-            Cause::Fault(worker, Fault::Peer) => write!(f, "worker {worker} lost a peer"),
-            Cause::Fault(worker, Fault::Timeout) => write!(f, "worker {worker} waited too long for a peer"),
+            Cause::Fault(worker, Fault::Peer) => {
+                write!(f, "worker {worker} lost the connection to another worker")
+            }
+            Cause::Fault(worker, Fault::Timeout) => {
+                write!(f, "worker {worker} waited too long for another worker")
+            }
             Cause::Fault(worker, Fault::Links(ranks)) => {
                 let ranks: Vec<String> = ranks.iter().map(ToString::to_string).collect();
-                write!(f, "worker {worker} cannot reach rank {}", ranks.join(", "))
+                write!(f, "worker {worker} cannot reach the worker of rank {}", ranks.join(", "))
             }
             Cause::Fault(worker, fault) => write!(f, "worker {worker} left: {fault:?}"),
             Cause::Stalled => f.write_str("stalled: all members wait for each other"),
@@ -355,8 +359,10 @@ pub enum Outcome {
     Stopped(Option<Position>),
     /// The user's input is wrong; with the reason.
     InputWrong(String),
-    /// The run cannot go on; with the reason.
+    /// The run cannot go on; with the reason and the way on.
     Failed(String),
+    /// The run cannot go on: this machine's workers were refused, and so would be their replacements.
+    Refused,
 }
 
 /// Planned change: the members agree on the update index at which it takes effect while they train.

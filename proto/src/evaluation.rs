@@ -174,6 +174,9 @@ pub enum AlarmPolicy {
 
 display_as_in_the_file!(BestBy, AlarmPolicy);
 
+/// Words of each message about numbers that are infinite or NaN, by which an alarm knows them.
+pub const NOT_FINITE: &str = "not finite";
+
 /// Names of the metrics in rows and in files.
 #[allow(missing_docs)] // docs/metrics.md says what each is
 pub mod names {

@@ -7,14 +7,17 @@ use std::fmt::{self, Display, Write};
 
 use serde::{Deserialize, Serialize};
 
-use crate::bounds::count;
+use crate::bounds::{count, name};
 use crate::error::{Malformed, malformed};
 use crate::wire;
+use crate::words::counted;
 
 /// Most classes that are named. The others are counted.
 pub const CLASSES_LIMIT: usize = 1000;
 /// Most kinds of files that are distinguished. The others count as one kind.
 pub const KINDS_LIMIT: usize = 16;
+/// Most files of samples that are listed. Of larger data sets no list is made.
+pub const FILES_LIMIT: usize = 10_000;
 /// Longest name or rule, in characters.
 const NAME_LIMIT: usize = 200;
 /// Most classes that the one-line summary names.
@@ -49,6 +52,26 @@ pub struct Found {
     pub turned: u64,
     /// Width of a sample in pixels, after scaling and cutting.
     pub width: u32,
+    /// Each file of a sample, with which a changed data set is explained; empty if there are more than
+    /// [`FILES_LIMIT`]. Not in records.
+    #[serde(skip)]
+    pub files: Vec<FileFound>,
+}
+
+/// File of a sample.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileFound {
+    /// Name within the data set.
+    pub name: String,
+    /// Hash of its content.
+    pub hash: u64,
+}
+
+impl FileFound {
+    /// The hash as 16 hexadecimal digits.
+    pub fn shown_hash(&self) -> String {
+        format!("{:016x}", self.hash)
+    }
 }
 
 /// Class of samples.
@@ -111,6 +134,11 @@ impl Found {
                     example: left.example.clone(),
                 })
                 .collect(),
+            files: self
+                .files
+                .iter()
+                .map(|file| wire::FileFound { name: file.name.clone(), hash: file.hash })
+                .collect(),
         }
     }
 
@@ -119,11 +147,16 @@ impl Found {
         let pair =
             |sides: Vec<u32>| sides.try_into().map_err(|_| malformed("a size is a width and a height"));
         // The kind of the others comes on top.
-        if wire.classes.len() > CLASSES_LIMIT || wire.left_out.len() > KINDS_LIMIT + 1 {
+        let more = wire.classes.len() > CLASSES_LIMIT || wire.left_out.len() > KINDS_LIMIT + 1;
+        if more || wire.files.len() > FILES_LIMIT {
             return Err(malformed("more classes or kinds of files than are told"));
         }
         let class = |class: wire::ClassFound| {
             Ok(Class { name: short(&class.name), samples: count(class.samples, "samples")? })
+        };
+        // Whole and as it is: a worker's name of a file is compared with another's.
+        let file = |file: wire::FileFound| {
+            Ok(FileFound { name: name(file.name, "a file's name")?, hash: file.hash })
         };
         let left = |left: wire::LeftOut| {
             let count = count(left.count, "count")?;
@@ -142,6 +175,7 @@ impl Found {
             class_rule: short(&wire.class_rule),
             image_rule: short(&wire.image_rule),
             left_out: wire.left_out.into_iter().map(left).collect::<Result<_, Malformed>>()?,
+            files: wire.files.into_iter().map(file).collect::<Result<_, Malformed>>()?,
         })
     }
 
@@ -176,11 +210,6 @@ fn short(text: &str) -> String {
     shown
 }
 
-/// Formats a count with its noun: "1 file", "2 files".
-fn counted(count: u64, one: &str) -> String {
-    format!("{count} {one}{}", if count == 1 { "" } else { "s" })
-}
-
 /// One-line summary; diagnostic only.
 impl Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -198,8 +227,8 @@ impl Display for Found {
             write!(f, "; {}", self.image_rule)?;
         }
         if self.class_count > 0 {
-            let classes = if self.class_count == 1 { "class" } else { "classes" };
-            write!(f, "; {} {classes} by {}: {}", self.class_count, self.class_rule, self.shown_classes())?;
+            let classes = counted(self.class_count, "class");
+            write!(f, "; {classes} by {}: {}", self.class_rule, self.shown_classes())?;
         }
         if !self.left_out.is_empty() {
             let mut left = String::new();

@@ -32,6 +32,7 @@ pub mod evaluation;
 pub mod failpoint;
 pub mod format;
 pub mod found;
+pub mod home;
 pub mod job;
 pub mod listen;
 pub mod log;
@@ -47,6 +48,7 @@ pub mod signals;
 pub mod stream;
 pub mod throttle;
 pub mod trace;
+pub mod words;
 
 /// Generated messages, clients and servers.
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used)]

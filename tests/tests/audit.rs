@@ -80,7 +80,7 @@ fn a_run_that_was_resumed_with_other_cadences_is_proven() {
     run.complete(3);
     let audited = audit(&run.path(""));
     assert_holds(&audited);
-    for figures in ["2 terms", "1 fresh, 0 healed by a member, 1 from a checkpoint"] {
+    for figures in ["2 terms", "1 from step 0, 0 from a member's state, 1 from a checkpoint"] {
         assert!(audited.output.contains(figures), "{figures:?} is not in\n{}", audited.output);
     }
 }

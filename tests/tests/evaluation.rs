@@ -196,7 +196,7 @@ fn what_evaluations_cannot_do_is_said_before_training() {
             &["evaluation.every_steps=1", "evaluation.features=pixels", "evaluation.best_by=kid"],
             "there is no kid",
         ),
-        (&["evaluation.every_steps=1", &no_module], "no TorchScript module"),
+        (&["evaluation.every_steps=1", &no_module], "is a text file, not a TorchScript module"),
     ] {
         let ended = small(SMALL_MLP, &[settings, &["job.steps=2"]].concat()).start(1).wait();
         assert_eq!(ended.code, Some(2), "{}", ended.output);

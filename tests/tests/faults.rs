@@ -232,7 +232,7 @@ fn a_remote_worker_that_is_killed_is_gone_at_once() {
         event["world_size"] == 2 && event["time"].as_f64() >= lost["time"].as_f64()
     });
     let regroup = run.wait_for("regroup", |event| event["time"].as_f64() <= next["time"].as_f64());
-    assert!(regroup["reason"].as_str().unwrap().contains("lost a peer"), "{regroup}");
+    assert!(regroup["reason"].as_str().unwrap().contains("lost the connection"), "{regroup}");
     assert_eq!(lost["reason"], "its session ended", "nobody waited for the deadline");
     assert_complete(coordinator);
     reference.equals("a run that lost a remote worker", &run.digest());

@@ -55,10 +55,10 @@ fn what_cannot_be_trained_is_named() {
         ("refused/sigmoid.pt", "ends in a sigmoid"),
         ("refused/counts.pt", "BatchNorm(momentum=None)"),
         ("refused/two-numbers.pt", "it must make one number of each"),
-        ("refused/double.pt", "1.weight is of kind Double"),
-        ("refused/traced.pt", "use torch.jit.script"),
+        ("refused/double.pt", "1.weight has numbers of type Double"),
+        ("refused/traced.pt", "save it with torch.jit.script"),
         ("G.pt", "model.discriminator"),
-        ("make.py", "is no TorchScript"),
+        ("make.py", "is a text file, not a TorchScript module"),
         ("absent.pt", "is no file"),
     ];
     for (discriminator, said) in cases {

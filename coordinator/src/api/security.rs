@@ -18,12 +18,12 @@ use crate::run_dir::access::Access;
 /// Command-line options of authentication.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct SecurityArguments {
-    /// Speak TLS only, with the ca.crt, tls.crt and tls.key of this folder: on --listen with workers and
-    /// operators that show a certificate of that authority, and between workers. `coordinator certs init`
-    /// makes such folders.
+    /// Folder with ca.crt, tls.crt and tls.key, as `coordinator certs init` makes it. All connections then use
+    /// TLS, also between workers, and workers and operators must show a certificate of the same authority.
     #[arg(long, value_name = "DIR", env = "GANGLION_TLS_DIR")]
     pub tls_dir: Option<PathBuf>,
-    /// Let workers in only with the token of this file. GANGLION_JOIN_TOKEN may hold the token itself.
+    /// File with a token that every worker must give to join. The variable GANGLION_JOIN_TOKEN may hold the
+    /// token itself.
     #[arg(long, value_name = "FILE", env = "GANGLION_JOIN_TOKEN_FILE")]
     pub join_token_file: Option<PathBuf>,
 }

@@ -82,7 +82,10 @@ impl Checkpoints {
             Ok(Claim::Granted) => {
                 // Only after the claim: another run's files must not be touched.
                 if let Err(error) = storage.sweep().await {
-                    tracing::warn!("{address}: what killed writers left stays: {}", reason(&error));
+                    tracing::warn!(
+                        "{address}: unfinished files of writers that were killed cannot be removed: {}",
+                        reason(&error)
+                    );
                 }
                 Ok(Checkpoints { storage })
             }
@@ -93,7 +96,7 @@ impl Checkpoints {
             )),
             Err(error) if storage.is_away(&error) => Err(Unusable::Away(patience.over(&storage, &error))),
             Err(error) if storage.is_failing(&error) => Err(Unusable::Away(format!(
-                "{address}: {}; nothing is lost: once that is mended, the same command goes on",
+                "{address}: {}; once that is mended, the same command goes on, and nothing is lost",
                 reason(&error)
             ))),
             Err(error) => Err(unusable(&reason(&error))),

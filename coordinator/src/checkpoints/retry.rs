@@ -60,7 +60,7 @@ impl Patience {
     /// Message for the end of the limit.
     pub fn over(&self, storage: &Storage, error: &Error) -> String {
         format!(
-            "{}: away for {} s: {}; nothing is lost: once it is back, the same command goes on",
+            "{}: away for {} s: {}; once it is back, the same command goes on, and nothing is lost",
             storage.address(),
             LIMIT.as_secs(),
             reason(error)

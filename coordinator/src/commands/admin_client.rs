@@ -10,6 +10,7 @@ use ganglion_proto::checked_status;
 use ganglion_proto::dial::DialError;
 use ganglion_proto::wire::admin_service_client::AdminServiceClient;
 use ganglion_proto::wire::{DrainRequest, GetStatusRequest, GetStatusResponse, ScaleRequest, StopRequest};
+use ganglion_proto::words::counted;
 use tonic::Request;
 use tonic::transport::Channel;
 
@@ -79,13 +80,13 @@ fn at_rest(run: &Overview) -> String {
 async fn drain(worker: u64, folder: &Path) -> Result<String, Failure> {
     let (mut client, access) = reach(folder).await?;
     client.drain(authorised(DrainRequest { worker }, &access)?).await.map_err(refused)?;
-    Ok(format!("worker {worker} leaves at the next phase"))
+    Ok(format!("worker {worker} leaves once the update that it computes is done; nothing is computed again"))
 }
 
 async fn scale(workers: u32, folder: &Path) -> Result<String, Failure> {
     let (mut client, access) = reach(folder).await?;
     client.scale(authorised(ScaleRequest { workers }, &access)?).await.map_err(refused)?;
-    Ok(format!("the coordinator runs {workers} workers from now on"))
+    Ok(format!("the coordinator runs {} on its machine from now on", counted(workers, "worker")))
 }
 
 /// Asks a coordinator to stop, and waits until it no longer holds the run.
@@ -100,7 +101,8 @@ async fn stop(limit: Duration, folder: &Path) -> Result<String, Failure> {
         if started.elapsed() > limit {
             let seconds = limit.as_secs();
             return Err(Failure::Other(format!(
-                "the run was asked to stop, and goes on after {seconds} s: its step and checkpoint are not done yet"
+                "the run was asked to stop {seconds} s ago, and is still at its step or its checkpoint: it stops once they are \
+                 done; `coordinator status` shows it"
             )));
         }
         tokio::time::sleep(LOOK).await;
@@ -131,7 +133,7 @@ async fn reach(folder: &Path) -> Result<(AdminServiceClient<Channel>, Access), F
         // TLS or its names do not fit: waiting changes nothing.
         DialError::Wrong(what) => Failure::Input(format!("the coordinator at {}: {what}", access.address)),
         DialError::Later(_) => Failure::Other(format!(
-            "no coordinator answers at {}; is the run still going on?",
+            "no coordinator answers at {}; has it ended? `coordinator runs` lists how each run stands",
             access.address
         )),
     })?;
@@ -194,12 +196,16 @@ fn table(status: &GetStatusResponse) -> String {
         ]);
     }
     format!(
-        "run {}: step {} of {}, {}, checkpoint of step {}, generation {}, term {}\n{workers}",
+        "run {}: step {}{}, {}, {}, generation {}, term {}\n{workers}",
         status.name,
         status.step,
-        status.last_step,
+        // Unknown until a worker has loaded the data, if the length is in epochs.
+        if status.last_step > 0 { format!(" of {}", status.last_step) } else { String::new() },
         status.stage,
-        status.checkpoint_step,
+        match status.checkpoint_step {
+            0 => "no checkpoint yet".to_string(),
+            step => format!("checkpoint of step {step}"),
+        },
         status.generation,
         status.term,
     )

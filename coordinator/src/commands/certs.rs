@@ -37,24 +37,24 @@ const WORKER: &str = "ganglion-worker";
 /// Work with certificates.
 #[derive(Debug, clap::Subcommand)]
 pub enum CertsCommand {
-    /// Makes an authority, a certificate each for the coordinator and for workers, and a join token.
+    /// Makes a certificate authority, one certificate for the coordinator, one for workers, and a join token.
     Init(Init),
 }
 
 /// Options of `coordinator certs init`.
 #[derive(Debug, clap::Args)]
 pub struct Init {
-    /// Where they go; the folder must not be there yet.
+    /// Folder to create for them; it must not exist.
     #[arg(long, value_name = "DIR", default_value = "certs")]
     pub dir: PathBuf,
-    /// A name or address by which workers connect to the coordinator, besides this machine's name. May be
-    /// given many times.
+    /// Name or address by which workers connect to the coordinator, besides this machine's name. Can be
+    /// repeated.
     #[arg(long = "host", value_name = "NAME|IP")]
     pub hosts: Vec<String>,
-    /// For how many days the two certificates are valid.
+    /// Number of days for which the two certificates are valid.
     #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650))]
     pub days: u32,
-    /// Sign with the authority of this folder, which an earlier call made, instead of with a new one.
+    /// Folder of a certificate authority to sign with, such as certs/ca of an earlier call. Default: a new one.
     #[arg(long, value_name = "DIR")]
     pub ca: Option<PathBuf>,
 }
@@ -80,7 +80,8 @@ impl Init {
         // First: files of an older authority beside new ones would fit to nothing (1).
         if self.dir.exists() {
             return Err(input(
-                "it is there already; name a new folder, or remove it if nobody uses it".to_string(),
+                "this folder exists already; name a new one, or remove it if its certificates are not in use"
+                    .to_string(),
             ));
         }
         if let Some(host) = self.hosts.iter().find(|host| !is_name(host)) {

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use clap::{Parser, Subcommand};
 use ganglion_proto::job::Job;
 use ganglion_proto::out;
+use ganglion_proto::words::counted;
 use ganglion_storage::run::{self, Chosen, RunError, RunName};
 use tracing::Level;
 
@@ -24,56 +25,58 @@ pub struct Cli {
     /// Task other than training.
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// The job. Without it: the MLP GAN on the bundled digits.
+    /// Job file (TOML), such as those in configs/. Default: a small GAN on the bundled handwritten digits.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Workers to start on this machine: a number, or auto for one a GPU (one in all without GPUs). 0 starts
-    /// none and waits for others.
+    /// Number of workers to start on this machine; auto starts one for each GPU, or one if there is no GPU. 0
+    /// starts none and waits for workers that are started elsewhere.
     #[arg(long, default_value = "1", value_name = "N|auto")]
     pub workers: Workers,
-    /// Where the run lives; the same folder again resumes it. Default: runs/NAME, by the job's name.
+    /// Folder for the run's records, samples and checkpoints. A folder that holds the run already resumes it.
+    /// Default: runs/NAME, with the job's name.
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
-    /// Where all checkpoints of a run are lost, compute it again from step 0, with the same bits. Without
-    /// this it is refused.
+    /// Train again from step 0 if all checkpoints of the run are lost. The result has the same bits. Without
+    /// this option such a start is refused.
     #[arg(long)]
     pub from_start: bool,
-    /// Sets a key of the job, such as --set job.steps=500. May be given many times.
+    /// Set one key of the job, such as --set job.steps=500. Can be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// Where workers find this coordinator. Default: a free port of 127.0.0.1, the same when a run resumes.
+    /// Address to which workers and operators connect. Default: a free port of 127.0.0.1, the same one when the
+    /// run resumes.
     #[arg(long, value_name = "HOST:PORT")]
     pub listen: Option<String>,
-    /// Where the dashboard is, with /metrics for Prometheus and /healthz. Default: a free port of 127.0.0.1,
-    /// the same when a run resumes.
+    /// Address of the dashboard, of /metrics for Prometheus and of /healthz; off for none. Default: a free port
+    /// of 127.0.0.1, the same one when the run resumes.
     #[arg(long, value_name = "HOST:PORT|off")]
     pub http: Option<String>,
-    /// Allow --listen and --http on an address that other machines reach, without TLS. Whoever reaches the
-    /// one can join the run, and whoever reaches the other can look at it.
+    /// Allow --listen and --http on addresses that other machines can reach, although nothing is encrypted.
+    /// Anybody on the network can then read along, and join the run unless --join-token-file is given.
     #[arg(long)]
     pub insecure: bool,
     /// Authentication of workers and operators.
     #[command(flatten)]
     pub security: SecurityArguments,
-    /// Go on answering when the run is complete, until SIGTERM or Ctrl-C.
+    /// Keep the dashboard up when the run is complete, until SIGTERM or Ctrl-C.
     #[arg(long)]
     pub stay: bool,
-    /// Train on without this terminal: returns once the run has started, and writes what there is to say to
-    /// coordinator.log in the run directory.
+    /// Train in the background: return once the run has started. Its messages go to coordinator.log in the run
+    /// directory.
     #[arg(long)]
     pub detach: bool,
     /// Said by --detach to the process that trains.
     #[arg(long, hide = true, requires = "detach")]
     pub detached: bool,
-    /// Write a timeline of this coordinator and its local workers, for ui.perfetto.dev; at most 128 MiB of
-    /// it.
+    /// Write a timeline of the coordinator and its local workers to this file, for ui.perfetto.dev; it ends at
+    /// 128 MiB.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
-    /// Copy metrics, events, samples and TensorBoard's files there in the background: a folder, s3://, gs://
-    /// or az://.
+    /// Copy metrics, events, samples and TensorBoard's files to this place in the background: a folder, s3://,
+    /// gs:// or az://.
     #[arg(long, value_name = "URL")]
     pub mirror: Option<String>,
-    /// How messages are written, those of local workers included: text, or json for an object a line.
+    /// Format of messages and log lines, also those of local workers: text, or json for one object per line.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, env = ganglion_proto::log::VARIABLE)]
     pub log_format: LogFormat,
 }
@@ -81,10 +84,9 @@ pub struct Cli {
 /// Task other than training.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Proves from a run's files that nothing was lost, doubled or changed. Reads only, also while the run
-    /// goes on.
+    /// Checks from a run's files that nothing was lost, doubled or changed. Only reads; the run may be going on.
     ///
-    /// Prints a line for each claim. Exit code 0: all hold; 1: one does not; 2: RUN is no run directory.
+    /// Prints a line for each claim. Exit code 0: all claims hold; 1: one does not; 2: RUN is no run directory.
     Audit {
         /// Which run.
         #[command(flatten)]
@@ -93,7 +95,7 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Shows a run: its step, and while it goes on its workers with their numbers.
+    /// Shows the step of a run and, while it is going on, its workers with their numbers.
     Status {
         /// Which run.
         #[command(flatten)]
@@ -102,9 +104,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Lists the runs in a folder: how far each is, and whether it goes on.
+    /// Lists the runs in a folder: the step that each has reached, and whether it is going on.
     Runs {
-        /// The folder that holds run directories.
+        /// Folder that holds run directories.
         #[arg(default_value = "runs")]
         folder: PathBuf,
         /// Print JSON.
@@ -116,7 +118,7 @@ pub enum Command {
         /// Which run.
         #[command(flatten)]
         run: RunChoice,
-        /// Read every file and compare it with its hash; exit code 1 if one is damaged.
+        /// Read every file and compare it with its recorded hash; exit code 1 if one is damaged.
         #[arg(long)]
         verify: bool,
         /// Print JSON.
@@ -126,8 +128,9 @@ pub enum Command {
     /// Makes a new journal for a run whose own is damaged or missing, from its checkpoints and what else can
     /// be read.
     ///
-    /// The old files stay beside the new ones. Exit code 0: the run can go on; 1: a coordinator holds it; 2:
-    /// RUN is no run, or there is no checkpoint.
+    /// The journal is the file in which a coordinator records its decisions. The old files stay beside the new
+    /// ones. Exit code 0: the run can go on; 1: a coordinator is running it; 2: RUN is no run directory, or has
+    /// no checkpoint.
     Recover {
         /// Which run.
         #[command(flatten)]
@@ -136,35 +139,35 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Looks after data sets.
+    /// Checks data sets before training.
     #[command(subcommand)]
     Data(DataCommand),
     /// Makes certificates and a join token.
     #[command(subcommand)]
     Certs(CertsCommand),
-    /// Lets a worker leave with nothing done again. A local one is not replaced.
+    /// Lets a worker leave a run without loss of work. A worker that the coordinator started is not replaced.
     Drain {
-        /// The worker's number, as `coordinator status` shows it.
+        /// Number of the worker, as `coordinator status` shows it.
         worker: u64,
         /// Which run.
         #[command(flatten)]
         run: RunChoice,
     },
-    /// Sets how many workers the coordinator runs on its own machine.
+    /// Sets the number of workers that a coordinator runs on its own machine.
     Scale {
-        /// How many; at most the job's data shards.
+        /// Number of workers, at most the job's data shards.
         workers: u32,
         /// Which run.
         #[command(flatten)]
         run: RunChoice,
     },
-    /// Stops a run after a clean checkpoint, and waits until it has stopped. The same command goes on with
-    /// it.
+    /// Stops a run after its step, with a checkpoint, and waits for that. The command that started the run
+    /// resumes it.
     Stop {
         /// Which run.
         #[command(flatten)]
         run: RunChoice,
-        /// How long to wait at most, in seconds. The run stops all the same, only later.
+        /// Longest time to wait, in seconds. After it the run still stops, only later.
         #[arg(long, value_name = "SECONDS", default_value_t = 300)]
         timeout: u64,
     },
@@ -181,8 +184,8 @@ pub enum Command {
 pub enum DataCommand {
     /// Reads every sample as training would, on all processors, and names those that cannot be used.
     ///
-    /// Exit code 0: all can be; 2: one cannot, or the data set as a whole. The last line is then what leaves
-    /// them out.
+    /// Exit code 0: all can be used; 2: some cannot, and the last line is the option that leaves them out; or
+    /// the data set as a whole cannot.
     Check(Check),
 }
 
@@ -264,8 +267,8 @@ impl FromStr for Workers {
 /// Error: more workers than the job has data shards.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "--workers {count}: more than the job's {shards} data shards; start at most {shards}, or set job.data_shards, which \
-     changes the result"
+    "--workers {count}: more than the job's {}; start at most {shards}, or set job.data_shards, which changes the result",
+    counted(*shards, "data shard")
 )]
 pub struct TooManyWorkers {
     count: u32,
@@ -312,7 +315,6 @@ impl Cli {
 
 /// Explains the number that `auto` chose.
 fn explain(workers: u32, gpus: u32) -> String {
-    let counted = |count: u32, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
     let workers_say = counted(workers, "worker");
     match gpus {
         0 => format!("--workers auto: workers can use no GPU here, so {workers_say} on the CPU"),

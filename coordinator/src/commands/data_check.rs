@@ -11,6 +11,7 @@ use ganglion_proto::data_report::{Line, Report};
 use ganglion_proto::found::Found;
 use ganglion_proto::job::{Data, Job, exclude_argument};
 use ganglion_proto::progress::Progress;
+use ganglion_proto::words::counted;
 use ganglion_proto::{log, out};
 use ganglion_storage::whole;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -30,19 +31,19 @@ const LISTED: usize = 20;
 /// Arguments of `coordinator data check`.
 #[derive(Debug, clap::Args)]
 pub struct Check {
-    /// The job whose data to check. Without it, and without --data: the bundled digits.
+    /// Job file whose data to check. Default, without --data too: the bundled digits.
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     config: Option<PathBuf>,
-    /// The data to check instead of a job's, such as folder:pictures. Sizes are then not judged.
+    /// Data to check instead of a job's, such as folder:pictures. Pictures may then have any size.
     #[arg(long, value_name = "KIND:PATH")]
     data: Option<String>,
-    /// Sets a key of the job, such as --set data.resize=64. May be given many times.
+    /// Set one key of the job, such as --set data.resize=64. Can be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "data")]
     overrides: Vec<String>,
-    /// Write the names of samples that cannot be used there, one a line, for --set data.exclude=@FILE.
+    /// Write the names of samples that cannot be used to this file, for --set data.exclude=@FILE.
     #[arg(long, value_name = "FILE")]
     bad: Option<PathBuf>,
-    /// Threads that read; all processors by default.
+    /// Number of threads that read. Default: one for each processor.
     #[arg(long, value_name = "N")]
     threads: Option<u32>,
     /// Print JSON.
@@ -169,7 +170,7 @@ async fn follow(child: &mut Child) -> Result<Report, Failure> {
 fn shown(report: &Report) -> String {
     let place = report.path.as_ref().map_or_else(String::new, |path| format!(" {path}"));
     let Found { samples, channels, height, width, .. } = report.found;
-    let mut text = format!("{}{place}: {samples} samples", report.kind);
+    let mut text = format!("{}{place}: {}", report.kind, counted(samples, "sample"));
     if channels > 0 {
         let _ = write!(text, ", {channels} x {height} x {width} (channels x height x width) for training");
     }

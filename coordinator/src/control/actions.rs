@@ -4,18 +4,21 @@ use std::cmp::Ordering;
 use std::io;
 
 use ganglion_membership::{
-    Action, Backend, Cause, Checkpoint, Difference, Event, Generation, Group, GroupMember, NUMERICS, Outcome,
-    Passport, Plan, PlanKind, Rejection, Start, WorkerId,
+    Action, Backend, Cause, Checkpoint, Difference, Event, Generation, Group, GroupMember, Outcome, Passport,
+    Plan, PlanKind, Rejection, Start, WorkerId,
 };
-use ganglion_proto::job::Exclusion;
+use ganglion_proto::found::FileFound;
+use ganglion_proto::job::{Exclusion, ModelKind};
 use ganglion_proto::message::{Assignment, ToWorker};
 use ganglion_proto::record::{MemberLine, PlannedChange, RunEvent};
+use ganglion_proto::words::counted;
 use ganglion_proto::{failpoint, log};
 
 use super::stuck::Held;
+use super::unlike::{OfTheRun, SampleFiles, other_bits};
 use super::{Change, Shell, ShellError};
 use crate::checkpoints::writer::Kept;
-use crate::journal::Fact;
+use crate::journal::{Fact, JournalError};
 use crate::run_dir::write_job;
 
 impl Shell {
@@ -114,7 +117,9 @@ impl Shell {
     fn keep(&mut self) {
         let Some(group) = self.machine.group() else { return };
         let (generation, world_size) = (group.generation, group.members.len());
-        self.records.message(&format!("took over generation {generation}: {world_size} workers train on"));
+        let (workers, verb) =
+            (counted(world_size, "worker"), if world_size == 1 { "trains" } else { "train" });
+        self.records.message(&format!("took over generation {generation}: {workers} {verb} on"));
         self.has_started();
         self.records.event(&RunEvent::GenerationKept {
             generation: generation.0,
@@ -126,12 +131,41 @@ impl Shell {
     fn reject(&mut self, worker: WorkerId, rejection: &Rejection) {
         let reason = match rejection {
             Rejection::Ending => "the run is ending".to_string(),
-            Rejection::Passport(differences) => other_bits(differences),
+            Rejection::Passport(differences) => self.other_bits(worker, differences),
         };
         self.records.message(&format!("refused worker {worker}: {reason}"));
         self.records.event(&RunEvent::WorkerRefused { reason: reason.clone(), worker: worker.0 });
         self.send(worker, ToWorker::Reject(reason));
         self.workers.remove(&worker);
+    }
+
+    /// Message about a worker that would compute other bits. It is also the reason of the run's end, if nobody
+    /// is left to train.
+    fn other_bits(&mut self, worker: WorkerId, differences: &[Difference]) -> String {
+        self.newcomer.is_local = self.supervisor.has(worker);
+        // The list explains a change and decides nothing: without it the numbers are told.
+        let files = self.journal.fact(Fact::Files).ok().flatten();
+        let files = files.and_then(|text| serde_json::from_str(&text).ok());
+        let has_modules = self.job.model.kind == ModelKind::Script;
+        let run = OfTheRun { samples: self.machine.samples().or(self.samples), files, has_modules };
+        let told = other_bits(differences, &self.newcomer, &run);
+        self.refusal = Some(told.clone());
+        told
+    }
+
+    /// Records the files of the run's data set, unless they are recorded.
+    pub(super) fn note_files(&mut self, data: &str, files: &[FileFound]) {
+        let known = self.journal.fact(Fact::Files).ok().flatten();
+        let known: Option<SampleFiles> = known.and_then(|text| serde_json::from_str(&text).ok());
+        if files.is_empty() || known.is_some_and(|known| known.are_of(data)) {
+            return;
+        }
+        let text = serde_json::to_string(&SampleFiles::new(data, files)).map_err(std::io::Error::from);
+        let noted =
+            text.map_err(JournalError::File).and_then(|text| self.journal.set_fact(Fact::Files, &text));
+        if let Err(error) = noted {
+            tracing::warn!("the names of the samples' files are not recorded: {error}");
+        }
     }
 
     fn adopt(&mut self, passport: &Passport) -> Result<(), ShellError> {
@@ -206,10 +240,9 @@ impl Shell {
             world_size: group.members.len() as u64,
         });
         self.records.message(&format!(
-            "generation {}: {} worker{} from {start}, over {}{}",
+            "generation {}: {} from {start}, over {}{}",
             group.generation,
-            group.members.len(),
-            if group.members.len() == 1 { "" } else { "s" },
+            counted(group.members.len(), "worker"),
             group.backend,
             if self.is_exposed(group) { ", which does not encrypt: fence its network" } else { "" },
         ));
@@ -367,43 +400,10 @@ impl Shell {
 
     fn end(&mut self, outcome: Outcome) {
         self.records.catch_up();
-        self.outcome = Some(outcome);
-    }
-}
-
-/// Refusal of a worker with another fingerprint of the environment, with advice.
-fn other_bits(differences: &[Difference]) -> String {
-    let items: Vec<String> = differences.iter().map(ToString::to_string).collect();
-    let numerics = differences.iter().find(|difference| difference.item == NUMERICS);
-    let way_on = match numerics.map(|difference| difference.expected.as_str()) {
-        Some(number) if !number.is_empty() => format!(
-            "use a build whose `worker --version` says numerics {number}, as the run began with, or begin a new run"
-        ),
-        _ => "use the same build on the same kind of machine".to_string(),
-    };
-    format!(
-        "this worker would compute other bits than the run, which was started elsewhere: {}; {way_on}",
-        items.join("; ")
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_worker_of_another_passport_is_told_what_to_do() {
-        let difference = |item: &str, expected: &str, found: &str| Difference {
-            item: item.to_string(),
-            expected: expected.to_string(),
-            found: found.to_string(),
-        };
-        let told = other_bits(&[difference(NUMERICS, "1", "2")]);
-        assert!(told.contains(r#"numerics is "2" here and "1" in the run"#), "{told}");
-        assert!(told.contains("`worker --version` says numerics 1"), "{told}");
-        for item in [difference("cpu_capability", "AVX2", "AVX512"), difference(NUMERICS, "", "2")] {
-            let told = other_bits(&[item]);
-            assert!(told.ends_with("use the same build on the same kind of machine"), "{told}");
-        }
+        self.outcome = Some(match outcome {
+            // The user's data, machine or build are other ones: no restart helps.
+            Outcome::Refused => Outcome::InputWrong(self.refusal.take().unwrap_or_default()),
+            other => other,
+        });
     }
 }

@@ -17,7 +17,8 @@ impl Shell {
     /// Marks a run as complete before this coordinator started; `samples` is the size of the data set.
     pub fn found_complete(&mut self, samples: Option<u64>) -> Ended {
         (self.is_complete, self.samples) = (true, samples);
-        Ended { outcome: Outcome::Complete, signal: None, shape: self.job.shape() }
+        let alarms = self.records.chronicle.look().alarms.clone();
+        Ended { outcome: Outcome::Complete, signal: None, shape: self.job.shape(), alarms }
     }
 
     /// Answers requests until a signal arrives.

@@ -24,6 +24,7 @@ mod still;
 mod stuck;
 #[cfg(test)]
 mod tests;
+mod unlike;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
@@ -57,6 +58,7 @@ use delays::Delays;
 use records::Records;
 use still::Still;
 use stuck::Held;
+use unlike::Newcomer;
 
 /// Interval at which pending writes are retried and recorded rows are acknowledged.
 // The dashboard wants a view a second: `/readyz` calls the loop stuck after five without a new one.
@@ -111,6 +113,8 @@ pub struct Ended {
     pub signal: Option<StopSignal>,
     /// Shape of the run's steps.
     pub shape: StepShape,
+    /// Alarms whose causes last: their names, each with its reason.
+    pub alarms: BTreeMap<String, String>,
 }
 
 /// Inputs of [`Shell::new`].
@@ -229,6 +233,10 @@ pub struct Shell {
     still: Still,
     /// The launcher that waits for the start of the run.
     launch: Option<Launch>,
+    /// Data of the worker whose facts are being judged.
+    newcomer: Newcomer,
+    /// Reason of the newest refusal of a worker that would compute other bits.
+    refusal: Option<String>,
 }
 
 /// A worker known to the machine.
@@ -274,6 +282,8 @@ impl Shell {
         // stopped is stopped by it again.
         if parts.job.alarms.policy != AlarmPolicy::Stop {
             parts.judged.rows().for_each(|row| drop(watch.evaluation(row)));
+            let known = parts.records.chronicle.look();
+            watch.resume(known.losses.clone(), known.alarms.keys());
         }
         Shell {
             watched: parts.records.last_step(),
@@ -295,6 +305,8 @@ impl Shell {
             supervisor: parts.supervisor,
             exited: parts.exited,
             launch: parts.launch,
+            newcomer: Newcomer::default(),
+            refusal: None,
             workers: BTreeMap::new(),
             attempts: Attempts::default(),
             samples: None,
@@ -376,7 +388,8 @@ impl Shell {
         }
         let outcome = self.outcome.take().unwrap_or(Outcome::Stopped(None));
         self.records.finish(&outcome, self.signal);
-        Ok(Ended { outcome, signal: self.signal, shape: self.job.shape() })
+        let alarms = self.records.chronicle.look().alarms.clone();
+        Ok(Ended { outcome, signal: self.signal, shape: self.job.shape(), alarms })
     }
 
     /// Reports the start of the run to the launcher: a group trains, or no local worker exists that
@@ -551,7 +564,10 @@ impl Shell {
         // No checkpoint is waited for: a second request means that the user does not want to wait for
         // one. The next start goes on from the newest that is valid.
         if self.signal.is_some() {
-            self.outcome = Some(Outcome::Failed("stopped at once by a second signal".to_string()));
+            self.outcome = Some(Outcome::Failed(
+                "stopped at once by a second signal; the same command goes on from the newest checkpoint"
+                    .to_string(),
+            ));
             return Ok(());
         }
         (self.signal, self.signalled) = (Some(signal), Instant::now());

@@ -23,6 +23,7 @@ use ganglion_proto::job::Job;
 use ganglion_proto::message::SampleGrid;
 use ganglion_proto::record::{MetricsRow, RunEvent, RunOutcome, SavedCheckpoint};
 use ganglion_proto::trace::Trace;
+use ganglion_proto::words::{are, counted};
 use ganglion_storage::whole;
 use tokio::task::JoinHandle;
 
@@ -88,7 +89,7 @@ pub(crate) fn recorded(outcome: &Outcome) -> RunOutcome {
     match outcome {
         Outcome::Complete => RunOutcome::Complete,
         Outcome::Stopped(_) => RunOutcome::Stopped,
-        Outcome::InputWrong(_) => RunOutcome::InputError,
+        Outcome::InputWrong(_) | Outcome::Refused => RunOutcome::InputError,
         Outcome::Failed(_) => RunOutcome::Failed,
     }
 }
@@ -242,7 +243,7 @@ impl Records {
         if self.failing.insert("more rows") {
             let limit = self.waiting_limit;
             self.message(&format!(
-                "warning: {limit} rows wait for metrics.jsonl; workers keep the others and report them again"
+                "warning: {limit} rows wait until metrics.jsonl can be written; workers keep the others and report them again"
             ));
         }
     }
@@ -315,7 +316,9 @@ impl Records {
         let (Some(&first), Some(&last)) = (steps.first(), steps.last()) else { return };
         let count = steps.len() as u64;
         self.message(&format!(
-            "warning: {count} rows of steps {first} to {last} are lost with the workers that had them"
+            "warning: {} of steps {first} to {last} {} lost with the workers that had them",
+            counted(count, "metrics row"),
+            are(count)
         ));
         self.event(&RunEvent::MetricsLost { count, first, last });
     }
@@ -440,7 +443,7 @@ impl Records {
         if self.skipped.count.is_power_of_two() {
             let count = self.skipped.count;
             self.message(&format!(
-                "warning: {detail}; phase skipped ({count} since the coordinator started)"
+                "warning: {detail}; its update is left out ({count} since the coordinator started)"
             ));
         }
     }
@@ -453,7 +456,7 @@ impl Records {
     /// Records how the run ended.
     pub fn finish(&mut self, outcome: &Outcome, signal: Option<StopSignal>) {
         let detail = match outcome {
-            Outcome::Complete => String::new(),
+            Outcome::Complete | Outcome::Refused => String::new(),
             Outcome::Stopped(_) => signal.map(|signal| format!("{signal:?}")).unwrap_or_default(),
             Outcome::InputWrong(detail) | Outcome::Failed(detail) => detail.clone(),
         };
@@ -461,7 +464,7 @@ impl Records {
         self.write_waiting();
         if !self.pictures.is_empty() {
             let count = std::mem::take(&mut self.pictures).len();
-            self.message(&format!("warning: {count} pictures could not be written to samples"));
+            self.message(&format!("warning: {} could not be written to samples", counted(count, "picture")));
         }
         self.event(&RunEvent::RunEnded { detail, outcome: recorded(outcome) });
         self.finish_writing();
@@ -478,7 +481,10 @@ impl Records {
         self.was_synced(sync([self.events.to_sync(), self.metrics.to_sync()]));
         if !self.waiting.is_empty() {
             let count = self.waiting.len();
-            self.message(&format!("warning: {count} rows could not be written to metrics.jsonl"));
+            self.message(&format!(
+                "warning: {} could not be written to metrics.jsonl",
+                counted(count, "row")
+            ));
         }
     }
 

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::budget::Budget;
 use super::stuck::Held;
+use super::unlike::Newcomer;
 use super::{Connected, Shell, ShellError};
 use crate::api::grpc::refusal::NotAdmitted;
 use crate::api::grpc::{Input, Outbox, SessionId};
@@ -164,7 +165,7 @@ impl Shell {
                 tracing::warn!("worker {worker} says hello twice; closing its session");
                 self.closed(session, worker)
             }
-            FromWorker::Loaded(facts, found) => self.loaded(worker, facts, found.as_deref()),
+            FromWorker::Loaded(facts, found) => self.loaded(worker, facts, found.map(|found| *found)),
             FromWorker::Ready(generation, position) => {
                 self.handle(Event::Ready(worker, generation, position))
             }
@@ -252,7 +253,7 @@ impl Shell {
         &mut self,
         worker: WorkerId,
         facts: LoadedFacts,
-        found: Option<&Found>,
+        mut found: Option<Found>,
     ) -> Result<(), ShellError> {
         let later = self.job.data.exclusions.iter().filter(|exclusion| !exclusion.is_from_the_start());
         let expected: usize = later.map(|exclusion| exclusion.files.len()).sum();
@@ -266,10 +267,15 @@ impl Shell {
             self.send(worker, ToWorker::Reject(detail.clone()));
             return self.handle(Event::Unable(worker, detail));
         }
+        let files = found.as_mut().map(|found| std::mem::take(&mut found.files)).unwrap_or_default();
+        let data = facts.passport.0.get("data").cloned().unwrap_or_default();
+        self.newcomer = Newcomer { samples: facts.samples, files, is_local: false };
         self.handle(Event::Loaded(worker, facts))?;
+        let Newcomer { files, .. } = std::mem::take(&mut self.newcomer);
         // Only what the machine took in is shown as the run's data.
         if let Some(found) = found.filter(|_| self.machine.has_loaded(worker)) {
-            self.records.data_found(found);
+            self.note_files(&data, &files);
+            self.records.data_found(&found);
         }
         // The data of a worker with another fingerprint of the environment says nothing about the run.
         let samples = self.machine.samples().filter(|samples| self.samples != Some(*samples));

@@ -12,6 +12,7 @@ use std::fmt::Display;
 use std::ops::{Bound, RangeBounds, RangeInclusive};
 use std::path::{Component, Path, PathBuf};
 
+use ganglion_proto::home;
 use ganglion_proto::names::{named, names_of};
 use serde::de::DeserializeOwned;
 use toml::Spanned;
@@ -322,7 +323,7 @@ impl<'t> Settings<'t> {
             Some(Place::Override(_)) => PathBuf::new(),
             _ => self.folder.clone(),
         };
-        let absolute = from_folder(&folder, Path::new(path));
+        let absolute = from_folder(&folder, Path::new(&home::expanded(path)));
         match absolute {
             Ok(path) if path.to_str().is_some() => Some(path),
             Ok(path) => {

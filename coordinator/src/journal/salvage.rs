@@ -26,8 +26,16 @@ const TABLES: [&str; 8] =
 /// Facts of the old journal that are still true.
 // Not the closed, invalidated or excluded generation: these name generations that no longer count after
 // a recovery.
-const FACTS: [Fact; 7] =
-    [Fact::Run, Fact::Port, Fact::HttpPort, Fact::Passport, Fact::Samples, Fact::Shape, Fact::Storage];
+const FACTS: [Fact; 8] = [
+    Fact::Run,
+    Fact::Port,
+    Fact::HttpPort,
+    Fact::Passport,
+    Fact::Files,
+    Fact::Samples,
+    Fact::Shape,
+    Fact::Storage,
+];
 
 /// Report of a recovery from a journal.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

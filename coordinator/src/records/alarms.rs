@@ -3,12 +3,15 @@
 //! 1. Pure: an alarm is a function of the rows, in their order, and of the job.
 //! 2. An alarm is raised once, and again only after its cause has gone.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use ganglion_proto::evaluation::{AlarmPolicy, Alarms, EvaluationRow, names};
+use ganglion_proto::evaluation::{AlarmPolicy, Alarms, EvaluationRow, NOT_FINITE, names};
 use ganglion_proto::job::{Job, LossKind};
 use ganglion_proto::record::MetricsRow;
+use ganglion_proto::words::{counted, were};
+
+use super::losses::Losses;
 
 /// Kind of failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -19,14 +22,16 @@ pub(crate) enum Alarm {
     Overfitting,
     /// One network has won: the other one no longer learns.
     Balance,
+    /// A loss has grown beyond all that it was.
+    Explosion,
     /// Numbers are infinite or NaN.
     NonFinite,
 }
 
 impl Alarm {
     /// All kinds.
-    pub(crate) const ALL: [Alarm; 4] =
-        [Alarm::Collapse, Alarm::Overfitting, Alarm::Balance, Alarm::NonFinite];
+    pub(crate) const ALL: [Alarm; 5] =
+        [Alarm::Collapse, Alarm::Overfitting, Alarm::Balance, Alarm::Explosion, Alarm::NonFinite];
 
     /// Name of the alarm in events and metrics.
     pub(crate) fn name(self) -> &'static str {
@@ -34,6 +39,7 @@ impl Alarm {
             Alarm::Collapse => "collapse",
             Alarm::Overfitting => "discriminator_overfitting",
             Alarm::Balance => "loss_of_balance",
+            Alarm::Explosion => "exploding_loss",
             Alarm::NonFinite => "non_finite",
         }
     }
@@ -43,6 +49,17 @@ impl fmt::Display for Alarm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name().replace('_', " "))
     }
+}
+
+/// Words for the end of a run about the alarms whose causes last, by name with their reasons; empty
+/// without any.
+pub(crate) fn at_the_end(alarms: &BTreeMap<String, String>) -> String {
+    if alarms.is_empty() {
+        return String::new();
+    }
+    let told = alarms.iter().map(|(name, reason)| format!("{}: {reason}", name.replace('_', " ")));
+    let told: Vec<String> = told.collect();
+    format!("; finished with {}: {}", counted(alarms.len(), "alarm"), told.join("; "))
 }
 
 /// Change of an alarm's state.
@@ -63,6 +80,7 @@ pub(crate) struct Watch {
     raised: BTreeSet<Alarm>,
     /// Number of consecutive rows whose scores (D outputs) were saturated.
     saturated: u64,
+    losses: Losses,
     /// Reason why the newest row, and the newest evaluation, are not finite.
     not_finite: [Option<String>; 2],
 }
@@ -76,8 +94,17 @@ impl Watch {
             images_per_step: job.samples_per_step(),
             raised: BTreeSet::new(),
             saturated: 0,
+            losses: Losses::default(),
             not_finite: [None, None],
         }
+    }
+
+    /// Goes on where an earlier coordinator stopped: with the magnitudes of the losses so far, and the alarms
+    /// that it reported and that are not over.
+    pub(crate) fn resume<'a>(&mut self, losses: Losses, raised: impl IntoIterator<Item = &'a String>) {
+        self.losses = losses;
+        let known = |name: &String| Alarm::ALL.into_iter().find(|alarm| alarm.name() == name);
+        self.raised.extend(raised.into_iter().filter_map(known));
     }
 
     /// Counts images by the shape of the job's steps.
@@ -87,16 +114,29 @@ impl Watch {
 
     /// Processes an evaluation; returns the alarms that change.
     pub(crate) fn evaluation(&mut self, row: &EvaluationRow) -> Vec<Change> {
-        // All generators look collapsed before they have learned anything.
-        let is_early = row.step * self.images_per_step < self.settings.after_images;
-        if self.settings.policy == AlarmPolicy::Off || row.metrics.is_empty() || is_early {
+        if self.settings.policy == AlarmPolicy::Off {
             return Vec::new();
         }
-        let broken = [names::DIVERSITY, names::WASSERSTEIN, names::FRECHET, names::OVERFITTING]
-            .into_iter()
-            .find(|name| row.get(name).is_some_and(|value| !value.is_finite()));
-        self.not_finite[1] =
-            broken.map(|name| format!("{name} of the evaluation of step {} is not finite", row.step));
+        let is_broken = |(name, value): &(&str, f64)| match *name {
+            // Infinite where samples are of a class that no real sample has.
+            names::LABEL_KL => value.is_nan(),
+            _ => !value.is_finite(),
+        };
+        let broken = row.metrics.iter().find(is_broken).map(|(name, _)| name.to_string());
+        // An evaluation that failed for another reason says nothing of the numbers.
+        let failed = row.metrics.is_empty() && row.features.contains(NOT_FINITE);
+        let broken = broken.or_else(|| failed.then(|| row.features.clone()));
+        if broken.is_some() || !row.metrics.is_empty() {
+            self.not_finite[1] =
+                broken.map(|what| format!("the evaluation of step {} is {NOT_FINITE}: {what}", row.step));
+        }
+        let non_finite = self.non_finite();
+        let non_finite = self.settle(Alarm::NonFinite, non_finite);
+        // All generators look collapsed before they have learned anything.
+        let is_early = row.step * self.images_per_step < self.settings.after_images;
+        if row.metrics.is_empty() || is_early {
+            return non_finite.into_iter().collect();
+        }
         let overfitting = row.get(names::OVERFITTING).filter(|value| *value > self.settings.overfitting);
         let overfitting = overfitting.map(|value| {
             let limit = self.settings.overfitting;
@@ -107,15 +147,9 @@ impl Watch {
             )
         });
         let collapse = self.collapse(row);
-        let non_finite = self.non_finite();
-        [
-            self.settle(Alarm::Collapse, collapse),
-            self.settle(Alarm::Overfitting, overfitting),
-            self.settle(Alarm::NonFinite, non_finite),
-        ]
-        .into_iter()
-        .flatten()
-        .collect()
+        let [collapse, overfitting] =
+            [self.settle(Alarm::Collapse, collapse), self.settle(Alarm::Overfitting, overfitting)];
+        [collapse, overfitting, non_finite].into_iter().flatten().collect()
     }
 
     /// Reason to call the samples collapsed, if there is one.
@@ -148,23 +182,25 @@ impl Watch {
         let broken = row.scalars.iter().find(|(_, value)| !value.is_finite());
         self.not_finite[0] = if row.skipped > 0 {
             Some(format!(
-                "up to step {} {} updates in a row were not finite and were left out",
-                row.step, row.skipped
+                "up to step {} {} in a row {NOT_FINITE} and left out",
+                row.step,
+                format_args!("{} {}", counted(row.skipped, "update"), were(row.skipped))
             ))
         } else {
-            broken.map(|(name, _)| format!("{name} of step {} is not finite", row.step))
+            broken.map(|(name, _)| format!("{name} of step {} is {NOT_FINITE}", row.step))
         };
         let scores = row.scalars.get("score_real").zip(row.scalars.get("score_fake"));
         let saturated = scores.and_then(|(real, fake)| saturated(self.loss, [real, fake]));
         // Healthy runs have single saturated rows; several one after the other are a sign.
         self.saturated = if saturated.is_some() { self.saturated + 1 } else { 0 };
         let balance = saturated.filter(|_| self.saturated >= self.settings.saturated_rows).map(|what| {
-            format!("{what} in {} rows of metrics in a row, up to step {}", self.saturated, row.step)
+            format!("{what} in the last {} up to step {}", counted(self.saturated, "metrics row"), row.step)
         });
-        let non_finite = self.non_finite();
-        [self.settle(Alarm::Balance, balance), self.settle(Alarm::NonFinite, non_finite)]
+        self.losses.add(row);
+        let (exploded, non_finite) = (self.losses.exploded(row.step), self.non_finite());
+        [(Alarm::Balance, balance), (Alarm::Explosion, exploded), (Alarm::NonFinite, non_finite)]
             .into_iter()
-            .flatten()
+            .filter_map(|(alarm, reason)| self.settle(alarm, reason))
             .collect()
     }
 
@@ -269,6 +305,44 @@ mod tests {
         assert_eq!(raised(&watch.row(&row(6, [0.999, 0.001]))), [Alarm::Balance]);
         assert_eq!(watch.row(&row(7, [0.8, 0.3])), [Change::Over(Alarm::Balance)]);
         assert!(saturated(LossKind::WassersteinGp, [100.0, -100.0]).is_none());
+    }
+
+    #[test]
+    fn a_loss_that_explodes_raises_an_alarm_that_a_new_coordinator_does_not_repeat() {
+        let loss = |step, loss| MetricsRow {
+            step,
+            scalars: [("loss_discriminator", loss)].into_iter().collect(),
+            ..MetricsRow::default()
+        };
+        let (mut watch, mut losses) = (watch(&[]), Losses::default());
+        for (step, magnitude) in (1..).zip([9.0, -20.0, 8.0]) {
+            assert_eq!(watch.row(&loss(step, magnitude)), []);
+            losses.add(&loss(step, magnitude));
+        }
+        assert_eq!(watch.row(&loss(4, 5e11)), [], "one row may be an outlier");
+        watch.row(&loss(5, 5e11));
+        assert_eq!(raised(&watch.row(&loss(6, 5e11))), [Alarm::Explosion]);
+        assert_eq!(watch.row(&loss(7, 5e11)), [], "it is told once");
+        (4..=7).for_each(|step| losses.add(&loss(step, 5e11)));
+        let mut next = self::watch(&[]);
+        next.resume(losses, &["exploding_loss".to_string()]);
+        assert_eq!(next.row(&loss(8, 2e5)), [], "still more than a thousand times what it was");
+        (9..=10).for_each(|step| drop(next.row(&loss(step, 8.0))));
+        assert_eq!(next.row(&loss(11, 8.0)), [Change::Over(Alarm::Explosion)]);
+    }
+
+    #[test]
+    fn an_evaluation_without_figures_because_they_are_not_finite_raises_an_alarm() {
+        let mut watch = watch(&[]);
+        let failed = |step, why: &str| EvaluationRow { features: why.to_string(), ..evaluation(step, &[]) };
+        assert_eq!(watch.evaluation(&failed(1, "failed: the module is gone")), []);
+        let broken = failed(2, &format!("failed: the images are {NOT_FINITE}"));
+        assert_eq!(raised(&watch.evaluation(&broken)), [Alarm::NonFinite], "also at the beginning");
+        assert_eq!(watch.evaluation(&failed(3, "failed: the module is gone")), []);
+        let good = evaluation(1000, &[(names::DIVERSITY, 0.9), (names::LABEL_KL, f64::INFINITY)]);
+        assert_eq!(watch.evaluation(&good), [Change::Over(Alarm::NonFinite)]);
+        let undefined = evaluation(2000, &[(names::KID, f64::NAN)]);
+        assert_eq!(raised(&watch.evaluation(&undefined)), [Alarm::NonFinite]);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use ganglion_proto::record::{
 use serde::Serialize;
 
 use super::curve::{Bucket, Curve};
+use super::losses::Losses;
 
 /// Maximum size of the events kept in memory, in bytes; older ones are in the file.
 // Some ten thousand events, far more than a page shows; its memory must not grow with the run.
@@ -62,6 +63,8 @@ pub struct Known {
     pub best: Option<BestCheckpoint>,
     /// Active alarms by name, with their reasons.
     pub alarms: BTreeMap<String, String>,
+    /// Magnitudes of the losses so far.
+    pub(crate) losses: Losses,
     /// The data set as a worker found it.
     pub data: Option<Found>,
 }
@@ -98,6 +101,7 @@ impl Chronicle {
         let Ok(row) = serde_json::from_slice::<MetricsRow>(line) else { return };
         let mut known = self.look();
         known.rows += 1;
+        known.losses.add(&row);
         known.curve.add(row.step, row.time, series(&row));
         if known.newest.as_ref().is_none_or(|newest| newest.step < row.step) {
             known.newest = Some(row);

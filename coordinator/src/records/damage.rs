@@ -9,6 +9,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use ganglion_proto::words::{are, counted};
 use ganglion_storage::whole;
 use serde::{Deserialize, Serialize};
 
@@ -77,10 +78,11 @@ impl SetAside {
             );
         }
         if file == "journal.sqlite" {
-            return format!("{file} was damaged: set aside as {aside}; {kept} rows of it are kept");
+            let (rows, verb) = (counted(*kept, "row"), are(*kept));
+            return format!("{file} was damaged: set aside as {aside}; {rows} of it {verb} kept");
         }
-        let places = if *lost == 1 { "place" } else { "places" };
-        format!("{file} was damaged in {lost} {places}: set aside as {aside}; {kept} lines of it are kept")
+        let (places, lines, verb) = (counted(*lost, "place"), counted(*kept, "line"), are(*kept));
+        format!("{file} was damaged in {places}: set aside as {aside}; {lines} of it {verb} kept")
     }
 }
 

@@ -8,6 +8,7 @@
 pub(crate) mod alarms;
 pub(crate) mod line_file;
 pub(crate) mod logging;
+pub(crate) mod losses;
 pub(crate) mod mirror;
 
 pub(crate) mod chronicle;

@@ -20,18 +20,26 @@ pub(crate) struct Group {
 
 /// All groups. The last one is of the scalars that stand for themselves.
 pub(crate) static GROUPS: [Group; 4] = [
-    Group { name: "loss", key: "module", help: "Mean loss of the newest step" },
+    Group {
+        name: "loss",
+        key: "module",
+        help: "Loss by network, mean over the batch of the newest recorded step",
+    },
     Group {
         name: "score",
         key: "of",
-        help: "What the discriminator says of samples, a mean of the newest step",
+        help: "Output of the discriminator for real and for generated (fake) samples, mean of the newest recorded step",
     },
     Group {
         name: "setting",
         key: "name",
-        help: "A setting that a schedule or a controller moves, after the newest step",
+        help: "Settings that a schedule or a controller moves, after the newest recorded step",
     },
-    Group { name: "scalar", key: "name", help: "What the objective reports of the newest step" },
+    Group {
+        name: "scalar",
+        key: "name",
+        help: "Other scalars of the objective in the newest recorded step, by name",
+    },
 ];
 const OTHERS: usize = GROUPS.len() - 1;
 

@@ -35,7 +35,7 @@ pub enum RunDirError {
     #[error("{0}")]
     Input(String),
     /// A system call failed for a reason that has nothing to do with the choice: exit code 1.
-    #[error("{0}; nothing is lost: once that is mended, the same command goes on")]
+    #[error("{0}; once that is mended, the same command goes on, and nothing is lost")]
     System(String),
     /// Another coordinator holds the directory: exit code 1.
     #[error("run directory {}: held by another coordinator ({holder}); stop that one, or choose another --run-dir", folder.display())]

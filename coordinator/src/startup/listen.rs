@@ -76,12 +76,13 @@ impl<C> Doors<C> {
             pid: std::process::id(),
             term: term.0,
         });
+        // For people who set the deadline: everybody else reads what it means in docs/membership.md.
+        tracing::debug!("{}", Limits::derive(Duration::from_secs_f64(job.failure_deadline)));
         let (name, folder, invitation) = (&job.name, records.folder().display(), &self.invitation);
         let join =
             format!("run {name} in {folder}; other workers join with: worker --coordinator {invitation}");
         let dashboard = dashboard.map(|dashboard| format!("dashboard {dashboard}"));
-        let limits = Limits::derive(Duration::from_secs_f64(job.failure_deadline)).to_string();
-        let lines = [Some(join), dashboard, reason.map(str::to_string), Some(limits)];
+        let lines = [Some(join), dashboard, reason.map(str::to_string)];
         lines.into_iter().flatten().for_each(|line: String| records.message(&line));
     }
 }

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use ganglion_proto::listen::raise_descriptor_limit;
-use ganglion_proto::log;
 use ganglion_proto::out;
 use ganglion_proto::progress::Progress;
+use ganglion_proto::{home, log};
 use tracing::Level;
 
 use crate::commands::admin_client::{Question, operate};
@@ -27,7 +27,7 @@ use crate::startup::run::run;
 pub fn main() -> ExitCode {
     // Before the command line is read: what is wrong with it is a message as well.
     log::structure(log::is_asked_for());
-    let mut cli = match Cli::try_parse() {
+    let mut cli = match Cli::try_parse_from(home::arguments()) {
         Ok(cli) => cli,
         Err(error) => {
             let answered = out::usage(error.use_stderr(), &error.to_string(), || error.print());

@@ -15,6 +15,7 @@ use ganglion_membership::Checkpoint;
 use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::job::Job;
 use ganglion_proto::record::{EventLine, RunEvent};
+use ganglion_proto::words::counted;
 use ganglion_storage::run::manifests;
 use ganglion_storage::whole;
 use serde::Serialize;
@@ -285,14 +286,21 @@ impl Recovered {
         let run = self.run_dir.display();
         let mut lines = vec![
             format!("made a new journal for run {name} in {run}"),
-            format!("  {checkpoints} checkpoints, the newest of step {step}, state_digest {state_digest}"),
             format!(
-                "  {rows} rows of the old journal; new terms, generations and workers count from {}",
+                "  {}, the newest of step {step}, state_digest {state_digest}",
+                counted(*checkpoints, "checkpoint")
+            ),
+            format!(
+                "  {} of the old journal; new terms, generations and workers count from {}",
+                counted(*rows, "row"),
                 recovery.floor + 1
             ),
         ];
         if !recovery.lost.is_empty() {
-            lines.push(format!("  not read, or not as a whole: {}", recovery.lost.join(", ")));
+            lines.push(format!(
+                "  tables that could not be read, or only in part: {}",
+                recovery.lost.join(", ")
+            ));
         }
         lines.extend(self.set_aside.iter().map(|found| format!("  {}", found.describe())));
         lines.push(format!(

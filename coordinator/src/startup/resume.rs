@@ -9,6 +9,7 @@
 
 use ganglion_membership::{Checkpoint, StepShape};
 use ganglion_proto::record::RunEvent;
+use ganglion_proto::words::counted;
 
 use crate::checkpoints::catalog::{Checkpoints, Damaged};
 use crate::checkpoints::retry::Patience;
@@ -128,7 +129,8 @@ fn refusal(known: &Checkpoint, place: &str, before: Option<&str>, reason: &str) 
         "the run's checkpoints are not there: its journal knows {folder} (state_digest {digest}){saved}, and in {place} \
          {reason}\n  mount or restore them, or name their place with --set checkpoint.url=ADDRESS: the same command then \
          goes on from step {step}\n  to begin anew, name another run, with --set job.name=NAME or --run-dir; to compute \
-         these {step} steps again in this one, with the same bits, add --from-start"
+         {} again in this one, with the same bits, add --from-start",
+        counted(step, "step")
     )
 }
 

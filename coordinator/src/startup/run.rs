@@ -22,6 +22,7 @@ use crate::control::{Change, Ended, Parts, Shell, ShellError, StopSignal};
 use crate::error::Failure;
 use crate::job_file::{self, Source};
 use crate::journal::{Fact, Journal};
+use crate::records::alarms;
 use crate::records::mirror::Mirror;
 use crate::records::progress::Screen;
 use crate::records::timeline::Timeline;
@@ -178,7 +179,7 @@ fn rested(ended: &Ended, run_dir: &RunDir, screen: &Screen) -> Result<(), Failur
             let newest = journal.last_generation()?;
             Ok(journal.set_fact(Fact::Closed, &newest.to_string())?)
         }
-        Outcome::InputWrong(_) | Outcome::Complete => Ok(()),
+        Outcome::InputWrong(_) | Outcome::Refused | Outcome::Complete => Ok(()),
         Outcome::Failed(reason) => Err(Failure::Other(reason.clone())),
     }
 }
@@ -299,18 +300,19 @@ where
 fn conclude(ended: Ended, job: &Job, run_dir: &RunDir) -> Result<String, Failure> {
     match ended.outcome {
         Outcome::Complete => Ok(format!(
-            "run {} is complete: checkpoints in {}, samples in {}",
+            "run {} is complete: checkpoints in {}, samples in {}{}",
             job.job.name,
             storage_of(job, run_dir),
-            run_dir.path("samples").display()
+            run_dir.path("samples").display(),
+            alarms::at_the_end(&ended.alarms)
         )),
         Outcome::Stopped(position) => {
             let code = ended.signal.unwrap_or(StopSignal::Interrupt).exit_code();
             Err(Failure::Stopped { code, step: position.map_or(0, |position| ended.shape.steps(position)) })
         }
         Outcome::InputWrong(detail) => Err(Failure::Input(detail)),
-        Outcome::Failed(reason) => Err(Failure::Other(format!(
-            "{reason}; once that is mended, the same command goes on from the newest checkpoint"
-        ))),
+        Outcome::Refused => Err(Failure::input("all workers of this machine were refused")),
+        // The reason says the way on: for some there is none.
+        Outcome::Failed(reason) => Err(Failure::Other(reason)),
     }
 }

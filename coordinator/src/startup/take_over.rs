@@ -16,6 +16,7 @@ use crate::control::records::Records;
 use crate::error::Failure;
 use crate::job_file;
 use crate::journal::{Fact, Journal};
+use crate::records::alarms::at_the_end;
 use crate::records::disk::Disk;
 use crate::records::progress::Screen;
 use crate::run_dir::{RunDir, Settled};
@@ -101,7 +102,8 @@ pub(crate) async fn take_over(wanted: Wanted<'_>, job: Job) -> Result<TakenOver,
     let wanted = Asked { place: &place, run: &run, may_live: may_live(&recovered), from_start };
     let found = resume::find(&wanted, &mut journal, &mut records, &patience).await?;
     recovered.checkpoint = found.checkpoint;
-    let done = finished(&journal, &job, recovered.checkpoint.as_ref(), run_dir)?;
+    let done = finished(&journal, &job, recovered.checkpoint.as_ref(), run_dir)?
+        .map(|line| line + &at_the_end(&records.chronicle.look().alarms));
     // Nothing is read for a finished run.
     for moved in moves.iter().filter(|_| done.is_none()) {
         records.message(&format!("{moved}: the run goes on if the content is the same"));

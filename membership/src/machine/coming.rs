@@ -1,6 +1,6 @@
 //! Joining, resuming, leaving and loss of workers.
 
-use super::locals::FIT;
+use super::locals::{FIT, LOOK};
 use super::*;
 use crate::events::Rested;
 use crate::passport::Difference;
@@ -113,8 +113,7 @@ impl Machine {
             actions.push(Action::Reject(worker, Rejection::Passport(differences)));
             // Its replacement would run on the same machine and be refused as well, without end.
             if self.locals.workers.contains(&worker) && self.workers.is_empty() {
-                let what = "this machine's workers would compute other bits than the run".to_string();
-                self.end(Outcome::Failed(what), actions);
+                self.end(Outcome::Refused, actions);
             }
             return;
         }
@@ -224,7 +223,7 @@ impl Machine {
             // No group was ever formed, so it cannot have been a fault of the group: a replacement would
             // fail alike.
             Stage::Gathering if self.group.is_none() && self.locals.workers.contains(&worker) => {
-                let what = format!("worker {worker}: {loss}, before training began");
+                let what = format!("worker {worker}: {loss}, before training began; {LOOK}");
                 self.end(Outcome::Failed(what), actions);
             }
             Stage::Gathering => self.form_if_gathered(actions),

@@ -113,7 +113,8 @@ impl Machine {
         self.divergences += 1;
         if self.divergences > DIVERGENCES {
             let what = format!(
-                "{detail}; {DIVERGENCES} roll-backs did not help: a machine of the run computes wrongly"
+                "{detail}; {DIVERGENCES} roll-backs did not help: a machine of the run computes wrongly. Leave it out: the same \
+                 command then goes on from the newest checkpoint"
             );
             return self.end(Outcome::Failed(what), actions);
         }
@@ -128,7 +129,10 @@ impl Machine {
             return;
         }
         if self.skips.len() >= SKIPS {
-            let what = format!("{detail}; rolled back by {SKIPS} phases already, the run gets nowhere");
+            let what = format!(
+                "{detail}; rolled back by {SKIPS} phases already, the run gets nowhere; start a new run with a smaller \
+                 optimizer.learning_rate"
+            );
             return self.end(Outcome::Failed(what), actions);
         }
         self.skips.insert(position);
@@ -233,7 +237,8 @@ impl Machine {
             return;
         }
         let outcome = "no worker can write to the checkpoint storage; share its folder with the \
-                       workers' machines and name it in checkpoint.url, or give them its credentials";
+                       workers' machines and name it in checkpoint.url, or give them its credentials: the same command \
+                       then goes on from the newest checkpoint";
         self.end(Outcome::Failed(outcome.to_string()), actions);
     }
 

@@ -7,6 +7,9 @@ use super::*;
 
 /// Shortest time after which a member counts as fit; one that ends sooner may do so again.
 pub(super) const FIT: Duration = Duration::from_secs(1);
+/// Advice where workers end by themselves: only they know why.
+pub(super) const LOOK: &str =
+    "the worker's own lines before this say why; mend that, and give the same command again";
 /// Pause before the second replacement in a row that does not last; it doubles from there.
 const PAUSE: Duration = Duration::from_millis(250);
 /// Largest number of replacements in a row that do not last.
@@ -77,7 +80,7 @@ impl Machine {
         }
         if worker.is_none() && self.group.is_none() {
             // A worker that cannot start will not start better the next time.
-            let what = format!("a local worker ended with {status} before training began");
+            let what = format!("a local worker ended with {status} before training began; {LOOK}");
             return self.end(Outcome::Failed(what), actions);
         }
         // Counted from this end, so that a program that dies at its start is not started in a tight
@@ -89,7 +92,7 @@ impl Machine {
                 format!("{failures} local workers in a row did not last; the last one ended with {status}");
             // Without a replacement there is nobody left to train; otherwise the others go on.
             if self.workers.is_empty() {
-                self.end(Outcome::Failed(what), actions);
+                self.end(Outcome::Failed(format!("{what}; {LOOK}")), actions);
             } else {
                 actions.push(Action::GiveUpReplacing(what));
                 // A regroup may wait for a local worker that can save: none will come any more.

@@ -8,12 +8,14 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use ganglion_proto::evaluation::NOT_FINITE;
 use ganglion_proto::manifest;
 use ganglion_storage::{Address, Blocking, MANIFEST, Path, Storage, reason};
 use safetensors::SafeTensors;
 use tch::{Device, no_grad};
 
 use crate::nn::tensor_bytes::from_bytes;
+use crate::sampling::{EARLIER, is_finite};
 use crate::state::{NamedTensor, State, StateLayout, narrow};
 
 /// Limit on the time to read the files from a storage.
@@ -111,6 +113,9 @@ fn take(layout: &StateLayout, files: &[Vec<u8>]) -> Result<Vec<(NamedTensor, Vec
                     "has {name} of shape {shape:?}, and this job of {:?}; {MEND}",
                     place.shape
                 ));
+            }
+            if !is_finite(&from_bytes(tensor.data())) {
+                return Err(format!("has {name} that is {NOT_FINITE}; {EARLIER}"));
             }
             tensors.push((place, tensor.data().to_vec()));
         }

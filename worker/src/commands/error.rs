@@ -9,7 +9,7 @@ use ganglion_storage::whole;
 
 use crate::engine::gradient_log::LogError;
 use crate::nn::broken::BrokenModule;
-use crate::sampling::SampleError;
+use crate::sampling::{EARLIER, SampleError};
 use crate::session::ConnectError;
 
 /// Failure of a command. The variant says whether the user can fix it.
@@ -97,6 +97,8 @@ impl From<SampleError> for Failure {
     fn from(error: SampleError) -> Self {
         match error {
             SampleError::Input(detail) => Failure::Input(detail),
+            // The user's checkpoint gives them: the same command would fail again, anywhere.
+            SampleError::NotFinite => Failure::Input(format!("{error}; {EARLIER}")),
             other => Failure::other(other),
         }
     }

@@ -30,20 +30,20 @@ use crate::random::Purpose;
 pub(crate) struct Eval {
     #[command(flatten)]
     weights: Weights,
-    /// Judge samples of known worth instead: real ones, some of their classes, blurred ones, noise.
+    /// Evaluate reference samples instead, as a scale for the figures: real ones, few classes, blurred, noise.
     #[arg(long, requires = "held_out")]
     rungs: bool,
-    /// The real samples: a kind of data.kind, and for most a path, such as
-    /// idx:/data/train-images-idx3-ubyte.gz. By default those of the run.
+    /// Real samples to compare with: a data.kind, and for most kinds a path, such as
+    /// idx:/data/train-images-idx3-ubyte.gz. Default: the data of the run.
     #[arg(long, value_name = "KIND[:PATH]")]
     data: Option<Source>,
     /// Real samples of the same kind that were not trained on.
     #[arg(long, value_name = "PATH")]
     held_out: Option<PathBuf>,
-    /// Samples to generate.
+    /// Number of samples to generate.
     #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
     samples: u32,
-    /// Real samples to hold them against; 0 for all.
+    /// Number of real samples to compare them with; 0 for all.
     #[arg(long, default_value_t = 0)]
     reference: u32,
     /// Features for the metrics: auto, digits, pixels, or a TorchScript file from images (n, c, h, w) in
@@ -53,7 +53,7 @@ pub(crate) struct Eval {
     /// Seed of the noise.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Threads to compute with.
+    /// Number of threads to compute with.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: u32,
     /// Print JSON.
@@ -95,15 +95,19 @@ pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
     let found = (!arguments.rungs).then(|| arguments.weights.open()).transpose()?;
     let shape = found.as_ref().map(|found| found.generator.shape());
     let source = arguments.source(shape, found.as_ref().and_then(|found| found.job.as_ref()))?;
-    let open = |data: &Data| DataSet::open(data).map_err(EvalError::from);
+    let open = |data: &Data, option: &str| {
+        DataSet::open(data)
+            .map_err(|error| error.in_words_of(option, "the kind of --data"))
+            .map_err(EvalError::from)
+    };
     let held_out = || -> Result<Option<DataSet>, EvalError> {
         let path = arguments.held_out.clone();
-        path.map(|path| open(&source.elsewhere(path))).transpose()
+        path.map(|path| open(&source.elsewhere(path), "--held-out")).transpose()
     };
-    let data = open(&source)?;
+    let data = open(&source, "--data")?;
     if let Some(drawn) = shape.filter(|drawn| *drawn != data.shape()) {
         return Err(Failure::Input(format!(
-            "the checkpoint draws images of {drawn}, and the data has {}; give --data of its kind",
+            "the checkpoint draws images of {drawn}, and the data has {}; give such data with --data",
             data.shape()
         )));
     }
@@ -205,25 +209,25 @@ fn as_table(judge: &Judge, reference: usize, judged: &Judged) -> String {
 /// Arguments of `worker train-classifier`.
 #[derive(Args)]
 pub(crate) struct TrainClassifier {
-    /// The images to train on, an IDX file such as train-images-idx3-ubyte.gz.
+    /// Images to train on, an IDX file such as train-images-idx3-ubyte.gz.
     #[arg(long, value_name = "FILE")]
     images: PathBuf,
-    /// Their labels, an IDX file such as train-labels-idx1-ubyte.gz.
+    /// Labels of --images, an IDX file such as train-labels-idx1-ubyte.gz.
     #[arg(long, value_name = "FILE")]
     labels: PathBuf,
-    /// Images to count errors on; they are not trained on.
+    /// Images that are not trained on, to measure the accuracy with.
     #[arg(long, value_name = "FILE", requires = "test_labels")]
     test_images: Option<PathBuf>,
-    /// Their labels.
+    /// Labels of --test-images.
     #[arg(long, value_name = "FILE", requires = "test_images")]
     test_labels: Option<PathBuf>,
     /// Seed of the first weights, the order of images and their moves.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Passes over the images.
+    /// Number of passes over the images.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=1000))]
     epochs: u64,
-    /// The weights to write, a safetensors file; their blake3 hash goes beside it.
+    /// Safetensors file to write the weights to; their blake3 hash goes to a file beside it.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
 }
@@ -252,7 +256,7 @@ pub(crate) fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failur
     try_out(&arguments.out)?;
     try_out(&beside)?;
     let progress = Progress::start("reading digits");
-    let read = |images: &PathBuf, labels: &PathBuf| -> Result<Labelled, EvalError> {
+    let read = |images: &PathBuf, option: &str, labels: &PathBuf| -> Result<Labelled, EvalError> {
         let path = Some(images.clone());
         let data = Data {
             kind: DataKind::Idx,
@@ -264,11 +268,12 @@ pub(crate) fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failur
             orientation: Orientation::Follow,
             exclusions: Vec::new(),
         };
-        Labelled::read(&DataSet::open(&data)?, labels)
+        let data = DataSet::open(&data).map_err(|error| error.in_words_of(option, "the kind"))?;
+        Labelled::read(&data, labels)
     };
-    let digits = read(&arguments.images, &arguments.labels)?;
+    let digits = read(&arguments.images, "--images", &arguments.labels)?;
     let test = arguments.test_images.as_ref().zip(arguments.test_labels.as_ref());
-    let test = test.map(|(images, labels)| read(images, labels)).transpose()?;
+    let test = test.map(|(images, labels)| read(images, "--test-images", labels)).transpose()?;
     let say = |line: String| say_beside(&arguments.out, &line);
     let mut said = Ok(());
     let tell = |epoch, loss: f64| {
@@ -282,7 +287,8 @@ pub(crate) fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failur
     let hash = blake3::hash(&weights).to_hex();
     if let Some(test) = test {
         let accuracy = 100.0 * test.accuracy(&Digits::read(&weights)?);
-        said = said.and_then(|()| say(format!("{accuracy:.2} % of the test images are told right")));
+        said =
+            said.and_then(|()| say(format!("{accuracy:.2} % of the test images are classified correctly")));
     }
     // Also where nobody reads on: the work is done.
     write_both([(&arguments.out, &weights), (&beside, format!("{hash}\n").as_bytes())])

@@ -23,7 +23,7 @@ pub(crate) struct Weights {
     /// The run, as earlier versions had it.
     #[arg(long, value_name = "RUN", hide = true, conflicts_with = "run")]
     checkpoint: Option<RunName>,
-    /// The TorchScript file of the generator, of a run with networks of its own, if it is not where it was.
+    /// TorchScript file of the generator, for a run with networks of your own, if it has moved.
     #[arg(long, value_name = "FILE")]
     generator: Option<PathBuf>,
 }

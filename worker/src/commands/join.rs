@@ -132,7 +132,7 @@ fn tell_of(assignment: &Assignment) {
     log::note("generation", group.generation.0);
     log::note("rank", assignment.rank);
     tracing::info!(
-        "generation {}: rank {} of {} with data shards {:?} from position {}",
+        "generation {}: rank {} of {}, data shards {:?}, from update index {}",
         group.generation,
         assignment.rank,
         group.members.len(),
@@ -271,7 +271,8 @@ fn evaluations(
     }
     let open = || -> Result<beside::Context, EvalError> {
         let held_out = settings.held_out.clone().map(|path| job.data.elsewhere(path));
-        let held_out = held_out.map(|data| open_data(job, &data)).transpose()?;
+        let held_out = held_out.map(|data| open_data(job, &data)).transpose();
+        let held_out = held_out.map_err(|error| error.in_words_of("evaluation.held_out", "data.kind"))?;
         Ok(beside::Context {
             job: job.clone(),
             model: model.clone(),

@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use ganglion_proto::credentials::TlsFiles;
 use ganglion_proto::data_report::Line;
 use ganglion_proto::dial::Credentials;
+use ganglion_proto::home;
 use ganglion_proto::job::Data;
 use ganglion_proto::listen::raise_descriptor_limit;
 use ganglion_proto::log::{self, JsonLines};
@@ -46,46 +47,45 @@ struct Cli {
 
 #[derive(Args)]
 struct Join {
-    /// The run's coordinator, such as https://10.0.0.1:7000, or http:// for one without TLS.
+    /// Address of the run's coordinator, as it prints it, such as http://10.0.0.1:7000; https:// with --tls-dir.
     #[arg(long, value_name = "URL")]
     coordinator: String,
-    /// Speak TLS, also with other workers, with the ca.crt, tls.crt and tls.key of this folder.
+    /// Folder with ca.crt, tls.crt and tls.key, for a coordinator with TLS.
     #[arg(long, value_name = "DIR", env = "GANGLION_TLS_DIR")]
     tls_dir: Option<PathBuf>,
-    /// The name that the coordinator's certificate is for, if that is not the one in its address.
+    /// Name on the coordinator's certificate, if it is not the one in the address.
     #[arg(long, value_name = "NAME", env = "GANGLION_TLS_NAME")]
     tls_name: Option<String>,
-    /// The file with the coordinator's join token. GANGLION_JOIN_TOKEN may hold the token itself.
+    /// File with the coordinator's join token. The variable GANGLION_JOIN_TOKEN may hold the token itself.
     #[arg(long, value_name = "FILE", env = "GANGLION_JOIN_TOKEN_FILE")]
     join_token_file: Option<PathBuf>,
-    /// Where to compute: auto, cpu or cuda:N.
+    /// Device to compute on: cpu, cuda:N for GPU N, or auto for a GPU if there is one.
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
-    /// When the run is complete, give all memory back and stay until SIGTERM or Ctrl-C.
+    /// Do not end when the run is complete: free the memory and wait for SIGTERM or Ctrl-C.
     #[arg(long)]
     stay: bool,
-    /// Write a timeline of what this worker does, for ui.perfetto.dev. A coordinator has an option of the
-    /// same name.
+    /// Write a timeline of this worker to a file, for ui.perfetto.dev.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// Draws samples from the generator's moving average.
+    /// Draws samples with a checkpoint's generator, and writes them as PNG.
     Sample(Sample),
-    /// Draws a film of walks from sample to sample.
+    /// Draws a film (GIF) in which samples turn into one another.
     Interpolate(Interpolate),
     /// Writes the generator as a TorchScript module, for PyTorch, C++ and ONNX.
     Export(Export),
-    /// Judges the samples of a checkpoint.
+    /// Compares samples of a checkpoint with real ones: Fréchet distance and other metrics.
     Eval(Eval),
-    /// Prints how many GPUs this program can use here.
+    /// Prints the number of GPUs that workers can use on this machine.
     Gpus,
     /// Reads every sample of a data set, for `coordinator data check`.
     #[command(hide = true)]
     CheckData(CheckData),
-    /// Trains the digit classifier that metrics use, again or anew.
+    /// Trains the digit classifier whose features the metrics use.
     TrainClassifier(TrainClassifier),
 }
 
@@ -100,7 +100,7 @@ fn version() -> &'static str {
 pub fn main() -> ExitCode {
     // Before the command line is read: what is wrong with it is a message as well.
     log::structure(log::is_asked_for());
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(home::arguments()) {
         Ok(cli) => cli,
         Err(error) => {
             let answered = out::usage(error.use_stderr(), &error.to_string(), || error.print());
@@ -140,7 +140,9 @@ fn obey(cli: Cli) -> Result<(), Failure> {
         (Some(Command::Eval(arguments)), _) => eval(&arguments),
         (Some(Command::TrainClassifier(arguments)), _) => train_classifier(&arguments),
         (None, Some(arguments)) => join(&arguments),
-        (None, None) => Err(Failure::Input("nothing to do; see --help".to_string())),
+        (None, None) => {
+            Err(Failure::Input("give a command, or --coordinator URL to join a run; see --help".to_string()))
+        }
     }
 }
 

@@ -18,7 +18,7 @@ use crate::commands::error::Failure;
 use crate::commands::generator_file::Weights;
 use crate::random::Purpose;
 use crate::sampling::picture::{Film, Picture};
-use crate::sampling::{COLUMNS, Generator, SampleError};
+use crate::sampling::{COLUMNS, Generator, SampleError, finite};
 
 /// Whose noise, and of which class.
 #[derive(Args)]
@@ -26,10 +26,10 @@ struct Choice {
     /// Seed of the noise.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Draw this class only, of a conditional model. By default one class follows the other.
+    /// Class to draw, of a conditional model. Default: one class after the other.
     #[arg(long, value_name = "N")]
     class: Option<u32>,
-    /// Keep the noise between -LIMIT and LIMIT: samples are more typical and more alike. 2 changes little, 1
+    /// Keep the noise between -LIMIT and LIMIT: samples become more typical and less varied. 2 changes little, 1
     /// much.
     #[arg(long, value_name = "LIMIT", value_parser = limit)]
     truncation: Option<f64>,
@@ -66,16 +66,15 @@ impl Choice {
 pub(crate) struct Sample {
     #[command(flatten)]
     weights: Weights,
-    /// How many samples.
+    /// Number of samples.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     count: u32,
     #[command(flatten)]
     choice: Choice,
-    /// The picture of all samples to write, a PNG file.
+    /// PNG file to write, one picture of all samples.
     #[arg(long, value_name = "FILE", required_unless_present = "folder")]
     out: Option<PathBuf>,
-    /// Write each sample as a PNG file of its own into this folder; of a conditional model, into a folder of
-    /// its class.
+    /// Folder for a PNG file of each sample; of a conditional model, in a folder for each class.
     #[arg(long, value_name = "DIR", conflicts_with = "out")]
     folder: Option<PathBuf>,
 }
@@ -116,7 +115,7 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
             return Err(Failure::Input(what));
         }
         progress.part("drawing a picture", 0);
-        write(out, "--out", &png(&Picture::grid(&draw(0, *count), COLUMNS))?)?;
+        write(out, "--out", &png(&Picture::grid(&draw(0, *count), COLUMNS)?)?)?;
         return say(out);
     };
     progress.part("samples", (*count).into());
@@ -128,7 +127,7 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
                 _ => folder.join(format!("{:03}", classes[index as usize])),
             };
             std::fs::create_dir_all(&own).map_err(|error| Failure::unwritable("--folder", &own, &error))?;
-            write(&own.join(format!("{index:06}.png")), "--folder", &png(&Picture::of(&image))?)?;
+            write(&own.join(format!("{index:06}.png")), "--folder", &png(&Picture::of(&image)?)?)?;
             progress.add(1);
         }
     }
@@ -140,21 +139,21 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
 pub(crate) struct Interpolate {
     #[command(flatten)]
     weights: Weights,
-    /// How many walks are shown side by side.
+    /// Number of films side by side in one picture, each with samples of its own.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
     count: u32,
-    /// The samples that each walk comes by before it is back where it began.
+    /// Number of samples that a film passes before it is back at the first.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..=100))]
     points: u32,
-    /// Pictures from one of them to the next.
+    /// Number of pictures from one sample to the next.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     frames: u32,
-    /// How long a picture stays, in hundredths of a second.
+    /// Time that a picture is shown, in hundredths of a second.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     delay: u16,
     #[command(flatten)]
     choice: Choice,
-    /// The film to write, a GIF file.
+    /// GIF file to write.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
 }
@@ -182,18 +181,21 @@ pub(crate) fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
         let between = spherical(from, to, f64::from(frame) / f64::from(*frames));
         Picture::grid(&generator.images(&between, &classes), COLUMNS)
     };
-    let (first, all) = (picture(0), points * frames);
+    let (first, all) = (picture(0)?, points * frames);
     progress.part("pictures", all.into());
     let drawn = whole::write_by(out, |file| {
         let mut film = Film::begin(BufWriter::new(file), &first, *delay).map_err(of_film)?;
         film.add(&first).map_err(of_film)?;
         for index in 1..all {
-            film.add(&picture(index)).map_err(of_film)?;
+            film.add(&picture(index).map_err(io::Error::other)?).map_err(of_film)?;
             progress.set((index + 1).into(), all.into());
         }
         film.end().map_err(of_film)
     });
-    drawn.map_err(|error: io::Error| Failure::unwritable("--out", out, &error))?;
+    drawn.map_err(|error: io::Error| match error.downcast::<SampleError>() {
+        Ok(error) => error.into(),
+        Err(error) => Failure::unwritable("--out", out, &error),
+    })?;
     say(out)
 }
 
@@ -216,7 +218,7 @@ fn spherical(from: &Tensor, to: &Tensor, part: f64) -> Tensor {
 pub(crate) struct Export {
     #[command(flatten)]
     weights: Weights,
-    /// The module to write, a TorchScript file.
+    /// TorchScript file to write.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
 }
@@ -235,27 +237,25 @@ pub(crate) fn export(arguments: &Export) -> Result<(), Failure> {
     let progress = Progress::start("reading the generator");
     let generator = weights.open()?.generator;
     progress.part("writing and checking the module", 0);
-    let exported = record(&generator).and_then(|module| {
-        // As another program reads it.
-        let apart = apart(&generator, &CModule::load_data(&mut module.as_slice())?)?;
-        Ok((module, apart))
-    });
-    let apart = match exported {
-        // Only now: a module that fails the check never gets a name.
-        Ok((module, apart)) if apart <= EXACT_ENOUGH => write(out, "--out", &module).map(|()| apart),
-        Ok((_, apart)) => {
-            Err(Failure::Other(format!("the exported module draws otherwise, by up to {apart:e}")))
-        }
-        Err(error) => Err(Failure::Other(format!("the generator cannot be exported: {error}"))),
-    }?;
+    let unable = |error: tch::TchError| Failure::Other(format!("the generator cannot be exported: {error}"));
+    let module = record(&generator).map_err(unable)?;
+    // As another program reads it.
+    let read = CModule::load_data(&mut module.as_slice()).map_err(unable)?;
+    let apart = apart(&generator, &read)?;
+    // Only now: a module that fails the check never gets a name.
+    write(out, "--out", &module)?;
     let classes = if generator.classes() > 0 { " and classes (n) of int64" } else { "" };
     let (latent, shape) = (generator.latent_dim(), generator.shape());
     let line = format!(
-        "{}: noise (n, {latent}){classes} to images (n, {}, {}, {}) in [-1, 1]; at most {apart:e} from ours",
+        "{}: noise (n, {latent}){classes} to images (n, {}, {}, {}) in [-1, 1]; {}",
         out.display(),
         shape.channels,
         shape.height,
-        shape.width
+        shape.width,
+        match apart > 0.0 {
+            true => format!("its images differ from the checkpoint's by {apart:.1e} at most"),
+            false => "its images are the checkpoint's, to the last bit".to_string(),
+        }
     );
     drop(progress);
     say_beside(out, &line)
@@ -284,20 +284,34 @@ fn inputs(generator: &Generator, count: u32) -> Vec<Tensor> {
 }
 
 /// Maximum difference between the two, for another number of samples than was recorded and for one alone.
-fn apart(generator: &Generator, module: &CModule) -> Result<f64, tch::TchError> {
+///
+/// # Errors
+/// The difference is more than [`EXACT_ENOUGH`], or images are not finite.
+fn apart(generator: &Generator, module: &CModule) -> Result<f64, Failure> {
     no_grad(|| {
         let mut most = 0.0f64;
         for count in [1, 7] {
             let inputs = inputs(generator, count);
-            let ours = generator.forward(&inputs[0], inputs.get(1));
-            let theirs = module.forward_ts(&inputs)?;
+            let ours = finite(generator.forward(&inputs[0], inputs.get(1)))?;
+            let theirs = module.forward_ts(&inputs);
+            let theirs = theirs.map_err(|error| otherwise(&format!("not at all: {error}")))?;
             if theirs.size() != ours.size() {
-                return Ok(f64::NAN);
+                return Err(otherwise(&format!("{:?} and not {:?}", theirs.size(), ours.size())));
             }
-            most = most.max((ours - theirs).abs().max().double_value(&[]));
+            let apart = (ours - theirs).abs().max().double_value(&[]);
+            // `max` below would drop NaN.
+            if apart.is_nan() || apart > EXACT_ENOUGH {
+                return Err(otherwise(&format!("numbers that differ by up to {apart:.1e}")));
+            }
+            most = most.max(apart);
         }
         Ok(most)
     })
+}
+
+/// Failure of an export whose module does not draw what the generator draws.
+fn otherwise(what: &str) -> Failure {
+    Failure::Other(format!("the exported module would draw otherwise than the checkpoint: {what}"))
 }
 
 fn png(picture: &Picture) -> Result<Vec<u8>, Failure> {

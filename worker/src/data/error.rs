@@ -51,6 +51,19 @@ impl DataError {
         }
     }
 
+    /// Says the same of data that were not named by the job's `[data]`: `path` and `kind` are what the user gave
+    /// instead of `data.path` and `data.kind`. Samples can be left out of a job alone.
+    pub(crate) fn in_words_of(self, path: &str, kind: &str) -> DataError {
+        let in_words = |text: String| text.replace("data.path", path).replace("data.kind", kind);
+        match self {
+            DataError::Input(problem) => DataError::Input(in_words(problem)),
+            DataError::Sample { problem, .. } => {
+                DataError::Input(in_words(format!("{problem}; get it again, or take it away")))
+            }
+            other => other,
+        }
+    }
+
     /// Attributes a problem of a file to its sample.
     pub(super) fn of_sample(self, name: &str) -> DataError {
         match self {

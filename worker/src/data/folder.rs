@@ -12,7 +12,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ganglion_proto::found::Found;
+use ganglion_proto::found::{FILES_LIMIT, FileFound, Found};
 use ganglion_proto::job::{Data, Orientation};
 
 use image::DynamicImage;
@@ -241,11 +241,19 @@ fn compare(
         // Lengths before names, so that no two lists of files give the same bytes.
         content.update(&(entry.relative.len() as u64).to_le_bytes());
         content.update(&entry.relative);
-        content.update(&length.to_le_bytes());
-        content.update(&width.to_le_bytes());
-        content.update(&height.to_le_bytes());
-        content.update(&[orientation]);
-        content.update(hash.as_bytes());
+        let own = [
+            &length.to_le_bytes()[..],
+            &width.to_le_bytes(),
+            &height.to_le_bytes(),
+            &[orientation],
+            hash.as_bytes(),
+        ];
+        let own = own.concat();
+        content.update(&own);
+        if pictures.len() <= FILES_LIMIT {
+            let first = *blake3::hash(&own).as_bytes().first_chunk().expect("a hash has 32 bytes");
+            found.files.push(FileFound { name: entry.name(), hash: u64::from_le_bytes(first) });
+        }
         for (side, size) in [width, height].into_iter().enumerate() {
             found.least[side] = found.least[side].min(size);
             found.greatest[side] = found.greatest[side].max(size);

@@ -6,6 +6,8 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
+use ganglion_proto::words::counted;
+
 use flate2::bufread::MultiGzDecoder;
 
 use super::labels::Labels;
@@ -268,7 +270,8 @@ fn decode_labels(file: &mut Unpacked<'_>) -> Result<Labels, DataError> {
     if found != count {
         let follow = if found > count { format!("more than {count}") } else { found.to_string() };
         return Err(file.wrong(&format!(
-            "its header announces {count} labels and {follow} follow; the file is cut off or damaged, get it again"
+            "its header announces {}, but holds {follow}; the file is cut off or damaged, get it again",
+            counted(count, "label")
         )));
     }
     let labels = bytes.iter().map(|label| u32::from(*label)).collect();

@@ -1,6 +1,7 @@
 //! Labels: the class of each sample, a number from 0 on.
 
 use ganglion_proto::found::{CLASSES_LIMIT, Class, Found};
+use ganglion_proto::words::counted;
 
 use super::DataError;
 
@@ -46,7 +47,9 @@ impl Labels {
         let (origin, found) = (&self.origin, self.of.len());
         if found != samples {
             return Err(DataError::Input(format!(
-                "{origin}: found {found} labels for {samples} images, expected one each; get both files again"
+                "{origin}: found {} for {}, expected one each; get both files again",
+                counted(found, "label"),
+                counted(samples, "image")
             )));
         }
         // Before `report` allocates one count for each.

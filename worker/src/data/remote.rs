@@ -145,7 +145,7 @@ fn fetch(
     for (done, object) in missing.iter().enumerate() {
         if told.is_none_or(|told| told.elapsed() >= TOLD) {
             let (name, all) = (&object.name, missing.len());
-            tracing::info!("fetching {name}, {} of {all} files, to {}", done + 1, files.display());
+            tracing::info!("fetching {name}, file {} of {all}, to {}", done + 1, files.display());
             told = Some(Instant::now());
         }
         // One file after the other, each with the limit of `patiently`; a killed worker goes on where it

@@ -4,6 +4,7 @@ pub(crate) mod gpu;
 
 use std::str::FromStr;
 
+use ganglion_proto::words::counted;
 use tch::{Cuda, Device};
 
 use crate::data::Upload;
@@ -53,7 +54,7 @@ impl DeviceChoice {
                 Err("--device cuda: this worker is built without the feature cuda".to_string())
             }
             DeviceChoice::Cuda(index) => {
-                Err(format!("--device cuda:{index}: this machine has {gpus} CUDA devices"))
+                Err(format!("--device cuda:{index}: this machine has {}", counted(gpus, "CUDA device")))
             }
         }
     }

@@ -184,8 +184,9 @@ impl Monitor<Queue> {
                 if let Some(means) = means.take() {
                     judge = Some(means.judge(&data, &Progress::off())?);
                 }
-                let judge =
-                    judge.as_ref().ok_or_else(|| EvalError::Input("see the first failure".to_string()))?;
+                let judge = judge.as_ref().ok_or_else(|| {
+                    EvalError::Input("the evaluations cannot be prepared: see the first one".to_string())
+                })?;
                 evaluate(&model, job.job.seed, judge, &snapshot)
             };
             // A user's module may fail: training goes on without its figures.

@@ -3,14 +3,15 @@
 use std::path::Path;
 
 use c10d::script::Script;
-use ganglion_proto::evaluation::Features;
+use ganglion_proto::evaluation::{Features, NOT_FINITE};
 use ganglion_proto::progress::Progress;
 use tch::{Kind, Tensor, no_grad};
 
-use super::digits::{Digits, SHAPE};
+use super::digits::{Digits, FEATURES, SHAPE};
 use super::{EvalError, images, some_of};
 use crate::data::{DataSet, ImageShape};
 use crate::nn::module_file;
+use crate::sampling::is_finite;
 
 /// Number of images in one pass. Fixed, because a kernel's rounding may depend on the batch size.
 const BATCH: usize = 100;
@@ -22,8 +23,8 @@ pub(crate) enum Extractor {
     Digits(Digits),
     /// No features: metrics of pixels only.
     Pixels,
-    /// A TorchScript module and the hash of its file.
-    File(Script, String),
+    /// A TorchScript module, the hash of its file, and the number of its features.
+    File(Script, String, i64),
 }
 
 /// Features of samples.
@@ -33,6 +34,19 @@ pub(crate) struct Looked {
     pub features: Option<Tensor>,
     /// Class probabilities (n, classes) in f64; `None` without a classifier.
     pub probabilities: Option<Tensor>,
+}
+
+impl Looked {
+    /// Refuses features or probabilities that are not finite; `of` names the samples.
+    ///
+    /// # Errors
+    /// Some are NaN or infinite.
+    pub(crate) fn check(&self, of: &str) -> Result<(), EvalError> {
+        match [&self.features, &self.probabilities].into_iter().flatten().all(is_finite) {
+            true => Ok(()),
+            false => Err(EvalError::Input(format!("the features of the {of} are {NOT_FINITE}"))),
+        }
+    }
 }
 
 impl Extractor {
@@ -59,7 +73,16 @@ impl Extractor {
         match self {
             Extractor::Digits(_) => format!("digits {}", Digits::hash()),
             Extractor::Pixels => "pixels".to_string(),
-            Extractor::File(_, hash) => format!("file {hash}"),
+            Extractor::File(_, hash, _) => format!("file {hash}"),
+        }
+    }
+
+    /// Number of features of an image; `None` where pixels are compared.
+    pub(crate) fn dimensions(&self) -> Option<usize> {
+        match self {
+            Extractor::Digits(_) => usize::try_from(FEATURES).ok(),
+            Extractor::Pixels => None,
+            Extractor::File(.., dimensions) => usize::try_from(*dimensions).ok(),
         }
     }
 
@@ -101,7 +124,7 @@ impl Extractor {
                 }
                 // There are no features: metrics of pixels take the images themselves.
                 Extractor::Pixels => break,
-                Extractor::File(module, _) => features.push(features_of(module, &images?)?),
+                Extractor::File(module, ..) => features.push(features_of(module, &images?)?),
             }
             progress.add(BATCH as u64);
         }
@@ -113,24 +136,25 @@ impl Extractor {
 fn open_file(file: &Path, shape: ImageShape) -> Result<Extractor, EvalError> {
     let wrong = |what: String| EvalError::Input(format!("evaluation.features {}: {what}", file.display()));
     let bytes = module_file::read(file).map_err(wrong)?;
-    let script = Script::load(&bytes).map_err(|error| wrong(format!("no TorchScript module: {error}")))?;
+    let script =
+        Script::load(&bytes).map_err(|error| wrong(format!("cannot be loaded as TorchScript: {error}")))?;
     // Two images, so that a module that mixes them up is noticed by its shape.
     let sizes = [2, shape.channels, shape.height, shape.width];
     let sizes = sizes.map(|n| i64::try_from(n).expect("an image is small"));
     let probe = Tensor::zeros(sizes, (Kind::Float, tch::Device::Cpu));
-    let mut looked = Ok(());
+    let mut looked = Ok(0);
     // The result of an evaluation must depend on the images alone (invariant 1 of `eval`).
     let draws = Script::draws(|| {
-        looked = features_of(&script, &probe).map(drop);
+        looked = features_of(&script, &probe).map(|features| features.size()[1]);
         Ok(())
     });
-    looked.map_err(|error| wrong(error.to_string()))?;
+    let dimensions = looked.map_err(|error| wrong(error.to_string()))?;
     if draws? {
         return Err(wrong(
             "it draws random numbers, and features must depend on the images alone".to_string(),
         ));
     }
-    Ok(Extractor::File(script, blake3::hash(&bytes).to_hex().to_string()))
+    Ok(Extractor::File(script, blake3::hash(&bytes).to_hex().to_string(), dimensions))
 }
 
 fn features_of(script: &Script, images: &Tensor) -> Result<Tensor, EvalError> {
@@ -139,7 +163,10 @@ fn features_of(script: &Script, images: &Tensor) -> Result<Tensor, EvalError> {
         no_grad(|| script.evaluate(images)).map_err(|error| EvalError::Input(error.to_string()))?;
     // One row for each image, whatever the shape of a row.
     if features.size().first() != Some(&samples) {
-        let what = format!("it makes {:?} of {samples} images; it must make ({samples}, d)", features.size());
+        let what = format!(
+            "its output for {samples} images has the shape {:?}; it must be ({samples}, d)",
+            features.size()
+        );
         return Err(EvalError::Input(what));
     }
     Ok(features.flatten(1, -1).to_kind(Kind::Double).to_device(tch::Device::Cpu))

@@ -3,6 +3,7 @@
 
 use ganglion_proto::evaluation::{BestBy, Evaluation, names};
 use ganglion_proto::progress::Progress;
+use ganglion_proto::words::counted;
 use tch::{Kind, TchError, Tensor, no_grad};
 
 use super::features::{Extractor, Looked, chosen};
@@ -14,7 +15,7 @@ use super::{EvalError, images, some_of};
 use crate::data::DataSet;
 use crate::nn::Pass;
 use crate::random::{Key, Purpose};
-use crate::sampling::Critic;
+use crate::sampling::{Critic, finite};
 
 /// Number of samples of each kind that a critic rates.
 const ASKED: usize = 1000;
@@ -120,7 +121,7 @@ impl Means {
             // Fewer are allowed: a held-out set may lack a class, but not have one that the critic does
             // not know.
             if own > of_data {
-                return refused(format!("it has {own} classes, and the data {of_data}"));
+                return refused(format!("it has {}, and the data {of_data}", counted(own, "class")));
             }
         }
         // Before training: a best checkpoint by a metric that no row has would never be found.
@@ -136,6 +137,11 @@ impl Means {
                  evaluation.features"
             );
             return Err(EvalError::Input(what));
+        }
+        let counts = Counts::of(settings, data, held_out.as_ref());
+        counts.check()?;
+        if let Some(warning) = extractor.dimensions().and_then(|dimensions| counts.warning(dimensions)) {
+            tracing::warn!("{warning}");
         }
         Ok(Means { settings: settings.clone(), extractor, held_out })
     }
@@ -154,6 +160,7 @@ impl Means {
             extractor.look_at(data, &chosen, progress)
         };
         let looked = look_at(data, settings.reference as usize, "real samples")?;
+        looked.check("real samples")?;
         let fresh = held_out.as_ref().map(|held_out| look_at(held_out, samples, "held-out samples"));
         progress.part("statistics of real samples", 0);
         let fresh = fresh.transpose()?.and_then(|looked| looked.features);
@@ -170,6 +177,58 @@ impl Means {
     /// Name of the feature extractor, with the hash of its weights.
     pub(crate) fn describe(&self) -> String {
         self.extractor.describe()
+    }
+}
+
+/// Numbers of samples that an evaluation compares.
+#[derive(Clone, Copy, Debug)]
+struct Counts {
+    generated: usize,
+    real: usize,
+    held_out: Option<usize>,
+}
+
+/// Minimum number of samples of each kind: the third-nearest other sample must exist, and a variance.
+const LEAST: usize = 10;
+
+impl Counts {
+    fn of(settings: &Evaluation, data: &DataSet, held_out: Option<&DataSet>) -> Counts {
+        let generated = settings.samples as usize;
+        Counts {
+            generated,
+            real: chosen(data, settings.reference as usize).len(),
+            held_out: held_out.map(|held_out| chosen(held_out, generated).len()),
+        }
+    }
+
+    /// Checks that each metric is defined.
+    fn check(self) -> Result<(), EvalError> {
+        let Counts { generated, real, held_out } = self;
+        let few = [("generated", Some(generated)), ("real", Some(real)), ("held-out", held_out)];
+        let few =
+            few.into_iter().find_map(|(kind, count)| Some((kind, count.filter(|count| *count < LEAST)?)));
+        few.map_or(Ok(()), |(kind, count)| {
+            let what = format!(
+                "an evaluation of {}: the metrics need at least {LEAST}",
+                counted(count as u64, &format!("{kind} sample"))
+            );
+            Err(EvalError::Input(what))
+        })
+    }
+
+    /// Warning where there are too few samples for features of so many dimensions.
+    fn warning(self, dimensions: usize) -> Option<String> {
+        let Counts { generated, real, .. } = self;
+        // Up to here the covariance of the features has no full rank, and the distance is mostly bias.
+        let few = generated.min(real) <= dimensions;
+        few.then(|| {
+            format!(
+                "{generated} samples against {real} real ones are too few for {dimensions} features: {} comes out far too \
+                 large, and {} and the others vary widely; more than {dimensions} of each are needed, and thousands are usual",
+                names::FRECHET,
+                names::KID
+            )
+        })
     }
 }
 
@@ -219,9 +278,12 @@ impl Judge {
     ) -> Result<Vec<(String, f64)>, EvalError> {
         let mut metrics = Vec::new();
         let mut note = |name: &str, value: f64| metrics.push((name.to_string(), value));
-        let images = &images.to_kind(Kind::Float);
+        // Comparisons with NaN are false, and a share of none is a figure like any other.
+        let images = &finite(images.to_kind(Kind::Float))?;
         progress.part("features of samples", images.size()[0].unsigned_abs());
-        let Looked { features, probabilities } = self.extractor.look(images, progress)?;
+        let looked = self.extractor.look(images, progress)?;
+        looked.check("generated images")?;
+        let Looked { features, probabilities } = looked;
         progress.part("computing the metrics", 0);
         if let (Some(own), Some(real)) = (&features, &self.reference.features) {
             note(names::FRECHET, frechet_or_nothing(real, own));
@@ -251,14 +313,55 @@ impl Judge {
 /// ones. Karras et al. (2020), "Training generative adversarial networks with limited data", equation 1,
 /// r_v.
 fn overfitting(critic: &Critic, seen: &Asked, held_out: &Asked, generated: &Asked) -> f64 {
-    let seen = opinion(critic, seen);
-    let ratio = (seen - opinion(critic, held_out)) / (seen - opinion(critic, generated));
-    // A critic that rates all three alike has memorised nothing.
-    if ratio.is_nan() && seen.is_finite() { 0.0 } else { ratio }
+    of_opinions([seen, held_out, generated].map(|asked| opinion(critic, asked)))
+}
+
+fn of_opinions([seen, held_out, generated]: [f64; 3]) -> f64 {
+    // A critic that rates all three alike has memorised nothing. One that rates them as NaN is broken.
+    if seen.is_finite() && seen == held_out && seen == generated {
+        0.0
+    } else {
+        (seen - held_out) / (seen - generated)
+    }
 }
 
 /// Fréchet distance; NaN where the features are not finite.
 fn frechet_or_nothing(real: &OfFeatures, own: &Tensor) -> f64 {
     let distance = || -> Result<f64, TchError> { frechet_distance(&real.moments, &Moments::of(own)) };
     distance().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_few_samples_are_refused_and_few_are_warned_of() {
+        let counts = |generated, real, held_out| Counts { generated, real, held_out };
+        for (few, named) in [
+            (counts(1, 100, None), "1 generated sample:"),
+            (counts(100, 9, None), "9 real samples:"),
+            (counts(100, 100, Some(3)), "3 held-out samples:"),
+        ] {
+            let refused = few.check().unwrap_err().to_string();
+            assert!(refused.contains(named) && refused.contains("at least 10"), "{refused}");
+        }
+        counts(10, 10, Some(10)).check().unwrap();
+        let warned = |generated, real| counts(generated, real, None).warning(64);
+        assert_eq!((warned(65, 65), warned(5000, 10_000)), (None, None));
+        for (generated, real) in [(20, 10_000), (64, 10_000), (5000, 64)] {
+            let warning = warned(generated, real).unwrap();
+            assert!(warning.contains(&format!("{generated} samples against {real} real ones")), "{warning}");
+            assert!(warning.contains("more than 64 of each"), "{warning}");
+        }
+    }
+
+    #[test]
+    fn a_critic_that_is_not_finite_does_not_pass_for_one_that_has_memorised_nothing() {
+        assert_eq!(of_opinions([0.5, 0.5, 0.5]), 0.0);
+        assert_eq!(of_opinions([1.0, 0.5, 0.0]), 0.5);
+        for broken in [[1.0, f64::NAN, 0.0], [1.0, 0.5, f64::NAN], [f64::INFINITY; 3]] {
+            assert!(of_opinions(broken).is_nan(), "{broken:?}");
+        }
+    }
 }

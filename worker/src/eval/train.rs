@@ -7,8 +7,10 @@
 use std::path::Path;
 
 use c10d::aten::{Adam, fused_adam};
+use ganglion_proto::evaluation::NOT_FINITE;
 use ganglion_proto::progress::Progress;
 use ganglion_proto::stream::SampleStream;
+use ganglion_proto::words::counted;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::digits::{CLASSES, Digits, SHAPE, forward, specs};
@@ -47,7 +49,8 @@ impl Labelled {
         let (found, wanted) = (labels.size()[0], data.len());
         // A label too few would shift all others.
         if usize::try_from(found) != Ok(wanted) {
-            let what = format!("{}: {found} labels for {wanted} images", file.display());
+            let what =
+                format!("{}: {} for {}", file.display(), counted(found, "label"), counted(wanted, "image"));
             return Err(EvalError::Input(what));
         }
         Ok(Labelled { images: images(data, &(0..wanted).collect::<Vec<_>>())?, labels })
@@ -82,7 +85,7 @@ pub(crate) fn labels(path: &Path) -> Result<Tensor, EvalError> {
 /// bytes.
 ///
 /// # Errors
-/// An error of libtorch.
+/// There are fewer images than a batch has, the loss is not finite, or an error of libtorch.
 pub(crate) fn train(
     digits: &Labelled,
     seed: u64,
@@ -105,6 +108,11 @@ pub(crate) fn train(
     let samples = digits.labels.size()[0].unsigned_abs();
     let mut stream = SampleStream::new(seed, samples);
     let (per_epoch, updates) = (samples / BATCH, epochs * (samples / BATCH));
+    // Without an update the initial weights would pass for trained ones.
+    if updates == 0 {
+        let what = format!("{samples} images are too few to train on; give at least {BATCH}");
+        return Err(EvalError::Input(what));
+    }
     let mut loss_sum = 0.0;
     progress.part("batches", updates);
     for update in 0..updates {
@@ -121,8 +129,13 @@ pub(crate) fn train(
         loss_sum += loss.double_value(&[]);
         progress.add(1);
         if (update + 1) % per_epoch == 0 {
+            let epoch = (update + 1) / per_epoch;
             #[allow(clippy::cast_precision_loss)]
-            tell((update + 1) / per_epoch, std::mem::take(&mut loss_sum) / per_epoch as f64);
+            let loss = std::mem::take(&mut loss_sum) / per_epoch as f64;
+            if !loss.is_finite() {
+                return Err(EvalError::Input(format!("the loss of epoch {epoch} is {NOT_FINITE}")));
+            }
+            tell(epoch, loss);
         }
     }
     let about = [("seed", seed), ("epochs", epochs), ("samples", samples)];
@@ -163,6 +176,14 @@ mod tests {
         assert_ne!(trained, train(&digits, 4, 2, &Progress::off(), |_, _| {}).unwrap());
         let longer = Digits::read(&train(&digits, 3, 60, &Progress::off(), |_, _| {}).unwrap()).unwrap();
         assert!(digits.accuracy(&longer) > 0.9, "{}", digits.accuracy(&longer));
+    }
+
+    #[test]
+    fn too_few_images_are_refused() {
+        let Labelled { images, labels } = stripes();
+        let few = Labelled { images: images.narrow(0, 0, 127), labels: labels.narrow(0, 0, 127) };
+        let refused = train(&few, 3, 1, &Progress::off(), |_, _| {}).unwrap_err().to_string();
+        assert!(refused.contains("127 images are too few"), "{refused}");
     }
 
     #[test]

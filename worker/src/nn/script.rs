@@ -62,7 +62,7 @@ impl ScriptNetwork {
         if network.script.last_operation().is_ok_and(|operation| operation == "sigmoid") {
             let path = path.display();
             return Err(format!(
-                "{path} ends in a sigmoid, and the losses take what comes before it: remove it"
+                "{path} ends in a sigmoid, and the losses expect its input (logits): remove the sigmoid"
             ));
         }
         Ok(network)
@@ -73,7 +73,9 @@ impl ScriptNetwork {
         // Before libtorch reads the file, which trusts the lengths in it.
         let bytes = module_file::read(path).map_err(said)?;
         let script = Script::load(&bytes).map_err(|error| {
-            said(format!("is no TorchScript; write it with torch.jit.script(module).save(...): {error}"))
+            said(format!(
+                "cannot be loaded as TorchScript; write it with torch.jit.script(module).save(...): {error}"
+            ))
         })?;
         let file = path.display().to_string();
         // From here on the module's own program runs, which may not end.
@@ -102,18 +104,23 @@ impl ScriptNetwork {
         let tensors = self.script.tensors();
         // A frozen module has its weights as constants of its graph, which nothing can train.
         if !tensors.iter().any(|tensor| tensor.is_parameter) {
-            return Err("has no parameters; save it before torch.jit.freeze".to_string());
+            return Err(
+                "has no parameters to train; if it was frozen, save it without torch.jit.freeze".to_string()
+            );
         }
         for (index, tensor) in tensors.iter().enumerate() {
             let name = &tensor.name;
             // The state has a place for each name; one tensor under two would be updated twice.
             if let Some(other) = tensors[..index].iter().find(|other| other.is_same(tensor)) {
-                return Err(format!("{} and {name} are one tensor, which is not supported", other.name));
+                return Err(format!(
+                    "{} and {name} share one tensor, which is not supported; give each a tensor of its own",
+                    other.name
+                ));
             }
             let value = self.script.tensor(index).map_err(|error| error.to_string())?;
             match (tensor.kind.as_str(), tensor.is_parameter) {
                 ("Float", true) if !tensor.is_trained => {
-                    return Err(format!("{name} wants no gradient; register it as a buffer"));
+                    return Err(format!("{name} has requires_grad = False; register it as a buffer"));
                 }
                 ("Float", true) => {
                     self.parameters.push(TensorSpec::parameter(name.clone(), &tensor.shape, given(&value)));
@@ -131,7 +138,9 @@ impl ScriptNetwork {
                 }
                 // The state is one buffer of f32.
                 (kind, _) => {
-                    return Err(format!("{name} is of kind {kind}; only 32-bit floats are supported"));
+                    return Err(format!(
+                        "{name} has numbers of type {kind}; only 32-bit floats are supported: convert the module with .float()"
+                    ));
                 }
             }
         }
@@ -160,8 +169,8 @@ impl ScriptNetwork {
             self.as_maps = true;
             if let Err(second) = self.evaluate(&own, &input) {
                 return Err(format!(
-                    "takes noise neither as (n, {latent_dim}), {first}, nor as (n, {latent_dim}, 1, 1), {second}; \
-                     set model.latent_dim"
+                    "fails with noise of shape (n, {latent_dim}): {first}; and of shape (n, {latent_dim}, 1, 1): {second}; set \
+                     model.latent_dim to the length of its noise"
                 ));
             }
         } else {
@@ -182,15 +191,18 @@ impl ScriptNetwork {
     fn check_output(&self, output: &Tensor, samples: i64) -> Result<(), Refusal> {
         let found = output.size();
         if output.kind() != Kind::Float {
-            return Err(format!("its result is of kind {:?}, not of 32-bit floats", output.kind()));
+            return Err(format!(
+                "its output has numbers of type {:?}, expected 32-bit floats",
+                output.kind()
+            ));
         }
         match self.role {
             Role::Generator { shape, .. } if found != sizes(samples, shape) => Err(format!(
-                "of {samples} samples it makes {found:?}, and the data has images of {shape}; both must be (n, channels, height, width)"
+                "its output for {samples} samples has the shape {found:?}, and the data has images of {shape}; both must be (n, channels, height, width)"
             )),
-            Role::Discriminator { .. } if found.iter().product::<i64>() != samples => {
-                Err(format!("of {samples} images it makes {found:?}; it must make one number of each"))
-            }
+            Role::Discriminator { .. } if found.iter().product::<i64>() != samples => Err(format!(
+                "its output for {samples} images has the shape {found:?}; it must make one number of each"
+            )),
             _ => Ok(()),
         }
     }
@@ -202,20 +214,20 @@ impl ScriptNetwork {
         let draws = Script::draws(|| {
             no_grad(|| self.script.run(own.iter(), &self.shaped(input), ScriptMode::Evaluation)).map(drop)
         });
-        let traced = "use torch.jit.script rather than torch.jit.trace, which keeps the mode it saw";
+        let traced = "save it with torch.jit.script, and not with torch.jit.trace, which fixes training or evaluation mode for ever";
         if draws.map_err(|error| error.to_string())? {
-            return Err(format!("draws random numbers in evaluation; {traced}"));
+            return Err(format!("draws random numbers in evaluation mode; {traced}"));
         }
         // By bytes: a NaN in a buffer equals itself.
         if own.iter().map(whole_bytes).ne(before) {
-            return Err(format!("changes its buffers in evaluation; {traced}"));
+            return Err(format!("changes its buffers in evaluation mode; {traced}"));
         }
         Ok(())
     }
 
     /// Checks that a training pass reaches all parameters and does not depend on how often the module ran.
     fn check_training(&self, own: &[Tensor], input: &Tensor) -> Result<(), Refusal> {
-        let wrong = |error: c10d::Error| format!("in training: {error}");
+        let wrong = |error: c10d::Error| format!("in training mode: {error}");
         let leaves = |own: &[Tensor]| -> Vec<Tensor> {
             let pairs = own.iter().zip(self.script.tensors());
             // Leaves of their own, as a run of training has them.
@@ -226,7 +238,7 @@ impl ScriptNetwork {
         };
         let tensors = leaves(own);
         let (output, after) = train(&tensors).map_err(wrong)?;
-        self.check_output(&output, PROBED).map_err(|what| format!("in training: {what}"))?;
+        self.check_output(&output, PROBED).map_err(|what| format!("in training mode: {what}"))?;
         let trained: Vec<&Tensor> = tensors
             .iter()
             .zip(self.script.tensors())

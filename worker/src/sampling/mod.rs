@@ -5,6 +5,7 @@ pub(crate) mod picture;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ganglion_proto::evaluation::NOT_FINITE;
 use ganglion_proto::job::Model;
 use ganglion_proto::message::SampleGrid;
 use ganglion_proto::progress::Progress;
@@ -13,7 +14,8 @@ use tch::{Tensor, no_grad};
 
 use crate::checkpoint::{Snapshot, named_tensor};
 use crate::data::ImageShape;
-use crate::nn::{Models, Network, Pass};
+use crate::nn::module_file::kind_of;
+use crate::nn::{Models, Network, Pass, TensorSpec};
 use crate::random::{Key, Purpose};
 use crate::sampling::picture::Picture;
 use crate::state::{Layout, Sections, StateLayout};
@@ -21,6 +23,9 @@ use crate::state::{Layout, Sections, StateLayout};
 /// Number of samples in one forward pass.
 // Fixed, as a kernel's rounding may depend on the size of a batch.
 const BATCH: usize = 64;
+/// Advice for a checkpoint whose numbers are not finite.
+pub(crate) const EARLIER: &str = "training had failed before this checkpoint was saved: take an earlier one, or train anew with a smaller \
+     optimizer.learning_rate";
 /// Number of images in a row of a grid.
 pub const COLUMNS: i64 = 10;
 
@@ -33,6 +38,22 @@ pub enum SampleError {
     /// The picture cannot be written.
     #[error("cannot encode the picture: {0}")]
     Encode(#[from] image::ImageError),
+    /// A picture of such images would look like one.
+    #[error("the images are {NOT_FINITE}: they hold NaN or infinite numbers")]
+    NotFinite,
+}
+
+/// Returns images whose numbers are all finite.
+///
+/// # Errors
+/// Some are not.
+pub(crate) fn finite(images: Tensor) -> Result<Tensor, SampleError> {
+    if is_finite(&images) { Ok(images) } else { Err(SampleError::NotFinite) }
+}
+
+/// Whether all numbers of a tensor are finite.
+pub(crate) fn is_finite(tensor: &Tensor) -> bool {
+    bool::try_from(tensor.isfinite().all()).expect("one truth value")
 }
 
 /// Generator ready for inference.
@@ -81,7 +102,7 @@ pub fn grid_of(
     // Without the step of training: grids of a run show the same noise, so they can be compared.
     let key = Key { seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Samples };
     let images = sampler.draw(layout, snapshot, key, count);
-    Ok(Picture::grid(&images, COLUMNS).of_step(snapshot.step)?)
+    Ok(Picture::grid(&images, COLUMNS)?.of_step(snapshot.step)?)
 }
 
 impl Critic {
@@ -112,13 +133,15 @@ impl Generator {
     /// TorchScript that it belongs to, if that is not where it was.
     pub fn read(file: &str, bytes: &[u8], script: Option<&Path>) -> Result<Generator, SampleError> {
         let input = |what: String| SampleError::Input(format!("{file}: {what}"));
-        let (_, header) = SafeTensors::read_metadata(bytes)
-            .map_err(|error| input(format!("not a safetensors file: {error}")))?;
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| {
+            let found = kind_of(bytes).map_or_else(|| format!("damaged ({error})"), str::to_string);
+            input(format!("it is {found}, not a generator's weights; give a generator_ema.safetensors"))
+        })?;
         let about = header.metadata().clone().unwrap_or_default();
         let text = |key: &str| {
             about
                 .get(key)
-                .ok_or_else(|| input(format!("its header lacks {key}; give a generator_ema.safetensors")))
+                .ok_or_else(|| input(format!("it has no {key} in its header, so it is not a generator's; give a generator_ema.safetensors")))
         };
         let number = |key: &str| -> Result<u32, SampleError> {
             text(key)?.parse().map_err(|_| input(format!("its {key} is not a number")))
@@ -141,7 +164,13 @@ impl Generator {
             Models::generator_of(&model, shape, classes).map_err(|error| input(error.to_string()))?;
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| input(error.to_string()))?;
         let load = |layout: Layout| -> Result<Vec<Tensor>, SampleError> {
-            let load = |spec| named_tensor(&tensors, spec, "the model's").map_err(input);
+            let load = |spec: &TensorSpec| {
+                let tensor = named_tensor(&tensors, spec, "the model's").map_err(input)?;
+                match is_finite(&tensor) {
+                    true => Ok(tensor),
+                    false => Err(input(format!("{} is {NOT_FINITE}; {EARLIER}", spec.name))),
+                }
+            };
             layout.entries().map(|(spec, _)| load(spec)).collect()
         };
         let weights = load(Layout::new(network.parameters()))?;

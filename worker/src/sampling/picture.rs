@@ -6,6 +6,8 @@ use ganglion_proto::message::SampleGrid;
 use image::{ExtendedColorType, ImageError, ImageFormat};
 use tch::{Kind, Tensor};
 
+use super::{SampleError, finite};
+
 /// Gap in pixels between two images of a grid.
 const GAP: i64 = 2;
 
@@ -20,12 +22,18 @@ pub(crate) struct Picture {
 
 impl Picture {
     /// Returns one image (c, h, w) in [-1, 1].
-    pub(crate) fn of(image: &Tensor) -> Picture {
-        Picture::of_levels(&levels(image).permute([1, 2, 0]))
+    ///
+    /// # Errors
+    /// The image is not finite.
+    pub(crate) fn of(image: &Tensor) -> Result<Picture, SampleError> {
+        Ok(Picture::of_levels(&levels(image)?.permute([1, 2, 0])))
     }
 
     /// Returns a grid of images (n, c, h, w) in [-1, 1], `columns` in a row, black between them.
-    pub(crate) fn grid(images: &Tensor, columns: i64) -> Picture {
+    ///
+    /// # Errors
+    /// An image is not finite.
+    pub(crate) fn grid(images: &Tensor, columns: i64) -> Result<Picture, SampleError> {
         let [count, channels, height, width] =
             <[i64; 4]>::try_from(images.size()).expect("images have four dimensions");
         // A grid of fewer images than columns is as wide as they are.
@@ -35,14 +43,14 @@ impl Picture {
             Tensor::zeros([rows * columns - count, channels, height, width], (Kind::Uint8, images.device()));
         // Empty cells fill the last row.
         // A gap to the left and above each image; the last ones on the right and below come at the end.
-        let cells = Tensor::cat(&[levels(images), blank], 0).constant_pad_nd([GAP, 0, GAP, 0]);
+        let cells = Tensor::cat(&[levels(images)?, blank], 0).constant_pad_nd([GAP, 0, GAP, 0]);
         let cells = cells.view([rows, columns, channels, height + GAP, width + GAP]);
         let whole = cells.permute([0, 3, 1, 4, 2]).reshape([
             rows * (height + GAP),
             columns * (width + GAP),
             channels,
         ]);
-        Picture::of_levels(&whole.constant_pad_nd([0, 0, 0, GAP, 0, GAP]))
+        Ok(Picture::of_levels(&whole.constant_pad_nd([0, 0, 0, GAP, 0, GAP])))
     }
 
     /// Takes (h, w, c) bytes.
@@ -75,10 +83,11 @@ impl Picture {
     }
 }
 
-/// Converts [-1, 1] to bytes.
-fn levels(images: &Tensor) -> Tensor {
+/// Converts [-1, 1] to bytes. NaN has none: it would become a colour like any other.
+fn levels(images: &Tensor) -> Result<Tensor, SampleError> {
+    let images = finite(images.shallow_clone())?;
     // The inverse of what framing does to bytes, so that a byte survives both.
-    ((images + 1.0) * 127.5).round().clamp(0.0, 255.0).to_kind(Kind::Uint8)
+    Ok(((images + 1.0) * 127.5).round().clamp(0.0, 255.0).to_kind(Kind::Uint8))
 }
 
 /// Animated GIF that loops.
@@ -148,7 +157,7 @@ mod tests {
     #[test]
     fn a_grid_has_black_between_its_images_and_where_none_is() {
         let images = Tensor::from_slice(&[1.0f32, 0.0, -1.0, 1.0, 1.0, 1.0]).view([3, 1, 1, 2]);
-        let picture = Picture::grid(&images, 2);
+        let picture = Picture::grid(&images, 2).unwrap();
         assert_eq!((picture.width, picture.height), (2 * 2 + 3 * 2, 2 + 3 * 2));
         let row = |y: usize| &picture.pixels[10 * y..10 * (y + 1)];
         assert_eq!(row(2), [0, 0, 255, 128, 0, 0, 0, 255, 0, 0]);
@@ -159,17 +168,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_finite_is_no_picture() {
+        for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let image = Tensor::from_slice(&[0.5, wrong, 0.0, 1.0]).view([1, 2, 2]);
+            assert!(matches!(Picture::of(&image), Err(SampleError::NotFinite)), "{wrong}");
+            let grid = Picture::grid(&image.view([1, 1, 2, 2]), 10);
+            assert!(matches!(grid, Err(SampleError::NotFinite)), "{wrong}");
+        }
+    }
+
+    #[test]
     fn a_png_has_the_colours_of_its_image() {
         let image = Tensor::from_slice(&[-1.0f32, 1.0, 0.0, -1.0, 1.0, 0.0]).view([3, 1, 2]);
-        let read = image::load_from_memory(&Picture::of(&image).png().unwrap()).unwrap().into_rgb8();
+        let read = image::load_from_memory(&Picture::of(&image).unwrap().png().unwrap()).unwrap().into_rgb8();
         assert_eq!(read.into_raw(), [0, 128, 255, 255, 0, 128]);
     }
 
     #[test]
     fn a_film_of_greys_loses_none() {
         let image = Tensor::arange(256, (Kind::Float, tch::Device::Cpu)) / 127.5 - 1.0;
-        let first = Picture::of(&image.view([1, 16, 16]));
-        let second = Picture::of(&(-image).view([1, 16, 16]));
+        let first = Picture::of(&image.view([1, 16, 16])).unwrap();
+        let second = Picture::of(&(-image).view([1, 16, 16])).unwrap();
         let mut file = Vec::new();
         let mut film = Film::begin(&mut file, &first, 5).unwrap();
         film.add(&first).unwrap();

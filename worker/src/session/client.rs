@@ -12,6 +12,7 @@ use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcom
 use ganglion_proto::signals::hangup_is_ignored;
 use ganglion_proto::wire::session_service_client::SessionServiceClient;
 use ganglion_proto::wire::{SessionRequest, SessionResponse};
+use ganglion_proto::words::counted;
 use ganglion_proto::{MESSAGE_LIMIT, PROTOCOL, printable};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -57,7 +58,7 @@ pub enum ConnectError {
         reason: String,
     },
     /// No coordinator answered within the limit.
-    #[error("no coordinator at {url} after {attempts} attempts in {seconds} s: {reason}")]
+    #[error("no coordinator at {url} after {} in {seconds} s: {reason}", counted(*attempts, "attempt"))]
     Unreachable {
         /// Address as given.
         url: String,
@@ -278,7 +279,9 @@ impl Dial {
     async fn run(self, mut connection: Connection, mut talk: Talk) {
         loop {
             let Some(reason) = talk.converse(&mut connection).await else { return };
-            tracing::warn!("lost the coordinator: {reason}; training goes on while the lease lasts");
+            tracing::warn!(
+                "lost the coordinator: {reason}; training goes on meanwhile, for twelve times job.failure_deadline at most"
+            );
             talk.shared.lock().lost = reason;
             match self.find_again(&mut talk).await {
                 Some(found) => connection = found,

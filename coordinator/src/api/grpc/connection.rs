@@ -119,7 +119,7 @@ impl AsyncRead for Connection {
         // Checked on reads alone: the HTTP/2 server always has a read pending, which the timer wakes.
         if !self.peer.is_admitted() && self.patience.as_mut().poll(cx).is_ready() {
             tracing::info!(
-                "closed a connection from {}: it does nothing that it may do",
+                "closed a connection from {}: it has sent no request that is allowed",
                 self.peer.address()
             );
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));

@@ -1,6 +1,7 @@
 //! Reasons for which the shell refuses a worker, or an operator's request.
 
 use ganglion_membership::{Term, WorkerId};
+use ganglion_proto::words::{are, counted, listed};
 
 /// Reason why a worker may not take part.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -17,10 +18,14 @@ pub enum NotAdmitted {
         own: Term,
     },
     /// The worker claims to be a local one, without that one's token.
-    #[error("only with its token a worker of this coordinator goes on")]
+    #[error(
+        "this number is that of a process which the coordinator started: only with its token it may go on"
+    )]
     WithoutToken,
     /// No process was started with the token.
-    #[error("its token is of no worker that this coordinator started")]
+    #[error(
+        "its token is of no worker that this coordinator started; to join as a worker of your own, unset GANGLION_SPAWN_TOKEN"
+    )]
     StrangeToken,
     /// The session was overtaken by a newer one of the same worker.
     #[error("this worker has given this session up and opened a newer one")]
@@ -34,7 +39,7 @@ pub enum NotChanged {
     #[error("the run is complete, and no worker is left")]
     Complete,
     /// The worker does not exist.
-    #[error("there is no worker {worker}; there are: {}", listed(known))]
+    #[error("there is no worker {worker}; the workers are: {}", listed(known))]
     NoWorker {
         /// The worker.
         worker: WorkerId,
@@ -42,16 +47,11 @@ pub enum NotChanged {
         known: Vec<WorkerId>,
     },
     /// Each worker needs a data shard.
-    #[error("{workers} workers are more than the job's {shards} data shards")]
+    #[error("{} {} more than the job's {}", counted(*workers, "worker"), are(*workers), counted(*shards, "data shard"))]
     TooManyWorkers {
         /// Requested number.
         workers: u32,
         /// Number of data shards.
         shards: u32,
     },
-}
-
-fn listed(workers: &[WorkerId]) -> String {
-    let workers: Vec<String> = workers.iter().map(WorkerId::to_string).collect();
-    workers.join(", ")
 }

@@ -121,49 +121,68 @@ fn of_run(registry: &mut Registry, view: &View) {
         ("run", status.run.clone()),
         ("version", env!("CARGO_PKG_VERSION").to_string()),
     ];
-    gauges(registry, "run_info", "The run and this program", [(info, 1.0)]);
+    gauges(registry, "run_info", "Name of the run and version of this program, always 1", [(info, 1.0)]);
     gauge(registry, "step", "Steps recorded", float(status.step));
+    gauge(registry, "last_step", "Last step of the run; 0 while it is unknown", float(status.last_step));
+    gauge(registry, "term", "Number of starts of a coordinator of this run (term)", float(status.term));
     gauge(
         registry,
-        "last_step",
-        "The step that ends the run, 0 while it is unknown",
-        float(status.last_step),
+        "generation",
+        "Number of the newest group of workers (generation)",
+        float(status.generation),
     );
-    gauge(registry, "term", "The coordinator's term", float(status.term));
-    gauge(registry, "generation", "The newest generation of the group", float(status.generation));
     gauge(registry, "world_size", "Workers in the newest group", status.world_size.into());
-    gauge(registry, "workers", "Workers in session", float(status.workers.len() as u64));
-    gauge(registry, "data_shards", "Data shards of the job", status.data_shards.into());
-    gauge(registry, "failure_deadline_seconds", "How long a worker may be silent", status.failure_deadline);
+    gauge(registry, "workers", "Workers connected to the coordinator", float(status.workers.len() as u64));
+    gauge(
+        registry,
+        "data_shards",
+        "Data shards of the job, which its workers share",
+        status.data_shards.into(),
+    );
+    gauge(
+        registry,
+        "failure_deadline_seconds",
+        "Time for which a worker may be silent, job.failure_deadline",
+        status.failure_deadline,
+    );
     let age = view.at.elapsed().as_secs_f64();
-    gauge(registry, "loop_age_seconds", "Since the coordinator's loop last came round", age);
+    gauge(
+        registry,
+        "loop_age_seconds",
+        "Time since the coordinator last completed a round of its main loop",
+        age,
+    );
     let finished = f64::from(u8::from(status.outcome == "complete"));
     gauge(registry, "finished", "Whether the run is complete", finished);
     let stages =
         STAGES.map(|stage| (vec![("stage", stage.to_string())], f64::from(u8::from(stage == status.stage))));
-    gauges(registry, "stage", "What the group does", stages);
+    gauges(registry, "stage", "Stage of the group: 1 for the current one", stages);
     gauge(
         registry,
         "checkpoint_step",
-        "The step of the newest checkpoint, 0 before the first",
+        "Step of the newest checkpoint; 0 before the first",
         float(status.checkpoint_step),
     );
 }
 
 fn of_history(registry: &mut Registry, known: &Known) {
     for (name, help, kind) in [
-        ("regroups", "Generations that broke", EventKind::Regroup),
-        ("generations", "Generations that formed", EventKind::GenerationFormed),
+        ("regroups", "Groups that ended because a worker was lost, joined or left", EventKind::Regroup),
+        ("generations", "Groups that were formed", EventKind::GenerationFormed),
         ("workers_lost", "Workers that were lost", EventKind::WorkerLost),
-        ("skipped_phases", "Phases that were skipped because they were not finite", EventKind::PhaseSkipped),
-        ("checkpoints", "Checkpoints that became valid", EventKind::Checkpoint),
+        (
+            "skipped_phases",
+            "Updates that were left out because they were not finite",
+            EventKind::PhaseSkipped,
+        ),
+        ("checkpoints", "Checkpoints that were saved", EventKind::Checkpoint),
         (
             "checkpoint_delays",
             "Failed attempts to write a file of a checkpoint",
             EventKind::CheckpointDelayed,
         ),
         ("metrics_breaches", "Steps that were computed again with another result", EventKind::MetricsBreach),
-        ("coordinator_starts", "Starts of a coordinator", EventKind::CoordinatorStarted),
+        ("coordinator_starts", "Starts of a coordinator of this run", EventKind::CoordinatorStarted),
     ] {
         counter(registry, name, help, known.count(kind));
     }
@@ -178,11 +197,16 @@ fn of_history(registry: &mut Registry, known: &Known) {
     registry.register("faults", "Faults that workers reported", faults);
     if let Some(checkpoint) = known.checkpoints.back() {
         let time = checkpoint.time;
-        gauge(registry, "checkpoint_timestamp_seconds", "When the newest checkpoint became valid", time);
+        gauge(
+            registry,
+            "checkpoint_timestamp_seconds",
+            "Unix time at which the newest checkpoint was saved",
+            time,
+        );
         gauge(
             registry,
             "checkpoint_age_seconds",
-            "Since the newest checkpoint became valid",
+            "Time since the newest checkpoint was saved",
             // A clock that was set back must not give a negative age.
             (now() - time).max(0.0),
         );
@@ -200,32 +224,42 @@ fn of_row(registry: &mut Registry, row: &MetricsRow) {
         }
     }
     if row.images_per_second.is_finite() {
-        gauge(registry, "images_per_second", "Real images taken per second", row.images_per_second);
+        gauge(registry, "images_per_second", "Real images trained on per second", row.images_per_second);
     }
-    counter(registry, "images", "Real images taken", row.images_seen);
-    gauge(registry, "epoch", "Passes over the data", row.epoch);
-    gauge(registry, "row_timestamp_seconds", "When the newest recorded step was committed", row.time);
+    counter(registry, "images", "Real images trained on since the start of the run", row.images_seen);
+    gauge(registry, "epoch", "Passes over the data since the start of the run", row.epoch);
+    gauge(registry, "row_timestamp_seconds", "Unix time of the newest recorded step", row.time);
     let parts = row.profile.iter().flat_map(|(network, profile)| {
         let labels = move |part: &str| vec![("module", network.to_string()), ("part", part.to_string())];
         profile.parts().map(|(part, milliseconds)| (labels(part), milliseconds / 1000.0))
     });
     if !row.profile.is_empty() {
-        gauges(registry, "step_part_seconds", "Where the time of a step goes, by module and part", parts);
+        gauges(
+            registry,
+            "step_part_seconds",
+            "Time of a step by module and part, on the worker that reports",
+            parts,
+        );
     }
 }
 
 fn of_evaluations(registry: &mut Registry, known: &Known) {
     let raised = |alarm: &Alarm| f64::from(u8::from(known.alarms.contains_key(alarm.name())));
     let alarms = Alarm::ALL.iter().map(|alarm| (vec![("alarm", alarm.name().to_string())], raised(alarm)));
-    gauges(registry, "alarm", "Whether an alarm of the run is raised", alarms);
+    gauges(
+        registry,
+        "alarm",
+        "Whether an alarm is raised: 1 from its event until its cause has gone",
+        alarms,
+    );
     let Some(newest) = known.evaluations.values().next_back() else { return };
     let figures = newest.record.metrics.iter().filter(|(_, value)| value.is_finite());
     let figures = figures.map(|(name, value)| (vec![("metric", name.to_string())], value));
-    gauges(registry, "evaluation", "The figures of the newest evaluation", figures);
-    gauge(registry, "evaluation_step", "The step of the newest evaluation", float(newest.record.step));
-    gauge(registry, "evaluation_seconds", "How long the newest evaluation took", newest.record.seconds);
+    gauges(registry, "evaluation", "Figures of the newest evaluation; docs/metrics.md defines them", figures);
+    gauge(registry, "evaluation_step", "Step of the newest evaluation", float(newest.record.step));
+    gauge(registry, "evaluation_seconds", "Time that the newest evaluation took", newest.record.seconds);
     if let Some(best) = &known.best {
-        gauge(registry, "best_checkpoint_step", "The step of the best checkpoint", float(best.step));
+        gauge(registry, "best_checkpoint_step", "Step of the best checkpoint", float(best.step));
     }
 }
 
@@ -235,20 +269,20 @@ fn of_workers(registry: &mut Registry, workers: &[WorkerStatus]) {
     let mut each = |name: &str, help: &str, of: fn(&WorkerStatus) -> Option<f64>| {
         gauges(registry, name, help, workers.iter().filter_map(|worker| Some((labels(worker), of(worker)?))));
     };
-    each("worker_position", "Phases that the worker has committed", |worker| {
+    each("worker_position", "Updates that the worker's state contains (update index)", |worker| {
         worker.heartbeat_age.map(|_| float(worker.position))
     });
     each("worker_shards", "Data shards of the worker", |worker| Some(worker.shards.into()));
-    each("worker_heartbeat_age_seconds", "Since the worker's newest heartbeat", |worker| {
+    each("worker_heartbeat_age_seconds", "Time since the worker's newest heartbeat", |worker| {
         worker.heartbeat_age
     });
-    each("worker_resident_memory_bytes", "Memory of the worker's process", |worker| {
+    each("worker_resident_memory_bytes", "Memory of the worker's process (resident set)", |worker| {
         worker.resident_bytes.map(float)
     });
     each("worker_gpu_memory_bytes", "Memory in use on the worker's GPU", |worker| {
         worker.gpu_memory_bytes.map(float)
     });
-    each("worker_gpu_utilisation_ratio", "How much of the time the worker's GPU was busy", |worker| {
+    each("worker_gpu_utilisation_ratio", "Share of the time in which the worker's GPU was busy", |worker| {
         worker.gpu_utilisation.map(|percent| f64::from(percent) / 100.0)
     });
     let infos = workers.iter().map(|worker| {
@@ -257,7 +291,7 @@ fn of_workers(registry: &mut Registry, workers: &[WorkerStatus]) {
         labels.extend([("rank", rank), ("pid", worker.pid.to_string()), ("device", worker.device.clone())]);
         (labels, 1.0)
     });
-    gauges(registry, "worker_info", "Who the worker is", infos);
+    gauges(registry, "worker_info", "Rank, process and device of the worker, always 1", infos);
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use ganglion_membership::Checkpoint;
 use ganglion_proto::progress::Progress;
 use ganglion_proto::record::{RunEvent, SavedCheckpoint};
+use ganglion_proto::words::counted;
 use ganglion_storage::{Bytes, Error, MANIFEST, Storage, in_folder, reason};
 use safetensors::tensor::{SafeTensors, TensorView};
 
@@ -169,7 +170,8 @@ pub(super) fn files_are_whole(whole: &Whole) -> Claim {
         }
     }
     let removed = if gone == 0 { String::new() } else { format!("; {gone} removed meanwhile") };
-    claim.of(format!("{all_files} files, {all_bytes} bytes, of {checkpoints} checkpoints{removed}"))
+    let (files, checkpoints) = (counted(all_files, "file"), counted(checkpoints, "checkpoint"));
+    claim.of(format!("{files}, {}, of {checkpoints}{removed}", counted(all_bytes, "byte")))
 }
 
 /// Claims that the state in a checkpoint's parts has the manifest's digest and update index, and
@@ -198,7 +200,7 @@ pub(super) fn states_have_their_digests(evidence: &Evidence, whole: &Whole) -> C
             )
         });
     }
-    claim.of(format!("{judged} states"))
+    claim.of(counted(judged, "state"))
 }
 
 /// Claims that each checkpoint that a coordinator announced was journaled before, with the same
@@ -240,7 +242,7 @@ pub(super) fn journal_agrees(evidence: &Evidence) -> Claim {
     }
     let absent = evidence.history.checkpoints.len().saturating_sub(present);
     claim.of(format!(
-        "{present} present, {absent} journaled and removed, or not written yet; {alone} by workers alone"
+        "{present} present; {absent} removed since, or not written yet; {alone} written by workers without a coordinator"
     ))
 }
 

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ganglion_proto::record::{RunEvent, SavedCheckpoint};
+use ganglion_proto::words::counted;
 
 use super::Claim;
 use super::evidence::Evidence;
@@ -42,7 +43,8 @@ pub(super) fn numbers_grow(evidence: &Evidence) -> Claim {
         }
     }
     let (terms, generations) = (history.terms.len(), history.generations.len());
-    claim.of(format!("{terms} terms, {generations} generations, {} workers", history.workers.len()))
+    let workers = counted(history.workers.len(), "worker");
+    claim.of(format!("{}, {}, {workers}", counted(terms, "term"), counted(generations, "generation")))
 }
 
 /// Claims that in each generation every data shard has one owner: the ranges of the ranks follow on
@@ -67,7 +69,8 @@ pub(super) fn shards_are_dealt(evidence: &Evidence) -> Claim {
     }
     let largest = evidence.history.generations.iter().map(|row| row.members.len()).max().unwrap_or(0);
     let generations = evidence.history.generations.len();
-    claim.of(format!("{shards} shards in {generations} generations of up to {largest} workers"))
+    let (shards, generations) = (counted(shards, "data shard"), counted(generations, "generation"));
+    claim.of(format!("{shards} in {generations} of up to {}", counted(largest, "worker")))
 }
 
 fn expect_workers(claim: &mut Claim, evidence: &Evidence, row: &GenerationRow) {
@@ -103,11 +106,12 @@ pub(super) fn events_agree(evidence: &Evidence) -> Claim {
                 };
                 claim.expect(is_lost || row.is_some_and(same), || {
                     let journaled = row.map_or("nothing".to_string(), |row| {
-                        format!("position {}, {} workers", row.position, row.members.len())
+                        format!("position {}, {}", row.position, counted(row.members.len(), "worker"))
                     });
                     format!(
-                        "events.jsonl has generation {generation} otherwise: position {position}, {world_size} workers; \
-                         journaled is {journaled}"
+                        "events.jsonl has generation {generation} otherwise: position {position}, {}; journaled is \
+                         {journaled}",
+                        counted(*world_size, "worker")
                     )
                 });
             }
@@ -126,6 +130,7 @@ pub(super) fn events_agree(evidence: &Evidence) -> Claim {
     }
     let journaled = history.generations.len() + history.checkpoints.len();
     let missing = journaled.saturating_sub(formed + saved);
-    claim
-        .of(format!("{formed} of generations and {saved} of checkpoints; {missing} journaled ones have none"))
+    claim.of(format!(
+        "{formed} of generations and {saved} of checkpoints; {missing} in the journal without an event"
+    ))
 }

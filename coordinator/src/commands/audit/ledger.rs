@@ -9,6 +9,7 @@
 
 use ganglion_proto::job::Exclusion;
 use ganglion_proto::stream::{SampleStream, ledger_term};
+use ganglion_proto::words::counted;
 
 use super::Claim;
 use super::checkpoints::Whole;
@@ -56,9 +57,11 @@ pub(super) fn every_sample_was_committed_once(evidence: &Evidence, whole: &Whole
     let epochs = number as f64 / samples as f64;
     let exclusions = evidence.job.data.exclusions.iter().map(|one| format!("; left out {one}"));
     claim.of(format!(
-        "{number} numbers, {epochs:.3} epochs of {samples} samples, in {} rows and {} checkpoints{}",
-        evidence.rows.whole.len(),
-        whole.states().count(),
+        "{}, {epochs:.3} epochs of {}, in {} and {}{}",
+        counted(number, "number"),
+        counted(samples, "sample"),
+        counted(evidence.rows.whole.len(), "row"),
+        counted(whole.states().count(), "checkpoint"),
         exclusions.collect::<String>()
     ))
 }

@@ -15,6 +15,7 @@
 use std::collections::BTreeMap;
 
 use ganglion_proto::record::RunEvent;
+use ganglion_proto::words::counted;
 
 use super::Claim;
 use super::evidence::Evidence;
@@ -57,7 +58,7 @@ pub(super) fn starts_follow(evidence: &Evidence) -> Claim {
         }
         held.extend(Held::of(row, recorded.get(&row.generation).copied()));
     }
-    claim.of(format!("{fresh} fresh, {healed} healed by a member, {restored} from a checkpoint"))
+    claim.of(format!("{fresh} from step 0, {healed} from a member's state, {restored} from a checkpoint"))
 }
 
 /// Describes the fault of a start from a checkpoint, if there is one.
@@ -147,5 +148,8 @@ pub(super) fn recomputed_steps_are_equal(evidence: &Evidence) -> Claim {
         let end = evidence.end_of(row.step);
         starts.iter().any(|start| row.generation < start.generation && end > start.position)
     });
-    claim.of(format!("{} rows lie beyond a later start from a checkpoint", again.count()))
+    claim.of(format!(
+        "{} computed again after a start from an earlier checkpoint",
+        counted(again.count(), "row")
+    ))
 }

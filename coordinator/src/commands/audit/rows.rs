@@ -13,6 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ganglion_proto::record::{MetricsRow, RunEvent, RunOutcome};
+use ganglion_proto::words::counted;
 
 use super::Claim;
 use super::aside::may_have_held;
@@ -55,9 +56,10 @@ pub(super) fn every_step_has_one(evidence: &Evidence) -> Claim {
         count => format!("; {count} that were due are lost with a damaged record"),
     };
     claim.of(format!(
-        "{} rows up to step {last}, {} of them due; {unknown} terms did not journal which are{lost}",
-        steps.len(),
-        due.len()
+        "{} up to step {last}, {} of them due; {} did not journal which are{lost}",
+        counted(steps.len(), "row"),
+        due.len(),
+        counted(unknown, "term")
     ))
 }
 
@@ -121,8 +123,8 @@ pub(super) fn are_of_their_generation(evidence: &Evidence) -> Claim {
                 let workers = formed.members.len();
                 claim.expect(row.world_size as usize == workers, || {
                     format!(
-                        "step {step} tells of {} workers, generation {generation} had {workers}",
-                        row.world_size
+                        "step {step} tells of {}, generation {generation} had {workers}",
+                        counted(row.world_size, "worker")
                     )
                 });
             }
@@ -132,5 +134,6 @@ pub(super) fn are_of_their_generation(evidence: &Evidence) -> Claim {
             format!("step {step} tells of {} images, the job takes {images}", row.images_seen)
         });
     }
-    claim.of(format!("{} rows of {} generations", evidence.rows.whole.len(), seen.len()))
+    let (rows, generations) = (evidence.rows.whole.len(), seen.len());
+    claim.of(format!("{} of {}", counted(rows, "row"), counted(generations, "generation")))
 }

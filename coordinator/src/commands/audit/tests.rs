@@ -243,11 +243,11 @@ fn an_untouched_run_holds() {
     let lines: Vec<&str> = report.lines().collect();
     assert!(lines.iter().all(|line| line.starts_with("ok    ")), "{report}");
     for figures in [
-        "1 terms, 3 generations, 3 workers",
-        "1 fresh, 1 healed by a member, 1 from a checkpoint",
+        "1 term, 3 generations, 3 workers",
+        "1 from step 0, 1 from a member's state, 1 from a checkpoint",
         "8 rows up to step 8, 8 of them due",
         "64 numbers, 3.200 epochs of 20 samples, in 8 rows and 3 checkpoints",
-        "3 present, 0 journaled and removed",
+        "3 present; 0 removed since",
     ] {
         assert!(report.contains(figures), "{figures:?} is not in\n{report}");
     }

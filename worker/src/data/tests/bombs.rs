@@ -36,7 +36,7 @@ fn labels_are_read_no_further_than_they_announce() {
     fs::write(&images, idx_bytes(0x0803, [3, 2, 2], &[7; 12])).unwrap();
     let labels = folder.path().join("train-labels-idx1-ubyte.gz");
     for (count, expected) in
-        [(u32::MAX, "announces 4294967295 bytes"), (3, "3 labels and more than 3 follow")]
+        [(u32::MAX, "announces 4294967295 bytes"), (3, "3 labels, but holds more than 3")]
     {
         let head = [0x0801, count].map(u32::to_be_bytes);
         fs::write(&labels, packed_zeros(head.as_flattened(), 16 << 20)).unwrap();

@@ -49,7 +49,7 @@ fn an_idx_file_has_its_labels_beside_it() {
     let cases = [
         (None, "found no file of labels train-labels-idx1-ubyte"),
         (Some(label_bytes(LABELS, 2, &[1, 2])), "found 2 labels for 3 images"),
-        (Some(label_bytes(LABELS, 4, &[1, 2, 3])), "announces 4 labels and 3 follow"),
+        (Some(label_bytes(LABELS, 4, &[1, 2, 3])), "announces 4 labels, but holds 3;"),
         (Some(label_bytes(0x0000_0803, 3, &[1, 2, 3])), "expected magic number 0x00000801"),
         (Some(vec![0, 0, 8]), "found no IDX file of labels"),
         (Some(vec![0x89, b'P', b'N', b'G']), "this is a PNG picture"),

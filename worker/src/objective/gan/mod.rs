@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use c10d::aten::Adam;
 use ganglion_proto::job::Job;
+use ganglion_proto::words::counted;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use self::augment::{Probability, augment};
@@ -133,7 +134,8 @@ pub fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objecti
     let (wanted, there) = (job.model.freeze_discriminator, layers(&models.discriminator.parameters()));
     if wanted > there {
         return Err(Unsuitable(format!(
-            "model.freeze_discriminator is {wanted}, but the discriminator has {there} layers; choose at most {there}"
+            "model.freeze_discriminator is {wanted}, but the discriminator has {}; choose at most {there}",
+            counted(there, "layer")
         )));
     }
     Ok(Arc::new(Gan { job: job.clone(), models, labels: data.labels().to_vec(), device }))
