@@ -146,7 +146,8 @@ export class Chart {
     if (!this.small) this.axes(ctx, color, { labels, first, last, x, y, box });
     ctx.save();
     ctx.beginPath();
-    ctx.rect(box.left, box.top - 4, box.right - box.left + 4, box.bottom - box.top + 5);
+    if (this.small) ctx.rect(0, 0, width, height);
+    else ctx.rect(box.left, box.top - 4, box.right - box.left + 4, box.bottom - box.top + 5);
     ctx.clip();
     if (this.stacked) this.areas(ctx, color, x, y);
     else this.lines(ctx, color, x, y);
