@@ -148,11 +148,27 @@ fn metrics(at: u64) -> Value {
     })
 }
 
+/// A data set with much to say about it.
+fn data() -> Value {
+    let class =
+        |at: u64| json!({ "name": format!("{at:02}-a-class-with-a-long-name"), "samples": 10_000 * at + 3 });
+    let example = "a/folder/in/a/folder/holiday-in-the-mountains-2024-08-17-0042.heic";
+    json!({
+        "samples": 1_281_167, "channels": 3, "width": 256, "height": 256, "class_count": 12, "class_rule": "folder",
+        "classes": (0..12).map(class).collect::<Vec<_>>(), "image_rule": "", "least": [64, 64], "greatest": [12_000, 9000],
+        "left_out": { ".heic": { "count": 1234, "example": example }, ".txt": { "count": 1, "example": "README.txt" } },
+        "turned": 88, "alpha": 4321, "cropped": { "count": 98_765, "example": example }, "cropped_most": 93,
+        "enlarged": { "count": 12, "example": example }, "small_classes": 1,
+    })
+}
+
 /// Events of a long run with many faults.
 fn events(chronicle: &Chronicle, begun: f64) {
     let tell = |time: f64, kind: &str, keys: Value| event(chronicle, begun + time, kind, keys);
     let start = |term| json!({ "term": term, "pid": 4_194_303, "address": "https://[2001:db8::42]:41233", "format": 1 });
     tell(0.0, "coordinator_started", start(1));
+    tell(1.0, "data", json!({ "found": data() }));
+    tell(2.0, "real_samples", json!({ "file": "samples/real.png" }));
     for generation in 1..=128_u64 {
         let time = float(generation) * 1380.0;
         if generation > 1 {
@@ -327,8 +343,10 @@ impl State {
         let samples = folder.join(self.name);
         std::fs::create_dir(&samples).unwrap();
         let picture = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/digits-dcgan.png");
-        for step in self.chronicle.look().pictures(1000) {
-            std::fs::copy(picture, samples.join(format!("step-{step:08}.png"))).unwrap();
+        let steps = self.chronicle.look().pictures(1000);
+        let names = steps.into_iter().map(|step| format!("step-{step:08}.png"));
+        for name in names.chain(["real.png".to_string()]) {
+            std::fs::copy(picture, samples.join(name)).unwrap();
         }
         let (publisher, view) =
             watch::channel(Some(Arc::new(View { status: self.status, at: Instant::now() })));
