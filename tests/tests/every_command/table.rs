@@ -363,7 +363,7 @@ pub(crate) const ROWS: &[Row] = &[
     },
     Row {
         command: "worker eval",
-        line: "eval {run} --samples 60 --reference 60",
+        line: "eval {run} --samples 80 --reference 80",
         cells: &[
             (FullDisk, "0 frechet_distance"),
             (FullOutput, FULL),
