@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ganglion_tests::{Process, eventually, program};
+use ganglion_tests::{LIMIT, Process, eventually, program};
 use tempfile::TempDir;
 
 use crate::fixture::{Fixture, OLD};
@@ -16,9 +16,6 @@ use crate::table::{Condition, ROWS, Row};
 
 /// Width of the narrow terminal.
 const NARROW: usize = 40;
-/// Time limit of a cell.
-const LIMIT: Duration = Duration::from_secs(60);
-
 pub(crate) struct Cell<'a> {
     row: &'a Row,
     condition: Condition,
