@@ -265,7 +265,7 @@ mod tests {
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no draft is left");
         let key = fs::read(dir.join("ca/tls.key")).unwrap();
         let again = init(dir.clone(), None, &[]).run().unwrap_err();
-        assert!(again.exit_code() == 2 && again.to_string().contains("there already"), "{again}");
+        assert!(again.exit_code() == 2 && again.to_string().contains("exists already"), "{again}");
         assert_eq!(fs::read(dir.join("ca/tls.key")).unwrap(), key);
         let wrong = init(folder.path().join("x"), None, &["no name"]).run().unwrap_err();
         assert!(wrong.exit_code() == 2 && wrong.to_string().contains("--host"), "{wrong}");

@@ -344,7 +344,9 @@ fn an_event_that_tells_of_something_else_is_found_and_a_missing_one_is_counted()
     let text = fs::read_to_string(story.path("events.jsonl")).unwrap();
     let fewer: Vec<&str> = text.lines().filter(|line| !line.contains("\"generation\":2")).collect();
     fs::write(story.path("events.jsonl"), fewer.join("\n") + "\n").unwrap();
-    assert!(story.holds().contains("2 of generations and 3 of checkpoints; 1 journaled ones have none"));
+    assert!(
+        story.holds().contains("2 of generations and 3 of checkpoints; 1 in the journal without an event")
+    );
 }
 
 #[test]
@@ -430,7 +432,7 @@ fn a_start_from_an_older_checkpoint_holds_and_what_it_repeats_is_counted() {
     let mut story = Story::new();
     story.groups[2].1 = group(3, 4, Start::Checkpoint(Rank(0), Saved::new(2, 1).checkpoint()), &[3]);
     story.write();
-    assert!(story.holds().contains("4 rows lie beyond a later start from a checkpoint"));
+    assert!(story.holds().contains("4 rows computed again after a start from an earlier checkpoint"));
     story.events.insert(
         0,
         json!({ "time": 1.0, "kind": "metrics_breach", "detail": "step 5 was recomputed otherwise" }),
@@ -597,12 +599,12 @@ fn a_checkpoint_that_is_not_as_journaled_is_found_and_a_removed_one_is_counted()
     // Workers that were cut off wrote it, and no coordinator went on from it.
     story.save(&Saved::new(4, 1));
     story.save(&Saved::new(8, 3));
-    assert!(
-        story.holds().contains("3 present, 0 journaled and removed, or not written yet; 1 by workers alone")
-    );
+    assert!(story.holds().contains(
+        "3 present; 0 removed since, or not written yet; 1 written by workers without a coordinator"
+    ));
     fs::remove_dir_all(story.path("checkpoints/step-00000004")).unwrap();
     fs::remove_dir_all(story.path("checkpoints/step-00000002")).unwrap();
-    assert!(story.holds().contains("2 present, 1 journaled and removed"));
+    assert!(story.holds().contains("2 present; 1 removed since"));
 }
 
 #[test]
