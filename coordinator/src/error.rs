@@ -71,9 +71,15 @@ impl From<JournalError> for Failure {
             // Only the user can help here, with another version or with `coordinator recover`: a
             // supervisor that restarts the program would do so for ever.
             JournalError::Newer(_) | JournalError::Damaged { .. } => Failure::input(error),
-            JournalError::Sqlite(_) if error.may_mend() => Failure::Other(format!(
-                "{error}; once that is mended, the same command goes on, and nothing is lost"
-            )),
+            JournalError::Sqlite(_) if error.may_mend() => {
+                let text = error.to_string();
+                // SQLite does not say of shared memory that there is no room for it.
+                let hint =
+                    if text.ends_with("I/O error") { ", as of a disk that is full or failing" } else { "" };
+                Failure::Other(format!(
+                    "{text}{hint}; once that is mended, the same command goes on, and nothing is lost"
+                ))
+            }
             JournalError::Sqlite(_)
             | JournalError::File(_)
             | JournalError::Busy

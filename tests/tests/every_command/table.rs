@@ -77,7 +77,7 @@ pub(crate) const ROWS: &[Row] = &[
         command: "coordinator",
         line: "--run-dir {run} --workers 1 --set model.width=16 --set model.latent_dim=8 --set job.shard_batch=2 --set job.steps=2 --set job.data_shards=2",
         cells: &[
-            (FullDisk, "1 journal.sqlite"),
+            (FullDisk, "1 journal.sqlite | full"),
             (FullOutput, FULL),
             (Device, "2 --run-dir"),
             (ClosedPipe, CLOSED),
@@ -167,7 +167,7 @@ pub(crate) const ROWS: &[Row] = &[
         command: "coordinator recover",
         line: "recover {run}",
         cells: &[
-            (FullDisk, "1 journal.sqlite"),
+            (FullDisk, "1 journal.sqlite | full"),
             (FullOutput, FULL),
             (Device, "2 give"),
             (ClosedPipe, CLOSED),
