@@ -71,6 +71,7 @@ impl FromWorker {
                 Message::PartDelayed(wire::PartDelayed { step, file, detail })
             }
             FromWorker::Samples(grid) => Message::Samples(wire::SampleGrid {
+                real: grid.real,
                 step: grid.step,
                 png: grid.png,
                 width: grid.width,
@@ -168,6 +169,7 @@ fn samples_from_wire(grid: wire::SampleGrid) -> Result<SampleGrid, Malformed> {
         return Err(Malformed(format!("{width} x {height} pixels of {channels} channels are no picture")));
     }
     Ok(SampleGrid {
+        real: grid.real,
         step: count(grid.step, "step")?,
         png: grid.png,
         width: grid.width,

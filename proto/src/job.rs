@@ -18,10 +18,12 @@ use crate::evaluation::{Alarms, Evaluation};
 use crate::names::display_as_in_the_file;
 use crate::stream::Change;
 
+mod pictures;
 #[cfg(test)]
 mod sample;
 mod text;
 
+pub use pictures::{Background, ClassOrder, Fit, NoBackground, Orientation};
 #[cfg(test)]
 pub(crate) use sample::sample_of_all;
 pub use text::TEXT_LIMIT;
@@ -156,40 +158,55 @@ pub struct Data {
     /// Treatment of the orientation in the pictures' EXIF data.
     #[serde(default, skip_serializing_if = "Orientation::is_followed")]
     pub orientation: Orientation,
+    /// Way in which a scaled picture becomes a square.
+    #[serde(default, skip_serializing_if = "Fit::is_crop")]
+    pub fit: Fit,
+    /// Colour behind transparent parts. `None` in jobs that began before this setting, and for data without
+    /// any: as [`Background::Stored`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub background: Option<Background>,
+    /// Order of the folders that are classes. `None` in jobs that began before this setting, and for data
+    /// without folders: as [`ClassOrder::Bytes`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class_order: Option<ClassOrder>,
     /// Samples that are left out, and from which step on, in that order.
     #[serde(default, rename = "exclusion", skip_serializing_if = "Vec::is_empty")]
     pub exclusions: Vec<Exclusion>,
 }
 
-/// Treatment of the orientation in a picture's EXIF data.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Orientation {
-    /// The picture is turned and mirrored as viewers do.
-    #[default]
-    Follow,
-    /// The picture stays as its pixels are stored.
-    Ignore,
-}
-
-impl Orientation {
-    fn is_followed(&self) -> bool {
-        *self == Orientation::Follow
-    }
-}
-
 impl Data {
     /// Returns the section for the digits that are bundled with the worker.
     pub fn bundled_digits() -> Data {
+        Data::plain(DataKind::Mnist10k, None, 1)
+    }
+
+    /// Returns the section of a new job for data of a kind, with all defaults.
+    pub fn plain(kind: DataKind, path: Option<PathBuf>, channels: u32) -> Data {
+        let has_folders = kind == DataKind::Folder;
         Data {
-            kind: DataKind::Mnist10k,
-            path: None,
+            kind,
+            path,
             resize: None,
             crop: None,
-            channels: 1,
+            channels,
             image_extension: None,
             orientation: Orientation::default(),
+            fit: Fit::default(),
+            background: has_folders.then_some(Background::WHITE),
+            class_order: has_folders.then_some(ClassOrder::Natural),
             exclusions: Vec::new(),
+        }
+    }
+
+    /// Takes over from the record of a run that began before a setting existed that it had none. A setting
+    /// that was given with another value than the default stays, and so differs from the record.
+    pub fn resume(&mut self, recorded: &Data) {
+        let new = Data::plain(self.kind, None, self.channels);
+        if recorded.background.is_none() && self.background == new.background {
+            self.background = None;
+        }
+        if recorded.class_order.is_none() && self.class_order == new.class_order {
+            self.class_order = None;
         }
     }
 
@@ -662,7 +679,6 @@ display_as_in_the_file!(
     Precision,
     Reduction,
     DataKind,
-    Orientation,
     ModelKind,
     EmaSchedule,
     LossKind,

@@ -29,7 +29,7 @@ pub enum FromWorker {
     PartWritten(Generation, WrittenPart),
     /// A checkpoint file could not be written yet: step, file name, reason.
     PartDelayed(u64, String, String),
-    /// Grid of generated samples.
+    /// Grid of generated or of real samples.
     Samples(SampleGrid),
     /// Result of an evaluation.
     Evaluation(EvaluationRow),
@@ -168,10 +168,12 @@ pub struct GpuUse {
     pub utilisation: Option<u32>,
 }
 
-/// Grid of generated samples.
+/// Grid of samples.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SampleGrid {
-    /// Count of steps done when the grid was drawn.
+    /// Whether the samples are real ones, as the networks see them, and not generated.
+    pub real: bool,
+    /// Count of steps done when the grid was drawn; 0 for real samples.
     pub step: u64,
     /// Content of a PNG file.
     pub png: Vec<u8>,

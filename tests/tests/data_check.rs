@@ -81,7 +81,13 @@ fn each_bad_picture_of_a_folder_is_named_with_how_to_leave_it_out() {
 
     let ended = check(&["--data", &data, "--bad", bad.to_str().unwrap()]);
     let advice = format!("--set data.exclude=@{}", bad.display());
-    let says = ["60 samples", "even 30, odd 30", "1 .txt (even/notes.txt)", "2 of 60 samples", &advice];
+    let says = [
+        "60 samples",
+        "2 classes by folder: even (30), odd (30)",
+        "1 .txt (even/notes.txt)",
+        "2 of 60 samples",
+        &advice,
+    ];
     assert_says(&ended, 2, &[&says[..], &[&name(7), &name(31)]].concat());
     assert_eq!(fs::read_to_string(&bad).unwrap(), format!("{}\n{}\n", name(7), name(31)));
     let found = report(&data, 2);
@@ -137,7 +143,11 @@ fn records_of_cifar_are_counted_and_a_bad_one_is_named() {
         classes.iter().find(|class| class["name"] == name).map(|class| class["samples"].clone())
     };
     assert_eq!(["airplane", "cat", "truck"].map(|name| class(name).unwrap()), [1, 8, 5].map(|n| json!(n)));
-    assert_says(&check(&["--data", &data]), 0, &["14 samples", "cat 8", "truck 5"]);
+    assert_says(
+        &check(&["--data", &data]),
+        0,
+        &["14 samples of 32 x 32 pixels, in colour", "cat (8)", "truck (5)"],
+    );
     let path = format!("data.path={}", root.path().display());
     let settings =
         ["data.kind=cifar-10", "data.resize=28", "model.kind=dcgan-28", "job.shard_batch=1", &path];

@@ -171,7 +171,14 @@ fn claims(generation: Generation) -> Vec<FromWorker> {
         FromWorker::Metrics(row(1)),
         FromWorker::Metrics(row(999_999)),
         FromWorker::PhaseSkipped(position, what),
-        FromWorker::Samples(SampleGrid { step: 1, png: vec![0; 1 << 20], width: 1, height: 1, channels: 1 }),
+        FromWorker::Samples(SampleGrid {
+            real: false,
+            step: 1,
+            png: vec![0; 1 << 20],
+            width: 1,
+            height: 1,
+            channels: 1,
+        }),
     ]);
     claims
 }

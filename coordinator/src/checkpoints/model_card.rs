@@ -5,6 +5,7 @@ use std::fmt::Write;
 
 use ganglion_membership::Passport;
 use ganglion_proto::evaluation::EvaluationRow;
+use ganglion_proto::found::Found;
 use ganglion_proto::job::Job;
 
 use crate::checkpoints::best::{Best, folder};
@@ -23,6 +24,8 @@ pub(crate) struct Subject<'a> {
     pub passport: Option<&'a Passport>,
     /// Number of samples in the data set.
     pub samples: Option<u64>,
+    /// Data set as a worker found it.
+    pub found: Option<&'a Found>,
     /// The best checkpoint.
     pub best: &'a Best,
     /// Evaluation of that checkpoint.
@@ -80,8 +83,15 @@ fn data(card: &mut String, subject: &Subject) {
     let file = data.path.as_deref().and_then(|path| path.file_name());
     let place = file.map(|file| format!(", `{}`", file.to_string_lossy())).unwrap_or_default();
     line(card, "kind", &format!("{}{place}", data.kind));
-    if let Some(samples) = subject.samples {
-        line(card, "samples", &samples.to_string());
+    match (subject.found, subject.samples) {
+        (Some(found), _) => {
+            line(card, "samples", &found.pictures_line());
+            found.classes_line().iter().for_each(|classes| line(card, "classes", classes));
+            found.left_out_line().iter().for_each(|left_out| line(card, "files left out", left_out));
+            found.warnings().iter().for_each(|warning| line(card, "note", warning));
+        }
+        (None, Some(samples)) => line(card, "samples", &samples.to_string()),
+        (None, None) => {}
     }
     if let Some(hash) = subject.passport.and_then(|passport| passport.0.get("data")) {
         line(card, "hash", hash);
@@ -136,6 +146,7 @@ fn settings(job: &Job) -> String {
 mod tests {
     use super::*;
     use crate::job_file::{Source, read};
+    use ganglion_proto::found::Class;
 
     #[test]
     fn a_card_tells_what_the_model_came_from_and_keeps_secrets() {
@@ -147,8 +158,13 @@ mod tests {
         let best = Best { step: 1000, metric: "frechet_distance", value: 1.5 };
         let metrics = [("frechet_distance", 1.5), ("kid", f64::NAN)].into_iter().collect();
         let row = EvaluationRow { step: 1000, metrics, features: "digits ab".to_string(), seconds: 2.0 };
+        let mut found = Found { samples: 10_000, width: 28, height: 28, channels: 1, ..Found::default() };
+        found.leave_out(".gif", "a.gif");
+        let class = |name: &str| Class { name: name.to_string(), samples: 5_000 };
+        found.add_classes("folder", [class("cat"), class("dog")].into_iter());
         let card = render(&Subject {
             job: &job,
+            found: Some(&found),
             run: "r-u-n",
             counts: Counts { terms: 3, generations: 7, is_whole: false },
             passport: Some(&passport),
@@ -159,6 +175,10 @@ mod tests {
         for expected in [
             "step-00001000/generator_ema.safetensors",
             "- hash: 0a1b",
+            "- samples: 10000 samples of 28 x 28 pixels, grey",
+            "- classes: 2 classes by folder: cat (5000), dog (5000)",
+            "- files left out: 1 .gif (a.gif)",
+            "- note: pictures in formats that are not read",
             "- run: r-u-n",
             "- starts of a coordinator: at least 3",
             "- memberships of the group: at least 7",

@@ -8,7 +8,6 @@ use std::path::PathBuf;
 use std::process::Stdio;
 
 use ganglion_proto::data_report::{Line, Report};
-use ganglion_proto::found::Found;
 use ganglion_proto::job::{Data, Job, exclude_argument};
 use ganglion_proto::progress::Progress;
 use ganglion_proto::words::counted;
@@ -25,8 +24,6 @@ use crate::workers::worker_program;
 
 /// Maximum number of samples named on the screen, and in an argument.
 const SHOWN: usize = 20;
-/// Maximum number of classes listed one by one.
-const LISTED: usize = 20;
 
 /// Arguments of `coordinator data check`.
 #[derive(Debug, clap::Args)]
@@ -169,11 +166,7 @@ async fn follow(child: &mut Child) -> Result<Report, Failure> {
 /// Renders a report as text.
 fn shown(report: &Report) -> String {
     let place = report.path.as_ref().map_or_else(String::new, |path| format!(" {path}"));
-    let Found { samples, channels, height, width, .. } = report.found;
-    let mut text = format!("{}{place}: {}", report.kind, counted(samples, "sample"));
-    if channels > 0 {
-        let _ = write!(text, ", {channels} x {height} x {width} (channels x height x width) for training");
-    }
+    let mut text = format!("{}{place}: {}", report.kind, report.found.pictures_line());
     let mut line = |what: &str, parts: Vec<String>| {
         if !parts.is_empty() {
             let _ = write!(text, "\n  {what:<9} {}", parts.join(", "));
@@ -190,11 +183,8 @@ fn shown(report: &Report) -> String {
     }
     line("sizes", sizes);
     line("classes", classes(report));
-    let left_out = report.found.left_out.iter();
-    line(
-        "left out",
-        left_out.map(|(kind, left)| format!("{} {kind} ({})", left.count, left.example)).collect(),
-    );
+    line("left out", report.found.left_out_line().into_iter().collect());
+    report.found.warnings().into_iter().for_each(|warning| line("warning", vec![warning]));
     line("read", vec![format!("in {:.1} s", report.seconds)]);
     for bad in report.bad_samples.iter().take(SHOWN) {
         line("bad", vec![bad.problem.clone()]);
@@ -210,10 +200,5 @@ fn classes(report: &Report) -> Vec<String> {
     if let Some(why) = &report.no_classes {
         return vec![format!("none: {why}")];
     }
-    let named = report.found.classes.iter().take(LISTED);
-    let mut parts: Vec<String> = named.map(|class| format!("{} {}", class.name, class.samples)).collect();
-    if report.found.class_count as usize > LISTED {
-        parts.push(format!("... {} in all", report.found.class_count));
-    }
-    parts
+    report.found.classes_line().into_iter().collect()
 }

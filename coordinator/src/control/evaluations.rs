@@ -117,8 +117,10 @@ impl Shell {
         // The card is for readers. A journal that cannot be read just now costs it a line, and not the
         // run.
         let passport = self.journal.passport().ok().flatten();
+        let found = self.records.chronicle.look().data.clone();
         let card = model_card::render(&Subject {
             job: &self.job,
+            found: found.as_ref(),
             run: &self.run,
             counts: self.journal.counts().unwrap_or_default(),
             passport: passport.as_ref(),

@@ -28,7 +28,7 @@ use ganglion_storage::whole;
 use tokio::task::JoinHandle;
 
 use super::StopSignal;
-use crate::records::chronicle::Chronicle;
+use crate::records::chronicle::{Chronicle, REAL_PICTURE};
 use crate::records::curves::Curves;
 use crate::records::damage::Damaged;
 use crate::records::disk::Disk;
@@ -92,6 +92,11 @@ pub(crate) fn recorded(outcome: &Outcome) -> RunOutcome {
         Outcome::InputWrong(_) | Outcome::Refused => RunOutcome::InputError,
         Outcome::Failed(_) => RunOutcome::Failed,
     }
+}
+
+/// Name of a grid's file.
+fn picture_name(grid: &SampleGrid) -> String {
+    if grid.real { REAL_PICTURE.to_string() } else { format!("step-{:08}.png", grid.step) }
 }
 
 impl Records {
@@ -189,6 +194,7 @@ impl Records {
         }
         self.data_told = true;
         self.message(&format!("data: {found}"));
+        found.warnings().iter().for_each(|line| self.message(&format!("warning: {line}")));
         // An earlier coordinator may have recorded the same.
         let is_recorded = self.chronicle.look().data.as_ref() == Some(found);
         if !is_recorded {
@@ -392,25 +398,25 @@ impl Records {
     /// Stores a grid of samples as a picture and shows it in TensorBoard.
     pub fn take_samples(&mut self, grid: SampleGrid) {
         // A grid that waits and is drawn again, after a change of the group, waits once.
-        self.pictures.retain(|waiting| waiting.step != grid.step);
+        self.pictures.retain(|waiting| (waiting.real, waiting.step) != (grid.real, grid.step));
         self.pictures.push_back(grid);
         self.write_pictures();
         // Only the oldest: a new one tells more of the run.
         while self.pictures.len() > PICTURES_LIMIT
             && let Some(dropped) = self.pictures.pop_front()
         {
-            let step = dropped.step;
-            self.message(&format!(
-                "warning: the samples of step {step} are lost: too many wait for the disk"
-            ));
+            let name = picture_name(&dropped);
+            self.message(&format!("warning: samples/{name} is lost: too many pictures wait for the disk"));
         }
     }
 
     fn write_pictures(&mut self) {
         while let Some(grid) = self.pictures.pop_front() {
-            let name = format!("step-{:08}.png", grid.step);
+            let name = picture_name(&grid);
             let file = self.folder.join("samples").join(&name);
-            if std::fs::read(&file).is_ok_and(|known| known == grid.png) {
+            // Each start draws the real samples; an earlier one may have ended before it told of them.
+            let is_told = !grid.real || self.chronicle.look().has_real;
+            if is_told && std::fs::read(&file).is_ok_and(|known| known == grid.png) {
                 // The grid was drawn again after a change of the group.
                 continue;
             }
@@ -423,7 +429,11 @@ impl Records {
                 return self.pictures.push_front(grid);
             }
             // After the file: the event names it, and readers open it at once.
-            self.event(&RunEvent::Samples { file: format!("samples/{name}"), step: grid.step });
+            let file = format!("samples/{name}");
+            self.event(&match grid.real {
+                true => RunEvent::RealSamples { file },
+                false => RunEvent::Samples { file, step: grid.step },
+            });
         }
     }
 

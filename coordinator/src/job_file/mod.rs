@@ -137,7 +137,7 @@ pub fn read_data(kind: &str, path: Option<&str>) -> Result<Data, JobErrors> {
     overrides.extend(path.map(|path| format!("data.path={path}")));
     let mut settings = Settings::parse("--data", Path::new(""), "").map_err(JobErrors::sorted)?;
     settings.add_overrides(&overrides);
-    let data = sections::data(&mut settings, true);
+    let data = sections::data(&mut settings, true, false);
     let errors = settings.finish();
     if errors.is_empty() { Ok(data) } else { Err(JobErrors::sorted(errors)) }
 }

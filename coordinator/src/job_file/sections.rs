@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use ganglion_proto::PHASES;
 use ganglion_proto::job::{
-    ArchiveKind, Checkpoint, Data, DataKind, General, Job, Length, Metrics, ModelKind, NonFinite,
-    Orientation, Precision, Reduction, Sample,
+    ArchiveKind, Background, Checkpoint, ClassOrder, Data, DataKind, Fit, General, Job, Length, Metrics,
+    ModelKind, NonFinite, Orientation, Precision, Reduction, Sample,
 };
 
 use ganglion_storage::{Address, AddressError};
@@ -35,7 +35,8 @@ pub(super) const CADENCE: RangeInclusive<u64> = 0..=MAX_STEPS;
 /// Reads all sections. The result is valid only if `settings` ends without an error.
 pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_paths: bool) -> Job {
     let general = general(settings, default_name);
-    let data = data(settings, check_paths);
+    // A run's own record has no default for its name.
+    let data = data(settings, check_paths, default_name.is_none());
     // Before loss and optimizer, whose defaults follow from the model's paper.
     let model = model(settings, check_paths);
     let loss = loss(settings, model.kind);
@@ -142,7 +143,8 @@ fn length(settings: &mut Settings) -> Length {
     }
 }
 
-pub(super) fn data(settings: &mut Settings, check_paths: bool) -> Data {
+/// Reads section `[data]`, of the record of a run or of a new job.
+pub(super) fn data(settings: &mut Settings, check_paths: bool, is_record: bool) -> Data {
     let kind = settings.choice("data.kind");
     if kind.is_none() && settings.sound(&["data.kind"]) {
         settings.fault(
@@ -161,24 +163,65 @@ pub(super) fn data(settings: &mut Settings, check_paths: bool) -> Data {
     let channels = settings.whole("data.channels", 1..=3, 3);
     let image_extension = image_extension(settings);
     let orientation = settings.choice::<Orientation>("data.orientation");
-    let of_pictures =
-        [("data.image_extension", image_extension.is_some()), ("data.orientation", orientation.is_some())];
+    let background = background(settings);
+    let class_order = settings.choice::<ClassOrder>("data.class_order");
+    let of_pictures = [
+        ("data.image_extension", image_extension.is_some()),
+        ("data.orientation", orientation.is_some()),
+        ("data.class_order", class_order.is_some()),
+    ];
     for (key, given) in of_pictures {
         if given && kind.is_some_and(|kind| kind != DataKind::Folder) {
             settings.fault(key, "is of use with data.kind = \"folder\" alone; remove it");
         }
     }
+    let fit = settings.choice_or("data.fit", Fit::Crop);
+    check_fit(settings, fit, resize, crop);
+    if background.is_some() && fit == Fit::Crop && kind.is_some_and(|kind| kind != DataKind::Folder) {
+        settings.fault(
+            "data.background",
+            "is of use with data.kind = \"folder\" or data.fit = \"pad\" alone; remove it",
+        );
+    }
     let exclusions = super::exclusions::read(settings, path.as_deref());
+    let channels = check_channels(settings, kind, channels);
+    let mut data = Data::plain(kind.unwrap_or(DataKind::Mnist10k), path, channels);
+    // A run that began before there was a setting goes on without it.
+    if is_record {
+        (data.background, data.class_order) = (None, None);
+    }
     Data {
         exclusions,
-        kind: kind.unwrap_or(DataKind::Mnist10k),
-        path,
         resize,
         // A resized picture is square only if it was before, and models take squares.
         crop: crop.or(resize),
-        channels: check_channels(settings, kind, channels),
         image_extension,
         orientation: orientation.unwrap_or_default(),
+        fit,
+        background: background.or(data.background),
+        class_order: class_order.or(data.class_order),
+        ..data
+    }
+}
+
+/// Colour behind transparent parts, and around padded pictures.
+fn background(settings: &mut Settings) -> Option<Background> {
+    let text = settings.text("data.background", "white")?;
+    let background = text.parse::<Background>();
+    background.map_err(|problem| settings.fault("data.background", problem.to_string())).ok()
+}
+
+/// Checks that a picture that is padded is scaled, and not cut.
+fn check_fit(settings: &mut Settings, fit: Fit, resize: Option<u32>, crop: Option<u32>) {
+    if fit == Fit::Crop || !settings.sound(&["data.fit", "data.resize", "data.crop"]) {
+        return;
+    }
+    match (resize, crop) {
+        (None, _) => settings.fault("data.fit", "\"pad\" needs the size of the square; set data.resize"),
+        (Some(_), Some(crop)) if resize != Some(crop) => {
+            settings.fault("data.crop", "cuts, and data.fit = \"pad\" does not; remove one of the two");
+        }
+        _ => {}
     }
 }
 

@@ -1,7 +1,7 @@
 //! Tests of the job reader as a whole.
 
 use super::*;
-use ganglion_proto::job::{DataKind, Length, LossKind, ModelKind, Orientation};
+use ganglion_proto::job::{Background, ClassOrder, DataKind, Fit, Length, LossKind, ModelKind, Orientation};
 use proptest::prelude::*;
 
 /// The smallest job on bundled data.
@@ -195,6 +195,54 @@ fn defaults_follow_other_keys() {
     let data = &job.data;
     assert_eq!((data.orientation, data.image_extension.as_deref()), (Orientation::Ignore, Some("seg.png")));
     assert_eq!(parse_resolved(&render(&job)).unwrap(), job);
+}
+
+const FOLDER: [&str; 4] =
+    ["data.kind=folder", "data.path=/pictures", "data.resize=64", "model.kind=dcgan-64"];
+
+#[test]
+fn settings_of_pictures_are_read_and_checked() {
+    let keys = ["data.background=#20a0ff", "data.class_order=bytes", "data.fit=pad"];
+    let job = resolve(SMALL, &[&FOLDER[..], &keys].concat()).unwrap();
+    let of = (job.data.background, job.data.class_order, job.data.fit);
+    assert_eq!(of, (Some(Background::Colour([32, 160, 255])), Some(ClassOrder::Bytes), Fit::Pad));
+    assert_eq!(parse_resolved(&render(&job)).unwrap(), job);
+    let plain = resolve(SMALL, &[]).unwrap();
+    assert_eq!((plain.data.background, plain.data.class_order), (None, None), "digits have neither");
+    for (wrong, expected) in [
+        (&["data.background=red"][..], "\"#20a0ff\""),
+        (&["data.class_order=random"], "choose one of \"natural\", \"bytes\""),
+        (&["data.fit=pad", "data.crop=32"], "data.crop=32: cuts, and data.fit = \"pad\" does not"),
+    ] {
+        assert_error(SMALL, &[&FOLDER[..], wrong].concat(), expected);
+    }
+    assert_error(SMALL, &["data.fit=pad"], "set data.resize");
+    assert_error(SMALL, &["data.background=white"], "remove it");
+    assert_error(SMALL, &["data.class_order=natural"], "remove it");
+}
+
+/// A run that began before there were these settings goes on as it began, and any other value is a difference.
+#[test]
+fn a_run_without_a_background_goes_on_without_one() {
+    let new = resolve(SMALL, &FOLDER).unwrap();
+    let text = render(&new);
+    let old: String = text
+        .lines()
+        .filter(|line| !["background", "class_order"].iter().any(|key| line.starts_with(key)))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    assert_ne!(old, text, "a new job has both");
+    let recorded = parse_resolved(&old).unwrap();
+    let mut given = new.clone();
+    given.data.resume(&recorded.data);
+    assert_eq!(given, recorded);
+    let mut other = resolve(SMALL, &[&FOLDER[..], &["data.background=black"]].concat()).unwrap();
+    other.data.resume(&recorded.data);
+    let shown: Vec<String> = differences(&recorded, &other).iter().map(Difference::to_string).collect();
+    assert_eq!(shown, ["data.background: the run was started with not set, but given is \"black\""]);
+    let mut same = new.clone();
+    same.data.resume(&new.data);
+    assert_eq!(same, new);
 }
 
 /// Invariant 1.

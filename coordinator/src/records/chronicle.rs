@@ -29,6 +29,9 @@ const EVALUATIONS: usize = 4096;
 /// Maximum number of pictures known by name.
 const PICTURES: usize = 100_000;
 
+/// Name of the picture of real samples.
+pub(crate) const REAL_PICTURE: &str = "real.png";
+
 /// Shared handle of the index; clones refer to the same one.
 #[derive(Clone, Debug, Default)]
 pub struct Chronicle(Arc<Mutex<Known>>);
@@ -57,6 +60,8 @@ pub struct Known {
     /// Newest checkpoints, oldest first.
     pub checkpoints: VecDeque<Timed<SavedCheckpoint>>,
     pictures: BTreeSet<u64>,
+    /// Whether there is a picture of real samples.
+    pub has_real: bool,
     /// Newest evaluations, by step.
     pub evaluations: BTreeMap<u64, Timed<EvaluationRow>>,
     /// The best checkpoint.
@@ -145,6 +150,7 @@ impl Known {
                     self.pictures.pop_first();
                 }
             }
+            RunEvent::RealSamples { .. } => self.has_real = true,
             RunEvent::Checkpoint(checkpoint) => {
                 // A step that was computed again is saved again.
                 self.checkpoints.retain(|known| known.record.step != checkpoint.step);

@@ -19,6 +19,8 @@ use super::tensorboard::{Png, TensorBoard};
 const MARK: &str = "cluster/world_size";
 /// Tag of the series of pictures.
 const PICTURES: &str = "samples";
+/// Tag of the picture of real samples.
+const REAL: &str = "real_samples";
 /// Prefix of the tags of an evaluation's figures.
 const EVALUATION: &str = "evaluation/";
 
@@ -32,6 +34,8 @@ struct Drawn {
     rows: BTreeSet<u64>,
     evaluations: BTreeSet<u64>,
     pictures: BTreeSet<u64>,
+    /// Holds 0 once the real samples are drawn.
+    real: BTreeSet<u64>,
 }
 
 #[derive(Debug)]
@@ -55,6 +59,7 @@ impl Curves {
                 // (2).
                 MARK => &mut drawn.rows,
                 PICTURES => &mut drawn.pictures,
+                REAL => &mut drawn.real,
                 _ if tag.starts_with(EVALUATION) => &mut drawn.evaluations,
                 _ => return,
             };
@@ -92,7 +97,10 @@ impl Curves {
                 }
             }
             Ok(EventLine { time, event: Ok(RunEvent::Samples { file, step }), .. }) => {
-                self.lock().picture(step, time, &file);
+                self.lock().picture(PICTURES, step, time, &file);
+            }
+            Ok(EventLine { time, event: Ok(RunEvent::RealSamples { file }), .. }) => {
+                self.lock().picture(REAL, 0, time, &file);
             }
             _ => {}
         }
@@ -110,16 +118,17 @@ impl Curves {
 }
 
 impl Board {
-    fn picture(&mut self, step: u64, time: f64, file: &str) {
-        if self.drawn.pictures.contains(&step) {
+    fn picture(&mut self, tag: &str, step: u64, time: f64, file: &str) {
+        let drawn = if tag == REAL { &mut self.drawn.real } else { &mut self.drawn.pictures };
+        if drawn.contains(&step) {
             return;
         }
         // Accepts only a name in the folder of samples; a picture that was removed is not drawn.
         let Some(name) = file.strip_prefix("samples/").filter(|name| !name.contains('/')) else { return };
         let Ok(bytes) = fs::read(self.run.join("samples").join(name)) else { return };
         if let Some(png) = Png::of(&bytes) {
-            self.file.image_png(PICTURES, step, time, png);
-            self.drawn.pictures.insert(step);
+            self.file.image_png(tag, step, time, png);
+            drawn.insert(step);
         }
     }
 }

@@ -186,6 +186,7 @@ impl RunDir {
             if unused == Some(recorded.data.exclusions.len()) {
                 recorded.data.exclusions.pop();
             }
+            settled.job.data.resume(&recorded.data);
             let mut differences = job_file::differences(&recorded, &settled.job);
             match job_file::asked(&recorded, &settled.job) {
                 Ok(asked) => settled.asked = asked,

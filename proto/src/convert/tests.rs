@@ -277,7 +277,7 @@ mod hostile {
             words().prop_map(|detail| Said::InputError(wire::InputError { detail })),
             (number(), any::<u32>(), any::<u32>(), any::<u32>()).prop_map(
                 |(step, width, height, channels)| {
-                    Said::Samples(wire::SampleGrid { step, png: Vec::new(), width, height, channels })
+                    Said::Samples(wire::SampleGrid { step, width, height, channels, ..Default::default() })
                 }
             ),
             (number(), 0usize..70, words(), words()).prop_map(|(step, figures, name, features)| {

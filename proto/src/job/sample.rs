@@ -20,6 +20,22 @@ fn exclusion() -> Exclusion {
     Exclusion { after_step: 7, after_phase: 1, names: Some("9f".into()), files }
 }
 
+fn data() -> Data {
+    Data {
+        kind: DataKind::Cifar10,
+        path: Some("/data/a b".into()),
+        resize: Some(64),
+        crop: None,
+        channels: 3,
+        image_extension: Some("jpg".into()),
+        orientation: Orientation::Ignore,
+        fit: Fit::Pad,
+        background: Some(Background::BLACK),
+        class_order: Some(ClassOrder::Bytes),
+        exclusions: vec![exclusion()],
+    }
+}
+
 /// Returns a job with a value in every place.
 pub(crate) fn sample_of_all() -> Job {
     Job {
@@ -36,16 +52,7 @@ pub(crate) fn sample_of_all() -> Job {
             reduction: Reduction::Ring,
             deterministic: true,
         },
-        data: Data {
-            kind: DataKind::Cifar10,
-            path: Some("/data/a b".into()),
-            resize: Some(64),
-            crop: None,
-            channels: 3,
-            image_extension: Some("jpg".into()),
-            orientation: Orientation::Ignore,
-            exclusions: vec![exclusion()],
-        },
+        data: data(),
         model: Model {
             kind: ModelKind::Dcgan64,
             latent_dim: 100,

@@ -175,7 +175,7 @@ events! {
         "staying" Staying {}
         /// The data set as a worker found it.
         "data" Data {
-            /// Size, shape, classes, and files that were left out.
+            /// Size, shape, classes, and files that were left out; [its keys](#the-data-set) are below.
             found: Found,
         }
         /// The run took over the fingerprint of the environment: all its workers must have it.
@@ -393,6 +393,11 @@ events! {
             file: String,
             /// Count of steps done.
             step: u64,
+        }
+        /// A grid of real samples was stored, as the networks see them.
+        "real_samples" RealSamples {
+            /// Path in the run directory.
+            file: String,
         }
         /// An evaluation was computed again with another result: equal results are not kept.
         "evaluation_breach" EvaluationBreach {

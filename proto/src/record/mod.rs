@@ -18,6 +18,7 @@ pub use named::{Named, Profiles, Scalars};
 pub use page::page;
 pub use row::{MetricsRow, Profile};
 pub use schema::Field;
+pub(crate) use schema::record;
 
 use crate::bounds::list;
 use crate::error::Malformed;

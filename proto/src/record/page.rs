@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::row::{MetricsRow, Profile};
 use super::{EvaluationRow, EventKind, FaultKind, Field, PlannedChange, RunOutcome};
+use crate::found::Found;
 use crate::names::names_of;
 
 const HEAD: &str = "\
@@ -48,6 +49,13 @@ longer than 1 MiB only its length is left, in `bytes_left_out`.
 |---|---|---|
 ";
 
+const DATA: &str = "
+## The data set
+
+The object `found` of a `data` event: the data set as the first worker found it.
+
+";
+
 const EVALUATIONS: &str = "
 ## Evaluations
 
@@ -70,6 +78,10 @@ pub fn page() -> String {
             .collect();
         line(&mut page, &[&format!("`{}`", kind.name()), kind.doc(), &keys.join("<br>")]);
     }
+    page.push_str(DATA);
+    // The last is not in records.
+    let (_, recorded) = Found::FIELDS.split_last().expect("a data set has keys");
+    table(&mut page, "key", recorded);
     page.push_str(EVALUATIONS);
     table(&mut page, "key", EvaluationRow::FIELDS);
     page
@@ -118,7 +130,7 @@ fn value(kind: &str) -> String {
         "FaultKind" => one_of(names_of::<FaultKind>()),
         "RunOutcome" => one_of(names_of::<RunOutcome>()),
         "PlannedChange" => one_of(names_of::<PlannedChange>()),
-        _ if kind.starts_with("Vec<") => "list".to_string(),
+        _ if kind.starts_with("Vec<") || kind.starts_with('[') => "list".to_string(),
         _ => "object".to_string(),
     }
 }

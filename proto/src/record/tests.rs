@@ -7,7 +7,7 @@ const LIMIT: usize = 1 << 20;
 
 /// A line of each kind as it has always been written: readers outside the project rely on them.
 #[rustfmt::skip]
-const LINES: [&str; 43] = [
+const LINES: [&str; 44] = [
     r#"{"time":1.5,"kind":"checkpoint","folder":"step-00000020","phase":0,"state_digest":"ab","step":20}"#,
     r#"{"time":1.5,"kind":"evaluation","features":"digits 0a","metrics":{"frechet_distance":2.5,"kid":null},"seconds":0.25,"step":20}"#,
     r#"{"time":1.5,"kind":"best_checkpoint","folder":"step-00000020","metric":"kid","step":20,"value":2.5}"#,
@@ -43,6 +43,7 @@ const LINES: [&str; 43] = [
     r#"{"time":1.5,"kind":"checkpoint_damaged","folder":"step-00000020","instead":"the start","reason":"why"}"#,
     r#"{"time":1.5,"kind":"checkpoint_missing","folder":"step-00000020","instead":"the start","place":"/a","step":20}"#,
     r#"{"time":1.5,"kind":"samples","file":"samples/step-00000020.png","step":20}"#,
+    r#"{"time":1.5,"kind":"real_samples","file":"samples/real.png"}"#,
     r#"{"time":1.5,"kind":"evaluation_breach","detail":"why","step":20}"#,
     r#"{"time":1.5,"kind":"alarm","alarm":"collapse","detail":"why","step":20}"#,
     r#"{"time":1.5,"kind":"alarm_over","alarm":"collapse","step":20}"#,

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use clap::Args;
 use ganglion_proto::evaluation::{BestBy, Evaluation, Features};
-use ganglion_proto::job::{Data, DataKind, Orientation};
+use ganglion_proto::job::{Data, DataKind};
 use ganglion_proto::out;
 use ganglion_proto::progress::Progress;
 use ganglion_storage::whole::Draft;
@@ -153,10 +153,7 @@ impl Eval {
         if let Some(Source(kind, path)) = &self.data {
             let side = shape.filter(|_| *kind == DataKind::Folder).and_then(|s| u32::try_from(s.height).ok());
             let channels = shape.map_or(Ok(3), |shape| u32::try_from(shape.channels)).unwrap_or(3);
-            let (kind, path) = (*kind, path.clone());
-            let (resize, crop, image_extension, orientation) = (side, side, None, Orientation::Follow);
-            let exclusions = Vec::new();
-            return Ok(Data { kind, path, resize, crop, channels, image_extension, orientation, exclusions });
+            return Ok(Data { resize: side, crop: side, ..Data::plain(*kind, path.clone(), channels) });
         }
         let (file, text) = job.ok_or_else(|| {
             let what = "there is no job.toml beside the checkpoint that tells of its data; give --data, such as --data mnist-10k";
@@ -257,19 +254,8 @@ pub(crate) fn train_classifier(arguments: &TrainClassifier) -> Result<(), Failur
     try_out(&beside)?;
     let progress = Progress::start("reading digits");
     let read = |images: &PathBuf, option: &str, labels: &PathBuf| -> Result<Labelled, EvalError> {
-        let path = Some(images.clone());
-        let data = Data {
-            kind: DataKind::Idx,
-            path,
-            resize: None,
-            crop: None,
-            channels: 1,
-            image_extension: None,
-            orientation: Orientation::Follow,
-            exclusions: Vec::new(),
-        };
-        let data = DataSet::open(&data).map_err(|error| error.in_words_of(option, "the kind"))?;
-        Labelled::read(&data, labels)
+        let data = DataSet::open(&Data::plain(DataKind::Idx, Some(images.clone()), 1));
+        Labelled::read(&data.map_err(|error| error.in_words_of(option, "the kind"))?, labels)
     };
     let digits = read(&arguments.images, "--images", &arguments.labels)?;
     let test = arguments.test_images.as_ref().zip(arguments.test_labels.as_ref());

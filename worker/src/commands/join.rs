@@ -202,6 +202,7 @@ fn load(
         storage,
         reading: None,
         archive,
+        drew_real: false,
         evaluations,
         gradient_log: GradientLog::from_environment()?,
         held: None,

@@ -1,24 +1,28 @@
 //! Subcommands of the `worker` program for generation: samples, interpolations, and export of the generator
 //! to other programs.
 
+use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, BufWriter, Read, Seek};
+use std::io::{self, BufWriter, Cursor, Read, Seek, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use ganglion_proto::out;
 use ganglion_proto::progress::Progress;
-use ganglion_storage::whole;
+use ganglion_proto::{out, printable_start};
+use ganglion_storage::{RelativeName, whole};
 use rustix::fs::{MemfdFlags, memfd_create};
+use serde_json::json;
 use tch::{CModule, Kind, Tensor, no_grad};
 use tracing::Level;
+use zip::write::FileOptions;
+use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use crate::commands::error::Failure;
 use crate::commands::generator_file::Weights;
 use crate::random::Purpose;
 use crate::sampling::picture::{Film, Picture};
-use crate::sampling::{COLUMNS, Generator, SampleError, finite};
+use crate::sampling::{Generator, SampleError, columns, finite};
 
 /// Whose noise, and of which class.
 #[derive(Args)]
@@ -26,9 +30,9 @@ struct Choice {
     /// Seed of the noise.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Class to draw, of a conditional model. Default: one class after the other.
-    #[arg(long, value_name = "N")]
-    class: Option<u32>,
+    /// Class to draw, of a conditional model, by its name or number. Default: one class after the other.
+    #[arg(long, value_name = "NAME|N")]
+    class: Option<String>,
     /// Keep the noise between -LIMIT and LIMIT: samples become more typical and less varied. 2 changes little, 1
     /// much.
     #[arg(long, value_name = "LIMIT", value_parser = limit)]
@@ -47,18 +51,48 @@ impl Choice {
 
     /// Returns the class of each of `count` samples.
     fn classes(&self, generator: &Generator, count: u32) -> Result<Vec<u32>, Failure> {
-        match (self.class, generator.classes()) {
-            (None, _) => Ok(generator.classes_in_turn(count)),
-            (Some(class), classes) if class < classes => Ok(vec![class; count as usize]),
-            (Some(class), 0) => Err(Failure::Input(format!(
-                "--class {class}: the generator knows no classes; leave --class out"
-            ))),
-            (Some(class), classes) => Err(Failure::Input(format!(
-                "--class {class}: the generator knows classes 0 to {}; choose one",
-                classes - 1
-            ))),
-        }
+        let Some(class) = &self.class else { return Ok(generator.classes_in_turn(count)) };
+        let class = numbered(class, generator.class_names(), generator.classes());
+        class.map(|class| vec![class; count as usize]).map_err(Failure::Input)
     }
+}
+
+/// Number of a class by its name, or by its number as text. A name that looks like a number comes first.
+fn numbered(class: &str, names: &[String], classes: u32) -> Result<u32, String> {
+    let shown = printable_start(class, SHOWN_CHARACTERS);
+    if classes == 0 {
+        return Err(format!("--class {shown}: the generator knows no classes; leave --class out"));
+    }
+    let number = (0..classes).zip(names).find(|(_, name)| *name == class).map(|(number, _)| number);
+    let number = number.or_else(|| class.parse().ok().filter(|number| *number < classes));
+    number.ok_or_else(|| {
+        let numbers = format!("0 to {}", classes - 1);
+        let mut known = names.iter().take(SHOWN_CLASSES).map(String::as_str).collect::<Vec<_>>();
+        if names.len() > known.len() {
+            known.push("...");
+        }
+        let known = match known.join(", ") {
+            none if none.is_empty() => numbers,
+            names => format!("{names}, or their numbers, {numbers}"),
+        };
+        format!("--class {shown}: the generator knows the classes {known}; choose one")
+    })
+}
+
+/// Names of the folders for samples of each class: those of the classes, so that a data set of them has the same
+/// classes, or their numbers where names cannot be folders.
+fn folders(names: &[String], classes: u32) -> Vec<String> {
+    let is_folder =
+        |name: &str| RelativeName::parse(name).is_ok() && !name.contains('/') && !name.starts_with('.');
+    // On some file systems names that differ in their case are one.
+    let distinct: BTreeSet<String> = names.iter().map(|name| name.to_lowercase()).collect();
+    if names.len() == classes as usize
+        && distinct.len() == names.len()
+        && names.iter().all(|name| is_folder(name))
+    {
+        return names.to_vec();
+    }
+    (0..classes).map(|class| format!("{class:03}")).collect()
 }
 
 /// Arguments of `worker sample`.
@@ -79,6 +113,10 @@ pub(crate) struct Sample {
     folder: Option<PathBuf>,
 }
 
+/// Maximum number of classes that an error names.
+const SHOWN_CLASSES: usize = 20;
+/// Maximum number of characters of an argument in an error.
+const SHOWN_CHARACTERS: usize = 100;
 /// Maximum number of samples in one picture.
 const MOST_IN_A_PICTURE: u32 = 10_000;
 /// Number of samples generated before they are written.
@@ -102,6 +140,7 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
     let progress = Progress::start("reading the generator");
     let generator = weights.open()?.generator;
     let classes = choice.classes(&generator, *count)?;
+    let folders = folders(generator.class_names(), generator.classes());
     let draw = |from: u32, to: u32| {
         let noise: Vec<Tensor> = (from..to).map(|index| choice.noise(&generator, index)).collect();
         generator.images(&Tensor::stack(&noise, 0), &classes[from as usize..to as usize])
@@ -115,17 +154,16 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
             return Err(Failure::Input(what));
         }
         progress.part("drawing a picture", 0);
-        write(out, "--out", &png(&Picture::grid(&draw(0, *count), COLUMNS)?)?)?;
+        write(out, "--out", &png(&Picture::grid(&draw(0, *count), columns(generator.classes()))?)?)?;
         return say(out);
     };
     progress.part("samples", (*count).into());
     for from in (0..*count).step_by(AT_ONCE as usize) {
         let to = (from + AT_ONCE).min(*count);
         for (index, image) in (from..to).zip(draw(from, to).unbind(0)) {
-            let own = match generator.classes() {
-                0 => folder.clone(),
-                _ => folder.join(format!("{:03}", classes[index as usize])),
-            };
+            // Without classes there is no folder of one.
+            let own =
+                folders.get(classes[index as usize] as usize).map_or(folder.clone(), |own| folder.join(own));
             std::fs::create_dir_all(&own).map_err(|error| Failure::unwritable("--folder", &own, &error))?;
             write(&own.join(format!("{index:06}.png")), "--folder", &png(&Picture::of(&image)?)?)?;
             progress.add(1);
@@ -179,7 +217,7 @@ pub(crate) fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
         let (point, frame) = ((index / frames) as usize, index % frames);
         let (from, to) = (&stops[point], &stops[(point + 1) % stops.len()]);
         let between = spherical(from, to, f64::from(frame) / f64::from(*frames));
-        Picture::grid(&generator.images(&between, &classes), COLUMNS)
+        Picture::grid(&generator.images(&between, &classes), columns(generator.classes()))
     };
     let (first, all) = (picture(0)?, points * frames);
     progress.part("pictures", all.into());
@@ -271,7 +309,22 @@ fn record(generator: &Generator) -> Result<Vec<u8>, tch::TchError> {
     let mut bytes = Vec::new();
     (&memory).rewind()?;
     (&memory).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    Ok(add_names(bytes, generator.class_names()).map_err(io::Error::from)?)
+}
+
+/// Adds the names of the classes to a module, as the extra file `classes.json` of `torch.jit.load`.
+fn add_names(module: Vec<u8>, names: &[String]) -> zip::result::ZipResult<Vec<u8>> {
+    if names.is_empty() {
+        return Ok(module);
+    }
+    let archive = ZipArchive::new(Cursor::new(&module))?;
+    // All files of a module lie in one folder.
+    let folder = archive.file_names().find_map(|name| name.split_once('/')).map_or("", |(folder, _)| folder);
+    let name = format!("{folder}/extra/classes.json");
+    let mut archive = ZipWriter::new_append(Cursor::new(module))?;
+    archive.start_file(name, FileOptions::default().compression_method(CompressionMethod::Stored))?;
+    archive.write_all(json!(names).to_string().as_bytes())?;
+    Ok(archive.finish()?.into_inner())
 }
 
 /// Inputs for `count` samples: noise, and classes for a conditional generator.
@@ -351,6 +404,34 @@ pub(crate) fn say_beside(file: &Path, message: &str) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_class_is_named_or_numbered() {
+        let names = ["cat", "1", "dog"].map(str::to_string);
+        assert_eq!(numbered("dog", &names, 3), Ok(2));
+        assert_eq!(numbered("0", &names, 3), Ok(0));
+        assert_eq!(numbered("1", &names, 3), Ok(1));
+        assert_eq!(numbered("7", &[], 10), Ok(7));
+        let wrong = numbered("flags", &names, 3).unwrap_err();
+        assert!(wrong.contains("the classes cat, 1, dog, or their numbers, 0 to 2"), "{wrong}");
+        assert!(numbered("10", &[], 10).unwrap_err().contains("the classes 0 to 9"));
+        assert!(numbered("cat", &[], 0).unwrap_err().contains("knows no classes"));
+    }
+
+    #[test]
+    fn folders_have_the_names_of_classes_where_they_can() {
+        let of = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
+            folders(&names, 2)
+        };
+        assert_eq!(of(&["cat", "a dog"]), ["cat", "a dog"]);
+        for names in
+            [&["cat", "../dog"][..], &["cat", "a/b"], &["cat", ".dog"], &["cat", "Cat"], &["cat"], &[]]
+        {
+            assert_eq!(of(names), ["000", "001"], "{names:?}");
+        }
+        assert!(folders(&[], 0).is_empty());
+    }
 
     #[test]
     fn a_walk_stays_on_the_sphere_and_meets_its_ends() {

@@ -84,6 +84,7 @@ fn of_folder(data: &Data, how: Look, progress: impl FnMut(u64, u64)) -> Result<R
     let no_classes = no_classes.map(|error| error.to_string());
     let mut report = Report { found, no_classes, ..Report::default() };
     seen.tell(&folder, &mut report);
+    folder::report_background(data, &mut report.found);
     Ok(report)
 }
 
@@ -91,9 +92,11 @@ fn of_folder(data: &Data, how: Look, progress: impl FnMut(u64, u64)) -> Result<R
 #[derive(Default)]
 struct Seen {
     bytes: u64,
+    /// What becomes of the good pictures.
+    pictures: seen::Found,
     formats: BTreeMap<&'static str, u64>,
     /// Number of samples by width and height.
-    sizes: BTreeMap<(u32, u32), u64>,
+    sizes: BTreeMap<[u32; 2], u64>,
     other_sizes: u64,
     /// Indices of the samples by framed height and width.
     framed: BTreeMap<(usize, usize), Vec<u32>>,
@@ -103,7 +106,7 @@ struct Seen {
 }
 
 impl Seen {
-    fn note(&mut self, index: usize, looked: Result<Looked, DataError>) {
+    fn note(&mut self, folder: &Folder, index: usize, looked: Result<Looked, DataError>) {
         let looked = match looked {
             Ok(looked) => looked,
             Err(error) => return self.blame(index, error.to_string()),
@@ -111,7 +114,8 @@ impl Seen {
         self.bytes += looked.bytes;
         *self.formats.entry(looked.format).or_default() += 1;
         self.framed.entry(looked.framed).or_default().push(u32::try_from(index).unwrap_or(u32::MAX));
-        let size = (looked.width, looked.height);
+        self.pictures.add_pictures(1, &looked.picture, || folder.relative(index));
+        let size = looked.picture.size;
         if self.sizes.len() < SIZES || self.sizes.contains_key(&size) {
             *self.sizes.entry(size).or_default() += 1;
         } else {
@@ -130,6 +134,7 @@ impl Seen {
 
     fn join(&mut self, other: Seen) {
         self.bytes += other.bytes;
+        self.pictures.join(&other.pictures);
         // Sizes beyond the limit depend on which thread saw them first; their sum does not.
         self.other_sizes += other.other_sizes;
         self.bad_count += other.bad_count;
@@ -180,15 +185,11 @@ impl Seen {
             let of = [folder.channels(), height, width].map(|side| u32::try_from(side).unwrap_or(u32::MAX));
             [report.found.channels, report.found.height, report.found.width] = of;
         }
-        let sides = || self.sizes.keys();
-        report.found.least = [sides().map(|size| size.0).min(), sides().map(|size| size.1).min()]
-            .map(Option::unwrap_or_default);
-        report.found.greatest = [sides().map(|size| size.0).max(), sides().map(|size| size.1).max()]
-            .map(Option::unwrap_or_default);
+        report.found.join(&self.pictures);
         let mut sizes: Vec<Size> = self
             .sizes
             .into_iter()
-            .map(|((width, height), samples)| Size { width, height, samples })
+            .map(|([width, height], samples)| Size { width, height, samples })
             .collect();
         // A stable sort: sizes that are as frequent stay in their order.
         sizes.sort_by_key(|size| std::cmp::Reverse(size.samples));
@@ -215,7 +216,7 @@ fn look(folder: &Folder, framing: &Framing, threads: usize, mut progress: impl F
                 break;
             }
             for index in first..(first + STRIDE).min(len) {
-                seen.note(index, folder.look(index, framing, &mut out));
+                seen.note(folder, index, folder.look(index, framing, &mut out));
                 done.fetch_add(1, Ordering::Relaxed);
             }
         }

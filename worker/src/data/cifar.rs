@@ -5,7 +5,9 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::labels::Labels;
+use ganglion_proto::printable_start;
+
+use super::labels::{Labels, NAME_CHARACTERS};
 use super::memory::Memory;
 use super::{DataError, MAX_BYTES_IN_MEMORY, input, open_plain};
 
@@ -14,7 +16,11 @@ const PLANE_BYTES: usize = 32 * 32;
 const CHANNELS: usize = 3;
 const RECORD_BYTES: usize = 1 + CHANNELS * PLANE_BYTES;
 const LABELS: u8 = 10;
-/// Names of the classes, in their order.
+/// File with the names of the classes, beside the records.
+const NAMES_FILE: &str = "batches.meta.txt";
+/// Maximum length of that file.
+const NAMES_LIMIT: u64 = 1 << 20;
+/// Names of CIFAR-10's classes, in their order.
 const NAMES: [&str; LABELS as usize] =
     ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"];
 
@@ -27,8 +33,27 @@ pub(super) fn open(path: &Path) -> Result<(Memory, Labels), DataError> {
         append(file, &mut bytes, &mut labels)?;
     }
     let labels = Labels::new(labels, "label in each record", path.display().to_string());
-    let labels = labels.named(NAMES.map(str::to_owned).to_vec());
+    let folder = if is_folder { path } else { path.parent().unwrap_or(Path::new("")) };
+    let labels = match names(&folder.join(NAMES_FILE))? {
+        // Somebody else's classes in the same format.
+        Some(names) if names != NAMES => labels.named_apart(names),
+        _ => labels.named(NAMES.map(str::to_owned).to_vec()),
+    };
     Ok((Memory { width: SIDE, height: SIDE, channels: CHANNELS, bytes }, labels))
+}
+
+/// Reads the names of the classes, one a line; `None` if there is no file of as many names as classes.
+fn names(path: &Path) -> Result<Option<Vec<String>>, DataError> {
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let (file, length) = open_plain(path, NAMES_LIMIT)?;
+    let mut text = Vec::new();
+    file.take(length).read_to_end(&mut text).map_err(|error| DataError::reading(path, error))?;
+    let text = String::from_utf8_lossy(&text);
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let names: Vec<String> = lines.map(|line| printable_start(line, NAME_CHARACTERS)).collect();
+    Ok((names.len() == LABELS as usize).then_some(names))
 }
 
 /// Returns the training files of a folder, in their order.

@@ -6,17 +6,18 @@
 //!    counts.
 //! 2. Files beside the pictures with the same key: `0001.cls` with a whole number, or else `0001.json` with a
 //!    whole number under `label`, `cls` or `class`.
-//! 3. Folders, by their names in sorted order: the first folder on the way to a picture. An archive's own
-//!    name is none. Two kinds of folders do not count as long as all pictures in them lie in folders further
+//! 3. Folders, by their names in natural order (2 before 10), or in the order of their bytes in runs that began
+//!    so: the first folder on the way to a picture. An archive's own name is none. Two kinds of folders do not count as long as all pictures in them lie in folders further
 //!    below: one at the top of an archive with the archive's name, and one that holds all pictures.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
+use ganglion_proto::job::ClassOrder;
 use ganglion_proto::printable_start;
 use serde_json::Value;
 
-use super::labels::Labels;
+use super::labels::{Labels, NAME_CHARACTERS};
 use super::search::{Entry, JSON_NOTE, LABELS_FILE, NOTE, Search};
 use super::{DataError, input, parallel};
 
@@ -28,7 +29,7 @@ const NOTE_LIMIT: u64 = 1 << 20;
 const JSON_KEYS: [&str; 3] = ["label", "cls", "class"];
 
 /// Finds the classes of all pictures. Files for classes that the rule does not use are counted as left out.
-pub(super) fn of(root: &Path, search: &mut Search) -> Result<Labels, DataError> {
+pub(super) fn of(root: &Path, search: &mut Search, order: ClassOrder) -> Result<Labels, DataError> {
     // A list is meant for this purpose only, so it comes first.
     if !search.lists.is_empty() {
         leave_out(search, |_| true);
@@ -44,7 +45,7 @@ pub(super) fn of(root: &Path, search: &mut Search) -> Result<Labels, DataError> 
         return by_note(root, search, JSON_NOTE);
     }
     leave_out(search, |_| true);
-    by_folder(root, &search.pictures)
+    by_folder(root, &search.pictures, order)
 }
 
 /// Counts unused files for classes as left out.
@@ -167,7 +168,7 @@ fn has_json_class(search: &Search, picture: &Entry) -> bool {
 // ---- Folders
 // -----------------------------------------------------------------------------------------------------
 
-fn by_folder(root: &Path, pictures: &[Entry]) -> Result<Labels, DataError> {
+fn by_folder(root: &Path, pictures: &[Entry], order: ClassOrder) -> Result<Labels, DataError> {
     let wrapped = wrapping_archives(pictures);
     let place = |entry: &Entry| -> Vec<u8> {
         let mut place = entry.unpacked();
@@ -198,13 +199,33 @@ fn by_folder(root: &Path, pictures: &[Entry]) -> Result<Labels, DataError> {
     let folders: Result<Vec<Vec<u8>>, DataError> = places.iter().zip(pictures).map(class).collect();
     let folders = folders?;
     // Sorted, so that the numbers do not depend on the order of the pictures.
-    let names: Vec<&Vec<u8>> = folders.iter().collect::<BTreeSet<_>>().into_iter().collect();
-    let number = |folder: &Vec<u8>| {
-        names.binary_search(&folder).ok().and_then(|at| u32::try_from(at).ok()).unwrap_or(u32::MAX)
-    };
+    let mut names: Vec<&Vec<u8>> = folders.iter().collect::<BTreeSet<_>>().into_iter().collect();
+    if order == ClassOrder::Natural {
+        names.sort_by_cached_key(|name| natural(name));
+    }
+    let numbers: HashMap<&Vec<u8>, u32> = names.iter().copied().zip(0..).collect();
+    let number = |folder: &Vec<u8>| numbers[folder];
     let of = folders.iter().map(number).collect();
-    let names = names.iter().map(|name| printable_start(&String::from_utf8_lossy(name), 100)).collect();
+    let names =
+        names.iter().map(|name| printable_start(&String::from_utf8_lossy(name), NAME_CHARACTERS)).collect();
     Ok(Labels::new(of, "folder", root.display().to_string()).named(names))
+}
+
+/// First byte, and length and digits of a number without leading zeros.
+type NamePart<'a> = (u8, usize, &'a [u8]);
+
+/// Key that orders names as people read them: a row of digits by its value, all else by its bytes. Names that
+/// differ in leading zeros alone are ordered by their bytes.
+fn natural(name: &[u8]) -> (Vec<NamePart<'_>>, &[u8]) {
+    let is_digit = |byte: &u8| byte.is_ascii_digit();
+    let parts = name.chunk_by(|one, other| is_digit(one) && is_digit(other)).map(|part| {
+        // All digits are on one side of any other byte, so one of them stands for a number there.
+        let (first, number) = if is_digit(&part[0]) { (b'0', part) } else { (part[0], &[][..]) };
+        let zeros = number.iter().take_while(|digit| **digit == b'0').count();
+        // Without leading zeros a longer number is a greater one.
+        (first, number.len() - zeros, &number[zeros..])
+    });
+    (parts.collect(), name)
 }
 
 /// Returns the first folder on the way to a file, if it lies in one.
@@ -247,4 +268,38 @@ fn shared(places: &[Vec<u8>]) -> usize {
         above += top.len() + 1;
     }
     above
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_in_names_are_in_their_order() {
+        let sorted = [
+            "",
+            "-",
+            "0",
+            "00",
+            "1",
+            "02",
+            "2",
+            "10",
+            "11",
+            "99999999999999999999999",
+            "a",
+            "a-",
+            "a1",
+            "a2",
+            "a2b",
+            "a10",
+            "a10b2",
+            "a10b10",
+            "b",
+            "b-1",
+        ];
+        assert!(sorted.is_sorted_by_key(|name| natural(name.as_bytes())));
+        let keys: BTreeSet<_> = sorted.iter().map(|name| natural(name.as_bytes())).collect();
+        assert_eq!(keys.len(), sorted.len(), "no two names are equal");
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use ganglion_proto::found::Found;
+use ganglion_proto::found::{Found, Picture};
 use ganglion_proto::job::{Data, DataKind, Job};
 use ganglion_proto::stream::Change;
 
@@ -133,8 +133,7 @@ impl DataSet {
             .output_size(memory.height, memory.width)
             .map_err(|wrong| DataError::Input(format!("{name}: {wrong}")))?;
         let shape = ImageShape { channels: memory.channels, height, width };
-        let size = [memory.width, memory.height];
-        let mut found = Found { least: size, greatest: size, ..Found::default() };
+        let mut found = Found::default();
         if let Some(labels) = &labels {
             // Before samples are dropped: both lists still have the same numbers.
             labels.check(memory.len())?;
@@ -153,6 +152,11 @@ impl DataSet {
             labels.iter_mut().for_each(|labels| labels.keep(&kept));
         }
         left_out.report(&mut found);
+        let (lost, enlarged) =
+            (framing.lost(memory.height, memory.width), framing.enlarges(memory.height, memory.width));
+        let size = [memory.width, memory.height];
+        let picture = Picture { size, alpha: false, turned: false, lost, enlarged };
+        found.add_pictures(kept.len() as u64, &picture, || format!("image {}", kept.first().unwrap_or(&0)));
         let numbers = || kept.iter().map(usize::to_string);
         let names = Names::of(numbers());
         // A name that belongs to no sample is most likely a mistake of the user's.
@@ -265,6 +269,11 @@ impl DataSet {
     /// labels.
     pub fn labels(&self) -> &[u32] {
         self.labels.as_ref().map_or(&[], |labels| &labels.of)
+    }
+
+    /// Names of the classes by their numbers; empty where the data have none.
+    pub fn class_names(&self) -> &[String] {
+        self.labels.as_ref().map_or(&[], |labels| &labels.names)
     }
 
     /// Shape of every sample.

@@ -3,12 +3,13 @@
 //! 1. The content decides the format: the extension of a file's name is often wrong.
 //! 2. Memory is bounded by the file, not by the size in pixels that it claims.
 //! 3. A picture is turned and mirrored as its EXIF data says, unless the job ignores that.
+//! 4. A picture without transparent parts has the same pixels whatever the background.
 
 use std::io::Cursor;
 
-use ganglion_proto::job;
+use ganglion_proto::job::{self, Background};
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, Rgb, RgbImage, Rgba};
 
 /// Maximum size of a decoded picture, in bytes.
 // 8192 x 8192 pixels of three channels and 16 bits are 403 MB.
@@ -26,6 +27,15 @@ pub(super) struct Outline {
     /// Height in pixels, after turning.
     pub(super) height: u32,
     /// Orientation that is applied, as EXIF numbers it; 1 for none.
+    pub(super) orientation: u8,
+    /// Whether there is an alpha channel.
+    pub(super) alpha: bool,
+}
+
+/// A decoded picture.
+pub(super) struct Decoded {
+    pub(super) image: DynamicImage,
+    /// Orientation that was applied, as EXIF numbers it; 1 for none.
     pub(super) orientation: u8,
 }
 
@@ -68,11 +78,12 @@ fn described(
             | Orientation::Rotate270FlipH
     );
     let (width, height) = if turned { (height, width) } else { (width, height) };
-    Ok(Outline { width, height, orientation: orientation.to_exif() })
+    let alpha = decoder.color_type().has_alpha();
+    Ok(Outline { width, height, orientation: orientation.to_exif(), alpha })
 }
 
 /// Decodes and turns a picture.
-pub(super) fn decode(bytes: &[u8], turn: job::Orientation) -> Result<DynamicImage, String> {
+pub(super) fn decode(bytes: &[u8], turn: job::Orientation) -> Result<Decoded, String> {
     let reader = reader(bytes)?;
     // The decoder fills missing data with grey and reports nothing.
     if reader.format() == Some(ImageFormat::Jpeg) && !has_end(bytes) {
@@ -84,7 +95,31 @@ pub(super) fn decode(bytes: &[u8], turn: job::Orientation) -> Result<DynamicImag
     let orientation = orientation(&mut decoder, turn)?;
     let mut image = DynamicImage::from_decoder(decoder).map_err(|error| error.to_string())?;
     image.apply_orientation(orientation);
-    Ok(image)
+    Ok(Decoded { image, orientation: orientation.to_exif() })
+}
+
+/// Composes a picture with transparent parts over a background. Any other stays as it is.
+pub(super) fn over(image: DynamicImage, background: Background) -> DynamicImage {
+    let Background::Colour(colour) = background else { return image };
+    if !image.color().has_alpha() {
+        return image;
+    }
+    let pixels = image.to_rgba8();
+    // Often the channel is there and nothing is transparent: such a picture keeps its bits.
+    if pixels.pixels().all(|pixel| pixel[3] == u8::MAX) {
+        return image;
+    }
+    let composed = RgbImage::from_fn(pixels.width(), pixels.height(), |x, y| {
+        let Rgba([red, green, blue, alpha]) = *pixels.get_pixel(x, y);
+        let alpha = u32::from(alpha);
+        let mix = |own: u8, behind: u8| {
+            // Whole numbers, to the nearest: the same on all machines.
+            let sum = u32::from(own) * alpha + u32::from(behind) * (255 - alpha);
+            u8::try_from((sum + 127) / 255).expect("a mean of two bytes")
+        };
+        Rgb([mix(red, colour[0]), mix(green, colour[1]), mix(blue, colour[2])])
+    });
+    DynamicImage::from(composed)
 }
 
 fn orientation(decoder: &mut impl ImageDecoder, turn: job::Orientation) -> Result<Orientation, String> {

@@ -7,18 +7,19 @@
 //! 3. An archive in a folder is a folder of its name; one that `data.path` names is that folder itself, so
 //!    pictures give the same samples packed and unpacked.
 //! 4. Pictures that the job leaves out are not read when the folder is opened, and may be missing by then.
-//! 5. Of a picture alpha is dropped, 16 bits become 8, and of an animation the first picture counts.
+//! 5. A picture's transparent parts show the job's background, 16 bits become 8, and of an animation the first
+//!    picture counts.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ganglion_proto::found::{FILES_LIMIT, FileFound, Found};
-use ganglion_proto::job::{Data, Orientation};
+use ganglion_proto::found::{FILES_LIMIT, FileFound, Found, Picture};
+use ganglion_proto::job::{Background, ClassOrder, Data, Orientation};
 
 use image::DynamicImage;
 
 use super::data_set::{EVERYTHING, Opened, Source};
-use super::decode::{Outline, decode, outline};
+use super::decode::{Decoded, Outline, decode, outline, over};
 use super::framing::{Framing, Image};
 use super::labels::Labels;
 use super::left_out::{LeftOut, Names};
@@ -38,6 +39,7 @@ pub(super) struct Folder {
     /// Number of channels, 1 or 3.
     channels: usize,
     orientation: Orientation,
+    background: Background,
 }
 
 /// Searches a folder and checks that all its images have one size once they are framed.
@@ -60,10 +62,11 @@ pub(super) fn open(
         // Only where it took long enough to be asked about.
         tracing::info!("read the {files} files of {} for their fingerprint in {took} s", root.display());
     }
-    let (shape, content) = compare(&looked_at, &surveyed, channels, framing, &mut found)?;
+    let (shape, content) = compare(&looked_at, &surveyed, data, framing, &mut found)?;
+    report_background(data, &mut found);
     let (names, left_out) =
         (Names::of(pictures.iter().map(Entry::name)), left_out.indices(pictures.iter().map(Entry::name)));
-    let source = Source::Folder(Folder::new(root, pictures, channels, data.orientation));
+    let source = Source::Folder(Folder::new(root, pictures, channels, data));
     Ok(Opened { source, shape, content, labels, found, names, left_out })
 }
 
@@ -94,7 +97,7 @@ pub(super) fn to_check(root: &Path, data: &Data) -> Result<ToCheck, DataError> {
         labels.check(pictures.len())?;
         labels.report(&mut found);
     }
-    let folder = Folder::new(root, pictures, channels, data.orientation);
+    let folder = Folder::new(root, pictures, channels, data);
     Ok(ToCheck { folder, found, no_classes })
 }
 
@@ -103,12 +106,22 @@ pub(super) struct Looked {
     /// Length of the file in bytes.
     pub(super) bytes: u64,
     pub(super) format: &'static str,
-    /// Width in pixels, after turning.
-    pub(super) width: u32,
-    /// Height in pixels, after turning.
-    pub(super) height: u32,
+    pub(super) picture: Picture,
     /// Height and width, once framed.
     pub(super) framed: (usize, usize),
+}
+
+/// Colour behind transparent parts; jobs from before there was a setting show the stored one.
+fn background(data: &Data) -> Background {
+    data.background.unwrap_or(Background::Stored)
+}
+
+/// Reports the colour behind transparent parts, where there are any.
+pub(super) fn report_background(data: &Data, found: &mut Found) {
+    let background = background(data);
+    if found.alpha > 0 && background != Background::Stored {
+        found.background = background.to_string();
+    }
 }
 
 fn check_channels(channels: u32) -> Result<usize, DataError> {
@@ -141,7 +154,8 @@ fn list<'a>(
     }
     // Classes keep their numbers, so pictures that are left out from the start count too.
     let mut labels = if labelled {
-        Some(classes::of(root, &mut search)?)
+        let order = data.class_order.unwrap_or(ClassOrder::Bytes);
+        Some(classes::of(root, &mut search, order)?)
     } else {
         // Without classes the files for them are reported as left out (invariant 4 of `search`).
         classes::leave_out(&mut search, |_| true);
@@ -229,15 +243,14 @@ impl Surveyed {
 fn compare(
     pictures: &[&Entry],
     surveyed: &[Surveyed],
-    channels: usize,
+    data: &Data,
     framing: &Framing,
     found: &mut Found,
 ) -> Result<(ImageShape, blake3::Hash), DataError> {
     let mut content = blake3::Hasher::new();
     let mut first: Option<(Outline, (usize, usize))> = None;
-    (found.least, found.greatest) = ([u32::MAX; 2], [0; 2]);
     for (entry, Surveyed { outline, length, hash }) in pictures.iter().zip(surveyed) {
-        let Outline { width, height, orientation } = *outline;
+        let Outline { width, height, orientation, alpha } = *outline;
         // Lengths before names, so that no two lists of files give the same bytes.
         content.update(&(entry.relative.len() as u64).to_le_bytes());
         content.update(&entry.relative);
@@ -254,12 +267,7 @@ fn compare(
             let first = *blake3::hash(&own).as_bytes().first_chunk().expect("a hash has 32 bytes");
             found.files.push(FileFound { name: entry.name(), hash: u64::from_le_bytes(first) });
         }
-        for (side, size) in [width, height].into_iter().enumerate() {
-            found.least[side] = found.least[side].min(size);
-            found.greatest[side] = found.greatest[side].max(size);
-        }
-        // 1 is the usual one, in which nothing is turned.
-        found.turned += u64::from(orientation != 1);
+        found.add_pictures(1, &picture(width, height, alpha, orientation, framing), || entry.name());
 
         let size = framing
             .output_size(height, width)
@@ -281,13 +289,31 @@ fn compare(
         }
     }
     let Some((_, (height, width))) = first else { return Err(DataError::Input(EVERYTHING.to_owned())) };
+    // Without an alpha channel anywhere no pixel depends on it.
+    if let (Background::Colour(colour), true) = (background(data), found.alpha > 0) {
+        content.update(b"background").update(&colour);
+    }
+    let channels = check_channels(data.channels)?;
     Ok((ImageShape { channels, height, width }, content.finalize()))
 }
 
+/// What becomes of a picture; sizes are those after turning.
+fn picture(width: u32, height: u32, alpha: bool, orientation: u8, framing: &Framing) -> Picture {
+    Picture {
+        size: [width, height],
+        alpha,
+        // 1 is the usual one, in which nothing is turned.
+        turned: orientation != 1,
+        lost: framing.lost(height, width),
+        enlarged: framing.enlarges(height, width),
+    }
+}
+
 impl Folder {
-    fn new(root: &Path, pictures: Vec<Entry>, channels: usize, orientation: Orientation) -> Folder {
+    fn new(root: &Path, pictures: Vec<Entry>, channels: usize, data: &Data) -> Folder {
         let files = pictures.into_iter().map(|entry| entry.place).collect();
-        Folder { root: root.to_path_buf(), files, channels, orientation }
+        let (orientation, background) = (data.orientation, background(data));
+        Folder { root: root.to_path_buf(), files, channels, orientation, background }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -319,19 +345,22 @@ impl Folder {
         let place = &self.files[index];
         let path = &place.shown();
         let bytes = place.read()?;
-        let image = decode(&bytes, self.orientation).map_err(|wrong| corrupt(path, &wrong))?;
+        let decoded = decode(&bytes, self.orientation).map_err(|wrong| corrupt(path, &wrong))?;
+        let Decoded { image, orientation } = decoded;
         let (width, height) = (image.width(), image.height());
         // Framed whatever its size: the check of data tells which size most have.
         let framed = framing.output_size(height, width).map_err(|wrong| input(path, &wrong))?;
         out.resize(self.channels * framed.0 * framed.1, 0.0);
+        let picture = picture(width, height, image.color().has_alpha(), orientation, framing);
         self.render(image, framing, out);
         let format = image::guess_format(&bytes).ok().and_then(|format| format.extensions_str().first());
         let format = format.copied().unwrap_or("other");
-        Ok(Looked { bytes: bytes.len() as u64, format, width, height, framed })
+        Ok(Looked { bytes: bytes.len() as u64, format, picture, framed })
     }
 
     fn render(&self, image: DynamicImage, framing: &Framing, out: &mut [f32]) {
         let (width, height) = (image.width(), image.height());
+        let image = over(image, self.background);
         // The job decides, not the file: grey pictures may be trained on in colour, and the reverse.
         let bytes = match self.channels {
             1 => image.into_luma8().into_raw(),
@@ -350,7 +379,8 @@ impl Folder {
     ) -> Result<(), DataError> {
         let place = &self.files[index];
         let path = &place.shown();
-        let image = decode(&place.read()?, self.orientation).map_err(|wrong| corrupt(path, &wrong))?;
+        let decoded = decode(&place.read()?, self.orientation);
+        let Decoded { image, .. } = decoded.map_err(|wrong| corrupt(path, &wrong))?;
         let (width, height) = (image.width(), image.height());
         let size = framing.output_size(height, width).map_err(|wrong| input(path, &wrong))?;
         // It would be written beyond its place in the batch.

@@ -1,12 +1,15 @@
 //! Labels: the class of each sample, a number from 0 on.
 
-use ganglion_proto::found::{CLASSES_LIMIT, Class, Found};
+use ganglion_proto::found::{Class, Found};
 use ganglion_proto::words::counted;
 
 use super::DataError;
 
 /// Maximum number of classes; more are a sign of a damaged file.
 const MAX_CLASSES: u32 = 65_536;
+
+/// Maximum number of characters of a class's name.
+pub(super) const NAME_CHARACTERS: usize = 100;
 
 /// Labels of a data set.
 #[derive(Debug, PartialEq, Eq)]
@@ -16,7 +19,9 @@ pub(super) struct Labels {
     /// Number of classes: one more than the greatest.
     pub(super) classes: u32,
     /// Names of the classes; empty where they are numbers.
-    names: Vec<String>,
+    pub(super) names: Vec<String>,
+    /// Whether the names come from a file that the fingerprint of the samples does not cover.
+    names_apart: bool,
     /// Rule by which the labels were found, diagnostic only.
     rule: &'static str,
     /// Source of the labels, for messages.
@@ -28,12 +33,17 @@ impl Labels {
     pub(super) fn new(of: Vec<u32>, rule: &'static str, origin: impl Into<String>) -> Labels {
         // A file may claim the greatest number, and is refused by `check`.
         let classes = of.iter().max().map_or(0, |greatest| greatest.saturating_add(1));
-        Labels { of, classes, names: Vec::new(), rule, origin: origin.into() }
+        Labels { of, classes, names: Vec::new(), names_apart: false, rule, origin: origin.into() }
     }
 
     /// Adds a name for each class.
     pub(super) fn named(self, names: Vec<String>) -> Labels {
         Labels { names, ..self }
+    }
+
+    /// Adds a name for each class, from a file that the fingerprint of the samples does not cover.
+    pub(super) fn named_apart(self, names: Vec<String>) -> Labels {
+        Labels { names, names_apart: true, ..self }
     }
 
     /// Drops all samples but those with these ascending indices. Classes keep their numbers, also those
@@ -71,6 +81,10 @@ impl Labels {
         for label in &self.of {
             hasher.update(&label.to_le_bytes());
         }
+        // Checkpoints have the names, so all workers must have the same.
+        for name in self.names.iter().filter(|_| self.names_apart) {
+            hasher.update(&(name.len() as u64).to_le_bytes()).update(name.as_bytes());
+        }
         hasher.finalize().into()
     }
 
@@ -79,9 +93,8 @@ impl Labels {
         let mut counts = vec![0; self.classes as usize];
         self.of.iter().for_each(|class| counts[*class as usize] += 1);
         let name = |class: usize| self.names.get(class).cloned().unwrap_or_else(|| class.to_string());
-        let classes = counts.into_iter().enumerate().take(CLASSES_LIMIT);
-        found.classes = classes.map(|(class, samples)| Class { name: name(class), samples }).collect();
-        found.class_count = self.classes;
-        found.class_rule = self.rule.to_string();
+        let classes =
+            counts.into_iter().enumerate().map(|(class, samples)| Class { name: name(class), samples });
+        found.add_classes(self.rule, classes);
     }
 }

@@ -12,6 +12,7 @@ mod left_out;
 mod orientations;
 mod packed_files;
 mod prefetching;
+mod transparent;
 
 use std::fs;
 use std::io::{Cursor, Write};
@@ -19,24 +20,14 @@ use std::path::Path;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use ganglion_proto::job::{Data, DataKind, Orientation};
+use ganglion_proto::job::{ClassOrder, Data, DataKind, Orientation};
 use image::{DynamicImage, ImageFormat, RgbImage};
 use tempfile::TempDir;
 
 use super::*;
 
 fn data(kind: DataKind, path: &Path) -> Data {
-    let (path, orientation) = (Some(path.to_path_buf()), Orientation::Follow);
-    Data {
-        kind,
-        path,
-        resize: None,
-        crop: None,
-        channels: 3,
-        image_extension: None,
-        orientation,
-        exclusions: Vec::new(),
-    }
+    Data::plain(kind, Some(path.to_path_buf()), 3)
 }
 
 /// Message of a refusal, which must be an error that the user can fix.

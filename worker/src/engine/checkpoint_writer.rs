@@ -11,15 +11,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ganglion_membership::Generation;
-use ganglion_proto::failpoint;
 use ganglion_proto::job::Job;
-use ganglion_proto::message::FromWorker;
-use ganglion_proto::trace::{Track, now};
+use ganglion_proto::message::{FromWorker, SampleGrid};
+use ganglion_proto::trace::{Nothing, Track, now};
+use ganglion_proto::{MESSAGE_LIMIT, failpoint};
 use ganglion_storage::{Pauses, reason};
 use serde::Serialize;
 
 use crate::checkpoint::storage::{PAUSES, RunStorage};
 use crate::checkpoint::{CheckpointError, Snapshot, state_digest};
+use crate::data::DataSet;
 use crate::nn::broken::guarded;
 use crate::objective::Model;
 use crate::sampling;
@@ -40,6 +41,14 @@ pub(crate) struct Order {
     pub files: Vec<usize>,
     /// Whether to draw a sample grid.
     pub samples: bool,
+}
+
+/// Work of the thread.
+enum Task {
+    /// Save and draw a state.
+    Save(Order),
+    /// Draw real samples.
+    Real(Arc<DataSet>),
 }
 
 /// Arguments of the thread's slices in a trace.
@@ -74,11 +83,35 @@ pub(crate) struct Archive {
 #[derive(Default)]
 struct Queue {
     waiting: VecDeque<Order>,
+    /// Data set of which a grid of real samples is to be drawn.
+    real: Option<Arc<DataSet>>,
     busy: bool,
     failing: bool,
     /// Whether the order under way is discarded, so that its files are not reported.
     void: bool,
     closed: bool,
+}
+
+impl Context {
+    /// Draws a grid of real samples. Takes no random number, and touches no state.
+    fn draw_real(&self, data: &DataSet) {
+        let draw = || guarded(|| sampling::grid_of_real(data, self.job.sample.count));
+        match self.track.during("draw real samples", Nothing {}, draw) {
+            Ok(Ok(grid)) => self.send(grid),
+            Err(error) => tracing::warn!("no real samples: {error}"),
+            Ok(Err(error)) => tracing::warn!("no real samples: {error}"),
+        }
+    }
+
+    fn send(&self, grid: SampleGrid) {
+        // A message beyond the limit would end the session.
+        let (bytes, most) = (grid.png.len(), MESSAGE_LIMIT - (1 << 10));
+        if bytes > most {
+            tracing::warn!("a grid of samples has {bytes} bytes, more than {most}; lower sample.count");
+            return;
+        }
+        self.session.send(FromWorker::Samples(grid));
+    }
 }
 
 impl Archive {
@@ -115,6 +148,12 @@ impl Archive {
         self.shared.notify();
     }
 
+    /// Queues a grid of real samples.
+    pub(crate) fn push_real(&self, data: Arc<DataSet>) {
+        self.shared.lock().real = Some(data);
+        self.shared.notify();
+    }
+
     /// Drops the waiting orders, and reports nothing more of the one under way.
     pub(crate) fn discard(&self) {
         let mut queue = self.shared.lock();
@@ -129,7 +168,7 @@ impl Archive {
         // A member that waits here counts as paused, and is not late.
         let _pause = self.session.pause();
         let mut queue = self.shared.lock();
-        while queue.busy || !queue.waiting.is_empty() {
+        while queue.busy || queue.real.is_some() || !queue.waiting.is_empty() {
             if abandon() {
                 return false;
             }
@@ -149,33 +188,51 @@ impl Drop for Archive {
 impl Monitor<Queue> {
     fn serve(&self, context: &Context) {
         crate::set_threads(context.job.job.threads);
-        while let Some(order) = self.next() {
+        while let Some(task) = self.next() {
+            let order = match task {
+                Task::Save(order) => order,
+                Task::Real(data) => {
+                    context.draw_real(&data);
+                    self.rest(context);
+                    continue;
+                }
+            };
             if let (true, Some(sampler)) = (order.samples, context.model.objective.sampler()) {
                 let Context { job, model, track, .. } = context;
                 let (seed, count) = (job.job.seed, job.sample.count);
                 let grid = || sampling::grid_of(sampler, &model.layout, &order.snapshot, seed, count);
                 let draw = || guarded(grid);
                 match track.during("draw samples", Of { step: order.snapshot.step, file: None }, draw) {
-                    Ok(Ok(grid)) => context.session.send(FromWorker::Samples(grid)),
+                    Ok(Ok(grid)) => context.send(grid),
                     Err(error) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),
                     Ok(Err(error)) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),
                 }
             }
             // No lock is held here: the training thread may queue, discard or drain meanwhile.
             context.storage.wait(self.write(context, &order));
-            context.track.flush();
-            self.lock().busy = false;
-            self.notify();
+            self.rest(context);
         }
     }
 
-    fn next(&self) -> Option<Order> {
+    /// Notes that a task is done.
+    fn rest(&self, context: &Context) {
+        context.track.flush();
+        self.lock().busy = false;
+        self.notify();
+    }
+
+    fn next(&self) -> Option<Task> {
         let mut queue = self.lock();
         loop {
+            // First: it is seen before the samples that are compared with it.
+            if let Some(data) = queue.real.take() {
+                queue.busy = true;
+                return Some(Task::Real(data));
+            }
             if let Some(order) = queue.waiting.pop_front() {
                 (queue.busy, queue.void) = (true, false);
                 self.notify();
-                return Some(order);
+                return Some(Task::Save(order));
             }
             if queue.closed {
                 return None;

@@ -47,6 +47,8 @@ pub(crate) struct Trainer {
     pub reading: Option<Reading>,
     /// Background writer of checkpoints and sample grids.
     pub archive: Archive,
+    /// Whether this worker has drawn a grid of real samples.
+    pub drew_real: bool,
     /// Background evaluator of generated samples.
     pub evaluations: Evaluations,
     /// Log of shard gradients, if the environment asks for one.
@@ -163,6 +165,10 @@ impl Trainer {
             return Err(TeamError::Diverged("a group started without a state".to_string()));
         };
         held.state.cast();
+        // Every member could draw the same: rank 0 does, and a later one again.
+        if assignment.rank == 0 && !std::mem::replace(&mut self.drew_real, true) {
+            self.archive.push_real(self.data.clone());
+        }
         let rest = self.train_with(assignment, &mut team, &mut held);
         self.held = Some(held);
         if let Err(TeamError::Data(DataError::Input(_) | DataError::Sample { .. })) = &rest {

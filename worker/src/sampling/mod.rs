@@ -13,7 +13,7 @@ use safetensors::SafeTensors;
 use tch::{Tensor, no_grad};
 
 use crate::checkpoint::{Snapshot, named_tensor};
-use crate::data::ImageShape;
+use crate::data::{DataSet, ImageShape};
 use crate::nn::module_file::kind_of;
 use crate::nn::{Models, Network, Pass, TensorSpec};
 use crate::random::{Key, Purpose};
@@ -26,8 +26,15 @@ const BATCH: usize = 64;
 /// Advice for a checkpoint whose numbers are not finite.
 pub(crate) const EARLIER: &str = "training had failed before this checkpoint was saved: take an earlier one, or train anew with a smaller \
      optimizer.learning_rate";
-/// Number of images in a row of a grid.
-pub const COLUMNS: i64 = 10;
+/// Usual number of images in a row of a grid.
+const COLUMNS: u32 = 10;
+/// Number of classes from which on not each has a column.
+const FROM_MANY: u32 = 21;
+/// Maximum size of the pixels in a grid of real samples, in bytes. Photographs hardly get smaller as PNG.
+const MOST_REAL_BYTES: usize = 8 << 20;
+
+/// Key in the header of a generator's file with the names of its classes, a JSON list.
+pub(crate) const CLASS_NAMES: &str = "class_names";
 
 /// Reasons why there is no sample grid.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +68,7 @@ pub struct Generator {
     network: Arc<dyn Network>,
     latent_dim: usize,
     classes: u32,
+    class_names: Vec<String>,
     shape: ImageShape,
     weights: Vec<Tensor>,
     buffers: Vec<Tensor>,
@@ -85,10 +93,70 @@ pub trait Sampler {
     /// purpose, and on i.
     fn draw(&self, layout: &StateLayout, snapshot: &Snapshot, key: Key, count: u32) -> Tensor;
 
+    /// Number of classes, which samples are drawn of in turn; 0 without classes.
+    fn classes(&self) -> u32 {
+        0
+    }
+
     /// Returns the network of the state that tells real samples from generated ones, if there is one.
     fn critic(&self, _layout: &StateLayout, _snapshot: &Snapshot) -> Option<Critic> {
         None
     }
+}
+
+/// Number of images in a row of a grid whose images are of one class after the other: a column is one class, if
+/// there are few.
+pub fn columns(classes: u32) -> i64 {
+    let columns = match classes {
+        0 | FROM_MANY.. => COLUMNS,
+        // As many as fit, of all classes equally many.
+        few if few <= COLUMNS => COLUMNS - COLUMNS % few,
+        few => few,
+    };
+    columns.into()
+}
+
+/// Renders a grid of at most `count` real samples as the networks see them, evenly spaced over the data set, each
+/// in a place where [`grid_of`] has one of the same class. Places of samples that are not there stay black.
+///
+/// # Errors
+/// The picture cannot be encoded.
+pub fn grid_of_real(data: &DataSet, count: u32) -> Result<SampleGrid, SampleError> {
+    let (shape, numel) = (data.shape(), data.shape().numel());
+    let most = (MOST_REAL_BYTES / numel).clamp(1, count as usize);
+    let places = places_of_real(&data.left(), data.labels(), data.classes(), most);
+    let mut pixels = vec![-1.0; places.len() * numel];
+    for (index, out) in places.iter().zip(pixels.chunks_exact_mut(numel)) {
+        let Some(index) = index else { continue };
+        // Training ends with an error if it comes to this sample; a picture of the others is still of use.
+        if let Err(error) = data.read(*index, out) {
+            tracing::warn!("real.png lacks a sample: {error}");
+            out.fill(-1.0);
+        }
+    }
+    let sizes = [places.len(), shape.channels, shape.height, shape.width];
+    let sizes = sizes.map(|size| i64::try_from(size).expect("a grid is small"));
+    let images = Tensor::from_slice(&pixels).view(sizes);
+    let grid = Picture::grid(&images, columns(data.classes()))?.of_step(0)?;
+    Ok(SampleGrid { real: true, ..grid })
+}
+
+/// Returns the sample for each place of a grid; `None` where a class has no more.
+fn places_of_real(left: &[usize], labels: &[u32], classes: u32, count: usize) -> Vec<Option<usize>> {
+    // Item `at` of `of`, evenly spaced over all.
+    let spaced = |all: &[usize], at: usize, of: usize| match all.len() {
+        few if few <= of => all.get(at).copied(),
+        many => Some(all[at * many / of]),
+    };
+    if classes == 0 {
+        let count = count.min(left.len());
+        return (0..count).map(|at| spaced(left, at, count)).collect();
+    }
+    let classes = classes as usize;
+    let mut by_class: Vec<Vec<usize>> = vec![Vec::new(); classes];
+    left.iter().for_each(|index| by_class[labels[*index] as usize].push(*index));
+    let rows = count.div_ceil(classes);
+    (0..count).map(|at| spaced(&by_class[at % classes], at / classes, rows)).collect()
 }
 
 /// Renders a grid of `count` samples from a state.
@@ -102,7 +170,7 @@ pub fn grid_of(
     // Without the step of training: grids of a run show the same noise, so they can be compared.
     let key = Key { seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Samples };
     let images = sampler.draw(layout, snapshot, key, count);
-    Ok(Picture::grid(&images, COLUMNS)?.of_step(snapshot.step)?)
+    Ok(Picture::grid(&images, columns(sampler.classes()))?.of_step(snapshot.step)?)
 }
 
 impl Critic {
@@ -123,6 +191,7 @@ impl Generator {
             network: models.generator.clone(),
             latent_dim: models.latent_dim,
             classes: models.classes,
+            class_names: Vec::new(),
             shape: models.shape,
             weights,
             buffers,
@@ -150,6 +219,12 @@ impl Generator {
             .map_err(|error| input(error.to_string()))?;
         // Files of earlier versions have no number of classes.
         let classes = if about.contains_key("classes") { number("classes")? } else { 0 };
+        let class_names = match about.get(CLASS_NAMES) {
+            Some(names) => serde_json::from_str(names)
+                .map_err(|error| input(format!("its {CLASS_NAMES} cannot be read: {error}")))?,
+            // Files of earlier versions, and of classes that are numbers.
+            None => Vec::new(),
+        };
         let model = Model {
             conditional: classes > 0,
             // The path in the file is that of the machine that trained.
@@ -175,7 +250,13 @@ impl Generator {
         };
         let weights = load(Layout::new(network.parameters()))?;
         let buffers = load(Layout::new(network.buffers()))?;
-        Ok(Generator { network, latent_dim: model.latent_dim as usize, classes, shape, weights, buffers })
+        let latent_dim = model.latent_dim as usize;
+        Ok(Generator { network, latent_dim, classes, class_names, shape, weights, buffers })
+    }
+
+    /// Names of the classes by their numbers; empty where they are numbers.
+    pub fn class_names(&self) -> &[String] {
+        &self.class_names
     }
 
     /// Number of classes that the generator is conditioned on; 0 for none.
@@ -263,5 +344,30 @@ impl Generator {
         // `images` always passes a list of classes.
         let classes = classes.filter(|_| self.classes > 0);
         self.network.forward(noise, &mut Pass::running(&self.weights, &self.buffers, key).of(classes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_column_is_of_one_class() {
+        let of = [0, 1, 2, 3, 4, 6, 7, 10, 11, 20, 21, 1000].map(columns);
+        assert_eq!(of, [10, 10, 10, 9, 8, 6, 7, 10, 11, 20, 10, 10]);
+        assert!((1..=20).all(|classes| columns(classes) % i64::from(classes) == 0));
+    }
+
+    #[test]
+    fn real_samples_are_spread_over_the_data_and_lie_in_the_places_of_their_classes() {
+        let left: Vec<usize> = (0..100).filter(|index| index % 10 != 3).collect();
+        let found = places_of_real(&left, &[], 0, 4);
+        assert_eq!(found, [0, 25, 50, 75].map(Some), "every 22nd or 23rd of 90");
+        assert_eq!(places_of_real(&[4, 7], &[], 0, 50), [Some(4), Some(7)]);
+        // Three classes: one of many, one of one, one of none.
+        let labels: Vec<u32> = (0..20).map(|index| u32::from(index == 7)).collect();
+        let left: Vec<usize> = (0..20).collect();
+        let expected = [Some(0), Some(7), None, Some(10), None, None];
+        assert_eq!(places_of_real(&left, &labels, 3, 6), expected);
     }
 }

@@ -79,7 +79,7 @@ impl Picture {
     /// The picture cannot be encoded.
     pub(crate) fn of_step(&self, step: u64) -> Result<SampleGrid, ImageError> {
         let Picture { width, height, channels, .. } = *self;
-        Ok(SampleGrid { step, png: self.png()?, width, height, channels })
+        Ok(SampleGrid { real: false, step, png: self.png()?, width, height, channels })
     }
 }
 

@@ -100,7 +100,13 @@ impl Bench {
         let shape = ImageShape { channels: 1, height: side, width: side };
         let models = Models::with_classes(&job.model, shape, 3).unwrap();
         let labels = vec![0, 1, 1, 2];
-        let gan = Gan { job: job.clone(), models: models.clone(), labels, device: Device::Cpu };
+        let gan = Gan {
+            job: job.clone(),
+            models: models.clone(),
+            labels,
+            class_names: Vec::new(),
+            device: Device::Cpu,
+        };
         let gan = Arc::new(gan);
         let model = Objective::new(gan.clone(), job.job.precision).unwrap();
         let state = State::initial(model.layout.clone(), job.job.seed, Device::Cpu);

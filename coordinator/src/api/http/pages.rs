@@ -11,6 +11,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use ganglion_proto::MESSAGE_LIMIT;
+use ganglion_proto::found::Found;
 use ganglion_proto::record::EventKind;
 use serde_json::{Map, Value, json};
 use tokio::io::AsyncReadExt;
@@ -18,6 +19,7 @@ use tokio::time::{Instant, timeout};
 
 use super::guard::{Admission, TOKEN_FILE};
 use super::{Site, assets, prometheus};
+use crate::records::chronicle::REAL_PICTURE;
 use crate::records::curve::{Bucket, Summary};
 use crate::records::scalars::Shown;
 use crate::records::status;
@@ -33,6 +35,8 @@ const READY_LIMIT: Duration = Duration::from_secs(5);
 const POINTS: (u64, u64) = (600, 2000);
 /// Maximum number of events in a page, and of their bytes.
 const EVENT_PAGE: (usize, usize) = (500, 256 << 10);
+/// Maximum number of classes that the status names.
+const CLASSES: usize = 20;
 /// Maximum number of evaluations in a list.
 const EVALUATIONS: usize = 500;
 /// Maximum number of pictures in a list.
@@ -172,7 +176,8 @@ async fn tell_status(State(site): State<Arc<Site>>) -> Response {
         told["begun"] = known.begun.into();
         told["rows"] = known.rows.into();
         told["events"] = known.event_count.into();
-        told["pictures"] = known.count(EventKind::Samples).into();
+        told["pictures"] = (known.count(EventKind::Samples) + known.count(EventKind::RealSamples)).into();
+        told["data"] = known.data.as_ref().map_or(Value::Null, data);
         told["checkpoints"] = json!(known.checkpoints);
         told["evaluations"] = known.evaluations.len().into();
         told["best"] = json!(known.best);
@@ -182,6 +187,16 @@ async fn tell_status(State(site): State<Arc<Site>>) -> Response {
     // `farewell` waits for this: the client has seen how the run ended.
     site.asked.send_replace(Some((Instant::now(), !view.status.outcome.is_empty())));
     as_json(&told)
+}
+
+/// The data set as a worker found it, with its first classes, and what is most likely not meant.
+fn data(found: &Found) -> Value {
+    let mut told = json!(found);
+    // Each page asks for this each second or so; all that are known are in the event.
+    told["classes"] = json!(found.classes.iter().take(CLASSES).collect::<Vec<_>>());
+    told["summary"] = found.to_string().into();
+    told["warnings"] = json!(found.warnings());
+    told
 }
 
 async fn tell_metrics(State(site): State<Arc<Site>>, uri: Uri) -> Response {
@@ -240,9 +255,13 @@ async fn tell_events(State(site): State<Arc<Site>>, uri: Uri) -> Response {
 }
 
 async fn tell_samples(State(site): State<Arc<Site>>) -> Response {
-    let steps = site.chronicle.look().pictures(PICTURES);
+    let (steps, has_real) = {
+        let known = site.chronicle.look();
+        (known.pictures(PICTURES), known.has_real)
+    };
     let name = |step: u64| json!({ "step": step, "url": format!("/samples/{}", picture_name(step)) });
-    as_json(&json!({ "samples": steps.into_iter().map(name).collect::<Vec<_>>() }))
+    let real = has_real.then(|| format!("/samples/{REAL_PICTURE}"));
+    as_json(&json!({ "samples": steps.into_iter().map(name).collect::<Vec<_>>(), "real": real }))
 }
 
 async fn tell_evaluations(State(site): State<Arc<Site>>) -> Response {
@@ -264,10 +283,12 @@ fn picture_step(name: &str) -> Option<u64> {
 async fn show_picture(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Response {
     let missing = || refusal(StatusCode::NOT_FOUND, "there is no such picture");
     // Only names that the coordinator gives: no text of a request becomes a path.
-    let Some(step) = picture_step(&name) else { return missing() };
-    let Ok(file) = tokio::fs::File::open(site.samples.join(picture_name(step))).await else {
-        return missing();
+    let known = match picture_step(&name) {
+        Some(step) => picture_name(step),
+        None if name == REAL_PICTURE => name,
+        None => return missing(),
     };
+    let Ok(file) = tokio::fs::File::open(site.samples.join(known)).await else { return missing() };
     let mut png = Vec::new();
     // A picture came in one message, so it is no larger; a foreign file is cut.
     match file.take(MESSAGE_LIMIT as u64).read_to_end(&mut png).await {

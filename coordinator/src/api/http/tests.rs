@@ -63,6 +63,8 @@ pub(super) fn chronicle() -> Chronicle {
         r#"{"time":2.0,"kind":"fault","worker":3,"fault":"peer"}"#,
         r#"{"time":3.0,"kind":"checkpoint","step":20,"folder":"step-00000020","state_digest":"ab"}"#,
         r#"{"time":4.0,"kind":"samples","step":20}"#,
+        r#"{"time":4.5,"kind":"real_samples","file":"samples/real.png"}"#,
+        r#"{"time":5.0,"kind":"data","found":{"samples":9,"channels":3,"width":64,"height":64,"class_count":1000,"class_rule":"folder","classes":[{"name":"cat","samples":9}],"left_out":{".gif":{"count":2,"example":"a.gif"}}}}"#,
     ] {
         chronicle.event(event.as_bytes());
     }
@@ -79,6 +81,7 @@ async fn bench(guard: impl FnOnce(SocketAddr) -> Guard) -> Bench {
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("samples")).unwrap();
     std::fs::write(folder.path().join("samples/step-00000020.png"), PNG).unwrap();
+    std::fs::write(folder.path().join("samples/real.png"), PNG).unwrap();
     std::fs::write(folder.path().join("secret.png"), "secret").unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (publisher, view) = watch::channel(Some(Arc::new(self::view())));
@@ -160,6 +163,7 @@ async fn everything_is_where_it_is_looked_for() {
         ("/api/events", "application/json"),
         ("/api/samples", "application/json"),
         ("/samples/step-00000020.png?run=0", "image/png"),
+        ("/samples/real.png", "image/png"),
         ("/metrics", "text/plain"),
         ("/healthz", "text/plain"),
         ("/readyz", "text/plain"),
@@ -181,7 +185,18 @@ async fn the_status_is_the_published_one_and_what_the_files_tell() {
     let bench = bench(Guard::open).await;
     let status = bench.get("/api/status").await.json();
     assert_eq!((&status["step"], &status["workers"][0]["activity"]), (&30.into(), &"waiting".into()));
-    assert_eq!((&status["rows"], &status["events"]), (&3.into(), &4.into()));
+    assert_eq!((&status["rows"], &status["events"]), (&3.into(), &6.into()));
+    assert_eq!(status["pictures"], 2);
+    let data = &status["data"];
+    assert_eq!(
+        (&data["samples"], &data["class_count"], &data["classes"][0]["name"]),
+        (&9.into(), &1000.into(), &"cat".into())
+    );
+    assert_eq!(data["left_out"][".gif"]["count"], 2);
+    let summary = "9 samples of 64 x 64 pixels, in colour";
+    assert!(data["summary"].as_str().unwrap().starts_with(summary), "{data}");
+    assert!(data["warnings"][0].as_str().unwrap().contains("2 .gif (a.gif)"), "{data}");
+    assert_eq!(bench.get("/api/samples").await.json()["real"], "/samples/real.png");
     assert_eq!(status["checkpoints"][0]["state_digest"], "ab");
     assert_eq!(status["job"]["job"]["name"], "digits");
     let mut newer = view();
@@ -209,7 +224,7 @@ async fn curves_and_events_come_in_bounded_pieces() {
     assert_eq!(bench.get("/api/metrics?from=21").await.json()["step"], serde_json::json!([30]));
     assert!(bench.get("/api/metrics?points=1").await.json()["step"].as_array().unwrap().len() <= 2);
     let page = bench.get("/api/events?after=1").await.json();
-    assert_eq!((&page["next"], &page["events"][0]["event"]["fault"]), (&4.into(), &"peer".into()));
+    assert_eq!((&page["next"], &page["events"][0]["event"]["fault"]), (&6.into(), &"peer".into()));
     assert_eq!(bench.get("/api/events?after=9").await.json()["events"], serde_json::json!([]));
     for wrong in
         ["/api/metrics?from=-1", "/api/metrics?points=x", "/api/events?after=1e3", "/api/events?after="]

@@ -104,6 +104,36 @@ async fn a_row_is_durable_before_it_is_acknowledged_and_before_its_checkpoint() 
     assert!(told.contains(r#""kind":"metrics_lost","count":1,"first":3,"last":3"#), "{told}");
 }
 
+fn grid() -> SampleGrid {
+    SampleGrid { real: false, step: 0, png: Vec::new(), width: 1, height: 1, channels: 1 }
+}
+
+#[tokio::test]
+async fn real_samples_are_stored_and_told_of_once() {
+    let mut bench = Bench::new();
+    let path = |name: &str| bench.folder.path().join(name);
+    std::fs::create_dir_all(path("samples")).unwrap();
+    let (picture, of_step) = (path("samples/real.png"), path("samples/step-00000000.png"));
+    let events = path("events.jsonl");
+    let told = || {
+        let events = std::fs::read_to_string(&events).unwrap();
+        events.matches(r#""kind":"real_samples","file":"samples/real.png""#).count()
+    };
+    let real = |png: &[u8]| SampleGrid { real: true, png: png.to_vec(), ..grid() };
+    // As of a coordinator that died between the two.
+    std::fs::write(&picture, b"a").unwrap();
+    bench.records.take_samples(real(b"a"));
+    bench.records.take_samples(real(b"a"));
+    bench.second().await;
+    assert_eq!((std::fs::read(&picture).unwrap(), told()), (b"a".to_vec(), 1));
+    assert!(bench.records.chronicle.look().has_real);
+    // Other samples after some were left out.
+    bench.records.take_samples(real(b"b"));
+    bench.second().await;
+    assert_eq!((std::fs::read(&picture).unwrap(), told()), (b"b".to_vec(), 2));
+    assert!(!of_step.exists());
+}
+
 /// Invariant 2, and that an event names only a picture that is there.
 #[tokio::test]
 async fn a_picture_is_told_of_once_it_could_be_written() {
@@ -111,8 +141,7 @@ async fn a_picture_is_told_of_once_it_could_be_written() {
     let path = |name: &str| bench.folder.path().join(name);
     let (samples, events) = (path("samples"), path("events.jsonl"));
     let told = || std::fs::read_to_string(&events).unwrap().matches(r#""kind":"samples""#).count();
-    let grid =
-        |step: u64| SampleGrid { step, png: step.to_le_bytes().to_vec(), width: 1, height: 1, channels: 1 };
+    let grid = |step: u64| SampleGrid { step, png: step.to_le_bytes().to_vec(), ..grid() };
     // No folder of that name can be written to.
     std::fs::write(&samples, "").unwrap();
     let newest = PICTURES_LIMIT as u64 + 2;

@@ -25,6 +25,9 @@ resize = 64
 channels = 3
 image_extension = "jpg"
 orientation = "ignore"
+fit = "pad"
+background = "black"
+class_order = "bytes"
 
 [[data.exclusion]]
 after_step = 7

@@ -52,3 +52,25 @@ fn damaged_files_are_refused() {
         assert_says(&refusal(open_bytes(DataKind::Cifar10, &bytes)), parts);
     }
 }
+
+#[test]
+fn classes_have_the_names_of_the_file_beside_the_records() {
+    let folder = TempDir::new().unwrap();
+    (1..=5).for_each(|batch| {
+        fs::write(folder.path().join(format!("data_batch_{batch}.bin")), record(batch, 1)).unwrap();
+    });
+    let open = || DataSet::open_labelled(&data(DataKind::Cifar10, folder.path())).unwrap();
+    let plain = open();
+    assert_eq!(plain.class_names()[3], "cat");
+    let names =
+        |of: [&str; 10]| fs::write(folder.path().join("batches.meta.txt"), of.join("\n") + "\n\n").unwrap();
+    let mut own = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"];
+    names(own);
+    assert_eq!(open().fingerprint(), plain.fingerprint(), "CIFAR-10's own names change nothing");
+    own[3] = "lynx";
+    names(own);
+    assert_eq!(open().class_names()[3], "lynx");
+    assert_ne!(open().fingerprint(), plain.fingerprint(), "all workers must have the same names");
+    fs::write(folder.path().join("batches.meta.txt"), "one\n").unwrap();
+    assert_eq!(open().class_names(), plain.class_names());
+}

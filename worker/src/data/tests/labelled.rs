@@ -78,6 +78,31 @@ fn a_folders_classes_are_its_subfolders_in_sorted_order() {
 }
 
 #[test]
+fn folders_are_numbered_as_people_count_or_as_a_run_began() {
+    let names: Vec<String> = (0..12).map(|class| format!("{class}/a.png")).collect();
+    let pictures: Vec<(&str, u32, u32)> = names.iter().map(|name| (name.as_str(), 4, 4)).collect();
+    let folder = picture_folder(&pictures);
+    let open = |class_order| {
+        let source = Data { class_order, ..data(DataKind::Folder, folder.path()) };
+        DataSet::open_labelled(&source).unwrap()
+    };
+    // Samples are in the order of bytes: 0, 1, 10, 11, 2 and so on.
+    let natural = open(Some(ClassOrder::Natural));
+    assert_eq!(natural.labels(), [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]);
+    assert_eq!(natural.class_names()[10], "10");
+    let before = open(None);
+    assert_eq!(before.labels(), (0..12).collect::<Vec<u32>>());
+    assert_eq!(before.class_names()[2], "10");
+    assert_eq!(before.fingerprint(), open(Some(ClassOrder::Bytes)).fingerprint());
+    assert_ne!(before.fingerprint(), natural.fingerprint(), "labels are part of the data");
+    assert_eq!(natural.found().small_classes, 12);
+    assert_eq!(
+        natural.found().classes[11],
+        ganglion_proto::found::Class { name: "11".to_owned(), samples: 1 }
+    );
+}
+
+#[test]
 fn a_folders_list_gives_classes() {
     let folder = picture_folder(&[("a/1.png", 8, 8), ("2.png", 8, 8)]);
     let list = folder.path().join("dataset.json");

@@ -22,6 +22,7 @@ use std::sync::Arc;
 use c10d::aten::Adam;
 use ganglion_proto::job::Job;
 use ganglion_proto::words::counted;
+use serde_json::json;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use self::augment::{Probability, augment};
@@ -34,7 +35,7 @@ use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::DataSet;
 use crate::nn::{Init, Models, Network, Pass, TensorSpec, first_layers, layers};
 use crate::random::{Key, Purpose};
-use crate::sampling::{Critic, Generator, Sampler};
+use crate::sampling::{CLASS_NAMES, Critic, Generator, Sampler};
 use crate::state::{State, StateLayout};
 
 /// Noise to images.
@@ -119,6 +120,8 @@ pub struct Gan {
     pub models: Models,
     /// The class of each sample of the data, where the model is conditional.
     pub labels: Vec<u32>,
+    /// Names of the classes; empty where they are numbers.
+    pub class_names: Vec<String>,
     /// Compute device.
     pub device: Device,
 }
@@ -138,7 +141,8 @@ pub fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objecti
             counted(there, "layer")
         )));
     }
-    Ok(Arc::new(Gan { job: job.clone(), models, labels: data.labels().to_vec(), device }))
+    let (labels, class_names) = (data.labels().to_vec(), data.class_names().to_vec());
+    Ok(Arc::new(Gan { job: job.clone(), models, labels, class_names, device }))
 }
 
 /// Networks of a GAN: the generator, whose average draws samples, then the discriminator.
@@ -255,7 +259,14 @@ impl Objective for Gan {
         let (height, width) = (models.shape.height, models.shape.width);
         // Only where it is another: the bytes of square ones stay as they always were.
         let side = (width != height).then(|| ("image_width", width.to_string()));
-        let items = items.into_iter().chain(side).chain(script).map(|(key, value)| (key.to_string(), value));
+        let names =
+            (!self.class_names.is_empty()).then(|| (CLASS_NAMES, json!(self.class_names).to_string()));
+        let items = items
+            .into_iter()
+            .chain(side)
+            .chain(names)
+            .chain(script)
+            .map(|(key, value)| (key.to_string(), value));
         Some(WeightsFile {
             name: "generator_ema.safetensors".to_string(),
             section: "ema.".to_string(),
@@ -270,7 +281,8 @@ impl Objective for Gan {
         job.job.shard_batch = shard_batch;
         // The data are substituted, so their frequencies must not enter the fingerprint of the
         // environment.
-        Box::new(Gan { job, labels: (0..models.classes).collect(), models, device: self.device })
+        let (labels, class_names) = ((0..models.classes).collect(), Vec::new());
+        Box::new(Gan { job, labels, class_names, models, device: self.device })
     }
 }
 
@@ -278,6 +290,10 @@ impl Sampler for Gan {
     fn draw(&self, layout: &StateLayout, snapshot: &Snapshot, key: Key, count: u32) -> Tensor {
         let generator = Generator::of_average(&self.models, layout.network(GENERATOR), snapshot);
         generator.draw_for(key.purpose, key.seed, count)
+    }
+
+    fn classes(&self) -> u32 {
+        self.models.classes
     }
 
     fn critic(&self, layout: &StateLayout, snapshot: &Snapshot) -> Option<Critic> {

@@ -30,7 +30,7 @@ function make(tag, className, ...content) {
   return element;
 }
 
-const known = { status: null, metrics: null, outcome: null, events: [], next: 0, pictures: [], seenPictures: -1, asked: null };
+const known = { status: null, metrics: null, outcome: null, events: [], next: 0, pictures: [], real: null, seenPictures: -1, asked: null };
 let awaySince = null;
 
 // Scalars of the objective have cards by their group; one that stands for itself has its own. The coordinator tells the groups.
@@ -89,7 +89,9 @@ async function look() {
     known.next = page.next;
   }
   if (known.seenPictures !== status.pictures) {
-    known.pictures = (await ask('/api/samples')).samples;
+    const { samples, real } = await ask('/api/samples');
+    known.pictures = samples;
+    known.real = real;
     known.seenPictures = status.pictures;
   }
   known.status = status;
@@ -348,6 +350,17 @@ function showPictures(status) {
   slider.max = String(Math.max(0, count - 1));
   for (const id of ['s-slider', 's-play', 's-newest']) $(id).disabled = count < 1;
   if (film.follows && count) frame(count - 1);
+  showReal(status);
+}
+
+function showReal(status) {
+  if (!known.real || !changed('real', [known.real, known.seenPictures, status.data])) return;
+  // Drawn again when samples are left out, so each count of pictures has an address of its own.
+  $('r-image').src = `${known.real}?run=${known.status.run}&n=${known.seenPictures}`;
+  $('real').hidden = false;
+  const names = (status.data?.classes ?? []).map((one) => one.name);
+  const few = names.length && names.length === status.data.class_count;
+  set('r-classes', few ? `; columns in turn: ${names.join(', ')}` : '');
 }
 
 function frame(at) {
@@ -573,13 +586,15 @@ function describe(event) {
       `The run ended: ${spoken(event.outcome)}${event.detail ? `, ${event.detail}` : ''}`,
     ],
     samples: () => ['quiet', `Samples of step ${whole(event.step)}`],
+    real_samples: () => ['quiet', 'Real samples were drawn'],
+    data: () => ['quiet', `The data has ${plural(event.found.samples, 'sample')} of ${event.found.width} x ${event.found.height} pixels`],
     passport: () => ['quiet', 'The passport of the run was taken'],
   }[event.kind];
   const [tone, text] = told ? told() : ['quiet', `${spoken(event.kind)}${reason}`];
   return { tone, text: shortened(String(text).charAt(0).toUpperCase() + String(text).slice(1)) };
 }
 
-const SILENT = new Set(['evaluation', 'samples', 'passport']);
+const SILENT = new Set(['evaluation', 'samples', 'real_samples', 'passport']);
 
 function showEvents() {
   const only = $('e-faults').checked;
@@ -599,13 +614,13 @@ $('e-faults').addEventListener('change', showEvents);
 
 function showJob(status) {
   set('j-run', `run ${status.run.slice(0, 8)}, term ${status.term}`);
-  if (!changed('job', status.job)) return;
-  const lines = jobLines(status.job);
-  $('job').replaceChildren(...lines.map(([name, value]) => make('div', '', make('dt', '', name), make('dd', '', value))));
+  if (!changed('job', [status.job, status.data])) return;
+  const line = ([name, value]) => make('div', name === 'Warning' ? 'warn' : '', make('dt', '', name), make('dd', '', value));
+  $('job').replaceChildren(...jobLines(status.job, status.data).map(line));
 }
 
 /** The settings of a job for people: those that move over the run with both of their ends. */
-function jobLines({ job, data, model, loss, optimizer, augmentation }) {
+function jobLines({ job, data, model, loss, optimizer, augmentation }, found) {
   const over = optimizer.decay_images;
   const moves = (first, last) => (over && first !== last ? `${exact(first)} → ${exact(last)}` : exact(first));
   const [g, d] = [optimizer.learning_rate, optimizer.discriminator_learning_rate];
@@ -624,6 +639,8 @@ function jobLines({ job, data, model, loss, optimizer, augmentation }) {
   return [
     ['Model', `${model.kind}, width ${whole(model.width)}, latent ${whole(model.latent_dim)}${model.conditional ? ', conditional' : ''}`],
     ['Data', data.path ? `${data.kind}, ${data.path}` : data.kind],
+    ['Samples', found?.summary],
+    ...(found?.warnings ?? []).map((warning) => ['Warning', warning]),
     ['Loss', loss.kind + (loss.discriminator_steps > 1 ? `, ${whole(loss.discriminator_steps)} discriminator phases` : '')],
     ['Penalties', penalties.length ? penalties.join(', ') + every : ''],
     ['Batch', `${whole(job.data_shards * job.shard_batch)} = ${plural(job.data_shards, 'data shard')} × ${whole(job.shard_batch)}`],
