@@ -356,7 +356,9 @@ function showPictures(status) {
 function showReal(status) {
   if (!known.real || !changed('real', [known.real, known.seenPictures, status.data])) return;
   // Drawn again when samples are left out, so each count of pictures has an address of its own.
-  $('r-image').src = `${known.real}?run=${known.status.run}&n=${known.seenPictures}`;
+  const image = $('r-image');
+  image.onload = () => image.parentElement.style.setProperty('--shape', `${image.naturalWidth} / ${image.naturalHeight}`);
+  image.src = `${known.real}?run=${known.status.run}&n=${known.seenPictures}`;
   $('real').hidden = false;
   const names = (status.data?.classes ?? []).map((one) => one.name);
   const few = names.length && names.length === status.data.class_count;
