@@ -10,7 +10,6 @@ use std::process::Stdio;
 use ganglion_proto::data_report::{Line, Report};
 use ganglion_proto::job::{Data, Job, exclude_argument};
 use ganglion_proto::progress::Progress;
-use ganglion_proto::words::counted;
 use ganglion_proto::{log, out};
 use ganglion_storage::whole;
 use tokio::io::{AsyncBufReadExt, BufReader};
