@@ -90,5 +90,5 @@ fn a_folder_that_is_no_run_directory_is_refused() {
     let run = Run::new(&[SMALL_MLP]);
     let audited = audit(&run.beside("nothing"));
     assert_eq!(audited.code, Some(2), "{}", audited.output);
-    assert!(audited.output.contains("nothing: not a run directory"), "{}", audited.output);
+    assert!(audited.output.contains("nothing: no run is there"), "{}", audited.output);
 }
