@@ -123,7 +123,7 @@ pub fn columns(classes: u32) -> i64 {
 /// The picture cannot be encoded.
 pub fn grid_of_real(data: &DataSet, count: u32) -> Result<SampleGrid, SampleError> {
     let (shape, numel) = (data.shape(), data.shape().numel());
-    let most = (MOST_REAL_BYTES / numel).clamp(1, count as usize);
+    let most = (MOST_REAL_BYTES / numel).min(count as usize).max(1);
     let places = places_of_real(&data.left(), data.labels(), data.classes(), most);
     let mut pixels = vec![-1.0; places.len() * numel];
     for (index, out) in places.iter().zip(pixels.chunks_exact_mut(numel)) {
