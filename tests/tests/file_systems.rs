@@ -73,7 +73,7 @@ fn a_run_lives_without_locks_and_without_shared_memory() {
         let holder = format!("held by another coordinator (process {} on ", first.pid());
         assert_ended(&here.start(&run, 1).wait(), 1, &[&holder]);
         assert_ended(&here.ask(&run, "status"), 0, &["generation 1"]);
-        assert_ended(&here.ask(&run, "audit"), 0, &["1 terms"]);
+        assert_ended(&here.ask(&run, "audit"), 0, &["1 term"]);
         for text in told {
             assert!(first.output().contains(text), "no {text:?} in:\n{}", first.output());
         }
