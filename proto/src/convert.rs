@@ -10,9 +10,9 @@ use ganglion_membership::{
 use crate::bounds::{self, count, list, name, text, within};
 use crate::error::{Malformed, malformed};
 use crate::evaluation::EvaluationRow;
-use crate::found::Found;
 use crate::job::Job;
 use crate::message::{Assignment, FromWorker, GpuUse, Hello, Resume, SampleGrid, ToWorker, Usage, Welcome};
+use crate::record::found::Found;
 use crate::record::{self, MetricsRow, Profile};
 use crate::wire;
 

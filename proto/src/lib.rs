@@ -31,7 +31,6 @@ mod error;
 pub mod evaluation;
 pub mod failpoint;
 pub mod format;
-pub mod found;
 pub mod home;
 pub mod job;
 pub mod listen;

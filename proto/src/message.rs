@@ -5,8 +5,8 @@ use ganglion_membership::{
 };
 
 use crate::evaluation::EvaluationRow;
-use crate::found::Found;
 use crate::job::Job;
+use crate::record::found::Found;
 pub use crate::record::{MetricsRow, Profile};
 
 /// Message of a worker to the coordinator.

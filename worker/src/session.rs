@@ -33,8 +33,8 @@ use ganglion_membership::{
 };
 use ganglion_proto::dial::Credentials;
 use ganglion_proto::evaluation::EvaluationRow;
-use ganglion_proto::found::Found;
 use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow, Welcome};
+use ganglion_proto::record::found::Found;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;

@@ -5,8 +5,8 @@ use std::fmt::Write;
 
 use ganglion_membership::Passport;
 use ganglion_proto::evaluation::EvaluationRow;
-use ganglion_proto::found::Found;
 use ganglion_proto::job::Job;
+use ganglion_proto::record::found::Found;
 
 use crate::checkpoints::best::{Best, folder};
 use crate::job_file;
@@ -146,7 +146,7 @@ fn settings(job: &Job) -> String {
 mod tests {
     use super::*;
     use crate::job_file::{Source, read};
-    use ganglion_proto::found::Class;
+    use ganglion_proto::record::found::Class;
 
     #[test]
     fn a_card_tells_what_the_model_came_from_and_keeps_secrets() {

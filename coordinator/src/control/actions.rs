@@ -7,9 +7,9 @@ use ganglion_membership::{
     Action, Backend, Cause, Checkpoint, Difference, Event, Generation, Group, GroupMember, Outcome, Passport,
     Plan, PlanKind, Rejection, Start, WorkerId,
 };
-use ganglion_proto::found::FileFound;
 use ganglion_proto::job::{Exclusion, ModelKind};
 use ganglion_proto::message::{Assignment, ToWorker};
+use ganglion_proto::record::found::FileFound;
 use ganglion_proto::record::{MemberLine, PlannedChange, RunEvent};
 use ganglion_proto::words::counted;
 use ganglion_proto::{failpoint, log};

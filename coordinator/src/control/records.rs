@@ -18,9 +18,9 @@ use std::time::Duration;
 
 use ganglion_membership::{Checkpoint, Outcome, Position, StepShape};
 use ganglion_proto::evaluation::{EvaluationRow, names};
-use ganglion_proto::found::Found;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::SampleGrid;
+use ganglion_proto::record::found::Found;
 use ganglion_proto::record::{MetricsRow, RunEvent, RunOutcome, SavedCheckpoint};
 use ganglion_proto::trace::Trace;
 use ganglion_proto::words::{are, counted};

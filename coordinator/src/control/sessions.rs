@@ -1,8 +1,8 @@
 //! Workers' sessions: admission and messages.
 
 use ganglion_membership::{Event, Fault, Generation, LoadedFacts, Loss, Progress, WorkerId};
-use ganglion_proto::found::Found;
 use ganglion_proto::message::{FromWorker, Hello, Resume, ToWorker, Usage, Welcome};
+use ganglion_proto::record::found::Found;
 use ganglion_proto::record::{FaultKind, RunEvent};
 use tokio::time::Instant;
 

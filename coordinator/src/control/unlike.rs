@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 
 use ganglion_membership::{Difference, NUMERICS};
-use ganglion_proto::found::FileFound;
 use ganglion_proto::job::exclude_argument;
+use ganglion_proto::record::found::FileFound;
 use ganglion_proto::words::{are, counted, listed_up_to, were};
 use serde::{Deserialize, Serialize};
 

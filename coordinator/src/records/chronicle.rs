@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ganglion_proto::evaluation::EvaluationRow;
-use ganglion_proto::found::Found;
+use ganglion_proto::record::found::Found;
 use ganglion_proto::record::{
     BestCheckpoint, EventKind, EventLine, FaultKind, MetricsRow, Profile, RunEvent, SavedCheckpoint,
 };

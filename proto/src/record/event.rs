@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::evaluation::EvaluationRow;
 use super::row::is_zero;
 use super::schema::{Field, events, record};
-use crate::found::Found;
 use crate::names::names_of;
+use crate::record::found::Found;
 
 record! {
     /// Checkpoint that became valid.

@@ -2,6 +2,7 @@
 
 mod evaluation;
 mod event;
+pub mod found;
 mod named;
 mod page;
 mod row;

@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use super::row::{MetricsRow, Profile};
 use super::{EvaluationRow, EventKind, FaultKind, Field, PlannedChange, RunOutcome};
-use crate::found::Found;
 use crate::names::names_of;
+use crate::record::found::Found;
 
 const HEAD: &str = "\
 # The records of a run

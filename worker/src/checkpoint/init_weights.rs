@@ -14,8 +14,9 @@ use ganglion_storage::{Address, Blocking, MANIFEST, Path, Storage, reason};
 use safetensors::SafeTensors;
 use tch::{Device, no_grad};
 
+use super::EARLIER;
+use crate::nn::is_finite;
 use crate::nn::tensor_bytes::from_bytes;
-use crate::sampling::{EARLIER, is_finite};
 use crate::state::{NamedTensor, State, StateLayout, narrow};
 
 /// Limit on the time to read the files from a storage.

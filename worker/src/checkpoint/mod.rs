@@ -25,6 +25,9 @@ use crate::state::{Counters, Layout, NamedTensor, StateLayout};
 
 /// Approximate size of a state part, within the limits of [`part_count`].
 const PART_BYTES: usize = 64 << 20;
+/// Advice for a checkpoint whose numbers are not finite.
+pub(crate) const EARLIER: &str = "training had failed before this checkpoint was saved: take an earlier one, or train anew with a smaller \
+     optimizer.learning_rate";
 
 /// Copy of the state in host memory.
 #[derive(Clone, Debug)]

@@ -7,9 +7,10 @@ use ganglion_proto::out::{self, OutError};
 use ganglion_storage::run::RunError;
 use ganglion_storage::whole;
 
+use crate::checkpoint::EARLIER;
 use crate::engine::gradient_log::LogError;
 use crate::nn::broken::BrokenModule;
-use crate::sampling::{EARLIER, SampleError};
+use crate::sampling::SampleError;
 use crate::session::ConnectError;
 
 /// Failure of a command. The variant says whether the user can fix it.

@@ -12,8 +12,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ganglion_proto::data_report::{Bad, Report, Size};
-use ganglion_proto::found as seen;
 use ganglion_proto::job::{Data, DataKind};
+use ganglion_proto::record::found as seen;
 
 use super::data_set::required_path;
 use super::folder::{self, Folder, Looked};

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use ganglion_proto::found::{Found, Picture};
 use ganglion_proto::job::{Data, DataKind, Job};
+use ganglion_proto::record::found::{Found, Picture};
 use ganglion_proto::stream::Change;
 
 use super::folder::Folder;

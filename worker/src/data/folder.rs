@@ -13,8 +13,8 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ganglion_proto::found::{FILES_LIMIT, FileFound, Found, Picture};
 use ganglion_proto::job::{Background, ClassOrder, Data, Orientation};
+use ganglion_proto::record::found::{FILES_LIMIT, FileFound, Found, Picture};
 
 use image::DynamicImage;
 

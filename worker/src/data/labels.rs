@@ -1,6 +1,6 @@
 //! Labels: the class of each sample, a number from 0 on.
 
-use ganglion_proto::found::{Class, Found};
+use ganglion_proto::record::found::{Class, Found};
 use ganglion_proto::words::counted;
 
 use super::DataError;

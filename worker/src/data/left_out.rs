@@ -8,8 +8,8 @@
 
 use std::collections::BTreeMap;
 
-use ganglion_proto::found::Found;
 use ganglion_proto::job::Exclusion;
+use ganglion_proto::record::found::Found;
 
 use super::DataError;
 

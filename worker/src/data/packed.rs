@@ -15,9 +15,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ganglion_proto::found::Found;
 use ganglion_proto::job::ArchiveKind;
 use ganglion_proto::printable_start;
+use ganglion_proto::record::found::Found;
 use ganglion_storage::RelativeName;
 
 use super::place::Content;

@@ -17,9 +17,9 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use ganglion_proto::found::Found;
 use ganglion_proto::job::{ArchiveKind, Data};
 use ganglion_proto::printable_start;
+use ganglion_proto::record::found::Found;
 use ganglion_storage::{
     Address, Blocking, Path as StoragePath, Pauses, RelativeName, Storage, Version, reason, whole,
 };

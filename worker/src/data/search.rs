@@ -15,9 +15,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ganglion_proto::found::Found;
 use ganglion_proto::job::ArchiveKind;
 use ganglion_proto::printable_start;
+use ganglion_proto::record::found::Found;
 
 use super::packed::{self, OpenArchives};
 use super::place::Place;

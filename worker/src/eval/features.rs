@@ -10,8 +10,8 @@ use tch::{Kind, Tensor, no_grad};
 use super::digits::{Digits, FEATURES, SHAPE};
 use super::{EvalError, images, some_of};
 use crate::data::{DataSet, ImageShape};
+use crate::nn::is_finite;
 use crate::nn::module_file;
-use crate::sampling::is_finite;
 
 /// Number of images in one pass. Fixed, because a kernel's rounding may depend on the batch size.
 const BATCH: usize = 100;

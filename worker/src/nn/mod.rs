@@ -199,5 +199,10 @@ pub fn layers(parameters: &[TensorSpec]) -> u32 {
     (0..).find(|layers| first_layers(parameters, *layers) == parameters.len()).expect("a network has an end")
 }
 
+/// Whether all numbers of a tensor are finite.
+pub(crate) fn is_finite(tensor: &Tensor) -> bool {
+    bool::try_from(tensor.isfinite().all()).expect("one truth value")
+}
+
 #[cfg(test)]
 mod tests;

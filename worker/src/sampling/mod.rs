@@ -12,10 +12,10 @@ use ganglion_proto::progress::Progress;
 use safetensors::SafeTensors;
 use tch::{Tensor, no_grad};
 
-use crate::checkpoint::{Snapshot, named_tensor};
+use crate::checkpoint::{EARLIER, Snapshot, named_tensor};
 use crate::data::{DataSet, ImageShape};
 use crate::nn::module_file::kind_of;
-use crate::nn::{Models, Network, Pass, TensorSpec};
+use crate::nn::{Models, Network, Pass, TensorSpec, is_finite};
 use crate::random::{Key, Purpose};
 use crate::sampling::picture::Picture;
 use crate::state::{Layout, Sections, StateLayout};
@@ -23,9 +23,6 @@ use crate::state::{Layout, Sections, StateLayout};
 /// Number of samples in one forward pass.
 // Fixed, as a kernel's rounding may depend on the size of a batch.
 const BATCH: usize = 64;
-/// Advice for a checkpoint whose numbers are not finite.
-pub(crate) const EARLIER: &str = "training had failed before this checkpoint was saved: take an earlier one, or train anew with a smaller \
-     optimizer.learning_rate";
 /// Usual number of images in a row of a grid.
 const COLUMNS: u32 = 10;
 /// Number of classes from which on not each has a column.
@@ -56,11 +53,6 @@ pub enum SampleError {
 /// Some are not.
 pub(crate) fn finite(images: Tensor) -> Result<Tensor, SampleError> {
     if is_finite(&images) { Ok(images) } else { Err(SampleError::NotFinite) }
-}
-
-/// Whether all numbers of a tensor are finite.
-pub(crate) fn is_finite(tensor: &Tensor) -> bool {
-    bool::try_from(tensor.isfinite().all()).expect("one truth value")
 }
 
 /// Generator ready for inference.

@@ -98,7 +98,7 @@ fn folders_are_numbered_as_people_count_or_as_a_run_began() {
     assert_eq!(natural.found().small_classes, 12);
     assert_eq!(
         natural.found().classes[11],
-        ganglion_proto::found::Class { name: "11".to_owned(), samples: 1 }
+        ganglion_proto::record::found::Class { name: "11".to_owned(), samples: 1 }
     );
 }
 

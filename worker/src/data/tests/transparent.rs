@@ -122,7 +122,7 @@ fn pictures_that_lose_much_or_are_enlarged_are_counted() {
     let padded = of(Data { fit: Fit::Pad, ..source.clone() });
     assert_eq!((padded.cropped.count, padded.cropped_most, padded.enlarged.count), (0, 0, 0));
     let checked = check::check(&source, check::Look { threads: 2, any_size: false }, |_, _| {}).unwrap();
-    let same = |found: &ganglion_proto::found::Found| {
+    let same = |found: &ganglion_proto::record::found::Found| {
         (found.cropped.clone(), found.cropped_most, found.enlarged.clone(), found.least, found.greatest)
     };
     assert_eq!(same(&checked.found), same(&found), "a check says the same");

@@ -7,9 +7,9 @@ use std::fmt::{self, Display};
 
 use serde::{Deserialize, Serialize};
 
+use super::record;
 use crate::bounds::{count, name};
 use crate::error::{Malformed, malformed};
-use crate::record::record;
 use crate::wire;
 use crate::words::counted;
 
