@@ -6,7 +6,7 @@
 //! and the structured log ([`log`]). Content from the wire is checked during conversion: see
 //! [`Malformed`].
 //!
-//! What both programs print goes through [`out`] and [`progress`].
+//! Both programs print through [`out`] and [`progress`].
 //!
 //! A line of `metrics.jsonl` is a [`MetricsRow`](record::MetricsRow):
 //!

@@ -1,4 +1,4 @@
-//! What the engine takes from an objective: networks, phases, scalars and averages, of any number.
+//! Facts that the engine takes from an objective: networks, phases, scalars and averages, of any number.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;

@@ -229,7 +229,7 @@ pub struct Shell {
     watch: Watch,
     /// Step of the newest row of metrics checked for alarms.
     watched: u64,
-    /// What was told of a run that shows nothing new.
+    /// Lines told of a run that shows nothing new.
     still: Still,
     /// The launcher that waits for the start of the run.
     launch: Option<Launch>,

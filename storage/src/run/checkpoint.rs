@@ -18,7 +18,7 @@ const LISTED: usize = 10;
 // RUN/checkpoints/step-00001000/generator_ema.safetensors.
 const ABOVE: usize = 3;
 
-/// What to do where a run's job cannot be read.
+/// Advice where a run's job cannot be read.
 const MEND_JOB: &str = "it says where the checkpoints are: restore it, or give the folder of a checkpoint";
 
 /// A file of a checkpoint, as it was read.
@@ -26,7 +26,7 @@ const MEND_JOB: &str = "it says where the checkpoints are: restore it, or give t
 pub struct ContentOfRun {
     /// Where it was.
     pub name: String,
-    /// Its content, which has the manifest's hash where there is a manifest.
+    /// Content of the file, which has the manifest's hash where there is a manifest.
     pub bytes: Bytes,
     /// Name and text of the run's job, if the file is known to be a run's.
     pub job: Option<(String, String)>,
@@ -95,7 +95,7 @@ impl Shelf {
     /// Opens the storage of the run in a folder, whose job has this `checkpoint.url`.
     ///
     /// # Errors
-    /// It is not there, or cannot be opened.
+    /// The file is not there, or cannot be opened.
     pub fn open(shown: &str, run: &Path, url: Option<&str>) -> Result<Shelf, RunError> {
         let place = place_of(run, url);
         let wrong =

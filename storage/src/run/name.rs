@@ -188,7 +188,7 @@ fn changed(run: &Path) -> SystemTime {
     records.iter().filter_map(written).max().unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
-/// What a user may name, for messages.
+/// Names that a user may give, for messages.
 fn known() -> String {
     let runs = runs_in(Path::new(RUNS)).unwrap_or_default();
     if runs.is_empty() {

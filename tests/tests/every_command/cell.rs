@@ -27,12 +27,12 @@ pub(crate) struct Cell<'a> {
     _asked: Option<Process>,
 }
 
-/// What a command did.
+/// Outcome of a command.
 pub(crate) struct Seen {
     pub(crate) code: i32,
     stdout: String,
     stderr: String,
-    /// What it did to files that it must leave alone.
+    /// Changes of files that it must leave alone.
     harm: Vec<String>,
     pub(crate) seconds: f64,
 }
@@ -170,7 +170,7 @@ impl Cell<'_> {
 }
 
 impl Seen {
-    /// What is wrong about it; `expected` is an exit code, and texts that must be there.
+    /// Faults of the outcome; `expected` is an exit code, and texts that must be there.
     pub(crate) fn faults(&self, expected: &str, condition: Condition) -> Vec<String> {
         let (code, texts) = expected.split_once(' ').unwrap_or((expected, ""));
         let all = format!("{}{}", self.stdout, self.stderr);

@@ -1,4 +1,4 @@
-//! What the cells share: a finished run, one that goes on, data, a full disk.
+//! Fixtures of all cells: a finished run, one that goes on, data, a full disk.
 
 use std::fs::{self, File};
 use std::io::Write;

@@ -3,23 +3,23 @@
 /// Condition under which a command runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Condition {
-    /// Its run and its output file are on a disk without a free byte.
+    /// Run and output file are on a disk without a free byte.
     FullDisk,
     /// Standard output is `/dev/full`.
     FullOutput,
-    /// Its output file is a device that is full; if it writes none, its run is that device.
+    /// The output file is a device that is full; if it writes none, its run is that device.
     Device,
     /// Nobody reads its standard output.
     ClosedPipe,
     /// The weights of the generator are not finite.
     NanWeights,
-    /// It runs on a terminal with TERM=dumb.
+    /// A terminal with TERM=dumb.
     DumbTerminal,
-    /// It runs on a terminal of 40 columns.
+    /// A terminal of 40 columns.
     Narrow,
-    /// Its run is an empty folder.
+    /// The run is an empty folder.
     NoRun,
-    /// Its run is finished and whole.
+    /// The run is finished and whole.
     Finished,
     /// Half of job.toml is lost.
     JobCut,

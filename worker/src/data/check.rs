@@ -92,7 +92,7 @@ fn of_folder(data: &Data, how: Look, progress: impl FnMut(u64, u64)) -> Result<R
 #[derive(Default)]
 struct Seen {
     bytes: u64,
-    /// What becomes of the good pictures.
+    /// Facts of the good pictures.
     pictures: seen::Found,
     formats: BTreeMap<&'static str, u64>,
     /// Number of samples by width and height.

@@ -297,7 +297,7 @@ fn compare(
     Ok((ImageShape { channels, height, width }, content.finalize()))
 }
 
-/// What becomes of a picture; sizes are those after turning.
+/// Sizes of a picture, stored and for training; both are those after turning.
 fn picture(width: u32, height: u32, alpha: bool, orientation: u8, framing: &Framing) -> Picture {
     Picture {
         size: [width, height],
