@@ -28,7 +28,7 @@ fn two_workers_over_tls_come_to_the_same_bits() {
 
 #[test]
 fn a_group_over_tls_survives_a_death_and_operators_reach_it() {
-    let settings = [SMALL_MLP, &["job.steps=400", "job.data_shards=4", "metrics.every_steps=1"]];
+    let settings = [SMALL_MLP, &["job.steps=2000", "job.data_shards=4", "metrics.every_steps=1"]];
     let run = Run::new(&settings);
     let secrets = Secrets::new(&run, "certs");
     let coordinator = start(&run, &secrets, 2);
