@@ -1,5 +1,5 @@
-//! The data of a run, said and shown: the first lines, `samples/real.png`, names of classes; and runs that began
-//! before there were settings of pictures.
+//! The data of a run, said and shown: the first lines, `samples/real.png`, names of classes; and runs that
+//! began before there were settings of pictures.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::fs::{self, File};

@@ -18,8 +18,9 @@ use crate::run_dir::access::Access;
 /// Command-line options of authentication.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct SecurityArguments {
-    /// Folder with ca.crt, tls.crt and tls.key, as `coordinator certs init` makes it. All connections then use
-    /// TLS, also between workers, and workers and operators must show a certificate of the same authority.
+    /// Folder with ca.crt, tls.crt and tls.key, as `coordinator certs init` makes it. All connections then
+    /// use TLS, also between workers, and workers and operators must show a certificate of the same
+    /// authority.
     #[arg(long, value_name = "DIR", env = "GANGLION_TLS_DIR")]
     pub tls_dir: Option<PathBuf>,
     /// File with a token that every worker must give to join. The variable GANGLION_JOIN_TOKEN may hold the

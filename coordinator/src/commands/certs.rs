@@ -54,7 +54,8 @@ pub struct Init {
     /// Number of days for which the two certificates are valid.
     #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650))]
     pub days: u32,
-    /// Folder of a certificate authority to sign with, such as certs/ca of an earlier call. Default: a new one.
+    /// Folder of a certificate authority to sign with, such as certs/ca of an earlier call. Default: a new
+    /// one.
     #[arg(long, value_name = "DIR")]
     pub ca: Option<PathBuf>,
 }

@@ -43,12 +43,12 @@ pub struct Cli {
     /// Set one key of the job, such as --set job.steps=500. Can be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// Address to which workers and operators connect. Default: a free port of 127.0.0.1, the same one when the
-    /// run resumes.
+    /// Address to which workers and operators connect. Default: a free port of 127.0.0.1, the same one when
+    /// the run resumes.
     #[arg(long, value_name = "HOST:PORT")]
     pub listen: Option<String>,
-    /// Address of the dashboard, of /metrics for Prometheus and of /healthz; off for none. Default: a free port
-    /// of 127.0.0.1, the same one when the run resumes.
+    /// Address of the dashboard, of /metrics for Prometheus and of /healthz; off for none. Default: a free
+    /// port of 127.0.0.1, the same one when the run resumes.
     #[arg(long, value_name = "HOST:PORT|off")]
     pub http: Option<String>,
     /// Allow --listen and --http on addresses that other machines can reach, although nothing is encrypted.
@@ -61,19 +61,19 @@ pub struct Cli {
     /// Keep the dashboard up when the run is complete, until SIGTERM or Ctrl-C.
     #[arg(long)]
     pub stay: bool,
-    /// Train in the background: return once the run has started. Its messages go to coordinator.log in the run
-    /// directory.
+    /// Train in the background: return once the run has started. Its messages go to coordinator.log in the
+    /// run directory.
     #[arg(long)]
     pub detach: bool,
     /// Said by --detach to the process that trains.
     #[arg(long, hide = true, requires = "detach")]
     pub detached: bool,
-    /// Write a timeline of the coordinator and its local workers to this file, for ui.perfetto.dev; it ends at
-    /// 128 MiB.
+    /// Write a timeline of the coordinator and its local workers to this file, for ui.perfetto.dev; it ends
+    /// at 128 MiB.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
-    /// Copy metrics, events, samples and TensorBoard's files to this place in the background: a folder, s3://,
-    /// gs:// or az://.
+    /// Copy metrics, events, samples and TensorBoard's files to this place in the background: a folder,
+    /// s3://, gs:// or az://.
     #[arg(long, value_name = "URL")]
     pub mirror: Option<String>,
     /// Format of messages and log lines, also those of local workers: text, or json for one object per line.
@@ -84,9 +84,11 @@ pub struct Cli {
 /// Task other than training.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Checks from a run's files that nothing was lost, doubled or changed. Only reads; the run may be going on.
+    /// Checks from a run's files that nothing was lost, doubled or changed. Only reads; the run may be going
+    /// on.
     ///
-    /// Prints a line for each claim. Exit code 0: all claims hold; 1: one does not; 2: RUN is no run directory.
+    /// Prints a line for each claim. Exit code 0: all claims hold; 1: one does not; 2: RUN is no run
+    /// directory.
     Audit {
         /// Which run.
         #[command(flatten)]
@@ -128,9 +130,9 @@ pub enum Command {
     /// Makes a new journal for a run whose own is damaged or missing, from its checkpoints and what else can
     /// be read.
     ///
-    /// The journal is the file in which a coordinator records its decisions. The old files stay beside the new
-    /// ones. Exit code 0: the run can go on; 1: a coordinator is running it; 2: RUN is no run directory, or has
-    /// no checkpoint.
+    /// The journal is the file in which a coordinator records its decisions. The old files stay beside the
+    /// new ones. Exit code 0: the run can go on; 1: a coordinator is running it; 2: RUN is no run directory,
+    /// or has no checkpoint.
     Recover {
         /// Which run.
         #[command(flatten)]
@@ -283,8 +285,8 @@ static LISTENER: Listener = Listener {
 };
 
 impl Cli {
-    /// Number of workers to start for a job, and for `auto` and for none a line that explains it. `gpus` is the
-    /// number of GPUs that workers on this machine can use; only `auto` looks at it.
+    /// Number of workers to start for a job, and for `auto` and for none a line that explains it. `gpus` is
+    /// the number of GPUs that workers on this machine can use; only `auto` looks at it.
     pub fn local_workers(&self, job: &Job, gpus: u32) -> Result<(u32, Option<String>), TooManyWorkers> {
         let shards = job.job.data_shards;
         match self.workers {

@@ -139,13 +139,11 @@ impl Shell {
         self.workers.remove(&worker);
     }
 
-    /// Message about a worker that would compute other bits. It is also the reason of the run's end, if nobody
-    /// is left to train.
+    /// Message about a worker that would compute other bits. It is also the reason of the run's end, if
+    /// nobody is left to train.
     fn other_bits(&mut self, worker: WorkerId, differences: &[Difference]) -> String {
         self.newcomer.is_local = self.supervisor.has(worker);
-        // The list explains a change and decides nothing: without it the numbers are told.
-        let files = self.journal.fact(Fact::Files).ok().flatten();
-        let files = files.and_then(|text| serde_json::from_str(&text).ok());
+        let files = self.recorded_files();
         let has_modules = self.job.model.kind == ModelKind::Script;
         let run = OfTheRun { samples: self.machine.samples().or(self.samples), files, has_modules };
         let told = other_bits(differences, &self.newcomer, &run);
@@ -153,11 +151,17 @@ impl Shell {
         told
     }
 
+    /// Files of the run's data set, if their list can be read.
+    fn recorded_files(&self) -> Option<SampleFiles> {
+        // The list explains a change and decides nothing: without it the numbers are told.
+        let text = self.journal.fact(Fact::Files).ok().flatten()?;
+        serde_json::from_str(&text).ok()
+    }
+
     /// Records the files of the run's data set, unless they are recorded.
     pub(super) fn note_files(&mut self, data: &str, files: &[FileFound]) {
-        let known = self.journal.fact(Fact::Files).ok().flatten();
-        let known: Option<SampleFiles> = known.and_then(|text| serde_json::from_str(&text).ok());
-        if files.is_empty() || known.is_some_and(|known| known.are_of(data)) {
+        // The list is long, so it is read only where there is one to compare.
+        if files.is_empty() || self.recorded_files().is_some_and(|known| known.are_of(data)) {
             return;
         }
         let text = serde_json::to_string(&SampleFiles::new(data, files)).map_err(std::io::Error::from);

@@ -221,7 +221,8 @@ fn settings_of_pictures_are_read_and_checked() {
     assert_error(SMALL, &["data.class_order=natural"], "remove it");
 }
 
-/// A run that began before there were these settings goes on as it began, and any other value is a difference.
+/// A run that began before there were these settings goes on as it began, and any other value is a
+/// difference.
 #[test]
 fn a_run_without_a_background_goes_on_without_one() {
     let new = resolve(SMALL, &FOLDER).unwrap();

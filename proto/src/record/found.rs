@@ -27,7 +27,8 @@ const SHOWN_CLASSES: usize = 10;
 const FEW_SAMPLES: u64 = 10;
 /// Share of a picture's area whose loss is worth a warning.
 const MUCH: f64 = 1.0 / 3.0;
-/// Extensions of pictures in formats that are not read. Their files are counted apart, whatever else is there.
+/// Extensions of pictures in formats that are not read. Their files are counted apart, whatever else is
+/// there.
 const UNREAD_PICTURES: [&str; 24] = [
     ".arw", ".avif", ".cr2", ".cr3", ".dds", ".dng", ".eps", ".exr", ".gif", ".hdr", ".heic", ".heif",
     ".ico", ".jp2", ".jxl", ".nef", ".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".qoi", ".svg", ".tga",

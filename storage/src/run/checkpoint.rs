@@ -95,7 +95,7 @@ impl Shelf {
     /// Opens the storage of the run in a folder, whose job has this `checkpoint.url`.
     ///
     /// # Errors
-    /// The file is not there, or cannot be opened.
+    /// The storage is not there, or cannot be opened.
     pub fn open(shown: &str, run: &Path, url: Option<&str>) -> Result<Shelf, RunError> {
         let place = place_of(run, url);
         let wrong =

@@ -162,8 +162,8 @@ impl Cell<'_> {
     /// Whether the output file is the old one, or a new one that may be there.
     fn is_kept(&self, code: i32) -> bool {
         let kept = fs::read(&self.out).unwrap_or_default();
-        // The file is written before the message about it, which fails then; and a list of bad samples is written
-        // where there are any.
+        // The file is written before the message about it, which fails then; and a list of bad samples is
+        // written where there are any.
         let may_be_new = matches!(self.condition, Condition::FullOutput | Condition::ClosedPipe) || code == 0;
         kept == OLD.as_bytes() || may_be_new && !kept.is_empty() || kept == b"2.png\n"
     }

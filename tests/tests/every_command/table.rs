@@ -54,10 +54,11 @@ pub(crate) const CONDITIONS: &[Condition] = &[
 pub(crate) struct Row {
     /// Name, as `--help` lists it.
     pub(crate) command: &'static str,
-    /// Arguments. `{run}` is a finished run, `{asked}` one that goes on where its coordinator is to answer, `{out}` a
-    /// file to write, which is there already, and `{new}` a place where nothing is.
+    /// Arguments. `{run}` is a finished run, `{asked}` one that goes on where its coordinator is to answer,
+    /// `{out}` a file to write, which is there already, and `{new}` a place where nothing is.
     pub(crate) line: &'static str,
-    /// Exit code of each condition, and texts that it prints, between bars; `-` where there is nothing to try.
+    /// Exit code of each condition, and texts that it prints, between bars; `-` where there is nothing to
+    /// try.
     pub(crate) cells: &'static [(Condition, &'static str)],
 }
 

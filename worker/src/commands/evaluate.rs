@@ -30,7 +30,8 @@ use crate::random::Purpose;
 pub(crate) struct Eval {
     #[command(flatten)]
     weights: Weights,
-    /// Evaluate reference samples instead, as a scale for the figures: real ones, few classes, blurred, noise.
+    /// Evaluate reference samples instead, as a scale for the figures: real ones, few classes, blurred,
+    /// noise.
     #[arg(long, requires = "held_out")]
     rungs: bool,
     /// Real samples to compare with: a data.kind, and for most kinds a path, such as

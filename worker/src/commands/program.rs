@@ -47,7 +47,8 @@ struct Cli {
 
 #[derive(Args)]
 struct Join {
-    /// Address of the run's coordinator, as it prints it, such as http://10.0.0.1:7000; https:// with --tls-dir.
+    /// Address of the run's coordinator, as it prints it, such as http://10.0.0.1:7000; https:// with
+    /// --tls-dir.
     #[arg(long, value_name = "URL")]
     coordinator: String,
     /// Folder with ca.crt, tls.crt and tls.key, for a coordinator with TLS.

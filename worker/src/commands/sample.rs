@@ -33,8 +33,8 @@ struct Choice {
     /// Class to draw, of a conditional model, by its name or number. Default: one class after the other.
     #[arg(long, value_name = "NAME|N")]
     class: Option<String>,
-    /// Keep the noise between -LIMIT and LIMIT: samples become more typical and less varied. 2 changes little, 1
-    /// much.
+    /// Keep the noise between -LIMIT and LIMIT: samples become more typical and less varied. 2 changes
+    /// little, 1 much.
     #[arg(long, value_name = "LIMIT", value_parser = limit)]
     truncation: Option<f64>,
 }
@@ -79,8 +79,8 @@ fn numbered(class: &str, names: &[String], classes: u32) -> Result<u32, String> 
     })
 }
 
-/// Names of the folders for samples of each class: those of the classes, so that a data set of them has the same
-/// classes, or their numbers where names cannot be folders.
+/// Names of the folders for samples of each class: those of the classes, so that a data set of them has the
+/// same classes, or their numbers where names cannot be folders.
 fn folders(names: &[String], classes: u32) -> Vec<String> {
     let is_folder =
         |name: &str| RelativeName::parse(name).is_ok() && !name.contains('/') && !name.starts_with('.');

@@ -6,9 +6,10 @@
 //!    counts.
 //! 2. Files beside the pictures with the same key: `0001.cls` with a whole number, or else `0001.json` with a
 //!    whole number under `label`, `cls` or `class`.
-//! 3. Folders, by their names in natural order (2 before 10), or in the order of their bytes in runs that began
-//!    so: the first folder on the way to a picture. An archive's own name is none. Two kinds of folders do not count as long as all pictures in them lie in folders further
-//!    below: one at the top of an archive with the archive's name, and one that holds all pictures.
+//! 3. Folders, by their names in natural order (2 before 10), or in the order of their bytes in runs that
+//!    began so: the first folder on the way to a picture. An archive's own name is none. Two kinds of folders
+//!    do not count as long as all pictures in them lie in folders further below: one at the top of an archive
+//!    with the archive's name, and one that holds all pictures.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;

@@ -51,8 +51,8 @@ impl DataError {
         }
     }
 
-    /// Says the same of data that were not named by the job's `[data]`: `path` and `kind` are what the user gave
-    /// instead of `data.path` and `data.kind`. Samples can be left out of a job alone.
+    /// Says the same of data that were not named by the job's `[data]`: `path` and `kind` are what the user
+    /// gave instead of `data.path` and `data.kind`. Samples can be left out of a job alone.
     pub(crate) fn in_words_of(self, path: &str, kind: &str) -> DataError {
         let in_words = |text: String| text.replace("data.path", path).replace("data.kind", kind);
         match self {

@@ -7,8 +7,8 @@
 //! 3. An archive in a folder is a folder of its name; one that `data.path` names is that folder itself, so
 //!    pictures give the same samples packed and unpacked.
 //! 4. Pictures that the job leaves out are not read when the folder is opened, and may be missing by then.
-//! 5. A picture's transparent parts show the job's background, 16 bits become 8, and of an animation the first
-//!    picture counts.
+//! 5. A picture's transparent parts show the job's background, 16 bits become 8, and of an animation the
+//!    first picture counts.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -297,7 +297,7 @@ fn compare(
     Ok((ImageShape { channels, height, width }, content.finalize()))
 }
 
-/// Sizes of a picture, stored and for training; both are those after turning.
+/// Returns the facts of a picture for the report; sizes are those after turning.
 fn picture(width: u32, height: u32, alpha: bool, orientation: u8, framing: &Framing) -> Picture {
     Picture {
         size: [width, height],

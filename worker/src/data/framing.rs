@@ -7,8 +7,8 @@
 //! 2. Scaling is linear, over the area that a pixel covers (no aliasing), in fixed-point numbers whose
 //!    weights come from additions, multiplications and divisions alone. So every processor and C library
 //!    gives the same bits, which a filter with sines (Lanczos) does not promise.
-//! 3. With `fit = "pad"` the longer side is scaled to `resize`, and the picture lies in the middle of a square
-//!    of the background, one pixel more of it on the right and at the bottom where the rest is odd.
+//! 3. With `fit = "pad"` the longer side is scaled to `resize`, and the picture lies in the middle of a
+//!    square of the background, one pixel more of it on the right and at the bottom where the rest is odd.
 
 use fast_image_resize::images::{Image as Canvas, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
@@ -182,7 +182,8 @@ impl Framing {
     }
 }
 
-/// Writes an image, scaled so that its longer side has `side` pixels, into the middle of a square of a colour.
+/// Writes an image, scaled so that its longer side has `side` pixels, into the middle of a square of a
+/// colour.
 fn pad(image: &Image<'_>, side: u32, fill: [u8; 3], out: &mut [f32]) {
     let longer = image.width.max(image.height);
     let scaled = |length: u32| {

@@ -96,8 +96,8 @@ pub trait Sampler {
     }
 }
 
-/// Number of images in a row of a grid whose images are of one class after the other: a column is one class, if
-/// there are few.
+/// Number of images in a row of a grid whose images are of one class after the other: a column is one class,
+/// if there are few.
 pub fn columns(classes: u32) -> i64 {
     let columns = match classes {
         0 | FROM_MANY.. => COLUMNS,
@@ -108,8 +108,9 @@ pub fn columns(classes: u32) -> i64 {
     columns.into()
 }
 
-/// Renders a grid of at most `count` real samples as the networks see them, evenly spaced over the data set, each
-/// in a place where [`grid_of`] has one of the same class. Places of samples that are not there stay black.
+/// Renders a grid of at most `count` real samples as the networks see them, evenly spaced over the data set,
+/// each in a place where [`grid_of`] has one of the same class. Places of samples that are not there stay
+/// black.
 ///
 /// # Errors
 /// The picture cannot be encoded.

@@ -90,7 +90,8 @@ fn pictures_without_transparent_parts_keep_their_bits() {
     }
 }
 
-/// Otherwise a run that began before there was a background could not go on, or would go on with other pixels.
+/// Otherwise a run that began before there was a background could not go on, or would go on with other
+/// pixels.
 #[test]
 fn a_background_is_part_of_the_data_where_it_may_show() {
     let fingerprint = |folder: &TempDir, background| {
