@@ -134,3 +134,17 @@ fn every_command_writes_its_messages_as_the_log_is_written() {
     let ended = Process::start(status).wait();
     assert!(ended.output.starts_with("run mnist-mlp: "), "{}", ended.output);
 }
+
+#[test]
+fn a_container_image_is_built_with_every_member_of_the_workspace() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let read = |file: &str| fs::read_to_string(root.join(file)).unwrap();
+    let (manifest, left_out) = (read("Cargo.toml"), read(".dockerignore"));
+    let members = manifest.split_once("members = [").unwrap().1.split_once(']').unwrap().0;
+    let members: Vec<&str> = members.split(',').map(|member| member.trim().trim_matches('"')).collect();
+    assert!(members.len() > 5, "{members:?}");
+    for member in members {
+        // Without its Cargo.toml cargo builds no other member either.
+        assert!(!left_out.lines().any(|line| member.starts_with(line)), "{member} is in .dockerignore");
+    }
+}
