@@ -21,6 +21,7 @@
 //! ```
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod archive;
 mod bounds;
 pub mod clock;
 mod convert;
@@ -39,6 +40,7 @@ pub mod manifest;
 pub mod message;
 pub mod names;
 pub mod out;
+pub mod package;
 pub mod progress;
 pub mod record;
 pub mod rows;

@@ -2,9 +2,11 @@
 
 pub(crate) mod picture;
 
+use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ganglion_proto::archive::kind_of;
 use ganglion_proto::evaluation::NOT_FINITE;
 use ganglion_proto::job::Model;
 use ganglion_proto::message::SampleGrid;
@@ -14,7 +16,6 @@ use tch::{Tensor, no_grad};
 
 use crate::checkpoint::{EARLIER, Snapshot, named_tensor};
 use crate::data::{DataSet, ImageShape};
-use crate::nn::module_file::kind_of;
 use crate::nn::{Models, Network, Pass, TensorSpec, is_finite};
 use crate::random::{Key, Purpose};
 use crate::sampling::picture::Picture;
@@ -196,7 +197,8 @@ impl Generator {
     pub fn read(file: &str, bytes: &[u8], script: Option<&Path>) -> Result<Generator, SampleError> {
         let input = |what: String| SampleError::Input(format!("{file}: {what}"));
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| {
-            let found = kind_of(bytes).map_or_else(|| format!("damaged ({error})"), str::to_string);
+            let found =
+                kind_of(Cursor::new(bytes)).map_or_else(|| format!("damaged ({error})"), str::to_string);
             input(format!("it is {found}, not a generator's weights; give a generator_ema.safetensors"))
         })?;
         let about = header.metadata().clone().unwrap_or_default();
