@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdio>
 #include <optional>
+#include <string>
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -53,5 +54,13 @@ std::unique_ptr<at::Tensor> upload(rust::Slice<const float> values, std::int8_t 
 }
 
 void empty_cuda_cache() { c10::cuda::CUDACachingAllocator::emptyCache(); }
+
+rust::String compute_capability(std::int8_t device) {
+  const auto* properties = at::cuda::getDeviceProperties(device);
+  return std::to_string(properties->major) + "." + std::to_string(properties->minor);
+}
+
+// That of the headers of this build, which are those of libtorch's own.
+rust::String cuda_version() { return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10); }
 
 } // namespace c10d_shim

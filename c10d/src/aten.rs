@@ -161,6 +161,16 @@ fn fingerprint_of_sum(tensor: &Tensor, seed: u64) -> Result<u64, Error> {
     Ok(xxhash_rust::xxh3::xxh3_64_with_seed(&sum.to_le_bytes(), seed))
 }
 
+/// Takes a tensor over from the shim.
+pub(crate) fn owned(tensor: cxx::UniquePtr<shim::Tensor>) -> Result<Tensor, Error> {
+    if tensor.is_null() {
+        return Err(Error::Fatal("no tensor".into()));
+    }
+    // SAFETY: the pointer comes from `new at::Tensor` and has no other owner; tch deletes it when
+    // the tensor is dropped.
+    Ok(unsafe { Tensor::from_ptr(tensor.into_raw().cast()) })
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)] // a test may panic
 mod tests {

@@ -54,6 +54,18 @@ pub(crate) mod shim {
         fn last_operation(self: &Script) -> Result<String>;
         fn load_script(bytes: &[u8]) -> Result<UniquePtr<Script>>;
 
+        include!("c10d/shim/package.h");
+
+        type TensorList;
+        fn push(self: Pin<&mut TensorList>, tensor: &Tensor) -> Result<()>;
+        fn size(self: &TensorList) -> usize;
+        fn get(self: &TensorList, index: usize) -> Result<UniquePtr<Tensor>>;
+        fn tensor_list() -> Result<UniquePtr<TensorList>>;
+
+        type Graph;
+        fn run(self: &Graph, inputs: UniquePtr<TensorList>) -> Result<UniquePtr<TensorList>>;
+        fn load_graph(library: &str, device: i8) -> Result<UniquePtr<Graph>>;
+
         include!("c10d/shim/cuda.h");
 
         #[cfg(feature = "cuda")]
@@ -64,6 +76,10 @@ pub(crate) mod shim {
         fn upload(values: &[f32], device: i8) -> Result<UniquePtr<Tensor>>;
         #[cfg(feature = "cuda")]
         fn empty_cuda_cache() -> Result<()>;
+        #[cfg(feature = "cuda")]
+        fn compute_capability(device: i8) -> Result<String>;
+        #[cfg(feature = "cuda")]
+        fn cuda_version() -> Result<String>;
     }
     impl UniquePtr<Tensor> {}
 }
@@ -71,3 +87,6 @@ pub(crate) mod shim {
 // SAFETY: a module consists only of reference-counted memory and a graph; any thread may run or
 // destroy it, one at a time.
 unsafe impl Send for shim::Script {}
+// SAFETY: a graph consists of memory and of a library that stays loaded; any thread may run or destroy
+// it, one at a time.
+unsafe impl Send for shim::Graph {}

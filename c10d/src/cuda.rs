@@ -37,6 +37,22 @@ pub fn upload(values: &[f32], device: usize) -> Result<Tensor, Error> {
     Ok(unsafe { Tensor::from_ptr(there.cast()) })
 }
 
+/// Returns the compute capability of a GPU, such as `9.0`.
+///
+/// # Errors
+/// [`Error::Invalid`] for an index out of range, [`Error::Fatal`] if there is no such GPU.
+pub fn compute_capability(device: usize) -> Result<String, Error> {
+    Ok(shim::compute_capability(small(device)?)?)
+}
+
+/// Returns the version of CUDA that this crate was compiled against, such as `13.0`.
+///
+/// # Errors
+/// None in practice.
+pub fn version() -> Result<String, Error> {
+    Ok(shim::cuda_version()?)
+}
+
 fn small(device: usize) -> Result<i8, Error> {
     // libtorch numbers devices by 8 bits.
     i8::try_from(device).map_err(|_| Error::Invalid(format!("GPU {device}")))

@@ -52,6 +52,7 @@ mod flight;
 mod group;
 #[cfg(feature = "cuda")]
 mod nccl;
+pub mod package;
 mod pending;
 pub mod script;
 mod staging;

@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use tch::Tensor;
 
 use crate::Error;
-use crate::aten::default_generator_state;
+use crate::aten::{default_generator_state, owned};
 use crate::aten_ffi::shim;
 use crate::ffi::at_tensor;
 
@@ -169,13 +169,4 @@ pub enum Mode {
     },
     /// Evaluation mode.
     Evaluation,
-}
-
-fn owned(tensor: cxx::UniquePtr<shim::Tensor>) -> Result<Tensor, Error> {
-    if tensor.is_null() {
-        return Err(Error::Fatal("no tensor".into()));
-    }
-    // SAFETY: the pointer comes from `new at::Tensor` and has no other owner; tch deletes it when
-    // the tensor is dropped.
-    Ok(unsafe { Tensor::from_ptr(tensor.into_raw().cast()) })
 }

@@ -366,7 +366,9 @@ impl Package {
         let mut library = None;
         for index in 0..archive.len() {
             let mut member = archive.by_index(index).map_err(invalid)?;
-            let Some(file) = file_of(member.name(), graph).map(str::to_owned) else { continue };
+            // Its sources lie beside it, and are of no use here.
+            let file = file_of(member.name(), graph).filter(|file| !file.ends_with(".cpp"));
+            let Some(file) = file.map(str::to_owned) else { continue };
             let to = folder.join(&file);
             io::copy(&mut member, &mut File::create_new(&to)?)?;
             if is_library(&file) {
