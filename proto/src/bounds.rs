@@ -29,8 +29,8 @@ pub(crate) const COUNT: u64 = (1 << 53) - 1;
 pub const PHASES: u32 = 1 << 10;
 /// Most members of a group.
 pub(crate) const MEMBERS: usize = 1 << 16;
-/// Most networks of an objective.
-pub(crate) const NETWORKS: usize = 64;
+/// Most networks of an objective, and most names of its phases.
+pub const NETWORKS: usize = 64;
 /// Most files of a checkpoint.
 pub(crate) const FILES: usize = 1 << 12;
 /// Most update indices whose phases may be skipped.

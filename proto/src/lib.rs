@@ -60,7 +60,7 @@ pub mod wire {
     pub const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("ganglion");
 }
 
-pub use bounds::PHASES;
+pub use bounds::{NETWORKS, PHASES};
 pub use convert::{activity_to_wire, checked_status};
 pub use error::Malformed;
 pub use shown::{printable, printable_name, printable_start};

@@ -2,7 +2,7 @@
 
 fn main() {
     if let Ok(libraries) = std::env::var("DEP_TCH_LIBTORCH_LIB") {
-        for worker in ["failing-worker", "failing-regression"] {
+        for worker in ["failing-worker", "failing-regression", "failing-three"] {
             println!("cargo:rustc-link-arg-bin={worker}=-Wl,-rpath,{libraries}");
         }
     }

@@ -25,6 +25,9 @@ use tch::{Kind, Tensor, no_grad};
 /// Pixels of half a digit.
 const INPUTS: i64 = 14 * 28;
 
+/// The only network.
+const LINE: NetworkId = NetworkId(0);
+
 struct Regression;
 
 impl Objective for Regression {
@@ -36,7 +39,7 @@ impl Objective for Regression {
     }
 
     fn phases(&self) -> Vec<Phase> {
-        vec![Phase { index: 0, network: NetworkId(0), reads: Reads::Next }]
+        vec![Phase::of(0, LINE, Reads::Next)]
     }
 
     fn scalars(&self, _phase: Phase) -> Vec<ScalarSpec> {
@@ -59,14 +62,14 @@ impl Objective for Regression {
 impl Compute for Regression {
     fn gradient(
         &mut self,
-        at: ShardAt,
+        _: ShardAt,
         state: &State,
         batch: Option<&ShardBatch>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error> {
         let images = batch.expect("the phase reads samples").images.flatten(1, -1);
         let [upper, lower] = [0, INPUTS].map(|start| images.narrow(1, start, INPUTS));
-        let parameters = state.trainable(at.phase.network);
+        let parameters = state.trainable(LINE);
         let found = upper.matmul(&parameters[0]) + &parameters[1];
         let wanted = lower.mean_dim([1i64].as_slice(), true, Kind::Float);
         let loss = (found - wanted).square().sum(Kind::Float);

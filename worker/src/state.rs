@@ -16,10 +16,11 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use ganglion_membership::Position;
+use ganglion_proto::NETWORKS;
 use ganglion_proto::job::Precision;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::nn::{Follow, Init, TensorSpec};
+use crate::nn::{Init, TensorSpec};
 use crate::random::{Key, Purpose};
 
 /// Number of floats in 64 bytes: the grid on which tensors, chunks and optimizer slices lie.
@@ -33,6 +34,48 @@ pub fn align(numel: usize) -> usize {
 /// Index of a network among those of the objective.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NetworkId(pub usize);
+
+/// Set of an objective's networks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NetworkSet(u64);
+
+impl NetworkSet {
+    /// The set of these networks.
+    ///
+    /// # Panics
+    /// A network's index is [`NETWORKS`] or more.
+    pub fn of(networks: impl IntoIterator<Item = NetworkId>) -> NetworkSet {
+        let add = |set: u64, NetworkId(index): NetworkId| {
+            assert!(index < NETWORKS, "an objective has at most {NETWORKS} networks");
+            set | 1 << index
+        };
+        NetworkSet(networks.into_iter().fold(0, add))
+    }
+
+    /// Whether a network belongs to the set.
+    pub fn contains(self, NetworkId(index): NetworkId) -> bool {
+        index < NETWORKS && self.0 >> index & 1 == 1
+    }
+
+    /// The networks, in ascending order.
+    pub fn iter(self) -> impl Iterator<Item = NetworkId> {
+        (0..NETWORKS).map(NetworkId).filter(move |network| self.contains(*network))
+    }
+
+    /// The first network.
+    pub fn first(self) -> Option<NetworkId> {
+        self.iter().next()
+    }
+}
+
+/// Index of a buffer of a network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BufferId {
+    /// The network.
+    pub network: NetworkId,
+    /// Index among the network's buffers.
+    pub index: usize,
+}
 
 /// Tensors of a network, with its name.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,22 +120,15 @@ impl Layout {
         self.entries.is_empty()
     }
 
+    /// A tensor and its offset in floats.
+    pub fn entry(&self, index: usize) -> (&TensorSpec, usize) {
+        let (spec, offset) = &self.entries[index];
+        (spec, *offset)
+    }
+
     /// Each tensor and its offset in floats.
     pub fn entries(&self) -> impl Iterator<Item = (&TensorSpec, usize)> {
         self.entries.iter().map(|(spec, offset)| (spec, *offset))
-    }
-
-    /// Returns runs of neighbouring buffers that follow their updates in the same way.
-    pub fn follows(&self) -> Vec<(Range<usize>, Follow)> {
-        let mut runs: Vec<(Range<usize>, Follow)> = Vec::new();
-        for (spec, offset) in self.entries() {
-            let end = offset + align(spec.numel());
-            match runs.last_mut() {
-                Some((run, follow)) if *follow == spec.follow => run.end = end,
-                _ => runs.push((offset..end, spec.follow)),
-            }
-        }
-        runs
     }
 
     /// Returns the tensors as views of `flat`.

@@ -29,7 +29,7 @@ fn leaf(layout: &GradLayout, at: usize, value: f32) -> Tensor {
 }
 
 fn of(network: NetworkId, bench: &Bench) -> Phase {
-    bench.gan.phases().into_iter().find(|phase| phase.network == network).unwrap()
+    bench.gan.phases().into_iter().find(|phase| phase.updates.contains(network)).unwrap()
 }
 
 fn layout(network: NetworkId, bench: &Bench) -> &GradLayout {

@@ -52,14 +52,14 @@ impl Objective for Three {
             (ENCODER, Reads::Same),
             (CRITIC, Reads::Next),
         ];
-        (0..).zip(phases).map(|(index, (network, reads))| Phase { index, network, reads }).collect()
+        (0..).zip(phases).map(|(index, (network, reads))| Phase::of(index, network, reads)).collect()
     }
 
     fn scalars(&self, phase: Phase) -> Vec<ScalarSpec> {
         let loss = |name: &'static str| ScalarSpec::new(name, ScalarRole::Loss);
-        match phase.network {
-            ENCODER => vec![loss("reconstruction"), ScalarSpec::new("kl", ScalarRole::Diagnostic)],
-            DECODER => vec![loss("reconstruction")],
+        match phase.updates.first() {
+            Some(ENCODER) => vec![loss("reconstruction"), ScalarSpec::new("kl", ScalarRole::Diagnostic)],
+            Some(DECODER) => vec![loss("reconstruction")],
             _ => vec![loss("critic"), ScalarSpec::new("margin", ScalarRole::Internal)],
         }
     }
@@ -69,7 +69,7 @@ impl Objective for Three {
     }
 
     fn optimizer(&self, phase: Phase, _steps: u64) -> Adam {
-        let lr = if phase.network == DECODER { 0.0 } else { 0.5 };
+        let lr = if phase.updates.contains(DECODER) { 0.0 } else { 0.5 };
         Adam { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8 }
     }
 
@@ -86,7 +86,7 @@ impl Objective for Three {
 
     /// Keeps the count of updates, and the margin.
     fn after_update(&self, phase: Phase, updates: u64, scalars: &Tensor, state: &State) {
-        if phase.network == CRITIC {
+        if phase.updates.contains(CRITIC) {
             let _ = state.own(0).narrow(0, 0, 1).fill_(f64::from(u32::try_from(updates).unwrap()));
             state.own(0).narrow(0, 1, 1).copy_(&scalars.narrow(0, 1, 1));
         }
@@ -106,8 +106,8 @@ fn phases_of_a_network_share_a_layout_and_scalars_are_named_once() {
     let model = model();
     assert_eq!(model.gradients().len(), 3);
     let phases = model.phases();
-    assert_eq!(model.layout_of(phases[0]), model.layout_of(phases[3]));
-    assert_eq!(model.layout_of(phases[2]), model.layout_of(phases[4]));
+    assert_eq!(model.layout_of(phases[0], 0), model.layout_of(phases[3], 0));
+    assert_eq!(model.layout_of(phases[2], 0), model.layout_of(phases[4], 0));
     assert_eq!(model.reported(), ["reconstruction", "critic", "kl"], "losses first");
 }
 
@@ -120,7 +120,7 @@ impl Objective for Odd {
     }
 
     fn phases(&self) -> Vec<Phase> {
-        (0..).zip(self.0).map(|(index, reads)| Phase { index, network: CRITIC, reads: *reads }).collect()
+        (0..).zip(self.0).map(|(index, reads)| Phase::of(index, CRITIC, *reads)).collect()
     }
 
     fn scalars(&self, _phase: Phase) -> Vec<ScalarSpec> {
@@ -158,13 +158,13 @@ fn positions_and_batches_follow_from_the_phases() {
     let phases = model.phases();
     assert_eq!(model.place(Position(7)), (1, phases[2]));
     assert!(model.is_last(phases[4]) && !model.is_last(phases[3]));
-    assert_eq!(model.updates_before(2, phases[3]), 5);
-    assert_eq!(model.updates_before(2, phases[1]), 2);
+    assert_eq!(model.updates_before(2, phases[3], ENCODER), 5);
+    assert_eq!(model.updates_before(2, phases[1], DECODER), 2);
     assert_eq!(model.batches_per_step(), 2);
     assert_eq!(model.shape(), &StepShape::new(5, vec![0, 4]).unwrap());
     let readers = [Some(0), Some(1), Some(3), Some(3), Some(4), None];
     for (index, reader) in (0..).zip(readers) {
-        assert_eq!(model.next_reader(index).map(|phase| phase.index), reader, "from phase {index}");
+        assert_eq!(model.next_reader(0, index).map(|phase| phase.index), reader, "from phase {index}");
     }
     let batches: Vec<u32> = [0, 1, 3, 4].map(|phase| model.batch_of(phases[phase])).to_vec();
     assert_eq!(batches, [0, 0, 0, 1]);

@@ -15,7 +15,7 @@ pub struct Named<T>(Vec<(String, T)>);
 
 /// Scalars of a step or of an evaluation. Which ones there are is the objective's matter.
 pub type Scalars = Named<f64>;
-/// Time profiles of a step by network.
+/// Time profiles of a step by the names of its phases.
 pub type Profiles = Named<Profile>;
 
 /// Value that is read from JSON; `None` for a value of another kind.

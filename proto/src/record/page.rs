@@ -25,9 +25,10 @@ step that is computed again has the same bytes there. A number that is not finit
 const SCALARS: &str = "
 Each scalar of the objective is a column of its own, in place of `scalars`. A GAN has `loss_discriminator` and `loss_generator`,
 and `score_real` and `score_fake`, the discriminator's mean output for samples of both kinds: a probability where the loss takes
-the output for its logarithm. They are means over the global batch of the step's last phase of that kind. Everything that shows
-columns shows any scalar: TensorBoard as `scalar/NAME`, Prometheus as `ganglion_scalar{name}`, the dashboard as a curve. Only
-`loss_NETWORK` and `score_OF` are grouped, as `loss/NETWORK` and `ganglion_loss{module}`, `score/OF` and `ganglion_score{of}`.
+the output for its logarithm. They are means over the global batch of the step's last phase of that kind; a phase that does not
+run in every step shows those of the last step in which it ran. Everything that shows columns shows any scalar: TensorBoard as
+`scalar/NAME`, Prometheus as `ganglion_scalar{name}`, the dashboard as a curve. Only `loss_NETWORK` and `score_OF` are grouped, as
+`loss/NETWORK` and `ganglion_loss{module}`, `score/OF` and `ganglion_score{of}`.
 
 A setting that a schedule or a controller moves over the run is a scalar too, `setting_NAME`, as it is after the step: learning
 rates, beta2, the weights of R1 and R2, the probability of augmentation, the half-life of the moving average. TensorBoard has it
@@ -35,7 +36,7 @@ as `setting/NAME`, Prometheus as `ganglion_setting{name}`. A setting that stays 
 
 A name has at most 64 lower-case letters, digits and underscores, and is none of the columns above; a row has at most 64 scalars.
 
-In `profile` each network has an object of milliseconds per step:
+In `profile` the phases of each name (of a GAN, each network) have an object of milliseconds per step:
 
 ";
 

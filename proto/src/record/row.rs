@@ -45,14 +45,14 @@ record! {
         /// Recent busy time of that GPU, in percent.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub gpu_utilisation: Option<u32>,
-        /// Time profile of each network's phases; empty if it was not measured.
+        /// Time profile of the phases of each name; empty if it was not measured.
         #[serde(default, skip_serializing_if = "Profiles::is_empty")]
         pub profile: Profiles,
     }
 }
 
 record! {
-    /// Time profile of one network's phases on one member: milliseconds per step, mean over the steps
+    /// Time profile of the phases of one name on one member: milliseconds per step, mean over the steps
     /// since the previous row. Three decimals are written.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
     pub struct Profile {

@@ -3,7 +3,9 @@
 //! 1. `commit` is a function of (objective, state, phase, reduced gradient, sample checksum); it draws
 //!    nothing and reads no clock.
 //! 2. Every optimizer call covers one whole network, whatever the number of workers.
-//! 3. `skip` is a commit: a function of (objective, state, phase, sample checksum). It leaves parameters,
+//! 3. `pass` is a commit that changes no network, in a step in which a phase does not run. Only the update
+//!    index and, at the end of a step, moving averages go on.
+//! 4. `skip` is a commit: a function of (objective, state, phase, sample checksum). It leaves parameters,
 //!    moments and running statistics as they are; update index, sample checksum and moving averages go on,
 //!    and so does the count by which Adam corrects its bias.
 
@@ -11,7 +13,7 @@ use c10d::aten::fused_adam;
 use tch::{Tensor, no_grad};
 
 use crate::nn::Follow;
-use crate::objective::{Model, NetworkId, Phase};
+use crate::objective::{GradLayout, Model, NetworkId, Phase};
 use crate::state::{State, narrow};
 
 /// Applies the reduced gradient of `phase` to the state. `ledger` is the sample checksum of the real
@@ -25,37 +27,40 @@ pub fn commit(
 ) -> Result<(), c10d::Error> {
     let layout = model.gradient(phase);
     let steps = model.steps(state.counters.position);
-    let updates = model.updates_before(steps, phase) + 1;
-    let sections = state.layout.network(phase.network);
-    fused_adam(
-        // A shallow clone shares the storage and its version counter, so autograd sees that the parameters
-        // change.
-        &mut state.parameters(phase.network).shallow_clone(),
-        &narrow(mean, layout.gradient()),
-        [&mut state.section(sections.exp_avg_range()), &mut state.section(sections.exp_avg_sq_range())],
-        updates,
-        model.objective.optimizer(phase, steps),
-    )?;
-    state.cast_network(phase.network);
+    let updates = |network| model.updates_before(steps, phase, network) + 1;
+    for (network, gradient) in layout.networks() {
+        let sections = state.layout.network(*network);
+        fused_adam(
+            // A shallow clone shares the storage and its version counter, so autograd sees that the
+            // parameters change.
+            &mut state.parameters(*network).shallow_clone(),
+            &narrow(mean, gradient.clone()),
+            [&mut state.section(sections.exp_avg_range()), &mut state.section(sections.exp_avg_sq_range())],
+            updates(*network),
+            model.objective.optimizer(phase, steps),
+        )?;
+        state.cast_network(*network);
+    }
     no_grad(|| {
         for statistics in layout.statistics() {
-            follow(state, phase.network, &narrow(mean, statistics));
+            follow(state, layout, &narrow(mean, statistics));
         }
         let scalars = narrow(mean, layout.scalar_range());
-        model.objective.after_update(phase, updates, &scalars, state);
+        model.objective.after_update(phase, phase.updates.first().map_or(0, updates), &scalars, state);
+        model.keep_scalars(phase, &scalars, state);
     });
     state.counters.skipped = 0;
     go_on(model, state, phase, ledger);
     Ok(())
 }
 
-/// Applies the buffer updates of one pass, means over all shards, to a network's buffers.
-fn follow(state: &State, network: NetworkId, statistics: &Tensor) {
-    let sections = state.layout.network(network);
-    let buffers = state.section(sections.buffer_range());
-    for (range, follow) in sections.buffers.follows() {
-        let (mut held, new) = (narrow(&buffers, range.clone()), narrow(statistics, range));
-        let _ = match follow {
+/// Applies the buffer updates of one pass, means over all shards.
+fn follow(state: &State, layout: &GradLayout, statistics: &Tensor) {
+    for run in layout.buffer_runs() {
+        let buffers = state.section(state.layout.network(run.network).buffer_range());
+        let (mut held, new) =
+            (narrow(&buffers, run.buffers.clone()), narrow(statistics, run.updates.clone()));
+        let _ = match run.follow {
             Follow::Towards(momentum) => held.lerp_(&new, momentum),
             Follow::By => held.g_add_(&new),
         };
@@ -66,6 +71,12 @@ fn follow(state: &State, network: NetworkId, statistics: &Tensor) {
 pub fn skip(model: &Model, state: &mut State, phase: Phase, ledger: u64) {
     state.counters.skipped += 1;
     go_on(model, state, phase, ledger);
+}
+
+/// Commits `phase` in a step in which it does not run.
+pub fn pass(model: &Model, state: &mut State, phase: Phase) {
+    // The row of skipped phases neither ends nor grows: nothing was judged.
+    go_on(model, state, phase, 0);
 }
 
 /// Common end of every commit: moving averages at the end of a step, update index, sample checksum.

@@ -94,7 +94,7 @@ fn describe(model: &Model, phase: Phase, position: Position, mean: &Tensor) -> R
     } else {
         "batch statistics"
     };
-    let (whose, step) = (model.network(phase), model.steps(position) + 1);
+    let (whose, step) = (model.name(phase), model.steps(position) + 1);
     let verb = if what == "batch statistics" { "are" } else { "is" };
     Ok(format!("the {whose}'s {what} of step {step} {verb} not finite"))
 }

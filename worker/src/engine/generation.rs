@@ -210,9 +210,9 @@ impl Team {
         &self.peers.shards
     }
 
-    /// Returns the all-reduce of a phase's gradients.
-    pub(crate) fn all_reduce(&mut self, model: &Model, phase: Phase) -> &mut AllReduce {
-        &mut self.all_reduces[model.layout_of(phase)]
+    /// Returns the all-reduce of a phase's gradients in a step.
+    pub(crate) fn all_reduce(&mut self, model: &Model, phase: Phase, step: u64) -> &mut AllReduce {
+        &mut self.all_reduces[model.layout_of(phase, step)]
     }
 
     /// Fails unless all members have the same words.

@@ -1,7 +1,7 @@
 //! Log of shard gradients, by which two builds are compared (`make golden`).
 //!
 //! With `GANGLION_SHARD_GRADIENTS=FILE` in its environment a worker appends a line of JSON for each shard
-//! gradient that it computes, before that enters the sum: the update's index, the phase, the network, the
+//! gradient that it computes, before that enters the sum: the update's index, the phase, its name, the
 //! data shard, and a hash each of the gradient, the buffer updates and the scalars.
 //!
 //! 1. A hash is over the tensors in their order, without the room between them: it does not depend on memory
@@ -61,7 +61,7 @@ impl GradientLog {
         &self,
         update: u64,
         at: ShardAt,
-        network: &str,
+        name: &str,
         gradient: &ShardGrad,
     ) -> Result<(), LogError> {
         let (gradients, buffers) = (hash(&gradient.gradients), hash(&gradient.statistics));
@@ -72,7 +72,7 @@ impl GradientLog {
         let line = json!({
             "update": update,
             "phase": at.phase.index,
-            "network": network,
+            "network": name,
             "shard": at.shard,
             "gradient": gradients,
             "buffers": buffers,
@@ -94,23 +94,31 @@ fn hash<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use ganglion_proto::job::Precision;
     use serde_json::Value;
 
     use super::*;
     use crate::nn::{Init, TensorSpec};
-    use crate::objective::{GradLayout, NetworkId, Phase, Reads, ScalarRole, ScalarSpec};
-    use crate::state::Layout;
+    use crate::objective::{
+        BufferId, GradLayout, NamedNetwork, NetworkId, NetworkSet, Phase, Reads, ScalarRole, ScalarSpec,
+    };
+    use crate::state::StateLayout;
 
-    const PHASE: Phase = Phase { index: 1, network: NetworkId(0), reads: Reads::Nothing };
-    const AT: ShardAt = ShardAt { phase: PHASE, step: 3, shard: 2 };
+    const NETWORK: NetworkId = NetworkId(0);
+
+    fn at() -> ShardAt {
+        ShardAt { phase: Phase::of(1, NETWORK, Reads::Nothing), step: 3, shard: 2 }
+    }
 
     /// A buffer of one parameter and one of a network's buffers, each of three elements.
     fn buffer(capacity: usize) -> ShardGrad {
-        let of = |name: &str| {
-            Layout::new(vec![TensorSpec::parameter(name.to_string(), &[3], Init::Constant(0.0))])
-        };
-        let layout =
-            GradLayout::of(of("weight"), of("mean"), 1, vec![ScalarSpec::new("loss", ScalarRole::Loss)]);
+        let of = |name: &str| vec![TensorSpec::parameter(name.to_string(), &[3], Init::Constant(0.0))];
+        let (name, parameters, buffers) = ("network".into(), of("weight"), of("mean"));
+        let network = NamedNetwork { name, parameters, buffers, average: None };
+        let state = StateLayout::new(&[network], &[], Precision::Fp32);
+        let follows = [BufferId { network: NETWORK, index: 0 }];
+        let scalars = vec![ScalarSpec::new("loss", ScalarRole::Loss)];
+        let layout = GradLayout::new(&state, NetworkSet::of([NETWORK]), &follows, 1, scalars);
         ShardGrad::new(&layout, layout.len() + capacity, Device::Cpu)
     }
 
@@ -123,12 +131,12 @@ mod tests {
     fn one_changed_bit_shows_where_it_is_and_nowhere_else() {
         let folder = tempfile::tempdir().unwrap();
         let log = GradientLog::open(folder.path().join("log").into()).unwrap();
-        log.record(7, AT, "generator", &buffer(0)).unwrap();
+        log.record(7, at(), "generator", &buffer(0)).unwrap();
         for section in 0..3 {
             let changed = buffer(64);
-            let mut at = [&changed.gradients, &changed.statistics, &changed.scalars][section][0].get(0);
-            let _ = at.fill_(f64::from(f32::from_bits(1)));
-            log.record(7, AT, "generator", &changed).unwrap();
+            let mut place = [&changed.gradients, &changed.statistics, &changed.scalars][section][0].get(0);
+            let _ = place.fill_(f64::from(f32::from_bits(1)));
+            log.record(7, at(), "generator", &changed).unwrap();
         }
         let lines = lines(&log);
         for (at, line) in lines[1..].iter().enumerate() {

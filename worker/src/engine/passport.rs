@@ -1,6 +1,8 @@
 //! Numeric fingerprint of the environment (`passport`): everything that this worker's bits depend on, with
 //! hashes that prove it.
 
+use std::collections::HashSet;
+
 use ganglion_membership::{self as membership, Passport};
 use ganglion_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -25,7 +27,8 @@ pub(crate) const NUMERICS: u32 = 1;
 /// # Errors
 /// The objective cannot be laid out.
 pub(crate) fn probe(job: &Job, model: &Model) -> Result<Model, Unsuitable> {
-    Model::new(model.objective.probe(job.job.shard_batch.min(SAMPLES)).into(), job.job.precision)
+    let samples = model.objective.probe_batch(job.job.shard_batch);
+    Model::new(model.objective.probe(samples).into(), job.job.precision)
 }
 
 /// Computes the fingerprint of the environment: the number of the build's arithmetic, the kind of machine,
@@ -36,7 +39,7 @@ pub(crate) fn take(
     data: &DataSet,
     device: Device,
 ) -> Result<Passport, c10d::Error> {
-    let small = job.job.shard_batch.min(SAMPLES);
+    let small = probe.objective.probe_batch(job.job.shard_batch);
     let classes = if data.labels().is_empty() { 0 } else { data.classes() };
     let batch = stand_ins(job.job.seed, small, data.shape(), classes).to(device);
     let (forward_backward, commits) = hashes(probe, job.job.seed, &batch, device)?;
@@ -57,10 +60,7 @@ pub(crate) fn take(
     Ok(Passport(items.chain(exclusions).collect()))
 }
 
-/// Maximum batch size of a probe: enough for kernels that take several samples at a time, and little work.
-const SAMPLES: u32 = 8;
-
-/// Runs the first phase of each network once from the initial state, on substitutes for a few images, and
+/// Runs the first phase of each name once from the initial state, on substitutes for a few images, and
 /// hashes the gradients and the state after the commits.
 fn hashes(
     model: &Model,
@@ -71,7 +71,8 @@ fn hashes(
     let mut state = State::initial(model.layout.clone(), seed, device);
     let mut compute = model.objective.begin();
     let mut gradients = blake3::Hasher::new();
-    for phase in model.phases().iter().copied().filter(|phase| model.updates_before(0, *phase) == 0) {
+    let mut names = HashSet::new();
+    for phase in model.phases().iter().copied().filter(|phase| names.insert(model.name(*phase))) {
         let layout = model.gradient(phase);
         let mut gradient = ShardGrad::new(layout, layout.len(), device);
         compute.gradient(ShardAt { phase, step: 0, shard: 0 }, &state, Some(batch), &mut gradient)?;

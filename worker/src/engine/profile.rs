@@ -7,8 +7,6 @@ use ganglion_proto::message::Profile;
 use ganglion_proto::trace::{Track, now};
 use serde::Serialize;
 
-use crate::objective::{NetworkId, Phase};
-
 /// Part of a phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
@@ -39,10 +37,10 @@ impl Part {
 /// A stopwatch whose laps are the parts of phases.
 pub struct Laps {
     last: Duration,
-    /// Index of the current network among `spent`.
+    /// Index of the current phase's name among `spent`.
     current: usize,
-    /// Time spent on each network's phases, in the order in which a step first updates them.
-    spent: Vec<(NetworkId, [Duration; 5])>,
+    /// Time spent on the phases of each name.
+    spent: Vec<(String, [Duration; 5])>,
     track: Track,
     place: Place,
     /// Step whose slice is open on the track.
@@ -72,22 +70,17 @@ struct Of {
 }
 
 impl Laps {
-    /// Starts the stopwatch, for the phases of a step.
-    pub fn start(track: Track, place: Place, phases: &[Phase]) -> Laps {
-        let mut spent: Vec<(NetworkId, [Duration; 5])> = Vec::new();
-        for phase in phases {
-            if !spent.iter().any(|(network, _)| *network == phase.network) {
-                spent.push((phase.network, Default::default()));
-            }
-        }
+    /// Starts the stopwatch, for phases of these names.
+    pub fn start(track: Track, place: Place, names: &[&str]) -> Laps {
+        let spent = names.iter().map(|name| ((*name).to_string(), Default::default())).collect();
         Laps { last: now(), current: 0, spent, track, place, step: None }
     }
 
-    /// Begins a phase, at an update index, of the network called `name`. Steps count from 1. The time since
-    /// the last lap belongs to the phase before.
-    pub fn begin(&mut self, phase: Phase, name: &str, step: u64, position: u64) {
+    /// Begins a phase of this name, at an update index. Steps count from 1. The time since the last lap belongs
+    /// to the phase before.
+    pub fn begin(&mut self, name: &str, step: u64, position: u64) {
         self.lap(Part::Other);
-        let known = self.spent.iter().position(|(network, _)| *network == phase.network);
+        let known = self.spent.iter().position(|(known, _)| known == name);
         self.current = known.expect("the stopwatch knows all phases");
         if !self.track.is_on() {
             return;
@@ -136,13 +129,12 @@ impl Laps {
         }
     }
 
-    /// Returns the mean profile of `steps` steps by network, in the order in which a step first updates them,
-    /// and resets it.
-    pub fn take(&mut self, steps: u64) -> impl Iterator<Item = (NetworkId, Profile)> {
+    /// Returns the mean profile of `steps` steps by the names of phases, and resets it.
+    pub fn take(&mut self, steps: u64) -> impl Iterator<Item = (String, Profile)> {
         self.lap(Part::Other);
         #[allow(clippy::cast_precision_loss)] // a count of steps
         let steps = steps.max(1) as f64;
-        self.spent.iter_mut().map(move |(network, spent)| {
+        self.spent.iter_mut().map(move |(name, spent)| {
             let spent = std::mem::take(spent);
             let mean = |part: Part| 1e3 * spent[part as usize].as_secs_f64() / steps;
             let profile = Profile {
@@ -152,7 +144,7 @@ impl Laps {
                 commit: mean(Part::Commit),
                 other: mean(Part::Other),
             };
-            (*network, profile)
+            (name.clone(), profile)
         })
     }
 }
@@ -168,26 +160,22 @@ mod tests {
     use ganglion_proto::trace::Trace;
 
     use super::*;
-    use crate::objective::Reads;
 
     #[test]
-    fn all_time_belongs_to_one_part_of_one_network() {
-        let phase = |index, network| Phase { index, network: NetworkId(network), reads: Reads::Nothing };
-        // The second network comes first in a step.
-        let phases = [phase(0, 1), phase(1, 1), phase(2, 0)];
+    fn all_time_belongs_to_one_part_of_phases_of_one_name() {
         let track = Trace::off().track(1, "training");
-        let mut laps = Laps::start(track, Place { generation: 1, rank: 0 }, &phases);
+        let place = Place { generation: 1, rank: 0 };
+        let mut laps = Laps::start(track, place, &["discriminator", "generator"]);
         let begun = laps.last;
-        for (position, phase) in (0..).zip(phases) {
-            laps.begin(phase, "network", 1, position);
+        for (position, name) in (0..).zip(["discriminator", "discriminator", "generator"]) {
+            laps.begin(name, 1, position);
             for part in [Part::Data, Part::Compute, Part::Wait, Part::Commit] {
                 laps.lap(part);
             }
         }
         let profiles: Vec<_> = laps.take(2).collect();
-        let [(NetworkId(1), second), (NetworkId(0), first)] = profiles.as_slice() else {
-            panic!("two networks: {profiles:?}")
-        };
+        let [(one, first), (other, second)] = profiles.as_slice() else { panic!("two names: {profiles:?}") };
+        assert_eq!([one, other], ["discriminator", "generator"]);
         let total = |p: &Profile| p.data + p.compute + p.wait + p.commit + p.other;
         let elapsed = 1e3 * (laps.last - begun).as_secs_f64() / 2.0;
         assert!((total(first) + total(second) - elapsed).abs() < 1e-9);

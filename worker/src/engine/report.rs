@@ -52,6 +52,10 @@ impl Pending {
 
     /// Takes the reported scalars of a phase from its reduced gradient.
     pub(crate) fn note(&mut self, model: &Model, phase: Phase, mean: &Tensor) {
+        // The state keeps those of other phases: a report would lack them after a checkpoint.
+        if phase.every > 1 {
+            return;
+        }
         let layout = model.gradient(phase);
         let means = narrow(mean, layout.scalar_range()).to_device(Device::Cpu);
         let means = Vec::<f32>::try_from(means).expect("floats on the CPU");
@@ -174,8 +178,7 @@ impl Trainer {
     fn report_row(&self, assignment: &Assignment, held: &mut Held, course: &mut Course<'_>) {
         let Course { pace, laps, .. } = course;
         held.pending.newest = pace.circumstances(assignment, &self.job);
-        let name = |network| self.model.layout.network(network).name.to_string();
-        let profile = laps.take(pace.steps).map(|(network, profile)| (name(network), profile)).collect();
+        let profile = laps.take(pace.steps).collect();
         let GpuUse { memory_bytes, utilisation } = self.session.gpu_use();
         self.session.report(MetricsRow {
             profile,
@@ -206,8 +209,11 @@ impl Trainer {
         let images_seen = step * self.job.samples_per_step();
         #[allow(clippy::cast_precision_loss)] // counts of images are far below 2^53
         let epoch = images_seen as f64 / self.data.len() as f64;
-        let reported = self.model.reported().iter().map(ToString::to_string);
-        let reported = reported.zip(pending.scalars.iter().copied());
+        let mut scalars = pending.scalars.clone();
+        for (place, mean) in self.model.kept_scalars(state) {
+            scalars[place] = mean;
+        }
+        let reported = self.model.reported().iter().map(ToString::to_string).zip(scalars);
         MetricsRow {
             step,
             images_seen,

@@ -9,7 +9,7 @@ use ganglion_proto::trace::Nothing;
 use ganglion_proto::{failpoint, log};
 use tch::Tensor;
 
-use super::commit::{commit, skip};
+use super::commit::{commit, pass, skip};
 use super::finite::{Rules, Verdict, judge};
 use super::generation::{Team, TeamError};
 use super::profile::{Laps, Part, Place};
@@ -72,7 +72,7 @@ impl Trainer {
         let mut course = Course {
             compute: self.model.objective.begin(),
             pace: Pace::start(),
-            laps: Laps::start(self.track.clone(), at, self.model.phases()),
+            laps: Laps::start(self.track.clone(), at, &self.model.names()),
             batches: self.read_ahead(team, held.state.counters.position, last_step),
             fingerprint: 0,
             same: None,
@@ -114,9 +114,11 @@ impl Trainer {
     ) -> Result<u64, TeamError> {
         let position = held.state.counters.position;
         let step = self.model.steps(position);
-        course.laps.begin(phase, self.model.network(phase), step + 1, position.0);
+        course.laps.begin(self.model.name(phase), step + 1, position.0);
         log::note("step", step + 1);
-        let samples = self.samples(phase, course)?;
+        // In a step in which the phase does not run, only headers are exchanged.
+        let runs = phase.runs_in(step);
+        let samples = if runs { self.samples(phase, course)? } else { None };
         course.laps.lap(Part::Data);
         let plan = self.session.propose();
         // Samples that were read before are in the sample checksum already.
@@ -128,16 +130,18 @@ impl Trainer {
             plan,
             ledger: counted.map_or(0, |samples| samples.batch.ledger),
         };
-        let (shards, all_reduce) = (team.shards().own(), team.all_reduce(&self.model, phase));
+        let (shards, all_reduce) = (team.shards().own(), team.all_reduce(&self.model, phase, step));
         all_reduce.begin()?;
         self.session.set_activity(Activity::Computing);
         for shard in shards.clone() {
             let batch = samples.as_ref().map(|samples| samples.of_shard(shard - shards.start));
             let (at, mut grad) = (ShardAt { phase, step, shard }, all_reduce.buffer());
-            let computed = course.compute.gradient(at, &held.state, batch.as_ref(), &mut grad);
-            computed.map_err(TeamError::Compute)?;
-            if let Some(log) = &self.gradient_log {
-                log.record(position.0, at, self.model.network(phase), &grad)?;
+            if runs {
+                let computed = course.compute.gradient(at, &held.state, batch.as_ref(), &mut grad);
+                computed.map_err(TeamError::Compute)?;
+                if let Some(log) = &self.gradient_log {
+                    log.record(position.0, at, self.model.name(phase), &grad)?;
+                }
             }
             self.session.leaf_done(course.laps.leaf(shard));
             all_reduce.add(shard, grad);
@@ -158,9 +162,13 @@ impl Trainer {
         if !self.session.may_commit() {
             return Err(c10d::Error::Aborted.into());
         }
-        course.fingerprint = self.update(team, held, phase, &reduced)?;
+        course.fingerprint = if runs {
+            self.update(team, held, phase, &reduced)?
+        } else {
+            self.pass(held, phase, course.fingerprint)
+        };
         course.laps.lap(Part::Commit);
-        self.put_away(samples, phase, course);
+        self.put_away(samples, step, phase, course);
         Ok(reduced.agreed_plan)
     }
 
@@ -189,9 +197,23 @@ impl Trainer {
         let position = state.counters.position;
         failpoint::reached("committed", position.0);
         pending.note(model, phase, &reduced.mean);
-        let fingerprint = c10d::aten::fingerprint(state.parameters(phase.network), position.0)?;
+        // Of several networks, each one's seeds the next one's.
+        let of = |seed, network| c10d::aten::fingerprint(state.parameters(network), seed);
+        let fingerprint = phase.updates.iter().try_fold(position.0, of)?;
         self.session.set_position(position);
         Ok(fingerprint)
+    }
+
+    /// Commits a phase in a step in which it does not run, after a commit with this fingerprint. Returns the
+    /// fingerprint for the next header.
+    fn pass(&self, held: &mut Held, phase: Phase, fingerprint: u64) -> u64 {
+        let state = &mut held.state;
+        failpoint::reached("commit", state.counters.position.0);
+        pass(&self.model, state, phase);
+        let position = state.counters.position;
+        failpoint::reached("committed", position.0);
+        self.session.set_position(position);
+        fingerprint
     }
 
     /// Computes a part of the next step's gradient before a step's last update, if its samples have
@@ -220,7 +242,7 @@ impl Trainer {
         let (step, phase) = self.model.place(position);
         // In the middle of a step perhaps only phases are left that read nothing, or again what was read
         // before.
-        let (first_step, first_phase) = match self.model.next_reader(phase.index) {
+        let (first_step, first_phase) = match self.model.next_reader(step, phase.index) {
             Some(reader) => (step, self.model.batch_of(reader)),
             None => (step + 1, 0),
         };
@@ -254,9 +276,9 @@ impl Trainer {
     }
 
     /// Keeps samples for a later phase of the step, or recycles their memory.
-    fn put_away(&self, samples: Option<Samples>, phase: Phase, course: &mut Course<'_>) {
+    fn put_away(&self, samples: Option<Samples>, step: u64, phase: Phase, course: &mut Course<'_>) {
         let Some(samples) = samples else { return };
-        let next = self.model.next_reader(phase.index + 1);
+        let next = self.model.next_reader(step, phase.index + 1);
         if next.is_some_and(|next| next.reads == Reads::Same) {
             course.same = Some(samples);
         } else {

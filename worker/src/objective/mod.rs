@@ -9,35 +9,53 @@
 //! 3. All else that an objective decides is a function of (job, phase, step), or of reduced values: all
 //!    ranks have the same.
 
+mod checks;
 pub mod gan;
 mod model;
 mod shard_grad;
+
+use std::borrow::Cow;
 
 use c10d::aten::Adam;
 use tch::{Device, Tensor};
 
 pub use self::model::Model;
-pub use self::shard_grad::{GradLayout, ScalarRole, ScalarSpec, ShardGrad};
+pub use self::shard_grad::{BufferRun, GradLayout, ScalarRole, ScalarSpec, ShardGrad};
 use crate::checkpoint::WeightsFile;
 use crate::nn::TensorSpec;
 use crate::sampling::Sampler;
-pub use crate::state::{NamedNetwork, NetworkId, State};
+pub use crate::state::{BufferId, NamedNetwork, NetworkId, NetworkSet, State};
 
 /// One update of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Phase {
     /// Index of the phase within the step.
     pub index: u32,
-    /// Network that it updates.
-    pub network: NetworkId,
+    /// Networks whose parameters it updates.
+    pub updates: NetworkSet,
     /// Samples that it reads.
     pub reads: Reads,
+    /// Cadence: it runs in the steps whose number, counted from 0, is a multiple of this, which is at least
+    /// 1. In other steps its update index passes with a commit that changes no network.
+    pub every: u32,
+}
+
+impl Phase {
+    /// A phase of every step that updates one network.
+    pub fn of(index: u32, network: NetworkId, reads: Reads) -> Phase {
+        Phase { index, updates: NetworkSet::of([network]), reads, every: 1 }
+    }
+
+    /// Whether the phase runs in a step, counted from 0.
+    pub fn runs_in(self, step: u64) -> bool {
+        step.is_multiple_of(u64::from(self.every))
+    }
 }
 
 /// Samples that a phase reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reads {
-    /// The next samples of the stream.
+    /// The next samples of the stream. Such a phase runs in every step.
     Next,
     /// The newest samples that a phase of the step has read.
     Same,
@@ -112,6 +130,23 @@ pub trait Objective: Send + Sync {
     /// The updates of every step, in order.
     fn phases(&self) -> Vec<Phase>;
 
+    /// Name of a phase, where people read one: by default that of the first network that it updates. Phases
+    /// of one name share a profile.
+    fn phase_name(&self, phase: Phase) -> Cow<'_, str> {
+        let first = phase.updates.first().and_then(|NetworkId(index)| self.networks().into_iter().nth(index));
+        first.map_or_else(|| format!("phase_{}", phase.index).into(), |network| network.name)
+    }
+
+    /// Buffers that a phase's passes update: by default all those of the networks that it updates. They may
+    /// belong to any network; a shard gradient has their updates in this order.
+    fn follows(&self, phase: Phase) -> Vec<BufferId> {
+        let networks = self.networks();
+        let of = |network: NetworkId| {
+            (0..networks[network.0].buffers.len()).map(move |index| BufferId { network, index })
+        };
+        phase.updates.iter().flat_map(of).collect()
+    }
+
     /// Scalars of a phase's gradients.
     fn scalars(&self, phase: Phase) -> Vec<ScalarSpec>;
 
@@ -139,8 +174,8 @@ pub trait Objective: Send + Sync {
         0.0
     }
 
-    /// Updates the objective's own tensors after a phase's update, number `updates` of its network, by the
-    /// means of the phase's scalars.
+    /// Updates the objective's own tensors after a phase's update, number `updates` of the first of its
+    /// networks, by the means of the phase's scalars.
     fn after_update(&self, _phase: Phase, _updates: u64, _scalars: &Tensor, _state: &State) {}
 
     /// Draws samples from a state, for an objective that generates any.
@@ -151,6 +186,12 @@ pub trait Objective: Send + Sync {
     /// File that each checkpoint has beside the state, with the weights that samples are drawn with.
     fn weights_file(&self) -> Option<WeightsFile> {
         None
+    }
+
+    /// Number of samples by which the machine is identified, of a job with shards of `shard_batch`.
+    fn probe_batch(&self, shard_batch: u32) -> u32 {
+        // Enough for kernels that take several samples at a time, and little work.
+        shard_batch.min(8)
     }
 
     /// The same objective for shards of `shard_batch` samples, with substitutes for what it knows of the

@@ -4,13 +4,13 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use ganglion_membership::{Position, StepShape};
-use ganglion_proto::PHASES;
 use ganglion_proto::job::{Job, Precision};
-use ganglion_proto::record::check_scalar;
 use ganglion_storage::Storage;
+use tch::{Device, Tensor};
 
-use super::{GradLayout, Objective, Phase, Reads, ScalarRole, Setting, Unsuitable};
+use super::{GradLayout, NetworkId, Objective, Phase, Reads, ScalarRole, Setting, Unsuitable, checks};
 use crate::checkpoint::{Files, WeightsFile, file_count};
+use crate::nn::{Init, TensorSpec};
 use crate::state::{State, StateLayout};
 
 /// An objective, and what follows from it for a run: layouts in memory, names, counts.
@@ -21,56 +21,98 @@ pub struct Model {
     pub layout: StateLayout,
     weights: Option<WeightsFile>,
     phases: Vec<Phase>,
+    /// Names of the phases.
+    names: Vec<String>,
     shape: StepShape,
     /// Layouts of gradients, each once; and for each phase which of them it has.
     gradients: Vec<GradLayout>,
     layout_of: Vec<usize>,
+    /// Index of the empty layout, where a phase does not run in every step.
+    idle: usize,
     reported: Vec<Cow<'static, str>>,
+    kept: Vec<Kept>,
+}
+
+/// Scalars of a phase that does not run in every step. The state keeps their newest means in a tensor, so that
+/// a row has them whoever reports it, also after a checkpoint.
+struct Kept {
+    phase: u32,
+    /// Index of the tensor among the objective's own.
+    tensor: usize,
 }
 
 impl Model {
     /// Lays an objective out, for passes of a precision.
     ///
     /// # Errors
-    /// No phase reads samples, or a scalar has a name that no column of the metrics can have.
+    /// Phases do not make a step, or names are not those of scalars, phases or tensors.
     pub fn new(objective: Arc<dyn Objective>, precision: Precision) -> Result<Model, Unsuitable> {
-        let layout = StateLayout::new(&objective.networks(), &objective.own_tensors(), precision);
         let phases = objective.phases();
-        let shape = shape(&phases)?;
+        let shape = checks::shape(&phases)?;
+        let names: Vec<String> =
+            phases.iter().map(|phase| objective.phase_name(*phase).into_owned()).collect();
+        checks::phase_names(&names, |index| phases[index].every > 1)?;
+        let mut own = objective.own_tensors();
+        let mut kept = Vec::new();
+        for (phase, name) in phases.iter().zip(&names).filter(|(phase, _)| phase.every > 1) {
+            let count = i64::try_from(objective.scalars(*phase).len()).expect("few scalars");
+            kept.push(Kept { phase: phase.index, tensor: own.len() });
+            own.push(TensorSpec::parameter(format!("scalars.{name}"), &[count], Init::Constant(0.0)));
+        }
+        let layout = StateLayout::new(&objective.networks(), &own, precision);
+        checks::tensor_names(&layout)?;
         let weights = objective.weights_file();
-        let (gradients, layout_of, reported) = (Vec::new(), Vec::new(), Vec::new());
-        let mut model = Model { objective, layout, weights, phases, shape, gradients, layout_of, reported };
+        let (gradients, layout_of, idle, reported) = (Vec::new(), Vec::new(), 0, Vec::new());
+        let mut model = Model {
+            objective,
+            layout,
+            weights,
+            phases,
+            names,
+            shape,
+            gradients,
+            layout_of,
+            idle,
+            reported,
+            kept,
+        };
         for phase in model.phases.clone() {
-            model.lay_out(phase);
+            let gradient = model.gradient_of(phase);
+            let index = model.index_of(gradient);
+            model.layout_of.push(index);
+        }
+        if !model.kept.is_empty() {
+            model.idle = model.index_of(GradLayout::default());
         }
         // In this order: losses are the first columns of a row.
         for role in [ScalarRole::Loss, ScalarRole::Diagnostic] {
-            model.name(role);
+            model.name_scalars(role);
         }
         let settings: Vec<String> = model.objective.settings().iter().map(Setting::column).collect();
         // Before training: a row that cannot be written would show only at the first report.
-        for name in model.reported.iter().map(AsRef::as_ref).chain(settings.iter().map(String::as_str)) {
-            check_scalar(name).map_err(|error| Unsuitable(error.to_string()))?;
-        }
+        checks::scalars(model.reported.iter().map(AsRef::as_ref).chain(settings.iter().map(String::as_str)))?;
         Ok(model)
     }
 
-    /// Adds the layout of a phase's gradients.
-    fn lay_out(&mut self, phase: Phase) {
-        let network = self.layout.network(phase.network);
-        let (parameters, buffers) = (network.parameters.clone(), network.buffers.clone());
-        let (passes, scalars) = (self.objective.passes(phase), self.objective.scalars(phase));
-        let gradient = GradLayout::of(parameters, buffers, passes, scalars);
+    /// Lays the gradients of a phase out.
+    fn gradient_of(&self, phase: Phase) -> GradLayout {
+        let objective = &self.objective;
+        let (passes, scalars) = (objective.passes(phase), objective.scalars(phase));
+        GradLayout::new(&self.layout, phase.updates, &objective.follows(phase), passes, scalars)
+    }
+
+    /// Index of a layout of gradients, which is added if it is new.
+    fn index_of(&mut self, gradient: GradLayout) -> usize {
         // Phases with equal layouts share their buffers, which saves memory.
         let known = self.gradients.iter().position(|known| *known == gradient);
-        self.layout_of.push(known.unwrap_or(self.gradients.len()));
-        if known.is_none() {
+        known.unwrap_or_else(|| {
             self.gradients.push(gradient);
-        }
+            self.gradients.len() - 1
+        })
     }
 
     /// Adds the names of the scalars of a role.
-    fn name(&mut self, role: ScalarRole) {
+    fn name_scalars(&mut self, role: ScalarRole) {
         let scalars = self.gradients.iter().flat_map(GradLayout::scalars);
         for scalar in scalars.filter(|scalar| scalar.role == role) {
             // The phases of one network report the same scalars; a row has each once.
@@ -126,26 +168,72 @@ impl Model {
         &self.gradients
     }
 
-    /// Index of a phase's layout among [`gradients`](Self::gradients).
-    pub fn layout_of(&self, phase: Phase) -> usize {
-        self.layout_of[phase.index as usize]
+    /// Index among [`gradients`](Self::gradients) of the layout that a phase reduces in a step: an empty one
+    /// where the phase does not run.
+    pub fn layout_of(&self, phase: Phase, step: u64) -> usize {
+        if phase.runs_in(step) { self.layout_of[phase.index as usize] } else { self.idle }
     }
 
     /// Layout of a phase's gradients.
     pub fn gradient(&self, phase: Phase) -> &GradLayout {
-        &self.gradients[self.layout_of(phase)]
+        &self.gradients[self.layout_of[phase.index as usize]]
     }
 
-    /// Name of the network that a phase updates.
-    pub fn network(&self, phase: Phase) -> &str {
-        &self.layout.network(phase.network).name
+    /// Name of a phase.
+    pub fn name(&self, phase: Phase) -> &str {
+        &self.names[phase.index as usize]
     }
 
-    /// Number of updates of a phase's network before that phase of a step.
-    pub fn updates_before(&self, steps: u64, phase: Phase) -> u64 {
-        // Adam counts the updates of one network, of which a step may have several.
-        let count = |phases: &[Phase]| phases.iter().filter(|other| other.network == phase.network).count();
-        steps * count(&self.phases) as u64 + count(&self.phases[..phase.index as usize]) as u64
+    /// Names of the phases, each once, in the order of a step.
+    pub fn names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = Vec::new();
+        for name in &self.names {
+            if !names.contains(&name.as_str()) {
+                names.push(name);
+            }
+        }
+        names
+    }
+
+    /// Number of updates of a network before a phase of a step.
+    pub fn updates_before(&self, steps: u64, phase: Phase, network: NetworkId) -> u64 {
+        // Adam counts the updates of one network, of which a step may have several, and some steps fewer.
+        let updating = self.phases.iter().filter(|other| other.updates.contains(network));
+        let updates = updating.map(|other| {
+            let in_steps = steps.div_ceil(u64::from(other.every));
+            in_steps + u64::from(other.index < phase.index && other.runs_in(steps))
+        });
+        updates.sum()
+    }
+
+    /// Keeps the means of a phase's scalars in the state, if the phase does not run in every step.
+    pub fn keep_scalars(&self, phase: Phase, means: &Tensor, state: &State) {
+        if let Some(kept) = self.kept.iter().find(|kept| kept.phase == phase.index) {
+            state.own(kept.tensor).copy_(means);
+        }
+    }
+
+    /// The scalars that a state keeps, by their places among the reported ones.
+    pub fn kept_scalars(&self, state: &State) -> Vec<(usize, f64)> {
+        let mut values = Vec::new();
+        for kept in &self.kept {
+            let phase = self.phases[kept.phase as usize];
+            let means = state.own(kept.tensor).to_device(Device::Cpu);
+            let means = Vec::<f32>::try_from(means).expect("floats on the CPU");
+            for (scalar, mean) in self.gradient(phase).scalars().iter().zip(means) {
+                let place = self.reported.iter().position(|name| *name == scalar.name);
+                // A phase of every step that reports a scalar of the same name has newer values.
+                values.extend(
+                    place.filter(|_| self.is_kept(&scalar.name)).map(|place| (place, f64::from(mean))),
+                );
+            }
+        }
+        values
+    }
+
+    fn is_kept(&self, name: &str) -> bool {
+        let mut of_every_step = self.phases.iter().filter(|phase| phase.every == 1);
+        !of_every_step.any(|phase| self.gradient(*phase).scalars().iter().any(|scalar| scalar.name == name))
     }
 
     /// Names of the reported scalars, each once: losses, then diagnostics, in the order of a step.
@@ -176,22 +264,9 @@ impl Model {
         u32::try_from(self.shape.batches_of(index.into())).expect("a step has few phases")
     }
 
-    /// The first phase of a step from phase `index` on that reads samples.
-    pub fn next_reader(&self, index: u32) -> Option<Phase> {
-        self.phases[index as usize..].iter().copied().find(|phase| phase.reads != Reads::Nothing)
+    /// The first phase from phase `index` on that reads samples in a step.
+    pub fn next_reader(&self, step: u64, index: u32) -> Option<Phase> {
+        let mut phases = self.phases[index as usize..].iter().copied();
+        phases.find(|phase| phase.reads != Reads::Nothing && phase.runs_in(step))
     }
-}
-
-/// Shape of steps with these phases.
-fn shape(phases: &[Phase]) -> Result<StepShape, Unsuitable> {
-    // Only these move the stream (D2).
-    let readers = phases.iter().filter(|phase| phase.reads == Reads::Next).map(|phase| phase.index).collect();
-    let count = u32::try_from(phases.len()).ok().filter(|count| *count <= PHASES);
-    let shape = count.and_then(|count| StepShape::new(count, readers));
-    shape.ok_or_else(|| {
-        Unsuitable(format!(
-            "a step of the objective needs 1 to {PHASES} phases with the indices 0, 1 and so on, of which one reads the \
-             next samples"
-        ))
-    })
 }

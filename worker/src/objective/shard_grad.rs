@@ -1,15 +1,16 @@
 //! Memory layout of a shard gradient: one data shard's contribution to an update.
 //!
-//! In this order: the gradient of the summed loss, laid out as the network's parameters; b times the buffer
-//! updates of each pass, laid out as its buffers; the scalars. All become means over the global batch when
-//! the sum over the shards is divided by V x b.
+//! In this order: the gradient of the summed loss, laid out as the parameters of the updated networks, one
+//! network after the other; b times the updates of the followed buffers, pass by pass; the scalars. All become
+//! means over the global batch when the sum over the shards is divided by V x b.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::state::{Layout, align, narrow};
+use crate::nn::Follow;
+use crate::state::{BufferId, Layout, NetworkId, NetworkSet, StateLayout, align, narrow};
 
 /// A scalar of a shard gradient.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,29 +39,87 @@ pub enum ScalarRole {
     Internal,
 }
 
-/// Offsets, in floats, within the gradients of a phase.
+/// Neighbouring buffers of a network that follow their updates by one rule.
 #[derive(Clone, Debug, PartialEq)]
+pub struct BufferRun {
+    /// The network.
+    pub network: NetworkId,
+    /// Range within the network's buffers.
+    pub buffers: Range<usize>,
+    /// Range within the buffer updates of a pass.
+    pub updates: Range<usize>,
+    /// Rule by which the buffers follow.
+    pub follow: Follow,
+}
+
+/// Offsets, in floats, within the gradients of a phase.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct GradLayout {
     parameters: Layout,
+    /// Range of each updated network's gradient.
+    networks: Vec<(NetworkId, Range<usize>)>,
     buffers: Layout,
+    runs: Vec<BufferRun>,
     passes: usize,
     scalars: Vec<ScalarSpec>,
 }
 
 impl GradLayout {
-    /// A layout for these parameters, for the buffer updates of `passes` passes, and for scalars.
+    /// A layout for the gradients of these networks' parameters, for the updates of these buffers in `passes`
+    /// passes, and for scalars. The default one has room for none of them.
     ///
     /// # Panics
-    /// A loss comes after another scalar.
-    pub fn of(parameters: Layout, buffers: Layout, passes: usize, scalars: Vec<ScalarSpec>) -> GradLayout {
+    /// A loss comes after another scalar, or the state has no such network or buffer.
+    pub fn new(
+        state: &StateLayout,
+        updates: NetworkSet,
+        follows: &[BufferId],
+        passes: usize,
+        scalars: Vec<ScalarSpec>,
+    ) -> GradLayout {
         let is_other = |scalar: &ScalarSpec| scalar.role != ScalarRole::Loss;
         assert!(scalars.is_sorted_by_key(is_other), "losses come before other scalars: {scalars:?}");
-        GradLayout { parameters, buffers, passes, scalars }
+        let of_network = |network| state.network(network).parameters.entries().map(|(spec, _)| spec.clone());
+        let parameters = Layout::new(updates.iter().flat_map(of_network).collect());
+        let (mut end, mut networks) = (0, Vec::new());
+        for network in updates.iter() {
+            let start = end;
+            end += state.network(network).parameters.len();
+            networks.push((network, start..end));
+        }
+        let of_state = |id: &BufferId| state.network(id.network).buffers.entry(id.index);
+        let buffers = Layout::new(follows.iter().map(|id| of_state(id).0.clone()).collect());
+        let mut runs: Vec<BufferRun> = Vec::new();
+        for (id, (spec, offset)) in follows.iter().zip(buffers.entries()) {
+            let (from, len) = (of_state(id).1, align(spec.numel()));
+            let (network, follow) = (id.network, spec.follow);
+            match runs.last_mut() {
+                // Neighbours in the state and in the gradient: one operation for all of them.
+                Some(run) if (run.network, run.buffers.end, run.follow) == (network, from, follow) => {
+                    (run.buffers.end, run.updates.end) = (from + len, offset + len);
+                }
+                _ => {
+                    let (buffers, updates) = (from..from + len, offset..offset + len);
+                    runs.push(BufferRun { network, buffers, updates, follow });
+                }
+            }
+        }
+        GradLayout { parameters, networks, buffers, runs, passes, scalars }
     }
 
     /// Range of the gradient.
     pub fn gradient(&self) -> Range<usize> {
         0..self.parameters.len()
+    }
+
+    /// The updated networks, each with the range of its gradient.
+    pub fn networks(&self) -> &[(NetworkId, Range<usize>)] {
+        &self.networks
+    }
+
+    /// The followed buffers.
+    pub fn buffer_runs(&self) -> &[BufferRun] {
+        &self.runs
     }
 
     /// Ranges of the buffer updates (batch statistics), pass by pass.
@@ -108,9 +167,10 @@ impl GradLayout {
 pub struct ShardGrad {
     /// The whole buffer, with spare capacity behind the layout.
     pub flat: Tensor,
-    /// Gradient of the summed loss, by parameter.
+    /// Gradient of the summed loss, by parameter: network by network, in the order of their indices.
     pub gradients: Vec<Tensor>,
-    /// b times the buffer updates, by pass and buffer.
+    /// b times the buffer updates, by pass and by buffer as [`Objective::follows`](super::Objective::follows)
+    /// names them.
     pub statistics: Vec<Tensor>,
     /// Scalars, each of one element, summed over the shard's samples.
     pub scalars: Vec<Tensor>,

@@ -136,9 +136,10 @@ impl Bench {
         let real = self.real();
         let spot = ShardAt { phase, step: 0, shard };
         let drawn = self.gan.draw(spot, &self.state, Some(&real));
-        let input = match phase.network {
-            DISCRIMINATOR => Input::Samples(&real, None, &drawn),
-            _ => Input::Fake(drawn, Some(&real)),
+        let input = if phase.updates.contains(DISCRIMINATOR) {
+            Input::Samples(&real, None, &drawn)
+        } else {
+            Input::Fake(drawn, Some(&real))
         };
         self.gan.compute(spot, &self.state, input, &mut leaf).unwrap();
         leaf

@@ -5,6 +5,7 @@ use std::thread;
 
 use c10d::{GlooAddress, GlooOptions, MemoryStore};
 use ganglion_membership::shard_ranges;
+use ganglion_proto::job::Precision;
 use ganglion_proto::trace::Trace;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -13,22 +14,23 @@ use proptest::test_runner::TestRunner;
 use super::*;
 use crate::engine::profile::Place;
 use crate::nn::{Init, TensorSpec};
-use crate::objective::{NetworkId, Phase, Reads, ScalarRole, ScalarSpec};
-use crate::state::{Layout, narrow};
+use crate::objective::{NamedNetwork, NetworkId, NetworkSet, ScalarRole, ScalarSpec};
+use crate::state::{StateLayout, narrow};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// Not a power of two, so that the division rounds.
 const GLOBAL_BATCH: u64 = 24;
 const REDUCTIONS: [Reduction; 2] = [Reduction::Tree, Reduction::Ring];
 
-const PHASE: Phase = Phase { index: 0, network: NetworkId(0), reads: Reads::Nothing };
-
 /// Layout of a shard gradient with one parameter.
 fn layout(numel: usize) -> GradLayout {
     let shape = vec![signed(numel)];
     let spec = TensorSpec::parameter("p".to_string(), &shape, Init::Constant(0.0));
+    let (name, buffers) = ("network".into(), Vec::new());
+    let network = NamedNetwork { name, parameters: vec![spec], buffers, average: None };
+    let state = StateLayout::new(&[network], &[], Precision::Fp32);
     let loss = vec![ScalarSpec::new("loss", ScalarRole::Loss)];
-    GradLayout::of(Layout::new(vec![spec]), Layout::default(), 1, loss)
+    GradLayout::new(&state, NetworkSet::of([NetworkId(0)]), &[], 1, loss)
 }
 
 /// Runs `part` as each rank of a group that shares `data_shards`; the results come in rank order.
@@ -69,7 +71,7 @@ fn reduce(
     header: Header,
     fill: impl Fn(u32, &Tensor),
 ) -> Result<Reduced, ReduceError> {
-    let mut laps = Laps::start(Trace::off().track(1, "test"), Place { generation: 1, rank: 0 }, &[PHASE]);
+    let mut laps = Laps::start(Trace::off().track(1, "test"), Place { generation: 1, rank: 0 }, &["phase"]);
     all_reduce.begin()?;
     for shard in all_reduce.peers.shards.own() {
         let grad = all_reduce.buffer();

@@ -162,10 +162,10 @@ pub fn networks(models: &Models) -> Vec<NamedNetwork> {
 /// Phases of every step, in order: the discriminator's, then the generator's.
 pub fn phases(job: &Job) -> Vec<Phase> {
     let updates = job.loss.discriminator_steps;
-    let discriminator = (0..updates).map(|index| Phase { index, network: DISCRIMINATOR, reads: Reads::Next });
+    let discriminator = (0..updates).map(|index| Phase::of(index, DISCRIMINATOR, Reads::Next));
     // The pairs of the generator's loss are those of the discriminator's last phase.
     let reads = if job.loss.kind.pairs() { Reads::Same } else { Reads::Nothing };
-    discriminator.chain([Phase { index: updates, network: GENERATOR, reads }]).collect()
+    discriminator.chain([Phase::of(updates, GENERATOR, reads)]).collect()
 }
 
 impl Objective for Gan {
@@ -185,7 +185,7 @@ impl Objective for Gan {
     }
 
     fn scalars(&self, phase: Phase) -> Vec<ScalarSpec> {
-        if phase.network == GENERATOR {
+        if phase.updates.contains(GENERATOR) {
             return vec![ScalarSpec::new("loss_generator", ScalarRole::Loss)];
         }
         vec![
@@ -213,7 +213,7 @@ impl Objective for Gan {
 
     /// With batch normalisation the discriminator sees real and generated samples apart.
     fn passes(&self, phase: Phase) -> usize {
-        if phase.network == DISCRIMINATOR && self.models.discriminator.sees_batch() { 2 } else { 1 }
+        if phase.updates.contains(DISCRIMINATOR) && self.models.discriminator.sees_batch() { 2 } else { 1 }
     }
 
     fn begin(&self) -> Box<dyn Compute + '_> {
@@ -223,9 +223,10 @@ impl Objective for Gan {
     fn optimizer(&self, phase: Phase, steps: u64) -> Adam {
         let (schedule, optimizer) = (Schedule::after(&self.job, steps), &self.job.optimizer);
         // Two learning rates, as in Heusel et al. (2017).
-        let lr = match phase.network {
-            GENERATOR => schedule.generator_rate(),
-            _ => schedule.discriminator_rate(),
+        let lr = if phase.updates.contains(GENERATOR) {
+            schedule.generator_rate()
+        } else {
+            schedule.discriminator_rate()
         };
         Adam { lr, beta1: optimizer.beta1, beta2: schedule.beta2(), eps: optimizer.epsilon }
     }
@@ -236,7 +237,7 @@ impl Objective for Gan {
 
     fn after_update(&self, phase: Phase, updates: u64, scalars: &Tensor, state: &State) {
         // The signs are those of its logits for real samples.
-        if self.job.augmentation.adaptive && phase.network == DISCRIMINATOR {
+        if self.job.augmentation.adaptive && phase.updates.contains(DISCRIMINATOR) {
             augment::adjust(&self.job, &state.own(CONTROLLER), &scalars.narrow(0, SIGNS, 1), updates);
         }
     }
@@ -322,7 +323,7 @@ impl Compute for Course<'_> {
         let Course { gan, drawn, ahead } = self;
         let draw = || gan.draw(at, state, batch);
         // A phase of the generator may have real samples too, for pairs.
-        let Some(real) = batch.filter(|_| at.phase.network == DISCRIMINATOR) else {
+        let Some(real) = batch.filter(|_| at.phase.updates.contains(DISCRIMINATOR)) else {
             // Kept in the discriminator's last phase; else drawn again, with the same key and so the
             // same bits.
             let kept = drawn.iter().position(|drawn| drawn.shard == at.shard);
