@@ -205,7 +205,9 @@ impl Job {
 pub(crate) fn write_data(folder: &Path) -> io::Result<()> {
     let (cifar, pictures) = (folder.join("cifar-10"), folder.join("folder"));
     fs::create_dir_all(&cifar)?;
-    fs::create_dir_all(&pictures)?;
+    // The subfolders are classes, which one of the jobs needs.
+    let classes = ["one", "other"].map(|class| pictures.join(class));
+    classes.iter().try_for_each(fs::create_dir_all)?;
     let mut noise = Noise(1);
     for batch in 1..=5_u8 {
         let mut record = || std::iter::once(batch).chain((0..3 * 32 * 32).map(|_| noise.byte())).collect();
@@ -216,7 +218,7 @@ pub(crate) fn write_data(folder: &Path) -> io::Result<()> {
         // Of several sizes, so that they are scaled and cropped.
         let picture =
             RgbImage::from_fn(70 + at % 30, 66 + at % 7, |_, _| image::Rgb([(); 3].map(|()| noise.byte())));
-        let file = pictures.join(format!("{at:02}.png"));
+        let file = classes[at as usize % 2].join(format!("{at:02}.png"));
         picture.save_with_format(file, ImageFormat::Png).map_err(io::Error::other)?;
     }
     Ok(())
