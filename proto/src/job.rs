@@ -8,6 +8,7 @@
 //! Sizes are counts of samples or updates, never shares of memory; learning rates and betas are
 //! dimensionless.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -18,14 +19,16 @@ use crate::evaluation::{Alarms, Evaluation};
 use crate::names::display_as_in_the_file;
 use crate::stream::Change;
 
+mod package;
 mod pictures;
 #[cfg(test)]
 mod sample;
 mod text;
 
+pub use package::PhaseOptimizer;
 pub use pictures::{Background, ClassOrder, Fit, NoBackground, Orientation};
 #[cfg(test)]
-pub(crate) use sample::sample_of_all;
+pub(crate) use sample::{sample_of_all, sample_of_package};
 pub use text::TEXT_LIMIT;
 
 /// Resolved training job: defaults filled in, paths absolute.
@@ -335,6 +338,12 @@ pub struct Model {
     /// File of the discriminator, for `script` only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discriminator: Option<PathBuf>,
+    /// File of the package, for `package` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// blake3 of the package in hex, for `package` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub package_hash: Option<String>,
 }
 
 impl Model {
@@ -351,6 +360,8 @@ impl Model {
             freeze_discriminator: 0,
             generator: None,
             discriminator: None,
+            path: None,
+            package_hash: None,
         }
     }
 }
@@ -391,16 +402,19 @@ pub enum ModelKind {
     /// Two TorchScript files of the user.
     #[serde(rename = "script")]
     Script,
+    /// A package: an objective written in PyTorch.
+    #[serde(rename = "package")]
+    Package,
 }
 
 impl ModelKind {
-    /// Pixels a side of the generated images; `None` for `script`, where only the files define it.
+    /// Pixels a side of the generated images; `None` where only files of the user's define it.
     pub fn side(self) -> Option<u32> {
         match self {
             ModelKind::Mlp28 | ModelKind::Dcgan28 | ModelKind::R3gan28 => Some(28),
             ModelKind::Sngan32 | ModelKind::R3gan32 => Some(32),
             ModelKind::Dcgan64 => Some(64),
-            ModelKind::Script => None,
+            ModelKind::Script | ModelKind::Package => None,
         }
     }
 }
@@ -479,6 +493,10 @@ pub struct Optimizer {
     pub final_discriminator_learning_rate: f64,
     /// Final decay rate of the second moment.
     pub final_beta2: f64,
+    /// Optimizers of a package's phases, by their names; they take the place of the settings above, but for
+    /// `decay_images`. In the text each is a table `[optimizer.PHASE]`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub phases: BTreeMap<String, PhaseOptimizer>,
 }
 
 /// Section `[augmentation]`.

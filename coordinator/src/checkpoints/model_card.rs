@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use ganglion_membership::Passport;
 use ganglion_proto::evaluation::EvaluationRow;
-use ganglion_proto::job::Job;
+use ganglion_proto::job::{Job, ModelKind};
 use ganglion_proto::record::found::Found;
 
 use crate::checkpoints::best::{Best, folder};
@@ -35,22 +35,8 @@ pub(crate) struct Subject<'a> {
 /// Renders the card as Markdown.
 pub(crate) fn render(subject: &Subject) -> String {
     let Subject { job, best, row, .. } = subject;
-    let mut card = format!(
-        "# Model card: {} at step {}\n\n\
-         A generator of images, trained as half of a generative adversarial network by Ganglion. The weights are\n\
-         `{}/generator_ema.safetensors`: the moving average over the last steps, which samples should be drawn from.\n",
-        job.job.name,
-        best.step,
-        folder(best.step)
-    );
-    // Writing to a text cannot fail, here and below.
-    let _ = write!(card, "\n## Model\n\n");
-    line(&mut card, "networks", &job.model.kind.to_string());
-    if job.model.conditional {
-        line(&mut card, "classes", "known to both networks, from the data's labels");
-    }
-    line(&mut card, "noise", &format!("{} numbers of N(0, 1)", job.model.latent_dim));
-    line(&mut card, "objective", &job.loss.kind.to_string());
+    let mut card = format!("# Model card: {} at step {}\n\n", job.job.name, best.step);
+    model(&mut card, job, &folder(best.step));
     line(&mut card, "images seen in training", &(best.step * job.samples_per_step()).to_string());
     data(&mut card, subject);
     metrics(&mut card, best, row);
@@ -71,6 +57,37 @@ pub(crate) fn render(subject: &Subject) -> String {
         settings(job)
     );
     card
+}
+
+fn model(card: &mut String, job: &Job, folder: &str) {
+    let of_package = job.model.kind == ModelKind::Package;
+    // Writing to a text cannot fail, here and below.
+    let _ = if of_package {
+        write!(
+            card,
+            "A model trained by Ganglion from a package, an objective written in PyTorch. The weights are\n\
+             `{folder}/weights_ema.safetensors`: of each network the moving average over the last steps, where it has one.\n"
+        )
+    } else {
+        write!(
+            card,
+            "A generator of images, trained as half of a generative adversarial network by Ganglion. The weights are\n\
+             `{folder}/generator_ema.safetensors`: the moving average over the last steps, which samples should be drawn from.\n"
+        )
+    };
+    let _ = write!(card, "\n## Model\n\n");
+    line(card, "networks", &job.model.kind.to_string());
+    if let Some(hash) = &job.model.package_hash {
+        line(card, "hash of the package", hash);
+    }
+    if job.model.conditional {
+        let whose = if of_package { "the package" } else { "both networks" };
+        line(card, "classes", &format!("known to {whose}, from the data's labels"));
+    }
+    if !of_package {
+        line(card, "noise", &format!("{} numbers of N(0, 1)", job.model.latent_dim));
+        line(card, "objective", &job.loss.kind.to_string());
+    }
 }
 
 fn line(card: &mut String, what: &str, value: &str) {

@@ -8,6 +8,7 @@
 mod evaluation;
 mod exclusions;
 mod models;
+mod package;
 mod sections;
 mod settings;
 #[cfg(test)]
@@ -52,7 +53,8 @@ const CHANGEABLE: &[&str] = &[
 
 /// Keys that name a place whose content decides the result. The place may change when a run resumes, as
 /// each worker proves the content by its fingerprint.
-const PLACES: &[&str] = &["data.path", "model.generator", "model.discriminator", "model.init_from"];
+const PLACES: &[&str] =
+    &["data.path", "model.generator", "model.discriminator", "model.path", "model.init_from"];
 
 /// Origin of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -257,15 +259,17 @@ const NOT_SET: &str = "not set";
 
 /// Converts a job to a table from full keys to values.
 fn flat(job: &Job) -> toml::Table {
-    let mut flat = toml::Table::new();
-    for (section, keys) in job.to_table() {
-        let toml::Value::Table(keys) = keys else {
-            unreachable!("a job consists of sections");
-        };
-        for (key, value) in keys {
-            flat.insert(format!("{section}.{key}"), value);
+    fn add(flat: &mut toml::Table, prefix: &str, table: toml::Table) {
+        for (key, value) in table {
+            let key = format!("{prefix}{key}");
+            match value {
+                toml::Value::Table(below) => add(flat, &format!("{key}."), below),
+                value => drop(flat.insert(key, value)),
+            }
         }
     }
+    let mut flat = toml::Table::new();
+    add(&mut flat, "", job.to_table());
     flat
 }
 
@@ -323,6 +327,12 @@ impl std::error::Error for JobErrors {}
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Difference { key, recorded, given } = self;
+        if key == package::HASH && recorded != NOT_SET && given != NOT_SET {
+            return f.write_str(
+                "model.path: the package was changed since the run began, and its hash is another: put the run's own package \
+                 back",
+            );
+        }
         write!(f, "{key}: the run was started with {recorded}, but given is {given}")
     }
 }

@@ -1,5 +1,6 @@
 //! Sections of the model and its training: `[model]`, `[loss]`, `[optimizer]` and `[augmentation]`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use ganglion_proto::job::{
@@ -15,11 +16,13 @@ pub(super) fn model(settings: &mut Settings, check_paths: bool) -> Model {
         ["model.generator", "model.discriminator"].map(|key| script(settings, kind, key, check_paths));
     let (latent_dim, width) = match kind {
         ModelKind::Mlp28 => (100, 256),
-        ModelKind::Dcgan28 | ModelKind::Dcgan64 | ModelKind::Script => (100, 64),
+        ModelKind::Dcgan28 | ModelKind::Dcgan64 | ModelKind::Script | ModelKind::Package => (100, 64),
         // Miyato et al. (2018), table 4, with half of its features.
         ModelKind::Sngan32 => (128, 64),
         ModelKind::R3gan28 | ModelKind::R3gan32 => (64, 8),
     };
+    let path = super::package::path(settings, kind);
+    let package_hash = settings.text("model.package_hash", "0a1b2c");
     let init_from = settings.text("model.init_from", "../runs/other/checkpoints/step-00020000");
     Model {
         kind,
@@ -32,6 +35,8 @@ pub(super) fn model(settings: &mut Settings, check_paths: bool) -> Model {
         freeze_discriminator: settings.whole_or("model.freeze_discriminator", 0..=1000, 0),
         generator,
         discriminator,
+        path,
+        package_hash,
     }
 }
 
@@ -115,6 +120,7 @@ pub(super) fn optimizer(settings: &mut Settings, loss: LossKind, model: ModelKin
             of_discriminator * shared,
         ),
         final_beta2: settings.number_or("optimizer.final_beta2", 0.0..1.0, beta2),
+        phases: BTreeMap::new(),
     }
 }
 
@@ -135,6 +141,10 @@ pub(super) fn augmentation(settings: &mut Settings) -> Augmentation {
 
 /// Checks the settings of these sections against each other.
 pub(super) fn check(settings: &mut Settings, job: &Job) {
+    if job.model.kind == ModelKind::Package {
+        // It has none of them.
+        return;
+    }
     check_finals(settings, job);
     check_adaptive(settings, job);
     let frozen = job.model.freeze_discriminator;

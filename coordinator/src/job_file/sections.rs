@@ -40,7 +40,7 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
     // Before loss and optimizer, whose defaults follow from the model's paper.
     let model = model(settings, check_paths);
     let loss = loss(settings, model.kind);
-    let job = Job {
+    let mut job = Job {
         optimizer: optimizer(settings, loss.kind, model.kind),
         augmentation: augmentation(settings),
         checkpoint: checkpoint(settings),
@@ -56,6 +56,8 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
     };
     // After all keys were taken: these checks compare settings, and are skipped where one of them is
     // wrong.
+    let package = super::package::read(settings, &job, check_paths);
+    super::package::apply(settings, &mut job, package.as_ref(), default_name.is_none());
     check_image(settings, &job);
     models::check(settings, &job);
     check_samples(settings, &job);
@@ -64,7 +66,7 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
     // phases than its GAN's.
     let phases = if default_name.is_some() { job.phases_per_step() } else { PHASES.into() };
     super::exclusions::check(settings, &job, phases);
-    job
+    job.without_unused()
 }
 
 fn general(settings: &mut Settings, default_name: Option<&str>) -> General {
@@ -346,8 +348,10 @@ fn metrics(settings: &mut Settings) -> Metrics {
 
 /// Checks `job.precision`: the precision of a user's own network is that network's.
 fn check_precision(settings: &mut Settings, job: &Job) {
-    if job.model.kind == ModelKind::Script && job.job.precision != Precision::Fp32 {
-        settings.fault("job.precision", "must be \"fp32\" for model.kind = \"script\"; remove it");
+    let kind = job.model.kind;
+    let is_own = matches!(kind, ModelKind::Script | ModelKind::Package);
+    if is_own && job.job.precision != Precision::Fp32 {
+        settings.fault("job.precision", format!("must be \"fp32\" for model.kind = \"{kind}\"; remove it"));
     }
 }
 
@@ -380,12 +384,7 @@ fn check_side(settings: &mut Settings, job: &Job) {
         // The user's networks report their sizes themselves, when they are loaded.
         return;
     };
-    let own = match job.data.kind {
-        DataKind::Mnist10k => Some(28),
-        DataKind::Cifar10 => Some(32),
-        DataKind::Idx | DataKind::Folder => None,
-    };
-    let whole = job.data.resize.or(own);
+    let whole = job.data.resize.or(own_side(data));
     let cut = job.data.crop.or(whole);
     // The key that the user can change, and not one that was derived from it.
     let key = if settings.is_given("data.crop") { "data.crop" } else { "data.resize" };
@@ -413,6 +412,20 @@ fn check_side(settings: &mut Settings, job: &Job) {
         ),
         _ => {}
     }
+}
+
+/// Pixels a side of the samples as they lie there, where the kind of data determines them.
+fn own_side(data: DataKind) -> Option<u32> {
+    match data {
+        DataKind::Mnist10k => Some(28),
+        DataKind::Cifar10 => Some(32),
+        DataKind::Idx | DataKind::Folder => None,
+    }
+}
+
+/// Pixels a side of the samples that leave the data pipeline, where the job determines them.
+pub(super) fn side(data: &Data) -> Option<u32> {
+    data.crop.or(data.resize).or(own_side(data.kind))
 }
 
 /// Checks that the sample numbers of the whole run stay in range.

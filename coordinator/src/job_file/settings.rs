@@ -26,6 +26,9 @@ struct Setting<'t> {
     place: Place,
 }
 
+/// Section whose tables have keys of their own: `[optimizer.PHASE]` for each phase of a package.
+const WITH_TABLES: &str = "optimizer";
+
 /// All given settings by their full key, such as `job.steps`, and the errors found so far.
 pub(super) struct Settings<'t> {
     file: String,
@@ -33,7 +36,7 @@ pub(super) struct Settings<'t> {
     given: BTreeMap<String, Setting<'t>>,
     /// Sections of the file, including empty ones, and where each begins.
     headers: Vec<(String, Place)>,
-    known: Vec<&'static str>,
+    known: Vec<String>,
     errors: Vec<JobError>,
 }
 
@@ -78,17 +81,31 @@ impl<'t> Settings<'t> {
                     self.headers.push((section.get_ref().to_string(), place));
                     for (key, value) in keys {
                         let name = format!("{}.{}", section.get_ref(), key.get_ref());
-                        let place = self.place_of(&key, text);
-                        let value = value.into_inner();
-                        self.given.insert(name, Setting { value, place });
+                        match value.into_inner() {
+                            DeValue::Table(keys) if section.get_ref() == WITH_TABLES => {
+                                for (key, value) in keys {
+                                    let place = self.place_of(&key, text);
+                                    self.insert(
+                                        format!("{name}.{}", key.get_ref()),
+                                        value.into_inner(),
+                                        place,
+                                    );
+                                }
+                            }
+                            value => self.insert(name, value, self.place_of(&key, text)),
+                        }
                     }
                 }
                 value => {
                     let name = section.get_ref().to_string();
-                    self.given.insert(name, Setting { value, place });
+                    self.insert(name, value, place);
                 }
             }
         }
+    }
+
+    fn insert(&mut self, key: String, value: DeValue<'t>, place: Place) {
+        self.given.insert(key, Setting { value, place });
     }
 
     fn place_of<T>(&self, key: &Spanned<T>, text: &str) -> Place {
@@ -138,6 +155,20 @@ impl<'t> Settings<'t> {
         self.given.contains_key(key)
     }
 
+    /// Keys of a section, or of a table in one, that the user gave.
+    pub(super) fn given_in(&self, section: &str) -> Vec<String> {
+        let is_in = |key: &&String| key.strip_prefix(section).is_some_and(|rest| rest.starts_with('.'));
+        self.given.keys().filter(is_in).cloned().collect()
+    }
+
+    /// Adds an error for a known key that may not be given here.
+    pub(super) fn refuse(&mut self, key: &str, problem: impl Into<String>) {
+        self.known.push(key.to_owned());
+        // Its value has no meaning, so other errors of it would mislead.
+        self.errors.retain(|error| error.key != key);
+        self.fault(key, problem);
+    }
+
     /// Whether none of `keys` has an error so far.
     pub(super) fn sound(&self, keys: &[&str]) -> bool {
         !self.errors.iter().any(|error| keys.contains(&error.key.as_str()))
@@ -160,7 +191,7 @@ impl<'t> Settings<'t> {
     }
 
     /// Takes `key` as an integer within `limits`, or `default` if it is not given.
-    pub(super) fn whole_or<T>(&mut self, key: &'static str, limits: RangeInclusive<T>, default: T) -> T
+    pub(super) fn whole_or<T>(&mut self, key: &str, limits: RangeInclusive<T>, default: T) -> T
     where
         T: Copy + Display + PartialOrd + TryFrom<i128>,
     {
@@ -168,7 +199,7 @@ impl<'t> Settings<'t> {
     }
 
     /// Takes `key` as an integer within `limits`.
-    pub(super) fn whole<T>(&mut self, key: &'static str, limits: RangeInclusive<T>, example: T) -> Option<T>
+    pub(super) fn whole<T>(&mut self, key: &str, limits: RangeInclusive<T>, example: T) -> Option<T>
     where
         T: Copy + Display + PartialOrd + TryFrom<i128>,
     {
@@ -191,16 +222,11 @@ impl<'t> Settings<'t> {
     }
 
     /// Takes `key` as a number within `limits`, or `default` if it is not given. An integer is accepted.
-    pub(super) fn number_or(
-        &mut self,
-        key: &'static str,
-        limits: impl RangeBounds<f64>,
-        default: f64,
-    ) -> f64 {
+    pub(super) fn number_or(&mut self, key: &str, limits: impl RangeBounds<f64>, default: f64) -> f64 {
         self.number(key, limits, default).unwrap_or(default)
     }
 
-    fn number(&mut self, key: &'static str, limits: impl RangeBounds<f64>, example: f64) -> Option<f64> {
+    fn number(&mut self, key: &str, limits: impl RangeBounds<f64>, example: f64) -> Option<f64> {
         let text = match self.take(key)? {
             DeValue::Float(float) => float.as_str().to_owned(),
             // Hexadecimal numbers have no meaning as fractions.
@@ -218,7 +244,7 @@ impl<'t> Settings<'t> {
     }
 
     /// Takes `key` as non-empty text.
-    pub(super) fn text(&mut self, key: &'static str, example: &str) -> Option<String> {
+    pub(super) fn text(&mut self, key: &str, example: &str) -> Option<String> {
         match self.take(key)? {
             DeValue::String(text) if text.is_empty() => {
                 self.fault(key, format!("is empty; write for example \"{example}\""));
@@ -233,7 +259,7 @@ impl<'t> Settings<'t> {
     }
 
     /// Takes `key` as true or false, or `default` if it is not given.
-    pub(super) fn flag_or(&mut self, key: &'static str, default: bool) -> bool {
+    pub(super) fn flag_or(&mut self, key: &str, default: bool) -> bool {
         match self.take(key) {
             None => default,
             Some(DeValue::Boolean(flag)) => flag,
@@ -242,12 +268,12 @@ impl<'t> Settings<'t> {
     }
 
     /// Takes `key` as a value of an enumeration, by its name, or `default` if it is not given.
-    pub(super) fn choice_or<T: DeserializeOwned>(&mut self, key: &'static str, default: T) -> T {
+    pub(super) fn choice_or<T: DeserializeOwned>(&mut self, key: &str, default: T) -> T {
         self.choice(key).unwrap_or(default)
     }
 
     /// Takes `key` as a value of an enumeration, by its name.
-    pub(super) fn choice<T: DeserializeOwned>(&mut self, key: &'static str) -> Option<T> {
+    pub(super) fn choice<T: DeserializeOwned>(&mut self, key: &str) -> Option<T> {
         let text = self.text(key, names_of::<T>()[0])?;
         let chosen = named(&text);
         if chosen.is_none() {
@@ -259,7 +285,7 @@ impl<'t> Settings<'t> {
 
     /// Takes `key` as a list of values of an enumeration, or as text with commas between them,
     /// without duplicates.
-    pub(super) fn choices<T: DeserializeOwned>(&mut self, key: &'static str) -> Vec<T> {
+    pub(super) fn choices<T: DeserializeOwned>(&mut self, key: &str) -> Vec<T> {
         let given: Vec<String> = match self.take(key) {
             None => return Vec::new(),
             Some(DeValue::String(text)) => {
@@ -289,7 +315,7 @@ impl<'t> Settings<'t> {
     }
 
     /// Takes `key` as a text or a list of texts. An integer stands for its digits.
-    pub(super) fn texts(&mut self, key: &'static str, example: &str) -> Vec<String> {
+    pub(super) fn texts(&mut self, key: &str, example: &str) -> Vec<String> {
         let text = |value: &DeValue<'_>| match value {
             DeValue::String(text) => Some(text.to_string()),
             DeValue::Integer(number) => Some(number.as_str().to_owned()),
@@ -304,7 +330,7 @@ impl<'t> Settings<'t> {
     }
 
     /// Takes `key` as a list of tables.
-    pub(super) fn tables(&mut self, key: &'static str, example: &str) -> Vec<DeTable<'t>> {
+    pub(super) fn tables(&mut self, key: &str, example: &str) -> Vec<DeTable<'t>> {
         let Some(value) = self.take(key) else { return Vec::new() };
         let tables = match &value {
             DeValue::Array(items) => items.iter().map(|item| item.get_ref().as_table().cloned()).collect(),
@@ -346,7 +372,7 @@ impl<'t> Settings<'t> {
     }
 
     fn find_unknown_keys(&mut self) {
-        let is_unknown = |key: &&String| !self.known.contains(&key.as_str());
+        let is_unknown = |key: &&String| !self.known.contains(key);
         let unknown: Vec<String> = self.given.keys().filter(is_unknown).cloned().collect();
         for key in unknown {
             let section = key.split_once('.').map(|(section, _)| section);
@@ -411,7 +437,7 @@ impl<'t> Settings<'t> {
     }
 
     /// Names of the known sections, in the order of their first key.
-    fn sections(&self) -> Vec<&'static str> {
+    fn sections(&self) -> Vec<&str> {
         let mut sections: Vec<&str> = Vec::new();
         for known in &self.known {
             let section = known.split('.').next().unwrap_or_default();
@@ -422,9 +448,9 @@ impl<'t> Settings<'t> {
         sections
     }
 
-    fn take(&mut self, key: &'static str) -> Option<DeValue<'t>> {
+    fn take(&mut self, key: &str) -> Option<DeValue<'t>> {
         // Also where it is not given: the known keys are the ones that were asked for (1).
-        self.known.push(key);
+        self.known.push(key.to_owned());
         self.given.get(key).map(|setting| setting.value.clone())
     }
 

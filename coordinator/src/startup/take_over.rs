@@ -185,6 +185,7 @@ fn stay_in_place(job: &mut Job, recorded: &Job) {
     job.data.path.clone_from(&recorded.data.path);
     job.model.generator.clone_from(&recorded.model.generator);
     job.model.discriminator.clone_from(&recorded.model.discriminator);
+    job.model.path.clone_from(&recorded.model.path);
     job.model.init_from.clone_from(&recorded.model.init_from);
 }
 

@@ -64,6 +64,8 @@ pub(crate) fn sample_of_all() -> Job {
             freeze_discriminator: 3,
             generator: Some("/networks/G.pt".into()),
             discriminator: Some("/networks/D.pt".into()),
+            path: None,
+            package_hash: None,
         },
         loss: loss(),
         optimizer: Optimizer {
@@ -77,6 +79,7 @@ pub(crate) fn sample_of_all() -> Job {
             final_learning_rate: 0.1,
             final_discriminator_learning_rate: 1e-5,
             final_beta2: 0.99,
+            phases: BTreeMap::new(),
         },
         augmentation: Augmentation {
             flip: true,
@@ -99,4 +102,24 @@ pub(crate) fn sample_of_all() -> Job {
         alarms: Alarms { saturated_rows: 9, ..Alarms::default() },
         shape: None,
     }
+}
+
+/// Returns a job that trains a package.
+pub(crate) fn sample_of_package() -> Job {
+    let mut job = sample_of_all();
+    let model = Model::plain(ModelKind::Package, 1, 1);
+    let (path, package_hash) = (Some("/vae.pt2".into()), Some("0a1b".into()));
+    job.model = Model { conditional: true, path, package_hash, ..model };
+    let phase = PhaseOptimizer {
+        kind: OptimizerKind::Adam,
+        learning_rate: 0.1 + 0.2,
+        beta1: 0.5,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        final_learning_rate: 1e-5,
+        final_beta2: 0.99,
+    };
+    let other = PhaseOptimizer { learning_rate: 1.0, ..phase.clone() };
+    job.optimizer.phases = [("encoder".into(), phase), ("critic".into(), other)].into();
+    job.without_unused()
 }

@@ -5,9 +5,10 @@
 //!    something else, is named.
 
 use ganglion_membership::Limits;
+use serde::Deserialize;
 use toml::{Table, Value};
 
-use super::Job;
+use super::{Job, ModelKind, package};
 use crate::bounds::{PHASES, name};
 use crate::error::{Malformed, malformed};
 
@@ -18,12 +19,20 @@ pub const TEXT_LIMIT: usize = crate::MESSAGE_LIMIT / 2;
 impl Job {
     /// Renders the job as TOML.
     pub fn to_toml(&self) -> String {
-        toml::to_string(self).expect("a checked job has UTF-8 paths and numbers that TOML can hold")
+        const HOLDS: &str = "a checked job has UTF-8 paths and numbers that TOML can hold";
+        if self.model.kind == ModelKind::Package {
+            return toml::to_string(&self.to_table()).expect(HOLDS);
+        }
+        // In the order of the declarations, which a table does not keep.
+        toml::to_string(self).expect(HOLDS)
     }
 
     /// Converts the job to a table of its sections.
     pub fn to_table(&self) -> Table {
-        Table::try_from(self).expect("a checked job has UTF-8 paths and numbers that TOML can hold")
+        let table = Table::try_from(self);
+        let mut table = table.expect("a checked job has UTF-8 paths and numbers that TOML can hold");
+        package::shorten(&mut table);
+        table
     }
 
     /// Parses the output of [`Job::to_toml`] of a process that may be of another build.
@@ -38,8 +47,15 @@ impl Job {
             )));
         }
         // Read twice: serde passes over keys that it does not know, and the second reading shows them.
-        let job: Job = toml::from_str(text).map_err(|error| unreadable(text, &error))?;
         let sent: Table = toml::from_str(text).map_err(|error| unreadable(text, &error))?;
+        let job = if package::is_of_package(&sent) {
+            let mut completed = sent.clone();
+            package::complete(&mut completed);
+            Job::deserialize(Value::Table(completed))
+        } else {
+            toml::from_str(text)
+        };
+        let job = job.map_err(|error| unreadable(text, &error))?;
         let unknown = not_understood(&sent, &job.to_table());
         if !unknown.is_empty() {
             return Err(Malformed(format!(

@@ -23,6 +23,21 @@ const FOR_SETTINGS: usize = 16;
 /// Beginnings of names in the state that are not networks'.
 const TAKEN: [&str; 3] = ["optimizer", "counters", "scalars"];
 
+/// Keys of the section `[optimizer]` of a job.
+const OPTIMIZER_KEYS: [&str; 11] = [
+    "kind",
+    "learning_rate",
+    "discriminator_learning_rate",
+    "beta1",
+    "beta2",
+    "epsilon",
+    "decay_images",
+    "final_learning_rate",
+    "final_discriminator_learning_rate",
+    "final_beta2",
+    "phases",
+];
+
 type Checked = Result<(), String>;
 
 /// Checks a whole manifest.
@@ -36,6 +51,12 @@ pub(super) fn check(manifest: &Manifest) -> Checked {
     check_data(manifest)?;
     let tensors = Tensors::of(manifest)?;
     check_names(phases.iter().map(|phase| phase.name.as_str()), "phase")?;
+    for phase in phases {
+        // Each has a table of its own among them.
+        ensure(!OPTIMIZER_KEYS.contains(&phase.name.as_str()), || {
+            format!("a phase is named {}, as a setting of optimizers is; give it another name", phase.name)
+        })?;
+    }
     for (at, phase) in phases.iter().enumerate() {
         check_phase(manifest, &tensors, phase)
             .map_err(|what| format!("phases[{at}] (\"{}\"): {what}", phase.name))?;

@@ -222,6 +222,7 @@ fn phases_are_checked() {
     for (pointer, value, named) in [
         ("/phases", json!([]), "it has 0 phases"),
         ("/phases/1/name", json!("discriminator"), "the phase discriminator comes twice"),
+        ("/phases/1/name", json!("beta1"), "a phase is named beta1, as a setting of optimizers is"),
         ("/phases/0/updates", json!([]), "(\"discriminator\"): updates no network"),
         ("/phases/0/updates", json!(["e"]), "updates e, which is no network"),
         ("/phases/0/updates", json!(["d", "d"]), "updates d twice"),

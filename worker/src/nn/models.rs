@@ -143,7 +143,7 @@ fn networks(kind: ModelKind, sizes: Sizes) -> (Arc<dyn Network>, Arc<dyn Network
             // It has classes within, and is not wrapped.
             return (Arc::new(sngan::Generator::new(sizes)), Arc::new(sngan::Discriminator::new(sizes)));
         }
-        ModelKind::Script => unreachable!("its networks come from files"),
+        ModelKind::Script | ModelKind::Package => unreachable!("their networks come from files"),
     };
     if classes == 0 {
         return (generator, discriminator);

@@ -1,6 +1,8 @@
 //! Shared support of the tests: small jobs, and everything to compute one phase.
 #![allow(dead_code)] // each test program uses its own share
 
+use std::collections::BTreeMap;
+
 use std::sync::Arc;
 
 use ganglion_membership::{Assembly, Checkpoint as Saved, StepShape};
@@ -65,6 +67,7 @@ pub(crate) fn job(model: ModelKind, loss: LossKind) -> Job {
             final_learning_rate: 2e-4,
             final_discriminator_learning_rate: 2e-4,
             final_beta2: 0.999,
+            phases: BTreeMap::new(),
         },
         augmentation: Augmentation {
             flip: false,

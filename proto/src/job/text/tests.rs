@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::job::sample_of_all;
+use crate::job::{sample_of_all, sample_of_package};
 
 /// Text of [`sample_of_all`]. A run directory holds such a text, and workers of the same version of
 /// the contract read it: a change here needs a new version.
@@ -111,6 +111,66 @@ saturated_rows = 9
 fn the_text_is_fixed_and_gives_the_same_job() {
     assert_eq!(sample_of_all().to_toml(), TEXT);
     assert_eq!(Job::from_toml(TEXT), Ok(sample_of_all()));
+}
+
+/// Text of [`sample_of_package`] from its model to its optimizers.
+const OF_PACKAGE: &str = r#"[model]
+kind = "package"
+conditional = true
+path = "/vae.pt2"
+package_hash = "0a1b"
+
+[optimizer]
+decay_images = 1000
+
+[optimizer.critic]
+kind = "adam"
+learning_rate = 1.0
+beta1 = 0.5
+beta2 = 0.999
+epsilon = 0.00000001
+final_learning_rate = 0.00001
+final_beta2 = 0.99
+
+[optimizer.encoder]
+kind = "adam"
+learning_rate = 0.30000000000000004
+beta1 = 0.5
+beta2 = 0.999
+epsilon = 0.00000001
+final_learning_rate = 0.00001
+final_beta2 = 0.99
+"#;
+
+#[test]
+fn the_text_of_a_package_has_what_it_uses_and_gives_the_same_job() {
+    let (text, job) = (sample_of_package().to_toml(), sample_of_package());
+    assert_eq!(text.parse::<Table>(), toml::from_str(&format!("{OF_PACKAGE}{}", of_others())), "{text}");
+    assert_eq!(Job::from_toml(&text), Ok(job.clone()));
+    assert_eq!(job.clone().without_unused(), job);
+    for (from, to, says) in [
+        ("path = \"/vae.pt2\"", "path = \"/vae.pt2\"\nwidth = 3", "does not know: model.width;"),
+        ("[optimizer.critic]", "[loss]\nr1 = 1.0\n[optimizer.critic]", "does not know: loss;"),
+        (
+            "epsilon = 0.00000001",
+            "epsilon = 0.00000001\nmomentum = 0.9",
+            "does not know: optimizer.critic.momentum;",
+        ),
+        ("epsilon = 0.00000001\n", "", "missing field `epsilon`"),
+        ("conditional = true\n", "", "missing field `conditional`"),
+    ] {
+        let text = text.replacen(from, to, 1);
+        assert!(refused(&text).contains(says), "{}", refused(&text));
+    }
+    let of_gan = TEXT.replace("[augmentation]", "[optimizer.generator]\nbeta1 = 0.0\n[augmentation]");
+    assert!(refused(&of_gan).contains("does not know: optimizer.generator;"), "{}", refused(&of_gan));
+}
+
+/// The sections of [`TEXT`] that a package's job has as well.
+fn of_others() -> String {
+    let mut table: Table = TEXT.parse().unwrap();
+    let _ = ["model", "loss", "optimizer", "augmentation"].map(|section| table.remove(section));
+    table.to_string()
 }
 
 fn refused(text: &str) -> String {

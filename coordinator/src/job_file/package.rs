@@ -1,0 +1,390 @@
+//! Jobs that train a package: `model.path`, and what the package's manifest settles.
+//!
+//! 1. The package has losses, networks and defaults of its own: settings of built-in objectives are refused.
+//! 2. The record of a run has all that followed from the manifest, and is read without the package, which may
+//!    have moved.
+
+use std::path::PathBuf;
+
+use ganglion_membership::StepShape;
+use ganglion_proto::job::{Job, ModelKind, OptimizerKind, PhaseOptimizer};
+use ganglion_proto::package::{Batch, Manifest, Optimizer, Package};
+
+use super::sections::side;
+use super::settings::Settings;
+
+const PATH: &str = "model.path";
+/// Key of the package's hash in a resolved job.
+pub(super) const HASH: &str = "model.package_hash";
+
+/// Sections and keys of built-in objectives.
+const OF_OTHERS: [&str; 9] = [
+    "model.latent_dim",
+    "model.width",
+    "model.ema_half_life_images",
+    "model.ema_schedule",
+    "model.freeze_discriminator",
+    "optimizer.discriminator_learning_rate",
+    "optimizer.final_discriminator_learning_rate",
+    "model.generator",
+    "model.discriminator",
+];
+
+/// Path of the package.
+pub(super) fn path(settings: &mut Settings, kind: ModelKind) -> Option<PathBuf> {
+    let path = settings.text(PATH, "vae.pt2").and_then(|path| settings.absolute(PATH, &path));
+    match (&path, kind) {
+        (None, ModelKind::Package) if settings.sound(&[PATH]) => {
+            settings.fault(PATH, "missing; \"package\" trains the .pt2 file that ganglion.export(...) wrote");
+        }
+        (Some(_), kind) if kind != ModelKind::Package && settings.sound(&["model.kind"]) => {
+            let problem = format!("given, but model.kind is \"{kind}\"; set kind = \"package\"");
+            settings.fault(PATH, problem);
+        }
+        _ => {}
+    }
+    path
+}
+
+/// Reads the package of a job that trains one, where files shall be looked at.
+pub(super) fn read(settings: &mut Settings, job: &Job, check_paths: bool) -> Option<Package> {
+    let path = job.model.path.as_deref().filter(|_| check_paths && job.model.kind == ModelKind::Package)?;
+    match Package::read(path) {
+        Ok(package) => Some(package),
+        Err(error) => {
+            settings.fault(PATH, format!("{} {error}", path.display()));
+            None
+        }
+    }
+}
+
+/// Completes a job that trains a package, and checks it against the manifest. `is_record` says that the text
+/// is a run's own.
+pub(super) fn apply(settings: &mut Settings, job: &mut Job, package: Option<&Package>, is_record: bool) {
+    if job.model.kind != ModelKind::Package {
+        if settings.is_given(HASH) && settings.sound(&["model.kind"]) {
+            settings.fault(HASH, "given, but the model is no package; remove it");
+        }
+        return;
+    }
+    refuse_others(settings);
+    if let Some(package) = package {
+        settle(settings, job, package);
+    }
+    let manifest = package.map(|package| &package.manifest);
+    if manifest.is_some() || is_record {
+        optimizers(settings, job, manifest);
+    }
+}
+
+/// Refuses the settings of built-in objectives.
+fn refuse_others(settings: &mut Settings) {
+    let whole = ["loss", "augmentation"].iter().flat_map(|section| settings.given_in(section));
+    let single = OF_OTHERS.iter().filter(|key| settings.is_given(key));
+    let given: Vec<String> = single.map(|key| (*key).to_owned()).chain(whole.collect::<Vec<_>>()).collect();
+    for key in given {
+        settings.refuse(
+            &key,
+            "given, but a package has its own; remove it, or change it in Python and export again",
+        );
+    }
+}
+
+/// Takes over what the manifest settles, and checks what the job says of it.
+fn settle(settings: &mut Settings, job: &mut Job, package: &Package) {
+    let manifest = &package.manifest;
+    let batch = manifest.shard_batch;
+    if settings.is_given("job.shard_batch")
+        && job.job.shard_batch != batch
+        && settings.sound(&["job.shard_batch"])
+    {
+        settings.fault(
+            "job.shard_batch",
+            format!(
+                "is {}, and the package was exported for {batch}; remove it, or export the package with shard_batch={}",
+                job.job.shard_batch, job.job.shard_batch
+            ),
+        );
+    }
+    job.job.shard_batch = batch;
+    let reads_classes = manifest.data.classes > 0;
+    if settings.is_given("model.conditional") && job.model.conditional != reads_classes {
+        let what = if reads_classes { "reads the classes of samples" } else { "reads no classes" };
+        settings.fault("model.conditional", format!("the package {what}; remove it"));
+    }
+    job.model.conditional = reads_classes;
+    if job.model.package_hash.as_ref().is_some_and(|hash| *hash != package.hash) {
+        settings
+            .fault(HASH, "the package has another hash: it was changed; remove the key to train it as it is");
+    }
+    job.model.package_hash = Some(package.hash.clone());
+    check_images(settings, job, manifest);
+    let readers = (0..).zip(&manifest.phases).filter(|(_, phase)| phase.batch == Batch::Next);
+    let count = u32::try_from(manifest.phases.len()).ok();
+    // Checked with the manifest, so there is one.
+    job.shape = count.and_then(|count| StepShape::new(count, readers.map(|(index, _)| index).collect()));
+}
+
+/// Checks the images that leave the data pipeline, as far as the job determines them.
+fn check_images(settings: &mut Settings, job: &Job, manifest: &Manifest) {
+    let images = manifest.data.images;
+    let keys = ["data.kind", "data.resize", "data.crop", "data.channels"];
+    if job.data.channels != images.channels && settings.sound(&keys) {
+        settings.fault(
+            PATH,
+            format!(
+                "the package takes images of {} channel(s), and data.kind = \"{}\" gives {}; export it for \
+                 ganglion.images(channels={}, ...), or for a folder set data.channels",
+                images.channels, job.data.kind, job.data.channels, job.data.channels
+            ),
+        );
+    }
+    if let Some(side) = side(&job.data)
+        && (side, side) != (images.height, images.width)
+        && settings.sound(&keys)
+    {
+        let (height, width) = (images.height, images.width);
+        settings.fault(
+            PATH,
+            format!(
+                "the package takes images of {height} x {width}, and the data gives {side} x {side}; set data.resize = \
+                 {height}, or export it with size={side}"
+            ),
+        );
+    }
+}
+
+/// Reads the optimizers of all phases: the package's settings, under those of `[optimizer]`, under those of
+/// `[optimizer.PHASE]`.
+fn optimizers(settings: &mut Settings, job: &mut Job, manifest: Option<&Manifest>) {
+    let nested: Vec<(String, String)> = settings
+        .given_in("optimizer")
+        .into_iter()
+        .filter_map(|key| Some((key.split('.').nth(1)?.to_owned(), key)))
+        .filter(|(phase, key)| key.len() > "optimizer.".len() + phase.len())
+        .collect();
+    let phases: Vec<(String, Option<&Optimizer>)> = match manifest {
+        Some(manifest) => {
+            manifest.phases.iter().map(|phase| (phase.name.clone(), Some(&phase.optimizer))).collect()
+        }
+        // A record names all.
+        None => nested.iter().map(|(phase, _)| (phase.clone(), None)).collect(),
+    };
+    for (phase, own) in &phases {
+        if !job.optimizer.phases.contains_key(phase) {
+            let optimizer = optimizer(settings, job, phase, *own);
+            job.optimizer.phases.insert(phase.clone(), optimizer);
+        }
+    }
+    for (phase, key) in nested.iter().filter(|(phase, _)| !job.optimizer.phases.contains_key(phase)) {
+        let names: Vec<&str> = phases.iter().map(|(name, _)| name.as_str()).collect();
+        settings.refuse(key, format!("the package has no phase {phase}; it has {}", names.join(", ")));
+    }
+    check_finals(settings, job);
+}
+
+/// Reads the optimizer of a phase.
+fn optimizer(settings: &mut Settings, job: &Job, phase: &str, own: Option<&Optimizer>) -> PhaseOptimizer {
+    let shared = &job.optimizer;
+    let key = |name: &str| format!("optimizer.{phase}.{name}");
+    // A record has each key, so nothing stands in for it.
+    let pick = |settings: &Settings, name: &str, of_all: f64, of_package: Option<f64>| {
+        let is_given = settings.is_given(&format!("optimizer.{name}"));
+        of_package.filter(|_| !is_given).unwrap_or(of_all)
+    };
+    let rate = pick(settings, "learning_rate", shared.learning_rate, own.map(|own| own.learning_rate));
+    let beta1 = pick(settings, "beta1", shared.beta1, own.map(|own| own.beta1));
+    let beta2 = pick(settings, "beta2", shared.beta2, own.map(|own| own.beta2));
+    let epsilon = pick(settings, "epsilon", shared.epsilon, own.map(|own| own.epsilon));
+    let kind = own.map_or(OptimizerKind::Adam, |own| own.kind);
+    let kind = settings.choice_or(&key("kind"), kind);
+    let learning_rate = settings.number_or(&key("learning_rate"), 0.0..=10.0, rate);
+    let beta2 = settings.number_or(&key("beta2"), 0.0..1.0, beta2);
+    let last = pick(settings, "final_learning_rate", shared.final_learning_rate, Some(learning_rate));
+    let last_beta2 = pick(settings, "final_beta2", shared.final_beta2, Some(beta2));
+    PhaseOptimizer {
+        kind,
+        learning_rate,
+        beta1: settings.number_or(&key("beta1"), 0.0..1.0, beta1),
+        beta2,
+        epsilon: settings.number_or(&key("epsilon"), 1e-16..=1.0, epsilon),
+        final_learning_rate: settings.number_or(&key("final_learning_rate"), 0.0..=10.0, last),
+        final_beta2: settings.number_or(&key("final_beta2"), 0.0..1.0, last_beta2),
+    }
+}
+
+/// Checks settings that change over time: they need a duration to change in.
+fn check_finals(settings: &mut Settings, job: &Job) {
+    if job.optimizer.decay_images > 0 || !settings.sound(&["optimizer.decay_images"]) {
+        return;
+    }
+    for (phase, optimizer) in &job.optimizer.phases {
+        for (name, changes) in [
+            ("final_learning_rate", optimizer.final_learning_rate != optimizer.learning_rate),
+            ("final_beta2", optimizer.final_beta2 != optimizer.beta2),
+        ] {
+            let keys = [format!("optimizer.{phase}.{name}"), format!("optimizer.{name}")];
+            if let Some(key) = keys.iter().find(|key| changes && settings.is_given(key))
+                && settings.sound(&[key])
+            {
+                settings.fault(
+                    key,
+                    "is another value to end with, but optimizer.decay_images is 0; set that to the images after which \
+                     it is reached",
+                );
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::path::Path;
+
+    use ganglion_proto::archive::PACKAGE_MANIFEST;
+    use ganglion_proto::package::WEIGHTS;
+    use serde_json::{Value, json};
+    use tempfile::TempDir;
+    use zip::ZipWriter;
+    use zip::write::FileOptions;
+
+    use super::*;
+    use crate::job_file::{Difference, Text, differences, parse_resolved, render};
+
+    fn manifest() -> Value {
+        let phase = |name: &str, network: &str, batch: &str, rate: f64| {
+            json!({
+                "name": name, "graph": name, "updates": [network], "every": 1, "batch": batch,
+                "optimizer": {"kind": "adam", "learning_rate": rate, "beta1": 0.5, "beta2": 0.99, "epsilon": 1e-8},
+                "inputs": [], "draws": [], "loss": format!("{name}_loss"),
+                "outputs": [{"gradient": format!("{network}.w")}, {"scalar": format!("{name}_loss")}],
+            })
+        };
+        let network =
+            |name: &str| json!({"name": name, "parameters": [{"name": "w", "shape": [1]}], "buffers": []});
+        json!({
+            "format": 1, "torch": "2.11.0", "device": "cpu", "cpu": {"arch": "x86_64", "features": []},
+            "shard_batch": 3, "data": {"images": {"channels": 1, "height": 28, "width": 28}, "classes": 10},
+            "networks": [network("d"), network("g")],
+            "phases": [phase("critic", "d", "next", 1e-3), phase("generator", "g", "none", 1e-4)],
+        })
+    }
+
+    fn write(path: &Path, manifest: &Value) {
+        let mut archive = ZipWriter::new(std::fs::File::create(path).unwrap());
+        let mut add = |name: &str, content: &[u8]| {
+            archive.start_file(name, FileOptions::default()).unwrap();
+            archive.write_all(content).unwrap();
+        };
+        add(&format!("x/{PACKAGE_MANIFEST}"), manifest.to_string().as_bytes());
+        add(&format!("x/{WEIGHTS}"), b"");
+        let _ = ["critic", "generator"].map(|graph| add(&format!("x/data/aotinductor/{graph}/a.so"), b""));
+        archive.finish().unwrap();
+    }
+
+    /// A folder with a package.
+    fn folder() -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        write(&folder.path().join("x.pt2"), &manifest());
+        folder
+    }
+
+    fn resolve(folder: &TempDir, sections: &str, overrides: &[&str]) -> Result<Job, String> {
+        let text = format!(
+            "[job]\nsteps = 9\n[data]\nkind = \"mnist-10k\"\n[model]\nkind = \"package\"\npath = \"x.pt2\"\n{sections}"
+        );
+        let text = Text { file: "x.toml", folder: folder.path(), default_name: Some("x"), text: &text };
+        let overrides: Vec<String> = overrides.iter().map(|pair| (*pair).to_owned()).collect();
+        text.resolve(&overrides, true).map_err(|errors| errors.to_string())
+    }
+
+    fn rates(job: &Job) -> Vec<(&str, f64, f64)> {
+        let phases = &job.optimizer.phases;
+        phases.iter().map(|(name, phase)| (name.as_str(), phase.learning_rate, phase.beta1)).collect()
+    }
+
+    #[test]
+    fn the_manifest_settles_what_is_not_given_and_the_resolved_job_reads_back_the_same() {
+        let folder = folder();
+        let job = resolve(&folder, "", &[]).unwrap();
+        assert_eq!((job.job.shard_batch, job.model.conditional), (3, true));
+        assert_eq!(rates(&job), [("critic", 1e-3, 0.5), ("generator", 1e-4, 0.5)]);
+        assert_eq!((job.phases_per_step(), job.samples_per_step()), (2, 24));
+        let hash = Package::read(&folder.path().join("x.pt2")).unwrap().hash;
+        assert_eq!(job.model.package_hash.as_ref(), Some(&hash));
+        let sections = "[optimizer]\nlearning_rate = 1e-5\ndecay_images = 100\nfinal_beta2 = 0.9\n\
+                        [optimizer.critic]\nbeta1 = 0\nlearning_rate = 2e-5\n";
+        let job = resolve(&folder, sections, &["optimizer.generator.final_learning_rate=1e-6"]).unwrap();
+        assert_eq!(rates(&job), [("critic", 2e-5, 0.0), ("generator", 1e-5, 0.5)]);
+        let phase = &job.optimizer.phases["generator"];
+        assert_eq!((phase.final_learning_rate, phase.final_beta2, phase.beta2), (1e-6, 0.9, 0.99));
+        // The record of the run, for which the package need not be there any more.
+        drop(folder);
+        let text = render(&job);
+        assert!(!text.contains("loss") && !text.contains("width"), "{text}");
+        let back = parse_resolved(&text).unwrap_or_else(|errors| panic!("{errors}\n{text}"));
+        assert_eq!(differences(&job, &back), []);
+        assert_eq!(back, Job { shape: None, ..job });
+    }
+
+    #[test]
+    fn settings_of_built_in_objectives_are_refused() {
+        let folder = folder();
+        let sections = "width = 3\n[loss]\nkind = \"hinge\"\n[augmentation]\nflip = 7\n";
+        let refused = resolve(&folder, sections, &["optimizer.discriminator_learning_rate=1"]).unwrap_err();
+        for key in ["model.width", "loss.kind", "augmentation.flip", "discriminator_learning_rate"] {
+            assert!(refused.contains(key), "{key}: {refused}");
+        }
+        assert!(
+            refused.contains("given, but a package has its own") && refused.contains("4 errors"),
+            "{refused}"
+        );
+        for (settings, says) in [
+            (&["job.shard_batch=4"][..], "is 4, and the package was exported for 3"),
+            (&["model.conditional=false"], "the package reads the classes of samples; remove it"),
+            (&["job.precision=bf16"], "must be \"fp32\" for model.kind = \"package\""),
+            (&["optimizer.g.beta1=0.5"], "the package has no phase g; it has critic, generator"),
+            (&["optimizer.critic.momentum=0.5"], "optimizer.critic.momentum=0.5: unknown key"),
+            (&["optimizer.critic.beta1=1"], "must be at least 0.0 and below 1.0"),
+            (&["optimizer.final_beta2=0.5"], "optimizer.decay_images is 0"),
+            (&["model.package_hash=00"], "it was changed"),
+            (&["data.kind=cifar-10", "data.path=/"], "takes images of 1 channel(s)"),
+            (&["data.resize=32"], "takes images of 28 x 28, and the data gives 32 x 32"),
+            (&["model.path=absent.pt2"], "absent.pt2 cannot be read"),
+            (&["model.path=Cargo.toml"], "Cargo.toml is a text file, not a package"),
+            (&["model.kind=mlp-28"], "given, but model.kind is \"mlp-28\"; set kind = \"package\""),
+        ] {
+            let refused = resolve(&folder, "", settings).map(|_| settings).unwrap_err();
+            assert!(refused.contains(says), "{settings:?}: {refused}");
+            assert!(
+                !refused.contains('\n') || settings.len() > 1 || settings[0].contains("kind"),
+                "{refused}"
+            );
+        }
+        assert!(resolve(&folder, "", &["model.conditional=true", "job.shard_batch=3"]).is_ok());
+        let missing = Text { file: "x.toml", folder: folder.path(), default_name: Some("x"), text: "" };
+        let given = ["job.steps=1", "data.kind=mnist-10k", "model.kind=package"].map(str::to_owned);
+        assert!(missing.resolve(&given, true).unwrap_err().to_string().contains("model.path: missing"));
+    }
+
+    #[test]
+    fn a_package_that_was_changed_is_another_job() {
+        let folder = folder();
+        let recorded = resolve(&folder, "", &[]).unwrap();
+        let mut changed = manifest();
+        changed["phases"][0]["optimizer"]["beta1"] = json!(0.25);
+        write(&folder.path().join("x.pt2"), &changed);
+        let given = resolve(&folder, "", &[]).unwrap();
+        let shown: Vec<String> = differences(&recorded, &given).iter().map(Difference::to_string).collect();
+        assert!(shown[0].starts_with("model.path: the package was changed since the run began"), "{shown:?}");
+        assert!(shown[1].starts_with("optimizer.critic.beta1: the run was started with 0.5"), "{shown:?}");
+        assert_eq!(shown.len(), 2);
+        // Elsewhere, it is the same job.
+        write(&folder.path().join("y.pt2"), &manifest());
+        let moved = resolve(&folder, "", &["model.path=y.pt2"]);
+        let there = folder.path().join("y.pt2").display().to_string();
+        let moved = moved.or_else(|_| resolve(&folder, "", &[&format!("model.path={there}")])).unwrap();
+        assert_eq!(differences(&recorded, &moved), []);
+    }
+}
