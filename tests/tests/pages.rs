@@ -14,12 +14,14 @@
 //! | `before COMMAND`, `after COMMAND` | what the reader has done before, and a check |
 //! | `background COMMAND` | the line that begins so runs on while the others do, and must end well too |
 //! | `section of FILE` | a part of a job: that job file with this part is trained |
+//! | `continue` | Python that goes on from the Python block before |
 //! | `pytorch` | needs PyTorch for Python: run where `GANGLION_PYTORCH` is set |
 //! | `skip WHY` | not run, for this reason |
 //!
 //! Lines `make ...` are only looked up in the Makefile.
 #![allow(clippy::unwrap_used)] // a test may panic
 
+use std::cell::RefCell;
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -51,6 +53,7 @@ enum Mark {
     After(String),
     Background(String),
     SectionOf(String),
+    Continue,
     PyTorch,
     Skip(String),
 }
@@ -69,6 +72,7 @@ impl Mark {
             "after" => Mark::After(rest),
             "background" => Mark::Background(rest),
             "section" => Mark::SectionOf(rest.strip_prefix("of ")?.to_string()),
+            "continue" => Mark::Continue,
             "pytorch" => Mark::PyTorch,
             "skip" if !rest.is_empty() => Mark::Skip(rest),
             _ => return None,
@@ -140,6 +144,8 @@ fn blocks(page: &str) -> Vec<Block> {
 struct Folder {
     folder: tempfile::TempDir,
     port: u16,
+    /// Python that a block may continue.
+    python: RefCell<String>,
 }
 
 impl Folder {
@@ -164,7 +170,7 @@ impl Folder {
         script("worker", format!("exec {} \"$@\"", program("worker").display()));
         script("make", format!("exec {} --dry-run \"$@\" >/dev/null", make().display()));
         pictures(&folder.path().join("pictures"));
-        Folder { folder, port: free_port() }
+        Folder { folder, port: free_port(), python: RefCell::default() }
     }
 
     /// Runs a block; returns what went wrong.
@@ -207,10 +213,14 @@ impl Folder {
                     fs::write(self.folder.path().join("jobs/page.toml"), job).unwrap();
                     text = "coordinator --workers 1 --config jobs/page.toml".to_string();
                 }
-                Mark::Replace(..) | Mark::PyTorch | Mark::Skip(_) => {}
+                Mark::Replace(..) | Mark::Continue | Mark::PyTorch | Mark::Skip(_) => {}
             }
         }
         if block.language == "python" {
+            if block.marks.iter().any(|mark| matches!(mark, Mark::Continue)) {
+                text = format!("{}\n{text}", self.python.borrow());
+            }
+            self.python.replace(text.clone());
             text = format!("python3 - <<'PYTHON'\n{text}\nPYTHON");
         }
         let trap = "trap 'echo \"this line failed: $BASH_COMMAND\"' ERR";
