@@ -1,4 +1,4 @@
-"""Packs the built programs into a wheel (PEP 427), for pip. Their libtorch is the one inside the PyTorch that pip installs.
+"""Packs the built programs and the Python package into a wheel (PEP 427), for pip. Their libtorch is the one inside the PyTorch that pip installs.
 
 1. The programs are those that were built, without symbols and without a search path of the machine that built them.
 2. The platform tag is the oldest that the symbols they need allow.
@@ -57,6 +57,7 @@ License-File: LICENSE
 License-File: THIRD-PARTY.txt
 Requires-Python: >=3.10
 Requires-Dist: torch=={torch}
+Requires-Dist: numpy
 Classifier: Operating System :: POSIX :: Linux
 Classifier: Programming Language :: Rust
 Classifier: Topic :: Scientific/Engineering :: Artificial Intelligence
@@ -68,14 +69,15 @@ Description-Content-Type: text/markdown
 
 def contents(arguments, version, programs, tag, third_party):
     """Returns the wheel's files except RECORD: (name, bytes, executable)."""
-    package = ROOT / "deploy/wheel/ganglion"
+    package = ROOT / "python/ganglion"
+    sources = sorted(path for path in package.iterdir() if path.suffix == ".py" or path.name == "py.typed")
     info = f"ganglion-{version}.dist-info"
     torch = f"{arguments.torch}+{arguments.cuda}" if arguments.cuda else arguments.torch
     built = f'"""What the programs were built for."""\n\nTORCH = "{torch}"\n'
     entry_points = "[console_scripts]\n" + "".join(f"{name} = ganglion:{name}\n" for name in PROGRAMS)
     wheel = f"Wheel-Version: 1.0\nGenerator: ganglion\nRoot-Is-Purelib: false\nTag: py3-none-{tag}\n"
     texts = {
-        "ganglion/__init__.py": (package / "__init__.py").read_text(encoding="utf-8"),
+        **{f"ganglion/{source.name}": source.read_text(encoding="utf-8") for source in sources},
         "ganglion/built.py": built,
         f"{info}/METADATA": description(version, arguments.torch),
         f"{info}/WHEEL": wheel,

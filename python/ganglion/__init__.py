@@ -1,0 +1,57 @@
+"""Trains anything written in PyTorch, on any number of workers, with the same bits for any number of them.
+
+An `Objective` is a training step in plain PyTorch. `export` captures it with its backward passes and compiles it into
+one `.pt2` package; `check` compares a package with plain PyTorch. Importing this
+module does not import torch: that happens when the first name is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ganglion._errors import Error, ExportError
+from ganglion._programs import coordinator, worker
+
+if TYPE_CHECKING:
+    from ganglion._check import Distance, check
+    from ganglion._export import Package, export
+    from ganglion.objective import Adam, Batch, Draw, Images, Objective, Phase, images
+
+__all__ = [
+    "Adam",
+    "Batch",
+    "Distance",
+    "Draw",
+    "Error",
+    "ExportError",
+    "Images",
+    "Objective",
+    "Package",
+    "Phase",
+    "check",
+    "coordinator",
+    "export",
+    "images",
+    "worker",
+]
+
+# Modules of the names above that are imported on first use.
+_MODULES = {
+    "_check": ("Distance", "check"),
+    "_export": ("Package", "export"),
+    "objective": ("Adam", "Batch", "Draw", "Images", "Objective", "Phase", "images"),
+}
+_LAZY = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ganglion' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ganglion.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
