@@ -74,8 +74,8 @@ demo: build ## Train the MLP GAN on real digits with two workers, then draw 50 d
 # ---- Measure ---------------------------------------------------------------------------------------------------------
 
 # ONLY selects rows, so alone it leaves the other parts out.
-BENCH_PARTS := $(or $(PARTS),$(if $(ONLY),rows,rows promise growth losses))
-BENCH_NEEDS := $(if $(filter rows losses,$(BENCH_PARTS)),$(TOOLS)/bench)
+BENCH_PARTS := $(or $(PARTS),$(if $(ONLY),rows,rows promise growth losses packages))
+BENCH_NEEDS := $(if $(filter rows losses packages,$(BENCH_PARTS)),$(TOOLS)/bench)
 
 bench: build-bench $(BENCH_NEEDS) ## Measure training, also beside PyTorch; write bench/RESULTS.md (PARTS="rows growth", ONLY="mlp-28").
 	target/release/bench $(addprefix --,$(BENCH_PARTS)) $(if $(ONLY),--only "$(ONLY)") $(if $(BF16),--bf16) \

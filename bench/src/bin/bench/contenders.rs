@@ -11,7 +11,7 @@ use ganglion_tests::{Process, Run, Tail};
 use serde_json::Value;
 
 use crate::figures::Figures;
-use crate::job::{Job, Precision};
+use crate::job::{GPT, Job, Precision};
 
 /// Interval at which a running contender is polled.
 const LOOK: Duration = Duration::from_millis(50);
@@ -21,8 +21,25 @@ pub(crate) fn ours(job: &Job) -> Result<Figures, String> {
     let settings = settings(job);
     let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
     let run = Run::new(&[&settings, job.settings]);
+    measure(&run, job, &[])
+}
+
+/// Runs a job with a package in place of its model.
+pub(crate) fn package(job: &Job, package: &Path) -> Result<Figures, String> {
+    let settings = schedule(job);
+    let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+    let run = Run::new(&[&settings, job.settings]);
+    // The default job has sections that a package has no use for.
+    let (file, package) = (run.beside("job.toml"), absolute(package)?);
+    let sections = format!("[data]\nkind = \"mnist-10k\"\n[model]\nkind = \"package\"\npath = {package:?}\n");
+    fs::write(&file, sections).map_err(|error| format!("{}: {error}", file.display()))?;
+    measure(&run, job, &["--config", &file.display().to_string()])
+}
+
+fn measure(run: &Run, job: &Job, arguments: &[&str]) -> Result<Figures, String> {
     let started = now();
-    let mut coordinator = run.start(job.workers);
+    let workers = job.workers.to_string();
+    let mut coordinator = run.start_with(&[&["--workers", &workers], arguments].concat());
     let mut rows = Tail::new(run.path("metrics.jsonl"));
     let mut resident: f64 = 0.0;
     while coordinator.is_running() {
@@ -41,6 +58,9 @@ pub(crate) fn ours(job: &Job) -> Result<Figures, String> {
     let first = times.first().ok_or("our own run has no rows")?;
     let steps = times.windows(2).map(|pair| 1e3 * (pair[1] - pair[0]));
     let losses = column("loss_discriminator", rows).into_iter().zip(column("loss_generator", rows));
+    if times.len() <= job.warm_up {
+        return Err(format!("our own run has only {} rows", times.len()));
+    }
     Ok(Figures {
         first_step: first - started,
         steps: steps.skip(job.warm_up).collect(),
@@ -53,14 +73,9 @@ fn settings(job: &Job) -> Vec<String> {
     let mut settings = vec![
         format!("model.kind={:?}", job.model),
         format!("model.width={}", job.width),
-        format!("job.data_shards={}", job.data_shards),
-        format!("job.shard_batch={}", job.shard_batch),
-        format!("job.steps={}", job.steps),
         "optimizer.learning_rate=0.0002".to_string(),
-        "metrics.every_steps=1".to_string(),
-        "checkpoint.every_steps=0".to_string(),
-        "sample.every_steps=0".to_string(),
     ];
+    settings.extend(schedule(job));
     if job.model == "dcgan-64" {
         settings.push("data.resize=64".to_string());
     }
@@ -70,6 +85,22 @@ fn settings(job: &Job) -> Vec<String> {
     settings
 }
 
+/// Settings of all jobs: sizes, and no work beside training.
+fn schedule(job: &Job) -> Vec<String> {
+    vec![
+        format!("job.data_shards={}", job.data_shards),
+        format!("job.shard_batch={}", job.shard_batch),
+        format!("job.steps={}", job.steps),
+        "metrics.every_steps=1".to_string(),
+        "checkpoint.every_steps=0".to_string(),
+        "sample.every_steps=0".to_string(),
+    ]
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, String> {
+    path.canonicalize().map_err(|error| format!("{}: {error}", path.display()))
+}
+
 fn largest_resident(pid: i32) -> Option<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
@@ -77,9 +108,11 @@ fn largest_resident(pid: i32) -> Option<f64> {
     Some(kib / 1024.0)
 }
 
-/// Runs a job with a program for PyTorch, started by its launcher.
-pub(crate) fn peer(job: &Job, way: &str, python_path: &Path) -> Result<Figures, String> {
-    let mut process = Process::start(command(job, way, python_path)?);
+/// Runs a job with a program for PyTorch, started by its launcher. `more` are arguments for it.
+pub(crate) fn peer(job: &Job, way: &str, more: &[&str], python_path: &Path) -> Result<Figures, String> {
+    let mut command = command(job, way, python_path)?;
+    command.args(more);
+    let mut process = Process::start(command);
     while process.is_running() {
         sleep(LOOK);
     }
@@ -98,21 +131,34 @@ pub(crate) fn peer(job: &Job, way: &str, python_path: &Path) -> Result<Figures, 
 }
 
 fn command(job: &Job, way: &str, python_path: &Path) -> Result<Command, String> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
-    let path = |path: &Path| path.canonicalize().map_err(|error| format!("{}: {error}", path.display()));
-    let mut command = Command::new("python3");
-    command
-        .env("PYTHONPATH", path(python_path)?)
-        .env("OMP_NUM_THREADS", "1")
-        .env("PYTHONDONTWRITEBYTECODE", "1");
+    let mut command = python(python_path)?;
     let workers = job.workers.to_string();
     command.args(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", &workers]);
-    command.arg(path(&root.join("bench/peer.py"))?).args(["--way", way, "--model", job.model]);
+    if job.model == GPT.model {
+        command.arg(file("bench/python/gpt_peer.py")?);
+    } else {
+        command.arg(file("bench/peer.py")?).args(["--model", job.model, "--width", &job.width.to_string()]);
+        command.args(["--precision", job.precision.name()]);
+    }
     let batch = job.global_batch() / job.workers;
-    command.args(["--width", &job.width.to_string(), "--batch", &batch.to_string()]);
-    command.args(["--steps", &job.steps.to_string(), "--precision", job.precision.name()]);
+    command.args(["--way", way, "--batch", &batch.to_string(), "--steps", &job.steps.to_string()]);
     command.args(["--started", &now().to_string()]);
-    command.arg("--data").arg(path(&root.join("data/mnist-10k/t10k-images-idx3-ubyte.gz"))?);
+    command.arg("--data").arg(file("data/mnist-10k/t10k-images-idx3-ubyte.gz")?);
+    Ok(command)
+}
+
+/// Path of a file of the project.
+pub(crate) fn file(name: &str) -> Result<PathBuf, String> {
+    absolute(&PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").join(name))
+}
+
+/// Python with PyTorch.
+pub(crate) fn python(python_path: &Path) -> Result<Command, String> {
+    let mut command = Command::new("python3");
+    command
+        .env("PYTHONPATH", absolute(python_path)?)
+        .env("OMP_NUM_THREADS", "1")
+        .env("PYTHONDONTWRITEBYTECODE", "1");
     Ok(command)
 }
 

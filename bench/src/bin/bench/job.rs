@@ -50,6 +50,10 @@ pub(crate) const MLP: Job = Job {
 pub(crate) const DCGAN_28: Job = Job { model: "dcgan-28", width: 64, steps: 12, warm_up: 2, ..MLP };
 pub(crate) const DCGAN_64: Job = Job { model: "dcgan-64", steps: 6, warm_up: 1, ..DCGAN_28 };
 
+/// Transformer over the pixels of digits of 8 x 8 pixels (`bench/python/gpt.py`); only packages have it.
+pub(crate) const GPT: Job =
+    Job { model: "gpt", shard_batch: 12, steps: 60, warm_up: 10, settings: &["data.resize=8"], ..MLP };
+
 impl Job {
     /// Returns the job on this number of workers, one data shard each.
     pub(crate) const fn on(self, workers: u32) -> Job {

@@ -18,7 +18,7 @@ pub(crate) fn measure(options: &Options) -> Result<Report, String> {
     eprintln!("losses: {}, ours", job.name());
     let ours = contenders::ours(&job)?.losses;
     eprintln!("losses: {}, tuned DDP", job.name());
-    let tuned = contenders::peer(&job, "tuned", &options.python_path)?.losses;
+    let tuned = contenders::peer(&job, "tuned", &[], &options.python_path)?.losses;
     let mut table = Table::new(&[&format!("mean loss of the last {LAST} steps"), "ours", "tuned DDP"]);
     let mut panels = Vec::new();
     for (place, network) in ["discriminator", "generator"].into_iter().enumerate() {

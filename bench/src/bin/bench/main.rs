@@ -14,6 +14,7 @@ mod growth;
 mod job;
 mod losses;
 mod options;
+mod packages;
 mod promise;
 mod rows;
 mod table;
@@ -51,6 +52,7 @@ fn check(options: &Options) -> Result<(), String> {
         match part {
             Part::Rows => drop(rows::wanted(options)?),
             Part::Promise => drop(promise::wanted(options)?),
+            Part::Packages => drop(packages::wanted(options)?),
             Part::Growth | Part::Losses => {}
         }
     }
@@ -75,9 +77,12 @@ fn carry_out(part: Part, options: &Options) -> Result<Vec<String>, String> {
         Part::Promise => promise::measure(options),
         Part::Growth => growth::measure(options),
         Part::Losses => losses::measure(options),
+        Part::Packages => packages::measure(options),
     }?;
     let peer = match part {
-        Part::Rows | Part::Losses => format!(" PyTorch is {}.", contenders::version(&options.python_path)),
+        Part::Rows | Part::Losses | Part::Packages => {
+            format!(" PyTorch is {}.", contenders::version(&options.python_path))
+        }
         Part::Promise | Part::Growth => String::new(),
     };
     let mut text = format!(

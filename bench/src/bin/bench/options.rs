@@ -13,10 +13,12 @@ pub(crate) enum Part {
     Growth,
     /// Loss curves against PyTorch's.
     Losses,
+    /// Packages against PyTorch and built-in models.
+    Packages,
 }
 
 impl Part {
-    pub(crate) const ALL: [Part; 4] = [Part::Rows, Part::Promise, Part::Growth, Part::Losses];
+    pub(crate) const ALL: [Part; 5] = [Part::Rows, Part::Promise, Part::Growth, Part::Losses, Part::Packages];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -24,13 +26,14 @@ impl Part {
             Part::Promise => "promise",
             Part::Growth => "growth",
             Part::Losses => "losses",
+            Part::Packages => "packages",
         }
     }
 
     /// Returns the file name of the part's picture; `None` without one.
     pub(crate) fn picture(self) -> Option<&'static str> {
         match self {
-            Part::Rows | Part::Promise => None,
+            Part::Rows | Part::Promise | Part::Packages => None,
             Part::Growth => Some("growth.svg"),
             Part::Losses => Some("bench-losses.svg"),
         }

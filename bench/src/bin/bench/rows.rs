@@ -62,7 +62,7 @@ impl Contender {
         let job = job.asked(options);
         match self.way {
             None => contenders::ours(&job),
-            Some(way) => contenders::peer(&job, way, &options.python_path),
+            Some(way) => contenders::peer(&job, way, &[], &options.python_path),
         }
     }
 }
