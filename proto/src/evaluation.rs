@@ -30,6 +30,9 @@ pub struct Evaluation {
     pub held_out: Option<PathBuf>,
     /// Metric by which the best checkpoint is chosen.
     pub best_by: BestBy,
+    /// Whether the least or the greatest value is the best; by the metric where it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best_goal: Option<Goal>,
 }
 
 impl Default for Evaluation {
@@ -43,6 +46,7 @@ impl Default for Evaluation {
             features: Features::Auto,
             held_out: None,
             best_by: BestBy::Auto,
+            best_goal: None,
         }
     }
 }
@@ -90,42 +94,70 @@ impl fmt::Display for Features {
 }
 
 /// Metric by which the best checkpoint is chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
 pub enum BestBy {
-    /// The Fréchet distance, or the sliced Wasserstein distance where the features are the pixels.
+    /// The Fréchet distance, or the sliced Wasserstein distance where the features are the pixels; the first
+    /// scalar of an objective that draws no samples.
     Auto,
-    /// The lower the better.
-    FrechetDistance,
-    /// The lower the better.
-    Kid,
-    /// The higher the better.
-    ClassifierScore,
-    /// The lower the better.
-    SlicedWasserstein,
+    /// A metric, or a scalar by which the objective evaluates held-out samples.
+    Named(String),
 }
 
-impl BestBy {
+impl From<String> for BestBy {
+    fn from(text: String) -> Self {
+        if text == "auto" { BestBy::Auto } else { BestBy::Named(text) }
+    }
+}
+
+impl From<BestBy> for String {
+    fn from(best_by: BestBy) -> Self {
+        match best_by {
+            BestBy::Auto => "auto".to_owned(),
+            BestBy::Named(name) => name,
+        }
+    }
+}
+
+/// Value of a metric that is the best.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Goal {
+    /// The least.
+    Min,
+    /// The greatest.
+    Max,
+}
+
+impl Evaluation {
     /// Returns the name and value of the deciding metric of a row; `None` if the row does not have
     /// it.
-    pub fn of(self, row: &EvaluationRow) -> Option<(&'static str, f64)> {
-        let candidates: &[&'static str] = match self {
-            // In this order: features say more than pixels, where there are any.
-            BestBy::Auto => &[names::FRECHET, names::WASSERSTEIN],
-            BestBy::FrechetDistance => &[names::FRECHET],
-            BestBy::Kid => &[names::KID],
-            BestBy::ClassifierScore => &[names::SCORE],
-            BestBy::SlicedWasserstein => &[names::WASSERSTEIN],
-        };
+    pub fn deciding<'a>(&'a self, row: &'a EvaluationRow) -> Option<(&'a str, f64)> {
         // A distance of a collapsed state may have no value, and must not count as the best.
-        let found = |name: &&'static str| Some((*name, row.get(name).filter(|value| value.is_finite())?));
-        candidates.iter().find_map(found)
+        let of = |name: &'a str| Some((name, row.get(name).filter(|value| value.is_finite())?));
+        match &self.best_by {
+            BestBy::Named(name) => of(name),
+            // In this order: features say more than pixels, where there are any.
+            BestBy::Auto => {
+                let of_samples = [names::FRECHET, names::WASSERSTEIN];
+                let draws = of_samples.iter().any(|name| row.get(name).is_some());
+                let first = row.metrics.iter().next().map(|(name, _)| name);
+                if draws { of_samples.into_iter().find_map(of) } else { first.and_then(of) }
+            }
+        }
     }
 
     /// Whether the value `one` of the named metric is better than `other`.
-    pub fn is_better(name: &str, one: f64, other: f64) -> bool {
-        // The only metric of which more is better.
-        if name == names::SCORE { one > other } else { one < other }
+    pub fn is_better(&self, name: &str, one: f64, other: f64) -> bool {
+        let goal = self.best_goal.unwrap_or(if names::MORE_IS_BETTER.contains(&name) {
+            Goal::Max
+        } else {
+            Goal::Min
+        });
+        match goal {
+            Goal::Min => one < other,
+            Goal::Max => one > other,
+        }
     }
 }
 
@@ -172,7 +204,7 @@ pub enum AlarmPolicy {
     Stop,
 }
 
-display_as_in_the_file!(BestBy, AlarmPolicy);
+display_as_in_the_file!(Goal, AlarmPolicy);
 
 /// Words of each message about numbers that are infinite or NaN, by which an alarm knows them.
 pub const NOT_FINITE: &str = "not finite";
@@ -192,6 +224,24 @@ pub mod names {
     pub const WASSERSTEIN: &str = "sliced_wasserstein";
     pub const DIVERSITY: &str = "diversity";
     pub const OVERFITTING: &str = "discriminator_overfitting";
+
+    /// All metrics of generated samples.
+    pub const ALL: [&str; 12] = [
+        FRECHET,
+        KID,
+        PRECISION,
+        RECALL,
+        MEMORISED,
+        SCORE,
+        MODES,
+        LABEL_KL,
+        LABEL_ENTROPY,
+        WASSERSTEIN,
+        DIVERSITY,
+        OVERFITTING,
+    ];
+    /// Metrics of which more is better.
+    pub const MORE_IS_BETTER: [&str; 6] = [SCORE, PRECISION, RECALL, MODES, LABEL_ENTROPY, DIVERSITY];
 }
 
 #[cfg(test)]
@@ -199,18 +249,34 @@ mod tests {
     use super::*;
 
     fn row(metrics: &[(&str, f64)]) -> EvaluationRow {
-        let metrics = metrics.iter().copied().collect();
-        EvaluationRow { step: 3, metrics, features: "digits 0a".to_string(), seconds: 0.5 }
+        EvaluationRow { step: 3, metrics: metrics.iter().copied().collect(), ..EvaluationRow::default() }
+    }
+
+    fn by(name: &str) -> Evaluation {
+        Evaluation { best_by: BestBy::from(name.to_string()), ..Evaluation::default() }
     }
 
     #[test]
     fn the_best_is_by_the_figure_that_a_row_has() {
-        let of_digits = row(&[(names::WASSERSTEIN, 0.5), (names::FRECHET, 2.0)]);
-        assert_eq!(BestBy::Auto.of(&of_digits), Some((names::FRECHET, 2.0)));
-        assert_eq!(BestBy::Auto.of(&row(&[(names::WASSERSTEIN, 0.5)])), Some((names::WASSERSTEIN, 0.5)));
-        assert_eq!(BestBy::Kid.of(&of_digits), None);
-        assert_eq!(BestBy::FrechetDistance.of(&row(&[(names::FRECHET, f64::NAN)])), None);
-        assert!(BestBy::is_better(names::FRECHET, 1.0, 2.0) && !BestBy::is_better(names::SCORE, 1.0, 2.0));
+        let of_digits = row(&[(names::WASSERSTEIN, 0.5), (names::FRECHET, 2.0), ("nll", 7.0)]);
+        assert_eq!(by("auto").deciding(&of_digits), Some((names::FRECHET, 2.0)));
+        assert_eq!(by("nll").deciding(&of_digits), Some(("nll", 7.0)));
+        assert_eq!(by("kid").deciding(&of_digits), None);
+        let of_pixels = row(&[("nll", 7.0), (names::WASSERSTEIN, 0.5)]);
+        assert_eq!(by("auto").deciding(&of_pixels), Some((names::WASSERSTEIN, 0.5)));
+        assert_eq!(by("auto").deciding(&row(&[("nll", 7.0), ("kl", 1.0)])), Some(("nll", 7.0)));
+        let nothing = f64::NAN;
+        assert_eq!(by(names::FRECHET).deciding(&row(&[(names::FRECHET, nothing)])), None);
+        assert_eq!(by("auto").deciding(&row(&[("nll", 7.0), (names::WASSERSTEIN, nothing)])), None);
+    }
+
+    #[test]
+    fn more_is_better_where_the_metric_or_the_job_says_so() {
+        let better = |evaluation: Evaluation, name: &str| evaluation.is_better(name, 1.0, 2.0);
+        assert!(better(by("auto"), names::FRECHET) && better(by("nll"), "nll"));
+        assert!(!better(by("auto"), names::SCORE) && !better(by(names::RECALL), names::RECALL));
+        let goal = |goal| Evaluation { best_goal: Some(goal), ..by("accuracy") };
+        assert!(!better(goal(Goal::Max), "accuracy") && better(goal(Goal::Min), names::SCORE));
     }
 
     #[test]

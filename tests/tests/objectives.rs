@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use ganglion_tests::{Reference, Run, failpoint, program};
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// Number of samples of a step: one phase reads, whatever a GAN of this job would do.
@@ -102,4 +103,76 @@ fn phases_with_a_cadence_have_the_same_bits_through_a_kill_and_a_resume() {
     resumed.set(&format!("job.steps={STEPS}"));
     resumed.complete(2);
     assert_same("2 workers, resumed", &resumed);
+}
+
+/// The figures of a run's evaluations by step, without the time that they took.
+fn evaluations(run: &Run) -> Vec<(u64, String)> {
+    let events = run.events().into_iter().filter(|event| event["kind"] == "evaluation");
+    let figures = |event: &Value| format!("{} {} {}", event["features"], event["held_out"], event["metrics"]);
+    let mut told: Vec<_> = events.map(|event| (event["step"].as_u64().unwrap(), figures(&event))).collect();
+    told.sort();
+    told
+}
+
+/// It draws no samples, so the scalars of its own are all that there is.
+#[test]
+fn an_objective_is_evaluated_by_its_own_scalars_and_the_best_checkpoint_is_by_any_of_them() {
+    let programs = programs(THREE);
+    let digits = concat!(env!("CARGO_MANIFEST_DIR"), "/../data/mnist-10k/t10k-images-idx3-ubyte.gz");
+    let (path, held_out) = (format!("data.path={digits}"), format!("evaluation.held_out={digits}"));
+    let evaluated =
+        ["data.kind=idx", &path, &held_out, "checkpoint.every_steps=3", "evaluation.with_checkpoints=true"];
+    let run = |more: &[&str]| Run::new(&[JOB, &evaluated, more]).by(programs.path());
+    let by_error = run(&["evaluation.best_by=error"]);
+    let reference = Reference::new("1 worker", by_error.complete(1));
+    let by_quality = run(&["evaluation.best_by=quality", "evaluation.best_goal=max"]);
+    reference.equals("3 workers", &by_quality.complete(3));
+    let told = evaluations(&by_error);
+    assert_eq!(told, evaluations(&by_quality), "3 workers say something else than 1");
+    assert_eq!(told.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [3, 6, 9, 12]);
+    // 66 whole batches of 150 samples.
+    assert!(told[0].1.starts_with("\"none\" 9900 {\"error\":"), "{}", told[0].1);
+    let metrics: Vec<Value> = by_error
+        .events()
+        .into_iter()
+        .filter(|event| event["kind"] == "evaluation")
+        .map(|event| event["metrics"].clone())
+        .collect();
+    let least =
+        metrics.iter().filter_map(|metrics| metrics["error"].as_f64()).min_by(f64::total_cmp).unwrap();
+    for (run, metric, value) in [(&by_error, "error", least), (&by_quality, "quality", -least)] {
+        let named = std::fs::read(run.path("checkpoints/best.json")).unwrap();
+        let named: Value = serde_json::from_slice(&named).unwrap();
+        assert_eq!((&named["metric"], &named["value"]), (&metric.into(), &value.into()), "{named}");
+        assert_eq!(named["held_out"], 9900);
+        run.assert_audited();
+    }
+    let listed = by_error.ask(&["checkpoints"]).output;
+    assert!(listed.contains("best (error "), "{listed}");
+}
+
+#[test]
+fn what_an_objective_cannot_be_evaluated_by_is_said_before_training() {
+    let programs = programs(THREE);
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    let digits = format!("{root}/data/mnist-10k/t10k-images-idx3-ubyte.gz");
+    let (path, held_out) = (format!("data.path={digits}"), format!("evaluation.held_out={digits}"));
+    let wanted = ["data.kind=idx", &path, "evaluation.every_steps=1"];
+    let folder = tempfile::tempdir().unwrap();
+    let header = [0x803_u32, 10, 28, 28].map(u32::to_be_bytes).concat();
+    let small = folder.path().join("small-idx3-ubyte");
+    std::fs::write(&small, [header, vec![7; 10 * 28 * 28]].concat()).unwrap();
+    let few = format!("evaluation.held_out={}", small.display());
+    for (settings, expected) in [
+        (&wanted[..], "draws no samples to evaluate; set evaluation.held_out"),
+        (&["evaluation.best_by=beauty"], "there is no \"beauty\"; choose \"auto\" or one of error, quality"),
+        (&["evaluation.best_by=Beauty"], "evaluation.best_by=Beauty: \"Beauty\" is not the name"),
+        (&["evaluation.best_by=error", "evaluation.best_goal=most"], "choose one of \"min\", \"max\""),
+        (&[&wanted[..], &[&held_out, "evaluation.best_by=kid"]].concat(), "there is no \"kid\""),
+        (&[&wanted[..], &[&few]].concat(), "has 10 samples, fewer than the 150 of a batch"),
+    ] {
+        let ended = Run::new(&[JOB, settings]).by(programs.path()).start(1).wait();
+        assert_eq!(ended.code, Some(2), "{}", ended.output);
+        assert!(ended.output.contains(expected), "{expected}\n{}", ended.output);
+    }
 }

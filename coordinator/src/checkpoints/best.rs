@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ganglion_membership::{Checkpoint, StepShape};
-use ganglion_proto::evaluation::{BestBy, EvaluationRow};
+use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::job::Job;
 
 /// Maximum number of evaluated steps sent to a worker that joins.
@@ -34,7 +34,7 @@ pub struct Best {
     /// Step of the checkpoint.
     pub step: u64,
     /// Name of the metric that decided.
-    pub metric: &'static str,
+    pub metric: String,
     /// Value of that metric.
     pub value: f64,
 }
@@ -99,14 +99,15 @@ impl Judged {
     fn consider(&mut self, step: u64) {
         // Evaluation and checkpoint arrive in either order; the later of the two decides.
         let Some(row) = self.rows.get(&step).filter(|_| self.saved.contains(&step)) else { return };
-        let Some((metric, value)) = self.job.evaluation.best_by.of(row) else { return };
+        let evaluation = &self.job.evaluation;
+        let Some((metric, value)) = evaluation.deciding(row) else { return };
         // The earlier one of equals, whatever order they became known in: another coordinator must name
         // the same (1).
         let is_best = self.best.as_ref().is_none_or(|best| {
-            BestBy::is_better(metric, value, best.value) || (value == best.value && step < best.step)
+            evaluation.is_better(metric, value, best.value) || (value == best.value && step < best.step)
         });
         if is_best {
-            self.best = Some(Best { step, metric, value });
+            self.best = Some(Best { step, metric: metric.to_owned(), value });
         }
     }
 
@@ -155,7 +156,7 @@ mod tests {
 
     fn row(step: u64, distance: f64) -> EvaluationRow {
         let metrics = [(names::FRECHET, distance)].into_iter().collect();
-        EvaluationRow { step, metrics, features: "f".to_string(), seconds: 1.0 }
+        EvaluationRow { step, metrics, features: "f".to_string(), held_out: 0, seconds: 1.0 }
     }
 
     fn best(judged: &Judged) -> Option<u64> {
@@ -180,6 +181,19 @@ mod tests {
         }
         let again = Judged::new(job(), judged.rows().cloned().collect(), &[folder(20), folder(40)]);
         assert_eq!(again.best().map(|(best, _)| best.clone()), judged.best().map(|(best, _)| best.clone()));
+    }
+
+    #[test]
+    fn the_best_may_be_by_a_scalar_of_the_objective() {
+        let given = ["evaluation.best_by=accuracy", "evaluation.best_goal=max"].map(str::to_string);
+        let mut judged = Judged::new(read(&Source::Embedded, &given).unwrap(), Vec::new(), &[]);
+        for (step, accuracy) in [(10, 0.5), (20, 0.75), (30, 0.25)] {
+            let metrics = [(names::FRECHET, 1.0), ("accuracy", accuracy)].into_iter().collect();
+            judged.saved(step);
+            judged.evaluated(EvaluationRow { metrics, ..row(step, 0.0) });
+        }
+        let expected = Best { step: 20, metric: "accuracy".to_owned(), value: 0.75 };
+        assert_eq!(judged.best().map(|(best, _)| best), Some(&expected));
     }
 
     /// Invariant 3.

@@ -125,6 +125,9 @@ fn metrics(card: &mut String, best: &Best, row: &EvaluationRow) {
         &format!("{} = {:.4}, the best of this run's checkpoints", best.metric, best.value),
     );
     line(card, "features", &row.features);
+    if row.held_out > 0 {
+        line(card, "held-out samples of the objective's own scalars", &row.held_out.to_string());
+    }
     let _ = write!(card, "\n| metric | value |\n|---|---|\n");
     for (name, value) in row.metrics.iter() {
         let _ = writeln!(card, "| {} | {value:.4} |", name.replace('_', " "));
@@ -172,9 +175,15 @@ mod tests {
         job.checkpoint.url = Some("s3://key:s3cret@bucket".to_string());
         let passport =
             Passport([("data", "0a1b"), ("build", "9")].map(|(k, v)| (k.to_string(), v.to_string())).into());
-        let best = Best { step: 1000, metric: "frechet_distance", value: 1.5 };
+        let best = Best { step: 1000, metric: "frechet_distance".to_owned(), value: 1.5 };
         let metrics = [("frechet_distance", 1.5), ("kid", f64::NAN)].into_iter().collect();
-        let row = EvaluationRow { step: 1000, metrics, features: "digits ab".to_string(), seconds: 2.0 };
+        let row = EvaluationRow {
+            step: 1000,
+            metrics,
+            features: "digits ab".to_string(),
+            held_out: 0,
+            seconds: 2.0,
+        };
         let mut found = Found { samples: 10_000, width: 28, height: 28, channels: 1, ..Found::default() };
         found.leave_out(".gif", "a.gif");
         let class = |name: &str| Class { name: name.to_string(), samples: 5_000 };

@@ -256,6 +256,13 @@ fn last_whole(tail: &[u8], is_all: bool) -> Option<&[u8]> {
     Some(&whole[start..])
 }
 
+/// Metric that decided for the best checkpoint.
+#[derive(Debug, Serialize)]
+struct BestBy {
+    metric: String,
+    value: f64,
+}
+
 /// A checkpoint, as described by its manifest.
 #[derive(Debug, Default, Serialize)]
 struct Listed {
@@ -269,6 +276,9 @@ struct Listed {
     state_digest: String,
     /// Other names of the checkpoint, `latest` and `best`.
     names: Vec<&'static str>,
+    /// Metric by which it is the best, if it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    best_by: Option<BestBy>,
     /// Description of the damage, if there is any.
     #[serde(skip_serializing_if = "Option::is_none")]
     damage: Option<String>,
@@ -313,9 +323,11 @@ async fn list(
     for (folder, manifest) in manifests {
         let written = storage.modified(&in_folder(&folder, MANIFEST)).await.ok();
         let written = written.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs_f64()));
-        let names = [("latest", &latest), ("best", &best)];
-        let names = names.iter().filter(|(_, named)| named.as_ref() == Some(&folder));
-        let about = Listed { names: names.map(|(name, _)| *name).collect(), written, ..Listed::default() };
+        let best = best.as_ref().filter(|best| best.folder == folder);
+        let names = [("latest", latest.as_ref() == Some(&folder)), ("best", best.is_some())];
+        let names = names.iter().filter(|(_, is_named)| *is_named).map(|(name, _)| *name).collect();
+        let best_by = best.map(|best| BestBy { metric: best.metric.clone(), value: best.value });
+        let about = Listed { names, best_by, written, ..Listed::default() };
         listed.push(match manifest {
             Ok(checkpoint) => {
                 let damage = if verify { check_files(storage, &checkpoint).await? } else { None };
@@ -359,7 +371,12 @@ fn render(storage: &Address, listed: &[Listed], verify: bool) -> String {
             size(checkpoint.bytes),
             checkpoint.written.map_or("-".to_string(), ago),
             checkpoint.state_digest.clone(),
-            checkpoint.names.join(", "),
+            match &checkpoint.best_by {
+                Some(BestBy { metric, value }) => {
+                    format!("{} ({} {value:.4})", checkpoint.names.join(", "), metric.replace('_', " "))
+                }
+                None => checkpoint.names.join(", "),
+            },
             state.to_string(),
         ]);
     }

@@ -100,7 +100,7 @@ impl Shell {
         let (best, files) = (best.clone(), self.best_files(best, row));
         self.records.event(&RunEvent::BestCheckpoint(BestCheckpoint {
             folder: folder(best.step),
-            metric: best.metric.to_string(),
+            metric: best.metric.clone(),
             step: best.step,
             value: best.value,
         }));
@@ -112,7 +112,7 @@ impl Shell {
     fn best_files(&self, best: &Best, row: &EvaluationRow) -> BestFiles {
         let named = json!({
             "format": BEST_FORMAT, "folder": folder(best.step), "step": best.step, "metric": best.metric, "value": best.value,
-            "features": row.features, "metrics": row.metrics,
+            "features": row.features, "metrics": row.metrics, "held_out": row.held_out,
         });
         // The card is for readers. A journal that cannot be read just now costs it a line, and not the
         // run.

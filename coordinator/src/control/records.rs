@@ -165,8 +165,10 @@ impl Records {
     pub fn evaluation(&mut self, row: &EvaluationRow) {
         let metrics = row.metrics.clone().sorted();
         self.event(&RunEvent::Evaluation(EvaluationRow { metrics, ..row.clone() }));
-        let shown: Vec<String> = SHOWN
-            .iter()
+        // The objective's own scalars have names that no metric has.
+        let own = row.metrics.iter().map(|(name, _)| name).filter(|name| !names::ALL.contains(name));
+        let shown = own.take(SHOWN.len()).chain(SHOWN);
+        let shown: Vec<String> = shown
             .filter_map(|name| Some(format!("{} {:.3}", name.replace('_', " "), row.get(name)?)))
             .collect();
         match row.metrics.is_empty() {

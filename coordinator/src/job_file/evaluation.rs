@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use ganglion_proto::evaluation::{Alarms, Evaluation, Features};
+use ganglion_proto::evaluation::{Alarms, BestBy, Evaluation, Features};
 use ganglion_proto::job::DataKind;
+use ganglion_proto::record::check_metric;
 
 use super::sections::{CADENCE, MAX_STEPS, address, is_remote};
 use super::settings::Settings;
@@ -17,7 +18,22 @@ pub(super) fn evaluation(settings: &mut Settings, data: DataKind, check_paths: b
         reference: settings.whole_or("evaluation.reference", 0..=100_000_000, default.reference),
         features: features(settings, check_paths).unwrap_or(default.features),
         held_out: held_out(settings, data, check_paths),
-        best_by: settings.choice_or("evaluation.best_by", default.best_by),
+        best_by: best_by(settings).unwrap_or(default.best_by),
+        best_goal: settings.choice("evaluation.best_goal"),
+    }
+}
+
+/// Name of the metric that chooses the best checkpoint. Whether there is one of this name is known to the
+/// workers, which have the objective.
+fn best_by(settings: &mut Settings) -> Option<BestBy> {
+    const KEY: &str = "evaluation.best_by";
+    let text = settings.text(KEY, "auto")?;
+    match check_metric(&text) {
+        Ok(()) => Some(BestBy::from(text)),
+        Err(error) => {
+            settings.fault(KEY, error.0);
+            None
+        }
     }
 }
 

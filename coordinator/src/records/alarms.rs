@@ -245,7 +245,7 @@ mod tests {
 
     fn evaluation(step: u64, metrics: &[(&str, f64)]) -> EvaluationRow {
         let metrics = metrics.iter().copied().collect();
-        EvaluationRow { step, metrics, features: String::new(), seconds: 0.0 }
+        EvaluationRow { step, metrics, ..EvaluationRow::default() }
     }
 
     fn row(step: u64, [real, fake]: [f64; 2]) -> MetricsRow {

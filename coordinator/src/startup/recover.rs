@@ -356,7 +356,13 @@ mod tests {
         };
         let metrics: Vec<(String, f64)> = (0..1000).map(&mut metric).collect();
         let metrics = metrics.iter().map(|(name, value)| (name.as_str(), *value)).collect();
-        let row = EvaluationRow { step: 20, metrics, features: "digits ab".to_string(), seconds: 0.1 };
+        let row = EvaluationRow {
+            step: 20,
+            metrics,
+            features: "digits ab".to_string(),
+            held_out: 48,
+            seconds: 0.1,
+        };
         let line = RunEvent::Evaluation(row.clone()).line(1.5, usize::MAX);
         fs::write(folder.path().join("events.jsonl"), [line, vec![b'\n']].concat()).unwrap();
         let told = Told::read(folder.path());

@@ -282,7 +282,13 @@ mod hostile {
             ),
             (number(), 0usize..70, words(), words()).prop_map(|(step, figures, name, features)| {
                 let figures = vec![wire::Figure { name, value: f64::NAN }; figures];
-                Said::Evaluation(wire::EvaluationRow { step, figures, features, seconds: f64::INFINITY })
+                Said::Evaluation(wire::EvaluationRow {
+                    step,
+                    figures,
+                    features,
+                    seconds: f64::INFINITY,
+                    held_out: 0,
+                })
             }),
         ]
     }

@@ -4,7 +4,7 @@ use prost::Message;
 use serde::{Deserialize, Serialize};
 
 use super::named::Scalars;
-use super::row::nullable;
+use super::row::{is_zero, nullable};
 use super::schema::record;
 use crate::error::Malformed;
 use crate::wire;
@@ -15,7 +15,10 @@ record! {
     pub struct EvaluationRow {
         /// Name of the feature space, with its hash; the reason of an evaluation without metrics.
         pub features: String,
-        /// Values by metric name.
+        /// Number of held-out samples by which the objective's own scalars were computed, if it has any.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        pub held_out: u64,
+        /// Values by name: metrics of generated samples, and the objective's own scalars.
         pub metrics: Scalars,
         /// Duration in seconds; not part of the result.
         #[serde(deserialize_with = "nullable")]
@@ -39,7 +42,8 @@ impl EvaluationRow {
             // here.
             row.metrics.iter().map(|(name, value)| (name.to_string(), (value + 0.0).to_bits())).collect()
         };
-        self.step == other.step && self.features == other.features && bits(self) == bits(other)
+        let about = |row: &EvaluationRow| (row.step, row.features.clone(), row.held_out);
+        about(self) == about(other) && bits(self) == bits(other)
     }
 }
 
@@ -67,6 +71,7 @@ impl EvaluationRow {
             figures: self.metrics.iter().map(metric).collect(),
             features: self.features.clone(),
             seconds: self.seconds,
+            held_out: self.held_out,
         }
     }
 
@@ -78,6 +83,7 @@ impl EvaluationRow {
             metrics: super::checked(figures.collect())?,
             features: crate::bounds::text(row.features),
             seconds: row.seconds,
+            held_out: crate::bounds::count(row.held_out, "held_out")?,
         })
     }
 }
@@ -89,7 +95,7 @@ mod tests {
 
     fn row(metrics: &[(&str, f64)]) -> EvaluationRow {
         let metrics = metrics.iter().copied().collect();
-        EvaluationRow { step: 3, metrics, features: "digits 0a".to_string(), seconds: 0.5 }
+        EvaluationRow { step: 3, metrics, features: "digits 0a".to_string(), held_out: 96, seconds: 0.5 }
     }
 
     #[test]
@@ -99,7 +105,8 @@ mod tests {
         assert!(sent.agrees(&read));
         assert!(sent.agrees(&EvaluationRow::decode(&sent.encode()).unwrap()));
         assert!(sent.agrees(&EvaluationRow { seconds: 9.0, ..read.clone() }));
-        assert!(!sent.agrees(&EvaluationRow { step: 4, ..read }));
+        assert!(!sent.agrees(&EvaluationRow { step: 4, ..read.clone() }));
+        assert!(!sent.agrees(&EvaluationRow { held_out: 95, ..read }));
         assert!(!row(&[(names::KID, 0.1)]).agrees(&row(&[(names::KID, 0.1 + f64::EPSILON)])));
     }
 

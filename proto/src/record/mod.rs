@@ -52,6 +52,14 @@ pub fn check_scalar(name: &str) -> Result<(), Malformed> {
     check_name(name)
 }
 
+/// Checks the name of a metric of an evaluation.
+///
+/// # Errors
+/// The name cannot be a key of an evaluation's metrics; the text says why.
+pub fn check_metric(name: &str) -> Result<(), Malformed> {
+    check_name(name)
+}
+
 fn check_name(name: &str) -> Result<(), Malformed> {
     let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
     if (1..=NAME_BYTES).contains(&name.len()) && name.bytes().all(allowed) {

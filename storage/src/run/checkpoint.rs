@@ -159,7 +159,7 @@ impl Shelf {
                 newest.map_or_else(|| self.lacks("checkpoint"), Ok)
             }
             CheckpointChoice::Best => match self.ask(best(storage))? {
-                Some(Ok(folder)) => {
+                Some(Ok(Best { folder, .. })) => {
                     let name = format!("{folder}, which its {BEST} names");
                     if_complete(folder, name)
                 }
@@ -320,26 +320,32 @@ async fn others(storage: &Storage) -> Stored<String> {
     there.reverse();
     let names: Vec<String> = there.iter().map(name).collect();
     let best = match best(storage).await?.and_then(Result::ok) {
-        Some(best) if is_complete(storage, &best).await? => format!(", best is {}", name(&best)),
+        Some(Best { folder, .. }) if is_complete(storage, &folder).await? => {
+            format!(", best is {}", name(&folder))
+        }
         _ => String::new(),
     };
     Ok(format!("it has {older}{} (latest){best}", names.join(", ")))
 }
 
 /// Content of [`BEST`], as far as programs need it.
-#[derive(Deserialize)]
-struct Best {
-    folder: String,
+#[derive(Clone, Debug, Deserialize)]
+pub struct Best {
+    /// Folder of the checkpoint.
+    pub folder: String,
+    /// Name of the metric that decided.
+    #[serde(default)]
+    pub metric: String,
+    /// Value of that metric.
+    #[serde(default)]
+    pub value: f64,
 }
 
-/// The folder of the best checkpoint, or the reason why the file that names it cannot be read; `None`
+/// The best checkpoint, or the reason why the file that names it cannot be read; `None`
 /// where none was evaluated.
-pub async fn best(storage: &Storage) -> Stored<Option<Result<String, String>>> {
+pub async fn best(storage: &Storage) -> Stored<Option<Result<Best, String>>> {
     let text = storage.text(&Place::from(BEST)).await?;
-    Ok(text.map(|text| {
-        let best: Best = format::parse(&text, BEST_FORMAT).map_err(|error| error.to_string())?;
-        Ok(best.folder)
-    }))
+    Ok(text.map(|text| format::parse(&text, BEST_FORMAT).map_err(|error| error.to_string())))
 }
 
 /// Reads the manifests on a storage, by folder. A manifest that is removed meanwhile is left out.

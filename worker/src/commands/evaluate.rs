@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use clap::Args;
 use ganglion_proto::evaluation::{BestBy, Evaluation, Features};
@@ -116,7 +117,7 @@ pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
     let features = Features::from(arguments.features.clone());
     let settings =
         Evaluation { samples, reference, features, best_by: BestBy::Auto, ..Evaluation::default() };
-    let judge = Means::open(&settings, &data, held_out()?)?.judge(&data, &progress)?;
+    let judge = Means::open(&settings, &data, held_out()?.map(Arc::new))?.judge(&data, &progress)?;
     let judged = match found {
         Some(Found { name, generator, .. }) => {
             progress.part("samples", samples.into());

@@ -24,9 +24,8 @@ use crate::engine::checkpoint_writer::{Archive, Context};
 use crate::engine::gradient_log::GradientLog;
 use crate::engine::passport;
 use crate::engine::trainer::Trainer;
-use crate::eval::EvalError;
 use crate::eval::beside::{self, Evaluations};
-use crate::eval::judge::Means;
+use crate::eval::inputs::Inputs;
 use crate::nn::broken::guarded;
 use crate::objective::{Model, Objective, Unsuitable};
 use crate::session::{ConnectError, End, Order, Session};
@@ -260,29 +259,17 @@ fn evaluations(
     session: &Arc<Session>,
     trace: &Trace,
 ) -> Result<Evaluations, Failure> {
-    let settings = &job.evaluation;
-    let wanted = settings.every_steps != 0 || settings.with_checkpoints;
-    let draws = model.objective.sampler().is_some();
-    if wanted && !draws {
-        let mend = "set evaluation.every_steps = 0 and evaluation.with_checkpoints = false";
-        return Err(Failure::Input(format!("the objective draws no samples to evaluate; {mend}")));
-    }
-    if job.sample.every_steps != 0 && !draws {
+    if job.sample.every_steps != 0 && model.objective.sampler().is_none() {
         tracing::info!("the objective draws no samples: there are no grids");
     }
-    let open = || -> Result<beside::Context, EvalError> {
-        let held_out = settings.held_out.clone().map(|path| job.data.elsewhere(path));
-        let held_out = held_out.map(|data| open_data(job, &data)).transpose();
-        let held_out = held_out.map_err(|error| error.in_words_of("evaluation.held_out", "data.kind"))?;
-        Ok(beside::Context {
-            job: job.clone(),
-            model: model.clone(),
-            data: data.clone(),
-            means: Means::open(settings, data, held_out)?,
-            session: session.clone(),
-            track: trace.track(3, "evaluation"),
-        })
-    };
-    let context = wanted.then(open).transpose()?;
+    let inputs = Inputs::open(job, model, data, |held_out| open_data(job, held_out))?;
+    let context = inputs.map(|inputs| beside::Context {
+        job: job.clone(),
+        model: model.clone(),
+        data: data.clone(),
+        inputs,
+        session: session.clone(),
+        track: trace.track(3, "evaluation"),
+    });
     Evaluations::start(context, session).map_err(Failure::other)
 }

@@ -15,11 +15,11 @@ use std::time::Instant;
 use ganglion_proto::evaluation::EvaluationRow;
 use ganglion_proto::job::Job;
 use ganglion_proto::progress::Progress;
-use ganglion_proto::record::Scalars;
 use ganglion_proto::trace::Track;
 use serde::Serialize;
 
 use super::EvalError;
+use super::inputs::Inputs;
 use super::judge::{Judge, Means};
 use crate::checkpoint::Snapshot;
 use crate::data::DataSet;
@@ -42,8 +42,8 @@ pub(crate) struct Context {
     pub model: Arc<Model>,
     /// The training samples.
     pub data: Arc<DataSet>,
-    /// Feature extractor, settings and held-out samples.
-    pub means: Means,
+    /// Inputs of the evaluations.
+    pub inputs: Inputs,
     /// Session for the reports.
     pub session: Arc<Session>,
     /// Trace track of the thread.
@@ -173,9 +173,11 @@ impl Monitor<Queue> {
         if let Err(error) = rustix::process::nice(NICE) {
             tracing::debug!("evaluations have the priority of training: {error}");
         }
-        let Context { job, model, data, means, session, track } = context;
-        let features = means.describe();
-        let mut means = Some(means);
+        let Context { job, model, data, inputs, session, track } = context;
+        let Inputs { mut means, held_out } = inputs;
+        let draws = means.is_some();
+        let features = means.as_ref().map_or_else(|| "none".to_string(), Means::describe);
+        let counted = held_out.as_ref().map_or(0, |held_out| held_out.samples() as u64);
         let mut judge: Option<Judge> = None;
         while let Some(snapshot) = self.next(&session) {
             let (began, of) = (Instant::now(), Of { step: snapshot.step });
@@ -184,10 +186,19 @@ impl Monitor<Queue> {
                 if let Some(means) = means.take() {
                     judge = Some(means.judge(&data, &Progress::off())?);
                 }
-                let judge = judge.as_ref().ok_or_else(|| {
-                    EvalError::Input("the evaluations cannot be prepared: see the first one".to_string())
-                })?;
-                evaluate(&model, job.job.seed, judge, &snapshot)
+                if draws && judge.is_none() {
+                    let why = "the evaluations cannot be prepared: see the first one";
+                    return Err(EvalError::Input(why.to_string()));
+                }
+                let seed = job.job.seed;
+                let mut metrics = match &judge {
+                    Some(judge) => of_samples(&model, seed, judge, &snapshot)?,
+                    None => Vec::new(),
+                };
+                if let Some(held_out) = &held_out {
+                    metrics.extend(held_out.evaluate(&model, seed, &snapshot)?);
+                }
+                Ok(metrics)
             };
             // A user's module may fail: training goes on without its figures.
             let make = || guarded(make).unwrap_or_else(|broken| Err(EvalError::Input(broken.to_string())));
@@ -196,13 +207,13 @@ impl Monitor<Queue> {
             let seconds = began.elapsed().as_secs_f64();
             let row = match metrics {
                 Ok(metrics) => {
-                    let metrics = metrics.into_iter().collect();
-                    EvaluationRow { step: snapshot.step, metrics, features: features.clone(), seconds }
+                    let (step, metrics) = (snapshot.step, metrics.into_iter().collect());
+                    EvaluationRow { step, metrics, features: features.clone(), held_out: counted, seconds }
                 }
                 Err(error) => {
                     tracing::warn!("no evaluation of step {}: {error}", snapshot.step);
                     let features = format!("failed: {error}");
-                    EvaluationRow { step: snapshot.step, metrics: Scalars::default(), features, seconds }
+                    EvaluationRow { step: snapshot.step, features, seconds, ..EvaluationRow::default() }
                 }
             };
             // The state may have been rolled back meanwhile: then its row is not reported.
@@ -237,11 +248,11 @@ impl Monitor<Queue> {
     }
 }
 
-/// Evaluates a state: returns its metrics by name.
+/// Evaluates the samples that a state draws: returns their metrics by name.
 ///
 /// # Errors
-/// Samples cannot be read or judged, or the objective draws none.
-pub(crate) fn evaluate(
+/// Samples cannot be judged, or the objective draws none.
+fn of_samples(
     model: &Model,
     seed: u64,
     judge: &Judge,

@@ -1,12 +1,15 @@
 //! Evaluator: computes all metrics that the features allow, against a reference of real samples that is
 //! prepared once.
 
+use std::sync::Arc;
+
 use ganglion_proto::evaluation::{BestBy, Evaluation, names};
 use ganglion_proto::progress::Progress;
 use ganglion_proto::words::counted;
 use tch::{Kind, TchError, Tensor, no_grad};
 
 use super::features::{Extractor, Looked, chosen};
+use super::held_out::check_held_out;
 use super::metrics::{
     Labels, Manifold, Moments, diversity, frechet_distance, kernel_distance, memorised, nearest,
     precision_and_recall, sliced_wasserstein, threshold,
@@ -97,7 +100,18 @@ impl Asked {
 pub(crate) struct Means {
     settings: Evaluation,
     extractor: Extractor,
-    held_out: Option<DataSet>,
+    held_out: Option<Arc<DataSet>>,
+}
+
+/// Whether features of this kind do not give a metric of this name.
+fn lacks(extractor: &Extractor, name: &str) -> bool {
+    let of_labels = [names::SCORE, names::MODES, names::LABEL_KL, names::LABEL_ENTROPY];
+    let of_features = [names::FRECHET, names::KID, names::PRECISION, names::RECALL, names::MEMORISED];
+    match extractor {
+        Extractor::Pixels => of_features.contains(&name) || of_labels.contains(&name),
+        Extractor::File(..) => of_labels.contains(&name),
+        Extractor::Digits(..) => false,
+    }
 }
 
 impl Means {
@@ -108,37 +122,22 @@ impl Means {
     pub(crate) fn open(
         settings: &Evaluation,
         data: &DataSet,
-        held_out: Option<DataSet>,
+        held_out: Option<Arc<DataSet>>,
     ) -> Result<Means, EvalError> {
         let extractor = Extractor::open(&settings.features, data.shape())?;
-        let refused = |what: String| Err(EvalError::Input(format!("evaluation.held_out: {what}")));
-        if let Some(held_out) = &held_out {
-            let (own, of_data) = (held_out.shape(), data.shape());
-            if own != of_data {
-                return refused(format!("its images are {own}, and those of the data {of_data}"));
-            }
-            let (own, of_data) = (held_out.classes(), data.classes());
-            // Fewer are allowed: a held-out set may lack a class, but not have one that the critic does
-            // not know.
-            if own > of_data {
-                return refused(format!("it has {}, and the data {of_data}", counted(own, "class")));
-            }
-        }
+        held_out.as_deref().map_or(Ok(()), |held_out| check_held_out(held_out, data))?;
         // Before training: a best checkpoint by a metric that no row has would never be found.
-        let lacks = matches!(
-            (&extractor, settings.best_by),
-            (Extractor::Pixels, BestBy::FrechetDistance | BestBy::Kid | BestBy::ClassifierScore)
-                | (Extractor::File(..), BestBy::ClassifierScore)
-        );
-        if lacks {
-            let (name, features) = (settings.best_by, extractor.describe());
+        if let BestBy::Named(name) = &settings.best_by
+            && lacks(&extractor, name)
+        {
+            let features = extractor.describe();
             let what = format!(
                 "evaluation.best_by: there is no {name} by features of {features}; choose \"auto\" or other \
                  evaluation.features"
             );
             return Err(EvalError::Input(what));
         }
-        let counts = Counts::of(settings, data, held_out.as_ref());
+        let counts = Counts::of(settings, data, held_out.as_deref());
         counts.check()?;
         if let Some(warning) = extractor.dimensions().and_then(|dimensions| counts.warning(dimensions)) {
             tracing::warn!("{warning}");
@@ -161,13 +160,13 @@ impl Means {
         };
         let looked = look_at(data, settings.reference as usize, "real samples")?;
         looked.check("real samples")?;
-        let fresh = held_out.as_ref().map(|held_out| look_at(held_out, samples, "held-out samples"));
+        let fresh = held_out.as_deref().map(|held_out| look_at(held_out, samples, "held-out samples"));
         progress.part("statistics of real samples", 0);
         let fresh = fresh.transpose()?.and_then(|looked| looked.features);
         let asked = |held_out: &DataSet| Ok::<_, EvalError>([Asked::of(data)?, Asked::of(held_out)?]);
         let reference = Reference {
             images: images(data, &chosen(data, samples))?,
-            asked: held_out.as_ref().map(asked).transpose()?,
+            asked: held_out.as_deref().map(asked).transpose()?,
             features: looked.features.map(|all| OfFeatures::new(all, samples, fresh.as_ref())),
             labels: looked.probabilities.as_ref().map(Labels::new),
         };

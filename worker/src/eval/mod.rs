@@ -1,8 +1,8 @@
-//! Evaluation: metrics of generated samples.
+//! Evaluation: metrics of generated samples, and an objective's own scalars of held-out ones.
 //!
 //! 1. A metric is a function of features; features are a function of images and of fixed weights; the
-//!    images of an evaluation are a function of (job, state). So an evaluation has one result, on any
-//!    member and at any time.
+//!    images of an evaluation are a function of (job, state), and so are an objective's own scalars. So an
+//!    evaluation has one result, on any member and at any time.
 //! 2. Nothing here writes state or anything that training reads: libtorch's settings stay as the worker set
 //!    them.
 //! 3. During training it never holds a step up: see [`beside`].
@@ -10,6 +10,8 @@
 pub(crate) mod beside;
 pub(crate) mod digits;
 pub(crate) mod features;
+pub(crate) mod held_out;
+pub(crate) mod inputs;
 pub(crate) mod judge;
 pub(crate) mod metrics;
 pub(crate) mod rungs;

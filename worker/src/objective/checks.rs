@@ -1,10 +1,12 @@
 //! Conditions that an objective must meet to be trained. They are checked before training, where a message
 //! can still name what is wrong.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use ganglion_membership::StepShape;
-use ganglion_proto::record::{NAME_BYTES, SCALARS, check_scalar};
+use ganglion_proto::evaluation::names;
+use ganglion_proto::record::{NAME_BYTES, SCALARS, check_metric, check_scalar};
 use ganglion_proto::{NETWORKS, PHASES};
 
 use super::{Phase, Reads, Unsuitable};
@@ -72,13 +74,29 @@ pub(super) fn tensor_names(layout: &StateLayout) -> Result<(), Unsuitable> {
 pub(super) fn scalars<'a>(names: impl Iterator<Item = &'a str>) -> Result<(), Unsuitable> {
     let mut count = 0;
     for name in names {
-        check_scalar(name).map_err(|error| Unsuitable(error.to_string()))?;
+        check_scalar(name).map_err(|error| Unsuitable(error.0))?;
         count += 1;
     }
     if count > SCALARS {
         return Err(Unsuitable(format!(
             "the objective reports {count} scalars; a row has room for {SCALARS}"
         )));
+    }
+    Ok(())
+}
+
+/// Checks the names of the scalars of an evaluator.
+pub(super) fn evaluated(scalars: &[Cow<'static, str>]) -> Result<(), Unsuitable> {
+    let room = SCALARS - names::ALL.len();
+    if scalars.len() > room {
+        let count = scalars.len();
+        return Err(Unsuitable(format!("the objective evaluates {count} scalars; there is room for {room}")));
+    }
+    for (at, name) in scalars.iter().enumerate() {
+        check_metric(name).map_err(|error| Unsuitable(error.0))?;
+        if names::ALL.contains(&&**name) || scalars[..at].contains(name) {
+            return Err(Unsuitable(format!("the objective evaluates a scalar {name}, a name that is taken")));
+        }
     }
     Ok(())
 }

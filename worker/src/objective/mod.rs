@@ -21,9 +21,11 @@ use tch::{Device, Tensor};
 
 pub use self::model::Model;
 pub use self::shard_grad::{BufferRun, GradLayout, ScalarRole, ScalarSpec, ShardGrad};
-use crate::checkpoint::WeightsFile;
+use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::nn::TensorSpec;
+use crate::random::Key;
 use crate::sampling::Sampler;
+use crate::state::StateLayout;
 pub use crate::state::{BufferId, NamedNetwork, NetworkId, NetworkSet, State};
 
 /// One update of a step.
@@ -183,6 +185,11 @@ pub trait Objective: Send + Sync {
         None
     }
 
+    /// Evaluates states on held-out data, for an objective that has scalars of its own for it.
+    fn evaluator(&self) -> Option<&dyn Evaluator> {
+        None
+    }
+
     /// File that each checkpoint has beside the state, with the weights that samples are drawn with.
     fn weights_file(&self) -> Option<WeightsFile> {
         None
@@ -198,6 +205,26 @@ pub trait Objective: Send + Sync {
     /// data: its arithmetic identifies the machine, whatever the data are.
     fn probe(&self, shard_batch: u32) -> Box<dyn Objective>;
 }
+
+/// Evaluates states on held-out data.
+pub trait Evaluator: Send + Sync {
+    /// Names of the scalars, in order. None is that of a metric of generated samples.
+    fn scalars(&self) -> Vec<Cow<'static, str>>;
+
+    /// Prepares the weights of a snapshot.
+    ///
+    /// # Errors
+    /// libtorch refused.
+    fn begin<'a>(
+        &'a self,
+        layout: &'a StateLayout,
+        snapshot: &'a Snapshot,
+    ) -> Result<BatchSums<'a>, c10d::Error>;
+}
+
+/// Function from a batch of held-out samples, on the CPU, and the key of its draws to the evaluator's scalars,
+/// each summed over the samples. A batch has as many samples as a data shard.
+pub type BatchSums<'a> = Box<dyn FnMut(&ShardBatch, Key) -> Result<Vec<f64>, c10d::Error> + 'a>;
 
 /// Computes the gradients of one member's shards, phase by phase.
 pub trait Compute {

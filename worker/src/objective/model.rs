@@ -8,7 +8,9 @@ use ganglion_proto::job::{Job, Precision};
 use ganglion_storage::Storage;
 use tch::{Device, Tensor};
 
-use super::{GradLayout, NetworkId, Objective, Phase, Reads, ScalarRole, Setting, Unsuitable, checks};
+use super::{
+    Evaluator, GradLayout, NetworkId, Objective, Phase, Reads, ScalarRole, Setting, Unsuitable, checks,
+};
 use crate::checkpoint::{Files, WeightsFile, file_count};
 use crate::nn::{Init, TensorSpec};
 use crate::state::{State, StateLayout};
@@ -91,6 +93,7 @@ impl Model {
         let settings: Vec<String> = model.objective.settings().iter().map(Setting::column).collect();
         // Before training: a row that cannot be written would show only at the first report.
         checks::scalars(model.reported.iter().map(AsRef::as_ref).chain(settings.iter().map(String::as_str)))?;
+        checks::evaluated(&model.objective.evaluator().map(Evaluator::scalars).unwrap_or_default())?;
         Ok(model)
     }
 

@@ -4,12 +4,15 @@
 use std::borrow::Cow;
 
 use c10d::aten::Adam;
+use ganglion_worker::checkpoint::Snapshot;
+use ganglion_worker::nn::tensor_bytes::from_bytes;
 use ganglion_worker::nn::{Init, TensorSpec};
 use ganglion_worker::objective::{
-    BufferId, Compute, NamedNetwork, NetworkId, NetworkSet, Objective, Phase, Reads, ScalarRole, ScalarSpec,
-    ShardAt, ShardBatch, ShardGrad, State,
+    BatchSums, BufferId, Compute, Evaluator, NamedNetwork, NetworkId, NetworkSet, Objective, Phase, Reads,
+    ScalarRole, ScalarSpec, ShardAt, ShardBatch, ShardGrad, State,
 };
 use ganglion_worker::random::{Key, Purpose};
+use ganglion_worker::state::{StateLayout, narrow};
 use tch::{Kind, Tensor, no_grad};
 
 pub(crate) const ENCODER: NetworkId = NetworkId(0);
@@ -149,8 +152,41 @@ impl Objective for Three {
         DECAY
     }
 
+    fn evaluator(&self) -> Option<&dyn Evaluator> {
+        Some(self)
+    }
+
     fn probe(&self, _shard_batch: u32) -> Box<dyn Objective> {
         Box::new(Three)
+    }
+}
+
+/// Scalars of the evaluator: the loss of the first phase by the encoder's average, and its opposite, of which
+/// more is better. Noise of each batch's own key enters both.
+pub(crate) const EVALUATED: [&str; 2] = ["error", "quality"];
+
+impl Evaluator for Three {
+    fn scalars(&self) -> Vec<Cow<'static, str>> {
+        EVALUATED.map(Cow::from).to_vec()
+    }
+
+    fn begin<'a>(
+        &'a self,
+        layout: &'a StateLayout,
+        snapshot: &'a Snapshot,
+    ) -> Result<BatchSums<'a>, c10d::Error> {
+        let flat = from_bytes(&snapshot.flat);
+        let average = layout.network(ENCODER).average_range().expect("the encoder has one");
+        let (encoder, buffers) = layout.network(ENCODER).views(&narrow(&flat, average));
+        let (head, _) = layout.network(HEAD).views(&narrow(&flat, layout.network(HEAD).weight_range()));
+        Ok(Box::new(move |batch, key| {
+            let (features, mean) = (Some(features(&batch.images)), &buffers[0]);
+            let noise = key.normal(1);
+            let parameters = [encoder.as_slice(), &head, &[]];
+            let inputs = Inputs { parameters, mean, features, noise: noise.shallow_clone() };
+            let error = (loss(FIT, &inputs).0 + noise * 1e-3).double_value(&[0]);
+            Ok(vec![error, -error])
+        }))
     }
 }
 
