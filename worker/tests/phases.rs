@@ -9,15 +9,17 @@ use std::sync::Arc;
 
 use c10d::aten::Adam;
 use ganglion_membership::{Position, shard_ranges};
-use ganglion_proto::job::Precision;
+use ganglion_proto::job::{NonFinite, Precision};
 use ganglion_worker::engine::commit::{commit, pass, skip};
+use ganglion_worker::engine::finite::{Rules, Verdict, judge};
 use ganglion_worker::engine::reduce::tree::{Summand, TreeSum};
 use ganglion_worker::nn::tensor_bytes::to_bytes;
 use ganglion_worker::objective::{
     Model, NetworkId, Objective, Phase, Reads, ShardAt, ShardBatch, ShardGrad, State,
 };
 use ganglion_worker::random::{Key, Purpose};
-use tch::{Device, Tensor, no_grad};
+use ganglion_worker::state::Counters;
+use tch::{Device, Kind, Tensor, no_grad};
 
 use three::{CRITIC, DECAY, ENCODER, FIT, HEAD, Inputs, MOMENTUM, PLAIN, Three, features, loss, noise};
 
@@ -284,4 +286,17 @@ fn phases_that_make_no_step_are_unsuitable() {
         let told = told(phases).unwrap();
         assert!(told.contains(why), "{told}");
     }
+}
+
+/// A network's phases are called by the network, as ever; others by their own name.
+#[test]
+fn what_is_not_finite_is_told_by_the_name_of_the_phase() {
+    let model = model();
+    let phase = model.phases()[1];
+    let len = i64::try_from(model.gradient(phase).len()).unwrap();
+    let mean = Tensor::full([len], f64::NAN, (Kind::Float, Device::Cpu));
+    let rules = Rules { policy: NonFinite::Skip, skips: &[] };
+    let counters = Counters { position: Position(17), ..Counters::default() };
+    let verdict = judge(rules, &model, phase, counters, &mean).unwrap();
+    assert_eq!(verdict, Verdict::Skip("the lazy phase's gradient of step 5 is not finite".to_string()));
 }

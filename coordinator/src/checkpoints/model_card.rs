@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use ganglion_membership::Passport;
-use ganglion_proto::evaluation::EvaluationRow;
+use ganglion_proto::evaluation::{EvaluationRow, names};
 use ganglion_proto::job::{Job, ModelKind};
 use ganglion_proto::record::found::Found;
 
@@ -41,23 +41,41 @@ pub(crate) fn render(subject: &Subject) -> String {
     data(&mut card, subject);
     metrics(&mut card, best, row);
     lineage(&mut card, subject);
-    let _ = write!(
-        card,
-        "\n## Intended use\n\n\
-         Drawing images like those of the training data, for study and for comparison with other generators. Whoever puts the\n\
-         model to another use must judge whether it is fit for it.\n\
-         \n## Limits\n\n\
-         - It can draw nothing that its training data did not show, and repeats what is one-sided in them.\n\
-         - The figures above are estimates from samples, by features that were made for other images than yours may be; they\n\
-         \x20 compare generators on the same data and say little in themselves.\n\
-         - A low share of memorised samples does not prove that no training sample can be drawn. Do not give a model of private\n\
-         \x20 data away on its account.\n\
-         - Licence and terms of the training data bind whoever uses what was learned from them.\n\
-         \n## Settings\n\n```toml\n{}```\n",
-        settings(job)
-    );
+    let draws = names::ALL.iter().any(|name| row.get(name).is_some());
+    card.push_str(if draws { USE_OF_SAMPLES } else { USE });
+    card.push_str("- Licence and terms of the training data bind whoever uses what was learned from them.\n");
+    let _ = write!(card, "\n## Settings\n\n```toml\n{}```\n", settings(job));
     card
 }
+
+/// Intended use and limits of a model that draws samples.
+const USE_OF_SAMPLES: &str = "
+## Intended use
+
+Drawing images like those of the training data, for study and for comparison with other generators. Whoever puts the
+model to another use must judge whether it is fit for it.
+
+## Limits
+
+- It can draw nothing that its training data did not show, and repeats what is one-sided in them.
+- The figures above are estimates from samples, by features that were made for other images than yours may be; they
+  compare generators on the same data and say little in themselves.
+- A low share of memorised samples does not prove that no training sample can be drawn. Do not give a model of private
+  data away on its account.
+";
+
+/// Intended use and limits of a model that draws none.
+const USE: &str = "
+## Intended use
+
+Images like those of the training data, for study and for comparison with other models. Whoever puts the model to
+another use must judge whether it is fit for it.
+
+## Limits
+
+- It knows nothing that its training data did not show, and repeats what is one-sided in them.
+- The figures above are estimates from the held-out samples, and hold for data like these.
+";
 
 fn model(card: &mut String, job: &Job, folder: &str) {
     let of_package = job.model.kind == ModelKind::Package;

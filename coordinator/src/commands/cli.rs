@@ -18,7 +18,7 @@ use crate::commands::data_check::Check;
 use crate::error::Failure;
 use crate::records::logging::LogFormat;
 
-/// Trains a GAN data-parallel on many workers, with the same result for any number of them.
+/// Trains a generative model data-parallel on many workers, with the same result for any number of them.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 pub struct Cli {

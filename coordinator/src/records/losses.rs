@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use ganglion_proto::record::MetricsRow;
 
-use super::scalars::Shown;
+use super::scalars::{LOSS, Shown};
 
 /// Number of newest rows whose median counts: a few outliers are no explosion.
 const RECENT: usize = 5;
@@ -73,7 +73,8 @@ impl Level {
 }
 
 fn is_loss(name: &str) -> bool {
-    Shown::new(name).group.name == "loss"
+    // The only loss of an objective may have no other name.
+    name == LOSS || Shown::new(name).group.name == LOSS
 }
 
 #[cfg(test)]
@@ -97,6 +98,7 @@ mod tests {
         // Before the first row, so that none was calm.
         assert!(after(&[5e11]).is_some() && after(&[5e11; 9]).is_some());
         assert!(after(&[0.7; 100].map(|loss| loss * 4e3)).is_none(), "large from the beginning");
+        assert!(["loss", "loss_generator", "r1_loss"].into_iter().all(is_loss) && !is_loss("lossless"));
     }
 
     #[test]

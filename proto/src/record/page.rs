@@ -27,8 +27,8 @@ Each scalar of the objective is a column of its own, in place of `scalars`. A GA
 and `score_real` and `score_fake`, the discriminator's mean output for samples of both kinds: a probability where the loss takes
 the output for its logarithm. They are means over the global batch of the step's last phase of that kind; a phase that does not
 run in every step shows those of the last step in which it ran. Everything that shows columns shows any scalar: TensorBoard as
-`scalar/NAME`, Prometheus as `ganglion_scalar{name}`, the dashboard as a curve. Only `loss_NETWORK` and `score_OF` are grouped, as
-`loss/NETWORK` and `ganglion_loss{module}`, `score/OF` and `ganglion_score{of}`.
+`scalar/NAME`, Prometheus as `ganglion_scalar{name}`, the dashboard as a curve. Only losses and a GAN's scores are grouped:
+`loss_OF` and `OF_loss` as `loss/OF` and `ganglion_loss{module}`, `score_OF` as `score/OF` and `ganglion_score{of}`.
 
 A setting that a schedule or a controller moves over the run is a scalar too, `setting_NAME`, as it is after the step: learning
 rates, beta2, the weights of R1 and R2, the probability of augmentation, the half-life of the moving average. TensorBoard has it

@@ -94,7 +94,9 @@ fn describe(model: &Model, phase: Phase, position: Position, mean: &Tensor) -> R
     } else {
         "batch statistics"
     };
-    let (whose, step) = (model.name(phase), model.steps(position) + 1);
+    let (name, step) = (model.name(phase), model.steps(position) + 1);
+    let is_network = model.layout.networks().iter().any(|network| network.name == name);
+    let whose = if is_network { name.to_string() } else { format!("{name} phase") };
     let verb = if what == "batch statistics" { "are" } else { "is" };
     Ok(format!("the {whose}'s {what} of step {step} {verb} not finite"))
 }

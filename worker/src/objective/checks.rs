@@ -72,10 +72,18 @@ pub(super) fn tensor_names(layout: &StateLayout) -> Result<(), Unsuitable> {
 
 /// Checks the names of a row's scalars.
 pub(super) fn scalars<'a>(names: impl Iterator<Item = &'a str>) -> Result<(), Unsuitable> {
-    let mut count = 0;
-    for name in names {
-        check_scalar(name).map_err(|error| Unsuitable(error.0))?;
-        count += 1;
+    let names: Vec<&str> = names.collect();
+    names.iter().try_for_each(|name| check_scalar(name)).map_err(|error| Unsuitable(error.0))?;
+    let count = names.len();
+    // Both are shown as the loss of one thing.
+    let loss_of = |name: &str| name.strip_prefix("loss_").map(|of| format!("{of}_loss"));
+    if let Some(name) =
+        names.iter().find(|name| loss_of(name).is_some_and(|other| names.contains(&other.as_str())))
+    {
+        return Err(Unsuitable(format!(
+            "the scalars {name} and {} have one meaning",
+            loss_of(name).unwrap_or_default()
+        )));
     }
     if count > SCALARS {
         return Err(Unsuitable(format!(
@@ -99,4 +107,67 @@ pub(super) fn evaluated(scalars: &[Cow<'static, str>]) -> Result<(), Unsuitable>
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use ganglion_proto::job::Precision;
+
+    use super::*;
+    use crate::state::NamedNetwork;
+
+    fn told<T>(checked: Result<T, Unsuitable>) -> String {
+        checked.err().map(|error| error.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn scalars_have_names_of_their_own_and_room() {
+        let many: Vec<String> = (0..=SCALARS).map(|at| format!("s{at}")).collect();
+        assert_eq!(told(scalars(["loss_d", "r1_loss", "loss"].into_iter())), "");
+        assert!(told(scalars(["d_loss", "loss_d"].into_iter())).contains("loss_d and d_loss"));
+        assert!(told(scalars(["epoch"].into_iter())).contains("epoch"));
+        assert!(told(scalars(many.iter().map(String::as_str))).contains("room for 64"));
+        let own = |names: &[&'static str]| {
+            told(evaluated(&names.iter().map(|name| (*name).into()).collect::<Vec<_>>()))
+        };
+        assert_eq!(own(&["nll", "accuracy"]), "");
+        for names in [&["kid"][..], &["nll", "nll"], &["a b"]] {
+            assert!(!own(names).is_empty(), "{names:?}");
+        }
+        assert!(own(&["s"; 53]).contains("room for 52"));
+    }
+
+    #[test]
+    fn phases_are_named_and_those_with_a_cadence_each_by_its_own() {
+        let names = |names: &[&str], named: usize| {
+            let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+            told(phase_names(&names, |index| index == named))
+        };
+        assert_eq!(names(&["d", "d", "g"], 2), "");
+        assert!(names(&["d", "d", "g"], 1).contains("phase 1 of the objective does not run in every step"));
+        assert!(
+            names(&["d", ""], 9).contains("is no name")
+                && names(&[&"x".repeat(65)], 9).contains("is no name")
+        );
+        let many: Vec<String> = (0..=NETWORKS).map(|at| at.to_string()).collect();
+        assert!(told(phase_names(&many, |_| false)).contains("more than 64 names"));
+    }
+
+    #[test]
+    fn two_tensors_of_one_name_are_unsuitable() {
+        let network = |name: &'static str, average: &'static str| NamedNetwork {
+            name: name.into(),
+            parameters: vec![crate::nn::TensorSpec::parameter(
+                "w".into(),
+                &[1],
+                crate::nn::Init::Constant(0.0),
+            )],
+            buffers: Vec::new(),
+            average: Some(average.into()),
+        };
+        let check =
+            |networks: &[NamedNetwork]| told(tensor_names(&StateLayout::new(networks, &[], Precision::Fp32)));
+        assert_eq!(check(&[network("a", "ema_a"), network("b", "ema_b")]), "");
+        assert!(check(&[network("a", "b"), network("b", "c")]).contains("are called b.w"));
+    }
 }
