@@ -61,6 +61,8 @@ rust::String compute_capability(std::int8_t device) {
 }
 
 // That of the headers of this build, which are those of libtorch's own.
-rust::String cuda_version() { return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10); }
+rust::String cuda_version() {
+  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+}
 
 } // namespace c10d_shim

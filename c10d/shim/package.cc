@@ -40,8 +40,7 @@ std::unique_ptr<Graph> load_graph(rust::Str library, std::int8_t device) {
   const std::string name = device < 0 ? kind : kind + ":" + std::to_string(device);
   // The kernels of a GPU lie beside the library.
   const std::string folder = path.substr(0, path.find_last_of('/'));
-  return std::make_unique<Graph>(
-      create->second(path, /*num_models=*/1, name, folder, /*run_single_threaded=*/true));
+  return std::make_unique<Graph>(create->second(path, /*num_models=*/1, name, folder, /*run_single_threaded=*/true));
 }
 
 } // namespace c10d_shim

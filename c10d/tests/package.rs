@@ -13,7 +13,9 @@ fn compile(folder: &tempfile::TempDir, fault: u32) -> PathBuf {
     let library = folder.path().join(format!("{fault}.so"));
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/src/graph.c");
     let mut compile = Command::new("cc");
-    compile.args(["-O1", "-shared", "-fPIC", "-Wall", "-DGRAPH=0"]).arg(format!("-DFAULT={fault}"));
+    compile
+        .args(["-O1", "-shared", "-fPIC", "-Wall", "-D", "GRAPH=0"])
+        .args(["-D", &format!("FAULT={fault}")]);
     let compiled = compile.arg("-o").arg(&library).arg(source).output().unwrap();
     assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
     library

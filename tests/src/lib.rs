@@ -9,6 +9,7 @@
 pub mod disk;
 pub mod failpoint;
 pub mod measured;
+pub mod package;
 pub mod wire;
 
 use std::cell::RefCell;

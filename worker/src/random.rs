@@ -34,6 +34,8 @@ pub enum Purpose {
     /// Training of the digit classifier: `step` 0 for the weights (`shard` is the tensor's index), then the
     /// shifts of each batch.
     Classifier = 11,
+    /// All draws of a package's graph, in the order of its manifest.
+    Graph = 12,
 }
 
 /// Key of a draw: its place in the run.
@@ -67,19 +69,19 @@ impl Key {
         self.generator().next_u64()
     }
 
+    /// Returns all draws of this key, one after the other.
+    pub(crate) fn stream(&self) -> Stream {
+        Stream(self.generator())
+    }
+
     /// Returns `count` draws of N(0, 1), as a flat tensor of f32 on the CPU.
     pub fn normal(&self, count: usize) -> Tensor {
-        let mut generator = self.generator();
-        let values: Vec<f32> = (0..count).map(|_| StandardNormal.sample(&mut generator)).collect();
-        Tensor::from_slice(&values)
+        Tensor::from_slice(&self.stream().normal(count))
     }
 
     /// Returns `count` draws of U[low, high), as a flat tensor of f32 on the CPU.
     pub fn uniform(&self, low: f32, high: f32, count: usize) -> Tensor {
-        let mut generator = self.generator();
-        let range = Uniform::new(low, high).expect("bounds come in order and are finite");
-        let values: Vec<f32> = (0..count).map(|_| range.sample(&mut generator)).collect();
-        Tensor::from_slice(&values)
+        Tensor::from_slice(&self.stream().uniform(low, high, count))
     }
 
     /// Returns `count` draws from 0 to `below` - 1.
@@ -87,6 +89,49 @@ impl Key {
         let mut generator = self.generator();
         let range = Uniform::new(0, below).expect("there is something to choose from");
         (0..count).map(|_| range.sample(&mut generator)).collect()
+    }
+}
+
+/// Draws of one key in their order: each kind takes up where the one before ended.
+pub(crate) struct Stream(ChaCha8Rng);
+
+/// Bytes that are drawn at once.
+const BLOCK: usize = 4096;
+
+impl Stream {
+    /// Returns `count` draws of N(0, 1).
+    pub(crate) fn normal(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| StandardNormal.sample(&mut self.0)).collect()
+    }
+
+    /// Returns `count` draws of U[low, high).
+    pub(crate) fn uniform(&mut self, low: f32, high: f32, count: usize) -> Vec<f32> {
+        let range = Uniform::new(low, high).expect("bounds come in order and are finite");
+        (0..count).map(|_| range.sample(&mut self.0)).collect()
+    }
+
+    /// Returns `count` integers from `low` to `high` - 1.
+    pub(crate) fn integers(&mut self, low: i64, high: i64, count: usize) -> Vec<i64> {
+        let range = Uniform::new(low, high).expect("bounds come in order");
+        (0..count).map(|_| range.sample(&mut self.0)).collect()
+    }
+
+    /// Returns `count` numbers that are 1 with probability `p`, and else 0.
+    pub(crate) fn bernoulli(&mut self, p: f64, count: usize) -> Vec<f32> {
+        // A probability in steps of 2^-32: compared with 32 bits each, many at once, as dropout takes millions.
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // from 0 to 2^32
+        let threshold = (p.clamp(0.0, 1.0) * 4_294_967_296.0).round() as u64;
+        let mut values = Vec::with_capacity(count);
+        let mut block = [0; BLOCK];
+        while values.len() < count {
+            let bytes = &mut block[..BLOCK.min(4 * (count - values.len()))];
+            self.0.fill_bytes(bytes);
+            let words = bytes
+                .chunks_exact(4)
+                .map(|word| u32::from_le_bytes(word.try_into().expect("chunks have 4 bytes")));
+            values.extend(words.map(|word| if u64::from(word) < threshold { 1.0 } else { 0.0 }));
+        }
+        values
     }
 }
 
@@ -127,6 +172,42 @@ mod tests {
         // A change here changes the result of every job.
         let drawn: Vec<u32> = values(KEY)[..4].iter().map(|value| value.to_bits()).collect();
         assert_eq!(drawn, PINNED);
+    }
+
+    #[test]
+    fn draws_of_a_stream_go_on_where_the_ones_before_ended() {
+        let drawn = || {
+            let mut stream = KEY.stream();
+            let (normal, uniform) = (stream.normal(3), stream.uniform(-2.0, 3.0, 1000));
+            let (integers, bernoulli) = (stream.integers(-5, 7, 1000), stream.bernoulli(0.3, 100_001));
+            (normal, uniform, integers, bernoulli, stream.normal(2))
+        };
+        let (normal, uniform, integers, bernoulli, last) = drawn();
+        assert_eq!(normal, values(KEY)[..3]);
+        assert_ne!(last, values(KEY)[..2]);
+        assert!(uniform.iter().all(|value| (-2.0..3.0).contains(value)));
+        assert_eq!((integers.iter().min(), integers.iter().max()), (Some(&-5), Some(&6)));
+        let ones = bernoulli.iter().filter(|value| **value == 1.0).count();
+        assert!((29_500..30_500).contains(&ones), "{ones} of 100,001 with probability 0.3");
+        assert_eq!(bernoulli.iter().filter(|value| **value == 0.0).count(), 100_001 - ones);
+        assert_eq!(drawn(), (normal, uniform, integers, bernoulli, last));
+        let mut stream = KEY.stream();
+        assert_eq!(
+            (stream.bernoulli(0.0, 5000), stream.bernoulli(1.0, 5000)),
+            (vec![0.0; 5000], vec![1.0; 5000])
+        );
+    }
+
+    /// As for normal draws: packages are trained by them.
+    #[test]
+    fn draws_of_a_stream_keep_their_values_across_versions() {
+        let mut stream = Key { purpose: Purpose::Graph, ..KEY }.stream();
+        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let drawn = (bits(stream.normal(2)), bits(stream.uniform(0.0, 1.0, 2)), stream.integers(0, 1000, 3));
+        let first = (vec![0x3f80_1aef, 0xbff6_ec0e], vec![0x3f0a_2852, 0x3f5e_1c3a], vec![530, 630, 163]);
+        let [none, one] = [0.0f32, 1.0].map(f32::to_bits);
+        let pinned = (first, vec![none, one, one, one, one, one, one, none]);
+        assert_eq!((drawn, bits(stream.bernoulli(0.5, 8))), pinned);
     }
 
     const PINNED: [u32; 4] = [0xbf2e_b571, 0xbeaa_a143, 0xbf9a_5bb2, 0xbfa7_c763];

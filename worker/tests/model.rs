@@ -81,7 +81,7 @@ impl Objective for Three {
         let value = |steps: u64, state: &State| {
             f64::from(u32::try_from(steps).unwrap()) + state.own(0).double_value(&[1])
         };
-        vec![Setting { name: "gain", value: Box::new(value) }]
+        vec![Setting { name: "gain".into(), value: Box::new(value) }]
     }
 
     /// Keeps the count of updates, and the margin.

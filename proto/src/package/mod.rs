@@ -12,6 +12,7 @@ mod machine;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -61,6 +62,9 @@ pub struct Manifest {
     pub data: DataSpec,
     /// Networks, in the order of the state's sections.
     pub networks: Vec<Network>,
+    /// Further names of tied tensors in Python, each with the first; of no meaning here.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub aliases: BTreeMap<String, String>,
     /// Updates, in the order of a step.
     pub phases: Vec<Phase>,
     /// Graph that draws samples.

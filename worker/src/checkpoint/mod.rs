@@ -54,12 +54,19 @@ impl Snapshot {
 pub struct WeightsFile {
     /// Name of the file.
     pub name: String,
-    /// Prefix of the tensors' names in the state; they have none in the file.
-    pub section: String,
+    /// Beginnings of tensors' names in the state, each with the one that takes its place in the file.
+    pub sections: Vec<(String, String)>,
     /// Integer tensors of the file.
     pub constants: Vec<Constant>,
     /// Metadata beside the format and the step: enough to draw samples without the job.
     pub about: BTreeMap<String, String>,
+}
+
+impl WeightsFile {
+    /// Name in the file of a tensor of the state, if it is in it.
+    fn name_of(&self, tensor: &str) -> Option<String> {
+        self.sections.iter().find_map(|(from, to)| Some(format!("{to}{}", tensor.strip_prefix(from)?)))
+    }
 }
 
 /// Errors of a checkpoint's files.
@@ -131,7 +138,7 @@ fn plan(layout: &StateLayout, weights: Option<&WeightsFile>, data_shards: u32) -
         files.push(Planned { name, content: Content::State { tensors, with_counters: index == 0 } });
     }
     if let Some(file) = weights {
-        let tensors = layout.tensors().into_iter().filter(|tensor| tensor.name.starts_with(&file.section));
+        let tensors = layout.tensors().into_iter().filter(|tensor| file.name_of(&tensor.name).is_some());
         let content = Content::Weights(tensors.collect());
         files.push(Planned { name: file.name.clone(), content });
     }
@@ -217,7 +224,7 @@ impl Files<'_> {
             Content::Weights(tensors) => {
                 let file = self.weights.expect("a file is planned for an objective that has one");
                 let floats = tensors.iter().map(|tensor| {
-                    let name = tensor.name.trim_start_matches(&file.section).to_string();
+                    let name = file.name_of(&tensor.name).expect("the file's tensors were chosen by it");
                     (name, view(Dtype::F32, &tensor.shape, floats(snapshot, tensor)))
                 });
                 let constants = &file.constants;

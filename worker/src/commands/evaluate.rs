@@ -95,7 +95,7 @@ pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
         return Err(Failure::Input("--rungs judges no run; leave one of the two out".to_string()));
     }
     let found = (!arguments.rungs).then(|| arguments.weights.open()).transpose()?;
-    let shape = found.as_ref().map(|found| found.generator.shape());
+    let shape = found.as_ref().map(|found| found.painter.shape());
     let source = arguments.source(shape, found.as_ref().and_then(|found| found.job.as_ref()))?;
     let open = |data: &Data, option: &str| {
         DataSet::open(data)
@@ -119,9 +119,9 @@ pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
         Evaluation { samples, reference, features, best_by: BestBy::Auto, ..Evaluation::default() };
     let judge = Means::open(&settings, &data, held_out()?.map(Arc::new))?.judge(&data, &progress)?;
     let judged = match found {
-        Some(Found { name, generator, .. }) => {
+        Some(Found { name, painter, .. }) => {
             progress.part("samples", samples.into());
-            let images = generator.draw_counted(Purpose::Evaluation, arguments.seed, samples, &progress);
+            let images = painter.draw_counted(Purpose::Evaluation, arguments.seed, samples, &progress);
             vec![(name, judge.metrics(&images, None, &progress)?)]
         }
         None => {

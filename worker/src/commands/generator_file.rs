@@ -1,13 +1,19 @@
-//! Lookup of a generator's weights.
+//! Lookup of the weights that draw samples: a generator's, or those of a package.
 
 use std::path::PathBuf;
 
 use clap::Args;
 use ganglion_proto::out;
+use ganglion_proto::progress::Progress;
 use ganglion_storage::run::{self, RunName};
+use safetensors::SafeTensors;
+use tch::Tensor;
 use tracing::Level;
 
 use crate::commands::error::Failure;
+use crate::data::ImageShape;
+use crate::objective::package::{PackageSamples, WEIGHTS_FILE, in_turn};
+use crate::random::{Key, Purpose};
 use crate::sampling::Generator;
 
 /// Name of the averaged generator's file in a checkpoint's folder.
@@ -26,13 +32,24 @@ pub(crate) struct Weights {
     /// TorchScript file of the generator, for a run with networks of your own, if it has moved.
     #[arg(long, value_name = "FILE")]
     generator: Option<PathBuf>,
+    /// Package of the run, for a run of one, if it has moved.
+    #[arg(long, value_name = "FILE")]
+    package: Option<PathBuf>,
 }
 
-/// A generator, and where it was found.
+/// Weights that draw samples.
+pub(crate) enum Painter {
+    /// A generator.
+    Generator(Generator),
+    /// The graph of a package.
+    Package(PackageSamples),
+}
+
+/// Weights that draw samples, and where they were found.
 pub(crate) struct Found {
-    /// Name of its file.
+    /// Name of their file.
     pub name: String,
-    pub generator: Generator,
+    pub painter: Painter,
     /// Name and text of its run's job, if the run is known.
     pub job: Option<(String, String)>,
 }
@@ -40,7 +57,7 @@ pub(crate) struct Found {
 impl Weights {
     /// Whether anything was named.
     pub(crate) fn is_given(&self) -> bool {
-        self.run.is_some() || self.checkpoint.is_some() || self.generator.is_some()
+        self.run.is_some() || self.checkpoint.is_some() || self.generator.is_some() || self.package.is_some()
     }
 
     /// Finds and reads the weights.
@@ -48,13 +65,75 @@ impl Weights {
     /// # Errors
     /// There are no weights, or they cannot be read.
     pub(crate) fn open(&self) -> Result<Found, Failure> {
-        let read = run::read(self.run.as_ref().or(self.checkpoint.as_ref()), GENERATOR)?;
+        let name = self.run.as_ref().or(self.checkpoint.as_ref());
+        // A run has one of the two; where it has none, the usual one is told to be missing.
+        let read = run::read(name, GENERATOR)
+            .or_else(|missing| run::read(name, WEIGHTS_FILE).map_err(|_| missing))?;
         if let Some(told) = read.told {
             // Beside the answer: that is for programs as well.
             out::tell(Level::INFO, &told);
         }
-        let generator = Generator::read(&read.name, &read.bytes, self.generator.as_deref())?;
-        Ok(Found { name: read.name, generator, job: read.job })
+        let painter = match is_of_package(&read.bytes) {
+            true => Painter::Package(PackageSamples::read(&read.name, &read.bytes, self.package.as_deref())?),
+            false => Painter::Generator(Generator::read(&read.name, &read.bytes, self.generator.as_deref())?),
+        };
+        Ok(Found { name: read.name, painter, job: read.job })
+    }
+}
+
+/// Whether a file's header says that the weights are a package's.
+fn is_of_package(bytes: &[u8]) -> bool {
+    let header = SafeTensors::read_metadata(bytes).ok().and_then(|(_, header)| header.metadata().clone());
+    header.is_some_and(|about| about.get("model").map(String::as_str) == Some("package"))
+}
+
+impl Painter {
+    /// Shape of the samples.
+    pub(crate) fn shape(&self) -> ImageShape {
+        match self {
+            Painter::Generator(generator) => generator.shape(),
+            Painter::Package(samples) => samples.shape(),
+        }
+    }
+
+    /// Number of classes that samples are drawn of; 0 for none.
+    pub(crate) fn classes(&self) -> u32 {
+        match self {
+            Painter::Generator(generator) => generator.classes(),
+            Painter::Package(samples) => samples.classes(),
+        }
+    }
+
+    /// Names of the classes by their numbers; empty where they are numbers.
+    pub(crate) fn class_names(&self) -> &[String] {
+        match self {
+            Painter::Generator(generator) => generator.class_names(),
+            Painter::Package(samples) => samples.class_names(),
+        }
+    }
+
+    /// A class for each of `count` samples, in turn.
+    pub(crate) fn classes_in_turn(&self, count: u32) -> Vec<u32> {
+        in_turn(self.classes(), count)
+    }
+
+    /// Draws `count` samples, (count, c, h, w) in [-1, 1], of the classes in turn.
+    pub(crate) fn draw_counted(
+        &self,
+        purpose: Purpose,
+        seed: u64,
+        count: u32,
+        progress: &Progress,
+    ) -> Tensor {
+        match self {
+            Painter::Generator(generator) => generator.draw_counted(purpose, seed, count, progress),
+            Painter::Package(samples) => samples.draw(
+                Key { seed, step: 0, phase: 0, shard: 0, purpose },
+                0,
+                &self.classes_in_turn(count),
+                progress,
+            ),
+        }
     }
 }
 

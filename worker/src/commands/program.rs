@@ -30,7 +30,7 @@ use crate::data::check::{Look, check};
 use crate::device::{DeviceChoice, gpus};
 use crate::engine::passport::NUMERICS;
 use crate::nn::broken::guarded;
-use crate::objective::gan;
+use crate::objective;
 
 /// Trains with the other workers of a run, or draws samples from a checkpoint.
 #[derive(Parser)]
@@ -194,7 +194,7 @@ fn join(arguments: &Join) -> Result<(), Failure> {
         name: arguments.tls_name.clone(),
         token_file: arguments.join_token_file.clone(),
     };
-    let result = run(&arguments.coordinator, credentials, arguments.device, &gan::make, &trace);
+    let result = run(&arguments.coordinator, credentials, arguments.device, &objective::make, &trace);
     trace.finish();
     if let (Released::Complete, Some(stay)) = (result?, stay) {
         tracing::info!("the run is complete; staying until SIGTERM or Ctrl-C, as --stay says");

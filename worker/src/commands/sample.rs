@@ -19,8 +19,9 @@ use zip::write::FileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use crate::commands::error::Failure;
-use crate::commands::generator_file::Weights;
-use crate::random::Purpose;
+use crate::commands::generator_file::{Painter, Weights};
+use crate::objective::package::Drawn;
+use crate::random::{Key, Purpose};
 use crate::sampling::picture::{Film, Picture};
 use crate::sampling::{Generator, SampleError, columns, finite};
 
@@ -49,10 +50,30 @@ impl Choice {
         generator.noise(Purpose::Samples, self.seed, index, self.truncation)
     }
 
+    /// Key of a package's draws.
+    fn key(&self) -> Key {
+        Key { seed: self.seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Samples }
+    }
+
+    /// Draws samples from number `from` on, one for each class given.
+    fn draw(&self, painter: &Painter, from: u32, classes: &[u32]) -> Tensor {
+        match painter {
+            Painter::Generator(generator) => {
+                let noise = (from..).take(classes.len()).map(|index| self.noise(generator, index));
+                generator.images(&Tensor::stack(&noise.collect::<Vec<_>>(), 0), classes)
+            }
+            Painter::Package(samples) => samples.draw(self.key(), from, classes, &Progress::off()),
+        }
+    }
+
     /// Returns the class of each of `count` samples.
-    fn classes(&self, generator: &Generator, count: u32) -> Result<Vec<u32>, Failure> {
-        let Some(class) = &self.class else { return Ok(generator.classes_in_turn(count)) };
-        let class = numbered(class, generator.class_names(), generator.classes());
+    fn classes(&self, painter: &Painter, count: u32) -> Result<Vec<u32>, Failure> {
+        if self.truncation.is_some() && matches!(painter, Painter::Package(_)) {
+            let what = "--truncation: a package draws its own noise; leave it out, or limit the noise in its sample()";
+            return Err(Failure::Input(what.to_string()));
+        }
+        let Some(class) = &self.class else { return Ok(painter.classes_in_turn(count)) };
+        let class = numbered(class, painter.class_names(), painter.classes());
         class.map(|class| vec![class; count as usize]).map_err(Failure::Input)
     }
 }
@@ -138,12 +159,14 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
             .map_err(|error| Failure::unwritable("--folder", folder, &error))?;
     }
     let progress = Progress::start("reading the generator");
-    let generator = weights.open()?.generator;
-    let classes = choice.classes(&generator, *count)?;
-    let folders = folders(generator.class_names(), generator.classes());
-    let draw = |from: u32, to: u32| {
-        let noise: Vec<Tensor> = (from..to).map(|index| choice.noise(&generator, index)).collect();
-        generator.images(&Tensor::stack(&noise, 0), &classes[from as usize..to as usize])
+    let painter = weights.open()?.painter;
+    let classes = choice.classes(&painter, *count)?;
+    let folders = folders(painter.class_names(), painter.classes());
+    let draw = |from: u32, to: u32| choice.draw(&painter, from, &classes[from as usize..to as usize]);
+    let at_once = match &painter {
+        Painter::Generator(_) => AT_ONCE,
+        // Whole runs of its graph.
+        Painter::Package(samples) => AT_ONCE.next_multiple_of(samples.at_once()),
     };
     let Some(folder) = folder else {
         let out = out.as_deref().expect("one of the two is given");
@@ -154,12 +177,12 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
             return Err(Failure::Input(what));
         }
         progress.part("drawing a picture", 0);
-        write(out, "--out", &png(&Picture::grid(&draw(0, *count), columns(generator.classes()))?)?)?;
+        write(out, "--out", &png(&Picture::grid(&draw(0, *count), columns(painter.classes()))?)?)?;
         return say(out);
     };
     progress.part("samples", (*count).into());
-    for from in (0..*count).step_by(AT_ONCE as usize) {
-        let to = (from + AT_ONCE).min(*count);
+    for from in (0..*count).step_by(at_once as usize) {
+        let to = (from + at_once).min(*count);
         for (index, image) in (from..to).zip(draw(from, to).unbind(0)) {
             // Without classes there is no folder of one.
             let own =
@@ -205,19 +228,12 @@ pub(crate) fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
     let Interpolate { weights, count, points, frames, delay, choice, out } = arguments;
     try_out(out)?;
     let progress = Progress::start("reading the generator");
-    let generator = weights.open()?.generator;
-    let classes = choice.classes(&generator, *count)?;
-    let noise = |point: u32| {
-        let own: Vec<Tensor> =
-            (0..*count).map(|walk| choice.noise(&generator, walk * points + point)).collect();
-        Tensor::stack(&own, 0)
-    };
-    let stops: Vec<Tensor> = (0..*points).map(noise).collect();
+    let painter = weights.open()?.painter;
+    let classes = choice.classes(&painter, *count)?;
+    let walk = Walk::new(&painter, choice, *points, &classes)?;
     let picture = |index: u32| {
-        let (point, frame) = ((index / frames) as usize, index % frames);
-        let (from, to) = (&stops[point], &stops[(point + 1) % stops.len()]);
-        let between = spherical(from, to, f64::from(frame) / f64::from(*frames));
-        Picture::grid(&generator.images(&between, &classes), columns(generator.classes()))
+        let part = f64::from(index % frames) / f64::from(*frames);
+        Picture::grid(&walk.images(index / frames, part, &classes), columns(painter.classes()))
     };
     let (first, all) = (picture(0)?, points * frames);
     progress.part("pictures", all.into());
@@ -237,18 +253,79 @@ pub(crate) fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
     say(out)
 }
 
-/// Interpolates the points (n, d) along great circles; `part` goes from 0 to 1. Noise of many dimensions
+/// Walks through the noise of several films, from stop to stop.
+struct Walk<'a> {
+    painter: &'a Painter,
+    /// Noise of all films at each stop: of a generator one tensor (n, latent_dim); of a package the draws of
+    /// as many runs of its graph as all films need.
+    stops: Vec<Vec<Drawn>>,
+}
+
+impl Walk<'_> {
+    fn new<'a>(
+        painter: &'a Painter,
+        choice: &Choice,
+        points: u32,
+        classes: &[u32],
+    ) -> Result<Walk<'a>, Failure> {
+        let films = u32::try_from(classes.len()).expect("a picture shows few films");
+        let stop = |point: u32| match painter {
+            Painter::Generator(generator) => {
+                let own = (0..films).map(|film| choice.noise(generator, film * points + point));
+                vec![vec![Tensor::stack(&own.collect::<Vec<_>>(), 0)]]
+            }
+            Painter::Package(samples) => {
+                let runs = films.div_ceil(samples.at_once());
+                let draws = |run: u32| samples.draws(choice.key(), point * runs + run);
+                (0..runs).map(draws).collect()
+            }
+        };
+        if let Painter::Package(samples) = painter
+            && !samples.is_normal()
+        {
+            return Err(Failure::Input(
+                "the package's samples are not drawn from normal noise alone, so there is no way from one to another: use \
+                 draw.normal alone in its sample()"
+                    .to_string(),
+            ));
+        }
+        Ok(Walk { painter, stops: (0..points).map(stop).collect() })
+    }
+
+    /// Images of all films on the way from a stop to the next, or from the last to the first.
+    fn images(&self, stop: u32, part: f64, classes: &[u32]) -> Tensor {
+        let stop = stop as usize;
+        let (from, to) = (&self.stops[stop], &self.stops[(stop + 1) % self.stops.len()]);
+        let way = |(from, to): (&Drawn, &Drawn)| -> Drawn {
+            from.iter().zip(to).map(|(from, to)| spherical(from, to, part)).collect()
+        };
+        let between: Vec<Drawn> = from.iter().zip(to).map(way).collect();
+        match self.painter {
+            Painter::Generator(generator) => generator.images(&between[0][0], classes),
+            Painter::Package(samples) => {
+                let parts = between.iter().zip(classes.chunks(samples.at_once() as usize));
+                let images: Vec<Tensor> =
+                    parts.map(|(draws, classes)| samples.images(draws, classes)).collect();
+                Tensor::cat(&images, 0)
+            }
+        }
+    }
+}
+
+/// Interpolates the points (n, ...) along great circles; `part` goes from 0 to 1. Noise of many dimensions
 /// lies near a sphere, which a straight line would leave: White (2016), "Sampling generative networks",
 /// section 2.1; Shoemake (1985).
 fn spherical(from: &Tensor, to: &Tensor, part: f64) -> Tensor {
-    let along = |x: &Tensor| x.to_kind(Kind::Double);
+    let shape = from.size();
+    // A point is all that belongs to one sample.
+    let along = |x: &Tensor| x.to_kind(Kind::Double).reshape([shape.first().copied().unwrap_or(1), -1]);
     let (from, to) = (along(from), along(to));
     let length = |x: &Tensor| (x * x).sum_dim_intlist([1i64].as_slice(), true, Kind::Double).sqrt();
     let product = (&from * &to).sum_dim_intlist([1i64].as_slice(), true, Kind::Double);
     // Clamped away from 0, where the formula is undefined and the straight line is as good.
     let angle = (product / (length(&from) * length(&to))).clamp(-1.0, 1.0).acos().clamp_min(1e-6);
     let weight = |part: f64| (&angle * part).sin() / angle.sin();
-    (from * weight(1.0 - part) + to * weight(part)).to_kind(Kind::Float)
+    (from * weight(1.0 - part) + to * weight(part)).to_kind(Kind::Float).view(shape.as_slice())
 }
 
 /// Arguments of `worker export`.
@@ -273,7 +350,13 @@ pub(crate) fn export(arguments: &Export) -> Result<(), Failure> {
     let Export { weights, out } = arguments;
     try_out(out)?;
     let progress = Progress::start("reading the generator");
-    let generator = weights.open()?.generator;
+    let Painter::Generator(generator) = weights.open()?.painter else {
+        return Err(Failure::Input(
+            "the run trains a package, which has its networks in Python: load the weights into them with \
+             ganglion.load(run), and export them from there"
+                .to_string(),
+        ));
+    };
     progress.part("writing and checking the module", 0);
     let unable = |error: tch::TchError| Failure::Other(format!("the generator cannot be exported: {error}"));
     let module = record(&generator).map_err(unable)?;

@@ -4,6 +4,7 @@ pub(crate) mod gpu;
 
 use std::str::FromStr;
 
+use ganglion_proto::package::Accelerator;
 use ganglion_proto::words::counted;
 use tch::{Cuda, Device};
 
@@ -18,6 +19,21 @@ pub enum DeviceChoice {
     Cpu,
     /// A GPU, by its index on this machine.
     Cuda(usize),
+}
+
+/// Properties of a GPU that compiled code depends on; `None` for the CPU.
+///
+/// # Errors
+/// There is no such GPU.
+pub(crate) fn accelerator(device: Device) -> Result<Option<Accelerator>, c10d::Error> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(index) => Ok(Some(Accelerator {
+            capability: c10d::cuda::compute_capability(index)?,
+            cuda: c10d::cuda::version()?,
+        })),
+        _ => Ok(None),
+    }
 }
 
 impl FromStr for DeviceChoice {

@@ -5,13 +5,12 @@ use std::collections::HashSet;
 
 use ganglion_membership::{self as membership, Passport};
 use ganglion_proto::job::Job;
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::Device;
 
-use crate::data::{DataSet, ImageShape};
+use crate::data::DataSet;
 use crate::engine::commit::commit;
 use crate::nn::tensor_bytes::to_bytes;
 use crate::objective::{Model, ScalarRole, ShardAt, ShardBatch, ShardGrad, Unsuitable};
-use crate::random::{Key, Purpose};
 use crate::state::{State, narrow};
 
 /// Version of this program's arithmetic: two builds with the same number compute the same bits, and may
@@ -41,7 +40,7 @@ pub(crate) fn take(
 ) -> Result<Passport, c10d::Error> {
     let small = probe.objective.probe_batch(job.job.shard_batch);
     let classes = if data.labels().is_empty() { 0 } else { data.classes() };
-    let batch = stand_ins(job.job.seed, small, data.shape(), classes).to(device);
+    let batch = ShardBatch::stand_ins(job.job.seed, small, data.shape(), classes).to(device);
     let (forward_backward, commits) = hashes(probe, job.job.seed, &batch, device)?;
     let exclusions = job.data.exclusions_hash().map(|hash| ("exclusions".to_string(), hash));
     let items = [
@@ -57,7 +56,7 @@ pub(crate) fn take(
         ("threads", job.job.threads.to_string()),
     ];
     let items = items.into_iter().map(|(item, value)| (item.to_string(), value));
-    Ok(Passport(items.chain(exclusions).collect()))
+    Ok(Passport(items.chain(exclusions).chain(probe.objective.fingerprint()).collect()))
 }
 
 /// Runs the first phase of each name once from the initial state, on substitutes for a few images, and
@@ -87,18 +86,6 @@ fn hashes(
     }
     let state_hash = blake3::hash(&to_bytes(&state.flat));
     Ok((hex(gradients.finalize().as_bytes()), hex(state_hash.as_bytes())))
-}
-
-fn stand_ins(seed: u64, batch: u32, shape: ImageShape, classes: u32) -> ShardBatch {
-    let key = Key { seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
-    let signed = |n: usize| i64::try_from(n).expect("an image is small");
-    let sizes = [i64::from(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
-    let count = batch as usize * shape.numel();
-    let images = no_grad(|| key.uniform(-1.0, 1.0, count).view(sizes));
-    let in_turn =
-        || Tensor::arange(i64::from(batch), (Kind::Int64, Device::Cpu)).remainder(i64::from(classes));
-    let classes = (classes > 0).then(in_turn);
-    ShardBatch { images, classes }
 }
 
 /// The first 16 digits: enough to tell two hashes apart, short enough to read.

@@ -66,7 +66,7 @@ impl Watchdog {
         let limit = given.map_or(LIMIT, Duration::from_secs);
         let (done, ended) = channel();
         let words = format!(
-            "{module}: its check takes longer than {} s; does its forward end? {LIMIT_VARIABLE}=SECONDS allows more",
+            "{module}: its check takes longer than {} s; does it end? {LIMIT_VARIABLE}=SECONDS allows more",
             limit.as_secs()
         );
         let watch = move || {

@@ -9,21 +9,26 @@
 //! 3. All else that an objective decides is a function of (job, phase, step), or of reduced values: all
 //!    ranks have the same.
 
+mod annealing;
 mod checks;
 pub mod gan;
 mod model;
+pub(crate) mod package;
 mod shard_grad;
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use c10d::aten::Adam;
-use tch::{Device, Tensor};
+use ganglion_proto::job::{Job, ModelKind};
+use tch::{Device, Kind, Tensor, no_grad};
 
 pub use self::model::Model;
 pub use self::shard_grad::{BufferRun, GradLayout, ScalarRole, ScalarSpec, ShardGrad};
 use crate::checkpoint::{Snapshot, WeightsFile};
+use crate::data::{DataSet, ImageShape};
 use crate::nn::TensorSpec;
-use crate::random::Key;
+use crate::random::{Key, Purpose};
 use crate::sampling::Sampler;
 use crate::state::StateLayout;
 pub use crate::state::{BufferId, NamedNetwork, NetworkId, NetworkSet, State};
@@ -86,6 +91,18 @@ pub struct ShardBatch {
 }
 
 impl ShardBatch {
+    /// Substitutes for the samples of a shard, with the classes in turn where there are any.
+    pub(crate) fn stand_ins(seed: u64, batch: u32, shape: ImageShape, classes: u32) -> ShardBatch {
+        let key = Key { seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
+        let signed = |n: usize| i64::try_from(n).expect("an image is small");
+        let sizes = [i64::from(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
+        let count = batch as usize * shape.numel();
+        let images = no_grad(|| key.uniform(-1.0, 1.0, count).view(sizes));
+        let in_turn =
+            || Tensor::arange(i64::from(batch), (Kind::Int64, Device::Cpu)).remainder(i64::from(classes));
+        ShardBatch { images, classes: (classes > 0).then(in_turn) }
+    }
+
     /// The same samples on a device.
     pub fn to(&self, device: Device) -> ShardBatch {
         // Without a copy where they are there already.
@@ -97,7 +114,7 @@ impl ShardBatch {
 /// A setting that a schedule or a controller moves over a run. Rows of metrics report it as `setting_NAME`.
 pub struct Setting<'a> {
     /// Name of the setting.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// Value of the setting.
     pub value: SettingValue<'a>,
 }
@@ -117,6 +134,17 @@ impl Setting<'_> {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Unsuitable(pub String);
+
+/// Makes the objective of a job, for its data and a device.
+///
+/// # Errors
+/// The model cannot be trained on the data, or on this machine.
+pub fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objective>, Unsuitable> {
+    match job.model.kind {
+        ModelKind::Package => package::make(job, data, device),
+        _ => gan::make(job, data, device),
+    }
+}
 
 /// A model as the engine sees it.
 pub trait Objective: Send + Sync {
@@ -193,6 +221,11 @@ pub trait Objective: Send + Sync {
     /// File that each checkpoint has beside the state, with the weights that samples are drawn with.
     fn weights_file(&self) -> Option<WeightsFile> {
         None
+    }
+
+    /// Items of the environment's fingerprint (`passport`) beside the engine's own, by name.
+    fn fingerprint(&self) -> Vec<(String, String)> {
+        Vec::new()
     }
 
     /// Number of samples by which the machine is identified, of a job with shards of `shard_batch`.

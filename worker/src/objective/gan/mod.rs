@@ -130,7 +130,7 @@ pub struct Gan {
 ///
 /// # Errors
 /// The networks do not fit the data or the job.
-pub fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objective>, Unsuitable> {
+pub(super) fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objective>, Unsuitable> {
     let models = Models::with_classes(&job.model, data.shape(), data.classes());
     let models = models.map_err(|error| Unsuitable(error.to_string()))?;
     // A number beyond is most likely a mistake: there are no such layers.
@@ -199,13 +199,14 @@ impl Objective for Gan {
     fn settings(&self) -> Vec<Setting<'_>> {
         let (job, augmentation) = (&self.job, &self.job.augmentation);
         let probability = |_: u64, state: &State| state.own(CONTROLLER).double_value(&[0]);
-        let adaptive =
-            augmentation.adaptive.then(|| Setting { name: AUGMENTATION, value: Box::new(probability) });
+        let adaptive = augmentation
+            .adaptive
+            .then(|| Setting { name: AUGMENTATION.into(), value: Box::new(probability) });
         // A schedule of a probability that applies to nothing, or that the controller sets, moves nothing.
         let has_schedule = !augmentation.adaptive && !augmentation.kinds.is_empty();
         let scheduled = Schedule::moving(job).filter(|(name, _)| *name != AUGMENTATION || has_schedule);
         let scheduled = scheduled.map(|(name, value)| Setting {
-            name,
+            name: name.into(),
             value: Box::new(move |steps, _: &State| value(&Schedule::after(job, steps))),
         });
         scheduled.chain(adaptive).collect()
@@ -270,7 +271,7 @@ impl Objective for Gan {
             .map(|(key, value)| (key.to_string(), value));
         Some(WeightsFile {
             name: "generator_ema.safetensors".to_string(),
-            section: "ema.".to_string(),
+            sections: vec![("ema.".to_string(), String::new())],
             constants: models.generator.constants().to_vec(),
             about: items.collect::<BTreeMap<_, _>>(),
         })

@@ -5,9 +5,7 @@
 
 use ganglion_proto::job::{EmaSchedule, Job};
 
-/// The half-life of the moving average grows with the run up to the job's: Karras et al., StyleGAN2-ADA
-/// (2020) and its released training loop, where it is at most this share of the images seen.
-const EMA_RAMP_UP: f64 = 0.05;
+use crate::objective::annealing;
 
 /// Name of the probability of augmentation, whether a schedule or the adaptive controller moves it.
 pub(crate) const AUGMENTATION: &str = "augmentation_probability";
@@ -46,23 +44,9 @@ impl<'a> Schedule<'a> {
         Schedule { job, images: steps.saturating_mul(job.samples_per_step()) }
     }
 
-    /// Interpolates from the first to the last value along half a cosine over `optimizer.decay_images`:
-    /// Huang et al. (2024) and the released training loop.
+    /// Interpolates from the first to the last value over `optimizer.decay_images`.
     pub(crate) fn between(&self, first: f64, last: f64) -> f64 {
-        let over = self.job.optimizer.decay_images;
-        // Exactly the value, without the rounding of the formula.
-        if over == 0 || first == last {
-            return first;
-        }
-        // Exactly the last value from there on.
-        if self.images >= over {
-            return last;
-        }
-        // Counts of images are far below 2^53, so these conversions are exact.
-        #[allow(clippy::cast_precision_loss)]
-        let passed = self.images as f64 / over as f64;
-        // Not the C library's, whose last bits differ between machines.
-        last + (first - last) * 0.5 * (1.0 + libm::cos(std::f64::consts::PI * passed))
+        annealing::between(first, last, self.images, self.job.optimizer.decay_images)
     }
 
     /// Learning rate of the generator.
@@ -103,7 +87,7 @@ impl<'a> Schedule<'a> {
             self.job.model.ema_half_life_images as f64,
         );
         match self.job.model.ema_schedule {
-            EmaSchedule::RampUp => half_life.min(seen * EMA_RAMP_UP),
+            EmaSchedule::RampUp => annealing::ramped_up(half_life, seen),
             EmaSchedule::Cosine => self.between(0.0, half_life),
         }
     }
@@ -112,8 +96,7 @@ impl<'a> Schedule<'a> {
     pub(crate) fn average_decay(&self) -> f64 {
         // An update of the average is one step, which shows this number of images.
         #[allow(clippy::cast_precision_loss)] // exact, as above
-        let (batch, half_life) = (self.job.global_batch() as f64, self.half_life());
-        // At the start nothing stays: the average follows at once.
-        if half_life <= 0.0 { 0.0 } else { libm::exp2(-batch / half_life) }
+        let batch = self.job.global_batch() as f64;
+        annealing::decay(batch, self.half_life())
     }
 }
