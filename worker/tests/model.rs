@@ -104,10 +104,10 @@ fn model() -> Model {
 #[test]
 fn phases_of_a_network_share_a_layout_and_scalars_are_named_once() {
     let model = model();
-    assert_eq!(model.gradients().len(), 3);
+    assert_eq!(model.reduces().len(), 3);
     let phases = model.phases();
-    assert_eq!(model.layout_of(phases[0], 0), model.layout_of(phases[3], 0));
-    assert_eq!(model.layout_of(phases[2], 0), model.layout_of(phases[4], 0));
+    assert_eq!(model.reduce_of(phases[0], 0), model.reduce_of(phases[3], 0));
+    assert_eq!(model.reduce_of(phases[2], 0), model.reduce_of(phases[4], 0));
     assert_eq!(model.reported(), ["reconstruction", "critic", "kl"], "losses first");
 }
 

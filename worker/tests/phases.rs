@@ -205,7 +205,8 @@ fn a_phase_that_does_not_run_changes_nothing_and_ends_no_row_of_skips() {
     pass(&model, &mut state, phases[1]);
     assert!(before == to_bytes(&state.flat));
     assert_eq!((state.counters.position, state.counters.ledger, state.counters.skipped), (Position(6), 7, 1));
-    let idle = &model.gradients()[model.layout_of(phases[1], 1)];
+    let (index, idle) = model.reduce_of(phases[1], 1);
+    assert!(index != model.reduce_of(phases[1], 0).0 && model.reduces()[index] == *idle);
     assert_eq!((idle.gradient(), idle.scalars().len(), idle.len()), (0..0, 0, 16));
     // The average moves at the end of a step, whether the last phase runs or not.
     let average =

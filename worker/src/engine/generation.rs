@@ -23,7 +23,7 @@ use super::reduce::{AllReduce, Peers, ReduceError, ShardMap};
 use super::report::Pending;
 use super::trainer::Held;
 use crate::checkpoint::CheckpointError;
-use crate::objective::{Model, Phase};
+use crate::objective::Model;
 use crate::session::Session;
 use crate::state::{Counters, State, align, narrow};
 
@@ -106,10 +106,10 @@ impl Team {
         let (group, timeout) = (Arc::new(group), session.limits().reduce);
         session.watch_group(generation, group.aborter());
         let peers = Peers { group, timeout, shards, device };
-        let layouts = model.gradients().iter();
+        let layouts = model.reduces().iter();
         let all_reduce =
             |layout| AllReduce::new(peers.clone(), layout, job.global_batch(), job.job.reduction);
-        let all_reduces = layouts.cloned().map(all_reduce).collect::<Result<_, _>>()?;
+        let all_reduces = layouts.map(all_reduce).collect::<Result<_, _>>()?;
         let (generation, skips) = (generation.0, assignment.group.skips.clone());
         let team = Team { generation, skips, peers, all_reduces };
         match team.compare("group", &identity(session, assignment, term)) {
@@ -210,9 +210,9 @@ impl Team {
         &self.peers.shards
     }
 
-    /// Returns the all-reduce of a phase's gradients in a step.
-    pub(crate) fn all_reduce(&mut self, model: &Model, phase: Phase, step: u64) -> &mut AllReduce {
-        &mut self.all_reduces[model.layout_of(phase, step)]
+    /// Returns an all-reduce by its index among those of the model.
+    pub(crate) fn all_reduce(&mut self, index: usize) -> &mut AllReduce {
+        &mut self.all_reduces[index]
     }
 
     /// Fails unless all members have the same words.

@@ -130,12 +130,13 @@ impl Trainer {
             plan,
             ledger: counted.map_or(0, |samples| samples.batch.ledger),
         };
-        let (shards, all_reduce) = (team.shards().own(), team.all_reduce(&self.model, phase, step));
+        let (reduce, layout) = self.model.reduce_of(phase, step);
+        let (shards, all_reduce) = (team.shards().own(), team.all_reduce(reduce));
         all_reduce.begin()?;
         self.session.set_activity(Activity::Computing);
         for shard in shards.clone() {
             let batch = samples.as_ref().map(|samples| samples.of_shard(shard - shards.start));
-            let (at, mut grad) = (ShardAt { phase, step, shard }, all_reduce.buffer());
+            let (at, mut grad) = (ShardAt { phase, step, shard }, all_reduce.buffer(layout));
             if runs {
                 let computed = course.compute.gradient(at, &held.state, batch.as_ref(), &mut grad);
                 computed.map_err(TeamError::Compute)?;

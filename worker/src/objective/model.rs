@@ -26,11 +26,13 @@ pub struct Model {
     /// Names of the phases.
     names: Vec<String>,
     shape: StepShape,
-    /// Layouts of gradients, each once; and for each phase which of them it has.
+    /// Layouts of gradients, by phase.
     gradients: Vec<GradLayout>,
-    layout_of: Vec<usize>,
-    /// Index of the empty layout, where a phase does not run in every step.
-    idle: usize,
+    /// Reduce of a step in which a phase does not run: its index, and its empty layout.
+    idle: (usize, GradLayout),
+    /// Layouts that reduces have room for; and for each phase which of them it needs.
+    reduces: Vec<GradLayout>,
+    reduce_of: Vec<usize>,
     reported: Vec<Cow<'static, str>>,
     kept: Vec<Kept>,
 }
@@ -64,7 +66,8 @@ impl Model {
         let layout = StateLayout::new(&objective.networks(), &own, precision);
         checks::tensor_names(&layout)?;
         let weights = objective.weights_file();
-        let (gradients, layout_of, idle, reported) = (Vec::new(), Vec::new(), 0, Vec::new());
+        let (gradients, reduces, reduce_of, reported) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let idle = (0, GradLayout::default());
         let mut model = Model {
             objective,
             layout,
@@ -73,18 +76,20 @@ impl Model {
             names,
             shape,
             gradients,
-            layout_of,
             idle,
+            reduces,
+            reduce_of,
             reported,
             kept,
         };
         for phase in model.phases.clone() {
             let gradient = model.gradient_of(phase);
-            let index = model.index_of(gradient);
-            model.layout_of.push(index);
+            let reduce = model.room_for(&gradient);
+            model.reduce_of.push(reduce);
+            model.gradients.push(gradient);
         }
         if !model.kept.is_empty() {
-            model.idle = model.index_of(GradLayout::default());
+            model.idle.0 = model.room_for(&GradLayout::default());
         }
         // In this order: losses are the first columns of a row.
         for role in [ScalarRole::Loss, ScalarRole::Diagnostic] {
@@ -104,14 +109,17 @@ impl Model {
         GradLayout::new(&self.layout, phase.updates, &objective.follows(phase), passes, scalars)
     }
 
-    /// Index of a layout of gradients, which is added if it is new.
-    fn index_of(&mut self, gradient: GradLayout) -> usize {
-        // Phases with equal layouts share their buffers, which saves memory.
-        let known = self.gradients.iter().position(|known| *known == gradient);
-        known.unwrap_or_else(|| {
-            self.gradients.push(gradient);
-            self.gradients.len() - 1
-        })
+    /// Index of the layout of a reduce that has room for a gradient; it is added or extended if need be.
+    fn room_for(&mut self, gradient: &GradLayout) -> usize {
+        // Phases of the same networks share the buffers of a reduce, which saves memory.
+        let known = self.reduces.iter().position(|known| known.is_alike(gradient));
+        let index = known.unwrap_or(self.reduces.len());
+        match self.reduces.get_mut(index) {
+            Some(known) if known.len() < gradient.len() => *known = gradient.clone(),
+            Some(_) => {}
+            None => self.reduces.push(gradient.clone()),
+        }
+        index
     }
 
     /// Adds the names of the scalars of a role.
@@ -166,20 +174,23 @@ impl Model {
         phase.index as usize + 1 == self.phases.len()
     }
 
-    /// The layouts of gradients, each once.
-    pub fn gradients(&self) -> &[GradLayout] {
-        &self.gradients
+    /// Layouts that the reduces of a step need room for, each once.
+    pub fn reduces(&self) -> &[GradLayout] {
+        &self.reduces
     }
 
-    /// Index among [`gradients`](Self::gradients) of the layout that a phase reduces in a step: an empty one
+    /// Index among [`reduces`](Self::reduces) of a phase in a step, and the layout of what it reduces: nothing
     /// where the phase does not run.
-    pub fn layout_of(&self, phase: Phase, step: u64) -> usize {
-        if phase.runs_in(step) { self.layout_of[phase.index as usize] } else { self.idle }
+    pub fn reduce_of(&self, phase: Phase, step: u64) -> (usize, &GradLayout) {
+        if phase.runs_in(step) {
+            return (self.reduce_of[phase.index as usize], self.gradient(phase));
+        }
+        (self.idle.0, &self.idle.1)
     }
 
     /// Layout of a phase's gradients.
     pub fn gradient(&self, phase: Phase) -> &GradLayout {
-        &self.gradients[self.layout_of[phase.index as usize]]
+        &self.gradients[phase.index as usize]
     }
 
     /// Name of a phase.

@@ -107,6 +107,12 @@ impl GradLayout {
         GradLayout { parameters, networks, buffers, runs, passes, scalars }
     }
 
+    /// Whether another layout has all but its scalars in the same places.
+    pub fn is_alike(&self, other: &GradLayout) -> bool {
+        let but_scalars = |layout: &GradLayout| GradLayout { scalars: Vec::new(), ..layout.clone() };
+        but_scalars(self) == but_scalars(other)
+    }
+
     /// Range of the gradient.
     pub fn gradient(&self) -> Range<usize> {
         0..self.parameters.len()
@@ -188,8 +194,21 @@ impl ShardGrad {
         ShardGrad {
             gradients: layout.parameters.views(&narrow(&flat, layout.gradient())),
             statistics: statistics.flat_map(|range| layout.buffers.views(&narrow(&flat, range))).collect(),
-            scalars: layout.scalar_range().map(|at| narrow(&flat, at..at + 1)).collect(),
+            scalars: scalars(&flat, layout),
             flat,
         }
     }
+
+    /// The same buffer for gradients of an alike layout.
+    pub fn with_scalars_of(mut self, layout: &GradLayout) -> ShardGrad {
+        // Mostly it had this layout before.
+        if self.scalars.len() != layout.scalars.len() {
+            self.scalars = scalars(&self.flat, layout);
+        }
+        self
+    }
+}
+
+fn scalars(flat: &Tensor, layout: &GradLayout) -> Vec<Tensor> {
+    layout.scalar_range().map(|at| narrow(flat, at..at + 1)).collect()
 }

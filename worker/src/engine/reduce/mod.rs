@@ -122,10 +122,9 @@ struct Mean {
     divisor: Tensor,
 }
 
-/// All-reduce of gradients of one layout within one group.
+/// All-reduce within one group of gradients of one layout, and of all that are alike but for fewer scalars.
 pub struct AllReduce {
     peers: Peers,
-    layout: GradLayout,
     sum: TreeSum<ShardGrad>,
     route: Route,
     mean: Mean,
@@ -144,7 +143,7 @@ impl AllReduce {
     /// Allocates the buffers for gradients of one layout, over `global_batch` samples each.
     pub fn new(
         peers: Peers,
-        layout: GradLayout,
+        layout: &GradLayout,
         global_batch: u64,
         reduction: Reduction,
     ) -> Result<AllReduce, c10d::Error> {
@@ -170,7 +169,7 @@ impl AllReduce {
         let divisor = Tensor::from(global_batch as f32).to_device(device);
         let mean = Mean { flat: Tensor::zeros([signed(len)], (Kind::Float, device)), divisor };
         let (sum, header) = (TreeSum::new(shards.data_shards), Header::default());
-        Ok(AllReduce { peers, layout, sum, route, mean, header })
+        Ok(AllReduce { peers, sum, route, mean, header })
     }
 
     /// Whether there are other ranks to wait for.
@@ -189,11 +188,11 @@ impl AllReduce {
         Ok(())
     }
 
-    /// Returns a buffer for the gradient of a shard.
-    pub fn buffer(&mut self) -> ShardGrad {
-        let new = || ShardGrad::new(&self.layout, self.mean.flat.numel(), self.peers.device);
+    /// Returns a buffer for the gradient of a shard, of a layout that the reduce has room for.
+    pub fn buffer(&mut self, layout: &GradLayout) -> ShardGrad {
+        let new = || ShardGrad::new(layout, self.mean.flat.numel(), self.peers.device);
         // From the reduces before, once they were added. Lent memory is never among them (D6).
-        self.sum.spare().unwrap_or_else(new)
+        self.sum.spare().map_or_else(new, |spare| spare.with_scalars_of(layout))
     }
 
     /// Adds the gradient of a shard of this rank. Shards come in order.

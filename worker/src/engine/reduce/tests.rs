@@ -60,7 +60,7 @@ fn as_ranks<R: Send>(
     })
 }
 
-fn all_reduce(group: Arc<Group>, shards: ShardMap, layout: GradLayout, reduction: Reduction) -> AllReduce {
+fn all_reduce(group: Arc<Group>, shards: ShardMap, layout: &GradLayout, reduction: Reduction) -> AllReduce {
     let peers = Peers { group, timeout: LIMIT, shards, device: Device::Cpu };
     AllReduce::new(peers, layout, GLOBAL_BATCH, reduction).unwrap()
 }
@@ -68,13 +68,14 @@ fn all_reduce(group: Arc<Group>, shards: ShardMap, layout: GradLayout, reduction
 /// Reduces shard gradients that `fill` writes.
 fn reduce(
     all_reduce: &mut AllReduce,
+    layout: &GradLayout,
     header: Header,
     fill: impl Fn(u32, &Tensor),
 ) -> Result<Reduced, ReduceError> {
     let mut laps = Laps::start(Trace::off().track(1, "test"), Place { generation: 1, rank: 0 }, &["phase"]);
     all_reduce.begin()?;
     for shard in all_reduce.peers.shards.own() {
-        let grad = all_reduce.buffer();
+        let grad = all_reduce.buffer(layout);
         fill(shard, &grad.flat);
         all_reduce.add(shard, grad);
     }
@@ -125,11 +126,11 @@ fn any_world_size_gives_the_bits_of_the_definition() {
         let expected = definition(&leaves);
         for world_size in 1..=data_shards {
             let means = as_ranks(data_shards, world_size, |shards, group| {
-                let mut all_reduce = all_reduce(group, shards, layout.clone(), Reduction::Tree);
+                let mut all_reduce = all_reduce(group, shards, &layout, Reduction::Tree);
                 let fill = |shard: u32, out: &Tensor| {
                     narrow(out, 0..len).copy_(&Tensor::from_slice(&leaves[shard as usize]));
                 };
-                let reduced = reduce(&mut all_reduce, Header::default(), fill).unwrap();
+                let reduced = reduce(&mut all_reduce, &layout, Header::default(), fill).unwrap();
                 floats(&reduced.mean, len).into_iter().map(f32::to_bits).collect::<Vec<_>>()
             });
             for (rank, mean) in means.iter().enumerate() {
@@ -146,8 +147,8 @@ fn reduce_with(
 ) -> Vec<Result<(u64, u64), String>> {
     as_ranks(2, 2, |shards, group| {
         let ours = header(shards.rank);
-        let mut all_reduce = all_reduce(group, shards, layout(5), reduction);
-        let reduced = reduce(&mut all_reduce, ours, |_, _| ());
+        let mut all_reduce = all_reduce(group, shards, &layout(5), reduction);
+        let reduced = reduce(&mut all_reduce, &layout(5), ours, |_, _| ());
         reduced.map(|reduced| (reduced.ledger, reduced.agreed_plan)).map_err(|error| error.to_string())
     })
 }
@@ -190,11 +191,11 @@ fn a_ring_gives_all_ranks_the_same_mean_of_all_leaves() {
     let leaf = |shard: u32| Tensor::arange(signed(len), (Kind::Float, Device::Cpu)) * f64::from(shard + 1);
     for world_size in [1, 2, 3, 5] {
         let means = as_ranks(5, world_size, |shards, group| {
-            let mut all_reduce = all_reduce(group, shards, layout.clone(), Reduction::Ring);
+            let mut all_reduce = all_reduce(group, shards, &layout, Reduction::Ring);
             let fill = |shard: u32, out: &Tensor| {
                 narrow(out, 0..len).copy_(&leaf(shard));
             };
-            let reduced = reduce(&mut all_reduce, Header::default(), fill).unwrap();
+            let reduced = reduce(&mut all_reduce, &layout, Header::default(), fill).unwrap();
             floats(&reduced.mean, len)
         });
         assert!(means.iter().all(|mean| *mean == means[0]), "{world_size} ranks");
@@ -210,16 +211,53 @@ fn a_ring_gives_all_ranks_the_same_mean_of_all_leaves() {
 fn a_failed_reduce_leaves_nothing_to_reduce_with() {
     as_ranks(2, 2, |shards, group| {
         let rank = shards.rank;
-        let mut all_reduce = all_reduce(group.clone(), shards, layout(5), Reduction::Tree);
+        let mut all_reduce = all_reduce(group.clone(), shards, &layout(5), Reduction::Tree);
         if rank == 1 {
             // Its gradient could not be computed: it never sends.
             all_reduce.begin().unwrap();
             group.aborter().abort();
         } else {
-            let first = reduce(&mut all_reduce, Header::default(), |_, _| ());
+            let first = reduce(&mut all_reduce, &layout(5), Header::default(), |_, _| ());
             assert!(matches!(first.err(), Some(ReduceError::Collective(_))));
         }
-        let again = reduce(&mut all_reduce, Header::default(), |_, _| ()).err().unwrap();
+        let again = reduce(&mut all_reduce, &layout(5), Header::default(), |_, _| ()).err().unwrap();
         assert!(matches!(again, ReduceError::Collective(c10d::Error::Aborted)), "{again:?}");
     });
+}
+
+/// Phases of the same networks with other scalars share the buffers: none sees another's.
+#[test]
+fn gradients_that_are_alike_but_for_their_scalars_share_a_reduce() {
+    let with = |scalars: usize| {
+        let spec = TensorSpec::parameter("p".to_string(), &[100], Init::Constant(0.0));
+        let network = NamedNetwork {
+            name: "network".into(),
+            parameters: vec![spec],
+            buffers: Vec::new(),
+            average: None,
+        };
+        let state = StateLayout::new(&[network], &[], Precision::Fp32);
+        let scalars = (0..scalars).map(|at| ScalarSpec::new(format!("s{at}"), ScalarRole::Loss)).collect();
+        GradLayout::new(&state, NetworkSet::of([NetworkId(0)]), &[], 1, scalars)
+    };
+    let (most, few) = (with(20), with(3));
+    assert!(most.is_alike(&few) && !most.is_alike(&layout(5)));
+    let means = as_ranks(5, 3, |shards, group| {
+        let mut all_reduce = all_reduce(group, shards, &most, Reduction::Tree);
+        let mut means = Vec::new();
+        for (at, layout) in (1..).zip([&most, &few, &most]) {
+            let fill = |shard: u32, out: &Tensor| {
+                let _ = narrow(out, 0..layout.len()).fill_(f64::from(at * (shard + 1)));
+            };
+            let reduced = reduce(&mut all_reduce, layout, Header::default(), fill).unwrap();
+            assert_eq!(all_reduce.buffer(layout).scalars.len(), layout.scalars().len());
+            means.push(floats(&reduced.mean, layout.scalar_range().end));
+        }
+        means
+    });
+    for mean in means {
+        for (at, (mean, layout)) in (1_u8..).zip(mean.iter().zip([&most, &few, &most])) {
+            assert_eq!(*mean, vec![f32::from(at) * 15.0 / 24.0; layout.scalar_range().end]);
+        }
+    }
 }
