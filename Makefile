@@ -154,9 +154,12 @@ $(TOOLS)/cloud:
 	@$(PIP) --target $@.new --requirement $(REQUIREMENTS)/cloud.txt
 	@mv $@.new $@
 
-test-pytorch: build $(TOOLS)/bench $(TOOLS)/python ## Train networks written in PyTorch, and load the result back into it.
-	PYTHONPATH="$(CURDIR)/$(TOOLS)/bench:$(CURDIR)/$(TOOLS)/python" $(PYTHON) tests/networks/check.py --programs target/release
-	PYTHONPATH="$(CURDIR)/$(TOOLS)/bench:$(CURDIR)/$(TOOLS)/python" GANGLION_PYTORCH=1 GANGLION_BIN="$(CURDIR)/target/release" \
+PYTORCH := PYTHONPATH="$(CURDIR)/python:$(CURDIR)/$(TOOLS)/bench:$(CURDIR)/$(TOOLS)/python" GANGLION_BIN="$(CURDIR)/target/release"
+
+test-pytorch: build $(TOOLS)/bench $(TOOLS)/python ## Test the Python package; train networks written in PyTorch, and load the result back into it.
+	$(PYTORCH) $(PYTHON) tests/networks/check.py --programs target/release
+	$(PYTORCH) $(PYTHON) -m unittest discover --start-directory tests/pytorch --failfast
+	$(PYTORCH) GANGLION_PYTORCH=1 \
 		$(CARGO) test --release --locked -p ganglion-tests --test pages
 
 test-browser: build ## Look at the dashboard of a real run with a real browser. Needs Chromium.

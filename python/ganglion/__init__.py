@@ -1,7 +1,14 @@
 """Trains anything written in PyTorch, on any number of workers, with the same bits for any number of them.
 
 An `Objective` is a training step in plain PyTorch. `export` captures it with its backward passes and compiles it into
-one `.pt2` package; `check` compares a package with plain PyTorch. Importing this
+one `.pt2` package; `train` trains that with workers that need no Python.
+
+    vae = VAE()                                       # a ganglion.Objective
+    ganglion.export(vae, "vae.pt2", data=ganglion.images(channels=1, size=28))
+    run = ganglion.train("vae.pt2", workers=4, steps=5000)
+    vae.load_state_dict(run.state_dict())
+
+`check` compares a package with plain PyTorch; `load` finds an earlier run; `sample` draws from one. Importing this
 module does not import torch: that happens when the first name is used.
 """
 
@@ -16,6 +23,7 @@ from ganglion._programs import coordinator, worker
 if TYPE_CHECKING:
     from ganglion._check import Distance, check
     from ganglion._export import Package, export
+    from ganglion._run import Picture, Run, load, sample, train
     from ganglion.objective import Adam, Batch, Draw, Images, Objective, Phase, images
 
 __all__ = [
@@ -29,10 +37,15 @@ __all__ = [
     "Objective",
     "Package",
     "Phase",
+    "Picture",
+    "Run",
     "check",
     "coordinator",
     "export",
     "images",
+    "load",
+    "sample",
+    "train",
     "worker",
 ]
 
@@ -40,6 +53,7 @@ __all__ = [
 _MODULES = {
     "_check": ("Distance", "check"),
     "_export": ("Package", "export"),
+    "_run": ("Picture", "Run", "load", "sample", "train"),
     "objective": ("Adam", "Batch", "Draw", "Images", "Objective", "Phase", "images"),
 }
 _LAZY = {name: module for module, names in _MODULES.items() for name in names}
