@@ -7,8 +7,9 @@
 use std::path::PathBuf;
 
 use ganglion_membership::StepShape;
+use ganglion_proto::evaluation::{BestBy, names};
 use ganglion_proto::job::{Job, ModelKind, OptimizerKind, PhaseOptimizer};
-use ganglion_proto::package::{Batch, Manifest, Optimizer, Package};
+use ganglion_proto::package::{Batch, Manifest, Optimizer, Output, Package};
 
 use super::sections::side;
 use super::settings::Settings;
@@ -119,10 +120,34 @@ fn settle(settings: &mut Settings, job: &mut Job, package: &Package) {
     }
     job.model.package_hash = Some(package.hash.clone());
     check_images(settings, job, manifest);
+    // A package without a graph for it draws none.
+    if manifest.sample.is_none() && !settings.is_given("sample.every_steps") {
+        job.sample.every_steps = 0;
+    }
+    check_best_by(settings, job, manifest);
     let readers = (0..).zip(&manifest.phases).filter(|(_, phase)| phase.batch == Batch::Next);
     let count = u32::try_from(manifest.phases.len()).ok();
     // Checked with the manifest, so there is one.
     job.shape = count.and_then(|count| StepShape::new(count, readers.map(|(index, _)| index).collect()));
+}
+
+/// Checks that evaluations have the metric that chooses the best checkpoint.
+fn check_best_by(settings: &mut Settings, job: &Job, manifest: &Manifest) {
+    let BestBy::Named(name) = &job.evaluation.best_by else { return };
+    let metrics = if manifest.sample.is_some() { &names::ALL[..] } else { &[] };
+    let own = manifest.evaluate.iter().flat_map(|evaluate| &evaluate.outputs);
+    let own = own.filter_map(|output| match output {
+        Output::Scalar(name) => Some(name.as_str()),
+        _ => None,
+    });
+    let known: Vec<&str> = own.chain(metrics.iter().copied()).collect();
+    if !known.contains(&name.as_str()) {
+        let known = known.iter().map(|name| format!(", \"{name}\"")).collect::<String>();
+        settings.fault(
+            "evaluation.best_by",
+            format!("the package evaluates no \"{name}\"; choose one of \"auto\"{known}"),
+        );
+    }
 }
 
 /// Checks the images that leave the data pipeline, as far as the job determines them.
@@ -311,6 +336,8 @@ mod tests {
         assert_eq!((job.job.shard_batch, job.model.conditional), (3, true));
         assert_eq!(rates(&job), [("critic", 1e-3, 0.5), ("generator", 1e-4, 0.5)]);
         assert_eq!((job.phases_per_step(), job.samples_per_step()), (2, 24));
+        assert_eq!(job.sample.every_steps, 0, "it draws none");
+        assert_eq!(resolve(&folder, "", &["sample.every_steps=5"]).unwrap().sample.every_steps, 5);
         let hash = Package::read(&folder.path().join("x.pt2")).unwrap().hash;
         assert_eq!(job.model.package_hash.as_ref(), Some(&hash));
         let sections = "[optimizer]\nlearning_rate = 1e-5\ndecay_images = 100\nfinal_beta2 = 0.9\n\
@@ -349,6 +376,7 @@ mod tests {
             (&["optimizer.critic.beta1=1"], "must be at least 0.0 and below 1.0"),
             (&["optimizer.final_beta2=0.5"], "optimizer.decay_images is 0"),
             (&["model.package_hash=00"], "it was changed"),
+            (&["evaluation.best_by=kid"], "the package evaluates no \"kid\"; choose one of \"auto\""),
             (&["data.kind=cifar-10", "data.path=/"], "takes images of 1 channel(s)"),
             (&["data.resize=32"], "takes images of 28 x 28, and the data gives 32 x 32"),
             (&["model.path=absent.pt2"], "absent.pt2 cannot be read"),
