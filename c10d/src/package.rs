@@ -47,7 +47,7 @@ impl Graph {
     /// returns its outputs. Nothing is recorded for a backward pass.
     ///
     /// # Errors
-    /// [`Error::Fatal`] if the graph fails. Its own words go to standard error.
+    /// [`Error::Fatal`] if the graph fails. The reason goes to standard error.
     pub fn run<'a>(&self, inputs: impl IntoIterator<Item = &'a Tensor>) -> Result<Vec<Tensor>, Error> {
         let mut list = shim::tensor_list()?;
         for input in inputs {
@@ -55,8 +55,18 @@ impl Graph {
         }
         let outputs = {
             let graph = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            graph.run(list)?
+            graph.run(list).map_err(failure)?
         };
         (0..outputs.size()).map(|index| crate::aten::owned(outputs.get(index)?)).collect()
+    }
+}
+
+/// Error of a run. The interface of compiled graphs has a number for each error, and prints the reason.
+fn failure(exception: cxx::Exception) -> Error {
+    match Error::from(exception) {
+        Error::Fatal(text) if text.contains("API call failed") => {
+            Error::Fatal("the compiled graph failed; standard error has its reason".into())
+        }
+        other => other,
     }
 }

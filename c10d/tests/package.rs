@@ -72,7 +72,8 @@ fn threads_take_turns() {
 fn what_cannot_be_loaded_or_fails_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let graph = Graph::load(&compile(&folder, 1), Device::Cpu).unwrap();
-    assert!(matches!(graph.run(&inputs()), Err(Error::Fatal(_))));
+    let failed = graph.run(&inputs()).unwrap_err();
+    assert_eq!(failed, Error::Fatal("the compiled graph failed; standard error has its reason".into()));
     let text = folder.path().join("text.so");
     std::fs::write(&text, "no library").unwrap();
     for path in [text, folder.path().join("absent.so")] {

@@ -275,7 +275,7 @@ fn a_package_for_another_machine_job_or_data_is_refused() {
     let cut = Packaged::new(&classifier(), &[]);
     let bytes = std::fs::read(cut.path()).unwrap();
     std::fs::write(cut.path(), &bytes[..bytes.len() / 2]).unwrap();
-    cut.assert_refused(&["x.pt2 is a zip file that is cut off or damaged, not a package"]);
+    cut.assert_refused(&["x.pt2: is a zip file that is cut off or damaged, not a package"]);
 }
 
 #[test]

@@ -53,7 +53,7 @@ pub(super) fn read(settings: &mut Settings, job: &Job, check_paths: bool) -> Opt
     match Package::read(path) {
         Ok(package) => Some(package),
         Err(error) => {
-            settings.fault(PATH, format!("{} {error}", path.display()));
+            settings.fault(PATH, format!("{}: {error}", path.display()));
             None
         }
     }
@@ -379,8 +379,8 @@ mod tests {
             (&["evaluation.best_by=kid"], "the package evaluates no \"kid\"; choose one of \"auto\""),
             (&["data.kind=cifar-10", "data.path=/"], "takes images of 1 channel(s)"),
             (&["data.resize=32"], "takes images of 28 x 28, and the data gives 32 x 32"),
-            (&["model.path=absent.pt2"], "absent.pt2 cannot be read"),
-            (&["model.path=Cargo.toml"], "Cargo.toml is a text file, not a package"),
+            (&["model.path=absent.pt2"], "absent.pt2: cannot be read"),
+            (&["model.path=Cargo.toml"], "Cargo.toml: is a text file, not a package"),
             (&["model.kind=mlp-28"], "given, but model.kind is \"mlp-28\"; set kind = \"package\""),
         ] {
             let refused = resolve(&folder, "", settings).map(|_| settings).unwrap_err();

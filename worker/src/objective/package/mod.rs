@@ -78,7 +78,7 @@ enum Target {
 /// The package cannot be read, or does not fit the job, the data or this machine.
 pub(super) fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objective>, Unsuitable> {
     let path = job.model.path.as_deref().ok_or_else(|| Unsuitable("model.path: missing".to_string()))?;
-    let wrong = |what: String| Unsuitable(format!("model.path: {} {what}", path.display()));
+    let wrong = |what: String| Unsuitable(format!("model.path: {}: {what}", path.display()));
     let package = Package::read(path).map_err(|error| wrong(error.to_string()))?;
     check_job(job, &package, path).map_err(wrong)?;
     check_data(&package.manifest, data).map_err(wrong)?;

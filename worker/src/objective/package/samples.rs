@@ -90,7 +90,7 @@ impl PackageSamples {
             package.map_or_else(|| text("package").map(PathBuf::from), |path| Ok(path.to_path_buf()))?;
         let wrong = |what: String| {
             input(format!(
-                "it belongs to a package: {} {what}{}",
+                "it belongs to a package: {}: {what}{}",
                 path.display(),
                 if package.is_none() { "; if it has moved, give its place with --package FILE" } else { "" }
             ))
