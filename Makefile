@@ -160,7 +160,7 @@ test-pytorch: build $(TOOLS)/bench $(TOOLS)/python ## Test the Python package; t
 	$(PYTORCH) $(PYTHON) tests/networks/check.py --programs target/release
 	$(PYTORCH) $(PYTHON) -m unittest discover --start-directory tests/pytorch --failfast
 	$(PYTORCH) GANGLION_PYTORCH=1 \
-		$(CARGO) test --release --locked -p ganglion-tests --test pages
+		$(CARGO) test --release --locked -p ganglion-tests --test pages --test packages
 
 test-browser: build ## Look at the dashboard of a real run with a real browser. Needs Chromium.
 	$(PYTHON) tests/browser/dashboard.py --programs target/release

@@ -1,5 +1,5 @@
-//! Packages: objectives that were compiled ahead of time, trained without PyTorch. Here their graphs are
-//! written in C (`src/graph.c`).
+//! Packages: objectives that were compiled ahead of time, trained without PyTorch. Their graphs are written in C
+//! (`src/graph.c`); where `GANGLION_PYTORCH` is set, also by PyTorch.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::path::{Path, PathBuf};
@@ -22,8 +22,13 @@ impl Packaged {
     }
 
     fn with(source: &Source, fault: Fault, settings: &[&str]) -> Packaged {
+        Packaged::of(|path| source.write(path, fault), settings)
+    }
+
+    /// A run of the package that `write` writes into a file.
+    fn of(write: impl Fn(&Path), settings: &[&str]) -> Packaged {
         let run = Run::new(&[settings]);
-        source.write(&run.beside("x.pt2"), fault);
+        write(&run.beside("x.pt2"));
         let text = "[job]\nsteps = 20\ndata_shards = 4\nfailure_deadline = 2\n[data]\nkind = \"mnist-10k\"\n\
                     [model]\nkind = \"package\"\npath = \"x.pt2\"\n[metrics]\nevery_steps = 1\n";
         std::fs::write(run.beside("job.toml"), text).unwrap();
@@ -72,11 +77,11 @@ fn assert_answers(output: &Output, code: i32, words: &[&str]) {
 }
 
 /// Same bits on 1, 2 and 3 workers, through a kill, and through a stop in the middle.
-fn has_the_same_bits(source: &Source) {
-    let settings: &[&str] = &["job.steps=300", "checkpoint.every_steps=40"];
-    let reference = Reference::new("1 worker", Packaged::new(source, settings).complete(1));
-    reference.equals("2 workers", &Packaged::new(source, settings).complete(2));
-    let disturbed = Packaged::new(source, settings);
+fn has_the_same_bits(write: &dyn Fn(&Path)) {
+    let packaged = || Packaged::of(write, &["job.steps=300", "checkpoint.every_steps=40"]);
+    let reference = Reference::new("1 worker", packaged().complete(1));
+    reference.equals("2 workers", &packaged().complete(2));
+    let disturbed = packaged();
     let coordinator = disturbed.start(3);
     disturbed.run.wait_for("checkpoint", |_| true);
     send(disturbed.run.pids(1)[1], Signal::SIGKILL);
@@ -84,7 +89,7 @@ fn has_the_same_bits(source: &Source) {
     assert_eq!(ended.code, Some(0), "{}", ended.output);
     reference.equals("3 workers, one of them killed", &disturbed.run.digest());
     disturbed.run.assert_audited();
-    let stopped = Packaged::new(source, settings);
+    let stopped = packaged();
     let coordinator = stopped.start(3);
     stopped.run.wait_for_step(30);
     coordinator.signal(Signal::SIGINT);
@@ -94,12 +99,43 @@ fn has_the_same_bits(source: &Source) {
 
 #[test]
 fn a_gan_has_the_same_bits_on_1_to_3_workers_and_through_a_kill_and_a_stop() {
-    has_the_same_bits(&gan());
+    has_the_same_bits(&|path| gan().write(path, Fault::None));
 }
 
 #[test]
 fn a_classifier_has_the_same_bits_on_1_to_3_workers_and_through_a_kill_and_a_stop() {
-    has_the_same_bits(&classifier());
+    has_the_same_bits(&|path| classifier().write(path, Fault::None));
+}
+
+/// Packages of PyTorch's own: a conditional GAN with batch normalisation, dropout and a lazy penalty, and a
+/// classifier.
+#[test]
+fn packages_of_pytorch_have_the_same_bits_and_can_be_used() {
+    if std::env::var_os("GANGLION_PYTORCH").is_none() {
+        eprintln!("SKIPPED: packages of PyTorch's own need PyTorch for Python: `make test-pytorch`");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/pytorch/small.py");
+    let exported = Command::new("python3").arg(script).arg(folder.path()).output().unwrap();
+    assert!(exported.status.success(), "{}", String::from_utf8_lossy(&exported.stderr));
+    let copied = |name: &'static str| {
+        let from = folder.path().join(name);
+        move |to: &Path| {
+            std::fs::copy(&from, to).unwrap();
+        }
+    };
+    ["gan.pt2", "classifier.pt2"].iter().for_each(|name| has_the_same_bits(&copied(name)));
+    let trained = Packaged::of(copied("gan.pt2"), &["job.steps=7"]);
+    trained.complete(2);
+    let scalars = ["discriminator_loss", "generator_loss", "penalty_loss", "score_real"];
+    assert_eq!(names(&trained.run.rows()[6]), scalars);
+    let [picture, film] = ["a.png", "film.gif"].map(|name| trained.run.beside(name).display().to_string());
+    assert_answers(&trained.worker("sample", &["--out", &picture, "--class", "7"]), 0, &[&picture]);
+    let few = ["--out", &film, "--count", "5", "--points", "2", "--frames", "2"];
+    assert_answers(&trained.worker("interpolate", &few), 0, &[&film]);
+    let refused = trained.worker("sample", &["--out", &picture, "--class", "10"]);
+    assert_answers(&refused, 2, &["knows the classes 0 to 9"]);
 }
 
 /// Scalars of a row, but for the settings that move.
@@ -154,6 +190,11 @@ fn what_a_package_draws_is_drawn_by_the_commands() {
     let folder = out("images");
     assert_answers(&trained.worker("sample", &["--folder", &folder, "--count", "23"]), 0, &[]);
     assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 23);
+    // A sample depends on its number, and not on how many are drawn.
+    let fewer = out("fewer");
+    assert_answers(&trained.worker("sample", &["--folder", &fewer, "--count", "4"]), 0, &[]);
+    assert_eq!(read("fewer/000003.png"), read("images/000003.png"));
+    assert_ne!(read("images/000003.png"), read("images/000022.png"));
     let film = out("film.gif");
     let few = ["--out", &film, "--count", "25", "--points", "2", "--frames", "2"];
     assert_answers(&trained.worker("interpolate", &few), 0, &[&film]);
