@@ -1,6 +1,7 @@
 use std::collections::BTreeSet;
 use std::io::{Cursor, Write};
 
+use proptest::prelude::*;
 use serde_json::{Value, json};
 use zip::write::FileOptions;
 use zip::{CompressionMethod, ZipWriter};
@@ -351,4 +352,30 @@ fn features_are_those_that_all_cores_have() {
     assert_eq!(features(x86), ["avx2", "fpu"].map(str::to_owned).into());
     assert_eq!(features("Features\t: fp asimd\n"), ["asimd", "fp"].map(str::to_owned).into());
     assert!(features("").is_empty());
+}
+
+proptest! {
+    /// Files from outside: whatever is changed in one, it is refused or read, and an accepted manifest keeps what
+    /// it says.
+    #[test]
+    fn a_changed_package_is_refused_or_read(at in any::<prop::sample::Index>(), cut in 0..9_usize, put in any::<[u8; 4]>(), len in 0..5_usize) {
+        let mut bytes = archive(&members(&gan()));
+        let at = at.index(bytes.len());
+        let end = (at + cut).min(bytes.len());
+        bytes.splice(at..end, put[..len].iter().copied());
+        if let Ok(package) = read(&bytes) {
+            prop_assert!(package.manifest.graphs().count() == 4);
+        }
+    }
+
+    #[test]
+    fn a_changed_manifest_is_refused_or_consistent(at in any::<prop::sample::Index>(), cut in 0..6_usize, put in "[0-9a-z.\"{}\\[\\],:-]{0,4}") {
+        let text = gan().to_string();
+        let at = at.index(text.len());
+        let changed = format!("{}{put}{}", &text[..at], &text[(at + cut).min(text.len())..]);
+        if let Ok(manifest) = Manifest::parse(changed.as_bytes()) {
+            let again = Manifest::parse(serde_json::to_string(&manifest).unwrap().as_bytes());
+            prop_assert_eq!(again, Ok(manifest));
+        }
+    }
 }

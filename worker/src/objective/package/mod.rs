@@ -82,10 +82,10 @@ pub(super) fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn 
     let package = Package::read(path).map_err(|error| wrong(error.to_string()))?;
     check_job(job, &package, path).map_err(wrong)?;
     check_data(&package.manifest, data).map_err(wrong)?;
-    let graphs = open(&package, device).map_err(wrong)?;
-    let objective = Packaged::new(job, package, &graphs, data.class_names().to_vec()).map_err(wrong)?;
     // From here on compiled code runs, which may not end.
     let _watchdog = Watchdog::over(&path.display().to_string());
+    let graphs = open(&package, device).map_err(wrong)?;
+    let objective = Packaged::new(job, package, &graphs, data.class_names().to_vec()).map_err(wrong)?;
     probe::check(&objective).map_err(wrong)?;
     drop(graphs);
     Ok(Arc::new(objective))
