@@ -186,7 +186,7 @@ class Method:
     def values(self) -> list[Tensor]:
         """First values of the tensors of the state, as the graph takes them."""
         return [
-            entry.tensor.detach().to(self.device, torch.float32) if entry.kind != "constant" else entry.tensor.detach()
+            entry.tensor.detach().to(self.device, None if entry.kind == "constant" else torch.float32).contiguous()
             for entry in self.tensors.entries
         ]
 
@@ -493,9 +493,9 @@ def check_phases(objective: Objective) -> list[Phase]:
         ExportError: a phase is not sound.
     """
     where = type(objective).__name__
-    children = [name for name, child in objective.named_children() if any(True for _ in child.parameters())]
-    own = [OWN] if any("." not in name for name, _ in objective.named_parameters()) else []
-    networks = [*children, *own]
+    learning = [name for name, parameter in objective.named_parameters() if parameter.requires_grad]
+    # Frozen networks are known, and not updated.
+    networks = list(dict.fromkeys(name.partition(".")[0] if "." in name else OWN for name in learning))
     phases = list(objective.phases)
     if not phases:
         if not callable(getattr(objective, "loss", None)):
@@ -514,7 +514,7 @@ def check_phases(objective: Objective) -> list[Phase]:
         if unknown or not phase.updates:
             raise ExportError(
                 f"{where}: the phase {phase.name} updates {', '.join(unknown) or 'nothing'}; there are the networks"
-                f" {', '.join(networks) or '(none)'}"
+                f" {', '.join(networks) or '(none)'} with parameters that require a gradient"
             )
         if phase.every < 1 or phase.batch not in (None, "next", "same", "none"):
             raise ExportError(f"{where}: the phase {phase.name} has every={phase.every}, batch={phase.batch!r}")

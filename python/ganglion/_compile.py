@@ -158,13 +158,13 @@ def compile_graph(module: fx.GraphModule, examples: list[Tensor], cpu: str) -> l
 
 def without_sources(files: list[str], folder: Path) -> list[str]:
     """Files that a loader needs. It goes by the name of the source, whose text names folders of this machine."""
-    kept = [file for file in files if file.endswith((".wrapper.so", ".wrapper_metadata.json"))]
+    kept = [file for file in files if not file.endswith((".cpp", ".kernel_metadata.json"))]
     for file in files:
         if file.endswith(".wrapper.cpp"):
             empty = folder / Path(file).name
             empty.write_text("")
             kept.append(str(empty))
-    return kept if len(kept) == 3 else files
+    return kept
 
 
 def _declare_array(self: Any, values: str, writeline: Any, known_statically: bool = False, graph: Any = None) -> str:

@@ -191,22 +191,19 @@ def _check_use(objective: Objective, tensors: Tensors, methods: dict[str, Method
             if methods[name].kind == "phase"
         )
     )
-    keys = [entry.key for entry in tensors.entries if entry.kind == "parameter" and entry.state_name not in trained]
-    keys += [key for key, value in objective.named_parameters() if value.requires_grad and not _listed(tensors, key)]
-    if keys:
-        shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-        raise ExportError(
-            f"{type(objective).__name__}: no loss depends on {shown}: call requires_grad_(False) on it, or remove it"
-        )
+    where = type(objective).__name__
+    spare = [entry.key for entry in tensors.entries if entry.kind == "parameter" and entry.state_name not in trained]
+    kinds = {entry.key: entry.kind for entry in tensors.entries}
+    idle = [key for key, value in objective.named_parameters() if value.requires_grad and kinds[key] == "buffer"]
+    for keys, what in ((spare, "no loss depends on"), (idle, "no phase updates")):
+        if keys:
+            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise ExportError(f"{where}: {what} {shown}: call requires_grad_(False) on it, or remove it")
 
 
 def _not_updated(tensors: Tensors, method: Method) -> set[str]:
     assert method.phase is not None
     return {entry.state_name for entry in tensors.entries if entry.network not in method.phase.updates}
-
-
-def _listed(tensors: Tensors, key: str) -> bool:
-    return any(entry.key == key and entry.kind == "parameter" for entry in tensors.entries)
 
 
 def _compiled(graph: Graph, cpu: str) -> list[str]:
@@ -216,10 +213,11 @@ def _compiled(graph: Graph, cpu: str) -> list[str]:
     except Error:
         raise
     except Exception as error:
-        text = str(error).strip().splitlines()
-        raise ExportError(
-            f"the graph {graph.name} does not compile: {text[0] if text else type(error).__name__}"
-        ) from error
+        said = next((line for line in str(error).splitlines() if line.strip(": ")), type(error).__name__)
+        numbers = [node.meta.get("val") for node in graph.module.graph.nodes]
+        if any(isinstance(value, torch.Tensor) and value.is_complex() for value in numbers):
+            said += "; it computes with complex numbers, of which the compiler knows little: use real ones"
+        raise ExportError(f"the graph {graph.name} does not compile: PyTorch's compiler says: {said}") from error
 
 
 # ---- Manifest --------------------------------------------------------------------------------------------------------

@@ -111,6 +111,12 @@ class Packages(InFolder):
         self.assertEqual(graphs, {"critic", "penalty", "generator", "sample", "evaluate"})
         for distance in distances:
             self.assertLess(distance.package, TOLERANCE, distance)
+        run = ganglion.train(package, workers=2, steps=8, run_dir=self.folder / "run", progress=False)
+        calls = run.state_dict()["calls"]
+        self.assertEqual(float(calls), 8.0)
+        rich.load_state_dict(run.state_dict(average=True))
+        self.assertTrue(rich.twin.weight is rich.teacher[1].weight)
+        ganglion.sample(run, 10)
 
     def networks(self, rich, manifest):
         networks = {network["name"]: network for network in manifest["networks"]}

@@ -120,6 +120,8 @@ class Refusals(InFolder):
         wrong = Base()
         wrong.spare = nn.Linear(3, 4)
         self.refuses(wrong, "no loss depends on spare.weight, spare.bias", "requires_grad_(False)", "remove it")
+        wrong.phases = [ganglion.Phase("loss", updates=["net"])]
+        self.refuses(wrong, "no phase updates spare.weight, spare.bias", "requires_grad_(False)")
 
     def test_parameters_that_no_module_has(self):
         hidden = [nn.Parameter(torch.ones(10))]
@@ -133,6 +135,9 @@ class Refusals(InFolder):
         wrong = Base()
         wrong.phases = [ganglion.Phase("loss", updates=["encoder"])]
         self.refuses(wrong, "the phase loss updates encoder", "there are the networks net")
+        wrong.frozen = nn.Linear(3, 4).requires_grad_(False)
+        wrong.phases = [ganglion.Phase("loss", updates=["frozen"])]
+        self.refuses(wrong, "the phase loss updates frozen", "there are the networks net with parameters that require")
         wrong.phases = [ganglion.Phase("critic", updates=["net"])]
         self.refuses(wrong, "the phase critic has no method", "critic(self, batch, draw)")
         wrong.phases, wrong.average = [], ["encoder"]
