@@ -58,13 +58,15 @@ fn manifest(classes: u32, networks: &Value, phases: &Value) -> Value {
     })
 }
 
-/// A linear classifier of digits, with dropout and a running mean, and its evaluation.
+/// A linear classifier of digits, with dropout and a running mean, beside a frozen network, and its evaluation.
 pub fn classifier() -> Source {
     let networks = json!([{
         "name": "classifier",
         "parameters": [{"name": "weight", "shape": [10, PIXELS]}, {"name": "bias", "shape": [10]}],
         "buffers": [{"name": "mean", "shape": [PIXELS]}],
         "average": null,
+    }, {
+        "name": "frozen", "parameters": [], "buffers": [{"name": "weight", "shape": [3]}], "average": null,
     }]);
     let read = |rest: &[Value]| {
         let mut inputs = vec![
@@ -78,7 +80,8 @@ pub fn classifier() -> Source {
         inputs
     };
     let phases = json!([{
-        "name": "training", "graph": "training", "updates": ["classifier"], "every": 1, "batch": "next",
+        "name": "training", "graph": "training", "updates": ["classifier", "frozen"], "every": 1,
+        "batch": "next",
         "optimizer": optimizer(1e-3),
         "inputs": read(&[json!({"draw": 0}), json!({"step": true})]),
         "draws": [{"kind": "bernoulli", "p": 0.9, "shape": [BATCH, PIXELS]}],
@@ -97,6 +100,7 @@ pub fn classifier() -> Source {
             ("classifier.weight", vec![10, PIXELS], numbers(10 * PIXELS, 0.01)),
             ("classifier.bias", vec![10], vec![0.0; 10]),
             ("classifier.mean", vec![PIXELS], vec![0.0; PIXELS]),
+            ("frozen.weight", vec![3], numbers(3, 1.0)),
         ],
         graphs: vec![("training", 0), ("evaluate", 4)],
     }

@@ -224,10 +224,10 @@ fn phases_are_checked() {
         ("/phases", json!([]), "it has 0 phases"),
         ("/phases/1/name", json!("discriminator"), "the phase discriminator comes twice"),
         ("/phases/1/name", json!("beta1"), "a phase is named beta1, as a setting of optimizers is"),
-        ("/phases/0/updates", json!([]), "(\"discriminator\"): updates no network"),
+        ("/phases/0/updates", json!([]), "(\"discriminator\"): updates no network that has parameters"),
         ("/phases/0/updates", json!(["e"]), "updates e, which is no network"),
         ("/phases/0/updates", json!(["d", "d"]), "updates d twice"),
-        ("/phases/0/updates", json!(["teacher"]), "updates teacher, which has no parameters"),
+        ("/phases/0/updates", json!(["teacher"]), "updates no network that has parameters"),
         ("/phases/1/every", json!(0), "every is 0"),
         ("/phases/0/every", json!(2), "takes the next samples, and does not run in every step"),
         ("/phases/0/batch", json!("same"), "none has read any"),
@@ -258,6 +258,13 @@ fn phases_are_checked() {
     manifest["phases"][0]["inputs"] = json!([]);
     manifest["phases"][1]["batch"] = json!("none");
     assert!(parse(&manifest).unwrap_err().to_string().contains("no phase reads the next samples"));
+}
+
+#[test]
+fn a_phase_may_name_a_frozen_network_beside_others() {
+    let mut manifest = gan();
+    manifest["phases"][0]["updates"] = json!(["teacher", "d"]);
+    assert!(parse(&manifest).is_ok());
 }
 
 #[test]

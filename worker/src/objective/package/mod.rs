@@ -235,9 +235,12 @@ fn networks(package: &Package) -> Result<Vec<NamedNetwork>, String> {
 impl PhaseGraph {
     fn new(manifest: &Manifest, graphs: &Graphs, index: u32, phase: &package::Phase) -> PhaseGraph {
         let places = places(manifest);
-        let network = |name: &String| manifest.networks.iter().position(|network| network.name == *name);
-        let mut updated: Vec<usize> = phase.updates.iter().filter_map(network).collect();
-        updated.sort_unstable();
+        // In the order of the state; what is frozen as a whole is updated by nobody.
+        let is_updated = |network: &package::Network| {
+            phase.updates.contains(&network.name) && !network.parameters.is_empty()
+        };
+        let networks = (0..).zip(&manifest.networks).filter(|(_, network)| is_updated(network));
+        let updated: Vec<usize> = networks.map(|(index, _)| index).collect();
         // A shard gradient has the parameters of one network after the other.
         let parameters = updated.iter().flat_map(|network| {
             (0..manifest.networks[*network].parameters.len()).map(move |index| (*network, index))
