@@ -344,6 +344,30 @@ fn a_changed_package_is_refused_at_a_resume_and_by_a_worker_that_has_another() {
 }
 
 #[test]
+fn a_package_may_move_between_a_stop_and_the_next_start_and_begin_with_the_weights_of_another_run() {
+    let settings: &[&str] = &["job.steps=400"];
+    let reference = Reference::new("in place", Packaged::new(&gan(), settings).complete(1));
+    let mut moved = Packaged::new(&gan(), settings);
+    let coordinator = moved.start(2);
+    moved.run.wait_for_step(5);
+    coordinator.signal(Signal::SIGINT);
+    assert_eq!(coordinator.wait().code, Some(130));
+    let elsewhere = moved.run.beside("y.pt2");
+    std::fs::rename(moved.path(), &elsewhere).unwrap();
+    moved.assert_refused(&["model.path", "x.pt2: cannot be read"]);
+    moved.run.set(&format!("model.path={}", elsewhere.display()));
+    reference.equals("elsewhere", &moved.complete(1));
+    let initial = format!("model.init_from={}", moved.run.newest_checkpoint().display());
+    let continued = Packaged::new(&gan(), &["job.steps=1", &initial]);
+    continued.complete(1);
+    let loss =
+        |packaged: &Packaged, row: usize| packaged.run.rows()[row]["discriminator_loss"].as_f64().unwrap();
+    // Not that of the first step, and near to that of the last.
+    let apart = |row| (loss(&continued, 0) - loss(&moved, row)).abs();
+    assert!(apart(399) < apart(0), "{} {}", apart(399), apart(0));
+}
+
+#[test]
 fn graphs_are_unpacked_where_they_may_run_and_nothing_is_left() {
     let trained = Packaged::new(&gan(), &["job.steps=4"]);
     let folder = trained.run.beside("tmp");

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use ganglion_proto::evaluation::{AlarmPolicy, Alarms, EvaluationRow, NOT_FINITE, names};
-use ganglion_proto::job::{Job, LossKind};
+use ganglion_proto::job::{Job, LossKind, ModelKind};
 use ganglion_proto::record::MetricsRow;
 use ganglion_proto::words::{counted, were};
 
@@ -75,7 +75,8 @@ pub(crate) enum Change {
 #[derive(Debug)]
 pub(crate) struct Watch {
     settings: Alarms,
-    loss: LossKind,
+    /// Loss by which scores are read; `None` for a package, whose scores mean what its author says.
+    loss: Option<LossKind>,
     images_per_step: u64,
     raised: BTreeSet<Alarm>,
     /// Number of consecutive rows whose scores (D outputs) were saturated.
@@ -90,7 +91,7 @@ impl Watch {
     pub(crate) fn new(job: &Job) -> Watch {
         Watch {
             settings: job.alarms.clone(),
-            loss: job.loss.kind,
+            loss: (job.model.kind != ModelKind::Package).then_some(job.loss.kind),
             images_per_step: job.samples_per_step(),
             raised: BTreeSet::new(),
             saturated: 0,
@@ -190,7 +191,7 @@ impl Watch {
             broken.map(|(name, _)| format!("{name} of step {} is {NOT_FINITE}", row.step))
         };
         let scores = row.scalars.get("score_real").zip(row.scalars.get("score_fake"));
-        let saturated = scores.and_then(|(real, fake)| saturated(self.loss, [real, fake]));
+        let saturated = scores.zip(self.loss).and_then(|((real, fake), loss)| saturated(loss, [real, fake]));
         // Healthy runs have single saturated rows; several one after the other are a sign.
         self.saturated = if saturated.is_some() { self.saturated + 1 } else { 0 };
         let balance = saturated.filter(|_| self.saturated >= self.settings.saturated_rows).map(|what| {
@@ -305,6 +306,14 @@ mod tests {
         assert_eq!(raised(&watch.row(&row(6, [0.999, 0.001]))), [Alarm::Balance]);
         assert_eq!(watch.row(&row(7, [0.8, 0.3])), [Change::Over(Alarm::Balance)]);
         assert!(saturated(LossKind::WassersteinGp, [100.0, -100.0]).is_none());
+        let mut of_package = Watch { loss: None, ..watch };
+        for step in 8..20 {
+            assert_eq!(
+                of_package.row(&row(step, [0.999, 0.001])),
+                [],
+                "a package's scores have their own meaning"
+            );
+        }
     }
 
     #[test]
