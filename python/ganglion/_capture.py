@@ -24,13 +24,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ganglion._errors import ExportError
+from ganglion._package import COLUMNS
 from ganglion._random import Source, Watch, storage
 from ganglion.objective import Batch, DrawSpec, Images, Objective, Phase
 
 OWN = "objective"
 """Name of the network of parameters that lie directly on the objective."""
 _NAME = re.compile(r"[a-z0-9_]{1,64}")
-_SCALARS = 64
+# Most scalars of all phases, of 64 columns some of which are kept for settings that move.
+SCALARS = 48
+_TAKEN_SCALARS = COLUMNS | {"rows", "data", "compute", "wait", "commit", "other"}
+# Beginnings of other names in the state, and keys of the section [optimizer] of a job.
+_TAKEN_NETWORKS = {"optimizer", "counters", "scalars"}
+_TAKEN_PHASES = {
+    "kind", "learning_rate", "discriminator_learning_rate", "beta1", "beta2", "epsilon", "decay_images",
+    "final_learning_rate", "final_discriminator_learning_rate", "final_beta2", "phases", "sample", "evaluate",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -291,12 +300,16 @@ class Method:
         return loss
 
     def _scalars(self, named: dict[str, Any]) -> dict[str, Tensor]:
-        if len(named) >= _SCALARS:
-            raise ExportError(f"{self._where()}it returns {len(named)} scalars; at most {_SCALARS - 1} beside the loss")
+        if len(named) >= SCALARS:
+            raise ExportError(f"{self._where()}it returns {len(named)} scalars; at most {SCALARS - 1} beside the loss")
         for name in named:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise ExportError(
                     f"{self._where()}{name!r} is not the name of a scalar: 1 to 64 lower-case letters, digits and underscores"
+                )
+            if name in _TAKEN_SCALARS:
+                raise ExportError(
+                    f"{self._where()}the scalar {name} is named as a column of metrics is: give it another name"
                 )
         return {name: self._scalar(name, value) for name, value in named.items()}
 
@@ -508,6 +521,8 @@ def check_phases(objective: Objective) -> list[Phase]:
             raise ExportError(
                 f"{where}: {phase.name!r} is not the name of a phase: lower-case letters, digits, underscores"
             )
+        if phase.name in _TAKEN_PHASES:
+            raise ExportError(f"{where}: a phase cannot be called {phase.name}: give it another name")
         if not callable(getattr(type(objective), phase.name, None)) or hasattr(nn.Module, phase.name):
             raise ExportError(f"{where}: the phase {phase.name} has no method: write {phase.name}(self, batch, draw)")
         unknown = [name for name in phase.updates if name not in networks]
@@ -516,12 +531,17 @@ def check_phases(objective: Objective) -> list[Phase]:
                 f"{where}: the phase {phase.name} updates {', '.join(unknown) or 'nothing'}; there are the networks"
                 f" {', '.join(networks) or '(none)'} with parameters that require a gradient"
             )
-        if phase.every < 1 or phase.batch not in (None, "next", "same", "none"):
-            raise ExportError(f"{where}: the phase {phase.name} has every={phase.every}, batch={phase.batch!r}")
+        if phase.every < 1 or phase.repeat < 1 or phase.batch not in (None, "next", "same", "none"):
+            options = f"every={phase.every}, repeat={phase.repeat}, batch={phase.batch!r}"
+            raise ExportError(f"{where}: the phase {phase.name} has {options}")
     if len({phase.name for phase in phases}) < len(phases):
         raise ExportError(f"{where}: two phases have one name")
     if objective.reduction not in ("sum", "mean"):
         raise ExportError(f"{where}: reduction is {objective.reduction!r}; it is 'sum' or 'mean'")
+    averages = {f"{name}_ema" for name in objective.average}
+    for name, _ in objective.named_children():
+        if name in _TAKEN_NETWORKS or name in averages or not re.fullmatch(r"[A-Za-z0-9_]{1,64}", name):
+            raise ExportError(f"{where}: a network cannot be called {name}: give it another name")
     unknown = [name for name in objective.average if name not in networks]
     if unknown:
         raise ExportError(f"{where}: average names {', '.join(unknown)}; there are the networks {', '.join(networks)}")

@@ -75,7 +75,8 @@ def check(
     samples = manifest.get("sample", {}).get("count", 1)
     methods = methods_of(objective, phases, tensors, data, device, manifest["shard_batch"], samples)
     distances = []
-    for about in [*manifest["phases"], *(manifest[name] for name in ("sample", "evaluate") if name in manifest)]:
+    phases_once = [about for about in manifest["phases"] if about["name"] == about["graph"]]
+    for about in [*phases_once, *(manifest[name] for name in ("sample", "evaluate") if name in manifest)]:
         method = methods[about["graph"]]
         given = _values(method, about, seed)
         with settings(), evaluation_mode(objective) if method.kind != "phase" else contextlib.nullcontext():

@@ -9,6 +9,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ganglion._package import COLUMNS
+
 if TYPE_CHECKING:
     from ganglion._run import Run
 
@@ -178,13 +180,7 @@ def plot(rows: list[dict[str, Any]]) -> str:
     return f"<div>{svg}</div><div>{' &nbsp; '.join(legend)} &nbsp; from {low:.4g} to {high:.4g}</div>"
 
 
-_FIXED = {
-    "step", "images_seen", "ledger", "skipped", "epoch", "time", "generation", "world_size", "images_per_second",
-    "gpu_memory_bytes", "gpu_utilisation", "profile",
-}  # fmt: skip
-
-
 def scalar_names(rows: list[dict[str, Any]]) -> list[str]:
     """Names of the scalars in rows of metrics, in order."""
     names = dict.fromkeys(name for row in rows[-1:] for name in row)
-    return [name for name in names if name not in _FIXED and not name.startswith("setting_")]
+    return [name for name in names if name not in COLUMNS and not name.startswith("setting_")]

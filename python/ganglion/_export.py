@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ganglion._capture import (
+    SCALARS,
     Graph,
     Method,
     Tensors,
@@ -278,40 +279,64 @@ def _network(objective: Objective, tensors: Tensors, network: str) -> dict[str, 
 
 
 def _phases(objective: Objective, phases: list[Phase], graphs: dict[str, Graph]) -> list[dict[str, Any]]:
-    found, has_read = [], False
+    found: list[dict[str, Any]] = []
+    where = type(objective).__name__
+    _check_scalars(where, phases, graphs)
     for phase in phases:
         graph = graphs[phase.name]
-        reads = graph.reads("images") or graph.reads("classes")
-        batch = phase.batch or (("same" if has_read else "next") if reads else "none")
-        where = f"{type(objective).__name__}: the phase {phase.name}"
-        if batch == "none" and reads:
-            raise ExportError(f"{where} has batch='none' and reads the batch")
-        if batch == "same" and not has_read:
-            raise ExportError(f"{where} has batch='same', and no phase before it reads samples")
-        if batch == "next" and phase.every != 1:
-            raise ExportError(
-                f"{where} is the first to read samples, and runs every {phase.every} steps: list a phase with every=1 that"
-                " reads samples before it"
-            )
-        has_read = has_read or batch == "next"
+        has_read = any(one["batch"] == "next" for one in found)
         optimizer = phase.optimizer or objective.optimizer
         if not isinstance(optimizer, Adam):
-            raise ExportError(f"{where} has the optimizer {optimizer!r}; there is ganglion.Adam(learning_rate=...)")
-        found.append(
-            {
-                "name": phase.name,
-                "graph": phase.name,
-                "updates": list(phase.updates),
-                "every": phase.every,
-                "batch": batch,
-                "optimizer": {"kind": "adam", **dataclasses.asdict(optimizer)},
-                "inputs": graph.inputs,
-                "draws": [spec.to_json() for spec in graph.draws],
-                "outputs": graph.outputs,
-                "loss": graph.loss,
-            }
-        )
+            raise ExportError(
+                f"{where}: the phase {phase.name} has the optimizer {optimizer!r}; there is ganglion.Adam(learning_rate=...)"
+            )
+        about = {
+            "graph": phase.name,
+            "updates": list(phase.updates),
+            "every": phase.every,
+            "batch": _batch(where, phase, graph, has_read),
+            "optimizer": {"kind": "adam", **dataclasses.asdict(optimizer)},
+            "inputs": graph.inputs,
+            "draws": [spec.to_json() for spec in graph.draws],
+            "outputs": graph.outputs,
+            "loss": graph.loss,
+        }
+        names = [phase.name, *(f"{phase.name}_{number}" for number in range(2, phase.repeat + 1))]
+        found += [{"name": name, **about} for name in names]
+    if len({about["name"] for about in found}) < len(found):
+        raise ExportError(f"{where}: two phases have one name, as a repeated one is called NAME_2: rename one")
+    if not any(about["batch"] == "next" for about in found):
+        raise ExportError(f"{where}: no phase reads samples; let one take them: batch='next'")
     return found
+
+
+def _batch(where: str, phase: Phase, graph: Graph, has_read: bool) -> str:
+    reads = graph.reads("images") or graph.reads("classes")
+    batch = phase.batch or (("same" if has_read else "next") if reads else "none")
+    where = f"{where}: the phase {phase.name}"
+    if batch == "none" and reads:
+        raise ExportError(f"{where} has batch='none' and reads the batch")
+    if batch == "same" and not has_read:
+        raise ExportError(f"{where} has batch='same', and no phase before it reads samples")
+    if batch == "next" and phase.every != 1:
+        raise ExportError(
+            f"{where} is the first to read samples, and runs every {phase.every} steps: list a phase with every=1 that"
+            " reads samples before it"
+        )
+    return batch
+
+
+def _check_scalars(where: str, phases: list[Phase], graphs: dict[str, Graph]) -> None:
+    known: dict[str, str] = {}
+    for phase in phases:
+        for name in (output["scalar"] for output in graphs[phase.name].outputs if "scalar" in output):
+            if name in known:
+                raise ExportError(
+                    f"{where}: the phases {known[name]} and {phase.name} both return a scalar {name}: name them apart"
+                )
+            known[name] = phase.name
+    if len(known) > SCALARS:
+        raise ExportError(f"{where}: its phases return {len(known)} scalars; at most {SCALARS}")
 
 
 def _write(path: Path, files: dict[str, list[str]], manifest: dict[str, Any], tensors: Tensors) -> None:
@@ -334,6 +359,9 @@ def _summary(manifest: Mapping[str, Any]) -> list[str]:
         average = ", averaged" if network["average"] else ""
         lines.append(f"network {network['name']}: {count:,} parameters, {frozen:,} numbers in buffers{average}")
     for phase in manifest["phases"]:
+        if phase["name"] != phase["graph"]:
+            lines.append(f"phase {phase['name']}: {phase['graph']} again")
+            continue
         every = f" every {phase['every']} steps" if phase["every"] > 1 else ""
         lines.append(f"phase {phase['name']}{every}: updates {', '.join(phase['updates'])}; {_contents(phase)}")
     for name in ("sample", "evaluate"):

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 MANIFEST = "ganglion/manifest.json"
 WEIGHTS = "ganglion/weights.safetensors"
+COLUMNS = {
+    "step", "images_seen", "ledger", "skipped", "scalars", "epoch", "time", "generation", "world_size",
+    "images_per_second", "gpu_memory_bytes", "gpu_utilisation", "profile",
+}  # fmt: skip
+"""Fixed columns of `metrics.jsonl`."""
+
 # Names of the format, and of PyTorch's kinds.
 _KINDS = {
     "F64": "float64",

@@ -100,7 +100,9 @@ class Run:
 
     def __repr__(self) -> str:
         progress = self.progress()
-        state = "training" if self.running else "not training here"
+        state = (
+            "training" if self.running else "complete" if 0 < progress.steps == progress.step else "not training here"
+        )
         return f"Run({str(self.path)!r}: step {progress.step} of {progress.steps}, {state})"
 
     def __enter__(self) -> Run:

@@ -47,6 +47,8 @@ class Phase:
         batch: "next" takes the next samples of the data, "same" those that a phase of this step has read, "none" no
             samples. By default "next" for the first phase that reads samples and "same" for later ones.
         optimizer: settings of this phase; by default the objective's.
+        repeat: run it so often in a row. Each run is a phase of its own, called NAME, NAME_2 and so on, and by default
+            takes new samples if the first does.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Phase:
     every: int = 1
     batch: Literal["next", "same", "none"] | None = None
     optimizer: Adam | None = None
+    repeat: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Rich(ganglion.Objective):
 
     phases = [
         ganglion.Phase("critic", updates=["d"], optimizer=ganglion.Adam(1e-4, beta1=0.0)),
-        ganglion.Phase("penalty", updates=["d"], every=4),
+        ganglion.Phase("penalty", updates=["d"], every=4, repeat=2),
         ganglion.Phase("generator", updates=["g", "objective"], batch="next"),
     ]
     average = ["g"]
@@ -130,9 +130,10 @@ class Packages(InFolder):
         self.assertEqual(manifest["data"], {"images": {"channels": 1, "height": 28, "width": 28}, "classes": 10})
 
     def phases(self, manifest):
-        critic, penalty, generator = manifest["phases"]
-        self.assertEqual([phase["batch"] for phase in manifest["phases"]], ["next", "same", "next"])
-        self.assertEqual([phase["every"] for phase in manifest["phases"]], [1, 4, 1])
+        critic, penalty, second, generator = manifest["phases"]
+        self.assertEqual([phase["batch"] for phase in manifest["phases"]], ["next", "same", "same", "next"])
+        self.assertEqual([phase["every"] for phase in manifest["phases"]], [1, 4, 4, 1])
+        self.assertEqual(second, {**penalty, "name": "penalty_2"})
         self.assertEqual(critic["optimizer"]["beta1"], 0.0)
         self.assertEqual(generator["optimizer"]["learning_rate"], 2e-4)
         self.assertIn({"step": True}, penalty["inputs"])
@@ -210,7 +211,13 @@ class Packages(InFolder):
 
 def _manifest():
     network = {"name": "net", "parameters": [{"name": "w", "shape": [7]}], "buffers": [], "average": None}
-    phase = {"name": "loss", "updates": ["net"], "every": 1, "draws": [{"kind": "normal", "shape": [4, 8]}]}
+    phase = {
+        "name": "loss",
+        "graph": "loss",
+        "updates": ["net"],
+        "every": 1,
+        "draws": [{"kind": "normal", "shape": [4, 8]}],
+    }
     phase["outputs"] = [{"gradient": "net.w"}, {"scalar": "loss"}, {"scalar": "kl"}]
     return {"networks": [network], "phases": [phase], "data": DIGITS}
 

@@ -159,6 +159,24 @@ class Refusals(InFolder):
         wrong.phases = [ganglion.Phase("loss", updates=["net"], every=2)]
         self.refuses(wrong, "the phase loss is the first to read samples, and runs every 2 steps")
 
+    def test_phases_that_do_not_fit_together(self):
+        class Pair(Base):
+            phases = [ganglion.Phase("loss", updates=["net"]), ganglion.Phase("again", updates=["net"])]
+
+            def loss(self, batch, draw):
+                return super().loss(batch, draw), {"twice": torch.ones(())}
+
+            def again(self, batch, draw):
+                return self.loss(batch, draw)
+
+        self.refuses(Pair(), "the phases loss and again both return a scalar twice", "name them apart")
+        wrong = objective(lambda self, batch, draw: self.net(draw.normal(len(batch), 784)).sum())
+        self.refuses(wrong, "no phase reads samples", "batch='next'")
+        wrong.phases = [ganglion.Phase("beta1", updates=["net"])]
+        self.refuses(wrong, "a phase cannot be called beta1")
+        wrong = objective(lambda self, batch, draw: (self.net(batch.images).sum(), {"epoch": torch.ones(())}))
+        self.refuses(wrong, "the scalar epoch is named as a column of metrics is")
+
     def test_classes_of_data_without(self):
         self.refuses(Base(), "batch.classes is read", "classes=10", data=ganglion.images(1, 28))
 
