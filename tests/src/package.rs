@@ -23,6 +23,8 @@ pub enum Fault {
     Forgets = 4,
     WrongShape = 5,
     WrongKind = 6,
+    /// Fails after some steps.
+    FailsLater = 7,
 }
 
 /// A package: its manifest, first weights and graphs.

@@ -273,6 +273,9 @@ fn a_graph_that_does_not_do_what_its_manifest_says_is_refused_before_training() 
     ] {
         Packaged::with(&classifier(), fault, &[]).assert_refused(words);
     }
+    let later = Packaged::with(&classifier(), Fault::FailsLater, &[]);
+    later.assert_refused(&["x.pt2 fails in training: ", "the compiled graph failed"]);
+    assert!(later.run.rows().len() > 1, "it has trained before");
     let hangs = Packaged::with(&classifier(), Fault::Hangs, &[]);
     let mut command = hangs.run.command(&["--config", &hangs.job, "--workers", "1"]);
     command.env("GANGLION_MODULE_LIMIT", "2");
