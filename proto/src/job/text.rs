@@ -21,9 +21,16 @@ impl Job {
     pub fn to_toml(&self) -> String {
         const HOLDS: &str = "a checked job has UTF-8 paths and numbers that TOML can hold";
         if self.model.kind == ModelKind::Package {
-            return toml::to_string(&self.to_table()).expect(HOLDS);
+            let mut sections: Vec<(String, Value)> = self.to_table().into_iter().collect();
+            // A table does not keep the order of the declarations; a reader looks for these first.
+            let first =
+                |name: &str| ["job", "data", "model", "optimizer"].iter().position(|known| *known == name);
+            sections.sort_by_key(|(name, _)| first(name).unwrap_or(usize::MAX));
+            let texts = sections
+                .into_iter()
+                .map(|section| toml::to_string(&Table::from_iter([section])).expect(HOLDS));
+            return texts.collect::<Vec<_>>().join("\n");
         }
-        // In the order of the declarations, which a table does not keep.
         toml::to_string(self).expect(HOLDS)
     }
 

@@ -147,6 +147,7 @@ fn the_text_of_a_package_has_what_it_uses_and_gives_the_same_job() {
     let (text, job) = (sample_of_package().to_toml(), sample_of_package());
     assert_eq!(text.parse::<Table>(), toml::from_str(&format!("{OF_PACKAGE}{}", of_others())), "{text}");
     assert_eq!(Job::from_toml(&text), Ok(job.clone()));
+    assert!(text.starts_with("[job]\n") && text.contains("\n\n[optimizer.critic]\n"), "{text}");
     assert_eq!(job.clone().without_unused(), job);
     for (from, to, says) in [
         ("path = \"/vae.pt2\"", "path = \"/vae.pt2\"\nwidth = 3", "does not know: model.width;"),
