@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ganglion._capture import Method, Tensors, check_phases, evaluation_mode, settings
+from ganglion._compile import missing_features
 from ganglion._errors import Error
 from ganglion._export import exported, methods_of
 from ganglion._package import read_manifest
@@ -68,6 +69,9 @@ def check(
     manifest = read_manifest(package)
     if manifest["torch"] != torch.__version__.partition("+")[0]:
         raise Error(f"{package}: is for PyTorch {manifest['torch']}, and this is {torch.__version__}: export it again")
+    missing = missing_features(manifest["cpu"]["features"])
+    if missing:
+        raise Error(f"{package}: was compiled for processors with {', '.join(missing)}, which this one has not")
     about, device = manifest["data"]["images"], manifest["device"]
     data = Images(about["channels"], about["height"], about["width"], manifest["data"]["classes"])
     phases = check_phases(objective)

@@ -140,9 +140,25 @@ def features(cpu: str) -> list[str]:
         return sorted(named.partition(":")[2].split())
     with target(cpu):
         vectors = cpu_vec_isa.pick_vec_isa().build_arch_flags().split()
-    command = [cpp_builder.get_cpp_compiler(), f"-march={cpu}", *vectors, "-dM", "-E", "-x", "c++", "/dev/null"]
-    defined = set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    try:
+        compiler = cpp_builder.get_cpp_compiler()
+        command = [compiler, f"-march={cpu}", *vectors, "-dM", "-E", "-x", "c++", "/dev/null"]
+        defined = set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines()[:1]
+        raise Error(
+            f"{compiler} does not compile for {cpu}: install g++ 11 or later, or name another in CXX; {said}"
+        ) from None
+    except (RuntimeError, OSError):
+        raise Error("compiling a package needs a C++ compiler: install g++ 11 or later, or name one in CXX") from None
     return sorted(known for macro, known in _MACROS.items() if f"__{macro}__" in defined)
+
+
+def missing_features(wanted: list[str]) -> list[str]:
+    """Instruction sets of these that this machine has not."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        line = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    return sorted(set(wanted) - set(line.partition(":")[2].split()))
 
 
 def compile_graph(module: fx.GraphModule, examples: list[Tensor], cpu: str) -> list[str]:

@@ -29,6 +29,7 @@ from ganglion._compile import choose, compile_graph, features, without_sources
 from ganglion._errors import Error, ExportError
 from ganglion._package import add_members
 from ganglion._place import SKIPPED, short
+from ganglion._programs import TORCH_VERSION
 from ganglion._random import Source
 from ganglion.objective import Adam, Draw, Images, Objective, Phase
 
@@ -98,7 +99,10 @@ def export(
     if path.suffix != ".pt2" or not path.parent.is_dir():
         raise Error(f"{path}: a package is a file NAME.pt2 in a folder that exists")
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    if torch.__version__.partition("+")[0] != TORCH_VERSION:
+        raise Error(f"PyTorch {TORCH_VERSION} is needed, as the workers have, and this is {torch.__version__}")
     cpu = choose(cpu)
+    used = features(cpu)
     phases = check_phases(objective)
     tensors = Tensors(objective, phases)
     methods = methods_of(objective, phases, tensors, data, device, shard_batch, samples)
@@ -113,7 +117,7 @@ def export(
         since = time.monotonic()
         files[name] = _compiled(graph, cpu)
         say(f"{name}: {len(graph.module.graph.nodes)} operations, compiled in {time.monotonic() - since:.1f} s")
-    manifest = _manifest(objective, phases, tensors, methods, graphs, data, device, cpu, shard_batch)
+    manifest = _manifest(objective, phases, tensors, methods, graphs, data, device, used, shard_batch)
     _write(path, files, manifest, tensors)
     package = Package(path.resolve(), manifest, time.monotonic() - begun)
     exported[objective] = package
@@ -232,7 +236,7 @@ def _manifest(
     graphs: dict[str, Graph],
     data: Images,
     device: str,
-    cpu: str,
+    used: list[str],
     shard_batch: int,
 ) -> dict[str, Any]:
     read = [graph.reads("classes") for graph in graphs.values()]
@@ -241,7 +245,7 @@ def _manifest(
         major, minor = torch.cuda.get_device_capability()
         manifest |= {"capability": f"{major}.{minor}", "cuda": torch.version.cuda}
     manifest |= {
-        "cpu": {"arch": os.uname().machine, "features": features(cpu)},
+        "cpu": {"arch": os.uname().machine, "features": used},
         "shard_batch": shard_batch,
         "data": {
             "images": {"channels": data.channels, "height": data.height, "width": data.width},

@@ -14,6 +14,13 @@ from typing import NoReturn
 
 from ganglion._errors import Error
 
+try:
+    from ganglion.built import TORCH  # type: ignore[import-not-found]  # written by the wheel's build
+except ImportError:
+    TORCH = ""
+TORCH_VERSION = TORCH.partition("+")[0] or "2.11.0"
+"""Version of PyTorch that the programs are built with."""
+
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -66,19 +73,14 @@ def _become(name: str) -> NoReturn:
 
 
 def _libtorch() -> str:
-    try:
-        from ganglion.built import TORCH  # type: ignore[import-not-found]  # written by the wheel's build
-    except ImportError:
-        TORCH = None
-    wanted = TORCH.partition("+")[0] if TORCH else "2.11.0"
-    mend = f"install it with: pip install torch=={wanted}"
+    mend = f"install it with: pip install torch=={TORCH_VERSION}"
     found = importlib.util.find_spec("torch")
     for package in (found.submodule_search_locations or ()) if found else ():
         version = _version(package)
-        if TORCH is None or version == TORCH or version.partition("+")[0] == TORCH:
+        if not TORCH or version == TORCH or version.partition("+")[0] == TORCH:
             return os.path.join(package, "lib")
         raise Error(f"PyTorch {TORCH} is needed, and {package} is {version or 'none'}; {mend}")
-    raise Error(f"PyTorch {wanted} is needed, and {sys.executable} has none; {mend}")
+    raise Error(f"PyTorch {TORCH_VERSION} is needed, and {sys.executable} has none; {mend}")
 
 
 def _version(package: str) -> str:

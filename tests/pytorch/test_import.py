@@ -28,6 +28,7 @@ class Import(unittest.TestCase):
 
     def test_every_public_name_is_there_and_documented(self):
         import ganglion
+        from ganglion._programs import TORCH_VERSION
 
         for name in ganglion.__all__:
             value = getattr(ganglion, name)
@@ -36,6 +37,8 @@ class Import(unittest.TestCase):
                 for part, member in vars(value).items():
                     if callable(member) and not part.startswith("_") and part not in ("message",):
                         self.assertTrue(member.__doc__, f"{name}.{part} has no docstring")
+        wanted = (ROOT / "deploy/requirements/libtorch-cpu.in").read_text()
+        self.assertIn(f"torch=={TORCH_VERSION}\n", wanted)
         with self.assertRaises(AttributeError):
             _ = ganglion.nothing
         text = re.sub(".\b", "", pydoc.render_doc(ganglion))

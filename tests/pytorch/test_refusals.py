@@ -2,6 +2,7 @@
 
 import random
 import unittest
+from unittest import mock
 
 import ganglion
 import numpy
@@ -214,6 +215,21 @@ class Refusals(InFolder):
         ):
             with self.assertRaisesRegex(ganglion.Error, part):
                 self.export(Base(), **options)
+        old = self.folder.parent / f"{self.folder.name}-g++"
+        old.write_text("#!/bin/sh\n[ $1 = --version ] || { echo bad value for -march >&2; exit 1; }\n")
+        old.chmod(0o755)
+        self.addCleanup(old.unlink)
+        for compiler, part in (
+            ("missing-g++", "needs a C.. compiler"),
+            (str(old), "does not compile for x86-64.*bad value"),
+        ):
+            with (
+                mock.patch("torch._inductor.config.cpp.cxx", (compiler,)),
+                self.assertRaisesRegex(ganglion.Error, part),
+            ):
+                self.export(Base())
+        with mock.patch("torch.__version__", "2.10.0"), self.assertRaisesRegex(ganglion.Error, "is needed"):
+            self.export(Base())
         with self.assertRaisesRegex(ganglion.Error, "NAME.pt2"):
             ganglion.export(Base(), self.folder / "missing" / "x.pt2", data=ganglion.images(1, 28))
 

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import ganglion
 import torch
@@ -90,6 +92,24 @@ class Runs(InFolder):
         for part in ("step 40/40", "<polyline", "data:image/png;base64,"):
             self.assertIn(part, page)
         self.nothing_is_left()
+
+    def test_a_notebook_sees_curves_and_samples(self):
+        shown = []
+
+        class Handle:
+            def update(self, page):
+                shown.append(page)
+
+        notebook = types.ModuleType("IPython")
+        notebook.get_ipython = lambda: types.SimpleNamespace(kernel=True)
+        notebook.display = types.ModuleType("IPython.display")
+        notebook.display.HTML = str
+        notebook.display.display = lambda page, display_id: shown.append(page) or Handle()
+        with mock.patch.dict(sys.modules, {"IPython": notebook, "IPython.display": notebook.display}):
+            self.train(progress=True)
+        self.assertGreater(len(shown), 1)
+        self.assertIn("<svg", shown[-1])
+        self.assertIn("data:image/png", shown[-1])
 
     def weights(self, run):
         first = {name: tensor.clone() for name, tensor in self.digits.state_dict().items()}
