@@ -73,15 +73,14 @@ impl Manifest {
                 cpu.arch, machine.arch
             )));
         }
-        let lacking: Vec<&str> = cpu.features.iter().map(String::as_str).collect();
-        let lacking: Vec<&str> =
-            lacking.into_iter().filter(|feature| !machine.features.contains(*feature)).collect();
+        let features = cpu.features.iter().map(String::as_str);
+        let lacking: Vec<&str> = features.filter(|feature| !machine.features.contains(*feature)).collect();
         if lacking.is_empty() {
             return Ok(());
         }
         Err(PackageError(format!(
-            "was compiled for a processor with {}, which this machine's lacks: export it again with ganglion.export(...) \
-             on this machine, or on the one with the fewest features of all that train",
+            "was compiled for a processor with {}, which this machine's lacks: export it again with ganglion.export(..., \
+             cpu=\"x86-64-v3\"), which nearly all processors have, or on this machine",
             lacking.join(", ")
         )))
     }
