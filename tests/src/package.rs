@@ -1,10 +1,12 @@
 //! Packages for tests, without PyTorch: graphs that are compiled from C (`graph.c`), with the manifests that
 //! PyTorch's would have.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
@@ -174,12 +176,18 @@ impl Source {
     }
 }
 
-/// Library of a graph.
+/// Library of a graph, compiled once.
 fn compiled(graph: u32, fault: Fault) -> Vec<u8> {
+    static KNOWN: Mutex<BTreeMap<(u32, u32), Vec<u8>>> = Mutex::new(BTreeMap::new());
+    let fault = if matches!(graph, 0 | 1) { fault as u32 } else { 0 };
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    known.entry((graph, fault)).or_insert_with(|| compile(graph, fault)).clone()
+}
+
+fn compile(graph: u32, fault: u32) -> Vec<u8> {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let library: PathBuf = folder.path().join("graph.so");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/graph.c");
-    let fault = if matches!(graph, 0 | 1) { fault as u32 } else { 0 };
     let mut compile = Command::new("cc");
     compile.args(["-O2", "-shared", "-fPIC", "-Wall", "-Wno-unused-function", "-Werror"]);
     compile.args(["-D", &format!("GRAPH={graph}"), "-D", &format!("FAULT={fault}")]);

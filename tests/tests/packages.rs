@@ -91,7 +91,7 @@ fn has_the_same_bits(write: &dyn Fn(&Path)) {
     disturbed.run.assert_audited();
     let stopped = packaged();
     let coordinator = stopped.start(3);
-    stopped.run.wait_for_step(30);
+    stopped.run.wait_for_step(1);
     coordinator.signal(Signal::SIGINT);
     assert_eq!(coordinator.wait().code, Some(130));
     reference.equals("stopped, and gone on with 2 workers", &stopped.complete(2));
@@ -352,7 +352,7 @@ fn a_package_may_move_between_a_stop_and_the_next_start_and_begin_with_the_weigh
     let reference = Reference::new("in place", Packaged::new(&gan(), settings).complete(1));
     let mut moved = Packaged::new(&gan(), settings);
     let coordinator = moved.start(2);
-    moved.run.wait_for_step(5);
+    moved.run.wait_for_step(1);
     coordinator.signal(Signal::SIGINT);
     assert_eq!(coordinator.wait().code, Some(130));
     let elsewhere = moved.run.beside("y.pt2");
