@@ -62,7 +62,7 @@ fn manifest(classes: u32, networks: &Value, phases: &Value) -> Value {
     })
 }
 
-/// A linear classifier of digits, with dropout and a running mean, beside a frozen network, and its evaluation.
+/// A linear classifier of digits with dropout, a running mean and an evaluation, beside a frozen network.
 pub fn classifier() -> Source {
     let networks = json!([{
         "name": "classifier",

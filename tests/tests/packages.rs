@@ -1,5 +1,5 @@
-//! Packages: objectives that were compiled ahead of time, trained without PyTorch. Their graphs are written in C
-//! (`src/graph.c`); where `GANGLION_PYTORCH` is set, also by PyTorch.
+//! Packages: objectives that were compiled ahead of time, trained without PyTorch. Their graphs are written
+//! in C (`src/graph.c`); where `GANGLION_PYTORCH` is set, also by PyTorch.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 use std::path::{Path, PathBuf};

@@ -45,7 +45,7 @@ impl Manifest {
     /// Checks that compiled code may run on a machine.
     ///
     /// # Errors
-    /// It was compiled for another version of PyTorch, device or processor; the text says how to export
+    /// Compiled for another version of PyTorch, device or processor; the text says how to export
     /// again.
     pub fn check_machine(&self, machine: &Machine) -> Result<(), PackageError> {
         self.check_torch(machine)?;

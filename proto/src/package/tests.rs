@@ -362,8 +362,7 @@ fn features_are_those_that_all_cores_have() {
 }
 
 proptest! {
-    /// Files from outside: whatever is changed in one, it is refused or read, and an accepted manifest keeps what
-    /// it says.
+    /// Whatever is changed in a file, it is refused or read.
     #[test]
     fn a_changed_package_is_refused_or_read(at in any::<prop::sample::Index>(), cut in 0..9_usize, put in any::<[u8; 4]>(), len in 0..5_usize) {
         let mut bytes = archive(&members(&gan()));

@@ -41,7 +41,7 @@ pub(super) struct Prepared {
 /// Parameters and buffers of each network.
 pub(super) type Values<'a> = Vec<[&'a [Tensor]; 2]>;
 
-/// What a run of a graph takes beside its draws.
+/// Inputs of a run of a graph beside its draws.
 pub(super) struct Given<'a> {
     /// Tensors of the networks.
     pub values: Values<'a>,
