@@ -23,7 +23,7 @@ from ganglion._programs import coordinator, worker
 if TYPE_CHECKING:
     from ganglion._check import Distance, check
     from ganglion._export import Package, export
-    from ganglion._run import Picture, Run, load, sample, train
+    from ganglion._run import Picture, Plot, Run, load, sample, train
     from ganglion.objective import Adam, Batch, Draw, Images, Objective, Phase, images
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Package",
     "Phase",
     "Picture",
+    "Plot",
     "Run",
     "check",
     "coordinator",
@@ -53,7 +54,7 @@ __all__ = [
 _MODULES = {
     "_check": ("Distance", "check"),
     "_export": ("Package", "export"),
-    "_run": ("Picture", "Run", "load", "sample", "train"),
+    "_run": ("Picture", "Plot", "Run", "load", "sample", "train"),
     "objective": ("Adam", "Batch", "Draw", "Images", "Objective", "Phase", "images"),
 }
 _LAZY = {name: module for module, names in _MODULES.items() for name in names}

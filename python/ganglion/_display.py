@@ -7,6 +7,7 @@ import html
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ganglion._package import COLUMNS
@@ -152,10 +153,10 @@ def page_of(run: Run) -> str:
     return "".join(parts)
 
 
-def plot(rows: list[dict[str, Any]]) -> str:
-    """Curves of the losses, else of the first scalars, as SVG; empty without two points."""
-    names = scalar_names(rows)
-    names = ([name for name in names if "loss" in name] or names)[: len(_COLOURS)]
+def plot(rows: list[dict[str, Any]], names: Sequence[str] = ()) -> str:
+    """Curves of these scalars, by default of the losses, else of the first ones, as SVG; empty without two points."""
+    known = scalar_names(rows)
+    names = (names or [name for name in known if "loss" in name] or known)[: len(_COLOURS)]
     stride = max(1, len(rows) // _POINTS)
     curves = {
         name: [(row["step"], row[name]) for row in rows[::stride] if isinstance(row.get(name), (int, float))]

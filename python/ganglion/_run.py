@@ -67,6 +67,20 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plot:
+    """Curves of scalars over the steps; a notebook shows them.
+
+    Attributes:
+        html: the curves as SVG, with their names and newest values.
+    """
+
+    html: str = dataclasses.field(repr=False)
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint of a run.
 
@@ -255,6 +269,19 @@ class Run:
         self._rows += [json.loads(line) for line in whole.splitlines() if line.strip()]
         self._read += len(whole)
         return list(self._rows)
+
+    def plot(self, *names: str) -> Plot:
+        """Curves of scalars over the steps, such as `run.plot("kl")`; by default of the losses.
+
+        Raises:
+            Error: the run has no such scalar.
+        """
+        rows = self.metrics()
+        unknown = [name for name in names if rows and name not in rows[-1]]
+        if unknown:
+            there = ", ".join(_display.scalar_names(rows))
+            raise Error(f"{self.path}: has no scalar {', '.join(unknown)}; there are {there}")
+        return Plot(_display.plot(rows, names))
 
     def events(self) -> list[dict[str, Any]]:
         """Events of `events.jsonl`: workers that join and leave, checkpoints, evaluations, faults."""

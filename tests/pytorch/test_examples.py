@@ -1,6 +1,8 @@
-"""Each example runs as its head says, and has the same bits on any cluster."""
+"""Each example runs as its head says, computes what PyTorch does, and has the same bits on any cluster."""
 
-import importlib.util
+import ast
+import importlib
+import json
 import os
 import signal
 import struct
@@ -14,23 +16,57 @@ import torch
 from common import DIGITS, ROOT, InFolder
 from torch import nn
 
-EXAMPLES = ["vae", "gan", "classifier"]
+sys.path.insert(0, str(ROOT / "examples"))
+
+# Steps of the training, and the objective that --small trains. The teacher of `distill` is the run of `flow_matching`.
+EXAMPLES = {
+    "vae": (300, lambda example: example.VAE(width=16, latent=4)),
+    "gan": (300, lambda example: example.GAN(latent=8, width=4)),
+    "classifier": (300, lambda example: example.Classifier(width=2)),
+    "flow_matching": (60, lambda example: example.FlowMatching(width=4, levels=2, euler_steps=2)),
+    "distill": (60, lambda example: example.Distillation(example.UNet(width=4, levels=2), width=4)),
+    "stylegan2": (60, lambda example: example.StyleGAN2(width=2, levels=2, latent=8, depth=2)),
+}
 LIMIT_SECONDS = 600
-STEPS = 300
-SETTINGS = {"job.data_shards": 4, "checkpoint.every_steps": 100, "sample.every_steps": 0, "metrics.every_steps": 1}
+# Distances of single outputs, relative to float64.
+TOLERANCE = 1e-5
 
 
-def module(name):
-    """Returns an example as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+def settings(steps):
+    """Returns settings of a training that is stopped after a third of it, at the earliest."""
+    checkpoints = {"checkpoint.every_steps": steps // 3}
+    return {"job.data_shards": 4, "sample.every_steps": 0, "metrics.every_steps": 1, **checkpoints}
+
+
+def run_notebook(path, folder):
+    """Runs the code cells of a notebook in a folder, and returns what Jupyter would show of their values."""
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    names, shown, before = {"__name__": "__main__"}, [], os.getcwd()
+    os.chdir(folder)
+    try:
+        for number, cell in enumerate(cells):
+            lines = ast.parse("".join(cell["source"])).body
+            last = lines.pop() if isinstance(lines[-1], ast.Expr) else None
+            place = f"{path.name}, code cell {number}"
+            exec(compile(ast.Module(lines, []), place, "exec"), names)
+            if last is not None:
+                value = eval(compile(ast.Expression(last.value), place, "eval"), names)
+                forms = [getattr(value, form, None) for form in ("_repr_png_", "_repr_html_", "__repr__")]
+                shown.append(next(form() for form in forms if form is not None))
+    finally:
+        os.chdir(before)
+    return shown
+
+
+def moved(objective):
+    """Returns the weights with noise."""
+    weights = nn.utils.parameters_to_vector(objective.parameters()).detach()
+    return weights + 0.02 * torch.randn(weights.shape)
 
 
 class Examples(InFolder):
-    def train(self, package, name, **options):
-        options = {"steps": STEPS, "settings": SETTINGS, "progress": False, **options}
+    def train(self, package, name, steps, **options):
+        options = {"steps": steps, "settings": settings(steps), "progress": False, **options}
         return ganglion.train(package, run_dir=self.folder / name, **options)
 
     def until(self, run, step):
@@ -40,39 +76,43 @@ class Examples(InFolder):
             self.assertLess(time.monotonic(), limit)
             time.sleep(0.01)
 
-    def disturbed(self, package, name):
+    def disturbed(self, package, name, steps):
         """Trains through the death of a worker, a stop and a resume."""
-        with self.train(package, name, workers=2, wait=False) as run:
+        with self.train(package, name, steps, workers=2, wait=False) as run:
             self.until(run, 1)
             worker = next(event["pid"] for event in run.events() if event["kind"] == "worker_joined")
             os.kill(worker, signal.SIGKILL)
-            self.until(run, 100)
+            self.until(run, steps // 3)
             run.stop()
-        self.assertLess(run.progress().step, STEPS, "it was stopped too late")
-        return self.train(package, name, workers=3)
+        self.assertLess(run.progress().step, steps, "it was stopped too late")
+        return self.train(package, name, steps, workers=3)
 
     def test_examples(self):
-        for name in EXAMPLES:
+        for name, (steps, make) in EXAMPLES.items():
             with self.subTest(name):
-                run_dir = self.folder / name
-                command = [
-                    sys.executable,
-                    ROOT / f"examples/{name}.py",
-                    "--small",
-                    "--steps",
-                    "4",
-                    "--run-dir",
-                    run_dir,
-                ]
+                run_dir = self.folder / "runs" / name
+                command = [sys.executable, ROOT / f"examples/{name}.py", "--small", "--steps", "4"]
                 subprocess.run(command, check=True, timeout=LIMIT_SECONDS, cwd=self.folder)
                 self.assertEqual(ganglion.load(run_dir).progress().step, 4)
                 package = run_dir.with_suffix(".pt2")
+
+                torch.manual_seed(0)
+                objective = make(importlib.import_module(name))
+                # Of weights that are zero at first some gradients are, too.
+                nn.utils.vector_to_parameters(moved(objective), objective.parameters())
+                for distance in ganglion.check(objective, package, quiet=True):
+                    self.assertLess(distance.package, TOLERANCE, distance)
                 digests = {
-                    self.train(package, f"{name}-{workers}", workers=workers).checkpoints()[-1].digest
+                    self.train(package, f"{name}-{workers}", steps, workers=workers).checkpoints()[-1].digest
                     for workers in (1, 2, 3)
                 }
-                digests.add(self.disturbed(package, f"{name}-disturbed").checkpoints()[-1].digest)
+                digests.add(self.disturbed(package, f"{name}-disturbed", steps).checkpoints()[-1].digest)
                 self.assertEqual(len(digests), 1, "the cluster changed the result")
+
+    def test_the_notebook_runs_top_to_bottom(self):
+        shown = run_notebook(ROOT / "examples/quickstart.ipynb", self.folder)
+        self.assertTrue(any(b"PNG" in value for value in shown if isinstance(value, bytes)), "no picture is shown")
+        self.assertTrue(any("<svg" in value for value in shown if isinstance(value, str)), "no curve is shown")
 
     def test_a_hundred_steps_are_those_of_pytorch(self):
         # All samples in each step: so their order does not matter.
@@ -85,9 +125,9 @@ class Examples(InFolder):
         labels.write_bytes(struct.pack(">II", 0x801, 64) + classes.numpy().tobytes())
 
         torch.manual_seed(0)
-        classifier = module("classifier").Classifier(width=2)
+        classifier = importlib.import_module("classifier").Classifier(width=2)
         package = self.export(classifier, shard_batch=16, data=DIGITS)
-        run = self.train(package, "run", data=f"idx:{images}", workers=2, steps=100)
+        run = self.train(package, "run", 100, data=f"idx:{images}", workers=2)
 
         batch = ganglion.Batch(pixels[:, None].float() / 127.5 - 1, classes.long())
         optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3)
