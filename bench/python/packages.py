@@ -36,7 +36,7 @@ class MlpGan(ganglion.Objective):
 
     def generator(self, batch, draw):
         """The discriminator only propagates the gradient."""
-        return softplus(-self.d(self.g(draw.normal((self.shard_batch, LATENT))))).sum()
+        return softplus(-self.d(self.g(draw.normal((len(batch), LATENT))))).sum()
 
 
 class Gpt(ganglion.Objective):
