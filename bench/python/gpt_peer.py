@@ -19,7 +19,7 @@ from gpt import LEARNING_RATE, Transformer
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from peer import digits, largest_resident_mib  # noqa: E402
+from peer import digits, largest_resident_mib
 
 
 def options():
