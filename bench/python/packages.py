@@ -10,7 +10,10 @@ import torch
 from gpt import LEARNING_RATE, Transformer
 from torch.nn.functional import softplus
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent.parent / "python")]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent.parent),
+    str(Path(__file__).resolve().parent.parent.parent / "python"),
+]
 import ganglion  # noqa: E402
 from peer import LATENT, mlp_28  # noqa: E402
 

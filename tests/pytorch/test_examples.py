@@ -28,8 +28,9 @@ EXAMPLES = {
     "stylegan2": (60, lambda example: example.StyleGAN2(width=2, levels=2, latent=8, depth=2)),
 }
 LIMIT_SECONDS = 600
-# Distances of single outputs, relative to float64.
-TOLERANCE = 1e-5
+# Distance of an output, relative to float64, and against that of eager PyTorch: where its terms nearly cancel, float32 has
+# no more digits either way.
+TOLERANCE, OF_EAGER = 1e-5, 2.0
 
 
 def settings(steps):
@@ -101,7 +102,7 @@ class Examples(InFolder):
                 # Of weights that are zero at first some gradients are, too.
                 nn.utils.vector_to_parameters(moved(objective), objective.parameters())
                 for distance in ganglion.check(objective, package, quiet=True):
-                    self.assertLess(distance.package, TOLERANCE, distance)
+                    self.assertLess(distance.package, max(TOLERANCE, OF_EAGER * distance.eager), distance)
                 digests = {
                     self.train(package, f"{name}-{workers}", steps, workers=workers).checkpoints()[-1].digest
                     for workers in (1, 2, 3)
