@@ -156,7 +156,9 @@ class Runs(InFolder):
     def script(self, body):
         """Starts another Python that trains for long, and waits until it does."""
         source = f"""
-import sys; sys.path[:0] = {sys.path!r}
+import signal, sys; sys.path[:0] = {sys.path!r}
+# A shell's background jobs ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import ganglion
 run = ganglion.train({str(self.package)!r}, run_dir={str(self.folder / "run")!r}, steps=10_000_000, wait=False)
 {body}
