@@ -118,8 +118,7 @@ fn blocks(page: &str) -> Vec<Block> {
             continue;
         }
         let mut push = |language: &str, range: &[&str]| {
-            let text = range.iter().map(|line| line.strip_prefix("    ").unwrap_or(line));
-            let text = text.collect::<Vec<_>>().join("\n");
+            let text = range.join("\n");
             let (place, language) = (place.clone(), language.to_string());
             found.push(Block { place, language, text, marks: std::mem::take(&mut marks) });
         };
@@ -130,7 +129,8 @@ fn blocks(page: &str) -> Vec<Block> {
         } else if line.starts_with("    ") && !is_in_list(&lines[..at]) {
             let part = |line: &&&str| line.starts_with("    ") || line.is_empty();
             let length = lines[at..].iter().take_while(part).count();
-            push("", &lines[at..at + length]);
+            let text = lines[at..at + length].iter().map(|line| line.strip_prefix("    ").unwrap_or(line));
+            push("", &text.collect::<Vec<_>>());
             at += length;
         } else {
             assert!(line.trim().is_empty() || marks.is_empty(), "{place}: a mark without a block");
