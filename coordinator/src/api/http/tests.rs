@@ -395,6 +395,8 @@ async fn a_flood_from_one_address_delays_no_probe_of_another() {
     };
     let flood: Vec<_> = (0..2).map(flood).collect();
     for host in [2, 3].repeat(25) {
+        // The shell publishes a view a second: without one, the server says that its loop hangs.
+        bench.publisher.send_replace(Some(Arc::new(view())));
         let before = opened.load(Ordering::Relaxed);
         let probe = async {
             let socket = TcpSocket::new_v4().unwrap();
