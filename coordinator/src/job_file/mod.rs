@@ -330,7 +330,7 @@ impl fmt::Display for Difference {
         if key == package::HASH && recorded != NOT_SET && given != NOT_SET {
             return f.write_str(
                 "model.path: the package was changed since the run began, and its hash is another: put the run's own package \
-                 back",
+                 back; if only its first weights differ, export it again after the same torch.manual_seed",
             );
         }
         write!(f, "{key}: the run was started with {recorded}, but given is {given}")
