@@ -1,5 +1,5 @@
 //! Structured log: one JSON object per line, for log collectors. Messages of a command that are no
-//! events of the log take the same form: see [`line`].
+//! events of the log take the same form: see [`line!`].
 //!
 //! 1. Each line has the time (`time`, seconds of Unix time), the level (`level`), the event
 //!    (`message` and its own fields), and the place in the run: those of `run`, `term`,

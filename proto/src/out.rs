@@ -77,7 +77,7 @@ pub fn print(result: &str) -> Result<(), OutError> {
 /// Prints a message on standard output.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print!`].
 pub fn say(message: &str) -> Result<(), OutError> {
     print(&log::line(Level::INFO, message))
 }
@@ -93,7 +93,7 @@ pub fn tell(level: Level, message: &str) {
 /// colours, or as a message of the structured log. Returns the exit code.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print!`].
 pub fn usage(is_wrong: bool, text: &str, print: impl FnOnce() -> io::Result<()>) -> Result<u8, OutError> {
     if is_wrong && log::is_structured() {
         tell(Level::ERROR, text.trim_start_matches("error: ").trim_end());

@@ -6,7 +6,7 @@
 //!    uploaded under a temporary name, and then copied, within the store, to its name unless that
 //!    is taken.
 //!
-//! 3. Files of a folder are written by [`whole`](crate::whole), which also knows folders that refuse hard
+//! 3. Files of a folder are written by [`crate::whole`], which also knows folders that refuse hard
 //!    links.
 //!
 //! Memory: written content is not copied; content that is only hashed, or sent from a file, is held

@@ -11,7 +11,7 @@
 //! - [`engine::commit`]: the only writer of [`state`], and a pure one.
 //! - [`engine::finite`]: a reduced gradient that is not finite is skipped or ends the group, by all members
 //!   alike.
-//! - [`engine::generation`]: a group starts from one state, compared before the first phase.
+//! - `engine::generation`: a group starts from one state, compared before the first phase.
 //!
 //! The sum has the same bits whoever adds its terms:
 //!

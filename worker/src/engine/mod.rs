@@ -1,7 +1,7 @@
 //! The engine: the training loop, and all that it does with an objective's gradients.
 //!
-//! [`trainer`] takes part in one generation after the other. [`generation`] forms the group and gives all its
-//! members one state; [`train`] is the loop, and [`report`] reports its steps;
+//! `trainer` takes part in one generation after the other. `generation` forms the group and gives all its
+//! members one state; `train` is the loop, and `report` reports its steps;
 //! [`reduce`] sums gradients; [`commit`] applies their mean, after [`finite`] judged it.
 
 pub(crate) mod checkpoint_writer;
