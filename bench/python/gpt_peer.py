@@ -1,7 +1,8 @@
 """The transformer of `gpt.py` as PyTorch's users train it, for the comparisons of `make bench PARTS=packages`.
 
 - `usual`: DistributedDataParallel as its tutorial says, Adam with its defaults.
-- `tuned`: fused Adam, gradients as views of DDP's buckets; with `--compile`, torch.compile of the network as well.
+- `tuned`: fused Adam, gradients as views of DDP's buckets, the C library told to keep freed memory; with `--compile`,
+  torch.compile of the network as well.
 
 Rank 0 prints what peer.py prints.
 """

@@ -24,6 +24,7 @@ rust::String cpu_capability();
 rust::String libtorch_version();
 void set_deterministic(bool deterministic);
 rust::String c_library_version();
+void keep_freed_memory();
 void trim_heap();
 void leaky_relu(const at::Tensor& tensor, double slope);
 bool all_finite(const at::Tensor& tensor);

@@ -96,6 +96,15 @@ pub fn c_library_version() -> Result<String, Error> {
     Ok(shim::c_library_version()?)
 }
 
+/// Keeps memory of freed tensors on the CPU for the tensors that come next, as libtorch does on a GPU.
+/// [`release_memory`] returns it to the system.
+///
+/// # Errors
+/// None at present.
+pub fn keep_freed_memory() -> Result<(), Error> {
+    Ok(shim::keep_freed_memory()?)
+}
+
 /// Returns cached free memory to the system: the C library's, and that of all GPUs. Memory that
 /// CUDA itself takes stays until the process ends.
 ///

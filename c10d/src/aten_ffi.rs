@@ -39,6 +39,7 @@ pub(crate) mod shim {
         fn libtorch_version() -> Result<String>;
         fn set_deterministic(deterministic: bool) -> Result<()>;
         fn c_library_version() -> Result<String>;
+        fn keep_freed_memory() -> Result<()>;
         fn trim_heap() -> Result<()>;
         fn leaky_relu(tensor: &Tensor, slope: f64) -> Result<()>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;

@@ -161,6 +161,7 @@ fn load(
     let mut job = welcome.job.clone();
     crate::set_threads(job.job.threads);
     tch::set_num_interop_threads(1);
+    c10d::aten::keep_freed_memory().map_err(Failure::other)?;
     c10d::aten::set_deterministic(job.job.deterministic).map_err(Failure::other)?;
     let data = open_data(&job, &job.data).map_err(|error| match error.into_input() {
         Ok(detail) => Failure::Input(detail),
