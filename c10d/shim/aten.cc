@@ -172,4 +172,12 @@ std::uint64_t weighted_sum(const at::Tensor& tensor) {
   return static_cast<std::uint64_t>(sum.item<std::int64_t>());
 }
 
+std::unique_ptr<at::Tensor> floats_at(std::size_t address, std::size_t numel, rust::Box<Keep> keep) {
+  // A deleter is copied, and a box is not.
+  const auto kept = std::make_shared<rust::Box<Keep>>(std::move(keep));
+  const auto release = [kept](void*) {};
+  const std::int64_t length = static_cast<std::int64_t>(numel);
+  return std::make_unique<at::Tensor>(at::from_blob(reinterpret_cast<void*>(address), {length}, release, at::kFloat));
+}
+
 } // namespace c10d_shim

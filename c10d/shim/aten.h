@@ -12,6 +12,7 @@
 namespace c10d_shim {
 
 struct AdamSettings;
+struct Keep;
 
 void fused_adam(
     const at::Tensor& params,
@@ -29,5 +30,8 @@ void trim_heap();
 void leaky_relu(const at::Tensor& tensor, double slope);
 bool all_finite(const at::Tensor& tensor);
 std::uint64_t weighted_sum(const at::Tensor& tensor);
+
+// Floats of somebody else's memory, which stays mapped as long as `keep` lives.
+std::unique_ptr<at::Tensor> floats_at(std::size_t address, std::size_t numel, rust::Box<Keep> keep);
 
 } // namespace c10d_shim

@@ -1,5 +1,7 @@
 //! Bridge to the C++ shim for the ATen functions.
 
+use crate::shared::Keep;
+
 #[cxx::bridge(namespace = "c10d_shim")]
 pub(crate) mod shim {
     /// Scalars of one Adam step.
@@ -19,6 +21,10 @@ pub(crate) mod shim {
         is_parameter: bool,
         is_trained: bool,
         place: usize,
+    }
+
+    extern "Rust" {
+        type Keep;
     }
 
     unsafe extern "C++" {
@@ -44,6 +50,7 @@ pub(crate) mod shim {
         fn leaky_relu(tensor: &Tensor, slope: f64) -> Result<()>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;
         fn weighted_sum(tensor: &Tensor) -> Result<u64>;
+        fn floats_at(address: usize, numel: usize, keep: Box<Keep>) -> Result<UniquePtr<Tensor>>;
 
         include!("c10d/shim/script.h");
 

@@ -55,6 +55,7 @@ mod nccl;
 pub mod package;
 mod pending;
 pub mod script;
+pub mod shared;
 mod staging;
 mod store;
 mod sync;

@@ -34,6 +34,9 @@ const LOOK: Duration = Duration::from_millis(10);
 /// Number of recent lines that are searched again on each poll: the awaited line is about to come.
 const RECENT: usize = 1000;
 
+/// Variable of workers whose groups reduce over Gloo on one machine too, as between machines.
+pub const OVER_GLOO: (&str, &str) = ("GANGLION_SHARED_MEMORY", "off");
+
 /// Multi-layer perceptron that trains in a millisecond or two per step.
 pub const SMALL_MLP: &[&str] = &["model.width=16", "model.latent_dim=8", "job.shard_batch=2"];
 /// Convolutional pair with batch normalisation, equally small.

@@ -5,7 +5,7 @@
 use std::sync::OnceLock;
 
 use ganglion_tests::failpoint::VARIABLE;
-use ganglion_tests::{Process, Reference, Run, SMALL_DCGAN, SMALL_MLP};
+use ganglion_tests::{OVER_GLOO, Process, Reference, Run, SMALL_DCGAN, SMALL_MLP};
 
 const MLP: &[&str] = &[
     "job.steps=500",
@@ -29,9 +29,18 @@ fn undisturbed_mlp() -> &'static Reference {
 
 /// Run in which the first process to reach a point kills itself.
 fn with_failpoint(settings: &[&[&str]], workers: u32, point: &str) -> (Run, Process) {
+    with_failpoint_in(settings, workers, point, &[])
+}
+
+fn with_failpoint_in(
+    settings: &[&[&str]],
+    workers: u32,
+    point: &str,
+    more: &[(&str, String)],
+) -> (Run, Process) {
     let run = Run::new(settings).with_failpoints();
     let once = run.beside("once").display().to_string();
-    let variables = [(VARIABLE, format!("{point}:{once}"))];
+    let variables = [&[(VARIABLE, format!("{point}:{once}"))], more].concat();
     let coordinator = run.start_in(workers, &variables);
     (run, coordinator)
 }
@@ -49,6 +58,16 @@ fn assert_same(run: &Run, coordinator: Process, reference: &Reference, what: &st
 fn a_worker_may_die_at_any_instant_of_a_phase() {
     for point in ["reduce@401", "gather@402", "commit@401", "commit@402", "committed@403"] {
         let (run, coordinator) = with_failpoint(&[SMALL_MLP, MLP], 3, point);
+        assert_same(&run, coordinator, undisturbed_mlp(), point);
+    }
+}
+
+/// As between machines: workers of one otherwise share memory.
+#[test]
+fn a_worker_may_die_at_any_instant_of_a_reduce_over_gloo() {
+    for (workers, point) in [(3, "reduce@401"), (3, "gather@402"), (2, "reduce@402")] {
+        let over_gloo = (OVER_GLOO.0, OVER_GLOO.1.to_string());
+        let (run, coordinator) = with_failpoint_in(&[SMALL_MLP, MLP], workers, point, &[over_gloo]);
         assert_same(&run, coordinator, undisturbed_mlp(), point);
     }
 }

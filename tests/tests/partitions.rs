@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ganglion_tests::{Process, Run, SMALL_DCGAN, SMALL_MLP, program};
+use ganglion_tests::{OVER_GLOO, Process, Run, SMALL_DCGAN, SMALL_MLP, program};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -86,6 +86,8 @@ impl Network {
     fn command(&self, machine: usize, program: &std::path::Path) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.namespace(machine)]).arg(program);
+        // Machines share no memory; these do.
+        command.env(OVER_GLOO.0, OVER_GLOO.1);
         command
     }
 

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use ganglion_proto::credentials::TlsFiles;
 use ganglion_proto::dial::Credentials;
-use ganglion_tests::{Process, Run, program};
+use ganglion_tests::{OVER_GLOO, Process, Run, program};
 
 /// Files made by `coordinator certs init`.
 pub(crate) struct Secrets(PathBuf);
@@ -55,14 +55,16 @@ impl Secrets {
 /// Worker with these arguments.
 pub(crate) fn worker(url: &str, arguments: &[&str]) -> Process {
     let mut command = Command::new(program("worker"));
-    command.args(["--coordinator", url]).args(arguments);
+    command.args(["--coordinator", url]).args(arguments).env(OVER_GLOO.0, OVER_GLOO.1);
     Process::start(command)
 }
 
 /// Starts a coordinator with secrets.
 pub(crate) fn start(run: &Run, secrets: &Secrets, workers: u32) -> Process {
     let arguments = secrets.coordinator(workers);
-    run.start_with(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
+    let mut command = run.command(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    command.env(OVER_GLOO.0, OVER_GLOO.1);
+    Process::start(command)
 }
 
 /// Address of a run's coordinator.

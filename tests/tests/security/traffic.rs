@@ -11,7 +11,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, spawn};
 
-use ganglion_tests::{LIMIT, Process, Run, SMALL_MLP, eventually};
+use ganglion_tests::{LIMIT, OVER_GLOO, Process, Run, SMALL_MLP, eventually};
 use rustix::net::sockopt::{Timeout, set_socket_recv_buffer_size_force, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
 
@@ -235,7 +235,7 @@ fn weights_on_the_way(secrets: Option<&str>) -> Option<(usize, usize)> {
     let capture = Capture::start(pieces)?;
     let coordinator = match &secrets {
         Some(secrets) => start(&run, secrets, 2),
-        None => run.start(2),
+        None => run.start_in(2, &[(OVER_GLOO.0, OVER_GLOO.1.to_string())]),
     };
     let ended = coordinator.wait();
     assert_eq!(ended.code, Some(0), "{}", ended.output);

@@ -10,16 +10,17 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
+use c10d::shared::{Exchange, OFFER_WORDS, Segment};
 use c10d::{Buffer, GlooAddress, GlooOptions, Group, KeyValueStore};
 use ganglion_membership::{Activity, Backend, Position, Start, Term};
 use ganglion_proto::failpoint;
-use ganglion_proto::job::Job;
+use ganglion_proto::job::{Job, Reduction};
 use ganglion_proto::message::Assignment;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::finite::NonFinite;
 use super::gradient_log::LogError;
-use super::reduce::{AllReduce, Peers, ReduceError, ShardMap};
+use super::reduce::{AllReduce, Memory, Peers, ReduceError, ShardMap};
 use super::report::Pending;
 use super::trainer::Held;
 use crate::checkpoint::CheckpointError;
@@ -29,6 +30,9 @@ use crate::state::{Counters, State, align, narrow};
 
 /// Interval at which the wait for the group looks for an abort.
 const LOOK: Duration = Duration::from_millis(2);
+
+/// Variable that keeps a worker's reduces out of memory shared with others, if it is `off`.
+const SHARED_MEMORY: &str = "GANGLION_SHARED_MEMORY";
 
 /// Process group of one generation, with an all-reduce for each layout of gradients.
 pub(crate) struct Team {
@@ -105,7 +109,8 @@ impl Team {
         let (group, term) = meet(&shards, assignment, session, device)?;
         let (group, timeout) = (Arc::new(group), session.limits().reduce);
         session.watch_group(generation, group.aborter());
-        let peers = Peers { group, timeout, shards, device };
+        let mut peers = Peers { group, timeout, shards, device, memory: None };
+        peers.memory = share(&peers, model, job.job.reduction)?;
         let layouts = model.reduces().iter();
         let all_reduce =
             |layout| AllReduce::new(peers.clone(), layout, job.global_batch(), job.job.reduction);
@@ -158,7 +163,7 @@ impl Team {
 
     /// Sends the source's state to all members, with the counters and the pending report in words behind it.
     fn broadcast(&self, source: usize, model: &Model, held: &mut Option<Held>) -> Result<(), TeamError> {
-        let Peers { group, timeout, shards, device } = &self.peers;
+        let Peers { group, timeout, shards, device, .. } = &self.peers;
         if shards.world_size() == 1 {
             return Ok(());
         }
@@ -228,15 +233,46 @@ impl Team {
 
     /// Returns the first rank whose words differ from this one's.
     fn first_other(&self, words: &[u64]) -> Result<Option<usize>, TeamError> {
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let Peers { group, timeout, shards, device } = &self.peers;
-        let mut own = Buffer::zeros(bytes.len(), Kind::Uint8, *device)?;
-        own.update(|own| own.copy_(&Tensor::from_slice(&bytes)));
-        let all = Buffer::zeros(bytes.len() * shards.world_size(), Kind::Uint8, *device)?;
-        let (_, all) = group.all_gather(own, all)?.wait(*timeout)?;
-        let all = Vec::<u8>::try_from(all.tensor().to_device(Device::Cpu)).expect("bytes on the CPU");
-        Ok(all.chunks_exact(bytes.len()).position(|theirs| theirs != bytes))
+        Ok(gather(&self.peers, words)?.iter().position(|theirs| theirs != words))
     }
+}
+
+/// Returns the words of all ranks, by rank.
+fn gather(peers: &Peers, words: &[u64]) -> Result<Vec<Vec<u64>>, TeamError> {
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let Peers { group, timeout, shards, device, .. } = peers;
+    let mut own = Buffer::zeros(bytes.len(), Kind::Uint8, *device)?;
+    own.update(|own| own.copy_(&Tensor::from_slice(&bytes)));
+    let all = Buffer::zeros(bytes.len() * shards.world_size(), Kind::Uint8, *device)?;
+    let (_, all) = group.all_gather(own, all)?.wait(*timeout)?;
+    let all = Vec::<u8>::try_from(all.tensor().to_device(Device::Cpu)).expect("bytes on the CPU");
+    let words = |theirs: &[u8]| theirs.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
+    Ok(all.chunks_exact(bytes.len()).map(words).collect())
+}
+
+/// Memory for the reduces of a group whose ranks are on one host; `None` where some are not, or where one
+/// cannot share any. All ranks get the same answer.
+fn share(peers: &Peers, model: &Model, reduction: Reduction) -> Result<Option<Memory>, TeamError> {
+    let shards = &peers.shards;
+    if shards.world_size() == 1 || peers.device != Device::Cpu || reduction == Reduction::Ring {
+        return Ok(None);
+    }
+    let slot = model.reduces().iter().map(|layout| Memory::slot(shards, layout.len())).max().unwrap_or(0);
+    let is_wanted = std::env::var_os(SHARED_MEMORY).is_none_or(|wanted| wanted != "off");
+    let own = if is_wanted { Segment::new(slot) } else { Err(c10d::Error::Fatal("turned off".into())) };
+    // No process has the number 0: an offer of zeros is none.
+    let offers = gather(peers, &own.as_ref().map_or([0; OFFER_WORDS], Segment::offer))?;
+    let offers = offers.iter().filter_map(|offer| <[u64; OFFER_WORDS]>::try_from(&offer[..]).ok());
+    let offers: Vec<_> = offers.collect();
+    let joined = own.and_then(|own| Exchange::join(own, shards.rank, &offers));
+    // One rank may fail where the others do not, and then all must take the other way.
+    let all_joined = gather(peers, &[u64::from(joined.is_ok())])?.iter().flatten().all(|joined| *joined == 1);
+    match &joined {
+        Ok(_) if all_joined => tracing::info!("reduces go through memory that all workers share"),
+        Ok(_) => tracing::info!("reduces go over Gloo: some worker shares no memory"),
+        Err(reason) => tracing::info!("reduces go over Gloo: {reason}"),
+    }
+    Ok(joined.ok().filter(|_| all_joined).map(Memory::new))
 }
 
 /// Forms the process group, and returns it with the term of its store's coordinator. An abort ends the wait

@@ -17,6 +17,7 @@ mod chunks;
 mod header;
 mod pair;
 mod ring;
+mod shared;
 pub mod tree;
 
 use std::ops::Range;
@@ -32,6 +33,8 @@ use self::chunks::Chunks;
 pub use self::header::Header;
 use self::pair::Pair;
 use self::ring::Ring;
+pub use self::shared::Memory;
+use self::shared::{Shared, Wait};
 use self::tree::{Node, Summand, TreeSum, cover};
 use crate::engine::profile::{Laps, Part};
 use crate::objective::{GradLayout, ShardGrad};
@@ -78,6 +81,8 @@ pub struct Peers {
     pub shards: ShardMap,
     /// Device of the buffers.
     pub device: Device,
+    /// Memory that all ranks share, if they are on one host.
+    pub memory: Option<Memory>,
 }
 
 /// Assignment of data shards to the ranks of a group.
@@ -107,6 +112,8 @@ impl ShardMap {
 enum Route {
     /// World size 1: no exchange.
     Alone,
+    /// Ranks of one host: each reads the sums of all in place.
+    Shared(Shared),
     /// Two ranks: each sends its whole sum, in one round; as many bytes as by chunks.
     Pair(Pair),
     /// Any number of ranks: by chunks, in two rounds.
@@ -155,6 +162,11 @@ impl AllReduce {
         let route = match world_size {
             1 => Route::Alone,
             _ if reduction == Reduction::Ring => Route::Ring(Ring::new(world_size, len, device)?),
+            _ if let Some(memory) = &peers.memory => {
+                let shared = Shared::new(memory.clone(), shards.clone(), layout.len());
+                len = shared.len;
+                Route::Shared(shared)
+            }
             2 if shards.ranges.iter().all(has_one_node) => Route::Pair(Pair::new(shards.rank, len, device)?),
             _ => {
                 // Whole alignments: a chunk that ended between would be divided by a kernel's scalar
@@ -215,6 +227,7 @@ impl AllReduce {
                 }
                 Ok(())
             }
+            Route::Shared(shared) => shared.send(&sums, header),
             Route::Pair(pair) => {
                 sums.iter().try_for_each(|(_, sum)| pair.send(&self.peers.group, &sum.flat, header))
             }
@@ -232,6 +245,10 @@ impl AllReduce {
         let headers = match route {
             // There is nobody to disagree with, and nothing to wait for.
             Route::Alone => return self.reduced(&[self.header]),
+            Route::Shared(shared) => {
+                let wait = Wait { group, timeout: *timeout, position: self.header.position };
+                shared.finish(wait, mean, laps)?
+            }
             Route::Pair(pair) => {
                 // Waits for the other rank: bounded by the reduce limit, and ended at once by an abort.
                 let came = arrived(pair.pending(), *timeout, laps)?;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::thread;
 
+use c10d::shared::{Exchange, Segment};
 use c10d::{GlooAddress, GlooOptions, MemoryStore};
 use ganglion_membership::shard_ranges;
 use ganglion_proto::job::Precision;
@@ -20,7 +21,6 @@ use crate::state::{StateLayout, narrow};
 const LIMIT: Duration = Duration::from_secs(30);
 /// Not a power of two, so that the division rounds.
 const GLOBAL_BATCH: u64 = 24;
-const REDUCTIONS: [Reduction; 2] = [Reduction::Tree, Reduction::Ring];
 
 /// Layout of a shard gradient with one parameter.
 fn layout(numel: usize) -> GradLayout {
@@ -33,16 +33,35 @@ fn layout(numel: usize) -> GradLayout {
     GradLayout::new(&state, NetworkSet::of([NetworkId(0)]), &[], 1, loss)
 }
 
+/// Floats of the longest gradient of these tests.
+const LONGEST: usize = 1 << 12;
+
+/// Whether the ranks of a test share memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Over {
+    Network,
+    Memory,
+}
+
+const OVER: [Over; 2] = [Over::Network, Over::Memory];
+
 /// Runs `part` as each rank of a group that shares `data_shards`; the results come in rank order.
 fn as_ranks<R: Send>(
     data_shards: u32,
     world_size: u32,
-    part: impl Fn(ShardMap, Arc<Group>) -> R + Sync,
+    over: Over,
+    part: impl Fn(Peers) -> R + Sync,
 ) -> Vec<R> {
     let store = MemoryStore::new();
     let ranges = shard_ranges(data_shards, world_size);
-    let rank_part = |rank: usize| {
-        let shards = ShardMap { data_shards, ranges: ranges.clone(), rank };
+    let of_rank = |rank: usize| ShardMap { data_shards, ranges: ranges.clone(), rank };
+    let segment = |_| Segment::new(Memory::slot(&of_rank(0), LONGEST)).unwrap();
+    let segments: Vec<Segment> = (0..world_size).map(segment).collect();
+    let offers: Vec<_> = segments.iter().map(Segment::offer).collect();
+    let join = |(rank, own)| Exchange::join(own, rank, &offers).unwrap();
+    let exchanges: Vec<Exchange> = segments.into_iter().enumerate().map(join).collect();
+    let rank_part = |rank: usize, exchange: Exchange| {
+        let shards = of_rank(rank);
         let options = GlooOptions {
             rank,
             world_size: world_size as usize,
@@ -51,17 +70,18 @@ fn as_ranks<R: Send>(
             address: GlooAddress::Hostname("127.0.0.1".to_string()),
         };
         let group = Group::gloo(options, Arc::clone(&store) as Arc<_>, "test").unwrap();
-        part(shards, Arc::new(group))
+        let memory = (over == Over::Memory && world_size > 1).then(|| Memory::new(exchange));
+        part(Peers { group: Arc::new(group), timeout: LIMIT, shards, device: Device::Cpu, memory })
     };
+    let rank_part = &rank_part;
     thread::scope(|scope| {
-        let ranks: Vec<_> =
-            (0..world_size as usize).map(|rank| scope.spawn(move || rank_part(rank))).collect();
+        let spawn = |(rank, exchange)| scope.spawn(move || rank_part(rank, exchange));
+        let ranks: Vec<_> = exchanges.into_iter().enumerate().map(spawn).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
 }
 
-fn all_reduce(group: Arc<Group>, shards: ShardMap, layout: &GradLayout, reduction: Reduction) -> AllReduce {
-    let peers = Peers { group, timeout: LIMIT, shards, device: Device::Cpu };
+fn all_reduce(peers: Peers, layout: &GradLayout, reduction: Reduction) -> AllReduce {
     AllReduce::new(peers, layout, GLOBAL_BATCH, reduction).unwrap()
 }
 
@@ -124,30 +144,42 @@ fn any_world_size_gives_the_bits_of_the_definition() {
         let tree = prop::collection::vec(leaf, data_shards as usize).new_tree(&mut runner).unwrap();
         let leaves = tree.current();
         let expected = definition(&leaves);
-        for world_size in 1..=data_shards {
-            let means = as_ranks(data_shards, world_size, |shards, group| {
-                let mut all_reduce = all_reduce(group, shards, &layout, Reduction::Tree);
-                let fill = |shard: u32, out: &Tensor| {
-                    narrow(out, 0..len).copy_(&Tensor::from_slice(&leaves[shard as usize]));
-                };
-                let reduced = reduce(&mut all_reduce, &layout, Header::default(), fill).unwrap();
-                floats(&reduced.mean, len).into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        for (world_size, over) in (1..=data_shards).flat_map(|size| OVER.map(|over| (size, over))) {
+            let means = as_ranks(data_shards, world_size, over, |peers| {
+                let mut all_reduce = all_reduce(peers, &layout, Reduction::Tree);
+                // Often enough that each slot of shared memory is used again.
+                let mut means = (0..3).map(|turn| {
+                    let fill = |shard: u32, out: &Tensor| {
+                        narrow(out, 0..len).copy_(&Tensor::from_slice(&leaves[shard as usize]));
+                        let _ = narrow(out, 0..len).g_mul_scalar_(if turn == 1 { 0.0 } else { 1.0 });
+                    };
+                    let reduced = reduce(&mut all_reduce, &layout, Header::default(), fill).unwrap();
+                    floats(&reduced.mean, len).into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                });
+                let (first, zeros, third) = (means.next(), means.next().unwrap(), means.next());
+                assert!(first == third && zeros.iter().all(|bits| bits << 1 == 0), "of plus or minus 0");
+                first.unwrap()
             });
             for (rank, mean) in means.iter().enumerate() {
-                assert!(*mean == expected, "rank {rank} of {world_size} with {data_shards} data shards");
+                let which = format!("rank {rank} of {world_size} with {data_shards} data shards");
+                assert!(*mean == expected, "{which} over {over:?}");
             }
         }
     }
 }
 
+/// Ways of two ranks to reduce.
+const WAYS: [(Reduction, Over); 3] =
+    [(Reduction::Tree, Over::Network), (Reduction::Tree, Over::Memory), (Reduction::Ring, Over::Network)];
+
 /// Two ranks whose headers are made by `header`, and what each gets from one reduce.
 fn reduce_with(
-    reduction: Reduction,
+    (reduction, over): (Reduction, Over),
     header: impl Fn(usize) -> Header + Sync,
 ) -> Vec<Result<(u64, u64), String>> {
-    as_ranks(2, 2, |shards, group| {
-        let ours = header(shards.rank);
-        let mut all_reduce = all_reduce(group, shards, &layout(5), reduction);
+    as_ranks(2, 2, over, |peers| {
+        let ours = header(peers.shards.rank);
+        let mut all_reduce = all_reduce(peers, &layout(5), reduction);
         let reduced = reduce(&mut all_reduce, &layout(5), ours, |_, _| ());
         reduced.map(|reduced| (reduced.ledger, reduced.agreed_plan)).map_err(|error| error.to_string())
     })
@@ -162,11 +194,11 @@ fn headers_that_differ_are_an_error_on_both_ranks() {
         Header { position: 8, ..agreed },
         Header { fingerprint: 8, ..agreed },
     ];
-    for (other, reduction) in others.into_iter().flat_map(|other| REDUCTIONS.map(|kind| (other, kind))) {
-        let results = reduce_with(reduction, |rank| if rank == 0 { agreed } else { other });
+    for (other, way) in others.into_iter().flat_map(|other| WAYS.map(|way| (other, way))) {
+        let results = reduce_with(way, |rank| if rank == 0 { agreed } else { other });
         for result in results {
             let error = result.unwrap_err();
-            assert!(error.contains("rank 0") && error.contains("rank 1"), "{reduction}: {error}");
+            assert!(error.contains("rank 0") && error.contains("rank 1"), "{way:?}: {error}");
         }
     }
 }
@@ -174,11 +206,11 @@ fn headers_that_differ_are_an_error_on_both_ranks() {
 #[test]
 fn a_plan_counts_once_all_know_it_and_ledgers_add_up() {
     let header = |plan, ledger| Header { plan, ledger, ..Header::default() };
-    for reduction in REDUCTIONS {
-        let one_knows = reduce_with(reduction, |rank| header(rank as u64, u64::MAX));
-        assert_eq!(one_knows, [Ok((u64::MAX - 1, 0)), Ok((u64::MAX - 1, 0))], "{reduction}");
-        let all_know = reduce_with(reduction, |rank| header(5, rank as u64));
-        assert_eq!(all_know, [Ok((1, 5)), Ok((1, 5))], "{reduction}");
+    for way in WAYS {
+        let one_knows = reduce_with(way, |rank| header(rank as u64, u64::MAX));
+        assert_eq!(one_knows, [Ok((u64::MAX - 1, 0)), Ok((u64::MAX - 1, 0))], "{way:?}");
+        let all_know = reduce_with(way, |rank| header(5, rank as u64));
+        assert_eq!(all_know, [Ok((1, 5)), Ok((1, 5))], "{way:?}");
     }
 }
 
@@ -190,8 +222,8 @@ fn a_ring_gives_all_ranks_the_same_mean_of_all_leaves() {
     let len = layout.len();
     let leaf = |shard: u32| Tensor::arange(signed(len), (Kind::Float, Device::Cpu)) * f64::from(shard + 1);
     for world_size in [1, 2, 3, 5] {
-        let means = as_ranks(5, world_size, |shards, group| {
-            let mut all_reduce = all_reduce(group, shards, &layout, Reduction::Ring);
+        let means = as_ranks(5, world_size, Over::Network, |peers| {
+            let mut all_reduce = all_reduce(peers, &layout, Reduction::Ring);
             let fill = |shard: u32, out: &Tensor| {
                 narrow(out, 0..len).copy_(&leaf(shard));
             };
@@ -209,9 +241,9 @@ fn a_ring_gives_all_ranks_the_same_mean_of_all_leaves() {
 /// Module invariant 3, and the end of a group is reported as such.
 #[test]
 fn a_failed_reduce_leaves_nothing_to_reduce_with() {
-    as_ranks(2, 2, |shards, group| {
-        let rank = shards.rank;
-        let mut all_reduce = all_reduce(group.clone(), shards, &layout(5), Reduction::Tree);
+    let ranks = |peers: Peers| {
+        let (rank, group) = (peers.shards.rank, peers.group.clone());
+        let mut all_reduce = all_reduce(peers, &layout(5), Reduction::Tree);
         if rank == 1 {
             // Its gradient could not be computed: it never sends.
             all_reduce.begin().unwrap();
@@ -222,7 +254,8 @@ fn a_failed_reduce_leaves_nothing_to_reduce_with() {
         }
         let again = reduce(&mut all_reduce, &layout(5), Header::default(), |_, _| ()).err().unwrap();
         assert!(matches!(again, ReduceError::Collective(c10d::Error::Aborted)), "{again:?}");
-    });
+    };
+    OVER.iter().for_each(|over| drop(as_ranks(2, 2, *over, ranks)));
 }
 
 /// Phases of the same networks with other scalars share the buffers: none sees another's.
@@ -242,8 +275,8 @@ fn gradients_that_are_alike_but_for_their_scalars_share_a_reduce() {
     };
     let (most, few) = (with(20), with(3));
     assert!(most.is_alike(&few) && !most.is_alike(&layout(5)));
-    let means = as_ranks(5, 3, |shards, group| {
-        let mut all_reduce = all_reduce(group, shards, &most, Reduction::Tree);
+    let part = |peers: Peers| {
+        let mut all_reduce = all_reduce(peers, &most, Reduction::Tree);
         let mut means = Vec::new();
         for (at, layout) in (1..).zip([&most, &few, &most]) {
             let fill = |shard: u32, out: &Tensor| {
@@ -254,8 +287,8 @@ fn gradients_that_are_alike_but_for_their_scalars_share_a_reduce() {
             means.push(floats(&reduced.mean, layout.scalar_range().end));
         }
         means
-    });
-    for mean in means {
+    };
+    for mean in OVER.into_iter().flat_map(|over| as_ranks(5, 3, over, part)) {
         for (at, (mean, layout)) in (1_u8..).zip(mean.iter().zip([&most, &few, &most])) {
             assert_eq!(*mean, vec![f32::from(at) * 15.0 / 24.0; layout.scalar_range().end]);
         }

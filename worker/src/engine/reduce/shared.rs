@@ -1,0 +1,185 @@
+//! Exchange between ranks of one host, through memory that they share: each reads the sums of all in place.
+//!
+//! Two ranks both compute the whole mean, in one round. More ranks finish a chunk each and read those of the
+//! others in a second round. A sum is elementwise, so neither changes a bit.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use c10d::shared::Exchange;
+use c10d::{Error, Group};
+use ganglion_proto::failpoint;
+use tch::{Tensor, no_grad};
+
+use super::header::Header;
+use super::tree::{Node, Summand, TreeSum, cover};
+use super::{Mean, ShardGrad, ShardMap};
+use crate::engine::profile::{Laps, Part};
+use crate::state::{ALIGNMENT, align, narrow};
+
+/// Memory that the ranks of a group share; all its reduces go through it, one after the other.
+#[derive(Clone)]
+pub struct Memory(Arc<Mutex<Exchange>>);
+
+impl Memory {
+    /// Takes over the exchange of a group.
+    pub fn new(exchange: Exchange) -> Memory {
+        Memory(Arc::new(Mutex::new(exchange)))
+    }
+
+    /// Number of floats that a slot needs for reduces of gradients of `len` floats.
+    pub fn slot(shards: &ShardMap, len: usize) -> usize {
+        let nodes = shards.ranges.iter().map(|range| cover(range.clone(), shards.data_shards).len());
+        nodes.max().unwrap_or(1) * padded(shards, len) + ALIGNMENT
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Exchange> {
+        // A panic on the way is the end of the process, whatever the memory holds.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Length of a sum whose chunks are whole alignments, so that none is divided by a kernel's scalar tail (D8).
+fn padded(shards: &ShardMap, len: usize) -> usize {
+    let world_size = shards.world_size();
+    if world_size == 2 { align(len) } else { world_size * align(len.div_ceil(world_size)) }
+}
+
+/// Limits of the waits of a reduce.
+#[derive(Clone, Copy)]
+pub(super) struct Wait<'a> {
+    /// The group, whose abort ends them.
+    pub(super) group: &'a Group,
+    pub(super) timeout: Duration,
+    /// Update index of the reduce.
+    pub(super) position: u64,
+}
+
+/// The exchange through shared memory.
+pub(super) struct Shared {
+    memory: Memory,
+    shards: ShardMap,
+    /// Tree nodes whose sums each rank publishes, by rank.
+    nodes: Vec<Vec<Node>>,
+    /// Number of floats in a sum. The header follows the last one.
+    pub(super) len: usize,
+}
+
+impl Shared {
+    /// Prepares reduces of gradients of `len` floats.
+    pub(super) fn new(memory: Memory, shards: ShardMap, len: usize) -> Shared {
+        let nodes = shards.ranges.iter().map(|range| cover(range.clone(), shards.data_shards)).collect();
+        let len = padded(&shards, len);
+        Shared { memory, shards, nodes, len }
+    }
+
+    /// Publishes this rank's sums and header.
+    pub(super) fn send(&self, sums: &[(Node, ShardGrad)], header: Header) -> Result<(), Error> {
+        let exchange = self.memory.lock();
+        let slot = exchange.own()?;
+        no_grad(|| {
+            for (place, (_, sum)) in sums.iter().enumerate() {
+                narrow(&slot, place * self.len..(place + 1) * self.len).copy_(&sum.flat);
+            }
+            self.header_of(&slot, self.shards.rank).copy_(&header.to_tensor());
+        });
+        exchange.publish();
+        Ok(())
+    }
+
+    /// Waits for the sums of all ranks, and computes the mean. Returns the headers, one a row.
+    pub(super) fn finish(&self, wait: Wait<'_>, mean: &Mean, laps: &mut Laps) -> Result<Tensor, Error> {
+        let finished = self.rounds(&mut self.memory.lock(), wait, mean, laps);
+        if finished.is_err() {
+            // The ranks are out of step, as after any collective that failed.
+            wait.group.aborter().abort();
+        }
+        finished
+    }
+
+    fn rounds(
+        &self,
+        exchange: &mut Exchange,
+        wait: Wait<'_>,
+        mean: &Mean,
+        laps: &mut Laps,
+    ) -> Result<Tensor, Error> {
+        let (world_size, rank) = (self.shards.world_size(), self.shards.rank);
+        let (chunk, is_open) = (self.len / world_size, || wait.group.is_open());
+        // Of two ranks each computes the whole: as many bytes are read as by chunks, and one round is saved.
+        let whole = world_size == 2;
+        let own = if whole { 0..self.len } else { rank * chunk..(rank + 1) * chunk };
+        // Bounded by the reduce limit, and ended at once by an abort or the end of a rank.
+        let headers = exchange.finish(wait.timeout, is_open, |slots| {
+            laps.lap(Part::Wait);
+            let headers = slots.iter().enumerate().map(|(rank, slot)| self.header_of(slot, rank));
+            let headers = Tensor::stack(&headers.collect::<Vec<_>>(), 0);
+            no_grad(|| self.mean_of(slots, &own, mean));
+            Ok(headers)
+        })?;
+        if whole {
+            return Ok(headers);
+        }
+        narrow(&exchange.own()?, 0..chunk).copy_(&narrow(&mean.flat, own));
+        // The other ranks wait for this rank's part of the mean.
+        failpoint::reached("gather", wait.position);
+        exchange.publish();
+        laps.lap(Part::Other);
+        // Short: all ranks have the sums by now, and only add.
+        exchange.finish(wait.timeout, is_open, |slots| {
+            laps.lap(Part::Wait);
+            for (other, slot) in slots.iter().enumerate().filter(|(other, _)| *other != rank) {
+                narrow(&mean.flat, other * chunk..(other + 1) * chunk).copy_(&narrow(slot, 0..chunk));
+            }
+            Ok(())
+        })?;
+        Ok(headers)
+    }
+
+    /// Writes a part of the mean.
+    fn mean_of(&self, slots: &[Tensor], part: &Range<usize>, mean: &Mean) {
+        let mut sum = TreeSum::new(self.shards.data_shards);
+        for (nodes, slot) in self.nodes.iter().zip(slots) {
+            for (place, node) in nodes.iter().enumerate() {
+                let start = place * self.len;
+                sum.push(*node, Row::Read(narrow(slot, start + part.start..start + part.end)));
+            }
+        }
+        let root = sum.take().pop().expect("all ranks' nodes are the whole tree").1;
+        // A true division, by a tensor, as in the other routes.
+        let _ = root.tensor().divide_out(&narrow(&mean.flat, part.clone()), &mean.divisor);
+    }
+
+    fn header_of(&self, slot: &Tensor, rank: usize) -> Tensor {
+        let start = self.nodes[rank].len() * self.len;
+        narrow(slot, start..start + ALIGNMENT)
+    }
+}
+
+/// Term of the sum over all ranks.
+enum Row {
+    /// In memory of the ranks, which nobody may write.
+    Read(Tensor),
+    /// Sum of some.
+    Sum(Tensor),
+}
+
+impl Row {
+    fn tensor(&self) -> &Tensor {
+        let (Row::Read(tensor) | Row::Sum(tensor)) = self;
+        tensor
+    }
+}
+
+impl Summand for Row {
+    fn add(&mut self, right: &Row) {
+        let right = right.tensor();
+        match self {
+            Row::Read(left) => *self = Row::Sum(&*left + right),
+            Row::Sum(sum) => {
+                let _ = sum.g_add_(right);
+            }
+        }
+    }
+}
