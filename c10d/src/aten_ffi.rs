@@ -1,6 +1,10 @@
 //! Bridge to the C++ shim for the ATen functions.
 
-use crate::shared::Keep;
+use std::any::Any;
+use std::sync::Arc;
+
+/// Owner of a tensor's memory, which lives as long as the tensor.
+pub(crate) struct Keep(#[allow(dead_code)] pub(crate) Arc<dyn Any + Send + Sync>);
 
 #[cxx::bridge(namespace = "c10d_shim")]
 pub(crate) mod shim {

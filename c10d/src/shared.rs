@@ -28,7 +28,7 @@ use rustix::thread::futex;
 use tch::Tensor;
 
 use crate::Error;
-use crate::aten_ffi::shim;
+use crate::aten_ffi::{Keep, shim};
 use crate::sync::deadline;
 
 /// Bytes in front of the slots: the number of rounds published, whether the rank has left, and a key that no
@@ -46,7 +46,7 @@ const NAP: Duration = Duration::from_millis(1);
 pub const OFFER_WORDS: usize = 4;
 
 /// Mapped memory of one segment.
-pub(crate) struct Memory {
+struct Memory {
     start: NonNull<u8>,
     bytes: usize,
 }
@@ -92,9 +92,6 @@ impl Drop for Memory {
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.bytes) };
     }
 }
-
-/// Keeps the memory of a tensor mapped.
-pub(crate) struct Keep(#[allow(dead_code)] Arc<Memory>);
 
 /// Segment of this rank, before it knows those of the others.
 pub struct Segment {
