@@ -6,8 +6,8 @@ Two ways, one thread a process, and where torchrun started it data-parallel by D
   discriminator sees real and fake images in two passes, nothing is frozen, a DataLoader feeds it.
 - `tuned`: the fastest that we found to write. Fused Adam, the discriminator frozen in the generator's phase, real and fake
   images in one pass where there is no batch normalisation (one reduce less), gradients as views of DDP's buckets,
-  channels_last for convolutions, data in memory (that of the device), the C library told to keep freed memory; with `--compile`, torch.compile as well: of the
-  networks, or in a process alone of whole losses, which is faster.
+  channels_last for convolutions, data in memory (that of the device), the C library told to keep freed memory; with
+  `--compile`, torch.compile as well: of the networks, or in a process alone of whole losses, which is faster.
 
 Rank 0 prints one JSON object: seconds since `--started` to the first step, milliseconds of each further step, both losses
 of each step, and the largest resident memory of its process in MiB. On a GPU a step ends when the GPU has done all of it.
