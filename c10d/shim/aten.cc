@@ -78,8 +78,8 @@ void set_deterministic(bool deterministic) {
 
 rust::String c_library_version() { return std::string("glibc ") + gnu_get_libc_version(); }
 
-// glibc gives memory of tensors back whenever they are freed, and the kernel clears each page that it then takes anew:
-// a fifth of the time of a small transformer's step. The threshold is the largest that glibc takes.
+// glibc gives memory of tensors back whenever they are freed, and the kernel clears each page that it then
+// takes anew: a fifth of the time of a small transformer's step. The threshold is the largest that glibc takes.
 void keep_freed_memory() {
   mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());

@@ -80,7 +80,7 @@ fn a_wait_for_a_rank_that_is_silent_ends_by_its_limit_or_an_abort() {
     drop(silent);
 }
 
-/// What it published before counts.
+/// Rounds that it published before its end count.
 #[test]
 fn a_rank_that_leaves_is_noticed_by_those_who_wait_for_more() {
     let [mut stays, mut leaves] = <[Exchange; 2]>::try_from(exchanges(2)).ok().unwrap();

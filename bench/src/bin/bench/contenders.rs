@@ -135,7 +135,7 @@ fn command(job: &Job, way: &str, python_path: &Path) -> Result<Command, String> 
     let workers = job.workers.to_string();
     command.args(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", &workers]);
     if way == "tuned" {
-        // Memory of freed tensors is kept for the next ones, as our workers do (`c10d::aten::keep_freed_memory`).
+        // Keeps memory of freed tensors for the next ones, as our workers do (`c10d::aten::keep_freed_memory`).
         command.env("MALLOC_MMAP_THRESHOLD_", "33554432").env("MALLOC_TRIM_THRESHOLD_", "2147483647");
     }
     if job.model == GPT.model {
