@@ -146,6 +146,12 @@ impl Summand for ShardGrad {
     }
 }
 
+/// Length of the part of a sum that each rank finishes. Whole alignments: a chunk that ended between would be
+/// divided by a kernel's scalar tail (D8).
+fn chunk_of(len: usize, world_size: usize) -> usize {
+    align(len.div_ceil(world_size))
+}
+
 impl AllReduce {
     /// Allocates the buffers for gradients of one layout, over `global_batch` samples each.
     pub fn new(
@@ -169,9 +175,7 @@ impl AllReduce {
             }
             2 if shards.ranges.iter().all(has_one_node) => Route::Pair(Pair::new(shards.rank, len, device)?),
             _ => {
-                // Whole alignments: a chunk that ended between would be divided by a kernel's scalar
-                // tail (D8).
-                let chunk = align(layout.len().div_ceil(world_size));
+                let chunk = chunk_of(layout.len(), world_size);
                 len = world_size * chunk;
                 Route::Chunks(Chunks::new(shards.clone(), chunk, device)?)
             }

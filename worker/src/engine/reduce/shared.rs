@@ -14,7 +14,7 @@ use tch::{Tensor, no_grad};
 
 use super::header::Header;
 use super::tree::{Node, Summand, TreeSum, cover};
-use super::{Mean, ShardGrad, ShardMap};
+use super::{Mean, ShardGrad, ShardMap, chunk_of};
 use crate::engine::profile::{Laps, Part};
 use crate::state::{ALIGNMENT, align, narrow};
 
@@ -40,10 +40,10 @@ impl Memory {
     }
 }
 
-/// Length of a sum whose chunks are whole alignments, so that none is divided by a kernel's scalar tail (D8).
+/// Length of a sum with the padding of its last chunk. Two ranks do not cut it into chunks.
 fn padded(shards: &ShardMap, len: usize) -> usize {
     let world_size = shards.world_size();
-    if world_size == 2 { align(len) } else { world_size * align(len.div_ceil(world_size)) }
+    if world_size == 2 { align(len) } else { world_size * chunk_of(len, world_size) }
 }
 
 /// Limits of the waits of a reduce.
