@@ -19,16 +19,18 @@ use crate::evaluation::{Alarms, Evaluation};
 use crate::names::display_as_in_the_file;
 use crate::stream::Change;
 
-mod package;
+mod family;
 mod pictures;
 #[cfg(test)]
 mod sample;
 mod text;
 
-pub use package::PhaseOptimizer;
+pub use family::{
+    Activation, Family, Likelihood, PhaseOptimizer, Positions, TransformerSettings, VaeSettings,
+};
 pub use pictures::{Background, ClassOrder, Fit, NoBackground, Orientation};
 #[cfg(test)]
-pub(crate) use sample::{sample_of_all, sample_of_package};
+pub(crate) use sample::{sample_of_all, sample_of_package, sample_of_transformer, sample_of_vae};
 pub use text::TEXT_LIMIT;
 
 /// Resolved training job: defaults filled in, paths absolute.
@@ -314,17 +316,18 @@ impl ArchiveKind {
 /// Section `[model]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {
-    /// Architecture of the two networks.
+    /// Family and architecture.
     pub kind: ModelKind,
-    /// Length of the noise vector that the generator turns into an image.
+    /// Length of the noise vector that the generator or decoder turns into an image.
     pub latent_dim: u32,
-    /// Width: hidden units of `mlp-28`, the base number of feature maps of the convolutional models.
+    /// Width: hidden units of `mlp-28`, the base number of feature maps of convolutional models, the length
+    /// of a transformer's embeddings.
     pub width: u32,
-    /// Half-life of the generator's exponential moving average, in images seen.
+    /// Half-life of the weights' exponential moving average, in images seen.
     pub ema_half_life_images: u64,
     /// Growth of the half-life up to `ema_half_life_images`.
     pub ema_schedule: EmaSchedule,
-    /// Whether both networks are conditioned on the classes of samples.
+    /// Whether the networks are conditioned on the classes of samples.
     pub conditional: bool,
     /// Folder or address of the checkpoint with the initial weights; `None` draws them from the
     /// seed.
@@ -344,6 +347,12 @@ pub struct Model {
     /// blake3 of the package in hex, for `package` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub package_hash: Option<String>,
+    /// Settings of a VAE. In the text they stand in `[loss]` and `[evaluation]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vae: Option<VaeSettings>,
+    /// Settings of a transformer. In the text they stand in `[model]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transformer: Option<TransformerSettings>,
 }
 
 impl Model {
@@ -362,6 +371,8 @@ impl Model {
             discriminator: None,
             path: None,
             package_hash: None,
+            vae: None,
+            transformer: None,
         }
     }
 }
@@ -378,7 +389,7 @@ pub enum EmaSchedule {
     Cosine,
 }
 
-/// Supported pairs of networks.
+/// Supported models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ModelKind {
     /// Multi-layer perceptrons for 28 x 28 images of one channel.
@@ -399,6 +410,15 @@ pub enum ModelKind {
     /// R3GAN for 32 x 32 images.
     #[serde(rename = "r3gan-32")]
     R3gan32,
+    /// VAE (Kingma and Welling, 2013) with convolutional networks for 28 x 28 images.
+    #[serde(rename = "vae-28")]
+    Vae28,
+    /// VAE for 32 x 32 images.
+    #[serde(rename = "vae-32")]
+    Vae32,
+    /// Autoregressive transformer (Vaswani et al., 2017) over text or quantised pixels.
+    #[serde(rename = "transformer")]
+    Transformer,
     /// Two TorchScript files of the user.
     #[serde(rename = "script")]
     Script,
@@ -408,13 +428,24 @@ pub enum ModelKind {
 }
 
 impl ModelKind {
-    /// Pixels a side of the generated images; `None` where only files of the user's define it.
+    /// Family of the model.
+    pub fn family(self) -> Family {
+        match self {
+            ModelKind::Vae28 | ModelKind::Vae32 => Family::Vae,
+            ModelKind::Transformer => Family::Transformer,
+            ModelKind::Package => Family::Package,
+            ModelKind::Mlp28 | ModelKind::Dcgan28 | ModelKind::Dcgan64 | ModelKind::Script => Family::Gan,
+            ModelKind::Sngan32 | ModelKind::R3gan28 | ModelKind::R3gan32 => Family::Gan,
+        }
+    }
+
+    /// Pixels a side of the model's images; `None` where the data or files of the user's define it.
     pub fn side(self) -> Option<u32> {
         match self {
-            ModelKind::Mlp28 | ModelKind::Dcgan28 | ModelKind::R3gan28 => Some(28),
-            ModelKind::Sngan32 | ModelKind::R3gan32 => Some(32),
+            ModelKind::Mlp28 | ModelKind::Dcgan28 | ModelKind::R3gan28 | ModelKind::Vae28 => Some(28),
+            ModelKind::Sngan32 | ModelKind::R3gan32 | ModelKind::Vae32 => Some(32),
             ModelKind::Dcgan64 => Some(64),
-            ModelKind::Script | ModelKind::Package => None,
+            ModelKind::Script | ModelKind::Transformer | ModelKind::Package => None,
         }
     }
 }
@@ -594,13 +625,18 @@ impl Job {
         u64::from(self.job.data_shards) * u64::from(self.job.shard_batch)
     }
 
-    /// Shape of a step: the objective's, or that of a GAN: updates of the discriminator, each with samples
-    /// of its own, then one of the generator.
+    /// Shape of a step: the objective's, or that of its family. A GAN has updates of the discriminator, each
+    /// with samples of its own, then one of the generator; other families have one update of all networks.
     pub fn shape(&self) -> StepShape {
-        let updates = self.loss.discriminator_steps;
-        let gan = || StepShape::new(updates.saturating_add(1), (0..updates).collect());
-        // Journals of earlier versions have none, and their runs trained GANs alone.
-        self.shape.clone().or_else(gan).expect("a GAN has phases that read samples")
+        let of_family = || match self.model.kind.family() {
+            // Journals of earlier versions have no shape of a package, and their runs trained GANs alone.
+            Family::Gan | Family::Package => {
+                let updates = self.loss.discriminator_steps;
+                StepShape::new(updates.saturating_add(1), (0..updates).collect())
+            }
+            Family::Vae | Family::Transformer => StepShape::new(1, vec![0]),
+        };
+        self.shape.clone().or_else(of_family).expect("a step has a phase that reads samples")
     }
 
     /// Number of updates in one step.

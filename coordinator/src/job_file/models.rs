@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use ganglion_proto::job::{
-    Augmentation, EmaSchedule, Job, Loss, LossKind, Model, ModelKind, Optimizer, OptimizerKind,
+    Activation, Augmentation, EmaSchedule, Family, Job, Likelihood, Loss, LossKind, Model, ModelKind,
+    Optimizer, OptimizerKind, Positions, TransformerSettings, VaeSettings,
 };
 
 use super::sections::{MAX_STEPS, address};
@@ -20,6 +21,8 @@ pub(super) fn model(settings: &mut Settings, check_paths: bool) -> Model {
         // Miyato et al. (2018), table 4, with half of its features.
         ModelKind::Sngan32 => (128, 64),
         ModelKind::R3gan28 | ModelKind::R3gan32 => (64, 8),
+        ModelKind::Vae28 | ModelKind::Vae32 => (32, 32),
+        ModelKind::Transformer => (0, 128),
     };
     let path = super::package::path(settings, kind);
     let package_hash = settings.text("model.package_hash", "0a1b2c");
@@ -37,6 +40,49 @@ pub(super) fn model(settings: &mut Settings, check_paths: bool) -> Model {
         discriminator,
         path,
         package_hash,
+        vae: vae(settings).filter(|_| kind.family() == Family::Vae),
+        transformer: transformer(settings).filter(|_| kind.family() == Family::Transformer),
+    }
+}
+
+/// Settings of a VAE. They are taken in any job, so that their names are known.
+fn vae(settings: &mut Settings) -> Option<VaeSettings> {
+    Some(VaeSettings {
+        likelihood: settings.choice_or("loss.likelihood", Likelihood::Bernoulli),
+        beta: settings.number_or("loss.beta", 0.0..=1e6, 1.0),
+        binarise: settings.flag_or("loss.binarise", false),
+        importance_samples: settings.whole_or("evaluation.importance_samples", 1..=1_000_000, 100),
+    })
+}
+
+/// Settings of a transformer.
+fn transformer(settings: &mut Settings) -> Option<TransformerSettings> {
+    Some(TransformerSettings {
+        layers: settings.whole_or("model.layers", 1..=1000, 4),
+        heads: settings.whole_or("model.heads", 1..=1000, 4),
+        positions: settings.choice_or("model.positions", Positions::Learned),
+        activation: settings.choice_or("model.activation", Activation::Gelu),
+        dropout: settings.number_or("model.dropout", 0.0..1.0, 0.0),
+    })
+}
+
+/// Refuses settings that mean nothing to the model's family.
+pub(super) fn refuse_others(settings: &mut Settings, kind: ModelKind) {
+    if !settings.sound(&["model.kind"]) {
+        return;
+    }
+    let family = kind.family();
+    for (key, families) in
+        family.keys_of_others().filter(|(key, _)| settings.is_given(key)).collect::<Vec<_>>()
+    {
+        let problem = if family == Family::Package {
+            "given, but a package has its own; remove it, or change it in Python and export again".to_owned()
+        } else {
+            let families: Vec<String> = families.iter().map(Family::to_string).collect();
+            let of = families.join(" and ");
+            format!("is a setting of {of}, and model.kind = \"{kind}\" is one of the {family}; remove it")
+        };
+        settings.refuse(&key, problem);
     }
 }
 
@@ -95,10 +141,13 @@ pub(super) fn optimizer(settings: &mut Settings, loss: LossKind, model: ModelKin
     let (beta1, beta2) = match (loss, model) {
         (LossKind::WassersteinGp | LossKind::RelativisticPairing, _) => (0.0, 0.9),
         (_, ModelKind::Sngan32) => (0.0, 0.9),
+        // Kingma and Ba (2015), algorithm 1.
+        (_, ModelKind::Vae28 | ModelKind::Vae32 | ModelKind::Transformer) => (0.9, 0.999),
         _ => (0.5, 0.999),
     };
+    let rate = if matches!(model.family(), Family::Vae | Family::Transformer) { 1e-3 } else { 2e-4 };
     let kind = settings.choice_or("optimizer.kind", OptimizerKind::Adam);
-    let learning_rate = settings.number_or("optimizer.learning_rate", 0.0..=10.0, 2e-4);
+    let learning_rate = settings.number_or("optimizer.learning_rate", 0.0..=10.0, rate);
     let of_discriminator =
         settings.number_or("optimizer.discriminator_learning_rate", 0.0..=10.0, learning_rate);
     let beta2 = settings.number_or("optimizer.beta2", 0.0..1.0, beta2);
@@ -141,11 +190,18 @@ pub(super) fn augmentation(settings: &mut Settings) -> Augmentation {
 
 /// Checks the settings of these sections against each other.
 pub(super) fn check(settings: &mut Settings, job: &Job) {
-    if job.model.kind == ModelKind::Package {
+    match job.model.kind.family() {
         // It has none of them.
-        return;
+        Family::Package => {}
+        Family::Gan => {
+            check_finals(settings, job);
+            check_gan(settings, job);
+        }
+        Family::Vae | Family::Transformer => check_finals(settings, job),
     }
-    check_finals(settings, job);
+}
+
+fn check_gan(settings: &mut Settings, job: &Job) {
     check_adaptive(settings, job);
     let frozen = job.model.freeze_discriminator;
     if frozen > 0 && job.model.init_from.is_none() && settings.sound(&["model.init_from"]) {

@@ -18,19 +18,6 @@ const PATH: &str = "model.path";
 /// Key of the package's hash in a resolved job.
 pub(super) const HASH: &str = "model.package_hash";
 
-/// Sections and keys of built-in objectives.
-const OF_OTHERS: [&str; 9] = [
-    "model.latent_dim",
-    "model.width",
-    "model.ema_half_life_images",
-    "model.ema_schedule",
-    "model.freeze_discriminator",
-    "optimizer.discriminator_learning_rate",
-    "optimizer.final_discriminator_learning_rate",
-    "model.generator",
-    "model.discriminator",
-];
-
 /// Path of the package.
 pub(super) fn path(settings: &mut Settings, kind: ModelKind) -> Option<PathBuf> {
     let path = settings.text(PATH, "vae.pt2").and_then(|path| settings.absolute(PATH, &path));
@@ -68,26 +55,12 @@ pub(super) fn apply(settings: &mut Settings, job: &mut Job, package: Option<&Pac
         }
         return;
     }
-    refuse_others(settings);
     if let Some(package) = package {
         settle(settings, job, package);
     }
     let manifest = package.map(|package| &package.manifest);
     if manifest.is_some() || is_record {
         optimizers(settings, job, manifest);
-    }
-}
-
-/// Refuses the settings of built-in objectives.
-fn refuse_others(settings: &mut Settings) {
-    let whole = ["loss", "augmentation"].iter().flat_map(|section| settings.given_in(section));
-    let single = OF_OTHERS.iter().filter(|key| settings.is_given(key));
-    let given: Vec<String> = single.map(|key| (*key).to_owned()).chain(whole.collect::<Vec<_>>()).collect();
-    for key in given {
-        settings.refuse(
-            &key,
-            "given, but a package has its own; remove it, or change it in Python and export again",
-        );
     }
 }
 

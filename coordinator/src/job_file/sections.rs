@@ -56,6 +56,7 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
     };
     // After all keys were taken: these checks compare settings, and are skipped where one of them is
     // wrong.
+    models::refuse_others(settings, job.model.kind);
     let package = super::package::read(settings, &job, check_paths);
     super::package::apply(settings, &mut job, package.as_ref(), default_name.is_none());
     check_image(settings, &job);

@@ -1,7 +1,9 @@
 //! Tests of the job reader as a whole.
 
 use super::*;
-use ganglion_proto::job::{Background, ClassOrder, DataKind, Fit, Length, LossKind, ModelKind, Orientation};
+use ganglion_proto::job::{
+    Background, ClassOrder, DataKind, Fit, Length, Likelihood, LossKind, ModelKind, Orientation, Positions,
+};
 use proptest::prelude::*;
 
 /// The smallest job on bundled data.
@@ -127,6 +129,43 @@ fn defaults_fill_what_is_not_given() {
         every_steps = 10
     "#;
     assert_eq!(flat(&job), flat(&toml::from_str(expected).unwrap()));
+}
+
+#[test]
+fn settings_of_other_families_are_refused_and_not_in_the_resolved_job() {
+    let vae = resolve(SMALL, &["model.kind=vae-28", "loss.likelihood=gaussian", "loss.beta=4"]).unwrap();
+    let settings = vae.model.vae.as_ref().unwrap();
+    assert_eq!((settings.likelihood, settings.beta, settings.binarise), (Likelihood::Gaussian, 4.0, false));
+    assert_eq!((vae.optimizer.learning_rate, vae.optimizer.beta1), (1e-3, 0.9));
+    let given =
+        ["model.kind=transformer", "model.heads=2", "model.positions=rotary", "model.activation=swiglu"];
+    let transformer = resolve(SMALL, &given).unwrap();
+    let settings = transformer.model.transformer.as_ref().unwrap();
+    assert_eq!((settings.heads, settings.positions), (2, Positions::Rotary));
+    for (job, absent) in [(vae, "discriminator"), (transformer, "latent_dim")] {
+        let text = render(&job);
+        assert!(!text.contains(absent) && !text.contains("[augmentation]"), "{text}");
+        assert_eq!(parse_resolved(&text).unwrap(), job);
+    }
+    for (overrides, expected) in [
+        (
+            &["model.kind=vae-28", "loss.r1=1"][..],
+            "--set loss.r1=1: is a setting of GANs, and model.kind = \"vae-28\" is one of the VAEs; remove it",
+        ),
+        (
+            &["model.kind=vae-28", "augmentation.adaptive=true"],
+            "augmentation.adaptive=true: is a setting of GANs",
+        ),
+        (&["model.kind=transformer", "model.latent_dim=3"], "is a setting of GANs and VAEs"),
+        (&["model.layers=3"], "is a setting of transformers, and model.kind = \"mlp-28\" is one of the GANs"),
+        (&["loss.beta=true"], "is a setting of VAEs"),
+        (&["model.kind=vae-28", "loss.beta=-1"], "must be at least 0.0"),
+        (&["model.kind=vae-32"], "takes images of 32 x 32, but \"mnist-10k\" has 28 x 28"),
+        (&["model.kind=vae-28", "optimizer.final_beta2=0.9"], "but optimizer.decay_images is 0"),
+    ] {
+        assert_error(SMALL, overrides, expected);
+        assert!(!errors(SMALL, overrides).contains('\n'), "{}", errors(SMALL, overrides));
+    }
 }
 
 #[test]

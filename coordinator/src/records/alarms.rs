@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use ganglion_proto::evaluation::{AlarmPolicy, Alarms, EvaluationRow, NOT_FINITE, names};
-use ganglion_proto::job::{Job, LossKind, ModelKind};
+use ganglion_proto::job::{Family, Job, LossKind};
 use ganglion_proto::record::MetricsRow;
 use ganglion_proto::words::{counted, were};
 
@@ -91,7 +91,7 @@ impl Watch {
     pub(crate) fn new(job: &Job) -> Watch {
         Watch {
             settings: job.alarms.clone(),
-            loss: (job.model.kind != ModelKind::Package).then_some(job.loss.kind),
+            loss: (job.model.kind.family() == Family::Gan).then_some(job.loss.kind),
             images_per_step: job.samples_per_step(),
             raised: BTreeSet::new(),
             saturated: 0,

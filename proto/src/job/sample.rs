@@ -66,6 +66,8 @@ pub(crate) fn sample_of_all() -> Job {
             discriminator: Some("/networks/D.pt".into()),
             path: None,
             package_hash: None,
+            vae: None,
+            transformer: None,
         },
         loss: loss(),
         optimizer: Optimizer {
@@ -121,5 +123,33 @@ pub(crate) fn sample_of_package() -> Job {
     };
     let other = PhaseOptimizer { learning_rate: 1.0, ..phase.clone() };
     job.optimizer.phases = [("encoder".into(), phase), ("critic".into(), other)].into();
+    job.without_unused()
+}
+
+/// Returns a job that trains a VAE.
+pub(crate) fn sample_of_vae() -> Job {
+    let mut job = sample_of_all();
+    let vae = VaeSettings {
+        likelihood: Likelihood::Gaussian,
+        beta: 0.1 + 0.2,
+        binarise: true,
+        importance_samples: 7,
+    };
+    let model = Model::plain(ModelKind::Vae32, 16, 8);
+    job.model = Model { conditional: true, ema_half_life_images: 10, vae: Some(vae), ..model };
+    job.without_unused()
+}
+
+/// Returns a job that trains a transformer.
+pub(crate) fn sample_of_transformer() -> Job {
+    let mut job = sample_of_all();
+    let transformer = TransformerSettings {
+        layers: 3,
+        heads: 2,
+        positions: Positions::Rotary,
+        activation: Activation::Swiglu,
+        dropout: 0.25,
+    };
+    job.model = Model { transformer: Some(transformer), ..Model::plain(ModelKind::Transformer, 0, 64) };
     job.without_unused()
 }

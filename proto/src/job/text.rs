@@ -8,7 +8,8 @@ use ganglion_membership::Limits;
 use serde::Deserialize;
 use toml::{Table, Value};
 
-use super::{Job, ModelKind, package};
+use super::Job;
+use super::family::{self, Family};
 use crate::bounds::{PHASES, name};
 use crate::error::{Malformed, malformed};
 
@@ -20,11 +21,12 @@ impl Job {
     /// Renders the job as TOML.
     pub fn to_toml(&self) -> String {
         const HOLDS: &str = "a checked job has UTF-8 paths and numbers that TOML can hold";
-        if self.model.kind == ModelKind::Package {
+        if self.model.kind.family() != Family::Gan {
             let mut sections: Vec<(String, Value)> = self.to_table().into_iter().collect();
             // A table does not keep the order of the declarations; a reader looks for these first.
-            let first =
-                |name: &str| ["job", "data", "model", "optimizer"].iter().position(|known| *known == name);
+            let first = |name: &str| {
+                ["job", "data", "model", "loss", "optimizer"].iter().position(|known| *known == name)
+            };
             sections.sort_by_key(|(name, _)| first(name).unwrap_or(usize::MAX));
             let texts = sections
                 .into_iter()
@@ -38,7 +40,7 @@ impl Job {
     pub fn to_table(&self) -> Table {
         let table = Table::try_from(self);
         let mut table = table.expect("a checked job has UTF-8 paths and numbers that TOML can hold");
-        package::shorten(&mut table);
+        family::shorten(&mut table);
         table
     }
 
@@ -55,12 +57,14 @@ impl Job {
         }
         // Read twice: serde passes over keys that it does not know, and the second reading shows them.
         let sent: Table = toml::from_str(text).map_err(|error| unreadable(text, &error))?;
-        let job = if package::is_of_package(&sent) {
-            let mut completed = sent.clone();
-            package::complete(&mut completed);
-            Job::deserialize(Value::Table(completed))
-        } else {
-            toml::from_str(text)
+        let job = match family::family_of(&sent) {
+            // Their text is serde's form, whose errors have places.
+            None | Some(Family::Gan) => toml::from_str(text),
+            Some(family) => {
+                let mut completed = sent.clone();
+                family::complete(&mut completed, family);
+                Job::deserialize(Value::Table(completed))
+            }
         };
         let job = job.map_err(|error| unreadable(text, &error))?;
         let unknown = not_understood(&sent, &job.to_table());

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ganglion_proto::job::{Model, ModelKind};
+use ganglion_proto::job::{Family, Model, ModelKind};
 
 use super::classes::OfClasses;
 use super::pieces::Sizes;
@@ -28,6 +28,9 @@ pub struct Models {
 /// Reasons why a job's networks cannot be trained on its data.
 #[derive(Debug, thiserror::Error)]
 pub enum UnsuitableModel {
+    /// The model is of another family.
+    #[error("model.kind: \"{0}\" has no generator and discriminator")]
+    Family(ModelKind),
     /// The data's images do not have the model's shape.
     #[error(transparent)]
     Data(#[from] UnsuitableData),
@@ -61,6 +64,9 @@ impl Models {
 
     /// The same for samples of `classes` classes, where the job wants a conditional model.
     pub fn with_classes(model: &Model, shape: ImageShape, classes: u32) -> Result<Models, UnsuitableModel> {
+        if model.kind.family() != Family::Gan {
+            return Err(UnsuitableModel::Family(model.kind));
+        }
         let Some(side) = model.kind.side() else { return Models::scripts(model, shape) };
         // The perceptron ends in 784 numbers: one channel of 28 x 28.
         let channels = (model.kind == ModelKind::Mlp28).then_some(1);
@@ -143,7 +149,10 @@ fn networks(kind: ModelKind, sizes: Sizes) -> (Arc<dyn Network>, Arc<dyn Network
             // It has classes within, and is not wrapped.
             return (Arc::new(sngan::Generator::new(sizes)), Arc::new(sngan::Discriminator::new(sizes)));
         }
-        ModelKind::Script | ModelKind::Package => unreachable!("their networks come from files"),
+        ModelKind::Script => unreachable!("its networks come from files"),
+        ModelKind::Vae28 | ModelKind::Vae32 | ModelKind::Transformer | ModelKind::Package => {
+            unreachable!("no GANs")
+        }
     };
     if classes == 0 {
         return (generator, discriminator);

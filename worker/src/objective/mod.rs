@@ -20,7 +20,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use c10d::aten::Adam;
-use ganglion_proto::job::{Job, ModelKind};
+use ganglion_proto::job::{Family, Job};
 use tch::{Device, Kind, Tensor, no_grad};
 
 pub use self::model::Model;
@@ -140,9 +140,13 @@ pub struct Unsuitable(pub String);
 /// # Errors
 /// The model cannot be trained on the data, or on this machine.
 pub fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objective>, Unsuitable> {
-    match job.model.kind {
-        ModelKind::Package => package::make(job, data, device),
-        _ => gan::make(job, data, device),
+    match job.model.kind.family() {
+        Family::Gan => gan::make(job, data, device),
+        Family::Package => package::make(job, data, device),
+        Family::Vae | Family::Transformer => {
+            let kind = job.model.kind;
+            Err(Unsuitable(format!("this build cannot train model.kind = \"{kind}\"; choose another")))
+        }
     }
 }
 

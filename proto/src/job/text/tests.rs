@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::job::{sample_of_all, sample_of_package};
+use crate::job::{sample_of_all, sample_of_package, sample_of_transformer, sample_of_vae};
 
 /// Text of [`sample_of_all`]. A run directory holds such a text, and workers of the same version of
 /// the contract read it: a change here needs a new version.
@@ -167,7 +167,76 @@ fn the_text_of_a_package_has_what_it_uses_and_gives_the_same_job() {
     assert!(refused(&of_gan).contains("does not know: optimizer.generator;"), "{}", refused(&of_gan));
 }
 
-/// The sections of [`TEXT`] that a package's job has as well.
+/// Sections of [`sample_of_vae`] that say what is trained.
+const OF_VAE: &str = r#"[model]
+kind = "vae-32"
+latent_dim = 16
+width = 8
+ema_half_life_images = 10
+ema_schedule = "ramp-up"
+conditional = true
+
+[loss]
+likelihood = "gaussian"
+beta = 0.30000000000000004
+binarise = true
+"#;
+
+/// Those of [`sample_of_transformer`].
+const OF_TRANSFORMER: &str = r#"[model]
+kind = "transformer"
+width = 64
+layers = 3
+heads = 2
+positions = "rotary"
+activation = "swiglu"
+dropout = 0.25
+"#;
+
+/// Section of the optimizer of both.
+const OF_ONE_OPTIMIZER: &str = r#"
+[optimizer]
+kind = "adam"
+learning_rate = 0.30000000000000004
+beta1 = 0.5
+beta2 = 0.999
+epsilon = 0.00000001
+decay_images = 1000
+final_learning_rate = 0.1
+final_beta2 = 0.99
+"#;
+
+#[test]
+fn the_text_of_a_family_has_what_it_uses_and_gives_the_same_job() {
+    let in_evaluation =
+        |text: String, keys: &str| text.replace("[evaluation]", &format!("[evaluation]{keys}"));
+    for (job, own, evaluated) in
+        [(sample_of_vae(), OF_VAE, "\nimportance_samples = 7"), (sample_of_transformer(), OF_TRANSFORMER, "")]
+    {
+        let text = job.to_toml();
+        let expected = in_evaluation(format!("{own}{OF_ONE_OPTIMIZER}{}", of_others()), evaluated);
+        assert_eq!(text.parse::<Table>(), toml::from_str(&expected), "{text}");
+        assert_eq!(Job::from_toml(&text), Ok(job.clone()));
+        assert_eq!(job.clone().without_unused(), job);
+        assert_eq!((job.phases_per_step(), job.samples_per_step()), (1, job.global_batch()));
+    }
+    let (vae, transformer) = (sample_of_vae().to_toml(), sample_of_transformer().to_toml());
+    for (text, from, to, says) in [
+        (&vae, "latent_dim = 16", "latent_dim = 16\nlayers = 3", "does not know: model.layers;"),
+        (&vae, "binarise = true", "binarise = true\nr1 = 1.0", "does not know: loss.r1;"),
+        (&vae, "binarise = true\n", "", "missing field `binarise`"),
+        (&vae, "\"gaussian\"", "\"cauchy\"", "unknown variant `cauchy`"),
+        (&transformer, "layers = 3", "layers = 3\nlatent_dim = 3", "does not know: model.latent_dim;"),
+        (&transformer, "layers = 3", "layers = -3", "-3"),
+    ] {
+        let text = text.replacen(from, to, 1);
+        assert!(refused(&text).contains(says), "{}", refused(&text));
+    }
+    let of_gan = TEXT.replace("r1 = 1.0", "r1 = 1.0\nbeta = 4.0");
+    assert!(refused(&of_gan).contains("does not know: loss.beta;"), "{}", refused(&of_gan));
+}
+
+/// The sections of [`TEXT`] that jobs of other families have as well.
 fn of_others() -> String {
     let mut table: Table = TEXT.parse().unwrap();
     let _ = ["model", "loss", "optimizer", "augmentation"].map(|section| table.remove(section));
