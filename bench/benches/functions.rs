@@ -68,7 +68,8 @@ fn adam(criterion: &mut Criterion) {
 fn digest(criterion: &mut Criterion) {
     let job = default_job(&[]);
     let data = DataSet::open(&job.data).expect("the bundled digits");
-    let models = Models::new(&job.model, data.shape()).expect("the networks fit the digits");
+    let models = Models::new(&job.model, data.shape().image().expect("digits are images"))
+        .expect("the networks fit the digits");
     let layout = StateLayout::new(&networks(&models), &[], job.job.precision);
     let flat = vec![1; 4 * layout.len];
     let snapshot = Snapshot { step: 1, phase: 0, flat, counters: Counters::default() };
@@ -86,7 +87,8 @@ fn framing(criterion: &mut Criterion) {
         [("unframed", &[][..]), ("scaled to 32 and cut to 28", &["data.resize=32", "data.crop=28"])]
     {
         let data = DataSet::open(&default_job(overrides).data).expect("the bundled digits");
-        let (mut sample, mut index) = (vec![0.0; data.shape().numel()], 0);
+        let (mut sample, mut index) =
+            (vec![0.0; data.shape().image().expect("digits are images").numel()], 0);
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 index = (index + 1) % data.len();

@@ -22,6 +22,7 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod archive;
+pub mod array;
 mod bounds;
 pub mod clock;
 mod convert;

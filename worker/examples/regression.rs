@@ -67,7 +67,7 @@ impl Compute for Regression {
         batch: Option<&ShardBatch>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error> {
-        let images = batch.expect("the phase reads samples").images.flatten(1, -1);
+        let images = batch.expect("the phase reads samples").images().flatten(1, -1);
         let [upper, lower] = [0, INPUTS].map(|start| images.narrow(1, start, INPUTS));
         let parameters = state.trainable(LINE);
         let found = upper.matmul(&parameters[0]) + &parameters[1];

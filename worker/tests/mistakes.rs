@@ -43,7 +43,7 @@ fn a_discriminator_gives_one_logit_an_image() {
         let frozen = bench.state.frozen(DISCRIMINATOR);
         let key = Key { seed: 1, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
         let mut pass = Pass::batch(frozen, bench.state.buffers(DISCRIMINATOR), key);
-        let logits = bench.models.discriminator.forward(&bench.real().images, &mut pass);
+        let logits = bench.models.discriminator.forward(bench.real().images(), &mut pass);
         assert_eq!(logits.size(), [3, 1], "{kind}");
     }
 }
@@ -203,13 +203,14 @@ fn each_step_sees_other_samples_until_the_epoch_is_over() {
         depth: 2,
         changes: Vec::new(),
     };
-    let numel = data.shape().numel();
+    let numel = data.shape().image().unwrap().numel();
     let mut batches = Prefetcher::start(data, plan);
     let mut epochs = [Vec::new(), Vec::new()];
     for step in 0..200 {
         let batch = batches.next().unwrap();
         let bytes = |image: &[f32]| image.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-        let hashes = batch.pixels.chunks_exact(numel).map(|image| blake3::hash(&bytes(image)).to_hex());
+        let hashes =
+            batch.values.pixels().chunks_exact(numel).map(|image| blake3::hash(&bytes(image)).to_hex());
         epochs[step / 100].extend(hashes);
         batches.recycle(batch);
     }

@@ -61,7 +61,7 @@ fn train(members: u32) -> State {
         for range in shard_ranges(SHARDS, members) {
             let mut own = TreeSum::new(SHARDS);
             for shard in range {
-                let batch = ShardBatch { images: images(step, shard), classes: None };
+                let batch = ShardBatch::of_images(images(step, shard), None);
                 let batch = Some(&batch).filter(|_| phase.reads != Reads::Nothing);
                 let mut grad = ShardGrad::new(layout, layout.len(), Device::Cpu);
                 compute.gradient(ShardAt { phase, step, shard }, &state, batch, &mut grad).unwrap();

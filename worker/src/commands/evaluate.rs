@@ -107,7 +107,7 @@ pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
         path.map(|path| open(&source.elsewhere(path), "--held-out")).transpose()
     };
     let data = open(&source, "--data")?;
-    if let Some(drawn) = shape.filter(|drawn| *drawn != data.shape()) {
+    if let Some(drawn) = shape.filter(|drawn| Some(*drawn) != data.shape().image()) {
         return Err(Failure::Input(format!(
             "the checkpoint draws images of {drawn}, and the data has {}; give such data with --data",
             data.shape()

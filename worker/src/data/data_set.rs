@@ -12,7 +12,9 @@ use super::framing::Framing;
 use super::labels::Labels;
 use super::left_out::{LeftOut, Names};
 use super::memory::Memory;
-use super::{DataError, ImageShape, cifar, folder, idx, remote};
+use super::shape::{ImageShape, SampleShape};
+use super::values::{SampleMut, Values};
+use super::{DataError, cifar, folder, idx, remote};
 
 /// Error message of a job that excludes every sample.
 pub(super) const EVERYTHING: &str = "data.exclude leaves out every sample; leave some in";
@@ -22,7 +24,8 @@ pub(super) const EVERYTHING: &str = "data.exclude leaves out every sample; leave
 pub struct DataSet {
     source: Source,
     framing: Framing,
-    shape: ImageShape,
+    images: ImageShape,
+    shape: SampleShape,
     len: usize,
     labels: Option<Labels>,
     fingerprint: [u8; 32],
@@ -202,7 +205,19 @@ impl DataSet {
         let pixels = |size: usize| u32::try_from(size).expect("a side is at most 8192 pixels");
         found.samples = len as u64;
         [found.channels, found.height, found.width] = [shape.channels, shape.height, shape.width].map(pixels);
-        Ok(DataSet { source, framing, shape, len, labels, fingerprint, found, names, left_out, gone })
+        Ok(DataSet {
+            source,
+            framing,
+            images: shape,
+            shape: SampleShape::Image(shape),
+            len,
+            labels,
+            fingerprint,
+            found,
+            names,
+            left_out,
+            gone,
+        })
     }
 
     /// Samples that the job leaves out after its start, by index, in its order.
@@ -277,11 +292,35 @@ impl DataSet {
     }
 
     /// Shape of every sample.
-    pub fn shape(&self) -> ImageShape {
-        self.shape
+    pub fn shape(&self) -> &SampleShape {
+        &self.shape
     }
 
-    /// Writes sample `index` to `out`: channels x height x width, each number in [-1, 1] (byte / 127.5 - 1).
+    /// Reads samples, in the order of the indices.
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read).
+    ///
+    /// # Panics
+    /// If an index is not below [`len`](Self::len).
+    pub fn read_all(&self, indices: &[usize]) -> Result<Values, DataError> {
+        let mut values = Values::new(&self.shape, indices.len());
+        for (index, out) in indices.iter().zip(values.samples_mut(&self.shape)) {
+            self.read_into(*index, out)?;
+        }
+        Ok(values)
+    }
+
+    /// Reads sample `index` into memory for one.
+    pub(super) fn read_into(&self, index: usize, out: SampleMut<'_>) -> Result<(), DataError> {
+        match out {
+            SampleMut::Pixels(out) => self.read(index, out),
+            SampleMut::Tokens(out) => panic!("images, and memory of {} tokens", out.len()),
+            SampleMut::Arrays(out) => panic!("images, and memory of {} arrays", out.len()),
+        }
+    }
+
+    /// Writes image `index` to `out`: channels x height x width, each number in [-1, 1] (byte / 127.5 - 1).
     ///
     /// # Errors
     /// A file of a folder cannot be decoded, or differs from the file at the opening.
@@ -291,14 +330,14 @@ impl DataSet {
     pub fn read(&self, index: usize, out: &mut [f32]) -> Result<(), DataError> {
         // A number of the stream is below `len`; beyond it the plan is wrong, and not the data.
         assert!(index < self.len, "sample {index} of {}", self.len);
-        assert_eq!(out.len(), self.shape.numel(), "a sample is {}", self.shape);
+        assert_eq!(out.len(), self.images.numel(), "a sample is {}", self.images);
         match &self.source {
             Source::Memory(memory) => {
                 self.framing.render(&memory.image(index), out);
                 Ok(())
             }
             Source::Folder(folder) => {
-                folder.read(index, &self.framing, self.shape, out).map_err(|error| match error {
+                folder.read(index, &self.framing, self.images, out).map_err(|error| match error {
                     // The file may be gone by now, and a run that went back needs it once more.
                     DataError::Input(problem) if self.gone.contains(&index) => DataError::Input(format!(
                         "{problem}; it is needed by a step from before the one after which data.exclude leaves it out: \

@@ -32,16 +32,19 @@ mod place;
 mod prefetch;
 mod remote;
 mod search;
+mod shape;
 #[cfg(test)]
 mod tests;
+mod values;
 
-use std::fmt;
 use std::fs::{self, File};
 use std::path::Path;
 
 pub use self::data_set::DataSet;
 pub use self::error::DataError;
 pub use self::prefetch::{Batch, Plan, Prefetcher, Upload};
+pub use self::shape::{ImageShape, SampleShape, TokenShape};
+pub use self::values::Values;
 
 /// Longest side of an image as the networks see it, in pixels.
 const MAX_SIDE: u32 = 8192;
@@ -51,30 +54,6 @@ const MAX_BYTES_IN_MEMORY: u64 = 16 << 30;
 
 /// Maximum length of an image file, or member of an archive, that is read.
 const MAX_FILE_BYTES: u64 = 256 << 20;
-
-/// Shape of a sample.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ImageShape {
-    /// Number of colour channels.
-    pub channels: usize,
-    /// Height in pixels.
-    pub height: usize,
-    /// Width in pixels.
-    pub width: usize,
-}
-
-impl ImageShape {
-    /// Number of values in a sample.
-    pub fn numel(&self) -> usize {
-        self.channels * self.height * self.width
-    }
-}
-
-impl fmt::Display for ImageShape {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} x {} x {}", self.channels, self.height, self.width)
-    }
-}
 
 /// Opens a regular file for reading, and returns it with its length, which is within `limit`.
 fn open_plain(path: &Path, limit: u64) -> Result<(File, u64), DataError> {

@@ -19,6 +19,7 @@ use std::time::Duration;
 use ganglion_proto::stream::{Change, SampleStream, StreamShape, ledger_term};
 use tch::Tensor;
 
+use super::values::{SampleMut, Values};
 use super::{DataError, DataSet};
 
 /// Range of batches to read ahead: of all phases that read new samples, from (`first_step`, `first_phase`)
@@ -66,11 +67,11 @@ pub struct Batch {
     pub step: u64,
     /// Phase within the step, of those that read new samples.
     pub phase: u32,
-    /// Pixels: (shards x `shard_batch`) x channels x height x width, in the order of shards, in [-1, 1].
-    pub pixels: Vec<f32>,
+    /// The samples, `shard_batch` for each shard, in the order of shards.
+    pub values: Values,
     /// Class of each sample, in the same order; empty if the data set has no labels.
     pub labels: Vec<i64>,
-    /// Pixels on the training device, if they were uploaded.
+    /// Pixels of images on the training device, if they were uploaded.
     pub uploaded: Option<Tensor>,
     /// Sample checksum: the sum mod 2^64 of [`ledger_term`] over the samples that were read.
     pub ledger: u64,
@@ -86,7 +87,7 @@ pub struct Prefetcher {
     batches: Option<Receiver<Result<Batch, DataError>>>,
     /// Batch that was received and not taken yet.
     ready: Option<Result<Batch, DataError>>,
-    spent: Sender<Vec<f32>>,
+    spent: Sender<Values>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -178,7 +179,7 @@ impl Prefetcher {
     /// Returns a batch's memory to the pool for later batches. It may come from another prefetcher.
     pub fn recycle(&self, batch: Batch) {
         // Without the thread no batch will come, so the memory is not needed.
-        let _ = self.spent.send(batch.pixels);
+        let _ = self.spent.send(batch.values);
     }
 }
 
@@ -202,7 +203,7 @@ struct Reader {
     stream: SampleStream,
     upload: Option<Upload>,
     filled: SyncSender<Result<Batch, DataError>>,
-    reusable: Receiver<Vec<f32>>,
+    reusable: Receiver<Values>,
     stop: Arc<AtomicBool>,
 }
 
@@ -223,10 +224,10 @@ impl Reader {
     /// Reads one batch; `None` when asked to stop.
     fn read(&mut self, step: u64, phase: u32) -> Result<Option<Batch>, DataError> {
         let Plan { data_shards, shard_batch, phases, ref shards, .. } = self.plan;
-        let numel = self.dataset.shape().numel();
+        let shape = self.dataset.shape();
         // A buffer that came back, if there is one; a new one else.
-        let mut pixels = self.reusable.try_recv().unwrap_or_default();
-        pixels.resize(shards.len() * shard_batch as usize * numel, 0.0);
+        let mut values = self.reusable.try_recv().unwrap_or_else(|_| Values::new(shape, 0));
+        values.resize(shape, shards.len() * shard_batch as usize);
         let mut ledger = 0_u64;
         let mut labels = Vec::new();
         let numbers = shards.clone().flat_map(|shard| {
@@ -236,7 +237,7 @@ impl Reader {
             first..first + u64::from(shard_batch)
         });
         let mut wanted = Vec::new();
-        for (q, out) in numbers.zip(pixels.chunks_exact_mut(numel)) {
+        for (q, out) in numbers.zip(values.samples_mut(shape)) {
             let sample = self.stream.sample(q);
             let index =
                 usize::try_from(sample).expect("a sample's index is below the length of the data set");
@@ -250,34 +251,41 @@ impl Reader {
             return Ok(None);
         }
         // On this thread and on a stream of its own, while the training thread computes.
-        let uploaded = self.upload.as_mut().map(|upload| upload(&pixels)).transpose();
+        let uploaded = match (&values, &mut self.upload) {
+            (Values::Pixels(pixels), Some(upload)) => upload(pixels).map(Some),
+            _ => Ok(None),
+        };
         let uploaded = uploaded.map_err(|error| DataError::Upload(error.to_string()))?;
-        Ok(Some(Batch { step, phase, pixels, labels, uploaded, ledger }))
+        Ok(Some(Batch { step, phase, values, labels, uploaded, ledger }))
     }
 
     /// Reads samples into their places, on several threads where they have to be decoded; returns false
     /// when asked to stop.
-    fn read_all(&self, mut wanted: Vec<(usize, &mut [f32])>) -> Result<bool, DataError> {
+    fn read_all(&self, wanted: Vec<(usize, SampleMut<'_>)>) -> Result<bool, DataError> {
         // Data in memory are only copied, which threads would not speed up.
         let threads = if self.dataset.is_decoded() { decoders() } else { 1 };
         let each = wanted.len().div_ceil(threads).max(1);
         let (dataset, stop) = (&*self.dataset, &*self.stop);
-        let read = |wanted: &mut [(usize, &mut [f32])]| {
+        let read = |wanted: &mut dyn Iterator<Item = (usize, SampleMut<'_>)>| {
             for (index, out) in wanted {
                 // Looked at before each sample: a drop waits for one of them at most (invariant 3).
                 if stop.load(Ordering::Relaxed) {
                     return Ok(false);
                 }
-                dataset.read(*index, out)?;
+                dataset.read_into(index, out)?;
             }
             Ok(true)
         };
+        let mut wanted = wanted.into_iter();
         if threads == 1 {
             return read(&mut wanted);
         }
         thread::scope(|scope| {
-            let parts =
-                wanted.chunks_mut(each).map(|part| scope.spawn(move || read(part))).collect::<Vec<_>>();
+            let mut parts = Vec::new();
+            while wanted.len() > 0 {
+                let part: Vec<_> = wanted.by_ref().take(each).collect();
+                parts.push(scope.spawn(move || read(&mut part.into_iter())));
+            }
             // In the order of the samples, so that of several errors always the same one is returned.
             let parts =
                 parts.into_iter().map(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic)));

@@ -47,8 +47,12 @@ fn assert_says(message: &str, parts: &[&str]) {
     }
 }
 
+fn shape(dataset: &DataSet) -> ImageShape {
+    dataset.shape().image().unwrap()
+}
+
 fn read(dataset: &DataSet, index: usize) -> Vec<f32> {
-    let mut out = vec![f32::NAN; dataset.shape().numel()];
+    let mut out = vec![f32::NAN; shape(dataset).numel()];
     dataset.read(index, &mut out).unwrap();
     out
 }

@@ -97,7 +97,7 @@ impl Context {
     fn draw_real(&self, data: &DataSet) {
         let draw = || guarded(|| sampling::grid_of_real(data, self.job.sample.count));
         match self.track.during("draw real samples", Nothing {}, draw) {
-            Ok(Ok(grid)) => self.send(grid),
+            Ok(Ok(grid)) => grid.into_iter().for_each(|grid| self.send(grid)),
             Err(error) => tracing::warn!("no real samples: {error}"),
             Ok(Err(error)) => tracing::warn!("no real samples: {error}"),
         }

@@ -18,7 +18,7 @@ use super::report::Pace;
 use super::trainer::{Held, Trainer};
 use crate::data::{Batch, DataError, Plan, Prefetcher};
 use crate::device;
-use crate::objective::{Compute, Phase, Reads, ShardAt, ShardBatch};
+use crate::objective::{Compute, Phase, Reads, Samples, ShardAt, ShardBatch};
 use crate::session::Work;
 
 /// Number of batches read ahead.
@@ -35,26 +35,23 @@ pub(super) struct Course<'a> {
     /// Fingerprint of the parameters that the last commit updated.
     fingerprint: u64,
     /// Samples of a phase before, kept while a later phase of the step reads the same.
-    same: Option<Samples>,
+    same: Option<Loaded>,
     /// Samples of the next step, of which a part was computed during the wait for the other ranks.
-    ahead: Option<Samples>,
+    ahead: Option<Loaded>,
 }
 
 /// The real samples of a phase.
-struct Samples {
+struct Loaded {
     batch: Batch,
-    /// By shard: (shards, b, c, h, w).
-    images: Tensor,
-    /// By shard: (shards, b), where the data set has labels.
-    classes: Option<Tensor>,
+    /// Tensors of a shard's batch, with the shard as one axis more before.
+    by_shard: ShardBatch,
 }
 
-impl Samples {
+impl Loaded {
     /// Returns a shard's samples, by its index among this rank's shards. They are copied: the address they
     /// start at must not depend on how shards are dealt, since kernels may look at alignment.
     fn of_shard(&self, place: u32) -> ShardBatch {
-        let own = |all: &Tensor| all.get(i64::from(place)).copy();
-        ShardBatch { images: own(&self.images), classes: self.classes.as_ref().map(own) }
+        self.by_shard.map(|all| all.get(i64::from(place)).copy())
     }
 }
 
@@ -263,7 +260,7 @@ impl Trainer {
     }
 
     /// Returns the samples of a phase, if it reads any.
-    fn samples(&self, phase: Phase, course: &mut Course<'_>) -> Result<Option<Samples>, TeamError> {
+    fn samples(&self, phase: Phase, course: &mut Course<'_>) -> Result<Option<Loaded>, TeamError> {
         let known = match phase.reads {
             Reads::Nothing => return Ok(None),
             Reads::Same => course.same.take(),
@@ -277,7 +274,7 @@ impl Trainer {
     }
 
     /// Keeps samples for a later phase of the step, or recycles their memory.
-    fn put_away(&self, samples: Option<Samples>, step: u64, phase: Phase, course: &mut Course<'_>) {
+    fn put_away(&self, samples: Option<Loaded>, step: u64, phase: Phase, course: &mut Course<'_>) {
         let Some(samples) = samples else { return };
         let next = self.model.next_reader(step, phase.index + 1);
         if next.is_some_and(|next| next.reads == Reads::Same) {
@@ -305,22 +302,14 @@ impl Trainer {
     }
 
     /// Returns a batch's samples by shard.
-    fn samples_of(&self, batch: Batch) -> Samples {
+    fn samples_of(&self, batch: Batch) -> Loaded {
+        let of_shard = [-1, i64::from(self.job.job.shard_batch)];
+        let samples = match &batch.uploaded {
+            Some(uploaded) => Samples::of_pixels(uploaded, self.data.shape(), &of_shard),
+            None => Samples::new(&batch.values, self.data.shape(), &of_shard),
+        };
         let labels = (!batch.labels.is_empty()).then(|| Tensor::from_slice(&batch.labels));
-        let by_shard = |labels: Tensor| labels.view([-1, i64::from(self.job.job.shard_batch)]);
-        let classes = labels.map(|labels| by_shard(labels).to_device(self.device));
-        Samples { images: self.real_images(&batch), classes, batch }
-    }
-
-    /// Returns a batch's images by shard: (shards, b, c, h, w).
-    fn real_images(&self, batch: &Batch) -> Tensor {
-        let signed = |n: usize| i64::try_from(n).expect("an image is small");
-        let shape = self.data.shape();
-        let batch_size = i64::from(self.job.job.shard_batch);
-        let sizes = [-1, batch_size, signed(shape.channels), signed(shape.height), signed(shape.width)];
-        match &batch.uploaded {
-            Some(uploaded) => uploaded.view(sizes),
-            None => Tensor::from_slice(&batch.pixels).view(sizes).to_device(self.device),
-        }
+        let by_shard = ShardBatch { samples, classes: labels.map(|labels| labels.view(of_shard)) };
+        Loaded { by_shard: by_shard.to(self.device), batch }
     }
 }

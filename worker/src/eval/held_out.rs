@@ -5,10 +5,10 @@ use std::sync::Arc;
 use ganglion_proto::words::counted;
 use tch::Tensor;
 
-use super::{EvalError, images};
+use super::EvalError;
 use crate::checkpoint::Snapshot;
 use crate::data::DataSet;
-use crate::objective::{Model, ShardBatch};
+use crate::objective::{Model, Samples, ShardBatch};
 use crate::random::{Key, Purpose};
 
 /// Held-out samples, in batches as large as a data shard's.
@@ -76,7 +76,10 @@ impl HeldOut {
             .map(|class| i64::from(*class))
             .collect();
         let classes = (!classes.is_empty()).then(|| Tensor::from_slice(&classes));
-        Ok(ShardBatch { images: images(&self.data, &indices)?, classes })
+        let values = self.data.read_all(&indices)?;
+        let samples =
+            Samples::new(&values, self.data.shape(), &[i64::try_from(self.batch).expect("a batch is small")]);
+        Ok(ShardBatch { samples, classes })
     }
 }
 
@@ -85,7 +88,7 @@ pub(super) fn check_held_out(held_out: &DataSet, data: &DataSet) -> Result<(), E
     let refused = |what: String| Err(EvalError::Input(format!("evaluation.held_out: {what}")));
     let (own, of_data) = (held_out.shape(), data.shape());
     if own != of_data {
-        return refused(format!("its images are {own}, and those of the data {of_data}"));
+        return refused(format!("its samples are {own}, and those of the data {of_data}"));
     }
     let (own, of_data) = (held_out.classes(), data.classes());
     // Fewer are allowed: a held-out set may lack a class, but not have one that the networks do not know.

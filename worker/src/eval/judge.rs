@@ -14,7 +14,7 @@ use super::metrics::{
     Labels, Manifold, Moments, diversity, frechet_distance, kernel_distance, memorised, nearest,
     precision_and_recall, sliced_wasserstein, threshold,
 };
-use super::{EvalError, images, some_of};
+use super::{EvalError, image_shape, images, some_of};
 use crate::data::DataSet;
 use crate::nn::Pass;
 use crate::random::{Key, Purpose};
@@ -124,7 +124,7 @@ impl Means {
         data: &DataSet,
         held_out: Option<Arc<DataSet>>,
     ) -> Result<Means, EvalError> {
-        let extractor = Extractor::open(&settings.features, data.shape())?;
+        let extractor = Extractor::open(&settings.features, image_shape(data)?)?;
         held_out.as_deref().map_or(Ok(()), |held_out| check_held_out(held_out, data))?;
         // Before training: a best checkpoint by a metric that no row has would never be found.
         if let BestBy::Named(name) = &settings.best_by

@@ -20,7 +20,7 @@ pub(crate) mod train;
 use ganglion_proto::stream::SampleStream;
 use tch::Tensor;
 
-use crate::data::{DataError, DataSet};
+use crate::data::{DataError, DataSet, ImageShape};
 use crate::sampling::SampleError;
 
 /// Reasons why there are no metrics.
@@ -46,19 +46,25 @@ pub enum EvalError {
     C10d(#[from] c10d::Error),
 }
 
-/// Reads samples of a data set, (n, c, h, w) in [-1, 1].
+/// Reads images of a data set, (n, c, h, w) in [-1, 1], in the order of the indices: a metric over pairs
+/// depends on it.
 ///
 /// # Errors
 /// A sample cannot be read.
 pub(crate) fn images(data: &DataSet, indices: &[usize]) -> Result<Tensor, DataError> {
-    let shape = data.shape();
-    let mut pixels = vec![0.0; indices.len() * shape.numel()];
-    // In the order of the indices: a metric over pairs depends on it.
-    for (index, out) in indices.iter().zip(pixels.chunks_exact_mut(shape.numel())) {
-        data.read(*index, out)?;
-    }
+    let shape = data.shape().image().expect("metrics are opened for images alone");
     let sizes = [indices.len(), shape.channels, shape.height, shape.width];
-    Ok(Tensor::from_slice(&pixels).view(sizes.map(|n| i64::try_from(n).expect("an image is small"))))
+    let values = data.read_all(indices)?;
+    Ok(Tensor::from_slice(values.pixels()).view(sizes.map(|n| i64::try_from(n).expect("an image is small"))))
+}
+
+/// The shape of images that metrics look at.
+///
+/// # Errors
+/// The samples are no images.
+pub(crate) fn image_shape(data: &DataSet) -> Result<ImageShape, EvalError> {
+    let none = || format!("metrics of samples look at images, and the data has {}", data.shape());
+    data.shape().image().ok_or_else(|| EvalError::Input(none()))
 }
 
 /// Chooses `count` of the numbers below `len`, all if there are fewer, in order. The choice is random with

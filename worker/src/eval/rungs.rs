@@ -41,7 +41,7 @@ pub(crate) fn rungs(judge: &Judge, data: &DataSet, held_out: &DataSet) -> Result
     let mut add = |name, images| rungs.push(Rung { name, images });
     add("real", real.shallow_clone());
     add("copies of the data", images(data, &chosen(data, count))?);
-    if held_out.shape() == SHAPE {
+    if held_out.shape().image() == Some(SHAPE) {
         // By the classifier's own judgement, as the metrics are.
         let told = Digits::bundled()?.look(&all).logits.argmax(-1, false);
         let of = |mask: Tensor| some(&all.index_select(0, &mask.nonzero().flatten(0, -1)));

@@ -42,8 +42,8 @@ impl Labelled {
     /// # Errors
     /// They are no digits of MNIST's form, or do not belong together.
     pub(crate) fn read(data: &DataSet, file: &Path) -> Result<Labelled, EvalError> {
-        if data.shape() != SHAPE {
-            return Err(EvalError::Input(format!("the images are {}, not {SHAPE}", data.shape())));
+        if data.shape().image() != Some(SHAPE) {
+            return Err(EvalError::Input(format!("the samples are {}, not images of {SHAPE}", data.shape())));
         }
         let labels = labels(file)?;
         let (found, wanted) = (labels.size()[0], data.len());

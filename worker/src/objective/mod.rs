@@ -10,6 +10,7 @@
 //!    ranks have the same.
 
 mod annealing;
+mod batch;
 mod checks;
 pub mod gan;
 mod model;
@@ -21,14 +22,16 @@ use std::sync::Arc;
 
 use c10d::aten::Adam;
 use ganglion_proto::job::{Family, Job};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Tensor};
 
+use self::batch::images_of;
+pub use self::batch::{Samples, ShardBatch};
 pub use self::model::Model;
 pub use self::shard_grad::{BufferRun, GradLayout, ScalarRole, ScalarSpec, ShardGrad};
 use crate::checkpoint::{Snapshot, WeightsFile};
-use crate::data::{DataSet, ImageShape};
+use crate::data::DataSet;
 use crate::nn::TensorSpec;
-use crate::random::{Key, Purpose};
+use crate::random::Key;
 use crate::sampling::Sampler;
 use crate::state::StateLayout;
 pub use crate::state::{BufferId, NamedNetwork, NetworkId, NetworkSet, State};
@@ -79,36 +82,6 @@ pub struct ShardAt {
     pub step: u64,
     /// The data shard.
     pub shard: u32,
-}
-
-/// The real samples of a data shard.
-#[derive(Debug)]
-pub struct ShardBatch {
-    /// (b, c, h, w), in [-1, 1].
-    pub images: Tensor,
-    /// Classes of the images, (b) of int64, where the data set has labels.
-    pub classes: Option<Tensor>,
-}
-
-impl ShardBatch {
-    /// Substitutes for the samples of a shard, with the classes in turn where there are any.
-    pub(crate) fn stand_ins(seed: u64, batch: u32, shape: ImageShape, classes: u32) -> ShardBatch {
-        let key = Key { seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Probe };
-        let signed = |n: usize| i64::try_from(n).expect("an image is small");
-        let sizes = [i64::from(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
-        let count = batch as usize * shape.numel();
-        let images = no_grad(|| key.uniform(-1.0, 1.0, count).view(sizes));
-        let in_turn =
-            || Tensor::arange(i64::from(batch), (Kind::Int64, Device::Cpu)).remainder(i64::from(classes));
-        ShardBatch { images, classes: (classes > 0).then(in_turn) }
-    }
-
-    /// The same samples on a device.
-    pub fn to(&self, device: Device) -> ShardBatch {
-        // Without a copy where they are there already.
-        let classes = self.classes.as_ref().map(|classes| classes.to_device(device));
-        ShardBatch { images: self.images.to_device(device), classes }
-    }
 }
 
 /// A setting that a schedule or a controller moves over a run. Rows of metrics report it as `setting_NAME`.

@@ -111,12 +111,13 @@ pub fn columns(classes: u32) -> i64 {
 
 /// Renders a grid of at most `count` real samples as the networks see them, evenly spaced over the data set,
 /// each in a place where [`grid_of`] has one of the same class. Places of samples that are not there stay
-/// black.
+/// black. Returns `None` for samples that are no images.
 ///
 /// # Errors
 /// The picture cannot be encoded.
-pub fn grid_of_real(data: &DataSet, count: u32) -> Result<SampleGrid, SampleError> {
-    let (shape, numel) = (data.shape(), data.shape().numel());
+pub fn grid_of_real(data: &DataSet, count: u32) -> Result<Option<SampleGrid>, SampleError> {
+    let Some(shape) = data.shape().image() else { return Ok(None) };
+    let numel = shape.numel();
     let most = (MOST_REAL_BYTES / numel).min(count as usize).max(1);
     let places = places_of_real(&data.left(), data.labels(), data.classes(), most);
     let mut pixels = vec![-1.0; places.len() * numel];
@@ -132,7 +133,7 @@ pub fn grid_of_real(data: &DataSet, count: u32) -> Result<SampleGrid, SampleErro
     let sizes = sizes.map(|size| i64::try_from(size).expect("a grid is small"));
     let images = Tensor::from_slice(&pixels).view(sizes);
     let grid = Picture::grid(&images, columns(data.classes()))?.of_step(0)?;
-    Ok(SampleGrid { real: true, ..grid })
+    Ok(Some(SampleGrid { real: true, ..grid }))
 }
 
 /// Returns the sample for each place of a grid; `None` where a class has no more.

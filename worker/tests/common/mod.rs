@@ -129,7 +129,7 @@ impl Bench {
         let sizes = [signed(batch), signed(shape.channels), signed(shape.height), signed(shape.width)];
         let classes = (self.models.classes > 0)
             .then(|| Tensor::arange(sizes[0], (Kind::Int64, Device::Cpu)).remainder(3));
-        ShardBatch { images: key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes), classes }
+        ShardBatch::of_images(key.uniform(-1.0, 1.0, batch * shape.numel()).view(sizes), classes)
     }
 
     /// Computes a shard's gradient in a phase of step 0.

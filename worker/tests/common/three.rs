@@ -180,7 +180,7 @@ impl Evaluator for Three {
         let (encoder, buffers) = layout.network(ENCODER).views(&narrow(&flat, average));
         let (head, _) = layout.network(HEAD).views(&narrow(&flat, layout.network(HEAD).weight_range()));
         Ok(Box::new(move |batch, key| {
-            let (features, mean) = (Some(features(&batch.images)), &buffers[0]);
+            let (features, mean) = (Some(features(batch.images())), &buffers[0]);
             let noise = key.normal(1);
             let parameters = [encoder.as_slice(), &head, &[]];
             let inputs = Inputs { parameters, mean, features, noise: noise.shallow_clone() };
@@ -198,7 +198,7 @@ impl Compute for Three {
         batch: Option<&ShardBatch>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error> {
-        let features = batch.map(|batch| features(&batch.images));
+        let features = batch.map(|batch| features(batch.images()));
         let count = features.as_ref().map_or(5, |features| features.size()[0]);
         let parameters = [ENCODER, HEAD, CRITIC].map(|network| state.trainable(network));
         let (mean, noise) = (&state.buffers(ENCODER)[0], noise(at, count));

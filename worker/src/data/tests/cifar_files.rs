@@ -16,7 +16,7 @@ fn record(label: u8, first: u8) -> Vec<u8> {
 fn a_file_opens_planar() {
     let dataset = open_bytes(DataKind::Cifar10, &[record(3, 10), record(9, 20)].concat()).unwrap();
     assert_eq!(dataset.len(), 2);
-    assert_eq!(dataset.shape(), ImageShape { channels: 3, height: 32, width: 32 });
+    assert_eq!(shape(&dataset), ImageShape { channels: 3, height: 32, width: 32 });
     let expected: Vec<f32> = record(9, 20)[1..].iter().map(|&byte| f32::from(byte) / 127.5 - 1.0).collect();
     assert_eq!(read(&dataset, 1), expected);
 }

@@ -8,8 +8,8 @@ use super::*;
 fn the_bundled_digits_open() {
     let dataset = DataSet::open(&Data::bundled_digits()).unwrap();
     assert_eq!(dataset.len(), 10_000);
-    assert_eq!(dataset.shape(), ImageShape { channels: 1, height: 28, width: 28 });
-    assert_eq!(dataset.shape().to_string(), "1 x 28 x 28");
+    assert_eq!(shape(&dataset), ImageShape { channels: 1, height: 28, width: 28 });
+    assert_eq!(shape(&dataset).to_string(), "1 x 28 x 28");
     let mut extremes = (0, 0);
     let mut sum = 0.0;
     for index in 0..dataset.len() {

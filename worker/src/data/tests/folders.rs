@@ -20,7 +20,7 @@ fn files_are_sorted_by_relative_path() {
     fs::write(folder.path().join(".cache/e.png"), "no image").unwrap();
     let dataset = open(&folder).unwrap();
     assert_eq!(dataset.len(), 6);
-    assert_eq!(dataset.shape(), ImageShape { channels: 3, height: 4, width: 4 });
+    assert_eq!(shape(&dataset), ImageShape { channels: 3, height: 4, width: 4 });
     for (index, name) in names.iter().enumerate() {
         // The content is PNG under every name: the content counts.
         let seed = (1..).zip(&shuffled).find(|(_, picture)| picture.0 == *name).unwrap().0;
@@ -34,7 +34,7 @@ fn jpeg_files_are_read() {
     let flat = RgbImage::from_pixel(16, 8, image::Rgb([200, 100, 50]));
     fs::write(folder.path().join("flat.jpg"), encoded(&flat, ImageFormat::Jpeg)).unwrap();
     let dataset = open(&folder).unwrap();
-    assert_eq!(dataset.shape(), ImageShape { channels: 3, height: 8, width: 16 });
+    assert_eq!(shape(&dataset), ImageShape { channels: 3, height: 8, width: 16 });
     for (found, expected) in read(&dataset, 0).iter().zip(planes(&flat)) {
         assert!((found - expected).abs() < 0.05, "{found} is not near {expected}");
     }
@@ -49,7 +49,7 @@ fn channels_are_converted() {
     alpha.save(folder.path().join("alpha.png")).unwrap();
 
     let colour = open(&folder).unwrap();
-    assert_eq!(colour.shape().channels, 3);
+    assert_eq!(shape(&colour).channels, 3);
     // Wholly transparent.
     assert_eq!(read(&colour, 0), [1.0; 18]);
     let expected = planes(&RgbImage::from_pixel(3, 2, image::Rgb([7, 7, 7])));
@@ -57,7 +57,7 @@ fn channels_are_converted() {
 
     let source = Data { channels: 1, ..data(DataKind::Folder, folder.path()) };
     let grey = DataSet::open(&source).unwrap();
-    assert_eq!(grey.shape(), ImageShape { channels: 1, height: 2, width: 3 });
+    assert_eq!(shape(&grey), ImageShape { channels: 1, height: 2, width: 3 });
     assert_eq!(read(&grey, 2), vec![7.0 / 127.5 - 1.0; 6]);
     assert_ne!(grey.fingerprint(), colour.fingerprint());
 
@@ -74,7 +74,7 @@ fn mixed_sizes_need_a_resize_or_a_crop() {
     for (resize, crop, side) in [(Some(7), None, 7), (Some(7), Some(4), 4), (None, Some(5), 5)] {
         let source = Data { resize, crop, ..data(DataKind::Folder, folder.path()) };
         let dataset = DataSet::open(&source).unwrap();
-        assert_eq!(dataset.shape(), ImageShape { channels: 3, height: side, width: side });
+        assert_eq!(shape(&dataset), ImageShape { channels: 3, height: side, width: side });
         for index in 0..3 {
             read(&dataset, index);
         }
@@ -114,7 +114,7 @@ fn a_file_that_is_cut_off_is_found_when_it_is_read() {
         let folder = TempDir::new().unwrap();
         fs::write(folder.path().join("cut.png"), &whole[..whole.len() * 9 / 10]).unwrap();
         let dataset = open(&folder).unwrap();
-        let mut out = vec![0.0; dataset.shape().numel()];
+        let mut out = vec![0.0; shape(&dataset).numel()];
         let message = refusal(dataset.read(0, &mut out));
         assert_says(&message, &["cut.png: cannot decode the image", "--set data.exclude="]);
     }
@@ -126,7 +126,7 @@ fn a_file_that_changes_its_size_is_refused() {
     let dataset = open(&folder).unwrap();
     let other = encoded(&picture(6, 8, 1), ImageFormat::Png);
     fs::write(folder.path().join("a.png"), other).unwrap();
-    let mut out = vec![0.0; dataset.shape().numel()];
+    let mut out = vec![0.0; shape(&dataset).numel()];
     let message = refusal(dataset.read(0, &mut out));
     assert_says(&message, &["a.png: found 6 x 8 pixels, another size", "do not change"]);
 }
@@ -139,7 +139,7 @@ fn a_long_preamble_does_not_hide_the_size() {
     let folder = TempDir::new().unwrap();
     let bytes = [&whole[..2], &comment, &whole[2..]].concat();
     fs::write(folder.path().join("a.jpg"), bytes).unwrap();
-    assert_eq!(open(&folder).unwrap().shape().to_string(), "3 x 8 x 8");
+    assert_eq!(shape(&open(&folder).unwrap()).to_string(), "3 x 8 x 8");
 }
 
 #[test]

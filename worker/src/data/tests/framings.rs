@@ -12,7 +12,7 @@ fn crop_follows_resize() {
         [(Some(32), None, 32), (Some(14), None, 14), (Some(32), Some(24), 24), (None, Some(20), 20)]
     {
         let dataset = framed(resize, crop).unwrap();
-        assert_eq!(dataset.shape(), ImageShape { channels: 1, height: side, width: side });
+        assert_eq!(shape(&dataset), ImageShape { channels: 1, height: side, width: side });
         assert!(read(&dataset, 7).iter().all(|pixel| (-1.0..=1.0).contains(pixel)));
     }
 }

@@ -59,7 +59,7 @@ fn leaving_out_later_keeps_every_index_and_hashes_what_is_left() {
         assert_eq!(read(set, 4), read(&all, 4));
     }
     assert_ne!(there.fingerprint(), all.fingerprint());
-    let needed = refusal(gone.read(2, &mut vec![0.0; gone.shape().numel()]));
+    let needed = refusal(gone.read(2, &mut vec![0.0; shape(&gone).numel()]));
     assert_says(&needed, &["b/1.png", "put the file back", "--run-dir"]);
     fs::write(folder.path().join("c/1.png"), encoded(&picture(4, 4, 99), ImageFormat::Png)).unwrap();
     assert_ne!(open(&folder, &later).unwrap().fingerprint(), there.fingerprint(), "another picture is seen");
@@ -125,6 +125,6 @@ fn a_damaged_sample_says_how_to_go_on_without_it() {
     let whole = fs::read(folder.path().join("a b's/1.png")).unwrap();
     fs::write(folder.path().join("a b's/1.png"), &whole[..whole.len() - 20]).unwrap();
     let set = open(&folder, &[]).unwrap();
-    let message = refusal(set.read(1, &mut vec![0.0; set.shape().numel()]));
+    let message = refusal(set.read(1, &mut vec![0.0; shape(&set).numel()]));
     assert_says(&message, &["a b's/1.png: cannot decode", r"--set 'data.exclude=a b'\''s/1.png'"]);
 }

@@ -80,7 +80,7 @@ fn all(orientation: u8) -> Vec<(String, Vec<u8>)> {
 
 /// Whether the pixel at a place of a sample of 20 columns and 40 rows, or the other way round, is white.
 fn is_white(dataset: &DataSet, index: usize, x: usize, y: usize) -> bool {
-    read(dataset, index)[y * dataset.shape().width + x] > 0.0
+    read(dataset, index)[y * shape(dataset).width + x] > 0.0
 }
 
 #[test]
@@ -96,7 +96,7 @@ fn orientation_is_followed_unless_the_job_ignores_it() {
     for path in [folder, zip, tar] {
         let source = data(DataKind::Folder, &path);
         let opened = DataSet::open(&source).unwrap();
-        assert_eq!((opened.shape().width, opened.shape().height), (20, 40), "{}", path.display());
+        assert_eq!((shape(&opened).width, shape(&opened).height), (20, 40), "{}", path.display());
         assert_eq!((opened.found().turned, opened.found().least), (4, [20, 40]));
         assert_says(&opened.found().to_string(), &["4 turned as their EXIF data say"]);
         for index in 0..4 {
@@ -106,7 +106,7 @@ fn orientation_is_followed_unless_the_job_ignores_it() {
         }
         fingerprints.push(opened.fingerprint());
         let ignored = DataSet::open(&Data { orientation: Orientation::Ignore, ..source }).unwrap();
-        assert_eq!((ignored.shape().width, ignored.shape().height), (40, 20));
+        assert_eq!((shape(&ignored).width, shape(&ignored).height), (40, 20));
         assert!(is_white(&ignored, 0, 2, 17) && !is_white(&ignored, 0, 37, 2));
         assert_eq!(ignored.found().turned, 0);
     }

@@ -48,7 +48,7 @@ fn batches_come_in_order_with_the_samples_of_the_stream() {
                     ledger = ledger.wrapping_add(ledger_term(q, sample));
                 }
             }
-            assert_eq!(batch.pixels, samples);
+            assert_eq!(batch.values.pixels(), samples);
             assert_eq!(batch.ledger, ledger);
             prefetcher.recycle(batch);
         }
@@ -81,7 +81,7 @@ fn what_is_read_is_uploaded_and_a_failure_of_that_ends_the_batches() {
     let mut prefetcher = Prefetcher::start_with(seven(), plan(), Some(Box::new(upload)));
     for _ in 0..2 {
         let batch = prefetcher.next().unwrap();
-        assert_eq!(Vec::<f32>::try_from(batch.uploaded.as_ref().unwrap()).unwrap(), batch.pixels);
+        assert_eq!(Vec::<f32>::try_from(batch.uploaded.as_ref().unwrap()).unwrap(), batch.values.pixels());
         prefetcher.recycle(batch);
     }
     assert!(matches!(prefetcher.next(), Err(DataError::Upload(detail)) if detail.contains("full")));
@@ -107,7 +107,7 @@ fn memory_is_used_again() {
     let mut buffers = BTreeSet::new();
     for _ in 0..100 {
         let batch = prefetcher.next().unwrap();
-        buffers.insert(batch.pixels.as_ptr().addr());
+        buffers.insert(batch.values.pixels().as_ptr().addr());
         prefetcher.recycle(batch);
     }
     // One buffer with the caller, one being filled, and one in between.
@@ -120,7 +120,7 @@ fn memory_from_another_split_fits() {
     let mut narrow = Prefetcher::start(seven(), Plan { shards: 1..2, depth: 0, ..plan() });
     narrow.recycle(wide.next().unwrap());
     for _ in 0..5 {
-        assert_eq!(narrow.next().unwrap().pixels.len(), 3);
+        assert_eq!(narrow.next().unwrap().values.pixels().len(), 3);
     }
 }
 

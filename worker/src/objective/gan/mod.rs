@@ -29,7 +29,7 @@ use self::augment::{Probability, augment};
 use self::schedule::{AUGMENTATION, Schedule};
 use super::{
     Compute, NamedNetwork, NetworkId, Objective, Phase, Reads, ScalarRole, ScalarSpec, Setting, ShardAt,
-    ShardBatch, ShardGrad, Unsuitable,
+    ShardBatch, ShardGrad, Unsuitable, images_of,
 };
 use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::DataSet;
@@ -131,7 +131,7 @@ pub struct Gan {
 /// # Errors
 /// The networks do not fit the data or the job.
 pub(super) fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objective>, Unsuitable> {
-    let models = Models::with_classes(&job.model, data.shape(), data.classes());
+    let models = Models::with_classes(&job.model, images_of(job, data)?, data.classes());
     let models = models.map_err(|error| Unsuitable(error.to_string()))?;
     // A number beyond is most likely a mistake: there are no such layers.
     let (wanted, there) = (job.model.freeze_discriminator, layers(&models.discriminator.parameters()));
@@ -428,10 +428,10 @@ impl Gan {
     /// Real samples, mirrored at random where the job allows flips.
     pub(super) fn mirrored(&self, at: ShardAt, real: &ShardBatch) -> Tensor {
         if !self.job.augmentation.flip {
-            return real.images.shallow_clone();
+            return real.images().shallow_clone();
         }
         // A pass that augments nothing, so that this key is used once.
-        augment::mirror(own(self.key(at, Purpose::Augmentation), PassId::Drawing), &real.images)
+        augment::mirror(own(self.key(at, Purpose::Augmentation), PassId::Drawing), real.images())
     }
 
     pub(super) fn signs(&self, real: &Tensor) -> Option<Tensor> {

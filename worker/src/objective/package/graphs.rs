@@ -192,15 +192,14 @@ impl Prepared {
     pub(super) fn run(&self, given: &Given<'_>, draws: &[Tensor]) -> Vec<Tensor> {
         #[allow(clippy::cast_precision_loss)] // far below 2^24 where the difference matters
         let steps = Tensor::from(given.steps as f32).to_device(self.device);
-        let batch = given.batch.map(|batch| batch.to(self.device));
-        let images = batch.as_ref().map(|batch| batch.images.contiguous());
-        let classes = batch.as_ref().and_then(|batch| batch.classes.as_ref()).map(Tensor::contiguous);
+        let batch = given.batch.map(|batch| batch.to(self.device).map(Tensor::contiguous));
+        let batch = batch.as_ref();
         let missing = "the manifest and the job's data were compared";
         let input = |source: &Source| match *source {
             Source::Parameter(network, index) => &given.values[network][0][index],
             Source::Buffer(network, index) => &given.values[network][1][index],
-            Source::Images => images.as_ref().expect(missing),
-            Source::Classes => classes.as_ref().expect(missing),
+            Source::Images => batch.expect(missing).images(),
+            Source::Classes => batch.and_then(|batch| batch.classes.as_ref()).expect(missing),
             Source::Draw(number) => &draws[number],
             Source::Steps => &steps,
             Source::Wanted => given.wanted.expect(missing),

@@ -26,10 +26,10 @@ pub(crate) use self::samples::{Drawn, PackageSamples, WEIGHTS_FILE, in_turn};
 use self::samples::{averages, views};
 use super::{
     BatchSums, BufferId, Compute, Evaluator, NamedNetwork, NetworkId, NetworkSet, Objective, Phase, Reads,
-    ScalarRole, ScalarSpec, Setting, ShardAt, ShardBatch, ShardGrad, Unsuitable, annealing,
+    ScalarRole, ScalarSpec, Setting, ShardAt, ShardBatch, ShardGrad, Unsuitable, annealing, images_of,
 };
 use crate::checkpoint::{Snapshot, WeightsFile};
-use crate::data::DataSet;
+use crate::data::{DataSet, ImageShape};
 use crate::nn::broken::Watchdog;
 use crate::nn::tensor_bytes::from_bytes;
 use crate::nn::{Init, TensorSpec};
@@ -81,7 +81,7 @@ pub(super) fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn 
     let wrong = |what: String| Unsuitable(format!("model.path: {}: {what}", path.display()));
     let package = Package::read(path).map_err(|error| wrong(error.to_string()))?;
     check_job(job, &package, path).map_err(wrong)?;
-    check_data(&package.manifest, data).map_err(wrong)?;
+    check_data(&package.manifest, data, images_of(job, data)?).map_err(wrong)?;
     // From here on compiled code runs, which may not end.
     let _watchdog = Watchdog::over(&path.display().to_string());
     let graphs = open(&package, device).map_err(wrong)?;
@@ -131,8 +131,8 @@ fn check_job(job: &Job, package: &Package, path: &Path) -> Result<(), String> {
     Ok(())
 }
 
-fn check_data(manifest: &Manifest, data: &DataSet) -> Result<(), String> {
-    let (images, found) = (manifest.data.images, data.shape());
+fn check_data(manifest: &Manifest, data: &DataSet, found: ImageShape) -> Result<(), String> {
+    let images = manifest.data.images;
     let wanted = [images.channels, images.height, images.width].map(|size| size as usize);
     if wanted != [found.channels, found.height, found.width] {
         return Err(format!(

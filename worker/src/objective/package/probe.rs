@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::graphs::{Given, Prepared, signed};
 use super::samples::shape_of;
 use super::{Packaged, values_of};
+use crate::data::SampleShape;
 use crate::nn::is_finite;
 use crate::nn::tensor_bytes::to_bytes;
 use crate::objective::{Objective, ShardBatch, State};
@@ -29,7 +30,8 @@ pub(super) fn check(objective: &Packaged) -> Result<(), String> {
     let layout = StateLayout::new(&objective.networks(), &[], inner.job.job.precision);
     let state = State::initial(layout, inner.job.job.seed, inner.device);
     let (seed, classes) = (inner.job.job.seed, manifest.data.classes);
-    let batch = ShardBatch::stand_ins(seed, manifest.shard_batch, shape_of(manifest), classes);
+    let batch =
+        ShardBatch::stand_ins(seed, manifest.shard_batch, &SampleShape::Image(shape_of(manifest)), classes);
     let batch = batch.to(inner.device);
     let given = |part| Given { values: values_of(&state), batch: Some(&batch), wanted: None, steps: 0, part };
     for (phase, own) in manifest.phases.iter().zip(&inner.phases) {
