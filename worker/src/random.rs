@@ -36,6 +36,10 @@ pub enum Purpose {
     Classifier = 11,
     /// All draws of a package's graph, in the order of its manifest.
     Graph = 12,
+    /// Noise of the latent vectors that a VAE is trained with.
+    Posterior = 13,
+    /// Binarisation of a VAE's images.
+    Binarisation = 14,
 }
 
 /// Key of a draw: its place in the run.

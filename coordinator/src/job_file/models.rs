@@ -72,9 +72,12 @@ pub(super) fn refuse_others(settings: &mut Settings, kind: ModelKind) {
         return;
     }
     let family = kind.family();
-    for (key, families) in
-        family.keys_of_others().filter(|(key, _)| settings.is_given(key)).collect::<Vec<_>>()
-    {
+    let others = family.keys_of_others().filter(|(key, _)| settings.is_given(key)).collect::<Vec<_>>();
+    for (key, families) in others {
+        // The last word wins: whoever sets another kind does not mean the settings of the file's own.
+        if settings.yields(&key, "model.kind") {
+            continue;
+        }
         let problem = if family == Family::Package {
             "given, but a package has its own; remove it, or change it in Python and export again".to_owned()
         } else {

@@ -150,6 +150,16 @@ impl<'t> Settings<'t> {
         matches!(place, Some(Place::Override(_)))
     }
 
+    /// Drops the file's setting of `key` if an override gives `other`; returns whether it did.
+    pub(super) fn yields(&mut self, key: &str, other: &str) -> bool {
+        let yields = self.is_overridden(other) && !self.is_overridden(key);
+        if yields {
+            self.given.remove(key);
+            self.errors.retain(|error| error.key != key);
+        }
+        yields
+    }
+
     /// Whether the user gave `key`, rightly or not.
     pub(super) fn is_given(&self, key: &str) -> bool {
         self.given.contains_key(key)

@@ -60,6 +60,13 @@ fn kinds_bring_their_defaults_to_the_embedded_job() {
     assert_eq!(job.loss.discriminator_steps, 5);
     assert_eq!((job.optimizer.beta1, job.optimizer.beta2), (0.0, 0.9));
     assert_eq!((job.model.kind, job.model.width), (ModelKind::Dcgan28, 64));
+    // Of another family: what the file says of its own does not count, and an override does.
+    for kind in ["model.kind=vae-28", "model.kind=transformer"] {
+        let job = read(&Source::Embedded, &[kind.to_owned()]).unwrap();
+        assert_eq!((job.optimizer.learning_rate, job.optimizer.beta1), (1e-3, 0.9));
+    }
+    let set = ["model.kind=vae-28", "loss.kind=hinge"].map(str::to_owned);
+    assert!(read(&Source::Embedded, &set).unwrap_err().to_string().contains("--set loss.kind=hinge: is a"));
 }
 
 #[test]

@@ -65,7 +65,7 @@ pub(crate) struct Eval {
 
 /// Data source as named on the command line.
 #[derive(Clone, Debug)]
-struct Source(DataKind, Option<PathBuf>);
+pub(crate) struct Source(DataKind, Option<PathBuf>);
 
 impl FromStr for Source {
     type Err = String;
@@ -96,7 +96,8 @@ pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
     }
     let found = (!arguments.rungs).then(|| arguments.weights.open()).transpose()?;
     let shape = found.as_ref().map(|found| found.painter.shape());
-    let source = arguments.source(shape, found.as_ref().and_then(|found| found.job.as_ref()))?;
+    let job = found.as_ref().and_then(|found| found.job.as_ref());
+    let source = real_data(arguments.data.as_ref(), shape, job)?;
     let open = |data: &Data, option: &str| {
         DataSet::open(data)
             .map_err(|error| error.in_words_of(option, "the kind of --data"))
@@ -149,22 +150,27 @@ fn of_rungs(
     rungs(judge, data, held_out)?.into_iter().map(judged).collect()
 }
 
-impl Eval {
-    /// Returns the real data: the named source, else the data of the run with this job.
-    fn source(&self, shape: Option<ImageShape>, job: Option<&(String, String)>) -> Result<Data, Failure> {
-        if let Some(Source(kind, path)) = &self.data {
-            let side = shape.filter(|_| *kind == DataKind::Folder).and_then(|s| u32::try_from(s.height).ok());
-            let channels = shape.map_or(Ok(3), |shape| u32::try_from(shape.channels)).unwrap_or(3);
-            return Ok(Data { resize: side, crop: side, ..Data::plain(*kind, path.clone(), channels) });
-        }
-        let (file, text) = job.ok_or_else(|| {
-            let what = "there is no job.toml beside the checkpoint that tells of its data; give --data, such as --data mnist-10k";
-            Failure::Input(what.to_string())
-        })?;
-        let wrong = |error: toml::de::Error| format!("{file}: {}; give --data", error.message());
-        let read: RunJob = toml::from_str(text).map_err(|error| Failure::Input(wrong(error)))?;
-        Ok(read.data)
+/// Returns the section of real data: of the named source, else of the run with this job.
+///
+/// # Errors
+/// There is neither.
+pub(crate) fn real_data(
+    named: Option<&Source>,
+    shape: Option<ImageShape>,
+    job: Option<&(String, String)>,
+) -> Result<Data, Failure> {
+    if let Some(Source(kind, path)) = named {
+        let side = shape.filter(|_| *kind == DataKind::Folder).and_then(|s| u32::try_from(s.height).ok());
+        let channels = shape.map_or(Ok(3), |shape| u32::try_from(shape.channels)).unwrap_or(3);
+        return Ok(Data { resize: side, crop: side, ..Data::plain(*kind, path.clone(), channels) });
     }
+    let (file, text) = job.ok_or_else(|| {
+        let what = "there is no job.toml beside the checkpoint that tells of its data; give --data, such as --data mnist-10k";
+        Failure::Input(what.to_string())
+    })?;
+    let wrong = |error: toml::de::Error| format!("{file}: {}; give --data", error.message());
+    let read: RunJob = toml::from_str(text).map_err(|error| Failure::Input(wrong(error)))?;
+    Ok(read.data)
 }
 
 fn as_json(judge: &Judge, reference: usize, judged: &Judged) -> String {

@@ -12,9 +12,9 @@ use tracing::Level;
 
 use crate::commands::error::Failure;
 use crate::data::ImageShape;
-use crate::objective::package::{PackageSamples, WEIGHTS_FILE, in_turn};
+use crate::objective::package::{PackageSamples, in_turn};
 use crate::random::{Key, Purpose};
-use crate::sampling::Generator;
+use crate::sampling::{Generator, WEIGHTS_FILE};
 
 /// Name of the averaged generator's file in a checkpoint's folder.
 const GENERATOR: &str = "generator_ema.safetensors";

@@ -1,5 +1,6 @@
 //! The program's subcommands, and how a failure ends it.
 
+mod encode;
 pub(crate) mod error;
 pub(crate) mod evaluate;
 pub(crate) mod generator_file;

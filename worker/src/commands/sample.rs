@@ -18,8 +18,10 @@ use tracing::Level;
 use zip::write::FileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
+use crate::commands::encode::{Given, Wanted, no_encoder};
 use crate::commands::error::Failure;
-use crate::commands::generator_file::{Painter, Weights};
+use crate::commands::evaluate::Source;
+use crate::commands::generator_file::{Found, Painter, Weights};
 use crate::objective::package::Drawn;
 use crate::random::{Key, Purpose};
 use crate::sampling::picture::{Film, Picture};
@@ -126,6 +128,14 @@ pub(crate) struct Sample {
     count: u32,
     #[command(flatten)]
     choice: Choice,
+    /// Draw reconstructions instead, each below its original: of these images, files or indices of samples of
+    /// the data, or without any of --count samples. For a VAE.
+    #[arg(long, value_name = "FILE|N", num_args = 0.., conflicts_with_all = ["folder", "truncation"])]
+    reconstruct: Option<Vec<String>>,
+    /// Data whose samples are reconstructed: a data.kind, and for most kinds a path, such as
+    /// idx:/data/t10k-images-idx3-ubyte.gz. Default: the data of the run.
+    #[arg(long, value_name = "KIND[:PATH]", requires = "reconstruct")]
+    data: Option<Source>,
     /// PNG file to write, one picture of all samples.
     #[arg(long, value_name = "FILE", required_unless_present = "folder")]
     out: Option<PathBuf>,
@@ -149,7 +159,7 @@ const AT_ONCE: u32 = 640;
 /// The arguments do not suit the checkpoint, or nothing can be written.
 pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
     crate::set_threads(1);
-    let Sample { weights, count, choice, out, folder } = arguments;
+    let Sample { weights, count, choice, reconstruct, data, out, folder } = arguments;
     if let Some(out) = out {
         try_out(out)?;
     }
@@ -158,8 +168,16 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
             .and_then(|()| whole::try_out(&folder.join("000000.png")))
             .map_err(|error| Failure::unwritable("--folder", folder, &error))?;
     }
-    let progress = Progress::start("reading the generator");
-    let painter = weights.open()?.painter;
+    let progress = Progress::start("reading the weights");
+    let found = weights.open()?;
+    if let (Some(names), Some(out)) = (reconstruct, out) {
+        let wanted = Images { option: "--reconstruct", names, data: data.as_ref(), choice };
+        let picture = reconstructions(&found, &wanted, *count)?;
+        drop(progress);
+        write(out, "--out", &png(&picture)?)?;
+        return say(out);
+    }
+    let painter = found.painter;
     let classes = choice.classes(&painter, *count)?;
     let folders = folders(painter.class_names(), painter.classes());
     let draw = |from: u32, to: u32| choice.draw(&painter, from, &classes[from as usize..to as usize]);
@@ -195,6 +213,51 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
     say(folder)
 }
 
+/// Images that were named on the command line.
+struct Images<'a> {
+    option: &'static str,
+    names: &'a [String],
+    data: Option<&'a Source>,
+    choice: &'a Choice,
+}
+
+impl Images<'_> {
+    /// Reads the images, or `count` samples of the data where none are named, for a model with an encoder.
+    fn read<'f>(&self, found: &'f Found, count: u32) -> Result<(&'f Generator, Given), Failure> {
+        let generator = match &found.painter {
+            Painter::Generator(generator) if generator.has_encoder() => generator,
+            _ => return Err(no_encoder(self.option)),
+        };
+        let class = self.choice.class.as_ref();
+        let class = class.map(|class| numbered(class, generator.class_names(), generator.classes()));
+        let class = class.transpose().map_err(Failure::Input)?;
+        let Images { option, names, data, .. } = *self;
+        let wanted = Wanted { option, names, data, job: found.job.as_ref(), class };
+        let given = if names.is_empty() { wanted.some(count, generator) } else { wanted.read(generator) };
+        Ok((generator, given?))
+    }
+}
+
+/// Renders images with their reconstructions: a row of originals, and below it one of reconstructions.
+fn reconstructions(found: &Found, wanted: &Images<'_>, count: u32) -> Result<Picture, Failure> {
+    let (generator, Given { images, classes }) = wanted.read(found, count.min(MOST_IN_A_PICTURE))?;
+    let latent = generator.encoded(&images, &classes).expect("a model with an encoder was found");
+    let decoded = generator.images(&latent, &classes);
+    let (count, columns) = (images.size()[0], ROW.min(images.size()[0]));
+    let rows = |images: &Tensor| {
+        // Black images fill the last row, so that each original is above its reconstruction.
+        let shape = [&[columns - 1 - (count - 1) % columns], &images.size()[1..]].concat();
+        let rest = Tensor::full(shape.as_slice(), -1.0, (images.kind(), images.device()));
+        let shape = [&[-1, columns], &images.size()[1..]].concat();
+        Tensor::cat(&[images, &rest], 0).view(shape.as_slice())
+    };
+    let pairs = Tensor::stack(&[rows(&images), rows(&decoded)], 1).flatten(0, 2);
+    Ok(Picture::grid(&pairs, columns)?)
+}
+
+/// Maximum number of images in a row of reconstructions.
+const ROW: i64 = 10;
+
 /// Arguments of `worker interpolate`.
 #[derive(Args)]
 pub(crate) struct Interpolate {
@@ -209,6 +272,14 @@ pub(crate) struct Interpolate {
     /// Number of pictures from one sample to the next.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     frames: u32,
+    /// Walk from image to image instead, files or indices of samples of the data, and back to the first; the
+    /// two that a picture lies between are shown beside it. For a VAE.
+    #[arg(long, value_name = "FILE|N", num_args = 2..=100, conflicts_with_all = ["count", "points", "truncation"])]
+    images: Vec<String>,
+    /// Data whose samples --images names, a data.kind and a path as for `worker eval`. Default: the data of
+    /// the run.
+    #[arg(long, value_name = "KIND[:PATH]", requires = "images")]
+    data: Option<Source>,
     /// Time that a picture is shown, in hundredths of a second.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     delay: u16,
@@ -225,20 +296,41 @@ pub(crate) struct Interpolate {
 /// The arguments do not suit the checkpoint, or nothing can be written.
 pub(crate) fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
     crate::set_threads(1);
-    let Interpolate { weights, count, points, frames, delay, choice, out } = arguments;
+    let Interpolate { weights, count, points, frames, images, data, delay, choice, out } = arguments;
     try_out(out)?;
-    let progress = Progress::start("reading the generator");
-    let painter = weights.open()?.painter;
+    let progress = Progress::start("reading the weights");
+    let found = weights.open()?;
+    if !images.is_empty() {
+        let wanted = Images { option: "--images", names: images, data: data.as_ref(), choice };
+        let (generator, given) = wanted.read(&found, 0)?;
+        let stops = u32::try_from(images.len()).expect("few images");
+        let between = Between::new(generator, &given);
+        let picture =
+            |index: u32| between.picture(index / frames, f64::from(index % frames) / f64::from(*frames));
+        return film(out, *delay, stops * frames, &progress, picture);
+    }
+    let painter = found.painter;
     let classes = choice.classes(&painter, *count)?;
     let walk = Walk::new(&painter, choice, *points, &classes)?;
     let picture = |index: u32| {
         let part = f64::from(index % frames) / f64::from(*frames);
         Picture::grid(&walk.images(index / frames, part, &classes), columns(painter.classes()))
     };
-    let (first, all) = (picture(0)?, points * frames);
+    film(out, *delay, points * frames, &progress, picture)
+}
+
+/// Writes a film of `all` pictures.
+fn film(
+    out: &Path,
+    delay: u16,
+    all: u32,
+    progress: &Progress,
+    picture: impl Fn(u32) -> Result<Picture, SampleError>,
+) -> Result<(), Failure> {
+    let first = picture(0)?;
     progress.part("pictures", all.into());
     let drawn = whole::write_by(out, |file| {
-        let mut film = Film::begin(BufWriter::new(file), &first, *delay).map_err(of_film)?;
+        let mut film = Film::begin(BufWriter::new(file), &first, delay).map_err(of_film)?;
         film.add(&first).map_err(of_film)?;
         for index in 1..all {
             film.add(&picture(index).map_err(io::Error::other)?).map_err(of_film)?;
@@ -251,6 +343,36 @@ pub(crate) fn interpolate(arguments: &Interpolate) -> Result<(), Failure> {
         Err(error) => Failure::unwritable("--out", out, &error),
     })?;
     say(out)
+}
+
+/// A walk from image to image, through their latent vectors.
+struct Between<'a> {
+    generator: &'a Generator,
+    images: &'a Tensor,
+    classes: &'a [u32],
+    /// (n, latent_dim).
+    latent: Tensor,
+}
+
+impl Between<'_> {
+    fn new<'a>(generator: &'a Generator, given: &'a Given) -> Between<'a> {
+        let Given { images, classes } = given;
+        let latent = generator.encoded(images, classes).expect("a model with an encoder was found");
+        Between { generator, images, classes, latent }
+    }
+
+    /// The image on the way from a stop to the next, between both.
+    fn picture(&self, stop: u32, part: f64) -> Result<Picture, SampleError> {
+        let next = (stop as usize + 1) % self.classes.len();
+        let at =
+            |tensor: &Tensor, index: usize| tensor.narrow(0, i64::try_from(index).expect("few images"), 1);
+        let [from, to] = [stop as usize, next];
+        // Half of the way each: there is nothing between two classes.
+        let class = self.classes[if part < 0.5 { from } else { to }];
+        let latent = spherical(&at(&self.latent, from), &at(&self.latent, to), part);
+        let image = self.generator.images(&latent, &[class]);
+        Picture::grid(&Tensor::cat(&[at(self.images, from), image, at(self.images, to)], 0), 3)
+    }
 }
 
 /// Walks through the noise of several films, from stop to stop.

@@ -13,7 +13,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ganglion_proto::job::{Background, ClassOrder, Data, Orientation};
+use ganglion_proto::job::{Background, ClassOrder, Data, DataKind, Orientation};
 use ganglion_proto::record::found::{FILES_LIMIT, FileFound, Found, Picture};
 
 use image::DynamicImage;
@@ -396,6 +396,25 @@ impl Folder {
         self.render(image, framing, out);
         Ok(())
     }
+}
+
+/// Reads one picture, scaled and cut to the square of a shape, as numbers in [-1, 1].
+///
+/// # Errors
+/// The file cannot be read or decoded.
+pub(crate) fn read_picture(path: &Path, shape: ImageShape) -> Result<Vec<f32>, DataError> {
+    let side = u32::try_from(shape.height).ok();
+    let framed = Data { resize: side, crop: side, ..Data::plain(DataKind::Folder, None, 1) };
+    let folder = Folder {
+        root: PathBuf::new(),
+        files: vec![Place::Alone(path.to_path_buf())],
+        channels: shape.channels,
+        orientation: framed.orientation,
+        background: background(&framed),
+    };
+    let mut pixels = vec![0.0; shape.numel()];
+    folder.read(0, &Framing::new(&framed)?, shape, &mut pixels)?;
+    Ok(pixels)
 }
 
 fn corrupt(path: &Path, wrong: &str) -> DataError {

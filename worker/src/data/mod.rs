@@ -42,6 +42,7 @@ use std::path::Path;
 
 pub use self::data_set::DataSet;
 pub use self::error::DataError;
+pub(crate) use self::folder::read_picture;
 pub use self::prefetch::{Batch, Plan, Prefetcher, Upload};
 pub use self::shape::{ImageShape, SampleShape, TokenShape};
 pub use self::values::Values;

@@ -17,6 +17,7 @@ mod sequential;
 mod sngan;
 mod spectral;
 pub mod tensor_bytes;
+mod vae;
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 pub use models::{Models, UnsuitableModel};
 pub use script::ScriptNetwork;
 pub use sequential::{Layer, Sequential};
+pub use vae::{Autoencoder, Decoder, Encoder};
 
 use tch::{Kind, Tensor};
 

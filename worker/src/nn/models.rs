@@ -70,13 +70,7 @@ impl Models {
         let Some(side) = model.kind.side() else { return Models::scripts(model, shape) };
         // The perceptron ends in 784 numbers: one channel of 28 x 28.
         let channels = (model.kind == ModelKind::Mlp28).then_some(1);
-        let fits = [shape.height, shape.width] == [side as usize; 2]
-            && channels.is_none_or(|channels| shape.channels == channels);
-        if !fits {
-            let channels = channels.map_or("any number of channels".to_string(), |n| n.to_string());
-            let wanted = format!("{channels} x {side} x {side}");
-            return Err(UnsuitableData { model: model.kind, wanted, found: shape }.into());
-        }
+        check_shape(model.kind, channels, shape)?;
         let sizes = Sizes {
             latent: i64::from(model.latent_dim),
             width: i64::from(model.width),
@@ -127,6 +121,22 @@ impl Models {
         let latent_dim = i64::from(model.latent_dim);
         Ok(Arc::new(ScriptNetwork::generator(path, latent_dim, shape).map_err(refused)?))
     }
+}
+
+/// Checks that images have the side of a kind of model, and this number of channels.
+pub(super) fn check_shape(
+    kind: ModelKind,
+    channels: Option<usize>,
+    found: ImageShape,
+) -> Result<(), UnsuitableData> {
+    let Some(side) = kind.side() else { return Ok(()) };
+    let fits = [found.height, found.width] == [side as usize; 2]
+        && channels.is_none_or(|channels| found.channels == channels);
+    if fits {
+        return Ok(());
+    }
+    let channels = channels.map_or("any number of channels".to_string(), |n| n.to_string());
+    Err(UnsuitableData { model: kind, wanted: format!("{channels} x {side} x {side}"), found })
 }
 
 fn networks(kind: ModelKind, sizes: Sizes) -> (Arc<dyn Network>, Arc<dyn Network>) {

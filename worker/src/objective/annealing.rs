@@ -1,5 +1,7 @@
 //! Hyperparameters that change with the samples seen: the formulas, for any objective.
 
+use ganglion_proto::job::{EmaSchedule, Job};
+
 /// Interpolates from the first to the last value along half a cosine over `over` samples, of which `seen` are
 /// seen: Huang et al. (2024) and the released training loop.
 pub(super) fn between(first: f64, last: f64, seen: u64, over: u64) -> f64 {
@@ -31,4 +33,22 @@ pub(super) fn ramped_up(full: f64, seen: f64) -> f64 {
 pub(super) fn decay(batch: f64, half_life: f64) -> f64 {
     // At the start nothing stays: the average follows at once.
     if half_life <= 0.0 { 0.0 } else { libm::exp2(-batch / half_life) }
+}
+
+/// Half-life of a job's moving averages, in images, after `seen` real images, of which the weights were trained
+/// for `trained`.
+pub(super) fn half_life(job: &Job, seen: u64, trained: u64) -> f64 {
+    #[allow(clippy::cast_precision_loss)] // exact, as above
+    let (trained, full) = (trained as f64, job.model.ema_half_life_images as f64);
+    match job.model.ema_schedule {
+        EmaSchedule::RampUp => ramped_up(full, trained),
+        EmaSchedule::Cosine => between(0.0, full, seen, job.optimizer.decay_images),
+    }
+}
+
+/// Share of a job's moving averages that stays in an update, which is of one step.
+pub(super) fn average_decay(job: &Job, seen: u64, trained: u64) -> f64 {
+    #[allow(clippy::cast_precision_loss)] // exact, as above
+    let batch = job.global_batch() as f64;
+    decay(batch, half_life(job, seen, trained))
 }

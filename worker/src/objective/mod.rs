@@ -16,6 +16,7 @@ pub mod gan;
 mod model;
 pub(crate) mod package;
 mod shard_grad;
+pub mod vae;
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -116,7 +117,8 @@ pub fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objecti
     match job.model.kind.family() {
         Family::Gan => gan::make(job, data, device),
         Family::Package => package::make(job, data, device),
-        Family::Vae | Family::Transformer => {
+        Family::Vae => vae::make(job, data, device),
+        Family::Transformer => {
             let kind = job.model.kind;
             Err(Unsuitable(format!("this build cannot train model.kind = \"{kind}\"; choose another")))
         }

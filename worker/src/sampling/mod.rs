@@ -2,24 +2,26 @@
 
 pub(crate) mod picture;
 
+use std::collections::HashMap;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ganglion_proto::archive::kind_of;
 use ganglion_proto::evaluation::NOT_FINITE;
-use ganglion_proto::job::Model;
+use ganglion_proto::job::{Family, Likelihood, Model, ModelKind, VaeSettings};
 use ganglion_proto::message::SampleGrid;
+use ganglion_proto::names::named;
 use ganglion_proto::progress::Progress;
 use safetensors::SafeTensors;
 use tch::{Tensor, no_grad};
 
 use crate::checkpoint::{EARLIER, Snapshot, named_tensor};
 use crate::data::{DataSet, ImageShape};
-use crate::nn::{Models, Network, Pass, TensorSpec, is_finite};
+use crate::nn::{Autoencoder, Encoder, Models, Network, Pass, TensorSpec, UnsuitableModel, is_finite};
 use crate::random::{Key, Purpose};
 use crate::sampling::picture::Picture;
-use crate::state::{Layout, Sections, StateLayout};
+use crate::state::{Sections, StateLayout};
 
 /// Number of samples in one forward pass.
 // Fixed, as a kernel's rounding may depend on the size of a batch.
@@ -33,6 +35,11 @@ const MOST_REAL_BYTES: usize = 8 << 20;
 
 /// Key in the header of a generator's file with the names of its classes, a JSON list.
 pub(crate) const CLASS_NAMES: &str = "class_names";
+
+/// File of a checkpoint with the weights of all networks: of each the moving average, where it has one.
+pub(crate) const WEIGHTS_FILE: &str = "weights_ema.safetensors";
+/// Beginnings of the names of an encoder's and a decoder's tensors in that file.
+pub(crate) const AUTOENCODER: [&str; 2] = ["encoder.", "decoder."];
 
 /// Reasons why there is no sample grid.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +63,7 @@ pub(crate) fn finite(images: Tensor) -> Result<Tensor, SampleError> {
     if is_finite(&images) { Ok(images) } else { Err(SampleError::NotFinite) }
 }
 
-/// Generator ready for inference.
+/// Generator, or a VAE's decoder, ready for inference.
 pub struct Generator {
     network: Arc<dyn Network>,
     latent_dim: usize,
@@ -65,6 +72,8 @@ pub struct Generator {
     shape: ImageShape,
     weights: Vec<Tensor>,
     buffers: Vec<Tensor>,
+    /// Encoder with its parameters, for a decoder that was read with one.
+    encoder: Option<(Encoder, Vec<Tensor>)>,
 }
 
 /// Network that rates samples, ready for inference.
@@ -168,6 +177,64 @@ pub fn grid_of(
     Ok(Picture::grid(&images, columns(sampler.classes()))?.of_step(snapshot.step)?)
 }
 
+/// Header of a file of weights: the model, and what it was trained for.
+struct About {
+    model: Model,
+    shape: ImageShape,
+    classes: u32,
+    class_names: Vec<String>,
+}
+
+impl About {
+    /// Reads a header. `script` is the generator's TorchScript, if it is not where it was.
+    fn read(about: &HashMap<String, String>, script: Option<&Path>) -> Result<About, String> {
+        let text = |key: &str| {
+            about.get(key).ok_or_else(|| {
+                format!("it has no {key} in its header, so it is not a generator's; give a generator_ema.safetensors")
+            })
+        };
+        let number = |key: &str| -> Result<u32, String> {
+            text(key)?.parse().map_err(|_| format!("its {key} is not a number"))
+        };
+        let kind: ModelKind = serde_json::from_value(serde_json::Value::from(text("model")?.as_str()))
+            .map_err(|error| error.to_string())?;
+        // Files of earlier versions have no number of classes.
+        let classes = if about.contains_key("classes") { number("classes")? } else { 0 };
+        let class_names = match about.get(CLASS_NAMES) {
+            Some(names) => serde_json::from_str(names)
+                .map_err(|error| format!("its {CLASS_NAMES} cannot be read: {error}"))?,
+            // Files of earlier versions, and of classes that are numbers.
+            None => Vec::new(),
+        };
+        let likelihood = || -> Result<Likelihood, String> {
+            let text = text("likelihood")?;
+            named(text).ok_or_else(|| format!("its likelihood {text} is unknown"))
+        };
+        let vae = match kind.family() {
+            // The rest is of no meaning for drawing samples.
+            Family::Vae => Some(VaeSettings {
+                likelihood: likelihood()?,
+                beta: 1.0,
+                binarise: false,
+                importance_samples: 1,
+            }),
+            _ => None,
+        };
+        let model = Model {
+            conditional: classes > 0,
+            // The path in the file is that of the machine that trained.
+            generator: script.map(Path::to_path_buf).or_else(|| about.get("generator").map(PathBuf::from)),
+            vae,
+            ..Model::plain(kind, number("latent_dim")?, number("width")?)
+        };
+        // The models of this program draw squares; networks of the user's may draw others.
+        let height = number("height")? as usize;
+        let width = if about.contains_key("image_width") { number("image_width")? as usize } else { height };
+        let shape = ImageShape { channels: number("channels")? as usize, height, width };
+        Ok(About { model, shape, classes, class_names })
+    }
+}
+
 impl Critic {
     /// Takes a network's weights from a state.
     pub fn of(network: Arc<dyn Network>, classes: u32, sections: &Sections, snapshot: &Snapshot) -> Critic {
@@ -190,11 +257,26 @@ impl Generator {
             shape: models.shape,
             weights,
             buffers,
+            encoder: None,
         }
     }
 
-    /// Reads the bytes of a `generator_ema.safetensors`. `file` names it in errors; `script` is the
-    /// TorchScript that it belongs to, if that is not where it was.
+    /// Builds a generator of a VAE's decoder with these parameters.
+    pub(crate) fn of_decoder(networks: &Autoencoder, weights: Vec<Tensor>) -> Generator {
+        Generator {
+            network: Arc::new(networks.decoder),
+            latent_dim: networks.latent_dim,
+            classes: networks.classes,
+            class_names: Vec::new(),
+            shape: networks.shape,
+            weights,
+            buffers: Vec::new(),
+            encoder: None,
+        }
+    }
+
+    /// Reads the bytes of a `generator_ema.safetensors`, or of a VAE's `weights_ema.safetensors`. `file` names
+    /// it in errors; `script` is the TorchScript that it belongs to, if that is not where it was.
     pub fn read(file: &str, bytes: &[u8], script: Option<&Path>) -> Result<Generator, SampleError> {
         let input = |what: String| SampleError::Input(format!("{file}: {what}"));
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| {
@@ -202,52 +284,52 @@ impl Generator {
                 kind_of(Cursor::new(bytes)).map_or_else(|| format!("damaged ({error})"), str::to_string);
             input(format!("it is {found}, not a generator's weights; give a generator_ema.safetensors"))
         })?;
-        let about = header.metadata().clone().unwrap_or_default();
-        let text = |key: &str| {
-            about
-                .get(key)
-                .ok_or_else(|| input(format!("it has no {key} in its header, so it is not a generator's; give a generator_ema.safetensors")))
-        };
-        let number = |key: &str| -> Result<u32, SampleError> {
-            text(key)?.parse().map_err(|_| input(format!("its {key} is not a number")))
-        };
-        let kind = serde_json::from_value(serde_json::Value::from(text("model")?.as_str()))
-            .map_err(|error| input(error.to_string()))?;
-        // Files of earlier versions have no number of classes.
-        let classes = if about.contains_key("classes") { number("classes")? } else { 0 };
-        let class_names = match about.get(CLASS_NAMES) {
-            Some(names) => serde_json::from_str(names)
-                .map_err(|error| input(format!("its {CLASS_NAMES} cannot be read: {error}")))?,
-            // Files of earlier versions, and of classes that are numbers.
-            None => Vec::new(),
-        };
-        let model = Model {
-            conditional: classes > 0,
-            // The path in the file is that of the machine that trained.
-            generator: script.map(Path::to_path_buf).or_else(|| about.get("generator").map(PathBuf::from)),
-            ..Model::plain(kind, number("latent_dim")?, number("width")?)
-        };
-        // The models of this program draw squares; networks of the user's may draw others.
-        let height = number("height")? as usize;
-        let width = if about.contains_key("image_width") { number("image_width")? as usize } else { height };
-        let shape = ImageShape { channels: number("channels")? as usize, height, width };
-        let network =
-            Models::generator_of(&model, shape, classes).map_err(|error| input(error.to_string()))?;
+        let about = About::read(&header.metadata().clone().unwrap_or_default(), script).map_err(input)?;
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| input(error.to_string()))?;
-        let load = |layout: Layout| -> Result<Vec<Tensor>, SampleError> {
-            let load = |spec: &TensorSpec| {
-                let tensor = named_tensor(&tensors, spec, "the model's").map_err(input)?;
+        let load = |prefix: &str, specs: Vec<TensorSpec>| -> Result<Vec<Tensor>, SampleError> {
+            let load = |spec: TensorSpec| {
+                let spec = TensorSpec { name: format!("{prefix}{}", spec.name), ..spec };
+                let tensor = named_tensor(&tensors, &spec, "the model's").map_err(input)?;
                 match is_finite(&tensor) {
                     true => Ok(tensor),
                     false => Err(input(format!("{} is {NOT_FINITE}; {EARLIER}", spec.name))),
                 }
             };
-            layout.entries().map(|(spec, _)| load(spec)).collect()
+            specs.into_iter().map(load).collect()
         };
-        let weights = load(Layout::new(network.parameters()))?;
-        let buffers = load(Layout::new(network.buffers()))?;
+        let About { model, shape, classes, class_names } = about;
+        let unsuitable = |error: UnsuitableModel| input(error.to_string());
+        if model.kind.family() == Family::Vae {
+            let networks = Autoencoder::new(&model, shape, classes).map_err(unsuitable)?;
+            let [of_encoder, of_decoder] = AUTOENCODER;
+            let encoder = load(of_encoder, networks.encoder.parameters())?;
+            let weights = load(of_decoder, networks.decoder.parameters())?;
+            let encoder = Some((networks.encoder, encoder));
+            return Ok(Generator { encoder, class_names, ..Generator::of_decoder(&networks, weights) });
+        }
+        let network = Models::generator_of(&model, shape, classes).map_err(unsuitable)?;
+        let (weights, buffers) = (load("", network.parameters())?, load("", network.buffers())?);
         let latent_dim = model.latent_dim as usize;
-        Ok(Generator { network, latent_dim, classes, class_names, shape, weights, buffers })
+        Ok(Generator { network, latent_dim, classes, class_names, shape, weights, buffers, encoder: None })
+    }
+
+    /// Whether there is an encoder.
+    pub fn has_encoder(&self) -> bool {
+        self.encoder.is_some()
+    }
+
+    /// Means of the latent vectors (n, latent_dim) of images (n, c, h, w) in [-1, 1], each of a class; `None`
+    /// without an encoder.
+    pub fn encoded(&self, images: &Tensor, classes: &[u32]) -> Option<Tensor> {
+        let (encoder, weights) = self.encoder.as_ref()?;
+        let key = Key { seed: 0, step: 0, phase: 0, shard: 0, purpose: Purpose::Network };
+        let classes: Vec<i64> = classes.iter().map(|class| i64::from(*class)).collect();
+        let classes = Tensor::from_slice(&classes);
+        let classes = Some(&classes).filter(|_| self.classes > 0);
+        let mut pass = Pass::running(weights, &[], key).of(classes);
+        let posterior = no_grad(|| encoder.forward(&((images + 1.0) * 0.5), &mut pass));
+        // The second half are variances.
+        Some(posterior.chunk(2, 1).swap_remove(0))
     }
 
     /// Names of the classes by their numbers; empty where they are numbers.

@@ -3,7 +3,7 @@
 //! A value is a function of the job and of the steps done, so all ranks have the same at an update index,
 //! at any time and in any group. It stays the same within a step.
 
-use ganglion_proto::job::{EmaSchedule, Job};
+use ganglion_proto::job::Job;
 
 use crate::objective::annealing;
 
@@ -80,23 +80,16 @@ impl<'a> Schedule<'a> {
 
     /// Half-life of the moving average, in images that the generator is trained for.
     fn half_life(&self) -> f64 {
-        #[allow(clippy::cast_precision_loss)] // exact, as above
-        let (seen, half_life) = (
-            // Images that the generator has been trained for: one global batch a step.
-            (self.images / u64::from(self.job.loss.discriminator_steps)) as f64,
-            self.job.model.ema_half_life_images as f64,
-        );
-        match self.job.model.ema_schedule {
-            EmaSchedule::RampUp => annealing::ramped_up(half_life, seen),
-            EmaSchedule::Cosine => self.between(0.0, half_life),
-        }
+        annealing::half_life(self.job, self.images, self.trained())
     }
 
     /// Decay of the moving average: the share of the old value that stays in an update.
     pub(crate) fn average_decay(&self) -> f64 {
-        // An update of the average is one step, which shows this number of images.
-        #[allow(clippy::cast_precision_loss)] // exact, as above
-        let batch = self.job.global_batch() as f64;
-        annealing::decay(batch, self.half_life())
+        annealing::average_decay(self.job, self.images, self.trained())
+    }
+
+    /// Images that the generator has been trained for: one global batch a step.
+    fn trained(&self) -> u64 {
+        self.images / u64::from(self.job.loss.discriminator_steps)
     }
 }

@@ -22,7 +22,7 @@ use serde_json::json;
 use tch::{Device, no_grad};
 
 use self::graphs::{Given, Graphs, Prepared, Values, places, signed};
-pub(crate) use self::samples::{Drawn, PackageSamples, WEIGHTS_FILE, in_turn};
+pub(crate) use self::samples::{Drawn, PackageSamples, in_turn};
 use self::samples::{averages, views};
 use super::{
     BatchSums, BufferId, Compute, Evaluator, NamedNetwork, NetworkId, NetworkSet, Objective, Phase, Reads,
@@ -34,7 +34,7 @@ use crate::nn::broken::Watchdog;
 use crate::nn::tensor_bytes::from_bytes;
 use crate::nn::{Init, TensorSpec};
 use crate::random::{Key, Purpose};
-use crate::sampling::{CLASS_NAMES, Sampler};
+use crate::sampling::{CLASS_NAMES, Sampler, WEIGHTS_FILE};
 use crate::state::{State, StateLayout};
 
 /// The objective of a package. Copies share it.

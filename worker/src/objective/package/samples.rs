@@ -19,11 +19,8 @@ use crate::data::ImageShape;
 use crate::nn::is_finite;
 use crate::nn::tensor_bytes::from_bytes;
 use crate::random::Key;
-use crate::sampling::{CLASS_NAMES, SampleError, Sampler};
+use crate::sampling::{CLASS_NAMES, SampleError, Sampler, WEIGHTS_FILE};
 use crate::state::{Sections, StateLayout};
-
-/// File of a checkpoint with the weights of all networks: of each the moving average, where it has one.
-pub(crate) const WEIGHTS_FILE: &str = "weights_ema.safetensors";
 
 /// Random numbers of one run of the graph.
 pub(crate) type Drawn = Vec<Tensor>;
