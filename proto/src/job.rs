@@ -154,7 +154,9 @@ pub struct Data {
     /// where only that is given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub crop: Option<u32>,
-    /// Colour channels of images read from a folder, 1 or 3. Other kinds have a fixed number.
+    /// Colour channels of images read from a folder, 1 or 3. Other kinds of images have a fixed number, and
+    /// other samples none.
+    #[serde(default, skip_serializing_if = "has_none")]
     pub channels: u32,
     /// File name extension of the pictures to train on in a folder or archive, without its first
     /// dot.
@@ -174,12 +176,27 @@ pub struct Data {
     /// without folders: as [`ClassOrder::Bytes`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub class_order: Option<ClassOrder>,
+    /// Tokens of text that a sample predicts. `None` for other data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context: Option<u32>,
+    /// Tokenizer of text, a `tokenizer.json`. `None` for bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<PathBuf>,
+    /// blake3 of the tokenizer's file, in hex.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer_hash: Option<String>,
+    /// Names of the arrays to train on. `None` for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub names: Option<Vec<String>>,
     /// Samples that are left out, and from which step on, in that order.
     #[serde(default, rename = "exclusion", skip_serializing_if = "Vec::is_empty")]
     pub exclusions: Vec<Exclusion>,
 }
 
 impl Data {
+    /// Tokens that a sample of text predicts by default.
+    pub const CONTEXT: u32 = 128;
+
     /// Returns the section for the digits that are bundled with the worker.
     pub fn bundled_digits() -> Data {
         Data::plain(DataKind::Mnist10k, None, 1)
@@ -199,6 +216,10 @@ impl Data {
             fit: Fit::default(),
             background: has_folders.then_some(Background::WHITE),
             class_order: has_folders.then_some(ClassOrder::Natural),
+            context: (kind == DataKind::Text).then_some(Data::CONTEXT),
+            tokenizer: None,
+            tokenizer_hash: None,
+            names: None,
             exclusions: Vec::new(),
         }
     }
@@ -271,6 +292,11 @@ impl fmt::Display for Exclusion {
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks by reference")]
+fn has_none(count: &u32) -> bool {
+    *count == 0
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks by reference")]
 fn is_zero(count: &u64) -> bool {
     *count == 0
 }
@@ -289,6 +315,17 @@ pub enum DataKind {
     Cifar10,
     /// A folder of pictures, searched recursively, or archives of them.
     Folder,
+    /// A file of text, plain or compressed, or a folder of them.
+    Text,
+    /// NumPy's arrays: a folder of `.npy` files, or one.
+    Arrays,
+}
+
+impl DataKind {
+    /// Whether the samples are images.
+    pub fn is_images(self) -> bool {
+        !matches!(self, DataKind::Text | DataKind::Arrays)
+    }
 }
 
 /// Formats of archives that hold pictures, in place of a folder.

@@ -120,7 +120,7 @@ fn data(card: &mut String, subject: &Subject) {
     line(card, "kind", &format!("{}{place}", data.kind));
     match (subject.found, subject.samples) {
         (Some(found), _) => {
-            line(card, "samples", &found.pictures_line());
+            line(card, "samples", &found.samples_line());
             found.classes_line().iter().for_each(|classes| line(card, "classes", classes));
             found.left_out_line().iter().for_each(|left_out| line(card, "files left out", left_out));
             found.warnings().iter().for_each(|warning| line(card, "note", warning));

@@ -165,7 +165,7 @@ async fn follow(child: &mut Child) -> Result<Report, Failure> {
 /// Renders a report as text.
 fn shown(report: &Report) -> String {
     let place = report.path.as_ref().map_or_else(String::new, |path| format!(" {path}"));
-    let mut text = format!("{}{place}: {}", report.kind, report.found.pictures_line());
+    let mut text = format!("{}{place}: {}", report.kind, report.found.samples_line());
     let mut line = |what: &str, parts: Vec<String>| {
         if !parts.is_empty() {
             let _ = write!(text, "\n  {what:<9} {}", parts.join(", "));

@@ -9,6 +9,7 @@ mod evaluation;
 mod exclusions;
 mod models;
 mod package;
+mod rows;
 mod sections;
 mod settings;
 #[cfg(test)]
@@ -53,8 +54,14 @@ const CHANGEABLE: &[&str] = &[
 
 /// Keys that name a place whose content decides the result. The place may change when a run resumes, as
 /// each worker proves the content by its fingerprint.
-const PLACES: &[&str] =
-    &["data.path", "model.generator", "model.discriminator", "model.path", "model.init_from"];
+const PLACES: &[&str] = &[
+    "data.path",
+    "data.tokenizer",
+    "model.generator",
+    "model.discriminator",
+    "model.path",
+    "model.init_from",
+];
 
 /// Origin of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -331,6 +338,12 @@ impl fmt::Display for Difference {
             return f.write_str(
                 "model.path: the package was changed since the run began, and its hash is another: put the run's own package \
                  back; if only its first weights differ, export it again after the same torch.manual_seed",
+            );
+        }
+        if key == rows::HASH && recorded != NOT_SET && given != NOT_SET {
+            return f.write_str(
+                "data.tokenizer: the tokenizer was changed since the run began, and its hash is another: put the run's own \
+                 tokenizer back, or begin a new run with another --run-dir",
             );
         }
         write!(f, "{key}: the run was started with {recorded}, but given is {given}")

@@ -186,6 +186,7 @@ pub(super) fn data(settings: &mut Settings, check_paths: bool, is_record: bool) 
             "is of use with data.kind = \"folder\" or data.fit = \"pad\" alone; remove it",
         );
     }
+    let rows = super::rows::read(settings, kind, check_paths);
     let exclusions = super::exclusions::read(settings, path.as_deref());
     let channels = check_channels(settings, kind, channels);
     let mut data = Data::plain(kind.unwrap_or(DataKind::Mnist10k), path, channels);
@@ -203,6 +204,10 @@ pub(super) fn data(settings: &mut Settings, check_paths: bool, is_record: bool) 
         fit,
         background: background.or(data.background),
         class_order: class_order.or(data.class_order),
+        context: rows.context,
+        tokenizer: rows.tokenizer,
+        tokenizer_hash: rows.tokenizer_hash,
+        names: rows.names,
         ..data
     }
 }
@@ -247,6 +252,8 @@ fn check_path(settings: &mut Settings, kind: DataKind, path: Option<&Path>, chec
         DataKind::Idx => Some("an IDX file of images, or the folder that holds it"),
         DataKind::Cifar10 => Some("the folder that holds data_batch_1.bin to data_batch_5.bin"),
         DataKind::Folder => Some("a folder of pictures, or a zip or tar file of them"),
+        DataKind::Text => Some("a file of text, or a folder of them"),
+        DataKind::Arrays => Some("a folder of files NAME.npy, or one such file"),
     };
     let problem = match (needed, path) {
         (None, Some(_)) => {
@@ -276,7 +283,7 @@ pub(super) fn is_remote(path: &Path) -> bool {
 /// Whether a path has the file type that its kind reads.
 fn is_readable(kind: DataKind, path: &Path) -> bool {
     match kind {
-        DataKind::Mnist10k | DataKind::Idx => path.exists(),
+        DataKind::Mnist10k | DataKind::Idx | DataKind::Text | DataKind::Arrays => path.exists(),
         DataKind::Cifar10 => path.is_dir(),
         DataKind::Folder => path.is_dir() || path.is_file() && ArchiveKind::of(path).is_some(),
     }
@@ -290,6 +297,8 @@ fn check_channels(settings: &mut Settings, kind: Option<DataKind>, given: Option
     let own = match kind {
         Some(DataKind::Mnist10k | DataKind::Idx) => 1,
         Some(DataKind::Cifar10) => 3,
+        // Refused where it is given.
+        Some(DataKind::Text | DataKind::Arrays) => return 0,
         Some(DataKind::Folder) | None => return given.unwrap_or(3),
     };
     if let (Some(kind), Some(given)) = (kind, given)
@@ -363,6 +372,10 @@ fn check_image(settings: &mut Settings, job: &Job) {
     if !settings.sound(&keys) {
         return;
     }
+    if !job.data.kind.is_images() {
+        super::rows::check(settings, job);
+        return;
+    }
     check_side(settings, job);
     if job.model.kind == ModelKind::Mlp28 && job.data.channels != 1 {
         let model = job.model.kind;
@@ -420,7 +433,7 @@ fn own_side(data: DataKind) -> Option<u32> {
     match data {
         DataKind::Mnist10k => Some(28),
         DataKind::Cifar10 => Some(32),
-        DataKind::Idx | DataKind::Folder => None,
+        DataKind::Idx | DataKind::Folder | DataKind::Text | DataKind::Arrays => None,
     }
 }
 

@@ -305,7 +305,7 @@ fn all_errors_show_at_once_in_order_of_their_lines() {
          configs/x.toml:4: job.epochs: expected a whole number, such as 10, but found the text \"many\"\n\
          configs/x.toml:6: optimzer: unknown section; did you mean [optimizer]?\n\
          configs/x.toml:10: data.kind: there is no \"mnist\"; choose one of \"mnist-10k\", \"idx\", \"cifar-10\", \
-         \"folder\"\n\
+         \"folder\", \"text\", \"arrays\"\n\
          configs/x.toml:12: sample.count: must be from 1 to 1024, but is 2000; choose a value in between\n\
          --set metrics.every_steps=0: must be from 1 to 1000000000000, but is 0; choose a value in between\n\
          7 errors in the job"
@@ -710,4 +710,69 @@ fn content_may_move_and_not_appear() {
     let weights = job(&["data.path=/old", "model.init_from=/weights"]);
     assert_eq!(differences(&old, &weights)[0].key, "model.init_from");
     assert_eq!(moves(&old, &weights), []);
+}
+
+const TEXT: &str =
+    "[job]\nsteps = 10\n[model]\nkind = \"transformer\"\n[data]\nkind = \"text\"\npath = \"/d/a.txt\"\n";
+
+#[test]
+fn text_has_its_own_settings_and_none_of_images() {
+    let job = resolve(TEXT, &[]).unwrap();
+    assert_eq!((job.data.context, job.data.channels, &job.data.tokenizer), (Some(128), 0, &None));
+    let section = toml::to_string(&job.to_table()["data"]).unwrap();
+    assert_eq!(section, "context = 128\nkind = \"text\"\npath = \"/d/a.txt\"\n");
+    assert_eq!(parse_resolved(&render(&job)).unwrap(), job);
+    let arrays = resolve(
+        TEXT,
+        &["data.kind=arrays", "model.kind=package", "model.path=x.pt2", "data.names=[\"y\",\"x\"]"],
+    );
+    assert_eq!(arrays.unwrap().data.names, Some(vec!["x".to_owned(), "y".to_owned()]));
+    for (overrides, expected) in [
+        (&["data.resize=64"][..], "data.resize=64: is of use with images alone; remove it"),
+        (&["data.channels=1"], "data.channels=1: is of use with images alone; remove it"),
+        (&["data.names=x"], "data.names=x: is of use with data.kind = \"arrays\" alone; remove it"),
+        (&["data.context=0"], "data.context=0"),
+        (&["data.context=2000000"], "data.context=2000000"),
+        (
+            &["model.kind=dcgan-28"],
+            "\"dcgan-28\" is trained on images, but data.kind = \"text\"; change one of the two",
+        ),
+        (&["model.kind=vae-28"], "\"vae-28\" is trained on images"),
+        (&["data.kind=arrays"], "\"transformer\" is trained on text or images, but data.kind = \"arrays\""),
+        (&["data.kind=arrays", "data.names=[]"], "names no array"),
+    ] {
+        assert_error(TEXT, overrides, expected);
+    }
+    assert_error(SMALL, &["data.context=5"], "data.context=5: is of use with data.kind = \"text\" alone");
+    assert_error(
+        SMALL,
+        &["data.tokenizer=t.json"],
+        "data.tokenizer=t.json: is of use with data.kind = \"text\" alone",
+    );
+}
+
+#[test]
+fn a_tokenizer_belongs_to_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("a.txt"), "text").unwrap();
+    std::fs::write(at("t.json"), "{}").unwrap();
+    std::fs::write(at("j.toml"), TEXT.replace("/d/a.txt", "a.txt") + "tokenizer = \"t.json\"\n").unwrap();
+    let read = || read_file(&at("j.toml"), &[], true);
+    let job = read().unwrap();
+    assert_eq!(job.data.tokenizer, Some(at("t.json")));
+    let hash = blake3::hash(b"{}").to_hex().to_string();
+    assert_eq!(job.data.tokenizer_hash.as_deref(), Some(hash.as_str()));
+    // The record is read without the file, which may have moved.
+    std::fs::rename(at("t.json"), at("u.json")).unwrap();
+    assert_eq!(parse_resolved(&render(&job)).unwrap(), job);
+    let missing = read().unwrap_err().to_string();
+    assert!(missing.contains("data.tokenizer") && missing.contains("name a tokenizer.json"), "{missing}");
+    std::fs::write(at("t.json"), "{\"other\": 1}").unwrap();
+    let found: Vec<String> = differences(&job, &read().unwrap()).iter().map(ToString::to_string).collect();
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(
+        found[0].starts_with("data.tokenizer: the tokenizer was changed since the run began"),
+        "{found:?}"
+    );
 }

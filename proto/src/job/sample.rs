@@ -32,6 +32,11 @@ fn data() -> Data {
         fit: Fit::Pad,
         background: Some(Background::BLACK),
         class_order: Some(ClassOrder::Bytes),
+        // Of data that are no images.
+        context: None,
+        tokenizer: None,
+        tokenizer_hash: None,
+        names: None,
         exclusions: vec![exclusion()],
     }
 }

@@ -19,6 +19,8 @@ pub const CLASSES_LIMIT: usize = 1000;
 pub const KINDS_LIMIT: usize = 16;
 /// Most files of samples that are listed. Of larger data sets no list is made.
 pub const FILES_LIMIT: usize = 10_000;
+/// Most arrays that are listed.
+pub const ARRAYS_LIMIT: usize = 256;
 /// Longest name or rule, in characters.
 const NAME_LIMIT: usize = 200;
 /// Most classes that a line names.
@@ -42,10 +44,13 @@ record! {
         /// Count of pictures with an alpha channel; absent for none.
         #[serde(skip_serializing_if = "is_default")]
         pub alpha: u64,
+        /// Name, shape and kind of each array of a sample; absent for other data.
+        #[serde(skip_serializing_if = "is_default")]
+        pub arrays: Vec<String>,
         /// Colour behind the transparent parts of pictures; absent where the stored colour shows.
         #[serde(skip_serializing_if = "is_default")]
         pub background: String,
-        /// Colour channels of a sample.
+        /// Colour channels of a sample; 0 for other data than images.
         pub channels: u32,
         /// Count of classes; 0 if the job does not use classes.
         pub class_count: u32,
@@ -53,6 +58,9 @@ record! {
         pub class_rule: String,
         /// First 1000 classes in the order of their numbers, each with `name` and `samples`.
         pub classes: Vec<Class>,
+        /// Tokens of text that a sample predicts; absent for other data.
+        #[serde(skip_serializing_if = "is_default")]
+        pub context: u32,
         /// Pictures that lose more than a third of their area to the crop, with `count` and `example`; absent
         /// for none.
         #[serde(skip_serializing_if = "is_default")]
@@ -60,6 +68,9 @@ record! {
         /// Largest share of a picture's area that the crop takes, in percent; absent for 0.
         #[serde(skip_serializing_if = "is_default")]
         pub cropped_most: u32,
+        /// Count of the documents of a text; absent for other data.
+        #[serde(skip_serializing_if = "is_default")]
+        pub documents: u64,
         /// Pictures that are enlarged to the size of a sample, with `count` and `example`; absent for none.
         #[serde(skip_serializing_if = "is_default")]
         pub enlarged: Counted,
@@ -80,8 +91,17 @@ record! {
         /// Count of classes with fewer than 10 samples; absent for none.
         #[serde(skip_serializing_if = "is_default")]
         pub small_classes: u32,
+        /// Length of the text in bytes; absent for other data.
+        #[serde(skip_serializing_if = "is_default")]
+        pub text_bytes: u64,
+        /// Count of tokens of the text; absent for other data.
+        #[serde(skip_serializing_if = "is_default")]
+        pub tokens: u64,
         /// Count of pictures that are turned or mirrored by their EXIF data.
         pub turned: u64,
+        /// Count of different tokens; absent for other data than text.
+        #[serde(skip_serializing_if = "is_default")]
+        pub vocabulary: u32,
         /// Width of a sample in pixels, after scaling and cutting.
         pub width: u32,
         /// Each file of a sample, with which a changed data set is explained; empty if there are more than
@@ -292,6 +312,12 @@ impl Found {
             cropped_most: self.cropped_most,
             enlarged: self.enlarged.to_wire(),
             small_classes: self.small_classes,
+            arrays: self.arrays.clone(),
+            context: self.context,
+            documents: self.documents,
+            text_bytes: self.text_bytes,
+            tokens: self.tokens,
+            vocabulary: self.vocabulary,
             left_out: self
                 .left_out
                 .iter()
@@ -316,7 +342,7 @@ impl Found {
         // The kind of the others comes on top.
         let more = wire.classes.len() > CLASSES_LIMIT
             || wire.left_out.len() > KINDS_LIMIT + UNREAD_PICTURES.len() + 1;
-        if more || wire.files.len() > FILES_LIMIT {
+        if more || wire.files.len() > FILES_LIMIT || wire.arrays.len() > ARRAYS_LIMIT {
             return Err(malformed("more classes or kinds of files than are told"));
         }
         let class = |class: wire::ClassFound| {
@@ -349,6 +375,12 @@ impl Found {
             cropped_most: wire.cropped_most.min(100),
             enlarged: Counted::from_wire(wire.enlarged)?,
             small_classes: wire.small_classes,
+            arrays: wire.arrays.iter().map(|array| short(array)).collect(),
+            context: wire.context,
+            documents: count(wire.documents, "documents")?,
+            text_bytes: count(wire.text_bytes, "text_bytes")?,
+            tokens: count(wire.tokens, "tokens")?,
+            vocabulary: wire.vocabulary,
             left_out: wire.left_out.into_iter().map(left).collect::<Result<_, Malformed>>()?,
             files: wire.files.into_iter().map(file).collect::<Result<_, Malformed>>()?,
         })
@@ -384,8 +416,27 @@ impl Found {
         (!kinds.is_empty()).then(|| kinds.join(", "))
     }
 
+    /// Number and kind of the samples, in a line.
+    pub fn samples_line(&self) -> String {
+        let samples = counted(self.samples, "sample");
+        if !self.arrays.is_empty() {
+            return format!("{samples} of {}", self.arrays.join(", "));
+        }
+        if self.tokens == 0 {
+            return self.pictures_line();
+        }
+        format!(
+            "{samples} of {} tokens, out of {} of {} different ones; {} of text in {}",
+            self.context,
+            self.tokens,
+            self.vocabulary,
+            counted(self.text_bytes, "byte"),
+            counted(self.documents, "document")
+        )
+    }
+
     /// Sizes, channels and treatment of the pictures, in a line.
-    pub fn pictures_line(&self) -> String {
+    fn pictures_line(&self) -> String {
         let Found { width, height, .. } = self;
         let channels = if self.channels == 1 { "grey" } else { "in colour" };
         let mut line =
@@ -430,7 +481,7 @@ fn short(text: &str) -> String {
 /// One-line summary; diagnostic only.
 impl Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.pictures_line())?;
+        f.write_str(&self.samples_line())?;
         if let Some(classes) = self.classes_line() {
             write!(f, "; {classes}")?;
         }

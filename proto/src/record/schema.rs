@@ -46,6 +46,7 @@ macro_rules! events {
         /// default; only an evaluation must be whole.
         #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
         #[serde(tag = "kind")]
+        #[expect(clippy::large_enum_variant, reason = "there is one event at a time")]
         pub enum RunEvent {
             $($(#[doc = $record_doc])* #[serde(rename = $record_name)] $record($type),)*
             $($(#[doc = $doc])* #[serde(rename = $name)] $event {

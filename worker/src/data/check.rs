@@ -49,6 +49,7 @@ pub(crate) fn check(data: &Data, look: Look, progress: impl FnMut(u64, u64)) -> 
     let mut report = match data.kind {
         DataKind::Folder => of_folder(data, look, progress)?,
         DataKind::Mnist10k | DataKind::Idx | DataKind::Cifar10 => in_memory(data)?,
+        DataKind::Text | DataKind::Arrays => of_rows(data)?,
     };
     report.kind = data.kind.to_string();
     report.path = data.path.as_ref().map(|path| path.display().to_string());
@@ -68,6 +69,13 @@ fn in_memory(data: &Data) -> Result<Report, DataError> {
     let found = seen::Found { samples, ..set.found().clone() };
     let sizes = vec![Size { width, height, samples }];
     Ok(Report { found, bytes, sizes, no_classes, ..Report::default() })
+}
+
+/// Checks text or arrays: the opening reads all of them.
+fn of_rows(data: &Data) -> Result<Report, DataError> {
+    let set = DataSet::open(data)?;
+    let found = seen::Found { samples: set.left().len() as u64, ..set.found().clone() };
+    Ok(Report { bytes: set.bytes(), found, ..Report::default() })
 }
 
 fn of_folder(data: &Data, how: Look, progress: impl FnMut(u64, u64)) -> Result<Report, DataError> {

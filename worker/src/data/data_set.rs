@@ -4,15 +4,17 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use ganglion_proto::job::{Data, DataKind, Job};
-use ganglion_proto::record::found::{Found, Picture};
+use ganglion_proto::record::found::{ARRAYS_LIMIT, Found, Picture};
 use ganglion_proto::stream::Change;
 
+use super::arrays::Arrays;
 use super::folder::Folder;
 use super::framing::Framing;
 use super::labels::Labels;
 use super::left_out::{LeftOut, Names};
 use super::memory::Memory;
 use super::shape::{ImageShape, SampleShape};
+use super::text::Text;
 use super::values::{SampleMut, Values};
 use super::{DataError, cifar, folder, idx, remote};
 
@@ -23,8 +25,6 @@ pub(super) const EVERYTHING: &str = "data.exclude leaves out every sample; leave
 #[derive(Debug)]
 pub struct DataSet {
     source: Source,
-    framing: Framing,
-    images: ImageShape,
     shape: SampleShape,
     len: usize,
     labels: Option<Labels>,
@@ -37,25 +37,79 @@ pub struct DataSet {
     gone: BTreeSet<usize>,
 }
 
+/// Source of samples.
+#[derive(Debug)]
+enum Source {
+    Images { stored: Images, framing: Framing, shape: ImageShape },
+    Rows { rows: Rows, kept: Option<Vec<usize>> },
+}
+
 /// Source of unframed images.
 #[derive(Debug)]
-pub(super) enum Source {
+pub(super) enum Images {
     Memory(Memory),
     Folder(Folder),
 }
 
-impl Source {
+/// Source of samples that lie in files by number.
+#[derive(Debug)]
+enum Rows {
+    Text(Text),
+    Arrays(Arrays),
+}
+
+/// Samples whose names are their numbers.
+struct Numbered {
+    /// Those that are not left out from the start, in order; `None` for all.
+    kept: Option<Vec<usize>>,
+    names: Names,
+    /// Samples left out after the start of the run, by index, in the job's order.
+    left_out: Vec<u64>,
+}
+
+impl Images {
     fn len(&self) -> usize {
         match self {
-            Source::Memory(memory) => memory.len(),
-            Source::Folder(folder) => folder.len(),
+            Images::Memory(memory) => memory.len(),
+            Images::Folder(folder) => folder.len(),
         }
     }
 }
 
-/// An opened data set, with the findings of the opening.
+impl Numbered {
+    /// Takes the samples out of `all` that a job leaves out.
+    fn new(
+        all: usize,
+        place: &str,
+        mut left_out: LeftOut<'_>,
+        found: &mut Found,
+    ) -> Result<Numbered, DataError> {
+        let numbered =
+            || -> Box<dyn Iterator<Item = String>> { Box::new((0..all).map(|number| number.to_string())) };
+        // The usual case, for which no list is made.
+        if left_out.is_empty() {
+            return Ok(Numbered { kept: None, names: Names::of(numbered()), left_out: Vec::new() });
+        }
+        let takes_part = |number: &usize| {
+            let number = number.to_string();
+            left_out.find(&number);
+            !left_out.is_from_the_start(&number)
+        };
+        let kept: Vec<usize> = (0..all).filter(takes_part).collect();
+        left_out.report(found);
+        let numbers = || kept.iter().map(usize::to_string);
+        let names = Names::of(numbers());
+        // A name that belongs to no sample is most likely a mistake of the user's.
+        left_out.check_all_there(place, numbered)?;
+        left_out.check(&names, place, numbered)?;
+        let left_out = left_out.indices(numbers());
+        Ok(Numbered { names, left_out, kept: Some(kept) })
+    }
+}
+
+/// An opened set of images, with the findings of the opening.
 pub(super) struct Opened {
-    pub(super) source: Source,
+    pub(super) source: Images,
     /// Shape of every framed image.
     pub(super) shape: ImageShape,
     /// Hash of all samples that are left in.
@@ -91,6 +145,9 @@ impl DataSet {
         let mut found = Found::default();
         // First: all that follows reads local files.
         let source = &remote::here(source, &mut found)?;
+        if !source.kind.is_images() {
+            return DataSet::of_rows(source, labelled, found);
+        }
         let framing = Framing::new(source)?;
         let left_out = LeftOut::new(&source.exclusions);
         match source.kind {
@@ -120,9 +177,41 @@ impl DataSet {
             DataKind::Folder => {
                 let mut opened = folder::open(required_path(source)?, source, &framing, labelled, left_out)?;
                 opened.found.left_out.append(&mut found.left_out);
-                DataSet::new(framing, opened)
+                DataSet::of_images(framing, opened)
             }
+            DataKind::Text | DataKind::Arrays => unreachable!("these are no images"),
         }
+    }
+
+    /// Opens text or arrays.
+    fn of_rows(source: &Data, labelled: bool, mut found: Found) -> Result<DataSet, DataError> {
+        let (kind, path) = (source.kind, required_path(source)?);
+        if labelled {
+            return Err(DataError::Input(format!(
+                "data.kind = \"{kind}\" gives no classes of samples; set model.conditional = false"
+            )));
+        }
+        let rows = match kind {
+            DataKind::Text => Rows::Text(Text::open(source, path, &mut found)?),
+            _ => Rows::Arrays(Arrays::open(source, path, &mut found)?),
+        };
+        let all = usize::try_from(rows.len()).expect("samples were counted, and fit into 32 bits");
+        let left_out = LeftOut::new(&source.exclusions);
+        let Numbered { kept, names, left_out } =
+            Numbered::new(all, &path.display().to_string(), left_out, &mut found)?;
+        let len = kept.as_ref().map_or(all, Vec::len);
+        let gone = gone(&left_out, len)?;
+        let shape = rows.shape();
+        let mut hasher = blake3::Hasher::new_derive_key("ganglion 2026 data set of rows");
+        let about = format!("{shape:?} {len} {kept:?}");
+        hasher.update(&(about.len() as u64).to_le_bytes());
+        hasher.update(about.as_bytes());
+        hasher.update(rows.content(kept.as_deref(), &gone)?.as_bytes());
+        let fingerprint = hasher.finalize().into();
+        found.samples = len as u64;
+        rows.describe(&mut found);
+        let source = Source::Rows { rows, kept };
+        Ok(DataSet { source, shape, len, labels: None, fingerprint, found, names, left_out, gone })
     }
 
     fn in_memory(
@@ -130,7 +219,7 @@ impl DataSet {
         name: &str,
         framing: Framing,
         mut labels: Option<Labels>,
-        mut left_out: LeftOut<'_>,
+        left_out: LeftOut<'_>,
     ) -> Result<DataSet, DataError> {
         let (height, width) = framing
             .output_size(memory.height, memory.width)
@@ -142,50 +231,31 @@ impl DataSet {
             labels.check(memory.len())?;
         }
         // The name of an image in memory is its number in the files.
-        let all = memory.len();
-        let mut kept: Vec<usize> = (0..all).collect();
-        // The usual case, for which no name is made.
-        if !left_out.is_empty() {
-            kept.retain(|number| {
-                let number = number.to_string();
-                left_out.find(&number);
-                !left_out.is_from_the_start(&number)
-            });
-            memory.keep(&kept);
-            labels.iter_mut().for_each(|labels| labels.keep(&kept));
+        let Numbered { kept, names, left_out } = Numbered::new(memory.len(), name, left_out, &mut found)?;
+        if let Some(kept) = &kept {
+            memory.keep(kept);
+            labels.iter_mut().for_each(|labels| labels.keep(kept));
         }
-        left_out.report(&mut found);
         let (lost, enlarged) =
             (framing.lost(memory.height, memory.width), framing.enlarges(memory.height, memory.width));
         let size = [memory.width, memory.height];
         let picture = Picture { size, alpha: false, turned: false, lost, enlarged };
-        found.add_pictures(kept.len() as u64, &picture, || format!("image {}", kept.first().unwrap_or(&0)));
-        let numbers = || kept.iter().map(usize::to_string);
-        let names = Names::of(numbers());
-        // A name that belongs to no sample is most likely a mistake of the user's.
-        let numbered =
-            || -> Box<dyn Iterator<Item = String>> { Box::new((0..all).map(|number| number.to_string())) };
-        left_out.check_all_there(name, numbered)?;
-        left_out.check(&names, name, numbered)?;
-        let left_out = left_out.indices(numbers());
+        let (count, first) =
+            (kept.as_ref().map_or(memory.len(), Vec::len), kept.as_ref().and_then(|kept| kept.first()));
+        found.add_pictures(count as u64, &picture, || format!("image {}", first.unwrap_or(&0)));
         // Samples that are left out later may be damaged or gone by then: the fingerprint does not cover
         // them.
         let content = memory.hash_without(&left_out);
-        DataSet::new(
+        DataSet::of_images(
             framing,
-            Opened { source: Source::Memory(memory), shape, content, labels, found, names, left_out },
+            Opened { source: Images::Memory(memory), shape, content, labels, found, names, left_out },
         )
     }
 
-    fn new(framing: Framing, opened: Opened) -> Result<DataSet, DataError> {
+    fn of_images(framing: Framing, opened: Opened) -> Result<DataSet, DataError> {
         let Opened { source, shape, content, labels, mut found, names, left_out } = opened;
         let len = source.len();
-        let gone: BTreeSet<usize> =
-            left_out.iter().filter_map(|index| usize::try_from(*index).ok()).collect();
-        // An epoch over nothing has no place for any number.
-        if gone.len() >= len {
-            return Err(DataError::Input(EVERYTHING.to_owned()));
-        }
+        let gone = gone(&left_out, len)?;
         // A key of its own, so that this hash equals no other of the same bytes.
         let mut hasher = blake3::Hasher::new_derive_key("ganglion 2026 data set");
         for size in [shape.channels, shape.height, shape.width, len - gone.len()] {
@@ -205,19 +275,9 @@ impl DataSet {
         let pixels = |size: usize| u32::try_from(size).expect("a side is at most 8192 pixels");
         found.samples = len as u64;
         [found.channels, found.height, found.width] = [shape.channels, shape.height, shape.width].map(pixels);
-        Ok(DataSet {
-            source,
-            framing,
-            images: shape,
-            shape: SampleShape::Image(shape),
-            len,
-            labels,
-            fingerprint,
-            found,
-            names,
-            left_out,
-            gone,
-        })
+        let source = Source::Images { stored: source, framing, shape };
+        let shape = SampleShape::Image(shape);
+        Ok(DataSet { source, shape, len, labels, fingerprint, found, names, left_out, gone })
     }
 
     /// Samples that the job leaves out after its start, by index, in its order.
@@ -238,8 +298,21 @@ impl DataSet {
     /// Width, height and total bytes of the stored images, if they are in memory; else zeros.
     pub(super) fn stored(&self) -> (u32, u32, u64) {
         match &self.source {
-            Source::Memory(memory) => (memory.width, memory.height, memory.bytes.len() as u64),
-            Source::Folder(_) => (0, 0, 0),
+            Source::Images { stored: Images::Memory(memory), .. } => {
+                (memory.width, memory.height, memory.bytes.len() as u64)
+            }
+            _ => (0, 0, 0),
+        }
+    }
+
+    /// Bytes of text, or of the numbers of all samples; 0 for images.
+    pub(super) fn bytes(&self) -> u64 {
+        match (&self.source, &self.shape) {
+            (Source::Rows { rows: Rows::Text(text), .. }, _) => text.bytes(),
+            (_, SampleShape::Arrays(specs)) => {
+                specs.iter().map(|spec| spec.bytes() as u64).sum::<u64>() * self.len as u64
+            }
+            _ => 0,
         }
     }
 
@@ -256,7 +329,7 @@ impl DataSet {
 
     /// Whether reading a sample means decoding a file.
     pub(super) fn is_decoded(&self) -> bool {
-        matches!(self.source, Source::Folder(_))
+        matches!(self.source, Source::Images { stored: Images::Folder(_), .. })
     }
 
     /// Findings of the opening, diagnostic only.
@@ -270,8 +343,17 @@ impl DataSet {
     /// If `index` is not below [`len`](Self::len).
     pub fn name(&self, index: usize) -> String {
         match &self.source {
-            Source::Folder(folder) => folder.name(index),
-            Source::Memory(_) => format!("image {index}"),
+            Source::Images { stored: Images::Folder(folder), .. } => folder.name(index),
+            Source::Images { stored: Images::Memory(_), .. } => format!("image {index}"),
+            Source::Rows { .. } => format!("sample {index}"),
+        }
+    }
+
+    /// The text that the samples are pieces of, where they are.
+    pub fn text(&self) -> Option<&Text> {
+        match &self.source {
+            Source::Rows { rows: Rows::Text(text), .. } => Some(text),
+            _ => None,
         }
     }
 
@@ -313,10 +395,14 @@ impl DataSet {
 
     /// Reads sample `index` into memory for one.
     pub(super) fn read_into(&self, index: usize, out: SampleMut<'_>) -> Result<(), DataError> {
-        match out {
-            SampleMut::Pixels(out) => self.read(index, out),
-            SampleMut::Tokens(out) => panic!("images, and memory of {} tokens", out.len()),
-            SampleMut::Arrays(out) => panic!("images, and memory of {} arrays", out.len()),
+        // A number of the stream is below `len`; beyond it the plan is wrong, and not the data.
+        assert!(index < self.len, "sample {index} of {}", self.len);
+        match (&self.source, out) {
+            (Source::Images { .. }, SampleMut::Pixels(out)) => self.read(index, out),
+            (Source::Rows { rows, kept }, out) => {
+                rows.read(kept.as_ref().map_or(index, |kept| kept[index]), out)
+            }
+            _ => panic!("memory of other samples than {}", self.shape),
         }
     }
 
@@ -326,18 +412,21 @@ impl DataSet {
     /// A file of a folder cannot be decoded, or differs from the file at the opening.
     ///
     /// # Panics
-    /// If `index` is not below [`len`](Self::len), or `out` is not [`ImageShape::numel`] long.
+    /// If `index` is not below [`len`](Self::len), `out` is not [`ImageShape::numel`] long, or the samples are no
+    /// images.
     pub fn read(&self, index: usize, out: &mut [f32]) -> Result<(), DataError> {
-        // A number of the stream is below `len`; beyond it the plan is wrong, and not the data.
         assert!(index < self.len, "sample {index} of {}", self.len);
-        assert_eq!(out.len(), self.images.numel(), "a sample is {}", self.images);
-        match &self.source {
-            Source::Memory(memory) => {
-                self.framing.render(&memory.image(index), out);
+        let Source::Images { stored, framing, shape } = &self.source else {
+            panic!("no images, but {}", self.shape);
+        };
+        assert_eq!(out.len(), shape.numel(), "a sample is {shape}");
+        match stored {
+            Images::Memory(memory) => {
+                framing.render(&memory.image(index), out);
                 Ok(())
             }
-            Source::Folder(folder) => {
-                folder.read(index, &self.framing, self.images, out).map_err(|error| match error {
+            Images::Folder(folder) => {
+                folder.read(index, framing, *shape, out).map_err(|error| match error {
                     // The file may be gone by now, and a run that went back needs it once more.
                     DataError::Input(problem) if self.gone.contains(&index) => DataError::Input(format!(
                         "{problem}; it is needed by a step from before the one after which data.exclude leaves it out: \
@@ -355,9 +444,68 @@ impl DataSet {
     /// labels if it was opened with them. Of data in memory it covers every byte. Of a folder it covers each
     /// file's name, length, size in pixels, orientation, and content: all of it up to 1 MiB, and of a longer
     /// file sixteen blocks of 64 KiB, the first at its beginning, the last at its end, the others evenly
-    /// between.
+    /// between. Of text it covers every token, and of arrays every number of samples that are left in.
     pub fn fingerprint(&self) -> [u8; 32] {
         self.fingerprint
+    }
+}
+
+/// Samples that are left out after the start, as a set.
+///
+/// # Errors
+/// Nothing is left.
+fn gone(left_out: &[u64], len: usize) -> Result<BTreeSet<usize>, DataError> {
+    let gone: BTreeSet<usize> = left_out.iter().filter_map(|index| usize::try_from(*index).ok()).collect();
+    // An epoch over nothing has no place for any number.
+    if gone.len() >= len { Err(DataError::Input(EVERYTHING.to_owned())) } else { Ok(gone) }
+}
+
+impl Rows {
+    fn len(&self) -> u64 {
+        match self {
+            Rows::Text(text) => text.samples(),
+            Rows::Arrays(arrays) => arrays.samples(),
+        }
+    }
+
+    fn shape(&self) -> SampleShape {
+        match self {
+            Rows::Text(text) => SampleShape::Tokens(text.shape()),
+            Rows::Arrays(arrays) => SampleShape::Arrays(arrays.specs()),
+        }
+    }
+
+    /// Hash of all samples but those that are left out: by `kept` from the start, by `gone` later.
+    fn content(&self, kept: Option<&[usize]>, gone: &BTreeSet<usize>) -> Result<blake3::Hash, DataError> {
+        let is_left_out = |row: u64| {
+            let row = usize::try_from(row).unwrap_or(usize::MAX);
+            let index = kept.map_or(Some(row), |kept| kept.binary_search(&row).ok());
+            index.is_none_or(|index| gone.contains(&index))
+        };
+        match self {
+            Rows::Text(text) => Ok(text.content()),
+            Rows::Arrays(arrays) => arrays.check(is_left_out),
+        }
+    }
+
+    fn describe(&self, found: &mut Found) {
+        match self {
+            Rows::Text(text) => {
+                (found.tokens, found.text_bytes) = (text.tokens(), text.bytes());
+                (found.vocabulary, found.context) = (text.shape().vocabulary, text.context());
+            }
+            Rows::Arrays(arrays) => {
+                found.arrays = arrays.specs().iter().map(ToString::to_string).take(ARRAYS_LIMIT).collect();
+            }
+        }
+    }
+
+    fn read(&self, row: usize, out: SampleMut<'_>) -> Result<(), DataError> {
+        match (self, out) {
+            (Rows::Text(text), SampleMut::Tokens(out)) => text.read(row, out),
+            (Rows::Arrays(arrays), SampleMut::Arrays(out)) => arrays.read(row, out),
+            _ => panic!("memory of other samples than {}", self.shape()),
+        }
     }
 }
 

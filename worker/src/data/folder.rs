@@ -18,7 +18,7 @@ use ganglion_proto::record::found::{FILES_LIMIT, FileFound, Found, Picture};
 
 use image::DynamicImage;
 
-use super::data_set::{EVERYTHING, Opened, Source};
+use super::data_set::{EVERYTHING, Images, Opened};
 use super::decode::{Decoded, Outline, decode, outline, over};
 use super::framing::{Framing, Image};
 use super::labels::Labels;
@@ -66,7 +66,7 @@ pub(super) fn open(
     report_background(data, &mut found);
     let (names, left_out) =
         (Names::of(pictures.iter().map(Entry::name)), left_out.indices(pictures.iter().map(Entry::name)));
-    let source = Source::Folder(Folder::new(root, pictures, channels, data));
+    let source = Images::Folder(Folder::new(root, pictures, channels, data));
     Ok(Opened { source, shape, content, labels, found, names, left_out })
 }
 

@@ -14,6 +14,7 @@
 //! 4. Labels are read only on request: a data set without them is whole, and its fingerprint does not
 //!    depend on them.
 
+mod arrays;
 pub(crate) mod check;
 mod cifar;
 mod classes;
@@ -35,6 +36,7 @@ mod search;
 mod shape;
 #[cfg(test)]
 mod tests;
+mod text;
 mod values;
 
 use std::fs::{self, File};
@@ -45,6 +47,7 @@ pub use self::error::DataError;
 pub(crate) use self::folder::read_picture;
 pub use self::prefetch::{Batch, Plan, Prefetcher, Upload};
 pub use self::shape::{ImageShape, SampleShape, TokenShape};
+pub use self::text::{Text, TextCodec};
 pub use self::values::Values;
 
 /// Longest side of an image as the networks see it, in pixels.
@@ -61,7 +64,7 @@ fn open_plain(path: &Path, limit: u64) -> Result<(File, u64), DataError> {
     let failed = |error| DataError::reading(path, error);
     // Checked before opening: opening a pipe waits for its writer.
     if !fs::metadata(path).map_err(failed)?.is_file() {
-        return Err(input(path, "found neither a file nor a folder, expected an image; remove it"));
+        return Err(input(path, "found neither a file nor a folder, expected a file; remove it"));
     }
     let file = File::open(path).map_err(failed)?;
     let length = file.metadata().map_err(failed)?.len();

@@ -13,6 +13,15 @@ pub(super) fn map<T: Sync, R: Send, E: Send>(
     items: &[T],
     work: impl Fn(&T) -> Result<R, E> + Sync,
 ) -> Result<Vec<R>, E> {
+    map_blocks(items, BLOCK, work)
+}
+
+/// The same for few items that take long, of which a thread takes `size` at a time.
+pub(super) fn map_blocks<T: Sync, R: Send, E: Send>(
+    items: &[T],
+    size: usize,
+    work: impl Fn(&T) -> Result<R, E> + Sync,
+) -> Result<Vec<R>, E> {
     // All of them: training has not begun.
     let threads = thread::available_parallelism().map_or(1, usize::from);
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
@@ -22,7 +31,7 @@ pub(super) fn map<T: Sync, R: Send, E: Send>(
         while !failed.load(Ordering::Relaxed) {
             // Blocks are taken in order, so all before a failure are taken, and are finished.
             let block = next.fetch_add(1, Ordering::Relaxed);
-            let Some(items) = items.chunks(BLOCK).nth(block) else { return };
+            let Some(items) = items.chunks(size).nth(block) else { return };
             let results: Result<Vec<R>, E> = items.iter().map(&work).collect();
             if results.is_err() {
                 failed.store(true, Ordering::Relaxed);
@@ -34,7 +43,7 @@ pub(super) fn map<T: Sync, R: Send, E: Send>(
     thread::scope(|scope| {
         let others: Vec<_> =
             // No thread without a block.
-            (1..threads.min(items.len().div_ceil(BLOCK))).map(|_| scope.spawn(run)).collect();
+            (1..threads.min(items.len().div_ceil(size))).map(|_| scope.spawn(run)).collect();
         run();
         for other in others {
             other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

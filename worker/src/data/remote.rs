@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use ganglion_proto::job::{ArchiveKind, Data};
+use ganglion_proto::job::{ArchiveKind, Data, DataKind};
 use ganglion_proto::printable_start;
 use ganglion_proto::record::found::Found;
 use ganglion_storage::{
@@ -27,10 +27,10 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::DataError;
+use super::{DataError, arrays, text};
 
 /// Environment variable with the folder for fetched data.
-const CACHE: &str = "GANGLION_CACHE_DIR";
+pub(super) const CACHE: &str = "GANGLION_CACHE_DIR";
 /// Folder of the files, within the folder of an address.
 const FILES: &str = "files";
 /// File with a note for each complete file, within the folder of an address.
@@ -59,10 +59,10 @@ pub(super) fn here(source: &Data, found: &mut Found) -> Result<Data, DataError> 
     let path = match Address::parse(text).map_err(|what| wrong(&what.to_string()))? {
         Address::Folder(folder) => folder,
         Address::Cloud(_) => {
-            // An archive is a file; anything else is a folder of files.
+            // Known by its ending; anything else is a folder of files.
             // Only the last part: a prefix may have a dot in it.
             let (root, file) = match text.rsplit_once('/') {
-                Some((root, file)) if ArchiveKind::of(Path::new(file)).is_some() => (root, Some(file)),
+                Some((root, file)) if is_file(source.kind, Path::new(file)) => (root, Some(file)),
                 _ => (text, None),
             };
             let address = Address::parse(root).map_err(|what| wrong(&what.to_string()))?;
@@ -78,8 +78,17 @@ pub(super) fn here(source: &Data, found: &mut Found) -> Result<Data, DataError> 
     Ok(Data { path: Some(path), ..source.clone() })
 }
 
-/// Returns the folder for fetched data.
-fn cache() -> Result<PathBuf, DataError> {
+/// Whether a name is that of a file with data of a kind, and not of a folder.
+fn is_file(kind: DataKind, name: &Path) -> bool {
+    match kind {
+        DataKind::Text => text::is_document(name),
+        DataKind::Arrays => name.extension().is_some_and(|ending| ending == arrays::ENDING),
+        _ => ArchiveKind::of(name).is_some(),
+    }
+}
+
+/// Returns the folder for fetched data, and for what is made of data that lie where nothing can be written.
+pub(super) fn cache() -> Result<PathBuf, DataError> {
     let of = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     of(CACHE)
         .or_else(|| of("XDG_CACHE_HOME").map(|folder| folder.join("ganglion")))

@@ -9,9 +9,11 @@ mod idx_files;
 mod labelled;
 mod leaving_out;
 mod left_out;
+mod npy_files;
 mod orientations;
 mod packed_files;
 mod prefetching;
+mod texts;
 mod transparent;
 
 use std::fs;
