@@ -11,7 +11,7 @@ use ganglion_tests::{Process, Run, Tail};
 use serde_json::Value;
 
 use crate::figures::Figures;
-use crate::job::{GPT, Job, Precision};
+use crate::job::{GPT, Job, Precision, VAE};
 
 /// Interval at which a running contender is polled.
 const LOOK: Duration = Duration::from_millis(50);
@@ -57,7 +57,7 @@ fn measure(run: &Run, job: &Job, arguments: &[&str]) -> Result<Figures, String> 
     let times = column("time", rows);
     let first = times.first().ok_or("our own run has no rows")?;
     let steps = times.windows(2).map(|pair| 1e3 * (pair[1] - pair[0]));
-    let losses = column("loss_discriminator", rows).into_iter().zip(column("loss_generator", rows));
+    let [first_loss, second_loss] = job.losses.map(|name| column(name, rows));
     if times.len() <= job.warm_up {
         return Err(format!("our own run has only {} rows", times.len()));
     }
@@ -65,7 +65,7 @@ fn measure(run: &Run, job: &Job, arguments: &[&str]) -> Result<Figures, String> 
         first_step: first - started,
         steps: steps.skip(job.warm_up).collect(),
         resident,
-        losses: losses.map(|(discriminator, generator)| [discriminator, generator]).collect(),
+        losses: first_loss.into_iter().zip(second_loss).map(|(first, second)| [first, second]).collect(),
     })
 }
 
@@ -74,6 +74,7 @@ fn settings(job: &Job) -> Vec<String> {
         format!("model.kind={:?}", job.model),
         format!("model.width={}", job.width),
         "optimizer.learning_rate=0.0002".to_string(),
+        format!("job.seed={}", job.seed),
     ];
     settings.extend(schedule(job));
     if job.model == "dcgan-64" {
@@ -140,6 +141,9 @@ fn command(job: &Job, way: &str, python_path: &Path) -> Result<Command, String> 
     }
     if job.model == GPT.model {
         command.arg(file("bench/python/gpt_peer.py")?);
+    } else if job.model == VAE.model {
+        command.arg(file("bench/python/vae_peer.py")?).args(["--width", &job.width.to_string()]);
+        command.args(["--seed", &job.seed.to_string()]);
     } else {
         command.arg(file("bench/peer.py")?).args(["--model", job.model, "--width", &job.width.to_string()]);
         command.args(["--precision", job.precision.name()]);

@@ -13,7 +13,7 @@ pub(crate) struct Figures {
     pub steps: Vec<f64>,
     /// Largest resident memory of a process that trains, in MiB.
     pub resident: f64,
-    /// Losses of the discriminator and the generator in each step.
+    /// Two losses in each step: of a GAN the discriminator's and the generator's.
     pub losses: Vec<[f64; 2]>,
 }
 
@@ -94,7 +94,7 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    fn of(numbers: impl Iterator<Item = f64>) -> Spread {
+    pub(crate) fn of(numbers: impl Iterator<Item = f64>) -> Spread {
         let numbers: Vec<f64> = numbers.collect();
         let least = numbers.iter().copied().fold(f64::NAN, f64::min);
         let most = numbers.iter().copied().fold(f64::NAN, f64::max);

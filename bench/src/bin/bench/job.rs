@@ -34,6 +34,9 @@ pub(crate) struct Job {
     pub warm_up: usize,
     /// Additional settings for Ganglion's programs only, `key=value`.
     pub settings: &'static [&'static str],
+    /// Columns of the losses that are compared.
+    pub losses: [&'static str; 2],
+    pub seed: u64,
 }
 
 pub(crate) const MLP: Job = Job {
@@ -46,9 +49,21 @@ pub(crate) const MLP: Job = Job {
     steps: 400,
     warm_up: 50,
     settings: &[],
+    losses: ["loss_discriminator", "loss_generator"],
+    seed: 0,
 };
 pub(crate) const DCGAN_28: Job = Job { model: "dcgan-28", width: 64, steps: 12, warm_up: 2, ..MLP };
 pub(crate) const DCGAN_64: Job = Job { model: "dcgan-64", steps: 6, warm_up: 1, ..DCGAN_28 };
+
+/// VAE with the settings of `configs/mnist-vae.toml` but for the learning rate, which stays
+/// (`bench/python/vae_peer.py`).
+pub(crate) const VAE: Job = Job {
+    model: "vae-28",
+    width: 16,
+    settings: &["model.latent_dim=32", "loss.binarise=true", "optimizer.learning_rate=0.001"],
+    losses: ["recon", "kl"],
+    ..MLP
+};
 
 /// Transformer over the pixels of digits of 8 x 8 pixels (`bench/python/gpt.py`); only packages have it.
 pub(crate) const GPT: Job =

@@ -2,8 +2,8 @@
 
 use crate::chart::{Axis, Line, Panel, Scale};
 use crate::contenders;
-use crate::figures::Report;
-use crate::job::{Job, MLP};
+use crate::figures::{Report, Spread};
+use crate::job::{Job, MLP, VAE};
 use crate::options::Options;
 use crate::table::Table;
 
@@ -27,7 +27,40 @@ pub(crate) fn measure(options: &Options) -> Result<Report, String> {
         table.row([vec![network.to_string()], cells.to_vec()].concat());
         panels.push(panel(&job, network, [("ours", &ours), ("tuned DDP", &tuned)]));
     }
-    Ok(Report { text: table.text(), panels, problems: Vec::new() })
+    let (text, of_vae) = vae(options)?;
+    panels.extend(of_vae);
+    Ok(Report { text: format!("{}\n{text}", table.text()), panels, problems: Vec::new() })
+}
+
+/// Seeds of the VAE's runs.
+const SEEDS: [u64; 3] = [0, 1, 2];
+
+/// Trains the VAE on two workers from several seeds, with both programs; returns a table, and the curves of
+/// the first seed.
+fn vae(options: &Options) -> Result<(String, Vec<Panel>), String> {
+    let job = Job { steps: 1000, ..VAE.on(2) }.asked(options);
+    let name = job.name();
+    let mut all = [Vec::new(), Vec::new()];
+    for seed in SEEDS {
+        let job = Job { seed, ..job.clone() };
+        eprintln!("losses: {name}, seed {seed}");
+        all[0].push(contenders::ours(&job)?.losses);
+        all[1].push(contenders::peer(&job, "tuned", &[], &options.python_path)?.losses);
+    }
+    let title = format!("{name}, nats an image: mean of the last {LAST} steps, from {} seeds", SEEDS.len());
+    let mut table = Table::new(&[&title, "ours", "tuned DDP"]);
+    let mut panels = Vec::new();
+    for (place, loss) in job.losses.into_iter().enumerate() {
+        let of = |losses: &Vec<[f64; 2]>| losses.iter().map(|pair| pair[place]).collect::<Vec<f64>>();
+        let cells = all.iter().map(|runs| {
+            let Spread { median, least, most } = Spread::of(runs.iter().map(|run| mean_of_last(&of(run))));
+            format!("{median:.2} ({least:.2}-{most:.2})")
+        });
+        table.row(std::iter::once(loss.to_string()).chain(cells).collect());
+        let [ours, tuned] = all.each_ref().map(|runs| of(&runs[0]));
+        panels.push(panel(&job, loss, [("ours", &ours), ("tuned DDP", &tuned)]));
+    }
+    Ok((table.text(), panels))
 }
 
 fn mean_of_last(losses: &[f64]) -> f64 {
