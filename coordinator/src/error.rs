@@ -119,7 +119,7 @@ impl From<OutError> for Failure {
 impl From<RunError> for Failure {
     fn from(error: RunError) -> Self {
         match error {
-            RunError::Input(_) => Failure::input(error),
+            RunError::Input(_) | RunError::NoFile(_) => Failure::input(error),
             RunError::Storage(_) => Failure::other(error),
         }
     }

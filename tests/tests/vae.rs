@@ -1,10 +1,12 @@
 //! Variational autoencoders: the same bits whatever the cluster, and what a user does with one.
 #![allow(clippy::unwrap_used)] // a test may panic
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 
-use ganglion_tests::{Ended, Process, Reference, Run, failpoint, program};
+use ganglion_tests::{Ended, Process, Reference, Run, eventually, failpoint, program};
 use serde_json::Value;
 
 const SMALL: &[&str] = &[
@@ -134,6 +136,61 @@ fn a_gan_has_no_encoder_and_says_so() {
     let out = run.beside("x").to_str().unwrap().to_string();
     refused(&run, &["sample", "--reconstruct", "--out", &out], "the run's model has no encoder");
     refused(&run, &["interpolate", "--images", "0", "1", "--out", &out], "the run's model has no encoder");
+}
+
+/// Answer of a coordinator's site.
+fn get(site: &str, path: &str) -> String {
+    let address = site.strip_prefix("http://").unwrap().strip_suffix('/').unwrap();
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[track_caller]
+fn assert_own_words(what: &str, text: &str) {
+    let lower = text.to_lowercase();
+    for word in ["generator", "discriminator", "adversarial"] {
+        let line = lower.lines().find(|line| line.contains(word));
+        assert_eq!(line, None, "{what} speaks of a {word}");
+    }
+}
+
+/// Pages, records, card and terminal speak of what is trained.
+#[test]
+fn nothing_of_a_vae_speaks_of_a_generator_or_discriminator() {
+    let evaluated = [
+        "job.steps=2",
+        "evaluation.with_checkpoints=true",
+        "evaluation.samples=20",
+        "evaluation.reference=20",
+    ];
+    let run = Run::new(&[SMALL, BINARISED, &evaluated]);
+    let coordinator = run.start_with(&["--workers", "2", "--stay"]);
+    let started = run.wait_for("coordinator_started", |_| true);
+    let site = started["dashboard"].as_str().unwrap().to_string();
+    run.wait_for("evaluation", |event| event["step"] == 2);
+    eventually("the model card", || run.path("checkpoints/model-card.md").exists().then_some(()));
+    for page in ["/", "/api/status", "/api/metrics", "/api/events", "/api/samples", "/metrics"] {
+        assert_own_words(page, &get(&site, page));
+    }
+    for file in ["job.toml", "metrics.jsonl", "events.jsonl", "checkpoints/model-card.md"] {
+        assert_own_words(file, &std::fs::read_to_string(run.path(file)).unwrap());
+    }
+    let card = std::fs::read_to_string(run.path("checkpoints/model-card.md")).unwrap();
+    assert!(card.contains("A variational autoencoder of images") && card.contains("weights_ema"), "{card}");
+    assert_own_words("status", &run.ask(&["status"]).output);
+    assert_own_words("checkpoints", &run.ask(&["checkpoints"]).output);
+    coordinator.signal(nix::sys::signal::Signal::SIGTERM);
+    let ended = coordinator.wait();
+    assert!(ended.output.contains("recon ") && ended.output.contains(" kl "), "{}", ended.output);
+    assert_own_words("the terminal", &ended.output);
+    // Damaged weights, and none.
+    let weights = run.newest_checkpoint().join("weights_ema.safetensors");
+    let out = run.beside("x.png").to_str().unwrap().to_string();
+    std::fs::write(&weights, b"x").unwrap();
+    refused(&run, &["sample", "--out", &out], "weights_ema.safetensors: damaged");
 }
 
 /// The figures of a run's evaluations by step.

@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use ganglion_membership::Passport;
 use ganglion_proto::evaluation::{EvaluationRow, names};
-use ganglion_proto::job::{Job, ModelKind};
+use ganglion_proto::job::{Family, Job};
 use ganglion_proto::record::found::Found;
 
 use crate::checkpoints::best::{Best, folder};
@@ -52,14 +52,14 @@ pub(crate) fn render(subject: &Subject) -> String {
 const USE_OF_SAMPLES: &str = "
 ## Intended use
 
-Drawing images like those of the training data, for study and for comparison with other generators. Whoever puts the
+Drawing images like those of the training data, for study and for comparison with other models. Whoever puts the
 model to another use must judge whether it is fit for it.
 
 ## Limits
 
 - It can draw nothing that its training data did not show, and repeats what is one-sided in them.
 - The figures above are estimates from samples, by features that were made for other images than yours may be; they
-  compare generators on the same data and say little in themselves.
+  compare models on the same data and say little in themselves.
 - A low share of memorised samples does not prove that no training sample can be drawn. Do not give a model of private
   data away on its account.
 ";
@@ -78,33 +78,50 @@ another use must judge whether it is fit for it.
 ";
 
 fn model(card: &mut String, job: &Job, folder: &str) {
-    let of_package = job.model.kind == ModelKind::Package;
-    // Writing to a text cannot fail, here and below.
-    let _ = if of_package {
-        write!(
-            card,
-            "A model trained by Ganglion from a package, an objective written in PyTorch. The weights are\n\
-             `{folder}/weights_ema.safetensors`: of each network the moving average over the last steps, where it has one.\n"
-        )
-    } else {
-        write!(
-            card,
-            "A generator of images, trained as half of a generative adversarial network by Ganglion. The weights are\n\
-             `{folder}/generator_ema.safetensors`: the moving average over the last steps, which samples should be drawn from.\n"
-        )
+    let family = job.model.kind.family();
+    let (what, file, weights) = match family {
+        Family::Gan => (
+            "A generator of images, trained as half of a generative adversarial network by Ganglion.",
+            "generator_ema.safetensors",
+            "the moving average over the last steps, which samples should be drawn from",
+        ),
+        Family::Vae => (
+            "A variational autoencoder of images, trained by Ganglion.",
+            "weights_ema.safetensors",
+            "of encoder and decoder the moving averages over the last steps",
+        ),
+        Family::Transformer => (
+            "An autoregressive transformer, trained by Ganglion.",
+            "weights_ema.safetensors",
+            "those that samples are drawn with",
+        ),
+        Family::Package => (
+            "A model trained by Ganglion from a package, an objective written in PyTorch.",
+            "weights_ema.safetensors",
+            "of each network the moving average over the last steps, where it has one",
+        ),
     };
-    let _ = write!(card, "\n## Model\n\n");
+    // Writing to a text cannot fail, here and below.
+    let _ = write!(card, "{what} The weights are\n`{folder}/{file}`: {weights}.\n\n## Model\n\n");
     line(card, "networks", &job.model.kind.to_string());
     if let Some(hash) = &job.model.package_hash {
         line(card, "hash of the package", hash);
     }
     if job.model.conditional {
-        let whose = if of_package { "the package" } else { "both networks" };
+        let whose = if family == Family::Package { "the package" } else { "both networks" };
         line(card, "classes", &format!("known to {whose}, from the data's labels"));
     }
-    if !of_package {
+    if matches!(family, Family::Gan | Family::Vae) {
         line(card, "noise", &format!("{} numbers of N(0, 1)", job.model.latent_dim));
+    }
+    if family == Family::Gan {
         line(card, "objective", &job.loss.kind.to_string());
+    }
+    if let Some(vae) = &job.model.vae {
+        let pixels = if vae.binarise { ", of binarised pixels" } else { "" };
+        let objective =
+            format!("evidence lower bound, {} likelihood{pixels}, beta {}", vae.likelihood, vae.beta);
+        line(card, "objective", &objective);
     }
 }
 

@@ -33,6 +33,14 @@ impl Alarm {
     pub(crate) const ALL: [Alarm; 5] =
         [Alarm::Collapse, Alarm::Overfitting, Alarm::Balance, Alarm::Explosion, Alarm::NonFinite];
 
+    /// Whether the alarm can be raised in a job of a family; of a package that is not known.
+    pub(crate) fn concerns(self, family: Family) -> bool {
+        match self {
+            Alarm::Overfitting | Alarm::Balance => matches!(family, Family::Gan | Family::Package),
+            Alarm::Collapse | Alarm::Explosion | Alarm::NonFinite => true,
+        }
+    }
+
     /// Name of the alarm in events and metrics.
     pub(crate) fn name(self) -> &'static str {
         match self {

@@ -192,9 +192,10 @@ impl Shelf {
             "" => format!("{}/{file}", self.place),
             folder => format!("{}/{folder}/{file}", self.place),
         };
-        let wrong = |file: &str, what: &str, way_on: &str| {
-            RunError::Input(format!("{}: {what}; restore it, or name another checkpoint{way_on}", at(file)))
+        let told = |file: &str, what: &str, way_on: &str| {
+            format!("{}: {what}; restore it, or name another checkpoint{way_on}", at(file))
         };
+        let wrong = |file: &str, what: &str, way_on: &str| RunError::Input(told(file, what, way_on));
         let use_it = format!("; to use {} as it is, give its path", at(file));
         let text = self.ask(storage.text(&in_folder(folder, MANIFEST)))?;
         let known = text.map(|text| manifest::parse(&text)).transpose();
@@ -205,7 +206,7 @@ impl Shelf {
                 read => read.map(Some),
             }
         })?;
-        let bytes = bytes.ok_or_else(|| wrong(file, "there is no such file", ""))?;
+        let bytes = bytes.ok_or_else(|| RunError::NoFile(told(file, "there is no such file", "")))?;
         let hash = known.iter().flat_map(|known| &known.files).find(|known| known.file == file);
         match hash.is_none_or(|known| blake3::hash(&bytes).to_hex().as_str() == known.blake3) {
             true => Ok((at(file), bytes)),

@@ -24,6 +24,9 @@ pub enum RunError {
     /// The user must name something else, or mend what is there.
     #[error("{0}")]
     Input(String),
+    /// The checkpoint is there and lacks the file.
+    #[error("{0}")]
+    NoFile(String),
     /// The storage failed or does not answer.
     #[error("{0}")]
     Storage(String),

@@ -67,7 +67,7 @@ impl From<OutError> for Failure {
 impl From<RunError> for Failure {
     fn from(error: RunError) -> Self {
         match error {
-            RunError::Input(what) => Failure::Input(what),
+            RunError::Input(what) | RunError::NoFile(what) => Failure::Input(what),
             RunError::Storage(what) => Failure::Other(what),
         }
     }

@@ -90,7 +90,7 @@ struct RunJob {
 /// The input is wrong, or samples cannot be read.
 pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
     crate::set_threads(arguments.threads);
-    let progress = Progress::start("reading generator and data");
+    let progress = Progress::start("reading weights and data");
     if arguments.rungs && arguments.weights.is_given() {
         return Err(Failure::Input("--rungs judges no run; leave one of the two out".to_string()));
     }

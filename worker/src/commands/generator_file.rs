@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use ganglion_proto::out;
 use ganglion_proto::progress::Progress;
-use ganglion_storage::run::{self, RunName};
+use ganglion_storage::run::{self, RunError, RunName};
 use safetensors::SafeTensors;
 use tch::Tensor;
 use tracing::Level;
@@ -67,8 +67,12 @@ impl Weights {
     pub(crate) fn open(&self) -> Result<Found, Failure> {
         let name = self.run.as_ref().or(self.checkpoint.as_ref());
         // A run has one of the two; where it has none, the usual one is told to be missing.
-        let read = run::read(name, GENERATOR)
-            .or_else(|missing| run::read(name, WEIGHTS_FILE).map_err(|_| missing))?;
+        let read = run::read(name, GENERATOR).or_else(|missing| {
+            run::read(name, WEIGHTS_FILE).map_err(|other| match (&missing, &other) {
+                (RunError::NoFile(_), RunError::Input(_) | RunError::Storage(_)) => other,
+                _ => missing,
+            })
+        })?;
         if let Some(told) = read.told {
             // Beside the answer: that is for programs as well.
             out::tell(Level::INFO, &told);

@@ -73,11 +73,11 @@ struct Join {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Draws samples with a checkpoint's generator, and writes them as PNG.
+    /// Draws samples from a checkpoint, and writes them as PNG.
     Sample(Sample),
     /// Draws a film (GIF) in which samples turn into one another.
     Interpolate(Interpolate),
-    /// Writes the generator as a TorchScript module, for PyTorch, C++ and ONNX.
+    /// Writes the network that draws samples as a TorchScript module, for PyTorch, C++ and ONNX.
     Export(Export),
     /// Compares samples of a checkpoint with real ones: Fréchet distance and other metrics.
     Eval(Eval),

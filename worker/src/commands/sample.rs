@@ -84,7 +84,7 @@ impl Choice {
 fn numbered(class: &str, names: &[String], classes: u32) -> Result<u32, String> {
     let shown = printable_start(class, SHOWN_CHARACTERS);
     if classes == 0 {
-        return Err(format!("--class {shown}: the generator knows no classes; leave --class out"));
+        return Err(format!("--class {shown}: the model knows no classes; leave --class out"));
     }
     let number = (0..classes).zip(names).find(|(_, name)| *name == class).map(|(number, _)| number);
     let number = number.or_else(|| class.parse().ok().filter(|number| *number < classes));
@@ -98,7 +98,7 @@ fn numbered(class: &str, names: &[String], classes: u32) -> Result<u32, String> 
             none if none.is_empty() => numbers,
             names => format!("{names}, or their numbers, {numbers}"),
         };
-        format!("--class {shown}: the generator knows the classes {known}; choose one")
+        format!("--class {shown}: the model knows the classes {known}; choose one")
     })
 }
 
@@ -471,7 +471,7 @@ pub(crate) fn export(arguments: &Export) -> Result<(), Failure> {
     crate::set_threads(1);
     let Export { weights, out } = arguments;
     try_out(out)?;
-    let progress = Progress::start("reading the generator");
+    let progress = Progress::start("reading the weights");
     let Painter::Generator(generator) = weights.open()?.painter else {
         return Err(Failure::Input(
             "the run trains a package, which has its networks in Python: load the weights into them with \
@@ -480,7 +480,7 @@ pub(crate) fn export(arguments: &Export) -> Result<(), Failure> {
         ));
     };
     progress.part("writing and checking the module", 0);
-    let unable = |error: tch::TchError| Failure::Other(format!("the generator cannot be exported: {error}"));
+    let unable = |error: tch::TchError| Failure::Other(format!("the network cannot be exported: {error}"));
     let module = record(&generator).map_err(unable)?;
     // As another program reads it.
     let read = CModule::load_data(&mut module.as_slice()).map_err(unable)?;

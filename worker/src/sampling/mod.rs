@@ -190,7 +190,10 @@ impl About {
     fn read(about: &HashMap<String, String>, script: Option<&Path>) -> Result<About, String> {
         let text = |key: &str| {
             about.get(key).ok_or_else(|| {
-                format!("it has no {key} in its header, so it is not a generator's; give a generator_ema.safetensors")
+                format!(
+                    "it has no {key} in its header, so its weights draw no samples; give a generator_ema.safetensors or \
+                     weights_ema.safetensors"
+                )
             })
         };
         let number = |key: &str| -> Result<u32, String> {
@@ -282,7 +285,9 @@ impl Generator {
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| {
             let found =
                 kind_of(Cursor::new(bytes)).map_or_else(|| format!("damaged ({error})"), str::to_string);
-            input(format!("it is {found}, not a generator's weights; give a generator_ema.safetensors"))
+            let what =
+                "not weights that draw samples; give a generator_ema.safetensors or weights_ema.safetensors";
+            input(format!("it is {found}, {what}"))
         })?;
         let about = About::read(&header.metadata().clone().unwrap_or_default(), script).map_err(input)?;
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| input(error.to_string()))?;

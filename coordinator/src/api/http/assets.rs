@@ -12,7 +12,7 @@ pub(super) struct Asset {
     pub content: &'static str,
 }
 
-static ASSETS: [Asset; 7] = [
+static ASSETS: [Asset; 8] = [
     Asset { path: "/", kind: "text/html; charset=utf-8", content: include_str!("assets/index.html") },
     Asset { path: "/style.css", kind: "text/css; charset=utf-8", content: include_str!("assets/style.css") },
     Asset { path: "/app.js", kind: "text/javascript; charset=utf-8", content: include_str!("assets/app.js") },
@@ -26,6 +26,7 @@ static ASSETS: [Asset; 7] = [
         kind: "text/javascript; charset=utf-8",
         content: include_str!("assets/format.js"),
     },
+    Asset { path: "/job.js", kind: "text/javascript; charset=utf-8", content: include_str!("assets/job.js") },
     Asset {
         path: "/timeline.js",
         kind: "text/javascript; charset=utf-8",

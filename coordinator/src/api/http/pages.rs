@@ -11,6 +11,8 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use ganglion_proto::MESSAGE_LIMIT;
+use ganglion_proto::job::{Family, ModelKind};
+use ganglion_proto::names::named;
 use ganglion_proto::record::EventKind;
 use ganglion_proto::record::found::Found;
 use serde_json::{Map, Value, json};
@@ -310,7 +312,9 @@ async fn tell_prometheus(State(site): State<Arc<Site>>, headers: HeaderMap) -> R
     };
     let accepted = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let form = prometheus::Form::accepted(accepted);
-    let Ok(text) = prometheus::render(&view, &site.chronicle, form) else {
+    let kind = site.job["model"]["kind"].as_str().and_then(named::<ModelKind>);
+    let family = kind.map_or(Family::Gan, ModelKind::family);
+    let Ok(text) = prometheus::render(&view, &site.chronicle, family, form) else {
         return refusal(StatusCode::INTERNAL_SERVER_ERROR, "the metrics cannot be written");
     };
     ([(header::CONTENT_TYPE, HeaderValue::from_static(form.content_type()))], text).into_response()

@@ -7,6 +7,7 @@
 use std::fmt;
 use std::sync::atomic::AtomicU64;
 
+use ganglion_proto::job;
 use ganglion_proto::record::{EventKind, FaultKind, MetricsRow};
 use ganglion_proto::wire::WorkerStatus;
 use prometheus_client::encoding::text::encode;
@@ -53,7 +54,12 @@ impl Form {
 }
 
 /// Renders all metrics of the moment.
-pub(super) fn render(view: &View, chronicle: &Chronicle, form: Form) -> Result<String, fmt::Error> {
+pub(super) fn render(
+    view: &View,
+    chronicle: &Chronicle,
+    family: job::Family,
+    form: Form,
+) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("ganglion");
     of_run(&mut registry, view);
     {
@@ -64,7 +70,7 @@ pub(super) fn render(view: &View, chronicle: &Chronicle, form: Form) -> Result<S
         }
     }
     of_workers(&mut registry, &view.status.workers);
-    of_evaluations(&mut registry, &chronicle.look());
+    of_evaluations(&mut registry, &chronicle.look(), family);
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(if form == Form::Text { plain(&text) } else { text })
@@ -243,9 +249,10 @@ fn of_row(registry: &mut Registry, row: &MetricsRow) {
     }
 }
 
-fn of_evaluations(registry: &mut Registry, known: &Known) {
+fn of_evaluations(registry: &mut Registry, known: &Known, family: job::Family) {
     let raised = |alarm: &Alarm| f64::from(u8::from(known.alarms.contains_key(alarm.name())));
-    let alarms = Alarm::ALL.iter().map(|alarm| (vec![("alarm", alarm.name().to_string())], raised(alarm)));
+    let alarms = Alarm::ALL.iter().filter(|alarm| alarm.concerns(family));
+    let alarms = alarms.map(|alarm| (vec![("alarm", alarm.name().to_string())], raised(alarm)));
     gauges(
         registry,
         "alarm",
@@ -300,7 +307,7 @@ mod tests {
     use super::*;
 
     fn text(form: Form) -> String {
-        render(&view(), &chronicle(), form).unwrap()
+        render(&view(), &chronicle(), job::Family::Gan, form).unwrap()
     }
 
     #[test]
@@ -333,7 +340,7 @@ mod tests {
     fn a_worker_that_is_gone_has_no_figures() {
         let mut view = view();
         view.status.workers.clear();
-        let text = render(&view, &chronicle(), Form::Text).unwrap();
+        let text = render(&view, &chronicle(), job::Family::Gan, Form::Text).unwrap();
         assert!(!text.contains("worker=\"3\""), "{text}");
     }
 

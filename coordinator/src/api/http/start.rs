@@ -88,7 +88,8 @@ pub(crate) async fn start(
         view: content.view,
         chronicle: content.chronicle,
         samples: run_dir.path("samples"),
-        job: serde_json::to_value(content.job).map_err(|error| other(error.into()))?,
+        // As its text has it: without settings of other families.
+        job: serde_json::to_value(content.job.to_table()).map_err(|error| other(error.into()))?,
         guard,
         asked: watch::Sender::new(None),
     };

@@ -71,7 +71,7 @@ fn float(at: u64) -> f64 {
 
 fn job(settings: &[&str]) -> Value {
     let settings: Vec<String> = settings.iter().map(|setting| (*setting).to_string()).collect();
-    serde_json::to_value(read(&Source::Embedded, &settings).unwrap()).unwrap()
+    serde_json::to_value(read(&Source::Embedded, &settings).unwrap().to_table()).unwrap()
 }
 
 /// Scalars of a GAN that explodes, and all settings that can change.

@@ -155,6 +155,7 @@ async fn everything_is_where_it_is_looked_for() {
         ("/style.css", "text/css"),
         ("/app.js", "text/javascript"),
         ("/format.js", "text/javascript"),
+        ("/job.js", "text/javascript"),
         ("/chart.js", "text/javascript"),
         ("/timeline.js", "text/javascript"),
         ("/icon.svg", "image/svg+xml"),

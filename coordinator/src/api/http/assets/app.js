@@ -3,6 +3,7 @@
 
 import { Chart } from './chart.js';
 import { NONE, ago, brief, bytes, clock, duration, exact, figure, milliseconds, percent, plural, spoken, whole } from './format.js';
+import { jobLines } from './job.js';
 import { Timeline } from './timeline.js';
 
 const PERIOD = 1500;
@@ -619,69 +620,6 @@ function showJob(status) {
   if (!changed('job', [status.job, status.data])) return;
   const line = ([name, value]) => make('div', name === 'Warning' ? 'warn' : '', make('dt', '', name), make('dd', '', value));
   $('job').replaceChildren(...jobLines(status.job, status.data).map(line));
-}
-
-/** The settings of a job for people. */
-function jobLines(text, found) {
-  const { job, data, loss } = text;
-  const [first, ...others] = loss ? ganLines(text) : packageLines(text);
-  return [
-    first,
-    ['Data', data.path ? `${data.kind}, ${data.path}` : data.kind],
-    ['Samples', found?.summary],
-    ...(found?.warnings ?? []).map((warning) => ['Warning', warning]),
-    ...others,
-    ['Batch', `${whole(job.data_shards * job.shard_batch)} = ${plural(job.data_shards, 'data shard')} × ${whole(job.shard_batch)}`],
-    ['Precision', `${job.precision}, ${job.reduction} reduction`],
-    // Numbers beyond lose digits on their way here.
-    ['Seed', Number.isSafeInteger(job.seed) ? String(job.seed) : 'in job.toml'],
-    ['Deadline', `${exact(job.failure_deadline)} s`],
-  ].filter(([, value]) => value);
-}
-
-/** Both ends of a setting that moves over the run. */
-const mover = (over) => (first, last) => (over && first !== last ? `${exact(first)} → ${exact(last)}` : exact(first));
-
-/** A package has losses and networks of its own, and an optimizer for each phase. */
-function packageLines({ model, optimizer = {} }) {
-  const moves = mover(optimizer.decay_images);
-  const phases = Object.entries(optimizer).filter(([, settings]) => typeof settings === 'object');
-  return [
-    ['Model', `package ${model.path ?? ''}${model.package_hash ? `, hash ${model.package_hash.slice(0, 8)}` : ''}`],
-    ...phases.map(([phase, own]) => [
-      `Phase ${phase}`,
-      `${own.kind}, rate ${moves(own.learning_rate, own.final_learning_rate)}, β ${exact(own.beta1)} and ${moves(own.beta2, own.final_beta2)}`,
-    ]),
-    ['Schedule', optimizer.decay_images ? `half a cosine over ${exact(optimizer.decay_images)} images` : ''],
-  ];
-}
-
-function ganLines({ model, loss, optimizer, augmentation }) {
-  const over = optimizer.decay_images;
-  const moves = mover(over);
-  const [g, d] = [optimizer.learning_rate, optimizer.discriminator_learning_rate];
-  const [lastG, lastD] = [optimizer.final_learning_rate, optimizer.final_discriminator_learning_rate];
-  const penalties = [
-    ['wasserstein-gp'].includes(loss.kind) && `gradient penalty ${exact(loss.gradient_penalty)}`,
-    (loss.r1 || loss.final_r1) && `R1 ${moves(loss.r1, loss.final_r1)}`,
-    (loss.r2 || loss.final_r2) && `R2 ${moves(loss.r2, loss.final_r2)}`,
-  ].filter(Boolean);
-  const every = penalties.length && loss.penalty_every > 1 ? `, every ${whole(loss.penalty_every)} updates` : '';
-  const chance = augmentation.adaptive
-    ? `adaptive, target ${exact(augmentation.target)}`
-    : `probability ${moves(augmentation.probability, augmentation.final_probability)}`;
-  const augmented = [augmentation.flip && 'flips', augmentation.kinds.length && `${augmentation.kinds.join(', ')}: ${chance}`];
-  const growth = model.ema_schedule === 'ramp-up' ? 'at most 5\u00a0% of the images seen' : 'along half a cosine from 0';
-  return [
-    ['Model', `${model.kind}, width ${whole(model.width)}, latent ${whole(model.latent_dim)}${model.conditional ? ', conditional' : ''}`],
-    ['Loss', loss.kind + (loss.discriminator_steps > 1 ? `, ${whole(loss.discriminator_steps)} discriminator phases` : '')],
-    ['Penalties', penalties.length ? penalties.join(', ') + every : ''],
-    ['Optimizer', `${optimizer.kind}, β ${exact(optimizer.beta1)} and ${moves(optimizer.beta2, optimizer.final_beta2)}`],
-    ['Learning rates', `G ${moves(g, lastG)}, D ${moves(d, lastD)}`],
-    ['Schedule', over ? `half a cosine over ${exact(over)} images` : ''],
-    ['EMA', `half-life ${exact(model.ema_half_life_images)} images, ${growth}`],
-    ['Augmented', augmented.filter(Boolean).join('; ')],
-  ];
 }
 
 // The token is in the cookie by now; it need not stay in the address, where it can be read and copied.
