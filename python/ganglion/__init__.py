@@ -24,10 +24,23 @@ if TYPE_CHECKING:
     from ganglion._check import Distance, check
     from ganglion._export import Package, export
     from ganglion._run import Picture, Plot, Run, load, sample, train
-    from ganglion.objective import Adam, Batch, Draw, Images, Objective, Phase, images
+    from ganglion.objective import (
+        Adam,
+        Arrays,
+        Batch,
+        Draw,
+        Images,
+        Objective,
+        Phase,
+        Text,
+        arrays,
+        images,
+        text,
+    )
 
 __all__ = [
     "Adam",
+    "Arrays",
     "Batch",
     "Distance",
     "Draw",
@@ -40,12 +53,15 @@ __all__ = [
     "Picture",
     "Plot",
     "Run",
+    "Text",
+    "arrays",
     "check",
     "coordinator",
     "export",
     "images",
     "load",
     "sample",
+    "text",
     "train",
     "worker",
 ]
@@ -55,7 +71,19 @@ _MODULES = {
     "_check": ("Distance", "check"),
     "_export": ("Package", "export"),
     "_run": ("Picture", "Plot", "Run", "load", "sample", "train"),
-    "objective": ("Adam", "Batch", "Draw", "Images", "Objective", "Phase", "images"),
+    "objective": (
+        "Adam",
+        "Arrays",
+        "Batch",
+        "Draw",
+        "Images",
+        "Objective",
+        "Phase",
+        "Text",
+        "arrays",
+        "images",
+        "text",
+    ),
 }
 _LAZY = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ganglion._errors import ExportError
 from ganglion._package import COLUMNS
 from ganglion._random import Source, Watch, storage
-from ganglion.objective import Batch, DrawSpec, Images, Objective, Phase
+from ganglion.objective import Data, DrawSpec, Images, Objective, Phase
 
 OWN = "objective"
 """Name of the network of parameters that lie directly on the objective."""
@@ -137,8 +137,12 @@ class Graph:
     unused: list[str] = dataclasses.field(default_factory=list)
 
     def reads(self, what: str) -> bool:
-        """Whether the graph reads `images`, `classes` or `step`."""
+        """Whether the graph reads `classes` or `step`."""
         return any(given.get("batch") == what or given.get(what) is True for given in self.inputs)
+
+    def reads_batch(self) -> bool:
+        """Whether the graph reads any part of the samples."""
+        return any("batch" in given for given in self.inputs)
 
 
 class _Call(nn.Module):
@@ -170,7 +174,7 @@ def _flat_weights(objective: nn.Module) -> Iterator[None]:
 class Method:
     """A method of an objective as a function of flat tensors.
 
-    Inputs are the values of all tensors of the state, images, classes, the step, then draws. Calling it runs the method,
+    Inputs are the values of all tensors of the state, the parts of a batch, the step, then draws. Calling it runs the method,
     on values as well as without.
 
     Args:
@@ -179,12 +183,13 @@ class Method:
     """
 
     def __init__(
-        self, objective: Objective, tensors: Tensors, data: Images, device: str, *, kind: str, method: str
+        self, objective: Objective, tensors: Tensors, data: Data, device: str, *, kind: str, method: str
     ) -> None:
         self.objective, self.tensors, self.data, self.device = objective, tensors, data, device
         self.kind, self.method = kind, method
         self.phase: Phase | None = None
         self.count, self.takes_classes = 0, False
+        self.pictures: tuple[int, ...] = ()
         self.specs: list[DrawSpec] = []
         self.written: set[int] = set()
         self.loss_name = "loss"
@@ -200,11 +205,9 @@ class Method:
         ]
 
     def batch(self) -> list[Tensor]:
-        """Images, classes and the step, without content."""
-        data = self.data
-        shape = (self.count, data.channels, data.height, data.width)
-        classes = torch.zeros(self.count, dtype=torch.int64, device=self.device)
-        return [torch.zeros(shape, device=self.device), classes, torch.zeros((), device=self.device)]
+        """Parts of the samples and the step, without content."""
+        parts = [torch.zeros(p.shape, dtype=p.kind, device=self.device) for p in self.data.parts(self.count)]
+        return [*parts, torch.zeros((), device=self.device)]
 
     def run(self, inputs: Sequence[Tensor], source: Source) -> list[Tensor]:
         """Runs the method; `outputs` then says what it returned."""
@@ -212,8 +215,8 @@ class Method:
         watch = Watch(source, {})
         values, leaves = self._state(inputs[: len(entries)], watch)
         versions = {key: (value, value._version) for key, value in values.items()}
-        images, classes, step = inputs[len(entries) :]
-        arguments = self._arguments(images, classes, step, source)
+        *parts, step = inputs[len(entries) :]
+        arguments = self._arguments(parts, step, source)
         call, given = _Call(self.objective), {f"objective.{key}": value for key, value in values.items()}
         with torch.enable_grad() if self.kind == "phase" else torch.no_grad(), watch:
             then = lambda returned: self._results(returned, leaves)
@@ -241,12 +244,11 @@ class Method:
     def _kind(self, dtype: torch.dtype) -> torch.dtype:
         return self.precision if dtype == torch.float32 else dtype
 
-    def _arguments(self, images: Tensor, classes: Tensor, step: Tensor, source: Source) -> list[Any]:
-        has_classes = self.data.classes > 0
+    def _arguments(self, parts: Sequence[Tensor], step: Tensor, source: Source) -> list[Any]:
         if self.kind == "sample":
-            return [source, self.count, *([classes] if self.takes_classes else [])]
+            return [source, self.count, *([parts[1]] if self.takes_classes else [])]
         with_step = [step] if self.argument_count() == 3 else []
-        return [Batch(images.clone(), classes.clone() if has_classes else None), source, *with_step]
+        return [self.data.batch([part.clone() for part in parts]), source, *with_step]
 
     # ---- Results -----------------------------------------------------------------------------------------------------
 
@@ -329,12 +331,18 @@ class Method:
         return self._scalars(named)
 
     def _picture(self, returned: Any) -> Tensor:
-        data = self.data
-        shape = (self.count, data.channels, data.height, data.width)
-        if not isinstance(returned, Tensor) or tuple(returned.shape) != shape:
+        found = tuple(returned.shape) if isinstance(returned, Tensor) else ()
+        if isinstance(self.data, Images):
+            shape = self.data.parts(self.count)[0].shape
+            is_right = found == shape
+        else:
+            shape = f"({self.count}, 1 or 3, height, width)"
+            is_right = len(found) == 4 and found[0] == self.count and found[1] in (1, 3) and min(found) > 0
+        if not is_right:
             raise ExportError(
                 f"{self._where()}it returns {_described(returned)}; it must return images of shape {shape}"
             )
+        self.pictures = found
         return returned.to(self.precision)
 
     def _gradients(self, loss: Tensor, leaves: dict[str, Tensor]) -> list[Tensor]:
@@ -446,12 +454,13 @@ def capture(method: Method, name: str) -> Graph:
             return method.run(tensors[: len(fixed)], Source(method.device, draws))
 
         module = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*fixed, *drawn)
+    parts = method.data.parts(method.count)
     inputs = [
         *({"parameter" if entry.kind == "parameter" else "buffer": entry.state_name} for entry in entries),
         *(
-            [{}, {"classes": True}, {}]
+            [*({"classes": True} if part.name == "classes" else {} for part in parts), {}]
             if method.kind == "sample"
-            else [{"batch": "images"}, {"batch": "classes"}, {"step": True}]
+            else [*({"batch": part.name} for part in parts), {"step": True}]
         ),
     ]
     kept = _prune(module, [entry.kind == "constant" for entry in entries], fixed)

@@ -17,7 +17,7 @@ from ganglion._errors import Error
 from ganglion._export import exported, methods_of
 from ganglion._package import read_manifest
 from ganglion._random import Source
-from ganglion.objective import Draw, DrawSpec, Images, Objective
+from ganglion.objective import Draw, DrawSpec, Objective, data_of
 
 # Steps done before, for methods that ask.
 _STEP = 1000.0
@@ -72,8 +72,7 @@ def check(
     missing = missing_features(manifest["cpu"]["features"])
     if missing:
         raise Error(f"{package}: was compiled for processors with {', '.join(missing)}, which this one has not")
-    about, device = manifest["data"]["images"], manifest["device"]
-    data = Images(about["channels"], about["height"], about["width"], manifest["data"]["classes"])
+    data, device = data_of(manifest["data"]), manifest["device"]
     phases = check_phases(objective)
     tensors = Tensors(objective, phases)
     samples = manifest.get("sample", {}).get("count", 1)
@@ -86,7 +85,7 @@ def check(
         with settings(), evaluation_mode(objective) if method.kind != "phase" else contextlib.nullcontext():
             exact = _eager(method, given, about, torch.float64)
             eager = _eager(method, given, about, torch.float32)
-        compiled = _compiled(package, about, tensors, given)
+        compiled = _compiled(package, about, method, given)
         names = [next(iter(output.values())) for output in method.outputs] or ["images"]
         whole = [true for output, true in zip(method.outputs, exact) if "gradient" in output]
         for name, true, ours, theirs in zip(names, exact, compiled, eager):
@@ -106,12 +105,9 @@ class _Given:
 
 def _values(method: Method, about: dict, seed: int) -> _Given:
     random = Draw(seed=seed, device=method.device)
-    images, classes, step = method.batch()
-    images = random.uniform(tuple(images.shape), -1.0, 1.0)
-    if method.data.classes:
-        classes = random.integers(tuple(classes.shape), 0, method.data.classes)
+    parts, step = method.data.random(random, method.count), method.batch()[-1]
     draws = [random._take(_spec(draw)) for draw in about["draws"]]
-    return _Given(method.values(), [images, classes, step + _STEP], draws)
+    return _Given(method.values(), [*parts, step + _STEP], draws)
 
 
 def _spec(draw: dict) -> DrawSpec:
@@ -136,9 +132,10 @@ def _eager(method: Method, given: _Given, about: dict, precision: torch.dtype) -
         method.precision = torch.float32
 
 
-def _compiled(package: str | os.PathLike[str], about: dict, tensors: Tensors, given: _Given) -> list[Tensor]:
-    images, classes, step = given.batch
-    named = {entry.state_name: value for entry, value in zip(tensors.entries, given.state)}
+def _compiled(package: str | os.PathLike[str], about: dict, method: Method, given: _Given) -> list[Tensor]:
+    *parts, step = given.batch
+    named = {entry.state_name: value for entry, value in zip(method.tensors.entries, given.state)}
+    names = [part.name for part in method.data.parts(method.count)]
 
     def value(given_: dict) -> Tensor:
         ((what, which),) = given_.items()
@@ -148,7 +145,7 @@ def _compiled(package: str | os.PathLike[str], about: dict, tensors: Tensors, gi
             return given.draws[which]
         if what == "step":
             return step
-        return images if which == "images" else classes
+        return parts[names.index("classes" if what == "classes" else which)]
 
     _show_libtorch()
     loader = torch._C._aoti.AOTIModelPackageLoader(os.fspath(Path(package)), about["graph"], True, 1, -1)

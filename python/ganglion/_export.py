@@ -31,7 +31,7 @@ from ganglion._package import add_members
 from ganglion._place import SKIPPED, short
 from ganglion._programs import TORCH_VERSION
 from ganglion._random import Source
-from ganglion.objective import Adam, Draw, Images, Objective, Phase
+from ganglion.objective import Adam, Data, Draw, Objective, Phase
 
 exported: weakref.WeakKeyDictionary[Objective, Package] = weakref.WeakKeyDictionary()
 """Newest package of each objective."""
@@ -62,7 +62,7 @@ def export(
     objective: Objective,
     path: str | os.PathLike[str],
     *,
-    data: Images,
+    data: Data,
     shard_batch: int = 16,
     device: str = "cpu",
     samples: int = 64,
@@ -74,7 +74,7 @@ def export(
     Args:
         objective: networks and methods; their present weights are the first ones of a training.
         path: file to write.
-        data: shape of the samples, of `ganglion.images`.
+        data: shape of the samples, of `ganglion.images`, `ganglion.text` or `ganglion.arrays`.
         shard_batch: samples of one data shard. Shapes are fixed, so a job with the package has this `job.shard_batch`.
         device: "cpu", or "cuda" on a machine with a GPU of the kind that shall train.
         samples: images of one call of `sample`.
@@ -131,7 +131,7 @@ def methods_of(
     objective: Objective,
     phases: list[Phase],
     tensors: Tensors,
-    data: Images,
+    data: Data,
     device: str,
     shard_batch: int,
     samples: int,
@@ -164,9 +164,7 @@ def methods_of(
 def _try(method: Method, graph: Graph) -> None:
     """Runs a method on values once: what is not deterministic fails here."""
     random = Draw(seed=0, device=method.device)
-    images, classes, step = method.batch()
-    images = random.uniform(tuple(images.shape), -1.0, 1.0)
-    inputs = [*method.values(), images, classes, step]
+    inputs = [*method.values(), *method.data.random(random, method.count), method.batch()[-1]]
     draws = [random._take(spec) for spec in method.specs]
     try:
         method.run(inputs, Source(method.device, draws))
@@ -234,7 +232,7 @@ def _manifest(
     tensors: Tensors,
     methods: dict[str, Method],
     graphs: dict[str, Graph],
-    data: Images,
+    data: Data,
     device: str,
     used: list[str],
     shard_batch: int,
@@ -247,10 +245,7 @@ def _manifest(
     manifest |= {
         "cpu": {"arch": os.uname().machine, "features": used},
         "shard_batch": shard_batch,
-        "data": {
-            "images": {"channels": data.channels, "height": data.height, "width": data.width},
-            "classes": data.classes if any(read) else 0,
-        },
+        "data": data.to_json(any(read)),
         "networks": [_network(objective, tensors, network) for network in tensors.networks],
         "aliases": tensors.aliases,
         "phases": _phases(objective, phases, graphs),
@@ -263,7 +258,7 @@ def _manifest(
             "classes": data.classes if graph.reads("classes") else 0,
             "inputs": graph.inputs,
             "draws": [spec.to_json() for spec in graph.draws],
-            "output": [method.count, data.channels, data.height, data.width],
+            "output": list(method.pictures),
         }
     if "evaluate" in graphs:
         graph = graphs["evaluate"]
@@ -315,7 +310,7 @@ def _phases(objective: Objective, phases: list[Phase], graphs: dict[str, Graph])
 
 
 def _batch(where: str, phase: Phase, graph: Graph, has_read: bool) -> str:
-    reads = graph.reads("images") or graph.reads("classes")
+    reads = graph.reads_batch()
     batch = phase.batch or (("same" if has_read else "next") if reads else "none")
     where = f"{where}: the phase {phase.name}"
     if batch == "none" and reads:

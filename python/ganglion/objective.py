@@ -7,7 +7,7 @@ one data shard of samples. `ganglion.export` captures and compiles the methods.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ganglion._errors import Error, ExportError
 from ganglion._place import place
 
-__all__ = ["Adam", "Batch", "Draw", "Images", "Objective", "Phase", "images"]
+__all__ = ["Adam", "Arrays", "Batch", "Draw", "Images", "Objective", "Phase", "Text", "arrays", "images", "text"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,98 @@ class Images:
     width: int
     classes: int = 0
 
+    def parts(self, count: int) -> list[Part]:
+        """Parts of a batch of samples, in the order in which a method takes them."""
+        images = Part("images", (count, self.channels, self.height, self.width), torch.float32)
+        return [images, Part("classes", (count,), torch.int64)]
+
+    def batch(self, tensors: Sequence[Tensor]) -> Batch:
+        """The batch of these parts."""
+        return Batch(tensors[0], tensors[1] if self.classes else None)
+
+    def random(self, draw: Draw, count: int) -> list[Tensor]:
+        """Parts of a batch with random content."""
+        images, classes = self.parts(count)
+        drawn = draw.uniform(images.shape, -1.0, 1.0)
+        return [drawn, draw.integers(classes.shape, 0, max(self.classes, 1))]
+
+    def to_json(self, reads_classes: bool) -> dict[str, Any]:
+        """Form in a manifest."""
+        images = {"channels": self.channels, "height": self.height, "width": self.width}
+        return {"images": images, "classes": self.classes if reads_classes else 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Size of the data: pieces of text. Made by `ganglion.text`."""
+
+    context: int
+    vocabulary: int
+    classes = 0
+
+    def parts(self, count: int) -> list[Part]:
+        """Parts of a batch of samples."""
+        return [Part("tokens", (count, self.context + 1), torch.int64)]
+
+    def batch(self, tensors: Sequence[Tensor]) -> Batch:
+        """The batch of these parts."""
+        return Batch(tokens=tensors[0])
+
+    def random(self, draw: Draw, count: int) -> list[Tensor]:
+        """Parts of a batch with random content."""
+        return [draw.integers(part.shape, 0, self.vocabulary) for part in self.parts(count)]
+
+    def to_json(self, reads_classes: bool) -> dict[str, Any]:
+        """Form in a manifest."""
+        return {"tokens": {"context": self.context, "vocabulary": self.vocabulary}, "classes": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Shapes of the data: arrays by their names. Made by `ganglion.arrays`."""
+
+    arrays: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    classes = 0
+
+    def parts(self, count: int) -> list[Part]:
+        """Parts of a batch of samples."""
+        return [Part({"array": name}, (count, *shape), kind) for name, shape, kind in self.arrays]
+
+    def batch(self, tensors: Sequence[Tensor]) -> Batch:
+        """The batch of these parts."""
+        return Batch(arrays={name: tensor for (name, _, _), tensor in zip(self.arrays, tensors)})
+
+    def random(self, draw: Draw, count: int) -> list[Tensor]:
+        """Parts of a batch with random content: numbers in [-1, 1], or zeros and ones."""
+        return [
+            (draw.uniform(p.shape, -1.0, 1.0) if p.kind.is_floating_point else draw.integers(p.shape, 0, 2)).to(p.kind)
+            for p in self.parts(count)
+        ]
+
+    def to_json(self, reads_classes: bool) -> dict[str, Any]:
+        """Form in a manifest."""
+        names = {kind: name for name, kind in _KINDS.items()}
+        arrays = [{"name": name, "kind": names[kind], "shape": list(shape)} for name, shape, kind in self.arrays]
+        return {"arrays": arrays, "classes": 0}
+
+
+Data = Images | Text | Arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A tensor of a batch.
+
+    Attributes:
+        name: its name in a manifest.
+        shape: with the number of samples.
+        kind: kind of its numbers.
+    """
+
+    name: str | dict[str, str]
+    shape: tuple[int, ...]
+    kind: torch.dtype
+
 
 def images(channels: int, size: int | tuple[int, int], classes: int = 0) -> Images:
     """Describes data of images.
@@ -83,17 +175,90 @@ def images(channels: int, size: int | tuple[int, int], classes: int = 0) -> Imag
     return Images(channels, height, width, classes)
 
 
+def text(context: int, vocabulary: int = 256) -> Text:
+    """Describes data of text, `data.kind = "text"` in a job.
+
+    Args:
+        context: tokens that a sample predicts; a sample has one more.
+        vocabulary: number of different tokens; 256 for bytes.
+    """
+    if context < 1 or vocabulary < 1:
+        raise Error(f"text has a context and a vocabulary of at least 1, not {context} and {vocabulary}")
+    return Text(context, vocabulary)
+
+
+def arrays(**arrays: tuple[int | Sequence[int], Any]) -> Arrays:
+    """Describes data of arrays, `data.kind = "arrays"` in a job: NAME=(shape of one sample, kind).
+
+    A kind is a name such as "float32", or a dtype of PyTorch or NumPy; numbers of NumPy's uint16 and uint32 come as
+    int32 and int64.
+
+    Example:
+        >>> ganglion.arrays(signal=((2, 1000), "float32"), label=((), "int64"))
+    """
+    found = []
+    for name, about in sorted(arrays.items()):
+        if name in ("images", "classes", "tokens") or name.startswith("_") or not name.isascii() or len(name) > 64:
+            raise Error(f"an array cannot be called {name}: give it another name")
+        if not isinstance(about, tuple) or len(about) != 2:
+            raise Error(f"the array {name} is described by its shape and kind: {name}=((3, 4), 'float32')")
+        kind = str(about[1] if isinstance(about[1], (str, torch.dtype)) else getattr(about[1], "__name__", about[1]))
+        kind = kind.removeprefix("torch.")
+        if kind not in _KINDS:
+            raise Error(f"the array {name} is of {kind}; there are {', '.join(_KINDS)}")
+        shape = _shape((about[0],)) if isinstance(about[0], int) else tuple(int(side) for side in about[0])
+        if min(shape, default=1) < 1:
+            raise Error(f"the array {name} has shape {shape}; each side is at least 1")
+        found.append((name, shape, _KINDS[kind]))
+    if not found:
+        raise Error("arrays: name at least one, as in arrays(x=((3, 4), 'float32'))")
+    return Arrays(tuple(found))
+
+
+_KINDS = {
+    name: getattr(torch, name)
+    for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+}
+
+
+def data_of(about: Mapping[str, Any]) -> Data:
+    """Data of a manifest."""
+    if "tokens" in about:
+        return Text(**about["tokens"])
+    if "arrays" in about:
+        return Arrays(tuple((one["name"], tuple(one["shape"]), _KINDS[one["kind"]]) for one in about["arrays"]))
+    return Images(**about["images"], classes=about["classes"])
+
+
 class Batch:
-    """Samples of one data shard.
+    """Samples of one data shard: images, tokens, or arrays by their names.
 
     Attributes:
         images: float32 of shape (n, channels, height, width), in [-1, 1].
         classes: int64 of shape (n).
+        tokens: int64 of shape (n, context + 1).
     """
 
-    def __init__(self, images: Tensor, classes: Tensor | None = None) -> None:
-        self.images = images
+    def __init__(
+        self,
+        images: Tensor | None = None,
+        classes: Tensor | None = None,
+        *,
+        tokens: Tensor | None = None,
+        arrays: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._classes = classes
+        self._parts = {"images": images, "tokens": tokens, **(arrays or {})}
+        self._parts = {name: part for name, part in self._parts.items() if part is not None}
+
+    def __getattr__(self, name: str) -> Tensor:
+        # Python asks so for what is neither set nor a method.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in self._parts:
+            there = ", ".join(f"batch.{part}" for part in self._parts)
+            raise ExportError(f"{place()}batch.{name} is read, and the data of this package have {there}")
+        return self._parts[name]
 
     @property
     def classes(self) -> Tensor:
@@ -106,7 +271,7 @@ class Batch:
 
     def __len__(self) -> int:
         """Number of samples n."""
-        return self.images.shape[0]
+        return next(iter(self._parts.values())).shape[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +360,7 @@ class Objective(nn.Module):
     name: `return loss, {"kl": kl}`. Parameters of networks that the phase does not update need no gradient in it.
 
     Two methods are optional: `sample(self, draw, n)`, or `sample(self, draw, n, classes)` with int64 classes of shape
-    (n), returns images (n, channels, height, width) in [-1, 1]; `evaluate(self, batch, draw)` returns scalars by
+    (n), returns images (n, channels, height, width) in [-1, 1], of the data's shape where these are images; `evaluate(self, batch, draw)` returns scalars by
     name, on samples that are not trained on. Both run in evaluation mode.
 
     Attributes:

@@ -145,6 +145,41 @@ static int run(void** in, void** out) {
   scalar(&out[1], error);
   return 0;
 }
+#elif GRAPH == 5
+// Guesses the next token by the one before: (w, tokens) to (d w, loss).
+enum { OUTPUTS = 2, VOCABULARY = 256, CONTEXT = 16 };
+static int run(void** in, void** out) {
+  const float* w = at(in[0]);
+  const int64_t* tokens = at(in[1]);
+  float *dw = new_tensor(1, VOCABULARY, 1, FLOAT, &out[0]), loss = 0;
+  for (int b = 0; b < BATCH; b++) {
+    for (int c = 0; c < CONTEXT; c++) {
+      const int64_t *pair = tokens + b * (CONTEXT + 1) + c;
+      const float e = w[pair[0]] - (float)pair[1] / VOCABULARY;
+      loss += 0.5f * e * e;
+      dw[pair[0]] += e;
+    }
+  }
+  scalar(&out[1], loss);
+  return 0;
+}
+#elif GRAPH == 6
+// Linear regression of arrays: (w, x, y, wide) to (d w, loss).
+enum { OUTPUTS = 2, INPUTS = 3 };
+static int run(void** in, void** out) {
+  const float *w = at(in[0]), *x = at(in[1]);
+  const int64_t* y = at(in[2]);
+  const double* wide = at(in[3]);
+  float *dw = new_tensor(1, INPUTS, 1, FLOAT, &out[0]), loss = 0;
+  for (int b = 0; b < BATCH; b++) {
+    float e = (float)(wide[2 * b] + wide[2 * b + 1]) - (float)y[b];
+    for (int i = 0; i < INPUTS; i++) e += w[i] * x[b * INPUTS + i];
+    loss += 0.5f * e * e;
+    for (int i = 0; i < INPUTS; i++) dw[i] += e * x[b * INPUTS + i];
+  }
+  scalar(&out[1], loss);
+  return 0;
+}
 #endif
 
 int32_t AOTInductorModelContainerRunSingleThreaded(

@@ -147,6 +147,50 @@ pub fn gan() -> Source {
     }
 }
 
+/// One network of a weight, that a phase trains on parts of the samples.
+fn of_rows(data: Value, parts: &[Value], size: usize, graph: u32) -> Source {
+    let networks = json!([{
+        "name": "net", "parameters": [{"name": "w", "shape": [size]}], "buffers": [], "average": null,
+    }]);
+    let inputs = parts.iter().map(|part| json!({"batch": part}));
+    let inputs: Vec<Value> = std::iter::once(json!({"parameter": "net.w"})).chain(inputs).collect();
+    let phases = json!([{
+        "name": "training", "graph": "training", "updates": ["net"], "every": 1, "batch": "next",
+        "optimizer": optimizer(1e-2), "inputs": inputs, "draws": [],
+        "outputs": [{"gradient": "net.w"}, {"scalar": "loss"}], "loss": "loss",
+    }]);
+    let mut manifest = manifest(0, &networks, &phases);
+    manifest["data"] = data;
+    Source {
+        manifest,
+        weights: vec![("net.w", vec![size], numbers(size, 0.1))],
+        graphs: vec![("training", graph)],
+    }
+}
+
+/// Guesses the next byte of a text by the one before.
+pub fn bigrams() -> Source {
+    of_rows(json!({"tokens": {"context": 16, "vocabulary": 256}}), &[json!("tokens")], 256, 5)
+}
+
+/// Linear regression of arrays: `x` (3) of float32, `y` of int64 and `wide` (2) of float64.
+pub fn regression() -> Source {
+    let arrays = json!({"arrays": [
+        {"name": "x", "kind": "float32", "shape": [3]},
+        {"name": "y", "kind": "int64", "shape": []},
+        {"name": "wide", "kind": "float64", "shape": [2]},
+    ]});
+    let parts = ["x", "y", "wide"].map(|name| json!({"array": name}));
+    of_rows(arrays, &parts, 3, 6)
+}
+
+/// An array as NumPy saves it, with little-endian numbers.
+pub fn npy(kind: &str, shape: &str, numbers: &[u8]) -> Vec<u8> {
+    let header = format!("{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}\n");
+    let length = u16::try_from(header.len()).expect("a short header").to_le_bytes();
+    [b"\x93NUMPY\x01\x00", length.as_slice(), header.as_bytes(), numbers].concat()
+}
+
 impl Source {
     /// Compiles the graphs, and writes the package into a file.
     pub fn write(&self, path: &Path, fault: Fault) {

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use ganglion_tests::package::{Fault, Source, classifier, gan};
+use ganglion_tests::package::{Fault, Source, bigrams, classifier, gan, npy, regression};
 use ganglion_tests::{Ended, Process, Reference, Run, program, send};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -78,7 +78,14 @@ fn assert_answers(output: &Output, code: i32, words: &[&str]) {
 
 /// Same bits on 1, 2 and 3 workers, through a kill, and through a stop in the middle.
 fn has_the_same_bits(write: &dyn Fn(&Path)) {
-    let packaged = || Packaged::of(write, &["job.steps=300", "checkpoint.every_steps=40"]);
+    has_the_same_bits_on(&[], write);
+}
+
+/// The same with these settings of the data.
+fn has_the_same_bits_on(data: &[String], write: &dyn Fn(&Path)) {
+    let data: Vec<&str> = data.iter().map(String::as_str).collect();
+    let settings = [&["job.steps=300", "checkpoint.every_steps=40"], data.as_slice()].concat();
+    let packaged = || Packaged::of(write, &settings);
     let reference = Reference::new("1 worker", packaged().complete(1));
     reference.equals("2 workers", &packaged().complete(2));
     let disturbed = packaged();
@@ -105,6 +112,69 @@ fn a_gan_has_the_same_bits_on_1_to_3_workers_and_through_a_kill_and_a_stop() {
 #[test]
 fn a_classifier_has_the_same_bits_on_1_to_3_workers_and_through_a_kill_and_a_stop() {
     has_the_same_bits(&|path| classifier().write(path, Fault::None));
+}
+
+/// A folder with a text and with arrays, each of 1,000 samples.
+fn rows() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let text: Vec<u8> = (0..16_001_u32).map(|place| (place * place / 7 % 251) as u8).collect();
+    std::fs::write(folder.path().join("a.txt"), text).unwrap();
+    let arrays = folder.path().join("arrays");
+    std::fs::create_dir(&arrays).unwrap();
+    let numbers = |count: u16| (0..count).map(|index| (f32::from(index) * 12.9898).sin());
+    let x: Vec<u8> = numbers(3000).flat_map(f32::to_le_bytes).collect();
+    let wide: Vec<u8> = numbers(2000).flat_map(|number| f64::from(number).to_le_bytes()).collect();
+    let y: Vec<u8> = (0..1000_i64).flat_map(|index| (index % 3).to_le_bytes()).collect();
+    for (name, bytes) in [
+        ("x", npy("<f4", "(1000, 3)", &x)),
+        ("wide", npy("<f8", "(1000, 2)", &wide)),
+        ("y", npy("<i8", "(1000,)", &y)),
+        ("spare", npy("<i8", "(1000,)", &y)),
+    ] {
+        std::fs::write(arrays.join(format!("{name}.npy")), bytes).unwrap();
+    }
+    folder
+}
+
+/// Settings of the text and of the arrays in that folder.
+fn data_of(folder: &tempfile::TempDir) -> [Vec<String>; 2] {
+    let at = |name: &str| format!("data.path={}", folder.path().join(name).display());
+    [vec!["data.kind=text".to_owned(), at("a.txt")], vec!["data.kind=arrays".to_owned(), at("arrays")]]
+}
+
+#[test]
+fn text_gives_the_same_bits_on_1_to_3_workers_and_through_a_kill_and_a_stop() {
+    has_the_same_bits_on(&data_of(&rows())[0], &|path| bigrams().write(path, Fault::None));
+}
+
+#[test]
+fn arrays_give_the_same_bits_on_1_to_3_workers_and_through_a_kill_and_a_stop() {
+    has_the_same_bits_on(&data_of(&rows())[1], &|path| regression().write(path, Fault::None));
+}
+
+#[test]
+fn data_of_another_kind_than_the_package_takes_are_refused() {
+    let folder = rows();
+    let [text, arrays] = data_of(&folder);
+    let (small, names) = (vec!["data.context=8".to_owned()], vec!["data.names=[\"x\", \"y\"]".to_owned()]);
+    let changed = |mut source: Source, pointer: &str, value: Value| {
+        *source.manifest.pointer_mut(pointer).unwrap() = value;
+        source
+    };
+    let few = changed(bigrams(), "/data/tokens/vocabulary", json!(100));
+    let other = changed(regression(), "/data/arrays/0/kind", json!("float16"));
+    for (source, settings, words) in [
+        (bigrams(), vec![], "takes tokens, which data.kind = \"text\" gives, but data.kind is \"mnist-10k\""),
+        (gan(), text.clone(), "the package takes images, but data.kind is \"text\""),
+        (regression(), text.clone(), "takes arrays, which data.kind = \"arrays\" gives"),
+        (bigrams(), [text.clone(), small].concat(), "is 8, and the package was exported for 16"),
+        (few, text, "takes tokens below 100, and the data has 256 different ones"),
+        (regression(), [arrays.clone(), names].concat(), "the package also takes the array wide"),
+        (other, arrays, "takes the array x (3 float16), and the data has x (3 float32)"),
+    ] {
+        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+        Packaged::new(&source, &settings).assert_refused(&[words]);
+    }
 }
 
 /// Packages of PyTorch's own: a conditional GAN with batch normalisation, dropout and a lazy penalty, and a

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 
 use ganglion_membership::StepShape;
 use ganglion_proto::evaluation::{BestBy, names};
-use ganglion_proto::job::{Job, ModelKind, OptimizerKind, PhaseOptimizer};
-use ganglion_proto::package::{Batch, Manifest, Optimizer, Output, Package};
+use ganglion_proto::job::{DataKind, Job, ModelKind, OptimizerKind, PhaseOptimizer};
+use ganglion_proto::package::{Batch, ImageSpec, Manifest, Optimizer, Output, Package, SampleSpec};
 
 use super::sections::side;
 use super::settings::Settings;
@@ -92,7 +92,7 @@ fn settle(settings: &mut Settings, job: &mut Job, package: &Package) {
             .fault(HASH, "the package has another hash: it was changed; remove the key to train it as it is");
     }
     job.model.package_hash = Some(package.hash.clone());
-    check_images(settings, job, manifest);
+    settle_data(settings, job, &manifest.data.samples);
     // A package without a graph for it draws none.
     if manifest.sample.is_none() && !settings.is_given("sample.every_steps") {
         job.sample.every_steps = 0;
@@ -123,9 +123,60 @@ fn check_best_by(settings: &mut Settings, job: &Job, manifest: &Manifest) {
     }
 }
 
+/// Takes over what the package settles of the data, and checks what the job says of them.
+fn settle_data(settings: &mut Settings, job: &mut Job, samples: &SampleSpec) {
+    let kind = job.data.kind;
+    let (fits, wanted) = match samples {
+        SampleSpec::Images(_) => (kind.is_images(), "images"),
+        SampleSpec::Tokens(_) => (kind == DataKind::Text, "tokens, which data.kind = \"text\" gives"),
+        SampleSpec::Arrays(_) => (kind == DataKind::Arrays, "arrays, which data.kind = \"arrays\" gives"),
+    };
+    if !fits {
+        if settings.sound(&["data.kind"]) {
+            settings.fault(
+                PATH,
+                format!("the package takes {wanted}, but data.kind is \"{kind}\"; change one of the two"),
+            );
+        }
+        return;
+    }
+    match samples {
+        SampleSpec::Images(images) => check_images(settings, job, *images),
+        SampleSpec::Tokens(tokens) => {
+            const KEY: &str = "data.context";
+            let (own, given) = (tokens.context, job.data.context);
+            if settings.is_given(KEY) && given != Some(own) && settings.sound(&[KEY]) {
+                let given = given.unwrap_or_default();
+                settings.fault(
+                    KEY,
+                    format!(
+                        "is {given}, and the package was exported for {own}; remove it, or export the package with \
+                         context={given}"
+                    ),
+                );
+            }
+            job.data.context = Some(own);
+        }
+        SampleSpec::Arrays(arrays) => {
+            const KEY: &str = "data.names";
+            let given = job.data.names.as_ref();
+            let missing = arrays.iter().find(|array| given.is_some_and(|given| !given.contains(&array.name)));
+            if let Some(array) = missing.filter(|_| settings.sound(&[KEY])) {
+                settings.fault(
+                    KEY,
+                    format!("the package also takes the array {}; add it, or remove the key", array.name),
+                );
+            }
+            // No array is read in vain.
+            let mut own: Vec<String> = arrays.iter().map(|array| array.name.clone()).collect();
+            own.sort();
+            job.data.names = Some(own);
+        }
+    }
+}
+
 /// Checks the images that leave the data pipeline, as far as the job determines them.
-fn check_images(settings: &mut Settings, job: &Job, manifest: &Manifest) {
-    let images = manifest.data.images;
+fn check_images(settings: &mut Settings, job: &Job, images: ImageSpec) {
     let keys = ["data.kind", "data.resize", "data.crop", "data.channels"];
     if job.data.channels != images.channels && settings.sound(&keys) {
         settings.fault(
@@ -300,6 +351,38 @@ mod tests {
     fn rates(job: &Job) -> Vec<(&str, f64, f64)> {
         let phases = &job.optimizer.phases;
         phases.iter().map(|(name, phase)| (name.as_str(), phase.learning_rate, phase.beta1)).collect()
+    }
+
+    #[test]
+    fn the_package_settles_what_it_takes_of_text_and_of_arrays() {
+        let folder = folder();
+        let mut other = manifest();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::write(at("a.txt"), "text").unwrap();
+        let array = |name: &str| json!({"name": name, "kind": "float32", "shape": [2]});
+        for (data, text) in [
+            (json!({"tokens": {"context": 16, "vocabulary": 256}}), true),
+            (json!({"arrays": [array("y"), array("x")]}), false),
+        ] {
+            other["data"] = data;
+            write(&at("x.pt2"), &other);
+            let kind = if text { "text" } else { "arrays" };
+            let of = [format!("data.kind={kind}"), format!("data.path={}", at("a.txt").display())];
+            let resolve = |more: &[&str]| {
+                let all: Vec<&str> = of.iter().map(String::as_str).chain(more.iter().copied()).collect();
+                resolve(&folder, "", &all)
+            };
+            let job = resolve(&[]).unwrap();
+            let names = ["x", "y"].map(str::to_owned).to_vec();
+            let expected = if text { (Some(16), None) } else { (None, Some(names)) };
+            assert_eq!((job.data.context, job.data.names.clone()), expected);
+            assert_eq!(parse_resolved(&render(&job)).unwrap(), Job { shape: None, ..job });
+            let given = if text { "data.context=8" } else { "data.names=[\"x\"]" };
+            let expected =
+                if text { "is 8, and the package was exported for 16" } else { "also takes the array y" };
+            let refused = resolve(&[given]).unwrap_err();
+            assert!(refused.contains(expected), "{refused}");
+        }
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    Batch, BatchPart, Device, Draw, EvaluationGraph, Input, Manifest, Optimizer, Output, Phase, SampleGraph,
+    Batch, BatchPart, DataSpec, Device, Draw, EvaluationGraph, ImageSpec, Input, Manifest, Optimizer, Output,
+    Phase, SampleGraph, SampleSpec, TokenSpec,
 };
 use crate::bounds::{NETWORKS, PHASES};
 use crate::record::{SCALARS, check_scalar};
@@ -16,6 +17,8 @@ const TENSOR_BYTES: usize = 512;
 const DIMENSIONS: usize = 16;
 /// Most elements of a tensor.
 const ELEMENTS: u64 = 1 << 40;
+/// Most arrays of a sample.
+const ARRAYS: usize = 256;
 /// Longest side of an image, in pixels.
 const SIDE: u32 = 1 << 12;
 /// Scalars of a row that are left for settings that move.
@@ -85,7 +88,27 @@ fn check_device(manifest: &Manifest) -> Checked {
 }
 
 fn check_data(manifest: &Manifest) -> Checked {
-    let images = manifest.data.images;
+    let DataSpec { samples, classes } = &manifest.data;
+    match samples {
+        SampleSpec::Images(images) => return check_images(*images),
+        SampleSpec::Tokens(TokenSpec { context, vocabulary }) => {
+            ensure((1..=1 << 20).contains(context), || format!("data.tokens has a context of {context}"))?;
+            ensure((1..=1 << 24).contains(vocabulary), || {
+                format!("data.tokens has a vocabulary of {vocabulary}")
+            })?;
+        }
+        SampleSpec::Arrays(arrays) => {
+            ensure((1..=ARRAYS).contains(&arrays.len()), || format!("data has {} arrays", arrays.len()))?;
+            check_names(arrays.iter().map(|array| array.name.as_str()), "array")?;
+            for array in arrays {
+                check_shape(&array.shape).map_err(|what| format!("the array {}: {what}", array.name))?;
+            }
+        }
+    }
+    ensure(*classes == 0, || format!("data has {classes} classes, and these belong to images"))
+}
+
+fn check_images(images: ImageSpec) -> Checked {
     ensure(matches!(images.channels, 1 | 3), || {
         format!("data.images has {} channels; images have 1 or 3", images.channels)
     })?;
@@ -210,8 +233,7 @@ fn check_inputs(manifest: &Manifest, tensors: &Tensors<'_>, graph: &Inputs<'_>) 
         let known = match input {
             Input::Parameter(name) => tensors.parameters.contains_key(name),
             Input::Buffer(name) => tensors.buffers.contains(name),
-            Input::Batch(BatchPart::Images) => reads,
-            Input::Batch(BatchPart::Classes) => reads && manifest.data.classes > 0,
+            Input::Batch(part) => reads && has(&manifest.data, part),
             Input::Draw(number) => *number < draws.len(),
             Input::Step(is) => *is,
             Input::Classes(is) => *is && classes > 0,
@@ -220,7 +242,8 @@ fn check_inputs(manifest: &Manifest, tensors: &Tensors<'_>, graph: &Inputs<'_>) 
             Input::Parameter(name) => format!("its input {name} is no parameter of any network"),
             Input::Buffer(name) => format!("its input {name} is no buffer of any network"),
             Input::Batch(_) if !reads => "it takes samples, and reads none: its batch is \"none\"".to_owned(),
-            Input::Batch(_) => "it takes classes, and data.classes is 0".to_owned(),
+            Input::Batch(BatchPart::Classes) => "it takes classes, and data.classes is 0".to_owned(),
+            Input::Batch(part) => format!("it takes {part:?} of the samples, and data has none"),
             Input::Draw(number) => format!("it takes draw {number} of {}, counted from 0", draws.len()),
             Input::Step(_) => "an input {\"step\": false} is none".to_owned(),
             Input::Classes(_) => "it takes classes to draw samples of, and there are none".to_owned(),
@@ -230,6 +253,18 @@ fn check_inputs(manifest: &Manifest, tensors: &Tensors<'_>, graph: &Inputs<'_>) 
         check_draw(draw).map_err(|what| format!("draw {at}: {what}"))?;
     }
     Ok(())
+}
+
+/// Whether samples have a part.
+fn has(data: &DataSpec, part: &BatchPart) -> bool {
+    match (part, &data.samples) {
+        (BatchPart::Classes, _) => data.classes > 0,
+        (BatchPart::Images, SampleSpec::Images(_)) | (BatchPart::Tokens, SampleSpec::Tokens(_)) => true,
+        (BatchPart::Array(name), SampleSpec::Arrays(arrays)) => {
+            arrays.iter().any(|array| array.name == *name)
+        }
+        _ => false,
+    }
 }
 
 fn check_draw(draw: &Draw) -> Checked {
@@ -362,11 +397,17 @@ fn check_sample(manifest: &Manifest, tensors: &Tensors<'_>, sample: &SampleGraph
     ensure(own == 0 || own == of_data, || format!("it draws {own} classes, and the data has {of_data}"))?;
     let inputs = Inputs { inputs: &sample.inputs, draws: &sample.draws, reads: false, classes: own };
     check_inputs(manifest, tensors, &inputs)?;
-    let images = manifest.data.images;
-    let expected = [sample.count, images.channels, images.height, images.width].map(u64::from);
-    ensure(sample.output == expected, || {
-        format!("it returns samples of shape {:?}, and not {expected:?} as the data", sample.output)
-    })
+    let output = &sample.output;
+    if let SampleSpec::Images(images) = &manifest.data.samples {
+        let expected = [sample.count, images.channels, images.height, images.width].map(u64::from);
+        return ensure(*output == expected, || {
+            format!("it returns samples of shape {output:?}, and not {expected:?} as the data")
+        });
+    }
+    let sides = 1..=u64::from(SIDE);
+    let are_images = matches!(output[..], [count, 1 | 3, height, width]
+        if count == u64::from(sample.count) && sides.contains(&height) && sides.contains(&width));
+    ensure(are_images, || format!("it returns samples of shape {output:?}, which are no images"))
 }
 
 fn check_evaluation(manifest: &Manifest, tensors: &Tensors<'_>, evaluate: &EvaluationGraph) -> Checked {

@@ -8,6 +8,7 @@
 //!    ends the process.
 
 mod check;
+mod data;
 mod machine;
 #[cfg(test)]
 mod tests;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use zip::ZipArchive;
 
+pub use self::data::{DataSpec, ImageSpec, SampleSpec, TokenSpec};
 pub use self::machine::{Accelerator, Machine, features};
 use crate::archive::{PACKAGE, PACKAGE_MANIFEST as MANIFEST, check_claims, is_member, kind_of};
 use crate::job::OptimizerKind;
@@ -93,29 +95,6 @@ pub struct Cpu {
     pub arch: String,
     /// Features that the code may use, by their names in `/proc/cpuinfo`.
     pub features: Vec<String>,
-}
-
-/// Data that the graphs read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DataSpec {
-    /// Shape of the images.
-    pub images: ImageSpec,
-    /// Number of classes; 0 if no graph reads them.
-    #[serde(default)]
-    pub classes: u32,
-}
-
-/// Shape of images.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ImageSpec {
-    /// Colour channels.
-    pub channels: u32,
-    /// Rows of pixels.
-    pub height: u32,
-    /// Columns of pixels.
-    pub width: u32,
 }
 
 /// A network.
@@ -232,13 +211,17 @@ pub enum Input {
 }
 
 /// A part of the samples of a shard.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BatchPart {
     /// f32 (b, c, h, w), in [-1, 1].
     Images,
     /// int64 (b).
     Classes,
+    /// int64 (b, context + 1).
+    Tokens,
+    /// Array of a name, (b, shape...) of its kind.
+    Array(String),
 }
 
 /// A tensor of random numbers.
@@ -296,7 +279,8 @@ pub struct SampleGraph {
     /// Random draws among them.
     #[serde(default)]
     pub draws: Vec<Draw>,
-    /// Dimensions of the samples, f32 (count, c, h, w), in [-1, 1].
+    /// Dimensions of the samples, f32 (count, c, h, w), in [-1, 1]: those of the data, where these are
+    /// images.
     pub output: Vec<u64>,
 }
 

@@ -294,6 +294,63 @@ fn inputs_and_draws_are_checked() {
     }
 }
 
+/// A package of other data than images.
+fn of(data: &Value, part: &Value) -> Value {
+    let mut manifest = gan();
+    manifest["data"] = data.clone();
+    manifest["phases"][0]["inputs"] = json!([{"parameter": "d.0.weight"}, {"batch": part}]);
+    manifest["sample"]["classes"] = json!(0);
+    manifest["sample"]["inputs"] = json!([]);
+    manifest["evaluate"]["inputs"] = json!([{"batch": part}]);
+    manifest
+}
+
+#[test]
+fn data_are_images_or_tokens_or_arrays() {
+    let tokens = json!({"tokens": {"context": 16, "vocabulary": 256}, "classes": 0});
+    let array = |name: &str| json!({"name": name, "kind": "float32", "shape": [2, 3]});
+    let arrays = json!({"arrays": [array("x"), {"name": "y", "kind": "int64", "shape": []}], "classes": 0});
+    for (data, part) in [(&tokens, json!("tokens")), (&arrays, json!({"array": "y"}))] {
+        let manifest = parse(&of(data, &part)).unwrap();
+        assert_eq!(&serde_json::to_value(&manifest.data).unwrap(), data);
+    }
+    let images = gan()["data"].clone();
+    for (data, part, named) in [
+        (&tokens, json!("images"), "it takes Images of the samples, and data has none"),
+        (&arrays, json!({"array": "z"}), "it takes Array(\"z\") of the samples"),
+        (&images, json!("tokens"), "it takes Tokens of the samples"),
+        (&json!({}), json!("tokens"), "data has none or several of images, tokens and arrays"),
+        (
+            &json!({"tokens": tokens["tokens"], "arrays": arrays["arrays"]}),
+            json!("tokens"),
+            "none or several",
+        ),
+        (&json!({"tokens": tokens["tokens"], "classes": 3}), json!("tokens"), "data has 3 classes"),
+        (&json!({"tokens": {"context": 0, "vocabulary": 2}}), json!("tokens"), "a context of 0"),
+        (&json!({"tokens": {"context": 1, "vocabulary": 0}}), json!("tokens"), "a vocabulary of 0"),
+        (&json!({"arrays": []}), json!("tokens"), "data has 0 arrays"),
+        (&json!({"arrays": [array("a b")]}), json!("tokens"), "is not the name of a array"),
+        (&json!({"arrays": [array("x"), array("x")]}), json!("tokens"), "the array x comes twice"),
+        (
+            &json!({"arrays": [{"name": "x", "kind": "float32", "shape": [0]}]}),
+            json!("tokens"),
+            "the array x: [0]",
+        ),
+        (
+            &json!({"arrays": [{"name": "x", "kind": "complex64", "shape": []}]}),
+            json!("tokens"),
+            "unknown variant",
+        ),
+    ] {
+        let refused = parse(&of(data, &part)).map(|_| data.clone()).unwrap_err().to_string();
+        assert!(refused.contains(named), "{data}: {refused}");
+    }
+    let mut flat = of(&tokens, &json!("tokens"));
+    flat["sample"]["output"] = json!([64, 16]);
+    let refused = parse(&flat).unwrap_err().to_string();
+    assert!(refused.contains("[64, 16], which are no images"), "{refused}");
+}
+
 fn machine() -> Machine {
     let features = ["avx2", "avx512f", "fma"].map(str::to_owned).into();
     Machine { torch: "2.11.0+cpu".to_owned(), arch: "x86_64".to_owned(), features, accelerator: None }

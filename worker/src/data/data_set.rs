@@ -412,8 +412,8 @@ impl DataSet {
     /// A file of a folder cannot be decoded, or differs from the file at the opening.
     ///
     /// # Panics
-    /// If `index` is not below [`len`](Self::len), `out` is not [`ImageShape::numel`] long, or the samples are no
-    /// images.
+    /// If `index` is not below [`len`](Self::len), `out` is not [`ImageShape::numel`] long, or the samples
+    /// are no images.
     pub fn read(&self, index: usize, out: &mut [f32]) -> Result<(), DataError> {
         assert!(index < self.len, "sample {index} of {}", self.len);
         let Source::Images { stored, framing, shape } = &self.source else {

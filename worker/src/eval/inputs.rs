@@ -33,14 +33,18 @@ impl Inputs {
     ) -> Result<Option<Inputs>, EvalError> {
         let settings = &job.evaluation;
         let wanted = settings.every_steps != 0 || settings.with_checkpoints;
-        check(settings, model, wanted).map_err(EvalError::Input)?;
+        check(settings, model, data, wanted).map_err(EvalError::Input)?;
         if !wanted {
             return Ok(None);
         }
         let held_out = settings.held_out.clone().map(|path| open(&job.data.elsewhere(path))).transpose();
         let held_out = held_out.map_err(|error| error.in_words_of("evaluation.held_out", "data.kind"))?;
         let held_out = held_out.map(Arc::new);
-        let means = model.objective.sampler().map(|_| Means::open(settings, data, held_out.clone()));
+        let means = model
+            .objective
+            .sampler()
+            .filter(|_| data.shape().image().is_some())
+            .map(|_| Means::open(settings, data, held_out.clone()));
         let own = held_out.filter(|_| model.objective.evaluator().is_some());
         let own = own.map(|held_out| HeldOut::new(held_out, data, job.job.shard_batch));
         Ok(Some(Inputs { means: means.transpose()?, held_out: own.transpose()? }))
@@ -48,8 +52,10 @@ impl Inputs {
 }
 
 /// Checks that the objective can be evaluated as the settings ask for.
-fn check(settings: &Evaluation, model: &Model, wanted: bool) -> Result<(), String> {
-    let (draws, given) = (model.objective.sampler().is_some(), settings.held_out.is_some());
+fn check(settings: &Evaluation, model: &Model, data: &DataSet, wanted: bool) -> Result<(), String> {
+    // Metrics compare images.
+    let draws = model.objective.sampler().is_some() && data.shape().image().is_some();
+    let given = settings.held_out.is_some();
     let own = model.objective.evaluator().map(Evaluator::scalars).unwrap_or_default();
     if wanted && !draws && (own.is_empty() || !given) {
         let held_out = "set evaluation.held_out to samples that it evaluates itself, or ";

@@ -1,7 +1,7 @@
 //! NumPy's `.npy` files: the header, and what there is to know of the numbers after it.
 //!
-//! The form is NumPy's own (`numpy.lib.format`): a magic string, a version, the length of a header, the header as a
-//! literal of Python, then the numbers.
+//! The form is NumPy's own (`numpy.lib.format`): a magic string, a version, the length of a header, the
+//! header as a literal of Python, then the numbers.
 
 use std::fs::File;
 use std::io::Read;
@@ -84,8 +84,8 @@ impl Npy {
         Ok(Npy { path: path.to_owned(), file, start, seen, stored, kind, rows, shape })
     }
 
-    /// Reads as many rows from one on as `out` has room for, as numbers of [`kind`](Self::kind) in the machine's order
-    /// of bytes.
+    /// Reads as many rows from one on as `out` has room for, as numbers of [`kind`](Self::kind) in the
+    /// machine's order of bytes.
     pub(super) fn read(&self, row: u64, out: &mut [u8]) -> Result<(), DataError> {
         let failed = |error| DataError::reading(&self.path, error);
         let about = self.file.metadata().map_err(failed)?;
@@ -236,7 +236,8 @@ fn header(file: &mut File) -> Result<(Header, u64), String> {
     Ok((parsed, u64::from(length) + fixed))
 }
 
-/// Decides what the numbers of a header are as samples: how they are stored, their kind, and the array's shape.
+/// Decides what the numbers of a header are as samples: how they are stored, their kind, and the array's
+/// shape.
 fn settle(header: &Header) -> Result<(Stored, ElementKind, Vec<u64>), String> {
     let Header { descr: Some(descr), fortran_order: Some(fortran_order), shape: Some(shape) } = header else {
         return Err(

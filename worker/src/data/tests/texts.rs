@@ -156,8 +156,8 @@ fn a_tokenizer_gives_tokens_of_whole_texts() {
     let file = folder.path().join("t/tokenizer.json");
     let job = Data { tokenizer: Some(file.clone()), ..of(&folder.path().join("d"), 1) };
     let data = DataSet::open(&job).unwrap();
-    // Without one of the usual separators documents are set apart by an empty line, which has no token here; and a
-    // limit of the file's does not cut.
+    // Without one of the usual separators documents are set apart by an empty line, which has no token here;
+    // and a limit of the file's does not cut.
     let all: Vec<i64> = (0..data.len()).flat_map(|index| tokens(&data, index)[..1].to_vec()).collect();
     assert_eq!(all, [1, 2, 3, 1, 4, 4]);
     let text = data.text().unwrap();
@@ -233,6 +233,14 @@ fn what_is_no_tokenizer_is_refused() {
         let refused = refusal(DataSet::open(&Data { tokenizer: Some(folder.path().join("t.json")), ..job }));
         assert_says(&refused, &["data.tokenizer", "t.json", part, "name a tokenizer.json"]);
     }
+    let bpe = r#"{"type": "BPE", "dropout": 0.1, "vocab": {"a": 0}, "merges": []}"#;
+    let start = tokenizer(&["?"], "");
+    let random = format!("{}\"model\": {bpe}}}", start.split("\"model\"").next().unwrap());
+    assert_says(
+        &TextCodec::read(random.as_bytes()).unwrap_err(),
+        &["drops merges at random", "dropout to null"],
+    );
+    TextCodec::read(random.replace("0.1", "null").as_bytes()).unwrap();
     let refused = TextCodec::open(Path::new("/nowhere/tokenizer.json")).unwrap_err();
     assert_says(&refused, &["cannot be read"]);
 }

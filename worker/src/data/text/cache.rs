@@ -1,9 +1,9 @@
-//! Tokens of a text in a file: made once, beside the data, or in the folder for fetched data where nothing can
-//! be written there.
+//! Tokens of a text in a file: made once, beside the data, or in the folder for fetched data where nothing
+//! can be written there.
 //!
-//! 1. The file appears whole. Its header has the hash of the tokens, and the key that it was made for: the hash of
-//!    the documents, of the tokenizer, and of how both are put together. It is read whole, and compared, before it is
-//!    used; a damaged one is made again.
+//! 1. The file appears whole. Its header has the hash of the tokens, and the key that it was made for: the
+//!    hash of the documents, of the tokenizer, and of how both are put together. It is read whole, and
+//!    compared, before it is used; a damaged one is made again.
 //! 2. The workers of a machine share it. One makes it, the others wait; without locks each makes the same.
 
 use std::fs::File;
@@ -101,8 +101,8 @@ fn places(source: &Path, key: &str) -> Vec<PathBuf> {
     std::iter::once(source.with_file_name(&name)).chain(elsewhere).collect()
 }
 
-/// Waits until no other worker of this machine makes the tokens of a source; they are free again once the result is
-/// dropped. Returns `None` where files cannot be locked.
+/// Waits until no other worker of this machine makes the tokens of a source; they are free again once the
+/// result is dropped. Returns `None` where files cannot be locked.
 fn turn(source: &Path) -> Option<File> {
     let file = File::open(source).ok()?;
     loop {

@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::path::Path;
+#[cfg(feature = "tokenizers")]
 use std::sync::Arc;
 
 /// Most bytes of a tokenizer file.
 const MAX_FILE_BYTES: u64 = 256 << 20;
 
-/// Tokens between two documents, of tokenizers that have one of them. Else documents are set apart by an empty
-/// line.
+/// Tokens between two documents, of tokenizers that have one of them. Else documents are set apart by an
+/// empty line.
 #[cfg(feature = "tokenizers")]
 const SEPARATORS: [&str; 6] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]"];
 
@@ -64,7 +65,7 @@ impl TextCodec {
     /// As [`open`](TextCodec::open).
     #[cfg(feature = "tokenizers")]
     pub fn read(bytes: &[u8]) -> Result<TextCodec, String> {
-        use tokenizers::Tokenizer;
+        use tokenizers::{ModelWrapper, Tokenizer};
 
         const ANOTHER: &str = "name a tokenizer.json, as Hugging Face's tokenizers save it";
         if let Err(error) = serde_json::from_slice::<serde::de::IgnoredAny>(bytes) {
@@ -77,6 +78,13 @@ impl TextCodec {
             Ok(Err(error)) => return Err(format!("is JSON, but no tokenizer ({error}); {ANOTHER}")),
             Err(_) => return Err(format!("is a damaged tokenizer; {ANOTHER}")),
         };
+        if matches!(tokenizer.get_model(), ModelWrapper::BPE(model) if model.dropout.is_some_and(|p| p > 0.0))
+        {
+            return Err(
+                "drops merges at random, so that a text has other tokens each time; set its dropout to null"
+                    .to_owned(),
+            );
+        }
         // Files made for a model with a limit would cut each text there.
         tokenizer.with_truncation(None).map_err(|error| error.to_string())?.with_padding(None);
         let greatest = tokenizer.get_vocab(true).into_values().max();

@@ -1,10 +1,10 @@
 //! Text: the tokens of all documents one after the other, cut into pieces of fixed places.
 //!
-//! 1. Sample i is tokens [i * context, i * context + context], the last of which is the first of the next one.
-//!    So each token but the first is predicted once in an epoch.
+//! 1. Sample i is tokens [i * context, i * context + context], the last of which is the first of the next
+//!    one. So each token but the first is predicted once in an epoch.
 //! 2. Between two documents stands a separator. Documents are files, in the order of their names.
-//! 3. Tokens are read where they lie, by their place: bytes of plain files in the files themselves, all others
-//!    in a cache (`cache.rs`). Memory holds a place for each document.
+//! 3. Tokens are read where they lie, by their place: bytes of plain files in the files themselves, all
+//!    others in a cache (`cache.rs`). Memory holds a place for each document.
 //! 4. The fingerprint covers every token.
 
 mod cache;

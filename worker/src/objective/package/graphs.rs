@@ -13,7 +13,7 @@ use crate::objective::ShardBatch;
 use crate::random::Key;
 
 /// Where an input of a graph comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Source {
     /// A network's parameter, by both indices.
     Parameter(usize, usize),
@@ -22,6 +22,9 @@ enum Source {
     Images,
     /// Classes of the samples that were read.
     Classes,
+    Tokens,
+    /// Array of a name.
+    Array(String),
     Draw(usize),
     Steps,
     /// Classes of the samples to draw.
@@ -103,6 +106,8 @@ impl Graphs {
             Input::Buffer(name) => Source::Buffer(at(name).0, at(name).1),
             Input::Batch(BatchPart::Images) => Source::Images,
             Input::Batch(BatchPart::Classes) => Source::Classes,
+            Input::Batch(BatchPart::Tokens) => Source::Tokens,
+            Input::Batch(BatchPart::Array(name)) => Source::Array(name.clone()),
             Input::Draw(number) => Source::Draw(*number),
             Input::Step(_) => Source::Steps,
             Input::Classes(_) => Source::Wanted,
@@ -195,12 +200,14 @@ impl Prepared {
         let batch = given.batch.map(|batch| batch.to(self.device).map(Tensor::contiguous));
         let batch = batch.as_ref();
         let missing = "the manifest and the job's data were compared";
-        let input = |source: &Source| match *source {
-            Source::Parameter(network, index) => &given.values[network][0][index],
-            Source::Buffer(network, index) => &given.values[network][1][index],
+        let input = |source: &Source| match source {
+            Source::Parameter(network, index) => &given.values[*network][0][*index],
+            Source::Buffer(network, index) => &given.values[*network][1][*index],
             Source::Images => batch.expect(missing).images(),
             Source::Classes => batch.and_then(|batch| batch.classes.as_ref()).expect(missing),
-            Source::Draw(number) => &draws[number],
+            Source::Tokens => batch.expect(missing).tokens(),
+            Source::Array(name) => batch.expect(missing).array(name),
+            Source::Draw(number) => &draws[*number],
             Source::Steps => &steps,
             Source::Wanted => given.wanted.expect(missing),
         };

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use c10d::aten::Adam;
 use ganglion_proto::job::Job;
-use ganglion_proto::package::{self, Batch, Machine, Manifest, Output, Package};
+use ganglion_proto::package::{self, Batch, Machine, Manifest, Output, Package, SampleSpec};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
 use tch::{Device, no_grad};
@@ -26,10 +26,10 @@ pub(crate) use self::samples::{Drawn, PackageSamples, in_turn};
 use self::samples::{averages, views};
 use super::{
     BatchSums, BufferId, Compute, Evaluator, NamedNetwork, NetworkId, NetworkSet, Objective, Phase, Reads,
-    ScalarRole, ScalarSpec, Setting, ShardAt, ShardBatch, ShardGrad, Unsuitable, annealing, images_of,
+    ScalarRole, ScalarSpec, Setting, ShardAt, ShardBatch, ShardGrad, Unsuitable, annealing,
 };
 use crate::checkpoint::{Snapshot, WeightsFile};
-use crate::data::{DataSet, ImageShape};
+use crate::data::{DataSet, ImageShape, SampleShape, TokenShape};
 use crate::nn::broken::Watchdog;
 use crate::nn::tensor_bytes::from_bytes;
 use crate::nn::{Init, TensorSpec};
@@ -81,7 +81,7 @@ pub(super) fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn 
     let wrong = |what: String| Unsuitable(format!("model.path: {}: {what}", path.display()));
     let package = Package::read(path).map_err(|error| wrong(error.to_string()))?;
     check_job(job, &package, path).map_err(wrong)?;
-    check_data(&package.manifest, data, images_of(job, data)?).map_err(wrong)?;
+    check_data(&package.manifest, data).map_err(wrong)?;
     // From here on compiled code runs, which may not end.
     let _watchdog = Watchdog::over(&path.display().to_string());
     let graphs = open(&package, device).map_err(wrong)?;
@@ -131,16 +131,24 @@ fn check_job(job: &Job, package: &Package, path: &Path) -> Result<(), String> {
     Ok(())
 }
 
-fn check_data(manifest: &Manifest, data: &DataSet, found: ImageShape) -> Result<(), String> {
-    let images = manifest.data.images;
-    let wanted = [images.channels, images.height, images.width].map(|size| size as usize);
-    if wanted != [found.channels, found.height, found.width] {
-        return Err(format!(
-            "takes images of {} x {} x {} (channels, height, width), and the data has {found}; set data.resize and \
-             data.crop, or export it again for such images with ganglion.images(...)",
-            images.channels, images.height, images.width
-        ));
+/// The samples that a package takes.
+fn data_shape(manifest: &Manifest) -> SampleShape {
+    match &manifest.data.samples {
+        SampleSpec::Images(images) => {
+            let [channels, height, width] =
+                [images.channels, images.height, images.width].map(|size| size as usize);
+            SampleShape::Image(ImageShape { channels, height, width })
+        }
+        SampleSpec::Tokens(tokens) => SampleShape::Tokens(TokenShape {
+            context: tokens.context as usize,
+            vocabulary: tokens.vocabulary,
+        }),
+        SampleSpec::Arrays(arrays) => SampleShape::Arrays(arrays.clone()),
     }
+}
+
+fn check_data(manifest: &Manifest, data: &DataSet) -> Result<(), String> {
+    check_shape(&data_shape(manifest), data.shape())?;
     let (wanted, found) = (manifest.data.classes, data.classes());
     if wanted > 0 && wanted != found {
         return Err(format!(
@@ -148,6 +156,42 @@ fn check_data(manifest: &Manifest, data: &DataSet, found: ImageShape) -> Result<
         ));
     }
     Ok(())
+}
+
+/// Checks that samples are such as a package takes.
+fn check_shape(wanted: &SampleShape, found: &SampleShape) -> Result<(), String> {
+    match (wanted, found) {
+        (wanted, found) if wanted == found => Ok(()),
+        (SampleShape::Image(wanted), SampleShape::Image(found)) => Err(format!(
+            "takes images of {wanted} (channels, height, width), and the data has {found}; set data.resize and data.crop, or \
+             export it again for such images with ganglion.images(...)"
+        )),
+        (SampleShape::Tokens(wanted), SampleShape::Tokens(found)) if wanted.context == found.context => {
+            let (own, other) = (wanted.vocabulary, found.vocabulary);
+            // A larger vocabulary has tokens that never come.
+            if other <= own {
+                return Ok(());
+            }
+            Err(format!(
+                "takes tokens below {own}, and the data has {other} different ones; export it again with \
+                 ganglion.text(vocabulary={other}, ...), or train on text of its own tokenizer"
+            ))
+        }
+        (SampleShape::Arrays(wanted), SampleShape::Arrays(found)) => wanted.iter().try_for_each(|array| {
+            let other = found.iter().find(|other| other.name == array.name);
+            match other {
+                Some(other) if other == array => Ok(()),
+                Some(other) => Err(format!(
+                    "takes the array {array}, and the data has {other}; save it so, or export it again with \
+                     ganglion.arrays(...)"
+                )),
+                None => Err(format!("takes the array {array}, and the data has none of this name")),
+            }
+        }),
+        (wanted, found) => {
+            Err(format!("takes {wanted}, and the data has {found}; set data.kind and data.context to such"))
+        }
+    }
 }
 
 impl Packaged {

@@ -5,9 +5,7 @@ use ganglion_proto::package::{Manifest, Output, Phase};
 use tch::{Device, Kind, Tensor};
 
 use super::graphs::{Given, Prepared, signed};
-use super::samples::shape_of;
-use super::{Packaged, values_of};
-use crate::data::SampleShape;
+use super::{Packaged, data_shape, values_of};
 use crate::nn::is_finite;
 use crate::nn::tensor_bytes::to_bytes;
 use crate::objective::{Objective, ShardBatch, State};
@@ -30,8 +28,7 @@ pub(super) fn check(objective: &Packaged) -> Result<(), String> {
     let layout = StateLayout::new(&objective.networks(), &[], inner.job.job.precision);
     let state = State::initial(layout, inner.job.job.seed, inner.device);
     let (seed, classes) = (inner.job.job.seed, manifest.data.classes);
-    let batch =
-        ShardBatch::stand_ins(seed, manifest.shard_batch, &SampleShape::Image(shape_of(manifest)), classes);
+    let batch = ShardBatch::stand_ins(seed, manifest.shard_batch, &data_shape(manifest), classes);
     let batch = batch.to(inner.device);
     let given = |part| Given { values: values_of(&state), batch: Some(&batch), wanted: None, steps: 0, part };
     for (phase, own) in manifest.phases.iter().zip(&inner.phases) {
@@ -99,7 +96,7 @@ fn twice(graph: &Prepared, given: &Given<'_>, expected: &[Expected]) -> Result<(
         }
         if !is_finite(tensor) {
             return Err(format!(
-                "its {what} is not finite at the start, with images drawn from [-1, 1]: check the loss and the first \
+                "its {what} is not finite at the start, with samples drawn at random: check the loss and the first \
                  weights, and export again"
             ));
         }

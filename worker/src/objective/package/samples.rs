@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ganglion_proto::archive::kind_of;
 use ganglion_proto::evaluation::NOT_FINITE;
-use ganglion_proto::package::{self, Draw, Manifest, Package};
+use ganglion_proto::package::{self, Draw, Manifest, Package, SampleGraph};
 use ganglion_proto::progress::Progress;
 use safetensors::SafeTensors;
 use tch::{Device, Tensor, no_grad};
@@ -52,7 +52,7 @@ impl PackageSamples {
             at_once: sample.count,
             classes: sample.classes,
             class_names: Vec::new(),
-            shape: shape_of(manifest),
+            shape: shape_of(sample),
         })
     }
 
@@ -208,10 +208,11 @@ pub(crate) fn in_turn(classes: u32, count: u32) -> Vec<u32> {
     (0..count).map(|index| index % classes.max(1)).collect()
 }
 
-pub(super) fn shape_of(manifest: &Manifest) -> ImageShape {
-    let images = manifest.data.images;
-    let [channels, height, width] = [images.channels, images.height, images.width].map(|size| size as usize);
-    ImageShape { channels, height, width }
+/// Shape of the samples that a graph draws.
+fn shape_of(sample: &SampleGraph) -> ImageShape {
+    let size =
+        |axis: usize| usize::try_from(sample.output[axis]).expect("sizes were checked with the manifest");
+    ImageShape { channels: size(1), height: size(2), width: size(3) }
 }
 
 /// Values of a package's tensors in a [`WEIGHTS_FILE`].
