@@ -1,4 +1,4 @@
-use ganglion_proto::job::{Model, ModelKind};
+use ganglion_proto::job::{Likelihood, Model, ModelKind, VaeSettings};
 use tch::{Device, Kind};
 
 use super::sequential::{channels_last, conv, conv_transpose};
@@ -274,4 +274,25 @@ fn layers_are_counted_by_the_names_of_their_tensors() {
     // A convolution, another with its batch normalisation, the last.
     assert_eq!(layers(&specs), 4);
     assert_eq!([0, 1, 2, 3, 4].map(|layers| first_layers(&specs, layers)), [0, 1, 2, 4, 5]);
+}
+
+#[test]
+fn an_autoencoder_fits_images_of_any_colour_and_says_which_it_does_not() {
+    let vae =
+        VaeSettings { likelihood: Likelihood::Gaussian, beta: 1.0, binarise: false, importance_samples: 1 };
+    let model = Model { vae: Some(vae), conditional: true, ..Model::plain(ModelKind::Vae32, 5, 2) };
+    let shape = ImageShape { channels: 3, height: 32, width: 32 };
+    let networks = Autoencoder::new(&model, shape, 4).unwrap();
+    let (encoder, decoder) = (ones(&networks.encoder.parameters()), ones(&networks.decoder.parameters()));
+    let images = Tensor::zeros([2, 3, 32, 32], (Kind::Float, Device::Cpu));
+    let classes = Tensor::from_slice(&[3i64, 0]);
+    let posterior =
+        networks.encoder.forward(&images, &mut Pass::running(&encoder, &[], KEY).of(Some(&classes)));
+    assert_eq!(posterior.size(), [2, 10]);
+    let mut pass = Pass::running(&decoder, &[], KEY).of(Some(&classes));
+    let decoded = networks.decoder.forward(&posterior.narrow(1, 0, 5), &mut pass);
+    assert_eq!(decoded.size(), [2, 3, 32, 32]);
+    let small = ImageShape { channels: 3, height: 28, width: 28 };
+    let refused = Autoencoder::new(&model, small, 4).unwrap_err().to_string();
+    assert!(refused.contains("vae-32") && refused.contains("x 32 x 32"), "{refused}");
 }
