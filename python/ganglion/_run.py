@@ -408,7 +408,8 @@ def train(
     Args:
         package: file of `ganglion.export`.
         workers: number of workers, "auto" for one a GPU, 0 to wait for workers of other machines.
-        data: kind and path, such as "mnist-10k", "idx:train-images-idx3-ubyte.gz" or "folder:/path/to/pictures".
+        data: kind and path, such as "mnist-10k", "idx:train-images-idx3-ubyte.gz" or "folder:/path/to/pictures",
+            "text:corpus" or "arrays:/path/to/arrays".
         run_dir: folder of the run; by default runs/NAME by the package's name.
         steps: length of the training.
         wait: return only when the training has ended; otherwise `run.wait()` does that.

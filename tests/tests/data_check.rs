@@ -6,6 +6,7 @@ use std::io::{Cursor, Write};
 use std::path::Path;
 use std::process::Command;
 
+use ganglion_tests::package::npy;
 use ganglion_tests::{Ended, Process, program};
 use image::{GrayImage, ImageFormat, Luma};
 use serde_json::{Value, json};
@@ -226,4 +227,33 @@ fn bad_pictures_of_archives_are_named_by_archive_and_member() {
     let whole = fs::read(&tar).unwrap();
     fs::write(&tar, &whole[..whole.len() / 2]).unwrap();
     assert_says(&check(&["--data", &data]), 2, &["2.tar: cannot be read", "make it again"]);
+}
+
+#[test]
+fn text_and_arrays_are_told_by_tokens_and_by_rows() {
+    let root = TempDir::new().unwrap();
+    let at = |name: &str| root.path().join(name).display().to_string();
+    fs::write(at("a.txt"), "x".repeat(1000)).unwrap();
+    let numbers: Vec<u8> =
+        [1.0_f32, 2.0, 3.0, f32::NAN].iter().flat_map(|number| number.to_le_bytes()).collect();
+    fs::write(at("good.npy"), npy("<f4", "(3, 1)", &numbers[..12])).unwrap();
+    fs::write(at("bad.npy"), npy("<f4", "(2, 2)", &numbers)).unwrap();
+    let text = report(&format!("text:{}", at("a.txt")), 0);
+    let found = ["samples", "context", "tokens", "vocabulary", "text_bytes", "documents", "bytes"];
+    assert_eq!(found.map(|key| text[key].as_u64().unwrap()), [7, 128, 1000, 256, 1000, 1, 1000]);
+    let says =
+        ["7 samples of 128 tokens, out of 1000 of 256 different ones; 1000 bytes of text in 1 document"];
+    assert_says(&check(&["--data", &format!("text:{}", at("a.txt"))]), 0, &says);
+    assert_says(
+        &check(&["--data", &format!("arrays:{}", at("good.npy"))]),
+        0,
+        &["3 samples of good (1 float32)"],
+    );
+    let refused = check(&["--data", &format!("arrays:{}", at("bad.npy"))]);
+    assert_says(&refused, 2, &["bad.npy: the number at [1, 1] is NaN; mend it, or leave sample 1 out"]);
+    assert_says(
+        &check(&["--data", &format!("text:{}", at("none"))]),
+        2,
+        &["does not exist", "a file of text"],
+    );
 }

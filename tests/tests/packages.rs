@@ -416,6 +416,54 @@ fn a_changed_package_is_refused_at_a_resume_and_by_a_worker_that_has_another() {
     coordinator.wait();
 }
 
+/// A tokenizer with these words.
+fn tokenizer(words: &[&str]) -> String {
+    let vocabulary: serde_json::Map<String, Value> =
+        words.iter().zip(0..).map(|(word, number)| ((*word).to_owned(), json!(number))).collect();
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "?"},
+    })
+    .to_string()
+}
+
+#[test]
+fn a_run_goes_on_with_its_own_tokenizer_alone() {
+    let folder = rows();
+    let text = folder.path().join("words.txt");
+    std::fs::write(&text, "one two three two one\n".repeat(200)).unwrap();
+    let file = folder.path().join("tokenizer.json");
+    let [own, other] = [&["?", "one", "two", "three"][..], &["?", "two", "one", "three"]].map(tokenizer);
+    std::fs::write(&file, &own).unwrap();
+    let settings = [format!("data.path={}", text.display()), format!("data.tokenizer={}", file.display())];
+    let settings: Vec<&str> = ["data.kind=text", "job.steps=100000"]
+        .into_iter()
+        .chain(settings.iter().map(String::as_str))
+        .collect();
+    let stopped = Packaged::new(&bigrams(), &settings);
+    let coordinator = stopped.start(1);
+    stopped.run.wait_for_step(3);
+    coordinator.signal(Signal::SIGINT);
+    assert_eq!(coordinator.wait().code, Some(130));
+    let data = stopped.run.wait_for("data", |_| true);
+    assert_eq!((&data["found"]["tokens"], &data["found"]["vocabulary"]), (&json!(1000), &json!(4)));
+    std::fs::write(&file, &other).unwrap();
+    stopped.assert_refused(&[
+        "the tokenizer was changed since the run began",
+        "put the run's own tokenizer back",
+    ]);
+    std::fs::write(&file, &own).unwrap();
+    // The coordinator has read the run's own before a worker reads another.
+    let coordinator = stopped.run.start_with(&["--config", &stopped.job, "--workers", "0"]);
+    let started = stopped.run.wait_for("coordinator_started", |event| event["term"] == 2);
+    std::fs::write(&file, &other).unwrap();
+    let ended = Process::worker(started["address"].as_str().unwrap()).wait();
+    assert_refused(&ended, &["is another tokenizer than the run's", "put the same file there"]);
+    coordinator.signal(Signal::SIGTERM);
+    coordinator.wait();
+}
+
 #[test]
 fn a_package_may_move_between_a_stop_and_the_next_start_and_begin_with_the_weights_of_another_run() {
     let settings: &[&str] = &["job.steps=400"];
