@@ -11,7 +11,7 @@ use tch::Tensor;
 
 use super::models::check_shape;
 use super::pieces::{Sizes, Specs, embed, in_single, scaled};
-use super::sequential::channels_last;
+use super::sequential::{channels_last, sizes};
 use super::{Init, Network, Pass, TensorSpec, UnsuitableModel};
 use crate::data::ImageShape;
 
@@ -107,6 +107,22 @@ fn hidden_layer<'a>(
     (seen + embed(next(), classes)).silu()
 }
 
+/// Doubles the sides of a map by a transposed convolution.
+pub(super) fn upsampled(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
+    x.conv_transpose2d(weight, Some(bias), [2, 2], [1, 1], [0, 0], 1, [1, 1])
+}
+
+/// The same to one channel, as a product of matrices, of which each column is added to its places: nearly
+/// twice as fast, as kernels of convolutions take several channels at once.
+pub(super) fn drawn(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
+    let [_, inputs, height, width] = sizes(x);
+    let pixels = x.permute([0, 2, 3, 1]).reshape([-1, inputs]);
+    let columns = weight.view([inputs, -1]).transpose(0, 1).matmul(&pixels.transpose(0, 1));
+    let columns = columns.view([KERNEL * KERNEL, -1, height * width]).transpose(0, 1);
+    let (sides, kernel) = ([2 * height, 2 * width], [KERNEL, KERNEL]);
+    columns.col2im(sides, kernel, [1, 1], [1, 1], [2, 2]) + bias
+}
+
 /// Images to the mean and the logarithm of the variance of each element of the latent vector.
 #[derive(Clone, Copy, Debug)]
 pub struct Encoder {
@@ -164,14 +180,10 @@ impl Decoder {
         let x = hidden_layer(&input.to_kind(pass.kind()), self.sizes, &mut next, pass.classes);
         let [features, side] = smallest(self.sizes);
         let x = x.linear(next(), Some(next())).silu().view([-1, features, side, side]);
-        let mut x = channels_last(&x);
-        for last in [false, true] {
-            let (weight, bias) = (next(), next());
-            x = x.conv_transpose2d(weight, Some(bias), [2, 2], [1, 1], [0, 0], 1, [1, 1]);
-            if !last {
-                x = x.silu();
-            }
-        }
+        let x = upsampled(&channels_last(&x), next(), next()).silu();
+        let (weight, bias) = (next(), next());
+        let one_channel = self.sizes.channels == 1;
+        let x = if one_channel { drawn(&x, weight, bias) } else { upsampled(&x, weight, bias) };
         in_single(&x)
     }
 
