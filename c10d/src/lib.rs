@@ -50,6 +50,7 @@ mod error;
 mod ffi;
 mod flight;
 mod group;
+mod host;
 #[cfg(feature = "cuda")]
 mod nccl;
 pub mod package;
@@ -65,6 +66,7 @@ pub use backend::{live_handles, wait_for_handles};
 pub use buffer::Buffer;
 pub use error::{Error, Refused};
 pub use group::{GlooAddress, GlooOptions, Group, Launch, ReduceOp};
+pub use host::HostCopy;
 #[cfg(feature = "cuda")]
 pub use nccl::NcclOptions;
 pub use pending::{Aborter, Lent, Pending};

@@ -53,3 +53,11 @@ pub mod state;
 pub fn set_threads(threads: u32) {
     tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
 }
+
+/// Lowers the priority of the calling thread, and of those that it starts, below that of training.
+pub(crate) fn give_way() {
+    // On Linux the nice value is a thread's own.
+    if let Err(error) = rustix::process::nice(5) {
+        tracing::debug!("a background thread has the priority of training: {error}");
+    }
+}

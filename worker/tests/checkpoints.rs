@@ -17,10 +17,17 @@ use ganglion_worker::state::State;
 use safetensors::SafeTensors;
 use tch::Device;
 
+/// The same snapshot with other bits in one byte.
+fn changed(snapshot: &Snapshot, byte: usize, bits: u8) -> Snapshot {
+    let mut flat = snapshot.flat.to_vec();
+    flat[byte] ^= bits;
+    Snapshot { flat: flat.into(), ..snapshot.clone() }
+}
+
 fn snapshot(bench: &Bench) -> Snapshot {
     let mut counters = bench.state.counters;
     (counters.position.0, counters.ledger, counters.skipped) = (15, 0xdead_beef_0123_4567, 3);
-    Snapshot { step: 5, phase: 0, flat: to_bytes(&bench.state.flat), counters }
+    Snapshot { step: 5, phase: 0, flat: to_bytes(&bench.state.flat).into(), counters }
 }
 
 fn files<'a>(bench: &'a Bench, storage: &'a Storage) -> Files<'a> {
@@ -92,8 +99,7 @@ async fn the_digest_depends_on_every_element_and_counter() {
     let snapshot = snapshot(&bench);
     let digest = state_digest(&bench.model.layout, &snapshot);
     for tensor in bench.model.layout.tensors() {
-        let mut other = snapshot.clone();
-        other.flat[4 * tensor.range.end - 1] ^= 0x80;
+        let other = changed(&snapshot, 4 * tensor.range.end - 1, 0x80);
         assert_ne!(
             state_digest(&bench.model.layout, &other),
             digest,
@@ -161,8 +167,7 @@ async fn a_damaged_file_is_written_again_and_a_good_one_is_left() {
 async fn a_checkpoint_that_is_there_is_compared_before_it_is_taken_for_done() {
     let (bench, storage) = (bench(), Storage::in_memory());
     let (files, ours) = (files(&bench, &storage), snapshot(&bench));
-    let mut theirs = ours.clone();
-    theirs.flat[0] ^= 1;
+    let theirs = changed(&ours, 0, 1);
     let folder = files.write_whole(&theirs).await.unwrap();
     assert_eq!(files.write_whole(&theirs).await.unwrap(), folder, "the same state is done");
     let path = in_folder(&folder, MANIFEST);
@@ -204,8 +209,12 @@ fn a_run_begins_with_the_weights_of_a_checkpoint() {
     let mut other = bench();
     let _ = tch::no_grad(|| other.state.flat.g_add_scalar_(0.25));
     other.state.counters.position = Position(9);
-    let snapshot =
-        Snapshot { step: 3, phase: 0, flat: to_bytes(&other.state.flat), counters: other.state.counters };
+    let snapshot = Snapshot {
+        step: 3,
+        phase: 0,
+        flat: to_bytes(&other.state.flat).into(),
+        counters: other.state.counters,
+    };
     let storage = Storage::open(&Address::parse(folder.path().to_str().unwrap()).unwrap()).unwrap();
     let files = other.files(&storage);
     let runtime = tokio::runtime::Runtime::new().unwrap();

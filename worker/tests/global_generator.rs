@@ -27,7 +27,7 @@ fn training_and_sampling_never_draw_from_libtorch() {
             let leaf = bench.leaf(phase, 0);
             commit(&bench.model, &mut bench.state, phase, &leaf.flat, 0).unwrap();
         }
-        let (flat, counters) = (to_bytes(&bench.state.flat), bench.state.counters);
+        let (flat, counters) = (to_bytes(&bench.state.flat).into(), bench.state.counters);
         let snapshot = Snapshot { step: 1, phase: 0, flat, counters };
         grid_of(&*bench.gan, &bench.model.layout, &snapshot, 7, 4).unwrap();
         assert!(default_generator_state().unwrap() == before, "{:?}", bench.job.model.kind);

@@ -225,7 +225,7 @@ async fn a_checkpoint_names_every_tensor_and_brings_the_state_back() {
     let bench = Bench::new(job(ModelKind::Mlp28, LossKind::NonSaturating));
     let storage = Storage::in_memory();
     let files = bench.files(&storage);
-    let (flat, counters) = (to_bytes(&bench.state.flat), bench.state.counters);
+    let (flat, counters) = (to_bytes(&bench.state.flat).into(), bench.state.counters);
     let snapshot = Snapshot { step: 0, phase: 0, flat, counters };
     let checkpoint = common::save(&files, &snapshot).await;
     let mut names = Vec::new();

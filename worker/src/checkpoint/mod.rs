@@ -12,16 +12,17 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use bytes::Bytes;
+use c10d::HostCopy;
 use ganglion_membership::{Checkpoint, Position, StoredFile, WorkerId, WrittenPart};
 use ganglion_proto::message::MetricsRow;
 use ganglion_proto::{manifest, rows};
 use ganglion_storage::{MANIFEST, PutPayload, Storage, in_folder};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use tch::Tensor;
 
 use crate::nn::tensor_bytes::{from_bytes, to_bytes};
 use crate::nn::{Constant, TensorSpec};
-use crate::state::{Counters, Layout, NamedTensor, StateLayout};
+use crate::state::{Counters, Layout, NamedTensor, State, StateLayout};
 
 /// Approximate size of a state part, within the limits of [`part_count`].
 const PART_BYTES: usize = 64 << 20;
@@ -36,13 +37,22 @@ pub struct Snapshot {
     pub step: u64,
     /// Number of phases done of the next step.
     pub phase: u32,
-    /// Buffer of the state, as little-endian floats.
-    pub flat: Vec<u8>,
+    /// Buffer of the state, as little-endian floats. Files share this memory.
+    pub flat: Bytes,
     /// Integer state.
     pub counters: Counters,
 }
 
 impl Snapshot {
+    /// Copies a state, at the end of a phase of step `step`.
+    ///
+    /// # Errors
+    /// The host has no memory for it, or a device fails.
+    pub fn of(state: &State, step: u64, phase: u32) -> Result<Snapshot, c10d::Error> {
+        let flat = Bytes::from_owner(HostCopy::of(&state.flat)?);
+        Ok(Snapshot { step, phase, flat, counters: state.counters })
+    }
+
     /// Floats of a range of the buffer, flat.
     pub fn floats(&self, range: Range<usize>) -> Tensor {
         from_bytes(&self.flat[4 * range.start..4 * range.end])
@@ -163,7 +173,7 @@ pub fn state_digest(layout: &StateLayout, snapshot: &Snapshot) -> String {
     }
     let named = layout.tensors();
     for tensor in &named {
-        tensors.insert(&tensor.name, (Dtype::F32, tensor.shape.clone(), floats(snapshot, tensor)));
+        tensors.insert(&tensor.name, (Dtype::F32, tensor.shape.clone(), &snapshot.flat[bytes_of(tensor)]));
     }
     let mut hasher = blake3::Hasher::new();
     for (name, (dtype, shape, bytes)) in tensors {
@@ -178,13 +188,16 @@ pub fn state_digest(layout: &StateLayout, snapshot: &Snapshot) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-fn floats<'a>(snapshot: &'a Snapshot, tensor: &NamedTensor) -> &'a [u8] {
-    &snapshot.flat[4 * tensor.range.start..4 * tensor.range.end]
+fn bytes_of(tensor: &NamedTensor) -> Range<usize> {
+    4 * tensor.range.start..4 * tensor.range.end
 }
 
-fn view<'a>(dtype: Dtype, shape: &[i64], bytes: &'a [u8]) -> TensorView<'a> {
-    let shape = shape.iter().map(|size| usize::try_from(*size).expect("sizes are positive")).collect();
-    TensorView::new(dtype, shape, bytes).expect("a tensor has as many bytes as its shape says")
+/// A tensor of a safetensors file.
+struct Entry {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<i64>,
+    bytes: Bytes,
 }
 
 /// Writer and reader of a job's checkpoint files.
@@ -206,12 +219,11 @@ impl Files<'_> {
         match &planned.content {
             Content::State { tensors, with_counters } => {
                 let counters = counter_tensors(&snapshot.counters);
-                let counters = counters.iter().filter(|_| *with_counters);
-                let views = counters
-                    .map(|(name, bytes)| (name.to_string(), view(Dtype::I64, &[1], bytes)))
-                    .chain(tensors.iter().map(|tensor| {
-                        (tensor.name.clone(), view(Dtype::F32, &tensor.shape, floats(snapshot, tensor)))
-                    }));
+                let counters = counters.into_iter().filter(|_| *with_counters).map(|(name, bytes)| {
+                    let bytes = Bytes::copy_from_slice(&bytes);
+                    Entry { name: name.to_string(), dtype: Dtype::I64, shape: vec![1], bytes }
+                });
+                let named = tensors.iter().map(|tensor| floats(snapshot, tensor, tensor.name.clone()));
                 let about = [
                     // What PyTorch's readers of safetensors expect.
                     text("format", "pt".to_string()),
@@ -219,20 +231,21 @@ impl Files<'_> {
                     text("phase", snapshot.phase.to_string()),
                     text("state_digest", state_digest.to_string()),
                 ];
-                serialize(views, about.into())
+                serialize(counters.chain(named).collect(), &about.into())
             }
             Content::Weights(tensors) => {
                 let file = self.weights.expect("a file is planned for an objective that has one");
-                let floats = tensors.iter().map(|tensor| {
+                let named = tensors.iter().map(|tensor| {
                     let name = file.name_of(&tensor.name).expect("the file's tensors were chosen by it");
-                    (name, view(Dtype::F32, &tensor.shape, floats(snapshot, tensor)))
+                    floats(snapshot, tensor, name)
                 });
-                let constants = &file.constants;
-                let bytes: Vec<Vec<u8>> = constants.iter().map(|one| little_endian(&one.values)).collect();
-                let whole = constants.iter().zip(&bytes);
-                let whole = whole.map(|(one, bytes)| (one.name.clone(), view(Dtype::I64, &one.shape, bytes)));
+                let constants = file.constants.iter().map(|one| {
+                    let bytes = little_endian(&one.values).into();
+                    Entry { name: one.name.clone(), dtype: Dtype::I64, shape: one.shape.clone(), bytes }
+                });
                 let about = [text("format", "pt".to_string()), text("step", snapshot.step.to_string())];
-                serialize(floats.chain(whole), file.about.clone().into_iter().chain(about).collect())
+                let about = file.about.clone().into_iter().chain(about).collect();
+                serialize(named.chain(constants).collect(), &about)
             }
             Content::Index(weight_map) => {
                 let named: usize = self.layout.tensors().iter().map(|tensor| 4 * tensor.range.len()).sum();
@@ -348,12 +361,7 @@ impl Files<'_> {
 
     /// Reads and verifies the state of a checkpoint.
     pub async fn read(&self, checkpoint: &Checkpoint) -> Result<Snapshot, CheckpointError> {
-        let mut snapshot = Snapshot {
-            step: checkpoint.step,
-            phase: checkpoint.phase,
-            flat: vec![0; 4 * self.layout.len],
-            counters: Counters::default(),
-        };
+        let (mut flat, mut counters) = (vec![0; 4 * self.layout.len], Counters::default());
         let mut missing: BTreeMap<String, NamedTensor> =
             self.layout.tensors().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
         // One after the other, so that memory holds the state and one file.
@@ -368,13 +376,16 @@ impl Files<'_> {
             let corrupt = |error| CheckpointError::Corrupt(format!("{path}: {error}"));
             let tensors = SafeTensors::deserialize(&bytes).map_err(|error| corrupt(error.to_string()))?;
             for (name, tensor) in tensors.iter() {
-                take_tensor(&mut snapshot, &mut missing, name, tensor.data()).map_err(corrupt)?;
+                take_tensor((&mut flat, &mut counters), &mut missing, name, tensor.data())
+                    .map_err(corrupt)?;
             }
         }
         // A tensor that no file has would stay zero.
         if let Some(name) = missing.keys().next() {
             return Err(CheckpointError::Corrupt(format!("{} lacks {name}", checkpoint.folder())));
         }
+        let Checkpoint { step, phase, .. } = *checkpoint;
+        let snapshot = Snapshot { step, phase, flat: flat.into(), counters };
         // The files are each whole, and may still be of different states (invariant 3).
         if state_digest(self.layout, &snapshot) != checkpoint.state_digest {
             let what = format!("{} does not have the manifest's state digest", checkpoint.folder());
@@ -385,7 +396,7 @@ impl Files<'_> {
 }
 
 fn take_tensor(
-    snapshot: &mut Snapshot,
+    (flat, counters): (&mut [u8], &mut Counters),
     missing: &mut BTreeMap<String, NamedTensor>,
     name: &str,
     data: &[u8],
@@ -393,12 +404,12 @@ fn take_tensor(
     let number = || data.try_into().map(u64::from_le_bytes).map_err(|_| format!("{name} is not one number"));
     match name {
         // By name, in whichever file they are.
-        "counters.position" => snapshot.counters.position = Position(number()?),
-        "counters.ledger" => snapshot.counters.ledger = number()?,
-        "counters.skipped" => snapshot.counters.skipped = number()?,
+        "counters.position" => counters.position = Position(number()?),
+        "counters.ledger" => counters.ledger = number()?,
+        "counters.skipped" => counters.skipped = number()?,
         _ => {
             let tensor = missing.remove(name).ok_or_else(|| format!("{name} is not in this job's model"))?;
-            let place = &mut snapshot.flat[4 * tensor.range.start..4 * tensor.range.end];
+            let place = &mut flat[bytes_of(&tensor)];
             if place.len() != data.len() {
                 return Err(format!("{name} does not have this job's shape"));
             }
@@ -421,41 +432,47 @@ fn little_endian(numbers: &[i64]) -> Vec<u8> {
     numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
-/// Serialises safetensors with its metadata in order, so that the same tensors give the same bytes.
-fn serialize<'a>(
-    tensors: impl Iterator<Item = (String, TensorView<'a>)>,
-    about: BTreeMap<String, String>,
-) -> PutPayload {
-    let bytes = safetensors::serialize(tensors, None).expect("names are unique and sizes fit");
-    with_metadata(bytes.into(), &about)
+/// A tensor of a state under a name. It shares the snapshot's memory.
+fn floats(snapshot: &Snapshot, tensor: &NamedTensor, name: String) -> Entry {
+    let bytes = snapshot.flat.slice(bytes_of(tensor));
+    Entry { name, dtype: Dtype::F32, shape: tensor.shape.clone(), bytes }
+}
+
+/// Lays a safetensors file out as that library does, without a copy of its tensors. The metadata is in order,
+/// so that the same tensors give the same bytes: the library keeps it in a hash map, whose order changes from
+/// run to run.
+fn serialize(mut tensors: Vec<Entry>, about: &BTreeMap<String, String>) -> PutPayload {
+    // The library's order: the largest alignment first, then by name.
+    tensors.sort_by(|left, right| right.dtype.cmp(&left.dtype).then_with(|| left.name.cmp(&right.name)));
+    let mut end = 0;
+    let infos = tensors.iter().map(|tensor| {
+        let start = end;
+        end += tensor.bytes.len();
+        let shape = tensor.shape.iter().map(|size| usize::try_from(*size).expect("sizes are positive"));
+        let (dtype, shape) = (tensor.dtype, shape.collect());
+        (tensor.name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) })
+    });
+    let infos = Metadata::new(None, infos.collect()).expect("names are unique and sizes fit");
+    let infos = serde_json::to_string(&infos).expect("texts and numbers can be written");
+    let about = serde_json::to_string(about).expect("texts can be written");
+    // The brace of the tensors' table is replaced by the one with the metadata in it.
+    let mut header = format!("{{\"__metadata__\":{about},{}", &infos[1..]);
+    // Padded with spaces, as the format has it, so that the tensors are aligned.
+    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+    // The form of safetensors: 8 bytes with the length of the header, the header, the tensors.
+    let mut front = (header.len() as u64).to_le_bytes().to_vec();
+    front.extend(header.as_bytes());
+    PutPayload::from_iter(std::iter::once(front.into()).chain(tensors.into_iter().map(|tensor| tensor.bytes)))
 }
 
 /// Returns the bytes of a safetensors file with the tensors of a flat buffer.
-pub fn serialize_floats(layout: &Layout, flat: &Tensor, about: BTreeMap<String, String>) -> Vec<u8> {
-    let bytes = to_bytes(flat);
-    let views = layout.entries().map(|(spec, offset)| {
-        let range = 4 * offset..4 * (offset + spec.numel());
-        (spec.name.clone(), view(Dtype::F32, &spec.shape, &bytes[range]))
+pub fn serialize_floats(layout: &Layout, flat: &Tensor, about: &BTreeMap<String, String>) -> Vec<u8> {
+    let bytes = Bytes::from(to_bytes(flat));
+    let entries = layout.entries().map(|(spec, offset)| {
+        let bytes = bytes.slice(4 * offset..4 * (offset + spec.numel()));
+        Entry { name: spec.name.clone(), dtype: Dtype::F32, shape: spec.shape.clone(), bytes }
     });
-    serialize(views, about).iter().flatten().copied().collect()
-}
-
-/// Inserts the metadata into a file's header. The library keeps it in a hash map, whose order changes from
-/// run to run.
-fn with_metadata(bytes: Bytes, about: &BTreeMap<String, String>) -> PutPayload {
-    // The form of safetensors: 8 bytes with the length of the header, the header, the tensors.
-    let length = u64::from_le_bytes(bytes[..8].try_into().expect("a header starts with its length"));
-    let end = 8 + usize::try_from(length).expect("a header is small");
-    let tensors = std::str::from_utf8(&bytes[8..end]).expect("a header is JSON").trim_end();
-    let about = serde_json::to_string(about).expect("texts can be written");
-    // The library's own brace is replaced by the one with the metadata in it.
-    let mut header = format!("{{\"__metadata__\":{about},{}", &tensors[1..]);
-    // Padded with spaces, as the format has it, so that the tensors are aligned.
-    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
-    let mut front = (header.len() as u64).to_le_bytes().to_vec();
-    front.extend(header.as_bytes());
-    // The tensors themselves are not copied once more.
-    PutPayload::from_iter([Bytes::from(front), bytes.slice(end..)])
+    serialize(entries.collect(), about).iter().flatten().copied().collect()
 }
 
 /// Returns a network's tensor by its name, from a file that holds it.

@@ -5,6 +5,7 @@
 //! 2. A failing storage is retried until it works or a newer checkpoint is waiting. The last one is never
 //!    given up.
 //! 3. A thread that waits for a storage counts as paused, and is not late.
+//! 4. The thread has a low priority: training comes first where cores are few.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -188,6 +189,7 @@ impl Drop for Archive {
 impl Monitor<Queue> {
     fn serve(&self, context: &Context) {
         crate::set_threads(context.job.job.threads);
+        crate::give_way();
         while let Some(task) = self.next() {
             let order = match task {
                 Task::Save(order) => order,

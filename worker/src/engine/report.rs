@@ -15,7 +15,6 @@ use super::generation::TeamError;
 use super::train::Course;
 use super::trainer::{Held, Trainer};
 use crate::checkpoint::Snapshot;
-use crate::nn::tensor_bytes::to_bytes;
 use crate::objective::{Model, Phase, ScalarRole};
 use crate::state::{Counters, State, narrow};
 
@@ -137,14 +136,14 @@ impl Pace {
 
 impl Trainer {
     /// Reports a step that ends at the held state: metrics, samples, checkpoints. Waits only while too many
-    /// rows are unrecorded or too many checkpoints are unwritten.
+    /// rows are unrecorded or too many checkpoints are unwritten. Fails if the state cannot be copied.
     pub(super) fn report(
         &self,
         assignment: &Assignment,
         held: &mut Held,
         reported: Reported,
         course: &mut Course<'_>,
-    ) {
+    ) -> Result<(), TeamError> {
         let step = self.model.steps(held.state.counters.position);
         let row_is_due = self.job.metrics_due(step, self.data.len() as u64);
         match reported {
@@ -163,16 +162,17 @@ impl Trainer {
         }
         let due = self.due(step);
         match reported {
-            Reported::Committed | Reported::Again => self.save(assignment, &held.state, due),
+            Reported::Committed | Reported::Again => self.save(assignment, &held.state, due)?,
             // Of the last group's states perhaps only the saved one is left: its evaluation may still be
             // missing.
             Reported::FromCheckpoint => {
                 let due = Due { evaluation: due.evaluation, ..Due::default() };
-                self.save(assignment, &held.state, due);
+                self.save(assignment, &held.state, due)?;
             }
             // `finish` saves it.
             Reported::Last { .. } => {}
         }
+        Ok(())
     }
 
     fn report_row(&self, assignment: &Assignment, held: &mut Held, course: &mut Course<'_>) {
@@ -229,15 +229,15 @@ impl Trainer {
         }
     }
 
-    fn save(&self, assignment: &Assignment, state: &State, due: Due) {
+    fn save(&self, assignment: &Assignment, state: &State, due: Due) -> Result<(), TeamError> {
         let files = if due.checkpoint { self.files_to_write(assignment) } else { Vec::new() };
         // Every member could draw the same grid and evaluate the same samples: rank 0 does.
         let is_first = assignment.rank == 0;
         let samples = due.samples && is_first;
         if files.is_empty() && !samples && !due.evaluation {
-            return;
+            return Ok(());
         }
-        let snapshot = Arc::new(self.snapshot(state));
+        let snapshot = Arc::new(self.snapshot(state)?);
         if due.evaluation {
             self.evaluations.push(snapshot.clone(), is_first);
         }
@@ -245,12 +245,13 @@ impl Trainer {
             let generation = assignment.group.generation;
             self.archive.push(Order { generation, snapshot, files, samples });
         }
+        Ok(())
     }
 
     /// Copies a state to host memory.
-    pub(super) fn snapshot(&self, state: &State) -> Snapshot {
+    pub(super) fn snapshot(&self, state: &State) -> Result<Snapshot, c10d::Error> {
         let (step, phase) = self.model.place(state.counters.position);
-        Snapshot { step, phase: phase.index, flat: to_bytes(&state.flat), counters: state.counters }
+        Snapshot::of(state, step, phase.index)
     }
 
     /// Returns this member's share of a checkpoint's files: they are dealt to all members that see the
@@ -275,7 +276,7 @@ impl Trainer {
     ) -> Result<(), TeamError> {
         let samples = complete && self.job.sample.every_steps != 0;
         let evaluation = self.due(self.model.steps(state.counters.position)).evaluation;
-        self.save(assignment, state, Due { checkpoint: true, samples, evaluation });
+        self.save(assignment, state, Due { checkpoint: true, samples, evaluation })?;
         let left = || self.session.is_aborted(assignment.group.generation);
         if !self.archive.drain(left) {
             // The members of the next group save this state again.

@@ -82,7 +82,7 @@ impl Trainer {
             for work in next {
                 match work {
                     Work::ReportStep(reported) => {
-                        self.report(assignment, held, reported, &mut course);
+                        self.report(assignment, held, reported, &mut course)?;
                     }
                     Work::Save(complete) => {
                         course.laps.rest();

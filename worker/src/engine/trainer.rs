@@ -127,7 +127,8 @@ impl Trainer {
             return Ok(None);
         }
         let files = self.model.files(self.storage.storage(), self.job.job.data_shards);
-        let (snapshot, rows) = (self.snapshot(state), self.session.kept_rows());
+        let uncopied = |error| CheckpointError::Corrupt(format!("the state cannot be copied: {error}"));
+        let (snapshot, rows) = (self.snapshot(state).map_err(uncopied)?, self.session.kept_rows());
         let worker = self.session.welcome().worker;
         let save = async || {
             self.storage.check().await?;

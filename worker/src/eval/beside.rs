@@ -31,8 +31,6 @@ use crate::session::monitor::Monitor;
 
 /// Maximum number of waiting evaluations: each holds a state.
 const WAITING_LIMIT: usize = 4;
-/// Increment of the thread's nice value over training.
-const NICE: i32 = 5;
 
 /// Dependencies of the evaluation thread.
 pub(crate) struct Context {
@@ -168,11 +166,7 @@ impl Monitor<Queue> {
     fn serve(&self, context: Context) {
         // As many as training has: another number would give other bits in some kernels.
         crate::set_threads(context.job.job.threads);
-        // On Linux the nice value is the thread's own. If it cannot be set, evaluations compete with
-        // training.
-        if let Err(error) = rustix::process::nice(NICE) {
-            tracing::debug!("evaluations have the priority of training: {error}");
-        }
+        crate::give_way();
         let Context { job, model, data, inputs, session, track } = context;
         let Inputs { mut means, held_out } = inputs;
         let draws = means.is_some();

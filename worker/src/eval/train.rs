@@ -140,7 +140,7 @@ pub(crate) fn train(
     }
     let about = [("seed", seed), ("epochs", epochs), ("samples", samples)];
     let about = about.map(|(key, value)| (key.to_string(), value.to_string()));
-    Ok(serialize_floats(&layout, &flat, about.into()))
+    Ok(serialize_floats(&layout, &flat, &about.into()))
 }
 
 /// Digits of an update, shifted at random.
