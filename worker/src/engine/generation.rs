@@ -2,9 +2,7 @@
 //!
 //! 1. The first collective compares every member's view of the group's identity; a worker that belongs to
 //!    another group is detected before it can touch anyone's state.
-//! 2. State comes from one member by broadcast, into spare memory; it replaces the receiver's only when all
-//!    of it arrived and its fingerprint is right. Until then the receiver keeps what it had.
-//! 3. Before the first phase all members have compared the fingerprint of the whole state.
+//! 2. Before the first phase all members have compared the fingerprint of the whole state (`state_sync`).
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -13,20 +11,20 @@ use std::time::Duration;
 use c10d::shared::{Exchange, OFFER_WORDS, Segment};
 use c10d::{Buffer, GlooAddress, GlooOptions, Group, KeyValueStore};
 use ganglion_membership::{Activity, Backend, Position, Start, Term};
-use ganglion_proto::failpoint;
 use ganglion_proto::job::{Job, Reduction};
 use ganglion_proto::message::Assignment;
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor};
 
 use super::finite::NonFinite;
 use super::gradient_log::LogError;
 use super::reduce::{AllReduce, Memory, Peers, ReduceError, ShardMap};
 use super::report::Pending;
+use super::state_sync::{summary, sync};
 use super::trainer::Held;
 use crate::checkpoint::CheckpointError;
 use crate::objective::Model;
 use crate::session::Session;
-use crate::state::{Counters, State, align, narrow};
+use crate::state::State;
 
 /// Interval at which the wait for the group looks for an abort.
 const LOOK: Duration = Duration::from_millis(2);
@@ -135,79 +133,21 @@ impl Team {
         held: &mut Option<Held>,
     ) -> Result<(), TeamError> {
         let position = assignment.group.position;
-        match &assignment.group.start {
-            Start::Fresh => *held = Some(Held { state: fresh(), pending: Pending::new(model) }),
-            // After a loss the survivors mostly hold the same state already.
-            Start::Healed(_) if self.all_hold(position, held.as_ref())? => return Ok(()),
-            Start::Healed(source) | Start::Checkpoint(source, _) => {
-                self.broadcast(source.0 as usize, model, held)?;
+        let summary = match &assignment.group.start {
+            Start::Fresh => {
+                let begun = Held { state: fresh(), pending: Pending::new(model) };
+                summary(&held.insert(begun).state)?
             }
-        }
-        let Some(Held { state, .. }) = held else {
-            return Err(TeamError::Diverged("the source of the state has none".to_string()));
+            Start::Healed(source) | Start::Checkpoint(source, _) => {
+                let from = (source.0 as usize, position, self.generation);
+                sync(&self.peers, from, model, held)?
+            }
         };
-        if state.counters.position != position {
-            let what = format!("the state is at position {}, not {position}", state.counters.position);
+        if summary[0] != position.0 {
+            let what = format!("the state is at position {}, not {position}", summary[0]);
             return Err(TeamError::Diverged(what));
         }
-        self.compare("state", &summary(state)?)
-    }
-
-    /// Whether all members hold the same state, at the given update index. All members get the same answer.
-    fn all_hold(&self, position: Position, held: Option<&Held>) -> Result<bool, TeamError> {
-        let held = held.filter(|held| held.state.counters.position == position);
-        let own = held.map_or(Ok([u64::MAX; 4]), |held| summary(&held.state))?;
-        let other = self.first_other(&own)?;
-        Ok(held.is_some() && other.is_none())
-    }
-
-    /// Sends the source's state to all members, with the counters and the pending report in words behind it.
-    fn broadcast(&self, source: usize, model: &Model, held: &mut Option<Held>) -> Result<(), TeamError> {
-        let Peers { group, timeout, shards, device, .. } = &self.peers;
-        if shards.world_size() == 1 {
-            return Ok(());
-        }
-        let (len, words) = (model.layout.len, Pending::words(model));
-        // A word is as long as two floats.
-        let mut spare = Buffer::zeros(len + align(2 * words), Kind::Float, *device)?;
-        // Numbered by generation: the source is about to send, a receiver has received and not taken over
-        // yet.
-        if shards.rank == source {
-            failpoint::reached("heal-source", self.generation);
-        }
-        if let Some(Held { state, pending }) = held.as_ref().filter(|_| shards.rank == source) {
-            let words = pending.to_words(state.counters, c10d::aten::fingerprint(&state.flat, 0)?);
-            let bytes: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
-            let words = Tensor::from_slice(&bytes).view_dtype(Kind::Float);
-            spare.update(|spare| {
-                narrow(spare, 0..len).copy_(&state.flat);
-                narrow(spare, len..len + words.numel()).copy_(&words);
-            });
-        }
-        // Bounded by the timeout of reduces; an abort of the group ends the wait at once.
-        let spare = group.broadcast(spare, source)?.wait(*timeout)?;
-        let received = narrow(spare.tensor(), 0..len);
-        let bytes =
-            narrow(spare.tensor(), len..len + 2 * words).to_device(Device::Cpu).view_dtype(Kind::Uint8);
-        let bytes = Vec::<u8>::try_from(bytes).expect("bytes on the CPU");
-        let (words, _) = bytes.as_chunks();
-        let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
-        let told = Pending::from_words(&words);
-        let (counters, fingerprint, pending) =
-            told.ok_or_else(|| TeamError::Diverged("a broadcast report is damaged".to_string()))?;
-        if c10d::aten::fingerprint(&received, 0)? != fingerprint {
-            return Err(TeamError::Diverged("a broadcast state does not have its fingerprint".to_string()));
-        }
-        if shards.rank != source {
-            failpoint::reached("heal", self.generation);
-        }
-        let held = held.get_or_insert_with(|| {
-            let state = State::zeros(model.layout.clone(), *device);
-            Held { state, pending: Pending::new(model) }
-        });
-        no_grad(|| held.state.flat.copy_(&received));
-        (held.state.counters, held.pending) = (counters, pending);
-        Ok(())
+        self.compare("state", &summary)
     }
 
     /// Assignment of data shards to ranks.
@@ -222,7 +162,7 @@ impl Team {
 
     /// Fails unless all members have the same words.
     fn compare(&self, what: &str, words: &[u64]) -> Result<(), TeamError> {
-        match self.first_other(words)? {
+        match gather(&self.peers, words)?.iter().position(|theirs| theirs != words) {
             None => Ok(()),
             Some(rank) => Err(TeamError::Diverged(format!(
                 "rank {rank} and rank {} differ in their {what} at the start of generation {}",
@@ -230,15 +170,10 @@ impl Team {
             ))),
         }
     }
-
-    /// Returns the first rank whose words differ from this one's.
-    fn first_other(&self, words: &[u64]) -> Result<Option<usize>, TeamError> {
-        Ok(gather(&self.peers, words)?.iter().position(|theirs| theirs != words))
-    }
 }
 
 /// Returns the words of all ranks, by rank.
-fn gather(peers: &Peers, words: &[u64]) -> Result<Vec<Vec<u64>>, TeamError> {
+pub(super) fn gather(peers: &Peers, words: &[u64]) -> Result<Vec<Vec<u64>>, TeamError> {
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     let Peers { group, timeout, shards, device, .. } = peers;
     let mut own = Buffer::zeros(bytes.len(), Kind::Uint8, *device)?;
@@ -348,12 +283,6 @@ fn connect(
         (Backend::Gloo, Device::Cpu) => Group::gloo(options, store, "gloo"),
         (Backend::Gloo, _) => Ok(Group::gloo(options, store, "gloo")?.staged(device)),
     }
-}
-
-/// Words by which two states are compared: counters and fingerprint.
-fn summary(state: &State) -> Result<[u64; 4], c10d::Error> {
-    let Counters { position, ledger, skipped } = state.counters;
-    Ok([position.0, ledger, skipped, c10d::aten::fingerprint(&state.flat, 0)?])
 }
 
 /// Words that identify a group: the same for all its members, and for no other group.

@@ -18,7 +18,7 @@ use super::{Mean, ShardGrad, ShardMap, chunk_of};
 use crate::engine::profile::{Laps, Part};
 use crate::state::{ALIGNMENT, align, narrow};
 
-/// Memory that the ranks of a group share; all its reduces go through it, one after the other.
+/// Memory that the ranks of a group share; all its exchanges go through it, one after the other.
 #[derive(Clone)]
 pub struct Memory(Arc<Mutex<Exchange>>);
 
@@ -34,6 +34,35 @@ impl Memory {
         nodes.max().unwrap_or(1) * padded(shards, len) + ALIGNMENT
     }
 
+    /// Passes `len` floats on, piece by piece: each rank may write a piece to the place that it is given, and
+    /// all ranks read what is in the places of all.
+    pub(in crate::engine) fn pass(
+        &self,
+        wait: Wait<'_>,
+        len: usize,
+        write: impl Fn(&Range<usize>, &Tensor),
+        read: impl Fn(&Range<usize>, &[Tensor]),
+    ) -> Result<(), Error> {
+        let mut exchange = self.lock();
+        let passed = pieces(len, exchange.len()).try_for_each(|piece| {
+            let place = exchange.own()?;
+            no_grad(|| write(&piece, &place));
+            exchange.publish();
+            exchange.finish(
+                wait.timeout,
+                || wait.group.is_open(),
+                |slots| {
+                    no_grad(|| read(&piece, slots));
+                    Ok(())
+                },
+            )
+        });
+        if passed.is_err() {
+            wait.group.aborter().abort();
+        }
+        passed
+    }
+
     fn lock(&self) -> MutexGuard<'_, Exchange> {
         // A panic on the way is the end of the process, whatever the memory holds.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -46,14 +75,20 @@ fn padded(shards: &ShardMap, len: usize) -> usize {
     if world_size == 2 { align(len) } else { world_size * chunk_of(len, world_size) }
 }
 
-/// Limits of the waits of a reduce.
+/// Splits `len` floats into pieces of at most `most`.
+pub(in crate::engine) fn pieces(len: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len).step_by(most.max(1)).map(move |start| start..(start + most).min(len))
+}
+
+/// Limits of the waits of an exchange.
 #[derive(Clone, Copy)]
-pub(super) struct Wait<'a> {
+pub(in crate::engine) struct Wait<'a> {
     /// The group, whose abort ends them.
-    pub(super) group: &'a Group,
-    pub(super) timeout: Duration,
-    /// Update index of the reduce.
-    pub(super) position: u64,
+    pub group: &'a Group,
+    /// Longest wait for the other ranks.
+    pub timeout: Duration,
+    /// Update index at which it happens.
+    pub position: u64,
 }
 
 /// The exchange through shared memory.
