@@ -257,3 +257,28 @@ fn text_and_arrays_are_told_by_tokens_and_by_rows() {
         &["does not exist", "a file of text"],
     );
 }
+
+/// A folder in the place of the tokens stands for one in which nothing can be written.
+#[test]
+fn tokens_are_kept_elsewhere_where_they_cannot_lie_beside_the_text() {
+    let root = TempDir::new().unwrap();
+    let (text, cache) = (root.path().join("a.txt.gz"), root.path().join("cache"));
+    fs::copy(concat!(env!("CARGO_MANIFEST_DIR"), "/../data/kjv/held-out.txt.gz"), &text).unwrap();
+    let check = || {
+        let mut command = Command::new(program("coordinator"));
+        command.args(["data", "check", "--data"]).arg(format!("text:{}", text.display()));
+        command.env("GANGLION_CACHE_DIR", &cache);
+        assert_says(&Process::start(command).wait(), 0, &["3202 samples of 128 tokens"]);
+    };
+    let kept = |folder: &Path| {
+        let mut names =
+            fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.find(|name| name.starts_with("a.txt.gz.tokens-")).unwrap()
+    };
+    check();
+    let name = kept(root.path());
+    fs::remove_file(root.path().join(&name)).unwrap();
+    fs::create_dir(root.path().join(&name)).unwrap();
+    check();
+    assert_eq!(kept(&cache), name);
+}

@@ -144,6 +144,24 @@ fn tokens_are_kept_whole_and_looked_at_before_they_are_used() {
     assert_eq!(caches(folder.path()).len(), 2);
 }
 
+#[test]
+fn several_workers_make_the_tokens_once() {
+    let folder = folder(&[("a.txt.gz", &packed(&b"some text ".repeat(10_000)))]);
+    let path = folder.path().join("a.txt.gz");
+    let open = || DataSet::open(&of(&path, 5)).unwrap().fingerprint();
+    let found: Vec<[u8; 32]> = std::thread::scope(|scope| {
+        let all: Vec<_> = (0..4).map(|_| scope.spawn(open)).collect();
+        all.into_iter().map(|one| one.join().unwrap()).collect()
+    });
+    assert!(found.iter().all(|one| *one == found[0]));
+    let mut names: Vec<String> = fs::read_dir(folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert!(names.len() == 2 && names[1].starts_with("a.txt.gz.tokens-"), "{names:?}");
+}
+
 #[cfg(feature = "tokenizers")]
 #[test]
 fn a_tokenizer_gives_tokens_of_whole_texts() {

@@ -11,6 +11,7 @@ use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use ganglion_proto::printable_start;
 use ganglion_storage::whole;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -94,8 +95,9 @@ fn key(documents: &Documents, codec: &TextCodec) -> Result<String, DataError> {
 
 /// Places for the file: beside the data, in the folder for fetched data, and in that for temporary files.
 fn places(source: &Path, key: &str) -> Vec<PathBuf> {
-    let name = source.file_name().map(|name| name.to_string_lossy().into_owned());
-    let name = format!("{}.tokens-{}", name.as_deref().unwrap_or("text"), &key[..16]);
+    let name = source.file_name().map_or("text".into(), |name| name.to_string_lossy());
+    // A file system's names have at most 255 bytes.
+    let name = format!("{}.tokens-{}", printable_start(&name, 50), &key[..16]);
     let folders = [remote::cache().ok(), Some(std::env::temp_dir())];
     let elsewhere = folders.into_iter().flatten().map(|folder| folder.join(&name));
     std::iter::once(source.with_file_name(&name)).chain(elsewhere).collect()
