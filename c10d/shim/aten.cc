@@ -19,6 +19,11 @@
 
 #include "c10d/src/aten_ffi.rs.h"
 
+namespace at::native {
+// Exported by libtorch without a header: result = beta * result + alpha * mat1 mat2, by oneDNN. Of beta it takes 0 and 1.
+TORCH_API void mkldnn_matmul(const Tensor& mat1, const Tensor& mat2, const Tensor& result, float beta, float alpha);
+} // namespace at::native
+
 namespace c10d_shim {
 
 void fused_adam(
@@ -120,6 +125,60 @@ bool all_finite(const at::Tensor& tensor) {
   }
   // The largest absolute value: one kernel on a GPU, where `isfinite` is several.
   return tensor.numel() == 0 || std::isfinite(at::linalg_vector_norm(tensor, INFINITY).item<double>());
+}
+
+namespace {
+
+// Whether oneDNN multiplies these. libtorch itself asks MKL, which is half as fast on processors of another maker.
+bool is_for_onednn(const at::Tensor& out, const at::Tensor& a) {
+  const auto kind = out.scalar_type();
+  const bool is_known = kind == at::kFloat || kind == at::kBFloat16;
+  return is_known && a.scalar_type() == kind && out.is_cpu() && at::hasMKLDNN() && out.numel() > 0 && a.numel() > 0;
+}
+
+void multiply(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double scale, bool add) {
+  const double kept = add ? 1.0 : 0.0;
+  if (is_for_onednn(out, a)) {
+    at::native::mkldnn_matmul(a, b, out, static_cast<float>(kept), static_cast<float>(scale));
+  } else if (a.dim() == 2) {
+    at::addmm_out(out, out, a, b, kept, scale);
+  } else {
+    at::baddbmm_out(out, out, a, b, kept, scale);
+  }
+}
+
+} // namespace
+
+void matmul_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double scale, bool add) {
+  c10::NoGradGuard no_grad;
+  at::Tensor same = out;
+  if (a.scalar_type() == out.scalar_type()) {
+    return multiply(same, a, b, scale, add);
+  }
+  auto sizes = a.sizes().vec();
+  sizes.back() = b.size(-1);
+  at::Tensor product = at::empty(sizes, a.options());
+  multiply(product, a, b, scale, /*add=*/false);
+  if (add) {
+    same.add_(product);
+  } else {
+    same.copy_(product);
+  }
+}
+
+void layer_norm_backward(
+    const at::Tensor& grad,
+    const at::Tensor& input,
+    const at::Tensor& mean,
+    const at::Tensor& rstd,
+    const at::Tensor& weight,
+    const at::Tensor& grad_input,
+    const at::Tensor& grad_weight) {
+  c10::NoGradGuard no_grad;
+  const auto [of_input, of_weight, _] = at::native_layer_norm_backward(
+      grad, input, weight.sizes(), mean, rstd, weight, /*bias=*/std::nullopt, {true, true, false});
+  grad_input.add_(of_input);
+  grad_weight.copy_(of_weight);
 }
 
 namespace {

@@ -29,6 +29,15 @@ void keep_freed_memory();
 void trim_heap();
 void leaky_relu(const at::Tensor& tensor, double slope);
 bool all_finite(const at::Tensor& tensor);
+void matmul_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double scale, bool add);
+void layer_norm_backward(
+    const at::Tensor& grad,
+    const at::Tensor& input,
+    const at::Tensor& mean,
+    const at::Tensor& rstd,
+    const at::Tensor& weight,
+    const at::Tensor& grad_input,
+    const at::Tensor& grad_weight);
 std::uint64_t weighted_sum(const at::Tensor& tensor);
 
 // Floats of somebody else's memory, which stays mapped as long as `keep` lives.

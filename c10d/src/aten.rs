@@ -125,6 +125,61 @@ pub fn leaky_relu(tensor: &mut Tensor, slope: f64) -> Result<(), Error> {
     Ok(shim::leaky_relu(at_tensor(tensor), slope)?)
 }
 
+/// Writes or adds a product to a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Into {
+    /// The product replaces what is there.
+    Write,
+    /// The product is added to what is there.
+    Add,
+}
+
+/// Computes `scale` times a product of matrices, (m, k) and (k, n), or of as many pairs as a batch has, (b, m,
+/// k) and (b, k, n), straight into its place, without recording gradients. On a CPU oneDNN multiplies single
+/// precision and bf16. Factors of another kind than the place's give a product of their kind, which is cast.
+///
+/// # Errors
+/// [`Error::Invalid`] for shapes that do not fit each other; [`Error::Fatal`] if libtorch fails.
+pub fn matmul_into(out: &Tensor, how: Into, scale: f64, [a, b]: [&Tensor; 2]) -> Result<(), Error> {
+    let (of_a, of_b) = (a.size(), b.size());
+    let fits = match (of_a.as_slice(), of_b.as_slice()) {
+        ([m, k], [l, n]) => k == l && out.size() == [*m, *n],
+        ([batch, m, k], [other, l, n]) => batch == other && k == l && out.size() == [*batch, *m, *n],
+        _ => false,
+    };
+    if !fits {
+        // oneDNN would read and write beyond them.
+        let out = out.size();
+        return Err(Error::Invalid(format!("no product of {of_a:?} and {of_b:?} is {out:?}")));
+    }
+    Ok(shim::matmul_into(at_tensor(out), at_tensor(a), at_tensor(b), scale, how == Into::Add)?)
+}
+
+/// Forward pass of a layer normalisation (Ba et al., 2016) without a bias, whose gradient is to come.
+#[derive(Debug)]
+pub struct LayerNorm<'a> {
+    /// Input, (n, features).
+    pub input: &'a Tensor,
+    /// Weight, (features).
+    pub weight: &'a Tensor,
+    /// Means and reciprocal deviations, as `native_layer_norm` returns them.
+    pub moments: [&'a Tensor; 2],
+}
+
+impl LayerNorm<'_> {
+    /// Adds the gradient of the input to `of_input`, and writes that of the weight, for the output's gradient
+    /// `grad`.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] for tensors that do not fit each other, and if libtorch fails.
+    pub fn backward(&self, grad: &Tensor, of_input: &Tensor, of_weight: &Tensor) -> Result<(), Error> {
+        let [mean, rstd] = self.moments.map(at_tensor);
+        let (input, weight) = (at_tensor(self.input), at_tensor(self.weight));
+        let places = [of_input, of_weight].map(at_tensor);
+        Ok(shim::layer_norm_backward(at_tensor(grad), input, mean, rstd, weight, places[0], places[1])?)
+    }
+}
+
 /// Whether a tensor of floats holds neither an infinity nor a NaN. A contiguous tensor of `f32` on
 /// a CPU is read once, by its bits, without an allocation; for any other the largest absolute value
 /// is computed.
@@ -183,7 +238,48 @@ pub(crate) fn owned(tensor: cxx::UniquePtr<shim::Tensor>) -> Result<Tensor, Erro
 #[cfg(test)]
 #[allow(clippy::unwrap_used)] // a test may panic
 mod tests {
+    use tch::Kind;
+
     use super::*;
+
+    /// Against double precision, in every layout that an operand may have.
+    #[test]
+    fn products_are_written_and_added_in_place() {
+        let of = |shape: &[i64], kind: Kind| {
+            let all = (Kind::Double, tch::Device::Cpu);
+            (Tensor::arange(shape.iter().product::<i64>(), all) * 0.7).sin().view(shape).to_kind(kind)
+        };
+        for (kind, within) in [(Kind::Float, 1e-5), (Kind::Double, 1e-12), (Kind::BFloat16, 0.1)] {
+            let (a, b) = (of(&[5, 33], kind), of(&[7, 33], kind));
+            let (batch, rows) = (of(&[3, 5, 33], kind), of(&[3, 40, 33], kind));
+            let pairs = [
+                (a.shallow_clone(), b.transpose(0, 1)),
+                (of(&[33, 5], kind).transpose(0, 1), of(&[33, 7], kind)),
+                (batch, rows.narrow(1, 2, 7).transpose(1, 2)),
+            ];
+            for (a, b) in pairs {
+                let wanted = a.to_kind(Kind::Double).matmul(&b.to_kind(Kind::Double)) * 0.5;
+                let place_kind = if kind == Kind::Double { kind } else { Kind::Float };
+                let mut shape = wanted.size();
+                *shape.last_mut().unwrap() += 2;
+                let wide = Tensor::ones(shape.as_slice(), (place_kind, tch::Device::Cpu));
+                // Within a longer row, so that the place's stride is not its length.
+                let place = wide.narrow(-1, 1, 7);
+                matmul_into(&place, Into::Add, 0.5, [&a, &b]).unwrap();
+                let apart = |wanted: &Tensor| (&place - wanted).abs().max().double_value(&[]);
+                assert!(apart(&(&wanted + 1.0)) < within, "{kind:?} added");
+                matmul_into(&place, Into::Write, 0.5, [&a, &b]).unwrap();
+                assert!(apart(&wanted) < within, "{kind:?} written");
+                for edge in [0, 8] {
+                    let ones = wide.narrow(-1, edge, 1).eq(1.0).all();
+                    assert!(bool::try_from(ones).unwrap(), "written beyond its place");
+                }
+            }
+        }
+        let [a, b] = [of(&[2, 3], Kind::Float), of(&[4, 5], Kind::Float)];
+        let place = of(&[2, 5], Kind::Float);
+        assert!(matches!(matmul_into(&place, Into::Add, 1.0, [&a, &b]), Err(Error::Invalid(_))));
+    }
 
     /// Uses a CPU in place of the other device.
     #[test]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 pub(crate) struct Keep(#[allow(dead_code)] pub(crate) Arc<dyn Any + Send + Sync>);
 
 #[cxx::bridge(namespace = "c10d_shim")]
+#[allow(clippy::too_many_arguments)] // tensors come one by one
 pub(crate) mod shim {
     /// Scalars of one Adam step.
     struct AdamSettings {
@@ -53,6 +54,16 @@ pub(crate) mod shim {
         fn trim_heap() -> Result<()>;
         fn leaky_relu(tensor: &Tensor, slope: f64) -> Result<()>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;
+        fn matmul_into(out: &Tensor, a: &Tensor, b: &Tensor, scale: f64, add: bool) -> Result<()>;
+        fn layer_norm_backward(
+            grad: &Tensor,
+            input: &Tensor,
+            mean: &Tensor,
+            rstd: &Tensor,
+            weight: &Tensor,
+            grad_input: &Tensor,
+            grad_weight: &Tensor,
+        ) -> Result<()>;
         fn weighted_sum(tensor: &Tensor) -> Result<u64>;
         fn floats_at(address: usize, numel: usize, keep: Box<Keep>) -> Result<UniquePtr<Tensor>>;
 
