@@ -4,6 +4,7 @@
 //! | what | bound | beyond it |
 //! |---|---|---|
 //! | a diagnostic text, such as the detail of a fault | [`TEXT`] bytes | cut off |
+//! | texts that a model wrote | [`SAMPLE_TEXT`] bytes | cut off |
 //! | a name, such as a host's or a file's | [`NAME`] bytes | refused |
 //! | the address of a storage | [`PATH`] bytes | refused |
 //! | a job | [`TEXT_LIMIT`](crate::job::TEXT_LIMIT) bytes | refused |
@@ -41,6 +42,8 @@ pub(crate) const PASSPORT: usize = 64;
 pub(crate) const EVALUATIONS: usize = 1 << 20;
 /// Most samples that a job leaves out.
 pub(crate) const LEFT_OUT: usize = 1 << 20;
+/// Largest texts of one step, in bytes.
+pub const SAMPLE_TEXT: usize = 1 << 18;
 /// Longest side of a picture, in pixels.
 pub(crate) const SIDE: u32 = 1 << 16;
 

@@ -11,7 +11,9 @@ use crate::bounds::{self, count, list, name, text, within};
 use crate::error::{Malformed, malformed};
 use crate::evaluation::EvaluationRow;
 use crate::job::Job;
-use crate::message::{Assignment, FromWorker, GpuUse, Hello, Resume, SampleGrid, ToWorker, Usage, Welcome};
+use crate::message::{
+    Assignment, FromWorker, GpuUse, Hello, Resume, SampleGrid, SampleTexts, ToWorker, Usage, Welcome,
+};
 use crate::record::found::Found;
 use crate::record::{self, MetricsRow, Profile};
 use crate::wire;
@@ -78,6 +80,7 @@ impl FromWorker {
                 height: grid.height,
                 channels: grid.channels,
             }),
+            FromWorker::Texts(SampleTexts { step, text }) => Message::Texts(wire::SampleTexts { step, text }),
             FromWorker::Evaluation(row) => Message::Evaluation(row.to_wire()),
             FromWorker::PhaseSkipped(position, detail) => {
                 Message::PhaseSkipped(wire::PhaseSkipped { position: position.0, detail })
@@ -135,6 +138,7 @@ impl FromWorker {
                 text(part.detail),
             ),
             Message::Samples(grid) => FromWorker::Samples(samples_from_wire(grid)?),
+            Message::Texts(texts) => FromWorker::Texts(texts_from_wire(texts)?),
             Message::Evaluation(row) => FromWorker::Evaluation(EvaluationRow::from_wire(row)?),
             Message::PhaseSkipped(skipped) => {
                 FromWorker::PhaseSkipped(position(skipped.position)?, text(skipped.detail))
@@ -176,6 +180,16 @@ fn samples_from_wire(grid: wire::SampleGrid) -> Result<SampleGrid, Malformed> {
         height: grid.height,
         channels: grid.channels,
     })
+}
+
+fn texts_from_wire(texts: wire::SampleTexts) -> Result<SampleTexts, Malformed> {
+    let wire::SampleTexts { step, mut text } = texts;
+    let end = (0..=bounds::SAMPLE_TEXT.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
+    text.truncate(end.unwrap_or(0));
+    // A file is shown on terminals: of control characters it has the ends of lines and tabulators alone.
+    let is_shown = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
+    let text = text.chars().map(|c| if is_shown(c) { c } else { char::REPLACEMENT_CHARACTER }).collect();
+    Ok(SampleTexts { step: count(step, "step")?, text })
 }
 
 fn hello_to_wire(hello: Hello) -> wire::Hello {

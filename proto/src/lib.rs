@@ -61,7 +61,7 @@ pub mod wire {
     pub const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("ganglion");
 }
 
-pub use bounds::{NETWORKS, PHASES};
+pub use bounds::{NETWORKS, PHASES, SAMPLE_TEXT};
 pub use convert::{activity_to_wire, checked_status};
 pub use error::Malformed;
 pub use shown::{printable, printable_name, printable_start};

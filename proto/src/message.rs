@@ -31,6 +31,8 @@ pub enum FromWorker {
     PartDelayed(u64, String, String),
     /// Grid of generated or of real samples.
     Samples(SampleGrid),
+    /// Texts that the state wrote.
+    Texts(SampleTexts),
     /// Result of an evaluation.
     Evaluation(EvaluationRow),
     /// The phase that started at this update index was skipped; with the reason, which names the
@@ -166,6 +168,15 @@ pub struct GpuUse {
     pub memory_bytes: Option<u64>,
     /// Recent busy time of the GPU, in percent.
     pub utilisation: Option<u32>,
+}
+
+/// Texts that a state wrote, for people to read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SampleTexts {
+    /// Count of steps done when they were written.
+    pub step: u64,
+    /// All of them, one below the other.
+    pub text: String,
 }
 
 /// Grid of samples.

@@ -74,6 +74,18 @@ pub fn print(result: &str) -> Result<(), OutError> {
     })?)
 }
 
+/// Shows a piece of a result on standard output at once, as it is.
+///
+/// # Errors
+/// As [`print!`].
+pub fn show(piece: &str) -> Result<(), OutError> {
+    Ok(undisturbed(|| {
+        let mut out = io::stdout().lock();
+        out.write_all(piece.as_bytes())?;
+        out.flush()
+    })?)
+}
+
 /// Prints a message on standard output.
 ///
 /// # Errors

@@ -19,7 +19,7 @@ use std::time::Duration;
 use ganglion_membership::{Checkpoint, Outcome, Position, StepShape};
 use ganglion_proto::evaluation::{EvaluationRow, names};
 use ganglion_proto::job::Job;
-use ganglion_proto::message::SampleGrid;
+use ganglion_proto::message::{SampleGrid, SampleTexts};
 use ganglion_proto::record::found::Found;
 use ganglion_proto::record::{MetricsRow, RunEvent, RunOutcome, SavedCheckpoint};
 use ganglion_proto::trace::Trace;
@@ -64,7 +64,7 @@ pub struct Records {
     /// Maximum number of rows that may wait to be written.
     waiting_limit: usize,
     /// Pictures that are not written yet, oldest first.
-    pictures: VecDeque<SampleGrid>,
+    pictures: VecDeque<SampleFile>,
     receipts: Receipts,
     syncing: Option<JoinHandle<Synced>>,
     skipped: Skipped,
@@ -94,9 +94,26 @@ pub(crate) fn recorded(outcome: &Outcome) -> RunOutcome {
     }
 }
 
-/// Name of a grid's file.
-fn picture_name(grid: &SampleGrid) -> String {
-    if grid.real { REAL_PICTURE.to_string() } else { format!("step-{:08}.png", grid.step) }
+/// A file in the folder of samples.
+pub struct SampleFile {
+    name: String,
+    content: Vec<u8>,
+    /// Steps done before generated samples; `None` for real ones.
+    step: Option<u64>,
+}
+
+impl From<SampleGrid> for SampleFile {
+    fn from(grid: SampleGrid) -> SampleFile {
+        let step = (!grid.real).then_some(grid.step);
+        let name = step.map_or_else(|| REAL_PICTURE.to_string(), |step| format!("step-{step:08}.png"));
+        SampleFile { name, content: grid.png, step }
+    }
+}
+
+impl From<SampleTexts> for SampleFile {
+    fn from(SampleTexts { step, text }: SampleTexts) -> SampleFile {
+        SampleFile { name: format!("step-{step:08}.txt"), content: text.into_bytes(), step: Some(step) }
+    }
 }
 
 impl Records {
@@ -397,44 +414,44 @@ impl Records {
         self.note("more rows", Ok(()));
     }
 
-    /// Stores a grid of samples as a picture and shows it in TensorBoard.
-    pub fn take_samples(&mut self, grid: SampleGrid) {
-        // A grid that waits and is drawn again, after a change of the group, waits once.
-        self.pictures.retain(|waiting| (waiting.real, waiting.step) != (grid.real, grid.step));
-        self.pictures.push_back(grid);
+    /// Stores samples, a grid as a picture or texts, and shows them in TensorBoard.
+    pub fn take_samples(&mut self, samples: impl Into<SampleFile>) {
+        let samples = samples.into();
+        // Samples that wait and are drawn again, after a change of the group, wait once.
+        self.pictures.retain(|waiting| waiting.name != samples.name);
+        self.pictures.push_back(samples);
         self.write_pictures();
         // Only the oldest: a new one tells more of the run.
         while self.pictures.len() > PICTURES_LIMIT
             && let Some(dropped) = self.pictures.pop_front()
         {
-            let name = picture_name(&dropped);
-            self.message(&format!("warning: samples/{name} is lost: too many pictures wait for the disk"));
+            let name = dropped.name;
+            self.message(&format!("warning: samples/{name} is lost: too many of them wait for the disk"));
         }
     }
 
     fn write_pictures(&mut self) {
-        while let Some(grid) = self.pictures.pop_front() {
-            let name = picture_name(&grid);
-            let file = self.folder.join("samples").join(&name);
+        while let Some(samples) = self.pictures.pop_front() {
+            let file = self.folder.join("samples").join(&samples.name);
             // Each start draws the real samples; an earlier one may have ended before it told of them.
-            let is_told = !grid.real || self.chronicle.look().has_real;
-            if is_told && std::fs::read(&file).is_ok_and(|known| known == grid.png) {
-                // The grid was drawn again after a change of the group.
+            let is_told = samples.step.is_some() || self.chronicle.look().has_real;
+            if is_told && std::fs::read(&file).is_ok_and(|known| known == samples.content) {
+                // They were drawn again after a change of the group.
                 continue;
             }
             // Whole or not there: the dashboard and the mirror read this folder at any moment.
-            let written = whole::write(&file, &grid.png);
+            let written = whole::write(&file, &samples.content);
             let is_written = written.is_ok();
             self.note("samples", written);
             if !is_written {
                 // In front again: pictures are shown in the order in which they came.
-                return self.pictures.push_front(grid);
+                return self.pictures.push_front(samples);
             }
             // After the file: the event names it, and readers open it at once.
-            let file = format!("samples/{name}");
-            self.event(&match grid.real {
-                true => RunEvent::RealSamples { file },
-                false => RunEvent::Samples { file, step: grid.step },
+            let file = format!("samples/{}", samples.name);
+            self.event(&match samples.step {
+                None => RunEvent::RealSamples { file },
+                Some(step) => RunEvent::Samples { file, step },
             });
         }
     }

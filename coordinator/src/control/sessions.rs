@@ -312,6 +312,7 @@ impl Shell {
         match report {
             FromWorker::Metrics(row) if row.step <= last => self.take_row(row),
             FromWorker::Samples(grid) if grid.step <= last => self.records.take_samples(grid),
+            FromWorker::Texts(texts) if texts.step <= last => self.records.take_samples(texts),
             FromWorker::PhaseSkipped(position, detail) if position.0 < last_position => {
                 self.records.phase_skipped(position, &detail);
             }

@@ -131,6 +131,7 @@ fn needs_decision(message: &FromWorker) -> bool {
         FromWorker::Heartbeat(..)
             | FromWorker::Metrics(_)
             | FromWorker::Samples(_)
+            | FromWorker::Texts(_)
             | FromWorker::PhaseSkipped(..)
             | FromWorker::PartDelayed(..)
     )

@@ -62,7 +62,9 @@ fn transformer(settings: &mut Settings) -> Option<TransformerSettings> {
         heads: settings.whole_or("model.heads", 1..=1000, 4),
         positions: settings.choice_or("model.positions", Positions::Learned),
         activation: settings.choice_or("model.activation", Activation::Gelu),
-        dropout: settings.number_or("model.dropout", 0.0..1.0, 0.0),
+        // Below 1, where nothing would be left.
+        dropout: settings.number_or("model.dropout", 0.0..=0.9, 0.0),
+        levels: settings.whole("data.levels", 2..=256, 16),
     })
 }
 
@@ -200,7 +202,34 @@ pub(super) fn check(settings: &mut Settings, job: &Job) {
             check_finals(settings, job);
             check_gan(settings, job);
         }
-        Family::Vae | Family::Transformer => check_finals(settings, job),
+        Family::Vae => check_finals(settings, job),
+        Family::Transformer => {
+            check_finals(settings, job);
+            check_transformer(settings, job);
+        }
+    }
+}
+
+fn check_transformer(settings: &mut Settings, job: &Job) {
+    let Some(TransformerSettings { heads, positions, levels, .. }) = job.model.transformer else { return };
+    let width = job.model.width;
+    let sound = settings.sound(&["model.width", "model.heads"]);
+    if sound && !width.is_multiple_of(heads) {
+        settings.fault(
+            "model.heads",
+            format!("is {heads}, which does not divide model.width = {width}; choose {heads} heads of a width such as {}",
+                width.next_multiple_of(heads)),
+        );
+    } else if sound && positions == Positions::Rotary && !(width / heads).is_multiple_of(2) {
+        settings.fault(
+            "model.positions",
+            format!("\"rotary\" turns pairs, and a head has {} numbers (model.width / model.heads); make that even", width / heads),
+        );
+    }
+    if levels.is_some() && !job.data.kind.is_images() && settings.sound(&["data.kind"]) {
+        let kind = job.data.kind;
+        settings
+            .fault("data.levels", format!("is for images, and data.kind = \"{kind}\" gives none; remove it"));
     }
 }
 

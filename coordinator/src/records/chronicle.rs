@@ -60,6 +60,8 @@ pub struct Known {
     /// Newest checkpoints, oldest first.
     pub checkpoints: VecDeque<Timed<SavedCheckpoint>>,
     pictures: BTreeSet<u64>,
+    /// Whether the samples are texts, and no pictures.
+    pub writes_text: bool,
     /// Whether there is a picture of real samples.
     pub has_real: bool,
     /// Newest evaluations, by step.
@@ -144,7 +146,8 @@ impl Known {
                 self.format = self.format.max(format.unwrap_or(1));
             }
             RunEvent::Fault { fault, .. } => *self.faults.entry(fault).or_insert(0) += 1,
-            RunEvent::Samples { step, .. } => {
+            RunEvent::Samples { step, file } => {
+                self.writes_text = file.ends_with(".txt");
                 self.pictures.insert(step);
                 if self.pictures.len() > PICTURES {
                     self.pictures.pop_first();
@@ -196,7 +199,7 @@ impl Known {
         self.events.front().map_or(self.event_count, |(number, _)| *number)
     }
 
-    /// Steps that have a picture, at most `limit` of them: the first, the newest, and some between.
+    /// Steps that have samples, at most `limit` of them: the first, the newest, and some between.
     pub fn pictures(&self, limit: usize) -> Vec<u64> {
         let all: Vec<u64> = self.pictures.iter().copied().collect();
         if all.len() <= limit || limit < 2 {

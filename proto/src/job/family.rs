@@ -73,6 +73,9 @@ pub struct TransformerSettings {
     pub activation: Activation,
     /// Probability with which an activation is dropped in training.
     pub dropout: f64,
+    /// Levels of a pixel's channel, of images: token = floor(byte levels / 256). `None` for all 256.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub levels: Option<u32>,
 }
 
 /// Forms in which a transformer knows the places of tokens.
@@ -123,7 +126,7 @@ const OF_SOME: [(&str, &[Family], Option<&str>); 25] = [
     ("model.width", &[Gan, Vae, Transformer], Some("0")),
     ("model.ema_half_life_images", &[Gan, Vae], Some("0")),
     ("model.ema_schedule", &[Gan, Vae], Some("'ramp-up'")),
-    ("model.conditional", &[Gan, Vae, Family::Package], Some("false")),
+    ("model.conditional", &[Gan, Vae, Transformer, Family::Package], Some("false")),
     ("model.freeze_discriminator", &[Gan], Some("0")),
     ("model.generator", &[Gan], None),
     ("model.discriminator", &[Gan], None),
@@ -187,6 +190,7 @@ const OWN: [Own; 2] = [
             ("model", "positions"),
             ("model", "activation"),
             ("model", "dropout"),
+            ("data", "levels"),
         ],
     },
 ];

@@ -154,6 +154,7 @@ pub(crate) fn sample_of_transformer() -> Job {
         positions: Positions::Rotary,
         activation: Activation::Swiglu,
         dropout: 0.25,
+        levels: Some(16),
     };
     job.model = Model { transformer: Some(transformer), ..Model::plain(ModelKind::Transformer, 0, 64) };
     job.without_unused()

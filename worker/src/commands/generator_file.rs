@@ -16,6 +16,16 @@ use crate::objective::package::{PackageSamples, in_turn};
 use crate::random::{Key, Purpose};
 use crate::sampling::{Generator, WEIGHTS_FILE};
 
+/// File of a transformer's weights.
+pub(crate) struct TransformerFile {
+    /// Name of the file.
+    pub name: String,
+    /// Content of the file.
+    pub bytes: Vec<u8>,
+    /// Name and text of its run's job, if the run is known.
+    pub job: Option<(String, String)>,
+}
+
 /// Name of the averaged generator's file in a checkpoint's folder.
 const GENERATOR: &str = "generator_ema.safetensors";
 
@@ -60,11 +70,29 @@ impl Weights {
         self.run.is_some() || self.checkpoint.is_some() || self.generator.is_some() || self.package.is_some()
     }
 
+    /// Finds and reads the weights of a transformer; `None` if there are none.
+    pub(crate) fn transformer(&self) -> Option<TransformerFile> {
+        let read = run::read(self.run.as_ref().or(self.checkpoint.as_ref()), WEIGHTS_FILE).ok()?;
+        if model_of(&read.bytes).as_deref() != Some("transformer") {
+            return None;
+        }
+        if let Some(told) = read.told {
+            out::tell(Level::INFO, &told);
+        }
+        Some(TransformerFile { name: read.name, bytes: read.bytes.to_vec(), job: read.job })
+    }
+
     /// Finds and reads the weights.
     ///
     /// # Errors
     /// There are no weights, or they cannot be read.
     pub(crate) fn open(&self) -> Result<Found, Failure> {
+        if self.transformer().is_some() {
+            return Err(Failure::Input(
+                "the run trains a transformer, which has no generator; worker sample draws from it"
+                    .to_string(),
+            ));
+        }
         let name = self.run.as_ref().or(self.checkpoint.as_ref());
         // A run has one of the two; where it has none, the usual one is told to be missing.
         let read = run::read(name, GENERATOR).or_else(|missing| {
@@ -87,8 +115,13 @@ impl Weights {
 
 /// Whether a file's header says that the weights are a package's.
 fn is_of_package(bytes: &[u8]) -> bool {
+    model_of(bytes).as_deref() == Some("package")
+}
+
+/// Model that a file's header names.
+fn model_of(bytes: &[u8]) -> Option<String> {
     let header = SafeTensors::read_metadata(bytes).ok().and_then(|(_, header)| header.metadata().clone());
-    header.is_some_and(|about| about.get("model").map(String::as_str) == Some("package"))
+    header?.remove("model")
 }
 
 impl Painter {

@@ -8,3 +8,4 @@ pub mod join;
 pub(crate) mod linger;
 pub mod program;
 pub(crate) mod sample;
+mod tokens;

@@ -22,6 +22,7 @@ use crate::commands::encode::{Given, Wanted, no_encoder};
 use crate::commands::error::Failure;
 use crate::commands::evaluate::Source;
 use crate::commands::generator_file::{Found, Painter, Weights};
+use crate::commands::tokens::{Asked, Tokens, no_place};
 use crate::objective::package::Drawn;
 use crate::random::{Key, Purpose};
 use crate::sampling::picture::{Film, Picture};
@@ -81,7 +82,7 @@ impl Choice {
 }
 
 /// Number of a class by its name, or by its number as text. A name that looks like a number comes first.
-fn numbered(class: &str, names: &[String], classes: u32) -> Result<u32, String> {
+pub(crate) fn numbered(class: &str, names: &[String], classes: u32) -> Result<u32, String> {
     let shown = printable_start(class, SHOWN_CHARACTERS);
     if classes == 0 {
         return Err(format!("--class {shown}: the model knows no classes; leave --class out"));
@@ -123,9 +124,9 @@ fn folders(names: &[String], classes: u32) -> Vec<String> {
 pub(crate) struct Sample {
     #[command(flatten)]
     weights: Weights,
-    /// Number of samples.
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    count: u32,
+    /// Number of samples: by default 50 images, or 1 text.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    count: Option<u32>,
     #[command(flatten)]
     choice: Choice,
     /// Draw reconstructions instead, each below its original: of these images, files or indices of samples of
@@ -136,8 +137,11 @@ pub(crate) struct Sample {
     /// idx:/data/t10k-images-idx3-ubyte.gz. Default: the data of the run.
     #[arg(long, value_name = "KIND[:PATH]", requires = "reconstruct")]
     data: Option<Source>,
-    /// PNG file to write, one picture of all samples.
-    #[arg(long, value_name = "FILE", required_unless_present = "folder")]
+    #[command(flatten)]
+    tokens: Tokens,
+    /// PNG file to write, one picture of all samples; of a transformer over text, the file to write them to
+    /// instead of the terminal.
+    #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Folder for a PNG file of each sample; of a conditional model, in a folder for each class.
     #[arg(long, value_name = "DIR", conflicts_with = "out")]
@@ -159,10 +163,23 @@ const AT_ONCE: u32 = 640;
 /// The arguments do not suit the checkpoint, or nothing can be written.
 pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
     crate::set_threads(1);
-    let Sample { weights, count, choice, reconstruct, data, out, folder } = arguments;
+    let Sample { weights, count, choice, reconstruct, data, tokens, out, folder } = arguments;
     if let Some(out) = out {
         try_out(out)?;
     }
+    let asked = Asked {
+        count: *count,
+        seed: choice.seed,
+        class: choice.class.as_deref(),
+        has_truncation: choice.truncation.is_some(),
+        out: out.as_deref(),
+        folder: folder.as_deref(),
+    };
+    if let Some(sampled) = tokens.sample(weights, &asked) {
+        return sampled;
+    }
+    tokens.refuse_others()?;
+    let count = &count.unwrap_or(50);
     if let Some(folder) = folder {
         std::fs::create_dir_all(folder)
             .and_then(|()| whole::try_out(&folder.join("000000.png")))
@@ -187,7 +204,7 @@ pub(crate) fn sample(arguments: &Sample) -> Result<(), Failure> {
         Painter::Package(samples) => AT_ONCE.next_multiple_of(samples.at_once()),
     };
     let Some(folder) = folder else {
-        let out = out.as_deref().expect("one of the two is given");
+        let out = out.as_deref().ok_or_else(no_place)?;
         if *count > MOST_IN_A_PICTURE {
             let what = format!(
                 "--count {count}: a picture holds up to {MOST_IN_A_PICTURE}; give --folder instead of --out"
@@ -455,7 +472,7 @@ fn spherical(from: &Tensor, to: &Tensor, part: f64) -> Tensor {
 pub(crate) struct Export {
     #[command(flatten)]
     weights: Weights,
-    /// TorchScript file to write.
+    /// File to write: TorchScript, or of a transformer safetensors.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
 }
@@ -471,6 +488,11 @@ pub(crate) fn export(arguments: &Export) -> Result<(), Failure> {
     crate::set_threads(1);
     let Export { weights, out } = arguments;
     try_out(out)?;
+    if let Some(file) = weights.transformer() {
+        write(out, "--out", &file.bytes)?;
+        let line = format!("{}: the state_dict of the transformer, with nanoGPT's names", out.display());
+        return say_beside(out, &line);
+    }
     let progress = Progress::start("reading the weights");
     let Painter::Generator(generator) = weights.open()?.painter else {
         return Err(Failure::Input(
@@ -572,11 +594,11 @@ fn otherwise(what: &str) -> Failure {
     Failure::Other(format!("the exported module would draw otherwise than the checkpoint: {what}"))
 }
 
-fn png(picture: &Picture) -> Result<Vec<u8>, Failure> {
+pub(crate) fn png(picture: &Picture) -> Result<Vec<u8>, Failure> {
     Ok(picture.png().map_err(SampleError::from)?)
 }
 
-fn write(path: &Path, option: &str, bytes: &[u8]) -> Result<(), Failure> {
+pub(crate) fn write(path: &Path, option: &str, bytes: &[u8]) -> Result<(), Failure> {
     whole::write(path, bytes).map_err(|error| Failure::unwritable(option, path, &error))
 }
 
@@ -593,7 +615,7 @@ fn of_film(error: gif::EncodingError) -> io::Error {
 }
 
 /// Prints the path that was written.
-fn say(path: &Path) -> Result<(), Failure> {
+pub(crate) fn say(path: &Path) -> Result<(), Failure> {
     say_beside(path, &path.display().to_string())
 }
 

@@ -210,6 +210,17 @@ impl Monitor<Queue> {
                     Ok(Err(error)) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),
                 }
             }
+            if let (true, Some(sampler)) = (order.samples, context.model.objective.text_sampler()) {
+                let Context { job, model, track, .. } = context;
+                let (seed, count) = (job.job.seed, job.sample.count);
+                let texts = || sampling::texts_of(sampler, &model.layout, &order.snapshot, seed, count);
+                let write = || guarded(texts);
+                match track.during("write texts", Of { step: order.snapshot.step, file: None }, write) {
+                    Ok(Ok(texts)) => context.session.send(FromWorker::Texts(texts)),
+                    Err(error) => tracing::warn!("no texts of step {}: {error}", order.snapshot.step),
+                    Ok(Err(error)) => tracing::warn!("no texts of step {}: {error}", order.snapshot.step),
+                }
+            }
             // No lock is held here: the training thread may queue, discard or drain meanwhile.
             context.storage.wait(self.write(context, &order));
             self.rest(context);

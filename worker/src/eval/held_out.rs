@@ -52,20 +52,23 @@ impl HeldOut {
     ) -> Result<Vec<(String, f64)>, EvalError> {
         let Some(evaluator) = model.objective.evaluator() else { return Ok(Vec::new()) };
         let names = evaluator.scalars();
-        let mut sums = vec![0.0; names.len()];
+        let mut sums = Vec::new();
         let mut evaluate = evaluator.begin(&model.layout, snapshot)?;
         // In order, as a sum of floats depends on it.
         for (shard, first) in (0..).zip((0..self.samples()).step_by(self.batch)) {
             let batch = self.read(first)?;
             // The same draws in each evaluation, and none that the sampler has.
             let key = Key { seed, step: 0, phase: 1, shard, purpose: Purpose::Evaluation };
-            for (sum, term) in sums.iter_mut().zip(evaluate(&batch, key)?) {
+            let terms = evaluate(&batch, key)?;
+            sums.resize(terms.len(), 0.0);
+            for (sum, term) in sums.iter_mut().zip(terms) {
                 *sum += term;
             }
         }
         #[allow(clippy::cast_precision_loss)] // a count of samples
         let samples = self.samples() as f64;
-        Ok(names.into_iter().zip(sums).map(|(name, sum)| (name.into_owned(), sum / samples)).collect())
+        let figures = evaluator.figures(sums, samples, &self.data);
+        Ok(names.into_iter().map(std::borrow::Cow::into_owned).zip(figures).collect())
     }
 
     fn read(&self, first: usize) -> Result<ShardBatch, EvalError> {

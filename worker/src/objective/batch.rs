@@ -192,7 +192,6 @@ pub(super) fn images_of(job: &Job, data: &DataSet) -> Result<ImageShape, Unsuita
 ///
 /// # Errors
 /// As for [`images_of`].
-#[expect(dead_code, reason = "objectives of text follow")]
 pub(super) fn tokens_of(job: &Job, data: &DataSet) -> Result<TokenShape, Unsuitable> {
     data.shape().tokens().ok_or_else(|| other_kind(job, data, "text", "text"))
 }

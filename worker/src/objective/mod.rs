@@ -16,6 +16,7 @@ pub mod gan;
 mod model;
 pub(crate) mod package;
 mod shard_grad;
+pub(crate) mod transformer;
 pub mod vae;
 
 use std::borrow::Cow;
@@ -33,7 +34,7 @@ use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::DataSet;
 use crate::nn::TensorSpec;
 use crate::random::Key;
-use crate::sampling::Sampler;
+use crate::sampling::{Sampler, TextSampler};
 use crate::state::StateLayout;
 pub use crate::state::{BufferId, NamedNetwork, NetworkId, NetworkSet, State};
 
@@ -118,10 +119,7 @@ pub fn make(job: &Job, data: &DataSet, device: Device) -> Result<Arc<dyn Objecti
         Family::Gan => gan::make(job, data, device),
         Family::Package => package::make(job, data, device),
         Family::Vae => vae::make(job, data, device),
-        Family::Transformer => {
-            let kind = job.model.kind;
-            Err(Unsuitable(format!("this build cannot train model.kind = \"{kind}\"; choose another")))
-        }
+        Family::Transformer => transformer::make(job, data, device),
     }
 }
 
@@ -192,6 +190,11 @@ pub trait Objective: Send + Sync {
         None
     }
 
+    /// Writes texts from a state, for an objective that generates text.
+    fn text_sampler(&self) -> Option<&dyn TextSampler> {
+        None
+    }
+
     /// Evaluates states on held-out data, for an objective that has scalars of its own for it.
     fn evaluator(&self) -> Option<&dyn Evaluator> {
         None
@@ -232,10 +235,16 @@ pub trait Evaluator: Send + Sync {
         layout: &'a StateLayout,
         snapshot: &'a Snapshot,
     ) -> Result<BatchSums<'a>, c10d::Error>;
+
+    /// Returns the scalars for the sums over all batches, of so many samples of this data set: by default the
+    /// mean of each sum.
+    fn figures(&self, sums: Vec<f64>, samples: f64, _data: &DataSet) -> Vec<f64> {
+        sums.into_iter().map(|sum| sum / samples).collect()
+    }
 }
 
-/// Function from a batch of held-out samples, on the CPU, and the key of its draws to the evaluator's scalars,
-/// each summed over the samples. A batch has as many samples as a data shard.
+/// Function from a batch of held-out samples, on the CPU, and the key of its draws to the sums over the samples
+/// that the evaluator's scalars follow from. A batch has as many samples as a data shard.
 pub type BatchSums<'a> = Box<dyn FnMut(&ShardBatch, Key) -> Result<Vec<f64>, c10d::Error> + 'a>;
 
 /// Computes the gradients of one member's shards, phase by phase.

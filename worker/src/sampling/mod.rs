@@ -10,7 +10,7 @@ use std::sync::Arc;
 use ganglion_proto::archive::kind_of;
 use ganglion_proto::evaluation::NOT_FINITE;
 use ganglion_proto::job::{Family, Likelihood, Model, ModelKind, VaeSettings};
-use ganglion_proto::message::SampleGrid;
+use ganglion_proto::message::{SampleGrid, SampleTexts};
 use ganglion_proto::names::named;
 use ganglion_proto::progress::Progress;
 use safetensors::SafeTensors;
@@ -104,6 +104,44 @@ pub trait Sampler {
     fn critic(&self, _layout: &StateLayout, _snapshot: &Snapshot) -> Option<Critic> {
         None
     }
+}
+
+/// Writes texts with the weights of a state, for an objective that generates text.
+pub trait TextSampler {
+    /// Returns `count` texts. Text i depends on the state, on the key's seed and purpose, and on i.
+    ///
+    /// # Errors
+    /// libtorch refused.
+    fn write(
+        &self,
+        layout: &StateLayout,
+        snapshot: &Snapshot,
+        key: Key,
+        count: u32,
+    ) -> Result<Vec<String>, c10d::Error>;
+}
+
+/// Maximum number of texts of a step.
+const MOST_TEXTS: u32 = 5;
+
+/// Returns the texts of a state, at most [`MOST_TEXTS`].
+///
+/// # Errors
+/// libtorch refused.
+pub fn texts_of(
+    sampler: &dyn TextSampler,
+    layout: &StateLayout,
+    snapshot: &Snapshot,
+    seed: u64,
+    count: u32,
+) -> Result<SampleTexts, c10d::Error> {
+    let key = Key { seed, step: 0, phase: 0, shard: 0, purpose: Purpose::Samples };
+    let texts = sampler.write(layout, snapshot, key, count.min(MOST_TEXTS))?;
+    let (mut all, of) = (String::new(), texts.len());
+    for (text, number) in texts.iter().zip(1..) {
+        all += &format!("--- {number} of {of} ---\n{}\n", text.trim_end());
+    }
+    Ok(SampleTexts { step: snapshot.step, text: all })
 }
 
 /// Number of images in a row of a grid whose images are of one class after the other: a column is one class,

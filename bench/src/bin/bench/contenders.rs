@@ -11,17 +11,35 @@ use ganglion_tests::{Process, Run, Tail};
 use serde_json::Value;
 
 use crate::figures::Figures;
-use crate::job::{GPT, Job, Precision, VAE};
+use crate::job::{GPT, Job, Precision, TRANSFORMER, VAE};
 
+/// Text that transformers are trained on.
+const TEXT: &str = "data/kjv/train.txt.gz";
 /// Interval at which a running contender is polled.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Runs a job with Ganglion's programs.
 pub(crate) fn ours(job: &Job) -> Result<Figures, String> {
+    if job.model == TRANSFORMER.model {
+        return of_text(job);
+    }
     let settings = settings(job);
     let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
     let run = Run::new(&[&settings, job.settings]);
     measure(&run, job, &[])
+}
+
+/// Runs a job with the built-in transformer.
+fn of_text(job: &Job) -> Result<Figures, String> {
+    let own = vec![format!("model.width={}", job.width), format!("job.seed={}", job.seed)];
+    let settings = [schedule(job), own].concat();
+    let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+    let run = Run::new(&[&settings, job.settings]);
+    // The default job has sections that a transformer has no use for.
+    let (config, text) = (run.beside("job.toml"), file(TEXT)?);
+    let sections = format!("[data]\nkind = \"text\"\npath = {text:?}\n[model]\nkind = \"transformer\"\n");
+    fs::write(&config, sections).map_err(|error| format!("{}: {error}", config.display()))?;
+    measure(&run, job, &["--config", &config.display().to_string()])
 }
 
 /// Runs a job with a package in place of its model.
@@ -144,6 +162,8 @@ fn command(job: &Job, way: &str, python_path: &Path) -> Result<Command, String> 
     } else if job.model == VAE.model {
         command.arg(file("bench/python/vae_peer.py")?).args(["--width", &job.width.to_string()]);
         command.args(["--seed", &job.seed.to_string()]);
+    } else if job.model == TRANSFORMER.model {
+        command.arg(file("bench/python/transformer.py")?).args(["--seed", &job.seed.to_string()]);
     } else {
         command.arg(file("bench/peer.py")?).args(["--model", job.model, "--width", &job.width.to_string()]);
         command.args(["--precision", job.precision.name()]);
@@ -151,7 +171,8 @@ fn command(job: &Job, way: &str, python_path: &Path) -> Result<Command, String> 
     let batch = job.global_batch() / job.workers;
     command.args(["--way", way, "--batch", &batch.to_string(), "--steps", &job.steps.to_string()]);
     command.args(["--started", &now().to_string()]);
-    command.arg("--data").arg(file("data/mnist-10k/t10k-images-idx3-ubyte.gz")?);
+    let is_text = job.model == TRANSFORMER.model;
+    command.arg("--data").arg(file(if is_text { TEXT } else { "data/mnist-10k/t10k-images-idx3-ubyte.gz" })?);
     Ok(command)
 }
 

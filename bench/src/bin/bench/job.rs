@@ -69,6 +69,18 @@ pub(crate) const VAE: Job = Job {
 pub(crate) const GPT: Job =
     Job { model: "gpt", shard_batch: 12, steps: 60, warm_up: 10, settings: &["data.resize=8"], ..MLP };
 
+/// The built-in transformer, of 0.8 million parameters, over the bytes of the bundled text.
+pub(crate) const TRANSFORMER: Job = Job {
+    model: "transformer",
+    width: 128,
+    shard_batch: 12,
+    steps: 120,
+    warm_up: 20,
+    settings: &["data.context=64"],
+    losses: ["nll"; 2],
+    ..MLP
+};
+
 impl Job {
     /// Returns the job on this number of workers, one data shard each.
     pub(crate) const fn on(self, workers: u32) -> Job {

@@ -3,7 +3,7 @@
 use crate::chart::{Axis, Line, Panel, Scale};
 use crate::contenders;
 use crate::figures::{Report, Spread};
-use crate::job::{Job, MLP, VAE};
+use crate::job::{Job, MLP, TRANSFORMER, VAE};
 use crate::options::Options;
 use crate::table::Table;
 
@@ -27,18 +27,22 @@ pub(crate) fn measure(options: &Options) -> Result<Report, String> {
         table.row([vec![network.to_string()], cells.to_vec()].concat());
         panels.push(panel(&job, network, [("ours", &ours), ("tuned DDP", &tuned)]));
     }
-    let (text, of_vae) = vae(options)?;
-    panels.extend(of_vae);
-    Ok(Report { text: format!("{}\n{text}", table.text()), panels, problems: Vec::new() })
+    let mut text = table.text();
+    for (job, unit) in [(VAE, "nats an image"), (TRANSFORMER, "nats a token")] {
+        let (more, drawn) = from_seeds(job, unit, options)?;
+        text = format!("{text}\n{more}");
+        panels.extend(drawn);
+    }
+    Ok(Report { text, panels, problems: Vec::new() })
 }
 
-/// Seeds of the VAE's runs.
+/// Seeds of runs whose spread is told.
 const SEEDS: [u64; 5] = [0, 1, 2, 3, 4];
 
-/// Trains the VAE on two workers from several seeds, with both programs; returns a table, and the curves of
+/// Trains a model on two workers from several seeds, with both programs; returns a table, and the curves of
 /// the first seed.
-fn vae(options: &Options) -> Result<(String, Vec<Panel>), String> {
-    let job = Job { steps: 1000, ..VAE.on(2) }.asked(options);
+fn from_seeds(job: Job, unit: &str, options: &Options) -> Result<(String, Vec<Panel>), String> {
+    let job = Job { steps: 1000, ..job.on(2) }.asked(options);
     let name = job.name();
     let mut all = [Vec::new(), Vec::new()];
     for seed in SEEDS {
@@ -47,10 +51,11 @@ fn vae(options: &Options) -> Result<(String, Vec<Panel>), String> {
         all[0].push(contenders::ours(&job)?.losses);
         all[1].push(contenders::peer(&job, "tuned", &[], &options.python_path)?.losses);
     }
-    let title = format!("{name}, nats an image: mean of the last {LAST} steps, from {} seeds", SEEDS.len());
+    let title = format!("{name}, {unit}: mean of the last {LAST} steps, from {} seeds", SEEDS.len());
     let mut table = Table::new(&[&title, "ours", "tuned DDP"]);
     let mut panels = Vec::new();
-    for (place, loss) in job.losses.into_iter().enumerate() {
+    let distinct = if job.losses[0] == job.losses[1] { 1 } else { 2 };
+    for (place, loss) in job.losses.into_iter().take(distinct).enumerate() {
         let of = |losses: &Vec<[f64; 2]>| losses.iter().map(|pair| pair[place]).collect::<Vec<f64>>();
         let cells = all.iter().map(|runs| {
             let Spread { median, least, most } = Spread::of(runs.iter().map(|run| mean_of_last(&of(run))));

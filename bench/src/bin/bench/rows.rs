@@ -4,7 +4,7 @@ use ganglion_tests::measured::computes_bf16;
 
 use crate::contenders;
 use crate::figures::{Figures, Report, Rounds};
-use crate::job::{DCGAN_28, DCGAN_64, Job, MLP, Precision, VAE};
+use crate::job::{DCGAN_28, DCGAN_64, Job, MLP, Precision, TRANSFORMER, VAE};
 use crate::options::Options;
 use crate::table;
 
@@ -128,6 +128,8 @@ fn rows() -> Vec<Row> {
         Row::new(dcgan_64_4.clone(), 1),
         Row::new(VAE, 3).with_targets(1.3, 1.1),
         Row::new(VAE.on(2), 3).with_targets(1.6, 1.3),
+        Row::new(TRANSFORMER, 3).with_targets(1.2, 1.2),
+        Row::new(TRANSFORMER.on(2), 3).with_targets(1.2, 1.2),
         Row::new(MLP, 1).in_bf16(),
         Row::new(MLP.on(2), 1).in_bf16(),
         Row::new(mlp_4, 1).in_bf16(),

@@ -69,7 +69,7 @@ pub(super) fn router(site: Arc<Site>) -> Router {
         .route("/api/events", get(tell_events))
         .route("/api/samples", get(tell_samples))
         .route("/api/evaluations", get(tell_evaluations))
-        .route("/samples/{name}", get(show_picture))
+        .route("/samples/{name}", get(show_samples))
         .route("/metrics", get(tell_prometheus))
         .route("/healthz", get(tell_health))
         .route("/readyz", get(tell_ready));
@@ -257,11 +257,11 @@ async fn tell_events(State(site): State<Arc<Site>>, uri: Uri) -> Response {
 }
 
 async fn tell_samples(State(site): State<Arc<Site>>) -> Response {
-    let (steps, has_real) = {
+    let (steps, has_real, ending) = {
         let known = site.chronicle.look();
-        (known.pictures(PICTURES), known.has_real)
+        (known.pictures(PICTURES), known.has_real, if known.writes_text { TEXT } else { PICTURE })
     };
-    let name = |step: u64| json!({ "step": step, "url": format!("/samples/{}", picture_name(step)) });
+    let name = |step: u64| json!({ "step": step, "url": format!("/samples/{}", file_name(step, ending)) });
     let real = has_real.then(|| format!("/samples/{REAL_PICTURE}"));
     as_json(&json!({ "samples": steps.into_iter().map(name).collect::<Vec<_>>(), "real": real }))
 }
@@ -272,24 +272,33 @@ async fn tell_evaluations(State(site): State<Arc<Site>>) -> Response {
     as_json(&json!({ "evaluations": evaluations.into_iter().rev().collect::<Vec<_>>() }))
 }
 
-fn picture_name(step: u64) -> String {
-    format!("step-{step:08}.png")
+/// Endings of files of samples.
+const PICTURE: &str = "png";
+const TEXT: &str = "txt";
+
+fn file_name(step: u64, ending: &str) -> String {
+    format!("step-{step:08}.{ending}")
 }
 
-/// Step of a picture, if its name is one that the coordinator gives.
-fn picture_step(name: &str) -> Option<u64> {
-    let step = name.strip_prefix("step-")?.strip_suffix(".png")?.parse().ok()?;
-    (picture_name(step) == name).then_some(step)
-}
-
-async fn show_picture(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Response {
-    let missing = || refusal(StatusCode::NOT_FOUND, "there is no such picture");
-    // Only names that the coordinator gives: no text of a request becomes a path.
-    let known = match picture_step(&name) {
-        Some(step) => picture_name(step),
-        None if name == REAL_PICTURE => name,
-        None => return missing(),
+/// Name of a file of samples and its content type, if the coordinator gives such a name.
+fn file_of_samples(name: &str) -> Option<(String, &'static str)> {
+    if name == REAL_PICTURE {
+        return Some((name.to_owned(), "image/png"));
+    }
+    let (stem, ending) = name.split_once('.')?;
+    let content = match ending {
+        PICTURE => "image/png",
+        TEXT => "text/plain; charset=utf-8",
+        _ => return None,
     };
+    let known = file_name(stem.strip_prefix("step-")?.parse().ok()?, ending);
+    (known == name).then_some((known, content))
+}
+
+async fn show_samples(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Response {
+    let missing = || refusal(StatusCode::NOT_FOUND, "there are no such samples");
+    // Only names that the coordinator gives: no text of a request becomes a path.
+    let Some((known, content)) = file_of_samples(&name) else { return missing() };
     let Ok(file) = tokio::fs::File::open(site.samples.join(known)).await else { return missing() };
     let mut png = Vec::new();
     // A picture came in one message, so it is no larger; a foreign file is cut.
@@ -297,7 +306,7 @@ async fn show_picture(State(site): State<Arc<Site>>, Path(name): Path<String>) -
         // A browser's request includes the run's name, and the picture of a step never changes.
         Ok(_) => {
             let headers = [
-                (header::CONTENT_TYPE, HeaderValue::from_static("image/png")),
+                (header::CONTENT_TYPE, HeaderValue::from_static(content)),
                 (header::CACHE_CONTROL, HeaderValue::from_static("private, max-age=86400")),
             ];
             (headers, Body::from(png)).into_response()

@@ -377,12 +377,23 @@ function frame(at) {
   if (film.at === picture.step) return;
   film.at = picture.step;
   const image = $('s-image');
+  if (picture.url.endsWith('.txt')) return void showText(picture);
   image.src = `${picture.url}?run=${known.status.run}`;
   image.alt = `Images drawn at step ${whole(picture.step)}`;
   // As large as the pictures are: the frame takes their shape.
   image.onload = () => $('s-image').parentElement.style.setProperty('--shape', `${image.naturalWidth} / ${image.naturalHeight}`);
   image.hidden = false;
   $('s-none').hidden = true;
+}
+
+async function showText(picture) {
+  const answer = await fetch(`${picture.url}?run=${known.status.run}`).catch(() => null);
+  const text = answer?.ok ? await answer.text() : null;
+  // Another step may be shown by now.
+  if (text === null || film.at !== picture.step) return;
+  set('s-text', text);
+  $('s-text').hidden = false;
+  $('s-none').parentElement.hidden = true;
 }
 
 function play(on) {
