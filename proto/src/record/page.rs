@@ -25,8 +25,8 @@ step that is computed again has the same bytes there. A number that is not finit
 const SCALARS: &str = "
 Each scalar of the objective is a column of its own, in place of `scalars`. A GAN has `loss_discriminator` and `loss_generator`,
 and `score_real` and `score_fake`, the discriminator's mean output for samples of both kinds: a probability where the loss takes
-the output for its logarithm. They are means over the global batch of the step's last phase of that kind; a phase that does not
-run in every step shows those of the last step in which it ran. Everything that shows columns shows any scalar: TensorBoard as
+the output for its logarithm. A VAE has `loss`, `recon` and `kl`, in nats an image. All are means over the global batch of the
+step's last phase of that kind; a phase that does not run in every step shows those of the last step in which it ran. Everything that shows columns shows any scalar: TensorBoard as
 `scalar/NAME`, Prometheus as `ganglion_scalar{name}`, the dashboard as a curve. Only losses and a GAN's scores are grouped:
 `loss_OF` and `OF_loss` as `loss/OF` and `ganglion_loss{module}`, `score_OF` as `score/OF` and `ganglion_score{of}`.
 
