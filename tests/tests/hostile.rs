@@ -403,6 +403,7 @@ fn extremes() -> Vec<wire::session_request::Message> {
             Message::PhaseSkipped(wire::PhaseSkipped { position: n, detail: escape() }),
             Message::Finished(wire::Finished { generation: n, position: n, complete: true }),
             Message::Evaluation(wire::EvaluationRow { step: n, features: escape(), ..Default::default() }),
+            Message::Texts(wire::SampleTexts { step: n, text: escape() }),
             Message::Samples(wire::SampleGrid { step: n, width: u32::MAX, ..Default::default() }),
             Message::Loaded(wire::Loaded {
                 passport: [("data".to_string(), escape())].into(),

@@ -280,6 +280,7 @@ mod hostile {
                     Said::Samples(wire::SampleGrid { step, width, height, channels, ..Default::default() })
                 }
             ),
+            (number(), words()).prop_map(|(step, text)| Said::Texts(wire::SampleTexts { step, text })),
             (number(), 0usize..70, words(), words()).prop_map(|(step, figures, name, features)| {
                 let figures = vec![wire::Figure { name, value: f64::NAN }; figures];
                 Said::Evaluation(wire::EvaluationRow {
@@ -325,4 +326,14 @@ mod hostile {
             let _ = crate::rows::decode(&bytes);
         }
     }
+}
+
+#[test]
+fn texts_of_a_model_are_cut_and_keep_of_control_characters_lines_and_tabulators() {
+    let read = |text: String| texts_from_wire(wire::SampleTexts { step: 7, text }).unwrap();
+    let shown = read("a\tb\n\u{1b}[31mc\0\r".to_string());
+    assert_eq!((shown.step, shown.text.as_str()), (7, "a\tb\n\u{fffd}[31mc\u{fffd}\u{fffd}"));
+    let long = read(format!("x{}", "é".repeat(bounds::SAMPLE_TEXT)));
+    assert_eq!(long.text.len(), bounds::SAMPLE_TEXT - 1);
+    assert!(texts_from_wire(wire::SampleTexts { step: u64::MAX, text: String::new() }).is_err());
 }

@@ -81,6 +81,7 @@ async fn bench(guard: impl FnOnce(SocketAddr) -> Guard) -> Bench {
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("samples")).unwrap();
     std::fs::write(folder.path().join("samples/step-00000020.png"), PNG).unwrap();
+    std::fs::write(folder.path().join("samples/step-00000020.txt"), "a text").unwrap();
     std::fs::write(folder.path().join("samples/real.png"), PNG).unwrap();
     std::fs::write(folder.path().join("secret.png"), "secret").unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -164,6 +165,7 @@ async fn everything_is_where_it_is_looked_for() {
         ("/api/events", "application/json"),
         ("/api/samples", "application/json"),
         ("/samples/step-00000020.png?run=0", "image/png"),
+        ("/samples/step-00000020.txt?run=0", "text/plain; charset=utf-8"),
         ("/samples/real.png", "image/png"),
         ("/metrics", "text/plain"),
         ("/healthz", "text/plain"),

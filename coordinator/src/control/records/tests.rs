@@ -134,6 +134,23 @@ async fn real_samples_are_stored_and_told_of_once() {
     assert!(!of_step.exists());
 }
 
+#[tokio::test]
+async fn texts_are_stored_and_told_of_once() {
+    let mut bench = Bench::new();
+    let path = |name: &str| bench.folder.path().join(name);
+    std::fs::create_dir_all(path("samples")).unwrap();
+    let (file, events) = (path("samples/step-00000007.txt"), path("events.jsonl"));
+    let texts = |text: &str| SampleTexts { step: 7, text: text.to_string() };
+    for text in ["first", "first"] {
+        bench.records.take_samples(texts(text));
+        bench.second().await;
+    }
+    assert_eq!(std::fs::read_to_string(file).unwrap(), "first");
+    let told = std::fs::read_to_string(events).unwrap();
+    assert_eq!(told.matches(r#""kind":"samples","file":"samples/step-00000007.txt""#).count(), 1, "{told}");
+    assert!(bench.records.chronicle.look().writes_text);
+}
+
 /// Invariant 2, and that an event names only a picture that is there.
 #[tokio::test]
 async fn a_picture_is_told_of_once_it_could_be_written() {

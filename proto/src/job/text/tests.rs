@@ -186,6 +186,7 @@ binarise = true
 const OF_TRANSFORMER: &str = r#"[model]
 kind = "transformer"
 width = 64
+conditional = false
 layers = 3
 heads = 2
 positions = "rotary"
@@ -208,13 +209,13 @@ final_beta2 = 0.99
 
 #[test]
 fn the_text_of_a_family_has_what_it_uses_and_gives_the_same_job() {
-    let in_evaluation =
-        |text: String, keys: &str| text.replace("[evaluation]", &format!("[evaluation]{keys}"));
-    for (job, own, evaluated) in
-        [(sample_of_vae(), OF_VAE, "\nimportance_samples = 7"), (sample_of_transformer(), OF_TRANSFORMER, "")]
-    {
+    for (job, own, section, keys) in [
+        (sample_of_vae(), OF_VAE, "[evaluation]", "\nimportance_samples = 7"),
+        (sample_of_transformer(), OF_TRANSFORMER, "[data]", "\nlevels = 16"),
+    ] {
         let text = job.to_toml();
-        let expected = in_evaluation(format!("{own}{OF_ONE_OPTIMIZER}{}", of_others()), evaluated);
+        let expected = format!("{own}{OF_ONE_OPTIMIZER}{}", of_others());
+        let expected = expected.replace(section, &format!("{section}{keys}"));
         assert_eq!(text.parse::<Table>(), toml::from_str(&expected), "{text}");
         assert_eq!(Job::from_toml(&text), Ok(job.clone()));
         assert_eq!(job.clone().without_unused(), job);
