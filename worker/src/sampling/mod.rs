@@ -124,7 +124,7 @@ pub trait TextSampler {
 /// Maximum number of texts of a step.
 const MOST_TEXTS: u32 = 5;
 
-/// Returns the texts of a state, at most [`MOST_TEXTS`].
+/// Returns the texts of a state, at most `MOST_TEXTS`.
 ///
 /// # Errors
 /// libtorch refused.
