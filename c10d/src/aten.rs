@@ -136,7 +136,7 @@ pub enum Into {
 
 /// Computes `scale` times a product of matrices, (m, k) and (k, n), or of as many pairs as a batch has, (b, m,
 /// k) and (b, k, n), straight into its place, without recording gradients. On a CPU oneDNN multiplies single
-/// precision and bf16. Factors of another kind than the place's give a product of their kind, which is cast.
+/// precision. Factors of another kind than the place's give a product of their kind, which is cast.
 ///
 /// # Errors
 /// [`Error::Invalid`] for shapes that do not fit each other; [`Error::Fatal`] if libtorch fails.

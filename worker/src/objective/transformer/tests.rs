@@ -3,9 +3,11 @@
 use ganglion_proto::job::{Activation, Positions};
 use tch::{Device, Kind, Tensor, no_grad};
 
+use super::choice::{Choice, PLAIN};
 use super::gradient::Tokens;
 use super::network::{Constants, Parts, Sizes};
 use super::pass::{Cache, Dropout, Network};
+use super::writer::{self, Writer};
 use crate::nn::Init;
 use crate::random::{Key, Purpose};
 use crate::state::initial_values;
@@ -156,6 +158,40 @@ fn a_later_token_changes_no_earlier_logit() {
                 assert!(same(changed) && !same(changed + 1), "{sizes:?}, token {changed}");
             }
         });
+    }
+}
+
+/// Beyond the context as well, where each prediction sees the tokens that its place says.
+#[test]
+fn tokens_are_written_as_without_a_cache() {
+    for sizes in forms() {
+        let sizes = Sizes { context: 12, ..sizes };
+        let weights = weights(&sizes, Kind::Double);
+        for choice in [PLAIN, Choice { temperature: 0.7, top_k: Some(4), top_p: 0.9 }] {
+            let mut tokens = vec![vec![1], vec![2]];
+            let streams = || (0..2).map(|shard| Key { shard, ..KEY }.stream()).collect::<Vec<_>>();
+            let written: Vec<Vec<i64>> = with(&sizes, &weights, |network| {
+                let network = Network { weights: Parts::new(&sizes, &weights), ..*network };
+                let mut writer = Writer::new(network, tokens.clone(), streams(), choice);
+                (0..40).map(|_| writer.write().unwrap()).collect()
+            });
+            let mut draws = streams();
+            for new in written {
+                for ((tokens, draws), token) in tokens.iter_mut().zip(&mut draws).zip(new) {
+                    let seen =
+                        Tensor::from_slice(&tokens[writer::dropped(&sizes, tokens.len())..]).unsqueeze(0);
+                    let logits = with(&sizes, &weights, |network| {
+                        network.logits(&network.infer(&seen, None).unwrap()).unwrap().get(-1)
+                    });
+                    let logits = Vec::<f32>::try_from(logits.to_kind(Kind::Float)).unwrap();
+                    let draw = f64::from(draws.uniform(0.0, 1.0, 1)[0]);
+                    assert_eq!(usize::try_from(token).unwrap(), choice.token(&logits, draw), "{sizes:?}");
+                    tokens.push(token);
+                }
+            }
+        }
+        let dropped = [1, 12, 13, 18, 19, 24, 25].map(|count| writer::dropped(&sizes, count));
+        assert_eq!(dropped, [0, 0, 6, 6, 12, 12, 18]);
     }
 }
 
