@@ -5,8 +5,10 @@
 #include <limits>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include <gnu/libc-version.h>
 #include <malloc.h>
@@ -26,6 +28,29 @@ TORCH_API void mkldnn_matmul(const Tensor& mat1, const Tensor& mat2, const Tenso
 
 namespace c10d_shim {
 
+namespace {
+
+std::vector<at::Tensor> cut(const at::Tensor& flat, const rust::Vec<Span>& spans) {
+  std::vector<at::Tensor> parts;
+  parts.reserve(spans.size());
+  for (const Span& span : spans) {
+    parts.push_back(flat.narrow(0, static_cast<std::int64_t>(span.start), static_cast<std::int64_t>(span.len)));
+  }
+  return parts;
+}
+
+// On the parameters' device, as a kernel reads all its tensors there.
+at::Tensor scalar(const at::Tensor& params, double value) {
+  return at::full({}, value, params.options().dtype(at::kFloat).requires_grad(false));
+}
+
+// A division by one would write the gradient back for nothing.
+std::optional<at::Tensor> divisor_of(const at::Tensor& params, float divisor) {
+  return divisor == 1.0f ? std::nullopt : std::make_optional(scalar(params, divisor));
+}
+
+} // namespace
+
 void fused_adam(
     const at::Tensor& params,
     const at::Tensor& grads,
@@ -34,23 +59,92 @@ void fused_adam(
     const AdamSettings& settings) {
   // The parameters are leaves that require gradients, which autograd lets nobody change in place.
   c10::NoGradGuard no_grad;
-  // The kernel does not count: its correction of the bias takes the step from here. On the parameters'
-  // device, as it reads all its tensors there.
-  const auto step = at::full({}, settings.step, params.options().dtype(at::kFloat).requires_grad(false));
-  at::_fused_adam_(
-      {params},
-      {grads},
-      {exp_avg},
-      {exp_avg_sq},
-      /*max_exp_avg_sqs=*/{},
-      {step},
+  // The kernel does not count: its correction of the bias takes the count from here.
+  const std::vector<at::Tensor> counts(settings.spans.size(), scalar(params, settings.count));
+  const auto step = [&](auto kernel) {
+    kernel(
+        cut(params, settings.spans),
+        cut(grads, settings.spans),
+        cut(exp_avg, settings.spans),
+        cut(exp_avg_sq, settings.spans),
+        /*max_exp_avg_sqs=*/at::TensorList{},
+        counts,
+        settings.lr,
+        settings.beta1,
+        settings.beta2,
+        settings.weight_decay,
+        settings.eps,
+        /*amsgrad=*/false,
+        /*maximize=*/false,
+        /*grad_scale=*/divisor_of(params, settings.divisor));
+  };
+  // Without decay both are one function, and each has a compiled form of its own.
+  if (settings.weight_decay == 0.0) {
+    step([](auto&&... all) { at::_fused_adam_(all...); });
+  } else {
+    step([](auto&&... all) { at::_fused_adamw_(all...); });
+  }
+}
+
+void fused_sgd(
+    const at::Tensor& params,
+    const at::Tensor& grads,
+    const at::Tensor& momentum,
+    const SgdSettings& settings) {
+  c10::NoGradGuard no_grad;
+  const bool moves = settings.momentum != 0.0;
+  at::_fused_sgd_(
+      cut(params, settings.spans),
+      cut(grads, settings.spans),
+      moves ? cut(momentum, settings.spans) : std::vector<at::Tensor>{},
+      settings.weight_decay,
+      settings.momentum,
       settings.lr,
-      settings.beta1,
-      settings.beta2,
-      /*weight_decay=*/0.0,
-      settings.eps,
-      /*amsgrad=*/false,
-      /*maximize=*/false);
+      /*dampening=*/0.0,
+      settings.nesterov,
+      /*maximize=*/false,
+      // The first momentum is the first gradient, as the sum of it and of zeros.
+      /*is_first_step=*/false,
+      /*grad_scale=*/divisor_of(params, settings.divisor));
+}
+
+namespace {
+
+// In lanes that a compiler can vectorise and may not reorder, so in one order on any number of threads. A square
+// of a float is exact in double, and sums of squares are far below its limit.
+double sum_of_squares(const char* floats, std::int64_t count) {
+  constexpr std::int64_t lanes = 16;
+  double sums[lanes] = {};
+  std::int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    float values[lanes];
+    std::memcpy(values, floats + 4 * i, sizeof(values));
+    for (std::int64_t lane = 0; lane < lanes; ++lane) {
+      sums[lane] += static_cast<double>(values[lane]) * values[lane];
+    }
+  }
+  double sum = 0.0;
+  for (; i < count; ++i) {
+    float value;
+    std::memcpy(&value, floats + 4 * i, 4);
+    sum += static_cast<double>(value) * value;
+  }
+  for (const double lane : sums) {
+    sum += lane;
+  }
+  return sum;
+}
+
+} // namespace
+
+double norm(const at::Tensor& tensor) {
+  c10::NoGradGuard no_grad;
+  TORCH_CHECK(at::isFloatingType(tensor.scalar_type()), "only a tensor of floats has a norm");
+  if (tensor.is_cpu() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous()) {
+    return std::sqrt(sum_of_squares(static_cast<const char*>(tensor.const_data_ptr()), tensor.numel()));
+  }
+  return at::linalg_vector_norm(tensor.detach().flatten(), 2, at::OptionalIntArrayRef(), false, at::kDouble)
+      .item<double>();
 }
 
 rust::Vec<std::uint8_t> default_generator_state() {

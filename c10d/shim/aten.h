@@ -12,6 +12,7 @@
 namespace c10d_shim {
 
 struct AdamSettings;
+struct SgdSettings;
 struct Keep;
 
 void fused_adam(
@@ -20,6 +21,12 @@ void fused_adam(
     const at::Tensor& exp_avg,
     const at::Tensor& exp_avg_sq,
     const AdamSettings& settings);
+void fused_sgd(
+    const at::Tensor& params,
+    const at::Tensor& grads,
+    const at::Tensor& momentum,
+    const SgdSettings& settings);
+double norm(const at::Tensor& tensor);
 rust::Vec<std::uint8_t> default_generator_state();
 rust::String cpu_capability();
 rust::String libtorch_version();

@@ -2,8 +2,11 @@
 //!
 //! 1. No function panics or lets an exception through: an exception of libtorch becomes an
 //!    [`Error`].
-//! 2. [`fused_adam`] on CPU gives the same bits however a flat tensor is cut, as long as the cuts are
-//!    multiples of 16 elements: the last few elements of a slice are computed by other instructions.
+//! 2. [`fused_adam`] and [`fused_sgd`] on CPU give the same bits however a flat tensor is cut, as long as the
+//!    cuts are multiples of 16 elements: the last few elements of a slice are computed by other instructions.
+//! 3. [`norm`] depends on the tensor alone, not on the number of threads.
+
+use std::ops::Range;
 
 use tch::Tensor;
 
@@ -11,7 +14,8 @@ use crate::Error;
 use crate::aten_ffi::shim;
 use crate::ffi::at_tensor;
 
-/// Hyperparameters of Adam (Kingma and Ba, 2015, algorithm 1).
+/// Hyperparameters of Adam (Kingma and Ba, 2015, algorithm 1), and of AdamW (Loshchilov and Hutter, 2019,
+/// algorithm 2) where parameters decay.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Adam {
     /// Learning rate.
@@ -22,37 +26,117 @@ pub struct Adam {
     pub beta2: f64,
     /// Term added to the root of the second moment.
     pub eps: f64,
+    /// Decay of the parameters: a step shrinks them by `lr` times this share, apart from the gradient.
+    pub weight_decay: f64,
 }
 
-/// Applies one step of Adam, in one kernel, in place, without recording gradients. The moments are the
-/// first, then the second. All tensors have the same shape, kind and device; `step` counts from 1.
+/// Hyperparameters of stochastic gradient descent with momentum (Sutskever et al., 2013), as in PyTorch: the
+/// momentum sums up gradients, and the learning rate scales the sum.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sgd {
+    /// Learning rate.
+    pub lr: f64,
+    /// Share of the momentum that stays in a step.
+    pub momentum: f64,
+    /// Whether a step looks ahead along the new momentum (Nesterov's gradient).
+    pub nesterov: bool,
+    /// Weight of the L2 penalty: this times the parameters is added to the gradient.
+    pub weight_decay: f64,
+}
+
+/// Flat tensors that a step of an optimizer reads and writes. All have one length, kind and device.
+#[derive(Debug)]
+pub struct Step<'a> {
+    /// Parameters, changed in place without recording gradients.
+    pub params: &'a mut Tensor,
+    /// Gradient of the parameters.
+    pub grads: &'a Tensor,
+    /// Elements that the step covers: ranges that do not overlap. `None` for all.
+    pub ranges: Option<&'a [Range<usize>]>,
+    /// Number that the gradient is divided by, in place and in the same kernel.
+    pub divisor: Option<f32>,
+}
+
+impl<'a> Step<'a> {
+    /// A step of all parameters, by a gradient as it is.
+    pub fn whole(params: &'a mut Tensor, grads: &'a Tensor) -> Step<'a> {
+        Step { params, grads, ranges: None, divisor: None }
+    }
+
+    /// Checks the tensors against each other, and returns the ranges.
+    fn spans(&self, moments: &[&Tensor]) -> Result<Vec<shim::Span>, Error> {
+        let properties = |tensor: &Tensor| (tensor.size(), tensor.kind(), tensor.device());
+        // The kernel walks all of them by the first one's size.
+        let is_alike = |other: &&Tensor| properties(other) == properties(self.params);
+        if self.params.dim() != 1 || ![self.grads].iter().chain(moments).all(is_alike) {
+            return Err(Error::Invalid(
+                "an optimizer's tensors must be flat, of one length, kind and device".into(),
+            ));
+        }
+        let len = self.params.numel();
+        let whole = std::slice::from_ref(&(0..len)).to_vec();
+        let ranges = self.ranges.map_or(whole, <[_]>::to_vec);
+        if ranges.iter().any(|range| range.start > range.end || range.end > len) {
+            return Err(Error::Invalid(format!("an optimizer's ranges must lie within 0..{len}")));
+        }
+        Ok(ranges.into_iter().map(|range| shim::Span { start: range.start, len: range.len() }).collect())
+    }
+}
+
+/// Applies a step of Adam, in one kernel. The moments are the first, then the second; `count` is the number of
+/// the step, from 1.
 ///
 /// # Errors
-/// [`Error::Invalid`] for step 0 or tensors that do not match; [`Error::Fatal`] if libtorch fails.
+/// [`Error::Invalid`] for step 0, and tensors or ranges that do not match; [`Error::Fatal`] if libtorch fails.
 pub fn fused_adam(
-    params: &mut Tensor,
-    grads: &Tensor,
+    step: Step<'_>,
     [exp_avg, exp_avg_sq]: [&mut Tensor; 2],
-    step: u64,
+    count: u64,
     adam: Adam,
 ) -> Result<(), Error> {
-    // The correction of the bias divides by 1 - beta^step, which would be 0.
-    if step == 0 {
+    // The correction of the bias divides by 1 - beta^count, which would be 0.
+    if count == 0 {
         return Err(Error::Invalid("Adam's steps count from 1".into()));
     }
-    let properties = |tensor: &Tensor| (tensor.size(), tensor.kind(), tensor.device());
-    for other in [grads, &*exp_avg, &*exp_avg_sq] {
-        // The kernel walks all four by the first one's size.
-        if properties(other) != properties(params) {
-            return Err(Error::Invalid("Adam's tensors must have one shape, kind and device".into()));
-        }
-    }
-    let Adam { lr, beta1, beta2, eps } = adam;
-    // The kernel takes the step as a float: beyond 2^24 it is inexact, where that no longer
+    let spans = step.spans(&[&*exp_avg, &*exp_avg_sq])?;
+    let Adam { lr, beta1, beta2, eps, weight_decay } = adam;
+    let divisor = step.divisor.unwrap_or(1.0);
+    // The kernel takes the count as a float: beyond 2^24 it is inexact, where that no longer
     // matters.
-    let settings = shim::AdamSettings { step: step as f64, lr, beta1, beta2, eps };
-    let [params, grads, exp_avg, exp_avg_sq] = [&*params, grads, &*exp_avg, &*exp_avg_sq].map(at_tensor);
+    let settings =
+        shim::AdamSettings { count: count as f64, lr, beta1, beta2, eps, weight_decay, divisor, spans };
+    let [params, grads, exp_avg, exp_avg_sq] =
+        [&*step.params, step.grads, &*exp_avg, &*exp_avg_sq].map(at_tensor);
     Ok(shim::fused_adam(params, grads, exp_avg, exp_avg_sq, &settings)?)
+}
+
+/// Applies a step of stochastic gradient descent, in one kernel. The momentum begins as zeros; without one,
+/// `momentum` of the hyperparameters must be 0.
+///
+/// # Errors
+/// [`Error::Invalid`] for tensors or ranges that do not match; [`Error::Fatal`] if libtorch fails.
+pub fn fused_sgd(step: Step<'_>, momentum: Option<&mut Tensor>, sgd: Sgd) -> Result<(), Error> {
+    let momentum = momentum.as_deref();
+    if momentum.is_none() && sgd.momentum != 0.0 {
+        return Err(Error::Invalid("a momentum needs a tensor".into()));
+    }
+    let spans = step.spans(momentum.as_slice())?;
+    let Sgd { lr, momentum: share, nesterov, weight_decay } = sgd;
+    let divisor = step.divisor.unwrap_or(1.0);
+    let settings = shim::SgdSettings { lr, momentum: share, nesterov, weight_decay, divisor, spans };
+    let (params, grads) = (at_tensor(step.params), at_tensor(step.grads));
+    // Not read where there is no momentum.
+    let momentum = momentum.map_or(params, at_tensor);
+    Ok(shim::fused_sgd(params, grads, momentum, &settings)?)
+}
+
+/// Returns the Euclidean norm of a tensor of floats, computed in double precision. It is not finite exactly
+/// if an element is not.
+///
+/// # Errors
+/// [`Error::Fatal`] for a tensor of another kind, and if libtorch fails.
+pub fn norm(tensor: &Tensor) -> Result<f64, Error> {
+    Ok(shim::norm(at_tensor(tensor))?)
 }
 
 /// Returns the state of libtorch's default generator for CPUs, to detect draws from it.

@@ -11,11 +11,32 @@ pub(crate) struct Keep(#[allow(dead_code)] pub(crate) Arc<dyn Any + Send + Sync>
 pub(crate) mod shim {
     /// Scalars of one Adam step.
     struct AdamSettings {
-        step: f64,
+        count: f64,
         lr: f64,
         beta1: f64,
         beta2: f64,
         eps: f64,
+        weight_decay: f64,
+        divisor: f32,
+        /// Elements that the step covers.
+        spans: Vec<Span>,
+    }
+
+    /// Scalars of one step of stochastic gradient descent.
+    struct SgdSettings {
+        lr: f64,
+        momentum: f64,
+        nesterov: bool,
+        weight_decay: f64,
+        divisor: f32,
+        /// Elements that the step covers.
+        spans: Vec<Span>,
+    }
+
+    /// Elements of a flat tensor.
+    struct Span {
+        start: usize,
+        len: usize,
     }
 
     /// Tensor of a TorchScript module.
@@ -45,6 +66,13 @@ pub(crate) mod shim {
             exp_avg_sq: &Tensor,
             settings: &AdamSettings,
         ) -> Result<()>;
+        fn fused_sgd(
+            params: &Tensor,
+            grads: &Tensor,
+            momentum: &Tensor,
+            settings: &SgdSettings,
+        ) -> Result<()>;
+        fn norm(tensor: &Tensor) -> Result<f64>;
         fn default_generator_state() -> Result<Vec<u8>>;
         fn cpu_capability() -> Result<String>;
         fn libtorch_version() -> Result<String>;

@@ -20,17 +20,19 @@ use crate::names::display_as_in_the_file;
 use crate::stream::Change;
 
 mod family;
+mod optimizer;
 mod pictures;
 #[cfg(test)]
 mod sample;
 mod text;
 
-pub use family::{
-    Activation, Family, Likelihood, PhaseOptimizer, Positions, TransformerSettings, VaeSettings,
-};
+pub use family::{Activation, Family, Likelihood, Positions, TransformerSettings, VaeSettings};
+pub use optimizer::{CLIP_NORM, Decay, MOMENTUM, OptimizerOptions, PhaseOptimizer, WEIGHT_DECAY};
 pub use pictures::{Background, ClassOrder, Fit, NoBackground, Orientation};
 #[cfg(test)]
-pub(crate) use sample::{sample_of_all, sample_of_package, sample_of_transformer, sample_of_vae};
+pub(crate) use sample::{
+    sample_of_all, sample_of_options, sample_of_package, sample_of_transformer, sample_of_vae,
+};
 pub use text::TEXT_LIMIT;
 
 /// Resolved training job: defaults filled in, paths absolute.
@@ -552,8 +554,8 @@ pub struct Optimizer {
     pub beta2: f64,
     /// Term added to the root of the second moment.
     pub epsilon: f64,
-    /// Images over which every setting with a final value moves to it along half a cosine; 0 keeps
-    /// the initial values.
+    /// Images over which every setting with a final value moves to it; 0 keeps the initial values. The
+    /// learning rate does so after its warm-up.
     pub decay_images: u64,
     /// Final step size of the generator.
     pub final_learning_rate: f64,
@@ -561,8 +563,11 @@ pub struct Optimizer {
     pub final_discriminator_learning_rate: f64,
     /// Final decay rate of the second moment.
     pub final_beta2: f64,
-    /// Optimizers of a package's phases, by their names; they take the place of the settings above, but for
-    /// `decay_images`. In the text each is a table `[optimizer.PHASE]`.
+    /// Further settings.
+    #[serde(flatten)]
+    pub options: OptimizerOptions,
+    /// Optimizers of a package's phases, by their names; they take the place of the settings above, but for the
+    /// schedule: `decay_images`, `decay` and `warmup_images`. In the text each is a table `[optimizer.PHASE]`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub phases: BTreeMap<String, PhaseOptimizer>,
 }
@@ -609,6 +614,10 @@ pub enum AugmentationKind {
 pub enum OptimizerKind {
     /// Kingma and Ba (2015), algorithm 1.
     Adam,
+    /// Loshchilov and Hutter (2019), algorithm 2.
+    Adamw,
+    /// Stochastic gradient descent, with momentum as Sutskever et al. (2013) have it and PyTorch writes it.
+    Sgd,
 }
 
 /// Section `[checkpoint]`. The last step is always saved.
@@ -774,6 +783,7 @@ display_as_in_the_file!(
     EmaSchedule,
     LossKind,
     OptimizerKind,
+    Decay,
     AugmentationKind
 );
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from ganglion._export import Package, export
     from ganglion._run import Picture, Plot, Run, load, sample, train
     from ganglion.objective import (
+        SGD,
         Adam,
+        AdamW,
         Arrays,
         Batch,
         Draw,
@@ -39,7 +41,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "SGD",
     "Adam",
+    "AdamW",
     "Arrays",
     "Batch",
     "Distance",
@@ -72,7 +76,9 @@ _MODULES = {
     "_export": ("Package", "export"),
     "_run": ("Picture", "Plot", "Run", "load", "sample", "train"),
     "objective": (
+        "SGD",
         "Adam",
+        "AdamW",
         "Arrays",
         "Batch",
         "Draw",

@@ -38,7 +38,8 @@ _TAKEN_SCALARS = COLUMNS | {"rows", "data", "compute", "wait", "commit", "other"
 _TAKEN_NETWORKS = {"optimizer", "counters", "scalars"}
 _TAKEN_PHASES = {
     "kind", "learning_rate", "discriminator_learning_rate", "beta1", "beta2", "epsilon", "decay_images",
-    "final_learning_rate", "final_discriminator_learning_rate", "final_beta2", "phases", "sample", "evaluate",
+    "final_learning_rate", "final_discriminator_learning_rate", "final_beta2", "weight_decay", "momentum", "nesterov",
+    "clip_norm", "warmup_images", "warmup_steps", "decay", "decay_steps", "phases", "sample", "evaluate",
 }  # fmt: skip
 
 

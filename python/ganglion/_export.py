@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ganglion._capture import (
     SCALARS,
@@ -31,7 +32,7 @@ from ganglion._package import add_members
 from ganglion._place import SKIPPED, short
 from ganglion._programs import TORCH_VERSION
 from ganglion._random import Source
-from ganglion.objective import Adam, Data, Draw, Objective, Phase
+from ganglion.objective import SGD, Adam, Data, Draw, Objective, Phase
 
 exported: weakref.WeakKeyDictionary[Objective, Package] = weakref.WeakKeyDictionary()
 """Newest package of each objective."""
@@ -268,8 +269,15 @@ def _manifest(
 
 
 def _network(objective: Objective, tensors: Tensors, network: str) -> dict[str, Any]:
+    never = _never_decay(objective)
+
     def listed(kind: str) -> list[dict[str, Any]]:
-        return [{"name": entry.name, "shape": list(entry.tensor.shape)} for entry in tensors.of(network, kind)]
+        return [
+            # What has fewer dimensions does not decay anyway.
+            {"name": entry.name, "shape": list(entry.tensor.shape)}
+            | ({"decays": False} if entry.tensor.dim() > 1 and id(entry.tensor) in never else {})
+            for entry in tensors.of(network, kind)
+        ]
 
     average = None
     if network in objective.average:
@@ -285,16 +293,13 @@ def _phases(objective: Objective, phases: list[Phase], graphs: dict[str, Graph])
         graph = graphs[phase.name]
         has_read = any(one["batch"] == "next" for one in found)
         optimizer = phase.optimizer or objective.optimizer
-        if not isinstance(optimizer, Adam):
-            raise ExportError(
-                f"{where}: the phase {phase.name} has the optimizer {optimizer!r}; there is ganglion.Adam(learning_rate=...)"
-            )
+        _check_optimizer(f"{where}: the phase {phase.name}", optimizer)
         about = {
             "graph": phase.name,
             "updates": list(phase.updates),
             "every": phase.every,
             "batch": _batch(where, phase, graph, has_read),
-            "optimizer": {"kind": "adam", **dataclasses.asdict(optimizer)},
+            "optimizer": optimizer.to_json(),
             "inputs": graph.inputs,
             "draws": [spec.to_json() for spec in graph.draws],
             "outputs": graph.outputs,
@@ -307,6 +312,25 @@ def _phases(objective: Objective, phases: list[Phase], graphs: dict[str, Graph])
     if not any(about["batch"] == "next" for about in found):
         raise ExportError(f"{where}: no phase reads samples; let one take them: batch='next'")
     return found
+
+
+def _never_decay(objective: Objective) -> set[int]:
+    """Parameters of embeddings and normalisations, of any number of dimensions."""
+    norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    kinds = (nn.Embedding, nn.EmbeddingBag, *norms)
+    modules = [module for module in objective.modules() if isinstance(module, kinds)]
+    return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+
+
+def _check_optimizer(where: str, optimizer: Any) -> None:
+    if not isinstance(optimizer, (Adam, SGD)):
+        raise ExportError(
+            f"{where} has the optimizer {optimizer!r}; there are ganglion.Adam, ganglion.AdamW and ganglion.SGD"
+        )
+    if optimizer.clip_norm is not None and not optimizer.clip_norm > 0:
+        raise ExportError(f"{where} has clip_norm={optimizer.clip_norm}; it must be above 0, or None for no limit")
+    if isinstance(optimizer, SGD) and optimizer.nesterov and not optimizer.momentum:
+        raise ExportError(f"{where} has nesterov=True without a momentum; set one, such as momentum=0.9")
 
 
 def _batch(where: str, phase: Phase, graph: Graph, has_read: bool) -> str:

@@ -16,7 +16,21 @@ from torch import Tensor, nn
 from ganglion._errors import Error, ExportError
 from ganglion._place import place
 
-__all__ = ["Adam", "Arrays", "Batch", "Draw", "Images", "Objective", "Phase", "Text", "arrays", "images", "text"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Arrays",
+    "Batch",
+    "Draw",
+    "Images",
+    "Objective",
+    "Phase",
+    "Text",
+    "arrays",
+    "images",
+    "text",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +42,53 @@ class Adam:
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         epsilon: added to the square root of the second moment.
+        clip_norm: largest norm of the gradient of a phase; a longer gradient is scaled down to it.
     """
 
     learning_rate: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    clip_norm: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Form in a manifest."""
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return {"kind": type(self).__name__.lower(), **settings}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW(Adam):
+    """AdamW's default settings of a phase (Loshchilov and Hutter, 2019): Adam, and a decay of weights beside it.
+
+    Embeddings, normalisations and what has fewer than two dimensions, such as biases, do not decay.
+
+    Args:
+        weight_decay: an update shrinks weights by this share times the step size.
+    """
+
+    weight_decay: float = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD:
+    """Default settings of a phase for stochastic gradient descent with momentum (Sutskever et al., 2013), as PyTorch's.
+
+    Args:
+        learning_rate: step size.
+        momentum: share of the momentum that stays in an update.
+        nesterov: look ahead along the new momentum.
+        weight_decay: weight of an L2 penalty; on the tensors that decay with `AdamW`.
+        clip_norm: largest norm of the gradient of a phase; a longer gradient is scaled down to it.
+    """
+
+    learning_rate: float = 1e-2
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+    to_json = Adam.to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +110,7 @@ class Phase:
     updates: Sequence[str]
     every: int = 1
     batch: Literal["next", "same", "none"] | None = None
-    optimizer: Adam | None = None
+    optimizer: Adam | SGD | None = None
     repeat: int = 1
 
 
@@ -388,5 +443,5 @@ class Objective(nn.Module):
     phases: Sequence[Phase] = ()
     average: Sequence[str] = ()
     average_half_life: float = 10_000
-    optimizer: Adam = Adam()
+    optimizer: Adam | SGD = Adam()
     reduction: Literal["sum", "mean"] = "sum"

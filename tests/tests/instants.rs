@@ -62,6 +62,58 @@ fn a_worker_may_die_at_any_instant_of_a_phase() {
     }
 }
 
+/// Within its warm-up a run loses a worker, stops, and goes on with others. All steps clip, some of them.
+#[test]
+fn each_optimizer_has_the_same_bits_through_a_death_and_a_resume() {
+    let few: &[&str] = &["job.steps=8", "job.data_shards=6", "job.shard_batch=2", "checkpoint.every_steps=3"];
+    let of_all: &[&str] = &[
+        "metrics.every_steps=1",
+        "optimizer.warmup_steps=6",
+        "optimizer.decay=linear",
+        "optimizer.decay_steps=8",
+    ];
+    let sgd: &[&str] = &[
+        "optimizer.kind=sgd",
+        "optimizer.momentum=0.9",
+        "optimizer.nesterov=true",
+        "optimizer.weight_decay=0.01",
+        "optimizer.learning_rate=0.1",
+        "optimizer.clip_norm=0.5",
+    ];
+    let adamw: &[&str] = &["optimizer.kind=adamw", "optimizer.weight_decay=0.1", "optimizer.clip_norm=0.5"];
+    for optimizer in [sgd, adamw] {
+        let settings = [SMALL_MLP, few, of_all, optimizer];
+        let alone = Run::new(&settings);
+        let reference = Reference::new(&format!("1 worker with {optimizer:?}"), alone.complete(1));
+        let norms = |run: &Run| {
+            let of = |row: &serde_json::Value| {
+                ["discriminator", "generator"]
+                    .map(|phase| row[format!("gradient_norm_{phase}")].as_f64().unwrap())
+            };
+            run.rows().iter().map(of).collect::<Vec<_>>()
+        };
+        let known = norms(&alone);
+        assert!(
+            known.len() == 8 && known.iter().flatten().any(|norm| *norm > 0.5),
+            "none is clipped: {known:?}"
+        );
+        let run = Run::new(&settings);
+        reference.equals(&format!("2 workers with {optimizer:?}"), &run.complete(2));
+        assert_eq!(norms(&run), known);
+        let (mut run, coordinator) = with_failpoint(
+            &[&settings[..], &[&["job.steps=4", "job.failure_deadline=2"]]].concat(),
+            3,
+            "commit@5",
+        );
+        assert_eq!(coordinator.wait().code, Some(0));
+        assert!(run.beside("once").exists(), "nobody died");
+        run.set("job.steps=8");
+        reference.equals(&format!("a death, and 2 other workers, with {optimizer:?}"), &run.complete(2));
+        assert_eq!(norms(&run), known);
+        run.assert_audited();
+    }
+}
+
 /// As between machines: workers of one otherwise share memory.
 #[test]
 fn a_worker_may_die_at_any_instant_of_a_reduce_over_gloo() {

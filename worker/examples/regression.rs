@@ -17,8 +17,8 @@ use ganglion_worker::commands::join::run;
 use ganglion_worker::device::DeviceChoice;
 use ganglion_worker::nn::{Init, TensorSpec};
 use ganglion_worker::objective::{
-    Compute, NamedNetwork, NetworkId, Objective, Phase, Reads, ScalarRole, ScalarSpec, ShardAt, ShardBatch,
-    ShardGrad, State,
+    Compute, NamedNetwork, NetworkId, Objective, Optimizer, Phase, Reads, ScalarRole, ScalarSpec, ShardAt,
+    ShardBatch, ShardGrad, State,
 };
 use tch::{Kind, Tensor, no_grad};
 
@@ -50,8 +50,8 @@ impl Objective for Regression {
         Box::new(Regression)
     }
 
-    fn optimizer(&self, _phase: Phase, _steps: u64) -> Adam {
-        Adam { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8 }
+    fn optimizer(&self, _phase: Phase, _steps: u64) -> Optimizer {
+        Adam { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }.into()
     }
 
     fn probe(&self, _shard_batch: u32) -> Box<dyn Objective> {

@@ -9,7 +9,7 @@
 //!    which is made anew whenever they change.
 //!
 //! The buffer holds, in this order: for each network the parameters, the buffers (such as batch
-//! normalisation's) and Adam's two moments; then the moving averages of networks' parameters and buffers;
+//! normalisation's) and what its optimizer keeps, such as Adam's two moments; then the moving averages of networks' parameters and buffers;
 //! then the objective's own tensors.
 
 use std::borrow::Cow;
@@ -90,6 +90,29 @@ pub struct NamedNetwork {
     pub average: Option<Cow<'static, str>>,
 }
 
+/// Tensors that an optimizer keeps for each parameter of a network. All begin as zeros.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Moments {
+    /// None.
+    None,
+    /// The momentum of stochastic gradient descent.
+    Momentum,
+    /// Adam's first and second moments.
+    #[default]
+    Adam,
+}
+
+impl Moments {
+    /// Names in files.
+    fn names(self) -> &'static [&'static str] {
+        match self {
+            Moments::None => &[],
+            Moments::Momentum => &["momentum_buffer"],
+            Moments::Adam => &["exp_avg", "exp_avg_sq"],
+        }
+    }
+}
+
 /// Offsets of tensors in a flat buffer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Layout {
@@ -131,6 +154,20 @@ impl Layout {
         self.entries.iter().map(|(spec, offset)| (spec, *offset))
     }
 
+    /// Ranges of the tensors that decay, or of those that do not, with the gaps behind them. Neighbours are one
+    /// range.
+    pub fn by_decay(&self, decays: bool) -> Vec<Range<usize>> {
+        let mut ranges: Vec<Range<usize>> = Vec::new();
+        for (spec, offset) in self.entries().filter(|(spec, _)| spec.decays == decays) {
+            let end = offset + align(spec.numel());
+            match ranges.last_mut() {
+                Some(last) if last.end == offset => last.end = end,
+                _ => ranges.push(offset..end),
+            }
+        }
+        ranges
+    }
+
     /// Returns the tensors as views of `flat`.
     pub fn views(&self, flat: &Tensor) -> Vec<Tensor> {
         let view = |(spec, offset): &(TensorSpec, usize)| {
@@ -156,17 +193,19 @@ pub struct Sections {
     /// Layout of the buffers within their section.
     pub buffers: Layout,
     start: usize,
+    moments: Moments,
     /// Name and start of the moving average of parameters and buffers.
     average: Option<(Cow<'static, str>, usize)>,
 }
 
 impl Sections {
-    fn new(network: &NamedNetwork, start: usize) -> Sections {
+    fn new(network: &NamedNetwork, moments: Moments, start: usize) -> Sections {
         Sections {
             name: network.name.clone(),
             parameters: Layout::new(network.parameters.clone()),
             buffers: Layout::new(network.buffers.clone()),
             start,
+            moments,
             average: None,
         }
     }
@@ -202,16 +241,19 @@ impl Sections {
         self.average.as_ref().map(|(_, start)| *start..*start + self.weight_range().len())
     }
 
-    /// Range of Adam's first moments.
-    pub fn exp_avg_range(&self) -> Range<usize> {
-        let start = self.buffer_range().end;
+    /// Range of a moment, by its number among those that the optimizer keeps.
+    ///
+    /// # Panics
+    /// The optimizer keeps fewer.
+    pub fn moment_range(&self, index: usize) -> Range<usize> {
+        assert!(index < self.moments.names().len(), "{} keeps {:?}", self.name, self.moments);
+        let start = self.buffer_range().end + index * self.parameters.len();
         start..start + self.parameters.len()
     }
 
-    /// Range of Adam's second moments.
-    pub fn exp_avg_sq_range(&self) -> Range<usize> {
-        let start = self.exp_avg_range().end;
-        start..start + self.parameters.len()
+    /// End of all that belongs to the network, but for its average.
+    fn end(&self) -> usize {
+        self.buffer_range().end + self.moments.names().len() * self.parameters.len()
     }
 }
 
@@ -239,13 +281,23 @@ pub struct StateLayout {
 }
 
 impl StateLayout {
-    /// Lays out these networks, then the objective's `own` tensors.
+    /// Lays out these networks for Adam, then the objective's `own` tensors.
     pub fn new(networks: &[NamedNetwork], own: &[TensorSpec], precision: Precision) -> StateLayout {
+        StateLayout::with_moments(networks, &vec![Moments::Adam; networks.len()], own, precision)
+    }
+
+    /// Lays out these networks with the moments of each, then the objective's `own` tensors.
+    pub fn with_moments(
+        networks: &[NamedNetwork],
+        moments: &[Moments],
+        own: &[TensorSpec],
+        precision: Precision,
+    ) -> StateLayout {
         let mut len = 0;
         let mut sections = Vec::with_capacity(networks.len());
-        for network in networks {
-            let placed = Sections::new(network, len);
-            len = placed.exp_avg_sq_range().end;
+        for (network, moments) in networks.iter().zip(moments) {
+            let placed = Sections::new(network, *moments, len);
+            len = placed.end();
             sections.push(placed);
         }
         for (placed, network) in sections.iter_mut().zip(networks) {
@@ -281,9 +333,10 @@ impl StateLayout {
             let name = &network.name;
             add(&format!("{name}."), &network.parameters, network.parameter_range().start);
             add(&format!("{name}."), &network.buffers, network.buffer_range().start);
-            let moment = |kind: &str| format!("optimizer.{name}.{kind}.");
-            add(&moment("exp_avg"), &network.parameters, network.exp_avg_range().start);
-            add(&moment("exp_avg_sq"), &network.parameters, network.exp_avg_sq_range().start);
+            for (index, kind) in network.moments.names().iter().enumerate() {
+                let start = network.moment_range(index).start;
+                add(&format!("optimizer.{name}.{kind}."), &network.parameters, start);
+            }
         }
         for network in &self.networks {
             if let Some((name, start)) = &network.average {

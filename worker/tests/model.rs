@@ -11,7 +11,8 @@ use ganglion_proto::job::{AugmentationKind, EmaSchedule, Job, LossKind, ModelKin
 use ganglion_worker::engine::commit::commit;
 use ganglion_worker::nn::{Init, TensorSpec};
 use ganglion_worker::objective::{
-    Compute, Model, NamedNetwork, NetworkId, Objective, Phase, Reads, ScalarRole, ScalarSpec, Setting, State,
+    Compute, Model, NamedNetwork, NetworkId, Objective, Optimizer, Phase, Reads, ScalarRole, ScalarSpec,
+    Setting, State,
 };
 use ganglion_worker::state::narrow;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -68,9 +69,9 @@ impl Objective for Three {
         unreachable!("no gradient is computed here")
     }
 
-    fn optimizer(&self, phase: Phase, _steps: u64) -> Adam {
+    fn optimizer(&self, phase: Phase, _steps: u64) -> Optimizer {
         let lr = if phase.updates.contains(DECODER) { 0.0 } else { 0.5 };
-        Adam { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8 }
+        Adam { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }.into()
     }
 
     fn average_decay(&self, network: NetworkId, _steps: u64) -> f64 {
@@ -131,7 +132,7 @@ impl Objective for Odd {
         unreachable!("no gradient is computed here")
     }
 
-    fn optimizer(&self, phase: Phase, steps: u64) -> Adam {
+    fn optimizer(&self, phase: Phase, steps: u64) -> Optimizer {
         Three.optimizer(phase, steps)
     }
 

@@ -15,7 +15,7 @@ use ganglion_worker::engine::finite::{Rules, Verdict, judge};
 use ganglion_worker::engine::reduce::tree::{Summand, TreeSum};
 use ganglion_worker::nn::tensor_bytes::to_bytes;
 use ganglion_worker::objective::{
-    Model, NetworkId, Objective, Phase, Reads, ShardAt, ShardBatch, ShardGrad, State,
+    Model, NetworkId, Objective, Optimizer, Phase, Reads, Rule, ShardAt, ShardBatch, ShardGrad, State,
 };
 use ganglion_worker::random::{Key, Purpose};
 use ganglion_worker::state::Counters;
@@ -104,8 +104,10 @@ impl Plain {
     }
 
     /// Kingma and Ba (2015), algorithm 1.
-    fn update(&mut self, gradients: &[Tensor], settings: Adam) {
-        let Adam { lr, beta1, beta2, eps } = settings;
+    fn update(&mut self, gradients: &[Tensor], settings: Optimizer) {
+        let Rule::Adam(Adam { lr, beta1, beta2, eps, .. }) = settings.rule else {
+            unreachable!("it is Adam")
+        };
         self.updates += 1;
         for ((parameter, [first, second]), gradient) in
             self.parameters.iter_mut().zip(&mut self.moments).zip(gradients)
@@ -200,7 +202,9 @@ fn a_phase_that_does_not_run_changes_nothing_and_ends_no_row_of_skips() {
     let mut state = State::initial(model.layout.clone(), 1, Device::Cpu);
     let phases = model.phases();
     state.counters.position = Position(4);
-    skip(&model, &mut state, phases[0], 7);
+    let len = i64::try_from(model.gradient(phases[0]).len()).unwrap();
+    let mean = Tensor::zeros([len], (Kind::Float, Device::Cpu));
+    skip(&model, &mut state, phases[0], &mean, 7).unwrap();
     let before = to_bytes(&state.flat);
     pass(&model, &mut state, phases[1]);
     assert!(before == to_bytes(&state.flat));
@@ -258,8 +262,8 @@ impl Objective for Odd {
         unreachable!("no gradient is computed here")
     }
 
-    fn optimizer(&self, _phase: Phase, _steps: u64) -> Adam {
-        unreachable!("nothing is committed here")
+    fn optimizer(&self, phase: Phase, steps: u64) -> Optimizer {
+        Three.optimizer(phase, steps)
     }
 
     fn probe(&self, _shard_batch: u32) -> Box<dyn Objective> {

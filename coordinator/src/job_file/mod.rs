@@ -8,6 +8,7 @@
 mod evaluation;
 mod exclusions;
 mod models;
+mod optimizer;
 mod package;
 mod rows;
 mod sections;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 pub use exclusions::asked;
 use ganglion_proto::job::{Data, Job, TEXT_LIMIT};
+pub use optimizer::warmup_is_cut;
 use settings::Settings;
 
 /// The job that runs when the user names none.

@@ -1,11 +1,10 @@
 //! Sections of the model and its training: `[model]`, `[loss]`, `[optimizer]` and `[augmentation]`.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use ganglion_proto::job::{
     Activation, Augmentation, EmaSchedule, Family, Job, Likelihood, Loss, LossKind, Model, ModelKind,
-    Optimizer, OptimizerKind, Positions, TransformerSettings, VaeSettings,
+    Positions, TransformerSettings, VaeSettings,
 };
 
 use super::sections::{MAX_STEPS, address};
@@ -140,44 +139,6 @@ pub(super) fn loss(settings: &mut Settings, model: ModelKind) -> Loss {
     }
 }
 
-pub(super) fn optimizer(settings: &mut Settings, loss: LossKind, model: ModelKind) -> Optimizer {
-    // Gulrajani et al. (2017), algorithm 1; Huang et al. (2024), appendix; Miyato et al. (2018), setting C;
-    // Radford et al. (2015), section 4.
-    let (beta1, beta2) = match (loss, model) {
-        (LossKind::WassersteinGp | LossKind::RelativisticPairing, _) => (0.0, 0.9),
-        (_, ModelKind::Sngan32) => (0.0, 0.9),
-        // Kingma and Ba (2015), algorithm 1.
-        (_, ModelKind::Vae28 | ModelKind::Vae32 | ModelKind::Transformer) => (0.9, 0.999),
-        _ => (0.5, 0.999),
-    };
-    let rate = if matches!(model.family(), Family::Vae | Family::Transformer) { 1e-3 } else { 2e-4 };
-    let kind = settings.choice_or("optimizer.kind", OptimizerKind::Adam);
-    let learning_rate = settings.number_or("optimizer.learning_rate", 0.0..=10.0, rate);
-    let of_discriminator =
-        settings.number_or("optimizer.discriminator_learning_rate", 0.0..=10.0, learning_rate);
-    let beta2 = settings.number_or("optimizer.beta2", 0.0..1.0, beta2);
-    let last = settings.number_or("optimizer.final_learning_rate", 0.0..=10.0, learning_rate);
-    // The discriminator's rate keeps its ratio to the generator's.
-    let shared = if last == learning_rate || learning_rate == 0.0 { 1.0 } else { last / learning_rate };
-    Optimizer {
-        kind,
-        learning_rate,
-        discriminator_learning_rate: of_discriminator,
-        beta1: settings.number_or("optimizer.beta1", 0.0..1.0, beta1),
-        beta2,
-        epsilon: settings.number_or("optimizer.epsilon", 1e-16..=1.0, 1e-8),
-        decay_images: settings.whole_or("optimizer.decay_images", 0..=MAX_STEPS, 0),
-        final_learning_rate: last,
-        final_discriminator_learning_rate: settings.number_or(
-            "optimizer.final_discriminator_learning_rate",
-            0.0..=10.0,
-            of_discriminator * shared,
-        ),
-        final_beta2: settings.number_or("optimizer.final_beta2", 0.0..1.0, beta2),
-        phases: BTreeMap::new(),
-    }
-}
-
 pub(super) fn augmentation(settings: &mut Settings) -> Augmentation {
     let probability = settings.number_or("augmentation.probability", 0.0..=1.0, 1.0);
     Augmentation {
@@ -281,7 +242,7 @@ fn check_finals(settings: &mut Settings, job: &Job) {
         augmentation.final_probability != augmentation.probability,
     ];
     // With a length, all of them may change.
-    if optimizer.decay_images > 0 || !settings.sound(&["optimizer.decay_images"]) {
+    if optimizer.decay_images > 0 || !settings.sound(&["optimizer.decay_images", "optimizer.decay_steps"]) {
         return;
     }
     for (key, changes) in keys.into_iter().zip(changes) {

@@ -8,9 +8,10 @@ use std::path::PathBuf;
 
 use ganglion_membership::StepShape;
 use ganglion_proto::evaluation::{BestBy, names};
-use ganglion_proto::job::{DataKind, Job, ModelKind, OptimizerKind, PhaseOptimizer};
+use ganglion_proto::job::{self, DataKind, Job, ModelKind, OptimizerKind, OptimizerOptions, PhaseOptimizer};
 use ganglion_proto::package::{Batch, ImageSpec, Manifest, Optimizer, Output, Package, SampleSpec};
 
+use super::optimizer::{falls, length, options, refuse_others};
 use super::sections::side;
 use super::settings::Settings;
 
@@ -46,9 +47,8 @@ pub(super) fn read(settings: &mut Settings, job: &Job, check_paths: bool) -> Opt
     }
 }
 
-/// Completes a job that trains a package, and checks it against the manifest. `is_record` says that the text
-/// is a run's own.
-pub(super) fn apply(settings: &mut Settings, job: &mut Job, package: Option<&Package>, is_record: bool) {
+/// Completes a job that trains a package, and checks it against the manifest.
+pub(super) fn apply(settings: &mut Settings, job: &mut Job, package: Option<&Package>) {
     if job.model.kind != ModelKind::Package {
         if settings.is_given(HASH) && settings.sound(&["model.kind"]) {
             settings.fault(HASH, "given, but the model is no package; remove it");
@@ -57,10 +57,6 @@ pub(super) fn apply(settings: &mut Settings, job: &mut Job, package: Option<&Pac
     }
     if let Some(package) = package {
         settle(settings, job, package);
-    }
-    let manifest = package.map(|package| &package.manifest);
-    if manifest.is_some() || is_record {
-        optimizers(settings, job, manifest);
     }
 }
 
@@ -203,9 +199,13 @@ fn check_images(settings: &mut Settings, job: &Job, images: ImageSpec) {
     }
 }
 
-/// Reads the optimizers of all phases: the package's settings, under those of `[optimizer]`, under those of
-/// `[optimizer.PHASE]`.
-fn optimizers(settings: &mut Settings, job: &mut Job, manifest: Option<&Manifest>) {
+/// Reads the optimizers of a package's phases: the package's settings, under those of `[optimizer]`, under those
+/// of `[optimizer.PHASE]`. `is_record` says that the text is a run's own.
+pub(super) fn optimizers(settings: &mut Settings, job: &mut Job, package: Option<&Package>, is_record: bool) {
+    let manifest = package.map(|package| &package.manifest);
+    if job.model.kind != ModelKind::Package || manifest.is_none() && !is_record {
+        return;
+    }
     let nested: Vec<(String, String)> = settings
         .given_in("optimizer")
         .into_iter()
@@ -229,29 +229,41 @@ fn optimizers(settings: &mut Settings, job: &mut Job, manifest: Option<&Manifest
         let names: Vec<&str> = phases.iter().map(|(name, _)| name.as_str()).collect();
         settings.refuse(key, format!("the package has no phase {phase}; it has {}", names.join(", ")));
     }
+    let kinds: Vec<OptimizerKind> = job.optimizer.phases.values().map(|own| own.kind).collect();
+    refuse_others(settings, "optimizer", &kinds);
+    // What is not a phase's own is the schedule alone.
+    let OptimizerOptions { warmup_images, decay, .. } = job.optimizer.options;
+    job.optimizer.options = OptimizerOptions { warmup_images, decay, ..OptimizerOptions::default() };
     check_finals(settings, job);
 }
 
 /// Reads the optimizer of a phase.
 fn optimizer(settings: &mut Settings, job: &Job, phase: &str, own: Option<&Optimizer>) -> PhaseOptimizer {
-    let shared = &job.optimizer;
-    let key = |name: &str| format!("optimizer.{phase}.{name}");
+    let (shared, table) = (&job.optimizer, format!("optimizer.{phase}"));
+    let key = |name: &str| format!("{table}.{name}");
     // A record has each key, so nothing stands in for it.
+    let is_given = |settings: &Settings, name: &str| settings.is_given(&format!("optimizer.{name}"));
     let pick = |settings: &Settings, name: &str, of_all: f64, of_package: Option<f64>| {
-        let is_given = settings.is_given(&format!("optimizer.{name}"));
-        of_package.filter(|_| !is_given).unwrap_or(of_all)
+        of_package.filter(|_| !is_given(settings, name)).unwrap_or(of_all)
     };
-    let rate = pick(settings, "learning_rate", shared.learning_rate, own.map(|own| own.learning_rate));
-    let beta1 = pick(settings, "beta1", shared.beta1, own.map(|own| own.beta1));
-    let beta2 = pick(settings, "beta2", shared.beta2, own.map(|own| own.beta2));
-    let epsilon = pick(settings, "epsilon", shared.epsilon, own.map(|own| own.epsilon));
-    let kind = own.map_or(OptimizerKind::Adam, |own| own.kind);
+    let kind = own.map(|own| own.kind).filter(|_| !is_given(settings, "kind")).unwrap_or(shared.kind);
     let kind = settings.choice_or(&key("kind"), kind);
+    // Of another rule only the step size and the clipping have a meaning for this one.
+    let is_sgd = |kind: OptimizerKind| kind == OptimizerKind::Sgd;
+    let alike = own.filter(|own| is_sgd(own.kind) == is_sgd(kind));
+    let rate = pick(settings, "learning_rate", shared.learning_rate, own.map(|own| own.learning_rate));
+    let beta1 = pick(settings, "beta1", shared.beta1, alike.map(|own| own.beta1));
+    let beta2 = pick(settings, "beta2", shared.beta2, alike.map(|own| own.beta2));
+    let epsilon = pick(settings, "epsilon", shared.epsilon, alike.map(|own| own.epsilon));
+    let default = brought(settings, shared, own, kind);
     let learning_rate = settings.number_or(&key("learning_rate"), 0.0..=10.0, rate);
     let beta2 = settings.number_or(&key("beta2"), 0.0..1.0, beta2);
-    let last = pick(settings, "final_learning_rate", shared.final_learning_rate, Some(learning_rate));
+    let falls = [&*table, "optimizer"].into_iter().any(|table| falls(settings, table));
+    let last = if falls { 0.0 } else { learning_rate };
+    let last = pick(settings, "final_learning_rate", shared.final_learning_rate, Some(last));
     let last_beta2 = pick(settings, "final_beta2", shared.final_beta2, Some(beta2));
-    PhaseOptimizer {
+    let per_step = job.samples_per_step();
+    let optimizer = PhaseOptimizer {
         kind,
         learning_rate,
         beta1: settings.number_or(&key("beta1"), 0.0..1.0, beta1),
@@ -259,15 +271,46 @@ fn optimizer(settings: &mut Settings, job: &Job, phase: &str, own: Option<&Optim
         epsilon: settings.number_or(&key("epsilon"), 1e-16..=1.0, epsilon),
         final_learning_rate: settings.number_or(&key("final_learning_rate"), 0.0..=10.0, last),
         final_beta2: settings.number_or(&key("final_beta2"), 0.0..1.0, last_beta2),
+        decay_images: length(settings, &table, "decay", per_step),
+        options: OptimizerOptions {
+            warmup_images: length(settings, &table, "warmup", per_step),
+            ..options(settings, &table, kind, Some(default))
+        },
+    };
+    refuse_others(settings, &table, &[kind]);
+    optimizer
+}
+
+/// Settings beside step sizes and Adam's that a phase has without any of its own: those of `[optimizer]`, else the
+/// package's.
+fn brought(
+    settings: &Settings,
+    shared: &job::Optimizer,
+    own: Option<&Optimizer>,
+    kind: OptimizerKind,
+) -> OptimizerOptions {
+    let is_given = |name: &str| settings.is_given(&format!("optimizer.{name}"));
+    let same = own.filter(|own| own.kind == kind);
+    let of_all = &shared.options;
+    OptimizerOptions {
+        weight_decay: of_all
+            .weight_decay
+            .filter(|_| is_given("weight_decay"))
+            .or(same.and_then(|own| own.weight_decay)),
+        momentum: of_all.momentum.filter(|_| is_given("momentum")).or(same.and_then(|own| own.momentum)),
+        nesterov: of_all.nesterov.filter(|_| is_given("nesterov")).or(same.and_then(|own| own.nesterov)),
+        clip_norm: of_all.clip_norm.or(own.and_then(|own| own.clip_norm)),
+        ..OptimizerOptions::default()
     }
 }
 
 /// Checks settings that change over time: they need a duration to change in.
 fn check_finals(settings: &mut Settings, job: &Job) {
-    if job.optimizer.decay_images > 0 || !settings.sound(&["optimizer.decay_images"]) {
+    if !settings.sound(&["optimizer.decay_images", "optimizer.decay_steps"]) {
         return;
     }
-    for (phase, optimizer) in &job.optimizer.phases {
+    let is_still = |own: &PhaseOptimizer| own.decay_images.unwrap_or(job.optimizer.decay_images) == 0;
+    for (phase, optimizer) in job.optimizer.phases.iter().filter(|(_, own)| is_still(own)) {
         for (name, changes) in [
             ("final_learning_rate", optimizer.final_learning_rate != optimizer.learning_rate),
             ("final_beta2", optimizer.final_beta2 != optimizer.beta2),
@@ -292,6 +335,7 @@ mod tests {
     use std::path::Path;
 
     use ganglion_proto::archive::PACKAGE_MANIFEST;
+    use ganglion_proto::job::Decay;
     use ganglion_proto::package::WEIGHTS;
     use serde_json::{Value, json};
     use tempfile::TempDir;
@@ -411,6 +455,56 @@ mod tests {
         assert_eq!(back, Job { shape: None, ..job });
     }
 
+    /// A phase's own settings go before those of all phases, and these before the package's.
+    #[test]
+    fn phases_have_rules_and_schedules_of_their_own() {
+        let folder = folder();
+        let mut manifest = manifest();
+        let sgd = json!({"kind": "sgd", "learning_rate": 0.1, "momentum": 0.5, "clip_norm": 2.0});
+        manifest["phases"][0]["optimizer"] = sgd;
+        write(&folder.path().join("x.pt2"), &manifest);
+        let sections = "[optimizer]\nwarmup_steps = 2\ndecay_steps = 5\nweight_decay = 0.25\n\
+                        [optimizer.generator]\nkind = \"adamw\"\nwarmup_images = 0\ndecay = \"linear\"\n";
+        let job = resolve(&folder, sections, &["optimizer.critic.nesterov=true"]).unwrap();
+        let [critic, generator] = ["critic", "generator"].map(|phase| &job.optimizer.phases[phase]);
+        assert_eq!((critic.learning_rate, critic.final_learning_rate, critic.beta1), (0.1, 0.1, 0.0));
+        let options = OptimizerOptions {
+            weight_decay: Some(0.25),
+            momentum: Some(0.5),
+            nesterov: Some(true),
+            clip_norm: Some(2.0),
+            warmup_images: None,
+            decay: None,
+        };
+        assert_eq!(critic.options, options);
+        assert_eq!((generator.beta1, generator.final_learning_rate), (0.5, 0.0));
+        let (weight_decay, warmup_images, decay) = (Some(0.25), Some(0), Some(Decay::Linear));
+        let options = OptimizerOptions { weight_decay, warmup_images, decay, ..OptimizerOptions::default() };
+        assert_eq!(generator.options, options);
+        // Of all phases there is the schedule alone.
+        let options = OptimizerOptions { warmup_images: Some(48), ..OptimizerOptions::default() };
+        assert_eq!((job.optimizer.decay_images, job.optimizer.options), (120, options));
+        let back = parse_resolved(&render(&job)).unwrap_or_else(|errors| panic!("{errors}"));
+        assert_eq!(back, Job { shape: None, ..job });
+        // Its settings for another rule have no meaning for this one.
+        let job = resolve(&folder, "", &["optimizer.kind=adam"]).unwrap();
+        assert_eq!(rates(&job), [("critic", 0.1, 0.9), ("generator", 1e-4, 0.5)]);
+        assert_eq!(job.optimizer.phases["critic"].options.clip_norm, Some(2.0));
+        for (settings, says) in [
+            (&["optimizer.critic.beta1=0.5"][..], "critic.beta1=0.5: is a setting of \"adam\""),
+            (&["optimizer.generator.weight_decay=1"], "generator.weight_decay=1: is not for \"adam\""),
+            (&["optimizer.kind=adam", "optimizer.momentum=0.5"], "optimizer.momentum=0.5: is a setting of"),
+            (&["optimizer.critic.decay=linear"], "critic.decay=linear: needs a length"),
+            (&["optimizer.critic.momentum=0", "optimizer.nesterov=true"], "nesterov=true: looks ahead"),
+            (&["optimizer.critic.warmup_steps=3", "optimizer.decay_steps=2"], "rises over 72 images"),
+            (&["optimizer.critic.clip_norm=0"], "must be above 0.0"),
+        ] {
+            let refused = resolve(&folder, "", settings).map(|_| settings).unwrap_err();
+            assert!(refused.contains(says) && !refused.contains('\n'), "{settings:?}: {refused}");
+        }
+        assert!(resolve(&folder, "", &["optimizer.momentum=0.25"]).is_ok(), "one phase has a use for it");
+    }
+
     #[test]
     fn settings_of_built_in_objectives_are_refused() {
         let folder = folder();
@@ -428,7 +522,8 @@ mod tests {
             (&["model.conditional=false"], "the package reads the classes of samples; remove it"),
             (&["job.precision=bf16"], "must be \"fp32\" for model.kind = \"package\""),
             (&["optimizer.g.beta1=0.5"], "the package has no phase g; it has critic, generator"),
-            (&["optimizer.critic.momentum=0.5"], "optimizer.critic.momentum=0.5: unknown key"),
+            (&["optimizer.critic.rho=0.5"], "optimizer.critic.rho=0.5: unknown key"),
+            (&["optimizer.critic.momentum=0.5"], "is a setting of \"sgd\""),
             (&["optimizer.critic.beta1=1"], "must be at least 0.0 and below 1.0"),
             (&["optimizer.final_beta2=0.5"], "optimizer.decay_images is 0"),
             (&["model.package_hash=00"], "it was changed"),

@@ -14,9 +14,9 @@ use ganglion_proto::job::{
 
 use ganglion_storage::{Address, AddressError};
 
-use super::models;
-use super::models::{augmentation, loss, model, optimizer};
+use super::models::{augmentation, loss, model};
 use super::settings::Settings;
+use super::{models, optimizer};
 
 /// Maximum number of steps; more is taken for a typing error.
 pub(super) const MAX_STEPS: u64 = 1_000_000_000_000;
@@ -41,7 +41,7 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
     let model = model(settings, check_paths);
     let loss = loss(settings, model.kind);
     let mut job = Job {
-        optimizer: optimizer(settings, loss.kind, model.kind),
+        optimizer: optimizer::optimizer(settings, loss.kind, model.kind),
         augmentation: augmentation(settings),
         checkpoint: checkpoint(settings),
         sample: sample(settings),
@@ -58,9 +58,13 @@ pub(super) fn read(settings: &mut Settings, default_name: Option<&str>, check_pa
     // wrong.
     models::refuse_others(settings, job.model.kind);
     let package = super::package::read(settings, &job, check_paths);
-    super::package::apply(settings, &mut job, package.as_ref(), default_name.is_none());
+    super::package::apply(settings, &mut job, package.as_ref());
+    // Once a step has its number of samples, and before what needs the lengths of schedules.
+    optimizer::lengths(settings, &mut job);
+    super::package::optimizers(settings, &mut job, package.as_ref(), default_name.is_none());
     check_image(settings, &job);
     models::check(settings, &job);
+    optimizer::check(settings, &job);
     check_samples(settings, &job);
     check_precision(settings, &job);
     // A run's own record, which needs no default for its name, may be of an objective whose steps have more

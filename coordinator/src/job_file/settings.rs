@@ -236,7 +236,8 @@ impl<'t> Settings<'t> {
         self.number(key, limits, default).unwrap_or(default)
     }
 
-    fn number(&mut self, key: &str, limits: impl RangeBounds<f64>, example: f64) -> Option<f64> {
+    /// Takes `key` as a number within `limits`.
+    pub(super) fn number(&mut self, key: &str, limits: impl RangeBounds<f64>, example: f64) -> Option<f64> {
         let text = match self.take(key)? {
             DeValue::Float(float) => float.as_str().to_owned(),
             // Hexadecimal numbers have no meaning as fractions.
@@ -270,10 +271,14 @@ impl<'t> Settings<'t> {
 
     /// Takes `key` as true or false, or `default` if it is not given.
     pub(super) fn flag_or(&mut self, key: &str, default: bool) -> bool {
-        match self.take(key) {
-            None => default,
-            Some(DeValue::Boolean(flag)) => flag,
-            Some(other) => self.wrong_type(key, "true or false", &default, &other).unwrap_or(default),
+        self.flag(key, default).unwrap_or(default)
+    }
+
+    /// Takes `key` as true or false.
+    pub(super) fn flag(&mut self, key: &str, example: bool) -> Option<bool> {
+        match self.take(key)? {
+            DeValue::Boolean(flag) => Some(flag),
+            other => self.wrong_type(key, "true or false", &example, &other),
         }
     }
 

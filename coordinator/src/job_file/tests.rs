@@ -2,7 +2,8 @@
 
 use super::*;
 use ganglion_proto::job::{
-    Background, ClassOrder, DataKind, Fit, Length, Likelihood, LossKind, ModelKind, Orientation, Positions,
+    Background, ClassOrder, DataKind, Decay, Fit, Length, Likelihood, LossKind, ModelKind, OptimizerOptions,
+    Orientation, Positions,
 };
 use proptest::prelude::*;
 
@@ -775,4 +776,80 @@ fn a_tokenizer_belongs_to_the_run() {
         found[0].starts_with("data.tokenizer: the tokenizer was changed since the run began"),
         "{found:?}"
     );
+}
+
+#[test]
+fn optimizers_have_their_settings_and_lengths_in_steps_become_images() {
+    let plain = resolve(SMALL, &[]).unwrap();
+    assert_eq!(plain.optimizer.options, OptimizerOptions::default(), "older jobs keep their text");
+    // 8 shards of 8 samples, in each of 5 updates of the discriminator.
+    let settings = [
+        "loss.discriminator_steps=5",
+        "optimizer.kind=adamw",
+        "optimizer.clip_norm=1",
+        "optimizer.warmup_steps=2",
+        "optimizer.decay=linear",
+        "optimizer.decay_steps=9",
+        "optimizer.discriminator_learning_rate=1e-3",
+    ];
+    let job = resolve(SMALL, &settings).unwrap();
+    let OptimizerOptions { weight_decay, clip_norm, warmup_images, decay, momentum, .. } =
+        job.optimizer.options;
+    assert_eq!(
+        (weight_decay, clip_norm, momentum, decay),
+        (Some(0.01), Some(1.0), None, Some(Decay::Linear))
+    );
+    assert_eq!((warmup_images, job.optimizer.decay_images), (Some(2 * 5 * 64), 9 * 5 * 64));
+    let finals = (job.optimizer.final_learning_rate, job.optimizer.final_discriminator_learning_rate);
+    assert_eq!(finals, (0.0, 0.0), "where a decay is asked for, the rate falls to 0");
+    assert_eq!(parse_resolved(&render(&job)).unwrap(), job);
+    assert_eq!(warmup_is_cut(&job), None);
+    let ends = "warmup_images in [optimizer]), and the run ends after 320";
+    let cut = resolve(SMALL, &[&settings[..], &["job.steps=1"]].concat()).unwrap();
+    assert!(warmup_is_cut(&cut).unwrap().ends_with(ends), "{:?}", warmup_is_cut(&cut));
+    let sgd =
+        resolve(SMALL, &["optimizer.kind=sgd", "optimizer.momentum=0.9", "optimizer.nesterov=true"]).unwrap();
+    let text = render(&sgd);
+    assert!(text.contains("weight_decay = 0.0") && !text.contains("beta"), "{text}");
+    assert_eq!(parse_resolved(&text).unwrap(), sgd);
+    let keys: Vec<String> = differences(&plain, &sgd).into_iter().map(|found| found.key).collect();
+    assert!(
+        keys.contains(&"optimizer.kind".to_owned()) && keys.contains(&"optimizer.beta1".to_owned()),
+        "{keys:?}"
+    );
+    // An override of one unit replaces the other of the file.
+    let text = format!("{SMALL}[optimizer]\nwarmup_steps = 5\ndecay_images = 640\n");
+    let job = resolve(&text, &["optimizer.warmup_images=3", "optimizer.decay_steps=2"]).unwrap();
+    assert_eq!((job.optimizer.options.warmup_images, job.optimizer.decay_images), (Some(3), 128));
+}
+
+#[test]
+fn settings_of_optimizers_that_do_not_fit_are_refused() {
+    let sgd = "optimizer.kind=sgd";
+    let long = "optimizer.decay_steps=1000000000000";
+    for (overrides, expected) in [
+        (&["optimizer.clip_norm=0"][..], "must be above 0.0 and at most 1000000000.0, but is 0; try 1"),
+        (&["optimizer.clip_norm=-1"], "must be above 0.0"),
+        (&["optimizer.weight_decay=0.1"], "is not for \"adam\""),
+        (&["optimizer.weight_decay=0.1"], "set kind = \"adamw\""),
+        (&["optimizer.momentum=0.9"], "is a setting of \"sgd\"; remove it: the momentum of"),
+        (&["optimizer.nesterov=false", "optimizer.kind=adamw"], "is a setting of \"sgd\""),
+        (&[sgd, "optimizer.beta1=0.5"], "optimizer.beta1=0.5: is a setting of \"adam\" and \"adamw\""),
+        (&[sgd, "optimizer.momentum=1"], "must be at least 0.0 and below 1.0"),
+        (&[sgd, "optimizer.nesterov=true"], "nesterov=true: looks ahead along a momentum, and there is none"),
+        (&["optimizer.warmup_steps=1", "optimizer.warmup_images=1"], "together with optimizer.warmup_images"),
+        (&["optimizer.decay_steps=1", "optimizer.decay_images=1"], "together with optimizer.decay_images"),
+        (&["optimizer.decay=cosine"], "needs a length; set decay_steps or decay_images"),
+        (&["optimizer.decay=step", "optimizer.decay_steps=5"], "choose one of \"cosine\", \"linear\""),
+        (
+            &["optimizer.warmup_steps=5", "optimizer.decay_images=320"],
+            "rises over 320 images, and is to have",
+        ),
+        (&[long], "is 64000000000000 images, more than"),
+        (&["optimizer.kind=lamb"], "choose one of \"adam\", \"adamw\", \"sgd\""),
+        (&["optimizer.final_learning_rate=0"], "but optimizer.decay_images is 0"),
+    ] {
+        assert_error(SMALL, overrides, expected);
+        assert!(!errors(SMALL, overrides).contains('\n'), "{}", errors(SMALL, overrides));
+    }
 }

@@ -71,6 +71,7 @@ async fn live(
     launch: &mut Option<Launch>,
 ) -> Result<Option<String>, Failure> {
     let job = read_job(cli)?;
+    let warning = job_file::warmup_is_cut(&job);
     // Whatever the user got wrong is found before the run directory exists, so a mistake leaves no
     // folder behind.
     let processes = host.processes().map_err(Failure::other)?;
@@ -93,6 +94,8 @@ async fn live(
         return Ok(done);
     }
     if done.is_none() {
+        // It may be meant: a trial of a job is short.
+        warning.iter().for_each(|text| taken.records.message(&format!("warning: {text}")));
         taken.records.timeline = prepare_to_train(cli, local_workers, &taken.supervisor)?;
     }
     let job = taken.job.clone();

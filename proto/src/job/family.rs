@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use self::Family::{Gan, Transformer, Vae};
-use super::{Job, ModelKind, OptimizerKind};
+use super::{Job, ModelKind};
 use crate::names::{display_as_in_the_file, named};
 
 /// Families of models: those that share an objective and its settings.
@@ -100,25 +100,6 @@ pub enum Activation {
 
 display_as_in_the_file!(Likelihood, Positions, Activation);
 
-/// Table `[optimizer.PHASE]`: the optimizer of one phase of a package.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct PhaseOptimizer {
-    /// Update rule.
-    pub kind: OptimizerKind,
-    /// Step size.
-    pub learning_rate: f64,
-    /// Decay rate of the first moment.
-    pub beta1: f64,
-    /// Decay rate of the second moment.
-    pub beta2: f64,
-    /// Term added to the root of the second moment.
-    pub epsilon: f64,
-    /// Step size after `optimizer.decay_images`.
-    pub final_learning_rate: f64,
-    /// Decay rate of the second moment after `optimizer.decay_images`.
-    pub final_beta2: f64,
-}
-
 /// Settings of some families: key, families, and for a key that every [`Job`] has, the value in jobs of all
 /// others.
 const OF_SOME: [(&str, &[Family], Option<&str>); 25] = [
@@ -195,6 +176,9 @@ const OWN: [Own; 2] = [
     },
 ];
 
+/// Settings of optimizers that mean nothing to `sgd`: their value in a job is 0.
+const OF_ADAM: [&str; 4] = ["beta1", "beta2", "epsilon", "final_beta2"];
+
 /// Name of the phases' optimizers in serde's form, where they are a table of their own.
 const PHASES: &str = "phases";
 
@@ -224,6 +208,26 @@ impl Family {
 pub(super) fn family_of(job: &Table) -> Option<Family> {
     let kind = job.get("model")?.get("kind")?.as_str()?;
     named::<ModelKind>(kind).map(ModelKind::family)
+}
+
+/// Whether the text of a job of these sections is serde's form.
+pub(super) fn is_plain(job: &Table) -> bool {
+    let has_adam = |section: &Table| section.get("optimizer").is_none_or(|optimizer| !is_sgd(optimizer));
+    family_of(job).is_none_or(|family| family == Gan) && has_adam(job)
+}
+
+fn is_sgd(optimizer: &Value) -> bool {
+    optimizer.get("kind").and_then(Value::as_str) == Some("sgd")
+}
+
+/// The optimizers of a job that are `sgd`, of all phases or of one, in the form of its text.
+fn sgd_of(job: &mut Table) -> Vec<&mut Table> {
+    let Some(Value::Table(all)) = job.get_mut("optimizer") else { return Vec::new() };
+    if all.get("kind").and_then(Value::as_str) == Some("sgd") {
+        return vec![all];
+    }
+    let tables = all.iter_mut().filter(|(_, phase)| is_sgd(phase));
+    tables.filter_map(|(_, phase)| phase.as_table_mut()).collect()
 }
 
 fn section_of<'a>(job: &'a mut Table, section: &str) -> Option<&'a mut Table> {
@@ -256,10 +260,16 @@ pub(super) fn shorten(job: &mut Table) {
     {
         optimizer.extend(phases);
     }
+    for optimizer in sgd_of(job) {
+        OF_ADAM.iter().for_each(|key| drop(optimizer.remove(*key)));
+    }
 }
 
 /// The form of a text of a family's job to serde's.
 pub(super) fn complete(job: &mut Table, family: Family) {
+    for optimizer in sgd_of(job) {
+        optimizer.extend(OF_ADAM.map(|key| (key.to_owned(), Value::Float(0.0))));
+    }
     if let Some(optimizer) = section_of(job, "optimizer").filter(|_| family == Family::Package) {
         let (phases, mut settings): (Table, Table) =
             std::mem::take(optimizer).into_iter().partition(|(_, value)| value.is_table());
@@ -288,10 +298,10 @@ impl Job {
     /// The same job, without the settings that mean nothing to its family.
     pub fn without_unused(self) -> Job {
         let family = self.model.kind.family();
-        if family == Gan {
+        let mut table = self.to_table();
+        if is_plain(&table) {
             return self;
         }
-        let mut table = self.to_table();
         complete(&mut table, family);
         let job = Job::deserialize(Value::Table(table)).expect("all keys that a job needs are there");
         Job { shape: self.shape, ..job }

@@ -41,6 +41,18 @@ fn data() -> Data {
     }
 }
 
+/// Returns settings of `sgd` with a value in every place.
+pub(crate) fn sample_of_options() -> OptimizerOptions {
+    OptimizerOptions {
+        weight_decay: Some(0.1),
+        momentum: Some(0.9),
+        nesterov: Some(true),
+        clip_norm: Some(1.5),
+        warmup_images: Some(90),
+        decay: Some(Decay::Linear),
+    }
+}
+
 /// Returns a job with a value in every place.
 pub(crate) fn sample_of_all() -> Job {
     Job {
@@ -86,6 +98,7 @@ pub(crate) fn sample_of_all() -> Job {
             final_learning_rate: 0.1,
             final_discriminator_learning_rate: 1e-5,
             final_beta2: 0.99,
+            options: OptimizerOptions::default(),
             phases: BTreeMap::new(),
         },
         augmentation: Augmentation {
@@ -125,8 +138,10 @@ pub(crate) fn sample_of_package() -> Job {
         epsilon: 1e-8,
         final_learning_rate: 1e-5,
         final_beta2: 0.99,
+        decay_images: None,
+        options: OptimizerOptions::default(),
     };
-    let other = PhaseOptimizer { learning_rate: 1.0, ..phase.clone() };
+    let other = PhaseOptimizer { learning_rate: 1.0, ..phase };
     job.optimizer.phases = [("encoder".into(), phase), ("critic".into(), other)].into();
     job.without_unused()
 }

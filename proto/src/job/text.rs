@@ -9,7 +9,7 @@ use serde::Deserialize;
 use toml::{Table, Value};
 
 use super::Job;
-use super::family::{self, Family};
+use super::family;
 use crate::bounds::{PHASES, name};
 use crate::error::{Malformed, malformed};
 
@@ -21,8 +21,9 @@ impl Job {
     /// Renders the job as TOML.
     pub fn to_toml(&self) -> String {
         const HOLDS: &str = "a checked job has UTF-8 paths and numbers that TOML can hold";
-        if self.model.kind.family() != Family::Gan {
-            let mut sections: Vec<(String, Value)> = self.to_table().into_iter().collect();
+        let table = self.to_table();
+        if !family::is_plain(&table) {
+            let mut sections: Vec<(String, Value)> = table.into_iter().collect();
             // A table does not keep the order of the declarations; a reader looks for these first.
             let first = |name: &str| {
                 ["job", "data", "model", "loss", "optimizer"].iter().position(|known| *known == name)
@@ -58,13 +59,13 @@ impl Job {
         // Read twice: serde passes over keys that it does not know, and the second reading shows them.
         let sent: Table = toml::from_str(text).map_err(|error| unreadable(text, &error))?;
         let job = match family::family_of(&sent) {
-            // Their text is serde's form, whose errors have places.
-            None | Some(Family::Gan) => toml::from_str(text),
-            Some(family) => {
+            Some(family) if !family::is_plain(&sent) => {
                 let mut completed = sent.clone();
                 family::complete(&mut completed, family);
                 Job::deserialize(Value::Table(completed))
             }
+            // Serde's form, whose errors have places.
+            _ => toml::from_str(text),
         };
         let job = job.map_err(|error| unreadable(text, &error))?;
         let unknown = not_understood(&sent, &job.to_table());

@@ -7,6 +7,7 @@ use super::{
     Phase, SampleGraph, SampleSpec, TokenSpec,
 };
 use crate::bounds::{NETWORKS, PHASES};
+use crate::job::{CLIP_NORM, MOMENTUM, OptimizerKind, WEIGHT_DECAY};
 use crate::record::{SCALARS, check_scalar};
 
 /// Longest name of a network, phase or graph, in bytes.
@@ -27,7 +28,7 @@ const FOR_SETTINGS: usize = 16;
 const TAKEN: [&str; 3] = ["optimizer", "counters", "scalars"];
 
 /// Keys of the section `[optimizer]` of a job.
-const OPTIMIZER_KEYS: [&str; 11] = [
+const OPTIMIZER_KEYS: [&str; 19] = [
     "kind",
     "learning_rate",
     "discriminator_learning_rate",
@@ -38,6 +39,14 @@ const OPTIMIZER_KEYS: [&str; 11] = [
     "final_learning_rate",
     "final_discriminator_learning_rate",
     "final_beta2",
+    "weight_decay",
+    "momentum",
+    "nesterov",
+    "clip_norm",
+    "warmup_images",
+    "warmup_steps",
+    "decay",
+    "decay_steps",
     "phases",
 ];
 
@@ -203,17 +212,39 @@ fn check_phase(manifest: &Manifest, tensors: &Tensors<'_>, phase: &Phase) -> Che
 }
 
 fn check_optimizer(optimizer: &Optimizer) -> Checked {
-    let Optimizer { learning_rate, beta1, beta2, epsilon, .. } = *optimizer;
+    let Optimizer { kind, learning_rate, beta1, beta2, epsilon, weight_decay, momentum, nesterov, clip_norm } =
+        *optimizer;
+    let is_adam = kind != OptimizerKind::Sgd;
     let within = (0.0..=10.0).contains(&learning_rate)
         && (0.0..1.0).contains(&beta1)
         && (0.0..1.0).contains(&beta2)
-        && (1e-16..=1.0).contains(&epsilon);
+        && (!is_adam || (1e-16..=1.0).contains(&epsilon));
     ensure(within, || {
         format!(
             "its optimizer has learning_rate {learning_rate}, beta1 {beta1}, beta2 {beta2}, epsilon {epsilon}; they must be \
              at most 10, below 1, below 1, and from 1e-16 to 1"
         )
-    })
+    })?;
+    let within = weight_decay.is_none_or(|decay| WEIGHT_DECAY.contains(&decay))
+        && momentum.is_none_or(|momentum| MOMENTUM.contains(&momentum))
+        && clip_norm.is_none_or(|norm| norm > 0.0 && norm <= CLIP_NORM);
+    ensure(within, || {
+        format!(
+            "its optimizer has weight_decay {weight_decay:?}, momentum {momentum:?}, clip_norm {clip_norm:?}; they must be \
+             at most {}, below {}, and above 0",
+            WEIGHT_DECAY.end(),
+            MOMENTUM.end
+        )
+    })?;
+    let of_another = [
+        ("weight_decay", weight_decay.is_some() && kind == OptimizerKind::Adam),
+        ("momentum", momentum.is_some() && is_adam),
+        ("nesterov", nesterov.is_some() && is_adam),
+    ];
+    match of_another.into_iter().find(|(_, is_wrong)| *is_wrong) {
+        Some((name, _)) => Err(format!("its optimizer is {kind} and has a {name}")),
+        None => Ok(()),
+    }
 }
 
 /// Inputs of a graph, and what there is for them.

@@ -120,6 +120,10 @@ pub struct TensorSpec {
     pub name: String,
     /// Dimensions.
     pub shape: Vec<u64>,
+    /// Whether a weight decay shrinks it; by default if it has two dimensions or more. Exports mark embeddings
+    /// and normalisations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decays: Option<bool>,
 }
 
 /// A moving average.
@@ -184,12 +188,27 @@ pub struct Optimizer {
     pub kind: OptimizerKind,
     /// Step size.
     pub learning_rate: f64,
-    /// Decay rate of the first moment.
+    /// Decay rate of the first moment; of no meaning for `sgd`, as the two after it.
+    #[serde(default)]
     pub beta1: f64,
     /// Decay rate of the second moment.
+    #[serde(default)]
     pub beta2: f64,
     /// Term added to the root of the second moment.
+    #[serde(default)]
     pub epsilon: f64,
+    /// Decay of weights, for `adamw` and `sgd`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight_decay: Option<f64>,
+    /// Share of the momentum that stays in an update, for `sgd`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub momentum: Option<f64>,
+    /// Whether an update looks ahead along the momentum, for `sgd`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nesterov: Option<bool>,
+    /// Largest norm of the gradient.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clip_norm: Option<f64>,
 }
 
 /// An input of a graph.

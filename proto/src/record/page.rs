@@ -34,6 +34,9 @@ A setting that a schedule or a controller moves over the run is a scalar too, `s
 rates, beta2, the weights of R1 and R2, the probability of augmentation, the half-life of the moving average. TensorBoard has it
 as `setting/NAME`, Prometheus as `ganglion_setting{name}`. A setting that stays the same is in `job.toml` and in no row.
 
+A job with `optimizer.clip_norm` has `gradient_norm_PHASE`, or `gradient_norm` if there is one phase: the norm of the phase's
+gradient before it is clipped.
+
 A name has at most 64 lower-case letters, digits and underscores, and is none of the columns above; a row has at most 64 scalars.
 
 In `profile` the phases of each name (of a GAN, each network) have an object of milliseconds per step:

@@ -189,7 +189,7 @@ impl Trainer {
             Verdict::End(fault) => return Err(fault.into()),
             Verdict::Skip(detail) => {
                 self.session.send(FromWorker::PhaseSkipped(state.counters.position, detail));
-                skip(model, state, phase, reduced.ledger);
+                skip(model, state, phase, &reduced.mean, reduced.ledger)?;
             }
         }
         let position = state.counters.position;

@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use c10d::aten::{Adam, fused_adam};
+use c10d::aten::{Adam, Step, fused_adam};
 use ganglion_proto::evaluation::NOT_FINITE;
 use ganglion_proto::progress::Progress;
 use ganglion_proto::stream::SampleStream;
@@ -124,8 +124,10 @@ pub(crate) fn train(
         #[allow(clippy::cast_precision_loss)] // counts of updates are far below 2^53
         let left = 1.0 - update as f64 / updates as f64;
         // Counted from the update at hand, so that it falls to 0 after the last.
-        let adam = Adam { lr: LEARNING_RATE * left, beta1: 0.9, beta2: 0.999, eps: 1e-8 };
-        fused_adam(&mut flat, &gradient, [&mut first, &mut second], update + 1, adam)?;
+        let lr = LEARNING_RATE * left;
+        let adam = Adam { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
+        let step = Step::whole(&mut flat, &gradient);
+        fused_adam(step, [&mut first, &mut second], update + 1, adam)?;
         loss_sum += loss.double_value(&[]);
         progress.add(1);
         if (update + 1) % per_epoch == 0 {

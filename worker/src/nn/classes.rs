@@ -52,7 +52,7 @@ impl Network for OfClasses {
             // The product sums over `length` features, so this keeps the logit's variance at 1.
             Role::Discriminator => 1.0 / root(self.length),
         };
-        table.add(TABLE.to_string(), &[self.classes, self.length], scaled(gain, self.classes));
+        table.add_table(TABLE.to_string(), &[self.classes, self.length], scaled(gain, self.classes));
         match self.role {
             Role::Generator => [table.list, self.network.parameters()].concat(),
             Role::Discriminator => [self.network.parameters(), table.list].concat(),

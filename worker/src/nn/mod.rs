@@ -155,23 +155,37 @@ pub struct TensorSpec {
     pub exact: bool,
     /// Rule by which a buffer is updated; of no meaning for parameters.
     pub follow: Follow,
+    /// Whether a weight decay shrinks the tensor; of no meaning for buffers.
+    pub decays: bool,
+}
+
+/// Whether a parameter of this shape decays, if it is no embedding: biases and the gains of a normalisation,
+/// which have one dimension, do not.
+pub fn decays(shape: &[i64]) -> bool {
+    shape.len() >= 2
 }
 
 impl TensorSpec {
     /// A parameter that is cast to the precision of passes.
     pub fn parameter(name: String, shape: &[i64], init: Init) -> TensorSpec {
-        TensorSpec { name, shape: shape.to_vec(), init, exact: false, follow: Follow::By }
+        let decays = decays(shape);
+        TensorSpec { name, shape: shape.to_vec(), init, exact: false, follow: Follow::By, decays }
+    }
+
+    /// A parameter with a row for each of several classes, tokens or places: it does not decay.
+    pub fn embedding(name: String, shape: &[i64], init: Init) -> TensorSpec {
+        TensorSpec { decays: false, ..TensorSpec::parameter(name, shape, init) }
     }
 
     /// A buffer that interpolates towards the mean of its updates.
     pub fn buffer(name: String, shape: &[i64], init: Init, momentum: f64) -> TensorSpec {
         let follow = Follow::Towards(momentum);
-        TensorSpec { name, shape: shape.to_vec(), init, exact: true, follow }
+        TensorSpec { name, shape: shape.to_vec(), init, exact: true, follow, decays: false }
     }
 
     /// A buffer to which the mean of its updates is added.
     pub fn moved(name: String, shape: &[i64], init: Init) -> TensorSpec {
-        TensorSpec { name, shape: shape.to_vec(), init, exact: true, follow: Follow::By }
+        TensorSpec { name, shape: shape.to_vec(), init, exact: true, follow: Follow::By, decays: false }
     }
 
     /// Number of elements.

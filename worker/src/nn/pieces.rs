@@ -28,9 +28,14 @@ impl Specs {
         self.list.push(TensorSpec::parameter(name, shape, init));
     }
 
-    /// Adds a parameter that stays fp32.
+    /// Adds a parameter with a row for each class.
+    pub(super) fn add_table(&mut self, name: String, shape: &[i64], init: Init) {
+        self.list.push(TensorSpec::embedding(name, shape, init));
+    }
+
+    /// Adds a gain or a bias of a normalisation, perhaps with a row for each class. It stays fp32.
     pub(super) fn add_exact(&mut self, name: String, shape: &[i64], init: Init) {
-        self.list.push(TensorSpec { exact: true, ..TensorSpec::parameter(name, shape, init) });
+        self.list.push(TensorSpec { exact: true, ..TensorSpec::embedding(name, shape, init) });
     }
 }
 

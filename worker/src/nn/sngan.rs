@@ -211,7 +211,7 @@ impl Network for Discriminator {
         specs.add("end.bias".to_string(), &[1], Init::Constant(0.0));
         if self.classes > 0 {
             let init = glorot(1.0, self.classes, features, 1);
-            specs.add("embedding.weight".to_string(), &[self.classes, features], init);
+            specs.add_table("embedding.weight".to_string(), &[self.classes, features], init);
         }
         specs.list
     }

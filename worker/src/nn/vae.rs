@@ -76,7 +76,7 @@ fn add_linear(specs: &mut Specs, name: &str, outputs: i64, inputs: i64, gain: f3
 /// Adds a vector for each class, which is added to the hidden layer's inputs.
 fn add_classes(specs: &mut Specs, sizes: Sizes) {
     if sizes.classes > 0 {
-        specs.add("class.weight".to_string(), &[sizes.classes, hidden(sizes)], scaled(1.0, 1));
+        specs.add_table("class.weight".to_string(), &[sizes.classes, hidden(sizes)], scaled(1.0, 1));
     }
 }
 

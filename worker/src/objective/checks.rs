@@ -9,8 +9,8 @@ use ganglion_proto::evaluation::names;
 use ganglion_proto::record::{NAME_BYTES, SCALARS, check_metric, check_scalar};
 use ganglion_proto::{NETWORKS, PHASES};
 
-use super::{Phase, Reads, Unsuitable};
-use crate::state::StateLayout;
+use super::{NamedNetwork, NetworkId, Objective, Phase, Reads, Unsuitable};
+use crate::state::{Moments, StateLayout};
 
 /// Returns the shape of steps with these phases.
 pub(super) fn shape(phases: &[Phase]) -> Result<StepShape, Unsuitable> {
@@ -57,6 +57,27 @@ pub(super) fn phase_names(names: &[String], named: impl Fn(usize) -> bool) -> Re
         ))),
         None => Ok(()),
     }
+}
+
+/// Returns what the optimizers of each network keep for its parameters.
+pub(super) fn moments(
+    objective: &dyn Objective,
+    networks: &[NamedNetwork],
+    phases: &[Phase],
+) -> Result<Vec<Moments>, Unsuitable> {
+    let of_network = |(index, network): (usize, &NamedNetwork)| {
+        let updating = phases.iter().filter(|phase| phase.updates.contains(NetworkId(index)));
+        let all = updating.map(|phase| objective.optimizer(*phase, 0).rule.moments());
+        let all: BTreeSet<Moments> = all.collect();
+        if all.contains(&Moments::Adam) && all.len() > 1 {
+            return Err(Unsuitable(format!(
+                "{} is updated by Adam in one phase and by SGD in another, of which each would undo the other's averages;                  give all phases that update it optimizers of one kind (\"adam\" and \"adamw\" are one)",
+                network.name
+            )));
+        }
+        Ok(all.last().copied().unwrap_or_default())
+    };
+    networks.iter().enumerate().map(of_network).collect()
 }
 
 /// Checks that all tensors of a state have names of their own.

@@ -14,6 +14,7 @@ mod batch;
 mod checks;
 pub mod gan;
 mod model;
+mod optimizer;
 pub(crate) mod package;
 mod shard_grad;
 pub(crate) mod transformer;
@@ -22,13 +23,13 @@ pub mod vae;
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use c10d::aten::Adam;
 use ganglion_proto::job::{Family, Job};
 use tch::{Device, Tensor};
 
 use self::batch::images_of;
 pub use self::batch::{Samples, ShardBatch};
 pub use self::model::Model;
+pub use self::optimizer::{Optimizer, Rule};
 pub use self::shard_grad::{BufferRun, GradLayout, ScalarRole, ScalarSpec, ShardGrad};
 use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::DataSet;
@@ -172,8 +173,9 @@ pub trait Objective: Send + Sync {
     /// Returns a computation with nothing kept yet.
     fn begin(&self) -> Box<dyn Compute + '_>;
 
-    /// Settings of the optimizer for a phase's update, `steps` steps after the start.
-    fn optimizer(&self, phase: Phase, steps: u64) -> Adam;
+    /// Optimizer of a phase's update, `steps` steps after the start. Over a run its rule stays of one kind, and
+    /// clips or does not.
+    fn optimizer(&self, phase: Phase, steps: u64) -> Optimizer;
 
     /// Share of a network's moving average that stays at the end of a step, `steps` steps after the start.
     fn average_decay(&self, _network: NetworkId, _steps: u64) -> f64 {

@@ -9,11 +9,15 @@ use ganglion_storage::Storage;
 use tch::{Device, Tensor};
 
 use super::{
-    Evaluator, GradLayout, NetworkId, Objective, Phase, Reads, ScalarRole, Setting, Unsuitable, checks,
+    Evaluator, GradLayout, NetworkId, Objective, Phase, Reads, ScalarRole, ScalarSpec, Setting, Unsuitable,
+    checks,
 };
 use crate::checkpoint::{Files, WeightsFile, file_count};
 use crate::nn::{Init, TensorSpec};
 use crate::state::{State, StateLayout};
+
+/// Name of the norm of a gradient among the scalars of a row; that of a phase behind it, where there are several.
+const NORM: &str = "gradient_norm";
 
 /// An objective, and what follows from it for a run: layouts in memory, names, counts.
 pub struct Model {
@@ -59,11 +63,14 @@ impl Model {
         let mut own = objective.own_tensors();
         let mut kept = Vec::new();
         for (phase, name) in phases.iter().zip(&names).filter(|(phase, _)| phase.every > 1) {
-            let count = i64::try_from(objective.scalars(*phase).len()).expect("few scalars");
+            let scalars = scalars_of(&*objective, *phase, &names)?;
+            let count = i64::try_from(scalars.len()).expect("few scalars");
             kept.push(Kept { phase: phase.index, tensor: own.len() });
             own.push(TensorSpec::parameter(format!("scalars.{name}"), &[count], Init::Constant(0.0)));
         }
-        let layout = StateLayout::new(&objective.networks(), &own, precision);
+        let networks = objective.networks();
+        let moments = checks::moments(&*objective, &networks, &phases)?;
+        let layout = StateLayout::with_moments(&networks, &moments, &own, precision);
         checks::tensor_names(&layout)?;
         let weights = objective.weights_file();
         let (gradients, reduces, reduce_of, reported) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -83,7 +90,7 @@ impl Model {
             kept,
         };
         for phase in model.phases.clone() {
-            let gradient = model.gradient_of(phase);
+            let gradient = model.gradient_of(phase)?;
             let reduce = model.room_for(&gradient);
             model.reduce_of.push(reduce);
             model.gradients.push(gradient);
@@ -92,7 +99,7 @@ impl Model {
             model.idle.0 = model.room_for(&GradLayout::default());
         }
         // In this order: losses are the first columns of a row.
-        for role in [ScalarRole::Loss, ScalarRole::Diagnostic] {
+        for role in [ScalarRole::Loss, ScalarRole::Diagnostic, ScalarRole::Norm] {
             model.name_scalars(role);
         }
         let settings: Vec<String> = model.objective.settings().iter().map(Setting::column).collect();
@@ -103,10 +110,10 @@ impl Model {
     }
 
     /// Lays the gradients of a phase out.
-    fn gradient_of(&self, phase: Phase) -> GradLayout {
-        let objective = &self.objective;
-        let (passes, scalars) = (objective.passes(phase), objective.scalars(phase));
-        GradLayout::new(&self.layout, phase.updates, &objective.follows(phase), passes, scalars)
+    fn gradient_of(&self, phase: Phase) -> Result<GradLayout, Unsuitable> {
+        let objective = &*self.objective;
+        let (passes, scalars) = (objective.passes(phase), scalars_of(objective, phase, &self.names)?);
+        Ok(GradLayout::new(&self.layout, phase.updates, &objective.follows(phase), passes, scalars))
     }
 
     /// Index of the layout of a reduce that has room for a gradient; it is added or extended if need be.
@@ -283,4 +290,27 @@ impl Model {
         let mut phases = self.phases[index as usize..].iter().copied();
         phases.find(|phase| phase.reads != Reads::Nothing && phase.runs_in(step))
     }
+}
+
+/// Scalars of a phase's gradients: the objective's, and the norm if the phase clips.
+fn scalars_of(
+    objective: &dyn Objective,
+    phase: Phase,
+    names: &[String],
+) -> Result<Vec<ScalarSpec>, Unsuitable> {
+    let mut scalars = objective.scalars(phase);
+    if objective.optimizer(phase, 0).clip_norm.is_none() {
+        return Ok(scalars);
+    }
+    let own = &names[phase.index as usize];
+    // With one name there is nothing to tell apart.
+    let name = if names.iter().all(|name| name == own) { NORM.to_string() } else { format!("{NORM}_{own}") };
+    // In a row they would be one.
+    if scalars.iter().any(|scalar| scalar.name == name) {
+        return Err(Unsuitable(format!(
+            "the objective has a scalar {name}, as the norm of gradients that are clipped is called; rename it"
+        )));
+    }
+    scalars.push(ScalarSpec::new(name, ScalarRole::Norm));
+    Ok(scalars)
 }

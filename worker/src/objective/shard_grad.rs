@@ -3,6 +3,9 @@
 //! In this order: the gradient of the summed loss, laid out as the parameters of the updated networks, one
 //! network after the other; b times the updates of the followed buffers, pass by pass; the scalars. All become
 //! means over the global batch when the sum over the shards is divided by V x b.
+//!
+//! Behind the scalars of a phase that clips there is a place for the norm of the reduced gradient: 0 in a shard's,
+//! and written by the commit.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -37,6 +40,8 @@ pub enum ScalarRole {
     Diagnostic,
     /// An input of [`Objective::after_update`](super::Objective::after_update); not reported.
     Internal,
+    /// The norm of the reduced gradient: reported, and the last of all. No objective has such a scalar.
+    Norm,
 }
 
 /// Neighbouring buffers of a network that follow their updates by one rule.
@@ -145,6 +150,18 @@ impl GradLayout {
         start..start + self.scalars.len()
     }
 
+    /// Place of the norm of the reduced gradient, if the phase clips.
+    pub fn norm(&self) -> Option<usize> {
+        let is_there = self.scalars.last().is_some_and(|scalar| scalar.role == ScalarRole::Norm);
+        is_there.then(|| self.scalar_range().end - 1)
+    }
+
+    /// Range of the objective's scalars.
+    fn own_scalars(&self) -> Range<usize> {
+        let all = self.scalar_range();
+        all.start..self.norm().unwrap_or(all.end)
+    }
+
     /// Range of the losses.
     pub fn losses(&self) -> Range<usize> {
         let start = self.scalar_range().start;
@@ -202,13 +219,17 @@ impl ShardGrad {
     /// The same buffer for gradients of an alike layout.
     pub fn with_scalars_of(mut self, layout: &GradLayout) -> ShardGrad {
         // Mostly it had this layout before.
-        if self.scalars.len() != layout.scalars.len() {
+        if self.scalars.len() != layout.own_scalars().len() {
             self.scalars = scalars(&self.flat, layout);
+        }
+        if let Some(norm) = layout.norm() {
+            // Perhaps the place of a scalar of another phase.
+            let _ = narrow(&self.flat, norm..norm + 1).zero_();
         }
         self
     }
 }
 
 fn scalars(flat: &Tensor, layout: &GradLayout) -> Vec<Tensor> {
-    layout.scalar_range().map(|at| narrow(flat, at..at + 1)).collect()
+    layout.own_scalars().map(|at| narrow(flat, at..at + 1)).collect()
 }

@@ -9,7 +9,7 @@ use ganglion_membership::{Assembly, Checkpoint as Saved, StepShape};
 use ganglion_proto::evaluation::{Alarms, Evaluation};
 use ganglion_proto::job::{
     Augmentation, Checkpoint, Data, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind,
-    NonFinite, Optimizer, OptimizerKind, Precision, Reduction, Sample,
+    NonFinite, Optimizer, OptimizerKind, OptimizerOptions, Precision, Reduction, Sample,
 };
 use ganglion_storage::{Storage, in_folder};
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
@@ -67,6 +67,7 @@ pub(crate) fn job(model: ModelKind, loss: LossKind) -> Job {
             final_learning_rate: 2e-4,
             final_discriminator_learning_rate: 2e-4,
             final_beta2: 0.999,
+            options: OptimizerOptions::default(),
             phases: BTreeMap::new(),
         },
         augmentation: Augmentation {

@@ -8,8 +8,8 @@ use ganglion_worker::checkpoint::Snapshot;
 use ganglion_worker::nn::tensor_bytes::from_bytes;
 use ganglion_worker::nn::{Init, TensorSpec};
 use ganglion_worker::objective::{
-    BatchSums, BufferId, Compute, Evaluator, NamedNetwork, NetworkId, NetworkSet, Objective, Phase, Reads,
-    ScalarRole, ScalarSpec, ShardAt, ShardBatch, ShardGrad, State,
+    BatchSums, BufferId, Compute, Evaluator, NamedNetwork, NetworkId, NetworkSet, Objective, Optimizer,
+    Phase, Reads, ScalarRole, ScalarSpec, ShardAt, ShardBatch, ShardGrad, State,
 };
 use ganglion_worker::random::{Key, Purpose};
 use ganglion_worker::state::{StateLayout, narrow};
@@ -142,10 +142,11 @@ impl Objective for Three {
         Box::new(Three)
     }
 
-    fn optimizer(&self, phase: Phase, steps: u64) -> Adam {
+    fn optimizer(&self, phase: Phase, steps: u64) -> Optimizer {
         let lr = [0.02, 0.005, 0.03, 0.01][phase.index as usize];
         let beta2 = if phase.index == LAZY { 0.9 } else { 0.99 };
-        Adam { lr: if steps < 6 { lr } else { lr / 2.0 }, beta1: 0.5, beta2, eps: 1e-3 }
+        let lr = if steps < 6 { lr } else { lr / 2.0 };
+        Adam { lr, beta1: 0.5, beta2, eps: 1e-3, weight_decay: 0.0 }.into()
     }
 
     fn average_decay(&self, _network: NetworkId, _steps: u64) -> f64 {

@@ -1,7 +1,9 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::job::{sample_of_all, sample_of_package, sample_of_transformer, sample_of_vae};
+use crate::job::{
+    OptimizerKind, sample_of_all, sample_of_options, sample_of_package, sample_of_transformer, sample_of_vae,
+};
 
 /// Text of [`sample_of_all`]. A run directory holds such a text, and workers of the same version of
 /// the contract read it: a change here needs a new version.
@@ -152,11 +154,7 @@ fn the_text_of_a_package_has_what_it_uses_and_gives_the_same_job() {
     for (from, to, says) in [
         ("path = \"/vae.pt2\"", "path = \"/vae.pt2\"\nwidth = 3", "does not know: model.width;"),
         ("[optimizer.critic]", "[loss]\nr1 = 1.0\n[optimizer.critic]", "does not know: loss;"),
-        (
-            "epsilon = 0.00000001",
-            "epsilon = 0.00000001\nmomentum = 0.9",
-            "does not know: optimizer.critic.momentum;",
-        ),
+        ("epsilon = 0.00000001", "epsilon = 0.00000001\nrho = 0.9", "does not know: optimizer.critic.rho;"),
         ("epsilon = 0.00000001\n", "", "missing field `epsilon`"),
         ("conditional = true\n", "", "missing field `conditional`"),
     ] {
@@ -237,6 +235,49 @@ fn the_text_of_a_family_has_what_it_uses_and_gives_the_same_job() {
     assert!(refused(&of_gan).contains("does not know: loss.beta;"), "{}", refused(&of_gan));
 }
 
+/// Section of the optimizer of a GAN with every setting of `sgd`.
+const OF_SGD: &str = r#"[optimizer]
+kind = "sgd"
+learning_rate = 0.30000000000000004
+discriminator_learning_rate = 0.0001
+decay_images = 1000
+final_learning_rate = 0.1
+final_discriminator_learning_rate = 0.00001
+weight_decay = 0.1
+momentum = 0.9
+nesterov = true
+clip_norm = 1.5
+warmup_images = 90
+decay = "linear"
+"#;
+
+/// Settings of Adam's are in no text of another rule, for all phases or for one.
+#[test]
+fn the_text_of_an_optimizer_has_what_it_uses_and_gives_the_same_job() {
+    let mut job = sample_of_all();
+    job.optimizer.options = sample_of_options();
+    assert!(Job::from_toml(&job.to_toml()) == Ok(job.clone()) && job.to_toml().contains("beta1"));
+    job.optimizer.kind = OptimizerKind::Sgd;
+    for number in ["beta1", "beta2", "epsilon", "final_beta2"] {
+        assert!(!job.to_toml().contains(number), "{}", job.to_toml());
+    }
+    let job = job.without_unused();
+    assert_eq!((job.optimizer.beta1, job.optimizer.epsilon), (0.0, 0.0));
+    let section = job.to_table().remove("optimizer").unwrap();
+    assert_eq!(Table::from_iter([("optimizer".to_owned(), section)]), OF_SGD.parse().unwrap());
+    let text = job.to_toml();
+    assert_eq!(Job::from_toml(&text), Ok(job.clone()));
+    let other = text.replace("momentum = 0.9", "momentum = 0.9\nbeta1 = 0.5");
+    assert!(refused(&other).contains("does not know: optimizer.beta1;"), "{}", refused(&other));
+    let mut job = sample_of_package();
+    let critic = job.optimizer.phases.get_mut("critic").unwrap();
+    (critic.kind, critic.options, critic.decay_images) = (OptimizerKind::Sgd, sample_of_options(), Some(70));
+    let (job, text) = (job.clone().without_unused(), job.to_toml());
+    assert_eq!(Job::from_toml(&text), Ok(job.clone()));
+    assert!(text.matches("beta1").count() == 1 && text.contains("decay_images = 70"), "{text}");
+    assert_eq!(job.optimizer.phases["critic"].beta1, 0.0);
+}
+
 /// The sections of [`TEXT`] that jobs of other families have as well.
 fn of_others() -> String {
     let mut table: Table = TEXT.parse().unwrap();
@@ -255,8 +296,8 @@ fn settings_that_this_build_does_not_know_are_named() {
         assert!(TEXT.contains(from));
         refused(&TEXT.replace(from, to))
     };
-    let told = with("beta1 = 0.5", "beta1 = 0.5\nmomentum = 0.9\nnesterov = true");
-    assert!(told.contains("does not know: optimizer.momentum, optimizer.nesterov; use one build"), "{told}");
+    let told = with("beta1 = 0.5", "beta1 = 0.5\nrho = 0.9\nsigma = true");
+    assert!(told.contains("does not know: optimizer.rho, optimizer.sigma; use one build"), "{told}");
     let told = with("[metrics]", "[sweep]\ntrials = 3\n[metrics]");
     assert!(told.contains("does not know: sweep;"), "{told}");
     let told = with("after_step = 7", "after_step = 7\nweight = 0.5");

@@ -19,8 +19,7 @@ pub(crate) mod schedule;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use c10d::aten::Adam;
-use ganglion_proto::job::Job;
+use ganglion_proto::job::{Job, PhaseOptimizer};
 use ganglion_proto::words::counted;
 use serde_json::json;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -28,8 +27,8 @@ use tch::{Device, Kind, Tensor, no_grad};
 use self::augment::{Probability, augment};
 use self::schedule::{AUGMENTATION, Schedule};
 use super::{
-    Compute, NamedNetwork, NetworkId, Objective, Phase, Reads, ScalarRole, ScalarSpec, Setting, ShardAt,
-    ShardBatch, ShardGrad, Unsuitable, images_of,
+    Compute, NamedNetwork, NetworkId, Objective, Optimizer, Phase, Reads, ScalarRole, ScalarSpec, Setting,
+    ShardAt, ShardBatch, ShardGrad, Unsuitable, images_of, optimizer,
 };
 use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::DataSet;
@@ -170,7 +169,12 @@ pub fn phases(job: &Job) -> Vec<Phase> {
 
 impl Objective for Gan {
     fn networks(&self) -> Vec<NamedNetwork> {
-        networks(&self.models)
+        let mut networks = networks(&self.models);
+        let parameters = &mut networks[DISCRIMINATOR.0].parameters;
+        let frozen = first_layers(parameters, self.job.model.freeze_discriminator);
+        // Layers that stay as they began: a weight decay would move them without a gradient.
+        parameters[..frozen].iter_mut().for_each(|spec| spec.decays = false);
+        networks
     }
 
     fn own_tensors(&self) -> Vec<TensorSpec> {
@@ -221,15 +225,20 @@ impl Objective for Gan {
         Box::new(Course { gan: self, drawn: Vec::new(), ahead: None })
     }
 
-    fn optimizer(&self, phase: Phase, steps: u64) -> Adam {
-        let (schedule, optimizer) = (Schedule::after(&self.job, steps), &self.job.optimizer);
+    fn optimizer(&self, phase: Phase, steps: u64) -> Optimizer {
+        let of_all = &self.job.optimizer;
+        let own = of_all.of_all();
         // Two learning rates, as in Heusel et al. (2017).
-        let lr = if phase.updates.contains(GENERATOR) {
-            schedule.generator_rate()
+        let own = if phase.updates.contains(GENERATOR) {
+            own
         } else {
-            schedule.discriminator_rate()
+            PhaseOptimizer {
+                learning_rate: of_all.discriminator_learning_rate,
+                final_learning_rate: of_all.final_discriminator_learning_rate,
+                ..own
+            }
         };
-        Adam { lr, beta1: optimizer.beta1, beta2: schedule.beta2(), eps: optimizer.epsilon }
+        optimizer::scheduled(&own, of_all, steps, self.job.samples_per_step())
     }
 
     fn average_decay(&self, _network: NetworkId, steps: u64) -> f64 {
@@ -474,7 +483,7 @@ fn is_single(parameters: &[Tensor]) -> bool {
 }
 
 /// Adds the parts of a shard's gradient up, in their order. The first `frozen` tensors have no gradient: with
-/// moments of zero Adam leaves them exactly as they are.
+/// moments of zero every optimizer leaves them exactly as they are.
 fn fill(out: &mut ShardGrad, parts: &[GradPart], batch: f64, frozen: usize) {
     for (place, at) in out.gradients.iter_mut().zip(0..) {
         if at < frozen {

@@ -35,8 +35,8 @@ const ALL: [(&str, Scheduled); 7] = [
 impl<'a> Schedule<'a> {
     /// Returns the hyperparameters whose values change over a run of the job, by name.
     pub(crate) fn moving(job: &Job) -> impl Iterator<Item = (&'static str, Scheduled)> {
-        let [first, last] = [0, u64::MAX].map(|images| Schedule { job, images });
-        ALL.into_iter().filter(move |(_, value)| value(&first) != value(&last))
+        let turns = Schedule { job, images: 0 }.annealing().turns().map(|images| Schedule { job, images });
+        ALL.into_iter().filter(move |(_, value)| turns.iter().any(|turn| value(turn) != value(&turns[0])))
     }
 
     /// Returns the schedule after `steps` steps.
@@ -44,25 +44,31 @@ impl<'a> Schedule<'a> {
         Schedule { job, images: steps.saturating_mul(job.samples_per_step()) }
     }
 
+    fn annealing(&self) -> annealing::Schedule {
+        annealing::Schedule::of_all(&self.job.optimizer, self.job.samples_per_step())
+    }
+
     /// Interpolates from the first to the last value over `optimizer.decay_images`.
     pub(crate) fn between(&self, first: f64, last: f64) -> f64 {
-        annealing::between(first, last, self.images, self.job.optimizer.decay_images)
+        self.annealing().between(first, last, self.images)
     }
 
     /// Learning rate of the generator.
-    pub(crate) fn generator_rate(&self) -> f64 {
+    fn generator_rate(&self) -> f64 {
         let optimizer = &self.job.optimizer;
-        self.between(optimizer.learning_rate, optimizer.final_learning_rate)
+        self.annealing().rate(optimizer.learning_rate, optimizer.final_learning_rate, self.images)
     }
 
     /// Learning rate of the discriminator.
-    pub(crate) fn discriminator_rate(&self) -> f64 {
+    fn discriminator_rate(&self) -> f64 {
         let optimizer = &self.job.optimizer;
-        self.between(optimizer.discriminator_learning_rate, optimizer.final_discriminator_learning_rate)
+        let (first, last) =
+            (optimizer.discriminator_learning_rate, optimizer.final_discriminator_learning_rate);
+        self.annealing().rate(first, last, self.images)
     }
 
     /// Decay of Adam's second moment.
-    pub(crate) fn beta2(&self) -> f64 {
+    fn beta2(&self) -> f64 {
         self.between(self.job.optimizer.beta2, self.job.optimizer.final_beta2)
     }
 

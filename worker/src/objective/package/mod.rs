@@ -14,7 +14,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use c10d::aten::Adam;
 use ganglion_proto::job::Job;
 use ganglion_proto::package::{self, Batch, Machine, Manifest, Output, Package, SampleSpec};
 use safetensors::{Dtype, SafeTensors};
@@ -25,14 +24,15 @@ use self::graphs::{Given, Graphs, Prepared, Values, places, signed};
 pub(crate) use self::samples::{Drawn, PackageSamples, in_turn};
 use self::samples::{averages, views};
 use super::{
-    BatchSums, BufferId, Compute, Evaluator, NamedNetwork, NetworkId, NetworkSet, Objective, Phase, Reads,
-    ScalarRole, ScalarSpec, Setting, ShardAt, ShardBatch, ShardGrad, Unsuitable, annealing,
+    BatchSums, BufferId, Compute, Evaluator, NamedNetwork, NetworkId, NetworkSet, Objective, Optimizer,
+    Phase, Reads, ScalarRole, ScalarSpec, Setting, ShardAt, ShardBatch, ShardGrad, Unsuitable, annealing,
+    optimizer,
 };
 use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::{DataSet, ImageShape, SampleShape, TokenShape};
 use crate::nn::broken::Watchdog;
 use crate::nn::tensor_bytes::from_bytes;
-use crate::nn::{Init, TensorSpec};
+use crate::nn::{self, Init, TensorSpec};
 use crate::random::{Key, Purpose};
 use crate::sampling::{CLASS_NAMES, Sampler, WEIGHTS_FILE};
 use crate::state::{State, StateLayout};
@@ -229,15 +229,10 @@ impl Packaged {
         &self.0.package.manifest.phases[phase.index as usize]
     }
 
-    /// Number of samples that a number of steps reads.
-    fn seen(&self, steps: u64) -> u64 {
+    /// Number of samples that a step reads.
+    fn per_step(&self) -> u64 {
         let reads = self.0.phases.iter().filter(|own| own.phase.reads == Reads::Next).count();
-        steps.saturating_mul(self.0.job.global_batch()).saturating_mul(reads as u64)
-    }
-
-    /// A setting of a phase's optimizer, `steps` steps after the start.
-    fn annealed(&self, first: f64, last: f64, steps: u64) -> f64 {
-        annealing::between(first, last, self.seen(steps), self.0.job.optimizer.decay_images)
+        self.0.job.global_batch().saturating_mul(reads as u64)
     }
 }
 
@@ -259,7 +254,8 @@ fn networks(package: &Package) -> Result<Vec<NamedNetwork>, String> {
             unused.retain(|other| *other != name);
             let values = Vec::<f32>::try_from(from_bytes(value.data())).map_err(|error| error.to_string())?;
             let shape: Vec<i64> = tensor.shape.iter().map(|size| signed(*size)).collect();
-            Ok(TensorSpec::moved(tensor.name.clone(), &shape, Init::Given(values.into())))
+            let spec = TensorSpec::moved(tensor.name.clone(), &shape, Init::Given(values.into()));
+            Ok(TensorSpec { decays: tensor.decays.unwrap_or(nn::decays(&shape)), ..spec })
         };
     let mut networks = Vec::new();
     for network in &package.manifest.networks {
@@ -369,33 +365,20 @@ impl Objective for Packaged {
     }
 
     fn settings(&self) -> Vec<Setting<'_>> {
-        let optimizers = &self.0.job.optimizer.phases;
-        let moving = optimizers.iter().flat_map(|(phase, own)| {
-            [
-                (format!("learning_rate_{phase}"), own.learning_rate, own.final_learning_rate),
-                (format!("beta2_{phase}"), own.beta2, own.final_beta2),
-            ]
-        });
-        let moving = moving.filter(|(_, first, last)| first != last);
-        let setting = |(name, first, last): (String, f64, f64)| Setting {
-            name: name.into(),
-            value: Box::new(move |steps, _: &State| self.annealed(first, last, steps)),
-        };
-        moving.map(setting).collect()
+        let (shared, per_step) = (&self.0.job.optimizer, self.per_step());
+        let phases = shared.phases.iter();
+        phases
+            .flat_map(|(phase, own)| optimizer::moving(own, shared, per_step, &format!("_{phase}")))
+            .collect()
     }
 
     fn begin(&self) -> Box<dyn Compute + '_> {
         Box::new(Computing(self))
     }
 
-    fn optimizer(&self, phase: Phase, steps: u64) -> Adam {
+    fn optimizer(&self, phase: Phase, steps: u64) -> Optimizer {
         let own = &self.0.job.optimizer.phases[&self.about(phase).name];
-        Adam {
-            lr: self.annealed(own.learning_rate, own.final_learning_rate, steps),
-            beta1: own.beta1,
-            beta2: self.annealed(own.beta2, own.final_beta2, steps),
-            eps: own.epsilon,
-        }
+        optimizer::scheduled(own, &self.0.job.optimizer, steps, self.per_step())
     }
 
     fn average_decay(&self, network: NetworkId, steps: u64) -> f64 {

@@ -21,7 +21,6 @@ use std::collections::BTreeMap;
 use std::f64::consts::LN_2;
 use std::sync::Arc;
 
-use c10d::aten::Adam;
 use ganglion_proto::job::Job;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -35,8 +34,8 @@ pub(crate) use self::pixels::{Pixels, Wanted as PixelsWanted};
 pub(crate) use self::text::Prose;
 use super::batch::tokens_of;
 use super::{
-    BatchSums, Compute, Evaluator, NamedNetwork, NetworkId, Objective, Phase, Reads, ScalarRole, ScalarSpec,
-    Setting, ShardAt, ShardBatch, ShardGrad, State, Unsuitable, annealing,
+    BatchSums, Compute, Evaluator, NamedNetwork, NetworkId, Objective, Optimizer, Phase, Reads, ScalarRole,
+    ScalarSpec, Setting, ShardAt, ShardBatch, ShardGrad, State, Unsuitable, optimizer,
 };
 use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::{DataSet, SampleShape, Text};
@@ -138,16 +137,6 @@ impl Transformer {
     fn constants(&self, device: Device) -> Constants {
         Constants::new(&self.sizes, (Kind::Float, device))
     }
-
-    fn seen(&self, steps: u64) -> u64 {
-        steps.saturating_mul(self.job.global_batch())
-    }
-
-    fn learning_rate(&self, steps: u64) -> f64 {
-        let optimizer = &self.job.optimizer;
-        let (first, last) = (optimizer.learning_rate, optimizer.final_learning_rate);
-        annealing::between(first, last, self.seen(steps), optimizer.decay_images)
-    }
 }
 
 impl Objective for Transformer {
@@ -166,28 +155,15 @@ impl Objective for Transformer {
     }
 
     fn settings(&self) -> Vec<Setting<'_>> {
-        let optimizer = &self.job.optimizer;
-        let moves = optimizer.learning_rate != optimizer.final_learning_rate;
-        let rate = || Setting {
-            name: "learning_rate".into(),
-            value: Box::new(|steps, _: &State| self.learning_rate(steps)),
-        };
-        moves.then(rate).into_iter().collect()
+        optimizer::moving_of_job(&self.job)
     }
 
     fn begin(&self) -> Box<dyn Compute + '_> {
         Box::new(Training { objective: self, constants: self.constants(self.device) })
     }
 
-    fn optimizer(&self, _phase: Phase, steps: u64) -> Adam {
-        let optimizer = &self.job.optimizer;
-        let beta2 = annealing::between(
-            optimizer.beta2,
-            optimizer.final_beta2,
-            self.seen(steps),
-            optimizer.decay_images,
-        );
-        Adam { lr: self.learning_rate(steps), beta1: optimizer.beta1, beta2, eps: optimizer.epsilon }
+    fn optimizer(&self, _phase: Phase, steps: u64) -> Optimizer {
+        optimizer::of_job(&self.job, steps)
     }
 
     fn sampler(&self) -> Option<&dyn Sampler> {

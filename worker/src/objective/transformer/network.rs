@@ -65,10 +65,11 @@ impl Sizes {
         #[allow(clippy::cast_precision_loss)] // a few layers
         let last = DEVIATION / (2.0 * self.layers as f32).sqrt();
         let (width, hidden) = (self.width, self.hidden());
+        let table = |name: &str, rows| TensorSpec::embedding(name.into(), &[rows, width], normal(DEVIATION));
         let inner = if self.activation == Activation::Swiglu { 2 * hidden } else { hidden };
-        let mut specs = vec![weight("wte.weight".into(), &[self.inputs, width], DEVIATION)];
+        let mut specs = vec![table("wte.weight", self.inputs)];
         if self.positions == Positions::Learned {
-            specs.push(exact(weight("wpe.weight".into(), &[self.context, width], DEVIATION)));
+            specs.push(exact(table("wpe.weight", self.context)));
         }
         for layer in 0..self.layers {
             let name = |part: &str| format!("h.{layer}.{part}.weight");

@@ -13,14 +13,13 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use c10d::aten::Adam;
 use ganglion_proto::job::{Job, VaeSettings};
 use serde_json::json;
 use tch::{Device, Tensor, no_grad};
 
 use super::{
-    Compute, Evaluator, NamedNetwork, NetworkId, NetworkSet, Objective, Phase, Reads, ScalarRole, ScalarSpec,
-    Setting, ShardAt, ShardBatch, ShardGrad, Unsuitable, annealing, images_of,
+    Compute, Evaluator, NamedNetwork, NetworkId, NetworkSet, Objective, Optimizer, Phase, Reads, ScalarRole,
+    ScalarSpec, Setting, ShardAt, ShardBatch, ShardGrad, Unsuitable, annealing, images_of, optimizer,
 };
 use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::DataSet;
@@ -177,11 +176,6 @@ impl Vae {
         steps.saturating_mul(self.job.global_batch())
     }
 
-    /// A setting of the optimizer, `steps` steps after the start.
-    fn annealed(&self, first: f64, last: f64, steps: u64) -> f64 {
-        annealing::between(first, last, self.seen(steps), self.job.optimizer.decay_images)
-    }
-
     /// The average of a network in a snapshot, on the CPU or another device.
     fn average(sections: &Sections, snapshot: &Snapshot, device: Device) -> Vec<Tensor> {
         let range = sections.average_range().unwrap_or_else(|| sections.weight_range());
@@ -220,31 +214,15 @@ impl Objective for Vae {
     }
 
     fn settings(&self) -> Vec<Setting<'_>> {
-        let optimizer = &self.job.optimizer;
-        let moving = [
-            ("learning_rate", optimizer.learning_rate, optimizer.final_learning_rate),
-            ("beta2", optimizer.beta2, optimizer.final_beta2),
-        ];
-        let moving = moving.into_iter().filter(|(_, first, last)| first != last);
-        let setting = |(name, first, last): (&'static str, f64, f64)| Setting {
-            name: name.into(),
-            value: Box::new(move |steps, _: &State| self.annealed(first, last, steps)),
-        };
-        moving.map(setting).collect()
+        optimizer::moving_of_job(&self.job)
     }
 
     fn begin(&self) -> Box<dyn Compute + '_> {
         Box::new(Computing(self))
     }
 
-    fn optimizer(&self, _phase: Phase, steps: u64) -> Adam {
-        let own = &self.job.optimizer;
-        Adam {
-            lr: self.annealed(own.learning_rate, own.final_learning_rate, steps),
-            beta1: own.beta1,
-            beta2: self.annealed(own.beta2, own.final_beta2, steps),
-            eps: own.epsilon,
-        }
+    fn optimizer(&self, _phase: Phase, steps: u64) -> Optimizer {
+        optimizer::of_job(&self.job, steps)
     }
 
     fn average_decay(&self, _network: NetworkId, steps: u64) -> f64 {
