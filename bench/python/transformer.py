@@ -59,7 +59,10 @@ class Transformer(nn.Module):
     def __init__(self, context, width=128, layers=4, heads=4):
         super().__init__()
         body = {"wte": nn.Embedding(VOCABULARY, width), "wpe": nn.Embedding(context, width)}
-        body |= {"h": nn.ModuleList(Block(width, heads) for _ in range(layers)), "ln_f": nn.LayerNorm(width, bias=False)}
+        body |= {
+            "h": nn.ModuleList(Block(width, heads) for _ in range(layers)),
+            "ln_f": nn.LayerNorm(width, bias=False),
+        }
         self.transformer = nn.ModuleDict(body)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -96,7 +99,9 @@ def options():
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--held-out", type=pathlib.Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--started", type=float, default=time.time(), help="when the command was given, in Unix seconds")
+    parser.add_argument(
+        "--started", type=float, default=time.time(), help="when the command was given, in Unix seconds"
+    )
     return parser.parse_args()
 
 
