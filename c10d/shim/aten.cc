@@ -22,7 +22,8 @@
 #include "c10d/src/aten_ffi.rs.h"
 
 namespace at::native {
-// Exported by libtorch without a header: result = beta * result + alpha * mat1 mat2, by oneDNN. Of beta it takes 0 and 1.
+// Exported by libtorch without a header: result = beta * result + alpha * mat1 mat2, by oneDNN. Of beta it takes 0
+// and 1.
 TORCH_API void mkldnn_matmul(const Tensor& mat1, const Tensor& mat2, const Tensor& result, float beta, float alpha);
 } // namespace at::native
 
@@ -223,8 +224,8 @@ bool all_finite(const at::Tensor& tensor) {
 
 namespace {
 
-// Whether oneDNN is asked directly. libtorch asks MKL for single precision, which is half as fast on processors of another
-// maker; for bf16 it asks oneDNN itself, where the processor has instructions for it.
+// Whether oneDNN is asked directly. libtorch asks MKL for single precision, which is half as fast on processors of
+// another maker; for bf16 it asks oneDNN itself, where the processor has instructions for it.
 bool is_for_onednn(const at::Tensor& out, const at::Tensor& a) {
   const bool is_single = out.scalar_type() == at::kFloat && a.scalar_type() == at::kFloat;
   return is_single && out.is_cpu() && at::hasMKLDNN() && out.numel() > 0 && a.numel() > 0;
@@ -270,7 +271,14 @@ void layer_norm_backward(
     const at::Tensor& grad_weight) {
   c10::NoGradGuard no_grad;
   const auto [of_input, of_weight, _] = at::native_layer_norm_backward(
-      grad, input, weight.sizes(), mean, rstd, weight, /*bias=*/std::nullopt, {true, true, false});
+      grad,
+      input,
+      weight.sizes(),
+      mean,
+      rstd,
+      weight,
+      /*bias=*/std::nullopt,
+      {true, true, false});
   grad_input.add_(of_input);
   grad_weight.copy_(of_weight);
 }

@@ -61,7 +61,7 @@ fn number(text: &str) -> Result<f64, String> {
     text.parse().map_err(|_| "not a number".to_string())
 }
 
-/// What is asked for beside the tokens.
+/// Requests beside the tokens.
 pub(crate) struct Asked<'a> {
     pub count: Option<u32>,
     pub seed: u64,
