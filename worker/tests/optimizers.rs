@@ -212,6 +212,20 @@ fn a_row_has_the_norm_of_each_phase_that_clips() {
     assert!(told.contains("has a scalar gradient_norm"), "{told}");
 }
 
+/// Whatever phase used the memory before: else the bits of a shard's gradient would depend on the cluster.
+#[test]
+fn the_place_of_a_norm_is_zero_in_a_shards_gradient() {
+    let model = Pair::model(&[Optimizer { rule: Rule::Sgd(SGD), clip_norm: Some(1.0) }]);
+    let layout = model.gradient(model.phases()[0]);
+    let used = ShardGrad::new(layout, layout.len(), Device::Cpu);
+    let _ = no_grad(|| used.flat.shallow_clone().fill_(1.0));
+    let again = used.with_scalars_of(layout);
+    assert_eq!(again.scalars.len(), 1, "an objective sees its own");
+    let values = Vec::<f32>::try_from(&again.flat).unwrap();
+    assert_eq!(values[layout.norm().unwrap()], 0.0);
+    assert_eq!(values[layout.losses().start], 1.0);
+}
+
 /// An update that is skipped has a norm all the same, and it is as little finite as the gradient.
 #[test]
 fn a_skipped_update_leaves_a_norm_that_is_not_finite() {
