@@ -18,12 +18,13 @@ const SHRUNK: &[&str] = &[
     "job.steps=3",
     "job.shard_batch=2",
     "model.width=8",
-    "model.latent_dim=8",
     "checkpoint.every_steps=0",
     "sample.every_steps=0",
     "evaluation.with_checkpoints=false",
     "metrics.every_steps=1",
 ];
+/// Further setting of models that have it: all but transformers.
+const LATENT: &str = "model.latent_dim=8";
 /// Jobs for arithmetic that no file of `configs/` uses, as settings of the embedded one.
 const FURTHER: &[(&str, &[&str])] = &[
     (
@@ -155,6 +156,9 @@ impl Job {
         let text = fs::read_to_string(&file)?;
         let name = file.file_stem().unwrap_or_default().display().to_string();
         let mut settings: Vec<String> = SHRUNK.iter().map(ToString::to_string).collect();
+        if !text.contains("kind = \"transformer\"") {
+            settings.push(LATENT.to_string());
+        }
         if text.contains("decay_images") {
             settings.push(SCHEDULED.to_string());
         }
@@ -165,7 +169,7 @@ impl Job {
     }
 
     fn further(name: &str, settings: &[&str]) -> Job {
-        let settings = SHRUNK.iter().chain(settings).map(ToString::to_string).collect();
+        let settings = SHRUNK.iter().chain([&LATENT]).chain(settings).map(ToString::to_string).collect();
         Job { name: name.to_string(), file: None, settings }
     }
 
