@@ -7,7 +7,8 @@ use crate::secrets::{Secrets, start, url};
 
 #[test]
 fn two_workers_over_tls_come_to_the_same_bits() {
-    let settings = [SMALL_MLP, &["job.steps=60", "job.data_shards=4"]];
+    // Long enough that neither worker is done before the other has joined.
+    let settings = [SMALL_MLP, &["job.steps=3000", "job.data_shards=4"]];
     let plain = Reference::of(&settings);
     let run = Run::new(&settings);
     let secrets = Secrets::new(&run, "certs");
