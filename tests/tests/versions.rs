@@ -83,10 +83,10 @@ fn a_worker_refuses_a_job_with_settings_that_it_does_not_know() {
     let ended = join(move |_| {
         let mut newer = known.clone();
         let Some(Message::Welcome(welcome)) = &mut newer.message else { panic!("a welcome") };
-        welcome.job_toml = welcome.job_toml.replace("[optimizer]\n", "[optimizer]\nmomentum = 0.9\n");
+        welcome.job_toml = welcome.job_toml.replace("[optimizer]\n", "[optimizer]\nlookahead = 0.9\n");
         Ok(newer)
     });
-    let says = "settings that this build does not know: optimizer.momentum; use one build of the coordinator and its workers";
+    let says = "settings that this build does not know: optimizer.lookahead; use one build of the coordinator and its workers";
     assert_told(&ended, &[says]);
 }
 
