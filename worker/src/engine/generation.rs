@@ -2,7 +2,8 @@
 //!
 //! 1. The first collective compares every member's view of the group's identity; a worker that belongs to
 //!    another group is detected before it can touch anyone's state.
-//! 2. Before the first phase all members have compared the fingerprint of the whole state (`state_sync`).
+//! 2. Before the first phase all members have compared the fingerprint of the whole state: of the one that each
+//!    drew, or with that of the member that gave it (`state_sync`).
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -19,7 +20,7 @@ use super::finite::NonFinite;
 use super::gradient_log::LogError;
 use super::reduce::{AllReduce, Memory, Peers, ReduceError, ShardMap};
 use super::report::Pending;
-use super::state_sync::{summary, sync};
+use super::state_sync::{report, sync};
 use super::trainer::Held;
 use crate::checkpoint::CheckpointError;
 use crate::objective::Model;
@@ -133,21 +134,21 @@ impl Team {
         held: &mut Option<Held>,
     ) -> Result<(), TeamError> {
         let position = assignment.group.position;
-        let summary = match &assignment.group.start {
+        match &assignment.group.start {
             Start::Fresh => {
-                let begun = Held { state: fresh(), pending: Pending::new(model) };
-                summary(&held.insert(begun).state)?
+                let drawn = held.insert(Held { state: fresh(), pending: Pending::new(model) });
+                let at = drawn.state.counters.position;
+                if at != position {
+                    let what = format!("the state is at position {at}, not {position}");
+                    return Err(TeamError::Diverged(what));
+                }
+                self.compare("state", &report(drawn)?)
             }
             Start::Healed(source) | Start::Checkpoint(source, _) => {
                 let from = (source.0 as usize, position, self.generation);
-                sync(&self.peers, from, model, held)?
+                sync(&self.peers, from, model, held)
             }
-        };
-        if summary[0] != position.0 {
-            let what = format!("the state is at position {}, not {position}", summary[0]);
-            return Err(TeamError::Diverged(what));
         }
-        self.compare("state", &summary)
     }
 
     /// Assignment of data shards to ranks.

@@ -17,22 +17,21 @@ use super::reduce::{Peers, Wait, pieces};
 use super::report::Pending;
 use super::trainer::Held;
 use crate::objective::Model;
-use crate::state::{Counters, State, narrow};
+use crate::state::{State, narrow};
 
 /// Floats of a piece that goes over the network: long enough that the start of a broadcast does not count, and
 /// little beside a state.
 const PIECE: usize = 4 << 20;
 
-/// Words by which two states are compared: counters and fingerprint.
-pub(super) type Summary = [u64; 4];
+/// Number of words by which two states are compared: counters and fingerprint, the first of a report.
+const SUMMARY: usize = 4;
+/// Word of a member that holds no state of the update index.
+const NONE: u64 = u64::MAX;
 
-/// Summary of a member that holds no state, or one of another update index.
-const NONE: Summary = [u64::MAX; 4];
-
-/// Returns the summary of a state.
-pub(super) fn summary(state: &State) -> Result<Summary, c10d::Error> {
-    let Counters { position, ledger, skipped } = state.counters;
-    Ok([position.0, ledger, skipped, c10d::aten::fingerprint(&state.flat, 0)?])
+/// Returns the report that goes with a state, as words, of which the first [`SUMMARY`] are the state's own.
+pub(super) fn report(held: &Held) -> Result<Vec<u64>, c10d::Error> {
+    let fingerprint = c10d::aten::fingerprint(&held.state.flat, 0)?;
+    Ok(held.pending.to_words(held.state.counters, fingerprint))
 }
 
 /// State of the source, as one member sees the exchange.
@@ -59,32 +58,32 @@ impl Side<'_> {
     }
 }
 
-/// Gives all members the state that member `source` holds at an update index, with its pending report. Returns
-/// its summary. `held` stays unchanged if this fails on the way.
+/// Gives all members the state that member `source` holds at an update index, with its pending report. `held`
+/// stays unchanged if this fails on the way.
 pub(super) fn sync(
     peers: &Peers,
     (source, position, generation): (usize, Position, u64),
     model: &Model,
     held: &mut Option<Held>,
-) -> Result<Summary, TeamError> {
+) -> Result<(), TeamError> {
     let rank = peers.shards.rank;
     let at_hand = held.as_ref().filter(|held| held.state.counters.position == position);
-    let own = at_hand.map_or(Ok(NONE), |held| summary(&held.state))?;
+    let own = at_hand.map_or_else(|| Ok(vec![NONE; Pending::words(model)]), report)?;
     let all = gather(peers, &own)?;
-    let wanted = all[source].as_slice();
-    if wanted == NONE {
-        return Err(TeamError::Diverged(format!("the source of the state, rank {source}, has none")));
+    let (told, wanted) = (&all[source], &all[source][..SUMMARY]);
+    if wanted[0] == NONE {
+        return Err(TeamError::Diverged(format!(
+            "rank {source} has no state of position {position} to give"
+        )));
     }
     // After a loss the survivors mostly hold the same state already.
-    if all.iter().all(|theirs| theirs == wanted) {
-        return Ok(own);
+    if all.iter().all(|theirs| theirs.starts_with(wanted)) {
+        return Ok(());
     }
-    let report = at_hand.map_or_else(Vec::new, |held| held.pending.to_words(held.state.counters, own[3]));
-    let report = if rank == source { report } else { vec![0; Pending::words(model)] };
-    let told = gather(peers, &report)?.swap_remove(source);
     let damaged = || TeamError::Diverged("a report that came with a state is damaged".to_string());
-    let (counters, fingerprint, pending) = Pending::from_words(&told).ok_or_else(damaged)?;
-    let spare = (own != wanted).then(|| State::zeros(model.layout.clone(), peers.device));
+    let (counters, fingerprint, pending) = Pending::from_words(told).ok_or_else(damaged)?;
+    let lacks = !own.starts_with(wanted);
+    let spare = lacks.then(|| State::zeros(model.layout.clone(), peers.device));
     // Numbered by generation: the source is about to send, a receiver has received and not taken over yet.
     if rank == source {
         failpoint::reached("heal-source", generation);
@@ -107,7 +106,7 @@ pub(super) fn sync(
     } else if let Some(held) = held {
         held.pending = pending;
     }
-    wanted.try_into().map_err(|_| damaged())
+    Ok(())
 }
 
 /// Exchanges a state of `len` floats, piece by piece.
