@@ -138,7 +138,7 @@ impl Search {
         if ArchiveKind::of(root).is_some() {
             search.archive(root, &[])?;
         } else {
-            search.folder(root, &[], &mut Vec::new())?;
+            search.folder(root)?;
         }
         for entries in [&mut search.pictures, &mut search.notes, &mut search.lists] {
             // File systems list in any order, which must not enter (invariant 1).
@@ -192,41 +192,21 @@ impl Search {
         Ok(())
     }
 
-    /// Adds the files below a folder. `ancestors` are the folders on the way to it, without links.
-    fn folder(
-        &mut self,
-        folder: &Path,
-        relative: &[u8],
-        ancestors: &mut Vec<PathBuf>,
-    ) -> Result<(), DataError> {
-        let failed = |error| DataError::reading(folder, error);
-        let real = folder.canonicalize().map_err(failed)?;
-        // By real paths: a link to a folder above would never end.
-        if ancestors.contains(&real) {
-            return Err(input(
-                folder,
-                "found a link to a folder that holds it, expected a tree; remove the link",
-            ));
-        }
-        ancestors.push(real);
-        for entry in fs::read_dir(folder).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            let (path, name) = (entry.path(), entry.file_name());
-            let name = name.as_encoded_bytes();
-            let below = [relative, name].concat();
-            if name.starts_with(b".") {
-                self.found.leave_out("hidden", shown(&below));
-            } else if path.is_dir() {
-                self.folder(&path, &[&below, &b"/"[..]].concat(), ancestors)?;
-            } else if ArchiveKind::of(&path).is_some() {
-                self.archive(&path, &[&below, &b"/"[..]].concat())?;
-            } else {
-                self.take(Entry { relative: below, archive: None, in_tar: false, place: Place::Alone(path) });
+    /// Adds the files below a folder.
+    fn folder(&mut self, folder: &Path) -> Result<(), DataError> {
+        walk(folder, &mut |below, path| {
+            match path {
+                None => self.found.leave_out("hidden", shown(&below)),
+                Some(path) if ArchiveKind::of(&path).is_some() => {
+                    return self.archive(&path, &[&below, &b"/"[..]].concat());
+                }
+                Some(path) => {
+                    let place = Place::Alone(path);
+                    self.take(Entry { relative: below, archive: None, in_tar: false, place });
+                }
             }
-        }
-        // Only folders on the way count: two links to one folder are no circle.
-        ancestors.pop();
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Keeps the pictures with the extension that the job names.
@@ -297,4 +277,47 @@ fn picture_of(group: &[Entry]) -> Result<&Entry, DataError> {
             ),
         )
     })
+}
+
+/// Function of a file's path from the folder that is searched, and of where it lies; `None` for what is hidden.
+pub(super) type Visit<'a> = dyn FnMut(Vec<u8>, Option<PathBuf>) -> Result<(), DataError> + 'a;
+
+/// Calls `visit` with each file below a folder, in no order, and with all that is hidden there.
+pub(super) fn walk(folder: &Path, visit: &mut Visit<'_>) -> Result<(), DataError> {
+    walk_below(folder, &[], &mut Vec::new(), visit)
+}
+
+/// The same for a folder on the way. `ancestors` are those above it, without links.
+fn walk_below(
+    folder: &Path,
+    relative: &[u8],
+    ancestors: &mut Vec<PathBuf>,
+    visit: &mut Visit<'_>,
+) -> Result<(), DataError> {
+    let failed = |error| DataError::reading(folder, error);
+    let real = folder.canonicalize().map_err(failed)?;
+    // By real paths: a link to a folder above would never end.
+    if ancestors.contains(&real) {
+        return Err(input(
+            folder,
+            "found a link to a folder that holds it, expected a tree; remove the link",
+        ));
+    }
+    ancestors.push(real);
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let (path, name) = (entry.path(), entry.file_name());
+        let name = name.as_encoded_bytes();
+        let below = [relative, name].concat();
+        if name.starts_with(b".") {
+            visit(below, None)?;
+        } else if path.is_dir() {
+            walk_below(&path, &[&below, &b"/"[..]].concat(), ancestors, visit)?;
+        } else {
+            visit(below, Some(path))?;
+        }
+    }
+    // Only folders on the way count: two links to one folder are no circle.
+    ancestors.pop();
+    Ok(())
 }

@@ -148,18 +148,10 @@ fn verify(file: &File, key: &str, codec: &TextCodec) -> Result<Header, String> {
     if (header.ganglion_tokens, header.key.as_str(), header.width) != (FORM, key, codec.width()) {
         return Err("tokens of another text".to_owned());
     }
-    let (mut hasher, mut block, mut length) = (blake3::Hasher::new(), vec![0; 1 << 16], 0_u64);
-    loop {
-        match reader.read(&mut block).map_err(|error| error.to_string())? {
-            0 => break,
-            read => {
-                hasher.update(&block[..read]);
-                length += read as u64;
-            }
-        }
-    }
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(&mut reader).map_err(|error| error.to_string())?;
     // Of what lies there, at each opening.
-    if length != header.tokens.saturating_mul(header.width as u64)
+    if hasher.count() != header.tokens.saturating_mul(header.width as u64)
         || hasher.finalize().to_hex().as_str() != header.blake3
     {
         return Err("damaged".to_owned());

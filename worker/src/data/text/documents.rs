@@ -9,6 +9,7 @@ use flate2::read::MultiGzDecoder;
 use ganglion_proto::printable_start;
 use ganglion_proto::record::found::Found;
 
+use crate::data::search::walk;
 use crate::data::{DataError, input};
 
 /// Extensions of files in a folder that are documents, each also with `.gz` after it.
@@ -18,8 +19,6 @@ const ENDINGS: [&str; 12] =
 const PACKED: &str = "gz";
 /// Most bytes that a compressed document unpacks to: it may be a bomb.
 pub(super) const MAX_UNPACKED: u64 = 64 << 30;
-/// Bytes that are hashed at once.
-const BLOCK: usize = 1 << 16;
 /// Token between documents whose tokens are bytes.
 const SEPARATOR: u8 = 0;
 
@@ -46,7 +45,7 @@ impl Documents {
         let mut files = Vec::new();
         let is_folder = path.is_dir();
         if is_folder {
-            search(path, &mut Vec::new(), &mut Vec::new(), found, &mut files)?;
+            search(path, found, &mut files)?;
         } else {
             files.push((Vec::new(), path.to_path_buf()));
         }
@@ -153,17 +152,10 @@ impl Document {
 
     /// Adds the bytes of the file, as it lies there, to a hash; returns their number.
     pub(super) fn update(&self, hasher: &mut blake3::Hasher) -> Result<u64, DataError> {
-        let failed = |error| DataError::reading(&self.path, error);
-        let mut file = File::open(&self.path).map_err(failed)?;
-        let (mut block, mut length) = (vec![0; BLOCK], 0);
-        loop {
-            let read = file.read(&mut block).map_err(failed)?;
-            if read == 0 {
-                return Ok(length);
-            }
-            hasher.update(&block[..read]);
-            length += read as u64;
-        }
+        let before = hasher.count();
+        let read =
+            File::open(&self.path).and_then(|file| hasher.update_reader(file).map(|read| read.count()));
+        read.map(|after| after - before).map_err(|error| DataError::reading(&self.path, error))
     }
 
     /// Reads bytes of the file, which must be as it was at the opening.
@@ -189,46 +181,29 @@ impl Document {
     }
 }
 
-/// Adds the documents below a folder, by the path from the root.
+/// Adds the documents below a folder, with the parts of their paths from there.
 fn search(
     folder: &Path,
-    relative: &mut Vec<Vec<u8>>,
-    ancestors: &mut Vec<PathBuf>,
     found: &mut Found,
     files: &mut Vec<(Vec<Vec<u8>>, PathBuf)>,
 ) -> Result<(), DataError> {
-    let failed = |error| DataError::reading(folder, error);
-    let real = folder.canonicalize().map_err(failed)?;
-    if ancestors.contains(&real) {
-        return Err(input(
-            folder,
-            "found a link to a folder that holds it, expected a tree; remove the link",
-        ));
-    }
-    ancestors.push(real);
-    for entry in fs::read_dir(folder).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        let name = path.file_name().unwrap_or_default().as_encoded_bytes().to_vec();
-        let shown = || printable_start(&String::from_utf8_lossy(&name), 200);
-        if name.starts_with(b".") {
+    walk(folder, &mut |relative, path| {
+        let parts: Vec<Vec<u8>> = relative.split(|byte| *byte == b'/').map(<[u8]>::to_vec).collect();
+        let shown = || printable_start(&String::from_utf8_lossy(&parts[parts.len() - 1]), 200);
+        let Some(path) = path else {
             found.leave_out("hidden", shown());
-            continue;
-        }
-        relative.push(name.clone());
-        if path.is_dir() {
-            search(&path, relative, ancestors, found, files)?;
-        } else if is_document(&path) {
-            files.push((relative.clone(), path));
+            return Ok(());
+        };
+        if is_document(&path) {
+            files.push((parts, path));
         } else {
             let ending = path.extension().map(|ending| printable_start(&ending.to_string_lossy(), 20));
             let kind =
                 ending.map_or("without an ending".to_owned(), |ending| format!(".{}", ending.to_lowercase()));
             found.leave_out(&kind, shown());
         }
-        relative.pop();
-    }
-    ancestors.pop();
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Whether a file in a folder is a document, by its name.
