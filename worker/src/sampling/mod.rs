@@ -55,6 +55,24 @@ pub enum SampleError {
     NotFinite,
 }
 
+/// Returns the metadata of a safetensors file. The error says what the file is, in place of the `wanted` one.
+pub(crate) fn metadata(bytes: &[u8], wanted: &str) -> Result<HashMap<String, String>, String> {
+    match SafeTensors::read_metadata(bytes) {
+        Ok((_, header)) => Ok(header.metadata().clone().unwrap_or_default()),
+        Err(error) => {
+            let found =
+                kind_of(Cursor::new(bytes)).map_or_else(|| format!("damaged ({error})"), str::to_string);
+            Err(format!("it is {found}, not {wanted}"))
+        }
+    }
+}
+
+/// Returns a model's tensor by its name, from a file that holds it. Its numbers are finite.
+pub(crate) fn finite_tensor(file: &SafeTensors<'_>, spec: &TensorSpec) -> Result<Tensor, String> {
+    let tensor = named_tensor(file, spec, "the model's")?;
+    if is_finite(&tensor) { Ok(tensor) } else { Err(format!("{} is {NOT_FINITE}; {EARLIER}", spec.name)) }
+}
+
 /// Returns images whose numbers are all finite.
 ///
 /// # Errors
@@ -320,23 +338,15 @@ impl Generator {
     /// it in errors; `script` is the TorchScript that it belongs to, if that is not where it was.
     pub fn read(file: &str, bytes: &[u8], script: Option<&Path>) -> Result<Generator, SampleError> {
         let input = |what: String| SampleError::Input(format!("{file}: {what}"));
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| {
-            let found =
-                kind_of(Cursor::new(bytes)).map_or_else(|| format!("damaged ({error})"), str::to_string);
-            let what =
-                "not weights that draw samples; give a generator_ema.safetensors or weights_ema.safetensors";
-            input(format!("it is {found}, {what}"))
-        })?;
-        let about = About::read(&header.metadata().clone().unwrap_or_default(), script).map_err(input)?;
+        const WANTED: &str =
+            "weights that draw samples; give a generator_ema.safetensors or weights_ema.safetensors";
+        let about = metadata(bytes, WANTED).map_err(input)?;
+        let about = About::read(&about, script).map_err(input)?;
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| input(error.to_string()))?;
         let load = |prefix: &str, specs: Vec<TensorSpec>| -> Result<Vec<Tensor>, SampleError> {
             let load = |spec: TensorSpec| {
                 let spec = TensorSpec { name: format!("{prefix}{}", spec.name), ..spec };
-                let tensor = named_tensor(&tensors, &spec, "the model's").map_err(input)?;
-                match is_finite(&tensor) {
-                    true => Ok(tensor),
-                    false => Err(input(format!("{} is {NOT_FINITE}; {EARLIER}", spec.name))),
-                }
+                finite_tensor(&tensors, &spec).map_err(input)
             };
             specs.into_iter().map(load).collect()
         };

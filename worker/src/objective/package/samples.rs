@@ -1,11 +1,9 @@
 //! Samples of a package. Its graph draws a fixed number at once: sample i is sample i mod n of the draw that
 //! is keyed by i div n.
 
-use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ganglion_proto::archive::kind_of;
 use ganglion_proto::evaluation::NOT_FINITE;
 use ganglion_proto::package::{self, Draw, Manifest, Package, SampleGraph};
 use ganglion_proto::progress::Progress;
@@ -19,7 +17,7 @@ use crate::data::ImageShape;
 use crate::nn::is_finite;
 use crate::nn::tensor_bytes::from_bytes;
 use crate::random::Key;
-use crate::sampling::{CLASS_NAMES, SampleError, Sampler, WEIGHTS_FILE};
+use crate::sampling::{CLASS_NAMES, SampleError, Sampler, WEIGHTS_FILE, metadata};
 use crate::state::{Sections, StateLayout};
 
 /// Random numbers of one run of the graph.
@@ -76,12 +74,8 @@ impl PackageSamples {
         package: Option<&Path>,
     ) -> Result<PackageSamples, SampleError> {
         let input = |what: String| SampleError::Input(format!("{file}: {what}"));
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| {
-            let found =
-                kind_of(Cursor::new(bytes)).map_or_else(|| format!("damaged ({error})"), str::to_string);
-            input(format!("it is {found}, not a package's weights; give a {WEIGHTS_FILE}"))
-        })?;
-        let about = header.metadata().clone().unwrap_or_default();
+        let wanted = format!("a package's weights; give a {WEIGHTS_FILE}");
+        let about = metadata(bytes, &wanted).map_err(input)?;
         let text = |key: &str| about.get(key).ok_or_else(|| input(format!("it has no {key} in its header")));
         let path =
             package.map_or_else(|| text("package").map(PathBuf::from), |path| Ok(path.to_path_buf()))?;

@@ -1,10 +1,7 @@
 //! Weights that samples are drawn with: of a state, or of a file.
 
-use std::io::Cursor;
 use std::path::Path;
 
-use ganglion_proto::archive::kind_of;
-use ganglion_proto::evaluation::NOT_FINITE;
 use safetensors::SafeTensors;
 use serde::de::DeserializeOwned;
 use tch::{Device, Kind, Tensor};
@@ -12,10 +9,10 @@ use tch::{Device, Kind, Tensor};
 use super::network::{Constants, Parts, Sizes};
 use super::pass::Network;
 use super::{Choice, NAME, NETWORK, Pixels, Prose, Source};
-use crate::checkpoint::{EARLIER, Snapshot, named_tensor};
-use crate::nn::{TensorSpec, is_finite};
+use crate::checkpoint::Snapshot;
+use crate::nn::TensorSpec;
 use crate::random::{Key, Stream};
-use crate::sampling::{SampleError, WEIGHTS_FILE};
+use crate::sampling::{SampleError, WEIGHTS_FILE, finite_tensor, metadata};
 use crate::state::StateLayout;
 
 /// Weights of a network, with its constants.
@@ -127,12 +124,8 @@ impl Drawing {
     /// to, if that is not where it was.
     pub(crate) fn read(file: &str, bytes: &[u8], tokenizer: Option<&Path>) -> Result<Drawing, SampleError> {
         let input = |what: String| SampleError::Input(format!("{file}: {what}"));
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| {
-            let found =
-                kind_of(Cursor::new(bytes)).map_or_else(|| format!("damaged ({error})"), str::to_string);
-            input(format!("it is {found}, not a transformer's weights; give a {WEIGHTS_FILE}"))
-        })?;
-        let header = Header { file, about: header.metadata().clone().unwrap_or_default() };
+        let wanted = format!("a transformer's weights; give a {WEIGHTS_FILE}");
+        let header = Header { file, about: metadata(bytes, &wanted).map_err(input)? };
         let sizes = sizes(&header)?;
         let samples = match header.text("samples")? {
             "text" => Source::Text(Prose::read(&header, tokenizer)?),
@@ -145,11 +138,7 @@ impl Drawing {
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| input(error.to_string()))?;
         let load = |spec: TensorSpec| {
             let spec = TensorSpec { name: format!("{NAME}.{}", spec.name), ..spec };
-            let tensor = named_tensor(&tensors, &spec, "the model's").map_err(input)?;
-            match is_finite(&tensor) {
-                true => Ok(tensor),
-                false => Err(input(format!("{} is {NOT_FINITE}; {EARLIER}", spec.name))),
-            }
+            finite_tensor(&tensors, &spec).map_err(input)
         };
         let tensors = sizes.parameters().into_iter().map(load).collect::<Result<Vec<_>, _>>()?;
         Ok(Drawing { weights: Weights::new(&sizes, tensors, Device::Cpu), samples })
