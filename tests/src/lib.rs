@@ -204,6 +204,17 @@ impl Run {
         self.digest()
     }
 
+    /// Trains to the end with this number of local workers, of which one is killed at a failpoint such as
+    /// `commit@5`; returns the digest of the last state.
+    pub fn complete_with_a_death(&self, workers: u32, at: &str) -> String {
+        let once = self.beside("once");
+        let death = (failpoint::VARIABLE, format!("{at}:{}", once.display()));
+        let ended = self.start_in(workers, &[death]).wait();
+        assert_eq!(ended.code, Some(0), "{}", ended.output);
+        assert!(once.exists(), "no worker was killed");
+        self.digest()
+    }
+
     /// Returns the state digest of the newest checkpoint.
     pub fn digest(&self) -> String {
         let manifest = fs::read(self.newest_checkpoint().join("manifest.json")).expect("a manifest");

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use ganglion_tests::{Reference, Run, failpoint, program};
+use ganglion_tests::{Reference, Run, program};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -55,12 +55,8 @@ fn an_objective_from_outside_has_the_same_bits_on_1_and_2_workers_and_through_a_
     let reference = Reference::new("1 worker", one.complete(1));
     reference.equals("2 workers", &two.complete(2));
     let killed = run();
-    let once = killed.beside("once");
-    let death = (failpoint::VARIABLE, format!("commit@7:{}", once.display()));
-    let ended = killed.start_in(3, &[death]).wait();
-    assert_eq!(ended.code, Some(0), "{}", ended.output);
-    assert!(once.exists(), "no worker was killed");
-    reference.equals("3 workers of which one was killed", &killed.digest());
+    let digest = killed.complete_with_a_death(3, "commit@7");
+    reference.equals("3 workers of which one was killed", &digest);
     [&one, &two, &killed].into_iter().for_each(assert_counted);
     let tensors = std::fs::read_to_string(killed.newest_checkpoint().join("state.safetensors.index.json"));
     let tensors = tensors.unwrap();
@@ -91,11 +87,7 @@ fn phases_with_a_cadence_have_the_same_bits_through_a_kill_and_a_resume() {
         assert_eq!(computed(&one), computed(other), "{what}");
     };
     let killed = run();
-    let once = killed.beside("once");
-    let death = (failpoint::VARIABLE, format!("commit@5:{}", once.display()));
-    let ended = killed.start_in(3, &[death]).wait();
-    assert_eq!(ended.code, Some(0), "{}", ended.output);
-    assert!(once.exists(), "no worker was killed");
+    killed.complete_with_a_death(3, "commit@5");
     assert_same("3 workers of which one was killed", &killed);
     // Step 7 runs neither phase: its row has scalars from before the checkpoint.
     let mut resumed = run_to(6);

@@ -4,7 +4,7 @@
 use std::fs;
 use std::process::Command;
 
-use ganglion_tests::{Ended, Process, Reference, Run, failpoint, program};
+use ganglion_tests::{Ended, Process, Reference, Run, program};
 use serde_json::Value;
 
 const SMALL: &[&str] = &[
@@ -51,12 +51,8 @@ fn a_transformer_has_the_same_bits_through_a_kill_and_a_resume() {
     let one = run("job.steps=10");
     let reference = Reference::new("1 worker", one.complete(1));
     let killed = run("job.steps=10").with_failpoints();
-    let once = killed.beside("once");
-    let death = (failpoint::VARIABLE, format!("commit@5:{}", once.display()));
-    let ended = killed.start_in(3, &[death]).wait();
-    assert_eq!(ended.code, Some(0), "{}", ended.output);
-    assert!(once.exists(), "no worker was killed");
-    reference.equals("3 workers of which one was killed", &killed.digest());
+    let digest = killed.complete_with_a_death(3, "commit@5");
+    reference.equals("3 workers of which one was killed", &digest);
     let mut resumed = run("job.steps=6");
     resumed.complete(2);
     resumed.set("job.steps=10");

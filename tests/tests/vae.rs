@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 
-use ganglion_tests::{Ended, Process, Reference, Run, eventually, failpoint, program};
+use ganglion_tests::{Ended, Process, Reference, Run, eventually, program};
 use serde_json::Value;
 
 const SMALL: &[&str] = &[
@@ -41,12 +41,8 @@ fn a_vae_has_the_same_bits_through_a_kill_and_a_resume() {
     let one = Run::new(&[&ten]);
     let reference = Reference::new("1 worker", one.complete(1));
     let killed = Run::new(&[&ten]).with_failpoints();
-    let once = killed.beside("once");
-    let death = (failpoint::VARIABLE, format!("commit@5:{}", once.display()));
-    let ended = killed.start_in(3, &[death]).wait();
-    assert_eq!(ended.code, Some(0), "{}", ended.output);
-    assert!(once.exists(), "no worker was killed");
-    reference.equals("3 workers of which one was killed", &killed.digest());
+    let digest = killed.complete_with_a_death(3, "commit@5");
+    reference.equals("3 workers of which one was killed", &digest);
     let mut resumed = Run::new(&[&six]);
     resumed.complete(2);
     resumed.set("job.steps=10");
