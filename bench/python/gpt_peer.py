@@ -8,19 +8,15 @@ Rank 0 prints what peer.py prints.
 """
 
 import argparse
-import json
-import os
 import pathlib
 import sys
-import time
 
 import torch
-import torch.distributed as dist
+from ddp import leave, share, tell, train, wrap
 from gpt import LEARNING_RATE, Transformer
-from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from peer import digits, largest_resident_mib
+from peer import digits
 
 
 def options():
@@ -38,32 +34,24 @@ def main():
     chosen = options()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = share()
     model = Transformer()
     tuned = chosen.way == "tuned"
     adam = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), fused=tuned)
-    network = torch.compile(model) if chosen.compile else model
-    if world_size > 1:
-        dist.init_process_group("gloo")
-        network = DistributedDataParallel(network, gradient_as_bucket_view=tuned)
+    network = wrap(model, chosen)
     torch.manual_seed(rank)
     images = digits(chosen.data, 8)[rank::world_size]
-    losses, times, first = [], [], None
-    for _ in range(chosen.steps):
-        begun = time.perf_counter()
+
+    def step(_):
         batch = images[torch.randint(len(images), (chosen.batch,))]
         adam.zero_grad(set_to_none=not tuned)
         loss = network(batch)
         loss.backward()
         adam.step()
-        losses.append(2 * [loss.item()])
-        times.append(1e3 * (time.perf_counter() - begun))
-        first = first or time.time() - chosen.started
-    if rank == 0:
-        figures = {"first_step": first, "steps": times[1:], "losses": losses, "resident": largest_resident_mib()}
-        print(json.dumps(figures))
-    if world_size > 1:
-        dist.destroy_process_group()
+        return 2 * [loss.item()]
+
+    tell(train(chosen, step))
+    leave()
 
 
 if __name__ == "__main__":

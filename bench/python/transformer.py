@@ -13,21 +13,14 @@ warm-up, cosine decay, clipping) and prints bits per byte of that text, for a co
 
 import argparse
 import gzip
-import json
 import math
-import os
 import pathlib
-import sys
 import time
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from ddp import leave, share, tell, train, wrap
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from peer import largest_resident_mib
 
 VOCABULARY = 256
 
@@ -129,22 +122,17 @@ def main():
     chosen = options()
     torch.set_num_threads(1)
     torch.manual_seed(chosen.seed)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     model = Transformer(chosen.context)
     tuned = chosen.way == "tuned"
     adam = optimizer(model, chosen)
-    network = torch.compile(model) if chosen.compile else model
-    if world_size > 1:
-        dist.init_process_group("gloo")
-        network = DistributedDataParallel(network, gradient_as_bucket_view=tuned)
-    torch.manual_seed(1000 * chosen.seed + rank)
+    network = wrap(model, chosen)
+    torch.manual_seed(1000 * chosen.seed + share()[0])
     tokens = text(chosen.data)
     pieces = samples(tokens, chosen.context)
-    losses, times, first = [], [], None
-    for step in range(chosen.steps):
-        begun = time.perf_counter()
+
+    def step(number):
         for group in adam.param_groups:
-            group["lr"] = rate(step, chosen)
+            group["lr"] = rate(number, chosen)
         if chosen.held_out is None:
             batch = pieces[torch.randint(len(pieces), (chosen.batch,))]
         else:
@@ -157,19 +145,17 @@ def main():
         if chosen.held_out is not None:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
-        losses.append(2 * [loss.item()])
-        times.append(1e3 * (time.perf_counter() - begun))
-        first = first or time.time() - chosen.started
+        return 2 * [loss.item()]
+
+    figures = train(chosen, step)
     if chosen.held_out is not None:
         with torch.no_grad():
             held_out = samples(text(chosen.held_out), chosen.context)
             bits = sum(model(part).item() * len(part) for part in held_out.split(64)) / len(held_out) / math.log(2)
         print(f"{sum(parameter.numel() for parameter in model.parameters())} parameters, {bits:.4f} bits per byte")
-    elif rank == 0:
-        figures = {"first_step": first, "steps": times[1:], "losses": losses, "resident": largest_resident_mib()}
-        print(json.dumps(figures))
-    if world_size > 1:
-        dist.destroy_process_group()
+    else:
+        tell(figures)
+    leave()
 
 
 if __name__ == "__main__":

@@ -9,22 +9,18 @@ The networks, their initial weights, the loss and the binarisation are those of 
 """
 
 import argparse
-import json
-import os
 import pathlib
 import sys
-import time
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from ddp import leave, share, tell, train, wrap
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from peer import digits, largest_resident_mib
+from peer import digits
 
 LATENT, LEARNING_RATE = 32, 1e-3
 
@@ -66,9 +62,9 @@ def initialise(module, gain, inputs):
     nn.init.zeros_(module.bias)
 
 
-def batches(images, chosen, share):
+def batches(images, chosen):
     """Binarised images of each step, by the chosen way."""
-    rank, world_size = share
+    rank, world_size = share()
     if chosen.way == "usual":
         dataset = TensorDataset(images)
         sampler = DistributedSampler(dataset, rank=rank, num_replicas=world_size, seed=chosen.seed)
@@ -101,33 +97,24 @@ def main():
     chosen = options()
     torch.set_num_threads(1)
     torch.manual_seed(chosen.seed)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     tuned = chosen.way == "tuned"
     model = Vae(chosen.width)
     if tuned:
         model = model.to(memory_format=torch.channels_last)
     adam = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=tuned)
-    network = torch.compile(model) if chosen.compile else model
-    if world_size > 1:
-        dist.init_process_group("gloo")
-        network = DistributedDataParallel(network, gradient_as_bucket_view=tuned)
-    torch.manual_seed(1000 * chosen.seed + rank)
-    images = batches((digits(chosen.data, 28) + 1) / 2, chosen, (rank, world_size))
-    losses, times, first = [], [], None
-    for _ in range(chosen.steps):
-        begun = time.perf_counter()
+    network = wrap(model, chosen)
+    torch.manual_seed(1000 * chosen.seed + share()[0])
+    images = batches((digits(chosen.data, 28) + 1) / 2, chosen)
+
+    def step(_):
         adam.zero_grad(set_to_none=not tuned)
         recon, kl = network(next(images))
         ((recon + kl) / chosen.batch).backward()
         adam.step()
-        losses.append([recon.item() / chosen.batch, kl.item() / chosen.batch])
-        times.append(1e3 * (time.perf_counter() - begun))
-        first = first or time.time() - chosen.started
-    if rank == 0:
-        figures = {"first_step": first, "steps": times[1:], "losses": losses, "resident": largest_resident_mib()}
-        print(json.dumps(figures))
-    if world_size > 1:
-        dist.destroy_process_group()
+        return [recon.item() / chosen.batch, kl.item() / chosen.batch]
+
+    tell(train(chosen, step))
+    leave()
 
 
 if __name__ == "__main__":
