@@ -10,6 +10,34 @@
 namespace c10d_shim {
 namespace {
 
+// Waits for sends and receives on one of Gloo's threads, so that their end is told like that of a collective.
+class Exchange final : public c10d::ProcessGroupGloo::AsyncWork {
+ public:
+  Exchange(
+      std::shared_ptr<::gloo::Context> context,
+      std::vector<c10::intrusive_ptr<c10d::Work>> works,
+      std::vector<at::Tensor> sent,
+      std::vector<at::Tensor> received,
+      std::chrono::milliseconds timeout)
+      : AsyncWork(std::move(context), {received}, c10d::OpType::UNKNOWN, 0, timeout),
+        works_(std::move(works)),
+        sent_(std::move(sent)),
+        received_(std::move(received)) {}
+
+  void run() override {
+    for (auto& work : works_) {
+      work->wait(timeout_);
+    }
+  }
+  const std::vector<at::Tensor> getInputTensors() override { return sent_; }
+  const std::vector<at::Tensor> getOutputTensors() override { return received_; }
+
+ private:
+  std::vector<c10::intrusive_ptr<c10d::Work>> works_;
+  std::vector<at::Tensor> sent_;
+  std::vector<at::Tensor> received_;
+};
+
 // Gloo has no abort. Its connections are protected members, and cutting them is what its peers notice.
 class Gloo final : public c10d::ProcessGroupGloo {
  public:
@@ -21,6 +49,27 @@ class Gloo final : public c10d::ProcessGroupGloo {
       // (flight.rs).
       context->closeConnections();
     }
+  }
+
+  c10::intrusive_ptr<c10d::Work> exchange(const std::vector<Letter>& sends, const std::vector<Letter>& receives) {
+    std::vector<c10::intrusive_ptr<c10d::Work>> works;
+    std::vector<at::Tensor> sent;
+    std::vector<at::Tensor> received;
+    // Messages between two ranks arrive in the order in which they were sent, so one tag serves all.
+    for (const auto& letter : receives) {
+      received.push_back(letter.tensor);
+      std::vector<at::Tensor> tensors{letter.tensor};
+      works.push_back(recv(tensors, letter.rank, 0));
+    }
+    for (const auto& letter : sends) {
+      sent.push_back(letter.tensor);
+      std::vector<at::Tensor> tensors{letter.tensor};
+      works.push_back(send(tensors, letter.rank, 0));
+    }
+    auto work = c10::make_intrusive<Exchange>(
+        getContext(0), std::move(works), std::move(sent), std::move(received), options_->timeout);
+    enqueue(work);
+    return work;
   }
 };
 
@@ -47,6 +96,10 @@ class GlooEngine final : public Engine {
   c10d::Backend& backend() override { return *group_; }
   void close() override { group_->cut(); }
   bool polls() const override { return false; }
+  bool exchanges() const override { return true; }
+  c10::intrusive_ptr<c10d::Work> exchange(std::vector<Letter> sends, std::vector<Letter> receives) override {
+    return group_->exchange(sends, receives);
+  }
   // One for all groups of the process: each launch writes to libtorch's flight recorder, whose table of groups is
   // global and not locked. A launch only enqueues, so nobody waits here for a peer.
   std::mutex& launching() override {

@@ -37,6 +37,20 @@ std::unique_ptr<Work> start(Engine& engine, rust::Box<Signal> signal, Launch&& l
   return std::make_unique<Work>(engine.watch(std::move(work), std::move(signal)));
 }
 
+// Parts of a tensor, one after the other.
+std::vector<Letter> letters(
+    const at::Tensor& tensor,
+    rust::Slice<const std::int32_t> ranks,
+    rust::Slice<const std::int64_t> counts) {
+  std::vector<Letter> letters;
+  std::int64_t at = 0;
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    letters.push_back({tensor.narrow(0, at, counts[i]), ranks[i]});
+    at += counts[i];
+  }
+  return letters;
+}
+
 } // namespace
 
 Work::Work(std::unique_ptr<Watch> watch) : watch_(std::move(watch)) {}
@@ -47,6 +61,7 @@ Group::Group(std::unique_ptr<Engine> engine) : engine_(std::move(engine)) {}
 Group::~Group() = default;
 void Group::close() const { engine_->close(); }
 bool Group::polls() const { return engine_->polls(); }
+bool Group::exchanges() const { return engine_->exchanges(); }
 
 std::unique_ptr<Work> Group::all_reduce(const at::Tensor& tensor, std::uint8_t op, rust::Box<Signal> signal) const {
   return start(*engine_, std::move(signal), [&](c10d::Backend& backend) {
@@ -70,6 +85,22 @@ std::unique_ptr<Work> Group::all_to_all(
     auto output_counts = to_vector(receive_splits);
     auto input_counts = to_vector(send_splits);
     return backend.alltoall_base(output, input, output_counts, input_counts, c10d::AllToAllOptions());
+  });
+}
+
+std::unique_ptr<Work> Group::exchange(
+    const at::Tensor& send,
+    rust::Slice<const std::int32_t> to,
+    rust::Slice<const std::int64_t> send_counts,
+    const at::Tensor& receive,
+    rust::Slice<const std::int32_t> from,
+    rust::Slice<const std::int64_t> receive_counts,
+    rust::Box<Signal> signal) const {
+  return start(*engine_, std::move(signal), [&](c10d::Backend&) {
+    auto work =
+        engine_->exchange(letters(lend(send), to, send_counts), letters(lend(receive), from, receive_counts));
+    TORCH_CHECK(work, "this backend exchanges nothing between two ranks");
+    return work;
   });
 }
 

@@ -50,6 +50,15 @@ class Group {
       const at::Tensor& receive,
       rust::Slice<const std::int64_t> receive_splits,
       rust::Box<Signal> signal) const;
+  // Sends parts of `send`, one after the other, each as long as its count, to these ranks, and receives likewise.
+  std::unique_ptr<Work> exchange(
+      const at::Tensor& send,
+      rust::Slice<const std::int32_t> to,
+      rust::Slice<const std::int64_t> send_counts,
+      const at::Tensor& receive,
+      rust::Slice<const std::int32_t> from,
+      rust::Slice<const std::int64_t> receive_counts,
+      rust::Box<Signal> signal) const;
   std::unique_ptr<Work> all_gather(const at::Tensor& send, const at::Tensor& receive, rust::Box<Signal> signal) const;
   std::unique_ptr<Work> broadcast(const at::Tensor& tensor, std::int64_t root, rust::Box<Signal> signal) const;
   std::unique_ptr<Work> barrier(rust::Box<Signal> signal) const;
@@ -58,6 +67,8 @@ class Group {
   void close() const;
   // Whether works have to be polled.
   bool polls() const;
+  // Whether the backend has `exchange`.
+  bool exchanges() const;
 
  private:
   std::unique_ptr<Engine> engine_;

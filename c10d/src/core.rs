@@ -58,12 +58,19 @@ pub(crate) struct Launched {
 
 pub(crate) struct Core {
     registry: Mutex<Registry>,
+    exchanges: bool,
 }
 
 impl Core {
     pub(crate) fn new(group: UniquePtr<shim::Group>) -> Arc<Core> {
+        let exchanges = group.exchanges();
         let registry = Registry { backend: Some(Backend::new(group)), ..Registry::default() };
-        Arc::new(Core { registry: Mutex::new(registry) })
+        Arc::new(Core { registry: Mutex::new(registry), exchanges })
+    }
+
+    /// Whether the backend lets two ranks exchange something.
+    pub(crate) fn exchanges(&self) -> bool {
+        self.exchanges
     }
 
     /// Starts an operation on the buffers, or gives them back if the group is no longer open.

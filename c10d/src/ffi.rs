@@ -56,6 +56,17 @@ pub(crate) mod shim {
             receive_splits: &[i64],
             signal: Box<Signal>,
         ) -> Result<UniquePtr<Work>>;
+        fn exchanges(self: &Group) -> bool;
+        fn exchange(
+            self: &Group,
+            send: &Tensor,
+            to: &[i32],
+            send_counts: &[i64],
+            receive: &Tensor,
+            from: &[i32],
+            receive_counts: &[i64],
+            signal: Box<Signal>,
+        ) -> Result<UniquePtr<Work>>;
         fn all_gather(
             self: &Group,
             send: &Tensor,

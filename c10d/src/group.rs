@@ -214,6 +214,40 @@ impl Group {
         })
     }
 
+    /// Whether the backend has [`exchange`](Group::exchange).
+    pub fn exchanges(&self) -> bool {
+        self.core.exchanges()
+    }
+
+    /// Sends parts of a buffer to some ranks, and receives others from some: `to` and `from` have the rank
+    /// and the number of elements of each part, one after the other from the start of the buffers. What
+    /// rank a sends to b must be what b expects from a, also in number; other ranks need not take part.
+    ///
+    /// # Errors
+    /// As for [`all_reduce`](Group::all_reduce), with both buffers back.
+    pub fn exchange(
+        &self,
+        send: Buffer,
+        to: &[(usize, usize)],
+        receive: Buffer,
+        from: &[(usize, usize)],
+    ) -> Launch<(Buffer, Buffer)> {
+        let parts = self.check(&[&send, &receive]).and_then(|()| {
+            require(self.exchanges(), || "this backend exchanges nothing between two ranks".into())?;
+            Ok((self.check_parts("send", &send, to)?, self.check_parts("receive", &receive, from)?))
+        });
+        let (check, ((to, send_counts), (from, receive_counts))) = match parts {
+            Ok(parts) => (Ok(()), parts),
+            // The parts are not used: the launch is refused before it needs them.
+            Err(error) => (Err(error), Default::default()),
+        };
+        // A copy of the received buffer is written back as a whole, so it begins as the buffer is.
+        self.launch((send, receive), &[Use::Read, Use::Both], check, |group, buffers, signal| {
+            let [send, receive] = [0, 1].map(|i: usize| at_tensor(buffers[i].tensor()));
+            group.exchange(send, &to, &send_counts, receive, &from, &receive_counts, signal)
+        })
+    }
+
     /// Gathers all ranks' `send` buffers on each rank, one after the other, in `receive`, which is
     /// `world_size` times as long.
     ///
@@ -296,6 +330,25 @@ impl Group {
             require(kind == buffers[0].kind(), || "buffers of different kinds".into())?;
         }
         Ok(())
+    }
+
+    /// Checks parts of a buffer, and returns their ranks and counts in c10d's types.
+    fn check_parts(
+        &self,
+        name: &str,
+        buffer: &Buffer,
+        parts: &[(usize, usize)],
+    ) -> Result<(Vec<i32>, Vec<i64>), Error> {
+        let (numel, size) = (buffer.numel(), self.world_size);
+        let sum = parts.iter().try_fold(0_usize, |sum, (_, count)| sum.checked_add(*count));
+        let is_right = |(rank, count): &(usize, usize)| *rank < size && *rank != self.rank && *count > 0;
+        require(parts.iter().all(is_right) && sum.is_some_and(|sum| sum <= numel), || {
+            format!("{name} parts {parts:?} of {numel} elements, on rank {} of {size}", self.rank)
+        })?;
+        let small = |(rank, _): &(usize, usize)| i32::try_from(*rank).unwrap_or(i32::MAX);
+        // None exceeds the length of a tensor.
+        let count = |(_, count): &(usize, usize)| i64::try_from(*count).unwrap_or(i64::MAX);
+        Ok((parts.iter().map(small).collect(), parts.iter().map(count).collect()))
     }
 
     fn check_splits(&self, name: &str, buffer: &Buffer, splits: &[usize]) -> Result<Vec<i64>, Error> {

@@ -25,6 +25,7 @@ fn groups_break_cleanly() {
     assert_nothing_left(WIND_DOWN);
     after_an_abort_a_new_group_reduces();
     an_abort_ends_many_operations();
+    an_abort_ends_the_wait_for_a_part();
     a_finished_operation_survives_an_abort();
     a_timeout_is_a_timeout();
     the_backends_own_timeout_is_a_timeout();
@@ -34,6 +35,24 @@ fn groups_break_cleanly() {
     dropped_operations_leave_nothing();
     an_abort_races_with_results();
     assert_nothing_left(WIND_DOWN);
+}
+
+/// Rank 0 never sends what rank 1 waits for.
+fn an_abort_ends_the_wait_for_a_part() {
+    let groups = groups(2, GLOO_LIMIT);
+    let pending = groups[1].exchange(buffer_of(&[1.0]), &[], buffer_of(&[0.0; 100]), &[(0, 100)]).unwrap();
+    let aborter = groups[1].aborter();
+    thread::scope(|scope| {
+        let waiter = scope.spawn(move || {
+            let outcome = pending.wait(LONG).map(drop);
+            (outcome, Instant::now())
+        });
+        let aborted = Instant::now();
+        aborter.abort();
+        let (outcome, woken) = waiter.join().unwrap();
+        assert_eq!(outcome, Err(Error::Aborted));
+        assert!(woken - aborted < ABORT_LIMIT, "{:?}", woken - aborted);
+    });
 }
 
 fn reduce(group: &Group) -> Result<Vec<f32>, Error> {

@@ -72,6 +72,9 @@ fn arguments_that_do_not_fit_are_refused() {
     drop(invalid(group.all_to_all(of(4), &[5], of(4), &[4])));
     drop(invalid(group.all_to_all(of(4), &[2, 2], of(4), &[4])));
     drop(invalid(group.all_to_all(of(4), &[], of(4), &[4])));
+    drop(invalid(group.exchange(of(4), &[(0, 4)], of(4), &[])));
+    drop(invalid(group.exchange(of(4), &[(1, 4)], of(4), &[])));
+    drop(invalid(group.exchange(of(4), &[], of(4), &[(usize::MAX, usize::MAX)])));
     // None of these broke the group.
     let (_, receive) = group.all_to_all(of(4), &[4], of(4), &[4]).unwrap().wait(LONG).unwrap();
     assert_eq!(values_of(&receive), [1.0; 4]);

@@ -8,6 +8,7 @@ use super::{LONG, buffer_of, values_of};
 /// Runs each collective and compares its result with a plain computation.
 pub(crate) fn every_collective(group: &Group) {
     reduces(group);
+    all_to_alls(group);
     exchanges(group);
     gathers(group);
     broadcasts(group);
@@ -43,7 +44,7 @@ fn split(from: usize, to: usize) -> usize {
     (from * 3 + to * 5) % 4 * 10
 }
 
-fn exchanges(group: &Group) {
+fn all_to_alls(group: &Group) {
     let (rank, ranks) = (group.rank(), 0..group.world_size());
     let send_splits: Vec<_> = ranks.clone().map(|to| split(rank, to)).collect();
     let receive_splits: Vec<_> = ranks.clone().map(|from| split(from, rank)).collect();
@@ -57,6 +58,30 @@ fn exchanges(group: &Group) {
     let (send, receive) = pending.wait(LONG).unwrap();
     assert_eq!(values_of(&send), sent);
     assert_eq!(values_of(&receive), wanted);
+}
+
+/// Each rank sends the next two of a circle, and one of them another length.
+fn exchanges(group: &Group) {
+    let (rank, size) = (group.rank(), group.world_size());
+    let partners = |step: fn(usize, usize, usize) -> usize| -> Vec<(usize, usize)> {
+        (1..size.min(3)).map(|far| (step(rank, far, size), 100 * far)).collect()
+    };
+    let to = partners(|rank, far, size| (rank + far) % size);
+    let from = partners(|rank, far, size| (rank + size - far) % size);
+    let value = |rank: usize, far: usize| vec![(10 * rank + far) as f32; 100 * far];
+    let sent: Vec<f32> = (1..size.min(3)).flat_map(|far| value(rank, far)).collect();
+    let wanted: Vec<f32> = from.iter().flat_map(|(rank, count)| value(*rank, count / 100)).collect();
+    // Longer than what comes: the rest stays as it is.
+    let receive = buffer_of(&vec![-1.0; wanted.len() + 7]);
+    // Two in a row, the second before the first is waited for.
+    let first = group.exchange(buffer_of(&sent), &to, receive, &from).unwrap();
+    let receive = buffer_of(&vec![-1.0; wanted.len() + 7]);
+    let second = group.exchange(buffer_of(&sent), &to, receive, &from).unwrap();
+    for pending in [first, second] {
+        let (send, receive) = pending.wait(LONG).unwrap();
+        assert_eq!(values_of(&send), sent);
+        assert_eq!(values_of(&receive), [wanted.clone(), vec![-1.0; 7]].concat());
+    }
 }
 
 fn gathers(group: &Group) {

@@ -13,6 +13,7 @@
 //! 2. A [`Header`] travels with it; a reduce whose headers differ is an error and is never committed.
 //! 3. Buffers lent to a collective that failed are lost; a new group has new ones.
 
+mod butterfly;
 mod chunks;
 mod header;
 mod pair;
@@ -29,7 +30,9 @@ use ganglion_proto::failpoint;
 use ganglion_proto::job::Reduction;
 use tch::{Device, Kind, Tensor, no_grad};
 
+use self::butterfly::Butterfly;
 use self::chunks::Chunks;
+use self::header::Folded;
 pub use self::header::Header;
 use self::pair::Pair;
 use self::ring::Ring;
@@ -117,7 +120,9 @@ enum Route {
     Shared(Shared),
     /// Two ranks: each sends its whole sum, in one round; as many bytes as by chunks.
     Pair(Pair),
-    /// Any number of ranks: by chunks, in two rounds.
+    /// Any number of ranks: each with few others, in rounds.
+    Butterfly(Butterfly),
+    /// Any number of GPUs: by chunks, in two collectives of the backend's.
     Chunks(Chunks),
     /// The backend's own all-reduce.
     Ring(Ring),
@@ -175,6 +180,11 @@ impl AllReduce {
                 Route::Shared(shared)
             }
             2 if shards.ranges.iter().all(has_one_node) => Route::Pair(Pair::new(shards.rank, len, device)?),
+            _ if peers.group.exchanges() => {
+                let butterfly = Butterfly::new(shards, layout.len(), device)?;
+                len = butterfly.len();
+                Route::Butterfly(butterfly)
+            }
             _ => {
                 let chunk = chunk_of(layout.len(), world_size);
                 len = world_size * chunk;
@@ -236,10 +246,12 @@ impl AllReduce {
             Route::Pair(pair) => {
                 sums.iter().try_for_each(|(_, sum)| pair.send(&self.peers.group, &sum.flat, header))
             }
+            // Goes on in the sums' memory until the end of the wait.
+            Route::Butterfly(butterfly) => return Ok(butterfly.send(&self.peers.group, sums, header)?),
             Route::Chunks(chunks) => chunks.send(&self.peers.group, &sums),
             Route::Ring(ring) => ring.send(&self.peers.group, sums.iter().map(|(_, sum)| sum), header),
         };
-        // The routes copied the sums to their own send buffers, so this memory is free before the wait.
+        // The other routes copied the sums to their own send buffers, so this memory is free before the wait.
         sums.into_iter().for_each(|(_, sum)| self.sum.recycle(sum));
         Ok(sent?)
     }
@@ -247,13 +259,16 @@ impl AllReduce {
     /// Waits for the other ranks, and returns the mean over all shards.
     pub fn wait(&mut self, laps: &mut Laps) -> Result<Reduced, ReduceError> {
         let AllReduce { peers: Peers { group, timeout, .. }, route, mean, header, .. } = self;
+        let wait = Wait { group, timeout: *timeout, position: header.position };
         let headers = match route {
             // There is nobody to disagree with, and nothing to wait for.
-            Route::Alone => return self.reduced(&[self.header]),
-            Route::Shared(shared) => {
-                let wait = Wait { group, timeout: *timeout, position: self.header.position };
-                shared.finish(wait, mean, laps)?
+            Route::Alone => return self.reduced(Folded::of(0, self.header)),
+            Route::Butterfly(butterfly) => {
+                let folded = butterfly.finish(wait, mean, laps)?;
+                butterfly.sums().for_each(|sum| self.sum.recycle(sum));
+                return self.reduced(folded);
             }
+            Route::Shared(shared) => shared.finish(wait, mean, laps)?,
             Route::Pair(pair) => {
                 // Waits for the other rank: bounded by the reduce limit, and ended at once by an abort.
                 let came = arrived(pair.pending(), *timeout, laps)?;
@@ -276,29 +291,27 @@ impl AllReduce {
             }
         };
         // From a GPU this waits for all that was enqueued, so no error of it is missed (D7).
-        self.reduced(&Header::from_tensor(&headers.to_device(Device::Cpu)))
+        let headers = Header::from_tensor(&headers.to_device(Device::Cpu)).into_iter().enumerate();
+        let folded = headers.map(|(rank, header)| Folded::of(rank, header));
+        self.reduced(folded.reduce(|all, next| all.fold(&next)).expect("each rank has a header"))
     }
 
     /// Returns the reduced gradient, if all ranks' headers agree.
-    fn reduced(&self, headers: &[Header]) -> Result<Reduced, ReduceError> {
-        let ours = self.header;
-        // Before anything is committed (D9). The first rank that differs is named; more may.
-        if let Some(rank) = headers.iter().position(|theirs| !theirs.agrees(&ours)) {
-            let (own_rank, theirs) = (self.peers.shards.rank, headers[rank]);
+    fn reduced(&self, Folded { header, rank, other }: Folded) -> Result<Reduced, ReduceError> {
+        let (own_rank, ours) = (self.peers.shards.rank, self.header);
+        // Before anything is committed (D9). One rank that differs is named; more may.
+        let differs = if header.agrees(&ours) { other } else { Some((rank, header)) };
+        if let Some((rank, theirs)) = differs {
             return Err(ReduceError::Disagreement { own_rank, ours, rank, theirs });
         }
-        // Only if all propose it does a change happen, so that all act at the same update index.
-        let all_know = headers.iter().all(|header| header.plan == ours.plan);
-        Ok(Reduced {
-            mean: self.mean.flat.shallow_clone(),
-            // Each rank has counted its own shards: the sum is that of all samples.
-            ledger: headers.iter().fold(0, |sum, header| sum.wrapping_add(header.ledger)),
-            agreed_plan: if all_know { ours.plan } else { 0 },
-        })
+        Ok(Reduced { mean: self.mean.flat.shallow_clone(), ledger: header.ledger, agreed_plan: header.plan })
     }
 
     /// Recycles the sums of a reduce that was given up.
     fn recycle(&mut self) {
+        if let Route::Butterfly(butterfly) = &mut self.route {
+            butterfly.sums().for_each(|sum| self.sum.recycle(sum));
+        }
         self.sum.take().into_iter().for_each(|(_, sum)| self.sum.recycle(sum));
     }
 }

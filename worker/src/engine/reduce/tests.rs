@@ -23,7 +23,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 const GLOBAL_BATCH: u64 = 24;
 
 /// Layout of a shard gradient with one parameter.
-fn layout(numel: usize) -> GradLayout {
+pub(super) fn layout(numel: usize) -> GradLayout {
     let shape = vec![signed(numel)];
     let spec = TensorSpec::parameter("p".to_string(), &shape, Init::Constant(0.0));
     let (name, buffers) = ("network".into(), Vec::new());
@@ -108,7 +108,7 @@ fn floats(tensor: &Tensor, len: usize) -> Vec<f32> {
 }
 
 /// The definition, element by element and level by level from the shards up.
-fn definition(leaves: &[Vec<f32>]) -> Vec<u32> {
+pub(super) fn definition(leaves: &[Vec<f32>]) -> Vec<u32> {
     let element = |at: usize| {
         let mut level: Vec<f32> = leaves.iter().map(|leaf| leaf[at]).collect();
         while level.len() > 1 {
@@ -121,7 +121,7 @@ fn definition(leaves: &[Vec<f32>]) -> Vec<u32> {
 }
 
 /// Values whose sums depend on the order: all magnitudes, both zeros, denormals.
-fn awkward() -> impl Strategy<Value = f32> {
+pub(super) fn awkward() -> impl Strategy<Value = f32> {
     prop_oneof![
         4 => any::<f32>().prop_filter("finite", |value| value.is_finite()),
         3 => -1.0f32..1.0,

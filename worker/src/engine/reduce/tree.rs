@@ -45,17 +45,25 @@ impl Node {
         end(u64::from(self.index))..end(u64::from(self.index) + 1)
     }
 
-    fn children(self) -> [Node; 2] {
+    /// Returns the two nodes below.
+    pub fn children(self) -> [Node; 2] {
         let child = |index| Node { level: self.level - 1, index };
         [child(2 * self.index), child(2 * self.index + 1)]
     }
 
-    fn parent(self) -> Node {
+    /// Returns the node above.
+    pub fn parent(self) -> Node {
         Node { level: self.level + 1, index: self.index / 2 }
     }
 
-    fn sibling(self) -> Node {
+    /// Returns the other child of its parent.
+    pub fn sibling(self) -> Node {
         Node { index: self.index ^ 1, ..self }
+    }
+
+    /// Whether it is the right child of its parent.
+    pub fn is_right(self) -> bool {
+        self.index & 1 == 1
     }
 }
 
