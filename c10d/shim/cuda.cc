@@ -5,6 +5,8 @@
 #include <optional>
 #include <string>
 
+#include <dlfcn.h>
+
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/core/GradMode.h>
@@ -58,6 +60,29 @@ void empty_cuda_cache() { c10::cuda::CUDACachingAllocator::emptyCache(); }
 rust::String compute_capability(std::int8_t device) {
   const auto* properties = at::cuda::getDeviceProperties(device);
   return std::to_string(properties->major) + "." + std::to_string(properties->minor);
+}
+
+rust::String gpu_name(std::int8_t device) {
+  const auto* properties = at::cuda::getDeviceProperties(device);
+  return std::string(properties->name) + ", " + std::to_string(properties->multiProcessorCount) + " SMs";
+}
+
+// Looked up by name, since none of these libraries is linked: libtorch has loaded those that it computes with.
+rust::String gpu_libraries() {
+  std::string text;
+  if (auto* version = reinterpret_cast<std::size_t (*)()>(dlsym(RTLD_DEFAULT, "cudnnGetVersion"))) {
+    text += "cuDNN " + std::to_string(version());
+  }
+  if (auto* property = reinterpret_cast<int (*)(int, int*)>(dlsym(RTLD_DEFAULT, "cublasGetProperty"))) {
+    text += text.empty() ? "cuBLAS" : ", cuBLAS";
+    // The kinds of property are the major and the minor number, and the patch level.
+    for (int kind = 0; kind < 3; ++kind) {
+      int value = 0;
+      property(kind, &value);
+      text += (kind == 0 ? " " : ".") + std::to_string(value);
+    }
+  }
+  return text;
 }
 
 // That of the headers of this build, which are those of libtorch's own.

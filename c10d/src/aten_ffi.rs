@@ -130,6 +130,10 @@ pub(crate) mod shim {
         #[cfg(feature = "cuda")]
         fn compute_capability(device: i8) -> Result<String>;
         #[cfg(feature = "cuda")]
+        fn gpu_name(device: i8) -> Result<String>;
+        #[cfg(feature = "cuda")]
+        fn gpu_libraries() -> Result<String>;
+        #[cfg(feature = "cuda")]
         fn cuda_version() -> Result<String>;
     }
     impl UniquePtr<Tensor> {}

@@ -45,6 +45,23 @@ pub fn compute_capability(device: usize) -> Result<String, Error> {
     Ok(shim::compute_capability(small(device)?)?)
 }
 
+/// Returns the name of a GPU and its number of multiprocessors, by which kernels divide their work, such as
+/// `NVIDIA H200, 132 SMs`.
+///
+/// # Errors
+/// [`Error::Invalid`] for an index out of range, [`Error::Fatal`] if there is no such GPU.
+pub fn name(device: usize) -> Result<String, Error> {
+    Ok(shim::gpu_name(small(device)?)?)
+}
+
+/// Returns the versions of cuDNN and cuBLAS as loaded, such as `cuDNN 91500, cuBLAS 13.0.1`.
+///
+/// # Errors
+/// None in practice.
+pub fn libraries() -> Result<String, Error> {
+    Ok(shim::gpu_libraries()?)
+}
+
 /// Returns the version of CUDA that this crate was compiled against, such as `13.0`.
 ///
 /// # Errors

@@ -66,6 +66,8 @@ pub struct LoadedFacts {
     pub shape: StepShape,
     /// Name of the worker's GPU, equal on all workers that share the GPU; `None` for a CPU.
     pub gpu: Option<String>,
+    /// Name of the worker's machine, equal on all its workers; `None` if it is not known.
+    pub host: Option<String>,
     /// Index of each sample that the job leaves out after the start of the run, in the job's order.
     pub left_out: Vec<u64>,
 }

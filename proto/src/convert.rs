@@ -41,6 +41,7 @@ impl FromWorker {
                 phases_per_step: u32::try_from(facts.shape.phases()).unwrap_or(u32::MAX),
                 data_phases: facts.shape.readers().to_vec(),
                 gpu: facts.gpu.unwrap_or_default(),
+                host: facts.host.unwrap_or_default(),
                 data: data.map(|data| data.to_wire()),
                 left_out: facts.left_out,
             }),
@@ -270,6 +271,7 @@ fn loaded_from_wire(loaded: wire::Loaded) -> Result<LoadedFacts, Malformed> {
         sees_storage: loaded.sees_storage,
         shape: shape_from_wire(loaded.phases_per_step, loaded.data_phases)?,
         gpu: Some(name(loaded.gpu, "gpu")?).filter(|gpu| !gpu.is_empty()),
+        host: Some(name(loaded.host, "host")?).filter(|host| !host.is_empty()),
         left_out: list(loaded.left_out, bounds::LEFT_OUT, "samples left out")?,
     })
 }

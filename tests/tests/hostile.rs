@@ -131,6 +131,7 @@ fn facts(items: &[(&str, &str)]) -> LoadedFacts {
         sees_storage: true,
         shape: StepShape::new(2, vec![0]).unwrap(),
         gpu: None,
+        host: None,
         left_out: Vec::new(),
     }
 }

@@ -108,6 +108,7 @@ async fn a_worker_of_other_arithmetic_is_refused_and_told_what_to_do() {
         sees_storage: true,
         shape: StepShape::new(2, vec![0]).unwrap(),
         gpu: None,
+        host: None,
         left_out: Vec::new(),
     };
     stranger.say(FromWorker::Loaded(facts, None));

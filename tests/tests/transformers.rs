@@ -183,12 +183,29 @@ fn settings_that_make_no_transformer_are_refused() {
 }
 
 #[test]
+fn a_transformer_without_held_out_samples_is_not_evaluated() {
+    let run = over_text(&[&["job.steps=1"]]);
+    run.complete(1);
+    refused(&run, &["eval"], "give them with --held-out");
+    refused(&run, &["eval", "--held-out", "nothing.txt"], "nothing.txt");
+}
+
+#[test]
 fn held_out_text_is_evaluated() {
     let held_out = format!("evaluation.held_out={}", file("LICENSE"));
     let run = over_text(&[&["job.steps=4", "evaluation.every_steps=2", &held_out]]);
     run.complete(1);
     let rows: Vec<Value> = run.events().into_iter().filter(|event| event["kind"] == "evaluation").collect();
     assert_eq!(rows.len(), 2);
+    // The same samples and draws as beside training, so the same figures to the last bit.
+    let evaluated = |arguments: &[&str]| -> Value {
+        let told = told(&run, &[&["eval", "--json"], arguments].concat());
+        serde_json::from_str(&told[told.find('{').unwrap()..]).unwrap()
+    };
+    let own = evaluated(&[]);
+    assert_eq!(own["judged"][0]["metrics"], rows[1]["metrics"], "{own}");
+    assert_eq!(own, evaluated(&["--held-out", &file("LICENSE")]));
+    assert_ne!(own["judged"], evaluated(&["--held-out", &file("SECURITY.md")])["judged"]);
     for row in rows {
         let [nll, bits] = ["nll", "bits_per_byte"].map(|name| row["metrics"][name].as_f64().unwrap());
         assert!((nll / std::f64::consts::LN_2 - bits).abs() < 1e-9 && (3.0..9.0).contains(&bits), "{row}");

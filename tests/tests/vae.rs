@@ -231,4 +231,10 @@ fn the_bound_of_held_out_images_is_a_function_of_the_job_and_chooses_the_best() 
     }
     let best = std::fs::read_to_string(one.path("checkpoints/best.json")).unwrap();
     assert!(best.contains("iwae_bound"), "{best}");
+    // The same bound by the command.
+    let sized = ["eval", "--json", "--samples", "20", "--reference", "20", "--held-out", digits];
+    let ended = worker(&one, &sized);
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
+    let own: Value = serde_json::from_str(&ended.output[ended.output.find('{').unwrap()..]).unwrap();
+    assert_eq!(own["judged"][0]["metrics"]["iwae_bound"], told[1].1, "{own}");
 }

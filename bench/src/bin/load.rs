@@ -102,6 +102,7 @@ fn facts() -> LoadedFacts {
         sees_storage: true,
         shape: StepShape::new(2, vec![0]).expect("it reads"),
         gpu: None,
+        host: None,
         left_out: Vec::new(),
     }
 }

@@ -188,6 +188,10 @@ fn describe(difference: &Difference) -> String {
         "c_library" => "the C library",
         "cpu_capability" => "the set of the CPU's instructions that libtorch uses",
         "device" => "the device",
+        "gpu" => "the kind of GPU",
+        "gpu_capability" => "the GPU's compute capability",
+        "gpu_libraries" => "the set of the GPU's libraries",
+        "gpu_settings" => "the set of variables that steer the GPU's libraries",
         "exclusions" => "the list of samples that data.exclude leaves out",
         "initial_weights" => "the checkpoint of model.init_from",
         NUMERICS => "numerics, the version of the build's arithmetic,",
@@ -211,6 +215,12 @@ fn advice(Difference { item, expected, .. }: &Difference) -> String {
         ),
         "device" if expected == "cpu" => "start the worker with --device cpu".to_owned(),
         "device" if known => "use a worker with a GPU".to_owned(),
+        "gpu" if known => format!("use a {expected}"),
+        "gpu_libraries" if known => format!("use a worker with {expected}"),
+        "gpu_settings" => format!(
+            "start the worker with the run's variables: {}",
+            if known { expected.as_str() } else { "none of these" }
+        ),
         "libtorch" if known => format!("use a worker with libtorch {expected}"),
         "c_library" if known => format!("use a machine or an image with {expected}"),
         "initial_weights" => "put the checkpoint that model.init_from names back as it was".to_owned(),
@@ -279,6 +289,10 @@ mod tests {
         assert!(!cpu.contains("computation") && !cpu.contains("same command"), "{cpu}");
         says(&told(&[difference("libtorch", "2.5", "2.6")]), &["use a worker with libtorch 2.5"]);
         says(&told(&[difference("device", "cpu", "cuda")]), &["--device cpu"]);
+        let gpu = told(&[difference("gpu", "NVIDIA H200, 132 SMs", "NVIDIA H100, 114 SMs"), hash()]);
+        says(&gpu, &["the kind of GPU is \"NVIDIA H100, 114 SMs\" here", "use a NVIDIA H200, 132 SMs"]);
+        let tf32 = told(&[difference("gpu_settings", "", "NVIDIA_TF32_OVERRIDE=0")]);
+        says(&tf32, &["start the worker with the run's variables: none of these"]);
         says(&told(&[difference("threads", "1", "2")]), &["job.threads is \"2\" here and \"1\" in the run"]);
         says(&told(&[hash()]), &["the same computation gives other results", "the same model of CPU"]);
         let run = OfTheRun { has_modules: true, ..OfTheRun::default() };

@@ -306,9 +306,24 @@ impl Machine {
                 chosen.push(id);
             }
         }
-        // Ranks in the order of ids, however the members were chosen.
-        chosen.sort_unstable();
+        self.rank(&mut chosen);
         chosen
+    }
+
+    /// Orders members by their ranks, however they were chosen: by id, but with the workers of one machine
+    /// next to each other. Then a machine has whole nodes of the tree by which gradients are summed, and
+    /// most of what ranks exchange stays on it.
+    fn rank(&self, members: &mut [WorkerId]) {
+        members.sort_unstable();
+        let host_of = |id: &WorkerId| self.workers.get(id)?.facts.as_ref()?.host.as_deref();
+        // Machines in the order of their oldest members.
+        let mut oldest = BTreeMap::new();
+        for id in &*members {
+            if let Some(host) = host_of(id) {
+                oldest.entry(host).or_insert(*id);
+            }
+        }
+        members.sort_by_key(|id| (host_of(id).map_or(*id, |host| oldest[host]), *id));
     }
 
     /// Most advanced quiesced member: one that stays takes precedence over one that leaves, then

@@ -36,6 +36,7 @@ fn facts(cpu: &str) -> LoadedFacts {
         sees_storage: true,
         shape: StepShape::new(PHASES, vec![0]).unwrap(),
         gpu: None,
+        host: None,
         left_out: Vec::new(),
     }
 }
@@ -283,6 +284,20 @@ fn a_group_whose_members_come_to_share_a_gpu_goes_on_over_gloo() {
     bench.ready(1, 6);
     let apart = bench.ready(2, 6);
     assert_eq!(formed(&apart).map(|group| (members(group), group.backend)), Some((vec![1], Backend::Nccl)));
+}
+
+#[test]
+fn workers_of_one_machine_have_neighbouring_ranks() {
+    let mut bench = Bench::new(5, 8, Recovered::default());
+    let mut last = Vec::new();
+    for (worker, host) in (1..).map(WorkerId).zip([Some("b"), Some("a"), None, Some("b"), Some("a")]) {
+        bench.handle(Event::Hello { worker, local: true });
+        let facts = LoadedFacts { host: host.map(str::to_string), ..facts("A") };
+        last = bench.handle(Event::Loaded(worker, facts));
+    }
+    let group = formed(&last).unwrap();
+    assert_eq!(members(group), [1, 4, 2, 5, 3]);
+    assert!(group.members.windows(2).all(|pair| pair[0].shards.end == pair[1].shards.start));
 }
 
 /// Invariant 3.

@@ -324,6 +324,7 @@ impl Worker {
             shape: StepShape::new(u32::try_from(ctx.job.phases).expect("few phases"), vec![0])
                 .expect("it reads"),
             gpu: None,
+            host: Some(format!("host {}", self.proc % 3)),
             left_out: Vec::new(),
         }
     }

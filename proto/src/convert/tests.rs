@@ -72,6 +72,7 @@ fn a_workers_messages_survive_the_wire() {
         sees_storage: true,
         shape: StepShape::new(3, vec![0, 2]).unwrap(),
         gpu: None,
+        host: None,
         left_out: Vec::new(),
     };
     let non_finite = |stop| Fault::NonFinite { position: Position(6), detail: "x".into(), stop };
@@ -81,7 +82,12 @@ fn a_workers_messages_survive_the_wire() {
         FromWorker::Leave,
         FromWorker::Fault(Generation(1), Fault::Links(vec![Rank(2), Rank(0)])),
         FromWorker::Loaded(
-            LoadedFacts { gpu: Some("h/0".into()), left_out: vec![3, 9], ..loaded.clone() },
+            LoadedFacts {
+                gpu: Some("h/0".into()),
+                host: Some("h".into()),
+                left_out: vec![3, 9],
+                ..loaded.clone()
+            },
             None,
         ),
         FromWorker::Loaded(loaded, Some(Box::default())),

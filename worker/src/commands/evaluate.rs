@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use crate::commands::error::Failure;
 use crate::commands::generator_file::{Found, Weights};
+use crate::commands::restored::Restored;
 use crate::commands::sample::{say_beside, try_out};
 use crate::data::{DataSet, ImageShape};
 use crate::eval::EvalError;
@@ -39,7 +40,8 @@ pub(crate) struct Eval {
     /// idx:/data/train-images-idx3-ubyte.gz. Default: the data of the run.
     #[arg(long, value_name = "KIND[:PATH]")]
     data: Option<Source>,
-    /// Real samples of the same kind that were not trained on.
+    /// Real samples of the same kind that were not trained on. Models with a likelihood, or a bound of one,
+    /// are evaluated by it. Default for transformers: those of the run.
     #[arg(long, value_name = "PATH")]
     held_out: Option<PathBuf>,
     /// Number of samples to generate.
@@ -94,10 +96,14 @@ pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
     if arguments.rungs && arguments.weights.is_given() {
         return Err(Failure::Input("--rungs judges no run; leave one of the two out".to_string()));
     }
+    if !arguments.rungs && arguments.weights.transformer().is_some() {
+        return of_transformer(arguments, progress);
+    }
     let found = (!arguments.rungs).then(|| arguments.weights.open()).transpose()?;
     let shape = found.as_ref().map(|found| found.painter.shape());
     let job = found.as_ref().and_then(|found| found.job.as_ref());
     let source = real_data(arguments.data.as_ref(), shape, job)?;
+    let job_text = job.map(|(_, text)| text.clone());
     let open = |data: &Data, option: &str| {
         DataSet::open(data)
             .map_err(|error| error.in_words_of(option, "the kind of --data"))
@@ -123,7 +129,9 @@ pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
         Some(Found { name, painter, .. }) => {
             progress.part("samples", samples.into());
             let images = painter.draw_counted(Purpose::Evaluation, arguments.seed, samples, &progress);
-            vec![(name, judge.metrics(&images, None, &progress)?)]
+            let mut metrics = judge.metrics(&images, None, &progress)?;
+            metrics.extend(own_scalars(arguments, job_text.as_deref(), &progress)?);
+            vec![(name, metrics)]
         }
         None => {
             let held_out = held_out()?
@@ -136,6 +144,40 @@ pub(crate) fn eval(arguments: &Eval) -> Result<(), Failure> {
         if arguments.json { as_json(&judge, count, &judged) } else { as_table(&judge, count, &judged) };
     drop(progress);
     Ok(out::print(&text)?)
+}
+
+/// Prints what a transformer's likelihood is of held-out samples.
+fn of_transformer(arguments: &Eval, progress: Progress) -> Result<(), Failure> {
+    progress.part("held-out samples", 0);
+    let restored = Restored::open(arguments.weights.name())?;
+    let own = restored.evaluate(arguments.held_out.as_ref())?.ok_or_else(|| {
+        let what = "a transformer is evaluated by samples that it was not trained on, and the run has none";
+        Failure::Input(format!("{what}; give them with --held-out"))
+    })?;
+    let about = format!("{} held-out samples of {}", own.samples, own.held_out.display());
+    let text = if arguments.json {
+        let judged = as_values(&[(restored.name, own.metrics)]);
+        let about = json!({ "held_out": own.held_out, "samples": own.samples, "judged": judged });
+        format!("{about:#}\n")
+    } else {
+        format!("{about}\n\n{}", as_list(&restored.name, &own.metrics))
+    };
+    drop(progress);
+    Ok(out::print(&text)?)
+}
+
+/// Scalars of the objective's own for the held-out samples that the command names.
+fn own_scalars(
+    arguments: &Eval,
+    job: Option<&str>,
+    progress: &Progress,
+) -> Result<Vec<(String, f64)>, Failure> {
+    if arguments.held_out.is_none() || !job.is_some_and(Restored::may_have_scalars) {
+        return Ok(Vec::new());
+    }
+    progress.part("held-out samples", 0);
+    let restored = Restored::open(arguments.weights.name())?;
+    Ok(restored.evaluate(arguments.held_out.as_ref())?.map_or_else(Vec::new, |own| own.metrics))
 }
 
 type Judged = Vec<(String, Vec<(String, f64)>)>;
@@ -174,16 +216,24 @@ pub(crate) fn real_data(
 }
 
 fn as_json(judge: &Judge, reference: usize, judged: &Judged) -> String {
-    let sets: Vec<Value> = judged
-        .iter()
-        .map(|(name, metrics)| {
-            let metrics: serde_json::Map<String, Value> =
-                metrics.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
-            json!({ "samples_of": name, "metrics": metrics })
-        })
-        .collect();
+    let sets = as_values(judged);
     let about = json!({ "features": judge.describe(), "samples": judge.samples(), "reference": reference, "judged": sets });
     format!("{about:#}\n")
+}
+
+fn as_values(judged: &[(String, Vec<(String, f64)>)]) -> Vec<Value> {
+    let of_set = |(name, metrics): &(String, Vec<(String, f64)>)| {
+        let metrics: serde_json::Map<String, Value> =
+            metrics.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+        json!({ "samples_of": name, "metrics": metrics })
+    };
+    judged.iter().map(of_set).collect()
+}
+
+/// A metric a line, below the name of what they are of.
+fn as_list(name: &str, metrics: &[(String, f64)]) -> String {
+    let lines = metrics.iter().map(|(name, value)| format!("  {name:<26} {value:>12.4}\n"));
+    format!("{name}\n{}", lines.collect::<String>())
 }
 
 /// Table of metrics: a row per set of samples, or a row per metric for a single set.
@@ -195,11 +245,7 @@ fn as_table(judge: &Judge, reference: usize, judged: &Judged) -> String {
     );
     let Some((_, first)) = judged.first() else { return text };
     if let [(name, metrics)] = judged.as_slice() {
-        let _ = writeln!(text, "{name}");
-        for (name, value) in metrics {
-            let _ = writeln!(text, "  {name:<26} {value:>12.4}");
-        }
-        return text;
+        return text + &as_list(name, metrics);
     }
     let titles: Vec<String> = first.iter().map(|(name, _)| name.replace('_', " ")).collect();
     let _ = writeln!(text, "| samples | {} |", titles.join(" | "));

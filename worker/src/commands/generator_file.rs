@@ -70,9 +70,14 @@ impl Weights {
         self.run.is_some() || self.checkpoint.is_some() || self.generator.is_some() || self.package.is_some()
     }
 
+    /// The run, or the place of the weights; `None` for the newest run.
+    pub(crate) fn name(&self) -> Option<&RunName> {
+        self.run.as_ref().or(self.checkpoint.as_ref())
+    }
+
     /// Finds and reads the weights of a transformer; `None` if there are none.
     pub(crate) fn transformer(&self) -> Option<TransformerFile> {
-        let read = run::read(self.run.as_ref().or(self.checkpoint.as_ref()), WEIGHTS_FILE).ok()?;
+        let read = run::read(self.name(), WEIGHTS_FILE).ok()?;
         if model_of(&read.bytes).as_deref() != Some("transformer") {
             return None;
         }
@@ -89,11 +94,11 @@ impl Weights {
     pub(crate) fn open(&self) -> Result<Found, Failure> {
         if self.transformer().is_some() {
             return Err(Failure::Input(
-                "the run trains a transformer, which has no generator; worker sample draws from it"
+                "the run trains a transformer, which has no generator; worker sample draws from it, worker eval evaluates it"
                     .to_string(),
             ));
         }
-        let name = self.run.as_ref().or(self.checkpoint.as_ref());
+        let name = self.name();
         // A run has one of the two; where it has none, the usual one is told to be missing.
         let read = run::read(name, GENERATOR).or_else(|missing| {
             run::read(name, WEIGHTS_FILE).map_err(|other| match (&missing, &other) {

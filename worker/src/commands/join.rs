@@ -7,7 +7,7 @@ use ganglion_membership::LoadedFacts;
 use ganglion_membership::member::Event;
 use ganglion_proto::clock;
 use ganglion_proto::dial::Credentials;
-use ganglion_proto::job::{Data, Job};
+use ganglion_proto::job::Job;
 use ganglion_proto::log;
 use ganglion_proto::message::{Assignment, FromWorker};
 use ganglion_proto::trace::{Nothing, Trace, Track};
@@ -17,7 +17,8 @@ use tch::Device;
 use crate::checkpoint::init_weights::Beginning;
 use crate::checkpoint::storage::RunStorage;
 use crate::commands::error::Failure;
-use crate::data::{DataError, DataSet};
+use crate::commands::restored::opened;
+use crate::data::DataSet;
 use crate::device::gpu::GpuWatch;
 use crate::device::{self, DeviceChoice};
 use crate::engine::checkpoint_writer::{Archive, Context};
@@ -163,7 +164,7 @@ fn load(
     tch::set_num_interop_threads(1);
     c10d::aten::keep_freed_memory().map_err(Failure::other)?;
     c10d::aten::set_deterministic(job.job.deterministic).map_err(Failure::other)?;
-    let data = open_data(&job, &job.data).map_err(|error| match error.into_input() {
+    let data = opened(&job, &job.data).map_err(|error| match error.into_input() {
         Ok(detail) => Failure::Input(detail),
         Err(other) => Failure::Other(other.to_string()),
     })?;
@@ -218,7 +219,7 @@ fn facts(
     beginning: Option<&Beginning>,
     device: Device,
 ) -> Result<LoadedFacts, Failure> {
-    let probe = passport::probe(job, model).map_err(Failure::input)?;
+    let probe = passport::probe(job, model, device).map_err(Failure::input)?;
     let mut passport = passport::take(job, &probe, data, device).map_err(Failure::other)?;
     if let Some(beginning) = beginning {
         passport.0.insert("initial_weights".to_string(), beginning.digest().to_string());
@@ -230,6 +231,7 @@ fn facts(
         sees_storage: false,
         shape: model.shape().clone(),
         gpu: place.as_deref().map(device::name),
+        host: device::machine(),
         left_out: data.left_out().to_vec(),
     })
 }
@@ -246,12 +248,6 @@ fn check_batch(job: &Job, left: u64) -> Result<(), Failure> {
     )))
 }
 
-/// Opens samples, with their classes for a conditional model.
-fn open_data(job: &Job, data: &Data) -> Result<DataSet, DataError> {
-    let open = if job.model.conditional { DataSet::open_labelled } else { DataSet::open };
-    open(data)
-}
-
 /// Opens the inputs of evaluations, if the job has any, and starts their thread.
 fn evaluations(
     job: &Job,
@@ -263,7 +259,7 @@ fn evaluations(
     if job.sample.every_steps != 0 && model.objective.sampler().is_none() {
         tracing::info!("the objective draws no samples: there are no grids");
     }
-    let inputs = Inputs::open(job, model, data, |held_out| open_data(job, held_out))?;
+    let inputs = Inputs::open(job, model, data, |held_out| opened(job, held_out))?;
     let context = inputs.map(|inputs| beside::Context {
         job: job.clone(),
         model: model.clone(),

@@ -7,5 +7,6 @@ pub(crate) mod generator_file;
 pub mod join;
 pub(crate) mod linger;
 pub mod program;
+pub(crate) mod restored;
 pub(crate) mod sample;
 mod tokens;

@@ -2,6 +2,7 @@
 
 pub(crate) mod gpu;
 
+use std::ffi::OsString;
 use std::str::FromStr;
 
 use ganglion_proto::package::Accelerator;
@@ -34,6 +35,40 @@ pub(crate) fn accelerator(device: Device) -> Result<Option<Accelerator>, c10d::E
         })),
         _ => Ok(None),
     }
+}
+
+/// What the bits of a GPU depend on, for the fingerprint of the environment: kernels divide their work by its
+/// multiprocessors, and libraries choose kernels by its kind, their own version and their settings. Nothing
+/// for the CPU.
+///
+/// # Errors
+/// There is no such GPU.
+pub(crate) fn gpu_facts(device: Device) -> Result<Vec<(&'static str, String)>, c10d::Error> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(index) => Ok(vec![
+            ("gpu", c10d::cuda::name(index)?),
+            ("gpu_capability", c10d::cuda::compute_capability(index)?),
+            ("gpu_libraries", format!("CUDA {}, {}", c10d::cuda::version()?, c10d::cuda::libraries()?)),
+            ("gpu_settings", settings(std::env::vars_os())),
+        ]),
+        _ => Ok(Vec::new()),
+    }
+}
+
+/// Variables that steer the arithmetic of a GPU's libraries, in order: `NAME=VALUE, ...`.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+fn settings(variables: impl Iterator<Item = (OsString, OsString)>) -> String {
+    let steers = |name: &str| {
+        let starts = ["CUBLAS", "CUDNN", "NVIDIA_TF32", "TORCH_ALLOW_TF32", "TORCH_CUDNN", "TORCH_BLAS"];
+        starts.iter().any(|start| name.starts_with(start)) && !name.contains("LOG")
+    };
+    let shown = variables.map(|(name, value)| (name.to_string_lossy().into_owned(), value));
+    let steering = shown.filter(|(name, _)| steers(name));
+    let mut steering: Vec<String> =
+        steering.map(|(name, value)| format!("{name}={}", value.to_string_lossy())).collect();
+    steering.sort_unstable();
+    steering.join(", ")
 }
 
 impl FromStr for DeviceChoice {
@@ -131,17 +166,33 @@ fn processor() -> Option<String> {
 /// Name of the GPU at a PCI address of this machine, the same in all processes and containers on it, and on
 /// no other machine. NCCL tells GPUs apart by the same two facts.
 pub fn name(place: &str) -> String {
+    format!("{}/{place}", machine().unwrap_or_default())
+}
+
+/// Name of this machine, the same in all containers on it, and on no other machine; `None` if it has none.
+pub fn machine() -> Option<String> {
     // Two containers of one machine have the same, and no two machines do. A host's name is only nearly
     // as good.
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
-    let machine =
-        boot.map(|id| id.trim().to_string()).or_else(|| nix::unistd::gethostname().ok()?.into_string().ok());
-    format!("{}/{place}", machine.unwrap_or_default())
+    let name = boot.map(|id| id.trim().to_string());
+    name.or_else(|| nix::unistd::gethostname().ok()?.into_string().ok()).filter(|name| !name.is_empty())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_steers_a_gpus_arithmetic_is_told() {
+        let variables = [
+            ("NVIDIA_TF32_OVERRIDE", "0"),
+            ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
+            ("CUDNN_LOGLEVEL_DBG", "3"),
+            ("HOME", "/root"),
+        ];
+        let told = settings(variables.into_iter().map(|(name, value)| (name.into(), value.into())));
+        assert_eq!(told, "CUBLAS_WORKSPACE_CONFIG=:4096:8, NVIDIA_TF32_OVERRIDE=0");
+    }
 
     #[test]
     fn devices_are_read_and_others_refused() {

@@ -8,6 +8,7 @@ use ganglion_proto::job::Job;
 use tch::Device;
 
 use crate::data::DataSet;
+use crate::device;
 use crate::engine::commit::commit;
 use crate::nn::tensor_bytes::to_bytes;
 use crate::objective::{Model, ScalarRole, ShardAt, ShardBatch, ShardGrad, Unsuitable};
@@ -25,9 +26,16 @@ pub(crate) const NUMERICS: u32 = 1;
 ///
 /// # Errors
 /// The objective cannot be laid out.
-pub(crate) fn probe(job: &Job, model: &Model) -> Result<Model, Unsuitable> {
-    let samples = model.objective.probe_batch(job.job.shard_batch);
+pub(crate) fn probe(job: &Job, model: &Model, device: Device) -> Result<Model, Unsuitable> {
+    let samples = samples(job, model, device);
     Model::new(model.objective.probe(samples).into(), job.job.precision)
+}
+
+/// Number of samples of the probe.
+fn samples(job: &Job, model: &Model, device: Device) -> u32 {
+    let shard_batch = job.job.shard_batch;
+    // A GPU's libraries choose kernels by the exact shapes.
+    if device.is_cuda() { shard_batch } else { model.objective.probe_batch(shard_batch) }
 }
 
 /// Computes the fingerprint of the environment: the number of the build's arithmetic, the kind of machine,
@@ -38,7 +46,7 @@ pub(crate) fn take(
     data: &DataSet,
     device: Device,
 ) -> Result<Passport, c10d::Error> {
-    let small = probe.objective.probe_batch(job.job.shard_batch);
+    let small = samples(job, probe, device);
     let classes = if data.labels().is_empty() { 0 } else { data.classes() };
     let batch = ShardBatch::stand_ins(job.job.seed, small, data.shape(), classes).to(device);
     let (forward_backward, commits) = hashes(probe, job.job.seed, &batch, device)?;
@@ -56,7 +64,8 @@ pub(crate) fn take(
         ("threads", job.job.threads.to_string()),
     ];
     let items = items.into_iter().map(|(item, value)| (item.to_string(), value));
-    Ok(Passport(items.chain(exclusions).chain(probe.objective.fingerprint()).collect()))
+    let gpu = device::gpu_facts(device)?.into_iter().map(|(item, value)| (item.to_string(), value));
+    Ok(Passport(items.chain(gpu).chain(exclusions).chain(probe.objective.fingerprint()).collect()))
 }
 
 /// Runs the first phase of each name once from the initial state, on substitutes for a few images, and

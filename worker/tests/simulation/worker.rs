@@ -116,6 +116,7 @@ pub(crate) async fn live(start: Start) {
         sees_storage: true,
         shape: welcome.job.shape(),
         gpu: None,
+        host: None,
         left_out: Vec::new(),
     };
     session.loaded(facts, None);
