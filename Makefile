@@ -20,7 +20,7 @@ KILLS ?= 100
 RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-bench build-tests demo bench bench-functions bench-gpu bench-load bench-recovery test test-bench golden simulate simulate-planted simulate-shell chaos check fmt lint style modules features unused docs licences proto-lint proto-breaking proto-contract clean \
+.PHONY: help setup build build-bench build-tests demo bench bench-functions bench-gpu bench-load bench-recovery scale test test-bench golden simulate simulate-planted simulate-shell chaos check fmt lint style modules features unused docs licences proto-lint proto-breaking proto-contract clean \
 	advisories pins update-pins requirements sbom check-sbom wheel image release check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
 
 help: ## Show what there is to make.
@@ -89,6 +89,9 @@ bench-functions: setup ## Measure single functions: the sum of gradients, Adam, 
 
 bench-load: build-bench ## Measure a coordinator with many sessions: SESSIONS="100 500".
 	target/release/load $(SESSIONS)
+
+scale: build-bench build-tests ## Measure groups of up to 64 real workers, and model larger ones; write docs/scale.md.
+	target/release/scale --page docs/scale.md
 
 bench-recovery: build-bench $(TOOLS)/bench ## Kill workers and coordinators, and those of others; write docs/recovery.md.
 	target/release/recovery --kills $(KILLS) --restarts $(RESTARTS) --seed $(or $(SEED),1) --python-path $(TOOLS)/bench \

@@ -3,16 +3,20 @@
 //! They are the programs that users run, with a function for the failpoints: with
 //! `GANGLION_FAILPOINT=POINT@NUMBER:FILE` in its environment, the first process of a run that reaches the point with
 //! that number creates the file and kills itself. The others find the file and go on. With the prefix `hang:`, only
-//! the thread at the point stops, for ever.
+//! the thread at the point stops, for ever. With `GANGLION_PAUSE=POINT:MILLISECONDS` each thread sleeps whenever it is
+//! there.
 
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, raise};
 
 /// Environment variable with the failpoint.
 pub const VARIABLE: &str = "GANGLION_FAILPOINT";
+/// Environment variable with a pause.
+pub const PAUSE: &str = "GANGLION_PAUSE";
 
 /// Returns the folder of the programs with failpoints that belong to those of another folder: the folder itself for
 /// builds of a time when all programs had failpoints.
@@ -51,6 +55,15 @@ struct Wanted {
 /// Kills the process or stops the thread if the environment asks for it at this failpoint.
 pub fn obey(point: &str, number: u64) {
     static WANTED: OnceLock<Option<Wanted>> = OnceLock::new();
+    static PAUSES: OnceLock<Option<(String, Duration)>> = OnceLock::new();
+    let pause = || {
+        let text = std::env::var(PAUSE).ok()?;
+        let (point, time) = text.split_once(':')?;
+        Some((point.to_string(), Duration::from_millis(time.parse().ok()?)))
+    };
+    if let Some((_, time)) = PAUSES.get_or_init(pause).as_ref().filter(|(at, _)| at == point) {
+        std::thread::sleep(*time);
+    }
     // Read once: this is on the path of each phase.
     let Some(wanted) = WANTED.get_or_init(|| parse(&std::env::var(VARIABLE).ok()?)) else { return };
     if wanted.number == number && wanted.point == point {

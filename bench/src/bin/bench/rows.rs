@@ -117,11 +117,11 @@ fn rows() -> Vec<Row> {
     let dcgan_28_4 = Job { steps: 8, ..DCGAN_28.on(4) };
     let dcgan_64_4 = Job { steps: 4, ..DCGAN_64.on(4) };
     vec![
-        Row::new(MLP, 3).with_targets(1.6, 1.25),
-        Row::new(MLP.on(2), 3).with_targets(2.2, 1.5),
-        Row::new(mlp_4.clone(), 2),
+        Row::new(MLP, 3).with_targets(1.6, 1.2),
+        Row::new(MLP.on(2), 3).with_targets(2.2, 2.2),
+        Row::new(mlp_4.clone(), 3).with_targets(2.0, 2.0),
         Row::new(DCGAN_28, 2),
-        Row::new(DCGAN_28.on(2), 3).with_targets(1.35, 1.1),
+        Row::new(DCGAN_28.on(2), 3).with_targets(1.35, 1.2),
         Row::new(dcgan_28_4.clone(), 1),
         Row::new(DCGAN_64, 1),
         Row::new(DCGAN_64.on(2), 2),
