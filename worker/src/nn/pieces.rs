@@ -1,7 +1,7 @@
 //! Building blocks of networks that are no plain lists of layers: each names its tensors and uses them in
 //! the same order.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::{Init, TensorSpec};
 
@@ -110,9 +110,9 @@ pub(super) fn double(x: &Tensor) -> Tensor {
 }
 
 fn filter(like: &Tensor, scale: f64, features: i64) -> Tensor {
-    // [1, 3, 3, 1], computed: values copied into a tensor would not be recorded when the network is traced.
-    let side = (Tensor::arange(4, (Kind::Float, Device::Cpu)) - 1.5).abs() * -2.0 + 4.0;
-    let square = side.view([4, 1]).matmul(&side.view([1, 4])) * scale;
-    let square = square.to_kind(Kind::Float).to_device(like.device()).to_kind(like.kind());
+    // [1, 3, 3, 1], computed: values copied into a tensor would not be recorded when the network is traced, and
+    // a GPU would be waited for.
+    let side = (Tensor::arange(4, (Kind::Float, like.device())) - 1.5).abs() * -2.0 + 4.0;
+    let square = (side.view([4, 1]) * side.view([1, 4]) * scale).to_kind(like.kind());
     square.expand([features, 1, 4, 4], false).contiguous()
 }
