@@ -2,6 +2,7 @@
 #include <string>
 #include <utility>
 
+#include <c10/util/env.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 
 #include "c10d/src/ffi.rs.h"
@@ -115,6 +116,13 @@ class GlooEngine final : public Engine {
 };
 
 } // namespace
+
+// Gloo reads these with each group: peers' addresses are asked for together, and connections to one listener are told
+// apart by ranks, so that what a rank says of itself has one length.
+void prepare_gloo() {
+  c10::utils::set_env("GLOO_ENABLE_STORE_V2_API", "1", /*overwrite=*/false);
+  c10::utils::set_env("GLOO_ENABLE_RANK_AS_SEQUENCE_NUMBER", "1", /*overwrite=*/false);
+}
 
 std::unique_ptr<Group> gloo_group(
     std::int32_t rank,

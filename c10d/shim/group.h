@@ -75,6 +75,7 @@ class Group {
   Handle handle_;
 };
 
+void prepare_gloo();
 std::unique_ptr<Group> gloo_group(
     std::int32_t rank,
     std::int32_t world_size,

@@ -58,6 +58,19 @@ class RustStore final : public c10d::Store {
     return to_bytes((*store_)->get(key, static_cast<std::uint64_t>(timeout_.count())));
   }
 
+  // The group asks for its peers' addresses by few calls then.
+  bool hasExtendedApi() const override { return true; }
+
+  std::vector<Bytes> multiGet(const std::vector<std::string>& keys) override {
+    const auto strs = to_strs(keys);
+    std::vector<Bytes> values;
+    for (const auto& value :
+         (*store_)->get_many({strs.data(), strs.size()}, static_cast<std::uint64_t>(timeout_.count()))) {
+      values.push_back(to_bytes(value.bytes));
+    }
+    return values;
+  }
+
   std::int64_t add(const std::string& key, std::int64_t value) override { return (*store_)->add(key, value); }
 
   bool deleteKey(const std::string& key) override { return (*store_)->remove(key); }

@@ -15,11 +15,17 @@ pub(crate) mod shim {
         type StoreHandle;
         fn set(self: &StoreHandle, key: &str, value: &[u8]) -> Result<()>;
         fn get(self: &StoreHandle, key: &str, timeout_ms: u64) -> Result<Vec<u8>>;
+        fn get_many(self: &StoreHandle, keys: &[&str], timeout_ms: u64) -> Result<Vec<Value>>;
         fn add(self: &StoreHandle, key: &str, amount: i64) -> Result<i64>;
         fn compare_set(self: &StoreHandle, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>>;
         fn remove(self: &StoreHandle, key: &str) -> Result<bool>;
         fn contains(self: &StoreHandle, keys: &[&str]) -> Result<bool>;
         fn wait(self: &StoreHandle, keys: &[&str], timeout_ms: u64) -> Result<()>;
+    }
+
+    /// Value of a key.
+    struct Value {
+        bytes: Vec<u8>,
     }
 
     /// Time limits of a Gloo group, in milliseconds.
@@ -91,6 +97,7 @@ pub(crate) mod shim {
             prefix: &str,
         ) -> Result<UniquePtr<Group>>;
 
+        fn prepare_gloo() -> Result<()>;
         fn gloo_group(
             rank: i32,
             world_size: i32,

@@ -20,6 +20,15 @@ use crate::store::{KeyValueStore, StoreHandle};
 use crate::sync::milliseconds;
 use crate::{Buffer, Error};
 
+/// Lets groups over Gloo meet by few calls of their store: as many as ranks rather than as their square. All
+/// ranks of a group must do so, or none. Must be called before another thread may read the environment.
+///
+/// # Errors
+/// None in practice.
+pub fn prepare_gloo() -> Result<(), Error> {
+    Ok(shim::prepare_gloo()?)
+}
+
 /// Address at which its peers reach a rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GlooAddress {

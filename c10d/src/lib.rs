@@ -65,7 +65,7 @@ mod tcp_store;
 pub use backend::{live_handles, wait_for_handles};
 pub use buffer::Buffer;
 pub use error::{Error, Refused};
-pub use group::{GlooAddress, GlooOptions, Group, Launch, ReduceOp};
+pub use group::{GlooAddress, GlooOptions, Group, Launch, ReduceOp, prepare_gloo};
 pub use host::HostCopy;
 #[cfg(feature = "cuda")]
 pub use nccl::NcclOptions;

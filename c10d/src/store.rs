@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::ffi::shim;
 use crate::sync::{deadline, lock};
 
 /// Reason why a store did not answer.
@@ -47,6 +48,17 @@ pub trait KeyValueStore: Send + Sync {
     /// [`StoreError::Timeout`] if the key has no value in time.
     fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>, StoreError>;
 
+    /// Returns the values of several keys; waits until all have one.
+    ///
+    /// # Errors
+    /// [`StoreError::Timeout`] if a key has no value in time.
+    fn get_many(&self, keys: &[&str], timeout: Duration) -> Result<Vec<Vec<u8>>, StoreError> {
+        // One limit for all keys together, not for each.
+        let until = deadline(timeout);
+        let get = |key: &&str| self.get(key, until.saturating_duration_since(Instant::now()));
+        keys.iter().map(get).collect()
+    }
+
     /// Adds to a counter, which starts at 0, and returns the sum.
     ///
     /// # Errors
@@ -78,12 +90,7 @@ pub trait KeyValueStore: Send + Sync {
     /// # Errors
     /// [`StoreError::Timeout`] if a key has no value in time.
     fn wait(&self, keys: &[&str], timeout: Duration) -> Result<(), StoreError> {
-        // One limit for all keys together, not for each.
-        let until = deadline(timeout);
-        keys.iter().try_for_each(|key| {
-            let left = until.saturating_duration_since(Instant::now());
-            self.get(key, left).map(drop)
-        })
+        self.get_many(keys, timeout).map(drop)
     }
 }
 
@@ -173,6 +180,11 @@ impl StoreHandle {
 
     pub(crate) fn get(&self, key: &str, timeout_ms: u64) -> Result<Vec<u8>, String> {
         self.call(|store| store.get(key, Duration::from_millis(timeout_ms)))
+    }
+
+    pub(crate) fn get_many(&self, keys: &[&str], timeout_ms: u64) -> Result<Vec<shim::Value>, String> {
+        let values = self.call(|store| store.get_many(keys, Duration::from_millis(timeout_ms)))?;
+        Ok(values.into_iter().map(|bytes| shim::Value { bytes }).collect())
     }
 
     pub(crate) fn add(&self, key: &str, amount: i64) -> Result<i64, String> {

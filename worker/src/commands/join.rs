@@ -55,7 +55,8 @@ pub fn run(
     make: MakeObjective<'_>,
     trace: &Trace,
 ) -> Result<Released, Failure> {
-    // Before any thread starts: it sets the environment, which threads read.
+    // Before any thread starts: these set the environment, which threads read.
+    c10d::prepare_gloo().map_err(Failure::other)?;
     #[cfg(feature = "cuda")]
     c10d::cuda::prepare().map_err(Failure::other)?;
     let device = device.resolve().map_err(Failure::Input)?;

@@ -58,9 +58,8 @@ impl Restored {
         let text = std::fs::read_to_string(&file).map_err(|error| {
             Failure::Input(format!("{shown}: {error}; held-out samples are evaluated by the job of a run"))
         })?;
-        let job = Job::from_toml(&text).map_err(|error| {
-            Failure::Input(format!("{shown}: {error}; use the version that trained it"))
-        })?;
+        let job = Job::from_toml(&text)
+            .map_err(|error| Failure::Input(format!("{shown}: {error}; use the version that trained it")))?;
         let data = opened(&job, &job.data).map_err(EvalError::from)?;
         let unsuitable = |error: objective::Unsuitable| Failure::Input(format!("{shown}: {error}"));
         let objective = objective::make(&job, &data, Device::Cpu).map_err(unsuitable)?;

@@ -1,13 +1,14 @@
 //! Client of the coordinator's key-value store, in which a group's members find each other.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use c10d::{KeyValueStore, StoreError};
 use ganglion_membership::{Generation, Term};
 use ganglion_proto::credentials::JoinToken;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use ganglion_proto::wire::{
-    AddRequest, CompareSetRequest, ContainsRequest, DeleteRequest, GetRequest, Key, SetRequest,
+    AddRequest, CompareSetRequest, ContainsRequest, DeleteRequest, GetManyRequest, GetRequest, Key,
+    SetRequest,
 };
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -79,6 +80,26 @@ impl KeyValueStore for GrpcStore {
         let answer =
             self.ask(message, limit, |mut client, request| async move { client.get(request).await })?;
         Ok(answer.value)
+    }
+
+    fn get_many(&self, keys: &[&str], timeout: Duration) -> Result<Vec<Vec<u8>>, StoreError> {
+        let until = Instant::now() + timeout;
+        let mut values = Vec::with_capacity(keys.len());
+        while values.len() < keys.len() {
+            let left = until.saturating_duration_since(Instant::now());
+            let timeout_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+            let keys = keys[values.len()..].iter().map(|name| self.key(name)).collect();
+            let message = GetManyRequest { keys, timeout_ms };
+            let limit = left.saturating_add(ANSWER_LIMIT);
+            let answer = self
+                .ask(message, limit, |mut client, request| async move { client.get_many(request).await })?;
+            if answer.values.is_empty() {
+                return Err(StoreError::Fatal("the store answers without a value".to_string()));
+            }
+            values.extend(answer.values);
+        }
+        values.truncate(keys.len());
+        Ok(values)
     }
 
     fn add(&self, key: &str, amount: i64) -> Result<i64, StoreError> {

@@ -14,7 +14,8 @@ use ganglion_membership::{Generation, Term};
 use ganglion_proto::wire::store_service_server::StoreService;
 use ganglion_proto::wire::{
     AddRequest, AddResponse, CompareSetRequest, CompareSetResponse, ContainsRequest, ContainsResponse,
-    DeleteRequest, DeleteResponse, GetRequest, GetResponse, Key, SetRequest, SetResponse,
+    DeleteRequest, DeleteResponse, GetManyRequest, GetManyResponse, GetRequest, GetResponse, Key, SetRequest,
+    SetResponse,
 };
 use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
@@ -28,7 +29,9 @@ const ENTRY_LIMIT: usize = 64 << 10;
 const STORE_LIMIT: usize = 256 << 20;
 /// Maximum length of a key's name, in bytes.
 const NAME_LIMIT: usize = 1024;
-/// Maximum number of keys in one `contains` request.
+/// Size of the values in one answer from which on no more are added, in bytes.
+const ANSWER_SIZE: usize = 1 << 20;
+/// Maximum number of keys in one request.
 const ASKED_LIMIT: usize = 1 << 16;
 /// Maximum wait for a key.
 // The client says how long it waits; this bounds one that says too much.
@@ -184,6 +187,13 @@ impl Store {
     }
 }
 
+/// Checks that a request does not ask for too many keys.
+fn check_count(keys: &[Key]) -> Result<(), Status> {
+    let too_many =
+        || Status::resource_exhausted(format!("at most {ASKED_LIMIT} keys may be asked for at once"));
+    if keys.len() > ASKED_LIMIT { Err(too_many()) } else { Ok(()) }
+}
+
 fn counter(value: Option<&Vec<u8>>) -> Result<i64, Status> {
     let Some(value) = value else { return Ok(0) };
     // As text, like in libtorch's TCPStore: `get` must read a counter as well.
@@ -209,6 +219,26 @@ impl StoreService for Store {
             Ok(value) => Ok(Response::new(GetResponse { value: value? })),
             Err(_) => Err(Status::deadline_exceeded("the key was not set in time")),
         }
+    }
+
+    async fn get_many(&self, request: Request<GetManyRequest>) -> Result<Response<GetManyResponse>, Status> {
+        let GetManyRequest { keys, timeout_ms } = request.into_inner();
+        check_count(&keys)?;
+        let all = async {
+            let (mut values, mut size) = (Vec::new(), 0);
+            for key in keys {
+                if size > ANSWER_SIZE {
+                    break;
+                }
+                let value = self.wait(Some(key)).await?;
+                size += value.len();
+                values.push(value);
+            }
+            Ok(Response::new(GetManyResponse { values }))
+        };
+        let limit = Duration::from_millis(timeout_ms).min(WAIT_LIMIT);
+        let late = |_| Err(Status::deadline_exceeded("a key was not set in time"));
+        tokio::time::timeout(limit, all).await.unwrap_or_else(late)
     }
 
     async fn add(&self, request: Request<AddRequest>) -> Result<Response<AddResponse>, Status> {
@@ -255,12 +285,8 @@ impl StoreService for Store {
         let entries = self.entries();
         let mut all = true;
         let keys = request.into_inner().keys;
-        // The lock is held for all of them, so there must not be too many.
-        if keys.len() > ASKED_LIMIT {
-            return Err(Status::resource_exhausted(format!(
-                "at most {ASKED_LIMIT} keys may be asked for at once"
-            )));
-        }
+        // The lock is held for all of them.
+        check_count(&keys)?;
         for key in keys {
             let name = self.open(&entries, Some(key))?;
             all &= entries.values.contains_key(&name);
@@ -294,6 +320,31 @@ mod tests {
         let set = SetRequest { key: key(2, "k"), value: vec![7] };
         store.set(Request::new(set)).await.unwrap();
         assert_eq!(waiter.await.unwrap().unwrap().into_inner().value, [7]);
+    }
+
+    #[tokio::test]
+    async fn several_keys_are_waited_for_together_and_come_in_their_order() {
+        let store = store();
+        let get = |names: &[&str], timeout_ms| {
+            let keys = names.iter().filter_map(|name| key(2, name)).collect();
+            Request::new(GetManyRequest { keys, timeout_ms })
+        };
+        let set = |name: &str, value| Request::new(SetRequest { key: key(2, name), value });
+        store.set(set("b", vec![2])).await.unwrap();
+        let early = store.get_many(get(&["b", "a"], 1)).await.unwrap_err();
+        assert_eq!(early.code(), tonic::Code::DeadlineExceeded);
+        let waiting = store.clone();
+        let all = get(&["b", "a", "b"], 60_000);
+        let waiter = tokio::spawn(async move { waiting.get_many(all).await });
+        store.set(set("a", vec![1])).await.unwrap();
+        assert_eq!(waiter.await.unwrap().unwrap().into_inner().values, [[2], [1], [2]]);
+        // No more than a message holds; the client asks for the rest.
+        for name in ["a", "b"] {
+            store.set(set(name, vec![0; ENTRY_LIMIT - NAME_LIMIT])).await.unwrap();
+        }
+        let many = ["a", "b"].repeat(40);
+        let some = store.get_many(get(&many, 60_000)).await.unwrap().into_inner().values.len();
+        assert!((1..80).contains(&some), "{some}");
     }
 
     #[tokio::test]
