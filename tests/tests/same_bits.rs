@@ -1,7 +1,7 @@
 //! The promise: the cluster never changes the result.
 #![allow(clippy::unwrap_used)] // a test may panic
 
-use ganglion_tests::{Reference, Run, SMALL_DCGAN, SMALL_MLP};
+use ganglion_tests::{Reference, Run, SMALL_DCGAN, SMALL_MLP, failpoint};
 
 fn any_number_of_workers(model: &[&str], data_shards: &str) -> Reference {
     let settings = [model, &["job.steps=4", "loss.discriminator_steps=2"], &[data_shards]];
@@ -33,6 +33,23 @@ fn every_loss_has_the_same_bits_on_1_and_3_workers() {
         let settings = [SMALL_MLP, &["job.steps=2", "job.data_shards=4"], &[loss.as_str()]];
         let reference = Reference::new(&format!("1 worker with {loss}"), Run::new(&settings).complete(1));
         reference.equals(&format!("3 workers with {loss}"), &Run::new(&settings).complete(3));
+    }
+}
+
+/// More ranks than exchange sums by chunks; of 11 shards one rank has two, and its death leaves nine ranks.
+#[test]
+fn a_large_group_has_the_same_bits_over_the_network_and_through_a_death() {
+    let settings = [SMALL_MLP, &["job.steps=8", "job.data_shards=11", "job.shard_batch=2"]];
+    let reference = Reference::new("1 worker", Run::new(&settings).complete(1));
+    for point in ["reduce@7", "gather@7"] {
+        let run = Run::new(&settings).with_failpoints();
+        let once = run.beside("once");
+        let death = (failpoint::VARIABLE, format!("{point}:{}", once.display()));
+        let over_network = ("GANGLION_SHARED_MEMORY", "off".to_string());
+        let ended = run.start_in(10, &[death, over_network]).wait();
+        assert_eq!(ended.code, Some(0), "{}", ended.output);
+        assert!(once.exists(), "no worker was killed");
+        reference.equals(&format!("10 workers of which one died at {point}"), &run.digest());
     }
 }
 

@@ -1,4 +1,4 @@
-//! Exchange between any number of ranks, in two rounds: each rank sends every other its chunk of the sums,
+//! Exchange between few ranks, in two rounds: each rank sends every other its chunk of the sums,
 //! finishes its own chunk in tree order, and gathers all chunks. A sum is elementwise, so cutting it
 //! changes no bit.
 
