@@ -55,6 +55,8 @@ std::unique_ptr<at::Tensor> upload(rust::Slice<const float> values, std::int8_t 
   return std::make_unique<at::Tensor>(std::move(there));
 }
 
+void wait_for_gpu(std::int8_t device) { c10::cuda::getDefaultCUDAStream(device).synchronize(); }
+
 void empty_cuda_cache() { c10::cuda::CUDACachingAllocator::emptyCache(); }
 
 rust::String compute_capability(std::int8_t device) {

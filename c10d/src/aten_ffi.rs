@@ -126,6 +126,8 @@ pub(crate) mod shim {
         #[cfg(feature = "cuda")]
         fn upload(values: &[f32], device: i8) -> Result<UniquePtr<Tensor>>;
         #[cfg(feature = "cuda")]
+        fn wait_for_gpu(device: i8) -> Result<()>;
+        #[cfg(feature = "cuda")]
         fn empty_cuda_cache() -> Result<()>;
         #[cfg(feature = "cuda")]
         fn compute_capability(device: i8) -> Result<String>;

@@ -37,6 +37,14 @@ pub fn upload(values: &[f32], device: usize) -> Result<Tensor, Error> {
     Ok(unsafe { Tensor::from_ptr(there.cast()) })
 }
 
+/// Waits until a GPU has done all that its default stream was told to do.
+///
+/// # Errors
+/// [`Error::Invalid`] for an index out of range, [`Error::Fatal`] if some of it failed.
+pub fn wait(device: usize) -> Result<(), Error> {
+    Ok(shim::wait_for_gpu(small(device)?)?)
+}
+
 /// Returns the compute capability of a GPU, such as `9.0`.
 ///
 /// # Errors

@@ -1,44 +1,74 @@
 //! Copies of tensors in host memory.
 
+use std::sync::Mutex;
+
 use rustix::mm::{Advice, madvise};
-use tch::{Device, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::Error;
+use crate::sync::lock;
 
 /// Size of a huge page. Smaller copies do not ask for them.
 const HUGE_PAGE: usize = 2 << 20;
+
+/// Memory of the last large copy that is no longer used, for the next one of the same shape. The system clears
+/// memory that is new to a process, and a virtual machine may have to get it first: that took several times
+/// as long as a copy.
+static SPARE: Mutex<Option<Tensor>> = Mutex::new(None);
 
 /// The bytes of a tensor at one time, in memory of their own on the host.
 #[derive(Debug)]
 pub struct HostCopy(Tensor);
 
 impl HostCopy {
-    /// Copies a tensor. A large copy asks the system for huge pages, since it is made in one go and freed
-    /// soon: the first touch of each small page would take longer than the copy.
+    /// Gets memory for the first copy of a tensor of `numel` floats, so that making the copy takes no longer than
+    /// that of later ones. Does nothing for a small one.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] if libtorch has no memory.
+    pub fn prepare(numel: usize) -> Result<(), Error> {
+        let numel = i64::try_from(numel).map_err(|_| Error::Invalid(format!("{numel} floats")))?;
+        let mut memory = empty(&[numel], Kind::Float)?;
+        if bytes_of(&memory) >= HUGE_PAGE {
+            let _ = no_grad(|| memory.f_zero_())?;
+            lock(&SPARE).get_or_insert(memory);
+        }
+        Ok(())
+    }
+
+    /// Copies a tensor. A large copy goes into the memory of the one before.
     ///
     /// # Errors
     /// [`Error::Fatal`] if libtorch has no memory, or a device fails.
     pub fn of(tensor: &Tensor) -> Result<HostCopy, Error> {
-        let options = (tensor.kind(), Device::Cpu);
-        let mut copy = Tensor::f_empty(tensor.size(), options)?;
-        let bytes = copy.numel() * copy.kind().elt_size_in_bytes();
-        let start = copy.data_ptr();
-        let skipped = start.align_offset(HUGE_PAGE);
-        if bytes >= skipped.saturating_add(HUGE_PAGE) {
-            // SAFETY: the range lies within memory that `copy` owns and that nothing else uses. The advice
-            // changes how the system backs it, and not what it holds.
-            let advised = unsafe { madvise(start.byte_add(skipped), bytes - skipped, Advice::LinuxHugepage) };
-            // A system without huge pages copies as it always did.
-            let _ = advised;
-        }
+        let fits = |spare: &mut Tensor| spare.size() == tensor.size() && spare.kind() == tensor.kind();
+        let spare = lock(&SPARE).take_if(fits);
+        let mut copy = spare.map_or_else(|| empty(&tensor.size(), tensor.kind()), Ok)?;
         no_grad(|| copy.f_copy_(tensor))?;
         Ok(HostCopy(copy))
     }
 }
 
+/// New memory for a copy. Much of it is asked for in huge pages: the first touch of each small page would take
+/// longer than the copy.
+fn empty(size: &[i64], kind: Kind) -> Result<Tensor, Error> {
+    let memory = Tensor::f_empty(size, (kind, Device::Cpu))?;
+    let bytes = bytes_of(&memory);
+    let start = memory.data_ptr();
+    let skipped = start.align_offset(HUGE_PAGE);
+    if bytes >= skipped.saturating_add(HUGE_PAGE) {
+        // SAFETY: the range lies within memory that `memory` owns and that nothing else uses. The advice
+        // changes how the system backs it, and not what it holds.
+        let advised = unsafe { madvise(start.byte_add(skipped), bytes - skipped, Advice::LinuxHugepage) };
+        // A system without huge pages copies as it always did.
+        let _ = advised;
+    }
+    Ok(memory)
+}
+
 impl AsRef<[u8]> for HostCopy {
     fn as_ref(&self) -> &[u8] {
-        let bytes = self.0.numel() * self.0.kind().elt_size_in_bytes();
+        let bytes = bytes_of(&self.0);
         // An empty tensor may have no memory, and a slice must not begin at a null pointer.
         if bytes == 0 {
             return &[];
@@ -49,15 +79,32 @@ impl AsRef<[u8]> for HostCopy {
     }
 }
 
+impl Drop for HostCopy {
+    fn drop(&mut self) {
+        if bytes_of(&self.0) >= HUGE_PAGE {
+            // The newest: that of another shape will hardly be asked for again.
+            *lock(&SPARE) = Some(std::mem::replace(&mut self.0, Tensor::new()));
+        }
+    }
+}
+
+fn bytes_of(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)] // a test may panic
 mod tests {
-    use tch::Kind;
-
     use super::*;
 
+    /// One test, as copies of all threads share the memory that is kept.
     #[test]
-    fn a_copy_has_the_bytes_of_its_time_whatever_its_size() {
+    fn a_copy_has_the_bytes_of_its_time_in_memory_of_its_own() {
+        bytes_of_their_time();
+        the_memory_of_a_copy_is_used_again_once_nobody_has_it();
+    }
+
+    fn bytes_of_their_time() {
         for numel in [0, 1, 1000, 3 * HUGE_PAGE / 4 + 5] {
             let count = i64::try_from(numel).unwrap();
             let mut tensor = Tensor::arange(count, (Kind::Float, Device::Cpu));
@@ -66,6 +113,21 @@ mod tests {
             let floats = copy.as_ref().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
             assert!(floats.eq((0..numel).map(|at| at as f32)), "{numel} floats");
         }
+    }
+
+    fn the_memory_of_a_copy_is_used_again_once_nobody_has_it() {
+        let tensor = |value: f64| Tensor::full([2, 1 << 20], value, (Kind::Float, Device::Cpu));
+        let is = |copy: &HostCopy, value: f32| {
+            copy.as_ref().as_chunks().0.iter().all(|b| f32::from_le_bytes(*b) == value)
+        };
+        let first = HostCopy::of(&tensor(1.0)).unwrap();
+        let second = HostCopy::of(&tensor(2.0)).unwrap();
+        assert!(is(&first, 1.0) && is(&second, 2.0) && first.as_ref().as_ptr() != second.as_ref().as_ptr());
+        let place = first.as_ref().as_ptr();
+        drop(first);
+        let third = HostCopy::of(&tensor(3.0)).unwrap();
+        assert!(is(&second, 2.0) && is(&third, 3.0));
+        assert_eq!(third.as_ref().as_ptr(), place);
     }
 
     #[test]

@@ -57,7 +57,7 @@ pub fn set_threads(threads: u32) {
 /// Lowers the priority of the calling thread, and of those that it starts, below that of training.
 pub(crate) fn give_way() {
     // On Linux the nice value is a thread's own.
-    if let Err(error) = rustix::process::nice(5) {
+    if let Err(error) = rustix::process::nice(10) {
         tracing::debug!("a background thread has the priority of training: {error}");
     }
 }

@@ -56,6 +56,18 @@ pub(crate) fn gpu_facts(device: Device) -> Result<Vec<(&'static str, String)>, c
     }
 }
 
+/// Waits until a GPU has computed all that was launched; returns at once for the CPU.
+///
+/// # Errors
+/// Some of it failed.
+pub(crate) fn wait(device: Device) -> Result<(), c10d::Error> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(index) => c10d::cuda::wait(index),
+        _ => Ok(()),
+    }
+}
+
 /// Variables that steer the arithmetic of a GPU's libraries, in order: `NAME=VALUE, ...`.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 fn settings(variables: impl Iterator<Item = (OsString, OsString)>) -> String {

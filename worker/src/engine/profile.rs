@@ -97,9 +97,9 @@ impl Laps {
         self.track.begin(self.last, name, At { position });
     }
 
-    /// Books the time since the last lap to a part.
-    pub fn lap(&mut self, part: Part) {
-        self.pass(part, None);
+    /// Books the time since the last lap to a part, and returns it.
+    pub fn lap(&mut self, part: Part) -> Duration {
+        self.pass(part, None)
     }
 
     /// Books the time of a shard gradient (`leaf`), with its addition to the sum; returns the time since

@@ -144,7 +144,13 @@ impl Trainer {
             self.session.leaf_done(course.laps.leaf(shard));
             all_reduce.add(shard, grad);
         }
-        course.laps.lap(Part::Compute);
+        // Launches return at once: only here is it known how long a GPU takes, by which the coordinator judges
+        // whether a worker is late.
+        device::wait(self.device).map_err(TeamError::Compute)?;
+        let took = course.laps.lap(Part::Compute);
+        if self.device.is_cuda() {
+            self.session.leaf_done(took);
+        }
         // The header carries the fingerprint of the last commit: other ranks detect a divergence before
         // they commit this phase.
         all_reduce.send(header)?;
