@@ -124,6 +124,8 @@ pub enum Event {
     PartWritten(WorkerId, Generation, WrittenPart),
     /// The manifest of a checkpoint is on the storage.
     CheckpointCommitted(Checkpoint),
+    /// The storage was searched: update index of a newer checkpoint that is being committed, if there is one.
+    Searched(Option<Position>),
     /// A worker trained to the end (`complete`) or to a planned stop, and is quiesced at that
     /// update index.
     Finished {
@@ -325,6 +327,9 @@ pub enum Action {
     },
     /// Write the manifest of a checkpoint, then report [`Event::CheckpointCommitted`].
     Commit(Checkpoint),
+    /// Look in the storage for a checkpoint that members saved by themselves, and report
+    /// [`Event::Searched`]; if it is newer than all that were committed, commit it.
+    Search,
     /// Record that the files of this step's checkpoint never became complete.
     AbandonCheckpoint(u64),
     /// Start a worker process.

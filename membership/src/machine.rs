@@ -60,6 +60,8 @@ pub struct Machine {
     skips: BTreeSet<Position>,
     /// Whether the newest generation's members still train by another job.
     job_changed: bool,
+    /// Search for a newer checkpoint, before a group forms of which nobody holds a state.
+    search: Option<Search>,
     /// Count of divergences since the newest checkpoint.
     divergences: u32,
     /// Pairs of workers that cannot reach each other, each with the time until which they are kept
@@ -88,6 +90,15 @@ struct Worker {
     leaving: bool,
     /// Time at which the worker became a member of a group; `None` if it never was one.
     member_since: Option<Time>,
+}
+
+/// Stage of a search for a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Search {
+    /// The storage is searched.
+    Asked,
+    /// A checkpoint at this update index was found, and counts once it is committed.
+    Until(Position),
 }
 
 /// Last report of a worker about its part in the newest generation.
@@ -153,6 +164,7 @@ impl Machine {
             condemned,
             skips: skips.into_iter().collect(),
             job_changed,
+            search: None,
             divergences: 0,
             severed: BTreeMap::new(),
             overslept: None,
@@ -222,6 +234,8 @@ impl Machine {
                 self.part_written(worker, generation, part, actions);
             }
             Event::CheckpointCommitted(checkpoint) => self.committed(checkpoint, actions),
+            // The group forms in what follows every event.
+            Event::Searched(found) => self.search = found.map(Search::Until),
             Event::Finished { worker, generation, position, complete } => {
                 self.finished((worker, generation), position, complete, actions);
             }

@@ -239,6 +239,30 @@ fn a_remote_worker_that_is_killed_is_gone_at_once() {
     assert_nothing_lost(&run, 1100);
 }
 
+/// The machine of the coordinator slept, for example. Its workers trained on until their leases ended, saved
+/// what they had and left; no step of that is computed again.
+#[test]
+fn a_coordinator_that_was_away_goes_on_from_what_its_workers_saved() {
+    let model = ["model.kind=dcgan-28", "model.width=8", "model.latent_dim=8", "job.shard_batch=6"];
+    let steps: &[&str] = &["job.steps=1200", "metrics.every_steps=1", "checkpoint.every_steps=20"];
+    // Leases of six seconds.
+    let settings = [&model, steps, &["job.failure_deadline=0.5"]];
+    let run = Run::new(&settings);
+    let coordinator = run.start(2);
+    let before = run.wait_for("checkpoint", |_| true)["step"].as_u64().unwrap();
+    let pids = run.pids(1);
+    coordinator.signal(Signal::SIGSTOP);
+    eventually("end of the leases", || pids.iter().all(|pid| !is_running(*pid)).then_some(()));
+    coordinator.signal(Signal::SIGCONT);
+    let formed = run.wait_for("generation_formed", |event| event["generation"].as_u64() > Some(1));
+    let start = formed["start"].as_str().unwrap().strip_prefix("step-").expect("from a checkpoint");
+    let step: u64 = start.split('-').next().unwrap().parse().unwrap();
+    assert!(step > before + 20, "from step {step}, although step {before} was saved before");
+    assert_complete(coordinator);
+    assert_nothing_lost(&run, 1200);
+    Reference::of(&settings).equals("a run whose coordinator was away", &run.digest());
+}
+
 #[test]
 fn a_remote_worker_that_comes_back_from_the_dead_joins_anew() {
     let settings = [SMALL_MLP, LONG, &["job.steps=4000"]];

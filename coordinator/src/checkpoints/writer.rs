@@ -12,6 +12,7 @@
 use std::time::Duration;
 
 use ganglion_membership::Checkpoint;
+use ganglion_proto::message::MetricsRow;
 use ganglion_proto::trace;
 use ganglion_storage::{Pauses, reason};
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
@@ -35,6 +36,10 @@ pub(crate) enum Kept {
     Delayed(Checkpoint, String),
     /// The storage refused to have the best checkpoint named; it is retried.
     BestDelayed(u64, String),
+    /// The newest whole checkpoint that the storage has, and the rows that workers left up to its step.
+    Found(Option<Checkpoint>, Vec<MetricsRow>),
+    /// The storage cannot be searched, for this reason; it is retried.
+    SearchDelayed(String),
 }
 
 /// Files that describe the best checkpoint.
@@ -56,6 +61,8 @@ enum Order {
     Best(BestFiles, Vec<String>),
     /// Remove checkpoints beyond the retention limit.
     Prune(Vec<String>),
+    /// Find the newest whole checkpoint.
+    Search,
 }
 
 /// Handle of the task. Dropping it aborts the task.
@@ -109,6 +116,11 @@ impl Keeper {
         let _ = self.orders.send(Order::Prune(protected));
     }
 
+    /// Orders a search for the newest whole checkpoint.
+    pub(crate) fn search(&self) {
+        let _ = self.orders.send(Order::Search);
+    }
+
     /// Closes the queue and waits for the task, at most `limit`; returns whether it has finished.
     pub(crate) async fn finish(&mut self, limit: Duration) -> bool {
         let (closed, _) = mpsc::unbounded_channel();
@@ -157,6 +169,13 @@ async fn keep(
                     done.map_err(|error| Kept::BestDelayed(*step, reason(&error)))
                 }
                 Order::Prune(_) => Ok(()),
+                Order::Search => match search(&checkpoints).await {
+                    Ok((newest, rows)) => {
+                        let _ = telling.send(Kept::Found(newest, rows));
+                        Ok(())
+                    }
+                    Err(error) => Err(Kept::SearchDelayed(reason(&error))),
+                },
             };
             let Err(delayed) = done else { break };
             // Fails only if the shell has ended; the order is still carried out, up to the limit of
@@ -165,7 +184,10 @@ async fn keep(
             // A checkpoint that is given up need not wait for its storage, so the pause ends early.
             let _ = tokio::time::timeout(pauses.draw(), given_up.changed()).await;
         }
-        let (Order::Commit(_, _, protected) | Order::Best(_, protected) | Order::Prune(protected)) = &order;
+        let (Order::Commit(_, _, protected) | Order::Best(_, protected) | Order::Prune(protected)) = &order
+        else {
+            continue;
+        };
         // Not retried: the next order prunes as well.
         if let Err(error) = checkpoints.prune(keep_last, protected).await {
             tracing::warn!("cannot remove old checkpoints: {}", reason(&error));
@@ -176,6 +198,15 @@ async fn keep(
             let _ = telling.send(kept);
         }
     }
+}
+
+/// The newest whole checkpoint, with the rows that workers left up to its step.
+async fn search(
+    checkpoints: &Checkpoints,
+) -> Result<(Option<Checkpoint>, Vec<MetricsRow>), ganglion_storage::Error> {
+    let Some(newest) = checkpoints.newest_valid().await?.0 else { return Ok((None, Vec::new())) };
+    let rows = checkpoints.left_rows(newest.step).await?;
+    Ok((Some(newest), rows))
 }
 
 /// Makes a checkpoint valid as long as it is wanted; returns whether it is valid.

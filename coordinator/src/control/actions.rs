@@ -8,7 +8,7 @@ use ganglion_membership::{
     Plan, PlanKind, Rejection, Start, WorkerId,
 };
 use ganglion_proto::job::{Exclusion, ModelKind};
-use ganglion_proto::message::{Assignment, ToWorker};
+use ganglion_proto::message::{Assignment, MetricsRow, ToWorker};
 use ganglion_proto::record::found::FileFound;
 use ganglion_proto::record::{MemberLine, PlannedChange, RunEvent};
 use ganglion_proto::words::counted;
@@ -53,6 +53,7 @@ impl Shell {
             }
             Action::Announce { plan, workers } => self.announce(plan, &workers),
             Action::Commit(checkpoint) => self.commit(checkpoint)?,
+            Action::Search => self.keeper.search(),
             Action::AbandonCheckpoint(step) => {
                 self.records.event(&RunEvent::CheckpointAbandoned { step });
             }
@@ -350,6 +351,15 @@ impl Shell {
                 }
                 Ok(())
             }
+            Kept::SearchDelayed(reason) => {
+                if self.delays.is_news("checkpoints", &reason) {
+                    self.records.message(&format!(
+                        "warning: no member is left, and the checkpoints cannot be read: {reason}; trying again"
+                    ));
+                }
+                Ok(())
+            }
+            Kept::Found(newest, rows) => self.found(newest, rows),
             Kept::GivenUp(step) => {
                 self.records.event(&RunEvent::CheckpointAbandoned { step });
                 Ok(())
@@ -389,6 +399,24 @@ impl Shell {
                 self.handle(Event::CheckpointCommitted(checkpoint))
             }
         }
+    }
+
+    /// Takes over a checkpoint that members saved by themselves, if it is newer than the newest known one, with
+    /// the rows that they left beside it.
+    fn found(&mut self, newest: Option<Checkpoint>, rows: Vec<MetricsRow>) -> Result<(), ShellError> {
+        let known = self.machine.checkpoint().map(|checkpoint| checkpoint.position);
+        let newer = newest.filter(|newest| known.is_none_or(|known| known < newest.position));
+        let position = newer.as_ref().map(|checkpoint| checkpoint.position);
+        if let Some(checkpoint) = newer {
+            self.records.message(&format!(
+                "going on from {}, which workers saved when they were cut off",
+                checkpoint.folder()
+            ));
+            self.records.take_left_rows(rows, self.samples);
+            // Journals it, once its rows are durable.
+            self.commit(checkpoint)?;
+        }
+        self.handle(Event::Searched(position))
     }
 
     fn delayed(&mut self, checkpoint: &Checkpoint, reason: &str) {

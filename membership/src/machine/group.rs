@@ -13,7 +13,7 @@ const SKIPS: usize = 1000;
 
 impl Machine {
     pub(super) fn form_if_gathered(&mut self, actions: &mut Vec<Action>) {
-        if self.stage != Stage::Gathering {
+        if self.stage != Stage::Gathering || self.is_searching() {
             return;
         }
         // Workers that still load are waited for: a group formed without them would regroup at once. A
@@ -198,8 +198,24 @@ impl Machine {
         self.stage = Stage::Gathering;
         if self.stop_requested {
             self.end_stopped(actions);
-        } else {
+        } else if self.condemned == Some(self.last_generation) {
+            // What a member of it saved must not be used either (D10).
             self.form_if_gathered(actions);
+        } else {
+            // Members that were cut off trained on until their leases ended, and saved what they had (M11).
+            self.search = Some(Search::Asked);
+            actions.push(Action::Search);
+        }
+    }
+
+    /// Whether a checkpoint may be found that is newer than the newest known one.
+    fn is_searching(&self) -> bool {
+        match self.search {
+            None => false,
+            Some(Search::Asked) => true,
+            Some(Search::Until(found)) => {
+                self.checkpoint.as_ref().is_none_or(|checkpoint| checkpoint.position < found)
+            }
         }
     }
 
@@ -264,6 +280,7 @@ impl Machine {
             entry.member_since.get_or_insert(self.now);
         }
         self.group = Some(group.clone());
+        self.search = None;
         self.formed_here = true;
         self.job_changed = false;
         // A lost member commits the reduce under way at most: each needs all members (D5), and one has

@@ -402,6 +402,8 @@ fn a_new_coordinator_waits_for_the_lease_before_it_goes_back_to_a_checkpoint() {
     let lease = Limits::derive(DEADLINE).lease;
     assert_eq!(bench.wait(lease - DEADLINE, &[3]), []);
     let actions = bench.wait(DEADLINE * 2, &[3]);
+    assert!(actions.contains(&Action::Search) && formed(&actions).is_none(), "{actions:?}");
+    let actions = bench.handle(Event::Searched(None));
     let group = formed(&actions).unwrap();
     assert_eq!((members(group), group.position), (vec![3], Position(8)));
 }
@@ -736,7 +738,8 @@ fn when_all_local_members_are_dead_the_checkpoint_goes_on_once_all_were_reaped()
     assert!(bench.handle(reaped(1)).contains(&Action::Spawn));
     bench.join(3);
     assert!(bench.handle(reaped(2)).contains(&Action::Spawn));
-    let actions = bench.join(4);
+    assert_eq!(formed(&bench.join(4)), None, "they may have saved a newer one");
+    let actions = bench.handle(Event::Searched(None));
     let group = formed(&actions).unwrap();
     assert_eq!((members(group), group.position), (vec![3, 4], Position(18)));
     assert!(matches!(group.start, Start::Checkpoint(..)));
@@ -1145,11 +1148,29 @@ fn one_that_takes_long_for_the_last_phase_does_not_leave_a_stalled_group_behind(
     assert!(matches!(&actions[..], [Action::Abort { cause: Cause::Stalled, .. }]), "{actions:?}");
 }
 
+/// Members that were cut off train on until their leases end, and save what they have by themselves (M11).
+#[test]
+fn a_checkpoint_that_members_saved_by_themselves_goes_first() {
+    let mut bench = training_locally(2);
+    bench.handle(Event::CheckpointCommitted(checkpoint(9)));
+    bench.end(1);
+    let actions = bench.end(2);
+    assert_eq!(actions.iter().filter(|action| **action == Action::Search).count(), 1, "{actions:?}");
+    bench.join(3);
+    bench.join(4);
+    let newer = checkpoint(12);
+    assert_eq!(formed(&bench.handle(Event::Searched(Some(newer.position)))), None, "it is not committed yet");
+    let actions = bench.handle(Event::CheckpointCommitted(newer.clone()));
+    let group = formed(&actions).unwrap();
+    assert_eq!((group.position, &group.start), (newer.position, &Start::Checkpoint(Rank(0), newer.clone())));
+}
+
 /// No worker would ever come: seeds 105034 and 928086.
 #[test]
 fn local_workers_that_are_not_replaced_any_more_are_not_waited_for() {
     let mut bench = training_locally(3);
     (1..=3).for_each(|worker| drop(bench.end(worker)));
+    bench.handle(Event::Searched(None));
     bench.join(4);
     let mut actions = Vec::new();
     while !actions.iter().any(|action| matches!(action, Action::GiveUpReplacing(_))) {

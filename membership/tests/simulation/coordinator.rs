@@ -24,6 +24,8 @@ pub(crate) enum Alarm {
     /// The storage failed: once more.
     Commit(Checkpoint, u32),
     Committed(Checkpoint),
+    /// The storage is searched, once more if it failed.
+    Search,
     /// From the user.
     Scale(u32),
     Stop,
@@ -159,6 +161,7 @@ impl Coordinator {
             Input::Alarm(Alarm::Committed(checkpoint)) => {
                 self.feed(Event::CheckpointCommitted(checkpoint), ctx);
             }
+            Input::Alarm(Alarm::Search) => self.search(ctx),
             Input::Alarm(Alarm::Scale(count)) => self.feed(Event::Scale(count), ctx),
             Input::Alarm(Alarm::Stop) => self.feed(Event::StopRequested, ctx),
             Input::Reaped(token) => self.child_ended(token, ctx),
@@ -419,6 +422,7 @@ impl Coordinator {
             }
             Action::Announce { plan, workers } => self.announce(plan, workers, ctx)?,
             Action::Commit(checkpoint) => self.commit(checkpoint, ctx)?,
+            Action::Search => ctx.after(0, Happening::Alarm(self.term, Alarm::Search)),
             Action::Spawn => self.spawn(ctx)?,
             Action::Drop(worker) => self.drop_worker(worker, ctx),
             Action::End(outcome) => {
@@ -503,6 +507,21 @@ impl Coordinator {
         let wait = ctx.between(100, 5_000);
         ctx.after(wait, Happening::Alarm(self.term, Alarm::Committed(written)));
         Ok(())
+    }
+
+    fn search(&mut self, ctx: &mut Ctx) {
+        if ctx.directory.storage_down {
+            return ctx.after(200_000, Happening::Alarm(self.term, Alarm::Search));
+        }
+        let known = self.machine.checkpoint().map(|checkpoint| checkpoint.position);
+        let newest = ctx.directory.newest_manifest().cloned();
+        let newer = newest.filter(|newest| known.is_none_or(|known| known < newest.position));
+        let position = newer.as_ref().map(|checkpoint| checkpoint.position);
+        if let Some(checkpoint) = newer {
+            let committed = self.commit(checkpoint, ctx);
+            self.settle(committed, ctx);
+        }
+        self.feed(Event::Searched(position), ctx);
     }
 
     fn spawn(&mut self, ctx: &mut Ctx) -> Result<(), Crashed> {

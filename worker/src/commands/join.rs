@@ -109,7 +109,10 @@ fn serve(trainer: &mut Trainer, trace: &Trace) -> Result<Released, Failure> {
             Order::Exit(End::Rejected(reason) | End::Failed(reason)) => return Err(Failure::Other(reason)),
             Order::Exit(End::Lost) => {
                 let saved = saved.unwrap_or_else(|| "there is nothing to save".to_string());
-                return Err(Failure::Other(format!("lost the coordinator: {}; {saved}", session.why_lost())));
+                // A session that is merely silent has no reason of its own.
+                let why = Some(session.why_lost()).filter(|why| !why.is_empty());
+                let why = why.unwrap_or_else(|| "nothing was heard of it until the lease ended".to_string());
+                return Err(Failure::Other(format!("lost the coordinator: {why}; {saved}")));
             }
             // What was left of a generation that ended.
             Order::Work(_) => {}
