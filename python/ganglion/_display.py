@@ -55,7 +55,7 @@ def line(run: Run) -> str:
         return f"{run.name}: starting"
     losses = "  ".join(f"{name} {value:.4g}" for name, value in progress.losses.items())
     share = f"/{progress.steps}  {100 * progress.step // progress.steps}%" if progress.steps else ""
-    speed = f"  {progress.images_per_second:,.0f} images/s" if progress.images_per_second else ""
+    speed = f"  {progress.images_per_second:,.0f} samples/s" if progress.images_per_second else ""
     return f"{run.name}: step {progress.step}{share}{speed}  {losses}  workers {progress.workers}"
 
 

@@ -31,7 +31,8 @@ const jobs = {
   },
   transformer: {
     model: { kind: 'transformer', width: 128, layers: 4, heads: 4, positions: 'rotary', activation: 'gelu', dropout: 0.1 },
-    optimizer: { ...adam, weight_decay: 0.1, clip_norm: 1 },
+    optimizer: { ...adam, weight_decay: 0.1, clip_norm: 1, decay_images: 1000 },
+    data: { kind: 'text' },
   },
   package: { model: { kind: 'package', path: '/a.pt2' }, optimizer: { decay_images: 0, encoder: adam } },
 };
@@ -46,6 +47,8 @@ assert.match(told.vae, /Likelihood: bernoulli, of binarised pixels\nWeight of th
 assert.match(told.vae, /Optimizer: adam, rate 0.001 → 1e-5, β 0.9 and 0.999\n/);
 assert.match(told.transformer, /Model: transformer, 4 layers of 4 heads, width 128\n/);
 assert.match(told.transformer, /weight decay 0.1, norm clipped to 1\n/);
+assert.match(told.transformer, /Schedule: half a cosine over 1,000 samples/);
+assert.match(told.vae, /Schedule: half a cosine over 1,000 images\n/);
 assert.match(told.package, /Phase encoder: adam, rate 0.001,/);
 for (const family of ['vae', 'transformer', 'package']) {
   assert.doesNotMatch(told[family], /generator|discriminator|undefined|NaN/i, family);

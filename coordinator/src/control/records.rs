@@ -231,7 +231,8 @@ impl Records {
         self.receipts.ends_with(self.job.last_step(samples));
         if self.progress.is_none() {
             let first = from.map_or(0, |checkpoint| checkpoint.step).max(self.last_step());
-            self.progress = Some(Progress::new(&self.screen, self.job.last_step(samples), first));
+            self.progress =
+                Some(Progress::new(&self.screen, self.job.last_step(samples), first, self.job.data.kind));
         }
     }
 

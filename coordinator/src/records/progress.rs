@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use console::Term;
+use ganglion_proto::job::DataKind;
 use ganglion_proto::log;
 use ganglion_proto::out::{Stderr, fitting};
 use ganglion_proto::progress::{grouped, short};
@@ -193,6 +194,8 @@ pub struct Progress {
     screen: Screen,
     bar: Option<ProgressBar>,
     total_steps: u64,
+    /// What the job's samples are called.
+    samples: &'static str,
     pace: Pace,
     /// Time of the row that was last printed as a plain line, in seconds of Unix time.
     printed: Option<f64>,
@@ -200,7 +203,7 @@ pub struct Progress {
 
 impl Progress {
     /// Creates the display of a run of `total_steps` that continues from `start_step`.
-    pub fn new(screen: &Screen, total_steps: u64, start_step: u64) -> Self {
+    pub fn new(screen: &Screen, total_steps: u64, start_step: u64, data: DataKind) -> Self {
         let bar = screen.is_terminal.then(|| {
             let bar = screen.bars.add(ProgressBar::new(total_steps));
             bar.set_style(layout().0);
@@ -208,7 +211,8 @@ impl Progress {
             bar.set_message(format!("step {start_step}/{total_steps}"));
             bar
         });
-        Progress { screen: screen.clone(), bar, total_steps, pace: Pace::default(), printed: None }
+        let samples = if data.is_images() { "images" } else { "samples" };
+        Progress { screen: screen.clone(), bar, total_steps, samples, pace: Pace::default(), printed: None }
     }
 
     /// Shows a row of metrics. Rows that were shown before a fault may come again.
@@ -258,9 +262,10 @@ impl Progress {
         };
         // The most important first (4).
         format!(
-            "step {}/{total}  {percent}%{eta}  {} images/s{}  workers {}",
+            "step {}/{total}  {percent}%{eta}  {} {}/s{}  workers {}",
             row.step,
             rounded(row.images_per_second),
+            self.samples,
             scalars::in_words(&row.scalars),
             row.world_size,
         )
@@ -326,7 +331,7 @@ mod tests {
     use super::*;
 
     fn progress(total_steps: u64) -> Progress {
-        Progress::new(&Screen::stderr(false), total_steps, 0)
+        Progress::new(&Screen::stderr(false), total_steps, 0, DataKind::Mnist10k)
     }
 
     fn row(step: u64, time: f64) -> MetricsRow {
@@ -378,7 +383,7 @@ mod tests {
     fn a_terminal_shows_a_bar_and_nothing_panics() {
         for is_terminal in [false, true] {
             let screen = Screen::stderr(is_terminal);
-            let mut progress = Progress::new(&screen, 10, 2);
+            let mut progress = Progress::new(&screen, 10, 2, DataKind::Mnist10k);
             for step in 3..=10 {
                 progress.row(&row_of(step));
             }
@@ -427,7 +432,7 @@ mod tests {
     fn a_terminal_that_is_closed_ends_nothing() {
         let bars = MultiProgress::with_draw_target(terminal(Closed));
         let screen = Screen { bars, is_terminal: true, ..Screen::stderr(false) };
-        let mut progress = Progress::new(&screen, 10, 2);
+        let mut progress = Progress::new(&screen, 10, 2, DataKind::Mnist10k);
         progress.row(&row_of(3));
         screen.print("a message");
         progress.finish();

@@ -3,7 +3,7 @@
 
 import { Chart } from './chart.js';
 import { NONE, ago, brief, bytes, clock, duration, exact, figure, milliseconds, percent, plural, spoken, whole } from './format.js';
-import { jobLines } from './job.js';
+import { jobLines, nounOf } from './job.js';
 import { Timeline } from './timeline.js';
 
 const PERIOD = 1500;
@@ -40,7 +40,7 @@ const GROUPS = { loss: ['Loss', 'Losses'], score: ['Discriminator’s verdict', 
 let cards = [];
 
 const charts = {
-  rate: new Chart($('c-rate'), { grounded: true, smooth: true, series: [{ key: 'images_per_second', label: 'images/s', color: '--d' }] }),
+  rate: new Chart($('c-rate'), { grounded: true, smooth: true, series: [{ key: 'images_per_second', label: 'per second', color: '--d' }] }),
   time: new Chart($('c-time'), {
     stacked: true,
     write: milliseconds,
@@ -235,6 +235,8 @@ function showTiles(status, metrics) {
   const at = metrics.step.length - 1;
   const of = (key) => (at < 0 ? null : metrics[key].mean[at]);
   set('t-rate', figure(of('images_per_second')));
+  const rate = nounOf(status.job.data) === 'images' ? 'Images per second' : 'Samples per second';
+  document.querySelectorAll('h2.rate').forEach((title) => title.replaceChildren(rate));
   set('t-seen', at < 0 ? '\u00a0' : `step ${whole(metrics.step[at])}`);
   document.querySelectorAll('.tile.scalars').forEach((tile, place) => showScalars(tile, cards[place], of));
   const parts = ['data', 'compute', 'wait', 'commit', 'other'].map(of);

@@ -45,7 +45,10 @@ function optimizerLine(own, moves) {
   return parts.filter(Boolean).join(', ');
 }
 
-const scheduleLine = (over) => (over ? `half a cosine over ${exact(over)} images` : '');
+/** What a job's samples are called. */
+export const nounOf = (data) => (['text', 'arrays'].includes(data?.kind) ? 'samples' : 'images');
+
+const scheduleLine = (over, data) => (over ? `half a cosine over ${exact(over)} ${nounOf(data)}` : '');
 
 /** The moving average of the weights. */
 function averageLine(model) {
@@ -53,19 +56,19 @@ function averageLine(model) {
   return `half-life ${exact(model.ema_half_life_images)} images, ${growth}`;
 }
 
-function vaeLines({ model, loss, optimizer }) {
+function vaeLines({ model, loss, optimizer, data }) {
   const over = optimizer.decay_images;
   return [
     ['Model', `${model.kind}, width ${whole(model.width)}, latent ${whole(model.latent_dim)}${conditional(model)}`],
     ['Likelihood', loss.likelihood + (loss.binarise ? ', of binarised pixels' : '')],
     ['Weight of the KL', exact(loss.beta)],
     ['Optimizer', optimizerLine(optimizer, mover(over))],
-    ['Schedule', scheduleLine(over)],
+    ['Schedule', scheduleLine(over, data)],
     ['EMA', averageLine(model)],
   ];
 }
 
-function transformerLines({ model, optimizer }) {
+function transformerLines({ model, optimizer, data }) {
   const over = optimizer.decay_images;
   const dropout = model.dropout ? `, dropout ${exact(model.dropout)}` : '';
   return [
@@ -73,22 +76,22 @@ function transformerLines({ model, optimizer }) {
     ['Positions', model.positions],
     ['Activation', model.activation + dropout],
     ['Optimizer', optimizerLine(optimizer, mover(over))],
-    ['Schedule', scheduleLine(over)],
+    ['Schedule', scheduleLine(over, data)],
   ];
 }
 
 /** A package has losses and networks of its own, and an optimizer for each phase. */
-function packageLines({ model, optimizer = {} }) {
+function packageLines({ model, optimizer = {}, data }) {
   const moves = mover(optimizer.decay_images);
   const phases = Object.entries(optimizer).filter(([, settings]) => typeof settings === 'object');
   return [
     ['Model', `package ${model.path ?? ''}${model.package_hash ? `, hash ${model.package_hash.slice(0, 8)}` : ''}`],
     ...phases.map(([phase, own]) => [`Phase ${phase}`, optimizerLine(own, moves)]),
-    ['Schedule', scheduleLine(optimizer.decay_images)],
+    ['Schedule', scheduleLine(optimizer.decay_images, data)],
   ];
 }
 
-function ganLines({ model, loss, optimizer, augmentation }) {
+function ganLines({ model, loss, optimizer, augmentation, data }) {
   const over = optimizer.decay_images;
   const moves = mover(over);
   const [g, d] = [optimizer.learning_rate, optimizer.discriminator_learning_rate];
@@ -109,7 +112,7 @@ function ganLines({ model, loss, optimizer, augmentation }) {
     ['Penalties', penalties.length ? penalties.join(', ') + every : ''],
     ['Optimizer', `${optimizer.kind}, β ${exact(optimizer.beta1)} and ${moves(optimizer.beta2, optimizer.final_beta2)}`],
     ['Learning rates', `G ${moves(g, lastG)}, D ${moves(d, lastD)}`],
-    ['Schedule', scheduleLine(over)],
+    ['Schedule', scheduleLine(over, data)],
     ['EMA', averageLine(model)],
     ['Augmented', augmented.filter(Boolean).join('; ')],
   ];
