@@ -68,7 +68,11 @@ class Gloo final : public c10d::ProcessGroupGloo {
       works.push_back(send(tensors, letter.rank, 0));
     }
     auto work = c10::make_intrusive<Exchange>(
-        getContext(0), std::move(works), std::move(sent), std::move(received), options_->timeout);
+        getContext(0),
+        std::move(works),
+        std::move(sent),
+        std::move(received),
+        options_->timeout);
     enqueue(work);
     return work;
   }

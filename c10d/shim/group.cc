@@ -38,10 +38,8 @@ std::unique_ptr<Work> start(Engine& engine, rust::Box<Signal> signal, Launch&& l
 }
 
 // Parts of a tensor, one after the other.
-std::vector<Letter> letters(
-    const at::Tensor& tensor,
-    rust::Slice<const std::int32_t> ranks,
-    rust::Slice<const std::int64_t> counts) {
+std::vector<Letter>
+letters(const at::Tensor& tensor, rust::Slice<const std::int32_t> ranks, rust::Slice<const std::int64_t> counts) {
   std::vector<Letter> letters;
   std::int64_t at = 0;
   for (std::size_t i = 0; i < ranks.size(); ++i) {
@@ -97,8 +95,7 @@ std::unique_ptr<Work> Group::exchange(
     rust::Slice<const std::int64_t> receive_counts,
     rust::Box<Signal> signal) const {
   return start(*engine_, std::move(signal), [&](c10d::Backend&) {
-    auto work =
-        engine_->exchange(letters(lend(send), to, send_counts), letters(lend(receive), from, receive_counts));
+    auto work = engine_->exchange(letters(lend(send), to, send_counts), letters(lend(receive), from, receive_counts));
     TORCH_CHECK(work, "this backend exchanges nothing between two ranks");
     return work;
   });

@@ -63,10 +63,15 @@ class RustStore final : public c10d::Store {
 
   std::vector<Bytes> multiGet(const std::vector<std::string>& keys) override {
     const auto strs = to_strs(keys);
+    const auto framed = (*store_)->get_many({strs.data(), strs.size()}, static_cast<std::uint64_t>(timeout_.count()));
     std::vector<Bytes> values;
-    for (const auto& value :
-         (*store_)->get_many({strs.data(), strs.size()}, static_cast<std::uint64_t>(timeout_.count()))) {
-      values.push_back(to_bytes(value.bytes));
+    for (auto at = framed.begin(); at != framed.end();) {
+      std::uint64_t length = 0;
+      for (int shift = 0; shift < 64; shift += 8) {
+        length |= static_cast<std::uint64_t>(*at++) << shift;
+      }
+      values.emplace_back(at, at + static_cast<std::ptrdiff_t>(length));
+      at += static_cast<std::ptrdiff_t>(length);
     }
     return values;
   }

@@ -15,17 +15,12 @@ pub(crate) mod shim {
         type StoreHandle;
         fn set(self: &StoreHandle, key: &str, value: &[u8]) -> Result<()>;
         fn get(self: &StoreHandle, key: &str, timeout_ms: u64) -> Result<Vec<u8>>;
-        fn get_many(self: &StoreHandle, keys: &[&str], timeout_ms: u64) -> Result<Vec<Value>>;
+        fn get_many(self: &StoreHandle, keys: &[&str], timeout_ms: u64) -> Result<Vec<u8>>;
         fn add(self: &StoreHandle, key: &str, amount: i64) -> Result<i64>;
         fn compare_set(self: &StoreHandle, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>>;
         fn remove(self: &StoreHandle, key: &str) -> Result<bool>;
         fn contains(self: &StoreHandle, keys: &[&str]) -> Result<bool>;
         fn wait(self: &StoreHandle, keys: &[&str], timeout_ms: u64) -> Result<()>;
-    }
-
-    /// Value of a key.
-    struct Value {
-        bytes: Vec<u8>,
     }
 
     /// Time limits of a Gloo group, in milliseconds.

@@ -8,7 +8,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::ffi::shim;
 use crate::sync::{deadline, lock};
 
 /// Reason why a store did not answer.
@@ -182,9 +181,12 @@ impl StoreHandle {
         self.call(|store| store.get(key, Duration::from_millis(timeout_ms)))
     }
 
-    pub(crate) fn get_many(&self, keys: &[&str], timeout_ms: u64) -> Result<Vec<shim::Value>, String> {
+    /// The values one after the other, each behind its length as eight little-endian bytes.
+    pub(crate) fn get_many(&self, keys: &[&str], timeout_ms: u64) -> Result<Vec<u8>, String> {
         let values = self.call(|store| store.get_many(keys, Duration::from_millis(timeout_ms)))?;
-        Ok(values.into_iter().map(|bytes| shim::Value { bytes }).collect())
+        let framed =
+            values.iter().flat_map(|value| [&(value.len() as u64).to_le_bytes(), &value[..]].concat());
+        Ok(framed.collect())
     }
 
     pub(crate) fn add(&self, key: &str, amount: i64) -> Result<i64, String> {

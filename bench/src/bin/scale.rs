@@ -22,8 +22,8 @@ const BEYOND: [u32; 4] = [8, 64, 512, 4096];
 /// Phases of a step of the job.
 const PHASES: f64 = 2.0;
 /// Steps after a group has formed that are not measured, and steps that are.
-const WARM_UP: u64 = 5;
-const STEPS: u64 = 40;
+const WARM_UP: usize = 5;
+const STEPS: usize = 40;
 /// Lines of the page around what this program writes.
 const BEGIN: &str = "<!-- Written by `make scale`; changes below this line are lost. -->";
 const END: &str = "<!-- Written by hand again. -->";
@@ -75,7 +75,7 @@ fn measure(workers: u32, route: Route) -> Result<Figures, String> {
         }
         sleep(Duration::from_millis(20));
     };
-    let at_step = |step: u64| move |row: &Value| row["step"].as_u64() >= Some(step);
+    let at_step = |step: usize| move |row: &Value| row["step"].as_u64() >= Some(step as u64);
     let first = wait(&at_step(1))?;
     let began = wait(&at_step(WARM_UP))?;
     let pids = run.live_workers();
@@ -88,9 +88,8 @@ fn measure(workers: u32, route: Route) -> Result<Figures, String> {
     let next = wait(&|row| row["generation"].as_u64() > Some(1))?;
     let time = |value: &Value| value["time"].as_f64().unwrap_or_default();
     let mut times: Vec<f64> = rows.lines().iter().map(time).collect();
-    times.truncate(usize::try_from(WARM_UP + STEPS).expect("a small number"));
-    let mut lengths: Vec<f64> =
-        times.windows(2).skip(WARM_UP as usize).map(|pair| pair[1] - pair[0]).collect();
+    times.truncate(WARM_UP + STEPS);
+    let mut lengths: Vec<f64> = times.windows(2).skip(WARM_UP).map(|pair| pair[1] - pair[0]).collect();
     lengths.sort_by(f64::total_cmp);
     coordinator.signal(Signal::SIGKILL);
     // Workers would train on for a while. The one that was killed is gone already, or has a successor.

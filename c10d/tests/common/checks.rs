@@ -8,7 +8,7 @@ use super::{LONG, buffer_of, values_of};
 /// Runs each collective and compares its result with a plain computation.
 pub(crate) fn every_collective(group: &Group) {
     reduces(group);
-    all_to_alls(group);
+    swaps(group);
     exchanges(group);
     gathers(group);
     broadcasts(group);
@@ -44,7 +44,7 @@ fn split(from: usize, to: usize) -> usize {
     (from * 3 + to * 5) % 4 * 10
 }
 
-fn all_to_alls(group: &Group) {
+fn swaps(group: &Group) {
     let (rank, ranks) = (group.rank(), 0..group.world_size());
     let send_splits: Vec<_> = ranks.clone().map(|to| split(rank, to)).collect();
     let receive_splits: Vec<_> = ranks.clone().map(|from| split(from, rank)).collect();

@@ -75,21 +75,14 @@ fn a_workers_messages_survive_the_wire() {
         host: None,
         left_out: Vec::new(),
     };
+    let elsewhere = LoadedFacts { gpu: Some("h/0".into()), host: Some("h".into()), ..loaded.clone() };
     let non_finite = |stop| Fault::NonFinite { position: Position(6), detail: "x".into(), stop };
     let messages = [
         FromWorker::Hello(Hello { address: "h:1".into(), resume: Some(resume()), ..hello() }),
         FromWorker::Hello(hello()),
         FromWorker::Leave,
         FromWorker::Fault(Generation(1), Fault::Links(vec![Rank(2), Rank(0)])),
-        FromWorker::Loaded(
-            LoadedFacts {
-                gpu: Some("h/0".into()),
-                host: Some("h".into()),
-                left_out: vec![3, 9],
-                ..loaded.clone()
-            },
-            None,
-        ),
+        FromWorker::Loaded(LoadedFacts { left_out: vec![3, 9], ..elsewhere }, None),
         FromWorker::Loaded(loaded, Some(Box::default())),
         FromWorker::Ready(Generation(1), None),
         FromWorker::Ready(Generation(1), Some(Position(7))),
